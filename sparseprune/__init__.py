@@ -1,0 +1,45 @@
+"""Prune neural-network checkpoints as files: exact structured sparsity (S3) on safetensors.
+
+The engine's names are loaded on first use: importing the package does not import torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from sparseprune.errors import CouplingError, ShapeMismatchError, SparsepruneError, SparsityError
+
+if TYPE_CHECKING:
+    from sparseprune.checkpoint import load_masks
+    from sparseprune.engine import (
+        BlockCoupling,
+        BlockSpec,
+        ScopeCoupling,
+        ScopeSpec,
+        SparseBlock,
+        SparseScope,
+        View,
+    )
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BlockCoupling",
+    "BlockSpec",
+    "CouplingError",
+    "ScopeCoupling",
+    "ScopeSpec",
+    "ShapeMismatchError",
+    "SparseBlock",
+    "SparseScope",
+    "SparsepruneError",
+    "SparsityError",
+    "View",
+    "load_masks",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name in __all__:
+        room = "checkpoint" if name == "load_masks" else "engine"
+        return getattr(import_module(f"sparseprune.{room}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

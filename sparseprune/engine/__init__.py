@@ -1,0 +1,32 @@
+"""The mathematics of S3 on torch tensors: no files, no TOML, no printing.
+
+Names are loaded on first use, so that shapes and dtypes can be had without importing torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sparseprune.engine.block import BlockSpec, SparseBlock
+    from sparseprune.engine.block_coupling import BlockCoupling
+    from sparseprune.engine.scope import ScopeSpec, SparseScope
+    from sparseprune.engine.scope_coupling import ScopeCoupling
+    from sparseprune.engine.view import View
+
+__all__ = ["BlockCoupling", "BlockSpec", "ScopeCoupling", "ScopeSpec", "SparseBlock", "SparseScope", "View"]
+
+_HOME = {
+    "BlockCoupling": "block_coupling",
+    "BlockSpec": "block",
+    "ScopeCoupling": "scope_coupling",
+    "ScopeSpec": "scope",
+    "SparseBlock": "block",
+    "SparseScope": "scope",
+    "View": "view",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name in _HOME:
+        return getattr(import_module(f"sparseprune.engine.{_HOME[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

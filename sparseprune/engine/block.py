@@ -1,0 +1,305 @@
+"""Blocks: the atomic units of pruning, cut out of one view (BlockSpec) or fused over several.
+
+Owns how elements are laid out by block, how blocks are scored, and how a decision about blocks is
+written to elements. Budgets and competition are the business of scopes.
+"""
+
+from __future__ import annotations
+
+import operator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from sparseprune.engine.grids import (
+    Shape,
+    block_extents,
+    divide,
+    identity_order,
+    inverse_order,
+    permute,
+    prod,
+)
+from sparseprune.engine.proximal import soft_threshold_conditioned, soft_threshold_euclidean
+from sparseprune.engine.scoring import first_nan, fused_norms, has_exact_keys, magnitude_keys
+from sparseprune.engine.view import View
+from sparseprune.errors import ShapeMismatchError, SparsityError
+
+Values = Tensor | Mapping["BlockSpec", Tensor] | None
+"""None (the weights), one parameter- or view-shaped tensor, or one for each BlockSpec."""
+
+
+class SparseBlock(ABC):
+    """Blocks on a grid: `grid_shape` counts them, each is kept or pruned whole.
+
+    Invariant: every block has `numel_per_block()` elements, and no element belongs to two blocks.
+    """
+
+    name: str
+    grid_shape: Shape
+
+    @property
+    @abstractmethod
+    def members(self) -> tuple[tuple[BlockSpec, Shape], ...]:
+        """The BlockSpecs with the order that permutes each one's grid onto `grid_shape`."""
+
+    def blocks(self) -> tuple[BlockSpec, ...]:
+        """The BlockSpecs that hold the elements."""
+        return tuple(spec for spec, _ in self.members)
+
+    def numblk(self) -> int:
+        """How many blocks there are."""
+        return prod(self.grid_shape)
+
+    def numel_per_block(self) -> int:
+        """How many elements one block has, over all members."""
+        return sum(prod(spec.shape) for spec, _ in self.members)
+
+    def numel(self) -> int:
+        """How many elements all blocks have."""
+        return sum(spec.view.numel() for spec, _ in self.members)
+
+    def nnz(self, eps: float = 1e-8) -> int:
+        """How many elements are larger than `eps` in magnitude; NaN counts as one."""
+        return sum(int((~(spec.view.data.to(torch.float64).abs() <= eps)).sum()) for spec, _ in self.members)
+
+    def norms(self, values: Values = None, p: float = 2) -> Tensor:
+        """The p-norm of each block over all its elements: float64 of `grid_shape`.
+
+        Raises:
+            SparsityError: p is not positive, or values are given in no form that fits.
+            ShapeMismatchError: values of a wrong shape.
+        """
+        return fused_norms(self._fused(self.resolve(values)), self.grid_shape, p)
+
+    def min(self, values: Values = None) -> Tensor:
+        """The smallest element of each block, float64 of `grid_shape`."""
+        return self.reduce(values, lambda merged: merged.to(torch.float64).amin(-1))
+
+    def max(self, values: Values = None) -> Tensor:
+        """The largest element of each block, float64 of `grid_shape`."""
+        return self.reduce(values, lambda merged: merged.to(torch.float64).amax(-1))
+
+    def reduce(self, values: Values, fn: Callable[[Tensor], Tensor]) -> Tensor:
+        """`fn` of the elements of all blocks, (*grid_shape, elements per block) -> (*grid_shape)."""
+        result = fn(self.block_view(values, reorder=True, merge=True))
+        if tuple(result.shape) != self.grid_shape:
+            raise ShapeMismatchError(
+                f"{self.name}: reduce gave shape {list(result.shape)}, wanted {list(self.grid_shape)}"
+            )
+        return result
+
+    @abstractmethod
+    def block_view(self, values: Values = None, reorder: bool = True, merge: bool = False) -> Tensor:  # noqa: FBT001, FBT002  (a fixed signature)
+        """Elements by block: (*grid_shape, elements per block) where merged."""
+
+    def get_masks(self, block_mask: Tensor) -> dict[BlockSpec, Tensor]:
+        """A decision about blocks (bool of `grid_shape`) as view-shaped element masks, True where kept."""
+        keep = self._on_grid(block_mask.to(torch.bool), "block mask")
+        return {
+            spec: spec.spread(keep.permute(inverse_order(order)).to(spec.view.param.device))
+            for spec, order in self.members
+        }
+
+    def hard_threshold(self, thresholds: Tensor | float, values: Values = None) -> None:
+        """Zero, in place, the blocks whose norm is below their threshold (scalar or of `grid_shape`).
+
+        Raises:
+            SparsityError: NaN in the scores or the thresholds; nothing has been written then.
+        """
+        zero_pruned(self.get_masks(self.reaches(thresholds, values)))
+
+    def reaches(self, thresholds: Tensor | float, values: Values = None) -> Tensor:
+        """Bool of `grid_shape`: the blocks whose norm is at least their threshold."""
+        elements = self.resolve(values)
+        self.refuse_nan(elements)
+        norms = fused_norms(self._fused(elements), self.grid_shape, 2)
+        return norms >= self._limits(thresholds, norms)
+
+    def soft_threshold(
+        self,
+        block_thresholds: Tensor | float,
+        conditioners: Values = None,
+        max_iter: int = 20,
+        atol: float = 1e-8,
+        eps: float | None = None,
+    ) -> None:
+        """Shrink each block in place by the proximal operator of `threshold * ||block||`.
+
+        `conditioners` are the diagonal of a Hessian, in the forms that values have; with them the
+        operator is solved to `atol` in at most `max_iter` Newton steps. Blocks whose norm (with
+        conditioners: of h * v) is `eps` or less count as zero.
+
+        Raises:
+            SparsityError: NaN, a negative threshold or conditioner, or integer weights.
+        """
+        self.write(self.shrunk(block_thresholds, conditioners, max_iter, atol, eps))
+
+    def shrunk(
+        self,
+        block_thresholds: Tensor | float,
+        conditioners: Values = None,
+        max_iter: int = 20,
+        atol: float = 1e-8,
+        eps: float | None = None,
+    ) -> list[Tensor]:
+        """What `soft_threshold` writes: float64 (*grid_shape, *elements) for each member."""
+        weights = self.resolve(None)
+        self.refuse_nan(weights)
+        for spec in weights:
+            if not spec.view.param.dtype.is_floating_point:
+                raise SparsityError(
+                    f"{spec.name}: soft thresholding needs floats, found {spec.view.param.dtype}"
+                )
+        views = self._fused(weights)
+        limits = self._limits(block_thresholds, views[0])
+        if not bool((limits >= 0).all()):
+            raise SparsityError(f"{self.name}: soft thresholds must not be negative")
+        least = 0.0 if eps is None else eps
+        if conditioners is None:
+            return soft_threshold_euclidean(views, limits, least)
+        diagonal = self._fused(self.resolve(conditioners))
+        return soft_threshold_conditioned(views, diagonal, limits, max_iter, (atol, least))
+
+    def write(self, fused: Sequence[Tensor]) -> None:
+        """Write new elements, (*grid_shape, *elements) for each member, rounded to the weights' dtype."""
+        for (spec, order), result in zip(self.members, fused, strict=True):
+            spec.fuse(spec.view.data, order).copy_(result)
+
+    def apply_multiplier(self, grid: Tensor) -> None:
+        """Multiply each block in place by its number (`grid_shape`), rounded once to the weights' dtype."""
+        factors = self._on_grid(grid, "multiplier").to(torch.float64)
+        for spec, order in self.members:
+            spread = spec.spread(factors.permute(inverse_order(order)).to(spec.view.param.device))
+            data = spec.view.data
+            product = data.to(torch.float64) * spread
+            data.copy_(product if data.dtype.is_floating_point else product.round())
+
+    def keys(self, values: Values = None) -> Tensor:
+        """Signed integers of `grid_shape`, ordered as the norms; exact where a block is one element.
+
+        Raises:
+            SparsityError: NaN, naming the tensor and the first place.
+        """
+        elements = self.resolve(values)
+        self.refuse_nan(elements)
+        if self.key_dtype(values) is not None:
+            (view,) = self._fused(elements)
+            return magnitude_keys(view).reshape(self.grid_shape)
+        return magnitude_keys(fused_norms(self._fused(elements), self.grid_shape, 2))
+
+    def key_dtype(self, values: Values = None) -> torch.dtype | None:
+        """The dtype whose bit patterns `keys` compares, None where it compares norms."""
+        if self.numel_per_block() != 1:
+            return None
+        (element,) = self.resolve(values).values()
+        return element.dtype if has_exact_keys(element.dtype) else None
+
+    def resolve(self, values: Values) -> dict[BlockSpec, Tensor]:
+        """Values in any of their forms as one view-shaped tensor for each BlockSpec."""
+        specs = self.blocks()
+        if values is None:
+            return {spec: spec.view.data for spec in specs}
+        if isinstance(values, Tensor):
+            if len(specs) != 1:
+                raise SparsityError(
+                    f"{self.name} has {len(specs)} members: give values as a mapping from block to tensor"
+                )
+            values = {specs[0]: values}
+        missing = [spec.name for spec in specs if spec not in values]
+        if missing:
+            raise SparsityError(f"{self.name}: no values given for {', '.join(missing)}")
+        return {spec: spec.view.layout(values[spec]) for spec in specs}
+
+    def refuse_nan(self, elements: Mapping[BlockSpec, Tensor]) -> None:
+        """SparsityError for a NaN, naming the tensor and the first place of it in the view."""
+        for spec, tensor in elements.items():
+            place = first_nan(tensor)
+            if place is not None:
+                raise SparsityError(f"{spec.name}: NaN at {list(place)} has no rank among the scores")
+
+    def _fused(self, elements: Mapping[BlockSpec, Tensor]) -> list[Tensor]:
+        device = self.blocks()[0].view.param.device
+        return [spec.fuse(elements[spec], order).to(device) for spec, order in self.members]
+
+    def _limits(self, thresholds: Tensor | float, like: Tensor) -> Tensor:
+        limits = torch.as_tensor(thresholds, dtype=torch.float64, device=like.device)
+        limits = limits.expand(self.grid_shape) if limits.ndim == 0 else self._on_grid(limits, "thresholds")
+        if bool(limits.isnan().any()):
+            raise SparsityError(f"{self.name}: a threshold is NaN")
+        return limits
+
+    def _on_grid(self, tensor: Tensor, what: str) -> Tensor:
+        if tuple(tensor.shape) != self.grid_shape:
+            raise ShapeMismatchError(
+                f"{self.name}: {what} of shape {list(tensor.shape)} does not fit the block grid "
+                f"{list(self.grid_shape)}"
+            )
+        return tensor
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.name}, grid={list(self.grid_shape)})"
+
+
+class BlockSpec(SparseBlock):
+    """Blocks of one view, all of one shape; -1 spans a dimension, an empty shape is one element.
+
+    >>> rows = BlockSpec(torch.zeros(8, 6), (1, -1))
+    >>> rows.grid_shape, rows.numel_per_block(), tuple(rows.block_view().shape)
+    ((8, 1), 6, (8, 1, 1, 6))
+
+    Raises:
+        ShapeMismatchError: the shape has another rank than the view, or does not divide it.
+    """
+
+    def __init__(self, view: View | Tensor, shape: Sequence[int], name: str | None = None) -> None:
+        self.view = View.from_existing(view)
+        self.shape: Shape = block_extents(self.view.shape, tuple(map(operator.index, shape)))
+        self.grid_shape = divide(self.view.shape, self.shape)
+        self.name = name or "block"
+
+    @property
+    def members(self) -> tuple[tuple[BlockSpec, Shape], ...]:
+        return ((self, identity_order(len(self.grid_shape))),)
+
+    def block_view(self, values: Values = None, reorder: bool = True, merge: bool = False) -> Tensor:  # noqa: FBT001, FBT002  (a fixed signature)
+        """Elements by block.
+
+        (G1, b1, G2, b2, ...), with `reorder` (G1, G2, ..., b1, b2, ...), with `merge` (which reorders)
+        (G1, G2, ..., b1*b2*...). Without `merge` it is a view of the values.
+        """
+        (elements,) = self.resolve(values).values()
+        interleaved = elements.reshape(
+            [size for pair in zip(self.grid_shape, self.shape, strict=True) for size in pair]
+        )
+        if not (reorder or merge):
+            return interleaved
+        rank = len(self.grid_shape)
+        ordered = interleaved.permute(*range(0, 2 * rank, 2), *range(1, 2 * rank, 2))
+        return ordered.reshape(*self.grid_shape, prod(self.shape)) if merge else ordered
+
+    def fuse(self, elements: Tensor, order: Shape) -> Tensor:
+        """View-shaped elements as (*grid permuted by `order`, *block shape), sharing their storage."""
+        rank = len(self.shape)
+        interleaved = elements.view(
+            [size for pair in zip(self.grid_shape, self.shape, strict=True) for size in pair]
+        )
+        return interleaved.permute(*permute(tuple(range(0, 2 * rank, 2)), order), *range(1, 2 * rank, 2))
+
+    def spread(self, grid: Tensor) -> Tensor:
+        """One number per block as one per element of the view."""
+        ones = [size for extent in self.grid_shape for size in (extent, 1)]
+        pairs = [size for pair in zip(self.grid_shape, self.shape, strict=True) for size in pair]
+        return grid.reshape(ones).expand(pairs).reshape(self.view.shape)
+
+    def broadcast_block_to_element(self, grid: Tensor) -> Tensor:
+        """One number per block (`grid_shape`) as one per element of the view (`view.shape`)."""
+        return self.spread(self._on_grid(grid, "grid"))
+
+
+def zero_pruned(masks: Mapping[BlockSpec, Tensor]) -> None:
+    """Write +0.0 where a mask is False; every other bit of the storage stays."""
+    for spec, keep in masks.items():
+        spec.view.bits.masked_fill_(~keep, 0)

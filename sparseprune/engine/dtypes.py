@@ -1,0 +1,65 @@
+"""The one table of element types: the safetensors name, its width, its torch dtype, may it be pruned.
+
+Owns this fact for every layer. Knows neither torch nor files, so that headers can be read and plans
+be made without importing torch; `torch_dtype` resolves a name when tensors are at hand.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Dtype:
+    """One element type: `bits` per element, `torch_name` (None where torch has none), `prunable`."""
+
+    name: str
+    bits: int
+    torch_name: str | None
+    prunable: bool = False
+
+
+# Names and widths as in the safetensors format (huggingface/safetensors, `Dtype` of its Rust crate).
+_ROWS = (
+    Dtype("BOOL", 8, "bool"),
+    Dtype("F4", 4, None),
+    Dtype("F6_E2M3", 6, None),
+    Dtype("F6_E3M2", 6, None),
+    Dtype("U8", 8, "uint8"),
+    Dtype("I8", 8, "int8", prunable=True),
+    Dtype("F8_E5M2", 8, "float8_e5m2", prunable=True),
+    Dtype("F8_E4M3", 8, "float8_e4m3fn", prunable=True),
+    Dtype("F8_E8M0", 8, "float8_e8m0fnu"),
+    Dtype("F8_E4M3FNUZ", 8, "float8_e4m3fnuz"),
+    Dtype("F8_E5M2FNUZ", 8, "float8_e5m2fnuz"),
+    Dtype("I16", 16, "int16", prunable=True),
+    Dtype("U16", 16, "uint16"),
+    Dtype("F16", 16, "float16", prunable=True),
+    Dtype("BF16", 16, "bfloat16", prunable=True),
+    Dtype("I32", 32, "int32", prunable=True),
+    Dtype("U32", 32, "uint32"),
+    Dtype("F32", 32, "float32", prunable=True),
+    Dtype("C64", 64, "complex64"),
+    Dtype("F64", 64, "float64", prunable=True),
+    Dtype("I64", 64, "int64", prunable=True),
+    Dtype("U64", 64, "uint64"),
+)
+DTYPES: Mapping[str, Dtype] = MappingProxyType({row.name: row for row in _ROWS})
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The torch dtype of a safetensors dtype name; KeyError for one that torch does not have."""
+    import torch  # noqa: PLC0415  (headers are read without torch)
+
+    torch_name = DTYPES[name].torch_name
+    if torch_name is None:
+        raise KeyError(name)
+    dtype: torch.dtype = getattr(torch, torch_name)
+    return dtype

@@ -1,0 +1,321 @@
+"""Scopes: the blocks that compete for one budget, on one block grid (ScopeSpec) or on several.
+
+Owns budgets, thresholds and the way from scores per scope to masks. SparseScope says everything in
+terms of members, ScopeSpec is the case of one; ScopeCoupling lives next door.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from sparseprune.engine.block import BlockSpec, SparseBlock, Values, zero_pruned
+from sparseprune.engine.grids import Shape, divide, identity_order, inverse_order, prod, scope_extents
+from sparseprune.engine.scoring import magnitude_keys, order_keys
+from sparseprune.engine.selection import kth_largest, select
+from sparseprune.errors import ShapeMismatchError, SparsityError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+class SparseScope(ABC):
+    """Scopes on a grid: in each of the `numscp()` scopes `numblk_per_scope()` blocks compete.
+
+    Invariant: every block of every member belongs to one scope, and within a scope blocks are numbered
+    member by member, each in row-major order; that number breaks ties.
+    """
+
+    name: str
+    grid_shape: Shape
+
+    @property
+    @abstractmethod
+    def members(self) -> tuple[tuple[ScopeSpec, Shape], ...]:
+        """The ScopeSpecs with the order that permutes each one's grid of scopes onto `grid_shape`."""
+
+    def numscp(self) -> int:
+        """How many scopes there are."""
+        return prod(self.grid_shape)
+
+    def numblk(self) -> int:
+        """How many blocks there are, over all scopes and members."""
+        return sum(spec.block.numblk() for spec, _ in self.members)
+
+    def numblk_per_scope(self) -> int:
+        """How many blocks compete in one scope."""
+        return sum(prod(spec.shape) for spec, _ in self.members)
+
+    def numel_per_scope(self) -> int:
+        """How many elements the blocks of one scope have."""
+        return sum(prod(spec.shape) * spec.block.numel_per_block() for spec, _ in self.members)
+
+    def blocks(self) -> tuple[BlockSpec, ...]:
+        """The BlockSpecs that hold the elements, in the order of the members."""
+        return tuple(leaf for spec, _ in self.members for leaf in spec.block.blocks())
+
+    def nnz(self, eps: float = 1e-8) -> int:
+        """How many elements are larger than `eps` in magnitude; NaN counts as one."""
+        return sum(spec.block.nnz(eps) for spec, _ in self.members)
+
+    def sparsity_to_nnz(self, sparsity: float) -> int:
+        """The budget of one scope: blocks per scope - floor(sparsity * blocks per scope), never below 0.
+
+        >>> ScopeSpec(BlockSpec(torch.zeros(2, 8), ()), (1, 4)).sparsity_to_nnz(0.3)
+        3
+        """
+        if math.isnan(sparsity) or sparsity < 0:
+            raise SparsityError(f"{self.name}: sparsity {sparsity} is no share of blocks: wanted 0 to 1")
+        blocks = self.numblk_per_scope()
+        return max(0, blocks - math.floor(min(sparsity, 1.0) * blocks))
+
+    def block_norms(self, values: Values = None) -> Tensor:
+        """The norm of each block by scope: float64 (*grid_shape, blocks per scope)."""
+        return self._gather([spec.block.norms(some) for spec, some in self._each(values)])
+
+    def get_masks(
+        self,
+        nnz: int,
+        values: Values = None,
+        block_scores: Tensor | None = None,
+        block_mask: Tensor | None = None,
+    ) -> dict[BlockSpec, Tensor]:
+        """View-shaped bool masks for every BlockSpec, exactly `nnz` blocks True in each scope.
+
+        `block_scores` (*grid_shape, blocks per scope) rank the blocks instead of norms. `block_mask`, of
+        that shape, is a decision already made: it is only laid out, and `nnz` is not looked at.
+
+        Raises:
+            SparsityError: nnz out of range, NaN scores.
+            ShapeMismatchError: scores or mask of a wrong shape.
+        """
+        if block_mask is None:
+            block_mask = select(self._ranking(values, block_scores), self._budget(nnz))
+        keep = self._by_scope(block_mask.to(torch.bool), "block mask")
+        masks: dict[BlockSpec, Tensor] = {}
+        for spec, part in self._scatter(keep):
+            masks |= spec.block.get_masks(part)
+        return masks
+
+    def hard_threshold(
+        self, thresholds: Tensor | float | None = None, nnz: int | None = None, values: Values = None
+    ) -> None:
+        """Zero in place what does not survive: by budget, or where a norm is below its threshold.
+
+        `thresholds` is a number or a tensor of `grid_shape`; a block whose norm equals it is kept.
+
+        Raises:
+            SparsityError: both or neither of `thresholds` and `nnz` given, nnz out of range, NaN.
+        """
+        if nnz is not None and thresholds is None:
+            masks = self.get_masks(nnz, values)
+        elif thresholds is not None and nnz is None:
+            masks = {}
+            limits = self._limits(thresholds)
+            for (spec, some), limit in zip(self._each(values), limits, strict=True):
+                masks |= spec.block.get_masks(spec.block.reaches(limit, some))
+        else:
+            raise SparsityError(f"{self.name}: give exactly one of thresholds and nnz")
+        zero_pruned(masks)
+
+    def soft_threshold(
+        self,
+        thresholds: Tensor | float,
+        conditioners: Values = None,
+        scale: bool = False,  # noqa: FBT001, FBT002  (a fixed signature)
+        max_iter: int = 20,
+        atol: float = 1e-8,
+        eps: float | None = None,
+    ) -> None:
+        """Shrink every block in place by its scope's threshold (a number, or of `grid_shape`).
+
+        `scale` multiplies the threshold by the square root of the block's number of elements. The rest
+        is as in `SparseBlock.soft_threshold`.
+        """
+        shrunk = []
+        for (spec, diagonal), limits in zip(self._each(conditioners), self._limits(thresholds), strict=True):
+            factor = math.sqrt(spec.block.numel_per_block()) if scale else 1.0
+            shrunk.append(spec.block.shrunk(limits * factor, diagonal, max_iter, atol, eps))
+        for (spec, _), result in zip(self.members, shrunk, strict=True):
+            spec.block.write(result)
+
+    def _budget(self, nnz: int) -> int:
+        count = operator.index(nnz)
+        if not 0 <= count <= self.numblk_per_scope():
+            raise SparsityError(
+                f"{self.name}: nnz {count} is out of range: a scope has {self.numblk_per_scope()} blocks, "
+                f"so that nnz lies within 0 and {self.numblk_per_scope()}"
+            )
+        return count
+
+    def _ranking(self, values: Values, block_scores: Tensor | None) -> Tensor:
+        if block_scores is not None:
+            self._refuse_nan_scores(self._by_scope(block_scores, "block scores"))
+            return order_keys(block_scores.detach().to(self._device()))
+        given = [(spec.block, some) for spec, some in self._each(values)]
+        kinds = {block.key_dtype(some) for block, some in given}
+        if len(kinds) == 1:
+            return self._gather([block.keys(some) for block, some in given])
+        for block, some in given:
+            block.refuse_nan(block.resolve(some))
+        return magnitude_keys(self.block_norms(values))
+
+    def _kth(self, values: Values, k: int, following: int = 0) -> Tensor:
+        """The (k + following)-th largest norm of each scope; inf before the first, 0 behind the last."""
+        rank = self._budget(k) + following
+        norms = self.block_norms(values)
+        self._refuse_nan_scores(norms)
+        if 1 <= rank <= self.numblk_per_scope():
+            return kth_largest(norms, rank)
+        return torch.full(self.grid_shape, 0.0 if rank else math.inf, dtype=norms.dtype, device=norms.device)
+
+    def _kth_mid(self, values: Values, k: int, k_weight: float) -> Tensor:
+        return (self._kth(values, k) + k_weight * self._kth(values, k, following=1)) / (1 + k_weight)
+
+    def _limits(self, thresholds: Tensor | float) -> list[Tensor]:
+        """Thresholds per scope as one per block, on each member's block grid."""
+        limits = torch.as_tensor(thresholds, dtype=torch.float64, device=self._device())
+        if limits.ndim and tuple(limits.shape) != self.grid_shape:
+            raise ShapeMismatchError(
+                f"{self.name}: thresholds of shape {list(limits.shape)} do not fit the grid of scopes "
+                f"{list(self.grid_shape)}"
+            )
+        spread = limits.expand(self.grid_shape)
+        return [spec.scope_to_block(spread.permute(inverse_order(order))) for spec, order in self.members]
+
+    def _each(self, values: Values) -> list[tuple[ScopeSpec, Values]]:
+        """Each member with its part of the values."""
+        specs = [spec for spec, _ in self.members]
+        if values is None:
+            return [(spec, None) for spec in specs]
+        leaves = self.blocks()
+        if isinstance(values, Tensor):
+            if len(leaves) != 1:
+                raise SparsityError(
+                    f"{self.name} has {len(leaves)} blocks: give values as a mapping from block to tensor"
+                )
+            return [(spec, values) for spec in specs]
+        given = values
+        return [
+            (spec, {leaf: given[leaf] for leaf in spec.block.blocks() if leaf in given}) for spec in specs
+        ]
+
+    def _gather(self, per_block: Sequence[Tensor]) -> Tensor:
+        """One tensor per member on its block grid as (*grid_shape, blocks per scope)."""
+        rank = len(self.grid_shape)
+        parts = [
+            spec.block_to_scope(part, merge=True).permute(*order, rank).to(self._device())
+            for (spec, order), part in zip(self.members, per_block, strict=True)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+    def _scatter(self, by_scope: Tensor) -> list[tuple[ScopeSpec, Tensor]]:
+        """What `_gather` does, undone: (*grid_shape, blocks per scope) back on each member's block grid."""
+        parts = torch.split(by_scope, [prod(spec.shape) for spec, _ in self.members], dim=-1)
+        rank = len(self.grid_shape)
+        return [
+            (spec, spec.scope_blocks_to_grid(part.permute(*inverse_order(order), rank)))
+            for (spec, order), part in zip(self.members, parts, strict=True)
+        ]
+
+    def _by_scope(self, tensor: Tensor, what: str) -> Tensor:
+        wanted = (*self.grid_shape, self.numblk_per_scope())
+        if tuple(tensor.shape) != wanted:
+            raise ShapeMismatchError(
+                f"{self.name}: {what} of shape {list(tensor.shape)}, wanted {list(wanted)}: the grid of "
+                "scopes, then the blocks of a scope"
+            )
+        return tensor
+
+    def _refuse_nan_scores(self, scores: Tensor) -> None:
+        if scores.dtype.is_floating_point and bool(scores.isnan().any()):
+            place = scores.isnan().nonzero()[0].tolist()
+            raise SparsityError(f"{self.name}: the score at {place} (scope, block) is NaN and has no rank")
+
+    def _device(self) -> torch.device:
+        return self.blocks()[0].view.param.device
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}({self.name}, {self.numscp()} scopes of {self.numblk_per_scope()} blocks)"
+        )
+
+
+class ScopeSpec(SparseScope):
+    """Scopes of one block grid, all of one shape in blocks; -1 and missing dimensions are spanned.
+
+    >>> w = torch.tensor([[1.0, -4.0, 3.0, 2.0], [0.5, 0.5, 0.5, 0.5]])
+    >>> ScopeSpec(BlockSpec(w, (1, 1)), (1, 4)).hard_threshold(nnz=2)
+    >>> w
+    tensor([[ 0.0000, -4.0000,  3.0000,  0.0000],
+            [ 0.5000,  0.5000,  0.0000,  0.0000]])
+
+    Raises:
+        ShapeMismatchError: the shape has more dimensions than the block grid, or does not divide it.
+    """
+
+    def __init__(self, block: SparseBlock, shape: Sequence[int], name: str | None = None) -> None:
+        self.block = block
+        self.name = name or f"scope of {block.name}"
+        self.shape: Shape = scope_extents(block.grid_shape, tuple(map(operator.index, shape)))
+        self.grid_shape = divide(block.grid_shape, self.shape, "scope", "block grid")
+
+    @property
+    def members(self) -> tuple[tuple[ScopeSpec, Shape], ...]:
+        return ((self, identity_order(len(self.grid_shape))),)
+
+    def block_to_scope(self, b: Tensor, reorder: bool = True, merge: bool = False) -> Tensor:  # noqa: FBT001, FBT002  (a fixed signature)
+        """A tensor with the block grid in front, by scope; dimensions behind the grid stay behind.
+
+        (G1, g1, G2, g2, ..., trailing), with `reorder` (G1, G2, ..., g1, g2, ..., trailing), with `merge`
+        (which reorders) (G1, G2, ..., g1*g2*..., trailing).
+        """
+        rank = len(self.grid_shape)
+        if tuple(b.shape[:rank]) != self.block.grid_shape:
+            raise ShapeMismatchError(
+                f"{self.name}: shape {list(b.shape)} does not begin with the block grid "
+                f"{list(self.block.grid_shape)}"
+            )
+        trailing = b.shape[rank:]
+        interleaved = b.reshape(*self._pairs(), *trailing)
+        if not (reorder or merge):
+            return interleaved
+        behind = range(2 * rank, 2 * rank + len(trailing))
+        ordered = interleaved.permute(*range(0, 2 * rank, 2), *range(1, 2 * rank, 2), *behind)
+        return ordered.reshape(*self.grid_shape, prod(self.shape), *trailing) if merge else ordered
+
+    def scope_blocks_to_grid(self, by_scope: Tensor) -> Tensor:
+        """The inverse of `block_to_scope` with `merge`: (*grid_shape, blocks per scope) to the block grid."""
+        rank = len(self.grid_shape)
+        split = by_scope.reshape(*self.grid_shape, *self.shape)
+        pairs = [dim for d in range(rank) for dim in (d, rank + d)]
+        return split.permute(pairs).reshape(self.block.grid_shape)
+
+    def scope_to_block(self, scope_values: Tensor) -> Tensor:
+        """One number per scope (`grid_shape`) as one per block (the block grid)."""
+        if tuple(scope_values.shape) != self.grid_shape:
+            raise ShapeMismatchError(
+                f"{self.name}: scope values of shape {list(scope_values.shape)} do not fit the grid "
+                f"of scopes {list(self.grid_shape)}"
+            )
+        ones = [size for extent in self.grid_shape for size in (extent, 1)]
+        return scope_values.reshape(ones).expand(self._pairs()).reshape(self.block.grid_shape)
+
+    def kth_largest(self, element_values: Values, nnz: int) -> Tensor:
+        """The nnz-th largest norm in each scope, float64 of `grid_shape`; infinity for nnz 0."""
+        return self._kth(element_values, nnz)
+
+    def kth_mid(self, element_values: Values, nnz: int, k_weight: float = 1.0) -> Tensor:
+        """`(kth + k_weight * (k+1)th) / (1 + k_weight)`, float64 of `grid_shape`.
+
+        What comes behind the last block of a scope counts as 0.
+        """
+        return self._kth_mid(element_values, nnz, k_weight)
+
+    def _pairs(self) -> list[int]:
+        return [size for pair in zip(self.grid_shape, self.shape, strict=True) for size in pair]

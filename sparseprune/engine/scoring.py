@@ -1,0 +1,147 @@
+"""Scores of blocks: norms in float64, and integer keys that order magnitudes without rounding.
+
+Owns how elements become numbers that are compared. Every sum runs over a fixed tree of pairs, so a
+norm does not depend on threads, chunks or device. Called by blocks and scopes, and by measurements.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from sparseprune.errors import SparsityError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from sparseprune.engine.grids import Shape
+
+# The magnitude key of the largest value that is no NaN: infinity, or the largest number of E4M3.
+_LARGEST_KEY = {
+    torch.float64: 0x7FF0_0000_0000_0000,
+    torch.float32: 0x7F80_0000,
+    torch.float16: 0x7C00,
+    torch.bfloat16: 0x7F80,
+    torch.float8_e5m2: 0x7C,
+    torch.float8_e4m3fn: 0x7E,
+}
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_CHUNK = 1 << 22  # elements turned into float64 at a time: 32 MiB
+
+
+def magnitude_keys(elements: Tensor) -> Tensor:
+    """Signed integers of the elements' own width that are ordered as the magnitudes are.
+
+    The bit pattern of a positive float grows with its value; NaN comes out above infinity. Integers
+    use |x| - 1, which fits where |x| of the lowest one does not.
+
+    >>> magnitude_keys(torch.tensor([-128, 5, 0], dtype=torch.int8))
+    tensor([127,   4,  -1], dtype=torch.int8)
+    """
+    if not elements.dtype.is_floating_point:
+        return torch.where(elements > 0, -elements, elements).bitwise_not_()
+    bits = elements.view(_INTEGERS[elements.element_size()])
+    return bits & torch.iinfo(bits.dtype).max
+
+
+def order_keys(scores: Tensor) -> Tensor:
+    """Signed integers ordered as scores of either sign are; -0.0 and 0.0 get one key."""
+    if not scores.dtype.is_floating_point:
+        return scores.to(torch.int64)
+    bits = (scores.to(torch.float64) + 0.0).view(torch.int64)
+    return torch.where(bits < 0, bits ^ torch.iinfo(torch.int64).max, bits)
+
+
+def has_exact_keys(dtype: torch.dtype) -> bool:
+    """Whether `magnitude_keys` takes elements of this dtype."""
+    return dtype in _LARGEST_KEY or dtype in _INTEGERS.values()
+
+
+def first_nan(elements: Tensor) -> Shape | None:
+    """The index of the first NaN in row-major order, None where there is none."""
+    largest = _LARGEST_KEY.get(elements.dtype)
+    if largest is None or not elements.numel():
+        return None
+    keys = magnitude_keys(elements)
+    if int(keys.max()) <= largest:
+        return None
+    place = int((keys > largest).reshape(-1).int().argmax())
+    return tuple(int(index) for index in torch.unravel_index(torch.tensor(place), elements.shape))
+
+
+def fused_norms(views: Sequence[Tensor], grid_shape: Shape, p: float) -> Tensor:
+    """The p-norm over all elements of each block: float64 of `grid_shape`.
+
+    Each view is (*grid_shape, *elements of one member's block); members are summed in their order.
+    The tree of pairs runs over the last dimension first, so whole rows of a block may be summed apart.
+
+    Raises:
+        SparsityError: p is not a positive number or infinity.
+    """
+    if math.isnan(p) or p <= 0:
+        raise SparsityError(f"norm of order {p} is not defined: wanted a positive number, or infinity")
+    norms = torch.empty(grid_shape, dtype=torch.float64, device=views[0].device)
+    if not norms.numel():
+        return norms
+    if not grid_shape:
+        return _norms_of(views, 0, p)
+    dim = max(range(len(grid_shape)), key=grid_shape.__getitem__)
+    step = max(1, _CHUNK * grid_shape[dim] // max(1, sum(view.numel() for view in views)))
+    for begin in range(0, grid_shape[dim], step):
+        size = min(step, grid_shape[dim] - begin)
+        chunks = [view.narrow(dim, begin, size) for view in views]
+        norms.narrow(dim, begin, size).copy_(_norms_of(chunks, len(grid_shape), p))
+    return norms
+
+
+def pairwise_sum(terms: Tensor, dims: int) -> Tensor:
+    """Sum over the last `dims` dimensions by a tree of neighbouring pairs, the last dimension first.
+
+    >>> pairwise_sum(torch.ones(2, 3, 5), 2)
+    tensor([15., 15.])
+    """
+    for _ in range(dims):
+        while terms.shape[-1] > 1:
+            odd = terms[..., -1:] if terms.shape[-1] % 2 else None
+            terms = terms[..., :-1:2] + terms[..., 1::2]
+            terms = terms if odd is None else torch.cat([terms, odd], dim=-1)
+        terms = terms.sum(-1) if terms.shape[-1] == 0 else terms.squeeze(-1)
+    return terms
+
+
+def _norms_of(views: Sequence[Tensor], rank: int, p: float) -> Tensor:
+    wide = [view.to(torch.float64).abs() for view in views]
+    if math.isinf(p):
+        return _largest(wide, rank)
+    exponent = _scale_exponent(views, wide, rank, p)
+    total: Tensor | None = None
+    for magnitudes in wide:
+        scaled = magnitudes
+        if exponent is not None:
+            ones = (1,) * (magnitudes.ndim - rank)
+            scaled = torch.ldexp(magnitudes, -exponent.reshape(*exponent.shape, *ones))
+        powers = scaled if p == 1 else scaled * scaled if p == 2 else scaled**p
+        part = pairwise_sum(powers, magnitudes.ndim - rank)
+        total = part if total is None else total + part
+    if total is None:
+        raise SparsityError("a block needs at least one member")
+    root = total if p == 1 else total.sqrt() if p == 2 else total ** (1 / p)
+    return root if exponent is None else torch.ldexp(root, exponent)
+
+
+def _largest(wide: Sequence[Tensor], rank: int) -> Tensor:
+    members = [magnitudes.reshape(*magnitudes.shape[:rank], -1).amax(-1, keepdim=True) for magnitudes in wide]
+    return torch.cat(members, dim=-1).amax(-1)
+
+
+def _scale_exponent(views: Sequence[Tensor], wide: Sequence[Tensor], rank: int, p: float) -> Tensor | None:
+    """A power of two per block that keeps its powers in range; none needed where they fit in float64."""
+    fits = p in (1, 2) and all(view.dtype != torch.float64 for view in views)
+    if fits:
+        return None
+    largest = _largest(wide, rank)
+    finite = torch.where(largest.isfinite(), largest, 1.0)
+    return torch.frexp(finite).exponent.clamp(-1000, 1000)

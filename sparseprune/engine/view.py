@@ -1,0 +1,233 @@
+"""View: an injective, write-through, strided look at one tensor or a part of it.
+
+Owns which storage elements a view reaches and how masks and values move between the layout of the
+view and the layout of the parameter. Knows nothing of blocks; blocks are cut out of views.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from sparseprune.engine.dtypes import DTYPES, torch_dtype
+from sparseprune.errors import ShapeMismatchError, SparsityError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from sparseprune.engine.grids import Shape
+
+PRUNABLE_DTYPES = tuple(torch_dtype(row.name) for row in DTYPES.values() if row.prunable)
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class View:
+    """A strided look at `param`; what is written through it is written into the parameter's storage.
+
+    `stride` and `offset` count elements, `offset` from the parameter's first element. Invariant: no
+    two places of the view share an element, and each is an element of the parameter.
+
+    >>> w = torch.arange(8.0).view(2, 4)
+    >>> View(w, (4, 2), (1, 4)).data[1]
+    tensor([1., 5.])
+
+    Raises:
+        ShapeMismatchError: shape and stride of unlike length, or elements outside the parameter.
+        SparsityError: overlapping elements, or a dtype that cannot be pruned.
+    """
+
+    __slots__ = ("offset", "param", "shape", "stride")
+
+    def __init__(self, param: Tensor, shape: Sequence[int], stride: Sequence[int], offset: int = 0) -> None:
+        self.param = param
+        self.shape: Shape = tuple(shape)
+        self.stride: Shape = tuple(stride)
+        self.offset = offset
+        _check_layout(self)
+
+    @classmethod
+    def from_existing(cls, tensor: Tensor | View) -> View:
+        """The whole of a tensor as it lies in its storage; a View is returned as it is."""
+        return tensor if isinstance(tensor, View) else cls(tensor, tensor.shape, tensor.stride())
+
+    @classmethod
+    def rearrange(cls, tensor: Tensor, pattern: str, **axes: int) -> View:
+        """The view that an einops `rearrange` pattern describes, found on shapes alone.
+
+        >>> View.rearrange(torch.zeros(4, 16), "m (k p j) -> m k j p", p=2, j=4).shape
+        (4, 2, 4, 2)
+
+        Raises:
+            ShapeMismatchError: the pattern does not fit the shape.
+            SparsityError: the result would be a copy, so that writes would be lost.
+        """
+        from einops import EinopsError, rearrange  # noqa: PLC0415  (half of its users never need it)
+
+        outline = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+        try:
+            seen = rearrange(outline, pattern, **axes)
+        except EinopsError as error:
+            raise ShapeMismatchError(
+                f"pattern {pattern!r} does not fit a tensor of shape {list(tensor.shape)}: "
+                f"{' '.join(str(error).split())}"
+            ) from error
+        if seen.untyped_storage()._cdata != outline.untyped_storage()._cdata:  # noqa: SLF001
+            raise SparsityError(
+                f"pattern {pattern!r} is no view of a tensor of shape {list(tensor.shape)} and stride "
+                f"{list(tensor.stride())}: it would need a copy, and what is written to a copy is lost"
+            )
+        return cls(tensor, seen.shape, seen.stride(), int(seen.storage_offset()))
+
+    @property
+    def data(self) -> Tensor:
+        """The view as a tensor, detached, sharing the parameter's storage."""
+        origin = self.param.detach()
+        return origin.as_strided(self.shape, self.stride, origin.storage_offset() + self.offset)
+
+    @property
+    def bits(self) -> Tensor:
+        """`data` as signed integers of the same width, for reading and writing bit patterns."""
+        return self.data.view(_BITS[self.param.element_size()])
+
+    @property
+    def ndim(self) -> int:
+        """How many dimensions the view has."""
+        return len(self.shape)
+
+    def numel(self) -> int:
+        """How many elements the view has."""
+        return torch.Size(self.shape).numel()
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the view is the parameter itself: same shape, same layout."""
+        return (
+            self.shape == tuple(self.param.shape) and self.stride == self.param.stride() and not self.offset
+        )
+
+    def layout(self, values: Tensor) -> Tensor:
+        """Parameter- or view-shaped values as a view-shaped tensor on the parameter's device.
+
+        Where parameter and view have one shape but not one layout (a transposed square matrix), values
+        are taken as parameter-shaped: they come from the parameter, as its gradient does.
+        """
+        values = values.detach().to(self.param.device)
+        if self.is_whole and tuple(values.shape) == self.shape:
+            return values
+        if values.shape == self.param.shape:
+            twin = torch.empty_strided(
+                self.param.shape, self.param.stride(), dtype=values.dtype, device=values.device
+            )
+            return twin.copy_(values).as_strided(self.shape, self.stride, self.offset)
+        if tuple(values.shape) == self.shape:
+            return values
+        raise ShapeMismatchError(
+            f"values of shape {list(values.shape)} fit neither the parameter {list(self.param.shape)} "
+            f"nor its view {list(self.shape)}"
+        )
+
+    def to_param(self, mask: Tensor) -> Tensor:
+        """A view-shaped bool mask as a contiguous one of the parameter's shape, True outside the view."""
+        if tuple(mask.shape) != self.shape:
+            raise ShapeMismatchError(
+                f"mask of shape {list(mask.shape)} does not fit the view {list(self.shape)}"
+            )
+        if self.is_whole:
+            return mask.contiguous()
+        laid = torch.empty_strided(
+            self.param.shape, self.param.stride(), dtype=torch.bool, device=self.param.device
+        ).fill_(value=True)
+        laid.as_strided(self.shape, self.stride, self.offset).copy_(mask)
+        return laid.contiguous()
+
+    def overlaps(self, other: View) -> bool:
+        """Whether an element of the storage belongs to both views."""
+        mine, theirs = self.param.untyped_storage(), other.param.untyped_storage()
+        if mine._cdata != theirs._cdata or not self.numel() or not other.numel():  # noqa: SLF001
+            return False
+        size = self.param.element_size()
+        if size != other.param.element_size():
+            return True  # one storage read as two dtypes: no element can be told from another
+        (begin, end), (other_begin, other_end) = self._span(), other._span()
+        if end <= other_begin or other_end <= begin:
+            return False
+        first = min(begin, other_begin)
+        marks = torch.zeros(max(end, other_end) - first, dtype=torch.bool)
+        marks.as_strided(self.shape, self.stride, begin - first).fill_(value=True)
+        return bool(marks.as_strided(other.shape, other.stride, other_begin - first).any())
+
+    def _span(self) -> tuple[int, int]:
+        begin = int(self.param.storage_offset()) + self.offset
+        return begin, begin + _extent(self.shape, self.stride)
+
+    def __repr__(self) -> str:
+        return f"View({list(self.shape)} of {list(self.param.shape)} {self.param.dtype})"
+
+
+def _extent(shape: Shape, stride: Shape) -> int:
+    """Storage elements from the first to one behind the last that a layout reaches."""
+    return 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+
+
+def _check_layout(view: View) -> None:
+    param = view.param
+    if param.dtype not in PRUNABLE_DTYPES:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in PRUNABLE_DTYPES)
+        raise SparsityError(f"tensors of {param.dtype} cannot be pruned: wanted one of {names}")
+    if len(view.shape) != len(view.stride):
+        raise ShapeMismatchError(
+            f"view shape {list(view.shape)} and stride {list(view.stride)} must have one length"
+        )
+    if any(size < 0 for size in view.shape) or any(step < 0 for step in (*view.stride, view.offset)):
+        raise ShapeMismatchError(
+            f"view shape {list(view.shape)}, stride {list(view.stride)} and offset {view.offset} must not be "
+            "negative"
+        )
+    if not view.numel() or view.is_whole:
+        _refuse_overlap(view)
+        return
+    _refuse_outside(view)
+    _refuse_overlap(view)
+
+
+def _refuse_outside(view: View) -> None:
+    param = view.param
+    extent = _extent(tuple(param.shape), param.stride()) if param.numel() else 0
+    reach = view.offset + _extent(view.shape, view.stride)
+    if reach > extent:
+        raise ShapeMismatchError(
+            f"view {list(view.shape)} with stride {list(view.stride)} and offset {view.offset} reaches "
+            f"element {reach - 1} of the storage, the parameter {list(param.shape)} ends at {extent - 1}"
+        )
+    if extent == param.numel():
+        return  # the parameter has no gaps that a view could fall into
+    inside = torch.zeros(extent, dtype=torch.bool)
+    inside.as_strided(param.shape, param.stride(), 0).fill_(value=True)
+    if not inside.as_strided(view.shape, view.stride, view.offset).all():
+        raise ShapeMismatchError(
+            f"view {list(view.shape)} with stride {list(view.stride)} and offset {view.offset} reaches "
+            f"storage between the elements of the parameter {list(param.shape)}, which has stride "
+            f"{list(param.stride())}"
+        )
+
+
+def _refuse_overlap(view: View) -> None:
+    """Nested strides cannot overlap; what is not nested is counted element by element."""
+    reached = 0
+    nested = True
+    for size, step in sorted(zip(view.shape, view.stride, strict=True), key=lambda pair: pair[1]):
+        if size <= 1:
+            continue
+        nested = nested and step > reached
+        reached += (size - 1) * step
+    if nested or not view.numel():
+        return
+    marks = torch.zeros(_extent(view.shape, view.stride), dtype=torch.bool)
+    marks.as_strided(view.shape, view.stride, 0).fill_(value=True)
+    if int(marks.sum()) != view.numel():
+        raise SparsityError(
+            f"view {list(view.shape)} with stride {list(view.stride)} is not injective: some of its elements "
+            "share storage, so that one could be kept and pruned at once"
+        )
