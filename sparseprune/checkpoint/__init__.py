@@ -1,0 +1,50 @@
+"""The bytes: headers, what a checkpoint holds, the layout of an output, writing it, mask files.
+
+Owns the safetensors format and everything that is done to files. Knows neither specs nor the
+mathematics of pruning. Called by the pipeline and the reports; imports no torch until masks are loaded.
+"""
+
+from sparseprune.checkpoint.folder import OtherFile
+from sparseprune.checkpoint.header import Header, TensorEntry, lay_out, read_header
+from sparseprune.checkpoint.layout import (
+    CopyRange,
+    MaskFormat,
+    OutputFile,
+    OutputLayout,
+    Place,
+    lay_out_apply,
+    lay_out_masks,
+)
+from sparseprune.checkpoint.masks import load_masks
+from sparseprune.checkpoint.source import (
+    Checkpoint,
+    Shard,
+    StoredTensor,
+    TensorReader,
+    open_checkpoint,
+    read_config,
+)
+from sparseprune.checkpoint.staging import StagedOutput
+
+__all__ = [
+    "Checkpoint",
+    "CopyRange",
+    "Header",
+    "MaskFormat",
+    "OtherFile",
+    "OutputFile",
+    "OutputLayout",
+    "Place",
+    "Shard",
+    "StagedOutput",
+    "StoredTensor",
+    "TensorEntry",
+    "TensorReader",
+    "lay_out",
+    "lay_out_apply",
+    "lay_out_masks",
+    "load_masks",
+    "open_checkpoint",
+    "read_config",
+    "read_header",
+]

@@ -1,0 +1,191 @@
+"""Which files of a directory are the shards of its checkpoint, and which are other files to copy.
+
+Owns the names: model.safetensors, index files, what is never copied. Reads index files and no headers.
+Follows links to files (a snapshot of the Hugging Face cache is made of them) and no link to a folder.
+Called by source.py and masks.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from sparseprune.checkpoint.documents import shown, strict_json
+from sparseprune.checkpoint.foreign import PICKLE_SUFFIXES, conversion_advice
+from sparseprune.errors import CheckpointError, MachineError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+    from pathlib import Path
+
+SUFFIX = ".safetensors"
+INDEX_SUFFIX = ".safetensors.index.json"
+# Where an output keeps its masks and its report.
+RESULTS = "sparseprune"
+# Folders at the top that belong to the input alone: an earlier run's results, version history, and the
+# book-keeping of downloads, which would vouch for the pruned files with the checksums of the dense ones.
+NOT_COPIED = frozenset({RESULTS, ".git", ".cache"})
+_LARGEST_DOCUMENT = 100_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class OtherFile:
+    """A file that is copied as it is; `path` is relative to the checkpoint."""
+
+    path: PurePosixPath
+    nbytes: int
+    executable: bool
+
+
+@dataclass(frozen=True, slots=True)
+class FoundFiles:
+    """The shards in the order of their names, what the index says of their tensors, all other files."""
+
+    shards: tuple[PurePosixPath, ...]
+    index: PurePosixPath | None
+    weight_map: Mapping[str, PurePosixPath]
+    others: tuple[OtherFile, ...]
+
+
+def find_files(directory: Path) -> FoundFiles:
+    """What lies in a checkpoint's directory; CheckpointError where it holds none or more than one."""
+    try:
+        top = sorted(path.name for path in directory.iterdir())
+        index = _index_name(directory, top)
+        weight_map = {} if index is None else read_weight_map(directory / index)
+        single = _single_name(directory, top, None if index is None else frozenset(weight_map.values()))
+        shards = tuple(sorted(set(weight_map.values()))) if single is None else (PurePosixPath(single),)
+        others = tuple(_other_files(directory, frozenset(shards)))
+    except OSError as error:
+        raise MachineError(f"{error.filename or directory}: cannot be read: {error.strerror}") from error
+    return FoundFiles(shards, None if index is None else PurePosixPath(index), weight_map, others)
+
+
+def read_weight_map(index: Path) -> dict[str, PurePosixPath]:
+    """Tensor name -> file, as an index file says; every file lies inside the index's own folder."""
+    weight_map = read_object(index, strict_json).get("weight_map")
+    if (
+        not isinstance(weight_map, dict)
+        or not weight_map
+        or not all(isinstance(place, str) for place in weight_map.values())
+    ):
+        raise CheckpointError(f'{index}: wanted an object of tensor names and shards under "weight_map"')
+    places = {place: _checked_place(index, place) for place in set(weight_map.values())}
+    return {name: places[place] for name, place in weight_map.items()}
+
+
+def read_object(path: Path, parse: Callable[[str], Any] = json.loads) -> dict[str, Any]:
+    """The JSON object in a file; CheckpointError naming the file where it holds anything else."""
+    try:
+        if path.stat().st_size > _LARGEST_DOCUMENT:
+            raise CheckpointError(f"{path}: larger than {_LARGEST_DOCUMENT} bytes; wanted a small JSON file")
+        value = parse(path.read_bytes().decode())
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: no such file") from error
+    except OSError as error:
+        raise MachineError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path}: not UTF-8 at byte {error.start}; wanted a JSON file") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: holds {shown(value)}, wanted a JSON object")
+    return value
+
+
+def _index_name(directory: Path, top: list[str]) -> str | None:
+    indexes = [name for name in top if name.endswith(INDEX_SUFFIX)]
+    preferred = "model" + INDEX_SUFFIX
+    if preferred in indexes:
+        return preferred
+    if len(indexes) > 1:
+        raise CheckpointError(
+            f"{directory}: holds {len(indexes)} index files ({', '.join(indexes)}); keep one of them"
+        )
+    return indexes[0] if indexes else None
+
+
+def _single_name(directory: Path, top: list[str], listed: frozenset[PurePosixPath] | None) -> str | None:
+    """The one weight file of a directory without an index, None where an index lists the shards."""
+    files = [name for name in top if name.endswith(SUFFIX)]
+    preferred = "model" + SUFFIX
+    if listed is not None:
+        if preferred in files and PurePosixPath(preferred) not in listed:
+            raise CheckpointError(
+                f"{directory}: holds {preferred} and an index that does not list it, so two checkpoints; "
+                f"give {directory / preferred} to prune that file, or move it away to prune the shards"
+            )
+        return None
+    if preferred in files:
+        return preferred
+    if len(files) > 1:
+        raise CheckpointError(
+            f"{directory}: holds {len(files)} safetensors files and no index, {shown(files)}; give one"
+        )
+    if not files:
+        raise CheckpointError(f"{directory}: holds no safetensors file{_what_instead(directory, top)}")
+    return files[0]
+
+
+def _what_instead(directory: Path, top: list[str]) -> str:
+    """What a directory without safetensors holds, and what to do."""
+    pickles = [name for name in top if PurePosixPath(name).suffix in PICKLE_SUFFIXES]
+    if pickles:
+        return f", only {shown(pickles)}; {conversion_advice(pickles[0])}"
+    components = [name for name in top if any((directory / name).glob("*" + SUFFIX))]
+    if components:
+        return f" at its top; give one of its folders that do: {shown(components)}"
+    return "; give a safetensors file or the directory of a checkpoint"
+
+
+def _checked_place(index: Path, place: str) -> PurePosixPath:
+    """A shard as an index names it, refused unless it is a file inside the index's folder."""
+    path = PurePosixPath(place)
+    if not path.parts or path.is_absolute() or ".." in path.parts or "\0" in place:
+        raise CheckpointError(f"{index}: names the shard {shown(place)}, which is no file in its own folder")
+    if path.parts[0] in NOT_COPIED or not place.endswith(SUFFIX):
+        raise CheckpointError(
+            f"{index}: names the shard {shown(place)}, wanted a {SUFFIX} file of the checkpoint"
+        )
+    if not os.path.isfile(index.parent / path):  # noqa: PTH113  (False for a name that is too long)
+        raise CheckpointError(
+            f"{index}: names the shard {shown(place)}, which is not there; download it again"
+        )
+    return path
+
+
+def _other_files(directory: Path, shards: frozenset[PurePosixPath]) -> Iterator[OtherFile]:
+    """All files but the shards, by path, folder by folder; links to files count as files."""
+    folders = [PurePosixPath()]
+    while folders:
+        folder = folders.pop()
+        with os.scandir(directory / folder) as found:
+            entries = sorted(found, key=lambda entry: entry.name)
+        for entry in entries:
+            path = folder / entry.name
+            if entry.is_dir(follow_symlinks=False):
+                if str(path) not in NOT_COPIED:
+                    folders.append(path)
+            elif path not in shards and str(path) not in NOT_COPIED:
+                yield _other_file(directory, path)
+
+
+def _other_file(directory: Path, path: PurePosixPath) -> OtherFile:
+    try:
+        status = (directory / path).stat()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise CheckpointError(f"{directory / path}: a link to a file that is not there; remove it") from error
+    if stat.S_ISDIR(status.st_mode):
+        raise CheckpointError(
+            f"{directory / path}: a link to a folder, which may lead anywhere; put the folder there or "
+            "remove the link"
+        )
+    if not stat.S_ISREG(status.st_mode):
+        raise CheckpointError(
+            f"{directory / path}: neither a file nor a folder, so it cannot be copied; remove it"
+        )
+    return OtherFile(path, status.st_size, executable=bool(status.st_mode & stat.S_IXUSR))

@@ -1,0 +1,259 @@
+"""The safetensors header: bytes to entries and back, refused in one fixed order.
+
+Owns every rule of the format. Verdicts are those of the safetensors package, and stricter in four
+places that only broken files reach: keys that stand twice, a header that does not begin with `{`,
+entries written as lists, dtypes written as objects. Reads no tensor data. Called by source.py,
+layout.py and masks.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparseprune.checkpoint.documents import MAX_DEPTH, nested_deeper_than, shown, strict_json
+from sparseprune.checkpoint.foreign import foreign_format
+from sparseprune.engine.dtypes import DTYPES
+from sparseprune.errors import CheckpointError, MachineError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+MAX_HEADER = 100_000_000
+_LENGTH_BYTES = 8
+_ALIGNMENT = 8
+_METADATA = "__metadata__"
+_ENTRY_KEYS = ("dtype", "shape", "data_offsets")
+_LARGEST = 2**64 - 1
+# Enough of a file to recognise what it is if it is no safetensors file.
+_HEAD = 512
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """One tensor of a header; `begin` and `end` are bytes relative to the data section.
+
+    >>> TensorEntry("w", "BF16", (4, 8), 0, 64).numel
+    32
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.begin
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """A header whose entries, in the order of their data, cover the data section without gap or overlap.
+
+    `raw` holds the 8 length bytes and the JSON exactly as stored; it decides equality.
+    """
+
+    entries: tuple[TensorEntry, ...] = field(compare=False)
+    metadata: Mapping[str, str] = field(compare=False)
+    raw: bytes = field(repr=False)
+
+    @property
+    def data_begin(self) -> int:
+        return len(self.raw)
+
+    @property
+    def file_size(self) -> int:
+        return len(self.raw) + (self.entries[-1].end if self.entries else 0)
+
+
+def read_header(path: Path | str) -> Header:
+    """The header of a safetensors file; CheckpointError naming the file and the first fact that is wrong."""
+    where = Path(path)
+    raw, size = _header_bytes(where)
+    try:
+        document = _document(raw[_LENGTH_BYTES:])
+        metadata = document.pop(_METADATA, None)
+        entries = sorted(
+            (_entry(*item) for item in document.items()), key=lambda entry: (entry.begin, entry.end)
+        )
+        _check_cover(entries)
+        _check_sizes(entries)
+        _check_length(raw, entries, size)
+        return Header(tuple(entries), _checked_metadata(metadata), raw)
+    except ValueError as error:
+        raise CheckpointError(f"{where}: not a valid safetensors file: {error}") from error
+
+
+def lay_out(tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]) -> Header:
+    """The header of a file that holds these (name, dtype, shape) one after the other, in this order.
+
+    The JSON is padded with spaces so that the data begins at a multiple of 8. ValueError for a name that
+    stands twice or is reserved, and for a sub-byte tensor that does not fill whole bytes.
+    """
+    entries: list[TensorEntry] = []
+    document: dict[str, Any] = {_METADATA: dict(metadata)} if metadata else {}
+    begin = 0
+    for name, dtype, shape in tensors:
+        if name == _METADATA or name in document:
+            raise ValueError(f"tensor name {name!r} is reserved or stands twice")
+        end = begin + _size_of(name, dtype, shape)
+        entries.append(TensorEntry(name, dtype, shape, begin, end))
+        document[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+        begin = end
+    text = json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    return Header(tuple(entries), dict(metadata), len(text).to_bytes(_LENGTH_BYTES, "little") + text)
+
+
+def _header_bytes(path: Path) -> tuple[bytes, int]:
+    """Length bytes and JSON as stored, and the size of the file."""
+    try:
+        # Asked before it is opened: opening a pipe would wait for ever.
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise CheckpointError(f"{path}: not a regular file; give a safetensors file")
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            head = file.read(_HEAD)
+            end = _LENGTH_BYTES + _checked_length(path, head, size)
+            return (head + file.read(max(0, end - len(head))))[:end], size
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: no such file") from error
+    except OSError as error:
+        raise MachineError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _checked_length(path: Path, head: bytes, size: int) -> int:
+    """The length of the JSON, between 1 and what the file and the format allow."""
+    if size < _LENGTH_BYTES:
+        raise CheckpointError(
+            f"{path}: too short, has {size} bytes; a safetensors file begins with 8 bytes that hold the "
+            "length of its header"
+        )
+    length = int.from_bytes(head[:_LENGTH_BYTES], "little")
+    if 0 < length <= min(size - _LENGTH_BYTES, MAX_HEADER) and head[_LENGTH_BYTES:][:1] == b"{":
+        return length
+    # Only now: the first bytes of a pickle or a zip can also be the length of a legal header.
+    known = foreign_format(path.name, head)
+    if known is not None:
+        raise CheckpointError(f"{path}: not a safetensors file: {known}")
+    if length > MAX_HEADER:
+        raise CheckpointError(
+            f"{path}: header length {length} is more than the {MAX_HEADER} bytes that safetensors allows; "
+            "it is no safetensors file"
+        )
+    if _LENGTH_BYTES + length > size:
+        raise CheckpointError(
+            f"{path}: header length {length} reaches beyond the file of {size} bytes; the file is truncated "
+            "or no safetensors file"
+        )
+    raise CheckpointError(f"{path}: not a valid safetensors file: the header does not begin with '{{'")
+
+
+# What follows raises ValueErrors with the bare fact; read_header adds the file.
+
+
+def _document(text: bytes) -> dict[str, Any]:
+    try:
+        document: dict[str, Any] = strict_json(text.decode())
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the header is not UTF-8 at byte {error.start}") from error
+    except ValueError as error:
+        raise ValueError(f"the header cannot be read: {error}") from error
+    return document
+
+
+def _entry(name: str, fields: object) -> TensorEntry:
+    if not isinstance(fields, dict):
+        raise ValueError(  # noqa: TRY004
+            f"tensor {shown(name)} is {_kind(fields)}, wanted an object with {', '.join(_ENTRY_KEYS)}"
+        )
+    for key in _ENTRY_KEYS:
+        if key not in fields:
+            raise ValueError(f"tensor {shown(name)} has no {key!r}")
+    if len(fields) > len(_ENTRY_KEYS) and nested_deeper_than(fields, MAX_DEPTH - 1):
+        raise ValueError(f"tensor {shown(name)} is nested too deeply")
+    dtype, shape, offsets = (fields[key] for key in _ENTRY_KEYS)
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise ValueError(f"tensor {shown(name)} has the unknown dtype {shown(dtype)}")
+    if not _is_sizes(shape):
+        raise ValueError(f"tensor {shown(name)} has the shape {shown(shape)}, wanted integers from 0 on")
+    if not _is_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise ValueError(f"tensor {shown(name)} has the data_offsets {shown(offsets)}, wanted [begin, end]")
+    return TensorEntry(name, dtype, tuple(shape), *offsets)
+
+
+def _check_cover(entries: list[TensorEntry]) -> None:
+    covered = 0
+    for entry in entries:
+        if entry.begin != covered:
+            fact = "leaves a gap after" if entry.begin > covered else "overlaps what ends at"
+            raise ValueError(
+                f"tensor {shown(entry.name)} at bytes {entry.begin} to {entry.end} {fact} byte {covered}"
+            )
+        covered = entry.end
+
+
+def _check_sizes(entries: list[TensorEntry]) -> None:
+    for entry in entries:
+        wanted = _size_of(entry.name, entry.dtype, entry.shape)
+        if entry.nbytes != wanted:
+            raise ValueError(
+                f"tensor {shown(entry.name)}, {entry.dtype} of shape {shown(list(entry.shape))}, needs "
+                f"{wanted} bytes; its data_offsets hold {entry.nbytes}"
+            )
+
+
+def _check_length(raw: bytes, entries: list[TensorEntry], size: int) -> None:
+    wanted = len(raw) + (entries[-1].end if entries else 0)
+    if size < wanted:
+        raise ValueError(f"truncated: expected {wanted} bytes, has {size}; copy or download it again")
+    if size > wanted:
+        raise ValueError(f"{size - wanted} trailing bytes: expected {wanted} bytes, has {size}")
+
+
+def _size_of(name: str, dtype: str, shape: Iterable[int]) -> int:
+    """Bytes of a tensor; refused as in the safetensors package where a 64-bit product would overflow."""
+    numel = 1
+    for size in shape:
+        numel *= size
+        if numel > _LARGEST:
+            raise ValueError(f"tensor {shown(name)} has more elements than 64 bits can count")
+    bits = numel * DTYPES[dtype].bits
+    if bits > _LARGEST:
+        raise ValueError(f"tensor {shown(name)} has more bits than 64 bits can count")
+    if bits % 8:
+        raise ValueError(f"tensor {shown(name)} ({dtype}) has {bits} bits, which do not fill whole bytes")
+    return bits // 8
+
+
+def _checked_metadata(metadata: object) -> dict[str, str]:
+    if metadata is None:
+        return {}
+    if not isinstance(metadata, dict):
+        raise ValueError(f"{_METADATA} is {_kind(metadata)}, wanted an object of strings")  # noqa: TRY004
+    for key, value in metadata.items():
+        if not isinstance(value, str):
+            raise ValueError(  # noqa: TRY004
+                f"{_METADATA} has {_kind(value)} under {shown(key)}, wanted a string"
+            )
+    return metadata
+
+
+def _is_sizes(value: object) -> bool:
+    return isinstance(value, list) and all(type(size) is int and size >= 0 for size in value)
+
+
+def _kind(value: object) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a truth value", type(None): "null"}
+    return names.get(type(value), "a number")

@@ -1,0 +1,312 @@
+"""What an output will be, known before any tensor is read: its files, their headers, who goes where.
+
+Owns the names of outputs and the forms of masks. Pure: no I/O, nothing is checked on disk. Made by the
+pipeline from a checkpoint, carried out by staging.py; the copies are independent items that may run in
+any order beside the writing of weights and masks.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path, PurePosixPath
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Literal
+
+from sparseprune.checkpoint.folder import INDEX_SUFFIX, RESULTS, SUFFIX
+from sparseprune.checkpoint.header import Header, lay_out
+from sparseprune.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping, Sequence
+
+    from sparseprune.checkpoint.source import Checkpoint, Shard, StoredTensor
+
+MaskFormat = Literal["bool", "packed"]
+FORMAT_KEY = "sparseprune.mask_format"
+SHAPES_KEY = "sparseprune.shapes"
+
+
+@dataclass(frozen=True, slots=True)
+class OutputFile:
+    """A file of the output: its path in the staging folder, its first bytes and its final size."""
+
+    path: PurePosixPath
+    size: int
+    begins_with: bytes = field(default=b"", repr=False)
+    executable: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where the bytes of one tensor go: `nbytes` from `offset` on, counted from the file's beginning.
+
+    `numel` is the number of elements, of the weight for a mask.
+    """
+
+    file: PurePosixPath
+    offset: int
+    nbytes: int
+    numel: int
+
+
+@dataclass(frozen=True, slots=True)
+class CopyRange:
+    """Bytes that the output takes over as they are: `length` of them, from `source` into `file`."""
+
+    source: Path
+    file: PurePosixPath
+    source_offset: int
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True)
+class OutputLayout:
+    """Every file of an output and every byte's place; `weights` and `masks` and `copies` do not overlap.
+
+    Paths of files are relative to the staging folder, and to `root` once the output has its name.
+    `stale` names what an earlier output under the same target may have left and this one does not write.
+    """
+
+    checkpoint: Checkpoint = field(repr=False)
+    target: Path
+    is_directory: bool
+    files: tuple[OutputFile, ...] = field(repr=False)
+    copies: tuple[CopyRange, ...] = field(repr=False)
+    weights: Mapping[str, Place] = field(repr=False)
+    masks: Mapping[str, Place] = field(repr=False)
+    mask_files: tuple[PurePosixPath, ...]
+    mask_format: MaskFormat | None
+    writes_weights: bool
+    report_file: PurePosixPath
+    spec_file: PurePosixPath | None
+    stale: tuple[PurePosixPath, ...] = ()
+
+    @property
+    def root(self) -> Path:
+        """The folder that the output's paths are relative to."""
+        return self.target if self.is_directory else self.target.parent
+
+    @property
+    def input_bytes(self) -> int:
+        """Size of the input's shards."""
+        return sum(shard.header.file_size for shard in self.checkpoint.shards)
+
+    @property
+    def output_bytes(self) -> int:
+        """Size of all files, without the report and the spec."""
+        return sum(file.size for file in self.files)
+
+
+def lay_out_apply(
+    checkpoint: Checkpoint, target: Path | None, masked: Collection[str], mask_format: MaskFormat | None
+) -> OutputLayout:
+    """The output of pruning `masked`: the same checkpoint, with masks (unless None) and a report.
+
+    `target` None stands for the default name beside the input. KeyError for a name that is not stored.
+    """
+    final = _target(checkpoint, target, "pruned")
+    names = _Names.of_directory(f"{RESULTS}/") if checkpoint.is_directory else _Names.of_file(final)
+    chosen = {name: checkpoint.tensors[name] for name in masked}
+    moved = (
+        shard.relative if checkpoint.is_directory else PurePosixPath(final.name)
+        for shard in checkpoint.shards
+    )
+    places = dict(zip((shard.path for shard in checkpoint.shards), moved, strict=True))
+    files = [
+        OutputFile(places[shard.path], shard.header.file_size, shard.header.raw)
+        for shard in checkpoint.shards
+    ]
+    files += [
+        OutputFile(other.path, other.nbytes, executable=other.executable) for other in checkpoint.others
+    ]
+    copies = [
+        part for shard in checkpoint.shards for part in _untouched(shard, places[shard.path], chosen.keys())
+    ]
+    copies += [
+        CopyRange(checkpoint.path / other.path, other.path, 0, 0, other.nbytes) for other in checkpoint.others
+    ]
+    weights = {
+        name: Place(places[stored.shard.path], stored.offset, stored.nbytes, stored.numel)
+        for name, stored in chosen.items()
+    }
+    plan = _plan_masks(checkpoint, chosen, mask_format, names)
+    return OutputLayout(
+        checkpoint=checkpoint,
+        target=final,
+        is_directory=checkpoint.is_directory,
+        files=(*files, *plan.files),
+        copies=tuple(copies),
+        weights=MappingProxyType(weights),
+        masks=MappingProxyType(plan.places),
+        mask_files=plan.paths,
+        mask_format=mask_format,
+        writes_weights=True,
+        report_file=names.report,
+        spec_file=names.spec,
+        stale=() if checkpoint.is_directory or mask_format is not None else (names.masks,),
+    )
+
+
+def lay_out_masks(
+    checkpoint: Checkpoint, target: Path | None, masked: Collection[str], mask_format: MaskFormat
+) -> OutputLayout:
+    """The output that holds only the masks of `masked` and a report; otherwise as `lay_out_apply`."""
+    final = _target(checkpoint, target, "masks")
+    names = _Names.of_directory("") if checkpoint.is_directory else _Names.of_file(final)
+    if not checkpoint.is_directory:
+        names = _Names(PurePosixPath(final.name), names.report, None)
+    plan = _plan_masks(checkpoint, {name: checkpoint.tensors[name] for name in masked}, mask_format, names)
+    return OutputLayout(
+        checkpoint=checkpoint,
+        target=final,
+        is_directory=checkpoint.is_directory,
+        files=plan.files,
+        copies=(),
+        weights=MappingProxyType({}),
+        masks=MappingProxyType(plan.places),
+        mask_files=plan.paths,
+        mask_format=mask_format,
+        writes_weights=False,
+        report_file=names.report,
+        spec_file=names.spec,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Names:
+    masks: PurePosixPath
+    report: PurePosixPath
+    spec: PurePosixPath | None
+
+    @staticmethod
+    def of_directory(prefix: str) -> _Names:
+        masks, report, spec = (
+            PurePosixPath(prefix + name) for name in ("masks" + SUFFIX, "report.json", "spec.toml")
+        )
+        return _Names(masks, report, spec)
+
+    @staticmethod
+    def of_file(target: Path) -> _Names:
+        stem = target.name.removesuffix(SUFFIX)
+        return _Names(PurePosixPath(f"{stem}.masks{SUFFIX}"), PurePosixPath(f"{stem}.report.json"), None)
+
+
+@dataclass(frozen=True, slots=True)
+class _MaskPlan:
+    files: tuple[OutputFile, ...]
+    places: dict[str, Place]
+
+    @property
+    def paths(self) -> tuple[PurePosixPath, ...]:
+        return tuple(file.path for file in self.files)
+
+
+def _target(checkpoint: Checkpoint, target: Path | None, word: str) -> Path:
+    """Where the output goes, absolute; its links are not resolved, so that it lies where it was asked for."""
+    if target is None:
+        source = _absolute(checkpoint.path)
+        if checkpoint.is_directory:
+            return source.parent / f"{source.name}-{word}"
+        return source.parent / f"{source.name.removesuffix(SUFFIX)}.{word}{SUFFIX}"
+    final = _absolute(target)
+    if checkpoint.is_directory and final.name.endswith(SUFFIX):
+        raise CheckpointError(
+            f"{target}: the output of the directory {checkpoint.path} is a directory; "
+            f"give a name without {SUFFIX}"
+        )
+    return final
+
+
+def _absolute(path: Path) -> Path:
+    """Absolute and with a name of its own: `..` is resolved at the end and left to the system elsewhere."""
+    absolute = path.absolute()
+    return absolute.resolve() if absolute.name == ".." else absolute
+
+
+def _untouched(shard: Shard, file: PurePosixPath, masked: Collection[str]) -> list[CopyRange]:
+    """The byte ranges of a shard's data that hold no masked tensor, neighbours merged."""
+    begin = shard.header.data_begin
+    ranges: list[CopyRange] = []
+    first = last = 0
+    for entry in (*shard.header.entries, None):
+        if entry is None or entry.name in masked:
+            if last > first:
+                ranges.append(CopyRange(shard.path, file, begin + first, begin + first, last - first))
+            first = last = 0 if entry is None else entry.end
+        else:
+            last = entry.end
+    return ranges
+
+
+def _plan_masks(
+    checkpoint: Checkpoint,
+    masked: Mapping[str, StoredTensor],
+    mask_format: MaskFormat | None,
+    names: _Names,
+) -> _MaskPlan:
+    """Mask files like the weight files: one for an unsharded checkpoint, else one a shard, with an index."""
+    if mask_format is None:
+        return _MaskPlan((), {})
+    groups = [
+        [masked[entry.name] for entry in shard.header.entries if entry.name in masked]
+        for shard in checkpoint.shards
+    ]
+    groups = [group for group in groups if group]
+    if len(checkpoint.shards) == 1 or not groups:
+        file, places = _mask_file([stored for group in groups for stored in group], mask_format, names.masks)
+        return _MaskPlan((file,), places)
+    files: list[OutputFile] = []
+    places = {}
+    stem = names.masks.name.removesuffix(SUFFIX)
+    for number, group in enumerate(groups, 1):
+        path = names.masks.with_name(f"{stem}-{number:05d}-of-{len(groups):05d}{SUFFIX}")
+        file, more = _mask_file(group, mask_format, path)
+        files.append(file)
+        places.update(more)
+    index = _mask_index(names.masks.with_name(stem + INDEX_SUFFIX), places)
+    return _MaskPlan((*files, index), places)
+
+
+def _mask_file(
+    group: Sequence[StoredTensor], mask_format: MaskFormat, path: PurePosixPath
+) -> tuple[OutputFile, dict[str, Place]]:
+    header = mask_header({stored.name: stored.shape for stored in group}, mask_format)
+    places = {
+        entry.name: Place(path, header.data_begin + entry.begin, entry.nbytes, stored.numel)
+        for entry, stored in zip(header.entries, group, strict=True)
+    }
+    return OutputFile(path, header.file_size, header.raw), places
+
+
+def mask_header(shapes: Mapping[str, tuple[int, ...]], mask_format: MaskFormat) -> Header:
+    """The header of a mask file for weights of these shapes, in this order.
+
+    >>> mask_header({"w": (3, 5)}, "packed").entries[0].shape
+    (2,)
+    """
+    metadata = {"format": "pt", FORMAT_KEY: mask_format}
+    if mask_format == "bool":
+        return lay_out(((name, "BOOL", shape) for name, shape in shapes.items()), metadata)
+    metadata[SHAPES_KEY] = json.dumps(shapes, ensure_ascii=False, separators=(",", ":"))
+    return lay_out(((name, "U8", (packed_bytes(shape),)) for name, shape in shapes.items()), metadata)
+
+
+def packed_bytes(shape: Sequence[int]) -> int:
+    """Bytes of a packed mask: one bit an element, the last byte filled up.
+
+    >>> packed_bytes((3, 5)), packed_bytes(()), packed_bytes((0, 4))
+    (2, 1, 0)
+    """
+    return -(-prod(shape) // 8)
+
+
+def _mask_index(path: PurePosixPath, places: Mapping[str, Place]) -> OutputFile:
+    document = {
+        "metadata": {"total_size": sum(place.nbytes for place in places.values())},
+        "weight_map": {name: place.file.name for name, place in places.items()},
+    }
+    text = (json.dumps(document, ensure_ascii=False, indent=2) + "\n").encode()
+    return OutputFile(path, len(text), text)

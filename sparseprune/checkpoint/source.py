@@ -1,0 +1,212 @@
+"""The reading side: what a checkpoint holds, and the bytes of its tensors.
+
+Owns the types that describe an input and the only code that reads its data. Finding the files is
+folder.py's part. Opens nothing for writing. Called by the pipeline, and by layout.py for the types.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Self
+
+from sparseprune.checkpoint import folder
+from sparseprune.checkpoint.documents import shown
+from sparseprune.checkpoint.header import Header, TensorEntry, read_header
+from sparseprune.errors import CheckpointError, MachineError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+    from types import TracebackType
+
+    from sparseprune.checkpoint.folder import OtherFile
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One safetensors file of a checkpoint; its path decides equality.
+
+    `relative` is where it lies in the checkpoint, and so in an output: `path` may be a link.
+    """
+
+    path: Path
+    header: Header = field(compare=False, repr=False)
+    relative: PurePosixPath = field(compare=False, repr=False)
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor and the shard that holds it; `offset` counts from the beginning of the shard's file."""
+
+    entry: TensorEntry
+    shard: Shard
+
+    @property
+    def name(self) -> str:
+        return self.entry.name
+
+    @property
+    def dtype(self) -> str:
+        return self.entry.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.entry.shape
+
+    @property
+    def numel(self) -> int:
+        return self.entry.numel
+
+    @property
+    def nbytes(self) -> int:
+        return self.entry.nbytes
+
+    @property
+    def offset(self) -> int:
+        return self.shard.header.data_begin + self.entry.begin
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint of which all headers were read and no data: every tensor stands in exactly one shard.
+
+    `tensors` stand in the order in which their data is read best: shard by shard, by offset. `others` are
+    the files that an output takes over as they are.
+    """
+
+    path: Path
+    shards: tuple[Shard, ...]
+    is_directory: bool
+    others: tuple[OtherFile, ...]
+    tensors: Mapping[str, StoredTensor] = field(repr=False)
+
+    @property
+    def other_files(self) -> tuple[PurePosixPath, ...]:
+        """Where the other files lie, relative to `path`."""
+        return tuple(other.path for other in self.others)
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint in a safetensors file or a directory: a single file, or shards with their index.
+
+    CheckpointError where it is none or contradicts itself, MachineError where it cannot be read.
+    """
+    if not path.is_dir():
+        shard = Shard(path, read_header(path), PurePosixPath(path.name))
+        return Checkpoint(path, (shard,), is_directory=False, others=(), tensors=_tensors((shard,)))
+    found = folder.find_files(path)
+    shards = tuple(Shard(path / place, read_header(path / place), place) for place in found.shards)
+    tensors = _tensors(shards)
+    _check_index(path, found, tensors)
+    return Checkpoint(path, shards, is_directory=True, others=found.others, tensors=tensors)
+
+
+def read_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
+    """The config.json in a checkpoint's directory or beside its file; empty if there is none."""
+    home = checkpoint.path if checkpoint.is_directory else checkpoint.path.parent
+    try:
+        return MappingProxyType(folder.read_object(home / "config.json"))
+    except CheckpointError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            return MappingProxyType({})
+        raise
+
+
+class TensorReader:
+    """Reads bytes of tensors from any thread; every shard is opened once, for reading only.
+
+    A context manager: leaving it closes the files. A shard that is not as long as when its header was
+    read is a MachineError, so is every error of the disk.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._descriptors: dict[Path, int] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._lock:
+            while self._descriptors:
+                os.close(self._descriptors.popitem()[1])
+
+    def read(self, stored: StoredTensor, begin: int = 0, end: int | None = None) -> bytearray:
+        """The bytes [begin, end) of a tensor, all of it by default; ValueError outside of it."""
+        stop = stored.nbytes if end is None else end
+        if not 0 <= begin <= stop <= stored.nbytes:
+            raise ValueError(f"bytes {begin} to {stop} of {stored.name!r}, which has {stored.nbytes}")
+        data = bytearray(stop - begin)
+        path = stored.shard.path
+        try:
+            descriptor = self._descriptor(stored.shard)
+            done = 0
+            with memoryview(data) as view:
+                while done < len(data):
+                    count = os.preadv(descriptor, [view[done:]], stored.offset + begin + done)
+                    if count == 0:
+                        raise _truncated(path, stored.offset + begin + done, stored.shard.header.file_size)
+                    done += count
+        except OSError as error:
+            raise MachineError(f"{path}: cannot be read: {error.strerror}") from error
+        return data
+
+    def _descriptor(self, shard: Shard) -> int:
+        with self._lock:
+            descriptor = self._descriptors.get(shard.path)
+            if descriptor is None:
+                descriptor = self._descriptors[shard.path] = _opened(shard)
+            return descriptor
+
+
+def _opened(shard: Shard) -> int:
+    descriptor = os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC)
+    size, wanted = os.fstat(descriptor).st_size, shard.header.file_size
+    if size == wanted:
+        return descriptor
+    os.close(descriptor)
+    if size < wanted:
+        raise _truncated(shard.path, size, wanted)
+    raise MachineError(f"{shard.path}: file grew while it was read, from {wanted} bytes to {size}")
+
+
+def _truncated(path: Path, size: int, wanted: int) -> MachineError:
+    return MachineError(f"{path}: file was truncated while it was read: it ends at byte {size}, had {wanted}")
+
+
+def _tensors(shards: tuple[Shard, ...]) -> Mapping[str, StoredTensor]:
+    tensors: dict[str, StoredTensor] = {}
+    for shard in shards:
+        for entry in shard.header.entries:
+            if entry.name in tensors:
+                raise CheckpointError(
+                    f"{shard.path}: tensor {shown(entry.name)} is also in {tensors[entry.name].shard.name}; "
+                    "a tensor may stand in one shard only"
+                )
+            tensors[entry.name] = StoredTensor(entry, shard)
+    return MappingProxyType(tensors)
+
+
+def _check_index(path: Path, found: folder.FoundFiles, tensors: Mapping[str, StoredTensor]) -> None:
+    """Every tensor that the index names is in the shard where the index says it is."""
+    for name, place in found.weight_map.items():
+        if name not in tensors:
+            raise CheckpointError(
+                f"{path / str(found.index)}: names tensor {shown(name)} in {place}, which does not hold it; "
+                "copy or download the checkpoint again"
+            )
+        if tensors[name].shard.relative != place:
+            raise CheckpointError(
+                f"{path / str(found.index)}: names tensor {shown(name)} in {place}, but it is in "
+                f"{tensors[name].shard.relative}; copy or download the checkpoint again"
+            )

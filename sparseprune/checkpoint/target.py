@@ -1,0 +1,109 @@
+"""May an output be written where it was asked for? Every refusal that needs no byte written.
+
+Owns the rules that keep the input and what already lies at the target safe. Changes nothing on disk.
+Called by staging.py before it begins.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sparseprune.checkpoint.transfer import machine_errors
+from sparseprune.errors import CheckpointError, MachineError
+
+if TYPE_CHECKING:
+    from sparseprune.checkpoint.layout import OutputLayout
+
+# For the report, the spec and the folders, whose sizes are not known beforehand.
+_MARGIN = 1 << 20
+
+
+def check_target(layout: OutputLayout, *, force: bool) -> None:
+    """CheckpointError where the output may not be written, MachineError where the system will not have it."""
+    _check_parent(layout.target)
+    _check_apart(layout)
+    check_existing(layout, force=force)
+    _check_room(layout)
+
+
+def check_existing(layout: OutputLayout, *, force: bool) -> None:
+    """CheckpointError if one of the output's names is taken, or taken by what `force` may not replace."""
+    for path in final_paths(layout):
+        if not os.path.lexists(path):
+            continue
+        if path.is_dir() != layout.is_directory:
+            found, wanted = ("a file", "directory") if layout.is_directory else ("a directory", "file")
+            raise CheckpointError(f"{path}: is {found}, the output is a {wanted}; give another name with -o")
+        if not force:
+            raise CheckpointError(
+                f"{path}: already exists; give another name with -o, or --force to replace it"
+            )
+
+
+def final_paths(layout: OutputLayout) -> tuple[Path, ...]:
+    """Every name that belongs to an output, in the order in which the names are given: the target last."""
+    if layout.is_directory:
+        return (layout.target,)
+    names = dict.fromkeys((*layout.stale, *layout.mask_files, layout.report_file))
+    return (*(layout.root / path for path in names if path.name != layout.target.name), layout.target)
+
+
+def needed_bytes(layout: OutputLayout) -> int:
+    """What must be free: the output is complete before anything that it replaces goes away."""
+    return layout.output_bytes + _MARGIN
+
+
+def free_bytes(folder: Path) -> int:
+    """What a user may still write on the file system of a folder."""
+    status = os.statvfs(folder)
+    return status.f_bavail * status.f_frsize
+
+
+def _check_parent(target: Path) -> None:
+    parent = target.parent
+    if not target.name:
+        raise CheckpointError(f"{target}: is no name for an output; give one with -o")
+    if not parent.is_dir():
+        raise CheckpointError(f"{target}: the folder {parent} does not exist; make it first")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise MachineError(f"{parent}: cannot be written to; give another place with -o")
+
+
+def _check_apart(layout: OutputLayout) -> None:
+    """The output neither is, nor lies in, nor would replace any part of the input."""
+    checkpoint = layout.checkpoint
+    source = _real(checkpoint.path)
+    parts = [source, *(_real(shard.path) for shard in checkpoint.shards)]
+    parts += [_real(checkpoint.path / other.path) for other in checkpoint.others]
+    for path in final_paths(layout):
+        final = _real(path)
+        if final == source:
+            raise CheckpointError(f"{path}: output and input are the same; give another name with -o")
+        if checkpoint.is_directory and source in final.parents:
+            raise CheckpointError(
+                f"{path}: the output lies inside the input {checkpoint.path}; give another place with -o"
+            )
+        inside = next((part for part in parts if part == final or final in part.parents), None)
+        if inside is not None:
+            raise CheckpointError(
+                f"{path}: the output would replace the input, which holds {inside}; give another name with -o"
+            )
+
+
+def _check_room(layout: OutputLayout) -> None:
+    parent = layout.target.parent
+    with machine_errors(parent, "cannot be examined"):
+        free = free_bytes(parent)
+    needed = needed_bytes(layout)
+    if free < needed:
+        raise MachineError(
+            f"{parent}: not enough free space: {needed} bytes needed, {free} free; free some or give another "
+            "place with -o"
+        )
+
+
+def _real(path: Path) -> Path:
+    """Where a path leads; unlike resolve(), a circle of links is no error."""
+    return Path(os.path.realpath(path))

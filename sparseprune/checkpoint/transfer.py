@@ -1,0 +1,127 @@
+"""Moving bytes between files: whole writes, copies by the kernel, errors with path and cause.
+
+Owns short reads and writes, and what to do where the kernel will not copy. Knows offsets and no
+tensors. Every call opens the files it needs and closes them, so it can be made from any thread, and
+the number of open files does not grow with the checkpoint. Called by staging.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from typing import TYPE_CHECKING
+
+from sparseprune.errors import MachineError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+Bytes = bytes | bytearray | memoryview
+
+# What a kernel or file system answers where it cannot copy by itself, though plain reads and writes work.
+_NO_KERNEL_COPY = frozenset({errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM})
+_BUFFER = 1 << 20
+_KERNEL_STEP = 1 << 30
+_CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_WRITE = os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+@contextlib.contextmanager
+def machine_errors(path: Path, doing: str = "cannot be written") -> Iterator[None]:
+    """Turns an OSError into a MachineError that names the path and the cause."""
+    try:
+        yield
+    except OSError as error:
+        raise MachineError(f"{path}: {doing}: {error.strerror or error}") from error
+
+
+def create(path: Path, size: int, begins_with: Bytes = b"", *, executable: bool = False) -> None:
+    """A new file of this size that begins with these bytes and is zero after them; OSError if it exists."""
+    descriptor = os.open(path, _CREATE, 0o777 if executable else 0o666)
+    try:
+        write_at(descriptor, begins_with, 0)
+        os.ftruncate(descriptor, size)
+    finally:
+        os.close(descriptor)
+
+
+def overwrite(path: Path, data: Bytes, offset: int) -> None:
+    """Writes all of `data` at `offset` of a file that exists and is no link."""
+    descriptor = os.open(path, _WRITE)
+    try:
+        write_at(descriptor, data, offset)
+    finally:
+        os.close(descriptor)
+
+
+def write_at(descriptor: int, data: Bytes, offset: int) -> None:
+    """Writes all of `data`, in as many steps as the system takes."""
+    with memoryview(data) as view, view.cast("B") as rest:
+        done = 0
+        while done < len(rest):
+            done += os.pwrite(descriptor, rest[done:], offset + done)
+
+
+def copy_range(source: Path, source_offset: int, file: Path, offset: int, length: int) -> None:
+    """Copies bytes between two files that exist; MachineError where the source ends too early.
+
+    Errors of either file are MachineErrors for the source and OSErrors for the written file.
+    """
+    with machine_errors(source, "cannot be read"):
+        reading = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        writing = os.open(file, _WRITE)
+        try:
+            done = _kernel_copy(reading, source_offset, writing, offset, length)
+            _plain_copy(source, reading, source_offset + done, writing, offset + done, length - done)
+        finally:
+            os.close(writing)
+    finally:
+        os.close(reading)
+
+
+def sync(path: Path) -> None:
+    """Waits until a file or folder is on disk."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _kernel_copy(reading: int, source_offset: int, writing: int, offset: int, length: int) -> int:
+    """Copies without passing through this process; how many bytes it got done before the kernel gave up.
+
+    A count of 0 is left to the plain copy to judge: some file systems give it where there is data.
+    """
+    done = 0
+    while done < length and hasattr(os, "copy_file_range"):
+        step = min(length - done, _KERNEL_STEP)
+        try:
+            count = os.copy_file_range(reading, writing, step, source_offset + done, offset + done)
+        except OSError as error:
+            if error.errno in _NO_KERNEL_COPY:
+                return done
+            raise
+        if count == 0:
+            return done
+        done += count
+    return done
+
+
+def _plain_copy(
+    source: Path, reading: int, source_offset: int, writing: int, offset: int, length: int
+) -> None:
+    done = 0
+    while done < length:
+        with machine_errors(source, "cannot be read"):
+            data = os.pread(reading, min(length - done, _BUFFER), source_offset + done)
+        if not data:
+            raise MachineError(
+                f"{source}: file was truncated while it was read: it ends at byte {source_offset + done}, "
+                f"wanted {source_offset + length}"
+            )
+        write_at(writing, data, offset + done)
+        done += len(data)

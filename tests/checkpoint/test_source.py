@@ -1,0 +1,361 @@
+"""Opening checkpoints: what is one, what is refused, and reading bytes of its tensors."""
+
+import json
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import pytest
+
+from sparseprune.checkpoint import TensorReader, lay_out, open_checkpoint, read_config
+from sparseprune.errors import CheckpointError, MachineError
+
+Files = Mapping[str, bytes]
+
+
+def weights(*names: str, numel: int = 3) -> bytes:
+    """A file of U8 tensors that count up from 1."""
+    header = lay_out([(name, "U8", (numel,)) for name in names], {"format": "pt"})
+    return header.raw + bytes(range(1, 1 + numel * len(names)))
+
+
+def index(weight_map: object) -> bytes:
+    return json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}).encode()
+
+
+def open_files() -> int:
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
+
+
+def folder(at: Path, files: Files) -> Path:
+    for name, content in files.items():
+        (at / name).parent.mkdir(parents=True, exist_ok=True)
+        (at / name).write_bytes(content)
+    return at
+
+
+SHARDS = {
+    "model-00001-of-00002.safetensors": weights("b", "a"),
+    "model-00002-of-00002.safetensors": weights("c"),
+}
+MAP = {
+    "a": "model-00001-of-00002.safetensors",
+    "b": "model-00001-of-00002.safetensors",
+    "c": "model-00002-of-00002.safetensors",
+}
+INDEX = "model.safetensors.index.json"
+SHARDED = {**SHARDS, INDEX: index(MAP)}
+
+
+def test_a_file_is_a_checkpoint_of_one_shard(tmp_path: Path) -> None:
+    path = folder(tmp_path, {"m.safetensors": weights("b", "a"), "config.json": b"{}"}) / "m.safetensors"
+    checkpoint = open_checkpoint(path)
+    assert (checkpoint.path, checkpoint.is_directory, checkpoint.other_files) == (path, False, ())
+    assert [shard.name for shard in checkpoint.shards] == ["m.safetensors"]
+    stored = checkpoint.tensors["a"]
+    assert (stored.name, stored.dtype, stored.shape, stored.numel, stored.nbytes) == ("a", "U8", (3,), 3, 3)
+    assert path.read_bytes()[stored.offset :] == bytes([4, 5, 6])
+
+
+LEGAL: dict[str, tuple[Files, list[str], list[str]]] = {
+    "one file": ({"model.safetensors": weights("a")}, ["a"], []),
+    "one file of another name": (
+        {"adapter_model.safetensors": weights("a"), "x.bin": b"1"},
+        ["a"],
+        ["x.bin"],
+    ),
+    "another file beside model.safetensors": (
+        {"model.safetensors": weights("a"), "model.fp16.safetensors": weights("z")},
+        ["a"],
+        ["model.fp16.safetensors"],
+    ),
+    "shards": (SHARDED, ["b", "a", "c"], [INDEX]),
+    "shards and a file that no index lists": (
+        {**SHARDED, "consolidated.safetensors": b"not even read"},
+        ["b", "a", "c"],
+        ["consolidated.safetensors", INDEX],
+    ),
+    "shards and a second index": (
+        {**SHARDED, "x.safetensors.index.json": b"not even read"},
+        ["b", "a", "c"],
+        [INDEX, "x.safetensors.index.json"],
+    ),
+    "a tensor that the index lacks": (
+        {**SHARDS, INDEX: index({"c": "model-00002-of-00002.safetensors", "a": MAP["a"]})},
+        ["b", "a", "c"],
+        [INDEX],
+    ),
+    "an index that lists the single file": (
+        {"model.safetensors": weights("a"), INDEX: index({"a": "model.safetensors"})},
+        ["a"],
+        [INDEX],
+    ),
+    "shards in a folder": (
+        {"sub/x.safetensors": weights("a"), "sub/y.txt": b"", INDEX: index({"a": "./sub/x.safetensors"})},
+        ["a"],
+        [INDEX, "sub/y.txt"],
+    ),
+    "folders of other files": (
+        {
+            "model.safetensors": weights("a"),
+            "1/b/c": b"",
+            "1/a": b"",
+            ".hidden": b"",
+            "sub/sparseprune/x": b"",
+        },
+        ["a"],
+        [".hidden", "1/a", "sub/sparseprune/x", "1/b/c"],
+    ),
+    "folders that belong to the input alone": (
+        {"model.safetensors": weights("a"), "sparseprune/report.json": b"", ".git/x": b"", ".cache/x": b""},
+        ["a"],
+        [],
+    ),
+}
+
+
+@pytest.mark.parametrize(("files", "tensors", "others"), LEGAL.values(), ids=LEGAL)
+def test_opens_a_directory(tmp_path: Path, files: Files, tensors: list[str], others: list[str]) -> None:
+    checkpoint = open_checkpoint(folder(tmp_path / "ckpt", files))
+    assert list(checkpoint.tensors) == tensors
+    assert sorted(map(str, checkpoint.other_files)) == sorted(others)
+
+
+REFUSED: dict[str, tuple[Files, str]] = {
+    "nothing": ({}, "ckpt: holds no safetensors file; give"),
+    "a pickle": ({"pytorch_model.bin": b"\x80\x02"}, r"only \['pytorch_model.bin'\]; pickles can run code"),
+    "components in folders": (
+        {"unet/a.safetensors": weights("a"), "vae/b.safetensors": weights("a"), "readme/x": b""},
+        r"at its top; give one of its folders that do: \['unet', 'vae'\]",
+    ),
+    "two files without an index": (
+        {"a.safetensors": weights("a"), "b.safetensors": weights("b")},
+        "holds 2 safetensors files and no index",
+    ),
+    "two indexes": (
+        {**SHARDS, "x.safetensors.index.json": index(MAP), "y.safetensors.index.json": index(MAP)},
+        "2 index files",
+    ),
+    "an index beside another model.safetensors": (
+        {**SHARDED, "model.safetensors": weights("a")},
+        "an index that does not list it",
+    ),
+    "an index that is no JSON": ({INDEX: b"{"}, "index.json: cannot be read as JSON"),
+    "an index that is not UTF-8": ({INDEX: b"\xff"}, "not UTF-8"),
+    "an index without an end": ({INDEX: b"[" * 100_000}, "cannot be read as JSON"),
+    "an index that is a list": ({INDEX: b"[]"}, r"holds \[\], wanted a JSON object"),
+    "an index without tensors": ({INDEX: b"{}"}, 'under "weight_map"'),
+    "an index with an empty map": ({INDEX: index({})}, 'under "weight_map"'),
+    "an index with numbers": ({INDEX: index({"a": 1})}, 'under "weight_map"'),
+    "an index with a tensor twice": (
+        {INDEX: b'{"weight_map": {"a": "x.safetensors", "a": "y.safetensors"}}'},
+        "'a' stands twice",
+    ),
+    "an absent shard": (
+        {INDEX: index({"a": "x.safetensors"})},
+        r"names the shard 'x.safetensors', which is not",
+    ),
+    "an absent tensor": (
+        {**SHARDS, INDEX: index({**MAP, "d": MAP["c"]})},
+        "names tensor 'd' in model-00002.*does not hold it",
+    ),
+    "a tensor in another shard": (
+        {**SHARDS, INDEX: index({**MAP, "a": MAP["c"]})},
+        "but it is in model-00001",
+    ),
+    "a tensor in two shards": (
+        {
+            "x.safetensors": weights("a"),
+            "y.safetensors": weights("a"),
+            INDEX: index({"a": "x.safetensors", "b": "y.safetensors"}),
+        },
+        r"y.safetensors: tensor 'a' is also in x.safetensors",
+    ),
+    "a parent folder": ({INDEX: index({"a": "../out.safetensors"})}, "no file in its own folder"),
+    "a parent further in": ({INDEX: index({"a": "x/../../out.safetensors"})}, "no file in its own folder"),
+    "an absolute path": ({INDEX: index({"a": "/out.safetensors"})}, "no file in its own folder"),
+    "no name": ({INDEX: index({"a": ""})}, "no file in its own folder"),
+    "a name with NUL": ({INDEX: index({"a": "x\0.safetensors"})}, "no file in its own folder"),
+    "a name that is too long": ({INDEX: index({"a": "x" * 5000 + ".safetensors"})}, "which is not there"),
+    "a pickle shard": ({INDEX: index({"a": "x.bin"}), "x.bin": b""}, "wanted a .safetensors file"),
+    "an earlier run's masks": (
+        {INDEX: index({"a": "sparseprune/masks.safetensors"}), "sparseprune/masks.safetensors": weights("a")},
+        "wanted a .safetensors file of the checkpoint",
+    ),
+    "a damaged shard": ({**SHARDED, MAP["c"]: weights("c")[:-1]}, "00002.safetensors: .*truncated: expected"),
+}
+
+
+@pytest.mark.parametrize(("files", "fragment"), REFUSED.values(), ids=REFUSED)
+def test_refuses_a_directory(tmp_path: Path, files: Files, fragment: str) -> None:
+    (tmp_path / "ckpt").mkdir()
+    folder(tmp_path, {"out.safetensors": weights("a")})
+    with pytest.raises(CheckpointError, match=fragment):
+        open_checkpoint(folder(tmp_path / "ckpt", files))
+
+
+def test_follows_links_to_files_as_the_snapshots_of_a_download_cache_have_them(tmp_path: Path) -> None:
+    blobs = folder(tmp_path / "blobs", {"1f": weights("a"), "2e": b"{}"})
+    snapshot = tmp_path / "snapshots" / "main"
+    snapshot.mkdir(parents=True)
+    (snapshot / "model.safetensors").symlink_to("../../blobs/1f")
+    (snapshot / "config.json").symlink_to(blobs / "2e")
+    checkpoint = open_checkpoint(snapshot)
+    assert checkpoint.shards[0].name == "model.safetensors"
+    assert checkpoint.other_files == (PurePosixPath("config.json"),)
+    with TensorReader() as reader:
+        assert reader.read(checkpoint.tensors["a"]) == bytes([1, 2, 3])
+
+
+def test_refuses_what_cannot_be_copied_as_a_file(tmp_path: Path) -> None:
+    ckpt = folder(tmp_path / "ckpt", {"model.safetensors": weights("a")})
+    (ckpt / "odd").symlink_to(tmp_path)
+    with pytest.raises(CheckpointError, match="odd: a link to a folder"):
+        open_checkpoint(ckpt)
+    (ckpt / "odd").unlink()
+    (ckpt / "odd").symlink_to("absent")
+    with pytest.raises(CheckpointError, match="odd: a link to a file that is not there"):
+        open_checkpoint(ckpt)
+    (ckpt / "odd").unlink()
+    os.mkfifo(ckpt / "odd")
+    with pytest.raises(CheckpointError, match="odd: neither a file nor a folder"):
+        open_checkpoint(ckpt)
+
+
+def test_refuses_an_absent_path(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="absent: no such file"):
+        open_checkpoint(tmp_path / "absent")
+
+
+def test_what_may_not_be_read_is_the_machines_error(tmp_path: Path) -> None:
+    ckpt = folder(tmp_path / "ckpt", {"model.safetensors": weights("a")})
+    (ckpt / "model.safetensors").chmod(0)
+    if os.access(ckpt / "model.safetensors", os.R_OK):
+        pytest.skip("this user may read everything")
+    with pytest.raises(MachineError, match=r"model.safetensors: cannot be read: Permission denied"):
+        open_checkpoint(ckpt)
+
+
+def test_a_directory_that_fails_is_the_machines_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(path: object) -> None:
+        raise OSError(5, "Input/output error", str(path))
+
+    monkeypatch.setattr(os, "scandir", fail)
+    ckpt = folder(tmp_path / "ckpt", {"model.safetensors": weights("a")})
+    with pytest.raises(MachineError, match="ckpt: cannot be read: Input/output error"):
+        open_checkpoint(ckpt)
+
+
+@pytest.mark.parametrize(
+    ("content", "config"),
+    [(b'{"a": [1]}', {"a": [1]}), (b'{"a": 1, "a": Infinity}', {"a": float("inf")}), (None, {})],
+)
+def test_reads_the_config_in_a_directory_and_beside_a_file(
+    tmp_path: Path, content: bytes | None, config: dict[str, Any]
+) -> None:
+    folder(
+        tmp_path, {"model.safetensors": weights("a")} | ({} if content is None else {"config.json": content})
+    )
+    for path in (tmp_path, tmp_path / "model.safetensors"):
+        assert read_config(open_checkpoint(path)) == config
+
+
+@pytest.mark.parametrize(
+    ("content", "fragment"),
+    [
+        (b"[]", "wanted a JSON object"),
+        (b"{", "cannot be read as JSON"),
+        (b"\xff", "not UTF-8"),
+        (b"[" * 100_000, "cannot be read as JSON"),
+        (b'{"a": %s}' % (b"9" * 5000), "cannot be read as JSON"),
+    ],
+)
+def test_refuses_a_config_that_is_no_object(tmp_path: Path, content: bytes, fragment: str) -> None:
+    checkpoint = open_checkpoint(
+        folder(tmp_path, {"model.safetensors": weights("a"), "config.json": content})
+    )
+    with pytest.raises(CheckpointError, match=rf"config\.json: .*{fragment}"):
+        read_config(checkpoint)
+
+
+def test_reads_any_part_of_a_tensor_from_many_threads(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(folder(tmp_path, {**SHARDS, INDEX: index(MAP)}))
+    with TensorReader() as reader, ThreadPoolExecutor(8) as pool:
+        for name, content in {"b": b"\1\2\3", "a": b"\4\5\6", "c": b"\1\2\3"}.items():
+            stored = checkpoint.tensors[name]
+            parts = [(begin, end) for begin in range(4) for end in range(begin, 4)]
+            read = pool.map(lambda part, stored=stored: reader.read(stored, *part), parts * 20)
+            assert list(read) == [content[begin:end] for begin, end in parts] * 20
+            assert reader.read(stored, 1) == content[1:]
+
+
+@pytest.mark.parametrize("part", [(-1, 2), (0, 4), (2, 1), (4, None)])
+def test_refuses_to_read_outside_of_a_tensor(tmp_path: Path, part: tuple[int, int | None]) -> None:
+    checkpoint = open_checkpoint(folder(tmp_path, SHARDED))
+    with TensorReader() as reader, pytest.raises(ValueError, match="which has 3"):
+        reader.read(checkpoint.tensors["b"], *part)
+
+
+def test_puts_short_reads_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    preadv = os.preadv
+
+    def short(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        return preadv(descriptor, [buffers[0][:1]], offset)
+
+    monkeypatch.setattr(os, "preadv", short)
+    checkpoint = open_checkpoint(folder(tmp_path, SHARDED))
+    with TensorReader() as reader:
+        assert reader.read(checkpoint.tensors["a"]) == b"\4\5\6"
+
+
+def test_notices_a_file_that_changed_its_size(tmp_path: Path) -> None:
+    path = folder(tmp_path, {"m.safetensors": weights("a", "b")}) / "m.safetensors"
+    stored = open_checkpoint(path).tensors["b"]
+    with TensorReader() as reader:
+        reader.read(stored)
+        os.truncate(path, path.stat().st_size - 1)
+        with pytest.raises(MachineError, match=r"m\.safetensors: file was truncated while it was read"):
+            reader.read(stored)
+    with TensorReader() as reader:
+        for _ in range(2):
+            with pytest.raises(MachineError, match=r"m\.safetensors: file was truncated while it was read"):
+                reader.read(stored, 0, 1)
+        os.truncate(path, path.stat().st_size + 2)
+        with pytest.raises(MachineError, match="file grew while it was read"):
+            reader.read(stored)
+        path.unlink()
+        with pytest.raises(MachineError, match=r"m\.safetensors: cannot be read: No such file"):
+            reader.read(stored)
+
+
+def test_closes_what_it_opened(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(folder(tmp_path, SHARDED))
+    before = open_files()
+    with TensorReader() as reader:
+        for stored in [*checkpoint.tensors.values()] * 3:
+            reader.read(stored)
+        assert open_files() == before + 2
+    assert open_files() == before
+
+
+def test_a_config_that_fails_or_has_no_end_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = open_checkpoint(folder(tmp_path, {"model.safetensors": weights("a")}))
+    config = tmp_path / "config.json"
+    config.touch()
+    os.truncate(config, 100_000_001)
+    with pytest.raises(CheckpointError, match=r"config\.json: larger than 100000000 bytes"):
+        read_config(checkpoint)
+
+    def fail(path: Path) -> bytes:
+        raise OSError(5, "Input/output error")
+
+    os.truncate(config, 2)
+    monkeypatch.setattr(Path, "read_bytes", fail)
+    with pytest.raises(MachineError, match=r"config\.json: cannot be read: Input/output error"):
+        read_config(checkpoint)

@@ -1,0 +1,232 @@
+"""Outputs: exact bytes, nothing under the name until it is complete, nothing left behind."""
+
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from sparseprune.checkpoint import (
+    StagedOutput,
+    TensorReader,
+    lay_out_apply,
+    lay_out_masks,
+    open_checkpoint,
+)
+from sparseprune.engine.dtypes import DTYPES
+from sparseprune.errors import MachineError
+from tests.checkpoint.files import (
+    ONES,
+    Tensors,
+    content,
+    directory,
+    fill,
+    layout_of,
+    names_in,
+    open_files,
+    sharded,
+    single,
+    stage,
+    write,
+)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left_open() -> Iterator[None]:
+    before = open_files()
+    yield
+    assert open_files() == before
+
+
+@pytest.mark.parametrize("masked", ["", "a", "bs", "abs"])
+@pytest.mark.parametrize("make", [directory, sharded])
+def test_a_directory_that_is_not_pruned_is_copied_byte_for_byte(
+    tmp_path: Path, make: Callable[[Path], Path], masked: str
+) -> None:
+    ckpt = make(tmp_path)
+    (ckpt / "sparseprune").mkdir()
+    (ckpt / "sparseprune" / "report.json").write_text("of an earlier run")
+    before = content(ckpt)
+    stage(layout_of(ckpt, masked=masked))
+    output = content(tmp_path / "ckpt-pruned")
+    assert output.pop("sparseprune/report.json") == b"{}"
+    assert output.pop("sparseprune/spec.toml") == b"version = 1"
+    assert content(ckpt) == before
+    del before["sparseprune/report.json"]
+    assert output == before
+    assert names_in(tmp_path) == ["ckpt", "ckpt-pruned"]
+    if make is directory:
+        assert os.access(tmp_path / "ckpt-pruned/deep/er/run.sh", os.X_OK)
+        assert not os.access(tmp_path / "ckpt-pruned/config.json", os.X_OK)
+
+
+@st.composite
+def checkpoints(draw: st.DrawFn) -> Tensors:
+    names = draw(st.lists(st.text("abcé.", max_size=4), max_size=6, unique=True))
+    shapes = st.lists(st.integers(0, 3), max_size=2)
+    return [
+        (name, dtype, (*draw(shapes), 4) if DTYPES[dtype].bits < 8 else tuple(draw(shapes)))
+        for name, dtype in ((name, draw(st.sampled_from(list(DTYPES)))) for name in names)
+    ]
+
+
+@settings(
+    max_examples=60,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(tensors=checkpoints(), data=st.data())
+def test_a_file_that_is_not_pruned_is_copied_byte_for_byte(
+    tmp_path: Path, tensors: Tensors, data: st.DataObject
+) -> None:
+    path = write(tmp_path / "m.safetensors", tensors)
+    masked = data.draw(st.sets(st.sampled_from([name for name, _, _ in tensors]))) if tensors else set()
+    stage(lay_out_apply(open_checkpoint(path), None, masked, "bool"), force=True)
+    assert (tmp_path / "m.pruned.safetensors").read_bytes() == path.read_bytes()
+    assert names_in(tmp_path) == [
+        "m.pruned.masks.safetensors",
+        "m.pruned.report.json",
+        "m.pruned.safetensors",
+        "m.safetensors",
+    ]
+
+
+def test_links_become_plain_files(tmp_path: Path) -> None:
+    blob = write(tmp_path / "blobs" / "1f", ONES)
+    (tmp_path / "blobs" / "2e").write_text("{}")
+    (tmp_path / "snapshot").mkdir()
+    (tmp_path / "snapshot" / "model.safetensors").symlink_to(blob)
+    (tmp_path / "snapshot" / "config.json").symlink_to("../blobs/2e")
+    stage(layout_of(tmp_path / "snapshot", masked="b"))
+    for name, original in (("model.safetensors", blob), ("config.json", tmp_path / "blobs" / "2e")):
+        copied = tmp_path / "snapshot-pruned" / name
+        assert not copied.is_symlink()
+        assert copied.read_bytes() == original.read_bytes()
+
+
+def test_writes_parts_of_weights_and_masks_in_any_order_from_many_threads(tmp_path: Path) -> None:
+    path = write(tmp_path / "m.safetensors", [("a", "I16", (1000,)), ("b", "I16", (999,))])
+    layout = layout_of(path, masked="ab", form="packed")
+    with StagedOutput(layout, force=False) as output, ThreadPoolExecutor(8) as pool:
+
+        def write_part(name: str, first: int) -> None:
+            count = min(16, layout.masks[name].numel - first)
+            output.write_weight(name, 2 * first, b"xy" * count)
+            output.write_mask(name, first, (b"\1\0" * 8)[:count])
+
+        parts = [(name, first) for name, numel in (("a", 1000), ("b", 999)) for first in range(0, numel, 16)]
+        list(pool.map(lambda part: write_part(*part), reversed(parts)))
+        output.commit()
+    written = open_checkpoint(tmp_path / "m.pruned.safetensors")
+    masks = open_checkpoint(tmp_path / "m.pruned.masks.safetensors")
+    with TensorReader() as reader:
+        assert reader.read(written.tensors["b"]) == b"xy" * 999
+        assert reader.read(masks.tensors["a"]) == b"\x55" * 125
+        assert reader.read(masks.tensors["b"]) == b"\x55" * 125
+
+
+@pytest.mark.parametrize(
+    ("method", "arguments"),
+    [
+        ("write_weight", ("b", -1, b"1")),
+        ("write_weight", ("b", 24, b"1")),
+        ("write_weight", ("b", 0, b"1" * 25)),
+        ("write_mask", ("b", 4, b"1" * 4)),
+        ("write_mask", ("b", 0, b"1" * 4)),
+        ("write_mask", ("b", 16, b"1" * 16)),
+        ("write_mask", ("a", 0, b"1" * 8)),
+        ("write_mask", ("b", -8, b"1" * 8)),
+        ("add_file", (PurePosixPath("elsewhere.json"), b"")),
+    ],
+)
+def test_a_write_outside_of_its_place_is_a_bug(
+    tmp_path: Path, method: str, arguments: tuple[object, ...]
+) -> None:
+    with StagedOutput(layout_of(directory(tmp_path), masked="ab", form="packed"), force=False) as output:
+        with pytest.raises(ValueError, match=r"bytes|elements|no such file"):
+            getattr(output, method)(*arguments)
+        with pytest.raises(KeyError):
+            output.write_weight("absent", 0, b"")
+
+
+def test_bool_masks_stay_in_their_place(tmp_path: Path) -> None:
+    with StagedOutput(layout_of(single(tmp_path), masked="ab", form="bool"), force=False) as output:
+        output.write_mask("b", 23, b"\1")
+        with pytest.raises(ValueError, match="bytes 24 to 25 of 'b'"):
+            output.write_mask("b", 24, b"\1")
+
+
+def test_an_output_of_masks_takes_no_weights_and_one_without_masks_no_masks(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(single(tmp_path))
+    stage(lay_out_masks(checkpoint, None, "ab", "bool"))
+    with StagedOutput(
+        lay_out_masks(checkpoint, tmp_path / "x.safetensors", "ab", "bool"), force=False
+    ) as output:
+        output.write_weight("a", 0, b"123")
+        fill(output)
+        output.commit()
+    assert (tmp_path / "x.safetensors").read_bytes() == (tmp_path / "m.masks.safetensors").read_bytes()
+    with StagedOutput(lay_out_apply(checkpoint, None, "ab", None), force=False) as output:
+        output.write_mask("a", 3, b"no place at all")
+    stage(lay_out_masks(open_checkpoint(sharded(tmp_path)), None, "ab", "packed"))
+    assert names_in(tmp_path / "ckpt-masks") == [
+        "masks-00001-of-00002.safetensors",
+        "masks-00002-of-00002.safetensors",
+        "masks.safetensors.index.json",
+        "report.json",
+        "spec.toml",
+    ]
+
+
+@pytest.mark.parametrize("make", [directory, single])
+@pytest.mark.parametrize("interruption", [RuntimeError, KeyboardInterrupt])
+def test_an_exception_leaves_nothing_behind(
+    tmp_path: Path, make: Callable[[Path], Path], interruption: type[BaseException]
+) -> None:
+    path = make(tmp_path)
+    before = content(tmp_path)
+
+    def interrupted() -> None:
+        with StagedOutput(layout_of(path, masked="a", form="bool"), force=False) as output:
+            fill(output)
+            raise interruption
+
+    with pytest.raises(interruption):
+        interrupted()
+    assert content(tmp_path) == before
+    with StagedOutput(layout_of(path), force=False) as output:
+        fill(output)
+    assert content(tmp_path) == before
+    assert len(names_in(tmp_path)) == 1
+
+
+def test_nothing_stands_under_the_name_before_the_commit(tmp_path: Path) -> None:
+    with StagedOutput(layout_of(directory(tmp_path)), force=False) as output:
+        fill(output)
+        assert names_in(tmp_path) == [".ckpt-pruned.sparseprune-partial", "ckpt"]
+        output.commit()
+        assert (tmp_path / "ckpt-pruned").is_dir()
+
+
+def test_the_report_may_be_written_again(tmp_path: Path) -> None:
+    with StagedOutput(layout_of(directory(tmp_path)), force=False) as output:
+        fill(output, b"a long one")
+        fill(output, b"short")
+        output.commit()
+    assert (tmp_path / "ckpt-pruned/sparseprune/report.json").read_bytes() == b"short"
+
+
+def test_an_input_that_shrinks_while_it_is_copied_leaves_nothing(tmp_path: Path) -> None:
+    ckpt = directory(tmp_path)
+    layout = layout_of(ckpt)
+    os.truncate(ckpt / "model.safetensors", (ckpt / "model.safetensors").stat().st_size - 1)
+    with pytest.raises(MachineError, match=r"model\.safetensors: file was truncated while it was read"):
+        stage(layout)
+    (ckpt / "model.safetensors").unlink()
+    with pytest.raises(MachineError, match=r"ckpt/model\.safetensors: cannot be read: No such file"):
+        stage(layout)
+    assert names_in(tmp_path) == ["ckpt"]
