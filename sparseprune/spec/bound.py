@@ -1,0 +1,165 @@
+"""What a spec became once it met a checkpoint: plain, frozen data with every shape resolved.
+
+The border between `spec` and whoever plans the work. Strides and offsets count elements of the
+contiguous row-major tensor; no -1 is left anywhere. Knows neither TOML nor files nor torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from sparseprune.engine.grids import Shape, divide, permute, prod
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+Captures = tuple[tuple[str, int | str], ...]
+"""What a pattern captured, in order of first appearance; text that is all digits is an int."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One tensor as a checkpoint's header tells it; `dtype` is the safetensors name."""
+
+    name: str
+    dtype: str
+    shape: Shape
+
+
+@dataclass(frozen=True, slots=True)
+class BoundBlock:
+    """A grid of blocks in a view of one tensor; every extent of `shape` divides the view's.
+
+    >>> BoundBlock("w", "w", (8, 6), (6, 1), 0, (4, 2)).grid_shape
+    (2, 3)
+    """
+
+    label: str
+    tensor: str
+    view_shape: Shape
+    view_stride: Shape
+    view_offset: int
+    shape: Shape
+
+    @property
+    def grid_shape(self) -> Shape:
+        return divide(self.view_shape, self.shape)
+
+    @property
+    def numel_per_block(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def leaves(self) -> tuple[BoundBlock, ...]:
+        return (self,)
+
+
+@dataclass(frozen=True, slots=True)
+class BoundBlockCoupling:
+    """Blocks fused over tensors: `common[d] == members[i].grid_shape[orders[i][d]]` for every member."""
+
+    label: str
+    members: tuple[BoundBlock, ...]
+    orders: tuple[Shape, ...]
+
+    @property
+    def grid_shape(self) -> Shape:
+        return permute(self.members[0].grid_shape, self.orders[0])
+
+    @property
+    def numel_per_block(self) -> int:
+        return sum(member.numel_per_block for member in self.members)
+
+    @property
+    def leaves(self) -> tuple[BoundBlock, ...]:
+        return self.members
+
+
+@dataclass(frozen=True, slots=True)
+class BoundScope:
+    """Scopes of `shape` blocks each over one block grid; `grid_shape` counts scopes."""
+
+    label: str
+    block: BoundBlock | BoundBlockCoupling
+    shape: Shape
+
+    @property
+    def grid_shape(self) -> Shape:
+        return divide(self.block.grid_shape, self.shape, "scope", "block grid")
+
+    @property
+    def blocks_per_scope(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def leaves(self) -> tuple[BoundBlock, ...]:
+        return self.block.leaves
+
+
+@dataclass(frozen=True, slots=True)
+class BoundScopeCoupling:
+    """Scopes that compete: one scope of each member, aligned by `orders`, shares one budget."""
+
+    label: str
+    members: tuple[BoundScope, ...]
+    orders: tuple[Shape, ...]
+
+    @property
+    def grid_shape(self) -> Shape:
+        return permute(self.members[0].grid_shape, self.orders[0])
+
+    @property
+    def blocks_per_scope(self) -> int:
+        return sum(member.blocks_per_scope for member in self.members)
+
+    @property
+    def leaves(self) -> tuple[BoundBlock, ...]:
+        return tuple(leaf for member in self.members for leaf in member.leaves)
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What survives in each scope: `nnz` blocks, or every block that scores `threshold` or more.
+
+    Exactly one of the two is set.
+    """
+
+    nnz: int | None = None
+    threshold: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BoundInstance:
+    """One work unit's worth of a rule: an outermost scope or coupling; `sparsity` is what was asked for."""
+
+    label: str
+    captures: Captures
+    scope: BoundScope | BoundScopeCoupling
+    budget: Budget
+    sparsity: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BoundRule:
+    """All instances of one outermost table, named as in the spec (`scope.proj`)."""
+
+    name: str
+    instances: tuple[BoundInstance, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class BoundSpec:
+    """Every rule of a spec, bound; no element of any tensor belongs to two instances."""
+
+    rules: tuple[BoundRule, ...]
+
+    def instances(self) -> Iterator[tuple[BoundRule, BoundInstance]]:
+        """Every instance with its rule, in the order of the spec and of the captures."""
+        return ((rule, instance) for rule in self.rules for instance in rule.instances)
+
+    @property
+    def covered(self) -> tuple[str, ...]:
+        """The tensors that some rule reaches, each once, in the order in which rules reach them."""
+        leaves = (leaf.tensor for _, instance in self.instances() for leaf in instance.scope.leaves)
+        return tuple(dict.fromkeys(leaves))

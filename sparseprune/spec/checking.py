@@ -1,0 +1,169 @@
+"""What the tables of a spec say about each other: references, budgets, captures, orders, idle tables.
+
+Every check adds to `problems` and goes on; a table that could not be read is passed over here, its
+name still counts as declared. Knows no checkpoint. Called by `parsing`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sparseprune.spec.captures import captures_of_table, patterns_of_table
+from sparseprune.spec.problems import Problems, listed, shown, suggestion
+from sparseprune.spec.schema import BUDGETS, BudgetTable, CouplingTable, ScopeTable, Spec
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator, Mapping
+
+
+def check_spec(spec: Spec, declared: Mapping[str, Collection[str]], problems: Problems) -> None:
+    """Everything that can be found wrong without a checkpoint; `declared` holds all names by kind."""
+    if not declared["scope"]:
+        problems.add("", "", "there is no rule: write at least one [scope.NAME]")
+    for name, table in spec.scope.items():
+        _check_form(f"scope.{name}", table, declared, problems)
+    for place, coupling in _couplings(spec):
+        _check_members(place, coupling, declared, problems)
+        _check_orders(place, coupling, problems)
+        _check_captures(spec, place, coupling, problems)
+    _check_names(declared, problems)
+    _check_idle(spec, declared, problems)
+    _check_budgets(spec, declared, problems)
+
+
+def _couplings(spec: Spec) -> Iterator[tuple[str, CouplingTable]]:
+    yield from ((f"block_coupling.{name}", table) for name, table in spec.block_coupling.items())
+    yield from ((f"scope_coupling.{name}", table) for name, table in spec.scope_coupling.items())
+
+
+def _check_form(
+    place: str, table: ScopeTable, declared: Mapping[str, Collection[str]], problems: Problems
+) -> None:
+    if isinstance(table.block, str):
+        if table.tensors is not None:
+            problems.add(
+                place,
+                "tensors",
+                f"the block is the table {shown(table.block)}, which has the tensors: "
+                "remove this key, or give the block's shape as a list of integers",
+            )
+        known = [*declared["block"], *declared["block_coupling"]]
+        if table.block not in known:
+            text = f"there is no [block.{table.block}] and no [block_coupling.{table.block}]"
+            problems.add(place, "block", text + suggestion(table.block, known))
+    elif table.tensors is None:
+        problems.add(
+            place,
+            "tensors",
+            "missing: a block given by its shape needs the tensors beside it; "
+            "or name a [block] or [block_coupling]",
+        )
+
+
+def _check_members(
+    place: str, table: CouplingTable, declared: Mapping[str, Collection[str]], problems: Problems
+) -> None:
+    kind, key = table.member_kind, table.members_key
+    for number, member in enumerate(table.members):
+        if member not in declared[kind]:
+            problems.add(place, key, f"there is no [{kind}.{member}]{suggestion(member, declared[kind])}")
+        elif member in table.members[:number]:
+            problems.add(place, key, f"{shown(member)} is listed twice: each member takes part once")
+
+
+def _check_orders(place: str, table: CouplingTable, problems: Problems) -> None:
+    if table.orders is None:
+        return
+    if len(table.orders) != len(table.members):
+        found = f"found {len(table.orders)} orders for {len(table.members)} {table.members_key}"
+        problems.add(place, "orders", f"{found}: give one order for each")
+    for order in table.orders:
+        if sorted(order) != list(range(len(order))):
+            text = (
+                f"{shown(order)} is no order of dimensions: it has to hold each of 0 to {len(order) - 1} once"
+            )
+            problems.add(place, "orders", text)
+
+
+def _check_captures(spec: Spec, place: str, table: CouplingTable, problems: Problems) -> None:
+    """`across` names captures that exist, and members can be joined on what is left."""
+    if table.across == "all":
+        return
+    kind = table.member_kind
+    captured = {member: captures_of_table(spec, kind, member) for member in table.members}
+    every = {name for variants in captured.values() for names in variants for name in names}
+    if all(captured.values()):
+        for name in table.across:
+            if name not in every:
+                problems.add(place, "across", f"no member captures {shown(name)}{suggestion(name, every)}")
+    for member, variants in captured.items():
+        left = {names.difference(table.across) for names in variants}
+        if len(left) > 1:
+            texts = listed(sorted(listed(sorted(names)) if names else "nothing" for names in left), "or")
+            problems.add(
+                place,
+                table.members_key,
+                f"{shown(member)} captures {texts}, depending on which of "
+                f"{listed(patterns_of_table(spec, kind, member))} matches: the patterns of a member need the "
+                "same captures",
+            )
+
+
+def _check_names(declared: Mapping[str, Collection[str]], problems: Problems) -> None:
+    for name in declared["block_coupling"]:
+        if name in declared["block"]:
+            problems.add(
+                f"block_coupling.{name}", "", f"[block.{name}] has the same name: a scope could mean either"
+            )
+
+
+def _check_idle(spec: Spec, declared: Mapping[str, Collection[str]], problems: Problems) -> None:
+    """Only where every table was read and names what is there; else this would be a guess."""
+    named = {table.block for table in spec.scope.values() if isinstance(table.block, str)}
+    fused = {block for table in spec.block_coupling.values() for block in table.blocks}
+    blocks, couplings = set(declared["block"]), set(declared["block_coupling"])
+    if not (_all_read(spec, declared) and named <= blocks | couplings and fused <= blocks):
+        return
+    for name in declared["block_coupling"]:
+        if name not in named:
+            problems.add(f"block_coupling.{name}", "", "used by no scope: name it in one, or remove it")
+    for name in declared["block"]:
+        if name not in named | fused:
+            problems.add(
+                f"block.{name}", "", "used by no scope: name it in one or in a coupling, or remove it"
+            )
+
+
+def _all_read(spec: Spec, declared: Mapping[str, Collection[str]]) -> bool:
+    return all(len(getattr(spec, kind)) == len(names) for kind, names in declared.items())
+
+
+def _check_budgets(spec: Spec, declared: Mapping[str, Collection[str]], problems: Problems) -> None:
+    coupled = spec.coupled_scopes()
+    couplings_read = len(spec.scope_coupling) == len(declared["scope_coupling"])
+    for name, table in spec.scope.items():
+        if name in coupled:
+            _check_inner(f"scope.{name}", table, coupled[name], problems)
+        elif couplings_read:  # else it may be a member of one that could not be read
+            _check_outermost(f"scope.{name}", table, problems)
+    for name, coupling in spec.scope_coupling.items():
+        _check_outermost(f"scope_coupling.{name}", coupling, problems)
+
+
+def _check_inner(place: str, table: BudgetTable, coupling: str, problems: Problems) -> None:
+    for key in (*BUDGETS, "multiple_of"):
+        if getattr(table, key) is not None:
+            text = f"this scope is a member of [scope_coupling.{coupling}]: its budget has to stand there"
+            problems.add(place, key, text)
+
+
+def _check_outermost(place: str, table: BudgetTable, problems: Problems) -> None:
+    given = table.budget_keys
+    if not given:
+        problems.add(place, "", "there is no budget: give one of nnz, sparsity and threshold")
+    if len(given) > 1:
+        problems.add(place, "", f"found the budgets {listed(given)}: give exactly one")
+    if table.multiple_of is not None and given == ("threshold",):
+        problems.add(
+            place, "multiple_of", "it rounds what nnz or sparsity ask for; a threshold keeps no fixed number"
+        )

@@ -1,0 +1,132 @@
+"""Tensor patterns: `model.layers.{layer}.mlp.{part:gate|up}_proj.weight` and the text that they match.
+
+`parse_pattern` turns text into tokens once; `TensorPattern.match` gives the captures of a whole name or
+None. Where a name can be read in several ways, earlier captures take as much as they can. Knows names
+only, no tensors; the schema of the tables calls it.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from keyword import iskeyword
+from typing import TYPE_CHECKING
+
+from sparseprune.spec.tokens import (
+    Again,
+    Literal,
+    Token,
+    Wildcard,
+    Words,
+    floating,
+    is_capture,
+    match_tokens,
+    regex_of,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from sparseprune.spec.bound import Captures
+
+# `re` tries at worst length ** floating ways: with three tokens that float, a name of 200 characters
+# takes some milliseconds. From four on the matcher that is linear in the name is the safe one.
+_FLOATING_FOR_RE = 3
+_PARTS = re.compile(r"\*+|\{[^{}]*\}|[{}]|[^*{}]+")
+_LONGEST_INTEGER = 640  # the fewest digits that int() may be told to refuse
+
+
+class PatternError(ValueError):
+    """A pattern that cannot be read; the text says what is wrong and at which character."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorPattern:
+    """A pattern that was read; `names` are its captures in order of first appearance.
+
+    >>> parse_pattern("layers.{layer}.{part:gate|up}_proj.*").match("layers.3.up_proj.weight")
+    (('layer', 3), ('part', 'up'))
+    """
+
+    text: str
+    tokens: tuple[Token, ...]
+    names: tuple[str, ...]
+    regex: re.Pattern[str] | None
+
+    def match(self, name: str) -> Captures | None:
+        """The captures if the whole name matches, else None."""
+        if self.regex is None:
+            texts = match_tokens(self.tokens, name)
+            return None if texts is None else _valued(self.names, texts)
+        found = self.regex.fullmatch(name)
+        return None if found is None else _valued(self.names, found.groups())
+
+
+def parse_pattern(text: str) -> TensorPattern:
+    """Read a pattern; PatternError where it has no meaning."""
+    if not text:
+        raise PatternError("the pattern is empty: write the name of a tensor, with captures or *")
+    tokens = _read(text)
+    names = tuple(str(token.name) for token in tokens if is_capture(token))
+    regex = re.compile(regex_of(tokens), re.DOTALL) if floating(tokens) <= _FLOATING_FOR_RE else None
+    return TensorPattern(text, tokens, names, regex)
+
+
+def _read(text: str) -> tuple[Token, ...]:
+    tokens: list[Token] = []
+    defined: dict[str, Token] = {}
+    for part in _PARTS.finditer(text):
+        piece = part[0]
+        try:
+            tokens.append(_read_part(piece, defined))
+        except PatternError as error:
+            raise PatternError(f"character {part.start() + 1}: {error}") from None
+        token = tokens[-1]
+        if is_capture(token):
+            defined[str(token.name)] = token
+    return tuple(tokens)
+
+
+def _read_part(piece: str, defined: Mapping[str, Token]) -> Token:
+    if piece == "{":
+        raise PatternError("{ opens a capture that no } closes: write {name}, {name:this|that} or {name:**}")
+    if piece == "}":
+        raise PatternError("} closes a capture that no { opens")
+    if piece.startswith("{"):
+        name, colon, form = piece[1:-1].partition(":")
+        return _read_capture(name, form if colon else None, defined)
+    if piece.startswith("*"):
+        if len(piece) > 2:
+            raise PatternError(f"{piece} has no meaning: * matches inside a piece, ** across pieces")
+        return Wildcard(across=piece == "**")
+    return Literal(piece)
+
+
+def _read_capture(name: str, form: str | None, defined: Mapping[str, Token]) -> Token:
+    if not (name.isascii() and name.isidentifier()) or iskeyword(name):
+        found = f'"{name}" is no name' if name else "the capture has no name"
+        raise PatternError(f"{found}: write letters, digits and _, such as {{layer}}")
+    token = Wildcard(across=form == "**", name=name) if form in (None, "**") else _read_words(name, form)
+    if name not in defined:
+        return token
+    if form is None or token == defined[name]:
+        return Again(name)
+    raise PatternError(f"{{{name}}} stands there before: give its form at the first place only")
+
+
+def _read_words(name: str, form: str | None) -> Words:
+    words = tuple((form or "").split("|"))
+    for word in words:
+        if not word or word != word.strip() or "*" in word:
+            raise PatternError(
+                f'{{{name}:{form}}} has the word "{word}": write whole words such as {{{name}:gate|up}}'
+            )
+    return Words(name, words)
+
+
+def _valued(names: Sequence[str], texts: Sequence[str]) -> Captures:
+    return tuple(zip(names, map(_value, texts), strict=True))
+
+
+def _value(text: str) -> int | str:
+    return int(text) if text.isdigit() and text.isascii() and len(text) <= _LONGEST_INTEGER else text

@@ -1,0 +1,107 @@
+"""The problems of a spec: collected, worded in one way, raised all at once as one SpecError.
+
+Owns how a problem reads (`spec.toml: [scope.proj] shape: ...`), how a value is quoted and how the
+nearest real name is found. Knows nothing of what is right or wrong; every module here reports to it.
+"""
+
+from __future__ import annotations
+
+import json
+from difflib import get_close_matches
+from typing import TYPE_CHECKING
+
+from sparseprune.errors import SpecError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+_FEW_PER_PLACE = 2
+_SHOWN_CHARACTERS = 80
+_FEW = 8
+
+
+class Misfit(Exception):  # noqa: N818  (never leaves this room: it becomes a line of a SpecError)
+    """One thing that does not fit, raised where it is found, with the table and key at fault."""
+
+    def __init__(self, table: str, key: str, text: str) -> None:
+        super().__init__(text)
+        self.table, self.key, self.text = table, key, text
+
+
+class Problems:
+    """What was found wrong so far; many of one table's key are told by the first of them."""
+
+    def __init__(self, source: str) -> None:
+        self._source = source
+        self._found: dict[str, dict[str, None]] = {}
+
+    def add(self, table: str, key: str, text: str) -> None:
+        """Note a problem of `[table] key`; either may be empty, the same text twice counts once."""
+        place = " ".join(part for part in (f"[{table}]" if table else "", key) if part)
+        self._found.setdefault(place, {})[text] = None
+
+    def note(self, misfit: Misfit) -> None:
+        self.add(misfit.table, misfit.key, misfit.text)
+
+    def raise_if_any(self) -> None:
+        if self._found:
+            raise SpecError(*map(_on_one_line, self._lines()))
+
+    def _lines(self) -> Iterable[str]:
+        for place, texts in self._found.items():
+            prefix = f"{self._source}: {place}: " if place else f"{self._source}: "
+            first, *more = texts
+            if len(more) < _FEW_PER_PLACE:
+                yield from (prefix + text for text in texts)
+            else:
+                yield f"{prefix}{first} (and {len(more)} more like this)"
+
+
+def _on_one_line(text: str) -> str:
+    """Names of keys, files and tensors may hold anything, also line ends."""
+    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
+
+
+def shown(value: object) -> str:
+    """A value as TOML would write it, cut where it gets long.
+
+    >>> shown([1, True, "a"]), shown({"a": 1})
+    ('[1, true, "a"]', 'a table')
+    """
+    if isinstance(value, dict):
+        return "a table"
+    if isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        return "a list of tables"
+    try:
+        text = json.dumps(value, ensure_ascii=False, default=str)
+    except (ValueError, RecursionError):  # integers of thousands of digits, lists nested as deep
+        text = f"a value of type {type(value).__name__}"
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[: _SHOWN_CHARACTERS - 3]}..."
+
+
+def listed(names: Iterable[str], word: str = "and") -> str:
+    """Names as a sentence lists them.
+
+    >>> listed(["a", "b", "c"]), listed(["a"])
+    ('a, b and c', 'a')
+    """
+    *front, last = names
+    return f"{', '.join(front)} {word} {last}" if front else last
+
+
+def nearest(name: str, real: Iterable[str], count: int = 1) -> Sequence[str]:
+    """The real names that look most like this one, best first; empty where none comes close."""
+    return get_close_matches(name, list(real), n=count, cutoff=0.6)
+
+
+def suggestion(name: str, real: Iterable[str]) -> str:
+    """What to say after a name that is not there: the nearest real one, else the few that exist.
+
+    >>> suggestion("gat", ["gate", "up"]), suggestion("zzz", ["gate", "up"]), suggestion("zzz", [])
+    ('; did you mean "gate"?', '; there is "gate" and "up"', '')
+    """
+    known = sorted(set(real))
+    close = nearest(name, known)
+    if close:
+        return f'; did you mean "{close[0]}"?'
+    return f"; there is {listed(map(shown, known))}" if 0 < len(known) <= _FEW else ""

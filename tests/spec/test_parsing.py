@@ -1,0 +1,368 @@
+# ruff: noqa: E501, ISC004  (whole lines, as they are printed)
+"""Specs that are wrong in themselves: each beside its legal neighbour, with the exact lines."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparseprune.errors import SpecError
+from sparseprune.spec import parse_spec
+
+SHORT = """
+version = 1
+[scope.proj]
+tensors = "layers.{layer}.{name}_proj.weight"
+block = [1, 1]
+shape = [1, 4]
+nnz = 2
+"""
+LONG = """
+version = 1
+[block.gate]
+tensors = ["layers.{layer}.gate.weight"]
+shape = [1, -1]
+[block.down]
+tensors = "layers.{layer}.down.weight"
+shape = [-1, 1]
+[block_coupling.channel]
+blocks = ["gate", "down"]
+orders = [[0, 1], [1, 0]]
+[scope.mlp]
+block = "channel"
+shape = [-1, -1]
+sparsity = 0.25
+"""
+COUPLED = """
+version = 1
+[scope.q]
+tensors = "layers.{layer}.q.weight"
+block = [1, -1]
+shape = []
+[scope.k]
+tensors = "layers.{layer}.k.weight"
+block = [1, -1]
+shape = []
+[scope_coupling.qk]
+scopes = ["q", "k"]
+across = ["layer"]
+nnz = 4
+"""
+DIMENSIONS = "one for each dimension: 1 or more blocks, or -1 for the whole dimension"
+
+ILLEGAL = [
+    # what stands at the top
+    (SHORT, "version = 1", "", ["version: missing; write version = 1 in the first line"]),
+    (SHORT, "version = 1", "version = 2", ["version: found 2, this release reads version = 1"]),
+    (SHORT, "version = 1", "version = true", ["version: found true, this release reads version = 1"]),
+    (SHORT, "version = 1", "version = 1.0", ["version: found 1.0, this release reads version = 1"]),
+    (SHORT, "version = 1", "version = 1\nnnz = 3", [
+        'nnz: unknown key; there is "block", "block_coupling", "scope" and "scope_coupling"'
+    ]),
+    (SHORT, "[scope.proj]", "[scopes.proj]", [
+        '[scopes]: unknown table; did you mean "scope"?'
+    ]),
+    (SHORT, "[scope.proj]", "[[scope]]", [
+        "scope: found a list of tables, wanted tables [scope.NAME] with names you choose",
+        "there is no rule: write at least one [scope.NAME]",
+    ]),
+    (SHORT, "[scope.proj]", '[scope."my proj"]', [
+        "[scope.my proj]: a table's name is made of letters, digits, - and _"
+    ]),
+    (SHORT, "[scope.proj]", "[scope]", [
+        '[scope] tensors: found "layers.{layer}.{name}_proj.weight", wanted a table: write [scope.NAME] above its keys',
+        "[scope] block: found [1, 1], wanted a table: write [scope.NAME] above its keys",
+        "[scope] shape: found [1, 4], wanted a table: write [scope.NAME] above its keys",
+        "[scope] nnz: found 2, wanted a table: write [scope.NAME] above its keys",
+    ]),
+    # the keys of a table
+    (SHORT, "nnz = 2", "nz = 2", ['[scope.proj] nz: unknown key; did you mean "nnz"?']),
+    (SHORT, "shape = [1, 4]", "", [
+        f"[scope.proj] shape: missing; wanted a list of integers, {DIMENSIONS}"
+    ]),
+    (SHORT, "[1, 4]", "[1, 4.0]", [
+        f"[scope.proj] shape: found [1, 4.0], wanted a list of integers, {DIMENSIONS}"
+    ]),
+    (SHORT, "[1, 4]", "[true, 0]", [
+        f"[scope.proj] shape: found [true, 0], wanted a list of integers, {DIMENSIONS}"
+    ]),
+    (SHORT, "[1, 4]", "[1, -2]", [
+        f"[scope.proj] shape: found [1, -2], wanted a list of integers, {DIMENSIONS}"
+    ]),
+    (SHORT, "[1, 4]", "4", [f"[scope.proj] shape: found 4, wanted a list of integers, {DIMENSIONS}"]),
+    (SHORT, "[1, 1]", "1", [
+        "[scope.proj] block: found 1, wanted the name of a [block] or [block_coupling], or a block's shape such as "
+        "[1, 1] or [1, -1]"
+    ]),
+    (SHORT, '"layers.{layer}.{name}_proj.weight"', "[]", [
+        '[scope.proj] tensors: found [], wanted a pattern such as "layers.{layer}.mlp.up_proj.weight", '
+        "or a list of patterns"
+    ]),
+    (SHORT, '"layers.{layer}.{name}_proj.weight"', "[3]", [
+        '[scope.proj] tensors: found [3], wanted a pattern such as "layers.{layer}.mlp.up_proj.weight", '
+        "or a list of patterns"
+    ]),
+    (SHORT, '"layers.{layer}.{name}_proj.weight"', '["a.{b", "a.{}", "a"]', [
+        '[scope.proj] tensors: "a.{b" character 3: { opens a capture that no } closes: write {name}, '
+        "{name:this|that} or {name:**}",
+        '[scope.proj] tensors: "a.{}" character 3: the capture has no name: write letters, digits and _, '
+        "such as {layer}",
+    ]),
+    # the two forms of a scope
+    (SHORT, 'tensors = "layers.{layer}.{name}_proj.weight"', "", [
+        "[scope.proj] tensors: missing: a block given by its shape needs the tensors beside it; "
+        "or name a [block] or [block_coupling]"
+    ]),
+    (LONG, 'block = "channel"', 'block = "channel"\ntensors = "a"', [
+        '[scope.mlp] tensors: the block is the table "channel", which has the tensors: remove this key, '
+        "or give the block's shape as a list of integers"
+    ]),
+    # names of tables
+    (LONG, '"gate", "down"]', '"gat", "down"]', [
+        '[block_coupling.channel] blocks: there is no [block.gat]; did you mean "gate"?',
+    ]),
+    (LONG, '"channel"', '"chanel"', [
+        '[scope.mlp] block: there is no [block.chanel] and no [block_coupling.chanel]; did you mean "channel"?',
+    ]),
+    (COUPLED, '"q", "k"]', '"q", "q"]', [
+        '[scope_coupling.qk] scopes: "q" is listed twice: each member takes part once',
+        "[scope.k]: there is no budget: give one of nnz, sparsity and threshold",
+    ]),
+    (LONG, "block_coupling.channel", "block_coupling.gate", [
+        '[scope.mlp] block: there is no [block.channel] and no [block_coupling.channel]; there is "down" and "gate"',
+        "[block_coupling.gate]: [block.gate] has the same name: a scope could mean either",
+    ]),
+    (LONG, 'block = "channel"', 'block = "gate"', [
+        "[block_coupling.channel]: used by no scope: name it in one, or remove it"
+    ]),
+    (LONG, '"gate", "down"]\norders = [[0, 1], [1, 0]]', '"gate"]', [
+        "[block.down]: used by no scope: name it in one or in a coupling, or remove it"
+    ]),
+    # orders and across
+    (LONG, "[[0, 1], [1, 0]]", "[[0, 1]]", [
+        "[block_coupling.channel] orders: found 1 orders for 2 blocks: give one order for each"
+    ]),
+    (LONG, "[[0, 1], [1, 0]]", "[[0, 1], [1, 1]]", [
+        "[block_coupling.channel] orders: [1, 1] is no order of dimensions: it has to hold each of 0 to 1 once"
+    ]),
+    (LONG, "[[0, 1], [1, 0]]", "[0, 1]", [
+        "[block_coupling.channel] orders: found [0, 1], wanted a list with one list for each member, such as "
+        "[[0, 1], [1, 0]]"
+    ]),
+    (COUPLED, '["layer"]', '["layers"]', [
+        '[scope_coupling.qk] across: no member captures "layers"; did you mean "layer"?'
+    ]),
+    (COUPLED, '["layer"]', '"every"', [
+        '[scope_coupling.qk] across: found "every", wanted a list of captures such as ["layer"], or "all"'
+    ]),
+    (LONG, '["layers.{layer}.gate.weight"]', '["layers.{layer}.gate.weight", "gate"]', [
+        '[block_coupling.channel] blocks: "gate" captures layer or nothing, depending on which of '
+        '"layers.{layer}.gate.weight" and "gate" matches: the patterns of a member need the same captures'
+    ]),
+    # budgets
+    (SHORT, "nnz = 2", "", [
+        "[scope.proj]: there is no budget: give one of nnz, sparsity and threshold"
+    ]),
+    (SHORT, "nnz = 2", "nnz = 2\nsparsity = 0.5", [
+        "[scope.proj]: found the budgets nnz and sparsity: give exactly one"
+    ]),
+    (SHORT, "nnz = 2", "nnz = -1", [
+        "[scope.proj] nnz: found -1, wanted an integer of 0 or more: how many blocks survive in each scope"
+    ]),
+    (SHORT, "nnz = 2", "nnz = 2.0", [
+        "[scope.proj] nnz: found 2.0, wanted an integer of 0 or more: how many blocks survive in each scope"
+    ]),
+    (SHORT, "nnz = 2", "nnz = true", [
+        "[scope.proj] nnz: found true, wanted an integer of 0 or more: how many blocks survive in each scope"
+    ]),
+    (SHORT, "nnz = 2", "sparsity = 1.01", [
+        "[scope.proj] sparsity: found 1.01, wanted a number from 0 to 1: the share of each scope's blocks to prune"
+    ]),
+    (SHORT, "nnz = 2", "sparsity = nan", [
+        "[scope.proj] sparsity: found NaN, wanted a number from 0 to 1: the share of each scope's blocks to prune"
+    ]),
+    (SHORT, "nnz = 2", 'sparsity = "0.5"', [
+        '[scope.proj] sparsity: found "0.5", wanted a number from 0 to 1: the share of each scope\'s blocks to prune'
+    ]),
+    (SHORT, "nnz = 2", "threshold = inf", [
+        "[scope.proj] threshold: found Infinity, wanted a number of 0 or more: the least score that survives"
+    ]),
+    (SHORT, "nnz = 2", "threshold = 0.5\nmultiple_of = 8", [
+        "[scope.proj] multiple_of: it rounds what nnz or sparsity ask for; a threshold keeps no fixed number"
+    ]),
+    (SHORT, "nnz = 2", "nnz = 2\nmultiple_of = 0", [
+        "[scope.proj] multiple_of: found 0, wanted an integer of 1 or more: the surviving blocks are rounded up "
+        "to a multiple of it"
+    ]),
+    (COUPLED, "shape = []\n[scope.k]", "shape = []\nnnz = 2\n[scope.k]", [
+        "[scope.q] nnz: this scope is a member of [scope_coupling.qk]: its budget has to stand there"
+    ]),
+    (COUPLED, "nnz = 4", "", [
+        "[scope_coupling.qk]: there is no budget: give one of nnz, sparsity and threshold"
+    ]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", [SHORT, LONG, COUPLED])
+def test_the_legal_neighbours_are_legal(text: str) -> None:
+    assert parse_spec(text, "spec.toml").source == "spec.toml"
+
+
+@pytest.mark.parametrize(("text", "old", "new", "lines"), ILLEGAL)
+def test_every_problem_is_one_line_that_says_where_and_what(
+    text: str, old: str, new: str, lines: list[str]
+) -> None:
+    assert text.count(old) == 1
+    with pytest.raises(SpecError) as caught:
+        parse_spec(text.replace(old, new), "my.toml")
+    assert [*caught.value.problems] == [f"my.toml: {line}" for line in lines]
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("nnz = 2", "nnz = 0"),
+        ("nnz = 2", "sparsity = 1"),
+        ("nnz = 2", "sparsity = 0"),
+        ("nnz = 2", "threshold = 0"),
+        ("nnz = 2", "nnz = 2\nmultiple_of = 2"),
+        ("[1, 4]", "[]"),
+        ("[1, 1]", "[]"),
+        ("proj]", "2-to_4]"),
+    ],
+)
+def test_the_edges_of_what_is_legal_are_legal(old: str, new: str) -> None:
+    parse_spec(SHORT.replace(old, new))
+
+
+def test_problems_of_all_tables_are_reported_at_once() -> None:
+    with pytest.raises(SpecError) as caught:
+        parse_spec(
+            LONG.replace("orders", "order").replace("sparsity", "sparsty").replace("shape = [1", "shap = [1")
+        )
+    assert [*caught.value.problems] == [
+        'spec.toml: [block.gate] shap: unknown key; did you mean "shape"?',
+        'spec.toml: [block_coupling.channel] order: unknown key; did you mean "orders"?',
+        'spec.toml: [scope.mlp] sparsty: unknown key; did you mean "sparsity"?',
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ("version = ", "at line 1, the end of the document"),
+        ("version = 1\n\n[scope.x", "at line 3, the end of the document"),
+        ("version = 1\nversion = 1\n", "at line 2, column 12"),
+        ("version = 1\n[scope.x\n", "at line 2, column 9"),
+    ],
+)
+def test_what_is_not_toml_is_refused_with_the_place(text: str, place: str) -> None:
+    with pytest.raises(SpecError) as caught:
+        parse_spec(text)
+    assert re.fullmatch(rf"spec\.toml: this is not TOML: .* \({place}\)", str(caught.value))
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "1" * 5000,
+        "0x" + "f" * 5000,
+        "[" * 900 + "]" * 900,
+        "[" * 20_000 + "]" * 20_000,
+        "1979-05-27",
+        "{ a = { b = 1 } }",
+        "-0x1",
+        "1e400",
+    ],
+)
+@pytest.mark.parametrize(
+    "key", ["version", "scope.x.nnz", "scope.x.sparsity", "scope.x.block", "scope.x.tensors"]
+)
+def test_monstrous_values_are_problems_of_one_short_line(key: str, value: str) -> None:
+    with pytest.raises(SpecError) as caught:
+        parse_spec(f"{key} = {value}" if key == "version" else f"version = 1\n{key} = {value}")
+    assert all(len(line) < 300 for line in caught.value.problems)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("nnz = 2", "nnz = 0x" + "f" * 5000),
+        ("nnz = 2", "nnz = 9223372036854775808"),
+        ("nnz = 2", "sparsity = 0x" + "f" * 5000),
+        ("nnz = 2", "threshold = 0x" + "f" * 5000),
+        ("nnz = 2", "threshold = 1" + "0" * 400),
+        ("nnz = 2", "nnz = 1\nmultiple_of = 0x" + "f" * 5000),
+        ("[1, 4]", "[0x" + "f" * 5000 + "]"),
+        ("[1, 1]", "[9223372036854775808]"),
+    ],
+)
+def test_numbers_beyond_any_tensor_are_problems_of_one_short_line(old: str, new: str) -> None:
+    with pytest.raises(SpecError) as caught:
+        parse_spec(SHORT.replace(old, new))
+    assert [len(line) < 300 for line in caught.value.problems] == [True]
+
+
+def test_line_ends_in_a_key_do_not_break_the_line() -> None:
+    with pytest.raises(SpecError) as caught:
+        parse_spec(SHORT + '"a\\nb" = 1', "my\nspec.toml")
+    assert str(caught.value).startswith("my\\nspec.toml: [scope.proj] a\\nb: unknown key")
+
+
+KEYS = st.sampled_from(
+    "tensors shape block blocks orders across scopes nnz sparsity threshold multiple_of x y".split()
+)
+LEAVES = st.sampled_from(
+    [
+        "1",
+        "-1",
+        "0",
+        "2.5",
+        "nan",
+        "true",
+        '""',
+        '"x"',
+        '"y"',
+        '"a.{l}"',
+        '"all"',
+        "[]",
+        "[1]",
+        "[[0]]",
+        '["x"]',
+    ]
+)
+TABLES = st.dictionaries(KEYS, LEAVES, max_size=5)
+HEADS = st.sampled_from(
+    [
+        "block.x",
+        "block.y",
+        "block_coupling.x",
+        "block_coupling.z",
+        "scope.x",
+        "scope.z",
+        "scope_coupling.y",
+        "zzz",
+    ]
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.dictionaries(HEADS, TABLES, max_size=5))
+def test_any_toml_is_a_spec_or_a_spec_error(document: dict[str, dict[str, str]]) -> None:
+    lines = ["version = 1"]
+    for head, table in document.items():
+        lines += [f"[{head}]", *(f"{key} = {value}" for key, value in table.items())]
+    try:
+        parse_spec("\n".join(lines))
+    except SpecError as error:
+        assert error.problems  # noqa: PT017  (either way is fine)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(max_size=60))
+def test_any_text_is_a_spec_or_a_spec_error(text: str) -> None:
+    with pytest.raises(SpecError):
+        parse_spec(text)
