@@ -18,6 +18,15 @@ class SparsityError(SparsepruneError, ValueError):
     """The engine was asked for something that S3 does not allow: shapes, budgets, NaN scores."""
 
 
+class NanScoreError(SparsityError):
+    """A score that is NaN: `tensor` names whose, `place` is its index in the view."""
+
+    def __init__(self, tensor: str, place: tuple[int, ...]) -> None:
+        super().__init__(f"{tensor}: NaN at {list(place)} has no rank among the scores")
+        self.tensor = tensor
+        self.place = place
+
+
 class ShapeMismatchError(SparsityError):
     """A tensor, block or scope does not have the shape that is wanted, or does not divide."""
 

@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sparseprune.checkpoint.folder import RESULTS
 from sparseprune.checkpoint.transfer import machine_errors
 from sparseprune.errors import CheckpointError, MachineError
 
@@ -40,6 +41,11 @@ def check_existing(layout: OutputLayout, *, force: bool) -> None:
             raise CheckpointError(
                 f"{path}: already exists; give another name with -o, or --force to replace it"
             )
+        if layout.is_directory and not path.is_symlink() and not _is_ours(path):
+            raise CheckpointError(
+                f"{path}: --force replaces what sparseprune wrote, and this directory has no report of it; "
+                "remove it yourself, or give another name with -o"
+            )
 
 
 def final_paths(layout: OutputLayout) -> tuple[Path, ...]:
@@ -48,6 +54,12 @@ def final_paths(layout: OutputLayout) -> tuple[Path, ...]:
         return (layout.target,)
     names = dict.fromkeys((*layout.stale, *layout.mask_files, layout.report_file))
     return (*(layout.root / path for path in names if path.name != layout.target.name), layout.target)
+
+
+def _is_ours(directory: Path) -> bool:
+    """Whether a directory is an earlier output, of weights or of masks, or empty: nobody's work is in it."""
+    reports = (directory / RESULTS / "report.json", directory / "report.json")
+    return any(report.is_file() for report in reports) or not any(directory.iterdir())
 
 
 def needed_bytes(layout: OutputLayout) -> int:

@@ -23,9 +23,10 @@ from sparseprune.engine.grids import (
     prod,
 )
 from sparseprune.engine.proximal import soft_threshold_conditioned, soft_threshold_euclidean
+from sparseprune.engine.rounding import round_to
 from sparseprune.engine.scoring import first_nan, fused_norms, has_exact_keys, magnitude_keys
 from sparseprune.engine.view import View
-from sparseprune.errors import ShapeMismatchError, SparsityError
+from sparseprune.errors import NanScoreError, ShapeMismatchError, SparsityError
 
 Values = Tensor | Mapping["BlockSpec", Tensor] | None
 """None (the weights), one parameter- or view-shaped tensor, or one for each BlockSpec."""
@@ -166,16 +167,20 @@ class SparseBlock(ABC):
     def write(self, fused: Sequence[Tensor]) -> None:
         """Write new elements, (*grid_shape, *elements) for each member, rounded to the weights' dtype."""
         for (spec, order), result in zip(self.members, fused, strict=True):
-            spec.fuse(spec.view.data, order).copy_(result)
+            data = spec.view.data
+            spec.fuse(data, order).copy_(round_to(result, data.dtype))
 
     def apply_multiplier(self, grid: Tensor) -> None:
-        """Multiply each block in place by its number (`grid_shape`), rounded once to the weights' dtype."""
+        """Multiply each block in place by its number (`grid_shape`), rounded once to the weights' dtype.
+
+        Where the number is 1 every bit stays, where it is 0 elements become +0.0, infinite ones too.
+        """
         factors = self._on_grid(grid, "multiplier").to(torch.float64)
         for spec, order in self.members:
             spread = spec.spread(factors.permute(inverse_order(order)).to(spec.view.param.device))
-            data = spec.view.data
-            product = data.to(torch.float64) * spread
-            data.copy_(product if data.dtype.is_floating_point else product.round())
+            data, bits = spec.view.data, spec.view.bits
+            product = round_to(data.to(torch.float64) * spread, data.dtype).view(bits.dtype)
+            bits.copy_(torch.where(spread == 1, bits, product.masked_fill_(spread == 0, 0)))
 
     def keys(self, values: Values = None) -> Tensor:
         """Signed integers of `grid_shape`, ordered as the norms; exact where a block is one element.
@@ -218,7 +223,7 @@ class SparseBlock(ABC):
         for spec, tensor in elements.items():
             place = first_nan(tensor)
             if place is not None:
-                raise SparsityError(f"{spec.name}: NaN at {list(place)} has no rank among the scores")
+                raise NanScoreError(spec.name, place)
 
     def _fused(self, elements: Mapping[BlockSpec, Tensor]) -> list[Tensor]:
         device = self.blocks()[0].view.param.device
@@ -277,7 +282,7 @@ class BlockSpec(SparseBlock):
         if not (reorder or merge):
             return interleaved
         rank = len(self.grid_shape)
-        ordered = interleaved.permute(*range(0, 2 * rank, 2), *range(1, 2 * rank, 2))
+        ordered = interleaved.permute((*range(0, 2 * rank, 2), *range(1, 2 * rank, 2)))
         return ordered.reshape(*self.grid_shape, prod(self.shape)) if merge else ordered
 
     def fuse(self, elements: Tensor, order: Shape) -> Tensor:
@@ -286,7 +291,8 @@ class BlockSpec(SparseBlock):
         interleaved = elements.view(
             [size for pair in zip(self.grid_shape, self.shape, strict=True) for size in pair]
         )
-        return interleaved.permute(*permute(tuple(range(0, 2 * rank, 2)), order), *range(1, 2 * rank, 2))
+        grid_dims = permute(tuple(range(0, 2 * rank, 2)), order)
+        return interleaved.permute((*grid_dims, *range(1, 2 * rank, 2)))
 
     def spread(self, grid: Tensor) -> Tensor:
         """One number per block as one per element of the view."""

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from sparseprune.engine.block import BlockSpec, SparseBlock, Values
-from sparseprune.engine.grids import Shape, align, inverse_order
+from sparseprune.engine.grids import Shape, align, inverse_order, prod
+from sparseprune.engine.view import disjoint
 from sparseprune.errors import CouplingError, SparsityError
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ class BlockCoupling(SparseBlock):
         elements = self.resolve(values)
         device = self.specs[0].view.param.device
         parts = [
-            spec.fuse(elements[spec], order).reshape(*self.grid_shape, -1).to(device)
+            spec.fuse(elements[spec], order).reshape(*self.grid_shape, prod(spec.shape)).to(device)
             for spec, order in self.members
         ]
         dtypes = {part.dtype for part in parts}
@@ -73,6 +74,8 @@ def refuse_shared_elements(specs: Sequence[BlockSpec]) -> None:
     for spec in specs:
         by_storage[spec.view.param.untyped_storage()._cdata].append(spec)  # noqa: SLF001  (its identity)
     for neighbours in by_storage.values():
+        if disjoint([spec.view for spec in neighbours]):
+            continue  # told in one pass, however many members look at one tensor
         for one, other in combinations(neighbours, 2):
             if one.view.overlaps(other.view):
                 raise CouplingError(

@@ -18,38 +18,43 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Dtype:
-    """One element type: `bits` per element, `torch_name` (None where torch has none), `prunable`."""
+    """One element type: `bits` per element, `torch_name` (None where torch has none), `prunable`.
+
+    `zero_bits` are the bits that are all 0 just where an element is zero (all but the sign of a float);
+    0 where no bit pattern is zero, None where elements are not whole bytes.
+    """
 
     name: str
     bits: int
     torch_name: str | None
+    zero_bits: int | None
     prunable: bool = False
 
 
 # Names and widths as in the safetensors format (huggingface/safetensors, `Dtype` of its Rust crate).
 _ROWS = (
-    Dtype("BOOL", 8, "bool"),
-    Dtype("F4", 4, None),
-    Dtype("F6_E2M3", 6, None),
-    Dtype("F6_E3M2", 6, None),
-    Dtype("U8", 8, "uint8"),
-    Dtype("I8", 8, "int8", prunable=True),
-    Dtype("F8_E5M2", 8, "float8_e5m2", prunable=True),
-    Dtype("F8_E4M3", 8, "float8_e4m3fn", prunable=True),
-    Dtype("F8_E8M0", 8, "float8_e8m0fnu"),
-    Dtype("F8_E4M3FNUZ", 8, "float8_e4m3fnuz"),
-    Dtype("F8_E5M2FNUZ", 8, "float8_e5m2fnuz"),
-    Dtype("I16", 16, "int16", prunable=True),
-    Dtype("U16", 16, "uint16"),
-    Dtype("F16", 16, "float16", prunable=True),
-    Dtype("BF16", 16, "bfloat16", prunable=True),
-    Dtype("I32", 32, "int32", prunable=True),
-    Dtype("U32", 32, "uint32"),
-    Dtype("F32", 32, "float32", prunable=True),
-    Dtype("C64", 64, "complex64"),
-    Dtype("F64", 64, "float64", prunable=True),
-    Dtype("I64", 64, "int64", prunable=True),
-    Dtype("U64", 64, "uint64"),
+    Dtype("BOOL", 8, "bool", 0xFF),
+    Dtype("F4", 4, None, None),
+    Dtype("F6_E2M3", 6, None, None),
+    Dtype("F6_E3M2", 6, None, None),
+    Dtype("U8", 8, "uint8", 0xFF),
+    Dtype("I8", 8, "int8", 0xFF, prunable=True),
+    Dtype("F8_E5M2", 8, "float8_e5m2", 0x7F, prunable=True),
+    Dtype("F8_E4M3", 8, "float8_e4m3fn", 0x7F, prunable=True),
+    Dtype("F8_E8M0", 8, "float8_e8m0fnu", 0),  # a power of two, never zero
+    Dtype("F8_E4M3FNUZ", 8, "float8_e4m3fnuz", 0xFF),  # no negative zero: that pattern is NaN
+    Dtype("F8_E5M2FNUZ", 8, "float8_e5m2fnuz", 0xFF),
+    Dtype("I16", 16, "int16", 0xFFFF, prunable=True),
+    Dtype("U16", 16, "uint16", 0xFFFF),
+    Dtype("F16", 16, "float16", 0x7FFF, prunable=True),
+    Dtype("BF16", 16, "bfloat16", 0x7FFF, prunable=True),
+    Dtype("I32", 32, "int32", 0xFFFF_FFFF, prunable=True),
+    Dtype("U32", 32, "uint32", 0xFFFF_FFFF),
+    Dtype("F32", 32, "float32", 0x7FFF_FFFF, prunable=True),
+    Dtype("C64", 64, "complex64", 0x7FFF_FFFF_7FFF_FFFF),
+    Dtype("F64", 64, "float64", 0x7FFF_FFFF_FFFF_FFFF, prunable=True),
+    Dtype("I64", 64, "int64", 0xFFFF_FFFF_FFFF_FFFF, prunable=True),
+    Dtype("U64", 64, "uint64", 0xFFFF_FFFF_FFFF_FFFF),
 )
 DTYPES: Mapping[str, Dtype] = MappingProxyType({row.name: row for row in _ROWS})
 

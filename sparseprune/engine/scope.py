@@ -16,9 +16,9 @@ from torch import Tensor
 
 from sparseprune.engine.block import BlockSpec, SparseBlock, Values, zero_pruned
 from sparseprune.engine.grids import Shape, divide, identity_order, inverse_order, prod, scope_extents
-from sparseprune.engine.scoring import magnitude_keys, order_keys
+from sparseprune.engine.scoring import first_nan, magnitude_keys, order_keys
 from sparseprune.engine.selection import kth_largest, select
-from sparseprune.errors import ShapeMismatchError, SparsityError
+from sparseprune.errors import NanScoreError, ShapeMismatchError, SparsityError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -102,6 +102,16 @@ class SparseScope(ABC):
             masks |= spec.block.get_masks(part)
         return masks
 
+    def threshold_masks(
+        self, thresholds: Tensor | float, values: Values = None
+    ) -> dict[BlockSpec, Tensor]:
+        """View-shaped bool masks, True for the blocks whose norm is at least their scope's threshold."""
+        masks: dict[BlockSpec, Tensor] = {}
+        limits = self._limits(thresholds)
+        for (spec, some), limit in zip(self._each(values), limits, strict=True):
+            masks |= spec.block.get_masks(spec.block.reaches(limit, some))
+        return masks
+
     def hard_threshold(
         self, thresholds: Tensor | float | None = None, nnz: int | None = None, values: Values = None
     ) -> None:
@@ -113,15 +123,11 @@ class SparseScope(ABC):
             SparsityError: both or neither of `thresholds` and `nnz` given, nnz out of range, NaN.
         """
         if nnz is not None and thresholds is None:
-            masks = self.get_masks(nnz, values)
+            zero_pruned(self.get_masks(nnz, values))
         elif thresholds is not None and nnz is None:
-            masks = {}
-            limits = self._limits(thresholds)
-            for (spec, some), limit in zip(self._each(values), limits, strict=True):
-                masks |= spec.block.get_masks(spec.block.reaches(limit, some))
+            zero_pruned(self.threshold_masks(thresholds, values))
         else:
             raise SparsityError(f"{self.name}: give exactly one of thresholds and nnz")
-        zero_pruned(masks)
 
     def soft_threshold(
         self,
@@ -168,14 +174,18 @@ class SparseScope(ABC):
     def _kth(self, values: Values, k: int, following: int = 0) -> Tensor:
         """The (k + following)-th largest norm of each scope; inf before the first, 0 behind the last."""
         rank = self._budget(k) + following
+        for spec, some in self._each(values):
+            spec.block.refuse_nan(spec.block.resolve(some))
         norms = self.block_norms(values)
-        self._refuse_nan_scores(norms)
         if 1 <= rank <= self.numblk_per_scope():
             return kth_largest(norms, rank)
         return torch.full(self.grid_shape, 0.0 if rank else math.inf, dtype=norms.dtype, device=norms.device)
 
     def _kth_mid(self, values: Values, k: int, k_weight: float) -> Tensor:
-        return (self._kth(values, k) + k_weight * self._kth(values, k, following=1)) / (1 + k_weight)
+        kth = self._kth(values, k)
+        if k_weight == 0:
+            return kth  # 0 times an infinite norm would be NaN
+        return (kth + k_weight * self._kth(values, k, following=1)) / (1 + k_weight)
 
     def _limits(self, thresholds: Tensor | float) -> list[Tensor]:
         """Thresholds per scope as one per block, on each member's block grid."""
@@ -233,9 +243,9 @@ class SparseScope(ABC):
         return tensor
 
     def _refuse_nan_scores(self, scores: Tensor) -> None:
-        if scores.dtype.is_floating_point and bool(scores.isnan().any()):
-            place = scores.isnan().nonzero()[0].tolist()
-            raise SparsityError(f"{self.name}: the score at {place} (scope, block) is NaN and has no rank")
+        place = first_nan(scores)
+        if place is not None:
+            raise NanScoreError(f"block scores of {self.name}", place)
 
     def _device(self) -> torch.device:
         return self.blocks()[0].view.param.device
@@ -282,17 +292,17 @@ class ScopeSpec(SparseScope):
                 f"{list(self.block.grid_shape)}"
             )
         trailing = b.shape[rank:]
-        interleaved = b.reshape(*self._pairs(), *trailing)
+        interleaved = b.reshape((*self._pairs(), *trailing))
         if not (reorder or merge):
             return interleaved
         behind = range(2 * rank, 2 * rank + len(trailing))
-        ordered = interleaved.permute(*range(0, 2 * rank, 2), *range(1, 2 * rank, 2), *behind)
+        ordered = interleaved.permute((*range(0, 2 * rank, 2), *range(1, 2 * rank, 2), *behind))
         return ordered.reshape(*self.grid_shape, prod(self.shape), *trailing) if merge else ordered
 
     def scope_blocks_to_grid(self, by_scope: Tensor) -> Tensor:
         """The inverse of `block_to_scope` with `merge`: (*grid_shape, blocks per scope) to the block grid."""
         rank = len(self.grid_shape)
-        split = by_scope.reshape(*self.grid_shape, *self.shape)
+        split = by_scope.reshape((*self.grid_shape, *self.shape))
         pairs = [dim for d in range(rank) for dim in (d, rank + d)]
         return split.permute(pairs).reshape(self.block.grid_shape)
 

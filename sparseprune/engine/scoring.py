@@ -49,6 +49,8 @@ def magnitude_keys(elements: Tensor) -> Tensor:
 
 def order_keys(scores: Tensor) -> Tensor:
     """Signed integers ordered as scores of either sign are; -0.0 and 0.0 get one key."""
+    if scores.dtype == torch.uint64:
+        return scores.view(torch.int64) ^ torch.iinfo(torch.int64).min
     if not scores.dtype.is_floating_point:
         return scores.to(torch.int64)
     bits = (scores.to(torch.float64) + 0.0).view(torch.int64)
@@ -62,10 +64,11 @@ def has_exact_keys(dtype: torch.dtype) -> bool:
 
 def first_nan(elements: Tensor) -> Shape | None:
     """The index of the first NaN in row-major order, None where there is none."""
-    largest = _LARGEST_KEY.get(elements.dtype)
-    if largest is None or not elements.numel():
+    if not elements.dtype.is_floating_point or not elements.numel():
         return None
-    keys = magnitude_keys(elements)
+    known = elements if elements.dtype in _LARGEST_KEY else elements.to(torch.float64)
+    largest = _LARGEST_KEY[known.dtype]
+    keys = magnitude_keys(known)
     if int(keys.max()) <= largest:
         return None
     place = int((keys > largest).reshape(-1).int().argmax())
@@ -115,33 +118,44 @@ def pairwise_sum(terms: Tensor, dims: int) -> Tensor:
 def _norms_of(views: Sequence[Tensor], rank: int, p: float) -> Tensor:
     wide = [view.to(torch.float64).abs() for view in views]
     if math.isinf(p):
-        return _largest(wide, rank)
+        return largest(wide, rank)
     exponent = _scale_exponent(views, wide, rank, p)
     total: Tensor | None = None
     for magnitudes in wide:
         scaled = magnitudes
         if exponent is not None:
             ones = (1,) * (magnitudes.ndim - rank)
-            scaled = torch.ldexp(magnitudes, -exponent.reshape(*exponent.shape, *ones))
+            scaled = magnitudes * power_of_two(-exponent).reshape((*exponent.shape, *ones))
         powers = scaled if p == 1 else scaled * scaled if p == 2 else scaled**p
         part = pairwise_sum(powers, magnitudes.ndim - rank)
         total = part if total is None else total + part
     if total is None:
         raise SparsityError("a block needs at least one member")
     root = total if p == 1 else total.sqrt() if p == 2 else total ** (1 / p)
-    return root if exponent is None else torch.ldexp(root, exponent)
+    return root if exponent is None else root * power_of_two(exponent)
 
 
-def _largest(wide: Sequence[Tensor], rank: int) -> Tensor:
-    members = [magnitudes.reshape(*magnitudes.shape[:rank], -1).amax(-1, keepdim=True) for magnitudes in wide]
+def largest(wide: Sequence[Tensor], rank: int) -> Tensor:
+    """The largest number of each block, over all members: the first `rank` dimensions are the grid."""
+    if not wide[0].numel():
+        return wide[0].new_zeros(wide[0].shape[:rank])
+    members = [magnitudes.reshape((*magnitudes.shape[:rank], -1)).amax(-1, keepdim=True) for magnitudes in wide]
     return torch.cat(members, dim=-1).amax(-1)
 
 
 def _scale_exponent(views: Sequence[Tensor], wide: Sequence[Tensor], rank: int, p: float) -> Tensor | None:
     """A power of two per block that keeps its powers in range; none needed where they fit in float64."""
     fits = p in (1, 2) and all(view.dtype != torch.float64 for view in views)
-    if fits:
-        return None
-    largest = _largest(wide, rank)
-    finite = torch.where(largest.isfinite(), largest, 1.0)
-    return torch.frexp(finite).exponent.clamp(-1000, 1000)
+    return None if fits else block_exponents(wide, rank)
+
+
+def block_exponents(magnitudes: Sequence[Tensor], rank: int) -> Tensor:
+    """The exponent of the largest finite number of each block: magnitudes / 2 ** exponent are below 1."""
+    top = largest(magnitudes, rank)
+    finite = torch.where(top.isfinite(), top, 1.0)
+    return torch.frexp(finite).exponent.clamp(-1000, 1000).to(torch.int64)
+
+
+def power_of_two(exponent: Tensor) -> Tensor:
+    """2 ** exponent as float64, by its bits: torch.ldexp passes through float32 in some versions."""
+    return (exponent + 1023 << 52).view(torch.float64)

@@ -6,6 +6,8 @@ view and the layout of the parameter. Knows nothing of blocks; blocks are cut ou
 
 from __future__ import annotations
 
+from itertools import pairwise
+from operator import itemgetter
 from typing import TYPE_CHECKING
 
 import torch
@@ -113,6 +115,8 @@ class View:
         Where parameter and view have one shape but not one layout (a transposed square matrix), values
         are taken as parameter-shaped: they come from the parameter, as its gradient does.
         """
+        if values.dtype.is_complex:
+            raise SparsityError(f"values of {values.dtype} have no order: wanted real numbers")
         values = values.detach().to(self.param.device)
         if self.is_whole and tuple(values.shape) == self.shape:
             return values
@@ -145,18 +149,7 @@ class View:
     def overlaps(self, other: View) -> bool:
         """Whether an element of the storage belongs to both views."""
         mine, theirs = self.param.untyped_storage(), other.param.untyped_storage()
-        if mine._cdata != theirs._cdata or not self.numel() or not other.numel():  # noqa: SLF001
-            return False
-        size = self.param.element_size()
-        if size != other.param.element_size():
-            return True  # one storage read as two dtypes: no element can be told from another
-        (begin, end), (other_begin, other_end) = self._span(), other._span()
-        if end <= other_begin or other_end <= begin:
-            return False
-        first = min(begin, other_begin)
-        marks = torch.zeros(max(end, other_end) - first, dtype=torch.bool)
-        marks.as_strided(self.shape, self.stride, begin - first).fill_(value=True)
-        return bool(marks.as_strided(other.shape, other.stride, other_begin - first).any())
+        return mine._cdata == theirs._cdata and not disjoint([self, other])  # noqa: SLF001
 
     def _span(self) -> tuple[int, int]:
         begin = int(self.param.storage_offset()) + self.offset
@@ -164,6 +157,20 @@ class View:
 
     def __repr__(self) -> str:
         return f"View({list(self.shape)} of {list(self.param.shape)} {self.param.dtype})"
+
+
+def disjoint(views: Sequence[View]) -> bool:
+    """Whether no element of one storage, which all these views look at, belongs to two of them."""
+    spans = sorted(((*view._span(), view) for view in views if view.numel()), key=itemgetter(0))  # noqa: SLF001
+    if len({view.param.element_size() for _, _, view in spans}) > 1:
+        return False  # one storage read as two dtypes: no element can be told from another
+    if all(one[1] <= other[0] for one, other in pairwise(spans)):
+        return True
+    first = spans[0][0]
+    marks = torch.zeros(max(end for _, end, _ in spans) - first, dtype=torch.bool)
+    for begin, _, view in spans:
+        marks.as_strided(view.shape, view.stride, begin - first).fill_(value=True)
+    return int(marks.sum()) == sum(view.numel() for view in views)
 
 
 def _extent(shape: Shape, stride: Shape) -> int:
@@ -185,11 +192,10 @@ def _check_layout(view: View) -> None:
             f"view shape {list(view.shape)}, stride {list(view.stride)} and offset {view.offset} must not be "
             "negative"
         )
-    if not view.numel() or view.is_whole:
-        _refuse_overlap(view)
-        return
-    _refuse_outside(view)
-    _refuse_overlap(view)
+    _refuse_overlap("parameter", tuple(param.shape), param.stride())
+    if view.numel() and not view.is_whole:
+        _refuse_outside(view)
+        _refuse_overlap("view", view.shape, view.stride)
 
 
 def _refuse_outside(view: View) -> None:
@@ -213,21 +219,22 @@ def _refuse_outside(view: View) -> None:
         )
 
 
-def _refuse_overlap(view: View) -> None:
+def _refuse_overlap(what: str, shape: Shape, stride: Shape) -> None:
     """Nested strides cannot overlap; what is not nested is counted element by element."""
     reached = 0
     nested = True
-    for size, step in sorted(zip(view.shape, view.stride, strict=True), key=lambda pair: pair[1]):
+    for size, step in sorted(zip(shape, stride, strict=True), key=lambda pair: pair[1]):
         if size <= 1:
             continue
         nested = nested and step > reached
         reached += (size - 1) * step
-    if nested or not view.numel():
+    numel = torch.Size(shape).numel()
+    if nested or not numel:
         return
-    marks = torch.zeros(_extent(view.shape, view.stride), dtype=torch.bool)
-    marks.as_strided(view.shape, view.stride, 0).fill_(value=True)
-    if int(marks.sum()) != view.numel():
+    marks = torch.zeros(_extent(shape, stride), dtype=torch.bool)
+    marks.as_strided(shape, stride, 0).fill_(value=True)
+    if int(marks.sum()) != numel:
         raise SparsityError(
-            f"view {list(view.shape)} with stride {list(view.stride)} is not injective: some of its elements "
+            f"{what} {list(shape)} with stride {list(stride)} is not injective: some of its elements "
             "share storage, so that one could be kept and pruned at once"
         )

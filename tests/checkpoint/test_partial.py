@@ -60,17 +60,17 @@ def test_a_run_killed_while_it_replaced_its_target_has_lost_nothing(tmp_path: Pa
     ckpt = directory(tmp_path)
     replaced = tmp_path / ".ckpt-pruned.sparseprune-partial" / "replaced"
     replaced.mkdir(parents=True)
-    (replaced / "report").write_text("old")
+    (replaced / "report.json").write_text("old")
     if renamed:
         (tmp_path / "ckpt-pruned").mkdir()
-        (tmp_path / "ckpt-pruned" / "report").write_text("new")
+        (tmp_path / "ckpt-pruned" / "report.json").write_text("new")
     with pytest.raises(CheckpointError, match="already exists"):
         stage(layout_of(ckpt))
     if not renamed:
-        assert content(tmp_path / "ckpt-pruned") == {"report": b"old"}
+        assert content(tmp_path / "ckpt-pruned") == {"report.json": b"old"}
         assert names_in(tmp_path) == ["ckpt", "ckpt-pruned"]
     else:
-        assert content(tmp_path / "ckpt-pruned") == {"report": b"new"}
+        assert content(tmp_path / "ckpt-pruned") == {"report.json": b"new"}
     stage(layout_of(ckpt), force=True)
     assert names_in(tmp_path) == ["ckpt", "ckpt-pruned"]
 

@@ -64,6 +64,18 @@ def test_refuses_each_file_of_an_output_that_exists(
     assert (tmp_path / "m.pruned.masks.safetensors").exists() == (form == "bool")
 
 
+def test_force_does_not_replace_a_directory_that_sparseprune_did_not_write(tmp_path: Path) -> None:
+    ckpt = directory(tmp_path)
+    (tmp_path / "ckpt-pruned").mkdir()
+    (tmp_path / "ckpt-pruned" / "thesis").write_text("of the user")
+    with pytest.raises(CheckpointError, match=r"ckpt-pruned: --force replaces what sparseprune wrote"):
+        stage(layout_of(ckpt), force=True)
+    assert (tmp_path / "ckpt-pruned" / "thesis").read_text() == "of the user"
+    (tmp_path / "ckpt-pruned" / "thesis").unlink()
+    stage(layout_of(ckpt), force=True)
+    assert (tmp_path / "ckpt-pruned" / "config.json").exists()
+
+
 def test_an_output_that_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:
     with StagedOutput(layout_of(directory(tmp_path)), force=False) as output:
         fill(output)

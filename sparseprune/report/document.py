@@ -1,0 +1,128 @@
+"""report.json: what a run pruned, rule by rule and tensor by tensor, counted in what was written."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from sparseprune import __version__
+from sparseprune.engine.grids import prod
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from sparseprune.checkpoint import Checkpoint
+    from sparseprune.engine.tally import Tally
+    from sparseprune.spec import BoundRule, BoundSpec
+
+REPORT_SCHEMA = "sparseprune.report.v1"
+
+
+class PrunedTensor(Protocol):
+    """What a report wants to know of a tensor that a rule reached."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def rule(self) -> str: ...
+    @property
+    def instance(self) -> str: ...
+    @property
+    def pruned(self) -> int: ...
+    @property
+    def before(self) -> Tally: ...
+    @property
+    def after(self) -> Tally: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """The circumstances of a run; `output` and `input` as they were named, `seconds` of wall time."""
+
+    input: str
+    output: str
+    spec_sha256: str
+    device: str
+    seconds: float
+
+
+def report_document(
+    run: Run, checkpoint: Checkpoint, bound: BoundSpec, tensors: Sequence[PrunedTensor]
+) -> dict[str, Any]:
+    """The report as plain data, in the shape of schemas/report.schema.json."""
+    numel = sum(stored.numel for stored in checkpoint.tensors.values())
+    pruned = sum(tensor.pruned for tensor in tensors)
+    return {
+        "schema": REPORT_SCHEMA,
+        "sparseprune": __version__,
+        "input": run.input,
+        "output": run.output,
+        "spec_sha256": run.spec_sha256,
+        "device": run.device,
+        "seconds": round(run.seconds, 3),
+        "totals": {
+            "tensors": len(checkpoint.tensors),
+            "numel": numel,
+            "pruned": pruned,
+            "sparsity": share(pruned, numel),
+        },
+        "rules": [_rule_entry(rule, tensors) for rule in bound.rules],
+        "tensors": [_tensor_entry(tensor) for tensor in tensors],
+    }
+
+
+def share(part: float, whole: float) -> float:
+    """The share of a part in a whole; 0 of nothing is 0."""
+    return part / whole if whole else 0.0
+
+
+def energy_kept(before: Tally, after: Tally) -> float | None:
+    """||pruned||^2 / ||dense||^2; 1 where there was nothing to lose, None where it is not finite."""
+    kept = after.energy / before.energy if before.energy else 1.0
+    return kept if math.isfinite(kept) else None
+
+
+def _rule_entry(rule: BoundRule, tensors: Iterable[PrunedTensor]) -> dict[str, Any]:
+    names = {leaf.tensor for instance in rule.instances for leaf in instance.scope.leaves}
+    reached = [tensor for tensor in tensors if tensor.name in names]
+    scopes = [instance.scope for instance in rule.instances]
+    budgets = [instance.budget for instance in rule.instances]
+    return {
+        "name": rule.name,
+        "instances": len(rule.instances),
+        "tensors": len(names),
+        "scopes": sum(prod(scope.grid_shape) for scope in scopes),
+        "blocks_per_scope": _one_or_all(scope.blocks_per_scope for scope in scopes),
+        "nnz": _one_or_all(budget.nnz for budget in budgets),
+        "threshold": _one_or_all(budget.threshold for budget in budgets),
+        "sparsity_asked": _one_or_all(instance.sparsity for instance in rule.instances),
+        "blocks": sum(prod(scope.grid_shape) * scope.blocks_per_scope for scope in scopes),
+        "numel": sum(tensor.before.numel for tensor in reached),
+        "pruned": sum(tensor.pruned for tensor in reached),
+    }
+
+
+def _one_or_all(values: Iterable[float | None]) -> float | list[float | None] | None:
+    """The value that all instances share, else the list of them, instance by instance."""
+    listed = list(values)
+    return listed[0] if len(set(listed)) == 1 else listed
+
+
+def _tensor_entry(tensor: PrunedTensor) -> dict[str, Any]:
+    return {
+        "name": tensor.name,
+        "dtype": tensor.dtype,
+        "shape": list(tensor.shape),
+        "numel": tensor.before.numel,
+        "rule": tensor.rule,
+        "instance": tensor.instance,
+        "pruned": tensor.pruned,
+        "zeros_before": tensor.before.zeros,
+        "zeros_after": tensor.after.zeros,
+        "energy_kept": energy_kept(tensor.before, tensor.after),
+    }

@@ -1,0 +1,107 @@
+"""Small checkpoints for tests, and what the command line said of them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+from sparseprune.cli.app import app
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+TWO_OF_FOUR = """
+version = 1
+[scope.proj]
+tensors = "{layer}.{name}.weight"
+block = [1, 1]
+shape = [1, 4]
+nnz = 2
+"""
+
+CHANNELS = """
+version = 1
+[block.up]
+tensors = "{layer}.up.weight"
+shape = [1, -1]
+[block.bias]
+tensors = "{layer}.up.bias"
+shape = [1]
+[block.down]
+tensors = "{layer}.down.weight"
+shape = [-1, 1]
+[block_coupling.channel]
+blocks = ["up", "bias", "down"]
+orders = [[0, 1], [0, 1], [1, 0]]
+[scope.mlp]
+block = "channel"
+shape = [-1, -1]
+sparsity = 0.25
+"""
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a command left behind: its exit code and its two streams."""
+
+    code: int
+    out: str
+    err: str
+
+
+def run(*words: object) -> Said:
+    """`sparseprune WORDS` in this process; an exception that is no exit is a bug and is raised."""
+    result = CliRunner().invoke(app, [str(word) for word in words], catch_exceptions=False)
+    return Said(result.exit_code, result.stdout, result.stderr)
+
+
+def mlp_tensors(layers: int = 2, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    """Per layer an up matrix (16, 8) with its bias and a down matrix (8, 16), and one norm vector."""
+    generator = torch.Generator().manual_seed(7)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    tensors = {"norm": draw(8)}
+    for layer in range(layers):
+        tensors |= {
+            f"{layer}.up.weight": draw(16, 8),
+            f"{layer}.up.bias": draw(16),
+            f"{layer}.down.weight": draw(8, 16),
+        }
+    return tensors
+
+
+def write_shards(folder: Path, shards: Mapping[str, Mapping[str, torch.Tensor]]) -> Path:
+    """A directory with these shards, their index, a config and a tokenizer in a subfolder."""
+    folder.mkdir()
+    weight_map = {name: file for file, tensors in shards.items() for name in tensors}
+    for file, tensors in shards.items():
+        save_file(dict(tensors), folder / file, metadata={"format": "pt", "shard": file})
+    total = sum(tensor.nbytes for tensors in shards.values() for tensor in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "config.json").write_text('{"model_type": "test"}')
+    (folder / "extra").mkdir()
+    (folder / "extra" / "tokenizer.txt").write_text("a b c")
+    return folder
+
+
+def write_spec(folder: Path, text: str) -> Path:
+    """The text as a spec file."""
+    path = folder / "spec.toml"
+    path.write_text(text)
+    return path
+
+
+def schema(name: str) -> Any:
+    """A shipped JSON schema."""
+    from importlib.resources import files
+
+    return json.loads(files("sparseprune.report").joinpath(f"schemas/{name}.schema.json").read_text())

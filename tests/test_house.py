@@ -1,0 +1,89 @@
+"""The house itself: what lies where, who may import whom, what starts without torch."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "sparseprune"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+def test_top_level_holds_the_five_names_and_dot_files() -> None:
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if tracked.returncode:
+        pytest.skip("not a git checkout")
+    names = {line.split("/")[0] for line in tracked.stdout.splitlines()}
+    assert {name for name in names if not name.startswith(".")} == {
+        "README.md",
+        "pyproject.toml",
+        "sparseprune",
+        "specs",
+        "tests",
+    }
+
+
+def test_package_holds_the_rooms_of_the_house() -> None:
+    rooms = {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert rooms == {"checkpoint", "cli", "engine", "pipeline", "report", "spec"}
+    loose = {path.name for path in PACKAGE.glob("*") if path.is_file()}
+    assert loose == {"__init__.py", "__main__.py", "errors.py", "py.typed"}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_module_says_what_it_owns_and_asserts_nothing(path: Path) -> None:
+    tree = ast.parse(path.read_text())
+    docstring = ast.get_docstring(tree)
+    assert docstring
+    assert len(docstring.splitlines()) <= 6
+    assert not [node.lineno for node in ast.walk(tree) if isinstance(node, ast.Assert)]
+    assert path.stem not in {"utils", "helpers", "common", "base", "manager"}
+
+
+def test_layers_are_held_by_the_import_linter() -> None:
+    done = subprocess.run(
+        [Path(sys.executable).with_name("lint-imports"), "--no-cache"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import sparseprune",
+        "import sparseprune.checkpoint, sparseprune.spec, sparseprune.pipeline",
+        "import sparseprune.cli.app",
+    ],
+)
+def test_imports_without_torch(code: str) -> None:
+    check = f"{code}; import sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["apply", "--help"]])
+def test_help_and_version_import_no_torch(words: list[str]) -> None:
+    code = (
+        "import sys; from sparseprune.cli import main; sys.argv = ['sparseprune', *sys.argv[1:]]\n"
+        "try: main()\n"
+        "except SystemExit as stop: sys.exit(stop.code or ('torch' in sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, check=False)
+    assert done.returncode == 0
+
+
+def test_every_public_name_is_there() -> None:
+    import sparseprune
+
+    for name in sparseprune.__all__:
+        assert getattr(sparseprune, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = sparseprune.nothing
