@@ -107,9 +107,10 @@ def _solution_norms(
             square = square + pairwise_sum(reached * reached, h.ndim - rank)
             slope = slope + pairwise_sum(reached * reached * h / stretched, h.ndim - rank)
         norm = square.sqrt()
+        step = square * (norm - 1) / slope
+        size = torch.where(active, (size + step).clamp(min=0), size)
         if bool((~active).logical_or_((1 / norm - 1).abs() <= atol).all()):
-            break
-        size = torch.where(active, size + square * (norm - 1) / slope, size)
+            break  # after the step, which squares what error was left
     return size
 
 

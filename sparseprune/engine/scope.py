@@ -74,9 +74,20 @@ class SparseScope(ABC):
         blocks = self.numblk_per_scope()
         return max(0, blocks - math.floor(min(sparsity, 1.0) * blocks))
 
-    def block_norms(self, values: Values = None) -> Tensor:
-        """The norm of each block by scope: float64 (*grid_shape, blocks per scope)."""
-        return self._gather([spec.block.norms(some) for spec, some in self._each(values)])
+    def block_norms(self, values: Values = None, p: float = 2, *, rms: bool = False) -> Tensor:
+        """The p-norm of each block by scope: float64 (*grid_shape, blocks per scope).
+
+        `rms` divides by the square root of a block's elements, so that blocks of unlike size compare.
+
+        Raises:
+            SparsityError: NaN, naming the tensor and the first place.
+        """
+        norms = []
+        for spec, some in self._each(values):
+            spec.block.refuse_nan(spec.block.resolve(some))
+            scale = math.sqrt(spec.block.numel_per_block()) if rms else 1.0
+            norms.append(spec.block.norms(some, p) / scale)
+        return self.gather(norms)
 
     def get_masks(
         self,
@@ -103,9 +114,17 @@ class SparseScope(ABC):
         return masks
 
     def threshold_masks(
-        self, thresholds: Tensor | float, values: Values = None
+        self, thresholds: Tensor | float, values: Values = None, block_scores: Tensor | None = None
     ) -> dict[BlockSpec, Tensor]:
-        """View-shaped bool masks, True for the blocks whose norm is at least their scope's threshold."""
+        """View-shaped bool masks, True for the blocks whose norm is at least their scope's threshold.
+
+        `block_scores` (*grid_shape, blocks per scope) are compared instead of norms.
+        """
+        if block_scores is not None:
+            scores = self._by_scope(block_scores, "block scores")
+            self._refuse_nan_scores(scores)
+            reaches = scores.to(torch.float64) >= self._by_thresholds(thresholds).unsqueeze(-1)
+            return self.get_masks(0, block_mask=reaches)
         masks: dict[BlockSpec, Tensor] = {}
         limits = self._limits(thresholds)
         for (spec, some), limit in zip(self._each(values), limits, strict=True):
@@ -150,6 +169,10 @@ class SparseScope(ABC):
         for (spec, _), result in zip(self.members, shrunk, strict=True):
             spec.block.write(result)
 
+    def soft_budget(self, nnz: int, k_weight: float = 1.0) -> Tensor:
+        """The thresholds that leave about `nnz` blocks of each scope: `kth_mid` of the weights themselves."""
+        return self._kth_mid(None, nnz, k_weight)
+
     def _budget(self, nnz: int) -> int:
         count = operator.index(nnz)
         if not 0 <= count <= self.numblk_per_scope():
@@ -166,16 +189,12 @@ class SparseScope(ABC):
         given = [(spec.block, some) for spec, some in self._each(values)]
         kinds = {block.key_dtype(some) for block, some in given}
         if len(kinds) == 1:
-            return self._gather([block.keys(some) for block, some in given])
-        for block, some in given:
-            block.refuse_nan(block.resolve(some))
+            return self.gather([block.keys(some) for block, some in given])
         return magnitude_keys(self.block_norms(values))
 
     def _kth(self, values: Values, k: int, following: int = 0) -> Tensor:
         """The (k + following)-th largest norm of each scope; inf before the first, 0 behind the last."""
         rank = self._budget(k) + following
-        for spec, some in self._each(values):
-            spec.block.refuse_nan(spec.block.resolve(some))
         norms = self.block_norms(values)
         if 1 <= rank <= self.numblk_per_scope():
             return kth_largest(norms, rank)
@@ -189,14 +208,20 @@ class SparseScope(ABC):
 
     def _limits(self, thresholds: Tensor | float) -> list[Tensor]:
         """Thresholds per scope as one per block, on each member's block grid."""
+        spread = self._by_thresholds(thresholds)
+        return [spec.scope_to_block(spread.permute(inverse_order(order))) for spec, order in self.members]
+
+    def _by_thresholds(self, thresholds: Tensor | float) -> Tensor:
+        """A number, or one for each scope, as float64 of `grid_shape`."""
         limits = torch.as_tensor(thresholds, dtype=torch.float64, device=self._device())
         if limits.ndim and tuple(limits.shape) != self.grid_shape:
             raise ShapeMismatchError(
                 f"{self.name}: thresholds of shape {list(limits.shape)} do not fit the grid of scopes "
                 f"{list(self.grid_shape)}"
             )
-        spread = limits.expand(self.grid_shape)
-        return [spec.scope_to_block(spread.permute(inverse_order(order))) for spec, order in self.members]
+        if bool(limits.isnan().any()):
+            raise SparsityError(f"{self.name}: a threshold is NaN")
+        return limits.expand(self.grid_shape)
 
     def _each(self, values: Values) -> list[tuple[ScopeSpec, Values]]:
         """Each member with its part of the values."""
@@ -215,7 +240,7 @@ class SparseScope(ABC):
             (spec, {leaf: given[leaf] for leaf in spec.block.blocks() if leaf in given}) for spec in specs
         ]
 
-    def _gather(self, per_block: Sequence[Tensor]) -> Tensor:
+    def gather(self, per_block: Sequence[Tensor]) -> Tensor:
         """One tensor per member on its block grid as (*grid_shape, blocks per scope)."""
         rank = len(self.grid_shape)
         parts = [
@@ -225,7 +250,7 @@ class SparseScope(ABC):
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
     def _scatter(self, by_scope: Tensor) -> list[tuple[ScopeSpec, Tensor]]:
-        """What `_gather` does, undone: (*grid_shape, blocks per scope) back on each member's block grid."""
+        """What `gather` does, undone: (*grid_shape, blocks per scope) back on each member's block grid."""
         parts = torch.split(by_scope, [prod(spec.shape) for spec, _ in self.members], dim=-1)
         rank = len(self.grid_shape)
         return [

@@ -139,7 +139,9 @@ def largest(wide: Sequence[Tensor], rank: int) -> Tensor:
     """The largest number of each block, over all members: the first `rank` dimensions are the grid."""
     if not wide[0].numel():
         return wide[0].new_zeros(wide[0].shape[:rank])
-    members = [magnitudes.reshape((*magnitudes.shape[:rank], -1)).amax(-1, keepdim=True) for magnitudes in wide]
+    members = [
+        magnitudes.reshape((*magnitudes.shape[:rank], -1)).amax(-1, keepdim=True) for magnitudes in wide
+    ]
     return torch.cat(members, dim=-1).amax(-1)
 
 

@@ -9,6 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparseprune.engine.radix import select_by_histogram
+
+_HISTOGRAM_LIMIT = 1 << 22  # from here on no copies of all keys and no int64 positions are affordable
 _PAIRWISE_LIMIT = 8  # up to here comparing all pairs beats a search for the k-th largest
 
 
@@ -23,7 +26,12 @@ def select(keys: Tensor, nnz: int) -> Tensor:
     blocks = keys.shape[-1]
     if nnz in (0, blocks) or not keys.numel():
         return torch.full(keys.shape, nnz == blocks, dtype=torch.bool, device=keys.device)
-    return _select_pairwise(keys, nnz) if blocks <= _PAIRWISE_LIMIT else _select_kth(keys, nnz)
+    if blocks <= _PAIRWISE_LIMIT:
+        return _select_pairwise(keys, nnz)
+    if blocks < _HISTOGRAM_LIMIT:
+        return _select_kth(keys, nnz)
+    scopes = keys.reshape(-1, blocks)
+    return torch.stack([select_by_histogram(scope, nnz) for scope in scopes]).reshape(keys.shape)
 
 
 def kth_largest(scores: Tensor, k: int) -> Tensor:
