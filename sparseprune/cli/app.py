@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,16 +13,23 @@ from sparseprune.cli.options import (
     CheckpointArgument,
     DebugOption,
     DeviceOption,
+    DryRunOption,
     ForceOption,
     JobsOption,
     JsonOption,
     MaskFormatOption,
+    NoMasksOption,
     OutputOption,
     QuietOption,
+    SetOption,
     SpecArgument,
     VerboseOption,
     default_jobs,
+    overrides_of,
 )
+
+if TYPE_CHECKING:
+    from sparseprune.cli.request import Request
 
 app = typer.Typer(
     name="sparseprune",
@@ -60,7 +67,9 @@ def apply(
     device: DeviceOption = "auto",
     jobs: JobsOption = default_jobs(),
     mask_format: MaskFormatOption = "bool",
-    no_masks: Annotated[bool, typer.Option("--no-masks", help="Write no masks.")] = False,
+    no_masks: NoMasksOption = False,
+    set_: SetOption = None,
+    dry_run: DryRunOption = False,
     force: ForceOption = False,
     json: JsonOption = False,
     quiet: QuietOption = False,
@@ -75,22 +84,22 @@ def apply(
     Example: sparseprune apply ./llama 2of4 -o ./llama-2of4
     """
     with reported(debug):
-        from sparseprune.cli.apply import Request, run
+        from sparseprune.cli.request import Request
 
-        run(
-            Request(
-                checkpoint=checkpoint,
-                spec=spec,
-                output=output,
-                device=device,
-                jobs=jobs,
-                mask_format=None if no_masks else mask_format,
-                force=force,
-                json=json,
-                quiet=quiet,
-                verbose=verbose,
-            )
+        request = Request(
+            checkpoint=checkpoint,
+            spec=spec,
+            output=output,
+            device=device,
+            jobs=jobs,
+            mask_format=None if no_masks else mask_format,
+            overrides=overrides_of(set_),
+            force=force,
+            json=json,
+            quiet=quiet,
+            verbose=verbose,
         )
+        _apply(request, dry_run=dry_run)
 
 
 @app.command()
@@ -101,6 +110,8 @@ def mask(
     device: DeviceOption = "auto",
     jobs: JobsOption = default_jobs(),
     mask_format: MaskFormatOption = "bool",
+    set_: SetOption = None,
+    dry_run: DryRunOption = False,
     force: ForceOption = False,
     json: JsonOption = False,
     quiet: QuietOption = False,
@@ -115,23 +126,88 @@ def mask(
     Example: sparseprune mask ./llama 2of4 --mask-format packed
     """
     with reported(debug):
-        from sparseprune.cli.apply import Request, run
+        from sparseprune.cli.request import Request
 
-        run(
-            Request(
-                checkpoint=checkpoint,
-                spec=spec,
-                output=output,
-                device=device,
-                jobs=jobs,
-                mask_format=mask_format,
-                force=force,
-                json=json,
-                quiet=quiet,
-                verbose=verbose,
-                weights=False,
-            )
+        request = Request(
+            checkpoint=checkpoint,
+            spec=spec,
+            output=output,
+            device=device,
+            jobs=jobs,
+            mask_format=mask_format,
+            overrides=overrides_of(set_),
+            force=force,
+            json=json,
+            quiet=quiet,
+            verbose=verbose,
+            weights=False,
         )
+        _apply(request, dry_run=dry_run)
+
+
+@app.command()
+def plan(
+    checkpoint: CheckpointArgument,
+    spec: SpecArgument,
+    output: OutputOption = None,
+    jobs: JobsOption = default_jobs(),
+    mask_format: MaskFormatOption = "bool",
+    no_masks: NoMasksOption = False,
+    set_: SetOption = None,
+    draw: Annotated[
+        str | None,
+        typer.Option(
+            "--draw",
+            metavar="RULE|all|none",
+            help="Draw the blocks and scopes of a rule; on a terminal the first one is drawn anyway.",
+            show_default=False,
+        ),
+    ] = None,
+    json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Show what a spec binds to and what it would do, without reading tensor data.
+
+    Rule by rule: tensors, views, block grids, scopes, what survives. Then what no rule reaches, and the
+    size of the output.
+
+    Example: sparseprune plan ./llama 2of4
+    """
+    with reported(debug):
+        from sparseprune.cli.plan import run
+        from sparseprune.cli.request import Request
+
+        request = Request(
+            checkpoint=checkpoint,
+            spec=spec,
+            output=output,
+            device="cpu",
+            jobs=jobs,
+            mask_format=None if no_masks else mask_format,
+            overrides=overrides_of(set_),
+            json=json,
+        )
+        run(request, draw)
+
+
+@app.command()
+def specs(
+    name: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="NAME", help="The spec to print; all of them are listed without.", show_default=False
+        ),
+    ] = None,
+    debug: DebugOption = False,
+) -> None:
+    """List the specs that ship with sparseprune, or print one.
+
+    Example: sparseprune specs 2of4
+    """
+    with reported(debug):
+        from sparseprune.cli.specs import run
+
+        run(name)
 
 
 @app.command()
@@ -172,3 +248,15 @@ def demo(
         from sparseprune.cli.demo import run
 
         run(folder)
+
+
+def _apply(request: Request, *, dry_run: bool) -> None:
+    """Do it, or show what would be done."""
+    if dry_run:
+        from sparseprune.cli.plan import run as show
+
+        show(request)
+    else:
+        from sparseprune.cli.apply import run
+
+        run(request)

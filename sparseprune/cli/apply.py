@@ -4,73 +4,37 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sparseprune.checkpoint import StagedOutput, TensorReader, lay_out_apply, lay_out_masks, open_checkpoint
+from sparseprune.checkpoint import StagedOutput, TensorReader
 from sparseprune.cli.console import print_json, print_result, progress_bar, stderr_console
-from sparseprune.pipeline import make_plan
-from sparseprune.spec import find_spec, parse_spec
+from sparseprune.cli.request import Request, collector_paused, output_shown, prepare
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
-    from sparseprune.checkpoint import MaskFormat, OutputLayout
+    from sparseprune.checkpoint import OutputLayout
+    from sparseprune.cli.request import Prepared
     from sparseprune.pipeline import Plan
-    from sparseprune.spec import SpecSource
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """What was typed; `mask_format` None for no masks, `weights` False for masks alone."""
-
-    checkpoint: Path
-    spec: str
-    output: Path | None
-    device: str
-    jobs: int
-    mask_format: MaskFormat | None
-    force: bool = False
-    json: bool = False
-    quiet: bool = False
-    verbose: bool = False
-    weights: bool = True
 
 
 def run(request: Request) -> None:
     """Plan, execute, commit, tell."""
     began = time.perf_counter()
-    source = find_spec(request.spec)
-    plan = make_plan(open_checkpoint(request.checkpoint), parse_spec(source.text, source.source))
-    layout = _layout(request, plan)
-    document = _execute(request, source, plan, layout, began)
+    with collector_paused():
+        prepared = prepare(request)
+    plan, layout = prepared.plan, prepared.layout
+    document = _execute(request, prepared, began)
     if not request.quiet:
         _tell(request, plan, layout, document, time.perf_counter() - began)
     if request.json:
         print_json(document)
     else:
-        print_result(_shown(request, layout))
+        print_result(output_shown(request, layout))
 
 
-def _shown(request: Request, layout: OutputLayout) -> str:
-    """The output's path as the user would write it: relative where the paths that were typed are."""
-    if request.output is not None:
-        return str(request.output)
-    return str(layout.target) if request.checkpoint.is_absolute() else os.path.relpath(layout.target)
-
-
-def _layout(request: Request, plan: Plan) -> OutputLayout:
-    if request.weights or request.mask_format is None:
-        return lay_out_apply(plan.checkpoint, request.output, plan.reached, request.mask_format)
-    return lay_out_masks(plan.checkpoint, request.output, plan.reached, request.mask_format)
-
-
-def _execute(
-    request: Request, source: SpecSource, plan: Plan, layout: OutputLayout, began: float
-) -> dict[str, Any]:
+def _execute(request: Request, prepared: Prepared, began: float) -> dict[str, Any]:
     """Everything between the first byte written and the output's name; gives the report."""
+    source, plan, layout = prepared.source, prepared.plan, prepared.layout
     total = sum(unit.nbytes for unit in plan.units) + sum(copy.length for copy in layout.copies)
     with (
         StagedOutput(layout, request.force) as output,
@@ -85,7 +49,7 @@ def _execute(
         outcomes = execute(plan, reader, output, machine, advance)
         circumstances = Run(
             input=str(request.checkpoint),
-            output=_shown(request, layout),
+            output=output_shown(request, layout),
             spec_sha256=hashlib.sha256(source.text.encode()).hexdigest(),
             device=machine.device,
             seconds=time.perf_counter() - began,
@@ -110,7 +74,7 @@ def _tell(
         console.print(outcome_table(document))
     console.print(rules_table(document))
     totals = document["totals"]
-    reached = sum(tensor["numel"] for tensor in document["tensors"])
+    reached = sum(rule["numel"] for rule in document["rules"])
     masks = sum(place.nbytes for place in layout.masks.values())
     lines = [
         f"pruned {totals['pruned']:,} of {totals['numel']:,} parameters ({percent(totals['sparsity'])})",

@@ -69,9 +69,21 @@ def print_json(document: Mapping[str, Any]) -> None:
     print(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False))
 
 
-def print_table(table: RenderableType) -> None:
-    """A table on stdout."""
-    _console(stderr=False).print(table)
+def print_table(*parts: RenderableType) -> None:
+    """Tables and the like on stdout, an empty line between them; without spaces at the ends of lines."""
+    console = _console(stderr=False)
+    with console.capture() as captured:
+        for number, part in enumerate(parts):
+            if number:
+                console.print()
+            console.print(part)
+    for line in captured.get().splitlines():
+        print(line.rstrip())
+
+
+def on_terminal() -> bool:
+    """Whether what is printed on stdout is read by a human."""
+    return _console(stderr=False).is_terminal
 
 
 def _console(*, stderr: bool) -> Console:

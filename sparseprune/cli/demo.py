@@ -10,6 +10,7 @@ from pathlib import Path
 from sparseprune.cli import apply, inspect
 from sparseprune.cli.demo_checkpoint import write_decoder
 from sparseprune.cli.options import default_jobs
+from sparseprune.cli.request import Request
 from sparseprune.errors import CheckpointError
 
 _DENSE = Path("decoder")
@@ -41,9 +42,7 @@ def _demo(folder: Path) -> None:
             output = Path(f"{_DENSE}-{name}")
             print(f"\n{title}\n")
             _show("apply", _DENSE, spec, "-o", output)
-            apply.run(
-                apply.Request(_DENSE, spec, output, device="cpu", jobs=default_jobs(), mask_format="bool")
-            )
+            apply.run(Request(_DENSE, spec, output, device="cpu", jobs=default_jobs(), mask_format="bool"))
             print()
             _show("inspect", output)
             inspect.run(output, jobs=default_jobs(), as_json=False, quiet=True)

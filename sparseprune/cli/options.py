@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from sparseprune.errors import SparsepruneError
+
 CheckpointArgument = Annotated[
     Path,
     typer.Argument(
@@ -44,10 +46,35 @@ MaskFormatOption = Annotated[
     typer.Option("--mask-format", help="One byte for each element, or one bit."),
 ]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace an output that exists.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="The report as JSON on stdout.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="The result as JSON on stdout.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no summary.")]
 VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Tell about every tensor.")]
+NoMasksOption = Annotated[bool, typer.Option("--no-masks", help="Write no masks.")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="NAME=VALUE", help="Another value for one of the spec's [vars].", show_default=False
+    ),
+]
+DryRunOption = Annotated[
+    bool, typer.Option("--dry-run", help="Show what would be done, as plan does; write nothing.")
+]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def overrides_of(words: list[str] | None) -> dict[str, str]:
+    """`--set` words as names and values; the last one of a name counts.
+
+    >>> overrides_of(["n=2", "keep = [1, 2]"])
+    {'n': '2', 'keep': '[1, 2]'}
+    """
+    overrides = {}
+    for word in words or ():
+        name, equals, value = word.partition("=")
+        if not equals or not name.strip():
+            raise SparsepruneError(f"--set {word}: wanted NAME=VALUE, such as --set n=2")
+        overrides[name.strip()] = value.strip()
+    return overrides
 
 
 def default_jobs() -> int:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from sparseprune.engine.block import BlockSpec, SparseBlock
     from sparseprune.engine.block_coupling import BlockCoupling
-    from sparseprune.engine.scope import ScopeSpec, SparseScope
+    from sparseprune.engine.scope import SparseScope
     from sparseprune.engine.scope_coupling import ScopeCoupling
+    from sparseprune.engine.scope_spec import ScopeSpec
     from sparseprune.engine.view import View
 
 __all__ = ["BlockCoupling", "BlockSpec", "ScopeCoupling", "ScopeSpec", "SparseBlock", "SparseScope", "View"]
@@ -19,7 +20,7 @@ _HOME = {
     "BlockCoupling": "block_coupling",
     "BlockSpec": "block",
     "ScopeCoupling": "scope_coupling",
-    "ScopeSpec": "scope",
+    "ScopeSpec": "scope_spec",
     "SparseBlock": "block",
     "SparseScope": "scope",
     "View": "view",

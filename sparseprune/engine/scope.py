@@ -1,7 +1,7 @@
-"""Scopes: the blocks that compete for one budget, on one block grid (ScopeSpec) or on several.
+"""Scopes: the blocks that compete for one budget, on one block grid or on several.
 
-Owns budgets, thresholds and the way from scores per scope to masks. SparseScope says everything in
-terms of members, ScopeSpec is the case of one; ScopeCoupling lives next door.
+Owns budgets, thresholds and the way from scores per scope to masks, all in terms of members: ScopeSpec
+(scope_spec) is the case of one, ScopeCoupling (scope_coupling) that of several.
 """
 
 from __future__ import annotations
@@ -14,14 +14,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from sparseprune.engine.block import BlockSpec, SparseBlock, Values, zero_pruned
-from sparseprune.engine.grids import Shape, divide, identity_order, inverse_order, prod, scope_extents
+from sparseprune.engine.block import BlockSpec, Values, zero_pruned
+from sparseprune.engine.grids import Shape, inverse_order, prod
 from sparseprune.engine.scoring import first_nan, magnitude_keys, order_keys
 from sparseprune.engine.selection import kth_largest, select
 from sparseprune.errors import NanScoreError, ShapeMismatchError, SparsityError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from sparseprune.engine.scope_spec import ScopeSpec
 
 
 class SparseScope(ABC):
@@ -66,6 +68,7 @@ class SparseScope(ABC):
     def sparsity_to_nnz(self, sparsity: float) -> int:
         """The budget of one scope: blocks per scope - floor(sparsity * blocks per scope), never below 0.
 
+        >>> from sparseprune.engine import ScopeSpec
         >>> ScopeSpec(BlockSpec(torch.zeros(2, 8), ()), (1, 4)).sparsity_to_nnz(0.3)
         3
         """
@@ -279,78 +282,3 @@ class SparseScope(ABC):
         return (
             f"{type(self).__name__}({self.name}, {self.numscp()} scopes of {self.numblk_per_scope()} blocks)"
         )
-
-
-class ScopeSpec(SparseScope):
-    """Scopes of one block grid, all of one shape in blocks; -1 and missing dimensions are spanned.
-
-    >>> w = torch.tensor([[1.0, -4.0, 3.0, 2.0], [0.5, 0.5, 0.5, 0.5]])
-    >>> ScopeSpec(BlockSpec(w, (1, 1)), (1, 4)).hard_threshold(nnz=2)
-    >>> w
-    tensor([[ 0.0000, -4.0000,  3.0000,  0.0000],
-            [ 0.5000,  0.5000,  0.0000,  0.0000]])
-
-    Raises:
-        ShapeMismatchError: the shape has more dimensions than the block grid, or does not divide it.
-    """
-
-    def __init__(self, block: SparseBlock, shape: Sequence[int], name: str | None = None) -> None:
-        self.block = block
-        self.name = name or f"scope of {block.name}"
-        self.shape: Shape = scope_extents(block.grid_shape, tuple(map(operator.index, shape)))
-        self.grid_shape = divide(block.grid_shape, self.shape, "scope", "block grid")
-
-    @property
-    def members(self) -> tuple[tuple[ScopeSpec, Shape], ...]:
-        return ((self, identity_order(len(self.grid_shape))),)
-
-    def block_to_scope(self, b: Tensor, reorder: bool = True, merge: bool = False) -> Tensor:  # noqa: FBT001, FBT002  (a fixed signature)
-        """A tensor with the block grid in front, by scope; dimensions behind the grid stay behind.
-
-        (G1, g1, G2, g2, ..., trailing), with `reorder` (G1, G2, ..., g1, g2, ..., trailing), with `merge`
-        (which reorders) (G1, G2, ..., g1*g2*..., trailing).
-        """
-        rank = len(self.grid_shape)
-        if tuple(b.shape[:rank]) != self.block.grid_shape:
-            raise ShapeMismatchError(
-                f"{self.name}: shape {list(b.shape)} does not begin with the block grid "
-                f"{list(self.block.grid_shape)}"
-            )
-        trailing = b.shape[rank:]
-        interleaved = b.reshape((*self._pairs(), *trailing))
-        if not (reorder or merge):
-            return interleaved
-        behind = range(2 * rank, 2 * rank + len(trailing))
-        ordered = interleaved.permute((*range(0, 2 * rank, 2), *range(1, 2 * rank, 2), *behind))
-        return ordered.reshape(*self.grid_shape, prod(self.shape), *trailing) if merge else ordered
-
-    def scope_blocks_to_grid(self, by_scope: Tensor) -> Tensor:
-        """The inverse of `block_to_scope` with `merge`: (*grid_shape, blocks per scope) to the block grid."""
-        rank = len(self.grid_shape)
-        split = by_scope.reshape((*self.grid_shape, *self.shape))
-        pairs = [dim for d in range(rank) for dim in (d, rank + d)]
-        return split.permute(pairs).reshape(self.block.grid_shape)
-
-    def scope_to_block(self, scope_values: Tensor) -> Tensor:
-        """One number per scope (`grid_shape`) as one per block (the block grid)."""
-        if tuple(scope_values.shape) != self.grid_shape:
-            raise ShapeMismatchError(
-                f"{self.name}: scope values of shape {list(scope_values.shape)} do not fit the grid "
-                f"of scopes {list(self.grid_shape)}"
-            )
-        ones = [size for extent in self.grid_shape for size in (extent, 1)]
-        return scope_values.reshape(ones).expand(self._pairs()).reshape(self.block.grid_shape)
-
-    def kth_largest(self, element_values: Values, nnz: int) -> Tensor:
-        """The nnz-th largest norm in each scope, float64 of `grid_shape`; infinity for nnz 0."""
-        return self._kth(element_values, nnz)
-
-    def kth_mid(self, element_values: Values, nnz: int, k_weight: float = 1.0) -> Tensor:
-        """`(kth + k_weight * (k+1)th) / (1 + k_weight)`, float64 of `grid_shape`.
-
-        What comes behind the last block of a scope counts as 0.
-        """
-        return self._kth_mid(element_values, nnz, k_weight)
-
-    def _pairs(self) -> list[int]:
-        return [size for pair in zip(self.grid_shape, self.shape, strict=True) for size in pair]

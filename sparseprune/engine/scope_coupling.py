@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from sparseprune.engine.block_coupling import refuse_shared_elements
 from sparseprune.engine.grids import Shape, align
-from sparseprune.engine.scope import ScopeSpec, SparseScope
+from sparseprune.engine.scope import SparseScope
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sparseprune.engine.block import Values
+    from sparseprune.engine.scope_spec import ScopeSpec
 
 
 class ScopeCoupling(SparseScope):
@@ -23,7 +24,7 @@ class ScopeCoupling(SparseScope):
     another; members may have unlike scope shapes.
 
     >>> import torch
-    >>> from sparseprune.engine.block import BlockSpec
+    >>> from sparseprune.engine import BlockSpec, ScopeSpec
     >>> big, small = torch.full((2, 2), 3.0), torch.ones(2, 2)
     >>> scopes = [ScopeSpec(BlockSpec(t, ()), ()) for t in (big, small)]
     >>> ScopeCoupling(scopes, [(0, 1), (0, 1)]).hard_threshold(nnz=4)

@@ -7,13 +7,23 @@ Owns plan, slabs and executor. Decides nothing about sparsity itself (engine) an
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from sparseprune.pipeline.memory import expected_peak
 from sparseprune.pipeline.plan import Plan, WorkUnit, make_plan
 
 if TYPE_CHECKING:
     from sparseprune.pipeline.device import resolve_device
     from sparseprune.pipeline.executor import Machine, TensorOutcome, execute
 
-__all__ = ["Machine", "Plan", "TensorOutcome", "WorkUnit", "execute", "make_plan", "resolve_device"]
+__all__ = [
+    "Machine",
+    "Plan",
+    "TensorOutcome",
+    "WorkUnit",
+    "execute",
+    "expected_peak",
+    "make_plan",
+    "resolve_device",
+]
 
 _HOME = {
     "Machine": "executor",

@@ -7,7 +7,7 @@ bytes lie (checkpoint). Results and errors come in the order of the plan, whatev
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from sparseprune.engine.tally import Tally
     from sparseprune.pipeline.plan import Plan, WorkUnit
     from sparseprune.pipeline.slabs import Piece, Slab
-    from sparseprune.pipeline.unit import PrunedPiece
+    from sparseprune.pipeline.unit import PrunedPiece, Reach
 
 Progress = Callable[[int], None]
 """Called from any thread with the bytes that have just been done."""
@@ -34,14 +34,13 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True, slots=True)
 class TensorOutcome:
-    """What became of one tensor; `pruned` counts the elements that its mask drops."""
+    """What became of one tensor; `reach` has for each rule what it reached and dropped of it."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
-    rule: str
     instance: str
-    pruned: int
+    reach: Mapping[str, Reach]
     before: Tally
     after: Tally
 
@@ -101,7 +100,8 @@ def _slab_work(
 ) -> Work:
     def work() -> tuple[TensorOutcome, ...]:
         tensors = {piece.stored.name: _load(piece, reader, device) for piece in slab.pieces}
-        pruned = prune_slab(slab, tensors)
+        inputs = [{key: _load(piece, reader, device) for key, piece in pieces} for pieces in slab.inputs]
+        pruned = prune_slab(slab, tensors, inputs)
         outcomes = []
         for piece in slab.pieces:
             name = piece.stored.name
@@ -132,9 +132,8 @@ def _outcome(unit: WorkUnit, piece: Piece, result: PrunedPiece) -> TensorOutcome
         name=name,
         dtype=piece.stored.dtype,
         shape=piece.stored.shape,
-        rule=", ".join(dict.fromkeys(task.rule for task in tasks)),
         instance=", ".join(task.instance.label for task in tasks),
-        pruned=result.pruned,
+        reach=result.reach,
         before=result.before,
         after=result.after,
     )
@@ -156,7 +155,7 @@ def _bytes_of(tensor: Tensor) -> memoryview:
 def _joined(known: TensorOutcome, more: TensorOutcome) -> TensorOutcome:
     return replace(
         known,
-        pruned=known.pruned + more.pruned,
+        reach={rule: part + more.reach[rule] for rule, part in known.reach.items()},
         before=known.before + more.before,
         after=known.after + more.after,
     )

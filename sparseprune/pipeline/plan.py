@@ -10,21 +10,25 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from sparseprune.checkpoint import read_config
+from sparseprune.pipeline.inputs import InputFiles
 from sparseprune.spec import TensorInfo, bind
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from sparseprune.checkpoint import Checkpoint, StoredTensor
+    from sparseprune.pipeline.inputs import TaskInput
     from sparseprune.spec import BoundInstance, BoundSpec, Spec
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One instance of an outermost scope or coupling, with the name of the rule that it comes from."""
+    """One instance of an outermost scope or coupling, its rule, and what it reads besides weights."""
 
     rule: str
     instance: BoundInstance
+    inputs: tuple[TaskInput, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +69,13 @@ def make_plan(checkpoint: Checkpoint, spec: Spec) -> Plan:
         SpecError: the spec does not fit the checkpoint, with every problem at once.
     """
     tensors = [TensorInfo(name, stored.dtype, stored.shape) for name, stored in checkpoint.tensors.items()]
-    bound = bind(spec, tensors)
-    tasks = [Task(rule.name, instance) for rule, instance in bound.instances()]
+    bound = bind(spec, tensors, read_config(checkpoint))
+    files = InputFiles(checkpoint)
+    tasks = [
+        Task(rule.name, instance, files.of_instance(rule.name, instance))
+        for rule, instance in bound.instances()
+    ]
+    files.raise_if_any()
     units = tuple(_unit(checkpoint, group) for group in _groups(tasks))
     return Plan(checkpoint, bound, units)
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from sparseprune.checkpoint import StoredTensor
+    from sparseprune.pipeline.inputs import TaskInput
     from sparseprune.pipeline.plan import Task, WorkUnit
 
 SLAB_BYTES = 32 << 20
@@ -38,12 +39,22 @@ class Piece:
         return 0 if not self.begin else self.begin * self.stored.numel // self.stored.nbytes
 
 
+TaskPieces = tuple[tuple[tuple[str, str], Piece], ...]
+"""What a task reads besides the weights: pieces by role and key."""
+
+
 @dataclass(frozen=True, slots=True)
 class Slab:
-    """Tasks whose views count from the pieces, not from the whole tensors."""
+    """Tasks whose views count from the pieces, not from the whole tensors.
+
+    `inputs` has one entry for each task; `rows_before` counts the rows of the one tensor that lie before
+    the slab.
+    """
 
     tasks: tuple[Task, ...]
     pieces: tuple[Piece, ...]
+    inputs: tuple[TaskPieces, ...]
+    rows_before: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -54,15 +65,45 @@ def slabs_of(unit: WorkUnit, limit: int = SLAB_BYTES) -> Iterator[Slab]:
     """Cut a unit in slabs of about `limit` bytes where it may be cut, else give it whole."""
     rows = _rows_per_cut(unit)
     if rows is None or unit.nbytes <= limit:
-        yield Slab(unit.tasks, tuple(Piece(one, one.shape, 0, one.nbytes) for one in unit.tensors))
+        inputs = tuple(_task_pieces(task, None) for task in unit.tasks)
+        yield Slab(unit.tasks, tuple(_whole(stored) for stored in unit.tensors), inputs)
         return
     (task,), (stored,) = unit.tasks, unit.tensors
     row_bytes = stored.nbytes // stored.shape[0]
     step = rows * max(1, limit // (rows * row_bytes))
     for begin in range(0, stored.shape[0], step):
         end = min(begin + step, stored.shape[0])
-        piece = Piece(stored, (end - begin, *stored.shape[1:]), begin * row_bytes, end * row_bytes)
-        yield Slab((_restricted(task, end - begin),), (piece,))
+        rows_read = _task_pieces(task, (begin, end))
+        yield Slab((_restricted(task, end - begin),), (_rows(stored, begin, end),), (rows_read,), begin)
+
+
+def _whole(stored: StoredTensor) -> Piece:
+    return Piece(stored, stored.shape, 0, stored.nbytes)
+
+
+def _rows(stored: StoredTensor, begin: int, end: int) -> Piece:
+    row_bytes = stored.nbytes // stored.shape[0]
+    return Piece(stored, (end - begin, *stored.shape[1:]), begin * row_bytes, end * row_bytes)
+
+
+def _task_pieces(task: Task, rows: tuple[int, int] | None) -> TaskPieces:
+    """The inputs of a task, all of them or what belongs to rows [begin, end) of its one weight."""
+    pieces: list[tuple[tuple[str, str], Piece]] = []
+    for one in task.inputs:
+        piece = _whole(one.stored) if rows is None else _input_rows(one, task, *rows)
+        pieces.append(((one.role, one.key), piece))
+    return tuple(pieces)
+
+
+def _input_rows(one: TaskInput, task: Task, begin: int, end: int) -> Piece:
+    """What belongs to rows [begin, end) of the weight; a vector that lies along another dimension whole."""
+    if one.role == "blocks":
+        rows = task.instance.scope.leaves[0].shape[0]
+        return _rows(one.stored, begin // rows, end // rows)
+    rank = len(task.instance.scope.leaves[0].view_shape)
+    if one.role == "vector" and one.dim % rank:
+        return _whole(one.stored)
+    return _rows(one.stored, begin, end)
 
 
 def _rows_per_cut(unit: WorkUnit) -> int | None:

@@ -15,37 +15,49 @@ from sparseprune.engine import BlockCoupling, BlockSpec, ScopeCoupling, ScopeSpe
 from sparseprune.engine.block import zero_pruned
 from sparseprune.engine.tally import Tally, tally
 from sparseprune.errors import NanScoreError, SparsityError
+from sparseprune.pipeline.ranking import conditioners_of, rank
 from sparseprune.spec import BoundBlock, BoundScope
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
     from sparseprune.engine.block import SparseBlock
     from sparseprune.engine.scope import SparseScope
+    from sparseprune.pipeline.ranking import Inputs
     from sparseprune.pipeline.slabs import Piece, Slab
-    from sparseprune.spec import BoundBlockCoupling, BoundScopeCoupling, Budget
+    from sparseprune.spec import BoundBlockCoupling, BoundInstance, BoundScopeCoupling
+
+
+@dataclass(frozen=True, slots=True)
+class Reach:
+    """Elements of a tensor that a rule reached, and how many of them its masks drop, zero before or not."""
+
+    numel: int = 0
+    pruned: int = 0
+
+    def __add__(self, other: Reach) -> Reach:
+        return Reach(self.numel + other.numel, self.pruned + other.pruned)
 
 
 @dataclass(frozen=True, slots=True)
 class PrunedPiece:
     """What became of one piece: its mask (bool, the piece's shape), what was there, what is there now.
 
-    `pruned` counts the elements that the mask drops, zero before or not.
+    `reach` has for each rule the elements that it reached, and those that its masks drop.
     """
 
     keep: Tensor
     before: Tally
     after: Tally
-
-    @property
-    def pruned(self) -> int:
-        return self.keep.numel() - int(self.keep.sum())
+    reach: Mapping[str, Reach]
 
 
-def prune_slab(slab: Slab, tensors: Mapping[str, Tensor]) -> dict[str, PrunedPiece]:
+def prune_slab(slab: Slab, tensors: Mapping[str, Tensor], inputs: Sequence[Inputs]) -> dict[str, PrunedPiece]:
     """Prune the pieces of a slab in place; `tensors` holds them by name, in the shape of their piece.
+
+    `inputs` has one mapping for each task.
 
     Raises:
         SparsityError: NaN in a tensor that competes, with its index in the stored tensor.
@@ -55,16 +67,22 @@ def prune_slab(slab: Slab, tensors: Mapping[str, Tensor]) -> dict[str, PrunedPie
         name: torch.ones(tensor.shape, dtype=torch.bool, device=tensor.device)
         for name, tensor in tensors.items()
     }
-    for task in slab.tasks:
+    reach: dict[str, dict[str, Reach]] = {name: {} for name in tensors}
+    for task, given in zip(slab.tasks, inputs, strict=True):
         scope = build_scope(task.instance.scope, tensors)
         try:
-            masks = _decide(scope, task.instance.budget)
+            masks = _prune(scope, task.instance, given, slab.rows_before)
         except NanScoreError as error:
             raise _with_place(error, slab, scope) from error
-        for leaf, bound in zip(scope.blocks(), task.instance.scope.leaves, strict=True):
-            keeps[bound.tensor] &= leaf.view.to_param(masks[leaf])
-        zero_pruned(masks)
-    return {name: PrunedPiece(keeps[name], before[name], tally(tensors[name])) for name in tensors}
+        for leaf in scope.blocks():
+            keep = masks[leaf]
+            keeps[leaf.name] &= leaf.view.to_param(keep)
+            known = reach[leaf.name].get(task.rule, Reach())
+            reach[leaf.name][task.rule] = known + Reach(keep.numel(), keep.numel() - int(keep.sum()))
+    return {
+        name: PrunedPiece(keeps[name], before[name], tally(tensor), reach[name])
+        for name, tensor in tensors.items()
+    }
 
 
 def build_scope(bound: BoundScope | BoundScopeCoupling, tensors: Mapping[str, Tensor]) -> SparseScope:
@@ -89,12 +107,27 @@ def _build_block(bound: BoundBlock | BoundBlockCoupling, tensors: Mapping[str, T
     return BlockCoupling(specs, bound.orders, bound.label)
 
 
-def _decide(scope: SparseScope, budget: Budget) -> dict[BlockSpec, Tensor]:
-    if budget.nnz is not None:
-        return scope.get_masks(budget.nnz)
-    if budget.threshold is None:
-        raise SparsityError(f"{scope.name}: no budget")
-    return scope.threshold_masks(budget.threshold)
+def _prune(
+    scope: SparseScope, instance: BoundInstance, inputs: Inputs, rows_before: int
+) -> dict[BlockSpec, Tensor]:
+    """Decide and write; gives the masks, True where a weight is kept."""
+    budget = instance.budget
+    if instance.soft is None:
+        ranking = rank(scope, instance.scope, instance.score, inputs, rows_before)
+        masks = ranking.masks(scope, budget.nnz, budget.threshold)
+        zero_pruned(masks)
+        return masks
+    soft = instance.soft
+    limits = budget.threshold if budget.nnz is None else scope.soft_budget(budget.nnz, soft.k_weight)
+    scope.soft_threshold(
+        0.0 if limits is None else limits,
+        conditioners_of(scope, inputs),
+        soft.scale,
+        soft.max_iter,
+        soft.atol,
+        soft.eps,
+    )
+    return scope.get_masks(0, block_mask=scope.block_norms() > 0)
 
 
 def _with_place(error: NanScoreError, slab: Slab, scope: SparseScope) -> SparsityError:

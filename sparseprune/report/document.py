@@ -10,13 +10,22 @@ from sparseprune import __version__
 from sparseprune.engine.grids import prod
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from sparseprune.checkpoint import Checkpoint
     from sparseprune.engine.tally import Tally
     from sparseprune.spec import BoundRule, BoundSpec
 
 REPORT_SCHEMA = "sparseprune.report.v1"
+
+
+class ReachedElements(Protocol):
+    """Elements of a tensor that a rule reached, and those of them that it dropped."""
+
+    @property
+    def numel(self) -> int: ...
+    @property
+    def pruned(self) -> int: ...
 
 
 class PrunedTensor(Protocol):
@@ -29,11 +38,9 @@ class PrunedTensor(Protocol):
     @property
     def shape(self) -> tuple[int, ...]: ...
     @property
-    def rule(self) -> str: ...
-    @property
     def instance(self) -> str: ...
     @property
-    def pruned(self) -> int: ...
+    def reach(self) -> Mapping[str, ReachedElements]: ...
     @property
     def before(self) -> Tally: ...
     @property
@@ -56,7 +63,7 @@ def report_document(
 ) -> dict[str, Any]:
     """The report as plain data, in the shape of schemas/report.schema.json."""
     numel = sum(stored.numel for stored in checkpoint.tensors.values())
-    pruned = sum(tensor.pruned for tensor in tensors)
+    pruned = sum(part.pruned for tensor in tensors for part in tensor.reach.values())
     return {
         "schema": REPORT_SCHEMA,
         "sparseprune": __version__,
@@ -89,7 +96,7 @@ def energy_kept(before: Tally, after: Tally) -> float | None:
 
 def _rule_entry(rule: BoundRule, tensors: Iterable[PrunedTensor]) -> dict[str, Any]:
     names = {leaf.tensor for instance in rule.instances for leaf in instance.scope.leaves}
-    reached = [tensor for tensor in tensors if tensor.name in names]
+    reached = [tensor.reach[rule.name] for tensor in tensors if rule.name in tensor.reach]
     scopes = [instance.scope for instance in rule.instances]
     budgets = [instance.budget for instance in rule.instances]
     return {
@@ -102,8 +109,8 @@ def _rule_entry(rule: BoundRule, tensors: Iterable[PrunedTensor]) -> dict[str, A
         "threshold": _one_or_all(budget.threshold for budget in budgets),
         "sparsity_asked": _one_or_all(instance.sparsity for instance in rule.instances),
         "blocks": sum(prod(scope.grid_shape) * scope.blocks_per_scope for scope in scopes),
-        "numel": sum(tensor.before.numel for tensor in reached),
-        "pruned": sum(tensor.pruned for tensor in reached),
+        "numel": sum(part.numel for part in reached),
+        "pruned": sum(part.pruned for part in reached),
     }
 
 
@@ -119,9 +126,9 @@ def _tensor_entry(tensor: PrunedTensor) -> dict[str, Any]:
         "dtype": tensor.dtype,
         "shape": list(tensor.shape),
         "numel": tensor.before.numel,
-        "rule": tensor.rule,
+        "rule": ", ".join(tensor.reach),
         "instance": tensor.instance,
-        "pruned": tensor.pruned,
+        "pruned": sum(part.pruned for part in tensor.reach.values()),
         "zeros_before": tensor.before.zeros,
         "zeros_after": tensor.after.zeros,
         "energy_kept": energy_kept(tensor.before, tensor.after),

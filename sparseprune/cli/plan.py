@@ -1,0 +1,69 @@
+"""`plan`, and `--dry-run` of the others: what a spec binds to, told from headers alone."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from sparseprune.cli.console import on_terminal, print_json, print_table
+from sparseprune.cli.request import collector_paused, output_shown, prepare
+from sparseprune.errors import SparsepruneError
+from sparseprune.pipeline import expected_peak
+from sparseprune.report.plan import Asked, plan_document
+from sparseprune.spec.problems import suggestion
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from rich.console import RenderableType
+
+    from sparseprune.cli.request import Prepared, Request
+    from sparseprune.spec import BoundRule, BoundSpec
+
+ALL, NONE = "all", "none"
+
+
+def run(request: Request, draw: str | None = None) -> None:
+    """Plan and print; `draw` names a rule, or is `all` or `none`: by default the first on a terminal."""
+    with collector_paused():
+        prepared = prepare(request)
+        rules = _drawn(prepared.plan.bound, draw)
+        document = plan_document(
+            Asked(str(request.checkpoint), request.spec, output_shown(request, prepared.layout)),
+            prepared.plan.bound,
+            prepared.layout,
+            expected_peak(prepared.plan, request.jobs),
+        )
+        if request.json:
+            print_json(document)
+        else:
+            print_table(*_parts(prepared, document, rules))
+
+
+def _parts(
+    prepared: Prepared, document: Mapping[str, Any], drawn: tuple[BoundRule, ...]
+) -> Iterator[RenderableType]:
+    """A card for each rule, with its drawing where one is wanted, and the totals."""
+    from sparseprune.report.plan_drawing import RuleDrawing
+    from sparseprune.report.plan_table import rule_card, totals_card
+
+    tensors = prepared.plan.checkpoint.tensors
+    for rule, entry in zip(prepared.plan.bound.rules, document["rules"], strict=True):
+        yield rule_card(entry, document["totals"]["numel"])
+        if rule in drawn and rule.instances:
+            leaves = rule.instances[0].scope.leaves
+            yield RuleDrawing(rule, {leaf.tensor: tensors[leaf.tensor].shape for leaf in leaves})
+    yield totals_card(document)
+
+
+def _drawn(bound: BoundSpec, draw: str | None) -> tuple[BoundRule, ...]:
+    """The rules to draw; SparsepruneError for a name that none has."""
+    there = [rule for rule in bound.rules if rule.instances]
+    if draw is None:
+        return tuple(there[:1]) if on_terminal() else ()
+    if draw in {ALL, NONE}:
+        return tuple(there) if draw == ALL else ()
+    named = tuple(rule for rule in bound.rules if draw in {rule.name, rule.name.partition(".")[2]})
+    if named:
+        return named
+    names = [rule.name for rule in bound.rules]
+    raise SparsepruneError(f"--draw {draw}: there is no such rule{suggestion(draw, names)}")

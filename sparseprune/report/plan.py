@@ -1,0 +1,271 @@
+"""The plan as a document: what every rule of a spec binds to, what it will cost, what is left out.
+
+Counts in shapes alone; no tensor data is read and torch is not imported. Tables of it are drawn by
+plan_table.py. Called by the command line, which brings what only the pipeline can tell.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from sparseprune import __version__
+from sparseprune.engine.grids import Shape, prod
+from sparseprune.report.document import share
+from sparseprune.spec import BoundBlock, BoundBlockCoupling, BoundScope, Score
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+
+    from sparseprune.checkpoint import OutputLayout, StoredTensor
+    from sparseprune.spec import BoundInstance, BoundRule, BoundScopeCoupling, BoundSpec
+
+    AnyScope = BoundScope | BoundScopeCoupling
+
+PLAN_SCHEMA = "sparseprune.plan.v1"
+UNREACHED = 5
+
+Value = TypeVar("Value", bound=float | None)
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a plan is for, as the user named it: the checkpoint, the spec, and where the result goes."""
+
+    input: str
+    spec: str
+    output: str
+
+
+def plan_document(
+    asked: Asked, bound: BoundSpec, layout: OutputLayout, peak_bytes: int | None = None
+) -> dict[str, Any]:
+    """The plan as plain data, in the shape of schemas/plan.schema.json.
+
+    `layout` is that of the output; `peak_bytes` is the memory that a run is expected to need at most, and
+    is left out where nobody knows.
+    """
+    tensors = layout.checkpoint.tensors
+    rules = [_rule_entry(rule, tensors) for rule in bound.rules]
+    numel = sum([stored.numel for stored in tensors.values()])
+    covered = sum([rule["numel"] for rule in rules])
+    reached = set(bound.covered)
+    masks = sum([place.nbytes for place in layout.masks.values()])
+    sizes = {"input": layout.input_bytes, "masks": masks, "output": layout.output_bytes}
+    return {
+        "schema": PLAN_SCHEMA,
+        "sparseprune": __version__,
+        "input": asked.input,
+        "spec": asked.spec,
+        "output": asked.output,
+        "output_exists": layout.target.exists(),
+        "totals": {
+            "tensors": len(tensors),
+            "numel": numel,
+            "reached": len(reached),
+            "covered": covered,
+            "coverage": share(covered, numel),
+        },
+        "rules": rules,
+        "unreached": _unreached(tensors, reached),
+        "bytes": sizes if peak_bytes is None else sizes | {"peak": peak_bytes},
+    }
+
+
+def block_name(leaf: BoundBlock) -> str:
+    """The table that a block comes from: its label without the captures.
+
+    >>> block_name(BoundBlock("gate[layer=3]", "w", (8, 6), (6, 1), 0, (1, 6)))
+    'gate'
+    """
+    return leaf.label.partition("[")[0]
+
+
+def is_whole(leaf: BoundBlock, shape: Shape) -> bool:
+    """Whether a view is just the tensor, unit dimensions behind the last one apart.
+
+    >>> is_whole(BoundBlock("b", "b", (8, 1), (1, 1), 0, (1, 1)), (8,))
+    True
+    """
+    rank = len(shape)
+    strides = tuple([prod(shape[dim + 1 :]) for dim in range(rank)])
+    return (
+        leaf.view_offset == 0
+        and leaf.view_shape[:rank] == shape
+        and leaf.view_stride[:rank] == strides
+        and prod(leaf.view_shape[rank:]) == 1
+    )
+
+
+def scoped_leaves(scope: AnyScope) -> Iterator[tuple[BoundScope, BoundBlock]]:
+    """Every block grid over one tensor, with the scope that it is a member of, in the engine's order."""
+    members = (scope,) if isinstance(scope, BoundScope) else scope.members
+    return ((member, leaf) for member in members for leaf in member.leaves)
+
+
+def _rule_entry(rule: BoundRule, tensors: Mapping[str, StoredTensor]) -> dict[str, Any]:
+    counts = _all_counts(rule)
+    first = rule.instances[0] if rule.instances else None
+    nnz = [instance.budget.nnz for instance in rule.instances]
+    per_scope = [count.per_scope for count in counts]
+    pruned = [count.pruned for count in counts if count.pruned is not None]
+    names = dict.fromkeys([leaf.tensor for instance in rule.instances for leaf in instance.scope.leaves])
+    return {
+        "name": rule.name,
+        "mode": "soft" if first and first.soft else "hard",
+        "score": _score(first.score if first else Score()),
+        "instances": len(rule.instances),
+        "tensors": len(names),
+        "example": next(iter(names), None),
+        "instance": first.label if first else None,
+        "fused": list(dict.fromkeys(_fused(first))) if first else [],
+        "fused_block": _fused_block(first) if first else None,
+        "competing": len(first.scope.members) if first and not isinstance(first.scope, BoundScope) else 1,
+        "scopes": sum([count.scopes for count in counts]),
+        "blocks_per_scope": _one_or_all(per_scope),
+        "nnz": _one_or_all(nnz),
+        "threshold": _one_or_all([instance.budget.threshold for instance in rule.instances]),
+        "sparsity_asked": _one_or_all([instance.sparsity for instance in rule.instances]),
+        "sparsity": _one_or_all([_sparsity(*pair) for pair in zip(nnz, per_scope, strict=True)]),
+        "blocks": sum([count.scopes * count.per_scope for count in counts]),
+        "numel": sum([count.numel for count in counts]),
+        "pruned": sum(pruned) if len(pruned) == len(counts) else None,
+        "forms": _forms(rule, tensors),
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class _Counts:
+    """Of one instance; `pruned` elements are None where only the data tells: thresholds, unlike blocks."""
+
+    scopes: int
+    per_scope: int
+    numel: int
+    pruned: int | None
+
+
+def _all_counts(rule: BoundRule) -> list[_Counts]:
+    """Of every instance; what is alike is counted once, as thousands of tensors have few shapes."""
+    known: dict[object, _Counts] = {}
+    counts = []
+    for instance in rule.instances:
+        scope, key = instance.scope, None
+        if isinstance(scope, BoundScope) and isinstance(scope.block, BoundBlock):
+            key = scope.block.view_shape, scope.block.shape, scope.shape, instance.budget.nnz
+        count = known.get(key) or _counts(instance)
+        if key is not None:
+            known[key] = count
+        counts.append(count)
+    return counts
+
+
+def _counts(instance: BoundInstance) -> _Counts:
+    scope, nnz = instance.scope, instance.budget.nnz
+    scopes, per_scope = prod(scope.grid_shape), scope.blocks_per_scope
+    members = (scope,) if isinstance(scope, BoundScope) else scope.members
+    numel = sum([prod(leaf.view_shape) for leaf in scope.leaves])
+    sizes = {member.block.numel_per_block for member in members}
+    pruned = None
+    if nnz is not None and instance.soft is None and len(sizes) == 1:
+        pruned = scopes * (per_scope - nnz) * sizes.pop()
+    return _Counts(scopes, per_scope, numel, pruned)
+
+
+def _score(score: Score) -> dict[str, Any]:
+    return {
+        "kind": score.kind,
+        "norm": score.norm if math.isfinite(score.norm) else "inf",
+        "normalize": score.normalize,
+        "file": None if score.file is None else str(score.file),
+    }
+
+
+def _sparsity(nnz: int | None, blocks: int) -> float | None:
+    """The share of a scope's blocks that goes: what `sparsity` became as a whole number of blocks."""
+    return None if nnz is None else share(blocks - nnz, blocks)
+
+
+def _fused(instance: BoundInstance) -> Iterator[str]:
+    """The names of the blocks that are fused; nothing where blocks stand for themselves."""
+    for member, leaf in scoped_leaves(instance.scope):
+        if isinstance(member.block, BoundBlockCoupling):
+            yield block_name(leaf)
+
+
+def _fused_block(instance: BoundInstance) -> str | None:
+    """The label of the first fused block, under which a file of block scores has its tensor."""
+    members = (member.block for member, _ in scoped_leaves(instance.scope))
+    return next((block.label for block in members if isinstance(block, BoundBlockCoupling)), None)
+
+
+def _forms(rule: BoundRule, tensors: Mapping[str, StoredTensor]) -> list[dict[str, Any]]:
+    """The tensors of a rule by block and by shapes: one entry for all that look alike, with an example."""
+    counts: Counter[tuple[object, ...]] = Counter()
+    first: dict[tuple[object, ...], tuple[BoundScope, BoundBlock]] = {}
+    for instance in rule.instances:
+        for member, leaf in scoped_leaves(instance.scope):
+            shape = tensors[leaf.tensor].shape
+            key = (block_name(leaf), shape, leaf.view_shape, leaf.view_stride, leaf.shape, member.shape)
+            counts[key] += 1
+            first.setdefault(key, (member, leaf))
+    return [_form(*first[key], tensors, count) for key, count in counts.items()]
+
+
+def _form(
+    member: BoundScope, leaf: BoundBlock, tensors: Mapping[str, StoredTensor], count: int
+) -> dict[str, Any]:
+    stored = tensors[leaf.tensor]
+    view = {
+        "shape": list(leaf.view_shape),
+        "stride": list(leaf.view_stride),
+        "begin": list(index_of(leaf.view_offset, stored.shape)),
+    }
+    return {
+        "block_name": block_name(leaf),
+        "tensors": count,
+        "example": leaf.tensor,
+        "dtype": stored.dtype,
+        "shape": list(stored.shape),
+        "view": None if is_whole(leaf, stored.shape) else view,
+        "block": list(leaf.shape),
+        "grid": list(leaf.grid_shape),
+        "scope": list(member.shape),
+    }
+
+
+def index_of(element: int, shape: Shape) -> Shape:
+    """The index of an element that is counted in row-major order.
+
+    >>> index_of(7, (2, 4))
+    (1, 3)
+    """
+    index = []
+    for size in reversed(shape):
+        index.append(element % size if size else 0)
+        element = element // size if size else 0
+    return tuple(reversed(index))
+
+
+def _unreached(tensors: Mapping[str, StoredTensor], reached: set[str]) -> list[dict[str, Any]]:
+    """The largest tensors that no rule reaches."""
+    left = (stored for name, stored in tensors.items() if name not in reached)
+    return [
+        {
+            "name": stored.name,
+            "dtype": stored.dtype,
+            "shape": list(stored.shape),
+            "numel": stored.numel,
+            "bytes": stored.nbytes,
+        }
+        for stored in heapq.nlargest(UNREACHED, left, key=lambda stored: stored.numel)
+    ]
+
+
+def _one_or_all(values: Iterable[Value]) -> Value | list[Value] | None:
+    """The value that all instances share, else the list of them, instance by instance."""
+    listed = list(values)
+    distinct = set(listed)
+    return listed if len(distinct) > 1 else next(iter(distinct), None)

@@ -1,0 +1,243 @@
+"""The plan for the terminal: a card for each rule, then what is covered and what the output will take.
+
+Reads plan documents alone. Gives rich renderables that fit any width from 60 columns on; whoever calls
+decides on the stream.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Group
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from sparseprune.report.document import share
+from sparseprune.report.tables import percent, size
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+
+_FORMS = 8  # that are listed of one rule
+_INDENT = 2
+
+Facts = list[tuple[str, str]]
+Values = float | list[float | None] | None
+
+
+def rule_card(rule: Mapping[str, Any], numel: int) -> RenderableType:
+    """What one rule binds to; `numel` counts the parameters of the whole checkpoint."""
+    title = Text(rule["name"], "bold")
+    if not rule["instances"]:
+        return Group(title, _facts([("binds", "nothing: no tensor matches, and the rule is optional")]))
+    forms = _FormLines(rule["forms"][:_FORMS], len(rule["forms"]) - _FORMS)
+    facts = [*_binding(rule), *_budget(rule), *_pruning(rule, numel)]
+    return Group(title, _facts(facts), forms)
+
+
+def totals_card(document: Mapping[str, Any]) -> RenderableType:
+    """What is covered and what is not, the sizes of the output, the memory that it takes."""
+    totals, sizes = document["totals"], document["bytes"]
+    covers = (
+        f"{totals['covered']:,} of {totals['numel']:,} parameters ({percent(totals['coverage'])}) "
+        f"in {totals['reached']:,} of {_many(totals['tensors'], 'tensor')}"
+    )
+    output = f"{size(sizes['output'])} in {document['output']}"
+    if document["output_exists"]:
+        output += " (exists: --force replaces it)"
+    facts = [
+        ("covers", covers),
+        ("input", size(sizes["input"])),
+        ("masks", size(sizes["masks"]) if sizes["masks"] else "none"),
+        ("output", output),
+    ]
+    if "peak" in sizes:
+        facts.append(("memory", f"about {size(sizes['peak'])} at the peak"))
+    parts: list[RenderableType] = [Text("in all", "bold"), _facts(facts)]
+    if document["unreached"]:
+        parts.append(Padding(_unreached_table(document), (0, 0, 0, _INDENT), expand=False))
+    return Group(*parts)
+
+
+def _binding(rule: Mapping[str, Any]) -> Facts:
+    such = f" such as {rule['instance']}" if rule["instances"] > 1 else ""
+    binds = f"{_many(rule['tensors'], 'tensor')} in {_many(rule['instances'], 'instance')}{such}"
+    facts = [("binds", binds)]
+    if rule["fused"]:
+        facts.append(("block", f"{' + '.join(rule['fused'])}, fused: {rule['fused_block']}"))
+    if rule["competing"] > 1:
+        facts.append(("scope", f"{rule['competing']:,} scopes compete for one budget"))
+    return facts
+
+
+def _budget(rule: Mapping[str, Any]) -> Facts:
+    """What survives, and how the share that was asked for was rounded."""
+    blocks = _each(rule["blocks_per_scope"])
+    scopes = "the one scope" if rule["scopes"] == 1 else f"each of {rule['scopes']:,} scopes"
+    facts: Facts = []
+    if rule["nnz"] is None:
+        facts.append(("keeps", f"blocks that score {_each(rule['threshold'])} or more"))
+    else:
+        facts.append(("keeps", f"{_each(rule['nnz'])} of {blocks} blocks in {scopes}"))
+        facts.append(("sparsity", _rounded(rule)))
+    if rule["mode"] == "soft":
+        facts.append(("mode", "soft: what survives shrinks, too"))
+    score = rule["score"]
+    if score["kind"] != "magnitude" or score["norm"] != 2 or score["normalize"]:
+        facts.append(("score", _score(score)))
+    return facts
+
+
+def _rounded(rule: Mapping[str, Any]) -> str:
+    asked, became = rule["sparsity_asked"], rule["sparsity"]
+    if asked is None or asked == became:
+        return _each(became, percent)
+    return f"{_each(became, percent)}, asked {_each(asked, percent)}: whole blocks"
+
+
+def _score(score: Mapping[str, Any]) -> str:
+    words = [score["kind"]]
+    if score["norm"] != 2:
+        words.append(f"norm {score['norm']}")
+    if score["normalize"]:
+        words.append("root mean square of a block")
+    if score["file"] is not None:
+        words.append(f"from {score['file']}")
+    return ", ".join(words)
+
+
+def _pruning(rule: Mapping[str, Any], numel: int) -> Facts:
+    reached = f"{rule['numel']:,} elements"
+    if rule["pruned"] is None:
+        return [("reaches", f"{reached}, {share_text(rule['numel'], numel)} of all parameters")]
+    pruned = f"{rule['pruned']:,} of {reached}, {share_text(rule['pruned'], numel)} of all parameters"
+    return [("prunes", pruned)]
+
+
+def _facts(facts: Facts) -> RenderableType:
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(min_width=8, no_wrap=True, style="dim")
+    table.add_column(overflow="fold")
+    for fact in facts:
+        table.add_row(*[Text(printable(text)) for text in fact])
+    return Padding(table, (0, 0, 0, _INDENT), expand=False)
+
+
+def _unreached_table(document: Mapping[str, Any]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("largest left alone", overflow="fold")
+    table.add_column("shape", no_wrap=True)
+    for name in ("parameters", "bytes"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for tensor in document["unreached"]:
+        table.add_row(
+            Text(printable(tensor["name"])),
+            shape_text(tensor["shape"]),
+            f"{tensor['numel']:,}",
+            size(tensor["bytes"]),
+        )
+    return table
+
+
+@dataclass(frozen=True, slots=True)
+class _FormLines:
+    """The forms of a rule, one line each; example names stand below their lines where they do not fit."""
+
+    forms: Sequence[Mapping[str, Any]]
+    more: int
+
+    def __rich_console__(self, _: Console, options: ConsoleOptions) -> RenderResult:
+        header, *rows = self._rows()
+        widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
+        names = [printable(form["example"]) for form in self.forms]
+        wide = _INDENT + sum(widths) + 2 * len(widths)
+        beside = wide + max(map(len, names)) <= options.max_width
+        yield _folded(_line(header, widths) + ("  example" if beside else ""), "bold")
+        for row, name in zip(rows, names, strict=True):
+            line = _line(row, widths)
+            yield _folded(f"{line}  {name}" if beside else line)
+            if not beside:
+                yield _folded(name, "dim", _INDENT + widths[0] + 2)
+        if self.more > 0:
+            yield _folded(f"and {_many(self.more, 'more shape')}: --json lists all")
+
+    def _rows(self) -> Iterator[list[str]]:
+        """Cells as text; a column that says nothing is left out."""
+        members = len({form["block_name"] for form in self.forms}) > 1
+        views = any(form["view"] is not None for form in self.forms)
+        used = [True, members, True, views, True, True, True]
+
+        def some(cells: Sequence[str]) -> list[str]:
+            return [cell for cell, use in zip(cells, used, strict=True) if use]
+
+        yield some(["tensors", "member", "shape", "view", "block", "grid", "scope"])
+        for form in self.forms:
+            shapes = [shape_text(form[key]) for key in ("block", "grid", "scope")]
+            yield some(
+                [
+                    f"{form['tensors']:,}",
+                    form["block_name"],
+                    shape_text(form["shape"]),
+                    _view_text(form["view"]),
+                    *shapes,
+                ]
+            )
+
+
+def _folded(text: str, style: str = "", indent: int = _INDENT) -> RenderableType:
+    return Padding(Text(text, style, overflow="fold"), (0, 0, 0, indent), expand=False)
+
+
+def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
+    """Cells side by side, the first one, a number, to the right."""
+    first, *others = zip(cells, widths, strict=True)
+    return "  ".join([first[0].rjust(first[1]), *(cell.ljust(width) for cell, width in others)])
+
+
+def _view_text(view: Mapping[str, Any] | None) -> str:
+    if view is None:
+        return "whole"
+    begin = f" at {view['begin']}" if any(view["begin"]) else ""
+    return shape_text(view["shape"]) + begin
+
+
+def share_text(part: int, whole: int) -> str:
+    """The share of a part; of nothing it is none.
+
+    >>> share_text(1, 4), share_text(0, 0)
+    ('25.00%', '0.00%')
+    """
+    return percent(share(part, whole))
+
+
+def printable(name: str) -> str:
+    r"""A name on one line: names of tensors may hold anything, also line ends.
+
+    >>> printable("a\nb")
+    'a\\nb'
+    """
+    return "".join([letter if letter.isprintable() else ascii(letter)[1:-1] for letter in name])
+
+
+def shape_text(shape: Sequence[int]) -> str:
+    """A shape as it is read aloud.
+
+    >>> shape_text([4096, 4096]), shape_text([])
+    ('4096x4096', '0-d')
+    """
+    return "x".join(map(str, shape)) or "0-d"
+
+
+def _many(count: int, what: str) -> str:
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
+
+
+def _each(values: Values, text: Callable[[float], str] = "{:,}".format) -> str:
+    """One value, or the range of the values of all instances."""
+    known = [value for value in (values if isinstance(values, list) else [values]) if value is not None]
+    few = sorted({min(known), max(known)}) if known else []
+    return " to ".join(map(text, few))

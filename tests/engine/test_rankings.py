@@ -1,0 +1,69 @@
+"""Scores other than the plain norm: other norms, root mean squares, ready block scores, soft budgets."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sparseprune import BlockSpec, ScopeCoupling, ScopeSpec, SparsityError
+from sparseprune.engine.randomness import random_scores
+
+
+def coupled() -> tuple[ScopeCoupling, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    wide, narrow = torch.randn(4, 6, generator=generator), torch.randn(2, 2, generator=generator)
+    scopes = [ScopeSpec(BlockSpec(tensor, (1, -1)), ()) for tensor in (wide, narrow)]
+    return ScopeCoupling(scopes, [(0, 1), (0, 1)]), wide, narrow
+
+
+@pytest.mark.parametrize("p", [1, 2, 3, float("inf")])
+@pytest.mark.parametrize("rms", [False, True])
+def test_block_norms_of_any_order_and_per_element(p: float, rms: bool) -> None:
+    scope, wide, narrow = coupled()
+    expected = torch.cat(
+        [
+            torch.linalg.vector_norm(tensor.double(), p, dim=1) / (tensor.shape[1] ** 0.5 if rms else 1)
+            for tensor in (wide, narrow)
+        ]
+    )
+    torch.testing.assert_close(scope.block_norms(None, p, rms=rms)[0, 0], expected, rtol=1e-14, atol=0)
+
+
+def test_block_norms_refuse_nan_by_name() -> None:
+    with pytest.raises(SparsityError, match=r"w: NaN at \[1, 2\]"):
+        ScopeSpec(
+            BlockSpec(torch.tensor([[1.0, 2, 3], [4, 5, float("nan")]]), (1, -1), "w"), ()
+        ).block_norms()
+
+
+def test_thresholds_compare_ready_scores() -> None:
+    scope, wide, narrow = coupled()
+    scores = torch.tensor([[[1.0, 2, 3, 4, 5, 6]]])
+    keeps = scope.threshold_masks(3.0, block_scores=scores)
+    big, small = scope.blocks()
+    assert keeps[big][:, 0].tolist() == [False, False, True, True]
+    assert keeps[small][:, 0].tolist() == [True, True]
+    assert wide.all()
+    assert narrow.all()
+    with pytest.raises(SparsityError, match="NaN"):
+        scope.threshold_masks(3.0, block_scores=scores / 0 * 0)
+    with pytest.raises(SparsityError, match="shape"):
+        scope.threshold_masks(3.0, block_scores=scores[0])
+
+
+def test_soft_budget_is_kth_mid_of_the_weights() -> None:
+    scope, _, _ = coupled()
+    single = scope.scopes[0]
+    for nnz in range(1, 5):
+        assert torch.equal(scope.soft_budget(nnz, 0.5), scope.kth_mid(nnz, None, 0.5))
+        assert torch.equal(single.soft_budget(nnz), single.kth_mid(None, nnz))
+
+
+def test_random_scores_are_uniform_and_differ_by_seed_and_name() -> None:
+    scores = random_scores(0, "w", 0, 100_000)
+    assert float(scores.min()) >= 0
+    assert float(scores.max()) < 1
+    assert float(scores.mean()) == pytest.approx(0.5, abs=0.01)
+    assert len(set(scores.tolist())) == 100_000
+    for other in (random_scores(1, "w", 0, 100), random_scores(0, "v", 0, 100)):
+        assert not (other == scores[:100]).any()
