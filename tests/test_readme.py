@@ -41,11 +41,8 @@ def shows(shown: list[str], real: list[str]) -> bool:
     return re.fullmatch(pattern, "".join(same(line) + "\n" for line in real)) is not None
 
 
-def test_first_command_shows_its_real_output() -> None:
-    command, *shown = blocks("console")[0].splitlines()
-    assert command.startswith("$ python3 -m venv .venv && .venv/bin/pip install . && .venv/bin/")
-    words = shlex.split(command.rpartition(".venv/bin/")[2])
-    assert words[0] == "sparseprune"
+def real_output(words: list[str], folder: Path) -> list[str]:
+    """Both streams of a command, as they come where no terminal is."""
     environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
     done = subprocess.run(
         [sys.executable, "-m", *words],
@@ -53,9 +50,26 @@ def test_first_command_shows_its_real_output() -> None:
         stderr=subprocess.STDOUT,
         text=True,
         check=True,
-        env=environment,
+        cwd=folder,
+        env=environment | {"PYTHONPATH": str(ROOT)},
     )
-    assert shows(shown, done.stdout.splitlines()), done.stdout
+    return done.stdout.splitlines()
+
+
+def test_first_command_shows_its_real_output(tmp_path: Path) -> None:
+    command, *shown = blocks("console")[0].splitlines()
+    assert command.startswith("$ python3 -m venv .venv && .venv/bin/pip install . && .venv/bin/")
+    words = shlex.split(command.rpartition(".venv/bin/")[2])
+    assert words[0] == "sparseprune"
+    real = real_output(words, tmp_path)
+    assert shows(shown, real), "\n".join(real)
+
+
+def test_plan_shows_its_real_output(tmp_path: Path) -> None:
+    write_decoder(tmp_path / "decoder")
+    command, *shown = blocks("console")[1].splitlines()
+    real = real_output(shlex.split(command.removeprefix("$ ")), tmp_path)
+    assert shows(shown, real), "\n".join(real)
 
 
 def test_a_wrong_line_of_output_is_noticed() -> None:
@@ -64,7 +78,7 @@ def test_a_wrong_line_of_output_is_noticed() -> None:
 
 
 def test_second_command_is_the_checks_that_ci_runs() -> None:
-    (command,) = blocks("console")[1].splitlines()
+    (command,) = blocks("console")[2].splitlines()
     assert command == "$ bash .ci/run"
     script = (ROOT / ".ci/run").read_text()
     for check in ("ruff check", "ruff format --check", "mypy", "lint-imports", "pytest"):

@@ -109,14 +109,14 @@ def open_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(path, shards, is_directory=True, others=found.others, tensors=tensors)
 
 
-def read_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
-    """The config.json in a checkpoint's directory or beside its file; empty if there is none."""
+def read_config(checkpoint: Checkpoint) -> Mapping[str, Any] | None:
+    """The config.json in a checkpoint's directory or beside its file; None if there is none."""
     home = checkpoint.path if checkpoint.is_directory else checkpoint.path.parent
     try:
         return MappingProxyType(folder.read_object(home / "config.json"))
     except CheckpointError as error:
         if isinstance(error.__cause__, FileNotFoundError):
-            return MappingProxyType({})
+            return None
         raise
 
 

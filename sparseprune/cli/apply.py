@@ -53,15 +53,24 @@ def _execute(request: Request, prepared: Prepared, began: float) -> dict[str, An
             spec_sha256=hashlib.sha256(source.text.encode()).hexdigest(),
             device=machine.device,
             seconds=time.perf_counter() - began,
+            overrides=request.overrides,
         )
         document = report_document(circumstances, plan.checkpoint, plan.bound, outcomes)
         output.add_file(
             layout.report_file, (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()
         )
         if layout.spec_file is not None:
-            output.add_file(layout.spec_file, source.text.encode())
+            output.add_file(layout.spec_file, _as_applied(request, source.text).encode())
         output.commit()
     return document
+
+
+def _as_applied(request: Request, text: str) -> str:
+    """The spec's text, below a comment with the variables that were set on the command line."""
+    if not request.overrides:
+        return text
+    words = (f"--set {name}={value}" for name, value in request.overrides.items())
+    return f"# Applied with {' '.join(' '.join(words).split())}\n{text}"
 
 
 def _tell(

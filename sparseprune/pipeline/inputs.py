@@ -57,6 +57,10 @@ class InputFiles:
             else:
                 role: Role = "values" if score.kind == "values" else "vector"
                 found += self._weight_inputs(rule, score.file, instance.scope, role, score.input_dim)
+        if instance.soft is not None and score.kind != "magnitude":
+            self._note(
+                rule, f"mode soft shrinks the norms of the weights themselves; kind {score.kind} has no part"
+            )
         if instance.soft is not None and instance.soft.conditioners is not None:
             found += self._weight_inputs(rule, instance.soft.conditioners, instance.scope, "conditioners", -1)
         return tuple(found)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import TYPE_CHECKING
 
 from sparseprune.engine.dtypes import DTYPES
 from sparseprune.engine.grids import prod
 from sparseprune.pipeline.slabs import slabs_of
+from sparseprune.spec import BoundScope
 
 if TYPE_CHECKING:
-    from sparseprune.pipeline.plan import Plan
+    from sparseprune.pipeline.plan import Plan, WorkUnit
     from sparseprune.pipeline.slabs import Slab
 
 _PAIRWISE = 8  # blocks a scope that are compared all with all, without a search
@@ -25,8 +27,30 @@ def expected_peak(plan: Plan, jobs: int) -> int:
     A slab needs its weights, their keys, what the search for the k-th largest copies, and masks; with
     scores from elsewhere float64 values too.
     """
-    largest = sorted((_slab_bytes(slab) for unit in plan.units for slab in slabs_of(unit)), reverse=True)
-    return _INTERPRETER + sum(largest[:jobs]) + min(jobs, len(largest)) * _FLOAT64
+    alike: defaultdict[tuple[object, ...], list[WorkUnit]] = defaultdict(list)
+    for unit in plan.units:  # thousands of units have a handful of forms
+        alike[_form(unit)].append(unit)
+    slabs = sorted(
+        ((_slab_bytes(slab), len(units)) for units in alike.values() for slab in slabs_of(units[0])),
+        reverse=True,
+    )
+    largest = [size for size, count in slabs for _ in range(min(count, jobs))][:jobs]
+    return _INTERPRETER + sum(largest) + len(largest) * _FLOAT64
+
+
+def _form(unit: WorkUnit) -> tuple[object, ...]:
+    """What the memory of a unit depends on."""
+    tasks = (
+        (
+            tuple((leaf.view_shape, leaf.shape) for leaf in task.instance.scope.leaves),
+            task.instance.score.kind,
+            task.instance.soft is None,
+            tuple((one.stored.shape, one.stored.dtype) for one in task.inputs),
+            task.instance.scope.shape if isinstance(task.instance.scope, BoundScope) else None,
+        )
+        for task in unit.tasks
+    )
+    return (tuple((stored.dtype, stored.shape) for stored in unit.tensors), *tasks)
 
 
 def _slab_bytes(slab: Slab) -> int:

@@ -49,13 +49,17 @@ class PrunedTensor(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """The circumstances of a run; `output` and `input` as they were named, `seconds` of wall time."""
+    """The circumstances of a run; `output` and `input` as they were named, `seconds` of wall time.
+
+    `overrides` are the variables of the spec that were set when it was applied, as they were typed.
+    """
 
     input: str
     output: str
     spec_sha256: str
     device: str
     seconds: float
+    overrides: Mapping[str, str]
 
 
 def report_document(
@@ -70,6 +74,7 @@ def report_document(
         "input": run.input,
         "output": run.output,
         "spec_sha256": run.spec_sha256,
+        "set": dict(run.overrides),
         "device": run.device,
         "seconds": round(run.seconds, 3),
         "totals": {

@@ -15,6 +15,8 @@ from sparseprune.spec.bound import (
     BoundSpec,
     Budget,
     Captures,
+    Score,
+    Soft,
     TensorInfo,
 )
 from sparseprune.spec.library import SpecSource, find_spec, list_specs
@@ -31,6 +33,8 @@ __all__ = [
     "BoundSpec",
     "Budget",
     "Captures",
+    "Score",
+    "Soft",
     "Spec",
     "SpecSource",
     "TensorInfo",

@@ -1,24 +1,30 @@
 """Spec x headers -> BoundSpec: every rule as instances with resolved shapes, or every problem at once.
 
-`locating` says which tensors belong together, `shaping` what their shapes come to, `budgets` what shall
-survive; here the tables' errors get their place. Called by the pipeline.
+`locating` says which tensors belong together, `viewing` and `shaping` what their shapes come to, `budgets`
+what shall survive; here the tables' errors get their place. Called by the pipeline.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from sparseprune.errors import SparsityError
 from sparseprune.spec.bound import BoundInstance, BoundRule, BoundSpec
 from sparseprune.spec.budgets import budget_of
+from sparseprune.spec.expressions import ExpressionError
 from sparseprune.spec.locating import locate
+from sparseprune.spec.methods import score_of, soft_of
+from sparseprune.spec.names import Environment, Names, misfit
 from sparseprune.spec.overlap import check_overlaps
 from sparseprune.spec.problems import Misfit, Problems
 from sparseprune.spec.shaping import block_of, compete, fuse, scope_of
 from sparseprune.spec.sites import JoinedSite, Site, TensorSite, label
+from sparseprune.spec.variables import resolve_variables
+from sparseprune.spec.viewing import layout_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from sparseprune.spec.bound import (
         BoundBlock,
@@ -27,49 +33,74 @@ if TYPE_CHECKING:
         BoundScopeCoupling,
         TensorInfo,
     )
-    from sparseprune.spec.schema import BudgetTable, Spec
+    from sparseprune.spec.schema import BlockTable, BudgetTable, ScopeTable, Spec
 
 
-def bind(spec: Spec, tensors: Sequence[TensorInfo]) -> BoundSpec:
-    """Bind a spec to the tensors of a checkpoint; SpecError with every problem, each one line."""
+@dataclass(frozen=True, slots=True)
+class _Meeting:
+    """A spec and what its expressions may name."""
+
+    spec: Spec
+    environment: Environment
+
+
+def bind(spec: Spec, tensors: Sequence[TensorInfo], config: Mapping[str, Any] | None = None) -> BoundSpec:
+    """Bind a spec to the tensors and the config.json of a checkpoint.
+
+    Raises:
+        SpecError: with every problem, each one line.
+    """
     problems = Problems(spec.source)
-    sites = locate(spec, tensors, problems)
+    environment = Environment(resolve_variables(spec.variables, config, problems), config)
+    meeting = _Meeting(spec, environment)
+    sites = locate(spec, tensors, environment, problems)
     rules = tuple(
-        BoundRule(f"{kind}.{name}", tuple(_instances(spec, kind, name, table, sites[kind, name], problems)))
-        for kind, name, table in _outermost(spec)
+        BoundRule(f"{kind}.{name}", tuple(_instances(meeting, kind, name, sites[kind, name], problems)))
+        for kind, name in _outermost(spec)
+        if sites[kind, name]
     )
     check_overlaps(rules, problems)
+    problems.raise_if_any()
+    if not rules:
+        problems.add("", "", "no rule reaches a tensor: all of them are optional, and none is there")
     problems.raise_if_any()
     return BoundSpec(rules)
 
 
-def _outermost(spec: Spec) -> Iterator[tuple[str, str, BudgetTable]]:
+def _outermost(spec: Spec) -> Iterator[tuple[str, str]]:
     coupled = spec.coupled_scopes()
-    yield from (("scope", name, table) for name, table in spec.scope.items() if name not in coupled)
-    yield from (("scope_coupling", name, table) for name, table in spec.scope_coupling.items())
+    yield from (("scope", name) for name in spec.scope if name not in coupled)
+    yield from (("scope_coupling", name) for name in spec.scope_coupling)
 
 
 def _instances(
-    spec: Spec, kind: str, name: str, table: BudgetTable, sites: Sequence[Site], problems: Problems
+    meeting: _Meeting, kind: str, name: str, sites: Sequence[Site], problems: Problems
 ) -> Iterator[BoundInstance]:
+    table: BudgetTable = getattr(meeting.spec, kind)[name]
+    directory = meeting.spec.directory
+    score = score_of(table.score or meeting.spec.score, directory)
+    soft = soft_of(table, directory)
     for site in sites:
         try:
-            scope = _rule_scope(spec, kind, name, site)
-            budget = budget_of(f"{kind}.{name}", table, scope.label, scope.blocks_per_scope)
+            scope = _rule_scope(meeting, kind, name, site)
+            names = Names(meeting.environment, site.captures)
+            budget, sparsity = budget_of(f"{kind}.{name}", table, scope.label, scope.blocks_per_scope, names)
         except Misfit as misfit:
             problems.note(misfit)
         else:
-            yield BoundInstance(scope.label, site.captures, scope, budget, table.sparsity)
+            yield BoundInstance(scope.label, site.captures, scope, budget, sparsity, score, soft)
 
 
-def _rule_scope(spec: Spec, kind: str, name: str, site: Site) -> BoundScope | BoundScopeCoupling:
-    return _scope(spec, name, site) if kind == "scope" else _coupled_scopes(spec, name, _joined(site))
+def _rule_scope(meeting: _Meeting, kind: str, name: str, site: Site) -> BoundScope | BoundScopeCoupling:
+    if kind == "scope":
+        return _scope(meeting, name, site)
+    return _coupled_scopes(meeting, name, _joined(site))
 
 
-def _coupled_scopes(spec: Spec, name: str, site: JoinedSite) -> BoundScopeCoupling:
-    table = spec.scope_coupling[name]
+def _coupled_scopes(meeting: _Meeting, name: str, site: JoinedSite) -> BoundScopeCoupling:
+    table = meeting.spec.scope_coupling[name]
     members = [
-        [_scope(spec, scope, each) for each in sites]
+        [_scope(meeting, scope, each) for each in sites]
         for scope, sites in zip(table.scopes, site.members, strict=True)
     ]
     try:
@@ -79,24 +110,28 @@ def _coupled_scopes(spec: Spec, name: str, site: JoinedSite) -> BoundScopeCoupli
         raise Misfit(f"scope_coupling.{name}", key, f"{label(name, site)}: {error}") from error
 
 
-def _scope(spec: Spec, name: str, site: Site) -> BoundScope:
+def _scope(meeting: _Meeting, name: str, site: Site) -> BoundScope:
+    spec = meeting.spec
     table = spec.scope[name]
     if not isinstance(table.block, str):
-        block: BoundBlock | BoundBlockCoupling = _block(f"scope.{name}", "block", name, table.block, site)
+        block: BoundBlock | BoundBlockCoupling = _block(meeting, "scope", name, site)
     elif table.block in spec.block:
-        block = _block(f"block.{table.block}", "shape", table.block, spec.block[table.block].shape, site)
+        block = _block(meeting, "block", table.block, site)
     else:
-        block = _fused_blocks(spec, table.block, _joined(site))
+        block = _fused_blocks(meeting, table.block, _joined(site))
     try:
-        return scope_of(label(name, site), block, table.shape)
+        shape = Names(meeting.environment, site.captures).extents(table.shape)
+        return scope_of(label(name, site), block, shape)
+    except ExpressionError as error:
+        raise misfit(f"scope.{name}", "shape", error, label(name, site)) from error
     except SparsityError as error:
         raise Misfit(f"scope.{name}", "shape", f"{_where(block)}: {error}") from error
 
 
-def _fused_blocks(spec: Spec, name: str, site: JoinedSite) -> BoundBlockCoupling:
-    table = spec.block_coupling[name]
+def _fused_blocks(meeting: _Meeting, name: str, site: JoinedSite) -> BoundBlockCoupling:
+    table = meeting.spec.block_coupling[name]
     members = [
-        [_block(f"block.{block}", "shape", block, spec.block[block].shape, each) for each in sites]
+        [_block(meeting, "block", block, each) for each in sites]
         for block, sites in zip(table.blocks, site.members, strict=True)
     ]
     try:
@@ -106,13 +141,20 @@ def _fused_blocks(spec: Spec, name: str, site: JoinedSite) -> BoundBlockCoupling
         raise Misfit(f"block_coupling.{name}", key, f"{label(name, site)}: {error}") from error
 
 
-def _block(place: str, key: str, name: str, shape: tuple[int, ...], site: Site) -> BoundBlock:
+def _block(meeting: _Meeting, kind: str, name: str, site: Site) -> BoundBlock:
+    """The blocks of a tensor, as a [block] has them or the short form of a [scope]."""
     if not isinstance(site, TensorSite):
-        raise TypeError(f"the instances of {place} are tensors, not couplings")
+        raise TypeError(f"the instances of {kind}.{name} are tensors, not couplings")
+    table: BlockTable | ScopeTable = meeting.spec.block[name] if kind == "block" else meeting.spec.scope[name]
+    key, tensor, place = ("shape" if kind == "block" else "block"), site.tensor, f"{kind}.{name}"
+    names = Names(meeting.environment, site.captures, tensor)
     try:
-        return block_of(label(name, site), site.tensor, shape)
+        layout = layout_of(place, table, tensor, names)
+        return block_of(label(name, site), tensor, layout, names.extents(getattr(table, key)))
+    except ExpressionError as error:
+        raise misfit(place, key, error, tensor.name) from error
     except SparsityError as error:
-        raise Misfit(place, key, f"{site.tensor.name}: {error}") from error
+        raise Misfit(place, key, f"{tensor.name}: {error}") from error
 
 
 def _joined(site: Site) -> JoinedSite:

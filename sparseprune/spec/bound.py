@@ -7,12 +7,13 @@ contiguous row-major tensor; no -1 is left anywhere. Knows neither TOML nor file
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from sparseprune.engine.grids import Shape, divide, permute, prod
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 Captures = tuple[tuple[str, int | str], ...]
 """What a pattern captured, in order of first appearance; text that is all digits is an int."""
@@ -130,6 +131,34 @@ class Budget:
 
 
 @dataclass(frozen=True, slots=True)
+class Score:
+    """What the blocks of a rule are ranked by; `file` is absolute. Keys that a kind has no use for rest.
+
+    magnitude: `norm` 1, 2 or inf, and `normalize` for the root mean square; random: `seed`; values and
+    blocks: `file`; wanda and obd: `file`, and along which dimension its vectors lie.
+    """
+
+    kind: Literal["magnitude", "random", "values", "wanda", "obd", "blocks"] = "magnitude"
+    norm: float = 2.0
+    normalize: bool = False
+    seed: int = 0
+    file: Path | None = None
+    input_dim: int = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Soft:
+    """That blocks are shrunk towards zero, and how; the budget's `nnz` stands for the threshold `kth_mid`."""
+
+    k_weight: float = 1.0
+    scale: bool = False
+    conditioners: Path | None = None
+    max_iter: int = 20
+    atol: float = 1e-8
+    eps: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class BoundInstance:
     """One work unit's worth of a rule: an outermost scope or coupling; `sparsity` is what was asked for."""
 
@@ -138,6 +167,8 @@ class BoundInstance:
     scope: BoundScope | BoundScopeCoupling
     budget: Budget
     sparsity: float | None = None
+    score: Score = Score()
+    soft: Soft | None = None
 
 
 @dataclass(frozen=True, slots=True)

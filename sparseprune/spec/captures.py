@@ -8,9 +8,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from sparseprune.spec.names import RESERVED
+from sparseprune.spec.schema import expressions_of
+
 if TYPE_CHECKING:
-    from sparseprune.spec.patterns import TensorPattern
+    from sparseprune.spec.expressions import Expression
     from sparseprune.spec.schema import Spec
+    from sparseprune.spec.sites import Pattern
 
 
 def captures_of_table(spec: Spec, kind: str, name: str) -> frozenset[frozenset[str]]:
@@ -46,10 +50,52 @@ def _coupling_of(spec: Spec, kind: str, name: str) -> str | None:
     return None
 
 
-def _own_patterns(spec: Spec, kind: str, name: str) -> tuple[TensorPattern, ...]:
+def leaves_of_table(spec: Spec, kind: str, name: str) -> tuple[tuple[str, str], ...]:
+    """The tables with tensors, as kind and name, that a table consists of in the end."""
+    if kind == "scope_coupling":
+        below = [("scope", scope) for scope in spec.scope_coupling[name].scopes if scope in spec.scope]
+        return tuple(leaf for each in below for leaf in leaves_of_table(spec, *each))
+    if kind == "scope" and isinstance(spec.scope[name].block, str):
+        block = str(spec.scope[name].block)
+        inner = "block_coupling" if block in spec.block_coupling else "block"
+        return leaves_of_table(spec, inner, block) if block in getattr(spec, inner) else ()
+    if kind == "block_coupling":
+        return tuple(("block", block) for block in spec.block_coupling[name].blocks if block in spec.block)
+    return ((kind, name),)
+
+
+def look_of_table(spec: Spec, kind: str, name: str) -> dict[str, tuple[Expression, ...]]:
+    """The expressions by which a table looks at its own tensors, by key; they may borrow captures."""
+    keys = (
+        ("slice", "axes", "view", "shape", "block") if kind == "scope" else ("slice", "axes", "view", "shape")
+    )
+    table = getattr(spec, kind)[name]
+    return {key: tuple(expressions_of(getattr(table, key))) for key in keys}
+
+
+def borrowed_names(spec: Spec, kind: str, member: str) -> frozenset[str]:
+    """Names in the expressions of a coupling's member that have to be captures, but not its own."""
+    leaves = leaves_of_table(spec, kind, member)
+    if len(leaves) != 1 or _coupling_of(spec, kind, member) is not None:
+        return frozenset()
+    tables = {leaves[0], (kind, member)}
+    used = {
+        name
+        for table in tables
+        for expressions in look_of_table(spec, *table).values()
+        for expression in expressions
+        for name in expression.names
+    }
+    if not used:
+        return frozenset()
+    own = {name for names in captures_of_table(spec, kind, member) for name in names}
+    return frozenset(used - own - {*spec.variables, *RESERVED})
+
+
+def _own_patterns(spec: Spec, kind: str, name: str) -> tuple[Pattern, ...]:
     if kind == "scope":
         scope = spec.scope.get(name)
-        if scope is None or scope.tensors is not None:
-            return () if scope is None else scope.tensors or ()
+        if scope is None or scope.patterns is not None:
+            return () if scope is None else scope.patterns or ()
         name = str(scope.block)
-    return spec.block[name].tensors if name in spec.block else ()
+    return spec.block[name].patterns or () if name in spec.block else ()

@@ -9,17 +9,30 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from sparseprune.spec.captures import captures_of_table, patterns_of_table
+from sparseprune.spec.methods import METHOD_KEYS, wrong_method, wrong_score
 from sparseprune.spec.problems import Problems, listed, shown, suggestion
-from sparseprune.spec.schema import BUDGETS, BudgetTable, CouplingTable, ScopeTable, Spec
+from sparseprune.spec.referring import check_references
+from sparseprune.spec.schema import (
+    BUDGETS,
+    KINDS,
+    BudgetTable,
+    CouplingTable,
+    ExplicitView,
+    ScopeTable,
+    Spec,
+    TensorsTable,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping
 
 
 def check_spec(spec: Spec, declared: Mapping[str, Collection[str]], problems: Problems) -> None:
-    """Everything that can be found wrong without a checkpoint; `declared` holds all names by kind."""
+    """Everything that can be found wrong without a checkpoint; `declared` has all names by kind, and vars."""
     if not declared["scope"]:
         problems.add("", "", "there is no rule: write at least one [scope.NAME]")
+    for name, block in spec.block.items():
+        _check_tensors(f"block.{name}", block, problems)
     for name, table in spec.scope.items():
         _check_form(f"scope.{name}", table, declared, problems)
     for place, coupling in _couplings(spec):
@@ -29,6 +42,9 @@ def check_spec(spec: Spec, declared: Mapping[str, Collection[str]], problems: Pr
     _check_names(declared, problems)
     _check_idle(spec, declared, problems)
     _check_budgets(spec, declared, problems)
+    for key, text in () if spec.score is None else wrong_score(spec.score):
+        problems.add("score", key, text)
+    check_references(spec, problems, frozenset(declared["vars"]))
 
 
 def _couplings(spec: Spec) -> Iterator[tuple[str, CouplingTable]]:
@@ -39,24 +55,40 @@ def _couplings(spec: Spec) -> Iterator[tuple[str, CouplingTable]]:
 def _check_form(
     place: str, table: ScopeTable, declared: Mapping[str, Collection[str]], problems: Problems
 ) -> None:
-    if isinstance(table.block, str):
-        if table.tensors is not None:
+    if not isinstance(table.block, str):
+        _check_tensors(place, table, problems)
+        return
+    for key in TensorsTable.model_fields:
+        if getattr(table, key) not in {None, ()}:
             problems.add(
                 place,
-                "tensors",
+                key,
                 f"the block is the table {shown(table.block)}, which has the tensors: "
                 "remove this key, or give the block's shape as a list of integers",
             )
-        known = [*declared["block"], *declared["block_coupling"]]
-        if table.block not in known:
-            text = f"there is no [block.{table.block}] and no [block_coupling.{table.block}]"
-            problems.add(place, "block", text + suggestion(table.block, known))
-    elif table.tensors is None:
+    known = [*declared["block"], *declared["block_coupling"]]
+    if table.block not in known:
+        text = f"there is no [block.{table.block}] and no [block_coupling.{table.block}]"
+        problems.add(place, "block", text + suggestion(table.block, known))
+
+
+def _check_tensors(place: str, table: TensorsTable, problems: Problems) -> None:
+    """The keys of a table that has tensors of its own: what they are, and how they are looked at."""
+    if table.tensors is None and table.regex is None:
+        text = f"missing; wanted {TensorsTable.model_fields['tensors'].description}"
+        if isinstance(table, ScopeTable):
+            text = (
+                "missing: a block given by its shape needs the tensors beside it; "
+                "or name a [block] or [block_coupling]"
+            )
+        problems.add(place, "tensors", text)
+    if table.tensors is not None and table.regex is not None:
+        problems.add(place, "regex", "tensors are named by patterns already: give one of tensors and regex")
+    if table.axes and not isinstance(table.view, str):
+        problems.add(place, "axes", 'these are the axes of an einops pattern: give one as view = "..."')
+    if isinstance(table.view, ExplicitView) and table.slice is not None:
         problems.add(
-            place,
-            "tensors",
-            "missing: a block given by its shape needs the tensors beside it; "
-            "or name a [block] or [block_coupling]",
+            place, "slice", "a view by shape and stride takes its part by itself: give it an offset instead"
         )
 
 
@@ -135,7 +167,7 @@ def _check_idle(spec: Spec, declared: Mapping[str, Collection[str]], problems: P
 
 
 def _all_read(spec: Spec, declared: Mapping[str, Collection[str]]) -> bool:
-    return all(len(getattr(spec, kind)) == len(names) for kind, names in declared.items())
+    return all(len(getattr(spec, kind)) == len(declared[kind]) for kind in KINDS)
 
 
 def _check_budgets(spec: Spec, declared: Mapping[str, Collection[str]], problems: Problems) -> None:
@@ -151,9 +183,10 @@ def _check_budgets(spec: Spec, declared: Mapping[str, Collection[str]], problems
 
 
 def _check_inner(place: str, table: BudgetTable, coupling: str, problems: Problems) -> None:
-    for key in (*BUDGETS, "multiple_of"):
+    for key in (*BUDGETS, "multiple_of", *METHOD_KEYS):
         if getattr(table, key) is not None:
-            text = f"this scope is a member of [scope_coupling.{coupling}]: its budget has to stand there"
+            what = "this" if key in METHOD_KEYS else "its budget"
+            text = f"this scope is a member of [scope_coupling.{coupling}]: {what} has to stand there"
             problems.add(place, key, text)
 
 
@@ -167,3 +200,8 @@ def _check_outermost(place: str, table: BudgetTable, problems: Problems) -> None
         problems.add(
             place, "multiple_of", "it rounds what nnz or sparsity ask for; a threshold keeps no fixed number"
         )
+    for key, text in wrong_method(table):
+        problems.add(place, key, text)
+    if table.score is not None:
+        for key, text in wrong_score(table.score):
+            problems.add(place, f"score.{key}", text)

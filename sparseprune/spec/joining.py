@@ -30,10 +30,10 @@ class JoinError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Joined:
-    """One row of a join: all its captures, and the row of each member that is part of it."""
+    """One row of a join: all its captures, and the row of each member, None for none."""
 
     captures: Captures
-    rows: tuple[Captures, ...]
+    rows: tuple[Captures | None, ...]
 
 
 def gather(
@@ -47,24 +47,30 @@ def gather(
     return {captures: tuple(group) for captures, group in groups.items()}
 
 
-def natural_join(members: Sequence[Collection[Captures]]) -> tuple[Joined, ...]:
+def natural_join(
+    members: Sequence[Collection[Captures]], optional: Collection[int] = ()
+) -> tuple[Joined, ...]:
     """Every combination of one row of each member that agrees where captures have one name, in natural order.
 
-    The rows of one member all have the same names in the same order. JoinError where a row fits no
-    combination, and before a product gets out of hand.
+    The rows of one member all have the same names in the same order. A combination may do without a row of
+    the members that are numbered in `optional`. JoinError where a row fits no combination, and before a
+    product gets out of hand.
 
     >>> layers, heads = [(("a", 1),)], [(("a", 1), ("b", 7)), (("a", 1), ("b", 8))]
     >>> [joined.captures for joined in natural_join([layers, heads])]
     [(('a', 1), ('b', 7)), (('a', 1), ('b', 8))]
     """
     limit = 2 * sum(map(len, members)) + _ROWS_BEYOND_INPUT
+    order = sorted(range(len(members)), key=lambda number: number in optional)
     found = [Joined((), ())]
-    for rows in members:
-        have, key = _shared_keys([joined.captures for joined in found], rows)
-        partners: dict[object, list[Captures]] = {}
-        for row in rows:
+    known: Sequence[Captures] = [()]
+    for number in order:
+        have, key = _shared_keys(known, members[number])
+        partners: dict[object, list[Captures | None]] = {}
+        for row in members[number]:
             partners.setdefault(key(row), []).append(row)
-        matches = [partners.get(have(joined.captures), ()) for joined in found]
+        alone: list[Captures | None] = [None] if number in optional else []
+        matches = [partners.get(have(joined.captures), alone) for joined in found]
         count = sum(map(len, matches))
         if count > limit:
             raise JoinError(
@@ -74,9 +80,36 @@ def natural_join(members: Sequence[Collection[Captures]]) -> tuple[Joined, ...]:
         found = [
             _extended(joined, row) for joined, match in zip(found, matches, strict=True) for row in match
         ]
+        if number not in optional:  # what only optional members capture joins nothing
+            known = [joined.captures for joined in found]
+    listed = [order.index(number) for number in range(len(members))]
+    found = [Joined(joined.captures, tuple([joined.rows[at] for at in listed])) for joined in found]
     _check_used(found, members)
     by_captures = {joined.captures: joined for joined in found}
     return tuple(by_captures[captures] for captures in in_natural_order(by_captures))
+
+
+def lend(
+    rows: Sequence[Captures], others: Sequence[Sequence[Captures]], names: Collection[str]
+) -> list[tuple[int, Captures]]:
+    """What each row becomes once it has these names too, as the others have them beside it, with its number.
+
+    >>> lend([(("layer", 1),)], [[(("layer", 1), ("expert", 7)), (("layer", 2), ("expert", 8))]], ["expert"])
+    [(0, (('layer', 1), ('expert', 7)))]
+    """
+    found = list(enumerate(rows))
+    wanted = set(names)
+    for lender in others:
+        lent = wanted.intersection(name for name, _ in next(iter(lender), ()))
+        if lent and found:
+            wanted -= lent
+            have, key = _shared_keys([row for _, row in found], lender)
+            partners: dict[object, dict[Captures, None]] = {}
+            for row in lender:
+                extra = tuple(pair for pair in row if pair[0] in lent)
+                partners.setdefault(key(row), {})[extra] = None
+            found = [(at, row + extra) for at, row in found for extra in partners.get(have(row), ())]
+    return found
 
 
 def missing_partners(members: Sequence[Collection[Captures]]) -> tuple[tuple[int, Captures], ...]:
@@ -118,7 +151,9 @@ def _shared(row: Captures, others: Collection[Captures]) -> Captures:
     return tuple(pair for pair in row if pair[0] in names)
 
 
-def _extended(joined: Joined, row: Captures) -> Joined:
+def _extended(joined: Joined, row: Captures | None) -> Joined:
+    if row is None:
+        return Joined(joined.captures, (*joined.rows, None))
     known = {name for name, _ in joined.captures}
     new = tuple(pair for pair in row if pair[0] not in known)
     return Joined(joined.captures + new, (*joined.rows, row))

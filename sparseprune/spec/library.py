@@ -43,7 +43,7 @@ def _shipped() -> dict[str, Path]:
     """In a wheel the specs lie inside the package, in a source checkout beside it."""
     inside = _PACKAGE / "specs"
     directory = inside if inside.is_dir() else _PACKAGE.parent / "specs"
-    return {path.stem: path for path in sorted(directory.glob("*.toml"))}
+    return {path.stem: path for path in sorted(directory.glob("*.toml"), key=lambda path: path.stem)}
 
 
 def _exists(path: Path) -> bool:
@@ -73,9 +73,7 @@ def _unknown(name: str) -> str:
     """Both readings of a name that is neither, with the shipped specs that it may mean."""
     names = list_specs()
     close = nearest(Path(name).name.removesuffix(".toml"), names, 3)
-    there = (
-        f"did you mean {listed(close, 'or')}?" if close else f"there is {listed(names) if names else 'none'}."
-    )
+    there = f"did you mean {listed(close, 'or')}?" if close else "`sparseprune specs` lists those that do."
     return (
         f"{shown(name)} is neither a file nor a spec that ships with sparseprune; {there} "
         "A spec of your own is named by its path, such as path/to/spec.toml"

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from sparseprune.engine.grids import prod
+from sparseprune.engine.grids import Shape, prod
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from sparseprune.spec.bound import BoundBlock, BoundRule
     from sparseprune.spec.problems import Problems
@@ -46,10 +46,31 @@ def share_an_element(a: BoundBlock, b: BoundBlock) -> bool:
         for size, stride in zip(view.view_shape, view.view_stride, strict=True):
             low, high = steps.get(stride, (0, 0))
             steps[stride] = (low, high + size - 1) if sign > 0 else (low - size + 1, high)
-    rest_low = sum(stride * low for stride, (low, _) in steps.items())
-    rest_high = sum(stride * high for stride, (_, high) in steps.items())
-    gaps = {b.view_offset - a.view_offset}
-    for stride, (low, high) in sorted(steps.items(), reverse=True):
+    return _reaches(b.view_offset - a.view_offset, steps)
+
+
+def is_injective(shape: Shape, stride: Shape) -> bool:
+    """Whether no two places of a view share an element.
+
+    Two places that do differ by steps that add up to nothing, of which some first one goes forward.
+    """
+    wide = [(size, step) for size, step in zip(shape, stride, strict=True) if size > 1]
+    strides = [step for _, step in wide]
+    if 0 in strides or len(set(strides)) < len(strides):
+        return False
+    if prod(size for size, _ in wide) > 1 + sum((size - 1) * step for size, step in wide):
+        return False  # more places than elements
+    every = {step: (1 - size, size - 1) for size, step in wide}
+    return not any(_reaches(0, {**every, step: (1, size - 1)}) for size, step in wide)
+
+
+def _reaches(distance: int, steps: Mapping[int, tuple[int, int]]) -> bool:
+    """Whether a distance is a sum of strides, each taken a number of times within its bounds."""
+    taken = {stride: bounds for stride, bounds in steps.items() if stride and bounds != (0, 0)}
+    rest_low = sum(stride * low for stride, (low, _) in taken.items())
+    rest_high = sum(stride * high for stride, (_, high) in taken.items())
+    gaps = {distance}
+    for stride, (low, high) in sorted(taken.items(), reverse=True):
         rest_low, rest_high = rest_low - stride * low, rest_high - stride * high
         gaps = {
             gap - stride * step

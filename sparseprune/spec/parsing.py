@@ -8,34 +8,51 @@ from __future__ import annotations
 
 import re
 import tomllib
+from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from sparseprune.errors import SpecError
 from sparseprune.spec.checking import check_spec
+from sparseprune.spec.fields import OWN_WORDS
+from sparseprune.spec.methods import ScoreTable
 from sparseprune.spec.problems import Problems, nearest, shown, suggestion
 from sparseprune.spec.schema import (
     KINDS,
-    OWN_WORDS,
     VERSION,
     BlockCouplingTable,
     BlockTable,
+    ExplicitView,
     ScopeCouplingTable,
     ScopeTable,
     Spec,
-    Table,
 )
+from sparseprune.spec.variables import read_variables
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from pydantic_core import ErrorDetails
 
-AnyTable = TypeVar("AnyTable", bound=Table)
+AnyTable = TypeVar("AnyTable", bound=BaseModel)
+_SINGLE = ("version", "vars", "score")  # what stands at the top beside the kinds of tables
+_INNER: dict[str, type[BaseModel]] = {"view": ExplicitView, "score": ScoreTable}
 _TABLE_NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 
-def parse_spec(text: str, source: str = "spec.toml") -> Spec:
-    """Read the text of a spec; SpecError with every problem, each named by `source`, table and key."""
+def parse_spec(
+    text: str,
+    source: str = "spec.toml",
+    directory: Path = Path(),
+    overrides: Mapping[str, str] = MappingProxyType({}),
+) -> Spec:
+    """Read the text of a spec; SpecError with every problem, each named by `source`, table and key.
+
+    Paths in the spec are relative to `directory`. `overrides` are values for names that `[vars]` has, as
+    they were typed: TOML, or an expression.
+    """
     document = _load(text, source)
     problems = Problems(source)
     _check_version(document, problems)
@@ -44,14 +61,18 @@ def parse_spec(text: str, source: str = "spec.toml") -> Spec:
     declared = {kind: _tables(document.get(kind)) for kind in KINDS}
     spec = Spec(
         source,
+        directory,
+        read_variables(document.get("vars"), overrides, problems),
+        _read_score(document.get("score"), problems),
         _read_tables("block", BlockTable, declared, problems),
         _read_tables("block_coupling", BlockCouplingTable, declared, problems),
         _read_tables("scope", ScopeTable, declared, problems),
         _read_tables("scope_coupling", ScopeCouplingTable, declared, problems),
     )
-    if any(nearest(key, ["scope"]) for key in document.keys() - KINDS.keys()):
+    if any(nearest(key, ["scope"]) for key in document.keys() - {*KINDS, *_SINGLE}):
         problems.raise_if_any()  # the rules stand under a misspelt name: what follows would be guesses
-    check_spec(spec, {kind: tuple(tables) for kind, tables in declared.items()}, problems)
+    names = {kind: tuple(tables) for kind, tables in declared.items()}
+    check_spec(spec, {**names, "vars": tuple(_tables(document.get("vars")))}, problems)
     problems.raise_if_any()
     return spec
 
@@ -84,9 +105,18 @@ def _check_top_level(document: dict[str, Any], problems: Problems) -> None:
                 problems.add(
                     "", key, f"found {shown(value)}, wanted tables [{key}.NAME] with names you choose"
                 )
-        elif key != "version":
+        elif key not in _SINGLE:
             what, place = ("table", f"[{key}]") if isinstance(value, dict | list) else ("key", key)
-            problems.add("", place, f"unknown {what}{suggestion(key, KINDS)}")
+            problems.add("", place, f"unknown {what}{suggestion(key, [*KINDS, *_SINGLE[1:]])}")
+
+
+def _read_score(value: object, problems: Problems) -> ScoreTable | None:
+    if value is None:
+        return None
+    if not isinstance(value, dict):
+        problems.add("", "score", f"found {shown(value)}, wanted a table: write [score] above its keys")
+        return None
+    return _read_table("score", ScoreTable, value, problems)
 
 
 def _tables(value: object) -> dict[str, Any]:
@@ -106,22 +136,44 @@ def _read_tables(
         elif not _TABLE_NAME.fullmatch(name):
             problems.add(f"{kind}.{name}", "", "a table's name is made of letters, digits, - and _")
         else:
-            try:
-                tables[name] = model.model_validate(values)
-            except ValidationError as error:
-                for details in _without_misspelt(error.errors(include_url=False), model):
-                    problems.add(f"{kind}.{name}", *_worded(details, model, values))
+            table = _read_table(f"{kind}.{name}", model, values, problems)
+            if table is not None:
+                tables[name] = table
     return tables
 
 
-def _without_misspelt(errors: list[ErrorDetails], model: type[Table]) -> list[ErrorDetails]:
-    """A key that is missing because it is misspelt is told once, as the unknown key that it is."""
+def _read_table(
+    place: str, model: type[AnyTable], values: dict[str, Any], problems: Problems, within: str = ""
+) -> AnyTable | None:
+    """One table, with the tables in it; None where it cannot be read. `within` is the key it stands under."""
+    given = dict(values)
+    for key, inner in _INNER.items():
+        if key in model.model_fields and isinstance(given.get(key), dict):
+            given[key] = _read_table(place, inner, given[key], problems, f"{key}.")
+    try:
+        table = model.model_validate(given)
+    except ValidationError as error:
+        for details in _telling(error.errors(include_url=False), model):
+            key, text = _worded(details, model, values)
+            problems.add(place, within + key, text)
+        return None
+    return table if all(given[key] is not None for key in given) else None
+
+
+def _telling(errors: list[ErrorDetails], model: type[BaseModel]) -> list[ErrorDetails]:
+    """The errors that say something of their own.
+
+    A key that is missing because it is misspelt is told once, as the unknown key that it is; where a value
+    could be one of several things, what is wrong inside it says more than that it is none of them.
+    """
+    explained = {details["loc"][0] for details in errors if details["type"] == OWN_WORDS}
+    errors = [each for each in errors if each["type"] == OWN_WORDS or each["loc"][0] not in explained]
     unknown = [str(details["loc"][0]) for details in errors if details["type"] == "extra_forbidden"]
     meant = {name for key in unknown for name in nearest(key, model.model_fields)}
     return [details for details in errors if details["type"] != "missing" or details["loc"][0] not in meant]
 
 
-def _worded(details: ErrorDetails, model: type[Table], values: dict[str, Any]) -> tuple[str, str]:
+def _worded(details: ErrorDetails, model: type[BaseModel], values: dict[str, Any]) -> tuple[str, str]:
     """The key at fault and what to say about it."""
     key = str(details["loc"][0])
     if details["type"] == "extra_forbidden":

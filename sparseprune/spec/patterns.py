@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from sparseprune.spec.tokens import (
     Again,
     Literal,
+    Stem,
     Token,
     Wildcard,
     Words,
@@ -53,6 +54,11 @@ class TensorPattern:
     names: tuple[str, ...]
     regex: re.Pattern[str] | None
 
+    @property
+    def sample(self) -> str:
+        """A text that resembles what it matches."""
+        return "".join(map(_sample, self.tokens))
+
     def match(self, name: str) -> Captures | None:
         """The captures if the whole name matches, else None."""
         if self.regex is None:
@@ -84,6 +90,15 @@ def _read(text: str) -> tuple[Token, ...]:
         token = tokens[-1]
         if is_capture(token):
             defined[str(token.name)] = token
+    return _with_stem(tokens)
+
+
+def _with_stem(tokens: list[Token]) -> tuple[Token, ...]:
+    """`**.` and `{x:**}.` at the beginning match nothing too: the name may begin with what comes after."""
+    match tokens:
+        case [Wildcard(across=True, name=name), Literal(text), *rest] if text.startswith("."):
+            after = [Literal(text[1:])] if len(text) > 1 else []
+            return (Stem(name), *after, *rest)
     return tuple(tokens)
 
 
@@ -103,7 +118,7 @@ def _read_part(piece: str, defined: Mapping[str, Token]) -> Token:
 
 
 def _read_capture(name: str, form: str | None, defined: Mapping[str, Token]) -> Token:
-    if not (name.isascii() and name.isidentifier()) or iskeyword(name):
+    if not is_name(name):
         found = f'"{name}" is no name' if name else "the capture has no name"
         raise PatternError(f"{found}: write letters, digits and _, such as {{layer}}")
     token = Wildcard(across=form == "**", name=name) if form in (None, "**") else _read_words(name, form)
@@ -112,6 +127,11 @@ def _read_capture(name: str, form: str | None, defined: Mapping[str, Token]) -> 
     if form is None or token == defined[name]:
         return Again(name)
     raise PatternError(f"{{{name}}} stands there before: give its form at the first place only")
+
+
+def is_name(name: str) -> bool:
+    """Whether a capture may be called so."""
+    return name.isascii() and name.isidentifier() and not iskeyword(name)
 
 
 def _read_words(name: str, form: str | None) -> Words:
@@ -125,8 +145,20 @@ def _read_words(name: str, form: str | None) -> Words:
 
 
 def _valued(names: Sequence[str], texts: Sequence[str]) -> Captures:
-    return tuple(zip(names, map(_value, texts), strict=True))
+    return tuple(zip(names, map(captured_value, texts), strict=True))
 
 
-def _value(text: str) -> int | str:
+def captured_value(text: str) -> int | str:
+    """What a captured text stands for: the number, where it is all digits."""
     return int(text) if text.isdigit() and text.isascii() and len(text) <= _LONGEST_INTEGER else text
+
+
+def _sample(token: Token) -> str:
+    match token:
+        case Literal(text):
+            return text
+        case Words(_, words):
+            return words[0]
+        case Stem():
+            return "model."
+    return "0"

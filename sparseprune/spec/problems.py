@@ -41,7 +41,9 @@ class Problems:
         self._found.setdefault(place, {})[text] = None
 
     def note(self, misfit: Misfit) -> None:
-        self.add(misfit.table, misfit.key, misfit.text)
+        """Note a misfit; one without a text follows from a problem that was told already."""
+        if misfit.text:
+            self.add(misfit.table, misfit.key, misfit.text)
 
     def raise_if_any(self) -> None:
         if self._found:

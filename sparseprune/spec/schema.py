@@ -4,63 +4,44 @@ A key's `description` is what an error says is wanted. Knows one table at a time
 each other is for `checking`, what they mean for a checkpoint is for `binding`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PlainValidator,
-    StrictInt,
-    StrictStr,
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictStr
+
+from sparseprune.spec.expressions import Expression, SliceEntry
+from sparseprune.spec.fields import (
+    Across,
+    Axes,
+    Einops,
+    Extents,
+    Integer,
+    Names,
+    Order,
+    Patterns,
+    Positive,
+    Regex,
+    Share,
+    Sizes,
+    Slices,
+    Text,
+    Threshold,
 )
-from pydantic_core import PydanticCustomError
-
-from sparseprune.spec.patterns import PatternError, TensorPattern, parse_pattern
+from sparseprune.spec.methods import MethodTable, ScoreTable
+from sparseprune.spec.patterns import TensorPattern
+from sparseprune.spec.regexes import RegexPattern
+from sparseprune.spec.variables import Variable
 
 VERSION = 1
-_LARGEST = 2**63 - 1  # of what counts blocks or elements
-OWN_WORDS = "own_words"  # the type of a validation error whose text is a whole sentence already
 
-
-def _pattern(value: object) -> TensorPattern:
-    if not isinstance(value, str):
-        raise ValueError("no pattern")  # noqa: TRY004  (pydantic turns ValueErrors into problems)
-    try:
-        return parse_pattern(value)
-    except PatternError as error:
-        raise PydanticCustomError(OWN_WORDS, "{text}", {"text": f'"{value}" {error}'}) from error
-
-
-def _extent(value: int) -> int:
-    if value != -1 and not 1 <= value <= _LARGEST:
-        raise ValueError("no extent")
-    return value
-
-
-def _one_as_list(value: object) -> object:
-    return [value] if isinstance(value, str) else value
-
-
-Extents = tuple[Annotated[StrictInt, AfterValidator(_extent)], ...]
-Names = Annotated[tuple[StrictStr, ...], Field(min_length=1)]
-Order = tuple[Annotated[StrictInt, Field(ge=0, le=_LARGEST)], ...]
-Across = Literal["all"] | tuple[StrictStr, ...]
-Patterns = Annotated[
-    tuple[Annotated[TensorPattern, PlainValidator(_pattern)], ...],
-    BeforeValidator(_one_as_list),
-    Field(min_length=1),
-]
-
-_SHAPE = "a list of integers, one for each dimension: 1 or more, or -1 for the whole dimension"
+_SHAPE = "a list of integers or expressions, one for each dimension: 1 or more, or -1 for the whole dimension"
 _TENSORS = 'a pattern such as "layers.{layer}.mlp.up_proj.weight", or a list of patterns'
 _ORDERS = "a list with one list for each member, such as [[0, 1], [1, 0]]"
 _ACROSS = 'a list of captures such as ["layer"], or "all"'
+_OPTIONAL = "true or false: whether it may be missing in a checkpoint"
 
 
 class Table(BaseModel):
@@ -69,20 +50,22 @@ class Table(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
 
 
-class BudgetTable(Table):
+class BudgetTable(MethodTable, Table):
     """What survives in each scope; of the first three keys exactly one stands in an outermost table."""
 
-    nnz: Annotated[StrictInt, Field(ge=0, le=_LARGEST)] | None = Field(
-        None, description="an integer of 0 or more: how many blocks survive in each scope"
+    nnz: Integer | None = Field(
+        None, description="an integer of 0 or more, or an expression: how many blocks survive in each scope"
     )
-    sparsity: Annotated[float, Field(strict=True, ge=0, le=1)] | None = Field(
-        None, description="a number from 0 to 1: the share of each scope's blocks to prune"
+    sparsity: Share | None = Field(
+        None, description="a number from 0 to 1, or an expression: the share of each scope's blocks to prune"
     )
-    threshold: Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)] | None = Field(
-        None, description="a number of 0 or more: the least score that survives"
+    threshold: Threshold | None = Field(
+        None, description="a number of 0 or more, or an expression: the least score that survives"
     )
-    multiple_of: Annotated[StrictInt, Field(ge=1, le=_LARGEST)] | None = Field(
-        None, description="an integer of 1 or more: the surviving blocks are rounded up to a multiple of it"
+    multiple_of: Positive | None = Field(
+        None,
+        description="an integer of 1 or more, or an expression: the surviving blocks are rounded up to a "
+        "multiple of it",
     )
 
     @property
@@ -94,11 +77,51 @@ class BudgetTable(Table):
 BUDGETS = ("nnz", "sparsity", "threshold")
 
 
-class BlockTable(Table):
+class ExplicitView(Table):
+    """`view = {...}`: a view by its shape and strides, in elements of the row-major tensor."""
+
+    shape: Extents = Field(description="a list of integers or expressions, each 1 or more")
+    stride: Sizes = Field(description="a list of integers or expressions, each 0 or more")
+    offset: Integer = Field(0, description="an integer of 0 or more, or an expression")
+
+
+class TensorsTable(Table):
+    """Which tensors there are, and how each one is looked at."""
+
+    tensors: Patterns | None = Field(None, description=_TENSORS)
+    regex: Regex | None = Field(
+        None, description=r"a regular expression such as 'layers\.(?P<layer>\d+)\.up\.weight'"
+    )
+    exclude: Patterns = Field((), description="a pattern, or a list of patterns")
+    where: Text | None = Field(
+        None, description='an expression such as "layer >= 2 and ndim == 2", which is true or false'
+    )
+    slice: Slices | None = Field(
+        None, description='a list with one text for each dimension, such as ["0:inter", ":"]'
+    )
+    view: Einops | ExplicitView | None = Field(
+        None,
+        description='an einops pattern such as "(kv q) k -> kv q k", or a table with shape and stride',
+    )
+    axes: Axes = Field(
+        (), description="a table of axes of the view, each an integer of 1 or more or an expression"
+    )
+
+    @property
+    def patterns(self) -> tuple[TensorPattern | RegexPattern, ...] | None:
+        """What names its tensors; None where it names none."""
+        return self.tensors if self.regex is None else (self.regex,)
+
+    @property
+    def patterns_key(self) -> str:
+        return "tensors" if self.regex is None else "regex"
+
+
+class BlockTable(TensorsTable):
     """`[block.NAME]`: the blocks of every tensor that a pattern matches."""
 
-    tensors: Patterns = Field(description=_TENSORS)
     shape: Extents = Field(description=_SHAPE)
+    optional: StrictBool = Field(False, description=_OPTIONAL)  # noqa: FBT003
 
 
 class BlockCouplingTable(Table):
@@ -110,20 +133,21 @@ class BlockCouplingTable(Table):
     blocks: Names = Field(description='a list of names of [block] tables, such as ["gate", "up"]')
     orders: tuple[Order, ...] | None = Field(None, description=_ORDERS)
     across: Across = Field((), description=_ACROSS)
+    optional: StrictBool = Field(False, description=_OPTIONAL)  # noqa: FBT003
 
     @property
     def members(self) -> tuple[str, ...]:
         return self.blocks
 
 
-class ScopeTable(BudgetTable):
+class ScopeTable(TensorsTable, BudgetTable):
     """`[scope.NAME]`: with `tensors` the short form, whose block is a shape; else the block is a name."""
 
-    tensors: Patterns | None = Field(None, description=_TENSORS)
     block: StrictStr | Extents = Field(
         description="the name of a [block] or [block_coupling], or a block's shape such as [1, 1] or [1, -1]"
     )
     shape: Extents = Field(description=_SHAPE.replace("1 or more", "1 or more blocks"))
+    optional: StrictBool = Field(False, description=_OPTIONAL)  # noqa: FBT003
 
 
 class ScopeCouplingTable(BudgetTable):
@@ -135,6 +159,7 @@ class ScopeCouplingTable(BudgetTable):
     scopes: Names = Field(description='a list of names of [scope] tables, such as ["attention", "mlp"]')
     orders: tuple[Order, ...] | None = Field(None, description=_ORDERS)
     across: Across = Field((), description=_ACROSS)
+    optional: StrictBool = Field(False, description=_OPTIONAL)  # noqa: FBT003
 
     @property
     def members(self) -> tuple[str, ...]:
@@ -155,9 +180,15 @@ KINDS: Mapping[str, type[Table]] = MappingProxyType(
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """A spec that is right in itself; `source` is what its problems are reported under."""
+    """A spec that is right in itself; `source` is what its problems are reported under.
+
+    Paths in it are relative to `directory`.
+    """
 
     source: str
+    directory: Path
+    variables: Mapping[str, Variable]
+    score: ScoreTable | None
     block: Mapping[str, BlockTable]
     block_coupling: Mapping[str, BlockCouplingTable]
     scope: Mapping[str, ScopeTable]
@@ -166,3 +197,17 @@ class Spec:
     def coupled_scopes(self) -> dict[str, str]:
         """For every scope that is a member of a scope coupling, the (last) coupling that names it."""
         return {scope: name for name, table in self.scope_coupling.items() for scope in table.scopes}
+
+
+def expressions_of(value: object) -> Iterator[Expression]:
+    """All expressions in the value of a key."""
+    match value:
+        case Expression():
+            yield value
+        case SliceEntry(low=low, high=high):
+            yield from (bound for bound in (low, high) if bound is not None)
+        case ExplicitView(shape=shape, stride=stride, offset=offset):
+            yield from expressions_of((shape, stride, offset))
+        case tuple():
+            for part in value:
+                yield from expressions_of(part)

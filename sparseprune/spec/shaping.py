@@ -6,7 +6,7 @@ through. Knows neither tables nor captures. Called by `binding`.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import accumulate
 from typing import TYPE_CHECKING, TypeVar
@@ -31,10 +31,19 @@ if TYPE_CHECKING:
 Member = TypeVar("Member", BoundBlock, BoundScope)
 
 
-def block_of(label: str, tensor: TensorInfo, shape: Shape) -> BoundBlock:
-    """Blocks of a whole tensor; ShapeMismatchError where they do not fit."""
-    stride, extents = _blocks(tensor.shape, shape)
-    return BoundBlock(label, tensor.name, tensor.shape, stride, 0, extents)
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where the elements of a view lie: `stride` and `offset` count those of the row-major tensor."""
+
+    shape: Shape
+    stride: Shape
+    offset: int = 0
+
+
+def block_of(label: str, tensor: TensorInfo, layout: Layout, shape: Shape) -> BoundBlock:
+    """Blocks of a view of a tensor; ShapeMismatchError where they do not fit."""
+    extents = _blocks(layout.shape, shape, "tensor" if layout.shape == tensor.shape else "view")
+    return BoundBlock(label, tensor.name, layout.shape, layout.stride, layout.offset, extents)
 
 
 def scope_of(label: str, block: BoundBlock | BoundBlockCoupling, shape: Shape) -> BoundScope:
@@ -106,11 +115,17 @@ def _grid(part: BoundBlock | BoundBlockCoupling | BoundScope) -> Shape:
 
 # A checkpoint has thousands of tensors of a handful of shapes.
 @lru_cache(maxsize=1024)
-def _blocks(tensor_shape: Shape, shape: Shape) -> tuple[Shape, Shape]:
-    """The stride of a whole tensor, and the extents of its blocks."""
-    extents = block_extents(tensor_shape, shape)
-    divide(tensor_shape, extents, "block", "tensor")
-    return _contiguous_stride(tensor_shape), extents
+def whole(shape: Shape) -> Layout:
+    """The layout of all of a tensor."""
+    return Layout(shape, _contiguous_stride(shape))
+
+
+@lru_cache(maxsize=1024)
+def _blocks(view_shape: Shape, shape: Shape, what: str) -> Shape:
+    """The extents of blocks in a view."""
+    extents = block_extents(view_shape, shape)
+    divide(view_shape, extents, "block", what)
+    return extents
 
 
 @lru_cache(maxsize=1024)

@@ -12,10 +12,13 @@ from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from sparseprune.spec.bound import Captures, TensorInfo
     from sparseprune.spec.patterns import TensorPattern
+    from sparseprune.spec.regexes import RegexPattern
+
+    Pattern = TensorPattern | RegexPattern
 
 _DIGITS = re.compile(r"([0-9]+)")
 NaturalKey = tuple[tuple[int, str], ...]
@@ -52,16 +55,23 @@ def label(table: str, site: Site) -> str:
 
 
 def captured(captures: Captures) -> str:
-    """Captures as labels and errors show them.
+    """Captures as labels and errors show them; those that hold nothing are left out.
 
-    >>> captured((("layer", 3), ("name", "up")))
+    >>> captured((("stem", ""), ("layer", 3), ("name", "up")))
     'layer=3,name=up'
     """
-    return ",".join([f"{name}={value}" for name, value in captures])
+    return ",".join([f"{name}={value}" for name, value in captures if value != ""])
 
 
-def find_tensors(patterns: Sequence[TensorPattern], tensors: Iterable[TensorInfo]) -> tuple[TensorSite, ...]:
-    """The tensors that a pattern matches, the first one that does, in the natural order of the captures."""
+def find_tensors(
+    patterns: Sequence[Pattern],
+    tensors: Iterable[TensorInfo],
+    keep: Callable[[TensorInfo, Captures], bool] | None = None,
+) -> tuple[TensorSite, ...]:
+    """The tensors that a pattern matches, the first one that does, in the natural order of the captures.
+
+    `keep` says which of those that match are taken, if not all.
+    """
     found: dict[Captures, list[TensorInfo]] = {}
     for tensor in tensors:
         for pattern in patterns:
@@ -69,7 +79,8 @@ def find_tensors(patterns: Sequence[TensorPattern], tensors: Iterable[TensorInfo
             if captures is not None:
                 if pattern.names != patterns[0].names:
                     captures = _reordered(captures, patterns[0].names)
-                found.setdefault(captures, []).append(tensor)
+                if keep is None or keep(tensor, captures):
+                    found.setdefault(captures, []).append(tensor)
                 break
     sites: list[TensorSite] = []
     for captures in in_natural_order(found):

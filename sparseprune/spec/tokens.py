@@ -31,6 +31,13 @@ class Wildcard:
 
 
 @dataclass(frozen=True, slots=True)
+class Stem:
+    """Whole pieces at the beginning of a name and the dot after them, or nothing; a capture lacks the dot."""
+
+    name: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Words:
     """One of some words, captured."""
 
@@ -45,12 +52,12 @@ class Again:
     name: str
 
 
-Token = Literal | Wildcard | Words | Again
+Token = Literal | Wildcard | Stem | Words | Again
 
 
-def is_capture(token: Token) -> TypeGuard[Wildcard | Words]:
+def is_capture(token: Token) -> TypeGuard[Wildcard | Stem | Words]:
     """Whether the token stands for a capture at its first place."""
-    return isinstance(token, Words) or (isinstance(token, Wildcard) and token.name is not None)
+    return isinstance(token, Words) or (isinstance(token, Wildcard | Stem) and token.name is not None)
 
 
 def regex_of(tokens: Iterable[Token]) -> str:
@@ -86,8 +93,12 @@ def match_tokens(tokens: Sequence[Token], text: str) -> tuple[str, ...] | None:
         if not fits[index][end]:
             continue
         if index == len(tokens):
-            return tuple(text[places[at] : places[at + 1]] for at in defined.values())
-        held = {at: text[places[at] : places[at + 1]] for at, use in last_use.items() if at < index <= use}
+            return tuple(_held(tokens[at], text[places[at] : places[at + 1]]) for at in defined.values())
+        held = {
+            at: _held(tokens[at], text[places[at] : places[at + 1]])
+            for at, use in last_use.items()
+            if at < index <= use
+        }
         state = (index, end, tuple(held.values()))
         if state not in seen:
             seen.add(state)
@@ -96,6 +107,11 @@ def match_tokens(tokens: Sequence[Token], text: str) -> tuple[str, ...] | None:
             starts.append(end)
             choices.append(_ends(token, text, end, again))
     return None
+
+
+def _held(token: Token, text: str) -> str:
+    """What a capture holds of the text that its token matches."""
+    return text.removesuffix(".") if isinstance(token, Stem) else text
 
 
 def _fitting_ends(tokens: Sequence[Token], text: str) -> list[list[bool]]:
@@ -125,6 +141,10 @@ def _ends(token: Token, text: str, start: int, again: str) -> Iterator[int]:
             piece_end = text.find(".", start)
             furthest = len(text) if across or piece_end < 0 else piece_end
             yield from range(furthest, start - (name is None), -1)
+        case Stem(name):
+            dots = [at for at in range(start + (name is not None), len(text)) if text[at] == "."]
+            yield from (at + 1 for at in reversed(dots))
+            yield start
         case Words(_, words):
             yield from (start + len(word) for word in words if text.startswith(word, start))
         case Literal(word):
@@ -133,7 +153,7 @@ def _ends(token: Token, text: str, start: int, again: str) -> Iterator[int]:
             yield from (start + len(again),) * text.startswith(again, start)
 
 
-def _regex_of_token(token: Token) -> str:
+def _regex_of_token(token: Token) -> str:  # noqa: PLR0911  (one row for each kind of token)
     match token:
         case Literal(text):
             return re.escape(text)
@@ -141,6 +161,10 @@ def _regex_of_token(token: Token) -> str:
             return ".*" if across else "[^.]*"
         case Wildcard(across, name):
             return f"(?P<{name}>{'.+' if across else '[^.]+'})"
+        case Stem(None):
+            return r"(?:.*\.)?"
+        case Stem(name):  # what it holds, then its dot, which is missing at the beginning of the name alone
+            return rf"(?P<{name}>(?:.+(?=\.))?)(?:\A|(?!\A)\.)"
         case Words(name, words):
             return f"(?P<{name}>{'|'.join(map(re.escape, words))})"
         case Again(name):
@@ -151,7 +175,7 @@ def _floats(token: Token, after: Token) -> bool:
     match token:
         case Wildcard(across=False):
             return not (isinstance(after, Literal) and after.text.startswith("."))
-        case Wildcard(across=True):
+        case Wildcard(across=True) | Stem():
             return True
         case Words(_, words):
             return any(other.startswith(word) for word in words for other in words if other != word)

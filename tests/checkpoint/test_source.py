@@ -252,10 +252,10 @@ def test_a_directory_that_fails_is_the_machines_error(
 
 @pytest.mark.parametrize(
     ("content", "config"),
-    [(b'{"a": [1]}', {"a": [1]}), (b'{"a": 1, "a": Infinity}', {"a": float("inf")}), (None, {})],
+    [(b'{"a": [1]}', {"a": [1]}), (b'{"a": 1, "a": Infinity}', {"a": float("inf")}), (None, None)],
 )
 def test_reads_the_config_in_a_directory_and_beside_a_file(
-    tmp_path: Path, content: bytes | None, config: dict[str, Any]
+    tmp_path: Path, content: bytes | None, config: dict[str, Any] | None
 ) -> None:
     folder(
         tmp_path, {"model.safetensors": weights("a")} | ({} if content is None else {"config.json": content})

@@ -293,3 +293,29 @@ def test_verbose_tells_about_every_tensor(tmp_path: Path, sharded: Path) -> None
         "0.down.weight",
         "1.down.weight",
     ]
+
+
+def test_what_was_set_stands_in_the_report_and_above_the_spec(tmp_path: Path, sharded: Path) -> None:
+    spec = "[vars]\nshare = 0.25\n".join(["version = 1\n", CHANNELS.replace("version = 1", "")])
+    spec = spec.replace("sparsity = 0.25", 'sparsity = "share"')
+    said = run("apply", sharded, write_spec(tmp_path, spec), "--set", "share=0.5", "--json", "-q")
+    assert said.code == 0, said.err
+    document = json.loads(said.out)
+    jsonschema.validate(document, schema("report"))
+    assert document["set"] == {"share": "0.5"}
+    assert document["rules"][0]["nnz"] == 8
+    applied = (tmp_path / "ckpt-pruned/sparseprune/spec.toml").read_text()
+    assert applied == f"# Applied with --set share=0.5\n{spec}"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+def test_cuda_gives_the_bytes_of_the_cpu(tmp_path: Path, sharded: Path) -> None:
+    for name, spec in (("elements", TWO_OF_FOUR), ("channels", CHANNELS)):
+        path = write_spec(tmp_path, spec)
+        for device in ("cpu", "cuda"):
+            assert (
+                run("apply", sharded, path, "--device", device, "-o", tmp_path / f"{name}-{device}").code == 0
+            )
+        for file in (tmp_path / f"{name}-cpu").rglob("*.safetensors"):
+            twin = tmp_path / f"{name}-cuda" / file.relative_to(tmp_path / f"{name}-cpu")
+            assert file.read_bytes() == twin.read_bytes()

@@ -266,6 +266,14 @@ def test_soft_budget_leaves_nnz_blocks(tmp_path: Path) -> None:
         assert int(pruned[name].any(1).sum()) == 3
 
 
+def test_soft_thresholds_take_no_other_score(tmp_path: Path) -> None:
+    save_file(mlp_tensors(), tmp_path / "m.safetensors")
+    spec = ROWS.replace("nnz = 3", 'mode = "soft"\nthreshold = 0.5\nscore = { kind = "random" }')
+    said = run("apply", tmp_path / "m.safetensors", write_spec(tmp_path, spec))
+    assert said.code == 2
+    assert "[scope.rows] score: mode soft shrinks the norms of the weights" in said.err
+
+
 def test_soft_threshold_with_conditioners_and_scale(tmp_path: Path) -> None:
     ones = {name: torch.ones_like(tensor) for name, tensor in weights().items()}
     save_file(ones, tmp_path / "h.safetensors")

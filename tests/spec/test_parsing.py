@@ -60,7 +60,7 @@ ILLEGAL = [
     (SHORT, "version = 1", "version = true", ["version: found true, this release reads version = 1"]),
     (SHORT, "version = 1", "version = 1.0", ["version: found 1.0, this release reads version = 1"]),
     (SHORT, "version = 1", "version = 1\nnnz = 3", [
-        'nnz: unknown key; there is "block", "block_coupling", "scope" and "scope_coupling"'
+        'nnz: unknown key; there is "block", "block_coupling", "scope", "scope_coupling", "score" and "vars"'
     ]),
     (SHORT, "[scope.proj]", "[scopes.proj]", [
         '[scopes]: unknown table; did you mean "scope"?'
@@ -81,18 +81,18 @@ ILLEGAL = [
     # the keys of a table
     (SHORT, "nnz = 2", "nz = 2", ['[scope.proj] nz: unknown key; did you mean "nnz"?']),
     (SHORT, "shape = [1, 4]", "", [
-        f"[scope.proj] shape: missing; wanted a list of integers, {DIMENSIONS}"
+        f"[scope.proj] shape: missing; wanted a list of integers or expressions, {DIMENSIONS}"
     ]),
     (SHORT, "[1, 4]", "[1, 4.0]", [
-        f"[scope.proj] shape: found [1, 4.0], wanted a list of integers, {DIMENSIONS}"
+        f"[scope.proj] shape: found [1, 4.0], wanted a list of integers or expressions, {DIMENSIONS}"
     ]),
     (SHORT, "[1, 4]", "[true, 0]", [
-        f"[scope.proj] shape: found [true, 0], wanted a list of integers, {DIMENSIONS}"
+        f"[scope.proj] shape: found [true, 0], wanted a list of integers or expressions, {DIMENSIONS}"
     ]),
     (SHORT, "[1, 4]", "[1, -2]", [
-        f"[scope.proj] shape: found [1, -2], wanted a list of integers, {DIMENSIONS}"
+        f"[scope.proj] shape: found [1, -2], wanted a list of integers or expressions, {DIMENSIONS}"
     ]),
-    (SHORT, "[1, 4]", "4", [f"[scope.proj] shape: found 4, wanted a list of integers, {DIMENSIONS}"]),
+    (SHORT, "[1, 4]", "4", [f"[scope.proj] shape: found 4, wanted a list of integers or expressions, {DIMENSIONS}"]),
     (SHORT, "[1, 1]", "1", [
         "[scope.proj] block: found 1, wanted the name of a [block] or [block_coupling], or a block's shape such as "
         "[1, 1] or [1, -1]"
@@ -119,6 +119,76 @@ ILLEGAL = [
     (LONG, 'block = "channel"', 'block = "channel"\ntensors = "a"', [
         '[scope.mlp] tensors: the block is the table "channel", which has the tensors: remove this key, '
         "or give the block's shape as a list of integers"
+    ]),
+    (LONG, 'block = "channel"', 'block = "channel"\nslice = [":", ":"]', [
+        '[scope.mlp] slice: the block is the table "channel", which has the tensors: remove this key, '
+        "or give the block's shape as a list of integers"
+    ]),
+    (LONG, 'tensors = ["layers.{layer}.gate.weight"]', "", [
+        '[block.gate] tensors: missing; wanted a pattern such as "layers.{layer}.mlp.up_proj.weight", or a list of '
+        "patterns"
+    ]),
+    # how a tensor is looked at
+    (SHORT, "nnz = 2", "nnz = 2\naxes = { q = 2 }", [
+        '[scope.proj] axes: these are the axes of an einops pattern: give one as view = "..."'
+    ]),
+    (SHORT, "nnz = 2", 'nnz = 2\nview = "(a q) b -> a q b"\naxes = { "q 1" = 2 }', [
+        '[scope.proj] axes: "q 1" cannot be the name of an axis: take another one, such as q'
+    ]),
+    (SHORT, "nnz = 2", 'nnz = 2\nview = "(a q) b -> a q b"\naxes = { tensor = 2 }', [
+        '[scope.proj] axes: "tensor" cannot be the name of an axis: take another one, such as q'
+    ]),
+    (SHORT, "nnz = 2", 'nnz = 2\nview = "(a q) b -> a q b"\naxes = { q = 0 }', [
+        "[scope.proj] axes: found a table, wanted a table of axes of the view, each an integer of 1 or more or an "
+        "expression"
+    ]),
+    (SHORT, "nnz = 2", 'nnz = 2\nview = { shape = [1], stride = [1] }\nslice = [":"]', [
+        "[scope.proj] slice: a view by shape and stride takes its part by itself: give it an offset instead"
+    ]),
+    (SHORT, "nnz = 2", "nnz = 2\nview = { shape = [1], strid = [1] }", [
+        '[scope.proj] view.strid: unknown key; did you mean "stride"?'
+    ]),
+    (SHORT, "nnz = 2", "nnz = 2\nview = { shape = [0], stride = [-1] }", [
+        "[scope.proj] view.shape: found [0], wanted a list of integers or expressions, each 1 or more",
+        "[scope.proj] view.stride: found [-1], wanted a list of integers or expressions, each 0 or more",
+    ]),
+    (SHORT, "nnz = 2", "nnz = 2\nview = 3", [
+        '[scope.proj] view: found 3, wanted an einops pattern such as "(kv q) k -> kv q k", or a table with shape and '
+        "stride"
+    ]),
+    (SHORT, "nnz = 2", "nnz = 2\nslice = [true]", [
+        '[scope.proj] slice: found [true], wanted a list with one text for each dimension, such as ["0:inter", ":"]'
+    ]),
+    (SHORT, "nnz = 2", 'nnz = 2\nslice = ["0:1:2", "exprt"]', [
+        '[scope.proj] slice: "0:1:2": a slice has no step: wanted "low:high", ":" or a single index',
+    ]),
+    (SHORT, "nnz = 2", 'nnz = 2\nslice = [":", "laye:"]', [
+        '[scope.proj] slice: "laye": unknown name "laye"; did you mean "layer"?',
+    ]),
+    (SHORT, "[1, 1]", '[1, "n ** 2"]', [
+        '[scope.proj] block: "n ** 2" column 1: ** is not allowed; allowed are numbers, strings, lists, names, + - * / '
+        '// %, comparisons, in, and, or, not, "a if b else c", x[i] and keys of config'
+    ]),
+    (SHORT, "nnz = 2", 'nnz = "2 +"', [
+        '[scope.proj] nnz: "2 +" column 4: this is no expression: invalid syntax'
+    ]),
+    (SHORT, "nnz = 2", 'nnz = "keep[layr]"', [
+        '[scope.proj] nnz: "keep[layr]": unknown name "keep"; there is "config", "layer" and "name"',
+        '[scope.proj] nnz: "keep[layr]": unknown name "layr"; did you mean "layer"?',
+    ]),
+    (SHORT, "{layer}.{name}", "{shape}.{name}", [
+        '[scope.proj] tensors: the capture "shape" means something else in expressions: rename it'
+    ]),
+    (SHORT, '"layers.{layer}.{name}_proj.weight"', '["a"]\nregex = "(a+)+"', [
+        '[scope.proj] regex: "(a+)+" this regex could take very long to match, because a part that repeats can itself '
+        r"be read in several ways: end a part with what it cannot hold, as [^.]+\. does, make it possessive (.++), or "
+        "write a pattern with captures as `tensors`"
+    ]),
+    (COUPLED, "nnz = 4", 'nnz = "layer"', [
+        '[scope_coupling.qk] nnz: "layer": unknown name "layer"; there is "config"'
+    ]),
+    (LONG, "sparsity = 0.25", 'sparsity = "layer / lyers"', [
+        '[scope.mlp] sparsity: "layer / lyers": unknown name "lyers"; did you mean "layer"?'
     ]),
     # names of tables
     (LONG, '"gate", "down"]', '"gat", "down"]', [
@@ -170,32 +240,29 @@ ILLEGAL = [
         "[scope.proj]: found the budgets nnz and sparsity: give exactly one"
     ]),
     (SHORT, "nnz = 2", "nnz = -1", [
-        "[scope.proj] nnz: found -1, wanted an integer of 0 or more: how many blocks survive in each scope"
+        "[scope.proj] nnz: found -1, wanted an integer of 0 or more, or an expression: how many blocks survive in each scope"
     ]),
     (SHORT, "nnz = 2", "nnz = 2.0", [
-        "[scope.proj] nnz: found 2.0, wanted an integer of 0 or more: how many blocks survive in each scope"
+        "[scope.proj] nnz: found 2.0, wanted an integer of 0 or more, or an expression: how many blocks survive in each scope"
     ]),
     (SHORT, "nnz = 2", "nnz = true", [
-        "[scope.proj] nnz: found true, wanted an integer of 0 or more: how many blocks survive in each scope"
+        "[scope.proj] nnz: found true, wanted an integer of 0 or more, or an expression: how many blocks survive in each scope"
     ]),
     (SHORT, "nnz = 2", "sparsity = 1.01", [
-        "[scope.proj] sparsity: found 1.01, wanted a number from 0 to 1: the share of each scope's blocks to prune"
+        "[scope.proj] sparsity: found 1.01, wanted a number from 0 to 1, or an expression: the share of each scope's blocks to prune"
     ]),
     (SHORT, "nnz = 2", "sparsity = nan", [
-        "[scope.proj] sparsity: found NaN, wanted a number from 0 to 1: the share of each scope's blocks to prune"
-    ]),
-    (SHORT, "nnz = 2", 'sparsity = "0.5"', [
-        '[scope.proj] sparsity: found "0.5", wanted a number from 0 to 1: the share of each scope\'s blocks to prune'
+        "[scope.proj] sparsity: found NaN, wanted a number from 0 to 1, or an expression: the share of each scope's blocks to prune"
     ]),
     (SHORT, "nnz = 2", "threshold = inf", [
-        "[scope.proj] threshold: found Infinity, wanted a number of 0 or more: the least score that survives"
+        "[scope.proj] threshold: found Infinity, wanted a number of 0 or more, or an expression: the least score that survives"
     ]),
     (SHORT, "nnz = 2", "threshold = 0.5\nmultiple_of = 8", [
         "[scope.proj] multiple_of: it rounds what nnz or sparsity ask for; a threshold keeps no fixed number"
     ]),
     (SHORT, "nnz = 2", "nnz = 2\nmultiple_of = 0", [
-        "[scope.proj] multiple_of: found 0, wanted an integer of 1 or more: the surviving blocks are rounded up "
-        "to a multiple of it"
+        "[scope.proj] multiple_of: found 0, wanted an integer of 1 or more, or an expression: the surviving blocks "
+        "are rounded up to a multiple of it"
     ]),
     (COUPLED, "shape = []\n[scope.k]", "shape = []\nnnz = 2\n[scope.k]", [
         "[scope.q] nnz: this scope is a member of [scope_coupling.qk]: its budget has to stand there"
@@ -313,7 +380,8 @@ def test_line_ends_in_a_key_do_not_break_the_line() -> None:
 
 
 KEYS = st.sampled_from(
-    "tensors shape block blocks orders across scopes nnz sparsity threshold multiple_of x y".split()
+    "tensors shape block blocks orders across scopes nnz sparsity threshold multiple_of slice view axes regex "
+    "where exclude optional score mode scale x y".split()
 )
 LEAVES = st.sampled_from(
     [

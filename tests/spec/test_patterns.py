@@ -13,6 +13,7 @@ from sparseprune.spec.patterns import PatternError, parse_pattern
 from sparseprune.spec.tokens import (
     Again,
     Literal,
+    Stem,
     Token,
     Wildcard,
     Words,
@@ -32,7 +33,19 @@ MATCHES = [
     ("a.*", "a.b.c", None),
     ("a.**", "a.b.c", ()),
     ("**.w", ".w", ()),
-    ("**.w", "w", None),
+    ("**.w", "w", ()),
+    ("**.w", "a.b.w", ()),
+    ("**.w", "aw", None),
+    ("**a.w", "w", None),
+    ("*.w", "w", None),
+    ("a.**.w", "a.w", None),
+    ("{x:**}.w", "w", (("x", ""),)),
+    ("{x:**}.w", "aw", None),
+    ("{x:**}.{x}.w", "a.b.a.b.w", (("x", "a.b"),)),
+    ("{x:**}.{x}.w", ".w", (("x", ""),)),
+    ("**.layers.{layer}.w", "layers.3.w", (("layer", 3),)),
+    ("{stem:**}.layers.{layer}.w", "layers.3.w", (("stem", ""), ("layer", 3))),
+    ("{stem:**}.layers.{layer}.w", "model.vision.layers.3.w", (("stem", "model.vision"), ("layer", 3))),
     ("{x}.w", ".w", None),
     ("{x}.w", "a.w", (("x", "a"),)),
     ("{x}.w", "a.b.w", None),
@@ -114,6 +127,7 @@ def test_digits_that_int_would_refuse_stay_text() -> None:
     [
         "*a*a*a*a*b",
         "**a**a**a**a**a**b",
+        "**.a*a*a*a*a*b",
         "{a}a{b}a{c}a{d}a{e}b",
         "{p:a|aa}{q:a|aa}{r:a|aa}{s:a|aa}{t:a|aa}{u:a|aa}*b",
         "*" + "a*" * 300 + "b",
@@ -129,6 +143,10 @@ def fits(token: Token, head: str, held: dict[str, str]) -> bool:
             return head == text
         case Again(name):
             return head == held[name]
+        case Stem(None):
+            return head == "" or head.endswith(".")
+        case Stem():
+            return head == "" or (head.endswith(".") and head != ".")
         case Words(_, words):
             return head in words
         case Wildcard(across, name):
@@ -146,11 +164,12 @@ def oracle(tokens: tuple[Token, ...], text: str, held: dict[str, str]) -> Iterat
         head = text[:end]
         if fits(token, head, held):
             name = getattr(token, "name", None)
-            yield from oracle(tokens[1:], text[end:], held | ({name: head} if name else {}))
+            value = head.removesuffix(".") if isinstance(token, Stem) else head
+            yield from oracle(tokens[1:], text[end:], held | ({name: value} if name else {}))
 
 
 PIECES = st.sampled_from(
-    ["a", "b", ".", "ab", "*", "**", "{x}", "{y}", "{x:**}", "{y:a|ab|b}", "{z:**}", "{w:a.b|a}"]
+    ["a", "b", ".", ".", "ab", "*", "**", "{x}", "{y}", "{x:**}", "{y:a|ab|b}", "{z:**}", "{w:a.b|a}"]
 )
 
 

@@ -1,0 +1,111 @@
+"""What the expressions of a spec refer to: every name in them has to be a var, a capture or config.
+
+Knows which names each key may use, and from which members of a coupling captures may be borrowed; reports
+the others with the nearest real one. Knows no checkpoint. Called by `checking`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sparseprune.spec.captures import captures_of_table, leaves_of_table, look_of_table
+from sparseprune.spec.evaluating import unknown_name
+from sparseprune.spec.names import FACTS, RESERVED
+from sparseprune.spec.problems import Problems, shown
+from sparseprune.spec.schema import expressions_of
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable, Iterator
+
+    from sparseprune.spec.expressions import Expression
+    from sparseprune.spec.schema import Spec
+
+_BUDGET_KEYS = ("nnz", "sparsity", "threshold", "multiple_of")
+Table = tuple[str, str]
+
+
+def check_references(spec: Spec, problems: Problems, variables: Collection[str]) -> None:
+    """Every name in every expression; `variables` are all that are declared, also those with problems."""
+    for kind in ("block", "scope"):
+        for name, table in getattr(spec, kind).items():
+            if table.patterns is not None:
+                _check_leaf(spec, (kind, name), problems, variables)
+    for name, scope in spec.scope.items():
+        own = _captures(spec, ("scope", name))
+        if scope.patterns is None and own is not None:
+            known = {*own, *_lent(spec, ("scope", name)), *variables, "config"}
+            _check(f"scope.{name}", "shape", expressions_of(scope.shape), known, problems)
+    for kind in ("scope", "scope_coupling"):
+        for name, outermost in getattr(spec, kind).items():
+            own = _captures(spec, (kind, name))
+            if own is not None:
+                for key in _BUDGET_KEYS:
+                    found = expressions_of(getattr(outermost, key))
+                    _check(f"{kind}.{name}", key, found, {*own, *variables, "config"}, problems)
+
+
+def _check_leaf(spec: Spec, table: Table, problems: Problems, variables: Collection[str]) -> None:
+    """A table with tensors of its own: `where`, and what says how they are looked at."""
+    kind, name = table
+    place, read = f"{kind}.{name}", getattr(spec, kind)[name]
+    own = _captures(spec, table) or frozenset()
+    for capture in sorted(own):
+        if capture in variables:
+            problems.add(place, read.patterns_key, f"the capture {shown(capture)} is a var too: rename one")
+        elif capture in RESERVED:
+            text = f"the capture {shown(capture)} means something else in expressions: rename it"
+            problems.add(place, read.patterns_key, text)
+    known = {*own, *variables, "config", *FACTS}
+    _check(place, "where", expressions_of(read.where), known, problems)
+    lent = _lent(spec, table)
+    for key, expressions in look_of_table(spec, *table).items():
+        facts = () if (kind, key) == ("scope", "shape") else FACTS
+        _check(place, key, expressions, {*own, *lent, *variables, "config", *facts}, problems)
+
+
+def _check(
+    place: str, key: str, expressions: Iterable[Expression], known: Collection[str], problems: Problems
+) -> None:
+    for expression in expressions:
+        for name in sorted(expression.names.difference(known)):
+            text = f"{shown(expression.text)}: {unknown_name(name, frozenset(known))}"
+            problems.add(place, key, text)
+
+
+def _captures(spec: Spec, table: Table) -> frozenset[str] | None:
+    """All captures that instances of a table may have; None where that cannot be known."""
+    if table[0] != "scope_coupling":
+        variants = captures_of_table(spec, *table)
+        return frozenset().union(*variants) if variants else None
+    coupling = spec.scope_coupling[table[1]]
+    members = [_captures(spec, ("scope", name)) for name in coupling.scopes]
+    if None in members:
+        return None
+    every = frozenset(name for names in members for name in names or ())
+    return frozenset() if coupling.across == "all" else every.difference(coupling.across)
+
+
+def _lent(spec: Spec, table: Table) -> set[str]:
+    """Captures that a table may borrow: those of its fellow members, in every coupling that it is part of."""
+    fellows = [_lent_in(spec, couplings, member) for couplings, member in _memberships(spec, table)]
+    return set.intersection(*fellows) if fellows else set()
+
+
+def _lent_in(spec: Spec, coupling: Table, member: str) -> set[str]:
+    table = getattr(spec, coupling[0])[coupling[1]]
+    others = [name for name in table.members if name != member]
+    captures = [_captures(spec, (table.member_kind, name)) for name in others]
+    return {name for names in captures for name in names or ()}
+
+
+def _memberships(spec: Spec, table: Table) -> Iterator[tuple[Table, str]]:
+    kind, name = table
+    for coupling, fused in spec.block_coupling.items():
+        if kind == "block" and name in fused.blocks:
+            yield ("block_coupling", coupling), name
+    for scope in spec.scope:
+        direct = (kind, name) == ("scope", scope) or (spec.scope[scope].block == name and kind == "block")
+        if direct and leaves_of_table(spec, "scope", scope):
+            for coupling, coupled in spec.scope_coupling.items():
+                if scope in coupled.scopes:
+                    yield ("scope_coupling", coupling), scope

@@ -1,0 +1,121 @@
+"""Fused layouts: query, key and value or gate and up in one tensor (Phi-3), also input-first (GPT-2)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.families.checkpoints import (
+    Checkpoint,
+    Tensors,
+    by_column,
+    by_row,
+    changed,
+    check_ablation,
+    make,
+    prune,
+    read,
+    surviving,
+    with_inputs_ablated,
+)
+from tests.families.models import HEADS, HIDDEN, KV_HEADS, LAYERS, WIDTH
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    import torch
+
+
+@pytest.fixture(scope="module")
+def phi3(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    return make("phi3", tmp_path_factory.mktemp("dense"))
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    return make("gpt2", tmp_path_factory.mktemp("dense"))
+
+
+def phi3_channels(tensors: Tensors, layer: int) -> list[torch.Tensor]:
+    stem = f"model.layers.{layer}.mlp"
+    gate, up = tensors[f"{stem}.gate_up_proj.weight"].chunk(2)
+    return [gate, up, tensors[f"{stem}.down_proj.weight"].T]
+
+
+def phi3_heads(tensors: Tensors, layer: int) -> list[torch.Tensor]:
+    stem = f"model.layers.{layer}.self_attn"
+    qkv = tensors[f"{stem}.qkv_proj.weight"].tensor_split([HIDDEN, HIDDEN + HIDDEN // 2])
+    output = by_column(tensors[f"{stem}.o_proj.weight"], KV_HEADS)
+    return [*(by_row(part, KV_HEADS) for part in qkv), output]
+
+
+def gpt2_channels(tensors: Tensors, layer: int) -> list[torch.Tensor]:
+    stem = f"transformer.h.{layer}.mlp"
+    weight, bias = tensors[f"{stem}.c_fc.weight"], tensors[f"{stem}.c_fc.bias"]
+    return [weight.T, bias, tensors[f"{stem}.c_proj.weight"]]
+
+
+def gpt2_heads(tensors: Tensors, layer: int) -> list[torch.Tensor]:
+    stem = f"transformer.h.{layer}.attn"
+    weights = tensors[f"{stem}.c_attn.weight"].chunk(3, 1)
+    biases = tensors[f"{stem}.c_attn.bias"].chunk(3)
+    output = by_row(tensors[f"{stem}.c_proj.weight"], HEADS)
+    return [*(by_column(each, HEADS) for each in weights), *(by_row(each, HEADS) for each in biases), output]
+
+
+def test_channels_of_phi3_lie_in_both_halves_of_gate_up(phi3: Checkpoint) -> None:
+    pruned = prune(phi3, "phi3-mlp-channels")
+    assert changed(phi3, pruned) == {
+        f"model.layers.{layer}.mlp.{name}_proj.weight"
+        for layer in range(LAYERS)
+        for name in ("gate_up", "down")
+    }
+    check_layers(phi3, pruned, phi3_channels, "model.layers.{}.mlp.down_proj", WIDTH - WIDTH // 4)
+
+
+def test_a_key_head_of_phi3_lies_in_all_three_parts_of_qkv(phi3: Checkpoint) -> None:
+    pruned = prune(phi3, "phi3-gqa-heads")
+    assert changed(phi3, pruned) == {
+        f"model.layers.{layer}.self_attn.{name}_proj.weight"
+        for layer in range(LAYERS)
+        for name in ("qkv", "o")
+    }
+    check_layers(phi3, pruned, phi3_heads, "model.layers.{}.self_attn.o_proj", KV_HEADS - KV_HEADS // 4)
+
+
+def test_channels_of_gpt2_are_columns_then_rows(gpt2: Checkpoint) -> None:
+    pruned = prune(gpt2, "gpt2-mlp-channels")
+    assert changed(gpt2, pruned) == {
+        f"transformer.h.{layer}.mlp.{name}"
+        for layer in range(LAYERS)
+        for name in ("c_fc.weight", "c_fc.bias", "c_proj.weight")
+    }
+    check_layers(gpt2, pruned, gpt2_channels, "transformer.h.{}.mlp.c_proj", WIDTH - WIDTH // 4)
+
+
+def test_a_head_of_gpt2_has_columns_and_biases_in_three_parts_of_c_attn(gpt2: Checkpoint) -> None:
+    pruned = prune(gpt2, "gpt2-heads")
+    assert changed(gpt2, pruned) == {
+        f"transformer.h.{layer}.attn.{name}"
+        for layer in range(LAYERS)
+        for name in ("c_attn.weight", "c_attn.bias", "c_proj.weight")
+    }
+    check_layers(gpt2, pruned, gpt2_heads, "transformer.h.{}.attn.c_proj", HEADS - HEADS // 4)
+
+
+def check_layers(
+    dense: Checkpoint,
+    pruned: Path,
+    parts: Callable[[Tensors, int], list[torch.Tensor]],
+    reader: str,
+    keep: int,
+) -> None:
+    """So many units of each layer survive, and the output is that of the dense model without the others."""
+    before, after = dense.tensors(), read(pruned)
+    kept = {
+        reader.format(layer): surviving((parts(before, layer), parts(after, layer)), keep)
+        for layer in range(LAYERS)
+    }
+    check_ablation(dense, pruned, with_inputs_ablated(dense.load(), kept))

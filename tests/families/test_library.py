@@ -1,0 +1,113 @@
+"""Every shipped spec: what it says of itself, and a family with whose stored names it can be applied."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from typing import TYPE_CHECKING
+
+import pytest
+
+import sparseprune
+from sparseprune.spec import find_spec, list_specs
+from tests.families.checkpoints import Checkpoint, make
+from tests.samples import run
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+SERVED = {
+    "2of4": (
+        "llama",
+        "llama_without_head",
+        "qwen2",
+        "qwen3",
+        "mistral",
+        "gemma",
+        "phi3",
+        "mixtral",
+        "deepseek_v3",
+    ),
+    "4of8": ("llama", "mixtral"),
+    "nofm": ("llama", "qwen3_moe"),
+    "coupled-2of4": ("llama", "phi3"),
+    "block16": ("llama",),
+    "block16x16": ("llama", "gemma3_with_pictures"),
+    "unstructured-row": ("llama", "qwen2_moe"),
+    "unstructured-global": ("llama", "mixtral"),
+    "decoder-mlp-channels": ("llama", "llama_without_head", "qwen2", "deepseek_v3"),
+    "decoder-mlp-channels-global": ("llama", "gemma"),
+    "decoder-gqa-heads": ("llama", "llama_without_head", "qwen2", "mixtral", "gpt_oss", "llama4"),
+    "decoder-gqa-heads-global": ("llama", "qwen3_moe"),
+    "phi3-mlp-channels": ("phi3",),
+    "phi3-gqa-heads": ("phi3",),
+    "gpt2-mlp-channels": ("gpt2", "gpt2_without_head"),
+    "gpt2-heads": ("gpt2", "gpt2_without_head"),
+    "moe-experts": ("mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3"),
+    "moe-expert-channels": ("mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3"),
+    "gpt-oss-experts": ("gpt_oss",),
+    "llama4-experts": ("llama4",),
+    "bert-2of4": ("bert",),
+    "bert-mlp-channels": ("bert",),
+    "bert-heads": ("bert", "bert_for_masked_lm"),
+    "vit-2of4": ("vit",),
+    "vit-mlp-channels": ("vit",),
+    "vit-heads": ("vit", "vit_for_classification"),
+    "resnet-filters": ("resnet", "resnet_with_bottlenecks", "mobilenet"),
+}
+LEFT_ALONE = re.compile(
+    r"embed_|embeddings|wte|wpe|lm_head|pooler|norm\.|layernorm|LayerNorm|ln_|running_"
+    r"|router|\.gate\.|expert_gate|sinks"
+)
+
+
+@pytest.fixture(scope="module")
+def checkpoint_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Checkpoint]:
+    """The checkpoint of a family, made when it is first asked for."""
+    made: dict[str, Checkpoint] = {}
+
+    def of(family: str) -> Checkpoint:
+        if family not in made:
+            made[family] = make(family, tmp_path_factory.mktemp("dense"))
+        return made[family]
+
+    return of
+
+
+@pytest.mark.parametrize(("spec", "family"), [(spec, family) for spec in SERVED for family in SERVED[spec]])
+def test_a_spec_reaches_what_it_is_for_and_leaves_the_rest_alone(
+    spec: str, family: str, checkpoint_of: Callable[[str], Checkpoint], tmp_path: Path
+) -> None:
+    dense = checkpoint_of(family)
+    said = run("mask", dense.folder, spec, "-o", tmp_path / "masks", "-q")
+    assert said.code == 0, said.err
+    masks = sparseprune.load_masks(tmp_path / "masks")
+    assert masks
+    assert not [name for name in masks if LEFT_ALONE.search(name)]
+    assert [name for name in dense.tensors() if name not in masks and LEFT_ALONE.search(name)]
+    assert any(not mask.all() for mask in masks.values())
+
+
+def test_every_shipped_spec_is_applied_here() -> None:
+    assert set(SERVED) == set(list_specs())
+
+
+@pytest.mark.parametrize("spec", list_specs())
+def test_the_first_line_of_a_spec_says_what_it_does(spec: str) -> None:
+    found = find_spec(spec)
+    first, second, *_ = found.text.splitlines()
+    assert re.fullmatch(r"# [A-Z0-9].*[^.]\.", first)
+    assert len(first) <= 110
+    assert second == "version = 1"
+    assert found.source == f"{spec}.toml"
+
+
+@pytest.mark.parametrize("spec", list_specs())
+def test_what_a_user_may_set_stands_in_vars(spec: str) -> None:
+    """Only what a name promises (2of4) is written into a rule."""
+    document = tomllib.loads(find_spec(spec).text)
+    rules = [*document.get("scope", {}).values(), *document.get("scope_coupling", {}).values()]
+    budgets = [rule[key] for rule in rules for key in ("nnz", "sparsity") if key in rule]
+    assert len(budgets) == 1
+    assert budgets[0] in document.get("vars", {}) or re.search("4of8|2of4|block16$", spec)

@@ -1,0 +1,96 @@
+"""The reference: every example is a whole spec that binds, and no table or key is without an example."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from sparseprune.spec import TensorInfo, bind, parse_spec
+from sparseprune.spec.methods import SCORE_KEYS, ScoreTable
+from sparseprune.spec.schema import KINDS, ExplicitView
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from pydantic import BaseModel
+
+REFERENCE = (Path(__file__).parents[2] / "specs" / "README.md").read_text("utf-8")
+EXAMPLES = re.findall(r"```toml\n(.*?)```", REFERENCE, re.DOTALL)
+HIDDEN, WIDTH, LAYERS, EXPERTS = 32, 96, 12, 12
+CONFIG = {
+    "hidden_size": HIDDEN,
+    "intermediate_size": WIDTH,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+}
+PER_LAYER: dict[str, tuple[int, ...]] = {
+    "model.layers.{}.self_attn.q_proj.weight": (HIDDEN, HIDDEN),
+    "model.layers.{}.self_attn.k_proj.weight": (HIDDEN // 4, HIDDEN),
+    "model.layers.{}.self_attn.v_proj.weight": (HIDDEN // 4, HIDDEN),
+    "model.layers.{}.self_attn.o_proj.weight": (HIDDEN, HIDDEN),
+    "model.layers.{}.mlp.gate_proj.weight": (WIDTH, HIDDEN),
+    "model.layers.{}.mlp.up_proj.weight": (WIDTH, HIDDEN),
+    "model.layers.{}.mlp.down_proj.weight": (HIDDEN, WIDTH),
+    "model.layers.{}.mlp.gate.weight": (EXPERTS, HIDDEN),
+    "model.layers.{}.input_layernorm.weight": (HIDDEN,),
+    "fused.layers.{}.mlp.gate_up_proj.weight": (2 * WIDTH, HIDDEN),
+    "fused.layers.{}.mlp.down_proj.weight": (HIDDEN, WIDTH),
+    "encoder.layer.{}.intermediate.dense.weight": (WIDTH, HIDDEN),
+    "encoder.layer.{}.intermediate.dense.bias": (WIDTH,),
+}
+PER_EXPERT: dict[str, tuple[int, ...]] = {
+    "model.layers.{}.mlp.experts.{}.gate_proj.weight": (WIDTH, HIDDEN),
+    "model.layers.{}.mlp.experts.{}.up_proj.weight": (WIDTH, HIDDEN),
+    "model.layers.{}.mlp.experts.{}.down_proj.weight": (HIDDEN, WIDTH),
+}
+
+
+def tensors(with_experts: bool) -> Iterator[TensorInfo]:
+    """Names and (small) shapes of a Llama, one with fused matrices, a BERT and a mixture of experts."""
+    for layer in range(LAYERS):
+        for name, shape in PER_LAYER.items():
+            yield TensorInfo(name.format(layer), "BF16", shape)
+        for expert in range(EXPERTS if with_experts else 0):
+            for name, shape in PER_EXPERT.items():
+                yield TensorInfo(name.format(layer, expert), "BF16", shape)
+
+
+@pytest.mark.parametrize("text", EXAMPLES)
+def test_every_example_is_a_spec_that_reaches_tensors(text: str) -> None:
+    bound = bind(parse_spec(text, "example"), list(tensors("expert" in text)), CONFIG)
+    scopes = [name for name, table in tomllib.loads(text)["scope"].items() if not table.get("optional")]
+    assert bound.covered
+    assert len(bound.rules) == len(scopes) or "scope_coupling" in text
+
+
+def keys_of(tables: list[dict[str, Any]]) -> set[str]:
+    return {key for table in tables for key in table}
+
+
+def test_every_key_of_every_table_has_an_example() -> None:
+    documents = [tomllib.loads(text) for text in EXAMPLES]
+    assert keys_of(documents) == {"version", "vars", "score", *KINDS}
+    found = {kind: [table for each in documents for table in each.get(kind, {}).values()] for kind in KINDS}
+    everywhere = set().union(*map(keys_of, found.values()))
+    for kind, model in KINDS.items():
+        assert keys_of(found[kind]) <= set(model.model_fields)
+        assert set(model.model_fields) <= everywhere
+    views = [
+        table["view"] for table in found["scope"] + found["block"] if isinstance(table.get("view"), dict)
+    ]
+    assert keys_of(views) == set(ExplicitView.model_fields)
+    scores = [each["score"] for each in documents if "score" in each]
+    scores += [table["score"] for table in found["scope"] if "score" in table]
+    assert keys_of(scores) == set(ScoreTable.model_fields)
+
+
+def test_every_key_and_kind_is_named_in_the_text() -> None:
+    models: list[type[BaseModel]] = [*KINDS.values(), ScoreTable, ExplicitView]
+    keys = {key for model in models for key in model.model_fields}
+    assert [key for key in sorted(keys) if not re.search(rf"`{key}\b", REFERENCE)] == []
+    assert [kind for kind in SCORE_KEYS if f'`"{kind}"`' not in REFERENCE] == []
