@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from typing import TYPE_CHECKING, Self
 
 from sparseprune.checkpoint import transfer
@@ -35,6 +36,8 @@ class StagedOutput:
         self.layout = layout
         self.force = force
         self._partial = PartialFolder(layout.target)
+        self._lock = threading.Lock()
+        self._unsynced: set[Path] = set()
 
     def __enter__(self) -> Self:
         check_target(self.layout, force=self.force)
@@ -58,6 +61,7 @@ class StagedOutput:
         path = self._path(part.file)
         with self._writing(path):
             transfer.copy_range(part.source, part.source_offset, path, part.offset, part.length)
+        self._note(path)
 
     def write_weight(self, name: str, begin: int, data: Bytes) -> None:
         """Writes bytes of a pruned tensor from its byte `begin` on; nothing in an output of masks only."""
@@ -92,6 +96,17 @@ class StagedOutput:
             path.unlink(missing_ok=True)
             path.parent.mkdir(parents=True, exist_ok=True)
             transfer.create(path, len(data), data)
+
+    def flush(self) -> None:
+        """Waits until what has been written so far is on disk, so that `commit` finds little left to do.
+
+        MachineError where that fails: the system tells it once, and `commit` might not hear of it again.
+        """
+        with self._lock:
+            paths, self._unsynced = self._unsynced, set()
+        for path in sorted(paths):
+            with self._writing(path):
+                transfer.sync(path, data_only=True)
 
     def commit(self) -> None:
         """Gives the complete output its name, once it is on disk; what it replaces goes only then."""
@@ -142,6 +157,11 @@ class StagedOutput:
         path = self._path(place.file)
         with self._writing(path):
             transfer.overwrite(path, data, place.offset + begin)
+        self._note(path)
+
+    def _note(self, path: Path) -> None:
+        with self._lock:
+            self._unsynced.add(path)
 
     def _path(self, name: PurePosixPath) -> Path:
         return self._partial.output / name

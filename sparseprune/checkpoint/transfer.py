@@ -82,11 +82,11 @@ def copy_range(source: Path, source_offset: int, file: Path, offset: int, length
         os.close(reading)
 
 
-def sync(path: Path) -> None:
-    """Waits until a file or folder is on disk."""
+def sync(path: Path, *, data_only: bool = False) -> None:
+    """Waits until a file or folder is on disk, or only the data of a file."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
-        os.fsync(descriptor)
+        (os.fdatasync if data_only and hasattr(os, "fdatasync") else os.fsync)(descriptor)
     finally:
         os.close(descriptor)
 

@@ -308,4 +308,5 @@ class BlockSpec(SparseBlock):
 def zero_pruned(masks: Mapping[BlockSpec, Tensor]) -> None:
     """Write +0.0 where a mask is False; every other bit of the storage stays."""
     for spec, keep in masks.items():
-        spec.view.bits.masked_fill_(~keep, 0)
+        bits = spec.view.bits  # a product with 1 or 0 is many times faster than a masked fill
+        bits.mul_(keep.to(bits.dtype))

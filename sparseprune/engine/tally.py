@@ -35,9 +35,10 @@ class Tally:
 
 def tally(tensor: Tensor) -> Tally:
     """The tally of a tensor of a dtype that can be pruned."""
-    flat = tensor.reshape(-1)
-    zero = magnitude_keys(torch.zeros(1, dtype=flat.dtype, device=flat.device))
-    zeros = int((magnitude_keys(flat) == zero).sum())
-    chunks = (chunk.to(torch.float64) for chunk in torch.split(flat, _CHUNK))
-    energy = sum((float(chunk.square().sum()) for chunk in chunks), start=0.0)
-    return Tally(flat.numel(), zeros, energy)
+    total = Tally()
+    for chunk in torch.split(tensor.reshape(-1), _CHUNK):
+        # Keys of floats are their bits without the sign, which are 0 for zeros of either sign.
+        marked = magnitude_keys(chunk) if chunk.dtype.is_floating_point else chunk
+        zeros = chunk.numel() - int(torch.count_nonzero(marked))
+        total += Tally(chunk.numel(), zeros, float(chunk.to(torch.float64).square().sum()))
+    return total

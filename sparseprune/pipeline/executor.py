@@ -7,6 +7,7 @@ bytes lie (checkpoint). Results and errors come in the order of the plan, whatev
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from sparseprune.pipeline.slabs import Piece, Slab
     from sparseprune.pipeline.unit import PrunedPiece, Reach
 
+_FLUSH_SECONDS = 0.1
 Progress = Callable[[int], None]
 """Called from any thread with the bytes that have just been done."""
 
@@ -68,7 +70,11 @@ def execute(
     begun after it.
     """
     outcomes: dict[str, TensorOutcome] = {}
-    with _torch_threads(machine), ThreadPoolExecutor(machine.jobs, "sparseprune") as pool:
+    with (
+        _torch_threads(machine),
+        _flushing(output),
+        ThreadPoolExecutor(machine.jobs, "sparseprune") as pool,
+    ):
         try:
             for future in _in_order(pool, _work(plan, reader, output, machine, progress), 2 * machine.jobs):
                 for outcome in future.result():
@@ -171,6 +177,30 @@ def _in_order(
         if len(waiting) > ahead:
             yield waiting.pop(0)
     yield from waiting
+
+
+@contextmanager
+def _flushing(output: StagedOutput) -> Iterator[None]:
+    """Keep the disk busy from the start: a thread that syncs what has been written, again and again."""
+    done = threading.Event()
+    failures: list[BaseException] = []
+
+    def flush() -> None:
+        try:
+            while not done.wait(_FLUSH_SECONDS):
+                output.flush()
+        except BaseException as failure:  # noqa: BLE001  (raised below, in the thread that waits)
+            failures.append(failure)
+
+    thread = threading.Thread(target=flush, name="sparseprune-flush")
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+    if failures:
+        raise failures[0]
 
 
 @contextmanager

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from sparseprune.pipeline.inputs import TaskInput
     from sparseprune.pipeline.plan import Task, WorkUnit
 
-SLAB_BYTES = 32 << 20
+SLAB_BYTES = 2 << 20  # measured: what is made of a slab stays in the cache and in the allocator
 _PACKED = 8  # mask elements in a byte: slabs begin at whole bytes of a packed mask
 
 

@@ -78,7 +78,9 @@ def prune_slab(slab: Slab, tensors: Mapping[str, Tensor], inputs: Sequence[Input
             keep = masks[leaf]
             keeps[leaf.name] &= leaf.view.to_param(keep)
             known = reach[leaf.name].get(task.rule, Reach())
-            reach[leaf.name][task.rule] = known + Reach(keep.numel(), keep.numel() - int(keep.sum()))
+            reach[leaf.name][task.rule] = known + Reach(
+                keep.numel(), keep.numel() - int(keep.count_nonzero())
+            )
     return {
         name: PrunedPiece(keeps[name], before[name], tally(tensor), reach[name])
         for name, tensor in tensors.items()

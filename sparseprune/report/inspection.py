@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from sparseprune.checkpoint import Checkpoint, StoredTensor, TensorReader
 
 INSPECT_SCHEMA = "sparseprune.inspect.v1"
-PATTERNS = ((1, 2), (2, 4), (4, 8))  # N of M elements along the last dimension; M doubles from row to row
-_SLAB = 1 << 22  # elements read at a time, a multiple of every M
+PATTERNS = ((1, 2), (2, 4), (4, 8))  # N of M elements along the last dimension; M bytes are an integer
+_SLAB = 1 << 20  # elements read at a time, a multiple of every M
 _INTEGERS = {8: torch.int8, 16: torch.int16, 32: torch.int32, 64: torch.int64}
 
 
@@ -111,7 +111,7 @@ def _facts(stored: StoredTensor, reader: TensorReader, progress: Callable[[int],
     for first in range(0, stored.numel, _SLAB):
         last = min(first + _SLAB, stored.numel)
         nonzero = _nonzero(reader.read(stored, first * size, last * size), size, zero_bits)
-        zeros += nonzero.numel() - int(nonzero.sum())
+        zeros += nonzero.numel() - int(nonzero.count_nonzero())
         for pattern, count in _fullest_groups(nonzero, asked).items():
             fullest[pattern] = max(fullest[pattern], count)
         progress((last - first) * size)
@@ -130,13 +130,14 @@ def _nonzero(data: bytearray, size: int, zero_bits: int) -> Tensor:
 
 
 def _fullest_groups(nonzero: Tensor, patterns: Iterable[tuple[int, int]]) -> dict[tuple[int, int], int]:
-    """For each pattern the largest number of non-zero elements in one group of M neighbours."""
-    counts = nonzero.view(torch.uint8)
-    size = 1
+    """For each pattern the largest number of non-zero elements in one group of M neighbours.
+
+    The M bytes of a group, each 0 or 1, are read as one integer; a product with 0x01..01 adds them up in
+    the highest byte.
+    """
     fullest = {}
     for kept, group in patterns:
-        while size < group:
-            counts = counts[0::2] + counts[1::2]
-            size *= 2
-        fullest[kept, group] = int(counts.max())
+        words = nonzero.view(_INTEGERS[8 * group])
+        ones = int.from_bytes(b"\x01" * group, "little")
+        fullest[kept, group] = int((words * ones >> 8 * (group - 1)).max())
     return fullest

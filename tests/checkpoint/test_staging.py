@@ -230,3 +230,36 @@ def test_an_input_that_shrinks_while_it_is_copied_leaves_nothing(tmp_path: Path)
     with pytest.raises(MachineError, match=r"ckpt/model\.safetensors: cannot be read: No such file"):
         stage(layout)
     assert names_in(tmp_path) == ["ckpt"]
+
+
+def test_flush_syncs_each_file_that_was_written_since_the_last_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[str] = []
+
+    def note(descriptor: int) -> None:
+        synced.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+
+    ckpt = single(tmp_path)
+    with StagedOutput(layout_of(ckpt, masked="a", form="bool")) as output:
+        monkeypatch.setattr(os, "fdatasync", note)
+        output.flush()
+        assert synced == []
+        fill(output)
+        output.flush()
+        assert sorted(set(synced)) == ["m.pruned.masks.safetensors", "m.pruned.safetensors"]
+        assert len(synced) == 2
+        output.flush()
+        assert len(synced) == 2
+
+
+def test_flush_tells_what_the_disk_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    with StagedOutput(layout_of(single(tmp_path), masked="a", form="bool")) as output:
+        fill(output)
+        monkeypatch.setattr(os, "fdatasync", fail)
+        with pytest.raises(MachineError, match=r"safetensors: .*Input/output error"):
+            output.flush()
+    assert names_in(tmp_path) == ["m.safetensors"]
