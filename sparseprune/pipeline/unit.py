@@ -13,6 +13,7 @@ import torch
 
 from sparseprune.engine import BlockCoupling, BlockSpec, ScopeCoupling, ScopeSpec, View
 from sparseprune.engine.block import zero_pruned
+from sparseprune.engine.scoring import first_nan
 from sparseprune.engine.tally import Tally, tally
 from sparseprune.errors import NanScoreError, SparsityError
 from sparseprune.pipeline.ranking import conditioners_of, rank
@@ -133,7 +134,8 @@ def _prune(
 
 
 def _with_place(error: NanScoreError, slab: Slab, scope: SparseScope) -> SparsityError:
-    leaf = next(leaf for leaf in scope.blocks() if leaf.name == error.tensor)
+    leaves = [leaf for leaf in scope.blocks() if leaf.name == error.tensor]
+    leaf = next((leaf for leaf in leaves if first_nan(leaf.view.data) == error.place), leaves[0])
     piece = next(piece for piece in slab.pieces if piece.stored.name == error.tensor)
     place = _stored_index(piece, leaf.view, error.place)
     return SparsityError(

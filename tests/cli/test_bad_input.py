@@ -222,3 +222,28 @@ def test_wrong_use_is_exit_code_2(words: list[str]) -> None:
     said = run(*words)
     assert (said.code, said.out) == (2, "")
     assert said.err
+
+
+def test_nan_place_counts_from_the_whole_tensor_also_in_a_slice(folder: Path) -> None:
+    save_file({"w": nan_at((8, 4), (6, 1))}, folder / "m.safetensors")
+    spec = """
+version = 1
+[block.upper]
+tensors = "w"
+slice = ["0:4", ":"]
+shape = [1, -1]
+[block.lower]
+tensors = "w"
+slice = ["4:8", ":"]
+shape = [1, -1]
+[block_coupling.pair]
+blocks = ["upper", "lower"]
+[scope.pairs]
+block = "pair"
+shape = [-1]
+nnz = 2
+"""
+    said = run("apply", folder / "m.safetensors", write_spec(folder, spec))
+    assert "w: NaN at [6, 1]" in said.err
+    save_file({"w": torch.ones(8, 4)}, folder / "m.safetensors")
+    assert run("apply", folder / "m.safetensors", write_spec(folder, spec)).code == 0
