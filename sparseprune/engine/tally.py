@@ -12,7 +12,7 @@ from sparseprune.engine.scoring import magnitude_keys
 if TYPE_CHECKING:
     from torch import Tensor
 
-_CHUNK = 1 << 20  # elements that are float64 at a time: 8 MiB
+_CHUNK = 1 << 16  # elements that are float64 at a time: they stay in the cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,5 +40,6 @@ def tally(tensor: Tensor) -> Tally:
         # Keys of floats are their bits without the sign, which are 0 for zeros of either sign.
         marked = magnitude_keys(chunk) if chunk.dtype.is_floating_point else chunk
         zeros = chunk.numel() - int(torch.count_nonzero(marked))
-        total += Tally(chunk.numel(), zeros, float(chunk.to(torch.float64).square().sum()))
+        wide = chunk.to(torch.float64)
+        total += Tally(chunk.numel(), zeros, float(torch.dot(wide, wide)))
     return total

@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from sparseprune.pipeline.plan import Plan, WorkUnit
     from sparseprune.pipeline.slabs import Slab
 
-_PAIRWISE = 8  # blocks a scope that are compared all with all, without a search
-_HISTOGRAM = 1 << 22  # blocks a scope from which on they are counted, not copied
+_PAIRWISE = 16  # blocks a scope that are compared all with all, without a search
+_HISTOGRAM = 1 << 24  # blocks a scope from which on they are counted, not copied
 _SEARCHED, _COUNTED = 24, 3  # bytes that each block costs then, positions in int64 among them
 _INTERPRETER = 260 << 20  # Python with torch loaded, measured with torch 2.13 for the CPU
-_FLOAT64 = 32 << 20  # a chunk of elements on the way to its norm or tally
+_FLOAT64 = 8 << 20  # elements on the way to a norm or a tally, a chunk at a time
 
 
 def expected_peak(plan: Plan, jobs: int) -> int:

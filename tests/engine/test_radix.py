@@ -48,15 +48,21 @@ def test_histograms_agree_with_torch_on_many_keys(dtype: torch.dtype) -> None:
         assert int(select_by_histogram(keys, k).sum()) == k
 
 
-def test_every_path_of_selection_gives_the_same_masks(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("blocks", [1, 2, 8, 33])
+def test_every_path_of_selection_gives_the_masks_of_a_stable_sort(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, blocks: int
+) -> None:
     generator = torch.Generator().manual_seed(1)
-    keys = torch.randint(-2, 3, (3, 2, 8), dtype=torch.int16, generator=generator)
-    for nnz in range(9):
-        masks = []
-        for pairwise, histogram in ((8, 100), (0, 100), (0, 0)):
-            monkeypatch.setattr(selection, "_PAIRWISE_LIMIT", pairwise)
-            monkeypatch.setattr(selection, "_HISTOGRAM_LIMIT", histogram)
-            masks.append(selection.select(keys, nnz))
-        assert torch.equal(masks[0], masks[1])
-        assert torch.equal(masks[0], masks[2])
-        assert bool((masks[0].sum(-1) == nnz).all())
+    ties = torch.randint(-2, 3, (3, 5, blocks), dtype=dtype, generator=generator)
+    info = torch.iinfo(dtype)
+    wild = torch.randint(info.min, info.max, (3, 5, blocks), dtype=dtype, generator=generator)
+    for keys in (ties, wild, ties.transpose(0, 1), torch.zeros_like(ties)):
+        for nnz in range(blocks + 1):
+            expected = selection._select_by_sort(keys, nnz)
+            assert bool((expected.sum(-1) == nnz).all())
+            for pairwise, histogram, chunk in ((64, 100, 4), (0, 100, 4), (0, 0, 4), (64, 100, 100)):
+                monkeypatch.setattr(selection, "_PAIRWISE_LIMIT", pairwise)
+                monkeypatch.setattr(selection, "_HISTOGRAM_LIMIT", histogram)
+                monkeypatch.setattr(selection, "_CHUNK", chunk)
+                assert torch.equal(selection.select(keys, nnz), expected)

@@ -1,0 +1,59 @@
+"""How fast blocks are selected: each way of engine.selection beside torch's own, medians in one run.
+
+Run by hand: `python -m tests.benchmarks.selection`; results are kept in README.md beside this file.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import TYPE_CHECKING
+
+import torch
+
+from sparseprune.engine import selection
+from sparseprune.engine.scoring import magnitude_keys
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+ELEMENTS = 1 << 20
+ROUNDS = 9
+
+
+def milliseconds(work: Callable[[], object]) -> float:
+    """The median of some rounds, after one that is not counted."""
+    work()
+    rounds = []
+    for _ in range(ROUNDS):
+        began = time.perf_counter()
+        work()
+        rounds.append(1000 * (time.perf_counter() - began))
+    return statistics.median(rounds)
+
+
+def torch_kth(keys: torch.Tensor, nnz: int) -> torch.Tensor:
+    """Everything that reaches the k-th largest, which keeps too many where keys tie."""
+    return keys >= keys.kthvalue(keys.shape[-1] - nnz + 1, dim=-1, keepdim=True).values
+
+
+def main() -> None:
+    """Print a table in Markdown."""
+    torch.set_num_threads(1)
+    print("| dtype | blocks a scope | torch sort | torch kthvalue | sparseprune |")
+    print("|---|---|---|---|---|")
+    generator = torch.Generator().manual_seed(0)
+    for dtype in (torch.bfloat16, torch.float32):
+        keys = magnitude_keys(torch.randn(ELEMENTS, generator=generator).to(dtype))
+        for blocks in (4, 8, 16, 32, 64, 2048, ELEMENTS):
+            scopes, nnz = keys.view(-1, blocks), blocks // 2
+            times = [
+                milliseconds(lambda way=way, scopes=scopes, nnz=nnz: way(scopes, nnz))  # type: ignore[misc]
+                for way in (selection._select_by_sort, torch_kth, selection.select)
+            ]
+            cells = " | ".join(f"{each:.1f}" for each in times)
+            print(f"| {str(dtype).removeprefix('torch.')} | {blocks} | {cells} |")
+
+
+if __name__ == "__main__":
+    main()
