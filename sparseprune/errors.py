@@ -47,12 +47,6 @@ class SpecError(SparsepruneError):
         self.problems = problems
 
 
-class CheckFailedError(SparsepruneError):
-    """A check that was asked for (`verify`, `inspect --require`) did not hold."""
-
-    exit_code = 1
-
-
 class MachineError(SparsepruneError):
     """Disk full, I/O error, input changed while it was read: the machine, not the request."""
 

@@ -6,7 +6,7 @@ shape means the same in Python, in TOML and in a plan that is made from headers 
 
 from __future__ import annotations
 
-from math import prod
+from math import floor, prod
 from typing import TYPE_CHECKING
 
 from sparseprune.errors import CouplingError, ShapeMismatchError
@@ -26,6 +26,7 @@ __all__ = [
     "permute",
     "prod",
     "scope_extents",
+    "surviving",
 ]
 
 
@@ -122,6 +123,15 @@ def align(
                 "must share one grid"
             )
     return common, checked
+
+
+def surviving(sparsity: float, blocks: int) -> int:
+    """What is left of so many blocks once the whole number of pruned ones is taken away, never below 0.
+
+    >>> surviving(0.25, 10), surviving(0.3, 4), surviving(1.0, 10)
+    (8, 3, 0)
+    """
+    return max(0, blocks - floor(min(sparsity, 1.0) * blocks))
 
 
 def _spanned(what: str, whole: Shape, shape: Sequence[int]) -> Shape:

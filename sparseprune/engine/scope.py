@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sparseprune.engine.block import BlockSpec, Values, zero_pruned
-from sparseprune.engine.grids import Shape, inverse_order, prod
+from sparseprune.engine.grids import Shape, inverse_order, prod, surviving
 from sparseprune.engine.scoring import first_nan, magnitude_keys, order_keys
 from sparseprune.engine.selection import kth_largest, select
 from sparseprune.errors import NanScoreError, ShapeMismatchError, SparsityError
@@ -74,8 +74,7 @@ class SparseScope(ABC):
         """
         if math.isnan(sparsity) or sparsity < 0:
             raise SparsityError(f"{self.name}: sparsity {sparsity} is no share of blocks: wanted 0 to 1")
-        blocks = self.numblk_per_scope()
-        return max(0, blocks - math.floor(min(sparsity, 1.0) * blocks))
+        return surviving(sparsity, self.numblk_per_scope())
 
     def block_norms(self, values: Values = None, p: float = 2, *, rms: bool = False) -> Tensor:
         """The p-norm of each block by scope: float64 (*grid_shape, blocks per scope).

@@ -28,7 +28,8 @@ _LARGEST_KEY = {
     torch.float8_e5m2: 0x7C,
     torch.float8_e4m3fn: 0x7E,
 }
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""The signed integers by their bytes: what bit patterns are read as."""
 _CHUNK = 1 << 17  # elements turned into float64 at a time: 1 MiB, which stays in the cache
 
 
@@ -43,7 +44,7 @@ def magnitude_keys(elements: Tensor) -> Tensor:
     """
     if not elements.dtype.is_floating_point:
         return torch.where(elements > 0, -elements, elements).bitwise_not_()
-    bits = elements.view(_INTEGERS[elements.element_size()])
+    bits = elements.view(INTEGERS[elements.element_size()])
     return bits & torch.iinfo(bits.dtype).max
 
 
@@ -59,7 +60,7 @@ def order_keys(scores: Tensor) -> Tensor:
 
 def has_exact_keys(dtype: torch.dtype) -> bool:
     """Whether `magnitude_keys` takes elements of this dtype."""
-    return dtype in _LARGEST_KEY or dtype in _INTEGERS.values()
+    return dtype in _LARGEST_KEY or dtype in INTEGERS.values()
 
 
 def first_nan(elements: Tensor) -> Shape | None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sparseprune.engine.dtypes import DTYPES, torch_dtype
+from sparseprune.engine.scoring import INTEGERS
 from sparseprune.errors import ShapeMismatchError, SparsityError
 
 if TYPE_CHECKING:
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from sparseprune.engine.grids import Shape
 
 PRUNABLE_DTYPES = tuple(torch_dtype(row.name) for row in DTYPES.values() if row.prunable)
-_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class View:
@@ -91,7 +91,7 @@ class View:
     @property
     def bits(self) -> Tensor:
         """`data` as signed integers of the same width, for reading and writing bit patterns."""
-        return self.data.view(_BITS[self.param.element_size()])
+        return self.data.view(INTEGERS[self.param.element_size()])
 
     @property
     def ndim(self) -> int:

@@ -14,6 +14,7 @@ import torch
 
 from sparseprune import __version__
 from sparseprune.engine.dtypes import DTYPES
+from sparseprune.engine.scoring import INTEGERS
 from sparseprune.report.document import share
 
 if TYPE_CHECKING:
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 INSPECT_SCHEMA = "sparseprune.inspect.v1"
 PATTERNS = ((1, 2), (2, 4), (4, 8))  # N of M elements along the last dimension; M bytes are an integer
 _SLAB = 1 << 20  # elements read at a time, a multiple of every M
-_INTEGERS = {8: torch.int8, 16: torch.int16, 32: torch.int32, 64: torch.int64}
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +123,7 @@ def _nonzero(data: bytearray, size: int, zero_bits: int) -> Tensor:
     """Bool (elements): which elements of `size` bytes are not zero, by their bit patterns."""
     if zero_bits == 0:
         return torch.ones(len(data) // size, dtype=torch.bool)
-    bits = torch.frombuffer(data, dtype=_INTEGERS[8 * size])
+    bits = torch.frombuffer(data, dtype=INTEGERS[size])
     limit = 1 << (8 * size - 1)
     signed = zero_bits - 2 * limit if zero_bits >= limit else zero_bits
     return bits.ne(0) if signed == -1 else bits.bitwise_and_(signed).ne(0)
@@ -137,7 +137,7 @@ def _fullest_groups(nonzero: Tensor, patterns: Iterable[tuple[int, int]]) -> dic
     """
     fullest = {}
     for kept, group in patterns:
-        words = nonzero.view(_INTEGERS[8 * group])
+        words = nonzero.view(INTEGERS[group])
         ones = int.from_bytes(b"\x01" * group, "little")
         fullest[kept, group] = int((words * ones >> 8 * (group - 1)).max())
     return fullest

@@ -5,10 +5,10 @@ Knows the number of blocks in a scope and nothing else of it. Called by `binding
 
 from __future__ import annotations
 
-import math
 import sys
 from typing import TYPE_CHECKING
 
+from sparseprune.engine.grids import surviving
 from sparseprune.spec.bound import Budget
 from sparseprune.spec.expressions import ExpressionError
 from sparseprune.spec.names import misfit
@@ -44,18 +44,9 @@ def budget_of(
         elif table.sparsity is not None:
             key = "sparsity"
             sparsity = names.number(table.sparsity, 1.0, "a number from 0 to 1")
-            asked = _surviving(sparsity, blocks)
+            asked = surviving(sparsity, blocks)
         key = "multiple_of"
         unit = 1 if table.multiple_of is None else names.integer(table.multiple_of, 1, "1 or more")
     except ExpressionError as error:
         raise misfit(place, key, error, label) from error
     return Budget(nnz=min(blocks, -(-asked // unit) * unit)), sparsity
-
-
-def _surviving(sparsity: float, blocks: int) -> int:
-    """As the engine's `sparsity_to_nnz`: what is left once the whole number of pruned blocks is taken away.
-
-    >>> _surviving(0.25, 10), _surviving(1.0, 10)
-    (8, 0)
-    """
-    return max(0, blocks - math.floor(sparsity * blocks))

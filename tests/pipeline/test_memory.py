@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import save_file
 
 from sparseprune.checkpoint import open_checkpoint
-from sparseprune.pipeline import expected_peak, make_plan
+from sparseprune.engine import selection
+from sparseprune.pipeline import expected_peak, make_plan, memory
 from sparseprune.spec import parse_spec
 from tests.samples import TWO_OF_FOUR, mlp_tensors
 
@@ -34,3 +35,9 @@ def test_a_tensor_that_is_cut_costs_no_more_than_its_slabs(tmp_path: Path) -> No
     large = {"0.a.weight": torch.zeros(3 * 4096, 4096, dtype=torch.bfloat16)}
     assert peak(tmp_path, small, TWO_OF_FOUR) == peak(tmp_path, large, TWO_OF_FOUR)
     assert peak(tmp_path, small, GLOBAL) + (32 << 20) < peak(tmp_path, large, GLOBAL)
+
+
+def test_the_ways_of_selection_are_told_apart_where_the_engine_does() -> None:
+    """The engine's limits stand beside numpy and torch, which a plan does not import."""
+    assert memory._PAIRWISE == selection._PAIRWISE_LIMIT
+    assert memory._HISTOGRAM == selection._HISTOGRAM_LIMIT
