@@ -319,3 +319,60 @@ def test_cuda_gives_the_bytes_of_the_cpu(tmp_path: Path, sharded: Path) -> None:
         for file in (tmp_path / f"{name}-cpu").rglob("*.safetensors"):
             twin = tmp_path / f"{name}-cuda" / file.relative_to(tmp_path / f"{name}-cpu")
             assert file.read_bytes() == twin.read_bytes()
+
+
+HALVES = """
+version = 1
+[scope.upper]
+tensors = "w"
+slice = ["0:4", ":"]
+block = [1, -1]
+shape = [-1]
+nnz = 1
+[scope.lower]
+tensors = "w"
+slice = ["4:8", ":"]
+block = [1, -1]
+shape = [-1]
+nnz = 3
+"""
+
+
+def test_rules_on_disjoint_parts_of_one_tensor_share_its_mask_and_are_counted_apart(tmp_path: Path) -> None:
+    tensor = torch.arange(1.0, 33.0).view(8, 4)
+    save_file({"w": tensor}, tmp_path / "m.safetensors")
+    said = run("apply", tmp_path / "m.safetensors", write_spec(tmp_path, HALVES), "--json", "-q")
+    assert said.code == 0, said.err
+    keep = torch.tensor([False, False, False, True, False, True, True, True])[:, None].expand(8, 4)
+    assert torch.equal(load_file(tmp_path / "m.pruned.safetensors")["w"], tensor * keep)
+    assert torch.equal(sparseprune.load_masks(tmp_path / "m.pruned.masks.safetensors")["w"], keep)
+    document = json.loads(said.out)
+    assert [(rule["name"], rule["numel"], rule["pruned"]) for rule in document["rules"]] == [
+        ("scope.upper", 16, 12),
+        ("scope.lower", 16, 4),
+    ]
+    assert document["totals"]["pruned"] == document["tensors"][0]["pruned"] == 16
+
+
+def test_report_is_the_same_however_the_work_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_file(mlp_tensors(), tmp_path / "m.safetensors")
+    spec = write_spec(tmp_path, TWO_OF_FOUR)
+    documents = []
+    for limit in (1 << 20, 64):
+        monkeypatch.setattr("sparseprune.pipeline.slabs.slabs_of.__defaults__", (limit,))
+        documents.append(json.loads(run("apply", tmp_path / "m.safetensors", spec, "--json", "--force").out))
+    assert documents[0]["rules"] == documents[1]["rules"]
+    assert documents[0]["rules"][0]["pruned"] == 256
+    for whole, cut in zip(documents[0]["tensors"], documents[1]["tensors"], strict=True):
+        assert cut | {"energy_kept": 0} == whole | {"energy_kept": 0}
+        assert cut["energy_kept"] == pytest.approx(whole["energy_kept"])
+
+
+def test_energy_that_is_not_finite_is_null(tmp_path: Path) -> None:
+    tensor = torch.ones(4, 8)
+    tensor[0, 0] = float("inf")
+    save_file({"0.a.weight": tensor}, tmp_path / "m.safetensors")
+    said = run("apply", tmp_path / "m.safetensors", write_spec(tmp_path, TWO_OF_FOUR), "--json", "-q")
+    document = json.loads(said.out, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+    jsonschema.validate(document, schema("report"))
+    assert document["tensors"][0]["energy_kept"] is None

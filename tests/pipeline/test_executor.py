@@ -68,6 +68,10 @@ def test_the_first_error_in_the_order_of_the_plan_is_the_one_that_is_told(
 def test_torch_keeps_its_threads(command: tuple[object, ...]) -> None:
     import torch
 
-    before = torch.get_num_threads()
-    assert run(*command, "--jobs", 3).code == 0
-    assert torch.get_num_threads() == before
+    usual = torch.get_num_threads()
+    try:
+        torch.set_num_threads(5)  # what no sharing of cores among three jobs comes to here
+        assert run(*command, "--jobs", 3).code == 0
+        assert torch.get_num_threads() == 5
+    finally:
+        torch.set_num_threads(usual)

@@ -94,3 +94,47 @@ def test_units_are_cut_between_rows_of_scopes(
     ends = [slab.pieces[0].end for slab in slabs]
     assert [slab.pieces[0].begin for slab in slabs] == [0, *ends[:-1]]
     assert ends[-1] == unit.nbytes
+
+
+def test_slabs_begin_at_whole_bytes_of_a_packed_mask(tmp_path: Path) -> None:
+    (unit,) = plan_of(tmp_path, {"0.a.weight": torch.zeros(60, 4, dtype=torch.float16)}, TWO_OF_FOUR).units
+    slabs = list(slabs_of(unit, limit=5 * 8))
+    assert len(slabs) == 8
+    assert all(slab.pieces[0].first % 8 == 0 for slab in slabs)
+    assert sum(slab.pieces[0].shape[0] for slab in slabs) == 60
+
+
+def test_tasks_that_share_tensors_are_one_unit_also_when_a_later_one_joins_them(tmp_path: Path) -> None:
+    spec = """
+version = 1
+[block.x]
+tensors = "x"
+slice = ["4:8", ":"]
+shape = [1, -1]
+[block.y]
+tensors = "y"
+slice = ["4:8", ":"]
+shape = [1, -1]
+[block_coupling.both]
+blocks = ["x", "y"]
+[scope.one]
+tensors = "x"
+slice = ["0:4", ":"]
+block = [1, -1]
+shape = [-1]
+nnz = 2
+[scope.other]
+tensors = "y"
+slice = ["0:4", ":"]
+block = [1, -1]
+shape = [-1]
+nnz = 2
+[scope.joined]
+block = "both"
+shape = [-1]
+nnz = 1
+"""
+    tensors = {"x": torch.ones(8, 4), "y": torch.ones(8, 4)}
+    (unit,) = plan_of(tmp_path, tensors, spec).units
+    assert sorted(task.rule for task in unit.tasks) == ["scope.joined", "scope.one", "scope.other"]
+    assert sorted(stored.name for stored in unit.tensors) == ["x", "y"]
