@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -153,8 +152,9 @@ def _all_counts(rule: BoundRule) -> list[_Counts]:
     counts = []
     for instance in rule.instances:
         scope, key = instance.scope, None
-        if isinstance(scope, BoundScope) and isinstance(scope.block, BoundBlock):
-            key = scope.block.view_shape, scope.block.shape, scope.shape, instance.budget.nnz
+        if isinstance(scope, BoundScope):
+            grids = tuple([(leaf.view_shape, leaf.shape) for leaf in scope.leaves])
+            key = grids, scope.shape, instance.budget.nnz
         count = known.get(key) or _counts(instance)
         if key is not None:
             known[key] = count
@@ -203,15 +203,13 @@ def _fused_block(instance: BoundInstance) -> str | None:
 
 def _forms(rule: BoundRule, tensors: Mapping[str, StoredTensor]) -> list[dict[str, Any]]:
     """The tensors of a rule by block and by shapes: one entry for all that look alike, with an example."""
-    counts: Counter[tuple[object, ...]] = Counter()
-    first: dict[tuple[object, ...], tuple[BoundScope, BoundBlock]] = {}
+    alike: dict[tuple[object, ...], list[tuple[BoundScope, BoundBlock]]] = {}
     for instance in rule.instances:
         for member, leaf in scoped_leaves(instance.scope):
-            shape = tensors[leaf.tensor].shape
+            shape = tensors[leaf.tensor].entry.shape
             key = (block_name(leaf), shape, leaf.view_shape, leaf.view_stride, leaf.shape, member.shape)
-            counts[key] += 1
-            first.setdefault(key, (member, leaf))
-    return [_form(*first[key], tensors, count) for key, count in counts.items()]
+            alike.setdefault(key, []).append((member, leaf))
+    return [_form(*leaves[0], tensors, len(leaves)) for leaves in alike.values()]
 
 
 def _form(

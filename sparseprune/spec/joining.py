@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     Key = Callable[[Captures], object]
 
+Rows = tuple["Captures | None", ...]  # one of each member, None for none
 _ROWS_BEYOND_INPUT = 1000
 
 
@@ -30,10 +31,10 @@ class JoinError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Joined:
-    """One row of a join: all its captures, and the row of each member, None for none."""
+    """One row of a join: all its captures, and the row of each member."""
 
     captures: Captures
-    rows: tuple[Captures | None, ...]
+    rows: Rows
 
 
 def gather(
@@ -42,7 +43,9 @@ def gather(
     """The sites by those of their captures that are not gathered across, each group in its old order."""
     groups: dict[Captures, list[Site]] = {}
     for site in sites:
-        left = () if across == "all" else tuple(pair for pair in site.captures if pair[0] not in across)
+        left: Captures = () if across == "all" else site.captures
+        if left and across:
+            left = tuple([pair for pair in left if pair[0] not in across])
         groups.setdefault(left, []).append(site)
     return {captures: tuple(group) for captures, group in groups.items()}
 
@@ -62,7 +65,7 @@ def natural_join(
     """
     limit = 2 * sum(map(len, members)) + _ROWS_BEYOND_INPUT
     order = sorted(range(len(members)), key=lambda number: number in optional)
-    found = [Joined((), ())]
+    found: list[tuple[Captures, Rows]] = [((), ())]
     known: Sequence[Captures] = [()]
     for number in order:
         have, key = _shared_keys(known, members[number])
@@ -70,7 +73,7 @@ def natural_join(
         for row in members[number]:
             partners.setdefault(key(row), []).append(row)
         alone: list[Captures | None] = [None] if number in optional else []
-        matches = [partners.get(have(joined.captures), alone) for joined in found]
+        matches = [partners.get(have(captures), alone) for captures, _ in found]
         count = sum(map(len, matches))
         if count > limit:
             raise JoinError(
@@ -78,15 +81,17 @@ def natural_join(
                 "give one name to what belongs together, or gather with across"
             )
         found = [
-            _extended(joined, row) for joined, match in zip(found, matches, strict=True) for row in match
+            (_extended(captures, row), (*rows, row))
+            for (captures, rows), match in zip(found, matches, strict=True)
+            for row in match
         ]
         if number not in optional:  # what only optional members capture joins nothing
-            known = [joined.captures for joined in found]
+            known = [captures for captures, _ in found]
     listed = [order.index(number) for number in range(len(members))]
-    found = [Joined(joined.captures, tuple([joined.rows[at] for at in listed])) for joined in found]
-    _check_used(found, members)
-    by_captures = {joined.captures: joined for joined in found}
-    return tuple(by_captures[captures] for captures in in_natural_order(by_captures))
+    found = [(captures, tuple([rows[at] for at in listed])) for captures, rows in found]
+    _check_used([rows for _, rows in found], members)
+    by_captures = dict(found)
+    return tuple([Joined(captures, by_captures[captures]) for captures in in_natural_order(by_captures)])
 
 
 def lend(
@@ -120,13 +125,15 @@ def missing_partners(members: Sequence[Collection[Captures]]) -> tuple[tuple[int
             if others is not rows:
                 here, there = _shared_keys(rows, others)
                 known = set(map(there, others))
-                missing |= {(number, _shared(row, others)): None for row in rows if here(row) not in known}
+                if not known.issuperset(map(here, rows)):
+                    lacking = [row for row in rows if here(row) not in known]
+                    missing |= {(number, _shared(row, others)): None for row in lacking}
     return tuple(missing)
 
 
-def _check_used(joins: Sequence[Joined], members: Sequence[Collection[Captures]]) -> None:
+def _check_used(joins: Sequence[Rows], members: Sequence[Collection[Captures]]) -> None:
     for number, rows in enumerate(members):
-        used = {joined.rows[number] for joined in joins}
+        used = {joined[number] for joined in joins}
         for row in rows:
             if row not in used:
                 raise JoinError(
@@ -151,9 +158,9 @@ def _shared(row: Captures, others: Collection[Captures]) -> Captures:
     return tuple(pair for pair in row if pair[0] in names)
 
 
-def _extended(joined: Joined, row: Captures | None) -> Joined:
-    if row is None:
-        return Joined(joined.captures, (*joined.rows, None))
-    known = {name for name, _ in joined.captures}
-    new = tuple(pair for pair in row if pair[0] not in known)
-    return Joined(joined.captures + new, (*joined.rows, row))
+def _extended(captures: Captures, row: Captures | None) -> Captures:
+    """The captures with those of a row that fits them."""
+    if row is None or row == captures:
+        return captures
+    known = dict(captures)
+    return captures + tuple([pair for pair in row if pair[0] not in known])

@@ -59,8 +59,9 @@ def _find(
     problems: Problems,
 ) -> tuple[TensorSite, ...]:
     def is_taken(tensor: TensorInfo, captures: Captures) -> bool:
-        if any(pattern.match(tensor.name) is not None for pattern in table.exclude):
-            return False
+        for pattern in table.exclude:
+            if pattern.match(tensor.name) is not None:
+                return False
         if table.where is None:
             return True
         try:

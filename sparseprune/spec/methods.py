@@ -47,7 +47,7 @@ def _not_a_boolean(value: object) -> object:
 class ScoreTable(BaseModel):
     """`[score]`, or `score = {...}` in an outermost table."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     kind: Kind = Field("magnitude", description=f"one of {listed(SCORE_KEYS, 'or')}")
     norm: Annotated[Literal[1, 2, "inf"], BeforeValidator(_not_a_boolean)] | None = Field(
@@ -67,6 +67,8 @@ class ScoreTable(BaseModel):
 
 class MethodTable(BaseModel):
     """What an outermost scope or coupling has beside its budget."""
+
+    model_config = ConfigDict(defer_build=True)
 
     score: ScoreTable | None = Field(None, description='a table such as { kind = "random", seed = 1 }')
     mode: Literal["hard", "soft"] | None = Field(

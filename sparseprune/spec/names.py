@@ -14,7 +14,7 @@ from sparseprune.spec.expressions import LARGEST, Expression, ExpressionError
 from sparseprune.spec.problems import Misfit, shown
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from sparseprune.engine.grids import Shape
     from sparseprune.spec.bound import Captures, TensorInfo
@@ -29,6 +29,11 @@ class Environment:
 
     variables: Mapping[str, object] = field(default_factory=dict)
     config: Mapping[str, object] | None = None
+
+    def settles(self, expressions: Iterable[Expression]) -> bool:
+        """Whether no capture has a say in them: they come to the same wherever the facts are the same."""
+        known = {*self.variables, *RESERVED}
+        return all(expression.names <= known for expression in expressions)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from keyword import iskeyword
 from typing import TYPE_CHECKING
 
@@ -45,6 +46,8 @@ class PatternError(ValueError):
 class TensorPattern:
     """A pattern that was read; `names` are its captures in order of first appearance.
 
+    `literal` stands in every name that it matches, which tells most names apart at once.
+
     >>> parse_pattern("layers.{layer}.{part:gate|up}_proj.*").match("layers.3.up_proj.weight")
     (('layer', 3), ('part', 'up'))
     """
@@ -53,6 +56,7 @@ class TensorPattern:
     tokens: tuple[Token, ...]
     names: tuple[str, ...]
     regex: re.Pattern[str] | None
+    literal: str
 
     @property
     def sample(self) -> str:
@@ -61,6 +65,8 @@ class TensorPattern:
 
     def match(self, name: str) -> Captures | None:
         """The captures if the whole name matches, else None."""
+        if self.literal not in name:
+            return None
         if self.regex is None:
             texts = match_tokens(self.tokens, name)
             return None if texts is None else _valued(self.names, texts)
@@ -75,7 +81,8 @@ def parse_pattern(text: str) -> TensorPattern:
     tokens = _read(text)
     names = tuple(str(token.name) for token in tokens if is_capture(token))
     regex = re.compile(regex_of(tokens), re.DOTALL) if floating(tokens) <= _FLOATING_FOR_RE else None
-    return TensorPattern(text, tokens, names, regex)
+    literal = max([token.text for token in tokens if isinstance(token, Literal)], key=len, default="")
+    return TensorPattern(text, tokens, names, regex, literal)
 
 
 def _read(text: str) -> tuple[Token, ...]:
@@ -148,6 +155,7 @@ def _valued(names: Sequence[str], texts: Sequence[str]) -> Captures:
     return tuple(zip(names, map(captured_value, texts), strict=True))
 
 
+@lru_cache(maxsize=4096)  # thousands of names are made of a handful of words and numbers
 def captured_value(text: str) -> int | str:
     """What a captured text stands for: the number, where it is all digits."""
     return int(text) if text.isdigit() and text.isascii() and len(text) <= _LONGEST_INTEGER else text

@@ -47,7 +47,8 @@ _OPTIONAL = "true or false: whether it may be missing in a checkpoint"
 class Table(BaseModel):
     """Any table: nothing may be changed later, no unknown key is let through."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+    # Deferred, because a spec has few kinds of tables, and validators that nobody calls are slow to build.
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, defer_build=True)
 
 
 class BudgetTable(MethodTable, Table):

@@ -26,8 +26,6 @@ from sparseprune.spec.bound import BoundBlock, BoundBlockCoupling, BoundScope, B
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from sparseprune.spec.bound import TensorInfo
-
 Member = TypeVar("Member", BoundBlock, BoundScope)
 
 
@@ -40,10 +38,9 @@ class Layout:
     offset: int = 0
 
 
-def block_of(label: str, tensor: TensorInfo, layout: Layout, shape: Shape) -> BoundBlock:
-    """Blocks of a view of a tensor; ShapeMismatchError where they do not fit."""
-    extents = _blocks(layout.shape, shape, "tensor" if layout.shape == tensor.shape else "view")
-    return BoundBlock(label, tensor.name, layout.shape, layout.stride, layout.offset, extents)
+def blocks_in(layout: Layout, shape: Shape, tensor: Shape) -> Shape:
+    """The extents of blocks in a view of a tensor of some shape; ShapeMismatchError where they do not fit."""
+    return _blocks(layout.shape, shape, "tensor" if layout.shape == tensor else "view")
 
 
 def scope_of(label: str, block: BoundBlock | BoundBlockCoupling, shape: Shape) -> BoundScope:
@@ -72,7 +69,7 @@ def _coupled(
     rank = max(len(member.shape) for group in groups for member in group)
     given = orders or [identity_order(rank)] * len(groups)
     flat = [(member, order) for group, order in zip(groups, given, strict=True) for member in group]
-    members = tuple(_widened(member, rank) for member, _ in flat)
+    members = tuple([_widened(member, rank) for member, _ in flat])
     full = tuple([_widened_order(order, len(member.shape), rank) for member, order in flat])
     grids = tuple([_grid(member) for member in members])
     if not _align(grids, full):
@@ -82,9 +79,9 @@ def _coupled(
 
 def _widened(part: Member, rank: int) -> Member:
     """The same elements with unit dimensions appended, until the grid has this rank."""
-    ones = (1,) * (rank - len(part.shape))
-    if not ones:
+    if len(part.shape) == rank:
         return part
+    ones = (1,) * (rank - len(part.shape))
     if isinstance(part, BoundScope):
         return replace(part, block=_widened_block(part.block, rank), shape=part.shape + ones)
     view_shape, view_stride = part.view_shape + ones, part.view_stride + ones
@@ -101,7 +98,7 @@ def _widened_block(block: BoundBlock | BoundBlockCoupling, rank: int) -> BoundBl
 
 def _widened_order(order: Shape, grid_rank: int, rank: int) -> Shape:
     """An order of a member's own grid, for the grid with unit dimensions appended; others as they are."""
-    return (*order, *range(grid_rank, rank)) if len(order) == grid_rank else order
+    return (*order, *range(grid_rank, rank)) if len(order) == grid_rank < rank else order
 
 
 def _grid(part: BoundBlock | BoundBlockCoupling | BoundScope) -> Shape:

@@ -103,7 +103,9 @@ def in_natural_order(several: Iterable[Captures]) -> list[Captures]:
     rows = list(several)
     values = {value for captures in rows for _, value in captures}
     keys = {value: natural_key(str(value)) for value in values}
-    return sorted(rows, key=lambda captures: [keys[value] for _, value in captures])
+    places = {key: place for place, key in enumerate(sorted(set(keys.values())))}
+    ranks = {value: places[key] for value, key in keys.items()}  # many rows hold few values: compare numbers
+    return sorted(rows, key=lambda captures: [ranks[value] for _, value in captures])
 
 
 def natural_key(text: str) -> NaturalKey:

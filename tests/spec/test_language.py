@@ -352,6 +352,24 @@ def test_a_budget_is_evaluated_for_each_instance(budget: str, wanted: list[Budge
 
 
 @pytest.mark.parametrize(
+    ("keys", "dtype", "wanted"),
+    [
+        ('slice = ["0:4 * layer + 4", ":"]\nblock = [1, -1]', "F32", [((4, 4), (1, 4)), ((8, 4), (1, 4))]),
+        ('block = ["layer + 1", 1]', "F32", [((8, 4), (1, 1)), ((8, 4), (2, 1))]),
+        ("block = [\"2 if dtype == 'F32' else 4\", 1]", "BF16", [((8, 4), (2, 1)), ((8, 4), (4, 1))]),
+    ],
+)
+def test_tensors_of_one_shape_may_be_looked_at_in_unlike_ways(
+    keys: str, dtype: str, wanted: list[object]
+) -> None:
+    first, second = layers("a", count=2)
+    tensors = [first, TensorInfo(second.name, dtype, second.shape)]
+    spec = bound(ROWS.replace("block = [1, -1]", keys), tensors)
+    leaves = [leaf for _, instance in spec.instances() for leaf in instance.scope.leaves]
+    assert [(leaf.view_shape, leaf.shape) for leaf in leaves] == wanted
+
+
+@pytest.mark.parametrize(
     ("budget", "line"),
     [
         ('nnz = "keep[layer]"', 's: [scope.rows] nnz: rows[layer=2,name=a]: "keep[layer]" column 1: keep has 2 items, there is no item 2'),
