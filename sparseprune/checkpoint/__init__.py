@@ -6,6 +6,7 @@ mathematics of pruning. Called by the pipeline and the reports; imports no torch
 
 from sparseprune.checkpoint.folder import OtherFile
 from sparseprune.checkpoint.header import Header, TensorEntry, lay_out, read_header
+from sparseprune.checkpoint.identity import changed_since, checkpoint_identity, refuse_changed
 from sparseprune.checkpoint.layout import (
     CopyRange,
     MaskFormat,
@@ -40,6 +41,8 @@ __all__ = [
     "StoredTensor",
     "TensorEntry",
     "TensorReader",
+    "changed_since",
+    "checkpoint_identity",
     "lay_out",
     "lay_out_apply",
     "lay_out_masks",
@@ -47,4 +50,5 @@ __all__ = [
     "open_checkpoint",
     "read_config",
     "read_header",
+    "refuse_changed",
 ]

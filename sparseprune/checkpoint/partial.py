@@ -1,8 +1,8 @@
-"""The hidden folder beside a target in which its output grows: locked, recovered, exchanged, removed.
+"""The hidden folder beside a target in which its output grows: locked, recovered, kept or removed.
 
 It holds `lock`, held by the run that writes; `output`, which gets the target's name or whose files get
-theirs; and `replaced`, which bore the name before, while names are exchanged. A journal of finished work
-has its place beside them. Knows names and no contents. Called by staging.py.
+theirs; `journal`, by which a later run continues; and, while names are given, what naming.py keeps there.
+Knows names and no contents. Called by staging.py.
 """
 
 from __future__ import annotations
@@ -11,70 +11,124 @@ import contextlib
 import fcntl
 import os
 import shutil
+import stat
 from typing import TYPE_CHECKING
 
-from sparseprune.checkpoint.transfer import machine_errors
+from sparseprune.checkpoint import naming, transfer
 from sparseprune.errors import CheckpointError, MachineError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 _LOCK = "lock"
+_JOURNAL = "journal"
 _ATTEMPTS = 10
 _LOCK_FLAGS = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+_BLOCK = 512  # the unit of st_blocks, whatever the file system's own is
 
 
 class PartialFolder:
-    """The staging folder of one target; at most one live run holds it."""
+    """The staging folder of one target; at most one live run holds it.
+
+    OSErrors are the caller's to put into words, but for those of `release` and `discard`.
+    """
 
     def __init__(self, target: Path) -> None:
         self.target = target
         self.path = target.with_name(f".{target.name}.sparseprune-partial") if target.name else target
-        self.output = self.path / "output"
-        self._replaced = self.path / "replaced"
+        self.output = self.path / naming.OUTPUT
+        self.journal = self.path / _JOURNAL
         self._lock: int | None = None
 
     def acquire(self) -> None:
-        """Takes the lock, undoes what a killed run left, and makes an empty `output`."""
-        with machine_errors(self.path):
-            self._lock = self._locked()
+        """Takes the lock and takes back the names that a killed run was giving."""
+        self._lock = self._locked()
         try:
-            with machine_errors(self.path):
-                self._put_back()
-                self._empty()
-                self.output.mkdir()
+            naming.take_back(self.path, self.target)
         except BaseException:
-            self.discard()
+            self._unlock()
             raise
 
-    def exchange(self) -> None:
-        """Gives `output` the target's name; what had it waits in `replaced`, and comes back on an error."""
+    def start_over(self) -> None:
+        """Removes what a killed run left and makes an empty `output`."""
+        if os.path.lexists(self.journal):
+            # Gone for good before anything else: it would vouch for files that are about to be made anew.
+            remove(self.journal)
+            transfer.sync(self.path)
+        self._remove_all_but(_LOCK)
+        self.output.mkdir()
+
+    def resume(self) -> None:
+        """Removes what a killed run left, but for its output and its journal."""
+        self._remove_all_but(_LOCK, _JOURNAL, naming.OUTPUT)
+
+    def sync_folders(self) -> None:
+        """Waits until every name in the folder, and its own, is on disk."""
+        for folder, _, _ in os.walk(self.path):
+            transfer.sync(self.path / folder)
+        transfer.sync(self.path.parent)
+
+    def sizes(self) -> dict[str, int] | None:
+        """Path in `output` -> size of every file there; None where that is anything but plain files."""
+        sizes: dict[str, int] = {}
         try:
-            if os.path.lexists(self.target):
-                self.target.rename(self._replaced)
-            self.output.rename(self.target)
-        except BaseException:
-            self._put_back()
-            raise
+            for entry in _entries(self.output):
+                status = entry.stat(follow_symlinks=False)
+                if not stat.S_ISREG(status.st_mode):
+                    return None
+                sizes[os.path.relpath(entry.path, self.output)] = status.st_size
+        except OSError:
+            return None
+        return sizes
+
+    def held_bytes(self) -> int:
+        """What the folder takes on disk: free once it is emptied, or there already when it is continued."""
+        held = 0
+        with contextlib.suppress(OSError):  # no folder; a count that is too low refuses too much at worst
+            for entry in _entries(self.path):
+                status = entry.stat(follow_symlinks=False)
+                held += min(status.st_size, status.st_blocks * _BLOCK)
+        return held
+
+    def release(self) -> None:
+        """Lets go of the lock; keeps the folder if a later run can continue it, else removes it."""
+        if self._lock is not None and self.journal.is_file() and self.sizes():
+            self._let_go(remove_it=False)
+        else:
+            self.discard()
 
     def discard(self) -> None:
         """Removes the folder and lets go of the lock; keeps it if it holds the only copy of the target."""
+        self._let_go(remove_it=True)
+
+    def _let_go(self, *, remove_it: bool) -> None:
         if self._lock is None:
             return
         try:
-            self._put_back()
+            naming.take_back(self.path, self.target)
         except OSError as error:
             raise MachineError(
-                f"{self.target}: could not be put back ({error.strerror}); it is in {self._replaced}"
+                f"{self.target}: could not be put back ({error.strerror}); what it was is in {self.path}"
             ) from error
         else:
-            # What cannot be removed now is stale from here on, and removed by the next run.
-            with contextlib.suppress(OSError):
-                self._empty()
-                # The lock goes last: whoever makes it anew finds nothing that is still being removed.
-                (self.path / _LOCK).unlink()
-                self.path.rmdir()
+            if remove_it:
+                self._remove()
         finally:
+            self._unlock()
+
+    def _remove(self) -> None:
+        # What cannot be removed now is stale from here on, and removed by the next run.
+        with contextlib.suppress(OSError):
+            # First, so that nothing is continued of which a part is gone.
+            remove(self.journal)
+            self._remove_all_but(_LOCK)
+            # The lock goes last: whoever makes it anew finds nothing that is still being removed.
+            (self.path / _LOCK).unlink()
+            self.path.rmdir()
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
             os.close(self._lock)
             self._lock = None
 
@@ -110,14 +164,9 @@ class PartialFolder:
         os.close(descriptor)
         return False
 
-    def _put_back(self) -> None:
-        """Between the two renames the target is in `replaced` alone: it gets its name again."""
-        if os.path.lexists(self._replaced) and not os.path.lexists(self.target):
-            self._replaced.rename(self.target)
-
-    def _empty(self) -> None:
-        for path in self.path.iterdir():
-            if path.name != _LOCK:
+    def _remove_all_but(self, *kept: str) -> None:
+        for path in sorted(self.path.iterdir()):
+            if path.name not in kept:
                 remove(path)
 
 
@@ -127,3 +176,13 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def _entries(folder: Path | str) -> Iterator[os.DirEntry[str]]:
+    """All that lies in a folder and below, but for the folders themselves; links are not followed."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                yield from _entries(entry.path)
+            else:
+                yield entry

@@ -6,6 +6,7 @@ folder.py's part. Opens nothing for writing. Called by the pipeline, and by layo
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from pathlib import PurePosixPath
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Self
 
-from sparseprune.checkpoint import folder
+from sparseprune.checkpoint import folder, transfer
 from sparseprune.checkpoint.documents import shown
 from sparseprune.checkpoint.header import Header, TensorEntry, read_header
 from sparseprune.errors import CheckpointError, MachineError
@@ -24,18 +25,21 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from sparseprune.checkpoint.folder import OtherFile
+    from sparseprune.checkpoint.transfer import WritableBytes
 
 
 @dataclass(frozen=True)
 class Shard:
     """One safetensors file of a checkpoint; its path decides equality.
 
-    `relative` is where it lies in the checkpoint, and so in an output: `path` may be a link.
+    `relative` is where it lies in the checkpoint, and so in an output: `path` may be a link. `mtime_ns` is
+    when it was last written to, as of the time its header was read; its size was the header's.
     """
 
     path: Path
     header: Header = field(compare=False, repr=False)
     relative: PurePosixPath = field(compare=False, repr=False)
+    mtime_ns: int = field(default=0, compare=False, repr=False)
 
     @property
     def name(self) -> str:
@@ -100,10 +104,10 @@ def open_checkpoint(path: Path) -> Checkpoint:
     CheckpointError where it is none or contradicts itself, MachineError where it cannot be read.
     """
     if not path.is_dir():
-        shard = Shard(path, read_header(path), PurePosixPath(path.name))
+        shard = _shard(path, PurePosixPath(path.name))
         return Checkpoint(path, (shard,), is_directory=False, others=(), tensors=_tensors((shard,)))
     found = folder.find_files(path)
-    shards = tuple(Shard(path / place, read_header(path / place), place) for place in found.shards)
+    shards = tuple(_shard(path / place, place) for place in found.shards)
     tensors = _tensors(shards)
     _check_index(path, found, tensors)
     return Checkpoint(path, shards, is_directory=True, others=found.others, tensors=tensors)
@@ -144,22 +148,23 @@ class TensorReader:
     def read(self, stored: StoredTensor, begin: int = 0, end: int | None = None) -> bytearray:
         """The bytes [begin, end) of a tensor, all of it by default; ValueError outside of it."""
         stop = stored.nbytes if end is None else end
-        if not 0 <= begin <= stop <= stored.nbytes:
-            raise ValueError(f"bytes {begin} to {stop} of {stored.name!r}, which has {stored.nbytes}")
+        _check_part(stored, begin, stop)
         data = bytearray(stop - begin)
-        path = stored.shard.path
-        try:
-            descriptor = self._descriptor(stored.shard)
-            done = 0
-            with memoryview(data) as view:
-                while done < len(data):
-                    count = os.preadv(descriptor, [view[done:]], stored.offset + begin + done)
-                    if count == 0:
-                        raise _truncated(path, stored.offset + begin + done, stored.shard.header.file_size)
-                    done += count
-        except OSError as error:
-            raise MachineError(f"{path}: cannot be read: {error.strerror}") from error
+        self.read_into(stored, begin, data)
         return data
+
+    def read_into(self, stored: StoredTensor, begin: int, buffer: WritableBytes) -> None:
+        """Fills a contiguous buffer, such as a numpy array, with a tensor's bytes from `begin` on.
+
+        ValueError where it reaches outside of the tensor.
+        """
+        view = transfer.as_bytes(buffer)
+        _check_part(stored, begin, begin + len(view))
+        offset = stored.offset + begin
+        with transfer.machine_errors(stored.shard.path, "cannot be read"):
+            done = transfer.read_into(self._descriptor(stored.shard), view, offset)
+        if done < len(view):
+            raise _truncated(stored.shard.path, offset + done, stored.shard.header.file_size)
 
     def _descriptor(self, shard: Shard) -> int:
         with self._lock:
@@ -167,6 +172,19 @@ class TensorReader:
             if descriptor is None:
                 descriptor = self._descriptors[shard.path] = _opened(shard)
             return descriptor
+
+
+def _shard(path: Path, relative: PurePosixPath) -> Shard:
+    mtime_ns = 0
+    with contextlib.suppress(OSError):  # which the header's reader tells
+        # Before the header is read, so that a change meanwhile is noticed later.
+        mtime_ns = path.stat().st_mtime_ns
+    return Shard(path, read_header(path), relative, mtime_ns)
+
+
+def _check_part(stored: StoredTensor, begin: int, end: int) -> None:
+    if not 0 <= begin <= end <= stored.nbytes:
+        raise ValueError(f"bytes {begin} to {end} of {stored.name!r}, which has {stored.nbytes}")
 
 
 def _opened(shard: Shard) -> int:

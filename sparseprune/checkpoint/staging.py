@@ -1,22 +1,35 @@
 """The writing side: an output grows in a hidden sibling and gets its name when it is complete.
 
-Owns the staging folder, its lock, and the exchange of names at the end. Knows places from the layout
-and not what is written there. Called by the pipeline, whose workers write from any thread in any order.
+Owns the output while it is written, what of it is on disk and noted, and whether it is continued. Knows
+places from the layout and not what is written there. Called by the pipeline, whose workers write from any
+thread in any order.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
-import threading
-from typing import TYPE_CHECKING, Self
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Self
 
-from sparseprune.checkpoint import transfer
+from sparseprune.checkpoint import naming, transfer
+from sparseprune.checkpoint.journal import Journal, JournalContent, note_line, read_journal
 from sparseprune.checkpoint.partial import PartialFolder
-from sparseprune.checkpoint.target import check_existing, check_target, final_paths, free_bytes, needed_bytes
+from sparseprune.checkpoint.syncing import Unsynced
+from sparseprune.checkpoint.target import (
+    check_existing,
+    check_place,
+    check_target,
+    final_paths,
+    free_bytes,
+    needed_bytes,
+)
+from sparseprune.checkpoint.writer import FileWriter
 from sparseprune.errors import MachineError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from contextlib import AbstractContextManager
     from pathlib import Path, PurePosixPath
     from types import TracebackType
@@ -26,42 +39,81 @@ if TYPE_CHECKING:
 
 
 class StagedOutput:
-    """An output while it is written: complete under its name after `commit`, or leaving nothing behind.
+    """An output while it is written: complete under its name after `commit`, or nothing under it.
 
     A context manager. Entering it checks the target and makes every file of the layout at its final size
-    with its header; an exit without `commit` removes all of it. Methods may be called from any thread.
+    with its header. With an `identity`, the part names and digests of all that the work depends on, what
+    was noted is kept where the machine or the user ends the run, and continued by the next one of the same
+    identity. Otherwise an exit without `commit` removes all of it. Methods may be called from any thread.
+
+    Once entered, `resumed` tells whether an earlier run is continued, `finished` what it noted, by key, and
+    `started_over` the parts of the identity for which one was not continued; `kept`, once left, whether
+    the next run can continue this one.
     """
 
-    def __init__(self, layout: OutputLayout, force: bool = False) -> None:  # noqa: FBT001, FBT002
+    def __init__(
+        self,
+        layout: OutputLayout,
+        force: bool = False,  # noqa: FBT001, FBT002
+        identity: Mapping[str, str] | None = None,
+    ) -> None:
         self.layout = layout
         self.force = force
+        self.identity = identity
+        self.finished: Mapping[str, Any] = MappingProxyType({})
+        self.resumed = False
+        self.started_over: tuple[str, ...] = ()
+        self.kept = False
         self._partial = PartialFolder(layout.target)
-        self._lock = threading.Lock()
-        self._unsynced: set[Path] = set()
+        self._paths = {file.path: str(self._partial.output / file.path) for file in layout.files}
+        self._writer = FileWriter()
+        self._unsynced = Unsynced(self._writing)
+
+    @property
+    def partial_path(self) -> Path:
+        """The hidden folder in which the output grows, and in which it stays if it is kept."""
+        return self._partial.path
 
     def __enter__(self) -> Self:
-        check_target(self.layout, force=self.force)
-        self._partial.acquire()
+        check_place(self.layout)
+        if not os.path.lexists(self.partial_path):
+            check_target(self.layout, force=self.force)  # nothing is made for an output that is refused
+        with self._writing(self.partial_path):
+            self._partial.acquire()
+        found, begun = None, False
         try:
-            # An earlier run that was killed while it replaced its target is undone by now.
-            check_existing(self.layout, force=self.force)
-            self._make_files()
+            # A run that was killed while it gave names is undone by now, and no other run is at work.
+            check_target(self.layout, force=self.force, held=self._partial.held_bytes())
+            found, begun = self._unfinished(), True
+            if found is None:
+                self._start_over()
+            else:
+                self._resume(found)
         except BaseException:
-            self._partial.discard()
+            self._leave(keep=found is not None or not begun)
             raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._partial.discard()
+        keep = False
+        try:
+            if self._unsynced.journal is not None and _may_go_on(error):
+                with contextlib.suppress(MachineError):
+                    self.flush()
+        finally:
+            if self._unsynced.journal is not None and _may_go_on(error):
+                keep = self._unsynced.journal.notes > 0 and self._is_whole()
+            self._leave(keep=keep)
+            self.kept = keep
 
     def copy(self, part: CopyRange) -> None:
         """Copies bytes of the input to their place; MachineError where the input has become shorter."""
-        path = self._path(part.file)
+        path = self._paths[part.file]
         with self._writing(path):
             transfer.copy_range(part.source, part.source_offset, path, part.offset, part.length)
-        self._note(path)
+        self._unsynced.written(path)
 
     def write_weight(self, name: str, begin: int, data: Bytes) -> None:
         """Writes bytes of a pruned tensor from its byte `begin` on; nothing in an output of masks only."""
@@ -71,8 +123,8 @@ class StagedOutput:
     def write_mask(self, name: str, first: int, keep: Bytes) -> None:
         """Writes the mask of the elements from `first` on, one byte 0 or 1 for each, row-major.
 
-        For packed masks `first` is a multiple of 8, and so is the end unless it is the tensor's. Nothing
-        in an output without masks.
+        Nothing in an output without masks. Parts of a packed mask may be written side by side even where
+        they share a byte; whole bytes are written faster.
         """
         if self.layout.mask_format is None:
             return
@@ -80,37 +132,48 @@ class StagedOutput:
         if self.layout.mask_format == "bool":
             self._write(name, place, first, keep)
             return
-        end = first + memoryview(keep).nbytes
-        if first % 8 or (end % 8 and end != place.numel) or end > place.numel:
-            raise ValueError(
-                f"packed mask of {name!r}: elements {first} to {end} of {place.numel} do not fill whole bytes"
-            )
-        self._write(name, place, first // 8, _packed(keep))
+        bits = transfer.as_bytes(keep)
+        end = first + len(bits)
+        if not 0 <= first <= end <= place.numel:
+            raise ValueError(f"packed mask of {name!r}: elements {first} to {end} of {place.numel}")
+        head = min(-first % 8, len(bits))
+        tail = 0 if end == place.numel or head == len(bits) else end % 8
+        self._merge(place, first, bits[:head])
+        if head + tail < len(bits):
+            self._write(name, place, (first + head) // 8, _packed(bits[head : len(bits) - tail]))
+        self._merge(place, end - tail, bits[len(bits) - tail :])
 
     def add_file(self, name: PurePosixPath, data: bytes) -> None:
         """Writes the report or the spec, under the name that the layout gives it; again to replace it."""
         if name not in (self.layout.report_file, self.layout.spec_file):
             raise ValueError(f"{name}: the layout has no such file")
-        path = self._path(name)
+        path = self._partial.output / name
         with self._writing(path):
             path.unlink(missing_ok=True)
             path.parent.mkdir(parents=True, exist_ok=True)
             transfer.create(path, len(data), data)
 
-    def flush(self) -> None:
-        """Waits until what has been written so far is on disk, so that `commit` finds little left to do.
+    def note(self, key: str, record: object) -> None:
+        """Tells that a piece of work is finished: that the writes it takes have returned.
 
-        MachineError where that fails: the system tells it once, and `commit` might not hear of it again.
+        A later run finds the JSON-able `record` in `finished` under the key, once the bytes are on disk.
         """
-        with self._lock:
-            paths, self._unsynced = self._unsynced, set()
-        for path in sorted(paths):
-            with self._writing(path):
-                transfer.sync(path, data_only=True)
+        if self.identity is not None:
+            self._unsynced.noted(note_line(key, record))
+
+    def flush(self) -> None:
+        """Waits until what has been written so far is on disk, then until what was noted of it is.
+
+        `commit` then finds little left to do. MachineError where that fails, then and from then on: the
+        system tells it once. Nothing is noted after it.
+        """
+        self._unsynced.flush()
 
     def commit(self) -> None:
         """Gives the complete output its name, once it is on disk; what it replaces goes only then."""
         layout = self.layout
+        self.flush()
+        self._writer.close()
         root = self._partial.output
         with self._writing(root):
             for folder, _, files in os.walk(root, topdown=False):
@@ -118,64 +181,107 @@ class StagedOutput:
                     transfer.sync(root.joinpath(folder, file))
                 transfer.sync(root.joinpath(folder))
         check_existing(layout, force=self.force)
-        with transfer.machine_errors(layout.target, "cannot get its name"):
+        with self._writing(layout.target, "cannot get its name"):
             if layout.is_directory:
-                self._partial.exchange()
+                naming.exchange(self.partial_path, layout.target)
             else:
-                self._name_files()
+                naming.name_files(self.partial_path, final_paths(layout))
         with transfer.machine_errors(layout.target.parent, "cannot be synced to disk"):
             transfer.sync(layout.target.parent)
 
-    def _name_files(self) -> None:
-        """The weights come last, so that whoever sees them sees their masks; all or none if none existed."""
-        named: list[Path] = []
-        try:
-            for final in final_paths(self.layout):
-                staged = self._partial.output / final.name
-                if staged.exists():
-                    replaced = os.path.lexists(final)
-                    staged.replace(final)
-                    named += [] if replaced else [final]
-                else:
-                    final.unlink(missing_ok=True)
-        except BaseException:
-            for final in named:
-                final.unlink(missing_ok=True)
-            raise
+    def _unfinished(self) -> JournalContent | None:
+        """What an earlier run noted, if this run continues it."""
+        if self.identity is None:
+            return None
+        with transfer.machine_errors(self._partial.journal, "cannot be read"):
+            found = read_journal(self._partial.journal)
+        if found is None or not self._partial.sizes():
+            return None
+        parts = dict.fromkeys((*self.identity, *found.identity))
+        self.started_over = tuple(
+            part for part in parts if self.identity.get(part) != found.identity.get(part)
+        )
+        return None if self.started_over or not self._is_whole() else found
 
-    def _make_files(self) -> None:
+    def _is_whole(self) -> bool:
+        """Whether every file of the layout is there at its size, and nothing that does not belong there."""
+        sizes = self._partial.sizes()
+        if sizes is None:
+            return False
+        for name in (self.layout.report_file, self.layout.spec_file):
+            sizes.pop(str(name), None)
+        return sizes == {str(file.path): file.size for file in self.layout.files}
+
+    def _resume(self, found: JournalContent) -> None:
+        with self._writing(self.partial_path):
+            self._partial.resume()
         for file in self.layout.files:
-            path = self._path(file.path)
+            path = self._paths[file.path]
+            # No note vouches for the headers, which may not have been on disk when the machine went down.
+            with self._writing(path):
+                transfer.overwrite(path, file.begins_with, 0)
+        with self._writing(self._partial.journal):
+            self._unsynced.journal = Journal.resume(self._partial.journal, found)
+        self.finished = MappingProxyType(dict(found.finished))
+        self.resumed = True
+
+    def _start_over(self) -> None:
+        with self._writing(self.partial_path):
+            self._partial.start_over()
+        for file in self.layout.files:
+            path = self._partial.output / file.path
             with self._writing(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 transfer.create(path, file.size, file.begins_with, executable=file.executable)
+        if self.identity is not None:
+            with self._writing(self._partial.journal):
+                # After the files: from now on a later run takes them for made.
+                self._unsynced.journal = Journal.begin(self._partial.journal, self.identity)
+                self._partial.sync_folders()
+
+    def _leave(self, *, keep: bool) -> None:
+        self._writer.close()
+        if self._unsynced.journal is not None:
+            self._unsynced.journal.close()
+            self._unsynced.journal = None
+        if keep:
+            self._partial.release()
+        else:
+            self._partial.discard()
 
     def _write(self, name: str, place: Place, begin: int, data: Bytes) -> None:
-        end = begin + memoryview(data).nbytes
+        view = transfer.as_bytes(data)
+        end = begin + len(view)
         if not 0 <= begin <= end <= place.nbytes:
             raise ValueError(f"bytes {begin} to {end} of {name!r} in {place.file}, which has {place.nbytes}")
-        path = self._path(place.file)
+        path = self._paths[place.file]
         with self._writing(path):
-            transfer.overwrite(path, data, place.offset + begin)
-        self._note(path)
+            self._writer.write(path, view, place.offset + begin)
+        self._unsynced.written(path)
 
-    def _note(self, path: Path) -> None:
-        with self._lock:
-            self._unsynced.add(path)
+    def _merge(self, place: Place, first: int, keep: memoryview) -> None:
+        """Writes some bits of one byte of a packed mask."""
+        if not keep:
+            return
+        shift = first % 8
+        value = sum(bit << shift + number for number, bit in enumerate(keep))
+        path = self._paths[place.file]
+        with self._writing(path):
+            self._writer.merge(path, place.offset + first // 8, value, ((1 << len(keep)) - 1) << shift)
+        self._unsynced.written(path)
 
-    def _path(self, name: PurePosixPath) -> Path:
-        return self._partial.output / name
-
-    def _writing(self, path: Path) -> AbstractContextManager[None]:
-        return _Writing(path, self.layout)
+    def _writing(self, path: Path | str, doing: str = "cannot be written") -> AbstractContextManager[None]:
+        return _Writing(path, doing, self.layout, self._partial)
 
 
 class _Writing:
     """Turns an OSError of a write into a MachineError, with the bytes needed and free on a full disk."""
 
-    def __init__(self, path: Path, layout: OutputLayout) -> None:
+    def __init__(self, path: Path | str, doing: str, layout: OutputLayout, partial: PartialFolder) -> None:
         self._path = path
+        self._doing = doing
         self._layout = layout
+        self._partial = partial
 
     def __enter__(self) -> None:
         return
@@ -185,14 +291,22 @@ class _Writing:
     ) -> None:
         if not isinstance(error, OSError):
             return
-        fact = f"{self._path}: cannot be written: {error.strerror or error}"
+        fact = f"{self._path}: {self._doing}: {error.strerror or error}"
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            needed = needed_bytes(self._layout, self._partial.held_bytes())
             free = free_bytes(self._layout.target.parent)
-            fact += f"; the output needs {needed_bytes(self._layout)} bytes, {free} are free now"
+            fact += f"; the output needs {needed} bytes more, {free} are free now"
         raise MachineError(fact) from error
 
 
-def _packed(keep: Bytes) -> bytes:
+def _may_go_on(error: BaseException | None) -> bool:
+    """Whether the machine or the user ended a run, and not a mistake that the next one would make again."""
+    if error is None or isinstance(error, (MachineError, MemoryError)):
+        return error is not None
+    return not isinstance(error, Exception)
+
+
+def _packed(bits: memoryview) -> memoryview:
     import numpy as np  # noqa: PLC0415  (not needed to write bool masks)
 
-    return np.packbits(np.frombuffer(keep, dtype=np.uint8), bitorder="little").tobytes()
+    return np.packbits(np.frombuffer(bits, dtype=np.uint8), bitorder="little").data

@@ -1,7 +1,7 @@
 """May an output be written where it was asked for? Every refusal that needs no byte written.
 
 Owns the rules that keep the input and what already lies at the target safe. Changes nothing on disk.
-Called by staging.py before it begins.
+Called by staging.py before it begins, and once more when it has the staging folder for itself.
 """
 
 from __future__ import annotations
@@ -21,12 +21,20 @@ if TYPE_CHECKING:
 _MARGIN = 1 << 20
 
 
-def check_target(layout: OutputLayout, *, force: bool) -> None:
-    """CheckpointError where the output may not be written, MachineError where the system will not have it."""
+def check_target(layout: OutputLayout, *, force: bool, held: int = 0) -> None:
+    """CheckpointError where the output may not be written, MachineError where the system will not have it.
+
+    `held` bytes of what is needed are there already, or will be free: what an unfinished run has left.
+    """
+    check_place(layout)
+    check_existing(layout, force=force)
+    _check_room(layout, held)
+
+
+def check_place(layout: OutputLayout) -> None:
+    """As `check_target`, whatever exists there and however little room there is."""
     _check_parent(layout.target)
     _check_apart(layout)
-    check_existing(layout, force=force)
-    _check_room(layout)
 
 
 def check_existing(layout: OutputLayout, *, force: bool) -> None:
@@ -46,6 +54,10 @@ def check_existing(layout: OutputLayout, *, force: bool) -> None:
                 f"{path}: --force replaces what sparseprune wrote, and this directory has no report of it; "
                 "remove it yourself, or give another name with -o"
             )
+        if layout.is_directory and not path.is_symlink() and not os.access(path, os.W_OK | os.X_OK):
+            raise MachineError(
+                f"{path}: cannot be written to, so --force cannot replace it; give another name with -o"
+            )
 
 
 def final_paths(layout: OutputLayout) -> tuple[Path, ...]:
@@ -62,9 +74,12 @@ def _is_ours(directory: Path) -> bool:
     return any(report.is_file() for report in reports) or not any(directory.iterdir())
 
 
-def needed_bytes(layout: OutputLayout) -> int:
-    """What must be free: the output is complete before anything that it replaces goes away."""
-    return layout.output_bytes + _MARGIN
+def needed_bytes(layout: OutputLayout, held: int = 0) -> int:
+    """What must be free: the output is complete before anything that it replaces goes away.
+
+    `held` as in `check_target`.
+    """
+    return max(0, layout.output_bytes - held) + _MARGIN
 
 
 def free_bytes(folder: Path) -> int:
@@ -104,11 +119,11 @@ def _check_apart(layout: OutputLayout) -> None:
             )
 
 
-def _check_room(layout: OutputLayout) -> None:
+def _check_room(layout: OutputLayout, held: int) -> None:
     parent = layout.target.parent
     with machine_errors(parent, "cannot be examined"):
         free = free_bytes(parent)
-    needed = needed_bytes(layout)
+    needed = needed_bytes(layout, held)
     if free < needed:
         raise MachineError(
             f"{parent}: not enough free space: {needed} bytes needed, {free} free; free some or give another "

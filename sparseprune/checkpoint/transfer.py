@@ -1,8 +1,8 @@
 """Moving bytes between files: whole writes, copies by the kernel, errors with path and cause.
 
 Owns short reads and writes, and what to do where the kernel will not copy. Knows offsets and no
-tensors. Every call opens the files it needs and closes them, so it can be made from any thread, and
-the number of open files does not grow with the checkpoint. Called by staging.py.
+tensors. Every call closes the files it opened, so it can be made from any thread, and the number of open
+files does not grow with the checkpoint. Called by staging.py, and by whatever else writes or reads.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from sparseprune.errors import MachineError
 
@@ -18,14 +18,19 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-Bytes = bytes | bytearray | memoryview
+    import numpy as np
+    from _typeshed import ReadableBuffer, WriteableBuffer
+
+    # An array has the buffer protocol, which its type tells from Python 3.12 on.
+    Bytes = ReadableBuffer | np.ndarray[Any, Any]
+    WritableBytes = WriteableBuffer | np.ndarray[Any, Any]
 
 # What a kernel or file system answers where it cannot copy by itself, though plain reads and writes work.
 _NO_KERNEL_COPY = frozenset({errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM})
 _BUFFER = 1 << 20
 _KERNEL_STEP = 1 << 30
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-_WRITE = os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+_WRITE = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 @contextlib.contextmanager
@@ -37,7 +42,7 @@ def machine_errors(path: Path, doing: str = "cannot be written") -> Iterator[Non
         raise MachineError(f"{path}: {doing}: {error.strerror or error}") from error
 
 
-def create(path: Path, size: int, begins_with: Bytes = b"", *, executable: bool = False) -> None:
+def create(path: Path | str, size: int, begins_with: Bytes = b"", *, executable: bool = False) -> None:
     """A new file of this size that begins with these bytes and is zero after them; OSError if it exists."""
     descriptor = os.open(path, _CREATE, 0o777 if executable else 0o666)
     try:
@@ -47,24 +52,47 @@ def create(path: Path, size: int, begins_with: Bytes = b"", *, executable: bool 
         os.close(descriptor)
 
 
-def overwrite(path: Path, data: Bytes, offset: int) -> None:
+def open_to_write(path: Path | str) -> int:
+    """A descriptor of a file that exists and is no link, for writing at places of it."""
+    return os.open(path, _WRITE)
+
+
+def overwrite(path: Path | str, data: Bytes, offset: int) -> None:
     """Writes all of `data` at `offset` of a file that exists and is no link."""
-    descriptor = os.open(path, _WRITE)
+    descriptor = open_to_write(path)
     try:
         write_at(descriptor, data, offset)
     finally:
         os.close(descriptor)
 
 
+def as_bytes(data: Bytes) -> memoryview:
+    """The memory of a contiguous buffer, seen as bytes; nothing is copied."""
+    view = memoryview(cast("ReadableBuffer", data))
+    return view.cast("B") if view.nbytes else memoryview(b"")  # no item: a shape that no cast takes
+
+
 def write_at(descriptor: int, data: Bytes, offset: int) -> None:
     """Writes all of `data`, in as many steps as the system takes."""
-    with memoryview(data) as view, view.cast("B") as rest:
-        done = 0
-        while done < len(rest):
-            done += os.pwrite(descriptor, rest[done:], offset + done)
+    rest = as_bytes(data)
+    done = 0
+    while done < len(rest):
+        done += os.pwrite(descriptor, rest[done:], offset + done)
 
 
-def copy_range(source: Path, source_offset: int, file: Path, offset: int, length: int) -> None:
+def read_into(descriptor: int, buffer: WritableBytes, offset: int) -> int:
+    """Fills `buffer` from `offset` on, in as many steps as the system takes; how much of it the file had."""
+    rest = as_bytes(buffer)
+    done = 0
+    while done < len(rest):
+        count = os.preadv(descriptor, [rest[done:]], offset + done)
+        if count == 0:
+            break
+        done += count
+    return done
+
+
+def copy_range(source: Path, source_offset: int, file: Path | str, offset: int, length: int) -> None:
     """Copies bytes between two files that exist; MachineError where the source ends too early.
 
     Errors of either file are MachineErrors for the source and OSErrors for the written file.
@@ -72,7 +100,7 @@ def copy_range(source: Path, source_offset: int, file: Path, offset: int, length
     with machine_errors(source, "cannot be read"):
         reading = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        writing = os.open(file, _WRITE)
+        writing = open_to_write(file)
         try:
             done = _kernel_copy(reading, source_offset, writing, offset, length)
             _plain_copy(source, reading, source_offset + done, writing, offset + done, length - done)
@@ -82,13 +110,21 @@ def copy_range(source: Path, source_offset: int, file: Path, offset: int, length
         os.close(reading)
 
 
-def sync(path: Path, *, data_only: bool = False) -> None:
+def sync(path: Path | str, *, data_only: bool = False) -> None:
     """Waits until a file or folder is on disk, or only the data of a file."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
-        (os.fdatasync if data_only and hasattr(os, "fdatasync") else os.fsync)(descriptor)
+        if data_only:
+            sync_data(descriptor)
+        else:
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sync_data(descriptor: int) -> None:
+    """Waits until the data of an open file is on disk, and of the rest what reading it takes."""
+    (os.fdatasync if hasattr(os, "fdatasync") else os.fsync)(descriptor)
 
 
 def _kernel_copy(reading: int, source_offset: int, writing: int, offset: int, length: int) -> int:

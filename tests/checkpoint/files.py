@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,8 @@ from sparseprune.checkpoint import StagedOutput, TensorReader, lay_out, lay_out_
 from sparseprune.errors import CheckpointError, MachineError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterator
+
     from sparseprune.checkpoint import MaskFormat, OutputLayout
 
 Tensors = list[tuple[str, str, tuple[int, ...]]]
@@ -51,7 +54,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def layout_of(
-    path: Path, target: Path | None = None, masked: str = "", form: MaskFormat | None = None
+    path: Path, target: Path | None = None, masked: Collection[str] = "", form: MaskFormat | None = None
 ) -> OutputLayout:
     return lay_out_apply(open_checkpoint(path), target, masked, form)
 
@@ -75,6 +78,62 @@ def stage(layout: OutputLayout, *, force: bool = False, report: bytes = b"{}") -
     with StagedOutput(layout, force) as output:
         fill(output, report)
         output.commit()
+
+
+IDENTITY = {"version": "1", "input": "a", "spec": "b", "options": "c"}
+
+
+def steps(layout: OutputLayout, reader: TensorReader) -> Iterator[tuple[str, Callable[[StagedOutput], None]]]:
+    """Pieces of work by key, one copy or 8 elements of a weight each; every second byte is dropped."""
+    for number, part in enumerate(layout.copies):
+        yield f"copy {number}", partial(StagedOutput.copy, part=part)
+    for name in layout.weights:
+        for first in range(0, layout.checkpoint.tensors[name].numel, 8):
+            yield f"{name} {first}", partial(_prune, name=name, first=first, reader=reader)
+
+
+def _prune(output: StagedOutput, name: str, first: int, reader: TensorReader) -> None:
+    stored = output.layout.checkpoint.tensors[name]
+    width = stored.nbytes // stored.numel
+    last = min(first + 8, stored.numel)
+    data = reader.read(stored, first * width, last * width)
+    data[::2] = bytes(len(data[::2]))
+    output.write_weight(name, first * width, data)
+    output.write_mask(name, first, (b"\0\1" * 4)[: last - first])
+
+
+def work(output: StagedOutput) -> list[str]:
+    """What a pipeline does that can be continued; gives the keys of what was not finished yet."""
+    done = []
+    with TensorReader() as reader:
+        for key, step in steps(output.layout, reader):
+            if key not in output.finished:
+                step(output)
+                output.note(key, {"of": key})
+                output.flush()
+                done.append(key)
+    output.add_file(output.layout.report_file, b"{}")
+    if output.layout.spec_file is not None:
+        output.add_file(output.layout.spec_file, b"version = 1")
+    return done
+
+
+def resumable(layout: OutputLayout, *, force: bool = False, **parts: str) -> StagedOutput:
+    return StagedOutput(layout, force, IDENTITY | parts)
+
+
+def all_keys(layout: OutputLayout) -> list[str]:
+    with TensorReader() as reader:
+        return [key for key, _ in steps(layout, reader)]
+
+
+def finish(layout: OutputLayout, *, force: bool = False, **parts: str) -> tuple[list[str], list[str]]:
+    """Runs to the end; the keys that were finished before, and those that were done now."""
+    with resumable(layout, force=force, **parts) as output:
+        found = list(output.finished)
+        done = work(output)
+        output.commit()
+    return found, done
 
 
 def error_of(layout: OutputLayout, *, force: bool = False) -> str | None:

@@ -158,7 +158,8 @@ def test_a_disk_that_is_full_at_any_moment_leaves_nothing_behind(
         if os.path.lexists(layout.target):
             break
         assert re.search(
-            r"/\.\S+: cannot be written: No space .*needs \d+ bytes, \d+ are free now", error or ""
+            r"/\S+: cannot (be written|get its name): No space .*needs \d+ bytes more, \d+ are free now",
+            error or "",
         )
         assert content(tmp_path) == before
         good += 1
@@ -170,10 +171,10 @@ def test_a_folder_that_cannot_be_synced_is_named_and_the_complete_output_stays(
 ) -> None:
     sync = transfer.sync
 
-    def fail(path: Path) -> None:
+    def fail(path: Path | str, *, data_only: bool = False) -> None:
         if path == tmp_path:
             raise OSError(errno.EIO, "Input/output error")
-        sync(path)
+        sync(path, data_only=data_only)
 
     monkeypatch.setattr(transfer, "sync", fail)
     layout = layout_of(directory(tmp_path))
@@ -187,22 +188,20 @@ def test_a_rename_that_fails_loses_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[[Path], Path], number: int
 ) -> None:
     path = make(tmp_path)
-    stage(layout_of(path))
+    stage(layout_of(path), report=b"old")
     before = content(tmp_path)
     moves = 0
 
-    def failing(real: Callable[[Path, Path], Path]) -> Callable[[Path, Path], Path]:
-        def move(source: Path, target: Path) -> Path:
-            nonlocal moves
-            moves += 1
-            if moves == number:
-                raise OSError(errno.EIO, "Input/output error")
-            return real(source, target)
+    rename = Path.rename
 
-        return move
+    def move(source: Path, target: Path) -> Path:
+        nonlocal moves
+        moves += 1
+        if moves == number:
+            raise OSError(errno.EIO, "Input/output error")
+        return rename(source, target)
 
-    for name in ("rename", "replace"):
-        monkeypatch.setattr(Path, name, failing(getattr(Path, name)))
+    monkeypatch.setattr(Path, "rename", move)
     error = error_of(layout_of(path), force=True)
     assert "cannot get its name: Input/output error" in (error or "")
     assert content(tmp_path) == before
@@ -210,17 +209,65 @@ def test_a_rename_that_fails_loses_nothing(
 
 def test_names_given_before_a_failure_are_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = single(tmp_path)
-    replace = Path.replace
+    rename = Path.rename
 
     def fail(source: Path, target: Path) -> Path:
         if target.name == "m.pruned.safetensors":
             raise OSError(errno.EIO, "Input/output error")
-        return replace(source, target)
+        return rename(source, target)
 
-    monkeypatch.setattr(Path, "replace", fail)
+    monkeypatch.setattr(Path, "rename", fail)
     with pytest.raises(MachineError, match="cannot get its name"):
         stage(layout_of(path, masked="a", form="bool"))
     assert names_in(tmp_path) == ["m.safetensors"]
+
+
+def killed_while_naming(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, renames: int) -> Path:
+    """What a run leaves that dies after so many renames: first the old weights, then the old report."""
+    path = single(tmp_path)
+    stage(layout_of(path), report=b"old")
+    rename = Path.rename
+    left = iter(range(renames))
+
+    class Killed(BaseException):
+        pass
+
+    def die(source: Path, target: Path) -> Path:
+        if next(left, None) is None:
+            raise Killed
+        return rename(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", die)
+        patch.setattr("sparseprune.checkpoint.naming.take_back", lambda folder, target: None)
+        patch.setattr("sparseprune.checkpoint.partial.remove", lambda path: None)
+        with pytest.raises(Killed):
+            stage(layout_of(path), force=True, report=b"new")
+    return path
+
+
+def test_what_somebody_put_in_the_place_of_a_file_since_is_not_taken_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = killed_while_naming(tmp_path, monkeypatch, 3)
+    report = tmp_path / "m.pruned.report.json"
+    assert report.read_bytes() == b"new"
+    report.write_bytes(b"of the user")
+    with pytest.raises(CheckpointError, match="already exists"):
+        stage(layout_of(path))
+    assert report.read_bytes() == b"of the user"
+    assert names_in(tmp_path) == ["m.pruned.report.json", "m.pruned.safetensors", "m.safetensors"]
+
+
+def test_files_whose_names_were_taken_away_get_them_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = killed_while_naming(tmp_path, monkeypatch, 2)
+    assert "m.pruned.safetensors" not in names_in(tmp_path)
+    with pytest.raises(CheckpointError, match="already exists"):
+        stage(layout_of(path))
+    assert (tmp_path / "m.pruned.report.json").read_bytes() == b"old"
+    assert names_in(tmp_path) == ["m.pruned.report.json", "m.pruned.safetensors", "m.safetensors"]
 
 
 def test_a_target_that_cannot_be_put_back_is_kept_and_named(
@@ -236,7 +283,7 @@ def test_a_target_that_cannot_be_put_back_is_kept_and_named(
         return rename(source, target)
 
     monkeypatch.setattr(Path, "rename", fail)
-    with pytest.raises(MachineError, match=r"ckpt-pruned: could not be put back .* it is in .*/replaced"):
+    with pytest.raises(MachineError, match=r"ckpt-pruned: could not be put back .* it was is in .*-partial"):
         stage(layout_of(ckpt), force=True)
     monkeypatch.undo()
     replaced = tmp_path / ".ckpt-pruned.sparseprune-partial" / "replaced"

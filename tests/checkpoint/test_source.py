@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import numpy as np
 import pytest
 
 from sparseprune.checkpoint import TensorReader, lay_out, open_checkpoint, read_config
@@ -312,6 +313,38 @@ def test_puts_short_reads_together(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert reader.read(checkpoint.tensors["a"]) == b"\4\5\6"
 
 
+def test_fills_a_buffer_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    preadv = os.preadv
+
+    def short(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        return preadv(descriptor, [buffers[0][:2]], offset)
+
+    monkeypatch.setattr(os, "preadv", short)
+    stored = open_checkpoint(folder(tmp_path, SHARDED)).tensors["a"]
+    with TensorReader() as reader:
+        array = np.full((2, 3), 9, np.uint8)
+        reader.read_into(stored, 0, array[1])
+        assert array.tolist() == [[9, 9, 9], [4, 5, 6]]
+        reader.read_into(stored, 2, array[0, 1:2])
+        assert array.tolist() == [[9, 6, 9], [4, 5, 6]]
+        reader.read_into(stored, 3, bytearray())
+        reader.read_into(stored, 1, np.zeros((0, 2)))
+        for begin, size in ((-1, 2), (0, 4), (3, 1)):
+            with pytest.raises(ValueError, match="of 'a', which has 3"):
+                reader.read_into(stored, begin, bytearray(size))
+
+
+def test_an_input_that_vanished_after_its_header_was_read_is_the_machines_error(tmp_path: Path) -> None:
+    path = folder(tmp_path, {"m.safetensors": weights("a")}) / "m.safetensors"
+    stored = open_checkpoint(path).tensors["a"]
+    path.unlink()
+    with (
+        TensorReader() as reader,
+        pytest.raises(MachineError, match=r"/m\.safetensors: cannot be read: No su"),
+    ):
+        reader.read_into(stored, 0, bytearray(3))
+
+
 def test_notices_a_file_that_changed_its_size(tmp_path: Path) -> None:
     path = folder(tmp_path, {"m.safetensors": weights("a", "b")}) / "m.safetensors"
     stored = open_checkpoint(path).tensors["b"]
@@ -320,6 +353,8 @@ def test_notices_a_file_that_changed_its_size(tmp_path: Path) -> None:
         os.truncate(path, path.stat().st_size - 1)
         with pytest.raises(MachineError, match=r"m\.safetensors: file was truncated while it was read"):
             reader.read(stored)
+        with pytest.raises(MachineError, match=r"it ends at byte \d+, had \d+"):
+            reader.read_into(stored, 0, bytearray(3))
     with TensorReader() as reader:
         for _ in range(2):
             with pytest.raises(MachineError, match=r"m\.safetensors: file was truncated while it was read"):

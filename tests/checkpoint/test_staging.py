@@ -5,11 +5,13 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sparseprune.checkpoint import (
+    MaskFormat,
     StagedOutput,
     TensorReader,
     lay_out_apply,
@@ -129,14 +131,29 @@ def test_writes_parts_of_weights_and_masks_in_any_order_from_many_threads(tmp_pa
         assert reader.read(masks.tensors["b"]) == b"\x55" * 125
 
 
+@pytest.mark.parametrize("step", [1, 3, 7, 8, 13, 100])
+def test_parts_of_a_packed_mask_may_share_bytes(tmp_path: Path, step: int) -> None:
+    path = write(tmp_path / "m.safetensors", [("a", "I16", (101,))])
+    keep = (np.arange(101) % 3 == 0).astype(np.uint8)
+    with (
+        StagedOutput(layout_of(path, masked="a", form="packed")) as output,
+        ThreadPoolExecutor(8) as pool,
+    ):
+        firsts = range(0, 101, step)
+        list(pool.map(lambda first: output.write_mask("a", first, keep[first : first + step]), firsts))
+        output.write_mask("a", 5, keep[5:6])  # again: nothing changes
+        output.commit()
+    masks = open_checkpoint(tmp_path / "m.pruned.masks.safetensors")
+    with TensorReader() as reader:
+        assert bytes(reader.read(masks.tensors["a"])) == np.packbits(keep, bitorder="little").tobytes()
+
+
 @pytest.mark.parametrize(
     ("method", "arguments"),
     [
         ("write_weight", ("b", -1, b"1")),
         ("write_weight", ("b", 24, b"1")),
         ("write_weight", ("b", 0, b"1" * 25)),
-        ("write_mask", ("b", 4, b"1" * 4)),
-        ("write_mask", ("b", 0, b"1" * 4)),
         ("write_mask", ("b", 16, b"1" * 16)),
         ("write_mask", ("a", 0, b"1" * 8)),
         ("write_mask", ("b", -8, b"1" * 8)),
@@ -151,6 +168,25 @@ def test_a_write_outside_of_its_place_is_a_bug(
             getattr(output, method)(*arguments)
         with pytest.raises(KeyError):
             output.write_weight("absent", 0, b"")
+
+
+@pytest.mark.parametrize("form", ["bool", "packed"])
+def test_takes_arrays_as_they_are(tmp_path: Path, form: MaskFormat) -> None:
+    path = write(tmp_path / "m.safetensors", [("a", "F32", (2, 12)), ("none", "F32", (0, 3))])
+    keep = np.arange(24).reshape(2, 12) % 3 == 0
+    with StagedOutput(layout_of(path, masked=["a", "none"], form=form)) as output:
+        output.write_weight("a", 0, np.full((2, 12), 1.5, np.float32))
+        output.write_mask("a", 0, keep)
+        output.write_weight("none", 0, np.zeros((0, 3), np.float32))
+        output.write_mask("none", 0, np.zeros((0, 3), np.bool_))
+        output.add_file(output.layout.report_file, b"{}")
+        output.commit()
+    with TensorReader() as reader:
+        written = open_checkpoint(tmp_path / "m.pruned.safetensors").tensors["a"]
+        assert np.all(np.frombuffer(reader.read(written), np.float32) == 1.5)
+        mask = reader.read(open_checkpoint(tmp_path / "m.pruned.masks.safetensors").tensors["a"])
+    wanted = keep.tobytes() if form == "bool" else np.packbits(keep, bitorder="little").tobytes()
+    assert mask == wanted
 
 
 def test_bool_masks_stay_in_their_place(tmp_path: Path) -> None:

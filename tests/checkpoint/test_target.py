@@ -46,6 +46,19 @@ def test_refuses_an_output_that_exists_and_replaces_it_with_force(tmp_path: Path
     assert names_in(tmp_path) == ["ckpt", "ckpt-pruned"]
 
 
+def test_nothing_is_made_for_an_output_that_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object) -> None:
+        raise AssertionError(args)
+
+    ckpt = directory(tmp_path)
+    (tmp_path / "ckpt-pruned").mkdir()
+    monkeypatch.setattr(os, "mkdir", fail)
+    with pytest.raises(CheckpointError, match="already exists"):
+        stage(layout_of(ckpt))
+
+
 @pytest.mark.parametrize(
     "name", ["m.pruned.safetensors", "m.pruned.masks.safetensors", "m.pruned.report.json"]
 )
@@ -74,6 +87,23 @@ def test_force_does_not_replace_a_directory_that_sparseprune_did_not_write(tmp_p
     (tmp_path / "ckpt-pruned" / "thesis").unlink()
     stage(layout_of(ckpt), force=True)
     assert (tmp_path / "ckpt-pruned" / "config.json").exists()
+
+
+def test_a_directory_that_may_not_be_written_is_not_even_tried_to_be_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ckpt = directory(tmp_path)
+    stage(layout_of(ckpt))
+    before = content(tmp_path)
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "ckpt-pruned")
+    with pytest.raises(MachineError, match="ckpt-pruned: cannot be written to, so --force cannot replace it"):
+        stage(layout_of(ckpt), force=True)
+    assert content(tmp_path) == before
+    # Of a link only the link goes.
+    (tmp_path / "ckpt-pruned").rename(tmp_path / "elsewhere")
+    (tmp_path / "ckpt-pruned").symlink_to("elsewhere")
+    stage(layout_of(ckpt), force=True)
+    assert not (tmp_path / "ckpt-pruned").is_symlink()
 
 
 def test_an_output_that_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:
@@ -173,3 +203,16 @@ def test_a_folder_that_may_not_be_written_is_the_machines_error(tmp_path: Path) 
             stage(layout_of(path))
     finally:
         tmp_path.chmod(0o755)
+
+
+def test_an_old_output_that_may_not_be_written_is_the_machines_error(tmp_path: Path) -> None:
+    ckpt = directory(tmp_path)
+    stage(layout_of(ckpt))
+    (tmp_path / "ckpt-pruned").chmod(0o555)
+    if os.access(tmp_path / "ckpt-pruned", os.W_OK):
+        pytest.skip("this user may write everywhere")
+    try:
+        with pytest.raises(MachineError, match="cannot be written to, so --force cannot replace it"):
+            stage(layout_of(ckpt), force=True)
+    finally:
+        (tmp_path / "ckpt-pruned").chmod(0o755)

@@ -1,0 +1,74 @@
+"""What has been written and is not yet on disk, and the notes that wait until it is.
+
+Owns the order that a journal relies on: bytes first, then the note of them. Knows files and lines, and
+neither tensors nor records. Called by staging.py.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING
+
+from sparseprune.checkpoint import transfer
+from sparseprune.errors import MachineError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from contextlib import AbstractContextManager
+
+    from sparseprune.checkpoint.journal import Journal
+
+
+class Unsynced:
+    """Files written to and lines noted, from any thread, until `flush` has them on disk.
+
+    A line was noted after the writes it tells of were: it reaches the journal, if there is one, after they
+    have reached the disk, and never if they could not. `writing` gives the context in which a file is
+    touched, where an OSError becomes a MachineError.
+    """
+
+    def __init__(self, writing: Callable[[str], AbstractContextManager[None]]) -> None:
+        self.journal: Journal | None = None
+        self._writing = writing
+        self._lock = threading.Lock()
+        self._paths: set[str] = set()
+        self._lines: list[bytes] = []
+        self._one_flush = threading.Lock()
+        self._failure: MachineError | None = None
+
+    def written(self, path: str) -> None:
+        with self._lock:
+            self._paths.add(path)
+
+    def noted(self, line: bytes) -> None:
+        with self._lock:
+            self._lines.append(line)
+
+    def flush(self) -> None:
+        """Waits until the files are on disk, then until the lines are; MachineError, also from then on."""
+        # One at a time: the bytes of a line may be in the hands of the flush before.
+        with self._one_flush:
+            if self._failure is not None:
+                # The system tells it once: the next sync of the same file would call it well.
+                raise MachineError(str(self._failure)) from self._failure
+            with self._lock:
+                paths, self._paths = self._paths, set()
+                lines, self._lines = self._lines, []
+            try:
+                self._sync(paths, lines)
+            except MachineError as failure:
+                self._failure = failure
+                raise
+            except BaseException:  # interrupted: the next flush does it again
+                with self._lock:
+                    self._paths |= paths
+                    self._lines[:0] = lines
+                raise
+
+    def _sync(self, paths: set[str], lines: list[bytes]) -> None:
+        for path in sorted(paths):
+            with self._writing(path):
+                transfer.sync(path, data_only=True)
+        if lines and self.journal is not None:
+            with self._writing(self.journal.path):
+                self.journal.append(lines)

@@ -1,0 +1,72 @@
+"""Runs that die by SIGKILL at every call of the system, one after another, each in a process of its own.
+
+    python -m tests.checkpoint.killed HOME INPUT [force]
+
+HOME/start is copied to HOME/1, HOME/2, ...: there a run that prunes INPUT dies at its first, second, ...
+call, before it or, where it writes, in its middle. Ends with the first run that reaches its end.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np  # noqa: F401  (once here instead of once in every process)
+
+from tests.checkpoint.files import finish, layout_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+DEADLY = "pwrite ftruncate fdatasync fsync rename mkdir rmdir unlink copy_file_range".split()
+
+
+def die_at(moment: int) -> None:
+    """Ends this process at that call, counted from 1; every write counts twice, a sync takes no time."""
+    left = moment
+
+    def deadly(real: Callable[..., Any], name: str) -> Callable[..., Any]:
+        def call(*args: Any, **keywords: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            if name == "pwrite":
+                left -= 1
+                if left == 0:
+                    real(args[0], args[1][: len(args[1]) // 2], args[2])
+                    os.kill(os.getpid(), signal.SIGKILL)
+            # What a killed process has written stays, synced or not.
+            return None if name in ("fdatasync", "fsync") else real(*args, **keywords)
+
+        return call
+
+    for name in DEADLY:
+        setattr(os, name, deadly(getattr(os, name), name))
+
+
+def prune(home: Path, source: str, *, force: bool) -> tuple[list[str], list[str]]:
+    return finish(layout_of(home / source, masked="bs", form="packed"), force=force)
+
+
+def main(home: Path, source: str, *, force: bool) -> None:
+    moment = 0
+    while True:
+        moment += 1
+        shutil.copytree(home / "start", home / str(moment))
+        child = os.fork()
+        if child == 0:
+            die_at(moment)
+            prune(home / str(moment), source, force=force)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        if os.WIFEXITED(status):
+            sys.exit(os.WEXITSTATUS(status))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2], force="force" in sys.argv[3:])

@@ -1,0 +1,114 @@
+"""Disks that are really full, or really read-only: small ones, mounted for the test."""
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from sparseprune.checkpoint import OutputLayout, StagedOutput, TensorReader
+from sparseprune.errors import MachineError
+from tests.checkpoint.files import IDENTITY, layout_of, names_in, write
+
+SLAB = 1 << 16
+NUMEL = 1 << 21
+pytestmark = pytest.mark.skipif(
+    os.geteuid() != 0 or shutil.which("mount") is None, reason="this user may not mount a disk"
+)
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 6 MiB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(place)]
+    if subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("this system does not let root mount a disk")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def layout_on(disk: Path) -> OutputLayout:
+    path = disk.parent / "m.safetensors"
+    if not path.exists():
+        write(path, [("a", "U8", (NUMEL,))])
+    return layout_of(path, disk / "out.safetensors", masked="a", form="packed")
+
+
+def prune(layout: OutputLayout) -> int:
+    """How many slabs were finished before."""
+    with StagedOutput(layout, identity=IDENTITY) as output, TensorReader() as reader:
+        for first in range(0, NUMEL, SLAB):
+            if str(first) in output.finished:
+                continue
+            output.write_weight("a", first, reader.read(layout.checkpoint.tensors["a"], first, first + SLAB))
+            output.write_mask("a", first, b"\1" * SLAB)
+            output.note(str(first), None)
+            if first == SLAB:
+                output.flush()
+                leave(layout.target.parent, 10 * SLAB)
+        output.add_file(layout.report_file, b"{}")
+        output.commit()
+        return len(output.finished)
+
+
+def free(disk: Path) -> int:
+    status = os.statvfs(disk)
+    return status.f_bavail * status.f_frsize
+
+
+def leave(disk: Path, size: int) -> None:
+    """Fills the disk up to so many bytes."""
+    with (disk / "filler").open("ab") as filler:
+        filler.write(bytes(free(disk) - size))
+
+
+def test_a_disk_that_fills_up_is_told_with_its_numbers_and_the_run_goes_on_when_there_is_room(
+    disk: Path,
+) -> None:
+    layout = layout_on(disk)
+    with pytest.raises(MachineError) as told:
+        prune(layout)
+    numbers = re.search(
+        r"/\.out\S+: cannot be written: No space left on device; "
+        r"the output needs (\d+) bytes more, (\d+) are free now$",
+        str(told.value),
+    )
+    assert numbers
+    assert int(numbers[2]) < SLAB
+    # Two slabs were on disk before the disk was filled up, but for the room that was left.
+    assert layout.output_bytes - 16 * SLAB < int(numbers[1]) - (1 << 20) < layout.output_bytes - 10 * SLAB
+    assert names_in(disk) == [".out.safetensors.sparseprune-partial", "filler"]
+    with pytest.raises(MachineError, match=r"disk: not enough free space: \d+ bytes needed, \d+ free"):
+        prune(layout)
+    os.truncate(disk / "filler", 0)
+    # Less than a new run would need, enough for what is missing.
+    leave(disk, layout.output_bytes - 3 * SLAB + (1 << 20))
+    assert prune(layout) > 3
+    assert (disk / "out.safetensors").read_bytes() == (disk.parent / "m.safetensors").read_bytes()
+    assert names_in(disk) == [
+        "filler",
+        "out.masks.safetensors",
+        "out.report.json",
+        "out.safetensors",
+    ]
+
+
+def test_a_disk_without_room_is_refused_before_the_first_byte(disk: Path) -> None:
+    leave(disk, layout_on(disk).output_bytes)
+    with pytest.raises(MachineError, match=r"disk: not enough free space: \d+ bytes needed, \d+ free"):
+        prune(layout_on(disk))
+    assert names_in(disk) == ["filler"]
+
+
+def test_a_disk_that_may_only_be_read_is_named(disk: Path) -> None:
+    layout = layout_on(disk)
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    with pytest.raises(MachineError, match="disk: cannot be written to; give another place with -o"):
+        prune(layout)
