@@ -7,11 +7,16 @@ import json
 import time
 from typing import TYPE_CHECKING, Any
 
-from sparseprune.checkpoint import StagedOutput, TensorReader
-from sparseprune.cli.console import print_json, print_result, progress_bar, stderr_console
+from sparseprune import __version__
+from sparseprune.checkpoint import StagedOutput, TensorReader, checkpoint_identity
+from sparseprune.cli.console import print_json, print_result, stderr_console, tell
+from sparseprune.cli.progress import progress
 from sparseprune.cli.request import Request, collector_paused, output_shown, prepare
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
     from sparseprune.checkpoint import OutputLayout
     from sparseprune.cli.request import Prepared
     from sparseprune.pipeline import Plan
@@ -34,35 +39,85 @@ def run(request: Request) -> None:
 
 def _execute(request: Request, prepared: Prepared, began: float) -> dict[str, Any]:
     """Everything between the first byte written and the output's name; gives the report."""
-    source, plan, layout = prepared.source, prepared.plan, prepared.layout
-    total = sum(unit.nbytes for unit in plan.units) + sum(copy.length for copy in layout.copies)
-    with (
-        StagedOutput(layout, request.force) as output,
-        TensorReader() as reader,
-        progress_bar("pruning" if request.weights else "masking", total, quiet=request.quiet) as advance,
-    ):
-        # Torch comes in here, after everything that can be refused without it.
-        from sparseprune.pipeline import Machine, execute, resolve_device
-        from sparseprune.report.document import Run, report_document
-
-        machine = Machine(resolve_device(request.device), request.jobs)
-        outcomes = execute(plan, reader, output, machine, advance)
-        circumstances = Run(
-            input=str(request.checkpoint),
-            output=output_shown(request, layout),
-            spec_sha256=hashlib.sha256(source.text.encode()).hexdigest(),
-            device=machine.device,
-            seconds=time.perf_counter() - began,
-            overrides=request.overrides,
-        )
-        document = report_document(circumstances, plan.checkpoint, plan.bound, outcomes)
-        output.add_file(
-            layout.report_file, (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()
-        )
-        if layout.spec_file is not None:
-            output.add_file(layout.spec_file, _as_applied(request, source.text).encode())
-        output.commit()
+    output = StagedOutput(prepared.layout, request.force, identity=_identity(request, prepared))
+    try:
+        with output, TensorReader() as reader:
+            if output.started_over and not request.quiet:
+                tell(f"an unfinished run is not continued, since {_listed(output.started_over)} changed")
+            if output.resumed and not request.quiet:
+                tell("an unfinished run is continued")
+            document = _worked(request, prepared, output, reader, began)
+            output.commit()
+    except BaseException as error:
+        if output.kept:
+            error.add_note(
+                f"what is finished is kept in {output.partial_path}: the same command continues, "
+                "removing the folder gives it up"
+            )
+        raise
     return document
+
+
+def _worked(
+    request: Request, prepared: Prepared, output: StagedOutput, reader: TensorReader, began: float
+) -> dict[str, Any]:
+    """Do the work, and write the report and the spec beside it."""
+    # Numpy and the compiled loops come in here, after everything that can be refused without them.
+    from sparseprune.pipeline import execute, resolve_device, work_bytes
+    from sparseprune.report.document import Run, report_document
+
+    source, plan, schedule, layout = prepared.source, prepared.plan, prepared.schedule, prepared.layout
+    device = resolve_device(request.device, uses_torch=schedule.uses_torch)
+    total, already = work_bytes(schedule, output)
+    what = "pruning" if request.weights else "masking"
+    with progress(what, total, quiet=request.quiet, already=already) as advance:
+        outcomes = execute(schedule, reader, output, device, advance)
+    circumstances = Run(
+        input=str(request.checkpoint),
+        output=output_shown(request, layout),
+        spec_sha256=_digest(source.text),
+        device=device,
+        seconds=time.perf_counter() - began,
+        overrides=request.overrides,
+    )
+    document = report_document(circumstances, plan.checkpoint, plan.bound, outcomes)
+    output.add_file(layout.report_file, (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode())
+    if layout.spec_file is not None:
+        output.add_file(layout.spec_file, _as_applied(request, source.text).encode())
+    return document
+
+
+def _identity(request: Request, prepared: Prepared) -> dict[str, str]:
+    """What an unfinished output must agree with to be continued; the number of jobs is no part of it."""
+    files = [_identity_of_file(path) for path in _read_files(prepared)]
+    limits = prepared.schedule.limits
+    options = (request.device, request.mask_format, request.weights, limits.slab, limits.memory)
+    spec = json.dumps([prepared.source.text, sorted(request.overrides.items())])
+    return {
+        "the version": __version__,
+        "the input": _digest(json.dumps([checkpoint_identity(prepared.plan.checkpoint), *files])),
+        "the spec": _digest(spec),
+        "the options": json.dumps(options),
+    }
+
+
+def _read_files(prepared: Prepared) -> Iterator[Path]:
+    """The shards of score files, each once."""
+    tasks = (task for unit in prepared.plan.units for task in unit.tasks)
+    yield from dict.fromkeys(one.stored.shard.path for task in tasks for one in task.inputs)
+
+
+def _identity_of_file(path: Path) -> list[str | int]:
+    status = path.stat()
+    return [str(path), status.st_size, status.st_mtime_ns]
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _listed(words: tuple[str, ...]) -> str:
+    return " and ".join(words)
 
 
 def _as_applied(request: Request, text: str) -> str:

@@ -1,6 +1,6 @@
 """The streams: results on stdout, everything else on stderr; errors as lines with an exit code.
 
-Progress bars and colour only where stderr is a terminal.
+Colour only where the stream is a terminal.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ import typer
 from sparseprune.errors import MachineError, SparsepruneError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Iterator, Mapping
 
     from rich.console import Console, RenderableType
+
 
 INTERRUPTED = 130
 _UNFOLDED = 10_000  # columns; tables are no wider than their content
@@ -26,37 +27,48 @@ _UNFOLDED = 10_000  # columns; tables are no wider than their content
 
 @contextmanager
 def reported(debug: bool = False) -> Iterator[None]:
-    """Turn what a user or the machine caused into a line on stderr and an exit code.
+    """Turn what a user or the machine caused into lines on stderr and an exit code.
 
-    A bug keeps its traceback; `debug` shows the traceback of everything.
+    The notes of an error (`add_note`) are further lines. A bug keeps its traceback; `debug` shows the
+    traceback of everything.
     """
     try:
         yield
-    except SparsepruneError as error:
-        _fail(str(error), error.exit_code, debug=debug)
     except BrokenPipeError:
         # Whoever read our output has seen enough; nothing more can be told.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(0) from None
-    except OSError as error:
+    except (SparsepruneError, OSError, MemoryError, KeyboardInterrupt) as error:
+        if debug:
+            sys.stderr.flush()
+            raise
+        message, code = _told(error)
+        for text in (message, *getattr(error, "__notes__", ())):
+            for line in text.splitlines():
+                print(f"sparseprune: {line}", file=sys.stderr)
+        raise typer.Exit(code) from None
+
+
+def _told(error: BaseException) -> tuple[str, int]:
+    """What is said of an error that is no bug, and the exit code that it ends in."""
+    if isinstance(error, SparsepruneError):
+        return str(error), error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted: there is no output; run the same command again to continue", INTERRUPTED
+    if isinstance(error, OSError):
         place = f"{error.filename}: " if error.filename else ""
-        _fail(f"{place}{error.strerror or error}", MachineError.exit_code, debug=debug)
-    except KeyboardInterrupt:
-        _fail("interrupted: there is no output; run the same command again", INTERRUPTED, debug=debug)
-
-
-def _fail(message: str, code: int, *, debug: bool) -> None:
-    if debug:
-        sys.stderr.flush()
-        raise  # noqa: PLE0704  (called from except clauses alone)
-    for line in message.splitlines():
-        print(f"sparseprune: {line}", file=sys.stderr)
-    raise typer.Exit(code) from None
+        return f"{place}{error.strerror or error}", MachineError.exit_code
+    return "out of memory; give a smaller --memory, or fewer --jobs", MachineError.exit_code
 
 
 def stderr_console() -> Console:
     """A rich console on stderr: width and colour as the terminal has them."""
     return _console(stderr=True)
+
+
+def tell(text: str) -> None:
+    """A line for people, on stderr."""
+    print(f"sparseprune: {text}", file=sys.stderr)
 
 
 def print_result(text: str) -> None:
@@ -94,31 +106,3 @@ def _console(*, stderr: bool) -> Console:
     if console.is_terminal or "COLUMNS" in os.environ:
         return console
     return Console(stderr=stderr, highlight=False, width=_UNFOLDED)
-
-
-@contextmanager
-def progress_bar(what: str, total: int, *, quiet: bool) -> Iterator[Callable[[int], None]]:
-    """A bar of bytes on a terminal, nothing elsewhere; gives the function that advances it."""
-    console = stderr_console()
-    if quiet or not console.is_terminal:
-        yield lambda _: None
-        return
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task(what, total=total)
-        yield lambda done: progress.advance(task, done)

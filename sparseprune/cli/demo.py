@@ -9,7 +9,7 @@ from pathlib import Path
 
 from sparseprune.cli import apply, inspect
 from sparseprune.cli.demo_checkpoint import write_decoder
-from sparseprune.cli.options import default_jobs
+from sparseprune.cli.options import default_jobs, default_memory
 from sparseprune.cli.request import Request
 from sparseprune.errors import CheckpointError
 
@@ -42,7 +42,17 @@ def _demo(folder: Path) -> None:
             output = Path(f"{_DENSE}-{name}")
             print(f"\n{title}\n")
             _show("apply", _DENSE, spec, "-o", output)
-            apply.run(Request(_DENSE, spec, output, device="cpu", jobs=default_jobs(), mask_format="bool"))
+            apply.run(
+                Request(
+                    checkpoint=_DENSE,
+                    spec=spec,
+                    output=output,
+                    device="cpu",
+                    jobs=default_jobs(),
+                    memory=default_memory(),
+                    mask_format="bool",
+                )
+            )
             print()
             _show("inspect", output)
             inspect.run(output, jobs=default_jobs(), as_json=False, quiet=True)

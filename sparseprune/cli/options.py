@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
 from sparseprune.errors import SparsepruneError
+
+_GIB = 1 << 30
+_SIZE = re.compile(r"(?P<number>[0-9]{1,15}(\.[0-9]*)?|\.[0-9]+) *(?P<unit>[a-z]*)", re.IGNORECASE)
+_UNITS = {"": 1, "b": 1} | {
+    name: base**power
+    for power, letter in enumerate("kmgt", 1)
+    for name, base in ((letter, 1000), (f"{letter}b", 1000), (f"{letter}ib", 1024))
+}
 
 CheckpointArgument = Annotated[
     Path,
@@ -39,6 +48,15 @@ JobsOption = Annotated[
         min=1,
         help="Pieces that are worked on at one time.",
         show_default="one for each core",
+    ),
+]
+MemoryOption = Annotated[
+    str | None,
+    typer.Option(
+        "--memory",
+        metavar="SIZE",
+        help="Memory that a run may use, such as 8GiB or 500MB.",
+        show_default="a quarter of RAM, 1GiB at most",
     ),
 ]
 MaskFormatOption = Annotated[
@@ -77,6 +95,77 @@ def overrides_of(words: list[str] | None) -> dict[str, str]:
     return overrides
 
 
-def default_jobs() -> int:
-    """One job for each core that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def memory_of(text: str | None) -> int | None:
+    """Bytes of a `--memory` size, None where none was given.
+
+    >>> memory_of("1.5GiB"), memory_of("500 mb"), memory_of("4096"), memory_of(None)
+    (1610612736, 500000000, 4096, None)
+    """
+    if text is None:
+        return None
+    found = _SIZE.fullmatch(text.strip())
+    nbytes = int(float(found["number"]) * _UNITS.get(found["unit"].lower(), 0)) if found else 0
+    if nbytes <= 0:
+        raise SparsepruneError(f"--memory {text}: wanted a size such as 8GiB or 500MB")
+    return nbytes
+
+
+def default_memory(root: Path = Path("/")) -> int:
+    """Bytes: a quarter of the RAM that this process may use, 1 GiB at most.
+
+    That is the machine's, or what the control group of the process or one around it allows; `root` is
+    where /proc and /sys lie.
+    """
+    limits = [
+        int(text)
+        for text in (
+            *_control_group(root, "", "memory.max"),
+            *_control_group(root, "memory", "memory.limit_in_bytes"),
+        )
+        if text.isdecimal()
+    ]
+    return max(1, min(_GIB, *(limit // 4 for limit in (*limits, _physical_memory()))))
+
+
+def default_jobs(root: Path = Path("/")) -> int:
+    """One job for each core that this process may use; a container may allow it less than it sees."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for text in _control_group(root, "", "cpu.max"):
+        quota, _, period = text.partition(" ")
+        if quota.isdecimal() and period.isdecimal() and int(period):
+            cores = min(cores, -(-int(quota) // int(period)))
+    return max(cores, 1)
+
+
+def _physical_memory() -> int:
+    """Bytes of RAM of the machine, or enough where it does not say."""
+    try:
+        nbytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return 4 * _GIB
+    return nbytes if nbytes > 0 else 4 * _GIB
+
+
+def _control_group(root: Path, controller: str, file: str) -> list[str]:
+    """What `file` holds in the control group of this process and in each one around it.
+
+    `controller` names a tree of version 1, "" is that of version 2. In a container the groups outside are
+    not there, and the outermost one inside is that of the container.
+    """
+    top = root / "sys/fs/cgroup" / controller
+    for line in _text(root / "proc/self/cgroup").splitlines():
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if path and controller in controllers.split(","):
+            own = top / path.lstrip("/")
+            around = [folder for folder in own.parents if folder.is_relative_to(top)]
+            return [text for folder in (own, *around) if (text := _text(folder / file))]
+    return []
+
+
+def _text(path: Path) -> str:
+    """What stands in a small file, nothing where it cannot be read."""
+    try:
+        return path.read_text().strip()
+    except (OSError, ValueError):
+        return ""

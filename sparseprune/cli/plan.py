@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 from sparseprune.cli.console import on_terminal, print_json, print_table
 from sparseprune.cli.request import collector_paused, output_shown, prepare
 from sparseprune.errors import SparsepruneError
-from sparseprune.pipeline import expected_peak
 from sparseprune.report.plan import Asked, plan_document
 from sparseprune.spec.problems import suggestion
 
@@ -31,7 +30,7 @@ def run(request: Request, draw: str | None = None) -> None:
             Asked(str(request.checkpoint), request.spec, output_shown(request, prepared.layout)),
             prepared.plan.bound,
             prepared.layout,
-            expected_peak(prepared.plan, request.jobs),
+            prepared.schedule.peak_bytes,
         )
         if request.json:
             print_json(document)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from sparseprune.checkpoint import lay_out_apply, lay_out_masks, open_checkpoint
-from sparseprune.pipeline import make_plan
+from sparseprune.pipeline import make_plan, make_schedule
 from sparseprune.spec import find_spec, parse_spec
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from sparseprune.checkpoint import MaskFormat, OutputLayout
-    from sparseprune.pipeline import Plan
+    from sparseprune.pipeline import Plan, Schedule
     from sparseprune.spec import SpecSource
 
 
@@ -33,6 +33,7 @@ class Request:
     output: Path | None
     device: str
     jobs: int
+    memory: int
     mask_format: MaskFormat | None
     overrides: Mapping[str, str] = field(default_factory=dict)
     force: bool = False
@@ -48,6 +49,7 @@ class Prepared:
 
     source: SpecSource
     plan: Plan
+    schedule: Schedule
     layout: OutputLayout
 
 
@@ -56,7 +58,9 @@ def prepare(request: Request) -> Prepared:
     source = find_spec(request.spec)
     spec = parse_spec(source.text, source.source, source.directory, request.overrides)
     plan = make_plan(open_checkpoint(request.checkpoint), spec)
-    return Prepared(source, plan, _layout(request, plan))
+    compiled = not request.device.startswith("cuda")
+    schedule = make_schedule(plan, request.memory, request.jobs, compiled=compiled)
+    return Prepared(source, plan, schedule, _layout(request, plan))
 
 
 def output_shown(request: Request, layout: OutputLayout) -> str:
@@ -78,6 +82,9 @@ def collector_paused() -> Iterator[None]:
         yield
     finally:
         if was_on:
+            # What is there now is old: else the next object that is made lets all of it be looked through.
+            gc.freeze()
+            gc.unfreeze()
             gc.enable()
 
 

@@ -108,7 +108,7 @@ class SparseScope(ABC):
             ShapeMismatchError: scores or mask of a wrong shape.
         """
         if block_mask is None:
-            block_mask = select(self._ranking(values, block_scores), self._budget(nnz))
+            block_mask = select(self.keys(values, block_scores), self._budget(nnz))
         keep = self._by_scope(block_mask.to(torch.bool), "block mask")
         masks: dict[BlockSpec, Tensor] = {}
         for spec, part in self._scatter(keep):
@@ -184,13 +184,19 @@ class SparseScope(ABC):
             )
         return count
 
-    def _ranking(self, values: Values, block_scores: Tensor | None) -> Tensor:
+    def keys(
+        self, values: Values = None, block_scores: Tensor | None = None, *, as_norms: bool = False
+    ) -> Tensor:
+        """Signed integers (*grid_shape, blocks per scope), ordered as the blocks are ranked.
+
+        `as_norms` takes the norms even where single elements could be compared by their own patterns.
+        """
         if block_scores is not None:
             self._refuse_nan_scores(self._by_scope(block_scores, "block scores"))
             return order_keys(block_scores.detach().to(self._device()))
         given = [(spec.block, some) for spec, some in self._each(values)]
         kinds = {block.key_dtype(some) for block, some in given}
-        if len(kinds) == 1:
+        if len(kinds) == 1 and not as_norms:
             return self.gather([block.keys(some) for block, some in given])
         return magnitude_keys(self.block_norms(values))
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
+import numpy as np
 
-from sparseprune.engine.scoring import magnitude_keys
+from sparseprune.engine.kernels.counting import zeros_and_energy
+from sparseprune.engine.kernels.formats import FORMATS
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-_CHUNK = 1 << 16  # elements that are float64 at a time: they stay in the cache
+    from sparseprune.engine.kernels.formats import Bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,9 +19,6 @@ class Tally:
     """Counts of one tensor or a part of it; parts add up.
 
     `zeros` are elements equal to 0, of either sign; `energy` is the sum of squares, in float64.
-
-    >>> tally(torch.tensor([3.0, -0.0, 4.0]))
-    Tally(numel=3, zeros=1, energy=25.0)
     """
 
     numel: int = 0
@@ -33,13 +29,14 @@ class Tally:
         return Tally(self.numel + other.numel, self.zeros + other.zeros, self.energy + other.energy)
 
 
-def tally(tensor: Tensor) -> Tally:
-    """The tally of a tensor of a dtype that can be pruned."""
-    total = Tally()
-    for chunk in torch.split(tensor.reshape(-1), _CHUNK):
-        # Keys of floats are their bits without the sign, which are 0 for zeros of either sign.
-        marked = magnitude_keys(chunk) if chunk.dtype.is_floating_point else chunk
-        zeros = chunk.numel() - int(torch.count_nonzero(marked))
-        wide = chunk.to(torch.float64)
-        total += Tally(chunk.numel(), zeros, float(torch.dot(wide, wide)))
-    return total
+def tally(bits: Bits, dtype: str) -> Tally:
+    """The tally of elements (flat) of a dtype that can be pruned, from their patterns as unsigned integers.
+
+    >>> tally(np.array([3.0, -0.0, 4.0]).view(np.uint64), "F64")
+    Tally(numel=3, zeros=1, energy=25.0)
+    """
+    form = FORMATS.get(dtype)
+    if form is not None:
+        return Tally(bits.size, *zeros_and_energy(bits, form))
+    wide = bits.view(f"int{8 * bits.itemsize}").astype(np.float64)
+    return Tally(bits.size, bits.size - int(np.count_nonzero(bits)), float(np.dot(wide, wide)))

@@ -1,35 +1,38 @@
 """What will be done and doing it: from a spec and headers to work units, from units to files.
 
-Owns plan, slabs and executor. Decides nothing about sparsity itself (engine) and lays out no bytes
-(checkpoint). Called by the command line. Names that need torch are loaded on first use.
+Owns plan, schedule, executor, and the ways in which a task is worked. Decides nothing about sparsity itself
+(engine) and lays out no bytes (checkpoint). Called by the command line. Names that need numpy or torch are
+loaded on first use.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from sparseprune.pipeline.memory import expected_peak
 from sparseprune.pipeline.plan import Plan, WorkUnit, make_plan
+from sparseprune.pipeline.schedule import Schedule, make_schedule
 
 if TYPE_CHECKING:
     from sparseprune.pipeline.device import resolve_device
-    from sparseprune.pipeline.executor import Machine, TensorOutcome, execute
+    from sparseprune.pipeline.executor import execute, work_bytes
+    from sparseprune.pipeline.outcomes import TensorOutcome
 
 __all__ = [
-    "Machine",
     "Plan",
+    "Schedule",
     "TensorOutcome",
     "WorkUnit",
     "execute",
-    "expected_peak",
     "make_plan",
+    "make_schedule",
     "resolve_device",
+    "work_bytes",
 ]
 
 _HOME = {
-    "Machine": "executor",
-    "TensorOutcome": "executor",
+    "TensorOutcome": "outcomes",
     "execute": "executor",
     "resolve_device": "device",
+    "work_bytes": "executor",
 }
 
 

@@ -1,182 +1,161 @@
-"""The executor: runs the slabs and copies of a plan side by side and collects what became of them.
+"""The executor: does all the work of a schedule, several items at one time, and tells what became of it.
 
-Owns threads and the traffic between files and tensors. Knows neither which blocks win (unit) nor where
-bytes lie (checkpoint). Results and errors come in the order of the plan, whatever finishes first.
+Owns threads, memory in flight, what is noted and recalled. Knows neither which blocks win nor where bytes
+lie. Of several errors the one that stands first in the schedule is raised.
 """
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from sparseprune.engine.dtypes import torch_dtype
-from sparseprune.pipeline.slabs import slabs_of
-from sparseprune.pipeline.unit import prune_slab
+from sparseprune.checkpoint import CopyRange, refuse_changed
+from sparseprune.pipeline.crew import Crew
+from sparseprune.pipeline.outcomes import Outcomes
+from sparseprune.pipeline.programs import Item, Program, Setting
+from sparseprune.pipeline.recipes import Counted, Runs, Streamed, Summed, Tiled
+from sparseprune.pipeline.rests import rest_program
+from sparseprune.pipeline.traffic import Traffic
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from collections.abc import Callable, Iterator
 
-    from sparseprune.checkpoint import CopyRange, StagedOutput, TensorReader
-    from sparseprune.engine.tally import Tally
-    from sparseprune.pipeline.plan import Plan, WorkUnit
-    from sparseprune.pipeline.slabs import Piece, Slab
-    from sparseprune.pipeline.unit import PrunedPiece, Reach
+    from sparseprune.checkpoint import StagedOutput, TensorReader
+    from sparseprune.pipeline.outcomes import TensorOutcome
+    from sparseprune.pipeline.schedule import Schedule
 
-_FLUSH_SECONDS = 0.1
-Progress = Callable[[int], None]
-"""Called from any thread with the bytes that have just been done."""
+    Progress = Callable[[int, str], None]
 
-
-@dataclass(frozen=True, slots=True)
-class TensorOutcome:
-    """What became of one tensor; `reach` has for each rule what it reached and dropped of it."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    instance: str
-    reach: Mapping[str, Reach]
-    before: Tally
-    after: Tally
+_FLUSH_SECONDS = 0.05
+_COPY_BYTES = 64 << 20  # that the kernel copies at one time
+_WAYS = {Runs: "runs", Counted: "counted", Summed: "summed", Tiled: "tiled", Streamed: "streamed"}
 
 
 @dataclass(frozen=True, slots=True)
-class Machine:
-    """On what a plan runs: a torch device, and how many slabs are worked on at one time."""
+class Assignment:
+    """A program with its name for people, its key, and what it holds while it goes on."""
 
-    device: str = "cpu"
-    jobs: int = 1
-
-
-class Work(Protocol):
-    """What a thread does: a slab or a copy; gives the outcomes of the tensors it touched."""
-
-    def __call__(self) -> tuple[TensorOutcome, ...]: ...
+    key: str
+    label: str
+    program: Program
+    held: int
 
 
 def execute(
-    plan: Plan, reader: TensorReader, output: StagedOutput, machine: Machine, progress: Progress
+    schedule: Schedule, reader: TensorReader, output: StagedOutput, device: str, progress: Progress
 ) -> tuple[TensorOutcome, ...]:
-    """Do all the work of a plan: every byte of the output's shards and masks is written once.
+    """Do all the work of a schedule: every byte of the output's shards and masks is written once.
 
-    The first error in the order of the plan is raised once what is running has ended; nothing new is
-    begun after it.
+    What an earlier run finished is taken over. `progress` is told, from any thread, bytes that were done and
+    of what. The first error in the order of the schedule is raised once what is running has ended; nothing
+    new is begun after it. MachineError where the input is no longer what it was.
     """
-    outcomes: dict[str, TensorOutcome] = {}
-    with (
-        _torch_threads(machine),
-        _flushing(output),
-        ThreadPoolExecutor(machine.jobs, "sparseprune") as pool,
-    ):
-        try:
-            for future in _in_order(pool, _work(plan, reader, output, machine, progress), 2 * machine.jobs):
-                for outcome in future.result():
-                    known = outcomes.get(outcome.name)
-                    outcomes[outcome.name] = outcome if known is None else _joined(known, outcome)
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
-    return tuple(outcomes[name] for name in plan.reached)
+    outcomes = Outcomes()
+    work = _Work(schedule, reader, output, device, progress, outcomes)
+    with _torch_threads(schedule), _flushing(output):
+        crew = Crew(work.assignments(), work, schedule.limits.memory)
+        crew.run(schedule.workers)
+    refuse_changed(schedule.plan.checkpoint)
+    return outcomes.of_plan(schedule.plan)
 
 
-def _work(
-    plan: Plan, reader: TensorReader, output: StagedOutput, machine: Machine, progress: Progress
-) -> Iterator[Work]:
-    for unit in plan.units:
-        for slab in slabs_of(unit):
-            yield _slab_work(unit, slab, reader, output, machine.device, progress)
-    for copy in output.layout.copies:
-        yield _copy_work(copy, output, progress)
+def work_bytes(schedule: Schedule, output: StagedOutput) -> tuple[int, int]:
+    """Bytes that pass by from the beginning to the end of a run, and how many of them an earlier one did."""
+    copied = sum(copy.length for copy in output.layout.copies)
+    done = sum(nbytes for nbytes, _ in output.finished.values())
+    return schedule.nbytes + copied, done
 
 
-def _slab_work(
-    unit: WorkUnit,
-    slab: Slab,
-    reader: TensorReader,
-    output: StagedOutput,
-    device: str,
-    progress: Progress,
-) -> Work:
-    def work() -> tuple[TensorOutcome, ...]:
-        tensors = {piece.stored.name: _load(piece, reader, device) for piece in slab.pieces}
-        inputs = [{key: _load(piece, reader, device) for key, piece in pieces} for pieces in slab.inputs]
-        pruned = prune_slab(slab, tensors, inputs)
-        outcomes = []
-        for piece in slab.pieces:
-            name = piece.stored.name
-            result = pruned[name]
-            output.write_weight(name, piece.begin, _bytes_of(tensors[name]))
-            output.write_mask(name, piece.first, _bytes_of(result.keep))
-            outcomes.append(_outcome(unit, piece, result))
-        progress(slab.nbytes)
-        return tuple(outcomes)
+class _Work:
+    """What the crew asks: what there is to do, what is known already, and who wants to know the rest."""
 
-    return work
+    def __init__(
+        self,
+        schedule: Schedule,
+        reader: TensorReader,
+        output: StagedOutput,
+        device: str,
+        progress: Progress,
+        outcomes: Outcomes,
+    ) -> None:
+        self._schedule = schedule
+        self._traffic = Traffic(reader, output)
+        self._output = output
+        self._device = device
+        self._progress = progress
+        self._outcomes = outcomes
+
+    def assignments(self) -> Iterator[Assignment]:
+        """All programs, in the order of the plan; what nobody reaches is copied in the end."""
+        for job in self._schedule.jobs:
+            way = import_module(f"sparseprune.pipeline.{_WAYS[type(job.recipe)]}")
+            program = way.run_program(job.task, job.recipe, self._setting(job.key))
+            yield Assignment(job.key, job.task.instance.label, program, job.recipe.held)
+        for rest in self._schedule.rests:
+            yield Assignment(rest.key, rest.stored.name, rest_program(rest, self._setting(rest.key)), 0)
+        for number, copy in enumerate(self._output.layout.copies):
+            program = _copy_program(copy, self._output)
+            yield Assignment(f"copy{number}", copy.file.name, program, 0)
+
+    def known(self, key: str) -> bool:
+        """Whether an earlier run did this; its outcomes are taken over."""
+        if key not in self._output.finished:
+            return False
+        _, outcomes = self._output.finished[key]
+        self._take_in(outcomes)
+        return True
+
+    def done(self, item: Item, key: str, label: str, result: Any) -> None:  # noqa: ANN401
+        """An item is done; one that writes is noted."""
+        self._progress(item.nbytes, label)
+        if item.key:
+            self._take_in(result)
+            self._output.note(key, [item.nbytes, result])
+
+    def _take_in(self, outcomes: list[Any]) -> None:
+        for outcome in outcomes:
+            self._outcomes.add(outcome)
+
+    def _setting(self, key: str) -> Setting:
+        output = self._output
+
+        def recall(name: str) -> Any:  # noqa: ANN401
+            noted = output.finished.get(f"{key}.{name}")
+            return None if noted is None else noted[1]
+
+        def note(name: str, record: Any, nbytes: int) -> None:  # noqa: ANN401
+            output.note(f"{key}.{name}", [nbytes, record])
+
+        return Setting(
+            tensors=self._schedule.plan.checkpoint.tensors,
+            traffic=self._traffic,
+            limits=self._schedule.limits,
+            device=self._device,
+            recall=recall,
+            note=note,
+            passed=self._progress,
+        )
 
 
-def _copy_work(copy: CopyRange, output: StagedOutput, progress: Progress) -> Work:
-    def work() -> tuple[TensorOutcome, ...]:
-        output.copy(copy)
-        progress(copy.length)
-        return ()
+def _copy_program(copy: CopyRange, output: StagedOutput) -> Program:
+    """One step: what the input and the output share, a part at a time, by the kernel."""
 
-    return work
+    def items() -> Iterator[Item]:
+        for done in range(0, copy.length, _COPY_BYTES):
+            part = CopyRange(
+                copy.source,
+                copy.file,
+                copy.source_offset + done,
+                copy.offset + done,
+                min(_COPY_BYTES, copy.length - done),
+            )
+            yield Item(lambda part=part: output.copy(part) or [], part.length, key=str(done))  # type: ignore[misc,func-returns-value]
 
-
-def _outcome(unit: WorkUnit, piece: Piece, result: PrunedPiece) -> TensorOutcome:
-    """The outcome of one piece; where several tasks reach its tensor, all of them are named."""
-    name = piece.stored.name
-    tasks = [task for task in unit.tasks if any(leaf.tensor == name for leaf in task.instance.scope.leaves)]
-    return TensorOutcome(
-        name=name,
-        dtype=piece.stored.dtype,
-        shape=piece.stored.shape,
-        instance=", ".join(task.instance.label for task in tasks),
-        reach=result.reach,
-        before=result.before,
-        after=result.after,
-    )
-
-
-def _load(piece: Piece, reader: TensorReader, device: str) -> Tensor:
-    dtype = torch_dtype(piece.stored.dtype)
-    data = reader.read(piece.stored, piece.begin, piece.end)
-    if not data:
-        return torch.empty(piece.shape, dtype=dtype, device=device)
-    return torch.frombuffer(data, dtype=torch.uint8).view(dtype).view(piece.shape).to(device)
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
-    array = tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy()
-    return array.data
-
-
-def _joined(known: TensorOutcome, more: TensorOutcome) -> TensorOutcome:
-    return replace(
-        known,
-        reach={rule: part + more.reach[rule] for rule, part in known.reach.items()},
-        before=known.before + more.before,
-        after=known.after + more.after,
-    )
-
-
-def _in_order(
-    pool: ThreadPoolExecutor, work: Iterable[Work], ahead: int
-) -> Iterator[Future[tuple[TensorOutcome, ...]]]:
-    """Futures in the order of the work, at most `ahead` of them begun and not yet taken."""
-    waiting: list[Future[tuple[TensorOutcome, ...]]] = []
-    for one in work:
-        waiting.append(pool.submit(one))
-        if len(waiting) > ahead:
-            yield waiting.pop(0)
-    yield from waiting
+    yield items()
 
 
 @contextmanager
@@ -204,10 +183,15 @@ def _flushing(output: StagedOutput) -> Iterator[None]:
 
 
 @contextmanager
-def _torch_threads(machine: Machine) -> Iterator[None]:
-    """Share the cores among the jobs while they run."""
+def _torch_threads(schedule: Schedule) -> Iterator[None]:
+    """Share the cores among the workers where they use torch."""
+    if not schedule.uses_torch:
+        yield
+        return
+    import torch  # noqa: PLC0415  (most schedules do without)
+
     usual = torch.get_num_threads()
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // machine.jobs))
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // schedule.workers))
     try:
         yield
     finally:

@@ -6,16 +6,16 @@ tensors that it reads and writes, and no tensor belongs to two units. Knows no t
 
 from __future__ import annotations
 
-from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sparseprune.checkpoint import read_config
+from sparseprune.engine.grids import prod
 from sparseprune.pipeline.inputs import InputFiles
 from sparseprune.spec import TensorInfo, bind
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator, Mapping
 
     from sparseprune.checkpoint import Checkpoint, StoredTensor
     from sparseprune.pipeline.inputs import TaskInput
@@ -62,13 +62,23 @@ class Plan:
         return tuple(name for name in self.checkpoint.tensors if name in names)
 
 
+def task_bytes(task: Task, tensors: Mapping[str, StoredTensor]) -> int:
+    """Bytes of what a task reaches: what one pass reads."""
+    total = 0
+    for leaf in task.instance.scope.leaves:
+        stored = tensors[leaf.tensor]
+        total += prod(leaf.view_shape) * stored.nbytes // max(1, stored.numel)
+    return total
+
+
 def make_plan(checkpoint: Checkpoint, spec: Spec) -> Plan:
     """Bind a spec to the headers of a checkpoint and cut the work into units.
 
     Raises:
         SpecError: the spec does not fit the checkpoint, with every problem at once.
     """
-    tensors = [TensorInfo(name, stored.dtype, stored.shape) for name, stored in checkpoint.tensors.items()]
+    entries = [stored.entry for stored in checkpoint.tensors.values()]
+    tensors = [TensorInfo(entry.name, entry.dtype, entry.shape) for entry in entries]
     bound = bind(spec, tensors, read_config(checkpoint))
     files = InputFiles(checkpoint)
     tasks = [
@@ -76,27 +86,25 @@ def make_plan(checkpoint: Checkpoint, spec: Spec) -> Plan:
         for rule, instance in bound.instances()
     ]
     files.raise_if_any()
-    units = tuple(_unit(checkpoint, group) for group in _groups(tasks))
-    return Plan(checkpoint, bound, units)
+    return Plan(checkpoint, bound, tuple(_units(checkpoint, tasks)))
 
 
-def _unit(checkpoint: Checkpoint, tasks: tuple[Task, ...]) -> WorkUnit:
-    names = dict.fromkeys(leaf.tensor for task in tasks for leaf in task.instance.scope.leaves)
-    return WorkUnit(tasks, tuple(checkpoint.tensors[name] for name in names))
-
-
-def _groups(tasks: Iterable[Task]) -> list[tuple[Task, ...]]:
+def _units(checkpoint: Checkpoint, tasks: Iterable[Task]) -> Iterator[WorkUnit]:
     """Tasks joined where they share a tensor, in the order of their first one."""
-    group_of: dict[str, int] = {}
-    members: defaultdict[int, list[Task]] = defaultdict(list)
+    home_of: dict[str, int] = {}  # for each tensor, the number of its group, which is that of the first task
+    tasks_of: dict[int, list[Task]] = {}
+    names_of: dict[int, list[str]] = {}
     for number, task in enumerate(tasks):
-        names = {leaf.tensor for leaf in task.instance.scope.leaves}
-        touched = sorted({group_of[name] for name in names if name in group_of})
-        home = touched[0] if touched else number
-        for group in touched[1:]:
-            moved = members.pop(group)
-            members[home] += moved
-            names |= {leaf.tensor for other in moved for leaf in other.instance.scope.leaves}
-        members[home].append(task)
-        group_of |= dict.fromkeys(names, home)
-    return [tuple(group) for _, group in sorted(members.items())]
+        names = [leaf.tensor for leaf in task.instance.scope.leaves]
+        home = number
+        if not home_of.keys().isdisjoint(names):
+            home, *others = sorted({home_of[name] for name in names if name in home_of})
+            tasks_of[home] += [moved for other in others for moved in tasks_of.pop(other)]
+            names = [moved for other in others for moved in names_of.pop(other)] + names
+        tasks_of.setdefault(home, []).append(task)
+        names_of.setdefault(home, []).extend(names)
+        home_of.update(dict.fromkeys(names, home))
+    stored = checkpoint.tensors
+    for home in sorted(tasks_of):
+        tensors = tuple([stored[name] for name in dict.fromkeys(names_of[home])])
+        yield WorkUnit(tuple(tasks_of[home]), tensors)

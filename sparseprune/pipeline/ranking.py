@@ -1,158 +1,211 @@
-"""Ranking: what the blocks of a scope are compared by, from a score of the spec and its inputs.
+"""Ranking: what the blocks of a task are compared by, from a score of the spec and its files.
 
-Owns one function for each kind of score. Gives the engine element values or ready block scores; the
-choice among blocks is the engine's.
+Owns one function for each kind of score. Gives numbers for the elements of a box, or ready scores for a part
+of a block grid; the choice among blocks is the engine's. Numpy alone: no torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
+import numpy as np
 
 from sparseprune.engine.grids import prod
+from sparseprune.engine.kernels.formats import FORMATS
 from sparseprune.engine.randomness import random_scores
-from sparseprune.engine.scoring import first_nan
 from sparseprune.errors import SparsityError
-from sparseprune.spec import BoundBlock, BoundScope
+from sparseprune.pipeline.boxes import Box
+from sparseprune.pipeline.cells import grid_box
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from numpy.typing import NDArray
 
-    from sparseprune.engine import BlockSpec, SparseScope
-    from sparseprune.spec import BoundScopeCoupling, Score
+    from sparseprune.pipeline.cells import AnyBlock, Part
+    from sparseprune.pipeline.inputs import Role, TaskInput
+    from sparseprune.pipeline.plan import Task
+    from sparseprune.pipeline.traffic import Bits, Loaded, Traffic
 
-Inputs = Mapping[tuple[str, str], "Tensor"]
-"""Tensors by role and key, as in TaskInput, cut as the slab is."""
-
-
-@dataclass(frozen=True, slots=True)
-class Ranking:
-    """Element values and the norm over them, or block scores (*grid_shape, blocks per scope)."""
-
-    values: Mapping[BlockSpec, Tensor] | None = None
-    norm: float = 2.0
-    rms: bool = False
-    block_scores: Tensor | None = None
-
-    def masks(self, scope: SparseScope, nnz: int | None, threshold: float | None) -> dict[BlockSpec, Tensor]:
-        """The decision of a scope by this ranking, for whichever of the budgets is given."""
-        scores = self._scores(scope)
-        if nnz is not None:
-            return scope.get_masks(nnz, self.values, scores)
-        return scope.threshold_masks(0.0 if threshold is None else threshold, self.values, scores)
-
-    def _scores(self, scope: SparseScope) -> Tensor | None:
-        """None where the engine's own comparison of norms, exact for single elements, says the same."""
-        if self.block_scores is not None:
-            return self.block_scores
-        single = all(spec.block.numel_per_block() == 1 for spec, _ in scope.members)
-        if single or (self.norm == 2 and not self.rms):
-            return None
-        return scope.block_norms(self.values, self.norm, rms=self.rms)
-
-
-def rank(
-    scope: SparseScope,
-    bound: BoundScope | BoundScopeCoupling,
-    score: Score,
-    inputs: Inputs,
-    rows_before: int = 0,
-) -> Ranking:
-    """The ranking that a score asks for; `rows_before` counts the rows that lie before the slab.
-
-    Raises:
-        SparsityError: NaN in an input, or a negative Hessian diagonal.
-    """
-    if score.kind == "magnitude":
-        return Ranking(norm=score.norm, rms=score.normalize)
-    if score.kind == "random":
-        return Ranking(block_scores=_random(scope, bound, score.seed, rows_before))
-    if score.kind == "blocks":
-        return Ranking(block_scores=_given(scope, bound, inputs))
-    if score.kind == "values":
-        values = {leaf: _checked(inputs, "values", leaf.name) for leaf in scope.blocks()}
-        return Ranking(values, score.norm, score.normalize)
-    if score.kind == "wanda":
-        values = {leaf: _wanda(leaf, score.input_dim, inputs) for leaf in scope.blocks()}
-        return Ranking(values, score.norm, score.normalize)
-    values = {leaf: _obd(leaf, score.input_dim, inputs) for leaf in scope.blocks()}
-    return Ranking(values, 1.0, score.normalize)
-
-
-def conditioners_of(scope: SparseScope, inputs: Inputs) -> dict[BlockSpec, Tensor] | None:
-    """The diagonal that soft thresholding is conditioned by, None where no file was given."""
-    leaves = scope.blocks()
-    if not any(("conditioners", leaf.name) in inputs for leaf in leaves):
-        return None
-    return {leaf: _checked(inputs, "conditioners", leaf.name) for leaf in leaves}
-
-
-def _wanda(leaf: BlockSpec, dim: int, inputs: Inputs) -> Tensor:
-    """|w| times the l2 norm of its input feature (Sun et al. 2023, A Simple and Effective Pruning Approach).
-
-    Float64, so that the product of two float32 numbers is exact. Members without statistics count 0.
-    """
-    weight = leaf.view.param.detach().to(torch.float64)
-    if ("vector", leaf.name) not in inputs:
-        return torch.zeros_like(weight)
-    return weight.abs() * _along(_checked(inputs, "vector", leaf.name), dim, weight.ndim)
-
-
-def _obd(leaf: BlockSpec, dim: int, inputs: Inputs) -> Tensor:
-    """w^2 times the diagonal of the Hessian (LeCun et al. 1989, Optimal Brain Damage, without the 1/2)."""
-    weight = leaf.view.param.detach().to(torch.float64)
-    if ("vector", leaf.name) not in inputs:
-        return torch.zeros_like(weight)
-    diagonal = _checked(inputs, "vector", leaf.name)
-    if bool((diagonal < 0).any()):
-        raise SparsityError(
-            f"{leaf.name}: the diagonal of the Hessian in the score file is negative somewhere"
-        )
-    return weight.square() * _along(diagonal, dim, weight.ndim)
-
-
-def _along(vector: Tensor, dim: int, rank_of_weight: int) -> Tensor:
-    shape = [1] * rank_of_weight
-    shape[dim] = -1
-    return vector.to(torch.float64).reshape(shape)
-
+    Floats = NDArray[np.float64]
 
 _FILE_OF = {"values": "score", "vector": "score", "blocks": "score", "conditioners": "conditioner"}
 
 
-def _checked(inputs: Inputs, role: str, key: str) -> Tensor:
-    tensor = inputs[role, key]
-    if first_nan(tensor) is not None:
+@dataclass(frozen=True, slots=True)
+class Elements:
+    """Numbers as the leaf sees them: patterns of a dtype that can be pruned."""
+
+    bits: Bits
+    dtype: str
+
+    def magnitudes(self) -> Floats:
+        """Their magnitudes in float64; NaN stays NaN."""
+        form = FORMATS.get(self.dtype)
+        if form is None:
+            signed = self.bits.view(f"int{8 * self.bits.itemsize}")
+            return np.abs(signed.astype(np.float64))
+        return form.values(np.bitwise_and(self.bits, self.bits.dtype.type(form.magnitude), order="C"))
+
+
+class Ranking:
+    """The scores of one task; reads what it needs of its files, a box at a time, from any thread."""
+
+    def __init__(self, task: Task, traffic: Traffic) -> None:
+        self._score = task.instance.score
+        self._traffic = traffic
+        self._inputs: dict[tuple[Role, str], TaskInput] = {(one.role, one.key): one for one in task.inputs}
+
+    @property
+    def norm(self) -> float:
+        """The order of the norm over a block's elements."""
+        return 1.0 if self._score.kind == "obd" else self._score.norm
+
+    def elements(self, loaded: Loaded) -> Elements | None:
+        """What the elements of a box count in place of the weights; None where the weights themselves count.
+
+        Raises:
+            SparsityError: NaN in a score file, a negative Hessian diagonal.
+        """
+        kind = self._score.kind
+        if kind == "values":
+            return self._file_elements("values", loaded.box)
+        if kind not in {"wanda", "obd"}:
+            return None
+        magnitudes = Elements(loaded.view, loaded.box.stored.dtype).magnitudes()
+        name = loaded.box.leaf.tensor
+        if ("vector", name) not in self._inputs:  # members without statistics count 0
+            magnitudes.fill(0.0)
+        elif kind == "wanda":
+            magnitudes *= self._along(loaded.box)
+        else:
+            np.square(magnitudes, out=magnitudes)
+            magnitudes *= self._along(loaded.box)
+        return Elements(magnitudes.view(np.uint64), "F64")
+
+    def conditioners(self, box: Box) -> Elements | None:
+        """The diagonal that soft thresholding is conditioned by, None where no file was given."""
+        if ("conditioners", box.leaf.tensor) not in self._inputs:
+            return None
+        return self._file_elements("conditioners", box)
+
+    def block_scores(self, block: AnyBlock, part: Part) -> Floats | None:
+        """Ready scores for a part of a block grid, float64 of its shape; None where elements are ranked."""
+        if self._score.kind == "random":
+            return random_scores(self._score.seed, block.label, _numbers(block.grid_shape, part))
+        if self._score.kind != "blocks":
+            return None
+        stored = self._inputs["blocks", block.label].stored
+        loaded = self._traffic.load(grid_box(block, part, stored))
+        _refuse_nan(loaded.view, stored.dtype, block.label, "blocks")
+        form = FORMATS.get(stored.dtype)
+        if form is None:
+            return loaded.view.view(f"int{8 * loaded.view.itemsize}").astype(np.float64)
+        magnitude = loaded.view.dtype.type(form.magnitude)
+        scores = form.values(loaded.view & magnitude)
+        return np.where(loaded.view > magnitude, -scores, scores)
+
+    def _file_elements(self, role: Role, box: Box) -> Elements:
+        stored = self._inputs[role, box.leaf.tensor].stored
+        bits = self._traffic.load(Box(box.leaf, stored, box.begin, box.extent)).view
+        _refuse_nan(bits, stored.dtype, box.leaf.tensor, role)
+        return Elements(bits, stored.dtype)
+
+    def _along(self, box: Box) -> Floats:
+        """The number that belongs to each element of a box by its place along one dimension of the weight.
+
+        wanda: the l2 norm of the input feature (Sun et al. 2023, A Simple and Effective Pruning Approach);
+        obd: the diagonal of the Hessian (LeCun et al. 1989, Optimal Brain Damage, without the 1/2).
+        """
+        one = self._inputs["vector", box.leaf.tensor]
+        vector = self._traffic.load_run(one.stored, (0, one.stored.numel))
+        _refuse_nan(vector, one.stored.dtype, box.leaf.tensor, "vector")
+        elements = Elements(vector, one.stored.dtype)
+        if self._score.kind == "obd" and _is_negative(elements):
+            raise SparsityError(
+                f"{box.leaf.tensor}: the diagonal of the Hessian in the score file is negative somewhere"
+            )
+        numbers = elements.magnitudes()
+        shape = box.stored.shape
+        dim = one.dim % len(shape)
+        inner = prod(shape[dim + 1 :])
+        if box.leaf.view_shape == shape:
+            own = numbers[box.begin[dim] : box.begin[dim] + box.extent[dim]]
+            return own.reshape([-1 if other == dim else 1 for other in range(len(shape))])
+        if len(box.extent) == 1 and box.leaf.view_stride == (1,):
+            return _repeated(numbers, inner, box.first, box.numel)
+        flat = np.full((1,) * len(box.extent), box.first, dtype=np.int64)
+        for axis, (size, step) in enumerate(zip(box.extent, box.leaf.view_stride, strict=True)):
+            steps = np.arange(size, dtype=np.int64) * step
+            flat = flat + steps.reshape([-1 if other == axis else 1 for other in range(len(box.extent))])
+        return numbers[flat // inner % shape[dim]]
+
+
+def _repeated(numbers: Floats, inner: int, first: int, count: int) -> Floats:
+    """What belongs to `count` neighbouring elements, `first` the first, when each number is for `inner`."""
+    begin, end = first // inner, -(-(first + count) // inner)
+    each = np.resize(np.roll(numbers, -(begin % numbers.size)), end - begin)
+    skipped = first - begin * inner
+    return each if inner == 1 else np.repeat(each, inner)[skipped : skipped + count]
+
+
+def _numbers(grid: tuple[int, ...], part: Part) -> NDArray[np.uint64]:
+    """The numbers of the blocks of a part of a grid, row-major in the whole grid."""
+    numbers = np.zeros((1,) * len(grid), dtype=np.uint64)
+    for dim, (begin, size) in enumerate(zip(part.begin, part.extent, strict=True)):
+        places = np.arange(begin, begin + size, dtype=np.uint64) * np.uint64(prod(grid[dim + 1 :]))
+        numbers = numbers + places.reshape([-1 if other == dim else 1 for other in range(len(grid))])
+    return numbers
+
+
+def _is_negative(elements: Elements) -> bool:
+    """Whether a number is below 0; -0.0 is not."""
+    if elements.dtype in FORMATS:
+        magnitude = elements.bits.dtype.type(FORMATS[elements.dtype].magnitude)
+        return bool(
+            (elements.bits > magnitude).any() and (elements.bits[elements.bits > magnitude] & magnitude).any()
+        )
+    return bool((elements.bits.view(f"int{8 * elements.bits.itemsize}") < 0).any())
+
+
+def _refuse_nan(bits: Bits, dtype: str, key: str, role: str) -> None:
+    form = FORMATS.get(dtype)
+    if form is None or not bits.size:
+        return
+    if int((bits & bits.dtype.type(form.magnitude)).max()) > form.largest:
         raise SparsityError(
             f"{key}: there is NaN in its {_FILE_OF[role]} file: it has no rank among the scores"
         )
-    return tensor
 
 
-def _random(
-    scope: SparseScope, bound: BoundScope | BoundScopeCoupling, seed: int, rows_before: int
-) -> Tensor:
-    grids = []
-    for (spec, _), member in zip(scope.members, _members(bound), strict=True):
-        block = member.block
-        shape = spec.block.grid_shape
-        first = 0
-        if rows_before and isinstance(block, BoundBlock):
-            first = rows_before // block.shape[0] * prod(shape[1:])
-        grids.append(random_scores(seed, block.label, first, prod(shape)).reshape(shape))
-    return scope.gather(grids)
+def first_nan_place(bits: Bits, dtype: str) -> tuple[int, ...] | None:
+    """The place of the first NaN of some patterns in row-major order, None where there is none."""
+    form = FORMATS.get(dtype)
+    if form is None or not bits.size:
+        return None
+    is_nan = (bits & bits.dtype.type(form.magnitude)) > form.largest
+    if not is_nan.any():
+        return None
+    return tuple(int(index) for index in np.unravel_index(int(np.argmax(is_nan)), bits.shape))
 
 
-def _given(scope: SparseScope, bound: BoundScope | BoundScopeCoupling, inputs: Inputs) -> Tensor:
-    grids = [
-        _checked(inputs, "blocks", member.block.label).reshape(spec.block.grid_shape).to(torch.float64)
-        for (spec, _), member in zip(scope.members, _members(bound), strict=True)
-    ]
-    return scope.gather(grids)
+def stored_place(box: Box, place: tuple[int, ...]) -> tuple[int, ...]:
+    """The index in the stored tensor of a place of a box."""
+    steps = zip(place, box.leaf.view_stride, strict=True)
+    flat = box.first + sum(index * step for index, step in steps)
+    return tuple(int(index) for index in np.unravel_index(flat, box.stored.shape)) if box.stored.shape else ()
 
 
-def _members(bound: BoundScope | BoundScopeCoupling) -> tuple[BoundScope, ...]:
-    return (bound,) if isinstance(bound, BoundScope) else bound.members
+def refuse_nan(loaded: Loaded, elements: Elements | None = None) -> None:
+    """SparsityError for NaN among what ranks the elements of a box, by default the weights."""
+    ranked = Elements(loaded.view, loaded.box.stored.dtype) if elements is None else elements
+    place = first_nan_place(ranked.bits, ranked.dtype)
+    if place is not None:
+        raise nan_error(loaded.box, place)
+
+
+def nan_error(box: Box, place: tuple[int, ...]) -> SparsityError:
+    """What to say of a NaN at a place of a box."""
+    return SparsityError(
+        f"{box.leaf.tensor}: NaN at {list(stored_place(box, place))}: it has no rank among the scores; "
+        "repair the tensor or leave it out of the spec"
+    )

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import sparseprune
+from tests.limits import narrow
 from tests.samples import CHANNELS, TWO_OF_FOUR, mlp_tensors, run, schema, write_shards, write_spec
 
 if TYPE_CHECKING:
@@ -256,8 +257,7 @@ def test_output_is_the_same_whatever_the_jobs_and_slabs(
 ) -> None:
     spec = write_spec(tmp_path, TWO_OF_FOUR)
     assert run("apply", sharded, spec, "--jobs", 1, "-o", tmp_path / "one").code == 0
-    monkeypatch.setattr("sparseprune.pipeline.slabs.SLAB_BYTES", 64)
-    monkeypatch.setattr("sparseprune.pipeline.slabs.slabs_of.__defaults__", (64,))
+    narrow(monkeypatch, 64, tile=64)
     assert run("apply", sharded, spec, "--jobs", 4, "-o", tmp_path / "four").code == 0
     for path in (tmp_path / "one").rglob("*.safetensors"):
         assert path.read_bytes() == (tmp_path / "four" / path.relative_to(tmp_path / "one")).read_bytes()
@@ -359,7 +359,7 @@ def test_report_is_the_same_however_the_work_is_cut(tmp_path: Path, monkeypatch:
     spec = write_spec(tmp_path, TWO_OF_FOUR)
     documents = []
     for limit in (1 << 20, 64):
-        monkeypatch.setattr("sparseprune.pipeline.slabs.slabs_of.__defaults__", (limit,))
+        narrow(monkeypatch, limit, tile=limit)
         documents.append(json.loads(run("apply", tmp_path / "m.safetensors", spec, "--json", "--force").out))
     assert documents[0]["rules"] == documents[1]["rules"]
     assert documents[0]["rules"][0]["pruned"] == 256

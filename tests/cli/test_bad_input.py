@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from sparseprune.errors import MachineError
+from tests.limits import narrow
 from tests.samples import CHANNELS, TWO_OF_FOUR, mlp_tensors, run, write_spec
 
 if TYPE_CHECKING:
@@ -125,7 +126,7 @@ def test_every_problem_of_a_spec_is_told_at_once(folder: Path) -> None:
 def test_nan_place_counts_from_the_whole_tensor_also_in_a_later_slab(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sparseprune.pipeline.slabs.slabs_of.__defaults__", (256,))
+    narrow(monkeypatch, 256, tile=256)
     save_file({"a.b.weight": nan_at((64, 8), (41, 3))}, folder / "m.safetensors")
     said = run("apply", folder / "m.safetensors", folder / "spec.toml")
     assert "a.b.weight: NaN at [41, 3]" in said.err

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.limits import narrow
 from tests.samples import CHANNELS, TWO_OF_FOUR, mlp_tensors, run, write_spec
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ def test_wanda_of_matrices_whose_input_comes_first(tmp_path: Path, monkeypatch: 
     spec = with_score(TWO_OF_FOUR, '{ kind = "wanda", file = "stats.safetensors", input_dim = 0 }')
     spec = spec.replace("shape = [1, 4]", "shape = [4, 1]")
     for limit in (1 << 20, 64):  # in one slab, and in many
-        monkeypatch.setattr("sparseprune.pipeline.slabs.slabs_of.__defaults__", (limit,))
+        narrow(monkeypatch, limit, tile=limit)
         pruned = pruned_by(tmp_path, spec)
         for name, tensor in weights().items():
             metric = (tensor.double().abs() * norms[name].double()[:, None]).reshape(-1, 4, tensor.shape[1])
@@ -131,7 +132,7 @@ def test_values_rank_instead_of_the_weights(tmp_path: Path, monkeypatch: pytest.
     values = {name: torch.randn(tensor.shape, generator=generator) for name, tensor in weights().items()}
     save_file(values, tmp_path / "v.safetensors")
     for limit in (1 << 20, 64):
-        monkeypatch.setattr("sparseprune.pipeline.slabs.slabs_of.__defaults__", (limit,))
+        narrow(monkeypatch, limit, tile=limit)
         pruned = pruned_by(tmp_path, with_score(TWO_OF_FOUR, '{ kind = "values", file = "v.safetensors" }'))
         for name, tensor in weights().items():
             drop = values[name].abs().reshape(tensor.shape[0], -1, 4).argsort(dim=2, stable=True)[:, :, :2]
@@ -158,7 +159,7 @@ def test_ready_scores_of_blocks_of_one_tensor_are_found_by_its_name(
     scores = {name: -tensor for name, tensor in weights().items()}  # of either sign: the smallest survive
     save_file(scores, tmp_path / "b.safetensors")
     for limit in (1 << 20, 64):
-        monkeypatch.setattr("sparseprune.pipeline.slabs.slabs_of.__defaults__", (limit,))
+        narrow(monkeypatch, limit, tile=limit)
         pruned = pruned_by(tmp_path, with_score(TWO_OF_FOUR, '{ kind = "blocks", file = "b.safetensors" }'))
         for name, tensor in weights().items():
             drop = tensor.reshape(tensor.shape[0], -1, 4).argsort(dim=2, descending=True, stable=True)[
@@ -173,7 +174,7 @@ def test_random_depends_on_the_seed_and_not_on_the_slabs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def pruned(seed: int, limit: int) -> dict[str, torch.Tensor]:
-        monkeypatch.setattr("sparseprune.pipeline.slabs.slabs_of.__defaults__", (limit,))
+        narrow(monkeypatch, limit, tile=limit)
         return pruned_by(tmp_path, with_score(TWO_OF_FOUR, f'{{ kind = "random", seed = {seed} }}'))
 
     first, cut, other = pruned(1, 1 << 20), pruned(1, 64), pruned(2, 1 << 20)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -60,10 +61,11 @@ def test_soft_budget_is_kth_mid_of_the_weights() -> None:
 
 
 def test_random_scores_are_uniform_and_differ_by_seed_and_name() -> None:
-    scores = random_scores(0, "w", 0, 100_000)
+    scores = random_scores(0, "w", np.arange(100_000, dtype=np.uint64))
     assert float(scores.min()) >= 0
     assert float(scores.max()) < 1
     assert float(scores.mean()) == pytest.approx(0.5, abs=0.01)
     assert len(set(scores.tolist())) == 100_000
-    for other in (random_scores(1, "w", 0, 100), random_scores(0, "v", 0, 100)):
+    few = np.arange(100, dtype=np.uint64)
+    for other in (random_scores(1, "w", few), random_scores(0, "v", few)):
         assert not (other == scores[:100]).any()

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from itertools import product
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -161,8 +162,15 @@ def test_all_names_of_the_engine_come_with_the_package() -> None:
 
 
 def test_a_tally_counts_zeros_of_either_sign() -> None:
-    parts = [tally_module.tally(torch.tensor(row).to(torch.bfloat16)) for row in ([0.0, -0.0], [3.0, -4.0])]
-    assert parts[0] + parts[1] == tally_module.Tally(4, 2, 25.0)
+    for dtype, name in ((torch.bfloat16, "BF16"), (torch.float16, "F16"), (torch.int32, "I32")):
+        patterns = {2: np.uint16, 4: np.uint32}[dtype.itemsize]
+        rows = (torch.tensor(row).to(dtype) for row in ([0.0, -0.0], [3.0, -4.0]))
+        bits = [
+            row.view(torch.int32 if dtype.itemsize == 4 else torch.int16).numpy().view(patterns)
+            for row in rows
+        ]
+        parts = [tally_module.tally(row, name) for row in bits]
+        assert parts[0] + parts[1] == tally_module.Tally(4, 2, 25.0)
 
 
 def plain(shape: tuple[int, ...] = (4, 6), name: str = "w") -> BlockSpec:

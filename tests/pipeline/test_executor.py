@@ -1,28 +1,159 @@
-"""The executor: work in order, errors in order, and a disk that is heard."""
+"""The executor: work side by side within memory, errors in order, and a disk that is heard."""
 
 from __future__ import annotations
 
 import os
 import threading
 import time
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from safetensors.torch import save_file
 
-from sparseprune.pipeline import executor
-from sparseprune.pipeline.unit import prune_slab
+from sparseprune.pipeline import executor, runs
+from sparseprune.pipeline.crew import Crew
+from sparseprune.pipeline.programs import Item
 from tests.samples import TWO_OF_FOUR, mlp_tensors, run, write_spec
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
     from pathlib import Path
+
+    from sparseprune.pipeline.programs import Program
+
+
+@dataclass(frozen=True)
+class Given:
+    """A program as the crew wants it."""
+
+    key: str
+    program: Program
+    held: int = 0
+    label: str = ""
+
+
+@dataclass
+class Heard:
+    """What is known beforehand, and what the crew tells."""
+
+    before: set[str] = field(default_factory=set)
+    done_keys: list[str] = field(default_factory=list)
+
+    def known(self, key: str) -> bool:
+        return key in self.before
+
+    def done(self, item: Item, key: str, label: str, result: Any) -> None:
+        self.done_keys.append(key)
+
+
+def one_step(*items: Item) -> Program:
+    yield items
+
+
+def work(given: Iterable[Given], *, memory: int = 100, workers: int = 4, heard: Heard | None = None) -> Heard:
+    register = heard or Heard()
+    Crew(given, register, memory).run(workers)
+    return register
 
 
 @pytest.fixture
 def command(tmp_path: Path) -> tuple[object, ...]:
     save_file(mlp_tensors(), tmp_path / "m.safetensors")
     return ("apply", tmp_path / "m.safetensors", write_spec(tmp_path, TWO_OF_FOUR))
+
+
+def test_steps_get_the_results_of_the_step_before_in_the_order_of_its_items() -> None:
+    seen: list[list[int]] = []
+
+    def slow(number: int) -> int:
+        time.sleep(0.002 * (4 - number))
+        return number
+
+    def program() -> Program:
+        results = yield [Item(lambda n=n: slow(n)) for n in range(4)]  # type: ignore[misc]
+        seen.append(results)
+        seen.append((yield [Item(lambda: sum(results))]))
+        seen.append((yield []))
+
+    work([Given("a", program())])
+    assert seen == [[0, 1, 2, 3], [6], []]
+
+
+def test_what_is_in_flight_stays_within_memory() -> None:
+    lock = threading.Lock()
+    now, most = 0, 0
+
+    def busy(size: int) -> None:
+        nonlocal now, most
+        with lock:
+            now += size
+            most = max(most, now)
+        time.sleep(0.002)
+        with lock:
+            now -= size
+
+    items = [Item(lambda: busy(40), memory=40) for _ in range(20)]
+    work([Given(str(number), one_step(*items[number::4])) for number in range(4)], memory=100)
+    assert most == 80
+    most = 0
+    work([Given("a", one_step(*items), held=70)], memory=100)  # what a program holds counts as well
+    assert most == 40
+
+
+def test_an_item_larger_than_all_memory_runs_alone() -> None:
+    running = threading.Semaphore(1)
+
+    def alone() -> None:
+        assert running.acquire(blocking=False)
+        time.sleep(0.002)
+        running.release()
+
+    assert len(work([Given("a", one_step(*(Item(alone, memory=500) for _ in range(5))))]).done_keys) == 5
+
+
+def test_known_items_are_passed_over_and_the_others_are_told() -> None:
+    called: list[str] = []
+    items = [Item(lambda key=key: called.append(key), key=key) for key in "xyz"]  # type: ignore[misc]
+    heard = work([Given("a", one_step(*items))], heard=Heard(before={"a.y"}), workers=1)
+    assert called == ["x", "z"]
+    assert heard.done_keys == ["a.x", "a.z"]
+
+
+def test_of_several_failures_the_first_in_the_order_of_the_programs_is_raised_and_nothing_new_is_begun() -> (
+    None
+):
+    later = threading.Event()
+    begun: list[int] = []
+
+    def first() -> None:
+        assert later.wait(10)
+        raise MemoryError("first")
+
+    def second() -> None:
+        later.set()
+        raise MemoryError("second")
+
+    rest = [Item(lambda n=n: begun.append(n)) for n in range(100)]  # type: ignore[misc]
+    with pytest.raises(MemoryError, match="first"):
+        work(
+            [
+                Given("a", one_step(Item(first))),
+                Given("b", one_step(Item(second))),
+                Given("c", one_step(*rest)),
+            ],
+            workers=2,
+        )
+    assert not begun
+
+
+def test_a_program_that_fails_between_its_steps_fails_the_run() -> None:
+    def program() -> Program:
+        yield [Item(lambda: 1)]
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        work([Given("a", program()), Given("b", one_step(Item(lambda: 2)))])
 
 
 def test_a_disk_that_fails_while_the_work_goes_on_fails_the_run(
@@ -38,10 +169,10 @@ def test_a_disk_that_fails_while_the_work_goes_on_fails_the_run(
         assert failed.wait(10)
         return original(*arguments)
 
-    original: Callable[..., object] = executor._copy_work
+    original: Callable[..., object] = executor._copy_program
     monkeypatch.setattr(os, "fdatasync", fail)
     monkeypatch.setattr(executor, "_FLUSH_SECONDS", 0.001)
-    monkeypatch.setattr(executor, "_copy_work", wait_for_it)
+    monkeypatch.setattr(executor, "_copy_program", wait_for_it)
     said = run(*command)
     assert (said.code, said.out) == (3, "")
     assert "Input/output error" in said.err
@@ -51,27 +182,29 @@ def test_a_disk_that_fails_while_the_work_goes_on_fails_the_run(
 def test_the_first_error_in_the_order_of_the_plan_is_the_one_that_is_told(
     monkeypatch: pytest.MonkeyPatch, command: tuple[object, ...]
 ) -> None:
-    def fail(slab: object, tensors: dict[str, object], inputs: object) -> object:
-        (name,) = tensors
+    def fail(loaded: Any, *arguments: Any) -> None:
+        name = loaded.box.stored.name
         if name == "0.up.weight":
             time.sleep(0.05)  # fails last, and is told first: 0.down.weight before it is fine
-            raise MemoryError("first")
+            raise ZeroDivisionError("first")
         if name.startswith("1."):
-            raise MemoryError("later")
-        return prune_slab(slab, tensors, inputs)  # type: ignore[arg-type]
+            raise ZeroDivisionError("later")
+        cut(loaded, *arguments)
 
-    monkeypatch.setattr("sparseprune.pipeline.executor.prune_slab", fail)
-    with pytest.raises(MemoryError, match="first"):
+    cut = runs._cut
+    monkeypatch.setattr(runs, "_cut", fail)
+    with pytest.raises(ZeroDivisionError, match="first"):
         run(*command, "--jobs", 4)
 
 
-def test_torch_keeps_its_threads(command: tuple[object, ...]) -> None:
+def test_torch_keeps_its_threads(tmp_path: Path, command: tuple[object, ...]) -> None:
     import torch
 
+    spec = write_spec(tmp_path, TWO_OF_FOUR.replace("shape = [1, 4]", "shape = [4, 1]"))  # by the engine
     usual = torch.get_num_threads()
     try:
         torch.set_num_threads(5)  # what no sharing of cores among three jobs comes to here
-        assert run(*command, "--jobs", 3).code == 0
+        assert run(*command[:2], spec, "--jobs", 3).code == 0
         assert torch.get_num_threads() == 5
     finally:
         torch.set_num_threads(usual)

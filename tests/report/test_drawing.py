@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparseprune.pipeline.unit import build_scope
+from sparseprune.pipeline.tensors import build_scope
 from sparseprune.report.drawing import Cell, Window, cell_of, view_index, window_of
 from sparseprune.spec import BoundBlock, BoundBlockCoupling, BoundScope, BoundScopeCoupling
 
@@ -109,16 +109,19 @@ LEAVES = [(name, number) for name, (scope, _) in STRUCTURES.items() for number i
 
 def cells_by_the_engine(scope: AnyScope, shapes: Shapes, number: int) -> list[Cell | None]:
     """For every element of the tensor under a leaf: its block is kept alone and the mask looked at."""
-    tensors = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    bound = scope.leaves[number]
+    tensors = {each: torch.zeros(each.view_shape) for each in scope.leaves}
     built: SparseScope = build_scope(scope, tensors)
     leaf = built.blocks()[number]
-    cells: list[Cell | None] = [None] * leaf.view.param.numel()
+    shape = shapes[bound.tensor]
+    cells: list[Cell | None] = [None] * torch.Size(shape).numel()
     keep = torch.zeros(*built.grid_shape, built.numblk_per_scope(), dtype=torch.bool)
-    none = leaf.view.to_param(built.get_masks(0, block_mask=keep)[leaf])
     for at in range(keep.numel()):
         one = torch.zeros_like(keep)
         one.view(-1)[at] = True
-        mask = leaf.view.to_param(built.get_masks(0, block_mask=one)[leaf]) & ~none
+        mask = torch.zeros(shape, dtype=torch.bool)
+        seen = mask.as_strided(bound.view_shape, bound.view_stride, bound.view_offset)
+        seen.copy_(built.get_masks(0, block_mask=one)[leaf])
         for element in mask.flatten().nonzero().flatten().tolist():
             cells[element] = Cell(*divmod(at, built.numblk_per_scope()))
     return cells

@@ -1,0 +1,279 @@
+"""How far a run is: a line that redraws itself on a terminal, now and then a log line elsewhere.
+
+Owns the counting, the rate and the layout of the line; knows nothing of what is being done. Workers only
+add to a number, whenever they like; a thread of its own looks at it and tells. Called by the commands.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections import deque
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from sparseprune.cli.console import stderr_console
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from rich.console import Console, ConsoleOptions, RenderResult
+    from rich.live import Live
+
+_REDRAWS = 5  # a second
+_TICK = 1.0  # seconds between two looks where log lines are written
+_FIRST_LINE, _LONGEST_PAUSE = 5.0, 60.0  # seconds
+_WINDOW, _SETTLED = 30.0, 0.5  # seconds that a rate is taken over at most, and at least
+_SIZES = ("B", "kB", "MB", "GB", "TB", "PB")
+_SPARE = 2  # columns that stay free, for the ^C that a terminal echoes
+_SHORTEST_BAR, _LONGEST_BAR, _SHORTEST_UNIT = 5, 40, 6  # columns
+
+
+class Advance(Protocol):
+    """Tells that `nbytes` more are done, in the work unit of this label; cheap, and from any thread."""
+
+    def __call__(self, nbytes: int, unit: str = "") -> None: ...
+
+
+@contextmanager
+def progress(what: str, total: int, *, quiet: bool, already: int = 0) -> Iterator[Advance]:
+    """Tell on stderr how many of `total` bytes are done; gives the function that advances it.
+
+    The `already` bytes were done before, by a run that this one continues, and do not count into the rate.
+    """
+    if quiet:
+        yield _unheard
+        return
+    tally = Tally(total, already)
+    console = stderr_console() if sys.stderr.isatty() else None
+    with _bar(what, tally, console) if console and console.is_interactive else _log(what, tally):
+        yield tally.advance
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """How far a run is at one moment; `rate` is bytes per second, None until it can be told."""
+
+    done: int
+    total: int
+    rate: float | None = None
+    unit: str = ""
+
+    @property
+    def share(self) -> float:
+        """What is done of the whole, 0 to 1."""
+        return min(self.done / self.total, 1.0) if self.total else 1.0
+
+    @property
+    def seconds_left(self) -> float | None:
+        """At this rate; None where there is none."""
+        return max(self.total - self.done, 0) / self.rate if self.rate else None
+
+
+class Tally:
+    """Bytes done, added to by any thread, looked at by one at a time.
+
+    The rate is that of the last 30 seconds, and starts with the first byte: what is loaded before is none.
+    """
+
+    def __init__(self, total: int, already: int = 0, clock: Callable[[], float] = time.monotonic) -> None:
+        self._lock = threading.Lock()
+        self._total, self._already, self._done, self._unit = total, already, already, ""
+        self._clock = clock
+        self._samples = deque([(clock(), already)])
+
+    def advance(self, nbytes: int, unit: str = "") -> None:
+        """Add bytes; the label of a unit stays until another one is given."""
+        with self._lock:
+            self._done += nbytes
+        if unit:
+            self._unit = unit
+
+    def standing(self) -> Standing:
+        """Where things stand; the rate gets better the more often it is asked for."""
+        now, done, samples = self._clock(), self._done, self._samples
+        if done == self._already:
+            samples.clear()
+        samples.append((now, done))
+        while len(samples) > 2 and samples[1][0] <= now - _WINDOW:
+            samples.popleft()
+        since, before = samples[0]
+        rate = (done - before) / (now - since) if now - since >= _SETTLED else None
+        return Standing(done, self._total, rate, self._unit)
+
+
+def log_line(what: str, standing: Standing) -> str:
+    """A standing as a line of a log.
+
+    >>> log_line("pruning", Standing(750_000_000, 2_200_000_000, 1.1e9, "proj[layer=7]"))
+    'sparseprune: pruning 34%, 0.75 of 2.20 GB, 1.1 GB/s, 1 s left, proj[layer=7]'
+    >>> log_line("pruning", Standing(0, 2_200_000_000))
+    'sparseprune: pruning 0%, 0.00 of 2.20 GB'
+    """
+    parts = [f"sparseprune: {what} {int(standing.share * 100)}%", " of ".join(_amounts(standing)).lstrip()]
+    if standing.rate is not None:
+        parts.append(_speed(standing.rate))
+    if standing.seconds_left is not None:
+        parts.append(f"{_duration(standing.seconds_left)} left")
+    if standing.unit:
+        parts.append(_printable(standing.unit))
+    return ", ".join(parts)
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A standing as one line of a terminal, for rich: bar, bytes, rate, time left, unit.
+
+    Never longer than the terminal is wide. The unit gives way first, then the bar.
+    """
+
+    what: str
+    standing: Standing
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        from rich.progress_bar import ProgressBar
+        from rich.segment import Segment
+        from rich.text import Text
+
+        standing = self.standing
+        speed = "?" if standing.rate is None else _speed(standing.rate)
+        facts = f" {'/'.join(_amounts(standing))} {speed:>8} {_clock_face(standing.seconds_left)}"
+        unit = Text(_printable(f" {standing.unit}".rstrip()), style="dim", no_wrap=True, end="")
+        free = options.max_width - _SPARE - len(self.what) - 1 - len(facts)
+        bar, columns = _divided(free, unit.cell_len)
+        yield Text(f"{self.what} ", no_wrap=True, end="")
+        if bar:
+            drawn = ProgressBar(total=1.0, completed=standing.share, width=bar)
+            yield from Segment.adjust_line_length(list(console.render(drawn, options)), bar)
+        yield Text(facts, no_wrap=True, end="")
+        if columns:
+            unit.truncate(columns, overflow="ellipsis")
+            unit.plain = unit.plain.encode(options.encoding, "replace").decode(options.encoding)
+            yield unit
+
+
+def _unheard(nbytes: int, unit: str = "") -> None:
+    """What `advance` is where nothing is to be told."""
+
+
+def _bar(what: str, tally: Tally, console: Console) -> Live:
+    """A context manager: the line is there while it lasts, and gone after it, whatever happens."""
+    from rich.live import Live
+
+    return Live(
+        get_renderable=lambda: Line(what, tally.standing()),
+        console=console,
+        refresh_per_second=_REDRAWS,
+        transient=True,
+        redirect_stdout=sys.stdout.isatty(),  # elsewhere it would end up on stderr
+    )
+
+
+@contextmanager
+def _log(what: str, tally: Tally) -> Iterator[None]:
+    """Log lines on stderr while it lasts."""
+    stop = threading.Event()
+    thread = threading.Thread(
+        target=_write_lines, args=(what, tally, stop), name="sparseprune-progress", daemon=True
+    )
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _write_lines(what: str, tally: Tally, stop: threading.Event) -> None:
+    """A line after five seconds, then each time after twice the time, at last one a minute."""
+    began, due = time.monotonic(), _FIRST_LINE
+    while not stop.wait(_TICK):
+        standing = tally.standing()
+        passed = time.monotonic() - began
+        if passed < due:
+            continue
+        due = passed + min(passed, _LONGEST_PAUSE)
+        try:
+            print(log_line(what, standing), file=sys.stderr, flush=True)
+        except OSError:
+            return  # nobody reads it; the run goes on
+
+
+def _divided(free: int, wanted: int) -> tuple[int, int]:
+    """The columns of the bar and of the unit out of `free` ones; the unit would have `wanted`.
+
+    The bar does not depend on the unit's length: it stays as long when the next unit begins.
+
+    >>> _divided(3, 33), _divided(43, 33), _divided(43, 0)
+    ((3, 0), (10, 33), (40, 0))
+    """
+    if not wanted or free < _SHORTEST_BAR + _SHORTEST_UNIT:
+        return min(max(free, 0), _LONGEST_BAR), 0
+    bar = min(max(free // 4, _SHORTEST_BAR), _LONGEST_BAR)
+    return bar, min(wanted, free - bar)
+
+
+def _amounts(standing: Standing) -> tuple[str, str]:
+    """What is done and the whole, in one unit of size and equally long.
+
+    >>> _amounts(Standing(750_000_000, 2_200_000_000)), _amounts(Standing(7_500_000, 12_300_000))
+    (('0.75', '2.20 GB'), (' 7.5', '12.3 MB'))
+    """
+    step, name = _scale(standing.total)
+    whole = standing.total / step
+    digits = 0 if step == 1 or whole >= 99.95 else 1 if whole >= 9.995 else 2
+    text = f"{whole:.{digits}f}"
+    return f"{standing.done / step:{len(text)}.{digits}f}", f"{text} {name}"
+
+
+def _speed(rate: float) -> str:
+    """Bytes per second in at most eight columns.
+
+    >>> _speed(1.13e9), _speed(12_345_678), _speed(999_999), _speed(0)
+    ('1.1 GB/s', '12 MB/s', '1.0 MB/s', '0 B/s')
+    """
+    step, name = _scale(rate)
+    return f"{rate / step:.{int(step > 1 and rate / step < 9.95)}f} {name}/s"
+
+
+def _scale(nbytes: float) -> tuple[int, str]:
+    """The unit of size in which the bytes have at most three digits before the point."""
+    power = 0
+    while nbytes >= 999.5 * 1000**power and power < len(_SIZES) - 1:
+        power += 1
+    return 1000**power, _SIZES[power]
+
+
+def _clock_face(seconds: float | None) -> str:
+    """Time left as on a clock.
+
+    >>> _clock_face(12.3), _clock_face(754), _clock_face(3723), _clock_face(None)
+    ('0:12', '12:34', '1:02:03', '-:--')
+    """
+    if seconds is None:
+        return "-:--"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _duration(seconds: float) -> str:
+    """Time left in words, as exact as it is known.
+
+    >>> _duration(12.3), _duration(754), _duration(37230)
+    ('12 s', '13 min', '10.3 h')
+    """
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 99.5 * 60 else f"{seconds / 3600:.1f} h"
+
+
+def _printable(text: str) -> str:
+    r"""Without what would move the cursor: a name from a file may hold anything.
+
+    >>> _printable("proj[layer=0]"), _printable("a\x1b[2Jb\n")
+    ('proj[layer=0]', 'a?[2Jb?')
+    """
+    return text if text.isprintable() else "".join(one if one.isprintable() else "?" for one in text)

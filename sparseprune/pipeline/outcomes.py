@@ -1,0 +1,95 @@
+"""Outcomes: what became of every tensor, gathered from the pieces in which it was worked.
+
+Owns how pieces add up: counts as they come, energies in one exact sum, so that the order in which pieces
+were finished is not seen.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from sparseprune.engine.tally import Tally
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from sparseprune.pipeline.plan import Plan
+    from sparseprune.pipeline.programs import Outcome
+
+
+@dataclass(frozen=True, slots=True)
+class Reach:
+    """Elements of a tensor that a rule reached, and how many of them its masks drop, zero before or not."""
+
+    numel: int = 0
+    pruned: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TensorOutcome:
+    """What became of one tensor; `reach` has for each rule what it reached and dropped of it."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    instance: str
+    reach: Mapping[str, Reach]
+    before: Tally
+    after: Tally
+
+
+@dataclass(slots=True)
+class _Sums:
+    reach: dict[str, Reach] = field(default_factory=dict)
+    zeros: list[int] = field(default_factory=lambda: [0, 0])
+    energies: list[list[float]] = field(default_factory=lambda: [[], []])
+
+
+class Outcomes:
+    """Takes in the outcomes of pieces, in any order; not to be called from two threads at one time."""
+
+    def __init__(self) -> None:
+        self._of: defaultdict[str, _Sums] = defaultdict(_Sums)
+
+    def add(self, outcome: Outcome) -> None:
+        """One piece, as `programs.outcome` gives it; a rule without a name reaches nothing."""
+        name, rule, numel, pruned, zeros_before, energy_before, zeros_after, energy_after = outcome
+        sums = self._of[name]
+        if rule:
+            known = sums.reach.get(rule, Reach())
+            sums.reach[rule] = Reach(known.numel + numel, known.pruned + pruned)
+        sums.zeros[0] += zeros_before
+        sums.zeros[1] += zeros_after
+        sums.energies[0].append(energy_before)
+        sums.energies[1].append(energy_after)
+
+    def of_plan(self, plan: Plan) -> tuple[TensorOutcome, ...]:
+        """Every tensor that the plan reaches, in the order of the checkpoint."""
+        labels: defaultdict[str, dict[str, str]] = defaultdict(dict)
+        for unit in plan.units:
+            for task in unit.tasks:
+                for leaf in task.instance.scope.leaves:
+                    labels[leaf.tensor][task.instance.label] = task.rule
+        outcomes = []
+        for name in plan.reached:
+            stored, sums = plan.checkpoint.tensors[name], self._of[name]
+            rules = dict.fromkeys(labels[name].values())
+            before, after = (
+                Tally(stored.numel, zeros, _total(energies))
+                for zeros, energies in zip(sums.zeros, sums.energies, strict=True)
+            )
+            reach = {rule: sums.reach.get(rule, Reach()) for rule in rules}
+            label = ", ".join(labels[name])
+            outcomes.append(TensorOutcome(name, stored.dtype, stored.shape, label, reach, before, after))
+        return tuple(outcomes)
+
+
+def _total(energies: list[float]) -> float:
+    """The exactly rounded sum; what is not finite stays so."""
+    try:
+        return math.fsum(energies)
+    except (OverflowError, ValueError):
+        return sum(energies)

@@ -1,0 +1,249 @@
+"""Recipes: by which way a task is worked, chosen in this one place by shape, dtype, score and budget.
+
+Owns the conditions of each way and what it costs in memory. A recipe is plain data; the ways themselves
+are in runs, counted, summed, tiled and streamed, of which only the last two need torch. Reads no data.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from sparseprune.engine.dtypes import DTYPES
+from sparseprune.engine.grids import prod
+from sparseprune.errors import SparsepruneError
+from sparseprune.pipeline.boxes import is_row_major_run
+from sparseprune.pipeline.cells import members_of, numel_per_scope
+from sparseprune.pipeline.limits import tile_bytes
+from sparseprune.pipeline.sweeps import sweep_of
+from sparseprune.spec import BoundBlock, BoundScope
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from sparseprune.checkpoint import StoredTensor
+    from sparseprune.engine.grids import Shape
+    from sparseprune.pipeline.cells import AnyScope
+    from sparseprune.pipeline.limits import Limits
+    from sparseprune.pipeline.plan import Task
+
+_FLOATS = frozenset({"F64", "F32", "F16", "BF16", "F8_E5M2", "F8_E4M3"})
+_PACKED = 8  # mask elements in a byte: slabs begin at whole bytes of a packed mask
+_SCORE_BYTES = 48  # that a block costs while its score is held: norms, keys, positions, decisions
+_SLABS_A_SCOPE = 8  # a scope of more slabs is counted: several threads share it, and less is in memory
+_GROUPS = 64  # parts of a large scope whose digits are counted apart
+_COUNTER_BYTES = 8 << 16  # one histogram
+
+
+@dataclass(frozen=True, slots=True)
+class Runs:
+    """Slabs of `slab` elements of neighbouring scopes: `blocks` runs of `block` elements each compete.
+
+    `memory` is what a slab takes. Exactly one of `nnz` and `threshold` counts.
+    """
+
+    memory: int
+    slab: int
+    block: int
+    blocks: int
+    nnz: int
+    threshold: float | None
+    norm: float
+    rms: bool
+    held: int = 0
+    passes: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """Elements in scopes that are larger than a slab: histograms of keys, then one pass that cuts."""
+
+    memory: int
+    slab: int
+    groups: int
+    held: int
+    passes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Summed:
+    """Norms of blocks are summed up as the tensors pass by, and held; then one pass that cuts."""
+
+    memory: int
+    chunk: int
+    held: int
+    passes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Tiled:
+    """Whole scopes, at most `tile` elements of them at one time, in the torch engine."""
+
+    memory: int
+    tile: int
+    held: int = 0
+    passes: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Streamed:
+    """Whole blocks, at most `tile` elements at one time, in the torch engine; ranks are found by digits."""
+
+    memory: int
+    tile: int
+    held: int
+    passes: int
+
+
+Recipe = Runs | Counted | Summed | Tiled | Streamed
+
+
+def needs_torch(recipe: Recipe) -> bool:
+    """Whether a way of working imports torch."""
+    return isinstance(recipe, Tiled | Streamed)
+
+
+def choose(
+    task: Task, tensors: Mapping[str, StoredTensor], limits: Limits, *, compiled: bool = True
+) -> Recipe:
+    """The way for a task: the first whose conditions hold, from the fastest to the one that always works.
+
+    `compiled` False leaves the scopes that fit in memory to the torch engine, on whatever device.
+
+    Raises:
+        SparsepruneError: one block alone is more than the limits allow.
+    """
+    recipe: Recipe | None = None
+    if task.instance.soft is None:
+        recipe = (_runs(task, tensors, limits) if compiled else None) or _counted(task, tensors, limits)
+        recipe = recipe or _summed(task, tensors, limits)
+    return recipe or _tiled(task, limits) or _streamed(task, limits)
+
+
+def _runs(task: Task, tensors: Mapping[str, StoredTensor], limits: Limits) -> Runs | None:
+    scope, score, budget = task.instance.scope, task.instance.score, task.instance.budget
+    if not isinstance(scope, BoundScope) or not isinstance(scope.block, BoundBlock):
+        return None
+    leaf = scope.block
+    block, blocks = leaf.numel_per_block, scope.blocks_per_scope
+    lies_well = is_row_major_run(leaf) and _is_run(leaf.shape, leaf.view_shape)
+    if not lies_well or not _is_run(scope.shape, leaf.grid_shape) or not _has_loop(task, tensors):
+        return None
+    nnz, threshold = budget.nnz, budget.threshold
+    if nnz in (0, blocks) or threshold is not None:
+        nnz, blocks = (0 if nnz == 0 else 1), 1  # nobody competes
+    unit = math.lcm(block * blocks, _PACKED)
+    size = DTYPES[tensors[leaf.tensor].dtype].bits // 8
+    each = 2 * size + 3 + (40 if score.kind != "magnitude" else 0) + (0 if block == 1 else 24 // block + 1)
+    slab = unit * max(1, limits.slab // (unit * size))
+    memory = 2 * each * slab
+    if blocks > 1 and (unit * size > _SLABS_A_SCOPE * limits.slab or memory > limits.memory // 2):
+        return None
+    return Runs(memory, slab, block, blocks, nnz or 0, threshold, score.norm, score.normalize)
+
+
+def _has_loop(task: Task, tensors: Mapping[str, StoredTensor]) -> bool:
+    """Whether compiled loops rank the blocks of a task's one leaf as the engine would."""
+    score = task.instance.score
+    (leaf,) = task.instance.scope.leaves
+    dtype = tensors[leaf.tensor].dtype
+    single = leaf.numel_per_block == 1
+    if score.kind == "magnitude":
+        return dtype in _FLOATS and (single or (dtype != "F64" and score.norm in {1, 2}))
+    if not single or score.kind not in {"values", "wanda", "obd"}:
+        return False
+    return all(one.stored.dtype != "I64" for one in task.inputs)
+
+
+def _counted(task: Task, tensors: Mapping[str, StoredTensor], limits: Limits) -> Counted | None:
+    scope = task.instance.scope
+    leaves = [member.block for member, _ in members_of(scope) if isinstance(member.block, BoundBlock)]
+    dtypes = {tensors[leaf.tensor].dtype for leaf in leaves}
+    if len(leaves) != len(members_of(scope)) or task.instance.budget.nnz is None or len(dtypes) != 1:
+        return None
+    whole = isinstance(scope, BoundScope) or prod(scope.grid_shape) == 1
+    pairs = zip(leaves, members_of(scope), strict=True)
+    unlike = {(leaf.view_shape, leaf.view_stride, leaf.shape, of.shape): leaf for leaf, (of, _) in pairs}
+    together = all(
+        leaf.numel_per_block == 1 and is_row_major_run(leaf) and _is_run(shape, leaf.grid_shape)
+        for (*_, shape), leaf in unlike.items()
+    )
+    (dtype,) = dtypes
+    if not whole or not together or dtype not in _FLOATS or task.instance.score.kind != "magnitude":
+        return None
+    size = DTYPES[dtype].bits // 8
+    slab = max(_PACKED, limits.slab // size // _PACKED * _PACKED)
+    groups = max(1, min(_GROUPS, limits.held // _COUNTER_BYTES))
+    passes = 1 + max(1, size // 2)
+    return Counted(2 * slab * (size + 1) + _COUNTER_BYTES, slab, groups, groups * _COUNTER_BYTES, passes)
+
+
+def _summed(task: Task, tensors: Mapping[str, StoredTensor], limits: Limits) -> Summed | None:
+    scope, score = task.instance.scope, task.instance.score
+    dtypes = {tensors[leaf.tensor].dtype for leaf in scope.leaves}
+    by_elements = score.kind not in {"random", "blocks"}
+    if by_elements and not dtypes <= _FLOATS:
+        return None
+    blocks = prod(scope.grid_shape) * scope.blocks_per_scope
+    numbers = blocks
+    if by_elements:
+        sweeps = [sweep_of(leaf, limits.slab) for leaf in scope.leaves]
+        if any(sweep is None for sweep in sweeps):
+            return None
+        numbers += sum(sweep.numbers for sweep in sweeps if sweep is not None)
+    held = _SCORE_BYTES * numbers
+    if held > limits.held:
+        return None
+    passes = 1 + (0 if not by_elements else 2 if needs_scaling(task, tensors) else 1)
+    # Elements are float64 on the way to a norm, with a copy for each level of the tree.
+    return Summed(64 * limits.slab, limits.slab, held, passes)
+
+
+def needs_scaling(task: Task, tensors: Mapping[str, StoredTensor]) -> bool:
+    """Whether powers of what is summed may leave the range of float64, as the engine sees it: F64 values."""
+    score = task.instance.score
+    if score.norm == math.inf and score.kind != "obd":
+        return False
+    if score.kind in {"wanda", "obd"}:
+        return True
+    if score.kind == "values":
+        return any(one.stored.dtype == "F64" for one in task.inputs)
+    return any(tensors[leaf.tensor].dtype == "F64" for leaf in task.instance.scope.leaves)
+
+
+def _tiled(task: Task, limits: Limits) -> Tiled | None:
+    scope = alone(task.instance.scope) if task.instance.budget.nnz is None else task.instance.scope
+    elements = max(min(limits.tile, limits.largest_tile), numel_per_scope(scope))
+    if elements > limits.largest_tile:
+        return None
+    return Tiled(tile_bytes(elements), elements)
+
+
+def _streamed(task: Task, limits: Limits) -> Streamed:
+    block = max(member.block.numel_per_block for member, _ in members_of(task.instance.scope))
+    elements = max(min(limits.tile, limits.largest_tile), block)
+    if elements > limits.largest_tile:
+        missing = tile_bytes(elements) - limits.memory
+        raise SparsepruneError(
+            f"[{task.rule}] {task.instance.label}: a block has {block} elements, which must be in memory "
+            f"together; --memory must be {missing} bytes larger"
+        )
+    candidates = limits.held // _SCORE_BYTES
+    return Streamed(tile_bytes(elements), elements, candidates * _SCORE_BYTES, 3)
+
+
+def alone(scope: AnyScope) -> AnyScope:
+    """The same blocks, each in a scope of its own: what a threshold asks about."""
+    if isinstance(scope, BoundScope):
+        return replace(scope, shape=(1,) * len(scope.shape))
+    return replace(scope, members=tuple(alone(member) for member in scope.members))  # type: ignore[misc]
+
+
+def _is_run(part: Shape, whole: Shape) -> bool:
+    """Whether parts of a row-major whole are runs of it: full behind some dimension, 1 before it."""
+    behind = [dim for dim, (a, b) in enumerate(zip(part, whole, strict=True)) if b > 1]
+    sizes = [(part[dim], whole[dim]) for dim in behind]
+    while sizes and sizes[0][0] == 1:
+        sizes.pop(0)
+    return all(a == b for a, b in sizes[1:])

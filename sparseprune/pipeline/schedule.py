@@ -1,0 +1,148 @@
+"""The schedule: by which way each task of a plan is worked within some memory, and what that will take.
+
+Owns the border between the plan, which is what a spec means, and how it is done here. Reads no data and
+imports no torch, so that `plan` can tell what a run would need.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from sparseprune.engine.grids import prod
+from sparseprune.pipeline.cells import members_of
+from sparseprune.pipeline.limits import INTERPRETER, TORCH, limits_of
+from sparseprune.pipeline.plan import task_bytes
+from sparseprune.pipeline.recipes import alone, choose, needs_torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from sparseprune.checkpoint import StoredTensor
+    from sparseprune.pipeline.limits import Limits
+    from sparseprune.pipeline.plan import Plan, Task, WorkUnit
+    from sparseprune.pipeline.recipes import Recipe
+    from sparseprune.spec import BoundBlock
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A task and its way; `key` is its own in the schedule."""
+
+    key: str
+    task: Task
+    recipe: Recipe
+
+
+@dataclass(frozen=True, slots=True)
+class Rest:
+    """A tensor of which its unit's tasks reach only a part: the remainder is taken over as it is."""
+
+    key: str
+    stored: StoredTensor
+    leaves: tuple[BoundBlock, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """All that has to be done for a plan, by at most `workers` threads at one time."""
+
+    plan: Plan
+    limits: Limits
+    workers: int
+    jobs: tuple[Job, ...]
+    rests: tuple[Rest, ...]
+
+    @property
+    def uses_torch(self) -> bool:
+        """Whether some task needs the torch engine."""
+        return any(needs_torch(job.recipe) for job in self.jobs)
+
+    @property
+    def peak_bytes(self) -> int:
+        """Resident memory at the most, about: the interpreter, what is in flight, scores that are held."""
+        base = INTERPRETER + (TORCH if self.uses_torch else 0)
+        items = max((job.recipe.memory for job in self.jobs), default=0)
+        held = sorted((job.recipe.held for job in self.jobs), reverse=True)[: self.workers]
+        return base + min(self.limits.memory, items * self.workers + sum(held))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of input that pass by, each as often as it is read."""
+        reads = sum(
+            task_bytes(job.task, self.plan.checkpoint.tensors) * job.recipe.passes for job in self.jobs
+        )
+        return reads + sum(_rest_bytes(rest) for rest in self.rests)
+
+
+def make_schedule(plan: Plan, memory: int, workers: int, *, compiled: bool = True) -> Schedule:
+    """The schedule of a plan for a process that may take `memory` bytes.
+
+    `compiled` False leaves to the torch engine what it can hold, for a device other than the CPU.
+
+    Raises:
+        SparsepruneError: the memory is too little for this plan.
+    """
+    schedule = _schedule(plan, limits_of(memory, uses_torch=not compiled), workers, compiled=compiled)
+    if schedule.uses_torch and compiled:
+        schedule = _schedule(plan, limits_of(memory, uses_torch=True), workers, compiled=True)
+    return schedule
+
+
+def _schedule(plan: Plan, limits: Limits, workers: int, *, compiled: bool) -> Schedule:
+    tensors = plan.checkpoint.tensors
+    known: dict[tuple[object, ...], Recipe] = {}  # thousands of tasks have a handful of forms
+    jobs: list[Job] = []
+    rests: list[Rest] = []
+    for number, unit in enumerate(plan.units):
+        for part, task in enumerate(_tasks(unit)):
+            form = _form(task, plan)
+            recipe = known.get(form)
+            if recipe is None:
+                recipe = known[form] = choose(task, tensors, limits, compiled=compiled)
+            jobs.append(Job(f"{number}.{part}", task, recipe))
+        rests += _rests(number, unit)
+    return Schedule(plan, limits, workers, tuple(jobs), tuple(rests))
+
+
+def _tasks(unit: WorkUnit) -> Iterator[Task]:
+    """The tasks of a unit; members that only a threshold asks about do not need each other."""
+    for task in unit.tasks:
+        instance = task.instance
+        if instance.budget.nnz is not None or len(members_of(instance.scope)) == 1:
+            yield task
+            continue
+        for member, _ in members_of(instance.scope):
+            yield replace(task, instance=replace(instance, scope=alone(member)))
+
+
+def _rests(number: int, unit: WorkUnit) -> Iterator[Rest]:
+    leaves_of: dict[str, list[BoundBlock]] = {stored.name: [] for stored in unit.tensors}
+    for task in unit.tasks:
+        for leaf in task.instance.scope.leaves:
+            leaves_of[leaf.tensor].append(leaf)
+    for place, stored in enumerate(unit.tensors):
+        leaves = leaves_of[stored.name]
+        if sum([prod(leaf.view_shape) for leaf in leaves]) < stored.numel:
+            yield Rest(f"{number}.rest{place}", stored, tuple(leaves))
+
+
+def _form(task: Task, plan: Plan) -> tuple[object, ...]:
+    """What the way of a task depends on."""
+    instance = task.instance
+    tensors = plan.checkpoint.tensors
+    leaves = [
+        (leaf.view_shape, leaf.view_stride, leaf.shape, tensors[leaf.tensor].entry.dtype)
+        for leaf in instance.scope.leaves
+    ]
+    members = [
+        (member.shape, order, len(member.block.leaves)) for member, order in members_of(instance.scope)
+    ]
+    inputs = [(one.role, one.stored.dtype) for one in task.inputs]
+    score = (instance.score.kind, instance.score.norm, instance.score.normalize)
+    return (tuple(leaves), tuple(members), tuple(inputs), score, instance.budget, instance.soft is None)
+
+
+def _rest_bytes(rest: Rest) -> int:
+    reached = sum(prod(leaf.view_shape) for leaf in rest.leaves)
+    return (rest.stored.numel - reached) * rest.stored.nbytes // max(1, rest.stored.numel)

@@ -1,0 +1,229 @@
+"""Summed: blocks too large or too scattered for one slab; their norms are summed up as tensors pass by.
+
+Channels over three matrices, heads, experts, filters. Every tensor is read from its beginning to its end,
+once for the norms (twice where they need scaling) and once more to be cut; what is held is one score a block.
+Norms are those of engine.scoring, bit for bit.
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sparseprune.engine.grids import prod
+from sparseprune.engine.kernels.cutting import cut_blocks
+from sparseprune.engine.kernels.selecting import select_keys
+from sparseprune.engine.tally import tally
+from sparseprune.pipeline.cells import leaves_of, members_of, whole_part
+from sparseprune.pipeline.passing import LeafMaxima, LeafSums
+from sparseprune.pipeline.plan import task_bytes
+from sparseprune.pipeline.programs import Item, Outcome, Program, finish
+from sparseprune.pipeline.ranking import Ranking, refuse_nan
+from sparseprune.pipeline.recipes import needs_scaling
+from sparseprune.pipeline.sweeps import sweep_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from numpy.typing import NDArray
+
+    from sparseprune.pipeline.boxes import Box
+    from sparseprune.pipeline.cells import AnyBlock, AnyScope
+    from sparseprune.pipeline.plan import Task
+    from sparseprune.pipeline.programs import Setting
+    from sparseprune.pipeline.recipes import Summed
+    from sparseprune.pipeline.sweeps import Sweep
+    from sparseprune.pipeline.traffic import Mask
+    from sparseprune.spec import BoundBlock, BoundScope
+
+    Floats = NDArray[np.float64]
+
+_DECISION = "decision"
+_MOST_EXPONENT = 1000
+
+
+def run_program(task: Task, recipe: Summed, setting: Setting) -> Program:
+    """Steps that score, then one that cuts; the decision between them is noted."""
+    scope = task.instance.scope
+    noted = setting.recall(_DECISION)
+    if noted is None:
+        scores = yield from _scores(task, recipe, setting)
+        keep = _decide(task, scores)
+        passed = (recipe.passes - 1) * task_bytes(task, setting.tensors)
+        setting.note(_DECISION, base64.b85encode(np.packbits(keep).tobytes()).decode(), passed)
+    else:
+        count = prod(scope.grid_shape) * scope.blocks_per_scope
+        packed = np.frombuffer(base64.b85decode(noted), dtype=np.uint8)
+        keep = np.unpackbits(packed, count=count)
+    decisions = _by_leaf(scope, keep)
+
+    def prune(box: Box) -> list[Outcome]:
+        loaded = setting.traffic.load(box)
+        before = tally(loaded.flat, box.stored.dtype)
+        mask, mask_view = loaded.masked()
+        mask_view[...] = _spread(decisions[box.leaf], box)
+        cut_blocks(loaded.flat, mask, 1, mask)
+        setting.traffic.store(loaded, mask)
+        return [finish(task, box.stored, before, loaded.flat, mask)]
+
+    def items() -> Iterator[Item]:
+        number = 0
+        for leaf in scope.leaves:
+            for box in _sweep(leaf, recipe).chunks(setting.tensors[leaf.tensor]):
+                yield Item(lambda box=box: prune(box), box.nbytes, recipe.memory, str(number))  # type: ignore[misc]
+                number += 1
+
+    yield items()
+
+
+def _scores(task: Task, recipe: Summed, setting: Setting) -> Any:  # noqa: ANN401  (a part of a program)
+    """A program that gives the scores of every member's blocks, on its block grid."""
+    ranking = Ranking(task, setting.traffic)
+    scope = task.instance.scope
+    members = [member for member, _ in members_of(scope)]
+    ready = [ranking.block_scores(each.block, whole_part(each.block.grid_shape)) for each in members]
+    if all(scores is not None for scores in ready):
+        return ready
+    sweeps = [_sweep(leaf, recipe) for leaf in scope.leaves]
+    exponents: dict[BoundBlock, NDArray[np.int64]] = {}
+    if math.isinf(ranking.norm) or needs_scaling(task, setting.tensors):
+        found = yield [_passed(LeafMaxima(each), each, ranking, recipe, setting) for each in sweeps]
+        maxima = dict(zip(scope.leaves, found, strict=True))
+        tops = [_largest(member.block, maxima) for member in members]
+        if math.isinf(ranking.norm):
+            return [_normalized(top, member, task) for top, member in zip(tops, members, strict=True)]
+        for top, member in zip(tops, members, strict=True):
+            for leaf, order in leaves_of(member.block):
+                exponents[leaf] = _exponents(top).transpose(_inverse(order))
+    power = int(ranking.norm)
+    sums = yield [
+        _passed(LeafSums(each, power, exponents.get(each.leaf)), each, ranking, recipe, setting)
+        for each in sweeps
+    ]
+    of_leaf = dict(zip(scope.leaves, sums, strict=True))
+    norms = [_norms(member.block, of_leaf, exponents, power) for member in members]
+    return [_normalized(norm, member, task) for norm, member in zip(norms, members, strict=True)]
+
+
+def _norms(
+    block: AnyBlock,
+    sums: Mapping[BoundBlock, Floats],
+    exponents: Mapping[BoundBlock, NDArray[np.int64]],
+    power: int,
+) -> Floats:
+    """The norms of fused blocks: leaves are summed in their order, as engine.scoring does."""
+    (first, order), *others = leaves_of(block)
+    total = sums[first].transpose(order)
+    for leaf, own in others:
+        total = total + sums[leaf].transpose(own)
+    root = total if power == 1 else np.sqrt(total)
+    return root * np.ldexp(1.0, exponents[first].transpose(order).astype(np.int32)) if exponents else root
+
+
+def _sweep(leaf: BoundBlock, recipe: Summed) -> Sweep:
+    sweep = sweep_of(leaf, recipe.chunk)
+    if sweep is None:
+        raise TypeError(f"{leaf.label} cannot be swept")
+    return sweep
+
+
+def _passed(
+    sums: LeafSums | LeafMaxima, sweep: Sweep, ranking: Ranking, recipe: Summed, setting: Setting
+) -> Item:
+    """All of a leaf, chunk after chunk: the order is that of the tree."""
+    stored = setting.tensors[sweep.leaf.tensor]
+
+    def work() -> Floats:
+        for box in sweep.chunks(stored):
+            loaded = setting.traffic.load(box)
+            elements = ranking.elements(loaded)
+            refuse_nan(loaded, elements)
+            sums.add(loaded, elements)
+            setting.passed(box.nbytes, sweep.leaf.label)
+        return sums.result()
+
+    return Item(work, memory=recipe.memory)
+
+
+def _largest(block: AnyBlock, maxima: Mapping[BoundBlock, Floats]) -> Floats:
+    tops: Floats = np.stack([maxima[leaf].transpose(order) for leaf, order in leaves_of(block)])
+    largest: Floats = tops.max(axis=0)
+    return largest
+
+
+def _exponents(top: Floats) -> NDArray[np.int64]:
+    """As engine.scoring.block_exponents: scaled by 2 ** -exponent the largest finite number is below 1."""
+    finite = np.where(np.isfinite(top), top, 1.0)
+    return np.clip(np.frexp(finite)[1], -_MOST_EXPONENT, _MOST_EXPONENT).astype(np.int64)
+
+
+def _normalized(norms: Floats, member: BoundScope, task: Task) -> Floats:
+    if not task.instance.score.normalize:
+        return norms
+    scaled: Floats = norms / math.sqrt(member.block.numel_per_block)
+    return scaled
+
+
+def _decide(task: Task, scores: list[Floats]) -> Mask:
+    """Bytes, scope after scope in the order of ties: 1 for the blocks that survive."""
+    budget, scope = task.instance.budget, task.instance.scope
+    by_scope = _gather(scope, scores)
+    if budget.nnz is None:
+        limit = 0.0 if budget.threshold is None else budget.threshold
+        kept: Mask = (by_scope >= limit).view(np.uint8).reshape(-1)
+        return kept
+    # As unsigned integers in the order of the numbers, -0.0 and 0.0 as one.
+    bits = (by_scope.reshape(-1) + 0.0).view(np.uint64)
+    negative = bits >> np.uint64(63) == 1
+    keys = np.where(negative, ~bits, bits | np.uint64(1 << 63))
+    keep = np.empty(keys.size, dtype=np.uint8)
+    select_keys(keys, (1 << 64) - 1, scope.blocks_per_scope, budget.nnz, keep)
+    return keep
+
+
+def _gather(scope: AnyScope, grids: list[Floats]) -> Floats:
+    """Numbers on each member's block grid as (scopes, blocks per scope), in the order of ties."""
+    parts = []
+    for (member, order), grid in zip(members_of(scope), grids, strict=True):
+        pairs = [size for pair in zip(member.grid_shape, member.shape, strict=True) for size in pair]
+        rank = len(order)
+        split = grid.reshape(pairs).transpose((*(2 * dim for dim in order), *range(1, 2 * rank, 2)))
+        parts.append(split.reshape(prod(scope.grid_shape), prod(member.shape)))
+    return np.ascontiguousarray(np.concatenate(parts, axis=1))
+
+
+def _by_leaf(scope: AnyScope, keep: Mask) -> dict[BoundBlock, Mask]:
+    """What `_gather` does, undone, for each leaf on its own block grid."""
+    by_scope = keep.reshape(prod(scope.grid_shape), scope.blocks_per_scope)
+    decisions = {}
+    done = 0
+    for member, order in members_of(scope):
+        part = by_scope[:, done : done + member.blocks_per_scope]
+        done += member.blocks_per_scope
+        rank = len(order)
+        split = part.reshape((*scope.grid_shape, *member.shape)).transpose(
+            [dim for own in range(rank) for dim in (order.index(own), rank + own)]
+        )
+        grid = split.reshape(member.block.grid_shape)
+        for leaf, own_order in leaves_of(member.block):
+            decisions[leaf] = grid.transpose(_inverse(own_order))
+    return decisions
+
+
+def _inverse(order: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(sorted(range(len(order)), key=order.__getitem__))
+
+
+def _spread(keep: Mask, box: Box) -> Mask:
+    """A decision on a leaf's block grid for each element of a box."""
+    for axis, (begin, size, extent) in enumerate(zip(box.begin, box.extent, box.leaf.shape, strict=True)):
+        blocks = slice(begin // extent, (begin + size - 1) // extent + 1)
+        keep = keep[(slice(None),) * axis + (blocks,)]
+        if extent > 1 and keep.shape[axis] > 1:
+            keep = np.repeat(keep, extent, axis=axis)
+            skipped = begin % extent
+            keep = keep[(slice(None),) * axis + (slice(skipped, skipped + size),)]
+    return keep

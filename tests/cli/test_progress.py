@@ -1,0 +1,252 @@
+"""Progress: one line on a terminal that never wraps and always goes; log lines where stderr is a pipe."""
+
+from __future__ import annotations
+
+import io
+import os
+import pty
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from rich.console import Console
+
+from sparseprune.cli.progress import Line, Standing, Tally, _write_lines, log_line, progress
+
+UNIT = "proj[layer=7,part=mlp,name=down]"
+HALF = Standing(750_000_000, 2_200_000_000, 1.13e9, UNIT)
+
+
+class Clock:
+    """A clock that a test sets."""
+
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def drawn(standing: Standing, width: int, what: str = "pruning") -> str:
+    """What a terminal of this width shows; without colours."""
+    stream = io.StringIO()
+    console = Console(file=stream, force_terminal=True, no_color=True, width=width, highlight=False)
+    console.print(Line(what, standing), style="none")
+    (line,) = stream.getvalue().replace("\x1b[2m", "").replace("\x1b[0m", "").rstrip("\n").split("\n")
+    return line
+
+
+# The width of the terminal -> the line.
+LINES = {
+    40: "pruning ━   0.75/2.20 GB 1.1 GB/s 0:01",
+    60: "pruning ━╸    0.75/2.20 GB 1.1 GB/s 0:01 proj[layer=7,par…",
+    80: "pruning ━━━        0.75/2.20 GB 1.1 GB/s 0:01 proj[layer=7,part=mlp,name=down]",
+    120: f"pruning ━━━━━━╸{' ' * 13} 0.75/2.20 GB 1.1 GB/s 0:01 {UNIT}",
+    200: f"pruning {'━' * 13}╸{' ' * 26} 0.75/2.20 GB 1.1 GB/s 0:01 {UNIT}",
+}
+
+
+@pytest.mark.parametrize("width", LINES)
+def test_the_line_has_all_facts_at_any_width(width: int) -> None:
+    assert drawn(HALF, width) == LINES[width]
+
+
+@pytest.mark.parametrize("width", [40, 41, 47, 60, 79, 80, 120, 200])
+@pytest.mark.parametrize(
+    "standing",
+    [
+        HALF,
+        Standing(0, 0),
+        Standing(0, 2_200_000_000),
+        Standing(3_000, 2_000, 1.0),
+        Standing(12_340_000_000, 99_900_000_000, 1.0, UNIT * 9),
+        Standing(1, 99_900_000_000, 9_940_000.0, "重み[layer=7]" * 9),
+        Standing(999, 10**18, 10.0**14, "x\x1b[2J\ny"),
+    ],
+    ids=str,
+)
+def test_the_line_never_wraps_and_leaves_room_for_an_interrupt(standing: Standing, width: int) -> None:
+    line = drawn(standing, width, "masking")
+    assert len(line) <= width
+
+
+def test_the_line_in_a_terminal_without_unicode_has_the_same_length() -> None:
+    raw = io.BytesIO()
+    stream = io.TextIOWrapper(raw, encoding="latin-1", errors="backslashreplace")
+    Console(file=stream, force_terminal=True, no_color=True, width=60).print(Line("pruning", HALF))
+    stream.flush()
+    text = raw.getvalue().decode("ascii").replace("\x1b[2m", "").replace("\x1b[0m", "")
+    assert text == "pruning -     0.75/2.20 GB 1.1 GB/s 0:01 proj[layer=7,par?"
+
+
+@pytest.mark.parametrize(
+    ("standing", "line"),
+    [
+        (HALF, f"reading 34%, 0.75 of 2.20 GB, 1.1 GB/s, 1 s left, {UNIT}"),
+        (Standing(0, 2_000), "reading 0%, 0.00 of 2.00 kB"),
+        (Standing(1_999, 2_000, 10.0), "reading 99%, 2.00 of 2.00 kB, 10 B/s, 0 s left"),
+        (Standing(1_000, 2_000, 0.0, "x"), "reading 50%, 1.00 of 2.00 kB, 0 B/s, x"),
+        (Standing(0, 0), "reading 100%, 0 of 0 B"),
+        (
+            Standing(0, 36 * 10**11, 10.0**8, "a\nb"),
+            "reading 0%, 0.00 of 3.60 TB, 100 MB/s, 10.0 h left, a?b",
+        ),
+    ],
+    ids=str,
+)
+def test_log_lines(standing: Standing, line: str) -> None:
+    assert log_line("reading", standing) == f"sparseprune: {line}"
+
+
+def test_the_rate_starts_with_the_first_byte_and_without_what_was_there() -> None:
+    clock = Clock()
+    tally = Tally(1_000, already=400, clock=clock)
+    clock.now += 60
+    assert tally.standing() == Standing(400, 1_000, None, "")
+    tally.advance(10, "a")
+    clock.now += 0.1
+    assert tally.standing().rate is None
+    tally.advance(90)
+    clock.now += 1.9
+    standing = tally.standing()
+    assert standing == Standing(500, 1_000, 50.0, "a")
+    assert (standing.share, standing.seconds_left) == (0.5, 10.0)
+
+
+def test_the_rate_is_that_of_the_last_half_minute() -> None:
+    clock = Clock()
+    tally = Tally(10_000, clock=clock)
+    for nbytes in [100] * 50 + [10] * 30:
+        tally.advance(nbytes)
+        clock.now += 1
+        standing = tally.standing()
+    assert standing.rate == 10.0
+    clock.now += 40
+    assert tally.standing().rate == 0.0
+    assert tally.standing().seconds_left is None
+
+
+def test_every_thread_is_counted() -> None:
+    tally = Tally(400_000)
+
+    def work() -> None:
+        for _ in range(100_000):
+            tally.advance(1)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert tally.standing().done == 400_000
+
+
+def test_log_lines_come_at_growing_intervals(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock, moments = Clock(), []
+
+    class Ticks(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            if capsys.readouterr().err:
+                moments.append(clock.now - 100)
+            clock.now += timeout or 0
+            return clock.now > 400
+
+    monkeypatch.setattr("time.monotonic", clock)
+    _write_lines("reading", Tally(100), Ticks())
+    assert moments == [5, 10, 20, 40, 80, 140, 200, 260]
+
+
+def test_a_pipe_gets_log_lines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sparseprune.cli.progress._TICK", 0.01)
+    monkeypatch.setattr("sparseprune.cli.progress._FIRST_LINE", 0.01)
+    with progress("reading", 100, quiet=False) as advance:
+        advance(25, "model.norm")
+        err = ""
+        while not err:
+            time.sleep(0.01)
+            err = capsys.readouterr().err
+    assert err.startswith("sparseprune: reading 25%, 25 of 100 B")
+    assert err.endswith(", model.norm\n")
+
+
+def test_quiet_writes_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sparseprune.cli.progress._TICK", 0.01)
+    monkeypatch.setattr("sparseprune.cli.progress._FIRST_LINE", 0.01)
+    with progress("reading", 100, quiet=True) as advance:
+        advance(25, "model.norm")
+        time.sleep(0.1)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_short_run_says_nothing_and_leaves_no_thread(capsys: pytest.CaptureFixture[str]) -> None:
+    before = threading.active_count()
+    with pytest.raises(ZeroDivisionError), progress("reading", 100, quiet=False) as advance:  # noqa: PT012
+        advance(100)
+        raise ZeroDivisionError
+    assert threading.active_count() == before
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_closed_pipe_does_not_stop_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Closed(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    monkeypatch.setattr("sparseprune.cli.progress._TICK", 0.01)
+    monkeypatch.setattr("sparseprune.cli.progress._FIRST_LINE", 0.01)
+    monkeypatch.setattr("sys.stderr", Closed())
+    with progress("reading", 100, quiet=False) as advance:
+        time.sleep(0.1)
+        advance(100)
+
+
+PROGRAM = """
+import sys, time
+from sparseprune.cli.progress import progress
+with progress("pruning", 100, quiet={quiet}) as advance:
+    advance(50, "proj[layer=3]")
+    time.sleep(0.4)
+    print("a warning", file=sys.stderr)
+    print("a result")
+    {end}
+"""
+
+
+def on_terminal(end: str, *, quiet: bool = False, **environment: str) -> tuple[str, str]:
+    """What the program writes on a terminal as stderr, and on a pipe as stdout."""
+    colours = {"NO_COLOR", "FORCE_COLOR", "COLORTERM", "TTY_COMPATIBLE", "TTY_INTERACTIVE"}
+    plain = {name: value for name, value in os.environ.items() if name not in colours}
+    leader, follower = pty.openpty()
+    with os.fdopen(leader, "rb", buffering=0) as terminal, os.fdopen(follower, "wb") as stderr:
+        done = subprocess.run(
+            [sys.executable, "-c", PROGRAM.format(end=end, quiet=quiet)],
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            env=plain | {"TERM": "xterm", "COLUMNS": "100"} | environment,
+            check=False,
+        )
+        os.set_blocking(terminal.fileno(), False)
+        written = terminal.read(65536) or b""
+    return written.decode(), done.stdout.decode()
+
+
+@pytest.mark.parametrize("end", ["advance(50)", "raise SystemExit", "raise KeyboardInterrupt"])
+def test_the_line_goes_and_the_cursor_comes_back_however_a_run_ends(end: str) -> None:
+    written, result = on_terminal(end)
+    assert "50/100 B" in written
+    assert "proj[layer=3]" in written
+    assert "a warning\r\n" in written
+    assert result == "a result\n"
+    hidden, shown = written.rindex("\x1b[?25l"), written.rindex("\x1b[?25h")
+    erased = written.rindex("\x1b[1A\x1b[2K")
+    assert hidden < written.rindex("50/100 B" if "raise" in end else "100/100 B") < shown < erased
+
+
+def test_no_color_and_quiet_and_a_dumb_terminal_are_respected() -> None:
+    assert "\x1b[9" in on_terminal("pass")[0]
+    assert "\x1b[9" not in on_terminal("pass", NO_COLOR="1")[0]
+    assert on_terminal("pass", quiet=True)[0] == "a warning\r\n"
+    assert on_terminal("pass", TERM="dumb")[0] == "a warning\r\n"
