@@ -1,36 +1,246 @@
-"""How the loops of this room are compiled: by numba, without the interpreter's lock, kept on disk.
+"""How the loops of this room become machine code: compiled by numba, kept on disk, loaded without numba.
 
-Owns what to do where nothing can be kept. Knows no loop.
+Importing numba takes longer than pruning a gigabyte, so what it compiled is kept as an object file, in the
+package's own cache folder or in the user's, and linked into later processes by llvmlite alone. Where nothing
+can be kept every process compiles anew. Knows no loop.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeVar, cast
+import ctypes
+import hashlib
+import os
+import sys
+import tempfile
+import threading
+from contextlib import suppress
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from types import FunctionType
+from typing import TYPE_CHECKING, Any
 
-import numba
+import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
-Loop = TypeVar("Loop", bound="Callable[..., object]")
+_KEY = "K"
+_C_TYPES: dict[str, Any] = {
+    "int64": ctypes.c_int64,
+    "uint64": ctypes.c_uint64,
+    "uint32": ctypes.c_uint32,
+    "uint16": ctypes.c_uint16,
+    "uint8": ctypes.c_uint8,
+    "float64": ctypes.c_double,
+}
+# What an object must not ask for, since only a process that imported numba could give it.
+_FOREIGN = (b"NRT_", b"numba_", b"PyErr", b"PyGILState")
+_LOCK = threading.Lock()
 
 
-def compiled(loop: Loop) -> Loop:
-    """The loop, compiled when it is first called with arguments of some types.
+@dataclass(frozen=True)
+class Loop:
+    """A function over memory: arrays are contiguous and come as pointers, sizes as numbers.
 
-    The machine code is kept beside the package, or in the user's cache folder; where neither can be
-    written every process compiles anew.
+    `signature` names numba's types, the result's first: "int64(K*, K, int64)", where K is the dtype of the
+    first array of a call and `*` stands for an array. Lets go of the interpreter's lock. What could raise has
+    no place in it (min, max, range with a step that is no constant): its machine code would need numba.
     """
-    return _compiled(loop, set())
+
+    function: Callable[..., Any]
+    signature: str
+    reorders: bool
+    _loaded: dict[str, Any] = field(default_factory=dict)
+
+    def __call__(self, *arguments: Any) -> Any:  # noqa: ANN401  (numbers and arrays; a number or None)
+        """Run it; ValueError for an array that is not contiguous."""
+        first = next(argument for argument in arguments if isinstance(argument, np.ndarray))
+        kind = first.dtype.name
+        function = self._loaded.get(kind) or self._load(kind)
+        return function(*(_pointer(one) if isinstance(one, np.ndarray) else one for one in arguments))
+
+    def _load(self, kind: str) -> Any:  # noqa: ANN401
+        """The machine code for one dtype of keys as a ctypes function."""
+        with _LOCK:
+            if kind not in self._loaded:
+                result, *parameters = self._types(kind)
+                c_result = _C_TYPES.get(result)
+                c_types = [_c_type(each) for each in parameters]
+                address = _address(self, kind)
+                self._loaded[kind] = ctypes.CFUNCTYPE(c_result, *c_types)(address)
+            return self._loaded[kind]
+
+    def _types(self, kind: str) -> list[str]:
+        result, _, rest = self.signature.partition("(")
+        words = [result, *(word.strip() for word in rest.rstrip(")").split(","))]
+        return [kind + word[1:] if word[:1] == _KEY else word for word in words]
 
 
-def compiled_sum(loop: Loop) -> Loop:
+def compiled(signature: str) -> Callable[[Callable[..., Any]], Loop]:
+    """Makes a function a Loop; it may call functions that are `inlined`."""
+    return lambda function: Loop(function, signature, reorders=False)
+
+
+def compiled_sum(signature: str) -> Callable[[Callable[..., Any]], Loop]:
     """As `compiled`, for sums of floats whose last bits may depend on the width of the machine's vectors."""
-    return _compiled(loop, {"reassoc"})
+    return lambda function: Loop(function, signature, reorders=True)
 
 
-def _compiled(loop: Loop, fastmath: set[str]) -> Loop:
-    try:
-        return cast("Loop", numba.njit(cache=True, nogil=True, fastmath=fastmath)(loop))
-    except RuntimeError:  # "cannot cache function: no locator available": no folder can be written
-        return cast("Loop", numba.njit(cache=False, nogil=True, fastmath=fastmath)(loop))
+def inlined(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Marks a function that loops call; it is compiled with them."""
+    function.__dict__["inlined"] = True
+    return function
+
+
+def float32_of(pattern: Any) -> Any:  # noqa: ANN401, ARG001
+    """The float32 whose bits are those of a uint32: a word of loops, without meaning outside of them."""
+    raise TypeError("float32_of stands in compiled loops alone")
+
+
+def _pointer(array: np.ndarray[Any, Any]) -> int:
+    if not array.flags.c_contiguous:
+        raise ValueError("a loop takes contiguous arrays")
+    return array.ctypes.data
+
+
+def _c_type(word: str) -> Any:  # noqa: ANN401
+    return ctypes.c_void_p if word.endswith("*") else _C_TYPES[word]
+
+
+def _address(loop: Loop, kind: str) -> int:
+    """Where the machine code is, from what was kept or compiled now."""
+    name = f"{loop.function.__name__.strip('_')}-{kind}-{_digest(loop, kind)}.o"
+    for folder in _folders():
+        with suppress(OSError, ValueError, RuntimeError):
+            return _linked(_checked((folder / name).read_bytes()))
+    return _compile(loop, kind, name)
+
+
+def _compile(loop: Loop, kind: str, file_name: str) -> int:
+    """Compile by numba, and keep the result where that can be done."""
+    import numba  # noqa: PLC0415  (only where nothing was kept)
+
+    result, *parameters = (_numba_type(word) for word in loop._types(kind))  # noqa: SLF001  (same module)
+    cfunc: Any = numba.cfunc  # its stub knows fewer options than it takes
+    compiler = cfunc(
+        result(*parameters),
+        nopython=True,
+        error_model="numpy",
+        fastmath={"reassoc"} if loop.reorders else False,
+    )
+    callback = compiler(_with_jitted(loop.function))
+    _KEPT_ALIVE.append(callback)
+    with suppress(OSError, AttributeError):
+        # There is no public way to the bytes; where there is none at all, every process compiles.
+        code = callback._library._get_compiled_object()  # noqa: SLF001
+        if not needs_numba(code):
+            _keep(file_name, callback._wrapper_name.encode() + b"\0" + code)  # noqa: SLF001
+    return int(callback.address)
+
+
+def needs_numba(code: bytes) -> bool:
+    """Whether an object file asks for what only a process that imported numba has."""
+    return any(word in code for word in _FOREIGN)
+
+
+_KEPT_ALIVE: list[Any] = []
+"""What owns machine code: it lives as long as the process."""
+
+
+def _numba_type(word: str) -> Any:  # noqa: ANN401
+    from numba import types  # noqa: PLC0415
+
+    if word.endswith("*"):
+        return types.CPointer(_numba_type(word[:-1]))
+    return getattr(types, word)
+
+
+def _with_jitted(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with the inlined ones that it names compiled, as numba wants them."""
+    import numba  # noqa: PLC0415
+
+    names = dict(function.__globals__)
+    for name in function.__code__.co_names:
+        value = names.get(name)
+        if value is float32_of:
+            names[name] = _float32_intrinsic()
+        elif isinstance(value, FunctionType) and "inlined" in value.__dict__:
+            names[name] = numba.njit(error_model="numpy", inline="always")(_with_jitted(value))
+    code = FunctionType(function.__code__, names, function.__name__, function.__defaults__)
+    code.__module__ = function.__module__
+    return code
+
+
+def _float32_intrinsic() -> Any:  # noqa: ANN401
+    """What `float32_of` is compiled to; the method `view` of numbers would bring error handling along."""
+    from llvmlite import ir  # noqa: PLC0415
+    from numba import types  # noqa: PLC0415
+    from numba.extending import intrinsic  # noqa: PLC0415
+
+    @intrinsic
+    def float32_of_pattern(_: Any, pattern: Any) -> Any:  # noqa: ANN401, ARG001
+        def bits(__: Any, builder: Any, ___: Any, arguments: Any) -> Any:  # noqa: ANN401
+            return builder.bitcast(arguments[0], ir.FloatType())
+
+        return types.float32(types.uint32), bits
+
+    return float32_of_pattern
+
+
+def _linked(content: bytes) -> int:
+    """The address of the function in an object file that was kept."""
+    import llvmlite.binding as llvm  # noqa: PLC0415  (not needed to read about a checkpoint)
+
+    name, _, code = content.partition(b"\0")
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    engine = llvm.create_mcjit_compiler(
+        llvm.parse_assembly(""), llvm.Target.from_default_triple().create_target_machine()
+    )
+    engine.add_object_file(llvm.object_file.ObjectFileRef.from_data(code))
+    engine.finalize_object()
+    _KEPT_ALIVE.append(engine)
+    address = engine.get_function_address(name.decode())
+    if not address:
+        raise ValueError(f"{name!r} is not in its object file")
+    return int(address)
+
+
+def _digest(loop: Loop, kind: str) -> str:
+    """What machine code depends on: the source of its module, the compiler, the processor."""
+    import llvmlite.binding as llvm  # noqa: PLC0415
+
+    source = Path(loop.function.__code__.co_filename).read_bytes()
+    features = sorted(llvm.get_host_cpu_features().items())
+    versions = (version("numba"), version("llvmlite"), version("numpy"), sys.implementation.cache_tag)
+    parts = (kind, loop.signature, llvm.get_host_cpu_name(), repr(features), repr(versions))
+    return hashlib.sha256(source + "\0".join(parts).encode()).hexdigest()[:24]
+
+
+def _folders() -> Iterator[Path]:
+    """Where machine code may be kept, the best place first."""
+    yield Path(__file__).parent / "__pycache__"
+    home = os.environ.get("XDG_CACHE_HOME")
+    with suppress(RuntimeError):
+        yield (Path(home) if home else Path.home() / ".cache") / "sparseprune"
+
+
+def _keep(name: str, content: bytes) -> None:
+    """Write a file whole or not at all, in the first folder that can be written to."""
+    for folder in _folders():
+        with suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            descriptor, temporary = tempfile.mkstemp(dir=folder, prefix=".", suffix=".o")
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(hashlib.sha256(content).digest() + content)
+            Path(temporary).replace(folder / name)
+            return
+
+
+def _checked(content: bytes) -> bytes:
+    """What was kept, if it is whole; ValueError if not."""
+    digest, kept = content[:32], content[32:]
+    if hashlib.sha256(kept).digest() != digest:
+        raise ValueError("the file is damaged")
+    return kept

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sparseprune.engine.kernels.compiling import compiled, compiled_sum
+from sparseprune.engine.kernels.compiling import compiled, compiled_sum, float32_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -21,94 +21,89 @@ DIGIT_BITS = 16
 
 def first_nan(bits: Bits, form: Format) -> int:
     """The number of the first NaN among the elements (flat), -1 where there is none."""
-    magnitude = bits.dtype.type(form.magnitude)
-    if bits.size == 0 or int(_largest(bits, magnitude)) <= form.largest:
+    if bits.size == 0 or _largest(bits, bits.size, form.magnitude) <= form.largest:
         return -1
-    return int(np.argmax((bits & magnitude) > form.largest))
+    return int(np.argmax((bits & bits.dtype.type(form.magnitude)) > form.largest))
 
 
 def zeros_and_energy(bits: Bits, form: Format) -> tuple[int, float]:
     """How many elements (flat) are 0 of either sign, and the sum of all squares."""
-    magnitude = bits.dtype.type(form.magnitude)
-    zeros = int(_zeros(bits, magnitude))
+    zeros = int(_zeros(bits, bits.size, form.magnitude))
     if form.itemsize == 8:
-        return zeros, float(_energy_wide(bits.view(np.float64)))
+        return zeros, float(_energy_wide(bits.view(np.float64), bits.size))
     if form.itemsize == 4:
-        return zeros, float(_energy_wide(bits.view(np.float32)))
-    return zeros, float(
-        _energy(bits, np.uint32(form.magnitude), np.uint32(form.shift), form.scale, np.uint32(form.infinity))
-    )
+        return zeros, float(_energy_wide(bits.view(np.float32), bits.size))
+    energy = _energy(bits, bits.size, form.magnitude, form.shift, form.scale, form.infinity)
+    return zeros, float(energy)
 
 
 def count_digits(bits: Bits, form: Format, prefix: int, shift: int, counts: NDArray[np.int64]) -> None:
     """Add to `counts` (1 << DIGIT_BITS) the digits at `shift` of the keys whose higher bits are `prefix`."""
-    magnitude = bits.dtype.type(form.magnitude)
     if shift + DIGIT_BITS >= 8 * form.itemsize:
-        _count_top(bits, magnitude, bits.dtype.type(shift), counts)
+        _count_top(bits, bits.size, form.magnitude, shift, counts)
     else:
-        above = np.uint64(shift + DIGIT_BITS)
-        _count_below(bits, magnitude, np.uint64(prefix), above, np.uint64(shift), counts)
+        _count_below(bits, bits.size, form.magnitude, prefix, shift, counts)
 
 
 def count_equal(bits: Bits, form: Format, key: int) -> int:
     """How many elements (flat) have this key."""
-    kind = bits.dtype.type
-    return int(_count_equal(bits, kind(form.magnitude), kind(key)))
+    return int(_count_equal(bits, bits.size, form.magnitude, key))
 
 
-@compiled
-def _largest(bits, magnitude):
+@compiled("uint64(K*, int64, K)")
+def _largest(bits, size, magnitude):
     top = magnitude & np.uint8(0)
-    for i in range(bits.size):
-        top = max(top, bits[i] & magnitude)
+    for i in range(size):
+        key = bits[i] & magnitude
+        top = key if key > top else top
     return top
 
 
-@compiled
-def _zeros(bits, magnitude):
+@compiled("int64(K*, int64, K)")
+def _zeros(bits, size, magnitude):
     zeros = 0
-    for i in range(bits.size):
+    for i in range(size):
         zeros += (bits[i] & magnitude) == 0
     return zeros
 
 
-@compiled_sum
-def _energy(bits, magnitude, shift, scale, infinity):
+@compiled_sum("float64(K*, int64, uint32, uint32, float64, uint32)")
+def _energy(bits, size, magnitude, shift, scale, infinity):
     energy = 0.0
-    for i in range(bits.size):
+    for i in range(size):
         key = np.uint32(bits[i]) & magnitude
-        pattern = np.uint32(key << shift)
-        value = np.float64(pattern.view(np.float32))
+        value = np.float64(float32_of(np.uint32(key << shift)))
         energy += np.inf if key >= infinity else value * value
     return energy * scale * scale
 
 
-@compiled_sum
-def _energy_wide(values):
+@compiled_sum("float64(K*, int64)")
+def _energy_wide(values, size):
     energy = 0.0
-    for i in range(values.size):
+    for i in range(size):
         value = np.float64(values[i])
         energy += value * value
     return energy
 
 
-@compiled
-def _count_top(bits, magnitude, shift, counts):
-    for i in range(bits.size):
-        counts[(bits[i] & magnitude) >> shift] += 1
+@compiled("void(K*, int64, K, K, int64*)")
+def _count_top(bits, size, magnitude, shift, counts):
+    for i in range(size):
+        counts[np.int64((bits[i] & magnitude) >> shift)] += 1
 
 
-@compiled
-def _count_below(bits, magnitude, prefix, above, shift, counts):
-    for i in range(bits.size):
+@compiled("void(K*, int64, K, uint64, uint64, int64*)")
+def _count_below(bits, size, magnitude, prefix, shift, counts):
+    above = shift + np.uint64(16)
+    for i in range(size):
         key = np.uint64(bits[i] & magnitude)
         if key >> above == prefix:
-            counts[(key >> shift) & np.uint64(0xFFFF)] += 1
+            counts[np.int64((key >> shift) & np.uint64(0xFFFF))] += 1
 
 
-@compiled
-def _count_equal(bits, magnitude, key):
+@compiled("int64(K*, int64, K, K)")
+def _count_equal(bits, size, magnitude, key):
     count = 0
-    for i in range(bits.size):
+    for i in range(size):
         count += (bits[i] & magnitude) == key
     return count

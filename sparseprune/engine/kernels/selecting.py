@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sparseprune.engine.kernels.compiling import compiled
+from sparseprune.engine.kernels.compiling import compiled, inlined
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -31,7 +31,7 @@ def select_keys(bits: Bits, magnitude: int, blocks: int, nnz: int, keep: Mask) -
     """Fill `keep` (bytes, one a key) with 1 for the `nnz` largest of every `blocks` keys and 0 elsewhere.
 
     A key is a pattern of `bits` (flat, whole scopes) without what `magnitude` leaves out, which takes away
-    its highest bit at least. 0 <= nnz <= blocks.
+    its highest bit at least where scopes fit in words. 0 <= nnz <= blocks.
     """
     if nnz in (0, blocks):
         keep.fill(nnz > 0)
@@ -39,13 +39,14 @@ def select_keys(bits: Bits, magnitude: int, blocks: int, nnz: int, keep: Mask) -
     width = 8 * bits.itemsize
     if 64 % (blocks * width) == 0 and bits.size * bits.itemsize % 8 == 0:
         _select_in_words(bits, magnitude, blocks, nnz, keep)
-        return
-    kind = bits.dtype.type
-    if blocks <= PAIRWISE_LIMIT:
-        _pairwise(bits, kind(magnitude), blocks, nnz, keep)
+    elif blocks <= PAIRWISE_LIMIT:
+        keys = np.empty(blocks * _SIDE_BY_SIDE, dtype=bits.dtype)
+        ranks = np.empty(blocks * _SIDE_BY_SIDE, dtype=np.uint8)
+        _pairwise(bits, bits.size // blocks, magnitude, blocks, nnz, keys, ranks, keep)
     else:
         digit = _LONG_DIGITS if blocks >= _LONG and width > 16 else _DIGITS
-        _by_digits(bits, kind(magnitude), (blocks, nnz), (width, digit), keep)
+        counts = np.empty(1 << digit, dtype=np.int64)
+        _by_digits(bits, bits.size, magnitude, blocks, nnz, width, digit, counts, keep)
 
 
 def _select_in_words(bits: Bits, magnitude: int, blocks: int, nnz: int, keep: Mask) -> None:
@@ -58,47 +59,22 @@ def _select_in_words(bits: Bits, magnitude: int, blocks: int, nnz: int, keep: Ma
         sum(1 << width * lane for lane in range(lanes) if lane % blocks + distance < blocks)
         for distance in range(blocks)
     ]
-    masks = np.array(ahead, dtype=np.uint64)
-    start = np.uint64(sum(ahead[1:]) + ((1 << width - 1) - nnz) * ones)
-    words = (np.uint64(magnitude * ones), np.uint64(ones), start)
+    start = (sum(ahead[1:]) + ((1 << width - 1) - nnz) * ones) & (1 << 64) - 1
+    words = bits.view(np.uint64)
     if width == 16 and blocks == lanes:
-        _words_of_4(bits.view(np.uint64), words, masks, keep.view(np.uint32))
-    elif width == 16:
-        _words_of_16(bits.view(np.uint64), words, masks, keep.view(np.uint32))
-    elif width == 8:
-        _words_of_8(bits.view(np.uint64), words, masks, keep.view(np.uint64))
-    else:
-        _words_of_32(bits.view(np.uint64), words, masks, keep.view(np.uint16))
+        _quarters(words, words.size, magnitude * ones, ones, start, *ahead[1:], keep.view(np.uint32))
+        return
+    kept = np.empty(_WORDS, dtype=np.uint64)
+    masks = np.array(ahead, dtype=np.uint64)
+    _words(words, words.size, width, magnitude * ones, ones, start, masks, blocks, kept, keep)
 
 
-@compiled
-def _ranks(words, begin, end, width, masks_of_words, ahead, ranks):
-    """Per lane the number of keys that beat it, plus what makes its highest bit tell a rank of nnz or more.
-
-    Of two lanes the earlier one wins when it is not smaller; then the later one's rank grows, else its own.
-    """
-    magnitude, ones, start = masks_of_words
-    last = np.uint64(width - 1)
+@compiled("void(K*, int64, uint64, uint64, uint64, uint64, uint64, uint64, uint32*)")
+def _quarters(words, size, magnitude, ones, start, one, two, three, keep):
+    """One scope of four keys a word, the commonest case: a pass without memory. See `_words`."""
+    last = np.uint64(15)
     high = ones << last
-    for i in range(begin, end):
-        ranks[i - begin] = start
-    for distance in range(1, ahead.size):
-        shift, lanes = np.uint64(distance * width), ahead[distance]
-        for i in range(begin, end):
-            keys = words[i] & magnitude
-            wins = (((keys | high) - (keys >> shift)) >> last) & lanes
-            ranks[i - begin] += (wins << shift) - wins
-    for i in range(end - begin):
-        ranks[i] = ones - ((ranks[i] & high) >> last)
-
-
-@compiled
-def _words_of_4(words, masks_of_words, ahead, keep):
-    """As `_words_of_16`, for the commonest case, one scope of four a word: one pass without memory."""
-    magnitude, ones, start = masks_of_words
-    one, two, three = ahead[1], ahead[2], ahead[3]
-    high, last = ones << np.uint64(15), np.uint64(15)
-    for i in range(words.size):
+    for i in range(size):
         keys = words[i] & magnitude
         raised = keys | high
         first = ((raised - (keys >> np.uint64(16))) >> last) & one
@@ -111,100 +87,96 @@ def _words_of_4(words, masks_of_words, ahead, keep):
         keep[i] = np.uint32((pairs | (pairs >> np.uint64(16))) & np.uint64(0xFFFFFFFF))
 
 
-@compiled
-def _words_of_16(words, masks_of_words, ahead, keep):
-    ranks = np.empty(_WORDS, dtype=np.uint64)
-    for begin in range(0, words.size, _WORDS):
-        end = min(begin + _WORDS, words.size)
-        _ranks(words, begin, end, 16, masks_of_words, ahead, ranks)
-        for i in range(end - begin):
-            pairs = (ranks[i] | (ranks[i] >> np.uint64(8))) & np.uint64(0x0000FFFF0000FFFF)
-            keep[begin + i] = np.uint32((pairs | (pairs >> np.uint64(16))) & np.uint64(0xFFFFFFFF))
+@compiled("void(K*, int64, int64, uint64, uint64, uint64, uint64*, int64, uint64*, uint8*)")
+def _words(words, size, width, magnitude, ones, start, ahead, blocks, ranks, keep):
+    """Each lane's rank is the number of keys that beat it.
+
+    Of two lanes the earlier one wins when it is not smaller; then the later one's rank grows, else its own.
+    Ranks begin with what makes a lane's highest bit tell that its rank is nnz or more.
+    """
+    last = np.uint64(width - 1)
+    high = ones << last
+    lanes = 64 // width
+    for begin in range(0, size, _WORDS):
+        count = _WORDS if size - begin > _WORDS else size - begin
+        for i in range(count):
+            ranks[i] = start
+        for distance in range(1, blocks):
+            shift, mask = np.uint64(distance * width), ahead[distance]
+            for i in range(count):
+                keys = words[begin + i] & magnitude
+                wins = (((keys | high) - (keys >> shift)) >> last) & mask
+                ranks[i] += (wins << shift) - wins
+        for i in range(count):
+            drop = (ranks[i] & high) >> last
+            for lane in range(lanes):
+                keep[(begin + i) * lanes + lane] = np.uint8(1) - np.uint8(
+                    (drop >> np.uint64(lane * width)) & np.uint64(1)
+                )
 
 
-@compiled
-def _words_of_8(words, masks_of_words, ahead, keep):
-    ranks = np.empty(_WORDS, dtype=np.uint64)
-    for begin in range(0, words.size, _WORDS):
-        end = min(begin + _WORDS, words.size)
-        _ranks(words, begin, end, 8, masks_of_words, ahead, ranks)
-        for i in range(end - begin):
-            keep[begin + i] = ranks[i]
-
-
-@compiled
-def _words_of_32(words, masks_of_words, ahead, keep):
-    ranks = np.empty(_WORDS, dtype=np.uint64)
-    for begin in range(0, words.size, _WORDS):
-        end = min(begin + _WORDS, words.size)
-        _ranks(words, begin, end, 32, masks_of_words, ahead, ranks)
-        for i in range(end - begin):
-            keep[begin + i] = np.uint16((ranks[i] | (ranks[i] >> np.uint64(24))) & np.uint64(0xFFFF))
-
-
-@compiled
-def _pairwise(bits, magnitude, blocks, nnz, keep):
+@compiled("void(K*, int64, K, int64, int64, K*, uint8*, uint8*)")
+def _pairwise(bits, scopes, magnitude, blocks, nnz, keys, ranks, keep):
     """Each block's rank is the number of blocks that beat it: larger ones, and equal ones before it."""
-    scopes = bits.size // blocks
-    keys = np.empty((blocks, _SIDE_BY_SIDE), dtype=bits.dtype)
-    ranks = np.empty((blocks, _SIDE_BY_SIDE), dtype=np.uint8)
     for begin in range(0, scopes, _SIDE_BY_SIDE):
-        count = min(_SIDE_BY_SIDE, scopes - begin)
+        count = _SIDE_BY_SIDE if scopes - begin > _SIDE_BY_SIDE else scopes - begin
         for scope in range(count):
             for block in range(blocks):
-                keys[block, scope] = bits[(begin + scope) * blocks + block] & magnitude
-        ranks[:] = 0
+                keys[block * _SIDE_BY_SIDE + scope] = bits[(begin + scope) * blocks + block] & magnitude
+        for i in range(blocks * _SIDE_BY_SIDE):
+            ranks[i] = 0
         for later in range(1, blocks):
             for earlier in range(later):
+                one, other = earlier * _SIDE_BY_SIDE, later * _SIDE_BY_SIDE
                 for scope in range(_SIDE_BY_SIDE):
-                    wins = np.uint8(keys[earlier, scope] >= keys[later, scope])
-                    ranks[later, scope] += wins
-                    ranks[earlier, scope] += np.uint8(1) - wins
+                    wins = np.uint8(keys[one + scope] >= keys[other + scope])
+                    ranks[other + scope] += wins
+                    ranks[one + scope] += np.uint8(1) - wins
         for scope in range(count):
             for block in range(blocks):
-                keep[(begin + scope) * blocks + block] = ranks[block, scope] < nnz
+                keep[(begin + scope) * blocks + block] = ranks[block * _SIDE_BY_SIDE + scope] < nnz
 
 
-@compiled
-def _by_digits(bits, magnitude, budget, digits, keep):
-    blocks, nnz = budget
-    counts = np.empty(1 << digits[1], dtype=np.int64)
-    for begin in range(0, bits.size, blocks):
-        scope = bits[begin : begin + blocks]
-        kth, places = _kth(scope, magnitude, nnz, digits, counts)
+@compiled("void(K*, int64, K, int64, int64, int64, int64, int64*, uint8*)")
+def _by_digits(bits, size, magnitude, blocks, nnz, width, digit, counts, keep):
+    for scope in range(size // blocks):
+        begin = scope * blocks
+        kth, places = _kth(bits, begin, blocks, magnitude, nnz, width, digit, counts)
         equal = 0
-        for i in range(blocks):
-            key = np.uint64(scope[i] & magnitude)
-            keep[begin + i] = key >= kth
+        for i in range(begin, begin + blocks):
+            key = np.uint64(bits[i] & magnitude)
+            keep[i] = key >= kth
             equal += key == kth
         if equal > places:
-            for i in range(blocks):
-                if np.uint64(scope[i] & magnitude) == kth:
-                    keep[begin + i] = places > 0
+            for i in range(begin, begin + blocks):
+                if np.uint64(bits[i] & magnitude) == kth:
+                    keep[i] = places > 0
                     places -= 1
 
 
-@compiled
-def _kth(scope, magnitude, k, digits, counts):
+@inlined
+def _kth(bits, begin, blocks, magnitude, k, width, digit, counts):
     """The k-th largest key of a scope, and how many of those equal to it are among the k largest."""
-    width, size = digits
-    last = np.uint64((1 << size) - 1)
+    last = np.uint64((1 << digit) - 1)
     prefix, above = np.uint64(0), np.uint64(64)
-    for shift in range((width - 1) // size * size, -1, -size):
-        counts[:] = 0
+    digits = (width - 1) // digit + 1
+    for place in range(digits):
+        shift = (digits - 1 - place) * digit
+        for i in range(1 << digit):
+            counts[i] = 0
         step = np.uint64(shift)
         if above == 64:
-            for i in range(scope.size):
-                counts[np.uint64(scope[i] & magnitude) >> step] += 1
+            for i in range(begin, begin + blocks):
+                counts[np.int64(np.uint64(bits[i] & magnitude) >> step)] += 1
         else:
-            for i in range(scope.size):
-                key = np.uint64(scope[i] & magnitude)
+            for i in range(begin, begin + blocks):
+                key = np.uint64(bits[i] & magnitude)
                 if key >> above == prefix:
-                    counts[(key >> step) & last] += 1
-        digit = counts.size - 1
-        while counts[digit] < k:
-            k -= counts[digit]
-            digit -= 1
-        prefix = (prefix << np.uint64(size)) | np.uint64(digit)
+                    counts[np.int64((key >> step) & last)] += 1
+        found = (1 << digit) - 1
+        while counts[found] < k:
+            k -= counts[found]
+            found -= 1
+        prefix = (prefix << np.uint64(digit)) | np.uint64(found)
         above = step
     return prefix, k

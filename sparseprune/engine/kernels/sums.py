@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sparseprune.engine.kernels.compiling import compiled
+from sparseprune.engine.kernels.compiling import compiled, float32_of, inlined
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -28,12 +28,12 @@ _COLUMNS = 512  # columns that are added at one time: their levels stay in the c
 def run_sums(bits: Bits, form: Format, run: int, power: int) -> Floats:
     """The sum of |x| ** power, 1 or 2, over each run of so many elements (flat, whole runs), by the tree."""
     sums = np.empty(bits.size // run, dtype=np.float64)
+    levels, block = np.empty(_LEVELS), np.empty(_COLUMNS)
     if form.itemsize == 8:
-        _run_sums_wide(np.abs(bits.view(np.float64)), run, power, sums)
+        _run_sums_wide(bits.view(np.float64), sums.size, run, power, levels, block, sums)
     else:
-        magnitude, shift = np.uint32(form.magnitude), np.uint32(form.shift)
-        infinity = np.uint32(form.infinity)
-        _run_sums(bits, (magnitude, shift, infinity), form.scale, (run, power), sums)
+        pattern = (form.magnitude, form.shift, form.infinity, form.scale)
+        _run_sums(bits, sums.size, *pattern, run, power, levels, block, sums)
     return sums
 
 
@@ -80,47 +80,67 @@ def tree_sum(terms: Floats, axis: int) -> Floats:
     return tree.total()
 
 
-@compiled
-def _run_sums(bits, pattern, scale, form, sums):
-    magnitude, shift, infinity = pattern
-    run, power = form
-    levels = np.empty(_LEVELS, dtype=np.float64)
-    block = np.empty(_COLUMNS, dtype=np.float64)
-    for number in range(sums.size):
-        begin = number * run
-        done = 0
-        while done < run:
-            size = min(_COLUMNS, run - done)
+class ColumnSums:
+    """The sums of |x| ** power over the rows of a matrix (rows, columns) whose rows come in order."""
+
+    def __init__(self, form: Format, columns: int, rows: int, power: int) -> None:
+        self._form = form
+        self._power = power
+        self._levels = np.empty((max(1, rows.bit_length()), columns), dtype=np.float64)
+        self._block = np.empty(_COLUMNS)
+        self.count = 0
+
+    def push(self, bits: Bits) -> None:
+        """Add rows (rows, columns), contiguous, not more in all than were announced."""
+        form, shape = self._form, bits.shape
+        rest = (self._power, self.count, self._levels, self._block)
+        if form.itemsize == 8:
+            _push_rows_wide(bits.view(np.float64), *shape, *rest)
+        else:
+            _push_rows(bits, *shape, form.magnitude, form.shift, form.infinity, form.scale, *rest)
+        self.count += len(bits)
+
+    def total(self) -> Floats:
+        """The sums of all rows so far: (columns)."""
+        total: Floats | None = None
+        for level in range(len(self._levels)):
+            if self.count >> level & 1:
+                total = self._levels[level] + total if total is not None else self._levels[level]
+        return np.zeros(self._levels.shape[1]) if total is None else total.copy()
+
+
+@compiled("void(K*, int64, uint32, uint32, uint32, float64, int64, int64, float64*, float64*, float64*)")
+def _run_sums(bits, runs, magnitude, shift, infinity, scale, run, power, levels, block, sums):
+    for number in range(runs):
+        for done in range(0, run, _COLUMNS):
+            size = _COLUMNS if run - done > _COLUMNS else run - done
+            begin = number * run + done
             for i in range(size):
-                key = np.uint32(bits[begin + done + i]) & magnitude
-                value = np.float64(np.uint32(key << shift).view(np.float32)) * scale
+                key = np.uint32(bits[begin + i]) & magnitude
+                value = np.float64(float32_of(np.uint32(key << shift))) * scale
                 value = np.inf if key >= infinity else value
                 block[i] = value * value if power == 2 else value
-            _push_block(block, size, done // _COLUMNS, levels, size == _COLUMNS)
-            done += size
+            _push_block(block, size, done // _COLUMNS, levels)
         sums[number] = _total_of(block, run, levels)
 
 
-@compiled
-def _run_sums_wide(values, run, power, sums):
-    levels = np.empty(_LEVELS, dtype=np.float64)
-    block = np.empty(_COLUMNS, dtype=np.float64)
-    for number in range(sums.size):
-        begin = number * run
-        done = 0
-        while done < run:
-            size = min(_COLUMNS, run - done)
+@compiled("void(K*, int64, int64, int64, float64*, float64*, float64*)")
+def _run_sums_wide(values, runs, run, power, levels, block, sums):
+    for number in range(runs):
+        for done in range(0, run, _COLUMNS):
+            size = _COLUMNS if run - done > _COLUMNS else run - done
+            begin = number * run + done
             for i in range(size):
-                value = values[begin + done + i]
+                value = abs(values[begin + i])
                 block[i] = value * value if power == 2 else value
-            _push_block(block, size, done // _COLUMNS, levels, size == _COLUMNS)
-            done += size
+            _push_block(block, size, done // _COLUMNS, levels)
         sums[number] = _total_of(block, run, levels)
 
 
-@compiled
-def _push_block(block, size, number, levels, whole):
+@inlined
+def _push_block(block, size, number, levels):
     """Sum a block in place by the tree; a whole one is a term of the tree over blocks."""
+    whole = size == _COLUMNS
     while size > 1:
         pairs = size // 2
         for i in range(pairs):
@@ -136,7 +156,7 @@ def _push_block(block, size, number, levels, whole):
         levels[level] = total
 
 
-@compiled
+@inlined
 def _total_of(block, run, levels):
     """The sum of a finished tree: a level holds one where its bit is set; the last block comes first."""
     whole, rest = run // _COLUMNS, run % _COLUMNS
@@ -148,70 +168,41 @@ def _total_of(block, run, levels):
     return total
 
 
-class ColumnSums:
-    """The sums of |x| ** power over the rows of a matrix (rows, columns) whose rows come in order."""
-
-    def __init__(self, form: Format, columns: int, rows: int, power: int) -> None:
-        self._form = form
-        self._power = power
-        self._levels = np.empty((max(1, rows.bit_length()), columns), dtype=np.float64)
-        self.count = 0
-
-    def push(self, bits: Bits) -> None:
-        """Add rows (rows, columns), contiguous, not more in all than were announced."""
-        form = self._form
-        if form.itemsize == 8:
-            _push_rows_wide(np.abs(bits.view(np.float64)), self._power, self._levels, self.count)
-        else:
-            pattern = (np.uint32(form.magnitude), np.uint32(form.shift), np.uint32(form.infinity))
-            _push_rows(bits, pattern, form.scale, self._power, self._levels, self.count)
-        self.count += len(bits)
-
-    def total(self) -> Floats:
-        """The sums of all rows so far: (columns)."""
-        total: Floats | None = None
-        for level in range(len(self._levels)):
-            if self.count >> level & 1:
-                total = self._levels[level] + total if total is not None else self._levels[level]
-        return np.zeros(self._levels.shape[1]) if total is None else total.copy()
-
-
-@compiled
-def _push_rows(bits, pattern, scale, power, levels, count):
-    magnitude, shift, infinity = pattern
-    rows, columns = bits.shape
-    block = np.empty(_COLUMNS, dtype=np.float64)
+@compiled("void(K*, int64, int64, uint32, uint32, uint32, float64, int64, int64, float64*, float64*)")
+def _push_rows(bits, rows, columns, magnitude, shift, infinity, scale, power, count, levels, block):
     for first in range(0, columns, _COLUMNS):
-        size = min(_COLUMNS, columns - first)
+        size = _COLUMNS if columns - first > _COLUMNS else columns - first
         for row in range(rows):
+            begin = row * columns + first
             for i in range(size):
-                key = np.uint32(bits[row, first + i]) & magnitude
-                value = np.float64(np.uint32(key << shift).view(np.float32)) * scale
+                key = np.uint32(bits[begin + i]) & magnitude
+                value = np.float64(float32_of(np.uint32(key << shift))) * scale
                 value = np.inf if key >= infinity else value
                 block[i] = value * value if power == 2 else value
-            _carry(block, size, levels, first, count + row)
+            _carry(block, size, levels, columns, first, count + row)
 
 
-@compiled
-def _push_rows_wide(values, power, levels, count):
-    rows, columns = values.shape
-    block = np.empty(_COLUMNS, dtype=np.float64)
+@compiled("void(K*, int64, int64, int64, int64, float64*, float64*)")
+def _push_rows_wide(values, rows, columns, power, count, levels, block):
     for first in range(0, columns, _COLUMNS):
-        size = min(_COLUMNS, columns - first)
+        size = _COLUMNS if columns - first > _COLUMNS else columns - first
         for row in range(rows):
+            begin = row * columns + first
             for i in range(size):
-                value = values[row, first + i]
+                value = abs(values[begin + i])
                 block[i] = value * value if power == 2 else value
-            _carry(block, size, levels, first, count + row)
+            _carry(block, size, levels, columns, first, count + row)
 
 
-@compiled
-def _carry(block, size, levels, first, number):
+@inlined
+def _carry(block, size, levels, columns, first, number):
     """Put a row's terms, the `number`-th, where the tree has its place for them."""
     level = 0
     while (number >> level) & 1:
+        begin = level * columns + first
         for i in range(size):
-            block[i] = levels[level, first + i] + block[i]
+            block[i] = levels[begin + i] + block[i]
         level += 1
+    begin = level * columns + first
     for i in range(size):
-        levels[level, first + i] = block[i]
+        levels[begin + i] = block[i]
