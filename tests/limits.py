@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from sparseprune.pipeline.recipes import Tiled
 
 _TILED = recipes._tiled
-WAYS = ("runs", "counted", "summed", "tiled", "streamed")
+WAYS = ("runs", "gathered", "counted", "summed", "tiled", "streamed")
 AMPLE = 1 << 30
 
 

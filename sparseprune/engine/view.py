@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sparseprune.engine.dtypes import DTYPES, torch_dtype
+from sparseprune.engine.rearranging import rearranged
 from sparseprune.engine.scoring import INTEGERS
 from sparseprune.errors import ShapeMismatchError, SparsityError
 
@@ -65,22 +66,8 @@ class View:
             ShapeMismatchError: the pattern does not fit the shape.
             SparsityError: the result would be a copy, so that writes would be lost.
         """
-        from einops import EinopsError, rearrange  # noqa: PLC0415  (half of its users never need it)
-
-        outline = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-        try:
-            seen = rearrange(outline, pattern, **axes)
-        except EinopsError as error:
-            raise ShapeMismatchError(
-                f"pattern {pattern!r} does not fit a tensor of shape {list(tensor.shape)}: "
-                f"{' '.join(str(error).split())}"
-            ) from error
-        if seen.untyped_storage()._cdata != outline.untyped_storage()._cdata:  # noqa: SLF001
-            raise SparsityError(
-                f"pattern {pattern!r} is no view of a tensor of shape {list(tensor.shape)} and stride "
-                f"{list(tensor.stride())}: it would need a copy, and what is written to a copy is lost"
-            )
-        return cls(tensor, seen.shape, seen.stride(), int(seen.storage_offset()))
+        seen = rearranged(tuple(tensor.shape), tensor.stride(), pattern, axes)
+        return cls(tensor, seen.shape, seen.stride)
 
     @property
     def data(self) -> Tensor:

@@ -17,7 +17,7 @@ from sparseprune.checkpoint import CopyRange, refuse_changed
 from sparseprune.pipeline.crew import Crew
 from sparseprune.pipeline.outcomes import Outcomes
 from sparseprune.pipeline.programs import Item, Program, Setting
-from sparseprune.pipeline.recipes import Counted, Runs, Streamed, Summed, Tiled
+from sparseprune.pipeline.recipes import Counted, Gathered, Runs, Streamed, Summed, Tiled
 from sparseprune.pipeline.rests import rest_program
 from sparseprune.pipeline.traffic import Traffic
 
@@ -32,7 +32,14 @@ if TYPE_CHECKING:
 
 _FLUSH_SECONDS = 0.05
 _COPY_BYTES = 64 << 20  # that the kernel copies at one time
-_WAYS = {Runs: "runs", Counted: "counted", Summed: "summed", Tiled: "tiled", Streamed: "streamed"}
+_WAYS = {
+    Runs: "runs",
+    Gathered: "gathered",
+    Counted: "counted",
+    Summed: "summed",
+    Tiled: "tiled",
+    Streamed: "streamed",
+}
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,26 +31,51 @@ if TYPE_CHECKING:
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16", "F8_E5M2", "F8_E4M3"})
 _PACKED = 8  # mask elements in a byte: slabs begin at whole bytes of a packed mask
 _SCORE_BYTES = 48  # that a block costs while its score is held: norms, keys, positions, decisions
+_CHUNKS_A_SLAB = 4  # elements that are float64 on the way to a norm, for each byte of a slab
+_SUMMED_BYTES = 64  # that each of them costs: it is copied for every level of the tree
 _SLABS_A_SCOPE = 8  # a scope of more slabs is counted: several threads share it, and less is in memory
 _GROUPS = 64  # parts of a large scope whose digits are counted apart
 _COUNTER_BYTES = 8 << 16  # one histogram
 
 
 @dataclass(frozen=True, slots=True)
-class Runs:
-    """Slabs of `slab` elements of neighbouring scopes: `blocks` runs of `block` elements each compete.
+class Contest:
+    """What compiled loops decide: of `blocks` blocks of `extent` elements each `nnz` survive in every scope.
 
-    `memory` is what a slab takes. Exactly one of `nnz` and `threshold` counts.
+    Or those that reach `threshold`, if it is given.
     """
 
-    memory: int
-    slab: int
-    block: int
+    extent: Shape
     blocks: int
     nnz: int
     threshold: float | None
     norm: float
     rms: bool
+
+    @property
+    def block(self) -> int:
+        """How many elements a block has."""
+        return prod(self.extent)
+
+
+@dataclass(frozen=True, slots=True)
+class Runs:
+    """Neighbouring scopes, in slabs of `slab` elements, each of which takes `memory`."""
+
+    memory: int
+    slab: int
+    contest: Contest
+    held: int = 0
+    passes: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Gathered:
+    """Scopes of one tensor that do not lie together, at most `tile` elements of them at one time."""
+
+    memory: int
+    tile: int
+    contest: Contest
     held: int = 0
     passes: int = 1
 
@@ -96,7 +121,7 @@ class Streamed:
     passes: int
 
 
-Recipe = Runs | Counted | Summed | Tiled | Streamed
+Recipe = Runs | Gathered | Counted | Summed | Tiled | Streamed
 
 
 def needs_torch(recipe: Recipe) -> bool:
@@ -116,31 +141,62 @@ def choose(
     """
     recipe: Recipe | None = None
     if task.instance.soft is None:
-        recipe = (_runs(task, tensors, limits) if compiled else None) or _counted(task, tensors, limits)
-        recipe = recipe or _summed(task, tensors, limits)
+        if compiled:
+            recipe = _runs(task, tensors, limits) or _gathered(task, tensors, limits)
+        recipe = recipe or _counted(task, tensors, limits) or _summed(task, tensors, limits)
     return recipe or _tiled(task, limits) or _streamed(task, limits)
 
 
 def _runs(task: Task, tensors: Mapping[str, StoredTensor], limits: Limits) -> Runs | None:
-    scope, score, budget = task.instance.scope, task.instance.score, task.instance.budget
+    scope = task.instance.scope
     if not isinstance(scope, BoundScope) or not isinstance(scope.block, BoundBlock):
         return None
     leaf = scope.block
-    block, blocks = leaf.numel_per_block, scope.blocks_per_scope
     lies_well = is_row_major_run(leaf) and _is_run(leaf.shape, leaf.view_shape)
     if not lies_well or not _is_run(scope.shape, leaf.grid_shape) or not _has_loop(task, tensors):
         return None
-    nnz, threshold = budget.nnz, budget.threshold
-    if nnz in (0, blocks) or threshold is not None:
-        nnz, blocks = (0 if nnz == 0 else 1), 1  # nobody competes
-    unit = math.lcm(block * blocks, _PACKED)
+    contest = _contest(task, scope)
+    unit = math.lcm(contest.block * contest.blocks, _PACKED)
     size = DTYPES[tensors[leaf.tensor].dtype].bits // 8
-    each = 2 * size + 3 + (40 if score.kind != "magnitude" else 0) + (0 if block == 1 else 24 // block + 1)
     slab = unit * max(1, limits.slab // (unit * size))
-    memory = 2 * each * slab
-    if blocks > 1 and (unit * size > _SLABS_A_SCOPE * limits.slab or memory > limits.memory // 2):
+    memory = slab * _loop_bytes(task, size, contest)
+    if contest.blocks > 1 and (unit * size > _SLABS_A_SCOPE * limits.slab or memory > limits.memory // 2):
         return None
-    return Runs(memory, slab, block, blocks, nnz or 0, threshold, score.norm, score.normalize)
+    return Runs(memory, slab, contest)
+
+
+def _gathered(task: Task, tensors: Mapping[str, StoredTensor], limits: Limits) -> Gathered | None:
+    scope = task.instance.scope
+    if not isinstance(scope, BoundScope) or not isinstance(scope.block, BoundBlock):
+        return None
+    if not _has_loop(task, tensors):
+        return None
+    contest = _contest(task, scope)
+    size = DTYPES[tensors[scope.block.tensor].dtype].bits // 8
+    together = numel_per_scope(scope)
+    tile = max(limits.slab // size, together)
+    memory = tile * (_loop_bytes(task, size, contest) + 2 * size)
+    if together * size > _SLABS_A_SCOPE * limits.slab or memory > limits.memory // 2:
+        return None
+    return Gathered(memory, tile, contest)
+
+
+def _contest(task: Task, scope: BoundScope) -> Contest:
+    """What the scopes of one leaf ask; where all or none survive nobody competes."""
+    nnz, threshold = task.instance.budget.nnz, task.instance.budget.threshold
+    blocks = scope.blocks_per_scope
+    score = task.instance.score
+    (leaf,) = scope.leaves
+    if nnz in (0, blocks) or threshold is not None:
+        nnz, blocks = (0 if nnz == 0 else 1), 1
+    extent = leaf.shape or (1,)
+    return Contest(extent, blocks, nnz or 0, threshold, score.norm, score.normalize)
+
+
+def _loop_bytes(task: Task, size: int, contest: Contest) -> int:
+    """Memory for each element that compiled loops work on: patterns, masks, float64 where norms are taken."""
+    scores = 40 if task.instance.score.kind != "magnitude" else 0
+    return 2 * size + 3 + scores + (0 if contest.block == 1 else 32 // contest.extent[-1] + 1)
 
 
 def _has_loop(task: Task, tensors: Mapping[str, StoredTensor]) -> bool:
@@ -187,8 +243,9 @@ def _summed(task: Task, tensors: Mapping[str, StoredTensor], limits: Limits) -> 
         return None
     blocks = prod(scope.grid_shape) * scope.blocks_per_scope
     numbers = blocks
+    chunk = max(1, limits.slab // _CHUNKS_A_SLAB)
     if by_elements:
-        sweeps = [sweep_of(leaf, limits.slab) for leaf in scope.leaves]
+        sweeps = [sweep_of(leaf, chunk) for leaf in scope.leaves]
         if any(sweep is None for sweep in sweeps):
             return None
         numbers += sum(sweep.numbers for sweep in sweeps if sweep is not None)
@@ -196,8 +253,7 @@ def _summed(task: Task, tensors: Mapping[str, StoredTensor], limits: Limits) -> 
     if held > limits.held:
         return None
     passes = 1 + (0 if not by_elements else 2 if needs_scaling(task, tensors) else 1)
-    # Elements are float64 on the way to a norm, with a copy for each level of the tree.
-    return Summed(64 * limits.slab, limits.slab, held, passes)
+    return Summed(_SUMMED_BYTES * chunk, chunk, held, passes)
 
 
 def needs_scaling(task: Task, tensors: Mapping[str, StoredTensor]) -> bool:

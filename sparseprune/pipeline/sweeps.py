@@ -39,7 +39,7 @@ class Sweep:
         leaf = self.leaf
         span = leaf.shape[self.cut] if self.inside else leaf.view_shape[self.cut]
         for places in product(*(range(leaf.view_shape[dim]) for dim in self.outer)):
-            for first in range(0, leaf.view_shape[self.cut], span):
+            for first in range(0, leaf.view_shape[self.cut], max(1, span)):
                 for begin in range(first, first + span, self.step):
                     yield self._chunk(stored, places, begin, min(self.step, first + span - begin))
 

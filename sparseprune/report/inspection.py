@@ -1,32 +1,36 @@
 """Measuring a checkpoint: zeros and N:M patterns of every tensor, read in slabs.
 
-Owns what a pattern is and when a tensor satisfies it. Reads through checkpoint, one slab for each job
-in memory. Called by the command line; what it gives is plain data for tables and JSON.
+Owns which patterns are asked, when a tensor satisfies one, and who reads what: every job takes the next slab
+of any tensor and holds no other. Needs no torch. Called by the command line; what it gives is plain data for
+tables and JSON.
 """
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
+import math
+import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
+import numpy as np
 
 from sparseprune import __version__
 from sparseprune.engine.dtypes import DTYPES
-from sparseprune.engine.scoring import INTEGERS
+from sparseprune.engine.kernels.patterns import WORD, count_zeros
 from sparseprune.report.document import share
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
-    from torch import Tensor
+    from numpy.typing import NDArray
 
     from sparseprune.checkpoint import Checkpoint, StoredTensor, TensorReader
 
+    Progress = Callable[[int, str], None]
+
 INSPECT_SCHEMA = "sparseprune.inspect.v1"
-PATTERNS = ((1, 2), (2, 4), (4, 8))  # N of M elements along the last dimension; M bytes are an integer
-_SLAB = 1 << 20  # elements read at a time, a multiple of every M
+PATTERNS = ((1, 2), (2, 4), (4, 8))  # N of M elements along the last dimension, M <= 64
+_SLAB = 1 << 21  # bytes read at a time: few calls, and they stay in the cache until they are counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,15 +54,16 @@ class TensorFacts:
 
 
 def inspect_checkpoint(
-    checkpoint: Checkpoint, reader: TensorReader, jobs: int, progress: Callable[[int], None]
+    checkpoint: Checkpoint, reader: TensorReader, jobs: int, progress: Progress
 ) -> tuple[TensorFacts, ...]:
-    """The facts of every tensor, in the order of the checkpoint; `progress` is told bytes that were read."""
+    """The facts of every tensor, in the order of the checkpoint; the same for any number of jobs.
 
-    def measure(stored: StoredTensor) -> TensorFacts:
-        return _facts(stored, reader, progress)
-
-    with ThreadPoolExecutor(jobs, "sparseprune") as pool:
-        return tuple(pool.map(measure, checkpoint.tensors.values()))
+    `progress` is told how many bytes were read, and the tensor they belong to. Of several failures the
+    one is raised that is the first in the order of the checkpoint.
+    """
+    tallies = [_Tally(stored) for stored in checkpoint.tensors.values()]
+    _Readers(tallies, reader, progress).run(jobs)
+    return tuple(tally.facts() for tally in tallies)
 
 
 def inspect_document(path: str, facts: Iterable[TensorFacts]) -> dict[str, Any]:
@@ -95,49 +100,98 @@ def inspect_document(path: str, facts: Iterable[TensorFacts]) -> dict[str, Any]:
     }
 
 
-def _facts(stored: StoredTensor, reader: TensorReader, progress: Callable[[int], None]) -> TensorFacts:
-    zero_bits = DTYPES[stored.dtype].zero_bits
-    if zero_bits is None:
-        progress(stored.nbytes)
-        return TensorFacts(stored.name, stored.dtype, stored.shape, stored.numel, None, ())
-    zeros = 0
-    asked = [
-        (kept, group)
-        for kept, group in PATTERNS
-        if len(stored.shape) > 1 and stored.numel and stored.shape[-1] % group == 0
-    ]
-    fullest = dict.fromkeys(asked, 0)
-    size = DTYPES[stored.dtype].bits // 8
-    for first in range(0, stored.numel, _SLAB):
-        last = min(first + _SLAB, stored.numel)
-        nonzero = _nonzero(reader.read(stored, first * size, last * size), size, zero_bits)
-        zeros += nonzero.numel() - int(nonzero.count_nonzero())
-        for pattern, count in _fullest_groups(nonzero, asked).items():
-            fullest[pattern] = max(fullest[pattern], count)
-        progress((last - first) * size)
-    patterns = tuple(f"{kept}:{group}" for (kept, group), count in fullest.items() if count <= kept)
-    return TensorFacts(stored.name, stored.dtype, stored.shape, stored.numel, zeros, patterns)
+class _Tally:
+    """What is known of one tensor. Slabs are added in any order, by one thread at a time.
 
-
-def _nonzero(data: bytearray, size: int, zero_bits: int) -> Tensor:
-    """Bool (elements): which elements of `size` bytes are not zero, by their bit patterns."""
-    if zero_bits == 0:
-        return torch.ones(len(data) // size, dtype=torch.bool)
-    bits = torch.frombuffer(data, dtype=INTEGERS[size])
-    limit = 1 << (8 * size - 1)
-    signed = zero_bits - 2 * limit if zero_bits >= limit else zero_bits
-    return bits.ne(0) if signed == -1 else bits.bitwise_and_(signed).ne(0)
-
-
-def _fullest_groups(nonzero: Tensor, patterns: Iterable[tuple[int, int]]) -> dict[tuple[int, int], int]:
-    """For each pattern the largest number of non-zero elements in one group of M neighbours.
-
-    The M bytes of a group, each 0 or 1, are read as one integer; a product with 0x01..01 adds them up in
-    the highest byte.
+    A slab is `step` bytes, or what is left: whole groups of every pattern that the tensor could satisfy.
     """
-    fullest = {}
-    for kept, group in patterns:
-        words = nonzero.view(INTEGERS[group])
-        ones = int.from_bytes(b"\x01" * group, "little")
-        fullest[kept, group] = int((words * ones >> 8 * (group - 1)).max())
-    return fullest
+
+    def __init__(self, stored: StoredTensor) -> None:
+        self.stored = stored
+        self.dtype = DTYPES[stored.dtype]
+        self._zeros = 0
+        self._left: tuple[tuple[int, int], ...] = ()
+        if self.dtype.zero_bits is not None and len(stored.shape) > 1 and stored.numel:
+            self._left = tuple(pattern for pattern in PATTERNS if stored.shape[-1] % pattern[1] == 0)
+        groups = math.lcm(*self.groups) * max(1, self.dtype.bits // 8)
+        self.step = groups * max(1, _SLAB // groups)
+
+    @property
+    def groups(self) -> set[int]:
+        """The M of the patterns that nothing was found against so far."""
+        return {group for _, group in self._left}
+
+    def add(self, zeros: int, fullest: Mapping[int, int]) -> None:
+        """What one slab holds: zeros, and by M the most non-zero elements of one group."""
+        self._zeros += zeros
+        self._left = tuple((kept, group) for kept, group in self._left if fullest[group] <= kept)
+
+    def facts(self) -> TensorFacts:
+        stored = self.stored
+        zeros = None if self.dtype.zero_bits is None else self._zeros
+        patterns = tuple(f"{kept}:{group}" for kept, group in self._left)
+        return TensorFacts(stored.name, stored.dtype, stored.shape, stored.numel, zeros, patterns)
+
+
+class _Readers:
+    """Threads that take slabs in the order of the checkpoint, as they become free, and add them up."""
+
+    def __init__(self, tallies: Sequence[_Tally], reader: TensorReader, progress: Progress) -> None:
+        slabs = (
+            (tally, begin, min(begin + tally.step, tally.stored.nbytes))
+            for tally in tallies
+            for begin in range(0, tally.stored.nbytes, tally.step)
+        )
+        self._slabs = enumerate(slabs)
+        self._longest = max((min(tally.step, tally.stored.nbytes) for tally in tallies), default=0)
+        self._reader = reader
+        self._progress = progress
+        self._failures: dict[int, BaseException] = {}
+        self._lock = threading.Lock()
+
+    def run(self, jobs: int) -> None:
+        threads = [threading.Thread(target=self._work, name=f"sparseprune-{n}") for n in range(jobs)]
+        try:
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        finally:
+            self._stop()  # where Ctrl-C comes, or no thread can be had
+            for thread in threads:
+                if thread.ident is not None:
+                    thread.join()
+        if self._failures:
+            # Slabs are begun in order and what is begun is ended: nothing earlier can have failed unseen.
+            raise self._failures[min(self._failures)]
+
+    def _stop(self) -> None:
+        with self._lock:
+            self._slabs = enumerate(())
+
+    def _take(self) -> tuple[int, tuple[_Tally, int, int]] | None:
+        with self._lock:
+            return next(self._slabs, None)
+
+    def _work(self) -> None:
+        number = -1
+        try:
+            data = np.empty(self._longest, dtype=np.uint8)
+            scratch = np.empty(-(-self._longest // WORD) * WORD, dtype=np.bool_)
+            while (taken := self._take()) is not None:
+                number, (tally, begin, end) = taken
+                self._count(tally, begin, data[: end - begin], scratch)
+                self._progress(end - begin, tally.stored.name)
+        except BaseException as failure:  # noqa: BLE001  (raised by `run`, in the thread that waits)
+            self._failures[number] = failure
+            self._stop()
+
+    def _count(self, tally: _Tally, begin: int, data: NDArray[np.uint8], scratch: NDArray[np.bool_]) -> None:
+        dtype = tally.dtype
+        if dtype.zero_bits is None:
+            return
+        self._reader.read_into(tally.stored, begin, data)
+        bits = data.view(f"u{dtype.bits // 8}")
+        zeros, fullest = count_zeros(bits, dtype.zero_bits, tally.groups, scratch)
+        with self._lock:
+            tally.add(zeros, fullest)

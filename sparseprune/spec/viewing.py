@@ -1,7 +1,7 @@
 """Views: a slice of a tensor and how it is looked at, as shape, stride and offset, from its shape alone.
 
-Slices and explicit views are integer arithmetic; an einops pattern is left to the engine's View, on a
-tensor without data, and only then is torch imported. Called by `binding`.
+Slices and explicit views are integer arithmetic, and so is what einops makes of a pattern. Called by
+`binding`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from sparseprune.engine.grids import prod
+from sparseprune.engine.rearranging import rearranged
 from sparseprune.errors import ShapeMismatchError, SparsityError
 from sparseprune.spec.expressions import ExpressionError
 from sparseprune.spec.names import came_to, misfit
@@ -106,10 +107,5 @@ def _explicit(tensor: TensorInfo, view: ExplicitView, names: Names) -> Layout:
 
 @lru_cache(maxsize=256)
 def _rearranged(layout: Layout, pattern: str, axes: Axes) -> Layout:
-    import torch  # noqa: PLC0415  (specs without such a pattern are bound without torch)
-
-    from sparseprune.engine.view import View  # noqa: PLC0415
-
-    outline = torch.empty_strided(layout.shape, layout.stride, device="meta")
-    view = View.rearrange(outline, pattern, **dict(axes))
-    return Layout(view.shape, view.stride, layout.offset + view.offset)
+    seen = rearranged(layout.shape, layout.stride, pattern, dict(axes))
+    return Layout(seen.shape, seen.stride, layout.offset)

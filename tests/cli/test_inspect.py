@@ -132,6 +132,17 @@ def test_table_fits_the_width_that_it_is_given(checkpoint: Path, width: int) -> 
     assert done.stderr == ""
 
 
+@pytest.mark.parametrize("words", [[], ["--json"]])
+def test_neither_torch_nor_numba_is_loaded(checkpoint: Path, words: list[str]) -> None:
+    code = (
+        "import sys; from sparseprune.cli import main; sys.argv = ['sparseprune', *sys.argv[1:]]\n"
+        "try: main()\n"
+        "except SystemExit as stop: sys.exit(stop.code or not {'torch', 'numba'}.isdisjoint(sys.modules))"
+    )
+    command = [sys.executable, "-c", code, "inspect", str(checkpoint), *words]
+    assert subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
 def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     said = run("inspect", tmp_path / "absent.safetensors")
     assert (said.code, said.out) == (2, "")

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 PAIRWISE_LIMIT = 128  # blocks a scope up to which comparing all pairs wins (tests/benchmarks/README.md)
 _SIDE_BY_SIDE = 64  # scopes that are compared at one time
 _WORDS = 256  # 64-bit words whose ranks stay in the first cache
-_LONG = 1 << 12  # blocks a scope from which on larger digits pay in spite of more counters
-_DIGITS, _LONG_DIGITS = 8, 11  # bits; a 16-bit key has two of either
+_LONG = 1 << 9  # blocks a scope from which on larger digits pay in spite of more counters
+_DIGITS, _LONG_DIGITS = 8, 11  # bits, counted from the highest: few neighbours share a large digit
 
 
 def select_keys(bits: Bits, magnitude: int, blocks: int, nnz: int, keep: Mask) -> None:
@@ -44,9 +44,9 @@ def select_keys(bits: Bits, magnitude: int, blocks: int, nnz: int, keep: Mask) -
         ranks = np.empty(blocks * _SIDE_BY_SIDE, dtype=np.uint8)
         _pairwise(bits, bits.size // blocks, magnitude, blocks, nnz, keys, ranks, keep)
     else:
-        digit = _LONG_DIGITS if blocks >= _LONG and width > 16 else _DIGITS
+        digit = _LONG_DIGITS if blocks >= _LONG else _DIGITS
         counts = np.empty(1 << digit, dtype=np.int64)
-        _by_digits(bits, bits.size, magnitude, blocks, nnz, width, digit, counts, keep)
+        _by_digits(bits, bits.size, magnitude, blocks, nnz, magnitude.bit_length(), digit, counts, keep)
 
 
 def _select_in_words(bits: Bits, magnitude: int, blocks: int, nnz: int, keep: Mask) -> None:
@@ -157,15 +157,14 @@ def _by_digits(bits, size, magnitude, blocks, nnz, width, digit, counts, keep):
 @inlined
 def _kth(bits, begin, blocks, magnitude, k, width, digit, counts):
     """The k-th largest key of a scope, and how many of those equal to it are among the k largest."""
-    last = np.uint64((1 << digit) - 1)
-    prefix, above = np.uint64(0), np.uint64(64)
-    digits = (width - 1) // digit + 1
-    for place in range(digits):
-        shift = (digits - 1 - place) * digit
-        for i in range(1 << digit):
+    prefix = np.uint64(0)
+    left = width
+    while left > 0:
+        size = digit if left > digit else left
+        above, step, last = np.uint64(left), np.uint64(left - size), np.uint64((1 << size) - 1)
+        for i in range(1 << size):
             counts[i] = 0
-        step = np.uint64(shift)
-        if above == 64:
+        if left == width:
             for i in range(begin, begin + blocks):
                 counts[np.int64(np.uint64(bits[i] & magnitude) >> step)] += 1
         else:
@@ -173,10 +172,10 @@ def _kth(bits, begin, blocks, magnitude, k, width, digit, counts):
                 key = np.uint64(bits[i] & magnitude)
                 if key >> above == prefix:
                     counts[np.int64((key >> step) & last)] += 1
-        found = (1 << digit) - 1
+        found = (1 << size) - 1
         while counts[found] < k:
             k -= counts[found]
             found -= 1
-        prefix = (prefix << np.uint64(digit)) | np.uint64(found)
-        above = step
+        prefix = (prefix << np.uint64(size)) | np.uint64(found)
+        left -= size
     return prefix, k

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float64]
 
 _LEVELS = 48  # of a tree over runs: more terms than any tensor has
+_SHORT, _SIDE_BY_SIDE = 32, 64  # up to so many elements a run, so many runs are added at one time
 _COLUMNS = 512  # columns that are added at one time: their levels stay in the cache
 
 
@@ -33,6 +34,9 @@ def run_sums(bits: Bits, form: Format, run: int, power: int) -> Floats:
         _run_sums_wide(bits.view(np.float64), sums.size, run, power, levels, block, sums)
     else:
         pattern = (form.magnitude, form.shift, form.infinity, form.scale)
+        if run <= _SHORT:
+            _short_sums(bits, sums.size, *pattern, run, power, np.empty(run * _SIDE_BY_SIDE), sums)
+            return sums
         _run_sums(bits, sums.size, *pattern, run, power, levels, block, sums)
     return sums
 
@@ -109,6 +113,32 @@ class ColumnSums:
         return np.zeros(self._levels.shape[1]) if total is None else total.copy()
 
 
+@compiled("void(K*, int64, uint32, uint32, uint32, float64, int64, int64, float64*, float64*)")
+def _short_sums(bits, runs, magnitude, shift, infinity, scale, run, power, block, sums):
+    """Runs side by side: a term of each in every row of the block, whose rows are added by the tree."""
+    for begin in range(0, runs, _SIDE_BY_SIDE):
+        count = _SIDE_BY_SIDE if runs - begin > _SIDE_BY_SIDE else runs - begin
+        for i in range(run):
+            for number in range(count):
+                key = np.uint32(bits[(begin + number) * run + i]) & magnitude
+                value = np.float64(float32_of(np.uint32(key << shift))) * scale
+                value = np.inf if key >= infinity else value
+                block[i * _SIDE_BY_SIDE + number] = value * value if power == 2 else value
+        size = run
+        while size > 1:
+            pairs = size // 2
+            for pair in range(pairs):
+                one, other = 2 * pair * _SIDE_BY_SIDE, (2 * pair + 1) * _SIDE_BY_SIDE
+                for number in range(count):
+                    block[pair * _SIDE_BY_SIDE + number] = block[one + number] + block[other + number]
+            if size & 1:
+                for number in range(count):
+                    block[pairs * _SIDE_BY_SIDE + number] = block[(size - 1) * _SIDE_BY_SIDE + number]
+            size = pairs + (size & 1)
+        for number in range(count):
+            sums[begin + number] = block[number]
+
+
 @compiled("void(K*, int64, uint32, uint32, uint32, float64, int64, int64, float64*, float64*, float64*)")
 def _run_sums(bits, runs, magnitude, shift, infinity, scale, run, power, levels, block, sums):
     for number in range(runs):
@@ -161,10 +191,12 @@ def _total_of(block, run, levels):
     """The sum of a finished tree: a level holds one where its bit is set; the last block comes first."""
     whole, rest = run // _COLUMNS, run % _COLUMNS
     total, begun = (block[0], True) if rest else (0.0, False)
-    for level in range(_LEVELS):
+    level = 0
+    while whole >> level:
         if (whole >> level) & 1:
             total = levels[level] + total if begun else levels[level]
             begun = True
+        level += 1
     return total
 
 
