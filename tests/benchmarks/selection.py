@@ -1,4 +1,4 @@
-"""How fast blocks are selected: each way of engine.selection beside torch's own, medians in one run.
+"""How fast blocks are selected: by the engine, by compiled loops and by torch's own means; medians.
 
 Run by hand: `python -m tests.benchmarks.selection`; results are kept in README.md beside this file.
 """
@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import statistics
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from sparseprune.engine import selection
+from sparseprune.engine.kernels.selecting import select_keys
 from sparseprune.engine.scoring import magnitude_keys
 
 if TYPE_CHECKING:
@@ -37,11 +39,20 @@ def torch_kth(keys: torch.Tensor, nnz: int) -> torch.Tensor:
     return keys >= keys.kthvalue(keys.shape[-1] - nnz + 1, dim=-1, keepdim=True).values
 
 
+def compiled(keys: torch.Tensor, nnz: int) -> np.ndarray[Any, Any]:
+    """What runs on the CPU without torch."""
+    patterns = keys.numpy().reshape(-1)
+    bits = patterns.view(f"uint{8 * patterns.itemsize}")
+    keep = np.empty(bits.size, dtype=np.uint8)
+    select_keys(bits, (1 << 8 * bits.itemsize - 1) - 1, keys.shape[-1], nnz, keep)
+    return keep
+
+
 def main() -> None:
     """Print a table in Markdown."""
     torch.set_num_threads(1)
-    print("| dtype | blocks a scope | torch sort | torch kthvalue | sparseprune |")
-    print("|---|---|---|---|---|")
+    print("| dtype | blocks a scope | torch sort | torch kthvalue | engine, in numpy | compiled |")
+    print("|---|---|---|---|---|---|")
     generator = torch.Generator().manual_seed(0)
     for dtype in (torch.bfloat16, torch.float32):
         keys = magnitude_keys(torch.randn(ELEMENTS, generator=generator).to(dtype))
@@ -49,7 +60,7 @@ def main() -> None:
             scopes, nnz = keys.view(-1, blocks), blocks // 2
             times = [
                 milliseconds(lambda way=way, scopes=scopes, nnz=nnz: way(scopes, nnz))  # type: ignore[misc]
-                for way in (selection._select_by_sort, torch_kth, selection.select)
+                for way in (selection._select_by_sort, torch_kth, selection.select, compiled)
             ]
             cells = " | ".join(f"{each:.1f}" for each in times)
             print(f"| {str(dtype).removeprefix('torch.')} | {blocks} | {cells} |")

@@ -39,6 +39,8 @@ def select_keys(bits: Bits, magnitude: int, blocks: int, nnz: int, keep: Mask) -
     width = 8 * bits.itemsize
     if 64 % (blocks * width) == 0 and bits.size * bits.itemsize % 8 == 0:
         _select_in_words(bits, magnitude, blocks, nnz, keep)
+    elif blocks == 4:
+        _quads(bits, bits.size // 4, magnitude, nnz, keep)
     elif blocks <= PAIRWISE_LIMIT:
         keys = np.empty(blocks * _SIDE_BY_SIDE, dtype=bits.dtype)
         ranks = np.empty(blocks * _SIDE_BY_SIDE, dtype=np.uint8)
@@ -113,6 +115,21 @@ def _words(words, size, width, magnitude, ones, start, ahead, blocks, ranks, kee
                 keep[(begin + i) * lanes + lane] = np.uint8(1) - np.uint8(
                     (drop >> np.uint64(lane * width)) & np.uint64(1)
                 )
+
+
+@compiled("void(K*, int64, K, int64, uint8*)")
+def _quads(bits, scopes, magnitude, nnz, keep):
+    """As `_pairwise`, for four keys that are too wide for a word together: one pass without memory."""
+    for scope in range(scopes):
+        i = scope * 4
+        a, b = bits[i] & magnitude, bits[i + 1] & magnitude
+        c, d = bits[i + 2] & magnitude, bits[i + 3] & magnitude
+        ab, ac, ad = np.int32(a >= b), np.int32(a >= c), np.int32(a >= d)
+        bc, bd, cd = np.int32(b >= c), np.int32(b >= d), np.int32(c >= d)
+        keep[i] = 3 - ab - ac - ad < nnz
+        keep[i + 1] = ab + 2 - bc - bd < nnz
+        keep[i + 2] = ac + bc + 1 - cd < nnz
+        keep[i + 3] = ad + bd + cd < nnz
 
 
 @compiled("void(K*, int64, K, int64, int64, K*, uint8*, uint8*)")
