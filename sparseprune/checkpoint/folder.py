@@ -34,11 +34,12 @@ _LARGEST_DOCUMENT = 100_000_000
 
 @dataclass(frozen=True, slots=True)
 class OtherFile:
-    """A file that is copied as it is; `path` is relative to the checkpoint."""
+    """A file that is copied as it is; `path` is relative to the checkpoint, `mtime_ns` when it was found."""
 
     path: PurePosixPath
     nbytes: int
     executable: bool
+    mtime_ns: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,4 +189,4 @@ def _other_file(directory: Path, path: PurePosixPath) -> OtherFile:
         raise CheckpointError(
             f"{directory / path}: neither a file nor a folder, so it cannot be copied; remove it"
         )
-    return OtherFile(path, status.st_size, executable=bool(status.st_mode & stat.S_IXUSR))
+    return OtherFile(path, status.st_size, bool(status.st_mode & stat.S_IXUSR), status.st_mtime_ns)

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+from itertools import chain
 from typing import TYPE_CHECKING
 
-from sparseprune.checkpoint.transfer import machine_errors
+from sparseprune.checkpoint.transfer import ChangedInputError, machine_errors
 from sparseprune.errors import MachineError
 
 if TYPE_CHECKING:
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from sparseprune.checkpoint.source import Checkpoint, Shard
+
+_ADVICE = "run again when nothing writes there"
 
 
 def checkpoint_identity(checkpoint: Checkpoint) -> str:
@@ -42,23 +45,36 @@ def checkpoint_identity(checkpoint: Checkpoint) -> str:
 
 def changed_since(shards: Iterable[Shard]) -> str | None:
     """What became of the first shard that is not as it was when its header was read; None if all are."""
-    for shard in shards:
-        try:
-            status = shard.path.stat()
-        except OSError as error:
-            return f"{shard.path}: cannot be read any more: {error.strerror}"
-        if status.st_size != shard.header.file_size:
-            return (
-                f"{shard.path}: changed while it was read, from {shard.header.file_size} bytes to "
-                f"{status.st_size}"
-            )
-        if status.st_mtime_ns != shard.mtime_ns:
-            return f"{shard.path}: changed while it was read: it was written to after its header was read"
+    try:
+        _refuse((shard.path, shard.header.file_size, shard.mtime_ns) for shard in shards)
+    except MachineError as error:
+        return str(error)
     return None
 
 
-def refuse_changed(checkpoint: Checkpoint) -> None:
-    """MachineError naming the first shard that changed, or went away, since its header was read."""
-    fact = changed_since(checkpoint.shards)
-    if fact is not None:
-        raise MachineError(f"{fact}; run again when nothing writes there")
+def refuse_changed(checkpoint: Checkpoint, further: Iterable[Shard] = ()) -> None:
+    """ChangedInputError naming the first file that changed since its checkpoint was opened.
+
+    Files of the checkpoint, and `further` shards that were read beside it. MachineError where one cannot
+    be found any more.
+    """
+    shards = (
+        (shard.path, shard.header.file_size, shard.mtime_ns) for shard in (*checkpoint.shards, *further)
+    )
+    others = ((checkpoint.path / other.path, other.nbytes, other.mtime_ns) for other in checkpoint.others)
+    _refuse(chain(shards, others))
+
+
+def _refuse(files: Iterable[tuple[Path, int, int]]) -> None:
+    """As `refuse_changed`, for files with the sizes and times that they had."""
+    for path, size, mtime_ns in files:
+        with machine_errors(path, "cannot be read any more"):
+            status = path.stat()
+        if status.st_size != size:
+            raise ChangedInputError(
+                f"{path}: changed while it was read, from {size} bytes to {status.st_size}; {_ADVICE}"
+            )
+        if status.st_mtime_ns != mtime_ns:
+            raise ChangedInputError(
+                f"{path}: changed while it was read: it was written to after the run began; {_ADVICE}"
+            )

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, Self
 from sparseprune.checkpoint import folder, transfer
 from sparseprune.checkpoint.documents import shown
 from sparseprune.checkpoint.header import Header, TensorEntry, read_header
-from sparseprune.errors import CheckpointError, MachineError
+from sparseprune.checkpoint.transfer import ChangedInputError
+from sparseprune.errors import CheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -128,7 +129,7 @@ class TensorReader:
     """Reads bytes of tensors from any thread; every shard is opened once, for reading only.
 
     A context manager: leaving it closes the files. A shard that is not as long as when its header was
-    read is a MachineError, so is every error of the disk.
+    read is a ChangedInputError, every error of the disk a MachineError.
     """
 
     def __init__(self) -> None:
@@ -195,11 +196,13 @@ def _opened(shard: Shard) -> int:
     os.close(descriptor)
     if size < wanted:
         raise _truncated(shard.path, size, wanted)
-    raise MachineError(f"{shard.path}: file grew while it was read, from {wanted} bytes to {size}")
+    raise ChangedInputError(f"{shard.path}: file grew while it was read, from {wanted} bytes to {size}")
 
 
-def _truncated(path: Path, size: int, wanted: int) -> MachineError:
-    return MachineError(f"{path}: file was truncated while it was read: it ends at byte {size}, had {wanted}")
+def _truncated(path: Path, size: int, wanted: int) -> ChangedInputError:
+    return ChangedInputError(
+        f"{path}: file was truncated while it was read: it ends at byte {size}, had {wanted}"
+    )
 
 
 def _tensors(shards: tuple[Shard, ...]) -> Mapping[str, StoredTensor]:

@@ -47,8 +47,8 @@ class StagedOutput:
     identity. Otherwise an exit without `commit` removes all of it. Methods may be called from any thread.
 
     Once entered, `resumed` tells whether an earlier run is continued, `finished` what it noted, by key, and
-    `started_over` the parts of the identity for which one was not continued; `kept`, once left, whether
-    the next run can continue this one.
+    `started_over` the parts of the identity for which one was not continued; `named` whether the output has
+    its name; `kept`, once left, whether the next run can continue this one.
     """
 
     def __init__(
@@ -63,6 +63,7 @@ class StagedOutput:
         self.finished: Mapping[str, Any] = MappingProxyType({})
         self.resumed = False
         self.started_over: tuple[str, ...] = ()
+        self.named = False
         self.kept = False
         self._partial = PartialFolder(layout.target)
         self._paths = {file.path: str(self._partial.output / file.path) for file in layout.files}
@@ -186,6 +187,7 @@ class StagedOutput:
                 naming.exchange(self.partial_path, layout.target)
             else:
                 naming.name_files(self.partial_path, final_paths(layout))
+            self.named = True
         with transfer.machine_errors(layout.target.parent, "cannot be synced to disk"):
             transfer.sync(layout.target.parent)
 
@@ -300,9 +302,14 @@ class _Writing:
 
 
 def _may_go_on(error: BaseException | None) -> bool:
-    """Whether the machine or the user ended a run, and not a mistake that the next one would make again."""
-    if error is None or isinstance(error, (MachineError, MemoryError)):
-        return error is not None
+    """Whether the machine or the user ended a run, and not a mistake that the next one would make again.
+
+    Nor a change of the input, of which some pieces may be made and others not.
+    """
+    if error is None or isinstance(error, transfer.ChangedInputError):
+        return False
+    if isinstance(error, (MachineError, MemoryError)):
+        return True
     return not isinstance(error, Exception)
 
 

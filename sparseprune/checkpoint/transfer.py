@@ -33,6 +33,10 @@ _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _WRITE = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
+class ChangedInputError(MachineError):
+    """An input is no longer what it was: what was made of it is worth nothing, and not continued."""
+
+
 @contextlib.contextmanager
 def machine_errors(path: Path, doing: str = "cannot be written") -> Iterator[None]:
     """Turns an OSError into a MachineError that names the path and the cause."""
@@ -93,7 +97,7 @@ def read_into(descriptor: int, buffer: WritableBytes, offset: int) -> int:
 
 
 def copy_range(source: Path, source_offset: int, file: Path | str, offset: int, length: int) -> None:
-    """Copies bytes between two files that exist; MachineError where the source ends too early.
+    """Copies bytes between two files that exist; ChangedInputError where the source ends too early.
 
     Errors of either file are MachineErrors for the source and OSErrors for the written file.
     """
@@ -155,7 +159,7 @@ def _plain_copy(
         with machine_errors(source, "cannot be read"):
             data = os.pread(reading, min(length - done, _BUFFER), source_offset + done)
         if not data:
-            raise MachineError(
+            raise ChangedInputError(
                 f"{source}: file was truncated while it was read: it ends at byte {source_offset + done}, "
                 f"wanted {source_offset + length}"
             )

@@ -7,6 +7,11 @@ command loads what it needs when it runs.
 
 def main() -> None:
     """Entry point of the console script and of `python -m sparseprune`."""
+    import signal
+
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        # While nothing has begun, and when all is over, Ctrl-C ends the process without a word.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     from sparseprune.cli.app import app
 
     app()

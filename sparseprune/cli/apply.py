@@ -8,16 +8,21 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from sparseprune import __version__
-from sparseprune.checkpoint import StagedOutput, TensorReader, checkpoint_identity
+from sparseprune.checkpoint import (
+    StagedOutput,
+    TensorReader,
+    checkpoint_identity,
+    read_config,
+    refuse_changed,
+)
 from sparseprune.cli.console import print_json, print_result, stderr_console, tell
 from sparseprune.cli.progress import progress
 from sparseprune.cli.request import Request, collector_paused, output_shown, prepare
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
+    from collections.abc import Iterable
 
-    from sparseprune.checkpoint import OutputLayout
+    from sparseprune.checkpoint import OutputLayout, Shard
     from sparseprune.cli.request import Prepared
     from sparseprune.pipeline import Plan
 
@@ -28,18 +33,23 @@ def run(request: Request) -> None:
     with collector_paused():
         prepared = prepare(request)
     plan, layout = prepared.plan, prepared.layout
-    document = _execute(request, prepared, began)
-    if not request.quiet:
-        _tell(request, plan, layout, document, time.perf_counter() - began)
-    if request.json:
-        print_json(document)
-    else:
-        print_result(output_shown(request, layout))
+    output = StagedOutput(layout, request.force, identity=_identity(request, prepared))
+    try:
+        document = _execute(request, prepared, output, began)
+        if not request.quiet:
+            _tell(request, plan, layout, document, time.perf_counter() - began)
+        if request.json:
+            print_json(document)
+        else:
+            print_result(output_shown(request, layout))
+    except KeyboardInterrupt as interrupt:
+        if output.named:
+            raise KeyboardInterrupt("the output is complete") from interrupt
+        raise
 
 
-def _execute(request: Request, prepared: Prepared, began: float) -> dict[str, Any]:
+def _execute(request: Request, prepared: Prepared, output: StagedOutput, began: float) -> dict[str, Any]:
     """Everything between the first byte written and the output's name; gives the report."""
-    output = StagedOutput(prepared.layout, request.force, identity=_identity(request, prepared))
     try:
         with output, TensorReader() as reader:
             if output.started_over and not request.quiet:
@@ -47,6 +57,7 @@ def _execute(request: Request, prepared: Prepared, began: float) -> dict[str, An
             if output.resumed and not request.quiet:
                 tell("an unfinished run is continued")
             document = _worked(request, prepared, output, reader, began)
+            refuse_changed(prepared.plan.checkpoint, _score_shards(prepared))
             output.commit()
     except BaseException as error:
         if output.kept:
@@ -89,27 +100,25 @@ def _worked(
 
 def _identity(request: Request, prepared: Prepared) -> dict[str, str]:
     """What an unfinished output must agree with to be continued; the number of jobs is no part of it."""
-    files = [_identity_of_file(path) for path in _read_files(prepared)]
+    checkpoint = prepared.plan.checkpoint
+    files = [(str(shard.path), shard.header.file_size, shard.mtime_ns) for shard in _score_shards(prepared)]
+    # Variables of the spec may come from it; that beside a single file is no part of the checkpoint.
+    config = dict(read_config(checkpoint) or {})
     limits = prepared.schedule.limits
     options = (request.device, request.mask_format, request.weights, limits.slab, limits.memory)
     spec = json.dumps([prepared.source.text, sorted(request.overrides.items())])
     return {
         "the version": __version__,
-        "the input": _digest(json.dumps([checkpoint_identity(prepared.plan.checkpoint), *files])),
+        "the input": _digest(json.dumps([checkpoint_identity(checkpoint), config, *files])),
         "the spec": _digest(spec),
         "the options": json.dumps(options),
     }
 
 
-def _read_files(prepared: Prepared) -> Iterator[Path]:
+def _score_shards(prepared: Prepared) -> Iterable[Shard]:
     """The shards of score files, each once."""
     tasks = (task for unit in prepared.plan.units for task in unit.tasks)
-    yield from dict.fromkeys(one.stored.shard.path for task in tasks for one in task.inputs)
-
-
-def _identity_of_file(path: Path) -> list[str | int]:
-    status = path.stat()
-    return [str(path), status.st_size, status.st_mtime_ns]
+    return dict.fromkeys(one.stored.shard for task in tasks for one in task.inputs)
 
 
 def _digest(text: str) -> str:

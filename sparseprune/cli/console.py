@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
+import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +19,7 @@ from sparseprune.errors import MachineError, SparsepruneError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+    from types import FrameType
 
     from rich.console import Console, RenderableType
 
@@ -30,23 +33,44 @@ def reported(debug: bool = False) -> Iterator[None]:
     """Turn what a user or the machine caused into lines on stderr and an exit code.
 
     The notes of an error (`add_note`) are further lines. A bug keeps its traceback; `debug` shows the
-    traceback of everything.
+    traceback of everything. After the first Ctrl-C no other one is heard: what is being ended is ended.
     """
+    with _interrupted_once():
+        try:
+            yield
+        except BrokenPipeError:
+            # Whoever read our output has seen enough; nothing more can be told.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(0) from None
+        except (SparsepruneError, OSError, MemoryError, KeyboardInterrupt) as error:
+            if debug:
+                sys.stderr.flush()
+                raise
+            message, code = _told(error)
+            for text in (message, *getattr(error, "__notes__", ())):
+                for line in text.splitlines():
+                    print(f"sparseprune: {line}", file=sys.stderr)
+            raise typer.Exit(code) from None
+
+
+@contextmanager
+def _interrupted_once() -> Iterator[None]:
+    """One KeyboardInterrupt at the most: a second one would leave threads at work on what is given up."""
+
+    def interrupt(_: int, __: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    usual = signal.getsignal(signal.SIGINT)
+    on_main = threading.current_thread() is threading.main_thread()
+    if not on_main or usual not in (signal.default_int_handler, signal.SIG_DFL):
+        yield  # it is somebody else's, or not to be heard at all
+        return
+    signal.signal(signal.SIGINT, interrupt)
     try:
         yield
-    except BrokenPipeError:
-        # Whoever read our output has seen enough; nothing more can be told.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise typer.Exit(0) from None
-    except (SparsepruneError, OSError, MemoryError, KeyboardInterrupt) as error:
-        if debug:
-            sys.stderr.flush()
-            raise
-        message, code = _told(error)
-        for text in (message, *getattr(error, "__notes__", ())):
-            for line in text.splitlines():
-                print(f"sparseprune: {line}", file=sys.stderr)
-        raise typer.Exit(code) from None
+    finally:
+        signal.signal(signal.SIGINT, usual)
 
 
 def _told(error: BaseException) -> tuple[str, int]:
@@ -54,7 +78,8 @@ def _told(error: BaseException) -> tuple[str, int]:
     if isinstance(error, SparsepruneError):
         return str(error), error.exit_code
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted: there is no output; run the same command again to continue", INTERRUPTED
+        what = str(error) or "there is no output; run the same command again to continue"
+        return f"interrupted: {what}", INTERRUPTED
     if isinstance(error, OSError):
         place = f"{error.filename}: " if error.filename else ""
         return f"{place}{error.strerror or error}", MachineError.exit_code

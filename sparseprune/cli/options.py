@@ -23,6 +23,7 @@ CheckpointArgument = Annotated[
     Path,
     typer.Argument(
         metavar="CKPT",
+        readable=False,  # told, with its path and exit code 3, by whoever reads it
         help="A .safetensors file, or a directory with model.safetensors or with shards and their index.",
         show_default=False,
     ),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -132,8 +133,17 @@ def _norms_of(views: Sequence[Tensor], rank: int, p: float) -> Tensor:
         total = part if total is None else total + part
     if total is None:
         raise SparsityError("a block needs at least one member")
-    root = total if p == 1 else total.sqrt() if p == 2 else total ** (1 / p)
+    root = total if p == 1 else square_root(total) if p == 2 else total ** (1 / p)
     return root if exponent is None else root * power_of_two(exponent)
+
+
+def square_root(numbers: Tensor) -> Tensor:
+    """The correctly rounded root; torch's own is not, on some CPUs."""
+    if numbers.device.type != "cpu":
+        return numbers.sqrt()
+    roots = torch.empty_like(numbers)
+    np.sqrt(numbers.numpy(), out=roots.numpy())
+    return roots
 
 
 def largest(wide: Sequence[Tensor], rank: int) -> Tensor:

@@ -108,9 +108,21 @@ def is_row_major_run(leaf: BoundBlock) -> bool:
 def gaps(stored: StoredTensor, leaves: Iterable[BoundBlock]) -> Iterator[Run]:
     """The elements of a stored tensor that none of some disjoint leaves reaches, as runs."""
     end = 0
-    for first, count in heapq.merge(*(whole_box(leaf, stored).runs() for leaf in leaves)):
+    for first, count in heapq.merge(*(_ascending(leaf, stored) for leaf in leaves)):
         if first > end:
             yield end, first - end
         end = first + count
     if end < stored.numel:
         yield end, stored.numel - end
+
+
+def _ascending(leaf: BoundBlock, stored: StoredTensor) -> Iterable[Run]:
+    """The runs of a leaf by their first elements; sorted where rows lie between each other."""
+    runs = whole_box(leaf, stored).runs()
+    reach = 0  # from the first to the last element of what lies further in
+    for dim in reversed(storage_order(leaf)):
+        if leaf.view_shape[dim] > 1:
+            if leaf.view_stride[dim] <= reach:
+                return sorted(runs)
+            reach += (leaf.view_shape[dim] - 1) * leaf.view_stride[dim]
+    return runs

@@ -89,6 +89,8 @@ def tiles(member: BoundScope, part: Part, limit: int) -> Iterator[Part]:
 
 def cut(part: Part, dims: Sequence[int], places: int) -> Iterator[Part]:
     """A part in smaller ones of at most so many places (at least 1), cut along the first of `dims` first."""
+    if not part.numel:
+        return
     extent = list(part.extent)
     for dim in dims:
         if prod(extent) <= max(1, places):

@@ -7,7 +7,9 @@ of slabs holds the last tie that survives is known from the counts, and that gro
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -26,7 +28,7 @@ from sparseprune.pipeline.ranking import nan_error
 from sparseprune.spec import BoundBlock
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
@@ -44,6 +46,10 @@ class Slab:
 
     box: Box
     before: int
+
+
+Group = Callable[[], Iterator[Slab]]
+"""Neighbouring slabs of a scope, made anew at each call: no list of them is kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,28 +95,40 @@ def run_program(task: Task, recipe: Counted, setting: Setting) -> Program:
     yield items()
 
 
-def _slabs(task: Task, scope: int, recipe: Counted, setting: Setting) -> Iterator[Slab]:
-    """The elements of one scope, member after member."""
-    before = 0
+def _slabs(
+    task: Task, scope: int, recipe: Counted, setting: Setting, part: tuple[int, int] | None = None
+) -> Iterator[Slab]:
+    """The elements of one scope, member after member; those whose numbers are in `part`, or all."""
+    first, last = part or (0, _slab_count(task, recipe))
+    before = done = 0
     for member, _ in members_of(task.instance.scope):
-        if not isinstance(member.block, BoundBlock):
-            raise TypeError(f"{member.label} has fused blocks")
-        flat = flat_leaf(member.block)
         size = member.blocks_per_scope
-        for begin in range(0, size, recipe.slab):
-            extent = min(recipe.slab, size - begin)
-            box = Box(flat, setting.tensors[flat.tensor], (scope * size + begin,), (extent,))
-            yield Slab(box, before + begin)
-        before += size
+        count = -(-size // recipe.slab)
+        if done < last and done + count > first:
+            if not isinstance(member.block, BoundBlock):
+                raise TypeError(f"{member.label} has fused blocks")
+            flat = flat_leaf(member.block)
+            stored = setting.tensors[flat.tensor]
+            for number in range(max(0, first - done), min(count, last - done)):
+                begin = number * recipe.slab
+                extent = min(recipe.slab, size - begin)
+                yield Slab(Box(flat, stored, (scope * size + begin,), (extent,)), before + begin)
+        before, done = before + size, done + count
+
+
+def _slab_count(task: Task, recipe: Counted) -> int:
+    return sum(-(-member.blocks_per_scope // recipe.slab) for member, _ in members_of(task.instance.scope))
 
 
 def _find(task: Task, scope: int, recipe: Counted, setting: Setting):  # type: ignore[no-untyped-def]  # noqa: ANN202
     """A program that gives the Cut of one scope."""
     budget = task.instance.budget.nnz
-    slabs = list(_slabs(task, scope, recipe, setting))
-    form = FORMATS[slabs[0].box.stored.dtype]
-    bounds = [len(slabs) * group // recipe.groups for group in range(recipe.groups + 1)]
-    groups = [slabs[begin:end] for begin, end in pairwise(bounds) if end > begin]
+    form = FORMATS[setting.tensors[task.instance.scope.leaves[0].tensor].dtype]
+    slabs = _slab_count(task, recipe)
+    bounds = [slabs * group // recipe.groups for group in range(recipe.groups + 1)]
+    groups = [
+        partial(_slabs, task, scope, recipe, setting, part) for part in pairwise(bounds) if part[1] > part[0]
+    ]
     width = max(DIGIT_BITS, 8 * form.itemsize)
     prefix, places, of_group = 0, budget or 0, []
     for shift in range(width - DIGIT_BITS, -1, -DIGIT_BITS):
@@ -123,7 +141,7 @@ def _find(task: Task, scope: int, recipe: Counted, setting: Setting):  # type: i
         prefix = prefix << DIGIT_BITS | digit
         of_group = [int(each[digit]) for each in counts]
     if places == sum(of_group):  # no tie is cut
-        return Cut(prefix, slabs[-1].before + slabs[-1].box.numel)
+        return Cut(prefix, task.instance.scope.blocks_per_scope)
     number = 0
     while of_group[number] < places:
         places -= of_group[number]
@@ -134,12 +152,12 @@ def _find(task: Task, scope: int, recipe: Counted, setting: Setting):  # type: i
     return Cut(prefix, ties)
 
 
-def _counter(task: Task, group: Sequence[Slab], form: Format, place: tuple[int, int], setting: Setting):  # type: ignore[no-untyped-def]  # noqa: ANN202
+def _counter(task: Task, group: Group, form: Format, place: tuple[int, int], setting: Setting):  # type: ignore[no-untyped-def]  # noqa: ANN202
     prefix, shift = place
 
     def work() -> Counts:
         counts = np.zeros(1 << DIGIT_BITS, dtype=np.int64)
-        for slab in group:
+        for slab in group():
             bits = setting.traffic.load(slab.box).flat
             nan = first_nan(bits, form)
             if nan >= 0:
@@ -158,9 +176,9 @@ def _digit(counts: Counts, k: int) -> tuple[int, int]:
     return len(counts) - 1 - behind, k - (int(at_least[behind - 1]) if behind else 0)
 
 
-def _end_of_ties(group: Sequence[Slab], form: Format, kth: int, places: int, setting: Setting) -> int:
+def _end_of_ties(group: Group, form: Format, kth: int, places: int, setting: Setting) -> int:
     """How many elements of the scope there are up to the one that takes the last of some places."""
-    for slab in group:
+    for slab in group():
         bits = setting.traffic.load(slab.box).flat
         count = count_equal(bits, form, kth)
         if count >= places:

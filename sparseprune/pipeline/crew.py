@@ -98,11 +98,9 @@ class Crew:
     def _work(self) -> None:
         while (taken := self._take()) is not None:
             try:
-                result = taken.item.work()
+                self._finish(taken, taken.item.work())
             except BaseException as failure:  # noqa: BLE001  (raised by `run`, in the thread that waits)
                 self._fail(taken.running.order, taken.number, failure)
-            else:
-                self._finish(taken, result)
 
     def _take(self) -> _Taken | None:
         """The next item that fits, once there is one; None when there is nothing more to do."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from sparseprune.checkpoint import CopyRange, refuse_changed
+from sparseprune.checkpoint import CopyRange
 from sparseprune.pipeline.crew import Crew
 from sparseprune.pipeline.outcomes import Outcomes
 from sparseprune.pipeline.programs import Item, Program, Setting
@@ -59,14 +59,13 @@ def execute(
 
     What an earlier run finished is taken over. `progress` is told, from any thread, bytes that were done and
     of what. The first error in the order of the schedule is raised once what is running has ended; nothing
-    new is begun after it. MachineError where the input is no longer what it was.
+    new is begun after it.
     """
     outcomes = Outcomes()
     work = _Work(schedule, reader, output, device, progress, outcomes)
     with _torch_threads(schedule), _flushing(output):
         crew = Crew(work.assignments(), work, schedule.limits.memory)
         crew.run(schedule.workers)
-    refuse_changed(schedule.plan.checkpoint)
     return outcomes.of_plan(schedule.plan)
 
 
@@ -179,12 +178,14 @@ def _flushing(output: StagedOutput) -> Iterator[None]:
             failures.append(failure)
 
     thread = threading.Thread(target=flush, name="sparseprune-flush")
-    thread.start()
     try:
+        thread.start()
         yield
     finally:
+        # Ctrl-C may come while it starts: it then ends by itself.
         done.set()
-        thread.join()
+        if thread.ident is not None:
+            thread.join()
     if failures:
         raise failures[0]
 

@@ -31,7 +31,7 @@ class Limits:
     @property
     def largest_tile(self) -> int:
         """The elements that one tile of the torch engine may have at most."""
-        return max(1, self.memory // _ENGINE_BYTES)
+        return max(1, (self.memory - self.held) // _ENGINE_BYTES)
 
     @property
     def held(self) -> int:
@@ -42,6 +42,12 @@ class Limits:
 def tile_bytes(elements: int) -> int:
     """Memory that the torch engine takes for so many elements."""
     return _ENGINE_BYTES * elements
+
+
+def memory_for_tile(elements: int) -> int:
+    """The memory of a process in which one tile of the torch engine may have so many elements."""
+    left = -(-tile_bytes(elements + 1) * _HELD_SHARE // (_HELD_SHARE - 1))
+    return INTERPRETER + TORCH + left
 
 
 def limits_of(memory: int, *, uses_torch: bool) -> Limits:

@@ -15,7 +15,7 @@ from sparseprune.engine.grids import prod
 from sparseprune.errors import SparsepruneError
 from sparseprune.pipeline.boxes import is_row_major_run
 from sparseprune.pipeline.cells import members_of, numel_per_scope
-from sparseprune.pipeline.limits import tile_bytes
+from sparseprune.pipeline.limits import memory_for_tile, tile_bytes
 from sparseprune.pipeline.sweeps import sweep_of
 from sparseprune.spec import BoundBlock, BoundScope
 
@@ -158,9 +158,10 @@ def _runs(task: Task, tensors: Mapping[str, StoredTensor], limits: Limits) -> Ru
     contest = _contest(task, scope)
     unit = math.lcm(contest.block * contest.blocks, _PACKED)
     size = DTYPES[tensors[leaf.tensor].dtype].bits // 8
-    slab = unit * max(1, limits.slab // (unit * size))
-    memory = slab * _loop_bytes(task, size, contest)
-    if contest.blocks > 1 and (unit * size > _SLABS_A_SCOPE * limits.slab or memory > limits.memory // 2):
+    each = _loop_bytes(task, size, contest)
+    slab = unit * max(1, min(limits.slab // size, limits.memory // (2 * each)) // unit)
+    memory = slab * each
+    if unit > _PACKED and (unit * size > _SLABS_A_SCOPE * limits.slab or memory > limits.memory // 2):
         return None
     return Runs(memory, slab, contest)
 
@@ -242,14 +243,14 @@ def _summed(task: Task, tensors: Mapping[str, StoredTensor], limits: Limits) -> 
     if by_elements and not dtypes <= _FLOATS:
         return None
     blocks = prod(scope.grid_shape) * scope.blocks_per_scope
-    numbers = blocks
-    chunk = max(1, limits.slab // _CHUNKS_A_SLAB)
+    numbers = 0
+    chunk = max(1, min(limits.slab // _CHUNKS_A_SLAB, limits.memory // (2 * _SUMMED_BYTES)))
     if by_elements:
         sweeps = [sweep_of(leaf, chunk) for leaf in scope.leaves]
         if any(sweep is None for sweep in sweeps):
             return None
-        numbers += sum(sweep.numbers for sweep in sweeps if sweep is not None)
-    held = _SCORE_BYTES * numbers
+        numbers = sum(sweep.numbers for sweep in sweeps if sweep is not None)
+    held = _SCORE_BYTES * blocks + 8 * numbers
     if held > limits.held:
         return None
     passes = 1 + (0 if not by_elements else 2 if needs_scaling(task, tensors) else 1)
@@ -280,10 +281,9 @@ def _streamed(task: Task, limits: Limits) -> Streamed:
     block = max(member.block.numel_per_block for member, _ in members_of(task.instance.scope))
     elements = max(min(limits.tile, limits.largest_tile), block)
     if elements > limits.largest_tile:
-        missing = tile_bytes(elements) - limits.memory
         raise SparsepruneError(
             f"[{task.rule}] {task.instance.label}: a block has {block} elements, which must be in memory "
-            f"together; --memory must be {missing} bytes larger"
+            f"together; --memory must be at least {memory_for_tile(block)} bytes"
         )
     candidates = limits.held // _SCORE_BYTES
     return Streamed(tile_bytes(elements), elements, candidates * _SCORE_BYTES, 3)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from sparseprune.engine.grids import prod
 from sparseprune.pipeline.cells import members_of
-from sparseprune.pipeline.limits import INTERPRETER, TORCH, limits_of
+from sparseprune.pipeline.limits import INTERPRETER, TORCH, Limits, limits_of
 from sparseprune.pipeline.plan import task_bytes
 from sparseprune.pipeline.recipes import alone, choose, needs_torch
 
@@ -19,10 +19,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from sparseprune.checkpoint import StoredTensor
-    from sparseprune.pipeline.limits import Limits
     from sparseprune.pipeline.plan import Plan, Task, WorkUnit
     from sparseprune.pipeline.recipes import Recipe
     from sparseprune.spec import BoundBlock
+
+_AMPLE = 1 << 60  # memory in which every way may be chosen
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +84,10 @@ def make_schedule(plan: Plan, memory: int, workers: int, *, compiled: bool = Tru
     Raises:
         SparsepruneError: the memory is too little for this plan.
     """
-    schedule = _schedule(plan, limits_of(memory, uses_torch=not compiled), workers, compiled=compiled)
-    if schedule.uses_torch and compiled:
+    ample = Limits(_AMPLE)
+    uses_torch = not compiled or _schedule(plan, ample, workers, compiled=True).uses_torch
+    schedule = _schedule(plan, limits_of(memory, uses_torch=uses_torch), workers, compiled=compiled)
+    if schedule.uses_torch and not uses_torch:  # with little memory some tasks need the engine after all
         schedule = _schedule(plan, limits_of(memory, uses_torch=True), workers, compiled=True)
     return schedule
 

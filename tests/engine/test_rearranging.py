@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from sparseprune import SparsityError
 from sparseprune.engine.rearranging import Outline, rearranged
 
-PATTERNS = (
+PATTERNS: tuple[tuple[str, dict[str, int]], ...] = (
     ("a b -> b a", {}),
     ("a b -> (a b)", {}),
     ("a b -> (b a)", {}),

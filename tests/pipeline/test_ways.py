@@ -19,7 +19,7 @@ from tests.samples import run
 if TYPE_CHECKING:
     from pathlib import Path
 
-CUTS = {"whole": (1 << 20, 1 << 18, 2), "small": (64, 16, 3), "tiny": (1, 1, 1)}
+CUTS = {"small": (64, 16, 3), "tiny": (1, 1, 1)}
 
 
 def applied(folder: Path, name: str, *options: object) -> tuple[dict[str, bytes], dict[str, Any]]:
@@ -46,12 +46,9 @@ def prepare(folder: Path, spec: str, tensors: dict[str, torch.Tensor]) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_every_way_and_cut_gives_the_bytes_of_whole_scopes_in_the_engine(
-    tmp_path: Path, name: str, dtype: torch.dtype
-) -> None:
+def test_every_way_and_cut_gives_the_bytes_of_whole_scopes_in_the_engine(tmp_path: Path, name: str) -> None:
     spec, tensors = CASES[name]
-    prepare(tmp_path, spec, tensors(dtype))
+    prepare(tmp_path, spec, tensors(torch.bfloat16))
     with pytest.MonkeyPatch.context() as patch:
         force(patch, "tiled")
         reference = applied(tmp_path, "reference")
@@ -88,13 +85,12 @@ def test_packed_masks_hold_the_bits_of_bool_masks(tmp_path: Path, name: str) -> 
     prepare(tmp_path, spec, tensors(torch.bfloat16))
     applied(tmp_path, "bool")
     plain = load_masks(tmp_path / "bool")
-    for cut, (slab, tile, jobs) in CUTS.items():
-        with pytest.MonkeyPatch.context() as patch:
-            narrow(patch, slab, tile)
-            applied(tmp_path, cut, "--mask-format", "packed", "--jobs", jobs)
-        packed = load_masks(tmp_path / cut)
-        assert packed.keys() == plain.keys()
-        assert all(torch.equal(packed[key], plain[key]) for key in plain), cut
+    with pytest.MonkeyPatch.context() as patch:
+        narrow(patch, 26, 13)  # parts that share bytes
+        applied(tmp_path, "packed", "--mask-format", "packed", "--jobs", 3)
+    packed = load_masks(tmp_path / "packed")
+    assert packed.keys() == plain.keys()
+    assert all(torch.equal(packed[key], plain[key]) for key in plain)
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,9 @@ class Format:
         """The magnitudes that keys stand for, in float64; NaN stays NaN."""
         if self.itemsize == 8:
             return keys.view(np.float64)
-        wide = (keys.astype(np.uint32) << np.uint32(self.shift)).view(np.float32).astype(np.float64)
+        patterns = (keys.astype(np.uint32) << np.uint32(self.shift)).view(np.float32)
+        with np.errstate(invalid="ignore"):  # a signalling NaN is widened like every other
+            wide = patterns.astype(np.float64)
         wide *= self.scale
         if self.infinity > self.largest:  # E4M3 has no infinity
             wide[keys > self.largest] = np.nan

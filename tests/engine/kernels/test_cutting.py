@@ -31,8 +31,8 @@ def patterns(draw: st.DrawFn, form: Format) -> NDArray[Any]:
 @st.composite
 def cuts(draw: st.DrawFn) -> tuple[Format, NDArray[Any], int]:
     form = draw(st.sampled_from(list(FORMATS.values())))
-    near = st.sampled_from([0, 1, form.infinity - 1, form.infinity, form.largest])
-    return form, draw(patterns(form)), draw(st.one_of(near, st.integers(0, form.largest)))
+    near = st.sampled_from([0, 1, form.infinity, form.largest, form.largest + 1, form.magnitude + 1])
+    return form, draw(patterns(form)), draw(st.one_of(near, st.integers(0, form.magnitude + 1)))
 
 
 @given(cuts())

@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from sparseprune.engine.dtypes import torch_dtype
 from sparseprune.engine.kernels.formats import FORMATS, Format
 from sparseprune.engine.kernels.sums import _COLUMNS, ColumnSums, TreeSum, run_sums, tree_sum
-from sparseprune.engine.scoring import pairwise_sum
+from sparseprune.engine.scoring import INTEGERS, pairwise_sum
 from tests.engine.kernels.test_formats import read_by_torch
 
 Floats = NDArray[np.float64]
@@ -40,13 +41,15 @@ def by_engine(terms: Floats) -> Floats:
 
 
 def drawn(form: Format, size: int, seed: int) -> NDArray[Any]:
-    """Patterns of numbers of all magnitudes, few of them infinite, none NaN."""
+    """Finite numbers of either sign, of all magnitudes or of such as show in what order they were added."""
     chance = np.random.default_rng(seed)
-    keys = chance.integers(0, form.infinity, size, dtype=np.uint64)
-    if form.itemsize == 8:
-        keys = chance.uniform(-9, 9, size).view(np.uint64) & np.uint64(form.magnitude)
-    signs = chance.integers(0, 2, size, dtype=np.uint64) * np.uint64(form.magnitude + 1)
-    return (keys | signs).astype(form.pattern)
+    if seed % 2 and form.itemsize < 8:
+        keys = chance.integers(0, form.infinity, size, dtype=np.uint64)
+        signs = chance.integers(0, 2, size, dtype=np.uint64) * np.uint64(form.magnitude + 1)
+        return (keys | signs).astype(form.pattern)
+    numbers = torch.from_numpy(chance.uniform(-2, 2, size) * 2.0 ** chance.integers(-9, 8, size))
+    signed = numbers.to(torch_dtype(form.name)).view(INTEGERS[form.itemsize])
+    return signed.numpy().view(form.pattern)
 
 
 def powers(bits: NDArray[Any], form: Format, power: int) -> Floats:
