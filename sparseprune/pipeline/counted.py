@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -136,7 +136,7 @@ def _find(task: Task, scope: int, recipe: Counted, setting: Setting):  # type: i
             Item(_counter(task, group, form, (prefix, shift), setting), memory=recipe.memory)
             for group in groups
         ]
-        total = np.sum(counts, axis=0)
+        total = reduce(np.add, counts)  # one by one: they are many and large
         digit, places = _digit(total, places)
         prefix = prefix << DIGIT_BITS | digit
         of_group = [int(each[digit]) for each in counts]

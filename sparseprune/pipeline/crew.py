@@ -1,6 +1,6 @@
 """The crew: threads that take items of programs as they become free, as long as memory allows.
 
-Owns who works on what when. Programs are taken up in order; the next one begins when those before it have no
+Owns who works on what when. Programs are taken up as they come; the next one begins when those before it have no
 item left to hand out. Knows nothing of what items do.
 """
 
@@ -17,8 +17,10 @@ if TYPE_CHECKING:
 
 
 class Assigned(Protocol):
-    """A program with its name for people, its key, and the bytes that it holds while it goes on."""
+    """A program: its place among all, name for people, key, and the bytes that it holds while it goes on."""
 
+    @property
+    def order(self) -> int: ...
     @property
     def key(self) -> str: ...
     @property
@@ -40,7 +42,6 @@ class Register(Protocol):
 class _Running:
     """A program that has begun: the items of its present step, and their results by number."""
 
-    order: int
     assigned: Assigned
     step: Iterator[Item] = field(default_factory=lambda: iter(()))
     waiting: Item | None = None
@@ -63,13 +64,13 @@ class Crew:
     """
 
     def __init__(self, programs: Iterable[Assigned], register: Register, memory: int) -> None:
-        self._programs = enumerate(programs)
+        self._programs = iter(programs)
         self._register = register
         self._memory = memory
         self._in_use = 0
         self._open = 0
         self._running: list[_Running] = []
-        self._next: tuple[int, Assigned] | None = None
+        self._next: Assigned | None = None
         self._failures: list[tuple[int, int, BaseException]] = []
         self._stopped = False
         self._changed = threading.Condition()
@@ -100,7 +101,7 @@ class Crew:
             try:
                 self._finish(taken, taken.item.work())
             except BaseException as failure:  # noqa: BLE001  (raised by `run`, in the thread that waits)
-                self._fail(taken.running.order, taken.number, failure)
+                self._fail(taken.running.assigned.order, taken.number, failure)
 
     def _take(self) -> _Taken | None:
         """The next item that fits, once there is one; None when there is nothing more to do."""
@@ -109,7 +110,7 @@ class Crew:
                 try:
                     taken = self._find()
                 except BaseException as failure:  # noqa: BLE001  (as above: a program's own)
-                    order = self._running[-1].order if self._running else 0
+                    order = self._running[-1].assigned.order if self._running else 0
                     self._failures.append((order, 0, failure))
                     self._stopped = True
                     break
@@ -159,12 +160,12 @@ class Crew:
         self._next = self._next or next(self._programs, None)
         if self._next is None:
             return False
-        order, assigned = self._next
+        assigned = self._next
         if self._running and self._in_use + assigned.held > self._memory:
             return False
         self._next = None
         self._in_use += assigned.held
-        running = _Running(order, assigned)
+        running = _Running(assigned)
         self._running.append(running)
         self._advance(running, first=True)
         return True

@@ -11,6 +11,7 @@ import threading
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 from sparseprune.checkpoint import CopyRange
@@ -22,11 +23,11 @@ from sparseprune.pipeline.rests import rest_program
 from sparseprune.pipeline.traffic import Traffic
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
-    from sparseprune.checkpoint import StagedOutput, TensorReader
+    from sparseprune.checkpoint import Shard, StagedOutput, TensorReader
     from sparseprune.pipeline.outcomes import TensorOutcome
-    from sparseprune.pipeline.schedule import Schedule
+    from sparseprune.pipeline.schedule import Job, Schedule
 
     Progress = Callable[[int, str], None]
 
@@ -44,8 +45,9 @@ _WAYS = {
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """A program with its name for people, its key, and what it holds while it goes on."""
+    """A program with its place among all, its name for people, its key, and what it holds while it goes on."""
 
+    order: int
     key: str
     label: str
     program: Program
@@ -97,15 +99,23 @@ class _Work:
 
     def assignments(self) -> Iterator[Assignment]:
         """All programs, in the order of the plan; what nobody reaches is copied in the end."""
-        for job in self._schedule.jobs:
+        jobs = self._schedule.jobs
+        for order, job in _dealt(jobs, self._shard_of, self._schedule.workers):
             way = import_module(f"sparseprune.pipeline.{_WAYS[type(job.recipe)]}")
             program = way.run_program(job.task, job.recipe, self._setting(job.key))
-            yield Assignment(job.key, job.task.instance.label, program, job.recipe.held)
+            yield Assignment(order, job.key, job.task.instance.label, program, job.recipe.held)
+        later = len(jobs)
         for rest in self._schedule.rests:
-            yield Assignment(rest.key, rest.stored.name, rest_program(rest, self._setting(rest.key)), 0)
+            program = rest_program(rest, self._setting(rest.key))
+            yield Assignment(later, rest.key, rest.stored.name, program, 0)
         for number, copy in enumerate(self._output.layout.copies):
             program = _copy_program(copy, self._output)
-            yield Assignment(f"copy{number}", copy.file.name, program, 0)
+            yield Assignment(later + 1 + number, f"copy{number}", copy.file.name, program, 0)
+
+    def _shard_of(self, job: Job) -> Shard:
+        """The shard that a job writes to, or the first of several."""
+        leaf = job.task.instance.scope.leaves[0]
+        return self._schedule.plan.checkpoint.tensors[leaf.tensor].shard
 
     def known(self, key: str) -> bool:
         """Whether an earlier run did this; its outcomes are taken over."""
@@ -145,6 +155,20 @@ class _Work:
             note=note,
             passed=self._progress,
         )
+
+
+def _dealt(jobs: Sequence[Job], shard_of: Callable[[Job], Shard], workers: int) -> list[tuple[int, Job]]:
+    """The jobs with their numbers, dealt so that workers find themselves in unlike shards most of the time.
+
+    Writers of one file wait for each other in the kernel; with several shards they need not.
+    """
+    stacks: list[list[tuple[int, Job]]] = [[] for _ in range(workers)]
+    of_shard: dict[Shard, list[tuple[int, Job]]] = {}
+    for number, job in enumerate(jobs):
+        of_shard.setdefault(shard_of(job), []).append((number, job))
+    for shard in of_shard.values():
+        min(stacks, key=len).extend(shard)
+    return [one for dealt in zip_longest(*stacks) for one in dealt if one is not None]
 
 
 def _copy_program(copy: CopyRange, output: StagedOutput) -> Program:

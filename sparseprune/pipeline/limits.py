@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from sparseprune.errors import SparsepruneError
 
-INTERPRETER = 95 << 20  # Python with numpy, numba and compiled loops, measured on the CPU
+INTERPRETER = 100 << 20  # Python with numpy, numba and compiled loops, measured on the CPU
 TORCH = 220 << 20  # what torch 2.13 for the CPU adds, measured
 SLAB_BYTES = 1 << 20  # measured: what is made of a slab stays in the cache (tests/benchmarks/README.md)
 TILE_ELEMENTS = 1 << 18  # what the torch engine is given at one time where scopes are small

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from sparseprune.engine.grids import prod
+from sparseprune.errors import SparsepruneError
 from sparseprune.pipeline.cells import members_of
 from sparseprune.pipeline.limits import INTERPRETER, TORCH, Limits, limits_of
 from sparseprune.pipeline.plan import task_bytes
@@ -84,10 +85,14 @@ def make_schedule(plan: Plan, memory: int, workers: int, *, compiled: bool = Tru
     Raises:
         SparsepruneError: the memory is too little for this plan.
     """
-    ample = Limits(_AMPLE)
-    uses_torch = not compiled or _schedule(plan, ample, workers, compiled=True).uses_torch
-    schedule = _schedule(plan, limits_of(memory, uses_torch=uses_torch), workers, compiled=compiled)
-    if schedule.uses_torch and not uses_torch:  # with little memory some tasks need the engine after all
+    try:
+        limits = limits_of(memory, uses_torch=not compiled)
+    except SparsepruneError:
+        if _schedule(plan, Limits(_AMPLE), workers, compiled=compiled).uses_torch:
+            limits_of(memory, uses_torch=True)  # which needs more, and says so
+        raise
+    schedule = _schedule(plan, limits, workers, compiled=compiled)
+    if schedule.uses_torch and compiled:
         schedule = _schedule(plan, limits_of(memory, uses_torch=True), workers, compiled=True)
     return schedule
 

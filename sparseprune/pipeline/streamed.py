@@ -192,7 +192,7 @@ class _Work:
                 Item(self._counter(group, part, shift, tuple(prefix)), memory=self._recipe.memory)
                 for group in groups
             ]
-            at_least = np.cumsum(np.sum(counts, axis=0)[::-1])
+            at_least = np.cumsum(sum(counts)[::-1])
             behind = int(np.searchsorted(at_least, k))
             k -= int(at_least[behind - 1]) if behind else 0
             prefix[part] |= (_LAST - behind) << shift
