@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from sparseprune.checkpoint.layout import CopyRange, OutputLayout, Place
     from sparseprune.checkpoint.transfer import Bytes
 
+_CACHED_SHARE = 0.25  # of the memory: an output up to this size stays in the cache, for whoever reads it next
+
 
 class StagedOutput:
     """An output while it is written: complete under its name after `commit`, or nothing under it.
@@ -68,7 +70,8 @@ class StagedOutput:
         self._partial = PartialFolder(layout.target)
         self._paths = {file.path: str(self._partial.output / file.path) for file in layout.files}
         self._writer = FileWriter()
-        self._unsynced = Unsynced(self._writing)
+        # A large output would drive everything else out of the system's cache, its own input first.
+        self._unsynced = Unsynced(self._writing, let_go=layout.output_bytes > _CACHED_SHARE * _memory_bytes())
 
     @property
     def partial_path(self) -> Path:
@@ -299,6 +302,10 @@ class _Writing:
             free = free_bytes(self._layout.target.parent)
             fact += f"; the output needs {needed} bytes more, {free} are free now"
         raise MachineError(fact) from error
+
+
+def _memory_bytes() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _may_go_on(error: BaseException | None) -> bool:

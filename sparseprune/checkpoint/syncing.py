@@ -24,10 +24,13 @@ class Unsynced:
 
     A line was noted after the writes it tells of were: it reaches the journal, if there is one, after they
     have reached the disk, and never if they could not. `writing` gives the context in which a file is
-    touched, where an OSError becomes a MachineError.
+    touched, where an OSError becomes a MachineError. `let_go` frees the cache of what is on disk.
     """
 
-    def __init__(self, writing: Callable[[str], AbstractContextManager[None]]) -> None:
+    def __init__(
+        self, writing: Callable[[str], AbstractContextManager[None]], *, let_go: bool = False
+    ) -> None:
+        self._let_go = let_go
         self.journal: Journal | None = None
         self._writing = writing
         self._lock = threading.Lock()
@@ -68,7 +71,7 @@ class Unsynced:
     def _sync(self, paths: set[str], lines: list[bytes]) -> None:
         for path in sorted(paths):
             with self._writing(path):
-                transfer.sync(path, data_only=True)
+                transfer.sync(path, data_only=True, let_go=self._let_go)
         if lines and self.journal is not None:
             with self._writing(self.journal.path):
                 self.journal.append(lines)

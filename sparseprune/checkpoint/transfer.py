@@ -114,14 +114,16 @@ def copy_range(source: Path, source_offset: int, file: Path | str, offset: int, 
         os.close(reading)
 
 
-def sync(path: Path | str, *, data_only: bool = False) -> None:
-    """Waits until a file or folder is on disk, or only the data of a file."""
+def sync(path: Path | str, *, data_only: bool = False, let_go: bool = False) -> None:
+    """Waits until a file or folder is on disk, or only the data of a file; may let go of its cached pages."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         if data_only:
             sync_data(descriptor)
         else:
             os.fsync(descriptor)
+        if let_go and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(descriptor)
 

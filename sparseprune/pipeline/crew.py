@@ -1,7 +1,7 @@
 """The crew: threads that take items of programs as they become free, as long as memory allows.
 
-Owns who works on what when. Programs are taken up as they come; the next one begins when those before it have no
-item left to hand out. Knows nothing of what items do.
+Owns who works on what when. Programs are taken up as they come; the next one begins when those before it
+have no item left to hand out. Knows nothing of what items do.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ _WAYS = {
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """A program with its place among all, its name for people, its key, and what it holds while it goes on."""
+    """A program: its place among all, name for people, key, and what it holds while it goes on."""
 
     order: int
     key: str

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -30,6 +30,7 @@ class Given:
     key: str
     program: Program
     held: int = 0
+    order: int = 0
     label: str = ""
 
 
@@ -53,7 +54,8 @@ def one_step(*items: Item) -> Program:
 
 def work(given: Iterable[Given], *, memory: int = 100, workers: int = 4, heard: Heard | None = None) -> Heard:
     register = heard or Heard()
-    Crew(given, register, memory).run(workers)
+    numbered = [replace(one, order=number) for number, one in enumerate(given)]
+    Crew(numbered, register, memory).run(workers)
     return register
 
 
