@@ -1,8 +1,16 @@
-"""Settings of all tests: property tests draw the same examples on every machine and at any speed."""
+"""Settings of all tests.
+
+Property tests draw the same examples on every machine and at any speed. The width of a terminal is that of
+none, whoever runs the tests.
+"""
 
 from __future__ import annotations
 
+import os
+
 from hypothesis import HealthCheck, settings
+
+os.environ.pop("COLUMNS", None)  # pytest-xdist tells its workers that of its own terminal
 
 settings.register_profile(
     "fixed",

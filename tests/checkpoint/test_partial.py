@@ -171,10 +171,10 @@ def test_a_folder_that_cannot_be_synced_is_named_and_the_complete_output_stays(
 ) -> None:
     sync = transfer.sync
 
-    def fail(path: Path | str, *, data_only: bool = False) -> None:
+    def fail(path: Path | str, **options: bool) -> None:
         if path == tmp_path:
             raise OSError(errno.EIO, "Input/output error")
-        sync(path, data_only=data_only)
+        sync(path, **options)
 
     monkeypatch.setattr(transfer, "sync", fail)
     layout = layout_of(directory(tmp_path))
