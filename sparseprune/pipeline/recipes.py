@@ -143,6 +143,8 @@ def choose(
     if task.instance.soft is None:
         if compiled:
             recipe = _runs(task, tensors, limits) or _gathered(task, tensors, limits)
+        else:
+            recipe = _tiled(task, limits)
         recipe = recipe or _counted(task, tensors, limits) or _summed(task, tensors, limits)
     return recipe or _tiled(task, limits) or _streamed(task, limits)
 

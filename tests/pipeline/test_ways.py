@@ -125,5 +125,20 @@ def test_each_structure_is_worked_by_the_way_that_was_made_for_it(
     assert {type(job.recipe).__name__ for job in schedule.jobs} == {way}
 
 
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [("2:4", "Tiled"), ("whole rows", "Tiled"), ("channels", "Tiled"), ("over all tensors", "Counted")],
+)
+def test_a_device_gets_the_scopes_that_fit_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, way: str
+) -> None:
+    spec, tensors = CASES[name]
+    prepare(tmp_path, spec, tensors(torch.bfloat16))
+    narrow(monkeypatch, 64, 16, memory=64 << 10)
+    plan = make_plan(open_checkpoint(tmp_path / "in"), parse_spec(spec))
+    schedule = make_schedule(plan, AMPLE, 2, compiled=False)
+    assert {type(job.recipe).__name__ for job in schedule.jobs} == {way}
+
+
 def test_the_ways_have_the_order_of_the_choice() -> None:
     assert WAYS == ("runs", "gathered", "counted", "summed", "tiled", "streamed")
