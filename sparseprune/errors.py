@@ -47,6 +47,12 @@ class SpecError(SparsepruneError):
         self.problems = problems
 
 
+class CheckFailedError(SparsepruneError):
+    """What was to be checked does not hold; the text names every tensor that fails."""
+
+    exit_code = 1
+
+
 class MachineError(SparsepruneError):
     """Disk full, I/O error, input changed while it was read: the machine, not the request."""
 

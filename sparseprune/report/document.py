@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from sparseprune import __version__
 from sparseprune.engine.grids import prod
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from sparseprune.engine.tally import Tally
     from sparseprune.spec import BoundRule, BoundSpec
 
+Value = TypeVar("Value", bound=float | None)
 REPORT_SCHEMA = "sparseprune.report.v1"
 
 
@@ -93,6 +94,16 @@ def share(part: float, whole: float) -> float:
     return part / whole if whole else 0.0
 
 
+def one_or_all(values: Iterable[Value]) -> Value | list[Value] | None:
+    """The value that all instances share, else the list of them, instance by instance; None of none.
+
+    >>> one_or_all([2, 2]), one_or_all([2, 4])
+    (2, [2, 4])
+    """
+    listed = list(values)
+    return listed if len(set(listed)) > 1 else next(iter(listed), None)
+
+
 def energy_kept(before: Tally, after: Tally) -> float | None:
     """||pruned||^2 / ||dense||^2; 1 where there was nothing to lose, None where it is not finite."""
     kept = after.energy / before.energy if before.energy else 1.0
@@ -109,20 +120,14 @@ def _rule_entry(rule: BoundRule, tensors: Iterable[PrunedTensor]) -> dict[str, A
         "instances": len(rule.instances),
         "tensors": len(names),
         "scopes": sum(prod(scope.grid_shape) for scope in scopes),
-        "blocks_per_scope": _one_or_all(scope.blocks_per_scope for scope in scopes),
-        "nnz": _one_or_all(budget.nnz for budget in budgets),
-        "threshold": _one_or_all(budget.threshold for budget in budgets),
-        "sparsity_asked": _one_or_all(instance.sparsity for instance in rule.instances),
+        "blocks_per_scope": one_or_all(scope.blocks_per_scope for scope in scopes),
+        "nnz": one_or_all(budget.nnz for budget in budgets),
+        "threshold": one_or_all(budget.threshold for budget in budgets),
+        "sparsity_asked": one_or_all(instance.sparsity for instance in rule.instances),
         "blocks": sum(prod(scope.grid_shape) * scope.blocks_per_scope for scope in scopes),
         "numel": sum(part.numel for part in reached),
         "pruned": sum(part.pruned for part in reached),
     }
-
-
-def _one_or_all(values: Iterable[float | None]) -> float | list[float | None] | None:
-    """The value that all instances share, else the list of them, instance by instance."""
-    listed = list(values)
-    return listed[0] if len(set(listed)) == 1 else listed
 
 
 def _tensor_entry(tensor: PrunedTensor) -> dict[str, Any]:

@@ -9,15 +9,15 @@ from __future__ import annotations
 import heapq
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from sparseprune import __version__
 from sparseprune.engine.grids import Shape, prod
-from sparseprune.report.document import share
+from sparseprune.report.document import one_or_all, share
 from sparseprune.spec import BoundBlock, BoundBlockCoupling, BoundScope, Score
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterator, Mapping
 
     from sparseprune.checkpoint import OutputLayout, StoredTensor
     from sparseprune.spec import BoundInstance, BoundRule, BoundScopeCoupling, BoundSpec
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
 PLAN_SCHEMA = "sparseprune.plan.v1"
 UNREACHED = 5
-
-Value = TypeVar("Value", bound=float | None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,11 +122,11 @@ def _rule_entry(rule: BoundRule, tensors: Mapping[str, StoredTensor]) -> dict[st
         "fused_block": _fused_block(first) if first else None,
         "competing": len(first.scope.members) if first and not isinstance(first.scope, BoundScope) else 1,
         "scopes": sum([count.scopes for count in counts]),
-        "blocks_per_scope": _one_or_all(per_scope),
-        "nnz": _one_or_all(nnz),
-        "threshold": _one_or_all([instance.budget.threshold for instance in rule.instances]),
-        "sparsity_asked": _one_or_all([instance.sparsity for instance in rule.instances]),
-        "sparsity": _one_or_all([_sparsity(*pair) for pair in zip(nnz, per_scope, strict=True)]),
+        "blocks_per_scope": one_or_all(per_scope),
+        "nnz": one_or_all(nnz),
+        "threshold": one_or_all([instance.budget.threshold for instance in rule.instances]),
+        "sparsity_asked": one_or_all([instance.sparsity for instance in rule.instances]),
+        "sparsity": one_or_all([_sparsity(*pair) for pair in zip(nnz, per_scope, strict=True)]),
         "blocks": sum([count.scopes * count.per_scope for count in counts]),
         "numel": sum([count.numel for count in counts]),
         "pruned": sum(pruned) if len(pruned) == len(counts) else None,
@@ -260,10 +258,3 @@ def _unreached(tensors: Mapping[str, StoredTensor], reached: set[str]) -> list[d
         }
         for stored in heapq.nlargest(UNREACHED, left, key=lambda stored: stored.numel)
     ]
-
-
-def _one_or_all(values: Iterable[Value]) -> Value | list[Value] | None:
-    """The value that all instances share, else the list of them, instance by instance."""
-    listed = list(values)
-    distinct = set(listed)
-    return listed if len(distinct) > 1 else next(iter(distinct), None)

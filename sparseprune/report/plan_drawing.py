@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from sparseprune.report.drawing import COLUMNS, Window, window_of
-from sparseprune.report.plan_table import printable, shape_text
+from sparseprune.report.wording import printable, shape_text
 from sparseprune.spec import BoundScope
 
 if TYPE_CHECKING:

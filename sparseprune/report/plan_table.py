@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sparseprune.report.document import share
-from sparseprune.report.tables import percent, size
+from sparseprune.report.wording import many, percent, printable, shape_text, size
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -44,7 +44,7 @@ def totals_card(document: Mapping[str, Any]) -> RenderableType:
     totals, sizes = document["totals"], document["bytes"]
     covers = (
         f"{totals['covered']:,} of {totals['numel']:,} parameters ({percent(totals['coverage'])}) "
-        f"in {totals['reached']:,} of {_many(totals['tensors'], 'tensor')}"
+        f"in {totals['reached']:,} of {many(totals['tensors'], 'tensor')}"
     )
     output = f"{size(sizes['output'])} in {document['output']}"
     if document["output_exists"]:
@@ -65,7 +65,7 @@ def totals_card(document: Mapping[str, Any]) -> RenderableType:
 
 def _binding(rule: Mapping[str, Any]) -> Facts:
     such = f" such as {rule['instance']}" if rule["instances"] > 1 else ""
-    binds = f"{_many(rule['tensors'], 'tensor')} in {_many(rule['instances'], 'instance')}{such}"
+    binds = f"{many(rule['tensors'], 'tensor')} in {many(rule['instances'], 'instance')}{such}"
     facts = [("binds", binds)]
     if rule["fused"]:
         facts.append(("block", f"{' + '.join(rule['fused'])}, fused: {rule['fused_block']}"))
@@ -163,7 +163,7 @@ class _FormLines:
             if not beside:
                 yield _folded(name, "dim", _INDENT + widths[0] + 2)
         if self.more > 0:
-            yield _folded(f"and {_many(self.more, 'more shape')}: --json lists all")
+            yield _folded(f"and {many(self.more, 'more shape')}: --json lists all")
 
     def _rows(self) -> Iterator[list[str]]:
         """Cells as text; a column that says nothing is left out."""
@@ -212,28 +212,6 @@ def share_text(part: int, whole: int) -> str:
     ('25.00%', '0.00%')
     """
     return percent(share(part, whole))
-
-
-def printable(name: str) -> str:
-    r"""A name on one line: names of tensors may hold anything, also line ends.
-
-    >>> printable("a\nb")
-    'a\\nb'
-    """
-    return "".join([letter if letter.isprintable() else ascii(letter)[1:-1] for letter in name])
-
-
-def shape_text(shape: Sequence[int]) -> str:
-    """A shape as it is read aloud.
-
-    >>> shape_text([4096, 4096]), shape_text([])
-    ('4096x4096', '0-d')
-    """
-    return "x".join(map(str, shape)) or "0-d"
-
-
-def _many(count: int, what: str) -> str:
-    return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
 def _each(values: Values, text: Callable[[float], str] = "{:,}".format) -> str:

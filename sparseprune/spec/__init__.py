@@ -1,27 +1,32 @@
 """What is asked: a spec as TOML, read into types and bound to the headers of a checkpoint.
 
 `find_spec` gives the text, `parse_spec` the tables, `bind` the scopes with every shape resolved.
-Refuses to know tensors' data, files of weights and torch. Called by the pipeline.
+Refuses to know tensors' data, files of weights and torch. Called by the pipeline. Names are loaded on first
+use: who looks for tensor patterns alone does not wait for pydantic.
 """
 
-from sparseprune.spec.binding import bind
-from sparseprune.spec.bound import (
-    BoundBlock,
-    BoundBlockCoupling,
-    BoundInstance,
-    BoundRule,
-    BoundScope,
-    BoundScopeCoupling,
-    BoundSpec,
-    Budget,
-    Captures,
-    Score,
-    Soft,
-    TensorInfo,
-)
-from sparseprune.spec.library import SpecSource, find_spec, list_specs
-from sparseprune.spec.parsing import parse_spec
-from sparseprune.spec.schema import Spec
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sparseprune.spec.binding import bind
+    from sparseprune.spec.bound import (
+        BoundBlock,
+        BoundBlockCoupling,
+        BoundInstance,
+        BoundRule,
+        BoundScope,
+        BoundScopeCoupling,
+        BoundSpec,
+        Budget,
+        Captures,
+        Score,
+        Soft,
+        TensorInfo,
+    )
+    from sparseprune.spec.library import SpecSource, find_spec, list_specs
+    from sparseprune.spec.parsing import parse_spec
+    from sparseprune.spec.schema import Spec
 
 __all__ = [
     "BoundBlock",
@@ -43,3 +48,18 @@ __all__ = [
     "list_specs",
     "parse_spec",
 ]
+
+_HOME = {
+    "Spec": "schema",
+    "SpecSource": "library",
+    "bind": "binding",
+    "find_spec": "library",
+    "list_specs": "library",
+    "parse_spec": "parsing",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name in __all__:
+        return getattr(import_module(f"sparseprune.spec.{_HOME.get(name, 'bound')}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

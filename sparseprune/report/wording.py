@@ -1,0 +1,66 @@
+"""How names, shapes, counts, shares and sizes are written for people, the same in every report.
+
+Plain text; no rich, so that whoever prints JSON does not wait for it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+_UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
+_PLURALS = {"matrix": "matrices"}
+
+
+def printable(name: str) -> str:
+    r"""A name on one line: names of tensors may hold anything, also line ends.
+
+    >>> printable("a\nb")
+    'a\\nb'
+    """
+    return "".join([letter if letter.isprintable() else ascii(letter)[1:-1] for letter in name])
+
+
+def shape_text(shape: Sequence[int]) -> str:
+    """A shape as it is read aloud.
+
+    >>> shape_text([4096, 4096]), shape_text([])
+    ('4096x4096', '0-d')
+    """
+    return "x".join(map(str, shape)) or "0-d"
+
+
+def many(count: int, what: str) -> str:
+    """A count and what is counted, in the plural unless it is one.
+
+    >>> many(1, "tensor"), many(1200, "tensor"), many(2, "matrix")
+    ('1 tensor', '1,200 tensors', '2 matrices')
+    """
+    return f"{count:,} {what if count == 1 else _PLURALS.get(what, what + 's')}"
+
+
+def percent(part: float) -> str:
+    """A share with two digits; what is not quite nothing or all does not look like it.
+
+    >>> percent(0.5), percent(0.999999), percent(1e-9), percent(1.0)
+    ('50.00%', '>99.99%', '<0.01%', '100.00%')
+    """
+    if 0 < part < 0.00005:
+        return "<0.01%"
+    if 0.99995 <= part < 1:
+        return ">99.99%"
+    return f"{part:.2%}"
+
+
+def size(nbytes: float) -> str:
+    """Bytes in decimal units.
+
+    >>> size(999), size(2_200_000_000)
+    ('999 B', '2.20 GB')
+    """
+    step = 0
+    while nbytes >= 999.5 and step < len(_UNITS) - 1:
+        nbytes, step = nbytes / 1000, step + 1
+    return f"{nbytes:.0f} B" if step == 0 else f"{nbytes:.2f} {_UNITS[step]}"
