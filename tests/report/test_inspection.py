@@ -1,4 +1,4 @@
-"""What is measured in a checkpoint: every dtype, cut into any slabs, by any number of jobs."""
+"""What is measured in a checkpoint: every dtype and shape, cut into any slabs, by any number of jobs."""
 
 from __future__ import annotations
 
@@ -6,25 +6,29 @@ import os
 import signal
 import threading
 import time
+from itertools import product
+from math import prod
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sparseprune.checkpoint import TensorReader, lay_out, open_checkpoint
-from sparseprune.engine.dtypes import DTYPES, torch_dtype
+from sparseprune.engine.dtypes import DTYPES
 from sparseprune.errors import MachineError
-from sparseprune.report import inspection
-from sparseprune.report.inspection import TensorFacts, inspect_checkpoint
+from sparseprune.report.facts import BLOCKS, PATTERNS, BlockShape, Pattern, Questions, TensorFacts, Zeros
+from sparseprune.report.inspection import SLAB, bytes_to_read, inspect_checkpoint
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
     from pathlib import Path
 
-PATTERNS = ((1, 2), (2, 4), (4, 8))
-OTHERS = ((0, 1), (2, 3), (2, 2), (1, 4), (2, 4), (3, 6), (7, 12), (16, 32), (20, 64))
+    Index = tuple[int, ...]
+    Drawn = tuple[str, str, tuple[int, ...], bytes]
+
+ASKED = Questions()
 
 
 def write(path: Path, tensors: Sequence[tuple[str, str, tuple[int, ...]]], data: bytes) -> Path:
@@ -33,78 +37,191 @@ def write(path: Path, tensors: Sequence[tuple[str, str, tuple[int, ...]]], data:
 
 
 def measure(
-    path: Path, jobs: int, slab: int = 1 << 21, progress: Callable[[int, str], None] = lambda *_: None
+    path: Path,
+    jobs: int,
+    slab: int = SLAB,
+    progress: Callable[[int, str], None] = lambda *_: None,
+    questions: Questions = ASKED,
 ) -> tuple[TensorFacts, ...]:
-    with pytest.MonkeyPatch.context() as patch, TensorReader() as reader:
-        patch.setattr(inspection, "_SLAB", slab)
-        return inspect_checkpoint(open_checkpoint(path), reader, jobs, progress)
+    tensors = tuple(open_checkpoint(path).tensors.values())
+    with TensorReader() as reader:
+        return inspect_checkpoint(tensors, reader, questions, jobs, progress, slab)
+
+
+def is_nonfinite(name: str, pattern: int) -> bool:
+    """Said of each dtype anew; that torch says the same is another test's part."""
+    if name == "C64":
+        return is_nonfinite("F32", pattern >> 32) or is_nonfinite("F32", pattern & 0xFFFF_FFFF)
+    exponents = {
+        "F64": 0x7FF0_0000_0000_0000,
+        "F32": 0x7F80_0000,
+        "F16": 0x7C00,
+        "BF16": 0x7F80,
+        "F8_E5M2": 0x7C,
+        "F8_E4M3": 0x7F,
+        "F8_E8M0": 0xFF,
+    }
+    if name in exponents:
+        return pattern & exponents[name] == exponents[name]
+    return name.endswith("FNUZ") and pattern == 0x80
+
+
+def satisfied_by_hand(pattern: Pattern, shape: Index, nonzero: dict[Index, bool]) -> bool:
+    """Counts every group of neighbours, wherever it begins."""
+    if len(shape) < 2 or not nonzero or pattern.axis not in range(-len(shape), len(shape)):
+        return False
+    axis = pattern.axis % len(shape)
+    if shape[axis] % pattern.group:
+        return False
+    counts: dict[Index, int] = {}
+    for index, mark in nonzero.items():
+        group = (*index[:axis], index[axis] // pattern.group, *index[axis + 1 :])
+        counts[group] = counts.get(group, 0) + mark
+    return max(counts.values()) <= pattern.kept
+
+
+def zeros_by_hand(places: Iterable[tuple[Index, bool]], of: int) -> Zeros:
+    """Of parts, told by where their elements lie, those without a mark; `of` counts empty ones too."""
+    occupied: dict[Index, bool] = {}
+    for part, mark in places:
+        occupied[part] = occupied.get(part, False) or mark
+    return Zeros(sum(not mark for mark in occupied.values()), of)
+
+
+def parts_by_hand(shape: Index, nonzero: dict[Index, bool], height: int, width: int) -> Zeros:
+    """Blocks of the matrices, each element of which is looked at."""
+    if len(shape) == 3:
+        matrices, rows, columns = shape
+    else:
+        matrices, rows, columns = 1, shape[0], prod(shape[1:])
+    places = []
+    for number, mark in enumerate(nonzero.values()):
+        row, column = number // columns % rows, number % columns
+        places.append(((number // (rows * columns), row // height, column // width), mark))
+    return zeros_by_hand(places, matrices * -(-rows // height) * -(-columns // width))
 
 
 def facts_by_hand(
-    name: str, dtype: str, shape: tuple[int, ...], data: bytes, patterns: tuple[tuple[int, int], ...]
+    name: str, dtype: str, shape: Index, data: bytes, questions: Questions = ASKED
 ) -> TensorFacts:
-    """Plain loops over elements, rows and groups."""
+    """Plain loops over elements."""
     bits, zero_bits = DTYPES[dtype].bits, DTYPES[dtype].zero_bits
     numel = len(data) * 8 // bits
     if zero_bits is None:
-        return TensorFacts(name, dtype, shape, numel, None, ())
+        return TensorFacts(name, dtype, shape, numel, blocks=None)
     width = bits // 8
     elements = [int.from_bytes(data[at : at + width], "little") for at in range(0, len(data), width)]
-    nonzero = [zero_bits == 0 or element & zero_bits != 0 for element in elements]
-    satisfied = []
-    for kept, group in patterns:
-        if len(shape) < 2 or numel == 0 or shape[-1] % group:
-            continue
-        rows = [nonzero[at : at + shape[-1]] for at in range(0, numel, shape[-1])]
-        counts = [sum(row[at : at + group]) for row in rows for at in range(0, shape[-1], group)]
-        if all(count <= kept for count in counts):
-            satisfied.append(f"{kept}:{group}")
-    return TensorFacts(name, dtype, shape, numel, nonzero.count(False), tuple(satisfied))
+    marks = [zero_bits == 0 or element & zero_bits != 0 for element in elements]
+    nonzero = dict(zip(product(*map(range, shape)), marks, strict=True))
+    patterns = tuple(str(one) for one in questions.patterns if satisfied_by_hand(one, shape, nonzero))
+    slices = tuple(
+        zeros_by_hand((((index[dim],), mark) for index, mark in nonzero.items()), size)
+        for dim, size in enumerate(shape)
+    )
+    counted = marks.count(False), sum(is_nonfinite(dtype, element) for element in elements)
+    if len(shape) < 2:
+        return TensorFacts(name, dtype, shape, numel, *counted, patterns, slices, blocks=None)
+    far = 10**9
+    rows, columns = (parts_by_hand(shape, nonzero, *size) for size in ((1, far), (far, 1)))
+    if not numel:  # a column of no rows is none of any block, but it is a column
+        columns = Zeros(0, shape[0] * shape[2] if len(shape) == 3 else prod(shape[1:]))
+        rows = Zeros(0, shape[0] * shape[1] if len(shape) == 3 else shape[0])
+    blocks = {str(one): parts_by_hand(shape, nonzero, one.rows, one.columns) for one in questions.blocks}
+    return TensorFacts(
+        name, dtype, shape, numel, *counted, patterns, slices, rows, columns, MappingProxyType(blocks)
+    )
+
+
+small = st.integers(1, 7)
+wide = st.one_of(small, st.sampled_from([8, 12, 16, 24, 33, 60, 64, 65, 128, 192]))
+shapes = st.one_of(
+    st.just(()),
+    st.tuples(wide),
+    st.tuples(wide, wide).filter(lambda shape: prod(shape) < 3000),
+    st.tuples(small, small, wide),
+    st.tuples(small, small, st.integers(1, 4), st.integers(1, 4)),
+    st.lists(st.integers(0, 8), min_size=1, max_size=4).map(tuple).filter(lambda shape: prod(shape) < 3000),
+)
 
 
 @st.composite
-def tensor(draw: st.DrawFn, name: str) -> tuple[str, str, tuple[int, ...], bytes]:
-    """Of any dtype; its elements repeat a row of zeros of either sign and others, with some changed."""
-    dtype = draw(st.sampled_from(sorted(DTYPES)))
-    last = st.one_of(st.integers(0, 9), st.sampled_from([12, 16, 24, 60, 64, 192]))
-    shape = (
-        (*draw(st.lists(st.sampled_from([1, 2, 3, 0]), max_size=2)), draw(last))
-        if draw(st.booleans())
-        else ()
-    )
-    bits = DTYPES[dtype].bits
-    if bits < 8:
-        shape = (2, 8)
-    numel = 1
-    for size in shape:
-        numel *= size
-    if bits < 8:
-        return name, dtype, shape, draw(st.binary(min_size=numel * bits // 8, max_size=numel * bits // 8))
-    kinds = [
-        bytes(bits // 8),
-        bytes(bits // 8 - 1) + b"\x80",
-        b"\1" + bytes(bits // 8 - 1),
-        b"\xff" * (bits // 8),
-    ]
-    chosen = st.sampled_from(kinds)
-    row = draw(st.lists(chosen, min_size=1, max_size=12))
-    elements = [row[at % len(row)] for at in range(numel)]
+def marks_of(draw: st.DrawFn, shape: Index) -> list[bool]:
+    """Which elements are not zero: all, none, some, repeated rows, all but some slices, or stretches."""
+    numel = prod(shape)
+    kind = draw(st.sampled_from(["all", "none", "some", "repeated", "slices", "stretches"]))
+    if kind == "repeated":
+        row = draw(st.lists(st.booleans(), min_size=1, max_size=12))
+        marks = [row[at % len(row)] for at in range(numel)]
+    elif kind == "slices":
+        gone = [draw(st.sets(st.integers(0, max(0, size - 1)), max_size=size)) for size in shape]
+        marks = [
+            not any(at in slices for at, slices in zip(index, gone, strict=True))
+            for index in product(*map(range, shape))
+        ]
+    elif kind == "stretches":
+        shares = draw(st.lists(st.sampled_from([0.0, 0.5, 1.0]), min_size=2, max_size=5))
+        random = draw(st.randoms(use_true_random=False))
+        marks = [random.random() < shares[at * len(shares) // numel] for at in range(numel)]
+    else:
+        share = {"all": 1.0, "none": 0.0, "some": draw(st.sampled_from([0.02, 0.5, 0.98]))}[kind]
+        random = draw(st.randoms(use_true_random=False))
+        marks = [random.random() < share for _ in range(numel)]
     if numel:
         for place in draw(st.lists(st.integers(0, numel - 1), max_size=2)):
-            elements[place] = draw(chosen)
+            marks[place] = draw(st.booleans())
+    return marks
+
+
+@st.composite
+def tensor(draw: st.DrawFn, name: str) -> Drawn:
+    """Of any dtype; zeros have either sign, and some of the other elements are not finite."""
+    dtype = draw(st.sampled_from(sorted(DTYPES)))
+    bits = DTYPES[dtype].bits
+    if bits < 8:
+        return name, dtype, (2, 8), draw(st.binary(min_size=bits * 2, max_size=bits * 2))
+    shape = draw(shapes)
+    width, zero_bits = bits // 8, DTYPES[dtype].zero_bits or 0
+    sign = 1 << bits - 1
+    zeros = [bytes(width), (0 if sign & zero_bits else sign).to_bytes(width, "little")]
+    infinity = b"\x7c" if bits == 8 else bytes(width - 2) + b"\x80\x7f"
+    others = [b"\1" + bytes(width - 1), b"\xff" * width, infinity]
+    chosen = draw(st.lists(st.sampled_from(others), min_size=1, max_size=5))
+    marks = draw(marks_of(shape))
+    elements = [chosen[at % len(chosen)] if mark else zeros[at % 2] for at, mark in enumerate(marks)]
     return name, dtype, shape, b"".join(elements)
 
 
+QUESTIONS = (
+    ASKED,
+    Questions((), ()),
+    Questions(
+        (Pattern(0, 1), Pattern(1, 3), Pattern(2, 4, 0), Pattern(2, 4, -2), Pattern(3, 6), Pattern(2, 4, 1)),
+        (BlockShape(1, 4), BlockShape(3, 5), BlockShape(5, 1), BlockShape(2, 64)),
+    ),
+    Questions(
+        (
+            Pattern(20, 64),
+            Pattern(30, 128),
+            Pattern(1, 2, 3),
+            Pattern(1, 5, -3),
+            Pattern(40, 65),
+            Pattern(1, 2),
+        ),
+        (BlockShape(1, 1), BlockShape(7, 2), BlockShape(6, 70), BlockShape(2, 128), BlockShape(1000, 1000)),
+    ),
+)
+
+
 @given(
-    st.integers(0, 4).flatmap(lambda count: st.tuples(*[tensor(str(number)) for number in range(count)])),
-    st.sampled_from([PATTERNS, OTHERS, ((1, 3), (2, 4), (2, 5))]),
-    st.sampled_from([1, 8, 100, 1 << 21]),
-    st.integers(1, 4),
+    st.integers(0, 3).flatmap(lambda count: st.tuples(*[tensor(str(number)) for number in range(count)])),
+    st.sampled_from(QUESTIONS),
+    st.sampled_from([1, 100, 512, 1500, SLAB]),
+    st.integers(1, 3),
 )
 def test_facts_are_those_of_plain_loops(
     tmp_path_factory: pytest.TempPathFactory,
-    tensors: tuple[tuple[str, str, tuple[int, ...], bytes], ...],
-    patterns: tuple[tuple[int, int], ...],
+    tensors: tuple[Drawn, ...],
+    questions: Questions,
     slab: int,
     jobs: int,
 ) -> None:
@@ -113,36 +230,123 @@ def test_facts_are_those_of_plain_loops(
         [(name, dtype, shape) for name, dtype, shape, _ in tensors],
         b"".join(data for *_, data in tensors),
     )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(inspection, "PATTERNS", patterns)
-        assert measure(path, jobs, slab) == tuple(facts_by_hand(*each, patterns) for each in tensors)
+    measured = measure(path, jobs, slab, questions=questions)
+    assert measured == tuple(facts_by_hand(*each, questions) for each in tensors)
 
 
-@pytest.mark.parametrize("slab", range(1, 50))
-def test_a_slab_holds_whole_groups_of_every_pattern(tmp_path: Path, slab: int) -> None:
-    patterns = ((1, 3), (2, 4), (2, 5), (3, 6))
-    data = bytes([0, 0, 1, 0, 1, 0] * 20)
-    path = write(tmp_path / "m.safetensors", [("w", "I16", (1, 60))], data)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(inspection, "PATTERNS", patterns)
-        assert measure(path, 2, slab) == (facts_by_hand("w", "I16", (1, 60), data, patterns),)
+def some(at: Index, part: float) -> bool:
+    """Such that some rows, columns and blocks are zero and most patterns hold."""
+    return at[-1] % 4 == 1 and at[-2] % 9 > 2 and at[0] % 5 != 1
 
 
-@pytest.mark.parametrize("name", [name for name, dtype in DTYPES.items() if dtype.torch_name])
-def test_an_element_is_zero_just_where_torch_says_so(name: str, tmp_path: Path) -> None:
-    """Every pattern of one and two bytes; of wider ones a sign, a one and so on in every place."""
-    width = DTYPES[name].bits // 8
-    patterns = list(range(2 ** (8 * width))) if width < 3 else [1 << at for at in range(8 * width)] + [0]
-    if name == "BOOL":
-        patterns = [0, 1]
-    if name == "C64":
-        patterns += [1 << 63 | 1 << 31]
-    data = b"".join(pattern.to_bytes(width, "little") for pattern in patterns)
-    values = torch.frombuffer(bytearray(data), dtype=torch_dtype(name))
-    wide = values.to(torch.complex128 if values.is_complex() else torch.float64)
-    rows = [("w", name, (len(patterns),))]
-    (facts,) = measure(write(tmp_path / "m.safetensors", rows, data), 1)
-    assert facts.zeros == int((wide == 0).sum())
+FILLS: dict[str, Callable[[Index, float], bool]] = {
+    "some": some,
+    "all, then none": lambda _, part: part < 0.5,
+    "none, then all": lambda _, part: part >= 0.5,
+    "some, all, some": lambda at, part: 0.3 < part < 0.7 or some(at, part),
+    "none, but for one in the middle": lambda at, part: all(index == 1 for index in at),
+}
+
+
+@pytest.mark.parametrize("fill", FILLS)
+@pytest.mark.parametrize("slab", [1, 64, 130, 192, 256, 390, 1000, 5000, SLAB])
+@pytest.mark.parametrize(
+    "shape", [(37, 130), (3, 11, 130), (130, 3), (2, 70, 2), (70, 1, 3), (7, 5, 3, 2), (1, 300)]
+)
+def test_no_size_of_slabs_changes_a_fact(tmp_path: Path, shape: Index, slab: int, fill: str) -> None:
+    """Slabs without a zero, of zeros alone and of both follow each other."""
+    indices = list(product(*map(range, shape)))
+    data = bytes(FILLS[fill](at, number / len(indices)) for number, at in enumerate(indices))
+    path = write(tmp_path / "m.safetensors", [("w", "I8", shape)], data)
+    questions = Questions(
+        (
+            Pattern(1, 2),
+            Pattern(1, 10),
+            Pattern(9, 130),
+            Pattern(6, 37, 0),
+            Pattern(8, 11, -2),
+            Pattern(30, 70, 1),
+        ),
+        (BlockShape(3, 3), BlockShape(4, 4), BlockShape(10, 1), BlockShape(1, 40), BlockShape(12, 64)),
+    )
+    expected = facts_by_hand("w", "I8", shape, data, questions)
+    assert measure(path, 2, slab, questions=questions) == (expected,)
+
+
+@pytest.mark.parametrize(
+    ("shape", "slices", "rows", "columns"),
+    [
+        ((0, 8), (0, 8), 0, 8),
+        ((8, 0), (8, 0), 8, 0),
+        ((0, 0), (0, 0), 0, 0),
+        ((2, 0, 3), (2, 0, 3), 0, 6),
+        ((0, 2, 3), (0, 2, 3), 0, 0),
+        ((0, 2, 3, 4), (0, 2, 3, 4), 0, 24),
+    ],
+)
+def test_what_holds_no_elements_is_there_and_is_not_zero(
+    tmp_path: Path, shape: Index, slices: Index, rows: int, columns: int
+) -> None:
+    (facts,) = measure(write(tmp_path / "m.safetensors", [("w", "F32", shape)], b""), 1)
+    assert (facts.zeros, facts.nonfinite, facts.patterns) == (0, 0, ())
+    assert facts.slices == tuple(Zeros(0, size) for size in slices)
+    assert (facts.rows, facts.columns) == (Zeros(0, rows), Zeros(0, columns))
+    assert facts.blocks == {"4x4": Zeros(0, 0), "16x16": Zeros(0, 0), "32x32": Zeros(0, 0)}
+
+
+def test_a_vector_has_slices_but_no_rows_and_a_number_has_none(tmp_path: Path) -> None:
+    rows = [("number", "I8", ()), ("none", "I8", (0,)), ("vector", "I8", (4,))]
+    vector, number, none = sorted(
+        measure(write(tmp_path / "m.safetensors", rows, bytes([0, 1, 0, 0, 5])), 1),
+        key=lambda facts: ["vector", "number", "none"].index(facts.name),
+    )
+    assert (vector.zeros, vector.slices) == (2, (Zeros(2, 4),))
+    assert (none.zeros, none.slices) == (0, (Zeros(0, 0),))
+    assert (number.zeros, number.slices) == (1, ())
+    for facts in (vector, number, none):
+        assert (facts.patterns, facts.rows, facts.columns, facts.blocks) == ((), None, None, None)
+
+
+def test_facts_come_in_the_order_in_which_tensors_are_given(tmp_path: Path) -> None:
+    path = write(tmp_path / "m.safetensors", [(name, "I8", (2, 2)) for name in "abc"], bytes(12))
+    tensors = open_checkpoint(path).tensors
+    chosen = [tensors[name] for name in "ca"]
+    with TensorReader() as reader:
+        facts = inspect_checkpoint(chosen, reader, ASKED, 2, lambda *_: None)
+    assert [one.name for one in facts] == ["c", "a"]
+
+
+def test_patterns_are_told_as_they_were_asked(tmp_path: Path) -> None:
+    path = write(tmp_path / "m.safetensors", [("w", "I8", (4, 4))], bytes(16))
+    asked = (
+        Pattern(2, 4, 1),
+        Pattern(1, 2),
+        Pattern(2, 4),
+        Pattern(1, 4, -2),
+        Pattern(1, 4, 0),
+        Pattern(1, 4, 2),
+    )
+    (facts,) = measure(path, 1, questions=Questions(asked, ()))
+    assert facts.patterns == ("2:4@1", "1:2", "2:4", "1:4@-2", "1:4@0")
+    assert facts.blocks == {}
+
+
+@pytest.mark.parametrize("full", [0, 1])
+def test_progress_is_told_every_byte_again_for_every_pass(tmp_path: Path, full: int) -> None:
+    """Also where a pattern is broken at once and its pass need not be made."""
+    rows = [("w", "U8", (6, 8)), ("norm", "U8", (8,)), ("odd", "U8", (3, 8)), ("scales", "F8_E8M0", (6, 8))]
+    path = write(tmp_path / "m.safetensors", rows, bytes([full] * (48 + 8 + 24 + 48)))
+    questions = Questions((Pattern(2, 4), Pattern(1, 2, 0), Pattern(1, 3, 0), Pattern(1, 8, 0)), ())
+    told: dict[str, int] = {}
+
+    def tell(nbytes: int, name: str) -> None:
+        told[name] = told.get(name, 0) + nbytes
+
+    measure(path, 1, 16, tell, questions)
+    assert told == {"w": 3 * 48, "norm": 8, "odd": 2 * 24, "scales": 48}
+    tensors = tuple(open_checkpoint(path).tensors.values())
+    assert bytes_to_read(tensors, questions) == sum(told.values())
+    assert bytes_to_read(tensors, ASKED) == 48 + 8 + 24 + 48
 
 
 def test_progress_is_told_every_byte_of_every_tensor_by_its_name(tmp_path: Path) -> None:
@@ -237,8 +441,26 @@ def test_an_interrupt_ends_the_jobs_and_is_raised(tmp_path: Path) -> None:
 
 
 def test_plain_loops_tell_a_case_by_hand() -> None:
-    data = bytes([0x80, 0, 0, 1, 1, 1, 0, 0])
-    facts = facts_by_hand("w", "F8_E4M3", (1, 8), data, (*PATTERNS, (3, 4)))
-    assert facts == TensorFacts("w", "F8_E4M3", (1, 8), 8, 5, ("2:4", "4:8", "3:4"))
-    assert facts_by_hand("w", "U8", (1, 8), data, ((1, 2), (3, 8))).patterns == ()
-    assert facts_by_hand("w", "U8", (8,), data, PATTERNS).patterns == ()
+    data = bytes([0x80, 0, 0, 1, 1, 1, 0, 0x7F] + [0] * 4 + [0x80, 0, 0, 1])
+    questions = Questions(
+        (*PATTERNS, Pattern(3, 4), Pattern(1, 2, 0), Pattern(2, 2, 0)), (BlockShape(1, 3), *BLOCKS)
+    )
+    one = {"4x4": Zeros(0, 2), "16x16": Zeros(0, 1), "32x32": Zeros(0, 1)}
+    assert facts_by_hand("w", "F8_E4M3", (2, 8), data, questions) == TensorFacts(
+        "w",
+        "F8_E4M3",
+        (2, 8),
+        16,
+        zeros=11,
+        nonfinite=1,
+        patterns=("4:8", "3:4", "2:2@0"),
+        slices=(Zeros(0, 2), Zeros(4, 8)),
+        rows=Zeros(0, 2),
+        columns=Zeros(4, 8),
+        blocks=MappingProxyType({"1x3": Zeros(3, 6), **one}),
+    )
+    stack = facts_by_hand("w", "U8", (2, 2, 2), bytes([1, 0, 0, 0, 0, 0, 0, 0]))
+    assert stack.slices == (Zeros(1, 2), Zeros(1, 2), Zeros(1, 2))
+    assert (stack.rows, stack.columns) == (Zeros(3, 4), Zeros(3, 4))
+    assert facts_by_hand("w", "U8", (8,), data[:8]).patterns == ()
+    assert facts_by_hand("w", "F8_E8M0", (1, 2), b"\x00\xff").nonfinite == 1
