@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sparseprune.pipeline import recipes, schedule
+from sparseprune.pipeline import reapplying, recipes, schedule
 from sparseprune.pipeline.limits import Limits
 
 if TYPE_CHECKING:
@@ -21,7 +21,8 @@ AMPLE = 1 << 30
 def narrow(monkeypatch: pytest.MonkeyPatch, slab: int, tile: int = 1 << 18, memory: int = AMPLE) -> None:
     """Slabs of about so many bytes, tiles of so many elements, `memory` in flight."""
     limits = Limits(memory, slab, tile)
-    monkeypatch.setattr(schedule, "limits_of", lambda memory, *, uses_torch: limits)
+    for module in (reapplying, schedule):
+        monkeypatch.setattr(module, "limits_of", lambda memory, *, uses_torch: limits)
 
 
 def force(monkeypatch: pytest.MonkeyPatch, way: str) -> None:

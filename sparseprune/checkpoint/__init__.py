@@ -16,7 +16,8 @@ from sparseprune.checkpoint.layout import (
     lay_out_apply,
     lay_out_masks,
 )
-from sparseprune.checkpoint.masks import load_masks
+from sparseprune.checkpoint.masks import MaskSet, StoredMask, load_masks, open_masks, read_kept
+from sparseprune.checkpoint.provenance import Provenance, provenance_of
 from sparseprune.checkpoint.source import (
     Checkpoint,
     Shard,
@@ -26,18 +27,22 @@ from sparseprune.checkpoint.source import (
     read_config,
 )
 from sparseprune.checkpoint.staging import StagedOutput
+from sparseprune.checkpoint.target import refuse_replacing
 
 __all__ = [
     "Checkpoint",
     "CopyRange",
     "Header",
     "MaskFormat",
+    "MaskSet",
     "OtherFile",
     "OutputFile",
     "OutputLayout",
     "Place",
+    "Provenance",
     "Shard",
     "StagedOutput",
+    "StoredMask",
     "StoredTensor",
     "TensorEntry",
     "TensorReader",
@@ -48,7 +53,11 @@ __all__ = [
     "lay_out_masks",
     "load_masks",
     "open_checkpoint",
+    "open_masks",
+    "provenance_of",
     "read_config",
     "read_header",
+    "read_kept",
     "refuse_changed",
+    "refuse_replacing",
 ]

@@ -1,73 +1,216 @@
-"""Mask files back into tensors, in either form.
+"""Masks of weights, in either form: which ones a place holds, and which elements they keep.
 
-Owns how masks are found beside or inside an output. Imports torch only when masks are loaded. Called
-by users through `sparseprune.load_masks`.
+Owns how mask files are found beside or inside an output, and what they may hold. Knows no weights. Called
+by the pipeline, which reads masks in pieces, and by users through `sparseprune.load_masks`; imports numpy
+and torch only where elements are asked for.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path, PurePosixPath
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from sparseprune.checkpoint.documents import shown, strict_json
 from sparseprune.checkpoint.folder import INDEX_SUFFIX, RESULTS, SUFFIX, read_weight_map
-from sparseprune.checkpoint.header import read_header
 from sparseprune.checkpoint.layout import FORMAT_KEY, SHAPES_KEY, packed_bytes
-from sparseprune.checkpoint.source import Shard, StoredTensor, TensorReader
-from sparseprune.errors import CheckpointError
+from sparseprune.checkpoint.source import StoredTensor, TensorReader, open_shard
+from sparseprune.errors import CheckpointError, MachineError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
 
     from sparseprune.checkpoint.header import Header
+    from sparseprune.checkpoint.source import Shard
 
 _INDEX = "masks" + INDEX_SUFFIX
 _SINGLE = "masks" + SUFFIX
+REPORT = "report.json"
 _WANTED = "give a mask file, its folder or index, or the output of sparseprune that has masks"
+
+
+@dataclass(frozen=True, slots=True)
+class StoredMask:
+    """A mask of a weight of this shape, and the tensor that holds it: one bool or one bit for an element."""
+
+    stored: StoredTensor
+    shape: tuple[int, ...]
+    packed: bool
+
+    @property
+    def name(self) -> str:
+        return self.stored.name
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+
+@dataclass(frozen=True)
+class MaskSet:
+    """The masks of some files, of which all headers were read and no data; each stands in one file.
+
+    `missing` are names that an index lists in a file, by name, which does not hold them. `beside` is where
+    the report of the run that made them would lie.
+    """
+
+    path: Path
+    shards: tuple[Shard, ...]
+    masks: Mapping[str, StoredMask] = field(repr=False)
+    missing: Mapping[str, PurePosixPath] = field(repr=False)
+    beside: tuple[Path, ...] = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class _Files:
+    """Mask files, and what their index says of them, if they have one."""
+
+    shards: tuple[Shard, ...]
+    weight_map: Mapping[str, PurePosixPath] = field(default_factory=dict)
+
+
+def open_masks(path: Path) -> MaskSet:
+    """The masks under a path; reads headers alone.
+
+    `path` is a mask file (bool or packed), an index of mask files, a folder that holds either, or some mask
+    files and no index, a pruned directory, or a pruned file that has its masks beside it.
+
+    Raises:
+        CheckpointError: there are no masks, or they contradict themselves.
+    """
+    files = _find(path)
+    masks: dict[str, StoredMask] = {}
+    for shard in files.shards:
+        shapes = _mask_shapes(shard.path, shard.header)
+        packed = shard.header.metadata.get(FORMAT_KEY) == "packed"
+        for entry in shard.header.entries:
+            if entry.name in masks:
+                other = masks[entry.name].stored.shard.path
+                raise CheckpointError(
+                    f"{shard.path}: mask {shown(entry.name)} is also in {other}; a mask may stand in one "
+                    "file only"
+                )
+            masks[entry.name] = StoredMask(StoredTensor(entry, shard), shapes[entry.name], packed)
+    return MaskSet(
+        path=path,
+        shards=files.shards,
+        masks=MappingProxyType(masks),
+        missing=MappingProxyType(
+            {name: place for name, place in files.weight_map.items() if name not in masks}
+        ),
+        beside=_reports_beside([shard.path for shard in files.shards]),
+    )
+
+
+def read_kept(reader: TensorReader, mask: StoredMask, first: int, count: int) -> NDArray[np.uint8]:
+    """One byte for each of the elements [first, first + count), row-major: 1 where it is kept, else 0.
+
+    ValueError where they reach outside of the mask.
+    """
+    import numpy as np  # noqa: PLC0415  (headers are read without numpy)
+
+    from sparseprune.engine.kernels.dropping import unpack  # noqa: PLC0415
+
+    if not 0 <= first <= first + count <= mask.numel:
+        raise ValueError(f"elements {first} to {first + count} of mask {mask.name!r}, which has {mask.numel}")
+    kept = np.empty(count, dtype=np.uint8)
+    if not mask.packed:
+        reader.read_into(mask.stored, first, kept)
+        # Compared, not reinterpreted: a byte that is neither 0 nor 1 is no bool.
+        np.not_equal(kept, 0, out=kept.view(np.bool_))
+        return kept
+    begin, end = first // 8, -(-(first + count) // 8)
+    packed = np.empty(end - begin, dtype=np.uint8)
+    reader.read_into(mask.stored, begin, packed)
+    if first % 8:
+        kept[:] = np.unpackbits(packed, count=first % 8 + count, bitorder="little")[first % 8 :]
+    else:
+        unpack(packed, kept)
+    return kept
 
 
 def load_masks(path: str | Path) -> dict[str, torch.Tensor]:
     """The masks under a path as bool tensors of their weights' names and shapes, True where kept.
 
     `path` is a mask file (bool or packed), an index of mask files, a folder that holds either, a pruned
-    directory, or a pruned file that has its masks beside it. CheckpointError if there are no masks.
+    directory, or a pruned file that has its masks beside it. CheckpointError if there are no masks, or if
+    one stands in two files.
     """
+    import numpy as np  # noqa: PLC0415
+    import torch  # noqa: PLC0415
+
     masks: dict[str, torch.Tensor] = {}
-    for file in _mask_files(Path(path)):
-        header = read_header(file)
-        shapes = _mask_shapes(file, header)
-        shard = Shard(file, header, PurePosixPath(file.name))
-        with TensorReader() as reader:
-            for entry in header.entries:
-                data = reader.read(StoredTensor(entry, shard))
-                packed = header.metadata.get(FORMAT_KEY) == "packed"
-                masks[entry.name] = _tensor(data, shapes[entry.name], packed=packed)
+    with TensorReader() as reader:
+        for name, mask in open_masks(Path(path)).masks.items():
+            kept = read_kept(reader, mask, 0, mask.numel)
+            masks[name] = torch.from_numpy(kept.view(np.bool_)).reshape(mask.shape)
     return masks
 
 
-def _mask_files(path: Path) -> tuple[Path, ...]:
+def _find(path: Path) -> _Files:
     if not path.is_dir():
-        return _listed(path) if path.name.endswith(INDEX_SUFFIX) else (_beside(path),)
+        return _listed(path) if path.name.endswith(INDEX_SUFFIX) else _Files((_beside(path),))
     for folder in (path, path / RESULTS):
         if (folder / _INDEX).is_file():
             return _listed(folder / _INDEX)
         if (folder / _SINGLE).is_file():
-            return (folder / _SINGLE,)
-    raise CheckpointError(f"{path}: holds no masks; {_WANTED}")
+            return _Files((_opened(folder / _SINGLE),))
+    return _others(path)
 
 
-def _listed(index: Path) -> tuple[Path, ...]:
-    return tuple(index.parent / place for place in sorted(set(read_weight_map(index).values())))
+def _others(path: Path) -> _Files:
+    """What a folder holds under names of someone's own: the files of its index, or all that hold masks."""
+    try:
+        names = sorted(entry.name for entry in path.iterdir() if entry.is_file())
+    except OSError as error:
+        raise MachineError(f"{path}: cannot be read: {error.strerror}") from error
+    indexes = [name for name in names if name.endswith(INDEX_SUFFIX)]
+    if len(indexes) == 1:
+        files = _listed(path / indexes[0])
+        if all(_holds_masks(shard.header) for shard in files.shards):
+            return files
+    opened = (_opened(path / name) for name in names if name.endswith(SUFFIX))
+    shards = tuple(shard for shard in opened if _holds_masks(shard.header))
+    if not shards:
+        raise CheckpointError(f"{path}: holds no masks; {_WANTED}")
+    return _Files(shards)
 
 
-def _beside(path: Path) -> Path:
+def _listed(index: Path) -> _Files:
+    weight_map = read_weight_map(index)
+    places = sorted(set(weight_map.values()))
+    return _Files(tuple(_opened(index.parent / place) for place in places), weight_map)
+
+
+def _beside(path: Path) -> Shard:
     """The file itself if it holds masks, else the masks that were written with it."""
-    if _holds_masks(read_header(path)):
-        return path
+    shard = _opened(path)
+    if _holds_masks(shard.header):
+        return shard
     masks = path.with_name(f"{path.name.removesuffix(SUFFIX)}.masks{SUFFIX}")
     if masks.is_file():
-        return masks
+        return _opened(masks)
     raise CheckpointError(f"{path}: is no mask file, and there is no {masks.name} beside it; {_WANTED}")
+
+
+def _opened(path: Path) -> Shard:
+    return open_shard(path, PurePosixPath(path.name))
+
+
+def _reports_beside(files: Sequence[Path]) -> tuple[Path, ...]:
+    """Where a run that wrote these masks put its report: under the name of the one file, or in its folder."""
+    reports: list[Path] = []
+    if len(files) == 1:
+        stem = files[0].name.removesuffix(SUFFIX)
+        reports = [files[0].with_name(f"{one}.report.json") for one in (stem.removesuffix(".masks"), stem)]
+    folders = (file.parent for file in files if file.name.startswith("masks"))
+    return tuple(dict.fromkeys((*reports, *(folder / REPORT for folder in folders))))
 
 
 def _holds_masks(header: Header) -> bool:
@@ -112,14 +255,3 @@ def _packed_shapes(path: Path, header: Header) -> dict[str, tuple[int, ...]]:
             )
         shapes[entry.name] = tuple(shape)
     return shapes
-
-
-def _tensor(data: bytearray, shape: tuple[int, ...], *, packed: bool) -> torch.Tensor:
-    import numpy as np  # noqa: PLC0415  (headers are read without numpy and torch)
-    import torch  # noqa: PLC0415
-
-    kept = np.frombuffer(data, dtype=np.uint8)
-    if packed:
-        kept = np.unpackbits(kept, count=int(np.prod(shape, dtype=np.int64)), bitorder="little")
-    # Compared, not reinterpreted: a byte that is neither 0 nor 1 is no bool.
-    return torch.from_numpy(kept != 0).reshape(shape)

@@ -105,10 +105,10 @@ def open_checkpoint(path: Path) -> Checkpoint:
     CheckpointError where it is none or contradicts itself, MachineError where it cannot be read.
     """
     if not path.is_dir():
-        shard = _shard(path, PurePosixPath(path.name))
+        shard = open_shard(path, PurePosixPath(path.name))
         return Checkpoint(path, (shard,), is_directory=False, others=(), tensors=_tensors((shard,)))
     found = folder.find_files(path)
-    shards = tuple(_shard(path / place, place) for place in found.shards)
+    shards = tuple(open_shard(path / place, place) for place in found.shards)
     tensors = _tensors(shards)
     _check_index(path, found, tensors)
     return Checkpoint(path, shards, is_directory=True, others=found.others, tensors=tensors)
@@ -175,7 +175,8 @@ class TensorReader:
             return descriptor
 
 
-def _shard(path: Path, relative: PurePosixPath) -> Shard:
+def open_shard(path: Path, relative: PurePosixPath) -> Shard:
+    """A safetensors file of which the header was read; errors as `open_checkpoint`."""
     mtime_ns = 0
     with contextlib.suppress(OSError):  # which the header's reader tells
         # Before the header is read, so that a change meanwhile is noticed later.

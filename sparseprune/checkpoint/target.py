@@ -15,6 +15,8 @@ from sparseprune.checkpoint.transfer import machine_errors
 from sparseprune.errors import CheckpointError, MachineError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from sparseprune.checkpoint.layout import OutputLayout
 
 # For the report, the spec and the folders, whose sizes are not known beforehand.
@@ -57,6 +59,19 @@ def check_existing(layout: OutputLayout, *, force: bool) -> None:
         if layout.is_directory and not path.is_symlink() and not os.access(path, os.W_OK | os.X_OK):
             raise MachineError(
                 f"{path}: cannot be written to, so --force cannot replace it; give another name with -o"
+            )
+
+
+def refuse_replacing(layout: OutputLayout, read: Iterable[Path], what: str) -> None:
+    """CheckpointError where the output would take the place of a file that is read beside the checkpoint.
+
+    `what` says what these files hold.
+    """
+    for final in map(_real, final_paths(layout)):
+        inside = next((path for path in read if final == _real(path) or final in _real(path).parents), None)
+        if inside is not None:
+            raise CheckpointError(
+                f"{final}: the output would replace the {what} in {inside}; give another name with -o"
             )
 
 

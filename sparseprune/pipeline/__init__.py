@@ -13,15 +13,21 @@ from sparseprune.pipeline.schedule import Schedule, make_schedule
 
 if TYPE_CHECKING:
     from sparseprune.pipeline.device import resolve_device
-    from sparseprune.pipeline.executor import execute, work_bytes
     from sparseprune.pipeline.outcomes import TensorOutcome
+    from sparseprune.pipeline.pruning import execute, work_bytes
+    from sparseprune.pipeline.verdicts import Verification
+    from sparseprune.pipeline.verifying import Check, count_survivors, make_check
 
 __all__ = [
+    "Check",
     "Plan",
     "Schedule",
     "TensorOutcome",
+    "Verification",
     "WorkUnit",
+    "count_survivors",
     "execute",
+    "make_check",
     "make_plan",
     "make_schedule",
     "resolve_device",
@@ -29,10 +35,14 @@ __all__ = [
 ]
 
 _HOME = {
+    "Check": "verifying",
     "TensorOutcome": "outcomes",
-    "execute": "executor",
+    "Verification": "verdicts",
+    "count_survivors": "verifying",
+    "execute": "pruning",
+    "make_check": "verifying",
     "resolve_device": "device",
-    "work_bytes": "executor",
+    "work_bytes": "pruning",
 }
 
 

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 from sparseprune.engine.tally import Tally
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
+    from sparseprune.checkpoint import StoredTensor
     from sparseprune.pipeline.plan import Plan
     from sparseprune.pipeline.programs import Outcome
 
@@ -73,18 +74,20 @@ class Outcomes:
             for task in unit.tasks:
                 for leaf in task.instance.scope.leaves:
                     labels[leaf.tensor][task.instance.label] = task.rule
-        outcomes = []
-        for name in plan.reached:
-            stored, sums = plan.checkpoint.tensors[name], self._of[name]
-            rules = dict.fromkeys(labels[name].values())
-            before, after = (
-                Tally(stored.numel, zeros, _total(energies))
-                for zeros, energies in zip(sums.zeros, sums.energies, strict=True)
-            )
-            reach = {rule: sums.reach.get(rule, Reach()) for rule in rules}
-            label = ", ".join(labels[name])
-            outcomes.append(TensorOutcome(name, stored.dtype, stored.shape, label, reach, before, after))
-        return tuple(outcomes)
+        return tuple(
+            self.of_tensor(plan.checkpoint.tensors[name], labels[name].values(), ", ".join(labels[name]))
+            for name in plan.reached
+        )
+
+    def of_tensor(self, stored: StoredTensor, rules: Iterable[str], label: str = "") -> TensorOutcome:
+        """One tensor that these rules reach, also where nothing was gathered of it."""
+        sums = self._of[stored.name]
+        before, after = (
+            Tally(stored.numel, zeros, _total(energies))
+            for zeros, energies in zip(sums.zeros, sums.energies, strict=True)
+        )
+        reach = {rule: sums.reach.get(rule, Reach()) for rule in dict.fromkeys(rules)}
+        return TensorOutcome(stored.name, stored.dtype, stored.shape, label, reach, before, after)
 
 
 def _total(energies: list[float]) -> float:

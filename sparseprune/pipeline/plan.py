@@ -15,7 +15,7 @@ from sparseprune.pipeline.inputs import InputFiles
 from sparseprune.spec import TensorInfo, bind
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from sparseprune.checkpoint import Checkpoint, StoredTensor
     from sparseprune.pipeline.inputs import TaskInput
@@ -71,8 +71,13 @@ def task_bytes(task: Task, tensors: Mapping[str, StoredTensor]) -> int:
     return total
 
 
-def make_plan(checkpoint: Checkpoint, spec: Spec) -> Plan:
+def make_plan(
+    checkpoint: Checkpoint, spec: Spec, needs_inputs: Callable[[BoundInstance], bool] = lambda _: True
+) -> Plan:
     """Bind a spec to the headers of a checkpoint and cut the work into units.
+
+    `needs_inputs` says for which instances the files of scores and conditioners are looked for, by default
+    for all; the tasks of the others have no inputs, and their files may be gone.
 
     Raises:
         SpecError: the spec does not fit the checkpoint, with every problem at once.
@@ -82,7 +87,11 @@ def make_plan(checkpoint: Checkpoint, spec: Spec) -> Plan:
     bound = bind(spec, tensors, read_config(checkpoint))
     files = InputFiles(checkpoint)
     tasks = [
-        Task(rule.name, instance, files.of_instance(rule.name, instance))
+        Task(
+            rule.name,
+            instance,
+            files.of_instance(rule.name, instance) if needs_inputs(instance) else (),
+        )
         for rule, instance in bound.instances()
     ]
     files.raise_if_any()

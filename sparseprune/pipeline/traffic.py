@@ -45,9 +45,12 @@ class Loaded:
 
 
 class Traffic:
-    """Reads from the input, writes to the output; both may be used from any thread."""
+    """Reads from the input, writes to the output; both may be used from any thread.
 
-    def __init__(self, reader: TensorReader, output: StagedOutput) -> None:
+    Without an output it can only read.
+    """
+
+    def __init__(self, reader: TensorReader, output: StagedOutput | None = None) -> None:
         self._reader = reader
         self._output = output
 
@@ -84,6 +87,8 @@ class Traffic:
             done += count
 
     def _write(self, stored: StoredTensor, first: int, bits: Bits, mask: Mask) -> None:
+        if self._output is None:
+            raise TypeError("there is no output to write to")
         self._output.write_weight(stored.name, first * bits.itemsize, bits.data)
         self._output.write_mask(stored.name, first, mask.data)
 

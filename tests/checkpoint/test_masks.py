@@ -13,10 +13,13 @@ from safetensors.torch import load_file, save_file
 from sparseprune.checkpoint import (
     MaskFormat,
     StagedOutput,
+    TensorReader,
     lay_out_apply,
     lay_out_masks,
     load_masks,
     open_checkpoint,
+    open_masks,
+    read_kept,
 )
 from sparseprune.errors import CheckpointError
 
@@ -188,4 +191,90 @@ def test_refuses_an_index_of_files_that_are_no_masks(tmp_path: Path) -> None:
     index = tmp_path / "masks.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": "x.safetensors"}}))
     with pytest.raises(CheckpointError, match=r"x\.safetensors: is no mask file; give a mask file"):
+        load_masks(tmp_path)
+
+
+@pytest.mark.parametrize("mask_format", ["bool", "packed"])
+def test_opening_tells_names_shapes_and_forms_in_the_order_of_the_file(
+    tmp_path: Path, mask_format: MaskFormat
+) -> None:
+    path = write_masks(tmp_path, masks_of(SHAPES), mask_format)
+    opened = open_masks(path)
+    assert {name: mask.shape for name, mask in opened.masks.items()} == SHAPES
+    assert [mask.numel for mask in opened.masks.values()] == [torch.Size(s).numel() for s in SHAPES.values()]
+    assert {mask.packed for mask in opened.masks.values()} == {mask_format == "packed"}
+    assert [shard.path for shard in opened.shards] == [path]
+    assert opened.shards[0].mtime_ns == path.stat().st_mtime_ns
+    assert not opened.missing
+
+
+@settings(
+    max_examples=40,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(numel=st.integers(0, 40), data=st.data())
+def test_any_elements_are_read_as_bytes_0_and_1(tmp_path: Path, numel: int, data: st.DataObject) -> None:
+    masks = masks_of({"a": (3,), "w": (numel,)}, numel)
+    first = data.draw(st.integers(0, numel))
+    count = data.draw(st.integers(0, numel - first))
+    for mask_format in ("bool", "packed"):
+        opened = open_masks(write_masks(tmp_path / mask_format, masks, mask_format))
+        with TensorReader() as reader:
+            kept = read_kept(reader, opened.masks["w"], first, count)
+            assert kept.dtype == np.uint8
+            assert kept.tolist() == masks["w"][first : first + count].int().tolist()
+            for outside in ((first, numel - first + 1), (-1, 1), (0, -1)):
+                with pytest.raises(ValueError, match="of mask 'w', which has"):
+                    read_kept(reader, opened.masks["w"], *outside)
+
+
+def test_a_byte_that_is_no_bool_is_read_as_1(tmp_path: Path) -> None:
+    path = write_masks(tmp_path, {"a": torch.tensor([True, False, True])}, "bool")
+    path.write_bytes(path.read_bytes()[:-3] + b"\xff\x00\x02")
+    with TensorReader() as reader:
+        assert read_kept(reader, open_masks(path).masks["a"], 0, 3).tolist() == [1, 0, 1]
+
+
+def test_a_folder_may_hold_mask_files_of_any_name_and_form_beside_other_files(tmp_path: Path) -> None:
+    masks = masks_of(SHAPES)
+    save_file({name: masks[name] for name in "ae"}, tmp_path / "mine.safetensors")
+    write_masks(tmp_path / "p", {name: masks[name] for name in "svw"}, "packed")
+    (tmp_path / "p" / "m.masks.safetensors").rename(tmp_path / "packed.safetensors")
+    save_file({"a": torch.ones(2)}, tmp_path / "weights.safetensors")
+    (tmp_path / "notes.txt").write_text("hello")
+    check_equal(load_masks(tmp_path), masks)
+
+
+@pytest.mark.parametrize("name", ["masks.safetensors.index.json", "model.safetensors.index.json"])
+def test_an_index_says_which_names_are_missing(tmp_path: Path, name: str) -> None:
+    masks = masks_of(SHAPES)
+    save_file({name: masks[name] for name in "ae"}, tmp_path / "x.safetensors")
+    save_file({name: masks[name] for name in "sv"}, tmp_path / "y.safetensors")
+    places = {"a": "x", "e": "x", "s": "y", "v": "y", "w": "y"}
+    index = {"weight_map": {name: f"{place}.safetensors" for name, place in places.items()}}
+    (tmp_path / name).write_text(json.dumps(index))
+    opened = open_masks(tmp_path)
+    assert list(opened.masks) == ["a", "e", "s", "v"]
+    assert {name: str(place) for name, place in opened.missing.items()} == {"w": "y.safetensors"}
+    (tmp_path / "y.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"names the shard 'y\.safetensors', which is not there"):
+        open_masks(tmp_path)
+
+
+def test_an_index_of_weights_does_not_hide_masks(tmp_path: Path) -> None:
+    masks = masks_of(SHAPES)
+    save_file({"a": torch.ones(2)}, tmp_path / "w.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "w.safetensors"}}')
+    with pytest.raises(CheckpointError, match="holds no masks"):
+        open_masks(tmp_path)
+    save_file(masks, tmp_path / "mine.safetensors")
+    check_equal(load_masks(tmp_path), masks)
+
+
+def test_a_mask_that_stands_in_two_files_is_refused(tmp_path: Path) -> None:
+    for name in "xy":
+        save_file(masks_of(SHAPES), tmp_path / f"{name}.safetensors")
+    with pytest.raises(CheckpointError, match=r"y\.safetensors: mask 'a' is also in .*x\.safetensors; "):
         load_masks(tmp_path)

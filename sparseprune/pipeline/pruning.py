@@ -1,0 +1,108 @@
+"""Pruning: the jobs of a schedule as programs of the executor, and what became of every tensor.
+
+Owns which way works a job, in which order jobs are begun, and how cores are shared with torch. Called by
+the command line.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import contextmanager
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from sparseprune.pipeline.executor import Assignment, Record, already_done, copied_bytes, dealt, produce
+from sparseprune.pipeline.outcomes import Outcomes
+from sparseprune.pipeline.programs import Setting
+from sparseprune.pipeline.recipes import Counted, Gathered, Runs, Streamed, Summed, Tiled
+from sparseprune.pipeline.rests import rest_program
+from sparseprune.pipeline.traffic import Traffic
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from sparseprune.checkpoint import Shard, StagedOutput, TensorReader
+    from sparseprune.pipeline.executor import Progress
+    from sparseprune.pipeline.outcomes import TensorOutcome
+    from sparseprune.pipeline.schedule import Job, Schedule
+
+_WAYS = {
+    Runs: "runs",
+    Gathered: "gathered",
+    Counted: "counted",
+    Summed: "summed",
+    Tiled: "tiled",
+    Streamed: "streamed",
+}
+
+
+def execute(
+    schedule: Schedule, reader: TensorReader, output: StagedOutput, device: str, progress: Progress
+) -> tuple[TensorOutcome, ...]:
+    """Do all the work of a schedule: every byte of the output's shards and masks is written once.
+
+    What an earlier run finished is taken over. `progress` is told, from any thread, bytes that were done and
+    of what. The first error in the order of the schedule is raised once what is running has ended; nothing
+    new is begun after it.
+    """
+    outcomes = Outcomes()
+    record = Record(output, outcomes, progress)
+    traffic = Traffic(reader, output)
+
+    def setting(key: str) -> Setting:
+        def recall(name: str) -> Any:  # noqa: ANN401
+            return record.recall(f"{key}.{name}")
+
+        def note(name: str, noted: Any, nbytes: int) -> None:  # noqa: ANN401
+            record.note(f"{key}.{name}", noted, nbytes)
+
+        return Setting(
+            tensors=schedule.plan.checkpoint.tensors,
+            traffic=traffic,
+            limits=schedule.limits,
+            device=device,
+            recall=recall,
+            note=note,
+            passed=progress,
+        )
+
+    def assignments() -> Iterator[Assignment]:
+        """All programs, in the order of the plan."""
+        for order, job in dealt(schedule.jobs, lambda job: _shard_of(job, schedule), schedule.workers):
+            way = import_module(f"sparseprune.pipeline.{_WAYS[type(job.recipe)]}")
+            program = way.run_program(job.task, job.recipe, setting(job.key))
+            yield Assignment(order, job.key, job.task.instance.label, program, job.recipe.held)
+        later = len(schedule.jobs)
+        for rest in schedule.rests:
+            yield Assignment(later, rest.key, rest.stored.name, rest_program(rest, setting(rest.key)), 0)
+
+    with _torch_threads(schedule):
+        produce(assignments(), record, schedule.limits, schedule.workers)
+    return outcomes.of_plan(schedule.plan)
+
+
+def work_bytes(schedule: Schedule, output: StagedOutput) -> tuple[int, int]:
+    """Bytes that pass by from the beginning to the end of a run, and how many of them an earlier one did."""
+    return schedule.nbytes + copied_bytes(output), already_done(output)
+
+
+def _shard_of(job: Job, schedule: Schedule) -> Shard:
+    """The shard that a job writes to, or the first of several."""
+    leaf = job.task.instance.scope.leaves[0]
+    return schedule.plan.checkpoint.tensors[leaf.tensor].shard
+
+
+@contextmanager
+def _torch_threads(schedule: Schedule) -> Iterator[None]:
+    """Share the cores among the workers where they use torch."""
+    if not schedule.uses_torch:
+        yield
+        return
+    import torch  # noqa: PLC0415  (most schedules do without)
+
+    usual = torch.get_num_threads()
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // schedule.workers))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(usual)

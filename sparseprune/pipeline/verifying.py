@@ -1,0 +1,203 @@
+"""Verifying: whether a checkpoint is as sparse as a spec says, scope by scope; nothing is written.
+
+Owns what is checked of a rule, and how that is shared among threads. Counting is surviving's business,
+thresholds are undercut's, how findings add up is verdicts'. Called by the command line.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from sparseprune.pipeline.cells import members_of
+from sparseprune.pipeline.crew import Crew
+from sparseprune.pipeline.executor import Assignment
+from sparseprune.pipeline.limits import INTERPRETER, TORCH, limits_of
+from sparseprune.pipeline.plan import make_plan, task_bytes
+from sparseprune.pipeline.programs import Setting
+from sparseprune.pipeline.recipes import alone
+from sparseprune.pipeline.schedule import make_schedule
+from sparseprune.pipeline.surviving import leaf_bytes, survivor_program, way_of
+from sparseprune.pipeline.traffic import Traffic
+from sparseprune.pipeline.undercut import Watch, undercut_program
+from sparseprune.pipeline.verdicts import Checked, Verification, verification_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from sparseprune.checkpoint import Checkpoint, TensorReader
+    from sparseprune.pipeline.cells import AnyScope
+    from sparseprune.pipeline.limits import Limits
+    from sparseprune.pipeline.occupied import Found
+    from sparseprune.pipeline.plan import Plan
+    from sparseprune.pipeline.programs import Item
+    from sparseprune.pipeline.schedule import Job
+    from sparseprune.pipeline.surviving import Way
+    from sparseprune.spec import BoundInstance, Spec
+
+    Progress = Callable[[int, str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Count:
+    """Scopes of which the blocks that are not zero are counted, by some way; the rule that they are of.
+
+    Under a threshold every block is a scope, and `job` does what pruning would do.
+    """
+
+    rule: str
+    instance: BoundInstance
+    scope: AnyScope
+    way: Way
+    job: Job | None = None
+
+    @property
+    def allowed(self) -> int:
+        """How many blocks of a scope may be not zero, as far as counting can tell."""
+        nnz = self.instance.budget.nnz
+        return self.scope.blocks_per_scope if nnz is None else nnz
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """All that has to be counted for a plan, by at most `workers` threads at one time."""
+
+    plan: Plan
+    limits: Limits
+    workers: int
+    counts: tuple[Count, ...]
+    uses_torch: bool
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of input that pass by, each as often as it is read."""
+        tensors = self.plan.checkpoint.tensors
+        jobs = [count.job for count in self.counts if count.job is not None]
+        return sum(leaf_bytes(count.scope.leaves, tensors) for count in self.counts) + sum(
+            task_bytes(job.task, tensors) * job.recipe.passes for job in jobs
+        )
+
+    @property
+    def peak_bytes(self) -> int:
+        """Resident memory at the most, about."""
+        jobs = [count.job.recipe for count in self.counts if count.job is not None]
+        parts = [*(count.way for count in self.counts), *jobs]
+        items = max((part.memory for part in parts), default=0)
+        held = sorted((part.held for part in parts), reverse=True)[: self.workers]
+        base = INTERPRETER + (TORCH if self.uses_torch else 0)
+        return base + min(self.limits.memory, items * self.workers + sum(held))
+
+
+def make_check(checkpoint: Checkpoint, spec: Spec, memory: int, workers: int) -> Check:
+    """Bind a spec to the headers of a checkpoint, and find how each of its rules is checked.
+
+    Files of scores are looked for only where a threshold needs them: they may be gone otherwise.
+
+    Raises:
+        SpecError: the spec does not fit the checkpoint, with every problem at once.
+        SparsepruneError: the memory is too little.
+    """
+    plan = make_plan(checkpoint, spec, _is_scored)
+    counts: list[Count] = []
+    limits, uses_torch = limits_of(memory, uses_torch=False), False
+    units = [
+        replace(unit, tasks=tuple(task for task in unit.tasks if _is_scored(task.instance)))
+        for unit in plan.units
+    ]
+    scored = replace(plan, units=tuple(unit for unit in units if unit.tasks))
+    jobs: tuple[Job, ...] = ()
+    if scored.units:
+        schedule = make_schedule(scored, memory, workers)
+        jobs, limits, uses_torch = schedule.jobs, schedule.limits, schedule.uses_torch
+    known: dict[object, Way] = {}  # thousands of scopes have a handful of forms
+
+    def way(scope: AnyScope) -> Way:
+        form = _form(scope, plan)
+        if form not in known:
+            known[form] = way_of(scope, checkpoint.tensors, limits)
+        return known[form]
+
+    for rule, instance in plan.bound.instances():
+        if instance.budget.nnz is not None:
+            scope = instance.scope
+            counts.append(Count(rule.name, instance, scope, way(scope)))
+    for job in jobs:
+        scope = alone(job.task.instance.scope)
+        counts.append(Count(job.task.rule, job.task.instance, scope, way(scope), job))
+    return Check(plan, limits, workers, tuple(counts), uses_torch)
+
+
+def count_survivors(check: Check, reader: TensorReader, progress: Progress) -> Verification:
+    """How many blocks of each scope are not zero, and which scopes break the spec.
+
+    The same for any number of workers. `progress` is told, from any thread, bytes that were read and of what.
+
+    Raises:
+        SparsityError: NaN where a threshold asks for a score.
+    """
+    work = _Work(check, reader, progress)
+    Crew(work.assignments(), work, check.limits.memory).run(check.workers)
+    checked = [
+        Checked(
+            count.rule, count.instance.label, count.scope, count.instance.budget, tuple(work.found[number])
+        )
+        for number, count in enumerate(check.counts)
+    ]
+    return verification_of(check.plan, checked)
+
+
+class _Work:
+    """What the crew asks: what there is to do, and who wants to know what was found."""
+
+    def __init__(self, check: Check, reader: TensorReader, progress: Progress) -> None:
+        self._check = check
+        self._progress = progress
+        self._watch = Watch(reader)
+        self._reading = Traffic(reader)
+        self.found: list[list[Found]] = [[] for _ in check.counts]
+
+    def assignments(self) -> Iterator[Assignment]:
+        """All programs, in the order of the plan."""
+        for number, count in enumerate(self._check.counts):
+            tell = self.found[number].append
+            label = count.instance.label
+            setting = self._setting(self._reading)
+            program = survivor_program(count.scope, count.allowed, count.way, setting, tell)
+            yield Assignment(2 * number, str(number), label, program, count.way.held)
+            if count.job is not None:
+                program = undercut_program(count.job, self._setting(self._watch), self._watch, tell)
+                yield Assignment(2 * number + 1, str(number), label, program, count.job.recipe.held)
+
+    def known(self, key: str) -> bool:  # noqa: ARG002
+        """Nothing is noted from one run to the next."""
+        return False
+
+    def done(self, item: Item, key: str, label: str, result: Any) -> None:  # noqa: ANN401, ARG002
+        """An item is done."""
+        self._progress(item.nbytes, label)
+
+    def _setting(self, traffic: Traffic) -> Setting:
+        return Setting(
+            tensors=self._check.plan.checkpoint.tensors,
+            traffic=traffic,
+            limits=self._check.limits,
+            device="cpu",
+            recall=lambda _: None,
+            note=lambda *_: None,
+            passed=self._progress,
+        )
+
+
+def _is_scored(instance: BoundInstance) -> bool:
+    """Whether blocks have to be scored to be checked: those that a threshold cuts off."""
+    return instance.budget.nnz is None and instance.soft is None
+
+
+def _form(scope: AnyScope, plan: Plan) -> object:
+    """What the way of a scope depends on."""
+    tensors = plan.checkpoint.tensors
+    leaves = [
+        (leaf.view_shape, leaf.view_stride, leaf.shape, tensors[leaf.tensor].dtype) for leaf in scope.leaves
+    ]
+    members = [(member.shape, order, len(member.leaves)) for member, order in members_of(scope)]
+    return tuple(leaves), tuple(members)
