@@ -1,0 +1,311 @@
+"""`--require`: a condition on the tensors of a report, and a line for each tensor that fails it.
+
+Owns the grammar, `WHAT [in PATTERN[, PATTERN...]]`, and how a failure reads. Looks at the entries of a
+document alone: it measures nothing, and whoever calls says which fields and runtimes there are. Called by
+`inspect` and `compare`.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import re
+from dataclasses import dataclass
+from decimal import Decimal
+from fractions import Fraction
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from sparseprune.errors import SparsepruneError
+from sparseprune.report.facts import Pattern, pattern_of
+from sparseprune.report.listing import flat
+from sparseprune.report.runtimes import axes_of
+from sparseprune.report.wording import printable
+from sparseprune.spec.patterns import PatternError, TensorPattern, parse_pattern
+from sparseprune.spec.problems import listed, nearest, shown
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+
+    Entry = Mapping[str, Any]
+
+_WHERE = re.compile(r"(?P<what>.*?)(?:\s+in(?:\s+(?P<where>.*))?)?", re.DOTALL)
+_COMPARISON = re.compile(r"(?P<field>[^<>=!\s]+)\s*(?P<sign>[<>=!]+)\s*(?P<number>\S*)")
+_NUMBER = re.compile(r"[+-]?(?:[0-9]{1,40}(?:\.[0-9]{0,40})?|\.[0-9]{1,40})(?:[eE][+-]?[0-9]{1,2})?")
+_SIGNS: Mapping[str, Callable[[Any, Any], bool]] = MappingProxyType(
+    {
+        ">=": operator.ge,
+        "<=": operator.le,
+        "==": operator.eq,
+        "!=": operator.ne,
+        ">": operator.gt,
+        "<": operator.lt,
+    }
+)
+_FORMS = (
+    "wanted N:M, such as 2:4, or a comparison, such as sparsity>=0.5, and perhaps the names, in **.weight"
+)
+_UNSEEN = "elements of {} are no whole bytes and were not looked at"
+_DIGITS = 17  # of a float64: as many tell it from every other one, some more its hundredfold
+_MOST_COMPARED = 2000  # names of unlike form among which a nearest one is looked for
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """A field against a number; `percent` where that was typed as one: 50% is the number 1/2."""
+
+    field: str
+    sign: str
+    number: Fraction
+    percent: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Requirement:
+    """One `--require`: `what` is asked, as it was typed, of the tensors that `names` match, or of all.
+
+    Just one of `pattern`, `runtime` and `comparison` is there.
+    """
+
+    text: str
+    what: str
+    pattern: Pattern | None = None
+    runtime: str | None = None
+    comparison: Comparison | None = None
+    names: tuple[TensorPattern, ...] = ()
+
+
+def parse_requirement(text: str, fields: Collection[str], runtimes: Collection[str] = ()) -> Requirement:
+    """Read a condition; SparsepruneError where it has no meaning, with the nearest field or runtime.
+
+    >>> parse_requirement("2:4 in **_proj.weight", ["sparsity"]).pattern
+    Pattern(kept=2, group=4, axis=-1)
+    >>> parse_requirement("sparsity >= 50%", ["sparsity"]).comparison
+    Comparison(field='sparsity', sign='>=', number=Fraction(1, 2), percent=True)
+    """
+    try:
+        return _parsed(text, fields, runtimes)
+    except _UnreadableError as error:
+        raise SparsepruneError(f"--require {shown(text)}: {error}") from None
+
+
+def failures(requirements: Sequence[Requirement], entries: Sequence[Entry]) -> list[str]:
+    """A line for each requirement and each tensor that fails it, in that order; empty where all hold.
+
+    Entries have `name` and `shape`, and what is asked of them: `patterns`, `runtimes`, or numbers, under
+    their flat names; one that is None or not there is unknown, and fails. So does an entry with the reason
+    why it could not be looked at under `absent`. Where no tensors are named, N:M and
+    runtimes are asked of those of two dimensions or more that hold anything. SparsepruneError where a
+    requirement, or one of its patterns, meets no tensor: a check of nothing would pass for good.
+    """
+    check_names(requirements, [entry["name"] for entry in entries])
+    return [line for requirement in requirements for line in _failures(requirement, entries)]
+
+
+def check_names(requirements: Iterable[Requirement], names: Sequence[str]) -> None:
+    """SparsepruneError where a pattern of a requirement matches none of these names, before they are read."""
+    for requirement in requirements:
+        for pattern in requirement.names:
+            if all(pattern.match(name) is None for name in names):
+                near = _nearest_names(pattern, names)
+                raise _error(requirement, f"no tensor matches {shown(pattern.text)}{near}")
+
+
+class _UnreadableError(ValueError):
+    """A condition that cannot be read, without the condition itself."""
+
+
+def _parsed(text: str, fields: Collection[str], runtimes: Collection[str]) -> Requirement:
+    found = _WHERE.fullmatch(text.strip())
+    what, where = (found["what"], found["where"]) if found else ("", None)
+    names: tuple[TensorPattern, ...] = ()
+    if what != text.strip():
+        names = tuple(_name_pattern(piece.strip()) for piece in (where or "").split(","))
+    if ":" in what:
+        return Requirement(text, what, pattern=_pattern(what), names=names)
+    if what in runtimes:
+        return Requirement(text, what, runtime=what, names=names)
+    comparison = _comparison(what, fields, runtimes)
+    return Requirement(text, "".join(what.split()), comparison=comparison, names=names)
+
+
+def _name_pattern(text: str) -> TensorPattern:
+    try:
+        return parse_pattern(text)
+    except PatternError as error:
+        where = f"pattern {shown(text)}: " if text else ""
+        raise _UnreadableError(f"{where}{error}") from None
+
+
+def _pattern(what: str) -> Pattern:
+    try:
+        return pattern_of(what)
+    except SparsepruneError:
+        raise _UnreadableError(
+            "wanted N:M with N less than M, such as 2:4, or N:M@AXIS, such as 2:4@0"
+        ) from None
+
+
+def _comparison(what: str, fields: Collection[str], runtimes: Collection[str]) -> Comparison:
+    found = _COMPARISON.fullmatch(what)
+    if found is None:
+        raise _UnreadableError(_not_understood(what, fields, runtimes))
+    field, sign, number = found["field"], found["sign"], found["number"]
+    if field not in fields:
+        raise _UnreadableError(f"there is no field {shown(field)}{_hint(field, fields)}")
+    if sign not in _SIGNS:
+        wanted = {"=": "==", "=>": ">=", "=<": "<=", "<>": "!="}.get(sign)
+        hint = f"did you mean {wanted}?" if wanted else f"wanted {listed(_SIGNS, 'or')}"
+        raise _UnreadableError(f"there is no comparison {sign}; {hint}")
+    digits = number.removesuffix("%")
+    if not _NUMBER.fullmatch(digits):
+        raise _UnreadableError(f"{shown(number)} is no number; wanted one such as 0.5 or 50%")
+    percent = digits != number
+    return Comparison(field, sign, Fraction(digits) / (100 if percent else 1), percent)
+
+
+def _not_understood(what: str, fields: Collection[str], runtimes: Collection[str]) -> str:
+    if not what:
+        return f"nothing is asked; {_FORMS}"
+    if what in fields:
+        return f"{shown(what)} is compared with nothing; wanted such as {what}>=0.5"
+    close = nearest(what.lower(), [*fields, *runtimes])
+    if close:
+        return f'{shown(what)} has no meaning; did you mean "{close[0]}"?'
+    return f"{shown(what)} has no meaning; {_FORMS}"
+
+
+def _hint(name: str, known: Collection[str]) -> str:
+    close = nearest(name.lower(), known)
+    return f'; did you mean "{close[0]}"?' if close else f"; there is {listed(known)}" if known else ""
+
+
+def _failures(requirement: Requirement, entries: Sequence[Entry]) -> Iterator[str]:
+    for entry in _asked(requirement, entries):
+        reason = None
+        if "absent" in entry:
+            reason = f"wanted {requirement.what}, {entry['absent']}"
+        elif requirement.pattern is not None:
+            reason = _lacks_pattern(requirement, requirement.pattern, entry)
+        elif requirement.runtime is not None:
+            reason = _lacks_runtime(requirement.runtime, entry)
+        elif requirement.comparison is not None:
+            reason = _lacks_value(requirement, requirement.comparison, entry)
+        if reason is not None:
+            yield f"{printable(entry['name'])}: {reason}"
+
+
+def _asked(requirement: Requirement, entries: Sequence[Entry]) -> Sequence[Entry]:
+    """The entries that a requirement applies to, at least one."""
+    if requirement.names:
+        return [
+            entry
+            for entry in entries
+            if any(pattern.match(entry["name"]) is not None for pattern in requirement.names)
+        ]
+    asked = [entry for entry in entries if _is_asked_of_all(requirement, entry)]
+    if not asked:
+        few = (
+            f"no tensor it can be asked of; name some: {requirement.what} in PATTERN"
+            if entries
+            else "no tensor"
+        )
+        raise _error(requirement, f"there is {few}")
+    return asked
+
+
+def _is_asked_of_all(requirement: Requirement, entry: Entry) -> bool:
+    """Whether a requirement that names no tensors is asked of this one.
+
+    What only matrices have is not asked of vectors. Where the zeros themselves are unknown, so is the rest.
+    """
+    is_matrix, comparison = len(entry["shape"]) >= 2, requirement.comparison
+    if comparison is None:
+        return is_matrix and 0 not in entry["shape"]
+    known = flat(entry).get(comparison.field) is not None
+    return is_matrix or known or _is_unseen(entry) or "absent" in entry
+
+
+def _nearest_names(pattern: TensorPattern, names: Sequence[str]) -> str:
+    """The pattern that was meant, or the names that come nearest; names that differ in numbers count once."""
+    short = pattern.text.strip(".")
+    for wider in (f"{short}.**", f"**.{short}", f"**.{short}.**"):
+        if short.strip("*") and any(parse_pattern(wider).match(name) is not None for name in names):
+            return f"; did you mean {shown(wider)}?"
+    forms: dict[str, str] = {}
+    for name in names:
+        forms.setdefault(re.sub("[0-9]+", "0", name), name)
+    close = nearest(pattern.sample, list(forms)[:_MOST_COMPARED], 3)
+    if close:
+        return f"; the nearest names are {listed(printable(forms[form]) for form in close)}"
+    return f"; the first names are {listed(map(printable, names[:3]))}" if names else "; there is no tensor"
+
+
+def _is_unseen(entry: Entry) -> bool:
+    """Whether nothing is known of the elements: they are no whole bytes."""
+    return entry.get("zeros", 0) is None
+
+
+def _lacks_pattern(requirement: Requirement, pattern: Pattern, entry: Entry) -> str | None:
+    if "patterns" not in entry:
+        raise _error(requirement, "N:M patterns are not looked for here; ask sparseprune inspect")
+    rank = len(entry["shape"])
+    if _is_unseen(entry):
+        found = _UNSEEN.format(entry["dtype"])
+    elif rank < 2:
+        found = f"is {rank}-D"
+    elif not -rank <= pattern.axis < rank:
+        found = f"is {rank}-D and has no dimension {pattern.axis}"
+    elif pattern.axis % rank in axes_of(pattern, entry["patterns"], rank):
+        return None
+    elif 0 in entry["shape"]:
+        found = "is empty"
+    elif entry["shape"][pattern.axis] % pattern.group:
+        length = f"{entry['shape'][pattern.axis]} along dimension {pattern.axis % rank}"
+        found = f"has {length}, no multiple of {pattern.group}"
+    else:
+        found = f"satisfies {' '.join(entry['patterns']) or 'none'}"
+    return f"wanted {requirement.what}, {found}"
+
+
+def _lacks_runtime(runtime: str, entry: Entry) -> str | None:
+    verdict = entry["runtimes"][runtime]
+    return None if verdict["eligible"] else f"not eligible for {runtime}: {verdict['reason']}"
+
+
+def _lacks_value(requirement: Requirement, comparison: Comparison, entry: Entry) -> str | None:
+    value = flat(entry).get(comparison.field)
+    if value is None:
+        found = _UNSEEN.format(entry["dtype"]) if _is_unseen(entry) else f"{comparison.field} is not known"
+        return f"wanted {requirement.what}, {found}"
+    if not isinstance(value, int | float):
+        raise _error(requirement, f"{comparison.field} is no number")
+    if comparison.percent and isinstance(value, int):
+        raise _error(requirement, f"{comparison.field} is a count; wanted a number without %")
+    # A share is the float that is nearest to it, and so has to be what it is compared with.
+    number = float(comparison.number) if isinstance(value, float) else comparison.number
+    if not math.isnan(value) and _SIGNS[comparison.sign](value, number):
+        return None
+    return (
+        f"wanted {requirement.what}, found {_number_text(value, float(number), percent=comparison.percent)}"
+    )
+
+
+def _number_text(value: float, wanted: float, *, percent: bool) -> str:
+    """A number in as few digits as leave it on its side of what was wanted, four at least if it has them."""
+    if isinstance(value, int):
+        return str(int(value))
+    if not math.isfinite(value):
+        return str(value)
+    scale, sign = (100, "%") if percent else (1, "")
+    scaled = float(Fraction(value) * scale)
+    for digits in range(max(4, len(str(int(abs(scaled))))), _DIGITS + 1):
+        text = f"{scaled:.{digits}g}"
+        told = float(Fraction(text) / scale)
+        if (told > wanted) - (told < wanted) == (value > wanted) - (value < wanted):
+            return text + sign
+    return f"{Decimal(value) * scale:.20g}{sign}"
+
+
+def _error(requirement: Requirement, text: str) -> SparsepruneError:
+    return SparsepruneError(f"--require {shown(requirement.text)}: {text}")

@@ -1,0 +1,257 @@
+"""Which runtimes can run a tensor sparse: their rules as one table, each with its source.
+
+Owns what they want of dtype, rank, size and pattern, and how the first rule that fails is told. Judges what
+was counted, sees no element, and knows no layer: GPT-2 stores its projections transposed (Conv1D, input by
+output), which no file says. Called by `inspect --for` and by requirements.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from difflib import get_close_matches
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+from sparseprune.engine.grids import prod
+from sparseprune.errors import SparsepruneError
+from sparseprune.report.facts import Pattern
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Mapping, Sequence
+
+    from sparseprune.report.facts import TensorFacts
+
+ALL = "all"
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """What a runtime wants of a matrix of one dtype: N:M along its inputs, rows and columns in multiples."""
+
+    kept: int
+    group: int
+    rows: int
+    columns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Runtime:
+    """What a runtime can run sparse; `demands` go by the dtype's name in the file.
+
+    Rows are dimension 0, the outputs of a layer; columns are its inputs, dimension 1: the last one of a
+    matrix (out, in), the channels of a convolution (out, in, ...). `ranks` are the numbers of dimensions
+    that it takes. `gains_above` is the number of outputs, and of inputs to each, up to which the dense
+    kernel is the faster one, 0 where none is told. `device` is what no file can show.
+    """
+
+    name: str
+    demands: Mapping[str, Demand]
+    ranks: tuple[int, ...]
+    device: str
+    source: str
+    gains_above: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Whether a runtime can run a tensor sparse; `reason` is the first rule that failed, or None."""
+
+    eligible: bool
+    reason: str | None
+
+
+# NVIDIA Apex skips float32 and float16 of other sizes; Model Optimizer took the rule over for all dtypes.
+_ASP = MappingProxyType(dict.fromkeys(("F16", "BF16", "F32"), Demand(2, 4, rows=8, columns=16)))
+
+_ROWS = (
+    # sparse_min_rows and sparse_min_cols of torch 2.13. The conversion takes 1:2 of float32 and encodes it
+    # as 2:4 of halves. A matrix of another pattern is packed without an error, into another one. The kernel
+    # is "supported only on GPUs with compute capability 8.x" (pytorch/pytorch issues 132009 and 132928).
+    Runtime(
+        "torch-cutlass",
+        MappingProxyType(
+            {
+                "F16": Demand(2, 4, rows=32, columns=64),
+                "BF16": Demand(2, 4, rows=32, columns=64),
+                "I8": Demand(2, 4, rows=16, columns=128),
+                "F32": Demand(1, 2, rows=32, columns=32),
+            }
+        ),
+        ranks=(2,),
+        device="CUDA, compute capability 8.x",
+        source="torch.sparse.SparseSemiStructuredTensorCUTLASS._DTYPE_SHAPE_CONSTRAINTS, "
+        "torch.sparse._semi_structured_conversions",
+    ),
+    # float8 multiplies by torch._scaled_mm alone, from compute capability 8.9 on (cuSPARSELt 0.8).
+    # Compute capability 9.0 came with cuSPARSELt 0.6.
+    Runtime(
+        "torch-cusparselt",
+        MappingProxyType(
+            {
+                "F16": Demand(2, 4, rows=16, columns=16),
+                "BF16": Demand(2, 4, rows=16, columns=16),
+                "I8": Demand(2, 4, rows=32, columns=32),
+                "F8_E4M3": Demand(2, 4, rows=32, columns=32),
+            }
+        ),
+        ranks=(2,),
+        device="CUDA, compute capability 8.0 and above, with cuSPARSELt",
+        source="torch.sparse.SparseSemiStructuredTensorCUSPARSELT._DTYPE_SHAPE_CONSTRAINTS, "
+        "https://docs.nvidia.com/cuda/cusparselt/release_notes.html",
+    ),
+    # "For each output channel and for each spatial pixel in the kernel weights, every four input channels
+    # must have at least two zeros": weights (K, C, R, S) with C % 4 == 0, in FP16 or INT8, to which the
+    # builder takes the other floats. It times both kernels and picks the faster: "sparse conv kernels are
+    # faster than dense conv kernels if C and K are large enough (>256)", "3x3 Conv effectively increases the
+    # C by 9x".
+    Runtime(
+        "tensorrt",
+        MappingProxyType(dict.fromkeys(("F16", "BF16", "F32", "I8"), Demand(2, 4, rows=1, columns=4))),
+        ranks=(2, 4),
+        device="CUDA, compute capability 8.0 and above",
+        source="https://docs.nvidia.com/deeplearning/tensorrt/latest/inference-library/io-formats-sparsity.html"
+        ", https://github.com/NVIDIA/TensorRT/issues/3849",
+        gains_above=256,
+    ),
+    # Masks of linear layers and convolutions of one and two dimensions: sparse_masklib.py, create_mask.
+    Runtime(
+        "asp",
+        _ASP,
+        ranks=(2, 3, 4),
+        device="CUDA, compute capability 8.0 and above",
+        source="https://github.com/NVIDIA/apex/blob/master/apex/contrib/sparsity/asp.py",
+    ),
+    # The modules are nn.Linear and nn.Conv2d: weight_sparsity/module.py.
+    Runtime(
+        "modelopt",
+        _ASP,
+        ranks=(2, 4),
+        device="CUDA, compute capability 8.0 and above",
+        source="https://github.com/NVIDIA/Model-Optimizer/blob/main/modelopt/torch/sparsity/weight_sparsity/magnitude.py",
+    ),
+)
+RUNTIMES: Mapping[str, Runtime] = MappingProxyType({row.name: row for row in _ROWS})
+
+
+def runtimes_of(text: str) -> tuple[Runtime, ...]:
+    """The runtimes that `--for` names, with commas between them, each once; `all` is every one.
+
+    >>> [runtime.name for runtime in runtimes_of("asp, torch-cutlass")]
+    ['asp', 'torch-cutlass']
+    """
+    names = [word.strip() for word in text.split(",")]
+    for name in names:
+        if name not in {*RUNTIMES, ALL}:
+            close = get_close_matches(name.lower(), [*RUNTIMES, ALL], n=1)
+            hint = f'did you mean "{close[0]}"?' if close else f"there is {', '.join(RUNTIMES)}, or {ALL}"
+            raise SparsepruneError(f'--for {text}: no runtime is called "{name}"; {hint}')
+    return tuple(RUNTIMES[name] for name in dict.fromkeys(RUNTIMES if ALL in names else names))
+
+
+def needed_patterns(runtimes: Collection[Runtime]) -> tuple[Pattern, ...]:
+    """The patterns that must be looked for in every tensor before a verdict can be given, each once.
+
+    >>> [str(pattern) for pattern in needed_patterns(runtimes_of("torch-cutlass, tensorrt"))]
+    ['2:4', '1:2', '2:4@1']
+    """
+    needed = (
+        Pattern(demand.kept, demand.group, _input_axis(rank))
+        for runtime in runtimes
+        for rank in runtime.ranks
+        for demand in runtime.demands.values()
+    )
+    return tuple(dict.fromkeys(needed))
+
+
+def verdict(runtime: Runtime, facts: TensorFacts) -> Verdict:
+    """What a runtime makes of a tensor whose `needed_patterns` were looked for.
+
+    First comes what no pruning can mend: rank, dtype, size; then the pattern; then whether it pays.
+    """
+    for rule in _RULES:
+        reason = rule(runtime, facts)
+        if reason is not None:
+            return Verdict(eligible=False, reason=reason)
+    return Verdict(eligible=True, reason=None)
+
+
+def axes_of(pattern: Pattern, found: Collection[str], rank: int) -> set[int]:
+    """The dimensions of a tensor along which N:M was found, whatever the axis of `pattern`.
+
+    `found` are patterns as `str(Pattern)`, `rank` is the number of dimensions.
+
+    >>> axes_of(Pattern(2, 4), ["1:2@0", "2:4", "2:4@0"], 2)
+    {0, 1}
+    """
+    wanted = f"{pattern.kept}:{pattern.group}"
+    split = (text.partition("@") for text in found)
+    return {int(axis or -1) % rank for name, _, axis in split if name == wanted}
+
+
+def _input_axis(rank: int) -> int:
+    """The input dimension: the last one of a matrix, dimension 1 of a convolution (out, in, ...)."""
+    return -1 if rank == 2 else 1
+
+
+def _rank(runtime: Runtime, facts: TensorFacts) -> str | None:
+    rank = len(facts.shape)
+    if rank in runtime.ranks:
+        return None
+    return f"{rank}-D, wanted {_listed([f'{wanted}-D' for wanted in runtime.ranks])}"
+
+
+def _dtype(runtime: Runtime, facts: TensorFacts) -> str | None:
+    if facts.dtype in runtime.demands:
+        return None
+    return f"{facts.dtype} is not supported, wanted {_listed(list(runtime.demands))}"
+
+
+def _size(runtime: Runtime, facts: TensorFacts) -> str | None:
+    if facts.numel == 0:
+        return "is empty"
+    demand = runtime.demands[facts.dtype]
+    words = ("row", "column") if len(facts.shape) == 2 else ("output channel", "input channel")
+    sizes = zip(facts.shape, words, (demand.rows, demand.columns), strict=False)  # a convolution has more
+    wrong = [(_counted(count, word), str(multiple)) for count, word, multiple in sizes if count % multiple]
+    if not wrong:
+        return None
+    found, multiples = (" and ".join(texts) for texts in zip(*wrong, strict=True))
+    return f"{found}, wanted {'multiples' if len(wrong) > 1 else 'a multiple'} of {multiples}"
+
+
+def _pattern(runtime: Runtime, facts: TensorFacts) -> str | None:
+    demand = runtime.demands[facts.dtype]
+    rank = len(facts.shape)
+    wanted = Pattern(demand.kept, demand.group, _input_axis(rank))
+    along = axes_of(wanted, facts.patterns, rank)
+    if wanted.axis % rank in along:
+        return None
+    reason = f"is not {demand.kept}:{demand.group} along the input dimension"
+    if (demand.kept, demand.group) != (2, 4):
+        reason += f", as {facts.dtype} has to be"
+    if along:
+        reason += f", but along dimension {_listed([str(axis) for axis in sorted(along)], 'and')}"
+    return reason
+
+
+def _gain(runtime: Runtime, facts: TensorFacts) -> str | None:
+    outputs, inputs = facts.shape[0], prod(facts.shape[1:])
+    for count, text in (
+        (outputs, _counted(outputs, "output")),
+        (inputs, f"{_counted(inputs, 'input')} to each output"),
+    ):
+        if count <= runtime.gains_above:
+            return f"no gain: {text}, wanted more than {runtime.gains_above}"
+    return None
+
+
+_RULES: tuple[Callable[[Runtime, TensorFacts], str | None], ...] = (_rank, _dtype, _size, _pattern, _gain)
+
+
+def _counted(count: int, word: str) -> str:
+    return f"{count:,} {word}" if count == 1 else f"{count:,} {word}s"
+
+
+def _listed(words: Sequence[str], last: str = "or") -> str:
+    *front, end = words
+    return f"{', '.join(front)} {last} {end}" if front else end

@@ -1,0 +1,458 @@
+"""Pictures of what inspect and compare found: what is drawn where, and that nothing is cut off."""
+
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING, Any
+
+import matplotlib as mpl
+import numpy as np
+import pytest
+from matplotlib.collections import QuadMesh
+from matplotlib.colors import to_hex
+
+from sparseprune.report.pictures.canvas import axes_at, blank, settings
+from sparseprune.report.pictures.comparison import comparison_page
+from sparseprune.report.pictures.curves import COLOURS, MARKERS
+from sparseprune.report.pictures.heatmap import NOTHING
+from sparseprune.report.pictures.histograms import ABOVE, WITHIN, binned
+from sparseprune.report.pictures.inspection import inspection_page
+from sparseprune.report.pictures.layers import Place, grid_of, mean_of, place_of
+from tests.report.pictured import (
+    KINDS,
+    compared,
+    decoder,
+    facts,
+    faults,
+    inspected,
+    texts,
+    titled,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+SPARSITY = "Sparsity in percent"
+OTHERS = "Outside of numbered layers"
+
+
+@pytest.fixture(autouse=True)
+def under_settings() -> Iterator[None]:
+    with settings():
+        yield
+
+
+def figures(document: dict[str, Any], survivors: list[dict[str, Any]] | None = None) -> list[Figure]:
+    return [picture.figure for picture in inspection_page(document, survivors or ()).pictures]
+
+
+def cells(axes: Axes) -> np.ma.MaskedArray[Any, Any]:
+    (mesh,) = [one for one in axes.collections if isinstance(one, QuadMesh)]
+    values = mesh.get_array()
+    assert values is not None
+    return np.ma.asarray(values)
+
+
+def test_faults_are_found_where_there_are_some() -> None:
+    figure = blank()
+    axes = axes_at(figure, 1, 1, 2, 2)
+    axes.set_yticks([0.5, 0.51], labels=["touching", "touched"])
+    axes.set_title("title")
+    axes.text(0, 1.01, "below the title")
+    axes.text(0, -20, "far below")
+    assert set(faults(figure)) == {("far below",), ("touching", "touched"), ("title", "below the title")}
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("model.layers.3.mlp.up_proj.weight", Place("model.layers", "3", "mlp.up_proj.weight")),
+        ("h.11.attn.c_attn.weight", Place("h", "11", "attn.c_attn.weight")),
+        ("0.up.weight", Place("", "0", "up.weight")),
+        ("layer1.0.conv1.weight", Place("layer1", "0", "conv1.weight")),
+        ("layers.2.experts.7.w1", Place("layers", "2", "experts.*.w1")),
+        ("lm_head.weight", None),
+        ("layers.3", None),
+        ("layers.3x.w", None),
+        ("layers.٣.w", None),
+        ("", None),
+    ],
+)
+def test_takes_a_name_apart_at_its_first_number(name: str, place: Place | None) -> None:
+    assert place_of(name) == place
+
+
+def test_rows_are_in_the_order_of_their_numbers_and_columns_as_they_are_met() -> None:
+    names = ["h.10.b.weight", "h.10.a.weight", "h.2.a.weight", "x"]
+    grid = grid_of([{"name": name, "numel": 1} for name in names])
+    assert grid.row_labels() == ["2", "10"]
+    assert grid.column_labels() == ["b", "a"]
+    assert [entry["name"] for entry in grid.others] == ["x"]
+
+
+def test_keeps_the_ending_where_labels_would_be_alike() -> None:
+    grid = grid_of([{"name": f"h.0.{name}"} for name in ("a", "a.weight")])
+    assert grid.column_labels() == ["a", "a.weight"]
+
+
+def test_stacks_are_named_by_what_tells_them_apart() -> None:
+    grid = grid_of([{"name": f"model.{stack}.0.w"} for stack in ("encoder.layers", "decoder.layers")])
+    assert grid.row_labels() == ["encoder.layers.0", "decoder.layers.0"]
+
+
+def test_the_mean_counts_elements_and_leaves_out_what_is_not_known() -> None:
+    entries: list[dict[str, Any]] = [{"numel": 1, "x": 1.0}, {"numel": 3, "x": 0.0}, {"numel": 50, "x": None}]
+    assert mean_of("x", entries) == 0.25
+    assert mean_of("x", entries[2:]) is None
+    assert mean_of("x", [{"numel": 0, "x": 0.0}]) == 0
+
+
+def test_draws_the_sparsity_of_every_layer_and_matrix() -> None:
+    (figure,) = figures(decoder(3, lambda layer, number: layer / 10 + number / 100))
+    axes = titled(figure, SPARSITY)
+    wanted = [[layer / 10 + number / 100 for number in range(len(KINDS))] for layer in range(3)]
+    assert np.allclose(cells(axes), wanted)
+    assert [label.get_text() for label in axes.get_xticklabels()] == list(KINDS)
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["0", "1", "2"]
+    assert axes.get_ylim() == (3, 0)  # the first layer is at the top
+    assert axes.get_ylabel() == "model.layers"
+    assert [text.get_text() for text in axes.texts[:5]] == ["0", "1", "2", "3", "10"]
+
+
+def test_colours_go_from_none_to_all_whatever_the_values() -> None:
+    (figure,) = figures(decoder(2, lambda *_: 0.5))
+    mesh = titled(figure, SPARSITY).collections[0]
+    assert mesh.get_clim() == (0, 1)
+    assert mesh.get_cmap().name == "cividis"
+
+
+def test_draws_what_belongs_to_no_layer_apart_and_notes_what_is_left_out() -> None:
+    (figure,) = figures(decoder(2, lambda *_: 0.5))
+    axes = titled(figure, OTHERS)
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["model.embed_tokens.weight"]
+    assert np.allclose(cells(axes), [[0.0]])
+    assert "Not shown: 3 tensors of less than two dimensions, with 4 zeros." in texts(figure)
+
+
+def test_experts_count_together_by_their_elements() -> None:
+    tensors = [facts(f"layers.0.experts.{n}.up.weight", s, (2, n + 1)) for n, s in enumerate((1.0, 0.0))]
+    (figure,) = figures(inspected(tensors))
+    axes = titled(figure, SPARSITY)
+    assert np.allclose(cells(axes), [[2 / 6]])
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["experts.*.up"]
+
+
+def test_a_matrix_that_is_not_there_is_grey_and_has_no_number() -> None:
+    tensors = [facts("h.0.a", 0.5), facts("h.0.b", 0.25), facts("h.1.a", 0.75), facts("h.2.b", None)]
+    (figure,) = figures(inspected(tensors))
+    axes = titled(figure, SPARSITY)
+    assert cells(axes).mask.tolist() == [[False, False], [False, True], [True, True]]
+    assert [text.get_text() for text in axes.texts] == ["50", "25", "75"]
+    assert to_hex(axes.get_facecolor()) == NOTHING
+    assert any("Grey" in text for text in texts(figure))
+
+
+def test_draws_bars_where_no_name_has_a_number() -> None:
+    tensors = [facts("up", 0.25), facts("down", 0.75), facts("norm", 0.0, (4,)), facts("f4", None)]
+    (figure,) = figures(inspected(tensors))
+    axes = titled(figure, SPARSITY)
+    assert [bar.get_width() for bar in axes.patches] == [0.25, 0.75, 0]  # type: ignore[attr-defined]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["up", "down", "f4"]
+    assert [text.get_text() for text in axes.texts] == ["25%", "75%", "-"]
+    assert axes.get_xlim() == (0, 1)
+
+
+def test_a_checkpoint_of_vectors_alone_is_drawn() -> None:
+    (figure,) = figures(inspected([facts("a.0.norm", 0.5, (4,))]))
+    assert np.allclose(cells(titled(figure, SPARSITY)), [[0.5]])
+
+
+def test_an_empty_checkpoint_says_so() -> None:
+    (figure,) = figures(inspected([]))
+    assert texts(figure) == ["There are no tensors."]
+
+
+def test_of_many_tensors_without_a_layer_the_largest_are_drawn() -> None:
+    tensors = [facts(f"w{chr(97 + n)}", 0.5, (n + 1, 7)) for n in range(20)]
+    layered = [facts("h.0.w", 0.5)]
+    (figure,) = figures(inspected(tensors + layered))
+    labels = [label.get_text() for label in titled(figure, OTHERS).get_yticklabels()]
+    assert labels == [f"w{chr(97 + n)}" for n in range(8, 20)]
+    assert "Not shown: 8 smaller tensors that belong to no numbered layer." in texts(figure)
+
+
+@pytest.mark.parametrize(
+    ("layers", "kinds"), [(1, 1), (1, 40), (2, 3), (32, 7), (128, 3), (128, 20), (400, 2), (3, 300)]
+)
+def test_nothing_is_cut_off_and_labels_do_not_touch(layers: int, kinds: int) -> None:
+    names = [f"some_block.{number:03d}_projection_with_a_long_name_{number % 7}" for number in range(kinds)]
+    (figure,) = figures(decoder(layers, lambda *_: random.Random(0).random(), names))
+    assert faults(figure) == []
+    assert max(figure.get_size_inches()) < 40
+    assert len(titled(figure, SPARSITY).texts) in {0, layers * kinds}
+
+
+def test_numbers_stand_in_cells_of_128_layers() -> None:
+    (figure,) = figures(decoder(128, lambda *_: 0.5))
+    assert len(titled(figure, SPARSITY).texts) == 128 * len(KINDS)
+
+
+@pytest.mark.parametrize(
+    "name", ["$x$ and $y^2$", "[red]w[/]", "a\nb", "漢字", "_hidden", "<script>", "x" * 300, "%s {0} \\frac"]
+)
+def test_names_are_drawn_as_they_are(name: str) -> None:
+    wanted = name.replace("\n", "\\n")
+    for document in (
+        inspected([facts(name, 0.5)]),
+        inspected([facts(f"h.0.{name}", 0.5), facts("h.1.b", 1)]),
+    ):
+        (figure,) = figures(document)
+        assert faults(figure) == []
+        assert any(text == wanted or text[-20:] == wanted[-20:] for text in texts(figure))
+
+
+def survivors(histogram: list[list[int]], nnz: object = None, rule: str = "scope.w") -> list[dict[str, Any]]:
+    return [{"rule": rule, "nnz": nnz, "histogram": histogram}]
+
+
+def panel(histogram: list[list[int]], nnz: object = None) -> Axes:
+    _, figure = figures(decoder(1, lambda *_: 0.5), survivors(histogram, nnz))
+    (axes,) = figure.axes
+    assert faults(figure) == []
+    return axes
+
+
+def bars_of(axes: Axes) -> list[tuple[float, float]]:
+    """Where the middle of every bar is that is not empty, and its height."""
+    bars: list[Any] = list(axes.patches)
+    return [(bar.get_x() + bar.get_width() / 2, bar.get_height()) for bar in bars if bar.get_height()]
+
+
+def lines_of(axes: Axes) -> list[float]:
+    return [float(np.asarray(line.get_xdata())[0]) for line in axes.lines]
+
+
+def test_a_bar_for_each_number_of_survivors_and_a_line_for_the_budget() -> None:
+    axes = panel([[0, 3], [2, 40]], 2)
+    assert [(round(at, 9), height) for at, height in bars_of(axes)] == [(0, 3), (2, 40)]
+    assert lines_of(axes) == [2]
+    assert axes.get_title(loc="left") == "Survivors per scope of scope.w"
+    assert axes.get_yscale() == "linear"
+    assert any(text.get_text() == "nnz 2" for text in axes.texts)
+
+
+def test_scopes_above_the_budget_are_told_apart_by_colour_and_hatch() -> None:
+    bars: list[Any] = list(panel([[1, 9], [2, 9], [3, 9]], 2).patches)
+    assert [to_hex(bar.get_facecolor()) for bar in bars] == [WITHIN, WITHIN, ABOVE]
+    assert [bar.get_hatch() or "" for bar in bars] == ["", "", "////"]
+
+
+def test_a_budget_that_no_scope_reaches_is_seen() -> None:
+    axes = panel([[3, 9]], 50)
+    low, high = axes.get_xlim()
+    assert low < 3
+    assert high > 50
+
+
+def test_unlike_budgets_are_lines_of_their_own_and_few() -> None:
+    assert lines_of(panel([[1, 9]], [1, 2, 2, 3])) == [1, 2, 3]
+    assert lines_of(panel([[1, 9]], list(range(1, 30)))) == [1, 29]
+
+
+@pytest.mark.parametrize("nnz", [None, [None, None], []])
+def test_a_rule_without_a_budget_has_no_line(nnz: object) -> None:
+    axes = panel([[0, 4], [1, 9]], nnz)
+    assert lines_of(axes) == []
+    assert all(to_hex(bar.get_facecolor()) == WITHIN for bar in axes.patches)
+
+
+def test_heights_are_logarithmic_where_few_scopes_stand_beside_very_many() -> None:
+    axes = panel([[1, 2], [2, 10**9]], 2)
+    assert axes.get_yscale() == "log"
+    assert axes.get_ylim()[0] < 1
+    assert [round(height) for _, height in bars_of(axes)] == [2, 10**9]
+
+
+def test_thousands_of_counts_are_binned_and_no_scope_is_lost() -> None:
+    rng = random.Random(3)
+    histogram = [[count, rng.randint(1, 9)] for count in rng.sample(range(10**6), 5000)]
+    axes = panel(sorted(histogram), 10**6)
+    assert len(axes.patches) <= 60
+    assert sum(height for _, height in bars_of(axes)) == sum(scopes for _, scopes in histogram)
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "bins"), [(0, 0, 4), (5, 5, 4), (0, 59, 60), (0, 60, 60), (7, 1000, 3)]
+)
+def test_bins_are_alike_and_hold_every_count(first: int, last: int, bins: int) -> None:
+    found = binned([[count, 1] for count in range(first, last + 1)], bins)
+    assert len(found.counts) <= bins
+    assert len({b - a for a, b in zip(found.edges, found.edges[1:], strict=False)}) == 1
+    assert found.edges[0] <= first
+    assert found.edges[-1] > last
+    assert sum(found.counts) == last + 1 - first
+
+
+@pytest.mark.parametrize(
+    "survivors",
+    [[0], [7], [1, 2], [484_442_112], [5 * 10**9, 5 * 10**9 + 3], [0, 5 * 10**9], [999_999, 10**6], [10**12]],
+)
+def test_numbers_below_the_bars_are_unlike_and_do_not_touch(survivors: list[int]) -> None:
+    axes = panel([[count, 3] for count in survivors], survivors[-1])
+    low, high = axes.get_xlim()
+    ticks = [tick for tick in axes.xaxis.get_major_ticks() if low <= tick.get_loc() <= high]
+    labels = [tick.label1.get_text() for tick in ticks if tick.label1.get_text()]
+    assert labels
+    assert len(labels) == len(set(labels))
+
+
+def test_a_rule_without_scopes_is_drawn() -> None:
+    assert bars_of(panel([], 2)) == []
+
+
+def test_every_rule_has_a_panel() -> None:
+    rules = [survivors([[n, 5]], n, f"scope.{'long_' * n}{n}")[0] for n in range(1, 10)]
+    _, figure = figures(decoder(1, lambda *_: 0.5), rules)
+    assert len(figure.axes) == 9
+    assert faults(figure) == []
+
+
+def changed(layers: int, kinds: int) -> dict[str, tuple[float | None, float | None]]:
+    return {
+        f"model.layers.{layer}.block.kind_{kind}.weight": (
+            0.9 - layer % 80 / 100 - kind / 1000,
+            0.3 + kind / 100,
+        )
+        for layer in range(layers)
+        for kind in range(kinds)
+    }
+
+
+def compared_figure(tensors: Mapping[str, tuple[float | None, float | None]], **more: Any) -> Figure:
+    (picture,) = comparison_page(compared(tensors, **more)).pictures
+    assert faults(picture.figure) == []
+    return picture.figure
+
+
+def test_draws_a_line_of_energy_and_one_of_error_for_each_kind_of_matrix() -> None:
+    figure = compared_figure(changed(3, 2))
+    energy, error = (titled(figure, title) for title in ("Retained energy", "Relative error"))
+    assert np.allclose(
+        [np.asarray(line.get_ydata()) for line in energy.lines], [[0.9, 0.89, 0.88], [0.899, 0.889, 0.879]]
+    )
+    assert np.allclose([np.asarray(line.get_ydata()) for line in error.lines], [[0.3] * 3, [0.31] * 3])
+    assert np.allclose(energy.lines[0].get_xdata(), [0, 1, 2])
+    legend = energy.get_legend()
+    assert legend is not None
+    assert [text.get_text() for text in legend.get_texts()] == ["block.kind_0", "block.kind_1"]
+
+
+def test_lines_differ_in_colour_and_in_marker() -> None:
+    lines = titled(compared_figure(changed(2, 8)), "Retained energy").lines
+    assert [line.get_color() for line in lines] == list(COLOURS)
+    assert [line.get_marker() for line in lines] == list(MARKERS)
+    assert len(set(COLOURS)) == len(set(MARKERS)) == 8
+
+
+def test_the_legend_lies_outside_of_the_lines() -> None:
+    figure = compared_figure(changed(4, 5))
+    axes = titled(figure, "Retained energy")
+    legend = axes.get_legend()
+    assert legend is not None
+    assert legend.get_window_extent().x0 > axes.get_window_extent().x1
+
+
+def test_more_kinds_than_colours_are_a_heatmap() -> None:
+    figure = compared_figure(changed(2, 9))
+    energy = titled(figure, "Retained energy in percent")
+    assert cells(energy).shape == (2, 9)
+    assert np.allclose(cells(energy)[1, 8], 0.9 - 0.01 - 0.008)
+    assert np.allclose(cells(titled(figure, "Relative error"))[0], [0.3 + kind / 100 for kind in range(9)])
+
+
+def test_what_is_not_known_is_a_gap() -> None:
+    tensors = changed(3, 1) | {"model.layers.1.block.kind_0.weight": (None, None)}
+    line = titled(compared_figure(tensors), "Retained energy").lines[0]
+    assert np.isnan(line.get_ydata()).tolist() == [False, True, False]
+
+
+def test_nothing_at_all_is_known_and_it_is_drawn() -> None:
+    figure = compared_figure(dict.fromkeys(changed(2, 2), (None, None)))
+    assert len(titled(figure, "Relative error").lines) == 2
+
+
+def test_no_line_leads_from_one_stack_of_layers_to_the_next() -> None:
+    tensors = {f"{stack}.{layer}.w": (0.5, 0.5) for stack in ("encoder", "decoder") for layer in range(2)}
+    line = titled(compared_figure(tensors), "Retained energy").lines[0]
+    assert np.isnan(line.get_ydata()).tolist() == [False, False, True, False, False]
+    assert np.allclose(np.asarray(line.get_xdata())[[0, 1, 3, 4]], [0, 1, 3, 4])
+
+
+def test_matrices_that_did_not_change_are_named_and_not_drawn() -> None:
+    tensors = changed(2, 1) | {f"model.layers.{layer}.same.weight": (1, 0) for layer in range(2)}
+    figure = compared_figure(tensors | {"lm_head.weight": (1, 0)})
+    assert len(titled(figure, "Retained energy").lines) == 1
+    assert "Unchanged and not shown: same, lm_head." in texts(figure)
+
+
+def test_all_is_drawn_where_nothing_changed() -> None:
+    figure = compared_figure(dict.fromkeys(changed(2, 2), (1, 0)))
+    assert len(titled(figure, "Retained energy").lines) == 2
+    assert "None of these changed." in texts(figure)
+
+
+def test_a_changed_tensor_without_a_layer_is_told_in_words() -> None:
+    figure = compared_figure(changed(2, 1) | {"lm_head.weight": (0.875, 0.3536)})
+    assert "lm_head.weight: retained energy 87.5%, relative error 0.354" in texts(figure)
+
+
+def test_draws_bars_of_tensors_without_layers() -> None:
+    figure = compared_figure({"up": (0.75, 0.5), "down": (0.5, 0.25)})
+    energy, error = (titled(figure, title) for title in ("Retained energy in percent", "Relative error"))
+    assert [bar.get_width() for bar in energy.patches] == [0.75, 0.5]  # type: ignore[attr-defined]
+    assert [bar.get_width() for bar in error.patches] == [0.5, 0.25]  # type: ignore[attr-defined]
+
+
+def test_of_experts_energy_is_a_mean_and_error_one_of_squares() -> None:
+    names = [f"h.0.experts.{number}.w" for number in range(2)]
+    tensors = dict(zip(names, ((1.0, 0.0), (0.6, 0.8)), strict=True))
+    figure = compared_figure(tensors, numel={names[0]: 100, names[1]: 300})
+    assert np.allclose(titled(figure, "Retained energy").lines[0].get_ydata(), [0.7])
+    assert np.allclose(titled(figure, "Relative error").lines[0].get_ydata(), [(0.75 * 0.64) ** 0.5])
+
+
+@pytest.mark.parametrize("large", [1.5, 1e30, 1e300])
+def test_energies_above_one_and_errors_of_any_size_are_drawn(large: float) -> None:
+    for kinds in (2, 9):
+        tensors = changed(2, kinds)
+        tensors["model.layers.1.block.kind_0.weight"] = (large, large)
+        compared_figure(tensors)
+
+
+def test_no_tensor_in_common_is_told() -> None:
+    assert "There are no tensors that both checkpoints have." in texts(compared_figure({}))
+
+
+@pytest.mark.parametrize("layers", [1, 2, 40, 128, 300])
+def test_layers_of_any_number_have_labels_that_do_not_touch(layers: int) -> None:
+    compared_figure(changed(layers, 3))
+    stacks = {
+        name.replace("model", f"a_long_name_of_stack_{n}"): v
+        for n in range(2)
+        for name, v in changed(layers, 2).items()
+    }
+    compared_figure(stacks)
+
+
+def test_settings_of_a_user_have_no_part_and_are_left_as_they_are() -> None:
+    document = decoder(2, lambda *_: 0.5)
+    plain = figures(document)[0].get_size_inches().tolist()
+    with mpl.rc_context({"font.size": 30.0, "axes.titlesize": 40.0, "figure.dpi": 20.0}):
+        before = dict(mpl.rcParams)
+        with settings():
+            sized = figures(document)[0].get_size_inches().tolist()
+        assert dict(mpl.rcParams) == before
+    assert sized == plain
