@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,29 @@ from tests.samples import run
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+FINETUNE = f"""#!{sys.executable}
+import shutil, sys, torch
+from pathlib import Path
+from safetensors.torch import load_file, save_file
+
+source, target = map(Path, sys.argv[1:])
+shutil.copytree(source, target, ignore=shutil.ignore_patterns("sparseprune"))
+generator = torch.Generator().manual_seed(1)
+for shard in target.glob("*.safetensors"):
+    tensors = {{
+        name: (weight + 0.01 * torch.randn(weight.shape, generator=generator)).to(weight.dtype)
+        for name, weight in load_file(shard).items()
+    }}
+    save_file(tensors, shard, metadata={{"format": "pt"}})
+"""
+JQ = f"""#!{sys.executable}
+import json, sys
+
+found = json.load(sys.stdin)
+for key in sys.argv[1].strip(".").split("."):
+    found = found[key]
+print(json.dumps(found))
+"""
 
 
 def blocks(language: str) -> list[str]:
@@ -72,13 +96,59 @@ def test_plan_shows_its_real_output(tmp_path: Path) -> None:
     assert shows(shown, real), "\n".join(real)
 
 
+def test_inspect_shows_its_real_output(tmp_path: Path) -> None:
+    write_decoder(tmp_path / "decoder")
+    assert run("apply", tmp_path / "decoder", "2of4", "-o", tmp_path / "decoder-half", "-q").code == 0
+    command, *shown = blocks("console")[2].splitlines()
+    real = real_output(shlex.split(command.removeprefix("$ ")), tmp_path)
+    assert shows(shown, real), "\n".join(real)
+
+
+def test_the_pipeline_ends_in_the_output_that_is_shown(tmp_path: Path) -> None:
+    """`finetune` stands for any tool; where `jq` is not installed one with the same few words does."""
+    write_decoder(tmp_path / "decoder")
+    programs = {"sparseprune": f'exec {sys.executable} -m sparseprune "$@"', "finetune": FINETUNE}
+    if shutil.which("jq") is None:
+        programs["jq"] = JQ
+    for name, script in programs.items():
+        program = tmp_path / "bin" / name
+        program.parent.mkdir(exist_ok=True)
+        program.write_text(f"#!/bin/sh\n{script}\n" if name == "sparseprune" else script)
+        program.chmod(0o755)
+    (script,) = blocks("sh")
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", script],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert done.stdout == blocks("text")[1]
+    assert "more than 2 non-zero blocks" in (tmp_path / "broken.txt").read_text()
+
+
+def test_the_stand_in_for_jq_finds_what_jq_would(tmp_path: Path) -> None:
+    (tmp_path / "jq").write_text(JQ)
+    done = subprocess.run(
+        [sys.executable, tmp_path / "jq", ".totals.lost"],
+        input='{"totals": {"lost": 12}}',
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "12\n"
+
+
 def test_a_wrong_line_of_output_is_noticed() -> None:
     assert not shows(["pruned 1", "..."], ["pruned 2", "more"])
     assert not shows(["pruned 1"], ["pruned 1", "more"])
 
 
 def test_second_command_is_the_checks_that_ci_runs() -> None:
-    (command,) = blocks("console")[2].splitlines()
+    (command,) = blocks("console")[3].splitlines()
     assert command == "$ bash .ci/run"
     script = (ROOT / ".ci/run").read_text()
     for check in ("ruff check", "ruff format --check", "mypy", "lint-imports", "pytest"):
@@ -101,7 +171,7 @@ def test_every_python_example_runs(number: int) -> None:
 
 
 def test_commands_and_shipped_specs_are_all_named() -> None:
-    listed = "".join(blocks("text"))
+    listed = blocks("text")[0]
     commands = {command.callback.__name__ for command in app.registered_commands if command.callback}
     assert set(re.findall(r"^sparseprune (\w+)", listed, flags=re.MULTILINE)) == commands - {"demo"}
     for name in list_specs():

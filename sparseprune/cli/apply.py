@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from typing import TYPE_CHECKING, Any
 
 from sparseprune import __version__
-from sparseprune.checkpoint import (
-    StagedOutput,
-    TensorReader,
-    checkpoint_identity,
-    read_config,
-    refuse_changed,
-)
-from sparseprune.cli.console import print_json, print_result, stderr_console, tell
+from sparseprune.checkpoint import StagedOutput, checkpoint_identity, read_config, refuse_changed
+from sparseprune.cli.console import print_json, print_result, stderr_console
 from sparseprune.cli.progress import progress
-from sparseprune.cli.request import Request, collector_paused, output_shown, prepare
+from sparseprune.cli.request import Request, collector_paused, prepare
+from sparseprune.cli.writing import digest, interrupts_told, output_shown, write_output
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from sparseprune.checkpoint import OutputLayout, Shard
+    from sparseprune.checkpoint import OutputLayout, Shard, TensorReader
     from sparseprune.cli.request import Prepared
     from sparseprune.pipeline import Plan
 
@@ -34,39 +28,19 @@ def run(request: Request) -> None:
         prepared = prepare(request)
     plan, layout = prepared.plan, prepared.layout
     output = StagedOutput(layout, request.force, identity=_identity(request, prepared))
-    try:
-        document = _execute(request, prepared, output, began)
+    with interrupts_told(output):
+        document = write_output(
+            output,
+            lambda reader: _worked(request, prepared, output, reader, began),
+            lambda: refuse_changed(plan.checkpoint, _score_shards(prepared)),
+            quiet=request.quiet,
+        )
         if not request.quiet:
             _tell(request, plan, layout, document, time.perf_counter() - began)
         if request.json:
             print_json(document)
         else:
             print_result(output_shown(request, layout))
-    except KeyboardInterrupt as interrupt:
-        if output.named:
-            raise KeyboardInterrupt("the output is complete") from interrupt
-        raise
-
-
-def _execute(request: Request, prepared: Prepared, output: StagedOutput, began: float) -> dict[str, Any]:
-    """Everything between the first byte written and the output's name; gives the report."""
-    try:
-        with output, TensorReader() as reader:
-            if output.started_over and not request.quiet:
-                tell(f"an unfinished run is not continued, since {_listed(output.started_over)} changed")
-            if output.resumed and not request.quiet:
-                tell("an unfinished run is continued")
-            document = _worked(request, prepared, output, reader, began)
-            refuse_changed(prepared.plan.checkpoint, _score_shards(prepared))
-            output.commit()
-    except BaseException as error:
-        if output.kept:
-            error.add_note(
-                f"what is finished is kept in {output.partial_path}: the same command continues, "
-                "removing the folder gives it up"
-            )
-        raise
-    return document
 
 
 def _worked(
@@ -86,7 +60,7 @@ def _worked(
     circumstances = Run(
         input=str(request.checkpoint),
         output=output_shown(request, layout),
-        spec_sha256=_digest(source.text),
+        spec_sha256=digest(source.text),
         device=device,
         seconds=time.perf_counter() - began,
         overrides=request.overrides,
@@ -109,8 +83,8 @@ def _identity(request: Request, prepared: Prepared) -> dict[str, str]:
     spec = json.dumps([prepared.source.text, sorted(request.overrides.items())])
     return {
         "the version": __version__,
-        "the input": _digest(json.dumps([checkpoint_identity(checkpoint), config, *files])),
-        "the spec": _digest(spec),
+        "the input": digest(json.dumps([checkpoint_identity(checkpoint), config, *files])),
+        "the spec": digest(spec),
         "the options": json.dumps(options),
     }
 
@@ -119,14 +93,6 @@ def _score_shards(prepared: Prepared) -> Iterable[Shard]:
     """The shards of score files, each once."""
     tasks = (task for unit in prepared.plan.units for task in unit.tasks)
     return dict.fromkeys(one.stored.shard for task in tasks for one in task.inputs)
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _listed(words: tuple[str, ...]) -> str:
-    return " and ".join(words)
 
 
 def _as_applied(request: Request, text: str) -> str:
@@ -140,7 +106,8 @@ def _as_applied(request: Request, text: str) -> str:
 def _tell(
     request: Request, plan: Plan, layout: OutputLayout, document: dict[str, Any], seconds: float
 ) -> None:
-    from sparseprune.report.tables import outcome_table, percent, rules_table, size
+    from sparseprune.report.tables import outcome_table, rules_table
+    from sparseprune.report.wording import percent, size
 
     console = stderr_console()
     if request.verbose:

@@ -101,6 +101,11 @@ def print_result(text: str) -> None:
     print(text)
 
 
+def print_text(text: str) -> None:
+    """Lines that are complete, on stdout."""
+    sys.stdout.write(text)
+
+
 def print_json(document: Mapping[str, Any]) -> None:
     """A document on stdout."""
     print(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False))

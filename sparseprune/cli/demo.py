@@ -55,7 +55,7 @@ def _demo(folder: Path) -> None:
             )
             print()
             _show("inspect", output)
-            inspect.run(output, jobs=default_jobs(), as_json=False, quiet=True)
+            inspect.run(inspect.InspectRequest(output, jobs=default_jobs(), quiet=True))
 
 
 def _show(*words: object) -> None:

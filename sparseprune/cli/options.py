@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -78,7 +79,80 @@ SetOption = Annotated[
 DryRunOption = Annotated[
     bool, typer.Option("--dry-run", help="Show what would be done, as plan does; write nothing.")
 ]
+MatchOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--match",
+        metavar="PATTERN",
+        help="Only tensors of this name; * matches inside a part of it, ** across the dots.",
+        show_default=False,
+    ),
+]
+ExcludeOption = Annotated[
+    list[str] | None,
+    typer.Option("--exclude", metavar="PATTERN", help="No tensors of this name.", show_default=False),
+]
+SortOption = Annotated[
+    str | None,
+    typer.Option(
+        "--sort",
+        metavar="COLUMN",
+        help="Order by a column, such as name, numel or sparsity, the smallest first.",
+        show_default="as stored",
+    ),
+]
+ReverseOption = Annotated[bool, typer.Option("--reverse", help="The other way round.")]
+RequireOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--require",
+        metavar="CONDITION",
+        help='Fail unless it holds, such as "sparsity>=0.5 in **.mlp.**".',
+        show_default=False,
+    ),
+]
+PlotOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--plot", metavar="FILE", help="Draw it, as .png, .svg or one .html page.", show_default=False
+    ),
+]
+PartialOption = Annotated[
+    bool, typer.Option("--partial", help="Let masks and tensors be that have no counterpart.")
+]
+CsvOption = Annotated[bool, typer.Option("--csv", help="The rows as CSV on stdout.")]
+MarkdownOption = Annotated[bool, typer.Option("--markdown", help="The table as Markdown on stdout.")]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+Form = Literal["table", "json", "csv", "markdown"]
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """Which tensors are told of, and in which order: patterns as typed, a column to sort by or None."""
+
+    match: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    sort: str | None = None
+    reverse: bool = False
+
+
+def listing_of(
+    match: list[str] | None, exclude: list[str] | None, sort: str | None, reverse: bool
+) -> Listing:
+    """The options of a listing, as they were typed."""
+    return Listing(tuple(match or ()), tuple(exclude or ()), sort, reverse)
+
+
+def form_of(*, json: bool, csv: bool, markdown: bool) -> Form:
+    """In which form the result goes to stdout; SparsepruneError where several were asked for."""
+    asked: dict[Form, bool] = {"json": json, "csv": csv, "markdown": markdown}
+    chosen = [form for form, wanted in asked.items() if wanted]
+    if len(chosen) > 1:
+        words = " and ".join(f"--{form}" for form in chosen)
+        raise SparsepruneError(f"{words} exclude each other; give one of them")
+    return chosen[0] if chosen else "table"
 
 
 def overrides_of(words: list[str] | None) -> dict[str, str]:

@@ -6,7 +6,6 @@ Reads headers and the spec, no tensor data; imports no torch.
 from __future__ import annotations
 
 import gc
-import os
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -61,13 +60,6 @@ def prepare(request: Request) -> Prepared:
     compiled = not request.device.startswith("cuda")
     schedule = make_schedule(plan, request.memory, request.jobs, compiled=compiled)
     return Prepared(source, plan, schedule, _layout(request, plan))
-
-
-def output_shown(request: Request, layout: OutputLayout) -> str:
-    """The output's path as the user would write it: relative where the paths that were typed are."""
-    if request.output is not None:
-        return str(request.output)
-    return str(layout.target) if request.checkpoint.is_absolute() else os.path.relpath(layout.target)
 
 
 @contextmanager

@@ -31,7 +31,7 @@ import pytest
 
 from sparseprune.checkpoint import StagedOutput
 from sparseprune.errors import MachineError
-from sparseprune.pipeline import schedule
+from sparseprune.pipeline import reapplying, schedule
 from sparseprune.pipeline.limits import Limits, limits_of
 from tests.limits import WAYS, force, narrow
 
@@ -284,6 +284,7 @@ def _prepare(command: Command) -> None:
 
     own = StagedOutput.note
     patch = pytest.MonkeyPatch()
+    patch.setattr(reapplying, "limits_of", limits)
     patch.setattr(schedule, "limits_of", limits)
     if command.prompt:
         patch.setattr(StagedOutput, "note", note)

@@ -1,0 +1,57 @@
+"""What was applied to a checkpoint: the spec that was named, or the one that lies beside the weights.
+
+Reads specs and reports, no tensor data; imports no torch. Called by the commands that look at a pruned
+checkpoint.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from sparseprune.checkpoint.folder import read_object
+from sparseprune.errors import CheckpointError
+from sparseprune.spec import find_spec, parse_spec
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from sparseprune.checkpoint import Checkpoint
+    from sparseprune.spec import Spec
+
+_RESULTS, _SUFFIX = "sparseprune", ".safetensors"
+
+
+def applied_spec(checkpoint: Checkpoint, named: str | None, overrides: Mapping[str, str]) -> Spec | None:
+    """The spec that was `named`, else the one that the checkpoint was pruned by, None where it has none.
+
+    Of the latter the variables count that were set when it was applied, unless `overrides` has others.
+    """
+    if named is not None:
+        source = find_spec(named)
+        return parse_spec(source.text, source.source, source.directory, overrides)
+    path = checkpoint.path / _RESULTS / "spec.toml"
+    if not checkpoint.is_directory or not path.is_file():
+        return None
+    source = find_spec(path)
+    report = applied_report(checkpoint) or {}
+    typed = report.get("set")
+    were_set = {name: str(value) for name, value in (typed if isinstance(typed, dict) else {}).items()}
+    return parse_spec(source.text, source.source, source.directory, were_set | dict(overrides))
+
+
+def applied_report(checkpoint: Checkpoint) -> Mapping[str, Any] | None:
+    """The report.json of the run that wrote the checkpoint, None where it has none."""
+    path = _report_path(checkpoint)
+    try:
+        return read_object(path)
+    except CheckpointError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            return None
+        raise
+
+
+def _report_path(checkpoint: Checkpoint) -> Path:
+    if checkpoint.is_directory:
+        return checkpoint.path / _RESULTS / "report.json"
+    return checkpoint.path.with_name(f"{checkpoint.path.name.removesuffix(_SUFFIX)}.report.json")

@@ -1,0 +1,136 @@
+"""`compare`: what became of the tensors of one checkpoint in another."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from sparseprune.checkpoint import TensorReader, open_checkpoint
+from sparseprune.cli.console import print_json, print_table, print_text, tell
+from sparseprune.cli.options import Listing
+from sparseprune.cli.progress import progress
+from sparseprune.errors import CheckFailedError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from sparseprune.cli.options import Form
+    from sparseprune.report.comparison import Sides
+    from sparseprune.report.requirements import Requirement
+
+
+@dataclass(frozen=True, slots=True)
+class CompareRequest:
+    """What was typed; `requirements` are not read yet."""
+
+    dense: Path
+    pruned: Path
+    jobs: int
+    listing: Listing = field(default_factory=Listing)
+    requirements: tuple[str, ...] = ()
+    plot: Path | None = None
+    form: Form = "table"
+    quiet: bool = False
+
+
+def run(request: CompareRequest) -> None:
+    """Measure, print on stdout, draw; CheckFailedError where a requirement does not hold."""
+    if request.plot is not None:
+        from sparseprune.report.pictures import check_picture
+
+        check_picture(request.plot)
+    sides = _sides(request)
+    requirements = _requirements(request, sides)
+    document = _document(request, sides)
+    _print(request, document)
+    if request.plot is not None:
+        from sparseprune.report.pictures import plot_comparison
+
+        plot_comparison(document, request.plot)
+        if not request.quiet:
+            tell(f"wrote {request.plot}")
+    if requirements:
+        from sparseprune.report.requirements import failures
+
+        lines = failures(requirements, [*document["tensors"], *_absent(sides)])
+        if lines:
+            raise CheckFailedError("\n".join(lines))
+
+
+def _sides(request: CompareRequest) -> Sides:
+    """Which of the tensors that were asked for stand where."""
+    from sparseprune.report.comparison import sides_of
+    from sparseprune.report.listing import selected
+
+    dense, pruned = open_checkpoint(request.dense), open_checkpoint(request.pruned)
+    names = dict.fromkeys((*dense.tensors, *pruned.tensors))
+    listing = request.listing
+    return sides_of(dense.tensors, pruned.tensors, selected(names, listing.match, listing.exclude))
+
+
+def _requirements(request: CompareRequest, sides: Sides) -> list[Requirement]:
+    """What has to hold; all that is wrong in it, or in how to sort, is told before anything is read."""
+    from sparseprune.report.comparison_document import FIELDS, unmeasured
+    from sparseprune.report.listing import ordered
+    from sparseprune.report.requirements import failures, parse_requirement
+
+    requirements = [parse_requirement(text, FIELDS) for text in request.requirements]
+    if request.listing.sort is not None:
+        ordered(unmeasured(sides.pairs[:1]), request.listing.sort, request.listing.reverse)
+    if requirements:
+        failures(requirements, [*unmeasured(sides.pairs), *_absent(sides)])
+    return requirements
+
+
+def _absent(sides: Sides) -> list[dict[str, Any]]:
+    """What a requirement cannot hold of: tensors that are gone, or have another shape."""
+    from sparseprune.report.wording import shape_text
+
+    gone = [
+        {"name": stored.name, "shape": stored.shape, "absent": "is not in PRUNED"} for stored in sides.removed
+    ]
+    reshaped = [
+        {
+            "name": pair.before.name,
+            "shape": pair.before.shape,
+            "absent": f"was {shape_text(pair.before.shape)}, is {shape_text(pair.after.shape)} in PRUNED",
+        }
+        for pair in sides.reshaped
+    ]
+    return [*gone, *reshaped]
+
+
+def _document(request: CompareRequest, sides: Sides) -> dict[str, Any]:
+    """What is found in the tensors, in the order that was asked for."""
+    from sparseprune.report.comparison import compare_checkpoints
+    from sparseprune.report.comparison_document import compare_document
+    from sparseprune.report.listing import ordered
+
+    nbytes = sum(pair.nbytes for pair in sides.pairs)
+    with TensorReader() as reader, progress("comparing", nbytes, quiet=request.quiet) as advance:
+        found = compare_checkpoints(sides.pairs, reader, request.jobs, advance)
+    document = compare_document(str(request.dense), str(request.pruned), found, sides)
+    tensors = ordered(document["tensors"], request.listing.sort, request.listing.reverse)
+    return document | {"tensors": tensors}
+
+
+def _print(request: CompareRequest, document: Mapping[str, Any]) -> None:
+    """The document in the form that was asked for; whoever names tensors sees all of them in the table."""
+    named = bool(request.listing.match)
+    if request.form == "json":
+        print_json(document)
+    elif request.form == "csv":
+        from sparseprune.report.comparison_document import sheet_of
+        from sparseprune.report.exporting import csv_text
+
+        print_text(csv_text(*sheet_of(document)))
+    elif request.form == "markdown":
+        from sparseprune.report.comparison_table import columns_and_rows
+        from sparseprune.report.exporting import markdown_text
+
+        print_text(markdown_text(*columns_and_rows(document, all_tensors=named)))
+    else:
+        from sparseprune.report.comparison_table import compare_table
+
+        print_table(compare_table(document, all_tensors=named))

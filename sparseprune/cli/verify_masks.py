@@ -1,0 +1,80 @@
+"""`verify --masks`: whether everything that masks drop is zero in a checkpoint, and where it is not."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+from sparseprune.checkpoint import TensorReader, refuse_changed
+from sparseprune.cli.console import print_json, print_table, print_text, tell
+from sparseprune.cli.masked import masked_by
+from sparseprune.cli.progress import progress
+from sparseprune.cli.request import collector_paused
+from sparseprune.errors import CheckFailedError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+    from typing import Any
+
+
+class MasksRequest(Protocol):
+    """What was typed."""
+
+    @property
+    def checkpoint(self) -> Path: ...
+    @property
+    def masks(self) -> Path | None: ...
+    @property
+    def partial(self) -> bool: ...
+    @property
+    def jobs(self) -> int: ...
+    @property
+    def memory(self) -> int: ...
+    @property
+    def json(self) -> bool: ...
+    @property
+    def quiet(self) -> bool: ...
+
+
+def run_masks(request: MasksRequest) -> None:
+    """Look, print on stdout; CheckFailedError with a line for each tensor that lost zeros."""
+    if request.masks is None:
+        raise TypeError("there are no masks to verify by")
+    document = _document(request, request.masks)
+    from sparseprune.report.reapplication import lost_lines, verify_masks_table
+
+    if request.json:
+        print_json(document)
+    elif not request.quiet:
+        totals = document["totals"]
+        print_table(verify_masks_table(document))
+        where = f"{totals['pruned']:,} elements of {len(document['tensors']):,} tensors"
+        found = f"{totals['lost']:,} of them are not" if totals["lost"] else "all of them are"
+        print_text(f"masks drop {where}; {found} zero\n")
+    if not document["holds"]:
+        raise CheckFailedError("\n".join(lost_lines(document)))
+
+
+def _document(request: MasksRequest, masks: Path) -> dict[str, Any]:
+    """Read everything that masks drop; ChangedInputError where something wrote to it meanwhile."""
+    with collector_paused():
+        matched = masked_by(request, masks).matched
+    from sparseprune.pipeline.reapplying import find_lost, make_reapplication
+    from sparseprune.report.reapplication import Circumstances, left_out_line, verify_masks_document
+
+    circumstances = Circumstances(
+        input=str(request.checkpoint),
+        masks=str(masks),
+        unused=len(matched.unused),
+        unmasked=len(matched.unmasked),
+    )
+    left_out = left_out_line(circumstances)
+    if left_out is not None and not request.quiet:
+        tell(left_out)
+    reapplication = make_reapplication(matched, request.memory, request.jobs)
+    with (
+        progress("verifying", matched.nbytes, quiet=request.quiet) as advance,
+        TensorReader() as reader,
+    ):
+        tensors = find_lost(reapplication, reader, advance)
+    refuse_changed(matched.checkpoint, matched.masks.shards)
+    return verify_masks_document(circumstances, matched.checkpoint, tensors)

@@ -1,0 +1,85 @@
+"""What commands that write an output share: telling of an unfinished run, giving the name last of all.
+
+Owns the order: everything is written, the input is still what it was, then the output gets its name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Protocol
+
+from sparseprune.checkpoint import TensorReader
+from sparseprune.cli.console import tell
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from sparseprune.checkpoint import OutputLayout, StagedOutput
+
+    Document = dict[str, Any]
+
+
+class Places(Protocol):
+    """What was typed of the input and the output."""
+
+    @property
+    def checkpoint(self) -> Path: ...
+    @property
+    def output(self) -> Path | None: ...
+
+
+def write_output(
+    output: StagedOutput,
+    work: Callable[[TensorReader], Document],
+    refuse_changed: Callable[[], None],
+    *,
+    quiet: bool,
+) -> Document:
+    """Everything between the first byte written and the output's name; gives what `work` gives, its report.
+
+    `refuse_changed` raises where an input is no longer what it was. An error tells whether what is finished
+    is kept.
+    """
+    try:
+        with output, TensorReader() as reader:
+            if output.started_over and not quiet:
+                tell(f"an unfinished run is not continued, since {' and '.join(output.started_over)} changed")
+            if output.resumed and not quiet:
+                tell("an unfinished run is continued")
+            document = work(reader)
+            refuse_changed()
+            output.commit()
+    except BaseException as error:
+        if output.kept:
+            error.add_note(
+                f"what is finished is kept in {output.partial_path}: the same command continues, "
+                "removing the folder gives it up"
+            )
+        raise
+    return document
+
+
+@contextmanager
+def interrupts_told(output: StagedOutput) -> Iterator[None]:
+    """Ctrl-C that comes when the output has its name says so."""
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        if output.named:
+            raise KeyboardInterrupt("the output is complete") from interrupt
+        raise
+
+
+def output_shown(typed: Places, layout: OutputLayout) -> str:
+    """The output's path as the user would write it: relative where the paths that were typed are."""
+    if typed.output is not None:
+        return str(typed.output)
+    return str(layout.target) if typed.checkpoint.is_absolute() else os.path.relpath(layout.target)
+
+
+def digest(text: str) -> str:
+    """The SHA-256 of a text."""
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,193 @@
+"""`verify CKPT SPEC`: what is printed where, exit codes, and that nothing is written."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import jsonschema
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from sparseprune.cli.demo_checkpoint import write_decoder
+from tests.samples import CHANNELS, TWO_OF_FOUR, mlp_tensors, run, schema, write_shards, write_spec
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@pytest.fixture
+def pruned(tmp_path: Path) -> Path:
+    """Two shards, pruned 2:4; the spec stands beside them."""
+    tensors = mlp_tensors()
+    first = {name: tensor for name, tensor in tensors.items() if not name.startswith("1")}
+    second = {name: tensor for name, tensor in tensors.items() if name.startswith("1")}
+    write_shards(tmp_path / "in", {"a.safetensors": first, "b.safetensors": second})
+    spec = write_spec(tmp_path, TWO_OF_FOUR)
+    assert run("apply", tmp_path / "in", spec, "-o", tmp_path / "out", "-q").code == 0
+    return tmp_path / "out"
+
+
+def lose(folder: Path, *, shard: str = "b.safetensors") -> None:
+    """Put some zeros of the second layer's matrices out of order."""
+    tensors = load_file(folder / shard)
+    tensors["1.up.weight"][2, 4:8] = 1
+    tensors["1.up.weight"][9, 0:4] = 1
+    save_file(tensors, folder / shard)
+
+
+def test_what_was_pruned_passes_and_nothing_is_written(pruned: Path, tmp_path: Path) -> None:
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    said = run("verify", pruned, tmp_path / "spec.toml")
+    assert (said.code, said.err) == (0, "")
+    assert [line.split() for line in said.out.splitlines()] == [
+        ["rule", "tensors", "scopes", "may", "survive", "fullest", "broken"],
+        ["scope.proj", "4", "128", "2", "of", "4", "2", "0"],
+        "all 128 scopes are as the spec says".split(),
+    ]
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_lost_zeros_are_told_tensor_by_tensor_with_exit_code_1(pruned: Path, tmp_path: Path) -> None:
+    lose(pruned)
+    said = run("verify", pruned, tmp_path / "spec.toml")
+    assert said.code == 1
+    assert said.err == (
+        "sparseprune: 1.up.weight: 2 of 32 scopes of scope.proj hold more than 2 non-zero blocks; "
+        "the first at [2, 1] (element [2, 4]) has 4\n"
+    )
+    assert "1.up.weight  scope.proj       2  32  [2, 1]       [2, 4]          4        2" in said.out
+    assert "2 of 128 scopes are broken, in 1 of 4 tensors" in said.out
+
+
+def test_the_dense_checkpoint_fails_in_every_tensor(pruned: Path, tmp_path: Path) -> None:
+    said = run("verify", tmp_path / "in", tmp_path / "spec.toml", "-q")
+    names = [line.split(": ")[1] for line in said.err.splitlines()]
+    assert (said.code, said.out) == (1, "")
+    assert names == ["0.down.weight", "0.up.weight", "1.down.weight", "1.up.weight"]
+
+
+def test_json_is_the_document_whatever_was_found(pruned: Path, tmp_path: Path) -> None:
+    lose(pruned)
+    said = run("verify", pruned, tmp_path / "spec.toml", "--json")
+    document = json.loads(said.out)
+    jsonschema.validate(document, schema("verify"))
+    assert said.code == 1
+    assert said.err.startswith("sparseprune: 1.up.weight: 2 of 32 scopes")
+    assert document["totals"] == {"scopes": 128, "broken": 2, "tensors": 4}
+    assert document["input"] == str(pruned)
+    assert document["rules"][0]["survivors"][-1] == [4, 2]
+
+
+def test_the_same_is_told_by_any_number_of_jobs(pruned: Path, tmp_path: Path) -> None:
+    lose(pruned)
+    whole = run("verify", pruned, tmp_path / "spec.toml", "--json", "--jobs", 1)
+    assert run("verify", pruned, tmp_path / "spec.toml", "--json", "--jobs", 5) == whole
+
+
+def test_quiet_says_nothing_where_all_is_well(pruned: Path, tmp_path: Path) -> None:
+    said = run("verify", pruned, tmp_path / "spec.toml", "--quiet")
+    assert (said.code, said.out, said.err) == (0, "", "")
+
+
+def test_a_lost_member_of_a_coupling_is_named_as_the_one_that_is_torn(tmp_path: Path) -> None:
+    save_file(mlp_tensors(1), tmp_path / "m.safetensors")
+    spec = write_spec(tmp_path, CHANNELS)
+    run("apply", tmp_path / "m.safetensors", spec, "-o", tmp_path / "p.safetensors", "-q")
+    tensors = load_file(tmp_path / "p.safetensors")
+    dead = int((tensors["0.up.weight"] == 0).all(dim=1).nonzero()[0])
+    tensors["0.down.weight"][3, dead] = 1
+    save_file(tensors, tmp_path / "p.safetensors")
+    said = run("verify", tmp_path / "p.safetensors", spec, "-q")
+    lines = dict(line.removeprefix("sparseprune: ").split(": ", 1) for line in said.err.splitlines())
+    broken = "1 of 1 scope of scope.mlp holds more than 12 non-zero blocks; the first at [0, 0] "
+    assert lines == {
+        "0.down.weight": f"{broken}(element [0, 0]) has 13; "
+        "1 fused block is not zero here but zero in another tensor",
+        "0.up.bias": f"{broken}(element [0]) has 13",
+        "0.up.weight": f"{broken}(element [0, 0]) has 13",
+    }
+
+
+@pytest.mark.parametrize(
+    "spec", ["2of4", "decoder-mlp-channels", "unstructured-global", "block16", "coupled-2of4"]
+)
+def test_shipped_specs_hold_for_what_they_pruned_and_not_before(tmp_path: Path, spec: str) -> None:
+    write_decoder(tmp_path / "decoder")
+    run("apply", tmp_path / "decoder", spec, "-o", tmp_path / "out", "-q")
+    assert run("verify", tmp_path / "out", spec, "-q").code == 0
+    assert run("verify", tmp_path / "decoder", spec, "-q").code == 1
+
+
+def test_variables_of_the_spec_can_be_set(tmp_path: Path) -> None:
+    write_decoder(tmp_path / "decoder")
+    run("apply", tmp_path / "decoder", "nofm", "--set", "n=3", "--set", "m=4", "-o", tmp_path / "out", "-q")
+    words = ("verify", tmp_path / "out", "nofm", "-q", "--set", "m=4", "--set")
+    assert [run(*words, f"n={kept}").code for kept in (2, 3, 4)] == [1, 0, 0]
+
+
+def test_a_rule_that_cannot_be_checked_is_told_and_does_not_fail(tmp_path: Path) -> None:
+    save_file({"0.up.weight": torch.ones(4, 4)}, tmp_path / "m.safetensors")
+    spec = write_spec(tmp_path, TWO_OF_FOUR.replace("nnz = 2", 'mode = "soft"\nthreshold = 0.5'))
+    said = run("verify", tmp_path / "m.safetensors", spec)
+    assert said.code == 0
+    assert said.out.splitlines()[1].split()[-2:] == ["not", "checked"]
+    assert said.out.splitlines()[2].startswith("scope.proj is not checked: a soft threshold leaves")
+
+
+def test_scores_that_are_gone_are_not_missed(tmp_path: Path) -> None:
+    save_file({"0.up.weight": torch.zeros(4, 4)}, tmp_path / "m.safetensors")
+    spec = write_spec(tmp_path, TWO_OF_FOUR + 'score = { kind = "wanda", file = "gone.safetensors" }\n')
+    assert run("verify", tmp_path / "m.safetensors", spec).code == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "there is nothing to check against; give a SPEC, such as 2of4, or --masks MASKS"),
+        (["2of4", "--masks", "x"], "2of4 and --masks exclude each other; give one of them"),
+        (
+            ["2of4", "--partial"],
+            "--partial: goes with --masks MASKS, of which it forgives those without a tensor",
+        ),
+        (["--masks", "x", "--set", "n=2"], "--set: goes with a SPEC, whose [vars] it sets"),
+    ],
+)
+def test_what_contradicts_itself_is_refused(pruned: Path, words: list[str], said: str) -> None:
+    told = run("verify", pruned, *words)
+    assert (told.code, told.out, told.err) == (2, "", f"sparseprune: {said}\n")
+
+
+def test_a_spec_that_does_not_fit_is_refused(pruned: Path, tmp_path: Path) -> None:
+    spec = write_spec(tmp_path, TWO_OF_FOUR.replace("[1, 4]", "[1, 3]"))
+    told = run("verify", pruned, spec)
+    assert (told.code, told.out) == (2, "")
+    assert "Traceback" not in told.err
+
+
+def test_masks_are_handed_on(pruned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+    module = ModuleType("sparseprune.cli.verify_masks")
+    module.run_masks = asked.append  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    assert run("verify", pruned, "--masks", pruned, "--partial").code == 0
+    (request,) = asked
+    assert (request.masks, request.spec, request.partial) == (pruned, None, True)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("spec", [TWO_OF_FOUR, CHANNELS, TWO_OF_FOUR.replace("nnz = 2", "threshold = 0.01")])
+def test_neither_torch_nor_numba_is_loaded(pruned: Path, tmp_path: Path, spec: str) -> None:
+    path = write_spec(tmp_path, spec)
+    run("verify", pruned, path, "-q")  # the loops that a threshold needs are compiled and kept
+    code = (
+        "import sys; from sparseprune.cli import main; sys.argv = ['sparseprune', *sys.argv[1:]]\n"
+        "try: main()\n"
+        "except SystemExit as stop: sys.exit(10 * (not {'torch', 'numba'}.isdisjoint(sys.modules)))"
+    )
+    command = [sys.executable, "-c", code, "verify", str(pruned), str(path)]
+    done = subprocess.run(command, capture_output=True, check=False)
+    assert done.returncode == 0
