@@ -7,8 +7,12 @@ command loads what it needs when it runs.
 
 def main() -> None:
     """Entry point of the console script and of `python -m sparseprune`."""
+    import io
     import signal
+    import sys
 
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names may hold what the terminal cannot say
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         # While nothing has begun, and when all is over, Ctrl-C ends the process without a word.
         signal.signal(signal.SIGINT, signal.SIG_DFL)

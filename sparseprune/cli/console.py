@@ -78,7 +78,7 @@ def _told(error: BaseException) -> tuple[str, int]:
     if isinstance(error, SparsepruneError):
         return str(error), error.exit_code
     if isinstance(error, KeyboardInterrupt):
-        what = str(error) or "there is no output; run the same command again to continue"
+        what = str(error) or "nothing was written"
         return f"interrupted: {what}", INTERRUPTED
     if isinstance(error, OSError):
         place = f"{error.filename}: " if error.filename else ""
@@ -108,7 +108,12 @@ def print_text(text: str) -> None:
 
 def print_json(document: Mapping[str, Any]) -> None:
     """A document on stdout."""
-    print(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False))
+    text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:  # JSON has escapes of its own for what the stream cannot say
+        text = json.dumps(document, indent=2, allow_nan=False)
+    print(text)
 
 
 def print_table(*parts: RenderableType) -> None:

@@ -40,7 +40,7 @@ def run(request: VerifyRequest) -> None:
 
         run_masks(request)
         return
-    from sparseprune.report.verification import failures, verify_table
+    from sparseprune.report.verification import broken_line, failures, verify_table
 
     with collector_paused():
         document = _document(request, request.spec)
@@ -50,7 +50,8 @@ def run(request: VerifyRequest) -> None:
         print_table(verify_table(document))
     lines = failures(document)
     if lines:
-        raise CheckFailedError("\n".join(lines))
+        told = not (request.json or request.quiet)  # the table has every tensor
+        raise CheckFailedError(broken_line(document) if told else "\n".join(lines))
 
 
 def _document(request: VerifyRequest, named: str) -> dict[str, Any]:

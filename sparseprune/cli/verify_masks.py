@@ -40,18 +40,20 @@ def run_masks(request: MasksRequest) -> None:
     if request.masks is None:
         raise TypeError("there are no masks to verify by")
     document = _document(request, request.masks)
-    from sparseprune.report.reapplication import lost_lines, verify_masks_table
+    from sparseprune.report.reapplication import lost_line, lost_lines, verify_masks_table
+    from sparseprune.report.wording import many
 
     if request.json:
         print_json(document)
     elif not request.quiet:
         totals = document["totals"]
         print_table(verify_masks_table(document))
-        where = f"{totals['pruned']:,} elements of {len(document['tensors']):,} tensors"
-        found = f"{totals['lost']:,} of them are not" if totals["lost"] else "all of them are"
-        print_text(f"masks drop {where}; {found} zero\n")
+        if document["holds"]:
+            where = f"{many(totals['pruned'], 'element')} of {many(len(document['tensors']), 'tensor')}"
+            print_text(f"masks drop {where}; all of them are zero\n")
     if not document["holds"]:
-        raise CheckFailedError("\n".join(lost_lines(document)))
+        told = not (request.json or request.quiet)  # the table has every tensor
+        raise CheckFailedError(lost_line(document) if told else "\n".join(lost_lines(document)))
 
 
 def _document(request: MasksRequest, masks: Path) -> dict[str, Any]:

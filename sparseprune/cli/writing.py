@@ -64,12 +64,12 @@ def write_output(
 
 @contextmanager
 def interrupts_told(output: StagedOutput) -> Iterator[None]:
-    """Ctrl-C that comes when the output has its name says so."""
+    """Ctrl-C says what there is: all of the output, once it has its name, or nothing yet."""
     try:
         yield
     except KeyboardInterrupt as interrupt:
-        if output.named:
-            raise KeyboardInterrupt("the output is complete") from interrupt
+        unfinished = "there is no output; run the same command again to continue"
+        interrupt.args = ("the output is complete" if output.named else unfinished,)
         raise
 
 

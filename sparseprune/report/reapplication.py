@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from sparseprune import __version__
 from sparseprune.report.document import energy_kept, share
 from sparseprune.report.fitting import Column, FittedTable
-from sparseprune.report.wording import percent, printable
+from sparseprune.report.wording import many, percent, printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -184,6 +184,16 @@ def lost_lines(document: Mapping[str, Any]) -> Iterable[str]:
                 f"{printable(tensor['name'])}: {tensor['lost']:,} of {tensor['pruned']:,} elements that the "
                 f"mask drops {'is' if tensor['lost'] == 1 else 'are'} not zero, first {tensor['first']}"
             )
+
+
+def lost_line(document: Mapping[str, Any]) -> str:
+    """What was lost in all, as one line."""
+    totals, names = document["totals"], [tensor for tensor in document["tensors"] if tensor["lost"]]
+    return (
+        f"{totals['lost']:,} of {many(totals['pruned'], 'element')} that masks drop "
+        f"{'is' if totals['lost'] == 1 else 'are'} not zero, in {len(names):,} of "
+        f"{many(len(document['tensors']), 'tensor')}"
+    )
 
 
 def left_out_line(run: Circumstances) -> str | None:

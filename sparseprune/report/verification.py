@@ -128,23 +128,26 @@ def verify_table(document: Mapping[str, Any]) -> RenderableType:
     parts: list[RenderableType] = [_rules_table(document["rules"])]
     broken = [tensor for tensor in document["tensors"] if tensor["broken"]]
     if broken:
-        parts += [Text(), _broken_table(broken), Text()]
+        parts += [Text(), _broken_table(broken)]
     totals = document["totals"]
-    if broken:
-        names = {tensor["name"] for tensor in broken}
-        parts.append(
-            Text(
-                f"{_share(totals['broken'], totals['scopes'], 'scope')} broken, "
-                f"in {len(names):,} of {many(totals['tensors'], 'tensor')}"
-            )
-        )
-    elif totals["scopes"]:
+    if not broken and totals["scopes"]:
         scopes = "the one scope is" if totals["scopes"] == 1 else f"all {totals['scopes']:,} scopes are"
         parts.append(Text(f"{scopes} as the spec says"))
-    for rule in document["rules"]:
-        if rule["unchecked"] is not None:
-            parts.append(Text(f"{printable(rule['name'])} is not checked: {rule['unchecked']}"))
+    unchecked = [rule for rule in document["rules"] if rule["unchecked"] is not None]
+    if broken and unchecked:
+        parts.append(Text())
+    parts += [Text(f"{printable(rule['name'])} is not checked: {rule['unchecked']}") for rule in unchecked]
     return Group(*parts)
+
+
+def broken_line(document: Mapping[str, Any]) -> str:
+    """One line that sums up what is broken."""
+    totals = document["totals"]
+    names = {tensor["name"] for tensor in document["tensors"] if tensor["broken"]}
+    return (
+        f"{_share(totals['broken'], totals['scopes'], 'scope')} broken, "
+        f"in {len(names):,} of {many(totals['tensors'], 'tensor')}"
+    )
 
 
 def failures(document: Mapping[str, Any]) -> list[str]:

@@ -19,7 +19,8 @@ CASES: list[tuple[BaseException, list[str], int]] = [
     (OSError("just so"), ["just so"], 3),
     (MemoryError(), ["out of memory; give a smaller --memory, or fewer --jobs"], 3),
     (MemoryError("Unable to allocate"), ["out of memory; give a smaller --memory, or fewer --jobs"], 3),
-    (KeyboardInterrupt(), ["interrupted: there is no output; run the same command again to continue"], 130),
+    (KeyboardInterrupt(), ["interrupted: nothing was written"], 130),
+    (KeyboardInterrupt("the output is complete"), ["interrupted: the output is complete"], 130),
 ]
 
 

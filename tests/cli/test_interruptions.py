@@ -166,7 +166,7 @@ main()
     ("module", "code", "told"),
     [
         ("sparseprune.cli.app", -signal.SIGINT, ""),  # which a shell calls 130 too
-        ("sparseprune.cli.request", 130, INTERRUPTED + "\n"),
+        ("sparseprune.cli.request", 130, "sparseprune: interrupted: nothing was written\n"),
         ("sparseprune.pipeline.executor", 130, INTERRUPTED + "\n"),
         ("sparseprune.report.tables", 130, COMPLETE + "\n"),
     ],

@@ -77,18 +77,20 @@ def test_lost_zeros_exit_1_with_their_number_and_the_first_place(
     lose(folder, "1.up.weight", last, first)
     lose(folder, "0.down.weight", other, value=float("nan"))
     narrow(monkeypatch, slab)
-    said = run(*words(folder))
-    assert said.code == 1
-    assert said.err.splitlines() == [
+    quiet = run(*words(folder, "-q"))
+    assert (quiet.code, quiet.out) == (1, "")
+    assert quiet.err.splitlines() == [
         (
             "sparseprune: 0.down.weight: 1 of 64 elements that the mask drops is not zero, first "
             f"{list(other)}"
         ),
         (f"sparseprune: 1.up.weight: 2 of 64 elements that the mask drops are not zero, first {list(first)}"),
     ]
+    said = run(*words(folder))
+    assert said.code == 1
     (row,) = [line for line in said.out.splitlines() if line.startswith("1.up.weight")]
     assert row.split(maxsplit=6)[3:] == ["64", "2", "3.12%", str(list(first))]
-    assert said.out.splitlines()[-1] == "masks drop 256 elements of 4 tensors; 3 of them are not zero"
+    assert said.err == "sparseprune: 3 of 256 elements that masks drop are not zero, in 2 of 4 tensors\n"
 
 
 def test_minus_zero_is_zero_and_survivors_may_be_anything(folder: Path) -> None:
@@ -127,7 +129,7 @@ def test_a_scalar_and_an_empty_tensor_have_places_too(tmp_path: Path) -> None:
     save_file({"s": torch.tensor(False), "e": torch.zeros(0, 3).bool()}, tmp_path / "k.safetensors")
     said = run("verify", tmp_path / "m.safetensors", "--masks", tmp_path / "k.safetensors")
     assert said.code == 1
-    assert said.err == "sparseprune: s: 1 of 1 elements that the mask drops is not zero, first []\n"
+    assert said.err == "sparseprune: 1 of 1 element that masks drop is not zero, in 1 of 2 tensors\n"
     assert [line.split() for line in said.out.splitlines()[1:3]] == [
         ["e", "F32", "0x3", "0", "0", "0.00%"],
         ["s", "F32", "0-d", "1", "1", "100.00%", "[]"],
@@ -149,11 +151,12 @@ def test_odd_names_are_told_on_one_line(tmp_path: Path) -> None:
     name = "[red]a\nb"
     save_file({name: torch.ones(2)}, tmp_path / "m.safetensors")
     save_file({name: torch.zeros(2).bool()}, tmp_path / "k.safetensors")
-    said = run("verify", tmp_path / "m.safetensors", "--masks", tmp_path / "k.safetensors")
+    words = ("verify", tmp_path / "m.safetensors", "--masks", tmp_path / "k.safetensors")
     assert (
-        said.err == "sparseprune: [red]a\\nb: 2 of 2 elements that the mask drops are not zero, first [0]\n"
+        run(*words, "-q").err
+        == "sparseprune: [red]a\\nb: 2 of 2 elements that the mask drops are not zero, first [0]\n"
     )
-    assert said.out.splitlines()[1].split()[0] == "[red]a\\nb"
+    assert run(*words).out.splitlines()[1].split()[0] == "[red]a\\nb"
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import jsonschema
 import pytest
 from rich.console import Console
 
-from sparseprune.report.verification import AskedCheck, failures, verify_document, verify_table
+from sparseprune.report.verification import AskedCheck, broken_line, failures, verify_document, verify_table
 from tests.samples import schema
 
 if TYPE_CHECKING:
@@ -165,9 +165,13 @@ def test_the_table_has_a_line_for_each_rule_and_each_broken_tensor() -> None:
         "tensor rule broken of first scope element non-zero allowed".split(),
         "a.weight scope.proj 12 3,072 [0, 3] [0, 12] 3 2".split(),
         [],
-        "12 of 6,144 scopes are broken, in 1 of 2 tensors".split(),
         "scope.soft is not checked: nothing can be told".split(),
     ]
+
+
+def test_one_line_sums_up_what_is_broken() -> None:
+    document = verify_document(ASKED, Spec((Rule(), SOFT)))
+    assert broken_line(document) == "12 of 6,144 scopes are broken, in 1 of 2 tensors"
 
 
 def test_torn_blocks_have_a_column_where_there_are_some() -> None:

@@ -1,0 +1,82 @@
+"""What all commands that read and write nothing share: being interrupted, and odd streams."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from sparseprune.checkpoint import TensorReader
+from tests.samples import TWO_OF_FOUR, mlp_tensors, run, write_spec
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+COMMANDS = (
+    ("inspect", "m.safetensors"),
+    ("compare", "m.safetensors", "m.pruned.safetensors"),
+    ("verify", "m.pruned.safetensors", "spec.toml"),
+    ("verify", "m.pruned.safetensors", "--masks", "m.pruned.masks.safetensors"),
+)
+ODD_NAME = "[red]w\N{LATIN SMALL LETTER E WITH ACUTE}\n\N{CJK UNIFIED IDEOGRAPH-5BBD}.weight"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    save_file(mlp_tensors() | {ODD_NAME: torch.ones(4, 4)}, tmp_path / "m.safetensors")
+    assert run("apply", tmp_path / "m.safetensors", write_spec(tmp_path, TWO_OF_FOUR), "-q").code == 0
+    return tmp_path
+
+
+def in_folder(folder: Path, words: tuple[str, ...]) -> list[object]:
+    return [folder / word if "." in word else word for word in words]
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_an_interrupt_says_that_nothing_was_written(
+    folder: Path, words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = sorted(folder.iterdir())
+    monkeypatch.setattr(TensorReader, "read_into", interrupted)
+    said = run(*in_folder(folder, words), "-q")
+    assert (said.code, said.out) == (130, "")
+    assert said.err == "sparseprune: interrupted: nothing was written\n"
+    assert sorted(folder.iterdir()) == before
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+@pytest.mark.parametrize("options", [(), ("--json",)], ids=["table", "json"])
+def test_a_stream_that_knows_ascii_alone_gets_escapes(
+    folder: Path, words: tuple[str, ...], options: tuple[str, ...]
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "sparseprune", *map(str, in_folder(folder, words)), *options],
+        capture_output=True,
+        check=False,
+        env=os.environ | {"PYTHONIOENCODING": "ascii", "LANG": "C"},
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    text = done.stdout.decode("ascii")
+    names = [tensor["name"] for tensor in json.loads(text)["tensors"]] if options else []
+    if words[0] in {"inspect", "compare"}:
+        assert ODD_NAME in names if options else "[red]w" in text or words[0] == "compare"
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_a_reader_that_has_seen_enough_ends_the_command_quietly(folder: Path, words: tuple[str, ...]) -> None:
+    command = [sys.executable, "-m", "sparseprune", *map(str, in_folder(folder, words)), "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait() == 0
