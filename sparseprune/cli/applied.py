@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from sparseprune.checkpoint.folder import read_object
+from sparseprune.checkpoint.folder import RESULTS, SUFFIX, read_object
 from sparseprune.errors import CheckpointError
 from sparseprune.spec import find_spec, parse_spec
 
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from sparseprune.checkpoint import Checkpoint
     from sparseprune.spec import Spec
 
-_RESULTS, _SUFFIX = "sparseprune", ".safetensors"
-
 
 def applied_spec(checkpoint: Checkpoint, named: str | None, overrides: Mapping[str, str]) -> Spec | None:
     """The spec that was `named`, else the one that the checkpoint was pruned by, None where it has none.
@@ -30,7 +28,7 @@ def applied_spec(checkpoint: Checkpoint, named: str | None, overrides: Mapping[s
     if named is not None:
         source = find_spec(named)
         return parse_spec(source.text, source.source, source.directory, overrides)
-    path = checkpoint.path / _RESULTS / "spec.toml"
+    path = checkpoint.path / RESULTS / "spec.toml"
     if not checkpoint.is_directory or not path.is_file():
         return None
     source = find_spec(path)
@@ -53,5 +51,5 @@ def applied_report(checkpoint: Checkpoint) -> Mapping[str, Any] | None:
 
 def _report_path(checkpoint: Checkpoint) -> Path:
     if checkpoint.is_directory:
-        return checkpoint.path / _RESULTS / "report.json"
-    return checkpoint.path.with_name(f"{checkpoint.path.name.removesuffix(_SUFFIX)}.report.json")
+        return checkpoint.path / RESULTS / "report.json"
+    return checkpoint.path.with_name(f"{checkpoint.path.name.removesuffix(SUFFIX)}.report.json")

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from sparseprune import __version__
 from sparseprune.checkpoint import StagedOutput, checkpoint_identity, read_config, refuse_changed
+from sparseprune.cli.collecting import collector_paused
 from sparseprune.cli.console import print_json, print_result, stderr_console
 from sparseprune.cli.progress import progress
-from sparseprune.cli.request import Request, collector_paused, prepare
+from sparseprune.cli.request import Request, prepare
 from sparseprune.cli.writing import digest, interrupts_told, output_shown, write_output
 
 if TYPE_CHECKING:

@@ -6,17 +6,18 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from sparseprune.checkpoint import TensorReader, open_checkpoint
-from sparseprune.cli.console import print_json, print_table, print_text, tell
+from sparseprune.cli.collecting import collector_paused
+from sparseprune.cli.console import checked, print_json, print_table, print_text, tell
 from sparseprune.cli.options import Listing
 from sparseprune.cli.progress import progress
-from sparseprune.errors import CheckFailedError
+from sparseprune.report.requirements import failures, parse_requirement
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
     from sparseprune.cli.options import Form
-    from sparseprune.report.comparison import Sides
+    from sparseprune.report.measuring.comparison import Sides
     from sparseprune.report.requirements import Requirement
 
 
@@ -42,26 +43,22 @@ def run(request: CompareRequest) -> None:
         check_picture(request.plot)
     sides = _sides(request)
     requirements = _requirements(request, sides)
-    document = _document(request, sides)
-    _print(request, document)
-    if request.plot is not None:
-        from sparseprune.report.pictures import plot_comparison
+    with collector_paused():
+        document = _document(request, sides)
+    with checked(*failures(requirements, [*document["tensors"], *_absent(sides)])):
+        if request.plot is not None:
+            from sparseprune.report.pictures import plot_comparison
 
-        plot_comparison(document, request.plot)
-        if not request.quiet:
-            tell(f"wrote {request.plot}")
-    if requirements:
-        from sparseprune.report.requirements import failures
-
-        lines = failures(requirements, [*document["tensors"], *_absent(sides)])
-        if lines:
-            raise CheckFailedError("\n".join(lines))
+            plot_comparison(document, request.plot)
+            if not request.quiet:
+                tell(f"wrote {request.plot}")
+        _print(request, document)
 
 
 def _sides(request: CompareRequest) -> Sides:
     """Which of the tensors that were asked for stand where."""
-    from sparseprune.report.comparison import sides_of
     from sparseprune.report.listing import selected
+    from sparseprune.report.measuring.comparison import sides_of
 
     dense, pruned = open_checkpoint(request.dense), open_checkpoint(request.pruned)
     names = dict.fromkeys((*dense.tensors, *pruned.tensors))
@@ -73,7 +70,6 @@ def _requirements(request: CompareRequest, sides: Sides) -> list[Requirement]:
     """What has to hold; all that is wrong in it, or in how to sort, is told before anything is read."""
     from sparseprune.report.comparison_document import FIELDS, unmeasured
     from sparseprune.report.listing import ordered
-    from sparseprune.report.requirements import failures, parse_requirement
 
     requirements = [parse_requirement(text, FIELDS) for text in request.requirements]
     if request.listing.sort is not None:
@@ -103,9 +99,9 @@ def _absent(sides: Sides) -> list[dict[str, Any]]:
 
 def _document(request: CompareRequest, sides: Sides) -> dict[str, Any]:
     """What is found in the tensors, in the order that was asked for."""
-    from sparseprune.report.comparison import compare_checkpoints
     from sparseprune.report.comparison_document import compare_document
     from sparseprune.report.listing import ordered
+    from sparseprune.report.measuring.comparison import compare_checkpoints
 
     nbytes = sum(pair.nbytes for pair in sides.pairs)
     with TensorReader() as reader, progress("comparing", nbytes, quiet=request.quiet) as advance:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from sparseprune.errors import MachineError, SparsepruneError
+from sparseprune.errors import CheckFailedError, MachineError, SparsepruneError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -40,7 +40,7 @@ def reported(debug: bool = False) -> Iterator[None]:
             yield
         except BrokenPipeError:
             # Whoever read our output has seen enough; nothing more can be told.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _silence_stdout()
             raise typer.Exit(0) from None
         except (SparsepruneError, OSError, MemoryError, KeyboardInterrupt) as error:
             if debug:
@@ -51,6 +51,11 @@ def reported(debug: bool = False) -> Iterator[None]:
                 for line in text.splitlines():
                     print(f"sparseprune: {line}", file=sys.stderr)
             raise typer.Exit(code) from None
+
+
+def _silence_stdout() -> None:
+    """What is still to be flushed goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextmanager
@@ -84,6 +89,23 @@ def _told(error: BaseException) -> tuple[str, int]:
         place = f"{error.filename}: " if error.filename else ""
         return f"{place}{error.strerror or error}", MachineError.exit_code
     return "out of memory; give a smaller --memory, or fewer --jobs", MachineError.exit_code
+
+
+@contextmanager
+def checked(*failures: str) -> Iterator[None]:
+    """Print inside; then CheckFailedError with a line for each failure, if there are some.
+
+    Also where whoever reads the result has seen enough of it: a check that failed does not pass by that.
+    """
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if not failures:
+            raise
+        _silence_stdout()
+    if failures:
+        raise CheckFailedError("\n".join(failures))
 
 
 def stderr_console() -> Console:

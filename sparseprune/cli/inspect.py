@@ -6,10 +6,11 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from sparseprune.checkpoint import TensorReader, open_checkpoint, read_config
-from sparseprune.cli.console import print_json, print_table, print_text
+from sparseprune.cli.collecting import collector_paused
+from sparseprune.cli.console import checked, print_json, print_table, print_text
 from sparseprune.cli.options import Listing
 from sparseprune.cli.progress import progress
-from sparseprune.errors import CheckFailedError, SparsepruneError
+from sparseprune.errors import SparsepruneError
 from sparseprune.report.listing import ordered, selected
 from sparseprune.report.requirements import check_names, failures, parse_requirement
 from sparseprune.spec.problems import shown
@@ -57,15 +58,14 @@ def run(request: InspectRequest) -> None:
         check_tensor(checkpoint, request.tensor)
     names = selected(checkpoint.tensors, request.listing.match, request.listing.exclude)
     check_names(requirements, names)
-    document = _document(request, checkpoint, names, telling)
-    _print(request, document)
-    if request.plot is not None:
-        from sparseprune.cli.plotting import plot_inspect
+    with collector_paused():
+        document = _document(request, checkpoint, names, telling)
+    with checked(*failures(requirements, document["tensors"])):
+        if request.plot is not None:
+            from sparseprune.cli.plotting import plot_inspect
 
-        plot_inspect(request, checkpoint, document)
-    lines = failures(requirements, document["tensors"])
-    if lines:
-        raise CheckFailedError("\n".join(lines))
+            plot_inspect(request, checkpoint, document)
+        _print(request, document)
 
 
 def _refuse_contradictions(request: InspectRequest) -> None:
@@ -109,7 +109,7 @@ def _document(
 ) -> dict[str, Any]:
     """The facts of the tensors that were asked for, in the order that was asked for."""
     from sparseprune.report.inspect_document import inspect_document
-    from sparseprune.report.inspection import bytes_to_read, inspect_checkpoint
+    from sparseprune.report.measuring.inspection import bytes_to_read, inspect_checkpoint
     from sparseprune.report.runtimes import needed_patterns
 
     listing = request.listing

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from sparseprune.cli.collecting import collector_paused
 from sparseprune.cli.console import on_terminal, print_json, print_table
-from sparseprune.cli.request import collector_paused, prepare
+from sparseprune.cli.request import prepare
 from sparseprune.cli.writing import output_shown
 from sparseprune.errors import SparsepruneError
 from sparseprune.report.plan import Asked, plan_document

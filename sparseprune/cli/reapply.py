@@ -15,10 +15,10 @@ from sparseprune.checkpoint import (
     refuse_changed,
     refuse_replacing,
 )
+from sparseprune.cli.collecting import collector_paused
 from sparseprune.cli.console import print_json, print_result, stderr_console, tell
 from sparseprune.cli.masked import masked_by
 from sparseprune.cli.progress import progress
-from sparseprune.cli.request import collector_paused
 from sparseprune.cli.writing import digest, interrupts_told, output_shown, write_output
 
 if TYPE_CHECKING:

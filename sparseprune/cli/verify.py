@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sparseprune.checkpoint import TensorReader, open_checkpoint
-from sparseprune.cli.console import print_json, print_table
+from sparseprune.cli.collecting import collector_paused
+from sparseprune.cli.console import checked, print_json, print_table
 from sparseprune.cli.progress import progress
-from sparseprune.cli.request import collector_paused
-from sparseprune.errors import CheckFailedError, SparsepruneError
+from sparseprune.errors import SparsepruneError
 from sparseprune.spec import find_spec, parse_spec
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class VerifyRequest:
 
 
 def run(request: VerifyRequest) -> None:
-    """Check and print what was found on stdout; CheckFailedError names every tensor that fails."""
+    """Check and print what was found on stdout; CheckFailedError names what fails, or sums it up below a table."""
     _refuse_contradictions(request)
     if request.spec is None:
         from sparseprune.cli.verify_masks import run_masks
@@ -44,14 +44,14 @@ def run(request: VerifyRequest) -> None:
 
     with collector_paused():
         document = _document(request, request.spec)
-    if request.json:
-        print_json(document)
-    elif not request.quiet:
-        print_table(verify_table(document))
     lines = failures(document)
-    if lines:
-        told = not (request.json or request.quiet)  # the table has every tensor
-        raise CheckFailedError(broken_line(document) if told else "\n".join(lines))
+    if lines and not (request.json or request.quiet):
+        lines = [broken_line(document)]  # the table has every tensor
+    with checked(*lines):
+        if request.json:
+            print_json(document)
+        elif not request.quiet:
+            print_table(verify_table(document))
 
 
 def _document(request: VerifyRequest, named: str) -> dict[str, Any]:

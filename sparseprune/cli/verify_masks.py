@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 from sparseprune.checkpoint import TensorReader, refuse_changed
-from sparseprune.cli.console import print_json, print_table, print_text, tell
+from sparseprune.cli.collecting import collector_paused
+from sparseprune.cli.console import checked, print_json, print_table, print_text, tell
 from sparseprune.cli.masked import masked_by
 from sparseprune.cli.progress import progress
-from sparseprune.cli.request import collector_paused
-from sparseprune.errors import CheckFailedError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -43,17 +42,18 @@ def run_masks(request: MasksRequest) -> None:
     from sparseprune.report.reapplication import lost_line, lost_lines, verify_masks_table
     from sparseprune.report.wording import many
 
-    if request.json:
-        print_json(document)
-    elif not request.quiet:
-        totals = document["totals"]
-        print_table(verify_masks_table(document))
-        if document["holds"]:
-            where = f"{many(totals['pruned'], 'element')} of {many(len(document['tensors']), 'tensor')}"
-            print_text(f"masks drop {where}; all of them are zero\n")
-    if not document["holds"]:
-        told = not (request.json or request.quiet)  # the table has every tensor
-        raise CheckFailedError(lost_line(document) if told else "\n".join(lost_lines(document)))
+    lines = list(lost_lines(document))
+    if lines and not (request.json or request.quiet):
+        lines = [lost_line(document)]  # the table has every tensor
+    with checked(*lines):
+        if request.json:
+            print_json(document)
+        elif not request.quiet:
+            print_table(verify_masks_table(document))
+            if not lines:
+                dropped = many(document["totals"]["pruned"], "element")
+                tensors = many(len(document["tensors"]), "tensor")
+                print_text(f"masks drop {dropped} of {tensors}; all of them are zero\n")
 
 
 def _document(request: MasksRequest, masks: Path) -> dict[str, Any]:

@@ -10,8 +10,8 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from sparseprune import __version__
-from sparseprune.report.comparison import TensorComparison, total
 from sparseprune.report.document import share
+from sparseprune.report.measuring.comparison import TensorComparison, total
 from sparseprune.report.plan import index_of
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from sparseprune.checkpoint import StoredTensor
     from sparseprune.engine.kernels.comparing import Energies
-    from sparseprune.report.comparison import Pair, Sides
+    from sparseprune.report.measuring.comparison import Pair, Sides
 
 COMPARE_SCHEMA = "sparseprune.compare.v1"
 COUNTS = ("zeros_before", "zeros_after", "changed", "zeroed", "revived", "altered")

@@ -35,7 +35,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def in_folder(folder: Path, words: tuple[str, ...]) -> list[object]:
-    return [folder / word if "." in word else word for word in words]
+    return [folder / word if word.endswith((".safetensors", ".toml")) else word for word in words]
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
@@ -80,3 +80,26 @@ def test_a_reader_that_has_seen_enough_ends_the_command_quietly(folder: Path, wo
         process.stdout.close()
         assert process.stderr.read() == b""
         assert process.wait() == 0
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("inspect", "m.safetensors", "--require", "2:4"),
+        ("compare", "m.safetensors", "m.pruned.safetensors", "--require", "zeroed==0"),
+        ("verify", "m.safetensors", "spec.toml"),
+        ("verify", "m.safetensors", "--masks", "m.pruned.masks.safetensors"),
+    ],
+    ids=" ".join,
+)
+@pytest.mark.parametrize("options", [(), ("--json",)], ids=["table", "json"])
+def test_a_check_that_fails_does_not_pass_because_nobody_reads_on(
+    folder: Path, words: tuple[str, ...], options: tuple[str, ...]
+) -> None:
+    command = [sys.executable, "-m", "sparseprune", *map(str, in_folder(folder, words)), *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read().startswith(b"sparseprune: ")
+        assert process.wait() == 1

@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sparseprune.engine.kernels.occupancy import count_occupied, ones, unpacked, words_of
-from sparseprune.report.blocking import Bits
 from sparseprune.report.facts import Zeros
+from sparseprune.report.measuring.blocking import Bits
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from sparseprune.engine.kernels.marking import Flags
     from sparseprune.engine.kernels.occupancy import Words
-    from sparseprune.report.blocking import Blocking, Groups, Part
+    from sparseprune.report.measuring.blocking import Blocking, Groups, Part
 
     Told = tuple[tuple[Zeros, ...], Zeros, Zeros, Mapping[str, Zeros]]
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from sparseprune.engine.grids import Shape
     from sparseprune.engine.kernels.marking import Flags
     from sparseprune.report.facts import Pattern
-    from sparseprune.report.slabs import Slab, Stack
+    from sparseprune.report.measuring.slabs import Slab, Stack
 
 
 class Apart:

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from sparseprune.engine.kernels.occupancy import packed
-from sparseprune.report.blocking import Bits, Blocking
 from sparseprune.report.facts import BLOCKS, BlockShape, Zeros
-from sparseprune.report.occupancy import Occupancy
-from sparseprune.report.slabs import cut
+from sparseprune.report.measuring.blocking import Bits, Blocking
+from sparseprune.report.measuring.occupancy import Occupancy
+from sparseprune.report.measuring.slabs import cut
 
 HEIGHTS = {1, 3, 4, 16, 32, 70}  # of the blocks below, a row and a column of a matrix of 70 rows
 

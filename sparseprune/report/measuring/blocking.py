@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from sparseprune.engine.grids import Shape
     from sparseprune.engine.kernels.occupancy import Words
     from sparseprune.report.facts import BlockShape
-    from sparseprune.report.slabs import Slab
+    from sparseprune.report.measuring.slabs import Slab
 
 Size = tuple[int, int]  # rows and columns of a block
 

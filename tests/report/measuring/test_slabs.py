@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparseprune.report.slabs import Slab, cut, cut_by_columns, slab_bytes
+from sparseprune.report.measuring.slabs import Slab, cut, cut_by_columns, slab_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from sparseprune.report.slabs import Stack
+    from sparseprune.report.measuring.slabs import Stack
 
 stacks = st.tuples(st.integers(0, 6), st.integers(0, 20), st.one_of(st.integers(0, 20), st.integers(60, 300)))
 

@@ -19,7 +19,7 @@ from sparseprune.checkpoint import TensorReader, lay_out, open_checkpoint
 from sparseprune.engine.dtypes import DTYPES
 from sparseprune.errors import MachineError
 from sparseprune.report.facts import BLOCKS, PATTERNS, BlockShape, Pattern, Questions, TensorFacts, Zeros
-from sparseprune.report.inspection import SLAB, bytes_to_read, inspect_checkpoint
+from sparseprune.report.measuring.inspection import SLAB, bytes_to_read, inspect_checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence

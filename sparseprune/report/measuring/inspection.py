@@ -19,11 +19,11 @@ from sparseprune.engine.grids import prod
 from sparseprune.engine.kernels.marking import mark_nonzero
 from sparseprune.engine.kernels.occupancy import packed
 from sparseprune.engine.kernels.patterns import fullest_in_words
-from sparseprune.report.blocking import Bits, Blocking
 from sparseprune.report.facts import TensorFacts, Zeros
-from sparseprune.report.neighbours import Apart, fits_words, stack_of
-from sparseprune.report.occupancy import Occupancy
-from sparseprune.report.slabs import cut, cut_by_columns, slab_bytes
+from sparseprune.report.measuring.blocking import Bits, Blocking
+from sparseprune.report.measuring.neighbours import Apart, fits_words, stack_of
+from sparseprune.report.measuring.occupancy import Occupancy
+from sparseprune.report.measuring.slabs import cut, cut_by_columns, slab_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from sparseprune.engine.grids import Shape
     from sparseprune.engine.kernels.marking import Flags
     from sparseprune.report.facts import Pattern, Questions
-    from sparseprune.report.occupancy import Told
-    from sparseprune.report.slabs import Slab, Stack
+    from sparseprune.report.measuring.occupancy import Told
+    from sparseprune.report.measuring.slabs import Slab, Stack
 
     Progress = Callable[[int, str], None]
 
