@@ -33,7 +33,7 @@ class VerifyRequest:
 
 
 def run(request: VerifyRequest) -> None:
-    """Check and print what was found on stdout; CheckFailedError names what fails, or sums it up below a table."""
+    """Check and print on stdout; CheckFailedError names what fails, or sums it up where the table does."""
     _refuse_contradictions(request)
     if request.spec is None:
         from sparseprune.cli.verify_masks import run_masks
