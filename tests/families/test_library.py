@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 import tomllib
 from typing import TYPE_CHECKING
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 import sparseprune
 from sparseprune.spec import find_spec, list_specs
@@ -87,6 +90,43 @@ def test_a_spec_reaches_what_it_is_for_and_leaves_the_rest_alone(
     assert not [name for name in masks if LEFT_ALONE.search(name)]
     assert [name for name in dense.tensors() if name not in masks and LEFT_ALONE.search(name)]
     assert any(not mask.all() for mask in masks.values())
+
+
+@pytest.mark.parametrize("spec", SERVED)
+def test_a_zero_that_was_lost_is_found_and_put_back(
+    spec: str, checkpoint_of: Callable[[str], Checkpoint], tmp_path: Path
+) -> None:
+    """Apply, verify, lose one zero, verify against the spec and the masks, reapply: the bytes are apply's."""
+    dense, pruned, tuned = checkpoint_of(SERVED[spec][0]), tmp_path / "pruned", tmp_path / "tuned"
+    assert run("apply", dense.folder, spec, "-o", pruned, "-q").code == 0
+    assert run("verify", pruned, spec, "-q").code == 0
+    masks = sparseprune.load_masks(pruned)
+    name = max(masks, key=lambda name: int((~masks[name]).sum()))
+    place = tuple((~masks[name]).nonzero()[-1].tolist())
+    shutil.copytree(pruned, tuned, ignore=shutil.ignore_patterns("sparseprune"))
+    lose(tuned, name, place)
+    against_spec = run("verify", tuned, spec, "--json")
+    assert against_spec.code == 1
+    found = json.loads(against_spec.out)
+    assert found["totals"]["broken"] == 1
+    assert name in [tensor["name"] for tensor in found["tensors"] if tensor["broken"]]
+    against_masks = run("verify", tuned, "--masks", pruned, "-q")
+    assert against_masks.code == 1
+    assert against_masks.err.startswith(f"sparseprune: {name}: 1 of ")
+    assert against_masks.err.endswith(f"not zero, first {list(place)}\n")
+    assert run("reapply", tuned, pruned, "-o", tmp_path / "again", "-q").code == 0
+    assert run("verify", tmp_path / "again", spec, "-q").code == 0
+    for file in pruned.glob("*.safetensors"):
+        assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes()
+
+
+def lose(folder: Path, name: str, place: tuple[int, ...]) -> None:
+    """One element of a tensor is 0.5, whatever it was."""
+    for file in folder.glob("*.safetensors"):
+        tensors = load_file(file)
+        if name in tensors:
+            tensors[name][place] = 0.5
+            save_file(tensors, file, metadata={"format": "pt"})
 
 
 def test_every_shipped_spec_is_applied_here() -> None:
