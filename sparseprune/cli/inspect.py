@@ -64,7 +64,7 @@ def run(request: InspectRequest) -> None:
         if request.plot is not None:
             from sparseprune.cli.plotting import plot_inspect
 
-            plot_inspect(request, checkpoint, document)
+            plot_inspect(request, checkpoint, document, request.plot)
         _print(request, document)
 
 
@@ -79,9 +79,9 @@ def _refuse_contradictions(request: InspectRequest) -> None:
             f"--tensor {shown(request.tensor)}: goes with --plot FILE; to list a tensor alone give --match"
         )
     if request.plot is not None:
-        from sparseprune.cli.plotting import check_plot
+        from sparseprune.report.pictures import check_picture
 
-        check_plot(request.plot, request.tensor)
+        check_picture(request.plot)
     elif request.by != "rule" and (request.spec is not None or request.overrides):
         option = "--spec" if request.spec is not None else "--set"
         raise SparsepruneError(f"{option}: goes with --by rule or --plot FILE, which have a use for a spec")

@@ -14,7 +14,6 @@ from sparseprune.cli.console import tell
 from sparseprune.cli.options import default_memory
 from sparseprune.cli.progress import progress
 from sparseprune.errors import SparsepruneError
-from sparseprune.report.pictures import check_picture
 from sparseprune.report.wording import printable
 from sparseprune.spec import TensorInfo, bind
 from sparseprune.spec.problems import suggestion
@@ -30,14 +29,6 @@ if TYPE_CHECKING:
 Found = TypeVar("Found")
 
 
-def check_plot(path: Path | None, tensor: str | None) -> None:
-    """All that can be told of a picture before anything is read; SparsepruneError where none can be made."""
-    if path is not None:
-        check_picture(path)
-    elif tensor is not None:
-        raise SparsepruneError(f"--tensor {printable(tensor)}: goes with --plot FILE")
-
-
 def check_tensor(checkpoint: Checkpoint, name: str) -> None:
     """SparsepruneError, with the nearest name, for a tensor that is not there."""
     if name not in checkpoint.tensors:
@@ -45,22 +36,22 @@ def check_tensor(checkpoint: Checkpoint, name: str) -> None:
         raise SparsepruneError(f"--tensor {printable(name)}: {checkpoint.path} has no such tensor{hint}")
 
 
-def plot_inspect(request: InspectRequest, checkpoint: Checkpoint, document: Mapping[str, Any]) -> None:
-    """Write the picture that `request` asks for, and tell its path on stderr.
+def plot_inspect(
+    request: InspectRequest, checkpoint: Checkpoint, document: Mapping[str, Any], path: Path
+) -> None:
+    """Write the picture that `request` asks for to `path`, and tell that on stderr.
 
     By a spec that was named it is drawn or fails. One that only lies beside the weights may be unable to be
     bound, as where tensors were renamed since: then the picture does without, and stderr says so.
     """
-    if request.plot is None:
-        return
     if request.tensor is None:
         from sparseprune.report.pictures import plot_inspection
 
-        plot_inspection(document, request.plot, _by_spec(request, checkpoint, _survivors))
+        plot_inspection(document, path, _by_spec(request, checkpoint, _survivors))
     else:
-        _plot_close_up(request, checkpoint, request.tensor, request.plot)
+        _plot_close_up(request, checkpoint, request.tensor, path)
     if not request.quiet:
-        tell(f"wrote {request.plot}")
+        tell(f"wrote {path}")
 
 
 def _plot_close_up(request: InspectRequest, checkpoint: Checkpoint, name: str, path: Path) -> None:

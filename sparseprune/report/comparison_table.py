@@ -6,13 +6,12 @@ and rich renderables; whoever calls decides on the stream and its width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group
-from rich.padding import Padding
 from rich.text import Text
 
+from sparseprune.report.columns import Fact, below, told
 from sparseprune.report.fitting import Column, FittedTable
 from sparseprune.report.wording import many, percent, printable, shape_text
 
@@ -24,15 +23,6 @@ if TYPE_CHECKING:
     Entry = Mapping[str, Any]
 
 _LISTED = 6  # tensors that are named below the table for one thing
-
-
-@dataclass(frozen=True, slots=True)
-class _Fact:
-    """A column and what it says of a tensor; left out where all it says is `silent`."""
-
-    column: Column
-    text: Callable[[Entry], str]
-    silent: frozenset[str] = frozenset()
 
 
 def compare_table(document: Mapping[str, Any], *, all_tensors: bool) -> RenderableType:
@@ -47,12 +37,7 @@ def columns_and_rows(
 ) -> tuple[list[Column], list[list[str]]]:
     """Every tensor that changed, or all, with the facts that say something anywhere."""
     entries = [one for one in document["tensors"] if all_tensors or one["differs"] is not False]
-    told = []
-    for fact in _facts(document):
-        texts = [fact.text(entry) for entry in entries]
-        if not fact.silent or not fact.silent.issuperset(texts):
-            told.append((fact.column, texts))
-    return [column for column, _ in told], [[texts[at] for _, texts in told] for at in range(len(entries))]
+    return told(_facts(document), entries)
 
 
 def notes(document: Mapping[str, Any], *, all_tensors: bool) -> Iterator[RenderableType]:
@@ -62,7 +47,11 @@ def notes(document: Mapping[str, Any], *, all_tensors: bool) -> Iterator[Rendera
     if same and not all_tensors:
         numel = sum(one["numel"] for one in same)
         yield Text(f"unchanged: {many(len(same), 'tensor')}, {many(numel, 'element')}", "dim")
-    yield Text(f"sparsity: {percent(totals['sparsity_before'])} before, {percent(totals['sparsity'])} after")
+    if tensors:
+        before, after = percent(totals["sparsity_before"]), percent(totals["sparsity"])
+        yield Text(f"sparsity: {before} before, {after} after")
+    else:
+        yield Text("nothing to compare: no tensor has its name and shape in both")
     yield from _survivors(document)
     gone = [one for one in tensors if one["largest_change"] is None and one["largest_change_at"] is not None]
     yield from _named(
@@ -100,29 +89,29 @@ def _survivors(document: Mapping[str, Any]) -> Iterator[RenderableType]:
         yield Text("no tensor differs")
 
 
-def _facts(document: Mapping[str, Any]) -> list[_Fact]:
+def _facts(document: Mapping[str, Any]) -> list[Fact]:
     totals = document["totals"]
     unlike = any(one["dtype"] != one["dtype_after"] for one in document["tensors"])
     kept = Column("energy kept", footer=_share(totals["energy_kept"]))
     error = Column("relative error", footer=_share(totals["relative_error"]), spare=3)
     return [
-        _Fact(
+        Fact(
             Column("tensor", "left", f"total of {totals['tensors']:,}"),
             lambda one: str(one["name"]),
         ),
-        _Fact(Column("dtype", "left", spare=2 if unlike else 8), _dtype),
-        _Fact(Column("shape", "left", spare=7), lambda one: shape_text(one["shape"])),
-        _Fact(Column("changed", footer=f"{totals['changed']:,}", spare=5), _count("changed")),
-        _Fact(Column("zeroed", footer=f"{totals['zeroed']:,}", spare=4), _count("zeroed"), frozenset({"0"})),
-        _Fact(
+        Fact(Column("dtype", "left", spare=2 if unlike else 8), _dtype),
+        Fact(Column("shape", "left", spare=7), lambda one: shape_text(one["shape"])),
+        Fact(Column("changed", footer=f"{totals['changed']:,}", spare=5), _count("changed")),
+        Fact(Column("zeroed", footer=f"{totals['zeroed']:,}", spare=4), _count("zeroed"), frozenset({"0"})),
+        Fact(
             Column("altered", footer=f"{totals['altered']:,}", style="yellow"),
             _count("altered"),
             frozenset({"0"}),
         ),
-        _Fact(Column("sparsity", footer=percent(totals["sparsity"]), spare=1), _known_share("sparsity")),
-        _Fact(kept, _known_share("energy_kept")),
-        _Fact(error, _known_share("relative_error")),
-        _Fact(Column("largest change", spare=6), _largest),
+        Fact(Column("sparsity", footer=percent(totals["sparsity"]), spare=1), _known_share("sparsity")),
+        Fact(kept, _known_share("energy_kept")),
+        Fact(error, _known_share("relative_error")),
+        Fact(Column("largest change", spare=6), _largest),
     ]
 
 
@@ -157,10 +146,6 @@ def _named(what: str, entries: Sequence[Entry], text: Callable[[Entry], str]) ->
     between = ", in" if ":" in what else ":"
     yield Text(f"{what}{between} {many(len(entries), 'tensor')}")
     for one in entries[:_LISTED]:
-        yield _below(f"{printable(one['name'])}: {text(one)}")
+        yield below(f"{printable(one['name'])}: {text(one)}")
     if len(entries) > _LISTED:
-        yield _below(f"and {many(len(entries) - _LISTED, 'more tensor')}: --json lists all")
-
-
-def _below(line: str) -> RenderableType:
-    return Padding(Text(line, overflow="fold"), (0, 0, 0, 2), expand=False)
+        yield below(f"and {many(len(entries) - _LISTED, 'more tensor')}: --json lists all")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import textwrap
 from dataclasses import dataclass
 from itertools import groupby
-from operator import itemgetter
+from operator import add, itemgetter
 from typing import TYPE_CHECKING, Literal
 
 from rich.cells import cell_len
@@ -49,11 +49,13 @@ class FittedTable:
 
     Too wide a table breaks its titles into words, then leaves columns out as long as names have not room
     enough, then shortens the names. What was left out is said below, and that `elsewhere` has it.
+    Of `stems` one stands before each name and is not shortened, such as the lines that lead to it in a tree.
     """
 
     columns: Sequence[Column]
     rows: Sequence[Sequence[str]]
     elsewhere: str = ", --csv or --json"
+    stems: Sequence[str] = ()
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         drawing = _Drawing(self, options.max_width, "..." if options.ascii_only else "…")
@@ -80,7 +82,9 @@ class _Drawing:
         self._width = width
         self._ellipsis = ellipsis
         self._elsewhere = table.elsewhere
+        self._stems = table.stems or [""] * len(table.rows)
         cells = [[printable(row[at]) for row in table.rows] for at in range(len(table.columns))]
+        cells[:1] = [list(map(add, self._stems, texts)) for texts in cells[:1]]
         whole = [_fitted(column, texts) for column, texts in zip(table.columns, cells, strict=True)]
         if self._excess(whole) > 0:
             whole = [_fitted(one.column, one.cells, broken=True) for one in whole]
@@ -134,7 +138,7 @@ class _Drawing:
             return columns
         names = columns[0]
         room = max(_SHORTEST, names.width - self._excess(columns))
-        narrowed = [_cut(names, room, self._ellipsis), *columns[1:]]
+        narrowed = [_cut(names, room, self._ellipsis, self._stems), *columns[1:]]
         for at in sorted(range(1, len(narrowed)), key=lambda at: -narrowed[at].width):
             excess = self._excess(narrowed)
             if excess > 0:
@@ -155,11 +159,24 @@ def _fitted(column: Column, cells: list[str], *, broken: bool = False) -> _Fitte
     return _Fitted(column, lines, cells, footer, width)
 
 
-def _cut(column: _Fitted, width: int, ellipsis: str) -> _Fitted:
+def _cut(column: _Fitted, width: int, ellipsis: str, stems: Sequence[str] = ()) -> _Fitted:
     """The same column with texts of at most `width` columns."""
     *title, footer = shortened([*column.title, column.footer], width, ellipsis)
-    cells = shortened(column.cells, width, ellipsis)
+    cells = (
+        _behind(stems, column.cells, width, ellipsis) if stems else shortened(column.cells, width, ellipsis)
+    )
     return _Fitted(column.column, title, cells, footer, max(map(cell_len, (*title, footer, *cells))))
+
+
+def _behind(stems: Sequence[str], cells: Sequence[str], width: int, ellipsis: str) -> list[str]:
+    """Cells shortened behind their stems; a stem that leaves no room for a name is shortened with it."""
+    became = dict(enumerate(cells))
+    lengths = [len(stem) if width - cell_len(stem) >= _SHORTEST else 0 for stem in stems]
+    for length in set(lengths):
+        rows = [at for at, one in enumerate(lengths) if one == length]
+        names = shortened([cells[at][length:] for at in rows], width - length, ellipsis)
+        became |= {at: cells[at][:length] + name for at, name in zip(rows, names, strict=True)}
+    return list(became.values())
 
 
 def _padded(text: str, column: _Fitted) -> str:

@@ -5,13 +5,12 @@ Gives columns and rows for Markdown, and rich renderables; whoever calls decides
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group
-from rich.padding import Padding
 from rich.text import Text
 
+from sparseprune.report.columns import Fact, below, told
 from sparseprune.report.fitting import Column, FittedTable
 from sparseprune.report.wording import many, percent, printable, shape_text
 
@@ -25,15 +24,6 @@ if TYPE_CHECKING:
 _REASONS = 6  # that are listed for one runtime
 
 
-@dataclass(frozen=True, slots=True)
-class Fact:
-    """A column and what it says of an entry; it is left out where all it has to say is `silent`."""
-
-    column: Column
-    text: Callable[[Entry], str]
-    silent: frozenset[str] | None = None
-
-
 def inspect_table(document: Mapping[str, Any]) -> RenderableType:
     """Every group or tensor of an inspect document with its facts, the totals, and what runtimes can use."""
     columns, rows = columns_and_rows(document)
@@ -42,14 +32,7 @@ def inspect_table(document: Mapping[str, Any]) -> RenderableType:
 
 def columns_and_rows(document: Mapping[str, Any]) -> tuple[list[Column], list[list[str]]]:
     """The table: names, and the facts that say something anywhere."""
-    entries = document["groups"] if "groups" in document else document["tensors"]
-    facts = _facts(document)
-    texts = [[fact.text(entry) for entry in entries] for fact in facts]
-    told = [
-        at for at, fact in enumerate(facts) if fact.silent is None or not fact.silent.issuperset(texts[at])
-    ]
-    columns = [facts[at].column for at in told]
-    return columns, [[texts[at][row] for at in told] for row in range(len(entries))]
+    return told(_facts(document), document["groups"] if "groups" in document else document["tensors"])
 
 
 def notes(document: Mapping[str, Any]) -> Iterator[RenderableType]:
@@ -154,11 +137,7 @@ def _runtime_notes(name: str, document: Mapping[str, Any]) -> Iterator[Renderabl
     ranked = sorted(reasons.items(), key=lambda item: -len(item[1]))
     for reason, names in ranked[:_REASONS]:
         more = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
-        yield _below(f"{printable(names[0])}{more}: {reason}")
+        yield below(f"{printable(names[0])}{more}: {reason}")
     if len(ranked) > _REASONS:
         rest = sum(len(names) for _, names in ranked[_REASONS:])
-        yield _below(f"{many(rest, 'matrix')} more: for other reasons, which --json has")
-
-
-def _below(line: str) -> RenderableType:
-    return Padding(Text(line, overflow="fold"), (0, 0, 0, 2), expand=False)
+        yield below(f"{many(rest, 'matrix')} more: for other reasons, which --json has")

@@ -7,11 +7,13 @@ whoever calls decides on the stream and its width.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group
 
+from sparseprune.report.columns import Fact, told
 from sparseprune.report.fitting import Column, FittedTable
 from sparseprune.report.grouping import summed
 from sparseprune.report.inspect_table import notes, shared_facts
@@ -46,26 +48,9 @@ class InspectTree:
         totals = self.document["totals"]
         patterns = list(totals["patterns"])
         lines = list(_lines(_tree(self.document["tensors"]), guides))
-        entries = [_told(branch, patterns) for _, branch in lines]
-        total = f"{totals['tensors']:,}"
-        columns = [Column("tensor", "left", "total")]
-        texts = [[label for label, _ in lines]]
-        columns += [
-            Column("tensors", footer=total, spare=8),
-            Column("shape", "left", spare=6),
-            Column("elements", footer=f"{totals['numel']:,}", spare=6),
-        ]
-        texts += [
-            [f"{entry['tensors']:,}" for entry in entries],
-            [entry["shapes"] for entry in entries],
-            [f"{entry['numel']:,}" for entry in entries],
-        ]
-        for fact in shared_facts(totals):
-            cells = [fact.text(entry) for entry in entries]
-            if fact.silent is None or not fact.silent.issuperset(cells):
-                columns.append(fact.column)
-                texts.append(cells)
-        yield Group(FittedTable(columns, list(zip(*texts, strict=True)), " or --json"), *notes(self.document))
+        columns, rows = told(_columns(totals), [_told(branch, patterns) for _, branch in lines])
+        stems = [stem for stem, _ in lines]
+        yield Group(FittedTable(columns, rows, " or --json", stems), *notes(self.document))
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +70,18 @@ class _Sprout:
     label: str
     twigs: dict[str, _Sprout] = field(default_factory=dict)
     entry: Entry | None = None
+
+
+def _columns(totals: Entry) -> list[Fact]:
+    tensors = Column("tensors", footer=f"{totals['tensors']:,}", spare=8)
+    elements = Column("elements", footer=f"{totals['numel']:,}", spare=6)
+    return [
+        Fact(Column("tensor", "left", "total"), itemgetter("label")),
+        Fact(tensors, lambda one: f"{one['tensors']:,}"),
+        Fact(Column("shape", "left", spare=6), itemgetter("shapes")),
+        Fact(elements, lambda one: f"{one['numel']:,}"),
+        *shared_facts(totals),
+    ]
 
 
 def _tree(entries: Iterable[Entry]) -> tuple[_Branch, ...]:
@@ -109,7 +106,7 @@ class _Likenesses:
 
 
 def _grown(sprout: _Sprout, likenesses: _Likenesses) -> _Branch:
-    """Twigs that are alone joined with what they grow on, twigs that are alike told as one."""
+    """Twigs that are alike told as one, and what is alone then joined with what it grows on."""
     twigs = [_grown(twig, likenesses) for twig in sprout.twigs.values()]
     own = () if sprout.entry is None else (sprout.entry,)
     if own and twigs:
@@ -121,6 +118,8 @@ def _grown(sprout: _Sprout, likenesses: _Likenesses) -> _Branch:
         return _Branch(f"{sprout.label}.{only.label}", only.twigs, only.entries, likenesses.of(_joined(only)))
     likeness = likenesses.of(tuple((twig.label, twig.likeness) for twig in twigs))
     found = tuple(_alike_as_one(twigs))
+    if len(found) == 1 and sprout.label:
+        return replace(found[0], label=f"{sprout.label}.{found[0].label}", likeness=likeness)
     return _Branch(sprout.label, found, tuple(entry for twig in found for entry in twig.entries), likeness)
 
 
@@ -170,9 +169,9 @@ def _ranges(labels: Sequence[str]) -> str:
 
 
 def _lines(branches: Sequence[_Branch], guides: Sequence[str]) -> Iterator[tuple[str, _Branch]]:
-    """Every branch with its label, behind the lines that lead to it; those of the first rank have none."""
+    """Every branch with the lines that lead to it; those of the first rank have none."""
     for branch in branches:
-        yield branch.label, branch
+        yield "", branch
         yield from _twig_lines(branch, guides, "")
 
 
@@ -180,10 +179,10 @@ def _twig_lines(branch: _Branch, guides: Sequence[str], stem: str) -> Iterator[t
     fork, last, along, beside = guides
     for at, twig in enumerate(branch.twigs, 1):
         is_last = at == len(branch.twigs)
-        yield stem + (last if is_last else fork) + twig.label, twig
+        yield stem + (last if is_last else fork), twig
         yield from _twig_lines(twig, guides, stem + (beside if is_last else along))
 
 
 def _told(branch: _Branch, patterns: Sequence[str]) -> dict[str, Any]:
     shapes = {shape_text(entry["shape"]) for entry in branch.entries} if not branch.twigs else set()
-    return {**summed(branch.entries, patterns), "shapes": " ".join(sorted(shapes))}
+    return {**summed(branch.entries, patterns), "label": branch.label, "shapes": " ".join(sorted(shapes))}

@@ -65,6 +65,20 @@ def document_of(*words: object) -> dict[str, Any]:
     return document
 
 
+def test_nothing_in_common_is_said_and_no_sparsity(tmp_path: Path) -> None:
+    one = saved(tmp_path / "one.safetensors", {"a": torch.zeros(2), "b": torch.ones(2)})
+    other = saved(tmp_path / "other.safetensors", {"b": torch.ones(3)})
+    said = run("compare", one, other)
+    assert (said.code, said.err) == (0, "")
+    assert said.out.splitlines() == [
+        "nothing to compare: no tensor has its name and shape in both",
+        "reshaped: 1 tensor",
+        "  b: 2 to 3",
+        "removed: 1 tensor",
+        "  a: F32 2",
+    ]
+
+
 def test_table_tells_what_changed_and_what_is_odd(dense: Path, pruned: Path) -> None:
     said = run("compare", dense, pruned)
     assert (said.code, said.err) == (0, "")

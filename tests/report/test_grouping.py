@@ -32,6 +32,8 @@ PATTERNS = ["1:2", "2:4"]
         ("model.embed_tokens.weight", "model.embed_tokens", "model.embed_tokens"),
         ("lm_head.weight", "lm_head", "lm_head"),
         ("layer1.0.conv1.weight", "layer1.0", "layer1.*.conv1"),
+        ("layer1.0.bn1.running_mean", "layer1.0", "layer1.*.bn1"),
+        ("bn1.num_batches_tracked", "bn1", "bn1"),
         ("0.up.weight", "0", "*.up"),
         ("0", "0", "*"),
         ("weight", "weight", "weight"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jsonschema
 import pytest
@@ -16,6 +16,9 @@ from sparseprune.report.inspect_document import Telling, fields_of, inspect_docu
 from sparseprune.report.inspect_table import columns_and_rows, inspect_table
 from sparseprune.report.runtimes import runtimes_of
 from tests.samples import schema
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
 
 QUESTIONS = Questions((Pattern(2, 4), Pattern(1, 4, 0)), (BlockShape(4, 4),))
 NORM = TensorFacts("norm.weight", "F32", (8,), 8, 0, 0, slices=(Zeros(0, 8),), blocks=None)
@@ -118,6 +121,38 @@ def test_every_document_fits_the_schema_and_has_tables(
     assert len(rows) == len(found["tensors" if by is None else "groups"])
     assert printed(found)
     assert found["totals"]["runtimes"]["asp"]["of"] == sum(len(one.shape) > 1 for one in facts)
+
+
+def undescribed(rules: Any, where: str, defined: Mapping[str, Any]) -> Iterator[str]:
+    """Keys of a schema that say nothing of themselves, nor what they refer to."""
+    if not isinstance(rules, dict):
+        return
+    for key, rule in rules.get("properties", {}).items():
+        named = rule.get("$ref", "").rpartition("/")[2]
+        if not rule.keys() & {"description", "const"} and "description" not in defined.get(named, {}):
+            yield f"{where}.{key}"
+        yield from undescribed(rule, f"{where}.{key}", defined)
+    for key in ("items", "additionalProperties"):
+        yield from undescribed(rules.get(key), f"{where}[]", defined)
+    for key, rule in rules.get("$defs", {}).items():
+        yield from undescribed(rule, key, defined)
+
+
+@pytest.mark.parametrize("name", ["inspect", "compare"])
+def test_every_key_of_a_document_is_described_in_its_schema(name: str) -> None:
+    rules = schema(name)
+    assert list(undescribed(rules, name, rules.get("$defs", {}))) == []
+
+
+def test_keys_without_a_description_are_found() -> None:
+    rules: dict[str, Any] = {
+        "properties": {
+            "a": {"description": "a"},
+            "b": {"items": {"properties": {"c": {"$ref": "#/$defs/d"}}}, "description": "b"},
+        },
+        "$defs": {"d": {"properties": {"e": {}}}},
+    }
+    assert list(undescribed(rules, "x", rules["$defs"])) == ["x.b[].c", "d.e"]
 
 
 def test_a_document_that_is_wrong_does_not_fit_the_schema() -> None:

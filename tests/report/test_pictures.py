@@ -384,6 +384,17 @@ def test_nothing_at_all_is_known_and_it_is_drawn() -> None:
     assert len(titled(figure, "Relative error").lines) == 2
 
 
+@pytest.mark.parametrize("width", [0.5, 0.06, 0.0017, 0.00002])
+def test_a_tick_of_a_share_says_where_it_stands(width: float) -> None:
+    figure = compared_figure({f"h.{layer}.w": (0.8666 + width * layer / 4, 0.5) for layer in range(2)})
+    axes = titled(figure, "Retained energy")
+    figure.canvas.draw()
+    labels = [label.get_text() for label in axes.get_yticklabels()]
+    assert len(set(labels)) == len(labels) > 1
+    told = [float(label.removesuffix("%")) / 100 for label in labels]
+    assert np.allclose(told, axes.get_yticks(), rtol=0, atol=width / 1000)
+
+
 def test_no_line_leads_from_one_stack_of_layers_to_the_next() -> None:
     tensors = {f"{stack}.{layer}.w": (0.5, 0.5) for stack in ("encoder", "decoder") for layer in range(2)}
     line = titled(compared_figure(tensors), "Retained energy").lines[0]

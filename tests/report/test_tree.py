@@ -60,8 +60,40 @@ def test_numbered_branches_that_are_alike_are_told_as_one() -> None:
 def test_alike_experts_in_alike_layers_are_told_as_one() -> None:
     facts = [tensor(f"h.{layer}.experts.{expert}.w") for layer in range(12) for expert in range(4)]
     lines = drawn(facts)
-    assert [line.split()[0:3] for line in lines[1:3]] == [["h", "48", "768"], ["└─", "0..11.experts", "48"]]
-    assert "0..3.w" in lines[3]
+    assert lines[1].split() == ["h.0..11.experts.0..3.w", "48", "4x4", "768", "0", "0.00%"]
+
+
+def test_what_is_left_alone_is_joined_after_alike_ones_are_told_as_one() -> None:
+    facts = [
+        tensor(f"m.h.{layer}.e.{expert}.{name}", 8 * (layer == 1))
+        for layer in range(3)
+        for expert in range(2)
+        for name in ("a", "b")
+    ]
+    assert drawn(facts)[1:-2] == [
+        "m.h                 12              192     32    16.67%",
+        "├─ 0,2.e.0..1        8              128      0     0.00%",
+        "│  ├─ a              4  4x4          64      0     0.00%",
+        "│  └─ b              4  4x4          64      0     0.00%",
+        "└─ 1.e.0..1          4               64     32    50.00%  2:4",
+        "   ├─ a              2  4x4          32     16    50.00%  2:4",
+        "   └─ b              2  4x4          32     16    50.00%  2:4",
+    ]
+
+
+def test_names_are_shortened_behind_the_lines_that_lead_to_them() -> None:
+    names = ["a.b.a_rather_long_name_of_a_module.weight", "a.b.c", "a.d"]
+    lines = drawn([tensor(name) for name in names], width=60)
+    assert [line.split("  4x4")[0].rstrip() for line in lines[3:6]] == [
+        "│  ├─ …ng_name_of_a_module.weight",
+        "│  └─ c",
+        "└─ d",
+    ]
+
+
+def test_a_tree_deeper_than_the_terminal_is_wide_is_drawn() -> None:
+    facts = [tensor("".join(f"x{depth}." for depth in range(deep)) + "w") for deep in range(30)]
+    assert max(map(len, drawn(facts, width=60))) <= 60
 
 
 def test_names_that_only_look_like_numbers_stay_apart() -> None:

@@ -43,14 +43,19 @@ def form_of(path: Path) -> str:
 
 
 def put(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all; what had its name before is replaced when the new one is there."""
+    """Write a file whole or not at all; what had its name before is replaced when the new one is there.
+
+    OSError names `path`, not the file beside it that nobody asked for.
+    """
     final = Path(os.path.realpath(path))  # of a link the file that it leads to is replaced
     beside = final.with_name(f".{final.name[:100]}.{secrets.token_hex(4)}.part")
     try:
         with beside.open("xb") as file:
             file.write(content)
         beside.replace(final)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             beside.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
