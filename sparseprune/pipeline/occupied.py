@@ -62,10 +62,11 @@ class Found:
 class Blocks:
     """Blocks of one member, in whole scopes or in a part of one, flagged in every leaf where they are not 0.
 
-    Flags lie on the member's common block grid, counts on the common grid of scopes.
+    Flags lie on the member's common block grid, of which a scope has `shape`; counts on the common grid of
+    scopes, onto which `order` permutes the member's own.
     """
 
-    member: BoundScope
+    shape: Shape
     order: Shape
     flags: tuple[Flags, ...]
 
@@ -84,11 +85,13 @@ class Blocks:
             yield TORN_IN + first_leaf + leaf, self._counted(own & somewhere_zero)
 
     def _counted(self, flags: Flags) -> Counts:
-        return count_in(flags, self.member.shape).transpose(self.order)
+        return count_in(flags, self.shape).transpose(self.order)
 
 
 def joined(parts: Sequence[Found]) -> Found:
     """What was found in all parts together; they may come in any order."""
+    if len(parts) == 1:
+        return parts[0]
     survivors: dict[int, int] = {}
     torn_in = [0] * max((len(part.torn_in) for part in parts), default=0)
     for part in parts:
@@ -152,7 +155,7 @@ def read_blocks(member: BoundScope, order: Shape, part: Part, setting: Setting) 
     flags = [
         occupied(setting.traffic.load(boxes[leaf])).transpose(own) for leaf, own in leaves_of(member.block)
     ]
-    return Blocks(member, order, tuple(flags))
+    return Blocks(member.shape, order, tuple(flags))
 
 
 def count_rows(scope: AnyScope) -> int:
@@ -165,6 +168,21 @@ def common_place(part: Part, member: BoundScope, order: Shape) -> tuple[slice, .
     """Where a part of a member's block grid lies on the common grid of scopes."""
     own = coarser(part, member.shape)
     return tuple(own[dim] for dim in order)
+
+
+def counted(read: Sequence[Blocks], rows: int, allowed: int) -> list[Counts]:
+    """The rows of counts of whole scopes over all members; that of survivors alone where none is broken."""
+    survivors = [blocks.survivors() for blocks in read]
+    total: Counts = survivors[0] if len(read) == 1 else np.asarray(np.sum(survivors, axis=0, dtype=np.int64))
+    if rows == 1 or int(total.max(initial=0)) <= allowed:
+        return [total]
+    counts: list[Counts] = [total, *(np.zeros(total.shape, dtype=np.int64) for _ in range(1, rows))]
+    first_leaf = 0
+    for blocks in read:
+        for row, torn in blocks.torn(first_leaf):
+            counts[row] += torn
+        first_leaf += len(blocks.flags)
+    return counts
 
 
 def judged(counts: Sequence[Counts], begin: Shape, allowed: int) -> Found:

@@ -37,6 +37,7 @@ from sparseprune.pipeline.occupied import (
     coarser,
     common_place,
     count_rows,
+    counted,
     joined,
     judged,
     occupied,
@@ -152,7 +153,7 @@ class _Work:
             return judged(self._counts, (0,) * len(self._scope.grid_shape), self._allowed)
         read = [
             Blocks(
-                member,
+                member.shape,
                 order,
                 tuple(self._flags[leaf].transpose(own) for leaf, own in leaves_of(member.block)),
             )
@@ -172,19 +173,7 @@ class _Work:
 
     def _judged(self, read: Sequence[Blocks], cell: Part) -> Found:
         """What was found in whole scopes; torn blocks are looked for only where a scope is broken."""
-        survivors = [blocks.survivors() for blocks in read]
-        total: Counts = (
-            survivors[0] if len(read) == 1 else np.asarray(np.sum(survivors, axis=0, dtype=np.int64))
-        )
-        rows = count_rows(self._scope)
-        if rows == 1 or int(total.max(initial=0)) <= self._allowed:
-            return judged([total], cell.begin, self._allowed)
-        counts: list[Counts] = [total, *(np.zeros(cell.extent, dtype=np.int64) for _ in range(1, rows))]
-        first_leaf = 0
-        for blocks in read:
-            for row, torn in blocks.torn(first_leaf):
-                counts[row] += torn
-            first_leaf += len(blocks.flags)
+        counts = counted(read, count_rows(self._scope), self._allowed)
         return judged(counts, cell.begin, self._allowed)
 
     def _add_tile(self, member: BoundScope, order: Shape, part: Part, first_leaf: int) -> None:

@@ -64,8 +64,12 @@ class Traffic:
     def load_run(self, stored: StoredTensor, run: Run) -> Bits:
         """Neighbouring elements of a tensor."""
         flat = np.empty(run[1], dtype=pattern_of(stored))
-        self._fill(stored, (run,), flat)
+        self.read_run(stored, run[0], flat)
         return flat
+
+    def read_run(self, stored: StoredTensor, first: int, flat: Bits) -> None:
+        """Fill an array with neighbouring elements of a tensor, from element `first` on."""
+        self._reader.read_into(stored, first * flat.itemsize, flat)
 
     def store(self, loaded: Loaded, mask: Mask) -> None:
         """Write the elements of a box, and its mask, both as they lie in the order of the storage."""

@@ -17,20 +17,21 @@ from sparseprune.pipeline.plan import make_plan, task_bytes
 from sparseprune.pipeline.programs import Setting
 from sparseprune.pipeline.recipes import alone
 from sparseprune.pipeline.schedule import make_schedule
+from sparseprune.pipeline.stacked import stack_height, stack_program
 from sparseprune.pipeline.surviving import leaf_bytes, survivor_program, way_of
 from sparseprune.pipeline.traffic import Traffic
 from sparseprune.pipeline.undercut import Watch, undercut_program
 from sparseprune.pipeline.verdicts import Checked, Verification, verification_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Hashable, Iterator, Sequence
 
     from sparseprune.checkpoint import Checkpoint, TensorReader
     from sparseprune.pipeline.cells import AnyScope
     from sparseprune.pipeline.limits import Limits
     from sparseprune.pipeline.occupied import Found
     from sparseprune.pipeline.plan import Plan
-    from sparseprune.pipeline.programs import Item
+    from sparseprune.pipeline.programs import Item, Program
     from sparseprune.pipeline.schedule import Job
     from sparseprune.pipeline.surviving import Way
     from sparseprune.spec import BoundInstance, Spec
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 class Count:
     """Scopes of which the blocks that are not zero are counted, by some way; the rule that they are of.
 
+    Up to `height` instances of one `form`, with as many `allowed`, are counted at one time, if not 0.
     Under a threshold every block is a scope, and `job` does what pruning would do.
     """
 
@@ -49,6 +51,8 @@ class Count:
     instance: BoundInstance
     scope: AnyScope
     way: Way
+    form: Hashable
+    height: int
     job: Job | None = None
 
     @property
@@ -109,21 +113,20 @@ def make_check(checkpoint: Checkpoint, spec: Spec, memory: int, workers: int) ->
     if scored.units:
         schedule = make_schedule(scored, memory, workers)
         jobs, limits, uses_torch = schedule.jobs, schedule.limits, schedule.uses_torch
-    known: dict[object, Way] = {}  # thousands of scopes have a handful of forms
+    known: dict[Hashable, tuple[Way, int]] = {}  # thousands of scopes have a handful of forms
 
-    def way(scope: AnyScope) -> Way:
+    def count(rule: str, instance: BoundInstance, scope: AnyScope, job: Job | None = None) -> Count:
         form = _form(scope, plan)
         if form not in known:
-            known[form] = way_of(scope, checkpoint.tensors, limits)
-        return known[form]
+            way = way_of(scope, checkpoint.tensors, limits)
+            known[form] = way, stack_height(scope, way, checkpoint.tensors)
+        way, height = known[form]
+        return Count(rule, instance, scope, way, form, height, job)
 
     for rule, instance in plan.bound.instances():
         if instance.budget.nnz is not None:
-            scope = instance.scope
-            counts.append(Count(rule.name, instance, scope, way(scope)))
-    for job in jobs:
-        scope = alone(job.task.instance.scope)
-        counts.append(Count(job.task.rule, job.task.instance, scope, way(scope), job))
+            counts.append(count(rule.name, instance, instance.scope))
+    counts += [count(job.task.rule, job.task.instance, alone(job.task.instance.scope), job) for job in jobs]
     return Check(plan, limits, workers, tuple(counts), uses_torch)
 
 
@@ -157,16 +160,21 @@ class _Work:
         self.found: list[list[Found]] = [[] for _ in check.counts]
 
     def assignments(self) -> Iterator[Assignment]:
-        """All programs, in the order of the plan."""
-        for number, count in enumerate(self._check.counts):
-            tell = self.found[number].append
-            label = count.instance.label
+        """All programs, in the order of the plan, by the first instance of each."""
+        counts = self._check.counts
+        for numbers in _stacks(counts):
+            first = counts[numbers[0]]
+            if first.height and first.job is None:
+                yield self._assigned(first, numbers, self._stacked(numbers))
+                continue
+            tell = self.found[numbers[0]].append
             setting = self._setting(self._reading)
-            program = survivor_program(count.scope, count.allowed, count.way, setting, tell)
-            yield Assignment(2 * number, str(number), label, program, count.way.held)
-            if count.job is not None:
-                program = undercut_program(count.job, self._setting(self._watch), self._watch, tell)
-                yield Assignment(2 * number + 1, str(number), label, program, count.job.recipe.held)
+            program = survivor_program(first.scope, first.allowed, first.way, setting, tell)
+            yield self._assigned(first, numbers, program)
+            if first.job is not None:
+                program = undercut_program(first.job, self._setting(self._watch), self._watch, tell)
+                order, label = 2 * numbers[0] + 1, first.instance.label
+                yield Assignment(order, str(order), label, program, first.job.recipe.held)
 
     def known(self, key: str) -> bool:  # noqa: ARG002
         """Nothing is noted from one run to the next."""
@@ -175,6 +183,20 @@ class _Work:
     def done(self, item: Item, key: str, label: str, result: Any) -> None:  # noqa: ANN401, ARG002
         """An item is done."""
         self._progress(item.nbytes, label)
+
+    def _assigned(self, first: Count, numbers: Sequence[int], program: Program) -> Assignment:
+        order = 2 * numbers[0]
+        return Assignment(order, str(order), first.instance.label, program, first.way.held)
+
+    def _stacked(self, numbers: Sequence[int]) -> Program:
+        counts = [self._check.counts[number] for number in numbers]
+
+        def tell(found: Sequence[Found]) -> None:
+            for number, one in zip(numbers, found, strict=True):
+                self.found[number].append(one)
+
+        scopes = [count.scope for count in counts]
+        return stack_program(scopes, counts[0].allowed, counts[0].way, self._setting(self._reading), tell)
 
     def _setting(self, traffic: Traffic) -> Setting:
         return Setting(
@@ -188,12 +210,29 @@ class _Work:
         )
 
 
+def _stacks(counts: Sequence[Count]) -> Iterator[list[int]]:
+    """The numbers of counts that are done together, by the first of each; most often of one."""
+    waiting: dict[Hashable, list[int]] = {}
+    for number, count in enumerate(counts):
+        if count.job is not None or not count.height:
+            yield from waiting.values()
+            waiting = {}
+            yield [number]
+            continue
+        stack = waiting.setdefault((count.form, count.allowed), [])
+        stack.append(number)
+        if len(stack) == count.height:
+            yield from waiting.values()
+            waiting = {}
+    yield from waiting.values()
+
+
 def _is_scored(instance: BoundInstance) -> bool:
     """Whether blocks have to be scored to be checked: those that a threshold cuts off."""
     return instance.budget.nnz is None and instance.soft is None
 
 
-def _form(scope: AnyScope, plan: Plan) -> object:
+def _form(scope: AnyScope, plan: Plan) -> Hashable:
     """What the way of a scope depends on."""
     tensors = plan.checkpoint.tensors
     leaves = [

@@ -93,6 +93,19 @@ def histogram(counts: Counts) -> dict[int, int]:
     return dict(zip(numbers.tolist(), often.tolist(), strict=True))
 
 
+def histograms(counts: Counts) -> list[dict[int, int]]:
+    """The histogram of every row.
+
+    >>> histograms(np.array([[2, 1], [2, 2]], dtype=np.uint8))
+    [{1: 1, 2: 1}, {2: 2}]
+    """
+    if not counts.size or int(counts.max()) > _BY_EYE:
+        return [histogram(row) for row in counts]
+    numbers = range(int(counts.max()) + 1)
+    found = [np.count_nonzero(counts == number, axis=1).tolist() for number in numbers]
+    return [{number: often for number, often in enumerate(row) if often} for row in zip(*found, strict=True)]
+
+
 def _folded(grid: Counts, units: Sequence[int], fold: Callable[[Counts], Counts]) -> Any:  # noqa: ANN401
     """Dimension by dimension, the innermost in memory first, so that what is folded lies together."""
     order = sorted(range(grid.ndim), key=lambda dim: -grid.strides[dim])

@@ -11,7 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from sparseprune.engine.dtypes import DTYPES
-from sparseprune.engine.kernels.folding import any_in, count_in, histogram, nonzero
+from sparseprune.engine.kernels.folding import any_in, count_in, histogram, histograms, nonzero
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -73,6 +73,13 @@ def test_a_histogram_counts_every_number_once(numbers: list[int], small: bool) -
     found = histogram(np.array(values, dtype=np.uint8 if small else np.int64))
     assert found == {number: values.count(number) for number in sorted(set(values))}
     assert list(found) == sorted(found)
+
+
+@pytest.mark.parametrize("most", [0, 3, 16, 17, 250])
+@pytest.mark.parametrize("shape", [(4, 60), (1, 5), (0, 3), (3, 0)])
+def test_histograms_are_those_of_the_rows(most: int, shape: tuple[int, int]) -> None:
+    counts = np.random.default_rng(most).integers(0, most, shape, dtype=np.uint8, endpoint=True)
+    assert histograms(counts) == [histogram(row) for row in counts]
 
 
 @pytest.mark.parametrize("name", [row.name for row in DTYPES.values() if row.prunable])
