@@ -5,13 +5,42 @@ context once at the edge of a layer, and are printed by the command line alone. 
 here is a bug and keeps its traceback.
 """
 
+import errno
 from typing import ClassVar
+
+_LONGEST_LINE = 1000  # characters: names of tensors may be longer than a terminal has room for
 
 
 class SparsepruneError(Exception):
-    """Base of all errors that are no bugs; `exit_code` is what the process ends with."""
+    """Base of all errors that are no bugs; `exit_code` is what the process ends with.
+
+    Each argument is a line of its text, whatever stands in the names of tensors and files.
+    """
 
     exit_code: ClassVar[int] = 2
+
+    def __init__(self, *lines: str) -> None:
+        super().__init__(*map(_shortened, map(printable, lines)))
+
+    def __str__(self) -> str:
+        return "\n".join(self.args)
+
+
+def printable(text: str) -> str:
+    r"""A text on one line, without what a terminal would obey: names may hold anything, also line ends.
+
+    >>> printable("a\nb")
+    'a\\nb'
+    """
+    if text.isprintable():
+        return text
+    return "".join([letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text])
+
+
+def _shortened(line: str) -> str:
+    if len(line) <= _LONGEST_LINE:
+        return line
+    return f"{line[: _LONGEST_LINE // 2]}...{line[3 - _LONGEST_LINE // 2 :]}"
 
 
 class SparsityError(SparsepruneError, ValueError):
@@ -43,12 +72,12 @@ class SpecError(SparsepruneError):
     """A spec that is wrong in itself or does not fit the checkpoint; `problems` has one line each."""
 
     def __init__(self, *problems: str) -> None:
-        super().__init__("\n".join(problems))
-        self.problems = problems
+        super().__init__(*problems)
+        self.problems: tuple[str, ...] = self.args
 
 
 class CheckFailedError(SparsepruneError):
-    """What was to be checked does not hold; the text names every tensor that fails."""
+    """What was to be checked does not hold; a line names every tensor that fails."""
 
     exit_code = 1
 
@@ -57,3 +86,30 @@ class MachineError(SparsepruneError):
     """Disk full, I/O error, input changed while it was read: the machine, not the request."""
 
     exit_code = 3
+
+
+_NO_MEMORY = (
+    "can't allocate memory",  # torch, on the CPU
+    "out of memory",  # torch, on other devices
+    "bad_alloc",
+    "Unable to allocate",
+    "failed to map segment from shared object",  # a library that is loaded
+    "annot allocate memory",
+)
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether an error says that there is no memory left, in the words of Python, torch or the system.
+
+    >>> is_out_of_memory(MemoryError()), is_out_of_memory(RuntimeError("CUDA out of memory. Tried to"))
+    (True, True)
+    """
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM or (error.errno is None and _says_so(error))
+    if isinstance(error, (RuntimeError, ImportError)):
+        return _says_so(error) or is_out_of_memory(error.__cause__)
+    return isinstance(error, MemoryError)
+
+
+def _says_so(error: BaseException) -> bool:
+    return any(sign in str(error) for sign in _NO_MEMORY)

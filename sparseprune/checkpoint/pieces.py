@@ -1,6 +1,6 @@
 """Pieces of tensors, read side by side: threads that take them in order, as they become free.
 
-Owns the threads and which failure is told. Knows nothing of what is done with a piece. Called by whatever
+Owns who takes what, and which failure is told. Knows nothing of what is done with a piece. Called by whatever
 measures a checkpoint without writing one.
 """
 
@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import threading
 from typing import TYPE_CHECKING, Generic, TypeVar
+
+from sparseprune.checkpoint.threads import side_by_side
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -32,17 +34,7 @@ class _Threads(Generic[Piece]):
         self._lock = threading.Lock()
 
     def run(self, jobs: int) -> None:
-        threads = [threading.Thread(target=self._work, name=f"sparseprune-{n}") for n in range(jobs)]
-        try:
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-        finally:
-            self._stop()  # where Ctrl-C comes, or no thread can be had
-            for thread in threads:
-                if thread.ident is not None:
-                    thread.join()
+        side_by_side(self._work, jobs, self._stop)
         if self._failures:
             # Pieces are begun in order and what is begun is ended: nothing earlier can have failed unseen.
             raise self._failures[min(self._failures)]

@@ -26,7 +26,7 @@ from sparseprune.checkpoint.target import (
     needed_bytes,
 )
 from sparseprune.checkpoint.writer import FileWriter
-from sparseprune.errors import MachineError
+from sparseprune.errors import MachineError, is_out_of_memory
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -315,7 +315,7 @@ def _may_go_on(error: BaseException | None) -> bool:
     """
     if error is None or isinstance(error, transfer.ChangedInputError):
         return False
-    if isinstance(error, (MachineError, MemoryError)):
+    if isinstance(error, MachineError) or is_out_of_memory(error):
         return True
     return not isinstance(error, Exception)
 

@@ -7,15 +7,16 @@ command loads what it needs when it runs.
 
 def main() -> None:
     """Entry point of the console script and of `python -m sparseprune`."""
-    import io
     import signal
     import sys
 
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # names may hold what the terminal cannot say
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         # While nothing has begun, and when all is over, Ctrl-C ends the process without a word.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    from sparseprune.cli.app import app
+    from sparseprune.cli.streams import open_streams
 
-    app()
+    open_streams()
+    from sparseprune.cli.app import app
+    from sparseprune.cli.console import ended
+
+    sys.exit(ended(app, debug="--debug" in sys.argv))

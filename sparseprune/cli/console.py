@@ -7,50 +7,74 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
-import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from sparseprune.errors import CheckFailedError, MachineError, SparsepruneError
+from sparseprune.cli.stopping import stopped_code, stopped_once, stopped_text
+from sparseprune.cli.streams import UntoldError
+from sparseprune.errors import CheckFailedError, MachineError, SparsepruneError, is_out_of_memory, printable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-    from types import FrameType
+    from collections.abc import Callable, Iterator, Mapping
 
     from rich.console import Console, RenderableType
 
 
-INTERRUPTED = 130
 _UNFOLDED = 10_000  # columns; tables are no wider than their content
+
+
+def ended(app: Callable[[], object], *, debug: bool) -> str | int | None:
+    """Run it to its SystemExit; the code of that, or of the error when the last of stdout is written."""
+    try:
+        with reported_errors(debug):
+            try:
+                app()
+            except SystemExit as end:
+                sys.stdout.flush()
+                return end.code
+    except typer.Exit as end:
+        return end.exit_code
+    return 0
 
 
 @contextmanager
 def reported(debug: bool = False) -> Iterator[None]:
-    """Turn what a user or the machine caused into lines on stderr and an exit code.
+    """Turn what a user, a signal or the machine caused into lines on stderr and an exit code.
+
+    After the first signal no other one is heard: what is being ended is ended.
+    """
+    with stopped_once(), reported_errors(debug):
+        yield
+
+
+@contextmanager
+def reported_errors(debug: bool = False) -> Iterator[None]:
+    """Turn errors that are no bugs into lines on stderr and an exit code.
 
     The notes of an error (`add_note`) are further lines. A bug keeps its traceback; `debug` shows the
-    traceback of everything. After the first Ctrl-C no other one is heard: what is being ended is ended.
+    traceback of everything.
     """
-    with _interrupted_once():
-        try:
-            yield
-        except BrokenPipeError:
-            # Whoever read our output has seen enough; nothing more can be told.
+    try:
+        yield
+    except BrokenPipeError:
+        # Whoever read our output has seen enough; nothing more can be told.
+        _silence_stdout()
+        raise typer.Exit(0) from None
+    except BaseException as error:
+        told = _told(error)
+        if isinstance(error, UntoldError):
             _silence_stdout()
-            raise typer.Exit(0) from None
-        except (SparsepruneError, OSError, MemoryError, KeyboardInterrupt) as error:
-            if debug:
-                sys.stderr.flush()
-                raise
-            message, code = _told(error)
-            for text in (message, *getattr(error, "__notes__", ())):
-                for line in text.splitlines():
-                    print(f"sparseprune: {line}", file=sys.stderr)
-            raise typer.Exit(code) from None
+        if told is None or debug:
+            sys.stderr.flush()
+            raise
+        message, code = told
+        for text in (message, *getattr(error, "__notes__", ())):
+            for line in text.splitlines():
+                print(f"sparseprune: {line}", file=sys.stderr)
+        raise typer.Exit(code) from None
 
 
 def _silence_stdout() -> None:
@@ -58,37 +82,18 @@ def _silence_stdout() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-@contextmanager
-def _interrupted_once() -> Iterator[None]:
-    """One KeyboardInterrupt at the most: a second one would leave threads at work on what is given up."""
-
-    def interrupt(_: int, __: FrameType | None) -> None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        raise KeyboardInterrupt
-
-    usual = signal.getsignal(signal.SIGINT)
-    on_main = threading.current_thread() is threading.main_thread()
-    if not on_main or usual not in (signal.default_int_handler, signal.SIG_DFL):
-        yield  # it is somebody else's, or not to be heard at all
-        return
-    signal.signal(signal.SIGINT, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, usual)
-
-
-def _told(error: BaseException) -> tuple[str, int]:
-    """What is said of an error that is no bug, and the exit code that it ends in."""
+def _told(error: BaseException) -> tuple[str, int] | None:
+    """What is said of an error, and the exit code that it ends in; None for a bug."""
     if isinstance(error, SparsepruneError):
         return str(error), error.exit_code
     if isinstance(error, KeyboardInterrupt):
-        what = str(error) or "nothing was written"
-        return f"interrupted: {what}", INTERRUPTED
+        return stopped_text(error), stopped_code(error)
+    if is_out_of_memory(error):
+        return "out of memory; give a smaller --memory, or fewer --jobs", MachineError.exit_code
     if isinstance(error, OSError):
         place = f"{error.filename}: " if error.filename else ""
-        return f"{place}{error.strerror or error}", MachineError.exit_code
-    return "out of memory; give a smaller --memory, or fewer --jobs", MachineError.exit_code
+        return printable(f"{place}{error.strerror or error}"), MachineError.exit_code
+    return None
 
 
 @contextmanager
@@ -105,7 +110,7 @@ def checked(*failures: str) -> Iterator[None]:
             raise
         _silence_stdout()
     if failures:
-        raise CheckFailedError("\n".join(failures))
+        raise CheckFailedError(*failures)
 
 
 def stderr_console() -> Console:
@@ -120,12 +125,13 @@ def tell(text: str) -> None:
 
 def print_result(text: str) -> None:
     """The result of a command, alone on stdout."""
-    print(text)
+    print(text, flush=True)
 
 
 def print_text(text: str) -> None:
     """Lines that are complete, on stdout."""
     sys.stdout.write(text)
+    sys.stdout.flush()
 
 
 def print_json(document: Mapping[str, Any]) -> None:
@@ -135,7 +141,7 @@ def print_json(document: Mapping[str, Any]) -> None:
         text.encode(sys.stdout.encoding or "utf-8")
     except UnicodeEncodeError:  # JSON has escapes of its own for what the stream cannot say
         text = json.dumps(document, indent=2, allow_nan=False)
-    print(text)
+    print_result(text)
 
 
 def print_table(*parts: RenderableType) -> None:
@@ -146,8 +152,7 @@ def print_table(*parts: RenderableType) -> None:
             if number:
                 console.print()
             console.print(part)
-    for line in captured.get().splitlines():
-        print(line.rstrip())
+    print_text("".join(f"{line.rstrip()}\n" for line in captured.get().splitlines()))
 
 
 def on_terminal() -> bool:

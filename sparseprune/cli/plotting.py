@@ -13,8 +13,7 @@ from sparseprune.cli.applied import applied_spec
 from sparseprune.cli.console import tell
 from sparseprune.cli.options import default_memory
 from sparseprune.cli.progress import progress
-from sparseprune.errors import SparsepruneError
-from sparseprune.report.wording import printable
+from sparseprune.errors import SparsepruneError, printable
 from sparseprune.spec import TensorInfo, bind
 from sparseprune.spec.problems import suggestion
 

@@ -10,17 +10,17 @@ import sys
 import threading
 import time
 from collections import deque
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from sparseprune.checkpoint.threads import started
 from sparseprune.cli.console import stderr_console
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from rich.console import Console, ConsoleOptions, RenderResult
-    from rich.live import Live
 
 _REDRAWS = 5  # a second
 _TICK = 1.0  # seconds between two looks where log lines are written
@@ -48,7 +48,11 @@ def progress(what: str, total: int, *, quiet: bool, already: int = 0) -> Iterato
         return
     tally = Tally(total, already)
     console = stderr_console() if sys.stderr.isatty() else None
-    with _bar(what, tally, console) if console and console.is_interactive else _log(what, tally):
+    with (
+        _bar(what, tally, console)
+        if console and console.is_interactive
+        else _looking(_log_lines(what, tally), _TICK)
+    ):
         yield tally.advance
 
 
@@ -158,47 +162,58 @@ def _unheard(nbytes: int, unit: str = "") -> None:
     """What `advance` is where nothing is to be told."""
 
 
-def _bar(what: str, tally: Tally, console: Console) -> Live:
-    """A context manager: the line is there while it lasts, and gone after it, whatever happens."""
+@contextmanager
+def _bar(what: str, tally: Tally, console: Console) -> Iterator[None]:
+    """The line is there while it lasts, and gone after it, whatever happens."""
     from rich.live import Live
 
-    return Live(
+    live = Live(
         get_renderable=lambda: Line(what, tally.standing()),
         console=console,
-        refresh_per_second=_REDRAWS,
+        auto_refresh=False,
         transient=True,
         redirect_stdout=sys.stdout.isatty(),  # elsewhere it would end up on stderr
     )
+    with live, _looking(live.refresh, 1 / _REDRAWS):
+        yield
+
+
+def _log_lines(what: str, tally: Tally) -> Callable[[], None]:
+    """Writes a line after five seconds, then each time after twice the time, at last one a minute."""
+    began, due = time.monotonic(), _FIRST_LINE
+
+    def look() -> None:
+        nonlocal due
+        standing = tally.standing()
+        passed = time.monotonic() - began
+        if passed >= due:
+            due = passed + min(passed, _LONGEST_PAUSE)
+            print(log_line(what, standing), file=sys.stderr, flush=True)
+
+    return look
 
 
 @contextmanager
-def _log(what: str, tally: Tally) -> Iterator[None]:
-    """Log lines on stderr while it lasts."""
+def _looking(look: Callable[[], None], pause: float) -> Iterator[None]:
+    """Look again and again while it lasts, in a thread of its own.
+
+    Where no thread, no memory or nobody who reads can be had, nothing is told; the run goes on.
+    """
     stop = threading.Event()
-    thread = threading.Thread(
-        target=_write_lines, args=(what, tally, stop), name="sparseprune-progress", daemon=True
-    )
-    thread.start()
+
+    def repeat() -> None:
+        with suppress(OSError, MemoryError):
+            while not stop.wait(pause):
+                look()
+
+    thread = threading.Thread(target=repeat, name="sparseprune-progress", daemon=True)
     try:
+        started(thread)
         yield
     finally:
         stop.set()
-        thread.join()
-
-
-def _write_lines(what: str, tally: Tally, stop: threading.Event) -> None:
-    """A line after five seconds, then each time after twice the time, at last one a minute."""
-    began, due = time.monotonic(), _FIRST_LINE
-    while not stop.wait(_TICK):
-        standing = tally.standing()
-        passed = time.monotonic() - began
-        if passed < due:
-            continue
-        due = passed + min(passed, _LONGEST_PAUSE)
-        try:
-            print(log_line(what, standing), file=sys.stderr, flush=True)
-        except OSError:
-            return  # nobody reads it; the run goes on
+        if thread.ident is not None:
+            thread.join()
 
 
 def _divided(free: int, wanted: int) -> tuple[int, int]:

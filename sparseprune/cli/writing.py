@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from sparseprune.checkpoint import TensorReader
 from sparseprune.cli.console import tell
+from sparseprune.cli.streams import UntoldError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -64,9 +65,12 @@ def write_output(
 
 @contextmanager
 def interrupts_told(output: StagedOutput) -> Iterator[None]:
-    """Ctrl-C says what there is: all of the output, once it has its name, or nothing yet."""
+    """Whoever is not told the result hears what there is: all of it, once it has its name, or nothing yet."""
     try:
         yield
+    except UntoldError as error:
+        error.add_note("the output is complete")
+        raise
     except KeyboardInterrupt as interrupt:
         unfinished = "there is no output; run the same command again to continue"
         interrupt.args = ("the output is complete" if output.named else unfinished,)

@@ -7,13 +7,19 @@ have no item left to hand out. Knows nothing of what items do.
 from __future__ import annotations
 
 import threading
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
+
+from sparseprune.checkpoint.threads import side_by_side
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from sparseprune.pipeline.programs import Item, Program
+
+# Before and behind the programs in the order of failures: from outside of the crew, and its own.
+_FIRST, _LAST = -1, 1 << 63
 
 
 class Assigned(Protocol):
@@ -73,35 +79,43 @@ class Crew:
         self._next: Assigned | None = None
         self._failures: list[tuple[int, int, BaseException]] = []
         self._stopped = False
-        self._changed = threading.Condition()
+        self._changed = threading.Condition(threading.RLock())
 
     def run(self, workers: int) -> None:
         """Until everything is done; the first failure in the order of the programs is raised."""
-        threads = [threading.Thread(target=self._work, name=f"sparseprune-{n}") for n in range(workers)]
         try:
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
+            side_by_side(self._work, workers, self._stop)
         finally:
-            # Ctrl-C comes here: what is being done is ended, nothing else is begun.
-            with self._changed:
-                self._stopped = True
-                self._changed.notify_all()
-            for thread in threads:
-                if thread.ident is not None:
-                    thread.join()
             for running in self._running:
-                running.assigned.program.close()
+                # What ends the run is told, and not what its end brings about.
+                with suppress(Exception):
+                    running.assigned.program.close()
         if self._failures:
             raise min(self._failures, key=lambda failure: failure[:2])[2]
 
+    def give_up(self, failure: BaseException) -> None:
+        """End the run, which raises this failure; not where another one has ended it already."""
+        with self._changed:
+            if not self._stopped:
+                self._fail(_FIRST, 0, failure)
+
+    def _stop(self) -> None:
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+
     def _work(self) -> None:
-        while (taken := self._take()) is not None:
-            try:
-                self._finish(taken, taken.item.work())
-            except BaseException as failure:  # noqa: BLE001  (raised by `run`, in the thread that waits)
-                self._fail(taken.running.assigned.order, taken.number, failure)
+        try:
+            while (taken := self._take()) is not None:
+                self._do(taken)
+        except BaseException as failure:  # noqa: BLE001  (raised by `run`, in the thread that waits)
+            self._fail(_LAST, 0, failure)
+
+    def _do(self, taken: _Taken) -> None:
+        try:
+            self._finish(taken, taken.item.work())
+        except BaseException as failure:  # noqa: BLE001  (as above)
+            self._fail(taken.running.assigned.order, taken.number, failure)
 
     def _take(self) -> _Taken | None:
         """The next item that fits, once there is one; None when there is nothing more to do."""
@@ -110,9 +124,7 @@ class Crew:
                 try:
                     taken = self._find()
                 except BaseException as failure:  # noqa: BLE001  (as above: a program's own)
-                    order = self._running[-1].assigned.order if self._running else 0
-                    self._failures.append((order, 0, failure))
-                    self._stopped = True
+                    self._fail(self._running[-1].assigned.order if self._running else 0, 0, failure)
                     break
                 if taken is not None:
                     self._in_use += taken.item.memory
@@ -194,7 +206,6 @@ class Crew:
             self._changed.notify_all()
 
     def _fail(self, order: int, number: int, failure: BaseException) -> None:
+        self._stop()  # first, so that nobody waits for ever for somebody who has no memory left
         with self._changed:
             self._failures.append((order, number, failure))
-            self._stopped = True
-            self._changed.notify_all()

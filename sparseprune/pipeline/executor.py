@@ -13,6 +13,7 @@ from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from sparseprune.checkpoint import CopyRange
+from sparseprune.checkpoint.threads import started
 from sparseprune.pipeline.crew import Crew
 from sparseprune.pipeline.programs import Item, Program
 
@@ -88,8 +89,9 @@ def produce(assignments: Iterable[Assignment], record: Record, limits: Limits, w
     The first error in the order of the programs is raised once what is running has ended; nothing new is
     begun after it.
     """
-    with _flushing(record.output):
-        Crew(_with_copies(assignments, record.output), record, limits.memory).run(workers)
+    crew = Crew(_with_copies(assignments, record.output), record, limits.memory)
+    with _flushing(record.output, crew.give_up):
+        crew.run(workers)
 
 
 def already_done(output: StagedOutput) -> int:
@@ -144,8 +146,11 @@ def _copy_program(copy: CopyRange, output: StagedOutput) -> Program:
 
 
 @contextmanager
-def _flushing(output: StagedOutput) -> Iterator[None]:
-    """Keep the disk busy from the start: a thread that syncs what has been written, again and again."""
+def _flushing(output: StagedOutput, failed: Callable[[BaseException], None]) -> Iterator[None]:
+    """Keep the disk busy from the start: a thread that syncs what has been written, again and again.
+
+    Where it fails it tells so at once; the failure is raised here if nobody else raised it meanwhile.
+    """
     done = threading.Event()
     failures: list[BaseException] = []
 
@@ -153,12 +158,13 @@ def _flushing(output: StagedOutput) -> Iterator[None]:
         try:
             while not done.wait(_FLUSH_SECONDS):
                 output.flush()
-        except BaseException as failure:  # noqa: BLE001  (raised below, in the thread that waits)
+        except BaseException as failure:  # noqa: BLE001  (raised in the thread that waits)
             failures.append(failure)
+            failed(failure)
 
     thread = threading.Thread(target=flush, name="sparseprune-flush")
     try:
-        thread.start()
+        started(thread)  # without it the output is synced when all of it is written
         yield
     finally:
         # Ctrl-C may come while it starts: it then ends by itself.

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Group
 from rich.text import Text
 
+from sparseprune.errors import printable
 from sparseprune.report.columns import Fact, below, told
 from sparseprune.report.fitting import Column, FittedTable
-from sparseprune.report.wording import many, percent, printable, shape_text
+from sparseprune.report.wording import many, percent, shape_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from rich.cells import cell_len
 
-from sparseprune.report.wording import printable
+from sparseprune.errors import printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Literal
 from rich.cells import cell_len
 from rich.segment import Segment
 
+from sparseprune.errors import printable
 from sparseprune.report.shortening import shortened
-from sparseprune.report.wording import printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -9,8 +9,8 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
-from sparseprune.errors import SparsepruneError
-from sparseprune.report.wording import many, printable
+from sparseprune.errors import SparsepruneError, printable
+from sparseprune.report.wording import many
 from sparseprune.spec.patterns import PatternError, parse_pattern
 from sparseprune.spec.problems import nearest, shown, suggestion
 

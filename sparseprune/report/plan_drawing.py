@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
+from sparseprune.errors import printable
 from sparseprune.report.drawing import COLUMNS, Window, window_of
-from sparseprune.report.wording import printable, shape_text
+from sparseprune.report.wording import shape_text
 from sparseprune.spec import BoundScope
 
 if TYPE_CHECKING:

@@ -14,8 +14,9 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from sparseprune.errors import printable
 from sparseprune.report.document import share
-from sparseprune.report.wording import many, percent, printable, shape_text, size
+from sparseprune.report.wording import many, percent, shape_text, size
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from sparseprune import __version__
+from sparseprune.errors import printable
 from sparseprune.report.document import energy_kept, share
 from sparseprune.report.fitting import Column, FittedTable
-from sparseprune.report.wording import many, percent, printable
+from sparseprune.report.wording import many, percent
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence

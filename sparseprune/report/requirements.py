@@ -16,11 +16,10 @@ from fractions import Fraction
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from sparseprune.errors import SparsepruneError
+from sparseprune.errors import SparsepruneError, printable
 from sparseprune.report.facts import Pattern, pattern_of
 from sparseprune.report.listing import flat
 from sparseprune.report.runtimes import axes_of
-from sparseprune.report.wording import printable
 from sparseprune.spec.patterns import PatternError, TensorPattern, parse_pattern
 from sparseprune.spec.problems import listed, nearest, shown
 

@@ -12,9 +12,10 @@ from rich.console import Group
 from rich.text import Text
 
 from sparseprune import __version__
+from sparseprune.errors import printable
 from sparseprune.report.document import one_or_all
 from sparseprune.report.fitting import Column, FittedTable
-from sparseprune.report.wording import many, printable
+from sparseprune.report.wording import many
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence

@@ -14,15 +14,6 @@ _UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 _PLURALS = {"matrix": "matrices"}
 
 
-def printable(name: str) -> str:
-    r"""A name on one line: names of tensors may hold anything, also line ends.
-
-    >>> printable("a\nb")
-    'a\\nb'
-    """
-    return "".join([letter if letter.isprintable() else ascii(letter)[1:-1] for letter in name])
-
-
 def shape_text(shape: Sequence[int]) -> str:
     """A shape as it is read aloud.
 

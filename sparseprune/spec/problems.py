@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from difflib import get_close_matches
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from sparseprune.errors import SpecError
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 _FEW_PER_PLACE = 2
 _SHOWN_CHARACTERS = 80
 _FEW = 8
+_MOST_LINES = 50
 
 
 class Misfit(Exception):  # noqa: N818  (never leaves this room: it becomes a line of a SpecError)
@@ -47,7 +49,10 @@ class Problems:
 
     def raise_if_any(self) -> None:
         if self._found:
-            raise SpecError(*map(_on_one_line, self._lines()))
+            *lines, last = islice(self._lines(), _MOST_LINES + 1)
+            if len(lines) == _MOST_LINES:
+                last = f"{self._source}: there are more problems than these"
+            raise SpecError(*lines, last)
 
     def _lines(self) -> Iterable[str]:
         for place, texts in self._found.items():
@@ -57,11 +62,6 @@ class Problems:
                 yield from (prefix + text for text in texts)
             else:
                 yield f"{prefix}{first} (and {len(more)} more like this)"
-
-
-def _on_one_line(text: str) -> str:
-    """Names of keys, files and tensors may hold anything, also line ends."""
-    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
 
 
 def shown(value: object) -> str:

@@ -13,7 +13,7 @@ import time
 import pytest
 from rich.console import Console
 
-from sparseprune.cli.progress import Line, Standing, Tally, _write_lines, log_line, progress
+from sparseprune.cli.progress import Line, Standing, Tally, _log_lines, log_line, progress
 
 UNIT = "proj[layer=7,part=mlp,name=down]"
 HALF = Standing(750_000_000, 2_200_000_000, 1.13e9, UNIT)
@@ -146,16 +146,13 @@ def test_log_lines_come_at_growing_intervals(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     clock, moments = Clock(), []
-
-    class Ticks(threading.Event):
-        def wait(self, timeout: float | None = None) -> bool:
-            if capsys.readouterr().err:
-                moments.append(clock.now - 100)
-            clock.now += timeout or 0
-            return clock.now > 400
-
     monkeypatch.setattr("time.monotonic", clock)
-    _write_lines("reading", Tally(100), Ticks())
+    began, look = clock.now, _log_lines("reading", Tally(100))
+    for _ in range(300):
+        clock.now += 1
+        look()
+        if capsys.readouterr().err:
+            moments.append(clock.now - began)
     assert moments == [5, 10, 20, 40, 80, 140, 200, 260]
 
 

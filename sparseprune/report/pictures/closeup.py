@@ -14,9 +14,8 @@ import numpy as np
 from sparseprune.engine.dtypes import DTYPES
 from sparseprune.engine.grids import prod
 from sparseprune.engine.kernels.marking import mark_nonzero
-from sparseprune.errors import SparsepruneError
+from sparseprune.errors import SparsepruneError, printable
 from sparseprune.report.drawing import cell_of, window_of
-from sparseprune.report.wording import printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -11,6 +11,7 @@ from functools import partial
 from math import isfinite, sqrt
 from typing import TYPE_CHECKING, Any
 
+from sparseprune.errors import printable
 from sparseprune.report.pictures.canvas import blank, depth, fitted, settings
 from sparseprune.report.pictures.curves import MOST, curves, legend
 from sparseprune.report.pictures.heatmap import Scale
@@ -18,7 +19,6 @@ from sparseprune.report.pictures.layers import grid_of, matrices, mean_of
 from sparseprune.report.pictures.overview import Fact, add_notes, numbers_of, overview
 from sparseprune.report.pictures.page import Page, Picture, write
 from sparseprune.report.shortening import shortened
-from sparseprune.report.wording import printable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

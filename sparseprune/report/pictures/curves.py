@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from matplotlib.ticker import PercentFormatter
 
+from sparseprune.errors import printable
 from sparseprune.report.pictures.canvas import axes_at
 from sparseprune.report.shortening import shortened
-from sparseprune.report.wording import printable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

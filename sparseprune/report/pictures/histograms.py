@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from matplotlib.ticker import MaxNLocator, NullLocator
 
+from sparseprune.errors import printable
 from sparseprune.report.pictures.canvas import axes_at
-from sparseprune.report.wording import printable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

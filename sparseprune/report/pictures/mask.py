@@ -13,11 +13,12 @@ from matplotlib.colors import ListedColormap
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from sparseprune.errors import printable
 from sparseprune.report.pictures.canvas import axes_at, blank, fitted, pixels, settings
 from sparseprune.report.pictures.overview import add_notes
 from sparseprune.report.pictures.page import Numbers, Page, Picture, write
 from sparseprune.report.shortening import shortened
-from sparseprune.report.wording import printable, shape_text
+from sparseprune.report.wording import shape_text
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from textwrap import wrap
 from typing import TYPE_CHECKING
 
+from sparseprune.errors import printable
 from sparseprune.report.pictures.canvas import axes_at, depth
 from sparseprune.report.pictures.heatmap import Heat, Scale, bars, colour_bar, heatmap
 from sparseprune.report.pictures.page import Numbers
 from sparseprune.report.shortening import shortened
-from sparseprune.report.wording import printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from html import escape
 from typing import TYPE_CHECKING
 
+from sparseprune.errors import printable
 from sparseprune.report.pictures.canvas import png, svg, svg_element
 from sparseprune.report.pictures.files import form_of, put
-from sparseprune.report.wording import printable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -1,0 +1,46 @@
+"""Threads, as many of them as the system gives: where it gives none, the work is done without.
+
+Owns starting and waiting. Knows nothing of what is done, nor whose failure is told. Called by whatever works
+side by side, or beside something else.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+def started(thread: threading.Thread) -> bool:
+    """Start it; False where the system has no thread left to give."""
+    try:
+        thread.start()
+    except RuntimeError:
+        return False
+    return True
+
+
+def side_by_side(work: Callable[[], None], count: int, stop: Callable[[], None]) -> None:
+    """Call `work`, which raises nothing, in so many threads or fewer, and wait for all; else in this one.
+
+    `stop` tells it to begin nothing more: when all is done, and where Ctrl-C comes.
+    """
+    threads = [threading.Thread(target=work, name=f"sparseprune-{number}") for number in range(count)]
+    try:
+        for number, thread in enumerate(threads):
+            if not started(thread):
+                if number == 0:
+                    work()
+                break
+        _join(threads)
+    finally:
+        stop()
+        _join(threads)
+
+
+def _join(threads: list[threading.Thread]) -> None:
+    for thread in threads:
+        if thread.ident is not None:  # Ctrl-C may have come before it was started
+            thread.join()

@@ -1,0 +1,173 @@
+"""Threads and memory that the system does not give: the work is done without, or ends with one clear line."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from sparseprune.checkpoint import threads
+from sparseprune.checkpoint.pieces import work_through
+from sparseprune.errors import is_out_of_memory
+from sparseprune.pipeline.traffic import Traffic
+from tests.limits import force, narrow
+from tests.samples import CHANNELS, TWO_OF_FOUR, mlp_tensors, run, write_spec
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+FULL = "sparseprune: out of memory; give a smaller --memory, or fewer --jobs"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    save_file(mlp_tensors(), tmp_path / "m.safetensors")
+    write_spec(tmp_path, CHANNELS)
+    return tmp_path
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {
+        path.name: path.read_bytes()
+        for path in folder.iterdir()
+        if path.is_file() and "report" not in path.name
+    }
+
+
+def thread_limit(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+    """The system gives so many threads in all."""
+    begun: list[threading.Thread] = []
+    start = threading.Thread.start
+
+    def scarce(thread: threading.Thread) -> None:
+        if len(begun) == limit:
+            raise RuntimeError("can't start new thread")
+        begun.append(thread)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", scarce)
+
+
+@pytest.mark.parametrize("limit", range(4))
+@pytest.mark.parametrize("quiet", [True, False])
+def test_a_run_needs_no_thread_but_its_own(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, limit: int, quiet: bool
+) -> None:
+    narrow(monkeypatch, 64, tile=64)
+    words = ["apply", folder / "m.safetensors", folder / "spec.toml", "--jobs", 3, *(["-q"] if quiet else [])]
+    assert run(*words).code == 0
+    whole = contents(folder)
+    thread_limit(monkeypatch, limit)
+    assert run(*words, "--force").code == 0
+    assert contents(folder) == whole
+    out = folder / "m.pruned.safetensors"
+    for reading in (["verify", out, folder / "spec.toml"], ["inspect", out], ["compare", out, out]):
+        said = run(*reading)
+        assert (said.code, "Traceback" in said.err) == (0, False), said.err
+
+
+@pytest.mark.parametrize("limit", [0, 1, 5])
+def test_all_pieces_are_done_by_whatever_threads_there_are(
+    monkeypatch: pytest.MonkeyPatch, limit: int
+) -> None:
+    thread_limit(monkeypatch, limit)
+    done: list[int] = []
+    work_through(range(20), lambda: done.append, 3)
+    assert sorted(done) == list(range(20))
+
+
+def test_threads_are_told_to_stop_whatever_happens() -> None:
+    told: list[str] = []
+    threads.side_by_side(lambda: told.append("worked"), 2, lambda: told.append("stopped"))
+    assert told == ["worked", "worked", "stopped"]
+
+
+ERRORS: dict[str, Exception] = {
+    "Python": MemoryError(),
+    "numpy": MemoryError("Unable to allocate 3.00 GiB for an array with shape (3,)"),
+    "torch": RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"
+    ),
+    "CUDA": RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB"),
+    "the system": OSError(12, "Cannot allocate memory"),
+    "a library": ImportError("libtorch.so: failed to map segment from shared object"),
+}
+
+
+@pytest.mark.parametrize("kind", ERRORS)
+@pytest.mark.parametrize(
+    ("way", "place"),
+    [
+        ("tiled", "sparseprune.pipeline.tiled.load_tile"),
+        ("summed", "sparseprune.pipeline.traffic.Traffic.load"),
+        ("summed", "sparseprune.checkpoint.source.read_header"),
+        ("summed", "sparseprune.cli.request.make_plan"),
+        ("summed", "sparseprune.checkpoint.StagedOutput.write_mask"),
+    ],
+)
+def test_memory_that_is_not_there_is_told_with_what_to_do(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, kind: str, way: str, place: str
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ERRORS[kind]
+
+    force(monkeypatch, way)
+    before = contents(folder)
+    monkeypatch.setattr(place, fail)
+    said = run("apply", folder / "m.safetensors", folder / "spec.toml", "-q")
+    first, *kept = said.err.splitlines()
+    assert (said.code, said.out, first) == (3, "", FULL)
+    assert all("what is finished is kept in" in line for line in kept)
+    assert contents(folder) == before
+
+
+def test_a_program_that_is_wrong_is_not_taken_for_a_lack_of_memory(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr("sparseprune.pipeline.traffic.Traffic.load", fail)
+    with pytest.raises(RuntimeError, match="mat1"):
+        run("apply", folder / "m.safetensors", folder / "spec.toml", "-q")
+    assert not is_out_of_memory(None)
+    assert not is_out_of_memory(OSError(5, "Input/output error"))
+
+
+@pytest.mark.parametrize("command", ["apply", "mask"])
+def test_a_disk_that_fails_beside_the_work_ends_the_run_with_its_error(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    """The thread that syncs fails while a worker waits: the worker is not waited for until it is done."""
+    failed, begun = threading.Event(), threading.Event()
+
+    def flush(_: object) -> None:
+        begun.wait(10)
+        failed.set()
+        raise OSError(5, "Input/output error", "disk")
+
+    def wait(*arguments: object) -> object:
+        begun.set()
+        assert failed.wait(10)
+        return usual(*arguments)
+
+    usual: Callable[..., object] = Traffic.load
+    monkeypatch.setattr("sparseprune.checkpoint.StagedOutput.flush", flush)
+    monkeypatch.setattr(Traffic, "load", wait)
+    said = run(command, folder / "m.safetensors", folder / "spec.toml", "-q")
+    assert (said.code, said.out, said.err) == (3, "", "sparseprune: disk: Input/output error\n")
+
+
+def test_bars_and_logs_that_fail_stop_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("sparseprune.cli.progress.Tally.standing", fail)
+    monkeypatch.setattr("sparseprune.cli.progress._TICK", 0.0001)
+    save_file({"0.a.weight": torch.ones(512, 512)}, folder / "m.safetensors")
+    said = run("apply", folder / "m.safetensors", write_spec(folder, TWO_OF_FOUR))
+    assert said.code == 0, said.err

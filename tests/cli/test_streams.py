@@ -1,0 +1,140 @@
+"""The standard streams of a process: full, closed, or read by nobody; and signals that end it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import pytest
+
+from sparseprune.cli.demo_checkpoint import write_decoder
+from tests.cli.interrupted import ended, started
+from tests.cli.test_interruptions import wait_for_notes
+from tests.cli.test_resuming_runs import CASES, CONTINUED, content
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+COMMAND = f'"{sys.executable}" -m sparseprune'
+FULL = "sparseprune: the result cannot be written to stdout: No space left on device"
+needs_dev_full = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")  # noqa: PTH110
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("streams")
+    write_decoder(folder / "decoder")
+    assert shell(folder, "apply decoder 2of4 -o pruned -q").returncode == 0
+    return folder
+
+
+def shell(folder: Path, words: str) -> subprocess.CompletedProcess[str]:
+    """A command in a shell, as somebody types it."""
+    return subprocess.run(
+        ["/bin/sh", "-c", f"{COMMAND} {words}"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+
+
+@needs_dev_full
+@pytest.mark.parametrize(
+    "words",
+    [
+        "inspect pruned",
+        "inspect pruned --json",
+        "verify pruned 2of4",
+        "compare decoder pruned --csv",
+        "plan decoder 2of4",
+        "specs",
+        "specs 2of4",
+        "--help",
+        "apply --help",
+        "--version",
+    ],
+)
+def test_a_result_that_cannot_be_written_is_the_machines_error(folder: Path, words: str) -> None:
+    said = shell(folder, f"{words} > /dev/full")
+    assert (said.returncode, said.stderr.splitlines()) == (3, [FULL])
+
+
+@needs_dev_full
+@pytest.mark.parametrize("more", ["", "--json", "-q"])
+def test_an_output_is_complete_also_where_its_name_cannot_be_told(folder: Path, more: str) -> None:
+    said = shell(folder, f"apply decoder 2of4 -o untold{more} {more} > /dev/full")
+    assert said.returncode == 3
+    assert said.stderr.splitlines()[-2:] == [FULL, "sparseprune: the output is complete"]
+    assert shell(folder, f"verify untold{more} 2of4 -q").returncode == 0
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_streams_that_are_closed_are_in_nobodys_way(folder: Path, closed: str) -> None:
+    out = f"closed{len(closed)}{closed[0].replace('<', 'in').replace('>', 'out')}"
+    said = shell(folder, f"apply decoder 2of4 -o {out} {closed}")
+    assert (said.returncode, "Traceback" in said.stderr) == (0, False)
+    names = {path.relative_to(folder / "pruned") for path in (folder / "pruned").rglob("*.safetensors")}
+    assert names
+    for name in names:  # nothing that was printed ended in a file that took the place of a stream
+        assert (folder / out / name).read_bytes() == (folder / "pruned" / name).read_bytes()
+
+
+@needs_dev_full
+def test_a_log_that_is_full_stops_nothing(folder: Path) -> None:
+    said = shell(folder, "apply decoder 2of4 -o unlogged 2> /dev/full")
+    assert (said.returncode, said.stdout) == (0, "unlogged\n")
+    assert shell(folder, "inspect absent 2> /dev/full").returncode == 2
+
+
+def test_whoever_reads_no_further_is_no_failure(folder: Path) -> None:
+    said = subprocess.run(
+        ["bash", "-c", f"{COMMAND} inspect pruned | head -n 1; echo ${{PIPESTATUS[0]}}"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert said.stderr == ""
+    assert said.stdout.splitlines()[-1] == "0"
+
+
+@pytest.mark.parametrize(
+    ("number", "word"),
+    [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated"), (signal.SIGHUP, "hung up")],
+)
+@pytest.mark.parametrize("name", ["counted", "runs"])
+def test_a_signal_ends_a_run_that_then_continues(
+    tmp_path: Path, number: signal.Signals, word: str, name: str
+) -> None:
+    case = CASES[name]
+    home, whole = case.home(tmp_path / "home"), case.home(tmp_path / "whole")
+    before = content(home)
+    assert ended(started(case.command(whole))).code == 0
+    process = started(replace(case.command(home), slow=0.02, prompt=False))
+    wait_for_notes(home, case.target)
+    process.send_signal(number)
+    process.send_signal(number)
+    said = ended(process)
+    assert said.code == 128 + number
+    wanted = f"sparseprune: {word}: there is no output; run the same command again to continue"
+    assert wanted in said.err.splitlines()
+    assert content(home) == before
+    again = ended(started(case.command(home)))
+    assert (again.code, again.err.splitlines()[0]) == (0, CONTINUED)
+    assert content(home) == content(whole)
+
+
+def test_a_signal_that_is_ignored_from_outside_stays_ignored(tmp_path: Path) -> None:
+    write_decoder(tmp_path / "decoder")
+    command = f"trap '' HUP; {COMMAND} apply decoder 2of4 -o out -q & sleep 0.4; kill -HUP $!; wait $!"
+    said = subprocess.run(
+        ["/bin/sh", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert (said.returncode, said.stdout) == (0, "out\n")
