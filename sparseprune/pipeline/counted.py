@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sparseprune.engine.grids import prod
-from sparseprune.engine.kernels.counting import DIGIT_BITS, count_digits, count_equal, first_nan
+from sparseprune.engine.kernels.counting import DIGIT_BITS, count_digits, count_equal, first_nonfinite
 from sparseprune.engine.kernels.cutting import cut_below
 from sparseprune.engine.kernels.formats import FORMATS, Format
 from sparseprune.engine.tally import tally
@@ -24,7 +24,7 @@ from sparseprune.pipeline.boxes import Box, flat_leaf
 from sparseprune.pipeline.cells import members_of
 from sparseprune.pipeline.plan import task_bytes
 from sparseprune.pipeline.programs import Item, Outcome, Program, finish
-from sparseprune.pipeline.ranking import nan_error
+from sparseprune.pipeline.ranking import Elements, nonfinite_error
 from sparseprune.spec import BoundBlock
 
 if TYPE_CHECKING:
@@ -152,16 +152,17 @@ def _find(task: Task, scope: int, recipe: Counted, setting: Setting):  # type: i
     return Cut(prefix, ties)
 
 
-def _counter(task: Task, group: Group, form: Format, place: tuple[int, int], setting: Setting):  # type: ignore[no-untyped-def]  # noqa: ANN202
-    prefix, shift = place
+def _counter(task: Task, group: Group, form: Format, digit: tuple[int, int], setting: Setting):  # type: ignore[no-untyped-def]  # noqa: ANN202
+    prefix, shift = digit
 
     def work() -> Counts:
         counts = np.zeros(1 << DIGIT_BITS, dtype=np.int64)
         for slab in group():
             bits = setting.traffic.load(slab.box).flat
-            nan = first_nan(bits, form)
-            if nan >= 0:
-                raise nan_error(slab.box, (nan,))
+            place = first_nonfinite(bits, form)
+            if place >= 0:
+                element = Elements(bits[place : place + 1], form.name)
+                raise nonfinite_error(slab.box, (place,), element)
             count_digits(bits, form, prefix, shift, counts)
             setting.passed(slab.box.nbytes, task.instance.label)
         return counts

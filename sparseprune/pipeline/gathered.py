@@ -16,7 +16,7 @@ from sparseprune.engine.tally import tally
 from sparseprune.pipeline.cells import block_part, boxes_of, cells, members_of
 from sparseprune.pipeline.deciding import keep_by_patterns, keep_by_scores
 from sparseprune.pipeline.programs import Item, Outcome, Program, finish
-from sparseprune.pipeline.ranking import Ranking, refuse_nan
+from sparseprune.pipeline.ranking import Ranking, refuse_nonfinite
 from sparseprune.spec import BoundScope
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def run_program(task: Task, recipe: Gathered, setting: Setting) -> Program:
 def _decide(loaded: Loaded, scope: BoundScope, recipe: Gathered, ranking: Ranking) -> Mask:
     """Bytes, one a block, scope after scope."""
     elements = ranking.elements(loaded)
-    refuse_nan(loaded, elements)
+    refuse_nonfinite(loaded, elements)
     if elements is not None:
         magnitudes = np.ascontiguousarray(_in_scopes(elements.magnitudes(), scope))
         return keep_by_scores(magnitudes.reshape(-1), recipe.contest)

@@ -33,10 +33,14 @@ _FILE_OF = {"values": "score", "vector": "score", "blocks": "score", "conditione
 
 @dataclass(frozen=True, slots=True)
 class Elements:
-    """Numbers as the leaf sees them: patterns of a dtype that can be pruned."""
+    """Numbers as the leaf sees them: patterns of a dtype that can be pruned.
+
+    `may_be_infinite` says that infinity is a number like others here: what somebody scored so high.
+    """
 
     bits: Bits
     dtype: str
+    may_be_infinite: bool = False
 
     def magnitudes(self) -> Floats:
         """Their magnitudes in float64; NaN stays NaN."""
@@ -45,6 +49,15 @@ class Elements:
             signed = self.bits.view(f"int{8 * self.bits.itemsize}")
             return np.abs(signed.astype(np.float64))
         return form.values(np.bitwise_and(self.bits, self.bits.dtype.type(form.magnitude), order="C"))
+
+    def without_rank(self) -> NDArray[np.bool_]:
+        """Which of them are not finite, and so have no rank."""
+        form = FORMATS.get(self.dtype)
+        if form is None:
+            return np.zeros(self.bits.shape, dtype=np.bool_)
+        first = form.largest + 1 if self.may_be_infinite else form.infinity
+        without: NDArray[np.bool_] = (self.bits & self.bits.dtype.type(form.magnitude)) >= first
+        return without
 
 
 class Ranking:
@@ -56,15 +69,25 @@ class Ranking:
         self._inputs: dict[tuple[Role, str], TaskInput] = {(one.role, one.key): one for one in task.inputs}
 
     @property
+    def prunes_nonfinite(self) -> bool:
+        """Whether a block in which something is not finite ranks below all others; else that is an error."""
+        return self._score.nonfinite == "prune"
+
+    @property
     def norm(self) -> float:
         """The order of the norm over a block's elements."""
         return 1.0 if self._score.kind == "obd" else self._score.norm
+
+    @property
+    def rms(self) -> bool:
+        """Whether norms are divided by the root of a block's elements."""
+        return self._score.normalize
 
     def elements(self, loaded: Loaded) -> Elements | None:
         """What the elements of a box count in place of the weights; None where the weights themselves count.
 
         Raises:
-            SparsityError: NaN in a score file, a negative Hessian diagonal.
+            SparsityError: NaN in a score file that may have none, a negative Hessian diagonal.
         """
         kind = self._score.kind
         if kind == "values":
@@ -75,10 +98,10 @@ class Ranking:
         name = loaded.box.leaf.tensor
         if ("vector", name) not in self._inputs:  # members without statistics count 0
             magnitudes.fill(0.0)
-        elif kind == "wanda":
-            magnitudes *= self._along(loaded.box)
-        else:
-            np.square(magnitudes, out=magnitudes)
+            return Elements(magnitudes.view(np.uint64), "F64")
+        with np.errstate(over="ignore", invalid="ignore"):  # what comes out is looked at by who ranks it
+            if kind == "obd":
+                np.square(magnitudes, out=magnitudes)
             magnitudes *= self._along(loaded.box)
         return Elements(magnitudes.view(np.uint64), "F64")
 
@@ -96,7 +119,7 @@ class Ranking:
             return None
         stored = self._inputs["blocks", block.label].stored
         loaded = self._traffic.load(grid_box(block, part, stored))
-        _refuse_nan(loaded.view, stored.dtype, block.label, "blocks")
+        self._refuse_nan(loaded.view, stored.dtype, block.label, "blocks")
         form = FORMATS.get(stored.dtype)
         if form is None:
             return loaded.view.view(f"int{8 * loaded.view.itemsize}").astype(np.float64)
@@ -107,8 +130,14 @@ class Ranking:
     def _file_elements(self, role: Role, box: Box) -> Elements:
         stored = self._inputs[role, box.leaf.tensor].stored
         bits = self._traffic.load(Box(box.leaf, stored, box.begin, box.extent)).view
-        _refuse_nan(bits, stored.dtype, box.leaf.tensor, role)
-        return Elements(bits, stored.dtype)
+        self._refuse_nan(bits, stored.dtype, box.leaf.tensor, role)
+        return Elements(bits, stored.dtype, may_be_infinite=True)
+
+    def _refuse_nan(self, bits: Bits, dtype: str, key: str, role: Role) -> None:
+        if not self.prunes_nonfinite and Elements(bits, dtype, may_be_infinite=True).without_rank().any():
+            raise SparsityError(
+                f"{key}: there is NaN in its {_FILE_OF[role]} file: it has no rank among the scores"
+            )
 
     def _along(self, box: Box) -> Floats:
         """The number that belongs to each element of a box by its place along one dimension of the weight.
@@ -118,7 +147,7 @@ class Ranking:
         """
         one = self._inputs["vector", box.leaf.tensor]
         vector = self._traffic.load_run(one.stored, (0, one.stored.numel))
-        _refuse_nan(vector, one.stored.dtype, box.leaf.tensor, "vector")
+        self._refuse_nan(vector, one.stored.dtype, box.leaf.tensor, "vector")
         elements = Elements(vector, one.stored.dtype)
         if self._score.kind == "obd" and _is_negative(elements):
             raise SparsityError(
@@ -167,27 +196,6 @@ def _is_negative(elements: Elements) -> bool:
     return bool((elements.bits.view(f"int{8 * elements.bits.itemsize}") < 0).any())
 
 
-def _refuse_nan(bits: Bits, dtype: str, key: str, role: str) -> None:
-    form = FORMATS.get(dtype)
-    if form is None or not bits.size:
-        return
-    if int((bits & bits.dtype.type(form.magnitude)).max()) > form.largest:
-        raise SparsityError(
-            f"{key}: there is NaN in its {_FILE_OF[role]} file: it has no rank among the scores"
-        )
-
-
-def first_nan_place(bits: Bits, dtype: str) -> tuple[int, ...] | None:
-    """The place of the first NaN of some patterns in row-major order, None where there is none."""
-    form = FORMATS.get(dtype)
-    if form is None or not bits.size:
-        return None
-    is_nan = (bits & bits.dtype.type(form.magnitude)) > form.largest
-    if not is_nan.any():
-        return None
-    return tuple(int(index) for index in np.unravel_index(int(np.argmax(is_nan)), bits.shape))
-
-
 def stored_place(box: Box, place: tuple[int, ...]) -> tuple[int, ...]:
     """The index in the stored tensor of a place of a box."""
     steps = zip(place, box.leaf.view_stride, strict=True)
@@ -195,17 +203,25 @@ def stored_place(box: Box, place: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(int(index) for index in np.unravel_index(flat, box.stored.shape)) if box.stored.shape else ()
 
 
-def refuse_nan(loaded: Loaded, elements: Elements | None = None) -> None:
-    """SparsityError for NaN among what ranks the elements of a box, by default the weights."""
+def refuse_nonfinite(loaded: Loaded, elements: Elements | None = None) -> None:
+    """SparsityError for NaN or infinity among what ranks the elements of a box, by default the weights."""
     ranked = Elements(loaded.view, loaded.box.stored.dtype) if elements is None else elements
-    place = first_nan_place(ranked.bits, ranked.dtype)
-    if place is not None:
-        raise nan_error(loaded.box, place)
+    if not ranked.may_be_infinite:
+        wrong = ranked.without_rank()
+        if wrong.any():
+            place = tuple(int(index) for index in np.unravel_index(int(np.argmax(wrong)), wrong.shape))
+            element = Elements(ranked.bits[place], ranked.dtype)
+            raise nonfinite_error(loaded.box, place, element, scored=elements is not None)
 
 
-def nan_error(box: Box, place: tuple[int, ...]) -> SparsityError:
-    """What to say of a NaN at a place of a box."""
+def nonfinite_error(
+    box: Box, place: tuple[int, ...], element: Elements, *, scored: bool = False
+) -> SparsityError:
+    """What to say of an element that is not finite, at a place of a box; `scored` by the file of a score."""
+    what = "NaN" if np.isnan(element.magnitudes()).any() else "infinity"
+    source, files = (" as its score", " or the score file") if scored else ("", "")
     return SparsityError(
-        f"{box.leaf.tensor}: NaN at {list(stored_place(box, place))}: it has no rank among the scores; "
-        "repair the tensor or leave it out of the spec"
+        f"{box.leaf.tensor}: {what}{source} at {list(stored_place(box, place))}: it has no rank among the "
+        f"scores; repair the tensor{files}, leave it out of the spec, or, where the mode is hard, say "
+        'nonfinite = "prune" in its score'
     )

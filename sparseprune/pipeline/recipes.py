@@ -140,7 +140,7 @@ def choose(
         SparsepruneError: one block alone is more than the limits allow.
     """
     recipe: Recipe | None = None
-    if task.instance.soft is None:
+    if task.instance.soft is None and task.instance.score.nonfinite == "error":
         if compiled:
             recipe = _runs(task, tensors, limits) or _gathered(task, tensors, limits)
         else:

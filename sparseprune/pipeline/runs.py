@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sparseprune.engine.kernels.counting import first_nan
+from sparseprune.engine.kernels.counting import first_nonfinite
 from sparseprune.engine.kernels.cutting import cut_below, cut_blocks
 from sparseprune.engine.kernels.formats import FORMATS
 from sparseprune.engine.tally import tally
 from sparseprune.pipeline.boxes import Box, flat_leaf
 from sparseprune.pipeline.deciding import keep_by_patterns, keep_by_scores
 from sparseprune.pipeline.programs import Item, Outcome, Program, finish
-from sparseprune.pipeline.ranking import Ranking, nan_error, refuse_nan
+from sparseprune.pipeline.ranking import Elements, Ranking, nonfinite_error, refuse_nonfinite
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -61,14 +61,14 @@ def _cut(loaded: Loaded, contest: Contest, ranking: Ranking, mask: Mask) -> None
     bits, form = loaded.flat, FORMATS.get(loaded.box.stored.dtype)
     elements = ranking.elements(loaded)
     if elements is not None:
-        refuse_nan(loaded, elements)
+        refuse_nonfinite(loaded, elements)
         cut_blocks(bits, keep_by_scores(elements.magnitudes().reshape(-1), contest), 1, mask)
         return
     if form is None:
         raise TypeError(f"{loaded.box.stored.dtype} has no compiled loops")
-    place = first_nan(bits, form)
+    place = first_nonfinite(bits, form)
     if place >= 0:
-        raise nan_error(loaded.box, (place,))
+        raise nonfinite_error(loaded.box, (place,), Elements(bits[place : place + 1], form.name))
     if contest.threshold is not None and contest.block == 1:
         cut_below(bits, form, form.limit(contest.threshold), mask)
     else:

@@ -250,7 +250,7 @@ class _Work:
     def _keys(self, place: Place, engine: SparseScope, tile: Tile) -> Keys:
         """Unsigned integers (blocks), row-major in the part, ordered as the blocks are ranked."""
         score = self._task.instance.score
-        scores = block_scores(engine, [(place.member.block, place.part)], self._ranking)
+        scores = block_scores(engine, [(place.member.block, place.part)], tile, self._ranking)
         values = None if scores is not None else element_values(engine, tile, self._ranking)
         single = place.member.block.numel_per_block == 1
         plain = single or self._task.instance.soft is not None
@@ -268,7 +268,8 @@ def _exact_width(task: Task, setting: Setting) -> int | None:
     if kind == "values":
         dtypes = {one.stored.dtype for one in task.inputs if one.role == "values"}
     single = all(member.block.numel_per_block == 1 for member, _ in members_of(scope))
-    if task.instance.soft is not None or not single or len(dtypes) > 1 or kind in {"random", "blocks"}:
+    ready = kind in {"random", "blocks"} or task.instance.score.nonfinite == "prune"
+    if task.instance.soft is not None or not single or len(dtypes) > 1 or ready:
         return None
     return 64 if kind in {"wanda", "obd"} else DTYPES[dtypes.pop()].bits
 

@@ -21,7 +21,7 @@ from sparseprune.pipeline.cells import leaves_of, members_of, whole_part
 from sparseprune.pipeline.passing import LeafMaxima, LeafSums
 from sparseprune.pipeline.plan import task_bytes
 from sparseprune.pipeline.programs import Item, Outcome, Program, finish
-from sparseprune.pipeline.ranking import Ranking, refuse_nan
+from sparseprune.pipeline.ranking import Ranking, refuse_nonfinite
 from sparseprune.pipeline.recipes import needs_scaling
 from sparseprune.pipeline.sweeps import sweep_of
 
@@ -140,7 +140,7 @@ def _passed(
         for box in sweep.chunks(stored):
             loaded = setting.traffic.load(box)
             elements = ranking.elements(loaded)
-            refuse_nan(loaded, elements)
+            refuse_nonfinite(loaded, elements)
             sums.add(loaded, elements)
             setting.passed(box.nbytes, sweep.leaf.label)
         return sums.result()

@@ -7,11 +7,13 @@ copies of one tile overlap the work on another. Imports torch.
 
 from __future__ import annotations
 
+import math
 import threading
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from sparseprune.engine import BlockCoupling, BlockSpec, ScopeCoupling, ScopeSpec
@@ -19,13 +21,12 @@ from sparseprune.engine.dtypes import torch_dtype
 from sparseprune.engine.tally import Tally, tally
 from sparseprune.pipeline.cells import boxes_of
 from sparseprune.pipeline.programs import Outcome, finish
-from sparseprune.pipeline.ranking import Elements, Ranking, refuse_nan
+from sparseprune.pipeline.ranking import Elements, Ranking, refuse_nonfinite
 from sparseprune.spec import BoundBlock, BoundScope
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    import numpy as np
     from torch import Tensor
 
     from sparseprune.engine import SparseBlock, SparseScope
@@ -82,14 +83,32 @@ def store_tile(task: Task, tile: Tile, masks: Mapping[BoundBlock, Tensor], setti
 
 
 def element_values(scope: SparseScope, tile: Tile, ranking: Ranking) -> dict[BlockSpec, Tensor] | None:
-    """What ranks the elements in place of the weights, None where the weights do; NaN is refused."""
+    """What ranks the elements in place of the weights, None where the weights do.
+
+    What is not finite is refused.
+    """
     values = {}
     for spec, (leaf, one) in zip(scope.blocks(), tile.loaded.items(), strict=True):
         elements = ranking.elements(one)
-        refuse_nan(one, elements)
+        refuse_nonfinite(one, elements)
         if elements is not None:
             values[spec] = tensor_of(elements, tile.views[leaf].device)
     return values or None
+
+
+def rescued_scores(scope: SparseScope, tile: Tile, ranking: Ranking) -> Tensor:
+    """The norms of blocks by scope; -1, below all others, where something in a block is not finite."""
+    values, without_rank = {}, {}
+    for spec, (leaf, one) in zip(scope.blocks(), tile.loaded.items(), strict=True):
+        weights = Elements(one.view, one.box.stored.dtype)
+        elements = ranking.elements(one) or weights
+        wrong = elements.without_rank() | weights.without_rank()
+        finite = Elements(np.where(wrong, elements.bits.dtype.type(0), elements.bits), elements.dtype)
+        device = tile.views[leaf].device
+        values[spec] = tensor_of(finite, device)
+        without_rank[spec] = torch.from_numpy(wrong.astype(np.float32)).to(device)
+    norms = scope.block_norms(values, ranking.norm, rms=ranking.rms)
+    return torch.where(scope.block_norms(without_rank, math.inf) > 0, -1.0, norms)
 
 
 def tensor_of(elements: Elements, device: torch.device) -> Tensor:

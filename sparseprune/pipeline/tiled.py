@@ -19,6 +19,7 @@ from sparseprune.pipeline.tensors import (
     build_scope,
     element_values,
     load_tile,
+    rescued_scores,
     store_tile,
     stream_of,
     tensor_of,
@@ -82,9 +83,11 @@ def shrink(
 
 
 def block_scores(
-    engine: SparseScope, parts: Sequence[tuple[AnyBlock, Part]], ranking: Ranking
+    engine: SparseScope, parts: Sequence[tuple[AnyBlock, Part]], tile: Tile, ranking: Ranking
 ) -> Tensor | None:
-    """Ready scores by scope, None where elements are ranked."""
+    """Ready scores by scope, None where elements are ranked by themselves."""
+    if ranking.prunes_nonfinite:
+        return rescued_scores(engine, tile, ranking)
     grids = [ranking.block_scores(block, part) for block, part in parts]
     ready = [torch.from_numpy(grid) for grid in grids if grid is not None]
     return engine.gather(ready) if ready else None
@@ -103,7 +106,7 @@ def _pruned(
             else engine.soft_budget(budget.nnz, task.instance.soft.k_weight)
         )
         return shrink(engine, task, tile, ranking, 0.0 if limits is None else limits)
-    scores = block_scores(engine, parts, ranking)
+    scores = block_scores(engine, parts, tile, ranking)
     values = None if scores is not None else element_values(engine, tile, ranking)
     single = all(spec.block.numel_per_block() == 1 for spec, _ in engine.members)
     if scores is None and not single and (ranking.norm != 2 or score.normalize):

@@ -134,6 +134,8 @@ class Budget:
 class Score:
     """What the blocks of a rule are ranked by; `file` is absolute. Keys that a kind has no use for rest.
 
+    `nonfinite` says what NaN and infinity are: an error, or below every other score.
+
     magnitude: `norm` 1, 2 or inf, and `normalize` for the root mean square; random: `seed`; values and
     blocks: `file`; wanda and obd: `file`, and along which dimension its vectors lie.
     """
@@ -144,6 +146,7 @@ class Score:
     seed: int = 0
     file: Path | None = None
     input_dim: int = -1
+    nonfinite: Literal["error", "prune"] = "error"
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from sparseprune.spec.captures import captures_of_table, patterns_of_table
-from sparseprune.spec.methods import METHOD_KEYS, wrong_method, wrong_score
+from sparseprune.spec.methods import METHOD_KEYS, ScoreTable, wrong_method, wrong_score
 from sparseprune.spec.problems import Problems, listed, shown, suggestion
 from sparseprune.spec.referring import check_references
 from sparseprune.spec.schema import (
@@ -177,9 +177,9 @@ def _check_budgets(spec: Spec, declared: Mapping[str, Collection[str]], problems
         if name in coupled:
             _check_inner(f"scope.{name}", table, coupled[name], problems)
         elif couplings_read:  # else it may be a member of one that could not be read
-            _check_outermost(f"scope.{name}", table, problems)
+            _check_outermost(f"scope.{name}", table, spec.score, problems)
     for name, coupling in spec.scope_coupling.items():
-        _check_outermost(f"scope_coupling.{name}", coupling, problems)
+        _check_outermost(f"scope_coupling.{name}", coupling, spec.score, problems)
 
 
 def _check_inner(place: str, table: BudgetTable, coupling: str, problems: Problems) -> None:
@@ -190,7 +190,7 @@ def _check_inner(place: str, table: BudgetTable, coupling: str, problems: Proble
             problems.add(place, key, text)
 
 
-def _check_outermost(place: str, table: BudgetTable, problems: Problems) -> None:
+def _check_outermost(place: str, table: BudgetTable, common: ScoreTable | None, problems: Problems) -> None:
     given = table.budget_keys
     if not given:
         problems.add(place, "", "there is no budget: give one of nnz, sparsity and threshold")
@@ -200,7 +200,7 @@ def _check_outermost(place: str, table: BudgetTable, problems: Problems) -> None
         problems.add(
             place, "multiple_of", "it rounds what nnz or sparsity ask for; a threshold keeps no fixed number"
         )
-    for key, text in wrong_method(table):
+    for key, text in wrong_method(table, common):
         problems.add(place, key, text)
     if table.score is not None:
         for key, text in wrong_score(table.score):

@@ -26,11 +26,11 @@ Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
 # What each kind of score takes beside its kind; `file` is needed where it is allowed.
 SCORE_KEYS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
-        "magnitude": ("norm", "normalize"),
+        "magnitude": ("norm", "normalize", "nonfinite"),
         "random": ("seed",),
-        "values": ("file",),
-        "wanda": ("file", "input_dim"),
-        "obd": ("file", "input_dim"),
+        "values": ("file", "nonfinite"),
+        "wanda": ("file", "input_dim", "nonfinite"),
+        "obd": ("file", "input_dim", "nonfinite"),
         "blocks": ("file",),
     }
 )
@@ -62,6 +62,9 @@ class ScoreTable(BaseModel):
     )
     input_dim: Annotated[StrictInt, Field(ge=-LARGEST, le=LARGEST)] | None = Field(
         None, description="an integer: the dimension of the weight along which its input features lie"
+    )
+    nonfinite: Literal["error", "prune"] | None = Field(
+        None, description='"error" or "prune": what becomes of NaN and infinity among the weights and scores'
     )
 
 
@@ -104,13 +107,17 @@ def wrong_score(table: ScoreTable) -> Iterator[tuple[str, str]]:
         yield "file", f'missing: kind = "{table.kind}" reads its values from a safetensors file or directory'
 
 
-def wrong_method(table: "BudgetTable") -> Iterator[tuple[str, str]]:
-    """Keys that do not go with the mode of a rule, and what to say about each."""
+def wrong_method(table: "BudgetTable", common: ScoreTable | None) -> Iterator[tuple[str, str]]:
+    """Keys that do not go with the mode of a rule, and what to say about each; `common` is [score]."""
     if table.mode != "soft":
         for key in SOFT_KEYS:
             if getattr(table, key) is not None:
                 yield key, 'this goes with mode = "soft" only'
-    elif table.threshold is not None and table.k_weight is not None:
+        return
+    score = table.score or common
+    if score is not None and score.nonfinite == "prune":
+        yield "mode", 'found "soft", but its score says nonfinite = "prune", which goes with "hard" only'
+    if table.threshold is not None and table.k_weight is not None:
         yield "k_weight", "this goes with nnz or sparsity, from which the threshold is made; here it is given"
 
 
@@ -125,6 +132,7 @@ def score_of(table: ScoreTable | None, directory: Path) -> Score:
         seed=table.seed or 0,
         file=None if table.file is None else _absolute(table.file, directory),
         input_dim=-1 if table.input_dim is None else table.input_dim,
+        nonfinite=table.nonfinite or "error",
     )
 
 

@@ -372,7 +372,8 @@ def test_energy_that_is_not_finite_is_null(tmp_path: Path) -> None:
     tensor = torch.ones(4, 8)
     tensor[0, 0] = float("inf")
     save_file({"0.a.weight": tensor}, tmp_path / "m.safetensors")
-    said = run("apply", tmp_path / "m.safetensors", write_spec(tmp_path, TWO_OF_FOUR), "--json", "-q")
+    spec = write_spec(tmp_path, TWO_OF_FOUR + 'score = { nonfinite = "prune" }')
+    said = run("apply", tmp_path / "m.safetensors", spec, "--json", "-q")
     document = json.loads(said.out, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
     jsonschema.validate(document, schema("report"))
     assert document["tensors"][0]["energy_kept"] is None

@@ -441,7 +441,7 @@ def test_a_score_is_for_all_rules_or_for_one(keys: str, score: Score) -> None:
         ("normalize = true", 'normalize: found true, wanted "rms": the root mean square of each block'),
         ('kind = "wnda"', 'kind: found "wnda", wanted one of magnitude, random, values, wanda, obd or blocks'),
         ('kind = "random"\nnorm = 1', 'norm: kind = "random" takes no norm: it takes seed'),
-        ("seed = 1", 'seed: kind = "magnitude" takes no seed: it takes norm and normalize'),
+        ("seed = 1", 'seed: kind = "magnitude" takes no seed: it takes norm, normalize and nonfinite'),
         ('kind = "wanda"', 'file: missing: kind = "wanda" reads its values from a safetensors file or directory'),
         ('kind = "blocks"\nfile = "a"\ninput_dim = 1', 'input_dim: kind = "blocks" takes no input_dim: it takes file'),
         ('kind = "random"\nseed = -1', "seed: found -1, wanted an integer of 0 or more"),

@@ -1,4 +1,4 @@
-"""What is counted in elements: zeros, energy, NaN; and digits of keys, for the search of a k-th largest.
+"""What is counted in elements: zeros, energy, what is not finite; and digits, to find a k-th largest key.
 
 All of it in one pass over patterns (see formats.py), flat arrays of any length.
 """
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 DIGIT_BITS = 16
 
 
-def first_nan(bits: Bits, form: Format) -> int:
-    """The number of the first NaN among the elements (flat), -1 where there is none."""
-    if bits.size == 0 or _largest(bits, bits.size, form.magnitude) <= form.largest:
+def first_nonfinite(bits: Bits, form: Format) -> int:
+    """The number of the first NaN or infinity among the elements (flat), -1 where there is none."""
+    if bits.size == 0 or _largest(bits, bits.size, form.magnitude) < form.infinity:
         return -1
-    return int(np.argmax((bits & bits.dtype.type(form.magnitude)) > form.largest))
+    return int(np.argmax((bits & bits.dtype.type(form.magnitude)) >= form.infinity))
 
 
 def zeros_and_energy(bits: Bits, form: Format) -> tuple[int, float]:

@@ -15,7 +15,7 @@ from sparseprune.engine.kernels.counting import (
     DIGIT_BITS,
     count_digits,
     count_equal,
-    first_nan,
+    first_nonfinite,
     zeros_and_energy,
 )
 from sparseprune.engine.kernels.formats import FORMATS, Format
@@ -35,24 +35,24 @@ def arrays(draw: st.DrawFn) -> tuple[Format, NDArray[Any]]:
 
 
 @given(arrays())
-def test_the_first_nan_is_where_torch_reads_one(case: tuple[Format, NDArray[Any]]) -> None:
+def test_the_first_one_that_is_not_finite_is_where_torch_reads_one(case: tuple[Format, NDArray[Any]]) -> None:
     form, bits = case
     numbers = read_by_torch(bits, form).tolist()
-    expected = next((place for place, number in enumerate(numbers) if math.isnan(number)), -1)
-    assert first_nan(bits, form) == expected
+    expected = next((place for place, number in enumerate(numbers) if not math.isfinite(number)), -1)
+    assert first_nonfinite(bits, form) == expected
 
 
 @pytest.mark.parametrize("form", FORMATS.values(), ids=lambda form: form.name)
-def test_every_nan_is_found_at_any_place_and_nothing_else_is_taken_for_one(form: Format) -> None:
+def test_what_is_not_finite_is_found_at_any_place_and_nothing_else_is_taken_for_it(form: Format) -> None:
     sign = form.magnitude + 1
-    fine = np.array([0, sign, 1, form.largest, sign | form.largest] * 7, dtype=form.pattern)
-    assert first_nan(fine, form) == -1
-    assert first_nan(fine[:0], form) == -1
-    for nan in (form.largest + 1, form.magnitude, sign | form.largest + 1, sign | form.magnitude):
+    fine = np.array([0, sign, 1, form.infinity - 1, sign | form.infinity - 1] * 7, dtype=form.pattern)
+    assert first_nonfinite(fine, form) == -1
+    assert first_nonfinite(fine[:0], form) == -1
+    for wrong in (form.infinity, form.magnitude, sign | form.infinity, sign | form.magnitude):
         for place in (0, 1, 16, fine.size - 1):
             bits = fine.copy()
-            bits[[place, -1]] = nan
-            assert first_nan(bits, form) == place
+            bits[[place, -1]] = wrong
+            assert first_nonfinite(bits, form) == place
 
 
 @given(arrays())
