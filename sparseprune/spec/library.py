@@ -12,6 +12,7 @@ from pathlib import Path
 from sparseprune.errors import SpecError
 from sparseprune.spec.problems import listed, nearest, shown
 
+LARGEST_SPEC = 4_000_000  # bytes: some ten thousand tables; what is larger was not meant as a spec
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 
@@ -58,7 +59,11 @@ def _exists(path: Path) -> bool:
 
 def _read(path: Path, source: str) -> SpecSource:
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        with path.open("rb") as file:  # a pipe too, and what never ends is not read to its end
+            content = file.read(LARGEST_SPEC + 1)
+        if len(content) > LARGEST_SPEC:
+            raise SpecError(f"{source}: larger than {LARGEST_SPEC:,} bytes; a spec is a page of TOML")
+        text = content.decode("utf-8-sig")
     except IsADirectoryError as error:
         raise SpecError(f"{source}: this is a directory, wanted a spec, which is a TOML file") from error
     except OSError as error:

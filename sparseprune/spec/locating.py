@@ -15,6 +15,7 @@ from sparseprune.spec.captures import borrowed_names, leaves_of_table, patterns_
 from sparseprune.spec.expressions import ExpressionError
 from sparseprune.spec.joining import JoinError, gather, lend, missing_partners, natural_join
 from sparseprune.spec.names import Names, came_to, misfit
+from sparseprune.spec.patterns import PatternError
 from sparseprune.spec.problems import Problems, listed, nearest, shown
 from sparseprune.spec.sites import JoinedSite, Site, TensorSite, captured, find_tensors
 
@@ -74,7 +75,11 @@ def _find(
         return holds
 
     filtered = table.where is not None or table.exclude
-    found = find_tensors(table.patterns or (), tensors, is_taken if filtered else None)
+    try:
+        found = find_tensors(table.patterns or (), tensors, is_taken if filtered else None)
+    except PatternError as error:
+        problems.add(place, table.patterns_key, str(error))
+        return ()
     for tensor in (site.tensor for site in found):
         if tensor.dtype not in _PRUNABLE:
             text = (

@@ -40,6 +40,10 @@ AnyTable = TypeVar("AnyTable", bound=BaseModel)
 _SINGLE = ("version", "vars", "score")  # what stands at the top beside the kinds of tables
 _INNER: dict[str, type[BaseModel]] = {"view": ExplicitView, "score": ScoreTable}
 _TABLE_NAME = re.compile(r"[A-Za-z0-9_-]+")
+# A key of many parts, which tomllib reads in a time that grows with the square of their number.
+_MOST_PARTS = 100
+_PART = r"""(?:[\w-]+|"[^"\n]*"|'[^'\n]*')[ \t]*\.[ \t]*"""
+_LONG_KEY = re.compile(rf"(?:^|[{{,\[])[ \t]*(?:{_PART}){{{_MOST_PARTS}}}", re.MULTILINE)
 
 
 def parse_spec(
@@ -78,6 +82,12 @@ def parse_spec(
 
 
 def _load(text: str, source: str) -> dict[str, Any]:
+    long_key = _LONG_KEY.search(text)
+    if long_key is not None:
+        line = text.count("\n", 0, long_key.start() + 1) + 1
+        raise SpecError(
+            f"{source}: the key on line {line} has more than {_MOST_PARTS} parts, wanted 3 at most"
+        )
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -85,7 +95,9 @@ def _load(text: str, source: str) -> dict[str, Any]:
         end = f"at line {last_line}, the end of the document"
         reason = str(error).replace("at end of document", end)
         raise SpecError(f"{source}: this is not TOML: {reason}") from error
-    except (ValueError, RecursionError) as error:  # a number too long to convert, brackets nested too deep
+    except RecursionError as error:
+        raise SpecError(f"{source}: this cannot be read as TOML: it is nested too deeply") from error
+    except ValueError as error:  # a number too long to convert
         raise SpecError(f"{source}: this cannot be read as TOML: {error}") from error
 
 

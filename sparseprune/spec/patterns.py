@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 # takes some milliseconds. From four on the matcher that is linear in the name is the safe one.
 _FLOATING_FOR_RE = 3
 _PARTS = re.compile(r"\*+|\{[^{}]*\}|[{}]|[^*{}]+")
+_FOR_RE = 300  # characters of a name: for longer ones the linear matcher is the safe one too
+_MOST_TOKENS = 1000
 _LONGEST_INTEGER = 640  # the fewest digits that int() may be told to refuse
 
 
@@ -67,7 +69,7 @@ class TensorPattern:
         """The captures if the whole name matches, else None."""
         if self.literal not in name:
             return None
-        if self.regex is None:
+        if self.regex is None or len(name) > _FOR_RE:
             texts = match_tokens(self.tokens, name)
             return None if texts is None else _valued(self.names, texts)
         found = self.regex.fullmatch(name)
@@ -97,6 +99,10 @@ def _read(text: str) -> tuple[Token, ...]:
         token = tokens[-1]
         if is_capture(token):
             defined[str(token.name)] = token
+        if len(tokens) > _MOST_TOKENS:
+            raise PatternError(
+                f"character {part.start() + 1}: more than {_MOST_TOKENS} captures and wildcards"
+            )
     return _with_stem(tokens)
 
 

@@ -6,6 +6,7 @@ the others with the nearest real one. Knows no checkpoint. Called by `checking`.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import TYPE_CHECKING
 
 from sparseprune.spec.captures import captures_of_table, leaves_of_table, look_of_table
@@ -15,25 +16,30 @@ from sparseprune.spec.problems import Problems, shown
 from sparseprune.spec.schema import expressions_of
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Iterator
+    from collections.abc import Collection, Iterable
 
     from sparseprune.spec.expressions import Expression
     from sparseprune.spec.schema import Spec
 
 _BUDGET_KEYS = ("nnz", "sparsity", "threshold", "multiple_of")
 Table = tuple[str, str]
+Membership = tuple[Table, str]
+"""A coupling, and the name under which something takes part in it."""
 
 
 def check_references(spec: Spec, problems: Problems, variables: Collection[str]) -> None:
     """Every name in every expression; `variables` are all that are declared, also those with problems."""
+    memberships = _memberships(spec)
     for kind in ("block", "scope"):
         for name, table in getattr(spec, kind).items():
             if table.patterns is not None:
-                _check_leaf(spec, (kind, name), problems, variables)
+                lent = _lent(spec, memberships.get((kind, name), ()))
+                _check_leaf(spec, (kind, name), lent, problems, variables)
     for name, scope in spec.scope.items():
         own = _captures(spec, ("scope", name))
         if scope.patterns is None and own is not None:
-            known = {*own, *_lent(spec, ("scope", name)), *variables, "config"}
+            lent = _lent(spec, memberships.get(("scope", name), ()))
+            known = {*own, *lent, *variables, "config"}
             _check(f"scope.{name}", "shape", expressions_of(scope.shape), known, problems)
     for kind in ("scope", "scope_coupling"):
         for name, outermost in getattr(spec, kind).items():
@@ -44,8 +50,13 @@ def check_references(spec: Spec, problems: Problems, variables: Collection[str])
                     _check(f"{kind}.{name}", key, found, {*own, *variables, "config"}, problems)
 
 
-def _check_leaf(spec: Spec, table: Table, problems: Problems, variables: Collection[str]) -> None:
-    """A table with tensors of its own: `where`, and what says how they are looked at."""
+def _check_leaf(
+    spec: Spec, table: Table, lent: Collection[str], problems: Problems, variables: Collection[str]
+) -> None:
+    """A table with tensors of its own: `where`, and what says how they are looked at.
+
+    `lent` are the captures that it may borrow from its fellow members.
+    """
     kind, name = table
     place, read = f"{kind}.{name}", getattr(spec, kind)[name]
     own = _captures(spec, table) or frozenset()
@@ -57,7 +68,6 @@ def _check_leaf(spec: Spec, table: Table, problems: Problems, variables: Collect
             problems.add(place, read.patterns_key, text)
     known = {*own, *variables, "config", *FACTS}
     _check(place, "where", expressions_of(read.where), known, problems)
-    lent = _lent(spec, table)
     for key, expressions in look_of_table(spec, *table).items():
         facts = () if (kind, key) == ("scope", "shape") else FACTS
         _check(place, key, expressions, {*own, *lent, *variables, "config", *facts}, problems)
@@ -85,9 +95,9 @@ def _captures(spec: Spec, table: Table) -> frozenset[str] | None:
     return frozenset() if coupling.across == "all" else every.difference(coupling.across)
 
 
-def _lent(spec: Spec, table: Table) -> set[str]:
+def _lent(spec: Spec, memberships: Iterable[Membership]) -> set[str]:
     """Captures that a table may borrow: those of its fellow members, in every coupling that it is part of."""
-    fellows = [_lent_in(spec, couplings, member) for couplings, member in _memberships(spec, table)]
+    fellows = [_lent_in(spec, coupling, member) for coupling, member in memberships]
     return set.intersection(*fellows) if fellows else set()
 
 
@@ -98,14 +108,17 @@ def _lent_in(spec: Spec, coupling: Table, member: str) -> set[str]:
     return {name for names in captures for name in names or ()}
 
 
-def _memberships(spec: Spec, table: Table) -> Iterator[tuple[Table, str]]:
-    kind, name = table
+def _memberships(spec: Spec) -> dict[Table, list[Membership]]:
+    """For every table the couplings that it is part of, itself or as the block of a member, and as whom."""
+    found: defaultdict[Table, list[Membership]] = defaultdict(list)
     for coupling, fused in spec.block_coupling.items():
-        if kind == "block" and name in fused.blocks:
-            yield ("block_coupling", coupling), name
-    for scope in spec.scope:
-        direct = (kind, name) == ("scope", scope) or (spec.scope[scope].block == name and kind == "block")
-        if direct and leaves_of_table(spec, "scope", scope):
-            for coupling, coupled in spec.scope_coupling.items():
-                if scope in coupled.scopes:
-                    yield ("scope_coupling", coupling), scope
+        for name in fused.blocks:
+            found["block", name].append((("block_coupling", coupling), name))
+    for coupling, coupled in spec.scope_coupling.items():
+        for name in coupled.scopes:
+            if name in spec.scope and leaves_of_table(spec, "scope", name):
+                found["scope", name].append((("scope_coupling", coupling), name))
+                block = spec.scope[name].block
+                if isinstance(block, str):
+                    found["block", block].append((("scope_coupling", coupling), name))
+    return found

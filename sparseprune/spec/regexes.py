@@ -7,6 +7,7 @@ bound for a name of a hundred characters is refused, with the way out. Used by t
 from __future__ import annotations
 
 import importlib
+import math
 import re
 import warnings
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ class RegexPattern:
     text: str
     names: tuple[str, ...]
     regex: re.Pattern[str]
+    readings: int = 1
 
     @property
     def sample(self) -> str:
@@ -44,7 +46,18 @@ class RegexPattern:
         return re.sub(r"\(\?P<\w+>|[\\()\[\]^$+*?]", "", self.text)
 
     def match(self, name: str) -> Captures | None:
-        """The captures if the whole name matches, else None; a group that took no part is empty."""
+        """The captures if the whole name matches, else None; a group that took no part is empty.
+
+        PatternError where the name is so long that to try could take very long.
+        """
+        # What a name of `_LENGTH` characters could be read in so many ways, a longer one in more.
+        if len(name) > _LENGTH and self.readings > 1:
+            degree = math.ceil(math.log(self.readings, _LENGTH))
+            if len(name) ** max(degree, 1) > _MOST_READINGS:
+                raise PatternError(
+                    f"a tensor's name of {len(name)} characters would take it very long: write a pattern "
+                    "with captures as `tensors`, or a regex with fewer parts that may end at several places"
+                )
         found = self.regex.fullmatch(name)
         if found is None:
             return None
@@ -73,7 +86,7 @@ def parse_regex(text: str) -> RegexPattern:
     for name in names:
         if not is_name(name):
             raise PatternError(f'"{name}" is no name: write letters, digits and _, such as (?P<layer>...)')
-    return RegexPattern(text, names, regex)
+    return RegexPattern(text, names, regex, readings)
 
 
 def _slow(why: str) -> str:
