@@ -1,0 +1,71 @@
+"""Every loop that a test of this folder runs as machine code is run as Python too, and has to do the same.
+
+So what stands in the source is what was compiled, and a tracer sees which of its branches were taken.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+from sparseprune.engine.kernels.compiling import Loop
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+MOST = 3000
+"""Elements of the arrays of a call, without the last one, the result; more take Python too long."""
+
+
+def as_float32(pattern: Any) -> Any:
+    """What `float32_of` is compiled to."""
+    return np.uint32(pattern).view(np.float32)
+
+
+def interpreted(loop: Any, arguments: tuple[Any, ...]) -> Any:
+    """What the source of a loop gives, with the types of its signature; arrays are changed in place."""
+    kind = next(one for one in arguments if isinstance(one, np.ndarray)).dtype.name
+    _, *words = loop._types(kind)
+    typed = [_typed(one, word) for one, word in zip(arguments, words, strict=True)]
+    with np.errstate(all="ignore"), pytest.MonkeyPatch.context() as patch:
+        patch.setitem(loop.function.__globals__, "float32_of", as_float32)
+        return loop.function(*typed)
+
+
+def _typed(argument: Any, word: str) -> Any:
+    dtype = np.dtype(word.rstrip("*"))
+    if not isinstance(argument, np.ndarray):
+        return dtype.type(argument)
+    memory = argument.reshape(-1).view(np.uint8)
+    return memory[: memory.size // dtype.itemsize * dtype.itemsize].view(dtype)
+
+
+def compared(run: Callable[..., Any]) -> Callable[..., Any]:
+    def both(loop: Loop, *arguments: Any) -> Any:
+        arrays = [one for one in arguments if isinstance(one, np.ndarray)]
+        if sum(one.size for one in arrays[:-1] or arrays) > MOST or not all(
+            one.flags.c_contiguous for one in arrays
+        ):
+            return run(loop, *arguments)
+        copies = tuple(one.copy() if isinstance(one, np.ndarray) else one for one in arguments)
+        said = interpreted(loop, copies)
+        result = run(loop, *arguments)
+        for copy, array in zip((said, *copies), (result, *arguments), strict=True):
+            if loop.reorders and array is not None:
+                np.testing.assert_allclose(copy, array, rtol=1e-12)
+            elif isinstance(array, np.ndarray):
+                assert copy.tobytes() == array.tobytes()
+            else:
+                assert copy == array
+        return result
+
+    return both
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _loops_as_written() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Loop, "__call__", compared(Loop.__call__))
+        yield
