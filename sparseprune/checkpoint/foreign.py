@@ -1,12 +1,14 @@
 """What a file is that is no safetensors file, and what to do about it.
 
-Owns the looks of the usual mistakes: pickles, git-lfs pointers, saved web pages, other weight formats.
-Decides nothing: header.py asks when the first bytes of a file are no safetensors header, source.py
+Owns the looks of the usual mistakes: pickles, git-lfs pointers, saved web pages, answers of servers,
+other weight formats, archives. Decides nothing: header.py asks when the first bytes of a file are no safetensors header, source.py
 when a folder holds no safetensors at all.
 """
 
 from __future__ import annotations
 
+import codecs
+import re
 from pathlib import PurePath
 
 PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
@@ -14,8 +16,22 @@ PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
 _LFS = b"version https://git-lfs.github.com/spec/"
 _ZIP = b"PK\x03\x04"
 _PICKLE_PROTOCOLS = tuple(bytes((0x80, protocol)) for protocol in range(2, 6))
-_HTML = (b"<!doctype html", b"<html")
-_OTHER_FORMATS = {b"GGUF": "a GGUF file", b"\x89HDF\r\n\x1a\n": "an HDF5 file"}
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+# Possessive, so that a page of many comments is read once.
+_HTML = re.compile(
+    rb"(?:<\?xml[^>]*>|<!--.*?-->|\s)*+<(?:!doctype html|html|head|body)\b", re.IGNORECASE | re.DOTALL
+)
+_WEIGHTS = {b"GGUF": "a GGUF file", b"\x89HDF\r\n\x1a\n": "an HDF5 file", b"\x93NUMPY": "a numpy array"}
+_ARCHIVES = {
+    b"\x1f\x8b": "a gzip archive",
+    b"BZh": "a bzip2 archive",
+    b"\xfd7zXZ\0": "an xz archive",
+    b"\x28\xb5\x2f\xfd": "a zstd archive",
+}
+_TAR_AT, _TAR = 257, b"ustar"
+# Text this long at the start: the length in a true header would be beyond every disk.
+_TEXT = 8
+_SHOWN = 60
 
 
 def foreign_format(name: str, head: bytes) -> str | None:
@@ -28,14 +44,33 @@ def foreign_format(name: str, head: bytes) -> str | None:
         return (
             "it is a git-lfs pointer, the weights were not downloaded; run `git lfs pull` in its repository"
         )
-    if head.lstrip().lower().startswith(_HTML):
+    text = head.removeprefix(_BYTE_ORDER_MARK)
+    if _HTML.match(text):
         return "it is an HTML page saved under this name; download the file itself (a `resolve` link)"
-    if head.startswith((_ZIP, *_PICKLE_PROTOCOLS)) or PurePath(name).suffix.lower() in PICKLE_SUFFIXES:
-        return "it looks like a pickle (torch.save); " + conversion_advice(name)
-    for magic, what in _OTHER_FORMATS.items():
+    for magic, what in _WEIGHTS.items():
         if head.startswith(magic):
             return f"it is {what}; sparseprune reads safetensors, so prune the model before it is converted"
-    return None
+    for magic, what in _ARCHIVES.items():
+        if head.startswith(magic):
+            return f"it is {what}; unpack it"
+    if head[_TAR_AT:].startswith(_TAR):
+        return "it is a tar archive; unpack it"
+    if head.startswith((_ZIP, *_PICKLE_PROTOCOLS)) or PurePath(name).suffix.lower() in PICKLE_SUFFIXES:
+        return "it looks like a pickle (torch.save); " + conversion_advice(name)
+    return _as_text(text)
+
+
+def _as_text(head: bytes) -> str | None:
+    """What servers answer instead of a file: an error in JSON, in XML or in plain words."""
+    try:
+        # Incremental: the last character may be cut in two.
+        words = " ".join(codecs.getincrementaldecoder("utf-8")().decode(head).split())
+    except UnicodeDecodeError:
+        return None
+    if len(head) < _TEXT or not words.isprintable():
+        return None
+    found = words if len(words) <= _SHOWN else words[:_SHOWN] + "..."
+    return f"it is a text that begins {found!r}, perhaps a server's answer; download the file itself again"
 
 
 def conversion_advice(name: str) -> str:

@@ -78,7 +78,15 @@ class Header:
 
 
 def read_header(path: Path | str) -> Header:
-    """The header of a safetensors file; CheckpointError naming the file and the first fact that is wrong."""
+    """The header of a safetensors file; CheckpointError naming the file and the first fact that is wrong.
+
+    The order: no regular file; shorter than 8 bytes; a header length that cannot be, or no `{` behind it
+    (then what the file is instead, if that is known: a pointer, a page, another format; else length over
+    the limit, length beyond the file, no `{`); not UTF-8; not JSON, a key twice, a number out of range
+    (whichever stands first); entry by entry as stored: not an object, a key missing, nested too deeply,
+    dtype, shape, data_offsets; in the order of the data: gaps and overlaps; then sizes, overflow included;
+    the file truncated or with trailing bytes; metadata that is not strings.
+    """
     where = Path(path)
     raw, size = _header_bytes(where)
     try:
@@ -138,7 +146,7 @@ def _checked_length(path: Path, head: bytes, size: int) -> int:
     if size < _LENGTH_BYTES:
         raise CheckpointError(
             f"{path}: too short, has {size} bytes; a safetensors file begins with 8 bytes that hold the "
-            "length of its header"
+            "length of its header; copy or download it again"
         )
     length = int.from_bytes(head[:_LENGTH_BYTES], "little")
     if 0 < length <= min(size - _LENGTH_BYTES, MAX_HEADER) and head[_LENGTH_BYTES:][:1] == b"{":

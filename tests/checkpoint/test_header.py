@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,25 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "seven bytes": (b"1234567", "too short, has 7 bytes"),
     "a git-lfs pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:12\n", "git lfs pull"),
     "a web page": (b"\n <!DOCTYPE html><html>", "an HTML page"),
+    "a page with a byte order mark": (b"\xef\xbb\xbf<html lang='en'>", "an HTML page"),
+    "a page behind a comment": (b"<!-- saved -->\n<!---->" + b"<!-- -->" * 50 + b"<HTML>", "an HTML page"),
+    "a page behind an XML prologue": (b'<?xml version="1.0"?>\n<!DOCTYPE html PUBLIC "x">', "an HTML page"),
+    "comments without a page": (b"<!-- -->" * 64, "a text that begins '<!-- --><!-- -->"),
+    "a server's XML": (
+        b'<?xml version="1.0" encoding="UTF-8"?>\n<Error><Code>AccessDenied</Code></Error>',
+        "a text that begins '<?xml version=",
+    ),
+    "a server's JSON": (
+        b'{"error":"Repository not found"}',
+        """a text that begins '{"error":"Repository not found"}', perhaps a server's answer""",
+    ),
+    "a server's words": ("Accès refusé".encode(), "a text that begins 'Accès refusé', perhaps"),
+    "a text cut inside a character": (b"x" * 511 + "é".encode(), f"'{'x' * 60}...', perhaps"),
+    "bytes that are no text": (b"abcdefghij\xff\xff", "more than the 100000000 bytes"),
+    "text with a NUL": (b"abcdefghij\0", "more than the 100000000 bytes"),
+    "gzip": (b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\x03", "a gzip archive; unpack it"),
+    "tar": (b"model.safetensors".ljust(257, b"\0") + b"ustar\x0000", "a tar archive; unpack it"),
+    "numpy": (b"\x93NUMPY\x01\x00v\x00{'descr'", "a numpy array"),
     "a pickle": (PICKLE, "torch.save); pickles can run code"),
     "a zip": (b"PK\x03\x04\x00\x00\x08\x08abc", "safetensors.torch.save_file"),
     "another format": (b"GGUF\x03\x00\x00\x00\x00\x00", "a GGUF file"),
@@ -155,23 +175,63 @@ def test_is_stricter_than_the_package_where_a_file_is_ambiguous_or_breaks_the_fo
     assert any(known in (refusal(tmp_path, content) or "") for known in STRICTER)
 
 
-def test_names_the_first_fact_of_a_fixed_order(tmp_path: Path) -> None:
-    faults = {
-        "no 'dtype'": {"e": {"shape": [1], "data_offsets": [0, 1]}},
-        "unknown dtype": {"d": tensor("F7")},
-        "has the shape": {"c": tensor(shape=[-1])},
-        "leaves a gap": {"b": tensor(offsets=[100, 101])},
-        "needs 2 bytes": {"a": tensor("F16")},
-    }
-    document: dict[str, Any] = {"__metadata__": []}
-    facts = ["is a list, wanted an object of strings"]
-    for fact, entry in reversed(faults.items()):
-        document = {**entry, **document}
-        facts.insert(0, fact)
-        assert fact in (refusal(tmp_path, file_of(document, b"123")) or "")
-    assert "not UTF-8" in (refusal(tmp_path, file_of(json.dumps(document).encode() + b"\xff")) or "")
-    truncated = file_of({"__metadata__": [], "a": tensor()})
-    assert "truncated" in (refusal(tmp_path, truncated) or "")
+def broken(faults: set[str]) -> bytes:
+    """A file with all of these faults at once, as far as a file can have them together."""
+    entries: list[str] = []
+
+    def entry(fault: str, text: str) -> None:
+        if fault in faults:
+            entries.append(text)
+
+    entry("stands twice", '"k":{"x":1,"x":1}')
+    entry("is null, wanted an object", '"n":null')
+    entry("no 'dtype'", '"e":{"shape":[1],"data_offsets":[0,1]}')
+    entry("nested too deeply", f'"d":{json.dumps(tensor())[:-1]},"x":{"[" * 126}{"]" * 126}}}')
+    entry("unknown dtype", f'"u":{json.dumps(tensor("F7"))}')
+    entry("has the shape", f'"s":{json.dumps(tensor(shape=[-1]))}')
+    entry("has the data_offsets", f'"o":{json.dumps(tensor(offsets=[1, 0]))}')
+    entry("leaves a gap", f'"g":{json.dumps(tensor(offsets=[100, 101]))}')
+    entry("needs 2 bytes", f'"w":{json.dumps(tensor("F16"))}')
+    entry("wanted an object of strings", '"__metadata__":[]')
+    whole = {"needs 2 bytes", "leaves a gap"} & faults
+    if not whole:
+        entries.append(f'"a":{json.dumps(tensor())}')
+    text = ("{" + ",".join(entries) + ("" if "not JSON" in faults else "}")).encode()
+    text = text + b"\xff" if "not UTF-8" in faults else text
+    text = b" " + text if "does not begin" in faults else text
+    length = len(text) + (9999 if "reaches beyond" in faults else 0)
+    length = 2**40 if "more than the 100000000" in faults else length
+    content = length.to_bytes(8, "little") + text + (b"" if "truncated" in faults else b"1")
+    return b"GGUF" + content if "a GGUF file" in faults else content
+
+
+# As the docstring of read_header tells it.
+ORDER = [
+    "a GGUF file",
+    "more than the 100000000",
+    "reaches beyond",
+    "does not begin",
+    "not UTF-8",
+    "stands twice",
+    "not JSON",
+    "is null, wanted an object",
+    "no 'dtype'",
+    "nested too deeply",
+    "unknown dtype",
+    "has the shape",
+    "has the data_offsets",
+    "leaves a gap",
+    "needs 2 bytes",
+    "truncated",
+    "wanted an object of strings",
+]
+
+
+@pytest.mark.parametrize("first", range(len(ORDER)), ids=ORDER)
+def test_names_the_first_fact_of_a_fixed_order(tmp_path: Path, first: int) -> None:
+    assert refusal(tmp_path, broken(set())) is None
+    assert ORDER[first] in (refusal(tmp_path, broken({ORDER[first]})) or "")
+    assert ORDER[first] in (refusal(tmp_path, broken(set(ORDER[first:]))) or "")
 
 
 def test_says_how_to_convert_a_file_with_a_pickle_name(tmp_path: Path) -> None:
@@ -181,14 +241,15 @@ def test_says_how_to_convert_a_file_with_a_pickle_name(tmp_path: Path) -> None:
         read_header(path)
 
 
-def test_refuses_a_missing_file_a_folder_and_a_pipe(tmp_path: Path) -> None:
+def test_refuses_a_missing_file_and_what_is_no_regular_file(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    for name, fact in (
-        ("absent", "no such file"),
-        (".", "not a regular file"),
-        ("pipe", "not a regular file"),
-    ):
-        with pytest.raises(CheckpointError, match=fact):
+    (tmp_path / "device").symlink_to("/dev/zero")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "socket"))
+    with pytest.raises(CheckpointError, match="no such file"):
+        read_header(tmp_path / "absent")
+    for name in (".", "pipe", "device", "socket"):
+        with pytest.raises(CheckpointError, match="not a regular file"):
             read_header(tmp_path / name)
 
 
