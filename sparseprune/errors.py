@@ -104,10 +104,10 @@ def is_out_of_memory(error: BaseException | None) -> bool:
     >>> is_out_of_memory(MemoryError()), is_out_of_memory(RuntimeError("CUDA out of memory. Tried to"))
     (True, True)
     """
-    if isinstance(error, OSError):
-        return error.errno == errno.ENOMEM or (error.errno is None and _says_so(error))
-    if isinstance(error, (RuntimeError, ImportError)):
-        return _says_so(error) or is_out_of_memory(error.__cause__)
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno == errno.ENOMEM
+    if isinstance(error, (OSError, RuntimeError, ImportError)):
+        return _says_so(error) or is_out_of_memory(error.__cause__ or error.__context__)
     return isinstance(error, MemoryError)
 
 

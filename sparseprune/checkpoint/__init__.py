@@ -6,7 +6,12 @@ mathematics of pruning. Called by the pipeline and the reports; imports no torch
 
 from sparseprune.checkpoint.folder import OtherFile
 from sparseprune.checkpoint.header import Header, TensorEntry, lay_out, read_header
-from sparseprune.checkpoint.identity import changed_since, checkpoint_identity, refuse_changed
+from sparseprune.checkpoint.identity import (
+    changed_since,
+    checkpoint_identity,
+    refuse_changed,
+    refuse_changed_shards,
+)
 from sparseprune.checkpoint.layout import (
     CopyRange,
     MaskFormat,
@@ -59,5 +64,6 @@ __all__ = [
     "read_header",
     "read_kept",
     "refuse_changed",
+    "refuse_changed_shards",
     "refuse_replacing",
 ]

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparseprune.checkpoint.documents import shown, strict_json
 from sparseprune.checkpoint.foreign import PICKLE_SUFFIXES, conversion_advice
+from sparseprune.checkpoint.stamps import Stamp, stamp_of
 from sparseprune.errors import CheckpointError, MachineError
 
 if TYPE_CHECKING:
@@ -34,12 +35,12 @@ _LARGEST_DOCUMENT = 100_000_000
 
 @dataclass(frozen=True, slots=True)
 class OtherFile:
-    """A file that is copied as it is; `path` is relative to the checkpoint, `mtime_ns` when it was found."""
+    """A file that is copied as it is; `path` is relative to the checkpoint, `stamp` as it was found."""
 
     path: PurePosixPath
     nbytes: int
     executable: bool
-    mtime_ns: int
+    stamp: Stamp
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,4 +190,4 @@ def _other_file(directory: Path, path: PurePosixPath) -> OtherFile:
         raise CheckpointError(
             f"{directory / path}: neither a file nor a folder, so it cannot be copied; remove it"
         )
-    return OtherFile(path, status.st_size, bool(status.st_mode & stat.S_IXUSR), status.st_mtime_ns)
+    return OtherFile(path, status.st_size, bool(status.st_mode & stat.S_IXUSR), stamp_of(status))

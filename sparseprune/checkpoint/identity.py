@@ -11,6 +11,7 @@ import json
 from itertools import chain
 from typing import TYPE_CHECKING
 
+from sparseprune.checkpoint.stamps import replaced, stamp_of
 from sparseprune.checkpoint.transfer import ChangedInputError, machine_errors
 from sparseprune.errors import MachineError
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from sparseprune.checkpoint.source import Checkpoint, Shard
+    from sparseprune.checkpoint.stamps import Stamp
 
 _ADVICE = "run again when nothing writes there"
 
@@ -46,10 +48,15 @@ def checkpoint_identity(checkpoint: Checkpoint) -> str:
 def changed_since(shards: Iterable[Shard]) -> str | None:
     """What became of the first shard that is not as it was when its header was read; None if all are."""
     try:
-        _refuse((shard.path, shard.header.file_size, shard.mtime_ns) for shard in shards)
+        refuse_changed_shards(shards)
     except MachineError as error:
         return str(error)
     return None
+
+
+def refuse_changed_shards(shards: Iterable[Shard]) -> None:
+    """As `refuse_changed`, for these shards alone."""
+    _refuse((shard.path, shard.header.file_size, shard.stamp) for shard in dict.fromkeys(shards))
 
 
 def refuse_changed(checkpoint: Checkpoint, further: Iterable[Shard] = ()) -> None:
@@ -58,23 +65,25 @@ def refuse_changed(checkpoint: Checkpoint, further: Iterable[Shard] = ()) -> Non
     Files of the checkpoint, and `further` shards that were read beside it. MachineError where one cannot
     be found any more.
     """
-    shards = (
-        (shard.path, shard.header.file_size, shard.mtime_ns) for shard in (*checkpoint.shards, *further)
-    )
-    others = ((checkpoint.path / other.path, other.nbytes, other.mtime_ns) for other in checkpoint.others)
+    shards = ((shard.path, shard.header.file_size, shard.stamp) for shard in (*checkpoint.shards, *further))
+    others = ((checkpoint.path / other.path, other.nbytes, other.stamp) for other in checkpoint.others)
     _refuse(chain(shards, others))
 
 
-def _refuse(files: Iterable[tuple[Path, int, int]]) -> None:
-    """As `refuse_changed`, for files with the sizes and times that they had."""
-    for path, size, mtime_ns in files:
+def _refuse(files: Iterable[tuple[Path, int, Stamp]]) -> None:
+    """As `refuse_changed`, for files with the sizes and stamps that they had."""
+    for path, size, stamp in files:
         with machine_errors(path, "cannot be read any more"):
             status = path.stat()
         if status.st_size != size:
             raise ChangedInputError(
                 f"{path}: changed while it was read, from {size} bytes to {status.st_size}; {_ADVICE}"
             )
-        if status.st_mtime_ns != mtime_ns:
+        if replaced(stamp, stamp_of(status)):
+            raise ChangedInputError(
+                f"{path}: changed while it was read: another file has taken its place; {_ADVICE}"
+            )
+        if status.st_mtime_ns != stamp.mtime_ns:
             raise ChangedInputError(
                 f"{path}: changed while it was read: it was written to after the run began; {_ADVICE}"
             )

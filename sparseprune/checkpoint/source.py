@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import os
-import threading
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Self
 
 from sparseprune.checkpoint import folder, transfer
+from sparseprune.checkpoint.descriptors import OpenFiles
 from sparseprune.checkpoint.documents import shown
 from sparseprune.checkpoint.header import Header, TensorEntry, read_header
+from sparseprune.checkpoint.stamps import NO_STAMP, Stamp, replaced, stamp_of
 from sparseprune.checkpoint.transfer import ChangedInputError
 from sparseprune.errors import CheckpointError
 
@@ -33,18 +34,22 @@ if TYPE_CHECKING:
 class Shard:
     """One safetensors file of a checkpoint; its path decides equality.
 
-    `relative` is where it lies in the checkpoint, and so in an output: `path` may be a link. `mtime_ns` is
-    when it was last written to, as of the time its header was read; its size was the header's.
+    `relative` is where it lies in the checkpoint, and so in an output: `path` may be a link. `stamp` is
+    that of the file of which the header was read; its size was the header's.
     """
 
     path: Path
     header: Header = field(compare=False, repr=False)
     relative: PurePosixPath = field(compare=False, repr=False)
-    mtime_ns: int = field(default=0, compare=False, repr=False)
+    stamp: Stamp = field(default=NO_STAMP, compare=False, repr=False)
 
     @property
     def name(self) -> str:
         return self.path.name
+
+    @property
+    def mtime_ns(self) -> int:
+        return self.stamp.mtime_ns
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,15 +131,14 @@ def read_config(checkpoint: Checkpoint) -> Mapping[str, Any] | None:
 
 
 class TensorReader:
-    """Reads bytes of tensors from any thread; every shard is opened once, for reading only.
+    """Reads bytes of tensors from any thread; a few shards stay open, for reading only.
 
-    A context manager: leaving it closes the files. A shard that is not as long as when its header was
-    read is a ChangedInputError, every error of the disk a MachineError.
+    A context manager: leaving it closes the files. A shard that is not the file of which the header was
+    read, or has another length, is a ChangedInputError, every error of the disk a MachineError.
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._descriptors: dict[Path, int] = {}
+        self._files = OpenFiles(_opened)
 
     def __enter__(self) -> Self:
         return self
@@ -142,9 +146,7 @@ class TensorReader:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with self._lock:
-            while self._descriptors:
-                os.close(self._descriptors.popitem()[1])
+        self._files.close()
 
     def read(self, stored: StoredTensor, begin: int = 0, end: int | None = None) -> bytearray:
         """The bytes [begin, end) of a tensor, all of it by default; ValueError outside of it."""
@@ -162,26 +164,22 @@ class TensorReader:
         view = transfer.as_bytes(buffer)
         _check_part(stored, begin, begin + len(view))
         offset = stored.offset + begin
-        with transfer.machine_errors(stored.shard.path, "cannot be read"):
-            done = transfer.read_into(self._descriptor(stored.shard), view, offset)
+        with (
+            transfer.machine_errors(stored.shard.path, "cannot be read"),
+            self._files.use(stored.shard) as descriptor,
+        ):
+            done = transfer.read_into(descriptor, view, offset)
         if done < len(view):
             raise _truncated(stored.shard.path, offset + done, stored.shard.header.file_size)
-
-    def _descriptor(self, shard: Shard) -> int:
-        with self._lock:
-            descriptor = self._descriptors.get(shard.path)
-            if descriptor is None:
-                descriptor = self._descriptors[shard.path] = _opened(shard)
-            return descriptor
 
 
 def open_shard(path: Path, relative: PurePosixPath) -> Shard:
     """A safetensors file of which the header was read; errors as `open_checkpoint`."""
-    mtime_ns = 0
+    stamp = NO_STAMP
     with contextlib.suppress(OSError):  # which the header's reader tells
         # Before the header is read, so that a change meanwhile is noticed later.
-        mtime_ns = path.stat().st_mtime_ns
-    return Shard(path, read_header(path), relative, mtime_ns)
+        stamp = stamp_of(path.stat())
+    return Shard(path, read_header(path), relative, stamp)
 
 
 def _check_part(stored: StoredTensor, begin: int, end: int) -> None:
@@ -191,10 +189,13 @@ def _check_part(stored: StoredTensor, begin: int, end: int) -> None:
 
 def _opened(shard: Shard) -> int:
     descriptor = os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC)
-    size, wanted = os.fstat(descriptor).st_size, shard.header.file_size
-    if size == wanted:
+    status, wanted = os.fstat(descriptor), shard.header.file_size
+    size = status.st_size
+    if size == wanted and not replaced(shard.stamp, stamp_of(status)):
         return descriptor
     os.close(descriptor)
+    if size == wanted:
+        raise ChangedInputError(f"{shard.path}: another file has taken its place while it was read")
     if size < wanted:
         raise _truncated(shard.path, size, wanted)
     raise ChangedInputError(f"{shard.path}: file grew while it was read, from {wanted} bytes to {size}")

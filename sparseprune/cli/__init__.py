@@ -7,12 +7,15 @@ command loads what it needs when it runs.
 
 def main() -> None:
     """Entry point of the console script and of `python -m sparseprune`."""
+    import os
     import signal
     import sys
 
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         # While nothing has begun, and when all is over, Ctrl-C ends the process without a word.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # Threads of our own share the work; a pool of numpy's would end the process where it gets no thread.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from sparseprune.cli.streams import open_streams
 
     open_streams()

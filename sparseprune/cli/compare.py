@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from sparseprune.checkpoint import TensorReader, open_checkpoint
+from sparseprune.checkpoint import TensorReader, open_checkpoint, refuse_changed_shards
 from sparseprune.cli.collecting import collector_paused
 from sparseprune.cli.console import checked, print_json, print_table, print_text, tell
 from sparseprune.cli.options import Listing
@@ -106,6 +106,7 @@ def _document(request: CompareRequest, sides: Sides) -> dict[str, Any]:
     nbytes = sum(pair.nbytes for pair in sides.pairs)
     with TensorReader() as reader, progress("comparing", nbytes, quiet=request.quiet) as advance:
         found = compare_checkpoints(sides.pairs, reader, request.jobs, advance)
+    refuse_changed_shards(one.shard for pair in sides.pairs for one in (pair.before, pair.after))
     document = compare_document(str(request.dense), str(request.pruned), found, sides)
     tensors = ordered(document["tensors"], request.listing.sort, request.listing.reverse)
     return document | {"tensors": tensors}

@@ -6,6 +6,7 @@ Colour only where the stream is a terminal.
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import sys
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
 
+_LIBRARIES = 96 << 20  # bytes of addresses that numpy and what it loads take, measured
 _UNFOLDED = 10_000  # columns; tables are no wider than their content
 
 
@@ -47,6 +49,8 @@ def reported(debug: bool = False) -> Iterator[None]:
     After the first signal no other one is heard: what is being ended is ended.
     """
     with stopped_once(), reported_errors(debug):
+        # Where there is no room for numpy its own libraries end the process, with the code of a failed check.
+        mmap.mmap(-1, _LIBRARIES, mmap.MAP_PRIVATE, mmap.PROT_READ).close()
         yield
 
 

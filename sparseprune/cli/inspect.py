@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from sparseprune.checkpoint import TensorReader, open_checkpoint, read_config
+from sparseprune.checkpoint import TensorReader, open_checkpoint, read_config, refuse_changed_shards
 from sparseprune.cli.collecting import collector_paused
 from sparseprune.cli.console import checked, print_json, print_table, print_text
 from sparseprune.cli.options import Listing
@@ -122,6 +122,7 @@ def _document(
     total = bytes_to_read(tensors, questions)
     with TensorReader() as reader, progress("reading", total, quiet=request.quiet) as advance:
         facts = inspect_checkpoint(tensors, reader, questions, request.jobs, advance)
+    refuse_changed_shards(one.shard for one in tensors)
     document = inspect_document(str(request.checkpoint), facts, telling)
     listed = "groups" if "groups" in document else "tensors"
     key = "name" if request.tree and listing.sort is None else listing.sort

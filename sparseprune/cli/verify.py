@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sparseprune.checkpoint import TensorReader, open_checkpoint
+from sparseprune.checkpoint import TensorReader, open_checkpoint, refuse_changed_shards
 from sparseprune.cli.collecting import collector_paused
 from sparseprune.cli.console import checked, print_json, print_table
 from sparseprune.cli.progress import progress
@@ -61,9 +61,11 @@ def _document(request: VerifyRequest, named: str) -> dict[str, Any]:
 
     source = find_spec(named)
     spec = parse_spec(source.text, source.source, source.directory, request.overrides)
-    check = make_check(open_checkpoint(request.checkpoint), spec, request.memory, request.jobs)
+    checkpoint = open_checkpoint(request.checkpoint)
+    check = make_check(checkpoint, spec, request.memory, request.jobs)
     with TensorReader() as reader, progress("verifying", check.nbytes, quiet=request.quiet) as advance:
         found = count_survivors(check, reader, advance)
+    refuse_changed_shards(checkpoint.shards)
     return verify_document(AskedCheck(str(request.checkpoint), named, request.overrides), found)
 
 

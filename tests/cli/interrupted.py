@@ -15,6 +15,7 @@ import gc
 import json
 import mmap
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -248,6 +249,10 @@ def change(path: Path, how: str) -> None:
                 (last,) = file.read(1)
                 file.seek(-1, os.SEEK_END)
                 file.write(bytes([last ^ 1]))
+        case "replace":
+            other = path.with_name(f"{path.name}.away")
+            shutil.copy2(path, other)  # as large, and as old
+            other.replace(path)
         case "remove":
             path.rename(path.with_name(f"{path.name}.away"))
         case "lock":

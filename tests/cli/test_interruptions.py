@@ -232,6 +232,26 @@ READS = {
         A_FILE + r"changed while it was read, from \d+ bytes to \d+; .*",
     ),
     "other bytes": (FILE, Moment("rewrite", 100, path="m.safetensors"), A_FILE + CHANGED),
+    "a file that another one replaces": (
+        FILE,
+        Moment("replace", 100, path="m.safetensors"),
+        A_FILE + "(changed while it was read: )?another file has taken its place.*",
+    ),
+    "a file that another one replaces before its data is read": (
+        FILE,
+        Moment("replace", 1, path="m.safetensors"),
+        A_FILE + "another file has taken its place while it was read",
+    ),
+    "a copied file that another one replaces": (
+        DIRECTORY,
+        Moment("replace", 20, path="in/config.json"),
+        r"in/config\.json: changed while it was read: another file has taken its place; .*",
+    ),
+    "scores that others replace": (
+        SCORES,
+        Moment("replace", 100, path="scores.safetensors"),
+        r"\S+/scores\.safetensors: (changed while it was read: )?another file has taken its place.*",
+    ),
     "a file that vanishes": (
         FILE,
         Moment("remove", 100, path="m.safetensors"),

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -16,7 +17,10 @@ from sparseprune.checkpoint import TensorReader
 from tests.samples import TWO_OF_FOUR, mlp_tensors, run, write_spec
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
+
+    from sparseprune.checkpoint import StoredTensor
 
 COMMANDS = (
     ("inspect", "m.safetensors"),
@@ -103,3 +107,41 @@ def test_a_check_that_fails_does_not_pass_because_nobody_reads_on(
         process.stdout.close()
         assert process.stderr.read().startswith(b"sparseprune: ")
         assert process.wait() == 1
+
+
+def replace(path: Path) -> None:
+    """By another file of the same bytes and time."""
+    other = path.with_name("other")
+    shutil.copy2(path, other)
+    other.replace(path)
+
+
+# What happens to a file while it is read -> what is said of it.
+CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "written to": (lambda path: os.utime(path, ns=(0, 0)), "it was written to after the run began"),
+    "replaced": (replace, "another file has taken its place"),
+    "cut off": (lambda path: os.truncate(path, path.stat().st_size - 1), "while it was read"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_a_file_that_changes_while_it_is_read_is_told_and_nothing_else(
+    folder: Path, words: tuple[str, ...], change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    act, told = CHANGES[change]
+    usual = TensorReader.read_into
+    changed: list[Path] = []
+
+    def read(reader: TensorReader, stored: StoredTensor, *rest: Any) -> None:
+        usual(reader, stored, *rest)
+        if not changed:
+            changed.append(stored.shard.path)
+            act(stored.shard.path)
+
+    monkeypatch.setattr(TensorReader, "read_into", read)
+    said = run(*in_folder(folder, words), "--jobs", 1, "-q")
+    assert (said.code, said.out) == (3, "")
+    assert said.err.startswith(f"sparseprune: {changed[0]}: ")
+    assert told in said.err
+    assert len(said.err.splitlines()) == 1

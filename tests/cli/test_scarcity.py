@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import resource
+import subprocess
+import sys
 import threading
 from typing import TYPE_CHECKING
 
@@ -14,7 +17,7 @@ from sparseprune.checkpoint.pieces import work_through
 from sparseprune.errors import is_out_of_memory
 from sparseprune.pipeline.traffic import Traffic
 from tests.limits import force, narrow
-from tests.samples import CHANNELS, TWO_OF_FOUR, mlp_tensors, run, write_spec
+from tests.samples import CHANNELS, TWO_OF_FOUR, mlp_tensors, run, write_shards, write_spec
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -86,6 +89,12 @@ def test_threads_are_told_to_stop_whatever_happens() -> None:
     assert told == ["worked", "worked", "stopped"]
 
 
+def because(error: Exception, cause: Exception) -> Exception:
+    """The error as it is raised while another one is handled."""
+    error.__context__ = cause
+    return error
+
+
 ERRORS: dict[str, Exception] = {
     "Python": MemoryError(),
     "numpy": MemoryError("Unable to allocate 3.00 GiB for an array with shape (3,)"),
@@ -95,6 +104,10 @@ ERRORS: dict[str, Exception] = {
     "CUDA": RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB"),
     "the system": OSError(12, "Cannot allocate memory"),
     "a library": ImportError("libtorch.so: failed to map segment from shared object"),
+    "a library that says less": because(
+        OSError("Could not find/load shared object file"),
+        OSError("libllvmlite.so: failed to map segment from shared object"),
+    ),
 }
 
 
@@ -125,6 +138,50 @@ def test_memory_that_is_not_there_is_told_with_what_to_do(
     assert contents(folder) == before
 
 
+@pytest.mark.parametrize("megabytes", [60, 90, 100, 110, 120, 130, 150])
+def test_a_process_that_may_take_little_memory_says_so_and_passes_no_check_for_failed(
+    folder: Path, megabytes: int
+) -> None:
+    """Whatever loads when the limit is met: exit code 1 would say that the checkpoint is wrong."""
+    words = ("verify", "m.safetensors", "--masks", "masks.safetensors", "-q")
+    save_file(mlp_tensors(), folder / "m.safetensors")
+    save_file({"0.up.weight": torch.ones(16, 8, dtype=torch.bool)}, folder / "masks.safetensors")
+    limit = (megabytes << 20, megabytes << 20)
+    done = subprocess.run(
+        [sys.executable, "-m", "sparseprune", *words, "--partial"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, limit),
+    )
+    assert (done.returncode, done.stdout) in ((0, ""), (3, "")), done.stderr
+    assert done.stderr.splitlines() == [FULL] * (done.returncode == 3)
+
+
+def test_a_checkpoint_may_have_more_shards_than_a_process_may_have_files(tmp_path: Path) -> None:
+    shards = {f"{number}.safetensors": {f"{number}.up.weight": torch.ones(4, 8)} for number in range(60)}
+    write_shards(tmp_path / "in", shards)
+    write_spec(tmp_path, TWO_OF_FOUR)
+    for words in (
+        "apply in spec.toml -o out",
+        "verify out spec.toml",
+        "inspect out",
+        "reapply in out -o more",
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "sparseprune", *words.split(), "-q"],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (45, 45)),
+        )
+        assert (done.returncode, done.stderr) == (0, ""), words
+
+
 def test_a_program_that_is_wrong_is_not_taken_for_a_lack_of_memory(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -135,6 +192,7 @@ def test_a_program_that_is_wrong_is_not_taken_for_a_lack_of_memory(
     with pytest.raises(RuntimeError, match="mat1"):
         run("apply", folder / "m.safetensors", folder / "spec.toml", "-q")
     assert not is_out_of_memory(None)
+    assert not is_out_of_memory(OSError("Could not find/load shared object file"))
     assert not is_out_of_memory(OSError(5, "Input/output error"))
 
 

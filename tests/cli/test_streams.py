@@ -138,3 +138,40 @@ def test_a_signal_that_is_ignored_from_outside_stays_ignored(tmp_path: Path) -> 
         ["/bin/sh", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert (said.returncode, said.stdout) == (0, "out\n")
+
+
+STOPPED = """
+import os, signal, sys, time
+from sparseprune.cli.stopping import Stopped, stopped_once
+class Destroyed:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        for _ in range(1000):
+            pass
+try:
+    with stopped_once():
+        {begin}
+        time.sleep(10)
+except Stopped as stopped:
+    print(stopped.number, {whole})
+"""
+
+
+@pytest.mark.parametrize(
+    ("begin", "whole"), [("import other", "sys.modules['other'].whole"), ("Destroyed()", "True")]
+)
+def test_a_signal_that_cannot_be_raised_where_it_comes_is_raised_a_moment_later(
+    tmp_path: Path, begin: str, whole: str
+) -> None:
+    (tmp_path / "other.py").write_text(
+        "import os\nos.kill(os.getpid(), 15)\nfor _ in range(999): whole = True"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", STOPPED.format(begin=begin, whole=whole)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "15 True\n", "")
