@@ -107,7 +107,10 @@ def _check_found(spec: Spec, sites: Sites, tensors: Sequence[TensorInfo], proble
 def _nothing_found(table: TensorsTable, tensors: Sequence[TensorInfo]) -> str:
     patterns = table.patterns or ()
     texts = listed((f'"{pattern.text}"' for pattern in patterns), "or")
-    count = len(find_tensors(patterns, tensors))
+    try:
+        count = len(find_tensors(patterns, tensors))
+    except PatternError as error:
+        return str(error)
     if count:
         names = [key for key in ("exclude", "where") if getattr(table, key)]
         matches = f"{texts} matches {count} {'tensors' if count > 1 else 'tensor'}"

@@ -18,6 +18,7 @@ from sparseprune.spec.tokens import (
     Literal,
     Stem,
     Token,
+    TooManyStatesError,
     Wildcard,
     Words,
     floating,
@@ -66,11 +67,17 @@ class TensorPattern:
         return "".join(map(_sample, self.tokens))
 
     def match(self, name: str) -> Captures | None:
-        """The captures if the whole name matches, else None."""
+        """The captures if the whole name matches, else None; PatternError where it is too long to try."""
         if self.literal not in name:
             return None
         if self.regex is None or len(name) > _FOR_RE:
-            texts = match_tokens(self.tokens, name)
+            try:
+                texts = match_tokens(self.tokens, name)
+            except TooManyStatesError:
+                raise PatternError(
+                    f"a tensor's name of {len(name)} characters would take it very long: write a pattern "
+                    "with fewer captures and wildcards, above all such as stand in it twice"
+                ) from None
             return None if texts is None else _valued(self.names, texts)
         found = self.regex.fullmatch(name)
         return None if found is None else _valued(self.names, found.groups())

@@ -20,9 +20,13 @@ if TYPE_CHECKING:
 
 _LENGTH = 100  # characters of a name as they come
 _MOST_READINGS = _LENGTH**3
+_MOST_STEPS = _LENGTH**4  # a reading may pass over the whole name once
 _LONGEST = 2000
 # The parser of `re` itself: no other one reads an expression as `re` does. Python lacks a public door to it.
 _PARSER: Any = importlib.import_module("re._parser")
+# Which characters `re` takes for one letter in either case beyond what str.lower and str.upper say.
+_ALIKE: dict[int, tuple[int, ...]] = importlib.import_module("re._casefix")._EXTRA_CASES  # noqa: SLF001
+_ONE_WAY = (0x130, 0x1E9E, 0x3F4, 0x2126, 0x212A, 0x212B)  # letters to which no upper() leads
 _END = "END"  # of the name
 _REPEATS = ("MAX_REPEAT", "MIN_REPEAT", "POSSESSIVE_REPEAT")
 
@@ -53,7 +57,7 @@ class RegexPattern:
         # What a name of `_LENGTH` characters could be read in so many ways, a longer one in more.
         if len(name) > _LENGTH and self.readings > 1:
             degree = math.ceil(math.log(self.readings, _LENGTH))
-            if len(name) ** max(degree, 1) > _MOST_READINGS:
+            if len(name) ** (max(degree, 1) + 1) > _MOST_STEPS:
                 raise PatternError(
                     f"a tensor's name of {len(name)} characters would take it very long: write a pattern "
                     "with captures as `tensors`, or a regex with fewer parts that may end at several places"
@@ -147,7 +151,7 @@ def _ends_sharply(body: list[Any], after: list[Any]) -> bool:
 
 def _may_hold(opcode: object, argument: Any, code: int) -> bool:  # noqa: ANN401
     """Whether a part of one character may be this one, in either case."""
-    variants = {ord(each) for each in (chr(code), *chr(code).lower(), *chr(code).upper())}
+    variants = _alike(_alike({code}))
     match str(opcode):
         case "LITERAL":
             return argument in variants
@@ -158,6 +162,18 @@ def _may_hold(opcode: object, argument: Any, code: int) -> bool:  # noqa: ANN401
         case "IN":
             return not all(any(_in_set(item, each) for item in argument[1:]) for each in variants)
     return True
+
+
+def _alike(codes: set[int]) -> set[int]:
+    """The characters, and those that `re` may take for one of them in either case."""
+    texts = [
+        form
+        for code in codes
+        for form in (chr(code), chr(code).lower(), chr(code).upper(), chr(code).title())
+    ]
+    found = {ord(each) for text in texts for each in text}
+    found |= {other for each in found for other in _ALIKE.get(each, ())}
+    return found | {other for other in _ONE_WAY if ord(chr(other).lower()[0]) in found}
 
 
 def _in_set(item: tuple[object, Any], code: int) -> bool:

@@ -55,6 +55,15 @@ class Again:
 Token = Literal | Wildcard | Stem | Words | Again
 
 
+_MOST_PLACES = 10_000_000  # tokens times characters of a name
+_MOST_HELD = 50_000_000  # states times the characters that they may hold
+_STATE = 250  # what a state takes beside
+
+
+class TooManyStatesError(Exception):
+    """A name and tokens that would take very long, or much memory, to match."""
+
+
 def is_capture(token: Token) -> TypeGuard[Wildcard | Stem | Words]:
     """Whether the token stands for a capture at its first place."""
     return isinstance(token, Words) or (isinstance(token, Wildcard | Stem) and token.name is not None)
@@ -78,6 +87,8 @@ def match_tokens(tokens: Sequence[Token], text: str) -> tuple[str, ...] | None:
     repeated captures it never turns back, so that its time is tokens times characters. A state is the
     token, the place in the text and what the captures hold that a later token repeats.
     """
+    if len(tokens) * len(text) > _MOST_PLACES:
+        raise TooManyStatesError
     fits = _fitting_ends(tokens, text)
     defined = {token.name: at for at, token in enumerate(tokens) if is_capture(token)}
     last_use = {defined[token.name]: at for at, token in enumerate(tokens) if isinstance(token, Again)}
@@ -102,6 +113,8 @@ def match_tokens(tokens: Sequence[Token], text: str) -> tuple[str, ...] | None:
         state = (index, end, tuple(held.values()))
         if state not in seen:
             seen.add(state)
+            if last_use and len(seen) * (len(text) + _STATE) > _MOST_HELD:
+                raise TooManyStatesError
             token = tokens[index]
             again = held[defined[token.name]] if isinstance(token, Again) else ""
             starts.append(end)
@@ -123,6 +136,8 @@ def _fitting_ends(tokens: Sequence[Token], text: str) -> list[list[bool]]:
 
 
 def _fitting_starts(token: Token, text: str, after: list[bool]) -> list[bool]:
+    if isinstance(token, Stem):  # which stands at the beginning only
+        return [any(after[end] for end in _ends(token, text, 0, "")), *[False] * len(text)]
     if not isinstance(token, Wildcard | Again):
         return [any(after[end] for end in _ends(token, text, start, "")) for start in range(len(text) + 1)]
     wildcard = Wildcard(across=True) if isinstance(token, Again) else token
