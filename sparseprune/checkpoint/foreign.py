@@ -1,8 +1,8 @@
 """What a file is that is no safetensors file, and what to do about it.
 
 Owns the looks of the usual mistakes: pickles, git-lfs pointers, saved web pages, answers of servers,
-other weight formats, archives. Decides nothing: header.py asks when the first bytes of a file are no safetensors header, source.py
-when a folder holds no safetensors at all.
+other weight formats, archives. Decides nothing: header.py asks when the first bytes of a file are no
+safetensors header, source.py when a folder holds no safetensors at all.
 """
 
 from __future__ import annotations
@@ -21,14 +21,19 @@ _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _HTML = re.compile(
     rb"(?:<\?xml[^>]*>|<!--.*?-->|\s)*+<(?:!doctype html|html|head|body)\b", re.IGNORECASE | re.DOTALL
 )
-_WEIGHTS = {b"GGUF": "a GGUF file", b"\x89HDF\r\n\x1a\n": "an HDF5 file", b"\x93NUMPY": "a numpy array"}
-_ARCHIVES = {
-    b"\x1f\x8b": "a gzip archive",
-    b"BZh": "a bzip2 archive",
-    b"\xfd7zXZ\0": "an xz archive",
-    b"\x28\xb5\x2f\xfd": "a zstd archive",
-}
-_TAR_AT, _TAR = 257, b"ustar"
+_CONVERTED = "sparseprune reads safetensors, so prune the model before it is converted"
+_UNPACK = "unpack it"
+# Where the mark of a format stands, the mark, what it is, what to do.
+_MARKS = (
+    (0, b"GGUF", "a GGUF file", _CONVERTED),
+    (0, b"\x89HDF\r\n\x1a\n", "an HDF5 file", _CONVERTED),
+    (0, b"\x93NUMPY", "a numpy array", _CONVERTED),
+    (0, b"\x1f\x8b", "a gzip archive", _UNPACK),
+    (0, b"BZh", "a bzip2 archive", _UNPACK),
+    (0, b"\xfd7zXZ\0", "an xz archive", _UNPACK),
+    (0, b"\x28\xb5\x2f\xfd", "a zstd archive", _UNPACK),
+    (257, b"ustar", "a tar archive", _UNPACK),
+)
 # Text this long at the start: the length in a true header would be beyond every disk.
 _TEXT = 8
 _SHOWN = 60
@@ -47,14 +52,9 @@ def foreign_format(name: str, head: bytes) -> str | None:
     text = head.removeprefix(_BYTE_ORDER_MARK)
     if _HTML.match(text):
         return "it is an HTML page saved under this name; download the file itself (a `resolve` link)"
-    for magic, what in _WEIGHTS.items():
-        if head.startswith(magic):
-            return f"it is {what}; sparseprune reads safetensors, so prune the model before it is converted"
-    for magic, what in _ARCHIVES.items():
-        if head.startswith(magic):
-            return f"it is {what}; unpack it"
-    if head[_TAR_AT:].startswith(_TAR):
-        return "it is a tar archive; unpack it"
+    for at, mark, what, advice in _MARKS:
+        if head.startswith(mark, at):
+            return f"it is {what}; {advice}"
     if head.startswith((_ZIP, *_PICKLE_PROTOCOLS)) or PurePath(name).suffix.lower() in PICKLE_SUFFIXES:
         return "it looks like a pickle (torch.save); " + conversion_advice(name)
     return _as_text(text)

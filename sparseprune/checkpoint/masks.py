@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
 from sparseprune.checkpoint.documents import shown, strict_json
 from sparseprune.checkpoint.folder import INDEX_SUFFIX, RESULTS, SUFFIX, read_weight_map
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 _INDEX = "masks" + INDEX_SUFFIX
 _SINGLE = "masks" + SUFFIX
 REPORT = "report.json"
+_LARGEST = 2**63 - 1  # elements that torch can count
 _WANTED = "give a mask file, its folder or index, or the output of sparseprune that has masks"
 
 
@@ -243,10 +244,11 @@ def _packed_shapes(path: Path, header: Header) -> dict[str, tuple[int, ...]]:
     shapes = {}
     for entry in header.entries:
         shape = stored.get(entry.name) if isinstance(stored, dict) else None
-        if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
+        if not _is_shape(shape):
             raise CheckpointError(
                 f"{path}: packed mask {shown(entry.name)} has the shape {shown(shape)} under "
-                f"{SHAPES_KEY} in the metadata, wanted a list of integers from 0 on"
+                f"{SHAPES_KEY} in the metadata, wanted a list of integers from 0 on, whose product is "
+                "below 2**63"
             )
         if entry.dtype != "U8" or entry.shape != (packed_bytes(shape),):
             raise CheckpointError(
@@ -255,3 +257,17 @@ def _packed_shapes(path: Path, header: Header) -> dict[str, tuple[int, ...]]:
             )
         shapes[entry.name] = tuple(shape)
     return shapes
+
+
+def _is_shape(shape: object) -> TypeGuard[list[int]]:
+    """Whether it is a list of integers from 0 on, of which no product on the way is out of range."""
+    if not isinstance(shape, list):
+        return False
+    numel = 1
+    for size in shape:
+        if type(size) is not int or not 0 <= size <= _LARGEST:
+            return False
+        numel *= size
+        if numel > _LARGEST:
+            return False
+    return True

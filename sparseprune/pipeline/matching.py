@@ -96,7 +96,7 @@ def match_masks(
             "give the masks of this checkpoint"
         )
     if lines:
-        raise CheckpointError("\n".join(lines))
+        raise CheckpointError(*lines)
     return Matched(checkpoint, masks, tuple(pairs), tuple(unused), tuple(why_missing))
 
 
@@ -106,8 +106,9 @@ def _unfit(checkpoint: Checkpoint, masks: MaskSet, pairs: Sequence[Pair]) -> Ite
     yield from _first_ten(
         list(reshaped),
         lambda name: (
-            f"{masks.path}: mask {shown(name)} has the shape {list(reshaped[name].mask.shape)}, the tensor "
-            f"in {checkpoint.path} {list(reshaped[name].stored.shape)}; give the masks of this checkpoint"
+            f"{masks.path}: mask {shown(name)} has the shape {shown(list(reshaped[name].mask.shape))}, the "
+            f"tensor in {checkpoint.path} {shown(list(reshaped[name].stored.shape))}; give the "
+            "masks of this checkpoint"
         ),
         f"{masks.path}: {{}} more masks have another shape than their tensors",
     )

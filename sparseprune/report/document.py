@@ -105,9 +105,10 @@ def one_or_all(values: Iterable[Value]) -> Value | list[Value] | None:
 
 
 def energy_kept(before: Tally, after: Tally) -> float | None:
-    """||pruned||^2 / ||dense||^2; 1 where there was nothing to lose, None where it is not finite."""
-    kept = after.energy / before.energy if before.energy else 1.0
-    return kept if math.isfinite(kept) else None
+    """||pruned||^2 / ||dense||^2; 1 where there was nothing to lose, None where either is not finite."""
+    if not math.isfinite(before.energy) or not math.isfinite(after.energy):
+        return None
+    return after.energy / before.energy if before.energy else 1.0
 
 
 def _rule_entry(rule: BoundRule, tensors: Iterable[PrunedTensor]) -> dict[str, Any]:

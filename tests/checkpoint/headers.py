@@ -14,7 +14,12 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 # What our reader refuses and the safetensors package accepts; only broken writers produce it.
-STRICTER = ("stands twice in one object", "does not begin with '{'", "is a list, wanted", "unknown dtype {")
+STRICTER = (
+    "stands twice in one object",
+    "does not begin with '{'",
+    "is a list, wanted an object with",
+    "unknown dtype {",
+)
 
 
 def file_of(document: object, data: bytes = b"") -> bytes:

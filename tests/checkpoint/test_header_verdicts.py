@@ -1,14 +1,17 @@
 """Headers at random: the verdict of the safetensors package, and headers that it can load."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sparseprune.checkpoint import lay_out, read_header
+from sparseprune.checkpoint import header, lay_out, read_header
 from sparseprune.engine.dtypes import DTYPES
 from tests.checkpoint.headers import STRICTER, file_of, loaded, refusal, tensor, verdict_of_package
+from tests.fuzzing import headers as fuzzing
 
 PER_EXAMPLE = settings(
     max_examples=300,
@@ -85,6 +88,34 @@ def test_gives_the_verdict_of_the_package_on_damaged_bytes(
         assert any(known in reason for known in STRICTER)
 
 
+def differing(rounds: int) -> list[str]:
+    found: list[str] = []
+    verdicts = fuzzing.fuzz(rounds, 5, lambda _, said: found.append(said))
+    assert verdicts[True] > rounds // 20
+    assert verdicts[False] > rounds // 20
+    return found
+
+
+def test_reads_what_the_package_reads_from_damaged_headers() -> None:
+    assert differing(3000) == []
+
+
+@pytest.mark.parametrize(
+    ("part", "wrong", "fragment"),
+    [
+        ("_check_cover", lambda entries: None, "accepted here, refused there"),
+        ("_size_of", lambda name, dtype, shape: 1, "refused here, accepted there"),
+        ("_checked_metadata", lambda metadata: {}, "metadata {}, there"),
+        ("_check_length", lambda raw, entries, size: 1 // 0, "ZeroDivisionError"),
+    ],
+)
+def test_the_loop_finds_a_reader_that_is_wrong(
+    monkeypatch: pytest.MonkeyPatch, part: str, wrong: Callable[..., object], fragment: str
+) -> None:
+    monkeypatch.setattr(header, part, wrong)
+    assert any(fragment in said for said in differing(3000))
+
+
 @st.composite
 def specifications(draw: st.DrawFn) -> list[tuple[str, str, tuple[int, ...]]]:
     names = draw(
@@ -102,11 +133,11 @@ def test_a_laid_out_header_reads_back_and_loads_with_the_package(
     tensors = [
         (name, dtype, shape if DTYPES[dtype].bits >= 8 else (*shape, 4)) for name, dtype, shape in tensors
     ]
-    header = lay_out(tensors, metadata)
-    assert header.data_begin % 8 == 0
+    laid = lay_out(tensors, metadata)
+    assert laid.data_begin % 8 == 0
     path = tmp_path / "m.safetensors"
-    path.write_bytes(header.raw + bytes(header.file_size - header.data_begin))
+    path.write_bytes(laid.raw + bytes(laid.file_size - laid.data_begin))
     read = read_header(path)
-    assert (read, read.metadata, read.file_size) == (header, metadata, header.file_size)
-    assert [(entry.name, entry.dtype, entry.shape) for entry in header.entries] == tensors
+    assert (read, read.metadata, read.file_size) == (laid, metadata, laid.file_size)
+    assert [(entry.name, entry.dtype, entry.shape) for entry in laid.entries] == tensors
     assert {entry.name for entry in read.entries} == {name for name, _ in loaded(path.read_bytes())}

@@ -162,6 +162,11 @@ def test_loaded_masks_are_writable_and_independent(tmp_path: Path) -> None:
         (torch.ones(2).byte(), {"sparseprune.shapes": "[9]"}, "has the shape None"),
         (torch.ones(2).byte(), {"sparseprune.shapes": '{"a": [-9]}'}, r"has the shape \[-9\]"),
         (torch.ones(2).byte(), {"sparseprune.shapes": '{"a": 9}'}, "has the shape 9"),
+        (torch.ones(2).byte(), {"sparseprune.shapes": '{"a": [true]}'}, r"has the shape \[True\]"),
+        (torch.ones(0).byte(), {"sparseprune.shapes": '{"a": [0, 9223372036854775808]}'}, "wanted a list of"),
+        # A product of a million digits, which would take minutes and cannot be shown.
+        (torch.ones(2).byte(), {"sparseprune.shapes": f'{{"a": {[1 << 62] * 100_000}}}'}, "wanted a list of"),
+        (torch.ones(2).byte(), {"sparseprune.shapes": f'{{"a": {[1] * 100_000}}}'}, r"\.\.\.\]$"),
         (torch.ones(2).byte(), {"sparseprune.shapes": '{"a": [17]}'}, r"is U8 \[2\], wanted U8 \[3\]"),
         (torch.ones(2, 1).byte(), {"sparseprune.shapes": '{"a": [16]}'}, r"is U8 \[2, 1\], wanted U8 \[2\]"),
         (torch.ones(2).char(), {"sparseprune.shapes": '{"a": [16]}'}, r"is I8 \[2\], wanted U8 \[2\]"),

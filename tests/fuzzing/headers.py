@@ -2,7 +2,7 @@
 
 Run by hand: `python -m tests.fuzzing.headers --rounds 200000 --seed 1 --keep FOLDER`. A header on which the
 two differ, or that ends in anything but a verdict, is kept as a file; faults found so become cases of
-tests/checkpoint/test_header_corpus.py.
+the tables in tests/checkpoint/test_header.py.
 """
 
 from __future__ import annotations
@@ -118,6 +118,29 @@ def documents(chance: random.Random) -> tuple[dict[str, Any], int]:
     return document, begin
 
 
+def shifted(document: dict[str, Any], chance: random.Random) -> None:
+    """One tensor laid out wrongly: moved, stretched, over another, with another shape or dtype."""
+    names = [name for name in document if name != "__metadata__"]
+    if not names:
+        return
+    entry, other = document[chance.choice(names)], document[chance.choice(names)]
+    begin, end = entry["data_offsets"]
+    step = chance.choice((-8, -1, 1, 2, 8, 2**63, 2**64 - 1))
+    match chance.randrange(6):
+        case 0:
+            entry["data_offsets"] = [begin + step, end + step]
+        case 1:
+            entry["data_offsets"] = [begin, end + step]
+        case 2:
+            entry["data_offsets"], other["data_offsets"] = other["data_offsets"], entry["data_offsets"]
+        case 3:
+            entry["data_offsets"] = list(other["data_offsets"])
+        case 4:
+            entry["shape"] = [*entry["shape"], chance.choice((0, 1, 2, 2**32, 2**61, 2**63, 2**64 - 1))]
+        case _:
+            entry["dtype"] = chance.choice(list(DTYPES))
+
+
 def spelled(value: object, chance: random.Random, odd: float) -> str:
     """JSON with odd spellings here and there."""
     space = chance.choice(SPACES) if chance.random() < odd else ""
@@ -163,12 +186,17 @@ def damaged(text: bytes, chance: random.Random) -> bytes:
 def header(chance: random.Random) -> bytes:
     """A file that is nearly one."""
     document, nbytes = documents(chance)
+    if chance.random() < 0.25:
+        shifted(document, chance)
+        ends = [entry["data_offsets"][1] for name, entry in document.items() if name != "__metadata__"]
+        # As much data as the layout wants, so that only its gaps and overlaps are wrong.
+        nbytes = chance.choice((nbytes, min(max(ends, default=0), 4096)))
     text = damaged(
         spelled(document, chance, chance.choice((0, 0.02, 0.1))).encode("utf-8", "surrogatepass"), chance
     )
     text += b" " * chance.choice((0, 0, 1, 7)) + chance.choice((b"", b"", b"", b"\0", b"\n", b"{}"))
     length = len(text) + chance.choice((0,) * 12 + (1, -1, 8, 1 << 20, 1 << 40, (1 << 63) - 1))
-    data = bytes(max(0, nbytes + chance.choice((0,) * 8 + (1, -1, 8))))
+    data = chance.randbytes(max(0, nbytes + chance.choice((0,) * 8 + (1, -1, 8))))
     whole = max(0, length).to_bytes(8, "little") + text + data
     return whole[: chance.randrange(len(whole) + 1)] if chance.random() < 0.02 else whole
 
@@ -187,8 +215,9 @@ def disagreement(path: Path, content: bytes) -> str | None:
         return f"refused here, accepted there: {text}" if accepted and not known else None
     if not accepted:
         return "accepted here, refused there"
-    entries = {entry.name: (entry.dtype, list(entry.shape), entry.nbytes) for entry in read.entries}
-    theirs = {name: (one["dtype"], one["shape"], len(one["data"])) for name, one in loaded(content)}
+    data = content[read.data_begin :]
+    entries = {one.name: (one.dtype, list(one.shape), data[one.begin : one.end]) for one in read.entries}
+    theirs = {name: (one["dtype"], one["shape"], bytes(one["data"])) for name, one in loaded(content)}
     if entries != theirs:
         return f"read as {entries}, there as {theirs}"
     with safe_open(path, "np") as file:
@@ -235,7 +264,8 @@ def main() -> None:
     begun = time.monotonic()
     verdicts = fuzz(asked.rounds, asked.seed, keep)
     seconds = time.monotonic() - begun
-    print(f"{asked.rounds:,} headers in {seconds:.0f} s, {verdicts[True]:,} legal, {faults.total():,} differ")
+    counted = f"{verdicts[True]:,} legal, {faults.total():,} differ"
+    print(f"{asked.rounds:,} headers in {seconds:.0f} s, {counted}")
 
 
 if __name__ == "__main__":
