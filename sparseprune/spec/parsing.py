@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 AnyTable = TypeVar("AnyTable", bound=BaseModel)
 _SINGLE = ("version", "vars", "score")  # what stands at the top beside the kinds of tables
 _INNER: dict[str, type[BaseModel]] = {"view": ExplicitView, "score": ScoreTable}
+_MOST_ERRORS = 100  # of one table; that there are more is told then
 _TABLE_NAME = re.compile(r"[A-Za-z0-9_-]+")
 # A key of many parts, which tomllib reads in a time that grows with the square of their number.
 _MOST_PARTS = 100
@@ -165,7 +166,7 @@ def _read_table(
     try:
         table = model.model_validate(given)
     except ValidationError as error:
-        for details in _telling(error.errors(include_url=False), model):
+        for details in _telling(error.errors(include_url=False)[:_MOST_ERRORS], model):
             key, text = _worded(details, model, values)
             problems.add(place, within + key, text)
         return None

@@ -74,6 +74,8 @@ def shown(value: object) -> str:
         return "a table"
     if isinstance(value, list) and any(isinstance(item, dict) for item in value):
         return "a list of tables"
+    if isinstance(value, list | str):
+        value = value[:_SHOWN_CHARACTERS]  # which is more than will be shown
     try:
         text = json.dumps(value, ensure_ascii=False, default=str)
     except (ValueError, RecursionError):  # integers of thousands of digits, lists nested as deep

@@ -84,6 +84,23 @@ def test_a_second_process_loads_what_the_first_one_compiled(tmp_path: Path) -> N
     assert use(tmp_path) == "[0, 0, 2, 0, 4, 0, 6, 0] False"
 
 
+def test_machine_code_that_others_could_have_written_is_not_loaded(tmp_path: Path) -> None:
+    assert use(tmp_path) == "[0, 0, 2, 0, 4, 0, 6, 0] True"
+    (kept,) = tmp_path.iterdir()
+    for mode, compiles in ((0o600, False), (0o620, True), (0o602, True)):
+        kept.chmod(mode)
+        assert use(tmp_path) == f"[0, 0, 2, 0, 4, 0, 6, 0] {compiles}"
+        (kept,) = tmp_path.iterdir()
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root gives files away")
+def test_machine_code_of_another_user_is_not_loaded(tmp_path: Path) -> None:
+    assert use(tmp_path) == "[0, 0, 2, 0, 4, 0, 6, 0] True"
+    (kept,) = tmp_path.iterdir()
+    os.chown(kept, 65534, 65534)
+    assert use(tmp_path) == "[0, 0, 2, 0, 4, 0, 6, 0] True"
+
+
 def test_where_nothing_can_be_kept_every_process_compiles(tmp_path: Path) -> None:
     taken = tmp_path / "taken"
     taken.write_text("")
@@ -107,6 +124,8 @@ def test_code_of_another_source_signature_or_dtype_has_another_name() -> None:
 def test_the_users_cache_folder_comes_second(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert list(compiling._folders())[1] == tmp_path / "sparseprune"
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    assert list(compiling._folders())[1].is_absolute()
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert list(compiling._folders())[1] == Path(os.path.expanduser("~/.cache/sparseprune"))  # noqa: PTH111
 

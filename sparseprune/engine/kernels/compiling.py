@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import stat
 import sys
 import tempfile
 import threading
@@ -37,6 +38,7 @@ _C_TYPES: dict[str, Any] = {
 # What an object must not ask for, since only a process that imported numba could give it.
 _FOREIGN = (b"NRT_", b"numba_", b"PyErr", b"PyGILState")
 _LOCK = threading.Lock()
+_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ def _address(loop: Loop, kind: str) -> int:
     name = f"{loop.function.__name__.strip('_')}-{kind}-{_digest(loop, kind)}.o"
     for folder in _folders():
         with suppress(OSError, ValueError, RuntimeError):
-            return _linked(_checked((folder / name).read_bytes()))
+            return _linked(_checked(_trusted(folder / name)))
     return _compile(loop, kind, name)
 
 
@@ -219,11 +221,11 @@ def _digest(loop: Loop, kind: str) -> str:
 
 
 def _folders() -> Iterator[Path]:
-    """Where machine code may be kept, the best place first."""
+    """Where machine code may be kept, the best place first; a relative XDG_CACHE_HOME counts as none."""
     yield Path(__file__).parent / "__pycache__"
-    home = os.environ.get("XDG_CACHE_HOME")
+    home = Path(os.environ.get("XDG_CACHE_HOME", ""))
     with suppress(RuntimeError):
-        yield (Path(home) if home else Path.home() / ".cache") / "sparseprune"
+        yield (home if home.is_absolute() else Path.home() / ".cache") / "sparseprune"
 
 
 def _keep(name: str, content: bytes) -> None:
@@ -236,6 +238,18 @@ def _keep(name: str, content: bytes) -> None:
                 file.write(hashlib.sha256(content).digest() + content)
             Path(temporary).replace(folder / name)
             return
+
+
+def _trusted(path: Path) -> bytes:
+    """What is in a file that only this user, root or whoever owns the source could write; else OSError."""
+    with path.open("rb") as file:
+        status = os.fstat(file.fileno())
+        owners = (
+            {os.geteuid(), 0, Path(__file__).stat().st_uid} if hasattr(os, "geteuid") else {status.st_uid}
+        )
+        if not stat.S_ISREG(status.st_mode) or status.st_mode & _OTHERS_WRITE or status.st_uid not in owners:
+            raise PermissionError(f"{path}: others may write machine code there")
+        return file.read()
 
 
 def _checked(content: bytes) -> bytes:
