@@ -7,10 +7,13 @@ side by side, or beside something else.
 from __future__ import annotations
 
 import threading
+import time
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+_PAUSE, _PAUSES = 0.001, 500  # seconds, and how many of them a thread has to begin
 
 
 def started(thread: threading.Thread) -> bool:
@@ -27,13 +30,15 @@ def side_by_side(work: Callable[[], None], count: int, stop: Callable[[], None])
 
     `stop` tells it to begin nothing more: when all is done, and where Ctrl-C comes.
     """
-    threads = [threading.Thread(target=work, name=f"sparseprune-{number}") for number in range(count)]
+    threads: list[threading.Thread] = []
     try:
-        for number, thread in enumerate(threads):
-            if not started(thread):
-                if number == 0:
-                    work()
+        for number in range(count):
+            threads.append(threading.Thread(target=work, name=f"sparseprune-{number}"))
+            if not started(threads[-1]):
+                threads.pop()
                 break
+        if not threads:
+            work()
         _join(threads)
     finally:
         stop()
@@ -42,5 +47,9 @@ def side_by_side(work: Callable[[], None], count: int, stop: Callable[[], None])
 
 def _join(threads: list[threading.Thread]) -> None:
     for thread in threads:
-        if thread.ident is not None:  # Ctrl-C may have come before it was started
-            thread.join()
+        # Ctrl-C may have come while it was started: it then begins a moment later, or never.
+        for _ in range(_PAUSES):
+            if thread.ident is not None:
+                thread.join()
+                break
+            time.sleep(_PAUSE)

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from sparseprune.report.measuring.comparison import Pair, Sides
 
 COMPARE_SCHEMA = "sparseprune.compare.v1"
-COUNTS = ("zeros_before", "zeros_after", "changed", "zeroed", "revived", "altered")
+_CHANGES = ("changed", "zeroed", "revived", "altered")
+COUNTS = ("zeros_before", "zeros_after", *_CHANGES)
 FIELDS = ("numel", "sparsity", *COUNTS, "energy_kept", "relative_error", "largest_change")
 """The facts of every tensor that are one number each."""
 
@@ -85,13 +86,21 @@ def _tensor_entry(one: TensorComparison) -> dict[str, Any]:
         "numel": one.numel,
         "differs": one.differs,
         "sparsity": counts and share(counts.zeros_after, one.numel),
-        **{key: counts and getattr(counts, key) for key in COUNTS},
+        **{key: _count(one, key) for key in COUNTS},
         "first_altered": list(index_of(counts.first_altered, one.shape)) if counts and altered else None,
         "energy_kept": energies and _energy_kept(one, energies),
         "relative_error": energies and _relative_error(one, energies),
         "largest_change": _finite(energies.largest) if energies else None,
         "largest_change_at": list(index_of(energies.place, one.shape)) if energies and placed else None,
     }
+
+
+def _count(one: TensorComparison, key: str) -> int | None:
+    """How many; of elements that cannot be told apart it is known where their bytes are the same."""
+    if one.counts is None:
+        return 0 if one.differs is False and key in _CHANGES else None
+    count: int = getattr(one.counts, key)
+    return count
 
 
 def _energy_kept(one: TensorComparison, energies: Energies) -> float | None:

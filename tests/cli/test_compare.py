@@ -258,7 +258,7 @@ def test_elements_of_less_than_a_byte_are_compared_as_bytes(tmp_path: Path) -> N
     other.write_bytes(lay_out(names, {}).raw + bytes(15) + b"\1" + bytes(16))
     entries = {entry["name"]: entry for entry in document_of(one, other)["tensors"]}
     assert [entries[name]["differs"] for name in ("same", "differs", "cast")] == [False, True, None]
-    assert {entries[name]["changed"] for name in entries} == {None}
+    assert [entries[name]["changed"] for name in ("same", "differs", "cast")] == [0, None, None]
     lines = words_of(run("compare", one, other).out)
     assert ["differs,", "bytes", "compared:", "1", "tensor"] in [["differs,", *line[1:]] for line in lines]
     assert ["not", "compared:", "1", "tensor"] in lines

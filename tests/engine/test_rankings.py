@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
 import pytest
 import torch
@@ -58,6 +60,23 @@ def test_soft_budget_is_kth_mid_of_the_weights() -> None:
     for nnz in range(1, 5):
         assert torch.equal(scope.soft_budget(nnz, 0.5), scope.kth_mid(nnz, None, 0.5))
         assert torch.equal(single.soft_budget(nnz), single.kth_mid(None, nnz))
+
+
+def split_mix_64(state: int) -> int:
+    """The output that belongs to a state, as the paper has it (Steele, Lea and Flood 2014, figure 17)."""
+    mixed = state
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        mixed = (mixed ^ mixed >> shift) * factor % 2**64
+    return mixed ^ mixed >> 31
+
+
+@pytest.mark.parametrize(("seed", "name"), [(0, "w"), (7, "w"), (0, "v"), (2**63 - 1, "é.channel[layer=3]")])
+def test_random_scores_are_those_of_split_mix_in_plain_numbers(seed: int, name: str) -> None:
+    numbers = [0, 1, 2, 1000, 2**32, 2**63, 2**64 - 1]
+    start = int.from_bytes(hashlib.blake2b(f"{seed}\0{name}".encode(), digest_size=8).digest(), "little")
+    steps = [(start + (number + 1) * 0x9E3779B97F4A7C15) % 2**64 for number in numbers]
+    found = random_scores(seed, name, np.array(numbers, dtype=np.uint64))
+    assert found.tolist() == [(split_mix_64(step) >> 11) / 2**53 for step in steps]
 
 
 def test_random_scores_are_uniform_and_differ_by_seed_and_name() -> None:

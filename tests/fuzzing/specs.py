@@ -1,4 +1,4 @@
-"""Specs that are nearly right, bound to a small checkpoint: success, or an error of one line each.
+"""Specs that are nearly right, bound to a small checkpoint: success, or an error of short lines.
 
 `python -m tests.fuzzing.specs --rounds 100000 --seed 1` by hand; the suite runs a few rounds.
 """
@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import argparse
+import math
 import random
+import time
 from collections import Counter
 from typing import TYPE_CHECKING
 
@@ -97,26 +99,28 @@ def mutated(text: str, chance: random.Random) -> str:
     return "\n".join(lines)
 
 
-def fault(text: str) -> str | None:
-    """What is wrong with how a spec is taken; None where it is bound, or refused as promised."""
+def fault(text: str, most_seconds: float = math.inf) -> str | None:
+    """What is wrong with how a spec is taken; None where it is bound, or refused as promised, in time."""
+    begun = time.process_time()
     try:
         bind(parse_spec(text), TENSORS, CONFIG)
     except SparsepruneError as error:
-        lines = error.args
-        if len(lines) > 51:
-            return f"{len(lines)} problems told"
+        lines = str(error).splitlines()
+        if len(lines) > 51 or not all(line.isprintable() and len(line) <= 1000 for line in lines):
+            return f"{len(lines)} problems are told, or one on more than a short line"
     except Exception as error:  # noqa: BLE001  (whatever it is, it is found)
         return f"{type(error).__name__}: {error}"
-    return None
+    seconds = time.process_time() - begun
+    return f"it took {seconds:.1f} s" if seconds > most_seconds else None
 
 
-def fuzz(rounds: int, seed: int, found: Callable[[str, str], None]) -> None:
-    """So many specs; `found` is told of every one that ends in a fault."""
+def fuzz(rounds: int, seed: int, found: Callable[[str, str], None], most_seconds: float = math.inf) -> None:
+    """So many specs; `found` is told of every one that ends in a fault, or takes too long."""
     chance = random.Random(seed)
     texts = [find_spec(name).text for name in list_specs()]
     for _ in range(rounds):
         text = mutated(chance.choice(texts), chance)
-        said = fault(text)
+        said = fault(text, most_seconds)
         if said is not None:
             found(text, said)
 
@@ -134,7 +138,7 @@ def main() -> None:
         if faults[said[:60]] == 1:
             print(said, text, sep="\n", flush=True)
 
-    fuzz(asked.rounds, asked.seed, tell)
+    fuzz(asked.rounds, asked.seed, tell, most_seconds=1)
     print(f"{asked.rounds:,} specs, {faults.total():,} faults")
 
 
