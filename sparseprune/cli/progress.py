@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console, ConsoleOptions, RenderResult
 
+_SHOW_CURSOR = "\x1b[?25h"
 _REDRAWS = 5  # a second
 _TICK = 1.0  # seconds between two looks where log lines are written
 _FIRST_LINE, _LONGEST_PAUSE = 5.0, 60.0  # seconds
@@ -174,8 +175,14 @@ def _bar(what: str, tally: Tally, console: Console) -> Iterator[None]:
         transient=True,
         redirect_stdout=sys.stdout.isatty(),  # elsewhere it would end up on stderr
     )
-    with live, _looking(live.refresh, 1 / _REDRAWS):
-        yield
+    try:
+        with live, _looking(live.refresh, 1 / _REDRAWS):
+            yield
+    except BaseException:
+        # Where a signal came while the line was begun, nobody but us knows that the cursor is hidden.
+        console.file.write(_SHOW_CURSOR)
+        console.file.flush()
+        raise
 
 
 def _log_lines(what: str, tally: Tally) -> Callable[[], None]:

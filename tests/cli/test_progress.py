@@ -237,7 +237,8 @@ def test_the_line_goes_and_the_cursor_comes_back_however_a_run_ends(end: str) ->
     assert "proj[layer=3]" in written
     assert "a warning\r\n" in written
     assert result == "a result\n"
-    hidden, shown = written.rindex("\x1b[?25l"), written.rindex("\x1b[?25h")
+    hidden = written.rindex("\x1b[?25l")
+    shown = written.index("\x1b[?25h", hidden)
     erased = written.rindex("\x1b[1A\x1b[2K")
     assert hidden < written.rindex("50/100 B" if "raise" in end else "100/100 B") < shown < erased
 

@@ -102,6 +102,9 @@ ERRORS: dict[str, Exception] = {
         "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"
     ),
     "CUDA": RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB"),
+    "an extension": SystemError(
+        "<function _find_and_load at 0x7f> returned NULL without setting an exception"
+    ),
     "the system": OSError(12, "Cannot allocate memory"),
     "a library": ImportError("libtorch.so: failed to map segment from shared object"),
     "a library that says less": because(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from sparseprune.checkpoint import lay_out
 from sparseprune.cli.demo_checkpoint import write_decoder
 from tests.cli.interrupted import ended, started
 from tests.cli.test_interruptions import wait_for_notes
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 COMMAND = f'"{sys.executable}" -m sparseprune'
+HIDE, SHOW = b"\x1b[?25l", b"\x1b[?25h"
 FULL = "sparseprune: the result cannot be written to stdout: No space left on device"
 needs_dev_full = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")  # noqa: PTH110
 
@@ -175,3 +177,39 @@ def test_a_signal_that_cannot_be_raised_where_it_comes_is_raised_a_moment_later(
         timeout=60,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "15 True\n", "")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there are no terminals of this kind")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_terminal_gets_its_cursor_back(tmp_path: Path, number: signal.Signals) -> None:
+    header = lay_out([("w", "BF16", (1 << 16, 1 << 16))], {})
+    with (tmp_path / "m.safetensors").open("wb") as file:  # a hole: nothing on disk, and long enough to read
+        file.write(header.raw)
+        file.truncate(header.file_size)
+    leader, follower = os.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "sparseprune", "inspect", str(tmp_path / "m.safetensors")],
+        stdin=follower,
+        stdout=follower,
+        stderr=follower,
+        env=os.environ | {"TERM": "xterm"},
+    )
+    os.close(follower)
+    shown = b""
+    while HIDE not in shown:
+        shown += os.read(leader, 1 << 16)
+    process.send_signal(number)
+    while more := read_terminal(leader):
+        shown += more
+    os.close(leader)
+    assert process.wait(60) == 128 + number
+    assert shown.rindex(SHOW) > shown.rindex(HIDE)
+    assert b"nothing was written" in shown
+
+
+def read_terminal(leader: int) -> bytes:
+    """What was printed, nothing once nobody prints any more."""
+    try:
+        return os.read(leader, 1 << 16)
+    except OSError:
+        return b""
