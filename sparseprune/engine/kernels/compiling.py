@@ -210,10 +210,10 @@ def _linked(content: bytes) -> int:
 
 
 def _digest(loop: Loop, kind: str) -> str:
-    """What machine code depends on: the source of its module, the compiler, the processor."""
+    """What machine code depends on: the source of its module and of this one, the compiler, the processor."""
     import llvmlite.binding as llvm  # noqa: PLC0415
 
-    source = Path(loop.function.__code__.co_filename).read_bytes()
+    source = Path(loop.function.__code__.co_filename).read_bytes() + Path(__file__).read_bytes()
     features = sorted(llvm.get_host_cpu_features().items())
     versions = (version("numba"), version("llvmlite"), version("numpy"), sys.implementation.cache_tag)
     parts = (kind, loop.signature, llvm.get_host_cpu_name(), repr(features), repr(versions))
