@@ -7,6 +7,7 @@ Called by source.py and masks.py.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -30,7 +31,12 @@ RESULTS = "sparseprune"
 # Folders at the top that belong to the input alone: an earlier run's results, version history, and the
 # book-keeping of downloads, which would vouch for the pruned files with the checksums of the dense ones.
 NOT_COPIED = frozenset({RESULTS, ".git", ".cache"})
-_LARGEST_DOCUMENT = 100_000_000
+LARGEST_DOCUMENT = 100_000_000
+_PREFERRED = "model" + SUFFIX
+# Of a folder in folders; far more than a checkpoint has, far less than what a walk can bear.
+_DEEPEST = 100
+# Names that lead to no file, whatever the machine does: as much the user's error as an absent one.
+_LEADS_NOWHERE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG})
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,14 +63,29 @@ def find_files(directory: Path) -> FoundFiles:
     """What lies in a checkpoint's directory; CheckpointError where it holds none or more than one."""
     try:
         top = sorted(path.name for path in directory.iterdir())
-        index = _index_name(directory, top)
+        files = [name for name in top if SUFFIX in name and not is_folder(directory / name)]
+        index = _index_name(directory, files)
         weight_map = {} if index is None else read_weight_map(directory / index)
-        single = _single_name(directory, top, None if index is None else frozenset(weight_map.values()))
+        listed = None if index is None else frozenset(weight_map.values())
+        single = _single_name(directory, top, files, listed)
         shards = tuple(sorted(set(weight_map.values()))) if single is None else (PurePosixPath(single),)
         others = tuple(_other_files(directory, frozenset(shards)))
     except OSError as error:
         raise MachineError(f"{error.filename or directory}: cannot be read: {error.strerror}") from error
     return FoundFiles(shards, None if index is None else PurePosixPath(index), weight_map, others)
+
+
+def is_folder(path: Path) -> bool:
+    """Whether a path leads to a folder; not, where it leads nowhere or may not be followed."""
+    return os.path.isdir(path)  # noqa: PTH112  (False for a name that is too long)
+
+
+def leads_nowhere(path: Path, error: OSError) -> CheckpointError | None:
+    """The refusal of a path that leads to no file, None where it is the machine that failed."""
+    if error.errno not in _LEADS_NOWHERE:
+        return None
+    why = "" if error.errno == errno.ENOENT else f": {error.strerror}"
+    return CheckpointError(f"{path}: no such file{why}")
 
 
 def read_weight_map(index: Path) -> dict[str, PurePosixPath]:
@@ -83,12 +104,17 @@ def read_weight_map(index: Path) -> dict[str, PurePosixPath]:
 def read_object(path: Path, parse: Callable[[str], Any] = json.loads) -> dict[str, Any]:
     """The JSON object in a file; CheckpointError naming the file where it holds anything else."""
     try:
-        if path.stat().st_size > _LARGEST_DOCUMENT:
-            raise CheckpointError(f"{path}: larger than {_LARGEST_DOCUMENT} bytes; wanted a small JSON file")
+        status = path.stat()
+        # Asked before it is opened: a pipe would be waited for, and a device has no end.
+        if not stat.S_ISREG(status.st_mode):
+            raise CheckpointError(f"{path}: not a regular file; wanted a small JSON file, or none")
+        if status.st_size > LARGEST_DOCUMENT:
+            raise CheckpointError(f"{path}: larger than {LARGEST_DOCUMENT} bytes; wanted a small JSON file")
         value = parse(path.read_bytes().decode())
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: no such file") from error
     except OSError as error:
+        refusal = leads_nowhere(path, error)
+        if refusal is not None:
+            raise refusal from error
         raise MachineError(f"{path}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{path}: not UTF-8 at byte {error.start}; wanted a JSON file") from error
@@ -99,8 +125,10 @@ def read_object(path: Path, parse: Callable[[str], Any] = json.loads) -> dict[st
     return value
 
 
-def _index_name(directory: Path, top: list[str]) -> str | None:
-    indexes = [name for name in top if name.endswith(INDEX_SUFFIX)]
+def _index_name(directory: Path, files: list[str]) -> str | None:
+    """The index of the checkpoint; that of a variant, `model.safetensors.index.fp16.json`, if it is alone."""
+    originals = _originals(files)
+    indexes = [stem + INDEX_SUFFIX for stem in originals if stem + INDEX_SUFFIX in files]
     preferred = "model" + INDEX_SUFFIX
     if preferred in indexes:
         return preferred
@@ -108,34 +136,57 @@ def _index_name(directory: Path, top: list[str]) -> str | None:
         raise CheckpointError(
             f"{directory}: holds {len(indexes)} index files ({', '.join(indexes)}); keep one of them"
         )
-    return indexes[0] if indexes else None
+    if indexes:
+        return indexes[0]
+    variants = [name for name in files if SUFFIX + ".index." in name and name.endswith(".json")]
+    return variants[0] if len(variants) == 1 and len(originals) > 1 and "model" not in originals else None
 
 
-def _single_name(directory: Path, top: list[str], listed: frozenset[PurePosixPath] | None) -> str | None:
+def _single_name(
+    directory: Path, top: list[str], files: list[str], listed: frozenset[PurePosixPath] | None
+) -> str | None:
     """The one weight file of a directory without an index, None where an index lists the shards."""
-    files = [name for name in top if name.endswith(SUFFIX)]
-    preferred = "model" + SUFFIX
+    originals = [stem + SUFFIX for stem in _originals(files) if stem + SUFFIX in files]
     if listed is not None:
-        if preferred in files and PurePosixPath(preferred) not in listed:
+        if _PREFERRED in originals and PurePosixPath(_PREFERRED) not in listed:
             raise CheckpointError(
-                f"{directory}: holds {preferred} and an index that does not list it, so two checkpoints; "
-                f"give {directory / preferred} to prune that file, or move it away to prune the shards"
+                f"{directory}: holds {_PREFERRED} and an index that does not list it, so two checkpoints; "
+                f"give {directory / _PREFERRED} to prune that file, or move it away to prune the shards"
             )
         return None
-    if preferred in files:
-        return preferred
-    if len(files) > 1:
+    if _PREFERRED in originals:
+        return _PREFERRED
+    if len(originals) == 1:
+        return originals[0]
+    if originals:
         raise CheckpointError(
-            f"{directory}: holds {len(files)} safetensors files and no index, {shown(files)}; give one"
+            f"{directory}: holds {len(originals)} safetensors files and no index, {shown(originals)}; "
+            "give one"
         )
-    if not files:
-        raise CheckpointError(f"{directory}: holds no safetensors file{_what_instead(directory, top)}")
-    return files[0]
+    raise CheckpointError(f"{directory}: holds no safetensors file{_what_instead(directory, top)}")
+
+
+def _originals(files: list[str]) -> list[str]:
+    """What weight files and indexes are called, without variants: no `x.fp16` where there is an `x`."""
+    stems = {
+        name.removesuffix(suffix)
+        for suffix in (SUFFIX, INDEX_SUFFIX)
+        for name in files
+        if name.endswith(suffix)
+    }
+    return [
+        stem
+        for stem in sorted(stems)
+        if not any(stem[:place] in stems for place, letter in enumerate(stem) if letter == ".")
+    ]
 
 
 def _what_instead(directory: Path, top: list[str]) -> str:
     """What a directory without safetensors holds, and what to do."""
     pickles = [name for name in top if PurePosixPath(name).suffix in PICKLE_SUFFIXES]
+    shouted = [name for name in top if name.lower().endswith(SUFFIX) and not name.endswith(SUFFIX)]
+    if shouted:
+        return f" of that spelling, only {shown(shouted)}; give one, or rename it"
     if pickles:
         return f", only {shown(pickles)}; {conversion_advice(pickles[0])}"
     components = [name for name in top if any((directory / name).glob("*" + SUFFIX))]
@@ -152,6 +203,11 @@ def _checked_place(index: Path, place: str) -> PurePosixPath:
     if path.parts[0] in NOT_COPIED or not place.endswith(SUFFIX):
         raise CheckpointError(
             f"{index}: names the shard {shown(place)}, wanted a {SUFFIX} file of the checkpoint"
+        )
+    if any((index.parent / folder).is_symlink() for folder in list(path.parents)[:-1]):
+        raise CheckpointError(
+            f"{index}: names the shard {shown(place)}, whose folder is a link, which may lead anywhere; "
+            "put the folder there"
         )
     if not os.path.isfile(index.parent / path):  # noqa: PTH113  (False for a name that is too long)
         raise CheckpointError(
@@ -170,6 +226,10 @@ def _other_files(directory: Path, shards: frozenset[PurePosixPath]) -> Iterator[
         for entry in entries:
             path = folder / entry.name
             if entry.is_dir(follow_symlinks=False):
+                if len(path.parts) > _DEEPEST:
+                    raise CheckpointError(
+                        f"{directory}: holds folders more than {_DEEPEST} deep; remove them"
+                    )
                 if str(path) not in NOT_COPIED:
                     folders.append(path)
             elif path not in shards and str(path) not in NOT_COPIED:
@@ -179,7 +239,9 @@ def _other_files(directory: Path, shards: frozenset[PurePosixPath]) -> Iterator[
 def _other_file(directory: Path, path: PurePosixPath) -> OtherFile:
     try:
         status = (directory / path).stat()
-    except (FileNotFoundError, NotADirectoryError) as error:
+    except OSError as error:
+        if error.errno not in _LEADS_NOWHERE:
+            raise
         raise CheckpointError(f"{directory / path}: a link to a file that is not there; remove it") from error
     if stat.S_ISDIR(status.st_mode):
         raise CheckpointError(

@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal
 
 from sparseprune.checkpoint.folder import INDEX_SUFFIX, RESULTS, SUFFIX
-from sparseprune.checkpoint.header import Header, lay_out
+from sparseprune.checkpoint.header import MAX_HEADER, Header, lay_out
 from sparseprune.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -274,6 +274,11 @@ def _mask_file(
     group: Sequence[StoredTensor], mask_format: MaskFormat, path: PurePosixPath
 ) -> tuple[OutputFile, dict[str, Place]]:
     header = mask_header({stored.name: stored.shape for stored in group}, mask_format)
+    if header.data_begin - 8 > MAX_HEADER:
+        raise CheckpointError(
+            f"{group[0].shard.path}: with names as long as these, a {mask_format} mask file has a header of "
+            f"more than {MAX_HEADER} bytes; give --mask-format bool or --no-masks"
+        )
     places = {
         entry.name: Place(path, header.data_begin + entry.begin, entry.nbytes, stored.numel)
         for entry, stored in zip(header.entries, group, strict=True)

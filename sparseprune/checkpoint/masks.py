@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, TypeGuard
 
 from sparseprune.checkpoint.documents import shown, strict_json
-from sparseprune.checkpoint.folder import INDEX_SUFFIX, RESULTS, SUFFIX, read_weight_map
+from sparseprune.checkpoint.folder import INDEX_SUFFIX, RESULTS, SUFFIX, is_folder, read_weight_map
 from sparseprune.checkpoint.layout import FORMAT_KEY, SHAPES_KEY, packed_bytes
 from sparseprune.checkpoint.source import StoredTensor, TensorReader, open_shard
 from sparseprune.errors import CheckpointError, MachineError
@@ -155,7 +155,7 @@ def load_masks(path: str | Path) -> dict[str, torch.Tensor]:
 
 
 def _find(path: Path) -> _Files:
-    if not path.is_dir():
+    if not is_folder(path):
         return _listed(path) if path.name.endswith(INDEX_SUFFIX) else _Files((_beside(path),))
     for folder in (path, path / RESULTS):
         if (folder / _INDEX).is_file():

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from sparseprune.checkpoint.folder import read_object
+from sparseprune.checkpoint.folder import LARGEST_DOCUMENT, read_object
 from sparseprune.checkpoint.masks import REPORT
 from sparseprune.checkpoint.transfer import machine_errors
+from sparseprune.errors import CheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -74,4 +75,6 @@ def _spec_beside(report: Path) -> bytes | None:
     if report.name != REPORT or not spec.is_file():
         return None
     with machine_errors(spec, "cannot be read"):
+        if spec.stat().st_size > LARGEST_DOCUMENT:
+            raise CheckpointError(f"{spec}: larger than {LARGEST_DOCUMENT} bytes; wanted a page of TOML")
         return spec.read_bytes()

@@ -6,7 +6,6 @@ folder.py's part. Opens nothing for writing. Called by the pipeline, and by layo
 
 from __future__ import annotations
 
-import contextlib
 import os
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
@@ -109,7 +108,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
     CheckpointError where it is none or contradicts itself, MachineError where it cannot be read.
     """
-    if not path.is_dir():
+    if not folder.is_folder(path):
         shard = open_shard(path, PurePosixPath(path.name))
         return Checkpoint(path, (shard,), is_directory=False, others=(), tensors=_tensors((shard,)))
     found = folder.find_files(path)
@@ -176,9 +175,13 @@ class TensorReader:
 def open_shard(path: Path, relative: PurePosixPath) -> Shard:
     """A safetensors file of which the header was read; errors as `open_checkpoint`."""
     stamp = NO_STAMP
-    with contextlib.suppress(OSError):  # which the header's reader tells
+    try:
         # Before the header is read, so that a change meanwhile is noticed later.
         stamp = stamp_of(path.stat())
+    except OSError as error:  # any other one the header's reader tells
+        refusal = folder.leads_nowhere(path, error)
+        if refusal is not None:
+            raise refusal from error
     return Shard(path, read_header(path), relative, stamp)
 
 

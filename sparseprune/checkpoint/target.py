@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sparseprune.checkpoint.folder import RESULTS
+from sparseprune.checkpoint.folder import INDEX_SUFFIX, RESULTS, SUFFIX
 from sparseprune.checkpoint.transfer import machine_errors
 from sparseprune.errors import CheckpointError, MachineError
 
@@ -85,8 +85,13 @@ def final_paths(layout: OutputLayout) -> tuple[Path, ...]:
 
 def _is_ours(directory: Path) -> bool:
     """Whether a directory is an earlier output, of weights or of masks, or empty: nobody's work is in it."""
-    reports = (directory / RESULTS / "report.json", directory / "report.json")
-    return any(report.is_file() for report in reports) or not any(directory.iterdir())
+    if (directory / RESULTS / "report.json").is_file():
+        return True
+    # A report at the top may be anybody's; beside masks it is ours.
+    masks = (directory / f"masks{end}" for end in (SUFFIX, INDEX_SUFFIX))
+    if (directory / "report.json").is_file() and any(one.is_file() for one in masks):
+        return True
+    return not any(directory.iterdir())
 
 
 def needed_bytes(layout: OutputLayout, held: int = 0) -> int:
@@ -107,10 +112,22 @@ def _check_parent(target: Path) -> None:
     parent = target.parent
     if not target.name:
         raise CheckpointError(f"{target}: is no name for an output; give one with -o")
+    if _is_in_cache(parent):
+        raise CheckpointError(
+            f"{target}: lies in a download cache, which would take it for a part of what it downloaded; give "
+            "another place with -o"
+        )
     if not parent.is_dir():
         raise CheckpointError(f"{target}: the folder {parent} does not exist; make it first")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise MachineError(f"{parent}: cannot be written to; give another place with -o")
+
+
+def _is_in_cache(folder: Path) -> bool:
+    """Whether a folder is one of the snapshots of a download cache, the folder of all of them, or below."""
+    return any(
+        home.name == "snapshots" and (home.parent / "blobs").is_dir() for home in (folder, *folder.parents)
+    )
 
 
 def _check_apart(layout: OutputLayout) -> None:

@@ -67,7 +67,9 @@ def _worked(
         overrides=request.overrides,
     )
     document = report_document(circumstances, plan.checkpoint, plan.bound, outcomes)
-    output.add_file(layout.report_file, (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode())
+    text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+    # A path that is not UTF-8 has surrogates, which are escapes of JSON as well.
+    output.add_file(layout.report_file, text.encode(errors="backslashreplace"))
     if layout.spec_file is not None:
         output.add_file(layout.spec_file, _as_applied(request, source.text).encode())
     return document

@@ -94,6 +94,8 @@ def _told(error: BaseException) -> tuple[str, int] | None:
         return stopped_text(error), stopped_code(error)
     if is_out_of_memory(error):
         return "out of memory; give a smaller --memory, or fewer --jobs", MachineError.exit_code
+    if isinstance(error, FileNotFoundError) and not error.filename:
+        return "the folder that this runs in is gone; change to one that exists", MachineError.exit_code
     if isinstance(error, OSError):
         place = f"{error.filename}: " if error.filename else ""
         return printable(f"{place}{error.strerror or error}"), MachineError.exit_code

@@ -108,7 +108,9 @@ def _worked(
     layout, origin = prepared.layout, prepared.masked.origin
     circumstances = _circumstances(request, prepared, began)
     document = reapply_document(circumstances, prepared.masked.matched.checkpoint, tensors)
-    output.add_file(layout.report_file, (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode())
+    text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+    # A path that is not UTF-8 has surrogates, which are escapes of JSON as well.
+    output.add_file(layout.report_file, text.encode(errors="backslashreplace"))
     if layout.spec_file is not None and origin is not None and origin.spec is not None:
         output.add_file(layout.spec_file, origin.spec)
     return document

@@ -8,7 +8,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
+from rich.text import Text
 
+from sparseprune.errors import printable
 from sparseprune.report.wording import percent
 
 if TYPE_CHECKING:
@@ -45,13 +47,18 @@ def outcome_table(document: Mapping[str, Any]) -> Table:
     for tensor in document["tensors"]:
         kept = tensor["energy_kept"]
         table.add_row(
-            tensor["name"],
+            _name(tensor["name"]),
             tensor["rule"],
             f"{tensor['pruned']:,}",
             percent(tensor["zeros_after"] / tensor["numel"] if tensor["numel"] else 0.0),
             "?" if kept is None else f"{kept:.4f}",
         )
     return table
+
+
+def _name(text: str) -> Text:
+    """A name as it is: no markup, and nothing that a terminal would obey."""
+    return Text(printable(text), overflow="fold")
 
 
 def _kept(rule: Mapping[str, Any]) -> str:

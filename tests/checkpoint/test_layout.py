@@ -17,6 +17,7 @@ from sparseprune.checkpoint import (
     lay_out_masks,
     open_checkpoint,
 )
+from sparseprune.checkpoint import layout as layouts
 from sparseprune.checkpoint.layout import mask_header
 from sparseprune.errors import CheckpointError
 
@@ -246,3 +247,16 @@ def test_refuses_a_directory_with_the_name_of_a_file(tmp_path: Path) -> None:
 def test_a_name_that_is_not_stored_is_a_bug(tmp_path: Path) -> None:
     with pytest.raises(KeyError):
         lay_out_apply(single_file(tmp_path), None, ["absent"], None)
+
+
+def test_names_that_a_mask_file_cannot_hold_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = single_file(tmp_path)
+    longest = len(mask_header({"a": (3,), "z": (4,)}, "packed").raw)
+    monkeypatch.setattr(layouts, "MAX_HEADER", longest - 8)
+    assert lay_out_masks(checkpoint, None, "az", "packed").mask_files
+    monkeypatch.setattr(layouts, "MAX_HEADER", longest - 9)
+    with pytest.raises(CheckpointError, match=r"m\.safetensors: .* a packed mask file .*--mask-format bool"):
+        lay_out_masks(checkpoint, None, "az", "packed")
+    assert lay_out_masks(checkpoint, None, "az", "bool").mask_files

@@ -59,18 +59,18 @@ def test_what_a_killed_run_left_is_removed(tmp_path: Path) -> None:
 def test_a_run_killed_while_it_replaced_its_target_has_lost_nothing(tmp_path: Path, renamed: bool) -> None:
     ckpt = directory(tmp_path)
     replaced = tmp_path / ".ckpt-pruned.sparseprune-partial" / "replaced"
-    replaced.mkdir(parents=True)
-    (replaced / "report.json").write_text("old")
+    (replaced / "sparseprune").mkdir(parents=True)
+    (replaced / "sparseprune" / "report.json").write_text("old")
     if renamed:
-        (tmp_path / "ckpt-pruned").mkdir()
-        (tmp_path / "ckpt-pruned" / "report.json").write_text("new")
+        (tmp_path / "ckpt-pruned" / "sparseprune").mkdir(parents=True)
+        (tmp_path / "ckpt-pruned" / "sparseprune" / "report.json").write_text("new")
     with pytest.raises(CheckpointError, match="already exists"):
         stage(layout_of(ckpt))
     if not renamed:
-        assert content(tmp_path / "ckpt-pruned") == {"report.json": b"old"}
+        assert content(tmp_path / "ckpt-pruned") == {"sparseprune/report.json": b"old"}
         assert names_in(tmp_path) == ["ckpt", "ckpt-pruned"]
     else:
-        assert content(tmp_path / "ckpt-pruned") == {"report.json": b"new"}
+        assert content(tmp_path / "ckpt-pruned") == {"sparseprune/report.json": b"new"}
     stage(layout_of(ckpt), force=True)
     assert names_in(tmp_path) == ["ckpt", "ckpt-pruned"]
 

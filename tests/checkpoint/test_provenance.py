@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -86,6 +87,19 @@ def test_a_report_that_is_not_ours_vouches_for_nothing(tmp_path: Path, report: A
 def test_the_report_of_a_folder_is_not_that_of_a_file_of_another_name(tmp_path: Path) -> None:
     assert found(write(tmp_path, "report.json", masks="mine")) is None
     assert found(write(tmp_path, "report.json", masks="masks-00001-of-00002")) is not None
+
+
+def test_a_spec_without_end_is_not_read(tmp_path: Path) -> None:
+    write(tmp_path, "report.json")
+    (tmp_path / "spec.toml").touch()
+    os.truncate(tmp_path / "spec.toml", 100_000_001)
+    with pytest.raises(CheckpointError, match=r"spec\.toml: larger than 100000000 bytes"):
+        found(tmp_path)
+    (tmp_path / "spec.toml").unlink()
+    os.mkfifo(tmp_path / "spec.toml")
+    origin = found(tmp_path)
+    assert origin is not None
+    assert origin.spec is None
 
 
 def test_a_report_that_is_no_json_is_told(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sparseprune.checkpoint import TensorReader, lay_out, open_checkpoint, read_config
+from sparseprune.checkpoint import TensorReader, lay_out, open_checkpoint, open_masks, read_config
+from sparseprune.checkpoint.folder import read_weight_map
 from sparseprune.errors import CheckpointError, MachineError
 
 Files = Mapping[str, bytes]
@@ -88,6 +89,40 @@ LEGAL: dict[str, tuple[Files, list[str], list[str]]] = {
         ["b", "a", "c"],
         [INDEX],
     ),
+    "a variant beside its original": (
+        {"diffusion.safetensors": weights("a"), "diffusion.fp16.safetensors": weights("z")},
+        ["a"],
+        ["diffusion.fp16.safetensors"],
+    ),
+    "the index of a variant beside the original": (
+        {
+            "model.safetensors": weights("a"),
+            "x.safetensors": weights("z"),
+            "model.fp16.safetensors.index.json": index({"z": "x.safetensors"}),
+        },
+        ["a"],
+        ["model.fp16.safetensors.index.json", "x.safetensors"],
+    ),
+    "shards of a variant alone": (
+        {**SHARDS, "model.safetensors.index.fp16.json": index(MAP)},
+        ["b", "a", "c"],
+        ["model.safetensors.index.fp16.json"],
+    ),
+    "one file beside the index of a variant": (
+        {"x.safetensors": weights("a"), "x.safetensors.index.fp16.json": index({"z": "absent.safetensors"})},
+        ["a"],
+        ["x.safetensors.index.fp16.json"],
+    ),
+    "a folder that is called like weights": (
+        {"x.safetensors": weights("a"), "y.safetensors/z": b"", "y.safetensors.index.json/z": b""},
+        ["a"],
+        ["y.safetensors.index.json/z", "y.safetensors/z"],
+    ),
+    "many folders in each other": (
+        {"model.safetensors": weights("a"), "d/" * 100 + "x": b""},
+        ["a"],
+        ["d/" * 100 + "x"],
+    ),
     "an index that lists the single file": (
         {"model.safetensors": weights("a"), INDEX: index({"a": "model.safetensors"})},
         ["a"],
@@ -130,6 +165,20 @@ REFUSED: dict[str, tuple[Files, str]] = {
     "components in folders": (
         {"unet/a.safetensors": weights("a"), "vae/b.safetensors": weights("a"), "readme/x": b""},
         r"at its top; give one of its folders that do: \['unet', 'vae'\]",
+    ),
+    "a suffix in capitals": ({"M.SAFETENSORS": weights("a")}, r"of that spelling, only \['M.SAFETENSORS'\]"),
+    "a folder in place of the weights": ({"model.safetensors/x": b""}, "holds no safetensors file; give"),
+    "too many folders in each other": (
+        {"model.safetensors": weights("a"), "d/" * 101 + "x": b""},
+        "ckpt: holds folders more than 100 deep",
+    ),
+    "indexes of two variants": (
+        {
+            **SHARDS,
+            "model.safetensors.index.fp16.json": index(MAP),
+            "model.safetensors.index.fp8.json": index(MAP),
+        },
+        "holds 2 safetensors files and no index",
     ),
     "two files without an index": (
         {"a.safetensors": weights("a"), "b.safetensors": weights("b")},
@@ -225,9 +274,59 @@ def test_refuses_what_cannot_be_copied_as_a_file(tmp_path: Path) -> None:
         open_checkpoint(ckpt)
 
 
+def pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def circle(path: Path) -> None:
+    path.symlink_to(path.name)
+
+
+def endless(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+@pytest.mark.parametrize("make", [pipe, circle, endless])
+@pytest.mark.parametrize("name", ["model.safetensors", INDEX, "config.json", "other"])
+def test_nothing_but_a_file_is_waited_for_or_read(
+    tmp_path: Path, make: Callable[[Path], None], name: str
+) -> None:
+    ckpt = folder(tmp_path / "ckpt", {"model.safetensors": weights("a")})
+    (ckpt / name).unlink(missing_ok=True)
+    file = folder(tmp_path / "beside", {"x.safetensors": weights("a")}) / "x.safetensors"
+    make(ckpt / name)
+    with pytest.raises(CheckpointError, match=f"ckpt(/{name})?: "):
+        open_checkpoint(ckpt)
+    make(file.with_name("config.json"))
+    with pytest.raises(CheckpointError, match=r"config\.json: (not a regular file|no such file: Too many)"):
+        read_config(open_checkpoint(file))
+
+
+def test_an_index_leads_through_no_link_to_a_folder(tmp_path: Path) -> None:
+    folder(tmp_path / "elsewhere", {"in/x.safetensors": weights("a")})
+    for place, link in (("sub/in/x", "sub"), ("sub/x", "sub")):
+        ckpt = folder(tmp_path / place.replace("/", "-"), {INDEX: index({"a": f"{place}.safetensors"})})
+        (ckpt / link).symlink_to(tmp_path / "elsewhere" / ("" if place.count("/") == 2 else "in"))
+        with pytest.raises(CheckpointError, match=r"names the shard '.*', whose folder is a link"):
+            read_weight_map(ckpt / INDEX)
+    direct = tmp_path / "direct"
+    direct.symlink_to(tmp_path / "elsewhere" / "in")
+    folder(tmp_path / "elsewhere" / "in", {INDEX: index({"a": "x.safetensors"})})
+    assert list(open_checkpoint(direct).tensors) == ["a"]
+
+
 def test_refuses_an_absent_path(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="absent: no such file"):
-        open_checkpoint(tmp_path / "absent")
+    (tmp_path / "circle").symlink_to("circle")
+    (tmp_path / "file").touch()
+    for name, why in {
+        "absent": "",
+        "circle": ": Too many levels of symbolic links",
+        "file/x": ": Not a directory",
+        "x" * 300: ": File name too long",
+    }.items():
+        for opened in (open_checkpoint, open_masks):
+            with pytest.raises(CheckpointError, match=f"{name[:200]}.*: no such file{why}$"):
+                opened(tmp_path / name)
 
 
 def test_what_may_not_be_read_is_the_machines_error(tmp_path: Path) -> None:

@@ -89,6 +89,44 @@ def test_force_does_not_replace_a_directory_that_sparseprune_did_not_write(tmp_p
     assert (tmp_path / "ckpt-pruned" / "config.json").exists()
 
 
+@pytest.mark.parametrize("beside", ["thesis", "masks.safetensors", "masks.safetensors.index.json"])
+def test_a_report_at_the_top_is_ours_beside_masks_alone(tmp_path: Path, beside: str) -> None:
+    layout = layout_of(directory(tmp_path))
+    for name in ("report.json", beside):
+        (tmp_path / "ckpt-pruned").mkdir(exist_ok=True)
+        (tmp_path / "ckpt-pruned" / name).write_text("{}")
+    if beside == "thesis":
+        with pytest.raises(CheckpointError, match="--force replaces what sparseprune wrote"):
+            stage(layout, force=True)
+        assert names_in(tmp_path / "ckpt-pruned") == ["report.json", "thesis"]
+    else:
+        stage(layout, force=True)
+        assert (tmp_path / "ckpt-pruned" / "config.json").exists()
+
+
+def test_a_download_cache_is_no_place_for_an_output(tmp_path: Path) -> None:
+    home = tmp_path / "models--a--b"
+    write(home / "blobs" / "1f", ONES)
+    snapshot = home / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    (snapshot / "model.safetensors").symlink_to("../../blobs/1f")
+    (tmp_path / "mine").symlink_to(snapshot)
+    before = content(tmp_path)
+    for source, target in (
+        (snapshot, None),
+        (snapshot / "model.safetensors", None),
+        (directory(tmp_path / "other"), snapshot / "deep"),
+    ):
+        with pytest.raises(CheckpointError, match=r"lies in a download cache, .* another place with -o"):
+            stage(layout_of(source, target), force=True)
+    assert {name: one for name, one in content(tmp_path).items() if not name.startswith("other")} == before
+    stage(layout_of(tmp_path / "mine"))
+    assert (tmp_path / "mine-pruned" / "model.safetensors").is_file()
+    assert not (tmp_path / "mine-pruned" / "model.safetensors").is_symlink()
+    # A folder of that name alone is no cache.
+    stage(layout_of(directory(tmp_path / "snapshots")))
+
+
 def test_a_directory_that_may_not_be_written_is_not_even_tried_to_be_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

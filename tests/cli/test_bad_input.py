@@ -248,3 +248,15 @@ nnz = 2
     assert "w: NaN at [6, 1]" in said.err
     save_file({"w": torch.ones(8, 4)}, folder / "m.safetensors")
     assert run("apply", folder / "m.safetensors", write_spec(folder, spec)).code == 0
+
+
+def test_a_folder_that_is_gone_is_named_where_a_relative_path_needs_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "gone").mkdir()
+    monkeypatch.chdir(folder / "gone")
+    (folder / "gone").rmdir()
+    said = run("apply", folder / "m.safetensors", folder / "spec.toml", "-o", "out.safetensors")
+    assert (said.code, said.out) == (3, "")
+    assert said.err == "sparseprune: the folder that this runs in is gone; change to one that exists\n"
+    assert run("apply", folder / "m.safetensors", folder / "spec.toml", "-q").code == 0

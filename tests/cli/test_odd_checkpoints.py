@@ -142,6 +142,24 @@ def test_names_may_hold_anything(tmp_path: Path) -> None:
         assert said.code in (0, 2)  # some are no patterns
 
 
+def test_names_may_hold_anything_in_what_is_told_of_a_run(tmp_path: Path) -> None:
+    again = tmp_path / "again.safetensors"
+    for name in NAMES[1:20]:
+        path = store(tmp_path / "m.safetensors", (name, "BF16", (4, 8)))
+        spec = write_spec(tmp_path, SPEC.replace("scope.all", f"scope.{json.dumps(name)}"))
+        said = commanded("apply", path, spec, "-v", "--force")
+        assert said.code in (0, 2)  # some name no rule
+        spec = write_spec(tmp_path, SPEC)
+        said = commanded("apply", path, spec, "-v", "--force")
+        assert said.code == 0
+        assert "pruned 16 of 32" in said.err
+        said = commanded(
+            "reapply", path, tmp_path / "m.pruned.masks.safetensors", "-o", again, "-v", "--force"
+        )
+        assert said.code == 0, said.err
+    assert commanded("plan", path, spec, "-o", tmp_path / "[/]\x1b").code == 0
+
+
 def test_names_may_hold_anything_in_errors_too(tmp_path: Path) -> None:
     for name in NAMES:
         path = tmp_path / "m.safetensors"
@@ -233,6 +251,30 @@ def test_a_snapshot_of_a_download_cache_becomes_plain_files(tmp_path: Path) -> N
     assert {path.name for path in out.iterdir()} == {*links, "sparseprune"}
     assert not any(path.is_symlink() for path in out.rglob("*"))
     assert {blob: (cache / "blobs" / blob).read_bytes() for blob in links.values()} == before
+
+
+def test_paths_need_not_be_utf_8(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"in\xff")
+    store(folder / "model.safetensors", W)
+    (folder / os.fsdecode(b"\xfe.txt")).write_text("x")
+    out = through_all(tmp_path, folder)
+    assert (out / os.fsdecode(b"\xfe.txt")).read_text() == "x"
+    report = json.loads((out / "sparseprune" / "report.json").read_bytes())
+    assert os.fsencode(report["input"]) == os.fsencode(folder)
+    assert commanded("apply", folder, write_spec(tmp_path, SPEC), "--json", "-q").code == 0
+
+
+def test_masks_are_not_found_through_a_link_to_a_folder(tmp_path: Path) -> None:
+    store(tmp_path / "elsewhere" / "x.safetensors", ("w", "BOOL", (4, 8)))
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    (masks / "sub").symlink_to(tmp_path / "elsewhere")
+    index(masks, {"w": "sub/x.safetensors"}, name="masks.safetensors.index.json")
+    path = store(tmp_path / "m.safetensors", W)
+    for words in (["reapply", path, masks], ["verify", path, "--masks", masks]):
+        said = commanded(*words)
+        assert (said.code, said.out, len(said.err.splitlines())) == (2, "", 1)
+        assert "whose folder is a link" in said.err
 
 
 def test_tensors_that_the_index_lacks_are_not_lost(tmp_path: Path) -> None:
