@@ -130,12 +130,25 @@ def tell(text: str) -> None:
 
 
 def print_result(text: str) -> None:
-    """The result of a command, alone on stdout."""
-    print(text, flush=True)
+    """The result of a command, alone on stdout; a path that is not UTF-8 as the bytes that it is."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        sys.stdout.flush()
+        sys.stdout.buffer.write(os.fsencode(text) + b"\n")
+        sys.stdout.flush()
+    else:
+        print(text, flush=True)
 
 
 def print_text(text: str) -> None:
-    """Lines that are complete, on stdout."""
+    """Lines that are complete, on stdout; a terminal gets nothing that it would obey."""
+    if sys.stdout.isatty():
+        text = "\n".join("\t".join(map(printable, line.split("\t"))) for line in text.split("\n"))
+    _write(text)
+
+
+def _write(text: str) -> None:
     sys.stdout.write(text)
     sys.stdout.flush()
 
@@ -158,7 +171,7 @@ def print_table(*parts: RenderableType) -> None:
             if number:
                 console.print()
             console.print(part)
-    print_text("".join(f"{line.rstrip()}\n" for line in captured.get().splitlines()))
+    _write("".join(f"{line.rstrip()}\n" for line in captured.get().splitlines()))
 
 
 def on_terminal() -> bool:

@@ -10,6 +10,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from sparseprune.checkpoint import lay_out
 from sparseprune.cli.demo_checkpoint import write_decoder
@@ -213,3 +215,29 @@ def read_terminal(leader: int) -> bytes:
         return os.read(leader, 1 << 16)
     except OSError:
         return b""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names are not bytes there")
+def test_a_path_that_is_not_utf_8_is_told_as_the_bytes_that_it_is(folder: Path) -> None:
+    words = [sys.executable, "-m", "sparseprune", "apply", "decoder", "2of4", "-q", "-o"]
+    said = subprocess.run(
+        [*map(os.fsencode, words), b"caf\xe9"], cwd=folder, capture_output=True, check=False
+    )
+    assert (said.returncode, said.stdout, said.stderr) == (0, b"caf\xe9\n", b"")
+
+
+@pytest.mark.parametrize("form", ["--csv", "--markdown", "--json"])
+def test_names_reach_no_terminal_raw_in_any_form(tmp_path: Path, form: str) -> None:
+    save_file({"\x1b[2J\x07": torch.ones(4, 4)}, tmp_path / "m.safetensors")
+    leader, follower = os.openpty()
+    words = [sys.executable, "-m", "sparseprune", "inspect", str(tmp_path / "m.safetensors"), form]
+    process = subprocess.Popen(words, stdout=follower, stderr=follower, env=os.environ | {"TERM": "dumb"})
+    os.close(follower)
+    shown = b""
+    while more := read_terminal(leader):
+        shown += more
+    os.close(leader)
+    assert process.wait(60) == 0
+    assert b"[2J" in shown
+    assert b"\x1b" not in shown
+    assert b"\x07" not in shown
