@@ -47,7 +47,8 @@ class OpenFiles(Generic[Key]):
     def _taken(self, key: Key) -> int:
         with self._lock:
             for place in range(len(self._idle) - 1, -1, -1):
-                if self._idle[place][0] == key:
+                other = self._idle[place][0]
+                if other is key or other == key:  # to compare paths takes its time
                     return self._idle.pop(place)[1]
         return self._opened(key)
 

@@ -56,7 +56,10 @@ def changed_since(shards: Iterable[Shard]) -> str | None:
 
 def refuse_changed_shards(shards: Iterable[Shard]) -> None:
     """As `refuse_changed`, for these shards alone."""
-    _refuse((shard.path, shard.header.file_size, shard.stamp) for shard in dict.fromkeys(shards))
+    _refuse(
+        (shard.path, shard.header.file_size, shard.stamp)
+        for shard in {id(one): one for one in shards}.values()
+    )
 
 
 def refuse_changed(checkpoint: Checkpoint, further: Iterable[Shard] = ()) -> None:
