@@ -109,7 +109,7 @@ def is_out_of_memory(error: BaseException | None) -> bool:
     if isinstance(error, (OSError, RuntimeError, ImportError)):
         return _says_so(error) or is_out_of_memory(error.__cause__ or error.__context__)
     if isinstance(error, SystemError):  # a library in C that forgot to say what it met: it got no memory
-        return "without setting an exception" in str(error)
+        return "without setting an exception" in str(error) or "without exception set" in str(error)
     return isinstance(error, MemoryError)
 
 

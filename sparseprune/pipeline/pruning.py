@@ -6,6 +6,7 @@ the command line.
 
 from __future__ import annotations
 
+import mmap
 import os
 from contextlib import contextmanager
 from importlib import import_module
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from sparseprune.pipeline.outcomes import TensorOutcome
     from sparseprune.pipeline.schedule import Job, Schedule
 
+_TORCH_ADDRESSES = 500 << 20  # bytes that torch takes while it is loaded, measured
 _WAYS = {
     Runs: "runs",
     Gathered: "gathered",
@@ -98,6 +100,8 @@ def _torch_threads(schedule: Schedule) -> Iterator[None]:
     if not schedule.uses_torch:
         yield
         return
+    # Where there is no room for it, torch breaks while it is loaded, in ways that Python does not hear of.
+    mmap.mmap(-1, _TORCH_ADDRESSES, mmap.MAP_PRIVATE, mmap.PROT_READ).close()
     import torch  # noqa: PLC0415  (most schedules do without)
 
     usual = torch.get_num_threads()

@@ -105,6 +105,7 @@ ERRORS: dict[str, Exception] = {
     "an extension": SystemError(
         "<function _find_and_load at 0x7f> returned NULL without setting an exception"
     ),
+    "another one": SystemError("error return without exception set"),
     "the system": OSError(12, "Cannot allocate memory"),
     "a library": ImportError("libtorch.so: failed to map segment from shared object"),
     "a library that says less": because(
