@@ -229,7 +229,7 @@ READS = {
     "a file that grows": (
         FILE,
         Moment("grow", 100, path="m.safetensors"),
-        A_FILE + r"changed while it was read, from \d+ bytes to \d+; .*",
+        A_FILE + r"(file grew|changed) while it was read, from \d+ bytes to \d+.*",
     ),
     "other bytes": (FILE, Moment("rewrite", 100, path="m.safetensors"), A_FILE + CHANGED),
     "a file that another one replaces": (
