@@ -135,13 +135,22 @@ def test_a_signal_ends_a_run_that_then_continues(
     assert content(home) == content(whole)
 
 
-def test_a_signal_that_is_ignored_from_outside_stays_ignored(tmp_path: Path) -> None:
-    write_decoder(tmp_path / "decoder")
-    command = f"trap '' HUP; {COMMAND} apply decoder 2of4 -o out -q & sleep 0.4; kill -HUP $!; wait $!"
-    said = subprocess.run(
-        ["/bin/sh", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
-    assert (said.returncode, said.stdout) == (0, "out\n")
+IGNORED = """
+import os, signal
+from sparseprune.cli.stopping import stopped_once
+with stopped_once():
+    os.kill(os.getpid(), signal.SIGHUP)
+print("went on")
+"""
+
+
+def test_a_signal_that_is_ignored_from_outside_stays_ignored() -> None:
+    command = f"trap '' HUP; exec \"{sys.executable}\" -c '{IGNORED}'"
+    said = subprocess.run(["/bin/sh", "-c", command], capture_output=True, text=True, check=False)
+    assert (said.returncode, said.stdout, said.stderr) == (0, "went on\n", "")
+    heard = subprocess.run([sys.executable, "-c", IGNORED], capture_output=True, text=True, check=False)
+    assert heard.returncode != 0
+    assert "Stopped" in heard.stderr
 
 
 STOPPED = """
