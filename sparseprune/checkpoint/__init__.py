@@ -32,10 +32,19 @@ from sparseprune.checkpoint.source import (
     read_config,
 )
 from sparseprune.checkpoint.staging import StagedOutput
+from sparseprune.checkpoint.statistics import (
+    Collected,
+    Statistic,
+    Statistics,
+    StatisticsKind,
+    lay_out_statistics,
+    open_statistics,
+)
 from sparseprune.checkpoint.target import refuse_replacing
 
 __all__ = [
     "Checkpoint",
+    "Collected",
     "CopyRange",
     "Header",
     "MaskFormat",
@@ -47,6 +56,9 @@ __all__ = [
     "Provenance",
     "Shard",
     "StagedOutput",
+    "Statistic",
+    "Statistics",
+    "StatisticsKind",
     "StoredMask",
     "StoredTensor",
     "TensorEntry",
@@ -56,9 +68,11 @@ __all__ = [
     "lay_out",
     "lay_out_apply",
     "lay_out_masks",
+    "lay_out_statistics",
     "load_masks",
     "open_checkpoint",
     "open_masks",
+    "open_statistics",
     "provenance_of",
     "read_config",
     "read_header",

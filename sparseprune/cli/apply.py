@@ -133,6 +133,12 @@ def _tell(
         )
     else:
         lines.append(f"weights {size(layout.input_bytes)}, masks {size(masks)}")
+    if totals["output_error"] is not None:
+        matrices = sum(tensor["output_error"] is not None for tensor in document["tensors"])
+        lines.append(
+            f"reconstructed {matrices} matrices: output error {totals['output_error']:.3f} on average, "
+            f"{totals['output_error_masked']:.3f} by the masks alone"
+        )
     work = sum(stored.nbytes for stored in plan.checkpoint.tensors.values())
     lines.append(f"{seconds:.1f} s, {size(work / seconds)}/s, on {document['device']}")
     for line in lines:

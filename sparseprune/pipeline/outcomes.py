@@ -31,7 +31,11 @@ class Reach:
 
 @dataclass(frozen=True, slots=True)
 class TensorOutcome:
-    """What became of one tensor; `reach` has for each rule what it reached and dropped of it."""
+    """What became of one tensor; `reach` has for each rule what it reached and dropped of it.
+
+    Where it was reconstructed, the root of the mean squared change of its outputs relative to the dense ones:
+    by its mask alone, and as it is.
+    """
 
     name: str
     dtype: str
@@ -40,6 +44,8 @@ class TensorOutcome:
     reach: Mapping[str, Reach]
     before: Tally
     after: Tally
+    output_error_masked: float | None = None
+    output_error: float | None = None
 
 
 @dataclass(slots=True)
@@ -47,6 +53,7 @@ class _Sums:
     reach: dict[str, Reach] = field(default_factory=dict)
     zeros: list[int] = field(default_factory=lambda: [0, 0])
     energies: list[list[float]] = field(default_factory=lambda: [[], []])
+    outputs: list[list[float]] = field(default_factory=list)
 
 
 class Outcomes:
@@ -57,7 +64,7 @@ class Outcomes:
 
     def add(self, outcome: Outcome) -> None:
         """One piece, as `programs.outcome` gives it; a rule without a name reaches nothing."""
-        name, rule, numel, pruned, zeros_before, energy_before, zeros_after, energy_after = outcome
+        name, rule, numel, pruned, zeros_before, energy_before, zeros_after, energy_after, *output = outcome
         sums = self._of[name]
         if rule:
             known = sums.reach.get(rule, Reach())
@@ -66,6 +73,7 @@ class Outcomes:
         sums.zeros[1] += zeros_after
         sums.energies[0].append(energy_before)
         sums.energies[1].append(energy_after)
+        sums.outputs += output
 
     def of_plan(self, plan: Plan) -> tuple[TensorOutcome, ...]:
         """Every tensor that the plan reaches, in the order of the checkpoint."""
@@ -87,7 +95,20 @@ class Outcomes:
             for zeros, energies in zip(sums.zeros, sums.energies, strict=True)
         )
         reach = {rule: sums.reach.get(rule, Reach()) for rule in dict.fromkeys(rules)}
-        return TensorOutcome(stored.name, stored.dtype, stored.shape, label, reach, before, after)
+        errors = _output_errors(sums.outputs)
+        return TensorOutcome(stored.name, stored.dtype, stored.shape, label, reach, before, after, *errors)
+
+
+def _output_errors(outputs: list[list[float]]) -> tuple[float | None, float | None]:
+    """sqrt(tr(D H D^T) / tr(W0 H W0^T)) over all pieces, by the mask alone and as it is; None of none."""
+    if not outputs:
+        return None, None
+    masked, now, dense = (_total(list(column)) for column in zip(*outputs, strict=True))
+    return _root(masked, dense), _root(now, dense)
+
+
+def _root(lost: float, dense: float) -> float:
+    return math.sqrt(max(lost, 0.0) / dense) if dense > 0 else 0.0
 
 
 def _total(energies: list[float]) -> float:

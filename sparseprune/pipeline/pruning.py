@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from sparseprune.pipeline.executor import Assignment, Record, already_done, copied_bytes, dealt, produce
 from sparseprune.pipeline.outcomes import Outcomes
 from sparseprune.pipeline.programs import Setting
-from sparseprune.pipeline.recipes import Counted, Gathered, Runs, Streamed, Summed, Tiled
+from sparseprune.pipeline.recipes import Counted, Gathered, Reconstructed, Runs, Streamed, Summed, Tiled
 from sparseprune.pipeline.rests import rest_program
 from sparseprune.pipeline.traffic import Traffic
 
@@ -35,6 +35,7 @@ _WAYS = {
     Summed: "summed",
     Tiled: "tiled",
     Streamed: "streamed",
+    Reconstructed: "reconstructed",
 }
 
 
@@ -96,7 +97,7 @@ def _shard_of(job: Job, schedule: Schedule) -> Shard:
 
 @contextmanager
 def _torch_threads(schedule: Schedule) -> Iterator[None]:
-    """Share the cores among the workers where they use torch."""
+    """Share the cores among those that work with torch at one time."""
     if not schedule.uses_torch:
         yield
         return
@@ -105,7 +106,7 @@ def _torch_threads(schedule: Schedule) -> Iterator[None]:
     import torch  # noqa: PLC0415  (most schedules do without)
 
     usual = torch.get_num_threads()
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // schedule.workers))
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // schedule.side_by_side))
     try:
         yield
     finally:

@@ -66,6 +66,7 @@ class Ranking:
     def __init__(self, task: Task, traffic: Traffic) -> None:
         self._score = task.instance.score
         self._traffic = traffic
+        self._vectors: dict[str, Floats] = {}
         self._inputs: dict[tuple[Role, str], TaskInput] = {(one.role, one.key): one for one in task.inputs}
 
     @property
@@ -146,27 +147,48 @@ class Ranking:
         obd: the diagonal of the Hessian (LeCun et al. 1989, Optimal Brain Damage, without the 1/2).
         """
         one = self._inputs["vector", box.leaf.tensor]
-        vector = self._traffic.load_run(one.stored, (0, one.stored.numel))
-        self._refuse_nan(vector, one.stored.dtype, box.leaf.tensor, "vector")
-        elements = Elements(vector, one.stored.dtype)
-        if self._score.kind == "obd" and _is_negative(elements):
-            raise SparsityError(
-                f"{box.leaf.tensor}: the diagonal of the Hessian in the score file is negative somewhere"
-            )
-        numbers = elements.magnitudes()
+        numbers = self._vectors.get(one.key)
+        if numbers is None:  # as often as there are threads at the most
+            numbers = self._vectors[one.key] = self._vector(one)
         shape = box.stored.shape
         dim = one.dim % len(shape)
         inner = prod(shape[dim + 1 :])
-        if box.leaf.view_shape == shape:
+        if numbers.ndim == 1 and box.leaf.view_shape == shape:
             own = numbers[box.begin[dim] : box.begin[dim] + box.extent[dim]]
             return own.reshape([-1 if other == dim else 1 for other in range(len(shape))])
-        if len(box.extent) == 1 and box.leaf.view_stride == (1,):
+        if numbers.ndim == 1 and len(box.extent) == 1 and box.leaf.view_stride == (1,):
             return _repeated(numbers, inner, box.first, box.numel)
         flat = np.full((1,) * len(box.extent), box.first, dtype=np.int64)
         for axis, (size, step) in enumerate(zip(box.extent, box.leaf.view_stride, strict=True)):
             steps = np.arange(size, dtype=np.int64) * step
             flat = flat + steps.reshape([-1 if other == axis else 1 for other in range(len(box.extent))])
-        return numbers[flat // inner % shape[dim]]
+        places = flat // inner % shape[dim]
+        return numbers[places] if numbers.ndim == 1 else numbers[flat // prod(shape[1:]), places]
+
+    def _vector(self, one: TaskInput) -> Floats:
+        """(features,), or (matrices, features) where a stack has a vector for each of its matrices."""
+        shape = one.stored.shape
+        if one.form == "hessian":
+            features = shape[-1]
+            firsts = [
+                matrix * features**2 + place * (features + 1)
+                for matrix in range(prod(shape[:-2]))
+                for place in range(features)
+            ]
+            bits = np.concatenate([self._traffic.load_run(one.stored, (first, 1)) for first in firsts])
+            shape = shape[:-1]
+        else:
+            bits = self._traffic.load_run(one.stored, (0, one.stored.numel))
+        self._refuse_nan(bits, one.stored.dtype, one.key, "vector")
+        elements = Elements(bits, one.stored.dtype)
+        if (self._score.kind == "obd" or one.form == "hessian") and _is_negative(elements):
+            raise SparsityError(
+                f"{one.key}: the diagonal of the Hessian in the score file is negative somewhere"
+            )
+        numbers = elements.magnitudes().reshape(shape)
+        if one.form == "hessian" and self._score.kind == "wanda":
+            return np.sqrt(numbers)
+        return np.square(numbers) if one.form == "norm" and self._score.kind == "obd" else numbers
 
 
 def _repeated(numbers: Floats, inner: int, first: int, count: int) -> Floats:

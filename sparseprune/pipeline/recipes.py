@@ -15,7 +15,8 @@ from sparseprune.engine.grids import prod
 from sparseprune.errors import SparsepruneError
 from sparseprune.pipeline.boxes import is_row_major_run
 from sparseprune.pipeline.cells import members_of, numel_per_scope
-from sparseprune.pipeline.limits import memory_for_tile, tile_bytes
+from sparseprune.pipeline.limits import INTERPRETER, TORCH, memory_for_tile, tile_bytes
+from sparseprune.pipeline.stacks import stacked_parts
 from sparseprune.pipeline.sweeps import sweep_of
 from sparseprune.spec import BoundBlock, BoundScope
 
@@ -36,6 +37,12 @@ _SUMMED_BYTES = 64  # that each of them costs: it is copied for every level of t
 _SLABS_A_SCOPE = 8  # a scope of more slabs is counted: several threads share it, and less is in memory
 _GROUPS = 64  # parts of a large scope whose digits are counted apart
 _COUNTER_BYTES = 8 << 16  # one histogram
+# That least squares need for each weight, and for each element of a second moment; measured.
+_SOLVER_BYTES, _MOMENT_BYTES = 40, 24
+_STACKED, _STACKED_ELEMENTS = (
+    16,
+    1 << 22,
+)  # matrices of a stack, and their weights, that are worked at one time
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,12 +128,25 @@ class Streamed:
     passes: int
 
 
-Recipe = Runs | Gathered | Counted | Summed | Tiled | Streamed
+@dataclass(frozen=True, slots=True)
+class Reconstructed:
+    """Survivors make up for what was pruned: whole matrices in the engine, `matrices` of a stack at once.
+
+    0 where they are no stack, or compete with each other: all that a task reaches is in memory then.
+    """
+
+    memory: int
+    matrices: int
+    held: int = 0
+    passes: int = 1
+
+
+Recipe = Runs | Gathered | Counted | Summed | Tiled | Streamed | Reconstructed
 
 
 def needs_torch(recipe: Recipe) -> bool:
     """Whether a way of working imports torch."""
-    return isinstance(recipe, Tiled | Streamed)
+    return isinstance(recipe, Tiled | Streamed | Reconstructed)
 
 
 def choose(
@@ -139,6 +159,8 @@ def choose(
     Raises:
         SparsepruneError: one block alone is more than the limits allow.
     """
+    if task.instance.reconstruct is not None:
+        return _reconstructed(task, tensors, limits)
     recipe: Recipe | None = None
     if task.instance.soft is None and task.instance.score.nonfinite == "error":
         if compiled:
@@ -289,6 +311,26 @@ def _streamed(task: Task, limits: Limits) -> Streamed:
         )
     candidates = limits.held // _SCORE_BYTES
     return Streamed(tile_bytes(elements), elements, candidates * _SCORE_BYTES, 3)
+
+
+def _reconstructed(task: Task, tensors: Mapping[str, StoredTensor], limits: Limits) -> Reconstructed:
+    stacks = len(stacked_parts(task, tensors))
+    moments = [one.stored for one in task.inputs if one.role == "moment"]
+    numel = sum(prod(leaf.view_shape) for leaf in task.instance.scope.leaves)
+    dense = sum(tensors[one.key].numel for one in task.inputs if one.role == "moment")
+    nbytes = _SOLVER_BYTES * dense + tile_bytes(numel) + _MOMENT_BYTES * sum(one.numel for one in moments)
+    each = nbytes // max(1, stacks)
+    if each > limits.memory:
+        raise SparsepruneError(
+            f"[{task.rule}] {task.instance.label}: its matrices and their second moments must be in memory "
+            f"together to be reconstructed; --memory must be at least {INTERPRETER + TORCH + each} bytes"
+        )
+    if stacks < 2:
+        return Reconstructed(each, 0)
+    together = min(
+        _STACKED, max(1, _STACKED_ELEMENTS * stacks // max(1, dense)), limits.memory // max(1, each)
+    )
+    return Reconstructed(each * together, together)
 
 
 def alone(scope: AnyScope) -> AnyScope:

@@ -61,6 +61,12 @@ class Schedule:
         return any(needs_torch(job.recipe) for job in self.jobs)
 
     @property
+    def side_by_side(self) -> int:
+        """How many items are worked on at one time, where their memory allows it."""
+        most = max((job.recipe.memory for job in self.jobs), default=0)
+        return max(1, min(self.workers, self.limits.memory // max(1, most)))
+
+    @property
     def peak_bytes(self) -> int:
         """Resident memory at the most, about: the interpreter, what is in flight, scores that are held."""
         base = INTERPRETER + (TORCH if self.uses_torch else 0)
@@ -146,9 +152,10 @@ def _form(task: Task, plan: Plan) -> tuple[object, ...]:
     members = [
         (member.shape, order, len(member.block.leaves)) for member, order in members_of(instance.scope)
     ]
-    inputs = [(one.role, one.stored.dtype) for one in task.inputs]
-    score = (instance.score.kind, instance.score.norm, instance.score.normalize)
-    return (tuple(leaves), tuple(members), tuple(inputs), score, instance.budget, instance.soft is None)
+    inputs = [(one.role, one.stored.dtype, one.stored.shape) for one in task.inputs]
+    score = (instance.score.kind, instance.score.norm, instance.score.normalize, instance.score.nonfinite)
+    method = (instance.soft is None, instance.reconstruct)
+    return (tuple(leaves), tuple(members), tuple(inputs), score, instance.budget, *method)
 
 
 def _rest_bytes(rest: Rest) -> int:

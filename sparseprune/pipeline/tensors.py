@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from sparseprune.engine import SparseBlock, SparseScope
+    from sparseprune.engine import SparseBlock, SparseScope, View
     from sparseprune.pipeline.cells import AnyBlock, Part
     from sparseprune.pipeline.plan import Task
     from sparseprune.pipeline.programs import Setting
@@ -116,7 +116,9 @@ def tensor_of(elements: Elements, device: torch.device) -> Tensor:
     return torch.from_numpy(_signed(elements.bits)).view(torch_dtype(elements.dtype)).to(device)
 
 
-def build_scope(bound: BoundScope | BoundScopeCoupling, tensors: Mapping[BoundBlock, Tensor]) -> SparseScope:
+def build_scope(
+    bound: BoundScope | BoundScopeCoupling, tensors: Mapping[BoundBlock, Tensor | View]
+) -> SparseScope:
     """The engine's scope for a bound one, over tensors in the shape of leaves' views or of parts of them."""
     if isinstance(bound, BoundScope):
         return _build_scope_spec(bound, tensors)
@@ -125,7 +127,7 @@ def build_scope(bound: BoundScope | BoundScopeCoupling, tensors: Mapping[BoundBl
     )
 
 
-def build_block(bound: AnyBlock, tensors: Mapping[BoundBlock, Tensor]) -> SparseBlock:
+def build_block(bound: AnyBlock, tensors: Mapping[BoundBlock, Tensor | View]) -> SparseBlock:
     """The engine's blocks for bound ones, over tensors as `build_scope` takes them."""
     if isinstance(bound, BoundBlock):
         return BlockSpec(tensors[bound], bound.shape, bound.tensor)
@@ -146,7 +148,7 @@ def stream_of(device: str) -> Iterator[None]:
         yield
 
 
-def _build_scope_spec(bound: BoundScope, tensors: Mapping[BoundBlock, Tensor]) -> ScopeSpec:
+def _build_scope_spec(bound: BoundScope, tensors: Mapping[BoundBlock, Tensor | View]) -> ScopeSpec:
     return ScopeSpec(build_block(bound.block, tensors), bound.shape, bound.label)
 
 

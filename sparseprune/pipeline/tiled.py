@@ -97,7 +97,7 @@ def _pruned(
     task: Task, engine: SparseScope, parts: Sequence[tuple[AnyBlock, Part]], tile: Tile, ranking: Ranking
 ) -> dict[BlockSpec, Tensor]:
     """Decide and write in memory; gives the masks, True where a weight is kept."""
-    budget, score = task.instance.budget, task.instance.score
+    budget = task.instance.budget
     if task.instance.soft is not None:
         element_values(engine, tile, ranking)
         limits = (
@@ -106,17 +106,24 @@ def _pruned(
             else engine.soft_budget(budget.nnz, task.instance.soft.k_weight)
         )
         return shrink(engine, task, tile, ranking, 0.0 if limits is None else limits)
+    masks = decide(task, engine, parts, tile, ranking)
+    zero_pruned(masks)
+    return masks
+
+
+def decide(
+    task: Task, engine: SparseScope, parts: Sequence[tuple[AnyBlock, Part]], tile: Tile, ranking: Ranking
+) -> dict[BlockSpec, Tensor]:
+    """The masks of hard thresholding, True where a weight is kept; nothing is written."""
+    budget = task.instance.budget
     scores = block_scores(engine, parts, tile, ranking)
     values = None if scores is not None else element_values(engine, tile, ranking)
     single = all(spec.block.numel_per_block() == 1 for spec, _ in engine.members)
-    if scores is None and not single and (ranking.norm != 2 or score.normalize):
-        scores = engine.block_norms(values, ranking.norm, rms=score.normalize)
+    if scores is None and not single and (ranking.norm != 2 or ranking.rms):
+        scores = engine.block_norms(values, ranking.norm, rms=ranking.rms)
     if budget.nnz is not None:
-        masks = engine.get_masks(budget.nnz, values, scores)
-    else:
-        masks = engine.threshold_masks(budget.threshold or 0.0, values, scores)
-    zero_pruned(masks)
-    return masks
+        return engine.get_masks(budget.nnz, values, scores)
+    return engine.threshold_masks(budget.threshold or 0.0, values, scores)
 
 
 def _stored(scope: AnyScope, setting: Setting) -> Iterator[StoredTensor]:

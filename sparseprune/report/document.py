@@ -46,6 +46,10 @@ class PrunedTensor(Protocol):
     def before(self) -> Tally: ...
     @property
     def after(self) -> Tally: ...
+    @property
+    def output_error_masked(self) -> float | None: ...
+    @property
+    def output_error(self) -> float | None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +87,8 @@ def report_document(
             "numel": numel,
             "pruned": pruned,
             "sparsity": share(pruned, numel),
+            "output_error_masked": mean(tensor.output_error_masked for tensor in tensors),
+            "output_error": mean(tensor.output_error for tensor in tensors),
         },
         "rules": [_rule_entry(rule, tensors) for rule in bound.rules],
         "tensors": [_tensor_entry(tensor) for tensor in tensors],
@@ -92,6 +98,16 @@ def report_document(
 def share(part: float, whole: float) -> float:
     """The share of a part in a whole; 0 of nothing is 0."""
     return part / whole if whole else 0.0
+
+
+def mean(values: Iterable[float | None]) -> float | None:
+    """The mean of those that are there; None of none.
+
+    >>> mean([0.25, None, 0.75]), mean([None])
+    (0.5, None)
+    """
+    known = [value for value in values if value is not None]
+    return math.fsum(known) / len(known) if known else None
 
 
 def one_or_all(values: Iterable[Value]) -> Value | list[Value] | None:
@@ -143,4 +159,6 @@ def _tensor_entry(tensor: PrunedTensor) -> dict[str, Any]:
         "zeros_before": tensor.before.zeros,
         "zeros_after": tensor.after.zeros,
         "energy_kept": energy_kept(tensor.before, tensor.after),
+        "output_error_masked": tensor.output_error_masked,
+        "output_error": tensor.output_error,
     }

@@ -18,7 +18,7 @@ from sparseprune.spec.budgets import budget_of
 from sparseprune.spec.captures import leaves_of_table, look_of_table
 from sparseprune.spec.expressions import ExpressionError
 from sparseprune.spec.locating import locate
-from sparseprune.spec.methods import score_of, soft_of
+from sparseprune.spec.methods import reconstruct_of, score_of, soft_of
 from sparseprune.spec.names import Environment, Names, misfit
 from sparseprune.spec.overlap import check_overlaps
 from sparseprune.spec.problems import Misfit, Problems
@@ -106,6 +106,7 @@ def _instances(
     directory = meeting.spec.directory
     score = score_of(table.score or meeting.spec.score, directory)
     soft = soft_of(table, directory)
+    reconstruct = reconstruct_of(table.reconstruct or meeting.spec.reconstruct, directory)
     entries = (table.nnz, table.sparsity, table.threshold, table.multiple_of)
     is_common = meeting.environment.settles(expressions_of(entries))
     budgets: dict[int, tuple[Budget, float | None]] = {}  # by the blocks in a scope, where they are common
@@ -122,7 +123,7 @@ def _instances(
         else:
             if is_common:
                 budgets[blocks] = found
-            yield BoundInstance(scope.label, site.captures, scope, *found, score, soft)
+            yield BoundInstance(scope.label, site.captures, scope, *found, score, soft, reconstruct)
 
 
 def _rule_scope(meeting: _Meeting, kind: str, name: str, site: Site) -> BoundScope | BoundScopeCoupling:

@@ -137,7 +137,8 @@ class Score:
     `nonfinite` says what NaN and infinity are: an error, or below every other score.
 
     magnitude: `norm` 1, 2 or inf, and `normalize` for the root mean square; random: `seed`; values and
-    blocks: `file`; wanda and obd: `file`, and along which dimension its vectors lie.
+    blocks: `file`; wanda and obd: `file`, and along which dimension its vectors lie (None: as the file says,
+    else the last).
     """
 
     kind: Literal["magnitude", "random", "values", "wanda", "obd", "blocks"] = "magnitude"
@@ -145,7 +146,7 @@ class Score:
     normalize: bool = False
     seed: int = 0
     file: Path | None = None
-    input_dim: int = -1
+    input_dim: int | None = None
     nonfinite: Literal["error", "prune"] = "error"
 
 
@@ -162,6 +163,20 @@ class Soft:
 
 
 @dataclass(frozen=True, slots=True)
+class Reconstruct:
+    """That survivors make up for what was pruned, from the second moments in `file`, which is absolute.
+
+    "refit": for the mask that the score gives; "admm": mask and weights together. `input_dim` is along which
+    dimension of the weights the inputs lie, None for what the file says.
+    """
+
+    file: Path
+    method: Literal["refit", "admm"] = "admm"
+    damp: float = 0.01
+    input_dim: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class BoundInstance:
     """One work unit's worth of a rule: an outermost scope or coupling; `sparsity` is what was asked for."""
 
@@ -172,6 +187,7 @@ class BoundInstance:
     sparsity: float | None = None
     score: Score = Score()
     soft: Soft | None = None
+    reconstruct: Reconstruct | None = None
 
 
 @dataclass(frozen=True, slots=True)

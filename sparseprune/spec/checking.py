@@ -9,7 +9,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from sparseprune.spec.captures import captures_of_table, patterns_of_table
-from sparseprune.spec.methods import METHOD_KEYS, ScoreTable, wrong_method, wrong_score
+from sparseprune.spec.methods import (
+    METHOD_KEYS,
+    wrong_common_reconstruct,
+    wrong_method,
+    wrong_reconstruct,
+    wrong_score,
+)
 from sparseprune.spec.problems import Problems, listed, shown, suggestion
 from sparseprune.spec.referring import check_references
 from sparseprune.spec.schema import (
@@ -44,6 +50,8 @@ def check_spec(spec: Spec, declared: Mapping[str, Collection[str]], problems: Pr
     _check_budgets(spec, declared, problems)
     for key, text in () if spec.score is None else wrong_score(spec.score):
         problems.add("score", key, text)
+    for key, text in () if spec.reconstruct is None else wrong_common_reconstruct(spec.reconstruct):
+        problems.add("reconstruct", key, text)
     check_references(spec, problems, frozenset(declared["vars"]))
 
 
@@ -177,9 +185,9 @@ def _check_budgets(spec: Spec, declared: Mapping[str, Collection[str]], problems
         if name in coupled:
             _check_inner(f"scope.{name}", table, coupled[name], problems)
         elif couplings_read:  # else it may be a member of one that could not be read
-            _check_outermost(f"scope.{name}", table, spec.score, problems)
+            _check_outermost(f"scope.{name}", table, spec, problems)
     for name, coupling in spec.scope_coupling.items():
-        _check_outermost(f"scope_coupling.{name}", coupling, spec.score, problems)
+        _check_outermost(f"scope_coupling.{name}", coupling, spec, problems)
 
 
 def _check_inner(place: str, table: BudgetTable, coupling: str, problems: Problems) -> None:
@@ -190,7 +198,7 @@ def _check_inner(place: str, table: BudgetTable, coupling: str, problems: Proble
             problems.add(place, key, text)
 
 
-def _check_outermost(place: str, table: BudgetTable, common: ScoreTable | None, problems: Problems) -> None:
+def _check_outermost(place: str, table: BudgetTable, spec: Spec, problems: Problems) -> None:
     given = table.budget_keys
     if not given:
         problems.add(place, "", "there is no budget: give one of nnz, sparsity and threshold")
@@ -200,7 +208,10 @@ def _check_outermost(place: str, table: BudgetTable, common: ScoreTable | None, 
         problems.add(
             place, "multiple_of", "it rounds what nnz or sparsity ask for; a threshold keeps no fixed number"
         )
-    for key, text in wrong_method(table, common):
+    for key, text in wrong_method(table, spec.score):
+        problems.add(place, key, text)
+    score, reconstruct = table.score or spec.score, table.reconstruct or spec.reconstruct
+    for key, text in wrong_reconstruct(table, score, reconstruct):
         problems.add(place, key, text)
     if table.score is not None:
         for key, text in wrong_score(table.score):

@@ -6,7 +6,7 @@ Called by the command line and the pipeline.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sparseprune.errors import SpecError
@@ -31,7 +31,8 @@ def find_spec(name_or_path: str | Path) -> SpecSource:
     if _exists(path) and not (shipped and path.is_dir()):
         return _read(path, str(path))
     if shipped:
-        return _read(shipped, shipped.name)
+        # Nobody's files lie beside a spec that ships: what it names is looked for where the command is run.
+        return replace(_read(shipped, shipped.name), directory=Path.cwd())
     raise SpecError(_unknown(str(name_or_path)))
 
 

@@ -1,7 +1,7 @@
-"""How a rule ranks its blocks and what it does to the losers: `[score]`, and `mode` with its keys.
+"""How a rule ranks its blocks and what becomes of losers and survivors: `[score]`, `[reconstruct]`, `mode`.
 
-Owns which keys go together and what they become (`Score`, `Soft`); paths become absolute here. Knows no
-other table. Used by the models of the tables, by `checking` and `binding`.
+Owns which keys go together and what they become (`Score`, `Reconstruct`, `Soft`); paths become absolute here.
+Knows no other table. Used by the models of the tables, by `checking` and `binding`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictInt, StrictStr
 
-from sparseprune.spec.bound import Score, Soft
+from sparseprune.spec.bound import Reconstruct, Score, Soft
 from sparseprune.spec.expressions import LARGEST
 from sparseprune.spec.problems import listed
 
@@ -68,12 +68,33 @@ class ScoreTable(BaseModel):
     )
 
 
+class ReconstructTable(BaseModel):
+    """`[reconstruct]`, or `reconstruct = {...}` in an outermost table."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
+
+    method: Literal["refit", "admm", "none"] = Field("admm", description='one of "refit", "admm" and "none"')
+    file: FilePath | None = Field(
+        None, description="the path of a statistics file or directory, as calibrate writes it"
+    )
+    damp: Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)] = Field(
+        0.01,
+        description="a number of 0 or more: how much of the mean of the Hessian's diagonal is added to it",
+    )
+    input_dim: Annotated[StrictInt, Field(ge=-LARGEST, le=LARGEST)] | None = Field(
+        None, description="an integer: the dimension of the weight along which its input features lie"
+    )
+
+
 class MethodTable(BaseModel):
     """What an outermost scope or coupling has beside its budget."""
 
     model_config = ConfigDict(defer_build=True)
 
     score: ScoreTable | None = Field(None, description='a table such as { kind = "random", seed = 1 }')
+    reconstruct: ReconstructTable | None = Field(
+        None, description='a table such as { file = "stats", method = "admm" }'
+    )
     mode: Literal["hard", "soft"] | None = Field(
         None, description='"hard" (losers become zero) or "soft" (every block shrinks by the threshold)'
     )
@@ -95,6 +116,7 @@ class MethodTable(BaseModel):
 
 
 METHOD_KEYS = tuple(MethodTable.model_fields)
+_NO_STATISTICS = "missing: what calibrate wrote, a safetensors file or directory"
 
 
 def wrong_score(table: ScoreTable) -> Iterator[tuple[str, str]]:
@@ -105,6 +127,36 @@ def wrong_score(table: ScoreTable) -> Iterator[tuple[str, str]]:
             yield key, f'kind = "{table.kind}" takes no {key}: it takes {listed(allowed)}'
     if "file" in allowed and table.file is None:
         yield "file", f'missing: kind = "{table.kind}" reads its values from a safetensors file or directory'
+
+
+def wrong_common_reconstruct(table: ReconstructTable) -> Iterator[tuple[str, str]]:
+    """What is wrong in [reconstruct] itself."""
+    if table.method != "none" and table.file is None:
+        yield "file", _NO_STATISTICS
+
+
+def wrong_reconstruct(
+    table: "BudgetTable", score: ScoreTable | None, reconstruct: ReconstructTable | None
+) -> Iterator[tuple[str, str]]:
+    """What does not go with how a rule is reconstructed; it follows this `score` and this `reconstruct`."""
+    if reconstruct is None or reconstruct.method == "none":
+        return
+    if reconstruct.file is None and reconstruct is table.reconstruct:
+        yield "reconstruct.file", _NO_STATISTICS
+    if table.mode == "soft":
+        yield "mode", 'found "soft", which goes without reconstruct; say reconstruct = { method = "none" }'
+    if score is not None and score.nonfinite == "prune":
+        yield "reconstruct", 'its score says nonfinite = "prune": nothing makes up for what is not finite'
+    if reconstruct.method == "refit":
+        return
+    if table.threshold is not None:
+        yield (
+            "threshold",
+            'method = "admm" keeps a number of blocks: give nnz or sparsity, or method = "refit"',
+        )
+    if score is not None and (score.kind, score.norm or 2, score.normalize) != ("magnitude", 2, None):
+        text = 'method = "admm" ranks by what it reconstructs, so that no score has a part'
+        yield "reconstruct", f'{text}: remove the score, or say method = "refit"'
 
 
 def wrong_method(table: "BudgetTable", common: ScoreTable | None) -> Iterator[tuple[str, str]]:
@@ -131,9 +183,16 @@ def score_of(table: ScoreTable | None, directory: Path) -> Score:
         normalize=table.normalize is not None,
         seed=table.seed or 0,
         file=None if table.file is None else _absolute(table.file, directory),
-        input_dim=-1 if table.input_dim is None else table.input_dim,
+        input_dim=table.input_dim,
         nonfinite=table.nonfinite or "error",
     )
+
+
+def reconstruct_of(table: ReconstructTable | None, directory: Path) -> Reconstruct | None:
+    """How survivors make up for what was pruned, if they do."""
+    if table is None or table.method == "none" or table.file is None:
+        return None
+    return Reconstruct(_absolute(table.file, directory), table.method, table.damp, table.input_dim)
 
 
 def soft_of(table: "BudgetTable", directory: Path) -> Soft | None:

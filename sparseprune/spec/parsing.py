@@ -17,7 +17,7 @@ from pydantic import BaseModel, ValidationError
 from sparseprune.errors import SpecError
 from sparseprune.spec.checking import check_spec
 from sparseprune.spec.fields import OWN_WORDS
-from sparseprune.spec.methods import ScoreTable
+from sparseprune.spec.methods import ReconstructTable, ScoreTable
 from sparseprune.spec.problems import Problems, nearest, shown, suggestion
 from sparseprune.spec.schema import (
     KINDS,
@@ -37,8 +37,12 @@ if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
 AnyTable = TypeVar("AnyTable", bound=BaseModel)
-_SINGLE = ("version", "vars", "score")  # what stands at the top beside the kinds of tables
-_INNER: dict[str, type[BaseModel]] = {"view": ExplicitView, "score": ScoreTable}
+_SINGLE = ("version", "vars", "score", "reconstruct")  # what stands at the top beside the kinds of tables
+_INNER: dict[str, type[BaseModel]] = {
+    "view": ExplicitView,
+    "score": ScoreTable,
+    "reconstruct": ReconstructTable,
+}
 _MOST_ERRORS = 100  # of one table; that there are more is told then
 _TABLE_NAME = re.compile(r"[A-Za-z0-9_-]+")
 # A key of many parts, which tomllib reads in a time that grows with the square of their number.
@@ -68,7 +72,8 @@ def parse_spec(
         source,
         directory,
         read_variables(document.get("vars"), overrides, problems),
-        _read_score(document.get("score"), problems),
+        _read_common("score", ScoreTable, document, problems),
+        _read_common("reconstruct", ReconstructTable, document, problems),
         _read_tables("block", BlockTable, declared, problems),
         _read_tables("block_coupling", BlockCouplingTable, declared, problems),
         _read_tables("scope", ScopeTable, declared, problems),
@@ -123,13 +128,17 @@ def _check_top_level(document: dict[str, Any], problems: Problems) -> None:
             problems.add("", place, f"unknown {what}{suggestion(key, [*KINDS, *_SINGLE[1:]])}")
 
 
-def _read_score(value: object, problems: Problems) -> ScoreTable | None:
+def _read_common(
+    key: str, model: type[AnyTable], document: dict[str, Any], problems: Problems
+) -> AnyTable | None:
+    """A table that holds for all rules which have none of their own."""
+    value = document.get(key)
     if value is None:
         return None
     if not isinstance(value, dict):
-        problems.add("", "score", f"found {shown(value)}, wanted a table: write [score] above its keys")
+        problems.add("", key, f"found {shown(value)}, wanted a table: write [{key}] above its keys")
         return None
-    return _read_table("score", ScoreTable, value, problems)
+    return _read_table(key, model, value, problems)
 
 
 def _tables(value: object) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from sparseprune.spec.fields import (
     Text,
     Threshold,
 )
-from sparseprune.spec.methods import MethodTable, ScoreTable
+from sparseprune.spec.methods import MethodTable, ReconstructTable, ScoreTable
 from sparseprune.spec.patterns import TensorPattern
 from sparseprune.spec.regexes import RegexPattern
 from sparseprune.spec.variables import Variable
@@ -190,6 +190,7 @@ class Spec:
     directory: Path
     variables: Mapping[str, Variable]
     score: ScoreTable | None
+    reconstruct: ReconstructTable | None
     block: Mapping[str, BlockTable]
     block_coupling: Mapping[str, BlockCouplingTable]
     scope: Mapping[str, ScopeTable]

@@ -1,0 +1,195 @@
+"""Statistics files: second moments of what matrices are multiplied with, in safetensors files.
+
+Owns their names, metadata and layout, and how a weight finds its own: matrices that share an input share one
+tensor. A file without our metadata is one of ready tensors, named by the weights. Knows no models; written by
+calibration, read by the pipeline and the reports.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path, PurePosixPath
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal
+
+from sparseprune.checkpoint.documents import strict_json
+from sparseprune.checkpoint.folder import INDEX_SUFFIX, RESULTS, SUFFIX, read_object
+from sparseprune.checkpoint.header import lay_out
+from sparseprune.checkpoint.layout import OutputFile, OutputLayout, Place
+from sparseprune.checkpoint.source import open_checkpoint
+from sparseprune.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from sparseprune.checkpoint.source import Checkpoint, Shard, StoredTensor
+
+StatisticsKind = Literal["hessian", "norm"]
+STATISTICS_KEY = "sparseprune.statistics"
+SHARD_BYTES = 5_000_000_000  # a file of statistics is begun anew from here on
+_STEM = "statistics"
+_REPORT = PurePosixPath(RESULTS, "report.json")
+
+
+@dataclass(frozen=True, slots=True)
+class Collected:
+    """One tensor of statistics: of `features` input features, a matrix each for `experts`, None for one.
+
+    `weights` are the tensors that are multiplied with that input, the name of the first one is its own; each
+    with the dimension along which its input features lie.
+    """
+
+    features: int
+    experts: int | None
+    weights: Mapping[str, int]
+
+    @property
+    def name(self) -> str:
+        return next(iter(self.weights))
+
+    def shape(self, kind: StatisticsKind) -> tuple[int, ...]:
+        """(features, features) or (features,), with the experts in front where there are some."""
+        features = (self.features,) * (2 if kind == "hessian" else 1)
+        return features if self.experts is None else (self.experts, *features)
+
+
+@dataclass(frozen=True, slots=True)
+class Statistic:
+    """What a file has for a weight: `kind` None is a ready tensor, of which only its name is known.
+
+    "hessian" is the mean of x x^T over tokens, "norm" the root of its diagonal; `input_dim` is None where
+    the file does not say it. `tokens` were counted, one number for each matrix; () where nobody did.
+    """
+
+    stored: StoredTensor
+    kind: StatisticsKind | None = None
+    input_dim: int | None = None
+    tokens: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """A file or directory of statistics, its headers read; `of` has one entry for every weight."""
+
+    checkpoint: Checkpoint
+    of: Mapping[str, Statistic] = field(repr=False)
+
+
+def open_statistics(path: Path) -> Statistics:
+    """The statistics in a safetensors file or directory; CheckpointError where they contradict themselves."""
+    checkpoint = open_checkpoint(path)
+    counts = _counts(path) if checkpoint.is_directory else {}
+    found: dict[str, Statistic] = {}
+    for shard in checkpoint.shards:
+        described = _described(shard)
+        kind, tensors = (None, {}) if described is None else described
+        for entry in shard.header.entries:
+            stored = checkpoint.tensors[entry.name]
+            weights = tensors.get(entry.name) if kind else {entry.name: None}
+            for weight, dim in (weights or {}).items():
+                if weight in found:
+                    raise CheckpointError(f"{shard.path}: has statistics of {weight} twice; calibrate again")
+                found[weight] = Statistic(stored, kind, dim, counts.get(entry.name, ()) if kind else ())
+    return Statistics(checkpoint, MappingProxyType(found))
+
+
+def lay_out_statistics(
+    checkpoint: Checkpoint,
+    target: Path,
+    kind: StatisticsKind,
+    tensors: Sequence[Collected],
+    shard_bytes: int = SHARD_BYTES,
+) -> OutputLayout:
+    """The output that holds these statistics of a checkpoint, in this order, and a report: a directory."""
+    groups = list(_shards(kind, tensors, shard_bytes))
+    files: list[OutputFile] = []
+    places: dict[str, Place] = {}
+    for number, group in enumerate(groups, 1):
+        many = f"-{number:05d}-of-{len(groups):05d}" if len(groups) > 1 else ""
+        path = PurePosixPath(f"{_STEM}{many}{SUFFIX}")
+        header = lay_out(((one.name, "F32", one.shape(kind)) for one in group), _metadata(kind, group))
+        files.append(OutputFile(path, header.file_size, header.raw))
+        for entry in header.entries:
+            place = Place(path, header.data_begin + entry.begin, entry.nbytes, prod(entry.shape))
+            places[entry.name] = place
+    if len(groups) > 1:
+        weight_map = {name: str(place.file) for name, place in places.items()}
+        total = {"total_size": sum(place.nbytes for place in places.values())}
+        text = json.dumps({"metadata": total, "weight_map": weight_map}, ensure_ascii=False, indent=2) + "\n"
+        files.append(OutputFile(PurePosixPath(_STEM + INDEX_SUFFIX), len(text.encode()), text.encode()))
+    final = target.absolute()
+    return OutputLayout(
+        checkpoint=checkpoint,
+        target=final.resolve() if final.name == ".." else final,
+        is_directory=True,
+        files=tuple(files),
+        copies=(),
+        weights=MappingProxyType(places),
+        masks=MappingProxyType({}),
+        mask_files=(),
+        mask_format=None,
+        writes_weights=True,
+        report_file=_REPORT,
+        spec_file=None,
+    )
+
+
+def _shards(
+    kind: StatisticsKind, tensors: Sequence[Collected], shard_bytes: int
+) -> Iterable[list[Collected]]:
+    group: list[Collected] = []
+    held = 0
+    for one in tensors:
+        nbytes = 4 * prod(one.shape(kind))
+        if group and held + nbytes > shard_bytes:
+            yield group
+            group, held = [], 0
+        group.append(one)
+        held += nbytes
+    yield group
+
+
+def _metadata(kind: StatisticsKind, group: Sequence[Collected]) -> dict[str, str]:
+    document = {"kind": kind, "weights": {one.name: dict(one.weights) for one in group}}
+    return {"format": "pt", STATISTICS_KEY: json.dumps(document, ensure_ascii=False, separators=(",", ":"))}
+
+
+def _described(shard: Shard) -> tuple[StatisticsKind, Mapping[str, Mapping[str, int]]] | None:
+    """What our metadata says of a shard; None where it has none."""
+    text = shard.header.metadata.get(STATISTICS_KEY)
+    if text is None:
+        return None
+    try:
+        document = strict_json(text)
+        kind, tensors = document["kind"], document["weights"]
+        right = kind in {"hessian", "norm"} and all(
+            isinstance(dim, int) and dim >= 0 for weights in tensors.values() for dim in weights.values()
+        )
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        right = False
+    if not right:
+        raise CheckpointError(
+            f"{shard.path}: its metadata {STATISTICS_KEY} is not that of a statistics file; calibrate again"
+        )
+    return kind, tensors
+
+
+def _counts(path: Path) -> dict[str, tuple[int, ...]]:
+    """The tokens that were counted for each tensor, as the report beside the files says; {} without one."""
+    try:
+        report: Mapping[str, Any] = read_object(path / _REPORT)
+    except CheckpointError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            return {}
+        raise
+    counts: dict[str, tuple[int, ...]] = {}
+    matrices = report.get("matrices")
+    for matrix in matrices if isinstance(matrices, list) else []:
+        if isinstance(matrix, dict) and isinstance(matrix.get("name"), str):
+            tokens = matrix.get("tokens")
+            listed: list[Any] = tokens if isinstance(tokens, list) else [tokens]
+            if all(isinstance(count, int) for count in listed):
+                counts[matrix["name"]] = tuple(listed)
+    return counts

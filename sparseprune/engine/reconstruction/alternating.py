@@ -1,0 +1,164 @@
+"""ADMM: which weights survive and what they become, found together.
+
+Owns the alternation between least squares and a projection, which is all that it knows of sparsity: ALPS
+(Meng et al. 2024, arXiv 2406.07831) with any projection that keeps a budget. Called by users of the engine
+and by the pipeline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparseprune.engine.reconstruction.matrices import Matrix, Scaled, scaled
+from sparseprune.engine.reconstruction.refitting import refit
+
+Projection = Callable[[Sequence[Tensor]], Sequence[Tensor]]
+"""Tensors of the weights' shapes in, masks of these shapes out, True where what is largest is kept."""
+
+_PENALTY = 0.03  # with a unit diagonal; measured in tests/benchmarks/README.md
+_CHECK = 3  # iterations between two looks at the support
+# By how much the penalty grows, by the share of the support that changed since the last look.
+_GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Reconstructed:
+    """Weights of the shape and dtype of a matrix's, and the mask of those that survived."""
+
+    weights: Tensor
+    mask: Tensor
+
+
+def admm(
+    matrices: Sequence[Matrix],
+    project: Projection,
+    *,
+    damp: float = 0.01,
+    max_iter: int = 300,
+    joint: bool = True,
+) -> list[Reconstructed]:
+    """Minimize the sum of tr((W - W0) H (W - W0)^T) over all matrices, on supports that `project` allows.
+
+    `project` is asked which weights survive given others of the same shapes, in coordinates in which the
+    diagonal of H is 1; it decides for all matrices at once, so that blocks may compete across them. What it
+    keeps at last is refitted. Where inputs are uncorrelated its first answer, for the dense weights, is best.
+    `joint` False tells that the matrices of a stack (experts) do not compete with each other: each gets a
+    penalty of its own. H is damped as in `refit`; weights that are `fixed` stay.
+    """
+    problems = [scaled(matrix, damp) for matrix in matrices]
+    sides = [_Side(matrix, problem) for matrix, problem in zip(matrices, problems, strict=True)]
+    keep = _projected(sides, project, [problem.dense for problem in problems])
+    for side, kept in zip(sides, keep, strict=True):
+        side.set_out(kept)
+    if not all(problem.is_uncorrelated for problem in problems):
+        _alternate(sides, project, max_iter, joint=joint)
+    found = []
+    for side in sides:
+        matrix = side.matrix
+        mask = matrix.unrows(side.keep).contiguous()
+        # Where the dense weight stood all along it keeps its bits.
+        rows, same = side.sparse / side.problem.scale, side.sparse == side.problem.dense
+        start = matrix.unrows(torch.where(same, matrix.rows(matrix.dense).to(rows.dtype), rows))
+        found.append(Reconstructed(refit(matrix, mask, damp=damp, start=start), mask))
+    return found
+
+
+class _Side:
+    """One matrix on its way: its sparse weights and the scaled dual, both (matrices, out, in) and scaled."""
+
+    def __init__(self, matrix: Matrix, problem: Scaled) -> None:
+        self.matrix = matrix
+        self.problem = problem
+        self.fixed = None if matrix.fixed is None else matrix.rows(matrix.fixed)
+        self.sparse = problem.dense
+        self.dual = torch.zeros_like(problem.dense)
+        self.keep = self.seen = torch.ones_like(problem.dense, dtype=torch.bool)
+        self._explicit = problem.dense.shape[-2] >= problem.dense.shape[-1]
+        self._penalty = self._operator = torch.empty(0)
+
+    def set_out(self, keep: Tensor) -> None:
+        """The first support, and the dense weights on it."""
+        self.keep = self.seen = self._with_fixed(keep)
+        self.sparse = torch.where(self.keep, self.problem.dense, 0.0)
+
+    def prepare(self, penalty: Tensor) -> None:
+        """The operator rho (H + rho I)^-1 for a penalty (matrices, 1, 1), as a factor or multiplied out."""
+        damped = self.problem.hessian.clone()
+        damped.diagonal(dim1=-2, dim2=-1).add_(penalty.squeeze(-1))
+        factor = torch.linalg.cholesky(damped)
+        self._penalty = penalty
+        self._operator = torch.cholesky_inverse(factor) if self._explicit else factor
+
+    def proposal(self) -> Tensor:
+        """The dense weights that this penalty pulls towards the sparse ones, plus the dual."""
+        pulled = self.sparse - self.problem.dense - self.dual
+        if self._explicit:
+            moved = pulled @ self._operator
+        else:
+            moved = torch.cholesky_solve(pulled.mT, self._operator).mT
+        return moved.mul_(self._penalty).add_(self.problem.dense).add_(self.dual)
+
+    def take(self, proposal: Tensor, keep: Tensor, active: Tensor) -> None:
+        """The sparse weights and the dual that follow, where matrices are `active`, (matrices, 1, 1)."""
+        keep = self._with_fixed(keep)
+        sparse = torch.where(keep, proposal, 0.0)
+        if self.fixed is not None:
+            sparse = torch.where(self.fixed, self.problem.dense, sparse)
+        self.keep = torch.where(active, keep, self.keep)
+        self.dual = torch.where(active, proposal - sparse, self.dual)
+        self.sparse = torch.where(active, sparse, self.sparse)
+
+    def changed(self) -> tuple[Tensor, Tensor]:
+        """Elements of each matrix that came or went since the last look, and those that are kept."""
+        came = (self.keep != self.seen).sum((-2, -1)).to(torch.float64) / 2
+        self.seen = self.keep
+        return came, self.keep.sum((-2, -1)).to(torch.float64)
+
+    def _with_fixed(self, keep: Tensor) -> Tensor:
+        return keep if self.fixed is None else keep | self.fixed
+
+
+def _projected(sides: Sequence[_Side], project: Projection, rows: Sequence[Tensor]) -> list[Tensor]:
+    given = [side.matrix.unrows(one) for side, one in zip(sides, rows, strict=True)]
+    return [side.matrix.rows(mask) for side, mask in zip(sides, project(given), strict=True)]
+
+
+def _alternate(sides: Sequence[_Side], project: Projection, max_iter: int, *, joint: bool) -> None:
+    """Until no support changes any more between two looks, while the penalty grows."""
+    first = sides[0].problem.dense
+    penalties = 1 if joint else len(first)
+    penalty = torch.full((penalties, 1, 1), _PENALTY, dtype=first.dtype, device=first.device)
+    active = torch.ones_like(penalty, dtype=torch.bool)
+    for side in sides:
+        side.prepare(penalty)
+    for number in range(1, max_iter + 1):
+        proposals = [side.proposal() for side in sides]
+        keeps = _projected(sides, project, proposals)
+        for side, proposal, keep in zip(sides, proposals, keeps, strict=True):
+            side.take(proposal, keep, active)
+        if number % _CHECK:
+            continue
+        share = _changed_share(sides, joint=joint)
+        active = active & (share > 0)
+        if not bool(active.any()):
+            break
+        growth = torch.ones_like(penalty)
+        for least, factor in reversed(_GROWTH):
+            growth = torch.where(active & (share > least), factor, growth)
+        penalty = penalty * growth
+        for side in sides:
+            side.dual = side.dual / growth
+            side.prepare(penalty)
+
+
+def _changed_share(sides: Sequence[_Side], *, joint: bool) -> Tensor:
+    """What share of the support changed, (matrices, 1, 1); where they are joint of all, (1, 1, 1)."""
+    came, kept = (
+        torch.stack([one.sum() if joint else one for one in counts]).sum(0).reshape(-1, 1, 1)
+        for counts in zip(*(side.changed() for side in sides), strict=True)
+    )
+    return came / kept.clamp_min(1)
