@@ -40,6 +40,7 @@ from sparseprune.cli.options import (
     listing_of,
     memory_of,
     overrides_of,
+    quarter_of_memory,
 )
 
 if TYPE_CHECKING:
@@ -208,6 +209,92 @@ def plan(
             json=json,
         )
         run(request, draw)
+
+
+@app.command()
+def calibrate(
+    checkpoint: CheckpointArgument,
+    text: Annotated[
+        list[Path],
+        typer.Option(
+            "--text",
+            metavar="FILE",
+            help="Text, or JSON lines (.jsonl); repeat it for several. Of long files the first part is read, "
+            "64 characters for each token that is asked for.",
+            show_default=False,
+        ),
+    ],
+    output: OutputOption = None,
+    stats: Annotated[
+        Literal["hessian", "norm"],
+        typer.Option("--stats", help="All second moments, or the norms of the inputs alone."),
+    ] = "hessian",
+    sequences: Annotated[
+        int, typer.Option("--sequences", metavar="N", min=1, help="How many, drawn at random.")
+    ] = 128,
+    length: Annotated[
+        int | None,
+        typer.Option(
+            "--length",
+            metavar="N",
+            min=1,
+            help="Tokens in a sequence.",
+            show_default="2048, or what the model takes",
+        ),
+    ] = None,
+    field: Annotated[
+        str | None,
+        typer.Option(
+            "--field", metavar="NAME", help="Which field of JSON lines is text.", show_default="text"
+        ),
+    ] = None,
+    seed: Annotated[
+        int, typer.Option("--seed", min=0, help="Of the draw among all sequences of the text.")
+    ] = 0,
+    device: DeviceOption = "auto",
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            "--memory",
+            metavar="SIZE",
+            help="Memory for second moments, beside the model; the text passes as often as it takes.",
+            show_default="a quarter of RAM",
+        ),
+    ] = None,
+    force: ForceOption = False,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Run text through the checkpoint's model and write what its matrices are multiplied with.
+
+    The output is CKPT-stats beside the directory unless --output says otherwise: for every matrix the second
+    moment of its inputs, which [reconstruct] and the scores wanda and obd of a spec read. Padding and special
+    tokens do not count. Needs transformers: pip install 'sparseprune[calibrate]'.
+
+    Example: sparseprune calibrate ./llama --text corpus.txt -o stats
+    """
+    with reported(debug):
+        from sparseprune.cli.calibrate import Request, run
+
+        request = Request(
+            checkpoint=checkpoint,
+            text=tuple(text),
+            output=output,
+            kind=stats,
+            sequences=sequences,
+            length=length,
+            field=field,
+            seed=seed,
+            device=device,
+            memory=memory_of(memory) or quarter_of_memory(),
+            force=force,
+            json=json,
+            quiet=quiet,
+            verbose=verbose,
+        )
+        run(request)
 
 
 @app.command()

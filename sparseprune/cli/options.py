@@ -186,7 +186,12 @@ def memory_of(text: str | None) -> int | None:
 
 
 def default_memory(root: Path = Path("/")) -> int:
-    """Bytes: a quarter of the RAM that this process may use, 1 GiB at most.
+    """Bytes: a quarter of the RAM that this process may use, 1 GiB at most; `root` as below."""
+    return min(_GIB, quarter_of_memory(root))
+
+
+def quarter_of_memory(root: Path = Path("/")) -> int:
+    """Bytes: a quarter of the RAM that this process may use.
 
     That is the machine's, or what the control group of the process or one around it allows; `root` is
     where /proc and /sys lie.
@@ -199,7 +204,7 @@ def default_memory(root: Path = Path("/")) -> int:
         )
         if text.isdecimal()
     ]
-    return max(1, min(_GIB, *(limit // 4 for limit in (*limits, _physical_memory()))))
+    return max(1, min(limit // 4 for limit in (*limits, _physical_memory())))
 
 
 def default_jobs(root: Path = Path("/")) -> int:

@@ -28,6 +28,7 @@ _TICK = 1.0  # seconds between two looks where log lines are written
 _FIRST_LINE, _LONGEST_PAUSE = 5.0, 60.0  # seconds
 _WINDOW, _SETTLED = 30.0, 0.5  # seconds that a rate is taken over at most, and at least
 _SIZES = ("B", "kB", "MB", "GB", "TB", "PB")
+TOKENS = ("tokens", "k tokens", "M tokens", "G tokens")
 _SPARE = 2  # columns that stay free, for the ^C that a terminal echoes
 _SHORTEST_BAR, _LONGEST_BAR, _SHORTEST_UNIT = 5, 40, 6  # columns
 
@@ -39,15 +40,18 @@ class Advance(Protocol):
 
 
 @contextmanager
-def progress(what: str, total: int, *, quiet: bool, already: int = 0) -> Iterator[Advance]:
+def progress(
+    what: str, total: int, *, quiet: bool, already: int = 0, sizes: tuple[str, ...] = _SIZES
+) -> Iterator[Advance]:
     """Tell on stderr how many of `total` bytes are done; gives the function that advances it.
 
     The `already` bytes were done before, by a run that this one continues, and do not count into the rate.
+    `sizes` names what is counted, by powers of a thousand.
     """
     if quiet:
         yield _unheard
         return
-    tally = Tally(total, already)
+    tally = Tally(total, already, sizes=sizes)
     console = stderr_console() if sys.stderr.isatty() else None
     with (
         _bar(what, tally, console)
@@ -59,12 +63,16 @@ def progress(what: str, total: int, *, quiet: bool, already: int = 0) -> Iterato
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """How far a run is at one moment; `rate` is bytes per second, None until it can be told."""
+    """How far a run is at one moment; `rate` is bytes per second, None until it can be told.
+
+    Bytes, or what else `sizes` names by powers of a thousand.
+    """
 
     done: int
     total: int
     rate: float | None = None
     unit: str = ""
+    sizes: tuple[str, ...] = _SIZES
 
     @property
     def share(self) -> float:
@@ -83,7 +91,14 @@ class Tally:
     The rate is that of the last 30 seconds, and starts with the first byte: what is loaded before is none.
     """
 
-    def __init__(self, total: int, already: int = 0, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        total: int,
+        already: int = 0,
+        clock: Callable[[], float] = time.monotonic,
+        sizes: tuple[str, ...] = _SIZES,
+    ) -> None:
+        self._sizes = sizes
         self._lock = threading.Lock()
         self._total, self._already, self._done, self._unit = total, already, already, ""
         self._clock = clock
@@ -106,7 +121,7 @@ class Tally:
             samples.popleft()
         since, before = samples[0]
         rate = (done - before) / (now - since) if now - since >= _SETTLED else None
-        return Standing(done, self._total, rate, self._unit)
+        return Standing(done, self._total, rate, self._unit, self._sizes)
 
 
 def log_line(what: str, standing: Standing) -> str:
@@ -119,7 +134,7 @@ def log_line(what: str, standing: Standing) -> str:
     """
     parts = [f"sparseprune: {what} {int(standing.share * 100)}%", " of ".join(_amounts(standing)).lstrip()]
     if standing.rate is not None:
-        parts.append(_speed(standing.rate))
+        parts.append(_speed(standing.rate, standing.sizes))
     if standing.seconds_left is not None:
         parts.append(f"{_duration(standing.seconds_left)} left")
     if standing.unit:
@@ -143,7 +158,7 @@ class Line:
         from rich.text import Text
 
         standing = self.standing
-        speed = "?" if standing.rate is None else _speed(standing.rate)
+        speed = "?" if standing.rate is None else _speed(standing.rate, standing.sizes)
         facts = f" {'/'.join(_amounts(standing))} {speed:>8} {_clock_face(standing.seconds_left)}"
         unit = Text(_printable(f" {standing.unit}".rstrip()), style="dim", no_wrap=True, end="")
         free = options.max_width - _SPARE - len(self.what) - 1 - len(facts)
@@ -243,29 +258,29 @@ def _amounts(standing: Standing) -> tuple[str, str]:
     >>> _amounts(Standing(750_000_000, 2_200_000_000)), _amounts(Standing(7_500_000, 12_300_000))
     (('0.75', '2.20 GB'), (' 7.5', '12.3 MB'))
     """
-    step, name = _scale(standing.total)
+    step, name = _scale(standing.total, standing.sizes)
     whole = standing.total / step
     digits = 0 if step == 1 or whole >= 99.95 else 1 if whole >= 9.995 else 2
     text = f"{whole:.{digits}f}"
     return f"{standing.done / step:{len(text)}.{digits}f}", f"{text} {name}"
 
 
-def _speed(rate: float) -> str:
+def _speed(rate: float, sizes: tuple[str, ...] = _SIZES) -> str:
     """Bytes per second in at most eight columns.
 
     >>> _speed(1.13e9), _speed(12_345_678), _speed(999_999), _speed(0)
     ('1.1 GB/s', '12 MB/s', '1.0 MB/s', '0 B/s')
     """
-    step, name = _scale(rate)
+    step, name = _scale(rate, sizes)
     return f"{rate / step:.{int(step > 1 and rate / step < 9.95)}f} {name}/s"
 
 
-def _scale(nbytes: float) -> tuple[int, str]:
+def _scale(nbytes: float, sizes: tuple[str, ...]) -> tuple[int, str]:
     """The unit of size in which the bytes have at most three digits before the point."""
     power = 0
-    while nbytes >= 999.5 * 1000**power and power < len(_SIZES) - 1:
+    while nbytes >= 999.5 * 1000**power and power < len(sizes) - 1:
         power += 1
-    return 1000**power, _SIZES[power]
+    return 1000**power, sizes[power]
 
 
 def _clock_face(seconds: float | None) -> str:

@@ -60,8 +60,8 @@ class Setting:
 Outcome = list[Any]
 """[tensor, rule, elements reached, pruned, zeros before, energy before, zeros after, energy after].
 
-For a matrix that was reconstructed there follow its output energies: a list of what is lost by the mask alone,
-what is lost now, and that of the dense matrix.
+For a matrix that was reconstructed there follow its output energies: a list of what is lost by the mask
+alone, what is lost now, and that of the dense matrix.
 """
 
 

@@ -1,0 +1,42 @@
+"""Input statistics of a model over text: what its matrices are multiplied with, as a file of second moments.
+
+Owns everything that needs the model's own code; the only room that knows transformers. Refuses to know specs
+and pruning. Called by the command line; names are loaded on first use, since they import torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sparseprune.calibration.collecting import Calibration, calibrate, plan_calibration
+    from sparseprune.calibration.loading import LoadedModel, load_model
+    from sparseprune.calibration.sequences import Sequences, make_sequences
+    from sparseprune.calibration.text import read_documents
+
+__all__ = [
+    "Calibration",
+    "LoadedModel",
+    "Sequences",
+    "calibrate",
+    "load_model",
+    "make_sequences",
+    "plan_calibration",
+    "read_documents",
+]
+
+_HOME = {
+    "Calibration": "collecting",
+    "LoadedModel": "loading",
+    "Sequences": "sequences",
+    "calibrate": "collecting",
+    "load_model": "loading",
+    "make_sequences": "sequences",
+    "plan_calibration": "collecting",
+    "read_documents": "text",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name in _HOME:
+        return getattr(import_module(f"sparseprune.calibration.{_HOME[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

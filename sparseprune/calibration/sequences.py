@@ -1,0 +1,90 @@
+"""Sequences of tokens out of documents: windows of one length, as the model expects them.
+
+Owns tokenizing, cutting and sampling, and which tokens count. Knows no models but through their tokenizer.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sparseprune.errors import SparsepruneError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sequences:
+    """Tokens (sequences, length), and which of them count: none of the special ones.
+
+    `available` is how many sequences the text has.
+    """
+
+    ids: Tensor
+    counted: Tensor
+    available: int
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens count."""
+        return int(self.counted.sum())
+
+
+def make_sequences(
+    documents: Sequence[str],
+    tokenizer: Any,
+    count: int,
+    length: int,
+    seed: int,
+) -> Sequences:
+    """`count` windows of `length` tokens each, or all there are: drawn by `seed` from all whole ones.
+
+    The documents follow each other; each window gets the special tokens that the tokenizer puts around one.
+
+    Raises:
+        SparsepruneError: there is not one whole window.
+    """
+    before, after = _special_around(tokenizer)
+    inside = length - len(before) - len(after)
+    if inside < 1:
+        raise SparsepruneError(
+            f"--length {length}: {len(before) + len(after)} special tokens around a sequence leave no room"
+        )
+    tokens = [token for document in documents for token in _tokens(tokenizer, document)]
+    available = len(tokens) // inside
+    if not available:
+        raise SparsepruneError(
+            f"the text has {len(tokens)} tokens, wanted {inside} for one sequence of --length {length}: "
+            "give more text or a smaller --length"
+        )
+    drawn = sorted(random.Random(seed).sample(range(available), min(count, available)))  # noqa: S311
+    rows = [[*before, *tokens[inside * place : inside * (place + 1)], *after] for place in drawn]
+    ids = torch.tensor(rows, dtype=torch.int64)
+    special = torch.tensor(sorted(set(tokenizer.all_special_ids)), dtype=torch.int64)
+    counted = ~torch.isin(ids, special)
+    counted[:, : len(before)] = False
+    counted[:, length - len(after) :] = False
+    if not bool(counted.any()):
+        raise SparsepruneError("the text consists of special tokens alone, which do not count")
+    return Sequences(ids, counted, available)
+
+
+def _tokens(tokenizer: Any, text: str) -> list[int]:
+    ids: list[int] = tokenizer(text, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
+    return ids
+
+
+def _special_around(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """What the tokenizer puts before and after a text."""
+    bare = _tokens(tokenizer, "a")
+    whole: list[int] = tokenizer("a", verbose=False)["input_ids"]
+    for place in range(len(whole) - len(bare) + 1):
+        if bare and whole[place : place + len(bare)] == bare:
+            return whole[:place], whole[place + len(bare) :]
+    return [], []

@@ -1,0 +1,202 @@
+"""`calibrate`: from text and a checkpoint to statistics under their name, and what is told about it."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparseprune import __version__
+from sparseprune.checkpoint import (
+    StagedOutput,
+    lay_out_statistics,
+    open_checkpoint,
+    refuse_changed,
+)
+from sparseprune.checkpoint.target import check_target
+from sparseprune.cli.console import print_json, print_result, stderr_console
+from sparseprune.cli.progress import TOKENS, progress
+from sparseprune.cli.writing import interrupts_told, output_shown, write_output
+from sparseprune.errors import SparsepruneError
+
+if TYPE_CHECKING:
+    from sparseprune.calibration import Calibration, LoadedModel, Sequences
+    from sparseprune.checkpoint import Checkpoint, StatisticsKind
+
+_CHARACTERS = 64  # of text that are read for each token that is asked for: some to choose from
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What was typed; `length` None for what the model takes."""
+
+    checkpoint: Path
+    text: tuple[Path, ...]
+    output: Path | None
+    kind: StatisticsKind
+    sequences: int
+    length: int | None
+    field: str | None
+    seed: int
+    device: str
+    memory: int
+    force: bool = False
+    json: bool = False
+    quiet: bool = False
+    verbose: bool = False
+
+
+def run(request: Request) -> None:
+    """Read, plan, run the text through the model, commit, tell."""
+    from sparseprune.calibration import (
+        load_model,
+        make_sequences,
+        plan_calibration,
+        read_documents,
+    )
+    from sparseprune.pipeline import resolve_device
+
+    began = time.perf_counter()
+    checkpoint = open_checkpoint(request.checkpoint)
+    target = _target(request, checkpoint)
+    # Before minutes are spent on a model.
+    check_target(lay_out_statistics(checkpoint, target, request.kind, ()), force=request.force)
+    most = _CHARACTERS * request.sequences * (request.length or 2048)
+    documents = read_documents(request.text, request.field, most)
+    device = resolve_device(request.device, uses_torch=True)
+    with tempfile.TemporaryDirectory(prefix="sparseprune-") as folder:
+        loaded = load_model(checkpoint, device, Path(folder))
+        sequences = make_sequences(
+            documents, loaded.tokenizer, request.sequences, _length(request, loaded), request.seed
+        )
+        plan = plan_calibration(loaded, sequences, checkpoint, request.kind, request.memory)
+        layout = lay_out_statistics(checkpoint, target, request.kind, plan.tensors)
+        output = StagedOutput(layout, request.force)
+        with interrupts_told(output):
+            document = write_output(
+                output,
+                lambda _: _worked(request, loaded, sequences, plan, output, began),
+                lambda: refuse_changed(checkpoint, ()),
+                quiet=request.quiet,
+            )
+            if not request.quiet:
+                _tell(request, loaded, sequences, document)
+            if request.json:
+                print_json(document)
+            else:
+                print_result(output_shown(request, layout))
+
+
+def _length(request: Request, loaded: LoadedModel) -> int:
+    if request.length is not None and loaded.longest is not None and request.length > loaded.longest:
+        raise SparsepruneError(f"--length {request.length}: the model takes {loaded.longest} tokens at most")
+    return request.length or loaded.length
+
+
+def _target(request: Request, checkpoint: Checkpoint) -> Path:
+    if request.output is not None:
+        return request.output
+    source = checkpoint.path.absolute()
+    return source.with_name(f"{source.name}-stats")
+
+
+def _worked(
+    request: Request,
+    loaded: LoadedModel,
+    sequences: Sequences,
+    plan: Calibration,
+    output: StagedOutput,
+    began: float,
+) -> dict[str, Any]:
+    """Collect, and write the report beside the statistics."""
+    from sparseprune.calibration import calibrate
+
+    total = sequences.ids.numel() * len(plan.passes)
+    with progress("calibrating", total, quiet=request.quiet, sizes=TOKENS) as advance:
+        tokens = calibrate(loaded, sequences, plan, output, request.kind, advance)
+    document = {
+        "schema": "sparseprune.statistics.v1",
+        "sparseprune": __version__,
+        "input": str(request.checkpoint),
+        "output": output_shown(request, output.layout),
+        "kind": request.kind,
+        "device": str(loaded.device),
+        "seconds": round(time.perf_counter() - began, 3),
+        "text": [str(path) for path in request.text],
+        "sequences": len(sequences.ids),
+        "length": sequences.ids.shape[1],
+        "seed": request.seed,
+        "tokens": sequences.tokens,
+        "passes": len(plan.passes),
+        "matrices": [
+            {
+                "name": one.name,
+                "features": one.features,
+                "experts": one.experts,
+                "tokens": tokens[one.name] if one.experts is not None else tokens[one.name][0],
+                "weights": dict(one.weights),
+            }
+            for one in plan.tensors
+        ],
+        "without": [{"name": name, "why": why} for name, why in plan.without],
+    }
+    text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+    output.add_file(output.layout.report_file, text.encode(errors="backslashreplace"))
+    return document
+
+
+def _tell(request: Request, loaded: LoadedModel, sequences: Sequences, document: dict[str, Any]) -> None:
+    for line in _summary(request, loaded, sequences, document):
+        stderr_console().print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _summary(
+    request: Request, loaded: LoadedModel, sequences: Sequences, document: dict[str, Any]
+) -> list[str]:
+    matrices, without = document["matrices"], document["without"]
+    weights = sum(len(one["weights"]) for one in matrices)
+    lines = []
+    if len(sequences.ids) < request.sequences:
+        lines.append(
+            f"the text has {len(sequences.ids)} sequences, fewer than the {request.sequences} asked for"
+        )
+    if loaded.missing:
+        lines.append(
+            f"the checkpoint lacks {len(loaded.missing)} weights of the model, such as {loaded.missing[0]}"
+        )
+    lines += [
+        (
+            f"{document['kind']} statistics of {weights:,} matrices in {len(matrices):,} tensors, over "
+            f"{document['tokens']:,} tokens in {document['sequences']} sequences of {document['length']}"
+        ),
+        *_few(matrices, verbose=request.verbose),
+    ]
+    if without:
+        shown = without if request.verbose else without[:1]
+        lines.append(f"no statistics of {len(without)} matrices" + ("" if request.verbose else ", such as"))
+        lines += [f"  {one['name']}: {one['why']}" for one in shown]
+    rate = document["tokens"] * document["passes"] / max(document["seconds"], 1e-9)
+    passes = f", in {document['passes']} passes" if document["passes"] > 1 else ""
+    lines.append(f"{document['seconds']:.1f} s, {rate:,.0f} tokens/s{passes}, on {document['device']}")
+    return lines
+
+
+def _few(matrices: list[dict[str, Any]], *, verbose: bool) -> list[str]:
+    """What is to be told of experts that met fewer tokens than they have inputs."""
+    found = sorted(
+        (count, f"{one['name']}[{place}]" if one["experts"] is not None else one["name"], one["features"])
+        for one in matrices
+        for place, count in enumerate(one["tokens"] if one["experts"] is not None else [one["tokens"]])
+        if count < one["features"]
+    )
+    if not found:
+        return []
+    fewest, name, features = found[0]
+    worst = f"{name} the fewest: {fewest} for {features}"
+    return [
+        f"{len(found)} matrices met fewer tokens than they have inputs, {worst}; give more text",
+        *(f"  {name}: {count} tokens, {inputs} inputs" for count, name, inputs in found if verbose),
+    ]

@@ -1,0 +1,181 @@
+"""What calibrate writes, against inputs that hooks and plain products gather from the same model."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sparseprune.checkpoint import open_statistics
+from tests.calibration.models import BEGIN, END, save_family, text
+from tests.samples import run
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+LENGTH, SEQUENCES = 14, 6
+FAMILIES = [
+    "llama",
+    "llama_without_head",
+    "gemma",
+    "gemma3_with_pictures",
+    "phi3",
+    "gpt2",
+    "mixtral",
+    "qwen3_moe",
+    "deepseek_v3",
+    "gpt_oss",
+    "llama4",
+    "bert",
+    "bert_for_masked_lm",
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quiet_transformers() -> Iterator[None]:
+    from transformers import utils
+
+    logging: Any = utils.logging
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    yield
+    logging.set_verbosity(level)
+
+
+def calibrate(folder: Path, out: Path, *words: object) -> Any:
+    """Run it; gives the report."""
+    (out.parent / "words.txt").write_text(text())
+    sizes = ("--length", LENGTH, "--sequences", SEQUENCES)
+    said = run("calibrate", folder, "--text", out.parent / "words.txt", *sizes, "-o", out, "--json", *words)
+    assert said.code == 0, said.err
+    return json.loads(said.out)
+
+
+def sequences(folder: Path, out: Path) -> torch.Tensor:
+    """The sequences that a run with these sizes draws, from the tokenizer and the same seed alone."""
+    import random
+
+    from transformers import PreTrainedTokenizerFast
+
+    own: Any = PreTrainedTokenizerFast.from_pretrained(folder)
+    ids = [own.convert_tokens_to_ids(word) for word in text().split()]
+    inside = LENGTH - 2
+    drawn = sorted(random.Random(0).sample(range(len(ids) // inside), SEQUENCES))
+    return torch.tensor([[BEGIN, *ids[inside * one : inside * (one + 1)], END] for one in drawn])
+
+
+def inputs_by_hooks(model: Any, ids: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """For each weight of a linear layer, seen (out, in), its inputs of tokens that count; experts by hand."""
+    counts = torch.ones_like(ids, dtype=torch.bool)
+    counts[:, 0] = counts[:, -1] = False
+    rows_that_count = counts.reshape(-1)
+    found: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def keep(name: str, weight: torch.Tensor, given: torch.Tensor) -> None:
+        rows = given.reshape(-1, given.shape[-1]).double()
+        if len(rows) == len(rows_that_count):
+            rows = rows[rows_that_count]
+        found[name] = (weight, torch.cat([found[name][1], rows]) if name in found else rows)
+
+    def of_linear(name: str, module: Any, turned: bool) -> Any:
+        weight = module.weight.T if turned else module.weight
+        return lambda _, given: keep(name, weight, given[0])
+
+    hooks = []
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        if isinstance(module, torch.nn.Linear) or kind == "Conv1D":
+            hooks.append(module.register_forward_pre_hook(of_linear(name, module, kind == "Conv1D")))
+        elif kind.endswith("Experts") and hasattr(module, "gate_up_proj") and kind != "Llama4TextExperts":
+            hook = of_experts(name, module, rows_that_count, keep)
+            hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+    with torch.no_grad():
+        model(input_ids=ids)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def of_experts(name: str, module: Any, rows_that_count: torch.Tensor, keep: Any) -> Any:
+    """A hook that keeps what both matrices of each expert meet, by the experts' own rule."""
+    turned = type(module).__name__ == "GptOssExperts"
+
+    def hook(_: Any, given: Any, words: Any) -> None:
+        hidden = given[0] if given else words["hidden_states"]
+        hidden = hidden.reshape(-1, hidden.shape[-1])
+        chosen = given[1] if len(given) > 1 else words["router_indices"]
+        for expert, (up, down) in enumerate(zip(module.gate_up_proj, module.down_proj, strict=True)):
+            here = (chosen == expert).any(-1) & rows_that_count
+            wide, narrow = (up.T, down.T) if turned else (up, down)
+            middle = hidden[here] @ wide.T
+            if turned:
+                middle = module._apply_gate(middle + module.gate_up_proj_bias[expert])
+            else:
+                gate, value = middle.chunk(2, -1)
+                middle = module.act_fn(gate) * value
+            keep(f"{name}.{expert}.up", wide, hidden[here])
+            keep(f"{name}.{expert}.down", narrow, middle)
+
+    return hook
+
+
+def expected(stored: torch.Tensor, dim: int, found: dict[str, Any]) -> list[tuple[int, torch.Tensor]]:
+    """The moments of a stored tensor's inputs: of whatever has it among its rows, looked up by value."""
+    tokens = SEQUENCES * (LENGTH - 2)
+    matrices = stored if stored.ndim == 3 else stored[None]
+    moments = []
+    for matrix in matrices:
+        rows = matrix if dim == stored.ndim - 1 else matrix.T
+        homes = [
+            inputs
+            for weight, inputs in found.values()
+            if weight.shape[1] == rows.shape[1]
+            and any(
+                torch.equal(weight[begin : begin + len(rows)], rows)
+                for begin in range(max(1, len(weight) - len(rows) + 1))
+            )
+        ]
+        (inputs,) = homes
+        moments.append((len(inputs), inputs.T @ inputs / tokens))
+    return moments
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_moments_are_those_of_the_inputs_that_hooks_see(family: str, tmp_path: Path) -> None:
+    import transformers
+
+    folder = save_family(family, tmp_path / "model")
+    report = calibrate(folder, tmp_path / "stats")
+    dense = {name: one for file in folder.glob("*.safetensors") for name, one in load_file(file).items()}
+    config: Any = transformers.AutoConfig.from_pretrained(folder)
+    config._experts_implementation = "eager"
+    for part in (getattr(config, "text_config", None),):
+        if part is not None:
+            part._experts_implementation = "eager"
+    kind: Any = getattr(transformers, config.architectures[0])
+    model = kind.from_pretrained(folder, config=config).eval()
+    found = inputs_by_hooks(model, sequences(folder, tmp_path))
+    statistics = open_statistics(tmp_path / "stats")
+    written = load_file(tmp_path / "stats" / "statistics.safetensors")
+    assert statistics.of.keys() <= dense.keys()
+    assert len(statistics.of) >= 8
+    compared = 0
+    for name, one in statistics.of.items():
+        if "router" in name or name.endswith(("mlp.gate.weight", "block_sparse_moe.gate.weight")):
+            continue  # no linear layer of torch's: its input is that of the layer's experts
+        if family == "llama4" and ".experts." in name:
+            continue
+        assert one.input_dim is not None
+        moment = written[one.stored.name]
+        wanted = expected(dense[name], one.input_dim, found)
+        assert one.tokens == tuple(count for count, _ in wanted)
+        for mine, (_, theirs) in zip(moment if moment.ndim == 3 else moment[None], wanted, strict=True):
+            torch.testing.assert_close(mine.double(), theirs, rtol=1e-4, atol=1e-5)
+            compared += 1
+    assert compared >= 8
+    assert report["tokens"] == SEQUENCES * (LENGTH - 2)

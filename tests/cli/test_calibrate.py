@@ -1,0 +1,354 @@
+"""`sparseprune calibrate`: what it writes and says, how passes and memory show in neither, what it refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from typing import TYPE_CHECKING, Any
+
+import jsonschema
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sparseprune.checkpoint import open_statistics, statistics
+from tests.calibration.models import save, save_family, text
+from tests.families.models import HIDDEN
+from tests.samples import Said, run, schema
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+SIZES = ("--length", 16, "--sequences", 5)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quiet_transformers() -> Iterator[None]:
+    from transformers import utils
+
+    logging: Any = utils.logging
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    yield
+    logging.set_verbosity(level)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a text, a llama and a mixtral; nothing in it is changed by tests."""
+    folder = tmp_path_factory.mktemp("calibrate")
+    (folder / "words.txt").write_text(text())
+    save_family("llama", folder / "llama")
+    save_family("mixtral", folder / "mixtral")
+    return folder
+
+
+def calibrate(home: Path, model: str, out: Path, *words: object) -> Said:
+    return run("calibrate", home / model, "--text", home / "words.txt", *SIZES, "-o", out, *words)
+
+
+def written(folder: Path) -> dict[str, torch.Tensor]:
+    return {
+        name: one for file in sorted(folder.glob("*.safetensors")) for name, one in load_file(file).items()
+    }
+
+
+def test_stdout_has_the_path_and_stderr_the_facts(home: Path, tmp_path: Path) -> None:
+    said = calibrate(home, "llama", tmp_path / "stats")
+    assert (said.code, said.out) == (0, f"{tmp_path / 'stats'}\n")
+    lines = said.err.splitlines()
+    assert lines[0] == ("hessian statistics of 15 matrices in 9 tensors, over 70 tokens in 5 sequences of 16")
+    assert "no statistics of 1 matrices, such as" in lines
+    assert "  model.embed_tokens.weight: an embedding, which is looked up and not multiplied with" in lines
+    assert " tokens/s, on cpu" in lines[-1]
+    assert sorted(path.name for path in (tmp_path / "stats").iterdir()) == [
+        "sparseprune",
+        "statistics.safetensors",
+    ]
+    assert calibrate(home, "llama", tmp_path / "quiet", "-q").err == ""
+
+
+def test_the_report_has_its_schema_and_is_what_json_prints(home: Path, tmp_path: Path) -> None:
+    said = calibrate(home, "mixtral", tmp_path / "stats", "--json", "-q")
+    report = json.loads(said.out)
+    jsonschema.validate(report, schema("statistics"))
+    assert json.loads((tmp_path / "stats/sparseprune/report.json").read_text()) == report
+    (shared,) = (one for one in report["matrices"] if one["name"].endswith("0.self_attn.q_proj.weight"))
+    assert shared["weights"] == {f"model.layers.0.self_attn.{name}_proj.weight": 1 for name in "qkv"}
+    experts = [one for one in report["matrices"] if ".experts." in one["name"] and "layers.0" in one["name"]]
+    assert [list(one["weights"]) for one in experts if one["features"] == HIDDEN][0] == [
+        f"model.layers.0.block_sparse_moe.experts.0.{name}.weight" for name in ("w1", "w3")
+    ]
+    assert sum(one["tokens"] for one in experts if one["features"] == HIDDEN) == 2 * report["tokens"]
+
+
+@pytest.mark.parametrize("model", ["llama", "mixtral"])
+def test_passes_memory_and_shards_do_not_show_in_what_is_written(
+    model: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert calibrate(home, model, tmp_path / "one", "-q").code == 0
+    largest = max(one.numel() * 4 for one in written(tmp_path / "one").values())
+    monkeypatch.setattr(statistics.lay_out_statistics, "__defaults__", (2 * largest,))
+    said = calibrate(home, model, tmp_path / "many", "--memory", str(largest), "--json", "-q")
+    assert json.loads(said.out)["passes"] > 3
+    assert len(list((tmp_path / "many").glob("*-of-*.safetensors"))) >= 3
+    one, many = written(tmp_path / "one"), written(tmp_path / "many")
+    assert one.keys() == many.keys()
+    assert all(torch.equal(one[name], many[name]) for name in one)
+    for out in ("one", "many"):
+        found = open_statistics(tmp_path / out)
+        assert found.of["model.layers.0.self_attn.k_proj.weight"].stored.name.endswith("q_proj.weight")
+
+
+def test_a_stack_is_cut_between_its_experts(home: Path, tmp_path: Path) -> None:
+    save_family("gpt_oss", tmp_path / "model")
+    arguments = (tmp_path / "model", "--text", home / "words.txt", *SIZES)
+    assert run("calibrate", *arguments, "-o", tmp_path / "one", "-q").code == 0
+    one = written(tmp_path / "one")
+    (stack,) = (name for name in one if "layers.0.mlp.experts.down" in name)
+    assert one[stack].ndim == 3
+    each = max(moment.shape[-1] ** 2 * 4 for moment in one.values())
+    assert each < one[stack].numel() * 4 // 2
+    said = run("calibrate", *arguments, "-o", tmp_path / "many", "--memory", str(each), "--json", "-q")
+    assert json.loads(said.out)["passes"] > 4
+    assert all(torch.equal(one[name], many) for name, many in written(tmp_path / "many").items())
+
+
+def test_norms_are_the_roots_of_the_diagonal(home: Path, tmp_path: Path) -> None:
+    calibrate(home, "mixtral", tmp_path / "hessian", "-q")
+    calibrate(home, "mixtral", tmp_path / "norm", "-q", "--stats", "norm")
+    hessian, norm = written(tmp_path / "hessian"), written(tmp_path / "norm")
+    assert hessian.keys() == norm.keys()
+    for name, moment in hessian.items():
+        torch.testing.assert_close(norm[name], moment.diagonal(dim1=-2, dim2=-1).sqrt(), rtol=1e-4, atol=1e-6)
+
+
+def test_a_seed_gives_the_same_bytes_and_another_one_other_sequences(home: Path, tmp_path: Path) -> None:
+    for out, seed in (("a", 0), ("b", 0), ("c", 1)):
+        calibrate(home, "llama", tmp_path / out, "-q", "--seed", seed)
+    bytes_of = {out: (tmp_path / out / "statistics.safetensors").read_bytes() for out in "abc"}
+    assert bytes_of["a"] == bytes_of["b"] != bytes_of["c"]
+
+
+def test_lines_of_json_are_documents(home: Path, tmp_path: Path) -> None:
+    words = (home / "words.txt").read_text().split()
+    lines = [json.dumps({"body": " ".join(words[begin : begin + 50])}) for begin in range(0, len(words), 50)]
+    (tmp_path / "words.jsonl").write_text("\n\n".join(lines) + "\n")
+    calibrate(home, "llama", tmp_path / "plain", "-q")
+    arguments = (home / "llama", "--text", tmp_path / "words.jsonl", "--field", "body", *SIZES)
+    assert run("calibrate", *arguments, "-o", tmp_path / "lines", "-q").code == 0
+    plain, lined = written(tmp_path / "plain"), written(tmp_path / "lines")
+    assert all(torch.equal(plain[name], lined[name]) for name in plain)
+
+
+def test_weights_in_bf16_are_run_as_they_are(home: Path, tmp_path: Path) -> None:
+    save_family("llama", tmp_path / "model", torch.bfloat16)
+    said = run(
+        "calibrate", tmp_path / "model", "--text", home / "words.txt", *SIZES, "-o", tmp_path / "stats"
+    )
+    assert said.code == 0, said.err
+    assert {one.dtype for one in written(tmp_path / "stats").values()} == {torch.float32}
+
+
+def other_models() -> dict[str, Any]:
+    import transformers
+
+    config_of_t5: Any = transformers.T5Config
+    small: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48}
+    layers: dict[str, Any] = {"num_hidden_layers": 2, "num_attention_heads": 4}
+    vision = {"hidden_size": 32, "intermediate_size": 48, **layers, "image_size": 32, "patch_size": 16}
+    ends = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
+    return {
+        "clip": lambda: transformers.CLIPModel(
+            transformers.CLIPConfig(
+                text_config={**small, **layers, "max_position_embeddings": 32, **ends}, vision_config=vision
+            )
+        ),
+        "t5": lambda: transformers.T5ForConditionalGeneration(
+            config_of_t5(
+                vocab_size=64,
+                d_model=32,
+                d_kv=8,
+                d_ff=48,
+                num_layers=2,
+                num_heads=4,
+                decoder_start_token_id=3,
+            )
+        ),
+        "albert": lambda: transformers.AlbertModel(
+            transformers.AlbertConfig(**small, num_hidden_layers=3, num_attention_heads=4, embedding_size=16)
+        ),
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "with_statistics", "without"),
+    [
+        (
+            "clip",
+            "text_model.encoder.layers.1.mlp.fc2.weight",
+            "vision_model.encoder.layers.1.mlp.fc2.weight",
+        ),
+        (
+            "t5",
+            "decoder.block.1.layer.1.EncDecAttention.k.weight",
+            "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
+        ),
+        (
+            "albert",
+            "encoder.albert_layer_groups.0.albert_layers.0.ffn.weight",
+            "embeddings.word_embeddings.weight",
+        ),
+    ],
+)
+def test_text_reaches_encoders_decoders_and_the_text_side_of_models_with_pictures(
+    name: str, with_statistics: str, without: str, home: Path, tmp_path: Path
+) -> None:
+    save(other_models()[name](), tmp_path / "model")
+    arguments = (tmp_path / "model", "--text", home / "words.txt", *SIZES, "-o", tmp_path / "stats")
+    said = run("calibrate", *arguments, "--json")
+    assert said.code == 0, said.err
+    found = open_statistics(tmp_path / "stats").of
+    assert with_statistics in found
+    assert without in [one["name"] for one in json.loads(said.out)["without"]]
+
+
+def test_a_matrix_that_is_used_again_and_again_counts_every_time(home: Path, tmp_path: Path) -> None:
+    save(other_models()["albert"](), tmp_path / "model")
+    arguments = (tmp_path / "model", "--text", home / "words.txt", *SIZES, "-o", tmp_path / "stats", "--json")
+    report = json.loads(run("calibrate", *arguments, "--memory", str(4 * 48 * 48)).out)
+    (ffn,) = (one for one in report["matrices"] if one["name"].endswith("ffn_output.weight"))
+    assert ffn["tokens"] == 3 * report["tokens"]
+    assert report["passes"] > 1
+
+
+def test_parts_of_a_model_may_stay_on_disk(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With accelerate, where memory is too little; the inputs of all matrices are the same."""
+    from sparseprune.calibration import loading
+
+    calibrate(home, "llama", tmp_path / "memory", "-q")
+    placement = loading._placement
+    monkeypatch.setattr(
+        loading, "_placement", lambda one, device, folder, _: placement(one, device, folder, {"cpu": 30_000})
+    )
+    devices: set[str] = set()
+    usual = loading.LoadedModel.run
+
+    def run_watched(loaded: Any, ids: torch.Tensor) -> None:
+        devices.update(one.device.type for one in loaded.model.parameters())
+        usual(loaded, ids)
+
+    monkeypatch.setattr(loading.LoadedModel, "run", run_watched)
+    assert calibrate(home, "llama", tmp_path / "disk", "-q").code == 0
+    assert "meta" in devices
+    memory, disk = written(tmp_path / "memory"), written(tmp_path / "disk")
+    assert memory.keys() == disk.keys()
+    for name, moment in memory.items():
+        torch.testing.assert_close(moment, disk[name])
+
+
+def test_an_output_that_exists_is_refused_before_the_model_is_loaded(home: Path, tmp_path: Path) -> None:
+    (tmp_path / "stats").mkdir()
+    (tmp_path / "stats/mine.txt").write_text("mine")
+    said = calibrate(home, "llama", tmp_path / "stats", "--device", "cpu")
+    assert said.code == 2
+    assert f"{tmp_path / 'stats'}: already exists" in said.err
+    assert "holds" not in calibrate(home, "llama", tmp_path / "stats", "--force").out
+    assert (tmp_path / "stats/mine.txt").read_text() == "mine"
+    calibrate(home, "llama", tmp_path / "again", "-q")
+    assert calibrate(home, "llama", tmp_path / "again", "-q").code == 2
+    assert calibrate(home, "llama", tmp_path / "again", "-q", "--force").code == 0
+
+
+def test_what_is_not_finite_leaves_nothing(home: Path, tmp_path: Path) -> None:
+    save_family("llama", tmp_path / "model", torch.float32)
+    tensors = load_file(tmp_path / "model/model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"][3, 4] = float("inf")
+    from safetensors.torch import save_file
+
+    save_file(tensors, tmp_path / "model/model.safetensors", metadata={"format": "pt"})
+    said = run(
+        "calibrate", tmp_path / "model", "--text", home / "words.txt", *SIZES, "-o", tmp_path / "stats"
+    )
+    assert said.code == 2
+    assert "model.layers.0.mlp.down_proj.weight: its inputs are not finite somewhere" in said.err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
+REFUSED: list[tuple[str, tuple[object, ...], str]] = [
+    ("short text", (), "the text has 3 tokens, wanted 14 for one sequence of --length 16: give more text"),
+    ("empty text", (), "there is no text in it"),
+    ("no text", (), "no such file"),
+    ("a folder as text", (), "this is a directory, wanted a file of text"),
+    ("not UTF-8", (), "not UTF-8 text"),
+    ("broken line", (), "line 2 is not JSON"),
+    ("no field", (), 'line 1 has no text under "text", but body; name the field with --field'),
+    ("no tokenizer", (), "there is no tokenizer that transformers can read"),
+    ("no config", (), "there is no config.json, by which the model is known"),
+    ("a file", (), "give the directory that has them"),
+    ("unknown model", (), "does not know this model"),
+    ("long", ("--length", 1000), "--length 1000: the model takes 64 tokens at most"),
+    ("no room", ("--length", 2), "--length 2: 2 special tokens around a sequence leave no room"),
+    ("little memory", ("--memory", "100"), "--memory 100: the second moment of"),
+    ("no cuda", ("--device", "cuda"), "there is no CUDA device"),
+]
+
+
+@pytest.mark.parametrize(("case", "words", "line"), REFUSED, ids=[case for case, *_ in REFUSED])
+def test_bad_input_gets_one_line(
+    case: str, words: tuple[object, ...], line: str, home: Path, tmp_path: Path
+) -> None:
+    if case == "no cuda" and torch.cuda.is_available():
+        pytest.skip("there is one")
+    model, words_file = tmp_path / "model", tmp_path / "words.txt"
+    shutil.copytree(home / "llama", model)
+    shutil.copy(home / "words.txt", words_file)
+    checkpoint = model
+    match case:
+        case "short text":
+            words_file.write_text("w1 w2 w3")
+        case "empty text":
+            words_file.write_text(" \n")
+        case "no text":
+            words_file.unlink()
+        case "a folder as text":
+            words_file = tmp_path
+        case "not UTF-8":
+            words_file.write_bytes(b"w1 \xff\xfe w2")
+        case "broken line" | "no field":
+            words_file = tmp_path / "words.jsonl"
+            first = {"text": "w1"} if case == "broken line" else {"body": "w1"}
+            words_file.write_text(json.dumps(first) + "\n{broken\n")
+        case "no tokenizer":
+            for file in model.glob("token*"):
+                file.unlink()
+        case "no config":
+            (model / "config.json").unlink()
+        case "a file":
+            checkpoint = model / "model.safetensors"
+        case "unknown model":
+            (model / "config.json").write_text('{"model_type": "unheard_of", "architectures": ["None"]}')
+    said = run("calibrate", checkpoint, "--text", words_file, *SIZES, "-o", tmp_path / "stats", *words)
+    assert said.code == 2, said.err
+    assert said.out == ""
+    assert line in said.err
+    assert len(said.err.splitlines()) == 1
+    assert not (tmp_path / "stats").exists()
+
+
+def test_without_transformers_it_says_what_to_install(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    said = calibrate(home, "llama", tmp_path / "stats")
+    assert said.code == 2
+    assert said.err == (
+        "sparseprune: calibrate needs transformers, which is not installed: "
+        "pip install 'sparseprune[calibrate]'\n"
+    )
