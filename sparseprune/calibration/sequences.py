@@ -21,10 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sequences:
-    """Tokens (sequences, length), and which of them count: none of the special ones.
-
-    `available` is how many sequences the text has.
-    """
+    """Tokens (sequences, length), and which of them count; `available` is how many sequences the text has."""
 
     ids: Tensor
     counted: Tensor
@@ -42,10 +39,13 @@ def make_sequences(
     count: int,
     length: int,
     seed: int,
+    *,
+    special: bool = True,
 ) -> Sequences:
     """`count` windows of `length` tokens each, or all there are: drawn by `seed` from all whole ones.
 
     The documents follow each other; each window gets the special tokens that the tokenizer puts around one.
+    These count if `special` says so; padding never does.
 
     Raises:
         SparsepruneError: there is not one whole window.
@@ -66,13 +66,22 @@ def make_sequences(
     drawn = sorted(random.Random(seed).sample(range(available), min(count, available)))  # noqa: S311
     rows = [[*before, *tokens[inside * place : inside * (place + 1)], *after] for place in drawn]
     ids = torch.tensor(rows, dtype=torch.int64)
-    special = torch.tensor(sorted(set(tokenizer.all_special_ids)), dtype=torch.int64)
-    counted = ~torch.isin(ids, special)
-    counted[:, : len(before)] = False
-    counted[:, length - len(after) :] = False
+    counted = ~torch.isin(
+        ids, torch.tensor(sorted(_not_counted(tokenizer, special=special)), dtype=ids.dtype)
+    )
+    if not special:
+        counted[:, : len(before)] = False
+        counted[:, length - len(after) :] = False
     if not bool(counted.any()):
-        raise SparsepruneError("the text consists of special tokens alone, which do not count")
+        raise SparsepruneError("the text consists of tokens alone that do not count: give other text")
     return Sequences(ids, counted, available)
+
+
+def _not_counted(tokenizer: Any, *, special: bool) -> set[int]:
+    """Padding, where no other token stands for it; all special ones but that for unknown words."""
+    ids = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    others = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.cls_token_id, tokenizer.sep_token_id}
+    return ids & {tokenizer.pad_token_id} - others if special else ids
 
 
 def _tokens(tokenizer: Any, text: str) -> list[int]:

@@ -251,6 +251,10 @@ def calibrate(
     seed: Annotated[
         int, typer.Option("--seed", min=0, help="Of the draw among all sequences of the text.")
     ] = 0,
+    special: Annotated[
+        bool,
+        typer.Option(help="Whether [CLS], BOS and the like count; in use a model meets them too."),
+    ] = True,
     device: DeviceOption = "auto",
     memory: Annotated[
         str | None,
@@ -270,8 +274,8 @@ def calibrate(
     """Run text through the checkpoint's model and write what its matrices are multiplied with.
 
     The output is CKPT-stats beside the directory unless --output says otherwise: for every matrix the second
-    moment of its inputs, which [reconstruct] and the scores wanda and obd of a spec read. Padding and special
-    tokens do not count. Needs transformers: pip install 'sparseprune[calibrate]'.
+    moment of its inputs, which [reconstruct] and the scores wanda and obd of a spec read. Needs transformers:
+    pip install 'sparseprune[calibrate]'.
 
     Example: sparseprune calibrate ./llama --text corpus.txt -o stats
     """
@@ -289,6 +293,7 @@ def calibrate(
             seed=seed,
             device=device,
             memory=memory_of(memory) or quarter_of_memory(),
+            special=special,
             force=force,
             json=json,
             quiet=quiet,

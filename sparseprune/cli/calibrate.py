@@ -43,6 +43,7 @@ class Request:
     seed: int
     device: str
     memory: int
+    special: bool = True
     force: bool = False
     json: bool = False
     quiet: bool = False
@@ -70,7 +71,12 @@ def run(request: Request) -> None:
     with tempfile.TemporaryDirectory(prefix="sparseprune-") as folder:
         loaded = load_model(checkpoint, device, Path(folder))
         sequences = make_sequences(
-            documents, loaded.tokenizer, request.sequences, _length(request, loaded), request.seed
+            documents,
+            loaded.tokenizer,
+            request.sequences,
+            _length(request, loaded),
+            request.seed,
+            special=request.special,
         )
         plan = plan_calibration(loaded, sequences, checkpoint, request.kind, request.memory)
         layout = lay_out_statistics(checkpoint, target, request.kind, plan.tensors)
@@ -129,6 +135,7 @@ def _worked(
         "sequences": len(sequences.ids),
         "length": sequences.ids.shape[1],
         "seed": request.seed,
+        "special": request.special,
         "tokens": sequences.tokens,
         "passes": len(plan.passes),
         "matrices": [

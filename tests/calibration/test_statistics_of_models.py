@@ -50,7 +50,7 @@ def quiet_transformers() -> Iterator[None]:
 def calibrate(folder: Path, out: Path, *words: object) -> Any:
     """Run it; gives the report."""
     (out.parent / "words.txt").write_text(text())
-    sizes = ("--length", LENGTH, "--sequences", SEQUENCES)
+    sizes = ("--length", LENGTH, "--sequences", SEQUENCES, "--no-special")
     said = run("calibrate", folder, "--text", out.parent / "words.txt", *sizes, "-o", out, "--json", *words)
     assert said.code == 0, said.err
     return json.loads(said.out)

@@ -1,4 +1,4 @@
-"""`sparseprune calibrate`: what it writes and says, how passes and memory show in neither, what it refuses."""
+"""`sparseprune calibrate`: what it writes and says, that passes show in neither, what it refuses."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_stdout_has_the_path_and_stderr_the_facts(home: Path, tmp_path: Path) ->
     said = calibrate(home, "llama", tmp_path / "stats")
     assert (said.code, said.out) == (0, f"{tmp_path / 'stats'}\n")
     lines = said.err.splitlines()
-    assert lines[0] == ("hessian statistics of 15 matrices in 9 tensors, over 70 tokens in 5 sequences of 16")
+    assert lines[0] == ("hessian statistics of 15 matrices in 9 tensors, over 80 tokens in 5 sequences of 16")
     assert "no statistics of 1 matrices, such as" in lines
     assert "  model.embed_tokens.weight: an embedding, which is looked up and not multiplied with" in lines
     assert " tokens/s, on cpu" in lines[-1]
@@ -78,7 +78,7 @@ def test_the_report_has_its_schema_and_is_what_json_prints(home: Path, tmp_path:
     (shared,) = (one for one in report["matrices"] if one["name"].endswith("0.self_attn.q_proj.weight"))
     assert shared["weights"] == {f"model.layers.0.self_attn.{name}_proj.weight": 1 for name in "qkv"}
     experts = [one for one in report["matrices"] if ".experts." in one["name"] and "layers.0" in one["name"]]
-    assert [list(one["weights"]) for one in experts if one["features"] == HIDDEN][0] == [
+    assert next(list(one["weights"]) for one in experts if one["features"] == HIDDEN) == [
         f"model.layers.0.block_sparse_moe.experts.0.{name}.weight" for name in ("w1", "w3")
     ]
     assert sum(one["tokens"] for one in experts if one["features"] == HIDDEN) == 2 * report["tokens"]
@@ -130,6 +130,19 @@ def test_a_seed_gives_the_same_bytes_and_another_one_other_sequences(home: Path,
         calibrate(home, "llama", tmp_path / out, "-q", "--seed", seed)
     bytes_of = {out: (tmp_path / out / "statistics.safetensors").read_bytes() for out in "abc"}
     assert bytes_of["a"] == bytes_of["b"] != bytes_of["c"]
+
+
+def test_special_tokens_count_unless_they_shall_not_and_padding_never(home: Path, tmp_path: Path) -> None:
+    (tmp_path / "words.txt").write_text((home / "words.txt").read_text().replace("w7 ", "[PAD] w7 "))
+    counts = []
+    for words in ((), ("--special",), ("--no-special",)):
+        arguments = (home / "llama", "--text", tmp_path / "words.txt", *SIZES, "-o", tmp_path / "stats")
+        said = run("calibrate", *arguments, "--force", "--json", "-q", *words)
+        report = json.loads(said.out)
+        assert {one["tokens"] for one in report["matrices"]} == {report["tokens"]}
+        counts.append(report["tokens"])
+    assert 70 < counts[0] < 80  # 5 sequences of 16, less some padding
+    assert counts == [counts[0], counts[0], counts[0] - 2 * 5]
 
 
 def test_lines_of_json_are_documents(home: Path, tmp_path: Path) -> None:
@@ -299,7 +312,7 @@ REFUSED: list[tuple[str, tuple[object, ...], str]] = [
 
 
 @pytest.mark.parametrize(("case", "words", "line"), REFUSED, ids=[case for case, *_ in REFUSED])
-def test_bad_input_gets_one_line(
+def test_bad_input_gets_one_line(  # noqa: C901  (a table of cases)
     case: str, words: tuple[object, ...], line: str, home: Path, tmp_path: Path
 ) -> None:
     if case == "no cuda" and torch.cuda.is_available():
