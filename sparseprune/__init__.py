@@ -13,11 +13,16 @@ if TYPE_CHECKING:
     from sparseprune.engine import (
         BlockCoupling,
         BlockSpec,
+        Matrix,
+        Reconstructed,
         ScopeCoupling,
         ScopeSpec,
         SparseBlock,
         SparseScope,
         View,
+        admm,
+        projection,
+        refit,
     )
 
 __version__ = "0.1.0"
@@ -26,6 +31,8 @@ __all__ = [
     "BlockCoupling",
     "BlockSpec",
     "CouplingError",
+    "Matrix",
+    "Reconstructed",
     "ScopeCoupling",
     "ScopeSpec",
     "ShapeMismatchError",
@@ -34,7 +41,10 @@ __all__ = [
     "SparsepruneError",
     "SparsityError",
     "View",
+    "admm",
     "load_masks",
+    "projection",
+    "refit",
 ]
 
 

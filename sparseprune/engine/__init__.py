@@ -9,21 +9,43 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from sparseprune.engine.block import BlockSpec, SparseBlock
     from sparseprune.engine.block_coupling import BlockCoupling
+    from sparseprune.engine.reconstruction.alternating import Reconstructed, admm
+    from sparseprune.engine.reconstruction.matrices import Matrix
+    from sparseprune.engine.reconstruction.projecting import projection
+    from sparseprune.engine.reconstruction.refitting import refit
     from sparseprune.engine.scope import SparseScope
     from sparseprune.engine.scope_coupling import ScopeCoupling
     from sparseprune.engine.scope_spec import ScopeSpec
     from sparseprune.engine.view import View
 
-__all__ = ["BlockCoupling", "BlockSpec", "ScopeCoupling", "ScopeSpec", "SparseBlock", "SparseScope", "View"]
+__all__ = [
+    "BlockCoupling",
+    "BlockSpec",
+    "Matrix",
+    "Reconstructed",
+    "ScopeCoupling",
+    "ScopeSpec",
+    "SparseBlock",
+    "SparseScope",
+    "View",
+    "admm",
+    "projection",
+    "refit",
+]
 
 _HOME = {
     "BlockCoupling": "block_coupling",
     "BlockSpec": "block",
+    "Matrix": "reconstruction.matrices",
+    "Reconstructed": "reconstruction.alternating",
     "ScopeCoupling": "scope_coupling",
     "ScopeSpec": "scope_spec",
     "SparseBlock": "block",
     "SparseScope": "scope",
     "View": "view",
+    "admm": "reconstruction.alternating",
+    "projection": "reconstruction.projecting",
+    "refit": "reconstruction.refitting",
 }
 
 

@@ -102,7 +102,7 @@ def scaled(matrix: Matrix, damp: float) -> Scaled:
     """
     if not damp >= 0:
         raise SparsityError(f"damp {damp}: wanted a number of 0 or more")
-    moment = matrix.moment.reshape(-1, matrix.features, matrix.features)
+    moment = matrix.moment if matrix.moment.ndim == 3 else matrix.moment.unsqueeze(0)
     diagonal = moment.diagonal(dim1=-2, dim2=-1).to(torch.float64)
     roots = (diagonal + damp * diagonal.mean(-1, keepdim=True)).sqrt()
     # A dead input without damping has no scale of its own; its weights are as good as any.

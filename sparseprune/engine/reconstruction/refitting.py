@@ -15,6 +15,7 @@ from sparseprune.errors import ShapeMismatchError
 _WINDOW = 8  # steps over which the objective has to go on falling
 _TOLERANCE = 1e-5  # of the objective of a row, that it has to fall in a window
 _EXACT_TOLERANCE = 1e-12  # the same in float64
+_BLUR, _EXACT_BLUR = 1e-6, 1e-13  # added to a diagonal of 1, in float32 and in float64
 
 
 def refit(
@@ -75,9 +76,12 @@ def _solved_together(problem: Scaled, begin: Tensor, free: Tensor) -> Tensor:
     pull = ((problem.dense - begin).to(torch.float64) @ wide) * inside.unsqueeze(-2)
     # Where nothing moves stands the identity: one factor of one size, however many places each matrix has.
     system = wide * inside.unsqueeze(-1) * inside.unsqueeze(-2) + torch.diag_embed(1.0 - inside)
+    # Inputs that follow from each other are told apart no further than the moment was rounded.
+    blur = _BLUR if begin.dtype == torch.float32 else _EXACT_BLUR
+    system.diagonal(dim1=-2, dim2=-1).add_(blur)
     factor, failed = torch.linalg.cholesky_ex(system)
-    if bool(failed.any()):  # singular: no damping, and inputs that follow from each other
-        inverse: Tensor = torch.linalg.pinv(system, hermitian=True)
+    if bool(failed.any()):
+        inverse: Tensor = torch.linalg.pinv(system, hermitian=True, rtol=blur)
         return ((pull @ inverse) * inside.unsqueeze(-2)).to(begin.dtype)
     solved: Tensor = torch.cholesky_solve(pull.mT, factor)
     return solved.mT.to(begin.dtype)
@@ -87,6 +91,9 @@ def _conjugate_gradients(problem: Scaled, begin: Tensor, free: Tensor, max_iter:
     """Every row on its own support, all rows at once; to scale the diagonal to 1 was to precondition it."""
     inside = free.to(begin.dtype)
     tolerance = _EXACT_TOLERANCE if begin.dtype == torch.float64 else _TOLERANCE
+    info = torch.finfo(begin.dtype)
+    # Below what rounding makes of a row's output nothing can be told.
+    noise = info.eps * ((problem.dense @ problem.hessian) * problem.dense).sum(-1, keepdim=True).abs()
     away = begin - problem.dense
     pushed = away @ problem.hessian
     objective = (pushed * away).sum(-1, keepdim=True)
@@ -98,17 +105,17 @@ def _conjugate_gradients(problem: Scaled, begin: Tensor, free: Tensor, max_iter:
     for number in range(1, max_iter + 1):
         along = (direction @ problem.hessian).mul_(inside)
         curvature = (direction * along).sum(-1, keepdim=True)
-        length = torch.where(curvature > 0, square / curvature.clamp_min(torch.finfo(begin.dtype).tiny), 0.0)
+        length = torch.where(curvature > 0, square / curvature.clamp_min(info.tiny), 0.0)
         step.addcmul_(length, direction)
         residual.addcmul_(length, along, value=-1)
         fallen += length * square
         if number % _WINDOW == 0:
             objective -= fallen
-            if bool((fallen <= tolerance * objective.clamp_min(0)).all()):
+            if bool((fallen <= tolerance * objective.clamp_min(0) + noise).all()):
                 break
             fallen.zero_()
         before, square = square, (residual * residual).sum(-1, keepdim=True)
-        ratio = torch.where(before > 0, square / before.clamp_min(torch.finfo(begin.dtype).tiny), 0.0)
+        ratio = torch.where(before > 0, square / before.clamp_min(info.tiny), 0.0)
         direction.mul_(ratio).add_(residual)
     return step
 

@@ -1,0 +1,62 @@
+"""Least squares in plain loops: one row after the other, one support after the other, in float64."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def damped(moment: Tensor, damp: float) -> np.ndarray:
+    wide = moment.double().numpy()
+    hessian: np.ndarray = wide + damp * np.mean(np.diag(wide)) * np.eye(len(wide))
+    return hessian
+
+
+def objective(weights: Tensor, dense: Tensor, moment: Tensor, damp: float = 0.01) -> list[float]:
+    """Of each row of (out, in) matrices."""
+    away = (weights.double() - dense.double()).numpy()
+    return [float(row @ damped(moment, damp) @ row) for row in away]
+
+
+def solved(
+    dense: Tensor, moment: Tensor, mask: Tensor, damp: float = 0.01, fixed: Tensor | None = None
+) -> Tensor:
+    """The least squares on the support of `mask` (out, in), every row by itself; where `fixed` as it was."""
+    hessian = damped(moment, damp)
+    rows = []
+    for number, row in enumerate(dense.double().numpy()):
+        kept = mask[number].numpy()
+        free = kept if fixed is None else kept & ~fixed[number].numpy()
+        start = np.where(kept, row, 0.0)
+        result = start.copy()
+        if free.any():
+            pull = ((row - start) @ hessian)[free]
+            step, *_ = np.linalg.lstsq(hessian[np.ix_(free, free)], pull, rcond=None)
+            result[free] += step
+        rows.append(result)
+    found: Tensor = torch.from_numpy(np.array(rows).reshape(dense.shape))
+    return found
+
+
+def best_support(dense: Tensor, moment: Tensor, nnz: int, damp: float = 0.01) -> float:
+    """The least objective of one row (in,) over all supports of so many weights."""
+    found = []
+    for kept in combinations(range(len(dense)), nnz):
+        mask = torch.zeros(1, len(dense), dtype=torch.bool)
+        mask[0, list(kept)] = True
+        found += objective(solved(dense[None], moment, mask, damp), dense[None], moment, damp)
+    return min(found)
+
+
+def moments(features: int, samples: int, generator: torch.Generator, matrices: int = 0) -> Tensor:
+    """Second moments of inputs that depend on each other, some much larger than others."""
+    many = max(matrices, 1)
+    mixing = torch.randn(many, features, features, generator=generator) / features**0.5
+    mixing = mixing + torch.eye(features)
+    scales = torch.rand(many, 1, features, generator=generator) * 3 + 0.1
+    inputs = (torch.randn(many, samples, features, generator=generator) @ mixing) * scales
+    found = inputs.mT @ inputs / samples
+    return found if matrices else found[0]
