@@ -120,7 +120,8 @@ class InputFiles:
                 self._note(rule, text, role)
                 return None
             dims[name] = dim % len(weight.shape)
-        if any(file.of[leaf.tensor].kind is not None or role == "moment" for leaf in known):
+        # Ready vectors are somebody's own choice of who takes part; moments are there for everybody.
+        if any(file.of[leaf.tensor].kind or len(file.of[leaf.tensor].stored.shape) > 1 for leaf in known):
             shapes = {name: self._weights.tensors[name].shape for name in dims}
             known = taking_part(known, shapes, dims)
         found = {}
@@ -138,6 +139,7 @@ class InputFiles:
         weight, stored = self._weights.tensors[name], statistic.stored
         forms = _shapes(weight.shape, dim, role, statistic.kind)
         form = forms.get(stored.shape)
+        allowed = _NUMBERS if role == "vector" and form is None else _MOMENTS
         problem = ""
         if role == "moment" and statistic.kind == "norm":
             problem = f"has norms of inputs alone, for {name}: calibrate with --stats hessian"
@@ -146,8 +148,8 @@ class InputFiles:
         elif stored.shape not in forms:
             wanted = " or ".join(str(list(shape)) for shape in forms)
             problem = f"{name} has shape {list(stored.shape)}, wanted {wanted}"
-        elif stored.dtype not in (_NUMBERS if role == "vector" and form is None else _MOMENTS):
-            problem = f"{name} is {stored.dtype}, wanted floats"
+        elif stored.dtype not in allowed:
+            problem = f"{name} is {stored.dtype}, wanted one of {', '.join(sorted(allowed))}"
         elif 0 in statistic.tokens:
             which = f" (matrix {statistic.tokens.index(0)})" if len(statistic.tokens) > 1 else ""
             problem = f"no token reached {name}{which}: calibrate on more text, or exclude it"

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from itertools import combinations
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
-def damped(moment: Tensor, damp: float) -> np.ndarray:
+
+def damped(moment: Tensor, damp: float) -> NDArray[np.float64]:
     wide = moment.double().numpy()
-    hessian: np.ndarray = wide + damp * np.mean(np.diag(wide)) * np.eye(len(wide))
+    hessian: NDArray[np.float64] = wide + damp * np.mean(np.diag(wide)) * np.eye(len(wide))
     return hessian
 
 
@@ -58,5 +62,5 @@ def moments(features: int, samples: int, generator: torch.Generator, matrices: i
     mixing = mixing + torch.eye(features)
     scales = torch.rand(many, 1, features, generator=generator) * 3 + 0.1
     inputs = (torch.randn(many, samples, features, generator=generator) @ mixing) * scales
-    found = inputs.mT @ inputs / samples
+    found: Tensor = inputs.mT @ inputs / samples
     return found if matrices else found[0]

@@ -1,0 +1,584 @@
+"""`[reconstruct]` in a spec: what apply writes and reports, against the engine on whole tensors."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import jsonschema
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import sparseprune
+from sparseprune import BlockSpec, Matrix, ScopeSpec, admm, projection, refit
+from tests.engine.reconstruction.oracle import moments, objective
+from tests.limits import narrow
+from tests.samples import CHANNELS, TWO_OF_FOUR, mlp_tensors, run, schema, write_shards, write_spec
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+Tensors = dict[str, torch.Tensor]
+ADMM = '[reconstruct]\nfile = "stats.safetensors"\n'
+REFIT = '[reconstruct]\nfile = "stats.safetensors"\nmethod = "refit"\n'
+
+
+def statistics(tensors: Mapping[str, torch.Tensor], seed: int = 0) -> Tensors:
+    """A moment for every matrix and every stack of them."""
+    generator = torch.Generator().manual_seed(seed)
+    found = {}
+    for name, tensor in tensors.items():
+        if tensor.ndim in {2, 3}:
+            stack = len(tensor) if tensor.ndim == 3 else 0
+            found[name] = moments(tensor.shape[-1], 50, generator, stack).contiguous()
+    return found
+
+
+def applied(folder: Path, spec: str, tensors: Tensors, stats: Tensors, *words: object) -> tuple[Tensors, Any]:
+    """Prune a file; gives its tensors and the report."""
+    save_file(tensors, folder / "m.safetensors")
+    save_file(stats, folder / "stats.safetensors")
+    said = run("apply", folder / "m.safetensors", write_spec(folder, spec), "--force", "--json", "-q", *words)
+    assert said.code == 0, said.err
+    report = json.loads(said.out)
+    jsonschema.validate(report, schema("report"))
+    return load_file(folder / "m.pruned.safetensors"), report
+
+
+def with_head(head: str, spec: str) -> str:
+    return spec.replace("version = 1\n", f"version = 1\n{head}", 1)
+
+
+def relative_error(pruned: torch.Tensor, dense: torch.Tensor, moment: torch.Tensor) -> float:
+    """sqrt(tr(D H D^T) / tr(W0 H W0^T)), row by row in float64."""
+    lost = sum(objective(pruned, dense, moment, 0.0))
+    whole = sum(objective(torch.zeros_like(dense), dense, moment, 0.0))
+    return float((lost / whole) ** 0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_admm_keeps_two_of_four_and_writes_what_the_engine_finds(tmp_path: Path, dtype: torch.dtype) -> None:
+    tensors = mlp_tensors(dtype=dtype)
+    stats = statistics(tensors)
+    pruned, report = applied(tmp_path, with_head(ADMM, TWO_OF_FOUR), tensors, stats)
+    masks = sparseprune.load_masks(tmp_path / "m.pruned.masks.safetensors")
+    errors = {one["name"]: one for one in report["tensors"]}
+    for name, moment in stats.items():
+        params = [torch.empty(tensors[name].shape, dtype=Matrix(tensors[name], moment).work_dtype)]
+        project = projection(ScopeSpec(BlockSpec(params[0], (1, 1)), (1, 4)), 2, params)
+        (wanted,) = admm([Matrix(tensors[name], moment)], project)
+        assert torch.equal(masks[name], wanted.mask)
+        assert torch.equal(pruned[name], wanted.weights)
+        told = relative_error(pruned[name], tensors[name], moment)
+        assert errors[name]["output_error"] == pytest.approx(told, rel=1e-3)
+        masked = relative_error(tensors[name] * wanted.mask, tensors[name], moment)
+        assert errors[name]["output_error_masked"] == pytest.approx(masked, rel=1e-3)
+        assert errors[name]["output_error"] < 0.9 * errors[name]["output_error_masked"]
+    mean = sum(errors[name]["output_error"] for name in stats) / len(stats)
+    assert report["totals"]["output_error"] == pytest.approx(mean)
+    assert torch.equal(pruned["norm"], tensors["norm"])
+    assert run("verify", tmp_path / "m.pruned.safetensors", tmp_path / "spec.toml", "-q").code == 0
+
+
+@pytest.mark.parametrize(
+    "score",
+    ["", 'score = { kind = "wanda", file = "stats.safetensors" }', 'score = { kind = "random", seed = 3 }'],
+)
+def test_refit_solves_for_the_mask_that_the_score_gives(tmp_path: Path, score: str) -> None:
+    tensors = mlp_tensors()
+    stats = statistics(tensors)
+    plain, _ = applied(tmp_path, TWO_OF_FOUR + score, tensors, stats)
+    pruned, report = applied(tmp_path, with_head(REFIT, TWO_OF_FOUR + score), tensors, stats)
+    for name, moment in stats.items():
+        mask = plain[name] != 0
+        assert torch.equal(pruned[name], refit(Matrix(tensors[name], moment), mask))
+    assert report["totals"]["output_error"] < report["totals"]["output_error_masked"]
+
+
+def test_refit_goes_with_a_threshold(tmp_path: Path) -> None:
+    tensors = mlp_tensors()
+    spec = with_head(REFIT, TWO_OF_FOUR.replace("nnz = 2", "threshold = 0.7"))
+    pruned, _ = applied(tmp_path, spec, tensors, statistics(tensors))
+    for name in statistics(tensors):
+        assert torch.equal(pruned[name] == 0, tensors[name].abs() < 0.7)
+
+
+@pytest.mark.parametrize("head", [ADMM, REFIT])
+def test_rows_that_feed_channels_and_biases_are_masked_and_have_no_say(tmp_path: Path, head: str) -> None:
+    tensors = mlp_tensors()
+    for layer in range(2):  # by magnitude these four would win
+        tensors[f"{layer}.up.weight"][:4] *= 100
+        tensors[f"{layer}.down.weight"][:, :4] *= 0.001
+    stats = statistics(tensors)
+    pruned, report = applied(tmp_path, with_head(head, CHANNELS), tensors, stats)
+    wanda = 'score = { kind = "wanda", file = "stats.safetensors" }\n'
+    only_down = {name: moment for name, moment in stats.items() if "down" in name}
+    for layer in range(2):
+        down = pruned[f"{layer}.down.weight"]
+        alive = down.any(0)
+        assert int(alive.sum()) == 12
+        for name in ("up.weight", "up.bias"):
+            dense = tensors[f"{layer}.{name}"]
+            masked = torch.where(alive[:, None] if dense.ndim == 2 else alive, dense, 0.0)
+            assert torch.equal(pruned[f"{layer}.{name}"].view(torch.int32), masked.view(torch.int32))
+        dense, moment = tensors[f"{layer}.down.weight"], stats[f"{layer}.down.weight"]
+        wanted = refit(Matrix(dense, moment), alive.expand(dense.shape))
+        torch.testing.assert_close(down, wanted, rtol=1e-3, atol=1e-5)
+        if head == ADMM:
+            assert not alive[:4].any()
+    if head == REFIT:
+        both, _ = applied(tmp_path, with_head(REFIT, CHANNELS) + wanda, tensors, stats)
+        alone, _ = applied(tmp_path, with_head(REFIT, CHANNELS) + wanda, tensors, only_down)
+        assert all(torch.equal(both[name], alone[name]) for name in both)
+    told = {one["name"]: one["output_error"] for one in report["tensors"]}
+    assert [name for name in told if told[name] is not None] == [f"{layer}.down.weight" for layer in range(2)]
+
+
+JOINT = """
+version = 1
+[reconstruct]
+file = "stats.safetensors"
+[scope.up]
+tensors = "{layer}.up.weight"
+block = [1, 1]
+shape = []
+[scope.down]
+tensors = "{layer}.down.weight"
+block = [1, 1]
+shape = []
+[scope_coupling.layer]
+scopes = ["up", "down"]
+nnz = 100
+"""
+
+
+def test_matrices_that_compete_are_solved_together(tmp_path: Path) -> None:
+    tensors = mlp_tensors()
+    stats = statistics(tensors)
+    for layer in range(2):
+        stats[f"{layer}.up.weight"] *= 20
+    pruned, _ = applied(tmp_path, JOINT, tensors, stats)
+    for layer in range(2):
+        up, down = (int((pruned[f"{layer}.{name}.weight"] != 0).sum()) for name in ("up", "down"))
+        assert up + down == 100
+        assert up > 1.3 * down  # whose outputs are larger
+
+
+SLICED = """
+version = 1
+[reconstruct]
+file = "stats.safetensors"
+[scope.first]
+tensors = "{layer}.up.weight"
+slice = ["4:12", ":4"]
+block = [1, 1]
+shape = [1, 4]
+nnz = 2
+[scope.second]
+tensors = "{layer}.up.weight"
+slice = ["8:", "4:"]
+block = [1, 2]
+shape = [1, 2]
+nnz = 1
+optional = true
+"""
+
+
+def test_what_a_slice_does_not_reach_keeps_its_bits(tmp_path: Path) -> None:
+    tensors = mlp_tensors()
+    pruned, _ = applied(tmp_path, SLICED, tensors, statistics(tensors))
+    for layer in range(2):
+        dense, now = tensors[f"{layer}.up.weight"], pruned[f"{layer}.up.weight"]
+        inside = torch.zeros(dense.shape, dtype=torch.bool)
+        inside[4:12, :4] = inside[8:, 4:] = True
+        assert torch.equal(now[~inside].view(torch.int32), dense[~inside].view(torch.int32))
+        assert (now[4:12, :4] != 0).sum(1).tolist() == [2] * 8
+        assert (now[8:, 4:] != 0).sum(1).tolist() == [2] * 8
+        assert (now[4:12, :4][now[4:12, :4] != 0] != dense[4:12, :4][now[4:12, :4] != 0]).any()
+
+
+STACKED = """
+version = 1
+[reconstruct]
+file = "stats.safetensors"
+{more}
+[block.up]
+tensors = "{{layer}}.experts.up"
+shape = [1, 1, -1]
+[block.bias]
+tensors = "{{layer}}.experts.bias"
+shape = [1, 1]
+[block.down]
+tensors = "{{layer}}.experts.down"
+shape = [1, -1, 1]
+[block_coupling.channel]
+blocks = ["up", "bias", "down"]
+orders = [[0, 1, 2], [0, 1, 2], [0, 2, 1]]
+[scope.channels]
+block = "channel"
+shape = [{experts}, -1]
+nnz = {nnz}
+"""
+
+
+def stacked_tensors() -> Tensors:
+    generator = torch.Generator().manual_seed(2)
+    return {
+        "0.experts.up": torch.randn(5, 16, 8, generator=generator),
+        "0.experts.bias": torch.randn(5, 16, generator=generator),
+        "0.experts.down": torch.randn(5, 8, 16, generator=generator),
+    }
+
+
+@pytest.mark.parametrize("together", [1, 2, 16])
+def test_experts_in_one_tensor_are_worked_some_at_a_time(
+    tmp_path: Path, together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sparseprune.pipeline import recipes
+
+    monkeypatch.setattr(recipes, "_STACKED", together)
+    tensors = stacked_tensors()
+    stats = statistics(tensors)
+    spec = STACKED.format(more="", experts=1, nnz=12)
+    pruned, _ = applied(tmp_path, spec, tensors, stats)
+    for expert in range(5):
+        down = pruned["0.experts.down"][expert]
+        alive = down.any(0)
+        assert int(alive.sum()) == 12
+        dense = tensors["0.experts.down"][expert]
+        alone = refit(Matrix(dense, stats["0.experts.down"][expert]), alive.expand(dense.shape))
+        torch.testing.assert_close(down, alone, rtol=1e-3, atol=1e-5)
+        assert torch.equal(pruned["0.experts.up"][expert].any(1), alive)
+        assert torch.equal(pruned["0.experts.bias"][expert] != 0, alive)
+    if together == 1:
+        (tmp_path / "other").mkdir()
+        monkeypatch.setattr(recipes, "_STACKED", 16)
+        others, _ = applied(tmp_path / "other", spec, tensors, stats)
+        assert all(torch.equal(others[name] == 0, pruned[name] == 0) for name in pruned)
+
+
+def test_channels_that_compete_across_experts_are_solved_together(tmp_path: Path) -> None:
+    tensors = stacked_tensors()
+    stats = statistics(tensors)
+    stats["0.experts.down"][3] *= 100  # tokens go there
+    spec = STACKED.format(more="", experts=-1, nnz=40)
+    pruned, _ = applied(tmp_path, spec, tensors, stats)
+    alive = pruned["0.experts.down"].any(1).sum(-1)
+    assert int(alive.sum()) == 40
+    assert int(alive[3]) == 16
+
+
+def test_matrices_whose_inputs_come_first_are_told_by_input_dim(tmp_path: Path) -> None:
+    tensors = mlp_tensors()
+    stats = statistics(tensors)
+    turned = {name: one.T.contiguous() if name.endswith("weight") else one for name, one in tensors.items()}
+    straight, _ = applied(tmp_path, with_head(ADMM, TWO_OF_FOUR), tensors, stats)
+    spec = with_head(ADMM + "input_dim = 0\n", TWO_OF_FOUR.replace("shape = [1, 4]", "shape = [4, 1]"))
+    pruned, _ = applied(tmp_path, spec, turned, stats)
+    for name in stats:
+        torch.testing.assert_close(pruned[name].T, straight[name], rtol=1e-3, atol=1e-4)
+
+
+def test_one_rule_may_go_without(tmp_path: Path) -> None:
+    tensors = mlp_tensors()
+    spec = with_head(ADMM, TWO_OF_FOUR) + 'reconstruct = { method = "none" }\n'
+    plain, _ = applied(tmp_path, TWO_OF_FOUR, tensors, {})
+    pruned, report = applied(tmp_path, spec, tensors, {})
+    assert all(torch.equal(pruned[name], plain[name]) for name in plain)
+    assert report["totals"]["output_error"] is None
+
+
+def test_statistics_by_calibrate_are_found_by_their_aliases_and_say_the_dimension(tmp_path: Path) -> None:
+    from sparseprune.checkpoint import statistics as files
+
+    tensors = mlp_tensors(layers=1)
+    moment = moments(16, 50, torch.Generator().manual_seed(0)).contiguous()
+    tensors["0.gate.weight"] = torch.randn(16, 8, generator=torch.Generator().manual_seed(9))
+    one = files.Collected(16, None, {"0.down.weight": 1, "0.gate.weight": 0})
+    save_file(
+        {"0.down.weight": moment},
+        tmp_path / "stats.safetensors",
+        metadata=files._metadata("hessian", [one]),
+    )
+    save_file(tensors, tmp_path / "m.safetensors")
+    text = """
+version = 1
+[reconstruct]
+file = "stats.safetensors"
+[scope.down]
+tensors = "0.down.weight"
+block = [1, 1]
+shape = [1, 4]
+nnz = 2
+[scope.gate]
+tensors = "0.gate.weight"
+block = [1, 1]
+shape = [4, 1]
+nnz = 2
+"""
+    assert run("apply", tmp_path / "m.safetensors", write_spec(tmp_path, text), "-q").code == 0
+    pruned = load_file(tmp_path / "m.pruned.safetensors")
+    for name, dim in one.weights.items():
+        matrix = Matrix(tensors[name], moment, dim)
+        wanted = refit(matrix, pruned[name] != 0)
+        torch.testing.assert_close(pruned[name], wanted, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["wanda", "obd"])
+def test_scores_read_moments_and_norms_as_well_as_ready_vectors(tmp_path: Path, kind: str) -> None:
+    from sparseprune.checkpoint import statistics as files
+
+    tensors = {name: one for name, one in mlp_tensors().items() if one.ndim == 2}
+    tensors["stack.weight"] = torch.randn(3, 8, 16, generator=torch.Generator().manual_seed(8))
+    stats = statistics(tensors)
+    diagonals = {name: one.diagonal(dim1=-2, dim2=-1).contiguous() for name, one in stats.items()}
+    collected = {
+        name: files.Collected(
+            one.shape[-1], len(one) if one.ndim == 3 else None, {name: tensors[name].ndim - 1}
+        )
+        for name, one in stats.items()
+    }
+    ready = {name: one.sqrt() if kind == "wanda" else one for name, one in diagonals.items()}
+    forms: dict[str, tuple[Tensors, dict[str, str] | None]] = {
+        "ready": (ready, None),
+        "moments without a word": (stats, None),
+        "hessian": (stats, files._metadata("hessian", list(collected.values()))),
+        "norm": (
+            {name: one.sqrt() for name, one in diagonals.items()},
+            files._metadata("norm", list(collected.values())),
+        ),
+    }
+    spec = """
+version = 1
+[score]
+kind = "KIND"
+file = "stats.safetensors"
+[scope.matrix]
+tensors = "{layer}.{name:up|down}.weight"
+block = [1, 1]
+shape = [1, -1]
+sparsity = 0.5
+[scope.stack]
+tensors = "stack.weight"
+block = [1, 1, 1]
+shape = [1, 1, -1]
+sparsity = 0.5
+"""
+    save_file(tensors, tmp_path / "m.safetensors")
+    found = {}
+    for form, (stored, metadata) in forms.items():
+        save_file(stored, tmp_path / "stats.safetensors", metadata=metadata)
+        path = write_spec(tmp_path, spec.replace("KIND", kind))
+        said = run("apply", tmp_path / "m.safetensors", path, "--force", "-q")
+        assert said.code == 0, said.err
+        found[form] = load_file(tmp_path / "m.pruned.safetensors")
+    for name, dense in tensors.items():
+        factor = ready[name].double()
+        line = factor[:, None] if dense.ndim == 3 else factor
+        score = (dense.double().abs() if kind == "wanda" else dense.double().square()) * line
+        drop = score.argsort(dim=-1, stable=True)[..., : dense.shape[-1] // 2]
+        for form in forms:
+            assert torch.equal(found[form][name], dense.scatter(-1, drop, 0.0)), (form, name)
+
+
+def test_a_killed_run_is_continued_and_ends_in_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sparseprune.pipeline import reconstructed
+
+    tensors = mlp_tensors(layers=4)
+    names = [[name for name in tensors if name[0] in group] for group in ("n01", "23")]
+    shards = {
+        f"model-{place}.safetensors": {name: tensors[name] for name in part}
+        for place, part in enumerate(names)
+    }
+    folder = write_shards(tmp_path / "dense", shards)
+    save_file(statistics(tensors), tmp_path / "stats.safetensors")
+    spec = write_spec(tmp_path, with_head(ADMM, TWO_OF_FOUR))
+    assert run("apply", folder, spec, "-o", tmp_path / "whole", "-q", "--jobs", 1).code == 0
+    usual = reconstructed._Piece.work
+    done: list[int] = []
+
+    def dies_at_the_fourth(piece: Any) -> Any:
+        if len(done) == 3:
+            raise KeyboardInterrupt
+        done.append(1)
+        return usual(piece)
+
+    monkeypatch.setattr(reconstructed._Piece, "work", dies_at_the_fourth)
+    assert run("apply", folder, spec, "-o", tmp_path / "again", "-q", "--jobs", 1).code == 130
+    assert not (tmp_path / "again").exists()
+    worked: list[int] = []
+
+    def counted(piece: Any) -> Any:
+        worked.append(1)
+        return usual(piece)
+
+    monkeypatch.setattr(reconstructed._Piece, "work", counted)
+    said = run("apply", folder, spec, "-o", tmp_path / "again", "--jobs", 1)
+    assert said.code == 0
+    assert "an unfinished run is continued" in said.err
+    assert len(worked) < 8
+    for file in (*shards, "sparseprune/masks-00001-of-00002.safetensors"):
+        assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+    reports = [
+        json.loads((tmp_path / out / "sparseprune/report.json").read_text()) for out in ("again", "whole")
+    ]
+    assert reports[0]["tensors"] == reports[1]["tensors"]
+
+
+def test_masks_alone_are_those_of_apply(tmp_path: Path) -> None:
+    tensors = mlp_tensors()
+    applied(tmp_path, with_head(ADMM, TWO_OF_FOUR), tensors, statistics(tensors))
+    said = run(
+        "mask", tmp_path / "m.safetensors", tmp_path / "spec.toml", "-o", tmp_path / "k.safetensors", "-q"
+    )
+    assert said.code == 0
+    masks = sparseprune.load_masks(tmp_path / "k.safetensors")
+    others = sparseprune.load_masks(tmp_path / "m.pruned.masks.safetensors")
+    assert all(torch.equal(masks[name], others[name]) for name in masks)
+
+
+def test_a_line_tells_the_output_error(tmp_path: Path) -> None:
+    tensors = mlp_tensors()
+    _, report = applied(tmp_path, with_head(ADMM, TWO_OF_FOUR), tensors, statistics(tensors))
+    said = run("apply", tmp_path / "m.safetensors", tmp_path / "spec.toml", "--force")
+    totals = report["totals"]
+    assert (
+        f"reconstructed 4 matrices: output error {totals['output_error']:.3f} on average, "
+        f"{totals['output_error_masked']:.3f} by the masks alone\n"
+    ) in said.err
+
+
+def without(stats: Tensors) -> Tensors:
+    return {name: one for name, one in stats.items() if name != "1.up.weight"}
+
+
+WRONG: list[tuple[str, Any, str]] = [
+    (
+        "of another model",
+        lambda stats: {f"x{name}": one for name, one in stats.items()},
+        "has no statistics of 0.down.weight; the nearest name is x0.down.weight",
+    ),
+    ("one is missing", without, "has no statistics of 1.up.weight; the nearest name is 0.up.weight"),
+    (
+        "another shape",
+        lambda stats: stats | {"1.up.weight": torch.eye(9)},
+        "1.up.weight has shape [9, 9], wanted [8, 8]",
+    ),
+    (
+        "vectors",
+        lambda stats: stats | {"1.up.weight": torch.ones(8)},
+        "1.up.weight has shape [8], wanted [8, 8]",
+    ),
+    (
+        "integers",
+        lambda stats: stats | {"1.up.weight": torch.eye(8, dtype=torch.int32)},
+        "1.up.weight is I32, wanted one of BF16, F16, F32, F64",
+    ),
+    (
+        "NaN",
+        lambda stats: stats | {"1.up.weight": torch.eye(8) * torch.nan},
+        "1.up.weight: the second moment of the inputs holds NaN or infinity",
+    ),
+    (
+        "zero",
+        lambda stats: stats | {"1.up.weight": torch.zeros(8, 8)},
+        "1.up.weight: the second moment of the inputs is zero",
+    ),
+    (
+        "negative",
+        lambda stats: stats | {"1.up.weight": -torch.eye(8)},
+        "1.up.weight: the second moment of the inputs has a negative diagonal",
+    ),
+]
+
+
+@pytest.mark.parametrize(("change", "line"), [pytest.param(*rest, id=name) for name, *rest in WRONG])
+@pytest.mark.parametrize("head", [ADMM, REFIT])
+def test_statistics_that_do_not_fit_get_one_line(tmp_path: Path, head: str, change: Any, line: str) -> None:
+    tensors = mlp_tensors()
+    save_file(tensors, tmp_path / "m.safetensors")
+    save_file(change(statistics(tensors)), tmp_path / "stats.safetensors")
+    said = run("apply", tmp_path / "m.safetensors", write_spec(tmp_path, with_head(head, TWO_OF_FOUR)))
+    assert said.code == 2
+    assert line in said.err
+    assert not (tmp_path / "m.pruned.safetensors").exists()
+    assert said.out == ""
+
+
+def test_no_statistics_and_norms_alone_and_tokens_that_never_came_are_told(tmp_path: Path) -> None:
+    from sparseprune.checkpoint import statistics as files
+
+    tensors = mlp_tensors(layers=1)
+    save_file(tensors, tmp_path / "m.safetensors")
+    spec = write_spec(tmp_path, with_head(ADMM.replace("stats.safetensors", "stats"), TWO_OF_FOUR))
+    said = run("apply", tmp_path / "m.safetensors", spec)
+    assert (said.code, "no such file" in said.err) == (2, True)
+    collected = [
+        files.Collected(tensors[name].shape[1], None, {name: 1}) for name in ("0.up.weight", "0.down.weight")
+    ]
+    (tmp_path / "stats").mkdir()
+    path = tmp_path / "stats/statistics.safetensors"
+    norms = {one.name: torch.ones(one.features) for one in collected}
+    save_file(norms, path, metadata=files._metadata("norm", collected))
+    said = run("apply", tmp_path / "m.safetensors", spec)
+    assert (said.code, "calibrate with --stats hessian" in said.err) == (2, True)
+    moments_of = {one.name: torch.eye(one.features) for one in collected}
+    save_file(moments_of, path, metadata=files._metadata("hessian", collected))
+    (tmp_path / "stats/sparseprune").mkdir()
+    matrices = [{"name": "0.up.weight", "tokens": 0}, {"name": "0.down.weight", "tokens": 7}]
+    (tmp_path / "stats/sparseprune/report.json").write_text(json.dumps({"matrices": matrices}))
+    said = run("apply", tmp_path / "m.safetensors", spec)
+    assert said.code == 2
+    assert "no token reached 0.up.weight: calibrate on more text, or exclude it" in said.err
+    save_file(moments_of, path, metadata={files.STATISTICS_KEY: '{"kind": "no"}'})
+    said = run("apply", tmp_path / "m.safetensors", spec)
+    assert "is not that of a statistics file; calibrate again" in said.err
+
+
+def test_memory_that_does_not_hold_a_matrix_is_told_with_what_would(tmp_path: Path) -> None:
+    tensors = {"0.up.weight": torch.randn(2048, 1024), "0.down.weight": torch.randn(4, 8)}
+    stats = {"0.up.weight": torch.eye(1024), "0.down.weight": torch.eye(8)}
+    save_file(tensors, tmp_path / "m.safetensors")
+    save_file(stats, tmp_path / "stats.safetensors")
+    spec = write_spec(tmp_path, with_head(ADMM, TWO_OF_FOUR))
+    said = run("apply", tmp_path / "m.safetensors", spec, "--memory", "400MiB")
+    assert said.code == 2
+    assert "its matrices and their second moments must be in memory together" in said.err
+    wanted = int(said.err.split("--memory must be at least ")[1].split()[0])
+    assert run("plan", tmp_path / "m.safetensors", spec, "--memory", wanted).code == 0
+    assert run("plan", tmp_path / "m.safetensors", spec, "--memory", wanted - (1 << 20)).code == 2
+
+
+def test_integers_and_nan_are_refused(tmp_path: Path) -> None:
+    for dense, line in (
+        (torch.ones(4, 8, dtype=torch.int8), "wanted a matrix of floats"),
+        (torch.full((4, 8), torch.nan), "NaN at [0, 0]"),
+    ):
+        save_file({"0.up.weight": dense}, tmp_path / "m.safetensors")
+        save_file({"0.up.weight": torch.eye(8)}, tmp_path / "stats.safetensors")
+        spec = write_spec(tmp_path, with_head(ADMM, TWO_OF_FOUR))
+        said = run("apply", tmp_path / "m.safetensors", spec, "--force")
+        assert said.code == 2
+        assert line in said.err
+
+
+def test_empty_tensors_pass(tmp_path: Path) -> None:
+    tensors = {"0.up.weight": torch.zeros(0, 8), "0.down.weight": torch.zeros(8, 4)}
+    stats = {"0.up.weight": torch.eye(8), "0.down.weight": torch.eye(4)}
+    pruned, report = applied(tmp_path, with_head(ADMM, TWO_OF_FOUR), tensors, stats)
+    assert pruned["0.up.weight"].shape == (0, 8)
+    assert [one["output_error"] for one in report["tensors"]] == [0.0, None]
+
+
+@pytest.mark.parametrize("jobs", [1, 3])
+def test_jobs_do_not_show(tmp_path: Path, jobs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    narrow(monkeypatch, 1 << 20)
+    tensors = mlp_tensors(layers=3)
+    stats = statistics(tensors)
+    one, _ = applied(tmp_path, with_head(ADMM, TWO_OF_FOUR), tensors, stats)
+    other, _ = applied(tmp_path, with_head(ADMM, TWO_OF_FOUR), tensors, stats, "--jobs", jobs)
+    assert all(torch.equal(one[name], other[name]) for name in one)
