@@ -31,6 +31,7 @@ Role = Literal["values", "vector", "blocks", "conditioners", "moment"]
 _NUMBERS = frozenset(row.name for row in DTYPES.values() if row.prunable)
 _FLOATS = frozenset(name for name in _NUMBERS if not name.startswith("I"))
 _MOMENTS = frozenset({"F64", "F32", "F16", "BF16"})
+_MOST_TOLD = 3  # weights without statistics; more of them mean another checkpoint
 _TABLE_OF: Mapping[Role, str] = {"moment": "reconstruct"}  # others belong to the score
 
 
@@ -58,6 +59,7 @@ class InputFiles:
         self._weights = weights
         self._files: dict[Path, Statistics | None] = {}
         self._problems: dict[str, None] = {}
+        self._missing: dict[tuple[str, Role, Path], list[str]] = {}
 
     def of_instance(self, rule: str, instance: BoundInstance) -> tuple[TaskInput, ...]:
         """The inputs of one instance; what is missing is noted and left out."""
@@ -80,7 +82,14 @@ class InputFiles:
         return tuple(found)
 
     def raise_if_any(self) -> None:
-        """SpecError with every problem that was noted."""
+        """SpecError with every problem that was noted; where much is missing one line tells it."""
+        for (rule, role, path), names in self._missing.items():
+            file = self._files[path]
+            told = names if len(names) <= _MOST_TOLD else names[:1]
+            for name in told:
+                what = name if len(told) > 1 or len(names) == 1 else f"{len(names)} weights, such as {name}"
+                near = "" if file is None else _nearest(name, list(file.of))
+                self._note(rule, f"{path}: has no statistics of {what}{near}", role)
         if self._problems:
             raise SpecError(*self._problems)
 
@@ -101,9 +110,8 @@ class InputFiles:
         for block in _blocks(scope):
             found = self._found(rule, path, role, block, file, method.input_dim)
             if found is not None and not found:
-                for name in dict.fromkeys(leaf.tensor for leaf in block.leaves):
-                    text = f"{path}: has no statistics of {name}{_nearest(name, list(file.of))}"
-                    self._note(rule, text, role)
+                missing = self._missing.setdefault((rule, role, path), [])
+                missing += dict.fromkeys(leaf.tensor for leaf in block.leaves)
             yield from (found or {}).values()
 
     def _found(

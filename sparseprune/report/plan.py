@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from sparseprune.checkpoint import OutputLayout, StoredTensor
-    from sparseprune.spec import BoundInstance, BoundRule, BoundScopeCoupling, BoundSpec
+    from sparseprune.spec import BoundInstance, BoundRule, BoundScopeCoupling, BoundSpec, Reconstruct
 
     AnyScope = BoundScope | BoundScopeCoupling
 
@@ -114,6 +114,7 @@ def _rule_entry(rule: BoundRule, tensors: Mapping[str, StoredTensor]) -> dict[st
         "name": rule.name,
         "mode": "soft" if first and first.soft else "hard",
         "score": _score(first.score if first else Score()),
+        "reconstruct": _reconstruct(first.reconstruct if first else None),
         "instances": len(rule.instances),
         "tensors": len(names),
         "example": next(iter(names), None),
@@ -179,6 +180,12 @@ def _score(score: Score) -> dict[str, Any]:
         "normalize": score.normalize,
         "file": None if score.file is None else str(score.file),
     }
+
+
+def _reconstruct(reconstruct: Reconstruct | None) -> dict[str, Any] | None:
+    if reconstruct is None:
+        return None
+    return {"method": reconstruct.method, "file": str(reconstruct.file), "damp": reconstruct.damp}
 
 
 def _sparsity(nnz: int | None, blocks: int) -> float | None:

@@ -90,6 +90,10 @@ def _budget(rule: Mapping[str, Any]) -> Facts:
     score = rule["score"]
     if score["kind"] != "magnitude" or score["norm"] != 2 or score["normalize"]:
         facts.append(("score", _score(score)))
+    if rule["reconstruct"] is not None:
+        facts.append(
+            ("rebuilds", "by {method}, with the second moments in {file}".format(**rule["reconstruct"]))
+        )
     return facts
 
 

@@ -460,7 +460,7 @@ WRONG: list[tuple[str, Any, str]] = [
     (
         "of another model",
         lambda stats: {f"x{name}": one for name, one in stats.items()},
-        "has no statistics of 0.down.weight; the nearest name is x0.down.weight",
+        "has no statistics of 4 weights, such as 0.down.weight; the nearest name is x0.down.weight\n",
     ),
     ("one is missing", without, "has no statistics of 1.up.weight; the nearest name is 0.up.weight"),
     (
@@ -505,6 +505,7 @@ def test_statistics_that_do_not_fit_get_one_line(tmp_path: Path, head: str, chan
     said = run("apply", tmp_path / "m.safetensors", write_spec(tmp_path, with_head(head, TWO_OF_FOUR)))
     assert said.code == 2
     assert line in said.err
+    assert len(said.err.splitlines()) == 1
     assert not (tmp_path / "m.pruned.safetensors").exists()
     assert said.out == ""
 
