@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         SparseScope,
         View,
         admm,
+        keep_rows,
         projection,
         refit,
     )
@@ -42,6 +43,7 @@ __all__ = [
     "SparsityError",
     "View",
     "admm",
+    "keep_rows",
     "load_masks",
     "projection",
     "refit",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from sparseprune.engine.block import BlockSpec, SparseBlock
     from sparseprune.engine.block_coupling import BlockCoupling
-    from sparseprune.engine.reconstruction.alternating import Reconstructed, admm
+    from sparseprune.engine.reconstruction.alternating import Reconstructed, admm, keep_rows
     from sparseprune.engine.reconstruction.matrices import Matrix
     from sparseprune.engine.reconstruction.projecting import projection
     from sparseprune.engine.reconstruction.refitting import refit
@@ -29,6 +29,7 @@ __all__ = [
     "SparseScope",
     "View",
     "admm",
+    "keep_rows",
     "projection",
     "refit",
 ]
@@ -44,6 +45,7 @@ _HOME = {
     "SparseScope": "scope",
     "View": "view",
     "admm": "reconstruction.alternating",
+    "keep_rows": "reconstruction.alternating",
     "projection": "reconstruction.projecting",
     "refit": "reconstruction.refitting",
 }

@@ -2,7 +2,7 @@
 
 A block that holds all inputs of its rows (an MLP channel in `up`, a head in `q`) makes rows vanish, which
 nothing in that matrix can make up for, and which nobody reads where the block's columns of another matrix
-vanish too. Such members have no say. Pure arithmetic on bound shapes; called by inputs.
+vanish too. Such members have no say. Pure arithmetic on bound shapes; called by inputs and reconstructed.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ def taking_part(
 
     `shapes` and `dims` have the shape of each leaf's tensor and the dimension along which its inputs lie.
     """
-    some = [leaf for leaf in leaves if not _holds_rows(leaf, shapes[leaf.tensor], dims[leaf.tensor])]
+    some = [leaf for leaf in leaves if not holds_rows(leaf, shapes[leaf.tensor], dims[leaf.tensor])]
     return some or list(leaves)
 
 
-def _holds_rows(leaf: BoundBlock, shape: Shape, dim: int) -> bool:
+def holds_rows(leaf: BoundBlock, shape: Shape, dim: int) -> bool:
     """Whether a block holds every input of the rows that it reaches."""
     inner, features = prod(shape[dim + 1 :]), shape[dim]
     steps = [

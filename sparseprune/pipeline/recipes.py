@@ -320,6 +320,7 @@ def _reconstructed(task: Task, tensors: Mapping[str, StoredTensor], limits: Limi
     dense = sum(tensors[one.key].numel for one in task.inputs if one.role == "moment")
     nbytes = _SOLVER_BYTES * dense + tile_bytes(numel) + _MOMENT_BYTES * sum(one.numel for one in moments)
     each = nbytes // max(1, stacks)
+    _refuse_unseen(task, alone=stacks > 1)
     if each > limits.memory:
         raise SparsepruneError(
             f"[{task.rule}] {task.instance.label}: its matrices and their second moments must be in memory "
@@ -331,6 +332,20 @@ def _reconstructed(task: Task, tensors: Mapping[str, StoredTensor], limits: Limi
         _STACKED, max(1, _STACKED_ELEMENTS * stacks // max(1, dense)), limits.memory // max(1, each)
     )
     return Reconstructed(each * together, together)
+
+
+def _refuse_unseen(task: Task, *, alone: bool) -> None:
+    """Before any work is done: a matrix that decides by itself needs tokens that reached it."""
+    counts = {one.key: one.tokens for one in task.inputs if one.role == "moment" and one.tokens}
+    if not alone and any(any(tokens) for tokens in counts.values()):
+        return
+    for name, tokens in counts.items():
+        if 0 in tokens:
+            which = f" (matrix {tokens.index(0)})" if len(tokens) > 1 else ""
+            raise SparsepruneError(
+                f"[{task.rule}] reconstruct: no token reached {name}{which} when its statistics were taken; "
+                "calibrate on more text, or exclude it"
+            )
 
 
 def alone(scope: AnyScope) -> AnyScope:

@@ -14,12 +14,13 @@ import torch
 from sparseprune.engine import View
 from sparseprune.engine.block import zero_pruned
 from sparseprune.engine.grids import prod
-from sparseprune.engine.reconstruction.alternating import admm
+from sparseprune.engine.reconstruction.alternating import admm, keep_rows
 from sparseprune.engine.reconstruction.matrices import Matrix, output_energy
 from sparseprune.engine.reconstruction.projecting import projection
 from sparseprune.engine.reconstruction.refitting import refit
 from sparseprune.errors import SparsityError
 from sparseprune.pipeline.cells import block_part, leaves_of, members_of
+from sparseprune.pipeline.feeding import holds_rows
 from sparseprune.pipeline.programs import Item, Outcome, Program
 from sparseprune.pipeline.ranking import Elements, Ranking, refuse_nonfinite
 from sparseprune.pipeline.stacks import StackPart, boxes_at, stacked_parts
@@ -151,12 +152,12 @@ class _Piece:
             for box in side.boxes
         }
         scope = build_scope(_only(self._scope, frozenset(views)), views)
-        found = admm(
-            [side.matrix for side in sides],
-            projection(scope, nnz, params),
-            damp=reconstruct.damp,
-            joint=not self._part.end,
-        )
+        project = projection(scope, nnz, params)
+        matrices = [side.matrix for side in sides]
+        if self._holds_rows(sides):
+            found = keep_rows(matrices, project, damp=reconstruct.damp)
+        else:
+            found = admm(matrices, project, damp=reconstruct.damp, joint=not self._part.end)
         kept = {side.name: one.mask for side, one in zip(sides, found, strict=True)}
         by_leaf = {box.leaf: side.view(box, kept[side.name]) for side in sides for box in side.boxes}
         decision = [
@@ -166,6 +167,15 @@ class _Piece:
         masks = engine.get_masks(nnz, block_mask=engine.gather(decision))
         weights = {side.name: one.weights for side, one in zip(sides, found, strict=True)}
         return masks, weights, kept
+
+    def _holds_rows(self, sides: Sequence[_Side]) -> bool:
+        """Whether all blocks hold whole rows of matrices."""
+        stored = {one.key: one for one in self._task.inputs if one.role == "moment"}
+        return all(
+            holds_rows(box.leaf, box.stored.shape, stored[side.name].dim % len(box.stored.shape))
+            for side in sides
+            for box in side.boxes
+        )
 
     def _stored(
         self,
@@ -188,12 +198,27 @@ class _Piece:
         return outcomes
 
     def _sides(self, tile: Tile) -> list[_Side]:
-        """The tensors that have second moments, each whole or the matrices that this piece is about."""
+        """The tensors that have second moments, each whole or the matrices that this piece is about.
+
+        Where a matrix competes with others nothing need be known of it: it then ranks below them.
+        """
         boxes = [loaded.box for loaded in tile.loaded.values()]
-        return [
-            self._side(one, [box for box in boxes if box.leaf.tensor == one.key])
-            for one in {one.key: one for one in self._task.inputs if one.role == "moment"}.values()
+        inputs = {one.key: one for one in self._task.inputs if one.role == "moment"}
+        sides = [
+            self._side(one, [box for box in boxes if box.leaf.tensor == key]) for key, one in inputs.items()
         ]
+        unseen = {side.name: side.matrix.unseen for side in sides}
+        matrices = sum(side.matrix.moment.diagonal(dim1=-2, dim2=-1)[..., 0].numel() for side in sides)
+        for name, numbers in unseen.items():
+            if numbers and (self._part.end or sum(map(len, unseen.values())) == matrices):
+                which = (
+                    f" (matrix {self._part.begin + numbers[0]})" if len(inputs[name].stored.shape) > 2 else ""
+                )
+                raise SparsityError(
+                    f"{name}{which}: its statistics are zero: nothing was seen of its inputs; calibrate on "
+                    f"more text, or exclude it ({inputs[name].stored.shard.path})"
+                )
+        return sides
 
     def _side(self, one: TaskInput, boxes: Sequence[Box]) -> _Side:
         stored = self._setting.tensors[one.key]

@@ -152,7 +152,7 @@ def _form(task: Task, plan: Plan) -> tuple[object, ...]:
     members = [
         (member.shape, order, len(member.block.leaves)) for member, order in members_of(instance.scope)
     ]
-    inputs = [(one.role, one.stored.dtype, one.stored.shape) for one in task.inputs]
+    inputs = [(one.role, one.stored.dtype, one.stored.shape, one.tokens) for one in task.inputs]
     score = (instance.score.kind, instance.score.norm, instance.score.normalize, instance.score.nonfinite)
     method = (instance.soft is None, instance.reconstruct)
     return (tuple(leaves), tuple(members), tuple(inputs), score, instance.budget, *method)

@@ -30,7 +30,7 @@ def statistics(tensors: Mapping[str, torch.Tensor], seed: int = 0) -> Tensors:
     generator = torch.Generator().manual_seed(seed)
     found = {}
     for name, tensor in tensors.items():
-        if tensor.ndim in {2, 3}:
+        if tensor.ndim in {2, 3} and "bias" not in name:
             stack = len(tensor) if tensor.ndim == 3 else 0
             found[name] = moments(tensor.shape[-1], 50, generator, stack).contiguous()
     return found
@@ -270,6 +270,50 @@ def test_channels_that_compete_across_experts_are_solved_together(tmp_path: Path
     assert int(alive[3]) == 16
 
 
+def test_an_expert_that_no_token_reached_goes_first_or_is_told(tmp_path: Path) -> None:
+    tensors = stacked_tensors()
+    tensors["0.experts.down"][2] *= 100
+    stats = statistics(tensors)
+    stats["0.experts.down"][2] = 0
+    pruned, _ = applied(tmp_path, STACKED.format(more="", experts=-1, nnz=64), tensors, stats)
+    assert pruned["0.experts.down"].any(1).sum(-1).tolist() == [16, 16, 0, 16, 16]
+    spec = write_spec(tmp_path, STACKED.format(more="", experts=1, nnz=12))
+    said = run("apply", tmp_path / "m.safetensors", spec, "--force")
+    assert said.code == 2
+    assert "0.experts.down (matrix 2): its statistics are zero" in said.err
+
+
+EXPERTS = """
+version = 1
+[reconstruct]
+file = "stats.safetensors"
+[block.matrix]
+tensors = "0.experts.{name:up|down}"
+shape = [1, -1, -1]
+[block_coupling.whole]
+blocks = ["matrix"]
+across = ["name"]
+[scope.experts]
+block = "whole"
+shape = []
+nnz = 3
+"""
+
+
+def test_whole_experts_go_by_what_they_put_out(tmp_path: Path) -> None:
+    tensors = {name: one for name, one in stacked_tensors().items() if one.ndim == 3}
+    stats = statistics(tensors)
+    use = torch.tensor([1.0, 0.01, 1, 0.02, 1]).reshape(5, 1, 1)
+    stats = {name: (one * use).contiguous() for name, one in stats.items()}
+    tensors = {name: (one * (2 - use)).contiguous() for name, one in tensors.items()}
+    pruned, report = applied(tmp_path, EXPERTS, tensors, stats)
+    for name, dense in tensors.items():
+        kept = pruned[name].any(-1).any(-1)
+        assert kept.tolist() == [True, False, True, False, True]
+        assert torch.equal(pruned[name][kept], dense[kept])
+    assert report["totals"]["output_error"] == report["totals"]["output_error_masked"] < 0.3
+
+
 def test_matrices_whose_inputs_come_first_are_told_by_input_dim(tmp_path: Path) -> None:
     tensors = mlp_tensors()
     stats = statistics(tensors)
@@ -486,7 +530,7 @@ WRONG: list[tuple[str, Any, str]] = [
     (
         "zero",
         lambda stats: stats | {"1.up.weight": torch.zeros(8, 8)},
-        "1.up.weight: the second moment of the inputs is zero",
+        "1.up.weight: its statistics are zero: nothing was seen of its inputs; calibrate on more text",
     ),
     (
         "negative",
@@ -534,7 +578,7 @@ def test_no_statistics_and_norms_alone_and_tokens_that_never_came_are_told(tmp_p
     (tmp_path / "stats/sparseprune/report.json").write_text(json.dumps({"matrices": matrices}))
     said = run("apply", tmp_path / "m.safetensors", spec)
     assert said.code == 2
-    assert "no token reached 0.up.weight: calibrate on more text, or exclude it" in said.err
+    assert "[scope.proj] reconstruct: no token reached 0.up.weight when its statistics" in said.err
     save_file(moments_of, path, metadata={files.STATISTICS_KEY: '{"kind": "no"}'})
     said = run("apply", tmp_path / "m.safetensors", spec)
     assert "is not that of a statistics file; calibrate again" in said.err

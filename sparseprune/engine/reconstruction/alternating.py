@@ -67,6 +67,26 @@ def admm(
     return found
 
 
+def keep_rows(matrices: Sequence[Matrix], project: Projection, *, damp: float = 0.01) -> list[Reconstructed]:
+    """As `admm` where blocks hold whole rows: nothing can make up for these, so that the choice is exact.
+
+    `project` is asked in coordinates in which the norm of rows is that of their outputs. Survivors keep their
+    bits.
+    """
+    rows = []
+    for matrix in matrices:
+        problem = scaled(matrix, damp)
+        factor, failed = torch.linalg.cholesky_ex(problem.hessian)
+        # Where it is singular without damping the diagonal is what there is.
+        rows.append(torch.where(failed.reshape(-1, 1, 1) > 0, problem.dense, problem.dense @ factor))
+    masks = project([matrix.unrows(one) for matrix, one in zip(matrices, rows, strict=True)])
+    found = []
+    for matrix, mask in zip(matrices, masks, strict=True):
+        kept = mask if matrix.fixed is None else mask | matrix.fixed
+        found.append(Reconstructed(torch.where(kept, matrix.dense, 0).to(matrix.dense.dtype), kept.clone()))
+    return found
+
+
 class _Side:
     """One matrix on its way: its sparse weights and the scaled dual, both (matrices, out, in) and scaled."""
 

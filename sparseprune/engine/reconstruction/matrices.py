@@ -14,6 +14,8 @@ from torch import Tensor
 from sparseprune.engine.rounding import round_to
 from sparseprune.errors import ShapeMismatchError, SparsityError
 
+_UNSEEN = 1e-18  # the scale of weights that nothing is known of; its square is a float32 yet
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Matrix:
@@ -25,8 +27,8 @@ class Matrix:
 
     Raises:
         ShapeMismatchError: shapes that do not go together.
-        SparsityError: weights that are no floats or not finite; a moment with NaN or infinity, a negative
-            or an all-zero diagonal.
+        SparsityError: weights that are no floats or not finite; a moment with NaN or infinity or a negative
+            diagonal.
     """
 
     dense: Tensor
@@ -45,10 +47,12 @@ class Matrix:
             raise SparsityError("the second moment of the inputs holds NaN or infinity")
         if bool((diagonal < 0).any()):
             raise SparsityError("the second moment of the inputs has a negative diagonal: it is none")
-        if self.features and not bool((diagonal > 0).any(-1).all()):
-            empty = int((diagonal > 0).any(-1).reshape(-1).int().argmin())
-            which = f" of matrix {empty}" if self.dense.ndim == 3 else ""
-            raise SparsityError(f"the second moment of the inputs{which} is zero: nothing was seen of them")
+
+    @property
+    def unseen(self) -> list[int]:
+        """The numbers of the matrices whose moment is zero: nothing is known of their inputs."""
+        seen = (self.moment.diagonal(dim1=-2, dim2=-1) > 0).any(-1).reshape(-1)
+        return [int(number) for number in (~seen).nonzero()]
 
     @property
     def features(self) -> int:
@@ -105,8 +109,8 @@ def scaled(matrix: Matrix, damp: float) -> Scaled:
     moment = matrix.moment if matrix.moment.ndim == 3 else matrix.moment.unsqueeze(0)
     diagonal = moment.diagonal(dim1=-2, dim2=-1).to(torch.float64)
     roots = (diagonal + damp * diagonal.mean(-1, keepdim=True)).sqrt()
-    # A dead input without damping has no scale of its own; its weights are as good as any.
-    roots = torch.where(roots > 0, roots, 1.0).to(matrix.work_dtype)
+    # What no input reaches, and no damping, counts next to nothing, whatever it is compared with.
+    roots = roots.clamp_min(_UNSEEN).to(matrix.work_dtype)
     hessian = moment.to(matrix.work_dtype) / roots.unsqueeze(-1)
     hessian /= roots.unsqueeze(-2)
     hessian = (hessian + hessian.mT).mul_(0.5)

@@ -16,6 +16,7 @@ from sparseprune import (
     SparsityError,
     View,
     admm,
+    keep_rows,
     projection,
     refit,
 )
@@ -223,6 +224,27 @@ def test_experts_that_do_not_compete_are_solved_as_one_by_one() -> None:
         assert sum(objective(found.weights[number], dense[number], moment[number])) == pytest.approx(
             sum(objective(one.weights, dense[number], moment[number])), rel=0.01
         )
+
+
+def test_whole_rows_are_chosen_by_what_their_outputs_are() -> None:
+    """Against all ways to keep 5 of 8 rows over two matrices, one of which nothing is known about."""
+    from itertools import combinations
+
+    generator = torch.Generator().manual_seed(3)
+    dense = [torch.randn(4, 12, generator=generator) for _ in range(2)]
+    given = [Matrix(one, moments(12, 30, generator)) for one in dense]
+    params = [torch.empty(4, 12) for _ in dense]
+    rows = [ScopeSpec(BlockSpec(param, (1, -1)), ()) for param in params]
+    project = projection(ScopeCoupling(rows, [(0, 1), (0, 1)]), 5, params)
+    found = keep_rows(given, project)
+    energies = [energy for one in given for energy in objective(torch.zeros(4, 12), one.dense, one.moment)]
+    best = max(combinations(range(8), 5), key=lambda kept: sum(energies[one] for one in kept))
+    alive = torch.cat([one.mask.all(1) for one in found])
+    assert alive.nonzero().reshape(-1).tolist() == list(best)
+    for one, weights in zip(found, dense, strict=True):
+        assert torch.equal(one.weights, torch.where(one.mask, weights, 0.0))
+    unknown = [given[0], Matrix(dense[1] * 100, 0 * given[1].moment)]
+    assert [int(one.mask.all(1).sum()) for one in keep_rows(unknown, project)] == [4, 1]
 
 
 def test_experts_may_compete_as_wholes() -> None:

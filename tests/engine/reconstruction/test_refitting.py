@@ -188,12 +188,6 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"dense": torch.full((3, 4), torch.nan)}, SparsityError, "the weights hold NaN or infinity"),
     ({"moment": EYE * torch.nan}, SparsityError, "the second moment of the inputs holds NaN or infinity"),
     ({"moment": -EYE}, SparsityError, "has a negative diagonal"),
-    ({"moment": 0 * EYE}, SparsityError, "the second moment of the inputs is zero: nothing was seen"),
-    (
-        {"dense": torch.ones(2, 3, 4), "moment": torch.stack([EYE, 0 * EYE])},
-        SparsityError,
-        "the second moment of the inputs of matrix 1 is zero",
-    ),
 ]
 
 
@@ -215,3 +209,14 @@ def test_masks_and_starts_of_another_shape_and_negative_damps_are_refused() -> N
         refit(matrix, mask, start=torch.ones(4, 3))
     with pytest.raises(SparsityError, match="damp -1"):
         refit(matrix, mask, damp=-1)
+
+
+@pytest.mark.parametrize("damp", [0.0, 0.01])
+def test_a_matrix_of_whose_inputs_nothing_is_known_is_masked_alone(damp: float) -> None:
+    dense, moment, mask = drawn(2 * 6, 16, 5)
+    stack = Matrix(dense.reshape(2, 6, 16), torch.stack([0 * moment, moment]))
+    assert stack.unseen == [0]
+    assert Matrix(dense, moment).unseen == []
+    found = refit(stack, mask.reshape(2, 6, 16), damp=damp)
+    assert torch.equal(found[0], torch.where(mask, dense, 0.0)[:6])
+    torch.testing.assert_close(found[1], refit(Matrix(dense[6:], moment), mask[6:], damp=damp))
