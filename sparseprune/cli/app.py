@@ -530,6 +530,16 @@ def compare(
     sort: SortOption = None,
     reverse: ReverseOption = False,
     require: RequireOption = None,
+    stats: Annotated[
+        Path | None,
+        typer.Option(
+            "--stats",
+            metavar="STATS",
+            readable=False,
+            help="What calibrate wrote: tells the output error of each matrix.",
+            show_default=False,
+        ),
+    ] = None,
     plot: PlotOption = None,
     jobs: JobsOption = default_jobs(),
     json: JsonOption = False,
@@ -540,7 +550,8 @@ def compare(
 ) -> None:
     """Compare two checkpoints: what was zeroed, what energy is kept, which survivors were altered.
 
-    Tensors that were added, removed or reshaped are named. With --require the exit code is 1 where a tensor
+    Tensors that were added, removed or reshaped are named. With --stats it tells by how much the outputs of
+    matrices change, relative to the dense ones. With --require the exit code is 1 where a tensor
     fails, and stderr names each.
 
     Example: sparseprune compare ./llama ./llama-2of4 --require "altered==0"
@@ -555,6 +566,7 @@ def compare(
                 listing=listing_of(match, exclude, sort, reverse),
                 requirements=tuple(require or ()),
                 plot=plot,
+                stats=stats,
                 jobs=jobs,
                 form=form_of(json=json, csv=csv, markdown=markdown),
                 quiet=quiet,

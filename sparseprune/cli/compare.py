@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from sparseprune.checkpoint import TensorReader, open_checkpoint, refuse_changed_shards
+from sparseprune.checkpoint import TensorReader, open_checkpoint, open_statistics, refuse_changed_shards
 from sparseprune.cli.collecting import collector_paused
 from sparseprune.cli.console import checked, print_json, print_table, print_text, tell
 from sparseprune.cli.options import Listing
@@ -31,6 +31,7 @@ class CompareRequest:
     listing: Listing = field(default_factory=Listing)
     requirements: tuple[str, ...] = ()
     plot: Path | None = None
+    stats: Path | None = None
     form: Form = "table"
     quiet: bool = False
 
@@ -102,12 +103,18 @@ def _document(request: CompareRequest, sides: Sides) -> dict[str, Any]:
     from sparseprune.report.comparison_document import compare_document
     from sparseprune.report.listing import ordered
     from sparseprune.report.measuring.comparison import compare_checkpoints
+    from sparseprune.report.measuring.outputs import output_errors, with_statistics
 
-    nbytes = sum(pair.nbytes for pair in sides.pairs)
+    statistics = None if request.stats is None else open_statistics(request.stats)
+    matrices = () if statistics is None else with_statistics(sides.pairs, statistics)
+    nbytes = sum(pair.nbytes for pair in (*sides.pairs, *matrices))
     with TensorReader() as reader, progress("comparing", nbytes, quiet=request.quiet) as advance:
         found = compare_checkpoints(sides.pairs, reader, request.jobs, advance)
-    refuse_changed_shards(one.shard for pair in sides.pairs for one in (pair.before, pair.after))
-    document = compare_document(str(request.dense), str(request.pruned), found, sides)
+        errors = None if statistics is None else output_errors(matrices, statistics, reader, advance)
+    read = [one.shard for pair in sides.pairs for one in (pair.before, pair.after)]
+    read += [statistics.of[pair.before.name].stored.shard for pair in matrices] if statistics else []
+    refuse_changed_shards(read)
+    document = compare_document(str(request.dense), str(request.pruned), found, sides, errors)
     tensors = ordered(document["tensors"], request.listing.sort, request.listing.reverse)
     return document | {"tensors": tensors}
 

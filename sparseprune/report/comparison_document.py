@@ -10,7 +10,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from sparseprune import __version__
-from sparseprune.report.document import share
+from sparseprune.report.document import mean, share
 from sparseprune.report.measuring.comparison import TensorComparison, total
 from sparseprune.report.plan import index_of
 
@@ -24,21 +24,29 @@ if TYPE_CHECKING:
 COMPARE_SCHEMA = "sparseprune.compare.v1"
 _CHANGES = ("changed", "zeroed", "revived", "altered")
 COUNTS = ("zeros_before", "zeros_after", *_CHANGES)
-FIELDS = ("numel", "sparsity", *COUNTS, "energy_kept", "relative_error", "largest_change")
+FIELDS = ("numel", "sparsity", *COUNTS, "energy_kept", "relative_error", "output_error", "largest_change")
 """The facts of every tensor that are one number each."""
 
 
 def compare_document(
-    dense: str, pruned: str, comparisons: Sequence[TensorComparison], sides: Sides
+    dense: str,
+    pruned: str,
+    comparisons: Sequence[TensorComparison],
+    sides: Sides,
+    output_errors: Mapping[str, float | None] | None = None,
 ) -> dict[str, Any]:
-    """What was found as plain data, in the shape of schemas/compare.schema.json; tensors as they stand."""
+    """What was found as plain data, in the shape of schemas/compare.schema.json; tensors as they stand.
+
+    `output_errors` are known where there were statistics of inputs.
+    """
+    errors = output_errors or {}
     return {
         "schema": COMPARE_SCHEMA,
         "sparseprune": __version__,
         "dense": dense,
         "pruned": pruned,
-        "totals": _totals(comparisons, sides),
-        "tensors": [_tensor_entry(one) for one in comparisons],
+        "totals": _totals(comparisons, sides) | {"output_error": mean(errors.values())},
+        "tensors": [_tensor_entry(one, errors.get(one.name)) for one in comparisons],
         "added": [_stored_entry(stored) for stored in sides.added],
         "removed": [_stored_entry(stored) for stored in sides.removed],
         "reshaped": [_reshaped_entry(pair) for pair in sides.reshaped],
@@ -68,13 +76,14 @@ def sheet_of(document: Mapping[str, Any]) -> tuple[list[str], list[list[object]]
     """The titles and rows of a sheet of the tensors that both checkpoints have."""
     columns = [
         *("name", "dtype", "dtype_after", "shape", "numel", "differs", "sparsity", *COUNTS),
-        *("first_altered", "energy_kept", "relative_error", "largest_change", "largest_change_at"),
+        *("first_altered", "energy_kept", "relative_error", "output_error", "largest_change"),
+        "largest_change_at",
     ]
     shaped = [entry | {"shape": "x".join(map(str, entry["shape"]))} for entry in document["tensors"]]
     return columns, [[entry[column] for column in columns] for entry in shaped]
 
 
-def _tensor_entry(one: TensorComparison) -> dict[str, Any]:
+def _tensor_entry(one: TensorComparison, output_error: float | None = None) -> dict[str, Any]:
     counts, energies = one.counts, one.energies
     altered = counts is not None and counts.altered > 0
     placed = energies is not None and energies.place >= 0
@@ -90,6 +99,7 @@ def _tensor_entry(one: TensorComparison) -> dict[str, Any]:
         "first_altered": list(index_of(counts.first_altered, one.shape)) if counts and altered else None,
         "energy_kept": energies and _energy_kept(one, energies),
         "relative_error": energies and _relative_error(one, energies),
+        "output_error": output_error,
         "largest_change": _finite(energies.largest) if energies else None,
         "largest_change_at": list(index_of(energies.place, one.shape)) if energies and placed else None,
     }

@@ -112,8 +112,19 @@ def _facts(document: Mapping[str, Any]) -> list[Fact]:
         Fact(Column("sparsity", footer=percent(totals["sparsity"]), spare=1), _known_share("sparsity")),
         Fact(kept, _known_share("energy_kept")),
         Fact(error, _known_share("relative_error")),
+        *_outputs(totals),
         Fact(Column("largest change", spare=6), _largest),
     ]
+
+
+def _outputs(totals: Mapping[str, Any]) -> Iterator[Fact]:
+    """The column of output errors, whose foot is their mean; none without statistics."""
+    if totals["output_error"] is not None:
+        foot = f"{percent(totals['output_error'])} mean"
+        yield Fact(
+            Column("output error", footer=foot),
+            lambda one: "" if one["output_error"] is None else percent(one["output_error"]),
+        )
 
 
 def _dtype(one: Entry) -> str:

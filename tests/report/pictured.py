@@ -73,6 +73,7 @@ def compared(
             "first_altered": None,
             "energy_kept": energy,
             "relative_error": error,
+            "output_error": None,
             "largest_change": 1.0,
             "largest_change_at": [0] * len(shape),
         }
@@ -88,7 +89,13 @@ def compared(
         "dense": "dense",
         "pruned": "pruned",
         "totals": totals
-        | {"sparsity_before": 0.0, "sparsity": 0.5, "energy_kept": 0.9, "relative_error": 0.316},
+        | {
+            "sparsity_before": 0.0,
+            "sparsity": 0.5,
+            "energy_kept": 0.9,
+            "relative_error": 0.316,
+            "output_error": None,
+        },
         "tensors": entries,
         "added": [],
         "removed": [],

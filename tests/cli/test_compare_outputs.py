@@ -1,0 +1,133 @@
+"""`compare --stats`: the output error of every matrix, against plain sums over rows in float64."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import jsonschema
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from sparseprune.checkpoint import statistics as files
+from sparseprune.report.measuring import outputs
+from tests.engine.reconstruction.oracle import moments, objective
+from tests.samples import Said, run, schema
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+Tensors = dict[str, torch.Tensor]
+SHAPES = {"square": (16, 16), "wide": (6, 40), "stack": (3, 8, 16), "turned": (16, 6), "bias": (16,)}
+
+
+def written(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Tensors, Tensors, Tensors]:
+    """A dense file, a pruned one, and statistics of all but the bias and of one matrix by another's name."""
+    generator = torch.Generator().manual_seed(1)
+    dense = {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in SHAPES.items()}
+    pruned = {
+        name: torch.where(torch.rand(one.shape, generator=generator) < 0.5, one, torch.zeros_like(one))
+        for name, one in dense.items()
+    }
+    stats = {
+        "square": moments(16, 40, generator).contiguous(),
+        "wide": moments(40, 90, generator).contiguous(),
+        "stack": moments(16, 40, generator, 3).contiguous(),
+    }
+    collected = [
+        files.Collected(16, None, {"square": 1, "turned": 0}),
+        files.Collected(40, None, {"wide": 1}),
+        files.Collected(16, 3, {"stack": 2}),
+    ]
+    save_file(dense, folder / "dense.safetensors")
+    save_file(pruned, folder / "pruned.safetensors")
+    save_file(stats, folder / "stats.safetensors", metadata=files._metadata("hessian", collected))
+    return dense, pruned, stats
+
+
+def compare(folder: Path, *words: object) -> Said:
+    sides = (folder / "dense.safetensors", folder / "pruned.safetensors")
+    return run("compare", *sides, "--stats", folder / "stats.safetensors", "-q", *words)
+
+
+def error_of(dense: torch.Tensor, pruned: torch.Tensor, moment: torch.Tensor) -> float:
+    stacks = (one if one.ndim == 3 else one[None] for one in (dense, pruned, moment))
+    lost = whole = 0.0
+    for before, after, one in zip(*stacks, strict=True):
+        lost += sum(objective(after, before, one, 0.0))
+        whole += sum(objective(torch.zeros_like(before), before, one, 0.0))
+    return float((lost / whole) ** 0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("slab", [1 << 22, 50])
+def test_it_is_that_of_plain_sums(
+    tmp_path: Path, dtype: torch.dtype, slab: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outputs, "_SLAB", slab)
+    dense, pruned, stats = written(tmp_path, dtype)
+    said = compare(tmp_path, "--json")
+    assert said.code == 0, said.err
+    document = json.loads(said.out)
+    jsonschema.validate(document, schema("compare"))
+    found = {one["name"]: one["output_error"] for one in document["tensors"]}
+    wanted = {name: error_of(dense[name], pruned[name], stats[name]) for name in stats}
+    wanted["turned"] = error_of(dense["turned"].T, pruned["turned"].T, stats["square"])
+    assert {name for name, one in found.items() if one is not None} == wanted.keys()
+    for name, error in wanted.items():
+        assert found[name] == pytest.approx(error, rel=1e-4)
+    assert document["totals"]["output_error"] == pytest.approx(sum(wanted.values()) / 4, rel=1e-4)
+
+
+def test_it_is_a_column_with_its_mean_and_may_be_required(tmp_path: Path) -> None:
+    written(tmp_path)
+    document = json.loads(compare(tmp_path, "--json").out)
+    table = compare(tmp_path).out
+    assert "output error" in table.splitlines()[0]
+    assert f"{document['totals']['output_error']:.2%} mean" in table
+    assert ",output_error," in compare(tmp_path, "--csv").out.splitlines()[0]
+    assert "output error" in compare(tmp_path, "--markdown").out
+    assert compare(tmp_path, "--require", "output_error<=1 in square").code == 0
+    said = compare(tmp_path, "--require", "output_error<=0.1 in square")
+    assert said.code == 1
+    assert "square" in said.err
+    sides = (tmp_path / "dense.safetensors", tmp_path / "pruned.safetensors")
+    assert "output error" not in run("compare", *sides, "-q").out
+
+
+def test_what_did_not_change_has_none_of_it(tmp_path: Path) -> None:
+    dense, _, _ = written(tmp_path)
+    save_file(dense, tmp_path / "pruned.safetensors")
+    document = json.loads(compare(tmp_path, "--json").out)
+    assert document["totals"]["output_error"] == 0
+
+
+def test_weights_that_are_not_finite_have_no_error(tmp_path: Path) -> None:
+    dense, *_ = written(tmp_path)
+    dense["square"][0, 0] = float("nan")
+    save_file(dense, tmp_path / "dense.safetensors")
+    document = json.loads(compare(tmp_path, "--json").out)
+    found = {one["name"]: one["output_error"] for one in document["tensors"]}
+    assert found["square"] is None
+    assert found["wide"] is not None
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"square": torch.eye(16) * torch.nan}, "square holds NaN or infinity; calibrate again"),
+        ({"square": torch.zeros(16, 16)}, "square is zero: nothing was seen of its inputs"),
+        ({"square": torch.eye(15)}, "square has F32 of shape [15, 15], wanted floats of shape [16, 16]"),
+        ({"square": torch.ones(16)}, "has norms of inputs alone; calibrate with --stats hessian"),
+        (None, "has statistics of none of the tensors, such as bias; are they of another checkpoint?"),
+    ],
+)
+def test_statistics_that_do_not_fit_get_one_line(tmp_path: Path, change: Any, line: str) -> None:
+    _, _, stats = written(tmp_path)
+    wrong = {"other": torch.eye(4)} if change is None else stats | change
+    save_file(wrong, tmp_path / "stats.safetensors")
+    said = compare(tmp_path)
+    assert said.code == 2
+    assert line in said.err
+    assert len(said.err.splitlines()) == 1
