@@ -1,4 +1,4 @@
-"""Which members of a fused block only feed others, against the inputs that a block's elements meet one by one."""
+"""Which members of a fused block only feed others, against the inputs that each element meets."""
 
 from __future__ import annotations
 
