@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sparseprune.calibration.naming import StoredAs, renumbered, siblings, stored_as, without_statistics
-from sparseprune.calibration.watching import Product, SharedInputs, Watch
+from sparseprune.calibration.watching import EnoughError, Product, SharedInputs, Watch
 from sparseprune.checkpoint import Collected
 from sparseprune.errors import SparsepruneError
 
@@ -62,10 +62,6 @@ class Calibration:
     first: dict[str, int] = field(repr=False)
 
 
-class _EnoughError(Exception):
-    """Ends a forward pass: nothing that follows is needed."""
-
-
 def plan_calibration(
     loaded: LoadedModel, sequences: Sequences, checkpoint: Checkpoint, kind: StatisticsKind, memory: int
 ) -> Calibration:
@@ -74,6 +70,7 @@ def plan_calibration(
     Raises:
         SparsepruneError: nothing of the checkpoint is multiplied with text, or one matrix needs more memory.
     """
+    _refuse_lacking(loaded, checkpoint)
     shared = SharedInputs()
     with _watched(loaded, shared) as watch:
         watch.begin(sequences.counted[:1])
@@ -129,7 +126,7 @@ def calibrate(
                 try:
                     with watch:
                         loaded.run(ids)
-                except _EnoughError:
+                except EnoughError:
                     pass
                 progress(ids.numel(), label)
         for unit in units:
@@ -137,6 +134,16 @@ def calibrate(
             tokens[unit.collected.name][unit.place : unit.place + len(counts)] = counts
             _write(unit, sums / total, kind, output)
     return tokens
+
+
+def _refuse_lacking(loaded: LoadedModel, checkpoint: Checkpoint) -> None:
+    """Random numbers stand for weights that a checkpoint lacks: of a head at the end, but not of a layer."""
+    lacking = [name for name in loaded.missing if any(piece.isdigit() for piece in name.split("."))]
+    if lacking:
+        raise SparsepruneError(
+            f"{checkpoint.path}: lacks {len(lacking)} weights of the model that config.json describes, such "
+            f"as {lacking[0]}, so that it cannot be run"
+        )
 
 
 class _watched:  # noqa: N801  (a context manager)
@@ -171,7 +178,7 @@ class _Collector:
         wanted = self._units.get(product.parameter)
         if wanted is None:
             if self._first.get(product.parameter, 0) > self._last:
-                raise _EnoughError
+                raise EnoughError
             return
         inputs = product.inputs
         # Parts of one parameter (the rows of q, k and v in one) meet one input, which counts once.

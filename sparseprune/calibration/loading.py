@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sparseprune.errors import CheckpointError, SparsepruneError
+from sparseprune.calibration.watching import EnoughError
+from sparseprune.errors import CheckpointError, SparsepruneError, is_out_of_memory
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -62,10 +63,27 @@ class LoadedModel:
         try:
             with torch.no_grad():
                 forward(**{key: offered[key] for key in words if offered.get(key) is not None})
-        except IndexError as error:
+        except (EnoughError, SparsepruneError):
+            raise
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
             raise SparsepruneError(
-                f"the model does not take sequences of {ids.shape[1]} tokens ({error}): give --length"
+                f"the model cannot be run over {ids.shape[1]} tokens of text alone: {reason}"
             ) from error
+
+    def refuse_strange(self, ids: Tensor) -> None:
+        """SparsepruneError where the tokenizer gives tokens that the model has no embeddings for."""
+        try:
+            known = getattr(self.model.get_input_embeddings(), "num_embeddings", None)
+        except NotImplementedError:  # transformers does not know which they are
+            known = None
+        if known is not None and int(ids.max()) >= known:
+            raise SparsepruneError(
+                f"the tokenizer gives token {int(ids.max())}, the model has {known} of them: these two do "
+                "not belong together"
+            )
 
 
 def load_model(
@@ -100,8 +118,20 @@ def load_model(
     placed = _placement(checkpoint, device, folder, max_memory)
     with _told(f"{path}: transformers {transformers.__version__} cannot load this model"):
         model, info = _model_class(transformers, config).from_pretrained(
-            path, config=config, dtype="auto", output_loading_info=True, **own, **placed
+            path,
+            config=config,
+            dtype="auto",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **own,
+            **placed,
         )
+    unlike = sorted(str(key[0] if isinstance(key, tuple) else key) for key in info["mismatched_keys"])
+    if unlike:
+        raise CheckpointError(
+            f"{path}: {len(unlike)} tensors have other shapes than config.json says, such as {unlike[0]}"
+        )
+    with _told(f"{path}: the model cannot be put on {device}"):
         model = model.eval() if "device_map" in placed else model.eval().to(device)
     return LoadedModel(
         model,

@@ -47,6 +47,10 @@ class Product:
     counted: Tensor | None
 
 
+class EnoughError(Exception):
+    """Ends a forward pass: nothing that follows is needed."""
+
+
 class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """While it is entered, tells `seen` of each product with a parameter before it is computed.
 

@@ -78,6 +78,7 @@ def run(request: Request) -> None:
             request.seed,
             special=request.special,
         )
+        loaded.refuse_strange(sequences.ids)
         plan = plan_calibration(loaded, sequences, checkpoint, request.kind, request.memory)
         layout = lay_out_statistics(checkpoint, target, request.kind, plan.tensors)
         output = StagedOutput(layout, request.force)
@@ -148,6 +149,7 @@ def _worked(
             }
             for one in plan.tensors
         ],
+        "missing": list(loaded.missing),
         "without": [{"name": name, "why": why} for name, why in plan.without],
     }
     text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
@@ -183,12 +185,22 @@ def _summary(
     ]
     if without:
         shown = without if request.verbose else without[:1]
-        lines.append(f"no statistics of {len(without)} matrices" + ("" if request.verbose else ", such as"))
+        such = "" if request.verbose or len(without) == 1 else ", such as"
+        lines.append(f"no statistics of {many(len(without), 'matrix', 'matrices')}{such}")
         lines += [f"  {one['name']}: {one['why']}" for one in shown]
     rate = document["tokens"] * document["passes"] / max(document["seconds"], 1e-9)
     passes = f", in {document['passes']} passes" if document["passes"] > 1 else ""
     lines.append(f"{document['seconds']:.1f} s, {rate:,.0f} tokens/s{passes}, on {document['device']}")
     return lines
+
+
+def many(count: int, one: str, more: str) -> str:
+    """A number with its noun.
+
+    >>> many(1, "matrix", "matrices"), many(1200, "matrix", "matrices")
+    ('1 matrix', '1,200 matrices')
+    """
+    return f"{count:,} {one if count == 1 else more}"
 
 
 def _few(matrices: list[dict[str, Any]], *, verbose: bool) -> list[str]:
@@ -204,6 +216,6 @@ def _few(matrices: list[dict[str, Any]], *, verbose: bool) -> list[str]:
     fewest, name, features = found[0]
     worst = f"{name} the fewest: {fewest} for {features}"
     return [
-        f"{len(found)} matrices met fewer tokens than they have inputs, {worst}; give more text",
+        f"{many(len(found), 'matrix', 'matrices')} met fewer tokens than inputs, {worst}; give more text",
         *(f"  {name}: {count} tokens, {inputs} inputs" for count, name, inputs in found if verbose),
     ]

@@ -10,15 +10,20 @@ from sparseprune.cli.collecting import collector_paused
 from sparseprune.cli.console import checked, print_json, print_table, print_text, tell
 from sparseprune.cli.options import Listing
 from sparseprune.cli.progress import progress
+from sparseprune.errors import CheckpointError, SparsepruneError
 from sparseprune.report.requirements import failures, parse_requirement
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+    from sparseprune.checkpoint import Statistics
     from sparseprune.cli.options import Form
-    from sparseprune.report.measuring.comparison import Sides
+    from sparseprune.report.measuring.comparison import Pair, Sides
     from sparseprune.report.requirements import Requirement
+
+
+_OUTPUTS = "output_error"  # the field that needs statistics
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +49,12 @@ def run(request: CompareRequest) -> None:
         check_picture(request.plot)
     sides = _sides(request)
     requirements = _requirements(request, sides)
+    statistics = None if request.stats is None else open_statistics(request.stats)
+    matrices = _matrices(request, sides, statistics)
     with collector_paused():
-        document = _document(request, sides)
-    with checked(*failures(requirements, [*document["tensors"], *_absent(sides)])):
+        document = _document(request, sides, statistics, matrices)
+    measured = frozenset(pair.before.name for pair in matrices)
+    with checked(*_failed(requirements, [*document["tensors"], *_absent(sides)], measured)):
         if request.plot is not None:
             from sparseprune.report.pictures import plot_comparison
 
@@ -73,11 +81,26 @@ def _requirements(request: CompareRequest, sides: Sides) -> list[Requirement]:
     from sparseprune.report.listing import ordered
 
     requirements = [parse_requirement(text, FIELDS) for text in request.requirements]
+    compared = [one.comparison.field for one in requirements if one.comparison is not None]
+    if request.stats is None and _OUTPUTS in (*compared, request.listing.sort):
+        raise SparsepruneError(f"{_OUTPUTS} is not known without --stats: give what calibrate wrote")
     if request.listing.sort is not None:
         ordered(unmeasured(sides.pairs[:1]), request.listing.sort, request.listing.reverse)
     if requirements:
         failures(requirements, [*unmeasured(sides.pairs), *_absent(sides)])
     return requirements
+
+
+def _failed(
+    requirements: list[Requirement], entries: list[dict[str, Any]], matrices: frozenset[str]
+) -> list[str]:
+    """What does not hold; output errors are asked of the tensors of which there are statistics."""
+    lines = []
+    for requirement in requirements:
+        of_outputs = requirement.comparison is not None and requirement.comparison.field == _OUTPUTS
+        asked = [one for one in entries if one["name"] in matrices or "absent" in one]
+        lines += failures([requirement], asked if of_outputs else entries)
+    return lines
 
 
 def _absent(sides: Sides) -> list[dict[str, Any]]:
@@ -98,15 +121,30 @@ def _absent(sides: Sides) -> list[dict[str, Any]]:
     return [*gone, *reshaped]
 
 
-def _document(request: CompareRequest, sides: Sides) -> dict[str, Any]:
+def _matrices(request: CompareRequest, sides: Sides, statistics: Statistics | None) -> tuple[Pair, ...]:
+    """What there are second moments of."""
+    from sparseprune.report.measuring.outputs import with_statistics
+
+    if statistics is None:
+        return ()
+    everything = not (request.listing.match or request.listing.exclude)
+    if everything and not any(pair.before.name in statistics.of for pair in sides.pairs):
+        raise CheckpointError(
+            f"{request.stats}: has statistics of none of the tensors of {request.dense}; are they of another "
+            "checkpoint?"
+        )
+    return with_statistics(sides.pairs, statistics)
+
+
+def _document(
+    request: CompareRequest, sides: Sides, statistics: Statistics | None, matrices: tuple[Pair, ...]
+) -> dict[str, Any]:
     """What is found in the tensors, in the order that was asked for."""
     from sparseprune.report.comparison_document import compare_document
     from sparseprune.report.listing import ordered
     from sparseprune.report.measuring.comparison import compare_checkpoints
-    from sparseprune.report.measuring.outputs import output_errors, with_statistics
+    from sparseprune.report.measuring.outputs import output_errors
 
-    statistics = None if request.stats is None else open_statistics(request.stats)
-    matrices = () if statistics is None else with_statistics(sides.pairs, statistics)
     nbytes = sum(pair.nbytes for pair in (*sides.pairs, *matrices))
     with TensorReader() as reader, progress("comparing", nbytes, quiet=request.quiet) as advance:
         found = compare_checkpoints(sides.pairs, reader, request.jobs, advance)

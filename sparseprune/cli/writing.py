@@ -72,7 +72,8 @@ def interrupts_told(output: StagedOutput) -> Iterator[None]:
         error.add_note("the output is complete")
         raise
     except KeyboardInterrupt as interrupt:
-        unfinished = "there is no output; run the same command again to continue"
+        again = "" if output.identity is None else "; run the same command again to continue"
+        unfinished = f"there is no output{again}"
         interrupt.args = ("the output is complete" if output.named else unfinished,)
         raise
 

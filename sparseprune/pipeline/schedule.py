@@ -14,7 +14,7 @@ from sparseprune.errors import SparsepruneError
 from sparseprune.pipeline.cells import members_of
 from sparseprune.pipeline.limits import INTERPRETER, TORCH, Limits, limits_of
 from sparseprune.pipeline.plan import task_bytes
-from sparseprune.pipeline.recipes import alone, choose, needs_torch
+from sparseprune.pipeline.recipes import Reconstructed, alone, choose, needs_torch
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -64,7 +64,8 @@ class Schedule:
     def side_by_side(self) -> int:
         """How many items are worked on at one time, where their memory allows it."""
         most = max((job.recipe.memory for job in self.jobs), default=0)
-        return max(1, min(self.workers, self.limits.memory // max(1, most)))
+        pieces = max(1, self.workers if any(_has_pieces(job.recipe) for job in self.jobs) else len(self.jobs))
+        return max(1, min(self.workers, pieces, self.limits.memory // max(1, most)))
 
     @property
     def peak_bytes(self) -> int:
@@ -156,6 +157,11 @@ def _form(task: Task, plan: Plan) -> tuple[object, ...]:
     score = (instance.score.kind, instance.score.norm, instance.score.normalize, instance.score.nonfinite)
     method = (instance.soft is None, instance.reconstruct)
     return (tuple(leaves), tuple(members), tuple(inputs), score, instance.budget, *method)
+
+
+def _has_pieces(recipe: Recipe) -> bool:
+    """Whether a task is worked in many pieces, which several threads share."""
+    return not (isinstance(recipe, Reconstructed) and recipe.matrices == 0)
 
 
 def _rest_bytes(rest: Rest) -> int:

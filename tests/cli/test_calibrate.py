@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import jsonschema
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from sparseprune.checkpoint import open_statistics, statistics
 from tests.calibration.models import save, save_family, text
@@ -60,7 +60,7 @@ def test_stdout_has_the_path_and_stderr_the_facts(home: Path, tmp_path: Path) ->
     assert (said.code, said.out) == (0, f"{tmp_path / 'stats'}\n")
     lines = said.err.splitlines()
     assert lines[0] == ("hessian statistics of 15 matrices in 9 tensors, over 80 tokens in 5 sequences of 16")
-    assert "no statistics of 1 matrices, such as" in lines
+    assert "no statistics of 1 matrix" in lines
     assert "  model.embed_tokens.weight: an embedding, which is looked up and not multiplied with" in lines
     assert " tokens/s, on cpu" in lines[-1]
     assert sorted(path.name for path in (tmp_path / "stats").iterdir()) == [
@@ -256,12 +256,30 @@ def test_parts_of_a_model_may_stay_on_disk(
         usual(loaded, ids)
 
     monkeypatch.setattr(loading.LoadedModel, "run", run_watched)
-    assert calibrate(home, "llama", tmp_path / "disk", "-q").code == 0
+    said = calibrate(home, "llama", tmp_path / "disk", "-q", "--json", "--memory", 4 * 48 * 48)
+    assert json.loads(said.out)["passes"] > 3
     assert "meta" in devices
     memory, disk = written(tmp_path / "memory"), written(tmp_path / "disk")
     assert memory.keys() == disk.keys()
     for name, moment in memory.items():
         torch.testing.assert_close(moment, disk[name])
+
+
+def test_a_model_that_takes_more_than_text_is_told(home: Path, tmp_path: Path) -> None:
+    import transformers
+
+    config: Any = transformers.WhisperConfig
+    small = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "vocab_size": 64, "num_mel_bins": 8}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "pad_token_id": 3}
+    ends = {"decoder_start_token_id": 1, "bos_token_id": 1, "eos_token_id": 2}
+    kind: Any = transformers.WhisperForConditionalGeneration
+    save(kind(config(**small, **heads, **ends)), tmp_path / "model")
+    said = run(
+        "calibrate", tmp_path / "model", "--text", home / "words.txt", *SIZES, "-o", tmp_path / "stats"
+    )
+    assert said.code == 2
+    assert "the model cannot be run over 16 tokens of text alone: " in said.err
+    assert len(said.err.splitlines()) == 1
 
 
 def test_an_output_that_exists_is_refused_before_the_model_is_loaded(home: Path, tmp_path: Path) -> None:
@@ -281,8 +299,6 @@ def test_what_is_not_finite_leaves_nothing(home: Path, tmp_path: Path) -> None:
     save_family("llama", tmp_path / "model", torch.float32)
     tensors = load_file(tmp_path / "model/model.safetensors")
     tensors["model.layers.0.mlp.up_proj.weight"][3, 4] = float("inf")
-    from safetensors.torch import save_file
-
     save_file(tensors, tmp_path / "model/model.safetensors", metadata={"format": "pt"})
     said = run(
         "calibrate", tmp_path / "model", "--text", home / "words.txt", *SIZES, "-o", tmp_path / "stats"
@@ -306,13 +322,20 @@ REFUSED: list[tuple[str, tuple[object, ...], str]] = [
     ("unknown model", (), "does not know this model"),
     ("long", ("--length", 1000), "--length 1000: the model takes 64 tokens at most"),
     ("no room", ("--length", 2), "--length 2: 2 special tokens around a sequence leave no room"),
+    (
+        "a layer is missing",
+        (),
+        "lacks 1 weights of the model that config.json describes, such as model",
+    ),
+    ("other shapes", (), "tensors have other shapes than config.json says, such as"),
+    ("another tokenizer", (), "the model has 50 of them: these two do not belong together"),
     ("little memory", ("--memory", "100"), "--memory 100: the second moment of"),
     ("no cuda", ("--device", "cuda"), "there is no CUDA device"),
 ]
 
 
 @pytest.mark.parametrize(("case", "words", "line"), REFUSED, ids=[case for case, *_ in REFUSED])
-def test_bad_input_gets_one_line(  # noqa: C901  (a table of cases)
+def test_bad_input_gets_one_line(  # noqa: C901, PLR0912  (a table of cases)
     case: str, words: tuple[object, ...], line: str, home: Path, tmp_path: Path
 ) -> None:
     if case == "no cuda" and torch.cuda.is_available():
@@ -343,6 +366,19 @@ def test_bad_input_gets_one_line(  # noqa: C901  (a table of cases)
             (model / "config.json").unlink()
         case "a file":
             checkpoint = model / "model.safetensors"
+        case "a layer is missing":
+            tensors = load_file(model / "model.safetensors")
+            del tensors["model.layers.1.mlp.up_proj.weight"]
+            save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+        case "other shapes" | "another tokenizer":
+            key, value = ("intermediate_size", 40) if case == "other shapes" else ("vocab_size", 50)
+            config = json.loads((model / "config.json").read_text())
+            (model / "config.json").write_text(json.dumps(config | {key: value}))
+            if case == "another tokenizer":
+                tensors = load_file(model / "model.safetensors")
+                cut = {name: one[:50] if len(one) == 64 else one for name, one in tensors.items()}
+                whole = {name: one.contiguous() for name, one in cut.items()}
+                save_file(whole, model / "model.safetensors", metadata={"format": "pt"})
         case "unknown model":
             (model / "config.json").write_text('{"model_type": "unheard_of", "architectures": ["None"]}')
     said = run("calibrate", checkpoint, "--text", words_file, *SIZES, "-o", tmp_path / "stats", *words)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 Tensors = dict[str, torch.Tensor]
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SHAPES = {"square": (16, 16), "wide": (6, 40), "stack": (3, 8, 16), "turned": (16, 6), "bias": (16,)}
 
 
@@ -60,7 +61,7 @@ def error_of(dense: torch.Tensor, pruned: torch.Tensor, moment: torch.Tensor) ->
     return float((lost / whole) ** 0.5)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.float8_e4m3fn])
 @pytest.mark.parametrize("slab", [1 << 22, 50])
 def test_it_is_that_of_plain_sums(
     tmp_path: Path, dtype: torch.dtype, slab: int, monkeypatch: pytest.MonkeyPatch
@@ -88,12 +89,65 @@ def test_it_is_a_column_with_its_mean_and_may_be_required(tmp_path: Path) -> Non
     assert f"{document['totals']['output_error']:.2%} mean" in table
     assert ",output_error," in compare(tmp_path, "--csv").out.splitlines()[0]
     assert "output error" in compare(tmp_path, "--markdown").out
-    assert compare(tmp_path, "--require", "output_error<=1 in square").code == 0
+    assert compare(tmp_path, "--require", "output_error<=1 in **").code == 0  # the bias has none
     said = compare(tmp_path, "--require", "output_error<=0.1 in square")
     assert said.code == 1
     assert "square" in said.err
+    assert "output error" not in compare(tmp_path, "--match", "bias").out
     sides = (tmp_path / "dense.safetensors", tmp_path / "pruned.safetensors")
     assert "output error" not in run("compare", *sides, "-q").out
+
+
+@pytest.mark.parametrize("words", [("--require", "output_error<=1"), ("--sort", "output_error")])
+def test_without_statistics_it_cannot_be_asked_for(tmp_path: Path, words: tuple[str, ...]) -> None:
+    written(tmp_path)
+    said = run("compare", tmp_path / "dense.safetensors", tmp_path / "pruned.safetensors", *words)
+    assert said.code == 2
+    assert "output_error is not known without --stats: give what calibrate wrote" in said.err
+
+
+@pytest.mark.parametrize("factor", [1e-50, 1e50])
+def test_float64_is_not_narrowed(tmp_path: Path, factor: float) -> None:
+    dense, pruned, stats = written(tmp_path, torch.float64)
+    save_file({name: one * factor for name, one in dense.items()}, tmp_path / "dense.safetensors")
+    save_file({name: one * factor for name, one in pruned.items()}, tmp_path / "pruned.safetensors")
+    document = json.loads(compare(tmp_path, "--json").out)
+    found = {one["name"]: one["output_error"] for one in document["tensors"]}
+    assert found["square"] == pytest.approx(error_of(dense["square"], pruned["square"], stats["square"]))
+
+
+def test_stacks_may_have_their_inputs_in_the_middle_and_an_expert_without_tokens(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(4)
+    dense = torch.randn(3, 16, 5, generator=generator)
+    pruned = dense * (torch.rand(dense.shape, generator=generator) < 0.5)
+    moment = moments(16, 40, generator, 3)
+    moment[1] = 0
+    save_file({"w": dense}, tmp_path / "dense.safetensors")
+    save_file({"w": pruned}, tmp_path / "pruned.safetensors")
+    collected = [files.Collected(16, 3, {"w": 1})]
+    save_file(
+        {"w": moment.contiguous()},
+        tmp_path / "stats.safetensors",
+        metadata=files._metadata("hessian", collected),
+    )
+    (entry,) = json.loads(compare(tmp_path, "--json").out)["tensors"]
+    assert entry["output_error"] == pytest.approx(error_of(dense.mT, pruned.mT, moment), rel=1e-4)
+
+
+def test_a_stack_has_no_inputs_along_its_matrices(tmp_path: Path) -> None:
+    dense = torch.randn(8, 8, 16)
+    for side in ("dense", "pruned"):
+        save_file({"w": dense}, tmp_path / f"{side}.safetensors")
+    for dim in (0, 7):
+        collected = [files.Collected(8, 8, {"w": dim})]
+        save_file(
+            {"w": torch.eye(8).repeat(8, 1, 1)},
+            tmp_path / "stats.safetensors",
+            metadata=files._metadata("hessian", collected),
+        )
+        said = compare(tmp_path)
+        assert said.code == 2
+        assert f"w cannot have its inputs along dimension {dim}" in said.err
 
 
 def test_what_did_not_change_has_none_of_it(tmp_path: Path) -> None:
@@ -117,10 +171,11 @@ def test_weights_that_are_not_finite_have_no_error(tmp_path: Path) -> None:
     ("change", "line"),
     [
         ({"square": torch.eye(16) * torch.nan}, "square holds NaN or infinity; calibrate again"),
+        ({"square": -torch.eye(16)}, "square has a negative diagonal: no second moment"),
         ({"square": torch.zeros(16, 16)}, "square is zero: nothing was seen of its inputs"),
         ({"square": torch.eye(15)}, "square has F32 of shape [15, 15], wanted floats of shape [16, 16]"),
         ({"square": torch.ones(16)}, "has norms of inputs alone; calibrate with --stats hessian"),
-        (None, "has statistics of none of the tensors, such as bias; are they of another checkpoint?"),
+        (None, "are they of another checkpoint?"),
     ],
 )
 def test_statistics_that_do_not_fit_get_one_line(tmp_path: Path, change: Any, line: str) -> None:

@@ -7,7 +7,7 @@ torch. Called by the command line; what it gives goes into comparison_document.p
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,7 +17,7 @@ from sparseprune.engine.kernels.values import values_of
 from sparseprune.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -27,35 +27,32 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float64]
     Progress = Callable[[int, str], None]
 
-_FLOATS = frozenset({"F64", "F32", "F16", "BF16", "F8_E5M2", "F8_E4M3"})
+_MOMENTS = frozenset({"F64", "F32", "F16", "BF16"})
 _SLAB = 1 << 22  # elements of a matrix that are worked on together
 
 
 def with_statistics(pairs: Sequence[Pair], statistics: Statistics) -> tuple[Pair, ...]:
     """The matrices, and stacks of them, of which there are second moments.
 
-    CheckpointError where there is none at all, where norms alone are there, or where a shape does not fit.
+    CheckpointError where norms alone are there, or where a shape does not fit.
     """
     found = tuple(
         pair
         for pair in pairs
         if pair.before.name in statistics.of
-        and {pair.before.dtype, pair.after.dtype} <= _FLOATS
+        and all(DTYPES[stored.dtype].prunable for stored in (pair.before, pair.after))
         and len(pair.before.shape) in {2, 3}
     )
     path = statistics.checkpoint.path
-    if pairs and not found:
-        raise CheckpointError(
-            f"{path}: has statistics of none of the tensors, such as {pairs[0].before.name}; are they of "
-            "another checkpoint?"
-        )
     for pair in found:
         statistic, shape = statistics.of[pair.before.name], pair.before.shape
         if statistic.kind == "norm" or len(statistic.stored.shape) == 1:
             raise CheckpointError(f"{path}: has norms of inputs alone; calibrate with --stats hessian")
-        features = shape[_input_dim(pair, statistic)]
-        wanted = (*shape[: len(shape) - 2], features, features)
-        if statistic.stored.shape != wanted or statistic.stored.dtype not in _FLOATS:
+        dim = _input_dim(statistic, len(shape))
+        if dim not in {len(shape) - 2, len(shape) - 1}:
+            raise CheckpointError(f"{path}: {pair.before.name} cannot have its inputs along dimension {dim}")
+        wanted = (*shape[: len(shape) - 2], shape[dim], shape[dim])
+        if statistic.stored.shape != wanted or statistic.stored.dtype not in _MOMENTS:
             raise CheckpointError(
                 f"{path}: {pair.before.name} has {statistic.stored.dtype} of shape "
                 f"{list(statistic.stored.shape)}, wanted floats of shape {list(wanted)}"
@@ -71,30 +68,26 @@ def output_errors(
     D is what changed, H the second moment; None where it is no finite number. One H is in memory at a time.
 
     Raises:
-        CheckpointError: a moment that is not finite, or all zero.
+        CheckpointError: a moment that is not finite, or all zero, or has a negative diagonal.
     """
-    return {pair.before.name: _error(pair, statistics, reader, progress) for pair in pairs}
+    return {
+        pair.before.name: _error(pair, statistics.of[pair.before.name], reader, progress) for pair in pairs
+    }
 
 
-def _error(pair: Pair, statistics: Statistics, reader: TensorReader, progress: Progress) -> float | None:
-    statistic = statistics.of[pair.before.name]
-    rows, columns = pair.before.shape[-2:]
-    turned = _input_dim(pair, statistic) == len(pair.before.shape) - 2
-    step = rows if turned else max(1, _SLAB // max(1, columns))
-    lost = whole = seen = 0.0
-    for matrix in range(prod(pair.before.shape[:-2])):
-        moment = _moment(statistic, matrix, reader)
-        seen += float(np.abs(moment).sum())
-        for begin in range(0, rows, step):
-            count = min(step, rows - begin)
-            first = (matrix * rows + begin) * columns
-            dense, after = (
-                _matrix(stored, first, count, columns, reader) for stored in (pair.before, pair.after)
-            )
-            dense, after = (dense.T, after.T) if turned else (dense, after)
+def _error(pair: Pair, statistic: Statistic, reader: TensorReader, progress: Progress) -> float | None:
+    shape = pair.before.shape
+    exact = "F64" in {pair.before.dtype, pair.after.dtype}
+    turned = _input_dim(statistic, len(shape)) != len(shape) - 1
+    lost = whole = 0.0
+    seen = False
+    for matrix in range(prod(shape[:-2])):
+        moment = _moment(statistic, matrix, reader).astype(np.float64 if exact else np.float32, copy=False)
+        seen = seen or bool(moment.any())
+        for dense, after in _slabs(pair, matrix, reader, turned=turned):
             lost += _energy(after - dense, moment)
             whole += _energy(dense, moment)
-            progress(pair.nbytes * count // max(1, rows * prod(pair.before.shape[:-2])), pair.before.name)
+            progress(dense.size * pair.nbytes // pair.before.numel, pair.before.name)
     if not seen and pair.before.numel:
         raise CheckpointError(
             f"{statistic.stored.shard.path}: {statistic.stored.name} is zero: nothing was seen of its inputs"
@@ -105,32 +98,63 @@ def _error(pair: Pair, statistics: Statistics, reader: TensorReader, progress: P
     return error if math.isfinite(error) else None
 
 
-def _input_dim(pair: Pair, statistic: Statistic) -> int:
-    rank = len(pair.before.shape)
+def _slabs(pair: Pair, matrix: int, reader: TensorReader, *, turned: bool) -> Iterator[tuple[Floats, Floats]]:
+    """Some rows at a time of a matrix before and after, (rows, inputs) in float64.
+
+    A matrix whose inputs come first is read whole, in its own dtype, and widened some columns at a time.
+    """
+    rows, columns = pair.before.shape[-2:]
+    first = matrix * rows * columns
+    step = max(1, _SLAB // max(1, rows if turned else columns))
+    if turned:
+        both = [_bits(stored, first, rows * columns, reader) for stored in (pair.before, pair.after)]
+        for begin in range(0, columns, step):
+            yield tuple(  # type: ignore[misc]
+                _wide(bits.reshape(rows, columns)[:, begin : begin + step], stored).T
+                for bits, stored in zip(both, (pair.before, pair.after), strict=True)
+            )
+        return
+    for begin in range(0, rows, step):
+        count = min(step, rows - begin)
+        yield tuple(  # type: ignore[misc]
+            _wide(_bits(stored, first + begin * columns, count * columns, reader), stored).reshape(count, -1)
+            for stored in (pair.before, pair.after)
+        )
+
+
+def _input_dim(statistic: Statistic, rank: int) -> int:
     dim = -1 if statistic.input_dim is None else statistic.input_dim
-    return dim % rank if -rank <= dim < rank else rank - 1
+    return dim + rank if dim < 0 else dim
 
 
-def _moment(statistic: Statistic, matrix: int, reader: TensorReader) -> NDArray[np.float32]:
+def _moment(statistic: Statistic, matrix: int, reader: TensorReader) -> NDArray[Any]:
     stored = statistic.stored
     size = stored.shape[-1]
-    values = _matrix(stored, matrix * size * size, size, size, reader).astype(np.float32)
-    if not np.isfinite(values).all():
+    bits = _bits(stored, matrix * size * size, size * size, reader)
+    values = bits.view(np.float32) if stored.dtype == "F32" else _wide(bits, stored)
+    moment: NDArray[Any] = values.reshape(size, size)
+    if not np.isfinite(moment).all():
         raise CheckpointError(f"{stored.shard.path}: {stored.name} holds NaN or infinity; calibrate again")
-    return values
+    if (moment.diagonal() < 0).any():
+        raise CheckpointError(f"{stored.shard.path}: {stored.name} has a negative diagonal: no second moment")
+    return moment
 
 
-def _matrix(stored: StoredTensor, first: int, rows: int, columns: int, reader: TensorReader) -> Floats:
-    """Neighbouring rows of a tensor, in float64."""
+def _bits(stored: StoredTensor, first: int, count: int, reader: TensorReader) -> NDArray[Any]:
+    """Neighbouring elements of a tensor, as patterns."""
     itemsize = DTYPES[stored.dtype].bits // 8
-    data = np.empty(rows * columns * itemsize, dtype=np.uint8)
-    reader.read_into(stored, first * itemsize, data)
-    values: Floats = values_of(data.view(f"u{itemsize}"), stored.dtype).astype(np.float64, copy=False)
-    return values.reshape(rows, columns)
+    bits: NDArray[Any] = np.empty(count, dtype=f"u{itemsize}")
+    reader.read_into(stored, first * itemsize, bits)
+    return bits
 
 
-def _energy(weights: Floats, moment: NDArray[np.float32]) -> float:
-    """tr(W H W^T), products in float32 and sums in float64."""
+def _wide(bits: NDArray[Any], stored: StoredTensor) -> Floats:
+    flat = np.ascontiguousarray(bits).reshape(-1)
+    return values_of(flat, stored.dtype).astype(np.float64, copy=False).reshape(bits.shape)
+
+
+def _energy(weights: Floats, moment: NDArray[Any]) -> float:
+    """tr(W H W^T), products in the precision of the moment and sums in float64."""
     with np.errstate(invalid="ignore", over="ignore"):  # weights that are not finite make it NaN
-        narrow = weights.astype(np.float32)
+        narrow = weights.astype(moment.dtype, copy=False)
         return float(np.einsum("ij,ij->", narrow @ moment, narrow, dtype=np.float64))
