@@ -73,7 +73,7 @@ class Schedule:
         base = INTERPRETER + (TORCH if self.uses_torch else 0)
         items = max((job.recipe.memory for job in self.jobs), default=0)
         held = sorted((job.recipe.held for job in self.jobs), reverse=True)[: self.workers]
-        return base + min(self.limits.memory, items * self.workers + sum(held))
+        return base + min(self.limits.memory, items * self.side_by_side + sum(held))
 
     @property
     def nbytes(self) -> int:
