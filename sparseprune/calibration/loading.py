@@ -184,7 +184,9 @@ def _placement(
     nbytes = sum(stored.nbytes for stored in checkpoint.tensors.values())
     if device == "cpu" and max_memory is None and nbytes < _FREE_SHARE * _free_bytes():
         return {}
-    if device != "cpu" and max_memory is None:
+    if device == "cpu":  # whatever else there is: it was not asked for
+        max_memory = max_memory or {"cpu": int(_FREE_SHARE * _free_bytes())}
+    elif max_memory is None:
         free, _ = torch.cuda.mem_get_info(device)
         if nbytes < _FREE_SHARE * free:
             return {}

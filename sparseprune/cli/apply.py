@@ -106,6 +106,17 @@ def _as_applied(request: Request, text: str) -> str:
     return f"# Applied with {' '.join(' '.join(words).split())}\n{text}"
 
 
+def _few_tokens(plan: Plan) -> list[str]:
+    """A line where statistics rest on fewer tokens than a matrix has inputs."""
+    tasks = [task for unit in plan.units for task in unit.tasks]
+    inputs = {one.key: one for task in tasks for one in task.inputs if one.role == "moment"}
+    few = [name for name, one in inputs.items() if any(count < one.stored.shape[-1] for count in one.tokens)]
+    if not few:
+        return []
+    text = f"{len(few)} of {len(inputs)} matrices rest on fewer tokens than they have inputs"
+    return [f"statistics of {text}, such as those of {few[0]}: calibrate on more text"]
+
+
 def _tell(
     request: Request, plan: Plan, layout: OutputLayout, document: dict[str, Any], seconds: float
 ) -> None:
@@ -139,6 +150,7 @@ def _tell(
             f"reconstructed {matrices} matrices: output error {totals['output_error']:.3f} on average, "
             f"{totals['output_error_masked']:.3f} by the masks alone"
         )
+        lines += _few_tokens(plan)
     work = sum(stored.nbytes for stored in plan.checkpoint.tensors.values())
     lines.append(f"{seconds:.1f} s, {size(work / seconds)}/s, on {document['device']}")
     for line in lines:

@@ -496,6 +496,28 @@ def test_a_line_tells_the_output_error(tmp_path: Path) -> None:
     ) in said.err
 
 
+def test_statistics_that_rest_on_few_tokens_are_told(tmp_path: Path) -> None:
+    from sparseprune.checkpoint import statistics as files
+
+    tensors = mlp_tensors(layers=1)
+    save_file(tensors, tmp_path / "m.safetensors")
+    moments_of = statistics(tensors)
+    collected = [files.Collected(tensors[name].shape[1], None, {name: 1}) for name in moments_of]
+    (tmp_path / "stats/sparseprune").mkdir(parents=True)
+    metadata = files._metadata("hessian", collected)
+    save_file(moments_of, tmp_path / "stats/statistics.safetensors", metadata=metadata)
+    spec = write_spec(tmp_path, with_head(ADMM.replace("stats.safetensors", "stats"), TWO_OF_FOUR))
+    for tokens, told in ((7, True), (8, False)):
+        matrices = [{"name": "0.up.weight", "tokens": tokens}, {"name": "0.down.weight", "tokens": 16}]
+        (tmp_path / "stats/sparseprune/report.json").write_text(json.dumps({"matrices": matrices}))
+        said = run("apply", tmp_path / "m.safetensors", spec, "--force")
+        assert said.code == 0
+        line = (
+            "statistics of 1 of 2 matrices rest on fewer tokens than they have inputs, such as those of 0.up"
+        )
+        assert (line in said.err) == told
+
+
 def without(stats: Tensors) -> Tensors:
     return {name: one for name, one in stats.items() if name != "1.up.weight"}
 
