@@ -114,7 +114,10 @@ class _Piece:
             if reconstruct is None:
                 raise TypeError(f"{self._task.instance.label} is not reconstructed")
             if reconstruct.method == "admm":
-                masks, weights, kept = self._alternated(engine, sides, reconstruct)
+                try:
+                    masks, weights, kept = self._alternated(engine, sides, reconstruct)
+                except SparsityError as error:
+                    raise SparsityError(f"{self._task.instance.label}: {error}") from error
             else:
                 masks, weights, kept = self._refitted(engine, tile, sides, reconstruct)
             outputs = {

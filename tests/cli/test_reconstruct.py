@@ -496,6 +496,17 @@ def test_a_line_tells_the_output_error(tmp_path: Path) -> None:
     ) in said.err
 
 
+def test_a_moment_that_is_none_is_told_by_admm(tmp_path: Path) -> None:
+    wrong = torch.ones(8, 8) * 3
+    wrong.diagonal().fill_(1.0)
+    save_file({"0.up.weight": torch.randn(4, 8)}, tmp_path / "m.safetensors")
+    save_file({"0.up.weight": wrong}, tmp_path / "stats.safetensors")
+    said = run("apply", tmp_path / "m.safetensors", write_spec(tmp_path, with_head(ADMM, TWO_OF_FOUR)))
+    assert said.code == 2
+    assert "proj[layer=0,name=up]: the second moment of the inputs is none: it has directions of" in said.err
+    assert len(said.err.splitlines()) == 1
+
+
 def test_statistics_that_rest_on_few_tokens_are_told(tmp_path: Path) -> None:
     from sparseprune.checkpoint import statistics as files
 

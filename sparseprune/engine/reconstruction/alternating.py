@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sparseprune.engine.reconstruction.matrices import Matrix, Scaled, scaled
 from sparseprune.engine.reconstruction.refitting import refit
+from sparseprune.errors import SparsityError
 
 Projection = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 """Tensors of the weights' shapes in, masks of these shapes out, True where what is largest is kept."""
@@ -48,6 +49,9 @@ def admm(
     keeps at last is refitted. Where inputs are uncorrelated its first answer, for the dense weights, is best.
     `joint` False tells that the matrices of a stack (experts) do not compete with each other: each gets a
     penalty of its own. H is damped as in `refit`; weights that are `fixed` stay.
+
+    Raises:
+        SparsityError: a moment that is none, being far from positive semidefinite.
     """
     problems = [scaled(matrix, damp) for matrix in matrices]
     sides = [_Side(matrix, problem) for matrix, problem in zip(matrices, problems, strict=True)]
@@ -109,7 +113,11 @@ class _Side:
         """The operator rho (H + rho I)^-1 for a penalty (matrices, 1, 1), as a factor or multiplied out."""
         damped = self.problem.hessian.clone()
         damped.diagonal(dim1=-2, dim2=-1).add_(penalty.squeeze(-1))
-        factor = torch.linalg.cholesky(damped)
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        if bool(failed.any()):
+            raise SparsityError(
+                "the second moment of the inputs is none: it has directions of negative energy"
+            )
         self._penalty = penalty
         self._operator = torch.cholesky_inverse(factor) if self._explicit else factor
 
