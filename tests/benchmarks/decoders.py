@@ -1,27 +1,21 @@
-"""Small decoders for benchmarks: a Llama of characters, trained here, and a random mixture of experts."""
+"""Small decoders for benchmarks: a Llama of characters, trained here, and random mixtures of experts."""
 
 from __future__ import annotations
 
 import math
-import time
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file
-
-from sparseprune.engine.reconstruction.matrices import output_energy
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 LENGTH = 128
-_SECONDS = 60.0  # of training
-_BATCH = 32
+_STEPS = 1000  # of training: a minute
+_BATCH = 16
+_RATE = 5e-3
 
-# What is pruned, and the ends of the names of the matrices that read what went.
-STRUCTURES: dict[str, tuple[str, str]] = {
-    "a quarter of the key/value heads": (
-        """
+_HEADS = """
 [vars]
 kv = "config.num_key_value_heads"
 [block.rows]
@@ -41,11 +35,13 @@ across = ["name"]
 block = "head"
 shape = []
 sparsity = 0.25
-""",
-        "o_proj.weight",
-    ),
-    "a quarter of the channels of every expert": (
-        """
+"""
+# What a quarter is pruned of, and how the names of the matrices end that read what went.
+STRUCTURES: dict[str, dict[str, tuple[str, str]]] = {
+    "Mixtral": {
+        "the key/value heads": (_HEADS, "o_proj.weight"),
+        "the channels of every expert": (
+            """
 [block.rows]
 tensors = "model.layers.{layer}.block_sparse_moe.experts.{expert}.{name:w1|w3}.weight"
 shape = [1, -1]
@@ -61,10 +57,10 @@ block = "channel"
 shape = []
 sparsity = 0.25
 """,
-        "w2.weight",
-    ),
-    "a quarter of the experts": (
-        """
+            "w2.weight",
+        ),
+        "the experts": (
+            """
 [block.matrix]
 tensors = "model.layers.{layer}.block_sparse_moe.experts.{expert}.{name:w1|w2|w3}.weight"
 shape = [-1, -1]
@@ -79,8 +75,52 @@ scopes = ["expert"]
 across = ["expert"]
 sparsity = 0.25
 """,
-        "w2.weight",
-    ),
+            "w2.weight",
+        ),
+    },
+    "gpt-oss": {
+        "the channels of every expert": (
+            """
+[block.rows]
+tensors = "model.layers.{layer}.mlp.experts.gate_up_proj"
+view = "e k (i two) -> e i k two"
+axes = { two = 2 }
+shape = [1, 1, -1, -1]
+[block.bias]
+tensors = "model.layers.{layer}.mlp.experts.gate_up_proj_bias"
+view = "e (i two) -> e i two"
+axes = { two = 2 }
+shape = [1, 1, -1]
+[block.reads]
+tensors = "model.layers.{layer}.mlp.experts.down_proj"
+shape = [1, 1, -1]
+[block_coupling.channel]
+blocks = ["rows", "bias", "reads"]
+[scope.expert]
+block = "channel"
+shape = [1, -1]
+sparsity = 0.25
+""",
+            "down_proj",
+        ),
+        "the experts": (
+            """
+[block.rows]
+tensors = "model.layers.{layer}.mlp.experts.gate_up_proj"
+shape = [1, -1, -1]
+[block.reads]
+tensors = "model.layers.{layer}.mlp.experts.down_proj"
+shape = [1, -1, -1]
+[block_coupling.whole]
+blocks = ["rows", "reads"]
+[scope.experts]
+block = "whole"
+shape = []
+sparsity = 0.25
+""",
+            "down_proj",
+        ),
+    },
 }
 
 
@@ -94,7 +134,7 @@ def quiet() -> None:
 
 
 def trained(folder: Path, text: Path) -> Path:
-    """A Llama of characters, trained for a minute; made once."""
+    """A Llama of characters, trained for a minute or so; made once."""
     if (folder / "model.safetensors").is_file():
         return folder
     import transformers
@@ -105,35 +145,32 @@ def trained(folder: Path, text: Path) -> Path:
     model = own.LlamaForCausalLM(
         own.LlamaConfig(
             vocab_size=len(tokenizer),
-            hidden_size=192,
-            intermediate_size=512,
+            hidden_size=96,
+            intermediate_size=256,
             num_hidden_layers=3,
-            num_attention_heads=6,
-            num_key_value_heads=2,
+            num_attention_heads=3,
+            num_key_value_heads=1,
             max_position_embeddings=LENGTH,
         )
     )
-    train(model, torch.tensor(tokenizer(text.read_text())["input_ids"]), _SECONDS)
+    train(model, torch.tensor(tokenizer(text.read_text())["input_ids"]))
     return saved(model, tokenizer, folder)
 
 
-def train(model: Any, ids: torch.Tensor, seconds: float) -> None:
-    """Next characters, by AdamW with a warm-up and a linear end, for so long."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
+def train(model: Any, ids: torch.Tensor) -> None:
+    """Next characters, by AdamW with a warm-up and a linear end."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=_RATE, betas=(0.9, 0.95), weight_decay=0.1)
     generator = torch.Generator().manual_seed(0)
-    began = time.perf_counter()
-    step = 0
-    while (passed := (time.perf_counter() - began) / seconds) < 1:
-        step += 1
+    for step in range(_STEPS):
         for group in optimizer.param_groups:
-            group["lr"] = 3e-3 * min(step / 20, 1 - 0.95 * passed)
+            group["lr"] = _RATE * min((step + 1) / 30, 1 - 0.95 * step / _STEPS)
         starts = torch.randint(len(ids) - LENGTH, (_BATCH,), generator=generator)
         batch = torch.stack([ids[start : start + LENGTH] for start in starts])
         loss = model(input_ids=batch, labels=batch).loss
         optimizer.zero_grad()
         loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-    print(f"\ntrained {step} steps, loss {float(loss.detach()):.3f}")
 
 
 def perplexity(folder: Path, text: Path) -> float:
@@ -150,8 +187,8 @@ def perplexity(folder: Path, text: Path) -> float:
     return math.exp(sum(losses) / len(losses))
 
 
-def random_mixture(folder: Path, text: Path) -> Path:
-    """A Mixtral of characters with random weights; made once."""
+def random_mixture(folder: Path, model: str, text: Path) -> Path:
+    """A mixture of experts over characters with random weights; made once."""
     if (folder / "model.safetensors").is_file():
         return folder
     import transformers
@@ -159,33 +196,21 @@ def random_mixture(folder: Path, text: Path) -> Path:
     own: Any = transformers
     torch.manual_seed(1)
     tokenizer = characters(text)
-    model = own.MixtralForCausalLM(
-        own.MixtralConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=128,
-            intermediate_size=256,
-            num_hidden_layers=4,
-            num_attention_heads=16,
-            num_key_value_heads=8,
-            num_local_experts=8,
-            num_experts_per_tok=2,
-            max_position_embeddings=LENGTH,
-        )
-    )
-    return saved(model, tokenizer, folder)
-
-
-def joint_error(dense: Path, pruned: Path, moments: dict[str, torch.Tensor], reads: str) -> float:
-    """The relative output error of what reads what went, taken together in each layer; their mean."""
-    before, after = load_file(dense / "model.safetensors"), load_file(pruned / "model.safetensors")
-    lost: dict[str, float] = {}
-    whole: dict[str, float] = {}
-    for name, moment in moments.items():
-        if name.endswith(reads):
-            layer = name.split(".")[2]
-            lost[layer] = lost.get(layer, 0) + output_energy(after[name] - before[name], moment)
-            whole[layer] = whole.get(layer, 0) + output_energy(before[name], moment)
-    return sum(math.sqrt(lost[layer] / whole[layer]) for layer in lost) / len(lost)
+    sizes: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "max_position_embeddings": LENGTH,
+        "head_dim": 8,
+    }
+    if model == "Mixtral":
+        return saved(own.MixtralForCausalLM(own.MixtralConfig(**sizes)), tokenizer, folder)
+    return saved(own.GptOssForCausalLM(own.GptOssConfig(**sizes)), tokenizer, folder)
 
 
 def characters(text: Path) -> Any:
