@@ -130,9 +130,10 @@ def calibrate(
                     pass
                 progress(ids.numel(), label)
         for unit in units:
-            sums, counts = collector.result(unit)
+            sums, counts = collector.taken_out(unit)
             tokens[unit.collected.name][unit.place : unit.place + len(counts)] = counts
-            _write(unit, sums / total, kind, output)
+            for place, one in enumerate(sums):
+                _write(unit, place, one.div_(total), output)
     return tokens
 
 
@@ -191,9 +192,11 @@ class _Collector:
                 if product.matrix in {None, place}:
                     self._add(unit, place - unit.begin, _counted_rows(product, place))
 
-    def result(self, unit: Unit) -> tuple[Tensor, list[int]]:
-        """The sums of a unit, (matrices, features[, features]), and the tokens of each matrix."""
-        return self._of(unit, torch.device("cpu")), self._counts[unit]
+    def taken_out(self, unit: Unit) -> tuple[Tensor, list[int]]:
+        """The sums of a unit, (matrices, features[, features]), kept no longer, and tokens by matrix."""
+        sums = self._of(unit, torch.device("cpu"))
+        del self._sums[unit]
+        return sums, self._counts[unit]
 
     def _add(self, unit: Unit, place: int, rows: Tensor) -> None:
         wide = rows.to(torch.float32)
@@ -218,9 +221,8 @@ class _Collector:
 def _counted_rows(product: Product, place: int) -> Tensor:
     """The inputs of tokens that count, (tokens, features)."""
     rows, counted = product.inputs, product.counted
-    if (
-        rows.ndim == 3
-    ):  # every token came to every matrix of the stack, as zeros where it was not routed there
+    if rows.ndim == 3:
+        # Every token came to every matrix of the stack, as zeros where it was not routed there.
         rows = rows[place] if counted is None else rows[place][counted.to(rows.device)]
         return rows[rows.any(-1)]
     return rows if counted is None else rows[counted.to(rows.device)]
@@ -232,15 +234,15 @@ def _batches(sequences: Sequences) -> Iterator[tuple[Tensor, Tensor]]:
         yield sequences.ids[begin : begin + step], sequences.counted[begin : begin + step]
 
 
-def _write(unit: Unit, moment: Tensor, kind: StatisticsKind, output: StagedOutput) -> None:
-    """A unit's part of its tensor, at its place."""
+def _write(unit: Unit, place: int, moment: Tensor, output: StagedOutput) -> None:
+    """One matrix of a unit, or its norms, at its place in its tensor."""
     one = moment.cpu()
     if not bool(one.isfinite().all()):
         raise SparsepruneError(
             f"{unit.collected.name}: its inputs are not finite somewhere: the model does not run in its dtype"
         )
-    values = ((one + one.mT) / 2 if kind == "hessian" else one.sqrt()).to(torch.float32).contiguous()
-    begin = unit.place * values[0].numel() * values.element_size()
+    values = (one + one.T).mul_(0.5) if one.ndim == 2 else one.sqrt().to(torch.float32)
+    begin = (unit.place + place) * values.numel() * values.element_size()
     output.write_weight(unit.collected.name, begin, values.numpy().reshape(-1).data)
 
 
