@@ -73,6 +73,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         ]
         self.counted = torch.empty(0, dtype=torch.bool)
         self._gathered: Tensor | None = None
+        self._gatherer: torch.nn.Module | None = None
 
     def close(self) -> None:
         """Takes its hooks out again."""
@@ -98,9 +99,9 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._product(args[place[0]], args[place[1]], outer=place[2])
         elif packet is _ATEN.index and self._has_all_rows(args[0]) and args[1][0] is not None:
             index = args[1][0]
-            self._gathered = index.nonzero().reshape(-1) if index.dtype == torch.bool else index
+            self._gather(index.nonzero().reshape(-1) if index.dtype == torch.bool else index)
         elif packet is _ATEN.index_select and args[1] == 0 and self._has_all_rows(args[0]):
-            self._gathered = args[2]
+            self._gather(args[2])
         return func(*args, **(kwargs or {}))
 
     def _product(self, inputs: Tensor, weight: Tensor, *, outer: bool) -> None:
@@ -139,11 +140,13 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return None
 
     def _rows_that_count(self, rows: int) -> Tensor | None:
-        if rows == self.counted.numel():
-            return self.counted
         if self._gathered is not None and self._gathered.numel() == rows:
             return self.counted.to(self._gathered.device)[self._gathered]
-        return None
+        return self.counted if rows == self.counted.numel() else None
+
+    def _gather(self, index: Tensor) -> None:
+        """Rows were taken by their numbers; who computes with them does so while this module runs."""
+        self._gathered, self._gatherer = index, self._running[-1] if self._running else None
 
     def _has_all_rows(self, source: Tensor) -> bool:
         return source.ndim > 0 and source.shape[0] == self.counted.numel()
@@ -155,6 +158,8 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _leave_module(self, module: torch.nn.Module, inputs: Any, outputs: Any) -> None:  # noqa: ARG002
         if self._running and self._running[-1] is module:
             self._running.pop()
+        if module is self._gatherer:
+            self._gathered = self._gatherer = None
 
 
 class SharedInputs:
