@@ -6,6 +6,7 @@ Owns the accumulators, what a pass is about and where it ends, and the way of a 
 from __future__ import annotations
 
 from collections import defaultdict
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -72,7 +73,7 @@ def plan_calibration(
     """
     _refuse_lacking(loaded, checkpoint)
     shared = SharedInputs()
-    with _watched(loaded, shared) as watch:
+    with closing(Watch(loaded.model, shared)) as watch:
         watch.begin(sequences.counted[:1])
         with watch:
             loaded.run(sequences.ids[:1])
@@ -120,14 +121,11 @@ def calibrate(
     for number, units in enumerate(plan.passes, 1):
         label = f"pass {number} of {len(plan.passes)}" if len(plan.passes) > 1 else ""
         collector = _Collector(units, plan.first, kind)
-        with _watched(loaded, collector) as watch:
+        with closing(Watch(loaded.model, collector)) as watch:
             for ids, counted in _batches(sequences):
                 watch.begin(counted.to(loaded.device))
-                try:
-                    with watch:
-                        loaded.run(ids)
-                except EnoughError:
-                    pass
+                with suppress(EnoughError), watch:
+                    loaded.run(ids)
                 progress(ids.numel(), label)
         for unit in units:
             sums, counts = collector.taken_out(unit)
@@ -145,19 +143,6 @@ def _refuse_lacking(loaded: LoadedModel, checkpoint: Checkpoint) -> None:
             f"{checkpoint.path}: lacks {len(lacking)} weights of the model that config.json describes, such "
             f"as {lacking[0]}, so that it cannot be run"
         )
-
-
-class _watched:  # noqa: N801  (a context manager)
-    """A watch over a model, whose hooks are gone afterwards."""
-
-    def __init__(self, loaded: LoadedModel, seen: Callable[[Product], None]) -> None:
-        self._watch = Watch(loaded.model, seen)
-
-    def __enter__(self) -> Watch:
-        return self._watch
-
-    def __exit__(self, *_: object) -> None:
-        self._watch.close()
 
 
 class _Collector:

@@ -21,6 +21,7 @@ from sparseprune.cli.console import print_json, print_result, stderr_console
 from sparseprune.cli.progress import TOKENS, progress
 from sparseprune.cli.writing import interrupts_told, output_shown, write_output
 from sparseprune.errors import SparsepruneError
+from sparseprune.report.wording import many
 
 if TYPE_CHECKING:
     from sparseprune.calibration import Calibration, LoadedModel, Sequences
@@ -186,21 +187,12 @@ def _summary(
     if without:
         shown = without if request.verbose else without[:1]
         such = "" if request.verbose or len(without) == 1 else ", such as"
-        lines.append(f"no statistics of {many(len(without), 'matrix', 'matrices')}{such}")
+        lines.append(f"no statistics of {many(len(without), 'matrix')}{such}")
         lines += [f"  {one['name']}: {one['why']}" for one in shown]
     rate = document["tokens"] * document["passes"] / max(document["seconds"], 1e-9)
     passes = f", in {document['passes']} passes" if document["passes"] > 1 else ""
     lines.append(f"{document['seconds']:.1f} s, {rate:,.0f} tokens/s{passes}, on {document['device']}")
     return lines
-
-
-def many(count: int, one: str, more: str) -> str:
-    """A number with its noun.
-
-    >>> many(1, "matrix", "matrices"), many(1200, "matrix", "matrices")
-    ('1 matrix', '1,200 matrices')
-    """
-    return f"{count:,} {one if count == 1 else more}"
 
 
 def _few(matrices: list[dict[str, Any]], *, verbose: bool) -> list[str]:
@@ -216,6 +208,6 @@ def _few(matrices: list[dict[str, Any]], *, verbose: bool) -> list[str]:
     fewest, name, features = found[0]
     worst = f"{name} the fewest: {fewest} for {features}"
     return [
-        f"{many(len(found), 'matrix', 'matrices')} met fewer tokens than inputs, {worst}; give more text",
+        f"{many(len(found), 'matrix')} met fewer tokens than inputs, {worst}; give more text",
         *(f"  {name}: {count} tokens, {inputs} inputs" for count, name, inputs in found if verbose),
     ]

@@ -56,7 +56,7 @@ def stacked_parts(task: Task, tensors: Mapping[str, StoredTensor]) -> list[Stack
             return alone
         one = StackPart(cell, matrix, matrix + 1)
         if parts and parts[-1].begin == matrix:
-            parts[-1] = StackPart(parts[-1].joined(one).cell, matrix, matrix + 1)
+            parts[-1] = parts[-1].joined(one)
         else:
             parts.append(one)
     return parts if [part.begin for part in parts] == list(range(count)) else alone
