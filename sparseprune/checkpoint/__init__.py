@@ -23,6 +23,7 @@ from sparseprune.checkpoint.layout import (
 )
 from sparseprune.checkpoint.masks import MaskSet, StoredMask, load_masks, open_masks, read_kept
 from sparseprune.checkpoint.provenance import Provenance, provenance_of
+from sparseprune.checkpoint.resizing import Resized, lay_out_choice, lay_out_removal, open_choice
 from sparseprune.checkpoint.source import (
     Checkpoint,
     Shard,
@@ -40,7 +41,7 @@ from sparseprune.checkpoint.statistics import (
     lay_out_statistics,
     open_statistics,
 )
-from sparseprune.checkpoint.target import refuse_replacing
+from sparseprune.checkpoint.target import refuse_replacing, refuse_target
 
 __all__ = [
     "Checkpoint",
@@ -54,6 +55,7 @@ __all__ = [
     "OutputLayout",
     "Place",
     "Provenance",
+    "Resized",
     "Shard",
     "StagedOutput",
     "Statistic",
@@ -67,10 +69,13 @@ __all__ = [
     "checkpoint_identity",
     "lay_out",
     "lay_out_apply",
+    "lay_out_choice",
     "lay_out_masks",
+    "lay_out_removal",
     "lay_out_statistics",
     "load_masks",
     "open_checkpoint",
+    "open_choice",
     "open_masks",
     "open_statistics",
     "provenance_of",
@@ -80,4 +85,5 @@ __all__ = [
     "refuse_changed",
     "refuse_changed_shards",
     "refuse_replacing",
+    "refuse_target",
 ]

@@ -107,7 +107,7 @@ def lay_out_apply(
 
     `target` None stands for the default name beside the input. KeyError for a name that is not stored.
     """
-    final = _target(checkpoint, target, "pruned")
+    final = output_target(checkpoint, target, "pruned")
     names = _Names.of_directory(f"{RESULTS}/") if checkpoint.is_directory else _Names.of_file(final)
     chosen = {name: checkpoint.tensors[name] for name in masked}
     moved = (
@@ -154,7 +154,7 @@ def lay_out_masks(
     checkpoint: Checkpoint, target: Path | None, masked: Collection[str], mask_format: MaskFormat
 ) -> OutputLayout:
     """The output that holds only the masks of `masked` and a report; otherwise as `lay_out_apply`."""
-    final = _target(checkpoint, target, "masks")
+    final = output_target(checkpoint, target, "masks")
     names = _Names.of_directory("") if checkpoint.is_directory else _Names.of_file(final)
     if not checkpoint.is_directory:
         names = _Names(PurePosixPath(final.name), names.report, None)
@@ -204,7 +204,7 @@ class _MaskPlan:
         return tuple(file.path for file in self.files)
 
 
-def _target(checkpoint: Checkpoint, target: Path | None, word: str) -> Path:
+def output_target(checkpoint: Checkpoint, target: Path | None, word: str) -> Path:
     """Where the output goes, absolute; its links are not resolved, so that it lies where it was asked for."""
     if target is None:
         source = _absolute(checkpoint.path)

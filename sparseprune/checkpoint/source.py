@@ -88,7 +88,7 @@ class Checkpoint:
     """A checkpoint of which all headers were read and no data: every tensor stands in exactly one shard.
 
     `tensors` stand in the order in which their data is read best: shard by shard, by offset. `others` are
-    the files that an output takes over as they are.
+    the files that an output takes over as they are, the `index` among them where there is one.
     """
 
     path: Path
@@ -96,6 +96,7 @@ class Checkpoint:
     is_directory: bool
     others: tuple[OtherFile, ...]
     tensors: Mapping[str, StoredTensor] = field(repr=False)
+    index: PurePosixPath | None = None
 
     @property
     def other_files(self) -> tuple[PurePosixPath, ...]:
@@ -115,7 +116,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     shards = tuple(open_shard(path / place, place) for place in found.shards)
     tensors = _tensors(shards)
     _check_index(path, found, tensors)
-    return Checkpoint(path, shards, is_directory=True, others=found.others, tensors=tensors)
+    return Checkpoint(path, shards, True, found.others, tensors, found.index)  # noqa: FBT003
 
 
 def read_config(checkpoint: Checkpoint) -> Mapping[str, Any] | None:

@@ -78,6 +78,11 @@ class StagedOutput:
         """The hidden folder in which the output grows, and in which it stays if it is kept."""
         return self._partial.path
 
+    @property
+    def staged_path(self) -> Path:
+        """Where the files of the layout are until the output has its name."""
+        return self._partial.output
+
     def __enter__(self) -> Self:
         check_place(self.layout)
         if not os.path.lexists(self.partial_path):

@@ -33,6 +33,12 @@ def check_target(layout: OutputLayout, *, force: bool, held: int = 0) -> None:
     _check_room(layout, held)
 
 
+def refuse_target(layout: OutputLayout, *, force: bool) -> None:
+    """As `check_target`, however little room there is: before the work that decides how much it takes."""
+    check_place(layout)
+    check_existing(layout, force=force)
+
+
 def check_place(layout: OutputLayout) -> None:
     """As `check_target`, whatever exists there and however little room there is."""
     _check_parent(layout.target)

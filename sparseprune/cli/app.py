@@ -212,6 +212,68 @@ def plan(
 
 
 @app.command()
+def remove(
+    checkpoint: CheckpointArgument,
+    spec: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[SPEC]", help="A spec.toml, or the name of a shipped one.", show_default=False
+        ),
+    ] = None,
+    masks: Annotated[
+        Path | None,
+        typer.Option(
+            "--masks",
+            metavar="MASKS",
+            help="Cut out what these drop, instead of what a spec does.",
+            show_default=False,
+        ),
+    ] = None,
+    output: OutputOption = None,
+    partial: PartialOption = False,
+    device: DeviceOption = "auto",
+    jobs: JobsOption = default_jobs(),
+    memory: MemoryOption = None,
+    set_: SetOption = None,
+    dry_run: DryRunOption = False,
+    force: ForceOption = False,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Write a smaller dense checkpoint: channels, heads, experts or layers that lose are cut out.
+
+    The config is rewritten, so that the model's own class loads it; it computes what the zeroed checkpoint
+    does. The output is CKPT-smaller beside the directory unless --output says otherwise.
+
+    Example: sparseprune remove ./llama decoder-mlp-channels -o ./llama-smaller
+    """
+    with reported(debug):
+        from sparseprune.cli.choosing import RemoveRequest
+        from sparseprune.cli.remove import run
+
+        request = RemoveRequest(
+            checkpoint=checkpoint,
+            spec=spec,
+            masks=masks,
+            output=output,
+            device=device,
+            jobs=jobs,
+            memory=memory_of(memory) or default_memory(),
+            partial=partial,
+            overrides=overrides_of(set_),
+            dry_run=dry_run,
+            force=force,
+            json=json,
+            quiet=quiet,
+            verbose=verbose,
+        )
+
+        run(request)
+
+
+@app.command()
 def calibrate(
     checkpoint: CheckpointArgument,
     text: Annotated[

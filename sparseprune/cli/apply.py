@@ -6,18 +6,15 @@ import json
 import time
 from typing import TYPE_CHECKING, Any
 
-from sparseprune import __version__
-from sparseprune.checkpoint import StagedOutput, checkpoint_identity, read_config, refuse_changed
+from sparseprune.checkpoint import StagedOutput, refuse_changed
 from sparseprune.cli.collecting import collector_paused
 from sparseprune.cli.console import print_json, print_result, stderr_console
 from sparseprune.cli.progress import progress
-from sparseprune.cli.request import Request, prepare
+from sparseprune.cli.request import Request, as_applied, few_tokens, identity_of, prepare, score_shards
 from sparseprune.cli.writing import digest, interrupts_told, output_shown, write_output
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    from sparseprune.checkpoint import OutputLayout, Shard, TensorReader
+    from sparseprune.checkpoint import OutputLayout, TensorReader
     from sparseprune.cli.request import Prepared
     from sparseprune.pipeline import Plan
 
@@ -28,12 +25,12 @@ def run(request: Request) -> None:
     with collector_paused():
         prepared = prepare(request)
     plan, layout = prepared.plan, prepared.layout
-    output = StagedOutput(layout, request.force, identity=_identity(request, prepared))
+    output = StagedOutput(layout, request.force, identity=identity_of(request, prepared))
     with interrupts_told(output):
         document = write_output(
             output,
             lambda reader: _worked(request, prepared, output, reader, began),
-            lambda: refuse_changed(plan.checkpoint, _score_shards(prepared)),
+            lambda: refuse_changed(plan.checkpoint, score_shards(prepared)),
             quiet=request.quiet,
         )
         if not request.quiet:
@@ -71,50 +68,8 @@ def _worked(
     # A path that is not UTF-8 has surrogates, which are escapes of JSON as well.
     output.add_file(layout.report_file, text.encode(errors="backslashreplace"))
     if layout.spec_file is not None:
-        output.add_file(layout.spec_file, _as_applied(request, source.text).encode())
+        output.add_file(layout.spec_file, as_applied(request, source.text).encode())
     return document
-
-
-def _identity(request: Request, prepared: Prepared) -> dict[str, str]:
-    """What an unfinished output must agree with to be continued; the number of jobs is no part of it."""
-    checkpoint = prepared.plan.checkpoint
-    files = [(str(shard.path), shard.header.file_size, shard.mtime_ns) for shard in _score_shards(prepared)]
-    # Variables of the spec may come from it; that beside a single file is no part of the checkpoint.
-    config = dict(read_config(checkpoint) or {})
-    limits = prepared.schedule.limits
-    options = (request.device, request.mask_format, request.weights, limits.slab, limits.memory)
-    spec = json.dumps([prepared.source.text, sorted(request.overrides.items())])
-    return {
-        "the version": __version__,
-        "the input": digest(json.dumps([checkpoint_identity(checkpoint), config, *files])),
-        "the spec": digest(spec),
-        "the options": json.dumps(options),
-    }
-
-
-def _score_shards(prepared: Prepared) -> Iterable[Shard]:
-    """The shards of score files, each once."""
-    tasks = (task for unit in prepared.plan.units for task in unit.tasks)
-    return dict.fromkeys(one.stored.shard for task in tasks for one in task.inputs)
-
-
-def _as_applied(request: Request, text: str) -> str:
-    """The spec's text, below a comment with the variables that were set on the command line."""
-    if not request.overrides:
-        return text
-    words = (f"--set {name}={value}" for name, value in request.overrides.items())
-    return f"# Applied with {' '.join(' '.join(words).split())}\n{text}"
-
-
-def _few_tokens(plan: Plan) -> list[str]:
-    """A line where statistics rest on fewer tokens than a matrix has inputs."""
-    tasks = [task for unit in plan.units for task in unit.tasks]
-    inputs = {one.key: one for task in tasks for one in task.inputs if one.role == "moment"}
-    few = [name for name, one in inputs.items() if any(count < one.stored.shape[-1] for count in one.tokens)]
-    if not few:
-        return []
-    text = f"{len(few)} of {len(inputs)} matrices rest on fewer tokens than they have inputs"
-    return [f"statistics of {text}, such as those of {few[0]}: calibrate on more text"]
 
 
 def _tell(
@@ -150,7 +105,7 @@ def _tell(
             f"reconstructed {matrices} matrices: output error {totals['output_error']:.3f} on average, "
             f"{totals['output_error_masked']:.3f} by the masks alone"
         )
-        lines += _few_tokens(plan)
+        lines += few_tokens(plan)
     work = sum(stored.nbytes for stored in plan.checkpoint.tensors.values())
     lines.append(f"{seconds:.1f} s, {size(work / seconds)}/s, on {document['device']}")
     for line in lines:

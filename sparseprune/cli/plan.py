@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from sparseprune.checkpoint import Resized, lay_out_removal, read_config
+from sparseprune.cli.choosing import refuse_unremovable
 from sparseprune.cli.collecting import collector_paused
 from sparseprune.cli.console import on_terminal, print_json, print_table
 from sparseprune.cli.request import prepare
@@ -17,7 +19,9 @@ if TYPE_CHECKING:
 
     from rich.console import RenderableType
 
+    from sparseprune.checkpoint import OutputLayout
     from sparseprune.cli.request import Prepared, Request
+    from sparseprune.pipeline.removal.presuming import Presumed
     from sparseprune.spec import BoundRule, BoundSpec
 
 ALL, NONE = "all", "none"
@@ -28,16 +32,51 @@ def run(request: Request, draw: str | None = None) -> None:
     with collector_paused():
         prepared = prepare(request)
         rules = _drawn(prepared.plan.bound, draw)
-        document = plan_document(
-            Asked(str(request.checkpoint), request.spec, output_shown(request, prepared.layout)),
-            prepared.plan.bound,
-            prepared.layout,
-            prepared.schedule.peak_bytes,
-        )
-        if request.json:
-            print_json(document)
-        else:
-            print_table(*_parts(prepared, document, rules))
+        _show(request, prepared, prepared.layout, _presumed(prepared), rules)
+
+
+def run_removal(request: Request) -> None:
+    """The plan of a removal, whose output is the smaller checkpoint; what cannot be removed is refused."""
+    with collector_paused():
+        prepared = prepare(request)
+        refuse_unremovable(prepared)
+        presumed = _presumed(prepared)
+        removal = presumed.removal
+        resized = None
+        if removal is not None:
+            resized = {
+                name: Resized(left.name, left.shape, whole=left.kept is None)
+                for name, left in removal.left.items()
+            }
+        config = None if removal is None else removal.config
+        layout = lay_out_removal(prepared.plan.checkpoint, request.output, resized, config)
+        _show(request, prepared, layout, presumed, _drawn(prepared.plan.bound, None))
+
+
+def _presumed(prepared: Prepared) -> Presumed:
+    from sparseprune.pipeline.removal.presuming import presume
+
+    return presume(prepared.plan, read_config(prepared.plan.checkpoint))
+
+
+def _show(
+    request: Request,
+    prepared: Prepared,
+    layout: OutputLayout,
+    presumed: Presumed,
+    rules: tuple[BoundRule, ...],
+) -> None:
+    document = plan_document(
+        Asked(str(request.checkpoint), request.spec, output_shown(request, layout)),
+        prepared.plan.bound,
+        layout,
+        presumed,
+        prepared.schedule.peak_bytes,
+    )
+    if request.json:
+        print_json(document)
+    else:
+        print_table(*_parts(prepared, document, rules))
 
 
 def _parts(

@@ -1,22 +1,31 @@
-"""What `apply`, `mask` and `plan` share: what was typed, and the way to a plan and the output's layout.
+"""What `apply`, `mask`, `plan` and `remove` share: what was typed, and the way to a plan and a layout.
 
 Reads headers and the spec, no tensor data; imports no torch.
 """
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from sparseprune.checkpoint import lay_out_apply, lay_out_masks, open_checkpoint
+from sparseprune import __version__
+from sparseprune.checkpoint import (
+    checkpoint_identity,
+    lay_out_apply,
+    lay_out_masks,
+    open_checkpoint,
+    read_config,
+)
+from sparseprune.cli.writing import digest
 from sparseprune.pipeline import make_plan, make_schedule
 from sparseprune.spec import find_spec, parse_spec
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
     from pathlib import Path
 
-    from sparseprune.checkpoint import MaskFormat, OutputLayout
+    from sparseprune.checkpoint import MaskFormat, OutputLayout, Shard
     from sparseprune.pipeline import Plan, Schedule
     from sparseprune.spec import SpecSource
 
@@ -64,3 +73,45 @@ def _layout(request: Request, plan: Plan) -> OutputLayout:
     if request.weights or request.mask_format is None:
         return lay_out_apply(plan.checkpoint, request.output, plan.reached, request.mask_format)
     return lay_out_masks(plan.checkpoint, request.output, plan.reached, request.mask_format)
+
+
+def identity_of(request: Request, prepared: Prepared) -> dict[str, str]:
+    """What an unfinished output must agree with to be continued; the number of jobs is no part of it."""
+    checkpoint = prepared.plan.checkpoint
+    files = [(str(shard.path), shard.header.file_size, shard.mtime_ns) for shard in score_shards(prepared)]
+    # Variables of the spec may come from it; that beside a single file is no part of the checkpoint.
+    config = dict(read_config(checkpoint) or {})
+    limits = prepared.schedule.limits
+    options = (request.device, request.mask_format, request.weights, limits.slab, limits.memory)
+    spec = json.dumps([prepared.source.text, sorted(request.overrides.items())])
+    return {
+        "the version": __version__,
+        "the input": digest(json.dumps([checkpoint_identity(checkpoint), config, *files])),
+        "the spec": digest(spec),
+        "the options": json.dumps(options),
+    }
+
+
+def score_shards(prepared: Prepared) -> Iterable[Shard]:
+    """The shards of score files, each once."""
+    tasks = (task for unit in prepared.plan.units for task in unit.tasks)
+    return dict.fromkeys(one.stored.shard for task in tasks for one in task.inputs)
+
+
+def as_applied(request: Request, text: str) -> str:
+    """The spec's text, below a comment with the variables that were set on the command line."""
+    if not request.overrides:
+        return text
+    words = (f"--set {name}={value}" for name, value in request.overrides.items())
+    return f"# Applied with {' '.join(' '.join(words).split())}\n{text}"
+
+
+def few_tokens(plan: Plan) -> list[str]:
+    """A line where statistics rest on fewer tokens than a matrix has inputs."""
+    tasks = [task for unit in plan.units for task in unit.tasks]
+    inputs = {one.key: one for task in tasks for one in task.inputs if one.role == "moment"}
+    few = [name for name, one in inputs.items() if any(count < one.stored.shape[-1] for count in one.tokens)]
+    if not few:
+        return []
+    text = f"{len(few)} of {len(inputs)} matrices rest on fewer tokens than they have inputs"
+    return [f"statistics of {text}, such as those of {few[0]}: calibrate on more text"]

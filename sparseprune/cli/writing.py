@@ -15,7 +15,7 @@ from sparseprune.cli.console import tell
 from sparseprune.cli.streams import UntoldError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
     from sparseprune.checkpoint import OutputLayout, StagedOutput
@@ -44,15 +44,26 @@ def write_output(
     `refuse_changed` raises where an input is no longer what it was. An error tells whether what is finished
     is kept.
     """
+    with staged(output, quiet=quiet), TensorReader() as reader:
+        document = work(reader)
+        refuse_changed()
+        output.commit()
+    return document
+
+
+@contextmanager
+def staged(output: StagedOutput, *, quiet: bool) -> Iterator[None]:
+    """An output while it is written; tells whether an unfinished run is continued.
+
+    An error tells whether what is finished is kept.
+    """
     try:
-        with output, TensorReader() as reader:
+        with output:
             if output.started_over and not quiet:
                 tell(f"an unfinished run is not continued, since {' and '.join(output.started_over)} changed")
             if output.resumed and not quiet:
                 tell("an unfinished run is continued")
-            document = work(reader)
-            refuse_changed()
-            output.commit()
+            yield
     except BaseException as error:
         if output.kept:
             error.add_note(
@@ -60,11 +71,19 @@ def write_output(
                 "removing the folder gives it up"
             )
         raise
-    return document
+
+
+class Ending(Protocol):
+    """Whether an output has its name, and whether what is unfinished can be continued."""
+
+    @property
+    def named(self) -> bool: ...
+    @property
+    def identity(self) -> Mapping[str, str] | None: ...
 
 
 @contextmanager
-def interrupts_told(output: StagedOutput) -> Iterator[None]:
+def interrupts_told(output: Ending) -> Iterator[None]:
     """Whoever is not told the result hears what there is: all of it, once it has its name, or nothing yet."""
     try:
         yield

@@ -17,6 +17,7 @@ from sparseprune.engine.grids import prod
 from sparseprune.engine.kernels.cutting import cut_blocks
 from sparseprune.engine.kernels.selecting import select_keys
 from sparseprune.engine.tally import tally
+from sparseprune.pipeline.arranging import by_leaf, by_scope, inverse
 from sparseprune.pipeline.cells import leaves_of, members_of, whole_part
 from sparseprune.pipeline.passing import LeafMaxima, LeafSums
 from sparseprune.pipeline.plan import task_bytes
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from sparseprune.pipeline.boxes import Box
-    from sparseprune.pipeline.cells import AnyBlock, AnyScope
+    from sparseprune.pipeline.cells import AnyBlock
     from sparseprune.pipeline.plan import Task
     from sparseprune.pipeline.programs import Setting
     from sparseprune.pipeline.recipes import Summed
@@ -58,7 +59,7 @@ def run_program(task: Task, recipe: Summed, setting: Setting) -> Program:
         count = prod(scope.grid_shape) * scope.blocks_per_scope
         packed = np.frombuffer(base64.b85decode(noted), dtype=np.uint8)
         keep = np.unpackbits(packed, count=count)
-    decisions = _by_leaf(scope, keep)
+    decisions = by_leaf(scope, keep)
 
     def prune(box: Box) -> list[Outcome]:
         loaded = setting.traffic.load(box)
@@ -97,7 +98,7 @@ def _scores(task: Task, recipe: Summed, setting: Setting) -> Any:  # noqa: ANN40
             return [_normalized(top, member, task) for top, member in zip(tops, members, strict=True)]
         for top, member in zip(tops, members, strict=True):
             for leaf, order in leaves_of(member.block):
-                exponents[leaf] = _exponents(top).transpose(_inverse(order))
+                exponents[leaf] = _exponents(top).transpose(inverse(order))
     power = int(ranking.norm)
     sums = yield [
         _passed(LeafSums(each, power, exponents.get(each.leaf)), each, ranking, recipe, setting)
@@ -170,51 +171,18 @@ def _normalized(norms: Floats, member: BoundScope, task: Task) -> Floats:
 def _decide(task: Task, scores: list[Floats]) -> Mask:
     """Bytes, scope after scope in the order of ties: 1 for the blocks that survive."""
     budget, scope = task.instance.budget, task.instance.scope
-    by_scope = _gather(scope, scores)
+    ordered = by_scope(scope, scores)
     if budget.nnz is None:
         limit = 0.0 if budget.threshold is None else budget.threshold
-        kept: Mask = (by_scope >= limit).view(np.uint8).reshape(-1)
+        kept: Mask = (ordered >= limit).view(np.uint8).reshape(-1)
         return kept
     # As unsigned integers in the order of the numbers, -0.0 and 0.0 as one.
-    bits = (by_scope.reshape(-1) + 0.0).view(np.uint64)
+    bits = (ordered.reshape(-1) + 0.0).view(np.uint64)
     negative = bits >> np.uint64(63) == 1
     keys = np.where(negative, ~bits, bits | np.uint64(1 << 63))
     keep = np.empty(keys.size, dtype=np.uint8)
     select_keys(keys, (1 << 64) - 1, scope.blocks_per_scope, budget.nnz, keep)
     return keep
-
-
-def _gather(scope: AnyScope, grids: list[Floats]) -> Floats:
-    """Numbers on each member's block grid as (scopes, blocks per scope), in the order of ties."""
-    parts = []
-    for (member, order), grid in zip(members_of(scope), grids, strict=True):
-        pairs = [size for pair in zip(member.grid_shape, member.shape, strict=True) for size in pair]
-        rank = len(order)
-        split = grid.reshape(pairs).transpose((*(2 * dim for dim in order), *range(1, 2 * rank, 2)))
-        parts.append(split.reshape(prod(scope.grid_shape), prod(member.shape)))
-    return np.ascontiguousarray(np.concatenate(parts, axis=1))
-
-
-def _by_leaf(scope: AnyScope, keep: Mask) -> dict[BoundBlock, Mask]:
-    """What `_gather` does, undone, for each leaf on its own block grid."""
-    by_scope = keep.reshape(prod(scope.grid_shape), scope.blocks_per_scope)
-    decisions = {}
-    done = 0
-    for member, order in members_of(scope):
-        part = by_scope[:, done : done + member.blocks_per_scope]
-        done += member.blocks_per_scope
-        rank = len(order)
-        split = part.reshape((*scope.grid_shape, *member.shape)).transpose(
-            [dim for own in range(rank) for dim in (order.index(own), rank + own)]
-        )
-        grid = split.reshape(member.block.grid_shape)
-        for leaf, own_order in leaves_of(member.block):
-            decisions[leaf] = grid.transpose(_inverse(own_order))
-    return decisions
-
-
-def _inverse(order: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(sorted(range(len(order)), key=order.__getitem__))
 
 
 def _spread(keep: Mask, box: Box) -> Mask:

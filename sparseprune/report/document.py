@@ -90,7 +90,7 @@ def report_document(
             "output_error_masked": mean(tensor.output_error_masked for tensor in tensors),
             "output_error": mean(tensor.output_error for tensor in tensors),
         },
-        "rules": [_rule_entry(rule, tensors) for rule in bound.rules],
+        "rules": [rule_entry(rule, tensors) for rule in bound.rules],
         "tensors": [_tensor_entry(tensor) for tensor in tensors],
     }
 
@@ -127,7 +127,8 @@ def energy_kept(before: Tally, after: Tally) -> float | None:
     return after.energy / before.energy if before.energy else 1.0
 
 
-def _rule_entry(rule: BoundRule, tensors: Iterable[PrunedTensor]) -> dict[str, Any]:
+def rule_entry(rule: BoundRule, tensors: Iterable[PrunedTensor]) -> dict[str, Any]:
+    """What a rule bound to, and what became of the tensors that it reached."""
     names = {leaf.tensor for instance in rule.instances for leaf in instance.scope.leaves}
     reached = [tensor.reach[rule.name] for tensor in tensors if rule.name in tensor.reach]
     scopes = [instance.scope for instance in rule.instances]

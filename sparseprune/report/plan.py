@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any
 from sparseprune import __version__
 from sparseprune.engine.grids import Shape, prod
 from sparseprune.report.document import one_or_all, share
+from sparseprune.report.removal_plan import removal_entry, removal_totals
 from sparseprune.spec import BoundBlock, BoundBlockCoupling, BoundScope, Score
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from sparseprune.checkpoint import OutputLayout, StoredTensor
+    from sparseprune.report.removal_plan import RemovalPlan
     from sparseprune.spec import BoundInstance, BoundRule, BoundScopeCoupling, BoundSpec, Reconstruct
 
     AnyScope = BoundScope | BoundScopeCoupling
@@ -38,15 +40,22 @@ class Asked:
 
 
 def plan_document(
-    asked: Asked, bound: BoundSpec, layout: OutputLayout, peak_bytes: int | None = None
+    asked: Asked,
+    bound: BoundSpec,
+    layout: OutputLayout,
+    removal: RemovalPlan,
+    peak_bytes: int | None = None,
 ) -> dict[str, Any]:
     """The plan as plain data, in the shape of schemas/plan.schema.json.
 
-    `layout` is that of the output; `peak_bytes` is the memory that a run is expected to need at most, and
-    is left out where nobody knows.
+    `layout` is that of the output, `removal` what `remove` would come to; `peak_bytes` is the memory that a
+    run is expected to need at most, and is left out where nobody knows.
     """
     tensors = layout.checkpoint.tensors
-    rules = [_rule_entry(rule, tensors) for rule in bound.rules]
+    rules = [
+        {**_rule_entry(rule, tensors), "removal": removal_entry(rule, tensors, removal)}
+        for rule in bound.rules
+    ]
     numel = sum([stored.numel for stored in tensors.values()])
     covered = sum([rule["numel"] for rule in rules])
     reached = set(bound.covered)
@@ -67,6 +76,7 @@ def plan_document(
             "coverage": share(covered, numel),
         },
         "rules": rules,
+        "removal": removal_totals(removal),
         "unreached": _unreached(tensors, reached),
         "bytes": sizes if peak_bytes is None else sizes | {"peak": peak_bytes},
     }

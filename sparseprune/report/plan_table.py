@@ -16,6 +16,7 @@ from rich.text import Text
 
 from sparseprune.errors import printable
 from sparseprune.report.document import share
+from sparseprune.report.removal_plan import removal_text, totals_facts
 from sparseprune.report.wording import many, percent, shape_text, size
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def rule_card(rule: Mapping[str, Any], numel: int) -> RenderableType:
     if not rule["instances"]:
         return Group(title, _facts([("binds", "nothing: no tensor matches, and the rule is optional")]))
     forms = _FormLines(rule["forms"][:_FORMS], len(rule["forms"]) - _FORMS)
-    facts = [*_binding(rule), *_budget(rule), *_pruning(rule, numel)]
+    facts = [*_binding(rule), *_budget(rule), *_pruning(rule, numel), ("removes", removal_text(rule))]
     return Group(title, _facts(facts), forms)
 
 
@@ -58,6 +59,7 @@ def totals_card(document: Mapping[str, Any]) -> RenderableType:
     ]
     if "peak" in sizes:
         facts.append(("memory", f"about {size(sizes['peak'])} at the peak"))
+    facts += totals_facts(document)
     parts: list[RenderableType] = [Text("in all", "bold"), _facts(facts)]
     if document["unreached"]:
         parts.append(Padding(_unreached_table(document), (0, 0, 0, _INDENT), expand=False))

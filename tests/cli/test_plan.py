@@ -70,6 +70,7 @@ def test_two_of_four(folder: Path) -> None:
         "  keeps     2 of 4 blocks in each of 128 scopes",
         "  sparsity  50.00%",
         "  prunes    256 of 512 elements, 46.38% of all parameters",
+        "  removes   nothing: its blocks [1, 1] are no whole slices of 0.down.weight, [8, 16]",
         "  tensors  shape  block  grid  scope  example",
         "        2  8x16   1x1    8x16  1x4    0.down.weight",
         "        2  16x8   1x1    16x8  1x4    0.up.weight",
@@ -97,13 +98,14 @@ def output_size(folder: Path) -> str:
 
 
 def test_fused_blocks_name_their_members_and_the_label_of_a_block(folder: Path) -> None:
-    assert lines(folder, CHANNELS)[:10] == [
+    assert lines(folder, CHANNELS)[:11] == [
         "scope.mlp",
         "  binds     6 tensors in 2 instances such as mlp[layer=0]",
         "  block     up + bias + down, fused: channel[layer=0]",
         "  keeps     12 of 16 blocks in each of 2 scopes",
         "  sparsity  25.00%",
         "  prunes    136 of 544 elements, 24.64% of all parameters",
+        "  removes   16x8 becomes 12x8, 16 becomes 12, 8x16 becomes 8x12",
         "  tensors  member  shape  block  grid  scope  example",
         "        2  up      16x8   1x8    16x1  16x1   0.up.weight",
         "        2  bias    16     1x1    16x1  16x1   0.up.bias",
@@ -198,7 +200,7 @@ def test_peak_memory_is_left_out_where_nobody_knows_it(folder: Path, monkeypatch
     assert document(folder, TWO_OF_FOUR)["bytes"]["peak"] > 0
     monkeypatch.setattr(
         "sparseprune.cli.plan.plan_document",
-        lambda asked, bound, layout, _: plan_document(asked, bound, layout),
+        lambda asked, bound, layout, presumed, _: plan_document(asked, bound, layout, presumed),
     )
     assert "peak" not in document(folder, TWO_OF_FOUR)["bytes"]
     assert "memory" not in facts(lines(folder, TWO_OF_FOUR))

@@ -1,0 +1,226 @@
+"""The output of a removal: the same shards with fewer, smaller and renumbered tensors, and what decides it.
+
+Owns the new headers, the index, the names of shards, and the folder in which masks (and rebuilt weights) wait
+meanwhile. Reads no data of tensors. Called by the command line, carried out by staging.py.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from sparseprune.checkpoint.folder import RESULTS, SUFFIX, read_object
+from sparseprune.checkpoint.header import Header, lay_out
+from sparseprune.checkpoint.layout import (
+    CopyRange,
+    OutputFile,
+    OutputLayout,
+    Place,
+    lay_out_masks,
+    output_target,
+)
+from sparseprune.checkpoint.masks import open_masks
+from sparseprune.checkpoint.source import StoredTensor, open_shard
+from sparseprune.engine.grids import prod
+from sparseprune.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator, Mapping
+
+    from sparseprune.checkpoint.masks import StoredMask
+    from sparseprune.checkpoint.source import Checkpoint, Shard
+    from sparseprune.checkpoint.staging import StagedOutput
+
+CONFIG = PurePosixPath("config.json")
+_NUMBERED = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})" + re.escape(SUFFIX))
+
+
+@dataclass(frozen=True, slots=True)
+class Resized:
+    """What becomes of a tensor: its new name and shape; `whole` if it keeps all of its bytes."""
+
+    name: str
+    shape: tuple[int, ...]
+    whole: bool
+
+
+def lay_out_removal(
+    checkpoint: Checkpoint,
+    target: Path | None,
+    tensors: Mapping[str, Resized] | None,
+    config: Mapping[str, Any] | None,
+) -> OutputLayout:
+    """The output with these tensors of a directory, None for all as they are, in the order of the input.
+
+    `tensors` are named as they were, and so are the places in the layout's `weights`, of those that are not
+    whole. A shard of which nothing is left is left out. `config` None keeps config.json as it is.
+    """
+    if not checkpoint.is_directory:
+        raise CheckpointError(
+            f"{checkpoint.path}: what becomes smaller is said in config.json; give the directory of a "
+            "checkpoint, or use apply, which keeps all shapes"
+        )
+    if tensors is None:
+        tensors = {
+            name: Resized(name, stored.shape, whole=True) for name, stored in checkpoint.tensors.items()
+        }
+    shards = [
+        shard for shard in checkpoint.shards if any(entry.name in tensors for entry in shard.header.entries)
+    ]
+    names = _names(shards)
+    files: list[OutputFile] = []
+    copies: list[CopyRange] = []
+    places: dict[str, Place] = {}
+    for shard in shards:
+        header = _header(shard, tensors)
+        path = names[shard]
+        files.append(OutputFile(path, header.file_size, header.raw))
+        more, same = _moved(shard, header, path, tensors)
+        places.update(more)
+        copies += same
+    written = {
+        CONFIG: None if config is None else _document(config),
+        checkpoint.index: _index(checkpoint, tensors, names),
+    }
+    for other in checkpoint.others:
+        text = written.get(other.path)
+        files.append(
+            OutputFile(other.path, other.nbytes if text is None else len(text), text or b"", other.executable)
+        )
+        if text is None:
+            copies.append(CopyRange(checkpoint.path / other.path, other.path, 0, 0, other.nbytes))
+    return OutputLayout(
+        checkpoint=checkpoint,
+        target=output_target(checkpoint, target, "smaller"),
+        is_directory=True,
+        files=tuple(files),
+        copies=tuple(copies),
+        weights=MappingProxyType(places),
+        masks=MappingProxyType({}),
+        mask_files=(),
+        mask_format=None,
+        writes_weights=True,
+        report_file=PurePosixPath(RESULTS, "report.json"),
+        spec_file=PurePosixPath(RESULTS, "spec.toml"),
+    )
+
+
+def lay_out_choice(
+    checkpoint: Checkpoint, final: OutputLayout, reached: Collection[str], *, rebuilt: bool
+) -> OutputLayout:
+    """What a run decides on the way to its `final` output: packed masks, weights where they are `rebuilt`."""
+    target = final.target.with_name(f"{final.target.name}.choice")
+    masks = lay_out_masks(checkpoint, target, reached, "packed")
+    if not rebuilt:
+        return masks
+    files: list[OutputFile] = []
+    places: dict[str, Place] = {}
+    for number, shard in enumerate(checkpoint.shards):
+        entries = [entry for entry in shard.header.entries if entry.name in reached]
+        header = lay_out(((entry.name, entry.dtype, entry.shape) for entry in entries), {"format": "pt"})
+        path = PurePosixPath(f"weights-{number:05d}{SUFFIX}")
+        files.append(OutputFile(path, header.file_size, header.raw))
+        places |= {entry.name: _place(path, header, number) for number, entry in enumerate(header.entries)}
+    return replace(masks, files=(*masks.files, *files), weights=MappingProxyType(places), writes_weights=True)
+
+
+def open_choice(output: StagedOutput) -> tuple[list[StoredMask], dict[str, StoredTensor]]:
+    """The masks, and the weights by name where they are rebuilt, of a choice that is complete."""
+    masks = list(open_masks(output.staged_path).masks.values())
+    files = dict.fromkeys(place.file for place in output.layout.weights.values())
+    shards = [open_shard(output.staged_path / file, file) for file in files]
+    weights = {entry.name: StoredTensor(entry, shard) for shard in shards for entry in shard.header.entries}
+    return masks, weights
+
+
+def _names(shards: list[Shard]) -> dict[Shard, PurePosixPath]:
+    """What shards are called: as they were, and where some are gone counted anew."""
+    found = [_NUMBERED.fullmatch(shard.relative.name) for shard in shards]
+    names = {}
+    for number, (shard, match) in enumerate(zip(shards, found, strict=True), 1):
+        name = shard.relative
+        if match is not None and all(found) and int(match["count"]) > len(shards):
+            name = name.with_name(f"{match['stem']}-{number:05d}-of-{len(shards):05d}{SUFFIX}")
+        names[shard] = name
+    return names
+
+
+def _header(shard: Shard, tensors: Mapping[str, Resized]) -> Header:
+    """The new header of a shard; the input's own where nothing changes, byte for byte."""
+    entries = [entry for entry in shard.header.entries if entry.name in tensors]
+    left = [(tensors[entry.name], entry) for entry in entries]
+    if len(left) == len(shard.header.entries) and all(
+        one.whole and one.name == entry.name for one, entry in left
+    ):
+        return shard.header
+    return lay_out(((one.name, entry.dtype, one.shape) for one, entry in left), shard.header.metadata)
+
+
+def _moved(
+    shard: Shard, header: Header, path: PurePosixPath, tensors: Mapping[str, Resized]
+) -> tuple[dict[str, Place], list[CopyRange]]:
+    """Places for what is cut, by old names, and what is copied from place to place, neighbours merged."""
+    entries = (entry for entry in shard.header.entries if entry.name in tensors)
+    places: dict[str, Place] = {}
+    copies: list[CopyRange] = []
+    for number, entry in enumerate(entries):
+        place = _place(path, header, number)
+        if not tensors[entry.name].whole:
+            places[entry.name] = place
+        elif entry.nbytes:
+            source = shard.header.data_begin + entry.begin
+            copies.append(CopyRange(shard.path, path, source, place.offset, entry.nbytes))
+    return places, list(_merged(copies))
+
+
+def _merged(copies: list[CopyRange]) -> Iterator[CopyRange]:
+    """Ranges that follow each other on both sides as one."""
+    held: CopyRange | None = None
+    for copy in copies:
+        if (
+            held is not None
+            and held.source_offset + held.length == copy.source_offset
+            and held.offset + held.length == copy.offset
+        ):
+            held = replace(held, length=held.length + copy.length)
+            continue
+        if held is not None:
+            yield held
+        held = copy
+    if held is not None:
+        yield held
+
+
+def _place(path: PurePosixPath, header: Header, number: int) -> Place:
+    entry = header.entries[number]
+    return Place(path, header.data_begin + entry.begin, entry.nbytes, entry.numel)
+
+
+def _index(
+    checkpoint: Checkpoint, tensors: Mapping[str, Resized], names: Mapping[Shard, PurePosixPath]
+) -> bytes | None:
+    """The index of what is left: what it listed, in its order, with sizes counted anew."""
+    if checkpoint.index is None:
+        return None
+    document = read_object(checkpoint.path / checkpoint.index)
+    stored = checkpoint.tensors
+    left = [name for name in document["weight_map"] if name in tensors]
+    metadata = document.get("metadata")
+    metadata = dict(metadata) if isinstance(metadata, dict) else {}
+    numel = {name: prod(tensors[name].shape) for name in left}
+    metadata["total_size"] = sum(
+        numel[name] * stored[name].nbytes // max(1, stored[name].numel) for name in left
+    )
+    if "total_parameters" in metadata:
+        metadata["total_parameters"] = sum(numel.values())
+    weight_map = {tensors[name].name: str(names[stored[name].shard]) for name in left}
+    return _document({**document, "metadata": metadata, "weight_map": weight_map})
+
+
+def _document(value: Mapping[str, Any]) -> bytes:
+    # Surrogates, which are no UTF-8, become the escapes that they were.
+    return (json.dumps(value, ensure_ascii=False, indent=2) + "\n").encode(errors="backslashreplace")

@@ -1,0 +1,158 @@
+"""`remove`: from a spec or masks to a smaller checkpoint under its name, and what is told about it.
+
+By a spec `choosing` first does what `apply` does. From there on both ways are one: masks become slices,
+slices shapes and a config, and the survivors are moved.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import TYPE_CHECKING, Any
+
+from sparseprune.checkpoint import Resized, StagedOutput, TensorReader, lay_out_removal, read_config
+from sparseprune.cli.choosing import Ending, RemoveRequest, chosen, refuse_contradictions
+from sparseprune.cli.console import print_json, print_result, stderr_console
+from sparseprune.cli.progress import progress
+from sparseprune.cli.writing import digest, interrupts_told, output_shown, write_output
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from sparseprune.checkpoint import OutputLayout
+    from sparseprune.cli.choosing import Choice
+    from sparseprune.pipeline.removal.cutting import Cut
+    from sparseprune.pipeline.removal.removing import Removal
+    from sparseprune.report.removal import RemovalRun
+
+    Document = dict[str, Any]
+
+
+def run(request: RemoveRequest) -> None:
+    """Decide, cut, commit, tell; or show the plan of it."""
+    refuse_contradictions(request)
+    if request.dry_run:
+        from sparseprune.cli.plan import run_removal
+
+        run_removal(request.as_apply())
+        return
+    began = time.perf_counter()
+    ending = Ending()
+    with interrupts_told(ending):
+        with chosen(request, ending) as choice:
+            document, layout = _cut(request, choice, ending, began)
+        if not request.quiet:
+            _tell(request, choice.remarks, document, time.perf_counter() - began)
+        if request.json:
+            print_json(document)
+        else:
+            print_result(output_shown(request, layout))
+
+
+def _cut(
+    request: RemoveRequest, choice: Choice, ending: Ending, began: float
+) -> tuple[Document, OutputLayout]:
+    """Everything from masks to the output's name."""
+    from sparseprune.pipeline.removal.removing import make_removal
+    from sparseprune.pipeline.removal.slices import read_slices, summed_up
+
+    checkpoint = choice.checkpoint
+    slab = choice.limits.slab
+    looked_at = sum(mask.stored.nbytes for mask in choice.masks)
+    with TensorReader() as reader, progress("finding slices", looked_at, quiet=request.quiet) as advance:
+        kept = read_slices(choice.masks, reader, slab, request.jobs, advance)
+    shapes = {name: stored.shape for name, stored in checkpoint.tensors.items()}
+    removal = make_removal(shapes, kept, read_config(checkpoint))
+    changed = {
+        name: Resized(left.name, left.shape, whole=left.kept is None and name not in choice.rebuilt)
+        for name, left in removal.left.items()
+    }
+    layout = lay_out_removal(checkpoint, request.output, changed, removal.config)
+    identity = {**choice.identity, "what survives": digest(summed_up(kept))}
+    output = StagedOutput(layout, request.force, identity=identity)
+    ending.output = output
+    document = write_output(
+        output,
+        lambda reader: _worked(request, choice, removal, output, reader, began),
+        choice.refuse_changed,
+        quiet=request.quiet or choice.continued,
+    )
+    return document, layout
+
+
+def _worked(
+    request: RemoveRequest,
+    choice: Choice,
+    removal: Removal,
+    output: StagedOutput,
+    reader: TensorReader,
+    began: float,
+) -> Document:
+    """Move the survivors, and write the report and the spec beside them."""
+    from sparseprune.pipeline.removal.cutting import cut, cut_bytes
+    from sparseprune.report.removal import removal_document
+
+    layout = output.layout
+    cuts = _cuts(choice, removal, layout)
+    total, already = cut_bytes(cuts, choice.limits, output)
+    with progress("removing", total, quiet=request.quiet, already=already) as advance:
+        cut(cuts, choice.limits, request.jobs, reader, output, advance)
+    document = removal_document(
+        _circumstances(request, choice, layout, began), choice.checkpoint, choice.bound, removal
+    )
+    text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+    # A path that is not UTF-8 has surrogates, which are escapes of JSON as well.
+    output.add_file(layout.report_file, text.encode(errors="backslashreplace"))
+    if layout.spec_file is not None and choice.spec is not None:
+        output.add_file(layout.spec_file, choice.spec)
+    return document
+
+
+def _cuts(choice: Choice, removal: Removal, layout: OutputLayout) -> list[Cut]:
+    """The tensors that are not copied as they are, and where their survivors are read."""
+    from sparseprune.pipeline.removal.cutting import Cut
+    from sparseprune.pipeline.removal.slices import kept_whole
+
+    stored = choice.checkpoint.tensors
+    return [
+        Cut(
+            name,
+            choice.rebuilt.get(name, stored[name]),
+            removal.left[name].kept or kept_whole(stored[name].shape),
+        )
+        for name in layout.weights
+    ]
+
+
+def _circumstances(request: RemoveRequest, choice: Choice, layout: OutputLayout, began: float) -> RemovalRun:
+    from sparseprune.report.removal import RemovalRun
+
+    others = {other.path for other in choice.checkpoint.others}
+    return RemovalRun(
+        input=str(request.checkpoint),
+        output=output_shown(request, layout),
+        spec_sha256=choice.spec_sha256,
+        masks=None if request.masks is None else str(request.masks),
+        device=choice.device,
+        seconds=time.perf_counter() - began,
+        nbytes=(layout.input_bytes, sum(file.size for file in layout.files if file.path not in others)),
+        overrides=choice.overrides,
+        tensors=choice.outcomes,
+    )
+
+
+def _tell(request: RemoveRequest, remarks: Sequence[str], document: Document, seconds: float) -> None:
+    from sparseprune.report.removal import changed_table, removal_lines
+    from sparseprune.report.tables import rules_table
+    from sparseprune.report.wording import size
+
+    console = stderr_console()
+    if request.verbose:
+        console.print(changed_table(document))
+    if document["rules"]:
+        console.print(rules_table(document))
+    for line in (*removal_lines(document), *remarks):
+        console.print(line)
+    console.print(
+        f"{seconds:.1f} s, {size(document['totals']['bytes'] / seconds)}/s, on {document['device']}"
+    )

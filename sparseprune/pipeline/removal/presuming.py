@@ -1,0 +1,103 @@
+"""Presuming: what a spec would remove, rule by rule, told from shapes and budgets before any data is read.
+
+Owns what makes a rule removable. Where budgets alone say how much survives, `imagining` tells what would be
+left; where the data has a say nothing is presumed. Called by `plan` and `remove`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sparseprune.engine.grids import prod
+from sparseprune.pipeline.removal.geometry import Sliced, sliced
+from sparseprune.spec import BoundScope
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from sparseprune.checkpoint import StoredTensor
+    from sparseprune.engine.grids import Shape
+    from sparseprune.pipeline.plan import Plan
+    from sparseprune.pipeline.removal.removing import Removal
+    from sparseprune.spec import BoundBlock, BoundInstance, BoundRule
+
+    Look = Callable[[BoundBlock], Sliced | None]
+
+_LARGEST = 1 << 27  # indices of a dimension, for which a plan has memory
+
+
+@dataclass(frozen=True, slots=True)
+class Presumed:
+    """What removing by a spec would come to.
+
+    `reasons` say why the blocks of a rule cannot be cut out, by its name; none for one that can. `shapes` are
+    those of what is left of tensors that the others reach, None for one of which nothing is; they are None
+    where only the data tells how much survives. `removal` is what would be left of the checkpoint, None where
+    that is not known or `problems` are in the way.
+    """
+
+    reasons: Mapping[str, str]
+    shapes: Mapping[str, Shape | None] | None = None
+    removal: Removal | None = None
+    problems: tuple[str, ...] = ()
+    numel: int | None = None
+    nbytes: int | None = None
+
+
+def presume(plan: Plan, config: Mapping[str, Any] | None) -> Presumed:
+    """What removing by a plan would come to."""
+    look = _looker(plan.checkpoint.tensors)
+    found = {rule.name: _not_removable(rule, plan, look) for rule in plan.bound.rules}
+    reasons = {name: reason for name, reason in found.items() if reason is not None}
+    instances = [
+        instance for rule in plan.bound.rules if rule.name not in reasons for instance in rule.instances
+    ]
+    if not instances or not all(_is_told(instance, look) for instance in instances):
+        return Presumed(reasons)
+    # Numpy comes in here.
+    from sparseprune.pipeline.removal.imagining import imagine  # noqa: PLC0415
+
+    imagined = imagine(plan.checkpoint.tensors, instances, look, config)
+    if imagined.removal is None:
+        return Presumed(reasons, imagined.shapes, problems=imagined.problems)
+    left = {name: prod(one.shape) for name, one in imagined.removal.left.items()}
+    stored = plan.checkpoint.tensors
+    nbytes = sum(numel * stored[name].nbytes // max(1, stored[name].numel) for name, numel in left.items())
+    return Presumed(reasons, imagined.shapes, imagined.removal, (), sum(left.values()), nbytes)
+
+
+def _looker(tensors: Mapping[str, StoredTensor]) -> Look:
+    """`sliced`, asked once for all leaves that look alike."""
+    known: dict[tuple[object, ...], Sliced | None] = {}
+
+    def look(leaf: BoundBlock) -> Sliced | None:
+        shape = tensors[leaf.tensor].shape
+        key = (shape, leaf.view_shape, leaf.view_stride, leaf.view_offset, leaf.shape)
+        if key not in known:
+            known[key] = sliced(leaf, shape)
+        return known[key]
+
+    return look
+
+
+def _not_removable(rule: BoundRule, plan: Plan, look: Look) -> str | None:
+    """Why a rule's blocks cannot be cut out: the first leaf whose blocks are no whole slices."""
+    for instance in rule.instances:
+        for leaf in instance.scope.leaves:
+            if look(leaf) is None:
+                shape = list(plan.checkpoint.tensors[leaf.tensor].shape)
+                return f"its blocks {list(leaf.shape)} are no whole slices of {leaf.tensor}, {shape}"
+    return None
+
+
+def _is_told(instance: BoundInstance, look: Look) -> bool:
+    """Whether the budget says how much each member keeps: it has one, or members are single blocks."""
+    if instance.budget.nnz is None:
+        return False
+    found = (look(leaf) for leaf in instance.scope.leaves)
+    if any(one is None or one.size > _LARGEST for one in found):
+        return False
+    scope = instance.scope
+    members = (scope,) if isinstance(scope, BoundScope) else scope.members
+    return len(members) == 1 or all(prod(member.block.grid_shape) == 1 for member in members)

@@ -1,0 +1,94 @@
+"""Removing: from what masks keep to what is left: names, shapes, the config, or why that cannot be.
+
+Owns the verdict. Pure: reads no data. Called by the command line with what was decided, and with what a plan
+presumes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sparseprune.pipeline.removal.configuring import Change, check_shapes, configure
+from sparseprune.pipeline.removal.membership import find_vanished
+from sparseprune.pipeline.removal.widths import Dense, refuse
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from sparseprune.engine.grids import Shape
+    from sparseprune.pipeline.removal.slices import Kept
+
+
+@dataclass(frozen=True, slots=True)
+class Left:
+    """A tensor that stays, under its new name; `kept` is None where all of it does."""
+
+    name: str
+    shape: Shape
+    kept: Kept | None
+
+
+@dataclass(frozen=True, slots=True)
+class Removal:
+    """What is left of a checkpoint, by the names that tensors had; `config` None where it stays as it is."""
+
+    left: Mapping[str, Left]
+    config: Mapping[str, Any] | None
+    changes: tuple[Change, ...]
+
+
+def make_removal(
+    shapes: Mapping[str, Shape],
+    kept: Mapping[str, Kept],
+    config: Mapping[str, Any] | None,
+    *,
+    exact: bool = True,
+) -> Removal:
+    """What is left of tensors of these shapes where masks keep what `kept` says; others are kept whole.
+
+    `exact` False: only numbers count, and not which units they are.
+
+    Raises:
+        CheckpointError: masks that are not made of whole slices, or a model that no class can express.
+    """
+    dropped = {name: each for name, each in kept.items() if not each.is_whole}
+    empty = [name for name, each in dropped.items() if each.is_empty]
+    vanished = find_vanished(shapes, frozenset(empty))
+    refuse([*_torn(dropped), *_orphans(vanished.orphans, shapes)])
+    if not dropped:
+        return Removal({name: Left(name, shape, None) for name, shape in shapes.items()}, None, ())
+    configured = configure(config, Dense(shapes, dropped, vanished, exact))
+    everything = {**dropped, **configured.followers}
+    left = {
+        name: Left(
+            vanished.renamed(name),
+            everything[name].shape if name in everything else shape,
+            everything.get(name),
+        )
+        for name, shape in shapes.items()
+        if not vanished.takes(name)
+    }
+    check_shapes(
+        configured.config,
+        [change.key for change in configured.changes],
+        {each.name: each.shape for each in left.values()},
+    )
+    return Removal(left, configured.config, configured.changes)
+
+
+def _torn(dropped: Mapping[str, Kept]) -> Iterator[str]:
+    for name, each in dropped.items():
+        if not each.is_sliced:
+            yield (
+                f"{name}: its mask is not made of whole slices along its dimensions, so that nothing can be "
+                "cut out; apply writes zeros"
+            )
+
+
+def _orphans(names: tuple[str, ...], shapes: Mapping[str, Shape]) -> Iterator[str]:
+    for name in names:
+        yield (
+            f"{name}: nothing of its {list(shapes[name])} is kept, and it belongs to no layer or expert that "
+            "is dropped as a whole: couple all tensors of one"
+        )

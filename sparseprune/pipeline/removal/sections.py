@@ -1,0 +1,93 @@
+"""Sections: which part of a config.json speaks of the layers, by which family, and what its keys come to.
+
+Owns the way from a config to numbers. Changes nothing. Called by configuring.py.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from sparseprune.errors import CheckpointError
+from sparseprune.pipeline.removal.families import Family, family_of, model_types
+from sparseprune.spec.expressions import Expression, ExpressionError, parse_expression
+from sparseprune.spec.names import Environment, Names
+from sparseprune.spec.problems import listed, shown
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from sparseprune.pipeline.removal.families import Part
+
+_TEXT = "text_config"
+_OTHER_TOWERS = re.compile("vision|visual|audio|image|speech")
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A family, and the object of a config that its keys stand in: at the top, or under `key`."""
+
+    family: Family
+    key: str | None
+    values: Mapping[str, Any]
+
+    def reaches(self, name: str) -> bool:
+        """Whether a tensor may be one of its layers': towers of other kinds have configs of their own."""
+        return self.key is None or _OTHER_TOWERS.search(name) is None
+
+    def spelled(self, key: str) -> str:
+        """A key as this config spells it."""
+        alias = self.family.aliases.get(key)
+        return alias if alias is not None and key not in self.values and alias in self.values else key
+
+    def value(self, key: str) -> int:
+        """What a key comes to; CheckpointError where it is no number."""
+        return self.number(self.family.values.get(key, f"config.{self.spelled(key)}"))
+
+    def unit(self, part: Part) -> int:
+        """How many indices one unit of a part has."""
+        return self.number(part.unit)
+
+    def number(self, text: str, layer: int | None = None) -> int:
+        """What an expression comes to; CheckpointError where that is no number."""
+        found = self.worth(text, layer)
+        if isinstance(found, bool) or not isinstance(found, int):
+            raise CheckpointError(f"config.json: {text} comes to {shown(found)}, wanted an integer")
+        return found
+
+    def worth(self, text: str, layer: int | None = None) -> object:
+        """The value of an expression; CheckpointError where it has none."""
+        captures = () if layer is None else (("layer", layer),)
+        try:
+            return Names(Environment({}, self.values), captures).value(_parsed(text))
+        except ExpressionError as error:
+            raise CheckpointError(f"config.json: {error}") from error
+
+
+def section_of(config: Mapping[str, Any] | None) -> Section:
+    """The part of a config that counts layers and what they are made of; CheckpointError for unknown ones."""
+    if config is None:
+        raise CheckpointError(
+            "there is no config.json, which has to say what becomes smaller; give the directory of a "
+            "checkpoint that has one, or use apply, which keeps all shapes"
+        )
+    family = family_of(config.get("model_type"))
+    if family is not None:
+        return Section(family, None, config)
+    nested = config.get(_TEXT)
+    if isinstance(nested, dict):
+        family = family_of(nested.get("model_type"))
+        if family is not None:
+            return Section(family, _TEXT, nested)
+    found = shown(nested.get("model_type") if isinstance(nested, dict) else config.get("model_type"))
+    raise CheckpointError(
+        f"config.json: nothing is known of the model_type {found}, so that no key can carry the smaller "
+        f"shapes; known are {listed(model_types())}; apply keeps all shapes"
+    )
+
+
+@lru_cache(maxsize=256)
+def _parsed(text: str) -> Expression:
+    return parse_expression(text)
