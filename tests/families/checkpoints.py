@@ -57,7 +57,11 @@ def read(folder: Path) -> Tensors:
 
 def make(family: str, folder: Path) -> Checkpoint:
     """A checkpoint of this family below a folder: random everywhere, biases and running statistics too."""
-    model = build(family)
+    return save(build(family), family, folder)
+
+
+def save(model: Any, family: str, folder: Path) -> Checkpoint:
+    """As `make`, of a model of one's own."""
     generator = torch.Generator().manual_seed(11)
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
@@ -78,9 +82,10 @@ def make(family: str, folder: Path) -> Checkpoint:
     return Checkpoint(folder / family, type(model), inputs)
 
 
-def prune(dense: Checkpoint, spec: str, *options: str) -> Path:
-    """`sparseprune apply` with a shipped spec, beside the dense folder."""
-    pruned = dense.folder.with_name("-".join([dense.folder.name, spec, *(o.strip("-") for o in options)]))
+def prune(dense: Checkpoint, spec: str, *options: str, output: str | None = None) -> Path:
+    """`sparseprune apply` with a shipped spec, beside the dense folder, under a name made of all that."""
+    name = output or "-".join([dense.folder.name, spec, *(o.strip("-") for o in options)])
+    pruned = dense.folder.with_name(name)
     said = run("apply", dense.folder, spec, "-o", pruned, "-q", *options)
     assert (said.code, said.out) == (0, f"{pruned}\n"), said.err
     return pruned

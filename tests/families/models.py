@@ -17,8 +17,8 @@ _LAYERED: dict[str, Any] = {
     "num_attention_heads": HEADS,
 }
 _TEXT: dict[str, Any] = {"vocab_size": 64, "max_position_embeddings": 64}
-_DECODER: dict[str, Any] = {**_LAYERED, **_TEXT, "num_key_value_heads": KV_HEADS}
-_WIDE_HEADS: dict[str, Any] = {**_DECODER, "head_dim": 8}
+DECODER: dict[str, Any] = {**_LAYERED, **_TEXT, "num_key_value_heads": KV_HEADS}
+_WIDE_HEADS: dict[str, Any] = {**DECODER, "head_dim": 8}
 _ENDS: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 1}
 _GPT2: dict[str, Any] = {
     "n_embd": HIDDEN,
@@ -33,7 +33,7 @@ _EXPERTS: dict[str, Any] = {
     "num_experts_per_tok": 2,
     "moe_intermediate_size": EXPERT_WIDTH,
 }
-_DEEPSEEK: dict[str, Any] = {
+DEEPSEEK: dict[str, Any] = {
     "num_key_value_heads": HEADS,
     "n_routed_experts": EXPERTS,
     "num_experts_per_tok": 2,
@@ -55,16 +55,16 @@ def build(family: str) -> Any:
 
 
 def llama() -> Any:
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**_DECODER))
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**DECODER))
 
 
 def llama_without_head() -> Any:
     """Names begin with `layers`, as in checkpoints of embedding models."""
-    return transformers.LlamaModel(transformers.LlamaConfig(**_DECODER))
+    return transformers.LlamaModel(transformers.LlamaConfig(**DECODER))
 
 
 def qwen2() -> Any:
-    return transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**_DECODER))
+    return transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**DECODER))
 
 
 def qwen3() -> Any:
@@ -94,7 +94,7 @@ def gemma3_with_pictures() -> Any:
 
 
 def phi3() -> Any:
-    sizes = {**_DECODER, **_ENDS, "pad_token_id": 0, "original_max_position_embeddings": 64}
+    sizes = {**DECODER, **_ENDS, "pad_token_id": 0, "original_max_position_embeddings": 64}
     return transformers.Phi3ForCausalLM(transformers.Phi3Config(**sizes))
 
 
@@ -108,22 +108,22 @@ def gpt2_without_head() -> Any:
 
 
 def mixtral() -> Any:
-    sizes = {**_DECODER, "intermediate_size": EXPERT_WIDTH, "num_local_experts": EXPERTS}
+    sizes = {**DECODER, "intermediate_size": EXPERT_WIDTH, "num_local_experts": EXPERTS}
     return transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes))
 
 
 def qwen2_moe() -> Any:
-    sizes = {**_DECODER, **_EXPERTS, "shared_expert_intermediate_size": EXPERT_WIDTH}
+    sizes = {**DECODER, **_EXPERTS, "shared_expert_intermediate_size": EXPERT_WIDTH}
     return transformers.Qwen2MoeForCausalLM(transformers.Qwen2MoeConfig(**sizes))
 
 
 def qwen3_moe() -> Any:
-    return transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**_DECODER, **_EXPERTS))
+    return transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**DECODER, **_EXPERTS))
 
 
 def deepseek_v3() -> Any:
     """Its first layer has no experts, the others share one beside those that are routed to."""
-    return transformers.DeepseekV3ForCausalLM(transformers.DeepseekV3Config(**{**_DECODER, **_DEEPSEEK}))
+    return transformers.DeepseekV3ForCausalLM(transformers.DeepseekV3Config(**{**DECODER, **DEEPSEEK}))
 
 
 def gpt_oss() -> Any:

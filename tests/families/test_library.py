@@ -50,6 +50,14 @@ SERVED = {
     "phi3-gqa-heads": ("phi3",),
     "gpt2-mlp-channels": ("gpt2", "gpt2_without_head"),
     "gpt2-heads": ("gpt2", "gpt2_without_head"),
+    "decoder-layers": (
+        "llama",
+        "llama_without_head",
+        "gpt2",
+        "gpt_oss",
+        "deepseek_v3",
+        "gemma3_with_pictures",
+    ),
     "moe-experts": ("mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3"),
     "moe-expert-channels": ("mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3"),
     "gpt-oss-experts": ("gpt_oss",),
@@ -66,6 +74,8 @@ LEFT_ALONE = re.compile(
     r"embed_|embeddings|wte|wpe|lm_head|pooler|norm\.|layernorm|LayerNorm|ln_|running_"
     r"|router|\.gate\.|expert_gate|sinks"
 )
+OF_NO_LAYER = re.compile(r"^(?!.*language_model.*layers|.*\.?h\.\d|model\.layers|layers).*")
+OPTIONS = {"decoder-layers": ("--set", "sparsity=0.5")}  # a quarter of two layers is none
 
 
 @pytest.fixture(scope="module")
@@ -92,12 +102,13 @@ def test_a_spec_reaches_what_it_is_for_and_leaves_the_rest_alone(
     dense = checkpoint_of(family)
     monkeypatch.chdir(tmp_path)  # where shipped specs look for statistics
     write_statistics(dense, tmp_path)
-    said = run("mask", dense.folder, spec, "-o", tmp_path / "masks", "-q")
+    said = run("mask", dense.folder, spec, "-o", tmp_path / "masks", "-q", *OPTIONS.get(spec, ()))
     assert said.code == 0, said.err
     masks = sparseprune.load_masks(tmp_path / "masks")
     assert masks
-    assert not [name for name in masks if LEFT_ALONE.search(name)]
-    assert [name for name in dense.tensors() if name not in masks and LEFT_ALONE.search(name)]
+    left_alone = OF_NO_LAYER if spec == "decoder-layers" else LEFT_ALONE
+    assert not [name for name in masks if left_alone.search(name)]
+    assert [name for name in dense.tensors() if name not in masks and left_alone.search(name)]
     assert any(not mask.all() for mask in masks.values())
 
 
@@ -109,14 +120,15 @@ def test_a_zero_that_was_lost_is_found_and_put_back(
     monkeypatch.chdir(tmp_path)
     write_statistics(checkpoint_of(SERVED[spec][0]), tmp_path)
     dense, pruned, tuned = checkpoint_of(SERVED[spec][0]), tmp_path / "pruned", tmp_path / "tuned"
-    assert run("apply", dense.folder, spec, "-o", pruned, "-q").code == 0
-    assert run("verify", pruned, spec, "-q").code == 0
+    options = OPTIONS.get(spec, ())
+    assert run("apply", dense.folder, spec, "-o", pruned, "-q", *options).code == 0
+    assert run("verify", pruned, spec, "-q", *options).code == 0
     masks = sparseprune.load_masks(pruned)
     name = max(masks, key=lambda name: int((~masks[name]).sum()))
     place = tuple((~masks[name]).nonzero()[-1].tolist())
     shutil.copytree(pruned, tuned, ignore=shutil.ignore_patterns("sparseprune"))
     lose(tuned, name, place)
-    against_spec = run("verify", tuned, spec, "--json")
+    against_spec = run("verify", tuned, spec, "--json", *options)
     assert against_spec.code == 1
     found = json.loads(against_spec.out)
     assert found["totals"]["broken"] == 1
@@ -126,7 +138,7 @@ def test_a_zero_that_was_lost_is_found_and_put_back(
     assert against_masks.err.startswith(f"sparseprune: {name}: 1 of ")
     assert against_masks.err.endswith(f"not zero, first {list(place)}\n")
     assert run("reapply", tuned, pruned, "-o", tmp_path / "again", "-q").code == 0
-    assert run("verify", tmp_path / "again", spec, "-q").code == 0
+    assert run("verify", tmp_path / "again", spec, "-q", *options).code == 0
     for file in pruned.glob("*.safetensors"):
         assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes()
 

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+import transformers
 
-from tests.families.checkpoints import Checkpoint, make, prune, read
-from tests.samples import run
+from tests.families.checkpoints import Checkpoint, make, prune, read, save
+from tests.families.models import DECODER, DEEPSEEK
+from tests.families.test_library import write_statistics
+from tests.samples import run, write_spec
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
 CHANNELS = {
@@ -97,3 +102,234 @@ def test_heads_are_cut_out(family: str, tmp_path: Path) -> None:
     smaller = removed(dense, HEADS[family], *options)
     check_same_outputs(dense, pruned, smaller)
     assert config_of(smaller)["head_dim"] == (config_of(dense.folder).get("head_dim") or 4)
+
+
+EXPERTS = {
+    "mixtral": "moe-experts",
+    "qwen2_moe": "moe-experts",
+    "qwen3_moe": "moe-experts",
+    "gpt_oss": "gpt-oss-experts",
+    "llama4": "llama4-experts",
+}
+
+
+@contextmanager
+def never_chosen(routers: Mapping[str, torch.Tensor], model: Any) -> Iterator[None]:
+    """Logits of the experts that are lost are -inf: what it means that a router has them no more.
+
+    `routers` has for the name of each router's weight which experts stay.
+    """
+    own = torch.nn.functional.linear
+    parameters = dict(model.named_parameters())
+    lost = {parameters[name].data_ptr(): ~kept for name, kept in routers.items()}
+
+    def linear(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        result = own(states, weight, bias)
+        dropped = lost.get(weight.data_ptr())
+        return result if dropped is None else result.masked_fill(dropped, float("-inf"))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.functional, "linear", linear)
+        yield
+
+
+def routers_of(dense: Checkpoint, smaller: Path) -> dict[str, torch.Tensor]:
+    """Which rows of each router are left, told by their values, by the names that models have for them."""
+    before, after = dense.tensors(), read(smaller)
+    return {
+        name.replace("block_sparse_moe", "mlp"): (before[name][:, None] == after[name]).all(-1).any(-1)
+        for name in before
+        if name.endswith((".gate.weight", ".router.weight"))
+    }
+
+
+def check_experts(dense: Checkpoint, pruned: Path, smaller: Path) -> dict[str, torch.Tensor]:
+    """What is left computes what the masked model does where no router chooses what is lost."""
+    kept = routers_of(dense, smaller)
+    assert kept
+    model = dense.load(pruned)
+    for name, bias in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            bias[~kept[name.replace("e_score_correction_bias", "weight")]] = float("-inf")
+    with never_chosen(kept, model):
+        masked = dense.output(model)
+    found = dense.output(dense.load(smaller))
+    torch.testing.assert_close(found, masked, rtol=1e-5, atol=1e-5)
+    assert (found - dense.output(dense.load())).abs().max() > 1e-2
+    return kept
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+def test_experts_are_cut_out_with_the_rows_of_their_routers(family: str, tmp_path: Path) -> None:
+    dense = make(family, tmp_path)
+    pruned = prune(dense, EXPERTS[family], "--no-masks")
+    smaller = removed(dense, EXPERTS[family])
+    kept = check_experts(dense, pruned, smaller)
+    assert {int(rows.sum()) for rows in kept.values()} == {3}
+    assert 3 in [config_of(smaller).get(key) for key in ("num_experts", "num_local_experts")]
+
+
+def test_experts_may_be_coupled_with_the_rows_of_their_routers(tmp_path: Path) -> None:
+    """They are the same experts as without, where these rows have no say."""
+    dense = make("mixtral", tmp_path)
+    spec = write_spec(
+        tmp_path,
+        """
+        version = 1
+        [block.matrix]
+        tensors = "**.layers.{layer}.block_sparse_moe.experts.{expert}.{name:w1|w2|w3}.weight"
+        shape = [-1, -1]
+        [block.row]
+        tensors = "**.layers.{layer}.block_sparse_moe.gate.weight"
+        slice = ["expert", ":"]
+        shape = [-1, -1]
+        [block_coupling.whole]
+        blocks = ["matrix", "row"]
+        across = ["name"]
+        [scope.expert]
+        block = "whole"
+        shape = []
+        [scope_coupling.experts]
+        scopes = ["expert"]
+        across = ["expert"]
+        nnz = 3
+        """,
+    )
+    smaller = removed(dense, spec)
+    found = {name: tensor.shape for name, tensor in read(smaller).items() if "block_sparse_moe" in name}
+    assert found["model.layers.0.block_sparse_moe.gate.weight"] == (3, 32)
+    assert len(found) == 2 * (1 + 3 * 3)
+    dense.output(dense.load(smaller))
+
+
+GROUPED = """
+version = 1
+[vars]
+kept = [3, 3]
+[block.matrix]
+tensors = "**.layers.{layer}.mlp.experts.{expert}.{name:gate|up|down}_proj.weight"
+where = "expert < 4"
+shape = [-1, -1]
+[block.other]
+tensors = "**.layers.{layer}.mlp.experts.{expert}.{name:gate|up|down}_proj.weight"
+where = "expert >= 4"
+shape = [-1, -1]
+[block_coupling.whole]
+blocks = ["matrix"]
+across = ["name"]
+[block_coupling.wholes]
+blocks = ["other"]
+across = ["name"]
+[scope.first]
+block = "whole"
+shape = []
+[scope.second]
+block = "wholes"
+shape = []
+[scope_coupling.firsts]
+scopes = ["first"]
+across = ["expert"]
+nnz = "kept[0]"
+[scope_coupling.seconds]
+scopes = ["second"]
+across = ["expert"]
+nnz = "kept[1]"
+"""
+
+
+def deepseek_with_groups(folder: Path) -> Checkpoint:
+    """Eight experts in two groups of four, of which one serves a token, with a correction for choosing."""
+    sizes = {**DECODER, **DEEPSEEK, "n_routed_experts": 8}
+    torch.manual_seed(5)
+    model = transformers.DeepseekV3ForCausalLM(transformers.DeepseekV3Config(**sizes))
+    return save(model, "deepseek_v3", folder)
+
+
+@pytest.mark.parametrize(("kept", "groups", "experts"), [("[3, 3]", 2, 6), ("[0, 3]", 1, 3)])
+def test_groups_of_experts_keep_one_size(kept: str, groups: int, experts: int, tmp_path: Path) -> None:
+    dense = deepseek_with_groups(tmp_path)
+    spec = write_spec(tmp_path, GROUPED)
+    pruned = prune(dense, str(spec), "--no-masks", "--set", f"kept={kept}", output="pruned")
+    smaller = removed(dense, spec, "--set", f"kept={kept}")
+    check_experts(dense, pruned, smaller)
+    config = config_of(smaller)
+    assert (config["n_group"], config["n_routed_experts"]) == (groups, experts)
+
+
+@pytest.mark.parametrize(
+    ("kept", "why"),
+    [
+        (
+            "[4, 3]",
+            "would have [4, 3] members, and n_group counts groups of one size: prune the same number",
+        ),
+        ("[1, 1]", "would have 1 of 4 members each, and the router takes the best 2 of each"),
+    ],
+)
+def test_groups_that_no_router_can_have_are_refused(kept: str, why: str, tmp_path: Path) -> None:
+    dense, spec = deepseek_with_groups(tmp_path), write_spec(tmp_path, GROUPED)
+    options = ("--set", f"kept={kept}", "-o", tmp_path / "o")
+    said = run("remove", dense.folder, spec, *options, "-q")
+    assert said.code == 2
+    assert said.err.startswith(f"sparseprune: model.layers.1: its groups of experts {why}")
+    assert sorted(tmp_path.iterdir()) == sorted([dense.folder, spec])
+
+
+def test_fewer_experts_than_are_chosen_are_refused(tmp_path: Path) -> None:
+    dense = make("qwen3_moe", tmp_path)
+    said = run("remove", dense.folder, "moe-experts", "--set", "sparsity=0.75", "-o", tmp_path / "o")
+    assert (said.code, said.err) == (
+        2,
+        "sparseprune: moe-experts.toml: num_experts would be 1, fewer than the 2 of num_experts_per_tok\n",
+    )
+
+
+LAYERS = ("llama", "qwen2", "gemma3", "gemma3_with_pictures", "gpt2", "gpt_oss", "llama4", "deepseek_v3")
+
+
+@pytest.mark.parametrize("family", LAYERS)
+def test_whole_layers_are_cut_out(family: str, tmp_path: Path) -> None:
+    """Without anything of it a layer passes its input on."""
+    dense = make(family, tmp_path)
+    pruned = prune(dense, "decoder-layers", "--no-masks", "--set", "sparsity=0.5")
+    smaller = removed(dense, "decoder-layers", "--set", "sparsity=0.5")
+    check_same_outputs(dense, pruned, smaller)
+    assert config_of(smaller).get("num_hidden_layers", config_of(smaller).get("n_layer")) == 1
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_heads_of_which_the_class_derives_the_size_are_refused(family: str, tmp_path: Path) -> None:
+    dense = make(family, tmp_path)
+    said = run("remove", dense.folder, f"{family}-heads", "-o", tmp_path / "o")
+    assert said.code == 2
+    assert "derives the size of a head from" in said.err
+    assert len(said.err.splitlines()) == 1
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_number_of_heads_that_the_class_refuses_is_refused(tmp_path: Path) -> None:
+    dense = make("llama", tmp_path)
+    said = run("remove", dense.folder, "decoder-gqa-heads", "-o", tmp_path / "o")
+    assert (said.code, said.err) == (
+        2,
+        (
+            "sparseprune: decoder-gqa-heads.toml: num_attention_heads would be 6, and the config's class "
+            "wants a divisor of hidden_size, 32\n"
+        ),
+    )
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_rebuilt_channels_are_cut_out_as_they_are(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense = make(family, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    write_statistics(dense, tmp_path)
+    pruned = prune(dense, "mlp-channels-admm")
+    smaller = removed(dense, "mlp-channels-admm")
+    check_same_outputs(dense, pruned, smaller)
+    by_masks = tmp_path / "by-masks"
+    assert run("remove", pruned, "--masks", pruned, "-o", by_masks, "-q").code == 0
+    for name in ("model.safetensors", "config.json"):
+        assert (by_masks / name).read_bytes() == (smaller / name).read_bytes()

@@ -51,12 +51,16 @@ class Members:
 
 @dataclass(frozen=True, slots=True)
 class Routing:
-    """What a router asks of its experts: at least `chosen`, in `groups` of one size, `serving` at a time."""
+    """What a router asks of its experts: at least `chosen`, in `groups` of one size, `serving` at a time.
+
+    Groups are ranked by the `best` of their members, of which each has so many.
+    """
 
     experts: str
     chosen: str
     groups: str | None = None
     serving: str | None = None
+    best: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,7 +290,7 @@ _DEEPSEEK = Family(
     lists=_experts("mlp", "n_routed_experts"),
     heads=Heads(HEADS, alike=MappingProxyType({KV_HEADS: HEADS})),
     aliases=MappingProxyType({"n_routed_experts": "num_local_experts"}),
-    routing=Routing("n_routed_experts", "num_experts_per_tok", "n_group", "topk_group"),
+    routing=Routing("n_routed_experts", "num_experts_per_tok", "n_group", "topk_group", best=2),
 )
 
 _GPT_OSS = Family(

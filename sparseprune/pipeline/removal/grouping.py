@@ -78,6 +78,13 @@ def routing_problems(
         )
     if left[0] < serving:
         problems.append(f"{routing.groups} would be {left[0]}, fewer than the {serving} of {routing.serving}")
+    elif experts // left[0] < routing.best:
+        sizes = f"would have {experts // left[0]} of {section.value(routing.experts) // groups} members each"
+        site = next(iter(counts))
+        problems.append(
+            f"{place_of(site)}: its groups of experts {sizes}, and the router takes the best "
+            f"{routing.best} of each"
+        )
     elif experts // left[0] * serving < chosen:
         problems.append(f"{serving} groups would have fewer experts than the {chosen} of {routing.chosen}")
     return [problem for problem in problems if problem]
