@@ -20,10 +20,14 @@ if TYPE_CHECKING:
     from sparseprune.spec import Spec
 
 
+_REMOVAL = "sparseprune.remove."  # how the schemas of reports begin of what was cut out
+
+
 def applied_spec(checkpoint: Checkpoint, named: str | None, overrides: Mapping[str, str]) -> Spec | None:
     """The spec that was `named`, else the one that the checkpoint was pruned by, None where it has none.
 
-    Of the latter the variables count that were set when it was applied, unless `overrides` has others.
+    Of the latter the variables count that were set when it was applied, unless `overrides` has others. By
+    what was removed nothing can be looked at.
     """
     if named is not None:
         source = find_spec(named)
@@ -33,6 +37,8 @@ def applied_spec(checkpoint: Checkpoint, named: str | None, overrides: Mapping[s
         return None
     source = find_spec(path)
     report = applied_report(checkpoint) or {}
+    if str(report.get("schema")).startswith(_REMOVAL):
+        return None
     typed = report.get("set")
     were_set = {name: str(value) for name, value in (typed if isinstance(typed, dict) else {}).items()}
     return parse_spec(source.text, source.source, source.directory, were_set | dict(overrides))

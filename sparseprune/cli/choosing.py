@@ -96,8 +96,11 @@ class Choice:
     """What was decided, by whichever way: masks, the tensors that were rebuilt, and what is told of it.
 
     `refuse_changed` raises where something that was read has changed since. `continued`: it has been told
-    already whether an unfinished run goes on. `spec` is the text that the output keeps.
+    already whether an unfinished run goes on. `spec` is the text that the output keeps, `source` what errors
+    begin with.
     """
+
+    source: str
 
     checkpoint: Checkpoint
     masks: Sequence[StoredMask]
@@ -162,6 +165,7 @@ def _by_masks(request: RemoveRequest, masks: Path) -> Choice:
     ]
     carried = () if origin is None else (sorted(origin.overrides.items()), repr(origin.spec))
     return Choice(
+        source=str(masks),
         checkpoint=matched.checkpoint,
         masks=[pair.mask for pair in matched.pairs],
         limits=limits,
@@ -231,6 +235,7 @@ def _by_spec(request: RemoveRequest, prepared: Prepared, output: StagedOutput) -
     masks, rebuilt = open_choice(output)
     typed = request.as_apply()
     return Choice(
+        source=prepared.source.source,
         checkpoint=plan.checkpoint,
         masks=masks,
         limits=schedule.limits,

@@ -15,6 +15,7 @@ from sparseprune.cli.choosing import Ending, RemoveRequest, chosen, refuse_contr
 from sparseprune.cli.console import print_json, print_result, stderr_console
 from sparseprune.cli.progress import progress
 from sparseprune.cli.writing import digest, interrupts_told, output_shown, write_output
+from sparseprune.errors import CheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -62,7 +63,10 @@ def _cut(
     with TensorReader() as reader, progress("finding slices", looked_at, quiet=request.quiet) as advance:
         kept = read_slices(choice.masks, reader, slab, request.jobs, advance)
     shapes = {name: stored.shape for name, stored in checkpoint.tensors.items()}
-    removal = make_removal(shapes, kept, read_config(checkpoint))
+    try:
+        removal = make_removal(shapes, kept, read_config(checkpoint))
+    except CheckpointError as error:
+        raise CheckpointError(*(f"{choice.source}: {line}" for line in error.args)) from error
     changed = {
         name: Resized(left.name, left.shape, whole=left.kept is None and name not in choice.rebuilt)
         for name, left in removal.left.items()

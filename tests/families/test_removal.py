@@ -271,7 +271,7 @@ def test_groups_that_no_router_can_have_are_refused(kept: str, why: str, tmp_pat
     options = ("--set", f"kept={kept}", "-o", tmp_path / "o")
     said = run("remove", dense.folder, spec, *options, "-q")
     assert said.code == 2
-    assert said.err.startswith(f"sparseprune: model.layers.1: its groups of experts {why}")
+    assert said.err.startswith(f"sparseprune: {spec}: model.layers.1: its groups of experts {why}")
     assert sorted(tmp_path.iterdir()) == sorted([dense.folder, spec])
 
 
@@ -329,7 +329,8 @@ def test_rebuilt_channels_are_cut_out_as_they_are(
     pruned = prune(dense, "mlp-channels-admm")
     smaller = removed(dense, "mlp-channels-admm")
     check_same_outputs(dense, pruned, smaller)
-    by_masks = tmp_path / "by-masks"
-    assert run("remove", pruned, "--masks", pruned, "-o", by_masks, "-q").code == 0
-    for name in ("model.safetensors", "config.json"):
-        assert (by_masks / name).read_bytes() == (smaller / name).read_bytes()
+    assert run("remove", pruned, "--masks", pruned, "-o", tmp_path / "by-masks", "-q").code == 0
+    assert run("remove", pruned, "mlp-channels-admm", "-o", tmp_path / "again", "-q").code == 0
+    for other in ("by-masks", "again"):
+        for name in ("model.safetensors", "config.json"):
+            assert (tmp_path / other / name).read_bytes() == (smaller / name).read_bytes()

@@ -131,6 +131,24 @@ def losses(matrix: Matrix, weights: torch.Tensor) -> list[float]:
     return objective(weights.cpu(), matrix.dense.cpu(), matrix.moment.cpu())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("structure", STRUCTURES, ids=lambda one: one.__name__)
+def test_weights_that_are_sparse_already_keep_every_bit(
+    structure: Callable[[list[torch.Tensor]], tuple[SparseScope, int]], dtype: torch.dtype
+) -> None:
+    given = matrices(STRUCTURES[structure], 3, dtype)
+    params = [torch.empty(SIZE, SIZE) for _ in given]
+    scope, nnz = structure(params)
+    project = projection(scope, nnz, params)
+    first = admm(given, project)
+    again = admm(
+        [Matrix(one.weights, matrix.moment) for one, matrix in zip(first, given, strict=True)], project
+    )
+    for once, twice in zip(first, again, strict=True):
+        assert torch.equal(once.mask, twice.mask)
+        assert once.weights.view(torch.int16).equal(twice.weights.view(torch.int16))
+
+
 def test_what_is_found_is_the_refit_of_its_own_support() -> None:
     (matrix,) = matrices(1, 7)
     params = [torch.empty(SIZE, SIZE)]
