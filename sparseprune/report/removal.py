@@ -161,3 +161,8 @@ def removal_lines(document: Mapping[str, Any]) -> Iterator[str]:
     fewer = (totals["numel"] - totals["numel_after"]) / max(1, totals["numel"])
     yield (f"parameters {totals['numel']:,} before, {totals['numel_after']:,} after ({percent(fewer)} fewer)")
     yield f"weights {size(totals['bytes'])} before, {size(totals['bytes_after'])} after"
+    if totals["output_error"] is not None:
+        yield (
+            f"reconstructed matrices: output error {totals['output_error']:.3f} on average, "
+            f"{totals['output_error_masked']:.3f} by the masks alone"
+        )

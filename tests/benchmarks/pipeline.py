@@ -66,6 +66,12 @@ ROWS = (
     ),
     applied("channels", "decoder-mlp-channels", "--mask-format", "bool"),
     applied("channels-global", "decoder-mlp-channels-global", "--no-masks"),
+    Row(
+        "remove-channels",
+        "remove decoder-mlp-channels",
+        (*SPARSEPRUNE, "remove", "{source}", "decoder-mlp-channels", "-o", "{out}"),
+        ("decoder-mlp-channels", "--no-masks"),
+    ),
     Row("inspect", "inspect", (*SPARSEPRUNE, "inspect", "{source}"), reach={2.2: 1.0}),
     Row("loop", "2:4 by safe_open, torch.topk, save_file", (*PEERS, "loop", "{source}", "{out}")),
     Row(

@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 
+from sparseprune.spec import find_spec
 from tests.families.checkpoints import Checkpoint, make, prune, read, save
 from tests.families.models import DECODER, DEEPSEEK
 from tests.families.test_library import write_statistics
@@ -284,10 +285,11 @@ def test_fewer_experts_than_are_chosen_are_refused(tmp_path: Path) -> None:
     )
 
 
-LAYERS = ("llama", "qwen2", "gemma3", "gemma3_with_pictures", "gpt2", "gpt_oss", "llama4", "deepseek_v3")
+LAYERS = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3", "gemma3_with_pictures", "phi3", "gpt2")
+MOE_LAYERS = ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "llama4", "deepseek_v3")
 
 
-@pytest.mark.parametrize("family", LAYERS)
+@pytest.mark.parametrize("family", [*LAYERS, *MOE_LAYERS])
 def test_whole_layers_are_cut_out(family: str, tmp_path: Path) -> None:
     """Without anything of it a layer passes its input on."""
     dense = make(family, tmp_path)
@@ -295,6 +297,29 @@ def test_whole_layers_are_cut_out(family: str, tmp_path: Path) -> None:
     smaller = removed(dense, "decoder-layers", "--set", "sparsity=0.5")
     check_same_outputs(dense, pruned, smaller)
     assert config_of(smaller).get("num_hidden_layers", config_of(smaller).get("n_layer")) == 1
+
+
+def encoder_layers(folder: Path) -> Path:
+    """`decoder-layers` for encoders, whose layers have another name."""
+    text = find_spec("decoder-layers").text
+    for name in ("layers", "h"):
+        text = text.replace(f'"{name}.{{layer}}', '"encoder.layer.{layer}').replace(
+            f"**.{name}.{{", "**.layer.{"
+        )
+    return write_spec(folder, text)
+
+
+def test_layers_of_an_encoder_are_cut_out(tmp_path: Path) -> None:
+    dense, spec = make("vit", tmp_path), encoder_layers(tmp_path)
+    pruned = prune(dense, str(spec), "--no-masks", "--set", "sparsity=0.5", output="pruned")
+    check_same_outputs(dense, pruned, removed(dense, spec, "--set", "sparsity=0.5"))
+
+
+def test_layers_that_end_in_a_norm_are_refused(tmp_path: Path) -> None:
+    dense, spec = make("bert", tmp_path), encoder_layers(tmp_path)
+    said = run("remove", dense.folder, spec, "--set", "sparsity=0.5", "-o", tmp_path / "o")
+    assert said.code == 2
+    assert "layers cannot go: a BertLayer ends in a LayerNorm" in said.err
 
 
 @pytest.mark.parametrize("family", ["bert", "gpt2"])

@@ -113,8 +113,11 @@ def _removed_layers(section: Section, dense: Dense) -> tuple[tuple[int, ...], li
             problems.append(f"{before} loses layers, as another list of layers does: config.json counts one")
         removed = numbers
     if removed:
+        refused = {**layers.refused, **section.family.refused}
         problems += [
-            f"layers cannot go: {why}" for key, why in layers.refused.items() if section.values.get(key)
+            f"layers cannot go: {why}"
+            for key, why in refused.items()
+            if key == layers.members.key or (key in layers.refused and section.values.get(key))
         ]
         if len(removed) >= section.value(layers.members.key):
             problems.append(f"config.json: {layers.members.key} would be 0: nothing is left")

@@ -361,6 +361,9 @@ def _encoder(
     )
 
 
+_BERT_LAYERS = (
+    "a BertLayer ends in a LayerNorm, so that without anything of it zeros are passed on, not its input"
+)
 _BERT_HEADS = (
     "BertSelfAttention derives the size of a head from hidden_size // num_attention_heads, so that fewer are "
     "larger"
@@ -396,7 +399,7 @@ FAMILIES: tuple[Family, ...] = (
         *("bert", "roberta", "xlm-roberta"),
         attention="self",
         heads=Heads(HEADS),
-        refused=MappingProxyType({HEADS: _BERT_HEADS}),
+        refused=MappingProxyType({HEADS: _BERT_HEADS, "num_hidden_layers": _BERT_LAYERS}),
     ),
     _encoder("vit", attention="attention", heads=Heads(HEADS, pinned=_PINNED)),
 )
