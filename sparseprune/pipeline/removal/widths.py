@@ -242,8 +242,8 @@ def _units(key: str, claimed: list[_Claim]) -> tuple[Flags, list[str]]:
     for claim in claimed:
         if np.array_equal(claim.units, leader.units) or (claim.follows and claim.units.all()):
             continue
-        what = "the same number, but others" if claim.count == leader.count else str(claim)
-        wrong.append(f"{leader}, {claim.name}: {what} ({key}): couple them in the spec")
+        what = f"{claim.name} as many others" if claim.count == leader.count else str(claim)
+        wrong.append(f"{leader}, {what} ({key}): couple them in the spec")
     return leader.units, wrong
 
 
