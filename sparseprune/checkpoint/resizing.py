@@ -82,23 +82,19 @@ def lay_out_removal(
         more, same = _moved(shard, header, path, tensors)
         places.update(more)
         copies += same
-    written = {
-        CONFIG: None if config is None else _document(config),
-        checkpoint.index: _index(checkpoint, tensors, names),
-    }
-    for other in checkpoint.others:
-        text = written.get(other.path)
-        files.append(
-            OutputFile(other.path, other.nbytes if text is None else len(text), text or b"", other.executable)
-        )
-        if text is None:
-            copies.append(CopyRange(checkpoint.path / other.path, other.path, 0, 0, other.nbytes))
+    more_files, more_copies = _others(
+        checkpoint,
+        {
+            CONFIG: None if config is None else _document(config),
+            checkpoint.index: _index(checkpoint, tensors, names),
+        },
+    )
     return OutputLayout(
         checkpoint=checkpoint,
         target=output_target(checkpoint, target, "smaller"),
         is_directory=True,
-        files=tuple(files),
-        copies=tuple(copies),
+        files=(*files, *more_files),
+        copies=(*copies, *more_copies),
         weights=MappingProxyType(places),
         masks=MappingProxyType({}),
         mask_files=(),
@@ -135,6 +131,20 @@ def open_choice(output: StagedOutput) -> tuple[list[StoredMask], dict[str, Store
     shards = [open_shard(output.staged_path / file, file) for file in files]
     weights = {entry.name: StoredTensor(entry, shard) for shard in shards for entry in shard.header.entries}
     return masks, weights
+
+
+def _others(
+    checkpoint: Checkpoint, written: Mapping[PurePosixPath | None, bytes | None]
+) -> tuple[list[OutputFile], list[CopyRange]]:
+    """All other files: copied, or where they are `written` anew with their text."""
+    files, copies = [], []
+    for other in checkpoint.others:
+        text = written.get(other.path)
+        size = other.nbytes if text is None else len(text)
+        files.append(OutputFile(other.path, size, text or b"", other.executable))
+        if text is None:
+            copies.append(CopyRange(checkpoint.path / other.path, other.path, 0, 0, other.nbytes))
+    return files, copies
 
 
 def _names(shards: list[Shard]) -> dict[Shard, PurePosixPath]:

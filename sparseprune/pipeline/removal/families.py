@@ -6,115 +6,14 @@ with every one of them. To add a family, add a row to FAMILIES. Knows no checkpo
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from sparseprune.spec.patterns import TensorPattern, parse_pattern
+from sparseprune.pipeline.removal.family import Family, Heads, Layers, Members, Part, Routing, Use
+from sparseprune.spec.patterns import parse_pattern
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """A run of indices of a dimension: `key` of the config, times `unit` indices for each.
-
-    `unit` is an expression over the config. Units go whole, unless `apart`: then indices are only counted.
-    """
-
-    key: str
-    unit: str = "1"
-    apart: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Use:
-    """What the dimensions of some tensors are made of, part after part; all others are no business of ours.
-
-    Tensors whose captures agree, but for {name} and {kind}, have the same units. `follows`: it acts only
-    through units that others drop, so that it loses what they lose without being pruned itself.
-    """
-
-    pattern: TensorPattern
-    dims: Mapping[int, tuple[Part, ...]]
-    follows: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Members:
-    """A numbered list of modules, by the pattern of a member's name, and the key that counts it."""
-
-    pattern: TensorPattern
-    key: str
-
-
-@dataclass(frozen=True, slots=True)
-class Routing:
-    """What a router asks of its experts: at least `chosen`, in `groups` of one size, `serving` at a time.
-
-    Groups are ranked by the `best` of their members, of which each has so many.
-    """
-
-    experts: str
-    chosen: str
-    groups: str | None = None
-    serving: str | None = None
-    best: int = 1
-
-
-@dataclass(frozen=True, slots=True)
-class Heads:
-    """The key that counts query heads; `groups` counts key/value heads, each of which has as many of them.
-
-    `pinned` keys are written out once heads go, since the class would derive them from the number of heads.
-    `alike` keys take the value of another. `divides` is a key of which heads have to be a divisor.
-    """
-
-    key: str
-    groups: str | None = None
-    divides: str | None = None
-    pinned: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
-    alike: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
-
-
-@dataclass(frozen=True, slots=True)
-class Layers:
-    """Where the config speaks of layers by their number: what is cut, or said in another way, with them.
-
-    `by_place`: lists with an entry for each; `by_number`: lists of numbers; `up_to`: counts of the first
-    ones. `implied` are lists that the class makes where the config has none: an expression over `layer`,
-    for lists of numbers whether it is one of them. `settled` keys say the same by a rule that ends with
-    the list: layers are in it by either, and the keys get values that say no more. Where one of the `refused`
-    keys is set no layer can go, with the reason.
-    """
-
-    members: Members
-    by_place: tuple[str, ...] = ("layer_types",)
-    by_number: tuple[str, ...] = ()
-    up_to: tuple[str, ...] = ()
-    implied: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
-    settled: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
-    refused: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
-
-
-@dataclass(frozen=True, slots=True)
-class Family:
-    """Model types that lay their tensors out alike; of several uses the first that matches a name counts.
-
-    `values` are expressions for keys that the config may leave out, `aliases` other spellings of them.
-    `refused` are keys that cannot change, with the reason.
-    """
-
-    models: tuple[str, ...]
-    layers: Layers
-    uses: tuple[Use, ...]
-    lists: tuple[Members, ...] = ()
-    values: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
-    aliases: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
-    heads: Heads | None = None
-    routing: Routing | None = None
-    refused: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
 
 
 def _use(pattern: str, dims: Mapping[int, str | Part | tuple[Part, ...]], *, follows: bool = False) -> Use:

@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from sparseprune.errors import CheckpointError
-from sparseprune.pipeline.removal.families import Family, family_of, model_types
+from sparseprune.pipeline.removal.families import family_of, model_types
 from sparseprune.spec.expressions import Expression, ExpressionError, parse_expression
 from sparseprune.spec.names import Environment, Names
 from sparseprune.spec.problems import listed, shown
@@ -19,7 +19,7 @@ from sparseprune.spec.problems import listed, shown
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from sparseprune.pipeline.removal.families import Part
+    from sparseprune.pipeline.removal.family import Family, Part
 
 _TEXT = "text_config"
 _OTHER_TOWERS = re.compile("vision|visual|audio|image|speech")

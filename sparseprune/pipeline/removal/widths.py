@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from sparseprune.engine.grids import Shape
-    from sparseprune.pipeline.removal.families import Part, Use
+    from sparseprune.pipeline.removal.family import Part, Use
     from sparseprune.pipeline.removal.membership import Vanished
     from sparseprune.pipeline.removal.sections import Section
     from sparseprune.spec import Captures
