@@ -68,7 +68,8 @@ def _becomes(
     alike: dict[tuple[Shape, Shape | None], list[str]] = {}
     reached = dict.fromkeys(leaf.tensor for instance in rule.instances for leaf in instance.scope.leaves)
     for name in reached:
-        alike.setdefault((tensors[name].shape, shapes[name]), []).append(name)
+        before = tensors[name].shape
+        alike.setdefault((before, shapes.get(name, before)), []).append(name)
     for (before, after), names in alike.items():
         yield {
             "tensors": len(names),

@@ -11,15 +11,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sparseprune.errors import CheckpointError
+from sparseprune.pipeline.removal.claiming import layer_lists, users
 from sparseprune.pipeline.removal.sections import Section, section_of
-from sparseprune.pipeline.removal.widths import agree, refuse, use_of
+from sparseprune.pipeline.removal.widths import agree, refuse
+from sparseprune.spec.problems import shown
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from sparseprune.engine.grids import Shape
+    from sparseprune.pipeline.removal.claiming import Dense
     from sparseprune.pipeline.removal.slices import Kept
-    from sparseprune.pipeline.removal.widths import Dense
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +51,13 @@ def configure(config: Mapping[str, Any] | None, dense: Dense) -> Configured:
     section = section_of(config)
     agreement = agree(section, dense)
     removed, problems = _removed_layers(section, dense)
-    if "quantization_config" in section.values or "quantization_config" in (config or {}):
+    if any(values.get("quantization_config") is not None for values in (section.values, config or {})):
         problems += _quantized(dense)
     refuse([*agreement.problems, *problems])
     agreed = {**agreement.values, **_derived(section, agreement.values)}
-    values: dict[str, Any] = {section.spelled(key): value for key, value in agreed.items()}
+    values: dict[str, Any] = {
+        spelling: value for key, value in agreed.items() for spelling in section.spellings(key)
+    }
     if removed:
         values |= _with_layers(section, removed)
     written = deepcopy(dict(config or {}))
@@ -80,9 +84,12 @@ def check_shapes(config: Mapping[str, Any], changed: Sequence[str], shapes: Mapp
 
 
 def _unfit(section: Section, keys: set[str], shapes: Mapping[str, Shape]) -> Iterator[str]:
+    use_of = users(section)
     for name, shape in shapes.items():
-        found = use_of(section, name)
-        for dim, parts in () if found is None else found[0].dims.items():
+        found = use_of(name)
+        if found is None or keys.isdisjoint(found[0].keys):
+            continue
+        for dim, parts in found[0].dims.items():
             if keys.isdisjoint(part.key for part in parts):
                 continue
             wanted = sum(section.value(part.key) * section.unit(part) for part in parts)
@@ -106,12 +113,17 @@ def _removed_layers(section: Section, dense: Dense) -> tuple[tuple[int, ...], li
     layers = section.family.layers
     removed: tuple[int, ...] = ()
     problems = []
+    lists = layer_lists(section, dense) if dense.vanished.numbers else {}
     for before, numbers in dense.vanished.numbers.items():
-        if not section.reaches(before) or layers.members.pattern.match(f"{before}.0") is None:
+        if before not in lists:
             continue
         if removed:
             problems.append(f"{before} loses layers, as another list of layers does: config.json counts one")
         removed = numbers
+        count = section.value(layers.members.key)
+        if count > lists[before]:
+            key = layers.members.key
+            refuse([f"config.json: {key} is {count}, and {before} has {lists[before]} members"])
     if removed:
         refused = {**layers.refused, **section.family.refused}
         problems += [
@@ -119,7 +131,8 @@ def _removed_layers(section: Section, dense: Dense) -> tuple[tuple[int, ...], li
             for key, why in refused.items()
             if key == layers.members.key or (key in layers.refused and section.values.get(key))
         ]
-        if len(removed) >= section.value(layers.members.key):
+        count = section.value(layers.members.key)
+        if sum(number < count for number in removed) >= count:
             problems.append(f"config.json: {layers.members.key} would be 0: nothing is left")
     return removed, problems
 
@@ -138,9 +151,9 @@ def _with_layers(section: Section, removed: Sequence[int]) -> dict[str, Any]:
         chosen = _by_number(section, key, number)
         values[key] = [place for place, layer in enumerate(stays) if layer in chosen]
         values |= layers.settled
-    for key in layers.up_to:
-        if key in section.values:
-            values[key] = sum(layer < section.value(key) for layer in stays)
+    for key, usual in layers.up_to.items():
+        first = section.value(key) if key in section.values else usual
+        values[key] = sum(layer < first for layer in stays)
     return values
 
 
@@ -157,7 +170,7 @@ def _by_place(section: Section, key: str, number: int) -> Sequence[object] | Non
     implied = section.family.layers.implied.get(key)
     if implied is None:
         return None
-    made = [section.worth(implied, layer) for layer in range(number)]
+    made = [section.of_layer(implied, layer) for layer in range(number)]
     return made if any(entry != made[0] for entry in made) else None
 
 
@@ -165,15 +178,17 @@ def _by_number(section: Section, key: str, number: int) -> set[int]:
     """The layers that a list names, by their number, or that the class takes for named."""
     layers = section.family.layers
     entries, implied = section.values.get(key), layers.implied[key]
-    named = {layer for layer in range(number) if section.worth(implied, layer)}
+    named = {layer for layer in range(number) if section.of_layer(implied, layer)}
     if entries is None:
         return named
+    if not isinstance(entries, list) or not all(type(entry) is int for entry in entries):
+        raise CheckpointError(f"config.json: {key} is {shown(entries)}, wanted a list of numbers of layers")
     return {*entries, *named} if layers.settled else set(entries)
 
 
 def _quantized(dense: Dense) -> list[str]:
     """Scales of quantized weights go with whole modules, not with a part of one."""
-    cut = [name for name, kept in dense.kept.items() if kept.cut and not dense.vanished.takes(name)]
+    cut = [name for name, kept in dense.kept.items() if kept.cut and name not in dense.gone]
     if not cut:
         return []
     return [f"{cut[0]} is quantized, and its scales are those of the whole: dequantize the checkpoint first"]

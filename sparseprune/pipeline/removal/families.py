@@ -59,7 +59,9 @@ _GROUPED = Heads(HEADS, KV_HEADS, pinned=_PINNED)
 _EVEN = Heads(HEADS, KV_HEADS, "hidden_size", _PINNED)  # the config's class refuses others
 _VALUES = MappingProxyType({KV_HEADS: "config.num_key_value_heads or config.num_attention_heads"})
 _SLIDING = "'sliding_attention' if {} else 'full_attention'"
-_QWEN_WINDOW = "(config.use_sliding_window or 0) and "
+_QWEN_WINDOW = "(config.use_sliding_window or 0) and not (config.sliding_window == None or 0) and "
+# A key that may be 0, or 28 where there is none.
+_FULL_ONES = "(config.max_window_layers if (config.max_window_layers >= 0 or 0) else 28)"
 
 
 def _decoder(*models: str, layer_type: str | None = None, heads: Heads = _GROUPED) -> Family:
@@ -123,7 +125,7 @@ _PHI3 = Family(
         _use("{at:**}.self_attn.o_proj.weight", {1: Part(HEADS, _HEAD_DIM)}),
     ),
     values=_VALUES,
-    heads=_GROUPED,
+    heads=Heads(HEADS, KV_HEADS, pinned=_PINNED, sized=("rope_scaling", "rope_parameters")),
 )
 
 _GPT2_HEAD = Part("n_head", "config.n_embd // config.n_head")
@@ -167,7 +169,7 @@ _MIXTRAL = Family(
 
 _DEEPSEEK = Family(
     ("deepseek_v3",),
-    Layers(_layer(), by_place=(), up_to=("first_k_dense_replace",)),
+    Layers(_layer(), by_place=(), up_to={"first_k_dense_replace": 3}),
     (
         *_gated("{at:**}.mlp.experts.{expert}", _EXPERT_WIDTH),
         *_gated(
@@ -226,7 +228,7 @@ _LLAMA4 = Family(
         ),
         _use("{at:**}.feed_forward.experts.down_proj", {0: "num_local_experts", 1: _WIDTH}),
         *_router("feed_forward", "num_local_experts", "router"),
-        *_gated("{at:**}.feed_forward.shared_expert", _WIDTH),
+        *_gated("{at:**}.feed_forward.{module:shared_expert}", _WIDTH),
         *_gated("{at:**}.feed_forward", "intermediate_size_mlp"),
         *_ATTENTION,
     ),
@@ -274,7 +276,7 @@ FAMILIES: tuple[Family, ...] = (
     _decoder(
         "qwen2",
         "qwen3",
-        layer_type=_SLIDING.format(f"{_QWEN_WINDOW}layer >= (config.max_window_layers or 28)"),
+        layer_type=_SLIDING.format(f"{_QWEN_WINDOW}layer >= {_FULL_ONES}"),
     ),
     _decoder("gemma2", layer_type=_SLIDING.format("(layer + 1) % 2"), heads=_EVEN),
     _decoder(
@@ -287,7 +289,7 @@ FAMILIES: tuple[Family, ...] = (
     _MIXTRAL,
     _qwen_moe(
         "qwen2_moe",
-        _SLIDING.format(f"{_QWEN_WINDOW}(layer + 1) % 2 and layer < (config.max_window_layers or 28)"),
+        _SLIDING.format(f"(config.use_sliding_window or 0) and (layer + 1) % 2 and layer < {_FULL_ONES}"),
         *_gated("{at:**}.mlp.shared_expert", "shared_expert_intermediate_size"),
     ),
     _qwen_moe("qwen3_moe", None),

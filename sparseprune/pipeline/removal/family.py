@@ -38,6 +38,11 @@ class Use:
     pattern: TensorPattern
     dims: Mapping[int, tuple[Part, ...]]
     follows: bool = False
+    keys: frozenset[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        found = frozenset(part.key for parts in self.dims.values() for part in parts)
+        object.__setattr__(self, "keys", found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +72,8 @@ class Heads:
     """The key that counts query heads; `groups` counts key/value heads, each of which has as many of them.
 
     `pinned` keys are written out once heads go, since the class would derive them from the number of heads.
-    `alike` keys take the value of another. `divides` is a key of which heads have to be a divisor.
+    `alike` keys take the value of another. `divides` is a key of which heads have to be a divisor. `sized`
+    keys may have lists whose length the class derives from the number of heads, whatever is pinned.
     """
 
     key: str
@@ -75,6 +81,7 @@ class Heads:
     divides: str | None = None
     pinned: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     alike: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    sized: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,16 +89,16 @@ class Layers:
     """Where the config speaks of layers by their number: what is cut, or said in another way, with them.
 
     `by_place`: lists with an entry for each; `by_number`: lists of numbers; `up_to`: counts of the first
-    ones. `implied` are lists that the class makes where the config has none: an expression over `layer`,
-    for lists of numbers whether it is one of them. `settled` keys say the same by a rule that ends with
-    the list: layers are in it by either, and the keys get values that say no more. Where one of the `refused`
-    keys is set no layer can go, with the reason.
+    ones, and what they are where the config has none. `implied` are lists that the class makes where the
+    config has none: an expression over `layer`, for lists of numbers whether it is one of them. `settled`
+    keys say the same by a rule that ends with the list: layers are in it by either, and the keys get values
+    that say no more. Where one of the `refused` keys is set no layer can go, with the reason.
     """
 
     members: Members
     by_place: tuple[str, ...] = ("layer_types",)
     by_number: tuple[str, ...] = ()
-    up_to: tuple[str, ...] = ()
+    up_to: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
     implied: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     settled: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
     refused: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))

@@ -12,10 +12,11 @@ import numpy as np
 from sparseprune.spec.problems import shown
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
 
+    from sparseprune.pipeline.removal.family import Routing
     from sparseprune.pipeline.removal.sections import Section
     from sparseprune.spec import Captures
 
@@ -37,6 +38,20 @@ def uneven_heads(section: Section, units: Mapping[str, Units], values: Mapping[s
                 f"{place_of(site)}: of its {groups.size} key/value heads {int(np.count_nonzero(groups))} "
                 f"stay, and they have {shown(counts.tolist())} query heads: each that stays must keep as "
                 "many, the others none"
+            )
+
+
+def sized_lists(section: Section, values: Mapping[str, int]) -> Iterator[str]:
+    """Where the class of the config checks the length of a list by a size of heads that it derives itself."""
+    heads = section.family.heads
+    if heads is None or heads.key not in values:
+        return
+    for key in heads.sized:
+        found = section.values.get(key)
+        if isinstance(found, dict) and any(found.get(each) for each in ("short_factor", "long_factor")):
+            yield (
+                f"{heads.key} cannot change: the config's class checks the length of factors in {key} by "
+                f"hidden_size // {heads.key}"
             )
 
 
@@ -64,30 +79,41 @@ def routing_problems(
     experts, chosen = values[routing.experts], section.value(routing.chosen)
     if experts < chosen:
         return [f"{routing.experts} would be {experts}, fewer than the {chosen} of {routing.chosen}"]
-    if routing.groups is None or routing.serving is None or not exact:
+    if routing.groups is None or not experts or not exact:
         return []
-    groups, serving = section.value(routing.groups), section.value(routing.serving)
+    groups, whole = section.value(routing.groups), section.value(routing.experts)
+    if not groups or whole % groups:
+        return [f"config.json: {routing.groups} is {groups}, wanted a divisor of {whole} {routing.experts}"]
     counts = {site: kept.reshape(groups, -1).sum(axis=1) for site, kept in units[routing.experts].items()}
     problems = [_uneven(site, count.tolist(), routing.groups) for site, count in counts.items()]
     left = sorted({int(np.count_nonzero(count)) for count in counts.values()})
+    if len(left) > 1:
+        problems.append(f"{routing.groups} would be {_both(left)}, and config.json has one for all")
     if left[0] != groups:
         values[routing.groups] = left[0]
-    if len(left) > 1:
-        problems.append(
-            f"{routing.groups} would be {left[0]} and {left[-1]}, and config.json has one for all"
-        )
-    if left[0] < serving:
-        problems.append(f"{routing.groups} would be {left[0]}, fewer than the {serving} of {routing.serving}")
-    elif experts // left[0] < routing.best:
-        sizes = f"would have {experts // left[0]} of {section.value(routing.experts) // groups} members each"
-        site = next(iter(counts))
-        problems.append(
-            f"{place_of(site)}: its groups of experts {sizes}, and the router takes the best "
-            f"{routing.best} of each"
-        )
-    elif experts // left[0] * serving < chosen:
-        problems.append(f"{serving} groups would have fewer experts than the {chosen} of {routing.chosen}")
+    of_each = (experts // left[0], whole // groups)
+    problems += _served(section, routing, left[0], of_each, place_of(next(iter(counts))))
     return [problem for problem in problems if problem]
+
+
+def _served(
+    section: Section, routing: Routing, groups: int, of_each: tuple[int, int], place: str
+) -> Iterator[str]:
+    """What is in the way of a router with so many groups, of which each has, and had, so many members."""
+    left, had = of_each
+    serving = 1 if routing.serving is None else section.value(routing.serving)
+    chosen = section.value(routing.chosen)
+    if groups < serving:
+        yield f"{routing.groups} would be {groups}, fewer than the {serving} of {routing.serving}"
+    elif left < routing.best:
+        taken = f"the router takes the best {routing.best} of each"
+        yield f"{place}: its groups of experts would have {left} of {had} members each, and {taken}"
+    elif left * serving < chosen:
+        yield f"{serving} groups would have fewer experts than the {chosen} of {routing.chosen}"
+
+
+def _both(numbers: Sequence[int]) -> str:
+    return f"{numbers[0]} and {numbers[-1]}"
 
 
 def place_of(site: Captures) -> str:

@@ -73,7 +73,7 @@ def _drop(
     keep = np.zeros((prod(scope.grid_shape), scope.blocks_per_scope), dtype=np.bool_)
     keep[:, : instance.budget.nnz] = True
     for leaf, blocks in by_leaf(scope, keep).items():
-        found = look(leaf)
+        found = None if blocks.all() else look(leaf)
         if found is None:
             continue
         shape = tensors[leaf.tensor].shape or (1,)

@@ -5,6 +5,7 @@ Owns how names say that something is a member, and the numbers of those that sta
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_left
 from collections import Counter
 from dataclasses import dataclass, field
@@ -12,6 +13,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Mapping
+
+_INDEX = re.compile(r"0|[1-9][0-9]{0,17}")  # as a list of modules writes it
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +30,8 @@ class Vanished:
 
     def takes(self, name: str) -> bool:
         """Whether a tensor vanishes with a member that it belongs to."""
-        return any(number in self.numbers.get(before, ()) for before, number, _ in numbered(name))
+        members = numbered(name) if self.numbers else ()
+        return any(number in self.numbers.get(before, ()) for before, number, _ in members)
 
     def renamed(self, name: str) -> str:
         """What a tensor that stays is called: members move up to where others were."""
@@ -47,7 +51,7 @@ def numbered(name: str) -> Iterator[tuple[str, int, int]]:
     """
     pieces = name.split(".")
     for place in range(1, len(pieces) - 1):
-        if pieces[place].isascii() and pieces[place].isdigit():
+        if _INDEX.fullmatch(pieces[place]):
             yield ".".join(pieces[:place]), int(pieces[place]), place
 
 
@@ -55,13 +59,14 @@ def find_vanished(names: Iterable[str], empty: Collection[str]) -> Vanished:
     """The outermost members of lists of which nothing is left; `orphans` are empty and belong to none."""
     all_of: Counter[tuple[str, int]] = Counter()
     empty_of: Counter[tuple[str, int]] = Counter()
-    for name in names:
+    every = list(names)
+    for name in every:
         for before, number, _ in numbered(name):
             all_of[before, number] += 1
             empty_of[before, number] += name in empty
     numbers: dict[str, set[int]] = {}
     orphans = []
-    for name in empty:
+    for name in (name for name in every if name in empty):
         members = ((before, number) for before, number, _ in numbered(name))
         gone = next((member for member in members if all_of[member] == empty_of[member]), None)
         if gone is None:

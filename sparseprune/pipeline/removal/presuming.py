@@ -32,7 +32,7 @@ class Presumed:
     """What removing by a spec would come to.
 
     `reasons` say why the blocks of a rule cannot be cut out, by its name; none for one that can. `shapes` are
-    those of what is left of tensors that the others reach, None for one of which nothing is; they are None
+    those of what is left of tensors that the others cut, None for one of which nothing is; they are None
     where only the data tells how much survives. `removal` is what would be left of the checkpoint, None where
     that is not known or `problems` are in the way.
     """

@@ -9,9 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from sparseprune.engine.grids import prod
+from sparseprune.pipeline.removal.claiming import Dense
 from sparseprune.pipeline.removal.configuring import Change, check_shapes, configure
 from sparseprune.pipeline.removal.membership import find_vanished
-from sparseprune.pipeline.removal.widths import Dense, refuse
+from sparseprune.pipeline.removal.widths import refuse
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -54,11 +56,15 @@ def make_removal(
     """
     dropped = {name: each for name, each in kept.items() if not each.is_whole}
     empty = [name for name, each in dropped.items() if each.is_empty]
-    vanished = find_vanished(shapes, frozenset(empty))
+    vanished = find_vanished((name for name, shape in shapes.items() if prod(shape)), frozenset(empty))
     refuse([*_torn(dropped), *_orphans(vanished.orphans, shapes)])
     if not dropped:
         return Removal({name: Left(name, shape, None) for name, shape in shapes.items()}, None, ())
-    configured = configure(config, Dense(shapes, dropped, vanished, exact))
+    # What has no elements has no mask, and goes with what it belongs to.
+    gone = frozenset(empty) | {
+        name for name, shape in shapes.items() if not prod(shape) and vanished.takes(name)
+    }
+    configured = configure(config, Dense(shapes, dropped, vanished, gone, exact))
     everything = {**dropped, **configured.followers}
     left = {
         name: Left(
@@ -67,7 +73,7 @@ def make_removal(
             everything.get(name),
         )
         for name, shape in shapes.items()
-        if not vanished.takes(name)
+        if name not in gone
     }
     check_shapes(
         configured.config,

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from sparseprune.pipeline.removal.family import Family, Part
+    from sparseprune.spec import Captures
 
 _TEXT = "text_config"
 _OTHER_TOWERS = re.compile("vision|visual|audio|image|speech")
@@ -42,24 +43,35 @@ class Section:
         alias = self.family.aliases.get(key)
         return alias if alias is not None and key not in self.values and alias in self.values else key
 
+    def spellings(self, key: str) -> tuple[str, ...]:
+        """All spellings of a key that this config has: of two the class takes either."""
+        alias = self.family.aliases.get(key)
+        found = tuple(each for each in (key, alias) if each is not None and each in self.values)
+        return found or (key,)
+
     def value(self, key: str) -> int:
         """What a key comes to; CheckpointError where it is no number."""
         return self.number(self.family.values.get(key, f"config.{self.spelled(key)}"))
 
     def unit(self, part: Part) -> int:
-        """How many indices one unit of a part has."""
-        return self.number(part.unit)
+        """How many indices one unit of a part has; CheckpointError where that is no number from 1 on."""
+        return self.number(part.unit, least=1)
 
-    def number(self, text: str, layer: int | None = None) -> int:
-        """What an expression comes to; CheckpointError where that is no number."""
-        found = self.worth(text, layer)
+    def number(self, text: str, least: int = 0) -> int:
+        """What an expression comes to; CheckpointError where that is no number, or less than `least`."""
+        found = self.worth(text)
         if isinstance(found, bool) or not isinstance(found, int):
             raise CheckpointError(f"config.json: {text} comes to {shown(found)}, wanted an integer")
+        if found < least:
+            raise CheckpointError(f"config.json: {text} comes to {found}, wanted {least} or more")
         return found
 
-    def worth(self, text: str, layer: int | None = None) -> object:
+    def of_layer(self, text: str, layer: int) -> object:
+        """The value of an expression over the number of a layer; CheckpointError where it has none."""
+        return self.worth(text, (("layer", layer),))
+
+    def worth(self, text: str, captures: Captures = ()) -> object:
         """The value of an expression; CheckpointError where it has none."""
-        captures = () if layer is None else (("layer", layer),)
         try:
             return Names(Environment({}, self.values), captures).value(_parsed(text))
         except ExpressionError as error:

@@ -44,7 +44,7 @@ class Kept:
     @property
     def is_sliced(self) -> bool:
         """Whether what is dropped are whole slices, so that nothing but them is lost by cutting them out."""
-        return self.elements == prod(self.shape)
+        return self.is_empty or self.elements == prod(self.shape)
 
     @property
     def is_whole(self) -> bool:
