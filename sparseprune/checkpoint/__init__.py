@@ -41,7 +41,7 @@ from sparseprune.checkpoint.statistics import (
     lay_out_statistics,
     open_statistics,
 )
-from sparseprune.checkpoint.target import refuse_replacing, refuse_target
+from sparseprune.checkpoint.target import refuse_replacing
 
 __all__ = [
     "Checkpoint",
@@ -85,5 +85,4 @@ __all__ = [
     "refuse_changed",
     "refuse_changed_shards",
     "refuse_replacing",
-    "refuse_target",
 ]

@@ -68,6 +68,7 @@ class OutputLayout:
 
     Paths of files are relative to the staging folder, and to `root` once the output has its name.
     `stale` names what an earlier output under the same target may have left and this one does not write.
+    `is_scratch`: it never gets the name, which is for another output that is made of it.
     """
 
     checkpoint: Checkpoint = field(repr=False)
@@ -83,6 +84,7 @@ class OutputLayout:
     report_file: PurePosixPath
     spec_file: PurePosixPath | None
     stale: tuple[PurePosixPath, ...] = ()
+    is_scratch: bool = False
 
     @property
     def root(self) -> Path:

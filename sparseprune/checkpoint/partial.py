@@ -29,14 +29,14 @@ _BLOCK = 512  # the unit of st_blocks, whatever the file system's own is
 
 
 class PartialFolder:
-    """The staging folder of one target; at most one live run holds it.
+    """The staging folder of one target, or another `kind` of one; at most one live run holds it.
 
     OSErrors are the caller's to put into words, but for those of `release` and `discard`.
     """
 
-    def __init__(self, target: Path) -> None:
+    def __init__(self, target: Path, kind: str = "") -> None:
         self.target = target
-        self.path = target.with_name(f".{target.name}.sparseprune-partial") if target.name else target
+        self.path = target.with_name(f".{target.name}{kind}.sparseprune-partial") if target.name else target
         self.output = self.path / naming.OUTPUT
         self.journal = self.path / _JOURNAL
         self._lock: int | None = None

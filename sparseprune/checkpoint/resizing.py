@@ -109,8 +109,7 @@ def lay_out_choice(
     checkpoint: Checkpoint, final: OutputLayout, reached: Collection[str], *, rebuilt: bool
 ) -> OutputLayout:
     """What a run decides on the way to its `final` output: packed masks, weights where they are `rebuilt`."""
-    target = final.target.with_name(f"{final.target.name}.choice")
-    masks = lay_out_masks(checkpoint, target, reached, "packed")
+    masks = replace(lay_out_masks(checkpoint, final.target, reached, "packed"), is_scratch=True)
     if not rebuilt:
         return masks
     files: list[OutputFile] = []

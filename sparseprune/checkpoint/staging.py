@@ -67,7 +67,7 @@ class StagedOutput:
         self.started_over: tuple[str, ...] = ()
         self.named = False
         self.kept = False
-        self._partial = PartialFolder(layout.target)
+        self._partial = PartialFolder(layout.target, ".choice" if layout.is_scratch else "")
         self._paths = {file.path: str(self._partial.output / file.path) for file in layout.files}
         self._writer = FileWriter()
         # A large output would drive everything else out of the system's cache, its own input first.
@@ -198,6 +198,26 @@ class StagedOutput:
             self.named = True
         with transfer.machine_errors(layout.target.parent, "cannot be synced to disk"):
             transfer.sync(layout.target.parent)
+
+    def refuse_early(self) -> None:
+        """As entering refuses a target, before the work that decides how much room it takes.
+
+        Names that a killed run was giving are taken back, and what nobody can continue is removed.
+        """
+        check_place(self.layout)
+        if not os.path.lexists(self.partial_path):
+            check_existing(self.layout, force=self.force)
+            return
+        with self._writing(self.partial_path):
+            self._partial.acquire()
+        try:
+            check_existing(self.layout, force=self.force)
+        finally:
+            self._partial.release()
+
+    def discard(self) -> None:
+        """Gives up all of it, and what was noted of it, before the context ends."""
+        self._leave(keep=False)
 
     def _unfinished(self) -> JournalContent | None:
         """What an earlier run noted, if this run continues it."""

@@ -33,12 +33,6 @@ def check_target(layout: OutputLayout, *, force: bool, held: int = 0) -> None:
     _check_room(layout, held)
 
 
-def refuse_target(layout: OutputLayout, *, force: bool) -> None:
-    """As `check_target`, however little room there is: before the work that decides how much it takes."""
-    check_place(layout)
-    check_existing(layout, force=force)
-
-
 def check_place(layout: OutputLayout) -> None:
     """As `check_target`, whatever exists there and however little room there is."""
     _check_parent(layout.target)
@@ -47,7 +41,7 @@ def check_place(layout: OutputLayout) -> None:
 
 def check_existing(layout: OutputLayout, *, force: bool) -> None:
     """CheckpointError if one of the output's names is taken, or taken by what `force` may not replace."""
-    for path in final_paths(layout):
+    for path in () if layout.is_scratch else final_paths(layout):
         if not os.path.lexists(path):
             continue
         if path.is_dir() != layout.is_directory:

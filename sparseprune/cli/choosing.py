@@ -22,7 +22,6 @@ from sparseprune.checkpoint import (
     read_config,
     refuse_changed,
     refuse_replacing,
-    refuse_target,
 )
 from sparseprune.cli.collecting import collector_paused
 from sparseprune.cli.masked import masked_by
@@ -95,7 +94,8 @@ class Ending:
 class Choice:
     """What was decided, by whichever way: masks, the tensors that were rebuilt, and what is told of it.
 
-    `refuse_changed` raises where something that was read has changed since. `continued`: it has been told
+    `refuse_changed` raises where something that was read has changed since; `let_go` is called when all of it
+    was read, so that nothing of it outlives the output that gets its name. `continued`: it has been told
     already whether an unfinished run goes on. `spec` is the text that the output keeps, `source` what errors
     begin with.
     """
@@ -107,6 +107,7 @@ class Choice:
     limits: Limits
     identity: Mapping[str, str]
     refuse_changed: Callable[[], None]
+    let_go: Callable[[], None] = field(default=lambda: None)
     device: str = "cpu"
     rebuilt: Mapping[str, StoredTensor] = field(default_factory=dict)
     bound: BoundSpec | None = None
@@ -145,7 +146,7 @@ def chosen(request: RemoveRequest, ending: Ending) -> Iterator[Choice]:
     with collector_paused():
         prepared = prepare(request.as_apply())
         layout = _refused_early(request, prepared)
-    output = StagedOutput(layout, force=True, identity=_identity(request, prepared))
+    output = StagedOutput(layout, identity=_identity(request, prepared))
     ending.output = output
     with staged(output, quiet=request.quiet):
         yield _by_spec(request, prepared, output)
@@ -210,7 +211,7 @@ def refuse_unremovable(prepared: Prepared) -> None:
 def _target(request: RemoveRequest, checkpoint: Checkpoint) -> OutputLayout:
     """The output if nothing were cut, once it may be written there."""
     layout = lay_out_removal(checkpoint, request.output, None, None)
-    refuse_target(layout, force=request.force)
+    StagedOutput(layout, request.force).refuse_early()
     return layout
 
 
@@ -241,6 +242,7 @@ def _by_spec(request: RemoveRequest, prepared: Prepared, output: StagedOutput) -
         limits=schedule.limits,
         identity=output.identity or {},
         refuse_changed=lambda: refuse_changed(plan.checkpoint, score_shards(prepared)),
+        let_go=output.discard,
         device=device,
         rebuilt=rebuilt,
         bound=plan.bound,

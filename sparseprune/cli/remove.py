@@ -74,11 +74,16 @@ def _cut(
     layout = lay_out_removal(checkpoint, request.output, changed, removal.config)
     identity = {**choice.identity, "what survives": digest(summed_up(kept))}
     output = StagedOutput(layout, request.force, identity=identity)
+
+    def is_complete() -> None:
+        choice.refuse_changed()
+        choice.let_go()
+
     ending.output = output
     document = write_output(
         output,
         lambda reader: _worked(request, choice, removal, output, reader, began),
-        choice.refuse_changed,
+        is_complete,
         quiet=request.quiet or choice.continued,
     )
     return document, layout

@@ -208,7 +208,7 @@ def _claim_lists(section: Section, dense: Dense, claims: Claims) -> None:
 
 
 def _counted(section: Section, before: str) -> tuple[str, Captures] | None:
-    """The key that counts the members of a list, and the captures of its name; None for layers, and others."""
+    """The key that counts the members of a list, and the captures of its name; None for layers."""
     for each in section.family.lists if section.reaches(before) else ():
         captures = each.pattern.match(f"{before}.0")
         if captures is not None:

@@ -6,6 +6,7 @@ Called by the command line for masks of a run or of files.
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -103,9 +104,9 @@ def read_slices(
 
 
 class _Marks:
-    """One mask on its way: flags of its rows, and for each run the flags of its columns.
+    """One mask on its way: flags of its rows and of its columns; runs may be added from any thread.
 
-    A row is what lies along the last dimension. Runs write to places of their own.
+    A row is what lies along the last dimension.
     """
 
     def __init__(self, mask: StoredMask) -> None:
@@ -113,8 +114,9 @@ class _Marks:
         self._shape = mask.shape or (1,)
         self._width = self._shape[-1]
         self._rows = np.zeros(mask.numel // self._width, dtype=np.bool_)
-        self._columns: list[tuple[int, Flags]] = []
-        self._elements: list[int] = []
+        self._columns = np.zeros(self._width, dtype=np.bool_)
+        self._elements = 0
+        self._adding = threading.Lock()
 
     def runs(self, slab: int) -> Iterator[tuple[int, int]]:
         """Whole rows, about a slab of them, or parts of one where that has more."""
@@ -143,21 +145,19 @@ class _Marks:
             grid = flags.reshape(-1, self._width)
             self._rows[row : row + len(grid)] = np.logical_or.reduce(grid, axis=1)
             columns = np.logical_or.reduce(grid, axis=0)
-        self._columns.append((column, columns))
-        self._elements.append(int(np.count_nonzero(flags)))
+        with self._adding:
+            self._columns[column : column + columns.size] |= columns
+            self._elements += int(np.count_nonzero(flags))
 
     def result(self) -> Kept:
-        last = np.zeros(self._width, dtype=np.bool_)
-        for column, flags in self._columns:
-            last[column : column + flags.size] |= flags
         leading = self._shape[:-1]
         rows = self._rows.reshape(leading)
         others = (
             np.logical_or.reduce(rows, axis=tuple(other for other in range(len(leading)) if other != dim))
             for dim in range(len(leading))
         )
-        along = (*others, last) if self.mask.shape else ()
-        return Kept(along, sum(self._elements))
+        along = (*others, self._columns) if self.mask.shape else ()
+        return Kept(along, self._elements)
 
 
 def summed_up(kept: Mapping[str, Kept]) -> str:
