@@ -54,7 +54,7 @@ class Sliced:
                 index = (index[:, None] + places * axis.step).reshape(-1)
                 block = (block[:, None] + within).reshape(-1)
         flags = np.ones(self.size, dtype=np.bool_)
-        if self.size:
+        if blocks.size:
             flags[index] = blocks[block]
         return flags
 
@@ -67,7 +67,7 @@ def sliced(leaf: BoundBlock, shape: Shape) -> Sliced | None:
     """
     shape = shape or (1,)
     if 0 in shape:
-        return Sliced(leaf, 0, 0, 0, ())
+        return Sliced(leaf, 0, shape[0], 0, ())
     steps = tuple(prod(shape[dim + 1 :]) for dim in range(len(shape)))
     begin = tuple(leaf.view_offset // step % size for step, size in zip(steps, shape, strict=True))
     axes = []
