@@ -34,7 +34,7 @@ class Presumed:
     `reasons` say why the blocks of a rule cannot be cut out, by its name; none for one that can. `shapes` are
     those of what is left of tensors that the others cut, None for one of which nothing is; they are None
     where only the data tells how much survives. `removal` is what would be left of the checkpoint, None where
-    that is not known or `problems` are in the way.
+    that is not known, a rule cannot be removed, or `problems` are in the way.
     """
 
     reasons: Mapping[str, str]
@@ -59,6 +59,8 @@ def presume(plan: Plan, config: Mapping[str, Any] | None) -> Presumed:
     from sparseprune.pipeline.removal.imagining import imagine  # noqa: PLC0415
 
     imagined = imagine(plan.checkpoint.tensors, instances, look, config)
+    if reasons:
+        return Presumed(reasons, imagined.shapes)
     if imagined.removal is None:
         return Presumed(reasons, imagined.shapes, problems=imagined.problems)
     left = {name: prod(one.shape) for name, one in imagined.removal.left.items()}
