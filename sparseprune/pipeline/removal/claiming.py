@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from sparseprune.engine.grids import prod
 from sparseprune.pipeline.removal.membership import numbered
 
 if TYPE_CHECKING:
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from sparseprune.spec import Captures
 
     Flags = NDArray[np.bool_]
-    Found = tuple[Use, Captures]
 
 _NUMBER = re.compile(r"(?:^|(?<=\.))[0-9]+(?=\.)")  # a piece of a name that is one
 _OF_ONE_SITE = ("name", "kind", "member")  # captures that tell apart what has the same units
@@ -76,8 +76,8 @@ class Claims:
     """All claims by key and site, dimensions that the config does not describe, what is in the way.
 
     A site is the captures that tensors with the same units share. `stays` are the tensors that do not vanish,
-    `uses` what the family knows of them. `apart` has claims of which a key counts the indices alone; in one
-    site they are the same nevertheless.
+    `uses` what the family knows of them, `units` how many units parts have, of how many indices each. `apart`
+    has claims of which a key counts the indices alone; in one site they are the same nevertheless.
     """
 
     of: defaultdict[str, defaultdict[Captures, list[Claim]]] = field(
@@ -87,7 +87,8 @@ class Claims:
     misfits: list[tuple[tuple[str, ...], str]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     stays: list[str] = field(default_factory=list)
-    uses: dict[str, Found] = field(default_factory=dict)
+    uses: dict[str, Use] = field(default_factory=dict)
+    units: dict[Part, tuple[int, int]] = field(default_factory=dict)
 
 
 def collect(section: Section, dense: Dense) -> Claims:
@@ -95,31 +96,31 @@ def collect(section: Section, dense: Dense) -> Claims:
     claims = Claims()
     use_of = users(section)
     claims.stays += [name for name in dense.shapes if name not in dense.gone]
-    claims.uses |= {name: found for name in claims.stays if (found := use_of(name)) is not None}
+    claims.uses |= {name: use for name in claims.stays if (use := use_of(name)) is not None}
     _claim_lists(section, dense, claims)
     touched = _touched(section, dense, claims)
     for name in claims.stays:
-        found = claims.uses.get(name)
-        if name in dense.kept or (found is not None and not touched.isdisjoint(found[0].keys)):
-            _claim(section, name, found, dense, claims)
+        use = claims.uses.get(name)
+        if name in dense.kept:
+            _refuse_uncounted(name, use, dense, claims)
+        if use is not None and (name in dense.kept or not touched.isdisjoint(use.keys)):
+            _claim(section, name, use, dense, claims)
     return claims
 
 
-def users(section: Section) -> Callable[[str], Found | None]:
+def users(section: Section) -> Callable[[str], Use | None]:
     """A function that tells what the family knows of a tensor, None where that is nothing.
 
     Names that differ in pieces that are numbers are known by the same use, which is looked for once.
     """
     known: dict[str, Use | None] = {}
 
-    def use_of(name: str) -> Found | None:
+    def use_of(name: str) -> Use | None:
         form = _NUMBER.sub("0", name)
         if form not in known:
             matching = (use for use in section.family.uses if use.pattern.match(name) is not None)
             known[form] = next(matching, None) if section.reaches(name) else None
-        use = known[form]
-        captures = None if use is None else use.pattern.match(name)
-        return None if use is None or captures is None else (use, captures)
+        return known[form]
 
     return use_of
 
@@ -130,7 +131,7 @@ def _touched(section: Section, dense: Dense, claims: Claims) -> set[str]:
         key for key, sites in claims.of.items() for claimed in sites.values() if not claimed[0].units.all()
     }
     for name, kept in dense.kept.items():
-        dims = claims.uses[name][0].dims if name in claims.uses else {}
+        dims = claims.uses[name].dims if name in claims.uses else {}
         touched |= {part.key for dim in kept.cut for part in dims.get(dim, ())}
     heads = section.family.heads
     if heads is not None and heads.groups is not None and touched & {heads.key, heads.groups}:
@@ -138,24 +139,28 @@ def _touched(section: Section, dense: Dense, claims: Claims) -> set[str]:
     return touched
 
 
-def _claim(section: Section, name: str, found: Found | None, dense: Dense, claims: Claims) -> None:
+def _refuse_uncounted(name: str, use: Use | None, dense: Dense, claims: Claims) -> None:
+    """What is said where a tensor is cut along a dimension that no key counts."""
+    shape, left = dense.shapes[name], dense.kept[name].shape
+    for dim in dense.kept[name].cut:
+        if use is None or dim not in use.dims:
+            claims.problems.append(
+                f"{name} loses {shape[dim] - left[dim]} of {shape[dim]} along dimension {dim}, which no key "
+                "of config.json carries"
+            )
+
+
+def _claim(section: Section, name: str, use: Use, dense: Dense, claims: Claims) -> None:
     """What one tensor says, dimension by dimension."""
     shape, kept = dense.shapes[name], dense.kept.get(name)
-    dims = {} if found is None else found[0].dims
-    for dim in () if kept is None else kept.cut:
-        if dim not in dims:
-            lost = shape[dim] - kept.shape[dim] if kept else 0
-            claims.problems.append(
-                f"{name} loses {lost} of {shape[dim]} along dimension {dim}, which no key of "
-                "config.json carries"
-            )
-    if found is None:
-        return
-    use, captures = found
-    for dim, parts in dims.items():
+    captures = use.pattern.match(name) or ()
+    for dim, parts in use.dims.items():
         size = shape[dim] if dim < len(shape) else 0
         flags = np.ones(size, dtype=np.bool_) if kept is None or not size else kept.along[dim]
-        sizes = [section.value(part.key) * section.unit(part) for part in parts]
+        for part in parts:
+            if part not in claims.units:
+                claims.units[part] = (section.value(part.key), section.unit(part))
+        sizes = [prod(claims.units[part]) for part in parts]
         if sum(sizes) != size:
             said = " + ".join(f"{each} for {part.key}" for part, each in zip(parts, sizes, strict=True))
             text = f"{name} has {size} along dimension {dim}, config.json says {said}"
@@ -165,7 +170,7 @@ def _claim(section: Section, name: str, found: Found | None, dense: Dense, claim
             continue
         begin = 0
         for part, each in zip(parts, sizes, strict=True):
-            claim = Claim(name, dim, use.follows, flags[begin : begin + each], section.unit(part))
+            claim = Claim(name, dim, use.follows, flags[begin : begin + each], claims.units[part][1])
             _add(claim, part, _site(captures), claims)
             begin += each
 
@@ -194,6 +199,7 @@ def _claim_lists(section: Section, dense: Dense, claims: Claims) -> None:
     for name in dense.shapes:
         for before, number, _ in numbered(name):
             members[before].add(number)
+    layers = layer_lists(section, dense) if vanished.numbers else {}
     for before, numbers in members.items():
         if vanished.takes(f"{before}.x"):
             continue  # in a layer that vanishes itself
@@ -201,7 +207,7 @@ def _claim_lists(section: Section, dense: Dense, claims: Claims) -> None:
         found = _counted(section, before)
         if found is not None:
             _claim_list(section, before, found, (numbers, gone), claims)
-        elif gone and before not in layer_lists(section, dense):
+        elif gone and before not in layers:
             claims.problems.append(
                 f"{before} loses {len(gone)} of {len(numbers)} members, which no key of config.json counts"
             )

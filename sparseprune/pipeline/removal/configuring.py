@@ -87,9 +87,9 @@ def _unfit(section: Section, keys: set[str], shapes: Mapping[str, Shape]) -> Ite
     use_of = users(section)
     for name, shape in shapes.items():
         found = use_of(name)
-        if found is None or keys.isdisjoint(found[0].keys):
+        if found is None or keys.isdisjoint(found.keys):
             continue
-        for dim, parts in found[0].dims.items():
+        for dim, parts in found.dims.items():
             if keys.isdisjoint(part.key for part in parts):
                 continue
             wanted = sum(section.value(part.key) * section.unit(part) for part in parts)
@@ -111,19 +111,8 @@ def _derived(section: Section, values: Mapping[str, int]) -> dict[str, int]:
 def _removed_layers(section: Section, dense: Dense) -> tuple[tuple[int, ...], list[str]]:
     """The numbers of the layers that go, and what is in the way."""
     layers = section.family.layers
-    removed: tuple[int, ...] = ()
+    removed = _losing_layers(section, dense) if dense.vanished.numbers else ()
     problems = []
-    lists = layer_lists(section, dense) if dense.vanished.numbers else {}
-    for before, numbers in dense.vanished.numbers.items():
-        if before not in lists:
-            continue
-        if removed:
-            problems.append(f"{before} loses layers, as another list of layers does: config.json counts one")
-        removed = numbers
-        count = section.value(layers.members.key)
-        if count > lists[before]:
-            key = layers.members.key
-            refuse([f"config.json: {key} is {count}, and {before} has {lists[before]} members"])
     if removed:
         refused = {**layers.refused, **section.family.refused}
         problems += [
@@ -135,6 +124,25 @@ def _removed_layers(section: Section, dense: Dense) -> tuple[tuple[int, ...], li
         if sum(number < count for number in removed) >= count:
             problems.append(f"config.json: {layers.members.key} would be 0: nothing is left")
     return removed, problems
+
+
+def _losing_layers(section: Section, dense: Dense) -> tuple[int, ...]:
+    """The layers that go of the one list that the config counts, by number; CheckpointError for several."""
+    lists = layer_lists(section, dense)
+    losing = [before for before in dense.vanished.numbers if before in lists]
+    if not losing:
+        return ()
+    key, first = section.family.layers.members.key, losing[0]
+    count = section.value(key)
+    for before in losing:
+        if lists[before] < count:
+            refuse([f"config.json: {key} is {shown(count)}, and {before} has {lists[before]} members"])
+    others = [before for before, members in lists.items() if members >= count and before != first]
+    if len(losing) > 1:
+        refuse([f"{losing[1]} loses layers, as another list of layers does: config.json counts one"])
+    if others:
+        refuse([f"{first} loses layers, and config.json counts those of {others[0]} by the same number"])
+    return dense.vanished.numbers[first]
 
 
 def _with_layers(section: Section, removed: Sequence[int]) -> dict[str, Any]:

@@ -16,16 +16,18 @@ from sparseprune.errors import CheckpointError
 from sparseprune.pipeline.arranging import by_leaf
 from sparseprune.pipeline.removal.removing import Removal, make_removal
 from sparseprune.pipeline.removal.slices import Kept, kept_slices
+from sparseprune.spec import BoundScope
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from numpy.typing import NDArray
 
     from sparseprune.checkpoint import StoredTensor
     from sparseprune.engine.grids import Shape
+    from sparseprune.pipeline.removal.geometry import Sliced
     from sparseprune.pipeline.removal.presuming import Look
-    from sparseprune.spec import BoundInstance
+    from sparseprune.spec import BoundBlock, BoundInstance
 
     Flags = NDArray[np.bool_]
 
@@ -46,16 +48,18 @@ def imagine(
     config: Mapping[str, Any] | None,
 ) -> Imagined:
     """What would be left; `look` has every leaf of the instances as slices."""
-    along: dict[str, list[Flags]] = {}
-    for instance in instances:
-        _drop(instance, tensors, look, along)
     shapes = {name: stored.shape for name, stored in tensors.items()}
-    # Tensors without dimensions have no flags: they are kept or not.
-    kept = {
-        name: Kept((), each.elements) if not shapes[name] else each
-        for name, flags in along.items()
-        for each in (kept_slices(flags),)
-    }
+    kept: dict[str, Kept] = {}
+    known: dict[tuple[Shape, Sliced, bytes], Kept] = {}  # thousands of tensors lose the same
+    for instance in instances:
+        for leaf, blocks in _first_ones(instance):
+            found, name = look(leaf), leaf.tensor
+            if found is None:
+                continue
+            key = (shapes[name], found, blocks.tobytes())
+            if key not in known:
+                known[key] = _left(shapes[name], found, blocks)
+            kept[name] = known[key] if name not in kept else _both(kept[name], known[key])
     became = {
         name: None if each.is_empty and not each.is_whole else each.shape for name, each in kept.items()
     }
@@ -65,18 +69,34 @@ def imagine(
         return Imagined(became, None, error.args)
 
 
-def _drop(
-    instance: BoundInstance, tensors: Mapping[str, StoredTensor], look: Look, along: dict[str, list[Flags]]
-) -> None:
-    """Take out of `along` what would go."""
-    scope = instance.scope
+def _left(shape: Shape, found: Sliced, blocks: Flags) -> Kept:
+    """What is left of a tensor where these blocks survive; one without dimensions is kept or not."""
+    if not shape:
+        return Kept((), int(blocks.all()))
+    along = [np.ones(size, dtype=np.bool_) for size in shape]
+    if along[found.dim].size:
+        along[found.dim] = found.kept(blocks)
+    return kept_slices(along)
+
+
+def _both(one: Kept, other: Kept) -> Kept:
+    """What two rules leave of a tensor, each of which drops something."""
+    return kept_slices([first & second for first, second in zip(one.along, other.along, strict=True)])
+
+
+def _first_ones(instance: BoundInstance) -> Iterator[tuple[BoundBlock, Flags]]:
+    """For every leaf that would lose any the blocks that survive, flat: the first ones of each scope."""
+    scope, nnz = instance.scope, instance.budget.nnz
+    if (
+        not isinstance(scope, BoundScope)
+        and prod(scope.grid_shape) == 1
+        and scope.blocks_per_scope == len(scope.members)
+    ):
+        for member in scope.members[nnz:]:  # each a single block
+            yield from ((leaf, np.zeros(1, dtype=np.bool_)) for leaf in member.leaves)
+        return
     keep = np.zeros((prod(scope.grid_shape), scope.blocks_per_scope), dtype=np.bool_)
-    keep[:, : instance.budget.nnz] = True
+    keep[:, :nnz] = True
     for leaf, blocks in by_leaf(scope, keep).items():
-        found = None if blocks.all() else look(leaf)
-        if found is None:
-            continue
-        shape = tensors[leaf.tensor].shape or (1,)
-        flags = along.setdefault(leaf.tensor, [np.ones(size, dtype=np.bool_) for size in shape])
-        if flags[found.dim].size:
-            flags[found.dim] = flags[found.dim] & found.kept(np.ascontiguousarray(blocks).reshape(-1))
+        if not blocks.all():
+            yield leaf, np.ascontiguousarray(blocks).reshape(-1)

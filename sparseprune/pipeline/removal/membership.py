@@ -9,12 +9,14 @@ import re
 from bisect import bisect_left
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Mapping
 
-_INDEX = re.compile(r"0|[1-9][0-9]{0,17}")  # as a list of modules writes it
+_INDEX = re.compile(r"(?<=\.)(?:0|[1-9][0-9]{0,17})(?=\.)")  # a piece as a list of modules writes it
+_DEEPEST = 16  # lists in lists: no model has so many
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,25 +51,20 @@ def numbered(name: str) -> Iterator[tuple[str, int, int]]:
     >>> list(numbered("layers.3.experts.10.up"))
     [('layers', 3, 1), ('layers.3.experts', 10, 3)]
     """
-    pieces = name.split(".")
-    for place in range(1, len(pieces) - 1):
-        if _INDEX.fullmatch(pieces[place]):
-            yield ".".join(pieces[:place]), int(pieces[place]), place
+    for found in islice(_INDEX.finditer(name), _DEEPEST):
+        before = name[: found.start() - 1]
+        yield before, int(found[0]), before.count(".") + 1
 
 
 def find_vanished(names: Iterable[str], empty: Collection[str]) -> Vanished:
     """The outermost members of lists of which nothing is left; `orphans` are empty and belong to none."""
-    all_of: Counter[tuple[str, int]] = Counter()
-    empty_of: Counter[tuple[str, int]] = Counter()
-    every = list(names)
-    for name in every:
-        for before, number, _ in numbered(name):
-            all_of[before, number] += 1
-            empty_of[before, number] += name in empty
+    passed = {name: list(numbered(name)) for name in names}
+    all_of = Counter((before, number) for through in passed.values() for before, number, _ in through)
+    empty_of = Counter((before, number) for name in empty for before, number, _ in passed.get(name, ()))
     numbers: dict[str, set[int]] = {}
     orphans = []
-    for name in (name for name in every if name in empty):
-        members = ((before, number) for before, number, _ in numbered(name))
+    for name in (name for name in passed if name in empty):
+        members = ((before, number) for before, number, _ in passed[name])
         gone = next((member for member in members if all_of[member] == empty_of[member]), None)
         if gone is None:
             orphans.append(name)

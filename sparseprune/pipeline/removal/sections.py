@@ -63,7 +63,7 @@ class Section:
         if isinstance(found, bool) or not isinstance(found, int):
             raise CheckpointError(f"config.json: {text} comes to {shown(found)}, wanted an integer")
         if found < least:
-            raise CheckpointError(f"config.json: {text} comes to {found}, wanted {least} or more")
+            raise CheckpointError(f"config.json: {text} comes to {shown(found)}, wanted {least} or more")
         return found
 
     def of_layer(self, text: str, layer: int) -> object:

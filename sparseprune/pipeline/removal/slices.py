@@ -7,7 +7,7 @@ Called by the command line for masks of a run or of files.
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -31,16 +31,22 @@ if TYPE_CHECKING:
 class Kept:
     """What survives of a tensor: for each dimension a flag for every index, and the number of elements.
 
-    An index is kept where any element of its slice is.
+    An index is kept where any element of its slice is. `shape` is that of what is left when the other slices
+    are cut out, `cut` has the dimensions in which something is dropped.
     """
 
     along: tuple[Flags, ...]
     elements: int
+    shape: Shape = field(init=False)
+    cut: tuple[int, ...] = field(init=False)
 
-    @property
-    def shape(self) -> Shape:
-        """That of what is left when the other slices are cut out."""
-        return tuple(int(np.count_nonzero(flags)) for flags in self.along)
+    def __post_init__(self) -> None:
+        shape = tuple(int(np.count_nonzero(flags)) for flags in self.along)
+        sizes = zip(shape, self.along, strict=True)
+        object.__setattr__(self, "shape", shape)
+        object.__setattr__(
+            self, "cut", tuple(dim for dim, (left, flags) in enumerate(sizes) if left < flags.size)
+        )
 
     @property
     def is_sliced(self) -> bool:
@@ -56,11 +62,6 @@ class Kept:
     def is_empty(self) -> bool:
         """Whether nothing survives."""
         return self.elements == 0
-
-    @property
-    def cut(self) -> tuple[int, ...]:
-        """The dimensions in which something is dropped."""
-        return tuple(dim for dim, flags in enumerate(self.along) if not flags.all())
 
 
 def kept_whole(shape: Shape) -> Kept:
