@@ -34,9 +34,9 @@ class PartialFolder:
     OSErrors are the caller's to put into words, but for those of `release` and `discard`.
     """
 
-    def __init__(self, target: Path, kind: str = "") -> None:
+    def __init__(self, target: Path, kind: str = "partial") -> None:
         self.target = target
-        self.path = target.with_name(f".{target.name}{kind}.sparseprune-partial") if target.name else target
+        self.path = target.with_name(f".{target.name}.sparseprune-{kind}") if target.name else target
         self.output = self.path / naming.OUTPUT
         self.journal = self.path / _JOURNAL
         self._lock: int | None = None

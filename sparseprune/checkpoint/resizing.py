@@ -29,14 +29,14 @@ from sparseprune.engine.grids import prod
 from sparseprune.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Mapping
+    from collections.abc import Collection, Iterator, Mapping, Sequence
 
     from sparseprune.checkpoint.masks import StoredMask
     from sparseprune.checkpoint.source import Checkpoint, Shard
     from sparseprune.checkpoint.staging import StagedOutput
 
 CONFIG = PurePosixPath("config.json")
-_NUMBERED = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})" + re.escape(SUFFIX))
+_NUMBERED = re.compile(r"(?P<stem>.*)-(?P<number>\d{5,6})-of-(?P<count>\d{5,6})" + re.escape(SUFFIX))
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +69,11 @@ def lay_out_removal(
             name: Resized(name, stored.shape, whole=True) for name, stored in checkpoint.tensors.items()
         }
     shards = [
-        shard for shard in checkpoint.shards if any(entry.name in tensors for entry in shard.header.entries)
+        shard
+        for shard in checkpoint.shards
+        if not shard.header.entries or any(entry.name in tensors for entry in shard.header.entries)
     ]
-    names = _names(shards)
+    names = _names(checkpoint, shards)
     files: list[OutputFile] = []
     copies: list[CopyRange] = []
     places: dict[str, Place] = {}
@@ -146,16 +148,21 @@ def _others(
     return files, copies
 
 
-def _names(shards: list[Shard]) -> dict[Shard, PurePosixPath]:
-    """What shards are called: as they were, and where some are gone counted anew."""
-    found = [_NUMBERED.fullmatch(shard.relative.name) for shard in shards]
-    names = {}
-    for number, (shard, match) in enumerate(zip(shards, found, strict=True), 1):
-        name = shard.relative
-        if match is not None and all(found) and int(match["count"]) > len(shards):
-            name = name.with_name(f"{match['stem']}-{number:05d}-of-{len(shards):05d}{SUFFIX}")
-        names[shard] = name
-    return names
+def _names(checkpoint: Checkpoint, shards: Sequence[Shard]) -> dict[Shard, PurePosixPath]:
+    """What shards are called: as they were, and where some of a numbered row are gone counted anew."""
+    old = {shard: shard.relative for shard in shards}
+    found = [_NUMBERED.fullmatch(str(shard.relative)) for shard in checkpoint.shards]
+    rows = {match and (match["stem"], len(match["count"]), int(match["count"])) for match in found}
+    row = rows.pop() if len(rows) == 1 else None
+    if len(shards) == len(checkpoint.shards) or row is None or row[2] != len(checkpoint.shards):
+        return old
+    stem, digits, _ = row
+    new = {
+        shard: PurePosixPath(f"{stem}-{number:0{digits}d}-of-{len(shards):0{digits}d}{SUFFIX}")
+        for number, shard in enumerate(shards, 1)
+    }
+    others = {other.path for other in checkpoint.others}
+    return old if others & set(new.values()) else new
 
 
 def _header(shard: Shard, tensors: Mapping[str, Resized]) -> Header:
@@ -212,11 +219,12 @@ def _place(path: PurePosixPath, header: Header, number: int) -> Place:
 def _index(
     checkpoint: Checkpoint, tensors: Mapping[str, Resized], names: Mapping[Shard, PurePosixPath]
 ) -> bytes | None:
-    """The index of what is left: what it listed, in its order, with sizes counted anew."""
-    if checkpoint.index is None:
+    """The index of what is left: what it listed, in its order, sizes counted anew; None for the old one."""
+    stored = checkpoint.tensors
+    same = all(one.name == name and one.shape == stored[name].shape for name, one in tensors.items())
+    if checkpoint.index is None or (same and len(tensors) == len(stored)):
         return None
     document = read_object(checkpoint.path / checkpoint.index)
-    stored = checkpoint.tensors
     left = [name for name in document["weight_map"] if name in tensors]
     metadata = document.get("metadata")
     metadata = dict(metadata) if isinstance(metadata, dict) else {}
@@ -231,5 +239,9 @@ def _index(
 
 
 def _document(value: Mapping[str, Any]) -> bytes:
+    try:
+        text = json.dumps(value, ensure_ascii=False, indent=2)
+    except RecursionError as error:
+        raise CheckpointError(f"{CONFIG}: lists and objects lie too deep in each other") from error
     # Surrogates, which are no UTF-8, become the escapes that they were.
-    return (json.dumps(value, ensure_ascii=False, indent=2) + "\n").encode(errors="backslashreplace")
+    return f"{text}\n".encode(errors="backslashreplace")

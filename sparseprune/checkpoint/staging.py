@@ -67,7 +67,7 @@ class StagedOutput:
         self.started_over: tuple[str, ...] = ()
         self.named = False
         self.kept = False
-        self._partial = PartialFolder(layout.target, ".choice" if layout.is_scratch else "")
+        self._partial = PartialFolder(layout.target, "choice" if layout.is_scratch else "partial")
         self._paths = {file.path: str(self._partial.output / file.path) for file in layout.files}
         self._writer = FileWriter()
         # A large output would drive everything else out of the system's cache, its own input first.

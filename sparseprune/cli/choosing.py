@@ -97,7 +97,7 @@ class Choice:
     `refuse_changed` raises where something that was read has changed since; `let_go` is called when all of it
     was read, so that nothing of it outlives the output that gets its name. `continued`: it has been told
     already whether an unfinished run goes on. `spec` is the text that the output keeps, `source` what errors
-    begin with.
+    begin with, `left_out` what has no counterpart.
     """
 
     source: str
@@ -115,6 +115,7 @@ class Choice:
     overrides: Mapping[str, str] = field(default_factory=dict)
     spec_sha256: str | None = None
     spec: bytes | None = None
+    left_out: str | None = None
     remarks: Sequence[str] = ()
     continued: bool = False
 
@@ -158,6 +159,7 @@ def _by_masks(request: RemoveRequest, masks: Path) -> Choice:
     layout = _target(request, matched.checkpoint)
     refuse_replacing(layout, [shard.path for shard in matched.masks.shards], "masks")
     from sparseprune.pipeline.limits import limits_of
+    from sparseprune.report.reapplication import left_out_text
 
     limits = limits_of(request.memory, uses_torch=False)
     files = [
@@ -177,6 +179,7 @@ def _by_masks(request: RemoveRequest, masks: Path) -> Choice:
             "the options": json.dumps(["remove", request.partial, limits.slab]),
         },
         refuse_changed=lambda: refuse_changed(matched.checkpoint, matched.masks.shards),
+        left_out=left_out_text(len(matched.unused), len(matched.unmasked)),
         overrides={} if origin is None else origin.overrides,
         spec=None if origin is None else origin.spec,
     )

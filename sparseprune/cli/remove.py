@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparseprune.checkpoint import Resized, StagedOutput, TensorReader, lay_out_removal, read_config
 from sparseprune.cli.choosing import Ending, RemoveRequest, chosen, refuse_contradictions
-from sparseprune.cli.console import print_json, print_result, stderr_console
+from sparseprune.cli.console import print_json, print_result, stderr_console, tell
 from sparseprune.cli.progress import progress
 from sparseprune.cli.writing import digest, interrupts_told, output_shown, write_output
 from sparseprune.errors import CheckpointError
@@ -63,8 +63,9 @@ def _cut(
     with TensorReader() as reader, progress("finding slices", looked_at, quiet=request.quiet) as advance:
         kept = read_slices(choice.masks, reader, slab, request.jobs, advance)
     shapes = {name: stored.shape for name, stored in checkpoint.tensors.items()}
+    config = read_config(checkpoint)
     try:
-        removal = make_removal(shapes, kept, read_config(checkpoint))
+        removal = make_removal(shapes, kept, config)
     except CheckpointError as error:
         raise CheckpointError(*(f"{choice.source}: {line}" for line in error.args)) from error
     changed = {
@@ -102,6 +103,8 @@ def _worked(
     from sparseprune.report.removal import removal_document
 
     layout = output.layout
+    if choice.left_out is not None and not request.quiet:
+        tell(choice.left_out)
     cuts = _cuts(choice, removal, layout)
     total, already = cut_bytes(cuts, choice.limits, output)
     with progress("removing", total, quiet=request.quiet, already=already) as advance:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from sparseprune.engine.grids import prod
 from sparseprune.pipeline.removal.claiming import Dense
 from sparseprune.pipeline.removal.configuring import Change, check_shapes, configure
-from sparseprune.pipeline.removal.membership import find_vanished
+from sparseprune.pipeline.removal.membership import find_vanished, numbered
 from sparseprune.pipeline.removal.widths import refuse
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def make_removal(
     dropped = {name: each for name, each in kept.items() if not each.is_whole}
     empty = [name for name, each in dropped.items() if each.is_empty]
     vanished = find_vanished((name for name, shape in shapes.items() if prod(shape)), frozenset(empty))
-    refuse([*_torn(dropped), *_orphans(vanished.orphans, shapes)])
+    refuse([*_torn(dropped), *_orphans(vanished.orphans, shapes, frozenset(empty))])
     if not dropped:
         return Removal({name: Left(name, shape, None) for name, shape in shapes.items()}, None, ())
     # What has no elements has no mask, and goes with what it belongs to.
@@ -92,9 +92,18 @@ def _torn(dropped: Mapping[str, Kept]) -> Iterator[str]:
             )
 
 
-def _orphans(names: tuple[str, ...], shapes: Mapping[str, Shape]) -> Iterator[str]:
+def _orphans(names: tuple[str, ...], shapes: Mapping[str, Shape], empty: frozenset[str]) -> Iterator[str]:
+    """Tensors of which nothing is left, and for each what of the same layer or expert stays."""
+    staying: dict[tuple[str, int], str] = {}
+    for name in shapes if names else ():
+        if name not in empty:
+            for before, number, _ in numbered(name):
+                staying.setdefault((before, number), name)
     for name in names:
+        members = [(before, number) for before, number, _ in numbered(name)]
+        stays = next((staying[member] for member in reversed(members) if member in staying), None)
+        since = "" if stays is None else f", since {stays} stays"
         yield (
             f"{name}: nothing of its {list(shapes[name])} is kept, and it belongs to no layer or expert that "
-            "is dropped as a whole: couple all tensors of one"
+            f"is dropped as a whole{since}: couple all tensors of one"
         )
