@@ -66,6 +66,11 @@ class Claim:
     def count(self) -> int:
         return int(np.count_nonzero(self.units))
 
+    @property
+    def module(self) -> str:
+        """What a list or a tensor is a part of."""
+        return self.name.rpartition(".")[0]
+
     def __str__(self) -> str:
         what = f"{self.count} of {self.units.size}"
         return f"{self.name} keeps {what}" + ("" if self.dim is None else f" along dimension {self.dim}")

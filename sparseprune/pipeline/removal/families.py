@@ -133,7 +133,6 @@ _GPT2 = Family(
     ("gpt2",),
     Layers(
         _layer("{at:**}.h.{member}", "n_layer"),
-        by_place=(),
         refused={"scale_attn_by_inverse_layer_idx": "the scale of attention depends on a layer's number"},
     ),
     (
@@ -169,7 +168,7 @@ _MIXTRAL = Family(
 
 _DEEPSEEK = Family(
     ("deepseek_v3",),
-    Layers(_layer(), by_place=(), up_to={"first_k_dense_replace": 3}),
+    Layers(_layer(), beyond="num_nextn_predict_layers", up_to={"first_k_dense_replace": 3}),
     (
         *_gated("{at:**}.mlp.experts.{expert}", _EXPERT_WIDTH),
         *_gated(
@@ -214,7 +213,7 @@ _LLAMA4 = Family(
     ("llama4_text",),
     Layers(
         _layer(),
-        by_place=("no_rope_layers", "layer_types"),
+        by_place=("no_rope_layers", "layer_types", "mlp_layer_types"),
         by_number=("moe_layers",),
         implied={
             "no_rope_layers": "1 if (layer + 1) % (config.no_rope_layer_interval or 4) else 0",
@@ -241,12 +240,17 @@ _ENCODER_HEAD = Part(HEADS, _HEAD_DIM)
 
 
 def _encoder(
-    *models: str, attention: str, heads: Heads, refused: Mapping[str, str] = MappingProxyType({})
+    *models: str,
+    attention: str,
+    heads: Heads,
+    refused: Mapping[str, str] = MappingProxyType({}),
+    layers: Mapping[str, str] = MappingProxyType({}),
 ) -> Family:
     return Family(
         models,
-        Layers(_layer("{at:**}.encoder.layer.{member}"), by_place=()),
+        Layers(_layer("{at:**}.encoder.layer.{member}"), refused=layers),
         (
+            _use("{at:**}.crossattention.output.dense.{kind:weight|bias}", {}),
             _use(
                 f"{{at:**}}.attention.{attention}.{{name:query|key|value}}.{{kind:weight|bias}}",
                 {0: _ENCODER_HEAD},
@@ -300,7 +304,8 @@ FAMILIES: tuple[Family, ...] = (
         *("bert", "roberta", "xlm-roberta"),
         attention="self",
         heads=Heads(HEADS),
-        refused=MappingProxyType({HEADS: _BERT_HEADS, "num_hidden_layers": _BERT_LAYERS}),
+        refused=MappingProxyType({HEADS: _BERT_HEADS}),
+        layers=MappingProxyType({"num_hidden_layers": _BERT_LAYERS}),
     ),
     _encoder("vit", attention="attention", heads=Heads(HEADS, pinned=_PINNED)),
 )

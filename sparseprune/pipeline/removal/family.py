@@ -89,17 +89,19 @@ class Layers:
     """Where the config speaks of layers by their number: what is cut, or said in another way, with them.
 
     `by_place`: lists with an entry for each; `by_number`: lists of numbers; `up_to`: counts of the first
-    ones, and what they are where the config has none. `implied` are lists that the class makes where the
-    config has none: an expression over `layer`, for lists of numbers whether it is one of them. `settled`
-    keys say the same by a rule that ends with the list: layers are in it by either, and the keys get values
-    that say no more. Where one of the `refused` keys is set no layer can go, with the reason.
+    ones, and what they are where the config has none; `beyond` counts those behind all that the key counts.
+    `implied` are lists that the class makes where the config has none: an expression over `layer`, for lists
+    of numbers whether it is one of them. `settled` keys say the same by a rule that ends with the list:
+    layers are in it by either, and the keys get values that say no more. Where one of the `refused` keys is
+    set no layer can go, with the reason.
     """
 
     members: Members
-    by_place: tuple[str, ...] = ("layer_types",)
+    by_place: tuple[str, ...] = ("layer_types", "mlp_layer_types")
     by_number: tuple[str, ...] = ()
     up_to: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
     implied: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    beyond: str = ""
     settled: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
     refused: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
 

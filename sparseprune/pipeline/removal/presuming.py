@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from sparseprune.engine.grids import prod
 from sparseprune.pipeline.removal.geometry import Sliced, sliced
+from sparseprune.pipeline.removal.membership import numbered
 from sparseprune.spec import BoundScope
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from sparseprune.checkpoint import StoredTensor
     from sparseprune.engine.grids import Shape
@@ -94,7 +95,11 @@ def _not_removable(rule: BoundRule, plan: Plan, look: Look) -> str | None:
 
 
 def _is_told(instance: BoundInstance, look: Look) -> bool:
-    """Whether the budget says how much each member keeps: it has one, or members are single blocks."""
+    """Whether the budget says how much each member keeps.
+
+    It does of one member, and of single blocks that are members of one list and alike in their tensors, since
+    then it does not matter which of them go.
+    """
     if instance.budget.nnz is None:
         return False
     found = (look(leaf) for leaf in instance.scope.leaves)
@@ -102,4 +107,19 @@ def _is_told(instance: BoundInstance, look: Look) -> bool:
         return False
     scope = instance.scope
     members = (scope,) if isinstance(scope, BoundScope) else scope.members
-    return len(members) == 1 or all(prod(member.block.grid_shape) == 1 for member in members)
+    if len(members) == 1:
+        return True
+    shapes = {tuple(sorted((leaf.view_shape, leaf.shape) for leaf in member.leaves)) for member in members}
+    lists = {_list_of([leaf.tensor for leaf in member.leaves]) for member in members}
+    return (
+        all(prod(member.block.grid_shape) == 1 for member in members) and len(shapes) == 1 and len(lists) == 1
+    )
+
+
+def _list_of(names: Sequence[str]) -> str:
+    """The list whose member all of these tensors belong to: the innermost one that they share."""
+    for before, number, _ in reversed(list(numbered(names[0]))):
+        member = f"{before}.{number}."
+        if all(name.startswith(member) for name in names):
+            return before
+    return ""

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from sparseprune.spec import Captures
 
 _TEXT = "text_config"
-_OTHER_TOWERS = re.compile("vision|visual|audio|image|speech")
+_OTHER_TOWERS = re.compile("vision|visual|audio|image|speech|resampler|perceiver|connector|projector|former")
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,6 @@ from sparseprune.errors import CheckpointError
 from sparseprune.pipeline.removal.claiming import Claim, Claims, Dense, collect
 from sparseprune.pipeline.removal.grouping import (
     indivisible,
-    place_of,
     routing_problems,
     sized_lists,
     uneven_heads,
@@ -62,7 +61,9 @@ def agree(section: Section, dense: Dense) -> Agreement:
             problems += wrong
             for claim in claimed:
                 _follow(claim, units, followers)
-        first, *others = {int(np.count_nonzero(units)): site for site, units in settled[key].items()}.items()
+        first, *others = {
+            int(np.count_nonzero(units)): sites[site][0].module for site, units in settled[key].items()
+        }.items()
         values[key] = first[0]
         problems += [_unlike(key, first, others[0])] if others else []
     problems += [text for keys, text in claims.misfits if not values.keys().isdisjoint(keys)]
@@ -119,11 +120,11 @@ def _with(dense: Dense, name: str, along: Mapping[int, Flags]) -> Kept:
     return kept_slices([along.get(dim, flags) for dim, flags in enumerate(before.along)])
 
 
-def _unlike(key: str, first: tuple[int, Site], other: tuple[int, Site]) -> str:
-    told = (f"{count} in {place_of(site)}" for count, site in (first, other))
+def _unlike(key: str, first: tuple[int, str], other: tuple[int, str]) -> str:
+    told = (f"{count} in {module}" for count, module in (first, other))
     return (
-        f"{key} would be {' and '.join(told)}, and config.json has one for all: give every layer the "
-        "same nnz or sparsity"
+        f"{key} would be {' and '.join(told)}, and config.json has one for all: give all of these the same "
+        "nnz or sparsity"
     )
 
 
