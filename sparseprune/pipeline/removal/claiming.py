@@ -204,7 +204,7 @@ def _claim_lists(section: Section, dense: Dense, claims: Claims) -> None:
     for name in dense.shapes:
         for before, number, _ in numbered(name):
             members[before].add(number)
-    layers = layer_lists(section, dense) if vanished.numbers else {}
+    layers = layer_lists(section, dense)
     for before, numbers in members.items():
         if vanished.takes(f"{before}.x"):
             continue  # in a layer that vanishes itself
@@ -247,16 +247,19 @@ def _claim_list(
 
 
 def layer_lists(section: Section, dense: Dense) -> dict[str, int]:
-    """The lists of layers that the config counts, and how many members they have.
+    """The lists of layers that the config counts, and how many members they have; none if none loses any.
 
     Where several lists are called so, those count of whose tensors the family knows some.
     """
+    pattern = section.family.layers.members.pattern
+    if not any(pattern.match(f"{before}.0") is not None for before in dense.vanished.numbers):
+        return {}
     use_of = users(section)
     found: dict[str, set[int]] = defaultdict(set)
     known = set()
     for name in dense.shapes:
         for before, number, _ in numbered(name) if section.reaches(name) else ():
-            if section.family.layers.members.pattern.match(f"{before}.0") is not None:
+            if pattern.match(f"{before}.0") is not None:
                 found[before].add(number)
                 if use_of(name) is not None:
                     known.add(before)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def removed_layers(section: Section, dense: Dense) -> tuple[tuple[int, ...], list[str]]:
     """The numbers of the layers that go, and what is in the way."""
     layers = section.family.layers
-    removed = _losing_layers(section, dense) if dense.vanished.numbers else ()
+    removed = _losing_layers(section, dense)
     problems = []
     if removed:
         problems += [

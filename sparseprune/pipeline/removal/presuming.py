@@ -109,7 +109,7 @@ def _is_told(instance: BoundInstance, look: Look) -> bool:
     members = (scope,) if isinstance(scope, BoundScope) else scope.members
     if len(members) == 1:
         return True
-    shapes = {tuple(sorted((leaf.view_shape, leaf.shape) for leaf in member.leaves)) for member in members}
+    shapes = {tuple((leaf.view_shape, leaf.shape) for leaf in member.leaves) for member in members}
     lists = {_list_of([leaf.tensor for leaf in member.leaves]) for member in members}
     return (
         all(prod(member.block.grid_shape) == 1 for member in members) and len(shapes) == 1 and len(lists) == 1
