@@ -11,6 +11,8 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from sparseprune.checkpoint import Resized, StagedOutput, TensorReader, lay_out_removal, read_config
+from sparseprune.checkpoint.folder import SUFFIX
+from sparseprune.checkpoint.foreign import PICKLE_SUFFIXES
 from sparseprune.cli.choosing import Ending, RemoveRequest, chosen, refuse_contradictions
 from sparseprune.cli.console import print_json, print_result, stderr_console, tell
 from sparseprune.cli.progress import progress
@@ -18,15 +20,15 @@ from sparseprune.cli.writing import digest, interrupts_told, output_shown, write
 from sparseprune.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from sparseprune.checkpoint import OutputLayout
+    from sparseprune.checkpoint import Checkpoint, OutputLayout
     from sparseprune.cli.choosing import Choice
     from sparseprune.pipeline.removal.cutting import Cut
     from sparseprune.pipeline.removal.removing import Removal
     from sparseprune.report.removal import RemovalRun
 
     Document = dict[str, Any]
+
+_WEIGHTS = PICKLE_SUFFIXES | {SUFFIX, ".gguf", ".onnx", ".h5", ".msgpack"}
 
 
 def run(request: RemoveRequest) -> None:
@@ -43,7 +45,7 @@ def run(request: RemoveRequest) -> None:
         with chosen(request, ending) as choice:
             document, layout = _cut(request, choice, ending, began)
         if not request.quiet:
-            _tell(request, choice.remarks, document, time.perf_counter() - began)
+            _tell(request, choice, document, time.perf_counter() - began)
         if request.json:
             print_json(document)
         else:
@@ -153,7 +155,16 @@ def _circumstances(request: RemoveRequest, choice: Choice, layout: OutputLayout,
     )
 
 
-def _tell(request: RemoveRequest, remarks: Sequence[str], document: Document, seconds: float) -> None:
+def _other_weights(checkpoint: Checkpoint) -> list[str]:
+    """A line where files of other formats, or of variants, hold weights that the config no longer fits."""
+    names = [str(other.path) for other in checkpoint.others if other.path.suffix.lower() in _WEIGHTS]
+    if not names:
+        return []
+    more = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
+    return [f"copied as it is, with the weights of the larger model: {names[0]}{more}"]
+
+
+def _tell(request: RemoveRequest, choice: Choice, document: Document, seconds: float) -> None:
     from sparseprune.report.removal import changed_table, removal_lines
     from sparseprune.report.tables import rules_table
     from sparseprune.report.wording import size
@@ -163,7 +174,7 @@ def _tell(request: RemoveRequest, remarks: Sequence[str], document: Document, se
         console.print(changed_table(document))
     if document["rules"]:
         console.print(rules_table(document))
-    for line in (*removal_lines(document), *remarks):
+    for line in (*removal_lines(document), *choice.remarks, *_other_weights(choice.checkpoint)):
         console.print(line)
     console.print(
         f"{seconds:.1f} s, {size(document['totals']['bytes'] / seconds)}/s, on {document['device']}"

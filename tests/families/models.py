@@ -79,6 +79,10 @@ def gemma() -> Any:
     return transformers.GemmaForCausalLM(transformers.GemmaConfig(**_WIDE_HEADS))
 
 
+def gemma2() -> Any:
+    return transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**_WIDE_HEADS))
+
+
 def gemma3() -> Any:
     return transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**_WIDE_HEADS))
 
@@ -146,6 +150,14 @@ def bert_for_masked_lm() -> Any:
     return transformers.BertForMaskedLM(transformers.BertConfig(**_LAYERED, **_TEXT))
 
 
+def roberta() -> Any:
+    return transformers.RobertaModel(transformers.RobertaConfig(**_LAYERED, **_TEXT))
+
+
+def xlm_roberta() -> Any:
+    return transformers.XLMRobertaModel(transformers.XLMRobertaConfig(**_LAYERED, **_TEXT))
+
+
 def vit() -> Any:
     return transformers.ViTModel(transformers.ViTConfig(**_LAYERED, image_size=32, patch_size=16))
 
@@ -171,10 +183,10 @@ def mobilenet() -> Any:
 FAMILIES: dict[str, Callable[[], Any]] = {
     function.__name__: function
     for function in (
-        *(llama, llama_without_head, qwen2, qwen3, mistral, gemma, gemma3, gemma3_with_pictures),
+        *(llama, llama_without_head, qwen2, qwen3, mistral, gemma, gemma2, gemma3, gemma3_with_pictures),
         *(phi3, gpt2, gpt2_without_head),
         *(mixtral, qwen2_moe, qwen3_moe, deepseek_v3, gpt_oss, llama4),
-        *(bert, bert_for_masked_lm, vit, vit_for_classification),
+        *(bert, bert_for_masked_lm, roberta, xlm_roberta, vit, vit_for_classification),
         *(resnet, resnet_with_bottlenecks, mobilenet),
     )
 }

@@ -27,7 +27,9 @@ CHANNELS = {
     "qwen3": "decoder-mlp-channels",
     "mistral": "decoder-mlp-channels",
     "gemma": "decoder-mlp-channels",
+    "gemma2": "decoder-mlp-channels",
     "gemma3": "decoder-mlp-channels",
+    "deepseek_v3": "decoder-mlp-channels",
     "gemma3_with_pictures": "decoder-mlp-channels",
     "phi3": "phi3-mlp-channels",
     "gpt2": "gpt2-mlp-channels",
@@ -36,25 +38,15 @@ CHANNELS = {
     "qwen3_moe": "moe-expert-channels",
     "bert": "bert-mlp-channels",
     "bert_for_masked_lm": "bert-mlp-channels",
+    "roberta": "bert-mlp-channels",
+    "xlm_roberta": "bert-mlp-channels",
     "vit": "vit-mlp-channels",
     "vit_for_classification": "vit-mlp-channels",
 }
 HEADS = {
-    **dict.fromkeys(
-        (
-            "llama",
-            "llama_without_head",
-            "qwen2",
-            "qwen3",
-            "mistral",
-            "gemma",
-            "gemma3",
-            "mixtral",
-            "qwen2_moe",
-        ),
-        "decoder-gqa-heads",
-    ),
-    **dict.fromkeys(("qwen3_moe", "gpt_oss", "llama4", "gemma3_with_pictures"), "decoder-gqa-heads"),
+    **dict.fromkeys(("llama", "llama_without_head", "gemma2", "gemma3"), "decoder-gqa-heads"),
+    **dict.fromkeys(("qwen2", "qwen3", "mistral", "gemma", "gemma3_with_pictures"), "decoder-gqa-heads"),
+    **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "llama4"), "decoder-gqa-heads"),
     "phi3": "phi3-gqa-heads",
     "vit": "vit-heads",
     "vit_for_classification": "vit-heads",
@@ -98,11 +90,120 @@ def test_channels_are_cut_out(family: str, tmp_path: Path) -> None:
 def test_heads_are_cut_out(family: str, tmp_path: Path) -> None:
     dense = make(family, tmp_path)
     # Some classes want a divisor of the hidden size: 4 heads of 8, in place of 6.
-    options = ("--set", "sparsity=0.5") if family.startswith(("llama", "gemma3")) else ()
+    options = ("--set", "sparsity=0.5") if family.startswith(("llama", "gemma2", "gemma3")) else ()
     pruned = prune(dense, HEADS[family], "--no-masks", *options)
     smaller = removed(dense, HEADS[family], *options)
     check_same_outputs(dense, pruned, smaller)
     assert config_of(smaller)["head_dim"] == (config_of(dense.folder).get("head_dim") or 4)
+
+
+STACKED = {
+    "gpt_oss": """
+        version = 1
+        [block.pair]                  # gate and up lie side by side
+        tensors = "**.experts.gate_up_proj"
+        view = "e h (c two) -> e c h two"
+        axes = { two = 2 }
+        shape = [-1, 1, -1, -1]
+        [block.bias]
+        tensors = "**.experts.gate_up_proj_bias"
+        view = "e (c two) -> e c two"
+        axes = { two = 2 }
+        shape = [-1, 1, -1]
+        [block.row]
+        tensors = "**.experts.down_proj"
+        shape = [-1, 1, -1]
+        [block_coupling.channel]
+        blocks = ["pair", "bias", "row"]
+        [scope.channels]
+        block = "channel"
+        shape = []
+        nnz = 36
+        """,
+    "llama4": """
+        version = 1
+        [vars]
+        width = "config.intermediate_size"
+        [block.gate]                  # one after the other
+        tensors = "**.layers.{layer}.feed_forward.experts.gate_up_proj"
+        slice = [":", ":", "0:width"]
+        shape = [-1, -1, 1]
+        [block.up]
+        tensors = "**.layers.{layer}.feed_forward.experts.gate_up_proj"
+        slice = [":", ":", "width:2*width"]
+        shape = [-1, -1, 1]
+        [block.row]
+        tensors = "**.layers.{layer}.feed_forward.experts.down_proj"
+        shape = [-1, 1, -1]
+        [block_coupling.channel]
+        blocks = ["gate", "up", "row"]
+        orders = [[0, 2, 1], [0, 2, 1], [0, 1, 2]]
+        [scope.channels]
+        block = "channel"
+        shape = []
+        nnz = 36
+        [block.shared]
+        tensors = "**.layers.{layer}.feed_forward.shared_expert.{name:gate|up}_proj.weight"
+        shape = [1, -1]
+        [block.column]
+        tensors = "**.layers.{layer}.feed_forward.shared_expert.down_proj.weight"
+        shape = [-1, 1]
+        [block_coupling.unit]
+        blocks = ["shared", "column"]
+        orders = [[0, 1], [1, 0]]
+        across = ["name"]
+        [scope.units]                 # as wide as the others
+        block = "unit"
+        shape = []
+        nnz = 36
+        """,
+}
+
+
+@pytest.mark.parametrize("family", STACKED)
+def test_channels_of_experts_in_one_tensor_are_cut_out(family: str, tmp_path: Path) -> None:
+    dense, text = make(family, tmp_path), STACKED[family]
+    if family == "gpt_oss":  # a scope for each layer
+        text = text.replace("**.experts", "**.layers.{layer}.mlp.experts")
+    spec = write_spec(tmp_path, text)
+    pruned = prune(dense, str(spec), "--no-masks", output="pruned")
+    smaller = removed(dense, spec)
+    check_same_outputs(dense, pruned, smaller)
+    assert config_of(smaller)["intermediate_size"] == 36
+
+
+QUERIES = """
+version = 1
+[vars]
+kv = "config.num_key_value_heads"
+group = "config.num_attention_heads // config.num_key_value_heads"
+[block.rows]
+tensors = "**.layers.{layer}.self_attn.q_proj.weight"
+view = "(kv g d) k -> kv g d k"
+axes = { kv = "kv", g = "group" }
+shape = [1, 1, -1, -1]
+[block.columns]
+tensors = "**.layers.{layer}.self_attn.o_proj.weight"
+view = "m (kv g d) -> kv g m d"
+axes = { kv = "kv", g = "group" }
+shape = [1, 1, -1, -1]
+[block_coupling.head]
+blocks = ["rows", "columns"]
+[scope.attention]
+block = "head"
+shape = [1, -1]
+nnz = 1
+"""
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_as_many_query_heads_of_every_key_value_head_are_cut_out(family: str, tmp_path: Path) -> None:
+    dense, spec = make(family, tmp_path), write_spec(tmp_path, QUERIES)
+    pruned = prune(dense, str(spec), "--no-masks", output="pruned")
+    smaller = removed(dense, spec)
+    check_same_outputs(dense, pruned, smaller)
+    config = config_of(smaller)
+    assert (config["num_attention_heads"], config["num_key_value_heads"]) == (4, 4)
 
 
 EXPERTS = {
@@ -285,11 +386,12 @@ def test_fewer_experts_than_are_chosen_are_refused(tmp_path: Path) -> None:
     )
 
 
-LAYERS = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3", "gemma3_with_pictures", "phi3", "gpt2")
+LAYERS = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "gemma3_with_pictures")
+OTHER_LAYERS = ("phi3", "gpt2")
 MOE_LAYERS = ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "llama4", "deepseek_v3")
 
 
-@pytest.mark.parametrize("family", [*LAYERS, *MOE_LAYERS])
+@pytest.mark.parametrize("family", [*LAYERS, *OTHER_LAYERS, *MOE_LAYERS])
 def test_whole_layers_are_cut_out(family: str, tmp_path: Path) -> None:
     """Without anything of it a layer passes its input on."""
     dense = make(family, tmp_path)
