@@ -14,6 +14,7 @@ from sparseprune.pipeline.removal.claiming import users
 from sparseprune.pipeline.removal.layering import removed_layers, without_layers
 from sparseprune.pipeline.removal.sections import Section, section_of
 from sparseprune.pipeline.removal.widths import agree, refuse
+from sparseprune.spec.problems import shown
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -117,9 +118,8 @@ def _quantized(dense: Dense, quantization: object) -> list[str]:
         ]
     named = next((text for text in _texts(quantization) if _MODULE.search(text)), None)
     if dense.vanished.numbers and named is not None:
-        return [
-            f"config.json: quantization_config names {named!r} by a number that changes: dequantize first"
-        ]
+        number = "by a number, which may change: dequantize the checkpoint first"
+        return [f"config.json: quantization_config names {shown(named)} {number}"]
     return []
 
 

@@ -272,3 +272,20 @@ def test_configs_that_make_no_sense_are_refused_in_one_line(case: str) -> None:
     with pytest.raises(CheckpointError) as error:
         without_layers({**SIZES, **config}, [1])
     assert error.value.args == (line,)
+
+
+def test_layers_behind_the_others_are_counted_by_a_key_of_their_own() -> None:
+    config = {**SIZES, "model_type": "deepseek_v3", "num_hidden_layers": 4, "num_nextn_predict_layers": 2}
+    removal = without_layers(config, [1, 5])
+    found = {change.key: change.after for change in removal.changes}
+    assert (found["num_hidden_layers"], found["num_nextn_predict_layers"]) == (3, 1)
+    assert "num_nextn_predict_layers" not in {change.key for change in without_layers(config, [1]).changes}
+
+
+@pytest.mark.parametrize("key", ["modules_to_not_convert", "ignore"])
+def test_layers_stay_where_a_quantizer_has_written_their_numbers_down(key: str) -> None:
+    config = {**SIZES, "model_type": "llama"}
+    for name in ("model.layers.3.mlp", "model.layers.3"):
+        with pytest.raises(CheckpointError, match=f'quantization_config names "{name}" by a number'):
+            without_layers({**config, "quantization_config": {key: ["lm_head", name]}}, [1])
+    assert without_layers({**config, "quantization_config": {key: ["lm_head", "re:.*mlp"]}}, [1]).changes
