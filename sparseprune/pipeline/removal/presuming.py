@@ -48,13 +48,15 @@ class Presumed:
 
 def presume(plan: Plan, config: Mapping[str, Any] | None) -> Presumed:
     """What removing by a plan would come to."""
-    look = _looker(plan.checkpoint.tensors)
+    known: dict[object, Sliced | None] = {}
+    look = _looker(plan.checkpoint.tensors, known)
     found = {rule.name: _not_removable(rule, plan, look) for rule in plan.bound.rules}
     reasons = {name: reason for name, reason in found.items() if reason is not None}
     instances = [
         instance for rule in plan.bound.rules if rule.name not in reasons for instance in rule.instances
     ]
-    if not instances or not all(_is_told(instance, look) for instance in instances):
+    fits = all(one is None or one.size <= _LARGEST for one in known.values())
+    if not instances or not fits or not all(map(_is_told, instances)):
         return Presumed(reasons)
     # Numpy comes in here.
     from sparseprune.pipeline.removal.imagining import imagine  # noqa: PLC0415
@@ -70,9 +72,8 @@ def presume(plan: Plan, config: Mapping[str, Any] | None) -> Presumed:
     return Presumed(reasons, imagined.shapes, imagined.removal, (), sum(left.values()), nbytes)
 
 
-def _looker(tensors: Mapping[str, StoredTensor]) -> Look:
-    """`sliced`, asked once for all leaves that look alike."""
-    known: dict[tuple[object, ...], Sliced | None] = {}
+def _looker(tensors: Mapping[str, StoredTensor], known: dict[object, Sliced | None]) -> Look:
+    """`sliced`, asked once for all leaves that look alike: what it said is `known`."""
 
     def look(leaf: BoundBlock) -> Sliced | None:
         shape = tensors[leaf.tensor].shape
@@ -94,7 +95,7 @@ def _not_removable(rule: BoundRule, plan: Plan, look: Look) -> str | None:
     return None
 
 
-def _is_told(instance: BoundInstance, look: Look) -> bool:
+def _is_told(instance: BoundInstance) -> bool:
     """Whether the budget says how much each member keeps.
 
     It does of one member, and of single blocks that are members of one list and alike in their tensors, since
@@ -102,18 +103,13 @@ def _is_told(instance: BoundInstance, look: Look) -> bool:
     """
     if instance.budget.nnz is None:
         return False
-    found = (look(leaf) for leaf in instance.scope.leaves)
-    if any(one is None or one.size > _LARGEST for one in found):
-        return False
     scope = instance.scope
     members = (scope,) if isinstance(scope, BoundScope) else scope.members
     if len(members) == 1:
         return True
     shapes = {tuple((leaf.view_shape, leaf.shape) for leaf in member.leaves) for member in members}
-    lists = {_list_of([leaf.tensor for leaf in member.leaves]) for member in members}
-    return (
-        all(prod(member.block.grid_shape) == 1 for member in members) and len(shapes) == 1 and len(lists) == 1
-    )
+    single = len(shapes) == 1 and all(view == block for view, block in next(iter(shapes)))
+    return single and len({_list_of([leaf.tensor for leaf in member.leaves]) for member in members}) == 1
 
 
 def _list_of(names: Sequence[str]) -> str:
