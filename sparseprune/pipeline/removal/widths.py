@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     Flags = NDArray[np.bool_]
     Site = Captures
 
+_MATRIX = (".weight", ".bias")
+
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
@@ -135,8 +137,15 @@ def _beside(claims: Claims, dense: Dense) -> Iterator[str]:
         if kept.cut and name not in dense.gone:
             modules.setdefault(name.rpartition(".")[0], name)
     for name in claims.stays if modules else ():
-        cut = modules.get(name.rpartition(".")[0])
-        if cut is not None and name not in dense.kept and name not in claims.uses:
+        if name in dense.kept or name in claims.uses:
+            continue
+        parent = name.rpartition(".")[0]
+        above = (".".join(parent.split(".")[:depth]) for depth in range(parent.count(".") + 1))
+        # Modules below a matrix's own are adapters of it; those below others are their parts.
+        cut = modules.get(parent) or next(
+            (modules[module] for module in above if modules.get(module, "").endswith(_MATRIX)), None
+        )
+        if cut is not None:
             yield (
                 f"{name} lies beside {cut}, which is cut, and nothing tells how to cut it: merge it, or "
                 "take it out"

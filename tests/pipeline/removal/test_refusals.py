@@ -592,6 +592,8 @@ CASES: dict[str, Case] = {
             **decoder(LLAMA),
             f"{L0}.mlp.up_proj.weight_scale": (10, 1),
             f"{L0}.self_attn.q_proj.weight_scale": (12, 1),
+            f"{L0}.mlp.gate_proj.lora_A.default.weight": (2, 24),
+            f"{L0}.mlp.act.scale": (1,),
         },
         LLAMA,
         channels(FOUR),
@@ -599,6 +601,10 @@ CASES: dict[str, Case] = {
             (
                 f"{L0}.mlp.up_proj.weight_scale lies beside {L0}.mlp.up_proj.weight, which is cut, and "
                 "nothing tells how to cut it: merge it, or take it out"
+            ),
+            (
+                f"{L0}.mlp.gate_proj.lora_A.default.weight lies beside {L0}.mlp.gate_proj.weight, which is "
+                "cut, and nothing tells how to cut it: merge it, or take it out"
             ),
         ),
         whole(f"{L0}.*"),
