@@ -10,12 +10,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from sparseprune import __version__
 from sparseprune.checkpoint import (
     OutputLayout,
     StagedOutput,
     TensorReader,
-    checkpoint_identity,
     lay_out_choice,
     lay_out_removal,
     open_choice,
@@ -24,7 +22,7 @@ from sparseprune.checkpoint import (
     refuse_replacing,
 )
 from sparseprune.cli.collecting import collector_paused
-from sparseprune.cli.masked import masked_by
+from sparseprune.cli.masked import identity_of_masked, masked_by
 from sparseprune.cli.progress import progress
 from sparseprune.cli.request import Request, as_applied, few_tokens, identity_of, prepare, score_shards
 from sparseprune.cli.writing import digest, staged
@@ -162,20 +160,13 @@ def _by_masks(request: RemoveRequest, masks: Path) -> Choice:
     from sparseprune.report.reapplication import left_out_text
 
     limits = limits_of(request.memory, uses_torch=False)
-    files = [
-        (str(shard.path.absolute()), shard.header.file_size, shard.mtime_ns, digest(repr(shard.header.raw)))
-        for shard in matched.masks.shards
-    ]
-    carried = () if origin is None else (sorted(origin.overrides.items()), repr(origin.spec))
     return Choice(
         source=str(masks),
         checkpoint=matched.checkpoint,
         masks=[pair.mask for pair in matched.pairs],
         limits=limits,
         identity={
-            "the version": __version__,
-            "the input": checkpoint_identity(matched.checkpoint),
-            "the masks": digest(json.dumps([files, carried])),
+            **identity_of_masked(masked),
             "the options": json.dumps(["remove", request.partial, limits.slab]),
         },
         refuse_changed=lambda: refuse_changed(matched.checkpoint, matched.masks.shards),

@@ -1,14 +1,17 @@
-"""What `reapply` and `verify --masks` share: the way from two paths to tensors with their masks.
+"""What `reapply`, `remove --masks` and `verify --masks` share: from two paths to tensors with their masks.
 
 Reads headers and what lies beside the masks, no tensor data.
 """
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from sparseprune.checkpoint import open_checkpoint, open_masks, provenance_of
+from sparseprune import __version__
+from sparseprune.checkpoint import checkpoint_identity, open_checkpoint, open_masks, provenance_of
+from sparseprune.cli.writing import digest
 from sparseprune.pipeline.matching import match_masks
 
 if TYPE_CHECKING:
@@ -40,3 +43,18 @@ def masked_by(asked: Asked, masks: Path) -> Masked:
     checkpoint, opened = open_checkpoint(asked.checkpoint), open_masks(masks)
     origin = provenance_of(opened)
     return Masked(match_masks(checkpoint, opened, origin, partial=asked.partial), origin)
+
+
+def identity_of_masked(masked: Masked) -> dict[str, str]:
+    """What an unfinished output must agree with to be continued: the version, the input, the masks."""
+    matched, origin = masked.matched, masked.origin
+    files = [
+        (str(shard.path.absolute()), shard.header.file_size, shard.mtime_ns, digest(repr(shard.header.raw)))
+        for shard in matched.masks.shards
+    ]
+    carried = () if origin is None else (sorted(origin.overrides.items()), repr(origin.spec))
+    return {
+        "the version": __version__,
+        "the input": checkpoint_identity(matched.checkpoint),
+        "the masks": digest(json.dumps([files, carried])),
+    }

@@ -7,19 +7,17 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sparseprune import __version__
 from sparseprune.checkpoint import (
     StagedOutput,
-    checkpoint_identity,
     lay_out_apply,
     refuse_changed,
     refuse_replacing,
 )
 from sparseprune.cli.collecting import collector_paused
 from sparseprune.cli.console import print_json, print_result, stderr_console, tell
-from sparseprune.cli.masked import masked_by
+from sparseprune.cli.masked import identity_of_masked, masked_by
 from sparseprune.cli.progress import progress
-from sparseprune.cli.writing import digest, interrupts_told, output_shown, write_output
+from sparseprune.cli.writing import interrupts_told, output_shown, write_output
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -133,19 +131,8 @@ def _circumstances(request: ReapplyRequest, prepared: _Prepared, began: float) -
 
 def _identity(request: ReapplyRequest, prepared: _Prepared) -> dict[str, str]:
     """What an unfinished output must agree with to be continued; the number of jobs is no part of it."""
-    matched, origin = prepared.masked.matched, prepared.masked.origin
-    files = [
-        (str(shard.path.absolute()), shard.header.file_size, shard.mtime_ns, digest(repr(shard.header.raw)))
-        for shard in matched.masks.shards
-    ]
-    carried = () if origin is None else (sorted(origin.overrides.items()), repr(origin.spec))
     options = (request.mask_format, request.partial, prepared.reapplication.limits.slab)
-    return {
-        "the version": __version__,
-        "the input": checkpoint_identity(matched.checkpoint),
-        "the masks": digest(json.dumps([files, carried])),
-        "the options": json.dumps(["reapply", *options]),
-    }
+    return {**identity_of_masked(prepared.masked), "the options": json.dumps(["reapply", *options])}
 
 
 def _tell(request: ReapplyRequest, prepared: _Prepared, document: dict[str, Any], seconds: float) -> None:
