@@ -17,7 +17,7 @@ from sparseprune.cli.choosing import Ending, RemoveRequest, chosen, refuse_contr
 from sparseprune.cli.console import print_json, print_result, stderr_console, tell
 from sparseprune.cli.progress import progress
 from sparseprune.cli.writing import digest, interrupts_told, output_shown, write_output
-from sparseprune.errors import CheckpointError
+from sparseprune.errors import CheckpointError, printable
 
 if TYPE_CHECKING:
     from sparseprune.checkpoint import Checkpoint, OutputLayout
@@ -175,7 +175,7 @@ def _tell(request: RemoveRequest, choice: Choice, document: Document, seconds: f
     if document["rules"]:
         console.print(rules_table(document))
     for line in (*removal_lines(document), *choice.remarks, *_other_weights(choice.checkpoint)):
-        console.print(line)
+        console.print(printable(line), markup=False)  # keys and names of files are a stranger's
     console.print(
         f"{seconds:.1f} s, {size(document['totals']['bytes'] / seconds)}/s, on {document['device']}"
     )
