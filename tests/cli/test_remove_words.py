@@ -1,0 +1,527 @@
+"""`remove`: what is told of a run, its report and its plan; wrong use and scarcity in whole lines."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import jsonschema
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from sparseprune.pipeline.removal.families import model_types
+from sparseprune.spec.problems import listed
+from tests.checkpoint.files import content, names_in
+from tests.cli.interrupted import fill
+from tests.cli.removal import (
+    CASES,
+    HIDDEN,
+    LLAMA,
+    MIXTRAL,
+    UP,
+    VOCABULARY,
+    WIDTH,
+    Draw,
+    decoder,
+    mixture,
+    read,
+    removed,
+    weights,
+    write,
+)
+from tests.samples import Said, run, schema
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+SPEED = re.compile(r"\d+\.\d s, [\d.]+ [kMG]?B/s, on cpu")
+
+
+def told(said: Said) -> list[str]:
+    """What was said on stderr, but for the last line, which tells times."""
+    *lines, speed = said.err.splitlines()
+    assert SPEED.fullmatch(speed)
+    return lines
+
+
+RULES = """\
+rule       tensors  scopes  kept in each  elements  pruned  of all
+scope.mlp        6       2      12 of 16       768     192  13.83%
+"""
+SIZES = """\
+config.json: intermediate_size 16 -> 12
+parameters 1,388 before, 1,196 after (13.83% fewer)
+weights 7.77 kB before, 7.00 kB after
+"""
+CHANGED = """\
+tensor                               shape  becomes  named
+model.layers.0.mlp.down_proj.weight  8x16   8x12
+model.layers.0.mlp.gate_proj.weight  16x8   12x8
+model.layers.0.mlp.up_proj.weight    16x8   12x8
+model.layers.1.mlp.down_proj.weight  8x16   8x12
+model.layers.1.mlp.gate_proj.weight  16x8   12x8
+model.layers.1.mlp.up_proj.weight    16x8   12x8
+"""
+
+
+def test_what_is_told_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    source = write(Path("in"), decoder(), LLAMA)
+    said = removed(source, "decoder-mlp-channels")
+    assert (said.out, told(said)) == ("in-smaller\n", (RULES + SIZES).splitlines())
+    said = removed(source, "decoder-mlp-channels", "-o", "out", "-v")
+    assert (said.out, [line.rstrip() for line in told(said)]) == (
+        "out\n",
+        (CHANGED + RULES + SIZES).splitlines(),
+    )
+    assert run("mask", source, "decoder-mlp-channels", "-o", "masks", "-q").code == 0
+    said = removed(source, "--masks", "masks", "-o", "out", "--force")
+    assert (said.out, told(said)) == ("out\n", SIZES.splitlines())
+    for options in (["-q"], ["-q", "-v"]):
+        said = removed(source, "decoder-mlp-channels", "-o", "out", "--force", *options)
+        assert (said.out, said.err) == ("out\n", "")
+    said = removed(source, "decoder-mlp-channels", "-o", "out", "--force", "-q", "--json")
+    assert (json.loads(said.out)["output"], said.err) == ("out", "")
+
+
+def test_what_partial_masks_leave_out_is_told(tmp_path: Path) -> None:
+    dense = decoder()
+    source = write(tmp_path / "in", dense, LLAMA)
+    full = {"lm_head.weight": torch.ones(VOCABULARY, HIDDEN) > 0}
+    for more, lines in (
+        ({}, []),
+        ({"x.weight": torch.ones(3) > 0}, ["sparseprune: 1 mask without a tensor left out"]),
+        (
+            {"x.weight": torch.ones(3) > 0, "y.weight": torch.ones(3) > 0},
+            ["sparseprune: 2 masks without a tensor left out"],
+        ),
+    ):
+        save_file(full | more, tmp_path / "m.masks")
+        words = (source, "--masks", tmp_path / "m.masks", "--partial", "-o", tmp_path / "out", "--force")
+        said = removed(*words)
+        assert told(said)[: len(lines)] == lines
+        assert said.err.count("left out") == len(lines)
+        assert removed(*words, "-q").err == ""
+
+
+def test_what_is_told_of_heads_layers_and_experts(tmp_path: Path) -> None:
+    lines = {
+        "heads": [
+            "config.json: num_attention_heads 4 -> 2",
+            "config.json: num_key_value_heads 2 -> 1",
+            "config.json: head_dim absent -> 2",
+            "parameters 1,388 before, 1,196 after (13.83% fewer)",
+        ],
+        "layers": [
+            "config.json: num_hidden_layers 2 -> 1",
+            "15 of 24 tensors are left",
+            "parameters 1,388 before, 796 after (42.65% fewer)",
+        ],
+        "experts": [
+            "config.json: num_local_experts 4 -> 2",
+            "29 of 41 tensors are left",
+            "parameters 3,752 before, 2,184 after (41.79% fewer)",
+        ],
+    }
+    for name, wanted in lines.items():
+        case = CASES[name]
+        source = write(tmp_path / name, case.tensors(), case.config)
+        _, _, *found, _ = told(removed(source, case.spec, *case.options))
+        assert sorted(found) == sorted(wanted)
+    table = removed(source, case.spec, *case.options, "--force", "-v").err
+    assert re.search(r"\.experts\.\d\.w2\.weight +8x16 +removed", table)
+    assert re.search(r"\.experts\.\d\.w2\.weight +8x16 +as it was +\S+\.experts\.\d\.w2\.weight", table)
+    assert re.search(r"\.gate\.weight +4x8 +2x8", table)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_report_tells_what_became_of_everything(tmp_path: Path, name: str) -> None:
+    case = CASES[name]
+    dense = case.tensors()
+    source = write(tmp_path / "in", dense, case.config, 2)
+    said = removed(source, case.spec, *case.options, "-o", tmp_path / "out", "--json", "-q")
+    report = json.loads(said.out)
+    assert json.loads((tmp_path / "out" / "sparseprune" / "report.json").read_text()) == report
+    jsonschema.validate(report, schema("remove"))
+    left = read(tmp_path / "out")
+    totals = {
+        "tensors": len(dense),
+        "tensors_after": len(left),
+        "numel": sum(tensor.numel() for tensor in dense.values()),
+        "numel_after": sum(tensor.numel() for tensor in left.values()),
+        "bytes": sum(path.stat().st_size for path in source.glob("*.safetensors")),
+        "bytes_after": sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors")),
+        "output_error_masked": None,
+        "output_error": None,
+    }
+    assert report["totals"] == totals
+    assert {one["key"]: (one["before"], one["after"]) for one in report["config"]} == {
+        key: (case.config.get(key), value) for key, value in case.changes.items()
+    }
+    listed = {one["name"]: one for one in report["tensors"]}
+    becomes = {name: (name, list(tensor.shape)) for name, tensor in dense.items()}
+    for key, one in listed.items():
+        assert (one["shape"], one["dtype"]) == (becomes[key][1], "F32")
+        assert (one["name_after"], one["shape_after"]) != becomes[key]
+        becomes[key] = one["name_after"], one["shape_after"]
+    assert {key: shape for key, shape in becomes.values() if key is not None} == {
+        key: list(tensor.shape) for key, tensor in left.items()
+    }
+    assert (report["input"], report["output"]) == (str(source), str(tmp_path / "out"))
+    assert (report["masks"], report["set"]) == (None, {"sparsity": "0.5"} if case.options else {})
+    (rule,) = report["rules"]
+    assert rule["pruned"] == rule["numel"] * (rule["blocks"] - rule["nnz"] * rule["scopes"]) // rule["blocks"]
+
+
+def test_the_report_of_masks_names_them_and_has_no_rules(tmp_path: Path) -> None:
+    source = write(tmp_path / "in", decoder(), LLAMA)
+    assert run("apply", source, "decoder-mlp-channels", "-o", tmp_path / "zeros", "-q").code == 0
+    said = removed(tmp_path / "zeros", "--masks", tmp_path / "zeros", "-o", tmp_path / "out", "--json", "-q")
+    report = json.loads(said.out)
+    jsonschema.validate(report, schema("remove"))
+    assert (report["masks"], report["spec_sha256"], report["rules"]) == (str(tmp_path / "zeros"), None, [])
+    assert report["totals"]["numel_after"] == 1_196
+    spec = (tmp_path / "out" / "sparseprune" / "spec.toml").read_bytes()
+    assert spec == (tmp_path / "zeros" / "sparseprune" / "spec.toml").read_bytes()
+    assert sorted(path.name for path in (tmp_path / "out" / "sparseprune").iterdir()) == [
+        "report.json",
+        "spec.toml",
+    ]
+
+
+def test_a_dry_run_shows_the_plan_and_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(Path("in"), decoder(), LLAMA)
+    said = removed("in", "decoder-mlp-channels", "--dry-run")
+    lines = [line.strip() for line in said.out.splitlines()]
+    for line in (
+        "removes   16x8 becomes 12x8, 8x16 becomes 8x12",
+        "masks     none",
+        "removal   1,196 parameters (13.83% fewer) in 4.78 kB: intermediate_size 16 -> 12",
+    ):
+        assert line in lines
+    assert (said.err, names_in(tmp_path)) == ("", ["in"])
+    assert any(re.fullmatch(r"output +[\d.]+ kB in in-smaller", line) for line in lines)
+    said = removed("in", "decoder-mlp-channels", "--dry-run", "--json")
+    plan = json.loads(said.out)
+    jsonschema.validate(plan, schema("plan"))
+    assert plan["removal"] == {
+        "problems": [],
+        "config": [{"key": "intermediate_size", "before": 16, "after": 12}],
+        "numel": 1_196,
+        "bytes": 4_775,
+    }
+    assert plan["rules"][0]["removal"]["removable"]
+    assert (said.err, names_in(tmp_path)) == ("", ["in"])
+    # What the run itself then comes to.
+    report = json.loads(removed("in", "decoder-mlp-channels", "--json", "-q").out)
+    assert report["config"] == plan["removal"]["config"]
+    assert report["totals"]["numel_after"] == plan["removal"]["numel"]
+    said = run("remove", "in", "2of4", "--dry-run", "-o", "x")
+    assert (said.code, said.out, said.err) == (2, "", f"sparseprune: {UNREMOVABLE}\n")
+
+
+UNREMOVABLE = (
+    "2of4.toml: scope.proj cannot be removed: its blocks [1, 1] are no whole slices of "
+    "model.layers.0.mlp.down_proj.weight, [8, 16]; apply writes zeros"
+)
+ORPHAN = "and it belongs to no layer or expert that is dropped as a whole"
+COUPLED = f"{ORPHAN}: couple all tensors of one"
+SINCE = f"{ORPHAN}, since model.layers.1.input_layernorm.weight stays: couple all tensors of one"
+NO_CONFIG = (
+    "there is no config.json, which has to say what becomes smaller; give the directory of a checkpoint that "
+    "has one, or use apply, which keeps all shapes"
+)
+UNKNOWN = (
+    'config.json: nothing is known of the model_type "mamba", so that no key can carry the smaller shapes; '
+    f"known are {listed(model_types())}; apply keeps all shapes"
+)
+ONE_FILE = (
+    "in/model.safetensors: what becomes smaller is said in config.json; give the directory of a checkpoint, "
+    "or use apply, which keeps all shapes"
+)
+TAKEN = "HOME/taken: already exists; give another name with -o, or --force to replace it"
+UNEVEN = Path("specs/decoder-mlp-channels.toml").read_text().replace('"sparsity"', '"0.25 + 0.25 * layer"')
+# What is typed after `remove` -> what is said of it, line by line.
+WRONG: dict[str, str] = {
+    "in": "nothing says what to remove; give a SPEC, such as decoder-mlp-channels, or --masks MASKS",
+    "in decoder-mlp-channels --masks rows.masks --partial": (
+        "decoder-mlp-channels and --masks exclude each other; give one of them"
+    ),
+    "in --masks rows.masks --set sparsity=0.5": "--set: goes with a SPEC, whose [vars] it sets",
+    "in --masks rows.masks --dry-run": "--dry-run: goes with a SPEC, whose plan it shows",
+    "in 2of4 --partial": "--partial: goes with --masks MASKS, of which it forgives those without a tensor",
+    "in/model.safetensors decoder-mlp-channels": ONE_FILE,
+    "in/model.safetensors --masks rows.masks --partial": ONE_FILE,
+    "in decoder-mlp-channels -o taken": TAKEN,
+    "in --masks rows.masks --partial -o taken": TAKEN,
+    "in decoder-mlp-channels -o taken --force": (
+        "HOME/taken: --force replaces what sparseprune wrote, and this directory has no report of it; remove "
+        "it yourself, or give another name with -o"
+    ),
+    "in decoder-mlp-channels -o in --force": (
+        "HOME/in: output and input are the same; give another name with -o"
+    ),
+    "in decoder-mlp-channels -o in/out": (
+        "HOME/in/out: the output lies inside the input in; give another place with -o"
+    ),
+    "in decoder-mlp-channels -o no/out": "HOME/no/out: the folder HOME/no does not exist; make it first",
+    "in decoder-mlp-channels -o out.safetensors": (
+        "out.safetensors: the output of the directory in is a directory; give a name without .safetensors"
+    ),
+    "in --masks all --partial -o all --force": (
+        "HOME/all: the output would replace the masks in all/masks.safetensors; give another name with -o"
+    ),
+    "in decoder-mlp-channels --memory 1MB": (
+        "--memory 1000000: this run needs 121634816 bytes at least, of which Python takes 104857600"
+    ),
+    "in --masks even.masks --partial --memory 1MB": (
+        "--memory 1000000: this run needs 121634816 bytes at least, of which Python takes 104857600"
+    ),
+    "in 2of4": UNREMOVABLE,
+    "unknown decoder-mlp-channels": f"decoder-mlp-channels.toml: {UNKNOWN}",
+    "unknown --masks rows.masks --partial": f"rows.masks: {UNKNOWN}",
+    "nothing decoder-mlp-channels": f"decoder-mlp-channels.toml: {NO_CONFIG}",
+    "nothing --masks rows.masks --partial": f"rows.masks: {NO_CONFIG}",
+    "broken decoder-mlp-channels": (
+        "broken/config.json: cannot be read as JSON: Expecting property name enclosed in double quotes: line "
+        "1 column 25 (char 24)"
+    ),
+    "strings decoder-mlp-channels": (
+        'decoder-mlp-channels.toml: config.json: config.intermediate_size comes to "16", wanted an integer'
+    ),
+    "wrong decoder-mlp-channels": "\n".join(
+        f"decoder-mlp-channels.toml: model.layers.{layer}.mlp.{name}_proj.weight has 16 along dimension "
+        f"{dim}, config.json says 17 for intermediate_size"
+        for layer in range(2)
+        for name, dim in (("down", 1), ("gate", 0), ("up", 0))
+    ),
+    "in uneven.toml": (
+        "uneven.toml: intermediate_size would be 12 in model.layers.0.mlp.down_proj and 8 in "
+        "model.layers.1.mlp.down_proj, and config.json has one for all: give all of these the same nnz or "
+        "sparsity"
+    ),
+    "in decoder-mlp-channels-global": (
+        "decoder-mlp-channels-global.toml: intermediate_size would be 15 in model.layers.0.mlp.down_proj "
+        "and 9 in model.layers.1.mlp.down_proj, and config.json has one for all: give all of these the same "
+        "nnz or sparsity"
+    ),
+    "mix moe-experts --set sparsity=0.75": (
+        "moe-experts.toml: num_local_experts would be 1, fewer than the 2 of num_experts_per_tok"
+    ),
+    "in --masks in": (
+        "in: holds no masks; give a mask file, its folder or index, or the output of sparseprune that has "
+        "masks"
+    ),
+    "in --masks absent.masks": "absent.masks: no such file",
+    "in --masks sizes.masks --partial": (
+        f"sizes.masks: mask '{UP}' has the shape [3, 8], the tensor in in [16, 8]; give the masks of this "
+        "checkpoint"
+    ),
+    "in --masks strange.masks": "strange.masks: mask 'x.weight' is for no tensor of in\n"
+    "give the masks of this checkpoint, or --partial to let be what has no counterpart",
+    "in --masks strange.masks --partial": (
+        "strange.masks: no mask is for any tensor of in, such as 'x.weight'; give the masks of this "
+        "checkpoint"
+    ),
+    "in --masks torn.masks --partial": (
+        f"torn.masks: {UP}: its mask is not made of whole slices along its dimensions, so that nothing can "
+        "be cut out; apply writes zeros"
+    ),
+    "in --masks even.masks --partial": (
+        f"even.masks: {UP} loses 4 of 8 along dimension 1, which no key of config.json carries"
+    ),
+    "in --masks embedding.masks": (
+        "embedding.masks: model.embed_tokens.weight loses 4 of 12 along dimension 0, which no key of "
+        "config.json carries"
+    ),
+    "in --masks layer.masks --partial": "\n".join(
+        f"layer.masks: model.layers.1.mlp.{name}_proj.weight: nothing of its {shape} is kept, {SINCE}"
+        for name, shape in (("down", [HIDDEN, WIDTH]), ("gate", [WIDTH, HIDDEN]), ("up", [WIDTH, HIDDEN]))
+    ),
+    "broken --masks rows.masks --partial": (
+        "broken/config.json: cannot be read as JSON: Expecting property name enclosed in double quotes: line "
+        "1 column 25 (char 24)"
+    ),
+    "absent decoder-mlp-channels": "absent: no such file",
+    "in absent.toml": (
+        '"absent.toml" is neither a file nor a spec that ships with sparseprune; `sparseprune specs` lists '
+        "those that do. A spec of your own is named by its path, such as path/to/spec.toml"
+    ),
+    "in --masks norm.masks": f"norm.masks: model.norm.weight: nothing of its [8] is kept, {COUPLED}",
+}
+
+
+def make_home(home: Path) -> Path:
+    """A folder with all that the wrong uses name."""
+    columns, rows = (
+        torch.arange(HIDDEN).expand(WIDTH, HIDDEN),
+        torch.arange(WIDTH)[:, None].expand(WIDTH, HIDDEN),
+    )
+    masks = {
+        "torn": {UP: (rows + columns) % 2 > 0},
+        "even": {UP: columns % 2 > 0},
+        "rows": {UP: rows > 3},
+        "sizes": {UP: torch.ones(3, HIDDEN) > 0},
+        "strange": {"x.weight": torch.ones(3) > 0},
+        "embedding": {"model.embed_tokens.weight": (rows > 3)[:VOCABULARY]},
+        "layer": {
+            f"model.layers.1.mlp.{name}_proj.weight": torch.zeros(each.shape[::way]) > 0
+            for name, each, way in (("gate", rows, 1), ("up", rows, 1), ("down", rows, -1))
+        },
+        "norm": {"model.norm.weight": torch.zeros(HIDDEN) > 0},
+    }
+    (home / "all").mkdir()
+    for name, each in masks.items():
+        save_file({key: mask.contiguous() for key, mask in each.items()}, home / f"{name}.masks")
+    shutil.copy(home / "rows.masks", home / "all" / "masks.safetensors")
+    (home / "all" / "report.json").write_text("{}")
+    write(home / "mix", mixture(), MIXTRAL)
+    configs = {
+        "in": LLAMA,
+        "unknown": {**LLAMA, "model_type": "mamba"},
+        "nothing": None,
+        "broken": {},
+        "strings": {**LLAMA, "intermediate_size": "16"},
+        "wrong": {**LLAMA, "intermediate_size": 17},
+    }
+    for name, config in configs.items():
+        write(home / name, decoder(), config)
+    (home / "broken" / "config.json").write_text('{"model_type": "llama", }')
+    (home / "taken").mkdir()
+    (home / "taken" / "work.txt").write_text("of hours")
+    (home / "uneven.toml").write_text(UNEVEN)
+    return home
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_home(tmp_path_factory.mktemp("home"))
+
+
+@pytest.mark.parametrize("words", WRONG)
+def test_wrong_use_is_told_in_whole_lines_and_leaves_nothing(
+    home: Path, monkeypatch: pytest.MonkeyPatch, words: str
+) -> None:
+    monkeypatch.chdir(home)
+    before, folders = content(home), names_in(home)
+    said = run("remove", *words.split())
+    lines = WRONG[words].replace("HOME", str(home)).splitlines()
+    wanted = [f"sparseprune: {line}" for line in lines]
+    assert (said.code, said.out, said.err.splitlines()) == (2, "", wanted)
+    assert (content(home), names_in(home)) == (before, folders)
+
+
+FULL = "sparseprune: out of memory; give a smaller --memory, or fewer --jobs"
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "sparseprune.pipeline.traffic.Traffic.load_run",
+        "sparseprune.pipeline.removal.slices.read_kept",
+        "sparseprune.pipeline.removal.cutting._Slab.left",
+        "sparseprune.pipeline.removal.removing.configure",
+        "sparseprune.checkpoint.StagedOutput.write_weight",
+        "sparseprune.checkpoint.StagedOutput.copy",
+        "sparseprune.cli.remove.lay_out_removal",
+        "sparseprune.cli.choosing.open_choice",
+    ],
+)
+@pytest.mark.parametrize("quiet", [True, False])
+def test_memory_that_is_not_there_is_told_with_what_to_do_and_the_run_goes_on_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, quiet: bool
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    source = write(tmp_path / "in", decoder(), LLAMA, 2)
+    words = (source, "decoder-mlp-channels", "-o", tmp_path / "out", *(["-q"] if quiet else []))
+    removed(*words)
+    wanted = weights(tmp_path / "out")
+    shutil.rmtree(tmp_path / "out")
+    monkeypatch.setattr(place, fail)
+    said = run("remove", *words)
+    first, *kept = said.err.splitlines()
+    assert (said.code, said.out, first) == (3, "", FULL)
+    assert all(KEPT.search(line) for line in kept)
+    assert not (tmp_path / "out").exists()
+    monkeypatch.undo()
+    removed(*words)
+    assert (weights(tmp_path / "out"), names_in(tmp_path)) == (wanted, ["in", "out"])
+
+
+KEPT = re.compile(
+    r"sparseprune: what is finished is kept in \S+/\.out\.sparseprune-(?:choice|partial): the same command "
+    "continues, removing the folder gives it up$"
+)
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 8 MiB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(place)]
+    if os.geteuid() != 0 or shutil.which("mount") is None:
+        pytest.skip("this user may not mount a disk")
+    if subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("this system does not let root mount a disk")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def test_a_disk_without_room_is_told_and_the_run_goes_on_when_there_is_some(
+    tmp_path: Path, disk: Path
+) -> None:
+    wide = 1 << 16
+    tensors = decoder(layers=0) | {
+        f"model.layers.0.mlp.{name}_proj.weight": Draw()(*shape)
+        for name, shape in (("gate", (wide, 4)), ("up", (wide, 4)), ("down", (4, wide)))
+    }
+    config = {**LLAMA, "hidden_size": 4, "intermediate_size": wide, "num_hidden_layers": 1}
+    source = write(tmp_path / "in", tensors, config)
+    removed(source, "decoder-mlp-channels", "-o", tmp_path / "wanted", "-q")
+    words = ("remove", source, "decoder-mlp-channels", "-o", disk / "out", "-q")
+    size = 4 * 3 * 4 * wide * 3 // 4
+    fill(disk, 2 << 20)  # enough for the masks, and for what is kept free beside
+    for _ in range(2):
+        said = run(*words)
+        first, kept = said.err.splitlines()
+        told = re.fullmatch(
+            rf"sparseprune: {disk}: not enough free space: (\d+) bytes needed, (\d+) free; free some or give "
+            "another place with -o",
+            first,
+        )
+        assert told, said.err
+        assert (said.code, said.out, size < int(told[1]) - (1 << 20) < size + 8192) == (3, "", True)
+        assert KEPT.fullmatch(kept)
+        assert len([name for name in names_in(disk) if name != "filler"]) == 1
+    (disk / "filler").unlink()
+    said = run(*words[:-1])
+    assert (said.code, said.err.splitlines()[0]) == (0, "sparseprune: an unfinished run is continued")
+    assert (weights(disk / "out"), names_in(disk)) == (weights(tmp_path / "wanted"), ["out"])
+    shutil.rmtree(disk / "out")
+    fill(disk, 1 << 20)
+    said = run(*words)
+    assert (said.code, said.err.count("\n"), names_in(disk)) == (3, 1, ["filler"])
+    assert f"{disk}: not enough free space: " in said.err
+
+
+def test_weights_of_other_formats_that_stay_are_named(tmp_path: Path) -> None:
+    source = write(tmp_path / "in", decoder(), LLAMA)
+    (source / "pytorch_model.bin").write_bytes(b"PK")
+    (source / "model.gguf").write_bytes(b"GGUF")
+    said = removed(source, "decoder-mlp-channels", "-o", tmp_path / "out")
+    line = "copied as it is, with the weights of the larger model: model.gguf and 1 more"
+    assert line in said.err.splitlines()
+    assert (tmp_path / "out" / "pytorch_model.bin").read_bytes() == b"PK"
