@@ -245,5 +245,5 @@ def _by_spec(request: RemoveRequest, prepared: Prepared, output: StagedOutput) -
         spec_sha256=digest(prepared.source.text),
         spec=as_applied(typed, prepared.source.text).encode(),
         remarks=few_tokens(plan),
-        continued=True,
+        continued=output.resumed or bool(output.started_over),
     )

@@ -80,6 +80,7 @@ def _cut(
 
     def is_complete() -> None:
         choice.refuse_changed()
+        output.flush()  # what may fail yet should not cost the choice
         choice.let_go()
 
     ending.output = output
