@@ -58,7 +58,8 @@ def without_layers(section: Section, removed: Sequence[int]) -> dict[str, Any]:
     """What the config says of layers by their number, without those that go."""
     layers = section.family.layers
     number = section.value(layers.members.key)
-    stays = [layer for layer in range(number) if layer not in set(removed)]
+    gone = frozenset(removed)
+    stays = [layer for layer in range(number) if layer not in gone]
     values: dict[str, Any] = {layers.members.key: len(stays)}
     for key in layers.by_place:
         entries = _by_place(section, key, number)
@@ -69,8 +70,8 @@ def without_layers(section: Section, removed: Sequence[int]) -> dict[str, Any]:
         values[key] = [place for place, layer in enumerate(stays) if layer in chosen]
         values |= layers.settled
     if layers.beyond in section.values:
-        gone = sum(layer >= number for layer in removed)
-        values[layers.beyond] = max(0, section.value(layers.beyond) - gone)
+        behind = sum(layer >= number for layer in removed)
+        values[layers.beyond] = max(0, section.value(layers.beyond) - behind)
     for key, usual in layers.up_to.items():
         first = section.value(key) if key in section.values else usual
         values[key] = sum(layer < first for layer in stays)
