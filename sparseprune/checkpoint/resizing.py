@@ -194,14 +194,10 @@ def _moved(
 
 
 def _merged(copies: list[CopyRange]) -> Iterator[CopyRange]:
-    """Ranges that follow each other on both sides as one."""
+    """Ranges that follow each other as one: what is next to each other in the input is so in the output."""
     held: CopyRange | None = None
     for copy in copies:
-        if (
-            held is not None
-            and held.source_offset + held.length == copy.source_offset
-            and held.offset + held.length == copy.offset
-        ):
+        if held is not None and held.source_offset + held.length == copy.source_offset:
             held = replace(held, length=held.length + copy.length)
             continue
         if held is not None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from sparseprune.checkpoint import (
     OutputLayout,
+    Resized,
     StagedOutput,
     TensorReader,
     lay_out_choice,
@@ -29,13 +30,15 @@ from sparseprune.cli.writing import digest, staged
 from sparseprune.errors import SparsepruneError, SpecError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from sparseprune.checkpoint import Checkpoint, StoredMask, StoredTensor
     from sparseprune.cli.request import Prepared
     from sparseprune.pipeline import TensorOutcome
     from sparseprune.pipeline.limits import Limits
+    from sparseprune.pipeline.removal.presuming import Presumed
+    from sparseprune.pipeline.removal.removing import Removal
     from sparseprune.spec import BoundSpec
 
 
@@ -180,14 +183,14 @@ def _refused_early(request: RemoveRequest, prepared: Prepared) -> OutputLayout:
     """Where the decision is put down; refused is what cannot be removed, and a place for no output."""
     plan = prepared.plan
     final = _target(request, plan.checkpoint)
-    refuse_unremovable(prepared)
+    removable(prepared)
     instances = [instance for _, instance in plan.bound.instances()]
     rebuilt = any(one.soft is not None or one.reconstruct is not None for one in instances)
     return lay_out_choice(plan.checkpoint, final, plan.reached, rebuilt=rebuilt)
 
 
-def refuse_unremovable(prepared: Prepared) -> None:
-    """SpecError for rules whose blocks cannot be cut out, and for a model that no class can express."""
+def removable(prepared: Prepared) -> Presumed:
+    """What a removal would come to; SpecError for rules that cannot be removed, models that no class has."""
     from sparseprune.pipeline.removal.presuming import presume
 
     presumed = presume(prepared.plan, read_config(prepared.plan.checkpoint))
@@ -200,6 +203,15 @@ def refuse_unremovable(prepared: Prepared) -> None:
         )
     if presumed.problems:
         raise SpecError(*(f"{prepared.source.source}: {problem}" for problem in presumed.problems))
+    return presumed
+
+
+def resized(removal: Removal, rebuilt: Collection[str] = ()) -> dict[str, Resized]:
+    """What becomes of tensors, for the layout of the output; those that are `rebuilt` are not whole."""
+    return {
+        name: Resized(left.name, left.shape, whole=left.kept is None and name not in rebuilt)
+        for name, left in removal.left.items()
+    }
 
 
 def _target(request: RemoveRequest, checkpoint: Checkpoint) -> OutputLayout:

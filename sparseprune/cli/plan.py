@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from sparseprune.checkpoint import Resized, lay_out_removal, read_config
-from sparseprune.cli.choosing import refuse_unremovable
+from sparseprune.checkpoint import lay_out_removal, read_config
+from sparseprune.cli.choosing import removable, resized
 from sparseprune.cli.collecting import collector_paused
 from sparseprune.cli.console import on_terminal, print_json, print_table
 from sparseprune.cli.request import prepare
@@ -39,17 +39,10 @@ def run_removal(request: Request) -> None:
     """The plan of a removal, whose output is the smaller checkpoint; what cannot be removed is refused."""
     with collector_paused():
         prepared = prepare(request)
-        refuse_unremovable(prepared)
-        presumed = _presumed(prepared)
+        presumed = removable(prepared)
         removal = presumed.removal
-        resized = None
-        if removal is not None:
-            resized = {
-                name: Resized(left.name, left.shape, whole=left.kept is None)
-                for name, left in removal.left.items()
-            }
-        config = None if removal is None else removal.config
-        layout = lay_out_removal(prepared.plan.checkpoint, request.output, resized, config)
+        tensors, config = (None, None) if removal is None else (resized(removal), removal.config)
+        layout = lay_out_removal(prepared.plan.checkpoint, request.output, tensors, config)
         _show(request, prepared, layout, presumed, _drawn(prepared.plan.bound, None))
 
 

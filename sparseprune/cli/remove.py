@@ -10,10 +10,10 @@ import json
 import time
 from typing import TYPE_CHECKING, Any
 
-from sparseprune.checkpoint import Resized, StagedOutput, TensorReader, lay_out_removal, read_config
+from sparseprune.checkpoint import StagedOutput, TensorReader, lay_out_removal, read_config
 from sparseprune.checkpoint.folder import SUFFIX
 from sparseprune.checkpoint.foreign import PICKLE_SUFFIXES
-from sparseprune.cli.choosing import Ending, RemoveRequest, chosen, refuse_contradictions
+from sparseprune.cli.choosing import Ending, RemoveRequest, chosen, refuse_contradictions, resized
 from sparseprune.cli.console import print_json, print_result, stderr_console, tell
 from sparseprune.cli.progress import progress
 from sparseprune.cli.writing import digest, interrupts_told, output_shown, write_output
@@ -70,11 +70,8 @@ def _cut(
         removal = make_removal(shapes, kept, config)
     except CheckpointError as error:
         raise CheckpointError(*(f"{choice.source}: {line}" for line in error.args)) from error
-    changed = {
-        name: Resized(left.name, left.shape, whole=left.kept is None and name not in choice.rebuilt)
-        for name, left in removal.left.items()
-    }
-    layout = lay_out_removal(checkpoint, request.output, changed, removal.config)
+    tensors = resized(removal, choice.rebuilt)
+    layout = lay_out_removal(checkpoint, request.output, tensors, removal.config)
     identity = {**choice.identity, "what survives": digest(summed_up(kept))}
     output = StagedOutput(layout, request.force, identity=identity)
 

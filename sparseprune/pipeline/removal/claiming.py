@@ -38,8 +38,8 @@ _OF_ONE_SITE = ("name", "kind", "member")  # captures that tell apart what has t
 class Dense:
     """A checkpoint as it is, and what is kept of it: shapes by name, `kept` where something is dropped.
 
-    `gone` are the tensors of the members that have `vanished`.
-    `exact`: it is known which units survive, and not only how many.
+    `gone` are the tensors of the members that have `vanished`. `exact`: it is known which units survive, and
+    not only how many.
     """
 
     shapes: Mapping[str, Shape]

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from sparseprune.pipeline.removal.claiming import users
 from sparseprune.pipeline.removal.layering import removed_layers, without_layers
+from sparseprune.pipeline.removal.refusing import refuse
 from sparseprune.pipeline.removal.sections import Section, section_of
-from sparseprune.pipeline.removal.widths import agree, refuse
+from sparseprune.pipeline.removal.widths import agree
 from sparseprune.spec.problems import shown
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def check_shapes(config: Mapping[str, Any], changed: Sequence[str], shapes: Mapp
     `shapes` are those of what is left, by the names that it has now.
     """
     section = section_of(config)
-    aliases = {section.spelled(key): key for key in section.family.aliases}
+    aliases = {section.spellings(key)[0]: key for key in section.family.aliases}
     keys = {key.rpartition(".")[2] for key in changed}
     refuse(_unfit(section, {aliases.get(key, key) for key in keys}, shapes))
 

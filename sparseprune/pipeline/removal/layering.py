@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparseprune.errors import CheckpointError
 from sparseprune.pipeline.removal.claiming import layer_lists
-from sparseprune.pipeline.removal.widths import refuse
+from sparseprune.pipeline.removal.refusing import refuse
 from sparseprune.spec.problems import shown
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from sparseprune.engine.grids import prod
 from sparseprune.pipeline.removal.claiming import Dense
 from sparseprune.pipeline.removal.configuring import Change, check_shapes, configure
 from sparseprune.pipeline.removal.membership import find_vanished, numbered
-from sparseprune.pipeline.removal.widths import refuse
+from sparseprune.pipeline.removal.refusing import refuse
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

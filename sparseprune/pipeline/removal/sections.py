@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from sparseprune.spec import Captures
 
 _TEXT = "text_config"
-_OTHER_TOWERS = re.compile("vision|visual|audio|image|speech|resampler|perceiver|connector|projector|former")
+_OTHER_TOWERS = re.compile("vision|visual|audio|image|speech|resampler|perceiver|connector|projector|qformer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +38,6 @@ class Section:
         """Whether a tensor may be one of its layers': towers of other kinds have configs of their own."""
         return self.key is None or _OTHER_TOWERS.search(name) is None
 
-    def spelled(self, key: str) -> str:
-        """A key as this config spells it."""
-        alias = self.family.aliases.get(key)
-        return alias if alias is not None and key not in self.values and alias in self.values else key
-
     def spellings(self, key: str) -> tuple[str, ...]:
         """All spellings of a key that this config has: of two the class takes either."""
         alias = self.family.aliases.get(key)
@@ -51,7 +46,7 @@ class Section:
 
     def value(self, key: str) -> int:
         """What a key comes to; CheckpointError where it is no number."""
-        return self.number(self.family.values.get(key, f"config.{self.spelled(key)}"))
+        return self.number(self.family.values.get(key, f"config.{self.spellings(key)[0]}"))
 
     def unit(self, part: Part) -> int:
         """How many indices one unit of a part has; CheckpointError where that is no number from 1 on."""

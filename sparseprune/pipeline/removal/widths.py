@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sparseprune.errors import CheckpointError
 from sparseprune.pipeline.removal.claiming import Claim, Claims, Dense, collect
 from sparseprune.pipeline.removal.grouping import (
     indivisible,
@@ -22,7 +21,7 @@ from sparseprune.pipeline.removal.grouping import (
 from sparseprune.pipeline.removal.slices import Kept, kept_slices, kept_whole
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterator, Mapping
 
     from numpy.typing import NDArray
 
@@ -150,12 +149,3 @@ def _beside(claims: Claims, dense: Dense) -> Iterator[str]:
                 f"{name} lies beside {cut}, which is cut, and nothing tells how to cut it: merge it, or "
                 "take it out"
             )
-
-
-def refuse(problems: Iterable[str], most: int = 10) -> None:
-    """CheckpointError with all that is in the way, or the first of it; nothing where that is nothing."""
-    lines = list(problems)
-    if len(lines) > most:
-        lines = [*lines[:most], f"and {len(lines) - most:,} more"]
-    if lines:
-        raise CheckpointError(*lines)

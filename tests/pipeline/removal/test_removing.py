@@ -12,6 +12,7 @@ import pytest
 from sparseprune.errors import CheckpointError
 from sparseprune.pipeline.removal.configuring import check_shapes
 from sparseprune.pipeline.removal.removing import Removal, make_removal
+from sparseprune.pipeline.removal.sections import section_of
 from sparseprune.pipeline.removal.slices import Kept, kept_whole
 from tests.pipeline.removal.models import (
     BERT,
@@ -435,3 +436,19 @@ def test_shapes_that_the_config_contradicts_are_refused() -> None:
     other = {**without(QWEN3_MOE, "num_experts"), "num_local_experts": 3}
     with pytest.raises(CheckpointError, match=r"would have 4 along dimension 0, config\.json says 3"):
         check_shapes(other, ["num_local_experts"], mixture(QWEN3_MOE))
+
+
+@pytest.mark.parametrize(
+    ("name", "reached"),
+    [
+        ("language_model.model.layers.0.mlp.up_proj.weight", True),
+        ("language_model.transformer.layers.0.mlp.up_proj.weight", True),
+        ("vision_tower.encoder.layers.0.mlp.up_proj.weight", False),
+        ("qformer.encoder.layers.0.mlp.up_proj.weight", False),
+        ("perceiver_resampler.layers.0.mlp.up_proj.weight", False),
+    ],
+)
+def test_a_nested_config_speaks_of_the_text_alone(name: str, reached: bool) -> None:
+    nested = section_of({"model_type": "llava", "text_config": {**LLAMA, "model_type": "llama"}})
+    assert nested.reaches(name) == reached
+    assert section_of(LLAMA).reaches(name)
