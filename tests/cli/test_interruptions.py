@@ -289,7 +289,7 @@ READS = {
     ),
     "scores that vanish": (
         SCORES,
-        Moment("remove", 100, path="scores.safetensors"),
+        Moment("remove", 120, path="scores.safetensors"),
         r"\S+/scores\.safetensors: cannot be read any more: No such file or directory.*",
     ),
     "other scores": (
