@@ -62,6 +62,7 @@ def _worked(
         device=device,
         seconds=time.perf_counter() - began,
         overrides=request.overrides,
+        warnings=request.warnings.lines,
     )
     document = report_document(circumstances, plan.checkpoint, plan.bound, outcomes)
     text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"

@@ -23,6 +23,7 @@ from sparseprune.checkpoint import (
     refuse_replacing,
 )
 from sparseprune.cli.collecting import collector_paused
+from sparseprune.cli.console import Warnings
 from sparseprune.cli.masked import identity_of_masked, masked_by
 from sparseprune.cli.progress import progress
 from sparseprune.cli.request import Request, as_applied, few_tokens, identity_of, prepare, score_shards
@@ -60,6 +61,7 @@ class RemoveRequest:
     json: bool = False
     quiet: bool = False
     verbose: bool = False
+    warnings: Warnings = field(default_factory=Warnings)
 
     def as_apply(self) -> Request:
         """The request of `apply` for the same spec, without masks."""
@@ -73,6 +75,7 @@ class RemoveRequest:
             mask_format=None,
             overrides=self.overrides,
             json=self.json,
+            warnings=self.warnings,
         )
 
 

@@ -10,6 +10,7 @@ import mmap
 import os
 import sys
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -127,6 +128,28 @@ def stderr_console() -> Console:
 def tell(text: str) -> None:
     """A line for people, on stderr."""
     print(f"sparseprune: {text}", file=sys.stderr)
+
+
+@dataclass(frozen=True, slots=True)
+class Warnings:
+    """What a user should know of a command that goes on: told on stderr as it comes up, kept for its JSON.
+
+    `strict` (--strict) makes it an error instead; `quiet` keeps stderr silent. `lines` are those so far.
+    """
+
+    strict: bool = False
+    quiet: bool = False
+    lines: list[str] = field(default_factory=list)
+
+    def add(self, *lines: str) -> None:
+        """Tell these lines and keep them; SparsepruneError with all of them under --strict."""
+        if self.strict and lines:
+            raise SparsepruneError(*(f"--strict: {line}" for line in lines))
+        for line in map(printable, lines):
+            if line not in self.lines:
+                self.lines.append(line)
+                if not self.quiet:
+                    tell(f"warning: {line}")
 
 
 def print_result(text: str) -> None:

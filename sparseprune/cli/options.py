@@ -65,6 +65,9 @@ MaskFormatOption = Annotated[
     Literal["bool", "packed"],
     typer.Option("--mask-format", help="One byte for each element, or one bit."),
 ]
+StrictOption = Annotated[
+    bool, typer.Option("--strict", help="Make every warning an error, before any work where that can be.")
+]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace an output that exists.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="The result as JSON on stdout.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no summary.")]

@@ -60,7 +60,12 @@ def _show(
     rules: tuple[BoundRule, ...],
 ) -> None:
     document = plan_document(
-        Asked(str(request.checkpoint), request.spec, output_shown(request, layout)),
+        Asked(
+            str(request.checkpoint),
+            request.spec,
+            output_shown(request, layout),
+            request.warnings.lines,
+        ),
         prepared.plan.bound,
         layout,
         presumed,

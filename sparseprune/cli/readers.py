@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from sparseprune.cli.console import reported
+from sparseprune.cli.console import Warnings, reported
 from sparseprune.cli.options import (
     CheckpointArgument,
     CsvOption,
@@ -29,6 +29,7 @@ from sparseprune.cli.options import (
     SetOption,
     SortOption,
     SpecArgument,
+    StrictOption,
     default_jobs,
     default_memory,
     form_of,
@@ -56,6 +57,7 @@ def plan(
             show_default=False,
         ),
     ] = None,
+    strict: StrictOption = False,
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -80,6 +82,7 @@ def plan(
             mask_format=None if no_masks else mask_format,
             overrides=overrides_of(set_),
             json=json,
+            warnings=Warnings(strict=strict),
         )
         run(request, draw)
 
@@ -215,6 +218,7 @@ def verify(
     set_: SetOption = None,
     jobs: JobsOption = default_jobs(),
     memory: MemoryOption = None,
+    strict: StrictOption = False,
     json: JsonOption = False,
     quiet: QuietOption = False,
     debug: DebugOption = False,
@@ -240,6 +244,7 @@ def verify(
                 memory=memory_of(memory) or default_memory(),
                 json=json,
                 quiet=quiet,
+                warnings=Warnings(strict=strict, quiet=quiet),
             )
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from sparseprune.checkpoint import (
@@ -14,7 +14,7 @@ from sparseprune.checkpoint import (
     refuse_replacing,
 )
 from sparseprune.cli.collecting import collector_paused
-from sparseprune.cli.console import print_json, print_result, stderr_console, tell
+from sparseprune.cli.console import Warnings, print_json, print_result, stderr_console, tell
 from sparseprune.cli.masked import identity_of_masked, masked_by
 from sparseprune.cli.progress import progress
 from sparseprune.cli.writing import interrupts_told, output_shown, write_output
@@ -45,6 +45,7 @@ class ReapplyRequest:
     json: bool = False
     quiet: bool = False
     verbose: bool = False
+    warnings: Warnings = field(default_factory=Warnings)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +127,7 @@ def _circumstances(request: ReapplyRequest, prepared: _Prepared, began: float) -
         output=output_shown(request, prepared.layout),
         seconds=time.perf_counter() - began,
         overrides={} if origin is None else origin.overrides,
+        warnings=request.warnings.lines,
     )
 
 

@@ -150,6 +150,7 @@ def _circumstances(request: RemoveRequest, choice: Choice, layout: OutputLayout,
         nbytes=(layout.input_bytes, sum(file.size for file in layout.files if file.path not in others)),
         overrides=choice.overrides,
         tensors=choice.outcomes,
+        warnings=request.warnings.lines,
     )
 
 

@@ -17,6 +17,7 @@ from sparseprune.checkpoint import (
     open_checkpoint,
     read_config,
 )
+from sparseprune.cli.console import Warnings
 from sparseprune.cli.writing import digest
 from sparseprune.pipeline import make_plan, make_schedule
 from sparseprune.spec import find_spec, parse_spec
@@ -47,6 +48,7 @@ class Request:
     quiet: bool = False
     verbose: bool = False
     weights: bool = True
+    warnings: Warnings = field(default_factory=Warnings)
 
 
 @dataclass(frozen=True, slots=True)

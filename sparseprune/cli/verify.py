@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from sparseprune.checkpoint import TensorReader, open_checkpoint, refuse_changed_shards
 from sparseprune.cli.collecting import collector_paused
-from sparseprune.cli.console import checked, print_json, print_table
+from sparseprune.cli.console import Warnings, checked, print_json, print_table
 from sparseprune.cli.progress import progress
 from sparseprune.errors import SparsepruneError
 from sparseprune.spec import find_spec, parse_spec
@@ -30,6 +30,7 @@ class VerifyRequest:
     memory: int
     json: bool
     quiet: bool
+    warnings: Warnings = field(default_factory=Warnings)
 
 
 def run(request: VerifyRequest) -> None:
@@ -66,7 +67,8 @@ def _document(request: VerifyRequest, named: str) -> dict[str, Any]:
     with TensorReader() as reader, progress("verifying", check.nbytes, quiet=request.quiet) as advance:
         found = count_survivors(check, reader, advance)
     refuse_changed_shards(checkpoint.shards)
-    return verify_document(AskedCheck(str(request.checkpoint), named, request.overrides), found)
+    asked = AskedCheck(str(request.checkpoint), named, request.overrides, request.warnings.lines)
+    return verify_document(asked, found)
 
 
 def _refuse_contradictions(request: VerifyRequest) -> None:

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from pathlib import Path
     from typing import Any
 
+    from sparseprune.cli.console import Warnings
+
 
 class MasksRequest(Protocol):
     """What was typed."""
@@ -32,6 +34,8 @@ class MasksRequest(Protocol):
     def json(self) -> bool: ...
     @property
     def quiet(self) -> bool: ...
+    @property
+    def warnings(self) -> Warnings: ...
 
 
 def run_masks(request: MasksRequest) -> None:
@@ -68,6 +72,7 @@ def _document(request: MasksRequest, masks: Path) -> dict[str, Any]:
         masks=str(masks),
         unused=len(matched.unused),
         unmasked=len(matched.unmasked),
+        warnings=request.warnings.lines,
     )
     left_out = left_out_line(circumstances)
     if left_out is not None and not request.quiet:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from sparseprune.cli.console import reported
+from sparseprune.cli.console import Warnings, reported
 from sparseprune.cli.options import (
     CheckpointArgument,
     DebugOption,
@@ -24,6 +24,7 @@ from sparseprune.cli.options import (
     QuietOption,
     SetOption,
     SpecArgument,
+    StrictOption,
     VerboseOption,
     default_jobs,
     default_memory,
@@ -47,6 +48,7 @@ def apply(
     no_masks: NoMasksOption = False,
     set_: SetOption = None,
     dry_run: DryRunOption = False,
+    strict: StrictOption = False,
     force: ForceOption = False,
     json: JsonOption = False,
     quiet: QuietOption = False,
@@ -76,6 +78,7 @@ def apply(
             json=json,
             quiet=quiet,
             verbose=verbose,
+            warnings=Warnings(strict=strict, quiet=quiet),
         )
         _apply(request, dry_run=dry_run)
 
@@ -90,6 +93,7 @@ def mask(
     mask_format: MaskFormatOption = "bool",
     set_: SetOption = None,
     dry_run: DryRunOption = False,
+    strict: StrictOption = False,
     force: ForceOption = False,
     json: JsonOption = False,
     quiet: QuietOption = False,
@@ -119,6 +123,7 @@ def mask(
             json=json,
             quiet=quiet,
             verbose=verbose,
+            warnings=Warnings(strict=strict, quiet=quiet),
             weights=False,
         )
         _apply(request, dry_run=dry_run)
@@ -148,6 +153,7 @@ def remove(
     memory: MemoryOption = None,
     set_: SetOption = None,
     dry_run: DryRunOption = False,
+    strict: StrictOption = False,
     force: ForceOption = False,
     json: JsonOption = False,
     quiet: QuietOption = False,
@@ -180,6 +186,7 @@ def remove(
             json=json,
             quiet=quiet,
             verbose=verbose,
+            warnings=Warnings(strict=strict, quiet=quiet),
         )
 
         run(request)
@@ -291,6 +298,7 @@ def reapply(
     memory: MemoryOption = None,
     mask_format: MaskFormatOption = "bool",
     no_masks: NoMasksOption = False,
+    strict: StrictOption = False,
     force: ForceOption = False,
     json: JsonOption = False,
     quiet: QuietOption = False,
@@ -320,6 +328,7 @@ def reapply(
                 json=json,
                 quiet=quiet,
                 verbose=verbose,
+                warnings=Warnings(strict=strict, quiet=quiet),
             )
         )
 

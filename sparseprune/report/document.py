@@ -65,6 +65,7 @@ class Run:
     device: str
     seconds: float
     overrides: Mapping[str, str]
+    warnings: Sequence[str] = ()
 
 
 def report_document(
@@ -82,6 +83,7 @@ def report_document(
         "set": dict(run.overrides),
         "device": run.device,
         "seconds": round(run.seconds, 3),
+        "warnings": list(run.warnings),
         "totals": {
             "tensors": len(checkpoint.tensors),
             "numel": numel,

@@ -18,7 +18,7 @@ from sparseprune.report.removal_plan import removal_entry, removal_totals
 from sparseprune.spec import BoundBlock, BoundBlockCoupling, BoundScope, Score
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
     from sparseprune.checkpoint import OutputLayout, StoredTensor
     from sparseprune.report.removal_plan import RemovalPlan
@@ -37,6 +37,7 @@ class Asked:
     input: str
     spec: str
     output: str
+    warnings: Sequence[str] = ()
 
 
 def plan_document(
@@ -68,6 +69,7 @@ def plan_document(
         "spec": asked.spec,
         "output": asked.output,
         "output_exists": layout.target.exists(),
+        "warnings": list(asked.warnings),
         "totals": {
             "tensors": len(tensors),
             "numel": numel,

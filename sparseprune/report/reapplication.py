@@ -72,6 +72,7 @@ class Circumstances:
     output: str = ""
     seconds: float = 0.0
     overrides: Mapping[str, str] = field(default_factory=dict)
+    warnings: Sequence[str] = ()
 
 
 def reapply_document(
@@ -86,6 +87,7 @@ def reapply_document(
         "output": run.output,
         "set": dict(run.overrides),
         "seconds": round(run.seconds, 3),
+        "warnings": list(run.warnings),
         "left_out": _left_out(run),
         "totals": _totals(checkpoint, tensors),
         "tensors": [
@@ -111,6 +113,7 @@ def verify_masks_document(
         "input": run.input,
         "masks": run.masks,
         "holds": not failed,
+        "warnings": list(run.warnings),
         "left_out": _left_out(run),
         "totals": {**_totals(checkpoint, tensors), "failed": failed},
         "tensors": [

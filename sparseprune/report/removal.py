@@ -70,6 +70,7 @@ class RemovalRun:
     nbytes: tuple[int, int]
     overrides: Mapping[str, str] = field(default_factory=dict)
     tensors: Sequence[PrunedTensor] = ()
+    warnings: Sequence[str] = ()
 
 
 def removal_document(
@@ -87,6 +88,7 @@ def removal_document(
         "set": dict(run.overrides),
         "device": run.device,
         "seconds": round(run.seconds, 3),
+        "warnings": list(run.warnings),
         "totals": {
             "tensors": len(checkpoint.tensors),
             "tensors_after": len(removal.left),

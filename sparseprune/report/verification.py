@@ -32,6 +32,7 @@ class AskedCheck:
     input: str
     spec: str
     overrides: Mapping[str, str]
+    warnings: Sequence[str] = ()
 
 
 class BrokenPlace(Protocol):
@@ -114,6 +115,7 @@ def verify_document(asked: AskedCheck, found: CheckedSpec) -> dict[str, Any]:
         "input": asked.input,
         "spec": asked.spec,
         "set": dict(asked.overrides),
+        "warnings": list(asked.warnings),
         "totals": {
             "scopes": sum(rule.scopes for rule in found.rules),
             "broken": sum(rule.broken for rule in found.rules),

@@ -7,7 +7,7 @@ import errno
 import pytest
 import typer
 
-from sparseprune.cli.console import reported
+from sparseprune.cli.console import Warnings, reported
 from sparseprune.errors import MachineError, SparsepruneError, SpecError
 
 # What is raised -> the lines that are said and the exit code.
@@ -52,3 +52,31 @@ def test_a_bug_is_let_through(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ZeroDivisionError), reported():
         raise ZeroDivisionError
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_warning_is_a_line_on_stderr_and_is_kept_once(capsys: pytest.CaptureFixture[str]) -> None:
+    warnings = Warnings()
+    warnings.add("one\tfact", "another")
+    warnings.add("another")
+    warnings.add()
+    assert warnings.lines == ["one\\tfact", "another"]
+    told = "sparseprune: warning: one\\tfact\nsparseprune: warning: another\n"
+    assert capsys.readouterr() == ("", told)
+
+
+def test_a_quiet_command_keeps_its_warnings_and_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    warnings = Warnings(quiet=True)
+    warnings.add("one")
+    assert (warnings.lines, capsys.readouterr()) == (["one"], ("", ""))
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_a_strict_command_ends_with_all_that_it_would_warn_of(
+    capsys: pytest.CaptureFixture[str], quiet: bool
+) -> None:
+    warnings = Warnings(strict=True, quiet=quiet)
+    warnings.add()
+    with pytest.raises(typer.Exit) as ended, reported():
+        warnings.add("one", "two")
+    assert ended.value.exit_code == 2
+    assert capsys.readouterr() == ("", "sparseprune: --strict: one\nsparseprune: --strict: two\n")
