@@ -1,7 +1,7 @@
 """Threads, as many of them as the system gives: where it gives none, the work is done without.
 
-Owns starting and waiting. Knows nothing of what is done, nor whose failure is told. Called by whatever works
-side by side, or beside something else.
+Owns starting and waiting, also where a signal interrupts the wait. Knows nothing of what is done, nor whose
+failure is told. Called by whatever works side by side, or beside something else.
 """
 
 from __future__ import annotations
@@ -16,40 +16,62 @@ if TYPE_CHECKING:
 _PAUSE, _PAUSES = 0.001, 500  # seconds, and how many of them a thread has to begin
 
 
-def started(thread: threading.Thread) -> bool:
-    """Start it; False where the system has no thread left to give."""
-    try:
-        thread.start()
-    except RuntimeError:
-        return False
-    return True
+class Worker(threading.Thread):
+    """A thread that does `work`, and that a signal does not hide from whoever waits for it.
+
+    Python up to 3.12 takes a `join` that an exception of a signal handler interrupted for the end of the
+    thread. Nobody waits for that thread any more, the interpreter goes down around it, and a thread that is
+    inside of torch then aborts the process ("terminate called without an active exception").
+    """
+
+    def __init__(self, work: Callable[[], None], name: str, *, daemon: bool = False) -> None:
+        super().__init__(name=name, daemon=daemon)
+        self._work = work
+        self._over = threading.Event()
+        self._refused = False
+
+    def run(self) -> None:
+        try:
+            self._work()
+        finally:
+            self._over.set()
+
+    def begin(self) -> bool:
+        """Start it; False where the system has no thread left to give."""
+        try:
+            self.start()
+        except RuntimeError:
+            self._refused = True
+        return not self._refused
+
+    def wait(self) -> None:
+        """Until it has ended; may be called again where a signal interrupted it, and where it never began."""
+        # Ctrl-C may have come while it was started: it then begins a moment later, or never.
+        for _ in range(0 if self._refused else _PAUSES):
+            if self.ident is not None:
+                self._over.wait()
+                self.join()  # a moment, if at all
+                break
+            time.sleep(_PAUSE)
 
 
 def side_by_side(work: Callable[[], None], count: int, stop: Callable[[], None]) -> None:
     """Call `work`, which raises nothing, in so many threads or fewer, and wait for all; else in this one.
 
-    `stop` tells it to begin nothing more: when all is done, and where Ctrl-C comes.
+    `stop` tells it to begin nothing more, and to end what takes long: when all is done, and after a signal.
     """
-    threads: list[threading.Thread] = []
+    threads: list[Worker] = []
     try:
         for number in range(count):
-            threads.append(threading.Thread(target=work, name=f"sparseprune-{number}"))
-            if not started(threads[-1]):
+            threads.append(Worker(work, f"sparseprune-{number}"))
+            if not threads[-1].begin():
                 threads.pop()
                 break
         if not threads:
             work()
-        _join(threads)
+        for thread in threads:
+            thread.wait()
     finally:
         stop()
-        _join(threads)
-
-
-def _join(threads: list[threading.Thread]) -> None:
-    for thread in threads:
-        # Ctrl-C may have come while it was started: it then begins a moment later, or never.
-        for _ in range(_PAUSES):
-            if thread.ident is not None:
-                thread.join()
-                break
-            time.sleep(_PAUSE)
+        for thread in threads:
+            thread.wait()

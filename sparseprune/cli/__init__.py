@@ -19,7 +19,15 @@ def main() -> None:
     from sparseprune.cli.streams import open_streams
 
     open_streams()
-    from sparseprune.cli.app import app
     from sparseprune.cli.console import ended
 
-    sys.exit(ended(app, debug="--debug" in sys.argv))
+    def run() -> None:
+        from sparseprune.cli.app import app
+
+        app()
+
+    code = ended(run, debug="--debug" in sys.argv)
+    if isinstance(code, int) and code > 128:
+        # After a signal nothing is waited for, and no library goes down around its own threads.
+        os._exit(code)
+    sys.exit(code)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from sparseprune.checkpoint import (
 from sparseprune.checkpoint.target import check_target
 from sparseprune.cli.console import print_json, print_result, stderr_console
 from sparseprune.cli.progress import TOKENS, progress
+from sparseprune.cli.stopping import temporary_folder
 from sparseprune.cli.writing import interrupts_told, output_shown, write_output
 from sparseprune.errors import SparsepruneError
 from sparseprune.report.wording import many
@@ -69,7 +69,7 @@ def run(request: Request) -> None:
     most = _CHARACTERS * request.sequences * (request.length or 2048)
     documents = read_documents(request.text, request.field, most)
     device = resolve_device(request.device, uses_torch=True)
-    with tempfile.TemporaryDirectory(prefix="sparseprune-") as folder:
+    with temporary_folder("sparseprune-") as folder:
         loaded = load_model(checkpoint, device, Path(folder))
         sequences = make_sequences(
             documents,

@@ -9,6 +9,7 @@ import json
 import mmap
 import os
 import sys
+import traceback
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -26,11 +27,15 @@ if TYPE_CHECKING:
 
 
 _LIBRARIES = 96 << 20  # bytes of addresses that numpy and what it loads take, measured
+_BUG = 70  # EX_SOFTWARE of sysexits.h
 _UNFOLDED = 10_000  # columns; tables are no wider than their content
 
 
 def ended(app: Callable[[], object], *, debug: bool) -> str | int | None:
-    """Run it to its SystemExit; the code of that, or of the error when the last of stdout is written."""
+    """Run it to its SystemExit; the code of that, or of the error when the last of stdout is written.
+
+    A bug ends in a code of its own: Python's would say that a check failed.
+    """
     try:
         with reported_errors(debug):
             try:
@@ -40,6 +45,9 @@ def ended(app: Callable[[], object], *, debug: bool) -> str | int | None:
                 return end.code
     except typer.Exit as end:
         return end.exit_code
+    except Exception:  # noqa: BLE001  (what else there is ends the process as well)
+        traceback.print_exc()
+        return _BUG
     return 0
 
 
@@ -60,7 +68,7 @@ def reported_errors(debug: bool = False) -> Iterator[None]:
     """Turn errors that are no bugs into lines on stderr and an exit code.
 
     The notes of an error (`add_note`) are further lines. A bug keeps its traceback; `debug` shows the
-    traceback of everything.
+    traceback of everything, and changes nothing else.
     """
     try:
         yield
@@ -72,9 +80,11 @@ def reported_errors(debug: bool = False) -> Iterator[None]:
         told = _told(error)
         if isinstance(error, UntoldError):
             _silence_stdout()
-        if told is None or debug:
+        if told is None:
             sys.stderr.flush()
             raise
+        if debug:
+            traceback.print_exc()
         message, code = told
         for text in (message, *getattr(error, "__notes__", ())):
             for line in text.splitlines():

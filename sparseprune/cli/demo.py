@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import tempfile
 from contextlib import chdir
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from sparseprune.cli import apply, inspect
 from sparseprune.cli.demo_checkpoint import write_decoder
 from sparseprune.cli.options import default_jobs, default_memory
 from sparseprune.cli.request import Request
+from sparseprune.cli.stopping import temporary_folder
 from sparseprune.errors import CheckpointError
 
 _DENSE = Path("decoder")
@@ -23,7 +23,7 @@ _STEPS = (
 def run(folder: Path | None) -> None:
     """Make, prune, inspect; in a new folder that is kept, or in one that is gone afterwards."""
     if folder is None:
-        with tempfile.TemporaryDirectory(prefix="sparseprune-demo-") as temporary:
+        with temporary_folder("sparseprune-demo-") as temporary:
             _demo(Path(temporary))
         print("\nAll of it was in a temporary folder; `sparseprune demo FOLDER` keeps it.")
         return

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from sparseprune.checkpoint.threads import started
+from sparseprune.checkpoint.threads import Worker
 from sparseprune.cli.console import stderr_console
 
 if TYPE_CHECKING:
@@ -228,14 +228,13 @@ def _looking(look: Callable[[], None], pause: float) -> Iterator[None]:
             while not stop.wait(pause):
                 look()
 
-    thread = threading.Thread(target=repeat, name="sparseprune-progress", daemon=True)
+    thread = Worker(repeat, "sparseprune-progress", daemon=True)
     try:
-        started(thread)
+        thread.begin()
         yield
     finally:
         stop.set()
-        if thread.ident is not None:
-            thread.join()
+        thread.wait()
 
 
 def _divided(free: int, wanted: int) -> tuple[int, int]:

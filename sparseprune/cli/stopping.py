@@ -1,19 +1,27 @@
 """Signals that ask a process to end, heard once: Ctrl-C, a terminal that hangs up, a polite kill.
 
-Owns which signals these are, their words and exit codes, and that the second one changes nothing. Knows
-nothing of what is being done. Called by console.py.
+Owns which signals these are, their words and exit codes, that the second one changes nothing, and that the
+process ends soon after the first, whatever a library is doing. Knows nothing of the work. Called by
+console.py, and by commands that have something to say of what a signal leaves.
 """
 
 from __future__ import annotations
 
+import os
+import select
+import shutil
 import signal
 import sys
+import tempfile
 import threading
-from contextlib import contextmanager
+import time
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
+from sparseprune.checkpoint.threads import Worker
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Container, Iterator
     from types import FrameType
     from typing import Any
 
@@ -21,6 +29,13 @@ _WORDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 if hasattr(signal, "SIGHUP"):
     _WORDS[signal.SIGHUP] = "hung up"
 _PAUSE = 0.01  # seconds until a signal that could not be raised comes again
+_GRACE = 1.5  # seconds from a signal until the process ends, however far its orderly end is
+_CLEAN_LINE = b"\r\x1b[K\x1b[?25h"  # no progress bar, and a cursor
+_NOTHING = "nothing was written"
+
+# Signals are the process's own, and so is what has to be known where one ends it: the innermost comes last.
+_texts: list[Callable[[], str]] = []
+_folders: list[str] = []
 
 
 class Stopped(KeyboardInterrupt):
@@ -37,7 +52,7 @@ def stopped_text(interrupt: KeyboardInterrupt) -> str:
     >>> stopped_text(KeyboardInterrupt("there is no output")), stopped_text(Stopped(signal.SIGTERM))
     ('interrupted: there is no output', 'terminated: nothing was written')
     """
-    return f"{_WORDS[_signal_of(interrupt)]}: {str(interrupt) or 'nothing was written'}"
+    return f"{_WORDS[_signal_of(interrupt)]}: {str(interrupt) or _NOTHING}"
 
 
 def stopped_code(interrupt: KeyboardInterrupt) -> int:
@@ -50,10 +65,35 @@ def stopped_code(interrupt: KeyboardInterrupt) -> int:
 
 
 @contextmanager
+def text_when_stopped(text: Callable[[], str]) -> Iterator[None]:
+    """Where a signal comes inside, this is what is said of what there is by then."""
+    _texts.append(text)
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        interrupt.args = (text(),)
+        raise
+    finally:
+        _texts.pop()
+
+
+@contextmanager
+def temporary_folder(prefix: str) -> Iterator[str]:
+    """A folder that is gone afterwards, also where a signal ends the process."""
+    with tempfile.TemporaryDirectory(prefix=prefix) as folder:
+        _folders.append(folder)
+        try:
+            yield folder
+        finally:
+            _folders.pop()
+
+
+@contextmanager
 def stopped_once() -> Iterator[None]:
     """One Stopped at the most: a second one would leave threads at work on what is given up.
 
-    A signal that is ignored from outside (nohup) or is somebody else's stays so.
+    Where it does not lead out of here within a moment the process ends, as by SIGKILL but for its exit code
+    and a line on stderr. A signal that is ignored from outside (nohup) or is somebody else's stays so.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -70,15 +110,21 @@ def stopped_once() -> Iterator[None]:
             signal.signal(each, signal.SIG_IGN)
         raise Stopped(number)
 
-    for each in ours:
-        signal.signal(each, stop)
-    try:
-        with _lost(lambda stopped: delay.again(stopped.number, stop)):
-            yield
-    finally:
+    def end() -> None:
         delay.end()
         for each in ours:
             signal.signal(each, usual[each])
+
+    for each in ours:
+        signal.signal(each, stop)
+    try:
+        with _lost(lambda stopped: delay.again(stopped.number, stop)), _deadline(ours):
+            try:
+                yield
+            finally:
+                end()
+    finally:
+        end()  # where a signal came before the work began
 
 
 class _Delay:
@@ -113,6 +159,67 @@ def _lost(caught: Callable[[Stopped], None]) -> Iterator[None]:
         yield
     finally:
         sys.unraisablehook = usual
+
+
+@contextmanager
+def _deadline(numbers: Container[int]) -> Iterator[None]:
+    """The first of these signals leaves a moment to get out of here; then the process ends.
+
+    Python calls handlers in the main thread, between its own steps: not while that one is inside of a call
+    of a library, or waits for a thread that is. A thread of its own hears of signals through a pipe, into
+    which the system's handler writes their numbers.
+    """
+    try:
+        reading, writing = os.pipe()
+    except OSError:  # no descriptor is left: the orderly way has to do
+        yield
+        return
+    os.set_blocking(writing, False)
+    watch = Worker(lambda: _watch(reading, numbers), "sparseprune-signals", daemon=True)
+    usual = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    try:
+        watch.begin()
+        yield
+    finally:
+        signal.set_wakeup_fd(usual)
+        os.close(writing)
+        watch.wait()
+        os.close(reading)
+
+
+def _watch(pipe: int, numbers: Container[int]) -> None:
+    """Until the other end of the pipe is closed, or for a moment after a signal: then end the process."""
+    ready = select.poll()
+    ready.register(pipe, select.POLLIN)
+    heard, end = 0, 0.0
+    while not heard or time.monotonic() < end:
+        if ready.poll(1000 * max(0.0, end - time.monotonic()) if heard else None):
+            found = os.read(pipe, 1)
+            if not found:
+                return
+            if not heard and found[0] in numbers:
+                heard, end = found[0], time.monotonic() + _GRACE
+    _end(heard)
+
+
+def _end(number: int) -> None:
+    """End the process now, as by SIGKILL: what it has written is what the next run finds.
+
+    What is in its buffers is lost, and threads end wherever they are. To let the interpreter go down around
+    threads inside of libraries would abort.
+    """
+    for folder in _folders:
+        shutil.rmtree(folder, ignore_errors=True)
+    text = _texts[-1]() if _texts else "in the middle of the work"
+    line = f"sparseprune: {_WORDS[signal.Signals(number)]}: {text}\n".encode(errors="backslashreplace")
+    with suppress(OSError):
+        if os.isatty(2) and os.environ.get("TERM", "dumb") != "dumb":
+            line = _CLEAN_LINE + line
+        ready = select.poll()
+        ready.register(2, select.POLLOUT)
+        if ready.poll(0):  # who does not read is not waited for
+            os.write(2, line)
+    os._exit(128 + number)
 
 
 def _loads_another_library(frame: FrameType | None) -> bool:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from sparseprune.checkpoint import TensorReader
 from sparseprune.cli.console import tell
+from sparseprune.cli.stopping import text_when_stopped
 from sparseprune.cli.streams import UntoldError
 
 if TYPE_CHECKING:
@@ -85,15 +86,13 @@ class Ending(Protocol):
 @contextmanager
 def interrupts_told(output: Ending) -> Iterator[None]:
     """Whoever is not told the result hears what there is: all of it, once it has its name, or nothing yet."""
+    again = "" if output.identity is None else "; run the same command again to continue"
+    unfinished = f"there is no output{again}"
     try:
-        yield
+        with text_when_stopped(lambda: "the output is complete" if output.named else unfinished):
+            yield
     except UntoldError as error:
         error.add_note("the output is complete")
-        raise
-    except KeyboardInterrupt as interrupt:
-        again = "" if output.identity is None else "; run the same command again to continue"
-        unfinished = f"there is no output{again}"
-        interrupt.args = ("the output is complete" if output.named else unfinished,)
         raise
 
 

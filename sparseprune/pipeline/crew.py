@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from sparseprune.checkpoint.threads import side_by_side
+from sparseprune.pipeline.programs import GivenUpError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -66,10 +67,17 @@ class _Taken:
 class Crew:
     """Does the items of programs with some threads; `memory` bounds what items and programs declare.
 
-    An item for which there will never be room runs alone.
+    An item for which there will never be room runs alone. `given_up` is set where items that are at work
+    need not be finished: they may raise GivenUpError then.
     """
 
-    def __init__(self, programs: Iterable[Assigned], register: Register, memory: int) -> None:
+    def __init__(
+        self,
+        programs: Iterable[Assigned],
+        register: Register,
+        memory: int,
+        given_up: threading.Event | None = None,
+    ) -> None:
         self._programs = iter(programs)
         self._register = register
         self._memory = memory
@@ -79,12 +87,13 @@ class Crew:
         self._next: Assigned | None = None
         self._failures: list[tuple[int, int, BaseException]] = []
         self._stopped = False
+        self._given_up = given_up or threading.Event()
         self._changed = threading.Condition(threading.RLock())
 
     def run(self, workers: int) -> None:
         """Until everything is done; the first failure in the order of the programs is raised."""
         try:
-            side_by_side(self._work, workers, self._stop)
+            side_by_side(self._work, workers, self._abandon)
         finally:
             for running in self._running:
                 # What ends the run is told, and not what its end brings about.
@@ -98,6 +107,12 @@ class Crew:
         with self._changed:
             if not self._stopped:
                 self._fail(_FIRST, 0, failure)
+                self._given_up.set()
+
+    def _abandon(self) -> None:
+        """The caller waits no longer: all is done, or a signal came."""
+        self._stop()
+        self._given_up.set()
 
     def _stop(self) -> None:
         with self._changed:
@@ -114,6 +129,8 @@ class Crew:
     def _do(self, taken: _Taken) -> None:
         try:
             self._finish(taken, taken.item.work())
+        except GivenUpError:
+            return  # what ended the run is told elsewhere
         except BaseException as failure:  # noqa: BLE001  (as above)
             self._fail(taken.running.assigned.order, taken.number, failure)
 

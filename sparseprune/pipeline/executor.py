@@ -13,7 +13,7 @@ from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from sparseprune.checkpoint import CopyRange
-from sparseprune.checkpoint.threads import started
+from sparseprune.checkpoint.threads import Worker
 from sparseprune.pipeline.crew import Crew
 from sparseprune.pipeline.programs import Item, Program
 
@@ -83,13 +83,19 @@ class Record:
             self._outcomes.add(outcome)
 
 
-def produce(assignments: Iterable[Assignment], record: Record, limits: Limits, workers: int) -> None:
+def produce(
+    assignments: Iterable[Assignment],
+    record: Record,
+    limits: Limits,
+    workers: int,
+    given_up: threading.Event | None = None,
+) -> None:
     """Do programs that write parts of an output, then copy all that the input and the output share.
 
     The first error in the order of the programs is raised once what is running has ended; nothing new is
-    begun after it.
+    begun after it. `given_up` is set where a signal or the disk ends the run.
     """
-    crew = Crew(_with_copies(assignments, record.output), record, limits.memory)
+    crew = Crew(_with_copies(assignments, record.output), record, limits.memory, given_up)
     with _flushing(record.output, crew.give_up):
         crew.run(workers)
 
@@ -162,14 +168,12 @@ def _flushing(output: StagedOutput, failed: Callable[[BaseException], None]) -> 
             failures.append(failure)
             failed(failure)
 
-    thread = threading.Thread(target=flush, name="sparseprune-flush")
+    thread = Worker(flush, "sparseprune-flush")
     try:
-        started(thread)  # without it the output is synced when all of it is written
+        thread.begin()  # without it the output is synced when all of it is written
         yield
     finally:
-        # Ctrl-C may come while it starts: it then ends by itself.
         done.set()
-        if thread.ident is not None:
-            thread.join()
+        thread.wait()
     if failures:
         raise failures[0]

@@ -36,6 +36,10 @@ class Item:
     key: str = ""
 
 
+class GivenUpError(BaseException):
+    """The run ends while an item is at work, and does not wait until that one is done."""
+
+
 Step = Iterable[Item]
 Program = Generator[Step, list[Any], None]
 
@@ -46,6 +50,7 @@ class Setting:
 
     `recall` gives what was noted under a key in an earlier run, `note` keeps something for a later one, with
     the bytes of input that passed for it. `passed` is told bytes that are done, and of what, by long items.
+    `check` is called by items between steps that take long; it raises GivenUpError where the run ends.
     """
 
     tensors: Mapping[str, StoredTensor]
@@ -55,6 +60,7 @@ class Setting:
     recall: Callable[[str], Any]
     note: Callable[[str, Any, int], None]
     passed: Callable[[int, str], None]
+    check: Callable[[], None] = lambda: None
 
 
 Outcome = list[Any]

@@ -1,20 +1,20 @@
 """Pruning: the jobs of a schedule as programs of the executor, and what became of every tensor.
 
-Owns which way works a job, in which order jobs are begun, and how cores are shared with torch. Called by
-the command line.
+Owns which way works a job, in which order jobs are begun, and that torch takes one thread for each. Called
+by the command line.
 """
 
 from __future__ import annotations
 
 import mmap
-import os
+import threading
 from contextlib import contextmanager
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from sparseprune.pipeline.executor import Assignment, Record, already_done, copied_bytes, dealt, produce
 from sparseprune.pipeline.outcomes import Outcomes
-from sparseprune.pipeline.programs import Setting
+from sparseprune.pipeline.programs import GivenUpError, Setting
 from sparseprune.pipeline.recipes import Counted, Gathered, Reconstructed, Runs, Streamed, Summed, Tiled
 from sparseprune.pipeline.rests import rest_program
 from sparseprune.pipeline.traffic import Traffic
@@ -51,6 +51,11 @@ def execute(
     outcomes = Outcomes()
     record = Record(output, outcomes, progress)
     traffic = Traffic(reader, output)
+    given_up = threading.Event()
+
+    def check() -> None:
+        if given_up.is_set():
+            raise GivenUpError
 
     def setting(key: str) -> Setting:
         def recall(name: str) -> Any:  # noqa: ANN401
@@ -67,11 +72,14 @@ def execute(
             recall=recall,
             note=note,
             passed=progress,
+            check=check,
         )
 
     def assignments() -> Iterator[Assignment]:
-        """All programs, in the order of the plan."""
-        for order, job in dealt(schedule.jobs, lambda job: _shard_of(job, schedule), schedule.workers):
+        """All programs, with their numbers in the order of the plan."""
+        jobs = dealt(schedule.jobs, lambda job: _shard_of(job, schedule), schedule.workers)
+        # The largest matrices first: one that takes an hour must not be the last to begin.
+        for order, job in sorted(jobs, key=lambda one: -_matrix_bytes(one[1])):
             way = import_module(f"sparseprune.pipeline.{_WAYS[type(job.recipe)]}")
             program = way.run_program(job.task, job.recipe, setting(job.key))
             yield Assignment(order, job.key, job.task.instance.label, program, job.recipe.held)
@@ -79,8 +87,8 @@ def execute(
         for rest in schedule.rests:
             yield Assignment(later, rest.key, rest.stored.name, rest_program(rest, setting(rest.key)), 0)
 
-    with _torch_threads(schedule):
-        produce(assignments(), record, schedule.limits, schedule.workers)
+    with _one_torch_thread(schedule):
+        produce(assignments(), record, schedule.limits, schedule.workers, given_up)
     return outcomes.of_plan(schedule.plan)
 
 
@@ -95,9 +103,19 @@ def _shard_of(job: Job, schedule: Schedule) -> Shard:
     return schedule.plan.checkpoint.tensors[leaf.tensor].shard
 
 
+def _matrix_bytes(job: Job) -> int:
+    """What grows with the time that a matrix takes to be rebuilt; 0 where none is."""
+    return job.recipe.memory if isinstance(job.recipe, Reconstructed) else 0
+
+
 @contextmanager
-def _torch_threads(schedule: Schedule) -> Iterator[None]:
-    """Share the cores among those that work with torch at one time."""
+def _one_torch_thread(schedule: Schedule) -> Iterator[None]:
+    """Every worker computes with one thread of torch's own.
+
+    The sums of matrix products depend on how many threads share them, so that the bytes of rebuilt weights
+    would depend on --jobs and on the machine. Cores are used by workers, side by side; threads of OpenMP
+    that wait for each other spin, which takes ten times as long on a busy machine.
+    """
     if not schedule.uses_torch:
         yield
         return
@@ -106,7 +124,7 @@ def _torch_threads(schedule: Schedule) -> Iterator[None]:
     import torch  # noqa: PLC0415  (most schedules do without)
 
     usual = torch.get_num_threads()
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // schedule.side_by_side))
+    torch.set_num_threads(1)  # also in threads that begin later, whatever OMP_NUM_THREADS says
     try:
         yield
     finally:

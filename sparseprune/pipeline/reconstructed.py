@@ -138,7 +138,7 @@ class _Piece:
             for box in side.boxes:
                 side.view(box, mask).copy_(by_leaf[box.leaf])
             kept[side.name] = mask
-            weights[side.name] = refit(side.matrix, mask, damp=reconstruct.damp)
+            weights[side.name] = refit(side.matrix, mask, damp=reconstruct.damp, between=self._setting.check)
         return masks, weights, kept
 
     def _alternated(
@@ -160,7 +160,13 @@ class _Piece:
         if self._holds_rows(sides):
             found = keep_rows(matrices, project, damp=reconstruct.damp)
         else:
-            found = admm(matrices, project, damp=reconstruct.damp, joint=not self._part.end)
+            found = admm(
+                matrices,
+                project,
+                damp=reconstruct.damp,
+                joint=not self._part.end,
+                between=self._setting.check,
+            )
         kept = {side.name: one.mask for side, one in zip(sides, found, strict=True)}
         by_leaf = {box.leaf: side.view(box, kept[side.name]) for side in sides for box in side.boxes}
         decision = [

@@ -41,6 +41,7 @@ def admm(
     damp: float = 0.01,
     max_iter: int = 300,
     joint: bool = True,
+    between: Callable[[], None] | None = None,
 ) -> list[Reconstructed]:
     """Minimize the sum of tr((W - W0) H (W - W0)^T) over all matrices, on supports that `project` allows.
 
@@ -48,7 +49,8 @@ def admm(
     diagonal of H is 1; it decides for all matrices at once, so that blocks may compete across them. What it
     keeps at last is refitted. Where inputs are uncorrelated its first answer, for the dense weights, is best.
     `joint` False tells that the matrices of a stack (experts) do not compete with each other: each gets a
-    penalty of its own. H is damped as in `refit`; weights that are `fixed` stay.
+    penalty of its own. H is damped as in `refit`; weights that are `fixed` stay. `between` is called between
+    iterations; what it raises ends the search.
 
     Raises:
         SparsityError: a moment that is none, being far from positive semidefinite.
@@ -59,7 +61,7 @@ def admm(
     for side, kept in zip(sides, keep, strict=True):
         side.set_out(kept)
     if not all(problem.is_uncorrelated for problem in problems):
-        _alternate(sides, project, max_iter, joint=joint)
+        _alternate(sides, _interruptible(project, between), max_iter, joint=joint)
     found = []
     for side in sides:
         matrix = side.matrix
@@ -67,7 +69,7 @@ def admm(
         # Where the dense weight stood all along it keeps its bits.
         rows, same = side.sparse / side.problem.scale, side.sparse == side.problem.dense
         start = matrix.unrows(torch.where(same, matrix.rows(matrix.dense).to(rows.dtype), rows))
-        found.append(Reconstructed(refit(matrix, mask, damp=damp, start=start), mask))
+        found.append(Reconstructed(refit(matrix, mask, damp=damp, start=start, between=between), mask))
     return found
 
 
@@ -181,6 +183,17 @@ def _alternate(sides: Sequence[_Side], project: Projection, max_iter: int, *, jo
         for side in sides:
             side.dual = side.dual / growth
             side.prepare(penalty)
+
+
+def _interruptible(project: Projection, between: Callable[[], None] | None) -> Projection:
+    """The projection, which every iteration asks once, with a call of `between` before it."""
+
+    def asked(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        if between is not None:
+            between()
+        return project(tensors)
+
+    return asked
 
 
 def _changed_share(sides: Sequence[_Side], *, joint: bool) -> Tensor:

@@ -6,11 +6,16 @@ preconditioned conjugate gradients, all rows at once. Called by users of the eng
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from sparseprune.engine.reconstruction.matrices import Matrix, Scaled, scaled
 from sparseprune.errors import ShapeMismatchError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 _WINDOW = 8  # steps over which the objective has to go on falling
 _TOLERANCE = 1e-5  # of the objective of a row, that it has to fall in a window
@@ -25,13 +30,15 @@ def refit(
     damp: float = 0.01,
     start: Tensor | None = None,
     max_iter: int = 1000,
+    between: Callable[[], None] | None = None,
 ) -> Tensor:
     """The weights on the support of `mask` that minimize tr((W - W0) H (W - W0)^T), zero elsewhere.
 
     `mask` is bool and of the shape of the weights, True where one survives; H is the moment, damped by `damp`
     times the mean of its diagonal. `start` (the dense weights) is where the search starts; the result has its
     objective in no row above that of `start` under the mask, also after it was rounded to the weights' dtype.
-    Rows that lost nothing keep their bits, what is pruned becomes +0.0.
+    Rows that lost nothing keep their bits, what is pruned becomes +0.0. `between` is called between
+    iterations; what it raises ends the search.
 
     Preconditioned by the diagonal of H, in float32 (float64 for such weights); where all rows of a matrix
     share their support it is solved by one Cholesky factor in float64.
@@ -53,20 +60,22 @@ def refit(
         begin = torch.where(fixed, matrix.rows(matrix.dense), begin)
         free = kept & ~fixed
     begin = torch.where(kept, begin.to(matrix.work_dtype), 0.0)
-    step = _steps(problem, begin * problem.scale, free, max_iter)
+    step = _steps(problem, begin * problem.scale, free, max_iter, between or (lambda: None))
     # A weight that no step moved keeps its bits, the sign of a zero among them.
     moved = matrix.rounded(torch.where(step == 0, begin, begin + step / problem.scale))
     still = matrix.rounded(begin)
     return _better(matrix, problem, moved, still)
 
 
-def _steps(problem: Scaled, begin: Tensor, free: Tensor, max_iter: int) -> Tensor:
+def _steps(
+    problem: Scaled, begin: Tensor, free: Tensor, max_iter: int, between: Callable[[], None]
+) -> Tensor:
     """How far to go from `begin`, in scaled coordinates; 0 where not `free`. All (matrices, out, in)."""
     if not begin.numel():
         return torch.zeros_like(begin)
     if bool((free == free[:, :1]).all()):
         return _solved_together(problem, begin, free[:, 0])
-    return _conjugate_gradients(problem, begin, free, max_iter)
+    return _conjugate_gradients(problem, begin, free, max_iter, between)
 
 
 def _solved_together(problem: Scaled, begin: Tensor, free: Tensor) -> Tensor:
@@ -87,7 +96,9 @@ def _solved_together(problem: Scaled, begin: Tensor, free: Tensor) -> Tensor:
     return solved.mT.to(begin.dtype)
 
 
-def _conjugate_gradients(problem: Scaled, begin: Tensor, free: Tensor, max_iter: int) -> Tensor:
+def _conjugate_gradients(
+    problem: Scaled, begin: Tensor, free: Tensor, max_iter: int, between: Callable[[], None]
+) -> Tensor:
     """Every row on its own support, all rows at once; to scale the diagonal to 1 was to precondition it."""
     inside = free.to(begin.dtype)
     tolerance = _EXACT_TOLERANCE if begin.dtype == torch.float64 else _TOLERANCE
@@ -103,6 +114,7 @@ def _conjugate_gradients(problem: Scaled, begin: Tensor, free: Tensor, max_iter:
     square = (residual * residual).sum(-1, keepdim=True)
     fallen = torch.zeros_like(objective)
     for number in range(1, max_iter + 1):
+        between()
         along = (direction @ problem.hessian).mul_(inside)
         curvature = (direction * along).sum(-1, keepdim=True)
         length = torch.where(curvature > 0, square / curvature.clamp_min(info.tiny), 0.0)
