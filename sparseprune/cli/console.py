@@ -57,7 +57,8 @@ def reported(debug: bool = False) -> Iterator[None]:
 
     After the first signal no other one is heard: what is being ended is ended.
     """
-    with stopped_once(), reported_errors(debug):
+    # The outer one is for a signal that comes while the handlers are set: typer would call each a Ctrl-C.
+    with reported_errors(debug), stopped_once(), reported_errors(debug):
         # Where there is no room for numpy its own libraries end the process, with the code of a failed check.
         mmap.mmap(-1, _LIBRARIES, mmap.MAP_PRIVATE, mmap.PROT_READ).close()
         yield
@@ -72,6 +73,8 @@ def reported_errors(debug: bool = False) -> Iterator[None]:
     """
     try:
         yield
+    except typer.Exit:
+        raise
     except BrokenPipeError:
         # Whoever read our output has seen enough; nothing more can be told.
         _silence_stdout()

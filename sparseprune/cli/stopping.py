@@ -9,19 +9,16 @@ from __future__ import annotations
 
 import os
 import select
-import shutil
 import signal
 import sys
-import tempfile
 import threading
 import time
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
-from sparseprune.checkpoint.threads import Worker
-
 if TYPE_CHECKING:
     from collections.abc import Callable, Container, Iterator
+    from tempfile import TemporaryDirectory
     from types import FrameType
     from typing import Any
 
@@ -35,7 +32,7 @@ _NOTHING = "nothing was written"
 
 # Signals are the process's own, and so is what has to be known where one ends it: the innermost comes last.
 _texts: list[Callable[[], str]] = []
-_folders: list[str] = []
+_folders: list[TemporaryDirectory[str]] = []
 
 
 class Stopped(KeyboardInterrupt):
@@ -80,10 +77,13 @@ def text_when_stopped(text: Callable[[], str]) -> Iterator[None]:
 @contextmanager
 def temporary_folder(prefix: str) -> Iterator[str]:
     """A folder that is gone afterwards, also where a signal ends the process."""
-    with tempfile.TemporaryDirectory(prefix=prefix) as folder:
+    import tempfile
+
+    folder = tempfile.TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True)
+    with folder as path:
         _folders.append(folder)
         try:
-            yield folder
+            yield path
         finally:
             _folders.pop()
 
@@ -169,6 +169,8 @@ def _deadline(numbers: Container[int]) -> Iterator[None]:
     of a library, or waits for a thread that is. A thread of its own hears of signals through a pipe, into
     which the system's handler writes their numbers.
     """
+    from sparseprune.checkpoint.threads import Worker  # which --help has no use for
+
     try:
         reading, writing = os.pipe()
     except OSError:  # no descriptor is left: the orderly way has to do
@@ -209,7 +211,7 @@ def _end(number: int) -> None:
     threads inside of libraries would abort.
     """
     for folder in _folders:
-        shutil.rmtree(folder, ignore_errors=True)
+        folder.cleanup()
     text = _texts[-1]() if _texts else "in the middle of the work"
     line = f"sparseprune: {_WORDS[signal.Signals(number)]}: {text}\n".encode(errors="backslashreplace")
     with suppress(OSError):

@@ -39,10 +39,6 @@ _GROUPS = 64  # parts of a large scope whose digits are counted apart
 _COUNTER_BYTES = 8 << 16  # one histogram
 # That least squares need for each weight, and for each element of a second moment; measured.
 _SOLVER_BYTES, _MOMENT_BYTES = 40, 24
-_STACKED, _STACKED_ELEMENTS = (
-    16,
-    1 << 22,
-)  # matrices of a stack, and their weights, that are worked at one time
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,13 +126,14 @@ class Streamed:
 
 @dataclass(frozen=True, slots=True)
 class Reconstructed:
-    """Survivors make up for what was pruned: whole matrices in the engine, `matrices` of a stack at once.
+    """Survivors make up for what was pruned: whole matrices in the engine, those of a stack one by one.
 
-    0 where they are no stack, or compete with each other: all that a task reaches is in memory then.
+    Not `stacked` where they are no stack, or compete with each other: all that a task reaches is in memory
+    then. A search ends for all its matrices at once: how many these are must not depend on the memory.
     """
 
     memory: int
-    matrices: int
+    stacked: bool
     held: int = 0
     passes: int = 1
 
@@ -326,12 +323,7 @@ def _reconstructed(task: Task, tensors: Mapping[str, StoredTensor], limits: Limi
             f"[{task.rule}] {task.instance.label}: its matrices and their second moments must be in memory "
             f"together to be reconstructed; --memory must be at least {INTERPRETER + TORCH + each} bytes"
         )
-    if stacks < 2:
-        return Reconstructed(each, 0)
-    together = min(
-        _STACKED, max(1, _STACKED_ELEMENTS * stacks // max(1, dense)), limits.memory // max(1, each)
-    )
-    return Reconstructed(each * together, together)
+    return Reconstructed(each, stacks > 1)
 
 
 def _refuse_unseen(task: Task, *, alone: bool) -> None:

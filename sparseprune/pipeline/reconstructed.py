@@ -1,7 +1,7 @@
 """Reconstructed: matrices whose survivors make up for what was pruned, by their inputs' second moments.
 
 Owns the way from a task to matrices of the engine: what of a tensor is fixed, which members follow others,
-what became of outputs. Stacks are worked a few matrices at a time. Imports torch.
+what became of outputs. Stacks are worked a matrix at a time. Imports torch.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Side:
-    """A tensor that takes part, or some matrices of it from element `first` on; `boxes` are its leaves'."""
+    """A tensor that takes part, or a matrix of it from element `first` on; `boxes` are its leaves'."""
 
     name: str
     matrix: Matrix
@@ -60,11 +60,13 @@ class _Side:
 
 
 def run_program(task: Task, recipe: Reconstructed, setting: Setting) -> Program:
-    """One step: all matrices that know nothing of each other, some of a stack at a time."""
+    """One step: all matrices that know nothing of each other, those of a stack one by one."""
     ranking = Ranking(task, setting.traffic)
 
     def items() -> Iterator[Item]:
-        for number, part in enumerate(_pieces(task, recipe, setting)):
+        for number, part in enumerate(stacked_parts(task, setting.tensors)):
+            if not part.cell.numel:
+                continue
             boxes = boxes_at(task, setting.tensors, part.cell)
             nbytes = sum(box.nbytes for box in boxes.values())
             yield Item(
@@ -75,18 +77,6 @@ def run_program(task: Task, recipe: Reconstructed, setting: Setting) -> Program:
             )
 
     yield items()
-
-
-def _pieces(task: Task, recipe: Reconstructed, setting: Setting) -> Iterator[StackPart]:
-    parts = stacked_parts(task, setting.tensors)
-    if not parts[0].cell.numel:
-        return
-    step = max(1, recipe.matrices)
-    for begin in range(0, len(parts), step):
-        first, *others = parts[begin : begin + step]
-        for other in others:
-            first = first.joined(other)
-        yield first
 
 
 class _Piece:
@@ -207,7 +197,7 @@ class _Piece:
         return outcomes
 
     def _sides(self, tile: Tile) -> list[_Side]:
-        """The tensors that have second moments, each whole or the matrices that this piece is about.
+        """The tensors that have second moments, each whole or the matrix that this piece is about.
 
         Where a matrix competes with others nothing need be known of it: it then ranks below them.
         """

@@ -161,7 +161,7 @@ def _form(task: Task, plan: Plan) -> tuple[object, ...]:
 
 def _has_pieces(recipe: Recipe) -> bool:
     """Whether a task is worked in many pieces, which several threads share."""
-    return not (isinstance(recipe, Reconstructed) and recipe.matrices == 0)
+    return not isinstance(recipe, Reconstructed) or recipe.stacked
 
 
 def _rest_bytes(rest: Rest) -> int:

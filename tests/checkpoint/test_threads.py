@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
+import time
 
 import pytest
 
@@ -29,3 +32,25 @@ def test_the_callers_thread_works_only_where_no_other_one_started(
     assert len(at_work) == works
     assert (threading.main_thread() in at_work) == (given == 0)
     assert stops == [works]
+
+
+def test_threads_at_work_are_waited_for_also_where_a_signal_interrupts_the_wait() -> None:
+    """Else the interpreter goes down around them, and one that is inside of a library aborts it."""
+    working, stopped = threading.Barrier(2), threading.Event()
+    ended: list[int] = []
+
+    def work() -> None:
+        if working.wait() == 0:
+            time.sleep(0.05)  # by then the caller waits
+            os.kill(os.getpid(), signal.SIGINT)
+        assert stopped.wait(10)
+        time.sleep(0.05)  # a step that nothing interrupts
+        ended.append(threading.get_ident())
+
+    usual = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            side_by_side(work, 2, stopped.set)
+    finally:
+        signal.signal(signal.SIGINT, usual)
+    assert len(ended) == 2

@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import gc
+import hashlib
 import json
 import mmap
 import os
@@ -31,6 +32,7 @@ from typing import IO, TYPE_CHECKING, Any, NoReturn, Self
 import pytest
 
 from sparseprune.checkpoint import StagedOutput
+from sparseprune.cli import stopping
 from sparseprune.errors import MachineError
 from sparseprune.pipeline import reapplying, schedule
 from sparseprune.pipeline.limits import Limits, limits_of
@@ -44,8 +46,9 @@ ROOT = Path(__file__).parents[2]
 WRITES = ("pwrite", "copy_file_range", "ftruncate")
 SYNCS = ("fdatasync", "fsync")
 NAMES = ("mkdir", "rename", "unlink", "rmdir")
-# Moments of their own, never counted with the others: after a thread was started, before a piece is noted.
-THREADS, NOTES = ("start",), ("note",)
+# Moments of their own, never counted with the others: after a thread was started, before a piece is noted,
+# before torch does a step of those that rebuild a matrix.
+THREADS, NOTES, TORCH = ("start",), ("note",), ("where",)
 EVERYTHING = ("preadv", *WRITES, *SYNCS, *NAMES)
 _LONGEST = 20  # seconds that a command may take until it is killed
 _ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # a pool would not survive a fork
@@ -55,8 +58,8 @@ _ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # a pool wo
 class Moment:
     """What happens at the call numbered `at`, from 1, of the functions `on` of the module os.
 
-    `do` is "kill" (a write is torn), "interrupt" or "interrupt twice", "fail" with a `code` of errno, "bug",
-    or what `change` does to the file `path`.
+    `do` is "kill" (a write is torn), "interrupt" or "interrupt twice", "hang" (a library that does not return
+    after SIGTERM), "fail" with a `code` of errno, "bug", or what `change` does to the file `path`.
     """
 
     do: str
@@ -72,6 +75,7 @@ class Command:
 
     `memory` in flight replaces what --memory leaves. `slow` seconds are slept before every read. With
     `prompt` every piece is on disk and noted when the next one begins. `powerless`: root as any other user.
+    `grace` seconds are left to the orderly end after a signal: more than the busiest machine needs.
     """
 
     home: str
@@ -85,6 +89,7 @@ class Command:
     prompt: bool = True
     powerless: bool = False
     version: str = ""
+    grace: float = 60.0
 
 
 @dataclass(frozen=True)
@@ -188,6 +193,16 @@ class _System:
         patch = pytest.MonkeyPatch()
         patch.setattr(threading.Thread, "start", start)
         patch.setattr(StagedOutput, "note", note)
+        if command.moment is not None and command.moment.on == TORCH:
+            import torch
+
+            real_where = torch.where
+
+            def where(*args: Any) -> Any:
+                self._happen(TORCH)
+                return real_where(*args)
+
+            patch.setattr(torch, "where", where)
 
     def _happen(self, on: tuple[str, ...]) -> None:
         moment = self._command.moment
@@ -227,6 +242,9 @@ class _System:
                 os.kill(os.getpid(), signal.SIGKILL)
             case "interrupt" | "interrupt twice":
                 os.kill(os.getpid(), signal.SIGINT)
+            case "hang":
+                threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGTERM)).start()
+                hashlib.pbkdf2_hmac("sha256", b"", b"", 1 << 30)  # for minutes, without the interpreter
             case "fail":
                 raise OSError(moment.code, os.strerror(moment.code))
             case "bug":
@@ -289,6 +307,7 @@ def _prepare(command: Command) -> None:
 
     own = StagedOutput.note
     patch = pytest.MonkeyPatch()
+    patch.setattr(stopping, "_GRACE", command.grace)
     patch.setattr(reapplying, "limits_of", limits)
     patch.setattr(schedule, "limits_of", limits)
     if command.prompt:

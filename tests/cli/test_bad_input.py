@@ -202,7 +202,7 @@ def test_a_bug_keeps_its_traceback_and_leaves_nothing(folder: Path, monkeypatch:
     assert contents(folder) == before
 
 
-def test_debug_shows_the_traceback(folder: Path) -> None:
+def test_debug_shows_the_traceback_and_changes_no_exit_code(folder: Path) -> None:
     words = ["apply", folder / "absent.safetensors", folder / "spec.toml"]
     done = [
         subprocess.run(
@@ -213,7 +213,7 @@ def test_debug_shows_the_traceback(folder: Path) -> None:
         )
         for more in ([], ["--debug"])
     ]
-    assert done[0].returncode == 2
+    assert done[0].returncode == done[1].returncode == 2
     assert "Traceback" not in done[0].stderr
     assert "Traceback" in done[1].stderr
 

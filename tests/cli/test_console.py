@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import errno
+import os
+import signal
+import tempfile
+import threading
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
 
 import pytest
 import typer
 
-from sparseprune.cli.console import Warnings, reported
+from sparseprune.cli import stopping
+from sparseprune.cli.app import app
+from sparseprune.cli.console import Warnings, ended, reported
 from sparseprune.errors import MachineError, SparsepruneError, SpecError
+from tests.samples import run
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 # What is raised -> the lines that are said and the exit code.
 CASES: list[tuple[BaseException, list[str], int]] = [
@@ -42,16 +54,136 @@ def test_an_error_is_its_lines_its_notes_and_its_exit_code(
 
 
 @pytest.mark.parametrize(("error", "lines", "code"), CASES, ids=lambda value: type(value).__name__)
-def test_debug_lets_every_error_through(error: BaseException, lines: list[str], code: int) -> None:
-    with pytest.raises(type(error)) as raised, reported(debug=True):
-        raise error
-    assert raised.value is error
+def test_debug_adds_a_traceback_and_changes_nothing_else(
+    capsys: pytest.CaptureFixture[str], error: BaseException, lines: list[str], code: int
+) -> None:
+    def fail() -> None:
+        with reported(debug=True):
+            raise error
+
+    assert ended(fail, debug=True) == code
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("Traceback (most recent call last):\n") == 1
+    *traceback, last = err.split("sparseprune: ", 1)
+    assert traceback[0].startswith("Traceback")
+    assert type(error).__name__ in traceback[0]
+    assert f"sparseprune: {last}".startswith("".join(f"sparseprune: {line}\n" for line in lines))
 
 
-def test_a_bug_is_let_through(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(ZeroDivisionError), reported():
-        raise ZeroDivisionError
+@pytest.mark.parametrize("debug", [False, True])
+def test_a_bug_keeps_its_traceback_and_has_a_code_of_its_own(
+    capsys: pytest.CaptureFixture[str], debug: bool
+) -> None:
+    def fail() -> None:
+        with reported(debug):
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
     assert capsys.readouterr() == ("", "")
+    assert ended(fail, debug=debug) == 70  # 1 would say that a check failed
+    out, err = capsys.readouterr()
+    assert (out, err.count("Traceback"), err.splitlines()[-1]) == ("", 1, "ZeroDivisionError")
+
+
+# A command with what it cannot do without, though nothing of it is there.
+WORDS = {
+    "apply": "apply absent 2of4",
+    "mask": "mask absent 2of4",
+    "plan": "plan absent 2of4",
+    "remove": "remove absent 2of4",
+    "calibrate": "calibrate absent --text absent.txt",
+    "specs": "specs absent",
+    "inspect": "inspect absent",
+    "verify": "verify absent 2of4",
+    "reapply": "reapply absent absent",
+    "compare": "compare absent absent",
+    "demo": "demo .",
+}
+
+
+def test_every_command_is_tried() -> None:
+    assert {command.callback.__name__ for command in app.registered_commands if command.callback} == set(
+        WORDS
+    )
+
+
+@pytest.mark.parametrize("command", WORDS)
+def test_debug_changes_no_exit_code_of_a_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    plain, debug = run(*WORDS[command].split()), run(*WORDS[command].split(), "--debug")
+    assert plain.code == debug.code == 2
+    assert "Traceback" not in plain.err
+    assert debug.err.startswith("Traceback")
+    assert debug.err.endswith(plain.err)
+
+
+@pytest.mark.parametrize("words", ["apply absent 2of4 --memory much", "apply absent 2of4 --set vars"])
+def test_debug_changes_no_exit_code_of_options_that_are_wrong(words: str) -> None:
+    plain, debug = run(*words.split()), run(*words.split(), "--debug")
+    assert plain.code == debug.code == 2
+    assert debug.err.endswith(plain.err)
+
+
+@pytest.mark.parametrize("command", WORDS)
+@pytest.mark.parametrize(("number", "said"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated")])
+@pytest.mark.parametrize("debug", [False, True])
+def test_every_command_hears_signals(
+    monkeypatch: pytest.MonkeyPatch, command: str, number: signal.Signals, said: str, debug: bool
+) -> None:
+    usual = {one: signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    wakeup = signal.set_wakeup_fd(-1)
+    assert wakeup == -1
+    threads = threading.active_count()
+
+    def twice(*_: object) -> None:
+        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(stopping, "_GRACE", 60.0)
+    monkeypatch.setattr("sparseprune.cli.console.mmap.mmap", twice)
+    heard = run(*WORDS[command].split(), *["--debug"] * debug)
+    assert (heard.code, heard.out) == (128 + number, "")
+    assert heard.err.endswith(f"sparseprune: {said}: nothing was written\n")
+    assert heard.err.startswith("Traceback") == debug
+    assert {one: signal.getsignal(one) for one in usual} == usual
+    assert (signal.set_wakeup_fd(-1), threading.active_count()) == (-1, threads)
+
+
+@pytest.mark.parametrize("text", [None, "there is no output"])
+def test_a_process_that_cannot_end_in_time_ends_with_what_there_is_to_say(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path, text: str | None
+) -> None:
+    """The thread that waits, up to the end of the process."""
+    ended: list[tuple[int, list[Path]]] = []
+    over = threading.Event()
+
+    def end(code: int) -> None:
+        ended.append((code, [*tmp_path.iterdir()]))
+        over.set()
+
+    def work() -> None:
+        with stopping.stopped_once(), stopping.temporary_folder("part-"), ExitStack() as stack:
+            if text is not None:
+                stack.enter_context(stopping.text_when_stopped(lambda: text))
+            stack.callback(over.wait, 10)
+            assert [*tmp_path.iterdir()]
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(stopping, "_GRACE", 0.01)
+    monkeypatch.setattr(os, "_exit", end)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    usual = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        with pytest.raises(stopping.Stopped):
+            work()
+    finally:
+        signal.signal(signal.SIGTERM, usual)
+    assert ended == [(143, [])]
+    assert capfd.readouterr().err == f"sparseprune: terminated: {text or 'in the middle of the work'}\n"
 
 
 def test_a_warning_is_a_line_on_stderr_and_is_kept_once(capsys: pytest.CaptureFixture[str]) -> None:

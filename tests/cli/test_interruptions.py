@@ -23,6 +23,7 @@ from tests.cli.interrupted import (
     NAMES,
     ROOT,
     SYNCS,
+    TORCH,
     WRITES,
     Command,
     Commands,
@@ -36,6 +37,7 @@ from tests.cli.test_resuming_runs import (
     CASES,
     CONTINUED,
     GLOBAL,
+    REBUILT,
     SCORED,
     Case,
     check_never_half,
@@ -57,6 +59,7 @@ KEPT = re.compile(r"sparseprune: what is finished is kept in \S+: the same comma
 FILE = Case("apply m.safetensors spec.toml", TWO_OF_FOUR, "runs")
 DIRECTORY = Case("apply in spec.toml", TWO_OF_FOUR, "runs")
 SCORES = Case("apply m.safetensors spec.toml", SCORED, "runs")
+MATRICES = Case("apply in spec.toml --jobs 3", REBUILT, "runs")
 
 
 @pytest.fixture(scope="module")
@@ -110,17 +113,56 @@ def test_ctrl_c_at_any_moment_leaves_no_output_and_the_same_command_continues(
 
 
 def test_ctrl_c_while_threads_are_started_ends_the_run(tmp_path: Path, commands: Commands) -> None:
-    whole = DIRECTORY.home(tmp_path / "whole")
+    case = replace(DIRECTORY, words=f"{DIRECTORY.words} --jobs 2")
+    whole = case.home(tmp_path / "whole")
     before = content(whole)
-    threads = commands.run(DIRECTORY.command(whole, Moment("nothing", 99, on=("start",)))).calls
-    assert threads == 4
+    threads = commands.run(case.command(whole, Moment("nothing", 99, on=("start",)))).calls
+    assert threads == 5  # one hears of signals, one shows progress, one syncs, two work
     wanted = content(whole)
     for at in range(1, threads + 1):
-        home = DIRECTORY.home(tmp_path / str(at))
-        command = DIRECTORY.command(home, Moment("interrupt", at, on=("start",)))
+        home = case.home(tmp_path / str(at))
+        command = case.command(home, Moment("interrupt", at, on=("start",)))
+        line = INTERRUPTED.removeprefix("sparseprune: ") if at > 1 else "interrupted: nothing was written"
+        check_told(commands.run(command), 130, re.escape(line))
+        assert content(home) == before
+        check_finishes(commands, command, case, wanted)
+
+
+@pytest.mark.parametrize("method", ["admm", "refit"])
+def test_ctrl_c_while_torch_computes_in_several_threads_ends_the_run(
+    tmp_path: Path, commands: Commands, method: str
+) -> None:
+    case = replace(MATRICES, spec=REBUILT + f'method = "{method}"\n')
+    whole = case.home(tmp_path / "whole")
+    before = content(whole)
+    steps = commands.run(case.command(whole, Moment("nothing", 0, on=TORCH))).calls
+    wanted = content(whole)
+    for number in range(3):
+        home = case.home(tmp_path / str(number))
+        command = case.command(home, Moment("interrupt", 1 + steps * number // 3, on=TORCH))
         check_told(commands.run(command), 130, re.escape(INTERRUPTED.removeprefix("sparseprune: ")))
         assert content(home) == before
-        check_finishes(commands, command, DIRECTORY, wanted)
+        check_finishes(commands, command, case, wanted)
+
+
+@pytest.mark.parametrize(
+    ("case", "on", "at"),
+    [(MATRICES, TORCH, 40), (FILE, ("preadv",), 20), (DIRECTORY, ("mkdir",), 2), (FILE, ("rename",), 1)],
+    ids=["torch in a thread", "reading in a thread", "the second folder", "the output's name"],
+)
+def test_a_library_that_does_not_return_is_not_waited_for_after_a_signal(
+    tmp_path: Path, commands: Commands, case: Case, on: tuple[str, ...], at: int
+) -> None:
+    whole, home = case.home(tmp_path / "whole"), case.home(tmp_path / "home")
+    before = content(home)
+    assert commands.run(case.command(whole)).code == 0
+    command = case.command(home, Moment("hang", at, on=on))
+    said = commands.run(replace(command, grace=0.1))
+    assert (said.code, said.out) == (143, "")
+    wanted = INTERRUPTED.replace("interrupted", "terminated")
+    assert [line for line in said.err.splitlines() if line.startswith("sparseprune: ")] == [wanted]
+    assert content(home) == before
+    check_finishes(commands, command, case, content(whole))
 
 
 def test_ctrl_c_while_names_are_given_tells_whether_there_is_an_output(
@@ -185,6 +227,37 @@ def test_ctrl_c_while_modules_are_loaded_shows_no_traceback(
     )
     assert (done.returncode, done.stdout, done.stderr) == (code, "", told)
     assert (home / "m.pruned.safetensors").exists() == (told == COMPLETE + "\n")
+
+
+HANGING = """
+import hashlib, os, signal, sys, threading
+from sparseprune.cli import main, stopping
+class Finder:
+    def find_spec(self, name, *_):
+        if name == "numpy":
+            threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGHUP)).start()
+            hashlib.pbkdf2_hmac("sha256", b"", b"", 1 << 30)
+stopping._GRACE = 0.1
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+sys.meta_path.insert(0, Finder())
+sys.argv = ["sparseprune", "inspect", "m.safetensors"]
+main()
+"""
+
+
+def test_a_library_that_takes_long_to_load_is_not_waited_for_after_a_signal(tmp_path: Path) -> None:
+    home = FILE.home(tmp_path / "home")
+    done = subprocess.run(
+        [sys.executable, "-c", HANGING],
+        cwd=home,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout) == (129, "")
+    assert done.stderr == "sparseprune: hung up: in the middle of the work\n"
 
 
 def test_a_signal_from_outside_interrupts_a_process_that_then_continues(tmp_path: Path) -> None:
@@ -531,7 +604,7 @@ def test_a_bug_keeps_its_traceback_and_leaves_nothing(
     home = case.home(tmp_path / "home")
     before = content(home)
     said = commands.run(case.command(home, Moment("bug", at, on=(function,))))
-    assert (said.code, said.out) == (1, "")
+    assert (said.code, said.out) == (70, "")  # 1 would say that a check failed
     assert said.err.startswith("Traceback (most recent call last):\n"), said.err
     assert said.err.endswith("ZeroDivisionError: a bug\n")
     assert content(home) == before

@@ -44,6 +44,7 @@ sparsity = 0.6
 PART = TWO_OF_FOUR + 'slice = ["0:6", ":"]\n'
 SOFT = GLOBAL.replace("sparsity", 'mode = "soft"\nsparsity')
 KEPT = TWO_OF_FOUR.replace("[scope", '[vars]\nkeep = "config.keep or 2"\n[scope').replace("= 2", '= "keep"')
+REBUILT = TWO_OF_FOUR + '[reconstruct]\nfile = "stats.safetensors"\n'
 SCORED = TWO_OF_FOUR + 'score = { kind = "values", file = "scores.safetensors" }\n'
 MOMENTS = 4
 
@@ -118,6 +119,8 @@ def make_input(home: Path) -> None:
     write_shards(home / "in", shards)
     save_file(tensors, home / "m.safetensors")
     save_file({name: tensor * tensor for name, tensor in tensors.items()}, home / "scores.safetensors")
+    moments = {name: tensor.T @ tensor for name, tensor in tensors.items() if tensor.ndim == 2}
+    save_file(moments, home / "stats.safetensors")
     (home / "config.json").write_text("{}")
 
 
