@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -36,6 +36,9 @@ class SparseBlock(ABC):
     """Blocks on a grid: `grid_shape` counts them, each is kept or pruned whole.
 
     Invariant: every block has `numel_per_block()` elements, and no element belongs to two blocks.
+
+    Blocks of one class are equal if they look at the same elements (see `View`), cut and fused alike; names
+    do not count. One made anew finds in a dict of masks or values what another stands for.
     """
 
     name: str
@@ -45,6 +48,28 @@ class SparseBlock(ABC):
     @abstractmethod
     def members(self) -> tuple[tuple[BlockSpec, Shape], ...]:
         """The BlockSpecs with the order that permutes each one's grid onto `grid_shape`."""
+
+    @property
+    @abstractmethod
+    def _identity(self) -> Hashable:
+        """What the blocks look at: equal for equal blocks."""
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, SparseBlock):
+            return NotImplemented
+        return type(self) is type(other) and self._identity == other._identity
+
+    def __hash__(self) -> int:
+        return hash(self._identity)
+
+    @property
+    def ndim(self) -> int:
+        """How many dimensions the block grid has; a BlockSpec's view has as many."""
+        return len(self.grid_shape)
+
+    def parameters(self) -> tuple[Tensor, ...]:
+        """The tensors that hold the elements, each once, in the order of the members."""
+        return tuple({id(spec.view.param): spec.view.param for spec, _ in self.members}.values())
 
     def blocks(self) -> tuple[BlockSpec, ...]:
         """The BlockSpecs that hold the elements."""
@@ -104,6 +129,22 @@ class SparseBlock(ABC):
             for spec, order in self.members
         }
 
+    def apply_mask(self, mask: Values) -> None:
+        """Write +0.0, in place, where an element mask is False; True keeps, and survivors keep their bits.
+
+        `mask` is what `get_masks` gives, or one tensor where there is one member; a tensor is view-shaped, or
+        else parameter-shaped, and its elements are read as bools. sparsekit's `apply_mask` has it the other
+        way round: it drops what is True.
+
+        Raises:
+            SparsityError: a member without a mask; nothing has been written then.
+            ShapeMismatchError: a mask of a wrong shape.
+        """
+        if mask is None:
+            raise SparsityError(f"{self.name}: apply_mask needs a mask, found None")
+        given = self._given(mask, "mask")
+        zero_pruned({spec: spec.view.by_view(one).to(torch.bool) for spec, one in given.items()})
+
     def hard_threshold(self, thresholds: Tensor | float, values: Values = None) -> None:
         """Zero, in place, the blocks whose norm is below their threshold (scalar or of `grid_shape`).
 
@@ -131,7 +172,9 @@ class SparseBlock(ABC):
 
         `conditioners` are the diagonal of a Hessian, in the forms that values have; with them the
         operator is solved to `atol` in at most `max_iter` Newton steps. Blocks whose norm (with
-        conditioners: of h * v) is `eps` or less count as zero.
+        conditioners: of h * v) is `eps` or less count as zero; None is 0. It is no number that is added to
+        a denominator, as other implementations need one: no block is divided by a norm of 0 here, and such
+        a number would keep the result from being the proximal point.
 
         Raises:
             SparsityError: NaN, a negative threshold or conditioner, or integer weights.
@@ -204,19 +247,29 @@ class SparseBlock(ABC):
 
     def resolve(self, values: Values) -> dict[BlockSpec, Tensor]:
         """Values in any of their forms as one view-shaped tensor for each BlockSpec."""
-        specs = self.blocks()
         if values is None:
-            return {spec: spec.view.data for spec in specs}
+            return {spec: spec.data for spec in self.blocks()}
+        return {spec: spec.view.layout(one) for spec, one in self._given(values, "values").items()}
+
+    def _given(self, values: Tensor | Mapping[BlockSpec, Tensor], what: str) -> dict[BlockSpec, Tensor]:
+        """One tensor for each BlockSpec, in any shape."""
+        specs = self.blocks()
         if isinstance(values, Tensor):
             if len(specs) != 1:
                 raise SparsityError(
-                    f"{self.name} has {len(specs)} members: give values as a mapping from block to tensor"
+                    f"{self.name} has {len(specs)} members: give {what} as a mapping from block to tensor"
                 )
             values = {specs[0]: values}
         missing = [spec.name for spec in specs if spec not in values]
         if missing:
-            raise SparsityError(f"{self.name}: no values given for {', '.join(missing)}")
-        return {spec: spec.view.layout(values[spec]) for spec in specs}
+            raise SparsityError(f"{self.name}: no {what} given for {', '.join(missing)}")
+        return {spec: values[spec] for spec in specs}
+
+    def _write_elements(self, given: Tensor | Mapping[BlockSpec, Tensor]) -> None:
+        laid = {spec: spec.view.by_view(one) for spec, one in self._given(given, "elements").items()}
+        for spec, one in laid.items():
+            same = one.dtype == spec.data.dtype
+            spec.data.copy_(one if same else round_to(one.to(torch.float64), spec.data.dtype))
 
     def refuse_nan(self, elements: Mapping[BlockSpec, Tensor]) -> None:
         """SparsityError for a NaN, naming the tensor and the first place of it in the view."""
@@ -268,6 +321,23 @@ class BlockSpec(SparseBlock):
     @property
     def members(self) -> tuple[tuple[BlockSpec, Shape], ...]:
         return ((self, identity_order(len(self.grid_shape))),)
+
+    @property
+    def _identity(self) -> Hashable:
+        return self.view, self.shape
+
+    @property
+    def data(self) -> Tensor:
+        """The elements of the view, detached, in the parameter's storage: what is written here is kept."""
+        return self.view.data
+
+    def set_data(self, t: Tensor) -> None:
+        """Write new elements, view-shaped or else parameter-shaped, rounded once to the weights' dtype.
+
+        Raises:
+            ShapeMismatchError: a tensor of another shape.
+        """
+        self._write_elements(t)
 
     def block_view(self, values: Values = None, reorder: bool = True, merge: bool = False) -> Tensor:  # noqa: FBT001, FBT002  (a fixed signature)
         """Elements by block.

@@ -14,13 +14,15 @@ from sparseprune.engine.view import disjoint
 from sparseprune.errors import CouplingError, SparsityError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Hashable, Mapping, Sequence
 
     from torch import Tensor
 
 
 class BlockCoupling(SparseBlock):
     """Fused blocks: `common[d] = grid_i[orders[i][d]]`; a fused block's norm is over all its elements.
+
+    Without orders every grid is taken as it is.
 
     >>> up = BlockSpec(torch.zeros(8, 6), (1, -1), name="up")
     >>> down = BlockSpec(torch.zeros(6, 8), (-1, 1), name="down")
@@ -33,7 +35,10 @@ class BlockCoupling(SparseBlock):
     """
 
     def __init__(
-        self, specs: Sequence[BlockSpec], orders: Sequence[Sequence[int]], name: str | None = None
+        self,
+        specs: Sequence[BlockSpec],
+        orders: Sequence[Sequence[int]] | None = None,
+        name: str | None = None,
     ) -> None:
         self.specs = tuple(specs)
         self.name = name or "block coupling"
@@ -45,10 +50,29 @@ class BlockCoupling(SparseBlock):
     def members(self) -> tuple[tuple[BlockSpec, Shape], ...]:
         return tuple(zip(self.specs, self.orders, strict=True))
 
-    def block_view(self, values: Values = None, reorder: bool = True, merge: bool = True) -> Tensor:  # noqa: ARG002, FBT001, FBT002  (a fixed signature)
+    @property
+    def _identity(self) -> Hashable:
+        return self.specs, self.orders
+
+    @property
+    def data(self) -> dict[BlockSpec, Tensor]:
+        """The elements of each member's view, sharing its parameter's storage."""
+        return {spec: spec.data for spec in self.specs}
+
+    def set_data(self, t: Mapping[BlockSpec, Tensor]) -> None:
+        """Write new elements into each member's view, as `BlockSpec.set_data`.
+
+        Raises:
+            SparsityError: a member without elements; nothing has been written then.
+            ShapeMismatchError: a tensor of a wrong shape.
+        """
+        self._write_elements(t)
+
+    def block_view(self, values: Values = None, reorder: bool = True, merge: bool = False) -> Tensor:  # noqa: ARG002, FBT001, FBT002  (a fixed signature)
         """Elements by fused block, members one after the other: (*grid_shape, elements per block).
 
-        Members have blocks of unlike shape, so that only this form exists; dtypes are promoted.
+        Members have blocks of unlike shape, so that only this form exists, with or without `merge`; unlike
+        dtypes become float64.
         """
         if not reorder:
             raise SparsityError(f"{self.name}: the blocks of a coupling have no common interleaved form")

@@ -6,6 +6,7 @@ shape means the same in Python, in TOML and in a plan that is made from headers 
 
 from __future__ import annotations
 
+import operator
 from math import floor, prod
 from typing import TYPE_CHECKING
 
@@ -96,18 +97,22 @@ def permute(shape: Shape, order: Shape) -> Shape:
 
 
 def align(
-    grids: Sequence[Shape], orders: Sequence[Sequence[int]], names: Sequence[str]
+    grids: Sequence[Shape], orders: Sequence[Sequence[int]] | None, names: Sequence[str]
 ) -> tuple[Shape, tuple[Shape, ...]]:
     """The one grid that all members share once permuted by their orders, and the orders as tuples.
+
+    Without orders (None, or an empty sequence) every grid is taken as it is.
 
     >>> align([(8, 1), (1, 8)], [(0, 1), (1, 0)], ["up", "down"])
     ((8, 1), ((0, 1), (1, 0)))
     """
     if not grids:
         raise CouplingError("a coupling needs at least one member")
+    if orders is None or len(orders) == 0:
+        orders = [identity_order(len(grid)) for grid in grids]
     if len(orders) != len(grids):
         raise CouplingError(f"{len(grids)} members but {len(orders)} orders: give one order for each member")
-    checked = tuple(tuple(order) for order in orders)
+    checked = tuple(tuple(map(operator.index, order)) for order in orders)
     for grid, order, name in zip(grids, checked, names, strict=True):
         if sorted(order) != list(range(len(grid))):
             raise CouplingError(

@@ -97,18 +97,25 @@ class SparseScope(ABC):
         values: Values = None,
         block_scores: Tensor | None = None,
         block_mask: Tensor | None = None,
+        *,
+        p: float = 2,
+        rms: bool = False,
     ) -> dict[BlockSpec, Tensor]:
         """View-shaped bool masks for every BlockSpec, exactly `nnz` blocks True in each scope.
 
         `block_scores` (*grid_shape, blocks per scope) rank the blocks instead of norms. `block_mask`, of
-        that shape, is a decision already made: it is only laid out, and `nnz` is not looked at.
+        that shape, is a decision already made: it is only laid out, and `nnz` is not looked at. `p` and
+        `rms` choose the norm, as in `block_norms`.
 
         Raises:
-            SparsityError: nnz out of range, NaN scores.
+            SparsityError: nnz out of range, NaN scores, a norm chosen where no norms are compared.
             ShapeMismatchError: scores or mask of a wrong shape.
         """
+        if (p != 2 or rms) and not (block_scores is None and block_mask is None):
+            given = "block_scores" if block_mask is None else "block_mask"
+            raise SparsityError(f"{self.name}: {given} is used in place of norms: leave p and rms out")
         if block_mask is None:
-            block_mask = select(self.keys(values, block_scores), self._budget(nnz))
+            block_mask = select(self.keys(values, block_scores, p=p, rms=rms), self._budget(nnz))
         keep = self._by_scope(block_mask.to(torch.bool), "block mask")
         masks: dict[BlockSpec, Tensor] = {}
         for spec, part in self._scatter(keep):
@@ -171,9 +178,19 @@ class SparseScope(ABC):
         for (spec, _), result in zip(self.members, shrunk, strict=True):
             spec.block.write(result)
 
+    def kth_mid(self, element_values: Values, nnz: int, k_weight: float = 1.0) -> Tensor:
+        """`(kth + k_weight * (k+1)th) / (1 + k_weight)` of the norms in each scope, float64 of `grid_shape`.
+
+        k is `nnz`; before the first block of a scope stands infinity, behind the last one 0.
+        """
+        kth = self._kth(element_values, nnz)
+        if k_weight == 0:
+            return kth  # 0 times an infinite norm would be NaN
+        return (kth + k_weight * self._kth(element_values, nnz, following=1)) / (1 + k_weight)
+
     def soft_budget(self, nnz: int, k_weight: float = 1.0) -> Tensor:
         """The thresholds that leave about `nnz` blocks of each scope: `kth_mid` of the weights themselves."""
-        return self._kth_mid(None, nnz, k_weight)
+        return self.kth_mid(None, nnz, k_weight)
 
     def _budget(self, nnz: int) -> int:
         count = operator.index(nnz)
@@ -185,20 +202,27 @@ class SparseScope(ABC):
         return count
 
     def keys(
-        self, values: Values = None, block_scores: Tensor | None = None, *, as_norms: bool = False
+        self,
+        values: Values = None,
+        block_scores: Tensor | None = None,
+        *,
+        as_norms: bool = False,
+        p: float = 2,
+        rms: bool = False,
     ) -> Tensor:
         """Signed integers (*grid_shape, blocks per scope), ordered as the blocks are ranked.
 
-        `as_norms` takes the norms even where single elements could be compared by their own patterns.
+        Norms are those of `block_norms`; of a single element all of them are its magnitude.
+        `as_norms` takes norms even where single elements could be compared by their own patterns.
         """
         if block_scores is not None:
             self._refuse_nan_scores(self._by_scope(block_scores, "block scores"))
             return order_keys(block_scores.detach().to(self._device()))
         given = [(spec.block, some) for spec, some in self._each(values)]
         kinds = {block.key_dtype(some) for block, some in given}
-        if len(kinds) == 1 and not as_norms:
+        if len(kinds) == 1 and None not in kinds and not as_norms and p > 0:
             return self.gather([block.keys(some) for block, some in given])
-        return magnitude_keys(self.block_norms(values))
+        return magnitude_keys(self.block_norms(values, p, rms=rms))
 
     def _kth(self, values: Values, k: int, following: int = 0) -> Tensor:
         """The (k + following)-th largest norm of each scope; inf before the first, 0 behind the last."""
@@ -207,12 +231,6 @@ class SparseScope(ABC):
         if 1 <= rank <= self.numblk_per_scope():
             return kth_largest(norms, rank)
         return torch.full(self.grid_shape, 0.0 if rank else math.inf, dtype=norms.dtype, device=norms.device)
-
-    def _kth_mid(self, values: Values, k: int, k_weight: float) -> Tensor:
-        kth = self._kth(values, k)
-        if k_weight == 0:
-            return kth  # 0 times an infinite norm would be NaN
-        return (kth + k_weight * self._kth(values, k, following=1)) / (1 + k_weight)
 
     def _limits(self, thresholds: Tensor | float) -> list[Tensor]:
         """Thresholds per scope as one per block, on each member's block grid."""
@@ -249,13 +267,13 @@ class SparseScope(ABC):
         ]
 
     def gather(self, per_block: Sequence[Tensor]) -> Tensor:
-        """One tensor per member on its block grid as (*grid_shape, blocks per scope)."""
+        """One tensor per member, its block grid in front, as (*grid_shape, blocks per scope, trailing)."""
         rank = len(self.grid_shape)
-        parts = [
-            spec.block_to_scope(part, merge=True).permute(*order, rank).to(self._device())
-            for (spec, order), part in zip(self.members, per_block, strict=True)
-        ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        parts = []
+        for (spec, order), part in zip(self.members, per_block, strict=True):
+            merged = spec.block_to_scope(part, merge=True)
+            parts.append(merged.permute(*order, *range(rank, merged.ndim)).to(self._device()))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=rank)
 
     def _scatter(self, by_scope: Tensor) -> list[tuple[ScopeSpec, Tensor]]:
         """What `gather` does, undone: (*grid_shape, blocks per scope) back on each member's block grid."""

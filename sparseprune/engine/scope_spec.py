@@ -83,12 +83,5 @@ class ScopeSpec(SparseScope):
         """The nnz-th largest norm in each scope, float64 of `grid_shape`; infinity for nnz 0."""
         return self._kth(element_values, nnz)
 
-    def kth_mid(self, element_values: Values, nnz: int, k_weight: float = 1.0) -> Tensor:
-        """`(kth + k_weight * (k+1)th) / (1 + k_weight)`, float64 of `grid_shape`.
-
-        What comes behind the last block of a scope counts as 0.
-        """
-        return self._kth_mid(element_values, nnz, k_weight)
-
     def _pairs(self) -> list[int]:
         return [size for pair in zip(self.grid_shape, self.shape, strict=True) for size in pair]

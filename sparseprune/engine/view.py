@@ -32,16 +32,22 @@ class View:
     `stride` and `offset` count elements, `offset` from the parameter's first element. Invariant: no
     two places of the view share an element, and each is an element of the parameter.
 
+    Views are equal if they look at the same elements of the same storage in the same shape and order, so
+    that one made anew finds what a dict holds under another. A hash never changes: after `.to(device)` has
+    given a parameter other memory, views from before differ from those made since.
+
     >>> w = torch.arange(8.0).view(2, 4)
     >>> View(w, (4, 2), (1, 4)).data[1]
     tensor([1., 5.])
+    >>> View(w, (4, 2), (1, 4)) == View.from_existing(w.T), View.from_existing(w) == View.from_existing(w.T)
+    (True, False)
 
     Raises:
         ShapeMismatchError: shape and stride of unlike length, or elements outside the parameter.
         SparsityError: overlapping elements, or a dtype that cannot be pruned.
     """
 
-    __slots__ = ("offset", "param", "shape", "stride")
+    __slots__ = ("_key", "offset", "param", "shape", "stride")
 
     def __init__(self, param: Tensor, shape: Sequence[int], stride: Sequence[int], offset: int = 0) -> None:
         self.param = param
@@ -49,6 +55,16 @@ class View:
         self.stride: Shape = tuple(stride)
         self.offset = offset
         _check_layout(self)
+        begin = param.storage_offset() + offset
+        self._key = (_storage(param), param.dtype, self.shape, self.stride, begin)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, View):
+            return NotImplemented
+        return self._key == other._key and _storage(self.param) == _storage(other.param)
+
+    def __hash__(self) -> int:
+        return hash(self._key)
 
     @classmethod
     def from_existing(cls, tensor: Tensor | View) -> View:
@@ -119,6 +135,15 @@ class View:
             f"nor its view {list(self.shape)}"
         )
 
+    def by_view(self, tensor: Tensor) -> Tensor:
+        """View-shaped elements as they are, else parameter-shaped ones as `layout`.
+
+        Where the shapes are one, a tensor is taken as view-shaped, as `data` and masks are.
+        """
+        if tuple(tensor.shape) == self.shape:
+            return tensor.detach().to(self.param.device)
+        return self.layout(tensor)
+
     def to_param(self, mask: Tensor) -> Tensor:
         """A view-shaped bool mask as a contiguous one of the parameter's shape, True outside the view."""
         if tuple(mask.shape) != self.shape:
@@ -135,8 +160,7 @@ class View:
 
     def overlaps(self, other: View) -> bool:
         """Whether an element of the storage belongs to both views."""
-        mine, theirs = self.param.untyped_storage(), other.param.untyped_storage()
-        return mine._cdata == theirs._cdata and not disjoint([self, other])  # noqa: SLF001
+        return _storage(self.param) == _storage(other.param) and not disjoint([self, other])
 
     def _span(self) -> tuple[int, int]:
         begin = int(self.param.storage_offset()) + self.offset
@@ -144,6 +168,11 @@ class View:
 
     def __repr__(self) -> str:
         return f"View({list(self.shape)} of {list(self.param.shape)} {self.param.dtype})"
+
+
+def _storage(param: Tensor) -> int:
+    """The identity of the storage that a tensor has now; one that is in use shares it with no other."""
+    return int(param.untyped_storage()._cdata)  # noqa: SLF001
 
 
 def disjoint(views: Sequence[View]) -> bool:

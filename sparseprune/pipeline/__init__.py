@@ -50,3 +50,7 @@ def __getattr__(name: str) -> object:
     if name in _HOME:
         return getattr(import_module(f"sparseprune.pipeline.{_HOME[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

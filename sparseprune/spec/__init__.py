@@ -65,3 +65,7 @@ def __getattr__(name: str) -> object:
     if name in __all__:
         return getattr(import_module(f"sparseprune.spec.{_HOME.get(name, 'bound')}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

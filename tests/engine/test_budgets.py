@@ -139,12 +139,6 @@ def kth(scope: ScopeSpec | ScopeCoupling, k: int) -> torch.Tensor:
     return scope.kth_largest(None, k) if isinstance(scope, ScopeSpec) else scope.kth_largest(k)
 
 
-def kth_mid(scope: ScopeSpec | ScopeCoupling, k: int, weight: float) -> torch.Tensor:
-    if isinstance(scope, ScopeSpec):
-        return scope.kth_mid(None, k, weight)
-    return scope.kth_mid(k, k_weight=weight)
-
-
 @on_every_device
 @settings(max_examples=100)
 @given(data=st.data(), weight=st.sampled_from([0.0, 0.25, 1.0, 3.0]))
@@ -154,7 +148,7 @@ def test_kth_largest_and_kth_mid_are_ranks_of_sorted_norms(
     case = data.draw(cases(device, kinds=("few",)))
     size = case.plan.blocks_per_scope
     k = budget(data, size)
-    found, middle = kth(case.scope, k), kth_mid(case.scope, k, weight)
+    found, middle = kth(case.scope, k), case.scope.kth_mid(None, k, weight)
     assert found.dtype == middle.dtype == torch.float64
     assert tuple(found.shape) == tuple(middle.shape) == case.plan.grid
     for place, squares in oracle.scores_by_scope(case.plan, case.elements()).items():

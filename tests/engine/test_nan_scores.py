@@ -38,7 +38,7 @@ def attempts(case: Case, thresholds: float = 0.5) -> list[Callable[[], Any]]:
         lambda: scope.soft_threshold(thresholds),
     ]
     if isinstance(scope, ScopeCoupling):
-        return [*tries, lambda: scope.kth_largest(1), lambda: scope.kth_mid(1)]
+        return [*tries, lambda: scope.kth_largest(1), lambda: scope.kth_mid(None, 1)]
     return [*tries, lambda: scope.kth_largest(None, 1), lambda: scope.kth_mid(None, 1)]
 
 

@@ -58,7 +58,7 @@ def test_soft_budget_is_kth_mid_of_the_weights() -> None:
     scope, _, _ = coupled()
     single = scope.scopes[0]
     for nnz in range(1, 5):
-        assert torch.equal(scope.soft_budget(nnz, 0.5), scope.kth_mid(nnz, None, 0.5))
+        assert torch.equal(scope.soft_budget(nnz, 0.5), scope.kth_mid(None, nnz, 0.5))
         assert torch.equal(single.soft_budget(nnz), single.kth_mid(None, nnz))
 
 
