@@ -92,8 +92,9 @@ def read_header(path: Path | str) -> Header:
     try:
         document = _document(raw[_LENGTH_BYTES:])
         metadata = document.pop(_METADATA, None)
+        shapes: dict[tuple[int, ...], tuple[int, ...]] = {}
         entries = sorted(
-            (_entry(*item) for item in document.items()), key=lambda entry: (entry.begin, entry.end)
+            [_entry(*item, shapes) for item in document.items()], key=lambda entry: (entry.begin, entry.end)
         )
         _check_cover(entries)
         _check_sizes(entries)
@@ -181,7 +182,8 @@ def _document(text: bytes) -> dict[str, Any]:
     return document
 
 
-def _entry(name: str, fields: object) -> TensorEntry:
+def _entry(name: str, fields: object, shapes: dict[tuple[int, ...], tuple[int, ...]]) -> TensorEntry:
+    """The entry of a tensor; one whose shape is in `shapes` shares it, as thousands of tensors have a few."""
     if not isinstance(fields, dict):
         raise ValueError(  # noqa: TRY004
             f"tensor {shown(name)} is {_kind(fields)}, wanted an object with {', '.join(_ENTRY_KEYS)}"
@@ -198,7 +200,8 @@ def _entry(name: str, fields: object) -> TensorEntry:
         raise ValueError(f"tensor {shown(name)} has the shape {shown(shape)}, wanted integers from 0 on")
     if not _is_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise ValueError(f"tensor {shown(name)} has the data_offsets {shown(offsets)}, wanted [begin, end]")
-    return TensorEntry(name, dtype, tuple(shape), *offsets)
+    sizes = tuple(shape)
+    return TensorEntry(name, DTYPES[dtype].name, shapes.setdefault(sizes, sizes), *offsets)
 
 
 def _check_cover(entries: list[TensorEntry]) -> None:

@@ -156,7 +156,9 @@ def _scope(meeting: _Meeting, name: str, site: Site) -> BoundScope:
         block = _fused_blocks(meeting, table.block, _joined(site))
     try:
         shape = Names(meeting.environment, site.captures).extents(table.shape)
-        return scope_of(label(name, site), block, shape)
+        # A block of the short form has the label of its scope: one text for both.
+        own = block.label if not isinstance(table.block, str) else label(name, site)
+        return scope_of(own, block, shape)
     except ExpressionError as error:
         raise misfit(f"scope.{name}", "shape", error, label(name, site)) from error
     except SparsityError as error:

@@ -165,13 +165,14 @@ def _read_words(name: str, form: str | None) -> Words:
 
 
 def _valued(names: Sequence[str], texts: Sequence[str]) -> Captures:
-    return tuple(zip(names, map(captured_value, texts), strict=True))
+    return tuple(map(captured_pair, names, texts))
 
 
-@lru_cache(maxsize=4096)  # thousands of names are made of a handful of words and numbers
-def captured_value(text: str) -> int | str:
-    """What a captured text stands for: the number, where it is all digits."""
-    return int(text) if text.isdigit() and text.isascii() and len(text) <= _LONGEST_INTEGER else text
+@lru_cache(maxsize=4096)  # thousands of names are made of a handful of words and numbers, which they share
+def captured_pair(name: str, text: str) -> tuple[str, int | str]:
+    """A capture and what its text stands for: the number, where it is all digits."""
+    number = text.isdigit() and text.isascii() and len(text) <= _LONGEST_INTEGER
+    return name, int(text) if number else text
 
 
 def _sample(token: Token) -> str:

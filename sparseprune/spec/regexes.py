@@ -13,7 +13,7 @@ import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sparseprune.spec.patterns import PatternError, captured_value, is_name
+from sparseprune.spec.patterns import PatternError, captured_pair, is_name
 
 if TYPE_CHECKING:
     from sparseprune.spec.bound import Captures
@@ -65,7 +65,7 @@ class RegexPattern:
         found = self.regex.fullmatch(name)
         if found is None:
             return None
-        return tuple([(group, captured_value(found[group] or "")) for group in self.names])
+        return tuple([captured_pair(group, found[group] or "") for group in self.names])
 
 
 def parse_regex(text: str) -> RegexPattern:
