@@ -1,4 +1,4 @@
-"""Which files of a directory are the shards of its checkpoint, and which are other files to copy.
+"""Which files of a directory are shards of its checkpoint, files to copy, and other copies of the weights.
 
 Owns the names: model.safetensors, index files, what is never copied. Reads index files and no headers.
 Follows links to files (a snapshot of the Hugging Face cache is made of them) and no link to a folder.
@@ -10,13 +10,20 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import stat
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from sparseprune.checkpoint.documents import shown, strict_json
-from sparseprune.checkpoint.foreign import PICKLE_SUFFIXES, conversion_advice
+from sparseprune.checkpoint.foreign import (
+    PICKLE_SUFFIXES,
+    conversion_advice,
+    looks_pickled,
+    names_training_state,
+    names_weights,
+)
 from sparseprune.checkpoint.stamps import Stamp, stamp_of
 from sparseprune.errors import CheckpointError, MachineError
 
@@ -33,6 +40,18 @@ RESULTS = "sparseprune"
 NOT_COPIED = frozenset({RESULTS, ".git", ".cache"})
 LARGEST_DOCUMENT = 100_000_000
 _PREFERRED = "model" + SUFFIX
+_PREFERRED_INDEX = "model" + INDEX_SUFFIX
+# Files of these bases are forms of one model: variants (`model.fp16`), shards that no index lists.
+_BASES = frozenset({"model", "pytorch_model", "diffusion_pytorch_model", "consolidated"})
+_NUMBERED = re.compile(r"-\d+-of-\d+$")
+_INDEX_OF = re.compile(r".*(\.\w+)\.index(?:\.\w+)?\.json")
+# Folders in which publishers put a model in other forms.
+_CONVERSIONS = frozenset({"original", "onnx", "openvino", "coreml", "metal", "gguf", "tflite"})
+_BUNDLES = (".mlpackage", ".mlmodelc")
+# Keys of a config.json that do not tell one model from another.
+_UNTELLING = frozenset({"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache"})
+# A pickle of another name is a copy of the weights from this share of their bytes on: no code is shorter.
+_SMALLEST_COPY = 1 / 16
 # Of a folder in folders; far more than a checkpoint has, far less than what a walk can bear.
 _DEEPEST = 100
 # Names that lead to no file, whatever the machine does: as much the user's error as an absent one.
@@ -66,6 +85,12 @@ def find_files(directory: Path) -> FoundFiles:
         files = [name for name in top if SUFFIX in name and not is_folder(directory / name)]
         index = _index_name(directory, files)
         weight_map = {} if index is None else read_weight_map(directory / index)
+        if (
+            index != _PREFERRED_INDEX
+            and _PREFERRED in files
+            and PurePosixPath(_PREFERRED) not in weight_map.values()
+        ):
+            index, weight_map = None, {}  # that of another copy: a loader takes the file of the usual name
         listed = None if index is None else frozenset(weight_map.values())
         single = _single_name(directory, top, files, listed)
         shards = tuple(sorted(set(weight_map.values()))) if single is None else (PurePosixPath(single),)
@@ -101,8 +126,92 @@ def read_weight_map(index: Path) -> dict[str, PurePosixPath]:
     return {name: places[place] for name, place in weight_map.items()}
 
 
+def copies_of_weights(
+    directory: Path, found: FoundFiles, has_same_tensors: Callable[[PurePosixPath], bool]
+) -> frozenset[PurePosixPath]:
+    """The other files that hold the checkpoint's weights once more, in whatever form, and indexes of these.
+
+    `has_same_tensors` tells of a safetensors file whether its tensors are those of the checkpoint. Not among
+    them are adapters, what a trainer goes on with, and what lies in folders of other modules or models.
+    """
+    folders = _module_folders(directory)
+    bases = _BASES | {_base(shard.name) for shard in found.shards}
+    nbytes = sum((directory / shard).stat().st_size for shard in found.shards)
+
+    def is_copy(path: PurePosixPath, size: int) -> bool:
+        if not folders.isdisjoint(path.parents) or _is_adapter(directory, path):
+            return False
+        converted = any(part in _CONVERSIONS or part.endswith(_BUNDLES) for part in path.parts[:-1])
+        if path.name.endswith(SUFFIX):
+            named = _base(path.name) in (bases if len(path.parts) == 1 else {"consolidated"})
+            return converted or named or has_same_tensors(path)
+        if path.suffix.lower() not in PICKLE_SUFFIXES:
+            return names_weights(path.name)
+        if names_training_state(path.name) or _is_other_model(directory, path.parent):
+            return False
+        named = names_weights(path.name) or (converted and path.suffix == ".bin")
+        return named or (size >= nbytes * _SMALLEST_COPY and _is_pickled(directory / path))
+
+    copies = {other.path for other in found.others if is_copy(other.path, other.nbytes)}
+    forms = {(path.parent, path.suffix) for path in copies}
+    indexes = {
+        other.path
+        for other in found.others
+        if (match := _INDEX_OF.fullmatch(other.path.name)) and (other.path.parent, match[1]) in forms
+    }
+    return frozenset(copies | (indexes - {found.index}))
+
+
+def _base(name: str) -> str:
+    """What a weight file is called without number, variant and suffix."""
+    return _NUMBERED.sub("", name.partition(".")[0])
+
+
+def _module_folders(directory: Path) -> frozenset[PurePosixPath]:
+    """The folders of other modules, as sentence-transformers and diffusers list them."""
+    names: list[object] = []
+    for document in ("modules.json", "model_index.json"):
+        try:
+            value = _read_json(directory / document)
+        except CheckpointError:
+            continue  # there is none, or none that anybody can read
+        modules = value if isinstance(value, list) else []
+        names += [module.get("path") for module in modules if isinstance(module, dict)]
+        names += value if isinstance(value, dict) else ()
+    return frozenset(PurePosixPath(name) for name in names if isinstance(name, str)) - {PurePosixPath()}
+
+
+def _is_adapter(directory: Path, path: PurePosixPath) -> bool:
+    config = path.with_name("adapter_config.json")
+    return path.name.startswith("adapter_") and (directory / config).is_file()
+
+
+def _is_other_model(directory: Path, folder: PurePosixPath) -> bool:
+    """Whether a folder inside has a config.json of its own, which is that of another model."""
+    if not folder.parts:
+        return False
+    try:
+        own, top = (read_object(directory / at / "config.json") for at in (folder, ""))
+    except CheckpointError:
+        return False
+    return any(own.get(key) != top.get(key) for key in (own.keys() | top.keys()) - _UNTELLING)
+
+
+def _is_pickled(path: Path) -> bool:
+    with path.open("rb") as file:
+        return looks_pickled(file.read(4))
+
+
 def read_object(path: Path, parse: Callable[[str], Any] = json.loads) -> dict[str, Any]:
     """The JSON object in a file; CheckpointError naming the file where it holds anything else."""
+    value = _read_json(path, parse)
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: holds {shown(value)}, wanted a JSON object")
+    return value
+
+
+def _read_json(path: Path, parse: Callable[[str], Any] = json.loads) -> Any:  # noqa: ANN401  (JSON can be anything)
+    """The value in a small JSON file; CheckpointError naming the file where it holds none."""
     try:
         status = path.stat()
         # Asked before it is opened: a pipe would be waited for, and a device has no end.
@@ -110,7 +219,7 @@ def read_object(path: Path, parse: Callable[[str], Any] = json.loads) -> dict[st
             raise CheckpointError(f"{path}: not a regular file; wanted a small JSON file, or none")
         if status.st_size > LARGEST_DOCUMENT:
             raise CheckpointError(f"{path}: larger than {LARGEST_DOCUMENT} bytes; wanted a small JSON file")
-        value = parse(path.read_bytes().decode())
+        return parse(path.read_bytes().decode())
     except OSError as error:
         refusal = leads_nowhere(path, error)
         if refusal is not None:
@@ -120,18 +229,14 @@ def read_object(path: Path, parse: Callable[[str], Any] = json.loads) -> dict[st
         raise CheckpointError(f"{path}: not UTF-8 at byte {error.start}; wanted a JSON file") from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: holds {shown(value)}, wanted a JSON object")
-    return value
 
 
 def _index_name(directory: Path, files: list[str]) -> str | None:
     """The index of the checkpoint; that of a variant, `model.safetensors.index.fp16.json`, if it is alone."""
     originals = _originals(files)
     indexes = [stem + INDEX_SUFFIX for stem in originals if stem + INDEX_SUFFIX in files]
-    preferred = "model" + INDEX_SUFFIX
-    if preferred in indexes:
-        return preferred
+    if _PREFERRED_INDEX in indexes:
+        return _PREFERRED_INDEX
     if len(indexes) > 1:
         raise CheckpointError(
             f"{directory}: holds {len(indexes)} index files ({', '.join(indexes)}); keep one of them"

@@ -1,8 +1,9 @@
 """What a file is that is no safetensors file, and what to do about it.
 
 Owns the looks of the usual mistakes: pickles, git-lfs pointers, saved web pages, answers of servers,
-other weight formats, archives. Decides nothing: header.py asks when the first bytes of a file are no
-safetensors header, source.py when a folder holds no safetensors at all.
+other weight formats, archives; and the names that files with weights have. Decides nothing: header.py asks
+when the first bytes of a file are no safetensors header, folder.py when a folder holds no safetensors at all,
+or other files beside them.
 """
 
 from __future__ import annotations
@@ -12,6 +13,18 @@ import re
 from pathlib import PurePath
 
 PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
+
+# Formats that hold a whole model and nothing else, whatever the file is called; and names of pickles.
+_WEIGHTS = re.compile(
+    r".*\.(?:gguf|ggml|onnx(?:[._]data(?:_\d+)?)?|h5|hdf5|keras|msgpack|ot|ckpt|ckpt\.(?:index|meta)"
+    r"|data-\d+-of-\d+|distcp|tflite|mlmodel|pte|nemo|engine|pdparams)"
+    r"|(?:.*[._-])?(?:model|models|weights?|consolidated|checkpoint|ckpt|optim_states)(?:[._-].*)?"
+    r"\.(?:bin|pt|pth|pkl|pickle|npz)"
+    r"|openvino_.*model.*\.xml|saved_model\.pb",
+    re.IGNORECASE,
+)
+# What trainers write beside a model to go on with; none of it is a weight.
+_TRAINING = re.compile(r"(?:optimizer|scheduler|scaler|rng_state|random_states|training_args)(?:[._-].*)?")
 
 _LFS = b"version https://git-lfs.github.com/spec/"
 _ZIP = b"PK\x03\x04"
@@ -55,9 +68,32 @@ def foreign_format(name: str, head: bytes) -> str | None:
     for at, mark, what, advice in _MARKS:
         if head.startswith(mark, at):
             return f"it is {what}; {advice}"
-    if head.startswith((_ZIP, *_PICKLE_PROTOCOLS)) or PurePath(name).suffix.lower() in PICKLE_SUFFIXES:
+    if looks_pickled(head) or PurePath(name).suffix.lower() in PICKLE_SUFFIXES:
         return "it looks like a pickle (torch.save); " + conversion_advice(name)
     return _as_text(text)
+
+
+def names_weights(name: str) -> bool:
+    """Whether a file that is no safetensors file is called as those are that hold a model's weights.
+
+    >>> names_weights("pytorch_model-00001-of-00002.bin"), names_weights("training_args.bin")
+    (True, False)
+    """
+    return _WEIGHTS.fullmatch(name) is not None
+
+
+def names_training_state(name: str) -> bool:
+    """Whether a file is called as what a trainer keeps beside the weights: moments, a schedule, a generator.
+
+    >>> names_training_state("optimizer.pt"), names_training_state("zero_optim_states.pt")
+    (True, False)
+    """
+    return _TRAINING.fullmatch(name) is not None
+
+
+def looks_pickled(head: bytes) -> bool:
+    """Whether a file with these first bytes is what torch.save or pickle writes."""
+    return head.startswith((_ZIP, *_PICKLE_PROTOCOLS))
 
 
 def _as_text(head: bytes) -> str | None:

@@ -21,6 +21,7 @@ from sparseprune.errors import CheckpointError
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
+    from sparseprune.checkpoint.folder import OtherFile
     from sparseprune.checkpoint.source import Checkpoint, Shard, StoredTensor
 
 MaskFormat = Literal["bool", "packed"]
@@ -90,6 +91,11 @@ class OutputLayout:
     def root(self) -> Path:
         """The folder that the output's paths are relative to."""
         return self.target if self.is_directory else self.target.parent
+
+    @property
+    def left_out(self) -> tuple[OtherFile, ...]:
+        """Files of the input that the output would have, but that they hold the dense weights once more."""
+        return self.checkpoint.left_out if self.writes_weights else ()
 
     @property
     def input_bytes(self) -> int:

@@ -18,7 +18,7 @@ from sparseprune.checkpoint.documents import shown
 from sparseprune.checkpoint.header import Header, TensorEntry, read_header
 from sparseprune.checkpoint.stamps import NO_STAMP, Stamp, replaced, stamp_of
 from sparseprune.checkpoint.transfer import ChangedInputError
-from sparseprune.errors import CheckpointError
+from sparseprune.errors import CheckpointError, SparsepruneError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -88,7 +88,8 @@ class Checkpoint:
     """A checkpoint of which all headers were read and no data: every tensor stands in exactly one shard.
 
     `tensors` stand in the order in which their data is read best: shard by shard, by offset. `others` are
-    the files that an output takes over as they are, the `index` among them where there is one.
+    the files that an output takes over as they are, the `index` among them where there is one. `left_out` are
+    those that it does not take over, since they hold the same weights once more.
     """
 
     path: Path
@@ -97,6 +98,7 @@ class Checkpoint:
     others: tuple[OtherFile, ...]
     tensors: Mapping[str, StoredTensor] = field(repr=False)
     index: PurePosixPath | None = None
+    left_out: tuple[OtherFile, ...] = ()
 
     @property
     def other_files(self) -> tuple[PurePosixPath, ...]:
@@ -116,7 +118,31 @@ def open_checkpoint(path: Path) -> Checkpoint:
     shards = tuple(open_shard(path / place, place) for place in found.shards)
     tensors = _tensors(shards)
     _check_index(path, found, tensors)
-    return Checkpoint(path, shards, True, found.others, tensors, found.index)  # noqa: FBT003
+    with transfer.machine_errors(path, "cannot be read"):
+        copies = folder.copies_of_weights(path, found, lambda file: _has_same(path / file, tensors))
+    return Checkpoint(
+        path,
+        shards,
+        is_directory=True,
+        others=tuple(other for other in found.others if other.path not in copies),
+        tensors=tensors,
+        index=found.index,
+        left_out=tuple(other for other in found.others if other.path in copies),
+    )
+
+
+def _has_same(path: Path, tensors: Mapping[str, StoredTensor]) -> bool:
+    """Whether most elements of a file are those of tensors with these names and shapes; masks are none."""
+    try:
+        entries = read_header(path).entries
+    except SparsepruneError:
+        return False  # a file that nobody can read is copied as any other
+    same = sum(
+        entry.numel
+        for entry in entries
+        if entry.dtype != "BOOL" and entry.name in tensors and tensors[entry.name].shape == entry.shape
+    )
+    return 2 * same > sum(entry.numel for entry in entries)
 
 
 def read_config(checkpoint: Checkpoint) -> Mapping[str, Any] | None:

@@ -135,7 +135,8 @@ def _check_apart(layout: OutputLayout) -> None:
     checkpoint = layout.checkpoint
     source = _real(checkpoint.path)
     parts = [source, *(_real(shard.path) for shard in checkpoint.shards)]
-    parts += [_real(checkpoint.path / other.path) for other in checkpoint.others]
+    others = (*checkpoint.others, *checkpoint.left_out)
+    parts += [_real(checkpoint.path / other.path) for other in others]
     for path in final_paths(layout):
         final = _real(path)
         if final == source:

@@ -63,6 +63,7 @@ def _worked(
         seconds=time.perf_counter() - began,
         overrides=request.overrides,
         warnings=request.warnings.lines,
+        left_out=layout.left_out,
     )
     document = report_document(circumstances, plan.checkpoint, plan.bound, outcomes)
     text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
@@ -76,6 +77,7 @@ def _worked(
 def _tell(
     request: Request, plan: Plan, layout: OutputLayout, document: dict[str, Any], seconds: float
 ) -> None:
+    from sparseprune.report.document import copies_line
     from sparseprune.report.tables import outcome_table, rules_table
     from sparseprune.report.wording import percent, size
 
@@ -107,7 +109,8 @@ def _tell(
             f"{totals['output_error_masked']:.3f} by the masks alone"
         )
         lines += few_tokens(plan)
+    lines += copies_line("left out", document["files_left_out"])
     work = sum(stored.nbytes for stored in plan.checkpoint.tensors.values())
     lines.append(f"{seconds:.1f} s, {size(work / seconds)}/s, on {document['device']}")
     for line in lines:
-        console.print(line)
+        console.print(line, markup=False)

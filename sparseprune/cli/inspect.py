@@ -123,7 +123,7 @@ def _document(
     with TensorReader() as reader, progress("reading", total, quiet=request.quiet) as advance:
         facts = inspect_checkpoint(tensors, reader, questions, request.jobs, advance)
     refuse_changed_shards(one.shard for one in tensors)
-    document = inspect_document(str(request.checkpoint), facts, telling)
+    document = inspect_document(str(request.checkpoint), facts, telling, checkpoint.left_out)
     listed = "groups" if "groups" in document else "tensors"
     key = "name" if request.tree and listing.sort is None else listing.sort
     return document | {listed: ordered(document[listed], key, listing.reverse)}

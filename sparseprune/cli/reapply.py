@@ -124,6 +124,7 @@ def _circumstances(request: ReapplyRequest, prepared: _Prepared, began: float) -
         masks=str(request.masks),
         unused=len(matched.unused),
         unmasked=len(matched.unmasked),
+        files=prepared.layout.left_out,
         output=output_shown(request, prepared.layout),
         seconds=time.perf_counter() - began,
         overrides={} if origin is None else origin.overrides,
@@ -138,6 +139,7 @@ def _identity(request: ReapplyRequest, prepared: _Prepared) -> dict[str, str]:
 
 
 def _tell(request: ReapplyRequest, prepared: _Prepared, document: dict[str, Any], seconds: float) -> None:
+    from sparseprune.report.document import copies_line
     from sparseprune.report.reapplication import reapply_table
     from sparseprune.report.wording import percent, size
 
@@ -169,7 +171,8 @@ def _tell(request: ReapplyRequest, prepared: _Prepared, document: dict[str, Any]
             f"weights {size(layout.input_bytes)} before and after (zeros do not shrink a file)"
             + (f", masks {size(masks)}" if masks else ", no masks")
         ),
+        *copies_line("left out", document["files_left_out"]),
         f"{seconds:.1f} s, {size(layout.input_bytes / seconds)}/s",
     ]
     for line in lines:
-        console.print(line)
+        console.print(line, markup=False)

@@ -11,8 +11,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from sparseprune.checkpoint import StagedOutput, TensorReader, lay_out_removal, read_config
-from sparseprune.checkpoint.folder import SUFFIX
-from sparseprune.checkpoint.foreign import PICKLE_SUFFIXES
+from sparseprune.checkpoint.foreign import PICKLE_SUFFIXES, names_training_state
 from sparseprune.cli.choosing import Ending, RemoveRequest, chosen, refuse_contradictions, resized
 from sparseprune.cli.console import print_json, print_result, stderr_console, tell
 from sparseprune.cli.progress import progress
@@ -27,8 +26,6 @@ if TYPE_CHECKING:
     from sparseprune.report.removal import RemovalRun
 
     Document = dict[str, Any]
-
-_WEIGHTS = PICKLE_SUFFIXES | {SUFFIX, ".gguf", ".onnx", ".h5", ".msgpack"}
 
 
 def run(request: RemoveRequest) -> None:
@@ -149,18 +146,23 @@ def _circumstances(request: RemoveRequest, choice: Choice, layout: OutputLayout,
         seconds=time.perf_counter() - began,
         nbytes=(layout.input_bytes, sum(file.size for file in layout.files if file.path not in others)),
         overrides=choice.overrides,
+        left_out=layout.left_out,
         tensors=choice.outcomes,
         warnings=request.warnings.lines,
     )
 
 
-def _other_weights(checkpoint: Checkpoint) -> list[str]:
-    """A line where files of other formats, or of variants, hold weights that the config no longer fits."""
-    names = [str(other.path) for other in checkpoint.others if other.path.suffix.lower() in _WEIGHTS]
+def _training_state(checkpoint: Checkpoint) -> list[str]:
+    """A line where a trainer left what it would go on with, of the shapes that tensors had."""
+    names = [
+        str(other.path)
+        for other in checkpoint.others
+        if names_training_state(other.path.name) and other.path.suffix in PICKLE_SUFFIXES
+    ]
     if not names:
         return []
     more = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
-    return [f"copied as it is, with the weights of the larger model: {names[0]}{more}"]
+    return [f"copied as it is, though a trainer wrote it for the larger model: {names[0]}{more}"]
 
 
 def _tell(request: RemoveRequest, choice: Choice, document: Document, seconds: float) -> None:
@@ -173,7 +175,7 @@ def _tell(request: RemoveRequest, choice: Choice, document: Document, seconds: f
         console.print(changed_table(document))
     if document["rules"]:
         console.print(rules_table(document))
-    for line in (*removal_lines(document), *choice.remarks, *_other_weights(choice.checkpoint)):
+    for line in (*removal_lines(document), *choice.remarks, *_training_state(choice.checkpoint)):
         console.print(printable(line), markup=False)  # keys and names of files are a stranger's
     console.print(
         f"{seconds:.1f} s, {size(document['totals']['bytes'] / seconds)}/s, on {document['device']}"

@@ -67,7 +67,13 @@ def _document(request: VerifyRequest, named: str) -> dict[str, Any]:
     with TensorReader() as reader, progress("verifying", check.nbytes, quiet=request.quiet) as advance:
         found = count_survivors(check, reader, advance)
     refuse_changed_shards(checkpoint.shards)
-    asked = AskedCheck(str(request.checkpoint), named, request.overrides, request.warnings.lines)
+    asked = AskedCheck(
+        str(request.checkpoint),
+        named,
+        request.overrides,
+        warnings=request.warnings.lines,
+        not_read=checkpoint.left_out,
+    )
     return verify_document(asked, found)
 
 

@@ -43,6 +43,7 @@ def run_masks(request: MasksRequest) -> None:
     if request.masks is None:
         raise TypeError("there are no masks to verify by")
     document = _document(request, request.masks)
+    from sparseprune.report.document import copies_line
     from sparseprune.report.reapplication import lost_line, lost_lines, verify_masks_table
     from sparseprune.report.wording import many
 
@@ -58,6 +59,8 @@ def run_masks(request: MasksRequest) -> None:
                 dropped = many(document["totals"]["pruned"], "element")
                 tensors = many(len(document["tensors"]), "tensor")
                 print_text(f"masks drop {dropped} of {tensors}; all of them are zero\n")
+            for line in copies_line("not looked at", document["files_not_read"]):
+                print_text(f"{line}\n")
 
 
 def _document(request: MasksRequest, masks: Path) -> dict[str, Any]:
@@ -73,6 +76,7 @@ def _document(request: MasksRequest, masks: Path) -> dict[str, Any]:
         unused=len(matched.unused),
         unmasked=len(matched.unmasked),
         warnings=request.warnings.lines,
+        files=matched.checkpoint.left_out,
     )
     left_out = left_out_line(circumstances)
     if left_out is not None and not request.quiet:

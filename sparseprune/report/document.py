@@ -8,15 +8,18 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from sparseprune import __version__
 from sparseprune.engine.grids import prod
+from sparseprune.errors import printable
+from sparseprune.report.wording import size
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-    from sparseprune.checkpoint import Checkpoint
+    from sparseprune.checkpoint import Checkpoint, OtherFile
     from sparseprune.engine.tally import Tally
     from sparseprune.spec import BoundRule, BoundSpec
 
 Value = TypeVar("Value", bound=float | None)
+_NAMED = 4  # files in one line
 REPORT_SCHEMA = "sparseprune.report.v1"
 
 
@@ -57,6 +60,7 @@ class Run:
     """The circumstances of a run; `output` and `input` as they were named, `seconds` of wall time.
 
     `overrides` are the variables of the spec that were set when it was applied, as they were typed.
+    `left_out` are files that hold the dense weights once more, and that the output has not.
     """
 
     input: str
@@ -66,6 +70,7 @@ class Run:
     seconds: float
     overrides: Mapping[str, str]
     warnings: Sequence[str] = ()
+    left_out: Sequence[OtherFile] = ()
 
 
 def report_document(
@@ -84,6 +89,7 @@ def report_document(
         "device": run.device,
         "seconds": round(run.seconds, 3),
         "warnings": list(run.warnings),
+        "files_left_out": file_entries(run.left_out),
         "totals": {
             "tensors": len(checkpoint.tensors),
             "numel": numel,
@@ -95,6 +101,26 @@ def report_document(
         "rules": [rule_entry(rule, tensors) for rule in bound.rules],
         "tensors": [_tensor_entry(tensor) for tensor in tensors],
     }
+
+
+def file_entries(files: Iterable[OtherFile]) -> list[dict[str, Any]]:
+    """Files of a checkpoint's folder, by their paths in it, with their sizes."""
+    return [{"path": str(file.path), "bytes": file.nbytes} for file in files]
+
+
+def copies_line(became: str, files: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """A line with what became of other copies of the weights, the first by name; none for none.
+
+    >>> list(copies_line("left out", [{"path": "model.gguf", "bytes": 5_000_000}]))
+    ['left out: model.gguf (5.00 MB), another copy of the weights']
+    """
+    if not files:
+        return
+    names = ", ".join(printable(file["path"]) for file in files[:_NAMED])
+    more = f" and {len(files) - _NAMED:,} more" if len(files) > _NAMED else ""
+    total = size(sum(file["bytes"] for file in files))
+    copies = "another copy" if len(files) == 1 else "other copies"
+    yield f"{became}: {names}{more} ({total}), {copies} of the weights"
 
 
 def share(part: float, whole: float) -> float:

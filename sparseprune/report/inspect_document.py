@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sparseprune import __version__
-from sparseprune.report.document import share
+from sparseprune.report.document import file_entries, share
 from sparseprune.report.grouping import grouped, summed
 from sparseprune.report.listing import flat
 from sparseprune.report.runtimes import verdict
@@ -17,6 +17,7 @@ from sparseprune.report.runtimes import verdict
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
+    from sparseprune.checkpoint import OtherFile
     from sparseprune.report.facts import Questions, TensorFacts
     from sparseprune.report.grouping import Grouping
     from sparseprune.report.runtimes import Runtime
@@ -48,8 +49,13 @@ class Telling:
     grouping: Grouping | None = None
 
 
-def inspect_document(path: str, facts: Iterable[TensorFacts], telling: Telling) -> dict[str, Any]:
-    """The facts as plain data, in the shape of schemas/inspect.schema.json; tensors as they stand."""
+def inspect_document(
+    path: str, facts: Iterable[TensorFacts], telling: Telling, not_read: Iterable[OtherFile] = ()
+) -> dict[str, Any]:
+    """The facts as plain data, in the shape of schemas/inspect.schema.json; tensors as they stand.
+
+    `not_read` are files beside the checkpoint that hold its dense weights once more.
+    """
     patterns = [str(pattern) for pattern in telling.questions.patterns]
     blocks = [str(block) for block in telling.questions.blocks]
     tensors = [_tensor_entry(one, patterns, blocks, telling.runtimes) for one in facts]
@@ -57,6 +63,7 @@ def inspect_document(path: str, facts: Iterable[TensorFacts], telling: Telling) 
         "schema": INSPECT_SCHEMA,
         "sparseprune": __version__,
         "input": path,
+        "files_not_read": file_entries(not_read),
         "totals": _totals(tensors, patterns, blocks, telling.runtimes),
     }
     if telling.grouping is not None:

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from sparseprune.errors import printable
 from sparseprune.report.columns import Fact, below, told
+from sparseprune.report.document import copies_line
 from sparseprune.report.fitting import Column, FittedTable
 from sparseprune.report.wording import many, percent, shape_text
 
@@ -47,6 +48,7 @@ def notes(document: Mapping[str, Any]) -> Iterator[RenderableType]:
         dtypes = sorted({entry["dtype"] for entry in document["tensors"] if entry["zeros"] is None})
         uncounted = many(totals["uncounted"], "tensor")
         yield Text(f"not looked at: {uncounted} of {', '.join(dtypes)}, whose elements are no whole bytes")
+    yield from map(Text, copies_line("not looked at", document["files_not_read"]))
     for name in totals.get("runtimes", ()):
         yield from _runtime_notes(name, document)
 

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from sparseprune import __version__
 from sparseprune.errors import printable
-from sparseprune.report.document import energy_kept, share
+from sparseprune.report.document import energy_kept, file_entries, share
 from sparseprune.report.fitting import Column, FittedTable
 from sparseprune.report.wording import many, percent
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from sparseprune.checkpoint import Checkpoint
+    from sparseprune.checkpoint import Checkpoint, OtherFile
     from sparseprune.engine.grids import Shape
     from sparseprune.engine.tally import Tally
 
@@ -61,8 +61,9 @@ class CheckedTensor(MaskedTensor, Protocol):
 class Circumstances:
     """Input and masks as they were named; how many masks and tensors without a counterpart were let be.
 
-    For a run that writes: its `output`, `seconds` of wall time, and the variables that were set when the spec
-    was applied that made the masks, as they were typed.
+    `files` are other copies of the weights beside those that were read: left out of the output of a run that
+    writes, not looked at by others. For a run that writes: its `output`, `seconds` of wall time, and the
+    variables that were set when the spec was applied that made the masks, as they were typed.
     """
 
     input: str
@@ -73,6 +74,7 @@ class Circumstances:
     seconds: float = 0.0
     overrides: Mapping[str, str] = field(default_factory=dict)
     warnings: Sequence[str] = ()
+    files: Sequence[OtherFile] = ()
 
 
 def reapply_document(
@@ -88,6 +90,7 @@ def reapply_document(
         "set": dict(run.overrides),
         "seconds": round(run.seconds, 3),
         "warnings": list(run.warnings),
+        "files_left_out": file_entries(run.files),
         "left_out": _left_out(run),
         "totals": _totals(checkpoint, tensors),
         "tensors": [
@@ -114,6 +117,7 @@ def verify_masks_document(
         "masks": run.masks,
         "holds": not failed,
         "warnings": list(run.warnings),
+        "files_not_read": file_entries(run.files),
         "left_out": _left_out(run),
         "totals": {**_totals(checkpoint, tensors), "failed": failed},
         "tensors": [

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from sparseprune import __version__
 from sparseprune.engine.grids import prod
-from sparseprune.report.document import mean, rule_entry
+from sparseprune.report.document import copies_line, file_entries, mean, rule_entry
 from sparseprune.report.fitting import Column, FittedTable
 from sparseprune.report.wording import many, percent, shape_text, size
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from sparseprune.checkpoint import Checkpoint
+    from sparseprune.checkpoint import Checkpoint, OtherFile
     from sparseprune.report.document import PrunedTensor
     from sparseprune.spec import BoundSpec
 
@@ -58,7 +58,8 @@ class RemovedParts(Protocol):
 class RemovalRun:
     """The circumstances of a run, as in `document.Run`; by a spec or by `masks`, the other one is None.
 
-    `nbytes` are those of the weight files before and after. `tensors` is what became of what rules reached.
+    `nbytes` are those of the weight files before and after, `left_out` as there. `tensors` is what
+    became of what rules reached.
     """
 
     input: str
@@ -69,6 +70,7 @@ class RemovalRun:
     seconds: float
     nbytes: tuple[int, int]
     overrides: Mapping[str, str] = field(default_factory=dict)
+    left_out: Sequence[OtherFile] = ()
     tensors: Sequence[PrunedTensor] = ()
     warnings: Sequence[str] = ()
 
@@ -89,6 +91,7 @@ def removal_document(
         "device": run.device,
         "seconds": round(run.seconds, 3),
         "warnings": list(run.warnings),
+        "files_left_out": file_entries(run.left_out),
         "totals": {
             "tensors": len(checkpoint.tensors),
             "tensors_after": len(removal.left),
@@ -168,3 +171,4 @@ def removal_lines(document: Mapping[str, Any]) -> Iterator[str]:
             f"reconstructed matrices: output error {totals['output_error']:.3f} on average, "
             f"{totals['output_error_masked']:.3f} by the masks alone"
         )
+    yield from copies_line("left out", document["files_left_out"])

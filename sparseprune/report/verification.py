@@ -13,7 +13,7 @@ from rich.text import Text
 
 from sparseprune import __version__
 from sparseprune.errors import printable
-from sparseprune.report.document import one_or_all
+from sparseprune.report.document import copies_line, file_entries, one_or_all
 from sparseprune.report.fitting import Column, FittedTable
 from sparseprune.report.wording import many
 
@@ -22,17 +22,23 @@ if TYPE_CHECKING:
 
     from rich.console import RenderableType
 
+    from sparseprune.checkpoint import OtherFile
+
 VERIFY_SCHEMA = "sparseprune.verify.v1"
 
 
 @dataclass(frozen=True, slots=True)
 class AskedCheck:
-    """What was asked: the checkpoint and the spec as they were named, the variables that were set."""
+    """What was asked: the checkpoint and the spec as they were named, the variables that were set.
+
+    `not_read` are files beside the checkpoint that hold its dense weights once more.
+    """
 
     input: str
     spec: str
     overrides: Mapping[str, str]
     warnings: Sequence[str] = ()
+    not_read: Sequence[OtherFile] = ()
 
 
 class BrokenPlace(Protocol):
@@ -116,6 +122,7 @@ def verify_document(asked: AskedCheck, found: CheckedSpec) -> dict[str, Any]:
         "spec": asked.spec,
         "set": dict(asked.overrides),
         "warnings": list(asked.warnings),
+        "files_not_read": file_entries(asked.not_read),
         "totals": {
             "scopes": sum(rule.scopes for rule in found.rules),
             "broken": sum(rule.broken for rule in found.rules),
@@ -140,6 +147,7 @@ def verify_table(document: Mapping[str, Any]) -> RenderableType:
     if broken and unchecked:
         parts.append(Text())
     parts += [Text(f"{printable(rule['name'])} is not checked: {rule['unchecked']}") for rule in unchecked]
+    parts += map(Text, copies_line("not looked at", document["files_not_read"]))
     return Group(*parts)
 
 

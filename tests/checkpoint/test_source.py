@@ -69,15 +69,15 @@ LEGAL: dict[str, tuple[Files, list[str], list[str]]] = {
         ["x.bin"],
     ),
     "another file beside model.safetensors": (
-        {"model.safetensors": weights("a"), "model.fp16.safetensors": weights("z")},
+        {"model.safetensors": weights("a"), "extra.safetensors": weights("z")},
         ["a"],
-        ["model.fp16.safetensors"],
+        ["extra.safetensors"],
     ),
     "shards": (SHARDED, ["b", "a", "c"], [INDEX]),
     "shards and a file that no index lists": (
-        {**SHARDED, "consolidated.safetensors": b"not even read"},
+        {**SHARDED, "extra.safetensors": b"no header"},
         ["b", "a", "c"],
-        ["consolidated.safetensors", INDEX],
+        ["extra.safetensors", INDEX],
     ),
     "shards and a second index": (
         {**SHARDED, "x.safetensors.index.json": b"not even read"},
@@ -92,7 +92,7 @@ LEGAL: dict[str, tuple[Files, list[str], list[str]]] = {
     "a variant beside its original": (
         {"diffusion.safetensors": weights("a"), "diffusion.fp16.safetensors": weights("z")},
         ["a"],
-        ["diffusion.fp16.safetensors"],
+        [],
     ),
     "the index of a variant beside the original": (
         {
@@ -122,6 +122,11 @@ LEGAL: dict[str, tuple[Files, list[str], list[str]]] = {
         {"model.safetensors": weights("a"), "d/" * 100 + "x": b""},
         ["a"],
         ["d/" * 100 + "x"],
+    ),
+    "an index of other files beside model.safetensors": (
+        {**SHARDS, "model.safetensors": weights("a"), "x.safetensors.index.json": index(MAP)},
+        ["a"],
+        [],
     ),
     "an index that lists the single file": (
         {"model.safetensors": weights("a"), INDEX: index({"a": "model.safetensors"})},

@@ -6,6 +6,7 @@ import json
 import os
 from typing import TYPE_CHECKING
 
+import jsonschema
 import pytest
 import torch
 from safetensors import safe_open
@@ -13,8 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from sparseprune.checkpoint import lay_out
 from sparseprune.engine.dtypes import DTYPES
+from sparseprune.report.wording import size
 from tests.checkpoint.headers import file_of, loaded, tensor
-from tests.samples import Said, run, write_spec
+from tests.samples import Said, run, schema, write_spec
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -287,17 +289,62 @@ def test_tensors_that_the_index_lacks_are_not_lost(tmp_path: Path) -> None:
     ).read_bytes()
 
 
-def test_other_weight_files_are_copied_as_they_are(tmp_path: Path) -> None:
-    folder = store(tmp_path / "in" / "model-1.safetensors", W).parent
-    index(folder, {"w": "model-1.safetensors"})
+def copies(folder: Path) -> list[str]:
+    """Puts copies of the weights, and small files, into a folder; gives the names of the copies."""
     others = ["consolidated.safetensors", "model.fp16.safetensors", "original/consolidated.00.safetensors"]
     for name in others:
         store(folder / name, ("other", "F32", (4, 8)))
     index(folder, {"w": "absent.safetensors"}, name="model.fp16.safetensors.index.json")
-    out = tmp_path / "out"
-    assert commanded("apply", folder, write_spec(tmp_path, SPEC), "-o", out, "-q").code == 0
-    for name in [*others, "model.fp16.safetensors.index.json"]:
-        assert (out / name).read_bytes() == (folder / name).read_bytes()
+    (folder / "m\x1b[red].gguf").write_bytes(b"GGUF")
+    store(folder / "value_head.safetensors", ("other", "F32", (4, 8)))
+    (folder / "training_args.bin").write_bytes(b"PK")
+    return sorted([*others, "model.fp16.safetensors.index.json", "m\x1b[red].gguf"])
+
+
+def test_other_copies_of_the_weights_are_left_out_and_named(tmp_path: Path) -> None:
+    folder = store(tmp_path / "in" / "model-1.safetensors", W).parent
+    index(folder, {"w": "model-1.safetensors"})
+    names = copies(folder)
+    total = size(sum((folder / name).stat().st_size for name in names))
+    variant = "model.fp16.safetensors, model.fp16.safetensors.index.json"
+    first = f"consolidated.safetensors, m\\x1b[red].gguf, {variant}"
+    line = f"{first} and 1 more ({total}), other copies of the weights"
+    spec, out, again = write_spec(tmp_path, SPEC), tmp_path / "out", tmp_path / "again"
+    masks = out / "sparseprune"
+    for command, by, made in (("apply", spec, out), ("reapply", masks, again)):
+        said = commanded(command, folder, by, "-o", made)
+        assert f"left out: {line}" in said.err.splitlines()
+        report = json.loads((made / "sparseprune" / "report.json").read_text())
+        assert [one["path"] for one in report["files_left_out"]] == names
+        assert report["files_left_out"][1] == {"path": "m\x1b[red].gguf", "bytes": 4}
+        jsonschema.validate(report, schema("report" if made == out else "reapply"))
+        assert not any((made / name).exists() for name in names)
+        for name in ("training_args.bin", "value_head.safetensors", "model.safetensors.index.json"):
+            assert (made / name).read_bytes() == (folder / name).read_bytes()
+    again.rename(tmp_path / "quiet")
+    assert commanded("reapply", folder, masks, "-o", again, "-q").err == ""
+    said = commanded("mask", folder, spec, "-o", tmp_path / "masks", "--json")
+    assert (json.loads(said.out)["files_left_out"], "left out:" in said.err) == ([], False)
+
+
+def test_copies_that_were_not_looked_at_are_named(tmp_path: Path) -> None:
+    folder = store(tmp_path / "in" / "model.safetensors", W).parent
+    spec, out = write_spec(tmp_path, SPEC), tmp_path / "out"
+    assert commanded("apply", folder, spec, "-o", out, "-q").code == 0
+    assert "not looked at" not in commanded("verify", out, spec).out
+    (out / "pytorch_model.bin").write_bytes(b"PK")
+    line = "not looked at: pytorch_model.bin (2 B), another copy of the weights"
+    for words, name in (
+        (["verify", out, spec], "verify"),
+        (["verify", out, "--masks", out / "sparseprune"], "verify-masks"),
+        (["inspect", out], "inspect"),
+        (["inspect", out, "--tree"], ""),
+    ):
+        assert line in commanded(*words).out.splitlines()
+        if name:
+            found = json.loads(commanded(*words, "--json").out)
+            jsonschema.validate(found, schema(name))
+            assert found["files_not_read"] == [{"path": "pytorch_model.bin", "bytes": 2}]
 
 
 @pytest.mark.parametrize(

@@ -517,11 +517,23 @@ def test_a_disk_without_room_is_told_and_the_run_goes_on_when_there_is_some(
     assert f"{disk}: not enough free space: " in said.err
 
 
-def test_weights_of_other_formats_that_stay_are_named(tmp_path: Path) -> None:
+def test_other_copies_of_the_weights_are_left_out_and_what_a_trainer_wrote_is_named(tmp_path: Path) -> None:
     source = write(tmp_path / "in", decoder(), LLAMA)
     (source / "pytorch_model.bin").write_bytes(b"PK")
     (source / "model.gguf").write_bytes(b"GGUF")
+    (source / "optimizer.pt").write_bytes(b"PK")
+    (source / "2_Dense").mkdir()
+    save_file({"linear.weight": torch.ones(2, HIDDEN)}, source / "2_Dense" / "model.safetensors")
+    (source / "modules.json").write_text('[{"path": ""}, {"path": "2_Dense"}]')
     said = removed(source, "decoder-mlp-channels", "-o", tmp_path / "out")
-    line = "copied as it is, with the weights of the larger model: model.gguf and 1 more"
-    assert line in said.err.splitlines()
-    assert (tmp_path / "out" / "pytorch_model.bin").read_bytes() == b"PK"
+    lines = [line for line in said.err.splitlines() if "left out" in line or "copied" in line]
+    assert lines == [
+        "left out: model.gguf, pytorch_model.bin (6 B), other copies of the weights",
+        "copied as it is, though a trainer wrote it for the larger model: optimizer.pt",
+    ]
+    report = json.loads((tmp_path / "out" / "sparseprune" / "report.json").read_text())
+    jsonschema.validate(report, schema("remove"))
+    assert [one["path"] for one in report["files_left_out"]] == ["model.gguf", "pytorch_model.bin"]
+    assert not {"model.gguf", "pytorch_model.bin"} & set(names_in(tmp_path / "out"))
+    dense = Path("2_Dense", "model.safetensors")
+    assert (tmp_path / "out" / dense).read_bytes() == (source / dense).read_bytes()
