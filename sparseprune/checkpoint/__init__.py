@@ -30,6 +30,7 @@ from sparseprune.checkpoint.source import (
     StoredTensor,
     TensorReader,
     open_checkpoint,
+    read_beside,
     read_config,
 )
 from sparseprune.checkpoint.staging import StagedOutput
@@ -79,6 +80,7 @@ __all__ = [
     "open_masks",
     "open_statistics",
     "provenance_of",
+    "read_beside",
     "read_config",
     "read_header",
     "read_kept",

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from sparseprune.checkpoint.transfer import WritableBytes
 
 
+_SMALL = 1 << 20  # bytes of a document that says something of a model
+
+
 @dataclass(frozen=True)
 class Shard:
     """One safetensors file of a checkpoint; its path decides equality.
@@ -154,6 +157,20 @@ def read_config(checkpoint: Checkpoint) -> Mapping[str, Any] | None:
         if isinstance(error.__cause__, FileNotFoundError):
             return None
         raise
+
+
+def read_beside(checkpoint: Checkpoint) -> dict[str, Mapping[str, Any]]:
+    """The small objects of JSON that lie beside a directory's config.json, by the names of their files."""
+    found: dict[str, Mapping[str, Any]] = {}
+    for other in checkpoint.others:
+        path = other.path
+        is_small = path.suffix == ".json" and len(path.parts) == 1 and other.nbytes <= _SMALL
+        if is_small and path.name != "config.json" and path != checkpoint.index:
+            try:
+                found[path.name] = folder.read_object(checkpoint.path / path)
+            except CheckpointError:
+                continue  # it is copied, whatever it is
+    return found
 
 
 class TensorReader:

@@ -18,6 +18,7 @@ from sparseprune.checkpoint import (
     lay_out_choice,
     lay_out_removal,
     open_choice,
+    read_beside,
     read_config,
     refuse_changed,
     refuse_replacing,
@@ -186,17 +187,21 @@ def _refused_early(request: RemoveRequest, prepared: Prepared) -> OutputLayout:
     """Where the decision is put down; refused is what cannot be removed, and a place for no output."""
     plan = prepared.plan
     final = _target(request, plan.checkpoint)
-    removable(prepared)
+    removable(prepared, request.warnings)
     instances = [instance for _, instance in plan.bound.instances()]
     rebuilt = any(one.soft is not None or one.reconstruct is not None for one in instances)
     return lay_out_choice(plan.checkpoint, final, plan.reached, rebuilt=rebuilt)
 
 
-def removable(prepared: Prepared) -> Presumed:
-    """What a removal would come to; SpecError for rules that cannot be removed, models that no class has."""
+def removable(prepared: Prepared, warnings: Warnings) -> Presumed:
+    """What a removal would come to, and `warnings` of what stays and may no longer be true.
+
+    SpecError for rules that cannot be removed, models that no class has.
+    """
     from sparseprune.pipeline.removal.presuming import presume
 
-    presumed = presume(prepared.plan, read_config(prepared.plan.checkpoint))
+    checkpoint = prepared.plan.checkpoint
+    presumed = presume(prepared.plan, read_config(checkpoint), read_beside(checkpoint))
     if presumed.reasons:
         raise SpecError(
             *(
@@ -206,6 +211,8 @@ def removable(prepared: Prepared) -> Presumed:
         )
     if presumed.problems:
         raise SpecError(*(f"{prepared.source.source}: {problem}" for problem in presumed.problems))
+    if presumed.removal is not None:
+        warnings.add(*presumed.removal.remarks)
     return presumed
 
 

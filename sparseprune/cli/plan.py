@@ -39,7 +39,7 @@ def run_removal(request: Request) -> None:
     """The plan of a removal, whose output is the smaller checkpoint; what cannot be removed is refused."""
     with collector_paused():
         prepared = prepare(request)
-        presumed = removable(prepared)
+        presumed = removable(prepared, request.warnings)
         removal = presumed.removal
         tensors, config = (None, None) if removal is None else (resized(removal), removal.config)
         layout = lay_out_removal(prepared.plan.checkpoint, request.output, tensors, config)

@@ -10,7 +10,7 @@ import json
 import time
 from typing import TYPE_CHECKING, Any
 
-from sparseprune.checkpoint import StagedOutput, TensorReader, lay_out_removal, read_config
+from sparseprune.checkpoint import StagedOutput, TensorReader, lay_out_removal, read_beside, read_config
 from sparseprune.checkpoint.foreign import PICKLE_SUFFIXES, names_training_state
 from sparseprune.cli.choosing import Ending, RemoveRequest, chosen, refuse_contradictions, resized
 from sparseprune.cli.console import print_json, print_result, stderr_console, tell
@@ -64,9 +64,10 @@ def _cut(
     shapes = {name: stored.shape for name, stored in checkpoint.tensors.items()}
     config = read_config(checkpoint)
     try:
-        removal = make_removal(shapes, kept, config)
+        removal = make_removal(shapes, kept, config, beside=read_beside(checkpoint))
     except CheckpointError as error:
         raise CheckpointError(*(f"{choice.source}: {line}" for line in error.args)) from error
+    request.warnings.add(*removal.remarks)
     tensors = resized(removal, choice.rebuilt)
     layout = lay_out_removal(checkpoint, request.output, tensors, removal.config)
     identity = {**choice.identity, "what survives": digest(summed_up(kept))}

@@ -21,6 +21,7 @@ from tests.checkpoint.files import content, names_in
 from tests.cli.interrupted import fill
 from tests.cli.removal import (
     CASES,
+    HALF,
     HIDDEN,
     LLAMA,
     MIXTRAL,
@@ -537,3 +538,26 @@ def test_other_copies_of_the_weights_are_left_out_and_what_a_trainer_wrote_is_na
     assert not {"model.gguf", "pytorch_model.bin"} & set(names_in(tmp_path / "out"))
     dense = Path("2_Dense", "model.safetensors")
     assert (tmp_path / "out" / dense).read_bytes() == (source / dense).read_bytes()
+
+
+def test_what_a_config_says_of_layers_without_the_table_is_warned_of(tmp_path: Path) -> None:
+    config = {**LLAMA, "attn_layer_period": 8, "per_layer_window": [3, 4]}
+    source = write(tmp_path / "in", decoder(), config)
+    (source / "params.json").write_text('{"n_layers": 2}')
+    (source / "broken.json").write_text("{")
+    lines = [
+        "config.json: attn_layer_period 8 looks like a statement about layers, and stays as it is",
+        "params.json: n_layers is 2, as num_hidden_layers was, and stays as it is",
+    ]
+    said = removed(source, "decoder-layers", *HALF, "-o", tmp_path / "out")
+    warned = [line for line in said.err.splitlines() if "warning" in line]
+    assert warned == [f"sparseprune: warning: {line}" for line in lines]
+    report = json.loads((tmp_path / "out" / "sparseprune" / "report.json").read_text())
+    assert report["warnings"] == lines
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert len(written["per_layer_window"]) == 1
+    said = removed(source, "decoder-layers", *HALF, "-o", tmp_path / "dry", "--dry-run")
+    assert [line.removeprefix("sparseprune: warning: ") for line in said.err.splitlines()] == lines
+    said = run("remove", source, "decoder-layers", *HALF, "-o", tmp_path / "strict", "--strict")
+    assert (said.code, len(said.err.splitlines())) == (2, 2)
+    assert not (tmp_path / "strict").exists()

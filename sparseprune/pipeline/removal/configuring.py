@@ -1,19 +1,21 @@
 """Configuring: the config.json of what is left, and every shape checked against it.
 
-Owns what is written: keys of widths and heads, lists with an entry for each layer. Changes nothing that it is
-given. Called by removing.py.
+Owns what is written: keys of widths and heads, and what layering.py and unlisted.py say. Changes nothing
+that it is given. Called by removing.py.
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from sparseprune.pipeline.removal.claiming import users
 from sparseprune.pipeline.removal.layering import removed_layers, without_layers
 from sparseprune.pipeline.removal.refusing import refuse
 from sparseprune.pipeline.removal.sections import Section, section_of
+from sparseprune.pipeline.removal.unlisted import Gone, settle_unlisted
 from sparseprune.pipeline.removal.widths import agree
 from sparseprune.spec.problems import shown
 
@@ -29,7 +31,7 @@ _MODULE = re.compile(r"(?:^|\.)[0-9]+(?:\.|$)")  # a name that has a number in i
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A key of config.json (dotted where it is nested), what it was, None where it was not there, and is."""
+    """A key of config.json, dotted where it is nested: what it was and is, None where there is none."""
 
     key: str
     before: object
@@ -43,10 +45,15 @@ class Configured:
     config: Mapping[str, Any]
     changes: tuple[Change, ...]
     followers: Mapping[str, Kept]
+    remarks: tuple[str, ...]
 
 
-def configure(config: Mapping[str, Any] | None, dense: Dense) -> Configured:
-    """The config of a checkpoint that keeps what `dense` says.
+def configure(
+    config: Mapping[str, Any] | None,
+    dense: Dense,
+    beside: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+) -> Configured:
+    """The config of a checkpoint that keeps what `dense` says; `beside` as for `make_removal`.
 
     Raises:
         CheckpointError: what the model's classes cannot express, line by line.
@@ -61,17 +68,44 @@ def configure(config: Mapping[str, Any] | None, dense: Dense) -> Configured:
     values: dict[str, Any] = {
         spelling: value for key, value in agreed.items() for spelling in section.spellings(key)
     }
+    remarks: list[str] = []
     if removed:
         values |= without_layers(section, removed)
-    changed = {**section.values, **values}
-    written = changed if section.key is None else {**(config or {}), section.key: changed}
+        remarks += _taken_out(section, values)
+    resized = {key: section.value(key) for key in agreement.values}
+    unlisted = settle_unlisted(section, config or {}, beside, Gone(removed, values, resized))
+    values |= unlisted.values
+    written = _with_values(section.values, values)
+    if section.key is not None:
+        written = {**_with_values(config or {}, unlisted.outside), section.key: written}
     prefix = "" if section.key is None else f"{section.key}."
-    changes = (
-        Change(prefix + key, section.values.get(key), after)
-        for key, after in values.items()
-        if key not in section.values or section.values[key] != after
-    )
-    return Configured(written, tuple(changes), agreement.followers)
+    changes = [
+        *_changes(section.values, values, prefix),
+        *_changes(config or {}, unlisted.outside, ""),
+    ]
+    return Configured(written, tuple(changes), agreement.followers, (*remarks, *unlisted.remarks))
+
+
+def _with_values(before: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """An object of a config with other values; without the keys whose value is None."""
+    return {key: value for key, value in {**before, **values}.items() if values.get(key, 0) is not None}
+
+
+def _changes(before: Mapping[str, Any], values: Mapping[str, Any], prefix: str) -> Iterator[Change]:
+    for key, after in values.items():
+        if key not in before or before[key] != after:
+            yield Change(prefix + key, before.get(key), after)
+
+
+def _taken_out(section: Section, values: Mapping[str, Any]) -> Iterator[str]:
+    """A line for each rule that no value of makes the layers that stay."""
+    for key, made in section.family.layers.rules.items():
+        for spelling in (key, f"_{key}"):
+            if spelling in values and values[spelling] is None:
+                yield (
+                    f"config.json: no {spelling} makes the layers that stay: it is taken out, and {made} has "
+                    "them"
+                )
 
 
 def check_shapes(config: Mapping[str, Any], changed: Sequence[str], shapes: Mapping[str, Shape]) -> None:

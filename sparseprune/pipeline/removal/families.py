@@ -64,12 +64,14 @@ _QWEN_WINDOW = "(config.use_sliding_window or 0) and not (config.sliding_window 
 _FULL_ONES = "(config.max_window_layers if (config.max_window_layers >= 0 or 0) else 28)"
 
 
-def _decoder(*models: str, layer_type: str | None = None, heads: Heads = _GROUPED) -> Family:
-    """Gated MLP, grouped query attention, head_dim of its own."""
+def _decoder(
+    *models: str, layer_type: str | None = None, rule: str | None = None, heads: Heads = _GROUPED
+) -> Family:
+    """Gated MLP, grouped query attention, head_dim of its own; `rule` is the key of which types are made."""
     implied = {} if layer_type is None else {"layer_types": layer_type}
     return Family(
         models,
-        Layers(_layer(), implied=implied),
+        Layers(_layer(), implied=implied, rules={} if rule is None else {rule: "layer_types"}),
         (*_gated(_MLP, _WIDTH), *_ATTENTION),
         values=_VALUES,
         heads=heads,
@@ -96,6 +98,7 @@ def _qwen_moe(model: str, layer_type: str | None, *more: Use) -> Family:
             by_number=("mlp_only_layers",),
             implied=implied if layer_type is None else {**implied, "layer_types": layer_type},
             settled={"decoder_sparse_step": 1},
+            rules={} if layer_type is None else {"max_window_layers": "layer_types"},
         ),
         (
             *_gated("{at:**}.mlp.experts.{expert}", _EXPERT_WIDTH),
@@ -219,6 +222,7 @@ _LLAMA4 = Family(
             "no_rope_layers": "1 if (layer + 1) % (config.no_rope_layer_interval or 4) else 0",
             "moe_layers": "(layer + 1) % (config.interleave_moe_layer_step or 1) == 0",
         },
+        rules={"no_rope_layer_interval": "no_rope_layers", "interleave_moe_layer_step": "moe_layers"},
     ),
     (
         _use(
@@ -281,11 +285,13 @@ FAMILIES: tuple[Family, ...] = (
         "qwen2",
         "qwen3",
         layer_type=_SLIDING.format(f"{_QWEN_WINDOW}layer >= {_FULL_ONES}"),
+        rule="max_window_layers",
     ),
     _decoder("gemma2", layer_type=_SLIDING.format("(layer + 1) % 2"), heads=_EVEN),
     _decoder(
         "gemma3_text",
         layer_type=_SLIDING.format("(layer + 1) % (config.sliding_window_pattern or 6)"),
+        rule="sliding_window_pattern",
         heads=_EVEN,
     ),
     _PHI3,

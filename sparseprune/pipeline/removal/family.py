@@ -92,8 +92,9 @@ class Layers:
     ones, and what they are where the config has none; `beyond` counts those behind all that the key counts.
     `implied` are lists that the class makes where the config has none: an expression over `layer`, for lists
     of numbers whether it is one of them. `settled` keys say the same by a rule that ends with the list:
-    layers are in it by either, and the keys get values that say no more. Where one of the `refused` keys is
-    set no layer can go, with the reason.
+    layers are in it by either, and the keys get values that say no more. `rules` are keys of which the class
+    makes a list where there is none: they get values that still make it, or are taken out. Where one of the
+    `refused` keys is set no layer can go, with the reason.
     """
 
     members: Members
@@ -103,6 +104,7 @@ class Layers:
     implied: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     beyond: str = ""
     settled: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    rules: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     refused: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
 
 

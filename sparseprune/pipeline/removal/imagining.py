@@ -46,8 +46,9 @@ def imagine(
     instances: Iterable[BoundInstance],
     look: Look,
     config: Mapping[str, Any] | None,
+    beside: Mapping[str, Mapping[str, Any]],
 ) -> Imagined:
-    """What would be left; `look` has every leaf of the instances as slices."""
+    """What would be left; `look` has every leaf of the instances as slices; `beside` as in `make_removal`."""
     shapes = {name: stored.shape for name, stored in tensors.items()}
     kept: dict[str, Kept] = {}
     known: dict[tuple[Shape, Sliced, bytes], Kept] = {}  # thousands of tensors lose the same
@@ -64,7 +65,7 @@ def imagine(
         name: None if each.is_empty and not each.is_whole else each.shape for name, each in kept.items()
     }
     try:
-        return Imagined(became, make_removal(shapes, kept, config, exact=False), ())
+        return Imagined(became, make_removal(shapes, kept, config, exact=False, beside=beside), ())
     except CheckpointError as error:
         return Imagined(became, None, error.args)
 

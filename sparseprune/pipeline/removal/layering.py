@@ -1,11 +1,12 @@
 """Layering: what a config says of layers by their number, when some of them go.
 
-Owns lists with an entry for each layer, lists of numbers, and rules that the class applies in their place.
-Called by configuring.py.
+Owns lists with an entry for each layer, lists of numbers, and rules that the class applies in their place, as
+the table of families has them; what it has not is unlisted.py's part. Called by configuring.py.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from sparseprune.errors import CheckpointError
@@ -14,7 +15,7 @@ from sparseprune.pipeline.removal.refusing import refuse
 from sparseprune.spec.problems import shown
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from sparseprune.pipeline.removal.claiming import Dense
     from sparseprune.pipeline.removal.sections import Section
@@ -55,7 +56,7 @@ def _losing_layers(section: Section, dense: Dense) -> tuple[int, ...]:
 
 
 def without_layers(section: Section, removed: Sequence[int]) -> dict[str, Any]:
-    """What the config says of layers by their number, without those that go."""
+    """What the config says of layers by their number, without those that go; None for a key that goes."""
     layers = section.family.layers
     number = section.value(layers.members.key)
     gone = frozenset(removed)
@@ -69,13 +70,40 @@ def without_layers(section: Section, removed: Sequence[int]) -> dict[str, Any]:
         chosen = _by_number(section, key, number)
         values[key] = [place for place, layer in enumerate(stays) if layer in chosen]
         values |= layers.settled
-    if layers.beyond in section.values:
+    if layers.beyond and layers.beyond in section.values:
         behind = sum(layer >= number for layer in removed)
         values[layers.beyond] = max(0, section.value(layers.beyond) - behind)
     for key, usual in layers.up_to.items():
         first = section.value(key) if key in section.values else usual
         values[key] = sum(layer < first for layer in stays)
+    for key, made in layers.rules.items():
+        for spelling in {key, f"_{key}"} & section.values.keys():  # transformers keeps some as private names
+            value = _settled(section, key, section.values[spelling], (made, values))
+            if value != section.values[spelling]:
+                values[spelling] = value
     return values
+
+
+def _settled(section: Section, key: str, found: object, lists: tuple[str, Mapping[str, Any]]) -> object:
+    """A value with which a rule makes the list that was written, or the same as before where none was.
+
+    The one that was `found` if it does, None if no value does.
+    """
+    made, values = lists
+    layers = section.family.layers
+    number = values[layers.members.key]
+
+    def makes(value: object) -> list[object]:
+        ruled = replace(section, values={**section.values, key: value})
+        return [ruled.of_layer(layers.implied[made], layer) for layer in range(number)]
+
+    wanted = values.get(made)
+    if made in layers.by_number and wanted is not None:
+        wanted = [layer in wanted for layer in range(number)]
+    if wanted is None or type(found) is not int or makes(found) == wanted:
+        return found
+    # 0 comes last: of a distance between layers it is none, of the first ones that are meant it may be.
+    return next((value for value in (*range(1, number + 2), 0) if makes(value) == wanted), None)
 
 
 def _by_place(section: Section, key: str, number: int) -> Sequence[object] | None:

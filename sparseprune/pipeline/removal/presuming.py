@@ -7,6 +7,7 @@ left; where the data has a say nothing is presumed. Called by `plan` and `remove
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from sparseprune.engine.grids import prod
@@ -46,8 +47,12 @@ class Presumed:
     nbytes: int | None = None
 
 
-def presume(plan: Plan, config: Mapping[str, Any] | None) -> Presumed:
-    """What removing by a plan would come to."""
+def presume(
+    plan: Plan,
+    config: Mapping[str, Any] | None,
+    beside: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+) -> Presumed:
+    """What removing by a plan would come to; `beside` as for `make_removal`."""
     known: dict[object, Sliced | None] = {}
     look = _looker(plan.checkpoint.tensors, known)
     found = {rule.name: _not_removable(rule, plan, look) for rule in plan.bound.rules}
@@ -61,7 +66,7 @@ def presume(plan: Plan, config: Mapping[str, Any] | None) -> Presumed:
     # Numpy comes in here.
     from sparseprune.pipeline.removal.imagining import imagine  # noqa: PLC0415
 
-    imagined = imagine(plan.checkpoint.tensors, instances, look, config)
+    imagined = imagine(plan.checkpoint.tensors, instances, look, config, beside)
     if reasons:
         return Presumed(reasons, imagined.shapes)
     if imagined.removal is None:

@@ -7,6 +7,7 @@ presumes.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from sparseprune.engine.grids import prod
@@ -33,11 +34,15 @@ class Left:
 
 @dataclass(frozen=True, slots=True)
 class Removal:
-    """What is left of a checkpoint, by the names that tensors had; `config` None where it stays as it is."""
+    """What is left of a checkpoint, by the names that tensors had; `config` None where it stays as it is.
+
+    `remarks` are lines of what may no longer be true in files that say something of the model.
+    """
 
     left: Mapping[str, Left]
     config: Mapping[str, Any] | None
     changes: tuple[Change, ...]
+    remarks: tuple[str, ...] = ()
 
 
 def make_removal(
@@ -46,10 +51,12 @@ def make_removal(
     config: Mapping[str, Any] | None,
     *,
     exact: bool = True,
+    beside: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
 ) -> Removal:
     """What is left of tensors of these shapes where masks keep what `kept` says; others are kept whole.
 
-    `exact` False: only numbers count, and not which units they are.
+    `exact` False: only numbers count, and not which units they are. `beside` are other documents that say
+    something of the model, by the names of their files.
 
     Raises:
         CheckpointError: masks that are not made of whole slices, or a model that no class can express.
@@ -64,7 +71,7 @@ def make_removal(
     gone = frozenset(empty) | {
         name for name, shape in shapes.items() if not prod(shape) and vanished.takes(name)
     }
-    configured = configure(config, Dense(shapes, dropped, vanished, gone, exact))
+    configured = configure(config, Dense(shapes, dropped, vanished, gone, exact), beside)
     everything = {**dropped, **configured.followers}
     left = {
         name: Left(
@@ -80,7 +87,7 @@ def make_removal(
         [change.key for change in configured.changes],
         {each.name: each.shape for each in left.values()},
     )
-    return Removal(left, configured.config, configured.changes)
+    return Removal(left, configured.config, configured.changes, configured.remarks)
 
 
 def _torn(dropped: Mapping[str, Kept]) -> Iterator[str]:

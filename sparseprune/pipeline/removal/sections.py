@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from sparseprune.spec import Captures
 
 _TEXT = "text_config"
-_OTHER_TOWERS = re.compile("vision|visual|audio|image|speech|resampler|perceiver|connector|projector|qformer")
+OTHER_TOWERS = re.compile("vision|visual|audio|image|speech|resampler|perceiver|connector|projector|qformer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class Section:
 
     def reaches(self, name: str) -> bool:
         """Whether a tensor may be one of its layers': towers of other kinds have configs of their own."""
-        return self.key is None or _OTHER_TOWERS.search(name) is None
+        return self.key is None or OTHER_TOWERS.search(name) is None
 
     def spellings(self, key: str) -> tuple[str, ...]:
         """All spellings of a key that this config has: of two the class takes either."""

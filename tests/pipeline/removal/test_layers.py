@@ -161,8 +161,57 @@ def test_layers_that_stay_are_what_the_class_makes_of_them_in_the_dense_config(
         left = [fact(found, place) for place in range(len(stays))]
         assert left == [facts[layer] for layer in stays], removed
         changed = {change.key for change in removal.changes}
-        assert {key for key in written if key not in config or written[key] != config[key]} == changed
+        either = config.keys() | written.keys()
+        assert {key for key in either if config.get(key) != written.get(key)} == changed
     assert config == before
+
+
+RULES: list[tuple[str, str, dict[str, Any]]] = [
+    # A class, the list that it makes, the keys that it makes it of.
+    *(("gemma3_text", "layer_types", {"sliding_window_pattern": pattern}) for pattern in (1, 2, 3, 6)),
+    *(("qwen2", "layer_types", {**WINDOW, "max_window_layers": first}) for first in (0, 3, 6, 9)),
+    ("qwen3", "layer_types", {**WINDOW, "max_window_layers": 2}),
+    *(("qwen2_moe", "layer_types", {**WINDOW, "max_window_layers": first}) for first in (0, 4, 6)),
+    *(("llama4_text", "no_rope_layers", {"no_rope_layer_interval": step}) for step in (1, 2, 4)),
+    *(("llama4_text", "moe_layers", {"interleave_moe_layer_step": step}) for step in (1, 2, 3, 7)),
+]
+
+
+@pytest.mark.parametrize(("model", "made_list", "keys"), RULES, ids=str)
+def test_a_rule_that_stays_makes_the_list_that_stands_beside_it(
+    model: str, made_list: str, keys: dict[str, Any]
+) -> None:
+    rule = list(keys)[-1]
+    gone = 0
+    for removed in REMOVED:
+        removal = without_layers({**SIZES, **keys, "model_type": model}, removed)
+        written = dict(removal.config or {})
+        said = [line for line in removal.remarks if rule in line]
+        if rule not in written:
+            text = f"no {rule} makes the layers that stay: it is taken out, and {made_list} has them"
+            assert said == [f"config.json: {text}"]
+            gone += 1
+            continue
+        assert said == []
+        told = getattr(made(model, written), made_list)
+        written.pop(made_list, None)
+        assert getattr(made(model, written), made_list) == told, removed
+    assert gone < len(REMOVED)
+
+
+def test_a_rule_is_settled_under_its_private_name_too() -> None:
+    config = {**SIZES, "model_type": "gemma3_text", "_sliding_window_pattern": 3}
+    types = [TYPES[0], TYPES[0], TYPES[1]] * 2
+    removal = without_layers({**config, "layer_types": types, "sliding_window_pattern": 3}, [0, 3])
+    assert removal.config is not None
+    assert (removal.config["_sliding_window_pattern"], removal.config["sliding_window_pattern"]) == (2, 2)
+    nothing = without_layers({**config, "layer_types": types, "_sliding_window_pattern": None}, [0])
+    assert "_sliding_window_pattern" not in {change.key for change in nothing.changes}
+    removal = without_layers({**config, "layer_types": types}, [0])
+    assert removal.config is not None
+    assert "_sliding_window_pattern" not in removal.config
+    change = next(one for one in removal.changes if one.key == "_sliding_window_pattern")
+    assert (change.before, change.after) == (3, None)
 
 
 KEYS: dict[str, tuple[Config, tuple[int, ...], dict[str, object]]] = {
