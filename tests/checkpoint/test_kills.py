@@ -78,7 +78,7 @@ def check_never_half(home: Path, target: str, before: dict[str, bytes], wanted: 
 def killed_everywhere(home: Path, source: str, *, force: bool) -> list[Path]:
     """The folders that runs left which were killed at one moment each, in the order of the moments."""
     command = [sys.executable, "-m", "tests.checkpoint.killed", str(home), source, *(["force"] * force)]
-    subprocess.run(command, cwd=ROOT, check=True, timeout=300)
+    subprocess.run(command, cwd=ROOT, check=True, timeout=600)
     places = sorted((place for place in home.iterdir() if place.name.isdigit()), key=lambda at: int(at.name))
     assert len(places) > 20
     return places

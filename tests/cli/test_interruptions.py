@@ -254,7 +254,7 @@ def test_a_library_that_takes_long_to_load_is_not_waited_for_after_a_signal(tmp_
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=600,
     )
     assert (done.returncode, done.stdout) == (129, "")
     assert done.stderr == "sparseprune: hung up: in the middle of the work\n"

@@ -157,7 +157,7 @@ def test_a_process_that_may_take_little_memory_says_so_and_passes_no_check_for_f
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=600,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, limit),
     )
     assert (done.returncode, done.stdout) in ((0, ""), (3, "")), done.stderr
@@ -180,7 +180,7 @@ def test_a_checkpoint_may_have_more_shards_than_a_process_may_have_files(tmp_pat
             capture_output=True,
             text=True,
             check=False,
-            timeout=60,
+            timeout=600,
             preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (45, 45)),
         )
         assert (done.returncode, done.stderr) == (0, ""), words

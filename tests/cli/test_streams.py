@@ -44,7 +44,7 @@ def shell(folder: Path, words: str) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=600,
     )
 
 
@@ -103,7 +103,7 @@ def test_whoever_reads_no_further_is_no_failure(folder: Path) -> None:
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=600,
     )
     assert said.stderr == ""
     assert said.stdout.splitlines()[-1] == "0"
@@ -185,7 +185,7 @@ def test_a_signal_that_cannot_be_raised_where_it_comes_is_raised_a_moment_later(
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=600,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "15 True\n", "")
 

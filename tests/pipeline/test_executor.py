@@ -85,12 +85,17 @@ def test_steps_get_the_results_of_the_step_before_in_the_order_of_its_items() ->
 def test_what_is_in_flight_stays_within_memory() -> None:
     lock = threading.Lock()
     now, most = 0, 0
+    wanted = 80
+    together = threading.Event()
 
     def busy(size: int) -> None:
         nonlocal now, most
         with lock:
             now += size
             most = max(most, now)
+            if now >= wanted:
+                together.set()
+        together.wait(60)  # as many as may be are there at one time, however slow threads begin
         time.sleep(0.002)
         with lock:
             now -= size
@@ -98,7 +103,7 @@ def test_what_is_in_flight_stays_within_memory() -> None:
     items = [Item(lambda: busy(40), memory=40) for _ in range(20)]
     work([Given(str(number), one_step(*items[number::4])) for number in range(4)], memory=100)
     assert most == 80
-    most = 0
+    most, wanted = 0, 40
     work([Given("a", one_step(*items), held=70)], memory=100)  # what a program holds counts as well
     assert most == 40
 
