@@ -2,17 +2,24 @@
 
 Property tests draw the same examples on every machine and at any speed. The width of a terminal is that of
 none, whoever runs the tests. Torch computes in one thread, since several tests run side by side: threads that
-spin while they wait for a core made some of them ten times slower. OMP_NUM_THREADS overrides it.
+spin while they wait for a core made some of them ten times slower. OMP_NUM_THREADS overrides it. Tests hear
+signals also where whoever started them lets them ignore some, as a shell does in the background.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 
 from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is loaded
 os.environ.pop("COLUMNS", None)  # pytest-xdist tells its workers that of its own terminal
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, lambda *_: None)  # processes that tests start hear it, this one stays
 
 settings.register_profile(
     "fixed",

@@ -135,8 +135,7 @@ def test_every_command_hears_signals(
     monkeypatch: pytest.MonkeyPatch, command: str, number: signal.Signals, said: str, debug: bool
 ) -> None:
     usual = {one: signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    wakeup = signal.set_wakeup_fd(-1)
-    assert wakeup == -1
+    assert signal.set_wakeup_fd(-1) == -1
     threads = threading.active_count()
 
     def twice(*_: object) -> None:
