@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparseprune.checkpoint import StagedOutput, refuse_changed
 from sparseprune.cli.collecting import collector_paused
-from sparseprune.cli.console import print_json, print_result, stderr_console
+from sparseprune.cli.console import print_json, print_result, stderr_console, tell_lines
 from sparseprune.cli.progress import progress
 from sparseprune.cli.request import Request, as_applied, few_tokens, identity_of, prepare, score_shards
 from sparseprune.cli.writing import digest, interrupts_told, output_shown, write_output
@@ -112,5 +112,4 @@ def _tell(
     lines += copies_line("left out", document["files_left_out"])
     work = sum(stored.nbytes for stored in plan.checkpoint.tensors.values())
     lines.append(f"{seconds:.1f} s, {size(work / seconds)}/s, on {document['device']}")
-    for line in lines:
-        console.print(line, markup=False)
+    tell_lines(*lines)

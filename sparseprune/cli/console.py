@@ -91,7 +91,7 @@ def reported_errors(debug: bool = False) -> Iterator[None]:
         message, code = told
         for text in (message, *getattr(error, "__notes__", ())):
             for line in text.splitlines():
-                print(f"sparseprune: {line}", file=sys.stderr)
+                tell(line)
         raise typer.Exit(code) from None
 
 
@@ -139,8 +139,15 @@ def stderr_console() -> Console:
 
 
 def tell(text: str) -> None:
-    """A line for people, on stderr."""
-    print(f"sparseprune: {text}", file=sys.stderr)
+    """A line for people, on stderr; nothing in it that a terminal would obey."""
+    print(f"sparseprune: {printable(text)}", file=sys.stderr)
+
+
+def tell_lines(*lines: str) -> None:
+    """Lines of a summary, on stderr; likewise."""
+    console = stderr_console()
+    for line in lines:
+        console.print(printable(line), markup=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +173,12 @@ class Warnings:
 
 
 def print_result(text: str) -> None:
-    """The result of a command, alone on stdout; a path that is not UTF-8 as the bytes that it is."""
+    """The result of a command, alone on stdout; a path that is not UTF-8 as the bytes that it is.
+
+    A terminal gets nothing that it would obey.
+    """
+    if sys.stdout.isatty():
+        text = "\n".join(map(printable, text.split("\n")))
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -190,13 +202,20 @@ def _write(text: str) -> None:
 
 
 def print_json(document: Mapping[str, Any]) -> None:
-    """A document on stdout."""
-    text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
+    """A document on stdout; JSON has escapes of its own for what a terminal would obey."""
+    text = "\n".join(
+        line if line.isprintable() else "".join(map(_escaped, line))
+        for line in json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False).split("\n")
+    )
     try:
         text.encode(sys.stdout.encoding or "utf-8")
-    except UnicodeEncodeError:  # JSON has escapes of its own for what the stream cannot say
+    except UnicodeEncodeError:  # and for what the stream cannot say
         text = json.dumps(document, indent=2, allow_nan=False)
     print_result(text)
+
+
+def _escaped(letter: str) -> str:
+    return letter if letter.isprintable() else json.dumps(letter)[1:-1]
 
 
 def print_table(*parts: RenderableType) -> None:

@@ -14,7 +14,7 @@ from sparseprune.checkpoint import (
     refuse_replacing,
 )
 from sparseprune.cli.collecting import collector_paused
-from sparseprune.cli.console import Warnings, print_json, print_result, stderr_console, tell
+from sparseprune.cli.console import Warnings, print_json, print_result, stderr_console, tell, tell_lines
 from sparseprune.cli.masked import identity_of_masked, masked_by
 from sparseprune.cli.progress import progress
 from sparseprune.cli.writing import interrupts_told, output_shown, write_output
@@ -174,5 +174,4 @@ def _tell(request: ReapplyRequest, prepared: _Prepared, document: dict[str, Any]
         *copies_line("left out", document["files_left_out"]),
         f"{seconds:.1f} s, {size(layout.input_bytes / seconds)}/s",
     ]
-    for line in lines:
-        console.print(line, markup=False)
+    tell_lines(*lines)

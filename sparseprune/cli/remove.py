@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 from sparseprune.checkpoint import StagedOutput, TensorReader, lay_out_removal, read_beside, read_config
 from sparseprune.checkpoint.foreign import PICKLE_SUFFIXES, names_training_state
 from sparseprune.cli.choosing import Ending, RemoveRequest, chosen, refuse_contradictions, resized
-from sparseprune.cli.console import print_json, print_result, stderr_console, tell
+from sparseprune.cli.console import print_json, print_result, stderr_console, tell, tell_lines
 from sparseprune.cli.progress import progress
 from sparseprune.cli.writing import digest, interrupts_told, output_shown, write_output
-from sparseprune.errors import CheckpointError, printable
+from sparseprune.errors import CheckpointError
 
 if TYPE_CHECKING:
     from sparseprune.checkpoint import Checkpoint, OutputLayout
@@ -176,8 +176,9 @@ def _tell(request: RemoveRequest, choice: Choice, document: Document, seconds: f
         console.print(changed_table(document))
     if document["rules"]:
         console.print(rules_table(document))
-    for line in (*removal_lines(document), *choice.remarks, *_training_state(choice.checkpoint)):
-        console.print(printable(line), markup=False)  # keys and names of files are a stranger's
-    console.print(
-        f"{seconds:.1f} s, {size(document['totals']['bytes'] / seconds)}/s, on {document['device']}"
+    tell_lines(
+        *removal_lines(document),
+        *choice.remarks,
+        *_training_state(choice.checkpoint),
+        f"{seconds:.1f} s, {size(document['totals']['bytes'] / seconds)}/s, on {document['device']}",
     )

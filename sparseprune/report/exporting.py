@@ -20,12 +20,19 @@ if TYPE_CHECKING:
 
 # A cell with a character of the line end is quoted, but only then: either one may stand in a name.
 _QUOTED_END = "\r\n"
+# How a text begins that a spreadsheet takes for a formula, as OWASP's page on CSV injection lists it (also in
+# full width); and what is set in front of it, or of itself, so that a reader that takes one off has the text.
+_GUARD = "'"
+_FORMULAS = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20", _GUARD)
 # What Markdown takes for its own: emphasis, code, links, tags; an underscore inside a word is none.
 _MARKS = re.compile(r"[\\|*`<>\[\]~]|(?<![^\W_])_|_(?![^\W_])|&(?=#?\w+;)")
 
 
 def csv_text(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     r"""Rows under their titles; None is an empty cell, numbers are exact, a list is its items.
+
+    A text that a spreadsheet would take for a formula has an apostrophe in front, and one that has it already
+    a second one.
 
     >>> csv_text(["name", "shape", "share"], [["a,b", [2, 3], 0.1], ["c", [], None]])
     'name,shape,share\n"a,b",2 3,0.1\nc,,\n'
@@ -74,6 +81,8 @@ def _cell(value: object) -> object:
         return "true" if value else "false"
     if isinstance(value, list | tuple):
         return " ".join(str(_cell(item)) for item in value)
+    if isinstance(value, str) and value.startswith(_FORMULAS):
+        return _GUARD + value
     return value
 
 

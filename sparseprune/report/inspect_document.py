@@ -164,8 +164,9 @@ def _totals(
     }
     if runtimes:
         found = facts.get("runtimes", {})
+        dtypes = [one["dtype"] for one in tensors if len(one["shape"]) > 1]
         totals["runtimes"] = {
-            one.name: {**found.get(one.name, {"eligible": 0, "of": 0}), "device": one.device}
+            one.name: {**found.get(one.name, {"eligible": 0, "of": 0}), "device": one.device_for(dtypes)}
             for one in runtimes
         }
     return totals

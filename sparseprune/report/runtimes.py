@@ -7,7 +7,7 @@ output), which no file says. Called by `inspect --for` and by requirements.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -17,7 +17,7 @@ from sparseprune.errors import SparsepruneError
 from sparseprune.report.facts import Pattern
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
     from sparseprune.report.facts import TensorFacts
 
@@ -41,7 +41,8 @@ class Runtime:
     Rows are dimension 0, the outputs of a layer; columns are its inputs, dimension 1: the last one of a
     matrix (out, in), the channels of a convolution (out, in, ...). `ranks` are the numbers of dimensions
     that it takes. `gains_above` is the number of outputs, and of inputs to each, up to which the dense
-    kernel is the faster one, 0 where none is told. `device` is what no file can show.
+    kernel is the faster one, 0 where none is told. `device` is what no file can show; `devices` are those of
+    dtypes that need another one.
     """
 
     name: str
@@ -50,6 +51,18 @@ class Runtime:
     device: str
     source: str
     gains_above: int = 0
+    devices: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+
+    def device_for(self, dtypes: Iterable[str]) -> str:
+        """What matrices of these dtypes need to run sparse.
+
+        >>> RUNTIMES["torch-cusparselt"].device_for(["F8_E4M3"])
+        'CUDA, compute capability 8.9 and above, with cuSPARSELt 0.8'
+        """
+        known = dict.fromkeys(dtype for dtype in dtypes if dtype in self.demands)
+        usual = [] if known and all(dtype in self.devices for dtype in known) else [self.device]
+        others = [(dtype, self.devices[dtype]) for dtype in known if dtype in self.devices]
+        return "; ".join([*usual, *(f"{dtype}: {text}" if usual else text for dtype, text in others)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +95,8 @@ _ROWS = (
         source="torch.sparse.SparseSemiStructuredTensorCUTLASS._DTYPE_SHAPE_CONSTRAINTS, "
         "torch.sparse._semi_structured_conversions",
     ),
-    # float8 multiplies by torch._scaled_mm alone, from compute capability 8.9 on (cuSPARSELt 0.8).
+    # float8 multiplies by torch._scaled_mm alone, from compute capability 8.9 on (cuSPARSELt 0.8); the 16-bit
+    # floats and int8 from 8.0 on.
     # Compute capability 9.0 came with cuSPARSELt 0.6.
     Runtime(
         "torch-cusparselt",
@@ -96,6 +110,7 @@ _ROWS = (
         ),
         ranks=(2,),
         device="CUDA, compute capability 8.0 and above, with cuSPARSELt",
+        devices=MappingProxyType({"F8_E4M3": "CUDA, compute capability 8.9 and above, with cuSPARSELt 0.8"}),
         source="torch.sparse.SparseSemiStructuredTensorCUSPARSELT._DTYPE_SHAPE_CONSTRAINTS, "
         "https://docs.nvidia.com/cuda/cusparselt/release_notes.html",
     ),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
+import sys
 import tempfile
 import threading
 from contextlib import ExitStack
@@ -15,7 +17,15 @@ import typer
 
 from sparseprune.cli import stopping
 from sparseprune.cli.app import app
-from sparseprune.cli.console import Warnings, ended, reported
+from sparseprune.cli.console import (
+    Warnings,
+    ended,
+    print_json,
+    print_result,
+    reported,
+    tell,
+    tell_lines,
+)
 from sparseprune.errors import MachineError, SparsepruneError, SpecError
 from tests.samples import run
 
@@ -183,6 +193,38 @@ def test_a_process_that_cannot_end_in_time_ends_with_what_there_is_to_say(
         signal.signal(signal.SIGTERM, usual)
     assert ended == [(143, [])]
     assert capfd.readouterr().err == f"sparseprune: terminated: {text or 'in the middle of the work'}\n"
+
+
+ODD = "a\x1b[2J\x07\x7f\x9b\u202e\nb"
+SHOWN = r"a\x1b[2J\x07\x7f\x9b\u202e\nb"
+
+
+def test_lines_on_stderr_have_nothing_that_a_terminal_obeys(capsys: pytest.CaptureFixture[str]) -> None:
+    tell(ODD)
+    tell_lines(ODD, "[red]x[/red]")
+    assert capsys.readouterr() == ("", f"sparseprune: {SHOWN}\n{SHOWN}\n[red]x[/red]\n")
+    error = SparsepruneError("wrong")
+    error.add_note("kept in a\x1b[2J")
+    with pytest.raises(typer.Exit), reported():
+        raise error
+    assert capsys.readouterr().err == "sparseprune: wrong\nsparseprune: kept in a\\x1b[2J\n"
+
+
+def test_json_says_by_escapes_what_a_terminal_obeys(capsys: pytest.CaptureFixture[str]) -> None:
+    print_json({ODD: [ODD, "é", "\udcff", "\U000e0001"]})
+    text = capsys.readouterr().out
+    assert all(line.isprintable() for line in text.split("\n"))
+    assert "é" in text
+    assert json.loads(text) == {ODD: [ODD, "é", "\udcff", "\U000e0001"]}
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_a_result_is_exact_but_on_a_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, is_terminal: bool
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: is_terminal)
+    print_result("a\x1b[2J\nb")
+    assert capsys.readouterr().out == ("a\\x1b[2J\nb\n" if is_terminal else "a\x1b[2J\nb\n")
 
 
 def test_a_warning_is_a_line_on_stderr_and_is_kept_once(capsys: pytest.CaptureFixture[str]) -> None:

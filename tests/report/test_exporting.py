@@ -14,13 +14,31 @@ from rich.cells import cell_len
 from sparseprune.report.exporting import csv_text, markdown_text
 from sparseprune.report.fitting import Column
 
+FORMULAS = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")
+
 
 @given(st.lists(st.tuples(st.text(st.characters(exclude_categories=["Cs"])), st.floats(allow_nan=False))))
 def test_csv_reads_back_exactly(rows: list[tuple[str, float]]) -> None:
     text = csv_text(["name", "number"], rows)
     header, *found = csv.reader(io.StringIO(text, newline=""))
     assert header == ["name", "number"]
-    assert [(name, float(number)) for name, number in found] == rows
+    assert [(name.removeprefix("'"), float(number)) for name, number in found] == rows
+    assert not any(name.startswith(FORMULAS) for name, _ in found)
+
+
+@pytest.mark.parametrize(
+    "text", ["=1+1", "+1", "-1", "@A1", "\tx", "\rx", "\nx", "\uff1d", "'", "'=1", "-", '=,"a']
+)
+def test_csv_text_that_a_spreadsheet_would_run_has_an_apostrophe_in_front(text: str) -> None:
+    found = csv_text(["name"], [[text], [[text, "x"]]])
+    read = [row[0] for row in csv.reader(io.StringIO(found, newline=""))]
+    assert read == ["name", f"'{text}", f"'{text} x"]
+
+
+def test_csv_numbers_are_numbers_also_below_zero() -> None:
+    assert csv_text(["a", "b", "c"], [[-1, -0.5, [-1, 2]], [-math.inf, "1-1", "a=b"]]) == (
+        "a,b,c\n-1,-0.5,-1 2\n-inf,1-1,a=b\n"
+    )
 
 
 def test_csv_writes_none_as_nothing_truth_as_json_and_lists_as_items() -> None:

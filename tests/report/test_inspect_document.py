@@ -224,6 +224,13 @@ def test_runtimes_are_columns_and_their_reasons_stand_below_the_most_frequent_fi
     ]
 
 
+def test_what_a_runtime_needs_is_told_for_the_dtypes_of_matrices() -> None:
+    eight = replace(DENSE, name="w", dtype="F8_E4M3")
+    vector = replace(DENSE, name="v", dtype="BF16", shape=(64,), numel=64)
+    found = document(eight, vector, runtimes="torch-cusparselt")["totals"]["runtimes"]["torch-cusparselt"]
+    assert found["device"] == "CUDA, compute capability 8.9 and above, with cuSPARSELt 0.8"
+
+
 def test_many_reasons_are_cut_and_counted() -> None:
     facts = [replace(DENSE, name=f"w{at}", shape=(1 + at, 64), numel=64 + at * 64) for at in range(9)]
     lines = printed(document(*facts, runtimes="torch-cutlass"))

@@ -397,3 +397,29 @@ def test_patterns_that_a_verdict_needs_are_named_once(name: str, patterns: list[
 )
 def test_axes_along_which_a_pattern_was_found(found: tuple[str, ...], rank: int, axes: set[int]) -> None:
     assert axes_of(Pattern(2, 4, 1), found, rank) == axes
+
+
+CUSPARSELT = "CUDA, compute capability 8.0 and above, with cuSPARSELt"
+FLOAT8 = "CUDA, compute capability 8.9 and above, with cuSPARSELt 0.8"
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "device"),
+    [
+        (["F16", "BF16", "I8"], CUSPARSELT),
+        (["F8_E4M3", "F8_E4M3"], FLOAT8),
+        (["F8_E4M3", "BF16"], f"{CUSPARSELT}; F8_E4M3: {FLOAT8}"),
+        (["F8_E4M3", "F64"], FLOAT8),
+        (["F64"], CUSPARSELT),
+        ([], CUSPARSELT),
+    ],
+)
+def test_the_device_that_is_needed_depends_on_the_dtypes(dtypes: list[str], device: str) -> None:
+    assert RUNTIMES["torch-cusparselt"].device_for(dtypes) == device
+
+
+@pytest.mark.parametrize("name", RUNTIMES)
+def test_devices_are_told_for_dtypes_that_the_runtime_takes(name: str) -> None:
+    runtime = RUNTIMES[name]
+    assert runtime.devices.keys() <= runtime.demands.keys()
+    assert runtime.device_for(["F16"]) == runtime.device
