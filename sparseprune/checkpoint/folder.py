@@ -18,9 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 from sparseprune.checkpoint.documents import shown, strict_json
 from sparseprune.checkpoint.foreign import (
+    CONVERTED,
     PICKLE_SUFFIXES,
     conversion_advice,
     looks_pickled,
+    missing_advice,
     names_training_state,
     names_weights,
 )
@@ -28,7 +30,7 @@ from sparseprune.checkpoint.stamps import Stamp, stamp_of
 from sparseprune.errors import CheckpointError, MachineError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
 SUFFIX = ".safetensors"
@@ -39,11 +41,13 @@ RESULTS = "sparseprune"
 # book-keeping of downloads, which would vouch for the pruned files with the checksums of the dense ones.
 NOT_COPIED = frozenset({RESULTS, ".git", ".cache"})
 LARGEST_DOCUMENT = 100_000_000
+# How shards that belong together are called.
+NUMBERED = re.compile(r"(?P<stem>.*)-(?P<number>\d{5,6})-of-(?P<count>\d{5,6})" + re.escape(SUFFIX))
 _PREFERRED = "model" + SUFFIX
 _PREFERRED_INDEX = "model" + INDEX_SUFFIX
 # Files of these bases are forms of one model: variants (`model.fp16`), shards that no index lists.
 _BASES = frozenset({"model", "pytorch_model", "diffusion_pytorch_model", "consolidated"})
-_NUMBERED = re.compile(r"-\d+-of-\d+$")
+_ROW_END = re.compile(r"-\d+-of-\d+$")
 _INDEX_OF = re.compile(r".*(\.\w+)\.index(?:\.\w+)?\.json")
 # Folders in which publishers put a model in other forms.
 _CONVERSIONS = frozenset({"original", "onnx", "openvino", "coreml", "metal", "gguf", "tflite"})
@@ -92,8 +96,8 @@ def find_files(directory: Path) -> FoundFiles:
         ):
             index, weight_map = None, {}  # that of another copy: a loader takes the file of the usual name
         listed = None if index is None else frozenset(weight_map.values())
-        single = _single_name(directory, top, files, listed)
-        shards = tuple(sorted(set(weight_map.values()))) if single is None else (PurePosixPath(single),)
+        unlisted = _unlisted_names(directory, top, files, listed)
+        shards = tuple(sorted({*weight_map.values(), *map(PurePosixPath, unlisted)}))
         others = tuple(_other_files(directory, frozenset(shards)))
     except OSError as error:
         raise MachineError(f"{error.filename or directory}: cannot be read: {error.strerror}") from error
@@ -109,7 +113,9 @@ def leads_nowhere(path: Path, error: OSError) -> CheckpointError | None:
     """The refusal of a path that leads to no file, None where it is the machine that failed."""
     if error.errno not in _LEADS_NOWHERE:
         return None
-    why = "" if error.errno == errno.ENOENT else f": {error.strerror}"
+    why = missing_advice(str(path)) if error.errno == errno.ENOENT else f": {error.strerror}"
+    if error.errno == errno.ENOENT and os.path.islink(path):  # noqa: PTH114  (False for a name that is too long)
+        why = f": it is a link to {os.readlink(path)}, which is not there"  # noqa: PTH115
     return CheckpointError(f"{path}: no such file{why}")
 
 
@@ -164,7 +170,7 @@ def copies_of_weights(
 
 def _base(name: str) -> str:
     """What a weight file is called without number, variant and suffix."""
-    return _NUMBERED.sub("", name.partition(".")[0])
+    return _ROW_END.sub("", name.partition(".")[0])
 
 
 def _module_folders(directory: Path) -> frozenset[PurePosixPath]:
@@ -247,10 +253,10 @@ def _index_name(directory: Path, files: list[str]) -> str | None:
     return variants[0] if len(variants) == 1 and len(originals) > 1 and "model" not in originals else None
 
 
-def _single_name(
+def _unlisted_names(
     directory: Path, top: list[str], files: list[str], listed: frozenset[PurePosixPath] | None
-) -> str | None:
-    """The one weight file of a directory without an index, None where an index lists the shards."""
+) -> Sequence[str]:
+    """The weight files of a directory without an index: one, or a row of shards; none where it lists them."""
     originals = [stem + SUFFIX for stem in _originals(files) if stem + SUFFIX in files]
     if listed is not None:
         if _PREFERRED in originals and PurePosixPath(_PREFERRED) not in listed:
@@ -258,17 +264,40 @@ def _single_name(
                 f"{directory}: holds {_PREFERRED} and an index that does not list it, so two checkpoints; "
                 f"give {directory / _PREFERRED} to prune that file, or move it away to prune the shards"
             )
-        return None
+        return ()
     if _PREFERRED in originals:
-        return _PREFERRED
-    if len(originals) == 1:
-        return originals[0]
+        return [_PREFERRED]
+    row = _row(directory, originals)
+    if row or len(originals) == 1:
+        return row or originals
     if originals:
         raise CheckpointError(
             f"{directory}: holds {len(originals)} safetensors files and no index, {shown(originals)}; "
             "give one"
         )
     raise CheckpointError(f"{directory}: holds no safetensors file{_what_instead(directory, top)}")
+
+
+def _row(directory: Path, names: list[str]) -> list[str]:
+    """The shards among these files that are numbered as one checkpoint; none where they are not alone.
+
+    Alone but for files of other bases, where they are called `model`.
+    """
+    found = {name: match for name in names if (match := NUMBERED.fullmatch(name))}
+    counts = {(match["stem"], int(match["count"])) for match in found.values()}
+    usual = [(stem, count) for stem, count in counts if stem == "model"]
+    if len(usual) != 1 and (len(counts) != 1 or len(found) < len(names)):
+        return []
+    stem, count = usual[0] if len(usual) == 1 else counts.pop()
+    row = {int(match["number"]): name for name, match in found.items() if match["stem"] == stem}
+    missing = next((number for number in range(1, count + 1) if number not in row), None)
+    if missing is not None or len(row) != count:
+        lacking = "some are numbered otherwise" if missing is None else f"number {missing} is not there"
+        raise CheckpointError(
+            f"{directory}: holds {len(row)} of {count} shards {stem}-...{SUFFIX} and no index; {lacking}; "
+            "copy or download the checkpoint again, or give one of its files"
+        )
+    return [row[number] for number in sorted(row)]
 
 
 def _originals(files: list[str]) -> list[str]:
@@ -294,6 +323,9 @@ def _what_instead(directory: Path, top: list[str]) -> str:
         return f" of that spelling, only {shown(shouted)}; give one, or rename it"
     if pickles:
         return f", only {shown(pickles)}; {conversion_advice(pickles[0])}"
+    converted = [name for name in top if names_weights(name)]
+    if converted:
+        return f", only {shown(converted)}; {CONVERTED}"
     components = [name for name in top if any((directory / name).glob("*" + SUFFIX))]
     if components:
         return f" at its top; give one of its folders that do: {shown(components)}"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import codecs
 import re
-from pathlib import PurePath
+from pathlib import Path, PurePath
 
 PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
 
@@ -34,19 +34,30 @@ _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _HTML = re.compile(
     rb"(?:<\?xml[^>]*>|<!--.*?-->|\s)*+<(?:!doctype html|html|head|body)\b", re.IGNORECASE | re.DOTALL
 )
-_CONVERTED = "sparseprune reads safetensors, so prune the model before it is converted"
+CONVERTED = "sparseprune reads safetensors, so prune the model before it is converted"
 _UNPACK = "unpack it"
 # Where the mark of a format stands, the mark, what it is, what to do.
 _MARKS = (
-    (0, b"GGUF", "a GGUF file", _CONVERTED),
-    (0, b"\x89HDF\r\n\x1a\n", "an HDF5 file", _CONVERTED),
-    (0, b"\x93NUMPY", "a numpy array", _CONVERTED),
+    (0, b"GGUF", "a GGUF file", CONVERTED),
+    (0, b"\x89HDF\r\n\x1a\n", "an HDF5 file", CONVERTED),
+    (0, b"\x93NUMPY", "a numpy array", CONVERTED),
     (0, b"\x1f\x8b", "a gzip archive", _UNPACK),
+    (4, b"TFL3", "a TensorFlow Lite file", CONVERTED),
     (0, b"BZh", "a bzip2 archive", _UNPACK),
     (0, b"\xfd7zXZ\0", "an xz archive", _UNPACK),
     (0, b"\x28\xb5\x2f\xfd", "a zstd archive", _UNPACK),
     (257, b"ustar", "a tar archive", _UNPACK),
 )
+# Formats without a mark, by the ends of names.
+_SUFFIXES = {
+    ".onnx": "an ONNX file",
+    ".msgpack": "a Flax file",
+    ".ot": "a file of Rust's tch",
+    ".mlmodel": "a Core ML file",
+    ".pb": "a TensorFlow file",
+}
+_URL = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # Text this long at the start: the length in a true header would be beyond every disk.
 _TEXT = 8
 _SHOWN = 60
@@ -70,7 +81,32 @@ def foreign_format(name: str, head: bytes) -> str | None:
             return f"it is {what}; {advice}"
     if looks_pickled(head) or PurePath(name).suffix.lower() in PICKLE_SUFFIXES:
         return "it looks like a pickle (torch.save); " + conversion_advice(name)
-    return _as_text(text)
+    return _by_name(name, head) or _as_text(text)
+
+
+def _by_name(name: str, head: bytes) -> str | None:
+    suffix = PurePath(name).suffix.lower()
+    if suffix in _SUFFIXES:
+        return f"it is {_SUFFIXES[suffix]}; {CONVERTED}"
+    if suffix != ".json":
+        return None
+    is_index = b'"weight_map"' in head or ".index." in name
+    what = "an index, which only names the files" if is_index else "a JSON file"
+    return f"it is {what}; give the directory that it lies in"
+
+
+def missing_advice(path: str) -> str:
+    """What a path that leads nowhere may be instead, and what to do; empty for one like others.
+
+    >>> missing_advice("meta-llama/Llama-3.1-8B")
+    '; if it is a model of the Hugging Face hub, `hf download meta-llama/Llama-3.1-8B --local-dir DIR` first'
+    """
+    if _URL.match(path):
+        return "; it is a URL, so download it and give the file or directory"
+    is_id = _HUB_ID.fullmatch(path) and not path.endswith(".safetensors") and not Path(path).parent.exists()
+    if is_id:
+        return f"; if it is a model of the Hugging Face hub, `hf download {path} --local-dir DIR` first"
+    return ""
 
 
 def names_weights(name: str) -> bool:

@@ -7,13 +7,12 @@ meanwhile. Reads no data of tensors. Called by the command line, carried out by 
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from sparseprune.checkpoint.folder import RESULTS, SUFFIX, read_object
+from sparseprune.checkpoint.folder import NUMBERED, RESULTS, SUFFIX, read_object
 from sparseprune.checkpoint.header import Header, lay_out
 from sparseprune.checkpoint.layout import (
     CopyRange,
@@ -36,7 +35,6 @@ if TYPE_CHECKING:
     from sparseprune.checkpoint.staging import StagedOutput
 
 CONFIG = PurePosixPath("config.json")
-_NUMBERED = re.compile(r"(?P<stem>.*)-(?P<number>\d{5,6})-of-(?P<count>\d{5,6})" + re.escape(SUFFIX))
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +149,7 @@ def _others(
 def _names(checkpoint: Checkpoint, shards: Sequence[Shard]) -> dict[Shard, PurePosixPath]:
     """What shards are called: as they were, and where some of a numbered row are gone counted anew."""
     old = {shard: shard.relative for shard in shards}
-    found = [_NUMBERED.fullmatch(str(shard.relative)) for shard in checkpoint.shards]
+    found = [NUMBERED.fullmatch(str(shard.relative)) for shard in checkpoint.shards]
     rows = {match and (match["stem"], len(match["count"]), int(match["count"])) for match in found}
     row = rows.pop() if len(rows) == 1 else None
     if len(shards) == len(checkpoint.shards) or row is None or row[2] != len(checkpoint.shards):

@@ -44,6 +44,11 @@ def check_existing(layout: OutputLayout, *, force: bool) -> None:
     for path in () if layout.is_scratch else final_paths(layout):
         if not os.path.lexists(path):
             continue
+        if path.is_symlink() and not path.exists() and (layout.is_directory or not force):
+            raise CheckpointError(
+                f"{path}: is a link to {path.readlink()}, which is not there; remove the link, or give "
+                "another name with -o"
+            )
         if path.is_dir() != layout.is_directory:
             found, wanted = ("a file", "directory") if layout.is_directory else ("a directory", "file")
             raise CheckpointError(f"{path}: is {found}, the output is a {wanted}; give another name with -o")

@@ -74,6 +74,13 @@ LEGAL: dict[str, tuple[Files, list[str], list[str]]] = {
         ["extra.safetensors"],
     ),
     "shards": (SHARDED, ["b", "a", "c"], [INDEX]),
+    "shards without an index": ({**SHARDS, "config.json": b"{}"}, ["b", "a", "c"], ["config.json"]),
+    "shards without an index beside another copy": (
+        {**SHARDS, "consolidated.safetensors": weights("z"), "x-00001-of-00002.safetensors": weights("y")},
+        ["b", "a", "c"],
+        ["x-00001-of-00002.safetensors"],
+    ),
+    "one shard of one": ({"x-00001-of-00001.safetensors": weights("a")}, ["a"], []),
     "shards and a file that no index lists": (
         {**SHARDED, "extra.safetensors": b"no header"},
         ["b", "a", "c"],
@@ -179,12 +186,38 @@ REFUSED: dict[str, tuple[Files, str]] = {
     ),
     "indexes of two variants": (
         {
-            **SHARDS,
             "model.safetensors.index.fp16.json": index(MAP),
             "model.safetensors.index.fp8.json": index(MAP),
+            "x.safetensors": weights("a"),
+            "y.safetensors": weights("b"),
         },
         "holds 2 safetensors files and no index",
     ),
+    "shards without an index, of which some are missing": (
+        {"model-00001-of-00003.safetensors": weights("a"), "model-00003-of-00003.safetensors": weights("b")},
+        r"holds 2 of 3 shards model-\.\.\.\.safetensors and no index; number 2 is not there; copy",
+    ),
+    "one of two shards": (
+        {"x-00002-of-00002.safetensors": weights("a")},
+        r"holds 1 of 2 shards x-\.\.\.\.safetensors and no index; number 1 is not there",
+    ),
+    "shards that are numbered beyond their number": (
+        {**SHARDS, "model-00003-of-00002.safetensors": weights("z")},
+        "holds 3 of 2 shards .*; some are numbered otherwise",
+    ),
+    "a tensor in two shards without an index": (
+        {"m-00001-of-00002.safetensors": weights("a"), "m-00002-of-00002.safetensors": weights("a")},
+        "m-00002-of-00002.safetensors: tensor 'a' is also in m-00001-of-00002.safetensors",
+    ),
+    "shards of two counts": (
+        {**SHARDS, "model-00001-of-00001.safetensors": weights("z")},
+        "holds 3 safetensors files and no index",
+    ),
+    "shards of two names without an index": (
+        {**{f"x{name}": data for name, data in SHARDS.items()}, "y-00001-of-00001.safetensors": weights("z")},
+        "holds 3 safetensors files and no index",
+    ),
+    "another format": ({"m.gguf": b"GGUF"}, r"only \['m.gguf'\]; sparseprune reads safetensors, so prune"),
     "two files without an index": (
         {"a.safetensors": weights("a"), "b.safetensors": weights("b")},
         "holds 2 safetensors files and no index",
@@ -332,6 +365,56 @@ def test_refuses_an_absent_path(tmp_path: Path) -> None:
         for opened in (open_checkpoint, open_masks):
             with pytest.raises(CheckpointError, match=f"{name[:200]}.*: no such file{why}$"):
                 opened(tmp_path / name)
+
+
+ABSENT: dict[str, str] = {
+    # What is given, of which nothing is there -> what is said of it.
+    "org/m-8B": "; if it is a model of the Hugging Face hub, `hf download org/m-8B --local-dir DIR` first",
+    "https://huggingface.co/org/model": "; it is a URL, so download it and give the file or directory",
+    "hf://org/model": "; it is a URL, so download it and give the file or directory",
+    "model": "",
+    "org/model.safetensors": "",
+    "here/model": "",
+    "a/b/c": "",
+    "./model": "",
+    "dangling": ": it is a link to away, which is not there",
+}
+
+
+@pytest.mark.parametrize("name", ABSENT)
+def test_what_is_not_there_is_told_with_what_it_may_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    (tmp_path / "dangling").symlink_to("away")
+    with pytest.raises(CheckpointError) as error:
+        open_checkpoint(Path(name))
+    assert str(error.value) == f"{Path(name)}: no such file{ABSENT[name]}"
+
+
+FOREIGN = {
+    "m.onnx": (
+        b"\x08\x07\x12\x07pytorch\x1a\x05",
+        "it is an ONNX file; sparseprune reads safetensors, so prune",
+    ),
+    "m.msgpack": (b"\x81\xa6params\x81\xa5", "it is a Flax file; sparseprune reads safetensors"),
+    "m.tflite": (b"\x1c\0\0\0TFL3\0\0", "it is a TensorFlow Lite file; sparseprune reads safetensors"),
+    INDEX: (
+        b'{"metadata": {}',
+        "it is an index, which only names the files; give the directory that it lies in",
+    ),
+    "x.json": (b'{"weight_map": {}}', "it is an index, which only names the files; give the directory"),
+    "config.json": (b'{"a": 12345}', "it is a JSON file; give the directory that it lies in"),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_files_of_other_formats_are_told_by_name(tmp_path: Path, name: str) -> None:
+    content, line = FOREIGN[name]
+    folder(tmp_path, {name: content})
+    with pytest.raises(CheckpointError, match=f"{name}: not a safetensors file: {line}"):
+        open_checkpoint(tmp_path / name)
 
 
 def test_what_may_not_be_read_is_the_machines_error(tmp_path: Path) -> None:

@@ -162,6 +162,22 @@ def test_refuses_a_directory_for_a_file_and_the_reverse_even_with_force(tmp_path
         stage(layout_of(directory(tmp_path), tmp_path / "file"), force=True)
 
 
+@pytest.mark.parametrize("to", ["nowhere", "link"])
+def test_a_link_that_leads_nowhere_is_told_as_one(tmp_path: Path, to: str) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(to)
+    for source in (directory(tmp_path), single(tmp_path)):
+        for force in (False, True) if source.is_dir() else (False,):
+            line = (
+                f"link: is a link to {to}, which is not there; remove the link, or give another name with -o"
+            )
+            with pytest.raises(CheckpointError, match=line):
+                stage(layout_of(source, link), force=force)
+    assert link.is_symlink()
+    stage(layout_of(single(tmp_path), link), force=True)
+    assert not link.is_symlink()
+
+
 def test_refuses_an_output_that_touches_the_input(tmp_path: Path) -> None:
     ckpt = directory(tmp_path / "home")
     (tmp_path / "link").symlink_to("home/ckpt")

@@ -289,6 +289,17 @@ def test_tensors_that_the_index_lacks_are_not_lost(tmp_path: Path) -> None:
     ).read_bytes()
 
 
+def test_shards_without_an_index_are_one_checkpoint_and_so_is_the_output(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    for number, name in enumerate("ba", 1):
+        store(folder / f"model-{number:05d}-of-00002.safetensors", (name, "BF16", (4, 8)))
+    out = through_all(tmp_path, folder)
+    assert {path.name for path in out.iterdir()} == {path.name for path in folder.iterdir()} | {"sparseprune"}
+    (out / "model-00001-of-00002.safetensors").unlink()
+    said = commanded("verify", out, write_spec(tmp_path, SPEC))
+    assert (said.code, "holds 1 of 2 shards" in said.err) == (2, True)
+
+
 def copies(folder: Path) -> list[str]:
     """Puts copies of the weights, and small files, into a folder; gives the names of the copies."""
     others = ["consolidated.safetensors", "model.fp16.safetensors", "original/consolidated.00.safetensors"]
