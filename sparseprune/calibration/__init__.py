@@ -8,29 +8,44 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from sparseprune.calibration.collecting import Calibration, calibrate, plan_calibration
+    from sparseprune.calibration.collecting import (
+        Calibration,
+        Counted,
+        already_run,
+        calibrate,
+        passes_digest,
+        plan_calibration,
+    )
     from sparseprune.calibration.loading import LoadedModel, load_model
     from sparseprune.calibration.sequences import Sequences, make_sequences
-    from sparseprune.calibration.text import read_documents
+    from sparseprune.calibration.text import Chat, read_documents
 
 __all__ = [
     "Calibration",
+    "Chat",
+    "Counted",
     "LoadedModel",
     "Sequences",
+    "already_run",
     "calibrate",
     "load_model",
     "make_sequences",
+    "passes_digest",
     "plan_calibration",
     "read_documents",
 ]
 
 _HOME = {
     "Calibration": "collecting",
+    "Chat": "text",
+    "Counted": "collecting",
     "LoadedModel": "loading",
     "Sequences": "sequences",
+    "already_run": "collecting",
     "calibrate": "collecting",
     "load_model": "loading",
     "make_sequences": "sequences",
+    "passes_digest": "collecting",
     "plan_calibration": "collecting",
     "read_documents": "text",
 }

@@ -1,10 +1,15 @@
 """Collecting: the second moments of all inputs, in as many passes over the text as memory asks for.
 
-Owns the accumulators, what a pass is about and where it ends, and the way of a moment to its place.
+Owns the accumulators, what a pass is about and where it ends, how an interrupted pass is continued, and the
+way of a moment to its place.
 """
 
 from __future__ import annotations
 
+import json
+import threading
+import time
+import zlib
 from collections import defaultdict
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
@@ -15,10 +20,12 @@ import torch
 from sparseprune.calibration.naming import StoredAs, renumbered, siblings, stored_as, without_statistics
 from sparseprune.calibration.watching import EnoughError, Product, SharedInputs, Watch
 from sparseprune.checkpoint import Collected
-from sparseprune.errors import SparsepruneError
+from sparseprune.checkpoint.threads import side_by_side
+from sparseprune.errors import MachineError, SparsepruneError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+    from io import BufferedReader
 
     from torch import Tensor
 
@@ -27,6 +34,9 @@ if TYPE_CHECKING:
     from sparseprune.checkpoint import Checkpoint, StagedOutput, StatisticsKind
 
 _BATCH_TOKENS = 4096  # that go through the model at one time
+# Seconds between two times that the sums of a pass are put aside, and how often as long as that takes.
+_PAUSE, _PAUSE_SHARE = 120.0, 20
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -53,6 +63,14 @@ class Unit:
         return (self.end - self.begin) * (4 * one * one if kind == "hessian" else 8 * one)
 
 
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """Rows that were added up for a tensor of statistics, and what the sums were divided by, by matrix."""
+
+    rows: list[int]
+    divisors: list[int]
+
+
 @dataclass(frozen=True)
 class Calibration:
     """What will be collected: tensors of statistics in their order, what gets none and why, the passes."""
@@ -77,10 +95,10 @@ def plan_calibration(
         watch.begin(sequences.counted[:1])
         with watch:
             loaded.run(sequences.ids[:1])
-    groups = dict(shared.groups)
+    groups = shared.groups
     dims = dict(shared.input_dims)
     last = dict(shared.last)
-    for name, like in siblings(shared.groups, loaded.model).items():
+    for name, like in siblings(shared.last, loaded.model).items():
         groups[name] = renumbered(groups[like], name, like)
         dims[name], last[name] = dims[like], last[like]
     stored = stored_as(loaded.model, dims, checkpoint)
@@ -101,6 +119,28 @@ def plan_calibration(
     )
 
 
+def already_run(sequences: Sequences, plan: Calibration, output: StagedOutput) -> int:
+    """Tokens that went through the model in the run that this one continues."""
+    finished = sum(f"pass {number}" in output.finished for number in range(1, len(plan.passes) + 1))
+    done = finished * sequences.ids.numel()
+    file = output.aside()
+    if file is not None:
+        with file:
+            head = aside_head(file.readline())
+        if head is not None and f"pass {head['pass']}" not in output.finished:
+            done += sum(ids.numel() for ids, _ in list(_batches(sequences))[: head["batch"]])
+    return done
+
+
+def passes_digest(plan: Calibration) -> str:
+    """A text that is the same where passes collect the same, and their sums are in the same order."""
+    units = [
+        [(one.collected.name, one.begin, one.end, dict(one.collected.weights)) for one in units]
+        for units in plan.passes
+    ]
+    return json.dumps(units)
+
+
 def calibrate(
     loaded: LoadedModel,
     sequences: Sequences,
@@ -108,31 +148,111 @@ def calibrate(
     output: StagedOutput,
     kind: StatisticsKind,
     progress: Callable[[int, str], None],
-) -> dict[str, list[int]]:
+) -> dict[str, Counted]:
     """Run the text through the model once for each pass, and write what was collected.
 
-    Gives the tokens that were counted for each tensor, one number for each matrix. `progress` is told tokens.
+    A sum is divided by the rows that were added up; where a router chose the tokens of a matrix, by the
+    tokens of the text, so that experts keep their shares. Finished passes are noted, and the sums of the one
+    at work are put aside now and then and where the run is interrupted: a later run continues there, to the
+    same bytes. Gives what was counted by tensor. `progress` is told tokens, without those of `already_run`.
 
     Raises:
         SparsepruneError: an input that is not finite.
     """
-    tokens: dict[str, list[int]] = {one.name: [0] * (one.experts or 1) for one in plan.tensors}
-    total = sequences.tokens
+    found = {one.name: Counted(*([0] * (one.experts or 1) for _ in "rd")) for one in plan.tensors}
     for number, units in enumerate(plan.passes, 1):
         label = f"pass {number} of {len(plan.passes)}" if len(plan.passes) > 1 else ""
-        collector = _Collector(units, plan.first, kind)
-        with closing(Watch(loaded.model, collector)) as watch:
-            for ids, counted in _batches(sequences):
-                watch.begin(counted.to(loaded.device))
+        counts = output.finished.get(f"pass {number}")
+        if counts is None:
+            counts = _Pass(loaded, sequences, output, number, label).collected(
+                _Collector(units, plan.first, kind), progress
+            )
+            output.note(f"pass {number}", counts)
+            output.flush()
+        for unit, (rows, divisors) in zip(units, counts, strict=True):
+            part = slice(unit.place, unit.place + unit.end - unit.begin)
+            found[unit.collected.name].rows[part] = rows
+            found[unit.collected.name].divisors[part] = divisors
+    return found
+
+
+class _Pass:
+    """One pass of the text through the model, from where an earlier run was interrupted in it."""
+
+    def __init__(
+        self, loaded: LoadedModel, sequences: Sequences, output: StagedOutput, number: int, label: str
+    ) -> None:
+        self._loaded = loaded
+        self._sequences = sequences
+        self._output = output
+        self._number = number
+        self._label = label
+        self._batch = 0
+        self._saved = time.monotonic()
+        self._pause = _PAUSE
+
+    def collected(
+        self, collector: _Collector, progress: Callable[[int, str], None]
+    ) -> list[tuple[list[int], list[int]]]:
+        """Rows and divisors of each unit, once all moments are written."""
+        self._continue(collector)
+        failures: list[BaseException] = []
+
+        def work() -> None:
+            try:
+                self._run(collector, progress)
+            except BaseException as failure:  # noqa: BLE001  (raised below)
+                failures.append(failure)
+
+        try:
+            # In a thread of its own: a signal is raised outside of it, and not between a sum and its count.
+            side_by_side(work, 1, collector.stop.set)
+            if failures:
+                raise failures[0]
+            return [self._written(collector, unit) for unit in collector.units]
+        except KeyboardInterrupt:
+            if not failures:
+                self._save(collector)
+            raise
+
+    def _run(self, collector: _Collector, progress: Callable[[int, str], None]) -> None:
+        batches = list(_batches(self._sequences))
+        with closing(Watch(self._loaded.model, collector)) as watch:
+            while self._batch < len(batches):
+                ids, counted = batches[self._batch]
+                watch.begin(counted.to(self._loaded.device))
                 with suppress(EnoughError), watch:
-                    loaded.run(ids)
-                progress(ids.numel(), label)
-        for unit in units:
-            sums, counts = collector.taken_out(unit)
-            tokens[unit.collected.name][unit.place : unit.place + len(counts)] = counts
-            for place, one in enumerate(sums):
-                _write(unit, place, one.div_(total), output)
-    return tokens
+                    self._loaded.run(ids)
+                if collector.stop.is_set():
+                    return
+                self._batch += 1
+                collector.begin_batch()
+                progress(ids.numel(), self._label)
+                if time.monotonic() - self._saved >= self._pause and self._batch < len(batches):
+                    self._save(collector)
+
+    def _save(self, collector: _Collector) -> None:
+        """Puts the sums aside for a later run; where there is no room for them, this one goes on without."""
+        began = time.monotonic()
+        with suppress(MachineError):
+            self._output.put_aside(collector.pieces({"pass": self._number, "batch": self._batch}))
+        self._saved = time.monotonic()
+        self._pause = max(_PAUSE, _PAUSE_SHARE * (self._saved - began))
+
+    def _continue(self, collector: _Collector) -> None:
+        file = self._output.aside()
+        if file is not None:
+            with file:
+                head = collector.restored(file, self._number)
+            self._batch = 0 if head is None else head["batch"]
+
+    def _written(self, collector: _Collector, unit: Unit) -> tuple[list[int], list[int]]:
+        rows = collector.rows[unit]
+        tokens = self._sequences.tokens
+        divisors = [one if one and unit not in collector.routed else tokens for one in rows]
+        for place, (one, divisor) in enumerate(zip(collector.sums(unit), divisors, strict=True)):
+            _write(unit, place, one / divisor, self._output)
+        return rows, divisors
 
 
 def _refuse_lacking(loaded: LoadedModel, checkpoint: Checkpoint) -> None:
@@ -146,52 +266,58 @@ def _refuse_lacking(loaded: LoadedModel, checkpoint: Checkpoint) -> None:
 
 
 class _Collector:
-    """The sums of one pass; ends a forward pass at the first product after the last one that it needs."""
+    """The sums of one pass; ends a forward pass at the first product after the last one that it needs.
+
+    `rows` that were added up, by unit and matrix; `routed` are units whose tokens a router chose. Once `stop`
+    is set it takes nothing more in.
+    """
 
     def __init__(self, units: Sequence[Unit], first: dict[str, int], kind: StatisticsKind) -> None:
-        self._units: defaultdict[str, list[Unit]] = defaultdict(list)
+        self.units = units
+        self.rows: dict[Unit, list[int]] = {unit: [0] * (unit.end - unit.begin) for unit in units}
+        self.routed: set[Unit] = set()
+        self.stop = threading.Event()
+        self._by_parameter: defaultdict[str, list[Unit]] = defaultdict(list)
         for unit in units:
-            self._units[unit.parameter].append(unit)
+            self._by_parameter[unit.parameter].append(unit)
         self._last = max(unit.last for unit in units)
         self._first = first
         self._kind = kind
         self._sums: dict[Unit, Tensor] = {}
-        self._counts: dict[Unit, list[int]] = {unit: [0] * (unit.end - unit.begin) for unit in units}
+        # How often rows were added in this batch, and how often an earlier run did so in the same one.
+        self._added: dict[Unit, int] = dict.fromkeys(units, 0)
+        self._before: dict[Unit, int] = dict.fromkeys(units, 0)
         self._previous: tuple[tuple[Any, ...], Tensor] | None = None
 
     def __call__(self, product: Product) -> None:
         """Takes a product in."""
-        wanted = self._units.get(product.parameter)
+        if self.stop.is_set():
+            raise EnoughError
+        inputs = product.inputs
+        # Parts of one parameter (the rows of q, k and v in one) meet one input, which counts once.
+        this = (product.parameter, product.matrix, inputs.data_ptr(), tuple(inputs.shape), inputs._version)  # noqa: SLF001
+        same = self._previous is not None and self._previous[0] == this
+        self._previous = (this, inputs)  # kept alive, so that its memory is nobody else's
+        wanted = self._by_parameter.get(product.parameter)
         if wanted is None:
             if self._first.get(product.parameter, 0) > self._last:
                 raise EnoughError
             return
-        inputs = product.inputs
-        # Parts of one parameter (the rows of q, k and v in one) meet one input, which counts once.
-        this = (product.parameter, product.matrix, inputs.data_ptr(), tuple(inputs.shape), inputs._version)  # noqa: SLF001
-        if self._previous is not None and self._previous[0] == this:
-            return
-        self._previous = (this, inputs)  # kept alive, so that its memory is nobody else's
-        for unit in wanted:
+        for unit in wanted if not same else ():
+            if product.routed:
+                self.routed.add(unit)
             for place in range(unit.begin, unit.end):
                 if product.matrix in {None, place}:
-                    self._add(unit, place - unit.begin, _counted_rows(product, place))
+                    self._add(unit, place - unit.begin, product, place)
 
-    def taken_out(self, unit: Unit) -> tuple[Tensor, list[int]]:
-        """The sums of a unit, (matrices, features[, features]), kept no longer, and tokens by matrix."""
-        sums = self._of(unit, torch.device("cpu"))
-        del self._sums[unit]
-        return sums, self._counts[unit]
+    def begin_batch(self) -> None:
+        """What is taken in from here on belongs to another batch."""
+        self._added = dict.fromkeys(self.units, 0)
+        self._before = dict.fromkeys(self.units, 0)
+        self._previous = None
 
-    def _add(self, unit: Unit, place: int, rows: Tensor) -> None:
-        wide = rows.to(torch.float32)
-        if self._kind == "hessian":
-            self._of(unit, rows.device)[place].addmm_(wide.T, wide)
-        else:
-            self._of(unit, rows.device)[place] += wide.to(torch.float64).square().sum(0)
-        self._counts[unit][place] += len(rows)
-
-    def _of(self, unit: Unit, device: torch.device) -> Tensor:
+    def sums(self, unit: Unit, device: torch.device = _CPU) -> Tensor:
+        """The sums of a unit, (matrices, features[, features]); on a device, where it is not the CPU."""
         sums = self._sums.get(unit)
         if sums is None:
             shape = (
@@ -200,7 +326,67 @@ class _Collector:
             )
             dtype = torch.float32 if self._kind == "hessian" else torch.float64
             sums = self._sums[unit] = torch.zeros(shape, dtype=dtype, device=device)
+        elif sums.device != device != _CPU:  # those of an earlier run
+            sums = self._sums[unit] = sums.to(device)
         return sums
+
+    def pieces(self, head: dict[str, int]) -> Iterator[bytes | memoryview]:
+        """What a later run continues by: a line of JSON with `head` and the counts, the sums, a check sum."""
+        counts = [
+            {
+                "rows": self.rows[unit],
+                "routed": unit in self.routed,
+                "added": max(self._added[unit], self._before[unit]),
+            }
+            for unit in self.units
+        ]
+        first = json.dumps({**head, "units": counts}).encode() + b"\n"
+        check = zlib.crc32(first)
+        yield first
+        for unit in self.units:
+            memory = self.sums(unit).cpu().numpy().reshape(-1).data.cast("B")
+            check = zlib.crc32(memory, check)
+            yield memory
+        yield check.to_bytes(4, "little")
+
+    def restored(self, file: BufferedReader, number: int) -> dict[str, Any] | None:
+        """Continues from `pieces` of a pass; gives their head, None where they are of another one or torn."""
+        head = aside_head(first := file.readline())
+        if head is None or head["pass"] != number or len(head["units"]) != len(self.units):
+            return None
+        check = zlib.crc32(first)
+        for unit in self.units:
+            memory = self.sums(unit).numpy().reshape(-1).data.cast("B")
+            file.readinto(memory)
+            check = zlib.crc32(memory, check)
+        if file.read() != check.to_bytes(4, "little"):
+            self._sums.clear()
+            return None
+        for unit, one in zip(self.units, head["units"], strict=True):
+            self.rows[unit], self._before[unit] = one["rows"], one["added"]
+            if one["routed"]:
+                self.routed.add(unit)
+        return head
+
+    def _add(self, unit: Unit, place: int, product: Product, matrix: int) -> None:
+        if self._added[unit] >= self._before[unit]:
+            rows = _counted_rows(product, matrix)
+            wide = rows.to(torch.float32)
+            if self._kind == "hessian":
+                self.sums(unit, rows.device)[place].addmm_(wide.T, wide)
+            else:
+                self.sums(unit, rows.device)[place] += wide.to(torch.float64).square().sum(0)
+            self.rows[unit][place] += len(rows)
+        self._added[unit] += 1
+
+
+def aside_head(line: bytes) -> dict[str, Any] | None:
+    """The first line of `pieces`; None where it is torn."""
+    try:
+        head = json.loads(line)
+    except ValueError:
+        return None
+    return head if isinstance(head, dict) and {"pass", "batch", "units"} <= head.keys() else None
 
 
 def _counted_rows(product: Product, place: int) -> Tensor:

@@ -1,21 +1,26 @@
 """The model and the tokenizer of a checkpoint, and how text is run through it.
 
-Owns what is asked of transformers, and what its refusals mean in one line. No code of a checkpoint is run and
-nothing is fetched.
+Owns what is asked of transformers, and what its refusals mean in one line. No code of a checkpoint is run,
+nothing is fetched, and no model is built that is far larger than the checkpoint.
 """
 
 from __future__ import annotations
 
+import copy
 import inspect
 import os
+import re
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from sparseprune.calibration.watching import EnoughError
+from sparseprune.checkpoint import read_config
+from sparseprune.checkpoint.documents import shown
 from sparseprune.errors import CheckpointError, SparsepruneError, is_out_of_memory
 
 if TYPE_CHECKING:
@@ -29,6 +34,15 @@ if TYPE_CHECKING:
 _LONGEST = 2048  # tokens of a sequence where nobody asks for another length and the model takes more
 _LENGTH_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
 _FREE_SHARE = 0.7  # of the free memory, that a model may take before parts of it stay on disk
+_MODULES = re.compile(r"(layers?|blocks|depth|experts|hidden_groups)$")  # keys of a config that count modules
+_POSITIONS = re.compile(r"position|n_ctx$")
+_FEW_MODULES, _MOST_POSITIONS = 1024, 1 << 27  # no number up to here makes a model hard to build
+# Classifiers refuse to run two sequences without a token for padding; no token has this number.
+_NO_PADDING = -1
+_FEW_WEIGHTS = 50_000_000  # that a model may have more than four times those of its checkpoint
+# What tensors of quantized checkpoints end in: codes, and the scales beside them.
+_CODES = (".qweight", ".weight_packed", ".weight_scale", ".weight_scale_inv", "_blocks", ".absmax")
+_QUANTIZED_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -45,6 +59,18 @@ class LoadedModel:
     def length(self) -> int:
         """Tokens of a sequence, where nobody asks for another number."""
         return min(_LONGEST, self.longest or _LONGEST)
+
+    @property
+    def versions(self) -> str:
+        """What runs it, of which other versions may round differently."""
+        return f"torch {torch.__version__}, transformers {_transformers().__version__}"
+
+    @property
+    def machine(self) -> str:
+        """Where it runs, which decides the order of sums."""
+        if self.device.type == "cuda":
+            return f"{self.device} {torch.cuda.get_device_name(self.device)}"
+        return f"{self.device} {torch.backends.cpu.get_cpu_capability()} {torch.get_num_threads()}"
 
     def run(self, ids: Tensor) -> None:
         """One forward pass over (sequences, length); what comes out is not looked at.
@@ -68,9 +94,8 @@ class LoadedModel:
         except Exception as error:
             if is_out_of_memory(error):
                 raise
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
             raise SparsepruneError(
-                f"the model cannot be run over {ids.shape[1]} tokens of text alone: {reason}"
+                f"the model cannot be run over {ids.shape[1]} tokens of text alone: {_first_line(error)}"
             ) from error
 
     def refuse_strange(self, ids: Tensor) -> None:
@@ -100,29 +125,38 @@ def load_model(
         SparsepruneError: transformers is not installed, does not know the architecture, cannot load it.
         CheckpointError: no directory, no config.json, no tokenizer.
     """
-    transformers = _transformers()
     path = checkpoint.path
     if not checkpoint.is_directory:
         raise CheckpointError(
             f"{path}: a model is run by its config and its tokenizer; give the directory that has them"
         )
-    if not (path / "config.json").is_file():
+    document = read_config(checkpoint)
+    if document is None:
         raise CheckpointError(f"{path}: there is no config.json, by which the model is known")
+    _refuse_quantized(checkpoint, document)
+    _refuse_huge(checkpoint, document)
+    transformers = _transformers()
+    version = f"transformers {transformers.__version__}"
     own = {"local_files_only": True, "trust_remote_code": False}
-    with _told(f"{path}: transformers {transformers.__version__} does not know this model"):
-        config = transformers.AutoConfig.from_pretrained(path, **own)
+    known = str(document.get("model_type")) in transformers.CONFIG_MAPPING
+    refuses = "refuses this config" if known else "does not know this model"
+    with _told(f"{path / 'config.json'}: {version} {refuses}"):
+        config = _plain(transformers.AutoConfig.from_pretrained(path, **own))
     with _told(f"{path}: there is no tokenizer that transformers can read"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, **own)
-    for part in _configs(config):
-        part._experts_implementation = "eager"  # noqa: SLF001  (each expert a product of its own; no public way)
+    with _told(f"{path}: {version} cannot build the model that config.json describes"):
+        kind = _model_class(transformers, config)
+        _refuse_larger(kind, config, checkpoint)
     placed = _placement(checkpoint, device, folder, max_memory)
-    with _told(f"{path}: transformers {transformers.__version__} cannot load this model"):
-        model, info = _model_class(transformers, config).from_pretrained(
+    with _told(f"{path}: {version} cannot load this model"):
+        model, info = kind.from_pretrained(
             path,
             config=config,
             dtype="auto",
             output_loading_info=True,
             ignore_mismatched_sizes=True,
+            use_safetensors=True,  # a config may name another file, and pickles run code
+            use_kernels=False,
             **own,
             **placed,
         )
@@ -133,28 +167,120 @@ def load_model(
         )
     with _told(f"{path}: the model cannot be put on {device}"):
         model = model.eval() if "device_map" in placed else model.eval().to(device)
+    for part in _configs(model.config):
+        if getattr(part, "pad_token_id", None) is None:
+            part.pad_token_id = _NO_PADDING
     return LoadedModel(
         model,
         tokenizer,
-        _longest(config, tokenizer),
+        _longest(model, tokenizer),
         torch.device(device),
         tuple(sorted(info["missing_keys"])),
     )
 
 
 def _transformers() -> Any:
-    """The package, silent from here on."""
+    """The package, silent and without a network from here on, whatever a checkpoint names."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ |= {"HF_HUB_OFFLINE": "1", "USE_HUB_KERNELS": "NO"}
     try:
+        import huggingface_hub  # noqa: PLC0415
         import transformers  # noqa: PLC0415
     except ImportError as error:
         raise SparsepruneError(
             "calibrate needs transformers, which is not installed: pip install 'sparseprune[calibrate]'"
         ) from error
+    huggingface_hub.constants.HF_HUB_OFFLINE = True  # where somebody imported it before
     logging: Any = transformers.utils.logging
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     return transformers
+
+
+def _refuse_quantized(checkpoint: Checkpoint, document: Mapping[str, Any]) -> None:
+    """CheckpointError where the tensors are codes: what a model multiplies with stands in none of them."""
+    found = ""
+    for key, part in (("", document), *((key, part) for key, part in document.items())):
+        if isinstance(part, dict | MappingProxyType) and part.get("quantization_config"):
+            method = _quantization(part["quantization_config"])
+            place = f"{key}.quantization_config" if key else "quantization_config"
+            found = found or (f"{method}, says {place} of config.json" if method else "")
+    files = [name for name in _QUANTIZED_FILES if (checkpoint.path / name).is_file()]
+    codes = [name for name in checkpoint.tensors if name.endswith(_CODES)]
+    found = found or (f"{files[0]} lies beside it" if files else f"it has {codes[0]}" if codes else "")
+    if found:
+        raise CheckpointError(
+            f"{checkpoint.path}: the checkpoint is quantized ({found}); calibrate the unquantized one that "
+            "it was made from"
+        )
+
+
+def _quantization(stated: Any) -> str:
+    """The method of a quantization_config; "" where nothing is quantized but zeros are described."""
+    if not isinstance(stated, dict):
+        return shown(stated)
+    method = str(stated.get("quant_method") or stated.get("quant_algo") or "of an unknown method")
+    sparse_alone = bool(stated.get("sparsity_config")) and not stated.get("config_groups")
+    return "" if sparse_alone and method in {"compressed-tensors", "of an unknown method"} else method
+
+
+def _refuse_huge(checkpoint: Checkpoint, document: Mapping[str, Any]) -> None:
+    """CheckpointError where config.json counts so many modules that they could not be built in time."""
+    tensors = checkpoint.tensors.values()
+    widest = max((extent for stored in tensors for extent in stored.shape), default=0)
+    modules = max(len(tensors), _FEW_MODULES)
+    for key, value in _numbers(document):
+        name = key.rpartition(".")[2]
+        most = (
+            _MOST_POSITIONS
+            if _POSITIONS.search(name)
+            else modules
+            if _MODULES.search(name)
+            else max(widest, _FEW_MODULES)
+            if name == "num_labels"
+            else None
+        )
+        if most is not None and value > most:
+            raise CheckpointError(
+                f"{checkpoint.path / 'config.json'}: {key} is {shown(value)}, which does not fit a "
+                f"checkpoint of {len(tensors)} tensors"
+            )
+
+
+def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, int | float]]:
+    """All numbers of a document with the keys on the way to them, an empty key for a place in a list."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        yield key, value
+    elif isinstance(value, list):
+        for one in value:
+            yield from _numbers(one, f"{key}.")
+    elif isinstance(value, dict | MappingProxyType):
+        for name, one in value.items():
+            yield from _numbers(one, f"{key}.{name}" if key else name)
+
+
+def _refuse_larger(kind: Any, config: Any, checkpoint: Checkpoint) -> None:
+    """CheckpointError where the model has far more weights than there are; builds it without memory."""
+    with torch.device("meta"):
+        model = kind(copy.deepcopy(config))
+    wanted = sum(one.numel() for one in (*model.parameters(), *model.buffers()))
+    stored = sum(one.numel for one in checkpoint.tensors.values())
+    if wanted > 4 * stored + _FEW_WEIGHTS:
+        raise CheckpointError(
+            f"{checkpoint.path / 'config.json'}: describes a model of {wanted:,} weights, the checkpoint has "
+            f"{stored:,}: these two do not belong together"
+        )
+
+
+def _plain(config: Any) -> Any:
+    """A config by which transformers' own code alone is run: neither kernels nor what it says of them."""
+    for part in _configs(config):
+        part._attn_implementation = None  # noqa: SLF001  (may name a repository; there is no public way)
+        part._experts_implementation = "eager"  # noqa: SLF001  (each expert a product of its own)
+        for key in ("quantization_config", "fusion_config", "transformers_weights"):
+            if getattr(part, key, None) is not None:
+                setattr(part, key, None)
+    return config
 
 
 def _configs(config: Any) -> Iterator[Any]:
@@ -168,8 +294,9 @@ def _configs(config: Any) -> Iterator[Any]:
 
 def _model_class(transformers: Any, config: Any) -> Any:
     """The class that the config names, with its head; else the one that goes with the model type."""
-    for name in config.architectures or ():
-        found = getattr(transformers, name, None)
+    named = config.architectures
+    for name in named if isinstance(named, list) else ():
+        found = getattr(transformers, name, None) if isinstance(name, str) else None
         if inspect.isclass(found) and issubclass(found, transformers.PreTrainedModel):
             return found
     return transformers.AutoModel
@@ -200,11 +327,20 @@ def _free_bytes() -> int:
         return 1 << 62
 
 
-def _longest(config: Any, tokenizer: Any) -> int | None:
+def _longest(model: Any, tokenizer: Any) -> int | None:
     """The most tokens that a sequence may have, None where nothing says so."""
+    config = model.config
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     limits = [getattr(text, key, None) for key in _LENGTH_KEYS]
     limits.append(tokenizer.model_max_length)  # a huge number where it is not set
+    limits += [
+        # Positions are counted from the one after that of padding on: RoBERTa and all that came of it.
+        module.num_embeddings - module.padding_idx - 1
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Embedding)
+        and module.padding_idx is not None
+        and "position" in name.rpartition(".")[2]
+    ]
     known = [limit for limit in limits if isinstance(limit, int) and 0 < limit < 1 << 40]
     return min(known, default=None)
 
@@ -225,6 +361,17 @@ def _told(what: str) -> Iterator[None]:
         raise
     except torch.OutOfMemoryError as error:
         raise SparsepruneError(f"{what}: the device has too little memory") from error
-    except (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError, RuntimeError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise CheckpointError(f"{what}: {reason}") from error
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise CheckpointError(f"{what}: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    """What an error says first; further lines only where the first one announces them."""
+    kind = type(error).__name__
+    lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return kind
+    said = " ".join(lines[: 1 + next((at for at, line in enumerate(lines) if not line.endswith(":")), 0)])
+    return said if isinstance(error, OSError | ValueError | RuntimeError) else f"{kind}: {said}"

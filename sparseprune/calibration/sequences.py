@@ -1,6 +1,7 @@
 """Sequences of tokens out of documents: windows of one length, as the model expects them.
 
-Owns tokenizing, cutting and sampling, and which tokens count. Knows no models but through their tokenizer.
+Owns tokenizing (of messages: as the tokenizer's chat template writes them), cutting and sampling, and which
+tokens count. Knows no models but through their tokenizer.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from sparseprune.calibration.text import Chat
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sequences:
@@ -34,7 +37,7 @@ class Sequences:
 
 
 def make_sequences(
-    documents: Sequence[str],
+    documents: Sequence[str | Chat],
     tokenizer: Any,
     count: int,
     length: int,
@@ -48,7 +51,7 @@ def make_sequences(
     These count if `special` says so; padding never does.
 
     Raises:
-        SparsepruneError: there is not one whole window.
+        SparsepruneError: there is not one whole window, or messages that the chat template refuses.
     """
     before, after = _special_around(tokenizer)
     inside = length - len(before) - len(after)
@@ -56,7 +59,7 @@ def make_sequences(
         raise SparsepruneError(
             f"--length {length}: {len(before) + len(after)} special tokens around a sequence leave no room"
         )
-    tokens = [token for document in documents for token in _tokens(tokenizer, document)]
+    tokens = [token for document in documents for token in _tokens(tokenizer, as_text(document, tokenizer))]
     available = len(tokens) // inside
     if not available:
         raise SparsepruneError(
@@ -75,6 +78,26 @@ def make_sequences(
     if not bool(counted.any()):
         raise SparsepruneError("the text consists of tokens alone that do not count: give other text")
     return Sequences(ids, counted, available)
+
+
+def as_text(document: str | Chat, tokenizer: Any) -> str:
+    """A document as text: messages as the chat template writes them, without one as "role: content" lines.
+
+    Templates are run in the sandbox of transformers.
+    """
+    if isinstance(document, str):
+        return document
+    if not tokenizer.chat_template:
+        return "".join(f"{one['role']}: {one['content'] or ''}\n" for one in document.messages)
+    try:
+        text: str = tokenizer.apply_chat_template([dict(one) for one in document.messages], tokenize=False)
+        text.encode()
+    except Exception as error:  # a template may raise anything
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise SparsepruneError(
+            f"{document.where}: the tokenizer's chat template refuses these messages: {why}"
+        ) from error
+    return text
 
 
 def _not_counted(tokenizer: Any, *, special: bool) -> set[int]:

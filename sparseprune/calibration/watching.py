@@ -37,7 +37,7 @@ class Product:
 
     `matrix` is which one of a stack it was, None for all of them or where there is no stack; `input_dim` is
     the dimension of the parameter along which inputs lie; `counted` which rows are tokens that count,
-    None for all.
+    None for all; `routed` whether the rows are those tokens that a router chose for this matrix.
     """
 
     parameter: str
@@ -45,6 +45,7 @@ class Product:
     input_dim: int
     inputs: Tensor
     counted: Tensor | None
+    routed: bool
 
 
 class EnoughError(Exception):
@@ -123,7 +124,9 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             begin = (weight.data_ptr() - parameter.data_ptr()) // parameter.element_size()
             matrix = begin // parameter.stride(0)
         rows = inputs if weight.ndim == 3 else inputs.reshape(-1, features)
-        self._seen(Product(name, matrix, dims[-1], rows, self._rows_that_count(rows.shape[-2])))
+        gathered = self._gathered is not None and self._gathered.numel() == rows.shape[-2]
+        counted = self._rows_that_count(rows.shape[-2])
+        self._seen(Product(name, matrix, dims[-1], rows, counted, gathered or parameter.ndim == 3))
 
     def _parameter(self, weight: Tensor) -> tuple[str, Tensor] | None:
         """The parameter at which an operand looks, and its name."""
@@ -163,18 +166,18 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class SharedInputs:
-    """Which parameters meet the very same input, one soon after the other.
+    """Which parameters meet the very same inputs, in every product of a forward pass.
 
-    `groups` has for each parameter the first one of those that share its input, `input_dims` along which of
+    `groups` has for each parameter the first one of those that share its inputs, `input_dims` along which of
     its dimensions inputs lie, `first` and `last` the numbers of the first and the last product of each.
     """
 
     def __init__(self) -> None:
-        self.groups: dict[str, str] = {}
         self.input_dims: dict[str, int] = {}
         self.first: dict[str, int] = {}
         self.last: dict[str, int] = {}
-        self._recent: deque[tuple[tuple[Any, ...], Tensor, str]] = deque(maxlen=_REMEMBERED)
+        self._met: dict[str, list[int]] = {}
+        self._recent: deque[tuple[tuple[Any, ...], Tensor, int]] = deque(maxlen=_REMEMBERED)
         self._products = 0
 
     def __call__(self, product: Product) -> None:
@@ -182,10 +185,18 @@ class SharedInputs:
         self._products += 1
         name, inputs = product.parameter, product.inputs
         key = (inputs.data_ptr(), tuple(inputs.shape), inputs.stride(), inputs._version)  # noqa: SLF001
-        known = next((first for same, _, first in self._recent if same == key), None)
-        if name not in self.groups:
-            self.groups[name] = known or name
-            self.input_dims[name] = product.input_dim
+        # An input has the number of the first product with it.
+        number = next((first for same, _, first in self._recent if same == key), self._products)
+        met = self._met.setdefault(name, [])
+        if not met or met[-1] != number:  # parts of one parameter meet one input
+            met.append(number)
+        self.input_dims.setdefault(name, product.input_dim)
         self.first.setdefault(name, self._products)
         self.last[name] = self._products
-        self._recent.append((key, inputs, self.groups[name]))
+        self._recent.append((key, inputs, number))
+
+    @property
+    def groups(self) -> dict[str, str]:
+        """By what was taken in until now."""
+        leaders: dict[tuple[int, ...], str] = {}
+        return {name: leaders.setdefault(tuple(met), name) for name, met in self._met.items()}

@@ -1,7 +1,8 @@
 """The hidden folder beside a target in which its output grows: locked, recovered, kept or removed.
 
 It holds `lock`, held by the run that writes; `output`, which gets the target's name or whose files get
-theirs; `journal`, by which a later run continues; and, while names are given, what naming.py keeps there.
+theirs; `journal`, by which a later run continues, and `aside`, by which it does so inside a piece of work;
+and, while names are given, what naming.py keeps there.
 Knows names and no contents. Called by staging.py.
 """
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 _LOCK = "lock"
 _JOURNAL = "journal"
+_ASIDE = "aside"
 _ATTEMPTS = 10
 _LOCK_FLAGS = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 _BLOCK = 512  # the unit of st_blocks, whatever the file system's own is
@@ -39,6 +41,7 @@ class PartialFolder:
         self.path = target.with_name(f".{target.name}.sparseprune-{kind}") if target.name else target
         self.output = self.path / naming.OUTPUT
         self.journal = self.path / _JOURNAL
+        self.aside = self.path / _ASIDE
         self._lock: int | None = None
 
     def acquire(self) -> None:
@@ -60,8 +63,8 @@ class PartialFolder:
         self.output.mkdir()
 
     def resume(self) -> None:
-        """Removes what a killed run left, but for its output and its journal."""
-        self._remove_all_but(_LOCK, _JOURNAL, naming.OUTPUT)
+        """Removes what a killed run left, but for its output, its journal and what it put aside."""
+        self._remove_all_but(_LOCK, _JOURNAL, _ASIDE, naming.OUTPUT)
 
     def sync_folders(self) -> None:
         """Waits until every name in the folder, and its own, is on disk."""

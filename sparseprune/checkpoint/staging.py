@@ -29,8 +29,9 @@ from sparseprune.checkpoint.writer import FileWriter
 from sparseprune.errors import MachineError, is_out_of_memory
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
     from contextlib import AbstractContextManager
+    from io import BufferedReader
     from pathlib import Path, PurePosixPath
     from types import TracebackType
 
@@ -67,6 +68,7 @@ class StagedOutput:
         self.started_over: tuple[str, ...] = ()
         self.named = False
         self.kept = False
+        self._aside = False
         self._partial = PartialFolder(layout.target, "choice" if layout.is_scratch else "partial")
         self._paths = {file.path: str(self._partial.output / file.path) for file in layout.files}
         self._writer = FileWriter()
@@ -113,7 +115,7 @@ class StagedOutput:
                     self.flush()
         finally:
             if self._unsynced.journal is not None and _may_go_on(error):
-                keep = self._unsynced.journal.notes > 0 and self._is_whole()
+                keep = (self._unsynced.journal.notes > 0 or self._aside) and self._is_whole()
             self._leave(keep=keep)
             self.kept = keep
 
@@ -169,6 +171,37 @@ class StagedOutput:
         """
         if self.identity is not None:
             self._unsynced.noted(note_line(key, record))
+
+    def put_aside(self, pieces: Iterable[Bytes]) -> None:
+        """Writes bytes that are no output, by which a later run continues in the middle of a piece of work.
+
+        They replace what was put aside before once they are on disk, or not at all; they go with the folder.
+        """
+        if self.identity is None:
+            return
+        path = self._partial.aside
+        fresh = path.with_suffix(".new")
+        with self._writing(path):
+            fresh.unlink(missing_ok=True)
+            transfer.create(fresh, 0)
+            try:
+                with fresh.open("r+b") as file:
+                    for piece in pieces:
+                        file.write(transfer.as_bytes(piece))
+                transfer.sync(fresh)
+                fresh.replace(path)
+            except BaseException:
+                fresh.unlink(missing_ok=True)  # the output may need the room
+                raise
+            transfer.sync(path.parent)
+        self._aside = True
+
+    def aside(self) -> BufferedReader | None:
+        """What an earlier run put aside, if this one continues it; to be closed."""
+        if not self._aside:
+            return None
+        with transfer.machine_errors(self._partial.aside, "cannot be read"):
+            return self._partial.aside.open("rb")
 
     def flush(self) -> None:
         """Waits until what has been written so far is on disk, then until what was noted of it is.
@@ -253,6 +286,7 @@ class StagedOutput:
         with self._writing(self._partial.journal):
             self._unsynced.journal = Journal.resume(self._partial.journal, found)
         self.finished = MappingProxyType(dict(found.finished))
+        self._aside = self._partial.aside.is_file()
         self.resumed = True
 
     def _start_over(self) -> None:

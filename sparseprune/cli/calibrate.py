@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from dataclasses import dataclass
@@ -11,21 +12,22 @@ from typing import TYPE_CHECKING, Any
 from sparseprune import __version__
 from sparseprune.checkpoint import (
     StagedOutput,
+    checkpoint_identity,
     lay_out_statistics,
     open_checkpoint,
     refuse_changed,
 )
-from sparseprune.checkpoint.target import check_target
-from sparseprune.cli.console import print_json, print_result, stderr_console
+from sparseprune.checkpoint.target import free_bytes
+from sparseprune.cli.console import print_json, print_result, stderr_console, tell
 from sparseprune.cli.progress import TOKENS, progress
 from sparseprune.cli.stopping import temporary_folder
-from sparseprune.cli.writing import interrupts_told, output_shown, write_output
+from sparseprune.cli.writing import digest, interrupts_told, output_shown, write_output
 from sparseprune.errors import SparsepruneError
 from sparseprune.report.wording import many
 
 if TYPE_CHECKING:
     from sparseprune.calibration import Calibration, LoadedModel, Sequences
-    from sparseprune.checkpoint import Checkpoint, StatisticsKind
+    from sparseprune.checkpoint import Checkpoint, Collected, OutputLayout, StatisticsKind
 
 _CHARACTERS = 64  # of text that are read for each token that is asked for: some to choose from
 
@@ -53,24 +55,23 @@ class Request:
 
 def run(request: Request) -> None:
     """Read, plan, run the text through the model, commit, tell."""
-    from sparseprune.calibration import (
-        load_model,
-        make_sequences,
-        plan_calibration,
-        read_documents,
-    )
+    from sparseprune.calibration import Chat, load_model, make_sequences, plan_calibration, read_documents
     from sparseprune.pipeline import resolve_device
 
     began = time.perf_counter()
     checkpoint = open_checkpoint(request.checkpoint)
     target = _target(request, checkpoint)
     # Before minutes are spent on a model.
-    check_target(lay_out_statistics(checkpoint, target, request.kind, ()), force=request.force)
+    StagedOutput(lay_out_statistics(checkpoint, target, request.kind, ()), request.force).refuse_early()
     most = _CHARACTERS * request.sequences * (request.length or 2048)
     documents = read_documents(request.text, request.field, most)
+    _say(request, f"loading the model of {request.checkpoint}")
     device = resolve_device(request.device, uses_torch=True)
     with temporary_folder("sparseprune-") as folder:
         loaded = load_model(checkpoint, device, Path(folder))
+        if any(isinstance(one, Chat) for one in documents) and not loaded.tokenizer.chat_template:
+            _say(request, 'the tokenizer has no chat template: messages are read as "role: content" lines')
+        _say(request, "cutting the text into sequences")
         sequences = make_sequences(
             documents,
             loaded.tokenizer,
@@ -80,9 +81,11 @@ def run(request: Request) -> None:
             special=request.special,
         )
         loaded.refuse_strange(sequences.ids)
+        _say(request, "finding out which matrices meet text")
         plan = plan_calibration(loaded, sequences, checkpoint, request.kind, request.memory)
         layout = lay_out_statistics(checkpoint, target, request.kind, plan.tensors)
-        output = StagedOutput(layout, request.force)
+        output = StagedOutput(layout, request.force, _identity(request, loaded, sequences, plan, checkpoint))
+        _warn_of_little_room(plan, layout, request.kind)
         with interrupts_told(output):
             document = write_output(
                 output,
@@ -96,6 +99,42 @@ def run(request: Request) -> None:
                 print_json(document)
             else:
                 print_result(output_shown(request, layout))
+
+
+def _say(request: Request, text: str) -> None:
+    if not request.quiet:
+        tell(text)
+
+
+def _warn_of_little_room(plan: Calibration, layout: OutputLayout, kind: StatisticsKind) -> None:
+    """The sums of an unfinished pass are written while those of a moment before are still there."""
+    sums = max(sum(unit.nbytes(kind) for unit in units) for units in plan.passes)
+    free = free_bytes(layout.target.parent)
+    if free < layout.output_bytes + 2 * sums:
+        tell(
+            f"warning: {layout.target.parent}: {free} bytes are free, {layout.output_bytes + 2 * sums} are "
+            "wanted to keep the sums of an unfinished pass: a run that is killed may lose them"
+        )
+
+
+def _identity(
+    request: Request, loaded: LoadedModel, sequences: Sequences, plan: Calibration, checkpoint: Checkpoint
+) -> dict[str, str]:
+    """What an unfinished run must agree with to be continued, to the same bytes."""
+    from sparseprune.calibration import passes_digest
+
+    drawn = hashlib.sha256(sequences.ids.numpy().tobytes() + sequences.counted.numpy().tobytes())
+    length = sequences.ids.shape[1]
+    options = (request.sequences, length, request.seed, request.special, request.field, request.kind)
+    return {
+        "the version": __version__,
+        "the versions of torch and transformers": loaded.versions,
+        "the input": checkpoint_identity(checkpoint),
+        "the options": json.dumps(options),
+        "the text": json.dumps([list(sequences.ids.shape), drawn.hexdigest()]),
+        "--memory": digest(passes_digest(plan)),
+        "the device or its number of threads": loaded.machine,
+    }
 
 
 def _length(request: Request, loaded: LoadedModel) -> int:
@@ -120,11 +159,12 @@ def _worked(
     began: float,
 ) -> dict[str, Any]:
     """Collect, and write the report beside the statistics."""
-    from sparseprune.calibration import calibrate
+    from sparseprune.calibration import already_run, calibrate
 
     total = sequences.ids.numel() * len(plan.passes)
-    with progress("calibrating", total, quiet=request.quiet, sizes=TOKENS) as advance:
-        tokens = calibrate(loaded, sequences, plan, output, request.kind, advance)
+    already = already_run(sequences, plan, output)
+    with progress("calibrating", total, quiet=request.quiet, already=already, sizes=TOKENS) as advance:
+        counted = calibrate(loaded, sequences, plan, output, request.kind, advance)
     document = {
         "schema": "sparseprune.statistics.v1",
         "sparseprune": __version__,
@@ -145,7 +185,8 @@ def _worked(
                 "name": one.name,
                 "features": one.features,
                 "experts": one.experts,
-                "tokens": tokens[one.name] if one.experts is not None else tokens[one.name][0],
+                "tokens": _one_or_all(one, counted[one.name].rows),
+                "divided_by": _one_or_all(one, counted[one.name].divisors),
                 "weights": dict(one.weights),
             }
             for one in plan.tensors
@@ -156,6 +197,10 @@ def _worked(
     text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
     output.add_file(output.layout.report_file, text.encode(errors="backslashreplace"))
     return document
+
+
+def _one_or_all(one: Collected, numbers: list[int]) -> int | list[int]:
+    return numbers if one.experts is not None else numbers[0]
 
 
 def _tell(request: Request, loaded: LoadedModel, sequences: Sequences, document: dict[str, Any]) -> None:

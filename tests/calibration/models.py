@@ -61,3 +61,35 @@ def save_family(family: str, folder: Path, dtype: torch.dtype = torch.float32) -
 def text(words: int = 400, seed: int = 3) -> str:
     """Random words."""
     return " ".join(random.Random(seed).choices(WORDS, k=words))
+
+
+def deberta(*, share_att_key: bool) -> Any:
+    """Its queries and keys meet the embeddings of relative positions too, its values do not."""
+    import transformers
+
+    kind: Any = transformers.DebertaV2Config
+    small = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    relative = {"relative_attention": True, "position_buckets": 8, "pos_att_type": ["p2c", "c2p"]}
+    return transformers.DebertaV2Model(
+        kind(
+            **small, num_attention_heads=4, share_att_key=share_att_key, norm_rel_ebd="layer_norm", **relative
+        )
+    )
+
+
+def albert() -> Any:
+    """Three layers that are one."""
+    import transformers
+
+    kind: Any = transformers.AlbertConfig
+    small = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
+    return transformers.AlbertModel(kind(**small, num_attention_heads=4, embedding_size=16))
+
+
+def t5() -> Any:
+    """An encoder whose outputs the decoder meets, a head that is the embedding."""
+    import transformers
+
+    kind: Any = transformers.T5Config
+    small = {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+    return transformers.T5ForConditionalGeneration(kind(**small, decoder_start_token_id=3))
