@@ -10,6 +10,7 @@ import copy
 import inspect
 import os
 import re
+import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -354,9 +355,11 @@ def _text_forward(model: Any) -> tuple[Callable[..., Any], list[str]]:
 
 @contextmanager
 def _told(what: str) -> Iterator[None]:
-    """A refusal by transformers, whichever kind it has, in one line."""
+    """A refusal by transformers, whichever kind it has, in one line, and no warnings beside it."""
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     except SparsepruneError:
         raise
     except torch.OutOfMemoryError as error:

@@ -146,7 +146,7 @@ def expected(
 ) -> list[tuple[int, torch.Tensor]]:
     """The moments of a stored tensor's inputs: of whatever has it among its rows, looked up by value.
 
-    The mean over the rows that it met; of experts, the sum over the tokens of the text, by which they compare.
+    The mean over the rows that it met; of experts, their sum by the tokens of the text, so that they compare.
     """
     matrices = stored if stored.ndim == 3 else stored[None]
     moments = []
