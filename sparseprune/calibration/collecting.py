@@ -20,7 +20,7 @@ import torch
 from sparseprune.calibration.naming import StoredAs, renumbered, siblings, stored_as, without_statistics
 from sparseprune.calibration.watching import EnoughError, Product, SharedInputs, Watch
 from sparseprune.checkpoint import Collected
-from sparseprune.checkpoint.threads import started
+from sparseprune.checkpoint.threads import side_by_side
 from sparseprune.errors import MachineError, SparsepruneError
 
 if TYPE_CHECKING:
@@ -196,31 +196,21 @@ class _Pass:
     ) -> list[tuple[list[int], list[int]]]:
         """Rows and divisors of each unit, once all moments are written."""
         self._continue(collector)
-        begun, done = threading.Event(), threading.Event()
         failures: list[BaseException] = []
 
         def work() -> None:
-            begun.set()
             try:
-                if not collector.stop.is_set():
-                    self._run(collector, progress)
+                self._run(collector, progress)
             except BaseException as failure:  # noqa: BLE001  (raised below)
                 failures.append(failure)
-            finally:
-                done.set()
 
         try:
             # In a thread of its own: a signal is raised outside of it, and not between a sum and its count.
-            if not started(threading.Thread(target=work, name="sparseprune-model", daemon=True)):
-                work()
-            done.wait()  # join() would take a thread for ended once a signal has interrupted it
+            side_by_side(work, 1, collector.stop.set)
             if failures:
                 raise failures[0]
             return [self._written(collector, unit) for unit in collector.units]
         except KeyboardInterrupt:
-            collector.stop.set()
-            if begun.is_set():
-                done.wait()
             if not failures:
                 self._save(collector)
             raise
@@ -228,7 +218,7 @@ class _Pass:
     def _run(self, collector: _Collector, progress: Callable[[int, str], None]) -> None:
         batches = list(_batches(self._sequences))
         with closing(Watch(self._loaded.model, collector)) as watch:
-            while self._batch < len(batches):
+            while self._batch < len(batches) and not collector.stop.is_set():
                 ids, counted = batches[self._batch]
                 watch.begin(counted.to(self._loaded.device))
                 with suppress(EnoughError), watch:

@@ -192,7 +192,8 @@ def test_sums_that_are_not_what_was_put_aside_are_collected_again(
     aside = hidden(tmp_path / "stats") / "aside"
     data = bytearray(aside.read_bytes())
     data[-100] ^= 1
-    aside.write_bytes({"cut": data[:-50], "changed": data, "other": b"[1]\n"}[harm])
+    harmed = {"cut": bytes(data[:-50]), "changed": bytes(data), "other": b"[1]\n"}
+    aside.write_bytes(harmed[harm])
     assert calibrate(home, "albert", tmp_path / "stats", "-q").code == 0
     assert statistics(tmp_path / "stats") == whole("albert")
 
