@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from sparseprune.errors import CouplingError, ShapeMismatchError, SparsepruneError, SparsityError
 
 if TYPE_CHECKING:
+    from sparseprune.calibration import KeptMasks, keep_masked, parameter_masks
     from sparseprune.checkpoint import load_masks
     from sparseprune.engine import (
         BlockCoupling,
@@ -32,6 +33,7 @@ __all__ = [
     "BlockCoupling",
     "BlockSpec",
     "CouplingError",
+    "KeptMasks",
     "Matrix",
     "Reconstructed",
     "ScopeCoupling",
@@ -43,17 +45,26 @@ __all__ = [
     "SparsityError",
     "View",
     "admm",
+    "keep_masked",
     "keep_rows",
     "load_masks",
+    "parameter_masks",
     "projection",
     "refit",
 ]
 
 
+_ROOMS = {
+    "KeptMasks": "calibration",
+    "keep_masked": "calibration",
+    "load_masks": "checkpoint",
+    "parameter_masks": "calibration",
+}
+
+
 def __getattr__(name: str) -> object:
     if name in __all__:
-        room = "checkpoint" if name == "load_masks" else "engine"
-        return getattr(import_module(f"sparseprune.{room}"), name)
+        return getattr(import_module(f"sparseprune.{_ROOMS.get(name, 'engine')}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -182,8 +182,19 @@ def test_every_spec_of_the_readme_prunes_a_decoder(tmp_path: Path, number: int) 
 
 
 @pytest.mark.parametrize("number", range(len(blocks("python"))))
-def test_every_python_example_runs(number: int) -> None:
-    subprocess.run([sys.executable, "-c", blocks("python")[number]], check=True)
+def test_every_python_example_runs(tmp_path: Path, number: int) -> None:
+    example = blocks("python")[number]
+    trains = "decoder-half" in example
+    if trains:
+        write_decoder(tmp_path / "decoder")
+        assert run("apply", tmp_path / "decoder", "2of4", "-o", tmp_path / "decoder-half", "-q").code == 0
+    subprocess.run(
+        [sys.executable, "-c", example], check=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
+    if trains:
+        assert "`sparseprune verify decoder-tuned 2of4` passes then" in README
+        assert run("verify", tmp_path / "decoder-tuned", "2of4", "-q").code == 0
+        assert run("compare", tmp_path / "decoder-half", tmp_path / "decoder-tuned", "-q").code == 0
 
 
 def test_commands_and_shipped_specs_are_all_named() -> None:

@@ -1,7 +1,8 @@
-"""Input statistics of a model over text: what its matrices are multiplied with, as a file of second moments.
+"""Models in memory: input statistics of their matrices over text, and masks that hold while they are trained.
 
 Owns everything that needs the model's own code; the only room that knows transformers. Refuses to know specs
-and pruning. Called by the command line; names are loaded on first use, since they import torch.
+and how masks are decided. Called by the command line and, for training, by users; names are loaded on first
+use, since they import torch.
 """
 
 from importlib import import_module
@@ -19,18 +20,22 @@ if TYPE_CHECKING:
     from sparseprune.calibration.loading import LoadedModel, load_model
     from sparseprune.calibration.sequences import Sequences, make_sequences
     from sparseprune.calibration.text import Chat, read_documents
+    from sparseprune.calibration.training import KeptMasks, keep_masked, parameter_masks
 
 __all__ = [
     "Calibration",
     "Chat",
     "Counted",
+    "KeptMasks",
     "LoadedModel",
     "Sequences",
     "already_run",
     "calibrate",
+    "keep_masked",
     "load_model",
     "make_sequences",
     "passes_digest",
+    "parameter_masks",
     "plan_calibration",
     "read_documents",
 ]
@@ -39,13 +44,16 @@ _HOME = {
     "Calibration": "collecting",
     "Chat": "text",
     "Counted": "collecting",
+    "KeptMasks": "training",
     "LoadedModel": "loading",
     "Sequences": "sequences",
     "already_run": "collecting",
     "calibrate": "collecting",
+    "keep_masked": "training",
     "load_model": "loading",
     "make_sequences": "sequences",
     "passes_digest": "collecting",
+    "parameter_masks": "training",
     "plan_calibration": "collecting",
     "read_documents": "text",
 }
