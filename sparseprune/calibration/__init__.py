@@ -34,8 +34,8 @@ __all__ = [
     "keep_masked",
     "load_model",
     "make_sequences",
-    "passes_digest",
     "parameter_masks",
+    "passes_digest",
     "plan_calibration",
     "read_documents",
 ]
