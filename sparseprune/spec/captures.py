@@ -27,7 +27,7 @@ def captures_of_table(spec: Spec, kind: str, name: str) -> frozenset[frozenset[s
         return frozenset(frozenset(pattern.names) for pattern in _own_patterns(spec, kind, name))
     table = spec.block_coupling[coupling]
     members = [captures_of_table(spec, "block", member) for member in table.blocks]
-    if not all(members):
+    if not members or not all(members):
         return frozenset()
     every = frozenset(name for variants in members for names in variants for name in names)
     return frozenset({frozenset() if table.across == "all" else every.difference(table.across)})

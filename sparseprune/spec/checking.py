@@ -1,7 +1,8 @@
 """What the tables of a spec say about each other: references, budgets, captures, orders, idle tables.
 
 Every check adds to `problems` and goes on; a table that could not be read is passed over here, its
-name still counts as declared. Knows no checkpoint. Called by `parsing`.
+name still counts as declared, and no check concludes from a key that was left open. Knows no checkpoint.
+Called by `parsing`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from sparseprune.spec.methods import (
     wrong_reconstruct,
     wrong_score,
 )
-from sparseprune.spec.problems import Problems, listed, shown, suggestion
+from sparseprune.spec.problems import Problems, listed, nearest, shown, suggestion
 from sparseprune.spec.referring import check_references
 from sparseprune.spec.schema import (
     BUDGETS,
@@ -33,9 +34,12 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping
 
 
+_MOST_MISSING = 8  # names that are no table, of which it is asked which one was meant
+
+
 def check_spec(spec: Spec, declared: Mapping[str, Collection[str]], problems: Problems) -> None:
     """Everything that can be found wrong without a checkpoint; `declared` has all names by kind, and vars."""
-    if not declared["scope"]:
+    if not declared["scope"] and not problems.is_open("", "scope"):
         problems.add("", "", "there is no rule: write at least one [scope.NAME]")
     for name, block in spec.block.items():
         _check_tensors(f"block.{name}", block, problems)
@@ -48,10 +52,13 @@ def check_spec(spec: Spec, declared: Mapping[str, Collection[str]], problems: Pr
     _check_names(declared, problems)
     _check_idle(spec, declared, problems)
     _check_budgets(spec, declared, problems)
-    for key, text in () if spec.score is None else wrong_score(spec.score):
-        problems.add("score", key, text)
-    for key, text in () if spec.reconstruct is None else wrong_common_reconstruct(spec.reconstruct):
-        problems.add("reconstruct", key, text)
+    if spec.score is not None and not problems.is_open("score", "kind"):
+        for key, text in wrong_score(spec.score):
+            if not problems.is_open("score", key):
+                problems.add("score", key, text)
+    if spec.reconstruct is not None and not problems.is_open("reconstruct", "method", "file"):
+        for key, text in wrong_common_reconstruct(spec.reconstruct):
+            problems.add("reconstruct", key, text)
     check_references(spec, problems, frozenset(declared["vars"]))
 
 
@@ -63,6 +70,8 @@ def _couplings(spec: Spec) -> Iterator[tuple[str, CouplingTable]]:
 def _check_form(
     place: str, table: ScopeTable, declared: Mapping[str, Collection[str]], problems: Problems
 ) -> None:
+    if problems.is_open(place, "block"):
+        return
     if not isinstance(table.block, str):
         _check_tensors(place, table, problems)
         return
@@ -75,14 +84,14 @@ def _check_form(
                 "remove this key, or give the block's shape as a list of integers",
             )
     known = [*declared["block"], *declared["block_coupling"]]
-    if table.block not in known:
+    if table.block not in known and not problems.is_open("", "block", "block_coupling"):
         text = f"there is no [block.{table.block}] and no [block_coupling.{table.block}]"
         problems.add(place, "block", text + suggestion(table.block, known))
 
 
 def _check_tensors(place: str, table: TensorsTable, problems: Problems) -> None:
     """The keys of a table that has tensors of its own: what they are, and how they are looked at."""
-    if table.tensors is None and table.regex is None:
+    if table.tensors is None and table.regex is None and not problems.is_open(place, "tensors", "regex"):
         text = f"missing; wanted {TensorsTable.model_fields['tensors'].description}"
         if isinstance(table, ScopeTable):
             text = (
@@ -92,7 +101,7 @@ def _check_tensors(place: str, table: TensorsTable, problems: Problems) -> None:
         problems.add(place, "tensors", text)
     if table.tensors is not None and table.regex is not None:
         problems.add(place, "regex", "tensors are named by patterns already: give one of tensors and regex")
-    if table.axes and not isinstance(table.view, str):
+    if table.axes and not isinstance(table.view, str) and not problems.is_open(place, "view"):
         problems.add(place, "axes", 'these are the axes of an einops pattern: give one as view = "..."')
     if isinstance(table.view, ExplicitView) and table.slice is not None:
         problems.add(
@@ -106,6 +115,8 @@ def _check_members(
     kind, key = table.member_kind, table.members_key
     for number, member in enumerate(table.members):
         if member not in declared[kind]:
+            if problems.is_open("", kind):
+                continue
             problems.add(place, key, f"there is no [{kind}.{member}]{suggestion(member, declared[kind])}")
         elif member in table.members[:number]:
             problems.add(place, key, f"{shown(member)} is listed twice: each member takes part once")
@@ -114,7 +125,7 @@ def _check_members(
 def _check_orders(place: str, table: CouplingTable, problems: Problems) -> None:
     if table.orders is None:
         return
-    if len(table.orders) != len(table.members):
+    if len(table.orders) != len(table.members) and not problems.is_open(place, table.members_key):
         found = f"found {len(table.orders)} orders for {len(table.members)} {table.members_key}"
         problems.add(place, "orders", f"{found}: give one order for each")
     for order in table.orders:
@@ -127,7 +138,7 @@ def _check_orders(place: str, table: CouplingTable, problems: Problems) -> None:
 
 def _check_captures(spec: Spec, place: str, table: CouplingTable, problems: Problems) -> None:
     """`across` names captures that exist, and members can be joined on what is left."""
-    if table.across == "all":
+    if table.across == "all" or problems.is_open(place, table.members_key, "across"):
         return
     kind = table.member_kind
     captured = {member: captures_of_table(spec, kind, member) for member in table.members}
@@ -158,11 +169,19 @@ def _check_names(declared: Mapping[str, Collection[str]], problems: Problems) ->
 
 
 def _check_idle(spec: Spec, declared: Mapping[str, Collection[str]], problems: Problems) -> None:
-    """Only where every table was read and names what is there; else this would be a guess."""
+    """Only where every table that names others was read; else this would be a guess."""
     named = {table.block for table in spec.scope.values() if isinstance(table.block, str)}
     fused = {block for table in spec.block_coupling.values() for block in table.blocks}
     blocks, couplings = set(declared["block"]), set(declared["block_coupling"])
-    if not (_all_read(spec, declared) and named <= blocks | couplings and fused <= blocks):
+    missing = sorted((named - blocks - couplings) | (fused - blocks))
+    if len(missing) > _MOST_MISSING:
+        return
+    for name in missing:
+        meant = nearest(name, blocks | couplings)
+        if not meant:
+            return
+        named.update(meant)
+    if problems.is_open("", *KINDS) or not _all_named(spec, declared, problems):
         return
     for name in declared["block_coupling"]:
         if name not in named:
@@ -174,17 +193,31 @@ def _check_idle(spec: Spec, declared: Mapping[str, Collection[str]], problems: P
             )
 
 
-def _all_read(spec: Spec, declared: Mapping[str, Collection[str]]) -> bool:
-    return all(len(getattr(spec, kind)) == len(declared[kind]) for kind in KINDS)
+def _all_named(spec: Spec, declared: Mapping[str, Collection[str]], problems: Problems) -> bool:
+    """Whether it is known which blocks every scope and every coupling names."""
+    return all(
+        len(getattr(spec, kind)) == len(declared[kind])
+        and not any(problems.is_open(f"{kind}.{name}", key) for name in declared[kind])
+        for kind, key in (("scope", "block"), ("block_coupling", "blocks"))
+    )
+
+
+def _coupled_known(spec: Spec, declared: Mapping[str, Collection[str]], problems: Problems) -> bool:
+    """Whether it is known of every scope if it is a member of a scope coupling."""
+    return (
+        len(spec.scope_coupling) == len(declared["scope_coupling"])
+        and not problems.is_open("", "scope_coupling")
+        and not any(problems.is_open(f"scope_coupling.{name}", "scopes") for name in spec.scope_coupling)
+    )
 
 
 def _check_budgets(spec: Spec, declared: Mapping[str, Collection[str]], problems: Problems) -> None:
     coupled = spec.coupled_scopes()
-    couplings_read = len(spec.scope_coupling) == len(declared["scope_coupling"])
+    coupled_known = _coupled_known(spec, declared, problems)
     for name, table in spec.scope.items():
         if name in coupled:
             _check_inner(f"scope.{name}", table, coupled[name], problems)
-        elif couplings_read:  # else it may be a member of one that could not be read
+        elif coupled_known:  # else it may be a member of one that could not be read
             _check_outermost(f"scope.{name}", table, spec, problems)
     for name, coupling in spec.scope_coupling.items():
         _check_outermost(f"scope_coupling.{name}", coupling, spec, problems)
@@ -199,8 +232,8 @@ def _check_inner(place: str, table: BudgetTable, coupling: str, problems: Proble
 
 
 def _check_outermost(place: str, table: BudgetTable, spec: Spec, problems: Problems) -> None:
-    given = table.budget_keys
-    if not given:
+    given = tuple(key for key in BUDGETS if key in table.budget_keys or problems.told(place, key))
+    if not given and not problems.is_open(place, *BUDGETS):
         problems.add(place, "", "there is no budget: give one of nnz, sparsity and threshold")
     if len(given) > 1:
         problems.add(place, "", f"found the budgets {listed(given)}: give exactly one")
@@ -208,11 +241,19 @@ def _check_outermost(place: str, table: BudgetTable, spec: Spec, problems: Probl
         problems.add(
             place, "multiple_of", "it rounds what nnz or sparsity ask for; a threshold keeps no fixed number"
         )
-    for key, text in wrong_method(table, spec.score):
-        problems.add(place, key, text)
+    _check_method(place, table, spec, problems)
+
+
+def _check_method(place: str, table: BudgetTable, spec: Spec, problems: Problems) -> None:
+    if not problems.is_open(place, "mode"):
+        common = None if problems.is_open(place, "score") else spec.score
+        for key, text in wrong_method(table, common):
+            problems.add(place, key, text)
     score, reconstruct = table.score or spec.score, table.reconstruct or spec.reconstruct
-    for key, text in wrong_reconstruct(table, score, reconstruct):
-        problems.add(place, key, text)
+    if not problems.is_open(place, "mode", "score", "reconstruct", "threshold"):
+        for key, text in wrong_reconstruct(table, score, reconstruct):
+            problems.add(place, key, text)
     if table.score is not None:
         for key, text in wrong_score(table.score):
-            problems.add(place, f"score.{key}", text)
+            if not problems.is_open(place, f"score.{key}"):
+                problems.add(place, f"score.{key}", text)

@@ -43,6 +43,9 @@ _INNER: dict[str, type[BaseModel]] = {
     "score": ScoreTable,
     "reconstruct": ReconstructTable,
 }
+# Without these nothing can be concluded from a table that stands in another one.
+_ESSENTIAL = {"view": ("shape", "stride", "offset"), "score": ("kind",), "reconstruct": ("method",)}
+_SAMPLES: dict[str, Any] = {"shape": [1], "stride": [1], "block": [1], "blocks": ["a"], "scopes": ["a"]}
 _MOST_ERRORS = 100  # of one table; that there are more is told then
 _TABLE_NAME = re.compile(r"[A-Za-z0-9_-]+")
 # A key of many parts, which tomllib reads in a time that grows with the square of their number.
@@ -65,7 +68,8 @@ def parse_spec(
     document = _load(text, source)
     problems = Problems(source)
     _check_version(document, problems)
-    problems.raise_if_any()
+    if "version" in document:
+        problems.raise_if_any()  # the rest means what another release says
     _check_top_level(document, problems)
     declared = {kind: _tables(document.get(kind)) for kind in KINDS}
     spec = Spec(
@@ -79,8 +83,6 @@ def parse_spec(
         _read_tables("scope", ScopeTable, declared, problems),
         _read_tables("scope_coupling", ScopeCouplingTable, declared, problems),
     )
-    if any(nearest(key, ["scope"]) for key in document.keys() - {*KINDS, *_SINGLE}):
-        problems.raise_if_any()  # the rules stand under a misspelt name: what follows would be guesses
     names = {kind: tuple(tables) for kind, tables in declared.items()}
     check_spec(spec, {**names, "vars": tuple(_tables(document.get("vars")))}, problems)
     problems.raise_if_any()
@@ -126,6 +128,7 @@ def _check_top_level(document: dict[str, Any], problems: Problems) -> None:
         elif key not in _SINGLE:
             what, place = ("table", f"[{key}]") if isinstance(value, dict | list) else ("key", key)
             problems.add("", place, f"unknown {what}{suggestion(key, [*KINDS, *_SINGLE[1:]])}")
+            problems.leave_open("", nearest(key, [*KINDS, *_SINGLE[1:]]))
 
 
 def _read_common(
@@ -167,19 +170,41 @@ def _read_tables(
 def _read_table(
     place: str, model: type[AnyTable], values: dict[str, Any], problems: Problems, within: str = ""
 ) -> AnyTable | None:
-    """One table, with the tables in it; None where it cannot be read. `within` is the key it stands under."""
+    """One table, with the tables in it; `within` is the key it stands under.
+
+    What is wrong is told and left open, and the rest of the table is there for the checks that follow; None
+    where nothing of it can be used.
+    """
     given = dict(values)
     for key, inner in _INNER.items():
         if key in model.model_fields and isinstance(given.get(key), dict):
             given[key] = _read_table(place, inner, given[key], problems, f"{key}.")
+            if problems.is_open(place, *(f"{key}.{each}" for each in _ESSENTIAL[key])):
+                del given[key]
+                problems.leave_open(place, [key])
     try:
-        table = model.model_validate(given)
+        return model.model_validate(given)
     except ValidationError as error:
-        for details in _telling(error.errors(include_url=False)[:_MOST_ERRORS], model):
-            key, text = _worded(details, model, values)
-            problems.add(place, within + key, text)
+        errors = error.errors(include_url=False)
+    for details in _telling(errors[:_MOST_ERRORS], model):
+        key, text = _worded(details, model, values)
+        problems.add(place, within + key, text)
+    wrong = {str(details["loc"][0]) for details in errors}
+    strange = sorted(wrong - model.model_fields.keys())[:_MOST_ERRORS]
+    meant = {name for key in strange for name in nearest(key, model.model_fields)}
+    unknown = (wrong | meant) & model.model_fields.keys() - (given.keys() - wrong)
+    problems.leave_open(place, [within + key for key in unknown])
+    return _rest(model, {key: value for key, value in given.items() if key not in wrong})
+
+
+def _rest(model: type[AnyTable], given: dict[str, Any]) -> AnyTable | None:
+    """A table of the keys that can be read; an empty tuple stands for what it cannot be without."""
+    missing = [key for key, each in model.model_fields.items() if each.is_required() and key not in given]
+    try:
+        table = model.model_validate(given | {key: _SAMPLES[key] for key in missing})
+    except ValidationError:
         return None
-    return table if all(given[key] is not None for key in given) else None
+    return table.model_copy(update=dict.fromkeys(missing, ()))
 
 
 def _telling(errors: list[ErrorDetails], model: type[BaseModel]) -> list[ErrorDetails]:

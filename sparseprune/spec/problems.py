@@ -36,11 +36,24 @@ class Problems:
     def __init__(self, source: str) -> None:
         self._source = source
         self._found: dict[str, dict[str, None]] = {}
+        self._unknown: dict[str, set[str]] = {}
 
     def add(self, table: str, key: str, text: str) -> None:
         """Note a problem of `[table] key`; either may be empty, the same text twice counts once."""
-        place = " ".join(part for part in (f"[{table}]" if table else "", key) if part)
-        self._found.setdefault(place, {})[text] = None
+        self._found.setdefault(_place(table, key), {})[text] = None
+
+    def told(self, table: str, key: str) -> bool:
+        """Whether a problem of `[table] key` was noted."""
+        return _place(table, key) in self._found
+
+    def leave_open(self, table: str, keys: Iterable[str]) -> None:
+        """Note keys whose values are not known, because of a problem: no check may conclude from them."""
+        self._unknown.setdefault(table, set()).update(keys)
+
+    def is_open(self, table: str, *keys: str) -> bool:
+        """Whether the value of one of these keys, or of a key in the table under one, is not known."""
+        unknown = self._unknown.get(table, ())
+        return any(one.partition(".")[0] in keys or one in keys for one in unknown)
 
     def note(self, misfit: Misfit) -> None:
         """Note a misfit; one without a text follows from a problem that was told already."""
@@ -62,6 +75,10 @@ class Problems:
                 yield from (prefix + text for text in texts)
             else:
                 yield f"{prefix}{first} (and {len(more)} more like this)"
+
+
+def _place(table: str, key: str) -> str:
+    return " ".join(part for part in (f"[{table}]" if table else "", key) if part)
 
 
 def shown(value: object) -> str:

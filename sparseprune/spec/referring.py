@@ -30,15 +30,20 @@ Membership = tuple[Table, str]
 def check_references(spec: Spec, problems: Problems, variables: Collection[str]) -> None:
     """Every name in every expression; `variables` are all that are declared, also those with problems."""
     memberships = _memberships(spec)
+    members_open = problems.is_open("", "block_coupling", "scope_coupling") or any(
+        problems.is_open(f"{kind}_coupling.{name}", f"{kind}s")
+        for kind in ("block", "scope")
+        for name in getattr(spec, f"{kind}_coupling")
+    )
     for kind in ("block", "scope"):
         for name, table in getattr(spec, kind).items():
             if table.patterns is not None:
-                lent = _lent(spec, memberships.get((kind, name), ()))
+                lent = None if members_open else _lent(spec, memberships.get((kind, name), ()))
                 _check_leaf(spec, (kind, name), lent, problems, variables)
     for name, scope in spec.scope.items():
         own = _captures(spec, ("scope", name))
-        if scope.patterns is None and own is not None:
-            lent = _lent(spec, memberships.get(("scope", name), ()))
+        lent = None if members_open else _lent(spec, memberships.get(("scope", name), ()))
+        if scope.patterns is None and own is not None and lent is not None:
             known = {*own, *lent, *variables, "config"}
             _check(f"scope.{name}", "shape", expressions_of(scope.shape), known, problems)
     for kind in ("scope", "scope_coupling"):
@@ -51,11 +56,11 @@ def check_references(spec: Spec, problems: Problems, variables: Collection[str])
 
 
 def _check_leaf(
-    spec: Spec, table: Table, lent: Collection[str], problems: Problems, variables: Collection[str]
+    spec: Spec, table: Table, lent: Collection[str] | None, problems: Problems, variables: Collection[str]
 ) -> None:
     """A table with tensors of its own: `where`, and what says how they are looked at.
 
-    `lent` are the captures that it may borrow from its fellow members.
+    `lent` are the captures that it may borrow from its fellow members, None where that is not known.
     """
     kind, name = table
     place, read = f"{kind}.{name}", getattr(spec, kind)[name]
@@ -68,6 +73,8 @@ def _check_leaf(
             problems.add(place, read.patterns_key, text)
     known = {*own, *variables, "config", *FACTS}
     _check(place, "where", expressions_of(read.where), known, problems)
+    if lent is None:
+        return
     for key, expressions in look_of_table(spec, *table).items():
         facts = () if (kind, key) == ("scope", "shape") else FACTS
         _check(place, key, expressions, {*own, *lent, *variables, "config", *facts}, problems)
@@ -89,23 +96,29 @@ def _captures(spec: Spec, table: Table) -> frozenset[str] | None:
         return frozenset().union(*variants) if variants else None
     coupling = spec.scope_coupling[table[1]]
     members = [_captures(spec, ("scope", name)) for name in coupling.scopes]
-    if None in members:
+    if not members or None in members:
         return None
     every = frozenset(name for names in members for name in names or ())
     return frozenset() if coupling.across == "all" else every.difference(coupling.across)
 
 
-def _lent(spec: Spec, memberships: Iterable[Membership]) -> set[str]:
-    """Captures that a table may borrow: those of its fellow members, in every coupling that it is part of."""
+def _lent(spec: Spec, memberships: Iterable[Membership]) -> set[str] | None:
+    """Captures that a table may borrow: those of its fellow members, in every coupling that it is part of.
+
+    None where a fellow member cannot be read.
+    """
     fellows = [_lent_in(spec, coupling, member) for coupling, member in memberships]
-    return set.intersection(*fellows) if fellows else set()
+    known = [captures for captures in fellows if captures is not None]
+    if len(known) < len(fellows):
+        return None
+    return set.intersection(*known) if known else set()
 
 
-def _lent_in(spec: Spec, coupling: Table, member: str) -> set[str]:
+def _lent_in(spec: Spec, coupling: Table, member: str) -> set[str] | None:
     table = getattr(spec, coupling[0])[coupling[1]]
     others = [name for name in table.members if name != member]
     captures = [_captures(spec, (table.member_kind, name)) for name in others]
-    return {name for names in captures for name in names or ()}
+    return None if None in captures else {name for names in captures for name in names or ()}
 
 
 def _memberships(spec: Spec) -> dict[Table, list[Membership]]:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 Variable = bool | int | float | Expression | tuple["Variable", ...]
 _DEEPEST = 8
+_MOST_CIRCLES = 50  # that are told: each is found by a walk over all vars
 _WANTED = 'a number, true or false, an expression in quotes such as "2 * n", or a list of these'
 
 
@@ -106,11 +107,16 @@ def _check_names(variables: Mapping[str, Variable], known: Mapping[str, object],
         for expression in _expressions(variable):
             for used in sorted(expression.names.difference(known)):
                 problems.add("vars", name, f"{shown(expression.text)}: {unknown_name(used, known)}")
-    try:
-        TopologicalSorter(_references(variables)).prepare()
-    except CycleError as error:
-        chain = error.args[1][::-1]
-        problems.add("vars", chain[0], f"this needs itself: {' -> '.join(chain)}")
+    references = _references(variables)
+    for _ in range(_MOST_CIRCLES):
+        try:
+            TopologicalSorter(references).prepare()
+        except CycleError as error:
+            chain = error.args[1][::-1]
+            problems.add("vars", chain[0], f"this needs itself: {' -> '.join(chain)}")
+            references = {name: used - {*chain} for name, used in references.items() if name not in chain}
+        else:
+            return
 
 
 def _value(variable: Variable, names: Names) -> object:
