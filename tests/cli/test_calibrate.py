@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import tempfile
 from typing import TYPE_CHECKING, Any
 
 import jsonschema
@@ -12,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sparseprune.checkpoint import open_statistics, statistics
+from sparseprune.cli import stopping
 from tests.calibration.models import albert, save, save_family, t5, text
 from tests.families.models import HIDDEN
 from tests.samples import Said, run, schema
@@ -261,6 +265,32 @@ def test_parts_of_a_model_may_stay_on_disk(
     assert memory.keys() == disk.keys()
     for name, moment in memory.items():
         torch.testing.assert_close(moment, disk[name])
+
+
+def test_a_signal_while_the_model_runs_leaves_no_output_and_no_folder(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sparseprune.calibration import collecting
+
+    usual, seen = collecting._Collector.__call__, []
+
+    def heard(collector: Any, product: Any) -> None:
+        seen.append(product.parameter)
+        if len(seen) == 9:  # inside of the model, which torch called
+            os.kill(os.getpid(), signal.SIGTERM)
+        usual(collector, product)
+
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    monkeypatch.setattr(stopping, "_GRACE", 60.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(collecting._Collector, "__call__", heard)
+        said = calibrate(home, "llama", tmp_path / "stats", "-q")
+    assert (said.code, said.out) == (143, "")
+    assert said.err.startswith("sparseprune: terminated: there is no output")
+    assert not (tmp_path / "stats").exists()
+    assert [*(tmp_path / "temporary").iterdir()] == []
+    assert calibrate(home, "llama", tmp_path / "stats", "-q").code == 0
 
 
 def test_a_model_that_takes_more_than_text_is_told(home: Path, tmp_path: Path) -> None:

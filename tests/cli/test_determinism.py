@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import TYPE_CHECKING
+import threading
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from sparseprune.pipeline import reconstructed
+from sparseprune.pipeline.stacks import boxes_at
 from tests.limits import narrow
 from tests.samples import CHANNELS, TWO_OF_FOUR, mlp_tensors, run, write_shards, write_spec
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 GLOBAL = TWO_OF_FOUR.replace("[1, 4]", "[-1, -1]").replace("nnz = 2", "") + (
@@ -27,6 +31,16 @@ SPECS = {
     "random": TWO_OF_FOUR + 'score = { kind = "random", seed = 3 }\n',
     "soft": TWO_OF_FOUR.replace("[1, 4]", "[-1, -1]").replace("nnz = 2", 'nnz = 40\nmode = "soft"'),
     "rescued": CHANNELS + 'score = { nonfinite = "prune" }\n',
+}
+STACK = """
+[scope.stack]
+tensors = "{layer}.experts"
+block = [1, 1, 1]
+shape = [1, 1, 4]
+nnz = 2
+"""
+METHODS = {
+    name: f'[reconstruct]\nfile = "stats.safetensors"\nmethod = "{name}"\n' for name in ("admm", "refit")
 }
 SWEEP = [(jobs, memory, slab) for jobs in (1, 2, 5) for memory in ("300MiB", "1GiB") for slab in (8, 1 << 20)]
 
@@ -85,6 +99,133 @@ def test_reapplying_gives_one_output_too(folder: Path, monkeypatch: pytest.Monke
     masks = folder / "masks"
     assert run("mask", folder / "in", spec, "-o", masks, "--mask-format", form, "-q").code == 0
     assert len(all_digests(folder, monkeypatch, "reapply", folder / "in", masks)) == 1
+
+
+@pytest.fixture
+def matrices(tmp_path: Path) -> Path:
+    """Matrices in two shards, a small one first, and a stack; large enough for torch's threads to share."""
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    shapes = {"0.a.weight": (64, 32), "0.b.weight": (96, 64), "1.a.weight": (64, 96), "1.b.weight": (64, 64)}
+    tensors = {name: draw(*shape) for name, shape in (shapes | {"2.experts": (3, 64, 64)}).items()}
+    stats = {}
+    for name, tensor in tensors.items():
+        rows = draw(*tensor.shape[:-2], 160, tensor.shape[-1]).cumsum(-1)
+        stats[name] = (rows.mT @ rows).contiguous()
+    shards: dict[str, dict[str, torch.Tensor]] = {"model-1.safetensors": {}, "model-2.safetensors": {}}
+    for name, tensor in tensors.items():
+        shards["model-1.safetensors" if name[0] == "0" else "model-2.safetensors"][name] = tensor
+    write_shards(tmp_path / "in", shards)
+    save_file(stats, tmp_path / "stats.safetensors")
+    return tmp_path
+
+
+@pytest.mark.parametrize("method", ["admm", "refit"])
+def test_rebuilt_weights_do_not_depend_on_jobs_nor_on_torchs_threads_nor_on_an_interruption(
+    matrices: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    words = (
+        "apply",
+        matrices / "in",
+        write_spec(matrices, TWO_OF_FOUR + STACK + METHODS[method]),
+        "-q",
+        "-o",
+    )
+    usual = torch.get_num_threads()
+    try:
+        for jobs, threads in ((1, 4), (2, 1), (3, 3)):
+            torch.set_num_threads(threads)  # as OMP_NUM_THREADS or the cores of a machine have it
+            assert run(*words, matrices / str(jobs), "--jobs", jobs).code == 0
+        with monkeypatch.context() as patch:
+            patch.setattr(reconstructed._Piece, "work", interrupted_after(3))
+            assert run(*words, matrices / "continued", "--jobs", 1).code == 130
+        assert run(*words, matrices / "continued", "--jobs", 2).code == 0
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(usual)
+    outputs = [matrices / name for name in ("1", "2", "3", "continued")]
+    assert len({digest(out) for out in outputs}) == 1
+
+
+def interrupted_after(count: int) -> Callable[[Any], Any]:
+    """The work of a piece; Ctrl-C comes when so many are done."""
+    usual = reconstructed._Piece.work
+    done: list[Any] = []
+
+    def work(piece: Any) -> Any:
+        if len(done) == count:
+            raise KeyboardInterrupt
+        done.append(piece)
+        return usual(piece)
+
+    return work
+
+
+@pytest.mark.parametrize(("spec", "module"), [("soft", "tiled"), ("rebuilt", "reconstructed")])
+def test_torch_takes_one_thread_wherever_it_works(
+    matrices: Path, monkeypatch: pytest.MonkeyPatch, spec: str, module: str
+) -> None:
+    import importlib
+
+    place = importlib.import_module(f"sparseprune.pipeline.{module}")
+    threads: set[tuple[bool, int]] = set()
+
+    def watched(*arguments: Any) -> Any:
+        threads.add((threading.current_thread() is threading.main_thread(), torch.get_num_threads()))
+        return usual(*arguments)
+
+    usual = place.load_tile
+    monkeypatch.setattr(place, "load_tile", watched)
+    path = write_spec(matrices, SPECS[spec] if spec in SPECS else TWO_OF_FOUR + METHODS["admm"])
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(4)
+        assert run("apply", matrices / "in", path, "-o", matrices / "out", "--jobs", 1, "-q").code == 0
+        assert torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(before)
+    assert threads == {(False, 1)}
+
+
+def test_the_largest_matrix_is_begun_first_and_the_report_keeps_the_order_of_the_checkpoint(
+    matrices: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[int] = []
+
+    def watched(piece: Any) -> Any:
+        begun.append(sum(box.extent[-2] * box.extent[-1] ** 2 for box in boxes_of_piece(piece)))
+        return usual(piece)
+
+    usual = reconstructed._Piece.work
+    monkeypatch.setattr(reconstructed._Piece, "work", watched)
+    spec = write_spec(matrices, TWO_OF_FOUR + STACK + METHODS["refit"])
+    said = run("apply", matrices / "in", spec, "-o", matrices / "out", "--jobs", 1, "-q", "--json")
+    assert len(begun) == 7
+    assert begun == sorted(begun, reverse=True)
+    names = [one["name"] for one in json.loads(said.out)["tensors"]]
+    assert names == sorted(names)
+
+
+def boxes_of_piece(piece: Any) -> list[Any]:
+    return list(boxes_at(piece._task, piece._setting.tensors, piece._part.cell).values())
+
+
+@pytest.mark.parametrize("method", ["admm", "refit"])
+def test_matrices_of_a_stack_do_not_depend_on_memory_nor_on_each_other(
+    matrices: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    spec = write_spec(matrices, "version = 1\n" + STACK + METHODS[method])
+    found = []
+    for memory in (1 << 20, 1 << 28):
+        with monkeypatch.context() as patch:
+            narrow(patch, 1 << 16, memory=memory)
+            out = matrices / str(memory)
+            assert run("apply", matrices / "in", spec, "-o", out, "-q").code == 0
+        found.append(digest(out))
+    assert len(set(found)) == 1
 
 
 def test_an_element_more_would_be_noticed(folder: Path) -> None:

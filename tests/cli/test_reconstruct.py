@@ -232,13 +232,7 @@ def stacked_tensors() -> Tensors:
     }
 
 
-@pytest.mark.parametrize("together", [1, 2, 16])
-def test_experts_in_one_tensor_are_worked_some_at_a_time(
-    tmp_path: Path, together: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from sparseprune.pipeline import recipes
-
-    monkeypatch.setattr(recipes, "_STACKED", together)
+def test_experts_in_one_tensor_are_worked_one_at_a_time(tmp_path: Path) -> None:
     tensors = stacked_tensors()
     stats = statistics(tensors)
     spec = STACKED.format(more="", experts=1, nnz=12)
@@ -252,11 +246,6 @@ def test_experts_in_one_tensor_are_worked_some_at_a_time(
         torch.testing.assert_close(down, alone, rtol=1e-3, atol=1e-5)
         assert torch.equal(pruned["0.experts.up"][expert].any(1), alive)
         assert torch.equal(pruned["0.experts.bias"][expert] != 0, alive)
-    if together == 1:
-        (tmp_path / "other").mkdir()
-        monkeypatch.setattr(recipes, "_STACKED", 16)
-        others, _ = applied(tmp_path / "other", spec, tensors, stats)
-        assert all(torch.equal(others[name] == 0, pruned[name] == 0) for name in pruned)
 
 
 def test_channels_that_compete_across_experts_are_solved_together(tmp_path: Path) -> None:

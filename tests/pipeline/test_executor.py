@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from sparseprune.pipeline import executor, runs
 from sparseprune.pipeline.crew import Crew
-from sparseprune.pipeline.programs import Item
+from sparseprune.pipeline.programs import GivenUpError, Item
 from tests.samples import TWO_OF_FOUR, mlp_tensors, run, write_spec
 
 if TYPE_CHECKING:
@@ -152,6 +152,26 @@ def test_of_several_failures_the_first_in_the_order_of_the_programs_is_raised_an
             workers=2,
         )
     assert not begun
+
+
+def test_an_item_at_work_is_given_up_where_something_else_ends_the_run() -> None:
+    given_up, begun = threading.Event(), threading.Event()
+    told: list[str] = []
+
+    def wait() -> None:
+        begun.set()
+        assert given_up.wait(10)
+        raise GivenUpError
+
+    def end() -> None:
+        assert begun.wait(10)
+        crew.give_up(OSError("the disk"))
+
+    program = one_step(Item(wait, memory=60), Item(end), *(Item(lambda: told.append("begun")),) * 3)
+    crew = Crew([Given("a", program)], Heard(), 100, given_up)
+    with pytest.raises(OSError, match="the disk"):
+        crew.run(2)
+    assert told == []
 
 
 def test_a_program_that_fails_between_its_steps_fails_the_run() -> None:

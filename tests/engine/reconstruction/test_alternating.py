@@ -303,3 +303,26 @@ def test_a_few_iterations_keep_the_budget_too() -> None:
     (found,) = admm([matrix], projection(*two_of_four(params), params), max_iter=2)
     assert (found.mask.reshape(-1, 4).sum(1) == 2).all()
     assert sum(losses(matrix, found.weights)) > 0
+
+
+@pytest.mark.parametrize("calls", [1, 5, 20])
+def test_the_search_ends_where_what_is_called_between_iterations_raises(calls: int) -> None:
+    """In the alternation as well as in the refit that follows it."""
+    found: list[int] = []
+
+    def between() -> None:
+        found.append(1)
+        if len(found) == calls:
+            raise KeyboardInterrupt
+
+    def search(between: Callable[[], None]) -> None:
+        (matrix,) = matrices(1, 3)
+        params = [torch.empty_like(matrix.dense)]
+        scope, nnz = two_of_four(params)
+        admm([matrix], projection(scope, nnz, params), between=between)
+
+    with pytest.raises(KeyboardInterrupt):
+        search(between)
+    assert len(found) == calls
+    search(between)
+    assert len(found) > calls + 20

@@ -220,3 +220,20 @@ def test_a_matrix_of_whose_inputs_nothing_is_known_is_masked_alone(damp: float) 
     found = refit(stack, mask.reshape(2, 6, 16), damp=damp)
     assert torch.equal(found[0], torch.where(mask, dense, 0.0)[:6])
     torch.testing.assert_close(found[1], refit(Matrix(dense[6:], moment), mask[6:], damp=damp))
+
+
+def test_the_search_ends_where_what_is_called_between_iterations_raises() -> None:
+    dense, moment, mask = drawn(6, 12, 3)
+    found: list[int] = []
+
+    def between() -> None:
+        found.append(1)
+        if len(found) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        refit(Matrix(dense, moment), mask, between=between)
+    assert len(found) == 3
+    quiet = refit(Matrix(dense, moment), mask)
+    assert torch.equal(refit(Matrix(dense, moment), mask, between=lambda: found.append(2)), quiet)
+    assert len(found) > 3
