@@ -230,7 +230,7 @@ def _end(number: int) -> None:
     """
     for folder in _folders:
         folder.cleanup()
-    text = _texts[-1]() if _texts else "in the middle of the work"
+    text = _texts[-1]() if _texts else _NOTHING
     line = f"sparseprune: {_WORDS[signal.Signals(number)]}: {text}\n".encode(errors="backslashreplace")
     with suppress(OSError):
         if os.isatty(2) and os.environ.get("TERM", "dumb") != "dumb":

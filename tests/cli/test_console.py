@@ -192,7 +192,7 @@ def test_a_process_that_cannot_end_in_time_ends_with_what_there_is_to_say(
     finally:
         signal.signal(signal.SIGTERM, usual)
     assert ended == [(143, [])]
-    assert capfd.readouterr().err == f"sparseprune: terminated: {text or 'in the middle of the work'}\n"
+    assert capfd.readouterr().err == f"sparseprune: terminated: {text or 'nothing was written'}\n"
 
 
 ODD = "a\x1b[2J\x07\x7f\x9b\u202e\nb"
