@@ -10,7 +10,7 @@ from sparseprune.checkpoint import StagedOutput, refuse_changed
 from sparseprune.cli.collecting import collector_paused
 from sparseprune.cli.console import print_json, print_result, stderr_console, tell_lines
 from sparseprune.cli.progress import progress
-from sparseprune.cli.request import Request, as_applied, few_tokens, identity_of, prepare, score_shards
+from sparseprune.cli.request import Request, as_applied, few_tokens, identity_of, prepare, score_shards, warn
 from sparseprune.cli.writing import digest, interrupts_told, output_shown, write_output
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ def run(request: Request) -> None:
     began = time.perf_counter()
     with collector_paused():
         prepared = prepare(request)
+    warn(request, prepared)
     plan, layout = prepared.plan, prepared.layout
     output = StagedOutput(layout, request.force, identity=identity_of(request, prepared))
     with interrupts_told(output):
@@ -46,8 +47,9 @@ def _worked(
 ) -> dict[str, Any]:
     """Do the work, and write the report and the spec beside it."""
     # Numpy and the compiled loops come in here, after everything that can be refused without them.
-    from sparseprune.pipeline import execute, resolve_device, work_bytes
-    from sparseprune.report.document import Run, report_document
+    from sparseprune.pipeline import device_text, devices_of_rules, execute, resolve_device, work_bytes
+    from sparseprune.report.coverage import unpruned_lines
+    from sparseprune.report.document import Run, pruned_by_rule, report_document
 
     source, plan, schedule, layout = prepared.source, prepared.plan, prepared.schedule, prepared.layout
     device = resolve_device(request.device, uses_torch=schedule.uses_torch)
@@ -55,15 +57,18 @@ def _worked(
     what = "pruning" if request.weights else "masking"
     with progress(what, total, quiet=request.quiet, already=already) as advance:
         outcomes = execute(schedule, reader, output, device, advance)
+    request.warnings.add(*unpruned_lines(plan.bound.rules, pruned_by_rule(outcomes)))
     circumstances = Run(
         input=str(request.checkpoint),
         output=output_shown(request, layout),
         spec_sha256=digest(source.text),
-        device=device,
+        device=device_text(schedule.jobs, device),
+        devices=devices_of_rules(schedule, device),
         seconds=time.perf_counter() - began,
         overrides=request.overrides,
         warnings=request.warnings.lines,
         left_out=layout.left_out,
+        coverage=prepared.coverage,
     )
     document = report_document(circumstances, plan.checkpoint, plan.bound, outcomes)
     text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
@@ -77,6 +82,7 @@ def _worked(
 def _tell(
     request: Request, plan: Plan, layout: OutputLayout, document: dict[str, Any], seconds: float
 ) -> None:
+    from sparseprune.report.coverage import coverage_text
     from sparseprune.report.document import copies_line
     from sparseprune.report.tables import outcome_table, rules_table
     from sparseprune.report.wording import percent, size
@@ -95,6 +101,9 @@ def _tell(
             f"{totals['numel'] - reached:,} parameters"
         ),
     ]
+    covered = coverage_text(totals)
+    if covered is not None:
+        lines.append(f"reached {covered}")
     if request.weights:
         lines.append(
             f"weights {size(layout.input_bytes)} before and after (zeros do not shrink a file)"

@@ -27,9 +27,10 @@ from sparseprune.cli.collecting import collector_paused
 from sparseprune.cli.console import Warnings
 from sparseprune.cli.masked import identity_of_masked, masked_by
 from sparseprune.cli.progress import progress
-from sparseprune.cli.request import Request, as_applied, few_tokens, identity_of, prepare, score_shards
+from sparseprune.cli.request import Request, as_applied, few_tokens, identity_of, prepare, score_shards, warn
 from sparseprune.cli.writing import digest, staged
 from sparseprune.errors import SparsepruneError, SpecError
+from sparseprune.report.coverage import idle_lines
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from sparseprune.pipeline.limits import Limits
     from sparseprune.pipeline.removal.presuming import Presumed
     from sparseprune.pipeline.removal.removing import Removal
+    from sparseprune.report.coverage import Coverage
     from sparseprune.spec import BoundSpec
 
 
@@ -114,6 +116,7 @@ class Choice:
     refuse_changed: Callable[[], None]
     let_go: Callable[[], None] = field(default=lambda: None)
     device: str = "cpu"
+    devices: Mapping[str, str] = field(default_factory=dict)
     rebuilt: Mapping[str, StoredTensor] = field(default_factory=dict)
     bound: BoundSpec | None = None
     outcomes: Sequence[TensorOutcome] = ()
@@ -122,6 +125,7 @@ class Choice:
     spec: bytes | None = None
     left_out: str | None = None
     remarks: Sequence[str] = ()
+    coverage: Coverage | None = None
     continued: bool = False
 
 
@@ -152,6 +156,7 @@ def chosen(request: RemoveRequest, ending: Ending) -> Iterator[Choice]:
     with collector_paused():
         prepared = prepare(request.as_apply())
         layout = _refused_early(request, prepared)
+    warn(request.as_apply(), prepared)
     output = StagedOutput(layout, identity=_identity(request, prepared))
     ending.output = output
     with staged(output, quiet=request.quiet):
@@ -196,7 +201,7 @@ def _refused_early(request: RemoveRequest, prepared: Prepared) -> OutputLayout:
 def removable(prepared: Prepared, warnings: Warnings) -> Presumed:
     """What a removal would come to, and `warnings` of what stays and may no longer be true.
 
-    SpecError for rules that cannot be removed, models that no class has.
+    SpecError for rules that cannot be removed, models that no class has, budgets that let everything survive.
     """
     from sparseprune.pipeline.removal.presuming import presume
 
@@ -211,6 +216,9 @@ def removable(prepared: Prepared, warnings: Warnings) -> Presumed:
         )
     if presumed.problems:
         raise SpecError(*(f"{prepared.source.source}: {problem}" for problem in presumed.problems))
+    idle, rules = list(idle_lines(prepared.plan.bound.rules)), prepared.plan.bound.rules
+    if idle and len(idle) == sum(bool(rule.instances) for rule in rules):
+        raise SpecError(*(f"{prepared.source.source}: nothing to remove: {line}" for line in idle))
     if presumed.removal is not None:
         warnings.add(*presumed.removal.remarks)
     return presumed
@@ -238,7 +246,7 @@ def _identity(request: RemoveRequest, prepared: Prepared) -> dict[str, str]:
 
 def _by_spec(request: RemoveRequest, prepared: Prepared, output: StagedOutput) -> Choice:
     """Masks and rebuilt weights, written to the hidden folder."""
-    from sparseprune.pipeline import execute, resolve_device, work_bytes
+    from sparseprune.pipeline import device_text, devices_of_rules, execute, resolve_device, work_bytes
 
     plan, schedule = prepared.plan, prepared.schedule
     device = resolve_device(request.device, uses_torch=schedule.uses_torch)
@@ -259,7 +267,8 @@ def _by_spec(request: RemoveRequest, prepared: Prepared, output: StagedOutput) -
         identity=output.identity or {},
         refuse_changed=lambda: refuse_changed(plan.checkpoint, score_shards(prepared)),
         let_go=output.discard,
-        device=device,
+        device=device_text(schedule.jobs, device),
+        devices=devices_of_rules(schedule, device),
         rebuilt=rebuilt,
         bound=plan.bound,
         outcomes=outcomes,
@@ -267,5 +276,6 @@ def _by_spec(request: RemoveRequest, prepared: Prepared, output: StagedOutput) -
         spec_sha256=digest(prepared.source.text),
         spec=as_applied(typed, prepared.source.text).encode(),
         remarks=few_tokens(plan),
+        coverage=prepared.coverage,
         continued=output.resumed or bool(output.started_over),
     )

@@ -8,7 +8,7 @@ from sparseprune.checkpoint import lay_out_removal, read_config
 from sparseprune.cli.choosing import removable, resized
 from sparseprune.cli.collecting import collector_paused
 from sparseprune.cli.console import on_terminal, print_json, print_table
-from sparseprune.cli.request import prepare
+from sparseprune.cli.request import prepare, warn
 from sparseprune.cli.writing import output_shown
 from sparseprune.errors import SparsepruneError
 from sparseprune.report.plan import Asked, plan_document
@@ -59,11 +59,13 @@ def _show(
     presumed: Presumed,
     rules: tuple[BoundRule, ...],
 ) -> None:
+    warn(request, prepared)
     document = plan_document(
         Asked(
             str(request.checkpoint),
             request.spec,
             output_shown(request, layout),
+            prepared.coverage,
             request.warnings.lines,
         ),
         prepared.plan.bound,

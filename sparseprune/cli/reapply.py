@@ -104,6 +104,8 @@ def _worked(
     total, already = reapply_bytes(prepared.reapplication, output)
     with progress("reapplying", total, quiet=request.quiet, already=already) as advance:
         tensors = reapply(prepared.reapplication, reader, output, advance)
+    if not any(tensor.pruned for tensor in tensors):
+        request.warnings.add("the masks drop nothing: the output is a copy of the input")
     layout, origin = prepared.layout, prepared.masked.origin
     circumstances = _circumstances(request, prepared, began)
     document = reapply_document(circumstances, prepared.masked.matched.checkpoint, tensors)

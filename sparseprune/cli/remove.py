@@ -16,7 +16,7 @@ from sparseprune.cli.choosing import Ending, RemoveRequest, chosen, refuse_contr
 from sparseprune.cli.console import print_json, print_result, stderr_console, tell, tell_lines
 from sparseprune.cli.progress import progress
 from sparseprune.cli.writing import digest, interrupts_told, output_shown, write_output
-from sparseprune.errors import CheckpointError
+from sparseprune.errors import CheckpointError, SparsepruneError
 
 if TYPE_CHECKING:
     from sparseprune.checkpoint import Checkpoint, OutputLayout
@@ -67,6 +67,7 @@ def _cut(
         removal = make_removal(shapes, kept, config, beside=read_beside(checkpoint))
     except CheckpointError as error:
         raise CheckpointError(*(f"{choice.source}: {line}" for line in error.args)) from error
+    _refuse_nothing(request, choice, removal)
     request.warnings.add(*removal.remarks)
     tensors = resized(removal, choice.rebuilt)
     layout = lay_out_removal(checkpoint, request.output, tensors, removal.config)
@@ -86,6 +87,20 @@ def _cut(
         quiet=request.quiet or choice.continued,
     )
     return document, layout
+
+
+def _refuse_nothing(request: RemoveRequest, choice: Choice, removal: Removal) -> None:
+    """SparsepruneError where nothing would be removed; a warning of each rule that removes nothing."""
+    from sparseprune.report.coverage import unpruned_lines
+    from sparseprune.report.document import pruned_by_rule
+
+    rules = () if choice.bound is None else choice.bound.rules
+    idle = list(unpruned_lines(rules, pruned_by_rule(choice.outcomes)))
+    stays = all(left.kept is None for left in removal.left.values())
+    if stays and len(removal.left) == len(choice.checkpoint.tensors):
+        why = idle or ["every mask keeps all of its tensor"]
+        raise SparsepruneError(*(f"{choice.source}: nothing to remove: {line}" for line in why))
+    request.warnings.add(*idle)
 
 
 def _worked(
@@ -144,12 +159,14 @@ def _circumstances(request: RemoveRequest, choice: Choice, layout: OutputLayout,
         spec_sha256=choice.spec_sha256,
         masks=None if request.masks is None else str(request.masks),
         device=choice.device,
+        devices=choice.devices,
         seconds=time.perf_counter() - began,
         nbytes=(layout.input_bytes, sum(file.size for file in layout.files if file.path not in others)),
         overrides=choice.overrides,
         left_out=layout.left_out,
         tensors=choice.outcomes,
         warnings=request.warnings.lines,
+        coverage=choice.coverage,
     )
 
 

@@ -19,7 +19,8 @@ from sparseprune.checkpoint import (
 )
 from sparseprune.cli.console import Warnings
 from sparseprune.cli.writing import digest
-from sparseprune.pipeline import make_plan, make_schedule
+from sparseprune.pipeline import cpu_lines, make_plan, make_schedule
+from sparseprune.report.coverage import coverage_of
 from sparseprune.spec import find_spec, parse_spec
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
     from sparseprune.checkpoint import MaskFormat, OutputLayout, Shard
     from sparseprune.pipeline import Plan, Schedule
+    from sparseprune.report.coverage import Coverage
     from sparseprune.spec import SpecSource
 
 
@@ -59,6 +61,7 @@ class Prepared:
     plan: Plan
     schedule: Schedule
     layout: OutputLayout
+    coverage: Coverage
 
 
 def prepare(request: Request) -> Prepared:
@@ -68,7 +71,13 @@ def prepare(request: Request) -> Prepared:
     plan = make_plan(open_checkpoint(request.checkpoint), spec)
     compiled = not request.device.startswith("cuda")
     schedule = make_schedule(plan, request.memory, request.jobs, compiled=compiled)
-    return Prepared(source, plan, schedule, _layout(request, plan))
+    coverage = coverage_of(plan.checkpoint.tensors, plan.bound, read_config(plan.checkpoint))
+    return Prepared(source, plan, schedule, _layout(request, plan), coverage)
+
+
+def warn(request: Request, prepared: Prepared) -> None:
+    """Tell what a user should know before any work; an error under --strict."""
+    request.warnings.add(*prepared.coverage.warnings(), *cpu_lines(prepared.schedule, request.device))
 
 
 def _layout(request: Request, plan: Plan) -> OutputLayout:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from sparseprune.checkpoint import TensorReader, open_checkpoint, refuse_changed_shards
+from sparseprune.checkpoint import TensorReader, open_checkpoint, read_config, refuse_changed_shards
 from sparseprune.cli.collecting import collector_paused
 from sparseprune.cli.console import Warnings, checked, print_json, print_table
 from sparseprune.cli.progress import progress
@@ -58,12 +58,15 @@ def run(request: VerifyRequest) -> None:
 def _document(request: VerifyRequest, named: str) -> dict[str, Any]:
     """What was found in the scopes of the spec of this name."""
     from sparseprune.pipeline import count_survivors, make_check
+    from sparseprune.report.coverage import coverage_of
     from sparseprune.report.verification import AskedCheck, verify_document
 
     source = find_spec(named)
     spec = parse_spec(source.text, source.source, source.directory, request.overrides)
     checkpoint = open_checkpoint(request.checkpoint)
     check = make_check(checkpoint, spec, request.memory, request.jobs)
+    coverage = coverage_of(checkpoint.tensors, check.bound, read_config(checkpoint))
+    request.warnings.add(*coverage.warnings("the check reaches"))
     with TensorReader() as reader, progress("verifying", check.nbytes, quiet=request.quiet) as advance:
         found = count_survivors(check, reader, advance)
     refuse_changed_shards(checkpoint.shards)
@@ -71,6 +74,7 @@ def _document(request: VerifyRequest, named: str) -> dict[str, Any]:
         str(request.checkpoint),
         named,
         request.overrides,
+        coverage,
         warnings=request.warnings.lines,
         not_read=checkpoint.left_out,
     )

@@ -88,4 +88,6 @@ def _document(request: MasksRequest, masks: Path) -> dict[str, Any]:
     ):
         tensors = find_lost(reapplication, reader, advance)
     refuse_changed(matched.checkpoint, matched.masks.shards)
+    if not any(tensor.pruned for tensor in tensors):
+        request.warnings.add("the masks drop nothing: there is nothing to check")
     return verify_masks_document(circumstances, matched.checkpoint, tensors)

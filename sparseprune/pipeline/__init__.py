@@ -12,7 +12,7 @@ from sparseprune.pipeline.plan import Plan, WorkUnit, make_plan
 from sparseprune.pipeline.schedule import Schedule, make_schedule
 
 if TYPE_CHECKING:
-    from sparseprune.pipeline.device import resolve_device
+    from sparseprune.pipeline.device import cpu_lines, device_text, devices_of_rules, resolve_device
     from sparseprune.pipeline.outcomes import TensorOutcome
     from sparseprune.pipeline.pruning import execute, work_bytes
     from sparseprune.pipeline.verdicts import Verification
@@ -26,6 +26,9 @@ __all__ = [
     "Verification",
     "WorkUnit",
     "count_survivors",
+    "cpu_lines",
+    "device_text",
+    "devices_of_rules",
     "execute",
     "make_check",
     "make_plan",
@@ -41,6 +44,9 @@ _HOME = {
     "count_survivors": "verifying",
     "execute": "pruning",
     "make_check": "verifying",
+    "cpu_lines": "device",
+    "device_text": "device",
+    "devices_of_rules": "device",
     "resolve_device": "device",
     "work_bytes": "pruning",
 }

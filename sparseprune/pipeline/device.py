@@ -1,11 +1,18 @@
-"""Which device the torch engine works on."""
+"""Which device the torch engine works on, and which devices do the work of a schedule."""
 
 from __future__ import annotations
 
 import ctypes
 import re
+from typing import TYPE_CHECKING
 
 from sparseprune.errors import SparsepruneError
+from sparseprune.pipeline.recipes import elements_together, needs_torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from sparseprune.pipeline.schedule import Job, Schedule
 
 _DRIVERS = ("libcuda.so.1", "nvcuda.dll")
 
@@ -32,6 +39,39 @@ def resolve_device(asked: str, *, uses_torch: bool) -> str:
             f"--device {asked}: there is {there} on this machine; try --device auto or cpu"
         )
     return asked
+
+
+def device_text(jobs: Iterable[Job], device: str) -> str:
+    """Which devices work on some jobs if the torch engine works on `device`, as a report has it.
+
+    "cpu" for compiled loops, which know no other device; "cuda and cpu" where both have something to do.
+    """
+    used = {device if needs_torch(job.recipe) else "cpu" for job in jobs}
+    return " and ".join(sorted(used, reverse=True)) or "cpu"
+
+
+def devices_of_rules(schedule: Schedule, device: str) -> dict[str, str]:
+    """As `device_text`, for each rule of a schedule."""
+    jobs: dict[str, list[Job]] = {}
+    for job in schedule.jobs:
+        jobs.setdefault(job.task.rule, []).append(job)
+    return {rule: device_text(some, device) for rule, some in jobs.items()}
+
+
+def cpu_lines(schedule: Schedule, asked: str) -> Iterator[str]:
+    """A line for each rule that the CPU decides although CUDA was asked for: why it does."""
+    if not asked.startswith("cuda"):
+        return
+    largest: dict[str, int] = {}
+    for job in schedule.jobs:
+        if not needs_torch(job.recipe):
+            rule = job.task.rule
+            largest[rule] = max(largest.get(rule, 0), elements_together(job.task))
+    for rule, elements in largest.items():
+        yield (
+            f"{rule} is decided on the CPU: {elements:,} elements compete in a scope, more than --memory "
+            f"lets a device have at one time ({schedule.limits.largest_tile:,})"
+        )
 
 
 def _devices() -> int:

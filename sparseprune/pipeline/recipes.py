@@ -290,9 +290,14 @@ def needs_scaling(task: Task, tensors: Mapping[str, StoredTensor]) -> bool:
     return any(tensors[leaf.tensor].dtype == "F64" for leaf in task.instance.scope.leaves)
 
 
+def elements_together(task: Task) -> int:
+    """How many elements the torch engine has to hold at one time: a scope, or a block under a threshold."""
+    scope = task.instance.scope
+    return numel_per_scope(alone(scope) if task.instance.budget.nnz is None else scope)
+
+
 def _tiled(task: Task, limits: Limits) -> Tiled | None:
-    scope = alone(task.instance.scope) if task.instance.budget.nnz is None else task.instance.scope
-    elements = max(min(limits.tile, limits.largest_tile), numel_per_scope(scope))
+    elements = max(min(limits.tile, limits.largest_tile), elements_together(task))
     if elements > limits.largest_tile:
         return None
     return Tiled(tile_bytes(elements), elements)

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from sparseprune.pipeline.programs import Item, Program
     from sparseprune.pipeline.schedule import Job
     from sparseprune.pipeline.surviving import Way
-    from sparseprune.spec import BoundInstance, Spec
+    from sparseprune.spec import BoundInstance, BoundSpec, Spec
 
     Progress = Callable[[int, str], None]
 
@@ -71,6 +71,13 @@ class Check:
     workers: int
     counts: tuple[Count, ...]
     uses_torch: bool
+
+    @property
+    def bound(self) -> BoundSpec:
+        """The rules that are checked."""
+        names = {count.rule for count in self.counts}
+        bound = self.plan.bound
+        return replace(bound, rules=tuple(rule for rule in bound.rules if rule.name in names))
 
     @property
     def nbytes(self) -> int:

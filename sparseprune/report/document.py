@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from sparseprune import __version__
 from sparseprune.engine.grids import prod
 from sparseprune.errors import printable
+from sparseprune.report.coverage import coverage_totals
 from sparseprune.report.wording import size
 
 if TYPE_CHECKING:
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
 
     from sparseprune.checkpoint import Checkpoint, OtherFile
     from sparseprune.engine.tally import Tally
+    from sparseprune.report.coverage import Coverage
     from sparseprune.spec import BoundRule, BoundSpec
 
 Value = TypeVar("Value", bound=float | None)
@@ -59,8 +62,9 @@ class PrunedTensor(Protocol):
 class Run:
     """The circumstances of a run; `output` and `input` as they were named, `seconds` of wall time.
 
-    `overrides` are the variables of the spec that were set when it was applied, as they were typed.
-    `left_out` are files that hold the dense weights once more, and that the output has not.
+    `device` did the work, `devices` that of each rule. `overrides` are the variables of the spec that were
+    set when it was applied, as they were typed. `left_out` are files that hold the dense weights once more,
+    and that the output has not.
     """
 
     input: str
@@ -71,6 +75,8 @@ class Run:
     overrides: Mapping[str, str]
     warnings: Sequence[str] = ()
     left_out: Sequence[OtherFile] = ()
+    coverage: Coverage | None = None
+    devices: Mapping[str, str] = field(default_factory=dict)
 
 
 def report_document(
@@ -95,10 +101,11 @@ def report_document(
             "numel": numel,
             "pruned": pruned,
             "sparsity": share(pruned, numel),
+            **coverage_totals(run.coverage),
             "output_error_masked": mean(tensor.output_error_masked for tensor in tensors),
             "output_error": mean(tensor.output_error for tensor in tensors),
         },
-        "rules": [rule_entry(rule, tensors) for rule in bound.rules],
+        "rules": [rule_entry(rule, tensors, run.devices) for rule in bound.rules],
         "tensors": [_tensor_entry(tensor) for tensor in tensors],
     }
 
@@ -121,6 +128,14 @@ def copies_line(became: str, files: Sequence[Mapping[str, Any]]) -> Iterator[str
     total = size(sum(file["bytes"] for file in files))
     copies = "another copy" if len(files) == 1 else "other copies"
     yield f"{became}: {names}{more} ({total}), {copies} of the weights"
+
+
+def pruned_by_rule(tensors: Iterable[PrunedTensor]) -> dict[str, int]:
+    """How many elements each rule dropped."""
+    counts: Counter[str] = Counter()
+    for tensor in tensors:
+        counts.update({rule: part.pruned for rule, part in tensor.reach.items()})
+    return counts
 
 
 def share(part: float, whole: float) -> float:
@@ -155,8 +170,10 @@ def energy_kept(before: Tally, after: Tally) -> float | None:
     return after.energy / before.energy if before.energy else 1.0
 
 
-def rule_entry(rule: BoundRule, tensors: Iterable[PrunedTensor]) -> dict[str, Any]:
-    """What a rule bound to, and what became of the tensors that it reached."""
+def rule_entry(
+    rule: BoundRule, tensors: Iterable[PrunedTensor], devices: Mapping[str, str]
+) -> dict[str, Any]:
+    """What a rule bound to, what became of the tensors that it reached, and the device that did it."""
     names = {leaf.tensor for instance in rule.instances for leaf in instance.scope.leaves}
     reached = [tensor.reach[rule.name] for tensor in tensors if rule.name in tensor.reach]
     scopes = [instance.scope for instance in rule.instances]
@@ -173,6 +190,7 @@ def rule_entry(rule: BoundRule, tensors: Iterable[PrunedTensor]) -> dict[str, An
         "blocks": sum(prod(scope.grid_shape) * scope.blocks_per_scope for scope in scopes),
         "numel": sum(part.numel for part in reached),
         "pruned": sum(part.pruned for part in reached),
+        "device": devices.get(rule.name),
     }
 
 

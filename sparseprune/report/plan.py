@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparseprune import __version__
 from sparseprune.engine.grids import Shape, prod
+from sparseprune.report.coverage import coverage_totals
 from sparseprune.report.document import one_or_all, share
 from sparseprune.report.removal_plan import removal_entry, removal_totals
 from sparseprune.spec import BoundBlock, BoundBlockCoupling, BoundScope, Score
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from sparseprune.checkpoint import OutputLayout, StoredTensor
+    from sparseprune.report.coverage import Coverage
     from sparseprune.report.removal_plan import RemovalPlan
     from sparseprune.spec import BoundInstance, BoundRule, BoundScopeCoupling, BoundSpec, Reconstruct
 
@@ -37,6 +39,7 @@ class Asked:
     input: str
     spec: str
     output: str
+    coverage: Coverage
     warnings: Sequence[str] = ()
 
 
@@ -57,8 +60,7 @@ def plan_document(
         {**_rule_entry(rule, tensors), "removal": removal_entry(rule, tensors, removal)}
         for rule in bound.rules
     ]
-    numel = sum([stored.numel for stored in tensors.values()])
-    covered = sum([rule["numel"] for rule in rules])
+    numel, covered = asked.coverage.numel, asked.coverage.reached
     reached = set(bound.covered)
     masks = sum([place.nbytes for place in layout.masks.values()])
     sizes = {"input": layout.input_bytes, "masks": masks, "output": layout.output_bytes}
@@ -76,6 +78,7 @@ def plan_document(
             "reached": len(reached),
             "covered": covered,
             "coverage": share(covered, numel),
+            **coverage_totals(asked.coverage),
         },
         "rules": rules,
         "removal": removal_totals(removal),

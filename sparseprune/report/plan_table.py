@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sparseprune.errors import printable
+from sparseprune.report.coverage import coverage_text
 from sparseprune.report.document import share
 from sparseprune.report.removal_plan import removal_text, totals_facts
 from sparseprune.report.wording import many, percent, shape_text, size
@@ -51,8 +52,10 @@ def totals_card(document: Mapping[str, Any]) -> RenderableType:
     output = f"{size(sizes['output'])} in {document['output']}"
     if document["output_exists"]:
         output += " (exists: --force replaces it)"
+    text = coverage_text(totals)
     facts = [
         ("covers", covers),
+        *([] if text is None else [("layers", text)]),
         ("input", size(sizes["input"])),
         ("masks", size(sizes["masks"]) if sizes["masks"] else "none"),
         ("output", output),

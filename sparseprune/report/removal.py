@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from sparseprune import __version__
 from sparseprune.engine.grids import prod
+from sparseprune.report.coverage import coverage_text, coverage_totals
 from sparseprune.report.document import copies_line, file_entries, mean, rule_entry
 from sparseprune.report.fitting import Column, FittedTable
 from sparseprune.report.wording import many, percent, shape_text, size
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from sparseprune.checkpoint import Checkpoint, OtherFile
+    from sparseprune.report.coverage import Coverage
     from sparseprune.report.document import PrunedTensor
     from sparseprune.spec import BoundSpec
 
@@ -73,6 +75,8 @@ class RemovalRun:
     left_out: Sequence[OtherFile] = ()
     tensors: Sequence[PrunedTensor] = ()
     warnings: Sequence[str] = ()
+    coverage: Coverage | None = None
+    devices: Mapping[str, str] = field(default_factory=dict)
 
 
 def removal_document(
@@ -97,13 +101,16 @@ def removal_document(
             "tensors_after": len(removal.left),
             "numel": sum(stored.numel for stored in checkpoint.tensors.values()),
             "numel_after": sum(prod(left.shape) for left in removal.left.values()),
+            **coverage_totals(run.coverage),
             "bytes": before,
             "bytes_after": after,
             "output_error_masked": mean(tensor.output_error_masked for tensor in run.tensors),
             "output_error": mean(tensor.output_error for tensor in run.tensors),
         },
         "config": config_entries(removal.changes),
-        "rules": [] if bound is None else [rule_entry(rule, run.tensors) for rule in bound.rules],
+        "rules": []
+        if bound is None
+        else [rule_entry(rule, run.tensors, run.devices) for rule in bound.rules],
         "tensors": list(_tensor_entries(checkpoint, removal.left)),
     }
 
@@ -160,6 +167,9 @@ def _value(value: object) -> str:
 def removal_lines(document: Mapping[str, Any]) -> Iterator[str]:
     """What a run came to, for people."""
     totals = document["totals"]
+    covered = coverage_text(totals)
+    if covered is not None:
+        yield f"reached {covered}"
     yield from config_lines(document["config"])
     if totals["tensors"] != totals["tensors_after"]:
         yield f"{totals['tensors_after']:,} of {many(totals['tensors'], 'tensor')} are left"

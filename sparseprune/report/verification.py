@@ -13,6 +13,7 @@ from rich.text import Text
 
 from sparseprune import __version__
 from sparseprune.errors import printable
+from sparseprune.report.coverage import coverage_text, coverage_totals
 from sparseprune.report.document import copies_line, file_entries, one_or_all
 from sparseprune.report.fitting import Column, FittedTable
 from sparseprune.report.wording import many
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from sparseprune.checkpoint import OtherFile
+    from sparseprune.report.coverage import Coverage
 
 VERIFY_SCHEMA = "sparseprune.verify.v1"
 
@@ -37,6 +39,7 @@ class AskedCheck:
     input: str
     spec: str
     overrides: Mapping[str, str]
+    coverage: Coverage
     warnings: Sequence[str] = ()
     not_read: Sequence[OtherFile] = ()
 
@@ -127,6 +130,9 @@ def verify_document(asked: AskedCheck, found: CheckedSpec) -> dict[str, Any]:
             "scopes": sum(rule.scopes for rule in found.rules),
             "broken": sum(rule.broken for rule in found.rules),
             "tensors": len({tensor.name for tensor in found.tensors}),
+            "numel": asked.coverage.numel,
+            "checked": asked.coverage.reached,
+            **coverage_totals(asked.coverage),
         },
         "rules": [_rule_entry(rule) for rule in found.rules],
         "tensors": [_tensor_entry(tensor) for tensor in found.tensors],
@@ -139,13 +145,14 @@ def verify_table(document: Mapping[str, Any]) -> RenderableType:
     broken = [tensor for tensor in document["tensors"] if tensor["broken"]]
     if broken:
         parts += [Text(), _broken_table(broken)]
+        parts.append(Text())
     totals = document["totals"]
     if not broken and totals["scopes"]:
         scopes = "the one scope is" if totals["scopes"] == 1 else f"all {totals['scopes']:,} scopes are"
         parts.append(Text(f"{scopes} as the spec says"))
+    checked = f"checked {totals['checked']:,} of {many(totals['numel'], 'parameter')}"
+    parts.append(Text(printable(", ".join(filter(None, (checked, coverage_text(totals)))))))
     unchecked = [rule for rule in document["rules"] if rule["unchecked"] is not None]
-    if broken and unchecked:
-        parts.append(Text())
     parts += [Text(f"{printable(rule['name'])} is not checked: {rule['unchecked']}") for rule in unchecked]
     parts += map(Text, copies_line("not looked at", document["files_not_read"]))
     return Group(*parts)

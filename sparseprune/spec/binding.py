@@ -74,7 +74,7 @@ def bind(spec: Spec, tensors: Sequence[TensorInfo], config: Mapping[str, Any] | 
     if not rules:
         problems.add("", "", "no rule reaches a tensor: all of them are optional, and none is there")
     problems.raise_if_any()
-    return BoundSpec(rules)
+    return BoundSpec(rules, spec.covers)
 
 
 def _common_looks(spec: Spec, environment: Environment, sites: Sites) -> Iterator[tuple[Alike, Look]]:

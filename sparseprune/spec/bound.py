@@ -6,7 +6,7 @@ contiguous row-major tensor; no -1 is left anywhere. Knows neither TOML nor file
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from sparseprune.engine.grids import Shape, divide, permute, prod
@@ -123,11 +123,12 @@ class BoundScopeCoupling:
 class Budget:
     """What survives in each scope: `nnz` blocks, or every block that scores `threshold` or more.
 
-    Exactly one of the two is set.
+    Exactly one of the two is set; `nnz` was rounded up to a multiple of `multiple_of`, or to all blocks.
     """
 
     nnz: int | None = None
     threshold: float | None = None
+    multiple_of: int = field(default=1, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,9 +201,13 @@ class BoundRule:
 
 @dataclass(frozen=True, slots=True)
 class BoundSpec:
-    """Every rule of a spec, bound; no element of any tensor belongs to two instances."""
+    """Every rule of a spec, bound; no element of any tensor belongs to two instances.
+
+    `covers` says which matrices it is about: "matrices" for all, "mlp", "attention", "experts" or "layers".
+    """
 
     rules: tuple[BoundRule, ...]
+    covers: str = "matrices"
 
     def instances(self) -> Iterator[tuple[BoundRule, BoundInstance]]:
         """Every instance with its rule, in the order of the spec and of the captures."""

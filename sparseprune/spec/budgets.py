@@ -49,4 +49,4 @@ def budget_of(
         unit = 1 if table.multiple_of is None else names.integer(table.multiple_of, 1, "1 or more")
     except ExpressionError as error:
         raise misfit(place, key, error, label) from error
-    return Budget(nnz=min(blocks, -(-asked // unit) * unit)), sparsity
+    return Budget(nnz=min(blocks, -(-asked // unit) * unit), multiple_of=unit), sparsity

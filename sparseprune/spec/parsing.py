@@ -18,8 +18,9 @@ from sparseprune.errors import SpecError
 from sparseprune.spec.checking import check_spec
 from sparseprune.spec.fields import OWN_WORDS
 from sparseprune.spec.methods import ReconstructTable, ScoreTable
-from sparseprune.spec.problems import Problems, nearest, shown, suggestion
+from sparseprune.spec.problems import Problems, listed, nearest, shown, suggestion
 from sparseprune.spec.schema import (
+    COVERS,
     KINDS,
     VERSION,
     BlockCouplingTable,
@@ -37,7 +38,13 @@ if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
 AnyTable = TypeVar("AnyTable", bound=BaseModel)
-_SINGLE = ("version", "vars", "score", "reconstruct")  # what stands at the top beside the kinds of tables
+_SINGLE = (
+    "version",
+    "covers",
+    "vars",
+    "score",
+    "reconstruct",
+)  # what stands at the top beside the kinds of tables
 _INNER: dict[str, type[BaseModel]] = {
     "view": ExplicitView,
     "score": ScoreTable,
@@ -82,6 +89,7 @@ def parse_spec(
         _read_tables("block_coupling", BlockCouplingTable, declared, problems),
         _read_tables("scope", ScopeTable, declared, problems),
         _read_tables("scope_coupling", ScopeCouplingTable, declared, problems),
+        _read_covers(document, problems),
     )
     names = {kind: tuple(tables) for kind, tables in declared.items()}
     check_spec(spec, {**names, "vars": tuple(_tables(document.get("vars")))}, problems)
@@ -129,6 +137,14 @@ def _check_top_level(document: dict[str, Any], problems: Problems) -> None:
             what, place = ("table", f"[{key}]") if isinstance(value, dict | list) else ("key", key)
             problems.add("", place, f"unknown {what}{suggestion(key, [*KINDS, *_SINGLE[1:]])}")
             problems.leave_open("", nearest(key, [*KINDS, *_SINGLE[1:]]))
+
+
+def _read_covers(document: dict[str, Any], problems: Problems) -> str:
+    """Which matrices the spec is about; all of them unless it says so."""
+    found = document.get("covers", COVERS[0])
+    if found not in COVERS:
+        problems.add("", "covers", f"found {shown(found)}, wanted {listed(map(shown, COVERS), 'or')}")
+    return str(found)
 
 
 def _read_common(

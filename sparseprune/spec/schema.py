@@ -36,6 +36,7 @@ from sparseprune.spec.regexes import RegexPattern
 from sparseprune.spec.variables import Variable
 
 VERSION = 1
+COVERS = ("matrices", "mlp", "attention", "experts", "layers")  # what a spec may be about
 
 _SHAPE = "a list of integers or expressions, one for each dimension: 1 or more, or -1 for the whole dimension"
 _TENSORS = 'a pattern such as "layers.{layer}.mlp.up_proj.weight", or a list of patterns'
@@ -183,7 +184,7 @@ KINDS: Mapping[str, type[Table]] = MappingProxyType(
 class Spec:
     """A spec that is right in itself; `source` is what its problems are reported under.
 
-    Paths in it are relative to `directory`.
+    Paths in it are relative to `directory`; `covers` is which matrices it is about, one of COVERS.
     """
 
     source: str
@@ -195,6 +196,7 @@ class Spec:
     block_coupling: Mapping[str, BlockCouplingTable]
     scope: Mapping[str, ScopeTable]
     scope_coupling: Mapping[str, ScopeCouplingTable]
+    covers: str = COVERS[0]
 
     def coupled_scopes(self) -> dict[str, str]:
         """For every scope that is a member of a scope coupling, the (last) coupling that names it."""

@@ -153,7 +153,9 @@ def test_report_says_what_was_written(tmp_path: Path, sharded: Path) -> None:
     assert document["output"] == str(output)
     nothing_rebuilt = {"output_error_masked": None, "output_error": None}
     counts = {"tensors": 7, "numel": 552, "pruned": 136, "sparsity": 136 / 552}
-    assert document["totals"] == counts | nothing_rebuilt
+    covered = {"covers": "matrices", "layer_coverage": 1.0, "declared_coverage": 1.0, "uncovered": []}
+    assert document["totals"] == counts | nothing_rebuilt | covered
+    assert (document["warnings"], document["device"], document["rules"][0]["device"]) == ([], "cpu", "cpu")
     (rule,) = document["rules"]
     assert rule["name"] == "scope.mlp"
     assert (rule["instances"], rule["tensors"], rule["scopes"]) == (2, 6, 2)
@@ -280,9 +282,10 @@ def test_summary_on_stderr_counts_rules_and_elements(tmp_path: Path, sharded: Pa
     assert lines[1].split() == "scope.mlp 6 2 12 of 16 544 136 24.64%".split()
     assert lines[2] == "pruned 136 of 552 parameters (24.64%)"
     assert lines[3] == "left alone 1 of 7 tensors, 8 parameters"
-    assert lines[4].startswith("weights ")
-    assert lines[4].endswith("before and after (zeros do not shrink a file), masks 544 B")
-    assert lines[5].endswith("/s, on cpu")
+    assert lines[4] == "reached 100.00% of the layers' matrices"
+    assert lines[5].startswith("weights ")
+    assert lines[5].endswith("before and after (zeros do not shrink a file), masks 544 B")
+    assert lines[6].endswith("/s, on cpu")
 
 
 def test_verbose_tells_about_every_tensor(tmp_path: Path, sharded: Path) -> None:

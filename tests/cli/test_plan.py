@@ -77,6 +77,7 @@ def test_two_of_four(folder: Path) -> None:
         "",
         "in all",
         "  covers    512 of 552 parameters (92.75%) in 4 of 7 tensors",
+        "  layers    100.00% of the layers' matrices",
         f"  input     {(folder / 'm.safetensors').stat().st_size / 1000:.2f} kB",
         "  masks     512 B",
         f"  output    {output_size(folder)} in {folder / 'm.pruned.safetensors'}",

@@ -157,7 +157,7 @@ def test_rebuilt_weights_are_cut_like_others(tmp_path: Path, head: str) -> None:
     if head.startswith("mode"):
         text = text.replace("[scope.mlp]\n", f"[scope.mlp]\n{head}")
     else:
-        text = text.replace("version = 1\n", f"version = 1\n{head}", 1)
+        text = text.replace("[vars]\n", f"{head}[vars]\n", 1)
     spec = write_spec(tmp_path, text)
     applied = run("apply", source, spec, "-o", tmp_path / "zeros", "-q")
     assert applied.code == 0, applied.err
@@ -175,18 +175,25 @@ def test_rebuilt_weights_are_cut_like_others(tmp_path: Path, head: str) -> None:
 
 @pytest.mark.parametrize("shards", [1, 3])
 @pytest.mark.parametrize("masks", [False, True])
-def test_where_nothing_is_removed_the_output_is_the_input(tmp_path: Path, shards: int, masks: bool) -> None:
+def test_a_removal_of_nothing_is_an_error_that_says_what_would_remove(
+    tmp_path: Path, shards: int, masks: bool
+) -> None:
     source = write(tmp_path / "in", decoder(), LLAMA, shards)
     words: tuple[object, ...] = ("decoder-mlp-channels", "--set", "sparsity=0")
     if masks:
         save_file({"lm_head.weight": torch.ones(VOCABULARY, HIDDEN) > 0}, tmp_path / "m.safetensors")
         words = ("--masks", tmp_path / "m.safetensors")
-    said = removed(source, *words, "-o", tmp_path / "out")
-    found = weights(tmp_path / "out")
-    assert found.pop("sparseprune/spec.toml", b"").startswith(b"" if masks else b"# Applied with --set ")
-    assert found == content(source)
-    assert "parameters 1,388 before, 1,388 after (0.00% fewer)" in said.err.splitlines()
-    assert "config.json" not in said.err
+    before = content(source)
+    said = run("remove", source, *words, "-o", tmp_path / "out")
+    why = f"{tmp_path / 'm.safetensors'}: nothing to remove: every mask keeps all of its tensor"
+    if not masks:
+        why = (
+            "decoder-mlp-channels.toml: nothing to remove: scope.mlp prunes nothing: it keeps 16 of 16 "
+            "blocks in each scope: sparsity 0 of 16 rounds to none; 0.0625 or more prunes"
+        )
+    assert (said.code, said.err.splitlines()[-1]) == (2, f"sparseprune: {why}")
+    assert content(source) == before
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("masks", [False, True])

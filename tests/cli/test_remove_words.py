@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from sparseprune import load_masks
 from sparseprune.pipeline.removal.families import model_types
 from sparseprune.spec.problems import listed
 from tests.checkpoint.files import content, names_in
@@ -56,6 +57,10 @@ RULES = """\
 rule       tensors  scopes  kept in each  elements  pruned  of all
 scope.mlp        6       2      12 of 16       768     192  13.83%
 """
+REACHED = (
+    "reached 66.67% of the layers' matrices, 100.00% of the MLP matrices, not 128 parameters of "
+    "model.layers.*.self_attn.o_proj.weight, 128 of model.layers.*.self_attn.q_proj.weight and more\n"
+)
 SIZES = """\
 config.json: intermediate_size 16 -> 12
 parameters 1,388 before, 1,196 after (13.83% fewer)
@@ -76,11 +81,11 @@ def test_what_is_told_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.chdir(tmp_path)
     source = write(Path("in"), decoder(), LLAMA)
     said = removed(source, "decoder-mlp-channels")
-    assert (said.out, told(said)) == ("in-smaller\n", (RULES + SIZES).splitlines())
+    assert (said.out, told(said)) == ("in-smaller\n", (RULES + REACHED + SIZES).splitlines())
     said = removed(source, "decoder-mlp-channels", "-o", "out", "-v")
     assert (said.out, [line.rstrip() for line in told(said)]) == (
         "out\n",
-        (CHANGED + RULES + SIZES).splitlines(),
+        (CHANGED + RULES + REACHED + SIZES).splitlines(),
     )
     assert run("mask", source, "decoder-mlp-channels", "-o", "masks", "-q").code == 0
     said = removed(source, "--masks", "masks", "-o", "out", "--force")
@@ -93,9 +98,9 @@ def test_what_is_told_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_what_partial_masks_leave_out_is_told(tmp_path: Path) -> None:
-    dense = decoder()
-    source = write(tmp_path / "in", dense, LLAMA)
-    full = {"lm_head.weight": torch.ones(VOCABULARY, HIDDEN) > 0}
+    source = write(tmp_path / "in", decoder(), LLAMA)
+    assert run("mask", source, "decoder-mlp-channels", "-o", tmp_path / "masks", "-q").code == 0
+    full = load_masks(tmp_path / "masks")
     for more, lines in (
         ({}, []),
         ({"x.weight": torch.ones(3) > 0}, ["sparseprune: 1 mask without a tensor left out"]),
@@ -134,8 +139,9 @@ def test_what_is_told_of_heads_layers_and_experts(tmp_path: Path) -> None:
     for name, wanted in lines.items():
         case = CASES[name]
         source = write(tmp_path / name, case.tensors(), case.config)
-        _, _, *found, _ = told(removed(source, case.spec, *case.options))
+        _, _, covered, *found, _ = told(removed(source, case.spec, *case.options))
         assert sorted(found) == sorted(wanted)
+        assert covered.startswith("reached ")
     table = removed(source, case.spec, *case.options, "--force", "-v").err
     assert re.search(r"\.experts\.\d\.w2\.weight +8x16 +removed", table)
     assert re.search(r"\.experts\.\d\.w2\.weight +8x16 +as it was +\S+\.experts\.\d\.w2\.weight", table)
@@ -162,7 +168,8 @@ def test_the_report_tells_what_became_of_everything(tmp_path: Path, name: str) -
         "output_error_masked": None,
         "output_error": None,
     }
-    assert report["totals"] == totals
+    assert {key: report["totals"][key] for key in totals} == totals
+    assert report["totals"]["declared_coverage"] == 1
     assert {one["key"]: (one["before"], one["after"]) for one in report["config"]} == {
         key: (case.config.get(key), value) for key, value in case.changes.items()
     }

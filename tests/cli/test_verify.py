@@ -48,6 +48,7 @@ def test_what_was_pruned_passes_and_nothing_is_written(pruned: Path, tmp_path: P
         ["rule", "tensors", "scopes", "may", "survive", "fullest", "broken"],
         ["scope.proj", "4", "128", "2", "of", "4", "2", "0"],
         "all 128 scopes are as the spec says".split(),
+        "checked 512 of 552 parameters, 100.00% of the layers' matrices".split(),
     ]
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
@@ -80,7 +81,18 @@ def test_json_is_the_document_whatever_was_found(pruned: Path, tmp_path: Path) -
     jsonschema.validate(document, schema("verify"))
     assert said.code == 1
     assert said.err.startswith("sparseprune: 1.up.weight: 2 of 32 scopes")
-    assert document["totals"] == {"scopes": 128, "broken": 2, "tensors": 4}
+    assert document["totals"] == {
+        "scopes": 128,
+        "broken": 2,
+        "tensors": 4,
+        "numel": 552,
+        "checked": 512,
+        "covers": "matrices",
+        "layer_coverage": 1.0,
+        "declared_coverage": 1.0,
+        "uncovered": [],
+    }
+    assert document["warnings"] == []
     assert document["input"] == str(pruned)
     assert document["rules"][0]["survivors"][-1] == [4, 2]
 
@@ -138,7 +150,10 @@ def test_a_rule_that_cannot_be_checked_is_told_and_does_not_fail(tmp_path: Path)
     said = run("verify", tmp_path / "m.safetensors", spec)
     assert said.code == 0
     assert said.out.splitlines()[1].split()[-2:] == ["not", "checked"]
-    assert said.out.splitlines()[2].startswith("scope.proj is not checked: a soft threshold leaves")
+    left_out = "0.00% of the layers' matrices, not 16 parameters of *.up.weight"
+    assert said.out.splitlines()[2] == f"checked 0 of 16 parameters, {left_out}"
+    assert said.out.splitlines()[3].startswith("scope.proj is not checked: a soft threshold leaves")
+    assert said.err == f"sparseprune: warning: the check reaches only {left_out}\n"
 
 
 def test_scores_that_are_gone_are_not_missed(tmp_path: Path) -> None:

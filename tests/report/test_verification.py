@@ -10,6 +10,7 @@ import jsonschema
 import pytest
 from rich.console import Console
 
+from sparseprune.report.coverage import Coverage, LeftOut
 from sparseprune.report.verification import AskedCheck, broken_line, failures, verify_document, verify_table
 from tests.samples import schema
 
@@ -18,7 +19,9 @@ if TYPE_CHECKING:
 
     Shape = tuple[int, ...]
 
-ASKED = AskedCheck("ckpt", "spec.toml", {"n": "2"})
+COVERED = Coverage("matrices", 0.75, 0.75, (LeftOut("layers.*.up", 1, 4),), 12, 20)
+CHECKED = "checked 12 of 20 parameters, 75.00% of the layers' matrices, not 4 parameters of layers.*.up"
+ASKED = AskedCheck("ckpt", "spec.toml", {"n": "2"}, COVERED)
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,17 @@ def printed(document: Mapping[str, Any], width: int = 200) -> list[str]:
 def test_a_document_says_all_that_was_found_as_its_schema_has_it() -> None:
     document = verify_document(ASKED, Spec())
     jsonschema.validate(document, schema("verify"))
-    assert document["totals"] == {"scopes": 6144, "broken": 12, "tensors": 2}
+    assert document["totals"] == {
+        "scopes": 6144,
+        "broken": 12,
+        "tensors": 2,
+        "numel": 20,
+        "checked": 12,
+        "covers": "matrices",
+        "layer_coverage": 0.75,
+        "declared_coverage": 0.75,
+        "uncovered": [{"name": "layers.*.up", "tensors": 1, "numel": 4}],
+    }
     assert (document["input"], document["spec"], document["set"]) == ("ckpt", "spec.toml", {"n": "2"})
     (rule,) = document["rules"]
     assert rule["survivors"] == [[0, 2], [2, 6130], [3, 12]]
@@ -165,6 +178,7 @@ def test_the_table_has_a_line_for_each_rule_and_each_broken_tensor() -> None:
         "tensor rule broken of first scope element non-zero allowed".split(),
         "a.weight scope.proj 12 3,072 [0, 3] [0, 12] 3 2".split(),
         [],
+        CHECKED.split(),
         "scope.soft is not checked: nothing can be told".split(),
     ]
 
@@ -183,7 +197,7 @@ def test_torn_blocks_have_a_column_where_there_are_some() -> None:
 def test_where_nothing_is_broken_that_is_said(scopes: int, said: str) -> None:
     rule = Rule(scopes=scopes, broken=0, survivors={2: scopes})
     document = verify_document(ASKED, Spec((rule,), (Tensor(broken=0, first=None),)))
-    assert printed(document)[2:] == [f"{said} as the spec says"]
+    assert printed(document)[2:] == [f"{said} as the spec says", CHECKED]
     assert failures(document) == []
 
 

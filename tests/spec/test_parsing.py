@@ -61,8 +61,8 @@ ILLEGAL = [
     (SHORT, "version = 1", "version = true", ["version: found true, this release reads version = 1"]),
     (SHORT, "version = 1", "version = 1.0", ["version: found 1.0, this release reads version = 1"]),
     (SHORT, "version = 1", "version = 1\nnnz = 3", [
-        'nnz: unknown key; there is "block", "block_coupling", "reconstruct", "scope", "scope_coupling", '
-        '"score" and "vars"'
+        'nnz: unknown key; there is "block", "block_coupling", "covers", "reconstruct", "scope", '
+        '"scope_coupling", "score" and "vars"'
     ]),
     (SHORT, "[scope.proj]", "[scopes.proj]", [
         '[scopes]: unknown table; did you mean "scope"?'

@@ -1,0 +1,389 @@
+"""Coverage: which share of the layers' matrices the rules of a spec reach, and what is no success in it.
+
+Owns which tensors are matrices of layers, which of them are of MLPs, attention and experts, and when a spec
+that binds is still no success. Looks at names, shapes and bound rules; reads no data. Called by the commands
+that take a spec.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sparseprune.engine.grids import prod
+from sparseprune.report.wording import many, percent
+from sparseprune.spec import BoundBlockCoupling, BoundScope
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+    from sparseprune.checkpoint import StoredTensor
+    from sparseprune.engine.grids import Shape
+    from sparseprune.spec import BoundBlock, BoundInstance, BoundRule, BoundSpec
+
+    Tensors = Mapping[str, StoredTensor]
+
+ENOUGH = 0.9  # the share of what a spec is about under which a run is warned of
+_LISTED, _SHOWN = 10, 2  # kinds that are left out: so many in a document, so many in a line
+_NUMBER = re.compile(r"\.[0-9]+(?![^.])")  # a whole piece of a name that has a dot in front
+
+# Names that tell what a matrix of a layer is, by pieces between dots. The last piece that tells decides.
+_NO_MATRIX = re.compile(
+    r"embed|norm|bias|router|expert_gate|rotary|relative_position|codebook|lora_|lm_head|shared_head"
+    r"|^wte$|^wpe$|^ln(_|\d|$)|^bn\d*$|_scale(_inv|s)?$|^scales$|zero_point|^qzeros$|^g_idx$|absmax|quant_map",
+    re.IGNORECASE,
+)
+_EXPERTS = re.compile(r"^experts$|moe$", re.IGNORECASE)
+_SHARED = re.compile(r"shared", re.IGNORECASE)
+_ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
+_MLP = re.compile(r"mlp|ffn|feed_?forward|expert|moe$|DenseReluDense|^ff\d*$", re.IGNORECASE)
+# Of layers that have their matrices without a module for MLP or attention.
+_ATTENTION_MATRIX = re.compile(
+    r"^([qkvo]|out|qkv|kv)_proj$|^[qkvo]_lin$|^Wqkv$|^c_attn$|^query_key_value$|^(query|key|value)$"
+)
+_MLP_MATRIX = re.compile(
+    r"^(gate|up|down|gate_up)(_proj)?$|^fc\d*$|^fc_(in|out)$|^c_fc$|^w[123]$|^wi(_\d)?$|^wo$|^lin[12]$"
+    r"|^dense_(h_to_4h|4h_to_h)$|^intermediate$|^output$"
+)
+_SPECULATIVE = re.compile(r"(^|[._])(mtp|eagle\d*|medusa|nextn|speculator|draft)([._]|$)", re.IGNORECASE)
+_NUMBERED_LAYER = re.compile(r"(?:(?:model|language_model|transformer)\.)*(?:layers|h)\.([0-9]+)\.")
+_HEAD_NORMS = ("q_norm", "query_norm", "q_layernorm", "query_layernorm", "k_norm", "k_layernorm")
+
+_WORDS = {
+    "matrices": "the layers' matrices",
+    "mlp": "the MLP matrices",
+    "attention": "the attention matrices",
+    "experts": "the expert matrices",
+    "layers": "those of the lists of layers that they reach",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """Matrices that are not reached in full, alike but for the numbers in their names, and their elements."""
+
+    name: str
+    tensors: int
+    numel: int
+
+
+@dataclass(frozen=True, slots=True)
+class Coverage:
+    """Shares of elements that rules reach, None where there are no such matrices.
+
+    `layers` is of all matrices of layers, `declared` of those that the spec is about: `covers`. `left_out`
+    are the kinds of which rules miss something: first those that the spec is about, the largest first.
+    `reached` counts all elements that rules reach, of `numel` in the checkpoint; `flaws` are lines about
+    rules.
+    """
+
+    covers: str
+    layers: float | None
+    declared: float | None
+    left_out: tuple[LeftOut, ...]
+    reached: int
+    numel: int
+    flaws: tuple[str, ...] = ()
+
+    def warnings(self, what: str = "the rules reach") -> tuple[str, ...]:
+        """What a user should know before a run: that rules reach too little, and the flaws."""
+        if self.declared is None or self.declared >= ENOUGH:
+            return self.flaws
+        return f"{what} only {coverage_text(coverage_totals(self))}", *self.flaws
+
+
+@dataclass(slots=True)
+class _Kind:
+    """Matrices whose names differ in numbers alone: elements, those reached, matrices not reached in full."""
+
+    name: str
+    numel: int = 0
+    reached: int = 0
+    missed: int = 0
+
+
+def coverage_of(tensors: Tensors, bound: BoundSpec, config: Mapping[str, Any] | None = None) -> Coverage:
+    """What the rules of a spec reach in a checkpoint with this config.json."""
+    reached = _reached(bound.rules)
+    shapes = [stored.entry.shape for stored in tensors.values()]
+    kinds = _kinds(tensors, shapes, reached)
+    about = {kind.name for kind in _about(kinds, bound.covers)}
+    missed = sorted(
+        (kind for kind in kinds if kind.missed),
+        key=lambda kind: (kind.name not in about, kind.reached - kind.numel),
+    )
+    return Coverage(
+        bound.covers,
+        _share(kinds),
+        _share([kind for kind in kinds if kind.name in about]),
+        tuple(LeftOut(kind.name, kind.missed, kind.numel - kind.reached) for kind in missed),
+        sum(reached.values()),
+        sum(prod(shape) * count for shape, count in Counter(shapes).items()),
+        (*_flaws(tensors, bound.rules, kinds, config), *idle_lines(bound.rules)),
+    )
+
+
+def coverage_totals(coverage: Coverage | None) -> dict[str, Any]:
+    """What the totals of a document have of it; None where no spec tells what was reached."""
+    if coverage is None:
+        return {"covers": None, "layer_coverage": None, "declared_coverage": None, "uncovered": []}
+    return {
+        "covers": coverage.covers,
+        "layer_coverage": coverage.layers,
+        "declared_coverage": coverage.declared,
+        "uncovered": [
+            {"name": kind.name, "tensors": kind.tensors, "numel": kind.numel}
+            for kind in coverage.left_out[:_LISTED]
+        ],
+    }
+
+
+def coverage_text(totals: Mapping[str, Any]) -> str | None:
+    """The shares in these totals and the largest kinds that are missed; None where there are no matrices."""
+    covers, declared = totals["covers"], totals["declared_coverage"]
+    if totals["layer_coverage"] is None:
+        return None
+    text = f"{percent(totals['layer_coverage'])} of {_WORDS['matrices']}"
+    if covers != "matrices":
+        text += f", {percent(declared)} of {_WORDS[covers]}"
+    first, *others = totals["uncovered"][: _SHOWN + 1] or [None]
+    if first is None:
+        return text
+    missed = [f"{many(first['numel'], 'parameter')} of {first['name']}"]
+    missed += [f"{kind['numel']:,} of {kind['name']}" for kind in others[: _SHOWN - 1]]
+    return f"{text}, not {', '.join(missed)}{' and more' if len(others) == _SHOWN else ''}"
+
+
+def _reached(rules: Iterable[BoundRule]) -> dict[str, int]:
+    """Elements of each tensor that rules reach; no element is reached twice."""
+    leaves = [
+        (leaf.tensor, leaf.view_shape)
+        for rule in rules
+        for instance in rule.instances
+        for leaf in instance.scope.leaves
+    ]
+    sizes = {shape: prod(shape) for shape in {shape for _, shape in leaves}}
+    found: dict[str, int] = {}
+    for name, shape in leaves:
+        found[name] = found.get(name, 0) + sizes[shape]
+    return found
+
+
+def _kinds(tensors: Tensors, shapes: Sequence[Shape], reached: Mapping[str, int]) -> list[_Kind]:
+    """The matrices of layers, kind by kind; of tens of thousands of tensors those that are alike are one."""
+    star = _NUMBER.sub
+    starred = [star(".*", f".{name}") for name in tensors]
+    parts = [reached.get(name, 0) for name in tensors]
+    kinds: dict[str, _Kind] = {}
+    for (key, shape, part), count in Counter(zip(starred, shapes, parts, strict=True)).items():
+        if len(shape) < 2 or (len(shape) > 2 and shape[1] == 1):  # a convolution of one channel
+            continue
+        kind = kinds.setdefault(key, _Kind(key[1:]))
+        numel = prod(shape)
+        kind.numel += numel * count
+        kind.reached += part * count
+        kind.missed += count if part < numel else 0
+    routed = {kind.name.partition(".experts.")[0] for kind in kinds.values() if ".experts." in kind.name}
+    return [kind for kind in kinds.values() if _is_layer_matrix(kind.name, routed)]
+
+
+def _is_layer_matrix(name: str, routed: set[str]) -> bool:
+    """Whether a kind is a matrix of layers; `routed` are the modules that have experts, whose gate routes."""
+    pieces = name.split(".")
+    if "*" not in pieces[:-1]:
+        return False
+    last = max(at for at, piece in enumerate(pieces[:-1]) if piece == "*")
+    if any(_NO_MATRIX.search(piece) for piece in pieces[max(0, last - 1) :]):
+        return False
+    return not any(name.startswith(f"{module}.gate.") for module in routed)
+
+
+def matrix_kind(name: str) -> str:
+    """Which part of a layer a matrix is of: "attention", "mlp", "experts" (which are MLPs) or "other".
+
+    >>> matrix_kind("layers.*.self_attn.o_proj.weight"), matrix_kind("encoder.layer.*.output.dense.weight")
+    ('attention', 'mlp')
+    >>> matrix_kind("layers.*.mlp.experts.gate_up_proj"), matrix_kind("layers.*.mlp.shared_expert.up.weight")
+    ('experts', 'mlp')
+    """
+    pieces = name.split(".")
+    for piece in reversed(pieces):
+        if _ATTENTION.search(piece):
+            return "attention"
+        if _MLP.search(piece):
+            routed = any(_EXPERTS.search(one) for one in pieces)
+            return "experts" if routed and not any(_SHARED.search(one) for one in pieces) else "mlp"
+    for piece in reversed(pieces):
+        if _ATTENTION_MATRIX.search(piece):
+            return "attention"
+        if _MLP_MATRIX.search(piece):
+            return "mlp"
+    return "other"
+
+
+def _about(kinds: Sequence[_Kind], covers: str) -> Sequence[_Kind]:
+    """Those that a spec is about; all where none of the checkpoint's is of that sort."""
+    if covers == "layers":
+        lists = {_list_of(kind.name) for kind in kinds if kind.reached}
+        found = [kind for kind in kinds if _list_of(kind.name) in lists]
+    elif covers == "matrices":
+        return kinds
+    else:
+        sorts = {"mlp", "experts"} if covers == "mlp" else {covers}
+        found = [kind for kind in kinds if matrix_kind(kind.name) in sorts]
+    return found or kinds
+
+
+def _list_of(name: str) -> str:
+    """The list of layers that a kind is in: all before the first number."""
+    return name.partition(".*.")[0]
+
+
+def _share(kinds: Sequence[_Kind]) -> float | None:
+    numel = sum(kind.numel for kind in kinds)
+    return sum(kind.reached for kind in kinds) / numel if numel else None
+
+
+def _flaws(
+    tensors: Tensors, rules: Sequence[BoundRule], kinds: Iterable[_Kind], config: Mapping[str, Any] | None
+) -> Iterator[str]:
+    """What a user would call wrong in what rules bind, a line for each rule and flaw."""
+    for rule in rules:
+        yield from _half_structures(rule, tensors)
+    has_layers = any(not _SPECULATIVE.search(kind.name) for kind in kinds)
+    count = _layer_count(config or {})
+    for rule in rules if has_layers else ():
+        names = (leaf.tensor for instance in rule.instances for leaf in instance.scope.leaves)
+        if rule.instances and all(_is_speculative(name, count) for name in names):
+            example = rule.instances[0].scope.leaves[0].tensor
+            yield f"{rule.name} binds only a speculative head, such as {example}"
+
+
+def _layer_count(config: Mapping[str, Any]) -> int | None:
+    nested = config.get("text_config")
+    for section in (config, nested if isinstance(nested, dict) else {}):
+        count = section.get("num_hidden_layers")
+        if isinstance(count, int) and count > 0:
+            return count
+    return None
+
+
+def _is_speculative(name: str, count: int | None) -> bool:
+    """Whether a tensor is of a head that guesses tokens ahead: by its name, or of a layer beyond `count`."""
+    numbered = _NUMBERED_LAYER.match(name)
+    if count is not None and numbered is not None and int(numbered[1]) >= count:
+        return True
+    return _SPECULATIVE.search(name) is not None
+
+
+def _half_structures(rule: BoundRule, tensors: Tensors) -> Iterator[str]:
+    """The first coupling of a rule that has columns without rows, and the first that cuts heads in two."""
+    known: set[object] = set()
+    found: dict[str, str] = {}
+    for block in _couplings(rule):
+        # Of thousands of experts one is enough; heads may differ from layer to layer.
+        build = tuple([leaf.shape for leaf in block.members])
+        if build in known and not _ATTENTION.search(block.members[0].tensor):
+            continue
+        known.add(build)
+        leaves = [(leaf, *side_of(leaf, tensors[leaf.tensor].shape)) for leaf in block.members]
+        sides = {side: leaf for leaf, side, _ in leaves}
+        if "columns" in sides and "rows" not in sides:
+            text = f"binds columns of {sides['columns'].tensor} without the rows that feed them"
+            found.setdefault("half", f"{rule.name} prunes half a structure: it {text}")
+        for leaf, side, indices in leaves:
+            size = _head_size(leaf, side, tensors)
+            if size and indices % size:
+                text = f"its blocks have {indices} {side} of {leaf.tensor}, a head has {size}"
+                found.setdefault("heads", f"{rule.name} prunes parts of heads: {text}")
+    yield from found.values()
+
+
+def _couplings(rule: BoundRule) -> Iterator[BoundBlockCoupling]:
+    """The fused blocks of a rule; its instances are all of one build."""
+    for instance in rule.instances:
+        scope = instance.scope
+        members = (scope,) if isinstance(scope, BoundScope) else scope.members
+        fused = [member.block for member in members if isinstance(member.block, BoundBlockCoupling)]
+        if not fused:
+            return
+        yield from fused
+
+
+def side_of(leaf: BoundBlock, shape: Shape) -> tuple[str, int]:
+    """Whether blocks are whole "rows" or whole "columns" of a matrix, and how many; ("", 0) where neither.
+
+    >>> from sparseprune.spec import BoundBlock
+    >>> side_of(BoundBlock("w", "w", (8, 6), (6, 1), 0, (2, 6)), (8, 6))
+    ('rows', 2)
+    """
+    if len(shape) != 2:
+        return "", 0
+    rows = prod([size for size, step in zip(leaf.shape, leaf.view_stride, strict=True) if step >= shape[1]])
+    columns = prod([size for size, step in zip(leaf.shape, leaf.view_stride, strict=True) if step < shape[1]])
+    if columns == shape[1] and rows < shape[0]:
+        return "rows", rows
+    if rows == shape[0] and columns < shape[1]:
+        return "columns", columns
+    return "", 0
+
+
+def _head_size(leaf: BoundBlock, side: str, tensors: Tensors) -> int | None:
+    """How many rows or columns of a matrix a head has, as the width of a norm of heads beside it tells."""
+    module = leaf.tensor.rpartition(".")[0].rpartition(".")[0]
+    if not side or not _ATTENTION.search(module.rpartition(".")[2]):
+        return None
+    for name in _HEAD_NORMS:
+        norm, query = tensors.get(f"{module}.{name}.weight"), tensors.get(f"{module}.q_proj.weight")
+        if norm is not None and len(norm.shape) == 1:
+            # A norm that is as wide as all heads together says nothing of one.
+            return norm.shape[0] if query is None or norm.shape[0] < query.shape[0] else None
+    return None
+
+
+def idle_lines(rules: Iterable[BoundRule]) -> Iterator[str]:
+    """A line for each rule whose budgets let every block survive: why that is, and what would prune."""
+    for rule in rules:
+        if rule.instances and all(map(_keeps_all, rule.instances)):
+            yield f"{rule.name} prunes nothing: {_why_idle(rule)}"
+
+
+def unpruned_lines(rules: Iterable[BoundRule], pruned: Mapping[str, int]) -> Iterator[str]:
+    """A line for each rule that pruned no element although its budget is not all; known after a run."""
+    for rule in rules:
+        if rule.instances and not pruned.get(rule.name) and not all(map(_keeps_all, rule.instances)):
+            limits = [instance.budget.threshold for instance in rule.instances]
+            known = sorted({limit for limit in limits if limit is not None})
+            least = " to ".join(f"{limit:g}" for limit in dict.fromkeys([*known[:1], *known[-1:]]))
+            why = f"no block scores less than the threshold {least}" if known else "it reaches no elements"
+            yield f"{rule.name} prunes nothing: {why}"
+
+
+def _keeps_all(instance: BoundInstance) -> bool:
+    nnz = instance.budget.nnz
+    return nnz is not None and nnz >= instance.scope.blocks_per_scope
+
+
+def _why_idle(rule: BoundRule) -> str:
+    """Of the instance that needs the least to prune: how its budget came to all, and what would not."""
+    instance = min(rule.instances, key=_least_share)
+    blocks, unit = instance.scope.blocks_per_scope, instance.budget.multiple_of
+    if not blocks:
+        return "it reaches no elements"
+    kept = f"it keeps {blocks:,} of {many(blocks, 'block')} in each scope"
+    rounded = f" and multiple_of {unit}" if unit > 1 else ""
+    if instance.sparsity is None:
+        most = (blocks - 1) // unit * unit
+        return f"{kept}: nnz{rounded or f' {blocks:,}'} let all survive; nnz {most:,} or less prunes"
+    least = math.ceil(_least_share(instance) * 10000) / 10000
+    asked = f"sparsity {instance.sparsity:g} of {blocks:,}{rounded}"
+    return f"{kept}: {asked} {'round' if rounded else 'rounds'} to none; {least:g} or more prunes"
+
+
+def _least_share(instance: BoundInstance) -> float:
+    """The share of its blocks that goes when as few go as the budget's rounding allows."""
+    blocks, unit = instance.scope.blocks_per_scope, instance.budget.multiple_of
+    return 1 - (blocks - 1) // unit * unit / blocks if blocks else 1.0
