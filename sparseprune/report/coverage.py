@@ -369,10 +369,11 @@ def _keeps_all(instance: BoundInstance) -> bool:
 
 def _why_idle(rule: BoundRule) -> str:
     """Of the instance that needs the least to prune: how its budget came to all, and what would not."""
-    instance = min(rule.instances, key=_least_share)
-    blocks, unit = instance.scope.blocks_per_scope, instance.budget.multiple_of
-    if not blocks:
+    filled = [instance for instance in rule.instances if prod(instance.scope.grid_shape)]
+    if not filled:
         return "it reaches no elements"
+    instance = min(filled, key=_least_share)
+    blocks, unit = instance.scope.blocks_per_scope, instance.budget.multiple_of
     kept = f"it keeps {blocks:,} of {many(blocks, 'block')} in each scope"
     rounded = f" and multiple_of {unit}" if unit > 1 else ""
     if instance.sparsity is None:
@@ -386,4 +387,4 @@ def _why_idle(rule: BoundRule) -> str:
 def _least_share(instance: BoundInstance) -> float:
     """The share of its blocks that goes when as few go as the budget's rounding allows."""
     blocks, unit = instance.scope.blocks_per_scope, instance.budget.multiple_of
-    return 1 - (blocks - 1) // unit * unit / blocks if blocks else 1.0
+    return 1 - (blocks - 1) // unit * unit / blocks

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
 
+import sparseprune
 from tests.families.checkpoints import (
     Checkpoint,
     Tensors,
@@ -18,14 +20,13 @@ from tests.families.checkpoints import (
     read,
     surviving,
     with_inputs_ablated,
+    write_statistics,
 )
 from tests.families.models import HEADS, HIDDEN, KV_HEADS, LAYERS, WIDTH
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
-
-    import torch
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +74,21 @@ def test_channels_of_phi3_lie_in_both_halves_of_gate_up(phi3: Checkpoint) -> Non
         for name in ("gate_up", "down")
     }
     check_layers(phi3, pruned, phi3_channels, "model.layers.{}.mlp.down_proj", WIDTH - WIDTH // 4)
+
+
+def test_channels_that_are_rebuilt_lie_in_both_halves_of_gate_up(
+    phi3: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_statistics(phi3, tmp_path)
+    masks = sparseprune.load_masks(prune(phi3, "mlp-channels-admm"))
+    for layer in range(LAYERS):
+        stem = f"model.layers.{layer}.mlp"
+        gate, up = masks[f"{stem}.gate_up_proj.weight"].chunk(2)
+        kept = masks[f"{stem}.down_proj.weight"][0]
+        assert kept.sum() == WIDTH - WIDTH // 4
+        for mask in (gate, up, masks[f"{stem}.down_proj.weight"].T):
+            assert torch.equal(mask, kept[:, None].expand_as(mask))
 
 
 def test_a_key_head_of_phi3_lies_in_all_three_parts_of_qkv(phi3: Checkpoint) -> None:

@@ -9,12 +9,11 @@ import tomllib
 from typing import TYPE_CHECKING
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
 import sparseprune
 from sparseprune.spec import find_spec, list_specs
-from tests.families.checkpoints import Checkpoint, make
+from tests.families.checkpoints import Checkpoint, make, write_statistics
 from tests.samples import run
 
 if TYPE_CHECKING:
@@ -43,7 +42,7 @@ SERVED = {
     "unstructured-global": ("llama", "mixtral"),
     "decoder-mlp-channels": ("llama", "llama_without_head", "qwen2", "deepseek_v3"),
     "decoder-mlp-channels-global": ("llama", "gemma"),
-    "mlp-channels-admm": ("llama", "llama_without_head", "qwen2", "bert", "bert_for_masked_lm"),
+    "mlp-channels-admm": ("llama", "llama_without_head", "qwen2", "phi3", "bert", "bert_for_masked_lm"),
     "decoder-gqa-heads": ("llama", "llama_without_head", "qwen2", "mixtral", "gpt_oss", "llama4"),
     "decoder-gqa-heads-global": ("llama", "qwen3_moe"),
     "phi3-mlp-channels": ("phi3",),
@@ -75,6 +74,10 @@ LEFT_ALONE = re.compile(
     r"|router|\.gate\.|expert_gate|sinks"
 )
 OF_NO_LAYER = re.compile(r"^(?!.*language_model.*layers|.*\.?h\.\d|model\.layers|layers).*")
+PARTS = {
+    ("deepseek_v3", "decoder-mlp-channels"): "not its experts",
+    ("gemma3_with_pictures", "block16x16"): "not its vision tower",
+}
 OPTIONS = {"decoder-layers": ("--set", "sparsity=0.5")}  # a quarter of two layers is none
 
 
@@ -102,7 +105,7 @@ def test_a_spec_reaches_what_it_is_for_and_leaves_the_rest_alone(
     dense = checkpoint_of(family)
     monkeypatch.chdir(tmp_path)  # where shipped specs look for statistics
     write_statistics(dense, tmp_path)
-    said = run("mask", dense.folder, spec, "-o", tmp_path / "masks", "-q", *OPTIONS.get(spec, ()))
+    said = run("mask", dense.folder, spec, "-o", tmp_path / "masks", "-q", "--json", *OPTIONS.get(spec, ()))
     assert said.code == 0, said.err
     masks = sparseprune.load_masks(tmp_path / "masks")
     assert masks
@@ -110,6 +113,9 @@ def test_a_spec_reaches_what_it_is_for_and_leaves_the_rest_alone(
     assert not [name for name in masks if left_alone.search(name)]
     assert [name for name in dense.tensors() if name not in masks and left_alone.search(name)]
     assert any(not mask.all() for mask in masks.values())
+    report = json.loads(said.out)
+    assert (report["totals"]["declared_coverage"] < 0.9) == ((family, spec) in PARTS)
+    assert len(report["warnings"]) == ((family, spec) in PARTS)
 
 
 @pytest.mark.parametrize("spec", SERVED)
@@ -141,17 +147,6 @@ def test_a_zero_that_was_lost_is_found_and_put_back(
     assert run("verify", tmp_path / "again", spec, "-q", *options).code == 0
     for file in pruned.glob("*.safetensors"):
         assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes()
-
-
-def write_statistics(dense: Checkpoint, folder: Path) -> None:
-    """Second moments of every matrix, as a user may have them; inputs that depend on their neighbours."""
-    found = {}
-    for name, tensor in dense.tensors().items():
-        if tensor.ndim == 2:
-            places = torch.arange(tensor.shape[1])
-            found[name] = 0.5 ** (places[:, None] - places).abs().float()
-    (folder / "stats").mkdir()
-    save_file(found, folder / "stats" / "statistics.safetensors")
 
 
 def lose(folder: Path, name: str, place: tuple[int, ...]) -> None:
