@@ -64,6 +64,18 @@ ILLEGAL = [
         'nnz: unknown key; there is "block", "block_coupling", "covers", "reconstruct", "scope", '
         '"scope_coupling", "score" and "vars"'
     ]),
+    (SHORT, "version = 1", 'version = 1\ncovers = "heads"', [
+        'covers: found "heads", wanted "matrices", "mlp", "attention", "experts" or "layers"'
+    ]),
+    (SHORT, "version = 1", "version = 1\ncovers = 1", [
+        'covers: found 1, wanted "matrices", "mlp", "attention", "experts" or "layers"'
+    ]),
+    (SHORT, "version = 1", 'version = 1\ncovers = ["mlp"]', [
+        'covers: found ["mlp"], wanted "matrices", "mlp", "attention", "experts" or "layers"'
+    ]),
+    (SHORT, "version = 1", 'version = 1\ncover = "mlp"', [
+        'cover: unknown key; did you mean "covers"?'
+    ]),
     (SHORT, "[scope.proj]", "[scopes.proj]", [
         '[scopes]: unknown table; did you mean "scope"?'
     ]),

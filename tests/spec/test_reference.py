@@ -11,7 +11,7 @@ import pytest
 
 from sparseprune.spec import TensorInfo, bind, parse_spec
 from sparseprune.spec.methods import SCORE_KEYS, ReconstructTable, ScoreTable
-from sparseprune.spec.schema import KINDS, ExplicitView
+from sparseprune.spec.schema import COVERS, KINDS, ExplicitView
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -74,7 +74,7 @@ def keys_of(tables: list[dict[str, Any]]) -> set[str]:
 
 def test_every_key_of_every_table_has_an_example() -> None:
     documents = [tomllib.loads(text) for text in EXAMPLES]
-    assert keys_of(documents) == {"version", "vars", "score", "reconstruct", *KINDS}
+    assert keys_of(documents) == {"version", "covers", "vars", "score", "reconstruct", *KINDS}
     found = {kind: [table for each in documents for table in each.get(kind, {}).values()] for kind in KINDS}
     everywhere = set().union(*map(keys_of, found.values()))
     for kind, model in KINDS.items():
@@ -96,4 +96,5 @@ def test_every_key_and_kind_is_named_in_the_text() -> None:
     models: list[type[BaseModel]] = [*KINDS.values(), ScoreTable, ReconstructTable, ExplicitView]
     keys = {key for model in models for key in model.model_fields}
     assert [key for key in sorted(keys) if not re.search(rf"`{key}\b", REFERENCE)] == []
+    assert [covers for covers in COVERS if f'`"{covers}"`' not in REFERENCE] == []
     assert [kind for kind in SCORE_KEYS if f'`"{kind}"`' not in REFERENCE] == []
