@@ -74,10 +74,10 @@ class LeftOut:
 class Coverage:
     """Shares of elements that rules reach, None where there are no such matrices.
 
-    `layers` is of all matrices of layers, `declared` of those that the spec is about: `covers`. `left_out`
-    are the kinds of which rules miss something: first those that the spec is about, the largest first.
-    `reached` counts all elements that rules reach, of `numel` in the checkpoint; `flaws` are lines about
-    rules.
+    `layers` is of all matrices of layers, `declared` of those that the spec is about: `covers`; where there
+    are none of these it is held to all. `left_out` are the kinds of which rules miss something: first those
+    that the spec is about, the largest first. `reached` counts all elements that rules reach, of `numel` in
+    the checkpoint; `flaws` are lines about rules.
     """
 
     covers: str
@@ -90,7 +90,8 @@ class Coverage:
 
     def warnings(self, what: str = "the rules reach") -> tuple[str, ...]:
         """What a user should know before a run: that rules reach too little, and the flaws."""
-        if self.declared is None or self.declared >= ENOUGH:
+        share = self.layers if self.declared is None else self.declared
+        if share is None or share >= ENOUGH:
             return self.flaws
         return f"{what} only {coverage_text(coverage_totals(self))}", *self.flaws
 
@@ -147,7 +148,7 @@ def coverage_text(totals: Mapping[str, Any]) -> str | None:
     if totals["layer_coverage"] is None:
         return None
     text = f"{percent(totals['layer_coverage'])} of {_WORDS['matrices']}"
-    if covers != "matrices":
+    if covers != "matrices" and declared is not None:
         text += f", {percent(declared)} of {_WORDS[covers]}"
     first, *others = totals["uncovered"][: _SHOWN + 1] or [None]
     if first is None:
@@ -210,6 +211,7 @@ def matrix_kind(name: str) -> str:
     ('experts', 'mlp')
     """
     pieces = name.split(".")
+    pieces = pieces[max(0, pieces.index("*") - 1) :]  # before the layers stand names of models
     for piece in reversed(pieces):
         if _ATTENTION.search(piece):
             return "attention"
@@ -225,16 +227,14 @@ def matrix_kind(name: str) -> str:
 
 
 def _about(kinds: Sequence[_Kind], covers: str) -> Sequence[_Kind]:
-    """Those that a spec is about; all where none of the checkpoint's is of that sort."""
+    """Those that a spec is about."""
     if covers == "layers":
         lists = {_list_of(kind.name) for kind in kinds if kind.reached}
-        found = [kind for kind in kinds if _list_of(kind.name) in lists]
-    elif covers == "matrices":
+        return [kind for kind in kinds if _list_of(kind.name) in lists]
+    if covers == "matrices":
         return kinds
-    else:
-        sorts = {"mlp", "experts"} if covers == "mlp" else {covers}
-        found = [kind for kind in kinds if matrix_kind(kind.name) in sorts]
-    return found or kinds
+    sorts = {"mlp", "experts"} if covers == "mlp" else {covers}
+    return [kind for kind in kinds if matrix_kind(kind.name) in sorts]
 
 
 def _list_of(name: str) -> str:
