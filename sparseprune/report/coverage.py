@@ -32,7 +32,7 @@ _NUMBER = re.compile(r"\.[0-9]+(?![^.])")  # a whole piece of a name that has a 
 
 # Names that tell what a matrix of a layer is, by pieces between dots. The last piece that tells decides.
 _NO_MATRIX = re.compile(
-    r"embed|norm|bias|router|expert_gate|rotary|relative_position|codebook|lora_|lm_head|shared_head"
+    r"embed|norm|bias|router|A_log|time_mix|expert_gate|rotary|relative_position|codebook|lora_|lm_head|shared_head"
     r"|^wte$|^wpe$|^ln(_|\d|$)|^bn\d*$|_scale(_inv|s)?$|^scales$|zero_point|^qzeros$|^g_idx$|absmax|quant_map",
     re.IGNORECASE,
 )
@@ -40,6 +40,7 @@ _EXPERTS = re.compile(r"^experts$|moe$", re.IGNORECASE)
 _SHARED = re.compile(r"shared", re.IGNORECASE)
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 _MLP = re.compile(r"mlp|ffn|feed_?forward|expert|moe$|DenseReluDense|^ff\d*$", re.IGNORECASE)
+_OTHER = re.compile(r"mixer|mamba|ssm", re.IGNORECASE)
 # Of layers that have their matrices without a module for MLP or attention.
 _ATTENTION_MATRIX = re.compile(
     r"^([qkvo]|out|qkv|kv)_proj$|^[qkvo]_lin$|^Wqkv$|^c_attn$|^query_key_value$|^(query|key|value)$"
@@ -218,7 +219,7 @@ def matrix_kind(name: str) -> str:
         if _MLP.search(piece):
             routed = any(_EXPERTS.search(one) for one in pieces)
             return "experts" if routed and not any(_SHARED.search(one) for one in pieces) else "mlp"
-    for piece in reversed(pieces):
+    for piece in () if any(map(_OTHER.search, pieces)) else reversed(pieces):
         if _ATTENTION_MATRIX.search(piece):
             return "attention"
         if _MLP_MATRIX.search(piece):

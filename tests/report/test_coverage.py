@@ -102,6 +102,7 @@ mtp.layers.0.mlp.experts.3.up_proj.weight
 OTHER = """
 model.layers.0.conv.in_proj.weight
 backbone.layers.0.mixer.in_proj.weight
+model.layers.0.mamba.out_proj.weight
 model.layers.3.eh_proj.weight
 encoder.stages.0.layers.0.layer.0.convolution.weight
 """.split()
@@ -122,6 +123,7 @@ model.layers.0.self_attn.q_proj.lora_A.default.weight
 encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight
 encoder.layers.0.blocks.0.attn.relative_position_bias_table
 transformer.h.0.attn.bias
+model.layers.0.mamba.A_log
 pooler.dense.weight
 """.split()
 
