@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +10,7 @@ from sparseprune.cli.collecting import collector_paused
 from sparseprune.cli.console import print_json, print_result, stderr_console, tell_lines
 from sparseprune.cli.progress import progress
 from sparseprune.cli.request import Request, as_applied, few_tokens, identity_of, prepare, score_shards, warn
-from sparseprune.cli.writing import digest, interrupts_told, output_shown, write_output
+from sparseprune.cli.writing import digest, interrupts_told, output_shown, report_bytes, write_output
 
 if TYPE_CHECKING:
     from sparseprune.checkpoint import OutputLayout, TensorReader
@@ -71,9 +70,7 @@ def _worked(
         coverage=prepared.coverage,
     )
     document = report_document(circumstances, plan.checkpoint, plan.bound, outcomes)
-    text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
-    # A path that is not UTF-8 has surrogates, which are escapes of JSON as well.
-    output.add_file(layout.report_file, text.encode(errors="backslashreplace"))
+    output.add_file(layout.report_file, report_bytes(document))
     if layout.spec_file is not None:
         output.add_file(layout.spec_file, as_applied(request, source.text).encode())
     return document

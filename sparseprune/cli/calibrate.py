@@ -21,7 +21,7 @@ from sparseprune.checkpoint.target import free_bytes
 from sparseprune.cli.console import print_json, print_result, stderr_console, tell
 from sparseprune.cli.progress import TOKENS, progress
 from sparseprune.cli.stopping import patient, temporary_folder
-from sparseprune.cli.writing import digest, interrupts_told, output_shown, write_output
+from sparseprune.cli.writing import digest, interrupts_told, output_shown, report_bytes, write_output
 from sparseprune.errors import SparsepruneError
 from sparseprune.report.wording import many
 
@@ -198,8 +198,7 @@ def _worked(
         "missing": list(loaded.missing),
         "without": [{"name": name, "why": why} for name, why in plan.without],
     }
-    text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
-    output.add_file(output.layout.report_file, text.encode(errors="backslashreplace"))
+    output.add_file(output.layout.report_file, report_bytes(document))
     return document
 
 

@@ -17,7 +17,7 @@ from sparseprune.cli.collecting import collector_paused
 from sparseprune.cli.console import Warnings, print_json, print_result, stderr_console, tell, tell_lines
 from sparseprune.cli.masked import identity_of_masked, masked_by
 from sparseprune.cli.progress import progress
-from sparseprune.cli.writing import interrupts_told, output_shown, write_output
+from sparseprune.cli.writing import interrupts_told, output_shown, report_bytes, write_output
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -109,9 +109,7 @@ def _worked(
     layout, origin = prepared.layout, prepared.masked.origin
     circumstances = _circumstances(request, prepared, began)
     document = reapply_document(circumstances, prepared.masked.matched.checkpoint, tensors)
-    text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
-    # A path that is not UTF-8 has surrogates, which are escapes of JSON as well.
-    output.add_file(layout.report_file, text.encode(errors="backslashreplace"))
+    output.add_file(layout.report_file, report_bytes(document))
     if layout.spec_file is not None and origin is not None and origin.spec is not None:
         output.add_file(layout.spec_file, origin.spec)
     return document

@@ -6,7 +6,6 @@ slices shapes and a config, and the survivors are moved.
 
 from __future__ import annotations
 
-import json
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +14,7 @@ from sparseprune.checkpoint.foreign import PICKLE_SUFFIXES, names_training_state
 from sparseprune.cli.choosing import Ending, RemoveRequest, chosen, refuse_contradictions, resized
 from sparseprune.cli.console import print_json, print_result, stderr_console, tell, tell_lines
 from sparseprune.cli.progress import progress
-from sparseprune.cli.writing import digest, interrupts_told, output_shown, write_output
+from sparseprune.cli.writing import digest, interrupts_told, output_shown, report_bytes, write_output
 from sparseprune.errors import CheckpointError, SparsepruneError
 
 if TYPE_CHECKING:
@@ -125,9 +124,7 @@ def _worked(
     document = removal_document(
         _circumstances(request, choice, layout, began), choice.checkpoint, choice.bound, removal
     )
-    text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
-    # A path that is not UTF-8 has surrogates, which are escapes of JSON as well.
-    output.add_file(layout.report_file, text.encode(errors="backslashreplace"))
+    output.add_file(layout.report_file, report_bytes(document))
     if layout.spec_file is not None and choice.spec is not None:
         output.add_file(layout.spec_file, choice.spec)
     return document

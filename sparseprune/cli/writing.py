@@ -6,6 +6,7 @@ Owns the order: everything is written, the input is still what it was, then the 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
@@ -72,6 +73,13 @@ def staged(output: StagedOutput, *, quiet: bool) -> Iterator[None]:
                 "removing the folder gives it up"
             )
         raise
+
+
+def report_bytes(document: Document) -> bytes:
+    """A report as the JSON that is written beside an output: ValueError for a number that is not finite."""
+    text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    # A path that is not UTF-8 has surrogates, which are escapes of JSON as well.
+    return text.encode(errors="backslashreplace")
 
 
 class Ending(Protocol):

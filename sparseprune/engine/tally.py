@@ -1,7 +1,8 @@
-"""What is counted in a tensor: its elements, its zeros and its energy."""
+"""What is counted in a tensor: its elements, its zeros and its energy; how energies add up and compare."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,8 @@ from sparseprune.engine.kernels.counting import zeros_and_energy
 from sparseprune.engine.kernels.formats import FORMATS
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
     from sparseprune.engine.kernels.formats import Bits
 
 
@@ -40,3 +43,37 @@ def tally(bits: Bits, dtype: str) -> Tally:
         return Tally(bits.size, *zeros_and_energy(bits, form))
     wide = bits.view(f"int{8 * bits.itemsize}").astype(np.float64)
     return Tally(bits.size, bits.size - int(np.count_nonzero(bits)), float(np.dot(wide, wide)))
+
+
+def exact_sum(terms: Iterable[float]) -> float:
+    """The exactly rounded sum; what is not finite stays so.
+
+    >>> exact_sum([1e100, 1.0, -1e100]), exact_sum([math.inf, -math.inf])
+    (1.0, nan)
+    """
+    listed = list(terms)
+    try:
+        return math.fsum(listed)
+    except (OverflowError, ValueError):
+        return sum(listed)
+
+
+def totals_in_units(rows: Iterable[tuple[Sequence[float], int]]) -> list[float]:
+    """The sums of columns of numbers, each row in units of its own power of two; in those of the largest.
+
+    >>> totals_in_units([((1.0, 2.0), 0), ((8.0, 0.0), 3), ((1.0, 1.0), -5000)])
+    [8.125, 0.25]
+    """
+    listed = list(rows)
+    most = max((power for numbers, power in listed if any(numbers)), default=0)
+    scaled = [[math.ldexp(one, power - most) for one in numbers] for numbers, power in listed]
+    return [exact_sum(column) for column in zip(*scaled, strict=True)]
+
+
+def share_of_output(lost: float, dense: float) -> float:
+    """The relative error of outputs: the root of the energy that was lost by that of the dense outputs.
+
+    >>> share_of_output(1.0, 4.0), share_of_output(-1e-20, 4.0), share_of_output(0.0, 0.0)
+    (0.5, 0.0, 0.0)
+    """
+    return math.sqrt(max(lost, 0.0) / dense) if dense > 0 else 0.0

@@ -6,12 +6,11 @@ were finished is not seen.
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from sparseprune.engine.tally import Tally
+from sparseprune.engine.tally import Tally, exact_sum, share_of_output, totals_in_units
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -91,7 +90,7 @@ class Outcomes:
         """One tensor that these rules reach, also where nothing was gathered of it."""
         sums = self._of[stored.name]
         before, after = (
-            Tally(stored.numel, zeros, _total(energies))
+            Tally(stored.numel, zeros, exact_sum(energies))
             for zeros, energies in zip(sums.zeros, sums.energies, strict=True)
         )
         reach = {rule: sums.reach.get(rule, Reach()) for rule in dict.fromkeys(rules)}
@@ -103,17 +102,5 @@ def _output_errors(outputs: list[list[float]]) -> tuple[float | None, float | No
     """sqrt(tr(D H D^T) / tr(W0 H W0^T)) over all pieces, by the mask alone and as it is; None of none."""
     if not outputs:
         return None, None
-    masked, now, dense = (_total(list(column)) for column in zip(*outputs, strict=True))
-    return _root(masked, dense), _root(now, dense)
-
-
-def _root(lost: float, dense: float) -> float:
-    return math.sqrt(max(lost, 0.0) / dense) if dense > 0 else 0.0
-
-
-def _total(energies: list[float]) -> float:
-    """The exactly rounded sum; what is not finite stays so."""
-    try:
-        return math.fsum(energies)
-    except (OverflowError, ValueError):
-        return sum(energies)
+    masked, now, dense = totals_in_units((energies, int(power)) for *energies, power in outputs)
+    return share_of_output(masked, dense), share_of_output(now, dense)

@@ -67,7 +67,7 @@ Outcome = list[Any]
 """[tensor, rule, elements reached, pruned, zeros before, energy before, zeros after, energy after].
 
 For a matrix that was reconstructed there follow its output energies: a list of what is lost by the mask
-alone, what is lost now, and that of the dense matrix.
+alone, what is lost now, and that of the dense matrix, and the power of two that these three count in.
 """
 
 

@@ -21,6 +21,7 @@ from sparseprune.pipeline.cells import grid_box
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from sparseprune.checkpoint import StoredTensor
     from sparseprune.pipeline.cells import AnyBlock, Part
     from sparseprune.pipeline.inputs import Role, TaskInput
     from sparseprune.pipeline.plan import Task
@@ -88,7 +89,7 @@ class Ranking:
         """What the elements of a box count in place of the weights; None where the weights themselves count.
 
         Raises:
-            SparsityError: NaN in a score file that may have none, a negative Hessian diagonal.
+            SparsityError: NaN in a score file that may have none, a negative norm or Hessian diagonal.
         """
         kind = self._score.kind
         if kind == "values":
@@ -120,7 +121,7 @@ class Ranking:
             return None
         stored = self._inputs["blocks", block.label].stored
         loaded = self._traffic.load(grid_box(block, part, stored))
-        self._refuse_nan(loaded.view, stored.dtype, block.label, "blocks")
+        self._refuse_nan(loaded.view, stored, block.label, "blocks")
         form = FORMATS.get(stored.dtype)
         if form is None:
             return loaded.view.view(f"int{8 * loaded.view.itemsize}").astype(np.float64)
@@ -131,13 +132,15 @@ class Ranking:
     def _file_elements(self, role: Role, box: Box) -> Elements:
         stored = self._inputs[role, box.leaf.tensor].stored
         bits = self._traffic.load(Box(box.leaf, stored, box.begin, box.extent)).view
-        self._refuse_nan(bits, stored.dtype, box.leaf.tensor, role)
+        self._refuse_nan(bits, stored, box.leaf.tensor, role)
         return Elements(bits, stored.dtype, may_be_infinite=True)
 
-    def _refuse_nan(self, bits: Bits, dtype: str, key: str, role: Role) -> None:
-        if not self.prunes_nonfinite and Elements(bits, dtype, may_be_infinite=True).without_rank().any():
+    def _refuse_nan(self, bits: Bits, stored: StoredTensor, key: str, role: Role) -> None:
+        elements = Elements(bits, stored.dtype, may_be_infinite=True)
+        if not self.prunes_nonfinite and elements.without_rank().any():
             raise SparsityError(
-                f"{key}: there is NaN in its {_FILE_OF[role]} file: it has no rank among the scores"
+                f"{key}: there is NaN in its {_FILE_OF[role]} file: it has no rank among the scores "
+                f"({stored.shard.path})"
             )
 
     def _along(self, box: Box) -> Floats:
@@ -179,11 +182,14 @@ class Ranking:
             shape = shape[:-1]
         else:
             bits = self._traffic.load_run(one.stored, (0, one.stored.numel))
-        self._refuse_nan(bits, one.stored.dtype, one.key, "vector")
+        self._refuse_nan(bits, one.stored, one.key, "vector")
         elements = Elements(bits, one.stored.dtype)
-        if (self._score.kind == "obd" or one.form == "hessian") and _is_negative(elements):
+        if _is_negative(elements):
+            is_norm = self._score.kind == "wanda" and one.form != "hessian"
+            what = "a norm of its inputs" if is_norm else "the diagonal of the Hessian"
             raise SparsityError(
-                f"{one.key}: the diagonal of the Hessian in the score file is negative somewhere"
+                f"{one.key}: {what} in the score file is negative somewhere: calibrate again "
+                f"({one.stored.shard.path})"
             )
         numbers = elements.magnitudes().reshape(shape)
         if one.form == "hessian" and self._score.kind == "wanda":

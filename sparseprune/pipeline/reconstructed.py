@@ -15,7 +15,7 @@ from sparseprune.engine import View
 from sparseprune.engine.block import zero_pruned
 from sparseprune.engine.grids import prod
 from sparseprune.engine.reconstruction.alternating import admm, keep_rows
-from sparseprune.engine.reconstruction.matrices import Matrix, output_energy
+from sparseprune.engine.reconstruction.matrices import Matrix, output_losses, units_of
 from sparseprune.engine.reconstruction.projecting import projection
 from sparseprune.engine.reconstruction.refitting import refit
 from sparseprune.errors import SparsityError
@@ -104,10 +104,7 @@ class _Piece:
             if reconstruct is None:
                 raise TypeError(f"{self._task.instance.label} is not reconstructed")
             if reconstruct.method == "admm":
-                try:
-                    masks, weights, kept = self._alternated(engine, sides, reconstruct)
-                except SparsityError as error:
-                    raise SparsityError(f"{self._task.instance.label}: {error}") from error
+                masks, weights, kept = self._alternated(engine, sides, reconstruct)
             else:
                 masks, weights, kept = self._refitted(engine, tile, sides, reconstruct)
             outputs = {
@@ -244,9 +241,10 @@ class _Piece:
 
 def _output_energies(matrix: Matrix, mask: Tensor, weights: Tensor) -> list[float]:
     """What the outputs of a matrix lose by its mask alone and lose now, and what they were: see Outcome."""
-    dense = matrix.dense.to(matrix.work_dtype)
-    lost = (torch.where(mask, 0.0, dense), dense - weights.to(matrix.work_dtype), dense)
-    return [output_energy(one, matrix.moment, matrix.input_dim) for one in lost]
+    units = units_of([matrix])
+    masked = torch.where(mask, matrix.dense.to(matrix.work_dtype), 0.0)
+    energies = [float(lost.sum()) for lost in output_losses(matrix, [masked, weights, None], units)]
+    return [*energies, units.energy]
 
 
 def _only(scope: AnyScope, leaves: frozenset[BoundBlock]) -> AnyScope:

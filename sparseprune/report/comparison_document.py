@@ -10,8 +10,9 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from sparseprune import __version__
-from sparseprune.report.document import mean, share
-from sparseprune.report.measuring.comparison import TensorComparison, total
+from sparseprune.engine.tally import exact_sum
+from sparseprune.report.document import LEAST_ENERGY, mean, share
+from sparseprune.report.measuring.comparison import TensorComparison
 from sparseprune.report.plan import index_of
 
 if TYPE_CHECKING:
@@ -133,8 +134,12 @@ def _relative_error(one: TensorComparison, energies: Energies) -> float | None:
 
 def _vanishes(one: TensorComparison, energies: Energies) -> bool:
     """Whether numbers are so small that float64 does not hold their squares."""
-    some = one.counts is not None and one.counts.zeros_before < one.numel
-    return bool(one.differs) and some and energies.before == 0
+    return bool(one.differs) and _has_some(one) and energies.before < LEAST_ENERGY
+
+
+def _has_some(one: TensorComparison) -> bool:
+    """Whether a number was not zero."""
+    return one.counts is not None and one.counts.zeros_before < one.numel
 
 
 def _finite(number: float) -> float | None:
@@ -166,14 +171,15 @@ def _total_energies(floats: Iterable[TensorComparison]) -> dict[str, float | Non
     Of what did not change, that which is not finite is left out: it says nothing about what did.
     """
     counted = [
-        one.energies
+        (one, one.energies)
         for one in floats
         if one.energies is not None and (one.differs or math.isfinite(one.energies.before))
     ]
     before, after, change = (
-        total(getattr(energies, key) for energies in counted) for key in ("before", "after", "change")
+        exact_sum(getattr(energies, key) for _, energies in counted) for key in ("before", "after", "change")
     )
-    if not math.isfinite(before):
+    vanishes = before < LEAST_ENERGY and any(_has_some(one) for one, _ in counted)
+    if not math.isfinite(before) or vanishes:
         return {"energy_kept": None, "relative_error": None}
     if before == 0:
         return {

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 Value = TypeVar("Value", bound=float | None)
 _NAMED = 4  # files in one line
 REPORT_SCHEMA = "sparseprune.report.v1"
+# A sum of squares below this has lost digits to the lower end of float64.
+LEAST_ENERGY = 2.0**-960
 
 
 class ReachedElements(Protocol):
@@ -164,10 +166,13 @@ def one_or_all(values: Iterable[Value]) -> Value | list[Value] | None:
 
 
 def energy_kept(before: Tally, after: Tally) -> float | None:
-    """||pruned||^2 / ||dense||^2; 1 where there was nothing to lose, None where either is not finite."""
+    """||pruned||^2 / ||dense||^2; 1 of nothing, None where squares have no place in float64."""
     if not math.isfinite(before.energy) or not math.isfinite(after.energy):
         return None
-    return after.energy / before.energy if before.energy else 1.0
+    if before.energy < LEAST_ENERGY:
+        return 1.0 if before.zeros == before.numel else None
+    kept = after.energy / before.energy
+    return kept if math.isfinite(kept) else None
 
 
 def rule_entry(

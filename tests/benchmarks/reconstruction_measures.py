@@ -22,7 +22,6 @@ from safetensors.torch import load_file, save_file
 
 from sparseprune.calibration import make_sequences
 from sparseprune.checkpoint import open_statistics
-from sparseprune.engine.reconstruction.matrices import output_energy
 from tests.benchmarks import sparsegpt
 
 if TYPE_CHECKING:
@@ -158,3 +157,9 @@ def embeddings(folder: Path, text: Path) -> torch.Tensor:
             for part in torch.split(ids, 32)
         ]
     return torch.nn.functional.normalize(torch.cat(states).mean(1), dim=1)
+
+
+def output_energy(weights: torch.Tensor, moment: torch.Tensor, input_dim: int) -> float:
+    """tr(W H W^T), summed over the matrices."""
+    rows = weights.movedim(input_dim, -1).double()
+    return float(((rows @ moment.double()) * rows).sum())

@@ -485,15 +485,57 @@ def test_a_line_tells_the_output_error(tmp_path: Path) -> None:
     ) in said.err
 
 
-def test_a_moment_that_is_none_is_told_by_admm(tmp_path: Path) -> None:
-    wrong = torch.ones(8, 8) * 3
-    wrong.diagonal().fill_(1.0)
-    save_file({"0.up.weight": torch.randn(4, 8)}, tmp_path / "m.safetensors")
-    save_file({"0.up.weight": wrong}, tmp_path / "stats.safetensors")
-    said = run("apply", tmp_path / "m.safetensors", write_spec(tmp_path, with_head(ADMM, TWO_OF_FOUR)))
-    assert said.code == 2
-    assert "proj[layer=0,name=up]: the second moment of the inputs is none: it has directions of" in said.err
-    assert len(said.err.splitlines()) == 1
+@pytest.mark.parametrize("head", [ADMM, REFIT])
+def test_few_tokens_without_damping_are_no_worse_than_the_masks_and_the_report_is_true(
+    tmp_path: Path, head: str
+) -> None:
+    tensors = mlp_tensors(layers=1, dtype=torch.bfloat16)
+    generator = torch.Generator().manual_seed(5)
+    stats = {}
+    for name in ("0.up.weight", "0.down.weight"):
+        inputs = torch.randn(3, tensors[name].shape[1], generator=generator)
+        stats[name] = inputs.T @ inputs / 3
+    pruned, report = applied(tmp_path, with_head(head + "damp = 0\n", TWO_OF_FOUR), tensors, stats)
+    errors = {one["name"]: one for one in report["tensors"]}
+    for name, moment in stats.items():
+        kept = tensors[name] * (pruned[name] != 0)
+        before, after = (objective(one, tensors[name], moment, 0.0) for one in (kept, pruned[name]))
+        assert all(now <= then * (1 + 1e-9) for now, then in zip(after, before, strict=True))
+        told = relative_error(pruned[name], tensors[name], moment)
+        assert errors[name]["output_error"] == pytest.approx(told, rel=1e-6)
+        assert 0 < told < errors[name]["output_error_masked"]
+
+
+EXTREMES = [
+    (torch.float64, 1e300, torch.float32, 1.0),
+    (torch.float64, 1e-300, torch.float64, 1e300),
+    (torch.float32, 3e37, torch.float64, 1e-300),
+    (torch.bfloat16, 3e37, torch.float32, 1e-36),
+]
+
+
+@pytest.mark.parametrize("head", [ADMM, REFIT])
+@pytest.mark.parametrize(("dtype", "size", "of", "moment_size"), EXTREMES)
+def test_weights_and_moments_of_any_size_are_reconstructed_as_those_of_one(
+    tmp_path: Path, head: str, dtype: torch.dtype, size: float, of: torch.dtype, moment_size: float
+) -> None:
+    tensors = {name: one for name, one in mlp_tensors(layers=1).items() if one.ndim == 2}
+    stats = statistics(tensors)
+    _, usual = applied(tmp_path, with_head(head, TWO_OF_FOUR), tensors, stats)
+    large = {name: (one.double() * size).to(dtype) for name, one in tensors.items()}
+    moments_of = {name: (one.double() * moment_size).to(of) for name, one in stats.items()}
+    _, report = applied(tmp_path, with_head(head, TWO_OF_FOUR), large, moments_of)
+    written = json.loads(
+        (tmp_path / "m.pruned.report.json").read_text(),
+        parse_constant=lambda word: pytest.fail(f"{word} is no JSON"),
+    )
+    assert written == report
+    for key in ("output_error", "output_error_masked"):
+        assert report["totals"][key] == pytest.approx(usual["totals"][key], rel=0.05)
+    where, stats_file = tmp_path / "m.pruned.safetensors", tmp_path / "stats.safetensors"
+    compared = run("compare", tmp_path / "m.safetensors", where, "--stats", stats_file, "--json")
+    errors = [one["output_error"] for one in json.loads(compared.out)["tensors"]]
+    assert errors == [pytest.approx(one["output_error"], rel=1e-6) for one in report["tensors"]]
 
 
 def test_statistics_that_rest_on_few_tokens_are_told(tmp_path: Path) -> None:
@@ -559,6 +601,16 @@ WRONG: list[tuple[str, Any, str]] = [
         lambda stats: stats | {"1.up.weight": -torch.eye(8)},
         "1.up.weight: the second moment of the inputs has a negative diagonal",
     ),
+    (
+        "asymmetric",
+        lambda stats: stats | {"1.up.weight": torch.eye(8) + torch.ones(8, 8).triu(1) * 0.1},
+        "1.up.weight: the second moment of the inputs is none: it is not symmetric, 0.1 at [0, 1], 0 at [1",
+    ),
+    (
+        "indefinite",
+        lambda stats: stats | {"1.up.weight": torch.ones(8, 8) * 3 - 2 * torch.eye(8)},
+        "1.up.weight: the second moment of the inputs is none: it has directions of negative energy",
+    ),
 ]
 
 
@@ -571,6 +623,7 @@ def test_statistics_that_do_not_fit_get_one_line(tmp_path: Path, head: str, chan
     said = run("apply", tmp_path / "m.safetensors", write_spec(tmp_path, with_head(head, TWO_OF_FOUR)))
     assert said.code == 2
     assert line in said.err
+    assert "stats.safetensors" in said.err
     assert len(said.err.splitlines()) == 1
     assert not (tmp_path / "m.pruned.safetensors").exists()
     assert said.out == ""

@@ -220,6 +220,7 @@ def test_statistics_of_some_members_of_a_fused_block_are_enough(tmp_path: Path) 
             "0.up.weight: there is NaN in its score file",
         ),
         ("obd", {"0.up.weight": -torch.ones(8)}, "0.up.weight: the diagonal of the Hessian"),
+        ("wanda", {"0.up.weight": -torch.ones(8)}, "0.up.weight: a norm of its inputs in the score file is"),
         ("values", {}, "0.down.weight has shape [16], wanted [8, 16]"),
         ("blocks", {}, "0.down.weight has shape [16], wanted [8, 16]"),
     ],
@@ -236,6 +237,7 @@ def test_score_files_that_do_not_fit_are_refused(
     said = run("apply", tmp_path / "m.safetensors", spec)
     assert said.code == 2
     assert text in said.err
+    assert "s.safetensors" in said.err
     assert not (tmp_path / "m.pruned.safetensors").exists()
 
 

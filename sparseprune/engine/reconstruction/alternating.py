@@ -13,9 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparseprune.engine.reconstruction.matrices import Matrix, Scaled, scaled
+from sparseprune.engine.reconstruction.matrices import Matrix, Scaled, scaled, units_of
 from sparseprune.engine.reconstruction.refitting import refit
-from sparseprune.errors import SparsityError
 
 Projection = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 """Tensors of the weights' shapes in, masks of these shapes out, True where what is largest is kept."""
@@ -47,15 +46,14 @@ def admm(
 
     `project` is asked which weights survive given others of the same shapes, in coordinates in which the
     diagonal of H is 1; it decides for all matrices at once, so that blocks may compete across them. What it
-    keeps at last is refitted. Where inputs are uncorrelated its first answer, for the dense weights, is best.
+    keeps at last is refitted, and loses in no row more than the dense weights do on the same support. Where
+    inputs are uncorrelated its first answer, for the dense weights, is best.
     `joint` False tells that the matrices of a stack (experts) do not compete with each other: each gets a
     penalty of its own. H is damped as in `refit`; weights that are `fixed` stay. `between` is called between
     iterations; what it raises ends the search.
-
-    Raises:
-        SparsityError: a moment that is none, being far from positive semidefinite.
     """
-    problems = [scaled(matrix, damp) for matrix in matrices]
+    units = units_of(matrices)
+    problems = [scaled(matrix, damp, units) for matrix in matrices]
     sides = [_Side(matrix, problem) for matrix, problem in zip(matrices, problems, strict=True)]
     keep = _projected(sides, project, [problem.dense for problem in problems])
     for side, kept in zip(sides, keep, strict=True):
@@ -67,7 +65,7 @@ def admm(
         matrix = side.matrix
         mask = matrix.unrows(side.keep).contiguous()
         # Where the dense weight stood all along it keeps its bits.
-        rows, same = side.sparse / side.problem.scale, side.sparse == side.problem.dense
+        rows, same = side.problem.unscaled(side.sparse), side.sparse == side.problem.dense
         start = matrix.unrows(torch.where(same, matrix.rows(matrix.dense).to(rows.dtype), rows))
         found.append(Reconstructed(refit(matrix, mask, damp=damp, start=start, between=between), mask))
     return found
@@ -79,12 +77,11 @@ def keep_rows(matrices: Sequence[Matrix], project: Projection, *, damp: float = 
     `project` is asked in coordinates in which the norm of rows is that of their outputs. Survivors keep their
     bits.
     """
+    units = units_of(matrices)
     rows = []
     for matrix in matrices:
-        problem = scaled(matrix, damp)
-        factor, failed = torch.linalg.cholesky_ex(problem.hessian)
-        # Where it is singular without damping the diagonal is what there is.
-        rows.append(torch.where(failed.reshape(-1, 1, 1) > 0, problem.dense, problem.dense @ factor))
+        problem = scaled(matrix, damp, units)
+        rows.append(problem.dense @ torch.linalg.cholesky(problem.hessian))
     masks = project([matrix.unrows(one) for matrix, one in zip(matrices, rows, strict=True)])
     found = []
     for matrix, mask in zip(matrices, masks, strict=True):
@@ -115,11 +112,7 @@ class _Side:
         """The operator rho (H + rho I)^-1 for a penalty (matrices, 1, 1), as a factor or multiplied out."""
         damped = self.problem.hessian.clone()
         damped.diagonal(dim1=-2, dim2=-1).add_(penalty.squeeze(-1))
-        factor, failed = torch.linalg.cholesky_ex(damped)
-        if bool(failed.any()):
-            raise SparsityError(
-                "the second moment of the inputs is none: it has directions of negative energy"
-            )
+        factor = torch.linalg.cholesky(damped)
         self._penalty = penalty
         self._operator = torch.cholesky_inverse(factor) if self._explicit else factor
 

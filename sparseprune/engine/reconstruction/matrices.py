@@ -6,7 +6,9 @@ Called by refitting and alternating.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,7 +16,14 @@ from torch import Tensor
 from sparseprune.engine.rounding import round_to
 from sparseprune.errors import ShapeMismatchError, SparsityError
 
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
 _UNSEEN = 1e-18  # the scale of weights that nothing is known of; its square is a float32 yet
+_USUAL = 30  # weights up to 2^30, and down to 2^-30, are computed with as they are
+_ROUNDED = 1e-4  # with a unit diagonal: what sums of products in float32 may be wrong by
+_SAFETY = 4  # smallest eigenvalue of a system, in units of the rounding of its entries
+_ROWS = 1 << 20  # elements whose energy is taken at one time
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -27,8 +36,8 @@ class Matrix:
 
     Raises:
         ShapeMismatchError: shapes that do not go together.
-        SparsityError: weights that are no floats or not finite; a moment with NaN or infinity or a negative
-            diagonal.
+        SparsityError: weights that are no floats or not finite; a moment with NaN or infinity, or one that is
+            asymmetric or has directions of negative energy, by more than rounding.
     """
 
     dense: Tensor
@@ -47,6 +56,13 @@ class Matrix:
             raise SparsityError("the second moment of the inputs holds NaN or infinity")
         if bool((diagonal < 0).any()):
             raise SparsityError("the second moment of the inputs has a negative diagonal: it is none")
+        for moment in self.moments:
+            _refuse_no_moment(moment)
+
+    @property
+    def moments(self) -> Tensor:
+        """The moments as (matrices, in, in), sharing their storage."""
+        return self.moment if self.moment.ndim == 3 else self.moment.unsqueeze(0)
 
     @property
     def unseen(self) -> list[int]:
@@ -80,16 +96,43 @@ class Matrix:
         return round_to(self.unrows(rows).clamp(-most, most), dtype).contiguous()
 
 
+@dataclass(frozen=True, slots=True)
+class Units:
+    """Weights count in units of 2^`weight`, moments in units of 2^`moment`, an even number.
+
+    In these no square or product of theirs leaves the range of a float, and powers of two round nothing.
+    """
+
+    weight: int = 0
+    moment: int = 0
+
+    @property
+    def energy(self) -> int:
+        """The power of two that energies of outputs count in."""
+        return 2 * self.weight + self.moment
+
+
+def units_of(matrices: Sequence[Matrix]) -> Units:
+    """Units for matrices that are compared with each other: the largest moment is about 1."""
+    weight = _exponent([matrix.dense.to(matrix.work_dtype) for matrix in matrices])
+    moment = _exponent([matrix.moments.diagonal(dim1=-2, dim2=-1) for matrix in matrices])
+    return Units(weight if abs(weight) > _USUAL else 0, moment + moment % 2)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Scaled:
-    """A damped problem in coordinates in which the diagonal of its Hessian is 1.
+    """A damped problem in coordinates in which the diagonal of its Hessian is 1, or a little more.
 
-    `hessian` (matrices, in, in), `dense` (matrices, out, in) is the weights times `scale` (matrices, 1, in).
+    `hessian` (matrices, in, in) is positive definite in the precision of the work; `dense`
+    (matrices, out, in) is the weights, in `units`, times `scale` (matrices, 1, in). What was added to each
+    diagonal of the moments, in `units`, is `damping` (matrices, 1), float64.
     """
 
     hessian: Tensor
     dense: Tensor
     scale: Tensor
+    units: Units
+    damping: Tensor
 
     @property
     def is_uncorrelated(self) -> bool:
@@ -97,36 +140,149 @@ class Scaled:
         off = self.hessian - torch.diag_embed(self.hessian.diagonal(dim1=-2, dim2=-1))
         return not bool(off.any())
 
+    def scaled(self, rows: Tensor) -> Tensor:
+        """Weights, (matrices, out, in) in the dtype of the work, in these coordinates."""
+        return times_power(rows, -self.units.weight) * self.scale
 
-def scaled(matrix: Matrix, damp: float) -> Scaled:
+    def unscaled(self, rows: Tensor) -> Tensor:
+        """What `scaled` gives, undone; infinite where it is too large."""
+        return times_power(rows / self.scale, self.units.weight)
+
+
+def scaled(matrix: Matrix, damp: float, units: Units | None = None) -> Scaled:
     """The problem of a matrix, its Hessian damped by `damp` times the mean of its diagonal.
+
+    A Hessian that is singular then, as far as the precision of the work can tell, is damped by more, as
+    little as it takes: see `_floor`. `units` are the matrix's own, unless it is compared with others.
 
     Raises:
         SparsityError: a negative damp.
     """
     if not damp >= 0:
         raise SparsityError(f"damp {damp}: wanted a number of 0 or more")
-    moment = matrix.moment if matrix.moment.ndim == 3 else matrix.moment.unsqueeze(0)
-    diagonal = moment.diagonal(dim1=-2, dim2=-1).to(torch.float64)
-    roots = (diagonal + damp * diagonal.mean(-1, keepdim=True)).sqrt()
+    units = units or units_of([matrix])
+    work = matrix.work_dtype
+    diagonal = times_power(matrix.moments.diagonal(dim1=-2, dim2=-1).to(torch.float64), -units.moment)
+    damping = damp * diagonal.mean(-1, keepdim=True)
+    roots = (diagonal + damping).sqrt()
     # What no input reaches, and no damping, counts next to nothing, whatever it is compared with.
-    roots = roots.clamp_min(_UNSEEN).to(matrix.work_dtype)
-    hessian = moment.to(matrix.work_dtype) / roots.unsqueeze(-1)
-    hessian /= roots.unsqueeze(-2)
-    hessian = (hessian + hessian.mT).mul_(0.5)
+    roots = roots.clamp_min(_UNSEEN).to(work)
+    stored = times_power(roots.to(torch.promote_types(matrix.moment.dtype, work)), units.moment // 2)
+    hessian = matrix.moments.to(stored.dtype) / stored.unsqueeze(-1)
+    hessian /= stored.unsqueeze(-2)
+    hessian = (hessian + hessian.mT).mul_(0.5).to(work)
+    # Where rounding left nothing of a square, what it left of products with it means nothing.
+    hessian.mul_((diagonal > 0).unsqueeze(-1)).mul_((diagonal > 0).unsqueeze(-2))
     hessian.diagonal(dim1=-2, dim2=-1).fill_(1.0)
+    exact = work == matrix.moment.dtype == torch.float64
+    for one in hessian:
+        one.diagonal().add_(_floor(one, torch.finfo(torch.float64 if exact else torch.float32).eps))
     scale = roots.unsqueeze(-2)
-    return Scaled(hessian, matrix.rows(matrix.dense).to(matrix.work_dtype) * scale, scale)
+    dense = times_power(matrix.rows(matrix.dense).to(work), -units.weight) * scale
+    return Scaled(hessian, dense, scale, units, damping)
 
 
-def output_energy(weights: Tensor, moment: Tensor, input_dim: int = -1) -> float:
-    """tr(W H W^T), summed over the matrices: the mean squared output, in the units of the moment.
+def output_losses(matrix: Matrix, weights: Sequence[Tensor | None], units: Units) -> list[Tensor]:
+    """tr(D H D^T) of every row, for D = W - W0 of each of some `weights` W, or the dense W0 itself for None.
 
-    `weights` and `moment` as in Matrix; products in float32 or wider, sums in float64.
+    `weights` have the shape of the matrix's, and H is its moment as it is. All in float64; gives
+    (matrices, out) tensors, in units of 2^`units.energy`.
     """
-    moved = weights.movedim(input_dim, -1)
-    wide = moved.to(torch.promote_types(moved.dtype, torch.float32))
-    return float(((wide @ moment.to(wide.dtype)).to(torch.float64) * wide).sum())
+    dense = matrix.rows(matrix.dense)
+    lost = [torch.zeros(dense.shape[:2], dtype=torch.float64, device=dense.device) for _ in weights]
+    step = max(1, _ROWS // max(1, matrix.features))
+    for number, moment in enumerate(matrix.moments):
+        wide = times_power(moment.to(torch.float64), -units.moment)
+        for begin in range(0, dense.shape[1], step):
+            rows = number, slice(begin, begin + step)
+            for found, one in zip(lost, weights, strict=True):
+                away = _away(matrix, one, rows, units)
+                found[rows] = ((away @ wide) * away).sum(-1)
+    return lost
+
+
+def distances(matrix: Matrix, weights: Tensor, units: Units) -> Tensor:
+    """|W - W0|^2 of every row, (matrices, out) in float64, in units of 2^(2 `units.weight`)."""
+    everything = slice(None), slice(None)
+    return _away(matrix, weights, everything, units).square().sum(-1)
+
+
+def times_power(tensor: Tensor, power: int) -> Tensor:
+    """Floats times 2^`power`: exact, unless what comes out has no place in their dtype."""
+    if not power:
+        return tensor
+    # The whole power may have no place there itself.
+    return tensor * 2.0 ** (power // 2) * 2.0 ** (power - power // 2)
+
+
+def _away(matrix: Matrix, weights: Tensor | None, rows: tuple[int | slice, slice], units: Units) -> Tensor:
+    """Some rows of weights less the dense ones, or the dense ones for None, in float64."""
+    before = times_power(matrix.rows(matrix.dense)[rows].to(torch.float64), -units.weight)
+    if weights is None:
+        return before
+    return times_power(matrix.rows(weights)[rows].to(torch.float64), -units.weight) - before
+
+
+def _exponent(tensors: Sequence[Tensor]) -> int:
+    """Of the power of two above all magnitudes; 0 where all of them are 0."""
+    most = max((float(one.abs().max()) for one in tensors if one.numel()), default=0.0)
+    return math.frexp(most)[1]
+
+
+def _floor(hessian: Tensor, eps: float) -> float:
+    """What to add to the unit diagonal of a Hessian (in, in) so that rounding its entries does no harm.
+
+    0 where the smallest eigenvalue is some times the rounding error of all entries together, which grows with
+    the root of their number. Else the least of a ladder by fours of which half would make it positive
+    definite: so that in no direction the solution follows what is but rounding.
+    """
+    margin = _SAFETY * eps * math.sqrt(len(hessian))
+    if _is_definite(hessian, -margin):
+        return 0.0
+    floor = 2 * margin
+    while not _is_definite(hessian, floor / 2):
+        floor *= 4
+    return floor
+
+
+def _is_definite(hessian: Tensor, added: float) -> bool:
+    """Whether a symmetric matrix (in, in) is positive definite with something `added` to its diagonal."""
+    wide = hessian.to(torch.float64, copy=True)
+    wide.diagonal().add_(added)
+    return not bool(torch.linalg.cholesky_ex(wide).info)
+
+
+def _refuse_no_moment(moment: Tensor) -> None:
+    """SparsityError where (in, in) is no sum of x x^T, rounded to its dtype."""
+    size = len(moment)
+    if not size:
+        return
+    info = torch.finfo(moment.dtype)
+    power = -_exponent([moment.diagonal()])
+    diagonal = times_power(moment.diagonal().to(torch.float64), power)
+    # A square that was rounded to 0 was less than the least number that is none.
+    least = max(
+        math.ldexp(info.smallest_normal * info.eps, power), torch.finfo(torch.float64).smallest_normal
+    )
+    roots = diagonal.clamp_min(least).sqrt()
+    tolerance = max(_ROUNDED, 2 * info.eps)
+    unit = (times_power(moment.to(torch.float64), power) / roots.unsqueeze(-1)).div_(roots)
+    step = max(1, _ROWS // size)
+    for begin in range(0, size, step):
+        rows, columns = unit[begin : begin + step], unit[:, begin : begin + step].T
+        wrong = ((rows - columns).abs() > tolerance * rows.abs().clamp_min(1.0)).nonzero()
+        if len(wrong):
+            row, column = int(wrong[0, 0]) + begin, int(wrong[0, 1])
+            there, opposite = float(moment[row, column]), float(moment[column, row])
+            raise SparsityError(
+                f"the second moment of the inputs is none: it is not symmetric, {there:.6g} at "
+                f"[{row}, {column}], {opposite:.6g} at [{column}, {row}]; calibrate again"
+            )
+    unit.diagonal().fill_(1.0)
+    if not _is_definite(unit, max(_ROUNDED, 2 * info.eps * math.sqrt(size))):
+        raise SparsityError(
+            "the second moment of the inputs is none: it has directions of negative energy; calibrate again"
+        )
 
 
 def _check_shapes(matrix: Matrix) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from sparseprune.engine.reconstruction.matrices import Matrix, Scaled, scaled
+from sparseprune.engine.reconstruction.matrices import Matrix, Scaled, distances, output_losses, scaled
 from sparseprune.errors import ShapeMismatchError
 
 if TYPE_CHECKING:
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 _WINDOW = 8  # steps over which the objective has to go on falling
 _TOLERANCE = 1e-5  # of the objective of a row, that it has to fall in a window
 _EXACT_TOLERANCE = 1e-12  # the same in float64
-_BLUR, _EXACT_BLUR = 1e-6, 1e-13  # added to a diagonal of 1, in float32 and in float64
 
 
 def refit(
@@ -36,12 +35,16 @@ def refit(
 
     `mask` is bool and of the shape of the weights, True where one survives; H is the moment, damped by `damp`
     times the mean of its diagonal. `start` (the dense weights) is where the search starts; the result has its
-    objective in no row above that of `start` under the mask, also after it was rounded to the weights' dtype.
-    Rows that lost nothing keep their bits, what is pruned becomes +0.0. `between` is called between
-    iterations; what it raises ends the search.
+    objective in no row above that of `start` under the mask. For the moment as it is, without damping, it is
+    in no row above that of the dense weights under the mask: a row that would be keeps those, or `start`
+    where that is better. Both hold in float64, after rounding to the weights' dtype. Rows that lost nothing
+    keep their bits, what is pruned becomes +0.0. `between` is called between iterations; what it raises ends
+    the search.
 
     Preconditioned by the diagonal of H, in float32 (float64 for such weights); where all rows of a matrix
-    share their support it is solved by one Cholesky factor in float64.
+    share their support it is solved by one Cholesky factor in float64. How far weights move is bounded: with
+    a Hessian of unit diagonal and an eigenvalue of at least e, a row moves by no more than the root of what
+    the mask alone loses / e. Where damping leaves e below what rounding does to it (some 1e-5) it is raised.
 
     Raises:
         ShapeMismatchError: a mask or a start of another shape.
@@ -60,11 +63,11 @@ def refit(
         begin = torch.where(fixed, matrix.rows(matrix.dense), begin)
         free = kept & ~fixed
     begin = torch.where(kept, begin.to(matrix.work_dtype), 0.0)
-    step = _steps(problem, begin * problem.scale, free, max_iter, between or (lambda: None))
+    step = _steps(problem, problem.scaled(begin), free, max_iter, between or (lambda: None))
     # A weight that no step moved keeps its bits, the sign of a zero among them.
-    moved = matrix.rounded(torch.where(step == 0, begin, begin + step / problem.scale))
-    still = matrix.rounded(begin)
-    return _better(matrix, problem, moved, still)
+    moved = torch.where(step == 0, begin, begin + problem.unscaled(step))
+    masked = torch.where(kept, matrix.rows(matrix.dense).to(matrix.work_dtype), 0.0)
+    return _best(matrix, problem, masked, None if start is None else begin, moved)
 
 
 def _steps(
@@ -80,19 +83,13 @@ def _steps(
 
 def _solved_together(problem: Scaled, begin: Tensor, free: Tensor) -> Tensor:
     """The exact step where all rows of a matrix may move in the same places, `free` (matrices, in)."""
-    wide = problem.hessian.to(torch.float64)
+    system = problem.hessian.to(torch.float64, copy=True)
     inside = free.to(torch.float64)
-    pull = ((problem.dense - begin).to(torch.float64) @ wide) * inside.unsqueeze(-2)
+    pull = ((problem.dense - begin).to(torch.float64) @ system) * inside.unsqueeze(-2)
     # Where nothing moves stands the identity: one factor of one size, however many places each matrix has.
-    system = wide * inside.unsqueeze(-1) * inside.unsqueeze(-2) + torch.diag_embed(1.0 - inside)
-    # Inputs that follow from each other are told apart no further than the moment was rounded.
-    blur = _BLUR if begin.dtype == torch.float32 else _EXACT_BLUR
-    system.diagonal(dim1=-2, dim2=-1).add_(blur)
-    factor, failed = torch.linalg.cholesky_ex(system)
-    if bool(failed.any()):
-        inverse: Tensor = torch.linalg.pinv(system, hermitian=True, rtol=blur)
-        return ((pull @ inverse) * inside.unsqueeze(-2)).to(begin.dtype)
-    solved: Tensor = torch.cholesky_solve(pull.mT, factor)
+    system.mul_(inside.unsqueeze(-1)).mul_(inside.unsqueeze(-2))
+    system.diagonal(dim1=-2, dim2=-1).add_(1.0 - inside)
+    solved: Tensor = torch.cholesky_solve(pull.mT, torch.linalg.cholesky(system))
     return solved.mT.to(begin.dtype)
 
 
@@ -132,14 +129,23 @@ def _conjugate_gradients(
     return step
 
 
-def _better(matrix: Matrix, problem: Scaled, moved: Tensor, still: Tensor) -> Tensor:
-    """Row by row the one of two weights, of the matrix's shape and dtype, whose objective is lower."""
-    rows = [matrix.rows(weights) for weights in (moved, still)]
-    first, second = (_objective(problem, one) for one in rows)
-    return matrix.unrows(torch.where(first <= second, rows[0], rows[1])).contiguous()
+def _best(matrix: Matrix, problem: Scaled, masked: Tensor, start: Tensor | None, moved: Tensor) -> Tensor:
+    """Row by row what loses least of a mask alone, a start and where that moved to, rounded.
 
-
-def _objective(problem: Scaled, rows: Tensor) -> Tensor:
-    """(matrices, out, 1) in float64."""
-    away = rows.to(problem.dense.dtype) * problem.scale - problem.dense
-    return ((away @ problem.hessian).to(torch.float64) * away).sum(-1, keepdim=True)
+    Between the latter two the damped objective decides. Of the matrix's shape and dtype.
+    """
+    found = [matrix.rounded(one) for one in (masked, start, moved) if one is not None]
+    losses = output_losses(matrix, found, problem.units)
+    if start is not None:
+        damped = [
+            lost + problem.damping * distances(matrix, one, problem.units)
+            for one, lost in zip(found[1:], losses[1:], strict=True)
+        ]
+        worse = damped[1] > damped[0]
+        losses[2] = torch.where(worse, losses[1], losses[2])
+        second, third = (matrix.rows(one) for one in found[1:])
+        found[2] = matrix.unrows(torch.where(worse.unsqueeze(-1), second, third))
+    best = matrix.rows(found[0])
+    for one, lost in zip(found[1:], losses[1:], strict=True):
+        best = torch.where((lost < losses[0]).unsqueeze(-1), matrix.rows(one), best)
+    return matrix.unrows(best).contiguous()

@@ -7,7 +7,6 @@ plain data for comparison_document.py.
 
 from __future__ import annotations
 
-import math
 import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -19,9 +18,10 @@ from sparseprune.engine.dtypes import DTYPES
 from sparseprune.engine.kernels.comparing import Counts, Energies, compare, compare_values
 from sparseprune.engine.kernels.formats import FORMATS
 from sparseprune.engine.kernels.values import values_of
+from sparseprune.engine.tally import exact_sum
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from sparseprune.checkpoint import StoredTensor, TensorReader
     from sparseprune.engine.grids import Shape
@@ -176,21 +176,12 @@ def _energies_of(found: Sequence[_Part]) -> Energies:
     begin, largest = max(changes, key=lambda change: change[1].largest, default=(0, Energies()))
     each = [energies for *_, energies in found]
     return Energies(
-        total(energies.before for energies in each),
-        total(energies.after for energies in each),
-        total(energies.change for energies in each),
+        exact_sum(energies.before for energies in each),
+        exact_sum(energies.after for energies in each),
+        exact_sum(energies.change for energies in each),
         largest.largest,
         begin + largest.place if changes else -1,
     )
-
-
-def total(energies: Iterable[float]) -> float:
-    """The exactly rounded sum; what is not finite stays so."""
-    terms = list(energies)
-    try:
-        return math.fsum(terms)
-    except (OverflowError, ValueError):
-        return sum(terms)
 
 
 @dataclass(frozen=True, slots=True)

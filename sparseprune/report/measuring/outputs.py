@@ -14,6 +14,7 @@ import numpy as np
 from sparseprune.engine.dtypes import DTYPES
 from sparseprune.engine.grids import prod
 from sparseprune.engine.kernels.values import values_of
+from sparseprune.engine.tally import totals_in_units
 from sparseprune.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -77,21 +78,20 @@ def output_errors(
 
 def _error(pair: Pair, statistic: Statistic, reader: TensorReader, progress: Progress) -> float | None:
     shape = pair.before.shape
-    exact = "F64" in {pair.before.dtype, pair.after.dtype}
     turned = _input_dim(statistic, len(shape)) != len(shape) - 1
-    lost = whole = 0.0
+    found: list[tuple[tuple[float, float], int]] = []
     seen = False
     for matrix in range(prod(shape[:-2])):
-        moment = _moment(statistic, matrix, reader).astype(np.float64 if exact else np.float32, copy=False)
+        moment, power = _moment(statistic, matrix, reader)
         seen = seen or bool(moment.any())
         for dense, after in _slabs(pair, matrix, reader, turned=turned):
-            lost += _energy(after - dense, moment)
-            whole += _energy(dense, moment)
+            found.append(_energies(dense, after, moment, power))
             progress(dense.size * pair.nbytes // pair.before.numel, pair.before.name)
     if not seen and pair.before.numel:
         raise CheckpointError(
             f"{statistic.stored.shard.path}: {statistic.stored.name} is zero: nothing was seen of its inputs"
         )
+    lost, whole = totals_in_units(found) or (0.0, 0.0)
     if lost == 0:
         return 0.0
     error = math.sqrt(max(lost, 0.0) / whole) if whole > 0 else math.inf
@@ -127,17 +127,18 @@ def _input_dim(statistic: Statistic, rank: int) -> int:
     return dim + rank if dim < 0 else dim
 
 
-def _moment(statistic: Statistic, matrix: int, reader: TensorReader) -> NDArray[Any]:
+def _moment(statistic: Statistic, matrix: int, reader: TensorReader) -> tuple[Floats, int]:
+    """One moment, in float64 and in units of a power of two; and which."""
     stored = statistic.stored
     size = stored.shape[-1]
     bits = _bits(stored, matrix * size * size, size * size, reader)
-    values = bits.view(np.float32) if stored.dtype == "F32" else _wide(bits, stored)
-    moment: NDArray[Any] = values.reshape(size, size)
+    moment = _wide(bits, stored).reshape(size, size)
     if not np.isfinite(moment).all():
         raise CheckpointError(f"{stored.shard.path}: {stored.name} holds NaN or infinity; calibrate again")
     if (moment.diagonal() < 0).any():
         raise CheckpointError(f"{stored.shard.path}: {stored.name} has a negative diagonal: no second moment")
-    return moment
+    power = _exponent(moment)
+    return np.ldexp(moment, -power), power
 
 
 def _bits(stored: StoredTensor, first: int, count: int, reader: TensorReader) -> NDArray[Any]:
@@ -153,8 +154,15 @@ def _wide(bits: NDArray[Any], stored: StoredTensor) -> Floats:
     return values_of(flat, stored.dtype).astype(np.float64, copy=False).reshape(bits.shape)
 
 
-def _energy(weights: Floats, moment: NDArray[Any]) -> float:
-    """tr(W H W^T), products in the precision of the moment and sums in float64."""
+def _energies(dense: Floats, after: Floats, moment: Floats, power: int) -> tuple[tuple[float, float], int]:
+    """tr(D H D^T) of what changed and of the dense rows, and the power of two that both count in."""
+    own = max(_exponent(dense), _exponent(after))
     with np.errstate(invalid="ignore", over="ignore"):  # weights that are not finite make it NaN
-        narrow = weights.astype(moment.dtype, copy=False)
-        return float(np.einsum("ij,ij->", narrow @ moment, narrow, dtype=np.float64))
+        dense, after = np.ldexp(dense, -own), np.ldexp(after, -own)
+        lost, whole = (float(np.einsum("ij,ij->", one @ moment, one)) for one in (after - dense, dense))
+    return (lost, whole), power + 2 * own
+
+
+def _exponent(numbers: Floats) -> int:
+    """Of the power of two above all magnitudes; 0 where all of them are 0, or one is not finite."""
+    return int(np.frexp(np.abs(numbers).max(initial=0.0))[1])

@@ -326,3 +326,39 @@ def test_the_search_ends_where_what_is_called_between_iterations_raises(calls: i
     assert len(found) == calls
     search(between)
     assert len(found) > calls + 20
+
+
+@pytest.mark.parametrize("damp", [0.0, 1e-8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_few_tokens_and_no_damping_leave_no_row_worse_than_its_own_mask(
+    dtype: torch.dtype, damp: float
+) -> None:
+    for tokens in (1, 8, 16):
+        generator = torch.Generator().manual_seed(tokens)
+        inputs = torch.randn(tokens, SIZE, generator=generator)
+        inputs[:, 3] = 0
+        inputs[:, 7] = inputs[:, 6]
+        matrix = Matrix(torch.randn(SIZE, SIZE, generator=generator).to(dtype), inputs.T @ inputs / tokens)
+        params = [torch.empty(SIZE, SIZE)]
+        (found,) = admm([matrix], projection(*two_of_four(params), params), damp=damp)
+        masked = torch.where(found.mask, matrix.dense.double(), 0.0)
+        before, after = (objective(one, matrix.dense, matrix.moment, 0.0) for one in (masked, found.weights))
+        assert all(now <= then * (1 + 1e-9) for now, then in zip(after, before, strict=True))
+        assert sum(after) < 0.05 * sum(before)
+        assert found.weights.double().abs().max() < 100
+
+
+@pytest.mark.parametrize("power", [-900, -120, 120, 900])
+def test_powers_of_two_of_weights_and_of_moments_do_not_show(power: int) -> None:
+    """Also where matrices compete, whose scales must stay what they are to each other."""
+    given = matrices(2, 3, torch.float64)
+    params = [torch.empty(SIZE, SIZE, dtype=torch.float64) for _ in given]
+    project = projection(*competing_in_two(params), params)
+    once = admm(given, project)
+    scale = 2.0**power
+    other = [Matrix(one.dense * scale, one.moment.double() / scale) for one in given]
+    for one, two in zip(once, admm(other, project), strict=True):
+        assert torch.equal(one.mask, two.mask)
+        torch.testing.assert_close(two.weights / scale, one.weights, rtol=1e-6, atol=1e-9)
+    chosen = keep_rows(given, project), keep_rows(other, project)
+    assert all(torch.equal(one.mask, two.mask) for one, two in zip(*chosen, strict=True))
