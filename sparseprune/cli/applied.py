@@ -8,15 +8,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from sparseprune.checkpoint import open_checkpoint
 from sparseprune.checkpoint.folder import RESULTS, SUFFIX, read_object
-from sparseprune.errors import CheckpointError
+from sparseprune.errors import CheckpointError, SparsepruneError
 from sparseprune.spec import find_spec, parse_spec
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from sparseprune.checkpoint import Checkpoint
+    from sparseprune.checkpoint import Checkpoint, StagedOutput
+    from sparseprune.cli.console import Warnings
+    from sparseprune.pipeline.earlier import Earlier, Touched
     from sparseprune.spec import Spec
 
 
@@ -53,6 +56,34 @@ def applied_report(checkpoint: Checkpoint) -> Mapping[str, Any] | None:
         if isinstance(error.__cause__, FileNotFoundError):
             return None
         raise
+
+
+def warn_of_earlier(
+    checkpoint: Checkpoint, touched: Mapping[str, Touched], limits: tuple[int, int], warnings: Warnings
+) -> Earlier | None:
+    """Before the work: whether what is done to some tensors may break a pattern that they have.
+
+    None where nothing is `touched`; `limits` are memory and threads to look with.
+    """
+    if not touched:
+        return None
+    from sparseprune.pipeline.earlier import earlier_of
+
+    try:
+        spec = applied_spec(checkpoint, None, {})
+    except SparsepruneError:  # whoever left it has changed it
+        spec = None
+    earlier = earlier_of(checkpoint, touched, spec, limits)
+    warnings.add(*earlier.may_break())
+    return earlier
+
+
+def warn_of_broken(earlier: Earlier | None, output: StagedOutput, warnings: Warnings) -> None:
+    """After the work, before the output gets its name: which of these patterns it has no longer."""
+    if earlier is None or not (earlier.risks or earlier.seen):
+        return
+    root, files = output.staged_path, [place.file for place in output.layout.weights.values()]
+    warnings.add(*earlier.broken(open_checkpoint(root if output.layout.is_directory else root / files[0])))
 
 
 def _report_path(checkpoint: Checkpoint) -> Path:

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     from sparseprune.checkpoint import Checkpoint, StoredMask, StoredTensor
     from sparseprune.cli.request import Prepared
-    from sparseprune.pipeline import TensorOutcome
+    from sparseprune.pipeline import Plan, TensorOutcome
     from sparseprune.pipeline.limits import Limits
     from sparseprune.pipeline.removal.presuming import Presumed
     from sparseprune.pipeline.removal.removing import Removal
@@ -119,6 +119,7 @@ class Choice:
     devices: Mapping[str, str] = field(default_factory=dict)
     rebuilt: Mapping[str, StoredTensor] = field(default_factory=dict)
     bound: BoundSpec | None = None
+    plan: Plan | None = None
     outcomes: Sequence[TensorOutcome] = ()
     overrides: Mapping[str, str] = field(default_factory=dict)
     spec_sha256: str | None = None
@@ -271,6 +272,7 @@ def _by_spec(request: RemoveRequest, prepared: Prepared, output: StagedOutput) -
         devices=devices_of_rules(schedule, device),
         rebuilt=rebuilt,
         bound=plan.bound,
+        plan=plan,
         outcomes=outcomes,
         overrides=request.overrides,
         spec_sha256=digest(prepared.source.text),

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparseprune.checkpoint import StagedOutput, TensorReader, lay_out_removal, read_beside, read_config
 from sparseprune.checkpoint.foreign import PICKLE_SUFFIXES, names_training_state
+from sparseprune.cli.applied import warn_of_broken, warn_of_earlier
 from sparseprune.cli.choosing import Ending, RemoveRequest, chosen, refuse_contradictions, resized
 from sparseprune.cli.console import print_json, print_result, stderr_console, tell, tell_lines
 from sparseprune.cli.progress import progress
@@ -20,6 +21,7 @@ from sparseprune.errors import CheckpointError, SparsepruneError
 if TYPE_CHECKING:
     from sparseprune.checkpoint import Checkpoint, OutputLayout
     from sparseprune.cli.choosing import Choice
+    from sparseprune.pipeline.earlier import Touched
     from sparseprune.pipeline.removal.cutting import Cut
     from sparseprune.pipeline.removal.removing import Removal
     from sparseprune.report.removal import RemovalRun
@@ -117,10 +119,13 @@ def _worked(
     layout = output.layout
     if choice.left_out is not None and not request.quiet:
         tell(choice.left_out)
+    limits = request.memory, request.jobs
+    earlier = warn_of_earlier(choice.checkpoint, _touched(choice, removal), limits, request.warnings)
     cuts = _cuts(choice, removal, layout)
     total, already = cut_bytes(cuts, choice.limits, output)
     with progress("removing", total, quiet=request.quiet, already=already) as advance:
         cut(cuts, choice.limits, request.jobs, reader, output, advance)
+    warn_of_broken(earlier, output, request.warnings)
     document = removal_document(
         _circumstances(request, choice, layout, began), choice.checkpoint, choice.bound, removal
     )
@@ -144,6 +149,20 @@ def _cuts(choice: Choice, removal: Removal, layout: OutputLayout) -> list[Cut]:
         )
         for name in layout.weights
     ]
+
+
+def _touched(choice: Choice, removal: Removal) -> dict[str, Touched]:
+    """The tensors in which zeros come to stand elsewhere, or come back."""
+    from sparseprune.pipeline.earlier import Touched, rebuilt
+
+    rules = {} if choice.plan is None else rebuilt(choice.plan)
+    found = {}
+    for name, left in removal.left.items():
+        again = rules[name].rules if name in rules else ()
+        cut = () if left.kept is None else left.kept.cut
+        if again or cut:
+            found[name] = Touched(left.name, again, cut)
+    return found
 
 
 def _circumstances(request: RemoveRequest, choice: Choice, layout: OutputLayout, began: float) -> RemovalRun:
