@@ -374,7 +374,8 @@ nnz = 4
 """
 # For each kind of problem what is changed and what is said; "+" appends a line where the comment stands.
 KINDS_OF_PROBLEMS: dict[str, tuple[str, str, str]] = {
-    "unknown table": ("# top", "+[colours]\nred = 1", "[colours]: unknown table; there is"),
+    "unknown table": ("# top", "+[paint]\nred = 1", "[paint]: unknown table"),
+    "no such share": ("# top", '+covers = "all"', 'covers: found "all", wanted'),
     "no table": ("# top", "+reconstruct = 1", "reconstruct: found 1, wanted a table"),
     "cycle": ("# vars", '+a = "b"\nb = "a"', "[vars] a: this needs itself"),
     "other cycle": ("# vars", '+c = "d + 1"\nd = "c"', "[vars] c: this needs itself"),
@@ -454,7 +455,7 @@ def test_one_problem_of_every_kind_makes_one_line_of_each() -> None:
     lines = problems_of(*kinds)
     for kind in kinds:
         assert sum(line.startswith(f"spec.toml: {KINDS_OF_PROBLEMS[kind][2]}") for line in lines) == 1, kind
-    assert len(lines) == len(kinds) == 29
+    assert len(lines) == len(kinds) == 30
 
 
 BORROWED = """
