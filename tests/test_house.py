@@ -62,6 +62,7 @@ def test_layers_are_held_by_the_import_linter() -> None:
         "import sparseprune",
         "import sparseprune.checkpoint, sparseprune.spec, sparseprune.pipeline",
         "import sparseprune.cli.app",
+        "import sparseprune.cli.calibrate; from sparseprune.calibration import read_documents",
     ],
 )
 def test_imports_without_torch(code: str) -> None:

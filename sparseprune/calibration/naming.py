@@ -73,7 +73,7 @@ def without_statistics(
         if ends & embeddings:
             yield name, "an embedding, which is looked up and not multiplied with"
         elif ends:
-            yield name, "nothing was multiplied with it"
+            yield name, "no matrix product with it was seen"
         else:
             yield name, "the model has nothing of this name"
 

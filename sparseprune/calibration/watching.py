@@ -177,6 +177,7 @@ class SharedInputs:
         self.first: dict[str, int] = {}
         self.last: dict[str, int] = {}
         self._met: dict[str, list[int]] = {}
+        self._previous = ("", 0)
         self._recent: deque[tuple[tuple[Any, ...], Tensor, int]] = deque(maxlen=_REMEMBERED)
         self._products = 0
 
@@ -187,9 +188,9 @@ class SharedInputs:
         key = (inputs.data_ptr(), tuple(inputs.shape), inputs.stride(), inputs._version)  # noqa: SLF001
         # An input has the number of the first product with it.
         number = next((first for same, _, first in self._recent if same == key), self._products)
-        met = self._met.setdefault(name, [])
-        if not met or met[-1] != number:  # parts of one parameter meet one input
-            met.append(number)
+        if self._previous != (name, number):  # parts of one parameter meet one input, which counts once
+            self._met.setdefault(name, []).append(number)
+        self._previous = (name, number)
         self.input_dims.setdefault(name, product.input_dim)
         self.first.setdefault(name, self._products)
         self.last[name] = self._products

@@ -59,8 +59,9 @@ class Collected:
 class Statistic:
     """What a file has for a weight: `kind` None is a ready tensor, of which only its name is known.
 
-    "hessian" is the mean of x x^T over tokens, "norm" the root of its diagonal; `input_dim` is None where
-    the file does not say it. `tokens` were counted, one number for each matrix; () where nobody did.
+    "hessian" is the mean of x x^T over the rows that met the weight (of an expert, the sum over its rows by
+    all tokens of the text), "norm" the root of its diagonal; `input_dim` is None where the file does not say
+    it. `tokens` is how many rows were counted, one number for each matrix; () where nobody did.
     """
 
     stored: StoredTensor

@@ -56,8 +56,7 @@ class Request:
 
 def run(request: Request) -> None:
     """Read, plan, run the text through the model, commit, tell."""
-    from sparseprune.calibration import Chat, load_model, make_sequences, plan_calibration, read_documents
-    from sparseprune.pipeline import resolve_device
+    from sparseprune.calibration import Chat, read_documents
 
     began = time.perf_counter()
     checkpoint = open_checkpoint(request.checkpoint)
@@ -67,6 +66,10 @@ def run(request: Request) -> None:
     most = _CHARACTERS * request.sequences * (request.length or 2048)
     documents = read_documents(request.text, request.field, most)
     _say(request, f"loading the model of {request.checkpoint}")
+    # Not before something is said: this takes seconds.
+    from sparseprune.calibration import load_model, make_sequences, plan_calibration
+    from sparseprune.pipeline import resolve_device
+
     device = resolve_device(request.device, uses_torch=True)
     with temporary_folder("sparseprune-") as folder:
         loaded = load_model(checkpoint, device, Path(folder))
@@ -86,7 +89,7 @@ def run(request: Request) -> None:
         plan = plan_calibration(loaded, sequences, checkpoint, request.kind, request.memory)
         layout = lay_out_statistics(checkpoint, target, request.kind, plan.tensors)
         output = StagedOutput(layout, request.force, _identity(request, loaded, sequences, plan, checkpoint))
-        _warn_of_little_room(plan, layout, request.kind)
+        _warn_of_little_room(request, plan, layout)
         with interrupts_told(output):
             document = write_output(
                 output,
@@ -107,14 +110,15 @@ def _say(request: Request, text: str) -> None:
         tell(text)
 
 
-def _warn_of_little_room(plan: Calibration, layout: OutputLayout, kind: StatisticsKind) -> None:
+def _warn_of_little_room(request: Request, plan: Calibration, layout: OutputLayout) -> None:
     """The sums of an unfinished pass are written while those of a moment before are still there."""
-    sums = max(sum(unit.nbytes(kind) for unit in units) for units in plan.passes)
-    free = free_bytes(layout.target.parent)
-    if free < layout.output_bytes + 2 * sums:
-        tell(
-            f"warning: {layout.target.parent}: {free} bytes are free, {layout.output_bytes + 2 * sums} are "
-            "wanted to keep the sums of an unfinished pass: a run that is killed may lose them"
+    sums = max(sum(unit.nbytes(request.kind) for unit in units) for units in plan.passes)
+    wanted, free = layout.output_bytes + 2 * sums, free_bytes(layout.target.parent)
+    if free < wanted:
+        _say(
+            request,
+            f"warning: {layout.target.parent}: {free} bytes are free, but keeping the sums of an unfinished "
+            f"run takes {wanted}: it may have to begin anew after an interruption",
         )
 
 

@@ -199,8 +199,8 @@ def calibrate(
         typer.Option(
             "--text",
             metavar="FILE",
-            help="Text, or JSON lines (.jsonl); repeat it for several. Of long files the first part is read, "
-            "64 characters for each token that is asked for.",
+            help="Text, JSON lines (.jsonl) or a list of records (.json), which may be chats; repeat it for "
+            "several. Of long files the first part is read, 64 characters for each token that is asked for.",
             show_default=False,
         ),
     ],
@@ -225,7 +225,10 @@ def calibrate(
     field: Annotated[
         str | None,
         typer.Option(
-            "--field", metavar="NAME", help="Which field of JSON lines is text.", show_default="text"
+            "--field",
+            metavar="NAME",
+            help="Which field of a record is text, or a list of messages.",
+            show_default="text, messages or conversations",
         ),
     ] = None,
     seed: Annotated[
@@ -254,8 +257,8 @@ def calibrate(
     """Run text through the checkpoint's model and write what its matrices are multiplied with.
 
     The output is CKPT-stats beside the directory unless --output says otherwise: for every matrix the second
-    moment of its inputs, which [reconstruct] and the scores wanda and obd of a spec read. Needs transformers:
-    pip install 'sparseprune[calibrate]'.
+    moment of its inputs, which [reconstruct] and the scores wanda and obd of a spec read. A run that was
+    interrupted is continued by the same command. Needs transformers: pip install 'sparseprune[calibrate]'.
 
     Example: sparseprune calibrate ./llama --text corpus.txt -o stats
     """

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from sparseprune.checkpoint import open_statistics, statistics
 from sparseprune.cli import stopping
+from sparseprune.errors import SparsepruneError
 from tests.calibration.models import albert, save, save_family, t5, text
 from tests.families.models import HIDDEN
 from tests.samples import Said, run, schema
@@ -80,6 +81,20 @@ def test_stdout_has_the_path_and_stderr_the_facts(home: Path, tmp_path: Path) ->
         "statistics.safetensors",
     ]
     assert calibrate(home, "llama", tmp_path / "quiet", "-q").err == ""
+
+
+def test_something_is_told_before_libraries_are_loaded(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loads(*_: object, **__: object) -> None:
+        raise SparsepruneError("here torch is loaded")
+
+    monkeypatch.setattr("sparseprune.pipeline.resolve_device", loads)
+    said = calibrate(home, "llama", tmp_path / "stats")
+    assert said.err.splitlines() == [
+        f"sparseprune: loading the model of {home / 'llama'}",
+        "sparseprune: here torch is loaded",
+    ]
 
 
 def test_the_report_has_its_schema_and_is_what_json_prints(home: Path, tmp_path: Path) -> None:
