@@ -217,7 +217,7 @@ def _watch(pipe: int, numbers: Container[int]) -> None:
 
 def _wait_patiently(heard: float) -> float:
     """Until nothing asks for patience any more, or for as long as it is asked for; when that was."""
-    while _patience and time.monotonic() < heard + _patience[-1]:
+    while (asked := _patience[-1:]) and time.monotonic() < heard + asked[0]:
         time.sleep(_PAUSE)
     return time.monotonic()
 
