@@ -145,8 +145,8 @@ def load_model(
         config = _plain(transformers.AutoConfig.from_pretrained(path, **own))
     with _told(f"{path}: there is no tokenizer that transformers can read"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, **own)
+    kind = _model_class(transformers, config)
     with _told(f"{path}: {version} cannot build the model that config.json describes"):
-        kind = _model_class(transformers, config)
         _refuse_larger(kind, config, checkpoint)
     placed = _placement(checkpoint, device, folder, max_memory)
     with _told(f"{path}: {version} cannot load this model"):
@@ -261,9 +261,15 @@ def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, int | float]]:
 
 
 def _refuse_larger(kind: Any, config: Any, checkpoint: Checkpoint) -> None:
-    """CheckpointError where the model has far more weights than there are; builds it without memory."""
-    with torch.device("meta"):
-        model = kind(copy.deepcopy(config))
+    """CheckpointError where the model has far more weights than there are; builds it without memory.
+
+    What cannot be built that way is left to transformers.
+    """
+    try:
+        with torch.device("meta"):
+            model = kind(copy.deepcopy(config))
+    except Exception:  # noqa: BLE001  (whatever it is: it comes again, or has to do with the device)
+        return
     wanted = sum(one.numel() for one in (*model.parameters(), *model.buffers()))
     stored = sum(one.numel for one in checkpoint.tensors.values())
     if wanted > 4 * stored + _FEW_WEIGHTS:
