@@ -123,7 +123,12 @@ PlotOption = Annotated[
 PartialOption = Annotated[
     bool, typer.Option("--partial", help="Let masks and tensors be that have no counterpart.")
 ]
-CsvOption = Annotated[bool, typer.Option("--csv", help="The rows as CSV on stdout.")]
+CsvOption = Annotated[
+    bool,
+    typer.Option(
+        "--csv", help="The rows as CSV on stdout; an apostrophe stands before what would be a formula."
+    ),
+]
 MarkdownOption = Annotated[bool, typer.Option("--markdown", help="The table as Markdown on stdout.")]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 

@@ -171,10 +171,11 @@ def test_a_pickle_beside_the_config_of_another_model_is_that_model(
     assert left_out == {"draft/model.onnx"} | ({"draft/pytorch_model.bin"} if is_copy else set())
 
 
-@pytest.mark.parametrize(
-    ("content", "is_copy"),
-    [(PICKLE, True), (b"PK\x03\x04" + bytes(96), True), (PICKLE[:9], False), (b"mmap" * 99, False)],
-)
+LARGE = {"protocol 2": (PICKLE, True), "a zip": (b"PK\x03\x04" + bytes(96), True)}
+LARGE |= {"a small one": (PICKLE[:9], False), "another format": (b"mmap" * 99, False)}
+
+
+@pytest.mark.parametrize(("content", "is_copy"), LARGE.values(), ids=LARGE)
 def test_a_pickle_of_any_name_is_a_copy_if_it_is_large(tmp_path: Path, content: bytes, is_copy: bool) -> None:
     """The weights take 256 bytes and a header. A language model of n-grams is large, too, and no pickle."""
     write(tmp_path / "model.safetensors", WEIGHTS)

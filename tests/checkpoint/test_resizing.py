@@ -212,14 +212,14 @@ def test_shards_are_counted_anew_where_one_of_a_row_is_gone(
 
 
 def test_a_name_that_another_file_has_is_not_given_to_a_shard(tmp_path: Path) -> None:
-    (tmp_path / "ckpt").mkdir()
-    write(tmp_path / "ckpt" / "model-00001-of-00002.safetensors", [A])
-    checkpoint = directory(tmp_path, {file: [each] for file, each in zip(ROW, (A, B, Z), strict=True)})
+    write(tmp_path / "ckpt" / "sub" / "model-00001-of-00002.safetensors", [("other", "U8", (3,))])
+    row = [f"sub/{name}" for name in ROW]
+    checkpoint = directory(tmp_path, {file: [each] for file, each in zip(row, (A, B, Z), strict=True)})
     layout = removal(checkpoint, {"a": None})
     paths = [file.path for file in layout.files]
     assert len(set(paths)) == len(paths)
-    assert set(ROW[1:]) <= set(map(str, paths))
-    assert ROW[0] not in map(str, paths)
+    assert set(row[1:]) <= set(map(str, paths))
+    assert row[0] not in map(str, paths)
 
 
 def test_a_shard_without_tensors_stays(tmp_path: Path) -> None:
