@@ -38,7 +38,7 @@ _SLABS_A_SCOPE = 8  # a scope of more slabs is counted: several threads share it
 _GROUPS = 64  # parts of a large scope whose digits are counted apart
 _COUNTER_BYTES = 8 << 16  # one histogram
 # That least squares need for each weight, and for each element of a second moment; measured.
-_SOLVER_BYTES, _MOMENT_BYTES = 40, 24
+_SOLVER_BYTES, _MOMENT_BYTES = 40, 32
 
 
 @dataclass(frozen=True, slots=True)

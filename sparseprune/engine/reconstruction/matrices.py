@@ -17,13 +17,13 @@ from sparseprune.engine.rounding import round_to
 from sparseprune.errors import ShapeMismatchError, SparsityError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
 _UNSEEN = 1e-18  # the scale of weights that nothing is known of; its square is a float32 yet
 _USUAL = 30  # weights up to 2^30, and down to 2^-30, are computed with as they are
 _ROUNDED = 1e-4  # with a unit diagonal: what sums of products in float32 may be wrong by
 _SAFETY = 4  # smallest eigenvalue of a system, in units of the rounding of its entries
-_ROWS = 1 << 20  # elements whose energy is taken at one time
+_ROWS = 1 << 18  # elements whose energy is taken at one time
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -188,13 +188,12 @@ def output_losses(matrix: Matrix, weights: Sequence[Tensor | None], units: Units
     `weights` have the shape of the matrix's, and H is its moment as it is. All in float64; gives
     (matrices, out) tensors, in units of 2^`units.energy`.
     """
-    dense = matrix.rows(matrix.dense)
-    lost = [torch.zeros(dense.shape[:2], dtype=torch.float64, device=dense.device) for _ in weights]
-    step = max(1, _ROWS // max(1, matrix.features))
+    lost = [_for_rows(matrix) for _ in weights]
     for number, moment in enumerate(matrix.moments):
-        wide = times_power(moment.to(torch.float64), -units.moment)
-        for begin in range(0, dense.shape[1], step):
-            rows = number, slice(begin, begin + step)
+        wide = moment.to(torch.float64, copy=True)
+        for half in (units.moment // 2, units.moment - units.moment // 2):
+            wide.mul_(2.0**-half)
+        for rows in _slabs(matrix, number):
             for found, one in zip(lost, weights, strict=True):
                 away = _away(matrix, one, rows, units)
                 found[rows] = ((away @ wide) * away).sum(-1)
@@ -203,8 +202,23 @@ def output_losses(matrix: Matrix, weights: Sequence[Tensor | None], units: Units
 
 def distances(matrix: Matrix, weights: Tensor, units: Units) -> Tensor:
     """|W - W0|^2 of every row, (matrices, out) in float64, in units of 2^(2 `units.weight`)."""
-    everything = slice(None), slice(None)
-    return _away(matrix, weights, everything, units).square().sum(-1)
+    found = _for_rows(matrix)
+    for number in range(len(found)):
+        for rows in _slabs(matrix, number):
+            found[rows] = _away(matrix, weights, rows, units).square().sum(-1)
+    return found
+
+
+def _for_rows(matrix: Matrix) -> Tensor:
+    dense = matrix.rows(matrix.dense)
+    return torch.zeros(dense.shape[:2], dtype=torch.float64, device=dense.device)
+
+
+def _slabs(matrix: Matrix, number: int) -> Iterator[tuple[int, slice]]:
+    """A few rows of one of the matrices after the other: what is wide is never all of it."""
+    step = max(1, _ROWS // max(1, matrix.features))
+    for begin in range(0, matrix.rows(matrix.dense).shape[1], step):
+        yield number, slice(begin, begin + step)
 
 
 def times_power(tensor: Tensor, power: int) -> Tensor:
@@ -215,7 +229,7 @@ def times_power(tensor: Tensor, power: int) -> Tensor:
     return tensor * 2.0 ** (power // 2) * 2.0 ** (power - power // 2)
 
 
-def _away(matrix: Matrix, weights: Tensor | None, rows: tuple[int | slice, slice], units: Units) -> Tensor:
+def _away(matrix: Matrix, weights: Tensor | None, rows: tuple[int, slice], units: Units) -> Tensor:
     """Some rows of weights less the dense ones, or the dense ones for None, in float64."""
     before = times_power(matrix.rows(matrix.dense)[rows].to(torch.float64), -units.weight)
     if weights is None:
@@ -249,7 +263,15 @@ def _is_definite(hessian: Tensor, added: float) -> bool:
     """Whether a symmetric matrix (in, in) is positive definite with something `added` to its diagonal."""
     wide = hessian.to(torch.float64, copy=True)
     wide.diagonal().add_(added)
-    return not bool(torch.linalg.cholesky_ex(wide).info)
+    return not bool(cholesky_in_place(wide)[1])
+
+
+def cholesky_in_place(system: Tensor) -> tuple[Tensor, Tensor]:
+    """The lower factor of symmetric matrices, in their own memory, and where it failed: 0 for nowhere."""
+    factor = system.mT  # as LAPACK stores it
+    info = torch.empty(system.shape[:-2], dtype=torch.int32, device=system.device)
+    torch.linalg.cholesky_ex(factor, out=(factor, info))
+    return factor, info
 
 
 def _refuse_no_moment(moment: Tensor) -> None:
@@ -258,15 +280,15 @@ def _refuse_no_moment(moment: Tensor) -> None:
     if not size:
         return
     info = torch.finfo(moment.dtype)
-    power = -_exponent([moment.diagonal()])
-    diagonal = times_power(moment.diagonal().to(torch.float64), power)
+    power = _exponent([moment.diagonal()])
+    power += power % 2
+    diagonal = times_power(moment.diagonal().to(torch.float64), -power)
     # A square that was rounded to 0 was less than the least number that is none.
-    least = max(
-        math.ldexp(info.smallest_normal * info.eps, power), torch.finfo(torch.float64).smallest_normal
-    )
-    roots = diagonal.clamp_min(least).sqrt()
+    least = math.ldexp(info.smallest_normal * info.eps, -power)
+    roots = diagonal.clamp_min(max(least, torch.finfo(torch.float64).smallest_normal)).sqrt()
+    roots = times_power(roots, power // 2)
     tolerance = max(_ROUNDED, 2 * info.eps)
-    unit = (times_power(moment.to(torch.float64), power) / roots.unsqueeze(-1)).div_(roots)
+    unit = moment.to(torch.float64, copy=True).div_(roots.unsqueeze(-1)).div_(roots)
     step = max(1, _ROWS // size)
     for begin in range(0, size, step):
         rows, columns = unit[begin : begin + step], unit[:, begin : begin + step].T

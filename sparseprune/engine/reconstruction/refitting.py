@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from sparseprune.engine.reconstruction.matrices import Matrix, Scaled, distances, output_losses, scaled
+from sparseprune.engine.reconstruction.matrices import (
+    Matrix,
+    Scaled,
+    cholesky_in_place,
+    distances,
+    output_losses,
+    scaled,
+)
 from sparseprune.errors import ShapeMismatchError
 
 if TYPE_CHECKING:
@@ -89,7 +96,7 @@ def _solved_together(problem: Scaled, begin: Tensor, free: Tensor) -> Tensor:
     # Where nothing moves stands the identity: one factor of one size, however many places each matrix has.
     system.mul_(inside.unsqueeze(-1)).mul_(inside.unsqueeze(-2))
     system.diagonal(dim1=-2, dim2=-1).add_(1.0 - inside)
-    solved: Tensor = torch.cholesky_solve(pull.mT, torch.linalg.cholesky(system))
+    solved: Tensor = torch.cholesky_solve(pull.mT, cholesky_in_place(system)[0])
     return solved.mT.to(begin.dtype)
 
 
