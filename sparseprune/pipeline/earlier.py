@@ -289,7 +289,9 @@ def _counts(flags: Flags, of: int, axis: int) -> NDArray[np.int64]:
     """How many of each `of` neighbours along an axis are not zero; what is left over is not looked at."""
     lines = flags if axis == -1 else flags.T
     width = lines.shape[1] // of * of
-    return np.count_nonzero(np.ascontiguousarray(lines[:, :width]).reshape(-1, of), axis=1)
+    groups = np.ascontiguousarray(lines[:, :width]).reshape(-1, of)
+    counts: NDArray[np.int64] = np.count_nonzero(groups, axis=1)
+    return counts
 
 
 def _nonzero(stored: StoredTensor, reader: TensorReader) -> Flags | None:

@@ -178,7 +178,7 @@ def _total_energies(floats: Iterable[TensorComparison]) -> dict[str, float | Non
     before, after, change = (
         exact_sum(getattr(energies, key) for _, energies in counted) for key in ("before", "after", "change")
     )
-    vanishes = before < LEAST_ENERGY and any(_has_some(one) for one, _ in counted)
+    vanishes = before < LEAST_ENERGY and any(one.differs and _has_some(one) for one, _ in counted)
     if not math.isfinite(before) or vanishes:
         return {"energy_kept": None, "relative_error": None}
     if before == 0:

@@ -206,6 +206,7 @@ def test_of_equal_changes_the_first_one_in_order_is_told_whoever_finds_it(tmp_pa
         ([1e-200, 1e-200], [1e-200, 0], None, None),
         ([1e-200, 1e-200], [1e-200, 1e-200], 1.0, 0.0),
         ([1e200, 1], [1e200, 0], None, None),
+        ([1e-160, 1e-160], [1e-160, 0], None, None),  # squares that have lost digits
     ],
 )
 def test_a_share_is_told_where_it_is_a_finite_number(
@@ -215,6 +216,9 @@ def test_a_share_is_told_where_it_is_a_finite_number(
     document = compared(tmp_path, *pair)
     (entry,) = document["tensors"]
     assert (entry["energy_kept"], entry["relative_error"]) == (kept, error)
+    if all(map(math.isfinite, before)):
+        totals = document["totals"]
+        assert (totals["energy_kept"], totals["relative_error"]) == (kept, error)
 
 
 def test_totals_are_shares_of_the_energy_of_all_floats(tmp_path: Path) -> None:
