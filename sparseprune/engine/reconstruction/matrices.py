@@ -166,7 +166,7 @@ def scaled(matrix: Matrix, damp: float, units: Units | None = None) -> Scaled:
     damping = damp * diagonal.mean(-1, keepdim=True)
     roots = (diagonal + damping).sqrt()
     # What no input reaches, and no damping, counts next to nothing, whatever it is compared with.
-    roots = roots.clamp_min(_UNSEEN).to(work)
+    roots = roots.clamp(_UNSEEN, 1 / _UNSEEN).to(work)
     stored = times_power(roots.to(torch.promote_types(matrix.moment.dtype, work)), units.moment // 2)
     hessian = matrix.moments.to(stored.dtype) / stored.unsqueeze(-1)
     hessian /= stored.unsqueeze(-2)
