@@ -11,6 +11,7 @@ from sparseprune.checkpoint.identity import (
     checkpoint_identity,
     refuse_changed,
     refuse_changed_shards,
+    shards_identity,
 )
 from sparseprune.checkpoint.layout import (
     CopyRange,
@@ -87,4 +88,5 @@ __all__ = [
     "refuse_changed",
     "refuse_changed_shards",
     "refuse_replacing",
+    "shards_identity",
 ]

@@ -26,7 +26,7 @@ from sparseprune.checkpoint.foreign import (
     names_training_state,
     names_weights,
 )
-from sparseprune.checkpoint.stamps import Stamp, stamp_of
+from sparseprune.checkpoint.stamps import Stamp, permissions, stamp_of
 from sparseprune.errors import CheckpointError, MachineError
 
 if TYPE_CHECKING:
@@ -64,22 +64,29 @@ _LEADS_NOWHERE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAM
 
 @dataclass(frozen=True, slots=True)
 class OtherFile:
-    """A file that is copied as it is; `path` is relative to the checkpoint, `stamp` as it was found."""
+    """A file that is copied as it is; `path` is relative to the checkpoint, `stamp` as it was found.
+
+    `mode` are its permissions.
+    """
 
     path: PurePosixPath
     nbytes: int
-    executable: bool
+    mode: int
     stamp: Stamp
 
 
 @dataclass(frozen=True, slots=True)
 class FoundFiles:
-    """The shards in the order of their names, what the index says of their tensors, all other files."""
+    """The shards in the order of their names, what the index says of their tensors, all other files.
+
+    `folders` are the permissions of the directory itself and of all folders in it that hold some of them.
+    """
 
     shards: tuple[PurePosixPath, ...]
     index: PurePosixPath | None
     weight_map: Mapping[str, PurePosixPath]
     others: tuple[OtherFile, ...]
+    folders: Mapping[PurePosixPath, int]
 
 
 def find_files(directory: Path) -> FoundFiles:
@@ -99,9 +106,11 @@ def find_files(directory: Path) -> FoundFiles:
         unlisted = _unlisted_names(directory, top, files, listed)
         shards = tuple(sorted({*weight_map.values(), *map(PurePosixPath, unlisted)}))
         others = tuple(_other_files(directory, frozenset(shards)))
+        inside = {folder for path in (*shards, *(other.path for other in others)) for folder in path.parents}
+        folders = {folder: permissions((directory / folder).stat()) for folder in inside}
     except OSError as error:
         raise MachineError(f"{error.filename or directory}: cannot be read: {error.strerror}") from error
-    return FoundFiles(shards, None if index is None else PurePosixPath(index), weight_map, others)
+    return FoundFiles(shards, None if index is None else PurePosixPath(index), weight_map, others, folders)
 
 
 def is_folder(path: Path) -> bool:
@@ -389,4 +398,4 @@ def _other_file(directory: Path, path: PurePosixPath) -> OtherFile:
         raise CheckpointError(
             f"{directory / path}: neither a file nor a folder, so it cannot be copied; remove it"
         )
-    return OtherFile(path, status.st_size, bool(status.st_mode & stat.S_IXUSR), stamp_of(status))
+    return OtherFile(path, status.st_size, permissions(status), stamp_of(status))

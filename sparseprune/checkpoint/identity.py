@@ -1,4 +1,4 @@
-"""Is an input still the one whose headers were read? Told by names, sizes and times, not by its data.
+"""Is an input still the one whose headers were read? Told by names, sizes and stamps, not by its data.
 
 Owns what a run remembers of its input: for its own end, and for the run that continues it. Reads no
 file. Called by the pipeline.
@@ -26,23 +26,33 @@ _ADVICE = "run again when nothing writes there"
 
 
 def checkpoint_identity(checkpoint: Checkpoint) -> str:
-    """A SHA-256 over path, size, time and header of every shard and path, size and time of other files.
+    """A SHA-256 of all shards, as `shards_identity`, and of path, size and stamp of other files.
 
-    Shards as they were when their headers were read. MachineError where another file is gone.
+    MachineError where another file is gone.
     """
-    digest = hashlib.sha256()
-
-    def add(path: Path, size: int, mtime_ns: int, raw: bytes = b"") -> None:
-        digest.update(json.dumps([str(path.absolute()), size, mtime_ns, len(raw)]).encode() + b"\n" + raw)
-
-    for shard in checkpoint.shards:
-        add(shard.path, shard.header.file_size, shard.mtime_ns, shard.header.raw)
+    digest = hashlib.sha256(shards_identity(checkpoint.shards).encode())
     for other in checkpoint.others:
         path = checkpoint.path / other.path
         with machine_errors(path, "cannot be examined"):
             status = path.stat()
-        add(path, status.st_size, status.st_mtime_ns)
+        digest.update(_line(path, status.st_size, stamp_of(status)))
     return digest.hexdigest()
+
+
+def shards_identity(shards: Iterable[Shard]) -> str:
+    """A SHA-256 over path, size, stamp and header of every shard, as they were when their headers were read.
+
+    Size and time alone may be the same for other bytes: who copies a file over another can keep both.
+    """
+    digest = hashlib.sha256()
+    for shard in shards:
+        header = shard.header
+        digest.update(_line(shard.path, header.file_size, shard.stamp, len(header.raw)) + header.raw)
+    return digest.hexdigest()
+
+
+def _line(path: Path, *facts: object) -> bytes:
+    return json.dumps([str(path.absolute()), *facts]).encode() + b"\n"
 
 
 def changed_since(shards: Iterable[Shard]) -> str | None:

@@ -1,17 +1,19 @@
 """The journal of an unfinished output: what it depends on, and which pieces of work are on disk.
 
-JSON lines: the first holds the format and the identity, every other one [key, record]. Owns the form and
-what a torn or a foreign journal means. Knows neither keys nor records. Called by staging.py, which calls
-`append` only with what is on disk.
+Lines of JSON, each behind a check sum of all lines up to it: the first holds the format and the identity,
+every other one [key, record]. Owns the form and what a torn or a damaged journal means. Knows neither keys
+nor records. Called by staging.py, which calls `append` only with what is on disk.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
+import zlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, BinaryIO, Self, TypeGuard
 
 from sparseprune.checkpoint import transfer
 
@@ -19,18 +21,26 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-_FORMAT = 1
+_FORMAT = 2
+_NO_FILE = frozenset({errno.ENOENT, errno.ELOOP, errno.ENXIO})  # nothing there, a link, a socket
+_DIGITS = 8  # of the check sum, a CRC-32
+_LONGEST = 1 << 28  # bytes of a line; decisions on a billion blocks have fewer
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _APPEND = os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+_READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
 @dataclass(frozen=True, slots=True)
 class JournalContent:
-    """What a journal says: the work's identity, the records by key, and where its last whole line ends."""
+    """What a journal says: the work's identity, the records by key, and where its last good line ends.
+
+    `check_sum` is that of all lines up to there.
+    """
 
     identity: Mapping[str, str]
     finished: Mapping[str, Any]
     end: int
+    check_sum: int
 
 
 class Journal:
@@ -39,18 +49,19 @@ class Journal:
     Not to be used from two threads at one time, and no longer after an error.
     """
 
-    def __init__(self, path: Path, descriptor: int, end: int, notes: int) -> None:
+    def __init__(self, path: Path, descriptor: int) -> None:
         self.path = str(path)
+        self.notes = 0
         self._descriptor = descriptor
-        self._end = end
-        self.notes = notes
+        self._end = 0
+        self._check_sum = 0
 
     @classmethod
     def begin(cls, path: Path, identity: Mapping[str, str]) -> Self:
         """A new journal, on disk if its folder is; OSError where there is one."""
-        journal = cls(path, os.open(path, _CREATE, 0o666), end=0, notes=0)
+        journal = cls(path, os.open(path, _CREATE, 0o600))
         try:
-            journal._add(_line({"format": _FORMAT, "identity": dict(identity)}))
+            journal._add([_json({"format": _FORMAT, "identity": dict(identity)})])
         except BaseException:
             journal.close()
             raise
@@ -58,69 +69,98 @@ class Journal:
 
     @classmethod
     def resume(cls, path: Path, content: JournalContent) -> Self:
-        """The journal that has this content, cut off after its last whole line."""
-        descriptor = os.open(path, _APPEND)
+        """The journal that has this content, cut off after its last good line."""
+        journal = cls(path, os.open(path, _APPEND))
         try:
-            os.ftruncate(descriptor, content.end)
+            os.ftruncate(journal._descriptor, content.end)
         except BaseException:
-            os.close(descriptor)
+            journal.close()
             raise
-        return cls(path, descriptor, content.end, len(content.finished))
+        journal._end, journal._check_sum = content.end, content.check_sum
+        journal.notes = len(content.finished)
+        return journal
 
-    def append(self, lines: Sequence[bytes]) -> None:
-        """Adds lines as `note_line` makes them and waits until they are on disk."""
-        self._add(b"".join(lines))
-        self.notes += len(lines)
+    def append(self, notes: Sequence[bytes]) -> None:
+        """Adds notes as `note_text` makes them and waits until they are on disk."""
+        self._add(notes)
+        self.notes += len(notes)
 
     def close(self) -> None:
         os.close(self._descriptor)
 
-    def _add(self, data: bytes) -> None:
+    def _add(self, texts: Sequence[bytes]) -> None:
+        check_sum, lines = self._check_sum, []
+        for text in texts:
+            check_sum = zlib.crc32(text, check_sum)
+            lines.append(b"%0*x %s\n" % (_DIGITS, check_sum, text))
+        data = b"".join(lines)
         transfer.write_at(self._descriptor, data, self._end)
         transfer.sync_data(self._descriptor)
         self._end += len(data)
+        self._check_sum = check_sum
 
 
-def note_line(key: str, record: object) -> bytes:
-    r"""The line of one piece of work; TypeError or ValueError where JSON has no form for the record.
+def note_text(key: str, record: object) -> bytes:
+    r"""One piece of work as JSON; TypeError or ValueError where JSON has no form for the record.
 
-    >>> note_line("a", {"pruned": 3})
-    b'["a",{"pruned":3}]\n'
+    >>> note_text("a", {"pruned": 3})
+    b'["a",{"pruned":3}]'
     """
-    return _line([key, record])
+    return _json([key, record])
 
 
 def read_journal(path: Path) -> JournalContent | None:
-    """What a journal says; None where there is none, or one that this version cannot have written.
+    """What a journal says up to its last good line; None without a head of this version.
 
-    A last line without its end was being written when the run died: it counts as not written.
+    Nothing counts from the first line on that is torn, damaged or of another form.
     """
     try:
-        if not stat.S_ISREG(path.lstat().st_mode):
+        descriptor = os.open(path, _READ)
+    except OSError as error:
+        if error.errno in _NO_FILE:
             return None
-        data = path.read_bytes()
-    except FileNotFoundError:
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
         return None
-    end = data.rfind(b"\n") + 1
+    with os.fdopen(descriptor, "rb") as file:
+        head, end, check_sum = _next(file, 0)
+        if not _is_head(head):
+            return None
+        finished: dict[str, Any] = {}
+        while True:
+            note, length, following = _next(file, check_sum)
+            if not _is_note(note):
+                return JournalContent(head["identity"], finished, end, check_sum)
+            finished[note[0]] = note[1]
+            end, check_sum = end + length, following
+
+
+def _next(file: BinaryIO, check_sum: int) -> tuple[Any, int, int]:
+    """The next line's value, None where it is not good; its length, and the check sum with it."""
+    line = file.readline(_LONGEST)
+    digits, blank, text = line[:_DIGITS], line[_DIGITS : _DIGITS + 1], line[_DIGITS + 1 : -1]
+    if blank != b" " or line[-1:] != b"\n":
+        return None, 0, 0
+    check_sum = zlib.crc32(text, check_sum)
+    if digits != b"%0*x" % (_DIGITS, check_sum):
+        return None, 0, 0
     try:
-        head, *lines = [json.loads(line) for line in data[:end].split(b"\n")[:-1]]
+        return json.loads(text), len(line), check_sum
     except (ValueError, RecursionError):
-        return None
-    if not _is_head(head) or not all(_is_note(line) for line in lines):
-        return None
-    return JournalContent(head["identity"], dict(lines), end)
+        return None, 0, 0
 
 
-def _line(value: object) -> bytes:
-    return json.dumps(value, separators=(",", ":")).encode() + b"\n"
+def _json(value: object) -> bytes:
+    return json.dumps(value, separators=(",", ":")).encode()
 
 
-def _is_head(head: object) -> bool:
+def _is_head(head: object) -> TypeGuard[dict[str, dict[str, str]]]:
     if not isinstance(head, dict) or head.get("format") != _FORMAT:
         return False
     identity = head.get("identity")
     return isinstance(identity, dict) and all(isinstance(part, str) for part in identity.values())
 
 
-def _is_note(line: object) -> bool:
-    return isinstance(line, list) and len(line) == 2 and isinstance(line[0], str)
+def _is_note(note: object) -> TypeGuard[tuple[str, Any]]:
+    return isinstance(note, list) and len(note) == 2 and isinstance(note[0], str)

@@ -8,7 +8,7 @@ any order beside the writing of weights and masks.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
@@ -19,7 +19,7 @@ from sparseprune.checkpoint.header import MAX_HEADER, Header, lay_out
 from sparseprune.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Mapping, Sequence
 
     from sparseprune.checkpoint.folder import OtherFile
     from sparseprune.checkpoint.source import Checkpoint, Shard, StoredTensor
@@ -31,12 +31,15 @@ SHAPES_KEY = "sparseprune.shapes"
 
 @dataclass(frozen=True, slots=True)
 class OutputFile:
-    """A file of the output: its path in the staging folder, its first bytes and its final size."""
+    """A file of the output: its path in the staging folder, its first bytes and its final size.
+
+    `mode` are its permissions, of which the umask takes some.
+    """
 
     path: PurePosixPath
     size: int
     begins_with: bytes = field(default=b"", repr=False)
-    executable: bool = False
+    mode: int = 0o600
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +72,9 @@ class OutputLayout:
 
     Paths of files are relative to the staging folder, and to `root` once the output has its name.
     `stale` names what an earlier output under the same target may have left and this one does not write.
-    `is_scratch`: it never gets the name, which is for another output that is made of it.
+    `is_scratch`: it never gets the name, which is for another output that is made of it. `results_mode` are
+    the permissions of the report and the spec, `folders` those of the folders that the input has, at least of
+    its own, as in `OutputFile`.
     """
 
     checkpoint: Checkpoint = field(repr=False)
@@ -86,6 +91,8 @@ class OutputLayout:
     spec_file: PurePosixPath | None
     stale: tuple[PurePosixPath, ...] = ()
     is_scratch: bool = False
+    results_mode: int = 0o600
+    folders: Mapping[PurePosixPath, int] = field(default_factory=lambda: {PurePosixPath(): 0o700}, repr=False)
 
     @property
     def root(self) -> Path:
@@ -109,11 +116,16 @@ class OutputLayout:
 
 
 def lay_out_apply(
-    checkpoint: Checkpoint, target: Path | None, masked: Collection[str], mask_format: MaskFormat | None
+    checkpoint: Checkpoint,
+    target: Path | None,
+    masked: Collection[str],
+    mask_format: MaskFormat | None,
+    read: Iterable[Shard] = (),
 ) -> OutputLayout:
     """The output of pruning `masked`: the same checkpoint, with masks (unless None) and a report.
 
-    `target` None stands for the default name beside the input. KeyError for a name that is not stored.
+    `target` None stands for the default name beside the input. KeyError for a name that is not stored. Masks
+    and report are for nobody who may not read all shards, and all that is `read` beside them.
     """
     final = output_target(checkpoint, target, "pruned")
     names = _Names.of_directory(f"{RESULTS}/") if checkpoint.is_directory else _Names.of_file(final)
@@ -124,12 +136,10 @@ def lay_out_apply(
     )
     places = dict(zip((shard.path for shard in checkpoint.shards), moved, strict=True))
     files = [
-        OutputFile(places[shard.path], shard.header.file_size, shard.header.raw)
+        OutputFile(places[shard.path], shard.header.file_size, shard.header.raw, shard.mode)
         for shard in checkpoint.shards
     ]
-    files += [
-        OutputFile(other.path, other.nbytes, executable=other.executable) for other in checkpoint.others
-    ]
+    files += [OutputFile(other.path, other.nbytes, mode=other.mode) for other in checkpoint.others]
     copies = [
         part for shard in checkpoint.shards for part in _untouched(shard, places[shard.path], chosen.keys())
     ]
@@ -140,7 +150,8 @@ def lay_out_apply(
         name: Place(places[stored.shard.path], stored.offset, stored.nbytes, stored.numel)
         for name, stored in chosen.items()
     }
-    plan = _plan_masks(checkpoint, chosen, mask_format, names)
+    mode = results_mode(checkpoint, read)
+    plan = _plan_masks(checkpoint, chosen, mask_format, names, mode)
     return OutputLayout(
         checkpoint=checkpoint,
         target=final,
@@ -155,18 +166,26 @@ def lay_out_apply(
         report_file=names.report,
         spec_file=names.spec,
         stale=() if checkpoint.is_directory or mask_format is not None else (names.masks,),
+        results_mode=mode,
+        folders=folder_modes(checkpoint),
     )
 
 
 def lay_out_masks(
-    checkpoint: Checkpoint, target: Path | None, masked: Collection[str], mask_format: MaskFormat
+    checkpoint: Checkpoint,
+    target: Path | None,
+    masked: Collection[str],
+    mask_format: MaskFormat,
+    read: Iterable[Shard] = (),
 ) -> OutputLayout:
     """The output that holds only the masks of `masked` and a report; otherwise as `lay_out_apply`."""
     final = output_target(checkpoint, target, "masks")
     names = _Names.of_directory("") if checkpoint.is_directory else _Names.of_file(final)
     if not checkpoint.is_directory:
         names = _Names(PurePosixPath(final.name), names.report, None)
-    plan = _plan_masks(checkpoint, {name: checkpoint.tensors[name] for name in masked}, mask_format, names)
+    mode = results_mode(checkpoint, read)
+    chosen = {name: checkpoint.tensors[name] for name in masked}
+    plan = _plan_masks(checkpoint, chosen, mask_format, names, mode)
     return OutputLayout(
         checkpoint=checkpoint,
         target=final,
@@ -180,7 +199,25 @@ def lay_out_masks(
         writes_weights=False,
         report_file=names.report,
         spec_file=names.spec,
+        results_mode=mode,
+        folders=folder_modes(checkpoint),
     )
+
+
+def results_mode(checkpoint: Checkpoint, read: Iterable[Shard] = ()) -> int:
+    """The permissions of what is made of all shards and of what is `read` beside them: those of all."""
+    mode = 0o666
+    for shard in (*checkpoint.shards, *read):
+        mode &= shard.mode
+    return mode
+
+
+def folder_modes(checkpoint: Checkpoint) -> Mapping[PurePosixPath, int]:
+    """The permissions of the folders of an output; those who may read a file may look into its folder."""
+    if checkpoint.is_directory:
+        return checkpoint.folders
+    mode = results_mode(checkpoint)
+    return {PurePosixPath(): mode | (mode & 0o444) >> 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,6 +291,7 @@ def _plan_masks(
     masked: Mapping[str, StoredTensor],
     mask_format: MaskFormat | None,
     names: _Names,
+    mode: int,
 ) -> _MaskPlan:
     """Mask files like the weight files: one for an unsharded checkpoint, else one a shard, with an index."""
     if mask_format is None:
@@ -264,22 +302,23 @@ def _plan_masks(
     ]
     groups = [group for group in groups if group]
     if len(checkpoint.shards) == 1 or not groups:
-        file, places = _mask_file([stored for group in groups for stored in group], mask_format, names.masks)
+        stored = [one for group in groups for one in group]
+        file, places = _mask_file(stored, mask_format, names.masks, mode)
         return _MaskPlan((file,), places)
     files: list[OutputFile] = []
     places = {}
     stem = names.masks.name.removesuffix(SUFFIX)
     for number, group in enumerate(groups, 1):
         path = names.masks.with_name(f"{stem}-{number:05d}-of-{len(groups):05d}{SUFFIX}")
-        file, more = _mask_file(group, mask_format, path)
+        file, more = _mask_file(group, mask_format, path, mode)
         files.append(file)
         places.update(more)
-    index = _mask_index(names.masks.with_name(stem + INDEX_SUFFIX), places)
+    index = replace(_mask_index(names.masks.with_name(stem + INDEX_SUFFIX), places), mode=mode)
     return _MaskPlan((*files, index), places)
 
 
 def _mask_file(
-    group: Sequence[StoredTensor], mask_format: MaskFormat, path: PurePosixPath
+    group: Sequence[StoredTensor], mask_format: MaskFormat, path: PurePosixPath, mode: int
 ) -> tuple[OutputFile, dict[str, Place]]:
     header = mask_header({stored.name: stored.shape for stored in group}, mask_format)
     if header.data_begin - 8 > MAX_HEADER:
@@ -291,7 +330,7 @@ def _mask_file(
         entry.name: Place(path, header.data_begin + entry.begin, entry.nbytes, stored.numel)
         for entry, stored in zip(header.entries, group, strict=True)
     }
-    return OutputFile(path, header.file_size, header.raw), places
+    return OutputFile(path, header.file_size, header.raw, mode), places
 
 
 def mask_header(shapes: Mapping[str, tuple[int, ...]], mask_format: MaskFormat) -> Header:

@@ -19,8 +19,10 @@ from sparseprune.checkpoint.layout import (
     OutputFile,
     OutputLayout,
     Place,
+    folder_modes,
     lay_out_masks,
     output_target,
+    results_mode,
 )
 from sparseprune.checkpoint.masks import open_masks
 from sparseprune.checkpoint.source import StoredTensor, open_shard
@@ -78,7 +80,7 @@ def lay_out_removal(
     for shard in shards:
         header = _header(shard, tensors)
         path = names[shard]
-        files.append(OutputFile(path, header.file_size, header.raw))
+        files.append(OutputFile(path, header.file_size, header.raw, shard.mode))
         more, same = _moved(shard, header, path, tensors)
         places.update(more)
         copies += same
@@ -102,6 +104,8 @@ def lay_out_removal(
         writes_weights=True,
         report_file=PurePosixPath(RESULTS, "report.json"),
         spec_file=PurePosixPath(RESULTS, "spec.toml"),
+        results_mode=results_mode(checkpoint),
+        folders=folder_modes(checkpoint),
     )
 
 
@@ -140,7 +144,7 @@ def _others(
     for other in checkpoint.others:
         text = written.get(other.path)
         size = other.nbytes if text is None else len(text)
-        files.append(OutputFile(other.path, size, text or b"", other.executable))
+        files.append(OutputFile(other.path, size, text or b"", other.mode))
         if text is None:
             copies.append(CopyRange(checkpoint.path / other.path, other.path, 0, 0, other.nbytes))
     return files, copies

@@ -16,7 +16,7 @@ from sparseprune.checkpoint import folder, transfer
 from sparseprune.checkpoint.descriptors import OpenFiles
 from sparseprune.checkpoint.documents import shown
 from sparseprune.checkpoint.header import Header, TensorEntry, read_header
-from sparseprune.checkpoint.stamps import NO_STAMP, Stamp, replaced, stamp_of
+from sparseprune.checkpoint.stamps import NO_STAMP, Stamp, permissions, replaced, stamp_of
 from sparseprune.checkpoint.transfer import ChangedInputError
 from sparseprune.errors import CheckpointError, SparsepruneError
 
@@ -36,22 +36,19 @@ _SMALL = 1 << 20  # bytes of a document that says something of a model
 class Shard:
     """One safetensors file of a checkpoint; its path decides equality.
 
-    `relative` is where it lies in the checkpoint, and so in an output: `path` may be a link. `stamp` is
-    that of the file of which the header was read; its size was the header's.
+    `relative` is where it lies in the checkpoint, and so in an output: `path` may be a link. `stamp` and
+    `mode`, its permissions, are those of the file of which the header was read; its size was the header's.
     """
 
     path: Path
     header: Header = field(compare=False, repr=False)
     relative: PurePosixPath = field(compare=False, repr=False)
     stamp: Stamp = field(default=NO_STAMP, compare=False, repr=False)
+    mode: int = field(default=0o600, compare=False, repr=False)
 
     @property
     def name(self) -> str:
         return self.path.name
-
-    @property
-    def mtime_ns(self) -> int:
-        return self.stamp.mtime_ns
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +89,8 @@ class Checkpoint:
 
     `tensors` stand in the order in which their data is read best: shard by shard, by offset. `others` are
     the files that an output takes over as they are, the `index` among them where there is one. `left_out` are
-    those that it does not take over, since they hold the same weights once more.
+    those that it does not take over, since they hold the same weights once more. `folders` are permissions,
+    of all folders in which files lie, the checkpoint's own among them.
     """
 
     path: Path
@@ -102,6 +100,7 @@ class Checkpoint:
     tensors: Mapping[str, StoredTensor] = field(repr=False)
     index: PurePosixPath | None = None
     left_out: tuple[OtherFile, ...] = ()
+    folders: Mapping[PurePosixPath, int] = field(default_factory=dict, repr=False)
 
     @property
     def other_files(self) -> tuple[PurePosixPath, ...]:
@@ -131,6 +130,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         tensors=tensors,
         index=found.index,
         left_out=tuple(other for other in found.others if other.path in copies),
+        folders=found.folders,
     )
 
 
@@ -218,15 +218,16 @@ class TensorReader:
 
 def open_shard(path: Path, relative: PurePosixPath) -> Shard:
     """A safetensors file of which the header was read; errors as `open_checkpoint`."""
-    stamp = NO_STAMP
+    stamp, mode = NO_STAMP, 0
     try:
         # Before the header is read, so that a change meanwhile is noticed later.
-        stamp = stamp_of(path.stat())
+        status = path.stat()
+        stamp, mode = stamp_of(status), permissions(status)
     except OSError as error:  # any other one the header's reader tells
         refusal = folder.leads_nowhere(path, error)
         if refusal is not None:
             raise refusal from error
-    return Shard(path, read_header(path), relative, stamp)
+    return Shard(path, read_header(path), relative, stamp, mode)
 
 
 def _check_part(stored: StoredTensor, begin: int, end: int) -> None:

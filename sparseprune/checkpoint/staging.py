@@ -10,11 +10,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import stat
+from pathlib import PurePosixPath
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Self
 
 from sparseprune.checkpoint import naming, transfer
-from sparseprune.checkpoint.journal import Journal, JournalContent, note_line, read_journal
+from sparseprune.checkpoint.journal import Journal, JournalContent, note_text, read_journal
 from sparseprune.checkpoint.partial import PartialFolder
 from sparseprune.checkpoint.syncing import Unsynced
 from sparseprune.checkpoint.target import (
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
     from contextlib import AbstractContextManager
     from io import BufferedReader
-    from pathlib import Path, PurePosixPath
+    from pathlib import Path
     from types import TracebackType
 
     from sparseprune.checkpoint.layout import CopyRange, OutputLayout, Place
@@ -51,7 +53,8 @@ class StagedOutput:
 
     Once entered, `resumed` tells whether an earlier run is continued, `finished` what it noted, by key, and
     `started_over` the parts of the identity for which one was not continued; `named` whether the output has
-    its name; `kept`, once left, whether the next run can continue this one.
+    its name; `kept`, once left, whether the next run can continue this one. `warnings` has a line for each
+    promise that the file system does not allow.
     """
 
     def __init__(
@@ -81,6 +84,10 @@ class StagedOutput:
         return self._partial.path
 
     @property
+    def warnings(self) -> tuple[str, ...]:
+        return tuple(self._partial.warnings)
+
+    @property
     def staged_path(self) -> Path:
         """Where the files of the layout are until the output has its name."""
         return self._partial.output
@@ -95,6 +102,8 @@ class StagedOutput:
         try:
             # A run that was killed while it gave names is undone by now, and no other run is at work.
             check_target(self.layout, force=self.force, held=self._partial.held_bytes())
+            with self._writing(self.partial_path):
+                self._partial.probe()
             found, begun = self._unfinished(), True
             if found is None:
                 self._start_over()
@@ -161,8 +170,8 @@ class StagedOutput:
         path = self._partial.output / name
         with self._writing(path):
             path.unlink(missing_ok=True)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            transfer.create(path, len(data), data)
+            self._make_folders(name)
+            transfer.create(path, len(data), data, self.layout.results_mode | transfer.OWNER)
 
     def note(self, key: str, record: object) -> None:
         """Tells that a piece of work is finished: that the writes it takes have returned.
@@ -170,14 +179,14 @@ class StagedOutput:
         A later run finds the JSON-able `record` in `finished` under the key, once the bytes are on disk.
         """
         if self.identity is not None:
-            self._unsynced.noted(note_line(key, record))
+            self._unsynced.noted(note_text(key, record))
 
     def put_aside(self, pieces: Iterable[Bytes]) -> None:
         """Writes bytes that are no output, by which a later run continues in the middle of a piece of work.
 
         They replace what was put aside before once they are on disk, or not at all; they go with the folder.
         """
-        if self.identity is None:
+        if self.identity is None or not self._partial.can_be_continued:
             return
         path = self._partial.aside
         fresh = path.with_suffix(".new")
@@ -218,19 +227,21 @@ class StagedOutput:
         self._writer.close()
         root = self._partial.output
         with self._writing(root):
+            for file in layout.files:
+                transfer.restrict(self._paths[file.path], file.mode)
+            for name in filter(None, (layout.report_file, layout.spec_file)):
+                transfer.restrict(root / name, layout.results_mode)
             for folder, _, files in os.walk(root, topdown=False):
-                for file in files:
-                    transfer.sync(root.joinpath(folder, file))
-                transfer.sync(root.joinpath(folder))
+                for path in (*(root.joinpath(folder, name) for name in files), root.joinpath(folder)):
+                    transfer.sync(path)
         check_existing(layout, force=self.force)
         with self._writing(layout.target, "cannot get its name"):
             if layout.is_directory:
-                naming.exchange(self.partial_path, layout.target)
+                naming.name_directory(self.partial_path, layout.target, self._given)
             else:
-                naming.name_files(self.partial_path, final_paths(layout))
-            self.named = True
+                naming.name_files(self.partial_path, final_paths(layout), self._given)
         with transfer.machine_errors(layout.target.parent, "cannot be synced to disk"):
-            transfer.sync(layout.target.parent)
+            transfer.sync(layout.target.parent, follow_links=True)
 
     def refuse_early(self) -> None:
         """As entering refuses a target, before the work that decides how much room it takes.
@@ -252,9 +263,12 @@ class StagedOutput:
         """Gives up all of it, and what was noted of it, before the context ends."""
         self._leave(keep=False)
 
+    def _given(self) -> None:
+        self.named = True
+
     def _unfinished(self) -> JournalContent | None:
         """What an earlier run noted, if this run continues it."""
-        if self.identity is None:
+        if self.identity is None or not self._partial.has_journal():
             return None
         with transfer.machine_errors(self._partial.journal, "cannot be read"):
             found = read_journal(self._partial.journal)
@@ -282,26 +296,36 @@ class StagedOutput:
             path = self._paths[file.path]
             # No note vouches for the headers, which may not have been on disk when the machine went down.
             with self._writing(path):
+                transfer.make_writable(path)
                 transfer.overwrite(path, file.begins_with, 0)
         with self._writing(self._partial.journal):
             self._unsynced.journal = Journal.resume(self._partial.journal, found)
         self.finished = MappingProxyType(dict(found.finished))
-        self._aside = self._partial.aside.is_file()
+        self._aside = self._partial.has_aside()
         self.resumed = True
 
     def _start_over(self) -> None:
         with self._writing(self.partial_path):
-            self._partial.start_over()
+            self._partial.start_over(self._folder_mode(PurePosixPath()))
         for file in self.layout.files:
             path = self._partial.output / file.path
             with self._writing(path):
-                path.parent.mkdir(parents=True, exist_ok=True)
-                transfer.create(path, file.size, file.begins_with, executable=file.executable)
-        if self.identity is not None:
+                self._make_folders(file.path)
+                transfer.create(path, file.size, file.begins_with, file.mode | transfer.OWNER)
+        if self.identity is not None and self._partial.can_be_continued:
             with self._writing(self._partial.journal):
                 # After the files: from now on a later run takes them for made.
                 self._unsynced.journal = Journal.begin(self._partial.journal, self.identity)
                 self._partial.sync_folders()
+
+    def _make_folders(self, path: PurePosixPath) -> None:
+        """The folders in which a file of the output lies."""
+        for folder in reversed(path.parents[:-1]):
+            (self._partial.output / folder).mkdir(self._folder_mode(folder), exist_ok=True)
+
+    def _folder_mode(self, folder: PurePosixPath) -> int:
+        """Whoever owns a folder may always write there, else it could neither get its name nor be removed."""
+        return self.layout.folders.get(folder, self.layout.folders[PurePosixPath()]) | stat.S_IRWXU
 
     def _leave(self, *, keep: bool) -> None:
         self._writer.close()

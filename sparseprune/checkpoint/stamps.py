@@ -1,10 +1,12 @@
 """What tells a file from another one that took its place under its name, or was written to since.
 
-Owns which of a file's numbers count. Reads nothing. Called where inputs are found, opened and checked.
+Owns which of a file's numbers count, and which permissions an output takes over. Reads nothing. Called
+where inputs are found, opened and checked.
 """
 
 from __future__ import annotations
 
+import stat
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -26,6 +28,11 @@ NO_STAMP = Stamp(0, 0, 0)
 def stamp_of(status: os.stat_result) -> Stamp:
     """The stamp of a file that was looked at."""
     return Stamp(status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
+
+
+def permissions(status: os.stat_result) -> int:
+    """What its owner, its group and all others may do with a file or a folder."""
+    return stat.S_IMODE(status.st_mode) & 0o777
 
 
 def replaced(before: Stamp, after: Stamp) -> bool:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from sparseprune.checkpoint.documents import strict_json
 from sparseprune.checkpoint.folder import INDEX_SUFFIX, RESULTS, SUFFIX, read_object
 from sparseprune.checkpoint.header import lay_out
-from sparseprune.checkpoint.layout import OutputFile, OutputLayout, Place
+from sparseprune.checkpoint.layout import OutputFile, OutputLayout, Place, folder_modes, results_mode
 from sparseprune.checkpoint.source import open_checkpoint
 from sparseprune.errors import CheckpointError
 
@@ -105,13 +105,14 @@ def lay_out_statistics(
 ) -> OutputLayout:
     """The output that holds these statistics of a checkpoint, in this order, and a report: a directory."""
     groups = list(_shards(kind, tensors, shard_bytes))
+    mode = results_mode(checkpoint)
     files: list[OutputFile] = []
     places: dict[str, Place] = {}
     for number, group in enumerate(groups, 1):
         many = f"-{number:05d}-of-{len(groups):05d}" if len(groups) > 1 else ""
         path = PurePosixPath(f"{_STEM}{many}{SUFFIX}")
         header = lay_out(((one.name, "F32", one.shape(kind)) for one in group), _metadata(kind, group))
-        files.append(OutputFile(path, header.file_size, header.raw))
+        files.append(OutputFile(path, header.file_size, header.raw, mode))
         for entry in header.entries:
             place = Place(path, header.data_begin + entry.begin, entry.nbytes, prod(entry.shape))
             places[entry.name] = place
@@ -119,7 +120,7 @@ def lay_out_statistics(
         weight_map = {name: str(place.file) for name, place in places.items()}
         total = {"total_size": sum(place.nbytes for place in places.values())}
         text = json.dumps({"metadata": total, "weight_map": weight_map}, ensure_ascii=False, indent=2) + "\n"
-        files.append(OutputFile(PurePosixPath(_STEM + INDEX_SUFFIX), len(text.encode()), text.encode()))
+        files.append(OutputFile(PurePosixPath(_STEM + INDEX_SUFFIX), len(text.encode()), text.encode(), mode))
     final = target.absolute()
     return OutputLayout(
         checkpoint=checkpoint,
@@ -134,6 +135,8 @@ def lay_out_statistics(
         writes_weights=True,
         report_file=_REPORT,
         spec_file=None,
+        results_mode=mode,
+        folders=folder_modes(checkpoint),
     )
 
 

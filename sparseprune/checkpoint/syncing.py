@@ -20,22 +20,24 @@ if TYPE_CHECKING:
 
 
 class Unsynced:
-    """Files written to and lines noted, from any thread, until `flush` has them on disk.
+    """Files written to and notes of them, from any thread, until `flush` has them on disk.
 
-    A line was noted after the writes it tells of were: it reaches the journal, if there is one, after they
+    A note was made after the writes it tells of were: it reaches the journal, if there is one, after they
     have reached the disk, and never if they could not. `writing` gives the context in which a file is
-    touched, where an OSError becomes a MachineError. `let_go` frees the cache of what is on disk.
+    touched, where an OSError becomes a MachineError. `let_go` frees the cache of what is on disk. `unsure`
+    once the file system could not tell whether bytes are on disk: from then on nothing reaches the journal.
     """
 
     def __init__(
         self, writing: Callable[[str], AbstractContextManager[None]], *, let_go: bool = False
     ) -> None:
-        self._let_go = let_go
         self.journal: Journal | None = None
+        self.unsure = False
+        self._let_go = let_go
         self._writing = writing
         self._lock = threading.Lock()
         self._paths: set[str] = set()
-        self._lines: list[bytes] = []
+        self._notes: list[bytes] = []
         self._one_flush = threading.Lock()
         self._failure: MachineError | None = None
 
@@ -43,35 +45,35 @@ class Unsynced:
         with self._lock:
             self._paths.add(path)
 
-    def noted(self, line: bytes) -> None:
+    def noted(self, note: bytes) -> None:
         with self._lock:
-            self._lines.append(line)
+            self._notes.append(note)
 
     def flush(self) -> None:
-        """Waits until the files are on disk, then until the lines are; MachineError, also from then on."""
-        # One at a time: the bytes of a line may be in the hands of the flush before.
+        """Waits until the files are on disk, then until the notes are; MachineError, also from then on."""
+        # One at a time: the bytes of a note may be in the hands of the flush before.
         with self._one_flush:
             if self._failure is not None:
                 # The system tells it once: the next sync of the same file would call it well.
                 raise MachineError(str(self._failure)) from self._failure
             with self._lock:
                 paths, self._paths = self._paths, set()
-                lines, self._lines = self._lines, []
+                notes, self._notes = self._notes, []
             try:
-                self._sync(paths, lines)
+                self._sync(paths, notes)
             except MachineError as failure:
                 self._failure = failure
                 raise
             except BaseException:  # interrupted: the next flush does it again
                 with self._lock:
                     self._paths |= paths
-                    self._lines[:0] = lines
+                    self._notes[:0] = notes
                 raise
 
-    def _sync(self, paths: set[str], lines: list[bytes]) -> None:
+    def _sync(self, paths: set[str], notes: list[bytes]) -> None:
         for path in sorted(paths):
             with self._writing(path):
-                transfer.sync(path, data_only=True, let_go=self._let_go)
-        if lines and self.journal is not None:
+                self.unsure |= not transfer.sync(path, data_only=True, let_go=self._let_go)
+        if notes and self.journal is not None and not self.unsure:
             with self._writing(self.journal.path):
-                self.journal.append(lines)
+                self.journal.append(notes)

@@ -10,7 +10,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sparseprune.checkpoint.folder import INDEX_SUFFIX, RESULTS, SUFFIX
+from sparseprune.checkpoint.folder import INDEX_SUFFIX, RESULTS, SUFFIX, is_folder
+from sparseprune.checkpoint.partial import name_bytes
 from sparseprune.checkpoint.transfer import machine_errors
 from sparseprune.errors import CheckpointError, MachineError
 
@@ -36,6 +37,7 @@ def check_target(layout: OutputLayout, *, force: bool, held: int = 0) -> None:
 def check_place(layout: OutputLayout) -> None:
     """As `check_target`, whatever exists there and however little room there is."""
     _check_parent(layout.target)
+    _check_names(layout)
     _check_apart(layout)
 
 
@@ -122,10 +124,21 @@ def _check_parent(target: Path) -> None:
             f"{target}: lies in a download cache, which would take it for a part of what it downloaded; give "
             "another place with -o"
         )
-    if not parent.is_dir():
+    if not is_folder(parent):
         raise CheckpointError(f"{target}: the folder {parent} does not exist; make it first")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise MachineError(f"{parent}: cannot be written to; give another place with -o")
+
+
+def _check_names(layout: OutputLayout) -> None:
+    """No name is longer than the file system takes: that would be found when all of the work is done."""
+    most = name_bytes(layout.target.parent)
+    for path in final_paths(layout):
+        length = len(os.fsencode(path.name))
+        if length > most:
+            raise CheckpointError(
+                f"{path}: a name of {length} bytes, at most {most} can be; give a shorter one with -o"
+            )
 
 
 def _is_in_cache(folder: Path) -> bool:

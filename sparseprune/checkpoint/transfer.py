@@ -10,12 +10,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import stat
 from typing import TYPE_CHECKING, Any, cast
 
 from sparseprune.errors import MachineError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     import numpy as np
@@ -25,8 +26,12 @@ if TYPE_CHECKING:
     Bytes = ReadableBuffer | np.ndarray[Any, Any]
     WritableBytes = WriteableBuffer | np.ndarray[Any, Any]
 
-# What a kernel or file system answers where it cannot copy by itself, though plain reads and writes work.
-_NO_KERNEL_COPY = frozenset({errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM})
+# Plain writes would meet these too. After any other answer a plain copy does it, or finds what is wrong.
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+# What a file system answers that cannot sync such a file or folder at all.
+_NO_SYNC = frozenset({errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EBADF})
+OWNER = stat.S_IRUSR | stat.S_IWUSR
+"""What it takes to write a file, whatever its permissions are in the end."""
 _BUFFER = 1 << 20
 _KERNEL_STEP = 1 << 30
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -46,14 +51,31 @@ def machine_errors(path: Path, doing: str = "cannot be written") -> Iterator[Non
         raise MachineError(f"{path}: {doing}: {error.strerror or error}") from error
 
 
-def create(path: Path | str, size: int, begins_with: Bytes = b"", *, executable: bool = False) -> None:
-    """A new file of this size that begins with these bytes and is zero after them; OSError if it exists."""
-    descriptor = os.open(path, _CREATE, 0o777 if executable else 0o666)
+def create(path: Path | str, size: int, begins_with: Bytes = b"", mode: int = 0o600) -> None:
+    """A new file of this size that begins with these bytes and is zero after them; OSError if it exists.
+
+    Its permissions are `mode`, without what the umask forbids.
+    """
+    descriptor = os.open(path, _CREATE, mode)
     try:
         write_at(descriptor, begins_with, 0)
         os.ftruncate(descriptor, size)
     finally:
         os.close(descriptor)
+
+
+def make_writable(path: Path | str) -> None:
+    """Lets the owner of a file read and write it, whatever its final permissions are."""
+    mode = stat.S_IMODE(os.lstat(path).st_mode)
+    if mode & OWNER != OWNER:
+        os.chmod(path, mode | OWNER)  # noqa: PTH101  (a str is faster)
+
+
+def restrict(path: Path | str, mode: int) -> None:
+    """Takes from the owner of a file what `mode` does not allow; others never had it."""
+    if mode & OWNER != OWNER:
+        with contextlib.suppress(OSError):  # a file system without permissions
+            os.chmod(path, stat.S_IMODE(os.lstat(path).st_mode) & ~(OWNER & ~mode))  # noqa: PTH101
 
 
 def open_to_write(path: Path | str) -> int:
@@ -114,23 +136,46 @@ def copy_range(source: Path, source_offset: int, file: Path | str, offset: int, 
         os.close(reading)
 
 
-def sync(path: Path | str, *, data_only: bool = False, let_go: bool = False) -> None:
-    """Waits until a file or folder is on disk, or only the data of a file; may let go of its cached pages."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+def sync(
+    path: Path | str, *, data_only: bool = False, let_go: bool = False, follow_links: bool = False
+) -> bool:
+    """Waits until a file or folder is on disk, or only the data of a file; may let go of its cached pages.
+
+    False where its file system cannot tell, or the user may not ask. Links are for folders of others to be.
+    """
+    flags = os.O_RDONLY | os.O_CLOEXEC | (0 if follow_links else os.O_NOFOLLOW)
     try:
-        if data_only:
-            sync_data(descriptor)
-        else:
-            os.fsync(descriptor)
+        descriptor = os.open(path, flags)
+    except PermissionError:
+        if follow_links:  # a folder that one may write to and not list
+            return False
+        raise
+    try:
+        synced = sync_data(descriptor) if data_only else _synced(os.fsync, descriptor)
         if let_go and hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            with contextlib.suppress(OSError):  # advice
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(descriptor)
+    return synced
 
 
-def sync_data(descriptor: int) -> None:
-    """Waits until the data of an open file is on disk, and of the rest what reading it takes."""
-    (os.fdatasync if hasattr(os, "fdatasync") else os.fsync)(descriptor)
+def sync_data(descriptor: int) -> bool:
+    """Waits until the data of an open file is on disk, and of the rest what reading it takes.
+
+    False where its file system cannot tell.
+    """
+    return _synced(os.fdatasync if hasattr(os, "fdatasync") else os.fsync, descriptor)
+
+
+def _synced(call: Callable[[int], None], descriptor: int) -> bool:
+    try:
+        call(descriptor)
+    except OSError as error:
+        if error.errno in _NO_SYNC:
+            return False
+        raise
+    return True
 
 
 def _kernel_copy(reading: int, source_offset: int, writing: int, offset: int, length: int) -> int:
@@ -144,9 +189,9 @@ def _kernel_copy(reading: int, source_offset: int, writing: int, offset: int, le
         try:
             count = os.copy_file_range(reading, writing, step, source_offset + done, offset + done)
         except OSError as error:
-            if error.errno in _NO_KERNEL_COPY:
-                return done
-            raise
+            if error.errno in _FULL:
+                raise
+            return done
         if count == 0:
             return done
         done += count

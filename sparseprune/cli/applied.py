@@ -1,7 +1,7 @@
 """What was applied to a checkpoint: the spec that was named, or the one that lies beside the weights.
 
-Reads specs and reports, no tensor data; imports no torch. Called by the commands that look at a pruned
-checkpoint.
+Reads specs and reports, looks for what a killed run left, reads no tensor data; imports no torch. Called by
+the commands that look at a pruned checkpoint.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from sparseprune.checkpoint import open_checkpoint
 from sparseprune.checkpoint.folder import RESULTS, SUFFIX, read_object
+from sparseprune.checkpoint.partial import left_behind
+from sparseprune.cli.console import tell
 from sparseprune.errors import CheckpointError, SparsepruneError
 from sparseprune.spec import find_spec, parse_spec
 
@@ -56,6 +58,13 @@ def applied_report(checkpoint: Checkpoint) -> Mapping[str, Any] | None:
         if isinstance(error.__cause__, FileNotFoundError):
             return None
         raise
+
+
+def tell_left_behind(checkpoint: Path, *, quiet: bool) -> None:
+    """A line where a run to this output was killed and left its hidden folder beside it."""
+    folder = None if quiet else left_behind(checkpoint.absolute())
+    if folder is not None:
+        tell(f"{folder}: left by a run that was killed; the command that wrote it continues it or removes it")
 
 
 def warn_of_earlier(

@@ -31,8 +31,9 @@ def run(request: Request) -> None:
         document = write_output(
             output,
             lambda reader: _worked(request, prepared, output, reader, began),
-            lambda: refuse_changed(plan.checkpoint, score_shards(prepared)),
+            lambda: refuse_changed(plan.checkpoint, score_shards(plan)),
             quiet=request.quiet,
+            warnings=request.warnings,
         )
         if not request.quiet:
             _tell(request, plan, layout, document, time.perf_counter() - began)

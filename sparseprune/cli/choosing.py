@@ -160,7 +160,7 @@ def chosen(request: RemoveRequest, ending: Ending) -> Iterator[Choice]:
     warn(request.as_apply(), prepared)
     output = StagedOutput(layout, identity=_identity(request, prepared))
     ending.output = output
-    with staged(output, quiet=request.quiet):
+    with staged(output, quiet=request.quiet, warnings=request.warnings):
         yield _by_spec(request, prepared, output)
 
 
@@ -266,7 +266,7 @@ def _by_spec(request: RemoveRequest, prepared: Prepared, output: StagedOutput) -
         masks=masks,
         limits=schedule.limits,
         identity=output.identity or {},
-        refuse_changed=lambda: refuse_changed(plan.checkpoint, score_shards(prepared)),
+        refuse_changed=lambda: refuse_changed(plan.checkpoint, score_shards(plan)),
         let_go=output.discard,
         device=device_text(schedule.jobs, device),
         devices=devices_of_rules(schedule, device),

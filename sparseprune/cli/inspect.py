@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from sparseprune.checkpoint import TensorReader, open_checkpoint, read_config, refuse_changed_shards
+from sparseprune.cli.applied import tell_left_behind
 from sparseprune.cli.collecting import collector_paused
 from sparseprune.cli.console import checked, print_json, print_table, print_text
 from sparseprune.cli.options import Listing
@@ -52,6 +53,7 @@ def run(request: InspectRequest) -> None:
     _refuse_contradictions(request)
     telling, requirements = _asked(request)
     checkpoint = open_checkpoint(request.checkpoint)
+    tell_left_behind(request.checkpoint, quiet=request.quiet)
     if request.tensor is not None:
         from sparseprune.cli.plotting import check_tensor
 

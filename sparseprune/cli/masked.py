@@ -10,7 +10,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from sparseprune import __version__
-from sparseprune.checkpoint import checkpoint_identity, open_checkpoint, open_masks, provenance_of
+from sparseprune.checkpoint import (
+    checkpoint_identity,
+    open_checkpoint,
+    open_masks,
+    provenance_of,
+    shards_identity,
+)
 from sparseprune.cli.writing import digest
 from sparseprune.pipeline.matching import match_masks
 
@@ -48,13 +54,9 @@ def masked_by(asked: Asked, masks: Path) -> Masked:
 def identity_of_masked(masked: Masked) -> dict[str, str]:
     """What an unfinished output must agree with to be continued: the version, the input, the masks."""
     matched, origin = masked.matched, masked.origin
-    files = [
-        (str(shard.path.absolute()), shard.header.file_size, shard.mtime_ns, digest(repr(shard.header.raw)))
-        for shard in matched.masks.shards
-    ]
     carried = () if origin is None else (sorted(origin.overrides.items()), repr(origin.spec))
     return {
         "the version": __version__,
         "the input": checkpoint_identity(matched.checkpoint),
-        "the masks": digest(json.dumps([files, carried])),
+        "the masks": digest(json.dumps([shards_identity(matched.masks.shards), carried])),
     }

@@ -70,6 +70,7 @@ def run(request: ReapplyRequest) -> None:
             lambda reader: _worked(request, prepared, output, reader, began),
             lambda: refuse_changed(matched.checkpoint, matched.masks.shards),
             quiet=request.quiet,
+            warnings=request.warnings,
         )
         if not request.quiet:
             _tell(request, prepared, document, time.perf_counter() - began)
@@ -84,8 +85,9 @@ def _prepare(request: ReapplyRequest) -> _Prepared:
     masked = masked_by(request, request.masks)
     matched = masked.matched
     names = [pair.stored.name for pair in matched.pairs]
-    layout = lay_out_apply(matched.checkpoint, request.output, names, request.mask_format)
-    refuse_replacing(layout, [shard.path for shard in matched.masks.shards], "masks")
+    masks = matched.masks.shards
+    layout = lay_out_apply(matched.checkpoint, request.output, names, request.mask_format, masks)
+    refuse_replacing(layout, [shard.path for shard in masks], "masks")
     from sparseprune.pipeline.reapplying import make_reapplication
 
     return _Prepared(masked, layout, make_reapplication(matched, request.memory, request.jobs))

@@ -86,6 +86,7 @@ def _cut(
         lambda reader: _worked(request, choice, removal, output, reader, began),
         is_complete,
         quiet=request.quiet or choice.continued,
+        warnings=request.warnings,
     )
     return document, layout
 

@@ -16,6 +16,7 @@ from sparseprune.checkpoint import (
     lay_out_masks,
     open_checkpoint,
     read_config,
+    shards_identity,
 )
 from sparseprune.cli.console import Warnings
 from sparseprune.cli.writing import digest
@@ -81,15 +82,16 @@ def warn(request: Request, prepared: Prepared) -> None:
 
 
 def _layout(request: Request, plan: Plan) -> OutputLayout:
+    scores = score_shards(plan)
     if request.weights or request.mask_format is None:
-        return lay_out_apply(plan.checkpoint, request.output, plan.reached, request.mask_format)
-    return lay_out_masks(plan.checkpoint, request.output, plan.reached, request.mask_format)
+        return lay_out_apply(plan.checkpoint, request.output, plan.reached, request.mask_format, scores)
+    return lay_out_masks(plan.checkpoint, request.output, plan.reached, request.mask_format, scores)
 
 
 def identity_of(request: Request, prepared: Prepared) -> dict[str, str]:
     """What an unfinished output must agree with to be continued; the number of jobs is no part of it."""
     checkpoint = prepared.plan.checkpoint
-    files = [(str(shard.path), shard.header.file_size, shard.mtime_ns) for shard in score_shards(prepared)]
+    scores = shards_identity(score_shards(prepared.plan))
     # Variables of the spec may come from it; that beside a single file is no part of the checkpoint.
     config = dict(read_config(checkpoint) or {})
     limits = prepared.schedule.limits
@@ -97,15 +99,15 @@ def identity_of(request: Request, prepared: Prepared) -> dict[str, str]:
     spec = json.dumps([prepared.source.text, sorted(request.overrides.items())])
     return {
         "the version": __version__,
-        "the input": digest(json.dumps([checkpoint_identity(checkpoint), config, *files])),
+        "the input": digest(json.dumps([checkpoint_identity(checkpoint), config, scores])),
         "the spec": digest(spec),
         "the options": json.dumps(options),
     }
 
 
-def score_shards(prepared: Prepared) -> Iterable[Shard]:
-    """The shards of score files, each once."""
-    tasks = (task for unit in prepared.plan.units for task in unit.tasks)
+def score_shards(plan: Plan) -> Iterable[Shard]:
+    """The shards of score files and statistics, each once."""
+    tasks = (task for unit in plan.units for task in unit.tasks)
     return dict.fromkeys(one.stored.shard for task in tasks for one in task.inputs)
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from sparseprune.checkpoint import TensorReader, open_checkpoint, read_config, refuse_changed_shards
+from sparseprune.cli.applied import tell_left_behind
 from sparseprune.cli.collecting import collector_paused
 from sparseprune.cli.console import Warnings, checked, print_json, print_table
 from sparseprune.cli.progress import progress
@@ -36,6 +37,7 @@ class VerifyRequest:
 def run(request: VerifyRequest) -> None:
     """Check and print on stdout; CheckFailedError names what fails, or sums it up where the table does."""
     _refuse_contradictions(request)
+    tell_left_behind(request.checkpoint, quiet=request.quiet)
     if request.spec is None:
         from sparseprune.cli.verify_masks import run_masks
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 from sparseprune.checkpoint import TensorReader
-from sparseprune.cli.console import tell
+from sparseprune.cli.console import Warnings, tell
 from sparseprune.cli.stopping import text_when_stopped
 from sparseprune.cli.streams import UntoldError
 
@@ -40,13 +40,14 @@ def write_output(
     refuse_changed: Callable[[], None],
     *,
     quiet: bool,
+    warnings: Warnings | None = None,
 ) -> Document:
     """Everything between the first byte written and the output's name; gives what `work` gives, its report.
 
     `refuse_changed` raises where an input is no longer what it was. An error tells whether what is finished
     is kept.
     """
-    with staged(output, quiet=quiet), TensorReader() as reader:
+    with staged(output, quiet=quiet, warnings=warnings), TensorReader() as reader:
         document = work(reader)
         refuse_changed()
         output.commit()
@@ -54,13 +55,14 @@ def write_output(
 
 
 @contextmanager
-def staged(output: StagedOutput, *, quiet: bool) -> Iterator[None]:
-    """An output while it is written; tells whether an unfinished run is continued.
+def staged(output: StagedOutput, *, quiet: bool, warnings: Warnings | None = None) -> Iterator[None]:
+    """An output while it is written; tells whether an unfinished run is continued, and of weaker promises.
 
     An error tells whether what is finished is kept.
     """
     try:
         with output:
+            (warnings or Warnings(quiet=quiet)).add(*output.warnings)
             if output.started_over and not quiet:
                 tell(f"an unfinished run is not continued, since {' and '.join(output.started_over)} changed")
             if output.resumed and not quiet:
@@ -94,10 +96,15 @@ class Ending(Protocol):
 @contextmanager
 def interrupts_told(output: Ending) -> Iterator[None]:
     """Whoever is not told the result hears what there is: all of it, once it has its name, or nothing yet."""
-    again = "" if output.identity is None else "; run the same command again to continue"
-    unfinished = f"there is no output{again}"
+
+    def there_is() -> str:
+        if output.named:
+            return "the output is complete"
+        again = "" if output.identity is None else "; run the same command again to continue"
+        return f"there is no output{again}"
+
     try:
-        with text_when_stopped(lambda: "the output is complete" if output.named else unfinished):
+        with text_when_stopped(there_is):
             yield
     except UntoldError as error:
         error.add_note("the output is complete")

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial, reduce
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
 import numpy as np
 
@@ -67,12 +67,12 @@ def run_program(task: Task, recipe: Counted, setting: Setting) -> Program:
     for scope in range(scopes):
         key = f"cut {scope}"
         noted = setting.recall(key)
-        if noted is None:
+        if _is_cut(noted):
+            cut = Cut(*noted)
+        else:
             cut = yield from _find(task, scope, recipe, setting)
             passed = (recipe.passes - 1) * task_bytes(task, setting.tensors) // scopes
             setting.note(key, [cut.kth, cut.ties], passed)
-        else:
-            cut = Cut(*noted)
         cuts.append(cut)
 
     def prune(slab: Slab, cut: Cut) -> list[Outcome]:
@@ -93,6 +93,10 @@ def run_program(task: Task, recipe: Counted, setting: Setting) -> Program:
                 number += 1
 
     yield items()
+
+
+def _is_cut(noted: object) -> TypeGuard[list[int]]:
+    return isinstance(noted, list) and [type(one) for one in noted] == [int, int]
 
 
 def _slabs(

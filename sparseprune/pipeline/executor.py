@@ -10,12 +10,12 @@ import threading
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 from sparseprune.checkpoint import CopyRange
 from sparseprune.checkpoint.threads import Worker
 from sparseprune.pipeline.crew import Crew
-from sparseprune.pipeline.programs import Item, Program
+from sparseprune.pipeline.programs import Item, Program, is_outcome
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -56,9 +56,9 @@ class Record:
 
     def known(self, key: str) -> bool:
         """Whether an earlier run did this; its outcomes are taken over."""
-        if key not in self.output.finished:
+        outcomes = self.recall(key)
+        if not isinstance(outcomes, list) or not all(map(is_outcome, outcomes)):
             return False
-        _, outcomes = self.output.finished[key]
         self._take_in(outcomes)
         return True
 
@@ -72,7 +72,7 @@ class Record:
     def recall(self, key: str) -> Any:  # noqa: ANN401
         """What an earlier run noted under a key besides its items; None if nothing."""
         noted = self.output.finished.get(key)
-        return None if noted is None else noted[1]
+        return noted[1] if _is_noted(noted) else None
 
     def note(self, key: str, record: Any, nbytes: int) -> None:  # noqa: ANN401
         """Keeps something for a later run, for which so many bytes of input passed."""
@@ -102,7 +102,12 @@ def produce(
 
 def already_done(output: StagedOutput) -> int:
     """Bytes that passed by in the run that this one continues."""
-    return sum(nbytes for nbytes, _ in output.finished.values())
+    return sum(noted[0] for noted in output.finished.values() if _is_noted(noted))
+
+
+def _is_noted(noted: object) -> TypeGuard[list[Any]]:
+    """Whether it is what `Record` notes: the bytes that passed, and what came of it."""
+    return isinstance(noted, list) and len(noted) == 2 and type(noted[0]) is int and noted[0] >= 0
 
 
 def copied_bytes(output: StagedOutput) -> int:

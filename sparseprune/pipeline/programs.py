@@ -15,6 +15,8 @@ import numpy as np
 from sparseprune.engine.tally import Tally, tally
 
 if TYPE_CHECKING:
+    from types import UnionType
+
     from sparseprune.checkpoint import StoredTensor
     from sparseprune.pipeline.limits import Limits
     from sparseprune.pipeline.plan import Task
@@ -69,6 +71,18 @@ Outcome = list[Any]
 For a matrix that was reconstructed there follow its output energies: a list of what is lost by the mask
 alone, what is lost now, and that of the dense matrix, and the power of two that these three count in.
 """
+_FORM: tuple[type | UnionType, ...] = (str, str, int, int, int, int | float, int, int | float)
+
+
+def is_outcome(value: object) -> bool:
+    """Whether it may be an outcome that was noted by an earlier run."""
+    if not isinstance(value, list) or len(value) < len(_FORM):
+        return False
+    outputs = value[len(_FORM) :]
+    return all(isinstance(one, form) for one, form in zip(value, _FORM, strict=False)) and all(
+        isinstance(one, list) and len(one) == 3 and all(isinstance(energy, int | float) for energy in one)
+        for one in outputs
+    )
 
 
 def outcome(task: Task, stored: StoredTensor, pruned: int, before: Tally, after: Tally) -> Outcome:

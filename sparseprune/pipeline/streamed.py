@@ -82,7 +82,7 @@ def run_program(task: Task, recipe: Streamed, setting: Setting) -> Program:
     for number in range(prod(scope.grid_shape)):
         key = f"decision {number}"
         decision = setting.recall(key)
-        if decision is None:
+        if not work.decides(decision):
             decision = yield from (
                 work.threshold(number) if task.instance.soft else work.cut(number, budget.nnz)
             )
@@ -146,6 +146,21 @@ class _Work:
             following = yield from self._norm(number, nnz + 1)
             kth = (kth + soft.k_weight * following) / (1 + soft.k_weight)
         return kth.hex()
+
+    def decides(self, noted: Any) -> bool:  # noqa: ANN401
+        """Whether it is what `cut` or `threshold` gives."""
+        if self._task.instance.soft is not None:
+            try:
+                return isinstance(noted, str) and float.fromhex(noted) >= 0
+            except (ValueError, OverflowError):
+                return False
+        if noted in ([], "all"):
+            return True
+        return (
+            isinstance(noted, list)
+            and len(noted) == 2
+            and all(type(one) is int and 0 <= one < 1 << 64 for one in noted)
+        )
 
     def prune(self, place: Place, decision: Any) -> list[Outcome]:  # noqa: ANN401
         """Cut or shrink the blocks of a place, and write them."""

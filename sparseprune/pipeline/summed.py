@@ -49,16 +49,12 @@ _MOST_EXPONENT = 1000
 def run_program(task: Task, recipe: Summed, setting: Setting) -> Program:
     """Steps that score, then one that cuts; the decision between them is noted."""
     scope = task.instance.scope
-    noted = setting.recall(_DECISION)
-    if noted is None:
+    keep = _recalled(setting, prod(scope.grid_shape) * scope.blocks_per_scope)
+    if keep is None:
         scores = yield from _scores(task, recipe, setting)
         keep = _decide(task, scores)
         passed = (recipe.passes - 1) * task_bytes(task, setting.tensors)
         setting.note(_DECISION, base64.b85encode(np.packbits(keep).tobytes()).decode(), passed)
-    else:
-        count = prod(scope.grid_shape) * scope.blocks_per_scope
-        packed = np.frombuffer(base64.b85decode(noted), dtype=np.uint8)
-        keep = np.unpackbits(packed, count=count)
     decisions = by_leaf(scope, keep)
 
     def prune(box: Box) -> list[Outcome]:
@@ -78,6 +74,18 @@ def run_program(task: Task, recipe: Summed, setting: Setting) -> Program:
                 number += 1
 
     yield items()
+
+
+def _recalled(setting: Setting, count: int) -> NDArray[np.uint8] | None:
+    """The decision on so many blocks that an earlier run noted, one 0 or 1 each; None if it is none."""
+    noted = setting.recall(_DECISION)
+    if not isinstance(noted, str):
+        return None
+    try:
+        packed = np.frombuffer(base64.b85decode(noted), dtype=np.uint8)
+    except ValueError:
+        return None
+    return np.unpackbits(packed, count=count) if packed.size == -(-count // 8) else None
 
 
 def _scores(task: Task, recipe: Summed, setting: Setting) -> Any:  # noqa: ANN401  (a part of a program)

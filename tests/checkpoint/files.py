@@ -136,10 +136,10 @@ def finish(layout: OutputLayout, *, force: bool = False, **parts: str) -> tuple[
     return found, done
 
 
-def error_of(layout: OutputLayout, *, force: bool = False) -> str | None:
+def error_of(layout: OutputLayout, *, force: bool = False, report: bytes = b"{}") -> str | None:
     """What staging the output says against it, None if it is there."""
     try:
-        stage(layout, force=force)
+        stage(layout, force=force, report=report)
     except (CheckpointError, MachineError) as error:
         return str(error)
     return None

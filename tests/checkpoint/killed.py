@@ -1,6 +1,6 @@
 """Runs that die by SIGKILL at every call of the system, one after another, each in a process of its own.
 
-    python -m tests.checkpoint.killed HOME INPUT [force]
+    python -m tests.checkpoint.killed HOME INPUT [force] ["without exchange"]
 
 HOME/start is copied to HOME/1, HOME/2, ...: there a run that prunes INPUT dies at its first, second, ...
 call, before it or, where it writes, in its middle. Ends with the first run that reaches its end.
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np  # noqa: F401  (once here instead of once in every process)
 
+from sparseprune.checkpoint import naming
 from tests.checkpoint.files import finish, layout_of
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ def die_at(moment: int) -> None:
 
     for name in DEADLY:
         setattr(os, name, deadly(getattr(os, name), name))
+    naming.swap = deadly(naming.swap, "swap")
 
 
 def prune(home: Path, source: str, *, force: bool) -> tuple[list[str], list[str]]:
@@ -69,4 +71,6 @@ def main(home: Path, source: str, *, force: bool) -> None:
 
 
 if __name__ == "__main__":
+    if "without exchange" in sys.argv[3:]:
+        naming.swap = lambda one, other: False
     main(Path(sys.argv[1]), sys.argv[2], force="force" in sys.argv[3:])

@@ -1,11 +1,15 @@
 """Journals: what was noted is read again, what was torn is cut off, what is foreign counts as none."""
 
+import json
 import os
+import socket
+import zlib
 from pathlib import Path
+from random import Random
 
 import pytest
 
-from sparseprune.checkpoint.journal import Journal, note_line, read_journal
+from sparseprune.checkpoint.journal import Journal, note_text, read_journal
 from tests.checkpoint.files import IDENTITY
 
 NOTES = {"a 0": {"pruned": 3}, "é\n\r\u2028": ["x", None, 1.5], "b": "\udcff"}
@@ -14,7 +18,7 @@ NOTES = {"a 0": {"pruned": 3}, "é\n\r\u2028": ["x", None, 1.5], "b": "\udcff"}
 def written(path: Path) -> Path:
     journal = Journal.begin(path, IDENTITY)
     for key, record in NOTES.items():
-        journal.append([note_line(key, record)])
+        journal.append([note_text(key, record)])
     journal.close()
     return path
 
@@ -30,7 +34,7 @@ def test_what_was_noted_is_read_again(tmp_path: Path) -> None:
 
 def test_a_note_of_the_same_key_replaces_the_earlier(tmp_path: Path) -> None:
     journal = Journal.begin(tmp_path / "journal", {})
-    journal.append([note_line("a", 1), note_line("b", 1), note_line("a", 2)])
+    journal.append([note_text("a", 1), note_text("b", 1), note_text("a", 2)])
     journal.close()
     content = read_journal(tmp_path / "journal")
     assert content is not None
@@ -55,7 +59,7 @@ def test_a_journal_that_was_torn_anywhere_is_continued_after_its_last_whole_line
         journal = Journal.resume(path, content)
         assert path.read_bytes() == data[: whole[-1]]
         assert journal.notes == len(whole) - 1
-        journal.append([note_line("more", 1)])
+        journal.append([note_text("more", 1)])
         assert journal.notes == len(whole)
         journal.close()
         again = read_journal(path)
@@ -63,32 +67,136 @@ def test_a_journal_that_was_torn_anywhere_is_continued_after_its_last_whole_line
         assert again.finished == {**content.finished, "more": 1}
 
 
+def line(value: object, before: int = 0) -> bytes:
+    """A line as the journal has it, behind lines of this check sum."""
+    text = json.dumps(value, separators=(",", ":")).encode()
+    return b"%08x %s\n" % (zlib.crc32(text, before), text)
+
+
+HEAD = {"format": 2, "identity": {}}
+SUM = zlib.crc32(b'{"format":2,"identity":{}}')
+
+
+def test_its_lines_are_json_behind_a_check_sum_of_all_lines(tmp_path: Path) -> None:
+    Journal.begin(tmp_path / "journal", {}).close()
+    assert (tmp_path / "journal").read_bytes() == line(HEAD)
+
+
 @pytest.mark.parametrize(
     "content",
     [
         b"",
         b"\n",
-        b"[]\n",
-        b'{"format":1}\n',
+        line([]),
+        line({"format": 1, "identity": {}}),
+        line({"format": 2}),
+        line({"format": 2, "identity": []}),
+        line({"format": 2, "identity": {"a": 1}}),
+        line(HEAD)[:-1],
+        line(HEAD, 1),
         b'{"format":2,"identity":{}}\n',
-        b'{"format":1,"identity":[]}\n',
-        b'{"format":1,"identity":{"a":1}}\n',
-        b'{"format":1,"identity":{}}\n[1,2]\n',
-        b'{"format":1,"identity":{}}\n["a"]\n',
-        b'{"format":1,"identity":{}}\n["a",1,2]\n',
-        b'{"format":1,"identity":{}}\n{"a":1}\n',
-        b'{"format":1,"identity":{}}\n["a",\n["b",1]\n',
-        b'{"format":1,"identity":{}}\n\n["b",1]\n',
-        b'{"format":1,"identity":{}}\n["\xff",1]\n',
-        b'{"format":1,"identity":{}}\n' + b"[" * 100_000 + b"\n",
+        b'{"format":1,"identity":{}}\n["a",1]\n',
     ],
 )
-def test_anything_else_is_no_journal(tmp_path: Path, content: bytes) -> None:
+def test_without_a_good_head_there_is_no_journal(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "journal").write_bytes(content)
     assert read_journal(tmp_path / "journal") is None
 
 
-def test_what_is_no_file_is_no_journal(tmp_path: Path) -> None:
+NESTED = b"[" * 100_000
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        line([1, 2], SUM),
+        line(["a"], SUM),
+        line(["a", 1, 2], SUM),
+        line({"a": 1}, SUM),
+        line(None, SUM),
+        line("ab", SUM),
+        line(["a", 1]),
+        line(["a", 1], SUM)[:-2] + b"\n",
+        line(["a", 1], SUM).replace(b"1]", b"2]"),
+        line(["a", 1], SUM).upper(),
+        b" " + line(["a", 1], SUM),
+        b"\n",
+        b"\0" * 4096,
+        b"\xff\xfe",
+        b"%08x %s\n" % (zlib.crc32(NESTED, SUM), NESTED),
+        b"%08x %s\n" % (zlib.crc32(b'["\xff",1]', SUM), b'["\xff",1]'),
+        b"%08x [%s]\n" % (zlib.crc32(b"[" + b"1" * 5000 + b"]", SUM), b"1" * 5000),
+        b"x" * 1_000_000,
+    ],
+)
+@pytest.mark.parametrize("after", [b"", line(["b", 1], SUM)])
+def test_what_follows_a_bad_line_does_not_count(tmp_path: Path, bad: bytes, after: bytes) -> None:
+    path = tmp_path / "journal"
+    path.write_bytes(line(HEAD) + bad + after)
+    content = read_journal(path)
+    assert content is not None
+    assert (content.finished, content.end) == ({}, len(line(HEAD)))
+    journal = Journal.resume(path, content)
+    journal.append([note_text("c", 1)])
+    journal.close()
+    assert path.read_bytes() == line(HEAD) + line(["c", 1], SUM)
+
+
+def test_a_line_without_an_end_is_not_read_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "journal"
+    path.write_bytes(line(HEAD))
+    os.truncate(path, 1 << 40)
+    monkeypatch.setattr("sparseprune.checkpoint.journal._LONGEST", 1 << 20)
+    content = read_journal(path)
+    assert content is not None
+    assert content.end == len(line(HEAD))
+
+
+def test_a_line_of_another_journal_does_not_count(tmp_path: Path) -> None:
+    for name in ("one", "other"):
+        journal = Journal.begin(tmp_path / name, {"input": name})
+        journal.append([note_text("a", name)])
+        journal.close()
+    one, other = ((tmp_path / name).read_bytes().splitlines(keepends=True) for name in ("one", "other"))
+    (tmp_path / "mixed").write_bytes(one[0] + other[1])
+    content = read_journal(tmp_path / "mixed")
+    assert content is not None
+    assert content.finished == {}
+
+
+def test_whatever_becomes_of_its_bytes_a_journal_says_what_it_said_or_less(tmp_path: Path) -> None:
+    data = written(tmp_path / "journal").read_bytes()
+    random = Random(5)
+    for number in range(600):
+        spoiled = bytearray(data)
+        begin = random.randrange(len(data))
+        length = random.choice((1, 1, 2, 8, len(data)))
+        match number % 4:
+            case 0:
+                spoiled[begin : begin + length] = random.randbytes(length)
+            case 1:
+                spoiled[begin : begin + length] = b""
+            case 2:
+                spoiled[begin:begin] = data[random.randrange(len(data)) :][:length]
+            case _:
+                spoiled[begin] ^= 1 << random.randrange(8)
+        (tmp_path / "spoiled").write_bytes(spoiled)
+        content = read_journal(tmp_path / "spoiled")
+        if content is not None:
+            assert content.identity == IDENTITY
+            assert list(content.finished.items()) == list(NOTES.items())[: len(content.finished)]
+            assert spoiled[: content.end] == data[: content.end]
+
+
+@pytest.mark.parametrize("size", [0, 1, 100, 10_000])
+def test_random_bytes_are_no_journal(tmp_path: Path, size: int) -> None:
+    random = Random(size)
+    for _ in range(25):
+        (tmp_path / "journal").write_bytes(random.randbytes(size))
+        assert read_journal(tmp_path / "journal") is None
+
+
+def test_what_is_no_file_is_no_journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert read_journal(tmp_path / "absent") is None
     assert read_journal(tmp_path) is None
     written(tmp_path / "real")
@@ -96,8 +204,12 @@ def test_what_is_no_file_is_no_journal(tmp_path: Path) -> None:
     assert read_journal(tmp_path / "link") is None
     os.mkfifo(tmp_path / "pipe")
     assert read_journal(tmp_path / "pipe") is None
+    with socket.socket(socket.AF_UNIX) as bound:
+        monkeypatch.chdir(tmp_path)  # a longer path is no address
+        bound.bind("socket")
+        assert read_journal(tmp_path / "socket") is None
 
 
 def test_a_record_that_json_cannot_hold_is_a_bug() -> None:
     with pytest.raises(TypeError, match="not JSON serializable"):
-        note_line("a", {1, 2})
+        note_text("a", {1, 2})

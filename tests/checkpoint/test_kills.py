@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from sparseprune.checkpoint import naming
 from sparseprune.errors import CheckpointError, MachineError
 from tests.checkpoint.files import (
     all_keys,
@@ -66,18 +67,24 @@ def wanted_of(home: Path, source: str, *, force: bool) -> dict[str, bytes]:
 
 
 def check_never_half(home: Path, target: str, before: dict[str, bytes], wanted: dict[str, bytes]) -> bool:
-    """The target is there as it was before or as it will be, with all that belongs to it; is it done?"""
+    """The target is there as it was or as it will be, and nothing that belongs to the other; is it done?
+
+    A directory is whole at any moment, and so is a file that is new.
+    """
     now = visible(home)
     if any(name.split("/")[0] == target for name in now):
-        assert now in (before, wanted)
+        if target not in before:
+            assert now in (before, wanted)
+        else:
+            assert now.items() <= (wanted if now[target] == wanted[target] else before).items()
     else:
         assert now.items() <= {**before, **wanted}.items() | before.items()
     return now == wanted
 
 
-def killed_everywhere(home: Path, source: str, *, force: bool) -> list[Path]:
+def killed_everywhere(home: Path, source: str, *words: str) -> list[Path]:
     """The folders that runs left which were killed at one moment each, in the order of the moments."""
-    command = [sys.executable, "-m", "tests.checkpoint.killed", str(home), source, *(["force"] * force)]
+    command = [sys.executable, "-m", "tests.checkpoint.killed", str(home), source, *words]
     subprocess.run(command, cwd=ROOT, check=True, timeout=600)
     places = sorted((place for place in home.iterdir() if place.name.isdigit()), key=lambda at: int(at.name))
     assert len(places) > 20
@@ -85,22 +92,32 @@ def killed_everywhere(home: Path, source: str, *, force: bool) -> list[Path]:
 
 
 @pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize("force", [False, True])
-@pytest.mark.parametrize("make", [directory, single])
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (directory, ()),
+        (directory, ("force",)),
+        (directory, ("force", "without exchange")),
+        (single, ()),
+        (single, ("force",)),
+    ],
+)
 def test_a_run_killed_at_any_moment_goes_on_and_ends_in_the_same_bytes(
-    tmp_path: Path, make: Make, force: bool
+    tmp_path: Path, make: Make, words: tuple[str, ...]
 ) -> None:
+    force = "force" in words
     (tmp_path / "start").mkdir()
     source = started(tmp_path / "start", make, force=force)
     wanted = wanted_of(tmp_path / "start", source, force=force)
     before = content(tmp_path / "start")
     target = layout_of(tmp_path / "start" / source).target.name
-    *places, whole = killed_everywhere(tmp_path, source, force=force)
+    *places, whole = killed_everywhere(tmp_path, source, *words)
     assert content(whole) == wanted
     keys = all_keys(layout_of(whole / source, masked="bs", form="packed"))
     seen = set()
     for place in places:
         done = check_never_half(place, target, before, wanted)
+        assert (place / target).exists() or not force or "without exchange" in words
         if done and not force:
             with pytest.raises(CheckpointError, match="already exists"):
                 prune(place, source, force=force)
@@ -121,15 +138,15 @@ def test_a_run_that_goes_on_may_be_killed_again_at_any_moment(tmp_path: Path, ma
     source = started(tmp_path / "first" / "start", make, force=True)
     wanted = wanted_of(tmp_path / "first" / "start", source, force=True)
     before = content(tmp_path / "first" / "start")
-    places = killed_everywhere(tmp_path / "first", source, force=True)
+    places = killed_everywhere(tmp_path / "first", source, "force")
     target = layout_of(places[0] / source).target.name
-    # In the middle of the work, and every moment at which names are given.
-    naming = [place for place in places if visible(place) not in (before, wanted)]
-    assert naming
-    for number, start in enumerate([places[len(places) // 3], naming[-1]]):
+    # In the middle of the work, and while names are given.
+    halfway = [place for place in places if any(naming.is_at_work(place / name) for name in names_in(place))]
+    assert halfway
+    for number, start in enumerate([places[len(places) // 3], halfway[len(halfway) // 2]]):
         home = tmp_path / f"again {number}"
         shutil.copytree(start, home / "start")
-        for place in killed_everywhere(home, source, force=True):
+        for place in killed_everywhere(home, source, "force"):
             check_never_half(place, target, before, wanted)
             prune(place, source, force=True)
             assert content(place) == wanted, place
@@ -154,6 +171,8 @@ def test_a_disk_that_fails_at_any_moment_leaves_nothing_or_what_goes_on(
         shutil.copytree(tmp_path / "start", home)
         layout = layout_of(home / source, masked="bs", form="packed")
         with monkeypatch.context() as patch:
+            if function == "rename":
+                patch.setattr(naming, "swap", lambda one, other: False)
             failing = Failing(patch, function, moment)
             error = machine_error(partial(finish, layout, force=force))
         done = check_never_half(home, target, before, wanted)
@@ -204,7 +223,7 @@ def machine_error(run: Callable[[], object]) -> str | None:
 HOLD = """
 import sys
 from pathlib import Path
-from sparseprune.checkpoint import StagedOutput
+from sparseprune.checkpoint import StagedOutput, naming
 from tests.checkpoint.files import fill, layout_of
 with StagedOutput(layout_of(Path(sys.argv[1]))) as output:
     print("at work", flush=True)

@@ -88,7 +88,7 @@ def test_names_the_output_of_a_directory(tmp_path: Path) -> None:
         "run.sh",
         "sparseprune/masks.safetensors",
     ]
-    assert [file.path.name for file in layout.files if file.executable] == ["run.sh"]
+    assert [file.path.name for file in layout.files if file.mode & 0o100] == ["run.sh"]
     assert layout.report_file == PurePosixPath("sparseprune/report.json")
     assert layout.spec_file == PurePosixPath("sparseprune/spec.toml")
     layout = lay_out_masks(checkpoint, None, ["b"], "packed")

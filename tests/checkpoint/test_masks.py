@@ -209,7 +209,7 @@ def test_opening_tells_names_shapes_and_forms_in_the_order_of_the_file(
     assert [mask.numel for mask in opened.masks.values()] == [torch.Size(s).numel() for s in SHAPES.values()]
     assert {mask.packed for mask in opened.masks.values()} == {mask_format == "packed"}
     assert [shard.path for shard in opened.shards] == [path]
-    assert opened.shards[0].mtime_ns == path.stat().st_mtime_ns
+    assert opened.shards[0].stamp.mtime_ns == path.stat().st_mtime_ns
     assert not opened.missing
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sparseprune.checkpoint.naming import name_files, take_back
+from sparseprune.checkpoint.naming import name_files, settle
 from sparseprune.checkpoint.partial import PartialFolder
 
 NAMES = ("m.masks.safetensors", "m.report.json", "m.safetensors")
@@ -42,9 +42,9 @@ def _cut_short(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
     monkeypatch.setattr(Path, "rename", renamed)
 
 
-@pytest.mark.parametrize("back", range(6))
-@pytest.mark.parametrize("there", range(5))
-def test_what_was_cut_short_is_taken_back_and_done_again(
+@pytest.mark.parametrize("back", range(4))
+@pytest.mark.parametrize("there", range(4))
+def test_what_was_cut_short_is_undone_or_completed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: int, back: int
 ) -> None:
     folder = _folder(tmp_path)
@@ -52,18 +52,19 @@ def test_what_was_cut_short_is_taken_back_and_done_again(
     with monkeypatch.context() as patch:
         _cut_short(patch, there)
         with pytest.raises(OSError):
-            name_files(folder, finals)
+            name_files(folder, finals, lambda: None)
     with monkeypatch.context() as patch:
         _cut_short(patch, back)
         try:
-            take_back(folder, finals[-1])
+            settle(folder, finals[-1])
         except OSError:
             patch.undo()
-            take_back(folder, finals[-1])
-    assert _texts(tmp_path) == OLD
-    assert _texts(folder / "output") == NEW
-    PartialFolder(finals[-1]).resume()
-    name_files(folder, finals)
+            settle(folder, finals[-1])
+    if there < 3:  # two old names are given up before the new weights come
+        assert _texts(tmp_path) == OLD
+        assert _texts(folder / "output") == NEW
+        PartialFolder(finals[-1]).resume()
+        name_files(folder, finals, lambda: None)
     assert _texts(tmp_path) == NEW
-    take_back(folder, finals[-1])
+    settle(folder, finals[-1])
     assert _texts(tmp_path) == NEW

@@ -12,10 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from sparseprune.checkpoint import (
-    StagedOutput,
-    transfer,
-)
+from sparseprune.checkpoint import StagedOutput, naming, transfer
+from sparseprune.checkpoint.partial import PartialFolder
 from sparseprune.errors import CheckpointError, MachineError
 from tests.checkpoint.files import (
     content,
@@ -61,7 +59,9 @@ def test_a_run_killed_while_it_replaced_its_target_has_lost_nothing(tmp_path: Pa
     replaced = tmp_path / ".ckpt-pruned.sparseprune-partial" / "replaced"
     (replaced / "sparseprune").mkdir(parents=True)
     (replaced / "sparseprune" / "report.json").write_text("old")
-    if renamed:
+    if not renamed:
+        (replaced.parent / "output").mkdir()
+    else:
         (tmp_path / "ckpt-pruned" / "sparseprune").mkdir(parents=True)
         (tmp_path / "ckpt-pruned" / "sparseprune" / "report.json").write_text("new")
     with pytest.raises(CheckpointError, match="already exists"):
@@ -117,19 +117,40 @@ def test_what_is_in_the_way_of_the_staging_folder_is_not_followed(tmp_path: Path
     partial.unlink()
     partial.mkdir()
     (partial / "lock").symlink_to("../elsewhere/lock")
-    with pytest.raises(MachineError, match="sparseprune-partial: cannot be written"):
-        stage(layout_of(ckpt))
+    (partial / "journal").symlink_to("../elsewhere/journal")
+    (partial / "output").symlink_to("../elsewhere")
+    stage(layout_of(ckpt))
     assert names_in(tmp_path / "elsewhere") == []
+    assert names_in(tmp_path) == ["ckpt", "ckpt-pruned", "elsewhere"]
 
 
-def test_a_file_system_without_locks_is_the_machines_error(
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
+def test_without_locks_the_work_is_done_all_the_same_and_one_line_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    def fail(descriptor: int, operation: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    with StagedOutput(layout_of(directory(tmp_path))) as output:
+        fill(output)
+        (warning,) = output.warnings
+        assert warning.startswith(
+            f"{tmp_path}: there are no locks, so two runs to one output are not told apart"
+        )
+        output.commit()
+    assert len(output.warnings) == 1
+    assert names_in(tmp_path) == ["ckpt", "ckpt-pruned"]
+
+
+def test_a_lock_that_fails_otherwise_is_the_machines_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(descriptor: int, operation: int) -> None:
-        raise OSError(errno.ENOLCK, "No locks available")
+        raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(fcntl, "flock", fail)
-    with pytest.raises(MachineError, match="No locks available"):
+    with pytest.raises(MachineError, match="Input/output error"):
         stage(layout_of(directory(tmp_path)))
 
 
@@ -171,10 +192,10 @@ def test_a_folder_that_cannot_be_synced_is_named_and_the_complete_output_stays(
 ) -> None:
     sync = transfer.sync
 
-    def fail(path: Path | str, **options: bool) -> None:
-        if path == tmp_path:
+    def fail(path: Path | str, **options: bool) -> bool:
+        if path == tmp_path and (tmp_path / "ckpt-pruned").exists():
             raise OSError(errno.EIO, "Input/output error")
-        sync(path, **options)
+        return sync(path, **options)
 
     monkeypatch.setattr(transfer, "sync", fail)
     layout = layout_of(directory(tmp_path))
@@ -190,6 +211,7 @@ def test_a_rename_that_fails_loses_nothing(
     path = make(tmp_path)
     stage(layout_of(path), report=b"old")
     before = content(tmp_path)
+    monkeypatch.setattr(naming, "swap", lambda one, other: False)
     moves = 0
 
     rename = Path.rename
@@ -222,10 +244,39 @@ def test_names_given_before_a_failure_are_taken_back(tmp_path: Path, monkeypatch
     assert names_in(tmp_path) == ["m.safetensors"]
 
 
-def killed_while_naming(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, renames: int) -> Path:
-    """What a run leaves that dies after so many renames: first the old weights, then the old report."""
+def test_what_fails_once_the_new_weights_have_their_name_is_made_up_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = single(tmp_path)
     stage(layout_of(path), report=b"old")
+    rename = Path.rename
+    moves = 0
+
+    def fail_once(source: Path, target: Path) -> Path:
+        nonlocal moves
+        moves += 1
+        if moves == 3:
+            raise OSError(errno.EIO, "Input/output error")
+        return rename(source, target)
+
+    monkeypatch.setattr(Path, "rename", fail_once)
+    assert "cannot get its name: Input/output error" in (
+        error_of(layout_of(path), force=True, report=b"new") or ""
+    )
+    assert (tmp_path / "m.pruned.report.json").read_bytes() == b"new"
+    assert names_in(tmp_path) == ["m.pruned.report.json", "m.pruned.safetensors", "m.safetensors"]
+
+
+def killed_while_naming(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, renames: int, *, force: bool = True
+) -> Path:
+    """What a run leaves that dies after so many renames, with `force` over an old output.
+
+    Then the old report goes first; the new weights are second, the new report is third.
+    """
+    path = single(tmp_path)
+    if force:
+        stage(layout_of(path), report=b"old")
     rename = Path.rename
     left = iter(range(renames))
 
@@ -239,31 +290,54 @@ def killed_while_naming(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, renames
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", die)
-        patch.setattr("sparseprune.checkpoint.naming.take_back", lambda folder, target: None)
+        patch.setattr("sparseprune.checkpoint.naming.settle", lambda folder, target: None)
         patch.setattr("sparseprune.checkpoint.partial.remove", lambda path: None)
         with pytest.raises(Killed):
-            stage(layout_of(path), force=True, report=b"new")
+            stage(layout_of(path), force=force, report=b"new")
     return path
 
 
 def test_what_somebody_put_in_the_place_of_a_file_since_is_not_taken_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = killed_while_naming(tmp_path, monkeypatch, 3)
+    path = killed_while_naming(tmp_path, monkeypatch, 1, force=False)
     report = tmp_path / "m.pruned.report.json"
     assert report.read_bytes() == b"new"
     report.write_bytes(b"of the user")
     with pytest.raises(CheckpointError, match="already exists"):
         stage(layout_of(path))
     assert report.read_bytes() == b"of the user"
-    assert names_in(tmp_path) == ["m.pruned.report.json", "m.pruned.safetensors", "m.safetensors"]
+    assert names_in(tmp_path) == ["m.pruned.report.json", "m.safetensors"]
+
+
+@pytest.mark.parametrize("changed", ["report", "weights", "no weights"])
+def test_what_new_weights_lack_is_given_to_them_and_to_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: str
+) -> None:
+    path = killed_while_naming(tmp_path, monkeypatch, 2)
+    report, weights = tmp_path / "m.pruned.report.json", tmp_path / "m.pruned.safetensors"
+    assert not report.exists()
+    if changed == "report":
+        report.write_bytes(b"of the user")
+    elif changed == "weights":
+        weights.write_bytes(b"of the user")
+    else:
+        weights.unlink()
+    if weights.exists():
+        with pytest.raises(CheckpointError, match="already exists"):
+            stage(layout_of(path))
+    else:
+        stage(layout_of(path), report=b"newest")
+    wanted = {"report": b"of the user", "weights": None, "no weights": b"newest"}[changed]
+    assert (report.read_bytes() if report.exists() else None) == wanted
+    assert not PartialFolder(weights).path.exists()
 
 
 def test_files_whose_names_were_taken_away_get_them_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = killed_while_naming(tmp_path, monkeypatch, 2)
-    assert "m.pruned.safetensors" not in names_in(tmp_path)
+    path = killed_while_naming(tmp_path, monkeypatch, 1)
+    assert "m.pruned.report.json" not in names_in(tmp_path)
     with pytest.raises(CheckpointError, match="already exists"):
         stage(layout_of(path))
     assert (tmp_path / "m.pruned.report.json").read_bytes() == b"old"
@@ -282,6 +356,7 @@ def test_a_target_that_cannot_be_put_back_is_kept_and_named(
             raise OSError(errno.EIO, "Input/output error")
         return rename(source, target)
 
+    monkeypatch.setattr(naming, "swap", lambda one, other: False)
     monkeypatch.setattr(Path, "rename", fail)
     with pytest.raises(MachineError, match=r"ckpt-pruned: could not be put back .* it was is in .*-partial"):
         stage(layout_of(ckpt), force=True)

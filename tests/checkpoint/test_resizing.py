@@ -282,7 +282,7 @@ def test_a_config_is_replaced_and_other_files_are_copied(tmp_path: Path) -> None
     layout = removal(checkpoint, {"a": None}, {"b": "\u00e9", "a": [1e-05], "\ud800": 1})
     text = file_of(layout, "config.json")
     assert text == '{\n  "b": "\u00e9",\n  "a": [\n    1e-05\n  ],\n  "\\ud800": 1\n}\n'.encode()
-    assert {str(file.path): (file.size, file.executable) for file in layout.files[1:]} == {
+    assert {str(file.path): (file.size, bool(file.mode & 0o100)) for file in layout.files[1:]} == {
         "config.json": (len(text), True),
         "deep/config.json": (2, False),
         "run.sh": (4, True),

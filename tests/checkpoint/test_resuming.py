@@ -1,6 +1,5 @@
 """Continuing an unfinished output: what was noted is on disk, and what was not is done again."""
 
-import json
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 
 from sparseprune.checkpoint import StagedOutput
+from sparseprune.checkpoint.journal import read_journal
 from sparseprune.errors import CheckpointError, MachineError
 from tests.checkpoint.files import (
     IDENTITY,
@@ -75,8 +75,8 @@ def end(output: StagedOutput, *steps: Callable[[], object]) -> None:
 
 
 def journal_of(output: StagedOutput) -> list[str]:
-    lines = (output.partial_path / "journal").read_text().splitlines()
-    return [json.loads(line)[0] for line in lines[1:]]
+    found = read_journal(output.partial_path / "journal")
+    return [] if found is None else list(found.finished)
 
 
 @pytest.mark.parametrize("form", ["bool", "packed"])
@@ -221,7 +221,7 @@ def lose_journal(output: Path) -> None:
 
 
 def spoil_journal(output: Path) -> None:
-    with (output.parent / "journal").open("a") as journal:
+    with (output.parent / "journal").open("r+") as journal:
         journal.write("[]\n")
 
 
@@ -269,7 +269,9 @@ def test_the_old_journal_is_gone_for_good_before_anything_is_made_anew(
         events = Events(patch)
         with StagedOutput(layout, identity={}):
             pass
-    assert events.seen[1:3] == ["unlink journal", f"sync {folder}"]
+    gone = events.seen.index("unlink journal")
+    assert events.seen[gone + 1] == f"sync {folder}"
+    assert not any(event.startswith("mkdir") for event in events.seen[1:gone])
     assert events.seen[0] == f"mkdir {folder}"
     assert events.seen.index("unlink model.safetensors") > 2
     assert events.seen.index("mkdir output") > 2
@@ -285,15 +287,14 @@ def test_the_names_to_be_given_are_on_disk_before_the_first_is_taken_away(
         finish(layout, force=True)
     moves = [event for event in events.seen if event.startswith("rename")]
     assert moves == [
-        "rename m.pruned.safetensors",
-        "rename m.pruned.report.json",
         "rename m.pruned.report.json",
         "rename m.pruned.safetensors",
+        "rename m.pruned.report.json",
     ]
     first = events.seen.index(moves[0])
     assert events.seen[first - 3 : first] == [
         "sync names",
-        "mkdir aside",
+        "mkdir former",
         "sync .m.pruned.safetensors.sparseprune-partial",
     ]
 
@@ -304,7 +305,7 @@ def test_what_an_earlier_death_left_does_not_stand_in_the_way_of_the_names(tmp_p
     folder = interrupt(resumable(layout, force=True)).partial_path
     (folder / "replaced").mkdir()
     (folder / "replaced" / "of a run long ago").write_text("")
-    (folder / "aside").write_text("")
+    (folder / "former").write_text("")
     assert finish(layout, force=True)[0] == all_keys(layout)[:3]
     assert names_in(tmp_path) == ["ckpt", "ckpt-pruned"]
 

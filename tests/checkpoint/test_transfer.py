@@ -31,15 +31,34 @@ def test_copies_ranges(tmp_path: Path) -> None:
     check_copies(tmp_path)
 
 
-@pytest.mark.parametrize("number", [errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM])
+REFUSALS = "EBADF EOVERFLOW EIO EACCES EXDEV EINVAL ENOSYS EPERM ETXTBSY EOPNOTSUPP EISDIR ENOMEM".split()
+
+
+@pytest.mark.parametrize("name", REFUSALS)
 def test_copies_by_hand_where_the_kernel_refuses(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
+    number = getattr(errno, name)
+
     def refuse(*args: int) -> int:
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(os, "copy_file_range", refuse)
     check_copies(tmp_path)
+
+
+@pytest.mark.parametrize("broken", ["pread", "pwrite"])
+def test_a_disk_that_is_broken_is_told_by_the_copy_by_hand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    def fail(*args: int) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    source, file = two_files(tmp_path)
+    monkeypatch.setattr(os, "copy_file_range", fail)
+    monkeypatch.setattr(os, broken, fail)
+    with pytest.raises(MachineError if broken == "pread" else OSError, match="Input/output error"):
+        transfer.copy_range(source, 0, file, 0, 9)
 
 
 def test_copies_where_there_is_no_kernel_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,20 +105,21 @@ def test_a_source_that_ends_too_early_is_the_machines_error(
         transfer.copy_range(source, 0, file, 0, 1)
 
 
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
 def test_errors_of_the_kernel_that_are_no_refusal_pass(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     def fail(*args: int) -> int:
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(os, "copy_file_range", fail)
     source, file = two_files(tmp_path)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match=os.strerror(number)):
         transfer.copy_range(source, 0, file, 0, 1)
 
 
 def test_makes_a_file_of_its_final_size(tmp_path: Path) -> None:
-    transfer.create(tmp_path / "x", 6, b"ab", executable=True)
+    transfer.create(tmp_path / "x", 6, b"ab", 0o700)
     assert (tmp_path / "x").read_bytes() == b"ab\0\0\0\0"
     assert os.access(tmp_path / "x", os.X_OK)
     transfer.overwrite(tmp_path / "x", memoryview(b"cd"), 3)

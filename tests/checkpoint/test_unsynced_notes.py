@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from sparseprune.checkpoint.journal import Journal, note_line, read_journal
+from sparseprune.checkpoint.journal import Journal, note_text, read_journal
 from sparseprune.checkpoint.syncing import Unsynced
 
 if TYPE_CHECKING:
@@ -25,11 +25,11 @@ def test_an_interrupted_flush_puts_its_notes_before_those_that_came_meanwhile(
     unsynced.journal = Journal.begin(tmp_path / "journal", {})
     unsynced.written(str(tmp_path / "weights"))
     for number in range(waiting):
-        unsynced.noted(note_line(f"before {number}", None))
+        unsynced.noted(note_text(f"before {number}", None))
 
     def interrupted(_: int) -> None:
         for number in range(meanwhile):
-            unsynced.noted(note_line(f"meanwhile {number}", None))
+            unsynced.noted(note_text(f"meanwhile {number}", None))
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:

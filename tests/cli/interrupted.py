@@ -31,7 +31,7 @@ from typing import IO, TYPE_CHECKING, Any, NoReturn, Self
 
 import pytest
 
-from sparseprune.checkpoint import StagedOutput
+from sparseprune.checkpoint import StagedOutput, naming
 from sparseprune.cli import stopping
 from sparseprune.errors import MachineError
 from sparseprune.pipeline import reapplying, schedule
@@ -40,12 +40,12 @@ from tests.limits import WAYS, force, narrow
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from types import TracebackType
+    from types import ModuleType, TracebackType
 
 ROOT = Path(__file__).parents[2]
 WRITES = ("pwrite", "copy_file_range", "ftruncate")
 SYNCS = ("fdatasync", "fsync")
-NAMES = ("mkdir", "rename", "unlink", "rmdir")
+NAMES = ("mkdir", "rename", "unlink", "rmdir", "swap")
 # Moments of their own, never counted with the others: after a thread was started, before a piece is noted,
 # before torch does a step of those that rebuild a matrix.
 THREADS, NOTES, TORCH = ("start",), ("note",), ("where",)
@@ -56,7 +56,7 @@ _ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # a pool wo
 
 @dataclass(frozen=True)
 class Moment:
-    """What happens at the call numbered `at`, from 1, of the functions `on` of the module os.
+    """What happens at the call numbered `at`, from 1, of the functions `on` of the module os, or of `swap`.
 
     `do` is "kill" (a write is torn), "interrupt" or "interrupt twice", "hang" (a library that does not return
     after SIGTERM), "fail" with a `code` of errno, "bug", or what `change` does to the file `path`.
@@ -171,15 +171,20 @@ class _Counters:
 _CALLS, _READ, _WRITTEN = range(3)
 
 
+def _owner(name: str) -> ModuleType:
+    """The module whose function it is."""
+    return naming if name == "swap" else os
+
+
 class _System:
     """The functions of the module os that are counted, and that break at a moment."""
 
     def __init__(self, command: Command, counters: _Counters) -> None:
         self._command = command
         self._counters = counters
-        self._real = {name: getattr(os, name) for name in EVERYTHING}
+        self._real = {name: getattr(_owner(name), name) for name in EVERYTHING}
         for name in EVERYTHING:
-            setattr(os, name, self._counting(name))
+            setattr(_owner(name), name, self._counting(name))
         real_start, real_note = threading.Thread.start, StagedOutput.note
 
         def start(thread: threading.Thread) -> None:

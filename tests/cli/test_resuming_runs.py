@@ -152,9 +152,14 @@ def notes(home: Path, target: str) -> Mapping[str, Any] | None:
 
 
 def check_never_half(home: Path, target: str, before: dict[str, bytes], wanted: dict[str, bytes]) -> bool:
-    """The target is as it was before or as it will be, with all that belongs to it; is it done?"""
+    """The target is as it was before or as it will be, and nothing that belongs to the other; is it done?
+
+    A directory is whole at any moment, and so is a file that is new.
+    """
     now = content(home)
-    if (home / target).exists():
+    if target in before:
+        assert now.items() <= (wanted if now[target] == wanted[target] else before).items()
+    elif (home / target).exists():
         assert now in (before, wanted)
     else:
         assert now.items() <= before.items() | wanted.items()
@@ -256,6 +261,15 @@ def retitle(path: Path) -> None:
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
+def rewrite_in_secret(path: Path) -> None:
+    """Other bytes, in a file of the same size and time."""
+    status = path.stat()
+    change(path, "rewrite")
+    while path.stat().st_ctime_ns == status.st_ctime_ns:  # the clock of some file systems is coarse
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
 def enlarge(path: Path) -> None:
     save_file(mlp_tensors() | {"more": torch.ones(3)}, path)
 
@@ -276,6 +290,21 @@ CHANGES: dict[str, Change] = {
     ),
     "the size of a file": (FILE, "the input", lambda home: enlarge(home / "m.safetensors")),
     "scores": (SCORES, "the input", lambda home: change(home / "scores.safetensors", "rewrite")),
+    "bytes of a shard, at the same time": (
+        DIRECTORY,
+        "the input",
+        lambda home: rewrite_in_secret(home / "in/b.safetensors"),
+    ),
+    "a shard that another one replaces": (
+        DIRECTORY,
+        "the input",
+        lambda home: change(home / "in/b.safetensors", "replace"),
+    ),
+    "scores, at the same time": (
+        SCORES,
+        "the input",
+        lambda home: rewrite_in_secret(home / "scores.safetensors"),
+    ),
     "the config of a directory": (
         DIRECTORY,
         "the input",
