@@ -112,14 +112,22 @@ def stopped_once() -> Iterator[None]:
     usual = {number: signal.getsignal(number) for number in _WORDS}
     ours = [one for one, what in usual.items() if what in (signal.default_int_handler, signal.SIG_DFL)]
     delay = _Delay()
+    raised = False
 
     def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal raised
+        if raised:  # to ignore signals from here on would have Python tell of one that came meanwhile
+            return
         if _loads_another_library(frame):
             delay.again(number, stop)
             return
-        for each in ours:
-            signal.signal(each, signal.SIG_IGN)
+        raised = True
         raise Stopped(number)
+
+    def lost(stopped: Stopped) -> None:
+        nonlocal raised
+        raised = False
+        delay.again(stopped.number, stop)
 
     def end() -> None:
         delay.end()
@@ -129,7 +137,7 @@ def stopped_once() -> Iterator[None]:
     for each in ours:
         signal.signal(each, stop)
     try:
-        with _lost(lambda stopped: delay.again(stopped.number, stop)), _deadline(ours):
+        with _lost(lost), _deadline(ours):
             try:
                 yield
             finally:
