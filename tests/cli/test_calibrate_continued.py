@@ -202,7 +202,7 @@ def test_sums_that_are_not_what_was_put_aside_are_collected_again(
     ("words", "changed"),
     [
         (("--seed", 1), "the options and the text changed"),
-        (("--memory", 4 * 4 * 48 * 48), "--memory changed"),
+        (("--memory", 2 * 4 * 48 * 48), "--memory changed"),
     ],
 )
 def test_a_run_of_something_else_is_not_continued_and_it_is_told_why(
