@@ -193,17 +193,27 @@ def test_a_name_that_is_too_long_is_refused_before_the_work(
         stage(layout_of(path, tmp_path / name / "deeper" / "out", masked="b", form="bool"))
 
 
-def test_an_output_that_replaces_another_is_exchanged_for_it(tmp_path: Path) -> None:
+def test_an_output_that_replaces_another_is_exchanged_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "old").mkdir()
     (tmp_path / "new").mkdir()
     if not naming.swap(tmp_path / "old", tmp_path / "new"):
         pytest.skip("names cannot be exchanged here")
+    swap, exchanged = naming.swap, []
+
+    def note(one: Path, other: Path) -> bool:
+        exchanged.append(swap(one, other))
+        return exchanged[-1]
+
+    monkeypatch.setattr(naming, "swap", note)
     path = directory(tmp_path)
     stage(layout_of(path), report=b"old")
     with StagedOutput(layout_of(path), force=True) as output:
         inode = output.staged_path.stat().st_ino
         output.commit()
         assert (output.partial_path / "replaced/sparseprune/report.json").read_bytes() == b"old"
+    assert exchanged == [True]
     assert layout_of(path).target.stat().st_ino == inode
     assert names_in(tmp_path) == ["ckpt", "ckpt-pruned", "new", "old"]
 
