@@ -163,15 +163,20 @@ class StagedOutput:
             self._write(name, place, (first + head) // 8, _packed(bits[head : len(bits) - tail]))
         self._merge(place, end - tail, bits[len(bits) - tail :])
 
-    def add_file(self, name: PurePosixPath, data: bytes) -> None:
-        """Writes the report or the spec, under the name that the layout gives it; again to replace it."""
+    def add_file(self, name: PurePosixPath, data: bytes | Iterable[bytes]) -> None:
+        """Writes the report or the spec, under the name that the layout gives it; again to replace it.
+
+        `data` may come in parts, which are written as they are made.
+        """
         if name not in (self.layout.report_file, self.layout.spec_file):
             raise ValueError(f"{name}: the layout has no such file")
         path = self._partial.output / name
         with self._writing(path):
             path.unlink(missing_ok=True)
             self._make_folders(name)
-            transfer.create(path, len(data), data, self.layout.results_mode | transfer.OWNER)
+            transfer.create(path, 0, b"", self.layout.results_mode | transfer.OWNER)
+            with path.open("r+b") as file:
+                file.writelines((data,) if isinstance(data, bytes) else data)
 
     def note(self, key: str, record: object) -> None:
         """Tells that a piece of work is finished: that the writes it takes have returned.

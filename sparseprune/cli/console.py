@@ -202,20 +202,27 @@ def _write(text: str) -> None:
 
 
 def print_json(document: Mapping[str, Any]) -> None:
-    """A document on stdout; JSON has escapes of its own for what a terminal would obey."""
-    text = "\n".join(
-        line if line.isprintable() else "".join(map(_escaped, line))
-        for line in json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False).split("\n")
-    )
+    """A document on stdout; JSON has escapes of its own for what a terminal would obey.
+
+    Piece by piece, as all of its text may be larger than all else in memory.
+    """
+    from sparseprune.report.document import json_pieces, lines_of
+
+    ensure_ascii = False
     try:
-        text.encode(sys.stdout.encoding or "utf-8")
+        for line in lines_of(document):
+            _escaped(line).encode(sys.stdout.encoding or "utf-8")
     except UnicodeEncodeError:  # and for what the stream cannot say
-        text = json.dumps(document, indent=2, allow_nan=False)
-    print_result(text)
+        ensure_ascii = True
+    for piece in json_pieces(document, ensure_ascii=ensure_ascii):
+        sys.stdout.write("\n".join(map(_escaped, piece.split("\n"))))
+    print(flush=True)
 
 
-def _escaped(letter: str) -> str:
-    return letter if letter.isprintable() else json.dumps(letter)[1:-1]
+def _escaped(line: str) -> str:
+    if line.isprintable():
+        return line
+    return "".join([letter if letter.isprintable() else json.dumps(letter)[1:-1] for letter in line])
 
 
 def print_table(*parts: RenderableType) -> None:

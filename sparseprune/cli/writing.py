@@ -6,9 +6,9 @@ Owns the order: everything is written, the input is still what it was, then the 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from contextlib import contextmanager
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Protocol
 
 from sparseprune.checkpoint import TensorReader
@@ -77,11 +77,16 @@ def staged(output: StagedOutput, *, quiet: bool, warnings: Warnings | None = Non
         raise
 
 
-def report_bytes(document: Document) -> bytes:
-    """A report as the JSON that is written beside an output: ValueError for a number that is not finite."""
-    text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    # A path that is not UTF-8 has surrogates, which are escapes of JSON as well.
-    return text.encode(errors="backslashreplace")
+def report_bytes(document: Document) -> Iterator[bytes]:
+    """A report as the JSON that is written beside an output: ValueError for a number that is not finite.
+
+    In pieces, as all of it may be larger than all else in memory.
+    """
+    from sparseprune.report.document import json_pieces
+
+    for piece in chain(json_pieces(document), ("\n",)):
+        # A path that is not UTF-8 has surrogates, which are escapes of JSON as well.
+        yield piece.encode(errors="backslashreplace")
 
 
 class Ending(Protocol):

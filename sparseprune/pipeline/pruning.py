@@ -20,7 +20,7 @@ from sparseprune.pipeline.rests import rest_program
 from sparseprune.pipeline.traffic import Traffic
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from sparseprune.checkpoint import Shard, StagedOutput, TensorReader
     from sparseprune.pipeline.executor import Progress
@@ -41,7 +41,7 @@ _WAYS = {
 
 def execute(
     schedule: Schedule, reader: TensorReader, output: StagedOutput, device: str, progress: Progress
-) -> tuple[TensorOutcome, ...]:
+) -> Sequence[TensorOutcome]:
     """Do all the work of a schedule: every byte of the output's shards and masks is written once.
 
     What an earlier run finished is taken over. `progress` is told, from any thread, bytes that were done and

@@ -22,9 +22,10 @@ from sparseprune.pipeline.limits import limits_of
 from sparseprune.pipeline.outcomes import Outcomes
 from sparseprune.pipeline.programs import Item, Outcome, Program
 from sparseprune.pipeline.traffic import Traffic
+from sparseprune.sequences import Made
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from sparseprune.checkpoint import StagedOutput, TensorReader
     from sparseprune.engine.tally import Tally
@@ -82,7 +83,7 @@ def make_reapplication(matched: Matched, memory: int, workers: int) -> Reapplica
 
 def reapply(
     reapplication: Reapplication, reader: TensorReader, output: StagedOutput, progress: Progress
-) -> tuple[Reapplied, ...]:
+) -> Sequence[Reapplied]:
     """Write every tensor with zeros where its mask drops elements, and the masks; copy the rest.
 
     Survivors keep their bits, what is dropped becomes +0.0, or 0. What an earlier run finished is taken over.
@@ -99,7 +100,7 @@ def reapply(
             yield Assignment(order, f"mask{order}", pair.stored.name, program, 0)
 
     produce(assignments(), record, limits, workers)
-    return tuple(_reapplied(outcomes.of_tensor(pair.stored, (_RULE,))) for pair in pairs)
+    return Made(pairs, lambda pair: _reapplied(outcomes.of_tensor(pair.stored, (_RULE,))))
 
 
 def reapply_bytes(reapplication: Reapplication, output: StagedOutput) -> tuple[int, int]:

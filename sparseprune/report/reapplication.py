@@ -14,6 +14,7 @@ from sparseprune.errors import printable
 from sparseprune.report.document import energy_kept, file_entries, share
 from sparseprune.report.fitting import Column, FittedTable
 from sparseprune.report.wording import many, percent
+from sparseprune.sequences import Made
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -93,15 +94,15 @@ def reapply_document(
         "files_left_out": file_entries(run.files),
         "left_out": _left_out(run),
         "totals": _totals(checkpoint, tensors),
-        "tensors": [
-            {
+        "tensors": Made(
+            tensors,
+            lambda tensor: {
                 **_entry(tensor, checkpoint),
                 "zeros_before": tensor.before.zeros,
                 "zeros_after": tensor.after.zeros,
                 "energy_kept": energy_kept(tensor.before, tensor.after),
-            }
-            for tensor in tensors
-        ],
+            },
+        ),
     }
 
 

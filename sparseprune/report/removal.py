@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from sparseprune import __version__
 from sparseprune.engine.grids import prod
 from sparseprune.report.coverage import coverage_text, coverage_totals
-from sparseprune.report.document import copies_line, file_entries, mean, rule_entry
+from sparseprune.report.document import copies_line, file_entries, mean, rule_entry, summed_up
 from sparseprune.report.fitting import Column, FittedTable
 from sparseprune.report.wording import many, percent, shape_text, size
 
@@ -84,6 +84,7 @@ def removal_document(
 ) -> dict[str, Any]:
     """The report as plain data, in the shape of schemas/remove.schema.json."""
     before, after = run.nbytes
+    found = summed_up(run.tensors)
     return {
         "schema": REMOVE_SCHEMA,
         "sparseprune": __version__,
@@ -104,13 +105,11 @@ def removal_document(
             **coverage_totals(run.coverage),
             "bytes": before,
             "bytes_after": after,
-            "output_error_masked": mean(tensor.output_error_masked for tensor in run.tensors),
-            "output_error": mean(tensor.output_error for tensor in run.tensors),
+            "output_error_masked": mean(found.output_errors_masked),
+            "output_error": mean(found.output_errors),
         },
         "config": config_entries(removal.changes),
-        "rules": []
-        if bound is None
-        else [rule_entry(rule, run.tensors, run.devices) for rule in bound.rules],
+        "rules": [] if bound is None else [rule_entry(rule, found, run.devices) for rule in bound.rules],
         "tensors": list(_tensor_entries(checkpoint, removal.left)),
     }
 

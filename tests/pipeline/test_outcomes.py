@@ -48,11 +48,11 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
     return make_plan(open_checkpoint(path), parse_spec(LEFT_AND_RIGHT))
 
 
-def gathered(plan: Plan, pieces: list[list[Any]]) -> tuple[TensorOutcome, ...]:
+def gathered(plan: Plan, pieces: list[list[Any]]) -> list[TensorOutcome]:
     outcomes = Outcomes()
     for piece in pieces:
         outcomes.add(piece)
-    return outcomes.of_plan(plan)
+    return list(outcomes.of_plan(plan))
 
 
 counts = st.integers(0, 1 << 50)

@@ -83,7 +83,7 @@ def reapplied(reapplication: Reapplication, target: Path, form: MaskFormat | Non
         found = reapply(reapplication, reader, output, lambda nbytes, _: passed.append(nbytes))
         output.commit()
     assert (sum(passed), already) == (total, 0)
-    return found
+    return tuple(found)
 
 
 def check(tensors: Tensors, masks: Tensors, dtype: str, target: Path, found: tuple[Reapplied, ...]) -> None:
