@@ -8,6 +8,7 @@ any order beside the writing of weights and masks.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path, PurePosixPath
@@ -19,7 +20,7 @@ from sparseprune.checkpoint.header import MAX_HEADER, Header, lay_out
 from sparseprune.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
     from sparseprune.checkpoint.folder import OtherFile
     from sparseprune.checkpoint.source import Checkpoint, Shard, StoredTensor
@@ -146,10 +147,10 @@ def lay_out_apply(
     copies += [
         CopyRange(checkpoint.path / other.path, other.path, 0, 0, other.nbytes) for other in checkpoint.others
     ]
-    weights = {
-        name: Place(places[stored.shard.path], stored.offset, stored.nbytes, stored.numel)
-        for name, stored in chosen.items()
-    }
+    weights = _Places(
+        chosen,
+        lambda stored: Place(places[stored.shard.path], stored.offset, stored.nbytes, stored.numel),
+    )
     mode = results_mode(checkpoint, read)
     plan = _plan_masks(checkpoint, chosen, mask_format, names, mode)
     return OutputLayout(
@@ -158,8 +159,8 @@ def lay_out_apply(
         is_directory=checkpoint.is_directory,
         files=(*files, *plan.files),
         copies=tuple(copies),
-        weights=MappingProxyType(weights),
-        masks=MappingProxyType(plan.places),
+        weights=weights,
+        masks=plan.places,
         mask_files=plan.paths,
         mask_format=mask_format,
         writes_weights=True,
@@ -193,7 +194,7 @@ def lay_out_masks(
         files=plan.files,
         copies=(),
         weights=MappingProxyType({}),
-        masks=MappingProxyType(plan.places),
+        masks=plan.places,
         mask_files=plan.paths,
         mask_format=mask_format,
         writes_weights=False,
@@ -239,10 +240,27 @@ class _Names:
         return _Names(PurePosixPath(f"{stem}.masks{SUFFIX}"), PurePosixPath(f"{stem}.report.json"), None)
 
 
+class _Places(Mapping[str, Place]):
+    """Where the bytes of some tensors go; each place is made when it is asked for."""
+
+    def __init__(self, tensors: Mapping[str, StoredTensor], place: Callable[[StoredTensor], Place]) -> None:
+        self._tensors = tensors
+        self._place = place
+
+    def __getitem__(self, name: str) -> Place:
+        return self._place(self._tensors[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
 @dataclass(frozen=True, slots=True)
 class _MaskPlan:
     files: tuple[OutputFile, ...]
-    places: dict[str, Place]
+    places: Mapping[str, Place]
 
     @property
     def paths(self) -> tuple[PurePosixPath, ...]:
@@ -295,42 +313,50 @@ def _plan_masks(
 ) -> _MaskPlan:
     """Mask files like the weight files: one for an unsharded checkpoint, else one a shard, with an index."""
     if mask_format is None:
-        return _MaskPlan((), {})
+        return _MaskPlan((), MappingProxyType({}))
     groups = [
         [masked[entry.name] for entry in shard.header.entries if entry.name in masked]
         for shard in checkpoint.shards
     ]
     groups = [group for group in groups if group]
-    if len(checkpoint.shards) == 1 or not groups:
-        stored = [one for group in groups for one in group]
-        file, places = _mask_file(stored, mask_format, names.masks, mode)
-        return _MaskPlan((file,), places)
-    files: list[OutputFile] = []
-    places = {}
     stem = names.masks.name.removesuffix(SUFFIX)
-    for number, group in enumerate(groups, 1):
-        path = names.masks.with_name(f"{stem}-{number:05d}-of-{len(groups):05d}{SUFFIX}")
-        file, more = _mask_file(group, mask_format, path, mode)
-        files.append(file)
-        places.update(more)
-    index = replace(_mask_index(names.masks.with_name(stem + INDEX_SUFFIX), places), mode=mode)
-    return _MaskPlan((*files, index), places)
+    is_sharded = len(checkpoint.shards) > 1 and len(groups) > 0
+    if is_sharded:
+        paths = {
+            group[0].shard.path: names.masks.with_name(f"{stem}-{number:05d}-of-{len(groups):05d}{SUFFIX}")
+            for number, group in enumerate(groups, 1)
+        }
+    else:
+        groups = [[stored for group in groups for stored in group]]
+        paths = {checkpoint.shards[0].path: names.masks}
+    offsets: dict[str, int] = {}
+    files = [
+        _mask_file(group, mask_format, path, offsets)
+        for group, path in zip(groups, paths.values(), strict=True)
+    ]
+
+    def place(stored: StoredTensor) -> Place:
+        nbytes = stored.numel if mask_format == "bool" else packed_bytes(stored.shape)
+        return Place(paths[stored.shard.path], offsets[stored.name], nbytes, stored.numel)
+
+    if is_sharded:
+        in_files = _Places({name: masked[name] for name in offsets}, place)
+        files.append(_mask_index(names.masks.with_name(stem + INDEX_SUFFIX), in_files))
+    return _MaskPlan(tuple([replace(file, mode=mode) for file in files]), _Places(masked, place))
 
 
 def _mask_file(
-    group: Sequence[StoredTensor], mask_format: MaskFormat, path: PurePosixPath, mode: int
-) -> tuple[OutputFile, dict[str, Place]]:
+    group: Sequence[StoredTensor], mask_format: MaskFormat, path: PurePosixPath, offsets: dict[str, int]
+) -> OutputFile:
+    """The file of the masks of some tensors; adds to `offsets` where each mask begins."""
     header = mask_header({stored.name: stored.shape for stored in group}, mask_format)
     if header.data_begin - 8 > MAX_HEADER:
         raise CheckpointError(
             f"{group[0].shard.path}: with names as long as these, a {mask_format} mask file has a header of "
             f"more than {MAX_HEADER} bytes; give --mask-format bool or --no-masks"
         )
-    places = {
-        entry.name: Place(path, header.data_begin + entry.begin, entry.nbytes, stored.numel)
-        for entry, stored in zip(header.entries, group, strict=True)
-    }
-    return OutputFile(path, header.file_size, header.raw, mode), places
+    offsets.update([(entry.name, header.data_begin + entry.begin) for entry in header.entries])
+    return OutputFile(path, header.file_size, header.raw)
 
 
 def mask_header(shapes: Mapping[str, tuple[int, ...]], mask_format: MaskFormat) -> Header:

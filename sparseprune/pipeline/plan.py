@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 from sparseprune.checkpoint import read_config
 from sparseprune.engine.grids import prod
 from sparseprune.pipeline.inputs import InputFiles
+from sparseprune.sequences import Made
 from sparseprune.spec import TensorInfo, bind
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from sparseprune.checkpoint import Checkpoint, StoredTensor
     from sparseprune.pipeline.inputs import TaskInput
@@ -53,7 +54,7 @@ class Plan:
 
     checkpoint: Checkpoint
     bound: BoundSpec
-    units: tuple[WorkUnit, ...]
+    units: Sequence[WorkUnit]
 
     @property
     def reached(self) -> tuple[str, ...]:
@@ -95,25 +96,27 @@ def make_plan(
         for rule, instance in bound.instances()
     ]
     files.raise_if_any()
-    return Plan(checkpoint, bound, tuple(_units(checkpoint, tasks)))
+    return Plan(checkpoint, bound, _units(checkpoint, tasks))
 
 
-def _units(checkpoint: Checkpoint, tasks: Iterable[Task]) -> Iterator[WorkUnit]:
+def _units(checkpoint: Checkpoint, tasks: Iterable[Task]) -> Sequence[WorkUnit]:
     """Tasks joined where they share a tensor, in the order of their first one."""
     home_of: dict[str, int] = {}  # for each tensor, the number of its group, which is that of the first task
     tasks_of: dict[int, list[Task]] = {}
-    names_of: dict[int, list[str]] = {}
     for number, task in enumerate(tasks):
-        names = [leaf.tensor for leaf in task.instance.scope.leaves]
+        names = {leaf.tensor: None for leaf in task.instance.scope.leaves}
         home = number
         if not home_of.keys().isdisjoint(names):
             home, *others = sorted({home_of[name] for name in names if name in home_of})
-            tasks_of[home] += [moved for other in others for moved in tasks_of.pop(other)]
-            names = [moved for other in others for moved in names_of.pop(other)] + names
+            moved = [task for other in others for task in tasks_of.pop(other)]
+            names |= {leaf.tensor: None for task in moved for leaf in task.instance.scope.leaves}
+            tasks_of[home] += moved
         tasks_of.setdefault(home, []).append(task)
-        names_of.setdefault(home, []).extend(names)
         home_of.update(dict.fromkeys(names, home))
     stored = checkpoint.tensors
-    for home in sorted(tasks_of):
-        tensors = tuple([stored[name] for name in dict.fromkeys(names_of[home])])
-        yield WorkUnit(tuple(tasks_of[home]), tensors)
+
+    def unit(tasks: tuple[Task, ...]) -> WorkUnit:
+        names = dict.fromkeys([leaf.tensor for task in tasks for leaf in task.instance.scope.leaves])
+        return WorkUnit(tasks, tuple([stored[name] for name in names]))
+
+    return Made([tuple(tasks_of.pop(home)) for home in sorted(tasks_of)], unit)

@@ -6,6 +6,7 @@ imports no torch, so that `plan` can tell what a run would need.
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -15,9 +16,10 @@ from sparseprune.pipeline.cells import members_of
 from sparseprune.pipeline.limits import INTERPRETER, TORCH, Limits, limits_of
 from sparseprune.pipeline.plan import task_bytes
 from sparseprune.pipeline.recipes import Reconstructed, alone, choose, needs_torch
+from sparseprune.sequences import Made
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from sparseprune.checkpoint import StoredTensor
     from sparseprune.pipeline.plan import Plan, Task, WorkUnit
@@ -52,7 +54,7 @@ class Schedule:
     plan: Plan
     limits: Limits
     workers: int
-    jobs: tuple[Job, ...]
+    jobs: Sequence[Job]
     rests: tuple[Rest, ...]
 
     @property
@@ -107,7 +109,9 @@ def make_schedule(plan: Plan, memory: int, workers: int, *, compiled: bool = Tru
 def _schedule(plan: Plan, limits: Limits, workers: int, *, compiled: bool) -> Schedule:
     tensors = plan.checkpoint.tensors
     known: dict[tuple[object, ...], Recipe] = {}  # thousands of tasks have a handful of forms
-    jobs: list[Job] = []
+    numbers, parts = array("q"), array("q")
+    tasks: list[Task] = []
+    recipes: list[Recipe] = []
     rests: list[Rest] = []
     for number, unit in enumerate(plan.units):
         for part, task in enumerate(_tasks(unit)):
@@ -115,9 +119,16 @@ def _schedule(plan: Plan, limits: Limits, workers: int, *, compiled: bool) -> Sc
             recipe = known.get(form)
             if recipe is None:
                 recipe = known[form] = choose(task, tensors, limits, compiled=compiled)
-            jobs.append(Job(f"{number}.{part}", task, recipe))
+            numbers.append(number)
+            parts.append(part)
+            tasks.append(task)
+            recipes.append(recipe)
         rests += _rests(number, unit)
-    return Schedule(plan, limits, workers, tuple(jobs), tuple(rests))
+
+    def job(place: int) -> Job:
+        return Job(f"{numbers[place]}.{parts[place]}", tasks[place], recipes[place])
+
+    return Schedule(plan, limits, workers, Made(range(len(tasks)), job), tuple(rests))
 
 
 def _tasks(unit: WorkUnit) -> Iterator[Task]:

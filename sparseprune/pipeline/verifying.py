@@ -116,7 +116,7 @@ def make_check(checkpoint: Checkpoint, spec: Spec, memory: int, workers: int) ->
         for unit in plan.units
     ]
     scored = replace(plan, units=tuple(unit for unit in units if unit.tasks))
-    jobs: tuple[Job, ...] = ()
+    jobs: Sequence[Job] = ()
     if scored.units:
         schedule = make_schedule(scored, memory, workers)
         jobs, limits, uses_torch = schedule.jobs, schedule.limits, schedule.uses_torch
