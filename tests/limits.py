@@ -22,7 +22,7 @@ def narrow(monkeypatch: pytest.MonkeyPatch, slab: int, tile: int = 1 << 18, memo
     """Slabs of about so many bytes, tiles of so many elements, `memory` in flight."""
     limits = Limits(memory, slab, tile)
     for module in (reapplying, schedule):
-        monkeypatch.setattr(module, "limits_of", lambda memory, *, uses_torch: limits)
+        monkeypatch.setattr(module, "limits_of", lambda memory, **_: limits)
 
 
 def force(monkeypatch: pytest.MonkeyPatch, way: str) -> None:

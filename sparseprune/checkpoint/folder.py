@@ -236,10 +236,9 @@ def _read_json(path: Path, parse: Callable[[str], Any] = json.loads) -> Any:  # 
             raise CheckpointError(f"{path}: larger than {LARGEST_DOCUMENT} bytes; wanted a small JSON file")
         return parse(path.read_bytes().decode())
     except OSError as error:
-        refusal = leads_nowhere(path, error)
-        if refusal is not None:
-            raise refusal from error
-        raise MachineError(f"{path}: cannot be read: {error.strerror}") from error
+        # Under no name: what is raised would hold this frame, which would hold it, and all that callers have.
+        unread = f"{path}: cannot be read: {error.strerror}"
+        raise (leads_nowhere(path, error) or MachineError(unread)) from error
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{path}: not UTF-8 at byte {error.start}; wanted a JSON file") from error
     except (ValueError, RecursionError) as error:

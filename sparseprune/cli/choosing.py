@@ -170,9 +170,10 @@ def _by_masks(request: RemoveRequest, masks: Path) -> Choice:
     layout = _target(request, matched.checkpoint)
     refuse_replacing(layout, [shard.path for shard in matched.masks.shards], "masks")
     from sparseprune.pipeline.limits import limits_of
+    from sparseprune.pipeline.reapplying import resident_of
     from sparseprune.report.reapplication import left_out_text
 
-    limits = limits_of(request.memory, uses_torch=False)
+    limits = limits_of(request.memory, uses_torch=False, resident=resident_of(matched))
     return Choice(
         source=str(masks),
         checkpoint=matched.checkpoint,

@@ -71,7 +71,8 @@ def prepare(request: Request) -> Prepared:
     spec = parse_spec(source.text, source.source, source.directory, request.overrides)
     plan = make_plan(open_checkpoint(request.checkpoint), spec)
     compiled = not request.device.startswith("cuda")
-    schedule = make_schedule(plan, request.memory, request.jobs, compiled=compiled)
+    masks = request.mask_format is not None
+    schedule = make_schedule(plan, request.memory, request.jobs, compiled=compiled, masks=masks)
     coverage = coverage_of(plan.checkpoint.tensors, plan.bound, read_config(plan.checkpoint))
     return Prepared(source, plan, schedule, _layout(request, plan), coverage)
 

@@ -15,18 +15,44 @@ SLAB_BYTES = 1 << 20  # measured: what is made of a slab stays in the cache (tes
 TILE_ELEMENTS = 1 << 18  # what the torch engine is given at one time where scopes are small
 _ENGINE_BYTES = 64  # that the torch engine needs for each element of a tile: keys, norms, masks, positions
 _HELD_SHARE = 4  # one part in so many is for scores that are held while a task goes on
+_LEAST = 16 * SLAB_BYTES  # that must be left for work
+# Resident bytes, measured with 50,000 tensors: of each tensor while headers are read, and from then on; of
+# each that is pruned, of each scope, of each mask; the text of a header is there three times, in parts.
+_READ, _KEPT, _REACHED, _SCOPE, _MASK, _TEXTS = 510, 160, 600, 600, 190, 3
+
+
+@dataclass(frozen=True, slots=True)
+class Resident:
+    """What a run holds of all tensors from the beginning to the end: `nbytes` of so many."""
+
+    tensors: int = 0
+    nbytes: int = 0
+
+    @classmethod
+    def of(
+        cls, tensors: int, header_bytes: int, *, reached: int, scopes: int = 0, masks: bool = False
+    ) -> Resident:
+        """For `tensors` in headers of so many bytes; `reached` counts those that are worked on.
+
+        With `masks` there will be a file of masks for these, `scopes` is in how many parts the work is known.
+        """
+        texts = _TEXTS * header_bytes
+        mask = _MASK + header_bytes // max(1, tensors) if masks else 0
+        kept = texts + _KEPT * tensors + (_REACHED + mask) * reached + _SCOPE * scopes
+        return cls(tensors, max(kept, texts + _READ * tensors))
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
     """`memory` bytes may be in flight, over all items and what programs hold; a slab has about `slab` bytes.
 
-    The interpreter is not counted.
+    The interpreter is not counted, nor are the `resident` bytes that all tensors take from first to last.
     """
 
     memory: int
     slab: int = SLAB_BYTES
     tile: int = TILE_ELEMENTS
+    resident: int = 0
 
     @property
     def largest_tile(self) -> int:
@@ -50,17 +76,28 @@ def memory_for_tile(elements: int) -> int:
     return INTERPRETER + TORCH + left
 
 
-def limits_of(memory: int, *, uses_torch: bool) -> Limits:
-    """The limits of a run that may take so many bytes of memory, the interpreter among them.
+def limits_of(memory: int, *, uses_torch: bool, resident: Resident = Resident()) -> Limits:
+    """The limits of a run that may take so many bytes of memory, the interpreter and `resident` among them.
 
-    SparsepruneError where the interpreter alone would not fit.
+    SparsepruneError where these alone would not fit.
     """
     base = INTERPRETER + (TORCH if uses_torch else 0)
-    left = memory - base
-    least = 16 * SLAB_BYTES
-    if left < least:
+    left = memory - base - resident.nbytes
+    needed = base + resident.nbytes + _LEAST
+    if left >= _LEAST:
+        return Limits(left, resident=resident.nbytes)
+    if resident.nbytes > _LEAST:
         raise SparsepruneError(
-            f"--memory {memory}: this run needs {base + least} bytes at least, of which Python"
-            f"{' and torch take' if uses_torch else ' takes'} {base}"
+            f"--memory {memory}: this checkpoint's {resident.tensors:,} tensors alone take about "
+            f"{_megabytes(resident.nbytes)} beside Python{' and torch' if uses_torch else ''}, which "
+            f"{'take' if uses_torch else 'takes'} {_megabytes(base)}; give {_megabytes(needed)} or more"
         )
-    return Limits(left)
+    raise SparsepruneError(
+        f"--memory {memory}: this run needs {needed} bytes at least, of which Python"
+        f"{' and torch take' if uses_torch else ' takes'} {base}"
+    )
+
+
+def _megabytes(nbytes: int) -> str:
+    """A size as --memory takes it, rounded up."""
+    return f"{-(-nbytes // 1_000_000)}MB"

@@ -18,7 +18,7 @@ from sparseprune.engine.kernels.dropping import count_lost, drop
 from sparseprune.engine.kernels.formats import FORMATS
 from sparseprune.engine.tally import tally
 from sparseprune.pipeline.executor import Assignment, Record, already_done, copied_bytes, dealt, produce
-from sparseprune.pipeline.limits import limits_of
+from sparseprune.pipeline.limits import Resident, limits_of
 from sparseprune.pipeline.outcomes import Outcomes
 from sparseprune.pipeline.programs import Item, Outcome, Program
 from sparseprune.pipeline.traffic import Traffic
@@ -78,7 +78,19 @@ class LostZeros:
 
 def make_reapplication(matched: Matched, memory: int, workers: int) -> Reapplication:
     """What has to be done within `memory` bytes, interpreter included; SparsepruneError for too few."""
-    return Reapplication(matched, limits_of(memory, uses_torch=False), workers)
+    return Reapplication(matched, limits_of(memory, uses_torch=False, resident=resident_of(matched)), workers)
+
+
+def resident_of(matched: Matched) -> Resident:
+    """What a run holds of all tensors and masks, whatever it works on at the time."""
+    shards = (*matched.checkpoint.shards, *matched.masks.shards)
+    return Resident.of(
+        sum(len(shard.header.entries) for shard in shards),
+        sum(shard.header.data_begin for shard in shards),
+        reached=len(matched.pairs),
+        scopes=len(matched.pairs),
+        masks=True,
+    )
 
 
 def reapply(

@@ -181,7 +181,7 @@ def _runs(task: Task, tensors: Mapping[str, StoredTensor], limits: Limits) -> Ru
     size = DTYPES[tensors[leaf.tensor].dtype].bits // 8
     each = _loop_bytes(task, size, contest)
     slab = unit * max(1, min(limits.slab // size, limits.memory // (2 * each)) // unit)
-    memory = slab * each
+    memory = min(slab, prod(leaf.view_shape)) * each
     if unit > _PACKED and (unit * size > _SLABS_A_SCOPE * limits.slab or memory > limits.memory // 2):
         return None
     return Runs(memory, slab, contest)
@@ -197,7 +197,7 @@ def _gathered(task: Task, tensors: Mapping[str, StoredTensor], limits: Limits) -
     size = DTYPES[tensors[scope.block.tensor].dtype].bits // 8
     together = numel_per_scope(scope)
     tile = max(limits.slab // size, together)
-    memory = tile * (_loop_bytes(task, size, contest) + 2 * size)
+    memory = min(tile, prod(scope.block.view_shape)) * (_loop_bytes(task, size, contest) + 2 * size)
     if together * size > _SLABS_A_SCOPE * limits.slab or memory > limits.memory // 2:
         return None
     return Gathered(memory, tile, contest)
@@ -254,7 +254,10 @@ def _counted(task: Task, tensors: Mapping[str, StoredTensor], limits: Limits) ->
     slab = max(_PACKED, limits.slab // size // _PACKED * _PACKED)
     groups = max(1, min(_GROUPS, limits.held // _COUNTER_BYTES))
     passes = 1 + max(1, size // 2)
-    return Counted(2 * slab * (size + 1) + _COUNTER_BYTES, slab, groups, groups * _COUNTER_BYTES, passes)
+    sizes = [member.blocks_per_scope for member, _ in members_of(scope)]
+    memory = 2 * min(slab, max(sizes)) * (size + 1) + _COUNTER_BYTES
+    counters = min(groups, sum(-(-each // slab) for each in sizes))
+    return Counted(memory, slab, groups, counters * _COUNTER_BYTES, passes)
 
 
 def _summed(task: Task, tensors: Mapping[str, StoredTensor], limits: Limits) -> Summed | None:
@@ -275,7 +278,8 @@ def _summed(task: Task, tensors: Mapping[str, StoredTensor], limits: Limits) -> 
     if held > limits.held:
         return None
     passes = 1 + (0 if not by_elements else 2 if needs_scaling(task, tensors) else 1)
-    return Summed(_SUMMED_BYTES * chunk, chunk, held, passes)
+    elements = max(prod(leaf.view_shape) for leaf in scope.leaves)
+    return Summed(_SUMMED_BYTES * min(chunk, elements), chunk, held, passes)
 
 
 def needs_scaling(task: Task, tensors: Mapping[str, StoredTensor]) -> bool:
@@ -300,7 +304,8 @@ def _tiled(task: Task, limits: Limits) -> Tiled | None:
     elements = max(min(limits.tile, limits.largest_tile), elements_together(task))
     if elements > limits.largest_tile:
         return None
-    return Tiled(tile_bytes(elements), elements)
+    there = sum(prod(leaf.view_shape) for leaf in scope.leaves)
+    return Tiled(tile_bytes(min(elements, there)), elements)
 
 
 def _streamed(task: Task, limits: Limits) -> Streamed:
@@ -309,7 +314,7 @@ def _streamed(task: Task, limits: Limits) -> Streamed:
     if elements > limits.largest_tile:
         raise SparsepruneError(
             f"[{task.rule}] {task.instance.label}: a block has {block} elements, which must be in memory "
-            f"together; --memory must be at least {memory_for_tile(block)} bytes"
+            f"together; --memory must be at least {limits.resident + memory_for_tile(block)} bytes"
         )
     candidates = limits.held // _SCORE_BYTES
     return Streamed(tile_bytes(elements), elements, candidates * _SCORE_BYTES, 3)
@@ -324,9 +329,10 @@ def _reconstructed(task: Task, tensors: Mapping[str, StoredTensor], limits: Limi
     each = nbytes // max(1, stacks)
     _refuse_unseen(task, alone=stacks > 1)
     if each > limits.memory:
+        needed = INTERPRETER + TORCH + limits.resident + each
         raise SparsepruneError(
             f"[{task.rule}] {task.instance.label}: its matrices and their second moments must be in memory "
-            f"together to be reconstructed; --memory must be at least {INTERPRETER + TORCH + each} bytes"
+            f"together to be reconstructed; --memory must be at least {needed} bytes"
         )
     return Reconstructed(each, stacks > 1)
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from sparseprune.engine.grids import prod
 from sparseprune.errors import SparsepruneError
 from sparseprune.pipeline.cells import members_of
-from sparseprune.pipeline.limits import INTERPRETER, TORCH, Limits, limits_of
+from sparseprune.pipeline.limits import INTERPRETER, TORCH, Limits, Resident, limits_of
 from sparseprune.pipeline.plan import task_bytes
 from sparseprune.pipeline.recipes import Reconstructed, alone, choose, needs_torch
 from sparseprune.sequences import Made
@@ -75,7 +75,8 @@ class Schedule:
         base = INTERPRETER + (TORCH if self.uses_torch else 0)
         items = max((job.recipe.memory for job in self.jobs), default=0)
         held = sorted((job.recipe.held for job in self.jobs), reverse=True)[: self.workers]
-        return base + min(self.limits.memory, items * self.side_by_side + sum(held))
+        work = min(self.limits.memory, items * self.side_by_side + sum(held))
+        return base + self.limits.resident + work
 
     @property
     def nbytes(self) -> int:
@@ -86,24 +87,42 @@ class Schedule:
         return reads + sum(_rest_bytes(rest) for rest in self.rests)
 
 
-def make_schedule(plan: Plan, memory: int, workers: int, *, compiled: bool = True) -> Schedule:
+def make_schedule(
+    plan: Plan, memory: int, workers: int, *, compiled: bool = True, masks: bool = True
+) -> Schedule:
     """The schedule of a plan for a process that may take `memory` bytes.
 
-    `compiled` False leaves to the torch engine what it can hold, for a device other than the CPU.
+    `compiled` False leaves to the torch engine what it can hold, for a device other than the CPU. `masks`:
+    whether some are written.
 
     Raises:
         SparsepruneError: the memory is too little for this plan.
     """
+    resident = resident_of(plan, masks=masks)
     try:
-        limits = limits_of(memory, uses_torch=not compiled)
+        limits = limits_of(memory, uses_torch=not compiled, resident=resident)
     except SparsepruneError:
         if _schedule(plan, Limits(_AMPLE), workers, compiled=compiled).uses_torch:
-            limits_of(memory, uses_torch=True)  # which needs more, and says so
+            limits_of(memory, uses_torch=True, resident=resident)  # which needs more, and says so
         raise
     schedule = _schedule(plan, limits, workers, compiled=compiled)
     if schedule.uses_torch and compiled:
-        schedule = _schedule(plan, limits_of(memory, uses_torch=True), workers, compiled=True)
+        limits = limits_of(memory, uses_torch=True, resident=resident)
+        schedule = _schedule(plan, limits, workers, compiled=True)
     return schedule
+
+
+def resident_of(plan: Plan, *, masks: bool) -> Resident:
+    """What a run of a plan holds of all tensors, whatever it works on at the time."""
+    headers = [shard.header for shard in plan.checkpoint.shards]
+    scopes = [instance.scope for _, instance in plan.bound.instances()]
+    return Resident.of(
+        sum(len(header.entries) for header in headers),
+        sum(header.data_begin for header in headers),
+        reached=sum([len(scope.leaves) for scope in scopes]),
+        scopes=sum([len(members_of(scope)) for scope in scopes]),
+        masks=masks,
+    )
 
 
 def _schedule(plan: Plan, limits: Limits, workers: int, *, compiled: bool) -> Schedule:

@@ -16,7 +16,7 @@ from sparseprune.pipeline.limits import INTERPRETER, TORCH, limits_of
 from sparseprune.pipeline.plan import make_plan, task_bytes
 from sparseprune.pipeline.programs import Setting
 from sparseprune.pipeline.recipes import alone
-from sparseprune.pipeline.schedule import make_schedule
+from sparseprune.pipeline.schedule import make_schedule, resident_of
 from sparseprune.pipeline.stacked import stack_height, stack_program
 from sparseprune.pipeline.surviving import leaf_bytes, survivor_program, way_of
 from sparseprune.pipeline.traffic import Traffic
@@ -96,7 +96,7 @@ class Check:
         items = max((part.memory for part in parts), default=0)
         held = sorted((part.held for part in parts), reverse=True)[: self.workers]
         base = INTERPRETER + (TORCH if self.uses_torch else 0)
-        return base + min(self.limits.memory, items * self.workers + sum(held))
+        return base + self.limits.resident + min(self.limits.memory, items * self.workers + sum(held))
 
 
 def make_check(checkpoint: Checkpoint, spec: Spec, memory: int, workers: int) -> Check:
@@ -110,7 +110,8 @@ def make_check(checkpoint: Checkpoint, spec: Spec, memory: int, workers: int) ->
     """
     plan = make_plan(checkpoint, spec, _is_scored)
     counts: list[Count] = []
-    limits, uses_torch = limits_of(memory, uses_torch=False), False
+    resident = resident_of(plan, masks=False)
+    limits, uses_torch = limits_of(memory, uses_torch=False, resident=resident), False
     units = [
         replace(unit, tasks=tuple(task for task in unit.tasks if _is_scored(task.instance)))
         for unit in plan.units
@@ -118,7 +119,7 @@ def make_check(checkpoint: Checkpoint, spec: Spec, memory: int, workers: int) ->
     scored = replace(plan, units=tuple(unit for unit in units if unit.tasks))
     jobs: Sequence[Job] = ()
     if scored.units:
-        schedule = make_schedule(scored, memory, workers)
+        schedule = make_schedule(scored, memory, workers, masks=False)
         jobs, limits, uses_torch = schedule.jobs, schedule.limits, schedule.uses_torch
     known: dict[Hashable, tuple[Way, int]] = {}  # thousands of scopes have a handful of forms
 

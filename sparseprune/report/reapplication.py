@@ -121,13 +121,13 @@ def verify_masks_document(
         "files_not_read": file_entries(run.files),
         "left_out": _left_out(run),
         "totals": {**_totals(checkpoint, tensors), "failed": failed},
-        "tensors": [
-            {
+        "tensors": Made(
+            tensors,
+            lambda tensor: {
                 **_entry(tensor, checkpoint),
                 "first": None if tensor.first is None else list(tensor.first),
-            }
-            for tensor in tensors
-        ],
+            },
+        ),
     }
 
 

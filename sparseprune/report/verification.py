@@ -17,6 +17,7 @@ from sparseprune.report.coverage import coverage_text, coverage_totals
 from sparseprune.report.document import copies_line, file_entries, one_or_all
 from sparseprune.report.fitting import Column, FittedTable
 from sparseprune.report.wording import many
+from sparseprune.sequences import Made
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -135,7 +136,7 @@ def verify_document(asked: AskedCheck, found: CheckedSpec) -> dict[str, Any]:
             **coverage_totals(asked.coverage),
         },
         "rules": [_rule_entry(rule) for rule in found.rules],
-        "tensors": [_tensor_entry(tensor) for tensor in found.tensors],
+        "tensors": Made(found.tensors, _tensor_entry),
     }
 
 

@@ -301,8 +301,8 @@ def _is_weights(descriptor: int) -> bool:
 def _prepare(command: Command) -> None:
     """Small pieces, by one way, each noted at once."""
 
-    def limits(memory: int, *, uses_torch: bool) -> Limits:
-        usual = limits_of(memory, uses_torch=uses_torch)
+    def limits(memory: int, **others: Any) -> Limits:
+        usual = limits_of(memory, **others)
         return replace(usual, slab=command.slab, tile=command.tile, memory=command.memory or usual.memory)
 
     def note(self: StagedOutput, key: str, record: object) -> None:

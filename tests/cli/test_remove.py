@@ -9,6 +9,7 @@ import tracemalloc
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -112,8 +113,8 @@ def in_slabs(monkeypatch: pytest.MonkeyPatch, slab: int) -> None:
     """Slabs of about so many bytes or, of masks, elements."""
     usual = limits.limits_of
 
-    def narrow(memory: int, *, uses_torch: bool) -> limits.Limits:
-        return replace(usual(memory, uses_torch=uses_torch), slab=slab, tile=max(16, slab))
+    def narrow(memory: int, **others: Any) -> limits.Limits:
+        return replace(usual(memory, **others), slab=slab, tile=max(16, slab))
 
     monkeypatch.setattr(limits, "limits_of", narrow)
     monkeypatch.setattr(schedule, "limits_of", narrow)
