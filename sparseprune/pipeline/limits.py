@@ -11,6 +11,7 @@ from sparseprune.errors import SparsepruneError
 
 INTERPRETER = 100 << 20  # Python with numpy, numba and compiled loops, measured on the CPU
 TORCH = 220 << 20  # what torch 2.13 for the CPU adds, measured
+TORCH_THREAD = 8 << 20  # that the allocator keeps for each thread once torch has worked there, measured
 SLAB_BYTES = 1 << 20  # measured: what is made of a slab stays in the cache (tests/benchmarks/README.md)
 TILE_ELEMENTS = 1 << 18  # what the torch engine is given at one time where scopes are small
 _ENGINE_BYTES = 64  # that the torch engine needs for each element of a tile: keys, norms, masks, positions

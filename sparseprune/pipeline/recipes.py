@@ -34,6 +34,7 @@ _PACKED = 8  # mask elements in a byte: slabs begin at whole bytes of a packed m
 _SCORE_BYTES = 48  # that a block costs while its score is held: norms, keys, positions, decisions
 _CHUNKS_A_SLAB = 4  # elements that are float64 on the way to a norm, for each byte of a slab
 _SUMMED_BYTES = 64  # that each of them costs: it is copied for every level of the tree
+_LOOPED_BYTES = 16  # that it costs where loops read the patterns: these, masks, what is decided
 _SLABS_A_SCOPE = 8  # a scope of more slabs is counted: several threads share it, and less is in memory
 _GROUPS = 64  # parts of a large scope whose digits are counted apart
 _COUNTER_BYTES = 8 << 16  # one histogram
@@ -278,8 +279,20 @@ def _summed(task: Task, tensors: Mapping[str, StoredTensor], limits: Limits) -> 
     if held > limits.held:
         return None
     passes = 1 + (0 if not by_elements else 2 if needs_scaling(task, tensors) else 1)
+    scaled = by_elements and needs_scaling(task, tensors)
+    looped = score.kind == "magnitude" and not scaled and score.norm != math.inf
+    each = [
+        _LOOPED_BYTES if looped and _is_summed_in_loops(leaf, chunk) else _SUMMED_BYTES
+        for leaf in {(leaf.view_shape, leaf.view_stride, leaf.shape): leaf for leaf in scope.leaves}.values()
+    ]
     elements = max(prod(leaf.view_shape) for leaf in scope.leaves)
-    return Summed(_SUMMED_BYTES * min(chunk, elements), chunk, held, passes)
+    return Summed(max(each) * min(chunk, elements), chunk, held, passes)
+
+
+def _is_summed_in_loops(leaf: BoundBlock, chunk: int) -> bool:
+    """Whether compiled loops sum up the blocks of a leaf as they lie, with no copy of them as float64."""
+    sweep = sweep_of(leaf, chunk)
+    return is_row_major_run(leaf) and sweep is not None and (leaf.shape[-1] > 1 or sweep.inside)
 
 
 def needs_scaling(task: Task, tensors: Mapping[str, StoredTensor]) -> bool:

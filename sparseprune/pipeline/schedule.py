@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from sparseprune.engine.grids import prod
 from sparseprune.errors import SparsepruneError
 from sparseprune.pipeline.cells import members_of
-from sparseprune.pipeline.limits import INTERPRETER, TORCH, Limits, Resident, limits_of
+from sparseprune.pipeline.limits import INTERPRETER, TORCH, TORCH_THREAD, Limits, Resident, limits_of
 from sparseprune.pipeline.plan import task_bytes
 from sparseprune.pipeline.recipes import Reconstructed, alone, choose, needs_torch
 from sparseprune.sequences import Made
@@ -75,6 +75,7 @@ class Schedule:
         base = INTERPRETER + (TORCH if self.uses_torch else 0)
         items = max((job.recipe.memory for job in self.jobs), default=0)
         held = sorted((job.recipe.held for job in self.jobs), reverse=True)[: self.workers]
+        items += TORCH_THREAD if self.uses_torch else 0
         work = min(self.limits.memory, items * self.side_by_side + sum(held))
         return base + self.limits.resident + work
 

@@ -110,7 +110,8 @@ def make_check(checkpoint: Checkpoint, spec: Spec, memory: int, workers: int) ->
     """
     plan = make_plan(checkpoint, spec, _is_scored)
     counts: list[Count] = []
-    resident = resident_of(plan, masks=False)
+    # What is found of a tensor takes about as much as what is known of its mask when it is pruned.
+    resident = resident_of(plan, masks=True)
     limits, uses_torch = limits_of(memory, uses_torch=False, resident=resident), False
     units = [
         replace(unit, tasks=tuple(task for task in unit.tasks if _is_scored(task.instance)))
@@ -119,7 +120,7 @@ def make_check(checkpoint: Checkpoint, spec: Spec, memory: int, workers: int) ->
     scored = replace(plan, units=tuple(unit for unit in units if unit.tasks))
     jobs: Sequence[Job] = ()
     if scored.units:
-        schedule = make_schedule(scored, memory, workers, masks=False)
+        schedule = make_schedule(scored, memory, workers)
         jobs, limits, uses_torch = schedule.jobs, schedule.limits, schedule.uses_torch
     known: dict[Hashable, tuple[Way, int]] = {}  # thousands of scopes have a handful of forms
 

@@ -1,7 +1,9 @@
 """Opening checkpoints: what is one, what is refused, and reading bytes of its tensors."""
 
+import gc
 import json
 import os
+import weakref
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
@@ -581,3 +583,23 @@ def test_a_config_that_fails_or_has_no_end_is_refused(
     monkeypatch.setattr(Path, "read_bytes", fail)
     with pytest.raises(MachineError, match=r"config\.json: cannot be read: Input/output error"):
         read_config(checkpoint)
+
+
+def test_a_config_that_is_not_there_keeps_nothing_in_memory(tmp_path: Path) -> None:
+    class Large:
+        """What the caller has at hand."""
+
+    checkpoint = open_checkpoint(folder(tmp_path, {"model.safetensors": weights("a")}))
+
+    def ask() -> weakref.ref[Large]:
+        large = Large()
+        assert read_config(checkpoint) is None
+        return weakref.ref(large)
+
+    was_on = gc.isenabled()
+    gc.disable()  # as while a plan is made
+    try:
+        assert ask()() is None
+    finally:
+        if was_on:
+            gc.enable()

@@ -1,0 +1,112 @@
+"""Checkpoints of many small tensors: what is held of each is little, counted, and within --memory."""
+
+from __future__ import annotations
+
+import gc
+import json
+import re
+import tracemalloc
+from typing import TYPE_CHECKING
+
+import pytest
+
+from sparseprune.checkpoint import open_checkpoint, open_masks
+from sparseprune.checkpoint.header import lay_out
+from sparseprune.cli.request import Request, prepare
+from sparseprune.pipeline.limits import INTERPRETER
+from sparseprune.pipeline.matching import match_masks
+from sparseprune.pipeline.outcomes import Outcomes
+from sparseprune.pipeline.reapplying import make_reapplication
+from sparseprune.report.document import Run, json_pieces, report_document
+from tests.samples import run
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+PARTS = ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "mlp.gate", "mlp.up", "mlp.down")
+MANY = 12_000
+
+
+def write(path: Path, tensors: int) -> Path:
+    """So many matrices of 4 x 4, all ones."""
+    names = [f"model.layers.{number // 7}.{PARTS[number % 7]}_proj.weight" for number in range(tensors)]
+    header = lay_out([(name, "F32", (4, 4)) for name in names], {})
+    path.write_bytes(header.raw + b"\0\0\x80\x3f" * 16 * tensors)
+    return path
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("many") / "m.safetensors", MANY)
+
+
+def told_peak(path: Path) -> int:
+    """The peak in bytes that `plan` tells."""
+    peak = json.loads(run("plan", path, "2of4", "--json").out)["bytes"]["peak"]
+    assert isinstance(peak, int)
+    return peak
+
+
+@pytest.mark.parametrize("command", [("apply", "-q"), ("verify", "-q"), ("plan",)])
+def test_too_little_memory_for_the_tensors_alone_is_refused_before_the_work(
+    many: Path, command: tuple[str, ...]
+) -> None:
+    name, *options = command
+    there = sorted(many.parent.iterdir())
+    said = run(name, many, "2of4", *options, "--memory", "125MB")
+    assert (said.code, said.out) == (2, "")
+    told = re.fullmatch(
+        r"sparseprune: --memory 125000000: this checkpoint's 12,000 tensors alone take about (\d+)MB beside "
+        r"Python, which takes 105MB; give (\d+)MB or more\n",
+        said.err,
+    )
+    assert told is not None, said.err
+    assert 18 < int(told[1]) < 30
+    assert sorted(many.parent.iterdir()) == there
+    if name == "plan":
+        assert run("plan", many, "2of4", "--memory", f"{told[2]}MB").code == 0
+
+
+def test_plan_counts_what_every_tensor_takes(many: Path, tmp_path: Path) -> None:
+    few = write(tmp_path / "few.safetensors", 10)
+    each = (told_peak(many) - told_peak(few)) / (MANY - 10)
+    assert 1500 < each < 2500
+
+
+def held_bytes(path: Path) -> int:
+    """What a run holds at the most, of what Python knows, without reading a tensor."""
+    gc.collect()
+    tracemalloc.start()
+    try:
+        prepared = prepare(request_of(path))
+        outcomes = Outcomes()
+        for number, stored in enumerate(prepared.plan.checkpoint.tensors.values()):
+            outcomes.add([stored.name, "scope.proj", 16, 8, number, 16.0 * number, number + 8, 8.0 * number])
+        circumstances = Run("in", "out", "0", "cpu", 1.0, {})
+        plan = prepared.plan
+        document = report_document(circumstances, plan.checkpoint, plan.bound, outcomes.of_plan(plan))
+        assert sum(map(len, json_pieces(document))) > 300 * len(plan.checkpoint.tensors)
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def request_of(path: Path) -> Request:
+    return Request(path, "2of4", path.with_name("out.safetensors"), "cpu", 1, 1 << 30, "bool")
+
+
+def test_what_a_run_holds_of_a_tensor_is_what_plan_counts(tmp_path: Path) -> None:
+    paths = [write(tmp_path / f"{size}.safetensors", size) for size in (100, 2100)]
+    few, many = [held_bytes(path) for path in (paths[0], *paths)][1:]  # the first one loads modules
+    counted = told_peak(paths[1]) - told_peak(paths[0])
+    assert 0.5 * counted < many - few < 1.1 * counted
+
+
+def test_masks_of_many_tensors_leave_less_memory_for_the_work(tmp_path: Path) -> None:
+    path, out = write(tmp_path / "m.safetensors", 50), tmp_path / "out.safetensors"
+    assert run("apply", path, "2of4", "-q", "-o", out).code == 0
+    masks = open_masks(tmp_path / "out.masks.safetensors")
+    matched = match_masks(open_checkpoint(path), masks, None, partial=False)
+    limits = make_reapplication(matched, 1 << 28, 1).limits
+    assert 50 * 1500 < limits.resident < 50 * 3500
+    assert limits.memory + limits.resident + INTERPRETER == 1 << 28
