@@ -10,8 +10,8 @@ from array import array
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from sparseprune.engine.sequences import Made
 from sparseprune.engine.tally import Tally, exact_sum, share_of_output, totals_in_units
-from sparseprune.sequences import Made
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence

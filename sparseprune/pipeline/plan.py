@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from sparseprune.checkpoint import read_config
 from sparseprune.engine.grids import prod
+from sparseprune.engine.sequences import Made
 from sparseprune.pipeline.inputs import InputFiles
-from sparseprune.sequences import Made
 from sparseprune.spec import TensorInfo, bind
 
 if TYPE_CHECKING:

@@ -16,13 +16,13 @@ from sparseprune.checkpoint.pieces import work_through
 from sparseprune.engine.dtypes import DTYPES
 from sparseprune.engine.kernels.dropping import count_lost, drop
 from sparseprune.engine.kernels.formats import FORMATS
+from sparseprune.engine.sequences import Made
 from sparseprune.engine.tally import tally
 from sparseprune.pipeline.executor import Assignment, Record, already_done, copied_bytes, dealt, produce
 from sparseprune.pipeline.limits import Resident, limits_of
 from sparseprune.pipeline.outcomes import Outcomes
 from sparseprune.pipeline.programs import Item, Outcome, Program
 from sparseprune.pipeline.traffic import Traffic
-from sparseprune.sequences import Made
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

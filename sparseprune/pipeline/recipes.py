@@ -317,7 +317,7 @@ def _tiled(task: Task, limits: Limits) -> Tiled | None:
     elements = max(min(limits.tile, limits.largest_tile), elements_together(task))
     if elements > limits.largest_tile:
         return None
-    there = sum(prod(leaf.view_shape) for leaf in scope.leaves)
+    there = sum(prod(leaf.view_shape) for leaf in task.instance.scope.leaves)
     return Tiled(tile_bytes(min(elements, there)), elements)
 
 

@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from sparseprune.engine.grids import prod
+from sparseprune.engine.sequences import Made
 from sparseprune.errors import SparsepruneError
 from sparseprune.pipeline.cells import members_of
 from sparseprune.pipeline.limits import INTERPRETER, TORCH, TORCH_THREAD, Limits, Resident, limits_of
 from sparseprune.pipeline.plan import task_bytes
 from sparseprune.pipeline.recipes import Reconstructed, alone, choose, needs_torch
-from sparseprune.sequences import Made
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from sparseprune import __version__
+from sparseprune.engine.sequences import Made
 from sparseprune.errors import printable
 from sparseprune.report.document import energy_kept, file_entries, share
 from sparseprune.report.fitting import Column, FittedTable
 from sparseprune.report.wording import many, percent
-from sparseprune.sequences import Made
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence

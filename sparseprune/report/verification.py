@@ -12,12 +12,12 @@ from rich.console import Group
 from rich.text import Text
 
 from sparseprune import __version__
+from sparseprune.engine.sequences import Made
 from sparseprune.errors import printable
 from sparseprune.report.coverage import coverage_text, coverage_totals
 from sparseprune.report.document import copies_line, file_entries, one_or_all
 from sparseprune.report.fitting import Column, FittedTable
 from sparseprune.report.wording import many
-from sparseprune.sequences import Made
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
