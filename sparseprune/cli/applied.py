@@ -1,7 +1,7 @@
 """What was applied to a checkpoint: the spec that was named, or the one that lies beside the weights.
 
 Reads specs and reports, looks for what a killed run left, reads no tensor data; imports no torch. Called by
-the commands that look at a pruned checkpoint.
+the commands that look at a pruned checkpoint, and by those that prune it again, for what they warn of.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from sparseprune.checkpoint import Checkpoint, StagedOutput
     from sparseprune.cli.console import Warnings
+    from sparseprune.pipeline import Plan
     from sparseprune.pipeline.earlier import Earlier, Touched
     from sparseprune.spec import Spec
 
@@ -65,6 +66,15 @@ def tell_left_behind(checkpoint: Path, *, quiet: bool) -> None:
     folder = None if quiet else left_behind(checkpoint.absolute())
     if folder is not None:
         tell(f"{folder}: left by a run that was killed; the command that wrote it continues it or removes it")
+
+
+def rebuilt_by(plan: Plan) -> dict[str, Touched]:
+    """The tensors whose survivors a plan rebuilds, which is all that brings zeros back."""
+    if all(instance.reconstruct is None for _, instance in plan.bound.instances()):
+        return {}
+    from sparseprune.pipeline.earlier import rebuilt  # with numpy, which starts slowly
+
+    return rebuilt(plan)
 
 
 def warn_of_earlier(

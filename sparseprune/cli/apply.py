@@ -6,7 +6,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from sparseprune.checkpoint import StagedOutput, refuse_changed
-from sparseprune.cli.applied import warn_of_broken, warn_of_earlier
+from sparseprune.cli.applied import rebuilt_by, warn_of_broken, warn_of_earlier
 from sparseprune.cli.collecting import collector_paused
 from sparseprune.cli.console import print_json, print_result, stderr_console, tell_lines
 from sparseprune.cli.progress import progress
@@ -49,14 +49,13 @@ def _worked(
     """Do the work, and write the report and the spec beside it."""
     # Numpy and the compiled loops come in here, after everything that can be refused without them.
     from sparseprune.pipeline import device_text, devices_of_rules, execute, resolve_device, work_bytes
-    from sparseprune.pipeline.earlier import rebuilt
     from sparseprune.report.coverage import unpruned_lines
     from sparseprune.report.document import Run, pruned_by_rule, report_document
 
     source, plan, schedule, layout = prepared.source, prepared.plan, prepared.schedule, prepared.layout
     device = resolve_device(request.device, uses_torch=schedule.uses_torch)
     limits = request.memory, request.jobs
-    touched = rebuilt(plan) if request.weights else {}
+    touched = rebuilt_by(plan) if request.weights else {}
     earlier = warn_of_earlier(plan.checkpoint, touched, limits, request.warnings)
     total, already = work_bytes(schedule, output)
     what = "pruning" if request.weights else "masking"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparseprune.checkpoint import StagedOutput, TensorReader, lay_out_removal, read_beside, read_config
 from sparseprune.checkpoint.foreign import PICKLE_SUFFIXES, names_training_state
-from sparseprune.cli.applied import warn_of_broken, warn_of_earlier
+from sparseprune.cli.applied import rebuilt_by, warn_of_broken, warn_of_earlier
 from sparseprune.cli.choosing import Ending, RemoveRequest, chosen, refuse_contradictions, resized
 from sparseprune.cli.console import print_json, print_result, stderr_console, tell, tell_lines
 from sparseprune.cli.progress import progress
@@ -154,9 +154,9 @@ def _cuts(choice: Choice, removal: Removal, layout: OutputLayout) -> list[Cut]:
 
 def _touched(choice: Choice, removal: Removal) -> dict[str, Touched]:
     """The tensors in which zeros come to stand elsewhere, or come back."""
-    from sparseprune.pipeline.earlier import Touched, rebuilt
+    from sparseprune.pipeline.earlier import Touched
 
-    rules = {} if choice.plan is None else rebuilt(choice.plan)
+    rules = {} if choice.plan is None else rebuilt_by(choice.plan)
     found = {}
     for name, left in removal.left.items():
         again = rules[name].rules if name in rules else ()
