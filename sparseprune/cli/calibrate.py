@@ -22,7 +22,7 @@ from sparseprune.cli.console import print_json, print_result, stderr_console, te
 from sparseprune.cli.progress import TOKENS, progress
 from sparseprune.cli.stopping import patient, temporary_folder
 from sparseprune.cli.writing import digest, interrupts_told, output_shown, report_bytes, write_output
-from sparseprune.errors import SparsepruneError
+from sparseprune.errors import SparsepruneError, printable
 from sparseprune.report.wording import many
 
 if TYPE_CHECKING:
@@ -212,7 +212,7 @@ def _one_or_all(one: Collected, numbers: list[int]) -> int | list[int]:
 
 def _tell(request: Request, loaded: LoadedModel, sequences: Sequences, document: dict[str, Any]) -> None:
     for line in _summary(request, loaded, sequences, document):
-        stderr_console().print(line, markup=False, highlight=False, soft_wrap=True)
+        stderr_console().print(printable(line), markup=False, highlight=False, soft_wrap=True)
 
 
 def _summary(
