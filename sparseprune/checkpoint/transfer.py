@@ -141,8 +141,8 @@ def sync(
 ) -> bool:
     """Waits until a file or folder is on disk, or only the data of a file; may let go of its cached pages.
 
-    False where its file system cannot tell. `follow_links` is for the folder in which an output lies: it may be
-    a link, and one in which the user may write and not read; then the answer is False, too.
+    False where its file system cannot tell. `follow_links` is for the folder in which an output lies: it may
+    be a link, and one in which the user may write and not read; then the answer is False, too.
     """
     flags = os.O_RDONLY | os.O_CLOEXEC | (0 if follow_links else os.O_NOFOLLOW)
     try:
