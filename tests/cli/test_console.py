@@ -149,11 +149,13 @@ def test_every_command_hears_signals(
     threads = threading.active_count()
 
     def twice(*_: object) -> None:
-        """Both come before the first one is heard."""
+        """Both come before the first one is heard, and to no other thread, which would let it be heard."""
         signal.pthread_sigmask(signal.SIG_BLOCK, (number, signal.SIGTERM))
-        os.kill(os.getpid(), number)
-        os.kill(os.getpid(), signal.SIGTERM)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, (number, signal.SIGTERM))
+        try:
+            signal.pthread_kill(threading.get_ident(), number)
+            signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, (number, signal.SIGTERM))
 
     monkeypatch.setattr(stopping, "_GRACE", 60.0)
     monkeypatch.setattr("sparseprune.cli.console.mmap.mmap", twice)
