@@ -172,6 +172,10 @@ def test_weights_that_are_not_finite_have_no_error(tmp_path: Path) -> None:
     [
         ({"square": torch.eye(16) * torch.nan}, "square holds NaN or infinity; calibrate again"),
         ({"square": -torch.eye(16)}, "square has a negative diagonal: no second moment"),
+        (
+            {"square": 3 * torch.ones(16, 16) - 2 * torch.eye(16)},
+            "square has directions of negative energy: no",
+        ),
         ({"square": torch.zeros(16, 16)}, "square is zero: nothing was seen of its inputs"),
         ({"square": torch.eye(15)}, "square has F32 of shape [15, 15], wanted floats of shape [16, 16]"),
         ({"square": torch.ones(16)}, "has norms of inputs alone; calibrate with --stats hessian"),
@@ -186,3 +190,18 @@ def test_statistics_that_do_not_fit_get_one_line(tmp_path: Path, change: Any, li
     assert said.code == 2
     assert line in said.err
     assert len(said.err.splitlines()) == 1
+
+
+def test_a_moment_of_one_token_that_was_rounded_to_eight_bits_is_a_moment(tmp_path: Path) -> None:
+    dense, pruned, stats = written(tmp_path)
+    token = torch.randn(1, 40, generator=torch.Generator().manual_seed(0))
+    rounded = (token.T @ token).to(torch.bfloat16)
+    least = torch.linalg.eigh(rounded.double()).eigenvectors[:, 0]
+    assert least @ rounded.double() @ least < -1e-3
+    pruned["wide"][0] = dense["wide"][0] - least.float()  # all that changed lies where only rounding is
+    save_file(pruned, tmp_path / "pruned.safetensors")
+    save_file({"wide": rounded, "stack": stats["stack"]}, tmp_path / "stats.safetensors")
+    said = compare(tmp_path, "--json")
+    assert said.code == 0, said.err
+    errors = {one["name"]: one["output_error"] for one in json.loads(said.out)["tensors"]}
+    assert errors["wide"] >= 0

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     Progress = Callable[[int, str], None]
 
 _MOMENTS = frozenset({"F64", "F32", "F16", "BF16"})
+_ROUNDED = 1e-4  # with a unit diagonal: what sums of products in float32 may be wrong by
+_EPS = {"BF16": 2**-7, "F16": 2**-10}  # of dtypes that round by more
 _SLAB = 1 << 22  # elements of a matrix that are worked on together
 
 
@@ -69,7 +71,7 @@ def output_errors(
     D is what changed, H the second moment; None where it is no finite number. One H is in memory at a time.
 
     Raises:
-        CheckpointError: a moment that is not finite, or all zero, or has a negative diagonal.
+        CheckpointError: a moment that is not finite, or all zero, or gives negative energies.
     """
     return {
         pair.before.name: _error(pair, statistics.of[pair.before.name], reader, progress) for pair in pairs
@@ -81,16 +83,20 @@ def _error(pair: Pair, statistic: Statistic, reader: TensorReader, progress: Pro
     turned = _input_dim(statistic, len(shape)) != len(shape) - 1
     found: list[tuple[tuple[float, float], int]] = []
     seen = False
+    stored = statistic.stored
+    rounding = max(_ROUNDED, 2 * _EPS.get(stored.dtype, 0.0) * math.sqrt(stored.shape[-1]))
     for matrix in range(prod(shape[:-2])):
         moment, power = _moment(statistic, matrix, reader)
         seen = seen or bool(moment.any())
         for dense, after in _slabs(pair, matrix, reader, turned=turned):
-            found.append(_energies(dense, after, moment, power))
+            lost, whole, own = _energies(dense, after, moment, rounding)
+            if lost is None or whole is None:
+                what = "has directions of negative energy: no second moment; calibrate again"
+                raise CheckpointError(f"{stored.shard.path}: {stored.name} {what}")
+            found.append(((lost, whole), power + 2 * own))
             progress(dense.size * pair.nbytes // pair.before.numel, pair.before.name)
     if not seen and pair.before.numel:
-        raise CheckpointError(
-            f"{statistic.stored.shard.path}: {statistic.stored.name} is zero: nothing was seen of its inputs"
-        )
+        raise CheckpointError(f"{stored.shard.path}: {stored.name} is zero: nothing was seen of its inputs")
     lost, whole = totals_in_units(found) or (0.0, 0.0)
     if lost == 0:
         return 0.0
@@ -154,13 +160,21 @@ def _wide(bits: NDArray[Any], stored: StoredTensor) -> Floats:
     return values_of(flat, stored.dtype).astype(np.float64, copy=False).reshape(bits.shape)
 
 
-def _energies(dense: Floats, after: Floats, moment: Floats, power: int) -> tuple[tuple[float, float], int]:
-    """tr(D H D^T) of what changed and of the dense rows, and the power of two that both count in."""
+def _energies(
+    dense: Floats, after: Floats, moment: Floats, rounding: float
+) -> tuple[float | None, float | None, int]:
+    """Of what changed and of the dense rows, and half the power of two that both count in."""
     own = max(_exponent(dense), _exponent(after))
     with np.errstate(invalid="ignore", over="ignore"):  # weights that are not finite make it NaN
         dense, after = np.ldexp(dense, -own), np.ldexp(after, -own)
-        lost, whole = (float(np.einsum("ij,ij->", one @ moment, one)) for one in (after - dense, dense))
-    return (lost, whole), power + 2 * own
+        return _energy(after - dense, moment, rounding), _energy(dense, moment, rounding), own
+
+
+def _energy(rows: Floats, moment: Floats, rounding: float) -> float | None:
+    """tr(W H W^T); None where a row has less than none, by more than rounding makes of a unit diagonal."""
+    each = np.einsum("ij,ij->i", rows @ moment, rows)
+    least = -rounding * (np.square(rows) @ moment.diagonal())
+    return None if (each < least).any() else float(each.sum())
 
 
 def _exponent(numbers: Floats) -> int:
