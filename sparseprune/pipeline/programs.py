@@ -80,7 +80,10 @@ def is_outcome(value: object) -> bool:
         return False
     outputs = value[len(_FORM) :]
     return all(isinstance(one, form) for one, form in zip(value, _FORM, strict=False)) and all(
-        isinstance(one, list) and len(one) == 3 and all(isinstance(energy, int | float) for energy in one)
+        isinstance(one, list)
+        and len(one) == 4
+        and isinstance(one[3], int)
+        and all(isinstance(energy, int | float) for energy in one)
         for one in outputs
     )
 
