@@ -134,9 +134,11 @@ def _check_top_level(document: dict[str, Any], problems: Problems) -> None:
                     "", key, f"found {shown(value)}, wanted tables [{key}.NAME] with names you choose"
                 )
         elif key not in _SINGLE:
-            what, place = ("table", f"[{key}]") if isinstance(value, dict | list) else ("key", key)
-            problems.add("", place, f"unknown {what}{suggestion(key, [*KINDS, *_SINGLE[1:]])}")
-            problems.leave_open("", nearest(key, [*KINDS, *_SINGLE[1:]]))
+            is_table = isinstance(value, dict | list)
+            what, place = ("table", f"[{key}]") if is_table else ("key", key)
+            known = [*KINDS, *_SINGLE[2 if is_table else 1 :]]  # neither version nor covers is a table
+            problems.add("", place, f"unknown {what}{suggestion(key, known)}")
+            problems.leave_open("", nearest(key, known))
 
 
 def _read_covers(document: dict[str, Any], problems: Problems) -> str:
