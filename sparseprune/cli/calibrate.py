@@ -20,7 +20,7 @@ from sparseprune.checkpoint import (
 from sparseprune.checkpoint.target import free_bytes
 from sparseprune.cli.console import print_json, print_result, stderr_console, tell
 from sparseprune.cli.progress import TOKENS, progress
-from sparseprune.cli.stopping import patient, temporary_folder
+from sparseprune.cli.stopping import temporary_folder
 from sparseprune.cli.writing import digest, interrupts_told, output_shown, report_bytes, write_output
 from sparseprune.errors import SparsepruneError, printable
 from sparseprune.report.wording import many
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from sparseprune.calibration import Calibration, LoadedModel, Sequences
     from sparseprune.checkpoint import Checkpoint, Collected, OutputLayout, StatisticsKind
 
-_PATIENCE = 600.0  # seconds that an interrupted run has to keep the sums that it reached
 _CHARACTERS = 64  # of text that are read for each token that is asked for: some to choose from
 
 
@@ -168,10 +167,7 @@ def _worked(
 
     total = sequences.ids.numel() * len(plan.passes)
     already = already_run(sequences, plan, output)
-    with (
-        patient(_PATIENCE),
-        progress("calibrating", total, quiet=request.quiet, already=already, sizes=TOKENS) as advance,
-    ):
+    with progress("calibrating", total, quiet=request.quiet, already=already, sizes=TOKENS) as advance:
         counted = calibrate(loaded, sequences, plan, output, request.kind, advance)
     document = {
         "schema": "sparseprune.statistics.v1",

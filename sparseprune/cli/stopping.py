@@ -32,7 +32,6 @@ _NOTHING = "nothing was written"
 
 # Signals are the process's own, and so is what has to be known where one ends it: the innermost comes last.
 _texts: list[Callable[[], str]] = []
-_patience: list[float] = []  # seconds
 _folders: list[TemporaryDirectory[str]] = []
 
 
@@ -73,16 +72,6 @@ def text_when_stopped(text: Callable[[], str]) -> Iterator[None]:
         raise
     finally:
         _texts.pop()
-
-
-@contextmanager
-def patient(seconds: float) -> Iterator[None]:
-    """A signal that comes inside may take this long to lead out of here: it saves long work."""
-    _patience.append(seconds)
-    try:
-        yield
-    finally:
-        _patience.pop()
 
 
 @contextmanager
@@ -219,15 +208,8 @@ def _watch(pipe: int, numbers: Container[int]) -> None:
             if not found:
                 return
             if not heard and found[0] in numbers:
-                heard, end = found[0], _wait_patiently(time.monotonic()) + _GRACE
+                heard, end = found[0], time.monotonic() + _GRACE
     _end(heard)
-
-
-def _wait_patiently(heard: float) -> float:
-    """Until nothing asks for patience any more, or for as long as it is asked for; when that was."""
-    while (asked := _patience[-1:]) and time.monotonic() < heard + asked[0]:
-        time.sleep(_PAUSE)
-    return time.monotonic()
 
 
 def _end(number: int) -> None:

@@ -200,37 +200,6 @@ def test_a_process_that_cannot_end_in_time_ends_with_what_there_is_to_say(
     assert capfd.readouterr().err == f"sparseprune: terminated: {text or 'nothing was written'}\n"
 
 
-@pytest.mark.parametrize(("patience", "codes"), [(600.0, []), (0.0, [143])])
-def test_what_saves_long_work_may_take_its_time_after_a_signal(
-    monkeypatch: pytest.MonkeyPatch, patience: float, codes: list[int]
-) -> None:
-    ended: list[int] = []
-    over, left = threading.Event(), threading.Event()
-
-    def end(code: int) -> None:
-        if not left.is_set():
-            ended.append(code)
-        over.set()
-
-    def work() -> None:
-        with stopping.stopped_once(), stopping.patient(patience):
-            try:
-                os.kill(os.getpid(), signal.SIGTERM)
-            finally:
-                over.wait(10 if codes else 0.2)
-                left.set()
-
-    monkeypatch.setattr(stopping, "_GRACE", 0.01)
-    monkeypatch.setattr(os, "_exit", end)
-    usual = signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    try:
-        with pytest.raises(stopping.Stopped):
-            work()
-    finally:
-        signal.signal(signal.SIGTERM, usual)
-    assert ended == codes
-
-
 ODD = "a\x1b[2J\x07\x7f\x9b\u202e\nb"
 SHOWN = r"a\x1b[2J\x07\x7f\x9b\u202e\nb"
 
