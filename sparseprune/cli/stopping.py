@@ -101,13 +101,14 @@ def stopped_once() -> Iterator[None]:
     usual = {number: signal.getsignal(number) for number in _WORDS}
     ours = [one for one, what in usual.items() if what in (signal.default_int_handler, signal.SIG_DFL)]
     delay = _Delay()
+    around = _modules_being_made(sys._getframe())  # noqa: SLF001  (by whoever calls: nothing inside)
     raised = False
 
     def stop(number: int, frame: FrameType | None) -> None:
         nonlocal raised
         if raised:  # to ignore signals from here on would have Python tell of one that came meanwhile
             return
-        if _loads_another_library(frame):
+        if _modules_being_made(frame) > around:
             delay.again(number, stop)
             return
         raised = True
@@ -232,15 +233,15 @@ def _end(number: int) -> None:
     os._exit(128 + number)
 
 
-def _loads_another_library(frame: FrameType | None) -> bool:
-    """Whether a module that is not ours is being made: some abort the process where they are interrupted."""
+def _modules_being_made(frame: FrameType | None) -> int:
+    """How many modules that are not ours are being made: some abort the process where one is interrupted."""
+    count = 0
     while frame is not None:
         if frame.f_code.co_name == "<module>":
             room = str(frame.f_globals.get("__name__")).partition(".")[0]
-            if room not in {"__main__", "sparseprune"}:
-                return True
+            count += room not in {"__main__", "sparseprune"}
         frame = frame.f_back
-    return False
+    return count
 
 
 def _signal_of(interrupt: KeyboardInterrupt) -> signal.Signals:
