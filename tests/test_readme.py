@@ -67,7 +67,7 @@ def shows(shown: list[str], real: list[str]) -> bool:
 
 
 def real_output(words: list[str], folder: Path) -> list[str]:
-    """Both streams of a command, as they come where no terminal is, without progress: slow machines show it."""
+    """Both streams of a command, as they come where no terminal is, without the progress of slow ones."""
     environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
     done = subprocess.run(
         [sys.executable, "-m", *words],

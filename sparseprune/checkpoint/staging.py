@@ -175,8 +175,7 @@ class StagedOutput:
             path.unlink(missing_ok=True)
             self._make_folders(name)
             transfer.create(path, 0, b"", self.layout.results_mode | transfer.OWNER)
-            with path.open("r+b") as file:
-                file.writelines((data,) if isinstance(data, bytes) else data)
+            transfer.write_pieces(path, (data,) if isinstance(data, bytes) else data)
 
     def note(self, key: str, record: object) -> None:
         """Tells that a piece of work is finished: that the writes it takes have returned.
@@ -199,9 +198,7 @@ class StagedOutput:
             fresh.unlink(missing_ok=True)
             transfer.create(fresh, 0)
             try:
-                with fresh.open("r+b") as file:
-                    for piece in pieces:
-                        file.write(transfer.as_bytes(piece))
+                transfer.write_pieces(fresh, pieces)
                 transfer.sync(fresh)
                 fresh.replace(path)
             except BaseException:

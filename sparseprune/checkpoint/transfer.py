@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 from sparseprune.errors import MachineError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
     import numpy as np
@@ -104,6 +104,25 @@ def write_at(descriptor: int, data: Bytes, offset: int) -> None:
     done = 0
     while done < len(rest):
         done += os.pwrite(descriptor, rest[done:], offset + done)
+
+
+def write_pieces(path: Path | str, pieces: Iterable[Bytes]) -> None:
+    """Writes pieces one after the other, from the beginning of a file that exists; small ones together."""
+    descriptor = open_to_write(path)
+    try:
+        waiting, offset = bytearray(), 0
+        for piece in pieces:
+            part = as_bytes(piece)
+            if len(waiting) + len(part) <= _BUFFER:
+                waiting += part
+                continue
+            for one in (waiting, part):
+                write_at(descriptor, one, offset)
+                offset += len(one)
+            waiting = bytearray()
+        write_at(descriptor, waiting, offset)
+    finally:
+        os.close(descriptor)
 
 
 def read_into(descriptor: int, buffer: WritableBytes, offset: int) -> int:

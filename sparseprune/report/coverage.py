@@ -156,7 +156,7 @@ def coverage_text(totals: Mapping[str, Any]) -> str | None:
         return text
     missed = [f"{many(first['numel'], 'parameter')} of {first['name']}"]
     missed += [f"{kind['numel']:,} of {kind['name']}" for kind in others[: _SHOWN - 1]]
-    return f"{text}, not {', '.join(missed)}{' and more' if len(others) == _SHOWN else ''}"
+    return f"{text}; not reached: {', '.join(missed)}{' and more' if len(others) == _SHOWN else ''}"
 
 
 def _reached(rules: Iterable[BoundRule]) -> dict[str, int]:

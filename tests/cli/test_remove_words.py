@@ -58,7 +58,7 @@ rule       tensors  scopes  kept in each  elements  pruned  of all
 scope.mlp        6       2      12 of 16       768     192  13.83%
 """
 REACHED = (
-    "reached 66.67% of the layers' matrices, 100.00% of the MLP matrices, not 128 parameters of "
+    "reached 66.67% of the layers' matrices, 100.00% of the MLP matrices; not reached: 128 parameters of "
     "model.layers.*.self_attn.o_proj.weight, 128 of model.layers.*.self_attn.q_proj.weight and more\n"
 )
 SIZES = """\
@@ -288,10 +288,10 @@ WRONG: dict[str, str] = {
         "HOME/all: the output would replace the masks in all/masks.safetensors; give another name with -o"
     ),
     "in decoder-mlp-channels --memory 1MB": (
-        "--memory 1000000: this run needs 121634816 bytes at least, of which Python takes 104857600"
+        "--memory 1000000: this run needs 121653728 bytes at least, of which Python takes 104857600"
     ),
     "in --masks even.masks --partial --memory 1MB": (
-        "--memory 1000000: this run needs 121634816 bytes at least, of which Python takes 104857600"
+        "--memory 1000000: this run needs 121654550 bytes at least, of which Python takes 104857600"
     ),
     "in 2of4": UNREMOVABLE,
     "unknown decoder-mlp-channels": f"decoder-mlp-channels.toml: {UNKNOWN}",

@@ -178,7 +178,7 @@ def test_elements_count_and_not_tensors_or_blocks() -> None:
         ("*.*.up.weight", 1, 8),
     ]
     assert text_of(found) == (
-        "42.86% of the layers' matrices, not 24 parameters of layers.*.up.weight, 8 of *.*.up.weight"
+        "42.86% of the layers' matrices; not reached: 24 parameters of layers.*.up.weight, 8 of *.*.up.weight"
     )
 
 
@@ -223,7 +223,7 @@ def test_kinds_that_the_spec_is_about_are_named_first_and_the_largest_of_them() 
         "layers.*.self_attn.q_proj.weight",
     ]
     text = (
-        "22.22% of the layers' matrices, 25.00% of the MLP matrices, not 64 parameters of "
+        "22.22% of the layers' matrices, 25.00% of the MLP matrices; not reached: 64 parameters of "
         "layers.*.mlp.experts.*.up_proj.weight, 32 of vision.layers.*.mlp.fc1.weight and more"
     )
     assert (text_of(found), found.warnings()) == (text, (f"the rules reach only {text}",))
@@ -236,7 +236,7 @@ def test_a_spec_about_what_a_checkpoint_lacks_is_held_to_all_matrices() -> None:
     assert (found.declared, found.layers, text_of(found)) == (
         None,
         0.5,
-        "50.00% of the layers' matrices, not 16 parameters of layers.*.q_proj.weight",
+        "50.00% of the layers' matrices; not reached: 16 parameters of layers.*.q_proj.weight",
     )
     assert len(found.warnings()) == 1
     assert covered(both, rule("**", covers="experts")).warnings() == ()
