@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+import typer.main
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
@@ -55,10 +57,22 @@ class Said:
     err: str
 
 
+COMMAND = typer.main.get_command(app)
+"""Made once: to make it takes longer than most commands of tests do."""
+
+
 def run(*words: object) -> Said:
     """`sparseprune WORDS` in this process; an exception that is no exit is a bug and is raised."""
-    result = CliRunner().invoke(app, [str(word) for word in words], catch_exceptions=False)
-    return Said(result.exit_code, result.stdout, result.stderr)
+    code: Any = 0
+    with CliRunner().isolation() as (out, err, _):
+        try:
+            COMMAND.main([str(word) for word in words], prog_name="sparseprune")
+        except SystemExit as end:
+            code = end.code or 0
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+        return Said(code, *(stream.getvalue().decode(errors="replace") for stream in (out, err)))
 
 
 def mlp_tensors(layers: int = 2, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:

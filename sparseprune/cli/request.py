@@ -95,8 +95,7 @@ def identity_of(request: Request, prepared: Prepared) -> dict[str, str]:
     scores = shards_identity(score_shards(prepared.plan))
     # Variables of the spec may come from it; that beside a single file is no part of the checkpoint.
     config = dict(read_config(checkpoint) or {})
-    limits = prepared.schedule.limits
-    options = (request.device, request.mask_format, request.weights, limits.slab, limits.memory)
+    options = (request.device, request.mask_format, request.weights, request.memory)
     spec = json.dumps([prepared.source.text, sorted(request.overrides.items())])
     return {
         "the version": __version__,
