@@ -28,6 +28,7 @@ from tests.checkpoint.files import (
 from tests.checkpoint.killed import prune
 
 Make = Callable[[Path], Path]
+pytestmark = pytest.mark.usefixtures("untraced")
 ROOT = Path(__file__).parents[2]
 
 

@@ -374,8 +374,10 @@ def _load() -> None:
     """Everything that commands import and compile, so that forks find it there."""
     import rich.live  # noqa: F401
 
-    from tests.samples import CHANNELS, TWO_OF_FOUR, mlp_tensors, run, write_shards, write_spec
+    from sparseprune.cli import app as application
+    from tests.samples import CHANNELS, COMMAND, TWO_OF_FOUR, mlp_tensors, run, write_shards, write_spec
 
+    setattr(application, "app", COMMAND)  # noqa: B010  (no fork has to make it)
     with tempfile.TemporaryDirectory() as name:
         source = write_shards(Path(name, "in"), {"a.safetensors": mlp_tensors()})
         for number, way in enumerate(WAYS):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
@@ -266,18 +265,15 @@ def test_elements_of_less_than_a_byte_are_compared_as_bytes(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("width", [60, 80, 120, 200])
-def test_table_fits_the_width_that_it_is_given(dense: Path, pruned: Path, width: int) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "sparseprune", "compare", str(dense), str(pruned)],
-        capture_output=True,
-        text=True,
-        check=True,
-        env=os.environ | {"COLUMNS": str(width)},
-    )
-    assert max(map(cell_len, done.stdout.splitlines())) <= width
-    assert "\x1b" not in done.stdout
-    assert done.stderr == ""
-    assert "0.down.weight" in done.stdout
+def test_table_fits_the_width_that_it_is_given(
+    dense: Path, pruned: Path, monkeypatch: pytest.MonkeyPatch, width: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    said = run("compare", dense, pruned)
+    assert max(map(cell_len, said.out.splitlines())) <= width
+    assert "\x1b" not in said.out
+    assert (said.code, said.err) == (0, "")
+    assert "0.down.weight" in said.out
 
 
 @pytest.mark.parametrize("words", [[], ["--json"], ["--require", "altered<=1 in norm"]])

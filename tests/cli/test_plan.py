@@ -350,20 +350,18 @@ def test_set_changes_a_variable_of_the_spec(folder: Path, command: str) -> None:
 
 @pytest.mark.parametrize("width", [60, 80, 120, 200])
 @pytest.mark.parametrize("spec", ["2of4", "decoder-mlp-channels", "unstructured-global"])
-def test_plan_fits_the_width_that_it_is_given(tmp_path: Path, width: int, spec: str) -> None:
+def test_plan_fits_the_width_that_it_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, width: int, spec: str
+) -> None:
     write_decoder(tmp_path / "decoder")
-    done = subprocess.run(
-        [sys.executable, "-m", "sparseprune", "plan", "decoder", spec, "--draw", "all"],
-        capture_output=True,
-        text=True,
-        check=True,
-        env=os.environ | {"COLUMNS": str(width), "PYTHONIOENCODING": "utf-8"},
-        cwd=tmp_path,
-    )
-    shown = done.stdout.splitlines()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", str(width))
+    said = run("plan", "decoder", spec, "--draw", "all")
+    assert said.code == 0, said.err
+    shown = said.out.splitlines()
     assert max(map(len, shown)) <= width
     assert all(line == line.rstrip() for line in shown)
-    assert "\x1b" not in done.stdout
+    assert "\x1b" not in said.out
     whole = "".join(shown).replace(" ", "")
     assert "model.embed_tokens.weight" in whole or width == 60  # there it goes on in the next line
     assert "model.layers.0.mlp.down_proj.weight" in whole

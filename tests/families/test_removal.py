@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
+pytestmark = pytest.mark.usefixtures("untraced")
+
 CHANNELS = {
     "llama": "decoder-mlp-channels",
     "llama_without_head": "decoder-mlp-channels",

@@ -19,6 +19,8 @@ from tests.samples import run
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.usefixtures("untraced")
+
 CUTS = {"small": (64, 16, 3), "tiny": (1, 1, 1)}
 
 
