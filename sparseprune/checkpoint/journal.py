@@ -12,13 +12,14 @@ import json
 import os
 import stat
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, BinaryIO, Self, TypeGuard
 
 from sparseprune.checkpoint import transfer
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
 _FORMAT = 2
@@ -30,6 +31,32 @@ _APPEND = os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
+class Notes(Mapping[str, Any]):
+    """The records of a journal by key, each parsed from its line whenever it is asked for.
+
+    A line takes a third of the memory of the values in it. `forget` frees the line of a record that nobody
+    will ask for again; its key is no longer there then.
+    """
+
+    def __init__(self, lines: dict[str, bytes] | None = None) -> None:
+        self._lines = {} if lines is None else lines
+
+    def __getitem__(self, key: str) -> Any:  # noqa: ANN401
+        return json.loads(self._lines[key])[1]
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._lines
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._lines)
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def forget(self, key: str) -> None:
+        self._lines.pop(key, None)
+
+
 @dataclass(frozen=True, slots=True)
 class JournalContent:
     """What a journal says: the work's identity, the records by key, and where its last good line ends.
@@ -38,7 +65,7 @@ class JournalContent:
     """
 
     identity: Mapping[str, str]
-    finished: Mapping[str, Any]
+    finished: Notes
     end: int
     check_sum: int
 
@@ -124,31 +151,32 @@ def read_journal(path: Path) -> JournalContent | None:
         os.close(descriptor)
         return None
     with os.fdopen(descriptor, "rb") as file:
-        head, end, check_sum = _next(file, 0)
+        head, text, check_sum = _next(file, 0)
         if not _is_head(head):
             return None
-        finished: dict[str, Any] = {}
+        end = _DIGITS + len(text) + 2
+        lines: dict[str, bytes] = {}
         while True:
-            note, length, following = _next(file, check_sum)
+            note, text, following = _next(file, check_sum)
             if not _is_note(note):
-                return JournalContent(head["identity"], finished, end, check_sum)
-            finished[note[0]] = note[1]
-            end, check_sum = end + length, following
+                return JournalContent(head["identity"], Notes(lines), end, check_sum)
+            lines[note[0]] = text
+            end, check_sum = end + _DIGITS + len(text) + 2, following
 
 
-def _next(file: BinaryIO, check_sum: int) -> tuple[Any, int, int]:
-    """The next line's value, None where it is not good; its length, and the check sum with it."""
+def _next(file: BinaryIO, check_sum: int) -> tuple[Any, bytes, int]:
+    """The next line's value, None where it is not good; its text, and the check sum with it."""
     line = file.readline(_LONGEST)
     digits, blank, text = line[:_DIGITS], line[_DIGITS : _DIGITS + 1], line[_DIGITS + 1 : -1]
     if blank != b" " or line[-1:] != b"\n":
-        return None, 0, 0
+        return None, b"", 0
     check_sum = zlib.crc32(text, check_sum)
     if digits != b"%0*x" % (_DIGITS, check_sum):
-        return None, 0, 0
+        return None, b"", 0
     try:
-        return json.loads(text), len(line), check_sum
+        return json.loads(text), text, check_sum
     except (ValueError, RecursionError):
-        return None, 0, 0
+        return None, b"", 0
 
 
 def _json(value: object) -> bytes:

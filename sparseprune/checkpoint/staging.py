@@ -12,11 +12,10 @@ import errno
 import os
 import stat
 from pathlib import PurePosixPath
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 from sparseprune.checkpoint import naming, transfer
-from sparseprune.checkpoint.journal import Journal, JournalContent, note_text, read_journal
+from sparseprune.checkpoint.journal import Journal, JournalContent, Notes, note_text, read_journal
 from sparseprune.checkpoint.partial import PartialFolder
 from sparseprune.checkpoint.syncing import Unsynced
 from sparseprune.checkpoint.target import (
@@ -66,7 +65,7 @@ class StagedOutput:
         self.layout = layout
         self.force = force
         self.identity = identity
-        self.finished: Mapping[str, Any] = MappingProxyType({})
+        self.finished = Notes()
         self.resumed = False
         self.started_over: tuple[str, ...] = ()
         self.named = False
@@ -302,7 +301,7 @@ class StagedOutput:
                 transfer.overwrite(path, file.begins_with, 0)
         with self._writing(self._partial.journal):
             self._unsynced.journal = Journal.resume(self._partial.journal, found)
-        self.finished = MappingProxyType(dict(found.finished))
+        self.finished = found.finished
         self._aside = self._partial.has_aside()
         self.resumed = True
 

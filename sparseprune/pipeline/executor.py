@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from sparseprune.checkpoint import Shard, StagedOutput
-    from sparseprune.pipeline.limits import Limits
+    from sparseprune.pipeline.limits import Crowd
     from sparseprune.pipeline.outcomes import Outcomes
 
     Progress = Callable[[int, str], None]
@@ -55,11 +55,12 @@ class Record:
         self._outcomes = outcomes
 
     def known(self, key: str) -> bool:
-        """Whether an earlier run did this; its outcomes are taken over."""
+        """Whether an earlier run did this; its outcomes are taken over, and their note is forgotten."""
         outcomes = self.recall(key)
         if not isinstance(outcomes, list) or not all(map(is_outcome, outcomes)):
             return False
         self._take_in(outcomes)
+        self.output.finished.forget(key)
         return True
 
     def done(self, item: Item, key: str, label: str, result: Any) -> None:  # noqa: ANN401
@@ -86,8 +87,7 @@ class Record:
 def produce(
     assignments: Iterable[Assignment],
     record: Record,
-    limits: Limits,
-    workers: int,
+    crowd: Crowd,
     given_up: threading.Event | None = None,
 ) -> None:
     """Do programs that write parts of an output, then copy all that the input and the output share.
@@ -95,9 +95,9 @@ def produce(
     The first error in the order of the programs is raised once what is running has ended; nothing new is
     begun after it. `given_up` is set where a signal or the disk ends the run.
     """
-    crew = Crew(_with_copies(assignments, record.output), record, limits.memory, given_up)
+    crew = Crew(_with_copies(assignments, record.output), record, crowd.memory, given_up)
     with _flushing(record.output, crew.give_up):
-        crew.run(workers)
+        crew.run(crowd.threads)
 
 
 def already_done(output: StagedOutput) -> int:

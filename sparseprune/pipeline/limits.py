@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from sparseprune.errors import SparsepruneError
 
 INTERPRETER = 100 << 20  # Python with numpy, numba and compiled loops, measured on the CPU
-TORCH = 220 << 20  # what torch 2.13 for the CPU adds, measured
-TORCH_THREAD = 8 << 20  # that the allocator keeps for each thread once torch has worked there, measured
+TORCH = 220 << 20  # what torch 2.13 for the CPU adds, with the first thread that it works in; measured
+TORCH_THREAD = (
+    8 << 20
+)  # that the allocator keeps for each further thread once torch has worked there, measured
 SLAB_BYTES = 1 << 20  # measured: what is made of a slab stays in the cache (tests/benchmarks/README.md)
 TILE_ELEMENTS = 1 << 18  # what the torch engine is given at one time where scopes are small
 _ENGINE_BYTES = 64  # that the torch engine needs for each element of a tile: keys, norms, masks, positions
@@ -64,6 +66,27 @@ class Limits:
     def held(self) -> int:
         """Bytes of block scores that one task may hold."""
         return self.memory // _HELD_SHARE
+
+
+@dataclass(frozen=True, slots=True)
+class Crowd:
+    """How many `threads` share the work, and the bytes of `memory` that items and programs may take."""
+
+    threads: int
+    memory: int
+
+    @classmethod
+    def of(cls, limits: Limits, workers: int, *, item: int, held: int, uses_torch: bool) -> Crowd:
+        """Up to `workers` threads, where the largest item and the largest program take so many bytes.
+
+        What torch keeps for each thread beyond the first is taken from the memory. There are no more threads
+        than have room for that and for a tile beside the largest item.
+        """
+        if not uses_torch:
+            return cls(workers, limits.memory)
+        each = TORCH_THREAD + min(item, tile_bytes(limits.tile))
+        threads = min(workers, 1 + max(0, limits.memory - item - held) // each)
+        return cls(threads, limits.memory - TORCH_THREAD * (threads - 1))
 
 
 def tile_bytes(elements: int) -> int:

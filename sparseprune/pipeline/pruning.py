@@ -88,7 +88,7 @@ def execute(
             yield Assignment(later, rest.key, rest.stored.name, rest_program(rest, setting(rest.key)), 0)
 
     with _one_torch_thread(schedule):
-        produce(assignments(), record, schedule.limits, schedule.workers, given_up)
+        produce(assignments(), record, schedule.crowd, given_up)
     return outcomes.of_plan(schedule.plan)
 
 

@@ -19,7 +19,7 @@ from sparseprune.engine.kernels.formats import FORMATS
 from sparseprune.engine.sequences import Made
 from sparseprune.engine.tally import tally
 from sparseprune.pipeline.executor import Assignment, Record, already_done, copied_bytes, dealt, produce
-from sparseprune.pipeline.limits import Resident, limits_of
+from sparseprune.pipeline.limits import Crowd, Resident, limits_of
 from sparseprune.pipeline.outcomes import Outcomes
 from sparseprune.pipeline.programs import Item, Outcome, Program
 from sparseprune.pipeline.traffic import Traffic
@@ -111,7 +111,7 @@ def reapply(
             program = _program(pair, limits, reader, traffic)
             yield Assignment(order, f"mask{order}", pair.stored.name, program, 0)
 
-    produce(assignments(), record, limits, workers)
+    produce(assignments(), record, Crowd(workers, limits.memory))
     return Made(pairs, lambda pair: _reapplied(outcomes.of_tensor(pair.stored, (_RULE,))))
 
 

@@ -33,8 +33,9 @@ _FLOATS = frozenset({"F64", "F32", "F16", "BF16", "F8_E5M2", "F8_E4M3"})
 _PACKED = 8  # mask elements in a byte: slabs begin at whole bytes of a packed mask
 _SCORE_BYTES = 48  # that a block costs while its score is held: norms, keys, positions, decisions
 _CHUNKS_A_SLAB = 4  # elements that are float64 on the way to a norm, for each byte of a slab
-_SUMMED_BYTES = 64  # that each of them costs: it is copied for every level of the tree
-_LOOPED_BYTES = 16  # that it costs where loops read the patterns: these, masks, what is decided
+_SUMMED_BYTES = 64  # that each of them costs where scores are made of files: several copies
+_PLAIN_BYTES = 20  # that it costs beside its pattern where magnitudes alone count
+_LOOPED_BYTES = 6  # that it costs beside its pattern where loops read this: a mask, what is decided
 _SLABS_A_SCOPE = 8  # a scope of more slabs is counted: several threads share it, and less is in memory
 _GROUPS = 64  # parts of a large scope whose digits are counted apart
 _COUNTER_BYTES = 8 << 16  # one histogram
@@ -198,7 +199,8 @@ def _gathered(task: Task, tensors: Mapping[str, StoredTensor], limits: Limits) -
     size = DTYPES[tensors[scope.block.tensor].dtype].bits // 8
     together = numel_per_scope(scope)
     tile = max(limits.slab // size, together)
-    memory = min(tile, prod(scope.block.view_shape)) * (_loop_bytes(task, size, contest) + 2 * size)
+    each = _loop_bytes(task, size, contest) + size  # there is a copy in the order of the scopes
+    memory = min(tile, prod(scope.block.view_shape)) * each
     if together * size > _SLABS_A_SCOPE * limits.slab or memory > limits.memory // 2:
         return None
     return Gathered(memory, tile, contest)
@@ -217,9 +219,9 @@ def _contest(task: Task, scope: BoundScope) -> Contest:
 
 
 def _loop_bytes(task: Task, size: int, contest: Contest) -> int:
-    """Memory for each element that compiled loops work on: patterns, masks, float64 where norms are taken."""
+    """Memory for each element that compiled loops work on: its pattern, mask, score, and float64 of norms."""
     scores = 40 if task.instance.score.kind != "magnitude" else 0
-    return 2 * size + 3 + scores + (0 if contest.block == 1 else 32 // contest.extent[-1] + 1)
+    return size + 1 + scores + (1 if contest.block == 1 else -(-16 // contest.extent[-1]))
 
 
 def _has_loop(task: Task, tensors: Mapping[str, StoredTensor]) -> bool:
@@ -281,10 +283,11 @@ def _summed(task: Task, tensors: Mapping[str, StoredTensor], limits: Limits) -> 
     passes = 1 + (0 if not by_elements else 2 if needs_scaling(task, tensors) else 1)
     scaled = by_elements and needs_scaling(task, tensors)
     looped = score.kind == "magnitude" and not scaled and score.norm != math.inf
-    each = [
-        _LOOPED_BYTES if looped and _is_summed_in_loops(leaf, chunk) else _SUMMED_BYTES
-        for leaf in {(leaf.view_shape, leaf.view_stride, leaf.shape): leaf for leaf in scope.leaves}.values()
-    ]
+    each = []
+    for leaf in {(leaf.view_shape, leaf.view_stride, leaf.shape): leaf for leaf in scope.leaves}.values():
+        beside = _LOOPED_BYTES if looped and _is_summed_in_loops(leaf, chunk) else _PLAIN_BYTES
+        size = DTYPES[tensors[leaf.tensor].dtype].bits // 8
+        each.append(size + beside if score.kind == "magnitude" else _SUMMED_BYTES)
     elements = max(prod(leaf.view_shape) for leaf in scope.leaves)
     return Summed(max(each) * min(chunk, elements), chunk, held, passes)
 
@@ -329,7 +332,7 @@ def _streamed(task: Task, limits: Limits) -> Streamed:
             f"[{task.rule}] {task.instance.label}: a block has {block} elements, which must be in memory "
             f"together; --memory must be at least {limits.resident + memory_for_tile(block)} bytes"
         )
-    candidates = limits.held // _SCORE_BYTES
+    candidates = min(limits.held // _SCORE_BYTES, task.instance.scope.blocks_per_scope)
     return Streamed(tile_bytes(elements), elements, candidates * _SCORE_BYTES, 3)
 
 

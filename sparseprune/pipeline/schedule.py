@@ -14,7 +14,7 @@ from sparseprune.engine.grids import prod
 from sparseprune.engine.sequences import Made
 from sparseprune.errors import SparsepruneError
 from sparseprune.pipeline.cells import members_of
-from sparseprune.pipeline.limits import INTERPRETER, TORCH, TORCH_THREAD, Limits, Resident, limits_of
+from sparseprune.pipeline.limits import INTERPRETER, TORCH, TORCH_THREAD, Crowd, Limits, Resident, limits_of
 from sparseprune.pipeline.plan import task_bytes
 from sparseprune.pipeline.recipes import Reconstructed, alone, choose, needs_torch
 
@@ -63,21 +63,28 @@ class Schedule:
         return any(needs_torch(job.recipe) for job in self.jobs)
 
     @property
-    def side_by_side(self) -> int:
-        """How many items are worked on at one time, where their memory allows it."""
-        most = max((job.recipe.memory for job in self.jobs), default=0)
-        pieces = max(1, self.workers if any(_has_pieces(job.recipe) for job in self.jobs) else len(self.jobs))
-        return max(1, min(self.workers, pieces, self.limits.memory // max(1, most)))
+    def crowd(self) -> Crowd:
+        """The threads that do the work, and what they may take together."""
+        item = max((job.recipe.memory for job in self.jobs), default=0)
+        held = max((job.recipe.held for job in self.jobs), default=0)
+        return Crowd.of(self.limits, self.workers, item=item, held=held, uses_torch=self.uses_torch)
 
     @property
     def peak_bytes(self) -> int:
         """Resident memory at the most, about: the interpreter, what is in flight, scores that are held."""
         base = INTERPRETER + (TORCH if self.uses_torch else 0)
-        items = max((job.recipe.memory for job in self.jobs), default=0)
+        item = max((job.recipe.memory for job in self.jobs), default=0)
         held = sorted((job.recipe.held for job in self.jobs), reverse=True)[: self.workers]
-        items += TORCH_THREAD if self.uses_torch else 0
-        work = min(self.limits.memory, items * self.side_by_side + sum(held))
+        threads = self._side_by_side(item)
+        kept = TORCH_THREAD * (threads - 1) if self.uses_torch else 0
+        work = min(self.limits.memory, item * threads + kept + sum(held))
         return base + self.limits.resident + work
+
+    def _side_by_side(self, item: int) -> int:
+        """How many items are worked on at one time, of which one takes up to so many bytes."""
+        crowd = self.crowd
+        pieces = crowd.threads if any(_has_pieces(job.recipe) for job in self.jobs) else len(self.jobs)
+        return max(1, min(crowd.threads, pieces, crowd.memory // max(1, item)))
 
     @property
     def nbytes(self) -> int:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from sparseprune.pipeline.cells import members_of
 from sparseprune.pipeline.crew import Crew
 from sparseprune.pipeline.executor import Assignment
-from sparseprune.pipeline.limits import INTERPRETER, TORCH, limits_of
+from sparseprune.pipeline.limits import INTERPRETER, TORCH, TORCH_THREAD, Crowd, limits_of
 from sparseprune.pipeline.plan import make_plan, task_bytes
 from sparseprune.pipeline.programs import Setting
 from sparseprune.pipeline.recipes import alone
@@ -91,12 +91,26 @@ class Check:
     @property
     def peak_bytes(self) -> int:
         """Resident memory at the most, about."""
+        item, held = self._largest()
+        kept = TORCH_THREAD * (self.crowd.threads - 1) if self.uses_torch else 0
+        base = INTERPRETER + (TORCH if self.uses_torch else 0)
+        work = min(self.limits.memory, item * self.crowd.threads + kept + sum(held))
+        return base + self.limits.resident + work
+
+    @property
+    def crowd(self) -> Crowd:
+        """The threads that do the work, and what they may take together."""
+        item, held = self._largest()
+        return Crowd.of(
+            self.limits, self.workers, item=item, held=max(held, default=0), uses_torch=self.uses_torch
+        )
+
+    def _largest(self) -> tuple[int, list[int]]:
+        """What the largest item takes, and what the largest programs hold, one for each worker."""
         jobs = [count.job.recipe for count in self.counts if count.job is not None]
         parts = [*(count.way for count in self.counts), *jobs]
-        items = max((part.memory for part in parts), default=0)
         held = sorted((part.held for part in parts), reverse=True)[: self.workers]
-        base = INTERPRETER + (TORCH if self.uses_torch else 0)
-        return base + self.limits.resident + min(self.limits.memory, items * self.workers + sum(held))
+        return max((part.memory for part in parts), default=0), held
 
 
 def make_check(checkpoint: Checkpoint, spec: Spec, memory: int, workers: int) -> Check:
@@ -148,7 +162,7 @@ def count_survivors(check: Check, reader: TensorReader, progress: Progress) -> V
         SparsityError: NaN where a threshold asks for a score.
     """
     work = _Work(check, reader, progress)
-    Crew(work.assignments(), work, check.limits.memory).run(check.workers)
+    Crew(work.assignments(), work, check.crowd.memory).run(check.crowd.threads)
     checked = [
         Checked(
             count.rule, count.instance.label, count.scope, count.instance.budget, tuple(work.found[number])

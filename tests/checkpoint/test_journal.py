@@ -3,6 +3,7 @@
 import json
 import os
 import socket
+import tracemalloc
 import zlib
 from pathlib import Path
 from random import Random
@@ -39,6 +40,42 @@ def test_a_note_of_the_same_key_replaces_the_earlier(tmp_path: Path) -> None:
     content = read_journal(tmp_path / "journal")
     assert content is not None
     assert content.finished == {"a": 2, "b": 1}
+
+
+def test_records_are_kept_as_the_lines_they_came_in_until_they_are_forgotten(tmp_path: Path) -> None:
+    content = read_journal(written(tmp_path / "journal"))
+    assert content is not None
+    notes = content.finished
+    notes["a 0"]["pruned"] = 4  # whoever gets a record has it to himself
+    assert notes["a 0"] == {"pruned": 3}
+    notes.forget("a 0")
+    notes.forget("never noted")
+    assert "a 0" not in notes
+    assert dict(notes) == {key: record for key, record in NOTES.items() if key != "a 0"}
+    with pytest.raises(KeyError):
+        notes["a 0"]
+
+
+def test_notes_take_little_more_memory_than_their_text(tmp_path: Path) -> None:
+    outcomes = [
+        ["layers.0.q_proj.weight", "scope.proj", 16, 8, 1000 + n, 0.5 + n, 9, 0.25 + n] for n in range(500)
+    ]
+    texts = [note_text(f"{n}.0.0", [64, [outcome]]) for n, outcome in enumerate(outcomes)]
+    path = written(tmp_path / "journal")
+    content = read_journal(path)
+    assert content is not None
+    journal = Journal.resume(path, content)
+    journal.append(texts)
+    journal.close()
+    tracemalloc.start()
+    try:
+        content = read_journal(path)
+        taken = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert content is not None
+    assert content.finished["7.0.0"] == [64, [outcomes[7]]]
+    assert taken < 2 * sum(map(len, texts)) + 150 * len(texts)
 
 
 def test_a_journal_that_was_torn_anywhere_is_continued_after_its_last_whole_line(tmp_path: Path) -> None:

@@ -11,9 +11,14 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from safetensors.torch import save_file
 
+from sparseprune.checkpoint import StagedOutput
+from sparseprune.checkpoint.journal import Notes, note_text
 from sparseprune.pipeline import executor, runs
 from sparseprune.pipeline.crew import Crew
+from sparseprune.pipeline.limits import INTERPRETER, TORCH, TORCH_THREAD
+from sparseprune.pipeline.outcomes import Outcomes
 from sparseprune.pipeline.programs import GivenUpError, Item
+from tests.checkpoint.files import layout_of, single
 from tests.samples import TWO_OF_FOUR, mlp_tensors, run, write_spec
 
 if TYPE_CHECKING:
@@ -222,6 +227,48 @@ def test_the_first_error_in_the_order_of_the_plan_is_the_one_that_is_told(
     monkeypatch.setattr(runs, "_cut", fail)
     with pytest.raises(ZeroDivisionError, match="first"):
         run(*command, "--jobs", 4)
+
+
+def test_what_an_earlier_run_noted_is_forgotten_once_it_is_taken_over(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    taken: list[Outcomes] = []
+    monkeypatch.setattr(Outcomes, "add", lambda self, _: taken.append(self))
+    outcome = ["w", "scope.proj", 16, 8, 0, 1.5, 8, 1.0]
+    lines = {"0.0.0": [64, [outcome]], "0.0.decision": [0, "abc"], "0.0.1": [64, ["no outcome"]]}
+    output = StagedOutput(layout_of(single(tmp_path)))
+    output.finished = Notes({key: note_text(key, record) for key, record in lines.items()})
+    record = executor.Record(output, Outcomes(), lambda *_: None)
+    assert [record.known(key) for key in ("0.0.0", "0.0.1", "0.0.2")] == [True, False, False]
+    assert len(taken) == 1
+    assert dict(output.finished) == {key: lines[key] for key in ("0.0.decision", "0.0.1")}
+    assert record.recall("0.0.decision") == "abc"
+
+
+def test_what_torch_keeps_for_each_thread_is_taken_from_what_the_crew_may_use(
+    monkeypatch: pytest.MonkeyPatch, command: tuple[object, ...], tmp_path: Path
+) -> None:
+    crews: list[tuple[int, int]] = []
+
+    class Seen(Crew):
+        def run(self, workers: int) -> None:
+            crews.append((self._memory, workers))
+            super().run(workers)
+
+    monkeypatch.setattr(executor, "Crew", Seen)
+    assert run(*command, "--jobs", 64, "--memory", "300MB", "--force").code == 0
+    soft = write_spec(tmp_path, TWO_OF_FOUR + 'mode = "soft"\n')
+    base = INTERPRETER + TORCH
+    for jobs in (1, 4, 64):
+        memory = base + 100_000_000
+        assert run(*command[:2], soft, "--jobs", jobs, "--memory", memory, "--force").code == 0
+    compiled, *of_torch = crews
+    threads = [workers for _, workers in of_torch]
+    assert threads[:2] == [1, 4]
+    assert 4 < threads[2] < 13  # 8 MiB for each of 64 threads would be more than there is
+    for left, workers in of_torch:
+        assert 99_000_000 < left + (workers - 1) * TORCH_THREAD < 100_000_000
+    assert compiled[1] == 64
 
 
 def test_torch_keeps_its_threads(tmp_path: Path, command: tuple[object, ...]) -> None:

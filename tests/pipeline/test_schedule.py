@@ -15,7 +15,7 @@ from sparseprune.checkpoint import open_checkpoint
 from sparseprune.errors import SparsepruneError
 from sparseprune.pipeline import make_plan, make_schedule
 from sparseprune.pipeline.boxes import gaps, whole_box
-from sparseprune.pipeline.limits import limits_of
+from sparseprune.pipeline.limits import TORCH_THREAD, limits_of
 from sparseprune.pipeline.plan import task_bytes
 from sparseprune.pipeline.recipes import Runs, choose, needs_torch
 from sparseprune.pipeline.schedule import resident_of
@@ -185,7 +185,8 @@ def test_any_memory_is_kept_to(decoders: Mapping[int, Path], name: str, memory: 
 def test_less_memory_gives_a_smaller_peak(decoders: Mapping[int, Path], name: str) -> None:
     plan = plan_of(decoders[10], name)
     peaks = [make_schedule(plan, memory, 2).peak_bytes for memory in (4 * GIB, GIB, 512 * MIB, 400 * MIB)]
-    assert peaks == sorted(set(peaks), reverse=True)
+    assert peaks == sorted(peaks, reverse=True)
+    assert peaks[0] > peaks[-1]  # no more is held than there are blocks, however much there is room for
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -194,6 +195,27 @@ def test_more_workers_take_no_more_than_there_is(decoders: Mapping[int, Path], n
     peaks = [make_schedule(plan, GIB, workers).peak_bytes for workers in (1, 2, 64)]
     assert peaks == sorted(peaks)
     assert peaks[-1] <= GIB
+
+
+@pytest.mark.parametrize("memory", [4 * GIB, GIB, 512 * MIB, 400 * MIB])
+@pytest.mark.parametrize("name", ["soft columns", "soft elements over all", "2of4"])
+def test_threads_of_torch_have_their_share_and_leave_room_for_the_largest_item(
+    decoders: Mapping[int, Path], name: str, memory: int
+) -> None:
+    plan = plan_of(decoders[10], name)
+    threads = []
+    for workers in (1, 2, 64, 1000):
+        schedule = make_schedule(plan, memory, workers)
+        crowd = schedule.crowd
+        threads.append(crowd.threads)
+        kept = TORCH_THREAD * (crowd.threads - 1) if schedule.uses_torch else 0
+        assert crowd.memory + kept == schedule.limits.memory
+        assert all(job.recipe.memory + job.recipe.held <= crowd.memory for job in schedule.jobs)
+        # Where pieces of work end does not depend on how many threads there are.
+        assert schedule.limits == make_schedule(plan, memory, 1).limits
+    assert threads[0] == 1
+    assert threads == ([1, 2, 64, 1000] if name == "2of4" else sorted(threads))
+    assert name == "2of4" or threads[-1] <= 1 + schedule.limits.memory // TORCH_THREAD
 
 
 WITHOUT_TORCH = ("2of4", "unstructured-row", "unstructured-global", "rows", "whole tensors", "a threshold")

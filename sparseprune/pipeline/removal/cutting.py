@@ -13,6 +13,7 @@ import numpy as np
 
 from sparseprune.engine.grids import prod
 from sparseprune.pipeline.executor import Assignment, Record, already_done, copied_bytes, dealt, produce
+from sparseprune.pipeline.limits import Crowd
 from sparseprune.pipeline.outcomes import Outcomes
 from sparseprune.pipeline.programs import Item, Program
 from sparseprune.pipeline.traffic import Traffic, pattern_of
@@ -58,7 +59,7 @@ def cut(
         for order, one in dealt(cuts, lambda one: one.stored.shard, workers):
             yield Assignment(order, f"cut{order}", one.name, _program(one, limits, traffic, output), 0)
 
-    produce(assignments(), record, limits, workers)
+    produce(assignments(), record, Crowd(workers, limits.memory))
 
 
 def cut_bytes(cuts: Sequence[Cut], limits: Limits, output: StagedOutput) -> tuple[int, int]:
