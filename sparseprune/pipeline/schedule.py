@@ -19,7 +19,7 @@ from sparseprune.pipeline.plan import task_bytes
 from sparseprune.pipeline.recipes import Reconstructed, alone, choose, needs_torch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Collection, Iterator, Sequence
 
     from sparseprune.checkpoint import StoredTensor
     from sparseprune.pipeline.plan import Plan, Task, WorkUnit
@@ -49,41 +49,50 @@ class Rest:
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """All that has to be done for a plan, by at most `workers` threads at one time."""
+    """All that has to be done for a plan, by at most `workers` threads at one time.
+
+    `recipes` are those of the jobs, which are made when they are asked for: thousands of jobs share a few.
+    """
 
     plan: Plan
     limits: Limits
     workers: int
     jobs: Sequence[Job]
+    recipes: Sequence[Recipe]
     rests: tuple[Rest, ...]
 
     @property
     def uses_torch(self) -> bool:
         """Whether some task needs the torch engine."""
-        return any(needs_torch(job.recipe) for job in self.jobs)
+        return any(map(needs_torch, self._unlike))
 
     @property
     def crowd(self) -> Crowd:
         """The threads that do the work, and what they may take together."""
-        item = max((job.recipe.memory for job in self.jobs), default=0)
-        held = max((job.recipe.held for job in self.jobs), default=0)
+        item = max((recipe.memory for recipe in self._unlike), default=0)
+        held = max((recipe.held for recipe in self._unlike), default=0)
         return Crowd.of(self.limits, self.workers, item=item, held=held, uses_torch=self.uses_torch)
 
     @property
     def peak_bytes(self) -> int:
         """Resident memory at the most, about: the interpreter, what is in flight, scores that are held."""
         base = INTERPRETER + (TORCH if self.uses_torch else 0)
-        item = max((job.recipe.memory for job in self.jobs), default=0)
-        held = sorted((job.recipe.held for job in self.jobs), reverse=True)[: self.workers]
+        item = max((recipe.memory for recipe in self._unlike), default=0)
+        held = sorted((recipe.held for recipe in self.recipes), reverse=True)[: self.workers]
         threads = self._side_by_side(item)
         kept = TORCH_THREAD * (threads - 1) if self.uses_torch else 0
         work = min(self.limits.memory, item * threads + kept + sum(held))
         return base + self.limits.resident + work
 
+    @property
+    def _unlike(self) -> Collection[Recipe]:
+        """The recipes, each once."""
+        return {id(recipe): recipe for recipe in self.recipes}.values()
+
     def _side_by_side(self, item: int) -> int:
         """How many items are worked on at one time, of which one takes up to so many bytes."""
         crowd = self.crowd
-        pieces = crowd.threads if any(_has_pieces(job.recipe) for job in self.jobs) else len(self.jobs)
+        pieces = crowd.threads if any(map(_has_pieces, self._unlike)) else len(self.jobs)
         return max(1, min(crowd.threads, pieces, crowd.memory // max(1, item)))
 
     @property
@@ -155,7 +164,7 @@ def _schedule(plan: Plan, limits: Limits, workers: int, *, compiled: bool) -> Sc
     def job(place: int) -> Job:
         return Job(f"{numbers[place]}.{parts[place]}", tasks[place], recipes[place])
 
-    return Schedule(plan, limits, workers, Made(range(len(tasks)), job), tuple(rests))
+    return Schedule(plan, limits, workers, Made(range(len(tasks)), job), recipes, tuple(rests))
 
 
 def _tasks(unit: WorkUnit) -> Iterator[Task]:
