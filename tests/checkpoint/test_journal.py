@@ -172,7 +172,7 @@ def test_what_follows_a_bad_line_does_not_count(tmp_path: Path, bad: bytes, afte
     path.write_bytes(line(HEAD) + bad + after)
     content = read_journal(path)
     assert content is not None
-    assert (content.finished, content.end) == ({}, len(line(HEAD)))
+    assert (dict(content.finished), content.end) == ({}, len(line(HEAD)))
     journal = Journal.resume(path, content)
     journal.append([note_text("c", 1)])
     journal.close()
