@@ -79,6 +79,7 @@ class RemoveRequest:
             overrides=self.overrides,
             json=self.json,
             warnings=self.warnings,
+            resized=True,
         )
 
 
@@ -173,7 +174,7 @@ def _by_masks(request: RemoveRequest, masks: Path) -> Choice:
     from sparseprune.pipeline.reapplying import resident_of
     from sparseprune.report.reapplication import left_out_text
 
-    limits = limits_of(request.memory, uses_torch=False, resident=resident_of(matched))
+    limits = limits_of(request.memory, uses_torch=False, resident=resident_of(matched, resized=True))
     return Choice(
         source=str(masks),
         checkpoint=matched.checkpoint,

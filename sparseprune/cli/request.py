@@ -51,6 +51,7 @@ class Request:
     quiet: bool = False
     verbose: bool = False
     weights: bool = True
+    resized: bool = False
     warnings: Warnings = field(default_factory=Warnings)
 
 
@@ -72,7 +73,9 @@ def prepare(request: Request) -> Prepared:
     plan = make_plan(open_checkpoint(request.checkpoint), spec)
     compiled = not request.device.startswith("cuda")
     masks = request.mask_format is not None
-    schedule = make_schedule(plan, request.memory, request.jobs, compiled=compiled, masks=masks)
+    schedule = make_schedule(
+        plan, request.memory, request.jobs, compiled=compiled, masks=masks, resized=request.resized
+    )
     coverage = coverage_of(plan.checkpoint.tensors, plan.bound, read_config(plan.checkpoint))
     return Prepared(source, plan, schedule, _layout(request, plan), coverage)
 

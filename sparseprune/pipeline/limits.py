@@ -11,9 +11,7 @@ from sparseprune.errors import SparsepruneError
 
 INTERPRETER = 100 << 20  # Python with numpy, numba and compiled loops, measured on the CPU
 TORCH = 220 << 20  # what torch 2.13 for the CPU adds, with the first thread that it works in; measured
-TORCH_THREAD = (
-    8 << 20
-)  # that the allocator keeps for each further thread once torch has worked there, measured
+TORCH_THREAD = 8 << 20  # that the allocator keeps for each further thread in which torch worked, measured
 SLAB_BYTES = 1 << 20  # measured: what is made of a slab stays in the cache (tests/benchmarks/README.md)
 TILE_ELEMENTS = 1 << 18  # what the torch engine is given at one time where scopes are small
 _ENGINE_BYTES = 64  # that the torch engine needs for each element of a tile: keys, norms, masks, positions
@@ -22,6 +20,7 @@ _LEAST = 16 * SLAB_BYTES  # that must be left for work
 # Resident bytes, measured with 50,000 tensors: of each tensor while headers are read, and from then on; of
 # each that is pruned, of each scope, of each mask; the text of a header is there three times, in parts.
 _READ, _KEPT, _REACHED, _SCOPE, _MASK, _TEXTS = 510, 160, 600, 600, 190, 3
+_RESIZED = 2700  # of each tensor where slices are cut out: masks that are read back, shapes, places and cuts
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,15 +32,24 @@ class Resident:
 
     @classmethod
     def of(
-        cls, tensors: int, header_bytes: int, *, reached: int, scopes: int = 0, masks: bool = False
+        cls,
+        tensors: int,
+        header_bytes: int,
+        *,
+        reached: int,
+        scopes: int = 0,
+        masks: bool = False,
+        resized: bool = False,
     ) -> Resident:
         """For `tensors` in headers of so many bytes; `reached` counts those that are worked on.
 
-        With `masks` there will be a file of masks for these, `scopes` is in how many parts the work is known.
+        With `masks` there will be a file of masks for these, `scopes` is in how many parts the work is known;
+        `resized` tells that slices will be cut out.
         """
         texts = _TEXTS * header_bytes
         mask = _MASK + header_bytes // max(1, tensors) if masks else 0
-        kept = texts + _KEPT * tensors + (_REACHED + mask) * reached + _SCOPE * scopes
+        each = _KEPT + (_RESIZED if resized else 0)
+        kept = texts + each * tensors + (_REACHED + mask) * reached + _SCOPE * scopes
         return cls(tensors, max(kept, texts + _READ * tensors))
 
 

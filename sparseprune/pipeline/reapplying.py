@@ -81,7 +81,7 @@ def make_reapplication(matched: Matched, memory: int, workers: int) -> Reapplica
     return Reapplication(matched, limits_of(memory, uses_torch=False, resident=resident_of(matched)), workers)
 
 
-def resident_of(matched: Matched) -> Resident:
+def resident_of(matched: Matched, *, resized: bool = False) -> Resident:
     """What a run holds of all tensors and masks, whatever it works on at the time."""
     shards = (*matched.checkpoint.shards, *matched.masks.shards)
     return Resident.of(
@@ -90,6 +90,7 @@ def resident_of(matched: Matched) -> Resident:
         reached=len(matched.pairs),
         scopes=len(matched.pairs),
         masks=True,
+        resized=resized,
     )
 
 

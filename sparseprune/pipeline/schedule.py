@@ -105,17 +105,17 @@ class Schedule:
 
 
 def make_schedule(
-    plan: Plan, memory: int, workers: int, *, compiled: bool = True, masks: bool = True
+    plan: Plan, memory: int, workers: int, *, compiled: bool = True, masks: bool = True, resized: bool = False
 ) -> Schedule:
     """The schedule of a plan for a process that may take `memory` bytes.
 
     `compiled` False leaves to the torch engine what it can hold, for a device other than the CPU. `masks`:
-    whether some are written.
+    whether some are written, `resized`: whether slices are cut out afterwards.
 
     Raises:
         SparsepruneError: the memory is too little for this plan.
     """
-    resident = resident_of(plan, masks=masks)
+    resident = resident_of(plan, masks=masks, resized=resized)
     try:
         limits = limits_of(memory, uses_torch=not compiled, resident=resident)
     except SparsepruneError:
@@ -129,7 +129,7 @@ def make_schedule(
     return schedule
 
 
-def resident_of(plan: Plan, *, masks: bool) -> Resident:
+def resident_of(plan: Plan, *, masks: bool, resized: bool = False) -> Resident:
     """What a run of a plan holds of all tensors, whatever it works on at the time."""
     headers = [shard.header for shard in plan.checkpoint.shards]
     scopes = [instance.scope for _, instance in plan.bound.instances()]
@@ -139,6 +139,7 @@ def resident_of(plan: Plan, *, masks: bool) -> Resident:
         reached=sum([len(scope.leaves) for scope in scopes]),
         scopes=sum([len(members_of(scope)) for scope in scopes]),
         masks=masks,
+        resized=resized,
     )
 
 

@@ -67,6 +67,22 @@ def test_too_little_memory_for_the_tensors_alone_is_refused_before_the_work(
         assert run("plan", many, "2of4", "--memory", f"{told[2]}MB").code == 0
 
 
+def test_remove_counts_what_it_holds_of_every_tensor_beside(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    write(folder / "model.safetensors", MANY)
+    config = {"model_type": "llama", "hidden_size": 4, "intermediate_size": 4, "num_attention_heads": 1}
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": MANY // 7}))
+    least = {}
+    for command in ("apply", "remove"):
+        said = run(command, folder, "decoder-mlp-channels", "-o", tmp_path / "out", "-q", "--memory", "110MB")
+        told = re.search(r"needs (\d+) bytes at least|; give (\d+)(MB) or more\n", said.err)
+        assert told is not None, said.err
+        assert (said.code, [*tmp_path.iterdir()]) == (2, [folder])
+        least[command] = int(told[2]) * 1_000_000 if told[3] else int(told[1])
+    assert 1000 * MANY < least["remove"] - least["apply"] < 4000 * MANY
+
+
 def test_plan_counts_what_every_tensor_takes(many: Path, tmp_path: Path) -> None:
     few = write(tmp_path / "few.safetensors", 10)
     each = (told_peak(many) - told_peak(few)) / (MANY - 10)

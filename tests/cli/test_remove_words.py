@@ -288,10 +288,10 @@ WRONG: dict[str, str] = {
         "HOME/all: the output would replace the masks in all/masks.safetensors; give another name with -o"
     ),
     "in decoder-mlp-channels --memory 1MB": (
-        "--memory 1000000: this run needs 121653728 bytes at least, of which Python takes 104857600"
+        "--memory 1000000: this run needs 121714928 bytes at least, of which Python takes 104857600"
     ),
     "in --masks even.masks --partial --memory 1MB": (
-        "--memory 1000000: this run needs 121654550 bytes at least, of which Python takes 104857600"
+        "--memory 1000000: this run needs 121714783 bytes at least, of which Python takes 104857600"
     ),
     "in 2of4": UNREMOVABLE,
     "unknown decoder-mlp-channels": f"decoder-mlp-channels.toml: {UNKNOWN}",
