@@ -38,6 +38,8 @@ _ROWS, _BYTES = 64, 1 << 16  # of each of them
 _PATTERNS = ((2, 4), (4, 8))
 _FULL = 0.6  # of what N:M allows is there at least, else it is sparser than that and means something else
 _SCOPES = 32  # and so many scopes are no accident
+_SIDE = 4  # blocks of zeros are looked for in pieces so long
+_WHOLE = 0.99  # of these pieces are all zero or have none, since a survivor may be zero too
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +168,7 @@ def earlier_of(
         seen = {
             name: found
             for name in others[:_TENSORS]
-            if (found := _seen(checkpoint.tensors[name], touched[name], reader, columns=name not in reached))
+            if (found := _seen(checkpoint.tensors[name], touched[name], reader, blocks=name not in reached))
         }
     return Earlier(checkpoint, touched, *limits, spec, risks, seen)
 
@@ -235,28 +237,36 @@ def _extents(scope: AnyScope) -> Iterator[tuple[BoundBlock, Shape]]:
 
 @dataclass(frozen=True, slots=True)
 class _Seen:
-    """A pattern that was found in the first rows and columns of a matrix: N:M along `axis`, or columns."""
+    """A pattern that was found in the first rows and columns of a matrix.
+
+    Of each `of` neighbours along `axis` so many are `allowed`; where places are `empty` (their numbers among
+    all), these alone count.
+    """
 
     what: str
     allowed: int = 0
     of: int = 0
     axis: int = -1
-    columns: tuple[int, ...] = ()
+    empty: tuple[int, ...] = ()
 
     def lost(self, flags: Flags) -> tuple[int, int]:
         """How many places break it, and how many there are, of flags (rows, columns) of what is not zero."""
-        if self.columns:
-            return int(flags[:, list(self.columns)].any(0).sum()), len(self.columns)
         counts = _counts(flags, self.of, self.axis)
+        if self.empty:
+            counts = counts[list(self.empty)]
         return int((counts > self.allowed).sum()), counts.size
 
 
-def _seen(stored: StoredTensor, touched: Touched, reader: TensorReader, *, columns: bool) -> _Seen | None:
-    """What the first rows and columns have of a pattern that may be broken; N:M, else `columns` of zeros."""
+def _seen(stored: StoredTensor, touched: Touched, reader: TensorReader, *, blocks: bool) -> _Seen | None:
+    """What the first rows and columns have of a pattern that may be broken: `blocks` of zeros, else N:M."""
     flags = _nonzero(stored, reader)
     if flags is None or not flags.any():
         return None
+    blocks = blocks and bool(touched.rules)
     rank = len(stored.shape)
+    found = _blocks_of_zeros(flags) if blocks else None
+    if found is not None:
+        return None if _in_blocks(touched, stored.shape, rank + found.axis) else found
     axes = [axis for axis in (-1, -2) if touched.rules or rank + axis in touched.cut]
     for axis in axes:
         for allowed, of in _PATTERNS:
@@ -266,10 +276,29 @@ def _seen(stored: StoredTensor, touched: Touched, reader: TensorReader, *, colum
                 return _Seen(f"{allowed}:{of} zeros", allowed, of, axis)
             if full and (counts <= allowed).all():
                 return None
-    empty = np.flatnonzero(~flags.any(0))
-    if columns and touched.rules and empty.size and len(flags) >= _SCOPES:
-        return _Seen("columns of zeros", columns=tuple(int(one) for one in empty))
+    empty = _empty(_counts(flags, len(flags), -2))
+    if blocks and empty and len(flags) >= _SCOPES:
+        return _Seen("columns of zeros", of=len(flags), axis=-2, empty=empty)
     return None
+
+
+def _blocks_of_zeros(flags: Flags) -> _Seen | None:
+    """Pieces of columns or rows that went whole, where not all of them lie in lines of zeros.
+
+    Rows of zeros stay: nothing makes up for what is zero already.
+    """
+    for axis in (-2, -1):
+        counts = _counts(flags, _SIDE, axis)
+        empty, full = counts == 0, counts == _SIDE
+        lines = int((~flags.any(axis)).sum()) * (flags.shape[axis] // _SIDE)
+        many = int(empty.sum()) - lines >= _SCOPES and int(full.sum()) >= _SCOPES
+        if many and (empty | full).mean() >= _WHOLE:
+            return _Seen("blocks of zeros", of=_SIDE, axis=axis, empty=_empty(counts))
+    return None
+
+
+def _empty(counts: NDArray[np.int64]) -> tuple[int, ...]:
+    return tuple(int(one) for one in np.flatnonzero(counts == 0))
 
 
 def _imposed(touched: Touched, allowed: int, of: int, dim: int) -> bool:
@@ -281,6 +310,18 @@ def _imposed(touched: Touched, allowed: int, of: int, dim: int) -> bool:
         and rule.scope.shape == tuple(of if place == dim else 1 for place in range(len(rule.scope.shape)))
         and rule.budget.nnz is not None
         and rule.budget.nnz <= allowed
+        for rule in touched.rules
+    )
+
+
+def _in_blocks(touched: Touched, shape: Shape, dim: int) -> bool:
+    """Whether a rule of this run keeps such pieces whole: its blocks are longer than one, and no lines."""
+    return any(
+        isinstance(rule.scope, BoundScope)
+        and isinstance(rule.scope.block, BoundBlock)
+        and rule.scope.block.view_shape == shape
+        and rule.scope.block.shape[dim] % _SIDE == 0
+        and rule.scope.block.shape[dim] < shape[dim]
         for rule in touched.rules
     )
 

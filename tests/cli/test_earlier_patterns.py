@@ -124,9 +124,11 @@ def test_patterns_of_a_file_are_seen_in_some_of_its_rows(tmp_path: Path) -> None
     dense(tmp_path)
     weights = torch.randn(4 * SIZE, SIZE, generator=torch.Generator().manual_seed(3))
     lowest = weights.reshape(-1, 4).abs().argsort(1)[:, :2]
+    gone = (torch.arange(SIZE // 4)[:, None] + torch.arange(SIZE)) % 4 == 0
     patterns = {
         "2:4 zeros": weights.reshape(-1, 4).scatter(1, lowest, 0.0).reshape(weights.shape),
         "columns of zeros": weights.index_fill(1, torch.arange(10, 20), 0.0),
+        "blocks of zeros": weights.masked_fill(gone.repeat_interleave(16, 0), 0.0),
     }
     # What a score does not care for is rebuilt wherever it stands.
     text = spec(tmp_path, ("[1, 1]", "[1, -1]", 24), rebuilt=True).read_text()
@@ -142,6 +144,9 @@ def test_patterns_of_a_file_are_seen_in_some_of_its_rows(tmp_path: Path) -> None
         lost, of = int(rows[:, 10:20].any(0).sum()), 10
         if pattern == "2:4 zeros":
             lost, of = int((rows.reshape(-1, 4).ne(0).sum(1) > 2).sum()), rows.numel() // 4
+        if pattern == "blocks of zeros":  # in pieces of four rows
+            pieces = gone[:4].repeat_interleave(4, 0)
+            lost, of = int(rows.reshape(16, 4, SIZE).any(1)[pieces].sum()), int(pieces.sum())
         assert lost
         assert f"breaks a pattern of its input: {pattern} in {lost} of {of} places" in after
 
