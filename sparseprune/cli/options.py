@@ -37,7 +37,14 @@ SpecArgument = Annotated[
 ]
 OutputOption = Annotated[
     Path | None,
-    typer.Option("--output", "-o", metavar="OUT", help="Where the result goes.", show_default=False),
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="OUT",
+        help="Where the result goes.",
+        show_default=False,
+        readable=False,  # it is replaced, never read
+    ),
 ]
 DeviceOption = Annotated[
     str, typer.Option("--device", metavar="auto|cpu|cuda[:N]", help="auto takes CUDA where there is one.")

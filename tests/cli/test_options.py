@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import os
 import re
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
+import torch
 import typer
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from sparseprune.cli.options import MemoryOption, default_jobs, default_memory, memory_of
 from sparseprune.errors import SparsepruneError
-
-if TYPE_CHECKING:
-    from pathlib import Path
+from tests.samples import run
 
 GIB = 1 << 30
 
@@ -182,3 +182,20 @@ def test_jobs_respect_the_quota_of_a_container(
 def test_jobs_without_a_quota_are_the_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 3, 5}, raising=False)
     assert default_jobs(tmp_path) == 3
+
+
+def test_outputs_that_nobody_may_read_are_refused_and_replaced_as_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "m.safetensors"
+    save_file({"layers.0.attn.q_proj.weight": torch.ones(4, 4)}, source)
+    out = tmp_path / "out.safetensors"
+    out.write_bytes(b"")
+    allowed = os.access
+    monkeypatch.setattr(
+        os, "access", lambda path, mode, **more: Path(path) != out and allowed(path, mode, **more)
+    )
+    said = run("apply", source, "2of4", "-o", out)
+    assert (said.code, "already exists" in said.err) == (2, True), said.err
+    assert run("apply", source, "2of4", "-o", out, "--force").code == 0
+    assert out.stat().st_size
