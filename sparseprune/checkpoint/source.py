@@ -102,11 +102,6 @@ class Checkpoint:
     left_out: tuple[OtherFile, ...] = ()
     folders: Mapping[PurePosixPath, int] = field(default_factory=dict, repr=False)
 
-    @property
-    def other_files(self) -> tuple[PurePosixPath, ...]:
-        """Where the other files lie, relative to `path`."""
-        return tuple(other.path for other in self.others)
-
 
 def open_checkpoint(path: Path) -> Checkpoint:
     """The checkpoint in a safetensors file or a directory: a single file, or shards with their index.

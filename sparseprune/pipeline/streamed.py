@@ -44,9 +44,6 @@ _SIGN = 1 << 63
 _CANDIDATE_BYTES = 48
 _GROUPS = 16  # of places whose digits are counted together
 
-Rank = tuple[int, int]
-"""The key of a block and its index counted down: no two blocks of a scope share one."""
-
 
 @dataclass(frozen=True, slots=True)
 class Place:
