@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sparseprune.pipeline import reapplying, recipes, schedule
-from sparseprune.pipeline.limits import Limits
+from sparseprune.execution import reapplying, recipes, schedule
+from sparseprune.execution.limits import Limits
 
 if TYPE_CHECKING:
     import pytest
 
-    from sparseprune.pipeline.plan import Task
-    from sparseprune.pipeline.recipes import Tiled
+    from sparseprune.execution.plan import Task
+    from sparseprune.execution.recipes import Tiled
 
 _TILED = recipes._tiled
 WAYS = ("runs", "gathered", "counted", "summed", "tiled", "streamed")

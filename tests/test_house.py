@@ -30,7 +30,7 @@ def test_top_level_holds_the_five_names_and_dot_files() -> None:
 
 def test_package_holds_the_rooms_of_the_house() -> None:
     rooms = {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"}
-    assert rooms == {"calibration", "checkpoint", "cli", "engine", "pipeline", "report", "spec"}
+    assert rooms == {"calibration", "checkpoint", "cli", "engine", "execution", "removal", "report", "spec"}
     loose = {path.name for path in PACKAGE.glob("*") if path.is_file()}
     assert loose == {"__init__.py", "__main__.py", "errors.py", "py.typed"}
 
@@ -60,7 +60,7 @@ def test_layers_are_held_by_the_import_linter() -> None:
     "code",
     [
         "import sparseprune",
-        "import sparseprune.checkpoint, sparseprune.spec, sparseprune.pipeline",
+        "import sparseprune.checkpoint, sparseprune.spec, sparseprune.execution",
         "import sparseprune.cli.app",
         "import sparseprune.cli.calibrate; from sparseprune.calibration import read_documents",
     ],

@@ -1,7 +1,7 @@
 """The bytes: headers, what a checkpoint holds, the layout of an output, writing it, mask files.
 
 Owns the safetensors format and everything that is done to files. Knows neither specs nor the
-mathematics of pruning. Called by the pipeline and the reports; imports no torch until masks are loaded.
+mathematics of pruning. Called by execution and the reports; imports no torch until masks are loaded.
 """
 
 from sparseprune.checkpoint.folder import OtherFile

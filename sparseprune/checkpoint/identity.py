@@ -1,7 +1,7 @@
 """Is an input still the one whose headers were read? Told by names, sizes and stamps, not by its data.
 
 Owns what a run remembers of its input: for its own end, and for the run that continues it. Reads no
-file. Called by the pipeline.
+file. Called by execution.
 """
 
 from __future__ import annotations

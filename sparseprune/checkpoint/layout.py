@@ -1,7 +1,7 @@
 """What an output will be, known before any tensor is read: its files, their headers, who goes where.
 
-Owns the names of outputs and the forms of masks. Pure: no I/O, nothing is checked on disk. Made by the
-pipeline from a checkpoint, carried out by staging.py; the copies are independent items that may run in
+Owns the names of outputs and the forms of masks. Pure: no I/O, nothing is checked on disk. Made by
+execution from a checkpoint, carried out by staging.py; the copies are independent items that may run in
 any order beside the writing of weights and masks.
 """
 

@@ -1,7 +1,7 @@
 """Masks of weights, in either form: which ones a place holds, and which elements they keep.
 
 Owns how mask files are found beside or inside an output, and what they may hold. Knows no weights. Called
-by the pipeline, which reads masks in pieces, and by users through `sparseprune.load_masks`; imports numpy
+by execution, which reads masks in pieces, and by users through `sparseprune.load_masks`; imports numpy
 and torch only where elements are asked for.
 """
 

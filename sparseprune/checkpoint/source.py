@@ -1,7 +1,7 @@
 """The reading side: what a checkpoint holds, and the bytes of its tensors.
 
 Owns the types that describe an input and the only code that reads its data. Finding the files is
-folder.py's part. Opens nothing for writing. Called by the pipeline, and by layout.py for the types.
+folder.py's part. Opens nothing for writing. Called by execution, and by layout.py for the types.
 """
 
 from __future__ import annotations
@@ -231,7 +231,8 @@ def _check_part(stored: StoredTensor, begin: int, end: int) -> None:
 
 
 def _opened(shard: Shard) -> int:
-    descriptor = os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC)
+    with transfer.machine_errors(shard.path, "cannot be read any more"):  # its header was read before
+        descriptor = os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC)
     status, wanted = os.fstat(descriptor), shard.header.file_size
     size = status.st_size
     if size == wanted and not replaced(shard.stamp, stamp_of(status)):

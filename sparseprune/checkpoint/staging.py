@@ -1,7 +1,7 @@
 """The writing side: an output grows in a hidden sibling and gets its name when it is complete.
 
 Owns the output while it is written, what of it is on disk and noted, and whether it is continued. Knows
-places from the layout and not what is written there. Called by the pipeline, whose workers write from any
+places from the layout and not what is written there. Called by execution, whose workers write from any
 thread in any order.
 """
 

@@ -2,7 +2,7 @@
 
 Owns their names, metadata and layout, and how a weight finds its own: matrices that share an input share one
 tensor. A file without our metadata is one of ready tensors, named by the weights. Knows no models; written by
-calibration, read by the pipeline and the reports.
+calibration, read by execution and the reports.
 """
 
 from __future__ import annotations

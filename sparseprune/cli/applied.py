@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
     from sparseprune.checkpoint import Checkpoint, StagedOutput
     from sparseprune.cli.console import Warnings
-    from sparseprune.pipeline import Plan
-    from sparseprune.pipeline.earlier import Earlier, Touched
+    from sparseprune.execution import Plan
+    from sparseprune.execution.earlier import Earlier, Touched
     from sparseprune.spec import Spec
 
 
@@ -72,7 +72,7 @@ def rebuilt_by(plan: Plan) -> dict[str, Touched]:
     """The tensors whose survivors a plan rebuilds, which is all that brings zeros back."""
     if all(instance.reconstruct is None for _, instance in plan.bound.instances()):
         return {}
-    from sparseprune.pipeline.earlier import rebuilt  # with numpy, which starts slowly
+    from sparseprune.execution.earlier import rebuilt  # with numpy, which starts slowly
 
     return rebuilt(plan)
 
@@ -86,7 +86,7 @@ def warn_of_earlier(
     """
     if not touched:
         return None
-    from sparseprune.pipeline.earlier import earlier_of
+    from sparseprune.execution.earlier import earlier_of
 
     try:
         spec = applied_spec(checkpoint, None, {})

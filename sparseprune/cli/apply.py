@@ -16,7 +16,7 @@ from sparseprune.cli.writing import digest, interrupts_told, output_shown, repor
 if TYPE_CHECKING:
     from sparseprune.checkpoint import OutputLayout, TensorReader
     from sparseprune.cli.request import Prepared
-    from sparseprune.pipeline import Plan
+    from sparseprune.execution import Plan
 
 
 def run(request: Request) -> None:
@@ -48,7 +48,7 @@ def _worked(
 ) -> dict[str, Any]:
     """Do the work, and write the report and the spec beside it."""
     # Numpy and the compiled loops come in here, after everything that can be refused without them.
-    from sparseprune.pipeline import device_text, devices_of_rules, execute, resolve_device, work_bytes
+    from sparseprune.execution import device_text, devices_of_rules, execute, resolve_device, work_bytes
     from sparseprune.report.coverage import unpruned_lines
     from sparseprune.report.document import Run, pruned_by_rule, report_document
 

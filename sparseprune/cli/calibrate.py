@@ -67,7 +67,7 @@ def run(request: Request) -> None:
     _say(request, f"loading the model of {request.checkpoint}")
     # Not before something is said: this takes seconds.
     from sparseprune.calibration import load_model, make_sequences, plan_calibration
-    from sparseprune.pipeline import resolve_device
+    from sparseprune.execution import resolve_device
 
     device = resolve_device(request.device, uses_torch=True)
     with temporary_folder("sparseprune-") as folder:

@@ -38,10 +38,10 @@ if TYPE_CHECKING:
 
     from sparseprune.checkpoint import Checkpoint, StoredMask, StoredTensor
     from sparseprune.cli.request import Prepared
-    from sparseprune.pipeline import Plan, TensorOutcome
-    from sparseprune.pipeline.limits import Limits
-    from sparseprune.pipeline.removal.presuming import Presumed
-    from sparseprune.pipeline.removal.removing import Removal
+    from sparseprune.execution import Plan, TensorOutcome
+    from sparseprune.execution.limits import Limits
+    from sparseprune.removal.presuming import Presumed
+    from sparseprune.removal.removing import Removal
     from sparseprune.report.coverage import Coverage
     from sparseprune.spec import BoundSpec
 
@@ -170,8 +170,8 @@ def _by_masks(request: RemoveRequest, masks: Path) -> Choice:
     matched, origin = masked.matched, masked.origin
     layout = _target(request, matched.checkpoint)
     refuse_replacing(layout, [shard.path for shard in matched.masks.shards], "masks")
-    from sparseprune.pipeline.limits import limits_of
-    from sparseprune.pipeline.reapplying import resident_of
+    from sparseprune.execution.limits import limits_of
+    from sparseprune.execution.reapplying import resident_of
     from sparseprune.report.reapplication import left_out_text
 
     limits = limits_of(request.memory, uses_torch=False, resident=resident_of(matched, resized=True))
@@ -206,7 +206,7 @@ def removable(prepared: Prepared, warnings: Warnings) -> Presumed:
 
     SpecError for rules that cannot be removed, models that no class has, budgets that let everything survive.
     """
-    from sparseprune.pipeline.removal.presuming import presume
+    from sparseprune.removal.presuming import presume
 
     checkpoint = prepared.plan.checkpoint
     presumed = presume(prepared.plan, read_config(checkpoint), read_beside(checkpoint))
@@ -249,7 +249,7 @@ def _identity(request: RemoveRequest, prepared: Prepared) -> dict[str, str]:
 
 def _by_spec(request: RemoveRequest, prepared: Prepared, output: StagedOutput) -> Choice:
     """Masks and rebuilt weights, written to the hidden folder."""
-    from sparseprune.pipeline import device_text, devices_of_rules, execute, resolve_device, work_bytes
+    from sparseprune.execution import device_text, devices_of_rules, execute, resolve_device, work_bytes
 
     plan, schedule = prepared.plan, prepared.schedule
     device = resolve_device(request.device, uses_torch=schedule.uses_torch)

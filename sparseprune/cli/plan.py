@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from sparseprune.checkpoint import OutputLayout
     from sparseprune.cli.request import Prepared, Request
-    from sparseprune.pipeline.removal.presuming import Presumed
+    from sparseprune.removal.presuming import Presumed
     from sparseprune.spec import BoundRule, BoundSpec
 
 ALL, NONE = "all", "none"
@@ -47,7 +47,7 @@ def run_removal(request: Request) -> None:
 
 
 def _presumed(prepared: Prepared) -> Presumed:
-    from sparseprune.pipeline.removal.presuming import presume
+    from sparseprune.removal.presuming import presume
 
     return presume(prepared.plan, read_config(prepared.plan.checkpoint))
 

@@ -86,7 +86,7 @@ def _bound(request: InspectRequest, checkpoint: Checkpoint, spec: Spec) -> Bound
 
 def _survivors(request: InspectRequest, checkpoint: Checkpoint, spec: Spec) -> list[dict[str, Any]]:
     """For each rule that says how many blocks survive, how many do."""
-    from sparseprune.pipeline.verifying import count_survivors, make_check
+    from sparseprune.execution.verifying import count_survivors, make_check
 
     check = make_check(checkpoint, spec, default_memory(), request.jobs)
     with TensorReader() as reader, progress("counting", check.nbytes, quiet=request.quiet) as advance:

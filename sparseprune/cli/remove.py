@@ -21,9 +21,9 @@ from sparseprune.errors import CheckpointError, SparsepruneError
 if TYPE_CHECKING:
     from sparseprune.checkpoint import Checkpoint, OutputLayout
     from sparseprune.cli.choosing import Choice
-    from sparseprune.pipeline.earlier import Touched
-    from sparseprune.pipeline.removal.cutting import Cut
-    from sparseprune.pipeline.removal.removing import Removal
+    from sparseprune.execution.earlier import Touched
+    from sparseprune.removal.cutting import Cut
+    from sparseprune.removal.removing import Removal
     from sparseprune.report.removal import RemovalRun
 
     Document = dict[str, Any]
@@ -54,8 +54,8 @@ def _cut(
     request: RemoveRequest, choice: Choice, ending: Ending, began: float
 ) -> tuple[Document, OutputLayout]:
     """Everything from masks to the output's name."""
-    from sparseprune.pipeline.removal.removing import make_removal
-    from sparseprune.pipeline.removal.slices import read_slices, summed_up
+    from sparseprune.removal.removing import make_removal
+    from sparseprune.removal.slices import read_slices, summed_up
 
     checkpoint = choice.checkpoint
     slab = choice.limits.slab
@@ -114,7 +114,7 @@ def _worked(
     began: float,
 ) -> Document:
     """Move the survivors, and write the report and the spec beside them."""
-    from sparseprune.pipeline.removal.cutting import cut, cut_bytes
+    from sparseprune.removal.cutting import cut, cut_bytes
     from sparseprune.report.removal import removal_document
 
     layout = output.layout
@@ -138,8 +138,8 @@ def _worked(
 
 def _cuts(choice: Choice, removal: Removal, layout: OutputLayout) -> list[Cut]:
     """The tensors that are not copied as they are, and where their survivors are read."""
-    from sparseprune.pipeline.removal.cutting import Cut
-    from sparseprune.pipeline.removal.slices import kept_whole
+    from sparseprune.removal.cutting import Cut
+    from sparseprune.removal.slices import kept_whole
 
     stored = choice.checkpoint.tensors
     return [
@@ -154,7 +154,7 @@ def _cuts(choice: Choice, removal: Removal, layout: OutputLayout) -> list[Cut]:
 
 def _touched(choice: Choice, removal: Removal) -> dict[str, Touched]:
     """The tensors in which zeros come to stand elsewhere, or come back."""
-    from sparseprune.pipeline.earlier import Touched
+    from sparseprune.execution.earlier import Touched
 
     rules = {} if choice.plan is None else rebuilt_by(choice.plan)
     found = {}

@@ -20,7 +20,7 @@ from sparseprune.checkpoint import (
 )
 from sparseprune.cli.console import Warnings
 from sparseprune.cli.writing import digest
-from sparseprune.pipeline import cpu_lines, make_plan, make_schedule
+from sparseprune.execution import cpu_lines, make_plan, make_schedule
 from sparseprune.report.coverage import coverage_of
 from sparseprune.spec import find_spec, parse_spec
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from sparseprune.checkpoint import MaskFormat, OutputLayout, Shard
-    from sparseprune.pipeline import Plan, Schedule
+    from sparseprune.execution import Plan, Schedule
     from sparseprune.report.coverage import Coverage
     from sparseprune.spec import SpecSource
 

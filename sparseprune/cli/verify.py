@@ -59,7 +59,7 @@ def run(request: VerifyRequest) -> None:
 
 def _document(request: VerifyRequest, named: str) -> dict[str, Any]:
     """What was found in the scopes of the spec of this name."""
-    from sparseprune.pipeline import count_survivors, make_check
+    from sparseprune.execution import count_survivors, make_check
     from sparseprune.report.coverage import coverage_of
     from sparseprune.report.verification import AskedCheck, verify_document
 

@@ -67,7 +67,7 @@ def _document(request: MasksRequest, masks: Path) -> dict[str, Any]:
     """Read everything that masks drop; ChangedInputError where something wrote to it meanwhile."""
     with collector_paused():
         matched = masked_by(request, masks).matched
-    from sparseprune.pipeline.reapplying import find_lost, make_reapplication
+    from sparseprune.execution.reapplying import find_lost, make_reapplication
     from sparseprune.report.reapplication import Circumstances, left_out_line, verify_masks_document
 
     circumstances = Circumstances(

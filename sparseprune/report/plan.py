@@ -1,7 +1,7 @@
 """The plan as a document: what every rule of a spec binds to, what it will cost, what is left out.
 
 Counts in shapes alone; no tensor data is read and torch is not imported. Tables of it are drawn by
-plan_table.py. Called by the command line, which brings what only the pipeline can tell.
+plan_table.py. Called by the command line, which brings what only execution can tell.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What is asked: a spec as TOML, read into types and bound to the headers of a checkpoint.
 
 `find_spec` gives the text, `parse_spec` the tables, `bind` the scopes with every shape resolved.
-Refuses to know tensors' data, files of weights and torch. Called by the pipeline. Names are loaded on first
+Refuses to know tensors' data, files of weights and torch. Called by execution. Names are loaded on first
 use: who looks for tensor patterns alone does not wait for pydantic.
 """
 

@@ -1,7 +1,7 @@
 """Spec x headers -> BoundSpec: every rule as instances with resolved shapes, or every problem at once.
 
 `locating` says which tensors belong together, `viewing` and `shaping` what their shapes come to, `budgets`
-what shall survive; here the tables' errors get their place. Called by the pipeline.
+what shall survive; here the tables' errors get their place. Called by execution.
 """
 
 from __future__ import annotations

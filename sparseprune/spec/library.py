@@ -1,7 +1,7 @@
 """Where the text of a spec comes from: a file that was named, or one that ships with the package.
 
 Reads text and knows where it lay (paths in a spec are relative to that directory), not what it means.
-Called by the command line and the pipeline.
+Called by the command line and by execution.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """TOML text -> Spec: reads every table by its model and reports whatever is wrong, all at once.
 
 Turns what tomllib and pydantic say into lines of one wording. Knows no checkpoint: what `parse_spec`
-returns may still not fit one. Called by the pipeline.
+returns may still not fit one. Called by execution.
 """
 
 from __future__ import annotations

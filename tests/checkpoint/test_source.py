@@ -552,7 +552,7 @@ def test_notices_a_file_that_changed_its_size(tmp_path: Path) -> None:
         with pytest.raises(MachineError, match="file grew while it was read"):
             reader.read(stored)
         path.unlink()
-        with pytest.raises(MachineError, match=r"m\.safetensors: cannot be read: No such file"):
+        with pytest.raises(MachineError, match=r"m\.safetensors: cannot be read any more: No such file"):
             reader.read(stored)
 
 

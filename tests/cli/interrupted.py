@@ -34,8 +34,8 @@ import pytest
 from sparseprune.checkpoint import StagedOutput, naming
 from sparseprune.cli import stopping
 from sparseprune.errors import MachineError
-from sparseprune.pipeline import reapplying, schedule
-from sparseprune.pipeline.limits import Limits, limits_of
+from sparseprune.execution import reapplying, schedule
+from sparseprune.execution.limits import Limits, limits_of
 from tests.limits import WAYS, force, narrow
 
 if TYPE_CHECKING:

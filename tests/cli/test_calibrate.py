@@ -89,7 +89,7 @@ def test_something_is_told_before_libraries_are_loaded(
     def loads(*_: object, **__: object) -> None:
         raise SparsepruneError("here torch is loaded")
 
-    monkeypatch.setattr("sparseprune.pipeline.resolve_device", loads)
+    monkeypatch.setattr("sparseprune.execution.resolve_device", loads)
     said = calibrate(home, "llama", tmp_path / "stats")
     assert said.err.splitlines() == [
         f"sparseprune: loading the model of {home / 'llama'}",

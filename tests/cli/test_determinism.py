@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sparseprune.pipeline import reconstructed
-from sparseprune.pipeline.stacks import boxes_at
+from sparseprune.execution import reconstructed
+from sparseprune.execution.stacks import boxes_at
 from tests.limits import narrow
 from tests.samples import CHANNELS, TWO_OF_FOUR, mlp_tensors, run, write_shards, write_spec
 
@@ -170,7 +170,7 @@ def test_torch_takes_one_thread_wherever_it_works(
 ) -> None:
     import importlib
 
-    place = importlib.import_module(f"sparseprune.pipeline.{module}")
+    place = importlib.import_module(f"sparseprune.execution.{module}")
     threads: set[tuple[bool, int]] = set()
 
     def watched(*arguments: Any) -> Any:

@@ -216,7 +216,7 @@ main()
     [
         ("sparseprune.cli.app", -signal.SIGINT, ""),  # which a shell calls 130 too
         ("sparseprune.cli.request", 130, "sparseprune: interrupted: nothing was written\n"),
-        ("sparseprune.pipeline.executor", 130, INTERRUPTED + "\n"),
+        ("sparseprune.execution.executor", 130, INTERRUPTED + "\n"),
         ("sparseprune.report.tables", 130, COMPLETE + "\n"),
     ],
 )
@@ -369,7 +369,7 @@ READS = {
     ),
     "scores that vanish": (
         SCORES,
-        Moment("remove", 120, path="scores.safetensors"),
+        Moment("remove", 100, path="scores.safetensors"),
         r"\S+/scores\.safetensors: cannot be read any more: No such file or directory.*",
     ),
     "other scores": (

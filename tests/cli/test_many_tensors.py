@@ -13,10 +13,10 @@ import pytest
 from sparseprune.checkpoint import open_checkpoint, open_masks
 from sparseprune.checkpoint.header import lay_out
 from sparseprune.cli.request import Request, prepare
-from sparseprune.pipeline.limits import INTERPRETER
-from sparseprune.pipeline.matching import match_masks
-from sparseprune.pipeline.outcomes import Outcomes
-from sparseprune.pipeline.reapplying import make_reapplication
+from sparseprune.execution.limits import INTERPRETER
+from sparseprune.execution.matching import match_masks
+from sparseprune.execution.outcomes import Outcomes
+from sparseprune.execution.reapplying import make_reapplication
 from sparseprune.report.document import Run, json_pieces, report_document
 from tests.samples import run
 

@@ -419,7 +419,7 @@ sparsity = 0.5
 def test_a_killed_run_is_continued_and_ends_in_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sparseprune.pipeline import reconstructed
+    from sparseprune.execution import reconstructed
 
     tensors = mlp_tensors(layers=4)
     names = [[name for name in tensors if name[0] in group] for group in ("n01", "23")]

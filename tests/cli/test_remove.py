@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from sparseprune import load_masks
 from sparseprune.checkpoint import TensorReader, open_masks
 from sparseprune.checkpoint.partial import PartialFolder
-from sparseprune.pipeline import limits, schedule
-from sparseprune.pipeline.removal.slices import read_slices
+from sparseprune.execution import limits, schedule
+from sparseprune.removal.slices import read_slices
 from tests.checkpoint.files import content, names_in
 from tests.cli.removal import (
     CASES,

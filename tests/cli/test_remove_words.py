@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from sparseprune import load_masks
-from sparseprune.pipeline.removal.families import model_types
+from sparseprune.removal.families import model_types
 from sparseprune.spec.problems import listed
 from tests.checkpoint.files import content, names_in
 from tests.cli.interrupted import fill
@@ -433,10 +433,10 @@ FULL = "sparseprune: out of memory; give a smaller --memory, or fewer --jobs"
 @pytest.mark.parametrize(
     "place",
     [
-        "sparseprune.pipeline.traffic.Traffic.load_run",
-        "sparseprune.pipeline.removal.slices.read_kept",
-        "sparseprune.pipeline.removal.cutting._Slab.left",
-        "sparseprune.pipeline.removal.removing.configure",
+        "sparseprune.execution.traffic.Traffic.load_run",
+        "sparseprune.removal.slices.read_kept",
+        "sparseprune.removal.cutting._Slab.left",
+        "sparseprune.removal.removing.configure",
         "sparseprune.checkpoint.StagedOutput.write_weight",
         "sparseprune.checkpoint.StagedOutput.copy",
         "sparseprune.cli.remove.lay_out_removal",

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from sparseprune.checkpoint import threads
 from sparseprune.checkpoint.pieces import work_through
 from sparseprune.errors import is_out_of_memory
-from sparseprune.pipeline.traffic import Traffic
+from sparseprune.execution.traffic import Traffic
 from tests.limits import force, narrow
 from tests.samples import CHANNELS, TWO_OF_FOUR, mlp_tensors, run, write_shards, write_spec
 
@@ -119,8 +119,8 @@ ERRORS: dict[str, Exception] = {
 @pytest.mark.parametrize(
     ("way", "place"),
     [
-        ("tiled", "sparseprune.pipeline.tiled.load_tile"),
-        ("summed", "sparseprune.pipeline.traffic.Traffic.load"),
+        ("tiled", "sparseprune.execution.tiled.load_tile"),
+        ("summed", "sparseprune.execution.traffic.Traffic.load"),
         ("summed", "sparseprune.checkpoint.source.read_header"),
         ("summed", "sparseprune.cli.request.make_plan"),
         ("summed", "sparseprune.checkpoint.StagedOutput.write_mask"),
@@ -192,7 +192,7 @@ def test_a_program_that_is_wrong_is_not_taken_for_a_lack_of_memory(
     def fail(*_: object) -> None:
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
-    monkeypatch.setattr("sparseprune.pipeline.traffic.Traffic.load", fail)
+    monkeypatch.setattr("sparseprune.execution.traffic.Traffic.load", fail)
     with pytest.raises(RuntimeError, match="mat1"):
         run("apply", folder / "m.safetensors", folder / "spec.toml", "-q")
     assert not is_out_of_memory(None)

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sparseprune import load_masks
+from tests.execution.structures import FLOATS, INTEGERS, one
 from tests.limits import WAYS, force, narrow
-from tests.pipeline.structures import FLOATS, INTEGERS, one
 from tests.samples import CHANNELS, run, write_spec
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparseprune.pipeline.tensors import build_scope
+from sparseprune.execution.tensors import build_scope
 from sparseprune.report.drawing import Cell, Window, cell_of, view_index, window_of
 from sparseprune.spec import BoundBlock, BoundBlockCoupling, BoundScope, BoundScopeCoupling
 

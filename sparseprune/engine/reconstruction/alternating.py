@@ -2,7 +2,7 @@
 
 Owns the alternation between least squares and a projection, which is all that it knows of sparsity: ALPS
 (Meng et al. 2024, arXiv 2406.07831) with any projection that keeps a budget. Called by users of the engine
-and by the pipeline.
+and by execution.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Projections: what the scopes of the engine keep, asked about tensors that lie elsewhere.
 
 Owns the buffers over which a scope is built, and the way from its views to masks of whole tensors. Called by
-users of `admm` and by the pipeline.
+users of `admm` and by execution.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Refitting: the survivors of a mask as the least squares of what the dense matrix computed.
 
 Owns the solvers for a given support: one Cholesky factor where all rows of a matrix share theirs, else
-preconditioned conjugate gradients, all rows at once. Called by users of the engine and by the pipeline.
+preconditioned conjugate gradients, all rows at once. Called by users of the engine and by execution.
 """
 
 from __future__ import annotations

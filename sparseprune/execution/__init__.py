@@ -1,0 +1,62 @@
+"""What will be done and doing it: from a spec and headers to work units, from units to files.
+
+Owns plan, schedule, executor, and the ways in which a task is worked. Decides nothing about sparsity itself
+(engine) and lays out no bytes (checkpoint). Called by the command line. Names that need numpy or torch are
+loaded on first use.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from sparseprune.execution.plan import Plan, WorkUnit, make_plan
+from sparseprune.execution.schedule import Schedule, make_schedule
+
+if TYPE_CHECKING:
+    from sparseprune.execution.device import cpu_lines, device_text, devices_of_rules, resolve_device
+    from sparseprune.execution.outcomes import TensorOutcome
+    from sparseprune.execution.pruning import execute, work_bytes
+    from sparseprune.execution.verdicts import Verification
+    from sparseprune.execution.verifying import Check, count_survivors, make_check
+
+__all__ = [
+    "Check",
+    "Plan",
+    "Schedule",
+    "TensorOutcome",
+    "Verification",
+    "WorkUnit",
+    "count_survivors",
+    "cpu_lines",
+    "device_text",
+    "devices_of_rules",
+    "execute",
+    "make_check",
+    "make_plan",
+    "make_schedule",
+    "resolve_device",
+    "work_bytes",
+]
+
+_HOME = {
+    "Check": "verifying",
+    "TensorOutcome": "outcomes",
+    "Verification": "verdicts",
+    "count_survivors": "verifying",
+    "execute": "pruning",
+    "make_check": "verifying",
+    "cpu_lines": "device",
+    "device_text": "device",
+    "devices_of_rules": "device",
+    "resolve_device": "device",
+    "work_bytes": "pruning",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name in _HOME:
+        return getattr(import_module(f"sparseprune.execution.{_HOME[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,229 @@
+"""Inputs: tensors of score, statistics and conditioner files that the tasks of a plan read beside weights.
+
+Owns finding them by name and checking their shapes against headers alone, every problem at once. What
+is done with them is the business of ranking and reconstructing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Literal
+
+from sparseprune.checkpoint import Statistic, open_statistics
+from sparseprune.engine.dtypes import DTYPES
+from sparseprune.errors import CheckpointError, SpecError
+from sparseprune.execution.feeding import taking_part
+from sparseprune.spec import BoundBlock, BoundScope
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from pathlib import Path
+
+    from sparseprune.checkpoint import Checkpoint, Statistics, StatisticsKind, StoredTensor
+    from sparseprune.engine.grids import Shape
+    from sparseprune.spec import BoundBlockCoupling, BoundInstance, BoundScopeCoupling, Reconstruct, Score
+
+    AnyBlock = BoundBlock | BoundBlockCoupling
+    AnyScope = BoundScope | BoundScopeCoupling
+
+Role = Literal["values", "vector", "blocks", "conditioners", "moment"]
+_NUMBERS = frozenset(row.name for row in DTYPES.values() if row.prunable)
+_FLOATS = frozenset(name for name in _NUMBERS if not name.startswith("I"))
+_MOMENTS = frozenset({"F64", "F32", "F16", "BF16"})
+_MOST_TOLD = 3  # weights without statistics; more of them mean another checkpoint
+_TABLE_OF: Mapping[Role, str] = {"moment": "reconstruct"}  # others belong to the score
+
+
+@dataclass(frozen=True, slots=True)
+class TaskInput:
+    """A stored tensor that a task reads: `key` is the weight, or for block scores the block, that it is for.
+
+    `dim` is the dimension of the weight along which a vector lies, or the inputs of a second moment. `form`
+    tells what a vector is made from: second moments, or the roots of their diagonal; None where it is ready.
+    `tokens` were counted, a number for each matrix; () where nobody did.
+    """
+
+    role: Role
+    key: str
+    stored: StoredTensor
+    dim: int = -1
+    form: StatisticsKind | None = None
+    tokens: tuple[int, ...] = ()
+
+
+class InputFiles:
+    """The files that a spec names, each opened once; collects what is wrong with them."""
+
+    def __init__(self, weights: Checkpoint) -> None:
+        self._weights = weights
+        self._files: dict[Path, Statistics | None] = {}
+        self._problems: dict[str, None] = {}
+        self._missing: dict[tuple[str, Role, Path], list[str]] = {}
+
+    def of_instance(self, rule: str, instance: BoundInstance) -> tuple[TaskInput, ...]:
+        """The inputs of one instance; what is missing is noted and left out."""
+        found: list[TaskInput] = []
+        score = instance.score
+        if score.file is not None and score.kind == "blocks":
+            found += self._block_scores(rule, score.file, instance.scope)
+        elif score.file is not None and score.kind == "values":
+            found += self._weight_inputs(rule, score.file, instance.scope, "values")
+        elif score.file is not None:
+            found += self._statistics(rule, score, instance.scope)
+        if instance.reconstruct is not None:
+            found += self._statistics(rule, instance.reconstruct, instance.scope)
+        if instance.soft is not None and score.kind != "magnitude":
+            self._note(
+                rule, f"mode soft shrinks the norms of the weights themselves; kind {score.kind} has no part"
+            )
+        if instance.soft is not None and instance.soft.conditioners is not None:
+            found += self._weight_inputs(rule, instance.soft.conditioners, instance.scope, "conditioners")
+        return tuple(found)
+
+    def raise_if_any(self) -> None:
+        """SpecError with every problem that was noted; where much is missing one line tells it."""
+        for (rule, role, path), names in self._missing.items():
+            file = self._files[path]
+            told = names if len(names) <= _MOST_TOLD else names[:1]
+            for name in told:
+                what = name if len(told) > 1 or len(names) == 1 else f"{len(names)} weights, such as {name}"
+                near = "" if file is None else _nearest(name, list(file.of))
+                self._note(rule, f"{path}: has no statistics of {what}{near}", role)
+        if self._problems:
+            raise SpecError(*self._problems)
+
+    def _weight_inputs(self, rule: str, path: Path, scope: AnyScope, role: Role) -> Iterator[TaskInput]:
+        """One input for each weight, of the weight's shape."""
+        for name in dict.fromkeys(leaf.tensor for leaf in scope.leaves):
+            stored = self._get(rule, path, (name,), self._weights.tensors[name].shape)
+            if stored is not None:
+                yield TaskInput(role, name, stored)
+
+    def _statistics(self, rule: str, method: Score | Reconstruct, scope: AnyScope) -> Iterator[TaskInput]:
+        """One input for each weight that takes part; of a fused block some may be missing, but not all."""
+        role: Role = "vector" if hasattr(method, "kind") else "moment"
+        path = method.file
+        file = None if path is None else self._open(rule, path, role)
+        if path is None or file is None:
+            return
+        for block in _blocks(scope):
+            found = self._found(rule, path, role, block, file, method.input_dim)
+            if found is not None and not found:
+                missing = self._missing.setdefault((rule, role, path), [])
+                missing += dict.fromkeys(leaf.tensor for leaf in block.leaves)
+            yield from (found or {}).values()
+
+    def _found(
+        self, rule: str, path: Path, role: Role, block: AnyBlock, file: Statistics, asked: int | None
+    ) -> dict[str, TaskInput] | None:
+        """The inputs of a block's weights that take part, by their names; None where something was noted."""
+        known = [leaf for leaf in block.leaves if leaf.tensor in file.of]
+        dims = {}
+        for name in dict.fromkeys(leaf.tensor for leaf in known):
+            statistic, weight = file.of[name], self._weights.tensors[name]
+            dim = next(one for one in (asked, statistic.input_dim, -1) if one is not None)
+            if not -len(weight.shape) <= dim < len(weight.shape):
+                text = f"input_dim {dim} is no dimension of {name}, whose shape is {list(weight.shape)}"
+                self._note(rule, text, role)
+                return None
+            dims[name] = dim % len(weight.shape)
+        # Ready vectors are somebody's own choice of who takes part; moments are there for everybody.
+        if any(file.of[leaf.tensor].kind or len(file.of[leaf.tensor].stored.shape) > 1 for leaf in known):
+            shapes = {name: self._weights.tensors[name].shape for name in dims}
+            known = taking_part(known, shapes, dims)
+        found = {}
+        for name in dict.fromkeys(leaf.tensor for leaf in known):
+            one = self._checked(rule, path, role, name, file.of[name], dims[name])
+            if one is None:
+                return None
+            found[name] = one
+        return found
+
+    def _checked(
+        self, rule: str, path: Path, role: Role, name: str, statistic: Statistic, dim: int
+    ) -> TaskInput | None:
+        """A statistic as the input of a weight; None, with a note, where it does not fit."""
+        weight, stored = self._weights.tensors[name], statistic.stored
+        forms = _shapes(weight.shape, dim, role, statistic.kind)
+        form = forms.get(stored.shape)
+        allowed = _NUMBERS if role == "vector" and form is None else _MOMENTS
+        problem = ""
+        if role == "moment" and statistic.kind == "norm":
+            problem = f"has norms of inputs alone, for {name}: calibrate with --stats hessian"
+        elif role == "moment" and (len(weight.shape) not in {2, 3} or weight.dtype not in _FLOATS):
+            problem = f"{name} is {weight.dtype} of shape {list(weight.shape)}, wanted a matrix of floats"
+        elif stored.shape not in forms:
+            wanted = " or ".join(str(list(shape)) for shape in forms)
+            problem = f"{name} has shape {list(stored.shape)}, wanted {wanted}"
+        elif stored.dtype not in allowed:
+            problem = f"{name} is {stored.dtype}, wanted one of {', '.join(sorted(allowed))}"
+        if problem:
+            self._note(rule, f"{path}: {problem}", role)
+            return None
+        return TaskInput(role, name, stored, dim, form, statistic.tokens)
+
+    def _block_scores(self, rule: str, path: Path, scope: AnyScope) -> Iterator[TaskInput]:
+        for block in _blocks(scope):
+            names = (block.label, block.tensor) if isinstance(block, BoundBlock) else (block.label,)
+            stored = self._get(rule, path, names, block.grid_shape)
+            if stored is not None:
+                yield TaskInput("blocks", block.label, stored)
+
+    def _get(self, rule: str, path: Path, names: tuple[str, ...], shape: Shape) -> StoredTensor | None:
+        file = self._open(rule, path, "values")
+        if file is None:
+            return None
+        for name in names:
+            stored = file.checkpoint.tensors.get(name)
+            if stored is None:
+                continue
+            if stored.shape != shape:
+                self._note(rule, f"{path}: {name} has shape {list(stored.shape)}, wanted {list(shape)}")
+            elif stored.dtype not in _NUMBERS:
+                wanted = ", ".join(sorted(_NUMBERS))
+                self._note(rule, f"{path}: {name} is {stored.dtype}, wanted one of {wanted}")
+            else:
+                return stored
+            return None
+        what = f"there is no tensor {names[-1]} of shape {list(shape)}"
+        self._note(rule, f"{path}: {what}{_nearest(names[-1], list(file.checkpoint.tensors))}")
+        return None
+
+    def _open(self, rule: str, path: Path, role: Role) -> Statistics | None:
+        if path not in self._files:
+            try:
+                self._files[path] = open_statistics(path)
+            except CheckpointError as error:
+                self._files[path] = None
+                self._note(rule, str(error), role)
+        return self._files[path]
+
+    def _note(self, rule: str, text: str, role: Role = "values") -> None:
+        self._problems[f"[{rule}] {_TABLE_OF.get(role, 'score')}: {text}"] = None
+
+
+def _shapes(
+    weight: Shape, dim: int, role: Role, kind: StatisticsKind | None
+) -> dict[Shape, StatisticsKind | None]:
+    """The shapes that statistics of a weight may have, with what they are; stacks have matrices in front."""
+    features = weight[dim]
+    stack = weight[:1] if len(weight) == 3 else ()
+    moments: dict[Shape, StatisticsKind | None] = {(*stack, features, features): "hessian"}
+    if role == "moment" or kind == "hessian":
+        return moments
+    if kind == "norm":
+        return {(*stack, features): "norm"}
+    return {(features,): None, (*stack, features): None, **moments}
+
+
+def _nearest(name: str, names: list[str]) -> str:
+    close = get_close_matches(name, names, n=1)
+    return f"; the nearest name is {close[0]}" if close else ""
+
+
+def _blocks(scope: AnyScope) -> Iterator[AnyBlock]:
+    if isinstance(scope, BoundScope):
+        yield scope.block
+    else:
+        yield from (member.block for member in scope.members)

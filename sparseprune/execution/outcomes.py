@@ -1,0 +1,129 @@
+"""Outcomes: what became of every tensor, gathered from the pieces in which it was worked.
+
+Owns how pieces add up: counts as they come, energies in one exact sum, so that the order in which pieces
+were finished is not seen.
+"""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from sparseprune.engine.sequences import Made
+from sparseprune.engine.tally import Tally, exact_sum, share_of_output, totals_in_units
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from sparseprune.checkpoint import StoredTensor
+    from sparseprune.execution.plan import Plan, Task
+    from sparseprune.execution.programs import Outcome
+
+
+_COUNTS = 5  # numbers of a row: the rule's, elements reached, pruned, zeros before, zeros after
+
+
+@dataclass(frozen=True, slots=True)
+class Reach:
+    """Elements of a tensor that a rule reached, and how many of them its masks drop, zero before or not."""
+
+    numel: int = 0
+    pruned: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TensorOutcome:
+    """What became of one tensor; `reach` has for each rule what it reached and dropped of it.
+
+    Where it was reconstructed, the root of the mean squared change of its outputs relative to the dense ones:
+    by its mask alone, and as it is.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    instance: str
+    reach: Mapping[str, Reach]
+    before: Tally
+    after: Tally
+    output_error_masked: float | None = None
+    output_error: float | None = None
+
+
+class Outcomes:
+    """Takes in the outcomes of pieces, in any order; not to be called from two threads at one time.
+
+    Pieces are rows of numbers, some 64 bytes each, whatever the number of tensors: objects would take ten
+    times as much.
+    """
+
+    def __init__(self) -> None:
+        self._last: dict[str, int] = {}  # the last row of each tensor
+        self._before = array("q")  # for each row, the one of the same tensor before it, or -1
+        self._counts = array("q")  # for each row, what `_COUNTS` says
+        self._energies = array("d")  # for each row, before and after
+        self._rules: dict[str, int] = {}
+        self._outputs: dict[str, list[list[float]]] = {}
+
+    def add(self, outcome: Outcome) -> None:
+        """One piece, as `programs.outcome` gives it; a rule without a name reaches nothing."""
+        name, rule, numel, pruned, zeros_before, energy_before, zeros_after, energy_after, *output = outcome
+        number = self._rules.setdefault(rule, len(self._rules))
+        self._before.append(self._last.get(name, -1))
+        self._last[name] = len(self._before) - 1
+        self._counts.extend((number, numel, pruned, zeros_before, zeros_after))
+        self._energies.extend((energy_before, energy_after))
+        if output:
+            self._outputs.setdefault(name, []).extend(output)
+
+    def of_plan(self, plan: Plan) -> Sequence[TensorOutcome]:
+        """Every tensor that the plan reaches, in the order of the checkpoint; made when it is asked for."""
+        tasks_of: dict[str, tuple[Task, ...]] = {}
+        for unit in plan.units:
+            for task in unit.tasks:
+                alone = unit.tasks if len(unit.tasks) == 1 else (task,)
+                for name in dict.fromkeys([leaf.tensor for leaf in task.instance.scope.leaves]):
+                    tasks_of[name] = (*tasks_of[name], task) if name in tasks_of else alone
+
+        def outcome(name: str) -> TensorOutcome:
+            tasks = tasks_of[name]
+            label = ", ".join(dict.fromkeys([task.instance.label for task in tasks]))
+            return self.of_tensor(plan.checkpoint.tensors[name], [task.rule for task in tasks], label)
+
+        return Made(plan.reached, outcome)
+
+    def of_tensor(self, stored: StoredTensor, rules: Iterable[str], label: str = "") -> TensorOutcome:
+        """One tensor that these rules reach, also where nothing was gathered of it."""
+        parts = {rule: Reach() for rule in dict.fromkeys(rules)}
+        zeros_before, zeros_after = 0, 0
+        energies: tuple[list[float], list[float]] = [], []
+        names = tuple(self._rules)
+        row = self._last.get(stored.name, -1)
+        while row >= 0:
+            number, numel, pruned, before, after = self._counts[_COUNTS * row : _COUNTS * (row + 1)]
+            part = parts.get(names[number])
+            if part is not None:
+                parts[names[number]] = Reach(part.numel + numel, part.pruned + pruned)
+            zeros_before, zeros_after = zeros_before + before, zeros_after + after
+            energies[0].append(self._energies[2 * row])
+            energies[1].append(self._energies[2 * row + 1])
+            row = self._before[row]
+        return TensorOutcome(
+            stored.name,
+            stored.dtype,
+            stored.shape,
+            label,
+            parts,
+            Tally(stored.numel, zeros_before, exact_sum(energies[0])),
+            Tally(stored.numel, zeros_after, exact_sum(energies[1])),
+            *_output_errors(self._outputs.get(stored.name, [])),
+        )
+
+
+def _output_errors(outputs: list[list[float]]) -> tuple[float | None, float | None]:
+    """sqrt(tr(D H D^T) / tr(W0 H W0^T)) over all pieces, by the mask alone and as it is; None of none."""
+    if not outputs:
+        return None, None
+    masked, now, dense = totals_in_units((energies, int(power)) for *energies, power in outputs)
+    return share_of_output(masked, dense), share_of_output(now, dense)

@@ -1,0 +1,255 @@
+"""Ranking: what the blocks of a task are compared by, from a score of the spec and its files.
+
+Owns one function for each kind of score. Gives numbers for the elements of a box, or ready scores for a part
+of a block grid; the choice among blocks is the engine's. Numpy alone: no torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from sparseprune.engine.grids import prod
+from sparseprune.engine.kernels.formats import FORMATS
+from sparseprune.engine.randomness import random_scores
+from sparseprune.errors import SparsityError
+from sparseprune.execution.boxes import Box
+from sparseprune.execution.cells import grid_box
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from sparseprune.checkpoint import StoredTensor
+    from sparseprune.execution.cells import AnyBlock, Part
+    from sparseprune.execution.inputs import Role, TaskInput
+    from sparseprune.execution.plan import Task
+    from sparseprune.execution.traffic import Bits, Loaded, Traffic
+
+    Floats = NDArray[np.float64]
+
+_FILE_OF = {"values": "score", "vector": "score", "blocks": "score", "conditioners": "conditioner"}
+
+
+@dataclass(frozen=True, slots=True)
+class Elements:
+    """Numbers as the leaf sees them: patterns of a dtype that can be pruned.
+
+    `may_be_infinite` says that infinity is a number like others here: what somebody scored so high.
+    """
+
+    bits: Bits
+    dtype: str
+    may_be_infinite: bool = False
+
+    def magnitudes(self) -> Floats:
+        """Their magnitudes in float64; NaN stays NaN."""
+        form = FORMATS.get(self.dtype)
+        if form is None:
+            signed = self.bits.view(f"int{8 * self.bits.itemsize}")
+            return np.abs(signed.astype(np.float64))
+        return form.values(np.bitwise_and(self.bits, self.bits.dtype.type(form.magnitude), order="C"))
+
+    def without_rank(self) -> NDArray[np.bool_]:
+        """Which of them are not finite, and so have no rank."""
+        form = FORMATS.get(self.dtype)
+        if form is None:
+            return np.zeros(self.bits.shape, dtype=np.bool_)
+        first = form.largest + 1 if self.may_be_infinite else form.infinity
+        without: NDArray[np.bool_] = (self.bits & self.bits.dtype.type(form.magnitude)) >= first
+        return without
+
+
+class Ranking:
+    """The scores of one task; reads what it needs of its files, a box at a time, from any thread."""
+
+    def __init__(self, task: Task, traffic: Traffic) -> None:
+        self._score = task.instance.score
+        self._traffic = traffic
+        self._vectors: dict[str, Floats] = {}
+        self._inputs: dict[tuple[Role, str], TaskInput] = {(one.role, one.key): one for one in task.inputs}
+
+    @property
+    def prunes_nonfinite(self) -> bool:
+        """Whether a block in which something is not finite ranks below all others; else that is an error."""
+        return self._score.nonfinite == "prune"
+
+    @property
+    def norm(self) -> float:
+        """The order of the norm over a block's elements."""
+        return 1.0 if self._score.kind == "obd" else self._score.norm
+
+    @property
+    def rms(self) -> bool:
+        """Whether norms are divided by the root of a block's elements."""
+        return self._score.normalize
+
+    def elements(self, loaded: Loaded) -> Elements | None:
+        """What the elements of a box count in place of the weights; None where the weights themselves count.
+
+        Raises:
+            SparsityError: NaN in a score file that may have none, a negative norm or Hessian diagonal.
+        """
+        kind = self._score.kind
+        if kind == "values":
+            return self._file_elements("values", loaded.box)
+        if kind not in {"wanda", "obd"}:
+            return None
+        magnitudes = Elements(loaded.view, loaded.box.stored.dtype).magnitudes()
+        name = loaded.box.leaf.tensor
+        if ("vector", name) not in self._inputs:  # members without statistics count 0
+            magnitudes.fill(0.0)
+            return Elements(magnitudes.view(np.uint64), "F64")
+        with np.errstate(over="ignore", invalid="ignore"):  # what comes out is looked at by who ranks it
+            if kind == "obd":
+                np.square(magnitudes, out=magnitudes)
+            magnitudes *= self._along(loaded.box)
+        return Elements(magnitudes.view(np.uint64), "F64")
+
+    def conditioners(self, box: Box) -> Elements | None:
+        """The diagonal that soft thresholding is conditioned by, None where no file was given."""
+        if ("conditioners", box.leaf.tensor) not in self._inputs:
+            return None
+        return self._file_elements("conditioners", box)
+
+    def block_scores(self, block: AnyBlock, part: Part) -> Floats | None:
+        """Ready scores for a part of a block grid, float64 of its shape; None where elements are ranked."""
+        if self._score.kind == "random":
+            return random_scores(self._score.seed, block.label, _numbers(block.grid_shape, part))
+        if self._score.kind != "blocks":
+            return None
+        stored = self._inputs["blocks", block.label].stored
+        loaded = self._traffic.load(grid_box(block, part, stored))
+        self._refuse_nan(loaded.view, stored, block.label, "blocks")
+        form = FORMATS.get(stored.dtype)
+        if form is None:
+            return loaded.view.view(f"int{8 * loaded.view.itemsize}").astype(np.float64)
+        magnitude = loaded.view.dtype.type(form.magnitude)
+        scores = form.values(loaded.view & magnitude)
+        return np.where(loaded.view > magnitude, -scores, scores)
+
+    def _file_elements(self, role: Role, box: Box) -> Elements:
+        stored = self._inputs[role, box.leaf.tensor].stored
+        bits = self._traffic.load(Box(box.leaf, stored, box.begin, box.extent)).view
+        self._refuse_nan(bits, stored, box.leaf.tensor, role)
+        return Elements(bits, stored.dtype, may_be_infinite=True)
+
+    def _refuse_nan(self, bits: Bits, stored: StoredTensor, key: str, role: Role) -> None:
+        elements = Elements(bits, stored.dtype, may_be_infinite=True)
+        if not self.prunes_nonfinite and elements.without_rank().any():
+            raise SparsityError(
+                f"{key}: there is NaN in its {_FILE_OF[role]} file: it has no rank among the scores "
+                f"({stored.shard.path})"
+            )
+
+    def _along(self, box: Box) -> Floats:
+        """The number that belongs to each element of a box by its place along one dimension of the weight.
+
+        wanda: the l2 norm of the input feature (Sun et al. 2023, A Simple and Effective Pruning Approach);
+        obd: the diagonal of the Hessian (LeCun et al. 1989, Optimal Brain Damage, without the 1/2).
+        """
+        one = self._inputs["vector", box.leaf.tensor]
+        numbers = self._vectors.get(one.key)
+        if numbers is None:  # as often as there are threads at the most
+            numbers = self._vectors[one.key] = self._vector(one)
+        shape = box.stored.shape
+        dim = one.dim % len(shape)
+        inner = prod(shape[dim + 1 :])
+        if numbers.ndim == 1 and box.leaf.view_shape == shape:
+            own = numbers[box.begin[dim] : box.begin[dim] + box.extent[dim]]
+            return own.reshape([-1 if other == dim else 1 for other in range(len(shape))])
+        if numbers.ndim == 1 and len(box.extent) == 1 and box.leaf.view_stride == (1,):
+            return _repeated(numbers, inner, box.first, box.numel)
+        flat = np.full((1,) * len(box.extent), box.first, dtype=np.int64)
+        for axis, (size, step) in enumerate(zip(box.extent, box.leaf.view_stride, strict=True)):
+            steps = np.arange(size, dtype=np.int64) * step
+            flat = flat + steps.reshape([-1 if other == axis else 1 for other in range(len(box.extent))])
+        places = flat // inner % shape[dim]
+        return numbers[places] if numbers.ndim == 1 else numbers[flat // prod(shape[1:]), places]
+
+    def _vector(self, one: TaskInput) -> Floats:
+        """(features,), or (matrices, features) where a stack has a vector for each of its matrices."""
+        shape = one.stored.shape
+        if one.form == "hessian":
+            features = shape[-1]
+            firsts = [
+                matrix * features**2 + place * (features + 1)
+                for matrix in range(prod(shape[:-2]))
+                for place in range(features)
+            ]
+            bits = np.concatenate([self._traffic.load_run(one.stored, (first, 1)) for first in firsts])
+            shape = shape[:-1]
+        else:
+            bits = self._traffic.load_run(one.stored, (0, one.stored.numel))
+        self._refuse_nan(bits, one.stored, one.key, "vector")
+        elements = Elements(bits, one.stored.dtype)
+        if _is_negative(elements):
+            is_norm = self._score.kind == "wanda" and one.form != "hessian"
+            what = "a norm of its inputs" if is_norm else "the diagonal of the Hessian"
+            raise SparsityError(
+                f"{one.key}: {what} in the score file is negative somewhere: calibrate again "
+                f"({one.stored.shard.path})"
+            )
+        numbers = elements.magnitudes().reshape(shape)
+        if one.form == "hessian" and self._score.kind == "wanda":
+            return np.sqrt(numbers)
+        return np.square(numbers) if one.form == "norm" and self._score.kind == "obd" else numbers
+
+
+def _repeated(numbers: Floats, inner: int, first: int, count: int) -> Floats:
+    """What belongs to `count` neighbouring elements, `first` the first, when each number is for `inner`."""
+    begin, end = first // inner, -(-(first + count) // inner)
+    each = np.resize(np.roll(numbers, -(begin % numbers.size)), end - begin)
+    skipped = first - begin * inner
+    return each if inner == 1 else np.repeat(each, inner)[skipped : skipped + count]
+
+
+def _numbers(grid: tuple[int, ...], part: Part) -> NDArray[np.uint64]:
+    """The numbers of the blocks of a part of a grid, row-major in the whole grid."""
+    numbers = np.zeros((1,) * len(grid), dtype=np.uint64)
+    for dim, (begin, size) in enumerate(zip(part.begin, part.extent, strict=True)):
+        places = np.arange(begin, begin + size, dtype=np.uint64) * np.uint64(prod(grid[dim + 1 :]))
+        numbers = numbers + places.reshape([-1 if other == dim else 1 for other in range(len(grid))])
+    return numbers
+
+
+def _is_negative(elements: Elements) -> bool:
+    """Whether a number is below 0; -0.0 is not."""
+    if elements.dtype in FORMATS:
+        magnitude = elements.bits.dtype.type(FORMATS[elements.dtype].magnitude)
+        return bool(
+            (elements.bits > magnitude).any() and (elements.bits[elements.bits > magnitude] & magnitude).any()
+        )
+    return bool((elements.bits.view(f"int{8 * elements.bits.itemsize}") < 0).any())
+
+
+def stored_place(box: Box, place: tuple[int, ...]) -> tuple[int, ...]:
+    """The index in the stored tensor of a place of a box."""
+    steps = zip(place, box.leaf.view_stride, strict=True)
+    flat = box.first + sum(index * step for index, step in steps)
+    return tuple(int(index) for index in np.unravel_index(flat, box.stored.shape)) if box.stored.shape else ()
+
+
+def refuse_nonfinite(loaded: Loaded, elements: Elements | None = None) -> None:
+    """SparsityError for NaN or infinity among what ranks the elements of a box, by default the weights."""
+    ranked = Elements(loaded.view, loaded.box.stored.dtype) if elements is None else elements
+    if not ranked.may_be_infinite:
+        wrong = ranked.without_rank()
+        if wrong.any():
+            place = tuple(int(index) for index in np.unravel_index(int(np.argmax(wrong)), wrong.shape))
+            element = Elements(ranked.bits[place], ranked.dtype)
+            raise nonfinite_error(loaded.box, place, element, scored=elements is not None)
+
+
+def nonfinite_error(
+    box: Box, place: tuple[int, ...], element: Elements, *, scored: bool = False
+) -> SparsityError:
+    """What to say of an element that is not finite, at a place of a box; `scored` by the file of a score."""
+    what = "NaN" if np.isnan(element.magnitudes()).any() else "infinity"
+    source, files = (" as its score", " or the score file") if scored else ("", "")
+    return SparsityError(
+        f"{box.leaf.tensor}: {what}{source} at {list(stored_place(box, place))}: it has no rank among the "
+        f"scores; repair the tensor{files}, leave it out of the spec, or, where the mode is hard, say "
+        'nonfinite = "prune" in its score'
+    )

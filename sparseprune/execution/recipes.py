@@ -1,0 +1,383 @@
+"""Recipes: by which way a task is worked, chosen in this one place by shape, dtype, score and budget.
+
+Owns the conditions of each way and what it costs in memory. A recipe is plain data; the ways themselves
+are in runs, counted, summed, tiled and streamed, of which only the last two need torch. Reads no data.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from sparseprune.engine.dtypes import DTYPES
+from sparseprune.engine.grids import prod
+from sparseprune.errors import SparsepruneError
+from sparseprune.execution.boxes import is_row_major_run
+from sparseprune.execution.cells import members_of, numel_per_scope
+from sparseprune.execution.limits import INTERPRETER, TORCH, memory_for_tile, tile_bytes
+from sparseprune.execution.stacks import stacked_parts
+from sparseprune.execution.sweeps import sweep_of
+from sparseprune.spec import BoundBlock, BoundScope
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from sparseprune.checkpoint import StoredTensor
+    from sparseprune.engine.grids import Shape
+    from sparseprune.execution.cells import AnyScope
+    from sparseprune.execution.limits import Limits
+    from sparseprune.execution.plan import Task
+
+_FLOATS = frozenset({"F64", "F32", "F16", "BF16", "F8_E5M2", "F8_E4M3"})
+_PACKED = 8  # mask elements in a byte: slabs begin at whole bytes of a packed mask
+_SCORE_BYTES = 48  # that a block costs while its score is held: norms, keys, positions, decisions
+_CHUNKS_A_SLAB = 4  # elements that are float64 on the way to a norm, for each byte of a slab
+_SUMMED_BYTES = 64  # that each of them costs where scores are made of files: several copies
+_PLAIN_BYTES = 20  # that it costs beside its pattern where magnitudes alone count
+_LOOPED_BYTES = 6  # that it costs beside its pattern where loops read this: a mask, what is decided
+_SLABS_A_SCOPE = 8  # a scope of more slabs is counted: several threads share it, and less is in memory
+_GROUPS = 64  # parts of a large scope whose digits are counted apart
+_COUNTER_BYTES = 8 << 16  # one histogram
+# That least squares need for each weight, and for each element of a second moment; measured.
+_SOLVER_BYTES, _MOMENT_BYTES = 40, 32
+
+
+@dataclass(frozen=True, slots=True)
+class Contest:
+    """What compiled loops decide: of `blocks` blocks of `extent` elements each `nnz` survive in every scope.
+
+    Or those that reach `threshold`, if it is given.
+    """
+
+    extent: Shape
+    blocks: int
+    nnz: int
+    threshold: float | None
+    norm: float
+    rms: bool
+
+    @property
+    def block(self) -> int:
+        """How many elements a block has."""
+        return prod(self.extent)
+
+
+@dataclass(frozen=True, slots=True)
+class Runs:
+    """Neighbouring scopes, in slabs of `slab` elements, each of which takes `memory`."""
+
+    memory: int
+    slab: int
+    contest: Contest
+    held: int = 0
+    passes: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Gathered:
+    """Scopes of one tensor that do not lie together, at most `tile` elements of them at one time."""
+
+    memory: int
+    tile: int
+    contest: Contest
+    held: int = 0
+    passes: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """Elements in scopes that are larger than a slab: histograms of keys, then one pass that cuts."""
+
+    memory: int
+    slab: int
+    groups: int
+    held: int
+    passes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Summed:
+    """Norms of blocks are summed up as the tensors pass by, and held; then one pass that cuts."""
+
+    memory: int
+    chunk: int
+    held: int
+    passes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Tiled:
+    """Whole scopes, at most `tile` elements of them at one time, in the torch engine."""
+
+    memory: int
+    tile: int
+    held: int = 0
+    passes: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Streamed:
+    """Whole blocks, at most `tile` elements at one time, in the torch engine; ranks are found by digits."""
+
+    memory: int
+    tile: int
+    held: int
+    passes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Reconstructed:
+    """Survivors make up for what was pruned: whole matrices in the engine, those of a stack one by one.
+
+    Not `stacked` where they are no stack, or compete with each other: all that a task reaches is in memory
+    then. A search ends for all its matrices at once: how many these are must not depend on the memory.
+    """
+
+    memory: int
+    stacked: bool
+    held: int = 0
+    passes: int = 1
+
+
+Recipe = Runs | Gathered | Counted | Summed | Tiled | Streamed | Reconstructed
+
+
+def needs_torch(recipe: Recipe) -> bool:
+    """Whether a way of working imports torch."""
+    return isinstance(recipe, Tiled | Streamed | Reconstructed)
+
+
+def choose(
+    task: Task, tensors: Mapping[str, StoredTensor], limits: Limits, *, compiled: bool = True
+) -> Recipe:
+    """The way for a task: the first whose conditions hold, from the fastest to the one that always works.
+
+    `compiled` False leaves the scopes that fit in memory to the torch engine, on whatever device.
+
+    Raises:
+        SparsepruneError: one block alone is more than the limits allow.
+    """
+    if task.instance.reconstruct is not None:
+        return _reconstructed(task, tensors, limits)
+    recipe: Recipe | None = None
+    if task.instance.soft is None and task.instance.score.nonfinite == "error":
+        if compiled:
+            recipe = _runs(task, tensors, limits) or _gathered(task, tensors, limits)
+        else:
+            recipe = _tiled(task, limits)
+        recipe = recipe or _counted(task, tensors, limits) or _summed(task, tensors, limits)
+    return recipe or _tiled(task, limits) or _streamed(task, limits)
+
+
+def _runs(task: Task, tensors: Mapping[str, StoredTensor], limits: Limits) -> Runs | None:
+    scope = task.instance.scope
+    if not isinstance(scope, BoundScope) or not isinstance(scope.block, BoundBlock):
+        return None
+    leaf = scope.block
+    lies_well = is_row_major_run(leaf) and _is_run(leaf.shape, leaf.view_shape)
+    if not lies_well or not _is_run(scope.shape, leaf.grid_shape) or not _has_loop(task, tensors):
+        return None
+    contest = _contest(task, scope)
+    unit = math.lcm(contest.block * contest.blocks, _PACKED)
+    size = DTYPES[tensors[leaf.tensor].dtype].bits // 8
+    each = _loop_bytes(task, size, contest)
+    slab = unit * max(1, min(limits.slab // size, limits.memory // (2 * each)) // unit)
+    memory = min(slab, prod(leaf.view_shape)) * each
+    if unit > _PACKED and (unit * size > _SLABS_A_SCOPE * limits.slab or memory > limits.memory // 2):
+        return None
+    return Runs(memory, slab, contest)
+
+
+def _gathered(task: Task, tensors: Mapping[str, StoredTensor], limits: Limits) -> Gathered | None:
+    scope = task.instance.scope
+    if not isinstance(scope, BoundScope) or not isinstance(scope.block, BoundBlock):
+        return None
+    if not _has_loop(task, tensors):
+        return None
+    contest = _contest(task, scope)
+    size = DTYPES[tensors[scope.block.tensor].dtype].bits // 8
+    together = numel_per_scope(scope)
+    tile = max(limits.slab // size, together)
+    each = _loop_bytes(task, size, contest) + size  # there is a copy in the order of the scopes
+    memory = min(tile, prod(scope.block.view_shape)) * each
+    if together * size > _SLABS_A_SCOPE * limits.slab or memory > limits.memory // 2:
+        return None
+    return Gathered(memory, tile, contest)
+
+
+def _contest(task: Task, scope: BoundScope) -> Contest:
+    """What the scopes of one leaf ask; where all or none survive nobody competes."""
+    nnz, threshold = task.instance.budget.nnz, task.instance.budget.threshold
+    blocks = scope.blocks_per_scope
+    score = task.instance.score
+    (leaf,) = scope.leaves
+    if nnz in (0, blocks) or threshold is not None:
+        nnz, blocks = (0 if nnz == 0 else 1), 1
+    extent = leaf.shape or (1,)
+    return Contest(extent, blocks, nnz or 0, threshold, score.norm, score.normalize)
+
+
+def _loop_bytes(task: Task, size: int, contest: Contest) -> int:
+    """Memory for each element that compiled loops work on: its pattern, mask, score, and float64 of norms."""
+    scores = 40 if task.instance.score.kind != "magnitude" else 0
+    return size + 1 + scores + (1 if contest.block == 1 else -(-16 // contest.extent[-1]))
+
+
+def _has_loop(task: Task, tensors: Mapping[str, StoredTensor]) -> bool:
+    """Whether compiled loops rank the blocks of a task's one leaf as the engine would."""
+    score = task.instance.score
+    (leaf,) = task.instance.scope.leaves
+    dtype = tensors[leaf.tensor].dtype
+    single = leaf.numel_per_block == 1
+    if score.kind == "magnitude":
+        return dtype in _FLOATS and (single or (dtype != "F64" and score.norm in {1, 2}))
+    if not single or score.kind not in {"values", "wanda", "obd"}:
+        return False
+    return all(one.stored.dtype != "I64" for one in task.inputs)
+
+
+def _counted(task: Task, tensors: Mapping[str, StoredTensor], limits: Limits) -> Counted | None:
+    scope = task.instance.scope
+    leaves = [member.block for member, _ in members_of(scope) if isinstance(member.block, BoundBlock)]
+    dtypes = {tensors[leaf.tensor].dtype for leaf in leaves}
+    if len(leaves) != len(members_of(scope)) or task.instance.budget.nnz is None or len(dtypes) != 1:
+        return None
+    whole = isinstance(scope, BoundScope) or prod(scope.grid_shape) == 1
+    pairs = zip(leaves, members_of(scope), strict=True)
+    unlike = {(leaf.view_shape, leaf.view_stride, leaf.shape, of.shape): leaf for leaf, (of, _) in pairs}
+    together = all(
+        leaf.numel_per_block == 1 and is_row_major_run(leaf) and _is_run(shape, leaf.grid_shape)
+        for (*_, shape), leaf in unlike.items()
+    )
+    (dtype,) = dtypes
+    if not whole or not together or dtype not in _FLOATS or task.instance.score.kind != "magnitude":
+        return None
+    size = DTYPES[dtype].bits // 8
+    slab = max(_PACKED, limits.slab // size // _PACKED * _PACKED)
+    groups = max(1, min(_GROUPS, limits.held // _COUNTER_BYTES))
+    passes = 1 + max(1, size // 2)
+    sizes = [member.blocks_per_scope for member, _ in members_of(scope)]
+    memory = 2 * min(slab, max(sizes)) * (size + 1) + _COUNTER_BYTES
+    counters = min(groups, sum(-(-each // slab) for each in sizes))
+    return Counted(memory, slab, groups, counters * _COUNTER_BYTES, passes)
+
+
+def _summed(task: Task, tensors: Mapping[str, StoredTensor], limits: Limits) -> Summed | None:
+    scope, score = task.instance.scope, task.instance.score
+    dtypes = {tensors[leaf.tensor].dtype for leaf in scope.leaves}
+    by_elements = score.kind not in {"random", "blocks"}
+    if by_elements and not dtypes <= _FLOATS:
+        return None
+    blocks = prod(scope.grid_shape) * scope.blocks_per_scope
+    numbers = 0
+    chunk = max(1, min(limits.slab // _CHUNKS_A_SLAB, limits.memory // (2 * _SUMMED_BYTES)))
+    if by_elements:
+        sweeps = [sweep_of(leaf, chunk) for leaf in scope.leaves]
+        if any(sweep is None for sweep in sweeps):
+            return None
+        numbers = sum(sweep.numbers for sweep in sweeps if sweep is not None)
+    held = _SCORE_BYTES * blocks + 8 * numbers
+    if held > limits.held:
+        return None
+    passes = 1 + (0 if not by_elements else 2 if needs_scaling(task, tensors) else 1)
+    scaled = by_elements and needs_scaling(task, tensors)
+    looped = score.kind == "magnitude" and not scaled and score.norm != math.inf
+    each = []
+    for leaf in {(leaf.view_shape, leaf.view_stride, leaf.shape): leaf for leaf in scope.leaves}.values():
+        beside = _LOOPED_BYTES if looped and _is_summed_in_loops(leaf, chunk) else _PLAIN_BYTES
+        size = DTYPES[tensors[leaf.tensor].dtype].bits // 8
+        each.append(size + beside if score.kind == "magnitude" else _SUMMED_BYTES)
+    elements = max(prod(leaf.view_shape) for leaf in scope.leaves)
+    return Summed(max(each) * min(chunk, elements), chunk, held, passes)
+
+
+def _is_summed_in_loops(leaf: BoundBlock, chunk: int) -> bool:
+    """Whether compiled loops sum up the blocks of a leaf as they lie, with no copy of them as float64."""
+    sweep = sweep_of(leaf, chunk)
+    return is_row_major_run(leaf) and sweep is not None and (leaf.shape[-1] > 1 or sweep.inside)
+
+
+def needs_scaling(task: Task, tensors: Mapping[str, StoredTensor]) -> bool:
+    """Whether powers of what is summed may leave the range of float64, as the engine sees it: F64 values."""
+    score = task.instance.score
+    if score.norm == math.inf and score.kind != "obd":
+        return False
+    if score.kind in {"wanda", "obd"}:
+        return True
+    if score.kind == "values":
+        return any(one.stored.dtype == "F64" for one in task.inputs)
+    return any(tensors[leaf.tensor].dtype == "F64" for leaf in task.instance.scope.leaves)
+
+
+def elements_together(task: Task) -> int:
+    """How many elements the torch engine has to hold at one time: a scope, or a block under a threshold."""
+    scope = task.instance.scope
+    return numel_per_scope(alone(scope) if task.instance.budget.nnz is None else scope)
+
+
+def _tiled(task: Task, limits: Limits) -> Tiled | None:
+    elements = max(min(limits.tile, limits.largest_tile), elements_together(task))
+    if elements > limits.largest_tile:
+        return None
+    there = sum(prod(leaf.view_shape) for leaf in task.instance.scope.leaves)
+    return Tiled(tile_bytes(min(elements, there)), elements)
+
+
+def _streamed(task: Task, limits: Limits) -> Streamed:
+    block = max(member.block.numel_per_block for member, _ in members_of(task.instance.scope))
+    elements = max(min(limits.tile, limits.largest_tile), block)
+    if elements > limits.largest_tile:
+        raise SparsepruneError(
+            f"[{task.rule}] {task.instance.label}: a block has {block} elements, which must be in memory "
+            f"together; --memory must be at least {limits.resident + memory_for_tile(block)} bytes"
+        )
+    candidates = min(limits.held // _SCORE_BYTES, task.instance.scope.blocks_per_scope)
+    return Streamed(tile_bytes(elements), elements, candidates * _SCORE_BYTES, 3)
+
+
+def _reconstructed(task: Task, tensors: Mapping[str, StoredTensor], limits: Limits) -> Reconstructed:
+    stacks = len(stacked_parts(task, tensors))
+    moments = [one.stored for one in task.inputs if one.role == "moment"]
+    numel = sum(prod(leaf.view_shape) for leaf in task.instance.scope.leaves)
+    dense = sum(tensors[one.key].numel for one in task.inputs if one.role == "moment")
+    nbytes = _SOLVER_BYTES * dense + tile_bytes(numel) + _MOMENT_BYTES * sum(one.numel for one in moments)
+    each = nbytes // max(1, stacks)
+    _refuse_unseen(task, alone=stacks > 1)
+    if each > limits.memory:
+        needed = INTERPRETER + TORCH + limits.resident + each
+        raise SparsepruneError(
+            f"[{task.rule}] {task.instance.label}: its matrices and their second moments must be in memory "
+            f"together to be reconstructed; --memory must be at least {needed} bytes"
+        )
+    return Reconstructed(each, stacks > 1)
+
+
+def _refuse_unseen(task: Task, *, alone: bool) -> None:
+    """Before any work is done: a matrix that decides by itself needs tokens that reached it."""
+    counts = {one.key: one.tokens for one in task.inputs if one.role == "moment" and one.tokens}
+    if not alone and any(any(tokens) for tokens in counts.values()):
+        return
+    for name, tokens in counts.items():
+        if 0 in tokens:
+            which = f" (matrix {tokens.index(0)})" if len(tokens) > 1 else ""
+            raise SparsepruneError(
+                f"[{task.rule}] reconstruct: no token reached {name}{which} when its statistics were taken; "
+                "calibrate on more text, or exclude it"
+            )
+
+
+def alone(scope: AnyScope) -> AnyScope:
+    """The same blocks, each in a scope of its own: what a threshold asks about."""
+    if isinstance(scope, BoundScope):
+        return replace(scope, shape=(1,) * len(scope.shape))
+    return replace(scope, members=tuple(alone(member) for member in scope.members))  # type: ignore[misc]
+
+
+def _is_run(part: Shape, whole: Shape) -> bool:
+    """Whether parts of a row-major whole are runs of it: full behind some dimension, 1 before it."""
+    behind = [dim for dim, (a, b) in enumerate(zip(part, whole, strict=True)) if b > 1]
+    sizes = [(part[dim], whole[dim]) for dim in behind]
+    while sizes and sizes[0][0] == 1:
+        sizes.pop(0)
+    return all(a == b for a, b in sizes[1:])

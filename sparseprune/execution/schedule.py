@@ -1,0 +1,217 @@
+"""The schedule: by which way each task of a plan is worked within some memory, and what that will take.
+
+Owns the border between the plan, which is what a spec means, and how it is done here. Reads no data and
+imports no torch, so that `plan` can tell what a run would need.
+"""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from sparseprune.engine.grids import prod
+from sparseprune.engine.sequences import Made
+from sparseprune.errors import SparsepruneError
+from sparseprune.execution.cells import members_of
+from sparseprune.execution.limits import INTERPRETER, TORCH, TORCH_THREAD, Crowd, Limits, Resident, limits_of
+from sparseprune.execution.plan import task_bytes
+from sparseprune.execution.recipes import Reconstructed, alone, choose, needs_torch
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator, Sequence
+
+    from sparseprune.checkpoint import StoredTensor
+    from sparseprune.execution.plan import Plan, Task, WorkUnit
+    from sparseprune.execution.recipes import Recipe
+    from sparseprune.spec import BoundBlock
+
+_AMPLE = 1 << 60  # memory in which every way may be chosen
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A task and its way; `key` is its own in the schedule."""
+
+    key: str
+    task: Task
+    recipe: Recipe
+
+
+@dataclass(frozen=True, slots=True)
+class Rest:
+    """A tensor of which its unit's tasks reach only a part: the remainder is taken over as it is."""
+
+    key: str
+    stored: StoredTensor
+    leaves: tuple[BoundBlock, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """All that has to be done for a plan, by at most `workers` threads at one time.
+
+    `recipes` are those of the jobs, which are made when they are asked for: thousands of jobs share a few.
+    """
+
+    plan: Plan
+    limits: Limits
+    workers: int
+    jobs: Sequence[Job]
+    recipes: Sequence[Recipe]
+    rests: tuple[Rest, ...]
+
+    @property
+    def uses_torch(self) -> bool:
+        """Whether some task needs the torch engine."""
+        return any(map(needs_torch, self._unlike))
+
+    @property
+    def crowd(self) -> Crowd:
+        """The threads that do the work, and what they may take together."""
+        item = max((recipe.memory for recipe in self._unlike), default=0)
+        held = max((recipe.held for recipe in self._unlike), default=0)
+        return Crowd.of(self.limits, self.workers, item=item, held=held, uses_torch=self.uses_torch)
+
+    @property
+    def peak_bytes(self) -> int:
+        """Resident memory at the most, about: the interpreter, what is in flight, scores that are held."""
+        base = INTERPRETER + (TORCH if self.uses_torch else 0)
+        item = max((recipe.memory for recipe in self._unlike), default=0)
+        held = sorted((recipe.held for recipe in self.recipes), reverse=True)[: self.workers]
+        threads = self._side_by_side(item)
+        kept = TORCH_THREAD * (threads - 1) if self.uses_torch else 0
+        work = min(self.limits.memory, item * threads + kept + sum(held))
+        return base + self.limits.resident + work
+
+    @property
+    def _unlike(self) -> Collection[Recipe]:
+        """The recipes, each once."""
+        return {id(recipe): recipe for recipe in self.recipes}.values()
+
+    def _side_by_side(self, item: int) -> int:
+        """How many items are worked on at one time, of which one takes up to so many bytes."""
+        crowd = self.crowd
+        pieces = crowd.threads if any(map(_has_pieces, self._unlike)) else len(self.jobs)
+        return max(1, min(crowd.threads, pieces, crowd.memory // max(1, item)))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of input that pass by, each as often as it is read."""
+        reads = sum(
+            task_bytes(job.task, self.plan.checkpoint.tensors) * job.recipe.passes for job in self.jobs
+        )
+        return reads + sum(_rest_bytes(rest) for rest in self.rests)
+
+
+def make_schedule(
+    plan: Plan, memory: int, workers: int, *, compiled: bool = True, masks: bool = True, resized: bool = False
+) -> Schedule:
+    """The schedule of a plan for a process that may take `memory` bytes.
+
+    `compiled` False leaves to the torch engine what it can hold, for a device other than the CPU. `masks`:
+    whether some are written, `resized`: whether slices are cut out afterwards.
+
+    Raises:
+        SparsepruneError: the memory is too little for this plan.
+    """
+    resident = resident_of(plan, masks=masks, resized=resized)
+    try:
+        limits = limits_of(memory, uses_torch=not compiled, resident=resident)
+    except SparsepruneError:
+        if _schedule(plan, Limits(_AMPLE), workers, compiled=compiled).uses_torch:
+            limits_of(memory, uses_torch=True, resident=resident)  # which needs more, and says so
+        raise
+    schedule = _schedule(plan, limits, workers, compiled=compiled)
+    if schedule.uses_torch and compiled:
+        limits = limits_of(memory, uses_torch=True, resident=resident)
+        schedule = _schedule(plan, limits, workers, compiled=True)
+    return schedule
+
+
+def resident_of(plan: Plan, *, masks: bool, resized: bool = False) -> Resident:
+    """What a run of a plan holds of all tensors, whatever it works on at the time."""
+    headers = [shard.header for shard in plan.checkpoint.shards]
+    scopes = [instance.scope for _, instance in plan.bound.instances()]
+    return Resident.of(
+        sum(len(header.entries) for header in headers),
+        sum(header.data_begin for header in headers),
+        reached=sum([len(scope.leaves) for scope in scopes]),
+        scopes=sum([len(members_of(scope)) for scope in scopes]),
+        masks=masks,
+        resized=resized,
+    )
+
+
+def _schedule(plan: Plan, limits: Limits, workers: int, *, compiled: bool) -> Schedule:
+    tensors = plan.checkpoint.tensors
+    known: dict[tuple[object, ...], Recipe] = {}  # thousands of tasks have a handful of forms
+    numbers, parts = array("q"), array("q")
+    tasks: list[Task] = []
+    recipes: list[Recipe] = []
+    rests: list[Rest] = []
+    for number, unit in enumerate(plan.units):
+        for part, task in enumerate(_tasks(unit)):
+            form = _form(task, plan)
+            recipe = known.get(form)
+            if recipe is None:
+                recipe = known[form] = choose(task, tensors, limits, compiled=compiled)
+            numbers.append(number)
+            parts.append(part)
+            tasks.append(task)
+            recipes.append(recipe)
+        rests += _rests(number, unit)
+
+    def job(place: int) -> Job:
+        return Job(f"{numbers[place]}.{parts[place]}", tasks[place], recipes[place])
+
+    return Schedule(plan, limits, workers, Made(range(len(tasks)), job), recipes, tuple(rests))
+
+
+def _tasks(unit: WorkUnit) -> Iterator[Task]:
+    """The tasks of a unit; members that only a threshold asks about do not need each other."""
+    for task in unit.tasks:
+        instance = task.instance
+        if instance.budget.nnz is not None or len(members_of(instance.scope)) == 1:
+            yield task
+            continue
+        for member, _ in members_of(instance.scope):
+            yield replace(task, instance=replace(instance, scope=alone(member)))
+
+
+def _rests(number: int, unit: WorkUnit) -> Iterator[Rest]:
+    leaves_of: dict[str, list[BoundBlock]] = {stored.name: [] for stored in unit.tensors}
+    for task in unit.tasks:
+        for leaf in task.instance.scope.leaves:
+            leaves_of[leaf.tensor].append(leaf)
+    for place, stored in enumerate(unit.tensors):
+        leaves = leaves_of[stored.name]
+        if sum([prod(leaf.view_shape) for leaf in leaves]) < stored.numel:
+            yield Rest(f"{number}.rest{place}", stored, tuple(leaves))
+
+
+def _form(task: Task, plan: Plan) -> tuple[object, ...]:
+    """What the way of a task depends on."""
+    instance = task.instance
+    tensors = plan.checkpoint.tensors
+    leaves = [
+        (leaf.view_shape, leaf.view_stride, leaf.shape, tensors[leaf.tensor].entry.dtype)
+        for leaf in instance.scope.leaves
+    ]
+    members = [
+        (member.shape, order, len(member.block.leaves)) for member, order in members_of(instance.scope)
+    ]
+    inputs = [(one.role, one.stored.dtype, one.stored.shape, one.tokens) for one in task.inputs]
+    score = (instance.score.kind, instance.score.norm, instance.score.normalize, instance.score.nonfinite)
+    method = (instance.soft is None, instance.reconstruct)
+    return (tuple(leaves), tuple(members), tuple(inputs), score, instance.budget, *method)
+
+
+def _has_pieces(recipe: Recipe) -> bool:
+    """Whether a task is worked in many pieces, which several threads share."""
+    return not isinstance(recipe, Reconstructed) or recipe.stacked
+
+
+def _rest_bytes(rest: Rest) -> int:
+    reached = sum(prod(leaf.view_shape) for leaf in rest.leaves)
+    return (rest.stored.numel - reached) * rest.stored.nbytes // max(1, rest.stored.numel)

@@ -1,0 +1,187 @@
+"""Matching: which mask is for which tensor, what is missing, and how all of it is told at once."""
+
+from __future__ import annotations
+
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
+
+import pytest
+
+from sparseprune.checkpoint import Provenance, lay_out, open_checkpoint, open_masks
+from sparseprune.checkpoint.masks import MaskSet
+from sparseprune.errors import CheckpointError
+from sparseprune.execution.matching import Matched, match_masks
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+Shapes = dict[str, tuple[int, ...]]
+REPORT = Path("masks/report.json")
+
+
+def write(path: Path, shapes: Shapes, dtype: str) -> Path:
+    header = lay_out([(name, dtype, shape) for name, shape in shapes.items()], {})
+    path.write_bytes(header.raw.ljust(header.file_size, b"\0"))
+    return path
+
+
+def match(
+    folder: Path,
+    tensors: Shapes,
+    masks: Shapes,
+    *,
+    listed: set[str] | None = None,
+    missing: Mapping[str, PurePosixPath] | None = None,
+    partial: bool = False,
+    dtype: str = "F32",
+) -> Matched:
+    """The match of a checkpoint and masks of these shapes; `listed` by a report of ours, if there is one."""
+    checkpoint = open_checkpoint(write(folder / "c.safetensors", tensors, dtype))
+    opened = open_masks(write(folder / "m.safetensors", masks, "BOOL"))
+    opened = MaskSet(Path("masks"), opened.shards, opened.masks, missing or {}, ())
+    origin = None if listed is None else Provenance(REPORT, frozenset(listed))
+    return match_masks(checkpoint, opened, origin, partial=partial)
+
+
+def lines_of(folder: Path, *arguments: Shapes, **keywords: object) -> list[str]:
+    with pytest.raises(CheckpointError) as raised:
+        match(folder, *arguments, **keywords)  # type: ignore[arg-type]
+    return str(raised.value).replace(str(folder), "").splitlines()
+
+
+def layers(count: int, *names: str, before: str = "") -> Shapes:
+    return {f"{before}{layer}.{name}": (2, 4) for layer in range(count) for name in names}
+
+
+def test_tensors_get_their_masks_in_the_order_of_the_checkpoint(tmp_path: Path) -> None:
+    tensors = layers(2, "q", "k") | {"norm": (4,)}
+    matched = match(tmp_path, tensors, dict(reversed(layers(2, "k", "q").items())))
+    assert [pair.stored.name for pair in matched.pairs] == ["0.q", "0.k", "1.q", "1.k"]
+    assert [pair.mask.name for pair in matched.pairs] == ["0.q", "0.k", "1.q", "1.k"]
+    assert (matched.unused, matched.unmasked, matched.nbytes) == ((), (), 4 * 32)
+
+
+def test_a_mask_without_a_tensor_is_told_with_the_nearest_name(tmp_path: Path) -> None:
+    tensors = layers(1, "q", "k", before="model.layers.") | {"norm": (4,)}
+    assert lines_of(tmp_path, tensors, {"layers.0.q": (2, 4), "model.layers.0.kk": (2, 4), "else": (1,)}) == [
+        (
+            "masks: mask 'layers.0.q' is for no tensor of /c.safetensors; the nearest name is "
+            "'model.layers.0.q'"
+        ),
+        (
+            "masks: mask 'model.layers.0.kk' is for no tensor of /c.safetensors; the nearest name is "
+            "'model.layers.0.k'"
+        ),
+        "masks: mask 'else' is for no tensor of /c.safetensors",
+        "give the masks of this checkpoint, or --partial to let be what has no counterpart",
+    ]
+
+
+def test_of_longer_names_the_longest_is_the_nearest(tmp_path: Path) -> None:
+    (line, _) = lines_of(tmp_path, {"w": (2,), "0.w": (2,)}, {"model.0.w": (2,)})
+    assert line.endswith("the nearest name is '0.w'")
+
+
+def test_ten_names_of_a_kind_are_told_and_how_many_more(tmp_path: Path) -> None:
+    told = lines_of(tmp_path, layers(12, "q"), layers(12, "q", before="model."))
+    assert len(told) == 12
+    assert told[9].startswith("masks: mask 'model.9.q' is for no tensor")
+    assert told[10] == "masks: 2 more masks are for no tensor of /c.safetensors"
+    assert len(lines_of(tmp_path, layers(10, "q"), layers(10, "q", before="model."))) == 11
+
+
+def test_names_stand_on_one_line_and_literally(tmp_path: Path) -> None:
+    (line, _) = lines_of(tmp_path, {"w": (2,)}, {"[red]\n": (2,)})
+    assert line == r"masks: mask '[red]\n' is for no tensor of /c.safetensors"
+
+
+def test_a_tensor_that_the_report_lists_must_have_a_mask(tmp_path: Path) -> None:
+    tensors = layers(2, "q", "k")
+    assert lines_of(tmp_path, tensors, {"0.q": (2, 4)}, listed={"1.k", "0.q", "gone"}) == [
+        "/c.safetensors: tensor '1.k' has no mask, but masks/report.json lists it",
+        "/c.safetensors: tensor 'gone' has no mask, but masks/report.json lists it",
+        "give the masks of this checkpoint, or --partial to let be what has no counterpart",
+    ]
+
+
+def test_a_tensor_that_the_report_does_not_list_needs_none_whatever_others_have(tmp_path: Path) -> None:
+    assert len(match(tmp_path, layers(3, "q"), {"0.q": (2, 4)}, listed={"0.q"}).pairs) == 1
+
+
+def test_without_a_report_a_tensor_needs_a_mask_if_its_like_in_another_layer_has_one(tmp_path: Path) -> None:
+    tensors = layers(2, "q", "k") | {"norm": (4,), "1.q.bias": (4,)}
+    assert lines_of(tmp_path, tensors, {"0.q": (2, 4), "norm": (4,)}) == [
+        "/c.safetensors: tensor '1.q' has no mask, but '0.q' has one",
+        "give the masks of this checkpoint, or --partial to let be what has no counterpart",
+    ]
+
+
+@pytest.mark.parametrize("name", ["x1.q", "1.k", "1.q.extra", "1"])
+def test_names_that_differ_in_more_than_whole_numbers_are_not_alike(tmp_path: Path, name: str) -> None:
+    assert len(match(tmp_path, {"0.q": (2, 4), name: (2, 4)}, {"0.q": (2, 4)}).pairs) == 1
+
+
+def test_tensors_of_other_rank_are_not_alike(tmp_path: Path) -> None:
+    assert len(match(tmp_path, {"0.q": (2, 4), "1.q": (8,)}, {"0.q": (2, 4)}).pairs) == 1
+
+
+@pytest.mark.parametrize("listed", [None, {"0.q"}])
+def test_what_an_index_lists_must_have_a_mask(tmp_path: Path, listed: set[str] | None) -> None:
+    missing = {"1.k": PurePosixPath("x.safetensors")}
+    told = lines_of(tmp_path, layers(2, "q"), layers(2, "q"), listed=listed, missing=missing)
+    assert told[0] == (
+        "/c.safetensors: tensor '1.k' has no mask, but the index of masks lists one in x.safetensors"
+    )
+
+
+def test_a_mask_that_is_left_over_is_near_to_a_tensor_that_lacks_one(tmp_path: Path) -> None:
+    told = lines_of(tmp_path, layers(2, "q"), {"0.q": (2, 4), "model.1.q": (2, 4)})
+    assert told[0].endswith("; the nearest name is '1.q'")
+    assert told[1].endswith("has no mask, but '0.q' has one; the nearest name is 'model.1.q'")
+
+
+def test_partial_lets_be_what_has_no_counterpart_and_tells_it(tmp_path: Path) -> None:
+    masks = {"0.q": (2, 4), "gone": (3,)}
+    matched = match(
+        tmp_path, layers(3, "q"), masks, missing={"1.q": PurePosixPath("x.safetensors")}, partial=True
+    )
+    assert [pair.stored.name for pair in matched.pairs] == ["0.q"]
+    assert (matched.unused, matched.unmasked) == (("gone",), ("1.q", "2.q"))
+
+
+@pytest.mark.parametrize("partial", [False, True])
+def test_another_shape_is_an_error_always(tmp_path: Path, partial: bool) -> None:
+    told = lines_of(tmp_path, {"w": (2, 4)}, {"w": (4, 2)}, partial=partial)
+    assert told == [
+        (
+            "masks: mask 'w' has the shape [4, 2], the tensor in /c.safetensors [2, 4]; give the masks of "
+            "this checkpoint"
+        )
+    ]
+
+
+@pytest.mark.parametrize("partial", [False, True])
+@pytest.mark.parametrize("dtype", ["U8", "BOOL", "C64", "F8_E8M0", "F4"])
+def test_a_dtype_that_cannot_be_pruned_is_an_error_always(tmp_path: Path, dtype: str, partial: bool) -> None:
+    (line,) = lines_of(tmp_path, {"w": (2, 4)}, {"w": (2, 4)}, partial=partial, dtype=dtype)
+    assert line.startswith(f"/c.safetensors: tensor 'w', which has a mask, is {dtype}, and need not be zero")
+    assert "wanted one of I8, F8_E5M2, " in line
+
+
+def test_partial_with_no_mask_for_any_tensor_is_an_error(tmp_path: Path) -> None:
+    told = lines_of(tmp_path, {"0.q": (2,)}, {"model.0.q": (2,)}, partial=True)
+    assert told == [
+        (
+            "masks: no mask is for any tensor of /c.safetensors, such as 'model.0.q'; the nearest name is "
+            "'0.q'; give the masks of this checkpoint"
+        )
+    ]
+
+
+def test_everything_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:
+    told = lines_of(tmp_path, layers(3, "q"), {"0.q": (2, 4), "1.q": (9,), "x": (1,)})
+    assert [line.split(": ")[1][:11] for line in told[:3]] == [
+        "mask '1.q' ",
+        "mask 'x' is",
+        "tensor '2.q",
+    ]

@@ -1,0 +1,532 @@
+"""Verifying: what is counted is what plain loops over blocks count, by every way, cut and number of jobs."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from itertools import product
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from sparseprune import load_masks
+from sparseprune.checkpoint import TensorReader, lay_out, open_checkpoint
+from sparseprune.engine.dtypes import DTYPES
+from sparseprune.errors import SparsepruneError, SparsityError, SpecError
+from sparseprune.execution import count_survivors, make_check, surviving
+from sparseprune.execution.cells import leaves_of, members_of, whole_part
+from sparseprune.execution.limits import Limits
+from sparseprune.execution.occupied import aligned, coarser
+from sparseprune.spec import BoundScope, parse_spec
+from tests import oracle
+from tests.execution.structures import CASES, FLOATS, INTEGERS, one
+from tests.execution.test_cells import assert_partition
+from tests.limits import AMPLE, force, narrow
+from tests.samples import run
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from pathlib import Path
+
+    from sparseprune.execution import Check, Verification
+    from sparseprune.execution.cells import AnyScope
+    from sparseprune.spec import BoundBlock, BoundInstance
+
+    Index = tuple[int, ...]
+
+KINDS = ("cells", "tiles", "chunks")
+CUTS = ((1, 1), (7, 3), (60, 1), (1 << 20, 3))
+"""How many elements are counted at one time, by how many jobs."""
+RECIPES = ("runs", "gathered", "summed", "tiled")
+
+
+# -- the oracle: plain loops over the blocks of every scope -----------------------------------------
+
+
+@dataclass(frozen=True)
+class ByHand:
+    """One scope: its place, how many blocks may survive and do, its stored elements, its torn blocks."""
+
+    rule: str
+    instance: str
+    place: Index
+    allowed: int | None
+    nonzero: int = 0
+    broken: bool = False
+    elements: Mapping[str, list[int]] = field(default_factory=dict)
+    torn: int = 0
+    torn_in: Mapping[str, int] = field(default_factory=dict)
+
+
+def structure_of(scope: AnyScope) -> oracle.Coupled:
+    scopes, orders = [], []
+    for member, order in members_of(scope):
+        parts = leaves_of(member.block)
+        leaves = tuple(oracle.Leaf(leaf.view_shape, leaf.shape) for leaf, _ in parts)
+        scopes.append(oracle.Scope(oracle.Fused(leaves, tuple(own for _, own in parts)), member.shape))
+        orders.append(order)
+    return oracle.Coupled(tuple(scopes), tuple(orders))
+
+
+def parts_of(instance: BoundInstance) -> Iterator[AnyScope]:
+    """What is checked of an instance: under a threshold each member alone, with every block as a scope."""
+    if instance.budget.nnz is not None:
+        yield instance.scope
+        return
+    for member, _ in members_of(instance.scope):
+        yield BoundScope(member.label, member.block, (1,) * len(member.shape))
+
+
+def stored_number(leaf: BoundBlock, index: Index) -> int:
+    return leaf.view_offset + sum(a * b for a, b in zip(index, leaf.view_stride, strict=True))
+
+
+def scopes_by_hand(
+    check: Check, is_zero: Mapping[str, list[bool]], is_kept: Mapping[str, list[bool]]
+) -> Iterator[ByHand]:
+    """`is_kept` says by element what pruning would keep, which decides under a threshold."""
+    for rule, instance in check.plan.bound.instances():
+        if instance.soft is not None and instance.budget.nnz is None:
+            continue
+        for scope in parts_of(instance):
+            structure = structure_of(scope)
+            for place in structure.places():
+                yield scope_by_hand(
+                    ByHand(rule.name, instance.label, place, instance.budget.nnz),
+                    [
+                        [(scope.leaves[leaf], index) for leaf, index in block]
+                        for block in structure.blocks(place)
+                    ],
+                    is_zero,
+                    is_kept,
+                )
+
+
+def scope_by_hand(
+    scope: ByHand,
+    blocks: list[list[tuple[BoundBlock, Index]]],
+    is_zero: Mapping[str, list[bool]],
+    is_kept: Mapping[str, list[bool]],
+) -> ByHand:
+    nonzero = torn = undercut = 0
+    torn_in: Counter[str] = Counter()
+    elements: dict[str, list[int]] = {}
+    for block in blocks:
+        alive: dict[BoundBlock, bool] = {}
+        kept = False
+        for leaf, index in block:
+            at = stored_number(leaf, index)
+            elements.setdefault(leaf.tensor, []).append(at)
+            alive[leaf] = alive.get(leaf, False) or not is_zero[leaf.tensor][at]
+            kept = kept or is_kept[leaf.tensor][at]
+        nonzero += any(alive.values())
+        undercut += any(alive.values()) and not kept
+        if scope.allowed is not None and any(alive.values()) and not all(alive.values()):
+            torn += 1
+            torn_in.update(leaf.tensor for leaf in alive if alive[leaf])
+    broken = undercut > 0 if scope.allowed is None else nonzero > scope.allowed
+    return replace(scope, nonzero=nonzero, broken=broken, elements=elements, torn=torn, torn_in=torn_in)
+
+
+def facts(verification: Verification) -> dict[str, Any]:
+    """What an outcome says, as `expected` has it."""
+    rules = {
+        rule.name: (rule.scopes, rule.broken, rule.torn, dict(rule.survivors)) for rule in verification.rules
+    }
+    tensors = {
+        (tensor.name, tensor.rule): (
+            tensor.scopes,
+            tensor.broken,
+            tensor.torn,
+            tensor.first
+            and (tensor.first.instance, tensor.first.scope, tensor.first.element, tensor.first.nonzero),
+        )
+        for tensor in verification.tensors
+    }
+    return {"rules": rules, "tensors": tensors}
+
+
+def expected(check: Check, scopes: list[ByHand]) -> dict[str, Any]:
+    rules, tensors = {}, {}
+    for rule in check.plan.bound.rules:
+        own = [one for one in scopes if one.rule == rule.name]
+        broken = [one for one in own if one.broken]
+        torn = sum(one.torn for one in broken)
+        rules[rule.name] = (len(own), len(broken), torn, dict(Counter(one.nonzero for one in own)))
+        for name in check.plan.reached:
+            reaching = [one for one in own if name in one.elements]
+            bad = [one for one in broken if name in one.elements]
+            first = None
+            if bad:
+                shape = check.plan.checkpoint.tensors[name].shape
+                index = tuple(int(at) for at in np.unravel_index(min(bad[0].elements[name]), shape))
+                first = (bad[0].instance, bad[0].place, index, bad[0].nonzero)
+            if reaching:
+                torn_here = sum(one.torn_in.get(name, 0) for one in bad)
+                tensors[name, rule.name] = (len(reaching), len(bad), torn_here, first)
+    return {"rules": rules, "tensors": tensors}
+
+
+# -- every structure -------------------------------------------------------------------------------
+
+
+def flat_flags(tensors: Mapping[str, torch.Tensor]) -> dict[str, list[bool]]:
+    return {name: (tensor.to(torch.float64) == 0).flatten().tolist() for name, tensor in tensors.items()}
+
+
+def kept_by(path: Path, spec: Path, tensors: Mapping[str, torch.Tensor], folder: Path) -> Any:
+    """What pruning would keep of a checkpoint, by element; all of it where no rule reaches."""
+    said = run("mask", path, spec, "-o", folder, "-q")
+    assert said.code == 0, said.err
+    masks = load_masks(folder)
+    return {
+        name: masks.get(name, torch.ones(tensor.shape)).flatten().bool().tolist()
+        for name, tensor in tensors.items()
+    }
+
+
+def checked(path: Path, spec: str, jobs: int = 2) -> tuple[Check, Verification]:
+    check = make_check(open_checkpoint(path), parse_spec(spec), AMPLE, jobs)
+    passed: list[int] = []
+    with TensorReader() as reader:
+        verification = count_survivors(check, reader, lambda nbytes, _: passed.append(nbytes))
+    assert sum(passed) == check.nbytes
+    return check, verification
+
+
+def only(monkeypatch: pytest.MonkeyPatch, kind: str, limit: int) -> None:
+    """One way of counting alone, with about so many elements at one time."""
+    ways = surviving._open_ways
+
+    def one_way(scope: AnyScope, tensors: Any, limits: Any) -> Iterator[surviving.Way]:
+        for way in ways(scope, tensors, limits):
+            if way.kind == kind:
+                yield surviving.Way(way.kind, limit, way.memory, way.held)
+
+    monkeypatch.setattr(surviving, "_open_ways", one_way)
+
+
+def versions(folder: Path, name: str, dtype: torch.dtype) -> Iterator[tuple[Path, Path]]:
+    """A structure's checkpoint as it is, pruned, and pruned with some zeros lost and others sprinkled in."""
+    spec, tensors = CASES[name]
+    (folder / "spec.toml").write_text(spec)
+    dense = tensors(dtype)
+    save_file(dense, folder / "dense.safetensors")
+    run(
+        "apply", folder / "dense.safetensors", folder / "spec.toml", "-o", folder / "pruned.safetensors", "-q"
+    )
+    pruned = load_file(folder / "pruned.safetensors")
+    generator = torch.Generator().manual_seed(len(name))
+    for seed, share in enumerate((0.01, 0.3)):
+        changed = {}
+        for key, tensor in pruned.items():
+            lost = torch.rand(tensor.shape, generator=generator) < share
+            zeroed = torch.rand(tensor.shape, generator=generator) < share / 2
+            small = (dense[key].to(torch.float64) / 8).to(dtype) if dtype.is_floating_point else dense[key]
+            mixed = torch.where(lost, small.to(torch.float64), tensor.to(torch.float64))
+            mixed = torch.where(zeroed, torch.tensor(-0.0, dtype=torch.float64), mixed)
+            changed[key] = mixed.to(dtype)
+        save_file(changed, folder / f"changed{seed}.safetensors")
+    for version in ("dense", "pruned", "changed0", "changed1"):
+        yield folder / f"{version}.safetensors", folder / f"{version}-masks.safetensors"
+
+
+def by_hand(path: Path, masks: Path, spec: Path, check: Check) -> dict[str, Any]:
+    tensors = load_file(path)
+    kept = kept_by(path, spec, tensors, masks)
+    return expected(check, list(scopes_by_hand(check, flat_flags(tensors), kept)))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_counts_are_those_of_plain_loops_by_every_way_cut_and_number_of_jobs(
+    tmp_path: Path, name: str
+) -> None:
+    spec = CASES[name][0]
+    for path, masks in versions(tmp_path, name, torch.bfloat16):
+        check, verification = checked(path, spec)
+        wanted = by_hand(path, masks, tmp_path / "spec.toml", check)
+        assert facts(verification) == wanted, path.name
+        if path.stem == "pruned":
+            assert not any(rule.broken for rule in verification.rules)
+        for kind, (limit, jobs) in product(KINDS, CUTS):
+            with pytest.MonkeyPatch.context() as patch:
+                only(patch, kind, limit)
+                assert facts(checked(path, spec, jobs)[1]) == wanted, (path.name, kind, limit, jobs)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if "threshold" in CASES[name][0]])
+def test_what_a_threshold_would_drop_is_found_by_every_way_and_cut(tmp_path: Path, name: str) -> None:
+    spec = CASES[name][0]
+    for path, masks in versions(tmp_path, name, torch.bfloat16):
+        check, _ = checked(path, spec)
+        wanted = by_hand(path, masks, tmp_path / "spec.toml", check)
+        for recipe, (slab, tile, jobs) in product(RECIPES, [(64, 16, 3), (1, 1, 1)]):
+            with pytest.MonkeyPatch.context() as patch:
+                narrow(patch, slab, tile)
+                force(patch, recipe)
+                assert facts(checked(path, spec, jobs)[1]) == wanted, (path.name, recipe, slab)
+
+
+@pytest.mark.parametrize("name", ["2:4", "whole rows", "blocks along rows", "channels", "fused columns"])
+@pytest.mark.parametrize("dtype", [*FLOATS, *INTEGERS], ids=str)
+def test_every_dtype_is_counted(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
+    for path, masks in versions(tmp_path, name, dtype):
+        check, verification = checked(path, CASES[name][0])
+        wanted = by_hand(path, masks, tmp_path / "spec.toml", check)
+        assert facts(verification) == wanted, path.name
+
+
+@pytest.mark.parametrize("name", ["a threshold", "a threshold on blocks", "channels by threshold"])
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.int16], ids=str)
+def test_every_dtype_is_held_against_a_threshold(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
+    for path, masks in versions(tmp_path, name, dtype):
+        check, verification = checked(path, CASES[name][0])
+        wanted = by_hand(path, masks, tmp_path / "spec.toml", check)
+        assert facts(verification) == wanted, path.name
+
+
+# -- meaning ---------------------------------------------------------------------------------------
+
+
+def verified(folder: Path, spec: str, **tensors: torch.Tensor) -> Verification:
+    save_file({f"{name}.weight": tensor for name, tensor in tensors.items()}, folder / "m.safetensors")
+    return checked(folder / "m.safetensors", spec)[1]
+
+
+TWO_OF_FOUR = one("[1, 1]", "[1, 4]", "nnz = 2")
+
+
+def test_zero_of_either_sign_is_zero_and_nan_and_infinity_are_not(tmp_path: Path) -> None:
+    nan, inf = math.nan, math.inf
+    rows = torch.tensor([[0.0, -0.0, 1, 2], [nan, nan, 0, 0], [nan, -inf, 1, 0], [-0.0] * 4])
+    (rule,) = verified(tmp_path, TWO_OF_FOUR, a=rows).rules
+    assert (rule.scopes, rule.broken, rule.survivors) == (4, 1, {0: 1, 2: 2, 3: 1})
+
+
+@pytest.mark.parametrize(("nnz", "broken"), [(0, 2), (1, 1), (3, 1), (4, 0)])
+def test_as_many_blocks_as_are_allowed_may_survive(tmp_path: Path, nnz: int, broken: int) -> None:
+    rows = torch.tensor([[1.0, 2, 3, 4], [0, 0, 5, 0], [0, 0, 0, 0]])
+    verification = verified(tmp_path, one("[1, 1]", "[1, 4]", f"nnz = {nnz}"), a=rows)
+    assert verification.rules[0].broken == broken
+    (tensor,) = verification.tensors
+    assert (tensor.allowed, tensor.broken, tensor.first is None) == (nnz, broken, broken == 0)
+
+
+def test_the_first_broken_scope_is_told_by_its_place_its_element_and_its_blocks(tmp_path: Path) -> None:
+    rows = torch.zeros(6, 8)
+    rows[3, 4:7] = 1
+    rows[5, 0:4] = 1
+    (tensor,) = verified(tmp_path, TWO_OF_FOUR, a=rows).tensors
+    assert (tensor.broken, tensor.scopes) == (2, 12)
+    first = tensor.first
+    assert first is not None
+    assert (first.scope, first.element, first.nonzero, first.allowed) == ((3, 1), (3, 4), 3, 2)
+    assert first.instance == "all[name=a]"
+
+
+def test_what_is_lost_in_one_member_of_a_coupling_is_torn_there_and_nowhere_else(tmp_path: Path) -> None:
+    spec, tensors = CASES["channels"]
+    (tmp_path / "spec.toml").write_text(spec)
+    save_file(tensors(torch.float32), tmp_path / "m.safetensors")
+    run("apply", tmp_path / "m.safetensors", tmp_path / "spec.toml", "-o", tmp_path / "p.safetensors", "-q")
+    pruned = load_file(tmp_path / "p.safetensors")
+    dead = [channel for channel in range(16) if not pruned["1.up"][channel].any()]
+    pruned["1.down"][4, dead[:2]] = 1
+    save_file(pruned, tmp_path / "p.safetensors")
+    _, verification = checked(tmp_path / "p.safetensors", spec)
+    (rule,) = verification.rules
+    assert (rule.broken, rule.torn, rule.survivors) == (1, 2, {7: 1, 9: 1})
+    torn = {tensor.name: (tensor.broken, tensor.torn) for tensor in verification.tensors}
+    healthy = dict.fromkeys(("0.up", "0.down", "0.bias"), (0, 0))
+    assert torn == healthy | {"1.up": (1, 0), "1.down": (1, 2), "1.bias": (1, 0)}
+
+
+def test_empty_tensors_and_scalars_have_the_scopes_that_they_have(tmp_path: Path) -> None:
+    spec = 'version = 1\n[scope.all]\ntensors = "{name}.weight"\nblock = []\nshape = []\nnnz = 0'
+    verification = verified(tmp_path, spec, a=torch.tensor(3.0), b=torch.zeros(0, 4), c=torch.tensor(-0.0))
+    found = {tensor.name[0]: (tensor.scopes, tensor.broken) for tensor in verification.tensors}
+    check, _ = checked(tmp_path / "m.safetensors", spec)
+    scopes = {count.instance.label[-2]: math.prod(count.scope.grid_shape) for count in check.counts}
+    assert found == {"a": (1, 1), "b": (scopes["b"], 0), "c": (1, 0)}
+    (first,) = (tensor.first for tensor in verification.tensors if tensor.first)
+    assert (first.scope, first.element, first.nonzero) == ((), (), 1)
+
+
+def test_a_soft_threshold_is_not_checked_and_says_why(tmp_path: Path) -> None:
+    verification = verified(tmp_path, CASES["soft"][0], a=torch.ones(8, 8))
+    (rule,) = verification.rules
+    assert (rule.instances, rule.tensors, rule.scopes, rule.broken, rule.survivors) == (1, 1, 0, 0, {})
+    assert rule.unchecked is not None
+    assert rule.unchecked.startswith("a soft threshold leaves survivors of any size")
+    assert verification.tensors == ()
+
+
+def test_a_soft_budget_is_checked_as_a_hard_one(tmp_path: Path) -> None:
+    rows = torch.zeros(4, 4)
+    rows[0] = 1
+    spec = one("[1, 1]", "[1, 4]", 'mode = "soft"\nnnz = 2')
+    (rule,) = verified(tmp_path, spec, a=rows).rules
+    assert (rule.broken, rule.unchecked) == (1, None)
+
+
+SCORED = one("[1, 1]", "[1, 4]", '{budget}\nscore = { kind = "values", file = "gone.safetensors" }')
+
+
+def test_a_budget_needs_no_score_files_and_a_threshold_does(tmp_path: Path) -> None:
+    rows = torch.zeros(4, 4)
+    assert verified(tmp_path, SCORED.replace("{budget}", "nnz = 2"), a=rows).rules[0].broken == 0
+    soft = one("[1, 1]", "[1, 4]", 'nnz = 2\nmode = "soft"\nconditioners = "gone.safetensors"')
+    assert verified(tmp_path, soft, a=rows).rules[0].broken == 0
+    with pytest.raises(SpecError, match=r"\[scope.all\] score: .*gone.safetensors: no such file"):
+        verified(tmp_path, SCORED.replace("{budget}", "threshold = 0.5"), a=rows)
+
+
+def test_a_threshold_asks_the_scores_of_the_file(tmp_path: Path) -> None:
+    scores = torch.tensor([[0.4, 0.6, 0.4, 0.6]])
+    save_file({"a.weight": scores}, tmp_path / "scores.safetensors")
+    spec = SCORED.replace("{budget}", "threshold = 0.5").replace(
+        "gone.safetensors", str(tmp_path / "scores.safetensors")
+    )
+    verification = verified(tmp_path, spec, a=torch.tensor([[1.0, 1, 0, 0]]))
+    assert (verification.rules[0].broken, verification.rules[0].survivors) == (1, {0: 2, 1: 2})
+    first = verification.tensors[0].first
+    assert first is not None
+    assert (first.element, first.nonzero, first.allowed) == ((0, 0), 1, None)
+
+
+def test_nan_has_no_score_to_hold_against_a_threshold(tmp_path: Path) -> None:
+    spec = one("[1, 1]", "[1, 4]", "threshold = 0.5")
+    with pytest.raises(SparsityError, match=r"a\.weight: NaN at \[0, 2\]"):
+        verified(tmp_path, spec, a=torch.tensor([[1.0, 1, math.nan, 0]]))
+
+
+def test_a_rule_that_matches_nothing_is_not_told(tmp_path: Path) -> None:
+    nothing = TWO_OF_FOUR.replace("version = 1", "").replace("[scope.all]", "[scope.none]")
+    spec = TWO_OF_FOUR + nothing.replace("{name}.weight", "nothing") + "optional = true\n"
+    verification = verified(tmp_path, spec, a=torch.zeros(4, 4))
+    assert [rule.name for rule in verification.rules] == ["scope.all"]
+
+
+# -- how it is done --------------------------------------------------------------------------------
+
+
+def headers(folder: Path, *tensors: tuple[str, str, Index]) -> Path:
+    """A checkpoint of headers and holes."""
+    folder.mkdir(exist_ok=True)
+    raw = lay_out(tensors, {}).raw
+    nbytes = sum(math.prod(shape) * DTYPES[dtype].bits // 8 for _, dtype, shape in tensors)
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(raw)
+        file.truncate(len(raw) + nbytes)
+    return folder
+
+
+LARGE = (("a.weight", "BF16", (4096, 16384)), ("b.weight", "BF16", (16384, 4096)))
+CHANNELS = CASES["channels"][0]
+FUSED_ELEMENTS = """
+version = 1
+[block.up]
+tensors = "{layer}.up"
+shape = [1, 1]
+[block.down]
+tensors = "{layer}.down"
+shape = [1, 1]
+[block_coupling.pair]
+blocks = ["up", "down"]
+[scope.elements]
+block = "pair"
+shape = [1, -1]
+nnz = 1
+"""
+
+
+@pytest.mark.parametrize(
+    ("spec", "kind"),
+    [
+        (TWO_OF_FOUR, "cells"),
+        (one("[1, 1]", "[4, 1]", "nnz = 2"), "cells"),
+        (one("[1, 1]", "[1, -1]", "nnz = 2"), "cells"),
+        (one("[1, 1]", "[-1, 1]", "nnz = 2"), "tiles"),
+        (one("[1, 1]", "[-1, -1]", "nnz = 2"), "tiles"),
+        (one("[16, 16]", "[-1, -1]", "nnz = 2"), "tiles"),
+        (one("[1, -1]", "[8, 1]", "nnz = 2"), "cells"),
+        (one("[-1, 1]", "[1, 4]", "nnz = 2"), "chunks"),
+        (one("[-1, -1]", "[1, 1]", "nnz = 0"), "chunks"),
+    ],
+)
+def test_what_is_read_lies_together(tmp_path: Path, spec: str, kind: str) -> None:
+    check = make_check(open_checkpoint(headers(tmp_path / "in", *LARGE)), parse_spec(spec), AMPLE, 2)
+    assert {count.way.kind for count in check.counts} == {kind}
+    tensors = check.plan.checkpoint.tensors
+    for count in check.counts:
+        reads = surviving._reads(count.scope, count.way, tensors)
+        nbytes = surviving.leaf_bytes(count.scope.leaves, tensors)
+        assert nbytes / reads >= 4096
+
+
+def test_columns_of_one_matrix_are_not_read_one_by_one_beside_the_rows_of_another(tmp_path: Path) -> None:
+    shapes = (("0.up", "BF16", (8192, 2048)), ("0.down", "BF16", (2048, 8192)), ("0.bias", "BF16", (8192,)))
+    check = make_check(open_checkpoint(headers(tmp_path / "in", *shapes)), parse_spec(CHANNELS), AMPLE, 2)
+    assert [count.way.kind for count in check.counts] == ["chunks"]
+
+
+@pytest.mark.parametrize("memory", [1 << 30, 256 << 20, 120 << 20])
+@pytest.mark.parametrize("jobs", [1, 2, 64])
+@pytest.mark.parametrize("name", [name for name in CASES if "slice" not in CASES[name][0]])
+def test_memory_is_kept_to_whatever_the_structure(tmp_path: Path, name: str, memory: int, jobs: int) -> None:
+    spec, tensors = CASES[name]
+    shapes = [
+        (key, "BF16", tuple(size * 256 for size in tensor.shape))
+        for key, tensor in tensors(torch.bfloat16).items()
+    ]
+    asked = parse_spec(spec.replace("threshold = ", "nnz = 0 #"))
+    check = make_check(open_checkpoint(headers(tmp_path / "in", *shapes)), asked, memory, jobs)
+    for count in check.counts:
+        assert count.way.memory + count.way.held <= check.limits.memory
+    assert check.peak_bytes <= memory
+
+
+def test_too_little_memory_is_refused(tmp_path: Path) -> None:
+    save_file({"a.weight": torch.zeros(4, 4)}, tmp_path / "m.safetensors")
+    with pytest.raises(SparsepruneError, match=r"^--memory 1000: this run needs"):
+        make_check(open_checkpoint(tmp_path / "m.safetensors"), parse_spec(TWO_OF_FOUR), 1000, 1)
+
+
+def test_scopes_for_which_no_way_is_left_are_refused(tmp_path: Path) -> None:
+    shapes = [(f"0.{name}", "BF16", (512, 512)) for name in ("up", "down")]
+    spec = parse_spec(FUSED_ELEMENTS)
+    check = make_check(open_checkpoint(headers(tmp_path / "in", *shapes)), spec, AMPLE, 1)
+    (count,) = check.counts
+    wanted = (
+        r"elements\[layer=0\]: 512 scopes of 1024 elements in 2 parts cannot be counted in 9000 bytes; give"
+    )
+    with pytest.raises(SparsepruneError, match=wanted):
+        surviving.way_of(count.scope, check.plan.checkpoint.tensors, Limits(9000))
+
+
+@st.composite
+def grids(draw: st.DrawFn) -> tuple[Index, Index, list[int]]:
+    units = tuple(draw(st.lists(st.integers(1, 5), max_size=4)))
+    whole = tuple(unit * draw(st.integers(0, 4)) for unit in units)
+    return whole, units, draw(st.permutations(range(len(units))))
+
+
+@given(grids(), st.integers(-1, 300))
+def test_aligned_parts_are_a_partition_and_never_cross_the_end_of_a_unit(
+    case: tuple[Index, Index, list[int]], places: int
+) -> None:
+    whole, units, dims = case
+    parts = list(aligned(whole, units, dims, places))
+    assert_partition(parts, whole_part(whole))
+    assert all(part.numel <= max(1, places) for part in parts)
+    for part in parts:
+        for begin, size, unit in zip(part.begin, part.extent, units, strict=True):
+            assert size % unit == begin % unit == 0 or begin // unit == (begin + size - 1) // unit
+        sizes = [cut.stop - cut.start for cut in coarser(part, units)]
+        assert sizes == [size // unit or 1 for size, unit in zip(part.extent, units, strict=True)]

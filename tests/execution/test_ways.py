@@ -1,0 +1,146 @@
+"""All ways of working, however the work is cut, end in the bytes of the one that is always right."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from sparseprune.checkpoint import open_checkpoint
+from sparseprune.execution import make_plan, make_schedule
+from sparseprune.spec import parse_spec
+from tests.execution.structures import CASES, FLOATS, INTEGERS
+from tests.limits import AMPLE, WAYS, force, narrow
+from tests.samples import run
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+pytestmark = pytest.mark.usefixtures("untraced")
+
+CUTS = {"small": (64, 16, 3), "tiny": (1, 1, 1)}
+
+
+def applied(folder: Path, name: str, *options: object) -> tuple[dict[str, bytes], dict[str, Any]]:
+    """The files of an output but the report, and the report without what differs from run to run."""
+    said = run("apply", folder / "in", folder / "spec.toml", "-o", folder / name, "-q", *options)
+    assert (said.code, said.err) == (0, "")
+    files = {
+        str(path.relative_to(folder / name)): path.read_bytes()
+        for path in (folder / name).rglob("*")
+        if path.is_file() and path.name != "report.json"
+    }
+    report = json.loads((folder / name / "sparseprune" / "report.json").read_text())
+    for key in ("seconds", "output"):
+        del report[key]
+    for tensor in report["tensors"]:
+        tensor["energy_kept"] = tensor["energy_kept"] and float(f"{tensor['energy_kept']:.9g}")
+    return files, report
+
+
+def prepare(folder: Path, spec: str, tensors: dict[str, torch.Tensor]) -> None:
+    (folder / "in").mkdir()
+    save_file(tensors, folder / "in" / "model.safetensors")
+    (folder / "spec.toml").write_text(spec)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_way_and_cut_gives_the_bytes_of_whole_scopes_in_the_engine(tmp_path: Path, name: str) -> None:
+    spec, tensors = CASES[name]
+    prepare(tmp_path, spec, tensors(torch.bfloat16))
+    with pytest.MonkeyPatch.context() as patch:
+        force(patch, "tiled")
+        reference = applied(tmp_path, "reference")
+    for way in WAYS:
+        for cut, (slab, tile, jobs) in CUTS.items():
+            with pytest.MonkeyPatch.context() as patch:
+                narrow(patch, slab, tile)
+                force(patch, way)
+                assert applied(tmp_path, f"{way}-{cut}", "--jobs", jobs) == reference, (way, cut)
+
+
+@pytest.mark.parametrize(
+    "name", ["2:4", "4:8", "whole rows", "over all tensors", "blocks along rows", "channels"]
+)
+@pytest.mark.parametrize("dtype", [*FLOATS, *INTEGERS], ids=str)
+def test_every_dtype_is_pruned_alike_by_every_way(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
+    spec, tensors = CASES[name]
+    prepare(tmp_path, spec, tensors(dtype))
+    with pytest.MonkeyPatch.context() as patch:
+        force(patch, "tiled")
+        reference = applied(tmp_path, "reference")
+    for way in ("runs", "gathered", "counted", "summed", "streamed"):
+        with pytest.MonkeyPatch.context() as patch:
+            narrow(patch, 64, 16)
+            force(patch, way)
+            assert applied(tmp_path, way) == reference, way
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_packed_masks_hold_the_bits_of_bool_masks(tmp_path: Path, name: str) -> None:
+    from sparseprune import load_masks
+
+    spec, tensors = CASES[name]
+    prepare(tmp_path, spec, tensors(torch.bfloat16))
+    applied(tmp_path, "bool")
+    plain = load_masks(tmp_path / "bool")
+    with pytest.MonkeyPatch.context() as patch:
+        narrow(patch, 26, 13)  # parts that share bytes
+        applied(tmp_path, "packed", "--mask-format", "packed", "--jobs", 3)
+    packed = load_masks(tmp_path / "packed")
+    assert packed.keys() == plain.keys()
+    assert all(torch.equal(packed[key], plain[key]) for key in plain)
+
+
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [
+        ("2:4", "Runs"),
+        ("2:4 down the columns", "Gathered"),
+        ("blocks of 8x4 in rows", "Gathered"),
+        ("transposed", "Gathered"),
+        ("whole rows", "Runs"),
+        ("whole tensors", "Counted"),
+        ("over all tensors", "Counted"),
+        ("nothing is kept", "Runs"),
+        ("a threshold over all", "Runs"),
+        ("blocks along rows", "Runs"),
+        ("channels", "Summed"),
+        ("experts", "Summed"),
+        ("random blocks", "Summed"),
+        ("soft", "Tiled"),
+        ("soft over all tensors", "Streamed"),
+    ],
+)
+def test_each_structure_is_worked_by_the_way_that_was_made_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, way: str
+) -> None:
+    spec, tensors = CASES[name]
+    prepare(tmp_path, spec, tensors(torch.bfloat16))
+    slab = 16 if name in {"experts", "whole tensors"} else 64  # so that a scope has many slabs
+    narrow(monkeypatch, slab, 16, memory=(16 if way == "Streamed" else 128) << 10)
+    plan = make_plan(open_checkpoint(tmp_path / "in"), parse_spec(spec))
+    schedule = make_schedule(plan, AMPLE, 2)
+    assert {type(job.recipe).__name__ for job in schedule.jobs} == {way}
+
+
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [("2:4", "Tiled"), ("whole rows", "Tiled"), ("channels", "Tiled"), ("over all tensors", "Counted")],
+)
+def test_a_device_gets_the_scopes_that_fit_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, way: str
+) -> None:
+    spec, tensors = CASES[name]
+    prepare(tmp_path, spec, tensors(torch.bfloat16))
+    narrow(monkeypatch, 64, 16, memory=64 << 10)
+    plan = make_plan(open_checkpoint(tmp_path / "in"), parse_spec(spec))
+    schedule = make_schedule(plan, AMPLE, 2, compiled=False)
+    assert {type(job.recipe).__name__ for job in schedule.jobs} == {way}
+
+
+def test_the_ways_have_the_order_of_the_choice() -> None:
+    assert WAYS == ("runs", "gathered", "counted", "summed", "tiled", "streamed")

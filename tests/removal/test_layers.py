@@ -1,0 +1,340 @@
+"""Layers: of those that stay the config says what the classes of transformers make of the dense one."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from itertools import combinations
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import transformers
+
+from sparseprune.errors import CheckpointError
+from sparseprune.removal.removing import make_removal
+from tests.removal.models import LLAMA, cut, whole
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from sparseprune.removal.removing import Removal
+    from tests.removal.models import Config, Shapes
+
+LAYERS = 6
+SIZES = {**LLAMA, "num_hidden_layers": LAYERS, "num_attention_heads": 4, "num_key_value_heads": 2}
+TYPES = ["sliding_attention", "full_attention"]
+
+
+def types(config: Any, layer: int) -> object:
+    return config.layer_types[layer]
+
+
+def qwen_experts(config: Any, layer: int) -> object:
+    """As Qwen2MoeDecoderLayer and Qwen3MoeDecoderLayer ask."""
+    return layer not in config.mlp_only_layers and (layer + 1) % config.decoder_sparse_step == 0
+
+
+def qwen2_experts(config: Any, layer: int) -> object:
+    return (qwen_experts(config, layer), config.layer_types[layer])
+
+
+def llama4(config: Any, layer: int) -> object:
+    """As Llama4TextDecoderLayer and Llama4TextAttention ask."""
+    return (layer in config.moe_layers, config.no_rope_layers[layer], config.layer_types[layer])
+
+
+def deepseek(config: Any, layer: int) -> object:
+    return layer >= config.first_k_dense_replace
+
+
+def nothing(_config: Any, _layer: int) -> object:
+    return None
+
+
+CLASSES: dict[str, tuple[str, Callable[[Any, int], object]]] = {
+    "llama": ("LlamaConfig", nothing),
+    "mistral": ("MistralConfig", nothing),
+    "gemma": ("GemmaConfig", nothing),
+    "mixtral": ("MixtralConfig", nothing),
+    "qwen2": ("Qwen2Config", types),
+    "qwen3": ("Qwen3Config", types),
+    "gemma2": ("Gemma2Config", types),
+    "gemma3_text": ("Gemma3TextConfig", types),
+    "gpt_oss": ("GptOssConfig", types),
+    "qwen2_moe": ("Qwen2MoeConfig", qwen2_experts),
+    "qwen3_moe": ("Qwen3MoeConfig", qwen_experts),
+    "llama4_text": ("Llama4TextConfig", llama4),
+    "deepseek_v3": ("DeepseekV3Config", deepseek),
+}
+WINDOW = {"use_sliding_window": True, "sliding_window": 8}
+CONFIGS: list[tuple[str, dict[str, Any]]] = [
+    *((model, {}) for model in CLASSES),
+    *(
+        (model, keys)
+        for model in ("qwen2", "qwen3")
+        for keys in (
+            {**WINDOW, "max_window_layers": 3},
+            {**WINDOW, "max_window_layers": 0},
+            {**WINDOW, "max_window_layers": 6},
+            {**WINDOW, "layer_types": [*TYPES, *TYPES, *TYPES]},
+            {**WINDOW, "layer_types": None, "max_window_layers": 5},
+            {"use_sliding_window": True, "max_window_layers": 3},
+            {"use_sliding_window": True, "sliding_window": None, "max_window_layers": 3},
+            {"use_sliding_window": False, "sliding_window": 8, "max_window_layers": 3},
+            {"sliding_window": 8, "max_window_layers": 3},
+        )
+    ),
+    ("qwen2", {**WINDOW, "max_window_layers": 0, "num_hidden_layers": 30}),
+    ("qwen2", {**WINDOW, "num_hidden_layers": 30}),
+    ("qwen2_moe", {**WINDOW, "num_hidden_layers": 30}),
+    ("gemma2", {"layer_types": [TYPES[1]] * 5 + [TYPES[0]]}),
+    ("gemma3_text", {"sliding_window_pattern": 2}),
+    ("gemma3_text", {"sliding_window_pattern": 7}),
+    ("gemma3_text", {"layer_types": [TYPES[1], *[TYPES[0]] * 5]}),
+    ("gpt_oss", {"layer_types": [*TYPES, *TYPES, *TYPES]}),
+    *(
+        (model, keys)
+        for model in ("qwen2_moe", "qwen3_moe")
+        for keys in (
+            {"decoder_sparse_step": 2},
+            {"decoder_sparse_step": 3, "mlp_only_layers": [2]},
+            {"mlp_only_layers": [0, 5]},
+            {"mlp_only_layers": [], "decoder_sparse_step": 1},
+            {"mlp_only_layers": None, "decoder_sparse_step": 6},
+            {"decoder_sparse_step": 7},
+        )
+    ),
+    ("qwen2_moe", {**WINDOW, "max_window_layers": 4}),
+    ("qwen2_moe", {**WINDOW, "max_window_layers": 0}),
+    ("qwen2_moe", {**WINDOW, "max_window_layers": 9, "decoder_sparse_step": 2}),
+    ("qwen2_moe", {**WINDOW, "layer_types": [*TYPES, *TYPES, *TYPES]}),
+    ("llama4_text", {"interleave_moe_layer_step": 2}),
+    ("llama4_text", {"interleave_moe_layer_step": 7}),
+    ("llama4_text", {"moe_layers": [0, 3, 4]}),
+    ("llama4_text", {"moe_layers": []}),
+    ("llama4_text", {"no_rope_layer_interval": 2, "interleave_moe_layer_step": 3}),
+    ("llama4_text", {"no_rope_layers": [0, 0, 1, 1, 0, 1]}),
+    ("llama4_text", {"no_rope_layers": []}),
+    ("llama4_text", {"no_rope_layers": [1] * 6, "layer_types": ["chunked_attention", *[TYPES[1]] * 5]}),
+    ("llama4_text", {"attention_chunk_size": None}),
+    ("deepseek_v3", {"first_k_dense_replace": 0}),
+    ("deepseek_v3", {"first_k_dense_replace": 2}),
+    ("deepseek_v3", {"first_k_dense_replace": 6}),
+    ("deepseek_v3", {"first_k_dense_replace": 9}),
+]
+REMOVED = [chosen for many in (1, 2, 3, 5) for chosen in combinations(range(LAYERS), many)]
+
+
+def norms(layers: int) -> Shapes:
+    """A tensor of each layer: for a layer that goes whole it does not matter which."""
+    return {f"model.layers.{layer}.input_layernorm.weight": (24,) for layer in range(layers)}
+
+
+def without_layers(config: Config, removed: Iterable[int], layers: int = LAYERS) -> Removal:
+    """The removal of layers from a checkpoint that has so many."""
+    shapes = norms(layers)
+    return make_removal(shapes, cut(shapes, whole(*(f"model.layers.{layer}.*" for layer in removed))), config)
+
+
+def made(model: str, config: Config) -> Any:
+    """What the class makes of a config."""
+    values = {key: value for key, value in config.items() if key != "model_type"}
+    return getattr(transformers, CLASSES[model][0])(**deepcopy(values))
+
+
+@pytest.mark.parametrize(("model", "keys"), CONFIGS, ids=str)
+def test_layers_that_stay_are_what_the_class_makes_of_them_in_the_dense_config(
+    model: str, keys: dict[str, Any]
+) -> None:
+    config: Config = {**SIZES, **keys, "model_type": model}
+    fact = CLASSES[model][1]
+    dense = made(model, config)
+    layers = config["num_hidden_layers"]
+    facts = [fact(dense, layer) for layer in range(layers)]
+    before = deepcopy(config)
+    for removed in REMOVED:
+        removal = without_layers(config, removed, layers)
+        written = removal.config
+        assert written is not None
+        stays = [layer for layer in range(layers) if layer not in removed]
+        assert written["num_hidden_layers"] == len(stays)
+        found = made(model, dict(written))
+        left = [fact(found, place) for place in range(len(stays))]
+        assert left == [facts[layer] for layer in stays], removed
+        changed = {change.key for change in removal.changes}
+        either = config.keys() | written.keys()
+        assert {key for key in either if config.get(key) != written.get(key)} == changed
+    assert config == before
+
+
+RULES: list[tuple[str, str, dict[str, Any]]] = [
+    # A class, the list that it makes, the keys that it makes it of.
+    *(("gemma3_text", "layer_types", {"sliding_window_pattern": pattern}) for pattern in (1, 2, 3, 6)),
+    *(("qwen2", "layer_types", {**WINDOW, "max_window_layers": first}) for first in (0, 3, 6, 9)),
+    ("qwen3", "layer_types", {**WINDOW, "max_window_layers": 2}),
+    *(("qwen2_moe", "layer_types", {**WINDOW, "max_window_layers": first}) for first in (0, 4, 6)),
+    *(("llama4_text", "no_rope_layers", {"no_rope_layer_interval": step}) for step in (1, 2, 4)),
+    *(("llama4_text", "moe_layers", {"interleave_moe_layer_step": step}) for step in (1, 2, 3, 7)),
+]
+
+
+@pytest.mark.parametrize(("model", "made_list", "keys"), RULES, ids=str)
+def test_a_rule_that_stays_makes_the_list_that_stands_beside_it(
+    model: str, made_list: str, keys: dict[str, Any]
+) -> None:
+    rule = list(keys)[-1]
+    gone = 0
+    for removed in REMOVED:
+        removal = without_layers({**SIZES, **keys, "model_type": model}, removed)
+        written = dict(removal.config or {})
+        said = [line for line in removal.remarks if rule in line]
+        if rule not in written:
+            text = f"no {rule} makes the layers that stay: it is taken out, and {made_list} has them"
+            assert said == [f"config.json: {text}"]
+            gone += 1
+            continue
+        assert said == []
+        told = getattr(made(model, written), made_list)
+        written.pop(made_list, None)
+        assert getattr(made(model, written), made_list) == told, removed
+    assert gone < len(REMOVED)
+
+
+def test_a_rule_is_settled_under_its_private_name_too() -> None:
+    config = {**SIZES, "model_type": "gemma3_text", "_sliding_window_pattern": 3}
+    types = [TYPES[0], TYPES[0], TYPES[1]] * 2
+    removal = without_layers({**config, "layer_types": types, "sliding_window_pattern": 3}, [0, 3])
+    assert removal.config is not None
+    assert (removal.config["_sliding_window_pattern"], removal.config["sliding_window_pattern"]) == (2, 2)
+    nothing = without_layers({**config, "layer_types": types, "_sliding_window_pattern": None}, [0])
+    assert "_sliding_window_pattern" not in {change.key for change in nothing.changes}
+    removal = without_layers({**config, "layer_types": types}, [0])
+    assert removal.config is not None
+    assert "_sliding_window_pattern" not in removal.config
+    change = next(one for one in removal.changes if one.key == "_sliding_window_pattern")
+    assert (change.before, change.after) == (3, None)
+
+
+KEYS: dict[str, tuple[Config, tuple[int, ...], dict[str, object]]] = {
+    # A config, layers that go -> the keys that change with num_hidden_layers, None for whatever it becomes.
+    "nothing else": ({"model_type": "llama"}, (2,), {}),
+    "types of layers, also where the class has none": (
+        {"model_type": "llama", "layer_types": list("abcdef")},
+        (0, 4),
+        {"layer_types": list("bcdf")},
+    ),
+    "types of layers that are all alike": (
+        {"model_type": "qwen2", "layer_types": [TYPES[1]] * 6},
+        (0,),
+        {"layer_types": [TYPES[1]] * 5},
+    ),
+    "types of layers that the class makes all alike": ({"model_type": "qwen3"}, (0,), {}),
+    "types of layers that the class makes": (
+        {"model_type": "gpt_oss"},
+        (0, 1, 2),
+        {"layer_types": [TYPES[1], TYPES[0], TYPES[1]]},
+    ),
+    "layers without experts by a step": (
+        {"model_type": "qwen3_moe", "decoder_sparse_step": 2},
+        (1, 2),
+        {"decoder_sparse_step": 1, "mlp_only_layers": [0, 2]},
+    ),
+    "layers without experts by a list": (
+        {"model_type": "qwen3_moe", "decoder_sparse_step": 1, "mlp_only_layers": [3, 5]},
+        (4,),
+        {"mlp_only_layers": [3, 4]},
+    ),
+    "a list that stays as it is": (
+        {"model_type": "qwen3_moe", "decoder_sparse_step": 1, "mlp_only_layers": [0]},
+        (4,),
+        {},
+    ),
+    "layers with experts": (
+        {"model_type": "llama4_text", "moe_layers": [1, 3, 5]},
+        (0, 3),
+        {"moe_layers": [0, 3], "no_rope_layers": None},
+    ),
+    "the first layers": (
+        {"model_type": "deepseek_v3", "first_k_dense_replace": 3},
+        (1, 4),
+        {"first_k_dense_replace": 2},
+    ),
+    "layers behind the first ones": ({"model_type": "deepseek_v3", "first_k_dense_replace": 3}, (4,), {}),
+}
+
+
+@pytest.mark.parametrize("case", KEYS)
+def test_the_keys_that_speak_of_layers_change_with_them(case: str) -> None:
+    config, removed, changes = KEYS[case]
+    removal = without_layers({**SIZES, **config}, removed)
+    found = {change.key: change.after for change in removal.changes}
+    assert found.pop("num_hidden_layers") == LAYERS - len(removed)
+    assert {key: None if changes.get(key, 0) is None else value for key, value in found.items()} == changes
+
+
+def test_layers_behind_those_that_the_config_counts_are_renumbered_and_not_counted() -> None:
+    """Layers that predict further tokens lie behind the others in the same list."""
+    config = {**SIZES, "model_type": "deepseek_v3", "num_hidden_layers": 4, "first_k_dense_replace": 1}
+    removal = without_layers(config, [0, 2])
+    assert {change.key: change.after for change in removal.changes} == {
+        "num_hidden_layers": 2,
+        "first_k_dense_replace": 0,
+    }
+    assert [left.name for left in removal.left.values()] == list(norms(4))
+    removal = without_layers(config, [4, 5])
+    assert removal.changes == ()
+    assert list(removal.left) == list(norms(4))
+    removal = without_layers(config, [1, 2, 3, 4])
+    assert {change.key: change.after for change in removal.changes} == {"num_hidden_layers": 1}
+
+
+BROKEN: dict[str, tuple[Config, str]] = {
+    "mlp_only_layers that is no list": (
+        {"model_type": "qwen3_moe", "mlp_only_layers": 5},
+        "config.json: mlp_only_layers is 5, wanted a list of numbers of layers",
+    ),
+    "mlp_only_layers of lists": (
+        {"model_type": "qwen3_moe", "mlp_only_layers": [[1]]},
+        "config.json: mlp_only_layers is [[1]], wanted a list of numbers of layers",
+    ),
+    "moe_layers that is a text": (
+        {"model_type": "llama4_text", "moe_layers": "012"},
+        'config.json: moe_layers is "012", wanted a list of numbers of layers',
+    ),
+    "more layers than there are": (
+        {"model_type": "llama", "num_hidden_layers": 10**15},
+        "config.json: num_hidden_layers is 1000000000000000, and model.layers has 6 members",
+    ),
+    "layers that are no number": (
+        {"model_type": "llama", "num_hidden_layers": None},
+        "config.json: config.num_hidden_layers comes to null, wanted an integer",
+    ),
+    "first layers that are no number": (
+        {"model_type": "deepseek_v3", "first_k_dense_replace": None},
+        "config.json: config.first_k_dense_replace comes to null, wanted an integer",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_configs_that_make_no_sense_are_refused_in_one_line(case: str) -> None:
+    config, line = BROKEN[case]
+    with pytest.raises(CheckpointError) as error:
+        without_layers({**SIZES, **config}, [1])
+    assert error.value.args == (line,)
+
+
+def test_layers_behind_the_others_are_counted_by_a_key_of_their_own() -> None:
+    config = {**SIZES, "model_type": "deepseek_v3", "num_hidden_layers": 4, "num_nextn_predict_layers": 2}
+    removal = without_layers(config, [1, 5])
+    found = {change.key: change.after for change in removal.changes}
+    assert (found["num_hidden_layers"], found["num_nextn_predict_layers"]) == (3, 1)
+    assert "num_nextn_predict_layers" not in {change.key for change in without_layers(config, [1]).changes}
+
+
+@pytest.mark.parametrize("key", ["modules_to_not_convert", "ignore"])
+def test_layers_stay_where_a_quantizer_has_written_their_numbers_down(key: str) -> None:
+    config = {**SIZES, "model_type": "llama"}
+    for name in ("model.layers.3.mlp", "model.layers.3"):
+        with pytest.raises(CheckpointError, match=f'quantization_config names "{name}" by a number'):
+            without_layers({**config, "quantization_config": {key: ["lm_head", name]}}, [1])
+    assert without_layers({**config, "quantization_config": {key: ["lm_head", "re:.*mlp"]}}, [1]).changes

@@ -1,0 +1,1044 @@
+"""Removing: what no class can express is refused line by line, each case beside a neighbour that is legal."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import pytest
+
+from sparseprune.errors import CheckpointError
+from sparseprune.removal.families import model_types
+from sparseprune.removal.removing import make_removal
+from sparseprune.spec.problems import listed
+from tests.removal.models import (
+    BERT,
+    DEEPSEEK,
+    GPT2,
+    GPT_OSS,
+    LLAMA,
+    PHI3,
+    PICTURES,
+    QWEN3_MOE,
+    attention,
+    channels,
+    cut,
+    decoder,
+    deepseek,
+    encoder,
+    gpt2,
+    gpt_oss,
+    heads,
+    mixture,
+    phi3,
+    pictures,
+    whole,
+    without,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from sparseprune.removal.slices import Kept
+    from tests.removal.models import Config, Cut, Shapes
+
+L0, L1, L2 = (f"model.layers.{layer}" for layer in range(3))
+
+
+class Case(NamedTuple):
+    """A model, cuts that are refused with these lines, and others that change these keys."""
+
+    shapes: Shapes
+    config: Config | None
+    refused: list[Cut]
+    lines: tuple[str, ...]
+    legal: list[Cut]
+    changes: Mapping[str, tuple[object, object]]
+
+
+ONE: Config = {**LLAMA, "num_hidden_layers": 1}
+MOE: Config = {**QWEN3_MOE, "num_hidden_layers": 1}
+GROUPED: Config = {**DEEPSEEK, "num_hidden_layers": 2}
+KNOWN = listed(model_types())
+
+
+def experts_to(first: int, second: int, layer: str = "*") -> list[Cut]:
+    """Of two groups of four experts so many stay, the first ones of each."""
+    gone = [*range(first, 4), *range(4 + second, 8)]
+    return whole(*(f"{layer}.mlp.experts.{expert}.*" for expert in gone))
+
+
+FOUR = [0, 3, 4, 9]
+NARROW = {"intermediate_size": (10, 6)}
+FEWER_HEADS = {"num_attention_heads": (6, 4), "num_key_value_heads": (3, 2)}
+CASES: dict[str, Case] = {
+    "a dimension that no key carries": Case(
+        decoder(LLAMA),
+        LLAMA,
+        [(f"{L0}.mlp.gate_proj.weight", 1, [3, 5])],
+        (
+            (
+                f"{L0}.mlp.gate_proj.weight loses 2 of 24 along dimension 1, which no key of config.json "
+                "carries"
+            ),
+        ),
+        channels(FOUR),
+        NARROW,
+    ),
+    "a tensor that the family does not know": Case(
+        {**decoder(LLAMA), "model.extra.weight": (5, 4)},
+        LLAMA,
+        [*channels(FOUR), ("model.extra.weight", 0, [1])],
+        ("model.extra.weight loses 1 of 5 along dimension 0, which no key of config.json carries",),
+        channels(FOUR),
+        NARROW,
+    ),
+    "a matrix of another size than the config's": Case(
+        {**decoder(LLAMA), f"{L1}.mlp.up_proj.weight": (12, 24)},
+        LLAMA,
+        [(f"{L1}.mlp.up_proj.weight", 0, [0, 11])],
+        ((f"{L1}.mlp.up_proj.weight has 12 along dimension 0, config.json says 10 for intermediate_size"),),
+        heads([0, 1], [0]),
+        FEWER_HEADS,
+    ),
+    "a matrix of another size beside such as are cut": Case(
+        {**decoder(LLAMA), f"{L1}.mlp.up_proj.weight": (12, 24)},
+        LLAMA,
+        [
+            *channels(FOUR, "*.[02].mlp"),
+            (f"{L1}.mlp.gate_proj.weight", 0, FOUR),
+            (f"{L1}.mlp.down_proj.weight", 1, FOUR),
+        ],
+        ((f"{L1}.mlp.up_proj.weight has 12 along dimension 0, config.json says 10 for intermediate_size"),),
+        heads([0, 1], [0]),
+        FEWER_HEADS,
+    ),
+    "a fused matrix of another size than the config's": Case(
+        {**phi3(), f"{L0}.self_attn.qkv_proj.weight": (26, 24)},
+        PHI3,
+        [(f"{L0}.self_attn.qkv_proj.weight", 0, [1])],
+        (
+            (
+                f"{L0}.self_attn.qkv_proj.weight has 26 along dimension 0, config.json says 12 for "
+                "num_attention_heads + 6 for num_key_value_heads + 6 for num_key_value_heads"
+            ),
+        ),
+        [(f"{L0}.mlp.gate_up_proj.weight", 0, [2, 3, 12, 13]), (f"{L0}.mlp.down_proj.weight", 1, [2, 3])],
+        {"intermediate_size": (10, 8)},
+    ),
+    "half a head": Case(
+        decoder(ONE),
+        ONE,
+        [
+            ("*.q_proj.weight", 0, [0, 1, 2, 3, 4, 6]),
+            ("*.o_proj.weight", 1, [0, 1, 2, 3]),
+            ("*.[kv]_proj.weight", 0, [0, 1]),
+        ],
+        (
+            (
+                f"{L0}.self_attn.q_proj.weight keeps 6 of 12 along dimension 0, wanted whole units of 2, "
+                "as num_attention_heads counts them"
+            ),
+            (
+                f"{L0}.self_attn.q_proj.weight keeps 2 of 6 along dimension 0, "
+                f"{L0}.self_attn.o_proj.weight keeps 4 of 6 along dimension 1 (num_attention_heads): "
+                "couple them in the spec"
+            ),
+            (
+                f"{L0}: of its 3 key/value heads 2 stay, and they have [0, 0, 2] query heads: each that "
+                "stays must keep as many, the others none"
+            ),
+        ),
+        heads([0, 1], [0]),
+        FEWER_HEADS,
+    ),
+    "gate and up that keep unlike numbers": Case(
+        decoder({**LLAMA, "num_hidden_layers": 2}),
+        {**LLAMA, "num_hidden_layers": 2},
+        [
+            *channels(FOUR, "*.0.mlp"),
+            *channels(FOUR, f"{L1}.mlp")[:2],
+            (f"{L1}.mlp.down_proj.weight", 1, [0, 3]),
+        ],
+        (
+            (
+                f"{L1}.mlp.gate_proj.weight keeps 6 of 10 along dimension 0, {L1}.mlp.down_proj.weight "
+                "keeps 8 of 10 along dimension 1 (intermediate_size): couple them in the spec"
+            ),
+        ),
+        channels(FOUR),
+        NARROW,
+    ),
+    "gate and up that keep unlike channels": Case(
+        decoder(ONE),
+        ONE,
+        [*channels(FOUR)[:1], *channels([1, 2, 3, 4])[1:]],
+        (
+            (
+                f"{L0}.mlp.gate_proj.weight keeps 6 of 10 along dimension 0, {L0}.mlp.up_proj.weight as "
+                "many others (intermediate_size): couple them in the spec"
+            ),
+            (
+                f"{L0}.mlp.gate_proj.weight keeps 6 of 10 along dimension 0, {L0}.mlp.down_proj.weight as "
+                "many others (intermediate_size): couple them in the spec"
+            ),
+        ),
+        channels(FOUR),
+        NARROW,
+    ),
+    "one matrix of three": Case(
+        decoder(ONE),
+        ONE,
+        channels(FOUR)[1:2],
+        (
+            (
+                f"{L0}.mlp.up_proj.weight keeps 6 of 10 along dimension 0, {L0}.mlp.gate_proj.weight keeps"
+                " 10 of 10 along dimension 0 (intermediate_size): couple them in the spec"
+            ),
+            (
+                f"{L0}.mlp.up_proj.weight keeps 6 of 10 along dimension 0, {L0}.mlp.down_proj.weight keeps"
+                " 10 of 10 along dimension 1 (intermediate_size): couple them in the spec"
+            ),
+        ),
+        channels(FOUR),
+        NARROW,
+    ),
+    "gate and up of one matrix that keep unlike channels": Case(
+        phi3(),
+        PHI3,
+        [(f"{L0}.mlp.gate_up_proj.weight", 0, [2, 3, 12, 14]), (f"{L0}.mlp.down_proj.weight", 1, [2, 3])],
+        (
+            (
+                f"{L0}.mlp.gate_up_proj.weight keeps 8 of 10 along dimension 0, "
+                f"{L0}.mlp.gate_up_proj.weight as many others (intermediate_size): couple them in the spec"
+            ),
+        ),
+        [(f"{L0}.mlp.gate_up_proj.weight", 0, [2, 3, 12, 13]), (f"{L0}.mlp.down_proj.weight", 1, [2, 3])],
+        {"intermediate_size": (10, 8)},
+    ),
+    "a part of shared experts that is none for each": Case(
+        deepseek(GROUPED),
+        GROUPED,
+        [*channels([1], "*.experts.*"), *channels([1, 8, 11], "*.shared_experts")],
+        (
+            (
+                f"{L1}.mlp.shared_experts.gate_proj.weight keeps 11 of 14 along dimension 0, wanted a "
+                "multiple of 2, as moe_intermediate_size counts them"
+            ),
+            (
+                f"{L1}.mlp.shared_experts.up_proj.weight keeps 11 of 14 along dimension 0, wanted a "
+                "multiple of 2, as moe_intermediate_size counts them"
+            ),
+            (
+                f"{L1}.mlp.shared_experts.down_proj.weight keeps 11 of 14 along dimension 1, wanted a "
+                "multiple of 2, as moe_intermediate_size counts them"
+            ),
+            (
+                f"moe_intermediate_size would be 6 in {L1}.mlp.experts.7.gate_proj and 5 in "
+                f"{L1}.mlp.shared_experts.gate_proj, and config.json has one for all: give all of these "
+                "the same nnz or sparsity"
+            ),
+        ),
+        [*channels([1], "*.experts.*"), *channels([8, 11], "*.shared_experts")],
+        {"moe_intermediate_size": (7, 6)},
+    ),
+    "shared experts of other channels": Case(
+        deepseek(GROUPED),
+        GROUPED,
+        [
+            *channels([1], "*.experts.*"),
+            *channels([8, 11], "*.shared_experts")[:2],
+            *channels([8, 12], "*.shared_experts")[2:],
+        ],
+        (
+            (
+                f"{L1}.mlp.shared_experts.gate_proj.weight keeps 12 of 14 along dimension 0, "
+                f"{L1}.mlp.shared_experts.down_proj.weight as many others (moe_intermediate_size): couple "
+                "them in the spec"
+            ),
+        ),
+        [*channels([1], "*.experts.*"), *channels([8, 11], "*.shared_experts")],
+        {"moe_intermediate_size": (7, 6)},
+    ),
+    "layers of unlike widths": Case(
+        decoder(LLAMA),
+        LLAMA,
+        [*channels(FOUR, f"{L0}.mlp"), *channels([1], f"{L2}.mlp")],
+        (
+            (
+                "intermediate_size would be 6 in model.layers.0.mlp.gate_proj and 10 in "
+                "model.layers.1.mlp.gate_proj, and config.json has one for all: give all of these "
+                "the same nnz or sparsity"
+            ),
+        ),
+        [
+            *channels(FOUR, f"{L0}.mlp"),
+            *channels([1, 2, 5, 6], f"{L1}.mlp"),
+            *channels([0, 1, 2, 9], f"{L2}.mlp"),
+        ],
+        NARROW,
+    ),
+    "experts of unlike widths": Case(
+        mixture(QWEN3_MOE),
+        QWEN3_MOE,
+        [*channels([1], "*.experts.[012]"), *channels([1, 2], "*.experts.3")],
+        (
+            (
+                f"moe_intermediate_size would be 6 in {L1}.mlp.experts.2.gate_proj and 5 in "
+                f"{L1}.mlp.experts.3.gate_proj, and config.json has one for all: give all of these the "
+                "same nnz or sparsity"
+            ),
+        ),
+        [*channels([1], "*.experts.[012]"), *channels([5], "*.experts.3")],
+        {"moe_intermediate_size": (7, 6)},
+    ),
+    "unlike numbers of experts": Case(
+        mixture(QWEN3_MOE),
+        QWEN3_MOE,
+        whole(f"{L0}.mlp.experts.0.*", f"{L1}.mlp.experts.[12].*"),
+        (
+            (
+                "num_experts would be 3 in model.layers.0.mlp and 2 in model.layers.1.mlp, and "
+                "config.json has one for all: give all of these the same nnz or sparsity"
+            ),
+        ),
+        whole(f"{L0}.mlp.experts.0.*", f"{L1}.mlp.experts.2.*"),
+        {"num_experts": (4, 3)},
+    ),
+    "all experts": Case(
+        mixture(MOE),
+        MOE,
+        whole("*.experts.*"),
+        (
+            "num_experts would be 0, fewer than the 2 of num_experts_per_tok",
+            "config.json: num_experts would be 0: nothing is left",
+        ),
+        whole("*.experts.1.*"),
+        {"num_experts": (4, 3)},
+    ),
+    "no channel": Case(
+        decoder(ONE),
+        ONE,
+        channels(range(10)),
+        (
+            (
+                f"{L0}.mlp.gate_proj.weight: nothing of its [10, 24] is kept, and it belongs to no layer "
+                "or expert that is dropped as a whole, since "
+                f"{L0}.self_attn.q_proj.weight stays: couple all tensors of one"
+            ),
+            (
+                f"{L0}.mlp.up_proj.weight: nothing of its [10, 24] is kept, and it belongs to no layer or "
+                "expert that is dropped as a whole, since "
+                f"{L0}.self_attn.q_proj.weight stays: couple all tensors of one"
+            ),
+            (
+                f"{L0}.mlp.down_proj.weight: nothing of its [24, 10] is kept, and it belongs to no layer "
+                "or expert that is dropped as a whole, since "
+                f"{L0}.self_attn.q_proj.weight stays: couple all tensors of one"
+            ),
+        ),
+        channels(range(9)),
+        {"intermediate_size": (10, 1)},
+    ),
+    "no channel in a layer": Case(
+        decoder(LLAMA),
+        LLAMA,
+        channels(range(10), f"{L0}.mlp"),
+        (
+            (
+                f"{L0}.mlp.gate_proj.weight: nothing of its [10, 24] is kept, and it belongs to no layer "
+                "or expert that is dropped as a whole, since "
+                f"{L0}.self_attn.q_proj.weight stays: couple all tensors of one"
+            ),
+            (
+                f"{L0}.mlp.up_proj.weight: nothing of its [10, 24] is kept, and it belongs to no layer or "
+                "expert that is dropped as a whole, since "
+                f"{L0}.self_attn.q_proj.weight stays: couple all tensors of one"
+            ),
+            (
+                f"{L0}.mlp.down_proj.weight: nothing of its [24, 10] is kept, and it belongs to no layer "
+                "or expert that is dropped as a whole, since "
+                f"{L0}.self_attn.q_proj.weight stays: couple all tensors of one"
+            ),
+        ),
+        channels(range(9)),
+        {"intermediate_size": (10, 1)},
+    ),
+    "members of a list that no key counts": Case(
+        {**decoder(LLAMA), **{f"model.adapters.{number}.weight": (3, 3) for number in range(4)}},
+        LLAMA,
+        whole("model.adapters.1.*"),
+        ("model.adapters loses 1 of 4 members, which no key of config.json counts",),
+        whole(f"{L1}.*"),
+        {"num_hidden_layers": (3, 2)},
+    ),
+    "a router alone": Case(
+        mixture(MOE),
+        MOE,
+        [("*.mlp.gate.weight", 0, [1])],
+        (
+            (
+                f"{L0}.mlp.experts keeps 4 of 4, {L0}.mlp.gate.weight keeps 3 of 4 along dimension 0 "
+                "(num_experts): couple them in the spec"
+            ),
+        ),
+        [*whole("*.experts.1.*"), ("*.mlp.gate.weight", 0, [1])],
+        {"num_experts": (4, 3)},
+    ),
+    "another row of the router": Case(
+        mixture(MOE),
+        MOE,
+        [*whole("*.experts.1.*"), ("*.mlp.gate.weight", 0, [2])],
+        (
+            (
+                f"{L0}.mlp.experts keeps 3 of 4, {L0}.mlp.gate.weight as many others (num_experts): couple "
+                "them in the spec"
+            ),
+        ),
+        whole("*.experts.1.*"),
+        {"num_experts": (4, 3)},
+    ),
+    "a vector in place of a matrix": Case(
+        {**decoder(ONE), f"{L0}.mlp.down_proj.weight": (240,)},
+        ONE,
+        channels(FOUR)[:2],
+        (f"{L0}.mlp.down_proj.weight has 0 along dimension 1, config.json says 10 for intermediate_size",),
+        heads([0, 1], [0]),
+        FEWER_HEADS,
+    ),
+    "experts with a gap between their numbers": Case(
+        {name.replace("experts.3.", "experts.4."): shape for name, shape in mixture(MOE).items()},
+        MOE,
+        whole("*.experts.0.*"),
+        (f"{L0}.mlp.experts has 4 members, config.json says 4",),
+        channels([0], "*.experts.*"),
+        {"moe_intermediate_size": (7, 6)},
+    ),
+    "a key/value head alone": Case(
+        decoder(ONE),
+        ONE,
+        heads([], [0]),
+        (
+            (
+                f"{L0}: of its 3 key/value heads 2 stay, and they have [2, 2, 2] query heads: each that "
+                "stays must keep as many, the others none"
+            ),
+        ),
+        heads([0, 1], [0]),
+        FEWER_HEADS,
+    ),
+    "a query head alone in a module that is all of the checkpoint": Case(
+        attention("self_attn", LLAMA),
+        LLAMA,
+        heads([0, 1], [], "self_attn"),
+        (
+            (
+                "the model: of its 3 key/value heads 3 stay, and they have [0, 2, 2] query heads: each that "
+                "stays must keep as many, the others none"
+            ),
+        ),
+        heads([0, 1], [0], "self_attn"),
+        FEWER_HEADS,
+    ),
+    "quantized, as is said beside a nested config": Case(
+        pictures(),
+        {**PICTURES, "quantization_config": {"quant_method": "fp8"}},
+        channels(FOUR, "language*.mlp"),
+        (
+            (
+                "language_model.model.layers.0.mlp.gate_proj.weight is quantized, and its scales are those "
+                "of the whole: dequantize the checkpoint first"
+            ),
+        ),
+        whole("language*.layers.0.*"),
+        {"text_config.num_hidden_layers": (2, 1)},
+    ),
+    "a matrix of another size, cut as those beside it": Case(
+        {**decoder(ONE), f"{L0}.mlp.up_proj.weight": (12, 24)},
+        ONE,
+        channels(FOUR),
+        (f"{L0}.mlp.up_proj.weight has 12 along dimension 0, config.json says 10 for intermediate_size",),
+        heads([0, 1], [0]),
+        FEWER_HEADS,
+    ),
+    "as many problems as are told": Case(
+        decoder(LLAMA, layers=10),
+        {**LLAMA, "num_hidden_layers": 10},
+        [("*.mlp.gate_proj.weight", 1, [0])],
+        tuple(
+            f"model.layers.{layer}.mlp.gate_proj.weight loses 1 of 24 along dimension 1, which no key of "
+            "config.json carries"
+            for layer in range(10)
+        ),
+        channels(FOUR),
+        NARROW,
+    ),
+    "a width that is true": Case(
+        decoder(ONE),
+        {**ONE, "intermediate_size": True},
+        channels(FOUR),
+        ("config.json: config.intermediate_size comes to true, wanted an integer",),
+        [],
+        {},
+    ),
+    "a nested config that is none": Case(
+        pictures(),
+        {"model_type": "gemma3", "text_config": ["gemma3_text"]},
+        channels(FOUR, "language*.mlp"),
+        (
+            (
+                'config.json: nothing is known of the model_type "gemma3", so that no key can carry the '
+                f"smaller shapes; known are {KNOWN}; apply keeps all shapes"
+            ),
+        ),
+        [],
+        {},
+    ),
+    "experts that the config counts otherwise": Case(
+        mixture({**QWEN3_MOE, "num_experts": 5}),
+        QWEN3_MOE,
+        whole("*.experts.0.*"),
+        (
+            f"{L0}.mlp.experts has 5 members, config.json says 4",
+            f"{L1}.mlp.experts has 5 members, config.json says 4",
+        ),
+        channels([0], "*.experts.*"),
+        {"moe_intermediate_size": (7, 6)},
+    ),
+    "a router beside more experts than the config counts": Case(
+        {**mixture(QWEN3_MOE), f"{L1}.mlp.experts.4.gate_proj.weight": (7, 24)},
+        QWEN3_MOE,
+        whole(f"{L0}.mlp.experts.0.*"),
+        (
+            (
+                "num_experts would be 3 in model.layers.0.mlp and 4 in model.layers.1.mlp.gate, "
+                "and config.json has one for all: give all of these the same nnz or sparsity"
+            ),
+            f"{L1}.mlp.experts has 5 members, config.json says 4",
+        ),
+        channels([0, 1], "*.layers.?.mlp.experts.*"),
+        {"moe_intermediate_size": (7, 5)},
+    ),
+    "layers of another list": Case(
+        {**decoder(LLAMA), **decoder(LLAMA, "draft.")},
+        LLAMA,
+        whole("model.layers.0.*", "draft.layers.1.*"),
+        ("draft.layers loses layers, as another list of layers does: config.json counts one",),
+        channels(FOUR),
+        NARROW,
+    ),
+    "all layers": Case(
+        decoder(LLAMA),
+        LLAMA,
+        whole("*.layers.*"),
+        ("config.json: num_hidden_layers would be 0: nothing is left",),
+        whole(f"{L0}.*", f"{L2}.*"),
+        {"num_hidden_layers": (3, 1)},
+    ),
+    "layers of which the number has a say": Case(
+        gpt2(),
+        {**GPT2, "scale_attn_by_inverse_layer_idx": True},
+        whole("h.1.*"),
+        ("layers cannot go: the scale of attention depends on a layer's number",),
+        [("*.c_fc.weight", 1, FOUR), ("*.c_fc.bias", 0, FOUR), ("*.mlp.c_proj.weight", 0, FOUR)],
+        {"n_inner": (None, 28)},
+    ),
+    "layers that end in a norm": Case(
+        encoder(),
+        BERT,
+        whole("*.layer.1.*"),
+        (
+            (
+                "layers cannot go: a BertLayer ends in a LayerNorm, so that without anything of it zeros "
+                "are passed on, not its input"
+            ),
+        ),
+        [("*.intermediate.dense.*", 0, FOUR), ("*.layer.?.output.dense.weight", 1, FOUR)],
+        NARROW,
+    ),
+    "heads of which the class derives the size": Case(
+        encoder(),
+        BERT,
+        [("*.self.*", 0, [0, 1]), ("*.attention.output.dense.weight", 1, [0, 1])],
+        (
+            (
+                "num_attention_heads cannot change: BertSelfAttention derives the size of a head from "
+                "hidden_size // num_attention_heads, so that fewer are larger"
+            ),
+        ),
+        [("*.intermediate.dense.*", 0, FOUR), ("*.layer.?.output.dense.weight", 1, FOUR)],
+        NARROW,
+    ),
+    "heads in one matrix, of which the class derives the size": Case(
+        gpt2(),
+        GPT2,
+        [
+            ("*.c_attn.weight", 1, [0, 1, 8, 9, 16, 17]),
+            ("*.c_attn.bias", 0, [0, 1, 8, 9, 16, 17]),
+            ("*.attn.c_proj.weight", 0, [0, 1]),
+        ],
+        (
+            (
+                "n_head cannot change: GPT2Attention derives the size of a head from n_embd // n_head, so"
+                " that fewer are larger"
+            ),
+        ),
+        whole("h.0.*"),
+        {"n_layer": (2, 1)},
+    ),
+    "scales beside what is cut": Case(
+        {
+            **decoder(LLAMA),
+            f"{L0}.mlp.up_proj.weight_scale": (10, 1),
+            f"{L0}.self_attn.q_proj.weight_scale": (12, 1),
+            f"{L0}.mlp.gate_proj.lora_A.default.weight": (2, 24),
+            f"{L0}.mlp.act.scale": (1,),
+        },
+        LLAMA,
+        channels(FOUR),
+        (
+            (
+                f"{L0}.mlp.up_proj.weight_scale lies beside {L0}.mlp.up_proj.weight, which is cut, and "
+                "nothing tells how to cut it: merge it, or take it out"
+            ),
+            (
+                f"{L0}.mlp.gate_proj.lora_A.default.weight lies beside {L0}.mlp.gate_proj.weight, which is "
+                "cut, and nothing tells how to cut it: merge it, or take it out"
+            ),
+        ),
+        whole(f"{L0}.*"),
+        {"num_hidden_layers": (3, 2)},
+    ),
+    "query heads of a key/value head that goes": Case(
+        decoder(ONE),
+        ONE,
+        heads([0, 2], [0]),
+        (
+            (
+                f"{L0}: of its 3 key/value heads 2 stay, and they have [1, 1, 2] query heads: each that "
+                "stays must keep as many, the others none"
+            ),
+        ),
+        heads([0, 1], [0]),
+        FEWER_HEADS,
+    ),
+    "unlike numbers of query heads": Case(
+        decoder(ONE),
+        ONE,
+        heads([0, 2, 3], [1]),
+        (
+            (
+                f"{L0}: of its 3 key/value heads 2 stay, and they have [1, 0, 2] query heads: each that "
+                "stays must keep as many, the others none"
+            ),
+        ),
+        heads([2, 3], [1]),
+        FEWER_HEADS,
+    ),
+    "a query head of two key/value heads": Case(
+        decoder(ONE),
+        ONE,
+        heads([0, 2], []),
+        (
+            (
+                f"{L0}: of its 3 key/value heads 3 stay, and they have [1, 1, 2] query heads: each that "
+                "stays must keep as many, the others none"
+            ),
+        ),
+        heads([0, 2, 5], []),
+        {"num_attention_heads": (6, 3)},
+    ),
+    "a number of heads that the config's class refuses": Case(
+        decoder({**LLAMA, "hidden_size": 18}),
+        {**LLAMA, "hidden_size": 18},
+        heads([0, 1], [0]),
+        (("num_attention_heads would be 4, and the config's class wants a divisor of hidden_size, 18"),),
+        heads(range(4), [0, 1]),
+        {"num_attention_heads": (6, 2), "num_key_value_heads": (3, 1)},
+    ),
+    "fewer experts than are chosen": Case(
+        mixture(QWEN3_MOE),
+        QWEN3_MOE,
+        whole("*.experts.[013].*"),
+        ("num_experts would be 1, fewer than the 2 of num_experts_per_tok",),
+        whole("*.experts.[03].*"),
+        {"num_experts": (4, 2)},
+    ),
+    "fewer experts in a tensor than are chosen": Case(
+        gpt_oss(),
+        GPT_OSS,
+        [("*.mlp.experts.*", 0, [0, 1, 3])],
+        ("num_local_experts would be 1, fewer than the 2 of num_experts_per_tok",),
+        [("*.mlp.experts.*", 0, [0, 1])],
+        {"num_local_experts": (4, 2)},
+    ),
+    "groups of unlike sizes": Case(
+        deepseek(GROUPED),
+        GROUPED,
+        experts_to(4, 3),
+        (
+            (
+                f"{L1}: its groups of experts would have [4, 3] members, and n_group counts groups of one "
+                "size: prune the same number in each"
+            ),
+        ),
+        experts_to(3, 3),
+        {"n_routed_experts": (8, 6)},
+    ),
+    "unlike numbers of groups": Case(
+        deepseek(),
+        DEEPSEEK,
+        [*experts_to(4, 0, L1), *experts_to(2, 2, L2)],
+        ("n_group would be 1 and 2, and config.json has one for all",),
+        [*experts_to(4, 0, L1), *experts_to(0, 4, L2)],
+        {"n_routed_experts": (8, 4), "n_group": (2, 1)},
+    ),
+    "fewer groups than serve": Case(
+        deepseek(GROUPED),
+        {**GROUPED, "topk_group": 2},
+        experts_to(0, 4),
+        ("n_group would be 1, fewer than the 2 of topk_group",),
+        experts_to(3, 3),
+        {"n_routed_experts": (8, 6)},
+    ),
+    "groups that have no two members": Case(
+        deepseek(GROUPED),
+        {**GROUPED, "num_experts_per_tok": 1},
+        experts_to(1, 1),
+        (
+            (
+                f"{L1}: its groups of experts would have 1 of 4 members each, and the router takes the "
+                "best 2 of each"
+            ),
+        ),
+        experts_to(2, 2),
+        {"n_routed_experts": (8, 4)},
+    ),
+    "groups that have fewer members than are chosen": Case(
+        deepseek(GROUPED),
+        GROUPED,
+        experts_to(2, 2),
+        ("1 groups would have fewer experts than the 3 of num_experts_per_tok",),
+        experts_to(3, 3),
+        {"n_routed_experts": (8, 6)},
+    ),
+    "quantized": Case(
+        decoder(LLAMA),
+        {**LLAMA, "quantization_config": {"quant_method": "fp8"}},
+        channels(FOUR),
+        (
+            (
+                f"{L0}.mlp.gate_proj.weight is quantized, and its scales are those of the whole: "
+                "dequantize the checkpoint first"
+            ),
+        ),
+        whole(f"{L0}.*"),
+        {"num_hidden_layers": (3, 2)},
+    ),
+    "quantized, as a nested config says": Case(
+        pictures(),
+        {**PICTURES, "text_config": {**PICTURES["text_config"], "quantization_config": {}}},
+        channels(FOUR, "language*.mlp"),
+        (
+            (
+                "language_model.model.layers.0.mlp.gate_proj.weight is quantized, and its scales are "
+                "those of the whole: dequantize the checkpoint first"
+            ),
+        ),
+        whole("language*.layers.0.*"),
+        {"text_config.num_hidden_layers": (2, 1)},
+    ),
+    "a list without an entry for each layer": Case(
+        decoder(LLAMA),
+        {**LLAMA, "layer_types": ["a", "b"]},
+        whole(f"{L0}.*"),
+        ("config.json: layer_types has no entry for each of 3 layers",),
+        channels(FOUR),
+        NARROW,
+    ),
+    "a list that is none": Case(
+        decoder(LLAMA),
+        {**LLAMA, "layer_types": "abc"},
+        whole(f"{L0}.*"),
+        ("config.json: layer_types has no entry for each of 3 layers",),
+        channels(FOUR),
+        NARROW,
+    ),
+    "no config": Case(
+        decoder(LLAMA),
+        None,
+        channels(FOUR),
+        (
+            (
+                "there is no config.json, which has to say what becomes smaller; give the directory of a "
+                "checkpoint that has one, or use apply, which keeps all shapes"
+            ),
+        ),
+        [],
+        {},
+    ),
+    "a type of model that is not known": Case(
+        decoder(LLAMA),
+        {**LLAMA, "model_type": "mamba"},
+        channels(FOUR),
+        (
+            (
+                'config.json: nothing is known of the model_type "mamba", so that no key can carry the '
+                f"smaller shapes; known are {KNOWN}; apply keeps all shapes"
+            ),
+        ),
+        [],
+        {},
+    ),
+    "no type of model": Case(
+        decoder(LLAMA),
+        {},
+        channels(FOUR),
+        (
+            (
+                "config.json: nothing is known of the model_type null, so that no key can carry the "
+                f"smaller shapes; known are {KNOWN}; apply keeps all shapes"
+            ),
+        ),
+        [],
+        {},
+    ),
+    "a nested config of a type that is not known": Case(
+        pictures(),
+        {**PICTURES, "text_config": {"model_type": ["a"]}},
+        channels(FOUR, "language*.mlp"),
+        (
+            (
+                'config.json: nothing is known of the model_type ["a"], so that no key can carry the '
+                f"smaller shapes; known are {KNOWN}; apply keeps all shapes"
+            ),
+        ),
+        [],
+        {},
+    ),
+    "a width that is no number": Case(
+        decoder(LLAMA),
+        {**LLAMA, "intermediate_size": "10"},
+        channels(FOUR),
+        ('config.json: config.intermediate_size comes to "10", wanted an integer',),
+        [],
+        {},
+    ),
+    "a width that is no integer": Case(
+        decoder(LLAMA),
+        {**LLAMA, "intermediate_size": 10.0},
+        channels(FOUR),
+        ("config.json: config.intermediate_size comes to 10.0, wanted an integer",),
+        [],
+        {},
+    ),
+    "a size of heads without heads": Case(
+        decoder(LLAMA),
+        {**LLAMA, "head_dim": None, "num_attention_heads": 0},
+        heads([0, 1], [0]),
+        (
+            (
+                'config.json: "config.head_dim or config.hidden_size // config.num_attention_heads" '
+                "column 20: this divides by zero"
+            ),
+        ),
+        [],
+        {},
+    ),
+    "layers of a vision tower": Case(
+        pictures(),
+        PICTURES,
+        whole("vision*.layers.0.*"),
+        ("vision_tower.encoder.layers loses 1 of 2 members, which no key of config.json counts",),
+        whole("language*.layers.0.*"),
+        {"text_config.num_hidden_layers": (2, 1)},
+    ),
+    "channels of a vision tower": Case(
+        pictures(),
+        PICTURES,
+        [
+            ("vision*.1.mlp.fc1.weight", 0, [1]),
+            ("vision*.1.mlp.fc2.weight", 1, [1]),
+            ("vision*.1.mlp.gate_proj.weight", 0, [0]),
+        ],
+        (
+            (
+                "vision_tower.encoder.layers.1.mlp.fc1.weight loses 1 of 12 along dimension 0, which no "
+                "key of config.json carries"
+            ),
+            (
+                "vision_tower.encoder.layers.1.mlp.fc2.weight loses 1 of 12 along dimension 1, which no "
+                "key of config.json carries"
+            ),
+            (
+                "vision_tower.encoder.layers.1.mlp.gate_proj.weight loses 1 of 10 along dimension 0, "
+                "which no key of config.json carries"
+            ),
+        ),
+        channels(FOUR, "language*.mlp"),
+        {"text_config.intermediate_size": (10, 6)},
+    ),
+    "tensors without their layer": Case(
+        decoder(LLAMA),
+        LLAMA,
+        whole("model.norm.weight", "model.layers.1.mlp.up_proj.weight"),
+        (
+            (
+                f"{L1}.mlp.up_proj.weight: nothing of its [10, 24] is kept, and it belongs to no layer or "
+                "expert that is dropped as a whole, since "
+                f"{L1}.self_attn.q_proj.weight stays: couple all tensors of one"
+            ),
+            (
+                "model.norm.weight: nothing of its [24] is kept, and it belongs to no layer or expert "
+                "that is dropped as a whole: couple all tensors of one"
+            ),
+        ),
+        whole(f"{L0}.*"),
+        {"num_hidden_layers": (3, 2)},
+    ),
+    "more problems than are told": Case(
+        decoder(LLAMA, layers=12),
+        {**LLAMA, "num_hidden_layers": 12},
+        [("*.mlp.gate_proj.weight", 1, [0])],
+        (
+            *(
+                f"model.layers.{layer}.mlp.gate_proj.weight loses 1 of 24 along dimension 1, which no key of "
+                "config.json carries"
+                for layer in range(10)
+            ),
+            "and 2 more",
+        ),
+        channels(FOUR),
+        NARROW,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_no_class_can_express_is_refused_line_by_line(case: str) -> None:
+    shapes, config, refused, lines, *_ = CASES[case]
+    kept, before = cut(shapes, refused), deepcopy((shapes, config))
+    with pytest.raises(CheckpointError) as error:
+        make_removal(shapes, kept, config)
+    assert error.value.args == lines
+    assert (shapes, config) == before
+    check_untouched(kept, cut(shapes, refused))
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if CASES[case].legal])
+def test_its_neighbour_is_legal_and_changes_its_keys_alone(case: str) -> None:
+    shapes, config, _, _, legal, changes = CASES[case]
+    kept, before = cut(shapes, legal), deepcopy((shapes, config))
+    removal = make_removal(shapes, kept, config)
+    assert {change.key: (change.before, change.after) for change in removal.changes} == changes
+    assert (shapes, config) == before
+    check_untouched(kept, cut(shapes, legal))
+
+
+CONTRADICTING: dict[str, tuple[Shapes, Config, list[Cut], str]] = {
+    # A model, its config, cuts -> what the one line speaks of.
+    "groups that do not divide the experts": (
+        deepseek(GROUPED),
+        {**GROUPED, "n_group": 3},
+        whole("*.experts.[26].*"),
+        "n_group",
+    ),
+    "no group": (deepseek(GROUPED), {**GROUPED, "n_group": 0}, whole("*.experts.[26].*"), "n_group"),
+    "less than no group": (
+        deepseek(GROUPED),
+        {**GROUPED, "n_group": -2},
+        whole("*.experts.[26].*"),
+        "n_group",
+    ),
+    "no number of groups": (
+        deepseek(GROUPED),
+        {**GROUPED, "n_group": None},
+        whole("*.experts.[26].*"),
+        "config.json: config.n_group comes to null, wanted an integer",
+    ),
+    "no expert that is chosen, and none left": (
+        deepseek(GROUPED),
+        {**GROUPED, "num_experts_per_tok": 0, "topk_group": 0},
+        whole("*.experts.*"),
+        "config.json: n_routed_experts would be 0: nothing is left",
+    ),
+    "heads without a size": (
+        {f"{L0}.self_attn.q_proj.weight": (0, 2), f"{L0}.self_attn.k_proj.weight": (3, 2)},
+        {**ONE, "hidden_size": 2, "head_dim": None},
+        [(f"{L0}.self_attn.k_proj.weight", 0, [1])],
+        "",
+    ),
+    "widths below zero that add up": (
+        {**phi3(), f"{L0}.self_attn.qkv_proj.weight": (4, 24)},
+        {**PHI3, "num_attention_heads": 6, "num_key_value_heads": -2},
+        [(f"{L0}.self_attn.qkv_proj.weight", 0, [1, 2])],
+        "",
+    ),
+    "heads that the config leaves out": (
+        decoder(ONE),
+        without(ONE, "num_attention_heads"),
+        heads([0, 1], [0]),
+        "num_attention_heads",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CONTRADICTING)
+def test_a_config_that_contradicts_itself_is_refused(case: str) -> None:
+    shapes, config, cuts, said = CONTRADICTING[case]
+    with pytest.raises(CheckpointError) as error:
+        make_removal(shapes, cut(shapes, cuts), config)
+    assert said in error.value.args[0]
+
+
+def test_keys_that_the_config_leaves_out_are_not_asked_for_where_they_do_not_change() -> None:
+    """Published configs of models with pictures leave to the class what is as its default."""
+    text = without(PICTURES["text_config"], "num_attention_heads", "num_key_value_heads", "head_dim")
+    config = {"model_type": "gemma3", "text_config": text}
+    shapes = pictures()
+    for cuts, key in (
+        (channels([1], "language*.mlp"), "intermediate_size"),
+        (whole("language*.1.*"), "num_hidden_layers"),
+    ):
+        removal = make_removal(shapes, cut(shapes, cuts), config)
+        assert [change.key for change in removal.changes] == [f"text_config.{key}"]
+
+
+def test_null_in_place_of_a_quantization_is_none() -> None:
+    shapes = decoder(LLAMA)
+    removal = make_removal(shapes, cut(shapes, channels([1])), {**LLAMA, "quantization_config": None})
+    assert [change.key for change in removal.changes] == ["intermediate_size"]
+
+
+RESAMPLER: Shapes = {f"resampler.layers.{layer}.weight": (3, 3) for layer in range(3)}
+LISTS: dict[str, list[Cut]] = {
+    "another kind of list": whole("resampler.layers.1.*"),
+    "another kind of list beside it": whole("resampler.layers.1.*", "model.layers.1.*"),
+    "another list of as many layers": whole("draft.layers.1.*"),
+    "one list of two": whole("model.layers.1.*"),
+    "other layers of another list": whole("draft.layers.1.*", "model.layers.2.*"),
+    "the same layers of both": whole("draft.layers.1.*", "model.layers.1.*"),
+}
+
+
+@pytest.mark.parametrize("case", LISTS)
+def test_layers_of_several_lists_are_refused_of_which_the_config_counts_one(case: str) -> None:
+    shapes = {**decoder(LLAMA), **decoder(LLAMA, "draft."), **RESAMPLER}
+    with pytest.raises(CheckpointError) as error:
+        make_removal(shapes, cut(shapes, LISTS[case]), LLAMA)
+    assert len(error.value.args) == 1
+
+
+def test_a_list_of_layers_may_lose_some_beside_others_that_the_config_cannot_count() -> None:
+    shapes = {**decoder(LLAMA), **decoder(LLAMA, "draft.", layers=2), **RESAMPLER}
+    removal = make_removal(shapes, cut(shapes, whole("model.layers.1.*")), LLAMA)
+    assert [change.key for change in removal.changes] == ["num_hidden_layers"]
+    for name in ("resampler.layers.1.weight", "draft.layers.1.mlp.up_proj.weight"):
+        assert removal.left[name].name == name
+
+
+def check_untouched(kept: Mapping[str, Kept], before: Mapping[str, Kept]) -> None:
+    assert list(kept) == list(before)
+    for name, each in kept.items():
+        assert all(map(np.array_equal, each.along, before[name].along))
