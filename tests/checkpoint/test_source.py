@@ -529,7 +529,7 @@ def test_an_input_that_vanished_after_its_header_was_read_is_the_machines_error(
     path.unlink()
     with (
         TensorReader() as reader,
-        pytest.raises(MachineError, match=r"/m\.safetensors: cannot be read: No su"),
+        pytest.raises(MachineError, match=r"/m\.safetensors: cannot be read any more: No su"),
     ):
         reader.read_into(stored, 0, bytearray(3))
 
