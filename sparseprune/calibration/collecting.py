@@ -17,8 +17,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sparseprune.calibration.naming import StoredAs, renumbered, siblings, stored_as, without_statistics
-from sparseprune.calibration.watching import EnoughError, Product, SharedInputs, Watch
+from sparseprune.calibration.watching import (
+    EnoughError,
+    Product,
+    SharedInputs,
+    StoredAs,
+    Watch,
+    renumbered,
+    siblings,
+    stored_as,
+    without_statistics,
+)
 from sparseprune.checkpoint import Collected
 from sparseprune.checkpoint.threads import side_by_side
 from sparseprune.errors import MachineError, SparsepruneError

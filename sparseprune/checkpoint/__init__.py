@@ -4,15 +4,15 @@ Owns the safetensors format and everything that is done to files. Knows neither 
 mathematics of pruning. Called by execution and the reports; imports no torch until masks are loaded.
 """
 
-from sparseprune.checkpoint.folder import OtherFile
-from sparseprune.checkpoint.header import Header, TensorEntry, lay_out, read_header
-from sparseprune.checkpoint.identity import (
+from sparseprune.checkpoint.discovery import OtherFile
+from sparseprune.checkpoint.fingerprint import (
     changed_since,
     checkpoint_identity,
     refuse_changed,
     refuse_changed_shards,
     shards_identity,
 )
+from sparseprune.checkpoint.header import Header, TensorEntry, lay_out, read_header
 from sparseprune.checkpoint.layout import (
     CopyRange,
     MaskFormat,
@@ -22,8 +22,17 @@ from sparseprune.checkpoint.layout import (
     lay_out_apply,
     lay_out_masks,
 )
-from sparseprune.checkpoint.masks import MaskSet, StoredMask, load_masks, open_masks, read_kept
-from sparseprune.checkpoint.provenance import Provenance, provenance_of
+from sparseprune.checkpoint.masks import (
+    MaskSet,
+    Provenance,
+    StoredMask,
+    load_masks,
+    open_masks,
+    provenance_of,
+    read_kept,
+)
+from sparseprune.checkpoint.output import StagedOutput
+from sparseprune.checkpoint.publish import refuse_replacing
 from sparseprune.checkpoint.resizing import Resized, lay_out_choice, lay_out_removal, open_choice
 from sparseprune.checkpoint.source import (
     Checkpoint,
@@ -34,7 +43,6 @@ from sparseprune.checkpoint.source import (
     read_beside,
     read_config,
 )
-from sparseprune.checkpoint.staging import StagedOutput
 from sparseprune.checkpoint.statistics import (
     Collected,
     Statistic,
@@ -43,7 +51,6 @@ from sparseprune.checkpoint.statistics import (
     lay_out_statistics,
     open_statistics,
 )
-from sparseprune.checkpoint.target import refuse_replacing
 
 __all__ = [
     "Checkpoint",

@@ -2,7 +2,7 @@
 
 Lines of JSON, each behind a check sum of all lines up to it: the first holds the format and the identity,
 every other one [key, record]. Owns the form and what a torn or a damaged journal means. Knows neither keys
-nor records. Called by staging.py, which calls `append` only with what is on disk.
+nor records. Called by output.py, which calls `append` only with what is on disk.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, BinaryIO, Self, TypeGuard
 
-from sparseprune.checkpoint import transfer
+from sparseprune.checkpoint import file_io
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -121,8 +121,8 @@ class Journal:
             check_sum = zlib.crc32(text, check_sum)
             lines.append(b"%0*x %s\n" % (_DIGITS, check_sum, text))
         data = b"".join(lines)
-        transfer.write_at(self._descriptor, data, self._end)
-        transfer.sync_data(self._descriptor)
+        file_io.write_at(self._descriptor, data, self._end)
+        file_io.sync_data(self._descriptor)
         self._end += len(data)
         self._check_sum = check_sum
 

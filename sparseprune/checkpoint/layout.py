@@ -1,7 +1,7 @@
 """What an output will be, known before any tensor is read: its files, their headers, who goes where.
 
 Owns the names of outputs and the forms of masks. Pure: no I/O, nothing is checked on disk. Made by
-execution from a checkpoint, carried out by staging.py; the copies are independent items that may run in
+execution from a checkpoint, carried out by output.py; the copies are independent items that may run in
 any order beside the writing of weights and masks.
 """
 
@@ -15,14 +15,14 @@ from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal
 
-from sparseprune.checkpoint.folder import INDEX_SUFFIX, RESULTS, SUFFIX
+from sparseprune.checkpoint.discovery import INDEX_SUFFIX, RESULTS, SUFFIX
 from sparseprune.checkpoint.header import MAX_HEADER, Header, lay_out
 from sparseprune.errors import CheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
-    from sparseprune.checkpoint.folder import OtherFile
+    from sparseprune.checkpoint.discovery import OtherFile
     from sparseprune.checkpoint.source import Checkpoint, Shard, StoredTensor
 
 MaskFormat = Literal["bool", "packed"]

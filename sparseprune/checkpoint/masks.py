@@ -1,8 +1,7 @@
-"""Masks of weights, in either form: which ones a place holds, and which elements they keep.
+"""Mask files: names and shapes of weights, True where a weight is kept, packed or one byte an element.
 
-Owns how mask files are found beside or inside an output, and what they may hold. Knows no weights. Called
-by execution, which reads masks in pieces, and by users through `sparseprune.load_masks`; imports numpy
-and torch only where elements are asked for.
+Owns both forms, how masks are found beside an output, and which run left them. Imports numpy when masks
+are read, torch in `load_masks` alone. Called by execution and by users.
 """
 
 from __future__ import annotations
@@ -11,10 +10,18 @@ from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
-from typing import TYPE_CHECKING, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
-from sparseprune.checkpoint.documents import shown, strict_json
-from sparseprune.checkpoint.folder import INDEX_SUFFIX, RESULTS, SUFFIX, is_folder, read_weight_map
+from sparseprune.checkpoint.discovery import (
+    INDEX_SUFFIX,
+    LARGEST_DOCUMENT,
+    RESULTS,
+    SUFFIX,
+    is_folder,
+    read_object,
+    read_weight_map,
+)
+from sparseprune.checkpoint.file_io import machine_errors, shown, strict_json
 from sparseprune.checkpoint.layout import FORMAT_KEY, SHAPES_KEY, packed_bytes
 from sparseprune.checkpoint.source import StoredTensor, TensorReader, open_shard
 from sparseprune.errors import CheckpointError, MachineError
@@ -28,6 +35,7 @@ if TYPE_CHECKING:
 
     from sparseprune.checkpoint.header import Header
     from sparseprune.checkpoint.source import Shard
+
 
 _INDEX = "masks" + INDEX_SUFFIX
 _SINGLE = "masks" + SUFFIX
@@ -116,7 +124,7 @@ def read_kept(reader: TensorReader, mask: StoredMask, first: int, count: int) ->
     """
     import numpy as np  # noqa: PLC0415  (headers are read without numpy)
 
-    from sparseprune.engine.kernels.dropping import unpack  # noqa: PLC0415
+    from sparseprune.engine.kernels.selecting import unpack  # noqa: PLC0415
 
     if not 0 <= first <= first + count <= mask.numel:
         raise ValueError(f"elements {first} to {first + count} of mask {mask.name!r}, which has {mask.numel}")
@@ -271,3 +279,62 @@ def _is_shape(shape: object) -> TypeGuard[list[int]]:
         if numel > _LARGEST:
             return False
     return True
+
+
+_SCHEMA = "sparseprune."
+_SPEC = "spec.toml"
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """The run that wrote masks: its report, the tensors that this lists, variables that were set, the spec.
+
+    `spec` is the text of its spec.toml, None where it left none.
+    """
+
+    report: Path
+    tensors: frozenset[str]
+    overrides: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    spec: bytes | None = None
+
+
+def provenance_of(masks: MaskSet) -> Provenance | None:
+    """What lies beside masks; None where no run of sparseprune left a report there.
+
+    CheckpointError for a report that is no JSON, MachineError for what cannot be read.
+    """
+    path = next((report for report in masks.beside if report.is_file()), None)
+    report = None if path is None else read_object(path)
+    names = None if report is None else _names(report)
+    if path is None or report is None or names is None:
+        return None
+    were_set = report.get("set")
+    return Provenance(
+        report=path,
+        tensors=names,
+        overrides=MappingProxyType(
+            {name: str(value) for name, value in (were_set if isinstance(were_set, dict) else {}).items()}
+        ),
+        spec=_spec_beside(path),
+    )
+
+
+def _names(report: Mapping[str, Any]) -> frozenset[str] | None:
+    """The tensors that a report lists; None where it is not ours, or not whole."""
+    tensors = report.get("tensors")
+    if not str(report.get("schema", "")).startswith(_SCHEMA) or not isinstance(tensors, list):
+        return None
+    names = [tensor.get("name") if isinstance(tensor, dict) else None for tensor in tensors]
+    listed = frozenset(name for name in names if isinstance(name, str))
+    return listed if len(listed) == len(tensors) else None
+
+
+def _spec_beside(report: Path) -> bytes | None:
+    """The spec of a report in a folder of its own; beside a file none is written."""
+    spec = report.with_name(_SPEC)
+    if report.name != REPORT or not spec.is_file():
+        return None
+    with machine_errors(spec, "cannot be read"):
+        if spec.stat().st_size > LARGEST_DOCUMENT:
+            raise CheckpointError(f"{spec}: larger than {LARGEST_DOCUMENT} bytes; wanted a page of TOML")
+        return spec.read_bytes()

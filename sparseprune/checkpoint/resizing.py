@@ -1,7 +1,7 @@
 """The output of a removal: the same shards with fewer, smaller and renumbered tensors, and what decides it.
 
 Owns the new headers, the index, the names of shards, and the folder in which masks (and rebuilt weights) wait
-meanwhile. Reads no data of tensors. Called by the command line, carried out by staging.py.
+meanwhile. Reads no data of tensors. Called by the command line, carried out by output.py.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from sparseprune.checkpoint.folder import NUMBERED, RESULTS, SUFFIX, read_object
+from sparseprune.checkpoint.discovery import NUMBERED, RESULTS, SUFFIX, read_object
 from sparseprune.checkpoint.header import Header, lay_out
 from sparseprune.checkpoint.layout import (
     CopyRange,
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence
 
     from sparseprune.checkpoint.masks import StoredMask
+    from sparseprune.checkpoint.output import StagedOutput
     from sparseprune.checkpoint.source import Checkpoint, Shard
-    from sparseprune.checkpoint.staging import StagedOutput
 
 CONFIG = PurePosixPath("config.json")
 

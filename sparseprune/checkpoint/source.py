@@ -1,7 +1,7 @@
 """The reading side: what a checkpoint holds, and the bytes of its tensors.
 
 Owns the types that describe an input and the only code that reads its data. Finding the files is
-folder.py's part. Opens nothing for writing. Called by execution, and by layout.py for the types.
+discovery.py's part. Opens nothing for writing. Called by execution, and by layout.py for the types.
 """
 
 from __future__ import annotations
@@ -12,12 +12,18 @@ from pathlib import PurePosixPath
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Self
 
-from sparseprune.checkpoint import folder, transfer
-from sparseprune.checkpoint.descriptors import OpenFiles
-from sparseprune.checkpoint.documents import shown
+from sparseprune.checkpoint import discovery, file_io
+from sparseprune.checkpoint.file_io import (
+    NO_STAMP,
+    ChangedInputError,
+    OpenFiles,
+    Stamp,
+    permissions,
+    replaced,
+    shown,
+    stamp_of,
+)
 from sparseprune.checkpoint.header import Header, TensorEntry, read_header
-from sparseprune.checkpoint.stamps import NO_STAMP, Stamp, permissions, replaced, stamp_of
-from sparseprune.checkpoint.transfer import ChangedInputError
 from sparseprune.errors import CheckpointError, SparsepruneError
 
 if TYPE_CHECKING:
@@ -25,8 +31,8 @@ if TYPE_CHECKING:
     from pathlib import Path
     from types import TracebackType
 
-    from sparseprune.checkpoint.folder import OtherFile
-    from sparseprune.checkpoint.transfer import WritableBytes
+    from sparseprune.checkpoint.discovery import OtherFile
+    from sparseprune.checkpoint.file_io import WritableBytes
 
 
 _SMALL = 1 << 20  # bytes of a document that says something of a model
@@ -108,15 +114,15 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
     CheckpointError where it is none or contradicts itself, MachineError where it cannot be read.
     """
-    if not folder.is_folder(path):
+    if not discovery.is_folder(path):
         shard = open_shard(path, PurePosixPath(path.name))
         return Checkpoint(path, (shard,), is_directory=False, others=(), tensors=_tensors((shard,)))
-    found = folder.find_files(path)
+    found = discovery.find_files(path)
     shards = tuple(open_shard(path / place, place) for place in found.shards)
     tensors = _tensors(shards)
     _check_index(path, found, tensors)
-    with transfer.machine_errors(path, "cannot be read"):
-        copies = folder.copies_of_weights(path, found, lambda file: _has_same(path / file, tensors))
+    with file_io.machine_errors(path, "cannot be read"):
+        copies = discovery.copies_of_weights(path, found, lambda file: _has_same(path / file, tensors))
     return Checkpoint(
         path,
         shards,
@@ -147,7 +153,7 @@ def read_config(checkpoint: Checkpoint) -> Mapping[str, Any] | None:
     """The config.json in a checkpoint's directory or beside its file; None if there is none."""
     home = checkpoint.path if checkpoint.is_directory else checkpoint.path.parent
     try:
-        return MappingProxyType(folder.read_object(home / "config.json"))
+        return MappingProxyType(discovery.read_object(home / "config.json"))
     except CheckpointError as error:
         if isinstance(error.__cause__, FileNotFoundError):
             return None
@@ -162,7 +168,7 @@ def read_beside(checkpoint: Checkpoint) -> dict[str, Mapping[str, Any]]:
         is_small = path.suffix == ".json" and len(path.parts) == 1 and other.nbytes <= _SMALL
         if is_small and path.name != "config.json" and path != checkpoint.index:
             try:
-                found[path.name] = folder.read_object(checkpoint.path / path)
+                found[path.name] = discovery.read_object(checkpoint.path / path)
             except CheckpointError:
                 continue  # it is copied, whatever it is
     return found
@@ -199,14 +205,14 @@ class TensorReader:
 
         ValueError where it reaches outside of the tensor.
         """
-        view = transfer.as_bytes(buffer)
+        view = file_io.as_bytes(buffer)
         _check_part(stored, begin, begin + len(view))
         offset = stored.offset + begin
         with (
-            transfer.machine_errors(stored.shard.path, "cannot be read"),
+            file_io.machine_errors(stored.shard.path, "cannot be read"),
             self._files.use(stored.shard) as descriptor,
         ):
-            done = transfer.read_into(descriptor, view, offset)
+            done = file_io.read_into(descriptor, view, offset)
         if done < len(view):
             raise _truncated(stored.shard.path, offset + done, stored.shard.header.file_size)
 
@@ -219,7 +225,7 @@ def open_shard(path: Path, relative: PurePosixPath) -> Shard:
         status = path.stat()
         stamp, mode = stamp_of(status), permissions(status)
     except OSError as error:  # any other one the header's reader tells
-        refusal = folder.leads_nowhere(path, error)
+        refusal = discovery.leads_nowhere(path, error)
         if refusal is not None:
             raise refusal from error
     return Shard(path, read_header(path), relative, stamp, mode)
@@ -231,7 +237,7 @@ def _check_part(stored: StoredTensor, begin: int, end: int) -> None:
 
 
 def _opened(shard: Shard) -> int:
-    with transfer.machine_errors(shard.path, "cannot be read any more"):  # its header was read before
+    with file_io.machine_errors(shard.path, "cannot be read any more"):  # its header was read before
         descriptor = os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC)
     status, wanted = os.fstat(descriptor), shard.header.file_size
     size = status.st_size
@@ -264,7 +270,7 @@ def _tensors(shards: tuple[Shard, ...]) -> Mapping[str, StoredTensor]:
     return MappingProxyType(tensors)
 
 
-def _check_index(path: Path, found: folder.FoundFiles, tensors: Mapping[str, StoredTensor]) -> None:
+def _check_index(path: Path, found: discovery.FoundFiles, tensors: Mapping[str, StoredTensor]) -> None:
     """Every tensor that the index names is in the shard where the index says it is."""
     for name, place in found.weight_map.items():
         if name not in tensors:

@@ -1,17 +1,17 @@
-"""Threads, as many of them as the system gives: where it gives none, the work is done without.
+"""Threads: several that do the same work, one that works beside them, pieces taken in order.
 
-Owns starting and waiting, also where a signal interrupts the wait. Knows nothing of what is done, nor whose
-failure is told. Called by whatever works side by side, or beside something else.
+Owns starting, ending and signals. Knows nothing of the work. Called by whatever works side by side.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
+
 
 _PAUSE, _PAUSES = 0.001, 500  # seconds, and how many of them a thread has to begin
 
@@ -75,3 +75,49 @@ def side_by_side(work: Callable[[], None], count: int, stop: Callable[[], None])
         stop()
         for thread in threads:
             thread.wait()
+
+
+Piece = TypeVar("Piece")
+
+
+def work_through(pieces: Iterable[Piece], worker: Callable[[], Callable[[Piece], None]], jobs: int) -> None:
+    """Do the work of every piece, on so many threads; each makes a `worker` of its own, with its buffers.
+
+    Pieces are begun in their order, and what was begun is ended. Of several failures the one of the
+    earliest piece is raised; nothing is begun after a failure, or after Ctrl-C.
+    """
+    _Threads(pieces, worker).run(jobs)
+
+
+class _Threads(Generic[Piece]):
+    def __init__(self, pieces: Iterable[Piece], worker: Callable[[], Callable[[Piece], None]]) -> None:
+        self._pieces = enumerate(pieces)
+        self._worker = worker
+        self._failures: dict[int, BaseException] = {}
+        self._lock = threading.Lock()
+
+    def run(self, jobs: int) -> None:
+        side_by_side(self._work, jobs, self._stop)
+        if self._failures:
+            # Pieces are begun in order and what is begun is ended: nothing earlier can have failed unseen.
+            raise self._failures[min(self._failures)]
+
+    def _stop(self) -> None:
+        with self._lock:
+            self._pieces = enumerate(())
+
+    def _take(self) -> tuple[int, Piece] | None:
+        with self._lock:
+            return next(self._pieces, None)
+
+    def _work(self) -> None:
+        number = -1
+        try:
+            work = self._worker()
+            while (taken := self._take()) is not None:
+                number, piece = taken
+                work(piece)
+        except BaseException as failure:  # noqa: BLE001  (raised by `run`, in the thread that waits)
+            with self._lock:
+                self._failures[number] = failure
+            self._stop()

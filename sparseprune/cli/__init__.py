@@ -16,7 +16,7 @@ def main() -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     # Threads of our own share the work; a pool of numpy's would end the process where it gets no thread.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    from sparseprune.cli.streams import open_streams
+    from sparseprune.cli.stdio import open_streams
 
     open_streams()
     from sparseprune.cli.console import ended

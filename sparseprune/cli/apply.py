@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from sparseprune.checkpoint import StagedOutput, refuse_changed
 from sparseprune.cli.applied import rebuilt_by, warn_of_broken, warn_of_earlier
-from sparseprune.cli.collecting import collector_paused
 from sparseprune.cli.console import print_json, print_result, stderr_console, tell_lines
+from sparseprune.cli.gc_pause import collector_paused
 from sparseprune.cli.progress import progress
 from sparseprune.cli.request import Request, as_applied, few_tokens, identity_of, prepare, score_shards, warn
 from sparseprune.cli.writing import digest, interrupts_told, output_shown, report_bytes, write_output

@@ -17,10 +17,10 @@ from sparseprune.checkpoint import (
     open_checkpoint,
     refuse_changed,
 )
-from sparseprune.checkpoint.target import free_bytes
+from sparseprune.checkpoint.publish import free_bytes
 from sparseprune.cli.console import print_json, print_result, stderr_console, tell
 from sparseprune.cli.progress import TOKENS, progress
-from sparseprune.cli.stopping import temporary_folder
+from sparseprune.cli.signals import temporary_folder
 from sparseprune.cli.writing import digest, interrupts_told, output_shown, report_bytes, write_output
 from sparseprune.errors import SparsepruneError, printable
 from sparseprune.report.wording import many

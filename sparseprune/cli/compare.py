@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from sparseprune.checkpoint import TensorReader, open_checkpoint, open_statistics, refuse_changed_shards
-from sparseprune.cli.collecting import collector_paused
 from sparseprune.cli.console import checked, print_json, print_table, print_text, tell
+from sparseprune.cli.gc_pause import collector_paused
 from sparseprune.cli.options import Listing
 from sparseprune.cli.progress import progress
 from sparseprune.errors import CheckpointError, SparsepruneError
@@ -66,7 +66,7 @@ def run(request: CompareRequest) -> None:
 
 def _sides(request: CompareRequest) -> Sides:
     """Which of the tensors that were asked for stand where."""
-    from sparseprune.report.listing import selected
+    from sparseprune.report.inspection import selected
     from sparseprune.report.measuring.comparison import sides_of
 
     dense, pruned = open_checkpoint(request.dense), open_checkpoint(request.pruned)
@@ -77,8 +77,8 @@ def _sides(request: CompareRequest) -> Sides:
 
 def _requirements(request: CompareRequest, sides: Sides) -> list[Requirement]:
     """What has to hold; all that is wrong in it, or in how to sort, is told before anything is read."""
-    from sparseprune.report.comparison_document import FIELDS, unmeasured
-    from sparseprune.report.listing import ordered
+    from sparseprune.report.comparison import FIELDS, unmeasured
+    from sparseprune.report.inspection import ordered
 
     requirements = [parse_requirement(text, FIELDS) for text in request.requirements]
     compared = [one.comparison.field for one in requirements if one.comparison is not None]
@@ -140,8 +140,8 @@ def _document(
     request: CompareRequest, sides: Sides, statistics: Statistics | None, matrices: tuple[Pair, ...]
 ) -> dict[str, Any]:
     """What is found in the tensors, in the order that was asked for."""
-    from sparseprune.report.comparison_document import compare_document
-    from sparseprune.report.listing import ordered
+    from sparseprune.report.comparison import compare_document
+    from sparseprune.report.inspection import ordered
     from sparseprune.report.measuring.comparison import compare_checkpoints
     from sparseprune.report.measuring.outputs import output_errors
 
@@ -163,16 +163,16 @@ def _print(request: CompareRequest, document: Mapping[str, Any]) -> None:
     if request.form == "json":
         print_json(document)
     elif request.form == "csv":
-        from sparseprune.report.comparison_document import sheet_of
+        from sparseprune.report.comparison import sheet_of
         from sparseprune.report.exporting import csv_text
 
         print_text(csv_text(*sheet_of(document)))
     elif request.form == "markdown":
-        from sparseprune.report.comparison_table import columns_and_rows
+        from sparseprune.report.comparison import columns_and_rows
         from sparseprune.report.exporting import markdown_text
 
         print_text(markdown_text(*columns_and_rows(document, all_tensors=named)))
     else:
-        from sparseprune.report.comparison_table import compare_table
+        from sparseprune.report.comparison import compare_table
 
         print_table(compare_table(document, all_tensors=named))

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from sparseprune.cli.stopping import stopped_code, stopped_once, stopped_text
-from sparseprune.cli.streams import UntoldError
+from sparseprune.cli.signals import stopped_code, stopped_once, stopped_text
+from sparseprune.cli.stdio import UntoldError
 from sparseprune.errors import CheckFailedError, MachineError, SparsepruneError, is_out_of_memory, printable
 
 if TYPE_CHECKING:

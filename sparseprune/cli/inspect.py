@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from sparseprune.checkpoint import TensorReader, open_checkpoint, read_config, refuse_changed_shards
 from sparseprune.cli.applied import tell_left_behind
-from sparseprune.cli.collecting import collector_paused
 from sparseprune.cli.console import checked, print_json, print_table, print_text
+from sparseprune.cli.gc_pause import collector_paused
 from sparseprune.cli.options import Listing
 from sparseprune.cli.progress import progress
 from sparseprune.errors import SparsepruneError
-from sparseprune.report.listing import ordered, selected
+from sparseprune.report.inspection import ordered, selected
 from sparseprune.report.requirements import check_names, failures, parse_requirement
 from sparseprune.spec.problems import shown
 
@@ -22,8 +22,7 @@ if TYPE_CHECKING:
 
     from sparseprune.checkpoint import Checkpoint
     from sparseprune.cli.options import Form
-    from sparseprune.report.grouping import Grouping
-    from sparseprune.report.inspect_document import Telling
+    from sparseprune.report.inspection import Grouping, Telling
     from sparseprune.report.requirements import Requirement
 
 
@@ -92,7 +91,7 @@ def _refuse_contradictions(request: InspectRequest) -> None:
 def _asked(request: InspectRequest) -> tuple[Telling, list[Requirement]]:
     """What is to be told, and what has to hold: requirements bring their patterns and runtimes along."""
     from sparseprune.report.facts import BLOCKS, PATTERNS, Questions, block_of, pattern_of
-    from sparseprune.report.inspect_document import Telling, fields_of
+    from sparseprune.report.inspection import Telling, fields_of
     from sparseprune.report.runtimes import RUNTIMES, runtimes_of
 
     patterns = (*PATTERNS, *map(pattern_of, request.patterns))
@@ -110,7 +109,7 @@ def _document(
     request: InspectRequest, checkpoint: Checkpoint, names: Sequence[str], telling: Telling
 ) -> dict[str, Any]:
     """The facts of the tensors that were asked for, in the order that was asked for."""
-    from sparseprune.report.inspect_document import inspect_document
+    from sparseprune.report.inspection import inspect_document
     from sparseprune.report.measuring.inspection import bytes_to_read, inspect_checkpoint
     from sparseprune.report.runtimes import needed_patterns
 
@@ -135,7 +134,7 @@ def _grouping(request: InspectRequest, checkpoint: Checkpoint, names: Sequence[s
     """What the tensors are to be grouped by."""
     if request.by == "tensor":
         return None
-    from sparseprune.report.grouping import grouping_of
+    from sparseprune.report.inspection import grouping_of
 
     return grouping_of(request.by, names, _rules(request, checkpoint) if request.by == "rule" else None)
 
@@ -143,7 +142,7 @@ def _grouping(request: InspectRequest, checkpoint: Checkpoint, names: Sequence[s
 def _rules(request: InspectRequest, checkpoint: Checkpoint) -> Mapping[str, str]:
     """For each tensor the rules that reach it: of the spec that is named or was applied, or as reported."""
     from sparseprune.cli.applied import applied_report, applied_spec
-    from sparseprune.report.grouping import rules_of_report, rules_of_spec
+    from sparseprune.report.inspection import rules_of_report, rules_of_spec
     from sparseprune.spec import TensorInfo, bind
 
     spec = applied_spec(checkpoint, request.spec, request.overrides)
@@ -165,7 +164,7 @@ def _print(request: InspectRequest, document: Mapping[str, Any]) -> None:
         print_json(document)
     elif request.form == "csv":
         from sparseprune.report.exporting import csv_text
-        from sparseprune.report.inspect_document import sheet_of
+        from sparseprune.report.inspection import sheet_of
 
         print_text(csv_text(*sheet_of(document)))
     elif request.form == "markdown":
@@ -174,7 +173,7 @@ def _print(request: InspectRequest, document: Mapping[str, Any]) -> None:
 
         print_text(markdown_text(*columns_and_rows(document)))
     elif request.tree:
-        from sparseprune.report.tree import InspectTree
+        from sparseprune.report.inspect_table import InspectTree
 
         print_table(InspectTree(document))
     else:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from sparseprune.checkpoint import lay_out_removal, read_config
-from sparseprune.cli.choosing import removable, resized
-from sparseprune.cli.collecting import collector_paused
 from sparseprune.cli.console import on_terminal, print_json, print_table
+from sparseprune.cli.gc_pause import collector_paused
+from sparseprune.cli.removal_source import removable, resized
 from sparseprune.cli.request import prepare, warn
 from sparseprune.cli.writing import output_shown
 from sparseprune.errors import SparsepruneError
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from sparseprune.checkpoint import OutputLayout
     from sparseprune.cli.request import Prepared, Request
-    from sparseprune.removal.presuming import Presumed
+    from sparseprune.removal.preview import Presumed
     from sparseprune.spec import BoundRule, BoundSpec
 
 ALL, NONE = "all", "none"
@@ -47,7 +47,7 @@ def run_removal(request: Request) -> None:
 
 
 def _presumed(prepared: Prepared) -> Presumed:
-    from sparseprune.removal.presuming import presume
+    from sparseprune.removal.preview import presume
 
     return presume(prepared.plan, read_config(prepared.plan.checkpoint))
 
@@ -83,7 +83,7 @@ def _parts(
     prepared: Prepared, document: Mapping[str, Any], drawn: tuple[BoundRule, ...]
 ) -> Iterator[RenderableType]:
     """A card for each rule, with its drawing where one is wanted, and the totals."""
-    from sparseprune.report.plan_drawing import RuleDrawing
+    from sparseprune.report.drawings import RuleDrawing
     from sparseprune.report.plan_table import rule_card, totals_card
 
     tensors = prepared.plan.checkpoint.tensors

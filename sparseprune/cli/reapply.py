@@ -13,9 +13,9 @@ from sparseprune.checkpoint import (
     refuse_changed,
     refuse_replacing,
 )
-from sparseprune.cli.collecting import collector_paused
 from sparseprune.cli.console import Warnings, print_json, print_result, stderr_console, tell, tell_lines
-from sparseprune.cli.masked import identity_of_masked, masked_by
+from sparseprune.cli.gc_pause import collector_paused
+from sparseprune.cli.mask_inputs import identity_of_masked, masked_by
 from sparseprune.cli.progress import progress
 from sparseprune.cli.writing import interrupts_told, output_shown, report_bytes, write_output
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from sparseprune.checkpoint import MaskFormat, OutputLayout, TensorReader
-    from sparseprune.cli.masked import Masked
+    from sparseprune.cli.mask_inputs import Masked
     from sparseprune.execution.reapplying import Reapplication
     from sparseprune.report.reapplication import Circumstances
 

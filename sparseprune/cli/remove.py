@@ -10,20 +10,20 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from sparseprune.checkpoint import StagedOutput, TensorReader, lay_out_removal, read_beside, read_config
-from sparseprune.checkpoint.foreign import PICKLE_SUFFIXES, names_training_state
+from sparseprune.checkpoint.not_safetensors import PICKLE_SUFFIXES, names_training_state
 from sparseprune.cli.applied import rebuilt_by, warn_of_broken, warn_of_earlier
-from sparseprune.cli.choosing import Ending, RemoveRequest, chosen, refuse_contradictions, resized
 from sparseprune.cli.console import print_json, print_result, stderr_console, tell, tell_lines
 from sparseprune.cli.progress import progress
+from sparseprune.cli.removal_source import Ending, RemoveRequest, chosen, refuse_contradictions, resized
 from sparseprune.cli.writing import digest, interrupts_told, output_shown, report_bytes, write_output
 from sparseprune.errors import CheckpointError, SparsepruneError
 
 if TYPE_CHECKING:
     from sparseprune.checkpoint import Checkpoint, OutputLayout
-    from sparseprune.cli.choosing import Choice
+    from sparseprune.cli.removal_source import Choice
     from sparseprune.execution.earlier import Touched
-    from sparseprune.removal.cutting import Cut
-    from sparseprune.removal.removing import Removal
+    from sparseprune.removal.cut import Cut
+    from sparseprune.removal.shrink import Removal
     from sparseprune.report.removal import RemovalRun
 
     Document = dict[str, Any]
@@ -54,7 +54,7 @@ def _cut(
     request: RemoveRequest, choice: Choice, ending: Ending, began: float
 ) -> tuple[Document, OutputLayout]:
     """Everything from masks to the output's name."""
-    from sparseprune.removal.removing import make_removal
+    from sparseprune.removal.shrink import make_removal
     from sparseprune.removal.slices import read_slices, summed_up
 
     checkpoint = choice.checkpoint
@@ -114,7 +114,7 @@ def _worked(
     began: float,
 ) -> Document:
     """Move the survivors, and write the report and the spec beside them."""
-    from sparseprune.removal.cutting import cut, cut_bytes
+    from sparseprune.removal.cut import cut, cut_bytes
     from sparseprune.report.removal import removal_document
 
     layout = output.layout
@@ -138,7 +138,7 @@ def _worked(
 
 def _cuts(choice: Choice, removal: Removal, layout: OutputLayout) -> list[Cut]:
     """The tensors that are not copied as they are, and where their survivors are read."""
-    from sparseprune.removal.cutting import Cut
+    from sparseprune.removal.cut import Cut
     from sparseprune.removal.slices import kept_whole
 
     stored = choice.checkpoint.tensors

@@ -1,14 +1,21 @@
-"""`verify`: whether a checkpoint is as sparse as a spec says; masks are verify_masks' business."""
+"""`sparseprune verify CKPT SPEC` or `--masks`: whether the zeros are where they should be."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from sparseprune.checkpoint import TensorReader, open_checkpoint, read_config, refuse_changed_shards
+from sparseprune.checkpoint import (
+    TensorReader,
+    open_checkpoint,
+    read_config,
+    refuse_changed,
+    refuse_changed_shards,
+)
 from sparseprune.cli.applied import tell_left_behind
-from sparseprune.cli.collecting import collector_paused
-from sparseprune.cli.console import Warnings, checked, print_json, print_table
+from sparseprune.cli.console import Warnings, checked, print_json, print_table, print_text, tell
+from sparseprune.cli.gc_pause import collector_paused
+from sparseprune.cli.mask_inputs import masked_by
 from sparseprune.cli.progress import progress
 from sparseprune.errors import SparsepruneError
 from sparseprune.spec import find_spec, parse_spec
@@ -16,6 +23,7 @@ from sparseprune.spec import find_spec, parse_spec
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
+    from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +47,6 @@ def run(request: VerifyRequest) -> None:
     _refuse_contradictions(request)
     tell_left_behind(request.checkpoint, quiet=request.quiet)
     if request.spec is None:
-        from sparseprune.cli.verify_masks import run_masks
-
         run_masks(request)
         return
     from sparseprune.report.verification import broken_line, failures, verify_table
@@ -96,3 +102,79 @@ def _refuse_contradictions(request: VerifyRequest) -> None:
         )
     if request.spec is None and request.overrides:
         raise SparsepruneError("--set: goes with a SPEC, whose [vars] it sets")
+
+
+class MasksRequest(Protocol):
+    """What was typed."""
+
+    @property
+    def checkpoint(self) -> Path: ...
+    @property
+    def masks(self) -> Path | None: ...
+    @property
+    def partial(self) -> bool: ...
+    @property
+    def jobs(self) -> int: ...
+    @property
+    def memory(self) -> int: ...
+    @property
+    def json(self) -> bool: ...
+    @property
+    def quiet(self) -> bool: ...
+    @property
+    def warnings(self) -> Warnings: ...
+
+
+def run_masks(request: MasksRequest) -> None:
+    """Look, print on stdout; CheckFailedError with a line for each tensor that lost zeros."""
+    if request.masks is None:
+        raise TypeError("there are no masks to verify by")
+    document = _masks_document(request, request.masks)
+    from sparseprune.report.document import copies_line
+    from sparseprune.report.reapplication import lost_line, lost_lines, verify_masks_table
+    from sparseprune.report.wording import many
+
+    lines = list(lost_lines(document))
+    if lines and not (request.json or request.quiet):
+        lines = [lost_line(document)]  # the table has every tensor
+    with checked(*lines):
+        if request.json:
+            print_json(document)
+        elif not request.quiet:
+            print_table(verify_masks_table(document))
+            if not lines:
+                dropped = many(document["totals"]["pruned"], "element")
+                tensors = many(len(document["tensors"]), "tensor")
+                print_text(f"masks drop {dropped} of {tensors}; all of them are zero\n")
+            for line in copies_line("not looked at", document["files_not_read"]):
+                print_text(f"{line}\n")
+
+
+def _masks_document(request: MasksRequest, masks: Path) -> dict[str, Any]:
+    """Read everything that masks drop; ChangedInputError where something wrote to it meanwhile."""
+    with collector_paused():
+        matched = masked_by(request, masks).matched
+    from sparseprune.execution.reapplying import find_lost, make_reapplication
+    from sparseprune.report.reapplication import Circumstances, left_out_line, verify_masks_document
+
+    circumstances = Circumstances(
+        input=str(request.checkpoint),
+        masks=str(masks),
+        unused=len(matched.unused),
+        unmasked=len(matched.unmasked),
+        warnings=request.warnings.lines,
+        files=matched.checkpoint.left_out,
+    )
+    left_out = left_out_line(circumstances)
+    if left_out is not None and not request.quiet:
+        tell(left_out)
+    reapplication = make_reapplication(matched, request.memory, request.jobs)
+    with (
+        progress("verifying", matched.nbytes, quiet=request.quiet) as advance,
+        TensorReader() as reader,
+    ):
+        tensors = find_lost(reapplication, reader, advance)
+    refuse_changed(matched.checkpoint, matched.masks.shards)
+    if not any(tensor.pruned for tensor in tensors):
+        request.warnings.add("the masks drop nothing: there is nothing to check")
+    return verify_masks_document(circumstances, matched.checkpoint, tensors)

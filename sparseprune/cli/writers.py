@@ -168,7 +168,7 @@ def remove(
     Example: sparseprune remove ./llama decoder-mlp-channels -o ./llama-smaller
     """
     with reported(debug):
-        from sparseprune.cli.choosing import RemoveRequest
+        from sparseprune.cli.removal_source import RemoveRequest
         from sparseprune.cli.remove import run
 
         request = RemoveRequest(

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from sparseprune.checkpoint import TensorReader
 from sparseprune.cli.console import Warnings, tell
-from sparseprune.cli.stopping import text_when_stopped
-from sparseprune.cli.streams import UntoldError
+from sparseprune.cli.signals import text_when_stopped
+from sparseprune.cli.stdio import UntoldError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping

@@ -7,15 +7,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from sparseprune.engine.block import BlockSpec, SparseBlock
-    from sparseprune.engine.block_coupling import BlockCoupling
-    from sparseprune.engine.reconstruction.alternating import Reconstructed, admm, keep_rows
-    from sparseprune.engine.reconstruction.matrices import Matrix
-    from sparseprune.engine.reconstruction.projecting import projection
-    from sparseprune.engine.reconstruction.refitting import refit
-    from sparseprune.engine.scope import SparseScope
-    from sparseprune.engine.scope_coupling import ScopeCoupling
-    from sparseprune.engine.scope_spec import ScopeSpec
+    from sparseprune.engine.block import BlockCoupling, BlockSpec, SparseBlock
+    from sparseprune.engine.reconstruction.matrices import Matrix, projection
+    from sparseprune.engine.reconstruction.solvers import Reconstructed, admm, keep_rows, refit
+    from sparseprune.engine.scope import ScopeCoupling, ScopeSpec, SparseScope
     from sparseprune.engine.view import View
 
 __all__ = [
@@ -35,12 +30,12 @@ __all__ = [
 ]
 
 _HOME = {
-    "BlockCoupling": "block_coupling",
+    "BlockCoupling": "block",
     "BlockSpec": "block",
     "Matrix": "reconstruction.matrices",
     "Reconstructed": "reconstruction.alternating",
-    "ScopeCoupling": "scope_coupling",
-    "ScopeSpec": "scope_spec",
+    "ScopeCoupling": "scope",
+    "ScopeSpec": "scope",
     "SparseBlock": "block",
     "SparseScope": "scope",
     "View": "view",

@@ -1,20 +1,23 @@
-"""Blocks: the atomic units of pruning, cut out of one view (BlockSpec) or fused over several.
+"""Blocks: the atomic units of pruning, in one view or fused over several.
 
-Owns how elements are laid out by block, how blocks are scored, and how a decision about blocks is
-written to elements. Budgets and competition are the business of scopes.
+Owns `SparseBlock`, `BlockSpec` and `BlockCoupling`: norms, masks, thresholds. Knows no scopes.
 """
 
 from __future__ import annotations
 
 import operator
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Hashable, Mapping, Sequence
+from itertools import combinations
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from sparseprune.engine.grids import (
     Shape,
+    align,
     block_extents,
     divide,
     identity_order,
@@ -23,10 +26,13 @@ from sparseprune.engine.grids import (
     prod,
 )
 from sparseprune.engine.proximal import soft_threshold_conditioned, soft_threshold_euclidean
-from sparseprune.engine.rounding import round_to
-from sparseprune.engine.scoring import first_nan, fused_norms, has_exact_keys, magnitude_keys
-from sparseprune.engine.view import View
-from sparseprune.errors import NanScoreError, ShapeMismatchError, SparsityError
+from sparseprune.engine.scoring import first_nan, fused_norms, has_exact_keys, magnitude_keys, round_to
+from sparseprune.engine.view import View, disjoint
+from sparseprune.errors import CouplingError, NanScoreError, ShapeMismatchError, SparsityError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Hashable, Sequence
+
 
 Values = Tensor | Mapping["BlockSpec", Tensor] | None
 """None (the weights), one parameter- or view-shaped tensor, or one for each BlockSpec."""
@@ -380,3 +386,91 @@ def zero_pruned(masks: Mapping[BlockSpec, Tensor]) -> None:
     for spec, keep in masks.items():
         bits = spec.view.bits  # a product with 1 or 0 is many times faster than a masked fill
         bits.mul_(keep.to(bits.dtype))
+
+
+class BlockCoupling(SparseBlock):
+    """Fused blocks: `common[d] = grid_i[orders[i][d]]`; a fused block's norm is over all its elements.
+
+    Without orders every grid is taken as it is.
+
+    >>> up = BlockSpec(torch.zeros(8, 6), (1, -1), name="up")
+    >>> down = BlockSpec(torch.zeros(6, 8), (-1, 1), name="down")
+    >>> channel = BlockCoupling([up, down], [(0, 1), (1, 0)])
+    >>> channel.grid_shape, channel.numel_per_block()
+    ((8, 1), 12)
+
+    Raises:
+        CouplingError: grids that do not align, or an element that would belong to two members.
+    """
+
+    def __init__(
+        self,
+        specs: Sequence[BlockSpec],
+        orders: Sequence[Sequence[int]] | None = None,
+        name: str | None = None,
+    ) -> None:
+        self.specs = tuple(specs)
+        self.name = name or "block coupling"
+        grids = [spec.grid_shape for spec in self.specs]
+        self.grid_shape, self.orders = align(grids, orders, [spec.name for spec in self.specs])
+        refuse_shared_elements(self.specs)
+
+    @property
+    def members(self) -> tuple[tuple[BlockSpec, Shape], ...]:
+        return tuple(zip(self.specs, self.orders, strict=True))
+
+    @property
+    def _identity(self) -> Hashable:
+        return self.specs, self.orders
+
+    @property
+    def data(self) -> dict[BlockSpec, Tensor]:
+        """The elements of each member's view, sharing its parameter's storage."""
+        return {spec: spec.data for spec in self.specs}
+
+    def set_data(self, t: Mapping[BlockSpec, Tensor]) -> None:
+        """Write new elements into each member's view, as `BlockSpec.set_data`.
+
+        Raises:
+            SparsityError: a member without elements; nothing has been written then.
+            ShapeMismatchError: a tensor of a wrong shape.
+        """
+        self._write_elements(t)
+
+    def block_view(self, values: Values = None, reorder: bool = True, merge: bool = False) -> Tensor:  # noqa: ARG002, FBT001, FBT002  (a fixed signature)
+        """Elements by fused block, members one after the other: (*grid_shape, elements per block).
+
+        Members have blocks of unlike shape, so that only this form exists, with or without `merge`; unlike
+        dtypes become float64.
+        """
+        if not reorder:
+            raise SparsityError(f"{self.name}: the blocks of a coupling have no common interleaved form")
+        elements = self.resolve(values)
+        device = self.specs[0].view.param.device
+        parts = [
+            spec.fuse(elements[spec], order).reshape(*self.grid_shape, prod(spec.shape)).to(device)
+            for spec, order in self.members
+        ]
+        dtypes = {part.dtype for part in parts}
+        wide = parts if len(dtypes) == 1 else [part.to(torch.float64) for part in parts]
+        return torch.cat(wide, dim=-1)
+
+    def broadcast_block_to_element(self, grid: Tensor) -> dict[BlockSpec, Tensor]:
+        """One number per fused block (`grid_shape`) as one per element of each member's view."""
+        checked = self._on_grid(grid, "grid")
+        return {spec: spec.spread(checked.permute(inverse_order(order))) for spec, order in self.members}
+
+
+def refuse_shared_elements(specs: Sequence[BlockSpec]) -> None:
+    """CouplingError where one element of a storage would belong to two members."""
+    by_storage: defaultdict[int, list[BlockSpec]] = defaultdict(list)
+    for spec in specs:
+        by_storage[spec.view.param.untyped_storage()._cdata].append(spec)  # noqa: SLF001  (its identity)
+    for neighbours in by_storage.values():
+        if disjoint([spec.view for spec in neighbours]):
+            continue  # told in one pass, however many members look at one tensor
+        for one, other in combinations(neighbours, 2):
+            if one.view.overlaps(other.view):
+                raise CouplingError(
+                    f"{one.name} and {other.name} share elements: an element belongs to one member only"
+                )

@@ -1,7 +1,6 @@
-"""Scopes: the blocks that compete for one budget, on one block grid or on several.
+"""Scopes: the decision units, in which blocks compete for a budget.
 
-Owns budgets, thresholds and the way from scores per scope to masks, all in terms of members: ScopeSpec
-(scope_spec) is the case of one, ScopeCoupling (scope_coupling) that of several.
+Owns `SparseScope`, `ScopeSpec` and `ScopeCoupling`: gathering scores by scope, budgets, masks. Imports torch.
 """
 
 from __future__ import annotations
@@ -14,16 +13,25 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from sparseprune.engine.block import BlockSpec, Values, zero_pruned
-from sparseprune.engine.grids import Shape, inverse_order, prod, surviving
+from sparseprune.engine.block import BlockSpec, Values, refuse_shared_elements, zero_pruned
+from sparseprune.engine.grids import (
+    Shape,
+    align,
+    divide,
+    identity_order,
+    inverse_order,
+    prod,
+    scope_extents,
+    surviving,
+)
 from sparseprune.engine.scoring import first_nan, magnitude_keys, order_keys
 from sparseprune.engine.selection import kth_largest, select
 from sparseprune.errors import NanScoreError, ShapeMismatchError, SparsityError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
-    from sparseprune.engine.scope_spec import ScopeSpec
+    from sparseprune.engine.block import SparseBlock, Values
 
 
 class SparseScope(ABC):
@@ -305,3 +313,143 @@ class SparseScope(ABC):
         return (
             f"{type(self).__name__}({self.name}, {self.numscp()} scopes of {self.numblk_per_scope()} blocks)"
         )
+
+
+class ScopeSpec(SparseScope):
+    """Scopes of one block grid, all of one shape in blocks; -1 and missing dimensions are spanned.
+
+    >>> import torch
+    >>> from sparseprune.engine import BlockSpec
+    >>> w = torch.tensor([[1.0, -4.0, 3.0, 2.0], [0.5, 0.5, 0.5, 0.5]])
+    >>> ScopeSpec(BlockSpec(w, (1, 1)), (1, 4)).hard_threshold(nnz=2)
+    >>> w
+    tensor([[ 0.0000, -4.0000,  3.0000,  0.0000],
+            [ 0.5000,  0.5000,  0.0000,  0.0000]])
+
+    Raises:
+        ShapeMismatchError: the shape has more dimensions than the block grid, or does not divide it.
+    """
+
+    def __init__(self, block: SparseBlock, shape: Sequence[int], name: str | None = None) -> None:
+        self.block = block
+        self.name = name or f"scope of {block.name}"
+        self.shape: Shape = scope_extents(block.grid_shape, tuple(map(operator.index, shape)))
+        self.grid_shape = divide(block.grid_shape, self.shape, "scope", "block grid")
+
+    @property
+    def members(self) -> tuple[tuple[ScopeSpec, Shape], ...]:
+        return ((self, identity_order(len(self.grid_shape))),)
+
+    def block_to_scope(self, b: Tensor, reorder: bool = True, merge: bool = False) -> Tensor:  # noqa: FBT001, FBT002  (a fixed signature)
+        """A tensor with the block grid in front, by scope; dimensions behind the grid stay behind.
+
+        (G1, g1, G2, g2, ..., trailing), with `reorder` (G1, G2, ..., g1, g2, ..., trailing), with `merge`
+        (which reorders) (G1, G2, ..., g1*g2*..., trailing).
+        """
+        rank = len(self.grid_shape)
+        if tuple(b.shape[:rank]) != self.block.grid_shape:
+            raise ShapeMismatchError(
+                f"{self.name}: shape {list(b.shape)} does not begin with the block grid "
+                f"{list(self.block.grid_shape)}"
+            )
+        trailing = b.shape[rank:]
+        interleaved = b.reshape((*self._pairs(), *trailing))
+        if not (reorder or merge):
+            return interleaved
+        behind = range(2 * rank, 2 * rank + len(trailing))
+        ordered = interleaved.permute((*range(0, 2 * rank, 2), *range(1, 2 * rank, 2), *behind))
+        return ordered.reshape(*self.grid_shape, prod(self.shape), *trailing) if merge else ordered
+
+    def scope_blocks_to_grid(self, by_scope: Tensor) -> Tensor:
+        """The inverse of `block_to_scope` with `merge`: (*grid_shape, blocks per scope) to the block grid."""
+        rank = len(self.grid_shape)
+        split = by_scope.reshape((*self.grid_shape, *self.shape))
+        pairs = [dim for d in range(rank) for dim in (d, rank + d)]
+        return split.permute(pairs).reshape(self.block.grid_shape)
+
+    def scope_to_block(self, scope_values: Tensor) -> Tensor:
+        """One number per scope (`grid_shape`) as one per block (the block grid)."""
+        if tuple(scope_values.shape) != self.grid_shape:
+            raise ShapeMismatchError(
+                f"{self.name}: scope values of shape {list(scope_values.shape)} do not fit the grid "
+                f"of scopes {list(self.grid_shape)}"
+            )
+        ones = [size for extent in self.grid_shape for size in (extent, 1)]
+        return scope_values.reshape(ones).expand(self._pairs()).reshape(self.block.grid_shape)
+
+    def kth_largest(self, element_values: Values, nnz: int) -> Tensor:
+        """The nnz-th largest norm in each scope, float64 of `grid_shape`; infinity for nnz 0."""
+        return self._kth(element_values, nnz)
+
+    def _pairs(self) -> list[int]:
+        return [size for pair in zip(self.grid_shape, self.shape, strict=True) for size in pair]
+
+
+class ScopeCoupling(SparseScope):
+    """Aligned scopes: `common[d] = grid_i[orders[i][d]]` for the grids of scopes.
+
+    All blocks of an aligned scope compete for one budget, so that one tensor may lose more than
+    another; members may have unlike scope shapes. Without orders every grid is taken as it is.
+
+    >>> import torch
+    >>> from sparseprune.engine import BlockSpec, ScopeSpec
+    >>> big, small = torch.full((2, 2), 3.0), torch.ones(2, 2)
+    >>> scopes = [ScopeSpec(BlockSpec(t, ()), ()) for t in (big, small)]
+    >>> ScopeCoupling(scopes, [(0, 1), (0, 1)]).hard_threshold(nnz=4)
+    >>> small
+    tensor([[0., 0.],
+            [0., 0.]])
+
+    Raises:
+        CouplingError: grids of scopes that do not align, or an element that would belong to two scopes.
+    """
+
+    def __init__(
+        self,
+        scopes: Sequence[ScopeSpec],
+        orders: Sequence[Sequence[int]] | None = None,
+        name: str | None = None,
+    ) -> None:
+        self.scopes = tuple(scopes)
+        self.name = name or "scope coupling"
+        grids = [scope.grid_shape for scope in self.scopes]
+        self.grid_shape, self.orders = align(grids, orders, [scope.name for scope in self.scopes])
+        refuse_shared_elements(self.blocks())
+
+    @property
+    def members(self) -> tuple[tuple[ScopeSpec, Shape], ...]:
+        return tuple(zip(self.scopes, self.orders, strict=True))
+
+    def kth_largest(self, k: int, values: Values = None) -> Tensor:
+        """The k-th largest norm in each scope, over all members: float64 of `grid_shape`; inf for k 0."""
+        return self._kth(values, k)
+
+    def block_to_scope(
+        self,
+        b: Mapping[SparseBlock, Tensor],
+        reorder: bool = True,  # noqa: FBT001, FBT002  (a fixed signature)
+        merge: bool = False,  # noqa: ARG002, FBT001, FBT002  (a fixed signature)
+    ) -> Tensor:
+        """Tensors with their block's grid in front, by scope: (*grid_shape, blocks per scope, trailing).
+
+        Members have scopes of unlike shape, so that only this form exists, with or without `merge`; their
+        blocks stand one after the other, in the order of the members.
+        """
+        if not reorder:
+            raise SparsityError(f"{self.name}: the scopes of a coupling have no common interleaved form")
+        missing = [spec.block.name for spec in self.scopes if spec.block not in b]
+        if missing:
+            raise SparsityError(f"{self.name}: no tensor given for {', '.join(missing)}")
+        return self.gather([b[spec.block] for spec in self.scopes])
+
+    def scope_to_block(self, scope_values: Tensor) -> dict[SparseBlock, Tensor]:
+        """One number per scope (`grid_shape`) as one per block, on each member's block grid."""
+        if tuple(scope_values.shape) != self.grid_shape:
+            raise ShapeMismatchError(
+                f"{self.name}: scope values of shape {list(scope_values.shape)} do not fit the grid of "
+                f"scopes {list(self.grid_shape)}"
+            )
+        return {
+            spec.block: spec.scope_to_block(scope_values.permute(inverse_order(order)))
+            for spec, order in self.members
+        }

@@ -1,8 +1,6 @@
-"""Selection: which blocks of a scope survive a budget, exactly, ties included.
+"""Exact selection of the k largest in every row, ties by the lower index.
 
-Owns the tie rule: among equal keys the lower index wins. Works on integer keys of shape (..., blocks),
-so that no comparison rounds and nothing depends on threads or device. On the CPU numpy does the work:
-its strided comparisons and its partition are several times as fast as torch's (see tests/benchmarks).
+Owns the order of keys and the radix search of torch tensors. Called by scopes.
 """
 
 from __future__ import annotations
@@ -13,12 +11,69 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparseprune.engine.radix import select_by_histogram
-
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Array = NDArray[Any]
+
+_ROW_CHUNK = 1 << 22
+_DIGIT_BITS = 16
+
+
+def select_by_histogram(keys: Tensor, nnz: int) -> Tensor:
+    """Bool mask (blocks) of exactly `nnz` True: the largest of keys (blocks), lower index first.
+
+    `nnz` lies within 1 and the number of keys.
+    """
+    kth = kth_largest_key(keys, nnz)
+    keep = torch.empty(keys.shape, dtype=torch.bool, device=keys.device)
+    above = sum(int((chunk > kth).sum()) for chunk in torch.split(keys, _ROW_CHUNK))
+    places = nnz - above
+    for chunk, kept in zip(torch.split(keys, _ROW_CHUNK), torch.split(keep, _ROW_CHUNK), strict=True):
+        equal = chunk == kth
+        count = int(equal.sum())
+        if count > places:
+            equal &= equal.cumsum(0) <= places
+        places -= min(count, places)
+        torch.logical_or(chunk > kth, equal, out=kept)
+    return keep
+
+
+def kth_largest_key(keys: Tensor, k: int) -> int:
+    """The k-th largest of signed integers (blocks): digit by digit, the most significant first.
+
+    >>> kth_largest_key(torch.tensor([5, -3, 9, 5], dtype=torch.int16), 3)
+    5
+    """
+    bits = keys.element_size() * 8
+    digit_bits = min(_DIGIT_BITS, bits)
+    prefix = 0
+    for shift in range(bits - digit_bits, -1, -digit_bits):
+        histogram = torch.zeros(1 << digit_bits, dtype=torch.int64, device=keys.device)
+        for chunk in torch.split(keys, _ROW_CHUNK):
+            histogram += torch.bincount(_digits(chunk, prefix, shift, digit_bits), minlength=1 << digit_bits)
+        # How many keys have this digit or a larger one; the first that reaches k from above is the one.
+        at_least = histogram.flip(0).cumsum(0)
+        behind = int((at_least < k).sum())
+        k -= int(at_least[behind - 1]) if behind else 0
+        prefix = prefix << digit_bits | ((1 << digit_bits) - 1 - behind)
+    return prefix + torch.iinfo(keys.dtype).min
+
+
+def _digits(chunk: Tensor, prefix: int, shift: int, digit_bits: int) -> Tensor:
+    """The digits at `shift` of the keys whose higher digits are `prefix`, all counted from the lowest key.
+
+    Flipping the sign bit of a two's complement number gives its distance from the lowest one.
+    """
+    mask = (1 << digit_bits) - 1
+    bits = chunk.element_size() * 8
+    digits = (chunk >> shift).to(torch.int64)
+    if shift + digit_bits == bits:
+        return (digits + (1 << (digit_bits - 1))) & mask
+    higher = (chunk >> (shift + digit_bits)).to(torch.int64)
+    wanted = prefix - (1 << (bits - shift - digit_bits - 1))
+    return digits[higher == wanted] & mask
+
 
 _PAIRWISE_LIMIT = 16  # up to here comparing all pairs beats a search for the k-th largest
 _HISTOGRAM_LIMIT = 1 << 24  # from here on no copies of all keys and no int64 positions are affordable

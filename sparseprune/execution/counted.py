@@ -17,8 +17,8 @@ import numpy as np
 
 from sparseprune.engine.grids import prod
 from sparseprune.engine.kernels.counting import DIGIT_BITS, count_digits, count_equal, first_nonfinite
-from sparseprune.engine.kernels.cutting import cut_below
 from sparseprune.engine.kernels.formats import FORMATS, Format
+from sparseprune.engine.kernels.selecting import cut_below
 from sparseprune.engine.tally import tally
 from sparseprune.execution.boxes import Box, flat_leaf
 from sparseprune.execution.cells import members_of

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sparseprune.engine.kernels.cutting import cut_blocks
 from sparseprune.engine.kernels.formats import FORMATS
+from sparseprune.engine.kernels.selecting import cut_blocks
 from sparseprune.engine.tally import tally
 from sparseprune.execution.cells import block_part, boxes_of, cells, members_of
 from sparseprune.execution.deciding import keep_by_patterns, keep_by_scores

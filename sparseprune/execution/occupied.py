@@ -14,7 +14,7 @@ import numpy as np
 
 from sparseprune.engine.dtypes import DTYPES
 from sparseprune.engine.grids import Shape, permute, prod
-from sparseprune.engine.kernels.folding import any_in, count_in, histogram, nonzero
+from sparseprune.engine.kernels.occupancy import any_in, count_in, histogram, nonzero
 from sparseprune.execution.cells import Part, boxes_of, leaves_of, members_of
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from sparseprune.engine.kernels.folding import Flags
+    from sparseprune.engine.kernels.occupancy import ByteFlags
     from sparseprune.execution.cells import AnyBlock, AnyScope
     from sparseprune.execution.programs import Setting
     from sparseprune.execution.traffic import Loaded
@@ -68,7 +68,7 @@ class Blocks:
 
     shape: Shape
     order: Shape
-    flags: tuple[Flags, ...]
+    flags: tuple[ByteFlags, ...]
 
     def survivors(self) -> Counts:
         """The non-zero blocks of every scope."""
@@ -84,7 +84,7 @@ class Blocks:
         for leaf, own in enumerate(self.flags):
             yield TORN_IN + first_leaf + leaf, self._counted(own & somewhere_zero)
 
-    def _counted(self, flags: Flags) -> Counts:
+    def _counted(self, flags: ByteFlags) -> Counts:
         return count_in(flags, self.shape).transpose(self.order)
 
 
@@ -143,7 +143,7 @@ def coarser(part: Part, units: Shape) -> tuple[slice, ...]:
     return tuple(slice(begin // unit, (begin + size - 1) // unit + 1) for begin, size, unit in ends)
 
 
-def occupied(loaded: Loaded) -> Flags:
+def occupied(loaded: Loaded) -> ByteFlags:
     """1 for every block, or part of one, that is not zero, on the leaf's grid; overwrites the elements."""
     zero_bits = DTYPES[loaded.box.stored.dtype].zero_bits or 0
     return any_in(nonzero(loaded.view, zero_bits), loaded.box.leaf.shape)

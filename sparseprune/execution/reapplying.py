@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sparseprune.checkpoint import read_kept
-from sparseprune.checkpoint.pieces import work_through
+from sparseprune.checkpoint.threads import work_through
 from sparseprune.engine.dtypes import DTYPES
-from sparseprune.engine.kernels.dropping import count_lost, drop
 from sparseprune.engine.kernels.formats import FORMATS
+from sparseprune.engine.kernels.selecting import count_lost, drop
 from sparseprune.engine.sequences import Made
 from sparseprune.engine.tally import tally
 from sparseprune.execution.executor import Assignment, Record, already_done, copied_bytes, dealt, produce

@@ -14,10 +14,8 @@ import torch
 from sparseprune.engine import View
 from sparseprune.engine.block import zero_pruned
 from sparseprune.engine.grids import prod
-from sparseprune.engine.reconstruction.alternating import admm, keep_rows
-from sparseprune.engine.reconstruction.matrices import Matrix, output_losses, units_of
-from sparseprune.engine.reconstruction.projecting import projection
-from sparseprune.engine.reconstruction.refitting import refit
+from sparseprune.engine.reconstruction.matrices import Matrix, output_losses, projection, units_of
+from sparseprune.engine.reconstruction.solvers import admm, keep_rows, refit
 from sparseprune.errors import SparsityError
 from sparseprune.execution.cells import block_part, leaves_of, members_of
 from sparseprune.execution.feeding import holds_rows

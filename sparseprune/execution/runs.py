@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sparseprune.engine.kernels.counting import first_nonfinite
-from sparseprune.engine.kernels.cutting import cut_below, cut_blocks
 from sparseprune.engine.kernels.formats import FORMATS
+from sparseprune.engine.kernels.selecting import cut_below, cut_blocks
 from sparseprune.engine.tally import tally
 from sparseprune.execution.boxes import Box, flat_leaf
 from sparseprune.execution.deciding import keep_by_patterns, keep_by_scores

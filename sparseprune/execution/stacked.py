@@ -14,7 +14,7 @@ import numpy as np
 
 from sparseprune.engine.dtypes import DTYPES
 from sparseprune.engine.grids import prod
-from sparseprune.engine.kernels.folding import any_in, histograms, nonzero
+from sparseprune.engine.kernels.occupancy import any_in, histograms, nonzero
 from sparseprune.execution.boxes import storage_order, whole_box
 from sparseprune.execution.cells import leaves_of, members_of
 from sparseprune.execution.occupied import SURVIVORS, Blocks, Found, count_rows, counted, judged
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 
     from sparseprune.checkpoint import StoredTensor
-    from sparseprune.engine.kernels.folding import Flags
+    from sparseprune.engine.kernels.occupancy import ByteFlags
     from sparseprune.execution.cells import AnyScope
     from sparseprune.execution.programs import Setting
     from sparseprune.execution.surviving import Way
@@ -71,21 +71,21 @@ def _count(scopes: Sequence[AnyScope], allowed: int, setting: Setting) -> list[F
     return [judged([row[place] for row in counts], begin, allowed) for place in range(len(scopes))]
 
 
-def _blocks(form: AnyScope, flags: Iterator[Flags]) -> Iterator[Blocks]:
+def _blocks(form: AnyScope, flags: Iterator[ByteFlags]) -> Iterator[Blocks]:
     """The blocks of every member, all instances of it along a dimension in front."""
     for member, order in members_of(form):
         own = [next(flags).transpose(_behind(to_common)) for _, to_common in leaves_of(member.block)]
         yield Blocks((1, *member.shape), _behind(order), tuple(own))
 
 
-def _flags_of_leaves(scopes: Sequence[AnyScope], setting: Setting) -> list[Flags]:
+def _flags_of_leaves(scopes: Sequence[AnyScope], setting: Setting) -> list[ByteFlags]:
     """For each leaf of the form, which of its blocks are not zero; what looks alike is read together."""
     alike: defaultdict[Hashable, list[int]] = defaultdict(list)
     for place, leaf in enumerate(scopes[0].leaves):
         dtype = setting.tensors[leaf.tensor].dtype
         alike[leaf.view_shape, leaf.view_stride, leaf.shape, dtype].append(place)
     leaves, height = [scope.leaves for scope in scopes], len(scopes)
-    flags: dict[int, Flags] = {}
+    flags: dict[int, ByteFlags] = {}
     for places in alike.values():
         together = _flags([own[place] for place in places for own in leaves], setting)
         for number, place in enumerate(places):
@@ -93,7 +93,7 @@ def _flags_of_leaves(scopes: Sequence[AnyScope], setting: Setting) -> list[Flags
     return [flags[place] for place in sorted(flags)]
 
 
-def _flags(leaves: Sequence[BoundBlock], setting: Setting) -> Flags:
+def _flags(leaves: Sequence[BoundBlock], setting: Setting) -> ByteFlags:
     """Which blocks of some leaves that look alike are not zero: (leaves, *grid of blocks)."""
     form = leaves[0]
     dtype = DTYPES[setting.tensors[form.tensor].dtype]

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sparseprune.engine.grids import prod
-from sparseprune.engine.kernels.cutting import cut_blocks
-from sparseprune.engine.kernels.selecting import select_keys
+from sparseprune.engine.kernels.selecting import cut_blocks, select_keys
 from sparseprune.engine.tally import tally
 from sparseprune.execution.arranging import by_leaf, by_scope, inverse
 from sparseprune.execution.cells import leaves_of, members_of, whole_part

@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 
     from sparseprune.checkpoint import StoredTensor
     from sparseprune.engine.grids import Shape
-    from sparseprune.engine.kernels.folding import Flags
+    from sparseprune.engine.kernels.occupancy import ByteFlags
     from sparseprune.execution.cells import AnyScope
     from sparseprune.execution.limits import Limits
     from sparseprune.execution.occupied import Counts
@@ -120,7 +120,7 @@ class _Work:
         self._setting = setting
         self._lock = threading.Lock()
         self._counts: list[Counts] = []
-        self._flags: dict[BoundBlock, Flags] = {}
+        self._flags: dict[BoundBlock, ByteFlags] = {}
 
     def cells(self) -> Iterator[Item]:
         """Whole scopes, judged at once."""

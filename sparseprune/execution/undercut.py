@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sparseprune.engine.dtypes import DTYPES
-from sparseprune.engine.kernels.folding import any_in, nonzero
+from sparseprune.engine.kernels.occupancy import any_in, nonzero
 from sparseprune.execution.cells import Part, leaves_of, members_of
 from sparseprune.execution.occupied import First, Found, coarser, joined
 from sparseprune.execution.recipes import Gathered, Runs, Summed, Tiled
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from sparseprune.checkpoint import TensorReader
     from sparseprune.engine.grids import Shape
-    from sparseprune.engine.kernels.folding import Flags
+    from sparseprune.engine.kernels.occupancy import ByteFlags
     from sparseprune.execution.boxes import Box
     from sparseprune.execution.programs import Item, Program, Setting
     from sparseprune.execution.schedule import Job
@@ -40,7 +40,7 @@ class Cut:
     """Elements of a box that would be cut and are not zero: 1 for each, as the leaf sees them."""
 
     box: Box
-    elements: Flags
+    elements: ByteFlags
 
 
 class _Seen(threading.local):
@@ -103,7 +103,7 @@ class _Work:
         self._watch = watch
         ((self._member, _),) = members_of(job.task.instance.scope)
         self._lock = threading.Lock()
-        self._held: dict[BoundBlock, Flags] = {}
+        self._held: dict[BoundBlock, ByteFlags] = {}
 
     def around(self, item: Item) -> Item:
         """An item that tells what the one would cut; those that write nothing stay as they are."""
@@ -138,7 +138,7 @@ class _Work:
                 self._held[leaf] = np.zeros(leaf.grid_shape, dtype=np.uint8)
             self._held[leaf][coarser(Part(cut.box.begin, cut.box.extent), leaf.shape)] |= flags
 
-    def _found(self, begin: Shape, flags: Mapping[BoundBlock, Flags]) -> Found:
+    def _found(self, begin: Shape, flags: Mapping[BoundBlock, ByteFlags]) -> Found:
         """Fused blocks that are to be cut in any of their leaves, in a part of the grid from `begin` on."""
         orders = dict(leaves_of(self._member.block))
         common = [own.transpose(orders[leaf]) for leaf, own in flags.items()]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sparseprune.checkpoint import read_kept
-from sparseprune.checkpoint.pieces import work_through
+from sparseprune.checkpoint.threads import work_through
 from sparseprune.engine.grids import Shape, prod
 
 if TYPE_CHECKING:

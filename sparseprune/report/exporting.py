@@ -16,7 +16,7 @@ from sparseprune.errors import printable
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from sparseprune.report.fitting import Column
+    from sparseprune.report.tables import Column
 
 # A cell with a character of the line end is quoted, but only then: either one may stand in a name.
 _QUOTED_END = "\r\n"
@@ -48,7 +48,7 @@ def csv_text(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 def markdown_text(columns: Sequence[Column], rows: Iterable[Sequence[str]]) -> str:
     r"""A table of Markdown with its columns aligned; footers are its last row. Marks in cells are escaped.
 
-    >>> from sparseprune.report.fitting import Column
+    >>> from sparseprune.report.tables import Column
     >>> print(markdown_text([Column("tensor", "left"), Column("zeros")], [["a|b", "7"]]), end="")
     | tensor | zeros |
     |:-------|------:|

@@ -1,25 +1,25 @@
-"""The table of an inspect document: which facts have a column, how they read, what is said below.
-
-Gives columns and rows for Markdown, and rich renderables; whoever calls decides on the stream and its width.
-"""
+"""What `inspect` shows in a terminal: a table, or a tree of modules."""
 
 from __future__ import annotations
 
+import re
+from dataclasses import dataclass, field, replace
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group
 from rich.text import Text
 
 from sparseprune.errors import printable
-from sparseprune.report.columns import Fact, below, told
 from sparseprune.report.document import copies_line
-from sparseprune.report.fitting import Column, FittedTable
+from sparseprune.report.inspection import summed
+from sparseprune.report.tables import Column, Fact, FittedTable, below, told
 from sparseprune.report.wording import many, percent, shape_text
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-    from rich.console import RenderableType
+    from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 
     Entry = Mapping[str, Any]
 
@@ -144,3 +144,165 @@ def _runtime_notes(name: str, document: Mapping[str, Any]) -> Iterator[Renderabl
     if len(ranked) > _REASONS:
         rest = sum(len(names) for _, names in ranked[_REASONS:])
         yield below(f"{many(rest, 'matrix')} more: for other reasons, which --json has")
+
+
+_NUMBER = re.compile(r"0|[1-9][0-9]{0,8}")
+_DEEPEST = 32  # pieces of a name that become branches, the rest stays together
+_UNLIKE = {"name", "zero_slices", "zero_blocks"}
+_ITSELF = "(itself)"  # a tensor whose name is the beginning of others
+_GUIDES = ("├─ ", "└─ ", "│  ", "   ")
+_PLAIN_GUIDES = ("|- ", "`- ", "|  ", "   ")
+
+
+@dataclass(frozen=True, slots=True)
+class InspectTree:
+    """The tree of an inspect document: branches in the order of their first tensors, aggregated facts.
+
+    Numbered branches that are alike in shapes, zeros and patterns stand as one (`0..31`), with their sums.
+    """
+
+    document: Mapping[str, Any]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        guides = _PLAIN_GUIDES if options.ascii_only else _GUIDES
+        totals = self.document["totals"]
+        patterns = list(totals["patterns"])
+        lines = list(_lines(_tree(self.document["tensors"]), guides))
+        columns, rows = told(_columns(totals), [_told(branch, patterns) for _, branch in lines])
+        stems = [stem for stem, _ in lines]
+        yield Group(FittedTable(columns, rows, " or --json", stems), *notes(self.document))
+
+
+@dataclass(frozen=True, slots=True)
+class _Branch:
+    """The tensors whose names begin alike: those of its twigs, or the very tensors of this name."""
+
+    label: str
+    twigs: tuple[_Branch, ...]
+    entries: tuple[Entry, ...]
+    likeness: int  # equal for branches that are alike in all but their labels
+
+
+@dataclass(slots=True)
+class _Sprout:
+    """A branch while names are still added to it."""
+
+    label: str
+    twigs: dict[str, _Sprout] = field(default_factory=dict)
+    entry: Entry | None = None
+
+
+def _columns(totals: Entry) -> list[Fact]:
+    tensors = Column("tensors", footer=f"{totals['tensors']:,}", spare=8)
+    elements = Column("elements", footer=f"{totals['numel']:,}", spare=6)
+    return [
+        Fact(Column("tensor", "left", "total"), itemgetter("label")),
+        Fact(tensors, lambda one: f"{one['tensors']:,}"),
+        Fact(Column("shape", "left", spare=6), itemgetter("shapes")),
+        Fact(elements, lambda one: f"{one['numel']:,}"),
+        *shared_facts(totals),
+    ]
+
+
+def _tree(entries: Iterable[Entry]) -> tuple[_Branch, ...]:
+    """The branches without a trunk."""
+    root = _Sprout("")
+    for entry in entries:
+        sprout = root
+        for piece in entry["name"].split(".", _DEEPEST):
+            sprout = sprout.twigs.setdefault(piece, _Sprout(piece))
+        sprout.entry = entry
+    return _grown(root, _Likenesses()).twigs
+
+
+class _Likenesses:
+    """Numbers for values that can be compared, equal ones for equal values."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[object, int] = {}
+
+    def of(self, value: object) -> int:
+        return self._numbers.setdefault(value, len(self._numbers))
+
+
+def _grown(sprout: _Sprout, likenesses: _Likenesses) -> _Branch:
+    """Twigs that are alike told as one, and what is alone then joined with what it grows on."""
+    twigs = [_grown(twig, likenesses) for twig in sprout.twigs.values()]
+    own = () if sprout.entry is None else (sprout.entry,)
+    if own and twigs:
+        twigs.insert(0, _Branch(_ITSELF, (), own, likenesses.of(_likeness(own[0]))))
+    if not twigs:
+        return _Branch(sprout.label, (), own, likenesses.of(_likeness(own[0])) if own else 0)
+    if len(twigs) == 1 and sprout.label:
+        (only,) = twigs
+        return _Branch(f"{sprout.label}.{only.label}", only.twigs, only.entries, likenesses.of(_joined(only)))
+    likeness = likenesses.of(tuple((twig.label, twig.likeness) for twig in twigs))
+    found = tuple(_alike_as_one(twigs))
+    if len(found) == 1 and sprout.label:
+        return replace(found[0], label=f"{sprout.label}.{found[0].label}", likeness=likeness)
+    return _Branch(sprout.label, found, tuple(entry for twig in found for entry in twig.entries), likeness)
+
+
+def _joined(only: _Branch) -> object:
+    return only.label, only.likeness
+
+
+def _likeness(entry: Entry) -> object:
+    """What branches have to agree in to be told as one: all but names, and where the zeros lie exactly."""
+    return repr({key: value for key, value in entry.items() if key not in _UNLIKE})
+
+
+def _alike_as_one(twigs: Sequence[_Branch]) -> Iterator[_Branch]:
+    """The twigs, where several numbered ones are alike in the place of the first one."""
+    alike: dict[object, list[_Branch]] = {}
+    for twig in twigs:
+        number, dot, rest = twig.label.partition(".")
+        key: object = (dot + rest, twig.likeness) if _NUMBER.fullmatch(number) else twig.label
+        alike.setdefault(key, []).append(twig)
+    for found in alike.values():
+        yield found[0] if len(found) == 1 else _merged(found, _ranges([one.label for one in found]))
+
+
+def _merged(branches: Sequence[_Branch], label: str) -> _Branch:
+    """Branches that are alike as one."""
+    twigs = tuple(
+        _merged(same, same[0].label) for same in zip(*(branch.twigs for branch in branches), strict=True)
+    )
+    entries = tuple(entry for branch in branches for entry in branch.entries)
+    return _Branch(label, twigs, entries, branches[0].likeness)
+
+
+def _ranges(labels: Sequence[str]) -> str:
+    """Numbers, and what stands after all of them, as runs: `0..2, 5.weight`.
+
+    >>> _ranges(["0", "1", "2", "7"]), _ranges(["4.weight", "5.weight"])
+    ('0..2,7', '4..5.weight')
+    """
+    rest = labels[0][len(labels[0].partition(".")[0]) :]
+    runs: list[list[int]] = []
+    for number in sorted(int(label.partition(".")[0]) for label in labels):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ",".join(str(first) if first == last else f"{first}..{last}" for first, last in runs) + rest
+
+
+def _lines(branches: Sequence[_Branch], guides: Sequence[str]) -> Iterator[tuple[str, _Branch]]:
+    """Every branch with the lines that lead to it; those of the first rank have none."""
+    for branch in branches:
+        yield "", branch
+        yield from _twig_lines(branch, guides, "")
+
+
+def _twig_lines(branch: _Branch, guides: Sequence[str], stem: str) -> Iterator[tuple[str, _Branch]]:
+    fork, last, along, beside = guides
+    for at, twig in enumerate(branch.twigs, 1):
+        is_last = at == len(branch.twigs)
+        yield stem + (last if is_last else fork), twig
+        yield from _twig_lines(twig, guides, stem + (beside if is_last else along))
+
+
+def _told(branch: _Branch, patterns: Sequence[str]) -> dict[str, Any]:
+    shapes = {shape_text(entry["shape"]) for entry in branch.entries} if not branch.twigs else set()
+    return {**summed(branch.entries, patterns), "label": branch.label, "shapes": " ".join(sorted(shapes))}

@@ -17,7 +17,7 @@ from rich.text import Text
 from sparseprune.errors import printable
 from sparseprune.report.coverage import coverage_text
 from sparseprune.report.document import share
-from sparseprune.report.removal_plan import removal_text, totals_facts
+from sparseprune.report.plan import removal_text, totals_facts
 from sparseprune.report.wording import many, percent, shape_text, size
 
 if TYPE_CHECKING:

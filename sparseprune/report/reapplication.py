@@ -13,7 +13,7 @@ from sparseprune import __version__
 from sparseprune.engine.sequences import Made
 from sparseprune.errors import printable
 from sparseprune.report.document import energy_kept, file_entries, share
-from sparseprune.report.fitting import Column, FittedTable
+from sparseprune.report.tables import Column, FittedTable
 from sparseprune.report.wording import many, percent
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from sparseprune import __version__
 from sparseprune.engine.grids import prod
 from sparseprune.report.coverage import coverage_text, coverage_totals
 from sparseprune.report.document import copies_line, file_entries, mean, rule_entry, summed_up
-from sparseprune.report.fitting import Column, FittedTable
+from sparseprune.report.tables import Column, FittedTable
 from sparseprune.report.wording import many, percent, shape_text, size
 
 if TYPE_CHECKING:

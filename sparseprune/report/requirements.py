@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparseprune.errors import SparsepruneError, printable
 from sparseprune.report.facts import Pattern, pattern_of
-from sparseprune.report.listing import flat
+from sparseprune.report.inspection import flat
 from sparseprune.report.runtimes import axes_of
 from sparseprune.spec.patterns import PatternError, TensorPattern, parse_pattern
 from sparseprune.spec.problems import listed, nearest, shown

@@ -16,7 +16,7 @@ from sparseprune.engine.sequences import Made
 from sparseprune.errors import printable
 from sparseprune.report.coverage import coverage_text, coverage_totals
 from sparseprune.report.document import copies_line, file_entries, one_or_all
-from sparseprune.report.fitting import Column, FittedTable
+from sparseprune.report.tables import Column, FittedTable
 from sparseprune.report.wording import many
 
 if TYPE_CHECKING:

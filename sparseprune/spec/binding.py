@@ -1,45 +1,171 @@
-"""Spec x headers -> BoundSpec: every rule as instances with resolved shapes, or every problem at once.
+"""Binding: the tables of a spec and the headers of a checkpoint become bound scopes with budgets.
 
-`locating` says which tensors belong together, `viewing` and `shaping` what their shapes come to, `budgets`
-what shall survive; here the tables' errors get their place. Called by execution.
+Owns the order of checks; errors get their place in the spec here. Called by execution.
 """
 
 from __future__ import annotations
 
+import sys
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-from sparseprune.engine.grids import Shape
-from sparseprune.errors import SparsityError
-from sparseprune.spec.bound import BoundBlock, BoundInstance, BoundRule, BoundSpec
-from sparseprune.spec.budgets import budget_of
-from sparseprune.spec.captures import leaves_of_table, look_of_table
-from sparseprune.spec.expressions import ExpressionError
-from sparseprune.spec.locating import locate
-from sparseprune.spec.methods import reconstruct_of, score_of, soft_of
-from sparseprune.spec.names import Environment, Names, misfit
-from sparseprune.spec.overlap import check_overlaps
-from sparseprune.spec.problems import Misfit, Problems
-from sparseprune.spec.schema import expressions_of
-from sparseprune.spec.shaping import Layout, blocks_in, compete, fuse, scope_of
-from sparseprune.spec.sites import JoinedSite, Site, TensorSite, label
-from sparseprune.spec.variables import resolve_variables
-from sparseprune.spec.viewing import layout_of
+from sparseprune.engine.grids import Shape, prod, surviving
+from sparseprune.engine.rearranging import rearranged
+from sparseprune.errors import ShapeMismatchError, SparsityError
+from sparseprune.spec.bound import BoundBlock, BoundInstance, BoundRule, BoundSpec, Budget
+from sparseprune.spec.checking import leaves_of_table, look_of_table
+from sparseprune.spec.expressions import (
+    Environment,
+    ExpressionError,
+    Names,
+    came_to,
+    misfit,
+    resolve_variables,
+)
+from sparseprune.spec.locating import JoinedSite, Site, TensorSite, label, locate
+from sparseprune.spec.problems import Misfit, Problems, shown
+from sparseprune.spec.schema import ExplicitView, expressions_of, reconstruct_of, score_of, soft_of
+from sparseprune.spec.shaping import (
+    Layout,
+    blocks_in,
+    check_overlaps,
+    compete,
+    fuse,
+    is_injective,
+    scope_of,
+    whole,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from sparseprune.spec.bound import (
-        BoundBlockCoupling,
-        BoundScope,
-        BoundScopeCoupling,
-        Budget,
-        TensorInfo,
-    )
+    from sparseprune.spec.bound import BoundBlockCoupling, BoundScope, BoundScopeCoupling, TensorInfo
+    from sparseprune.spec.expressions import Expression, SliceEntry
     from sparseprune.spec.locating import Sites
-    from sparseprune.spec.schema import BlockTable, BudgetTable, ScopeTable, Spec
+    from sparseprune.spec.schema import BlockTable, BudgetTable, ScopeTable, Spec, TensorsTable
+
+
+def budget_of(
+    place: str, table: BudgetTable, label: str, blocks: int, names: Names
+) -> tuple[Budget, float | None]:
+    """The budget of a scope of so many blocks, and the sparsity that was asked for.
+
+    Misfit where an expression gives no number in range, or more should survive than there is.
+    """
+    key = ""
+    try:
+        if table.threshold is not None:
+            key = "threshold"
+            return Budget(threshold=names.number(table.threshold, sys.float_info.max, "0 or more")), None
+        sparsity, asked = None, 0
+        if table.nnz is not None:
+            key = "nnz"
+            asked = names.integer(table.nnz, 0, f"0 to {blocks}")
+            if asked > blocks:
+                found = "" if isinstance(table.nnz, int) else f"{shown(table.nnz.text)}: "
+                text = (
+                    f"{found}found {asked}, wanted 0 to {blocks}: that many blocks has each scope of {label}"
+                )
+                raise Misfit(place, key, text)
+        elif table.sparsity is not None:
+            key = "sparsity"
+            sparsity = names.number(table.sparsity, 1.0, "a number from 0 to 1")
+            asked = surviving(sparsity, blocks)
+        key = "multiple_of"
+        unit = 1 if table.multiple_of is None else names.integer(table.multiple_of, 1, "1 or more")
+    except ExpressionError as error:
+        raise misfit(place, key, error, label) from error
+    return Budget(nnz=min(blocks, -(-asked // unit) * unit), multiple_of=unit), sparsity
+
+
+Axes = tuple[tuple[str, int], ...]
+
+
+def layout_of(place: str, table: TensorsTable, tensor: TensorInfo, names: Names) -> Layout:
+    """How a table looks at one of its tensors; Misfit where it cannot."""
+    layout = whole(tensor.shape)
+    if table.slice is None and table.view is None:
+        return layout
+    key = "slice"
+    try:
+        if table.slice is not None:
+            layout = _sliced(layout, table.slice, names)
+        if isinstance(table.view, ExplicitView):
+            key = "view"
+            layout = _explicit(tensor, table.view, names)
+        elif table.view is not None:
+            key = "axes"
+            axes = tuple((name, names.integer(size, 1, "1 or more")) for name, size in table.axes)
+            key = "view"
+            layout = _rearranged(layout, table.view, axes)
+    except ExpressionError as error:
+        raise misfit(place, key, error, tensor.name) from error
+    except SparsityError as error:
+        raise Misfit(place, key, f"{tensor.name}: {error}") from error
+    return layout
+
+
+def _sliced(layout: Layout, entries: tuple[SliceEntry, ...], names: Names) -> Layout:
+    if len(entries) != len(layout.shape):
+        raise ShapeMismatchError(
+            f"found {len(entries)} entries for the shape {list(layout.shape)}: "
+            'give one for each dimension (":" takes all of it)'
+        )
+    bounds = [_bounds(entry, size, names) for entry, size in zip(entries, layout.shape, strict=True)]
+    offset = sum(low * stride for (low, _), stride in zip(bounds, layout.stride, strict=True))
+    return Layout(tuple([high - low for low, high in bounds]), layout.stride, offset)
+
+
+def _bounds(entry: SliceEntry, size: int, names: Names) -> tuple[int, int]:
+    if entry.is_whole:
+        return 0, size
+    low = 0 if entry.low is None else _bound(entry.low, size, size - entry.single, names)
+    high = size if entry.high is None else _bound(entry.high, size, size, names)
+    if entry.single:
+        return low, low + 1
+    if low >= high:
+        raise ShapeMismatchError(f"{shown(entry.text)} is {low}:{high}, which takes nothing of {size}")
+    return low, high
+
+
+def _bound(bound: Expression, size: int, most: int, names: Names) -> int:
+    """A bound counted from the front; ExpressionError where it lies outside."""
+    found = names.value(bound)
+    if isinstance(found, bool) or not isinstance(found, int) or not -size <= found <= most:
+        raise came_to(bound, found, f"an integer from {-size} to {most}, as the dimension has {size}")
+    return found + size if found < 0 else found
+
+
+def _explicit(tensor: TensorInfo, view: ExplicitView, names: Names) -> Layout:
+    shape = tuple([names.integer(size, 1, "1 or more") for size in view.shape])
+    stride = tuple([names.integer(step, 0, "0 or more") for step in view.stride])
+    layout = Layout(shape, stride, names.integer(view.offset, 0, "0 or more"))
+    if len(shape) != len(stride):
+        raise ShapeMismatchError(
+            f"shape {list(shape)} and stride {list(stride)} must have one entry for each dimension"
+        )
+    last = layout.offset + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+    if last >= prod(tensor.shape):
+        raise ShapeMismatchError(
+            f"the view reaches element {last}, the tensor {list(tensor.shape)} has {prod(tensor.shape)}: "
+            "strides and offset count elements of the row-major tensor"
+        )
+    if not is_injective(shape, stride):
+        raise ShapeMismatchError(
+            f"shape {list(shape)} with stride {list(stride)} has elements in common: "
+            "each element may be seen at one place only"
+        )
+    return layout
+
+
+@lru_cache(maxsize=256)
+def _rearranged(layout: Layout, pattern: str, axes: Axes) -> Layout:
+    seen = rearranged(layout.shape, layout.stride, pattern, dict(axes))
+    return Layout(seen.shape, seen.stride, layout.offset)
+
 
 Alike = tuple[str, str, Shape, str]  # a table's kind and name, the shape and dtype of tensors that it finds
 Look = tuple[Layout, Shape]  # a view, and the extents of the blocks in it

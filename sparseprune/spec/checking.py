@@ -1,37 +1,235 @@
-"""What the tables of a spec say about each other: references, budgets, captures, orders, idle tables.
-
-Every check adds to `problems` and goes on; a table that could not be read is passed over here, its
-name still counts as declared, and no check concludes from a key that was left open. Knows no checkpoint.
-Called by `parsing`.
-"""
+"""Checks between tables of a spec: references, captures, budgets; every problem at once."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import TYPE_CHECKING
 
-from sparseprune.spec.captures import captures_of_table, patterns_of_table
-from sparseprune.spec.methods import (
-    METHOD_KEYS,
-    wrong_common_reconstruct,
-    wrong_method,
-    wrong_reconstruct,
-    wrong_score,
-)
+from sparseprune.spec.expressions import FACTS, RESERVED, unknown_name
 from sparseprune.spec.problems import Problems, listed, nearest, shown, suggestion
-from sparseprune.spec.referring import check_references
 from sparseprune.spec.schema import (
     BUDGETS,
     KINDS,
+    METHOD_KEYS,
     BudgetTable,
     CouplingTable,
     ExplicitView,
     ScopeTable,
     Spec,
     TensorsTable,
+    expressions_of,
+    wrong_common_reconstruct,
+    wrong_method,
+    wrong_reconstruct,
+    wrong_score,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Mapping
+    from collections.abc import Collection, Iterable, Iterator, Mapping
+
+    from sparseprune.spec.expressions import Expression
+    from sparseprune.spec.locating import Pattern
+    from sparseprune.spec.schema import Spec
+
+
+def captures_of_table(spec: Spec, kind: str, name: str) -> frozenset[frozenset[str]]:
+    """The sets of captures that instances of `[kind.name]` may have: one, unless patterns differ in them.
+
+    Empty where a table on the way down is missing or could not be read.
+    """
+    coupling = _coupling_of(spec, kind, name)
+    if coupling is None:
+        return frozenset(frozenset(pattern.names) for pattern in _own_patterns(spec, kind, name))
+    table = spec.block_coupling[coupling]
+    members = [captures_of_table(spec, "block", member) for member in table.blocks]
+    if not members or not all(members):
+        return frozenset()
+    every = frozenset(name for variants in members for names in variants for name in names)
+    return frozenset({frozenset() if table.across == "all" else every.difference(table.across)})
+
+
+def patterns_of_table(spec: Spec, kind: str, name: str) -> tuple[str, ...]:
+    """The patterns, in quotes, of all blocks that `[kind.name]` consists of."""
+    coupling = _coupling_of(spec, kind, name)
+    blocks = (
+        [(kind, name)] if coupling is None else [("block", b) for b in spec.block_coupling[coupling].blocks]
+    )
+    return tuple(f'"{pattern.text}"' for block in blocks for pattern in _own_patterns(spec, *block))
+
+
+def _coupling_of(spec: Spec, kind: str, name: str) -> str | None:
+    """The block coupling that a scope is over."""
+    if kind == "scope" and name in spec.scope:
+        block = spec.scope[name].block
+        return block if isinstance(block, str) and block in spec.block_coupling else None
+    return None
+
+
+def leaves_of_table(spec: Spec, kind: str, name: str) -> tuple[tuple[str, str], ...]:
+    """The tables with tensors, as kind and name, that a table consists of in the end."""
+    if kind == "scope_coupling":
+        below = [("scope", scope) for scope in spec.scope_coupling[name].scopes if scope in spec.scope]
+        return tuple(leaf for each in below for leaf in leaves_of_table(spec, *each))
+    if kind == "scope" and isinstance(spec.scope[name].block, str):
+        block = str(spec.scope[name].block)
+        inner = "block_coupling" if block in spec.block_coupling else "block"
+        return leaves_of_table(spec, inner, block) if block in getattr(spec, inner) else ()
+    if kind == "block_coupling":
+        return tuple(("block", block) for block in spec.block_coupling[name].blocks if block in spec.block)
+    return ((kind, name),)
+
+
+def look_of_table(spec: Spec, kind: str, name: str) -> dict[str, tuple[Expression, ...]]:
+    """The expressions by which a table looks at its own tensors, by key; they may borrow captures."""
+    keys = (
+        ("slice", "axes", "view", "shape", "block") if kind == "scope" else ("slice", "axes", "view", "shape")
+    )
+    table = getattr(spec, kind)[name]
+    return {key: tuple(expressions_of(getattr(table, key))) for key in keys}
+
+
+def borrowed_names(spec: Spec, kind: str, member: str) -> frozenset[str]:
+    """Names in the expressions of a coupling's member that have to be captures, but not its own."""
+    leaves = leaves_of_table(spec, kind, member)
+    if len(leaves) != 1 or _coupling_of(spec, kind, member) is not None:
+        return frozenset()
+    tables = {leaves[0], (kind, member)}
+    used = {
+        name
+        for table in tables
+        for expressions in look_of_table(spec, *table).values()
+        for expression in expressions
+        for name in expression.names
+    }
+    if not used:
+        return frozenset()
+    own = {name for names in captures_of_table(spec, kind, member) for name in names}
+    return frozenset(used - own - {*spec.variables, *RESERVED})
+
+
+def _own_patterns(spec: Spec, kind: str, name: str) -> tuple[Pattern, ...]:
+    if kind == "scope":
+        scope = spec.scope.get(name)
+        if scope is None or scope.patterns is not None:
+            return () if scope is None else scope.patterns or ()
+        name = str(scope.block)
+    return spec.block[name].patterns or () if name in spec.block else ()
+
+
+_BUDGET_KEYS = ("nnz", "sparsity", "threshold", "multiple_of")
+Table = tuple[str, str]
+Membership = tuple[Table, str]
+"""A coupling, and the name under which something takes part in it."""
+
+
+def check_references(spec: Spec, problems: Problems, variables: Collection[str]) -> None:
+    """Every name in every expression; `variables` are all that are declared, also those with problems."""
+    memberships = _memberships(spec)
+    members_open = problems.is_open("", "block_coupling", "scope_coupling") or any(
+        problems.is_open(f"{kind}_coupling.{name}", f"{kind}s")
+        for kind in ("block", "scope")
+        for name in getattr(spec, f"{kind}_coupling")
+    )
+    for kind in ("block", "scope"):
+        for name, table in getattr(spec, kind).items():
+            if table.patterns is not None:
+                lent = None if members_open else _lent(spec, memberships.get((kind, name), ()))
+                _check_leaf(spec, (kind, name), lent, problems, variables)
+    for name, scope in spec.scope.items():
+        own = _captures(spec, ("scope", name))
+        lent = None if members_open else _lent(spec, memberships.get(("scope", name), ()))
+        if scope.patterns is None and own is not None and lent is not None:
+            known = {*own, *lent, *variables, "config"}
+            _check(f"scope.{name}", "shape", expressions_of(scope.shape), known, problems)
+    for kind in ("scope", "scope_coupling"):
+        for name, outermost in getattr(spec, kind).items():
+            own = _captures(spec, (kind, name))
+            if own is not None:
+                for key in _BUDGET_KEYS:
+                    found = expressions_of(getattr(outermost, key))
+                    _check(f"{kind}.{name}", key, found, {*own, *variables, "config"}, problems)
+
+
+def _check_leaf(
+    spec: Spec, table: Table, lent: Collection[str] | None, problems: Problems, variables: Collection[str]
+) -> None:
+    """A table with tensors of its own: `where`, and what says how they are looked at.
+
+    `lent` are the captures that it may borrow from its fellow members, None where that is not known.
+    """
+    kind, name = table
+    place, read = f"{kind}.{name}", getattr(spec, kind)[name]
+    own = _captures(spec, table) or frozenset()
+    for capture in sorted(own):
+        if capture in variables:
+            problems.add(place, read.patterns_key, f"the capture {shown(capture)} is a var too: rename one")
+        elif capture in RESERVED:
+            text = f"the capture {shown(capture)} means something else in expressions: rename it"
+            problems.add(place, read.patterns_key, text)
+    known = {*own, *variables, "config", *FACTS}
+    _check(place, "where", expressions_of(read.where), known, problems)
+    if lent is None:
+        return
+    for key, expressions in look_of_table(spec, *table).items():
+        facts = () if (kind, key) == ("scope", "shape") else FACTS
+        _check(place, key, expressions, {*own, *lent, *variables, "config", *facts}, problems)
+
+
+def _check(
+    place: str, key: str, expressions: Iterable[Expression], known: Collection[str], problems: Problems
+) -> None:
+    for expression in expressions:
+        for name in sorted(expression.names.difference(known)):
+            text = f"{shown(expression.text)}: {unknown_name(name, frozenset(known))}"
+            problems.add(place, key, text)
+
+
+def _captures(spec: Spec, table: Table) -> frozenset[str] | None:
+    """All captures that instances of a table may have; None where that cannot be known."""
+    if table[0] != "scope_coupling":
+        variants = captures_of_table(spec, *table)
+        return frozenset().union(*variants) if variants else None
+    coupling = spec.scope_coupling[table[1]]
+    members = [_captures(spec, ("scope", name)) for name in coupling.scopes]
+    if not members or None in members:
+        return None
+    every = frozenset(name for names in members for name in names or ())
+    return frozenset() if coupling.across == "all" else every.difference(coupling.across)
+
+
+def _lent(spec: Spec, memberships: Iterable[Membership]) -> set[str] | None:
+    """Captures that a table may borrow: those of its fellow members, in every coupling that it is part of.
+
+    None where a fellow member cannot be read.
+    """
+    fellows = [_lent_in(spec, coupling, member) for coupling, member in memberships]
+    known = [captures for captures in fellows if captures is not None]
+    if len(known) < len(fellows):
+        return None
+    return set.intersection(*known) if known else set()
+
+
+def _lent_in(spec: Spec, coupling: Table, member: str) -> set[str] | None:
+    table = getattr(spec, coupling[0])[coupling[1]]
+    others = [name for name in table.members if name != member]
+    captures = [_captures(spec, (table.member_kind, name)) for name in others]
+    return None if None in captures else {name for names in captures for name in names or ()}
+
+
+def _memberships(spec: Spec) -> dict[Table, list[Membership]]:
+    """For every table the couplings that it is part of, itself or as the block of a member, and as whom."""
+    found: defaultdict[Table, list[Membership]] = defaultdict(list)
+    for coupling, fused in spec.block_coupling.items():
+        for name in fused.blocks:
+            found["block", name].append((("block_coupling", coupling), name))
+    for coupling, coupled in spec.scope_coupling.items():
+        for name in coupled.scopes:
+            if name in spec.scope and leaves_of_table(spec, "scope", name):
+                found["scope", name].append((("scope_coupling", coupling), name))
+                block = spec.scope[name].block
+                if isinstance(block, str):
+                    found["block", block].append((("scope_coupling", coupling), name))
+    return found
 
 
 _MOST_MISSING = 8  # names that are no table, of which it is asked which one was meant

@@ -1,22 +1,28 @@
-"""Expressions of a spec: text -> a syntax tree in which every node is one of a short list.
+"""Expressions over numbers, lists, captures and config: parsed to an allow-listed tree, never `eval`.
 
-Whatever is not on the list (calls, powers, comprehensions, attributes of anything but `config`) is
-refused here, with the column. Nothing is run: `evaluating` walks the tree. The schema of the tables
-calls it.
+Owns syntax, bounds, evaluation, the names that are known where, and `[vars]`.
 """
 
 from __future__ import annotations
 
 import ast
+import operator
+import tomllib
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from graphlib import CycleError, TopologicalSorter
 from math import isfinite
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from sparseprune.spec.problems import shown
+from sparseprune.spec.problems import Misfit, Problems, shown, suggestion
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+
+    from sparseprune.engine.grids import Shape
+    from sparseprune.spec.bound import Captures, TensorInfo
+
 
 LARGEST = 2**63 - 1  # of what counts blocks or elements
 _LONGEST = 2000
@@ -190,3 +196,428 @@ def _starts_at_config(node: ast.expr) -> bool:
     while isinstance(node, ast.Attribute | ast.Subscript):
         node = node.value
     return isinstance(node, ast.Name) and node.id == "config"
+
+
+LONGEST = 10_000  # characters of a text, items of a list with those of the lists in it
+_ARITHMETIC: dict[type[ast.operator], tuple[str, Callable[[Any, Any], Any]]] = {
+    ast.Add: ("+", operator.add),
+    ast.Sub: ("-", operator.sub),
+    ast.Mult: ("*", operator.mul),
+    ast.Div: ("/", operator.truediv),
+    ast.FloorDiv: ("//", operator.floordiv),
+    ast.Mod: ("%", operator.mod),
+}
+_ORDERING: dict[type[ast.cmpop], tuple[str, Callable[[Any, Any], bool]]] = {
+    ast.Lt: ("<", operator.lt),
+    ast.LtE: ("<=", operator.le),
+    ast.Gt: (">", operator.gt),
+    ast.GtE: (">=", operator.ge),
+}
+
+
+class MissingKeyError(ExpressionError):
+    """A key that config lacks; `or` may still give another value."""
+
+
+class BrokenNameError(ExpressionError):
+    """A var that has no value itself, which was told already."""
+
+
+class Broken:
+    """What stands for the value of a var that has none."""
+
+
+def evaluate(expression: Expression, names: Mapping[str, object]) -> object:
+    """The value of an expression; ExpressionError where it has none, with the column and the reason."""
+    return _Walk(expression.text, names).value(expression.tree)
+
+
+class _Walk:
+    """One walk over one tree."""
+
+    __slots__ = ("_names", "_text")
+
+    def __init__(self, text: str, names: Mapping[str, object]) -> None:
+        self._text = text
+        self._names = names
+
+    def value(self, node: ast.expr) -> object:  # noqa: C901, PLR0911  (one row for each kind of node)
+        match node:
+            case ast.Constant(value):
+                return value
+            case ast.Name(name):
+                return self._named(node, name)
+            case ast.List(items):
+                return self._bounded(node, [self.value(item) for item in items])
+            case ast.UnaryOp(op, operand):
+                found = self.value(operand)
+                return not found if isinstance(op, ast.Not) else self._negative(node, found)
+            case ast.BinOp(left, op, right):
+                return self._arithmetic(node, op, self.value(left), self.value(right))
+            case ast.BoolOp(op, operands):
+                return self._all(operands) if isinstance(op, ast.And) else self._first(operands)
+            case ast.Compare(left, ops, others):
+                return self._chain(left, ops, others)
+            case ast.IfExp(test, then, otherwise):
+                return self.value(then if self.value(test) else otherwise)
+            case ast.Attribute(of, key):
+                return self._entry(node, of, self.value(of), key)
+            case ast.Subscript(of, index):
+                return self._item(node, of, self.value(of), self.value(index))
+        raise self._error(node, "this has no value")
+
+    def _error(
+        self, node: ast.expr, what: str, kind: type[ExpressionError] = ExpressionError
+    ) -> ExpressionError:
+        return kind(self._text, column_of(self._text, node), what)
+
+    def _named(self, node: ast.expr, name: str) -> object:
+        if name not in self._names:
+            raise self._error(node, unknown_name(name, self._names))
+        value = self._names[name]
+        if isinstance(value, Broken):
+            raise self._error(node, f"{name} has no value", BrokenNameError)
+        return value
+
+    def _all(self, operands: list[ast.expr]) -> object:
+        value: object = True
+        for operand in operands:
+            value = self.value(operand)
+            if not value:
+                break
+        return value
+
+    def _first(self, operands: list[ast.expr]) -> object:
+        for operand in operands[:-1]:
+            try:
+                value = self.value(operand)
+            except MissingKeyError:
+                continue
+            if value:
+                return value
+        return self.value(operands[-1])
+
+    def _chain(self, left: ast.expr, ops: list[ast.cmpop], others: list[ast.expr]) -> bool:
+        before = self.value(left)
+        for op, node in zip(ops, others, strict=True):
+            after = self.value(node)
+            if not self._holds(node, op, before, after):
+                return False
+            before = after
+        return True
+
+    def _holds(self, node: ast.expr, op: ast.cmpop, left: Any, right: Any) -> bool:  # noqa: ANN401
+        if isinstance(op, ast.Eq | ast.NotEq):
+            return bool((left == right) is isinstance(op, ast.Eq))
+        if isinstance(op, ast.In | ast.NotIn):
+            return self._contains(node, left, right) is isinstance(op, ast.In)
+        sign, holds = _ORDERING[type(op)]
+        if not (_numbers(left, right) or (isinstance(left, str) and isinstance(right, str))):
+            raise self._error(node, f"{kind_of(left)} {sign} {kind_of(right)} has no meaning")
+        return bool(holds(left, right))
+
+    def _contains(self, node: ast.expr, left: object, right: object) -> bool:
+        if isinstance(right, list | tuple):
+            return left in right
+        if isinstance(right, str | Mapping) and isinstance(left, str):
+            return left in right
+        raise self._error(node, f"{kind_of(left)} in {kind_of(right)} has no meaning")
+
+    def _negative(self, node: ast.expr, value: Any) -> object:  # noqa: ANN401
+        if not _numbers(value):
+            raise self._error(node, f"- {kind_of(value)} has no meaning")
+        return self._bounded(node, -value)
+
+    def _arithmetic(self, node: ast.expr, op: ast.operator, left: Any, right: Any) -> object:  # noqa: ANN401
+        sign, compute = _ARITHMETIC[type(op)]
+        joined = sign == "+" and any(
+            isinstance(left, kind) and isinstance(right, kind) for kind in (str, list)
+        )
+        if not (_numbers(left, right) or joined):
+            raise self._error(node, f"{kind_of(left)} {sign} {kind_of(right)} has no meaning")
+        try:
+            return self._bounded(node, compute(left, right))
+        except ZeroDivisionError:
+            raise self._error(node, "this divides by zero") from None
+        except OverflowError:
+            raise self._error(node, "this is no finite number") from None
+
+    def _bounded(self, node: ast.expr, value: object) -> object:
+        if isinstance(value, int) and abs(value) > LARGEST:
+            raise self._error(node, f"this is an integer beyond {LARGEST}")
+        if isinstance(value, float) and not isfinite(value):
+            raise self._error(node, "this is no finite number")
+        if isinstance(value, str | list) and size_of(value) > LONGEST:
+            raise self._error(node, f"this is {kind_of(value)} of more than {LONGEST} parts")
+        return value
+
+    def _item(self, node: ast.expr, of: ast.expr, whole: object, index: object) -> object:
+        if isinstance(whole, list | str):
+            if not isinstance(index, int):
+                raise self._error(node, f"found the index {shown(index)}, wanted an integer")
+            if not -len(whole) <= index < len(whole):
+                found = f"{ast.unparse(of)} has {len(whole)} items"
+                raise self._error(node, f"{found}, there is no item {index}")
+            return whole[index]
+        if not isinstance(index, str):
+            raise self._error(
+                node, f"{ast.unparse(of)} is {kind_of(whole)}, which has no item {shown(index)}"
+            )
+        return self._entry(node, of, whole, index)
+
+    def _entry(self, node: ast.expr, of: ast.expr, whole: object, key: str) -> object:
+        if isinstance(whole, Mapping):
+            if key in whole:
+                return whole[key]
+            what = f"{ast.unparse(of)} has no key {shown(key)}{suggestion(key, map(str, whole))}"
+        elif isinstance(of, ast.Name) and of.id == "config":
+            what = f"the checkpoint has no config.json, where {shown(key)} would stand"
+        else:
+            what = f"{ast.unparse(of)} is {shown(whole)}, which has no key {shown(key)}"
+        raise self._error(node, what, MissingKeyError)
+
+
+def unknown_name(name: str, known: Mapping[str, object] | frozenset[str]) -> str:
+    """What to say about a name that nothing has."""
+    constant = {"true": "True", "false": "False", "none": "None", "null": "None"}.get(name.lower())
+    return f"unknown name {shown(name)}" + suggestion(name, [constant] if constant else known)
+
+
+def kind_of(value: object) -> str:
+    """What a value is, in words."""
+    match value:
+        case None:
+            return "nothing"
+        case bool():
+            return "true or false"
+        case int() | float():
+            return "a number"
+        case str():
+            return "a text"
+        case list() | tuple():
+            return "a list"
+    return "a table"
+
+
+def size_of(value: object) -> int:
+    """Characters of a text; items of a list, with what is in its items."""
+    if isinstance(value, str):
+        return len(value)
+    count, todo = 0, [value]
+    while todo and count <= LONGEST:
+        part = todo.pop()
+        if isinstance(part, list | tuple):
+            count += len(part)
+            todo += part
+    return count
+
+
+def _numbers(*values: object) -> bool:
+    return all(isinstance(value, int | float) for value in values)
+
+
+FACTS = ("shape", "ndim", "numel", "dtype")
+RESERVED = ("config", *FACTS)
+
+
+@dataclass(frozen=True, slots=True)
+class Environment:
+    """What is the same for all instances: the values of `[vars]`, and config.json or None."""
+
+    variables: Mapping[str, object] = field(default_factory=dict)
+    config: Mapping[str, object] | None = None
+
+    def settles(self, expressions: Iterable[Expression]) -> bool:
+        """Whether no capture has a say in them: they come to the same wherever the facts are the same."""
+        known = {*self.variables, *RESERVED}
+        return all(expression.names <= known for expression in expressions)
+
+
+@dataclass(frozen=True, slots=True)
+class Names:
+    """All that may be named for one instance."""
+
+    environment: Environment
+    captures: Captures = ()
+    tensor: TensorInfo | None = None
+
+    def value(self, entry: object) -> object:
+        """The entry itself, or what it comes to where it is an expression; ExpressionError."""
+        if not isinstance(entry, Expression):
+            return entry
+        known = {"config": self.environment.config, **self.environment.variables, **dict(self.captures)}
+        if self.tensor is not None:
+            known |= _facts(self.tensor)
+        return evaluate(entry, known)
+
+    def integer(self, entry: int | Expression, least: int, wanted: str) -> int:
+        """An integer of `least` or more; ExpressionError."""
+        found = self.value(entry)
+        if isinstance(found, bool) or not isinstance(found, int) or not least <= found <= LARGEST:
+            hint = " (// divides integers)" if isinstance(found, float) and found.is_integer() else ""
+            raise came_to(entry, found, wanted + hint)
+        return found
+
+    def number(self, entry: float | Expression, most: float, wanted: str) -> float:
+        """A number from 0 to `most`; ExpressionError."""
+        found = self.value(entry)
+        if isinstance(found, bool) or not isinstance(found, int | float) or not 0 <= found <= most:
+            raise came_to(entry, found, wanted)
+        return float(found)
+
+    def extents(self, shape: Sequence[int | Expression]) -> Shape:
+        """A shape whose entries are 1 or more, or -1; ExpressionError."""
+        for entry in shape:
+            if not isinstance(entry, int):
+                return tuple([each if isinstance(each, int) else self._extent(each) for each in shape])
+        return tuple(shape)  # type: ignore[arg-type]
+
+    def _extent(self, entry: Expression) -> int:
+        wanted = "an integer of 1 or more, or -1"
+        extent = self.integer(entry, -1, wanted)
+        if extent == 0:
+            raise came_to(entry, extent, wanted)
+        return extent
+
+
+def came_to(entry: object, found: object, wanted: str) -> ExpressionError:
+    """The error for an expression that has a value, but not one of the kind that is wanted."""
+    text = entry.text if isinstance(entry, Expression) else str(entry)
+    return ExpressionError(text, None, f"this comes to {shown(found)}, wanted {wanted}")
+
+
+def _facts(tensor: TensorInfo) -> dict[str, object]:
+    numel = 1
+    for size in tensor.shape:
+        numel *= size
+    values = (list(tensor.shape), len(tensor.shape), numel, tensor.dtype)
+    return dict(zip(FACTS, values, strict=True))
+
+
+def misfit(place: str, key: str, error: ExpressionError, label: str) -> Misfit:
+    """What to report for an expression without a fitting value; nothing, where that was told already."""
+    return Misfit(place, key, "" if isinstance(error, BrokenNameError) else f"{label}: {error}")
+
+
+Variable = bool | int | float | Expression | tuple["Variable", ...]
+_DEEPEST_LIST = 8
+_MOST_CIRCLES = 50  # that are told: each is found by a walk over all vars
+_WANTED = 'a number, true or false, an expression in quotes such as "2 * n", or a list of these'
+
+
+class _NoVariableError(ValueError):
+    """A value that no var can have."""
+
+
+def read_variables(value: object, overrides: Mapping[str, str], problems: Problems) -> dict[str, Variable]:
+    """The vars that can be read, with the overrides in place; the others are problems."""
+    declared = value if isinstance(value, dict) else {}
+    if value is not None and not isinstance(value, dict):
+        problems.add("", "vars", f"found {shown(value)}, wanted a table: write [vars] above its keys")
+    for name in overrides:
+        if name not in declared:
+            known = suggestion(name, declared) if declared else "; the spec has no [vars]"
+            problems.add("", f"--set {name}", f"[vars] has no {shown(name)}{known}")
+    variables: dict[str, Variable] = {}
+    for name, given in declared.items():
+        found = _overriding(overrides[name]) if name in overrides else given
+        wrong = _wrong_name(name)
+        try:
+            if not wrong:
+                variables[name] = _variable(found, 0)
+        except ExpressionError as error:
+            wrong = str(error)
+        except _NoVariableError:
+            wrong = f"found {shown(found)}, wanted {_WANTED}"
+        if wrong:
+            problems.add("vars", name, wrong)
+    _check_names(variables, {**declared, "config": None}, problems)
+    return variables
+
+
+def resolve_variables(
+    variables: Mapping[str, Variable], config: Mapping[str, object] | None, problems: Problems
+) -> dict[str, object]:
+    """The value of every var; `Broken` stands for those that have none, which are problems."""
+    values: dict[str, object] = {}
+    for name in TopologicalSorter(_references(variables)).static_order():
+        try:
+            values[name] = _value(variables[name], Names(Environment(values, config)))
+        except BrokenNameError:
+            values[name] = Broken()
+        except ExpressionError as error:
+            problems.add("vars", name, str(error))
+            values[name] = Broken()
+    return values
+
+
+def _wrong_name(name: str) -> str:
+    if not (name.isascii() and name.isidentifier()):
+        return "the name of a var is made of letters, digits and _"
+    return f"{name} means something else in expressions: take another name" if name in RESERVED else ""
+
+
+def _overriding(text: str) -> object:
+    """What stands for a value on the command line: TOML if it can be read as that, else an expression."""
+    try:
+        document = tomllib.loads(f"value = {text}")
+    except (ValueError, RecursionError):
+        return text
+    return document["value"] if document.keys() == {"value"} else text
+
+
+def _variable(value: object, depth: int) -> Variable:
+    match value:
+        case str():
+            return parse_expression(value)
+        case bool():
+            return value
+        case int() if abs(value) <= LARGEST:
+            return value
+        case float() if isfinite(value):
+            return value
+        case list() if depth < _DEEPEST_LIST:
+            return tuple([_variable(item, depth + 1) for item in value])
+    raise _NoVariableError
+
+
+def _check_names(variables: Mapping[str, Variable], known: Mapping[str, object], problems: Problems) -> None:
+    """Every name that a var uses exists, and no var needs itself."""
+    for name, variable in variables.items():
+        for expression in _expressions(variable):
+            for used in sorted(expression.names.difference(known)):
+                problems.add("vars", name, f"{shown(expression.text)}: {unknown_name(used, known)}")
+    references = _references(variables)
+    for _ in range(_MOST_CIRCLES):
+        try:
+            TopologicalSorter(references).prepare()
+        except CycleError as error:
+            chain = error.args[1][::-1]
+            problems.add("vars", chain[0], f"this needs itself: {' -> '.join(chain)}")
+            references = {name: used - {*chain} for name, used in references.items() if name not in chain}
+        else:
+            return
+
+
+def _value(variable: Variable, names: Names) -> object:
+    if not isinstance(variable, tuple):
+        return names.value(variable)
+    value = [_value(item, names) for item in variable]
+    if size_of(value) > LONGEST:
+        raise ExpressionError("[...]", None, f"this is a list of more than {LONGEST} parts")
+    return value
+
+
+def _references(variables: Mapping[str, Variable]) -> dict[str, set[str]]:
+    return {
+        name: {used for each in _expressions(variable) for used in each.names if used in variables}
+        for name, variable in variables.items()
+    }
+
+
+def _expressions(variable: Variable) -> Iterator[Expression]:
+    if isinstance(variable, Expression):
+        yield variable
+    elif isinstance(variable, tuple):
+        for item in variable:
+            yield from _expressions(item)

@@ -1,31 +1,279 @@
-"""Spec x names of tensors -> sites: which tensors each table finds, and which of them belong together.
+"""Locating: which tensors a pattern matches, joined on captures into instances.
 
-Reports patterns that match nothing, dtypes that cannot be pruned, members that are missing. Knows names,
-dtypes and the facts that `where` asks for; views are for `viewing`, grids for `shaping`. Called by `binding`.
+Owns captures of members, gathering by `across`, and missing members. Called by binding.
 """
 
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from itertools import zip_longest
+from operator import itemgetter
+from typing import TYPE_CHECKING, Literal
 
 from sparseprune.engine.dtypes import DTYPES
 from sparseprune.spec.bound import Captures
-from sparseprune.spec.captures import borrowed_names, leaves_of_table, patterns_of_table
-from sparseprune.spec.expressions import ExpressionError
-from sparseprune.spec.joining import JoinError, gather, lend, missing_partners, natural_join
-from sparseprune.spec.names import Names, came_to, misfit
+from sparseprune.spec.checking import borrowed_names, leaves_of_table, patterns_of_table
+from sparseprune.spec.expressions import ExpressionError, Names, came_to, misfit
 from sparseprune.spec.patterns import PatternError
 from sparseprune.spec.problems import Problems, listed, nearest, shown
-from sparseprune.spec.sites import JoinedSite, Site, TensorSite, captured, find_tensors
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
     from sparseprune.spec.bound import TensorInfo
-    from sparseprune.spec.names import Environment
+    from sparseprune.spec.expressions import Environment
+    from sparseprune.spec.patterns import RegexPattern, TensorPattern
     from sparseprune.spec.schema import CouplingTable, Spec, TensorsTable
-    from sparseprune.spec.sites import Pattern
+
+    Pattern = TensorPattern | RegexPattern
+    Key = Callable[[Captures], object]
+
+_DIGITS = re.compile(r"([0-9]+)")
+NaturalKey = tuple[tuple[int, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSite:
+    """A tensor that a pattern matches; `tag` tells it apart from all others of its table."""
+
+    captures: Captures
+    tag: str
+    tensor: TensorInfo
+
+
+@dataclass(frozen=True, slots=True)
+class JoinedSite:
+    """One instance of a coupling: for each member that it lists, the sites that take part."""
+
+    captures: Captures
+    tag: str
+    members: tuple[tuple[Site, ...], ...]
+
+
+Site = TensorSite | JoinedSite
+
+
+def label(table: str, site: Site) -> str:
+    """The name of an instance: the table's, with the captures or what else tells it apart.
+
+    >>> label("channel", JoinedSite((("layer", 3),), "layer=3", ()))
+    'channel[layer=3]'
+    """
+    return f"{table}[{site.tag}]" if site.tag else table
+
+
+def captured(captures: Captures) -> str:
+    """Captures as labels and errors show them; those that hold nothing are left out.
+
+    >>> captured((("stem", ""), ("layer", 3), ("name", "up")))
+    'layer=3,name=up'
+    """
+    return ",".join([f"{name}={value}" for name, value in captures if value != ""])
+
+
+def find_tensors(
+    patterns: Sequence[Pattern],
+    tensors: Iterable[TensorInfo],
+    keep: Callable[[TensorInfo, Captures], bool] | None = None,
+) -> tuple[TensorSite, ...]:
+    """The tensors that a pattern matches, the first one that does, in the natural order of the captures.
+
+    `keep` says which of those that match are taken, if not all.
+    """
+    found: dict[Captures, list[TensorInfo]] = {}
+    for tensor in tensors:
+        for pattern in patterns:
+            captures = pattern.match(tensor.name)
+            if captures is not None:
+                if pattern.names != patterns[0].names:
+                    captures = _reordered(captures, patterns[0].names)
+                if keep is None or keep(tensor, captures):
+                    found.setdefault(captures, []).append(tensor)
+                break
+    sites: list[TensorSite] = []
+    for captures in in_natural_order(found):
+        alike = found[captures]
+        if len(alike) == 1:
+            sites.append(TensorSite(captures, captured(captures), alike[0]))
+        else:
+            alike.sort(key=lambda tensor: natural_key(tensor.name))
+            sites += [TensorSite(captures, tensor.name, tensor) for tensor in alike]
+    return tuple(sites)
+
+
+def _reordered(captures: Captures, names: Sequence[str]) -> Captures:
+    """In the order in which the first pattern has the captures, so that alike captures are equal."""
+    return tuple(sorted(captures, key=lambda pair: names.index(pair[0]) if pair[0] in names else len(names)))
+
+
+def in_natural_order(several: Iterable[Captures]) -> list[Captures]:
+    """Captures sorted by their values, numbers by size wherever they stand."""
+    rows = list(several)
+    values = {value for captures in rows for _, value in captures}
+    keys = {value: natural_key(str(value)) for value in values}
+    places = {key: place for place, key in enumerate(sorted(set(keys.values())))}
+    ranks = {value: places[key] for value, key in keys.items()}  # many rows hold few values: compare numbers
+    return sorted(rows, key=lambda captures: [ranks[value] for _, value in captures])
+
+
+def natural_key(text: str) -> NaturalKey:
+    """A key that sorts digits in a text by the number that they are.
+
+    >>> sorted(["layer10", "layer2"], key=natural_key)
+    ['layer2', 'layer10']
+    """
+    parts = _DIGITS.split(text)  # text and digits in turn, so that like is compared with like
+    digits = (part.lstrip("0") for part in parts[1::2])
+    numbers = [(len(number), number) for number in digits]
+    texts = [(0, part) for part in parts[0::2]]
+    return tuple(key for pair in zip_longest(texts, numbers) for key in pair if key is not None)
+
+
+Rows = tuple["Captures | None", ...]  # one of each member, None for none
+_ROWS_BEYOND_INPUT = 1000
+
+
+class JoinError(ValueError):
+    """Members that do not make up instances; the text says why and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """One row of a join: all its captures, and the row of each member."""
+
+    captures: Captures
+    rows: Rows
+
+
+def gather(
+    sites: Iterable[Site], across: Collection[str] | Literal["all"]
+) -> dict[Captures, tuple[Site, ...]]:
+    """The sites by those of their captures that are not gathered across, each group in its old order."""
+    groups: dict[Captures, list[Site]] = {}
+    for site in sites:
+        left: Captures = () if across == "all" else site.captures
+        if left and across:
+            left = tuple([pair for pair in left if pair[0] not in across])
+        groups.setdefault(left, []).append(site)
+    return {captures: tuple(group) for captures, group in groups.items()}
+
+
+def natural_join(
+    members: Sequence[Collection[Captures]], optional: Collection[int] = ()
+) -> tuple[Joined, ...]:
+    """Every combination of one row of each member that agrees where captures have one name, in natural order.
+
+    The rows of one member all have the same names in the same order. A combination may do without a row of
+    the members that are numbered in `optional`. JoinError where a row fits no combination, and before a
+    product gets out of hand.
+
+    >>> layers, heads = [(("a", 1),)], [(("a", 1), ("b", 7)), (("a", 1), ("b", 8))]
+    >>> [joined.captures for joined in natural_join([layers, heads])]
+    [(('a', 1), ('b', 7)), (('a', 1), ('b', 8))]
+    """
+    limit = 2 * sum(map(len, members)) + _ROWS_BEYOND_INPUT
+    order = sorted(range(len(members)), key=lambda number: number in optional)
+    found: list[tuple[Captures, Rows]] = [((), ())]
+    known: Sequence[Captures] = [()]
+    for number in order:
+        have, key = _shared_keys(known, members[number])
+        partners: dict[object, list[Captures | None]] = {}
+        for row in members[number]:
+            partners.setdefault(key(row), []).append(row)
+        alone: list[Captures | None] = [None] if number in optional else []
+        matches = [partners.get(have(captures), alone) for captures, _ in found]
+        count = sum(map(len, matches))
+        if count > limit:
+            raise JoinError(
+                f"the members share so few captures that there would be {count} instances: "
+                "give one name to what belongs together, or gather with across"
+            )
+        found = [
+            (_extended(captures, row), (*rows, row))
+            for (captures, rows), match in zip(found, matches, strict=True)
+            for row in match
+        ]
+        if number not in optional:  # what only optional members capture joins nothing
+            known = [captures for captures, _ in found]
+    listed = [order.index(number) for number in range(len(members))]
+    found = [(captures, tuple([rows[at] for at in listed])) for captures, rows in found]
+    _check_used([rows for _, rows in found], members)
+    by_captures = dict(found)
+    return tuple([Joined(captures, by_captures[captures]) for captures in in_natural_order(by_captures)])
+
+
+def lend(
+    rows: Sequence[Captures], others: Sequence[Sequence[Captures]], names: Collection[str]
+) -> list[tuple[int, Captures]]:
+    """What each row becomes once it has these names too, as the others have them beside it, with its number.
+
+    >>> lend([(("layer", 1),)], [[(("layer", 1), ("expert", 7)), (("layer", 2), ("expert", 8))]], ["expert"])
+    [(0, (('layer', 1), ('expert', 7)))]
+    """
+    found = list(enumerate(rows))
+    wanted = set(names)
+    for lender in others:
+        lent = wanted.intersection(name for name, _ in next(iter(lender), ()))
+        if lent and found:
+            wanted -= lent
+            have, key = _shared_keys([row for _, row in found], lender)
+            partners: dict[object, dict[Captures, None]] = {}
+            for row in lender:
+                extra = tuple(pair for pair in row if pair[0] in lent)
+                partners.setdefault(key(row), {})[extra] = None
+            found = [(at, row + extra) for at, row in found for extra in partners.get(have(row), ())]
+    return found
+
+
+def missing_partners(members: Sequence[Collection[Captures]]) -> tuple[tuple[int, Captures], ...]:
+    """Which member has no row for captures that another one has, and these (only the names of both)."""
+    missing: dict[tuple[int, Captures], None] = {}
+    for rows in members:
+        for number, others in enumerate(members):
+            if others is not rows:
+                here, there = _shared_keys(rows, others)
+                known = set(map(there, others))
+                if not known.issuperset(map(here, rows)):
+                    lacking = [row for row in rows if here(row) not in known]
+                    missing |= {(number, _shared(row, others)): None for row in lacking}
+    return tuple(missing)
+
+
+def _check_used(joins: Sequence[Rows], members: Sequence[Collection[Captures]]) -> None:
+    for number, rows in enumerate(members):
+        used = {joined[number] for joined in joins}
+        for row in rows:
+            if row not in used:
+                raise JoinError(
+                    f"no instance has a place for {captured(row)}: no combination of members fits it"
+                )
+
+
+def _shared_keys(rows: Collection[Captures], others: Collection[Captures]) -> tuple[Key, Key]:
+    """What to compare a row of either by: the pairs of the names that both have, in one order."""
+    names = [[name for name, _ in next(iter(each), ())] for each in (rows, others)]
+    shared = [name for name in names[0] if name in names[1]]
+    here, there = (_picker([each.index(name) for name in shared]) for each in names)
+    return here, there
+
+
+def _picker(places: Sequence[int]) -> Key:
+    return itemgetter(*places) if places else lambda _: ()
+
+
+def _shared(row: Captures, others: Collection[Captures]) -> Captures:
+    names = {name for name, _ in next(iter(others), ())}
+    return tuple(pair for pair in row if pair[0] in names)
+
+
+def _extended(captures: Captures, row: Captures | None) -> Captures:
+    """The captures with those of a row that fits them."""
+    if row is None or row == captures:
+        return captures
+    known = dict(captures)
+    return captures + tuple([pair for pair in row if pair[0] not in known])
+
 
 Group = dict[Captures, tuple[Site, ...]]
 Sites = dict[tuple[str, str], tuple[Site, ...]]

@@ -16,21 +16,22 @@ from pydantic import BaseModel, ValidationError
 
 from sparseprune.errors import SpecError
 from sparseprune.spec.checking import check_spec
-from sparseprune.spec.fields import OWN_WORDS
-from sparseprune.spec.methods import ReconstructTable, ScoreTable
+from sparseprune.spec.expressions import read_variables
 from sparseprune.spec.problems import Problems, listed, nearest, shown, suggestion
 from sparseprune.spec.schema import (
     COVERS,
     KINDS,
+    OWN_WORDS,
     VERSION,
     BlockCouplingTable,
     BlockTable,
     ExplicitView,
+    ReconstructTable,
     ScopeCouplingTable,
     ScopeTable,
+    ScoreTable,
     Spec,
 )
-from sparseprune.spec.variables import read_variables
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

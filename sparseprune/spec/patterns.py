@@ -1,36 +1,206 @@
-"""Tensor patterns: `model.layers.{layer}.mlp.{part:gate|up}_proj.weight` and the text that they match.
+"""Patterns of tensor names: captures, wildcards and regular expressions, matched in linear time.
 
-`parse_pattern` turns text into tokens once; `TensorPattern.match` gives the captures of a whole name or
-None. Where a name can be read in several ways, earlier captures take as much as they can. Knows names
-only, no tensors; the schema of the tables calls it.
+Owns their syntax and its errors. Knows no tensors but their names. Called by the spec's tables and removal.
 """
 
 from __future__ import annotations
 
+import importlib
+import math
 import re
+import warnings
 from dataclasses import dataclass
 from functools import lru_cache
 from keyword import iskeyword
-from typing import TYPE_CHECKING
-
-from sparseprune.spec.tokens import (
-    Again,
-    Literal,
-    Stem,
-    Token,
-    TooManyStatesError,
-    Wildcard,
-    Words,
-    floating,
-    is_capture,
-    match_tokens,
-    regex_of,
-)
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from sparseprune.spec.bound import Captures
+
+
+@dataclass(frozen=True, slots=True)
+class Literal:
+    """Text that stands for itself."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Wildcard:
+    """Text inside a piece, or across pieces; a named one is a capture and is not empty."""
+
+    across: bool
+    name: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Stem:
+    """Whole pieces at the beginning of a name and the dot after them, or nothing; a capture lacks the dot."""
+
+    name: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Words:
+    """One of some words, captured."""
+
+    name: str
+    words: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Again:
+    """The text that a capture has matched before."""
+
+    name: str
+
+
+Token = Literal | Wildcard | Stem | Words | Again
+
+
+_MOST_PLACES = 10_000_000  # tokens times characters of a name
+_MOST_HELD = 50_000_000  # states times the characters that they may hold
+_STATE = 250  # what a state takes beside
+
+
+class TooManyStatesError(Exception):
+    """A name and tokens that would take very long, or much memory, to match."""
+
+
+def is_capture(token: Token) -> TypeGuard[Wildcard | Stem | Words]:
+    """Whether the token stands for a capture at its first place."""
+    return isinstance(token, Words) or (isinstance(token, Wildcard | Stem) and token.name is not None)
+
+
+def regex_of(tokens: Iterable[Token]) -> str:
+    """The regular expression that says the same; captures are groups of their names."""
+    return "".join(_regex_of_token(token) for token in tokens)
+
+
+def floating(tokens: Sequence[Token]) -> int:
+    """How many tokens may end at several places for one start."""
+    followers = (*tokens[1:], Literal("."))  # the end of the name ends a piece too
+    return sum(_floats(token, after) for token, after in zip(tokens, followers, strict=True))
+
+
+def match_tokens(tokens: Sequence[Token], text: str) -> tuple[str, ...] | None:
+    """The texts of all captures, in order, if the tokens match the whole text.
+
+    A depth-first search that enters no state twice and none from which the rest cannot match. Without
+    repeated captures it never turns back, so that its time is tokens times characters. A state is the
+    token, the place in the text and what the captures hold that a later token repeats.
+    """
+    if len(tokens) * len(text) > _MOST_PLACES:
+        raise TooManyStatesError
+    fits = _fitting_ends(tokens, text)
+    defined = {token.name: at for at, token in enumerate(tokens) if is_capture(token)}
+    last_use = {defined[token.name]: at for at, token in enumerate(tokens) if isinstance(token, Again)}
+    starts, choices = [0], [_ends(tokens[0], text, 0, "")]
+    seen: set[tuple[int, int, tuple[str, ...]]] = set()
+    while choices:
+        end = next(choices[-1], None)
+        if end is None:
+            starts.pop()
+            choices.pop()
+            continue
+        index, places = len(starts), [*starts, end]
+        if not fits[index][end]:
+            continue
+        if index == len(tokens):
+            return tuple(_held(tokens[at], text[places[at] : places[at + 1]]) for at in defined.values())
+        held = {
+            at: _held(tokens[at], text[places[at] : places[at + 1]])
+            for at, use in last_use.items()
+            if at < index <= use
+        }
+        state = (index, end, tuple(held.values()))
+        if state not in seen:
+            seen.add(state)
+            if last_use and len(seen) * (len(text) + _STATE) > _MOST_HELD:
+                raise TooManyStatesError
+            token = tokens[index]
+            again = held[defined[token.name]] if isinstance(token, Again) else ""
+            starts.append(end)
+            choices.append(_ends(token, text, end, again))
+    return None
+
+
+def _held(token: Token, text: str) -> str:
+    """What a capture holds of the text that its token matches."""
+    return text.removesuffix(".") if isinstance(token, Stem) else text
+
+
+def _fitting_ends(tokens: Sequence[Token], text: str) -> list[list[bool]]:
+    """`[i][place]`: can the tokens from i on match the text from there, if `Again` matches any text?"""
+    fits = [[place == len(text) for place in range(len(text) + 1)]]
+    for token in reversed(tokens):
+        fits.append(_fitting_starts(token, text, fits[-1]))
+    return fits[::-1]
+
+
+def _fitting_starts(token: Token, text: str, after: list[bool]) -> list[bool]:
+    if isinstance(token, Stem):  # which stands at the beginning only
+        return [any(after[end] for end in _ends(token, text, 0, "")), *[False] * len(text)]
+    if not isinstance(token, Wildcard | Again):
+        return [any(after[end] for end in _ends(token, text, start, "")) for start in range(len(text) + 1)]
+    wildcard = Wildcard(across=True) if isinstance(token, Again) else token
+    fits, ends_later = [False] * len(after), False
+    for place in range(len(text), -1, -1):
+        if place < len(text):  # one more character, then an end there or further on
+            ends_later = (ends_later or after[place + 1]) and (wildcard.across or text[place] != ".")
+        fits[place] = ends_later or (wildcard.name is None and after[place])
+    return fits
+
+
+def _ends(token: Token, text: str, start: int, again: str) -> Iterator[int]:
+    """Where a token that starts here may end, best first."""
+    match token:
+        case Wildcard(across, name):
+            piece_end = text.find(".", start)
+            furthest = len(text) if across or piece_end < 0 else piece_end
+            yield from range(furthest, start - (name is None), -1)
+        case Stem(name):
+            dots = [at for at in range(start + (name is not None), len(text)) if text[at] == "."]
+            yield from (at + 1 for at in reversed(dots))
+            yield start
+        case Words(_, words):
+            yield from (start + len(word) for word in words if text.startswith(word, start))
+        case Literal(word):
+            yield from (start + len(word),) * text.startswith(word, start)
+        case Again(_):
+            yield from (start + len(again),) * text.startswith(again, start)
+
+
+def _regex_of_token(token: Token) -> str:  # noqa: PLR0911  (one row for each kind of token)
+    match token:
+        case Literal(text):
+            return re.escape(text)
+        case Wildcard(across, None):
+            return ".*" if across else "[^.]*"
+        case Wildcard(across, name):
+            return f"(?P<{name}>{'.+' if across else '[^.]+'})"
+        case Stem(None):
+            return r"(?:.*\.)?"
+        case Stem(name):  # what it holds, then its dot, which is missing at the beginning of the name alone
+            return rf"(?P<{name}>(?:.+(?=\.))?)(?:\A|(?!\A)\.)"
+        case Words(name, words):
+            return f"(?P<{name}>{'|'.join(map(re.escape, words))})"
+        case Again(name):
+            return f"(?P={name})"
+
+
+def _floats(token: Token, after: Token) -> bool:
+    match token:
+        case Wildcard(across=False):
+            return not (isinstance(after, Literal) and after.text.startswith("."))
+        case Wildcard(across=True) | Stem():
+            return True
+        case Words(_, words):
+            return any(other.startswith(word) for word in words for other in words if other != word)
+    return False
+
 
 # `re` tries at worst length ** floating ways: with three tokens that float, a name of 200 characters
 # takes some milliseconds. From four on the matcher that is linear in the name is the safe one.
@@ -184,3 +354,171 @@ def _sample(token: Token) -> str:
         case Stem():
             return "model."
     return "0"
+
+
+_LENGTH = 100  # characters of a name as they come
+_MOST_READINGS = _LENGTH**3
+_MOST_STEPS = _LENGTH**4  # a reading may pass over the whole name once
+_LONGEST = 2000
+# The parser of `re` itself: no other one reads an expression as `re` does. Python lacks a public door to it.
+_PARSER: Any = importlib.import_module("re._parser")
+# Which characters `re` takes for one letter in either case beyond what str.lower and str.upper say.
+_ALIKE: dict[int, tuple[int, ...]] = importlib.import_module("re._casefix")._EXTRA_CASES  # noqa: SLF001
+_ONE_WAY = (0x130, 0x1E9E, 0x3F4, 0x2126, 0x212A, 0x212B)  # letters to which no upper() leads
+_END = "END"  # of the name
+_REPEATS = ("MAX_REPEAT", "MIN_REPEAT", "POSSESSIVE_REPEAT")
+
+
+@dataclass(frozen=True, slots=True)
+class RegexPattern:
+    r"""A regular expression that was read; `names` are its named groups in order.
+
+    >>> parse_regex(r"layers\.(?P<layer>\d+)\..*").match("layers.3.up.weight")
+    (('layer', 3),)
+    """
+
+    text: str
+    names: tuple[str, ...]
+    regex: re.Pattern[str]
+    readings: int = 1
+
+    @property
+    def sample(self) -> str:
+        """A text that resembles what it matches."""
+        return re.sub(r"\(\?P<\w+>|[\\()\[\]^$+*?]", "", self.text)
+
+    def match(self, name: str) -> Captures | None:
+        """The captures if the whole name matches, else None; a group that took no part is empty.
+
+        PatternError where the name is so long that to try could take very long.
+        """
+        # What a name of `_LENGTH` characters could be read in so many ways, a longer one in more.
+        if len(name) > _LENGTH and self.readings > 1:
+            degree = math.ceil(math.log(self.readings, _LENGTH))
+            if len(name) ** (max(degree, 1) + 1) > _MOST_STEPS:
+                raise PatternError(
+                    f"a tensor's name of {len(name)} characters would take it very long: write a pattern "
+                    "with captures as `tensors`, or a regex with fewer parts that may end at several places"
+                )
+        found = self.regex.fullmatch(name)
+        if found is None:
+            return None
+        return tuple([captured_pair(group, found[group] or "") for group in self.names])
+
+
+def parse_regex(text: str) -> RegexPattern:
+    """Read a regular expression; PatternError where it is none, or none that ends in time."""
+    if not text:
+        raise PatternError("the regex is empty: write one that matches the names of tensors")
+    if len(text) > _LONGEST:
+        raise PatternError(f"this regex has {len(text)} characters, wanted {_LONGEST} at most")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            regex = re.compile(text)
+            readings = _readings(list(_PARSER.parse(text)), [(_END, None)], inside=False)
+    except re.error as error:
+        place = "" if error.pos is None else f"character {error.pos + 1}: "
+        raise PatternError(f"{place}this is no regular expression: {error.msg}") from error
+    except (RecursionError, OverflowError, MemoryError, Warning) as error:
+        raise PatternError(f"this is no regular expression that can be used: {error}") from error
+    if readings > _MOST_READINGS:
+        raise PatternError(_slow("it has too many parts that may end at several places"))
+    names = tuple(sorted(regex.groupindex, key=lambda name: regex.groupindex[name]))
+    for name in names:
+        if not is_name(name):
+            raise PatternError(f'"{name}" is no name: write letters, digits and _, such as (?P<layer>...)')
+    return RegexPattern(text, names, regex, readings)
+
+
+def _slow(why: str) -> str:
+    return (
+        f"this regex could take very long to match, because {why}: end a part with what it cannot hold, "
+        r"as [^.]+\. does, make it possessive (.++), or write a pattern with captures as `tensors`"
+    )
+
+
+def _readings(parts: list[Any], after: list[Any], *, inside: bool) -> int:
+    """In how many ways parts with this after them may be read, at most; `inside` of a repetition."""
+    flat = _ungrouped(parts)
+    count = 1
+    for at, (opcode, argument) in enumerate(flat):
+        kind, rest = str(opcode), flat[at + 1 :] + after
+        if kind in _REPEATS:
+            count *= _readings_of_repeat(kind, argument, rest, inside=inside)
+        elif kind == "BRANCH" and inside:
+            raise PatternError(_slow("a part that repeats has a | in it"))
+        elif kind in {"BRANCH", "GROUPREF_EXISTS"}:
+            branches = argument[1] if kind == "BRANCH" else [branch for branch in argument[1:] if branch]
+            count *= sum(_readings(list(branch), rest, inside=inside) for branch in branches)
+        elif kind in {"ATOMIC_GROUP", "ASSERT", "ASSERT_NOT"}:
+            body = argument if kind == "ATOMIC_GROUP" else argument[1]
+            count *= _readings(list(body), [], inside=inside)
+        if count > _MOST_READINGS:
+            break
+    return count
+
+
+def _ungrouped(parts: list[Any]) -> list[Any]:
+    """The parts with those of plain groups in their place."""
+    flat: list[Any] = []
+    for opcode, argument in parts:
+        flat += _ungrouped(list(argument[-1])) if str(opcode) == "SUBPATTERN" else [(opcode, argument)]
+    return flat
+
+
+def _readings_of_repeat(kind: str, repeat: Any, after: list[Any], *, inside: bool) -> int:  # noqa: ANN401
+    least, most, body = int(repeat[0]), int(repeat[1]), repeat[2]
+    if most <= 1:  # a part that may be left out
+        return (1 + (least == 0)) * _readings(list(body), after, inside=inside)
+    if _readings(list(body), [], inside=True) > 1:
+        raise PatternError(_slow("a part that repeats can itself be read in several ways"))
+    sharp = least == most or kind == "POSSESSIVE_REPEAT" or _ends_sharply(_ungrouped(list(body)), after)
+    return 1 if sharp else min(most - least + 1, _LENGTH)
+
+
+def _ends_sharply(body: list[Any], after: list[Any]) -> bool:
+    """Whether a repetition of one character can end in one place only: before what it cannot hold."""
+    following = next(((str(opcode), argument) for opcode, argument in after if str(opcode) != "AT"), None)
+    if len(body) != 1 or following is None:
+        return False
+    if following[0] == _END:
+        return True
+    return following[0] == "LITERAL" and not _may_hold(body[0][0], body[0][1], following[1])
+
+
+def _may_hold(opcode: object, argument: Any, code: int) -> bool:  # noqa: ANN401
+    """Whether a part of one character may be this one, in either case."""
+    variants = _alike(_alike({code}))
+    match str(opcode):
+        case "LITERAL":
+            return argument in variants
+        case "NOT_LITERAL":
+            return variants != {argument}
+        case "IN" if str(argument[0][0]) != "NEGATE":
+            return any(_in_set(item, each) for item in argument for each in variants)
+        case "IN":
+            return not all(any(_in_set(item, each) for item in argument[1:]) for each in variants)
+    return True
+
+
+def _alike(codes: set[int]) -> set[int]:
+    """The characters, and those that `re` may take for one of them in either case."""
+    texts = [
+        form
+        for code in codes
+        for form in (chr(code), chr(code).lower(), chr(code).upper(), chr(code).title())
+    ]
+    found = {ord(each) for text in texts for each in text}
+    found |= {other for each in found for other in _ALIKE.get(each, ())}
+    return found | {other for other in _ONE_WAY if ord(chr(other).lower()[0]) in found}
+
+
+def _in_set(item: tuple[object, Any], code: int) -> bool:
+    kind, argument = str(item[0]), item[1]
+    if kind == "RANGE":
+        return bool(argument[0] <= code <= argument[1])
+    if kind == "CATEGORY":
+        escape = {"DIGIT": r"\d", "SPACE": r"\s", "WORD": r"\w"}[str(argument).rsplit("_", maxsplit=1)[-1]]
+        return (re.match(escape, chr(code)) is not None) is ("_NOT_" not in str(argument))
+    return kind == "LITERAL" and argument == code

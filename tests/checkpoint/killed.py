@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np  # noqa: F401  (once here instead of once in every process)
 
-from sparseprune.checkpoint import naming
+from sparseprune.checkpoint import publish
 from tests.checkpoint.files import finish, layout_of
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def die_at(moment: int) -> None:
 
     for name in DEADLY:
         setattr(os, name, deadly(getattr(os, name), name))
-    naming.swap = deadly(naming.swap, "swap")
+    publish.swap = deadly(publish.swap, "swap")
 
 
 def prune(home: Path, source: str, *, force: bool) -> tuple[list[str], list[str]]:
@@ -72,5 +72,5 @@ def main(home: Path, source: str, *, force: bool) -> None:
 
 if __name__ == "__main__":
     if "without exchange" in sys.argv[3:]:
-        naming.swap = lambda one, other: False
+        publish.swap = lambda one, other: False
     main(Path(sys.argv[1]), sys.argv[2], force="force" in sys.argv[3:])

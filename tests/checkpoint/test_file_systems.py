@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from sparseprune.checkpoint import StagedOutput, naming
-from sparseprune.checkpoint.partial import PartialFolder, left_behind
+from sparseprune.checkpoint import StagedOutput, publish
+from sparseprune.checkpoint.staging_dir import PartialFolder, left_behind
 from sparseprune.errors import CheckpointError
 from tests.checkpoint.files import (
     content,
@@ -122,7 +122,7 @@ def test_advice_that_is_refused_is_no_error(tmp_path: Path, monkeypatch: pytest.
     def refuse(*arguments: int) -> None:
         raise OSError(errno.EINVAL, "Invalid argument")
 
-    monkeypatch.setattr("sparseprune.checkpoint.staging._CACHED_SHARE", 0)
+    monkeypatch.setattr("sparseprune.checkpoint.output._CACHED_SHARE", 0)
     monkeypatch.setattr(os, "posix_fadvise", refuse)
     stage(layout_of(directory(tmp_path), masked="b"))
 
@@ -198,15 +198,15 @@ def test_an_output_that_replaces_another_is_exchanged_for_it(
 ) -> None:
     (tmp_path / "old").mkdir()
     (tmp_path / "new").mkdir()
-    if not naming.swap(tmp_path / "old", tmp_path / "new"):
+    if not publish.swap(tmp_path / "old", tmp_path / "new"):
         pytest.skip("names cannot be exchanged here")
-    swap, exchanged = naming.swap, []
+    swap, exchanged = publish.swap, []
 
     def note(one: Path, other: Path) -> bool:
         exchanged.append(swap(one, other))
         return exchanged[-1]
 
-    monkeypatch.setattr(naming, "swap", note)
+    monkeypatch.setattr(publish, "swap", note)
     path = directory(tmp_path)
     stage(layout_of(path), report=b"old")
     with StagedOutput(layout_of(path), force=True) as output:
@@ -236,7 +236,7 @@ def test_the_old_output_is_not_continued_after_a_death_at_the_exchange(
     path = directory(tmp_path)
     stage(layout_of(path, masked="b"), report=b"old")
     old = content(tmp_path / "ckpt-pruned")
-    swap = naming.swap
+    swap = publish.swap
     if not swap(tmp_path / "ckpt", tmp_path / "ckpt-pruned"):
         pytest.skip("names cannot be exchanged here")
     swap(tmp_path / "ckpt", tmp_path / "ckpt-pruned")
@@ -250,7 +250,7 @@ def test_the_old_output_is_not_continued_after_a_death_at_the_exchange(
 
     layout = layout_of(path, masked="b")
     with monkeypatch.context() as patch:
-        patch.setattr(naming, "swap", die)
+        patch.setattr(publish, "swap", die)
         patch.setattr(StagedOutput, "_leave", lambda self, *, keep: self._partial._unlock())
         with pytest.raises(Killed):
             finish(layout, force=True)

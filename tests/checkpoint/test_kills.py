@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from sparseprune.checkpoint import naming
+from sparseprune.checkpoint import publish
 from sparseprune.errors import CheckpointError, MachineError
 from tests.checkpoint.files import (
     all_keys,
@@ -142,7 +142,7 @@ def test_a_run_that_goes_on_may_be_killed_again_at_any_moment(tmp_path: Path, ma
     places = killed_everywhere(tmp_path / "first", source, "force")
     target = layout_of(places[0] / source).target.name
     # In the middle of the work, and while names are given.
-    halfway = [place for place in places if any(naming.is_at_work(place / name) for name in names_in(place))]
+    halfway = [place for place in places if any(publish.is_at_work(place / name) for name in names_in(place))]
     assert halfway
     for number, start in enumerate([places[len(places) // 3], halfway[len(halfway) // 2]]):
         home = tmp_path / f"again {number}"
@@ -173,7 +173,7 @@ def test_a_disk_that_fails_at_any_moment_leaves_nothing_or_what_goes_on(
         layout = layout_of(home / source, masked="bs", form="packed")
         with monkeypatch.context() as patch:
             if function == "rename":
-                patch.setattr(naming, "swap", lambda one, other: False)
+                patch.setattr(publish, "swap", lambda one, other: False)
             failing = Failing(patch, function, moment)
             error = machine_error(partial(finish, layout, force=force))
         done = check_never_half(home, target, before, wanted)

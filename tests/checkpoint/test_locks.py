@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from sparseprune.checkpoint.partial import PartialFolder
+from sparseprune.checkpoint.staging_dir import PartialFolder
 
 if TYPE_CHECKING:
     from pathlib import Path

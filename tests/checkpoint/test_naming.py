@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from sparseprune.checkpoint.naming import name_files, settle
-from sparseprune.checkpoint.partial import PartialFolder
+from sparseprune.checkpoint.publish import name_files, settle
+from sparseprune.checkpoint.staging_dir import PartialFolder
 
 NAMES = ("m.masks.safetensors", "m.report.json", "m.safetensors")
 OLD = {"m.report.json": "old report", "m.masks.safetensors": "old masks", "m.safetensors": "old weights"}

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from sparseprune.checkpoint import StagedOutput
-from sparseprune.checkpoint.partial import PartialFolder
+from sparseprune.checkpoint.staging_dir import PartialFolder
 from sparseprune.errors import CheckpointError
 from tests.checkpoint.files import (
     all_keys,

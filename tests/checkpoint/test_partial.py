@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from sparseprune.checkpoint import StagedOutput, naming, transfer
-from sparseprune.checkpoint.partial import PartialFolder
+from sparseprune.checkpoint import StagedOutput, file_io, publish
+from sparseprune.checkpoint.staging_dir import PartialFolder
 from sparseprune.errors import CheckpointError, MachineError
 from tests.checkpoint.files import (
     content,
@@ -190,14 +190,14 @@ def test_a_disk_that_is_full_at_any_moment_leaves_nothing_behind(
 def test_a_folder_that_cannot_be_synced_is_named_and_the_complete_output_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sync = transfer.sync
+    sync = file_io.sync
 
     def fail(path: Path | str, **options: bool) -> bool:
         if path == tmp_path and (tmp_path / "ckpt-pruned").exists():
             raise OSError(errno.EIO, "Input/output error")
         return sync(path, **options)
 
-    monkeypatch.setattr(transfer, "sync", fail)
+    monkeypatch.setattr(file_io, "sync", fail)
     layout = layout_of(directory(tmp_path))
     assert f"{tmp_path}: cannot be synced to disk: Input/output error" in (error_of(layout) or "")
     assert names_in(tmp_path) == ["ckpt", "ckpt-pruned"]
@@ -211,7 +211,7 @@ def test_a_rename_that_fails_loses_nothing(
     path = make(tmp_path)
     stage(layout_of(path), report=b"old")
     before = content(tmp_path)
-    monkeypatch.setattr(naming, "swap", lambda one, other: False)
+    monkeypatch.setattr(publish, "swap", lambda one, other: False)
     moves = 0
 
     rename = Path.rename
@@ -290,8 +290,8 @@ def killed_while_naming(
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", die)
-        patch.setattr("sparseprune.checkpoint.naming.settle", lambda folder, target: None)
-        patch.setattr("sparseprune.checkpoint.partial.remove", lambda path: None)
+        patch.setattr("sparseprune.checkpoint.publish.settle", lambda folder, target: None)
+        patch.setattr("sparseprune.checkpoint.staging_dir.remove", lambda path: None)
         with pytest.raises(Killed):
             stage(layout_of(path), force=force, report=b"new")
     return path
@@ -356,7 +356,7 @@ def test_a_target_that_cannot_be_put_back_is_kept_and_named(
             raise OSError(errno.EIO, "Input/output error")
         return rename(source, target)
 
-    monkeypatch.setattr(naming, "swap", lambda one, other: False)
+    monkeypatch.setattr(publish, "swap", lambda one, other: False)
     monkeypatch.setattr(Path, "rename", fail)
     with pytest.raises(MachineError, match=r"ckpt-pruned: could not be put back .* it was is in .*-partial"):
         stage(layout_of(ckpt), force=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from sparseprune.checkpoint.pieces import work_through
+from sparseprune.checkpoint.threads import work_through
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

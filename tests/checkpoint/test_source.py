@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from sparseprune.checkpoint import TensorReader, lay_out, open_checkpoint, open_masks, read_config
-from sparseprune.checkpoint.folder import read_weight_map
+from sparseprune.checkpoint.discovery import read_weight_map
 from sparseprune.errors import CheckpointError, MachineError
 
 Files = Mapping[str, bytes]

@@ -17,7 +17,7 @@ from sparseprune.checkpoint import (
     lay_out_apply,
     lay_out_masks,
     open_checkpoint,
-    staging,
+    output,
 )
 from sparseprune.engine.dtypes import DTYPES
 from sparseprune.errors import MachineError
@@ -307,9 +307,9 @@ def test_pages_of_a_large_output_are_let_go_once_they_are_on_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float
 ) -> None:
     told: list[int] = []
-    monkeypatch.setattr(staging, "_CACHED_SHARE", share)
+    monkeypatch.setattr(output, "_CACHED_SHARE", share)
     monkeypatch.setattr("os.posix_fadvise", lambda *arguments: told.append(arguments[3]))
-    with StagedOutput(layout_of(directory(tmp_path), masked="b")) as output:
-        output.write_weight("b", 0, b"\1" * 24)
-        output.flush()
+    with StagedOutput(layout_of(directory(tmp_path), masked="b")) as written:
+        written.write_weight("b", 0, b"\1" * 24)
+        written.flush()
     assert told == ([] if share else [os.POSIX_FADV_DONTNEED])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sparseprune.checkpoint import transfer
+from sparseprune.checkpoint import file_io
 from sparseprune.errors import MachineError
 
 DATA = bytes(range(256)) * 8
@@ -21,7 +21,7 @@ def two_files(at: Path) -> tuple[Path, Path]:
 def check_copies(at: Path) -> None:
     for begin, offset, length in ((0, 0, len(DATA)), (3, 17, 1000), (5, 0, 0), (len(DATA) - 1, 9, 1)):
         source, file = two_files(at)
-        transfer.copy_range(source, begin, file, offset, length)
+        file_io.copy_range(source, begin, file, offset, length)
         wanted = bytearray(len(DATA))
         wanted[offset : offset + length] = DATA[begin : begin + length]
         assert file.read_bytes() == wanted
@@ -58,7 +58,7 @@ def test_a_disk_that_is_broken_is_told_by_the_copy_by_hand(
     monkeypatch.setattr(os, "copy_file_range", fail)
     monkeypatch.setattr(os, broken, fail)
     with pytest.raises(MachineError if broken == "pread" else OSError, match="Input/output error"):
-        transfer.copy_range(source, 0, file, 0, 9)
+        file_io.copy_range(source, 0, file, 0, 9)
 
 
 def test_copies_where_there_is_no_kernel_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,10 +99,10 @@ def test_a_source_that_ends_too_early_is_the_machines_error(
     with pytest.raises(
         MachineError, match="from: file was truncated while it was read: it ends at byte 2048, w"
     ):
-        transfer.copy_range(source, 2000, file, 0, 49)
+        file_io.copy_range(source, 2000, file, 0, 49)
     source.unlink()
     with pytest.raises(MachineError, match="from: cannot be read: No such file"):
-        transfer.copy_range(source, 0, file, 0, 1)
+        file_io.copy_range(source, 0, file, 0, 1)
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
@@ -115,17 +115,17 @@ def test_errors_of_the_kernel_that_are_no_refusal_pass(
     monkeypatch.setattr(os, "copy_file_range", fail)
     source, file = two_files(tmp_path)
     with pytest.raises(OSError, match=os.strerror(number)):
-        transfer.copy_range(source, 0, file, 0, 1)
+        file_io.copy_range(source, 0, file, 0, 1)
 
 
 def test_makes_a_file_of_its_final_size(tmp_path: Path) -> None:
-    transfer.create(tmp_path / "x", 6, b"ab", 0o700)
+    file_io.create(tmp_path / "x", 6, b"ab", 0o700)
     assert (tmp_path / "x").read_bytes() == b"ab\0\0\0\0"
     assert os.access(tmp_path / "x", os.X_OK)
-    transfer.overwrite(tmp_path / "x", memoryview(b"cd"), 3)
+    file_io.overwrite(tmp_path / "x", memoryview(b"cd"), 3)
     assert (tmp_path / "x").read_bytes() == b"ab\0cd\0"
     with pytest.raises(FileExistsError):
-        transfer.create(tmp_path / "x", 1)
+        file_io.create(tmp_path / "x", 1)
 
 
 def test_never_follows_a_link_when_it_writes(tmp_path: Path) -> None:
@@ -134,29 +134,29 @@ def test_never_follows_a_link_when_it_writes(tmp_path: Path) -> None:
     (tmp_path / "nowhere").symlink_to("absent")
     source, _ = two_files(tmp_path)
     with pytest.raises(OSError, match="symbolic link"):
-        transfer.overwrite(tmp_path / "link", b"x", 0)
+        file_io.overwrite(tmp_path / "link", b"x", 0)
     with pytest.raises(OSError, match="symbolic link"):
-        transfer.copy_range(source, 0, tmp_path / "link", 0, 1)
+        file_io.copy_range(source, 0, tmp_path / "link", 0, 1)
     for name in ("link", "nowhere"):
         with pytest.raises(FileExistsError):
-            transfer.create(tmp_path / name, 1)
+            file_io.create(tmp_path / name, 1)
     assert (tmp_path / "secret").read_bytes() == b"1234"
     assert not (tmp_path / "absent").exists()
 
 
 def test_writes_items_of_any_width_as_bytes(tmp_path: Path) -> None:
-    transfer.create(tmp_path / "x", 8)
-    transfer.overwrite(tmp_path / "x", memoryview(b"abcdefgh").cast("I"), 0)
+    file_io.create(tmp_path / "x", 8)
+    file_io.overwrite(tmp_path / "x", memoryview(b"abcdefgh").cast("I"), 0)
     assert (tmp_path / "x").read_bytes() == b"abcdefgh"
 
 
 def test_closes_what_it_opened(tmp_path: Path) -> None:
     before = sum(1 for _ in Path("/proc/self/fd").iterdir())
     check_copies(tmp_path)
-    transfer.sync(tmp_path)
+    file_io.sync(tmp_path)
     with pytest.raises(OSError, match="No such file"):
-        transfer.overwrite(tmp_path / "absent", b"", 0)
+        file_io.overwrite(tmp_path / "absent", b"", 0)
     source, _ = two_files(tmp_path)
     with pytest.raises(OSError, match="No such file"):
-        transfer.copy_range(source, 0, tmp_path / "absent", 0, 1)
+        file_io.copy_range(source, 0, tmp_path / "absent", 0, 1)
     assert sum(1 for _ in Path("/proc/self/fd").iterdir()) == before

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from sparseprune.checkpoint.journal import Journal, note_text, read_journal
-from sparseprune.checkpoint.syncing import Unsynced
+from sparseprune.checkpoint.output import Unsynced
 
 if TYPE_CHECKING:
     from pathlib import Path

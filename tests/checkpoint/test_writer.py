@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sparseprune.checkpoint import transfer
-from sparseprune.checkpoint.writer import FileWriter
+from sparseprune.checkpoint import file_io
+from sparseprune.checkpoint.output import FileWriter
 from tests.checkpoint.files import open_files
 
 
@@ -22,7 +22,7 @@ def _nothing_is_left_open() -> Iterator[None]:
 
 def files(at: Path, count: int, size: int = 8) -> list[str]:
     for number in range(count):
-        transfer.create(at / str(number), size)
+        file_io.create(at / str(number), size)
     return [str(at / str(number)) for number in range(count)]
 
 
@@ -46,13 +46,13 @@ def test_keeps_at_most_16_files_open_and_none_after_the_end(tmp_path: Path) -> N
 def test_opens_a_file_once_for_many_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (path,) = files(tmp_path, 1)
     opened: list[str] = []
-    really = transfer.open_to_write
+    really = file_io.open_to_write
 
     def count(path: Path | str) -> int:
         opened.append(str(path))
         return really(path)
 
-    monkeypatch.setattr(transfer, "open_to_write", count)
+    monkeypatch.setattr(file_io, "open_to_write", count)
     writer = FileWriter()
     for number in range(100):
         writer.write(path, bytes([number]), number % 8)
@@ -116,11 +116,11 @@ def test_writes_and_fills_arrays_where_they_are(
     assert Path(path).read_bytes()[: array.nbytes] == array.tobytes()
     filled = np.zeros_like(array)
     descriptor = os.open(path, os.O_RDONLY)
-    assert transfer.read_into(descriptor, filled, 0) == array.nbytes
+    assert file_io.read_into(descriptor, filled, 0) == array.nbytes
     os.close(descriptor)
     assert filled.tobytes() == array.tobytes()
 
 
 def test_an_array_with_gaps_is_a_bug(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="contiguous"):
-        transfer.as_bytes(np.zeros((4, 4))[:, ::2])
+        file_io.as_bytes(np.zeros((4, 4))[:, ::2])

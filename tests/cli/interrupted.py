@@ -31,8 +31,8 @@ from typing import IO, TYPE_CHECKING, Any, NoReturn, Self
 
 import pytest
 
-from sparseprune.checkpoint import StagedOutput, naming
-from sparseprune.cli import stopping
+from sparseprune.checkpoint import StagedOutput, publish
+from sparseprune.cli import signals
 from sparseprune.errors import MachineError
 from sparseprune.execution import reapplying, schedule
 from sparseprune.execution.limits import Limits, limits_of
@@ -173,7 +173,7 @@ _CALLS, _READ, _WRITTEN = range(3)
 
 def _owner(name: str) -> ModuleType:
     """The module whose function it is."""
-    return naming if name == "swap" else os
+    return publish if name == "swap" else os
 
 
 class _System:
@@ -312,7 +312,7 @@ def _prepare(command: Command) -> None:
 
     own = StagedOutput.note
     patch = pytest.MonkeyPatch()
-    patch.setattr(stopping, "_GRACE", command.grace)
+    patch.setattr(signals, "_GRACE", command.grace)
     patch.setattr(reapplying, "limits_of", limits)
     patch.setattr(schedule, "limits_of", limits)
     if command.prompt:

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sparseprune.checkpoint import open_statistics, statistics
-from sparseprune.cli import stopping
+from sparseprune.cli import signals
 from sparseprune.errors import SparsepruneError
 from tests.calibration.models import albert, save, save_family, t5, text
 from tests.families.models import HIDDEN
@@ -297,7 +297,7 @@ def test_a_signal_while_the_model_runs_leaves_no_output_and_no_folder(
 
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
-    monkeypatch.setattr(stopping, "_GRACE", 60.0)
+    monkeypatch.setattr(signals, "_GRACE", 60.0)
     with monkeypatch.context() as patch:
         patch.setattr(collecting._Collector, "__call__", heard)
         said = calibrate(home, "llama", tmp_path / "stats", "-q")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import pytest
 import typer
 
-from sparseprune.cli import stopping
+from sparseprune.cli import signals
 from sparseprune.cli.app import app
 from sparseprune.cli.console import (
     Warnings,
@@ -157,7 +157,7 @@ def test_every_command_hears_signals(
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, (number, signal.SIGTERM))
 
-    monkeypatch.setattr(stopping, "_GRACE", 60.0)
+    monkeypatch.setattr(signals, "_GRACE", 60.0)
     monkeypatch.setattr("sparseprune.cli.console.mmap.mmap", twice)
     heard = run(*WORDS[command].split(), *["--debug"] * debug)
     assert (heard.code, heard.out) == (128 + number, "")
@@ -180,19 +180,19 @@ def test_a_process_that_cannot_end_in_time_ends_with_what_there_is_to_say(
         over.set()
 
     def work() -> None:
-        with stopping.stopped_once(), stopping.temporary_folder("part-"), ExitStack() as stack:
+        with signals.stopped_once(), signals.temporary_folder("part-"), ExitStack() as stack:
             if text is not None:
-                stack.enter_context(stopping.text_when_stopped(lambda: text))
+                stack.enter_context(signals.text_when_stopped(lambda: text))
             stack.callback(over.wait, 10)
             assert [*tmp_path.iterdir()]
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(stopping, "_GRACE", 0.01)
+    monkeypatch.setattr(signals, "_GRACE", 0.01)
     monkeypatch.setattr(os, "_exit", end)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     usual = signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
-        with pytest.raises(stopping.Stopped):
+        with pytest.raises(signals.Stopped):
             work()
     finally:
         signal.signal(signal.SIGTERM, usual)

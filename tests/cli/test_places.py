@@ -17,7 +17,7 @@ import pytest
 from safetensors.torch import save_file
 
 from sparseprune.checkpoint.journal import Journal, note_text, read_journal
-from sparseprune.checkpoint.partial import PartialFolder
+from sparseprune.checkpoint.staging_dir import PartialFolder
 from tests.checkpoint.files import names_in
 from tests.cli.removal import LLAMA, decoder, write
 from tests.limits import force, narrow

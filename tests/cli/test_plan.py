@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sparseprune.cli.demo_checkpoint import write_decoder
+from sparseprune.cli.demo import write_decoder
 from sparseprune.report.plan import plan_document
 from tests.samples import CHANNELS, TWO_OF_FOUR, mlp_tensors, run, schema, write_spec
 

@@ -12,7 +12,7 @@ import torch
 from matplotlib.image import imread
 from safetensors.torch import load_file, save_file
 
-from sparseprune.cli.demo_checkpoint import write_decoder
+from sparseprune.cli.demo import write_decoder
 from tests.samples import CHANNELS, TWO_OF_FOUR, mlp_tensors, run, write_shards, write_spec
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from sparseprune import load_masks
 from sparseprune.checkpoint import TensorReader, open_masks
-from sparseprune.checkpoint.partial import PartialFolder
+from sparseprune.checkpoint.staging_dir import PartialFolder
 from sparseprune.execution import limits, schedule
 from sparseprune.removal.slices import read_slices
 from tests.checkpoint.files import content, names_in

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from sparseprune import load_masks
-from sparseprune.removal.families import model_types
+from sparseprune.removal.architectures import model_types
 from sparseprune.spec.problems import listed
 from tests.checkpoint.files import content, names_in
 from tests.cli.interrupted import fill
@@ -435,12 +435,12 @@ FULL = "sparseprune: out of memory; give a smaller --memory, or fewer --jobs"
     [
         "sparseprune.execution.traffic.Traffic.load_run",
         "sparseprune.removal.slices.read_kept",
-        "sparseprune.removal.cutting._Slab.left",
-        "sparseprune.removal.removing.configure",
+        "sparseprune.removal.cut._Slab.left",
+        "sparseprune.removal.shrink.configure",
         "sparseprune.checkpoint.StagedOutput.write_weight",
         "sparseprune.checkpoint.StagedOutput.copy",
         "sparseprune.cli.remove.lay_out_removal",
-        "sparseprune.cli.choosing.open_choice",
+        "sparseprune.cli.removal_source.open_choice",
     ],
 )
 @pytest.mark.parametrize("quiet", [True, False])

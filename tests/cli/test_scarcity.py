@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from sparseprune.checkpoint import threads
-from sparseprune.checkpoint.pieces import work_through
+from sparseprune.checkpoint.threads import work_through
 from sparseprune.errors import is_out_of_memory
 from sparseprune.execution.traffic import Traffic
 from tests.limits import force, narrow

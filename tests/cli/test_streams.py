@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from sparseprune.checkpoint import lay_out
-from sparseprune.cli.demo_checkpoint import write_decoder
+from sparseprune.cli.demo import write_decoder
 from tests.cli.interrupted import ended, started
 from tests.cli.test_interruptions import wait_for_notes
 from tests.cli.test_resuming_runs import CASES, CONTINUED, content
@@ -137,7 +137,7 @@ def test_a_signal_ends_a_run_that_then_continues(
 
 IGNORED = """
 import os, signal
-from sparseprune.cli.stopping import stopped_once
+from sparseprune.cli.signals import stopped_once
 with stopped_once():
     os.kill(os.getpid(), signal.SIGHUP)
 print("went on")
@@ -155,7 +155,7 @@ def test_a_signal_that_is_ignored_from_outside_stays_ignored() -> None:
 
 STOPPED = """
 import os, signal, sys, time
-from sparseprune.cli.stopping import Stopped, stopped_once
+from sparseprune.cli.signals import Stopped, stopped_once
 class Destroyed:
     def __del__(self):
         os.kill(os.getpid(), signal.SIGTERM)

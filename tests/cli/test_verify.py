@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sparseprune.cli.demo_checkpoint import write_decoder
+from sparseprune.cli.demo import write_decoder
 from tests.samples import CHANNELS, TWO_OF_FOUR, mlp_tensors, run, schema, write_shards, write_spec
 
 if TYPE_CHECKING:
@@ -188,7 +188,7 @@ def test_a_spec_that_does_not_fit_is_refused(pruned: Path, tmp_path: Path) -> No
 
 def test_masks_are_handed_on(pruned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[object] = []
-    module = ModuleType("sparseprune.cli.verify_masks")
+    module = ModuleType("sparseprune.cli.verify")
     module.run_masks = asked.append  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, module.__name__, module)
     assert run("verify", pruned, "--masks", pruned, "--partial").code == 0

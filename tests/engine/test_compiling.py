@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sparseprune.engine.kernels import compiling, counting, cutting, selecting, sums
+from sparseprune.engine.kernels import compiling, counting, selecting, sums
 from sparseprune.engine.kernels.compiling import Loop, compiled, inlined
 
 LOOPS = sorted(
     {
         loop.function.__name__: loop
-        for module in (counting, cutting, selecting, sums)
+        for module in (counting, selecting, selecting, sums)
         for loop in vars(module).values()
         if isinstance(loop, Loop)
     }.items()
@@ -28,7 +28,7 @@ from sparseprune.engine.kernels import compiling
 from pathlib import Path
 folder = Path(sys.argv[1])
 compiling._folders = lambda: iter([folder])
-from sparseprune.engine.kernels.cutting import cut_blocks
+from sparseprune.engine.kernels.selecting import cut_blocks
 bits, keep = np.arange(8, dtype=np.uint16), np.array([1, 0] * 4, dtype=np.uint8)
 cut_blocks(bits, keep, 1, keep.copy())
 print(bits.tolist(), "numba" in sys.modules)
@@ -110,7 +110,7 @@ def test_where_nothing_can_be_kept_every_process_compiles(tmp_path: Path) -> Non
 
 
 def test_code_of_another_source_signature_or_dtype_has_another_name() -> None:
-    loop = cutting._cut_elements
+    loop = selecting._cut_elements
     other = Loop(loop.function, loop.signature.replace("K*", "K*,"), reorders=False)
     names = {
         compiling._digest(loop, "uint16"),

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparseprune.engine import radix, selection
-from sparseprune.engine.radix import kth_largest_key, select_by_histogram
+from sparseprune.engine import selection
+from sparseprune.engine.selection import kth_largest_key, select_by_histogram
 
 DTYPES = [torch.int8, torch.int16, torch.int32, torch.int64]
 
@@ -32,7 +32,7 @@ def test_histograms_select_what_a_stable_sort_selects(case: tuple[torch.Tensor, 
     expected = torch.zeros(keys.numel(), dtype=torch.bool)
     expected[ranked[:nnz]] = True
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(radix, "_CHUNK", chunk)
+        patch.setattr(selection, "_CHUNK", chunk)
         assert kth_largest_key(keys, nnz) == int(keys[ranked[nnz - 1]])
         assert torch.equal(select_by_histogram(keys, nnz), expected)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sparseprune import BlockCoupling, BlockSpec
-from sparseprune.engine.rounding import round_to
+from sparseprune.engine.scoring import round_to
 from tests.engine.devices import on_every_device
 from tests.engine.structures import BITS, FLOATS
 

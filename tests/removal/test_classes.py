@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from sparseprune.removal.removing import make_removal
+from sparseprune.removal.shrink import make_removal
 from tests.removal.models import cut
 from tests.removal.test_removing import CASES
 

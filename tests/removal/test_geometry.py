@@ -11,7 +11,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from sparseprune.removal.geometry import Sliced, sliced
+from sparseprune.removal.preview import Sliced, sliced
 from sparseprune.spec import BoundBlock
 from tests.execution.test_boxes import element_at
 

@@ -10,13 +10,13 @@ import pytest
 import transformers
 
 from sparseprune.errors import CheckpointError
-from sparseprune.removal.removing import make_removal
+from sparseprune.removal.shrink import make_removal
 from tests.removal.models import LLAMA, cut, whole
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from sparseprune.removal.removing import Removal
+    from sparseprune.removal.shrink import Removal
     from tests.removal.models import Config, Shapes
 
 LAYERS = 6

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparseprune.removal.membership import Vanished, find_vanished, numbered
+from sparseprune.removal.dim_constraints import Vanished, find_vanished, numbered
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

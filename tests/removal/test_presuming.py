@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from sparseprune.checkpoint import open_checkpoint, read_config
 from sparseprune.execution import make_plan
-from sparseprune.removal.presuming import Presumed, presume
+from sparseprune.removal.preview import Presumed, presume
 from sparseprune.spec import parse_spec
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from sparseprune.errors import CheckpointError
-from sparseprune.removal.families import model_types
-from sparseprune.removal.removing import make_removal
+from sparseprune.removal.architectures import model_types
+from sparseprune.removal.shrink import make_removal
 from sparseprune.spec.problems import listed
 from tests.removal.models import (
     BERT,

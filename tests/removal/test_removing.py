@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 
 from sparseprune.errors import CheckpointError
-from sparseprune.removal.configuring import check_shapes
-from sparseprune.removal.removing import Removal, make_removal
-from sparseprune.removal.sections import section_of
+from sparseprune.removal.config import check_shapes, section_of
+from sparseprune.removal.shrink import Removal, make_removal
 from sparseprune.removal.slices import Kept, kept_whole
 from tests.removal.models import (
     BERT,

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from sparseprune.removal.removing import make_removal
+from sparseprune.removal.shrink import make_removal
 from tests.removal.models import GPT2, LLAMA, MIXTRAL, cut, decoder, mixtral, whole
 from tests.removal.test_layers import SIZES, norms, without_layers
 
 if TYPE_CHECKING:
-    from sparseprune.removal.removing import Removal
+    from sparseprune.removal.shrink import Removal
     from tests.removal.models import Config, Shapes
 
 SIX = list("abcdef")

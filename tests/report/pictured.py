@@ -11,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 
 from sparseprune.report.facts import Questions, TensorFacts
-from sparseprune.report.inspect_document import Telling, inspect_document
+from sparseprune.report.inspection import Telling, inspect_document
 from tests.samples import schema
 
 if TYPE_CHECKING:

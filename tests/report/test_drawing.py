@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparseprune.execution.tensors import build_scope
-from sparseprune.report.drawing import Cell, Window, cell_of, view_index, window_of
+from sparseprune.report.drawings import Cell, Window, cell_of, view_index, window_of
 from sparseprune.spec import BoundBlock, BoundBlockCoupling, BoundScope, BoundScopeCoupling
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 
 from sparseprune.report.exporting import csv_text, markdown_text
-from sparseprune.report.fitting import Column
+from sparseprune.report.tables import Column
 
 FORMULAS = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")
 

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.console import Console
 
-from sparseprune.report.fitting import Column, FittedTable
-from sparseprune.report.shortening import shortened
+from sparseprune.report.tables import Column, FittedTable, shortened
 
 
 def drawn(table: FittedTable, width: int, **options: bool) -> list[str]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from sparseprune.report.grouping import (
+from sparseprune.report.inspection import (
     NO_RULE,
     grouped,
     grouping_of,

@@ -11,9 +11,15 @@ import pytest
 from rich.console import Console
 
 from sparseprune.report.facts import BlockShape, Pattern, Questions, TensorFacts, Zeros
-from sparseprune.report.grouping import Grouping, grouping_of
-from sparseprune.report.inspect_document import Telling, fields_of, inspect_document, sheet_of
 from sparseprune.report.inspect_table import columns_and_rows, inspect_table
+from sparseprune.report.inspection import (
+    Grouping,
+    Telling,
+    fields_of,
+    grouping_of,
+    inspect_document,
+    sheet_of,
+)
 from sparseprune.report.runtimes import runtimes_of
 from tests.samples import schema
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparseprune.errors import SparsepruneError
-from sparseprune.report.listing import flat, natural, ordered, selected
+from sparseprune.report.inspection import flat, natural, ordered, selected
 
 NAMES = (
     "model.embed.weight",

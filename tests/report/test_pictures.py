@@ -12,12 +12,19 @@ from matplotlib.collections import QuadMesh
 from matplotlib.colors import to_hex
 
 from sparseprune.report.pictures.canvas import axes_at, blank, settings
-from sparseprune.report.pictures.comparison import comparison_page
-from sparseprune.report.pictures.curves import COLOURS, MARKERS
-from sparseprune.report.pictures.heatmap import NOTHING
-from sparseprune.report.pictures.histograms import ABOVE, WITHIN, binned
-from sparseprune.report.pictures.inspection import inspection_page
-from sparseprune.report.pictures.layers import Place, grid_of, mean_of, place_of
+from sparseprune.report.pictures.charts import (
+    ABOVE,
+    COLOURS,
+    MARKERS,
+    NOTHING,
+    WITHIN,
+    Place,
+    binned,
+    grid_of,
+    mean_of,
+    place_of,
+)
+from sparseprune.report.pictures.results import comparison_page, inspection_page
 from tests.report.pictured import (
     KINDS,
     compared,

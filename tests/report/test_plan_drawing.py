@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 from rich.console import Console
 
-from sparseprune.report.plan_drawing import RuleDrawing
+from sparseprune.report.drawings import RuleDrawing
 from sparseprune.spec import (
     BoundBlock,
     BoundBlockCoupling,

@@ -7,8 +7,8 @@ import io
 from rich.console import Console
 
 from sparseprune.report.facts import Questions, TensorFacts
-from sparseprune.report.inspect_document import Telling, inspect_document
-from sparseprune.report.tree import InspectTree
+from sparseprune.report.inspect_table import InspectTree
+from sparseprune.report.inspection import Telling, inspect_document
 
 
 def drawn(facts: list[TensorFacts], width: int = 100, encoding: str = "utf-8") -> list[str]:

@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparseprune.spec.evaluating import evaluate
-from sparseprune.spec.expressions import ExpressionError, parse_expression, parse_slice
+from sparseprune.spec.expressions import ExpressionError, evaluate, parse_expression, parse_slice
 
 CONFIG = {
     "hidden_size": 64,

@@ -9,9 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparseprune.spec.bound import Captures, TensorInfo
-from sparseprune.spec.joining import JoinError, gather, missing_partners, natural_join
+from sparseprune.spec.locating import (
+    JoinError,
+    find_tensors,
+    gather,
+    label,
+    missing_partners,
+    natural_join,
+    natural_key,
+)
 from sparseprune.spec.patterns import parse_pattern
-from sparseprune.spec.sites import find_tensors, label, natural_key
 
 Member = list[Captures]
 

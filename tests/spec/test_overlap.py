@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparseprune.spec.bound import BoundBlock
-from sparseprune.spec.overlap import share_an_element
+from sparseprune.spec.shaping import share_an_element
 
 
 def view(shape: tuple[int, ...], stride: tuple[int, ...], offset: int = 0) -> BoundBlock:

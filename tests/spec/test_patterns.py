@@ -9,15 +9,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparseprune.spec.patterns import PatternError, parse_pattern
-from sparseprune.spec.tokens import (
+from sparseprune.spec.patterns import (
     Again,
     Literal,
+    PatternError,
     Stem,
     Token,
     Wildcard,
     Words,
     match_tokens,
+    parse_pattern,
     regex_of,
 )
 

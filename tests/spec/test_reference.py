@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from sparseprune.spec import TensorInfo, bind, parse_spec
-from sparseprune.spec.methods import SCORE_KEYS, ReconstructTable, ScoreTable
-from sparseprune.spec.schema import COVERS, KINDS, ExplicitView
+from sparseprune.spec.schema import COVERS, KINDS, SCORE_KEYS, ExplicitView, ReconstructTable, ScoreTable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sparseprune.spec.patterns import PatternError
-from sparseprune.spec.regexes import parse_regex
+from sparseprune.spec.patterns import PatternError, parse_regex
 
 MATCHES = [
     (r"layers\.(?P<layer>\d+)\.(?:gate|up)\.w", "layers.3.up.w", (("layer", 3),)),

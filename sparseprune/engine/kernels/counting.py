@@ -1,7 +1,4 @@
-"""What is counted in elements: zeros, energy, what is not finite; and digits, to find a k-th largest key.
-
-All of it in one pass over patterns (see formats.py), flat arrays of any length.
-"""
+"""Compiled loops that count: zeros, energies, digits of keys, marks of nonzero elements."""
 
 from __future__ import annotations
 
@@ -14,7 +11,10 @@ from sparseprune.engine.kernels.compiling import compiled, compiled_sum, float32
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from sparseprune.engine.dtypes import Dtype
     from sparseprune.engine.kernels.formats import Bits, Format
+
+    Marks = NDArray[np.bool_]
 
 DIGIT_BITS = 16
 
@@ -107,3 +107,34 @@ def _count_equal(bits, size, magnitude, key):
     for i in range(size):
         count += (bits[i] & magnitude) == key
     return count
+
+
+def mark_nonzero(bits: Bits, dtype: Dtype, marks: Marks) -> tuple[int, int]:
+    """How many elements are zero, of either sign, and how many are NaN or infinite.
+
+    `bits` are the patterns of elements of whole bytes, flat and unsigned, and are overwritten. `marks`, as
+    many, become True where an element is not zero.
+
+    >>> from sparseprune.engine.dtypes import DTYPES
+    >>> marks = np.empty(4, dtype=np.bool_)
+    >>> mark_nonzero(np.array([0x8000, 0x3F80, 0xFF80, 0], dtype=np.uint16), DTYPES["BF16"], marks), marks
+    ((2, 1), array([False,  True,  True, False]))
+    """
+    if dtype.zero_bits == 0:
+        marks[...] = True
+        return 0, _nonfinite(bits, dtype)
+    if dtype.zero_bits != np.iinfo(bits.dtype).max:
+        bits &= bits.dtype.type(dtype.zero_bits)
+    np.not_equal(bits, 0, out=marks)
+    return bits.size - int(np.count_nonzero(marks)), _nonfinite(bits, dtype)
+
+
+def _nonfinite(bits: Bits, dtype: Dtype) -> int:
+    if dtype.nonfinite is None or bits.size == 0:
+        return 0
+    first, last = dtype.nonfinite
+    numbers = bits.view(f"u{bits.itemsize // dtype.parts}")
+    if numbers.max() < first:  # the cheapest question that nearly always settles it
+        return 0
+    found = numbers - numbers.dtype.type(first) <= last - first  # what lies below wraps around
+    return int(np.count_nonzero(found.reshape(-1, dtype.parts).any(axis=1) if dtype.parts > 1 else found))

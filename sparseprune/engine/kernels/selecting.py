@@ -1,8 +1,6 @@
-"""Which of some keys survive a budget: exactly `nnz` in every scope, the lower index among equals.
+"""Compiled loops that decide and cut: the nnz largest of a scope, thresholds, masked elements.
 
-Keys are unsigned patterns without their sign (formats.py), or norms in float64 read as such, flat, scope
-after scope. Small scopes are compared inside 64-bit words (SWAR: Lamport 1975, Multiple Byte Processing with
-Full-Word Instructions), short ones all with all, in long ones the k-th largest is found digit by digit.
+They equal the torch engine bit for bit, ties included.
 """
 
 from __future__ import annotations
@@ -16,7 +14,7 @@ from sparseprune.engine.kernels.compiling import compiled, inlined
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from sparseprune.engine.kernels.formats import Bits
+    from sparseprune.engine.kernels.formats import Bits, Format
 
     Mask = NDArray[np.uint8]
 
@@ -196,3 +194,120 @@ def _kth(bits, begin, blocks, magnitude, k, width, digit, counts):
         prefix = (prefix << np.uint64(size)) | np.uint64(found)
         left -= size
     return prefix, k
+
+
+def cut_below(bits: Bits, form: Format, limit: int, mask: Mask) -> int:
+    """Zero the elements (flat) whose key is below `limit`, mark the others 1 in `mask`; how many are left."""
+    if limit > form.magnitude:
+        bits.fill(0)
+        mask.fill(0)
+        return 0
+    return int(_cut_below(bits, bits.size, form.magnitude, limit, mask))
+
+
+def cut_blocks(bits: Bits, keep: Mask, block: int, mask: Mask) -> None:
+    """Zero the runs of `block` elements whose byte in `keep` is 0, and say it for each element in `mask`."""
+    if block == 1:
+        _cut_elements(bits, keep, bits.size, mask)
+    else:
+        _cut_runs(bits, keep, keep.size, block, mask)
+
+
+@compiled("int64(K*, int64, K, K, uint8*)")
+def _cut_below(bits, size, magnitude, limit, mask):
+    left = 0
+    for i in range(size):
+        kept = (bits[i] & magnitude) >= limit
+        bits[i] *= kept
+        mask[i] = kept
+        left += kept
+    return left
+
+
+@compiled("void(K*, uint8*, int64, uint8*)")
+def _cut_elements(bits, keep, size, mask):
+    for i in range(size):
+        kept = keep[i]
+        bits[i] *= kept
+        mask[i] = kept
+
+
+@compiled("void(K*, uint8*, int64, int64, uint8*)")
+def _cut_runs(bits, keep, blocks, block, mask):
+    for b in range(blocks):
+        kept = keep[b]
+        for i in range(b * block, (b + 1) * block):
+            bits[i] *= kept
+            mask[i] = kept
+
+
+_BLOCK = 4096  # elements that are counted in 16 bits
+_EACH = np.uint64(0x0101_0101_0101_0101)
+_ITS_BIT = np.uint64(0x8040_2010_0804_0201)
+_BELOW_TOP = np.uint64(0x7F7F_7F7F_7F7F_7F7F)
+
+
+def unpack(packed: Mask, mask: Mask) -> None:
+    """Fill a mask from bits, the lowest of a byte first; there may be more bits than elements.
+
+    >>> mask = np.empty(10, dtype=np.uint8)
+    >>> unpack(np.array([0b00000101, 0b11111110], dtype=np.uint8), mask)
+    >>> mask.tolist()
+    [1, 0, 1, 0, 0, 0, 0, 0, 0, 1]
+    """
+    whole = mask.size // 8
+    _unpack(packed, whole, mask)
+    for place in range(8 * whole, mask.size):
+        mask[place] = packed[whole] >> (place % 8) & 1
+
+
+def drop(bits: Bits, mask: Mask) -> None:
+    """Make patterns 0 where a mask drops them, in place; the others keep every bit."""
+    _drop(bits, mask, bits.size)
+
+
+def count_lost(bits: Bits, zero_bits: int, mask: Mask) -> tuple[int, int, int | None]:
+    """Elements that a mask drops, how many of them are not zero, the number of the first of these or None.
+
+    >>> count_lost(np.array([5, 0, 7], dtype=np.uint16), 0x7FFF, np.array([1, 0, 0], dtype=np.uint8))
+    (2, 1, 2)
+    """
+    found = np.zeros(3, dtype=np.int64)
+    _count_lost(bits, mask, bits.size, zero_bits, found)
+    dropped, lost, begin = map(int, found)
+    if not lost:
+        return dropped, 0, None
+    part = slice(begin, begin + _BLOCK)
+    place = np.argmax((mask[part] == 0) & ((bits[part] & bits.dtype.type(zero_bits)) != 0))
+    return dropped, lost, begin + int(place)
+
+
+@compiled("void(K*, int64, uint64*)")
+def _unpack(packed, size, mask):
+    for i in range(size):
+        bits = (np.uint64(packed[i]) * _EACH) & _ITS_BIT
+        mask[i] = ((bits + _BELOW_TOP) >> np.uint64(7)) & _EACH
+
+
+@compiled("void(K*, uint8*, int64)")
+def _drop(bits, mask, size):
+    for i in range(size):
+        bits[i] *= mask[i]
+
+
+@compiled("void(K*, uint8*, int64, K, int64*)")
+def _count_lost(bits, mask, size, zero_bits, found):
+    dropped = lost = np.int64(0)
+    for begin in range(0, size, _BLOCK):
+        end = begin + _BLOCK if size - begin > _BLOCK else size
+        out = gone = np.uint16(0)
+        for i in range(begin, end):
+            none = np.uint16(mask[i] == 0)
+            out = np.uint16(out + none)
+            gone = np.uint16(gone + (none & np.uint16((bits[i] & zero_bits) != 0)))
+        if gone > 0 and lost == 0:
+            found[2] = begin
+        dropped += np.int64(out)
+        lost += np.int64(gone)
+    found[0] = dropped
+    found[1] = lost

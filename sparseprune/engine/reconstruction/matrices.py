@@ -1,7 +1,6 @@
-"""Matrices with the second moment of their inputs, and the same scaled so that every input counts alike.
+"""Matrices to reconstruct: dense weights, second moments, and projections onto scopes.
 
-Owns orientation, damping and scaling: what is behind it sees (matrices, rows, inputs) with a unit diagonal.
-Called by refitting and alternating.
+Owns `Matrix`, checks of moments, output errors and `projection`. Called by the solvers and by users.
 """
 
 from __future__ import annotations
@@ -13,11 +12,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from sparseprune.engine.rounding import round_to
+from sparseprune.engine.scoring import round_to
 from sparseprune.errors import ShapeMismatchError, SparsityError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+
+    from torch import Tensor
+
+    from sparseprune.engine.reconstruction.solvers import Projection
+    from sparseprune.engine.scope import SparseScope
+
 
 _UNSEEN = 1e-18  # the scale of weights that nothing is known of; its square is a float32 yet
 _USUAL = 30  # weights up to 2^30, and down to 2^-30, are computed with as they are
@@ -326,3 +331,29 @@ def _check_shapes(matrix: Matrix) -> None:
         raise ShapeMismatchError(
             f"fixed has shape {list(matrix.fixed.shape)}, the weights have {list(dense.shape)}"
         )
+
+
+def projection(scope: SparseScope, nnz: int, params: Sequence[Tensor]) -> Projection:
+    """Keeps `nnz` blocks in each scope, the largest: of tensors that stand for `params`, in their order.
+
+    `params` are those that the views of `scope` look at; they are overwritten with what is asked about. An
+    element outside of all views is kept.
+
+    Raises:
+        SparsityError: a view of the scope that looks at none of them.
+    """
+    places = {id(param): place for place, param in enumerate(params)}
+    blocks = scope.blocks()
+    for block in blocks:
+        if id(block.view.param) not in places:
+            raise SparsityError(f"{block.name} looks at none of the tensors that the projection is for")
+
+    def keep(tensors: Sequence[Tensor]) -> list[Tensor]:
+        for param, tensor in zip(params, tensors, strict=True):
+            param.copy_(tensor)
+        masks = [torch.ones(param.shape, dtype=torch.bool, device=param.device) for param in params]
+        for block, mask in scope.get_masks(nnz).items():
+            masks[places[id(block.view.param)]] &= block.view.to_param(mask)
+        return masks
+
+    return keep

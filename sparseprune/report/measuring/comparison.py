@@ -2,7 +2,7 @@
 
 Owns which tensors can be compared and how; both are read in slabs side by side, cut at the same places for
 any number of jobs, so that sums are the same. Needs no torch. Called by the command line; what it gives is
-plain data for comparison_document.py.
+plain data for comparison.py.
 """
 
 from __future__ import annotations
@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sparseprune.checkpoint.pieces import work_through
+from sparseprune.checkpoint.threads import work_through
 from sparseprune.engine.dtypes import DTYPES
 from sparseprune.engine.kernels.comparing import Counts, Energies, compare, compare_values
-from sparseprune.engine.kernels.formats import FORMATS
-from sparseprune.engine.kernels.values import values_of
+from sparseprune.engine.kernels.formats import FORMATS, values_of
 from sparseprune.engine.tally import exact_sum
 
 if TYPE_CHECKING:

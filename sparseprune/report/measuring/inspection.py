@@ -13,12 +13,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sparseprune.checkpoint.pieces import work_through
+from sparseprune.checkpoint.threads import work_through
 from sparseprune.engine.dtypes import DTYPES
 from sparseprune.engine.grids import prod
-from sparseprune.engine.kernels.marking import mark_nonzero
-from sparseprune.engine.kernels.occupancy import packed
-from sparseprune.engine.kernels.patterns import fullest_in_words
+from sparseprune.engine.kernels.counting import mark_nonzero
+from sparseprune.engine.kernels.occupancy import fullest_in_words, packed
 from sparseprune.report.facts import TensorFacts, Zeros
 from sparseprune.report.measuring.blocking import Bits, Blocking
 from sparseprune.report.measuring.neighbours import Apart, fits_words, stack_of
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
 
     from sparseprune.checkpoint import StoredTensor, TensorReader
     from sparseprune.engine.grids import Shape
-    from sparseprune.engine.kernels.marking import Flags
+    from sparseprune.engine.kernels.counting import Marks
     from sparseprune.report.facts import Pattern, Questions
     from sparseprune.report.measuring.occupancy import Told
     from sparseprune.report.measuring.slabs import Slab, Stack
@@ -106,7 +105,7 @@ class _Tally:
         self._zeros = self._nonfinite = 0
         self._lock = threading.Lock()
 
-    def add(self, slab: Slab, marks: Flags, zeros: int, nonfinite: int) -> None:
+    def add(self, slab: Slab, marks: Marks, zeros: int, nonfinite: int) -> None:
         """What a slab of its matrices holds: marks where it is not zero."""
         groups = {pattern.group for pattern in self._in_words}
         bits, fullest = Bits(None, filled=zeros == 0), {group: group * (zeros == 0) for group in groups}

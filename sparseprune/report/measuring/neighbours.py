@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sparseprune.engine.grids import prod
-from sparseprune.engine.kernels.occupancy import WORD
-from sparseprune.engine.kernels.patterns import counts_along
+from sparseprune.engine.kernels.occupancy import WORD, counts_along
 
 if TYPE_CHECKING:
     from typing import Any
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from sparseprune.engine.grids import Shape
-    from sparseprune.engine.kernels.marking import Flags
+    from sparseprune.engine.kernels.counting import Marks
     from sparseprune.report.facts import Pattern
     from sparseprune.report.measuring.slabs import Slab, Stack
 
@@ -39,7 +38,7 @@ class Apart:
         self._open: dict[tuple[int, int], tuple[NDArray[Any], int]] = {}  # counts, and members still to come
         self._lock = threading.Lock()
 
-    def add(self, slab: Slab, marks: Flags) -> None:
+    def add(self, slab: Slab, marks: Marks) -> None:
         """The elements of a slab: True where one is not zero."""
         counts = counts_along(marks.reshape(slab.shape))
         if slab.rows < self.stack[1]:

@@ -18,7 +18,7 @@ from sparseprune.report.measuring.blocking import Bits
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from sparseprune.engine.kernels.marking import Flags
+    from sparseprune.engine.kernels.counting import Marks
     from sparseprune.engine.kernels.occupancy import Words
     from sparseprune.report.measuring.blocking import Blocking, Groups, Part
 
@@ -105,5 +105,5 @@ class Occupancy:
         return Zeros(self._zero[self._blocking.row], rows), *last
 
 
-def _unmarked(marks: Flags) -> Zeros:
+def _unmarked(marks: Marks) -> Zeros:
     return Zeros(marks.size - int(np.count_nonzero(marks)), marks.size)

@@ -1,7 +1,7 @@
 """What pruning does to outputs: the relative change of every matrix's, by second moments of its inputs.
 
 Owns which tensors have such statistics and how a sum over all rows is taken a few rows at a time. Needs no
-torch. Called by the command line; what it gives goes into comparison_document.py.
+torch. Called by the command line; what it gives goes into comparison.py.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 
 from sparseprune.engine.dtypes import DTYPES
 from sparseprune.engine.grids import prod
-from sparseprune.engine.kernels.values import values_of
+from sparseprune.engine.kernels.formats import values_of
 from sparseprune.engine.tally import totals_in_units
 from sparseprune.errors import CheckpointError
 

@@ -1,8 +1,4 @@
-"""From figures to bytes: axes at their places in inches, a figure as large as what is on it, PNG and SVG.
-
-Owns the settings under which everything is drawn: neither those of a user nor a display have a part in it,
-and the same figure gives the same bytes. Knows nothing of what is drawn.
-"""
+"""The canvas of pictures: pages, colours, axes, legends and overview bars, in matplotlib."""
 
 from __future__ import annotations
 
@@ -10,6 +6,9 @@ import io
 import re
 import warnings
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from html import escape
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,12 +17,21 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.image import imsave
 
+from sparseprune.errors import printable
+from sparseprune.report.pictures.charts import Heat, Scale, bars, colour_bar, heatmap
+from sparseprune.report.pictures.files import form_of, put
+from sparseprune.report.tables import shortened
+
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
+    from pathlib import Path
 
     from matplotlib.axes import Axes
     from matplotlib.backend_bases import RendererBase
     from numpy.typing import NDArray
+
+    from sparseprune.report.pictures.charts import Entry, Grid, Value
+
 
 DPI = 150
 MARGIN = 0.12  # inches around all that is drawn
@@ -176,3 +184,210 @@ def _renderer(figure: Figure) -> RendererBase:
     canvas: Any = FigureCanvasAgg(figure)
     renderer: RendererBase = canvas.get_renderer()
     return renderer
+
+
+_STYLE = """
+:root { color-scheme: light dark; --line: #ccc; --quiet: #555; }
+@media (prefers-color-scheme: dark) { :root { --line: #555; --quiet: #aaa; } }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 80rem; padding: 0 1.5rem; }
+h1 { font-size: 1.4rem; overflow-wrap: anywhere; }
+dl { display: flex; flex-wrap: wrap; gap: .5rem 2rem; }
+dt { color: var(--quiet); font-size: .85rem; }
+dd { font-size: 1.15rem; font-variant-numeric: tabular-nums; margin: 0; }
+figure { margin: 2rem 0; }
+figcaption { margin: .5rem 0; max-width: 50rem; }
+.drawing { background: #fff; border-radius: 4px; overflow-x: auto; padding: .5rem; }
+.drawing svg { display: block; }
+.numbers { margin: .5rem 0 1rem; max-height: 30rem; overflow: auto; }
+summary { color: var(--quiet); cursor: pointer; }
+table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
+th, td { border-bottom: 1px solid var(--line); padding: .15rem .6rem; text-align: right; }
+th, td { white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; }
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Numbers:
+    """A table: its titles, and rows of as many texts."""
+
+    titles: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A figure, what there is to see on it, and the numbers that it was drawn from."""
+
+    figure: Figure = field(repr=False)
+    caption: str
+    numbers: tuple[Numbers, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """Pictures below each other under a title; `totals` are facts on a line of their own."""
+
+    title: str
+    pictures: tuple[Picture, ...]
+    totals: tuple[tuple[str, str], ...] = ()
+
+
+def write(page: Page, path: Path) -> None:
+    """The page in the form of the file's ending; titles, captions and numbers are for HTML alone."""
+    figures = [picture.figure for picture in page.pictures]
+    form = form_of(path)
+    if form == ".png":
+        put(path, png(figures))
+    elif form == ".svg":
+        put(path, svg(figures))
+    else:
+        put(path, html(page).encode())
+
+
+def html(page: Page) -> str:
+    """The page as one document of HTML."""
+    title = _text(page.title)
+    totals = "".join(
+        f"<div><dt>{_text(name)}</dt><dd>{_text(value)}</dd></div>\n" for name, value in page.totals
+    )
+    pictures = "".join(_figure(picture, number) for number, picture in enumerate(page.pictures))
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{title}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
+        f"<h1>{title}</h1>\n<dl>\n{totals}</dl>\n{pictures}</body>\n</html>\n"
+    )
+
+
+def _figure(picture: Picture, number: int) -> str:
+    tables = "".join(map(_table, picture.numbers))
+    numbers = f"<details>\n<summary>The numbers</summary>\n{tables}</details>\n" if tables else ""
+    return (
+        f'<figure>\n<div class="drawing">\n{svg_element(picture.figure, number)}</div>\n'
+        f"<figcaption>{_text(picture.caption)}</figcaption>\n{numbers}</figure>\n"
+    )
+
+
+def _table(numbers: Numbers) -> str:
+    head = "".join(f"<th>{_text(title)}</th>" for title in numbers.titles)
+    rows = "".join(_row(row) for row in numbers.rows)
+    table = f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}</tbody>\n</table>"
+    return f'<div class="numbers">\n{table}\n</div>\n'
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in cells) + "</tr>\n"
+
+
+def _text(text: str) -> str:
+    """Any text as HTML: names of tensors may hold tags and line ends."""
+    return escape(printable(text))
+
+
+_BESIDE_LAYERS, _ALONE = 12, 64  # tensors without a layer that there is room for
+_LONGEST = 60  # characters of a name
+_LINE = 90  # characters of a note
+_APART = 0.4  # inches between two drawings
+
+
+@dataclass(frozen=True, slots=True)
+class Fact:
+    """One number for each matrix: its title, its scale, and how it is found for one cell's entries."""
+
+    title: str
+    scale: Scale
+    value: Value
+
+
+def overview(figure: Figure, grid: Grid, facts: Iterable[Fact], notes: Sequence[str]) -> None:
+    """Draw every fact below the other, and the notes below all."""
+    gaps = False
+    hidden = 0
+    for number, fact in enumerate(facts):
+        top = depth(figure) + _APART + 0.2 if number else 0.0
+        if grid.rows:
+            values = grid.values(fact.value)
+            gaps |= any(value is None for row in values for value in row)
+            _layers(figure, top, grid, values, fact)
+            hidden = _others(figure, grid, fact)
+        elif grid.others:
+            shown = _largest(grid.others, _ALONE)
+            hidden = len(grid.others) - len(shown)
+            bars(figure, top, _one_column(fact.title, shown, fact), fact.scale)
+    told = [*notes]
+    if hidden:
+        told.insert(0, f"Not shown: {hidden:,} smaller tensors that belong to no numbered layer.")
+    if gaps:
+        told.append("Grey: there is no such matrix, or its elements cannot be looked at.")
+    add_notes(figure, told)
+
+
+def add_notes(figure: Figure, notes: Sequence[str]) -> None:
+    """Sentences below all that is drawn so far."""
+    if not notes:
+        return
+    top = depth(figure) + 0.12 if figure.axes else 0.0
+    axes = axes_at(figure, 0, top, 4, 0.1)
+    axes.set_axis_off()
+    lines = [line for note in notes for line in wrap(note, _LINE, break_long_words=False)]
+    axes.text(0, 1, "\n".join(lines), va="top", fontsize=7.5, color="#555555", linespacing=1.4)
+
+
+def numbers_of(grid: Grid, facts: Sequence[Fact]) -> tuple[Numbers, ...]:
+    """What an overview shows, as tables: the layers, one for each fact, then the others."""
+    tables = []
+    if grid.rows:
+        for fact in facts:
+            rows = zip(grid.row_labels(), grid.values(fact.value), strict=True)
+            tables.append(
+                Numbers(
+                    (f"{fact.scale.name}, layer", *grid.column_labels()),
+                    tuple((label, *map(_exact, row)) for label, row in rows),
+                )
+            )
+    if grid.others:
+        titles = ("tensor", *(fact.scale.name for fact in facts))
+        rows_of_others = tuple(
+            (entry["name"], *(_exact(fact.value((entry,))) for fact in facts)) for entry in grid.others
+        )
+        tables.append(Numbers(titles, rows_of_others))
+    return tuple(tables)
+
+
+def _layers(
+    figure: Figure, top: float, grid: Grid, values: Sequence[Sequence[float | None]], fact: Fact
+) -> None:
+    columns = shortened(grid.column_labels(), _LONGEST)
+    rows = shortened(grid.row_labels(), _LONGEST)
+    single = len(grid.stacks) == 1
+    stack = shortened([printable(grid.stacks[0])], 24)[0] if single else ""
+    axes = heatmap(figure, top, Heat(fact.title, rows, columns, values, stack or "layer"), fact.scale)
+    for at in range(1, len(grid.rows)):
+        if grid.rows[at][0] != grid.rows[at - 1][0]:
+            axes.axhline(at, color="white", linewidth=2.5)
+    colour_bar(figure, axes, axes.collections[0], fact.scale)
+
+
+def _others(figure: Figure, grid: Grid, fact: Fact) -> int:
+    """Draw the largest tensors that belong to no layer; gives how many more there are."""
+    shown = _largest(grid.others, _BESIDE_LAYERS)
+    if shown:
+        heat = _one_column("Outside of numbered layers", shown, fact)
+        heatmap(figure, depth(figure) + _APART, heat, fact.scale)
+    return len(grid.others) - len(shown)
+
+
+def _largest(entries: Sequence[Entry], most: int) -> list[Entry]:
+    """The entries that have the most elements, in the order in which they stand."""
+    chosen = sorted(range(len(entries)), key=lambda at: -entries[at]["numel"])[:most]
+    return [entries[at] for at in sorted(chosen)]
+
+
+def _one_column(title: str, entries: Sequence[Entry], fact: Fact) -> Heat:
+    names = shortened([printable(entry["name"]) for entry in entries], _LONGEST)
+    return Heat(title, names, ("",), [[fact.value((entry,))] for entry in entries])
+
+
+def _exact(value: float | None) -> str:
+    return "-" if value is None else f"{value:.6g}"

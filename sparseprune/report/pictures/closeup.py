@@ -13,9 +13,9 @@ import numpy as np
 
 from sparseprune.engine.dtypes import DTYPES
 from sparseprune.engine.grids import prod
-from sparseprune.engine.kernels.marking import mark_nonzero
+from sparseprune.engine.kernels.counting import mark_nonzero
 from sparseprune.errors import SparsepruneError, printable
-from sparseprune.report.drawing import cell_of, window_of
+from sparseprune.report.drawings import cell_of, window_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from sparseprune.checkpoint import StoredTensor, TensorReader
     from sparseprune.engine.grids import Shape
-    from sparseprune.report.drawing import AnyScope
+    from sparseprune.report.drawings import AnyScope
     from sparseprune.spec import BoundInstance, BoundSpec
 
     Flags = NDArray[np.bool_]

@@ -14,10 +14,19 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from sparseprune.errors import printable
-from sparseprune.report.pictures.canvas import axes_at, blank, fitted, pixels, settings
-from sparseprune.report.pictures.overview import add_notes
-from sparseprune.report.pictures.page import Numbers, Page, Picture, write
-from sparseprune.report.shortening import shortened
+from sparseprune.report.pictures.canvas import (
+    Numbers,
+    Page,
+    Picture,
+    add_notes,
+    axes_at,
+    blank,
+    fitted,
+    pixels,
+    settings,
+    write,
+)
+from sparseprune.report.tables import shortened
 from sparseprune.report.wording import shape_text
 
 if TYPE_CHECKING:

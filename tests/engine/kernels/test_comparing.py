@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from sparseprune.engine.dtypes import DTYPES, torch_dtype
 from sparseprune.engine.kernels.comparing import Counts, Energies, compare, compare_values
-from sparseprune.engine.kernels.values import values_of
+from sparseprune.engine.kernels.formats import values_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

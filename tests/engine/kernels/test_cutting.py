@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparseprune.engine.kernels.cutting import cut_below, cut_blocks
 from sparseprune.engine.kernels.formats import FORMATS, Format
+from sparseprune.engine.kernels.selecting import cut_below, cut_blocks
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

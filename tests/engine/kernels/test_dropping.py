@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparseprune.engine.dtypes import DTYPES
-from sparseprune.engine.kernels.dropping import count_lost, drop, unpack
+from sparseprune.engine.kernels.selecting import count_lost, drop, unpack
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

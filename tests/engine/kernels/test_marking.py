@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparseprune.engine.dtypes import DTYPES, torch_dtype
+from sparseprune.engine.kernels.counting import mark_nonzero
 from sparseprune.engine.kernels.formats import FORMATS
-from sparseprune.engine.kernels.marking import mark_nonzero
 
 WHOLE_BYTES = [name for name, dtype in DTYPES.items() if dtype.zero_bits is not None]
 

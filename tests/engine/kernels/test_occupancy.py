@@ -13,20 +13,20 @@ from hypothesis import strategies as st
 from sparseprune.engine.kernels.occupancy import count_occupied, joined, ones, packed, unpacked, words_of
 
 if TYPE_CHECKING:
-    from sparseprune.engine.kernels.marking import Flags
+    from sparseprune.engine.kernels.counting import Marks
 
 sizes = st.one_of(st.integers(1, 20), st.sampled_from([63, 64, 65, 127, 128, 130, 192, 200]))
 
 
 @st.composite
-def stacks(draw: st.DrawFn) -> Flags:
+def stacks(draw: st.DrawFn) -> Marks:
     """Marks of few matrices; all, none, or some of them set, in runs."""
     shape = draw(st.integers(1, 3)), draw(st.integers(1, 20)), draw(sizes)
     share = draw(st.sampled_from([0.0, 0.02, 0.5, 1.0]))
     return np.random.default_rng(draw(st.integers(0, 2**32))).random(shape) < share
 
 
-def occupied_by_hand(marks: Flags, height: int, width: int) -> int:
+def occupied_by_hand(marks: Marks, height: int, width: int) -> int:
     """Block by block, element by element."""
     matrices, rows, columns = marks.shape
     found = 0
@@ -37,7 +37,7 @@ def occupied_by_hand(marks: Flags, height: int, width: int) -> int:
 
 
 @given(stacks())
-def test_packed_marks_are_unpacked_again(marks: Flags) -> None:
+def test_packed_marks_are_unpacked_again(marks: Marks) -> None:
     words = packed(marks)
     matrices, rows, columns = marks.shape
     assert words.shape == (matrices, rows, words_of(columns))
@@ -49,7 +49,7 @@ def test_packed_marks_are_unpacked_again(marks: Flags) -> None:
 
 
 @given(stacks(), st.one_of(st.integers(1, 25), st.just(10**9)))
-def test_joined_rows_have_the_bits_of_them_all(marks: Flags, height: int) -> None:
+def test_joined_rows_have_the_bits_of_them_all(marks: Marks, height: int) -> None:
     matrices, rows, columns = marks.shape
     groups = joined(packed(marks), height)
     assert groups.shape[:2] == (matrices, math.ceil(rows / height))
@@ -60,7 +60,7 @@ def test_joined_rows_have_the_bits_of_them_all(marks: Flags, height: int) -> Non
 
 
 @given(stacks(), st.integers(1, 20), st.one_of(sizes, st.sampled_from([2, 4, 8, 16, 32, 256, 10**9])))
-def test_blocks_are_counted_as_by_plain_loops(marks: Flags, height: int, width: int) -> None:
+def test_blocks_are_counted_as_by_plain_loops(marks: Marks, height: int, width: int) -> None:
     groups = joined(packed(marks), height)
     assert count_occupied(groups, width, marks.shape[2]) == occupied_by_hand(marks, height, width)
 

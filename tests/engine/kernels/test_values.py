@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sparseprune.engine.dtypes import DTYPES, torch_dtype
-from sparseprune.engine.kernels.values import values_of
+from sparseprune.engine.kernels.formats import values_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -18,7 +18,7 @@ from sparseprune.checkpoint import TensorReader, lay_out, open_checkpoint
 from sparseprune.engine.dtypes import DTYPES
 from sparseprune.engine.kernels.comparing import Counts
 from sparseprune.errors import MachineError
-from sparseprune.report.comparison_document import FIELDS, compare_document, sheet_of, unmeasured
+from sparseprune.report.comparison import FIELDS, compare_document, sheet_of, unmeasured
 from sparseprune.report.measuring.comparison import SLAB, compare_checkpoints, sides_of
 from tests.engine.kernels.test_comparing import compared_by_hand, special
 from tests.samples import schema

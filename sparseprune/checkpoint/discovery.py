@@ -1,0 +1,398 @@
+"""Which files a checkpoint's folder holds: shards, index, config, other files, copies of the weights.
+
+Owns the rules for names and the index file. Reads no tensors. Called by source, layout and the command line.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import stat
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from sparseprune.checkpoint.file_io import Stamp, permissions, shown, stamp_of, strict_json
+from sparseprune.checkpoint.not_safetensors import (
+    CONVERTED,
+    PICKLE_SUFFIXES,
+    conversion_advice,
+    looks_pickled,
+    missing_advice,
+    names_training_state,
+    names_weights,
+)
+from sparseprune.errors import CheckpointError, MachineError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from pathlib import Path
+
+
+SUFFIX = ".safetensors"
+INDEX_SUFFIX = ".safetensors.index.json"
+# Where an output keeps its masks and its report.
+RESULTS = "sparseprune"
+# Folders at the top that belong to the input alone: an earlier run's results, version history, and the
+# book-keeping of downloads, which would vouch for the pruned files with the checksums of the dense ones.
+NOT_COPIED = frozenset({RESULTS, ".git", ".cache"})
+LARGEST_DOCUMENT = 100_000_000
+# How shards that belong together are called.
+NUMBERED = re.compile(r"(?P<stem>.*)-(?P<number>\d{5,6})-of-(?P<count>\d{5,6})" + re.escape(SUFFIX))
+_PREFERRED = "model" + SUFFIX
+_PREFERRED_INDEX = "model" + INDEX_SUFFIX
+# Files of these bases are forms of one model: variants (`model.fp16`), shards that no index lists.
+_BASES = frozenset({"model", "pytorch_model", "diffusion_pytorch_model", "consolidated"})
+_ROW_END = re.compile(r"-\d+-of-\d+$")
+_INDEX_OF = re.compile(r".*(\.\w+)\.index(?:\.\w+)?\.json")
+# Folders in which publishers put a model in other forms.
+_CONVERSIONS = frozenset({"original", "onnx", "openvino", "coreml", "metal", "gguf", "tflite"})
+_BUNDLES = (".mlpackage", ".mlmodelc")
+# Keys of a config.json that do not tell one model from another.
+_UNTELLING = frozenset({"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache"})
+# A pickle of another name is a copy of the weights from this share of their bytes on: no code is shorter.
+_SMALLEST_COPY = 1 / 16
+# Of a folder in folders; far more than a checkpoint has, far less than what a walk can bear.
+_DEEPEST = 100
+# Names that lead to no file, whatever the machine does: as much the user's error as an absent one.
+_LEADS_NOWHERE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG})
+
+
+@dataclass(frozen=True, slots=True)
+class OtherFile:
+    """A file that is copied as it is; `path` is relative to the checkpoint, `stamp` as it was found.
+
+    `mode` are its permissions.
+    """
+
+    path: PurePosixPath
+    nbytes: int
+    mode: int
+    stamp: Stamp
+
+
+@dataclass(frozen=True, slots=True)
+class FoundFiles:
+    """The shards in the order of their names, what the index says of their tensors, all other files.
+
+    `folders` are the permissions of the directory itself and of all folders in it that hold some of them.
+    """
+
+    shards: tuple[PurePosixPath, ...]
+    index: PurePosixPath | None
+    weight_map: Mapping[str, PurePosixPath]
+    others: tuple[OtherFile, ...]
+    folders: Mapping[PurePosixPath, int]
+
+
+def find_files(directory: Path) -> FoundFiles:
+    """What lies in a checkpoint's directory; CheckpointError where it holds none or more than one."""
+    try:
+        top = sorted(path.name for path in directory.iterdir())
+        files = [name for name in top if SUFFIX in name and not is_folder(directory / name)]
+        index = _index_name(directory, files)
+        weight_map = {} if index is None else read_weight_map(directory / index)
+        if (
+            index != _PREFERRED_INDEX
+            and _PREFERRED in files
+            and PurePosixPath(_PREFERRED) not in weight_map.values()
+        ):
+            index, weight_map = None, {}  # that of another copy: a loader takes the file of the usual name
+        listed = None if index is None else frozenset(weight_map.values())
+        unlisted = _unlisted_names(directory, top, files, listed)
+        shards = tuple(sorted({*weight_map.values(), *map(PurePosixPath, unlisted)}))
+        others = tuple(_other_files(directory, frozenset(shards)))
+        inside = {folder for path in (*shards, *(other.path for other in others)) for folder in path.parents}
+        folders = {folder: permissions((directory / folder).stat()) for folder in inside}
+    except OSError as error:
+        raise MachineError(f"{error.filename or directory}: cannot be read: {error.strerror}") from error
+    return FoundFiles(shards, None if index is None else PurePosixPath(index), weight_map, others, folders)
+
+
+def is_folder(path: Path) -> bool:
+    """Whether a path leads to a folder; not, where it leads nowhere or may not be followed."""
+    return os.path.isdir(path)  # noqa: PTH112  (False for a name that is too long)
+
+
+def leads_nowhere(path: Path, error: OSError) -> CheckpointError | None:
+    """The refusal of a path that leads to no file, None where it is the machine that failed."""
+    if error.errno not in _LEADS_NOWHERE:
+        return None
+    why = missing_advice(str(path)) if error.errno == errno.ENOENT else f": {error.strerror}"
+    if error.errno == errno.ENOENT and os.path.islink(path):  # noqa: PTH114  (False for a name that is too long)
+        why = f": it is a link to {os.readlink(path)}, which is not there"  # noqa: PTH115
+    return CheckpointError(f"{path}: no such file{why}")
+
+
+def read_weight_map(index: Path) -> dict[str, PurePosixPath]:
+    """Tensor name -> file, as an index file says; every file lies inside the index's own folder."""
+    weight_map = read_object(index, strict_json).get("weight_map")
+    if (
+        not isinstance(weight_map, dict)
+        or not weight_map
+        or not all(isinstance(place, str) for place in weight_map.values())
+    ):
+        raise CheckpointError(f'{index}: wanted an object of tensor names and shards under "weight_map"')
+    places = {place: _checked_place(index, place) for place in set(weight_map.values())}
+    return {name: places[place] for name, place in weight_map.items()}
+
+
+def copies_of_weights(
+    directory: Path, found: FoundFiles, has_same_tensors: Callable[[PurePosixPath], bool]
+) -> frozenset[PurePosixPath]:
+    """The other files that hold the checkpoint's weights once more, in whatever form, and indexes of these.
+
+    `has_same_tensors` tells of a safetensors file whether its tensors are those of the checkpoint. Not among
+    them are adapters, what a trainer goes on with, and what lies in folders of other modules or models.
+    """
+    folders = _module_folders(directory)
+    bases = _BASES | {_base(shard.name) for shard in found.shards}
+    nbytes = sum((directory / shard).stat().st_size for shard in found.shards)
+
+    def is_copy(path: PurePosixPath, size: int) -> bool:
+        if not folders.isdisjoint(path.parents) or _is_adapter(directory, path):
+            return False
+        converted = any(part in _CONVERSIONS or part.endswith(_BUNDLES) for part in path.parts[:-1])
+        if path.name.endswith(SUFFIX):
+            named = _base(path.name) in (bases if len(path.parts) == 1 else {"consolidated"})
+            return converted or named or has_same_tensors(path)
+        if path.suffix.lower() not in PICKLE_SUFFIXES:
+            return names_weights(path.name)
+        if names_training_state(path.name) or _is_other_model(directory, path.parent):
+            return False
+        named = names_weights(path.name) or (converted and path.suffix == ".bin")
+        return named or (size >= nbytes * _SMALLEST_COPY and _is_pickled(directory / path))
+
+    copies = {other.path for other in found.others if is_copy(other.path, other.nbytes)}
+    forms = {(path.parent, path.suffix) for path in copies}
+    indexes = {
+        other.path
+        for other in found.others
+        if (match := _INDEX_OF.fullmatch(other.path.name)) and (other.path.parent, match[1]) in forms
+    }
+    return frozenset(copies | (indexes - {found.index}))
+
+
+def _base(name: str) -> str:
+    """What a weight file is called without number, variant and suffix."""
+    return _ROW_END.sub("", name.partition(".")[0])
+
+
+def _module_folders(directory: Path) -> frozenset[PurePosixPath]:
+    """The folders of other modules, as sentence-transformers and diffusers list them."""
+    names: list[object] = []
+    for document in ("modules.json", "model_index.json"):
+        try:
+            value = _read_json(directory / document)
+        except CheckpointError:
+            continue  # there is none, or none that anybody can read
+        modules = value if isinstance(value, list) else []
+        names += [module.get("path") for module in modules if isinstance(module, dict)]
+        names += value if isinstance(value, dict) else ()
+    return frozenset(PurePosixPath(name) for name in names if isinstance(name, str)) - {PurePosixPath()}
+
+
+def _is_adapter(directory: Path, path: PurePosixPath) -> bool:
+    config = path.with_name("adapter_config.json")
+    return path.name.startswith("adapter_") and (directory / config).is_file()
+
+
+def _is_other_model(directory: Path, folder: PurePosixPath) -> bool:
+    """Whether a folder inside has a config.json of its own, which is that of another model."""
+    if not folder.parts:
+        return False
+    try:
+        own, top = (read_object(directory / at / "config.json") for at in (folder, ""))
+    except CheckpointError:
+        return False
+    return any(own.get(key) != top.get(key) for key in (own.keys() | top.keys()) - _UNTELLING)
+
+
+def _is_pickled(path: Path) -> bool:
+    with path.open("rb") as file:
+        return looks_pickled(file.read(4))
+
+
+def read_object(path: Path, parse: Callable[[str], Any] = json.loads) -> dict[str, Any]:
+    """The JSON object in a file; CheckpointError naming the file where it holds anything else."""
+    value = _read_json(path, parse)
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: holds {shown(value)}, wanted a JSON object")
+    return value
+
+
+def _read_json(path: Path, parse: Callable[[str], Any] = json.loads) -> Any:  # noqa: ANN401  (JSON can be anything)
+    """The value in a small JSON file; CheckpointError naming the file where it holds none."""
+    try:
+        status = path.stat()
+        # Asked before it is opened: a pipe would be waited for, and a device has no end.
+        if not stat.S_ISREG(status.st_mode):
+            raise CheckpointError(f"{path}: not a regular file; wanted a small JSON file, or none")
+        if status.st_size > LARGEST_DOCUMENT:
+            raise CheckpointError(f"{path}: larger than {LARGEST_DOCUMENT} bytes; wanted a small JSON file")
+        return parse(path.read_bytes().decode())
+    except OSError as error:
+        # Under no name: what is raised would hold this frame, which would hold it, and all that callers have.
+        unread = f"{path}: cannot be read: {error.strerror}"
+        raise (leads_nowhere(path, error) or MachineError(unread)) from error
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path}: not UTF-8 at byte {error.start}; wanted a JSON file") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
+
+
+def _index_name(directory: Path, files: list[str]) -> str | None:
+    """The index of the checkpoint; that of a variant, `model.safetensors.index.fp16.json`, if it is alone."""
+    originals = _originals(files)
+    indexes = [stem + INDEX_SUFFIX for stem in originals if stem + INDEX_SUFFIX in files]
+    if _PREFERRED_INDEX in indexes:
+        return _PREFERRED_INDEX
+    if len(indexes) > 1:
+        raise CheckpointError(
+            f"{directory}: holds {len(indexes)} index files ({', '.join(indexes)}); keep one of them"
+        )
+    if indexes:
+        return indexes[0]
+    variants = [name for name in files if SUFFIX + ".index." in name and name.endswith(".json")]
+    return variants[0] if len(variants) == 1 and len(originals) > 1 and "model" not in originals else None
+
+
+def _unlisted_names(
+    directory: Path, top: list[str], files: list[str], listed: frozenset[PurePosixPath] | None
+) -> Sequence[str]:
+    """The weight files of a directory without an index: one, or a row of shards; none where it lists them."""
+    originals = [stem + SUFFIX for stem in _originals(files) if stem + SUFFIX in files]
+    if listed is not None:
+        if _PREFERRED in originals and PurePosixPath(_PREFERRED) not in listed:
+            raise CheckpointError(
+                f"{directory}: holds {_PREFERRED} and an index that does not list it, so two checkpoints; "
+                f"give {directory / _PREFERRED} to prune that file, or move it away to prune the shards"
+            )
+        return ()
+    if _PREFERRED in originals:
+        return [_PREFERRED]
+    row = _row(directory, originals)
+    if row or len(originals) == 1:
+        return row or originals
+    if originals:
+        raise CheckpointError(
+            f"{directory}: holds {len(originals)} safetensors files and no index, {shown(originals)}; "
+            "give one"
+        )
+    raise CheckpointError(f"{directory}: holds no safetensors file{_what_instead(directory, top)}")
+
+
+def _row(directory: Path, names: list[str]) -> list[str]:
+    """The shards among these files that are numbered as one checkpoint; none where they are not alone.
+
+    Alone but for files of other bases, where they are called `model`.
+    """
+    found = {name: match for name in names if (match := NUMBERED.fullmatch(name))}
+    counts = {(match["stem"], int(match["count"])) for match in found.values()}
+    usual = [(stem, count) for stem, count in counts if stem == "model"]
+    if len(usual) != 1 and (len(counts) != 1 or len(found) < len(names)):
+        return []
+    stem, count = usual[0] if len(usual) == 1 else counts.pop()
+    row = {int(match["number"]): name for name, match in found.items() if match["stem"] == stem}
+    missing = next((number for number in range(1, count + 1) if number not in row), None)
+    if missing is not None or len(row) != count:
+        lacking = "some are numbered otherwise" if missing is None else f"number {missing} is not there"
+        raise CheckpointError(
+            f"{directory}: holds {len(row)} of {count} shards {stem}-...{SUFFIX} and no index; {lacking}; "
+            "copy or download the checkpoint again, or give one of its files"
+        )
+    return [row[number] for number in sorted(row)]
+
+
+def _originals(files: list[str]) -> list[str]:
+    """What weight files and indexes are called, without variants: no `x.fp16` where there is an `x`."""
+    stems = {
+        name.removesuffix(suffix)
+        for suffix in (SUFFIX, INDEX_SUFFIX)
+        for name in files
+        if name.endswith(suffix)
+    }
+    return [
+        stem
+        for stem in sorted(stems)
+        if not any(stem[:place] in stems for place, letter in enumerate(stem) if letter == ".")
+    ]
+
+
+def _what_instead(directory: Path, top: list[str]) -> str:
+    """What a directory without safetensors holds, and what to do."""
+    pickles = [name for name in top if PurePosixPath(name).suffix in PICKLE_SUFFIXES]
+    shouted = [name for name in top if name.lower().endswith(SUFFIX) and not name.endswith(SUFFIX)]
+    if shouted:
+        return f" of that spelling, only {shown(shouted)}; give one, or rename it"
+    if pickles:
+        return f", only {shown(pickles)}; {conversion_advice(pickles[0])}"
+    converted = [name for name in top if names_weights(name)]
+    if converted:
+        return f", only {shown(converted)}; {CONVERTED}"
+    components = [name for name in top if any((directory / name).glob("*" + SUFFIX))]
+    if components:
+        return f" at its top; give one of its folders that do: {shown(components)}"
+    return "; give a safetensors file or the directory of a checkpoint"
+
+
+def _checked_place(index: Path, place: str) -> PurePosixPath:
+    """A shard as an index names it, refused unless it is a file inside the index's folder."""
+    path = PurePosixPath(place)
+    if not path.parts or path.is_absolute() or ".." in path.parts or "\0" in place:
+        raise CheckpointError(f"{index}: names the shard {shown(place)}, which is no file in its own folder")
+    if path.parts[0] in NOT_COPIED or not place.endswith(SUFFIX):
+        raise CheckpointError(
+            f"{index}: names the shard {shown(place)}, wanted a {SUFFIX} file of the checkpoint"
+        )
+    if any((index.parent / folder).is_symlink() for folder in list(path.parents)[:-1]):
+        raise CheckpointError(
+            f"{index}: names the shard {shown(place)}, whose folder is a link, which may lead anywhere; "
+            "put the folder there"
+        )
+    if not os.path.isfile(index.parent / path):  # noqa: PTH113  (False for a name that is too long)
+        raise CheckpointError(
+            f"{index}: names the shard {shown(place)}, which is not there; download it again"
+        )
+    return path
+
+
+def _other_files(directory: Path, shards: frozenset[PurePosixPath]) -> Iterator[OtherFile]:
+    """All files but the shards, by path, folder by folder; links to files count as files."""
+    folders = [PurePosixPath()]
+    while folders:
+        folder = folders.pop()
+        with os.scandir(directory / folder) as found:
+            entries = sorted(found, key=lambda entry: entry.name)
+        for entry in entries:
+            path = folder / entry.name
+            if entry.is_dir(follow_symlinks=False):
+                if len(path.parts) > _DEEPEST:
+                    raise CheckpointError(
+                        f"{directory}: holds folders more than {_DEEPEST} deep; remove them"
+                    )
+                if str(path) not in NOT_COPIED:
+                    folders.append(path)
+            elif path not in shards and str(path) not in NOT_COPIED:
+                yield _other_file(directory, path)
+
+
+def _other_file(directory: Path, path: PurePosixPath) -> OtherFile:
+    try:
+        status = (directory / path).stat()
+    except OSError as error:
+        if error.errno not in _LEADS_NOWHERE:
+            raise
+        raise CheckpointError(f"{directory / path}: a link to a file that is not there; remove it") from error
+    if stat.S_ISDIR(status.st_mode):
+        raise CheckpointError(
+            f"{directory / path}: a link to a folder, which may lead anywhere; put the folder there or "
+            "remove the link"
+        )
+    if not stat.S_ISREG(status.st_mode):
+        raise CheckpointError(
+            f"{directory / path}: neither a file nor a folder, so it cannot be copied; remove it"
+        )
+    return OtherFile(path, status.st_size, permissions(status), stamp_of(status))

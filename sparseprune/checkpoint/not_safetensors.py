@@ -1,0 +1,153 @@
+"""Recognizes files of other formats and says what to do with them.
+
+Owns the signatures and the advice. Called where a header or a folder turns out to be something else.
+"""
+
+from __future__ import annotations
+
+import codecs
+import re
+from pathlib import Path, PurePath
+
+PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
+
+# Formats that hold a whole model and nothing else, whatever the file is called; and names of pickles.
+_WEIGHTS = re.compile(
+    r".*\.(?:gguf|ggml|onnx(?:[._]data(?:_\d+)?)?|h5|hdf5|keras|msgpack|ot|ckpt|ckpt\.(?:index|meta)"
+    r"|data-\d+-of-\d+|distcp|tflite|mlmodel|pte|nemo|engine|pdparams)"
+    r"|(?:.*[._-])?(?:model|models|weights?|consolidated|checkpoint|ckpt|optim_states)(?:[._-].*)?"
+    r"\.(?:bin|pt|pth|pkl|pickle|npz)"
+    r"|openvino_.*model.*\.xml|saved_model\.pb",
+    re.IGNORECASE,
+)
+# What trainers write beside a model to go on with; none of it is a weight.
+_TRAINING = re.compile(r"(?:optimizer|scheduler|scaler|rng_state|random_states|training_args)(?:[._-].*)?")
+
+_LFS = b"version https://git-lfs.github.com/spec/"
+_ZIP = b"PK\x03\x04"
+_PICKLE_PROTOCOLS = tuple(bytes((0x80, protocol)) for protocol in range(2, 6))
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+# Possessive, so that a page of many comments is read once.
+_HTML = re.compile(
+    rb"(?:<\?xml[^>]*>|<!--.*?-->|\s)*+<(?:!doctype html|html|head|body)\b", re.IGNORECASE | re.DOTALL
+)
+CONVERTED = "sparseprune reads safetensors, so prune the model before it is converted"
+_UNPACK = "unpack it"
+# Where the mark of a format stands, the mark, what it is, what to do.
+_MARKS = (
+    (0, b"GGUF", "a GGUF file", CONVERTED),
+    (0, b"\x89HDF\r\n\x1a\n", "an HDF5 file", CONVERTED),
+    (0, b"\x93NUMPY", "a numpy array", CONVERTED),
+    (0, b"\x1f\x8b", "a gzip archive", _UNPACK),
+    (4, b"TFL3", "a TensorFlow Lite file", CONVERTED),
+    (0, b"BZh", "a bzip2 archive", _UNPACK),
+    (0, b"\xfd7zXZ\0", "an xz archive", _UNPACK),
+    (0, b"\x28\xb5\x2f\xfd", "a zstd archive", _UNPACK),
+    (257, b"ustar", "a tar archive", _UNPACK),
+)
+# Formats without a mark, by the ends of names.
+_SUFFIXES = {
+    ".onnx": "an ONNX file",
+    ".msgpack": "a Flax file",
+    ".ot": "a file of Rust's tch",
+    ".mlmodel": "a Core ML file",
+    ".pb": "a TensorFlow file",
+}
+_URL = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+# Text this long at the start: the length in a true header would be beyond every disk.
+_TEXT = 8
+_SHOWN = 60
+
+
+def foreign_format(name: str, head: bytes) -> str | None:
+    """What a file with these first bytes (some hundred) is, with advice; None if it is nothing known.
+
+    >>> foreign_format("m.safetensors", b"GGUF0000")
+    'it is a GGUF file; sparseprune reads safetensors, so prune the model before it is converted'
+    """
+    if head.startswith(_LFS):
+        return (
+            "it is a git-lfs pointer, the weights were not downloaded; run `git lfs pull` in its repository"
+        )
+    text = head.removeprefix(_BYTE_ORDER_MARK)
+    if _HTML.match(text):
+        return "it is an HTML page saved under this name; download the file itself (a `resolve` link)"
+    for at, mark, what, advice in _MARKS:
+        if head.startswith(mark, at):
+            return f"it is {what}; {advice}"
+    if looks_pickled(head) or PurePath(name).suffix.lower() in PICKLE_SUFFIXES:
+        return "it looks like a pickle (torch.save); " + conversion_advice(name)
+    return _by_name(name, head) or _as_text(text)
+
+
+def _by_name(name: str, head: bytes) -> str | None:
+    suffix = PurePath(name).suffix.lower()
+    if suffix in _SUFFIXES:
+        return f"it is {_SUFFIXES[suffix]}; {CONVERTED}"
+    if suffix != ".json":
+        return None
+    is_index = b'"weight_map"' in head or ".index." in name
+    what = "an index, which only names the files" if is_index else "a JSON file"
+    return f"it is {what}; give the directory that it lies in"
+
+
+def missing_advice(path: str) -> str:
+    """What a path that leads nowhere may be instead, and what to do; empty for one like others.
+
+    >>> missing_advice("meta-llama/Llama-3.1-8B")
+    '; if it is a model of the Hugging Face hub, `hf download meta-llama/Llama-3.1-8B --local-dir DIR` first'
+    """
+    if _URL.match(path):
+        return "; it is a URL, so download it and give the file or directory"
+    is_id = _HUB_ID.fullmatch(path) and not path.endswith(".safetensors") and not Path(path).parent.exists()
+    if is_id:
+        return f"; if it is a model of the Hugging Face hub, `hf download {path} --local-dir DIR` first"
+    return ""
+
+
+def names_weights(name: str) -> bool:
+    """Whether a file that is no safetensors file is called as those are that hold a model's weights.
+
+    >>> names_weights("pytorch_model-00001-of-00002.bin"), names_weights("training_args.bin")
+    (True, False)
+    """
+    return _WEIGHTS.fullmatch(name) is not None
+
+
+def names_training_state(name: str) -> bool:
+    """Whether a file is called as what a trainer keeps beside the weights: moments, a schedule, a generator.
+
+    >>> names_training_state("optimizer.pt"), names_training_state("zero_optim_states.pt")
+    (True, False)
+    """
+    return _TRAINING.fullmatch(name) is not None
+
+
+def looks_pickled(head: bytes) -> bool:
+    """Whether a file with these first bytes is what torch.save or pickle writes."""
+    return head.startswith((_ZIP, *_PICKLE_PROTOCOLS))
+
+
+def _as_text(head: bytes) -> str | None:
+    """What servers answer instead of a file: an error in JSON, in XML or in plain words."""
+    try:
+        # Incremental: the last character may be cut in two.
+        words = " ".join(codecs.getincrementaldecoder("utf-8")().decode(head).split())
+    except UnicodeDecodeError:
+        return None
+    if len(head) < _TEXT or not words.isprintable():
+        return None
+    found = words if len(words) <= _SHOWN else words[:_SHOWN] + "..."
+    return f"it is a text that begins {found!r}, perhaps a server's answer; download the file itself again"
+
+
+def conversion_advice(name: str) -> str:
+    """The sentence that says how to make a safetensors file out of a pickle of this name."""
+    target = PurePath(name).stem + ".safetensors"
+    return (
+        "pickles can run code when they are opened, so convert it to safetensors once, where you trust it: "
+        f"safetensors.torch.save_file({{k: t.contiguous().clone() for k, t in torch.load({name!r}, "
+        f'map_location="cpu", weights_only=True).items()}}, {target!r}, metadata={{"format": "pt"}}), '
+        "or save_pretrained of the loaded model"
+    )

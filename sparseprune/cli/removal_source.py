@@ -1,0 +1,285 @@
+"""How `remove` comes to masks: by a spec, as `apply` would, into a hidden folder; or from files with some.
+
+Owns what is refused before a byte is written. What survives is not cut out here.
+"""
+
+from __future__ import annotations
+
+import json
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from sparseprune.checkpoint import (
+    OutputLayout,
+    Resized,
+    StagedOutput,
+    TensorReader,
+    lay_out_choice,
+    lay_out_removal,
+    open_choice,
+    read_beside,
+    read_config,
+    refuse_changed,
+    refuse_replacing,
+)
+from sparseprune.cli.console import Warnings
+from sparseprune.cli.gc_pause import collector_paused
+from sparseprune.cli.mask_inputs import identity_of_masked, masked_by
+from sparseprune.cli.progress import progress
+from sparseprune.cli.request import Request, as_applied, few_tokens, identity_of, prepare, score_shards, warn
+from sparseprune.cli.writing import digest, staged
+from sparseprune.errors import SparsepruneError, SpecError
+from sparseprune.report.coverage import idle_lines
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+    from pathlib import Path
+
+    from sparseprune.checkpoint import Checkpoint, StoredMask, StoredTensor
+    from sparseprune.cli.request import Prepared
+    from sparseprune.execution import Plan, TensorOutcome
+    from sparseprune.execution.limits import Limits
+    from sparseprune.removal.preview import Presumed
+    from sparseprune.removal.shrink import Removal
+    from sparseprune.report.coverage import Coverage
+    from sparseprune.spec import BoundSpec
+
+
+@dataclass(frozen=True, slots=True)
+class RemoveRequest:
+    """What was typed; one of `spec` and `masks` is wanted, `partial` goes with masks."""
+
+    checkpoint: Path
+    spec: str | None
+    masks: Path | None
+    output: Path | None
+    device: str
+    jobs: int
+    memory: int
+    partial: bool = False
+    overrides: Mapping[str, str] = field(default_factory=dict)
+    dry_run: bool = False
+    force: bool = False
+    json: bool = False
+    quiet: bool = False
+    verbose: bool = False
+    warnings: Warnings = field(default_factory=Warnings)
+
+    def as_apply(self) -> Request:
+        """The request of `apply` for the same spec, without masks."""
+        return Request(
+            checkpoint=self.checkpoint,
+            spec=self.spec or "",
+            output=self.output,
+            device=self.device,
+            jobs=self.jobs,
+            memory=self.memory,
+            mask_format=None,
+            overrides=self.overrides,
+            json=self.json,
+            warnings=self.warnings,
+            resized=True,
+        )
+
+
+@dataclass(slots=True)
+class Ending:
+    """The output that is at work: first what is decided, then what has the name that was asked for."""
+
+    output: StagedOutput | None = None
+
+    @property
+    def named(self) -> bool:
+        return self.output is not None and self.output.named
+
+    @property
+    def identity(self) -> Mapping[str, str] | None:
+        return None if self.output is None else self.output.identity
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What was decided, by whichever way: masks, the tensors that were rebuilt, and what is told of it.
+
+    `refuse_changed` raises where something that was read has changed since; `let_go` is called when all of it
+    was read, so that nothing of it outlives the output that gets its name. `continued`: it has been told
+    already whether an unfinished run goes on. `spec` is the text that the output keeps, `source` what errors
+    begin with, `left_out` what has no counterpart.
+    """
+
+    source: str
+
+    checkpoint: Checkpoint
+    masks: Sequence[StoredMask]
+    limits: Limits
+    identity: Mapping[str, str]
+    refuse_changed: Callable[[], None]
+    let_go: Callable[[], None] = field(default=lambda: None)
+    device: str = "cpu"
+    devices: Mapping[str, str] = field(default_factory=dict)
+    rebuilt: Mapping[str, StoredTensor] = field(default_factory=dict)
+    bound: BoundSpec | None = None
+    plan: Plan | None = None
+    outcomes: Sequence[TensorOutcome] = ()
+    overrides: Mapping[str, str] = field(default_factory=dict)
+    spec_sha256: str | None = None
+    spec: bytes | None = None
+    left_out: str | None = None
+    remarks: Sequence[str] = ()
+    coverage: Coverage | None = None
+    continued: bool = False
+
+
+def refuse_contradictions(request: RemoveRequest) -> None:
+    """SparsepruneError where what was typed does not say what to remove."""
+    if request.spec is not None and request.masks is not None:
+        raise SparsepruneError(f"{request.spec} and --masks exclude each other; give one of them")
+    if request.spec is None and request.masks is None:
+        raise SparsepruneError(
+            "nothing says what to remove; give a SPEC, such as decoder-mlp-channels, or --masks MASKS"
+        )
+    if request.masks is None and request.partial:
+        raise SparsepruneError(
+            "--partial: goes with --masks MASKS, of which it forgives those without a tensor"
+        )
+    if request.spec is None and request.overrides:
+        raise SparsepruneError("--set: goes with a SPEC, whose [vars] it sets")
+    if request.spec is None and request.dry_run:
+        raise SparsepruneError("--dry-run: goes with a SPEC, whose plan it shows")
+
+
+@contextmanager
+def chosen(request: RemoveRequest, ending: Ending) -> Iterator[Choice]:
+    """What survives, as long as the context lasts."""
+    if request.masks is not None:
+        yield _by_masks(request, request.masks)
+        return
+    with collector_paused():
+        prepared = prepare(request.as_apply())
+        layout = _refused_early(request, prepared)
+    warn(request.as_apply(), prepared)
+    output = StagedOutput(layout, identity=_identity(request, prepared))
+    ending.output = output
+    with staged(output, quiet=request.quiet, warnings=request.warnings):
+        yield _by_spec(request, prepared, output)
+
+
+def _by_masks(request: RemoveRequest, masks: Path) -> Choice:
+    masked = masked_by(request, masks)
+    matched, origin = masked.matched, masked.origin
+    layout = _target(request, matched.checkpoint)
+    refuse_replacing(layout, [shard.path for shard in matched.masks.shards], "masks")
+    from sparseprune.execution.limits import limits_of
+    from sparseprune.execution.reapplying import resident_of
+    from sparseprune.report.reapplication import left_out_text
+
+    limits = limits_of(request.memory, uses_torch=False, resident=resident_of(matched, resized=True))
+    return Choice(
+        source=str(masks),
+        checkpoint=matched.checkpoint,
+        masks=[pair.mask for pair in matched.pairs],
+        limits=limits,
+        identity={
+            **identity_of_masked(masked),
+            "the options": json.dumps(["remove", request.partial, limits.slab]),
+        },
+        refuse_changed=lambda: refuse_changed(matched.checkpoint, matched.masks.shards),
+        left_out=left_out_text(len(matched.unused), len(matched.unmasked)),
+        overrides={} if origin is None else origin.overrides,
+        spec=None if origin is None else origin.spec,
+    )
+
+
+def _refused_early(request: RemoveRequest, prepared: Prepared) -> OutputLayout:
+    """Where the decision is put down; refused is what cannot be removed, and a place for no output."""
+    plan = prepared.plan
+    final = _target(request, plan.checkpoint)
+    removable(prepared, request.warnings)
+    instances = [instance for _, instance in plan.bound.instances()]
+    rebuilt = any(one.soft is not None or one.reconstruct is not None for one in instances)
+    return lay_out_choice(plan.checkpoint, final, plan.reached, rebuilt=rebuilt)
+
+
+def removable(prepared: Prepared, warnings: Warnings) -> Presumed:
+    """What a removal would come to, and `warnings` of what stays and may no longer be true.
+
+    SpecError for rules that cannot be removed, models that no class has, budgets that let everything survive.
+    """
+    from sparseprune.removal.preview import presume
+
+    checkpoint = prepared.plan.checkpoint
+    presumed = presume(prepared.plan, read_config(checkpoint), read_beside(checkpoint))
+    if presumed.reasons:
+        raise SpecError(
+            *(
+                f"{prepared.source.source}: {rule} cannot be removed: {why}; apply writes zeros"
+                for rule, why in presumed.reasons.items()
+            )
+        )
+    if presumed.problems:
+        raise SpecError(*(f"{prepared.source.source}: {problem}" for problem in presumed.problems))
+    idle, rules = list(idle_lines(prepared.plan.bound.rules)), prepared.plan.bound.rules
+    if idle and len(idle) == sum(bool(rule.instances) for rule in rules):
+        raise SpecError(*(f"{prepared.source.source}: nothing to remove: {line}" for line in idle))
+    if presumed.removal is not None:
+        warnings.add(*presumed.removal.remarks)
+    return presumed
+
+
+def resized(removal: Removal, rebuilt: Collection[str] = ()) -> dict[str, Resized]:
+    """What becomes of tensors, for the layout of the output; those that are `rebuilt` are not whole."""
+    return {
+        name: Resized(left.name, left.shape, whole=left.kept is None and name not in rebuilt)
+        for name, left in removal.left.items()
+    }
+
+
+def _target(request: RemoveRequest, checkpoint: Checkpoint) -> OutputLayout:
+    """The output if nothing were cut, once it may be written there."""
+    layout = lay_out_removal(checkpoint, request.output, None, None)
+    StagedOutput(layout, request.force).refuse_early()
+    return layout
+
+
+def _identity(request: RemoveRequest, prepared: Prepared) -> dict[str, str]:
+    found = identity_of(request.as_apply(), prepared)
+    return {**found, "the options": json.dumps(["remove", found["the options"]])}
+
+
+def _by_spec(request: RemoveRequest, prepared: Prepared, output: StagedOutput) -> Choice:
+    """Masks and rebuilt weights, written to the hidden folder."""
+    from sparseprune.execution import device_text, devices_of_rules, execute, resolve_device, work_bytes
+
+    plan, schedule = prepared.plan, prepared.schedule
+    device = resolve_device(request.device, uses_torch=schedule.uses_torch)
+    total, already = work_bytes(schedule, output)
+    with (
+        TensorReader() as reader,
+        progress("choosing", total, quiet=request.quiet, already=already) as advance,
+    ):
+        outcomes = execute(schedule, reader, output, device, advance)
+    output.flush()
+    masks, rebuilt = open_choice(output)
+    typed = request.as_apply()
+    return Choice(
+        source=prepared.source.source,
+        checkpoint=plan.checkpoint,
+        masks=masks,
+        limits=schedule.limits,
+        identity=output.identity or {},
+        refuse_changed=lambda: refuse_changed(plan.checkpoint, score_shards(plan)),
+        let_go=output.discard,
+        device=device_text(schedule.jobs, device),
+        devices=devices_of_rules(schedule, device),
+        rebuilt=rebuilt,
+        bound=plan.bound,
+        plan=plan,
+        outcomes=outcomes,
+        overrides=request.overrides,
+        spec_sha256=digest(prepared.source.text),
+        spec=as_applied(typed, prepared.source.text).encode(),
+        remarks=few_tokens(plan),
+        coverage=prepared.coverage,
+        continued=output.resumed or bool(output.started_over),
+    )

@@ -1,0 +1,338 @@
+"""Solvers: `refit` of the survivors of a mask, and `admm`, which finds mask and survivors together.
+
+Sources are named at each function. Called by execution and by users of the engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparseprune.engine.reconstruction.matrices import (
+    Matrix,
+    Scaled,
+    cholesky_in_place,
+    distances,
+    output_losses,
+    scaled,
+    units_of,
+)
+from sparseprune.errors import ShapeMismatchError
+
+_WINDOW = 8  # steps over which the objective has to go on falling
+_TOLERANCE = 1e-5  # of the objective of a row, that it has to fall in a window
+_EXACT_TOLERANCE = 1e-12  # the same in float64
+
+
+def refit(
+    matrix: Matrix,
+    mask: Tensor,
+    *,
+    damp: float = 0.01,
+    start: Tensor | None = None,
+    max_iter: int = 1000,
+    between: Callable[[], None] | None = None,
+) -> Tensor:
+    """The weights on the support of `mask` that minimize tr((W - W0) H (W - W0)^T), zero elsewhere.
+
+    `mask` is bool and of the shape of the weights, True where one survives; H is the moment, damped by `damp`
+    times the mean of its diagonal. `start` (the dense weights) is where the search starts; the result has its
+    objective in no row above that of `start` under the mask. For the moment as it is, without damping, it is
+    in no row above that of the dense weights under the mask: a row that would be keeps those, or `start`
+    where that is better. Both hold in float64, after rounding to the weights' dtype. Rows that lost nothing
+    keep their bits, what is pruned becomes +0.0. `between` is called between iterations; what it raises ends
+    the search.
+
+    Preconditioned by the diagonal of H, in float32 (float64 for such weights); where all rows of a matrix
+    share their support it is solved by one Cholesky factor in float64. How far weights move is bounded: with
+    a Hessian of unit diagonal and an eigenvalue of at least e, a row moves by no more than the root of what
+    the mask alone loses / e. Where damping leaves e below what rounding does to it (some 1e-5) it is raised.
+
+    Raises:
+        ShapeMismatchError: a mask or a start of another shape.
+    """
+    for what, given in (("mask", mask), ("start", start)):
+        if given is not None and given.shape != matrix.dense.shape:
+            raise ShapeMismatchError(
+                f"{what} has shape {list(given.shape)}, the weights have {list(matrix.dense.shape)}"
+            )
+    problem = scaled(matrix, damp)
+    kept = matrix.rows(mask)
+    begin = matrix.rows(matrix.dense if start is None else start)
+    free = kept
+    if matrix.fixed is not None:
+        fixed = matrix.rows(matrix.fixed)
+        begin = torch.where(fixed, matrix.rows(matrix.dense), begin)
+        free = kept & ~fixed
+    begin = torch.where(kept, begin.to(matrix.work_dtype), 0.0)
+    step = _steps(problem, problem.scaled(begin), free, max_iter, between or (lambda: None))
+    # A weight that no step moved keeps its bits, the sign of a zero among them.
+    moved = torch.where(step == 0, begin, begin + problem.unscaled(step))
+    masked = torch.where(kept, matrix.rows(matrix.dense).to(matrix.work_dtype), 0.0)
+    return _best(matrix, problem, masked, None if start is None else begin, moved)
+
+
+def _steps(
+    problem: Scaled, begin: Tensor, free: Tensor, max_iter: int, between: Callable[[], None]
+) -> Tensor:
+    """How far to go from `begin`, in scaled coordinates; 0 where not `free`. All (matrices, out, in)."""
+    if not begin.numel():
+        return torch.zeros_like(begin)
+    if bool((free == free[:, :1]).all()):
+        return _solved_together(problem, begin, free[:, 0])
+    return _conjugate_gradients(problem, begin, free, max_iter, between)
+
+
+def _solved_together(problem: Scaled, begin: Tensor, free: Tensor) -> Tensor:
+    """The exact step where all rows of a matrix may move in the same places, `free` (matrices, in)."""
+    system = problem.hessian.to(torch.float64, copy=True)
+    inside = free.to(torch.float64)
+    pull = ((problem.dense - begin).to(torch.float64) @ system) * inside.unsqueeze(-2)
+    # Where nothing moves stands the identity: one factor of one size, however many places each matrix has.
+    system.mul_(inside.unsqueeze(-1)).mul_(inside.unsqueeze(-2))
+    system.diagonal(dim1=-2, dim2=-1).add_(1.0 - inside)
+    solved: Tensor = torch.cholesky_solve(pull.mT, cholesky_in_place(system)[0])
+    return solved.mT.to(begin.dtype)
+
+
+def _conjugate_gradients(
+    problem: Scaled, begin: Tensor, free: Tensor, max_iter: int, between: Callable[[], None]
+) -> Tensor:
+    """Every row on its own support, all rows at once; to scale the diagonal to 1 was to precondition it."""
+    inside = free.to(begin.dtype)
+    tolerance = _EXACT_TOLERANCE if begin.dtype == torch.float64 else _TOLERANCE
+    info = torch.finfo(begin.dtype)
+    # Below what rounding makes of a row's output nothing can be told.
+    noise = info.eps * ((problem.dense @ problem.hessian) * problem.dense).sum(-1, keepdim=True).abs()
+    away = begin - problem.dense
+    pushed = away @ problem.hessian
+    objective = (pushed * away).sum(-1, keepdim=True)
+    step = torch.zeros_like(begin)
+    residual = -pushed * inside
+    direction = residual.clone()
+    square = (residual * residual).sum(-1, keepdim=True)
+    fallen = torch.zeros_like(objective)
+    for number in range(1, max_iter + 1):
+        between()
+        along = (direction @ problem.hessian).mul_(inside)
+        curvature = (direction * along).sum(-1, keepdim=True)
+        length = torch.where(curvature > 0, square / curvature.clamp_min(info.tiny), 0.0)
+        step.addcmul_(length, direction)
+        residual.addcmul_(length, along, value=-1)
+        fallen += length * square
+        if number % _WINDOW == 0:
+            objective -= fallen
+            if bool((fallen <= tolerance * objective.clamp_min(0) + noise).all()):
+                break
+            fallen.zero_()
+        before, square = square, (residual * residual).sum(-1, keepdim=True)
+        ratio = torch.where(before > 0, square / before.clamp_min(info.tiny), 0.0)
+        direction.mul_(ratio).add_(residual)
+    return step
+
+
+def _best(matrix: Matrix, problem: Scaled, masked: Tensor, start: Tensor | None, moved: Tensor) -> Tensor:
+    """Row by row what loses least of a mask alone, a start and where that moved to, rounded.
+
+    Between the latter two the damped objective decides. Of the matrix's shape and dtype.
+    """
+    found = [matrix.rounded(one) for one in (masked, start, moved) if one is not None]
+    losses = output_losses(matrix, found, problem.units)
+    if start is not None:
+        damped = [
+            lost + problem.damping * distances(matrix, one, problem.units)
+            for one, lost in zip(found[1:], losses[1:], strict=True)
+        ]
+        worse = damped[1] > damped[0]
+        losses[2] = torch.where(worse, losses[1], losses[2])
+        second, third = (matrix.rows(one) for one in found[1:])
+        found[2] = matrix.unrows(torch.where(worse.unsqueeze(-1), second, third))
+    best = matrix.rows(found[0])
+    for one, lost in zip(found[1:], losses[1:], strict=True):
+        best = torch.where((lost < losses[0]).unsqueeze(-1), matrix.rows(one), best)
+    return matrix.unrows(best).contiguous()
+
+
+Projection = Callable[[Sequence[Tensor]], Sequence[Tensor]]
+"""Tensors of the weights' shapes in, masks of these shapes out, True where what is largest is kept."""
+
+_PENALTY = 0.03  # with a unit diagonal; measured in tests/benchmarks/README.md
+_CHECK = 3  # iterations between two looks at the support
+# By how much the penalty grows, by the share of the support that changed since the last look.
+_GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Reconstructed:
+    """Weights of the shape and dtype of a matrix's, and the mask of those that survived."""
+
+    weights: Tensor
+    mask: Tensor
+
+
+def admm(
+    matrices: Sequence[Matrix],
+    project: Projection,
+    *,
+    damp: float = 0.01,
+    max_iter: int = 300,
+    joint: bool = True,
+    between: Callable[[], None] | None = None,
+) -> list[Reconstructed]:
+    """Minimize the sum of tr((W - W0) H (W - W0)^T) over all matrices, on supports that `project` allows.
+
+    `project` is asked which weights survive given others of the same shapes, in coordinates in which the
+    diagonal of H is 1; it decides for all matrices at once, so that blocks may compete across them. What it
+    keeps at last is refitted, and loses in no row more than the dense weights do on the same support. Where
+    inputs are uncorrelated its first answer, for the dense weights, is best.
+    `joint` False tells that the matrices of a stack (experts) do not compete with each other: each gets a
+    penalty of its own. H is damped as in `refit`; weights that are `fixed` stay. `between` is called between
+    iterations; what it raises ends the search.
+    """
+    units = units_of(matrices)
+    problems = [scaled(matrix, damp, units) for matrix in matrices]
+    sides = [_Side(matrix, problem) for matrix, problem in zip(matrices, problems, strict=True)]
+    keep = _projected(sides, project, [problem.dense for problem in problems])
+    for side, kept in zip(sides, keep, strict=True):
+        side.set_out(kept)
+    if not all(problem.is_uncorrelated for problem in problems):
+        _alternate(sides, _interruptible(project, between), max_iter, joint=joint)
+    found = []
+    for side in sides:
+        matrix = side.matrix
+        mask = matrix.unrows(side.keep).contiguous()
+        # Where the dense weight stood all along it keeps its bits.
+        rows, same = side.problem.unscaled(side.sparse), side.sparse == side.problem.dense
+        start = matrix.unrows(torch.where(same, matrix.rows(matrix.dense).to(rows.dtype), rows))
+        found.append(Reconstructed(refit(matrix, mask, damp=damp, start=start, between=between), mask))
+    return found
+
+
+def keep_rows(matrices: Sequence[Matrix], project: Projection, *, damp: float = 0.01) -> list[Reconstructed]:
+    """As `admm` where blocks hold whole rows: nothing can make up for these, so that the choice is exact.
+
+    `project` is asked in coordinates in which the norm of rows is that of their outputs. Survivors keep their
+    bits.
+    """
+    units = units_of(matrices)
+    rows = []
+    for matrix in matrices:
+        problem = scaled(matrix, damp, units)
+        rows.append(problem.dense @ torch.linalg.cholesky(problem.hessian))
+    masks = project([matrix.unrows(one) for matrix, one in zip(matrices, rows, strict=True)])
+    found = []
+    for matrix, mask in zip(matrices, masks, strict=True):
+        kept = mask if matrix.fixed is None else mask | matrix.fixed
+        found.append(Reconstructed(torch.where(kept, matrix.dense, 0).to(matrix.dense.dtype), kept.clone()))
+    return found
+
+
+class _Side:
+    """One matrix on its way: its sparse weights and the scaled dual, both (matrices, out, in) and scaled."""
+
+    def __init__(self, matrix: Matrix, problem: Scaled) -> None:
+        self.matrix = matrix
+        self.problem = problem
+        self.fixed = None if matrix.fixed is None else matrix.rows(matrix.fixed)
+        self.sparse = problem.dense
+        self.dual = torch.zeros_like(problem.dense)
+        self.keep = self.seen = torch.ones_like(problem.dense, dtype=torch.bool)
+        self._explicit = problem.dense.shape[-2] >= problem.dense.shape[-1]
+        self._penalty = self._operator = torch.empty(0)
+
+    def set_out(self, keep: Tensor) -> None:
+        """The first support, and the dense weights on it."""
+        self.keep = self.seen = self._with_fixed(keep)
+        self.sparse = torch.where(self.keep, self.problem.dense, 0.0)
+
+    def prepare(self, penalty: Tensor) -> None:
+        """The operator rho (H + rho I)^-1 for a penalty (matrices, 1, 1), as a factor or multiplied out."""
+        damped = self.problem.hessian.clone()
+        damped.diagonal(dim1=-2, dim2=-1).add_(penalty.squeeze(-1))
+        factor = torch.linalg.cholesky(damped)
+        self._penalty = penalty
+        self._operator = torch.cholesky_inverse(factor) if self._explicit else factor
+
+    def proposal(self) -> Tensor:
+        """The dense weights that this penalty pulls towards the sparse ones, plus the dual."""
+        pulled = self.sparse - self.problem.dense - self.dual
+        if self._explicit:
+            moved = pulled @ self._operator
+        else:
+            moved = torch.cholesky_solve(pulled.mT, self._operator).mT
+        return moved.mul_(self._penalty).add_(self.problem.dense).add_(self.dual)
+
+    def take(self, proposal: Tensor, keep: Tensor, active: Tensor) -> None:
+        """The sparse weights and the dual that follow, where matrices are `active`, (matrices, 1, 1)."""
+        keep = self._with_fixed(keep)
+        sparse = torch.where(keep, proposal, 0.0)
+        if self.fixed is not None:
+            sparse = torch.where(self.fixed, self.problem.dense, sparse)
+        self.keep = torch.where(active, keep, self.keep)
+        self.dual = torch.where(active, proposal - sparse, self.dual)
+        self.sparse = torch.where(active, sparse, self.sparse)
+
+    def changed(self) -> tuple[Tensor, Tensor]:
+        """Elements of each matrix that came or went since the last look, and those that are kept."""
+        came = (self.keep != self.seen).sum((-2, -1)).to(torch.float64) / 2
+        self.seen = self.keep
+        return came, self.keep.sum((-2, -1)).to(torch.float64)
+
+    def _with_fixed(self, keep: Tensor) -> Tensor:
+        return keep if self.fixed is None else keep | self.fixed
+
+
+def _projected(sides: Sequence[_Side], project: Projection, rows: Sequence[Tensor]) -> list[Tensor]:
+    given = [side.matrix.unrows(one) for side, one in zip(sides, rows, strict=True)]
+    return [side.matrix.rows(mask) for side, mask in zip(sides, project(given), strict=True)]
+
+
+def _alternate(sides: Sequence[_Side], project: Projection, max_iter: int, *, joint: bool) -> None:
+    """Until no support changes any more between two looks, while the penalty grows."""
+    first = sides[0].problem.dense
+    penalties = 1 if joint else len(first)
+    penalty = torch.full((penalties, 1, 1), _PENALTY, dtype=first.dtype, device=first.device)
+    active = torch.ones_like(penalty, dtype=torch.bool)
+    for side in sides:
+        side.prepare(penalty)
+    for number in range(1, max_iter + 1):
+        proposals = [side.proposal() for side in sides]
+        keeps = _projected(sides, project, proposals)
+        for side, proposal, keep in zip(sides, proposals, keeps, strict=True):
+            side.take(proposal, keep, active)
+        if number % _CHECK:
+            continue
+        share = _changed_share(sides, joint=joint)
+        active = active & (share > 0)
+        if not bool(active.any()):
+            break
+        growth = torch.ones_like(penalty)
+        for least, factor in reversed(_GROWTH):
+            growth = torch.where(active & (share > least), factor, growth)
+        penalty = penalty * growth
+        for side in sides:
+            side.dual = side.dual / growth
+            side.prepare(penalty)
+
+
+def _interruptible(project: Projection, between: Callable[[], None] | None) -> Projection:
+    """The projection, which every iteration asks once, with a call of `between` before it."""
+
+    def asked(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        if between is not None:
+            between()
+        return project(tensors)
+
+    return asked
+
+
+def _changed_share(sides: Sequence[_Side], *, joint: bool) -> Tensor:
+    """What share of the support changed, (matrices, 1, 1); where they are joint of all, (1, 1, 1)."""
+    came, kept = (
+        torch.stack([one.sum() if joint else one for one in counts]).sum(0).reshape(-1, 1, 1)
+        for counts in zip(*(side.changed() for side in sides), strict=True)
+    )
+    return came / kept.clamp_min(1)

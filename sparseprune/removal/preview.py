@@ -1,0 +1,210 @@
+"""What removal will leave, from shapes alone: before any data is read.
+
+Owns slices of bound blocks. Needs no numpy. Called by `plan` and before `remove` works.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from sparseprune.engine.grids import Shape, prod
+from sparseprune.removal.dim_constraints import numbered
+from sparseprune.spec import BoundScope
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from sparseprune.checkpoint import StoredTensor
+    from sparseprune.engine.grids import Shape
+    from sparseprune.execution.plan import Plan
+    from sparseprune.removal.shrink import Removal
+    from sparseprune.spec import BoundBlock, BoundInstance, BoundRule
+
+    Look = Callable[[BoundBlock], "Sliced | None"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Axis:
+    """A dimension of a view that has more than one place: in which stored dimension, in steps of what."""
+
+    view_dim: int
+    dim: int
+    step: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sliced:
+    """Blocks of a leaf as slices along the dimension `dim` of its tensor, which has `size` indices there.
+
+    `begin` is the first index that the leaf reaches.
+    """
+
+    leaf: BoundBlock
+    dim: int
+    size: int
+    begin: int
+    axes: tuple[_Axis, ...]
+
+    def kept(self, blocks: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Flags of the indices that survive with these blocks (flat), those out of reach among them."""
+        import numpy as np  # noqa: PLC0415  (a plan of what cannot be removed does without)
+
+        index, block = np.full(1, self.begin), np.zeros(1, dtype=np.int64)
+        grid = self.leaf.grid_shape
+        for axis in self.axes:
+            if axis.dim == self.dim:
+                places = np.arange(axis.size)
+                within = places // self.leaf.shape[axis.view_dim] * prod(grid[axis.view_dim + 1 :])
+                index = (index[:, None] + places * axis.step).reshape(-1)
+                block = (block[:, None] + within).reshape(-1)
+        flags = np.ones(self.size, dtype=np.bool_)
+        if blocks.size:
+            flags[index] = blocks[block]
+        return flags
+
+
+def sliced(leaf: BoundBlock, shape: Shape) -> Sliced | None:
+    """The blocks of a leaf as slices of its tensor, which has this shape; None where they are no such thing.
+
+    A slice has every element of the tensor at its indices. One block that is the whole tensor is a slice that
+    has all indices of the first dimension.
+    """
+    shape = shape or (1,)
+    if 0 in shape:
+        return Sliced(leaf, 0, shape[0], 0, ())
+    steps = tuple(prod(shape[dim + 1 :]) for dim in range(len(shape)))
+    begin = tuple(leaf.view_offset // step % size for step, size in zip(steps, shape, strict=True))
+    axes = []
+    for view_dim, (size, stride) in enumerate(zip(leaf.view_shape, leaf.view_stride, strict=True)):
+        if size > 1:
+            axis = _axis(view_dim, size, stride, shape, steps)
+            if axis is None:
+                return None
+            axes.append(axis)
+    reach, last = [1] * len(shape), list(begin)
+    for axis in axes:
+        reach[axis.dim] *= axis.size
+        last[axis.dim] += (axis.size - 1) * axis.step
+    if any(end >= size for end, size in zip(last, shape, strict=True)):
+        return None
+    grid = leaf.grid_shape
+    cut = {dim for dim, (size, whole) in enumerate(zip(reach, shape, strict=True)) if size < whole}
+    cut |= {axis.dim for axis in axes if grid[axis.view_dim] > 1}
+    if len(cut) > 1:
+        return None
+    dim = cut.pop() if cut else 0
+    return Sliced(leaf, dim, shape[dim], begin[dim], tuple(axes))
+
+
+def _axis(view_dim: int, size: int, stride: int, shape: Shape, steps: Shape) -> _Axis | None:
+    """The stored dimension in which a dimension of the view lies."""
+    for dim, (step, whole) in enumerate(zip(steps, shape, strict=True)):
+        if whole > 1 and step <= stride:
+            return _Axis(view_dim, dim, stride // step, size) if stride % step == 0 else None
+    return None
+
+
+_LARGEST = 1 << 27  # indices of a dimension, for which a plan has memory
+
+
+@dataclass(frozen=True, slots=True)
+class Presumed:
+    """What removing by a spec would come to.
+
+    `reasons` say why the blocks of a rule cannot be cut out, by its name; none for one that can. `shapes` are
+    those of what is left of tensors that the others cut, None for one of which nothing is; they are None
+    where only the data tells how much survives. `removal` is what would be left of the checkpoint, None where
+    that is not known, a rule cannot be removed, or `problems` are in the way.
+    """
+
+    reasons: Mapping[str, str]
+    shapes: Mapping[str, Shape | None] | None = None
+    removal: Removal | None = None
+    problems: tuple[str, ...] = ()
+    numel: int | None = None
+    nbytes: int | None = None
+
+
+def presume(
+    plan: Plan,
+    config: Mapping[str, Any] | None,
+    beside: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+) -> Presumed:
+    """What removing by a plan would come to; `beside` as for `make_removal`."""
+    known: dict[object, Sliced | None] = {}
+    look = _looker(plan.checkpoint.tensors, known)
+    found = {rule.name: _not_removable(rule, plan, look) for rule in plan.bound.rules}
+    reasons = {name: reason for name, reason in found.items() if reason is not None}
+    instances = [
+        instance for rule in plan.bound.rules if rule.name not in reasons for instance in rule.instances
+    ]
+    fits = all(one is None or one.size <= _LARGEST for one in known.values())
+    if not instances or not fits or not all(map(_is_told, instances)):
+        return Presumed(reasons)
+    # Numpy comes in here.
+    from sparseprune.removal.shrink import imagine  # noqa: PLC0415
+
+    imagined = imagine(plan.checkpoint.tensors, instances, look, config, beside)
+    if reasons:
+        return Presumed(reasons, imagined.shapes)
+    if imagined.removal is None:
+        return Presumed(reasons, imagined.shapes, problems=imagined.problems)
+    left = {name: prod(one.shape) for name, one in imagined.removal.left.items()}
+    stored = plan.checkpoint.tensors
+    nbytes = sum(numel * stored[name].nbytes // max(1, stored[name].numel) for name, numel in left.items())
+    return Presumed(reasons, imagined.shapes, imagined.removal, (), sum(left.values()), nbytes)
+
+
+def _looker(tensors: Mapping[str, StoredTensor], known: dict[object, Sliced | None]) -> Look:
+    """`sliced`, asked once for all leaves that look alike: what it said is `known`."""
+
+    def look(leaf: BoundBlock) -> Sliced | None:
+        shape = tensors[leaf.tensor].shape
+        key = (shape, leaf.view_shape, leaf.view_stride, leaf.view_offset, leaf.shape)
+        if key not in known:
+            known[key] = sliced(leaf, shape)
+        return known[key]
+
+    return look
+
+
+def _not_removable(rule: BoundRule, plan: Plan, look: Look) -> str | None:
+    """Why a rule's blocks cannot be cut out: the first leaf whose blocks are no whole slices."""
+    for instance in rule.instances:
+        for leaf in instance.scope.leaves:
+            if look(leaf) is None:
+                shape = list(plan.checkpoint.tensors[leaf.tensor].shape)
+                return f"its blocks {list(leaf.shape)} are no whole slices of {leaf.tensor}, {shape}"
+    return None
+
+
+def _is_told(instance: BoundInstance) -> bool:
+    """Whether the budget says how much each member keeps.
+
+    It does of one member, and of single blocks that are members of one list and alike in their tensors, since
+    then it does not matter which of them go.
+    """
+    if instance.budget.nnz is None:
+        return False
+    scope = instance.scope
+    members = (scope,) if isinstance(scope, BoundScope) else scope.members
+    if len(members) == 1:
+        return True
+    shapes = {tuple((leaf.view_shape, leaf.shape) for leaf in member.leaves) for member in members}
+    single = len(shapes) == 1 and all(view == block for view, block in next(iter(shapes)))
+    return single and len({_list_of([leaf.tensor for leaf in member.leaves]) for member in members}) == 1
+
+
+def _list_of(names: Sequence[str]) -> str:
+    """The list whose member all of these tensors belong to: the innermost one that they share."""
+    for before, number, _ in reversed(list(numbered(names[0]))):
+        member = f"{before}.{number}."
+        if all(name.startswith(member) for name in names):
+            return before
+    return ""

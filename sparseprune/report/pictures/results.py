@@ -1,0 +1,236 @@
+"""Pictures of `inspect` and `compare` results."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from math import isfinite, sqrt
+from typing import TYPE_CHECKING, Any
+
+from sparseprune.errors import printable
+from sparseprune.report.pictures.canvas import (
+    Fact,
+    Numbers,
+    Page,
+    Picture,
+    add_notes,
+    blank,
+    depth,
+    fitted,
+    numbers_of,
+    overview,
+    settings,
+    write,
+)
+from sparseprune.report.pictures.charts import (
+    MOST,
+    Scale,
+    budgets_of,
+    curves,
+    grid_of,
+    histograms,
+    legend,
+    matrices,
+    mean_of,
+)
+from sparseprune.report.tables import shortened
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from matplotlib.figure import Figure
+
+    from sparseprune.report.pictures.charts import Entry, Grid
+
+
+_NAMED = 6  # matrices without a change that are named
+_SHARES = {"energy_kept", "sparsity", "sparsity_before"}
+_APART = 0.55  # inches between two drawings
+_CAPTION = (
+    "Retained energy is ||pruned||^2 / ||dense||^2, relative error ||pruned - dense|| / ||dense||. "
+    "Where a layer has several matrices of a kind, such as those of experts, the mean is shown, of the "
+    "squares for the error; each counts by its elements. What is not finite is a gap."
+)
+
+
+def plot_comparison(document: Mapping[str, Any], path: Path) -> None:
+    """Write the picture of a compare document to a .png, .svg or .html file."""
+    with settings():
+        write(comparison_page(document), path)
+
+
+def comparison_page(document: Mapping[str, Any]) -> Page:
+    """The page, with its figures drawn; to be called under `settings`."""
+    shown, notes = _shown(document["tensors"])
+    grid = grid_of(shown)
+    facts = _facts(shown)
+    figure = blank()
+    if grid.rows and len(grid.columns) <= MOST:
+        _lines(figure, grid, facts)
+        add_notes(figure, [*_others(grid, facts), *notes])
+    else:
+        overview(figure, grid, facts, notes)
+    title = f"{document['pruned']} compared with {document['dense']}"
+    picture = Picture(fitted(figure), _CAPTION, numbers_of(grid, facts))
+    return Page(title, (picture,), _totals(document["totals"]))
+
+
+def _shown(entries: Sequence[Entry]) -> tuple[list[Entry], list[str]]:
+    """The matrices that changed, or all where none did; and a note of the others."""
+    candidates = matrices(entries) or list(entries)
+    if not candidates:
+        return [], ["There are no tensors that both checkpoints have."]
+    grid = grid_of(candidates)
+    kinds: dict[str, list[Entry]] = {}
+    for (_, column), found in grid.cells.items():
+        kinds.setdefault(column, []).extend(found)
+    kinds |= {entry["name"]: [entry] for entry in grid.others}
+    same = [kind for kind, found in kinds.items() if all(map(_is_unchanged, found))]
+    if len(same) == len(kinds):
+        return candidates, ["None of these changed."]
+    left_out = {entry["name"] for kind in same for entry in kinds[kind]}
+    notes = [f"Unchanged and not shown: {_listed(same)}."] if same else []
+    return [entry for entry in candidates if entry["name"] not in left_out], notes
+
+
+def _is_unchanged(entry: Entry) -> bool:
+    return entry["differs"] is False
+
+
+def _listed(names: Sequence[str]) -> str:
+    named = shortened([printable(name.removesuffix(".weight")) for name in names[:_NAMED]], 40)
+    more = len(names) - len(named)
+    return ", ".join(named) + (f" and {more:,} more" if more else "")
+
+
+def _facts(entries: Sequence[Entry]) -> tuple[Fact, Fact]:
+    energy = Scale("retained energy")
+    largest = max([entry["relative_error"] or 0.0 for entry in entries], default=0.0)
+    error = Scale("relative error", high=largest or 1.0, percent=False, colours="cividis_r")
+    kept = [entry["energy_kept"] for entry in entries if entry["energy_kept"] is not None]
+    if kept and max(kept) > 1:
+        energy = replace(energy, high=max(kept))
+    return (
+        Fact("Retained energy in percent", energy, partial(mean_of, "energy_kept")),
+        Fact("Relative error", error, _error),
+    )
+
+
+def _error(entries: Sequence[Entry]) -> float | None:
+    """The root of the mean square, each tensor counting by its elements."""
+    known = [entry for entry in entries if entry["relative_error"] is not None]
+    squares = [
+        {"numel": one["numel"], "square": one["relative_error"] * one["relative_error"]} for one in known
+    ]
+    mean = mean_of("square", squares)
+    return sqrt(mean) if mean is not None and isfinite(mean) else None
+
+
+def _lines(figure: Figure, grid: Grid, facts: Sequence[Fact]) -> None:
+    for number, fact in enumerate(facts):
+        axes = curves(figure, depth(figure) + _APART if number else 0.0, grid, fact)
+        if not number:
+            legend(axes)
+
+
+def _others(grid: Grid, facts: Sequence[Fact]) -> list[str]:
+    """What is not on the lines, as sentences."""
+    told = []
+    for entry in grid.others[:_NAMED]:
+        values = [
+            f"{fact.scale.name} {fact.scale.text(fact.value((entry,)))}{'%' if fact.scale.percent else ''}"
+            for fact in facts
+        ]
+        told.append(f"{shortened([printable(entry['name'])], 50)[0]}: {', '.join(values)}")
+    more = len(grid.others) - len(told)
+    return [*told, f"and {more:,} more that belong to no numbered layer"] if more else told
+
+
+def _totals(totals: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    """Every total that is one number."""
+    told = []
+    for key, value in totals.items():
+        if isinstance(value, float) and key in _SHARES:
+            told.append((key.replace("_", " "), f"{value:.2%}"))
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            told.append((key.replace("_", " "), f"{value:,}" if isinstance(value, int) else f"{value:.4g}"))
+    return tuple(told)
+
+
+SPARSITY = Scale("share of zeros")
+
+
+def plot_inspection(
+    document: Mapping[str, Any], path: Path, survivors: Sequence[Mapping[str, Any]] | None = None
+) -> None:
+    """Write the picture of an inspect document to a .png, .svg or .html file.
+
+    `survivors` has for each rule its name `rule`, its budget `nnz` (an integer, several, or None) and its
+    `histogram`: pairs of the non-zero blocks of a scope and how many scopes have so many.
+    """
+    with settings():
+        write(inspection_page(document, survivors or ()), path)
+
+
+def inspection_page(document: Mapping[str, Any], survivors: Sequence[Mapping[str, Any]]) -> Page:
+    """The page, with its figures drawn; to be called under `settings`."""
+    totals = document["totals"]
+    facts = (
+        ("tensors", f"{totals['tensors']:,}"),
+        ("elements", f"{totals['numel']:,}"),
+        ("zeros", f"{totals['pruned']:,}"),
+        ("sparsity", f"{totals['sparsity']:.2%}"),
+        *((f"satisfy {name}", f"{count:,}") for name, count in totals["patterns"].items() if count),
+    )
+    pictures = [_sparsity(document)]
+    if survivors:
+        pictures.append(_survivors(survivors))
+    return Page(f"Sparsity of {document['input']}", tuple(pictures), facts)
+
+
+def _sparsity(document: Mapping[str, Any]) -> Picture:
+    entries = document["tensors"]
+    shown = matrices(entries) or list(entries)
+    grid = grid_of(shown)
+    fact = Fact("Sparsity in percent", SPARSITY, partial(mean_of, "sparsity"))
+    figure = blank()
+    overview(figure, grid, (fact,), _left_out(entries, shown))
+    caption = (
+        "The share of zeros in every matrix. Matrices that a layer has several of, such as those of experts, "
+        "count together."
+    )
+    return Picture(fitted(figure), caption, numbers_of(grid, (fact,)))
+
+
+def _left_out(entries: Sequence[Mapping[str, Any]], shown: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """What the picture does not show, in a sentence."""
+    if not entries:
+        return ("There are no tensors.",)
+    count = len(entries) - len(shown)
+    if not count:
+        return ()
+    zeros = sum(entry["zeros"] or 0 for entry in entries) - sum(entry["zeros"] or 0 for entry in shown)
+    plural = "tensor" if count == 1 else "tensors"
+    having = f"with {zeros:,} zeros" if zeros else "without a zero"
+    return (f"Not shown: {count:,} {plural} of less than two dimensions, {having}.",)
+
+
+def _survivors(survivors: Sequence[Mapping[str, Any]]) -> Picture:
+    figure = blank()
+    histograms(figure, 0, survivors)
+    rows = tuple(
+        (rule["rule"], _budget_text(rule["nnz"]), f"{blocks:,}", f"{scopes:,}")
+        for rule in survivors
+        for blocks, scopes in rule["histogram"]
+    )
+    caption = (
+        "For every rule how many of its scopes have so many blocks that are not zero. The dashed line is the "
+        "budget nnz; hatched scopes are above it."
+    )
+    numbers = Numbers(("rule", "nnz", "blocks that are not zero", "scopes"), rows)
+    return Picture(fitted(figure), caption, (numbers,))
+
+
+def _budget_text(nnz: object) -> str:
+    return " ".join(f"{budget:,}" for budget in budgets_of(nnz)) or "-"
