@@ -30,7 +30,8 @@ def test_top_level_holds_the_five_names_and_dot_files() -> None:
 
 def test_package_holds_the_rooms_of_the_house() -> None:
     rooms = {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"}
-    assert rooms == {"calibration", "checkpoint", "cli", "engine", "execution", "removal", "report", "spec"}
+    layers = {"cli", "report", "removal", "execution", "calibration", "spec", "checkpoint", "engine"}
+    assert rooms == {*layers, "results"}
     loose = {path.name for path in PACKAGE.glob("*") if path.is_file()}
     assert loose == {"__init__.py", "__main__.py", "errors.py", "py.typed"}
 

@@ -1,0 +1,120 @@
+"""What the classes of results are made of: documents and their JSON, and types of fields with descriptions.
+
+Knows no command and no checkpoint. Called by the other modules of this package.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from functools import cache
+from typing import Annotated, Any
+
+from sparseprune import __version__
+
+
+class Doc:
+    """The description of a field in the JSON Schema, and further keywords of its schema."""
+
+    def __init__(self, description: str = "", **keywords: object) -> None:
+        self._keywords = {"description": description, **keywords} if description else keywords
+
+    def __get_pydantic_json_schema__(
+        self, core_schema: object, handler: Callable[[object], dict[str, Any]]
+    ) -> dict[str, Any]:
+        return {**handler(core_schema), **self._keywords}
+
+
+Count = Annotated[int, Doc(minimum=0)]
+AtLeastOne = Annotated[int, Doc(minimum=1)]
+Share = Annotated[float, Doc(minimum=0, maximum=1)]
+NotNegative = Annotated[float, Doc(minimum=0)]
+Shape = tuple[Count, ...]
+_EACH = Doc("one value if all instances share it, else the values instance by instance")
+EachCount = Annotated[Count | Sequence[Count | None] | None, _EACH]
+EachNumber = Annotated[float | Sequence[float | None] | None, _EACH]
+
+Seconds = Annotated[float, Doc("wall time", minimum=0)]
+Settings = Annotated[dict[str, str], Doc("variables of the spec set by --set, as they were typed")]
+Warned = Annotated[tuple[str, ...], Doc("what a user should know, one line each; also on stderr unless -q")]
+Name = Annotated[str, Doc("as in the file")]
+Dtype = Annotated[str, Doc("as in the file, such as BF16")]
+Dimensions = Annotated[Shape, Doc("length of each dimension")]
+Numel = Annotated[Count, Doc("number of its elements")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OtherWeights:
+    """A file with another copy of the weights."""
+
+    path: Annotated[str, Doc("in the folder of the checkpoint")]
+    bytes: Annotated[Count, Doc("size of the file")]
+
+
+FilesLeftOut = Annotated[
+    tuple[OtherWeights, ...],
+    Doc("other copies of the dense weights in the input's folder; the output does not have them"),
+]
+FilesNotRead = Annotated[
+    tuple[OtherWeights, ...], Doc("other copies of the weights in the folder; the command did not read them")
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Document:
+    """A result of a command: frozen, its fields are the keys of its JSON, in this order.
+
+    A field whose default is None is left out of the JSON while it is None.
+    """
+
+    schema: str
+    sparseprune: Annotated[str, Doc("version that wrote it")] = __version__
+
+    def to_json(self) -> str:
+        """The text of the JSON, with an indent of 2; ValueError for a number that is not finite."""
+        return "".join(self.json_pieces())
+
+    def json_pieces(self, *, ensure_ascii: bool = False) -> Iterator[str]:
+        """The text of the JSON in pieces: of a list one entry at a time, which may be made only then."""
+
+        def text(value: object, indent: str) -> str:
+            written = json.dumps(
+                value, indent=2, ensure_ascii=ensure_ascii, allow_nan=False, default=json_value
+            )
+            return written.replace("\n", "\n" + indent)
+
+        between = "{\n  "
+        for key, value in json_value(self).items():
+            yield f"{between}{text(key, '')}: "
+            if isinstance(value, Sequence) and not isinstance(value, str):
+                begin = "[\n    "
+                for one in value:
+                    yield begin + text(one, "    ")
+                    begin = ",\n    "
+                yield "\n  ]" if value else "[]"
+            else:
+                yield text(value, "  ")
+            between = ",\n  "
+        yield "\n}"
+
+    def json_lines(self) -> Iterator[str]:
+        """The JSON without an indent, in pieces: ten times as fast, to see whether it can be written."""
+        encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False, default=json_value)
+        for key, value in json_value(self).items():
+            yield encoder.encode(key)
+            is_list = isinstance(value, Sequence) and not isinstance(value, str)
+            yield from map(encoder.encode, value if is_list else (value,))
+
+
+def json_value(value: Any) -> dict[str, Any]:  # noqa: ANN401  (json asks for whatever it does not know)
+    """The members of an object of results as JSON has them."""
+    members: dict[str, Any] = vars(value)
+    optional = _optional(value.__class__)
+    if not optional:
+        return members
+    return {key: found for key, found in members.items() if found is not None or key not in optional}
+
+
+@cache
+def _optional(kind: type[Any]) -> frozenset[str]:
+    """The keys that the JSON of a class may lack."""
+    return frozenset(field.name for field in fields(kind) if field.default is None)

@@ -1,0 +1,72 @@
+"""Documents as JSON: the keys in the order of the fields, lists made piece by piece, absent keys."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pytest
+
+from sparseprune import __version__
+from sparseprune.engine.sequences import Made
+from sparseprune.results.fields import Document, OtherWeights
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example(Document):
+    schema: str = "example"
+    numbers: Sequence[float | None]
+    files: Sequence[OtherWeights]
+    masks: str | None
+    peak: int | None = None
+
+
+def example(**more: object) -> Example:
+    files = Made(["a", "b"], lambda name: OtherWeights(path=name, bytes=1))
+    return Example(**{"numbers": (0.5, None), "files": files, "masks": None, **more})  # type: ignore[arg-type]
+
+
+def test_json_has_the_fields_in_their_order_and_an_indent_of_two() -> None:
+    files = [{"path": "a", "bytes": 1}, {"path": "b", "bytes": 1}]
+    expected = {"schema": "example", "sparseprune": __version__, "numbers": [0.5, None], "files": files}
+    assert example().to_json() == json.dumps({**expected, "masks": None}, indent=2)
+
+
+def test_a_field_with_the_default_none_is_absent_until_it_has_a_value() -> None:
+    assert "peak" not in json.loads(example().to_json())
+    assert json.loads(example(peak=0).to_json())["peak"] == 0
+
+
+def test_empty_lists_are_written_as_json_writes_them() -> None:
+    text = example(numbers=(), files=[]).to_json()
+    assert text == json.dumps(json.loads(text), indent=2)
+
+
+def test_a_number_that_is_not_finite_is_refused() -> None:
+    infinite = example(numbers=[float("inf")])
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        infinite.to_json()
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        list(infinite.json_lines())
+
+
+def test_entries_are_made_one_by_one_as_the_text_is_read() -> None:
+    made = []
+
+    def note(name: str) -> OtherWeights:
+        made.append(name)
+        return OtherWeights(path=name, bytes=1)
+
+    pieces = example(files=Made(["a", "b"], note)).json_pieces()
+    next(piece for piece in pieces if '"path"' in piece)
+    assert made == ["a"]
+
+
+def test_results_load_neither_torch_nor_numpy_nor_pydantic() -> None:
+    code = (
+        "import sys; from sparseprune.results import Comparison, MaskVerification, Report; "
+        "print(*{'torch', 'numpy', 'pydantic'} & set(sys.modules))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.split() == []
