@@ -22,8 +22,9 @@ from sparseprune.engine.kernels.selecting import cut_below
 from sparseprune.engine.tally import tally
 from sparseprune.execution.boxes import Box, flat_leaf
 from sparseprune.execution.cells import members_of
+from sparseprune.execution.outcomes import Outcome, finish
 from sparseprune.execution.plan import task_bytes
-from sparseprune.execution.programs import Item, Outcome, Program, finish
+from sparseprune.execution.programs import Item, Program
 from sparseprune.execution.ranking import Elements, nonfinite_error
 from sparseprune.spec import BoundBlock
 
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from sparseprune.execution.plan import Task
     from sparseprune.execution.programs import Setting
     from sparseprune.execution.recipes import Counted
-    from sparseprune.execution.traffic import Bits, Mask
+    from sparseprune.execution.tensor_io import Bits, Mask
 
     Counts = NDArray[np.int64]
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from sparseprune.engine.kernels.formats import Bits, Format
     from sparseprune.execution.recipes import Contest
-    from sparseprune.execution.traffic import Mask
+    from sparseprune.execution.tensor_io import Mask
 
     Floats = NDArray[np.float64]
 

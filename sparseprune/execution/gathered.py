@@ -15,7 +15,8 @@ from sparseprune.engine.kernels.selecting import cut_blocks
 from sparseprune.engine.tally import tally
 from sparseprune.execution.cells import block_part, boxes_of, cells, members_of
 from sparseprune.execution.deciding import keep_by_patterns, keep_by_scores
-from sparseprune.execution.programs import Item, Outcome, Program, finish
+from sparseprune.execution.outcomes import Outcome, finish
+from sparseprune.execution.programs import Item, Program
 from sparseprune.execution.ranking import Ranking, refuse_nonfinite
 from sparseprune.spec import BoundScope
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from sparseprune.execution.plan import Task
     from sparseprune.execution.programs import Setting
     from sparseprune.execution.recipes import Gathered
-    from sparseprune.execution.traffic import Bits, Loaded, Mask
+    from sparseprune.execution.tensor_io import Bits, Loaded, Mask
 
 
 def run_program(task: Task, recipe: Gathered, setting: Setting) -> Program:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from sparseprune.engine.kernels.occupancy import ByteFlags
     from sparseprune.execution.cells import AnyBlock, AnyScope
     from sparseprune.execution.programs import Setting
-    from sparseprune.execution.traffic import Loaded
+    from sparseprune.execution.tensor_io import Loaded
     from sparseprune.spec import BoundScope
 
     Counts = NDArray[Any]

@@ -8,17 +8,62 @@ from __future__ import annotations
 
 from array import array
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from sparseprune.engine.sequences import Made
-from sparseprune.engine.tally import Tally, exact_sum, share_of_output, totals_in_units
+from sparseprune.engine.tally import Tally, exact_sum, share_of_output, tally, totals_in_units
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
+    from types import UnionType
 
     from sparseprune.checkpoint import StoredTensor
     from sparseprune.execution.plan import Plan, Task
-    from sparseprune.execution.programs import Outcome
+    from sparseprune.execution.tensor_io import Bits, Mask
+
+Outcome = list[Any]
+"""[tensor, rule, elements reached, pruned, zeros before, energy before, zeros after, energy after].
+
+For a matrix that was reconstructed there follow its output energies: a list of what is lost by the mask
+alone, what is lost now, and that of the dense matrix, and the power of two that these three count in.
+"""
+_FORM: tuple[type | UnionType, ...] = (str, str, int, int, int, int | float, int, int | float)
+
+
+def is_outcome(value: object) -> bool:
+    """Whether it may be an outcome that was noted by an earlier run."""
+    if not isinstance(value, list) or len(value) < len(_FORM):
+        return False
+    outputs = value[len(_FORM) :]
+    return all(isinstance(one, form) for one, form in zip(value, _FORM, strict=False)) and all(
+        isinstance(one, list)
+        and len(one) == 4
+        and isinstance(one[3], int)
+        and all(isinstance(energy, int | float) for energy in one)
+        for one in outputs
+    )
+
+
+def outcome(task: Task, stored: StoredTensor, pruned: int, before: Tally, after: Tally) -> Outcome:
+    """What became of a part of a tensor that a task reached."""
+    return [
+        stored.name,
+        task.rule,
+        before.numel,
+        pruned,
+        before.zeros,
+        before.energy,
+        after.zeros,
+        after.energy,
+    ]
+
+
+def finish(task: Task, stored: StoredTensor, before: Tally, bits: Bits, mask: Mask) -> Outcome:
+    """The outcome of elements (flat) that have been pruned by a mask: `before` was counted before."""
+    pruned = mask.size - int(np.count_nonzero(mask.view(np.bool_)))
+    return outcome(task, stored, pruned, before, tally(bits, stored.dtype))
 
 
 _COUNTS = 5  # numbers of a row: the rule's, elements reached, pruned, zeros before, zeros after

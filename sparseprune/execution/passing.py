@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from sparseprune.engine.kernels.formats import Format
     from sparseprune.execution.boxes import Box
     from sparseprune.execution.sweeps import Sweep
-    from sparseprune.execution.traffic import Loaded
+    from sparseprune.execution.tensor_io import Loaded
 
     Floats = NDArray[np.float64]
 

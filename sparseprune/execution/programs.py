@@ -6,21 +6,16 @@ program yields a step and gets the results of its items, in their order; the nex
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from sparseprune.engine.tally import Tally, tally
+from sparseprune.execution.passes import Chunk, Pass
 
 if TYPE_CHECKING:
-    from types import UnionType
-
     from sparseprune.checkpoint import StoredTensor
     from sparseprune.execution.limits import Limits
-    from sparseprune.execution.plan import Task
-    from sparseprune.execution.traffic import Bits, Mask, Traffic
+    from sparseprune.execution.tensor_io import TensorIO
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +33,6 @@ class Item:
     key: str = ""
 
 
-class GivenUpError(BaseException):
-    """The run ends while an item is at work, and does not wait until that one is done."""
-
-
 Step = Iterable[Item]
 Program = Generator[Step, list[Any], None]
 
@@ -56,7 +47,7 @@ class Setting:
     """
 
     tensors: Mapping[str, StoredTensor]
-    traffic: Traffic
+    traffic: TensorIO
     limits: Limits
     device: str
     recall: Callable[[str], Any]
@@ -65,44 +56,25 @@ class Setting:
     check: Callable[[], None] = lambda: None
 
 
-Outcome = list[Any]
-"""[tensor, rule, elements reached, pruned, zeros before, energy before, zeros after, energy after].
+class ProgramPass(Pass):
+    """A step of a program as a pass, until all programs are passes themselves. Not to be pickled."""
 
-For a matrix that was reconstructed there follow its output energies: a list of what is lost by the mask
-alone, what is lost now, and that of the dense matrix, and the power of two that these three count in.
-"""
-_FORM: tuple[type | UnionType, ...] = (str, str, int, int, int, int | float, int, int | float)
+    def __init__(self, program: Program, results: list[Any] | None = None) -> None:
+        self._program = program
+        self._results = results
+        self._ended = False
 
+    def chunks(self, io: TensorIO) -> Iterator[Chunk]:  # noqa: ARG002
+        try:
+            step = next(self._program) if self._results is None else self._program.send(self._results)
+        except StopIteration:
+            self._ended = True
+            return
+        for item in step:
+            yield Chunk(item.work, item.nbytes, item.memory, item.key)
 
-def is_outcome(value: object) -> bool:
-    """Whether it may be an outcome that was noted by an earlier run."""
-    if not isinstance(value, list) or len(value) < len(_FORM):
-        return False
-    outputs = value[len(_FORM) :]
-    return all(isinstance(one, form) for one, form in zip(value, _FORM, strict=False)) and all(
-        isinstance(one, list)
-        and len(one) == 4
-        and isinstance(one[3], int)
-        and all(isinstance(energy, int | float) for energy in one)
-        for one in outputs
-    )
+    def work(self, chunk: Chunk, io: TensorIO) -> Any:  # noqa: ANN401, ARG002
+        return chunk.about()
 
-
-def outcome(task: Task, stored: StoredTensor, pruned: int, before: Tally, after: Tally) -> Outcome:
-    """What became of a part of a tensor that a task reached."""
-    return [
-        stored.name,
-        task.rule,
-        before.numel,
-        pruned,
-        before.zeros,
-        before.energy,
-        after.zeros,
-        after.energy,
-    ]
-
-
-def finish(task: Task, stored: StoredTensor, before: Tally, bits: Bits, mask: Mask) -> Outcome:
-    """The outcome of elements (flat) that have been pruned by a mask: `before` was counted before."""
-    pruned = mask.size - int(np.count_nonzero(mask.view(np.bool_)))
-    return outcome(task, stored, pruned, before, tally(bits, stored.dtype))
+    def merge(self, partials: list[Any], io: TensorIO) -> Pass | None:  # noqa: ARG002
+        return None if self._ended else ProgramPass(self._program, partials)

@@ -12,20 +12,22 @@ from contextlib import contextmanager
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from sparseprune.execution.executor import Assignment, Record, already_done, copied_bytes, dealt, produce
 from sparseprune.execution.outcomes import Outcomes
-from sparseprune.execution.programs import GivenUpError, Setting
+from sparseprune.execution.passes import GivenUpError
+from sparseprune.execution.programs import ProgramPass, Setting
 from sparseprune.execution.recipes import Counted, Gathered, Reconstructed, Runs, Streamed, Summed, Tiled
 from sparseprune.execution.rests import rest_program
-from sparseprune.execution.traffic import Traffic
+from sparseprune.execution.runner import Job, Record, already_done, copied_bytes, dealt, write_through
+from sparseprune.execution.tensor_io import TensorIO
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from sparseprune.checkpoint import Shard, StagedOutput, TensorReader
-    from sparseprune.execution.executor import Progress
     from sparseprune.execution.outcomes import TensorOutcome
-    from sparseprune.execution.schedule import Job, Schedule
+    from sparseprune.execution.runner import Progress
+    from sparseprune.execution.schedule import Job as Planned
+    from sparseprune.execution.schedule import Schedule
 
 _TORCH_ADDRESSES = 500 << 20  # bytes that torch takes while it is loaded, measured
 _WAYS = {
@@ -50,12 +52,13 @@ def execute(
     """
     outcomes = Outcomes()
     record = Record(output, outcomes, progress)
-    traffic = Traffic(reader, output)
     given_up = threading.Event()
 
     def check() -> None:
         if given_up.is_set():
             raise GivenUpError
+
+    io = TensorIO(reader, output, schedule.plan.checkpoint.tensors, device, progress, check)
 
     def setting(key: str) -> Setting:
         def recall(name: str) -> Any:  # noqa: ANN401
@@ -66,7 +69,7 @@ def execute(
 
         return Setting(
             tensors=schedule.plan.checkpoint.tensors,
-            traffic=traffic,
+            traffic=io,
             limits=schedule.limits,
             device=device,
             recall=recall,
@@ -75,20 +78,21 @@ def execute(
             check=check,
         )
 
-    def assignments() -> Iterator[Assignment]:
-        """All programs, with their numbers in the order of the plan."""
-        jobs = dealt(schedule.jobs, lambda job: _shard_of(job, schedule), schedule.workers)
+    def jobs() -> Iterator[Job]:
+        """All jobs, with their numbers in the order of the plan."""
+        planned = dealt(schedule.jobs, lambda job: _shard_of(job, schedule), schedule.workers)
         # The largest matrices first: one that takes an hour must not be the last to begin.
-        for order, job in sorted(jobs, key=lambda one: -_matrix_bytes(one[1])):
+        for order, job in sorted(planned, key=lambda one: -_matrix_bytes(one[1])):
             way = import_module(f"sparseprune.execution.{_WAYS[type(job.recipe)]}")
             program = way.run_program(job.task, job.recipe, setting(job.key))
-            yield Assignment(order, job.key, job.task.instance.label, program, job.recipe.held)
+            yield Job(order, job.key, job.task.instance.label, ProgramPass(program), job.recipe.held)
         later = len(schedule.jobs)
         for rest in schedule.rests:
-            yield Assignment(later, rest.key, rest.stored.name, rest_program(rest, setting(rest.key)), 0)
+            program = rest_program(rest, setting(rest.key))
+            yield Job(later, rest.key, rest.stored.name, ProgramPass(program))
 
     with _one_torch_thread(schedule):
-        produce(assignments(), record, schedule.crowd, given_up)
+        write_through(jobs(), io, record, schedule.crowd, given_up)
     return outcomes.of_plan(schedule.plan)
 
 
@@ -97,13 +101,13 @@ def work_bytes(schedule: Schedule, output: StagedOutput) -> tuple[int, int]:
     return schedule.nbytes + copied_bytes(output), already_done(output)
 
 
-def _shard_of(job: Job, schedule: Schedule) -> Shard:
+def _shard_of(job: Planned, schedule: Schedule) -> Shard:
     """The shard that a job writes to, or the first of several."""
     leaf = job.task.instance.scope.leaves[0]
     return schedule.plan.checkpoint.tensors[leaf.tensor].shard
 
 
-def _matrix_bytes(job: Job) -> int:
+def _matrix_bytes(job: Planned) -> int:
     """What grows with the time that a matrix takes to be rebuilt; 0 where none is."""
     return job.recipe.memory if isinstance(job.recipe, Reconstructed) else 0
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from sparseprune.execution.cells import AnyBlock, Part
     from sparseprune.execution.inputs import Role, TaskInput
     from sparseprune.execution.plan import Task
-    from sparseprune.execution.traffic import Bits, Loaded, Traffic
+    from sparseprune.execution.tensor_io import Bits, Loaded, TensorIO
 
     Floats = NDArray[np.float64]
 
@@ -64,7 +64,7 @@ class Elements:
 class Ranking:
     """The scores of one task; reads what it needs of its files, a box at a time, from any thread."""
 
-    def __init__(self, task: Task, traffic: Traffic) -> None:
+    def __init__(self, task: Task, traffic: TensorIO) -> None:
         self._score = task.instance.score
         self._traffic = traffic
         self._vectors: dict[str, Floats] = {}

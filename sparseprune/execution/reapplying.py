@@ -18,11 +18,11 @@ from sparseprune.engine.kernels.formats import FORMATS
 from sparseprune.engine.kernels.selecting import count_lost, drop
 from sparseprune.engine.sequences import Made
 from sparseprune.engine.tally import tally
-from sparseprune.execution.executor import Assignment, Record, already_done, copied_bytes, dealt, produce
 from sparseprune.execution.limits import Crowd, Resident, limits_of
-from sparseprune.execution.outcomes import Outcomes
-from sparseprune.execution.programs import Item, Outcome, Program
-from sparseprune.execution.traffic import Traffic
+from sparseprune.execution.outcomes import Outcome, Outcomes
+from sparseprune.execution.programs import Item, Program, ProgramPass
+from sparseprune.execution.runner import Job, Record, already_done, copied_bytes, dealt, write_through
+from sparseprune.execution.tensor_io import TensorIO
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -30,10 +30,10 @@ if TYPE_CHECKING:
     from sparseprune.checkpoint import StagedOutput, TensorReader
     from sparseprune.engine.tally import Tally
     from sparseprune.execution.boxes import Run
-    from sparseprune.execution.executor import Progress
     from sparseprune.execution.limits import Limits
     from sparseprune.execution.matching import Matched, Pair
     from sparseprune.execution.outcomes import TensorOutcome
+    from sparseprune.execution.runner import Progress
 
 _RULE = "masks"
 
@@ -104,15 +104,15 @@ def reapply(
     """
     outcomes = Outcomes()
     record = Record(output, outcomes, progress)
-    traffic = Traffic(reader, output)
+    io = TensorIO(reader, output)
     pairs, limits, workers = reapplication.matched.pairs, reapplication.limits, reapplication.workers
 
-    def assignments() -> Iterator[Assignment]:
+    def jobs() -> Iterator[Job]:
         for order, pair in dealt(pairs, lambda pair: pair.stored.shard, workers):
-            program = _program(pair, limits, reader, traffic)
-            yield Assignment(order, f"mask{order}", pair.stored.name, program, 0)
+            program = _program(pair, limits, reader, io)
+            yield Job(order, f"mask{order}", pair.stored.name, ProgramPass(program))
 
-    produce(assignments(), record, Crowd(workers, limits.memory))
+    write_through(jobs(), io, record, Crowd(workers, limits.memory))
     return Made(pairs, lambda pair: _reapplied(outcomes.of_tensor(pair.stored, (_RULE,))))
 
 
@@ -137,7 +137,7 @@ def find_lost(
                 yield number, run
 
     def worker() -> Callable[[tuple[int, Run]], None]:
-        traffic = Traffic(reader)
+        traffic = TensorIO(reader)
 
         def look(piece: tuple[int, Run]) -> None:
             number, run = piece
@@ -154,7 +154,7 @@ def find_lost(
     return tuple(_lost_zeros(pair, parts) for pair, parts in zip(pairs, found, strict=True))
 
 
-def _program(pair: Pair, limits: Limits, reader: TensorReader, traffic: Traffic) -> Program:
+def _program(pair: Pair, limits: Limits, reader: TensorReader, traffic: TensorIO) -> Program:
     """One step: all slabs of a tensor."""
     stored = pair.stored
     size = DTYPES[stored.dtype].bits // 8

@@ -19,7 +19,7 @@ from sparseprune.engine.reconstruction.solvers import admm, keep_rows, refit
 from sparseprune.errors import SparsityError
 from sparseprune.execution.cells import block_part, leaves_of, members_of
 from sparseprune.execution.feeding import holds_rows
-from sparseprune.execution.programs import Item, Outcome, Program
+from sparseprune.execution.programs import Item, Program
 from sparseprune.execution.ranking import Elements, Ranking, refuse_nonfinite
 from sparseprune.execution.stacks import StackPart, boxes_at, stacked_parts
 from sparseprune.execution.tensors import build_scope, load_tile, store_tile, stream_of, tensor_of
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from sparseprune.execution.boxes import Box
     from sparseprune.execution.cells import AnyBlock, AnyScope
     from sparseprune.execution.inputs import TaskInput
+    from sparseprune.execution.outcomes import Outcome
     from sparseprune.execution.plan import Task
     from sparseprune.execution.programs import Setting
     from sparseprune.execution.recipes import Reconstructed

@@ -8,12 +8,13 @@ import numpy as np
 
 from sparseprune.engine.tally import Tally, tally
 from sparseprune.execution.boxes import gaps
-from sparseprune.execution.programs import Item, Outcome, Program
+from sparseprune.execution.programs import Item, Program
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from sparseprune.execution.boxes import Run
+    from sparseprune.execution.outcomes import Outcome
     from sparseprune.execution.programs import Setting
     from sparseprune.execution.schedule import Rest
 

@@ -16,7 +16,8 @@ from sparseprune.engine.kernels.selecting import cut_below, cut_blocks
 from sparseprune.engine.tally import tally
 from sparseprune.execution.boxes import Box, flat_leaf
 from sparseprune.execution.deciding import keep_by_patterns, keep_by_scores
-from sparseprune.execution.programs import Item, Outcome, Program, finish
+from sparseprune.execution.outcomes import Outcome, finish
+from sparseprune.execution.programs import Item, Program
 from sparseprune.execution.ranking import Elements, Ranking, nonfinite_error, refuse_nonfinite
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from sparseprune.execution.plan import Task
     from sparseprune.execution.programs import Setting
     from sparseprune.execution.recipes import Contest, Runs
-    from sparseprune.execution.traffic import Loaded, Mask
+    from sparseprune.execution.tensor_io import Loaded, Mask
 
 
 def run_program(task: Task, recipe: Runs, setting: Setting) -> Program:

@@ -19,7 +19,7 @@ from sparseprune.engine.dtypes import DTYPES
 from sparseprune.engine.grids import prod
 from sparseprune.execution.cells import Part, block_part, members_of, tiles
 from sparseprune.execution.plan import task_bytes
-from sparseprune.execution.programs import Item, Outcome, Program
+from sparseprune.execution.programs import Item, Program
 from sparseprune.execution.ranking import Ranking
 from sparseprune.execution.tensors import build_scope, element_values, load_tile, store_tile, stream_of
 from sparseprune.execution.tiled import block_scores, shrink
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from sparseprune.engine import SparseScope
+    from sparseprune.execution.outcomes import Outcome
     from sparseprune.execution.plan import Task
     from sparseprune.execution.programs import Setting
     from sparseprune.execution.recipes import Streamed

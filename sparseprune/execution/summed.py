@@ -18,9 +18,10 @@ from sparseprune.engine.kernels.selecting import cut_blocks, select_keys
 from sparseprune.engine.tally import tally
 from sparseprune.execution.arranging import by_leaf, by_scope, inverse
 from sparseprune.execution.cells import leaves_of, members_of, whole_part
+from sparseprune.execution.outcomes import Outcome, finish
 from sparseprune.execution.passing import LeafMaxima, LeafSums
 from sparseprune.execution.plan import task_bytes
-from sparseprune.execution.programs import Item, Outcome, Program, finish
+from sparseprune.execution.programs import Item, Program
 from sparseprune.execution.ranking import Ranking, refuse_nonfinite
 from sparseprune.execution.recipes import needs_scaling
 from sparseprune.execution.sweeps import sweep_of
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from sparseprune.execution.programs import Setting
     from sparseprune.execution.recipes import Summed
     from sparseprune.execution.sweeps import Sweep
-    from sparseprune.execution.traffic import Mask
+    from sparseprune.execution.tensor_io import Mask
     from sparseprune.spec import BoundBlock, BoundScope
 
     Floats = NDArray[np.float64]

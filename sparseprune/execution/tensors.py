@@ -20,7 +20,7 @@ from sparseprune.engine import BlockCoupling, BlockSpec, ScopeCoupling, ScopeSpe
 from sparseprune.engine.dtypes import torch_dtype
 from sparseprune.engine.tally import Tally, tally
 from sparseprune.execution.cells import boxes_of
-from sparseprune.execution.programs import Outcome, finish
+from sparseprune.execution.outcomes import Outcome, finish
 from sparseprune.execution.ranking import Elements, Ranking, refuse_nonfinite
 from sparseprune.spec import BoundBlock, BoundScope
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from sparseprune.execution.cells import AnyBlock, Part
     from sparseprune.execution.plan import Task
     from sparseprune.execution.programs import Setting
-    from sparseprune.execution.traffic import Loaded
+    from sparseprune.execution.tensor_io import Loaded
     from sparseprune.spec import BoundScopeCoupling
 
 _STREAMS = threading.local()

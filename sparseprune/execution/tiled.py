@@ -12,7 +12,7 @@ import torch
 
 from sparseprune.engine.block import zero_pruned
 from sparseprune.execution.cells import block_part, cells, members_of
-from sparseprune.execution.programs import Item, Outcome, Program
+from sparseprune.execution.programs import Item, Program
 from sparseprune.execution.ranking import Ranking
 from sparseprune.execution.recipes import alone
 from sparseprune.execution.tensors import (
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from sparseprune.checkpoint import StoredTensor
     from sparseprune.engine import BlockSpec, SparseScope
     from sparseprune.execution.cells import AnyBlock, AnyScope, Part
+    from sparseprune.execution.outcomes import Outcome
     from sparseprune.execution.plan import Task
     from sparseprune.execution.programs import Setting
     from sparseprune.execution.recipes import Tiled

@@ -18,18 +18,17 @@ from sparseprune.engine.kernels.occupancy import any_in, nonzero
 from sparseprune.execution.cells import Part, leaves_of, members_of
 from sparseprune.execution.occupied import First, Found, coarser, joined
 from sparseprune.execution.recipes import Gathered, Runs, Summed, Tiled
-from sparseprune.execution.traffic import Traffic
+from sparseprune.execution.tensor_io import TensorIO
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from sparseprune.checkpoint import TensorReader
     from sparseprune.engine.grids import Shape
     from sparseprune.engine.kernels.occupancy import ByteFlags
     from sparseprune.execution.boxes import Box
     from sparseprune.execution.programs import Item, Program, Setting
     from sparseprune.execution.schedule import Job
-    from sparseprune.execution.traffic import Loaded, Mask
+    from sparseprune.execution.tensor_io import Loaded, Mask
     from sparseprune.spec import BoundBlock
 
 _WAYS = {Runs: "runs", Gathered: "gathered", Summed: "summed", Tiled: "tiled"}
@@ -50,12 +49,11 @@ class _Seen(threading.local):
         self.cuts: list[Cut] = []
 
 
-class Watch(Traffic):
-    """Traffic without an output: what should be written is compared with what is there."""
+_SEEN = _Seen()
 
-    def __init__(self, reader: TensorReader) -> None:
-        super().__init__(reader)
-        self._seen = _Seen()
+
+class Watch(TensorIO):
+    """TensorIO without an output: what should be written is compared with what is there."""
 
     def store(self, loaded: Loaded, mask: Mask) -> None:
         """Remember what a mask cuts that is not zero in the input, which is read again for it."""
@@ -66,13 +64,13 @@ class Watch(Traffic):
         flat[...] = nonzero(again.flat, DTYPES[loaded.box.stored.dtype].zero_bits or 0)
         flat &= 1 - mask
         if flat.any():
-            self._seen.cuts.append(Cut(loaded.box, view))
+            _SEEN.cuts.append(Cut(loaded.box, view))
 
     def watched(self, work: Callable[[], Any]) -> list[Cut]:
         """Do the work of an item; what it would cut."""
-        self._seen.cuts = []
+        _SEEN.cuts = []
         work()
-        cuts, self._seen.cuts = self._seen.cuts, []
+        cuts, _SEEN.cuts = _SEEN.cuts, []
         return cuts
 
 

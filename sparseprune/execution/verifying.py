@@ -7,19 +7,18 @@ thresholds are undercut's, how findings add up is verdicts'. Called by the comma
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sparseprune.execution.cells import members_of
-from sparseprune.execution.crew import Crew
-from sparseprune.execution.executor import Assignment
 from sparseprune.execution.limits import INTERPRETER, TORCH, TORCH_THREAD, Crowd, limits_of
 from sparseprune.execution.plan import make_plan, task_bytes
-from sparseprune.execution.programs import Setting
+from sparseprune.execution.programs import ProgramPass, Setting
 from sparseprune.execution.recipes import alone
+from sparseprune.execution.runner import Job, read_through
 from sparseprune.execution.schedule import make_schedule, resident_of
 from sparseprune.execution.stacked import stack_height, stack_program
 from sparseprune.execution.surviving import leaf_bytes, survivor_program, way_of
-from sparseprune.execution.traffic import Traffic
+from sparseprune.execution.tensor_io import TensorIO
 from sparseprune.execution.undercut import Watch, undercut_program
 from sparseprune.execution.verdicts import Checked, Verification, verification_of
 
@@ -31,8 +30,8 @@ if TYPE_CHECKING:
     from sparseprune.execution.limits import Limits
     from sparseprune.execution.occupied import Found
     from sparseprune.execution.plan import Plan
-    from sparseprune.execution.programs import Item, Program
-    from sparseprune.execution.schedule import Job
+    from sparseprune.execution.programs import Program
+    from sparseprune.execution.schedule import Job as Planned
     from sparseprune.execution.surviving import Way
     from sparseprune.spec import BoundInstance, BoundSpec, Spec
 
@@ -53,7 +52,7 @@ class Count:
     way: Way
     form: Hashable
     height: int
-    job: Job | None = None
+    job: Planned | None = None
 
     @property
     def allowed(self) -> int:
@@ -132,13 +131,13 @@ def make_check(checkpoint: Checkpoint, spec: Spec, memory: int, workers: int) ->
         for unit in plan.units
     ]
     scored = replace(plan, units=tuple(unit for unit in units if unit.tasks))
-    jobs: Sequence[Job] = ()
+    jobs: Sequence[Planned] = ()
     if scored.units:
         schedule = make_schedule(scored, memory, workers)
         jobs, limits, uses_torch = schedule.jobs, schedule.limits, schedule.uses_torch
     known: dict[Hashable, tuple[Way, int]] = {}  # thousands of scopes have a handful of forms
 
-    def count(rule: str, instance: BoundInstance, scope: AnyScope, job: Job | None = None) -> Count:
+    def count(rule: str, instance: BoundInstance, scope: AnyScope, job: Planned | None = None) -> Count:
         form = _form(scope, plan)
         if form not in known:
             way = way_of(scope, checkpoint.tensors, limits)
@@ -162,7 +161,7 @@ def count_survivors(check: Check, reader: TensorReader, progress: Progress) -> V
         SparsityError: NaN where a threshold asks for a score.
     """
     work = _Work(check, reader, progress)
-    Crew(work.assignments(), work, check.crowd.memory).run(check.crowd.threads)
+    read_through(work.jobs(), TensorIO(reader), check.crowd, progress)
     checked = [
         Checked(
             count.rule, count.instance.label, count.scope, count.instance.budget, tuple(work.found[number])
@@ -173,43 +172,35 @@ def count_survivors(check: Check, reader: TensorReader, progress: Progress) -> V
 
 
 class _Work:
-    """What the crew asks: what there is to do, and who wants to know what was found."""
+    """The jobs of a check, and what they found."""
 
     def __init__(self, check: Check, reader: TensorReader, progress: Progress) -> None:
         self._check = check
         self._progress = progress
         self._watch = Watch(reader)
-        self._reading = Traffic(reader)
+        self._reading = TensorIO(reader)
         self.found: list[list[Found]] = [[] for _ in check.counts]
 
-    def assignments(self) -> Iterator[Assignment]:
-        """All programs, in the order of the plan, by the first instance of each."""
+    def jobs(self) -> Iterator[Job]:
+        """All jobs, in the order of the plan, by the first instance of each."""
         counts = self._check.counts
         for numbers in _stacks(counts):
             first = counts[numbers[0]]
             if first.height and first.job is None:
-                yield self._assigned(first, numbers, self._stacked(numbers))
+                yield self._job(first, numbers, self._stacked(numbers))
                 continue
             tell = self.found[numbers[0]].append
             setting = self._setting(self._reading)
             program = survivor_program(first.scope, first.allowed, first.way, setting, tell)
-            yield self._assigned(first, numbers, program)
+            yield self._job(first, numbers, program)
             if first.job is not None:
                 program = undercut_program(first.job, self._setting(self._watch), self._watch, tell)
                 order, label = 2 * numbers[0] + 1, first.instance.label
-                yield Assignment(order, str(order), label, program, first.job.recipe.held)
+                yield Job(order, str(order), label, ProgramPass(program), first.job.recipe.held)
 
-    def known(self, key: str) -> bool:  # noqa: ARG002
-        """Nothing is noted from one run to the next."""
-        return False
-
-    def done(self, item: Item, key: str, label: str, result: Any) -> None:  # noqa: ANN401, ARG002
-        """An item is done."""
-        self._progress(item.nbytes, label)
-
-    def _assigned(self, first: Count, numbers: Sequence[int], program: Program) -> Assignment:
+    def _job(self, first: Count, numbers: Sequence[int], program: Program) -> Job:
         order = 2 * numbers[0]
-        return Assignment(order, str(order), first.instance.label, program, first.way.held)
+        return Job(order, str(order), first.instance.label, ProgramPass(program), first.way.held)
 
     def _stacked(self, numbers: Sequence[int]) -> Program:
         counts = [self._check.counts[number] for number in numbers]
@@ -221,7 +212,7 @@ class _Work:
         scopes = [count.scope for count in counts]
         return stack_program(scopes, counts[0].allowed, counts[0].way, self._setting(self._reading), tell)
 
-    def _setting(self, traffic: Traffic) -> Setting:
+    def _setting(self, traffic: TensorIO) -> Setting:
         return Setting(
             tensors=self._check.plan.checkpoint.tensors,
             traffic=traffic,

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sparseprune.engine.grids import prod
-from sparseprune.execution.executor import Assignment, Record, already_done, copied_bytes, dealt, produce
 from sparseprune.execution.limits import Crowd
 from sparseprune.execution.outcomes import Outcomes
-from sparseprune.execution.programs import Item, Program
-from sparseprune.execution.traffic import Traffic, pattern_of
+from sparseprune.execution.programs import Item, Program, ProgramPass
+from sparseprune.execution.runner import Job, Record, already_done, copied_bytes, dealt, write_through
+from sparseprune.execution.tensor_io import TensorIO, pattern_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from sparseprune.checkpoint import StagedOutput, StoredTensor, TensorReader
-    from sparseprune.execution.executor import Progress
     from sparseprune.execution.limits import Limits
+    from sparseprune.execution.runner import Progress
     from sparseprune.removal.slices import Kept
 
     Flags = NDArray[np.bool_]
@@ -48,14 +48,15 @@ def cut(
 
     Survivors keep their bits. `progress` is told, from any thread, bytes that were done and of what.
     """
-    traffic = Traffic(reader, output)
+    io = TensorIO(reader, output)
     record = Record(output, Outcomes(), progress)
 
-    def assignments() -> Iterator[Assignment]:
+    def jobs() -> Iterator[Job]:
         for order, one in dealt(cuts, lambda one: one.stored.shard, workers):
-            yield Assignment(order, f"cut{order}", one.name, _program(one, limits, traffic, output), 0)
+            program = _program(one, limits, io, output)
+            yield Job(order, f"cut{order}", one.name, ProgramPass(program))
 
-    produce(assignments(), record, Crowd(workers, limits.memory))
+    write_through(jobs(), io, record, Crowd(workers, limits.memory))
 
 
 def cut_bytes(cuts: Sequence[Cut], limits: Limits, output: StagedOutput) -> tuple[int, int]:
@@ -64,7 +65,7 @@ def cut_bytes(cuts: Sequence[Cut], limits: Limits, output: StagedOutput) -> tupl
     return read + copied_bytes(output), already_done(output)
 
 
-def _program(one: Cut, limits: Limits, traffic: Traffic, output: StagedOutput) -> Program:
+def _program(one: Cut, limits: Limits, traffic: TensorIO, output: StagedOutput) -> Program:
     """One step: all slabs of a tensor in which something stays."""
 
     def move(slab: _Slab) -> list[Any]:

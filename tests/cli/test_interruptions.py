@@ -216,7 +216,7 @@ main()
     [
         ("sparseprune.cli.app", -signal.SIGINT, ""),  # which a shell calls 130 too
         ("sparseprune.cli.request", 130, "sparseprune: interrupted: nothing was written\n"),
-        ("sparseprune.execution.executor", 130, INTERRUPTED + "\n"),
+        ("sparseprune.execution.runner", 130, INTERRUPTED + "\n"),
         ("sparseprune.report.tables", 130, COMPLETE + "\n"),
     ],
 )

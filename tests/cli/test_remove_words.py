@@ -433,7 +433,7 @@ FULL = "sparseprune: out of memory; give a smaller --memory, or fewer --jobs"
 @pytest.mark.parametrize(
     "place",
     [
-        "sparseprune.execution.traffic.Traffic.load_run",
+        "sparseprune.execution.tensor_io.TensorIO.load_run",
         "sparseprune.removal.slices.read_kept",
         "sparseprune.removal.cut._Slab.left",
         "sparseprune.removal.shrink.configure",

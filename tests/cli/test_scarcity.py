@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from sparseprune.checkpoint import threads
 from sparseprune.checkpoint.threads import work_through
 from sparseprune.errors import is_out_of_memory
-from sparseprune.execution.traffic import Traffic
+from sparseprune.execution.tensor_io import TensorIO
 from tests.limits import force, narrow
 from tests.samples import CHANNELS, TWO_OF_FOUR, mlp_tensors, run, write_shards, write_spec
 
@@ -120,7 +120,7 @@ ERRORS: dict[str, Exception] = {
     ("way", "place"),
     [
         ("tiled", "sparseprune.execution.tiled.load_tile"),
-        ("summed", "sparseprune.execution.traffic.Traffic.load"),
+        ("summed", "sparseprune.execution.tensor_io.TensorIO.load"),
         ("summed", "sparseprune.checkpoint.source.read_header"),
         ("summed", "sparseprune.cli.request.make_plan"),
         ("summed", "sparseprune.checkpoint.StagedOutput.write_mask"),
@@ -192,7 +192,7 @@ def test_a_program_that_is_wrong_is_not_taken_for_a_lack_of_memory(
     def fail(*_: object) -> None:
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
-    monkeypatch.setattr("sparseprune.execution.traffic.Traffic.load", fail)
+    monkeypatch.setattr("sparseprune.execution.tensor_io.TensorIO.load", fail)
     with pytest.raises(RuntimeError, match="mat1"):
         run("apply", folder / "m.safetensors", folder / "spec.toml", "-q")
     assert not is_out_of_memory(None)
@@ -217,9 +217,9 @@ def test_a_disk_that_fails_beside_the_work_ends_the_run_with_its_error(
         assert failed.wait(10)
         return usual(*arguments)
 
-    usual: Callable[..., object] = Traffic.load
+    usual: Callable[..., object] = TensorIO.load
     monkeypatch.setattr("sparseprune.checkpoint.StagedOutput.flush", flush)
-    monkeypatch.setattr(Traffic, "load", wait)
+    monkeypatch.setattr(TensorIO, "load", wait)
     said = run(command, folder / "m.safetensors", folder / "spec.toml", "-q")
     assert (said.code, said.out, said.err) == (3, "", "sparseprune: disk: Input/output error\n")
 

@@ -19,7 +19,7 @@ from sparseprune.execution.boxes import whole_box
 from sparseprune.execution.passing import LeafMaxima, LeafSums
 from sparseprune.execution.ranking import Elements
 from sparseprune.execution.sweeps import sweep_of
-from sparseprune.execution.traffic import Traffic, pattern_of
+from sparseprune.execution.tensor_io import TensorIO, pattern_of
 from tests.execution.test_boxes import elements_of, leaves, stored_tensor
 from tests.execution.test_sweeps import row_major
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from sparseprune.checkpoint import StoredTensor, TensorReader
-    from sparseprune.execution.traffic import Loaded
+    from sparseprune.execution.tensor_io import Loaded
     from sparseprune.spec import BoundBlock
 
     Floats = NDArray[np.float64]
@@ -57,8 +57,8 @@ class Passing:
     bits: NDArray[Any]
 
     @property
-    def traffic(self) -> Traffic:
-        return Traffic(cast("TensorReader", Memory(self.bits)), cast("Any", None))
+    def traffic(self) -> TensorIO:
+        return TensorIO(cast("TensorReader", Memory(self.bits)), cast("Any", None))
 
     def chunks(self, elements: int) -> list[Loaded]:
         sweep = sweep_of(self.leaf, elements)

@@ -1,25 +1,24 @@
-"""Traffic: elements of stored tensors as bit patterns in memory, and back to their place in the output.
+"""Elements of stored tensors as bit patterns in memory, and back to their place in the output.
 
 Owns buffers and the order in which the elements of a box lie in them. Knows neither what is asked of the
-elements nor, beyond boxes and runs, where they come from. Called by the programs of the work units, from
-any thread.
+elements nor, beyond boxes and runs, where they come from. The only way in which passes read and write.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
 from sparseprune.engine.dtypes import DTYPES
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping
 
     from numpy.typing import NDArray
 
-    from sparseprune.checkpoint import StagedOutput, StoredTensor, TensorReader
+    from sparseprune.checkpoint import CopyRange, StagedOutput, StoredTensor, TensorReader
     from sparseprune.execution.boxes import Box, Run
 
     Bits = NDArray[Any]
@@ -44,15 +43,32 @@ class Loaded:
         return flat, _as_view(flat, self.box)
 
 
-class Traffic:
-    """Reads from the input, writes to the output; both may be used from any thread.
+@dataclass(frozen=True, eq=False)
+class TensorIO:
+    """Reads from the input by `reader`, writes to `output`, if there is one; used from any thread.
 
-    Without an output it can only read.
+    `tensors` are those of the input by name. The torch engine works on `device`. Work that takes long reports
+    bytes by `passed`, with what they are of, and calls `check` between its steps, which raises GivenUpError
+    where the run ends. `vectors` keeps small inputs that many chunks of one job need.
     """
 
-    def __init__(self, reader: TensorReader, output: StagedOutput | None = None) -> None:
-        self._reader = reader
-        self._output = output
+    reader: TensorReader
+    output: StagedOutput | None = None
+    tensors: Mapping[str, StoredTensor] = field(default_factory=dict)
+    device: str = "cpu"
+    passed: Callable[[int, str], None] = lambda *_: None
+    check: Callable[[], None] = lambda: None
+    vectors: dict[str, NDArray[np.float64]] = field(default_factory=dict)
+
+    def of_job(self) -> Self:
+        """The same, with room for what the chunks of another job share."""
+        return replace(self, vectors={})
+
+    def copy(self, part: CopyRange) -> None:
+        """Copy bytes that the input and the output share."""
+        if self.output is None:
+            raise TypeError("there is no output to write to")
+        self.output.copy(part)
 
     def load(self, box: Box, allocate: Allocate | None = None) -> Loaded:
         """The elements of a box, in memory of their own, which `allocate` may give."""
@@ -69,7 +85,7 @@ class Traffic:
 
     def read_run(self, stored: StoredTensor, first: int, flat: Bits) -> None:
         """Fill an array with neighbouring elements of a tensor, from element `first` on."""
-        self._reader.read_into(stored, first * flat.itemsize, flat)
+        self.reader.read_into(stored, first * flat.itemsize, flat)
 
     def store(self, loaded: Loaded, mask: Mask) -> None:
         """Write the elements of a box, and its mask, both as they lie in the order of the storage."""
@@ -87,14 +103,14 @@ class Traffic:
         data = memoryview(flat.view(np.uint8).data)
         done = 0
         for first, count in runs:
-            self._reader.read_into(stored, first * size, data[done * size : (done + count) * size])
+            self.reader.read_into(stored, first * size, data[done * size : (done + count) * size])
             done += count
 
     def _write(self, stored: StoredTensor, first: int, bits: Bits, mask: Mask) -> None:
-        if self._output is None:
+        if self.output is None:
             raise TypeError("there is no output to write to")
-        self._output.write_weight(stored.name, first * bits.itemsize, bits.data)
-        self._output.write_mask(stored.name, first, mask.data)
+        self.output.write_weight(stored.name, first * bits.itemsize, bits.data)
+        self.output.write_mask(stored.name, first, mask.data)
 
 
 def pattern_of(stored: StoredTensor) -> np.dtype[Any]:

@@ -1,67 +1,97 @@
-"""The executor: work side by side within memory, errors in order, and a disk that is heard."""
+"""The runner: work side by side within memory, errors in order, decisions noted, a disk that is heard."""
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 from safetensors.torch import save_file
 
-from sparseprune.checkpoint import StagedOutput
+from sparseprune.checkpoint import StagedOutput, TensorReader
 from sparseprune.checkpoint.journal import Notes, note_text
-from sparseprune.execution import executor, runs
-from sparseprune.execution.crew import Crew
+from sparseprune.execution import runner, runs
 from sparseprune.execution.limits import INTERPRETER, TORCH, TORCH_THREAD
 from sparseprune.execution.outcomes import Outcomes
-from sparseprune.execution.programs import GivenUpError, Item
+from sparseprune.execution.passes import Chunk, Decision, GivenUpError, Pass
+from sparseprune.execution.runner import Copying, Job, Runner
+from sparseprune.execution.tensor_io import TensorIO
 from tests.checkpoint.files import layout_of, single
 from tests.samples import TWO_OF_FOUR, mlp_tensors, run, write_spec
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Iterable
     from pathlib import Path
 
-    from sparseprune.execution.programs import Program
+Call = Callable[[], Any]
 
 
 @dataclass(frozen=True)
-class Given:
-    """A program as the crew wants it."""
+class Calls(Pass):
+    """Chunks that are calls, and what follows from what they give; `name` is that of a decision."""
 
-    key: str
-    program: Program
-    held: int = 0
-    order: int = 0
-    label: str = ""
+    calls: tuple[Chunk, ...]
+    then: Callable[[list[Any]], Any] = lambda _: None
+    name: str = ""
+    after: Callable[[Any], Pass | None] = lambda _: None
+
+    @property
+    def decides(self) -> str:
+        return self.name
+
+    def chunks(self, io: TensorIO) -> Iterable[Chunk]:
+        return self.calls
+
+    def work(self, chunk: Chunk, io: TensorIO) -> Any:
+        return chunk.about()
+
+    def merge(self, partials: list[Any], io: TensorIO) -> Any:
+        return self.then(partials)
+
+    def decided(self, value: Any) -> Pass | None:
+        return self.after(value)
 
 
 @dataclass
 class Heard:
-    """What is known beforehand, and what the crew tells."""
+    """What is known beforehand, and what the runner tells."""
 
     before: set[str] = field(default_factory=set)
     done_keys: list[str] = field(default_factory=list)
+    notes: dict[str, Any] = field(default_factory=dict)
 
     def known(self, key: str) -> bool:
         return key in self.before
 
-    def done(self, item: Item, key: str, label: str, result: Any) -> None:
+    def done(self, chunk: Chunk, key: str, label: str, partial: Any) -> None:
         self.done_keys.append(key)
 
+    def recall(self, key: str) -> Any:
+        return self.notes.get(key)
 
-def one_step(*items: Item) -> Program:
-    yield items
+    def note(self, key: str, value: Any, nbytes: int) -> None:
+        self.notes[key] = json.loads(json.dumps(value))
 
 
-def work(given: Iterable[Given], *, memory: int = 100, workers: int = 4, heard: Heard | None = None) -> Heard:
-    register = heard or Heard()
+def calls(*made: Call | Chunk, **others: Any) -> Calls:
+    return Calls(tuple(one if isinstance(one, Chunk) else Chunk(one) for one in made), **others)
+
+
+def job(first: Pass, held: int = 0, key: str = "a") -> Job:
+    return Job(0, key, "", first, held)
+
+
+def work(*given: Job, memory: int = 100, workers: int = 4, heard: Heard | None = None) -> dict[int, Any]:
     numbered = [replace(one, order=number) for number, one in enumerate(given)]
-    Crew(numbered, register, memory).run(workers)
-    return register
+    done = Runner(numbered, TensorIO(TensorReader()), heard or Heard(), memory)
+    done.run(workers)
+    return done.results
 
 
 @pytest.fixture
@@ -70,21 +100,28 @@ def command(tmp_path: Path) -> tuple[object, ...]:
     return ("apply", tmp_path / "m.safetensors", write_spec(tmp_path, TWO_OF_FOUR))
 
 
-def test_steps_get_the_results_of_the_step_before_in_the_order_of_its_items() -> None:
+def test_passes_get_the_partial_results_of_the_one_before_in_the_order_of_its_chunks() -> None:
     seen: list[list[int]] = []
 
     def slow(number: int) -> int:
         time.sleep(0.002 * (4 - number))
         return number
 
-    def program() -> Program:
-        results = yield [Item(lambda n=n: slow(n)) for n in range(4)]  # type: ignore[misc]
-        seen.append(results)
-        seen.append((yield [Item(lambda: sum(results))]))
-        seen.append((yield []))
+    def second(partials: list[int]) -> Pass:
+        seen.append(partials)
+        return calls(lambda: sum(partials), then=third)
 
-    work([Given("a", program())])
+    def third(partials: list[int]) -> Pass:
+        seen.append(partials)
+        return calls(then=seen.append)
+
+    assert work(job(calls(*(lambda n=n: slow(n) for n in range(4)), then=second))) == {}  # type: ignore[misc]
     assert seen == [[0, 1, 2, 3], [6], []]
+
+
+def test_what_the_last_pass_of_a_job_merges_to_is_its_result() -> None:
+    jobs = (job(calls(lambda n=n: n, lambda: 10, then=sum)) for n in range(3))  # type: ignore[misc]
+    assert work(*jobs) == {0: 10, 1: 11, 2: 12}
 
 
 def test_what_is_in_flight_stays_within_memory() -> None:
@@ -105,36 +142,70 @@ def test_what_is_in_flight_stays_within_memory() -> None:
         with lock:
             now -= size
 
-    items = [Item(lambda: busy(40), memory=40) for _ in range(20)]
-    work([Given(str(number), one_step(*items[number::4])) for number in range(4)], memory=100)
+    chunks = [Chunk(lambda: busy(40), memory=40) for _ in range(20)]
+    work(*(job(calls(*chunks[number::4])) for number in range(4)), memory=100)
     assert most == 80
     most, wanted = 0, 40
-    work([Given("a", one_step(*items), held=70)], memory=100)  # what a program holds counts as well
+    work(job(calls(*chunks), held=70), memory=100)  # what a job holds counts as well
     assert most == 40
 
 
-def test_an_item_larger_than_all_memory_runs_alone() -> None:
+def test_a_chunk_larger_than_all_memory_runs_alone() -> None:
     running = threading.Semaphore(1)
+    heard = Heard()
 
     def alone() -> None:
         assert running.acquire(blocking=False)
         time.sleep(0.002)
         running.release()
 
-    assert len(work([Given("a", one_step(*(Item(alone, memory=500) for _ in range(5))))]).done_keys) == 5
+    work(job(calls(*(Chunk(alone, memory=500) for _ in range(5)))), heard=heard)
+    assert len(heard.done_keys) == 5
 
 
-def test_known_items_are_passed_over_and_the_others_are_told() -> None:
+def test_known_chunks_are_passed_over_and_the_others_are_told() -> None:
     called: list[str] = []
-    items = [Item(lambda key=key: called.append(key), key=key) for key in "xyz"]  # type: ignore[misc]
-    heard = work([Given("a", one_step(*items))], heard=Heard(before={"a.y"}), workers=1)
+    heard = Heard(before={"a.y"})
+    chunks = [Chunk(lambda key=key: called.append(key), key=key) for key in "xyz"]  # type: ignore[misc]
+    work(job(calls(*chunks)), heard=heard, workers=1)
     assert called == ["x", "z"]
     assert heard.done_keys == ["a.x", "a.z"]
 
 
-def test_of_several_failures_the_first_in_the_order_of_the_programs_is_raised_and_nothing_new_is_begun() -> (
-    None
-):
+@pytest.mark.parametrize(
+    "value", [[3, 1 << 63], "all", 0.1, np.array([1, 0, 1, 1, 0, 0, 0, 1, 1], dtype=np.uint8)], ids=str
+)
+def test_a_decision_is_noted_and_what_leads_to_it_is_not_done_again(value: Any) -> None:
+    heard, asked, given = Heard(), [], []
+
+    def last(decided: Any) -> Pass:
+        given.append(decided)
+        return calls(lambda: "done", then=list)
+
+    def search() -> None:
+        asked.append("search")
+
+    first = calls(search, then=lambda _: Decision(value, 5), name="cut", after=last)
+    for _ in range(2):
+        assert work(job(first), heard=heard) == {0: ["done"]}
+    assert asked == ["search"]
+    assert list(heard.notes) == ["a.cut"]
+    assert all(np.array_equal(one, value) and type(one) is type(value) for one in given)
+
+
+@pytest.mark.parametrize("noted", [{"flags": "~", "count": 3}, {"flags": 1}, {"count": 8}, "junk"])
+def test_a_note_that_is_no_decision_is_searched_again(noted: Any) -> None:
+    heard = Heard(notes={"a.cut": noted})
+
+    def last(decided: Any) -> Pass | None:
+        return calls(then=lambda _: decided) if decided == 7 else None
+
+    first = calls(then=lambda _: Decision(7), name="cut", after=last)
+    assert work(job(first), heard=heard) == {0: 7}
+    assert heard.notes == {"a.cut": 7}
+
+
+def test_of_several_failures_the_first_in_the_order_of_the_jobs_is_raised_and_nothing_new_is_begun() -> None:
     later = threading.Event()
     begun: list[int] = []
 
@@ -146,20 +217,13 @@ def test_of_several_failures_the_first_in_the_order_of_the_programs_is_raised_an
         later.set()
         raise MemoryError("second")
 
-    rest = [Item(lambda n=n: begun.append(n)) for n in range(100)]  # type: ignore[misc]
+    rest = [lambda n=n: begun.append(n) for n in range(100)]  # type: ignore[misc]
     with pytest.raises(MemoryError, match="first"):
-        work(
-            [
-                Given("a", one_step(Item(first))),
-                Given("b", one_step(Item(second))),
-                Given("c", one_step(*rest)),
-            ],
-            workers=2,
-        )
+        work(job(calls(first)), job(calls(second)), job(calls(*rest)), workers=2)
     assert not begun
 
 
-def test_an_item_at_work_is_given_up_where_something_else_ends_the_run() -> None:
+def test_a_chunk_at_work_is_given_up_where_something_else_ends_the_run() -> None:
     given_up, begun = threading.Event(), threading.Event()
     told: list[str] = []
 
@@ -170,22 +234,22 @@ def test_an_item_at_work_is_given_up_where_something_else_ends_the_run() -> None
 
     def end() -> None:
         assert begun.wait(10)
-        crew.give_up(OSError("the disk"))
+        running.give_up(OSError("the disk"))
 
-    program = one_step(Item(wait, memory=60), Item(end), *(Item(lambda: told.append("begun")),) * 3)
-    crew = Crew([Given("a", program)], Heard(), 100, given_up)
+    first = calls(Chunk(wait, memory=60), end, *(lambda: told.append("begun"),) * 3)
+    running = Runner([job(first)], TensorIO(TensorReader()), Heard(), 100, given_up)
     with pytest.raises(OSError, match="the disk"):
-        crew.run(2)
+        running.run(2)
     assert told == []
 
 
-def test_a_program_that_fails_between_its_steps_fails_the_run() -> None:
-    def program() -> Program:
-        yield [Item(lambda: 1)]
+@pytest.mark.parametrize("others", [0, 1])
+def test_a_pass_that_fails_to_merge_fails_the_run(others: int) -> None:
+    def fail(partials: list[Any]) -> None:
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        work([Given("a", program()), Given("b", one_step(Item(lambda: 2)))])
+        work(*[job(calls(lambda: 2))] * others, job(calls(lambda: 1, then=fail)), job(calls(lambda: 2)))
 
 
 def test_a_disk_that_fails_while_the_work_goes_on_fails_the_run(
@@ -201,10 +265,10 @@ def test_a_disk_that_fails_while_the_work_goes_on_fails_the_run(
         assert failed.wait(10)
         return original(*arguments)
 
-    original: Callable[..., object] = executor._copy_program
+    original: Callable[..., object] = Copying.work
     monkeypatch.setattr(os, "fdatasync", fail)
-    monkeypatch.setattr(executor, "_FLUSH_SECONDS", 0.001)
-    monkeypatch.setattr(executor, "_copy_program", wait_for_it)
+    monkeypatch.setattr(runner, "_FLUSH_SECONDS", 0.001)
+    monkeypatch.setattr(Copying, "work", wait_for_it)
     said = run(*command)
     assert (said.code, said.out) == (3, "")
     assert "Input/output error" in said.err
@@ -238,31 +302,31 @@ def test_what_an_earlier_run_noted_is_forgotten_once_it_is_taken_over(
     lines = {"0.0.0": [64, [outcome]], "0.0.decision": [0, "abc"], "0.0.1": [64, ["no outcome"]]}
     output = StagedOutput(layout_of(single(tmp_path)))
     output.finished = Notes({key: note_text(key, record) for key, record in lines.items()})
-    record = executor.Record(output, Outcomes(), lambda *_: None)
+    record = runner.Record(output, Outcomes(), lambda *_: None)
     assert [record.known(key) for key in ("0.0.0", "0.0.1", "0.0.2")] == [True, False, False]
     assert len(taken) == 1
     assert dict(output.finished) == {key: lines[key] for key in ("0.0.decision", "0.0.1")}
     assert record.recall("0.0.decision") == "abc"
 
 
-def test_what_torch_keeps_for_each_thread_is_taken_from_what_the_crew_may_use(
+def test_what_torch_keeps_for_each_thread_is_taken_from_what_the_runner_may_use(
     monkeypatch: pytest.MonkeyPatch, command: tuple[object, ...], tmp_path: Path
 ) -> None:
-    crews: list[tuple[int, int]] = []
+    runners: list[tuple[int, int]] = []
 
-    class Seen(Crew):
+    class Seen(Runner):
         def run(self, workers: int) -> None:
-            crews.append((self._memory, workers))
+            runners.append((self._memory, workers))
             super().run(workers)
 
-    monkeypatch.setattr(executor, "Crew", Seen)
+    monkeypatch.setattr(runner, "Runner", Seen)
     assert run(*command, "--jobs", 64, "--memory", "300MB", "--force").code == 0
     soft = write_spec(tmp_path, TWO_OF_FOUR + 'mode = "soft"\n')
     base = INTERPRETER + TORCH
     for jobs in (1, 4, 64):
         memory = base + 100_000_000
         assert run(*command[:2], soft, "--jobs", jobs, "--memory", memory, "--force").code == 0
-    compiled, *of_torch = crews
+    compiled, *of_torch = runners
     threads = [workers for _, workers in of_torch]
     assert threads[:2] == [1, 4]
     assert 4 < threads[2] < 13  # 8 MiB for each of 64 threads would be more than there is

@@ -1,0 +1,451 @@
+"""The runner: does the passes of jobs with some threads, as long as memory allows.
+
+Owns order, memory, threads, failures, what is noted and recalled, progress, and the thread that keeps the
+disk busy. Knows neither which elements survive nor where bytes lie. Jobs that write use `write_through`,
+jobs that only read use `read_through`.
+"""
+
+from __future__ import annotations
+
+import base64
+import threading
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from typing import TYPE_CHECKING, Any, Protocol, TypeGuard, TypeVar
+
+import numpy as np
+
+from sparseprune.checkpoint import CopyRange
+from sparseprune.checkpoint.threads import Worker, side_by_side
+from sparseprune.execution.outcomes import is_outcome
+from sparseprune.execution.passes import Chunk, Decision, GivenUpError, Pass
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+
+    from sparseprune.checkpoint import Shard, StagedOutput
+    from sparseprune.execution.limits import Crowd
+    from sparseprune.execution.outcomes import Outcomes
+    from sparseprune.execution.tensor_io import TensorIO
+
+    Progress = Callable[[int, str], None]
+
+One = TypeVar("One")
+
+_FIRST, _LAST = -1, 1 << 63  # before and behind all jobs in the order of failures: from outside, and our own
+_FLUSH_SECONDS = 0.05
+_COPY_BYTES = 64 << 20  # that the kernel copies at one time
+_FLAGS = "flags"  # the key of an encoded array
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """Passes that follow each other: `order` among all jobs, a `key` for notes, a `label` for people.
+
+    `held` bytes are taken from the beginning of the first pass to the end of the last one.
+    """
+
+    order: int
+    key: str
+    label: str
+    first: Pass
+    held: int = 0
+
+
+class Register(Protocol):
+    """Knows what earlier runs did and hears what this one does; called by one thread at a time."""
+
+    def known(self, key: str) -> bool: ...
+    def done(self, chunk: Chunk, key: str, label: str, partial: Any) -> None: ...  # noqa: ANN401
+    def recall(self, key: str) -> Any: ...  # noqa: ANN401
+    def note(self, key: str, value: Any, nbytes: int) -> None: ...  # noqa: ANN401
+
+
+@dataclass(slots=True, eq=False)
+class _Running:
+    """A job that has begun: its present pass, the chunks of that pass, their partial results by number."""
+
+    job: Job
+    io: TensorIO
+    current: Pass
+    chunks: Iterator[Chunk] = field(default_factory=lambda: iter(()))
+    waiting: Chunk | None = None
+    begun: int = 0
+    open: int = 0
+    partials: dict[int, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class _Taken:
+    running: _Running
+    number: int
+    chunk: Chunk
+
+
+class Runner:
+    """Does the chunks of jobs with some threads; `memory` bounds what chunks and jobs declare.
+
+    Jobs are begun as they come; the next one begins when those before it have no chunk left to hand out. A
+    chunk for which there will never be room runs alone. `given_up` is set where chunks that are at work need
+    not be finished: they may raise GivenUpError then. `results` has what jobs gave, by their order.
+    """
+
+    def __init__(
+        self,
+        jobs: Iterable[Job],
+        io: TensorIO,
+        register: Register,
+        memory: int,
+        given_up: threading.Event | None = None,
+    ) -> None:
+        self._jobs = iter(jobs)
+        self._io = io
+        self._register = register
+        self._memory = memory
+        self._in_use = 0
+        self._open = 0
+        self._running: list[_Running] = []
+        self._next: Job | None = None
+        self._looked_at = 0  # the order of the job that is asked for chunks or merged
+        self._failures: list[tuple[int, int, BaseException]] = []
+        self._stopped = False
+        self._given_up = given_up or threading.Event()
+        self._changed = threading.Condition(threading.RLock())
+        self.results: dict[int, Any] = {}
+
+    def run(self, workers: int) -> None:
+        """Until everything is done; the first failure in the order of the jobs is raised."""
+        side_by_side(self._work, workers, self._abandon)
+        if self._failures:
+            raise min(self._failures, key=lambda failure: failure[:2])[2]
+
+    def give_up(self, failure: BaseException) -> None:
+        """End the run, which raises this failure; not where another one has ended it already."""
+        with self._changed:
+            if not self._stopped:
+                self._fail(_FIRST, 0, failure)
+                self._given_up.set()
+
+    def _abandon(self) -> None:
+        """The caller waits no longer: all is done, or a signal came."""
+        self._stop()
+        self._given_up.set()
+
+    def _stop(self) -> None:
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+
+    def _work(self) -> None:
+        try:
+            while (taken := self._take()) is not None:
+                self._do(taken)
+        except BaseException as failure:  # noqa: BLE001  (raised by `run`, in the thread that waits)
+            self._fail(_LAST, 0, failure)
+
+    def _do(self, taken: _Taken) -> None:
+        running = taken.running
+        try:
+            self._finish(taken, running.current.work(taken.chunk, running.io))
+        except GivenUpError:
+            return  # the failure that ended the run is raised
+        except BaseException as failure:  # noqa: BLE001  (as above)
+            self._fail(running.job.order, taken.number, failure)
+
+    def _take(self) -> _Taken | None:
+        """The next chunk that fits, once there is one; None when there is nothing more to do."""
+        with self._changed:
+            while not self._stopped:
+                try:
+                    taken = self._find()
+                except BaseException as failure:  # noqa: BLE001  (as above: a pass failed to cut or merge)
+                    self._fail(self._looked_at, 0, failure)
+                    break
+                if taken is not None:
+                    self._in_use += taken.chunk.memory
+                    self._open += 1
+                    return taken
+                if not self._running and self._next is None:
+                    break
+                self._changed.wait()
+            self._changed.notify_all()
+            return None
+
+    def _find(self) -> _Taken | None:
+        place = 0
+        while True:
+            if place == len(self._running) and not self._begin():
+                return None
+            running = self._running[place]
+            self._looked_at = running.job.order
+            chunk = self._chunk_of(running)
+            if chunk is None:
+                if running.open == 0:
+                    self._advance(running)  # to its next pass, or out of the list
+                else:
+                    place += 1
+            elif self._open and self._in_use + chunk.memory > self._memory:
+                return None
+            else:
+                running.waiting = None
+                running.open += 1
+                running.begun += 1
+                return _Taken(running, running.begun - 1, chunk)
+
+    def _chunk_of(self, running: _Running) -> Chunk | None:
+        """The next chunk of the present pass; chunks that an earlier run did are passed over."""
+        while running.waiting is None:
+            chunk = next(running.chunks, None)
+            if chunk is None:
+                return None
+            if chunk.key and self._register.known(f"{running.job.key}.{chunk.key}"):
+                continue
+            running.waiting = chunk
+        return running.waiting
+
+    def _begin(self) -> bool:
+        """Begin the next job, if there is one and what it holds fits."""
+        self._next = self._next or next(self._jobs, None)
+        if self._next is None:
+            return False
+        job = self._next
+        if self._running and self._in_use + job.held > self._memory:
+            return False
+        self._next = None
+        self._in_use += job.held
+        self._looked_at = job.order
+        self._running.append(_Running(job, self._io.of_job(), job.first))
+        self._enter(self._running[-1], job.first)
+        return True
+
+    def _advance(self, running: _Running) -> None:
+        """Merge a pass of which all chunks are done, and go on with what follows from it."""
+        partials = [running.partials[number] for number in sorted(running.partials)]
+        running.partials, running.begun = {}, 0
+        following = running.current.merge(partials, running.io)
+        if isinstance(following, Decision):
+            key = f"{running.job.key}.{running.current.decides}"
+            self._register.note(key, _encoded(following.value), following.nbytes)
+            following = running.current.decided(following.value)
+        if isinstance(following, Pass):
+            self._enter(running, following)
+            return
+        if following is not None:
+            self.results[running.job.order] = following
+        self._running.remove(running)
+        self._in_use -= running.job.held
+        self._changed.notify_all()
+
+    def _enter(self, running: _Running, following: Pass) -> None:
+        """Go on with a pass, or with what follows from its decision where that is known."""
+        while following.decides:
+            noted = self._register.recall(f"{running.job.key}.{following.decides}")
+            known = None if noted is None else following.decided(_decoded(noted))
+            if known is None:
+                break
+            following = known
+        running.current = following
+        running.chunks = iter(following.chunks(running.io))
+
+    def _finish(self, taken: _Taken, partial: Any) -> None:  # noqa: ANN401
+        running, chunk = taken.running, taken.chunk
+        with self._changed:
+            self._in_use -= chunk.memory
+            self._open -= 1
+            running.open -= 1
+            if not chunk.key:
+                running.partials[taken.number] = partial
+            self._register.done(chunk, f"{running.job.key}.{chunk.key}", running.job.label, partial)
+            self._changed.notify_all()
+
+    def _fail(self, order: int, number: int, failure: BaseException) -> None:
+        self._stop()  # first, so that nobody waits for ever for somebody who has no memory left
+        with self._changed:
+            self._failures.append((order, number, failure))
+
+
+class Progressing:
+    """The register of a run that only reads: it knows nothing of earlier runs and reports progress."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+
+    def known(self, key: str) -> bool:  # noqa: ARG002
+        return False
+
+    def recall(self, key: str) -> None:
+        """Nothing: no earlier run left a note."""
+
+    def note(self, key: str, value: Any, nbytes: int) -> None:  # noqa: ANN401
+        """Nothing is kept."""
+
+    def done(self, chunk: Chunk, key: str, label: str, partial: Any) -> None:  # noqa: ANN401, ARG002
+        self._progress(chunk.nbytes, label)
+
+
+class Record:
+    """The register of a run that writes an output: what an earlier run finished is taken over."""
+
+    def __init__(self, output: StagedOutput, outcomes: Outcomes, progress: Progress) -> None:
+        self.output = output
+        self.progress = progress
+        self._outcomes = outcomes
+
+    def known(self, key: str) -> bool:
+        """Whether an earlier run did this; its outcomes are taken over, and their note is forgotten."""
+        outcomes = self.recall(key)
+        if not isinstance(outcomes, list) or not all(map(is_outcome, outcomes)):
+            return False
+        self._take_in(outcomes)
+        self.output.finished.forget(key)
+        return True
+
+    def done(self, chunk: Chunk, key: str, label: str, partial: Any) -> None:  # noqa: ANN401
+        """A chunk is done; one that writes is noted."""
+        self.progress(chunk.nbytes, label)
+        if chunk.key:
+            self._take_in(partial)
+            self.output.note(key, [chunk.nbytes, partial])
+
+    def recall(self, key: str) -> Any:  # noqa: ANN401
+        """What an earlier run noted under a key; None if nothing."""
+        noted = self.output.finished.get(key)
+        return noted[1] if _is_noted(noted) else None
+
+    def note(self, key: str, value: Any, nbytes: int) -> None:  # noqa: ANN401
+        """Keep something for a later run, for which so many bytes of the input were read."""
+        self.output.note(key, [nbytes, value])
+
+    def _take_in(self, outcomes: list[Any]) -> None:
+        for outcome in outcomes:
+            self._outcomes.add(outcome)
+
+
+@dataclass(frozen=True, slots=True)
+class Copying(Pass):
+    """What the input and an output file share, copied by the kernel a part at a time."""
+
+    copy: CopyRange
+
+    def chunks(self, io: TensorIO) -> Iterator[Chunk]:  # noqa: ARG002
+        for done in range(0, self.copy.length, _COPY_BYTES):
+            part = CopyRange(
+                self.copy.source,
+                self.copy.file,
+                self.copy.source_offset + done,
+                self.copy.offset + done,
+                min(_COPY_BYTES, self.copy.length - done),
+            )
+            yield Chunk(part, part.length, key=str(done), file=str(part.file))
+
+    def work(self, chunk: Chunk, io: TensorIO) -> list[Any]:
+        io.copy(chunk.about)
+        return []
+
+
+def read_through(jobs: Iterable[Job], io: TensorIO, crowd: Crowd, progress: Progress) -> dict[int, Any]:
+    """Do jobs that write nothing; gives the results of jobs by their order.
+
+    The first error in the order of the jobs is raised once what is running has ended; nothing new is begun
+    after it.
+    """
+    runner = Runner(jobs, io, Progressing(progress), crowd.memory)
+    runner.run(crowd.threads)
+    return runner.results
+
+
+def write_through(
+    jobs: Iterable[Job], io: TensorIO, record: Record, crowd: Crowd, given_up: threading.Event | None = None
+) -> None:
+    """Do jobs that write parts of an output, then copy all that the input and the output share.
+
+    Errors are raised as `read_through` does. `given_up` is set where a signal or the disk ends the run.
+    """
+    runner = Runner(_with_copies(jobs, record.output), io, record, crowd.memory, given_up)
+    with _flushing(record.output, runner.give_up):
+        runner.run(crowd.threads)
+
+
+def already_done(output: StagedOutput) -> int:
+    """Bytes of the input that the run did that this one continues."""
+    return sum(noted[0] for noted in output.finished.values() if _is_noted(noted))
+
+
+def copied_bytes(output: StagedOutput) -> int:
+    """Bytes that the output takes over as they are."""
+    return sum(copy.length for copy in output.layout.copies)
+
+
+def dealt(jobs: Sequence[One], shard_of: Callable[[One], Shard], workers: int) -> list[tuple[int, One]]:
+    """The jobs with their numbers, dealt so that workers are in different shards most of the time.
+
+    Writers of one file wait for each other in the kernel; with several shards they need not.
+    """
+    stacks: list[list[tuple[int, One]]] = [[] for _ in range(workers)]
+    of_shard: dict[Shard, list[tuple[int, One]]] = {}
+    for number, job in enumerate(jobs):
+        of_shard.setdefault(shard_of(job), []).append((number, job))
+    for shard in of_shard.values():
+        min(stacks, key=len).extend(shard)
+    return [one for dealt in zip_longest(*stacks) for one in dealt if one is not None]
+
+
+def _is_noted(noted: object) -> TypeGuard[list[Any]]:
+    """Whether it is what `Record` notes: the bytes that were read, and what came of them."""
+    return isinstance(noted, list) and len(noted) == 2 and type(noted[0]) is int and noted[0] >= 0
+
+
+def _encoded(value: Any) -> Any:  # noqa: ANN401
+    """A decision as JSON has it: arrays of 0 and 1 as base85 of their bits, the rest as it is."""
+    if not isinstance(value, np.ndarray):
+        return value
+    return {_FLAGS: base64.b85encode(np.packbits(value).tobytes()).decode(), "count": value.size}
+
+
+def _decoded(noted: Any) -> Any:  # noqa: ANN401
+    """The decision of which `_encoded` made this; None where nothing can be made of it."""
+    if not isinstance(noted, dict):
+        return noted
+    try:
+        packed = np.frombuffer(base64.b85decode(noted[_FLAGS]), dtype=np.uint8)
+        return np.unpackbits(packed, count=noted["count"]) if packed.size == -(-noted["count"] // 8) else None
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def _with_copies(jobs: Iterable[Job], output: StagedOutput) -> Iterator[Job]:
+    last = -1
+    for job in jobs:
+        last = max(last, job.order)
+        yield job
+    for number, copy in enumerate(output.layout.copies):
+        yield Job(last + 1 + number, f"copy{number}", copy.file.name, Copying(copy))
+
+
+@contextmanager
+def _flushing(output: StagedOutput, failed: Callable[[BaseException], None]) -> Iterator[None]:
+    """Keep the disk busy from the start: a thread that syncs what has been written, again and again.
+
+    `failed` is called at once where it fails; the failure is raised here if nobody else raised it meanwhile.
+    """
+    done = threading.Event()
+    failures: list[BaseException] = []
+
+    def flush() -> None:
+        try:
+            while not done.wait(_FLUSH_SECONDS):
+                output.flush()
+        except BaseException as failure:  # noqa: BLE001  (raised in the thread that waits)
+            failures.append(failure)
+            failed(failure)
+
+    thread = Worker(flush, "sparseprune-flush")
+    try:
+        thread.begin()  # without it the output is synced when all of it is written
+        yield
+    finally:
+        done.set()
+        thread.wait()
+    if failures:
+        raise failures[0]
