@@ -115,7 +115,7 @@ def test_passes_get_the_partial_results_of_the_one_before_in_the_order_of_its_ch
         seen.append(partials)
         return calls(then=seen.append)
 
-    assert work(job(calls(*(lambda n=n: slow(n) for n in range(4)), then=second))) == {}  # type: ignore[misc]
+    assert work(job(calls(*(lambda n=n: slow(n) for n in range(4)), then=second))) == {}
     assert seen == [[0, 1, 2, 3], [6], []]
 
 
@@ -166,7 +166,7 @@ def test_a_chunk_larger_than_all_memory_runs_alone() -> None:
 def test_known_chunks_are_passed_over_and_the_others_are_told() -> None:
     called: list[str] = []
     heard = Heard(before={"a.y"})
-    chunks = [Chunk(lambda key=key: called.append(key), key=key) for key in "xyz"]  # type: ignore[misc]
+    chunks = [Chunk(lambda key=key: called.append(key), key=key) for key in "xyz"]
     work(job(calls(*chunks)), heard=heard, workers=1)
     assert called == ["x", "z"]
     assert heard.done_keys == ["a.x", "a.z"]
@@ -217,7 +217,7 @@ def test_of_several_failures_the_first_in_the_order_of_the_jobs_is_raised_and_no
         later.set()
         raise MemoryError("second")
 
-    rest = [lambda n=n: begun.append(n) for n in range(100)]  # type: ignore[misc]
+    rest = [lambda n=n: begun.append(n) for n in range(100)]
     with pytest.raises(MemoryError, match="first"):
         work(job(calls(first)), job(calls(second)), job(calls(*rest)), workers=2)
     assert not begun
