@@ -38,9 +38,9 @@ BlockZeros = Annotated[
         propertyNames={"pattern": "^[0-9]+x[0-9]+$"},
     ),
 ]
-NonFinite = Annotated[Count, Doc("NaN and infinities")]
-ZeroRows = Annotated[Count, Doc("rows that are all zero")]
-ZeroColumns = Annotated[Count, Doc("columns that are all zero")]
+NonFinite = Annotated[Count | None, Doc("NaN and infinities")]
+ZeroRows = Annotated[Count | None, Doc("rows that are all zero")]
+ZeroColumns = Annotated[Count | None, Doc("columns that are all zero")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +79,7 @@ class InspectedTensor:
         Doc("of either sign; this and all counts below are null if elements are smaller than a byte"),
     ]
     sparsity: Annotated[Share | None, Doc("zeros / numel; 0 if it has no element")]
-    nonfinite: NonFinite | None
+    nonfinite: NonFinite
     patterns: Annotated[
         tuple[Pattern, ...],
         Doc("N:M: of M neighbours along the last dimension at most N are not zero; N:M@A: along dimension A"),
@@ -91,9 +91,9 @@ class InspectedTensor:
             "null below 2-D"
         ),
     ]
-    zero_rows: ZeroRows | None
+    zero_rows: ZeroRows
     columns: Annotated[Count | None, Doc("of the same matrices")]
-    zero_columns: ZeroColumns | None
+    zero_columns: ZeroColumns
     zero_slices: Annotated[
         Shape | None, Doc("for each dimension, at how many of its indices all elements are zero")
     ]
@@ -118,12 +118,12 @@ class InspectedGroup:
         Count | None, Doc("of either sign; this and all counts below are null if no tensor could be counted")
     ]
     sparsity: Annotated[Share | None, Doc("zeros as a share of the elements that could be counted")]
-    nonfinite: NonFinite | None
+    nonfinite: NonFinite
     patterns: Annotated[tuple[Pattern, ...], Doc("that all of its matrices satisfy")]
     rows: Annotated[Count | None, Doc("of its matrices; this and the three below are null if it has none")]
-    zero_rows: ZeroRows | None
+    zero_rows: ZeroRows
     columns: Annotated[Count | None, Doc("of its matrices")]
-    zero_columns: ZeroColumns | None
+    zero_columns: ZeroColumns
     zero_blocks: BlockZeros
     runtimes: Annotated[
         Mapping[str, RuntimeCount] | None,
@@ -144,7 +144,7 @@ class InspectTotals:
     numel: Annotated[Count, Doc("elements of all tensors")]
     pruned: Annotated[Count, Doc("elements that are zero, of either sign")]
     sparsity: Annotated[Share, Doc("pruned / numel; 0 if there is no element")]
-    nonfinite: NonFinite
+    nonfinite: Annotated[Count, Doc("NaN and infinities")]
     patterns: Annotated[
         Mapping[str, Count],
         Doc(
@@ -153,9 +153,9 @@ class InspectTotals:
         ),
     ]
     rows: Annotated[Count, Doc("of all matrices")]
-    zero_rows: ZeroRows
+    zero_rows: Annotated[Count, Doc("rows that are all zero")]
     columns: Annotated[Count, Doc("of all matrices")]
-    zero_columns: ZeroColumns
+    zero_columns: Annotated[Count, Doc("columns that are all zero")]
     zero_blocks: BlockZeros
     runtimes: Annotated[
         Mapping[str, RuntimeTotals] | None,
