@@ -33,16 +33,16 @@ _HOME = {
     "BlockCoupling": "block",
     "BlockSpec": "block",
     "Matrix": "reconstruction.matrices",
-    "Reconstructed": "reconstruction.alternating",
+    "Reconstructed": "reconstruction.solvers",
     "ScopeCoupling": "scope",
     "ScopeSpec": "scope",
     "SparseBlock": "block",
     "SparseScope": "scope",
     "View": "view",
-    "admm": "reconstruction.alternating",
-    "keep_rows": "reconstruction.alternating",
-    "projection": "reconstruction.projecting",
-    "refit": "reconstruction.refitting",
+    "admm": "reconstruction.solvers",
+    "keep_rows": "reconstruction.solvers",
+    "projection": "reconstruction.matrices",
+    "refit": "reconstruction.solvers",
 }
 
 

@@ -1,4 +1,4 @@
-"""Charts: curves, heatmaps, histograms and sparsity by layer."""
+"""Charts: curves, heatmaps, histograms, and grids of layers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.cm import ScalarMappable
     from matplotlib.figure import Figure
 
-    from sparseprune.report.pictures.canvas import Fact
+    from sparseprune.report.pictures.overview import Fact
 
     Entry = Mapping[str, Any]
     Value = Callable[[Sequence[Entry]], float | None]

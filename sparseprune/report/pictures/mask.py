@@ -18,7 +18,6 @@ from sparseprune.report.pictures.canvas import (
     Numbers,
     Page,
     Picture,
-    add_notes,
     axes_at,
     blank,
     fitted,
@@ -26,6 +25,7 @@ from sparseprune.report.pictures.canvas import (
     settings,
     write,
 )
+from sparseprune.report.pictures.overview import add_notes
 from sparseprune.report.tables import shortened
 from sparseprune.report.wording import shape_text
 

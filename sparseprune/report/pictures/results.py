@@ -8,20 +8,7 @@ from math import isfinite, sqrt
 from typing import TYPE_CHECKING, Any
 
 from sparseprune.errors import printable
-from sparseprune.report.pictures.canvas import (
-    Fact,
-    Numbers,
-    Page,
-    Picture,
-    add_notes,
-    blank,
-    depth,
-    fitted,
-    numbers_of,
-    overview,
-    settings,
-    write,
-)
+from sparseprune.report.pictures.canvas import Numbers, Page, Picture, blank, depth, fitted, settings, write
 from sparseprune.report.pictures.charts import (
     MOST,
     Scale,
@@ -33,6 +20,7 @@ from sparseprune.report.pictures.charts import (
     matrices,
     mean_of,
 )
+from sparseprune.report.pictures.overview import Fact, add_notes, numbers_of, overview
 from sparseprune.report.tables import shortened
 
 if TYPE_CHECKING:
