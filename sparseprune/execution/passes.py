@@ -70,10 +70,19 @@ class Pass(ABC):
     def work(self, chunk: Chunk, io: TensorIO) -> Any:  # noqa: ANN401  (each pass has its own)
         """Do one chunk and give its partial result. Reads and writes through `io` alone; any process may."""
 
+    def total(self) -> Any:  # noqa: ANN401
+        """What `add` adds the partial results to as they come, so that none is kept; None if all are kept."""
+        return None
+
+    def add(self, total: Any, partial: Any) -> Any:  # noqa: ANN401, ARG002
+        """The total with one more partial result; they come in any order, and only one at a time is added."""
+        return total
+
     def merge(self, partials: list[Any], io: TensorIO) -> Any:  # noqa: ANN401, ARG002
         """What follows from the partial results, in the order of the chunks; those with a key are left out.
 
-        A further Pass, a Decision, or the result of the job; None where chunks have written all there is.
+        Where there is a `total`, it is the only partial result. A further Pass, a Decision, or the result of
+        the job follows; None where chunks have written all there is.
         """
         return None
 

@@ -64,7 +64,10 @@ class Register(Protocol):
 
 @dataclass(slots=True, eq=False)
 class _Running:
-    """A job that has begun: its present pass, the chunks of that pass, their partial results by number."""
+    """A job that has begun: its present pass, the chunks of that pass, their partial results.
+
+    These are kept by number, or added to a total where the pass has one.
+    """
 
     job: Job
     io: TensorIO
@@ -74,6 +77,7 @@ class _Running:
     begun: int = 0
     open: int = 0
     partials: dict[int, Any] = field(default_factory=dict)
+    total: Any = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,7 +226,9 @@ class Runner:
     def _advance(self, running: _Running) -> None:
         """Merge a pass of which all chunks are done, and go on with what follows from it."""
         partials = [running.partials[number] for number in sorted(running.partials)]
-        running.partials, running.begun = {}, 0
+        if running.total is not None:
+            partials = [running.total]
+        running.partials, running.total, running.begun = {}, None, 0
         following = running.current.merge(partials, running.io)
         if isinstance(following, Decision):
             key = f"{running.job.key}.{running.current.decides}"
@@ -246,6 +252,7 @@ class Runner:
                 break
             following = known
         running.current = following
+        running.total = following.total()
         running.chunks = iter(following.chunks(running.io))
 
     def _finish(self, taken: _Taken, partial: Any) -> None:  # noqa: ANN401
@@ -254,8 +261,10 @@ class Runner:
             self._in_use -= chunk.memory
             self._open -= 1
             running.open -= 1
-            if not chunk.key:
+            if not chunk.key and running.total is None:
                 running.partials[taken.number] = partial
+            elif not chunk.key:
+                running.total = running.current.add(running.total, partial)
             self._register.done(chunk, f"{running.job.key}.{chunk.key}", running.job.label, partial)
             self._changed.notify_all()
 

@@ -119,6 +119,27 @@ def test_passes_get_the_partial_results_of_the_one_before_in_the_order_of_its_ch
     assert seen == [[0, 1, 2, 3], [6], []]
 
 
+@dataclass(frozen=True)
+class Sum(Calls):
+    """Adds up what its calls give, as they give it."""
+
+    def total(self) -> Any:
+        return 0
+
+    def add(self, total: Any, partial: Any) -> Any:
+        return total + partial
+
+
+def test_where_there_is_a_total_partial_results_are_added_to_it_and_it_alone_is_merged() -> None:
+    adding = Sum(tuple(Chunk(lambda n=n: n) for n in range(5)), lambda partials: partials)
+    assert work(job(adding), job(Sum((), lambda partials: partials))) == {0: [10], 1: [0]}
+
+
+def test_what_fails_while_it_is_added_ends_the_run() -> None:
+    with pytest.raises(TypeError, match="unsupported operand"):
+        work(job(Sum((Chunk(lambda: None),))))
+
+
 def test_what_the_last_pass_of_a_job_merges_to_is_its_result() -> None:
     jobs = (job(calls(lambda n=n: n, lambda: 10, then=sum)) for n in range(3))  # type: ignore[misc]
     assert work(*jobs) == {0: 10, 1: 11, 2: 12}
