@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from sparseprune.checkpoint import Checkpoint, OutputLayout
     from sparseprune.cli.removal_source import Choice
     from sparseprune.execution.earlier import Touched
-    from sparseprune.removal.cut import Cut
     from sparseprune.removal.shrink import Removal
     from sparseprune.report.removal import RemovalRun
 
@@ -58,10 +57,9 @@ def _cut(
     from sparseprune.removal.slices import read_slices, summed_up
 
     checkpoint = choice.checkpoint
-    slab = choice.limits.slab
     looked_at = sum(mask.stored.nbytes for mask in choice.masks)
     with TensorReader() as reader, progress("finding slices", looked_at, quiet=request.quiet) as advance:
-        kept = read_slices(choice.masks, reader, slab, request.jobs, advance)
+        kept = read_slices(choice.masks, reader, choice.limits, request.jobs, advance)
     shapes = {name: stored.shape for name, stored in checkpoint.tensors.items()}
     config = read_config(checkpoint)
     try:
@@ -114,7 +112,8 @@ def _worked(
     began: float,
 ) -> Document:
     """Move the survivors, and write the report and the spec beside them."""
-    from sparseprune.removal.cut import cut, cut_bytes
+    from sparseprune.removal.cut import Cuts
+    from sparseprune.removal.slices import kept_whole
     from sparseprune.report.removal import removal_document
 
     layout = output.layout
@@ -122,10 +121,12 @@ def _worked(
         tell(choice.left_out)
     limits = request.memory, request.jobs
     earlier = warn_of_earlier(choice.checkpoint, _touched(choice, removal), limits, request.warnings)
-    cuts = _cuts(choice, removal, layout)
-    total, already = cut_bytes(cuts, choice.limits, output)
+    tensors = {**choice.checkpoint.tensors, **choice.rebuilt}
+    kept = {name: removal.left[name].kept or kept_whole(tensors[name].shape) for name in layout.weights}
+    cuts = Cuts(kept, tensors, choice.limits)
+    total, already = cuts.work_bytes(output)
     with progress("removing", total, quiet=request.quiet, already=already) as advance:
-        cut(cuts, choice.limits, request.jobs, reader, output, advance)
+        cuts.write(reader, output, request.jobs, advance)
     warn_of_broken(earlier, output, request.warnings)
     document = removal_document(
         _circumstances(request, choice, layout, began), choice.checkpoint, choice.bound, removal
@@ -134,22 +135,6 @@ def _worked(
     if layout.spec_file is not None and choice.spec is not None:
         output.add_file(layout.spec_file, choice.spec)
     return document
-
-
-def _cuts(choice: Choice, removal: Removal, layout: OutputLayout) -> list[Cut]:
-    """The tensors that are not copied as they are, and where their survivors are read."""
-    from sparseprune.removal.cut import Cut
-    from sparseprune.removal.slices import kept_whole
-
-    stored = choice.checkpoint.tensors
-    return [
-        Cut(
-            name,
-            choice.rebuilt.get(name, stored[name]),
-            removal.left[name].kept or kept_whole(stored[name].shape),
-        )
-        for name in layout.weights
-    ]
 
 
 def _touched(choice: Choice, removal: Removal) -> dict[str, Touched]:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from sparseprune.engine.grids import Shape
     from sparseprune.removal.architectures import Family, Part
     from sparseprune.removal.dim_constraints import Dense
-    from sparseprune.removal.slices import Kept
+    from sparseprune.removal.slices import KeptIndices
     from sparseprune.spec import Captures
 
 
@@ -487,7 +487,7 @@ class Configured:
 
     config: Mapping[str, Any]
     changes: tuple[Change, ...]
-    followers: Mapping[str, Kept]
+    followers: Mapping[str, KeptIndices]
     remarks: tuple[str, ...]
 
 

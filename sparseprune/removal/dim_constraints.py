@@ -17,7 +17,7 @@ import numpy as np
 
 from sparseprune.engine.grids import prod
 from sparseprune.errors import CheckpointError
-from sparseprune.removal.slices import Kept, kept_slices, kept_whole
+from sparseprune.removal.slices import KeptIndices, kept_slices, kept_whole
 from sparseprune.spec.problems import shown
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from sparseprune.engine.grids import Shape
     from sparseprune.removal.architectures import Part, Routing, Use
     from sparseprune.removal.config import Section
-    from sparseprune.removal.slices import Kept
+    from sparseprune.removal.slices import KeptIndices
     from sparseprune.spec import Captures
 
     Units = Mapping[Captures, NDArray[np.bool_]]
@@ -215,7 +215,7 @@ class Dense:
     """
 
     shapes: Mapping[str, Shape]
-    kept: Mapping[str, Kept]
+    kept: Mapping[str, KeptIndices]
     vanished: Vanished
     gone: frozenset[str] = frozenset()
     exact: bool = True
@@ -450,7 +450,7 @@ class Agreement:
     """What all cuts come to: new values of keys, what tensors keep that follow others, what is in the way."""
 
     values: Mapping[str, int]
-    followers: Mapping[str, Kept]
+    followers: Mapping[str, KeptIndices]
     problems: tuple[str, ...]
 
 
@@ -527,7 +527,7 @@ def _all_units(claims: Claims) -> dict[str, dict[Site, Flags]]:
     }
 
 
-def _with(dense: Dense, name: str, along: Mapping[int, Flags]) -> Kept:
+def _with(dense: Dense, name: str, along: Mapping[int, Flags]) -> KeptIndices:
     before = dense.kept.get(name) or kept_whole(dense.shapes[name])
     return kept_slices([along.get(dim, flags) for dim, flags in enumerate(before.along)])
 

@@ -13,7 +13,7 @@ from sparseprune.errors import CheckpointError
 from sparseprune.execution.arranging import by_leaf
 from sparseprune.removal.config import Change, check_shapes, configure
 from sparseprune.removal.dim_constraints import Dense, find_vanished, numbered, refuse
-from sparseprune.removal.slices import Kept, kept_slices
+from sparseprune.removal.slices import KeptIndices, kept_slices
 from sparseprune.spec import BoundScope
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class Left:
 
     name: str
     shape: Shape
-    kept: Kept | None
+    kept: KeptIndices | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ class Removal:
 
 def make_removal(
     shapes: Mapping[str, Shape],
-    kept: Mapping[str, Kept],
+    kept: Mapping[str, KeptIndices],
     config: Mapping[str, Any] | None,
     *,
     exact: bool = True,
@@ -96,7 +96,7 @@ def make_removal(
     return Removal(left, configured.config, configured.changes, configured.remarks)
 
 
-def _torn(dropped: Mapping[str, Kept]) -> Iterator[str]:
+def _torn(dropped: Mapping[str, KeptIndices]) -> Iterator[str]:
     for name, each in dropped.items():
         if not each.is_sliced:
             yield (
@@ -140,8 +140,8 @@ def imagine(
 ) -> Imagined:
     """What would be left; `look` has every leaf of the instances as slices; `beside` as in `make_removal`."""
     shapes = {name: stored.shape for name, stored in tensors.items()}
-    kept: dict[str, Kept] = {}
-    known: dict[tuple[Shape, Sliced, bytes], Kept] = {}  # thousands of tensors lose the same
+    kept: dict[str, KeptIndices] = {}
+    known: dict[tuple[Shape, Sliced, bytes], KeptIndices] = {}  # thousands of tensors lose the same
     for instance in instances:
         for leaf, blocks in _first_ones(instance):
             found, name = look(leaf), leaf.tensor
@@ -160,17 +160,17 @@ def imagine(
         return Imagined(became, None, error.args)
 
 
-def _left(shape: Shape, found: Sliced, blocks: Flags) -> Kept:
+def _left(shape: Shape, found: Sliced, blocks: Flags) -> KeptIndices:
     """What is left of a tensor where these blocks survive; one without dimensions is kept or not."""
     if not shape:
-        return Kept((), int(blocks.all()))
+        return KeptIndices((), int(blocks.all()))
     along = [np.ones(size, dtype=np.bool_) for size in shape]
     if along[found.dim].size:
         along[found.dim] = found.kept(blocks)
     return kept_slices(along)
 
 
-def _both(one: Kept, other: Kept) -> Kept:
+def _both(one: KeptIndices, other: KeptIndices) -> KeptIndices:
     """What two rules leave of a tensor, each of which drops something."""
     return kept_slices([first & second for first, second in zip(one.along, other.along, strict=True)])
 

@@ -1,20 +1,22 @@
-"""Slices: which indices of each dimension the masks of tensors keep, counted as the masks pass by.
+"""Kept indices: which slices of a tensor survive along each dimension; read from masks by a pass.
 
-Owns the test whether a mask is made of whole slices. Knows neither specs nor why something is dropped.
-Called by the command line for masks of a run or of files.
+Owns the test whether a mask consists of whole slices. Knows neither specs nor why something is dropped.
+Called by the command line for masks, and by the rest of removal.
 """
 
 from __future__ import annotations
 
-import threading
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from sparseprune.checkpoint import read_kept
-from sparseprune.checkpoint.threads import work_through
 from sparseprune.engine.grids import Shape, prod
+from sparseprune.execution.limits import Crowd
+from sparseprune.execution.passes import Chunk, Pass
+from sparseprune.execution.runner import Job, read_through
+from sparseprune.execution.tensor_io import TensorIO
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,17 +24,20 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from sparseprune.checkpoint import StoredMask, TensorReader
+    from sparseprune.execution.limits import Limits
 
     Flags = NDArray[np.bool_]
-    Piece = tuple["_Marks", int, int]
+    Seen = tuple[Flags, NDArray[np.uint8], int]  # rows, columns as packed bits, elements
+
+_CHUNKS = 16  # of a mask at most: each brings flags of all columns
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Kept:
+class KeptIndices:
     """What survives of a tensor: for each dimension a flag for every index, and the number of elements.
 
-    An index is kept where any element of its slice is. `shape` is that of what is left when the other slices
-    are cut out, `cut` has the dimensions in which something is dropped.
+    An index is kept where any element of its slice is. `shape` is the shape after the other slices are cut
+    out; `cut` lists the dimensions in which something is dropped.
     """
 
     along: tuple[Flags, ...]
@@ -42,15 +47,13 @@ class Kept:
 
     def __post_init__(self) -> None:
         shape = tuple(int(np.count_nonzero(flags)) for flags in self.along)
-        sizes = zip(shape, self.along, strict=True)
+        cut = tuple(dim for dim, flags in enumerate(self.along) if shape[dim] < flags.size)
         object.__setattr__(self, "shape", shape)
-        object.__setattr__(
-            self, "cut", tuple(dim for dim, (left, flags) in enumerate(sizes) if left < flags.size)
-        )
+        object.__setattr__(self, "cut", cut)
 
     @property
     def is_sliced(self) -> bool:
-        """Whether what is dropped are whole slices, so that nothing but them is lost by cutting them out."""
+        """Whether whole slices are dropped and nothing else, so that cutting them out loses no survivor."""
         return self.is_empty or self.elements == prod(self.shape)
 
     @property
@@ -64,107 +67,107 @@ class Kept:
         return self.elements == 0
 
 
-def kept_whole(shape: Shape) -> Kept:
+def kept_whole(shape: Shape) -> KeptIndices:
     """What survives where nothing is dropped."""
-    return Kept(tuple(np.ones(size, dtype=np.bool_) for size in shape), prod(shape))
+    return kept_slices([np.ones(size, dtype=np.bool_) for size in shape])
 
 
-def kept_slices(along: Sequence[Flags]) -> Kept:
-    """What survives where these indices are, and all of their elements."""
-    return Kept(tuple(along), prod([int(np.count_nonzero(flags)) for flags in along]))
+def kept_slices(along: Sequence[Flags]) -> KeptIndices:
+    """What survives where every element is kept whose index is kept along each dimension."""
+    return KeptIndices(tuple(along), prod([int(np.count_nonzero(flags)) for flags in along]))
 
 
-def read_slices(
-    masks: Sequence[StoredMask],
-    reader: TensorReader,
-    slab: int,
-    workers: int,
-    progress: Callable[[int, str], None],
-) -> dict[str, Kept]:
-    """What masks keep, by the name of their weights; each is read once, about `slab` elements at a time.
-
-    Tensors without elements are left out. `progress` is told bytes of masks that were looked at, and of what.
-    """
-    marks = {mask.name: _Marks(mask) for mask in masks if mask.numel}
-
-    def pieces() -> Iterator[Piece]:
-        for each in marks.values():
-            for first, count in each.runs(slab):
-                yield each, first, count
-
-    def worker() -> Callable[[Piece], None]:
-        def look(piece: Piece) -> None:
-            each, first, count = piece
-            each.add(first, read_kept(reader, each.mask, first, count))
-            progress(each.bytes_to(first + count) - each.bytes_to(first), each.mask.name)
-
-        return look
-
-    work_through(pieces(), worker, workers)
-    return {name: each.result() for name, each in marks.items()}
-
-
-class _Marks:
-    """One mask on its way: flags of its rows and of its columns; runs may be added from any thread.
-
-    A row is what lies along the last dimension.
-    """
-
-    def __init__(self, mask: StoredMask) -> None:
-        self.mask = mask
-        self._shape = mask.shape or (1,)
-        self._width = self._shape[-1]
-        self._rows = np.zeros(mask.numel // self._width, dtype=np.bool_)
-        self._columns = np.zeros(self._width, dtype=np.bool_)
-        self._elements = 0
-        self._adding = threading.Lock()
-
-    def runs(self, slab: int) -> Iterator[tuple[int, int]]:
-        """Whole rows, about a slab of them, or parts of one where that has more."""
-        if self._width > slab:
-            for row in range(self._rows.size):
-                for begin in range(0, self._width, slab):
-                    yield row * self._width + begin, min(slab, self._width - begin)
-            return
-        step = slab // self._width * self._width
-        for first in range(0, self.mask.numel, step):
-            yield first, min(step, self.mask.numel - first)
-
-    def bytes_to(self, element: int) -> int:
-        """The share of the stored bytes that lies before an element."""
-        return element * self.mask.stored.nbytes // self.mask.numel
-
-    def add(self, first: int, keep: NDArray[np.uint8]) -> None:
-        """The elements from `first` on, one byte 0 or 1 for each."""
-        flags = keep.view(np.bool_)
-        row, column = divmod(first, self._width)
-        if column or flags.size < self._width:
-            if flags.any():
-                self._rows[row] = True
-            columns = flags
-        else:
-            grid = flags.reshape(-1, self._width)
-            self._rows[row : row + len(grid)] = np.logical_or.reduce(grid, axis=1)
-            columns = np.logical_or.reduce(grid, axis=0)
-        with self._adding:
-            self._columns[column : column + columns.size] |= columns
-            self._elements += int(np.count_nonzero(flags))
-
-    def result(self) -> Kept:
-        leading = self._shape[:-1]
-        rows = self._rows.reshape(leading)
-        others = (
-            np.logical_or.reduce(rows, axis=tuple(other for other in range(len(leading)) if other != dim))
-            for dim in range(len(leading))
-        )
-        along = (*others, self._columns) if self.mask.shape else ()
-        return Kept(along, self._elements)
-
-
-def summed_up(kept: Mapping[str, Kept]) -> str:
-    """A text that tells what survives apart from whatever else might."""
+def summed_up(kept: Mapping[str, KeptIndices]) -> str:
+    """A text that differs whenever the kept indices differ."""
     parts = (
         f"{name}:{each.elements}:{','.join(np.packbits(flags).tobytes().hex() for flags in each.along)}"
         for name, each in kept.items()
     )
     return "\n".join(parts)
+
+
+def read_slices(
+    masks: Sequence[StoredMask],
+    reader: TensorReader,
+    limits: Limits,
+    workers: int,
+    progress: Callable[[int, str], None],
+) -> dict[str, KeptIndices]:
+    """What masks keep, by the name of their weights; tensors without elements are left out.
+
+    Each mask is read once, about `limits.slab` elements at a time. `progress` gets the bytes of masks that
+    were read, and the name of the mask.
+    """
+    masks = [mask for mask in masks if mask.numel]
+    jobs = (
+        Job(number, str(number), mask.name, ReadSlices(mask, limits.slab))
+        for number, mask in enumerate(masks)
+    )
+    found = read_through(jobs, TensorIO(reader), Crowd(workers, limits.memory), progress)
+    return {mask.name: found[place] for place, mask in enumerate(masks)}
+
+
+@dataclass(frozen=True, slots=True)
+class ReadSlices(Pass):
+    """Finds the rows and columns that a mask keeps; a row is what lies along the last dimension."""
+
+    mask: StoredMask
+    slab: int
+
+    def chunks(self, io: TensorIO) -> Iterator[Chunk]:  # noqa: ARG002
+        """Whole rows, about a slab of them or more."""
+        width, rows = self._width, self.mask.numel // self._width
+        step = max(1, self.slab // width, -(-rows // _CHUNKS))
+        for first in range(0, rows, step):
+            count = min(step, rows - first)
+            nbytes = self._bytes_to((first + count) * width) - self._bytes_to(first * width)
+            yield Chunk((first, count), nbytes, memory=4 * min(self.slab, count * width) + 2 * width)
+
+    def work(self, chunk: Chunk, io: TensorIO) -> Seen:
+        """The kept rows of the chunk, the columns that it keeps, and the number of kept elements."""
+        first, count = chunk.about
+        rows = np.zeros(count, dtype=np.bool_)
+        columns = np.zeros(self._width, dtype=np.bool_)
+        elements = 0
+        for begin, size in self._reads(first, count):
+            kept = read_kept(io.reader, self.mask, begin, size).view(np.bool_)
+            row, column = divmod(begin, self._width)
+            grid = kept.reshape(-1, min(size, self._width))
+            rows[row - first : row - first + len(grid)] |= grid.any(axis=1)
+            columns[column : column + grid.shape[1]] |= grid.any(axis=0)
+            elements += int(np.count_nonzero(kept))
+        return rows, np.packbits(columns), elements
+
+    def merge(self, partials: list[Seen], io: TensorIO) -> KeptIndices:  # noqa: ARG002
+        elements = sum(elements for _, _, elements in partials)
+        if not self.mask.shape:
+            return KeptIndices((), elements)
+        leading = self.mask.shape[:-1]
+        rows = np.concatenate([rows for rows, _, _ in partials]).reshape(leading)
+        packed = np.bitwise_or.reduce([columns for _, columns, _ in partials])
+        columns = np.unpackbits(packed, count=self._width).view(np.bool_)
+        dims = range(len(leading))
+        others = (
+            np.logical_or.reduce(rows, axis=tuple(other for other in dims if other != dim)) for dim in dims
+        )
+        return KeptIndices((*others, columns), elements)
+
+    @property
+    def _width(self) -> int:
+        return (self.mask.shape or (1,))[-1]
+
+    def _reads(self, first: int, count: int) -> Iterator[tuple[int, int]]:
+        """The first element and the size of each read: whole rows, or a part of one that exceeds a slab."""
+        width = self._width
+        if width <= self.slab:
+            step = self.slab // width * width
+            for begin in range(first * width, (first + count) * width, step):
+                yield begin, min(step, (first + count) * width - begin)
+            return
+        for row in range(first, first + count):
+            for begin in range(0, width, self.slab):
+                yield row * width + begin, min(self.slab, width - begin)
+
+    def _bytes_to(self, element: int) -> int:
+        """The share of the stored bytes that lies before an element."""
+        return element * self.mask.stored.nbytes // self.mask.numel

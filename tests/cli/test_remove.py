@@ -408,7 +408,7 @@ def test_masks_are_looked_at_in_memory_that_does_not_grow_with_their_rows(
         with TensorReader() as reader:
             tracemalloc.start()
             try:
-                kept = read_slices(masks, reader, 20_000, 1, lambda *_: None)
+                kept = read_slices(masks, reader, limits.Limits(1 << 30, 20_000), 1, lambda *_: None)
                 _, peak = tracemalloc.get_traced_memory()
             finally:
                 tracemalloc.stop()

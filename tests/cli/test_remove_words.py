@@ -435,7 +435,7 @@ FULL = "sparseprune: out of memory; give a smaller --memory, or fewer --jobs"
     [
         "sparseprune.execution.tensor_io.TensorIO.load_run",
         "sparseprune.removal.slices.read_kept",
-        "sparseprune.removal.cut._Slab.left",
+        "sparseprune.removal.cut.CutTensor.work",
         "sparseprune.removal.shrink.configure",
         "sparseprune.checkpoint.StagedOutput.write_weight",
         "sparseprune.checkpoint.StagedOutput.copy",

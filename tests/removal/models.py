@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sparseprune.removal.slices import Kept, kept_slices
+from sparseprune.removal.slices import KeptIndices, kept_slices
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
@@ -294,7 +294,7 @@ def pictures() -> Shapes:
     return {**decoder(PICTURES["text_config"], "language_model.model."), **tower}
 
 
-def cut(shapes: Shapes, cuts: Iterable[Cut]) -> dict[str, Kept]:
+def cut(shapes: Shapes, cuts: Iterable[Cut]) -> dict[str, KeptIndices]:
     """What masks keep that drop these indices of a dimension, by patterns of names; all where it is None."""
     flags: dict[str, list[Any]] = {}
     gone: set[str] = set()
@@ -310,14 +310,16 @@ def cut(shapes: Shapes, cuts: Iterable[Cut]) -> dict[str, Kept]:
             else:
                 along[dim][list(dropped)] = False
     return {
-        name: kept_slices(along) if along else Kept((), int(name not in gone))
+        name: kept_slices(along) if along else KeptIndices((), int(name not in gone))
         for name, along in flags.items()
     }
 
 
-def some_elements(shape: Shape, elements: int) -> Kept:
+def some_elements(shape: Shape, elements: int) -> KeptIndices:
     """A mask that keeps something at every index, but no more than so many elements."""
-    return Kept(tuple(np.ones(size, dtype=np.bool_) for size in shape), min(elements, math.prod(shape)))
+    return KeptIndices(
+        tuple(np.ones(size, dtype=np.bool_) for size in shape), min(elements, math.prod(shape))
+    )
 
 
 def channels(dropped: Collection[int], at: str = "*.mlp") -> list[Cut]:

@@ -40,7 +40,7 @@ from tests.removal.models import (
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from sparseprune.removal.slices import Kept
+    from sparseprune.removal.slices import KeptIndices
     from tests.removal.models import Config, Cut, Shapes
 
 L0, L1, L2 = (f"model.layers.{layer}" for layer in range(3))
@@ -1038,7 +1038,7 @@ def test_a_list_of_layers_may_lose_some_beside_others_that_the_config_cannot_cou
         assert removal.left[name].name == name
 
 
-def check_untouched(kept: Mapping[str, Kept], before: Mapping[str, Kept]) -> None:
+def check_untouched(kept: Mapping[str, KeptIndices], before: Mapping[str, KeptIndices]) -> None:
     assert list(kept) == list(before)
     for name, each in kept.items():
         assert all(map(np.array_equal, each.along, before[name].along))

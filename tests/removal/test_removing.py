@@ -12,7 +12,7 @@ import pytest
 from sparseprune.errors import CheckpointError
 from sparseprune.removal.config import check_shapes, section_of
 from sparseprune.removal.shrink import Removal, make_removal
-from sparseprune.removal.slices import Kept, kept_whole
+from sparseprune.removal.slices import KeptIndices, kept_whole
 from tests.removal.models import (
     BERT,
     DEEPSEEK,
@@ -336,7 +336,7 @@ def changed(config: Config, changes: Mapping[str, tuple[object, object]]) -> Con
     return written
 
 
-def check_left(removal: Removal, shapes: Shapes, kept: Mapping[str, Kept]) -> None:
+def check_left(removal: Removal, shapes: Shapes, kept: Mapping[str, KeptIndices]) -> None:
     """Names, shapes and flags are those that plain loops find."""
     gone, _ = vanished_members(shapes, {name for name, each in kept.items() if not each.elements})
     stays = [name for name in shapes if name not in kept or kept[name].elements]

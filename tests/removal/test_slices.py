@@ -18,7 +18,8 @@ from safetensors.numpy import save_file
 
 from sparseprune.checkpoint import MaskFormat, TensorReader, open_masks
 from sparseprune.checkpoint.layout import FORMAT_KEY, SHAPES_KEY
-from sparseprune.removal.slices import Kept, kept_slices, kept_whole, read_slices, summed_up
+from sparseprune.execution.limits import Limits
+from sparseprune.removal.slices import KeptIndices, kept_slices, kept_whole, read_slices, summed_up
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -63,17 +64,19 @@ def write_masks(path: Path, masks: Masks, mask_format: MaskFormat) -> Path:
     return path
 
 
-def read(path: Path, slab: int, workers: int) -> tuple[dict[str, Kept], int]:
+def read(path: Path, slab: int, workers: int) -> tuple[dict[str, KeptIndices], int]:
     """What the masks of a file keep, and the bytes that progress was told of."""
     told: Counter[str] = Counter()
     with TensorReader() as reader:
         masks = list(open_masks(path).masks.values())
-        kept = read_slices(masks, reader, slab, workers, lambda nbytes, name: told.update({name: nbytes}))
+        kept = read_slices(
+            masks, reader, Limits(1 << 30, slab), workers, lambda nbytes, name: told.update({name: nbytes})
+        )
         assert told == {mask.name: mask.stored.nbytes for mask in masks if mask.numel}
     return kept, sum(told.values())
 
 
-def check_kept(kept: Kept, mask: torch.Tensor) -> None:
+def check_kept(kept: KeptIndices, mask: torch.Tensor) -> None:
     indices = indices_kept(mask)
     assert [flags.tolist() for flags in kept.along] == indices
     assert all(flags.dtype == np.bool_ for flags in kept.along)
@@ -168,18 +171,18 @@ def flags_of(text: str) -> NDArray[np.bool_]:
 
 
 def test_a_number_without_dimensions_is_kept_or_not() -> None:
-    kept, dropped = Kept((), 1), Kept((), 0)
+    kept, dropped = KeptIndices((), 1), KeptIndices((), 0)
     assert (kept.shape, kept.is_whole, kept.is_empty, kept.is_sliced) == ((), True, False, True)
     assert (dropped.shape, dropped.is_whole, dropped.is_empty, dropped.is_sliced) == ((), False, True, True)
 
 
 def test_a_text_tells_apart_what_survives() -> None:
     """Of each other these differ in one flag, one element, one name, or in their order."""
-    different: list[Mapping[str, Kept]] = [
+    different: list[Mapping[str, KeptIndices]] = [
         {"a": kept_slices([flags_of("1011"), flags_of("11")])},
         {"a": kept_slices([flags_of("1101"), flags_of("11")])},
         {"a": kept_slices([flags_of("1011"), flags_of("10")])},
-        {"a": Kept((flags_of("1011"), flags_of("11")), 5)},
+        {"a": KeptIndices((flags_of("1011"), flags_of("11")), 5)},
         {"b": kept_slices([flags_of("1011"), flags_of("11")])},
         {"a": kept_whole((1,)), "b": kept_whole((1,))},
         {"b": kept_whole((1,)), "a": kept_whole((1,))},
