@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import signal
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import coverage
 import pytest
@@ -47,3 +47,17 @@ def untraced() -> Iterator[None]:
     yield
     if measuring is not None:
         measuring.start()
+
+
+@pytest.fixture(scope="module")
+def quiet_transformers() -> Iterator[None]:
+    """Errors still show: what transformers warns of in tests is that a small config has its own token ids."""
+    from transformers import utils
+
+    logging: Any = utils.logging
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    yield
+    logging.enable_progress_bar()
+    logging.set_verbosity(level)

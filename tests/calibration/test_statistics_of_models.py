@@ -14,8 +14,9 @@ from tests.calibration.models import BEGIN, END, albert, deberta, save, save_fam
 from tests.samples import run
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
+
+pytestmark = pytest.mark.usefixtures("quiet_transformers")
 
 LENGTH, SEQUENCES = 14, 6
 FAMILIES = [
@@ -39,18 +40,6 @@ FAMILIES = [
     "bert",
     "bert_for_masked_lm",
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quiet_transformers() -> Iterator[None]:
-    from transformers import utils
-
-    logging: Any = utils.logging
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    yield
-    logging.set_verbosity(level)
 
 
 def calibrate(folder: Path, out: Path, *words: object) -> Any:

@@ -10,13 +10,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sparseprune import ShapeMismatchError, SparsityError, keep_masked, load_masks, parameter_masks
-from tests.families.conftest import quiet_transformers as quiet_transformers  # noqa: PLC0414  (a fixture)
 from tests.families.models import DECODER, build
 from tests.samples import run
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+
+pytestmark = pytest.mark.usefixtures("quiet_transformers")
 
 
 def bits_where_pruned(parameter: Tensor, mask: Tensor) -> int:

@@ -5,7 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -21,7 +21,6 @@ from tests.checkpoint.files import (
     finish,
     layout_of,
     names_in,
-    open_files,
     single,
     stage,
 )
@@ -37,13 +36,6 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Syncs that take no time: what a killed process has written stays without them."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     monkeypatch.setattr(os, "fdatasync", lambda descriptor: None)
-
-
-@pytest.fixture(autouse=True)
-def _nothing_is_left_open() -> Iterator[None]:
-    before = open_files()
-    yield
-    assert open_files() == before
 
 
 def visible(home: Path) -> dict[str, bytes]:

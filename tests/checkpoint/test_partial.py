@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,18 +22,10 @@ from tests.checkpoint.files import (
     fill,
     layout_of,
     names_in,
-    open_files,
     sharded,
     single,
     stage,
 )
-
-
-@pytest.fixture(autouse=True)
-def _nothing_is_left_open() -> Iterator[None]:
-    before = open_files()
-    yield
-    assert open_files() == before
 
 
 def test_what_a_killed_run_left_is_removed(tmp_path: Path) -> None:

@@ -30,13 +30,6 @@ from tests.checkpoint.files import (
 Make = Callable[[Path], Path]
 
 
-@pytest.fixture(autouse=True)
-def _nothing_is_left_open() -> Iterator[None]:
-    before = open_files()
-    yield
-    assert open_files() == before
-
-
 def interrupt(
     output: StagedOutput, after: int = 3, error: BaseException | type[BaseException] = KeyboardInterrupt
 ) -> StagedOutput:

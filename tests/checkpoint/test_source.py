@@ -15,6 +15,7 @@ import pytest
 from sparseprune.checkpoint import TensorReader, lay_out, open_checkpoint, open_masks, read_config
 from sparseprune.checkpoint.discovery import read_weight_map
 from sparseprune.errors import CheckpointError, MachineError
+from tests.checkpoint.files import open_files
 
 Files = Mapping[str, bytes]
 
@@ -27,10 +28,6 @@ def weights(*names: str, numel: int = 3) -> bytes:
 
 def index(weight_map: object) -> bytes:
     return json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}).encode()
-
-
-def open_files() -> int:
-    return sum(1 for _ in Path("/proc/self/fd").iterdir())
 
 
 def folder(at: Path, files: Files) -> Path:

@@ -1,7 +1,7 @@
 """Outputs: exact bytes, nothing under the name until it is complete, nothing left behind."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
@@ -29,19 +29,11 @@ from tests.checkpoint.files import (
     fill,
     layout_of,
     names_in,
-    open_files,
     sharded,
     single,
     stage,
     write,
 )
-
-
-@pytest.fixture(autouse=True)
-def _nothing_is_left_open() -> Iterator[None]:
-    before = open_files()
-    yield
-    assert open_files() == before
 
 
 @pytest.mark.parametrize("masked", ["", "a", "bs", "abs"])

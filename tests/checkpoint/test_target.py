@@ -1,7 +1,6 @@
 """Where an output may be written: what exists, what is the input, what has no room."""
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,18 +17,10 @@ from tests.checkpoint.files import (
     fill,
     layout_of,
     names_in,
-    open_files,
     single,
     stage,
     write,
 )
-
-
-@pytest.fixture(autouse=True)
-def _nothing_is_left_open() -> Iterator[None]:
-    before = open_files()
-    yield
-    assert open_files() == before
 
 
 def test_refuses_an_output_that_exists_and_replaces_it_with_force(tmp_path: Path) -> None:

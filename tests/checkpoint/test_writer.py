@@ -1,7 +1,6 @@
 """Writing at places of many files: right bytes, few open files, none left."""
 
 import os
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,13 +10,6 @@ import pytest
 from sparseprune.checkpoint import file_io
 from sparseprune.checkpoint.output import FileWriter
 from tests.checkpoint.files import open_files
-
-
-@pytest.fixture(autouse=True)
-def _nothing_is_left_open() -> Iterator[None]:
-    before = open_files()
-    yield
-    assert open_files() == before
 
 
 def files(at: Path, count: int, size: int = 8) -> list[str]:

@@ -22,22 +22,11 @@ from tests.families.models import HIDDEN
 from tests.samples import Said, run, schema
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
+pytestmark = pytest.mark.usefixtures("quiet_transformers")
+
 SIZES = ("--length", 16, "--sequences", 5)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quiet_transformers() -> Iterator[None]:
-    from transformers import utils
-
-    logging: Any = utils.logging
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    yield
-    logging.set_verbosity(level)
 
 
 @pytest.fixture(scope="module")

@@ -63,12 +63,6 @@ SCORES = Case("apply m.safetensors spec.toml", SCORED, "runs")
 MATRICES = Case("apply in spec.toml --jobs 3", REBUILT, "runs")
 
 
-@pytest.fixture(scope="module")
-def commands() -> Iterator[Commands]:
-    with Commands() as server:
-        yield server
-
-
 def check_told(said: Ended, code: int, line: str, kept: bool | None = None) -> None:
     """One line, all of it matched by `line`, and at most one more that says how to go on."""
     assert (said.code, said.out) == (code, "")

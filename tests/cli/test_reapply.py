@@ -21,7 +21,6 @@ from tests.limits import narrow
 from tests.samples import CHANNELS, TWO_OF_FOUR, mlp_tensors, run, schema, write_shards, write_spec
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
 UP, DOWN = "a.safetensors", "b.safetensors"
@@ -298,12 +297,6 @@ WORDS = {
     "no masks": "reapply tuned packed -o out --no-masks",
     "a file": "reapply m.safetensors packed -o out.safetensors --mask-format packed",
 }
-
-
-@pytest.fixture(scope="module")
-def commands() -> Iterator[Commands]:
-    with Commands() as server:
-        yield server
 
 
 @pytest.fixture(scope="module")

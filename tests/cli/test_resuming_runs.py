@@ -25,7 +25,7 @@ from tests.cli.interrupted import NAMES, Command, Commands, Ended, Moment, chang
 from tests.samples import CHANNELS, TWO_OF_FOUR, mlp_tensors, write_shards
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Mapping
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="there is no /proc")
@@ -122,12 +122,6 @@ def make_input(home: Path) -> None:
     moments = {name: tensor.T @ tensor for name, tensor in tensors.items() if tensor.ndim == 2}
     save_file(moments, home / "stats.safetensors")
     (home / "config.json").write_text("{}")
-
-
-@pytest.fixture(scope="module")
-def commands() -> Iterator[Commands]:
-    with Commands() as server:
-        yield server
 
 
 def content(home: Path) -> dict[str, bytes]:

@@ -15,7 +15,6 @@ from tests.limits import narrow
 from tests.samples import TWO_OF_FOUR, mlp_tensors, run, schema, write_spec
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
 MATRICES = [name for name in mlp_tensors() if name.endswith("weight")]
@@ -157,12 +156,6 @@ def test_odd_names_are_told_on_one_line(tmp_path: Path) -> None:
         == "sparseprune: [red]a\\nb: 2 of 2 elements that the mask drops are not zero, first [0]\n"
     )
     assert run(*words).out.splitlines()[1].split()[0] == "[red]a\\nb"
-
-
-@pytest.fixture(scope="module")
-def commands() -> Iterator[Commands]:
-    with Commands() as server:
-        yield server
 
 
 @pytest.mark.parametrize("path", ["m.pruned.safetensors", "m.pruned.masks.safetensors"])

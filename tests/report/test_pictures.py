@@ -37,19 +37,15 @@ from tests.report.pictured import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
 
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+pytestmark = pytest.mark.usefixtures("under_settings")
+
 SPARSITY = "Sparsity in percent"
 OTHERS = "Outside of numbered layers"
-
-
-@pytest.fixture(autouse=True)
-def under_settings() -> Iterator[None]:
-    with settings():
-        yield
 
 
 def figures(document: dict[str, Any], survivors: list[dict[str, Any]] | None = None) -> list[Figure]:

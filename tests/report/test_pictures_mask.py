@@ -18,14 +18,12 @@ from sparseprune.checkpoint import TensorReader, lay_out, open_checkpoint, read_
 from sparseprune.engine.dtypes import DTYPES
 from sparseprune.errors import SparsepruneError
 from sparseprune.report.pictures import CloseUp, close_up, plot_mask
-from sparseprune.report.pictures.canvas import settings
 from sparseprune.report.pictures.closeup import SIDE, Cells
 from sparseprune.report.pictures.mask import TINTS, UNREACHED, edges, lies_apart, mask_page
 from sparseprune.spec import TensorInfo, bind, parse_spec
 from tests.report.pictured import faults, texts
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
     from matplotlib.axes import Axes
@@ -33,6 +31,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Labels = NDArray[np.int64]
+
+pytestmark = pytest.mark.usefixtures("under_settings")
 
 TWO_OF_FOUR = """
 version = 1
@@ -68,12 +68,6 @@ block = [1, -1, -1]
 shape = [-1, -1, -1]
 nnz = 1
 """
-
-
-@pytest.fixture(autouse=True)
-def under_settings() -> Iterator[None]:
-    with settings():
-        yield
 
 
 def look(folder: Path, tensor: torch.Tensor, spec: str | None = None, name: str = "w") -> CloseUp:

@@ -1,0 +1,18 @@
+"""Figures of these tests are drawn under the settings of all pictures."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@pytest.fixture
+def under_settings() -> Iterator[None]:
+    from sparseprune.report.pictures.canvas import settings
+
+    with settings():
+        yield
