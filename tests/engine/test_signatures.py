@@ -733,3 +733,5 @@ for name in sparseprune.__all__:
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert set(sparseprune.engine.__all__) <= set(dir(sparseprune.engine))
+    for name in sparseprune.engine.__all__:
+        assert getattr(sparseprune.engine, name).__name__ == name
