@@ -45,8 +45,7 @@ def shards_identity(shards: Iterable[Shard]) -> str:
     """
     digest = hashlib.sha256()
     for shard in shards:
-        header = shard.header
-        digest.update(_line(shard.path, header.file_size, shard.stamp, len(header.raw)) + header.raw)
+        digest.update(_line(shard.path, shard.size, shard.stamp, shard.digest.hex()))
     return digest.hexdigest()
 
 
@@ -65,10 +64,7 @@ def changed_since(shards: Iterable[Shard]) -> str | None:
 
 def refuse_changed_shards(shards: Iterable[Shard]) -> None:
     """As `refuse_changed`, for these shards alone."""
-    _refuse(
-        (shard.path, shard.header.file_size, shard.stamp)
-        for shard in {id(one): one for one in shards}.values()
-    )
+    _refuse((shard.path, shard.size, shard.stamp) for shard in {id(one): one for one in shards}.values())
 
 
 def refuse_changed(checkpoint: Checkpoint, further: Iterable[Shard] = ()) -> None:
@@ -77,7 +73,7 @@ def refuse_changed(checkpoint: Checkpoint, further: Iterable[Shard] = ()) -> Non
     Files of the checkpoint, and `further` shards that were read beside it. MachineError where one cannot
     be found any more.
     """
-    shards = ((shard.path, shard.header.file_size, shard.stamp) for shard in (*checkpoint.shards, *further))
+    shards = ((shard.path, shard.size, shard.stamp) for shard in (*checkpoint.shards, *further))
     others = ((checkpoint.path / other.path, other.nbytes, other.stamp) for other in checkpoint.others)
     _refuse(chain(shards, others))
 

@@ -108,7 +108,7 @@ class OutputLayout:
     @property
     def input_bytes(self) -> int:
         """Size of the input's shards."""
-        return sum(shard.header.file_size for shard in self.checkpoint.shards)
+        return sum(shard.size for shard in self.checkpoint.shards)
 
     @property
     def output_bytes(self) -> int:
@@ -137,12 +137,14 @@ def lay_out_apply(
     )
     places = dict(zip((shard.path for shard in checkpoint.shards), moved, strict=True))
     files = [
-        OutputFile(places[shard.path], shard.header.file_size, shard.header.raw, shard.mode)
-        for shard in checkpoint.shards
+        OutputFile(places[shard.path], shard.size, header.raw, shard.mode)
+        for shard, header in checkpoint.headers.items()
     ]
     files += [OutputFile(other.path, other.nbytes, mode=other.mode) for other in checkpoint.others]
     copies = [
-        part for shard in checkpoint.shards for part in _untouched(shard, places[shard.path], chosen.keys())
+        part
+        for shard, header in checkpoint.headers.items()
+        for part in _untouched(shard, header, places[shard.path], chosen.keys())
     ]
     copies += [
         CopyRange(checkpoint.path / other.path, other.path, 0, 0, other.nbytes) for other in checkpoint.others
@@ -289,12 +291,12 @@ def _absolute(path: Path) -> Path:
     return absolute.resolve() if absolute.name == ".." else absolute
 
 
-def _untouched(shard: Shard, file: PurePosixPath, masked: Collection[str]) -> list[CopyRange]:
+def _untouched(shard: Shard, header: Header, file: PurePosixPath, masked: Collection[str]) -> list[CopyRange]:
     """The byte ranges of a shard's data that hold no masked tensor, neighbours merged."""
-    begin = shard.header.data_begin
+    begin = shard.data_begin
     ranges: list[CopyRange] = []
     first = last = 0
-    for entry in (*shard.header.entries, None):
+    for entry in (*header.entries, None):
         if entry is None or entry.name in masked:
             if last > first:
                 ranges.append(CopyRange(shard.path, file, begin + first, begin + first, last - first))
@@ -315,8 +317,8 @@ def _plan_masks(
     if mask_format is None:
         return _MaskPlan((), MappingProxyType({}))
     groups = [
-        [masked[entry.name] for entry in shard.header.entries if entry.name in masked]
-        for shard in checkpoint.shards
+        [masked[entry.name] for entry in header.entries if entry.name in masked]
+        for header in checkpoint.headers.values()
     ]
     groups = [group for group in groups if group]
     stem = names.masks.name.removesuffix(SUFFIX)

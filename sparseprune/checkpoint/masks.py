@@ -78,9 +78,9 @@ class MaskSet:
 
 @dataclass(frozen=True, slots=True)
 class _Files:
-    """Mask files, and what their index says of them, if they have one."""
+    """Mask files with their headers, and what their index says of them, if they have one."""
 
-    shards: tuple[Shard, ...]
+    headers: Mapping[Shard, Header]
     weight_map: Mapping[str, PurePosixPath] = field(default_factory=dict)
 
 
@@ -95,10 +95,10 @@ def open_masks(path: Path) -> MaskSet:
     """
     files = _find(path)
     masks: dict[str, StoredMask] = {}
-    for shard in files.shards:
-        shapes = _mask_shapes(shard.path, shard.header)
-        packed = shard.header.metadata.get(FORMAT_KEY) == "packed"
-        for entry in shard.header.entries:
+    for shard, header in files.headers.items():
+        shapes = _mask_shapes(shard.path, header)
+        packed = header.metadata.get(FORMAT_KEY) == "packed"
+        for entry in header.entries:
             if entry.name in masks:
                 other = masks[entry.name].stored.shard.path
                 raise CheckpointError(
@@ -108,12 +108,12 @@ def open_masks(path: Path) -> MaskSet:
             masks[entry.name] = StoredMask(StoredTensor(entry, shard), shapes[entry.name], packed)
     return MaskSet(
         path=path,
-        shards=files.shards,
+        shards=tuple(files.headers),
         masks=MappingProxyType(masks),
         missing=MappingProxyType(
             {name: place for name, place in files.weight_map.items() if name not in masks}
         ),
-        beside=_reports_beside([shard.path for shard in files.shards]),
+        beside=_reports_beside([shard.path for shard in files.headers]),
     )
 
 
@@ -164,12 +164,12 @@ def load_masks(path: str | Path) -> dict[str, torch.Tensor]:
 
 def _find(path: Path) -> _Files:
     if not is_folder(path):
-        return _listed(path) if path.name.endswith(INDEX_SUFFIX) else _Files((_beside(path),))
+        return _listed(path) if path.name.endswith(INDEX_SUFFIX) else _Files(dict([_beside(path)]))
     for folder in (path, path / RESULTS):
         if (folder / _INDEX).is_file():
             return _listed(folder / _INDEX)
         if (folder / _SINGLE).is_file():
-            return _Files((_opened(folder / _SINGLE),))
+            return _Files(dict([_opened(folder / _SINGLE)]))
     return _others(path)
 
 
@@ -182,33 +182,33 @@ def _others(path: Path) -> _Files:
     indexes = [name for name in names if name.endswith(INDEX_SUFFIX)]
     if len(indexes) == 1:
         files = _listed(path / indexes[0])
-        if all(_holds_masks(shard.header) for shard in files.shards):
+        if all(map(_holds_masks, files.headers.values())):
             return files
     opened = (_opened(path / name) for name in names if name.endswith(SUFFIX))
-    shards = tuple(shard for shard in opened if _holds_masks(shard.header))
-    if not shards:
+    headers = {shard: header for shard, header in opened if _holds_masks(header)}
+    if not headers:
         raise CheckpointError(f"{path}: holds no masks; {_WANTED}")
-    return _Files(shards)
+    return _Files(headers)
 
 
 def _listed(index: Path) -> _Files:
     weight_map = read_weight_map(index)
     places = sorted(set(weight_map.values()))
-    return _Files(tuple(_opened(index.parent / place) for place in places), weight_map)
+    return _Files(dict(_opened(index.parent / place) for place in places), weight_map)
 
 
-def _beside(path: Path) -> Shard:
+def _beside(path: Path) -> tuple[Shard, Header]:
     """The file itself if it holds masks, else the masks that were written with it."""
-    shard = _opened(path)
-    if _holds_masks(shard.header):
-        return shard
+    shard, header = _opened(path)
+    if _holds_masks(header):
+        return shard, header
     masks = path.with_name(f"{path.name.removesuffix(SUFFIX)}.masks{SUFFIX}")
     if masks.is_file():
         return _opened(masks)
     raise CheckpointError(f"{path}: is no mask file, and there is no {masks.name} beside it; {_WANTED}")
 
 
-def _opened(path: Path) -> Shard:
+def _opened(path: Path) -> tuple[Shard, Header]:
     return open_shard(path, PurePosixPath(path.name))
 
 

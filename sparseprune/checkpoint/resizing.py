@@ -70,18 +70,20 @@ def lay_out_removal(
         }
     shards = [
         shard
-        for shard in checkpoint.shards
-        if not shard.header.entries or any(entry.name in tensors for entry in shard.header.entries)
+        for shard, header in checkpoint.headers.items()
+        if not header.entries or any(entry.name in tensors for entry in header.entries)
     ]
     names = _names(checkpoint, shards)
     files: list[OutputFile] = []
     copies: list[CopyRange] = []
     places: dict[str, Place] = {}
     for shard in shards:
-        header = _header(shard, tensors)
+        old = checkpoint.headers[shard]
+        header = _header(old, tensors)
         path = names[shard]
         files.append(OutputFile(path, header.file_size, header.raw, shard.mode))
-        more, same = _moved(shard, header, path, tensors)
+        left = [StoredTensor(entry, shard) for entry in old.entries if entry.name in tensors]
+        more, same = _moved(left, header, path, tensors)
         places.update(more)
         copies += same
     more_files, more_copies = _others(
@@ -118,8 +120,8 @@ def lay_out_choice(
         return masks
     files: list[OutputFile] = []
     places: dict[str, Place] = {}
-    for number, shard in enumerate(checkpoint.shards):
-        entries = [entry for entry in shard.header.entries if entry.name in reached]
+    for number, old in enumerate(checkpoint.headers.values()):
+        entries = [entry for entry in old.entries if entry.name in reached]
         header = lay_out(((entry.name, entry.dtype, entry.shape) for entry in entries), {"format": "pt"})
         path = PurePosixPath(f"weights-{number:05d}{SUFFIX}")
         files.append(OutputFile(path, header.file_size, header.raw))
@@ -131,8 +133,8 @@ def open_choice(output: StagedOutput) -> tuple[list[StoredMask], dict[str, Store
     """The masks, and the weights by name where they are rebuilt, of a choice that is complete."""
     masks = list(open_masks(output.staged_path).masks.values())
     files = dict.fromkeys(place.file for place in output.layout.weights.values())
-    shards = [open_shard(output.staged_path / file, file) for file in files]
-    weights = {entry.name: StoredTensor(entry, shard) for shard in shards for entry in shard.header.entries}
+    opened = [open_shard(output.staged_path / file, file) for file in files]
+    weights = {entry.name: StoredTensor(entry, shard) for shard, header in opened for entry in header.entries}
     return masks, weights
 
 
@@ -167,31 +169,26 @@ def _names(checkpoint: Checkpoint, shards: Sequence[Shard]) -> dict[Shard, PureP
     return old if others & set(new.values()) else new
 
 
-def _header(shard: Shard, tensors: Mapping[str, Resized]) -> Header:
+def _header(old: Header, tensors: Mapping[str, Resized]) -> Header:
     """The new header of a shard; the input's own where nothing changes, byte for byte."""
-    entries = [entry for entry in shard.header.entries if entry.name in tensors]
-    left = [(tensors[entry.name], entry) for entry in entries]
-    if len(left) == len(shard.header.entries) and all(
-        one.whole and one.name == entry.name for one, entry in left
-    ):
-        return shard.header
-    return lay_out(((one.name, entry.dtype, one.shape) for one, entry in left), shard.header.metadata)
+    left = [(tensors[entry.name], entry) for entry in old.entries if entry.name in tensors]
+    if len(left) == len(old.entries) and all(one.whole and one.name == entry.name for one, entry in left):
+        return old
+    return lay_out(((one.name, entry.dtype, one.shape) for one, entry in left), old.metadata)
 
 
 def _moved(
-    shard: Shard, header: Header, path: PurePosixPath, tensors: Mapping[str, Resized]
+    left: Sequence[StoredTensor], header: Header, path: PurePosixPath, tensors: Mapping[str, Resized]
 ) -> tuple[dict[str, Place], list[CopyRange]]:
     """Places for what is cut, by old names, and what is copied from place to place, neighbours merged."""
-    entries = (entry for entry in shard.header.entries if entry.name in tensors)
     places: dict[str, Place] = {}
     copies: list[CopyRange] = []
-    for number, entry in enumerate(entries):
+    for number, stored in enumerate(left):
         place = _place(path, header, number)
-        if not tensors[entry.name].whole:
-            places[entry.name] = place
-        elif entry.nbytes:
-            source = shard.header.data_begin + entry.begin
-            copies.append(CopyRange(shard.path, path, source, place.offset, entry.nbytes))
+        if not tensors[stored.name].whole:
+            places[stored.name] = place
+        elif stored.nbytes:
+            copies.append(CopyRange(stored.shard.path, path, stored.offset, place.offset, stored.nbytes))
     return places, list(_merged(copies))
 
 

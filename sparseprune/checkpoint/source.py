@@ -6,6 +6,7 @@ discovery.py's part. Opens nothing for writing. Called by execution, and by layo
 
 from __future__ import annotations
 
+import hashlib
 import os
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
@@ -38,19 +39,22 @@ if TYPE_CHECKING:
 _SMALL = 1 << 20  # bytes of a document that says something of a model
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Shard:
-    """One safetensors file of a checkpoint; its path decides equality.
+    """One safetensors file as it was when its header was read; its path decides equality.
 
-    `relative` is where it lies in the checkpoint, and so in an output: `path` may be a link. `stamp` and
-    `mode`, its permissions, are those of the file of which the header was read; its size was the header's.
+    `relative` is its place in the checkpoint, and so in an output: `path` may be a link. The data begin at
+    byte `data_begin` of `size`. `mode` are its permissions, `digest` is the SHA-256 of its header. A shard
+    holds no entries, so that a tensor stays small when it is pickled: see `Checkpoint.headers`.
     """
 
     path: Path
-    header: Header = field(compare=False, repr=False)
     relative: PurePosixPath = field(compare=False, repr=False)
+    data_begin: int = field(default=0, compare=False, repr=False)
+    size: int = field(default=0, compare=False, repr=False)
     stamp: Stamp = field(default=NO_STAMP, compare=False, repr=False)
     mode: int = field(default=0o600, compare=False, repr=False)
+    digest: bytes = field(default=b"", compare=False, repr=False)
 
     @property
     def name(self) -> str:
@@ -86,27 +90,31 @@ class StoredTensor:
 
     @property
     def offset(self) -> int:
-        return self.shard.header.data_begin + self.entry.begin
+        return self.shard.data_begin + self.entry.begin
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint of which all headers were read and no data: every tensor stands in exactly one shard.
 
-    `tensors` stand in the order in which their data is read best: shard by shard, by offset. `others` are
-    the files that an output takes over as they are, the `index` among them where there is one. `left_out` are
-    those that it does not take over, since they hold the same weights once more. `folders` are permissions,
-    of all folders in which files lie, the checkpoint's own among them.
+    `tensors` are in the order in which their data is read best: shard by shard, by offset. An output copies
+    `others`, the `index` among them where there is one, but not `left_out`, which hold the same weights in
+    another form. `folders` has the permissions of every folder with files in it, and of the checkpoint's own.
     """
 
     path: Path
-    shards: tuple[Shard, ...]
+    headers: Mapping[Shard, Header] = field(repr=False)
     is_directory: bool
     others: tuple[OtherFile, ...]
     tensors: Mapping[str, StoredTensor] = field(repr=False)
     index: PurePosixPath | None = None
     left_out: tuple[OtherFile, ...] = ()
     folders: Mapping[PurePosixPath, int] = field(default_factory=dict, repr=False)
+
+    @property
+    def shards(self) -> tuple[Shard, ...]:
+        """Its safetensors files, by name."""
+        return tuple(self.headers)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -115,17 +123,17 @@ def open_checkpoint(path: Path) -> Checkpoint:
     CheckpointError where it is none or contradicts itself, MachineError where it cannot be read.
     """
     if not discovery.is_folder(path):
-        shard = open_shard(path, PurePosixPath(path.name))
-        return Checkpoint(path, (shard,), is_directory=False, others=(), tensors=_tensors((shard,)))
+        headers = dict([open_shard(path, PurePosixPath(path.name))])
+        return Checkpoint(path, headers, is_directory=False, others=(), tensors=_tensors(headers))
     found = discovery.find_files(path)
-    shards = tuple(open_shard(path / place, place) for place in found.shards)
-    tensors = _tensors(shards)
+    headers = dict(open_shard(path / place, place) for place in found.shards)
+    tensors = _tensors(headers)
     _check_index(path, found, tensors)
     with file_io.machine_errors(path, "cannot be read"):
         copies = discovery.copies_of_weights(path, found, lambda file: _has_same(path / file, tensors))
     return Checkpoint(
         path,
-        shards,
+        headers,
         is_directory=True,
         others=tuple(other for other in found.others if other.path not in copies),
         tensors=tensors,
@@ -214,21 +222,23 @@ class TensorReader:
         ):
             done = file_io.read_into(descriptor, view, offset)
         if done < len(view):
-            raise _truncated(stored.shard.path, offset + done, stored.shard.header.file_size)
+            raise _truncated(stored.shard.path, offset + done, stored.shard.size)
 
 
-def open_shard(path: Path, relative: PurePosixPath) -> Shard:
-    """A safetensors file of which the header was read; errors as `open_checkpoint`."""
+def open_shard(path: Path, relative: PurePosixPath) -> tuple[Shard, Header]:
+    """A safetensors file and its header; errors as `open_checkpoint`."""
     stamp, mode = NO_STAMP, 0
     try:
         # Before the header is read, so that a change meanwhile is noticed later.
         status = path.stat()
         stamp, mode = stamp_of(status), permissions(status)
-    except OSError as error:  # any other one the header's reader tells
+    except OSError as error:  # read_header reports any other one
         refusal = discovery.leads_nowhere(path, error)
         if refusal is not None:
             raise refusal from error
-    return Shard(path, read_header(path), relative, stamp, mode)
+    header = read_header(path)
+    digest = hashlib.sha256(header.raw).digest()
+    return Shard(path, relative, header.data_begin, header.file_size, stamp, mode, digest), header
 
 
 def _check_part(stored: StoredTensor, begin: int, end: int) -> None:
@@ -239,7 +249,7 @@ def _check_part(stored: StoredTensor, begin: int, end: int) -> None:
 def _opened(shard: Shard) -> int:
     with file_io.machine_errors(shard.path, "cannot be read any more"):  # its header was read before
         descriptor = os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC)
-    status, wanted = os.fstat(descriptor), shard.header.file_size
+    status, wanted = os.fstat(descriptor), shard.size
     size = status.st_size
     if size == wanted and not replaced(shard.stamp, stamp_of(status)):
         return descriptor
@@ -257,10 +267,10 @@ def _truncated(path: Path, size: int, wanted: int) -> ChangedInputError:
     )
 
 
-def _tensors(shards: tuple[Shard, ...]) -> Mapping[str, StoredTensor]:
+def _tensors(headers: Mapping[Shard, Header]) -> Mapping[str, StoredTensor]:
     tensors: dict[str, StoredTensor] = {}
-    for shard in shards:
-        for entry in shard.header.entries:
+    for shard, header in headers.items():
+        for entry in header.entries:
             if entry.name in tensors:
                 raise CheckpointError(
                     f"{shard.path}: tensor {shown(entry.name)} is also in {tensors[entry.name].shard.name}; "

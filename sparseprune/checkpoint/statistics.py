@@ -24,6 +24,7 @@ from sparseprune.errors import CheckpointError
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
+    from sparseprune.checkpoint.header import Header
     from sparseprune.checkpoint.source import Checkpoint, Shard, StoredTensor
 
 StatisticsKind = Literal["hessian", "norm"]
@@ -83,10 +84,10 @@ def open_statistics(path: Path) -> Statistics:
     checkpoint = open_checkpoint(path)
     counts = _counts(path) if checkpoint.is_directory else {}
     found: dict[str, Statistic] = {}
-    for shard in checkpoint.shards:
-        described = _described(shard)
+    for shard, header in checkpoint.headers.items():
+        described = _described(shard, header)
         kind, tensors = (None, {}) if described is None else described
-        for entry in shard.header.entries:
+        for entry in header.entries:
             stored = checkpoint.tensors[entry.name]
             weights = tensors.get(entry.name) if kind else {entry.name: None}
             for weight, dim in (weights or {}).items():
@@ -160,9 +161,9 @@ def _metadata(kind: StatisticsKind, group: Sequence[Collected]) -> dict[str, str
     return {"format": "pt", STATISTICS_KEY: json.dumps(document, ensure_ascii=False, separators=(",", ":"))}
 
 
-def _described(shard: Shard) -> tuple[StatisticsKind, Mapping[str, Mapping[str, int]]] | None:
+def _described(shard: Shard, header: Header) -> tuple[StatisticsKind, Mapping[str, Mapping[str, int]]] | None:
     """What our metadata says of a shard; None where it has none."""
-    text = shard.header.metadata.get(STATISTICS_KEY)
+    text = header.metadata.get(STATISTICS_KEY)
     if text is None:
         return None
     try:

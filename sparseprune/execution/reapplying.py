@@ -85,8 +85,8 @@ def resident_of(matched: Matched, *, resized: bool = False) -> Resident:
     """What a run holds of all tensors and masks, whatever it works on at the time."""
     shards = (*matched.checkpoint.shards, *matched.masks.shards)
     return Resident.of(
-        sum(len(shard.header.entries) for shard in shards),
-        sum(shard.header.data_begin for shard in shards),
+        len(matched.checkpoint.tensors) + len(matched.masks.masks),
+        sum(shard.data_begin for shard in shards),
         reached=len(matched.pairs),
         scopes=len(matched.pairs),
         masks=True,

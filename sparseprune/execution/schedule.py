@@ -131,11 +131,10 @@ def make_schedule(
 
 def resident_of(plan: Plan, *, masks: bool, resized: bool = False) -> Resident:
     """What a run of a plan holds of all tensors, whatever it works on at the time."""
-    headers = [shard.header for shard in plan.checkpoint.shards]
     scopes = [instance.scope for _, instance in plan.bound.instances()]
     return Resident.of(
-        sum(len(header.entries) for header in headers),
-        sum(header.data_begin for header in headers),
+        len(plan.checkpoint.tensors),
+        sum(shard.data_begin for shard in plan.checkpoint.shards),
         reached=sum([len(scope.leaves) for scope in scopes]),
         scopes=sum([len(members_of(scope)) for scope in scopes]),
         masks=masks,

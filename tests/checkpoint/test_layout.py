@@ -154,7 +154,7 @@ def test_every_byte_of_the_weights_is_a_header_copied_or_a_masked_tensors(
     layout = lay_out_apply(checkpoint, None, masked, "packed")
     for shard in checkpoint.shards:
         path = shard.relative if layout.is_directory else PurePosixPath(layout.target.name)
-        spans = [(0, shard.header.data_begin)]
+        spans = [(0, shard.data_begin)]
         for copied in layout.copies:
             if copied.file == path:
                 assert (copied.source, copied.source_offset) == (shard.path, copied.offset)
@@ -166,13 +166,13 @@ def test_every_byte_of_the_weights_is_a_header_copied_or_a_masked_tensors(
         ]
         spans.sort()
         assert [end for _, end in spans[:-1]] == [begin for begin, _ in spans[1:]]
-        assert spans[-1][1] == shard.header.file_size == sizes(layout)[str(path)]
+        assert spans[-1][1] == shard.size == sizes(layout)[str(path)]
     assert set(layout.weights) == set(layout.masks) == set(masked)
 
 
 def test_merges_neighbours_that_are_copied(tmp_path: Path) -> None:
     checkpoint = single_file(tmp_path)
-    begin = checkpoint.shards[0].header.data_begin
+    begin = checkpoint.shards[0].data_begin
     file = PurePosixPath("m.pruned.safetensors")
 
     def parts(masked: str) -> list[tuple[int, int]]:

@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import pickle
 import weakref
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -48,6 +49,16 @@ MAP = {
 }
 INDEX = "model.safetensors.index.json"
 SHARDED = {**SHARDS, INDEX: index(MAP)}
+
+
+def test_a_tensor_pickles_small_however_long_the_header_of_its_shard_is(tmp_path: Path) -> None:
+    names = [f"layers.{number}.weight" for number in range(1000)]
+    path = folder(tmp_path, {"m.safetensors": weights(*names, numel=0)}) / "m.safetensors"
+    stored = open_checkpoint(path).tensors["layers.7.weight"]
+    text = pickle.dumps(stored)
+    assert len(text) < 1000 + len(str(path))
+    again = pickle.loads(text)
+    assert (again, again.offset, again.shard.stamp) == (stored, stored.offset, stored.shard.stamp)
 
 
 def test_a_file_is_a_checkpoint_of_one_shard(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparseprune.checkpoint import Header, Shard, StoredTensor, TensorEntry
+from sparseprune.checkpoint import Shard, StoredTensor, TensorEntry
 from sparseprune.engine.dtypes import DTYPES
 from sparseprune.execution.boxes import Box, flat_leaf, gaps, is_row_major_run, storage_order, whole_box
 from sparseprune.spec import BoundBlock
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     Shape = tuple[int, ...]
 
-SHARD = Shard(Path("m.safetensors"), Header((), {}, b""), PurePosixPath("m.safetensors"))
+SHARD = Shard(Path("m.safetensors"), PurePosixPath("m.safetensors"))
 
 
 def stored_tensor(name: str, numel: int, dtype: str = "F32") -> StoredTensor:

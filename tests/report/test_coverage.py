@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from sparseprune.checkpoint import Header, Shard, StoredTensor, TensorEntry
+from sparseprune.checkpoint import Shard, StoredTensor, TensorEntry
 from sparseprune.report.coverage import (
     Coverage,
     coverage_of,
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from sparseprune.spec import BoundSpec
 
-SHARD = Shard(Path("m.safetensors"), Header((), {}, b""), PurePosixPath("m.safetensors"))
+SHARD = Shard(Path("m.safetensors"), PurePosixPath("m.safetensors"))
 Shapes = dict[str, tuple[int, ...]]
 
 
