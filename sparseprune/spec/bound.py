@@ -179,7 +179,11 @@ class Reconstruct:
 
 @dataclass(frozen=True, slots=True)
 class BoundInstance:
-    """One work unit's worth of a rule: an outermost scope or coupling; `sparsity` is what was asked for."""
+    """One work unit's worth of a rule: an outermost scope or coupling; `sparsity` is what was asked for.
+
+    Instances of one `form` differ only in captures, labels and tensor names: shapes, dtypes, views, orders,
+    budget and method are equal. A form belongs to one rule of a spec.
+    """
 
     label: str
     captures: Captures
@@ -189,6 +193,7 @@ class BoundInstance:
     score: Score = Score()
     soft: Soft | None = None
     reconstruct: Reconstruct | None = None
+    form: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,6 +202,13 @@ class BoundRule:
 
     name: str
     instances: tuple[BoundInstance, ...]
+
+    def forms(self) -> dict[int, list[BoundInstance]]:
+        """The instances of each form, in order: what one of them takes in work, all others take."""
+        members: dict[int, list[BoundInstance]] = {}
+        for instance in self.instances:
+            members.setdefault(instance.form, []).append(instance)
+        return members
 
 
 @dataclass(frozen=True, slots=True)

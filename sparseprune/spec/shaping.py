@@ -1,34 +1,30 @@
-"""Shapes of bound blocks and scopes: -1, padding, divisibility, slices; overlaps of two rules."""
+"""Shaping: how a table looks at a tensor, grids that align in couplings, elements that views share.
+
+Owns slices, views and strides. Called by binding.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from itertools import accumulate
 from typing import TYPE_CHECKING, TypeVar
 
-from sparseprune.engine.grids import (
-    Shape,
-    align,
-    block_extents,
-    divide,
-    identity_order,
-    permute,
-    prod,
-    scope_extents,
-)
-from sparseprune.errors import CouplingError
-from sparseprune.spec.bound import BoundBlock, BoundBlockCoupling, BoundScope, BoundScopeCoupling
+from sparseprune.engine.grids import Shape, align, identity_order, prod
+from sparseprune.engine.rearranging import rearranged
+from sparseprune.errors import ShapeMismatchError, SparsityError
+from sparseprune.spec.bound import BoundBlock, BoundBlockCoupling, BoundScope
+from sparseprune.spec.expressions import ExpressionError, came_to, misfit
+from sparseprune.spec.problems import Misfit, shown
+from sparseprune.spec.schema import ExplicitView
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-    from sparseprune.spec.bound import BoundRule
+    from sparseprune.spec.bound import BoundRule, TensorInfo
+    from sparseprune.spec.expressions import Expression, Names, SliceEntry
     from sparseprune.spec.problems import Problems
-
-
-Member = TypeVar("Member", BoundBlock, BoundScope)
+    from sparseprune.spec.schema import TensorsTable
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,42 +36,103 @@ class Layout:
     offset: int = 0
 
 
-def blocks_in(layout: Layout, shape: Shape, tensor: Shape) -> Shape:
-    """The extents of blocks in a view of a tensor of some shape; ShapeMismatchError where they do not fit."""
-    return _blocks(layout.shape, shape, "tensor" if layout.shape == tensor else "view")
+def layout_of(place: str, table: TensorsTable, tensor: TensorInfo, names: Names) -> Layout:
+    """How a table looks at one of its tensors; Misfit where it cannot."""
+    layout = Layout(tensor.shape, _contiguous_stride(tensor.shape))
+    if table.slice is None and table.view is None:
+        return layout
+    key = "slice"
+    try:
+        if table.slice is not None:
+            layout = _sliced(layout, table.slice, names)
+        if isinstance(table.view, ExplicitView):
+            key = "view"
+            layout = _explicit(tensor, table.view, names)
+        elif table.view is not None:
+            key = "axes"
+            axes = {name: names.integer(size, 1, "1 or more") for name, size in table.axes}
+            key = "view"
+            seen = rearranged(layout.shape, layout.stride, table.view, axes)
+            layout = Layout(seen.shape, seen.stride, layout.offset)
+    except ExpressionError as error:
+        raise misfit(place, key, error, tensor.name) from error
+    except SparsityError as error:
+        raise Misfit(place, key, f"{tensor.name}: {error}") from error
+    return layout
 
 
-def scope_of(label: str, block: BoundBlock | BoundBlockCoupling, shape: Shape) -> BoundScope:
-    """Scopes over a block grid; ShapeMismatchError where they do not fit."""
-    return BoundScope(label, block, _scopes(_grid(block), shape))
+def _sliced(layout: Layout, entries: tuple[SliceEntry, ...], names: Names) -> Layout:
+    if len(entries) != len(layout.shape):
+        raise ShapeMismatchError(
+            f"found {len(entries)} entries for the shape {list(layout.shape)}: "
+            'give one for each dimension (":" takes all of it)'
+        )
+    bounds = [_bounds(entry, size, names) for entry, size in zip(entries, layout.shape, strict=True)]
+    offset = sum(low * stride for (low, _), stride in zip(bounds, layout.stride, strict=True))
+    return Layout(tuple([high - low for low, high in bounds]), layout.stride, offset)
 
 
-def fuse(
-    label: str, members: Sequence[Sequence[BoundBlock]], orders: Sequence[Shape] | None
-) -> BoundBlockCoupling:
-    """Blocks of several tensors as one; CouplingError where their grids do not align."""
-    return BoundBlockCoupling(label, *_coupled(members, orders))
+def _bounds(entry: SliceEntry, size: int, names: Names) -> tuple[int, int]:
+    if entry.is_whole:
+        return 0, size
+    low = 0 if entry.low is None else _bound(entry.low, size, size - entry.single, names)
+    high = size if entry.high is None else _bound(entry.high, size, size, names)
+    if entry.single:
+        return low, low + 1
+    if low >= high:
+        raise ShapeMismatchError(f"{shown(entry.text)} is {low}:{high}, which takes nothing of {size}")
+    return low, high
 
 
-def compete(
-    label: str, members: Sequence[Sequence[BoundScope]], orders: Sequence[Shape] | None
-) -> BoundScopeCoupling:
-    """Scopes that share a budget; CouplingError where their grids do not align."""
-    return BoundScopeCoupling(label, *_coupled(members, orders))
+def _bound(bound: Expression, size: int, most: int, names: Names) -> int:
+    """A bound counted from the front; ExpressionError where it lies outside."""
+    found = names.value(bound)
+    if isinstance(found, bool) or not isinstance(found, int) or not -size <= found <= most:
+        raise came_to(bound, found, f"an integer from {-size} to {most}, as the dimension has {size}")
+    return found + size if found < 0 else found
 
 
-def _coupled(
+def _explicit(tensor: TensorInfo, view: ExplicitView, names: Names) -> Layout:
+    shape = tuple([names.integer(size, 1, "1 or more") for size in view.shape])
+    stride = tuple([names.integer(step, 0, "0 or more") for step in view.stride])
+    layout = Layout(shape, stride, names.integer(view.offset, 0, "0 or more"))
+    if len(shape) != len(stride):
+        raise ShapeMismatchError(
+            f"shape {list(shape)} and stride {list(stride)} must have one entry for each dimension"
+        )
+    last = layout.offset + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+    if last >= prod(tensor.shape):
+        raise ShapeMismatchError(
+            f"the view reaches element {last}, the tensor {list(tensor.shape)} has {prod(tensor.shape)}: "
+            "strides and offset count elements of the row-major tensor"
+        )
+    if not is_injective(shape, stride):
+        raise ShapeMismatchError(
+            f"shape {list(shape)} with stride {list(stride)} has elements in common: "
+            "each element may be seen at one place only"
+        )
+    return layout
+
+
+Member = TypeVar("Member", BoundBlock, BoundScope)
+
+
+def coupled(
     groups: Sequence[Sequence[Member]], orders: Sequence[Shape] | None
 ) -> tuple[tuple[Member, ...], tuple[Shape, ...]]:
-    """All members as one list, of one rank, with one order each; `orders` has one for each group."""
+    """The members of a coupling in one list, all of one rank, with an order each.
+
+    `orders` has one for each group. CouplingError where the grids of members do not align.
+    """
     rank = max(len(member.shape) for group in groups for member in group)
     given = orders or [identity_order(rank)] * len(groups)
-    flat = [(member, order) for group, order in zip(groups, given, strict=True) for member in group]
-    members = tuple([_widened(member, rank) for member, _ in flat])
-    full = tuple([_widened_order(order, len(member.shape), rank) for member, order in flat])
-    grids = tuple([_grid(member) for member in members])
-    if not _align(grids, full):
-        align(grids, full, [member.label for member in members])  # raises, with the names
+    pairs = [(member, order) for group, order in zip(groups, given, strict=True) for member in group]
+    full = tuple([_widened_order(order, len(member.shape), rank) for member, order in pairs])
+    members = tuple([_widened(member, rank) for member, _ in pairs])
+    distinct: dict[tuple[Shape, Shape], str] = {}  # thousands of members have a handful of grids
+    for member, order in zip(members, full, strict=True):
+        distinct.setdefault((member.grid_shape, order), member.label)
+    align([grid for grid, _ in distinct], [order for _, order in distinct], list(distinct.values()))
     return members, full
 
 
@@ -101,52 +158,6 @@ def _widened_block(block: BoundBlock | BoundBlockCoupling, rank: int) -> BoundBl
 def _widened_order(order: Shape, grid_rank: int, rank: int) -> Shape:
     """An order of a member's own grid, for the grid with unit dimensions appended; others as they are."""
     return (*order, *range(grid_rank, rank)) if len(order) == grid_rank < rank else order
-
-
-def _grid(part: BoundBlock | BoundBlockCoupling | BoundScope) -> Shape:
-    """`part.grid_shape`, by arithmetic that is done once for all parts of one shape."""
-    if isinstance(part, BoundBlock):
-        return _divided(part.view_shape, part.shape)
-    if isinstance(part, BoundBlockCoupling):
-        return permute(_grid(part.members[0]), part.orders[0])
-    return _divided(_grid(part.block), part.shape)
-
-
-# A checkpoint has thousands of tensors of a handful of shapes.
-@lru_cache(maxsize=1024)
-def whole(shape: Shape) -> Layout:
-    """The layout of all of a tensor."""
-    return Layout(shape, _contiguous_stride(shape))
-
-
-@lru_cache(maxsize=1024)
-def _blocks(view_shape: Shape, shape: Shape, what: str) -> Shape:
-    """The extents of blocks in a view."""
-    extents = block_extents(view_shape, shape)
-    divide(view_shape, extents, "block", what)
-    return extents
-
-
-@lru_cache(maxsize=1024)
-def _scopes(grid: Shape, shape: Shape) -> Shape:
-    """The extents of scopes in a block grid."""
-    extents = scope_extents(grid, shape)
-    divide(grid, extents, "scope", "block grid")
-    return extents
-
-
-@lru_cache(maxsize=128)
-def _align(grids: tuple[Shape, ...], orders: tuple[Shape, ...]) -> bool:
-    try:
-        align(grids, orders, [""] * len(grids))
-    except CouplingError:
-        return False
-    return True
-
-
-@lru_cache(maxsize=1024)
-def _divided(whole: Shape, part: Shape) -> Shape:
-    return divide(whole, part)
 
 
 def _contiguous_stride(shape: Shape) -> Shape:

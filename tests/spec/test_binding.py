@@ -448,6 +448,40 @@ def test_a_product_of_unlike_captures_is_refused() -> None:
     ]
 
 
+# ---- forms
+
+
+def test_instances_of_one_form_differ_in_nothing_but_names() -> None:
+    spec = bound(SHORT, *[tensor(f"layers.{number}.up_proj.weight", 6, 8) for number in range(3)])
+    ((form, members),) = spec.rules[0].forms().items()
+    assert [instance.label for instance in members] == labels(spec)
+    assert {instance.form for instance in members} == {form}
+    (alone,) = bound(SHORT, tensor("layers.2.up_proj.weight", 6, 8)).rules[0].instances
+    assert members[2] == alone
+
+
+@pytest.mark.parametrize(
+    ("other", "budget"),
+    [
+        (tensor("layers.1.up_proj.weight", 6, 4), "nnz = 2"),
+        (tensor("layers.1.up_proj.weight", 6, 8, dtype="BF16"), "nnz = 2"),
+        (tensor("layers.1.up_proj.weight", 6, 8), 'nnz = "1 + layer"'),
+    ],
+)
+def test_shapes_dtypes_and_captures_that_are_used_keep_forms_apart(other: TensorInfo, budget: str) -> None:
+    spec = bound(SHORT.replace("nnz = 2", budget), tensor("layers.0.up_proj.weight", 6, 8), other)
+    assert [len(members) for members in spec.rules[0].forms().values()] == [1, 1]
+
+
+def test_each_form_belongs_to_one_rule() -> None:
+    other = SHORT.replace("version = 1\n", "").replace("scope.proj", "scope.gate").replace("_proj", "_gate")
+    tensors = [
+        tensor(f"layers.{number}.up_{kind}.weight", 6, 8) for number in (0, 1) for kind in ("proj", "gate")
+    ]
+    first, second = bound(SHORT + other, *tensors).rules
+    assert len({*first.forms(), *second.forms()}) == len(first.forms()) + len(second.forms()) == 2
+
+
 # ---- size
 
 
