@@ -33,7 +33,13 @@ from sparseprune.checkpoint.masks import (
 )
 from sparseprune.checkpoint.output import StagedOutput
 from sparseprune.checkpoint.publish import refuse_replacing
-from sparseprune.checkpoint.resizing import Resized, lay_out_choice, lay_out_removal, open_choice
+from sparseprune.checkpoint.resizing import (
+    Resized,
+    lay_out_choice,
+    lay_out_decisions,
+    lay_out_removal,
+    open_choice,
+)
 from sparseprune.checkpoint.source import (
     Checkpoint,
     Shard,
@@ -79,6 +85,7 @@ __all__ = [
     "lay_out",
     "lay_out_apply",
     "lay_out_choice",
+    "lay_out_decisions",
     "lay_out_masks",
     "lay_out_removal",
     "lay_out_statistics",

@@ -111,6 +111,15 @@ def lay_out_removal(
     )
 
 
+def lay_out_decisions(final: OutputLayout) -> OutputLayout:
+    """The scratch output of a run that decides in memory: a journal alone."""
+    # A journal without files beside it is not continued.
+    files = (OutputFile(PurePosixPath("decisions"), 0),)
+    return replace(
+        final, files=files, copies=(), weights=MappingProxyType({}), writes_weights=False, is_scratch=True
+    )
+
+
 def lay_out_choice(
     checkpoint: Checkpoint, final: OutputLayout, reached: Collection[str], *, rebuilt: bool
 ) -> OutputLayout:

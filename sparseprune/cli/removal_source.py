@@ -16,6 +16,7 @@ from sparseprune.checkpoint import (
     StagedOutput,
     TensorReader,
     lay_out_choice,
+    lay_out_decisions,
     lay_out_removal,
     open_choice,
     read_beside,
@@ -38,10 +39,12 @@ if TYPE_CHECKING:
 
     from sparseprune.checkpoint import Checkpoint, StoredMask, StoredTensor
     from sparseprune.cli.request import Prepared
-    from sparseprune.execution import Plan, TensorOutcome
+    from sparseprune.execution import Plan, Schedule, TensorOutcome
     from sparseprune.execution.limits import Limits
+    from sparseprune.removal.decide import BlockDecisions
     from sparseprune.removal.preview import Presumed
     from sparseprune.removal.shrink import Removal
+    from sparseprune.removal.slices import KeptIndices
     from sparseprune.report.coverage import Coverage
     from sparseprune.spec import BoundSpec
 
@@ -100,22 +103,21 @@ class Ending:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What was decided, by whichever way: masks, the tensors that were rebuilt, and what is told of it.
+    """What survives, from whichever source: kept indices, rebuilt tensors, and what to report of them.
 
-    `refuse_changed` raises where something that was read has changed since; `let_go` is called when all of it
-    was read, so that nothing of it outlives the output that gets its name. `continued`: it has been told
-    already whether an unfinished run goes on. `spec` is the text that the output keeps, `source` what errors
-    begin with, `left_out` what has no counterpart.
+    `refuse_changed` raises where something that was read has changed since; `cleanup` deletes the scratch
+    folder: call it once nothing reads from it, before the output gets its name. `continued`: the user knows
+    already whether an unfinished run goes on. `spec` is the text that the output keeps, errors begin with
+    `source`, `left_out` names what has no counterpart.
     """
 
     source: str
-
     checkpoint: Checkpoint
-    masks: Sequence[StoredMask]
+    kept: Mapping[str, KeptIndices]
     limits: Limits
     identity: Mapping[str, str]
     refuse_changed: Callable[[], None]
-    let_go: Callable[[], None] = field(default=lambda: None)
+    cleanup: Callable[[], None] = field(default=lambda: None)
     device: str = "cpu"
     devices: Mapping[str, str] = field(default_factory=dict)
     rebuilt: Mapping[str, StoredTensor] = field(default_factory=dict)
@@ -153,19 +155,26 @@ def refuse_contradictions(request: RemoveRequest) -> None:
 def chosen(request: RemoveRequest, ending: Ending) -> Iterator[Choice]:
     """What survives, as long as the context lasts."""
     if request.masks is not None:
-        yield _by_masks(request, request.masks)
+        with TensorReader() as reader:
+            choice = _by_masks(request, request.masks, reader)
+        yield choice
         return
+    from sparseprune.removal.decide import block_decisions
+
     with collector_paused():
         prepared = prepare(request.as_apply())
-        layout = _refused_early(request, prepared)
+        final = _target(request, prepared.plan.checkpoint)
+        removable(prepared, request.warnings)
+        decisions = block_decisions(prepared.schedule)
     warn(request.as_apply(), prepared)
+    layout = _lay_out_masks(prepared, final) if decisions is None else lay_out_decisions(final)
     output = StagedOutput(layout, identity=_identity(request, prepared))
     ending.output = output
     with staged(output, quiet=request.quiet, warnings=request.warnings):
-        yield _by_spec(request, prepared, output)
+        yield _by_spec(request, prepared, output, decisions)
 
 
-def _by_masks(request: RemoveRequest, masks: Path) -> Choice:
+def _by_masks(request: RemoveRequest, masks: Path, reader: TensorReader) -> Choice:
     masked = masked_by(request, masks)
     matched, origin = masked.matched, masked.origin
     layout = _target(request, matched.checkpoint)
@@ -178,7 +187,7 @@ def _by_masks(request: RemoveRequest, masks: Path) -> Choice:
     return Choice(
         source=str(masks),
         checkpoint=matched.checkpoint,
-        masks=[pair.mask for pair in matched.pairs],
+        kept=_kept_by(request, [pair.mask for pair in matched.pairs], reader, limits),
         limits=limits,
         identity={
             **identity_of_masked(masked),
@@ -191,11 +200,9 @@ def _by_masks(request: RemoveRequest, masks: Path) -> Choice:
     )
 
 
-def _refused_early(request: RemoveRequest, prepared: Prepared) -> OutputLayout:
-    """Where the decision is put down; refused is what cannot be removed, and a place for no output."""
+def _lay_out_masks(prepared: Prepared, final: OutputLayout) -> OutputLayout:
+    """The scratch output for masks, and for weights that are shrunk or rebuilt."""
     plan = prepared.plan
-    final = _target(request, plan.checkpoint)
-    removable(prepared, request.warnings)
     instances = [instance for _, instance in plan.bound.instances()]
     rebuilt = any(one.soft is not None or one.reconstruct is not None for one in instances)
     return lay_out_choice(plan.checkpoint, final, plan.reached, rebuilt=rebuilt)
@@ -247,29 +254,31 @@ def _identity(request: RemoveRequest, prepared: Prepared) -> dict[str, str]:
     return {**found, "the options": json.dumps(["remove", found["the options"]])}
 
 
-def _by_spec(request: RemoveRequest, prepared: Prepared, output: StagedOutput) -> Choice:
-    """Masks and rebuilt weights, written to the hidden folder."""
-    from sparseprune.execution import device_text, devices_of_rules, execute, resolve_device, work_bytes
+def _by_spec(
+    request: RemoveRequest, prepared: Prepared, output: StagedOutput, decisions: BlockDecisions | None
+) -> Choice:
+    """Kept indices from decisions in memory, or else from masks that are written to the scratch folder."""
+    from sparseprune.execution import device_text, devices_of_rules, resolve_device
 
     plan, schedule = prepared.plan, prepared.schedule
     device = resolve_device(request.device, uses_torch=schedule.uses_torch)
-    total, already = work_bytes(schedule, output)
-    with (
-        TensorReader() as reader,
-        progress("choosing", total, quiet=request.quiet, already=already) as advance,
-    ):
-        outcomes = execute(schedule, reader, output, device, advance)
-    output.flush()
-    masks, rebuilt = open_choice(output)
+    rebuilt: Mapping[str, StoredTensor] = {}
+    with TensorReader() as reader:
+        if decisions is not None:
+            kept, outcomes = _decided(request, decisions, reader, output)
+        else:
+            outcomes = _written(request, schedule, reader, output, device)
+            masks, rebuilt = open_choice(output)
+            kept = _kept_by(request, masks, reader, schedule.limits)
     typed = request.as_apply()
     return Choice(
         source=prepared.source.source,
         checkpoint=plan.checkpoint,
-        masks=masks,
+        kept=kept,
         limits=schedule.limits,
         identity=output.identity or {},
         refuse_changed=lambda: refuse_changed(plan.checkpoint, score_shards(plan)),
-        let_go=output.discard,
+        cleanup=output.discard,
         device=device_text(schedule.jobs, device),
         devices=devices_of_rules(schedule, device),
         rebuilt=rebuilt,
@@ -283,3 +292,36 @@ def _by_spec(request: RemoveRequest, prepared: Prepared, output: StagedOutput) -
         coverage=prepared.coverage,
         continued=output.resumed or bool(output.started_over),
     )
+
+
+def _decided(
+    request: RemoveRequest, decisions: BlockDecisions, reader: TensorReader, output: StagedOutput
+) -> tuple[dict[str, KeptIndices], Sequence[TensorOutcome]]:
+    total, already = decisions.work_bytes(output)
+    with progress("choosing", total, quiet=request.quiet, already=already) as advance:
+        found = decisions.decide(reader, output, advance)
+    output.flush()
+    return found
+
+
+def _written(
+    request: RemoveRequest, schedule: Schedule, reader: TensorReader, output: StagedOutput, device: str
+) -> Sequence[TensorOutcome]:
+    """What became of tensors whose masks and rebuilt weights are in the scratch folder now."""
+    from sparseprune.execution import execute, work_bytes
+
+    total, already = work_bytes(schedule, output)
+    with progress("choosing", total, quiet=request.quiet, already=already) as advance:
+        outcomes = execute(schedule, reader, output, device, advance)
+    output.flush()
+    return outcomes
+
+
+def _kept_by(
+    request: RemoveRequest, masks: Sequence[StoredMask], reader: TensorReader, limits: Limits
+) -> dict[str, KeptIndices]:
+    from sparseprune.removal.slices import read_slices
+
+    total = sum(mask.stored.nbytes for mask in masks)
+    with progress("finding slices", total, quiet=request.quiet) as advance:
+        return read_slices(masks, reader, limits, request.jobs, advance)

@@ -54,29 +54,26 @@ def _cut(
 ) -> tuple[Document, OutputLayout]:
     """Everything from masks to the output's name."""
     from sparseprune.removal.shrink import make_removal
-    from sparseprune.removal.slices import read_slices, summed_up
+    from sparseprune.removal.slices import summed_up
 
     checkpoint = choice.checkpoint
-    looked_at = sum(mask.stored.nbytes for mask in choice.masks)
-    with TensorReader() as reader, progress("finding slices", looked_at, quiet=request.quiet) as advance:
-        kept = read_slices(choice.masks, reader, choice.limits, request.jobs, advance)
     shapes = {name: stored.shape for name, stored in checkpoint.tensors.items()}
     config = read_config(checkpoint)
     try:
-        removal = make_removal(shapes, kept, config, beside=read_beside(checkpoint))
+        removal = make_removal(shapes, choice.kept, config, beside=read_beside(checkpoint))
     except CheckpointError as error:
         raise CheckpointError(*(f"{choice.source}: {line}" for line in error.args)) from error
     _refuse_nothing(request, choice, removal)
     request.warnings.add(*removal.remarks)
     tensors = resized(removal, choice.rebuilt)
     layout = lay_out_removal(checkpoint, request.output, tensors, removal.config)
-    identity = {**choice.identity, "what survives": digest(summed_up(kept))}
+    identity = {**choice.identity, "what survives": digest(summed_up(choice.kept))}
     output = StagedOutput(layout, request.force, identity=identity)
 
     def is_complete() -> None:
         choice.refuse_changed()
-        output.flush()  # what may fail yet should not cost the choice
-        choice.let_go()
+        output.flush()  # while the choice can still be continued if this fails
+        choice.cleanup()
 
     ending.output = output
     document = write_output(

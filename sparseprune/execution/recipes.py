@@ -170,6 +170,14 @@ def choose(
     return recipe or _tiled(task, limits) or _streamed(task, limits)
 
 
+def by_block_norms(task: Task, tensors: Mapping[str, StoredTensor], limits: Limits) -> Summed | None:
+    """The way that decides a task with a flag for each block; None where there is no such way."""
+    instance = task.instance
+    if instance.reconstruct is not None or instance.soft is not None or instance.score.nonfinite != "error":
+        return None
+    return _summed(task, tensors, limits)
+
+
 def _runs(task: Task, tensors: Mapping[str, StoredTensor], limits: Limits) -> Runs | None:
     scope = task.instance.scope
     if not isinstance(scope, BoundScope) or not isinstance(scope.block, BoundBlock):

@@ -27,7 +27,7 @@ from sparseprune.execution.recipes import needs_scaling
 from sparseprune.execution.sweeps import sweep_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from numpy.typing import NDArray
 
@@ -49,12 +49,7 @@ _MOST_EXPONENT = 1000
 def run_program(task: Task, recipe: Summed, setting: Setting) -> Program:
     """Steps that score, then one that cuts; the decision between them is noted."""
     scope = task.instance.scope
-    keep = _recalled(setting, prod(scope.grid_shape) * scope.blocks_per_scope)
-    if keep is None:
-        scores = yield from _scores(task, recipe, setting)
-        keep = _decide(task, scores)
-        passed = (recipe.passes - 1) * task_bytes(task, setting.tensors)
-        setting.note(_DECISION, base64.b85encode(np.packbits(keep).tobytes()).decode(), passed)
+    keep = yield from _decision(task, recipe, setting)
     decisions = by_leaf(scope, keep)
 
     def prune(box: Box) -> list[Outcome]:
@@ -74,6 +69,24 @@ def run_program(task: Task, recipe: Summed, setting: Setting) -> Program:
                 number += 1
 
     yield items()
+
+
+def decide_program(
+    task: Task, recipe: Summed, setting: Setting, decided: Callable[[NDArray[np.uint8]], None]
+) -> Program:
+    """Steps that score; `decided` gets the flags of all blocks."""
+    decided((yield from _decision(task, recipe, setting)))
+
+
+def _decision(task: Task, recipe: Summed, setting: Setting) -> Any:  # noqa: ANN401  (a part of a program)
+    scope = task.instance.scope
+    keep = _recalled(setting, prod(scope.grid_shape) * scope.blocks_per_scope)
+    if keep is None:
+        scores = yield from _scores(task, recipe, setting)
+        keep = _decide(task, scores)
+        passed = (recipe.passes - 1) * task_bytes(task, setting.tensors)
+        setting.note(_DECISION, base64.b85encode(np.packbits(keep).tobytes()).decode(), passed)
+    return keep
 
 
 def _recalled(setting: Setting, count: int) -> NDArray[np.uint8] | None:

@@ -138,7 +138,7 @@ def presume(
 ) -> Presumed:
     """What removing by a plan would come to; `beside` as for `make_removal`."""
     known: dict[object, Sliced | None] = {}
-    look = _looker(plan.checkpoint.tensors, known)
+    look = looker(plan.checkpoint.tensors, known)
     found = {rule.name: _not_removable(rule, plan, look) for rule in plan.bound.rules}
     reasons = {name: reason for name, reason in found.items() if reason is not None}
     instances = [
@@ -161,8 +161,9 @@ def presume(
     return Presumed(reasons, imagined.shapes, imagined.removal, (), sum(left.values()), nbytes)
 
 
-def _looker(tensors: Mapping[str, StoredTensor], known: dict[object, Sliced | None]) -> Look:
-    """`sliced`, asked once for all leaves that look alike: what it said is `known`."""
+def looker(tensors: Mapping[str, StoredTensor], known: dict[object, Sliced | None] | None = None) -> Look:
+    """`sliced`, computed once for all leaves that look alike and kept in `known`."""
+    known = {} if known is None else known
 
     def look(leaf: BoundBlock) -> Sliced | None:
         shape = tensors[leaf.tensor].shape

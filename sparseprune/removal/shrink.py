@@ -140,17 +140,8 @@ def imagine(
 ) -> Imagined:
     """What would be left; `look` has every leaf of the instances as slices; `beside` as in `make_removal`."""
     shapes = {name: stored.shape for name, stored in tensors.items()}
-    kept: dict[str, KeptIndices] = {}
-    known: dict[tuple[Shape, Sliced, bytes], KeptIndices] = {}  # thousands of tensors lose the same
-    for instance in instances:
-        for leaf, blocks in _first_ones(instance):
-            found, name = look(leaf), leaf.tensor
-            if found is None:
-                continue
-            key = (shapes[name], found, blocks.tobytes())
-            if key not in known:
-                known[key] = _left(shapes[name], found, blocks)
-            kept[name] = known[key] if name not in kept else _both(kept[name], known[key])
+    leaves = (found for instance in instances for found in _first_ones(instance))
+    kept = kept_of(leaves, look, shapes)
     became = {
         name: None if each.is_empty and not each.is_whole else each.shape for name, each in kept.items()
     }
@@ -158,21 +149,6 @@ def imagine(
         return Imagined(became, make_removal(shapes, kept, config, exact=False, beside=beside), ())
     except CheckpointError as error:
         return Imagined(became, None, error.args)
-
-
-def _left(shape: Shape, found: Sliced, blocks: Flags) -> KeptIndices:
-    """What is left of a tensor where these blocks survive; one without dimensions is kept or not."""
-    if not shape:
-        return KeptIndices((), int(blocks.all()))
-    along = [np.ones(size, dtype=np.bool_) for size in shape]
-    if along[found.dim].size:
-        along[found.dim] = found.kept(blocks)
-    return kept_slices(along)
-
-
-def _both(one: KeptIndices, other: KeptIndices) -> KeptIndices:
-    """What two rules leave of a tensor, each of which drops something."""
-    return kept_slices([first & second for first, second in zip(one.along, other.along, strict=True)])
 
 
 def _first_ones(instance: BoundInstance) -> Iterator[tuple[BoundBlock, Flags]]:
@@ -191,3 +167,43 @@ def _first_ones(instance: BoundInstance) -> Iterator[tuple[BoundBlock, Flags]]:
     for leaf, blocks in by_leaf(scope, keep).items():
         if not blocks.all():
             yield leaf, np.ascontiguousarray(blocks).reshape(-1)
+
+
+def kept_of(
+    leaves: Iterable[tuple[BoundBlock, Flags]], look: Look, shapes: Mapping[str, Shape]
+) -> dict[str, KeptIndices]:
+    """What tensors keep where these blocks of their leaves survive, flat; leaves without slices are left out.
+
+    Several leaves may share a tensor: an index is kept where all of them keep it.
+    """
+    kept: dict[str, KeptIndices] = {}
+    known: dict[tuple[Shape, Sliced, bytes], KeptIndices] = {}  # thousands of tensors lose the same
+    for leaf, blocks in leaves:
+        found, name = look(leaf), leaf.tensor
+        if found is None:
+            continue
+        key = (shapes[name], found, blocks.tobytes())
+        if key not in known:
+            known[key] = _of_leaf(shapes[name], found, blocks)
+        kept[name] = known[key] if name not in kept else _both(kept[name], known[key])
+    return {name: _nothing(each) if each.is_empty and each.cut else each for name, each in kept.items()}
+
+
+def _of_leaf(shape: Shape, found: Sliced, blocks: Flags) -> KeptIndices:
+    """What a tensor keeps of which these blocks survive; one without dimensions is kept or not."""
+    if not shape:
+        return KeptIndices((), int(blocks.all()))
+    along = [np.ones(size, dtype=np.bool_) for size in shape]
+    if along[found.dim].size:
+        along[found.dim] = found.kept(blocks)
+    return kept_slices(along)
+
+
+def _both(one: KeptIndices, other: KeptIndices) -> KeptIndices:
+    """What two rules leave of a tensor, each of which drops something."""
+    return kept_slices([first & second for first, second in zip(one.along, other.along, strict=True)])
+
+
+def _nothing(kept: KeptIndices) -> KeptIndices:
+    """No index survives along any dimension, as a mask without survivors says it."""
+    return KeptIndices(tuple(np.zeros(flags.size, dtype=np.bool_) for flags in kept.along), 0)

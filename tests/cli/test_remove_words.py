@@ -37,7 +37,7 @@ from tests.cli.removal import (
     weights,
     write,
 )
-from tests.samples import Said, run, schema
+from tests.samples import Said, run, schema, write_spec
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -430,28 +430,39 @@ def test_wrong_use_is_told_in_whole_lines_and_leaves_nothing(
 FULL = "sparseprune: out of memory; give a smaller --memory, or fewer --jobs"
 
 
+SOFT = (
+    Path("specs/decoder-mlp-channels.toml")
+    .read_text()
+    .replace("[scope.mlp]\n", '[scope.mlp]\nmode = "soft"\n')
+)
+
+
 @pytest.mark.parametrize(
-    "place",
+    ("place", "spec"),
     [
-        "sparseprune.execution.tensor_io.TensorIO.load_run",
-        "sparseprune.removal.slices.read_kept",
-        "sparseprune.removal.cut.CutTensor.work",
-        "sparseprune.removal.shrink.configure",
-        "sparseprune.checkpoint.StagedOutput.write_weight",
-        "sparseprune.checkpoint.StagedOutput.copy",
-        "sparseprune.cli.remove.lay_out_removal",
-        "sparseprune.cli.removal_source.open_choice",
+        ("sparseprune.execution.tensor_io.TensorIO.load", None),
+        ("sparseprune.execution.tensor_io.TensorIO.load_run", None),
+        ("sparseprune.removal.decide.kept_of", None),
+        ("sparseprune.removal.slices.read_kept", SOFT),
+        ("sparseprune.removal.cut.CutTensor.work", None),
+        ("sparseprune.removal.shrink.configure", None),
+        ("sparseprune.checkpoint.StagedOutput.write_weight", None),
+        ("sparseprune.checkpoint.StagedOutput.copy", None),
+        ("sparseprune.cli.remove.lay_out_removal", None),
+        ("sparseprune.cli.removal_source.open_choice", SOFT),
     ],
 )
 @pytest.mark.parametrize("quiet", [True, False])
 def test_memory_that_is_not_there_is_told_with_what_to_do_and_the_run_goes_on_later(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, quiet: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, spec: str | None, quiet: bool
 ) -> None:
     def fail(*_: object, **__: object) -> None:
         raise MemoryError
 
     source = write(tmp_path / "in", decoder(), LLAMA, 2)
-    words = (source, "decoder-mlp-channels", "-o", tmp_path / "out", *(["-q"] if quiet else []))
+    named = "decoder-mlp-channels" if spec is None else write_spec(tmp_path, spec)
+    before = names_in(tmp_path)
+    words = (source, named, "-o", tmp_path / "out", *(["-q"] if quiet else []))
     removed(*words)
     wanted = weights(tmp_path / "out")
     shutil.rmtree(tmp_path / "out")
@@ -463,7 +474,7 @@ def test_memory_that_is_not_there_is_told_with_what_to_do_and_the_run_goes_on_la
     assert not (tmp_path / "out").exists()
     monkeypatch.undo()
     removed(*words)
-    assert (weights(tmp_path / "out"), names_in(tmp_path)) == (wanted, ["in", "out"])
+    assert (weights(tmp_path / "out"), names_in(tmp_path)) == (wanted, sorted([*before, "out"]))
 
 
 KEPT = re.compile(
@@ -501,7 +512,7 @@ def test_a_disk_without_room_is_told_and_the_run_goes_on_when_there_is_some(
     removed(source, "decoder-mlp-channels", "-o", tmp_path / "wanted", "-q")
     words = ("remove", source, "decoder-mlp-channels", "-o", disk / "out", "-q")
     size = 4 * 3 * 4 * wide * 3 // 4
-    fill(disk, 2 << 20)  # enough for the masks, and for what is kept free beside
+    fill(disk, 2 << 20)  # enough for the decisions, and for what is kept free beside
     for _ in range(2):
         said = run(*words)
         first, kept = said.err.splitlines()
@@ -519,7 +530,7 @@ def test_a_disk_without_room_is_told_and_the_run_goes_on_when_there_is_some(
     assert (said.code, said.err.splitlines()[0]) == (0, "sparseprune: an unfinished run is continued")
     assert (weights(disk / "out"), names_in(disk)) == (weights(tmp_path / "wanted"), ["out"])
     shutil.rmtree(disk / "out")
-    fill(disk, 1 << 20)
+    fill(disk, 1 << 19)
     said = run(*words)
     assert (said.code, said.err.count("\n"), names_in(disk)) == (3, 1, ["filler"])
     assert f"{disk}: not enough free space: " in said.err

@@ -135,7 +135,7 @@ def test_a_killed_run_is_continued_and_ends_in_the_same_bytes(
             seen |= {*world.kill(case, home, 20)}
         assert (content(home / "out") if case.force else {}) == old
         assert case.force or not (home / "out").exists()
-        goes_on = begun(home, told_in)
+        goes_on = begun(home, told_in) or begun(home, PARTIAL)
         ended = world.run(case, home)
         check_ended(world, ended, home, name)
         assert ended.err.splitlines().count(CONTINUED) == goes_on
@@ -143,6 +143,20 @@ def test_a_killed_run_is_continued_and_ends_in_the_same_bytes(
     assert min(reads) < full.read
     assert max(reads) <= full.read
     assert seen == {PARTIAL, told_in}
+
+
+def test_decisions_over_whole_blocks_wait_in_the_journal_and_need_no_masks(
+    tmp_path: Path, world: World
+) -> None:
+    full, _ = world.whole("a spec")
+    for part in range(1, 10):
+        home = world.home(tmp_path / str(part), CASES["a spec"])
+        world.kill(CASES["a spec"], home, int(full.calls * part / 10))
+        found = read_journal(home / CHOICE / "journal")
+        if found is not None and found.finished:
+            assert sum(path.stat().st_size for path in (home / CHOICE / "output").rglob("*")) == 0
+            return
+    pytest.fail("no run was killed between a decision and the end of the choice")
 
 
 @pytest.mark.parametrize("name", ["a spec", "again"])
@@ -240,15 +254,23 @@ def test_an_interrupt_while_names_are_given_says_whether_the_output_is_complete(
     assert len(complete) > sum(complete) > 0
 
 
-@pytest.mark.parametrize(("part", "code"), [(0.35, errno.ENOSPC), (0.7, errno.EIO)])
+@pytest.mark.parametrize(
+    ("name", "part", "code"),
+    [
+        ("rebuilt", 0.2, errno.ENOSPC),
+        ("rebuilt", 0.7, errno.EIO),
+        ("a spec", 0.02, errno.ENOSPC),
+        ("a spec", 0.7, errno.EIO),
+    ],
+)
 def test_a_disk_that_fails_is_told_and_the_run_is_continued(
-    tmp_path: Path, world: World, part: float, code: int
+    tmp_path: Path, world: World, name: str, part: float, code: int
 ) -> None:
-    case = CASES["a spec"]
+    case = CASES[name]
     counted = world.home(tmp_path / "counted", case)
     calls = world.run(case, counted, Moment("nothing", 0, on=("pwrite",))).calls
     home = world.home(tmp_path / "home", case)
-    ended = world.run(case, home, Moment("fail", int(calls * part), on=("pwrite",), code=code))
+    ended = world.run(case, home, Moment("fail", 1 + int(calls * part), on=("pwrite",), code=code))
     first, *kept = (line for line in ended.err.splitlines() if line)
     assert (ended.code, ended.out) == (3, "")
     assert re.match(rf"sparseprune: {home}/\.out\.sparseprune-\w+/\S+: cannot be written: ", first)
@@ -256,7 +278,7 @@ def test_a_disk_that_fails_is_told_and_the_run_is_continued(
     left = hidden(home)
     assert (PARTIAL in left) == (part > 0.5)
     assert kept == [kept_in(home, folder) for folder in reversed(left)]
-    check_ended(world, world.run(case, home), home, "a spec")
+    check_ended(world, world.run(case, home), home, name)
 
 
 def edit_config(home: Path) -> None:
