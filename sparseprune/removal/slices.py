@@ -27,9 +27,7 @@ if TYPE_CHECKING:
     from sparseprune.execution.limits import Limits
 
     Flags = NDArray[np.bool_]
-    Seen = tuple[Flags, NDArray[np.uint8], int]  # rows, columns as packed bits, elements
-
-_CHUNKS = 16  # of a mask at most: each brings flags of all columns
+    Seen = tuple[int, Flags, Flags, int]  # first element, rows and columns that are kept, kept elements
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -115,58 +113,53 @@ class ReadSlices(Pass):
     slab: int
 
     def chunks(self, io: TensorIO) -> Iterator[Chunk]:  # noqa: ARG002
-        """Whole rows, about a slab of them or more."""
-        width, rows = self._width, self.mask.numel // self._width
-        step = max(1, self.slab // width, -(-rows // _CHUNKS))
-        for first in range(0, rows, step):
-            count = min(step, rows - first)
-            nbytes = self._bytes_to((first + count) * width) - self._bytes_to(first * width)
-            yield Chunk((first, count), nbytes, memory=4 * min(self.slab, count * width) + 2 * width)
+        """Whole rows, about a slab of them, or parts of one that exceeds a slab: first element and size."""
+        width, numel = self._width, self.mask.numel
+        begin = 0
+        while begin < numel:
+            whole = self.slab // width * width
+            size = min(whole, numel - begin) if whole else min(self.slab, width - begin % width)
+            nbytes = self._bytes_to(begin + size) - self._bytes_to(begin)
+            yield Chunk((begin, size), nbytes, memory=4 * size)
+            begin += size
 
     def work(self, chunk: Chunk, io: TensorIO) -> Seen:
-        """The kept rows of the chunk, the columns that it keeps, and the number of kept elements."""
-        first, count = chunk.about
-        rows = np.zeros(count, dtype=np.bool_)
-        columns = np.zeros(self._width, dtype=np.bool_)
-        elements = 0
-        for begin, size in self._reads(first, count):
-            kept = read_kept(io.reader, self.mask, begin, size).view(np.bool_)
-            row, column = divmod(begin, self._width)
-            grid = kept.reshape(-1, min(size, self._width))
-            rows[row - first : row - first + len(grid)] |= grid.any(axis=1)
-            columns[column : column + grid.shape[1]] |= grid.any(axis=0)
-            elements += int(np.count_nonzero(kept))
-        return rows, np.packbits(columns), elements
+        begin, size = chunk.about
+        kept = read_kept(io.reader, self.mask, begin, size).view(np.bool_)
+        grid = kept.reshape(-1, min(size, self._width))
+        return (
+            begin,
+            np.logical_or.reduce(grid, axis=1),
+            np.logical_or.reduce(grid, axis=0),
+            int(np.count_nonzero(kept)),
+        )
+
+    def total(self) -> Seen:
+        """Nothing seen yet: flags of all rows and columns, and the number of kept elements."""
+        rows, columns = self.mask.numel // self._width, self._width
+        return 0, np.zeros(rows, dtype=np.bool_), np.zeros(columns, dtype=np.bool_), 0
+
+    def add(self, total: Seen, partial: Seen) -> Seen:
+        (_, all_rows, all_columns, elements), (begin, rows, columns, more) = total, partial
+        row, column = divmod(begin, self._width)
+        all_rows[row : row + rows.size] |= rows
+        all_columns[column : column + columns.size] |= columns
+        return 0, all_rows, all_columns, elements + more
 
     def merge(self, partials: list[Seen], io: TensorIO) -> KeptIndices:  # noqa: ARG002
-        elements = sum(elements for _, _, elements in partials)
+        ((_, rows, columns, elements),) = partials
         if not self.mask.shape:
             return KeptIndices((), elements)
-        leading = self.mask.shape[:-1]
-        rows = np.concatenate([rows for rows, _, _ in partials]).reshape(leading)
-        packed = np.bitwise_or.reduce([columns for _, columns, _ in partials])
-        columns = np.unpackbits(packed, count=self._width).view(np.bool_)
-        dims = range(len(leading))
+        grid = rows.reshape(self.mask.shape[:-1])
+        dims = range(grid.ndim)
         others = (
-            np.logical_or.reduce(rows, axis=tuple(other for other in dims if other != dim)) for dim in dims
+            np.logical_or.reduce(grid, axis=tuple(other for other in dims if other != dim)) for dim in dims
         )
         return KeptIndices((*others, columns), elements)
 
     @property
     def _width(self) -> int:
         return (self.mask.shape or (1,))[-1]
-
-    def _reads(self, first: int, count: int) -> Iterator[tuple[int, int]]:
-        """The first element and the size of each read: whole rows, or a part of one that exceeds a slab."""
-        width = self._width
-        if width <= self.slab:
-            step = self.slab // width * width
-            for begin in range(first * width, (first + count) * width, step):
-                yield begin, min(step, (first + count) * width - begin)
-            return
-        for row in range(first, first + count):
-            for begin in range(0, width, self.slab):
-                yield row * width + begin, min(self.slab, width - begin)
 
     def _bytes_to(self, element: int) -> int:
         """The share of the stored bytes that lies before an element."""
