@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from sparseprune.checkpoint import MaskFormat, OutputLayout, TensorReader
     from sparseprune.cli.mask_inputs import Masked
-    from sparseprune.execution.reapplying import Reapplication
+    from sparseprune.execution.reapply import Reapplication
     from sparseprune.report.reapplication import Circumstances
 
 _WORST = 10  # tensors that are shown without -v
@@ -88,7 +88,7 @@ def _prepare(request: ReapplyRequest) -> _Prepared:
     masks = matched.masks.shards
     layout = lay_out_apply(matched.checkpoint, request.output, names, request.mask_format, masks)
     refuse_replacing(layout, [shard.path for shard in masks], "masks")
-    from sparseprune.execution.reapplying import make_reapplication
+    from sparseprune.execution.reapply import make_reapplication
 
     return _Prepared(masked, layout, make_reapplication(matched, request.memory, request.jobs))
 
@@ -97,7 +97,7 @@ def _worked(
     request: ReapplyRequest, prepared: _Prepared, output: StagedOutput, reader: TensorReader, began: float
 ) -> dict[str, Any]:
     """Do the work, and write the report, and the spec of the run that made the masks, beside it."""
-    from sparseprune.execution.reapplying import reapply, reapply_bytes
+    from sparseprune.execution.reapply import reapply, reapply_bytes
     from sparseprune.report.reapplication import left_out_line, reapply_document
 
     left_out = left_out_line(_circumstances(request, prepared, began))

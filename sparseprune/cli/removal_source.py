@@ -180,7 +180,7 @@ def _by_masks(request: RemoveRequest, masks: Path, reader: TensorReader) -> Choi
     layout = _target(request, matched.checkpoint)
     refuse_replacing(layout, [shard.path for shard in matched.masks.shards], "masks")
     from sparseprune.execution.limits import limits_of
-    from sparseprune.execution.reapplying import resident_of
+    from sparseprune.execution.reapply import resident_of
     from sparseprune.report.reapplication import left_out_text
 
     limits = limits_of(request.memory, uses_torch=False, resident=resident_of(matched, resized=True))

@@ -154,7 +154,7 @@ def _masks_document(request: MasksRequest, masks: Path) -> dict[str, Any]:
     """Read everything that masks drop; ChangedInputError where something wrote to it meanwhile."""
     with collector_paused():
         matched = masked_by(request, masks).matched
-    from sparseprune.execution.reapplying import find_lost, make_reapplication
+    from sparseprune.execution.reapply import find_lost, make_reapplication
     from sparseprune.report.reapplication import Circumstances, left_out_line, verify_masks_document
 
     circumstances = Circumstances(

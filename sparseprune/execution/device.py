@@ -7,7 +7,7 @@ import re
 from typing import TYPE_CHECKING
 
 from sparseprune.errors import SparsepruneError
-from sparseprune.execution.recipes import elements_together, needs_torch
+from sparseprune.execution.strategy import elements_together, needs_torch
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -46,7 +46,7 @@ def device_text(jobs: Iterable[Job], device: str) -> str:
 
     "cpu" for compiled loops, which know no other device; "cuda and cpu" where both have something to do.
     """
-    used = {device if needs_torch(job.recipe) else "cpu" for job in jobs}
+    used = {device if needs_torch(job.strategy) else "cpu" for job in jobs}
     return " and ".join(sorted(used, reverse=True)) or "cpu"
 
 
@@ -64,7 +64,7 @@ def cpu_lines(schedule: Schedule, asked: str) -> Iterator[str]:
         return
     largest: dict[str, int] = {}
     for job in schedule.jobs:
-        if not needs_torch(job.recipe):
+        if not needs_torch(job.strategy):
             rule = job.task.rule
             largest[rule] = max(largest.get(rule, 0), elements_together(job.task))
     for rule, elements in largest.items():

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
     from sparseprune.checkpoint import Checkpoint, StoredTensor
     from sparseprune.engine.grids import Shape
-    from sparseprune.execution.cells import AnyScope
     from sparseprune.execution.plan import Plan
+    from sparseprune.execution.regions import AnyScope
     from sparseprune.execution.verdicts import TensorVerdict
     from sparseprune.spec import BoundInstance, Spec
 

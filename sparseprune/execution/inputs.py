@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 from sparseprune.checkpoint import Statistic, open_statistics
 from sparseprune.engine.dtypes import DTYPES
 from sparseprune.errors import CheckpointError, SpecError
-from sparseprune.execution.feeding import taking_part
+from sparseprune.execution.row_producers import taking_part
 from sparseprune.spec import BoundBlock, BoundScope
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""Which blocks are not zero, and how many of them each scope has: from the elements of boxes to counts.
+"""Which blocks are not zero, and how many of them each scope has: from the elements of regions to counts.
 
 Owns the way from a leaf's elements over fused blocks to the grid of scopes, for parts of any of these. Reads
 what it is given to read and decides nothing. Called by surviving.py.
@@ -7,15 +7,14 @@ what it is given to read and decides nothing. Called by surviving.py.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from sparseprune.engine.dtypes import DTYPES
-from sparseprune.engine.grids import Shape, permute, prod
+from sparseprune.engine.grids import Shape, permute
 from sparseprune.engine.kernels.occupancy import any_in, count_in, histogram, nonzero
-from sparseprune.execution.cells import Part, boxes_of, leaves_of, members_of
+from sparseprune.execution.regions import Part, leaves_of, members_of, regions_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -23,8 +22,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from sparseprune.engine.kernels.occupancy import ByteFlags
-    from sparseprune.execution.cells import AnyBlock, AnyScope
     from sparseprune.execution.programs import Setting
+    from sparseprune.execution.regions import AnyBlock, AnyScope
     from sparseprune.execution.tensor_io import Loaded
     from sparseprune.spec import BoundScope
 
@@ -108,35 +107,6 @@ def joined(parts: Sequence[Found]) -> Found:
     )
 
 
-def aligned(whole: Shape, units: Shape, dims: Sequence[int], places: int) -> Iterator[Part]:
-    """A grid in parts of about so many places (at least 1), cut along the first of `dims` first.
-
-    In every dimension a part has whole units, or lies in a single one.
-
-    >>> [part.extent for part in aligned((1, 10), (1, 5), (0, 1), 7)]
-    [(1, 5), (1, 5)]
-    """
-    pieces = [[(0, size)] for size in whole]
-    total = prod(whole)
-    if not total:
-        return
-    for dim in dims:
-        if total <= places:
-            break
-        behind = total // whole[dim]
-        step = max(1, places // behind)
-        span = units[dim] if step < units[dim] else whole[dim]
-        step = step if step < units[dim] else step - step % units[dim]
-        pieces[dim] = [
-            (begin, min(step, first + span - begin))
-            for first in range(0, whole[dim], span)
-            for begin in range(first, first + span, step)
-        ]
-        total = behind * step
-    for part in product(*pieces):
-        yield Part(tuple(begin for begin, _ in part), tuple(size for _, size in part))
-
-
 def coarser(part: Part, units: Shape) -> tuple[slice, ...]:
     """Where an aligned part lies on the grid of units."""
     ends = zip(part.begin, part.extent, units, strict=True)
@@ -145,15 +115,15 @@ def coarser(part: Part, units: Shape) -> tuple[slice, ...]:
 
 def occupied(loaded: Loaded) -> ByteFlags:
     """1 for every block, or part of one, that is not zero, on the leaf's grid; overwrites the elements."""
-    zero_bits = DTYPES[loaded.box.stored.dtype].zero_bits or 0
-    return any_in(nonzero(loaded.view, zero_bits), loaded.box.leaf.shape)
+    zero_bits = DTYPES[loaded.dtype].zero_bits or 0
+    return any_in(nonzero(loaded.view, zero_bits), loaded.region.leaf.shape)
 
 
 def read_blocks(member: BoundScope, order: Shape, part: Part, setting: Setting) -> Blocks:
     """The blocks of a part of a member's grid; `order` permutes its grid of scopes onto the common one."""
-    boxes = boxes_of(member.block, part, setting.tensors)
+    regions = regions_of(member.block, part)
     flags = [
-        occupied(setting.traffic.load(boxes[leaf])).transpose(own) for leaf, own in leaves_of(member.block)
+        occupied(setting.traffic.load(regions[leaf])).transpose(own) for leaf, own in leaves_of(member.block)
     ]
     return Blocks(member.shape, order, tuple(flags))
 

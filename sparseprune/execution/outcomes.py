@@ -46,24 +46,12 @@ def is_outcome(value: object) -> bool:
     )
 
 
-def outcome(task: Task, stored: StoredTensor, pruned: int, before: Tally, after: Tally) -> Outcome:
-    """What became of a part of a tensor that a task reached."""
-    return [
-        stored.name,
-        task.rule,
-        before.numel,
-        pruned,
-        before.zeros,
-        before.energy,
-        after.zeros,
-        after.energy,
-    ]
-
-
-def finish(task: Task, stored: StoredTensor, before: Tally, bits: Bits, mask: Mask) -> Outcome:
-    """The outcome of elements (flat) that have been pruned by a mask: `before` was counted before."""
+def finish(rule: str, stored: StoredTensor, before: Tally, bits: Bits, mask: Mask) -> Outcome:
+    """The outcome of elements (flat) that a rule has pruned by a mask: `before` was counted before."""
     pruned = mask.size - int(np.count_nonzero(mask.view(np.bool_)))
-    return outcome(task, stored, pruned, before, tally(bits, stored.dtype))
+    after = tally(bits, stored.dtype)
+    zeros = [before.zeros, before.energy, after.zeros, after.energy]
+    return [stored.name, rule, before.numel, pruned, *zeros]
 
 
 _COUNTS = 5  # numbers of a row: the rule's, elements reached, pruned, zeros before, zeros after

@@ -27,15 +27,15 @@ class Chunk:
 
     `nbytes` of the input are done with it, for progress; it takes `memory` bytes meanwhile. A chunk that
     writes has a `key`, unique among the passes of its job: its partial result, then a list of outcomes as
-    JSON has them, is noted under the key, and a run that continues does not do the chunk again. `file` is
-    the output file that it writes, for runners that give each file one writer.
+    JSON has them, is noted under the key, and a run that continues does not do the chunk again. `files` are
+    those of the output that it writes, for runners that give each file one writer.
     """
 
     about: Any = None
     nbytes: int = 0
     memory: int = 0
     key: str = ""
-    file: str = ""
+    files: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

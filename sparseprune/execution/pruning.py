@@ -1,7 +1,7 @@
-"""Pruning: the jobs of a schedule as programs of the executor, and what became of every tensor.
+"""Pruning: the jobs of a schedule as passes for the runner, and what became of every tensor.
 
-Owns which way works a job, in which order jobs are begun, and that torch takes one thread for each. Called
-by the command line.
+Owns which pass follows which strategy, in which order jobs are begun, and that each thread has one of torch.
+Called by the commands.
 """
 
 from __future__ import annotations
@@ -9,36 +9,35 @@ from __future__ import annotations
 import mmap
 import threading
 from contextlib import contextmanager
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sparseprune.execution.outcomes import Outcomes
 from sparseprune.execution.passes import GivenUpError
-from sparseprune.execution.programs import ProgramPass, Setting
-from sparseprune.execution.recipes import Counted, Gathered, Reconstructed, Runs, Streamed, Summed, Tiled
-from sparseprune.execution.rests import rest_program
 from sparseprune.execution.runner import Job, Record, already_done, copied_bytes, dealt, write_through
+from sparseprune.execution.strategy import (
+    BlockNorms,
+    Contiguous,
+    RadixSelect,
+    Rebuild,
+    Strided,
+    TorchInMemory,
+    TorchOutOfCore,
+)
 from sparseprune.execution.tensor_io import TensorIO
+from sparseprune.execution.tiles import CutScopes, Untouched
+from sparseprune.execution.two_pass import block_norms, radix_select
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
-    from sparseprune.checkpoint import Shard, StagedOutput, TensorReader
+    from sparseprune.checkpoint import Shard, StagedOutput, StoredTensor, TensorReader
     from sparseprune.execution.outcomes import TensorOutcome
+    from sparseprune.execution.passes import Pass
     from sparseprune.execution.runner import Progress
     from sparseprune.execution.schedule import Job as Planned
     from sparseprune.execution.schedule import Schedule
 
 _TORCH_ADDRESSES = 500 << 20  # bytes that torch takes while it is loaded, measured
-_WAYS = {
-    Runs: "runs",
-    Gathered: "gathered",
-    Counted: "counted",
-    Summed: "summed",
-    Tiled: "tiled",
-    Streamed: "streamed",
-    Reconstructed: "reconstructed",
-}
 
 
 def execute(
@@ -46,54 +45,57 @@ def execute(
 ) -> Sequence[TensorOutcome]:
     """Do all the work of a schedule: every byte of the output's shards and masks is written once.
 
-    What an earlier run finished is taken over. `progress` is told, from any thread, bytes that were done and
-    of what. The first error in the order of the schedule is raised once what is running has ended; nothing
-    new is begun after it.
+    What an earlier run finished is taken over. `progress` is called, from any thread, with bytes that were
+    done and what they are of. The first error in the order of the schedule is raised once what is running
+    has ended; nothing new is begun after it.
     """
     outcomes = Outcomes()
-    record = Record(output, outcomes, progress)
     given_up = threading.Event()
 
     def check() -> None:
         if given_up.is_set():
             raise GivenUpError
 
-    io = TensorIO(reader, output, schedule.plan.checkpoint.tensors, device, progress, check)
-
-    def setting(key: str) -> Setting:
-        def recall(name: str) -> Any:  # noqa: ANN401
-            return record.recall(f"{key}.{name}")
-
-        def note(name: str, noted: Any, nbytes: int) -> None:  # noqa: ANN401
-            record.note(f"{key}.{name}", noted, nbytes)
-
-        return Setting(
-            tensors=schedule.plan.checkpoint.tensors,
-            traffic=io,
-            limits=schedule.limits,
-            device=device,
-            recall=recall,
-            note=note,
-            passed=progress,
-            check=check,
-        )
-
-    def jobs() -> Iterator[Job]:
-        """All jobs, with their numbers in the order of the plan."""
-        planned = dealt(schedule.jobs, lambda job: _shard_of(job, schedule), schedule.workers)
-        # The largest matrices first: one that takes an hour must not be the last to begin.
-        for order, job in sorted(planned, key=lambda one: -_matrix_bytes(one[1])):
-            way = import_module(f"sparseprune.execution.{_WAYS[type(job.recipe)]}")
-            program = way.run_program(job.task, job.recipe, setting(job.key))
-            yield Job(order, job.key, job.task.instance.label, ProgramPass(program), job.recipe.held)
-        later = len(schedule.jobs)
-        for rest in schedule.rests:
-            program = rest_program(rest, setting(rest.key))
-            yield Job(later, rest.key, rest.stored.name, ProgramPass(program))
-
+    tensors = schedule.plan.checkpoint.tensors
+    io = TensorIO(reader, output, tensors, device, progress, check)
+    record = Record(output, outcomes, progress)
     with _one_torch_thread(schedule):
-        write_through(jobs(), io, record, schedule.crowd, given_up)
+        write_through(jobs_of(schedule), io, record, schedule.crowd, given_up)
     return outcomes.of_plan(schedule.plan)
+
+
+def jobs_of(schedule: Schedule) -> Iterator[Job]:
+    """All jobs for a runner, with their numbers in the order of the plan."""
+    tensors = schedule.plan.checkpoint.tensors
+    planned = dealt(schedule.jobs, lambda job: _shard_of(job, schedule), schedule.workers)
+    # The largest matrices first: one that takes an hour must not be the last to begin.
+    for order, job in sorted(planned, key=lambda one: -_matrix_bytes(one[1])):
+        yield Job(order, job.key, job.task.instance.label, first_pass(job, tensors), job.strategy.held)
+    for rest in schedule.rests:
+        untouched = Untouched(rest.stored.name, rest.leaves, schedule.limits.slab)
+        yield Job(len(schedule.jobs), rest.key, rest.stored.name, untouched)
+
+
+def first_pass(job: Planned, tensors: Mapping[str, StoredTensor]) -> Pass:
+    """The pass with which the work of a job begins; those that need torch import it."""
+    task, strategy = job.task, job.strategy
+    if isinstance(strategy, Contiguous | Strided):
+        return CutScopes(job.tasks, strategy)
+    if isinstance(strategy, RadixSelect):
+        return radix_select(task, strategy)
+    if isinstance(strategy, BlockNorms):
+        return block_norms(task, strategy, tensors)
+    if isinstance(strategy, TorchInMemory):
+        from sparseprune.execution.torch_tiles import CutTiles  # noqa: PLC0415  (torch)
+
+        return CutTiles(task, strategy)
+    if isinstance(strategy, TorchOutOfCore):
+        from sparseprune.execution.torch_out_of_core import out_of_core  # noqa: PLC0415  (torch)
+
+        return out_of_core(task, strategy)
+    from sparseprune.execution.reconstruct import RebuildMatrices  # noqa: PLC0415  (torch)
+
+    return RebuildMatrices(task, strategy)
 
 
 def work_bytes(schedule: Schedule, output: StagedOutput) -> tuple[int, int]:
@@ -109,7 +111,7 @@ def _shard_of(job: Planned, schedule: Schedule) -> Shard:
 
 def _matrix_bytes(job: Planned) -> int:
     """What grows with the time that a matrix takes to be rebuilt; 0 where none is."""
-    return job.recipe.memory if isinstance(job.recipe, Reconstructed) else 0
+    return job.strategy.memory if isinstance(job.strategy, Rebuild) else 0
 
 
 @contextmanager

@@ -346,7 +346,7 @@ class Copying(Pass):
                 self.copy.offset + done,
                 min(_COPY_BYTES, self.copy.length - done),
             )
-            yield Chunk(part, part.length, key=str(done), file=str(part.file))
+            yield Chunk(part, part.length, key=str(done), files=(str(part.file),))
 
     def work(self, chunk: Chunk, io: TensorIO) -> list[Any]:
         io.copy(chunk.about)
@@ -366,14 +366,15 @@ def read_through(jobs: Iterable[Job], io: TensorIO, crowd: Crowd, progress: Prog
 
 def write_through(
     jobs: Iterable[Job], io: TensorIO, record: Record, crowd: Crowd, given_up: threading.Event | None = None
-) -> None:
+) -> dict[int, Any]:
     """Do jobs that write parts of an output, then copy all that the input and the output share.
 
-    Errors are raised as `read_through` does. `given_up` is set where a signal or the disk ends the run.
+    Results and errors as `read_through` has them. `given_up` is set where a signal or the disk ends the run.
     """
     runner = Runner(_with_copies(jobs, record.output), io, record, crowd.memory, given_up)
     with _flushing(record.output, runner.give_up):
         runner.run(crowd.threads)
+    return runner.results
 
 
 def already_done(output: StagedOutput) -> int:

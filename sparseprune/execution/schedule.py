@@ -6,24 +6,22 @@ imports no torch, so that `plan` can tell what a run would need.
 
 from __future__ import annotations
 
-from array import array
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from sparseprune.engine.grids import prod
-from sparseprune.engine.sequences import Made
 from sparseprune.errors import SparsepruneError
-from sparseprune.execution.cells import members_of
 from sparseprune.execution.limits import INTERPRETER, TORCH, TORCH_THREAD, Crowd, Limits, Resident, limits_of
 from sparseprune.execution.plan import task_bytes
-from sparseprune.execution.recipes import Reconstructed, alone, choose, needs_torch
+from sparseprune.execution.regions import alone, members_of
+from sparseprune.execution.strategy import Contiguous, Rebuild, Strided, choose, needs_torch
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Sequence
+    from collections.abc import Collection, Iterator, Mapping
 
     from sparseprune.checkpoint import StoredTensor
     from sparseprune.execution.plan import Plan, Task, WorkUnit
-    from sparseprune.execution.recipes import Recipe
+    from sparseprune.execution.strategy import Strategy
     from sparseprune.spec import BoundBlock
 
 _AMPLE = 1 << 60  # memory in which every way may be chosen
@@ -31,11 +29,19 @@ _AMPLE = 1 << 60  # memory in which every way may be chosen
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A task and its way; `key` is its own in the schedule."""
+    """Tasks of one rule that are alike but for their tensors, and their strategy; `key` names it in notes.
+
+    Most often one task; several where these are small, so that their tensors are worked together.
+    """
 
     key: str
-    task: Task
-    recipe: Recipe
+    tasks: tuple[Task, ...]
+    strategy: Strategy
+
+    @property
+    def task(self) -> Task:
+        """The first of the tasks."""
+        return self.tasks[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,16 +55,12 @@ class Rest:
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """All that has to be done for a plan, by at most `workers` threads at one time.
-
-    `recipes` are those of the jobs, which are made when they are asked for: thousands of jobs share a few.
-    """
+    """All that has to be done for a plan, by at most `workers` threads at one time."""
 
     plan: Plan
     limits: Limits
     workers: int
-    jobs: Sequence[Job]
-    recipes: Sequence[Recipe]
+    jobs: tuple[Job, ...]
     rests: tuple[Rest, ...]
 
     @property
@@ -69,25 +71,25 @@ class Schedule:
     @property
     def crowd(self) -> Crowd:
         """The threads that do the work, and what they may take together."""
-        item = max((recipe.memory for recipe in self._unlike), default=0)
-        held = max((recipe.held for recipe in self._unlike), default=0)
+        item = max((strategy.memory for strategy in self._unlike), default=0)
+        held = max((strategy.held for strategy in self._unlike), default=0)
         return Crowd.of(self.limits, self.workers, item=item, held=held, uses_torch=self.uses_torch)
 
     @property
     def peak_bytes(self) -> int:
         """Resident memory at the most, about: the interpreter, what is in flight, scores that are held."""
         base = INTERPRETER + (TORCH if self.uses_torch else 0)
-        item = max((recipe.memory for recipe in self._unlike), default=0)
-        held = sorted((recipe.held for recipe in self.recipes), reverse=True)[: self.workers]
+        item = max((strategy.memory for strategy in self._unlike), default=0)
+        held = sorted((job.strategy.held for job in self.jobs), reverse=True)[: self.workers]
         threads = self._side_by_side(item)
         kept = TORCH_THREAD * (threads - 1) if self.uses_torch else 0
         work = min(self.limits.memory, item * threads + kept + sum(held))
         return base + self.limits.resident + work
 
     @property
-    def _unlike(self) -> Collection[Recipe]:
-        """The recipes, each once."""
-        return {id(recipe): recipe for recipe in self.recipes}.values()
+    def _unlike(self) -> Collection[Strategy]:
+        """The strategies, each once: thousands of jobs share a few."""
+        return {id(job.strategy): job.strategy for job in self.jobs}.values()
 
     def _side_by_side(self, item: int) -> int:
         """How many items are worked on at one time, of which one takes up to so many bytes."""
@@ -98,8 +100,9 @@ class Schedule:
     @property
     def nbytes(self) -> int:
         """Bytes of input that pass by, each as often as it is read."""
+        tensors = self.plan.checkpoint.tensors
         reads = sum(
-            task_bytes(job.task, self.plan.checkpoint.tensors) * job.recipe.passes for job in self.jobs
+            task_bytes(task, tensors) * job.strategy.passes for job in self.jobs for task in job.tasks
         )
         return reads + sum(_rest_bytes(rest) for rest in self.rests)
 
@@ -144,27 +147,51 @@ def resident_of(plan: Plan, *, masks: bool, resized: bool = False) -> Resident:
 
 def _schedule(plan: Plan, limits: Limits, workers: int, *, compiled: bool) -> Schedule:
     tensors = plan.checkpoint.tensors
-    known: dict[tuple[object, ...], Recipe] = {}  # thousands of tasks have a handful of forms
-    numbers, parts = array("q"), array("q")
-    tasks: list[Task] = []
-    recipes: list[Recipe] = []
+    known: dict[tuple[object, ...], Strategy] = {}  # thousands of tasks have a handful of forms
+    jobs: list[Job] = []
+    together: list[Job] = []  # small neighbours that are worked in one chunk
+    elements = 0
     rests: list[Rest] = []
     for number, unit in enumerate(plan.units):
         for part, task in enumerate(_tasks(unit)):
             form = _form(task, plan)
-            recipe = known.get(form)
-            if recipe is None:
-                recipe = known[form] = choose(task, tensors, limits, compiled=compiled)
-            numbers.append(number)
-            parts.append(part)
-            tasks.append(task)
-            recipes.append(recipe)
+            strategy = known.get(form)
+            if strategy is None:
+                strategy = known[form] = choose(task, tensors, limits, compiled=compiled)
+            job = Job(f"{number}.{part}", (task,), strategy)
+            numel = sum([prod(leaf.view_shape) for leaf in task.instance.scope.leaves])
+            if together and not _fits(job, together[0], elements + numel, tensors):
+                jobs.append(_joined(together))
+                together, elements = [], 0
+            together.append(job)
+            elements += numel
         rests += _rests(number, unit)
+    if together:
+        jobs.append(_joined(together))
+    return Schedule(plan, limits, workers, tuple(jobs), tuple(rests))
 
-    def job(place: int) -> Job:
-        return Job(f"{numbers[place]}.{parts[place]}", tasks[place], recipes[place])
 
-    return Schedule(plan, limits, workers, Made(range(len(tasks)), job), recipes, tuple(rests))
+def _fits(job: Job, first: Job, elements: int, tensors: Mapping[str, StoredTensor]) -> bool:
+    """Whether a job is worked in one chunk with another, all in all so many elements.
+
+    Both are of one rule, of one file, and decided alike.
+    """
+    own, other = job.strategy, first.strategy
+    if not isinstance(own, Contiguous | Strided) or elements > own.elements:
+        return False
+    if type(own) is not type(other) or job.task.rule != first.task.rule:
+        return False
+    names = [one.task.instance.scope.leaves[0].tensor for one in (job, first)]
+    one_file = tensors[names[0]].shard is tensors[names[1]].shard
+    return one_file and (own is other or replace(own, memory=other.memory) == other)
+
+
+def _joined(jobs: list[Job]) -> Job:
+    """One job of several, by the key of the first one."""
+    if len(jobs) == 1:
+        return jobs[0]
+    largest = max((job.strategy for job in jobs), key=lambda strategy: strategy.memory)
+    return Job(jobs[0].key, tuple(task for job in jobs for task in job.tasks), largest)
 
 
 def _tasks(unit: WorkUnit) -> Iterator[Task]:
@@ -206,9 +233,9 @@ def _form(task: Task, plan: Plan) -> tuple[object, ...]:
     return (tuple(leaves), tuple(members), tuple(inputs), score, instance.budget, *method)
 
 
-def _has_pieces(recipe: Recipe) -> bool:
+def _has_pieces(strategy: Strategy) -> bool:
     """Whether a task is worked in many pieces, which several threads share."""
-    return not isinstance(recipe, Reconstructed) or recipe.stacked
+    return not isinstance(strategy, Rebuild) or strategy.stacked
 
 
 def _rest_bytes(rest: Rest) -> int:

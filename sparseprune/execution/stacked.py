@@ -15,26 +15,24 @@ import numpy as np
 from sparseprune.engine.dtypes import DTYPES
 from sparseprune.engine.grids import prod
 from sparseprune.engine.kernels.occupancy import any_in, histograms, nonzero
-from sparseprune.execution.boxes import storage_order, whole_box
-from sparseprune.execution.cells import leaves_of, members_of
 from sparseprune.execution.occupied import SURVIVORS, Blocks, Found, count_rows, counted, judged
 from sparseprune.execution.programs import Item, Program
+from sparseprune.execution.regions import leaves_of, members_of, storage_order, whole_region
 from sparseprune.execution.surviving import leaf_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Hashable, Iterator, Sequence
 
-    from sparseprune.checkpoint import StoredTensor
     from sparseprune.engine.kernels.occupancy import ByteFlags
-    from sparseprune.execution.cells import AnyScope
     from sparseprune.execution.programs import Setting
+    from sparseprune.execution.regions import AnyScope
     from sparseprune.execution.surviving import Way
     from sparseprune.spec import BoundBlock
 
 _SHARE = 8  # leaves that fit so often into what is read at one time are small
 
 
-def stack_height(scope: AnyScope, way: Way, tensors: Mapping[str, StoredTensor]) -> int:
+def stack_height(scope: AnyScope, way: Way) -> int:
     """How many instances of the form of this one are read at one time; 0 where they cannot be stacked.
 
     Stacked are those that are worked as cells of whole scopes, and have small leaves, each in one stretch.
@@ -43,7 +41,7 @@ def stack_height(scope: AnyScope, way: Way, tensors: Mapping[str, StoredTensor])
     small = 0 < numel <= way.limit and numel // len(scope.leaves) <= way.limit // _SHARE
     if way.kind != "cells" or not small:
         return 0
-    in_one = all(len(list(whole_box(leaf, tensors[leaf.tensor]).runs())) == 1 for leaf in scope.leaves)
+    in_one = all(len(list(whole_region(leaf).runs())) == 1 for leaf in scope.leaves)
     return way.limit // numel if in_one else 0
 
 

@@ -18,22 +18,10 @@ import numpy as np
 from sparseprune.engine.dtypes import DTYPES
 from sparseprune.engine.grids import prod
 from sparseprune.errors import SparsepruneError
-from sparseprune.execution.boxes import Box, storage_order
-from sparseprune.execution.cells import (
-    Part,
-    block_part,
-    boxes_of,
-    cells,
-    leaves_of,
-    members_of,
-    numel_per_scope,
-    whole_part,
-)
 from sparseprune.execution.occupied import (
     SURVIVORS,
     Blocks,
     Found,
-    aligned,
     coarser,
     common_place,
     count_rows,
@@ -45,6 +33,19 @@ from sparseprune.execution.occupied import (
     read_blocks,
 )
 from sparseprune.execution.programs import Item, Program
+from sparseprune.execution.regions import (
+    Part,
+    Region,
+    block_part,
+    cells,
+    cut,
+    leaves_of,
+    members_of,
+    numel_per_scope,
+    regions_of,
+    storage_order,
+    whole_part,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -52,10 +53,10 @@ if TYPE_CHECKING:
     from sparseprune.checkpoint import StoredTensor
     from sparseprune.engine.grids import Shape
     from sparseprune.engine.kernels.occupancy import ByteFlags
-    from sparseprune.execution.cells import AnyScope
     from sparseprune.execution.limits import Limits
     from sparseprune.execution.occupied import Counts
     from sparseprune.execution.programs import Setting
+    from sparseprune.execution.regions import AnyScope
     from sparseprune.spec import BoundBlock, BoundScope
 
 Kind = Literal["cells", "tiles", "chunks"]
@@ -91,7 +92,7 @@ def way_of(scope: AnyScope, tensors: Mapping[str, StoredTensor], limits: Limits)
     enough = len(scope.leaves) + leaf_bytes(scope.leaves, tensors) // _READ_BYTES
     reads = []
     for way in ways:
-        reads.append(_reads(scope, way, tensors))
+        reads.append(_reads(scope, way))
         if reads[-1] <= enough:
             return way
     return ways[reads.index(min(reads))]
@@ -144,8 +145,10 @@ class _Work:
         """Elements in the order of the storage; a block is not zero where any of its parts is not."""
         self._flags = {leaf: np.zeros(leaf.grid_shape, dtype=np.uint8) for leaf in self._scope.leaves}
         for leaf in self._scope.leaves:
-            for box in _chunks(leaf, self._setting.tensors[leaf.tensor], self._way):
-                yield Item(partial(self._mark_chunk, box), box.nbytes, self._way.memory)
+            for region in _chunks(leaf, self._way):
+                yield Item(
+                    partial(self._mark_chunk, region), self._setting.traffic.nbytes(region), self._way.memory
+                )
 
     def judge(self) -> Found:
         """What was found, once all tiles or chunks have passed."""
@@ -184,11 +187,11 @@ class _Work:
             for row, numbers in found:
                 self._counts[row][place] += numbers
 
-    def _mark_chunk(self, box: Box) -> None:
-        flags = occupied(self._setting.traffic.load(box))
-        place = coarser(Part(box.begin, box.extent), box.leaf.shape)
+    def _mark_chunk(self, region: Region) -> None:
+        flags = occupied(self._setting.traffic.load(region))
+        place = coarser(Part(region.begin, region.extent), region.leaf.shape)
         with self._lock:
-            self._flags[box.leaf][place] |= flags
+            self._flags[region.leaf][place] |= flags
 
 
 def leaf_bytes(leaves: Iterable[BoundBlock], tensors: Mapping[str, StoredTensor]) -> int:
@@ -216,45 +219,45 @@ def _open_ways(scope: AnyScope, tensors: Mapping[str, StoredTensor], limits: Lim
         yield Way("chunks", slab, slab * each, grids)
 
 
-def _reads(scope: AnyScope, way: Way, tensors: Mapping[str, StoredTensor]) -> int:
+def _reads(scope: AnyScope, way: Way) -> int:
     """How often the input is read from, about: all pieces are taken for as large as the first."""
     return sum(
-        -(-pieces * box.numel // length)
-        for pieces, box in _first_boxes(scope, way, tensors)
-        for _, length in islice(box.runs(), 1)
+        -(-pieces * region.numel // length)
+        for pieces, region in _first_boxes(scope, way)
+        for _, length in islice(region.runs(), 1)
     )
 
 
-def _first_boxes(scope: AnyScope, way: Way, tensors: Mapping[str, StoredTensor]) -> Iterator[tuple[int, Box]]:
+def _first_boxes(scope: AnyScope, way: Way) -> Iterator[tuple[int, Region]]:
     """What is read first of every leaf, and how many pieces like it there are."""
     if way.kind == "chunks":
         for leaf in scope.leaves:
-            for box in islice(_chunks(leaf, tensors[leaf.tensor], way), 1):
-                yield -(-prod(leaf.view_shape) // box.numel), box
+            for region in islice(_chunks(leaf, way), 1):
+                yield -(-prod(leaf.view_shape) // region.numel), region
     elif way.kind == "tiles":
         for member, _ in members_of(scope):
             for part in islice(_tiles(member, way), 1):
                 pieces = -(-prod(member.block.grid_shape) // part.numel)
-                yield from ((pieces, box) for box in boxes_of(member.block, part, tensors).values())
+                yield from ((pieces, region) for region in regions_of(member.block, part).values())
     else:
         for cell in islice(cells(scope, way.limit), 1):
             pieces = -(-prod(scope.grid_shape) // cell.numel)
             for member, order in members_of(scope):
                 part = block_part(member, order, cell)
-                yield from ((pieces, box) for box in boxes_of(member.block, part, tensors).values())
+                yield from ((pieces, region) for region in regions_of(member.block, part).values())
 
 
 def _tiles(member: BoundScope, way: Way) -> Iterator[Part]:
     """A member's block grid in parts of whole blocks, each of whole scopes or in a single one."""
     block = member.block
     places = way.limit // max(1, block.numel_per_block)
-    return aligned(block.grid_shape, member.shape, outermost_first(block), places)
+    return cut(whole_part(block.grid_shape), outermost_first(block), places, member.shape)
 
 
-def _chunks(leaf: BoundBlock, stored: StoredTensor, way: Way) -> Iterator[Box]:
+def _chunks(leaf: BoundBlock, way: Way) -> Iterator[Region]:
     """A leaf's elements in the order of the storage, each time those of whole blocks or in a single one."""
-    for part in aligned(leaf.view_shape, leaf.shape, storage_order(leaf), way.limit):
-        yield Box(leaf, stored, part.begin, part.extent)
+    for part in cut(whole_part(leaf.view_shape), storage_order(leaf), way.limit, leaf.shape):
+        yield Region(leaf, part.begin, part.extent)
 
 
 def _itemsize(stored: StoredTensor) -> int:

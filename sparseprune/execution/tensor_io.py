@@ -1,7 +1,7 @@
 """Elements of stored tensors as bit patterns in memory, and back to their place in the output.
 
-Owns buffers and the order in which the elements of a box lie in them. Knows neither what is asked of the
-elements nor, beyond boxes and runs, where they come from. The only way in which passes read and write.
+Owns buffers and the order in which the elements of a region lie in them. Knows neither what is decided over
+the elements nor, beyond regions and runs, where they come from. The only way in which passes read and write.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from sparseprune.checkpoint import CopyRange, StagedOutput, StoredTensor, TensorReader
-    from sparseprune.execution.boxes import Box, Run
+    from sparseprune.execution.regions import Region, Run
+    from sparseprune.spec import BoundBlock
 
     Bits = NDArray[Any]
     Mask = NDArray[np.uint8]
@@ -28,19 +29,25 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """The elements of a box as patterns: `flat` in the order of the storage, `view` as the leaf sees them.
+    """The elements of a region as patterns: `flat` in the order of the storage, `view` as the leaf sees them.
 
     Both share memory; so do `mask` (1 where an element is kept) and `mask_view`, once `masked` made them.
+    `stored` is the tensor that was read.
     """
 
-    box: Box
+    region: Region
+    stored: StoredTensor
     flat: Bits
     view: Bits
 
+    @property
+    def dtype(self) -> str:
+        return self.stored.dtype
+
     def masked(self) -> tuple[Mask, Mask]:
-        """A new mask of the box, all 1: flat, and as the leaf sees it."""
+        """A new mask of the region, all 1: flat, and as the leaf sees it."""
         flat = np.ones(self.flat.size, dtype=np.uint8)
-        return flat, _as_view(flat, self.box)
+        return flat, _as_view(flat, self.region)
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,18 +71,32 @@ class TensorIO:
         """The same, with room for what the chunks of another job share."""
         return replace(self, vectors={})
 
-    def copy(self, part: CopyRange) -> None:
-        """Copy bytes that the input and the output share."""
-        if self.output is None:
-            raise TypeError("there is no output to write to")
-        self.output.copy(part)
+    def itemsize(self, leaf: BoundBlock) -> int:
+        """Bytes of an element of the tensor that a leaf looks at."""
+        return pattern_of(self.tensors[leaf.tensor]).itemsize
 
-    def load(self, box: Box, allocate: Allocate | None = None) -> Loaded:
-        """The elements of a box, in memory of their own, which `allocate` may give."""
-        pattern = pattern_of(box.stored)
-        flat = np.empty(box.numel, dtype=pattern) if allocate is None else allocate(box.numel, pattern)
-        self._fill(box.stored, box.runs(), flat)
-        return Loaded(box, flat, _as_view(flat, box))
+    def nbytes(self, region: Region) -> int:
+        return region.numel * self.itemsize(region.leaf)
+
+    def files(self, leaves: Iterable[BoundBlock]) -> tuple[str, ...]:
+        """The files of the output in which the tensors of some leaves lie."""
+        return tuple(dict.fromkeys([str(self.tensors[leaf.tensor].shard.relative) for leaf in leaves]))
+
+    def load(
+        self, region: Region, stored: StoredTensor | None = None, allocate: Allocate | None = None
+    ) -> Loaded:
+        """The elements of a region, in memory of their own, which `allocate` may give.
+
+        They are those of the leaf's tensor, or of `stored`, read by the leaf's strides.
+        """
+        stored = self.tensors[region.leaf.tensor] if stored is None else stored
+        pattern = pattern_of(stored)
+        flat = np.empty(region.numel, dtype=pattern) if allocate is None else allocate(region.numel, pattern)
+        data, size, done = memoryview(flat.view(np.uint8).data), flat.itemsize, 0
+        for first, count in region.runs():
+            self.reader.read_into(stored, first * size, data[done * size : (done + count) * size])
+            done += count
+        return Loaded(region, stored, flat, _as_view(flat, region))
 
     def load_run(self, stored: StoredTensor, run: Run) -> Bits:
         """Neighbouring elements of a tensor."""
@@ -88,29 +109,27 @@ class TensorIO:
         self.reader.read_into(stored, first * flat.itemsize, flat)
 
     def store(self, loaded: Loaded, mask: Mask) -> None:
-        """Write the elements of a box, and its mask, both as they lie in the order of the storage."""
+        """Write the elements of a region, and its mask, both as they lie in the order of the storage."""
         done = 0
-        for first, count in loaded.box.runs():
-            self._write(loaded.box.stored, first, loaded.flat[done : done + count], mask[done : done + count])
+        for first, count in loaded.region.runs():
+            part = slice(done, done + count)
+            self.store_run(loaded.stored, first, loaded.flat[part], mask[part])
             done += count
 
     def store_run(self, stored: StoredTensor, first: int, bits: Bits, mask: Mask) -> None:
         """Write neighbouring elements of a tensor and their mask."""
-        self._write(stored, first, bits, mask)
+        output = self._writable()
+        output.write_weight(stored.name, first * bits.itemsize, bits.data)
+        output.write_mask(stored.name, first, mask.data)
 
-    def _fill(self, stored: StoredTensor, runs: Iterable[Run], flat: Bits) -> None:
-        size = flat.itemsize
-        data = memoryview(flat.view(np.uint8).data)
-        done = 0
-        for first, count in runs:
-            self.reader.read_into(stored, first * size, data[done * size : (done + count) * size])
-            done += count
+    def copy(self, part: CopyRange) -> None:
+        """Copy bytes that the input and the output share."""
+        self._writable().copy(part)
 
-    def _write(self, stored: StoredTensor, first: int, bits: Bits, mask: Mask) -> None:
+    def _writable(self) -> StagedOutput:
         if self.output is None:
             raise TypeError("there is no output to write to")
-        self.output.write_weight(stored.name, first * bits.itemsize, bits.data)
-        self.output.write_mask(stored.name, first, mask.data)
+        return self.output
 
 
 def pattern_of(stored: StoredTensor) -> np.dtype[Any]:
@@ -118,8 +137,8 @@ def pattern_of(stored: StoredTensor) -> np.dtype[Any]:
     return np.dtype(f"uint{DTYPES[stored.dtype].bits}")
 
 
-def _as_view(flat: Bits, box: Box) -> Bits:
+def _as_view(flat: Bits, region: Region) -> Bits:
     """Elements in the order of the storage as the leaf sees them, sharing memory."""
-    order = box.storage_order
-    shaped = flat.reshape([box.extent[dim] for dim in order])
+    order = region.storage_order
+    shaped = flat.reshape([region.extent[dim] for dim in order])
     return shaped.transpose(sorted(range(len(order)), key=order.__getitem__))

@@ -1,140 +1,124 @@
 """Blocks that are not zero though they score less than a threshold: what pruning by it would still drop.
 
-Runs the programs that prune, over traffic that writes nothing and looks at what would be cut, so that scores
-are those of a run, bit for bit. Needs what they need: score files, torch for what only the engine can score.
+Runs the passes that prune, over an io that writes nothing and looks at what would be cut, so that scores are
+those of a run, bit for bit. Needs what they need: score files, torch for what only the engine can score.
 """
 
 from __future__ import annotations
 
-import threading
-from dataclasses import dataclass, replace
-from importlib import import_module
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from sparseprune.engine.dtypes import DTYPES
 from sparseprune.engine.kernels.occupancy import any_in, nonzero
-from sparseprune.execution.cells import Part, leaves_of, members_of
-from sparseprune.execution.occupied import First, Found, coarser, joined
-from sparseprune.execution.recipes import Gathered, Runs, Summed, Tiled
+from sparseprune.execution.occupied import First, Found, joined
+from sparseprune.execution.passes import Chunk, Decision, Pass
+from sparseprune.execution.pruning import first_pass
+from sparseprune.execution.regions import leaves_of, members_of
+from sparseprune.execution.strategy import BlockNorms, Contiguous, TorchInMemory
 from sparseprune.execution.tensor_io import TensorIO
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
+    from sparseprune.checkpoint import StoredTensor
     from sparseprune.engine.grids import Shape
     from sparseprune.engine.kernels.occupancy import ByteFlags
-    from sparseprune.execution.boxes import Box
-    from sparseprune.execution.programs import Item, Program, Setting
+    from sparseprune.execution.regions import Region
     from sparseprune.execution.schedule import Job
     from sparseprune.execution.tensor_io import Loaded, Mask
-    from sparseprune.spec import BoundBlock
-
-_WAYS = {Runs: "runs", Gathered: "gathered", Summed: "summed", Tiled: "tiled"}
+    from sparseprune.spec import BoundBlock, BoundScope
 
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """Elements of a box that would be cut and are not zero: 1 for each, as the leaf sees them."""
+    """Elements of a region that would be cut and are not zero: 1 for each, as the leaf sees them."""
 
-    box: Box
+    region: Region
     elements: ByteFlags
 
 
-class _Seen(threading.local):
-    """What was seen of the item that a thread is at."""
-
-    def __init__(self) -> None:
-        self.cuts: list[Cut] = []
-
-
-_SEEN = _Seen()
-
-
+@dataclass(frozen=True, eq=False)
 class Watch(TensorIO):
-    """TensorIO without an output: what should be written is compared with what is there."""
+    """An io without an output: what should be written is compared with what is there."""
+
+    cuts: list[Cut] = field(default_factory=list)
 
     def store(self, loaded: Loaded, mask: Mask) -> None:
         """Remember what a mask cuts that is not zero in the input, which is read again for it."""
         if mask.all():
             return
-        again = self.load(loaded.box)
+        again = self.load(loaded.region)
         flat, view = again.masked()
-        flat[...] = nonzero(again.flat, DTYPES[loaded.box.stored.dtype].zero_bits or 0)
+        flat[...] = nonzero(again.flat, DTYPES[loaded.dtype].zero_bits or 0)
         flat &= 1 - mask
         if flat.any():
-            _SEEN.cuts.append(Cut(loaded.box, view))
-
-    def watched(self, work: Callable[[], Any]) -> list[Cut]:
-        """Do the work of an item; what it would cut."""
-        _SEEN.cuts = []
-        work()
-        cuts, _SEEN.cuts = _SEEN.cuts, []
-        return cuts
+            self.cuts.append(Cut(loaded.region, view))
 
 
-def undercut_program(job: Job, setting: Setting, watch: Watch, tell: Callable[[Found], None]) -> Program:
-    """Do what pruning does, without writing; `tell` gets which blocks would be dropped that are not zero.
+@dataclass(frozen=True, slots=True)
+class BelowThreshold(Pass):
+    """Does what pruning does, without writing; gives which blocks would be dropped that are not zero.
 
-    `setting` has the watch for its traffic. Every block is a scope of its own: places are those of blocks.
+    Every block is a scope of its own: places are those of blocks.
     """
-    work = _Work(job, watch)
-    way = import_module(f"sparseprune.execution.{_WAYS[type(job.recipe)]}")
-    program: Program = way.run_program(job.task, job.recipe, setting)
-    found: list[Found] = []
-    try:
-        step = next(program)
-        while True:
-            results = yield (work.around(item) for item in step)
-            found += [result for result in results if isinstance(result, Found)]
-            step = program.send(results)
-    except StopIteration:
-        tell(joined([*found, work.held()]))
 
+    job: Job
+    inner: Pass
 
-class _Work:
-    """What the items of one task share: for blocks that pass by in parts a flag for each."""
+    def chunks(self, io: TensorIO) -> Iterator[Chunk]:
+        for chunk in self.inner.chunks(io):
+            yield Chunk(chunk, chunk.nbytes, chunk.memory)
 
-    def __init__(self, job: Job, watch: Watch) -> None:
-        self._job = job
-        self._watch = watch
-        ((self._member, _),) = members_of(job.task.instance.scope)
-        self._lock = threading.Lock()
-        self._held: dict[BoundBlock, ByteFlags] = {}
+    def work(self, chunk: Chunk, io: TensorIO) -> Any:  # noqa: ANN401
+        if not chunk.about.key:
+            return self.inner.work(chunk.about, io)
+        watch = Watch(io.reader, None, io.tensors, io.device, io.passed, io.check, io.vectors)
+        self.inner.work(chunk.about, watch)
+        return self._judged(watch.cuts)
 
-    def around(self, item: Item) -> Item:
-        """An item that tells what the one would cut; those that write nothing stay as they are."""
-        if not item.key:
-            return item
-        return replace(item, work=lambda: self._judged(self._watch.watched(item.work)), key="")
+    def merge(self, partials: list[Any], io: TensorIO) -> Pass | Found:
+        if not all(isinstance(partial, Found | list) for partial in partials) or self._reduces():
+            following = self.inner.merge(partials, io)
+            if isinstance(following, Decision):
+                following = self.inner.decided(following.value)
+            return replace(self, inner=following)
+        held: dict[BoundBlock, ByteFlags] = {}
+        for cut in (cut for partial in partials if isinstance(partial, list) for cut in partial):
+            leaf = cut.region.leaf
+            held.setdefault(leaf, np.zeros(leaf.grid_shape, dtype=np.uint8))[cut.region.blocks] |= (
+                cut.elements
+            )
+        found = [partial for partial in partials if isinstance(partial, Found)]
+        return joined([*found, self._found((0,) * len(self._member.block.grid_shape), held)])
 
-    def held(self) -> Found:
-        """What was found in blocks that passed by in parts."""
-        return self._found((0,) * len(self._member.block.grid_shape), self._held)
+    def _reduces(self) -> bool:
+        """Whether the present pass only leads to a decision."""
+        return bool(self.inner.decides)
 
-    def _judged(self, cuts: Sequence[Cut]) -> Found:
-        recipe = self._job.recipe
-        if not cuts:
-            return Found({})
-        if isinstance(recipe, Runs):
-            return self._found_in_run(cuts, recipe.contest.block)
-        if isinstance(recipe, Summed):
-            for cut in cuts:
-                self._hold(cut)
-            return Found({})
-        leaf, order = next(pair for pair in leaves_of(self._member.block) if pair[0] == cuts[0].box.leaf)
-        own = [begin // extent for begin, extent in zip(cuts[0].box.begin, leaf.shape, strict=True)]
-        flags = {cut.box.leaf: any_in(cut.elements, cut.box.leaf.shape) for cut in cuts}
-        return self._found(tuple(own[dim] for dim in order), flags)
+    @property
+    def _member(self) -> BoundScope:
+        ((member, _),) = members_of(self.job.task.instance.scope)
+        return member
 
-    def _hold(self, cut: Cut) -> None:
-        leaf = cut.box.leaf
-        flags = any_in(cut.elements, leaf.shape)
-        with self._lock:
-            if leaf not in self._held:
-                self._held[leaf] = np.zeros(leaf.grid_shape, dtype=np.uint8)
-            self._held[leaf][coarser(Part(cut.box.begin, cut.box.extent), leaf.shape)] |= flags
+    def _judged(self, cuts: Sequence[Cut]) -> Found | list[Cut]:
+        """What was found; cuts of blocks that are read in parts are judged when all of them are there."""
+        strategy = self.job.strategy
+        if isinstance(strategy, BlockNorms):
+            return [Cut(cut.region, any_in(cut.elements, cut.region.leaf.shape)) for cut in cuts]
+        if isinstance(strategy, Contiguous):
+            return joined([Found({}), *(self._found_in_run(cut, strategy.selection.block) for cut in cuts)])
+        flags = [(cut.region, any_in(cut.elements, cut.region.leaf.shape)) for cut in cuts]
+        if isinstance(strategy, TorchInMemory) and cuts:  # leaves of one tile
+            return self._found(self._begin(cuts[0].region), {region.leaf: own for region, own in flags})
+        return joined([Found({}), *(self._found(self._begin(of), {of.leaf: own}) for of, own in flags)])
+
+    def _begin(self, region: Region) -> Shape:
+        """The first block of a region on the common grid of blocks."""
+        order = dict(leaves_of(self._member.block))[region.leaf]
+        return tuple(region.blocks[dim].start for dim in order)
 
     def _found(self, begin: Shape, flags: Mapping[BoundBlock, ByteFlags]) -> Found:
         """Fused blocks that are to be cut in any of their leaves, in a part of the grid from `begin` on."""
@@ -147,11 +131,15 @@ class _Work:
         first = tuple(at + int(inner) for at, inner in zip(begin, place, strict=True))
         return Found({}, int(np.count_nonzero(fused)), First(first, 1))
 
-    def _found_in_run(self, cuts: Sequence[Cut], block: int) -> Found:
+    def _found_in_run(self, cut: Cut, block: int) -> Found:
         """A leaf that is seen flat: blocks are neighbours, in the row-major order of its grid."""
-        (cut,) = cuts
         flags = any_in(cut.elements, (block,))
-        number = cut.box.begin[0] // block + int(np.argmax(flags))
+        number = cut.region.begin[0] // block + int(np.argmax(flags))
         grid = self._member.block.grid_shape
         first = tuple(int(place) for place in np.unravel_index(number, grid)) if grid else ()
         return Found({}, int(np.count_nonzero(flags)), First(first, 1))
+
+
+def below_threshold(job: Job, tensors: Mapping[str, StoredTensor]) -> Pass:
+    """The first pass that looks for blocks below the threshold of a job of one task."""
+    return BelowThreshold(job, first_pass(job, tensors))

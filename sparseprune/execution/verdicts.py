@@ -8,18 +8,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from sparseprune.execution.cells import Part, block_part, boxes_of, members_of
 from sparseprune.execution.occupied import joined
-from sparseprune.execution.ranking import stored_place
+from sparseprune.execution.regions import Part, block_part, members_of, regions_of
+from sparseprune.execution.scores import stored_place
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from sparseprune.checkpoint import StoredTensor
     from sparseprune.engine.grids import Shape
-    from sparseprune.execution.cells import AnyScope
     from sparseprune.execution.occupied import Found
     from sparseprune.execution.plan import Plan
+    from sparseprune.execution.regions import AnyScope
     from sparseprune.spec import BoundRule, Budget
 
 UNCHECKED = "a soft threshold leaves survivors of any size: there is nothing to tell them from what it cut"
@@ -149,8 +149,8 @@ def _elements(scope: AnyScope, place: Shape, tensors: Mapping[str, StoredTensor]
     cell = Part(place, (1,) * len(place))
     elements: dict[str, Shape] = {}
     for member, order in members_of(scope):
-        for leaf, box in boxes_of(member.block, block_part(member, order, cell), tensors).items():
-            element = stored_place(box, (0,) * len(box.begin))
+        for leaf, region in regions_of(member.block, block_part(member, order, cell)).items():
+            element = stored_place(region, (0,) * len(region.begin), tensors[leaf.tensor].shape)
             elements[leaf.tensor] = min(elements.get(leaf.tensor, element), element)
     return elements
 

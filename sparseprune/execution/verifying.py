@@ -9,28 +9,27 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from sparseprune.execution.cells import members_of
 from sparseprune.execution.limits import INTERPRETER, TORCH, TORCH_THREAD, Crowd, limits_of
 from sparseprune.execution.plan import make_plan, task_bytes
 from sparseprune.execution.programs import ProgramPass, Setting
-from sparseprune.execution.recipes import alone
+from sparseprune.execution.regions import alone, members_of
 from sparseprune.execution.runner import Job, read_through
 from sparseprune.execution.schedule import make_schedule, resident_of
 from sparseprune.execution.stacked import stack_height, stack_program
 from sparseprune.execution.surviving import leaf_bytes, survivor_program, way_of
 from sparseprune.execution.tensor_io import TensorIO
-from sparseprune.execution.undercut import Watch, undercut_program
+from sparseprune.execution.undercut import below_threshold
 from sparseprune.execution.verdicts import Checked, Verification, verification_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterator, Sequence
 
     from sparseprune.checkpoint import Checkpoint, TensorReader
-    from sparseprune.execution.cells import AnyScope
     from sparseprune.execution.limits import Limits
     from sparseprune.execution.occupied import Found
     from sparseprune.execution.plan import Plan
     from sparseprune.execution.programs import Program
+    from sparseprune.execution.regions import AnyScope
     from sparseprune.execution.schedule import Job as Planned
     from sparseprune.execution.surviving import Way
     from sparseprune.spec import BoundInstance, BoundSpec, Spec
@@ -84,7 +83,7 @@ class Check:
         tensors = self.plan.checkpoint.tensors
         jobs = [count.job for count in self.counts if count.job is not None]
         return sum(leaf_bytes(count.scope.leaves, tensors) for count in self.counts) + sum(
-            task_bytes(job.task, tensors) * job.recipe.passes for job in jobs
+            task_bytes(job.task, tensors) * job.strategy.passes for job in jobs
         )
 
     @property
@@ -106,7 +105,7 @@ class Check:
 
     def _largest(self) -> tuple[int, list[int]]:
         """What the largest item takes, and what the largest programs hold, one for each worker."""
-        jobs = [count.job.recipe for count in self.counts if count.job is not None]
+        jobs = [count.job.strategy for count in self.counts if count.job is not None]
         parts = [*(count.way for count in self.counts), *jobs]
         held = sorted((part.held for part in parts), reverse=True)[: self.workers]
         return max((part.memory for part in parts), default=0), held
@@ -134,14 +133,15 @@ def make_check(checkpoint: Checkpoint, spec: Spec, memory: int, workers: int) ->
     jobs: Sequence[Planned] = ()
     if scored.units:
         schedule = make_schedule(scored, memory, workers)
-        jobs, limits, uses_torch = schedule.jobs, schedule.limits, schedule.uses_torch
+        jobs = [replace(job, tasks=(task,)) for job in schedule.jobs for task in job.tasks]
+        limits, uses_torch = schedule.limits, schedule.uses_torch
     known: dict[Hashable, tuple[Way, int]] = {}  # thousands of scopes have a handful of forms
 
     def count(rule: str, instance: BoundInstance, scope: AnyScope, job: Planned | None = None) -> Count:
         form = _form(scope, plan)
         if form not in known:
             way = way_of(scope, checkpoint.tensors, limits)
-            known[form] = way, stack_height(scope, way, checkpoint.tensors)
+            known[form] = way, stack_height(scope, way)
         way, height = known[form]
         return Count(rule, instance, scope, way, form, height, job)
 
@@ -161,7 +161,9 @@ def count_survivors(check: Check, reader: TensorReader, progress: Progress) -> V
         SparsityError: NaN where a threshold asks for a score.
     """
     work = _Work(check, reader, progress)
-    read_through(work.jobs(), TensorIO(reader), check.crowd, progress)
+    found = read_through(work.jobs(), work.io, check.crowd, progress)
+    for order, one in found.items():
+        work.found[order // 2].append(one)
     checked = [
         Checked(
             count.rule, count.instance.label, count.scope, count.instance.budget, tuple(work.found[number])
@@ -177,8 +179,7 @@ class _Work:
     def __init__(self, check: Check, reader: TensorReader, progress: Progress) -> None:
         self._check = check
         self._progress = progress
-        self._watch = Watch(reader)
-        self._reading = TensorIO(reader)
+        self.io = TensorIO(reader, tensors=check.plan.checkpoint.tensors, passed=progress)
         self.found: list[list[Found]] = [[] for _ in check.counts]
 
     def jobs(self) -> Iterator[Job]:
@@ -190,13 +191,13 @@ class _Work:
                 yield self._job(first, numbers, self._stacked(numbers))
                 continue
             tell = self.found[numbers[0]].append
-            setting = self._setting(self._reading)
+            setting = self._setting(self.io)
             program = survivor_program(first.scope, first.allowed, first.way, setting, tell)
             yield self._job(first, numbers, program)
             if first.job is not None:
-                program = undercut_program(first.job, self._setting(self._watch), self._watch, tell)
                 order, label = 2 * numbers[0] + 1, first.instance.label
-                yield Job(order, str(order), label, ProgramPass(program), first.job.recipe.held)
+                first_pass = below_threshold(first.job, self._check.plan.checkpoint.tensors)
+                yield Job(order, str(order), label, first_pass, first.job.strategy.held)
 
     def _job(self, first: Count, numbers: Sequence[int], program: Program) -> Job:
         order = 2 * numbers[0]
@@ -210,7 +211,7 @@ class _Work:
                 self.found[number].append(one)
 
         scopes = [count.scope for count in counts]
-        return stack_program(scopes, counts[0].allowed, counts[0].way, self._setting(self._reading), tell)
+        return stack_program(scopes, counts[0].allowed, counts[0].way, self._setting(self.io), tell)
 
     def _setting(self, traffic: TensorIO) -> Setting:
         return Setting(

@@ -12,15 +12,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sparseprune.engine.grids import prod
-from sparseprune.engine.tally import Tally
-from sparseprune.execution.arranging import by_leaf
-from sparseprune.execution.outcomes import Outcomes, outcome
+from sparseprune.execution.outcomes import Outcomes
 from sparseprune.execution.plan import task_bytes
-from sparseprune.execution.programs import ProgramPass, Setting
-from sparseprune.execution.recipes import by_block_norms
 from sparseprune.execution.runner import Job, Record, already_done, dealt, write_through
-from sparseprune.execution.summed import decide_program
+from sparseprune.execution.scope_order import by_leaf
+from sparseprune.execution.strategy import by_block_norms
 from sparseprune.execution.tensor_io import TensorIO
+from sparseprune.execution.two_pass import block_norms
 from sparseprune.removal.preview import looker
 from sparseprune.removal.shrink import kept_of
 
@@ -32,9 +30,9 @@ if TYPE_CHECKING:
     from sparseprune.checkpoint import StagedOutput, TensorReader
     from sparseprune.execution.outcomes import TensorOutcome
     from sparseprune.execution.plan import Task
-    from sparseprune.execution.recipes import Summed
     from sparseprune.execution.runner import Progress
     from sparseprune.execution.schedule import Schedule
+    from sparseprune.execution.strategy import BlockNorms
     from sparseprune.removal.slices import KeptIndices
     from sparseprune.spec import BoundBlock
 
@@ -46,7 +44,7 @@ class BlockDecisions:
     """The tasks of a schedule, all of which decide over whole blocks, each with its strategy."""
 
     schedule: Schedule
-    tasks: Sequence[tuple[Task, Summed]]
+    tasks: Sequence[tuple[Task, BlockNorms]]
 
     def work_bytes(self, output: StagedOutput) -> tuple[int, int]:
         """Bytes that a whole run reads to decide, and how many of them an earlier run did."""
@@ -65,8 +63,7 @@ class BlockDecisions:
         plan, outcomes = self.schedule.plan, Outcomes()
         io = TensorIO(reader, output, plan.checkpoint.tensors, passed=progress)
         record = Record(output, outcomes, progress)
-        found: dict[int, NDArray[np.uint8]] = {}
-        write_through(self._jobs(io, record, found), io, record, self.schedule.crowd)
+        found = write_through(self._jobs(), io, record, self.schedule.crowd)
 
         def leaves() -> Iterator[tuple[BoundBlock, Flags]]:
             for number, (task, _) in enumerate(self.tasks):
@@ -74,33 +71,20 @@ class BlockDecisions:
                 for leaf, blocks in by_leaf(task.instance.scope, flags).items():
                     numel = prod(leaf.view_shape)
                     pruned = (blocks.size - int(np.count_nonzero(blocks))) * leaf.numel_per_block
-                    stored = plan.checkpoint.tensors[leaf.tensor]
-                    outcomes.add(outcome(task, stored, pruned, Tally(numel), Tally(numel)))
+                    outcomes.add([leaf.tensor, task.rule, numel, pruned, 0, 0.0, 0, 0.0])
                     yield leaf, np.ascontiguousarray(blocks).reshape(-1)
 
         shapes = {name: plan.checkpoint.tensors[name].shape for name in plan.reached}
         kept = kept_of(leaves(), looker(plan.checkpoint.tensors), shapes)
         return {name: kept[name] for name in shapes if name in kept}, outcomes.of_plan(plan)
 
-    def _jobs(self, io: TensorIO, record: Record, found: dict[int, NDArray[np.uint8]]) -> Iterator[Job]:
+    def _jobs(self) -> Iterator[Job]:
         tensors = self.schedule.plan.checkpoint.tensors
         shards = [tensors[task.instance.scope.leaves[0].tensor].shard for task, _ in self.tasks]
-        for order, number in dealt(range(len(self.tasks)), shards.__getitem__, self.schedule.workers):
+        for number, _ in dealt(shards, lambda shard: shard, self.schedule.workers):
             task, strategy = self.tasks[number]
-            key = f"blocks{number}"
-
-            def recall(name: str, key: str = key) -> object:
-                return record.recall(f"{key}.{name}")
-
-            def note(name: str, noted: object, nbytes: int, key: str = key) -> None:
-                record.note(f"{key}.{name}", noted, nbytes)
-
-            def decided(keep: NDArray[np.uint8], number: int = number) -> None:
-                found[number] = keep
-
-            setting = Setting(tensors, io, self.schedule.limits, "cpu", recall, note, io.passed)
-            program = decide_program(task, strategy, setting, decided)
-            yield Job(order, key, task.instance.label, ProgramPass(program), strategy.held)
+            first = block_norms(task, strategy, tensors, cuts=False)
+            yield Job(number, f"blocks{number}", task.instance.label, first, strategy.held)
 
 
 def block_decisions(schedule: Schedule) -> BlockDecisions | None:
@@ -111,9 +95,9 @@ def block_decisions(schedule: Schedule) -> BlockDecisions | None:
     if schedule.uses_torch:
         return None
     tensors, tasks = schedule.plan.checkpoint.tensors, []
-    for job in schedule.jobs:
-        strategy = by_block_norms(job.task, tensors, schedule.limits)
+    for task in (task for job in schedule.jobs for task in job.tasks):
+        strategy = by_block_norms(task, tensors, schedule.limits)
         if strategy is None:
             return None
-        tasks.append((job.task, strategy))
+        tasks.append((task, strategy))
     return BlockDecisions(schedule, tasks)

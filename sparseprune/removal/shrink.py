@@ -10,7 +10,7 @@ import numpy as np
 
 from sparseprune.engine.grids import prod
 from sparseprune.errors import CheckpointError
-from sparseprune.execution.arranging import by_leaf
+from sparseprune.execution.scope_order import by_leaf
 from sparseprune.removal.config import Change, check_shapes, configure
 from sparseprune.removal.dim_constraints import Dense, find_vanished, numbered, refuse
 from sparseprune.removal.slices import KeptIndices, kept_slices

@@ -34,7 +34,7 @@ import pytest
 from sparseprune.checkpoint import StagedOutput, publish
 from sparseprune.cli import signals
 from sparseprune.errors import MachineError
-from sparseprune.execution import reapplying, schedule
+from sparseprune.execution import reapply, schedule
 from sparseprune.execution.limits import Limits, limits_of
 from tests.limits import WAYS, force, narrow
 
@@ -313,7 +313,7 @@ def _prepare(command: Command) -> None:
     own = StagedOutput.note
     patch = pytest.MonkeyPatch()
     patch.setattr(signals, "_GRACE", command.grace)
-    patch.setattr(reapplying, "limits_of", limits)
+    patch.setattr(reapply, "limits_of", limits)
     patch.setattr(schedule, "limits_of", limits)
     if command.prompt:
         patch.setattr(StagedOutput, "note", note)
@@ -381,7 +381,7 @@ def _load() -> None:
     with tempfile.TemporaryDirectory() as name:
         source = write_shards(Path(name, "in"), {"a.safetensors": mlp_tensors()})
         for number, way in enumerate(WAYS):
-            spec = write_spec(Path(name), CHANNELS if way == "summed" else TWO_OF_FOUR)
+            spec = write_spec(Path(name), CHANNELS if way == "block_norms" else TWO_OF_FOUR)
             with pytest.MonkeyPatch.context() as patch:
                 narrow(patch, 64, 16)
                 force(patch, way)

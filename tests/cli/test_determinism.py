@@ -11,14 +11,17 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sparseprune.execution import reconstructed
-from sparseprune.execution.stacks import boxes_at
+from sparseprune.execution.reconstruct import RebuildMatrices
+from sparseprune.execution.regions import regions_at
 from tests.limits import narrow
 from tests.samples import CHANNELS, TWO_OF_FOUR, mlp_tensors, run, write_shards, write_spec
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+
+    from sparseprune.execution.passes import Chunk
+    from sparseprune.execution.tensor_io import TensorIO
 
 GLOBAL = TWO_OF_FOUR.replace("[1, 4]", "[-1, -1]").replace("nnz = 2", "") + (
     '[scope_coupling.model]\nscopes = ["proj"]\nacross = "all"\nsparsity = 0.5\n'
@@ -140,7 +143,7 @@ def test_rebuilt_weights_do_not_depend_on_jobs_nor_on_torchs_threads_nor_on_an_i
             torch.set_num_threads(threads)  # as OMP_NUM_THREADS or the cores of a machine have it
             assert run(*words, matrices / str(jobs), "--jobs", jobs).code == 0
         with monkeypatch.context() as patch:
-            patch.setattr(reconstructed._Piece, "work", interrupted_after(3))
+            patch.setattr(RebuildMatrices, "work", interrupted_after(3))
             assert run(*words, matrices / "continued", "--jobs", 1).code == 130
         assert run(*words, matrices / "continued", "--jobs", 2).code == 0
         assert torch.get_num_threads() == 3
@@ -152,19 +155,19 @@ def test_rebuilt_weights_do_not_depend_on_jobs_nor_on_torchs_threads_nor_on_an_i
 
 def interrupted_after(count: int) -> Callable[[Any], Any]:
     """The work of a piece; Ctrl-C comes when so many are done."""
-    usual = reconstructed._Piece.work
+    usual = RebuildMatrices.work
     done: list[Any] = []
 
-    def work(piece: Any) -> Any:
+    def work(*arguments: Any) -> Any:
         if len(done) == count:
             raise KeyboardInterrupt
-        done.append(piece)
-        return usual(piece)
+        done.append(arguments)
+        return usual(*arguments)
 
     return work
 
 
-@pytest.mark.parametrize(("spec", "module"), [("soft", "tiled"), ("rebuilt", "reconstructed")])
+@pytest.mark.parametrize(("spec", "module"), [("soft", "torch_tiles"), ("rebuilt", "reconstruct")])
 def test_torch_takes_one_thread_wherever_it_works(
     matrices: Path, monkeypatch: pytest.MonkeyPatch, spec: str, module: str
 ) -> None:
@@ -195,22 +198,19 @@ def test_the_largest_matrix_is_begun_first_and_the_report_keeps_the_order_of_the
 ) -> None:
     begun: list[int] = []
 
-    def watched(piece: Any) -> Any:
-        begun.append(sum(box.extent[-2] * box.extent[-1] ** 2 for box in boxes_of_piece(piece)))
-        return usual(piece)
+    def watched(rebuild: RebuildMatrices, chunk: Chunk, io: TensorIO) -> Any:
+        regions = regions_at(rebuild.task.instance.scope, chunk.about.cell).values()
+        begun.append(sum(one.extent[-2] * one.extent[-1] ** 2 for one in regions))
+        return usual(rebuild, chunk, io)
 
-    usual = reconstructed._Piece.work
-    monkeypatch.setattr(reconstructed._Piece, "work", watched)
+    usual = RebuildMatrices.work
+    monkeypatch.setattr(RebuildMatrices, "work", watched)
     spec = write_spec(matrices, TWO_OF_FOUR + STACK + METHODS["refit"])
     said = run("apply", matrices / "in", spec, "-o", matrices / "out", "--jobs", 1, "-q", "--json")
     assert len(begun) == 7
     assert begun == sorted(begun, reverse=True)
     names = [one["name"] for one in json.loads(said.out)["tensors"]]
     assert names == sorted(names)
-
-
-def boxes_of_piece(piece: Any) -> list[Any]:
-    return list(boxes_at(piece._task, piece._setting.tensors, piece._part.cell).values())
 
 
 @pytest.mark.parametrize("method", ["admm", "refit"])

@@ -57,10 +57,10 @@ needs_root = pytest.mark.skipif(
 INTERRUPTED = "sparseprune: interrupted: there is no output; run the same command again to continue"
 COMPLETE = "sparseprune: interrupted: the output is complete"
 KEPT = re.compile(r"sparseprune: what is finished is kept in \S+: the same command continues, removing \S+")
-FILE = Case("apply m.safetensors spec.toml", TWO_OF_FOUR, "runs")
-DIRECTORY = Case("apply in spec.toml", TWO_OF_FOUR, "runs")
-SCORES = Case("apply m.safetensors spec.toml", SCORED, "runs")
-MATRICES = Case("apply in spec.toml --jobs 3", REBUILT, "runs")
+FILE = Case("apply m.safetensors spec.toml", TWO_OF_FOUR, "contiguous")
+DIRECTORY = Case("apply in spec.toml", TWO_OF_FOUR, "contiguous")
+SCORES = Case("apply m.safetensors spec.toml", SCORED, "contiguous")
+MATRICES = Case("apply in spec.toml --jobs 3", REBUILT, "contiguous")
 
 
 def check_told(said: Ended, code: int, line: str, kept: bool | None = None) -> None:
@@ -90,7 +90,9 @@ def check_finishes(
     return said
 
 
-@pytest.mark.parametrize("name", ["counted", "summed, packed", "again, a file", "streamed, soft", "masks"])
+@pytest.mark.parametrize(
+    "name", ["radix_select", "block_norms, packed", "again, a file", "torch_out_of_core, soft", "masks"]
+)
 @pytest.mark.parametrize("how", ["interrupt", "interrupt twice"])
 def test_ctrl_c_at_any_moment_leaves_no_output_and_the_same_command_continues(
     tmp_path: Path, commands: Commands, name: str, how: str
@@ -262,7 +264,7 @@ def test_a_library_that_takes_long_to_load_is_not_waited_for_after_a_signal(tmp_
 
 
 def test_a_signal_from_outside_interrupts_a_process_that_then_continues(tmp_path: Path) -> None:
-    case = CASES["counted"]
+    case = CASES["radix_select"]
     home, whole = case.home(tmp_path / "home"), case.home(tmp_path / "whole")
     before = content(home)
     assert ended(started(case.command(whole))).code == 0
@@ -414,7 +416,7 @@ def large(home: Path, words: str) -> Command:
     save_file(tensors, home / "in" / "model.safetensors")
     shutil.copy(home / "in" / "model.safetensors", home / "m.safetensors")
     (home / "spec.toml").write_text(GLOBAL)
-    return Command(str(home), tuple(words.split()), "counted", slab=8192)
+    return Command(str(home), tuple(words.split()), "radix_select", slab=8192)
 
 
 FULL = (
@@ -537,7 +539,7 @@ def test_a_folder_that_becomes_read_only_is_told_and_the_same_command_continues(
 def test_the_second_of_two_runs_to_one_output_is_refused_and_harms_nothing(
     tmp_path: Path, commands: Commands, words: str
 ) -> None:
-    case = CASES["counted"]
+    case = CASES["radix_select"]
     home, whole = case.home(tmp_path / "home"), case.home(tmp_path / "whole")
     for place in (home, whole):
         (place / "other.toml").write_text(CHANNELS)
@@ -557,7 +559,7 @@ def test_the_second_of_two_runs_to_one_output_is_refused_and_harms_nothing(
 
 
 def test_a_run_beside_one_that_was_killed_is_not_refused(tmp_path: Path, commands: Commands) -> None:
-    case = CASES["counted"]
+    case = CASES["radix_select"]
     home, whole = case.home(tmp_path / "home"), case.home(tmp_path / "whole")
     commands.run(case.command(whole))
     with started(replace(case.command(home), slow=0.02)) as first:
@@ -566,7 +568,7 @@ def test_a_run_beside_one_that_was_killed_is_not_refused(tmp_path: Path, command
     check_finishes(commands, case.command(home), case, content(whole))
 
 
-@pytest.mark.parametrize("name", ["runs, a file, packed", "again"])
+@pytest.mark.parametrize("name", ["contiguous, a file, packed", "again"])
 @pytest.mark.parametrize("function", [*WRITES, *SYNCS, *NAMES])
 def test_a_writer_that_fails_anywhere_leaves_nothing_or_what_goes_on(
     tmp_path: Path, commands: Commands, name: str, function: str
@@ -603,7 +605,7 @@ def test_a_writer_that_fails_anywhere_leaves_nothing_or_what_goes_on(
 def test_a_bug_keeps_its_traceback_and_leaves_nothing(
     tmp_path: Path, commands: Commands, function: str, at: int
 ) -> None:
-    case = CASES["counted"]
+    case = CASES["radix_select"]
     home = case.home(tmp_path / "home")
     before = content(home)
     said = commands.run(case.command(home, Moment("bug", at, on=(function,))))

@@ -16,7 +16,7 @@ from sparseprune.cli.request import Request, prepare
 from sparseprune.execution.limits import INTERPRETER
 from sparseprune.execution.matching import match_masks
 from sparseprune.execution.outcomes import Outcomes
-from sparseprune.execution.reapplying import make_reapplication
+from sparseprune.execution.reapply import make_reapplication
 from sparseprune.report.document import Run, json_pieces, report_document
 from tests.samples import run
 

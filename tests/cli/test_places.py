@@ -165,10 +165,12 @@ STRANGE: tuple[object, ...] = (
 )
 
 
-@pytest.mark.parametrize("way", ["runs", "counted", "summed", "streamed", "streamed softly"])
+@pytest.mark.parametrize(
+    "way", ["contiguous", "radix_select", "block_norms", "torch_out_of_core", "torch_out_of_core softly"]
+)
 def test_records_of_any_form_are_worked_again(home: Path, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
     """With good check sums: written by somebody who knows how."""
-    text = {"runs": TWO_OF_FOUR, "summed": CHANNELS}.get(way, GLOBAL)
+    text = {"contiguous": TWO_OF_FOUR, "block_norms": CHANNELS}.get(way, GLOBAL)
     write_spec(home, text.replace("sparsity", 'mode = "soft"\nsparsity') if "softly" in way else text)
     force(monkeypatch, way.removesuffix(" softly"))
     narrow(monkeypatch, 64, 16)
@@ -180,7 +182,7 @@ def test_records_of_any_form_are_worked_again(home: Path, monkeypatch: pytest.Mo
     found = read_journal(journal)
     assert found is not None
     keys = [key for key in found.finished if not key.startswith("copy")]
-    assert any("decision" in key or "cut " in key for key in keys) == (way != "runs")
+    assert any("decision" in key or "cut " in key for key in keys) == (way != "contiguous")
     for first in range(0, len(STRANGE), max(1, len(keys))):
         journal.unlink()
         written = Journal.begin(journal, found.identity)

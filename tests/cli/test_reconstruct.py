@@ -419,7 +419,7 @@ sparsity = 0.5
 def test_a_killed_run_is_continued_and_ends_in_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sparseprune.execution import reconstructed
+    from sparseprune.execution.reconstruct import RebuildMatrices
 
     tensors = mlp_tensors(layers=4)
     names = [[name for name in tensors if name[0] in group] for group in ("n01", "23")]
@@ -431,25 +431,25 @@ def test_a_killed_run_is_continued_and_ends_in_the_same_bytes(
     save_file(statistics(tensors), tmp_path / "stats.safetensors")
     spec = write_spec(tmp_path, with_head(ADMM, TWO_OF_FOUR))
     assert run("apply", folder, spec, "-o", tmp_path / "whole", "-q", "--jobs", 1).code == 0
-    usual = reconstructed._Piece.work
+    usual = RebuildMatrices.work
     done: list[int] = []
 
-    def dies_at_the_fourth(piece: Any) -> Any:
+    def dies_at_the_fourth(*arguments: Any) -> Any:
         if len(done) == 3:
             raise KeyboardInterrupt
         done.append(1)
-        return usual(piece)
+        return usual(*arguments)
 
-    monkeypatch.setattr(reconstructed._Piece, "work", dies_at_the_fourth)
+    monkeypatch.setattr(RebuildMatrices, "work", dies_at_the_fourth)
     assert run("apply", folder, spec, "-o", tmp_path / "again", "-q", "--jobs", 1).code == 130
     assert not (tmp_path / "again").exists()
     worked: list[int] = []
 
-    def counted(piece: Any) -> Any:
+    def counted(*arguments: Any) -> Any:
         worked.append(1)
-        return usual(piece)
+        return usual(*arguments)
 
-    monkeypatch.setattr(reconstructed._Piece, "work", counted)
+    monkeypatch.setattr(RebuildMatrices, "work", counted)
     said = run("apply", folder, spec, "-o", tmp_path / "again", "--jobs", 1)
     assert said.code == 0
     assert "an unfinished run is continued" in said.err

@@ -81,23 +81,27 @@ class Case:
 
 
 CASES = {
-    "runs": Case("apply in spec.toml", TWO_OF_FOUR, "runs"),
-    "runs, a file, packed": Case("apply m.safetensors spec.toml --mask-format packed", TWO_OF_FOUR, "runs"),
-    "a part of every tensor, no masks": Case("apply in spec.toml --no-masks", PART, "runs"),
-    "gathered": Case("apply in spec.toml", TWO_OF_FOUR.replace("[1, 4]", "[4, 1]"), "gathered"),
-    "counted": Case("apply in spec.toml", GLOBAL, "counted", 1),
-    "counted, a file, packed": Case(
-        "apply m.safetensors spec.toml --mask-format packed", GLOBAL, "counted", 1
+    "contiguous": Case("apply in spec.toml", TWO_OF_FOUR, "contiguous"),
+    "contiguous, a file, packed": Case(
+        "apply m.safetensors spec.toml --mask-format packed", TWO_OF_FOUR, "contiguous"
     ),
-    "summed": Case("apply in spec.toml", CHANNELS, "summed", 2),
-    "summed, packed": Case("apply in spec.toml --mask-format packed", CHANNELS, "summed", 2),
-    "tiled": Case("apply in spec.toml", TWO_OF_FOUR, "tiled"),
-    "streamed": Case("apply in spec.toml --mask-format packed", GLOBAL, "streamed", 1),
-    "streamed, soft": Case("apply m.safetensors spec.toml --no-masks", SOFT, "streamed", 1),
-    "masks": Case("mask in spec.toml", GLOBAL, "counted", 1),
-    "masks of channels": Case("mask m.safetensors spec.toml --mask-format packed", CHANNELS, "summed", 2),
-    "again": Case("apply in spec.toml", CHANNELS, "summed", 2, force=True),
-    "again, a file": Case("apply m.safetensors spec.toml", TWO_OF_FOUR, "runs", force=True),
+    "a part of every tensor, no masks": Case("apply in spec.toml --no-masks", PART, "contiguous"),
+    "strided": Case("apply in spec.toml", TWO_OF_FOUR.replace("[1, 4]", "[4, 1]"), "strided"),
+    "radix_select": Case("apply in spec.toml", GLOBAL, "radix_select", 1),
+    "radix_select, a file, packed": Case(
+        "apply m.safetensors spec.toml --mask-format packed", GLOBAL, "radix_select", 1
+    ),
+    "block_norms": Case("apply in spec.toml", CHANNELS, "block_norms", 2),
+    "block_norms, packed": Case("apply in spec.toml --mask-format packed", CHANNELS, "block_norms", 2),
+    "torch_in_memory": Case("apply in spec.toml", TWO_OF_FOUR, "torch_in_memory"),
+    "torch_out_of_core": Case("apply in spec.toml --mask-format packed", GLOBAL, "torch_out_of_core", 1),
+    "torch_out_of_core, soft": Case("apply m.safetensors spec.toml --no-masks", SOFT, "torch_out_of_core", 1),
+    "masks": Case("mask in spec.toml", GLOBAL, "radix_select", 1),
+    "masks of channels": Case(
+        "mask m.safetensors spec.toml --mask-format packed", CHANNELS, "block_norms", 2
+    ),
+    "again": Case("apply in spec.toml", CHANNELS, "block_norms", 2, force=True),
+    "again, a file": Case("apply m.safetensors spec.toml", TWO_OF_FOUR, "contiguous", force=True),
 }
 
 
@@ -208,7 +212,7 @@ def test_a_killed_run_is_continued_and_ends_in_the_same_bytes(
     assert len(set(seen)) > 3
 
 
-@pytest.mark.parametrize("name", ["masks", "runs, a file, packed", "again", "again, a file"])
+@pytest.mark.parametrize("name", ["masks", "contiguous, a file, packed", "again", "again, a file"])
 def test_a_run_killed_while_names_are_made_or_given_leaves_the_old_output_or_the_new_one(
     tmp_path: Path, commands: Commands, name: str
 ) -> None:
@@ -268,9 +272,9 @@ def enlarge(path: Path) -> None:
     save_file(mlp_tensors() | {"more": torch.ones(3)}, path)
 
 
-DIRECTORY = Case("apply in spec.toml --jobs 2", KEPT, "runs")
-FILE = Case("apply m.safetensors spec.toml", KEPT, "runs")
-SCORES = Case("apply m.safetensors spec.toml", SCORED, "runs")
+DIRECTORY = Case("apply in spec.toml --jobs 2", KEPT, "contiguous")
+FILE = Case("apply m.safetensors spec.toml", KEPT, "contiguous")
+SCORES = Case("apply m.safetensors spec.toml", SCORED, "contiguous")
 Change = tuple[Case, str, "Callable[[Path], object]"]
 # What changes in the folder of a killed run -> what is said to have changed.
 CHANGES: dict[str, Change] = {
@@ -359,7 +363,7 @@ def test_a_killed_run_is_not_continued_with_another_input_or_spec(
 def test_a_killed_run_is_not_continued_with_other_options_but_for_those_that_change_no_byte(
     tmp_path: Path, commands: Commands, option: str
 ) -> None:
-    other = Case(f"{DIRECTORY.words} {option}", KEPT, "runs")
+    other = Case(f"{DIRECTORY.words} {option}", KEPT, "contiguous")
     fresh, home = other.home(tmp_path / "fresh"), tmp_path / "home"
     kept_halfway(home, commands, DIRECTORY)
     commands.run(other.command(fresh))
@@ -375,7 +379,7 @@ def test_a_killed_run_is_not_continued_by_another_version(tmp_path: Path, comman
 
 
 def test_masks_do_not_continue_weights(tmp_path: Path, commands: Commands) -> None:
-    masks = Case("mask in spec.toml", KEPT, "runs")
+    masks = Case("mask in spec.toml", KEPT, "contiguous")
     fresh, home = masks.home(tmp_path / "fresh"), tmp_path / "home"
     kept_halfway(home, commands, DIRECTORY)
     commands.run(masks.command(fresh))
@@ -383,7 +387,7 @@ def test_masks_do_not_continue_weights(tmp_path: Path, commands: Commands) -> No
 
 
 def test_a_run_that_started_over_is_itself_continued(tmp_path: Path, commands: Commands) -> None:
-    other = Case(f"{FILE.words} --set keep=1", KEPT, "runs")
+    other = Case(f"{FILE.words} --set keep=1", KEPT, "contiguous")
     fresh, home = other.home(tmp_path / "fresh"), tmp_path / "home"
     full = commands.run(other.command(fresh))
     kept_halfway(home, commands, FILE)
@@ -397,7 +401,7 @@ def test_a_run_that_started_over_is_itself_continued(tmp_path: Path, commands: C
 
 def test_quiet_runs_continue_without_a_word(tmp_path: Path, commands: Commands) -> None:
     kept_halfway(tmp_path / "home", commands, FILE)
-    quiet = Case(f"{FILE.words} -q", KEPT, "runs")
+    quiet = Case(f"{FILE.words} -q", KEPT, "contiguous")
     assert commands.run(quiet.command(tmp_path / "home")).err == ""
 
 

@@ -119,11 +119,11 @@ ERRORS: dict[str, Exception] = {
 @pytest.mark.parametrize(
     ("way", "place"),
     [
-        ("tiled", "sparseprune.execution.tiled.load_tile"),
-        ("summed", "sparseprune.execution.tensor_io.TensorIO.load"),
-        ("summed", "sparseprune.checkpoint.source.read_header"),
-        ("summed", "sparseprune.cli.request.make_plan"),
-        ("summed", "sparseprune.checkpoint.StagedOutput.write_mask"),
+        ("torch_in_memory", "sparseprune.execution.torch_tiles.load_tile"),
+        ("block_norms", "sparseprune.execution.tensor_io.TensorIO.load"),
+        ("block_norms", "sparseprune.checkpoint.source.read_header"),
+        ("block_norms", "sparseprune.cli.request.make_plan"),
+        ("block_norms", "sparseprune.checkpoint.StagedOutput.write_mask"),
     ],
 )
 def test_memory_that_is_not_there_is_told_with_what_to_do(

@@ -113,7 +113,7 @@ def test_whoever_reads_no_further_is_no_failure(folder: Path) -> None:
     ("number", "word"),
     [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated"), (signal.SIGHUP, "hung up")],
 )
-@pytest.mark.parametrize("name", ["counted", "runs"])
+@pytest.mark.parametrize("name", ["radix_select", "contiguous"])
 def test_a_signal_ends_a_run_that_then_continues(
     tmp_path: Path, number: signal.Signals, word: str, name: str
 ) -> None:

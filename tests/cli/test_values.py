@@ -119,7 +119,7 @@ def kept_by_hand(tensor: torch.Tensor, scope: list[list[tuple[int, int]]], nnz: 
     return set(order[:nnz])
 
 
-@pytest.mark.parametrize("way", ["runs", "tiled", "streamed"])
+@pytest.mark.parametrize("way", ["contiguous", "torch_in_memory", "torch_out_of_core"])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_elements_that_are_not_finite_rank_below_zeros(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str, dtype: torch.dtype
@@ -140,7 +140,7 @@ def test_elements_that_are_not_finite_rank_below_zeros(
     assert bits(pruned["a.weight"]) == expected
 
 
-@pytest.mark.parametrize("way", ["summed", "tiled", "streamed"])
+@pytest.mark.parametrize("way", ["block_norms", "torch_in_memory", "torch_out_of_core"])
 @pytest.mark.parametrize("nnz", range(9))
 def test_blocks_in_which_something_is_not_finite_are_the_first_to_go(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str, nnz: int
@@ -296,7 +296,7 @@ def test_a_tensor_of_zeros_is_pruned_exactly_and_all_of_its_energy_is_kept(tmp_p
     assert run("verify", tmp_path / "m.pruned.safetensors", tmp_path / "spec.toml").code == 0
 
 
-@pytest.mark.parametrize("way", ["summed", "tiled", "streamed"])
+@pytest.mark.parametrize("way", ["block_norms", "torch_in_memory", "torch_out_of_core"])
 @pytest.mark.parametrize(
     ("small", "large"), [(1e-300, 2e-300), (1e-45, 2e-45), (1e200, 2e200), (4e-324, 1e-323)]
 )

@@ -10,29 +10,28 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparseprune.execution.boxes import storage_order
-from sparseprune.execution.cells import (
+from sparseprune.execution.regions import (
     Part,
     block_part,
-    boxes_of,
     cells,
     cut,
-    grid_box,
+    grid_region,
     leaves_of,
     members_of,
     numel_per_scope,
+    regions_of,
+    storage_order,
     tiles,
     whole_part,
 )
 from sparseprune.spec import BoundBlock, BoundBlockCoupling, BoundScope, BoundScopeCoupling
 from tests import oracle
-from tests.execution.test_boxes import places_of, stored_tensor
+from tests.execution.test_boxes import places_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-    from sparseprune.execution.boxes import Box
-    from sparseprune.execution.cells import AnyBlock, AnyScope
+    from sparseprune.execution.regions import AnyBlock, AnyScope, Region
 
     Shape = tuple[int, ...]
 
@@ -159,21 +158,18 @@ def scopes(draw: st.DrawFn) -> tuple[AnyScope, oracle.Coupled]:
     return BoundScopeCoupling("all", tuple(members), tuple(orders)), plan_of_all
 
 
-def boxes_in(scope: AnyScope, cell: Part) -> list[Box]:
+def boxes_in(scope: AnyScope, cell: Part) -> list[Region]:
     """What a cell has of every leaf."""
     found = []
     for member, order in members_of(scope):
-        tensors = {
-            leaf.tensor: stored_tensor(leaf.tensor, 3 + math.prod(leaf.view_shape)) for leaf in scope.leaves
-        }
-        boxes = boxes_of(member.block, block_part(member, order, cell), tensors)
-        assert all(box.leaf is leaf and box.stored.name == leaf.tensor for leaf, box in boxes.items())
-        found += [boxes[leaf] for leaf in member.leaves]
+        regions = regions_of(member.block, block_part(member, order, cell))
+        assert all(region.leaf is leaf for leaf, region in regions.items())
+        found += [regions[leaf] for leaf in member.leaves]
     return found
 
 
 @given(scopes(), st.integers(0, 300))
-def test_the_boxes_of_a_cell_have_the_elements_of_its_scopes(
+def test_the_regions_of_a_cell_have_the_elements_of_its_scopes(
     case: tuple[AnyScope, oracle.Coupled], limit: int
 ) -> None:
     scope, plan = case
@@ -181,7 +177,9 @@ def test_the_boxes_of_a_cell_have_the_elements_of_its_scopes(
     for cell in cells(scope, limit):
         expected = {element for place in places(cell) for block in plan.blocks(place) for element in block}
         found = [
-            (number, place) for number, box in enumerate(boxes_in(scope, cell)) for place in places_of(box)
+            (number, place)
+            for number, region in enumerate(boxes_in(scope, cell))
+            for place in places_of(region)
         ]
         assert len(found) == len(set(found))
         assert set(found) == expected
@@ -194,7 +192,7 @@ def test_cells_are_all_scopes_within_the_limit(case: tuple[AnyScope, oracle.Coup
     assert_partition(some, whole_part(plan.grid))
     assert numel_per_scope(scope) == sum(math.prod(leaf.view) for leaf in plan.leaves) // math.prod(plan.grid)
     for cell in some:
-        numel = sum(box.numel for box in boxes_in(scope, cell))
+        numel = sum(region.numel for region in boxes_in(scope, cell))
         assert numel == cell.numel * numel_per_scope(scope)
         assert numel <= limit or cell.numel == 1
 
@@ -241,6 +239,6 @@ def test_a_part_of_a_grid_is_found_in_a_tensor_of_the_shape_of_the_grid(
         numbers = {place: number for number, place in enumerate(product(*map(range, grid)))}
         for cell in cells(scope, 0):
             part = block_part(member, order, cell)
-            box = grid_box(member.block, part, stored_tensor("scores", math.prod(grid)))
-            elements = [element for first, count in box.runs() for element in range(first, first + count)]
+            region = grid_region(member.block, part)
+            elements = [element for first, count in region.runs() for element in range(first, first + count)]
             assert elements == [numbers[place] for place in places(part)]

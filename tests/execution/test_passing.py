@@ -15,10 +15,9 @@ from hypothesis import strategies as st
 from sparseprune.engine.dtypes import torch_dtype
 from sparseprune.engine.kernels.formats import FORMATS
 from sparseprune.engine.scoring import INTEGERS, block_exponents, fused_norms, pairwise_sum, power_of_two
-from sparseprune.execution.boxes import whole_box
-from sparseprune.execution.passing import LeafMaxima, LeafSums
-from sparseprune.execution.ranking import Elements
-from sparseprune.execution.sweeps import sweep_of
+from sparseprune.execution.block_reduce import LeafMaxima, LeafSums
+from sparseprune.execution.regions import sweep_of, whole_region
+from sparseprune.execution.scores import Elements
 from sparseprune.execution.tensor_io import TensorIO, pattern_of
 from tests.execution.test_boxes import elements_of, leaves, stored_tensor
 from tests.execution.test_sweeps import row_major
@@ -57,17 +56,17 @@ class Passing:
     bits: NDArray[Any]
 
     @property
-    def traffic(self) -> TensorIO:
-        return TensorIO(cast("TensorReader", Memory(self.bits)), cast("Any", None))
+    def io(self) -> TensorIO:
+        return TensorIO(cast("TensorReader", Memory(self.bits)), tensors={self.leaf.tensor: self.stored})
 
     def chunks(self, elements: int) -> list[Loaded]:
         sweep = sweep_of(self.leaf, elements)
         assert sweep is not None
-        return [self.traffic.load(box) for box in sweep.chunks(self.stored)]
+        return [self.io.load(region) for region in sweep.regions()]
 
     def blocks(self) -> torch.Tensor:
         """Float tensor (*grid, *block): the elements of each block."""
-        order = elements_of(whole_box(self.leaf, self.stored))
+        order = elements_of(whole_region(self.leaf))
         signed = torch.from_numpy(self.bits.view(f"int{8 * self.bits.itemsize}")[order])
         elements = signed.view(torch_dtype(self.stored.dtype)).reshape(self.leaf.view_shape)
         rank = len(self.leaf.shape)

@@ -12,18 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparseprune.errors import SparsepruneError
-from sparseprune.execution.cells import members_of, numel_per_scope
 from sparseprune.execution.inputs import TaskInput
 from sparseprune.execution.limits import Limits
 from sparseprune.execution.plan import Task
-from sparseprune.execution.recipes import (
-    Counted,
-    Runs,
-    Streamed,
-    Summed,
-    Tiled,
-    _is_run,
-    alone,
+from sparseprune.execution.regions import alone, is_run, members_of, numel_per_scope
+from sparseprune.execution.strategy import (
+    BlockNorms,
+    Contiguous,
+    RadixSelect,
+    TorchInMemory,
+    TorchOutOfCore,
     choose,
     needs_scaling,
     needs_torch,
@@ -37,8 +35,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from sparseprune.checkpoint import StoredTensor
-    from sparseprune.execution.cells import AnyScope
-    from sparseprune.execution.recipes import Recipe
+    from sparseprune.execution.regions import AnyScope
+    from sparseprune.execution.strategy import Strategy
     from tests import oracle
 
     Shape = tuple[int, ...]
@@ -64,7 +62,7 @@ class Asked:
     task: Task
     tensors: Mapping[str, StoredTensor]
 
-    def choose(self, limits: Limits, *, compiled: bool = True) -> Recipe:
+    def choose(self, limits: Limits, *, compiled: bool = True) -> Strategy:
         return choose(self.task, self.tensors, limits, compiled=compiled)
 
 
@@ -114,11 +112,11 @@ def matrices(draw: st.DrawFn) -> Asked:
     return asked(scope, dtype, budget, score, soft)
 
 
-def assert_bounded(recipe: Recipe, limits: Limits) -> None:
-    assert 0 < recipe.memory <= limits.memory
-    assert 0 <= recipe.held <= limits.held
-    assert recipe.memory + recipe.held <= limits.memory
-    assert recipe.passes >= 1
+def assert_bounded(strategy: Strategy, limits: Limits) -> None:
+    assert 0 < strategy.memory <= limits.memory
+    assert 0 <= strategy.held <= limits.held
+    assert strategy.memory + strategy.held <= limits.memory
+    assert strategy.passes >= 1
 
 
 @given(matrices(), st.integers(64 * MIB, 8 * GIB))
@@ -126,7 +124,7 @@ def test_every_task_has_a_way_within_the_limits_or_is_told_what_it_needs(one: As
     limits = Limits(memory)
     (leaf,) = one.task.instance.scope.leaves
     try:
-        recipe = one.choose(limits)
+        strategy = one.choose(limits)
     except SparsepruneError:
         assert leaf.numel_per_block > limits.largest_tile
         with pytest.raises(
@@ -134,7 +132,7 @@ def test_every_task_has_a_way_within_the_limits_or_is_told_what_it_needs(one: As
         ):
             one.choose(limits)
         return
-    assert_bounded(recipe, limits)
+    assert_bounded(strategy, limits)
 
 
 @given(matrices(), st.booleans())
@@ -143,26 +141,26 @@ def test_a_way_is_only_chosen_for_what_it_can_do(one: Asked, compiled: bool) -> 
     (stored,) = one.tensors.values()
     (leaf,) = instance.scope.leaves
     try:
-        recipe = one.choose(ROOM, compiled=compiled)
+        strategy = one.choose(ROOM, compiled=compiled)
     except SparsepruneError:
         assert leaf.numel_per_block > ROOM.largest_tile
         return
     if instance.soft is not None:
-        assert needs_torch(recipe)
+        assert needs_torch(strategy)
     if stored.dtype.startswith("I") and instance.score.kind == "magnitude":
-        assert needs_torch(recipe)
-    if isinstance(recipe, Runs):
+        assert needs_torch(strategy)
+    if isinstance(strategy, Contiguous):
         assert compiled
-    if isinstance(recipe, Counted):
+    if isinstance(strategy, RadixSelect):
         assert leaf.numel_per_block == 1
         assert instance.score.kind == "magnitude"
         assert instance.budget.nnz is not None
-    if isinstance(recipe, Tiled):
+    if isinstance(strategy, TorchInMemory):
         whole = instance.scope if instance.budget.nnz is not None else alone(instance.scope)
-        assert numel_per_scope(whole) <= recipe.tile <= ROOM.largest_tile
-    if isinstance(recipe, Streamed):
+        assert numel_per_scope(whole) <= strategy.tile <= ROOM.largest_tile
+    if isinstance(strategy, TorchOutOfCore):
         assert instance.budget.nnz is not None
-        assert leaf.numel_per_block <= recipe.tile <= ROOM.largest_tile
+        assert leaf.numel_per_block <= strategy.tile <= ROOM.largest_tile
 
 
 HUGE = (1 << 15, 1 << 14)
@@ -172,30 +170,30 @@ HALF = Budget(nnz=1 << 13)
 @pytest.mark.parametrize(
     ("scope", "dtype", "budget", "way"),
     [
-        (matrix(HUGE, (1, 1), (1, 4)), "BF16", Budget(nnz=2), Runs),
-        (matrix(HUGE, (1, 1), (1, -1)), "F64", HALF, Runs),
-        (matrix(HUGE, (1, 1), (-1, -1)), "BF16", HALF, Counted),
-        (matrix(HUGE, (1, 1), (-1, -1)), "I8", HALF, Streamed),
-        (matrix(HUGE, (1, 1), (-1, -1)), "BF16", Budget(threshold=1.0), Runs),
-        (matrix(HUGE, (1, 1), (-1, -1)), "BF16", Budget(nnz=0), Runs),
-        (matrix(HUGE, (1, 1), (-1, -1)), "BF16", Budget(nnz=1 << 29), Runs),
-        (matrix(HUGE, (1, 1), (-1, -1), transposed=True), "BF16", HALF, Streamed),
-        (matrix(HUGE, (1, -1), (-1, 1)), "BF16", HALF, Summed),
-        (matrix(HUGE, (-1, 1), (1, -1)), "F32", HALF, Summed),
-        (matrix(HUGE, (-1, 1), (1, -1)), "F64", HALF, Summed),
-        (matrix(HUGE, (-1, 1), (1, -1)), "I32", HALF, Streamed),
-        (matrix((64, 64), (-1, 1), (1, -1)), "I32", Budget(nnz=9), Tiled),
+        (matrix(HUGE, (1, 1), (1, 4)), "BF16", Budget(nnz=2), Contiguous),
+        (matrix(HUGE, (1, 1), (1, -1)), "F64", HALF, Contiguous),
+        (matrix(HUGE, (1, 1), (-1, -1)), "BF16", HALF, RadixSelect),
+        (matrix(HUGE, (1, 1), (-1, -1)), "I8", HALF, TorchOutOfCore),
+        (matrix(HUGE, (1, 1), (-1, -1)), "BF16", Budget(threshold=1.0), Contiguous),
+        (matrix(HUGE, (1, 1), (-1, -1)), "BF16", Budget(nnz=0), Contiguous),
+        (matrix(HUGE, (1, 1), (-1, -1)), "BF16", Budget(nnz=1 << 29), Contiguous),
+        (matrix(HUGE, (1, 1), (-1, -1), transposed=True), "BF16", HALF, TorchOutOfCore),
+        (matrix(HUGE, (1, -1), (-1, 1)), "BF16", HALF, BlockNorms),
+        (matrix(HUGE, (-1, 1), (1, -1)), "F32", HALF, BlockNorms),
+        (matrix(HUGE, (-1, 1), (1, -1)), "F64", HALF, BlockNorms),
+        (matrix(HUGE, (-1, 1), (1, -1)), "I32", HALF, TorchOutOfCore),
+        (matrix((64, 64), (-1, 1), (1, -1)), "I32", Budget(nnz=9), TorchInMemory),
     ],
 )
 def test_structures_beside_each_other_and_their_ways(
-    scope: BoundScope, dtype: str, budget: Budget, way: type[Recipe]
+    scope: BoundScope, dtype: str, budget: Budget, way: type[Strategy]
 ) -> None:
     assert type(asked(scope, dtype, budget).choose(ROOM)) is way
 
 
 def test_a_scope_of_some_slabs_is_decided_at_once_and_a_larger_one_counted() -> None:
     most = 8 * ROOM.slab // 2
-    for columns, way in ((most, Runs), (2 * most, Counted)):
+    for columns, way in ((most, Contiguous), (2 * most, RadixSelect)):
         one = asked(matrix((4, columns), (1, 1), (1, -1)), "BF16", Budget(nnz=3))
         assert type(one.choose(ROOM)) is way
 
@@ -261,4 +259,4 @@ def test_parts_are_runs_where_each_lies_in_one_piece(pairs: list[tuple[int, int]
         )
         for at in product(*(range(count) for _, count in pairs))
     ]
-    assert _is_run(part, whole) == all(len(piece) == 1 for piece in pieces)
+    assert is_run(part, whole) == all(len(piece) == 1 for piece in pieces)

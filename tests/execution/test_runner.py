@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from safetensors.torch import save_file
 
 from sparseprune.checkpoint import StagedOutput, TensorReader
 from sparseprune.checkpoint.journal import Notes, note_text
-from sparseprune.execution import runner, runs
+from sparseprune.execution import runner
 from sparseprune.execution.limits import INTERPRETER, TORCH, TORCH_THREAD
 from sparseprune.execution.outcomes import Outcomes
 from sparseprune.execution.passes import Chunk, Decision, GivenUpError, Pass
@@ -28,6 +29,8 @@ from tests.samples import TWO_OF_FOUR, mlp_tensors, run, write_spec
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
+
+    from sparseprune.execution.tensor_io import Loaded, Mask
 
 Call = Callable[[], Any]
 
@@ -141,7 +144,7 @@ def test_what_fails_while_it_is_added_ends_the_run() -> None:
 
 
 def test_what_the_last_pass_of_a_job_merges_to_is_its_result() -> None:
-    jobs = (job(calls(lambda n=n: n, lambda: 10, then=sum)) for n in range(3))  # type: ignore[misc]
+    jobs = (job(calls(partial(int, n), lambda: 10, then=sum)) for n in range(3))
     assert work(*jobs) == {0: 10, 1: 11, 2: 12}
 
 
@@ -299,17 +302,17 @@ def test_a_disk_that_fails_while_the_work_goes_on_fails_the_run(
 def test_the_first_error_in_the_order_of_the_plan_is_the_one_that_is_told(
     monkeypatch: pytest.MonkeyPatch, command: tuple[object, ...]
 ) -> None:
-    def fail(loaded: Any, *arguments: Any) -> None:
-        name = loaded.box.stored.name
+    def fail(io: TensorIO, loaded: Loaded, mask: Mask) -> None:
+        name = loaded.stored.name
         if name == "0.up.weight":
             time.sleep(0.05)  # fails last, and is told first: 0.down.weight before it is fine
             raise ZeroDivisionError("first")
         if name.startswith("1."):
             raise ZeroDivisionError("later")
-        cut(loaded, *arguments)
+        store(io, loaded, mask)
 
-    cut = runs._cut
-    monkeypatch.setattr(runs, "_cut", fail)
+    store = TensorIO.store
+    monkeypatch.setattr(TensorIO, "store", fail)
     with pytest.raises(ZeroDivisionError, match="first"):
         run(*command, "--jobs", 4)
 

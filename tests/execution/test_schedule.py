@@ -14,11 +14,11 @@ from safetensors.torch import save_file
 from sparseprune.checkpoint import open_checkpoint
 from sparseprune.errors import SparsepruneError
 from sparseprune.execution import make_plan, make_schedule
-from sparseprune.execution.boxes import gaps, whole_box
 from sparseprune.execution.limits import TORCH_THREAD, limits_of
 from sparseprune.execution.plan import task_bytes
-from sparseprune.execution.recipes import Runs, choose, needs_torch
+from sparseprune.execution.regions import gaps, whole_region
 from sparseprune.execution.schedule import resident_of
+from sparseprune.execution.strategy import Contiguous, choose, needs_torch
 from sparseprune.spec import parse_spec
 from tests.execution.structures import CASES
 from tests.limits import AMPLE
@@ -131,10 +131,10 @@ def assert_bounded(schedule: Schedule, memory: int) -> None:
     """No item and no program ever needs more than there is."""
     limits = schedule.limits
     for job in schedule.jobs:
-        assert 0 < job.recipe.memory <= limits.memory
-        assert 0 <= job.recipe.held <= limits.held
+        assert 0 < job.strategy.memory <= limits.memory
+        assert 0 <= job.strategy.held <= limits.held
         # There is room for an item beside what its program holds, so that none has to run without room.
-        assert job.recipe.memory + job.recipe.held <= limits.memory
+        assert job.strategy.memory + job.strategy.held <= limits.memory
     assert limits.memory + limits_base(schedule) == memory
     assert limits_base(schedule) < schedule.peak_bytes <= memory
 
@@ -210,7 +210,7 @@ def test_threads_of_torch_have_their_share_and_leave_room_for_the_largest_item(
         threads.append(crowd.threads)
         kept = TORCH_THREAD * (crowd.threads - 1) if schedule.uses_torch else 0
         assert crowd.memory + kept == schedule.limits.memory
-        assert all(job.recipe.memory + job.recipe.held <= crowd.memory for job in schedule.jobs)
+        assert all(job.strategy.memory + job.strategy.held <= crowd.memory for job in schedule.jobs)
         # Where pieces of work end does not depend on how many threads there are.
         assert schedule.limits == make_schedule(plan, memory, 1).limits
     assert threads[0] == 1
@@ -311,32 +311,37 @@ def test_every_element_that_a_unit_has_is_in_one_job_or_left_over(schedule: Sche
     left: dict[str, list[int]] = {
         name: list(range(schedule.plan.checkpoint.tensors[name].numel)) for name in schedule.plan.reached
     }
-    tensors = schedule.plan.checkpoint.tensors
     runs = [
         (leaf.tensor, run)
         for job in schedule.jobs
-        for leaf in job.task.instance.scope.leaves
-        for run in whole_box(leaf, tensors[leaf.tensor]).runs()
+        for task in job.tasks
+        for leaf in task.instance.scope.leaves
+        for run in whole_region(leaf).runs()
     ]
-    runs += [(rest.stored.name, run) for rest in schedule.rests for run in gaps(rest.stored, rest.leaves)]
+    runs += [
+        (rest.stored.name, run) for rest in schedule.rests for run in gaps(rest.stored.numel, rest.leaves)
+    ]
     for name, (first, count) in runs:
         for element in range(first, first + count):
             left[name].remove(element)
     assert not any(left.values())
 
 
-def test_every_job_has_a_key_of_its_own_and_the_recipe_of_its_own_task(schedule: Schedule) -> None:
+def test_every_job_has_a_key_of_its_own_and_the_strategy_of_its_own_tasks(schedule: Schedule) -> None:
     keys = [job.key for job in schedule.jobs] + [rest.key for rest in schedule.rests]
     assert len(set(keys)) == len(keys)
     way = partial(choose, tensors=schedule.plan.checkpoint.tensors, limits=schedule.limits)
-    assert [job.recipe for job in schedule.jobs] == [way(job.task) for job in schedule.jobs]
-    assert schedule.uses_torch == any(needs_torch(job.recipe) for job in schedule.jobs)
+    for job in schedule.jobs:
+        assert job.strategy == max((way(task) for task in job.tasks), key=lambda own: own.memory)
+    assert schedule.uses_torch == any(needs_torch(job.strategy) for job in schedule.jobs)
 
 
 def test_bytes_that_pass_by_are_those_of_every_pass(schedule: Schedule) -> None:
     tensors = schedule.plan.checkpoint.tensors
-    passed = sum(task_bytes(job.task, tensors) * job.recipe.passes for job in schedule.jobs)
-    passed += sum(2 * count for rest in schedule.rests for _, count in gaps(rest.stored, rest.leaves))
+    passed = sum(
+        task_bytes(task, tensors) * job.strategy.passes for job in schedule.jobs for task in job.tasks
+    )
+    passed += sum(2 * count for rest in schedule.rests for _, count in gaps(rest.stored.numel, rest.leaves))
     assert schedule.nbytes == passed
     assert schedule.nbytes >= sum(tensors[name].nbytes for name in schedule.plan.reached)
 
@@ -351,7 +356,7 @@ def test_what_is_left_over_of_a_tensor_is_a_rest_of_it_be_it_one_element(
     )
     plan = make_plan(open_checkpoint(tmp_path / "model.safetensors"), parse_spec(spec))
     schedule = make_schedule(plan, AMPLE, 2)
-    left = [run for rest in schedule.rests for run in gaps(rest.stored, rest.leaves)]
+    left = [run for rest in schedule.rests for run in gaps(rest.stored.numel, rest.leaves)]
     assert left == ([(8, columns - 8)] if columns > 8 else [])
     assert len(schedule.rests) == (columns > 8)
 
@@ -361,5 +366,5 @@ def test_without_compiled_loops_what_fits_in_memory_is_left_to_torch(tmp_path: P
     save_file(tensors(torch.bfloat16), tmp_path / "model.safetensors")
     plan = make_plan(open_checkpoint(tmp_path / "model.safetensors"), parse_spec(spec))
     compiled, left = (make_schedule(plan, AMPLE, 2, compiled=flag) for flag in (True, False))
-    assert {type(job.recipe) for job in compiled.jobs} == {Runs}
-    assert not any(isinstance(job.recipe, Runs) for job in left.jobs)
+    assert {type(job.strategy) for job in compiled.jobs} == {Contiguous}
+    assert not any(isinstance(job.strategy, Contiguous) for job in left.jobs)

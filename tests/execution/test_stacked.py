@@ -118,9 +118,8 @@ def test_what_is_told_is_what_each_instance_alone_would_tell(
 def test_tensors_that_fill_what_is_read_at_one_time_are_not_stacked(tmp_path: Path) -> None:
     check, _ = checked(checkpoint_of(tmp_path, experts((8, 12))), TWO_OF_FOUR)
     count = check.counts[0]
-    tensors = check.plan.checkpoint.tensors
     height = count.way.limit // 96
     assert count.height == height > EXPERTS
     for limit, wanted in ((8 * 96, 8), (8 * 96 - 1, 0), (95, 0)):
         way = type(count.way)(count.way.kind, limit, count.way.memory, count.way.held)
-        assert stacked.stack_height(count.scope, way, tensors) == wanted
+        assert stacked.stack_height(count.scope, way) == wanted

@@ -10,8 +10,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from sparseprune.execution.boxes import is_row_major_run, storage_order, whole_box
-from sparseprune.execution.sweeps import sweep_of
+from sparseprune.execution.regions import is_row_major_run, storage_order, sweep_of, whole_region
 from sparseprune.spec import BoundBlock
 from tests.execution.test_boxes import leaves, places_of, stored_tensor
 
@@ -38,16 +37,16 @@ def row_major(
 @example((stored_tensor("w", 48), row_major((12, 4), (6, 1))), 16)  # chunks of four rows and of two
 @example((stored_tensor("w", 96), row_major((4, 6, 4), (2, 6, 4))), 30)
 def test_chunks_have_every_element_once_in_the_order_of_the_storage(case: Case, elements: int) -> None:
-    stored, leaf = case
+    _, leaf = case
     sweep = sweep_of(leaf, elements)
     if sweep is None:
         return
-    chunks = list(sweep.chunks(stored))
+    chunks = list(sweep.regions())
     found = [place for chunk in chunks for place in places_of(chunk)]
     assert sorted(found) == sorted(product(*map(range, leaf.view_shape)))
     firsts = [first for chunk in chunks for first, _ in chunk.runs()]
     assert firsts == sorted(firsts)
-    assert all(chunk.leaf is leaf and chunk.stored is stored for chunk in chunks)
+    assert all(chunk.leaf is leaf for chunk in chunks)
 
 
 @settings(max_examples=300)
@@ -55,11 +54,11 @@ def test_chunks_have_every_element_once_in_the_order_of_the_storage(case: Case, 
 @example((stored_tensor("w", 48), row_major((12, 4), (6, 1))), 16)  # chunks of four rows and of two
 @example((stored_tensor("w", 96), row_major((4, 6, 4), (2, 6, 4))), 30)
 def test_chunks_are_about_as_large_as_they_may_be(case: Case, elements: int) -> None:
-    stored, leaf = case
+    _, leaf = case
     sweep = sweep_of(leaf, elements)
     if sweep is None:
         return
-    chunks = list(sweep.chunks(stored))
+    chunks = list(sweep.regions())
     assert all(0 < chunk.numel <= elements for chunk in chunks)
     assert len(chunks) == 1 or 4 * chunks[0].numel > elements
 
@@ -71,11 +70,11 @@ def test_chunks_are_about_as_large_as_they_may_be(case: Case, elements: int) -> 
 def test_chunks_end_inside_blocks_only_along_outer_dimensions_and_the_one_that_is_cut(
     case: Case, elements: int
 ) -> None:
-    stored, leaf = case
+    _, leaf = case
     sweep = sweep_of(leaf, elements)
     if sweep is None:
         return
-    for chunk in sweep.chunks(stored):
+    for chunk in sweep.regions():
         for dim, (begin, size, extent) in enumerate(zip(chunk.begin, chunk.extent, leaf.shape, strict=True)):
             if dim in sweep.outer:
                 assert size == 1
@@ -109,7 +108,7 @@ def test_every_row_major_leaf_has_a_sweep(block: tuple[int, ...], elements: int)
     leaf = row_major((4, 5, 6), block)
     sweep = sweep_of(leaf, elements)
     assert sweep is not None
-    assert sum(chunk.numel for chunk in sweep.chunks(stored_tensor("w", 120))) == 120
+    assert sum(chunk.numel for chunk in sweep.regions()) == 120
 
 
 @pytest.mark.parametrize(
@@ -151,14 +150,13 @@ def test_what_is_held_grows_with_blocks_that_are_open_and_not_with_elements() ->
 def test_a_leaf_without_elements_has_no_chunks(view: tuple[int, ...]) -> None:
     sweep = sweep_of(row_major(view, (1,) * len(view)), 16)
     assert sweep is not None
-    assert list(sweep.chunks(stored_tensor("w", 0))) == []
+    assert list(sweep.regions()) == []
 
 
-def test_a_sweep_covers_what_the_whole_box_covers() -> None:
+def test_a_sweep_covers_what_the_whole_region_covers() -> None:
     leaf = row_major((6, 8), (3, 8))
-    stored = stored_tensor("w", 48)
     sweep = sweep_of(leaf, 12)
     assert sweep is not None
-    assert (sweep.outer, sweep.cut, sweep.step, sweep.inside) == ((), 0, 1, True)
-    assert [chunk.numel for chunk in sweep.chunks(stored)] == [8] * 6
-    assert math.prod(whole_box(leaf, stored).extent) == 48
+    assert (sweep.outer, sweep.cut, sweep.inside) == ((), 0, True)
+    assert [chunk.numel for chunk in sweep.regions()] == [8] * 6
+    assert math.prod(whole_region(leaf).extent) == 48

@@ -20,9 +20,9 @@ from sparseprune.checkpoint import TensorReader, lay_out, open_checkpoint
 from sparseprune.engine.dtypes import DTYPES
 from sparseprune.errors import SparsepruneError, SparsityError, SpecError
 from sparseprune.execution import count_survivors, make_check, surviving
-from sparseprune.execution.cells import leaves_of, members_of, whole_part
 from sparseprune.execution.limits import Limits
-from sparseprune.execution.occupied import aligned, coarser
+from sparseprune.execution.occupied import coarser
+from sparseprune.execution.regions import cut, leaves_of, members_of, whole_part
 from sparseprune.spec import BoundScope, parse_spec
 from tests import oracle
 from tests.execution.structures import CASES, FLOATS, INTEGERS, one
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from sparseprune.execution import Check, Verification
-    from sparseprune.execution.cells import AnyScope
+    from sparseprune.execution.regions import AnyScope
     from sparseprune.spec import BoundBlock, BoundInstance
 
     Index = tuple[int, ...]
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 KINDS = ("cells", "tiles", "chunks")
 CUTS = ((1, 1), (7, 3), (60, 1), (1 << 20, 3))
 """How many elements are counted at one time, by how many jobs."""
-RECIPES = ("runs", "gathered", "summed", "tiled")
+RECIPES = ("contiguous", "strided", "block_norms", "torch_in_memory")
 
 
 # -- the oracle: plain loops over the blocks of every scope -----------------------------------------
@@ -465,7 +465,7 @@ def test_what_is_read_lies_together(tmp_path: Path, spec: str, kind: str) -> Non
     assert {count.way.kind for count in check.counts} == {kind}
     tensors = check.plan.checkpoint.tensors
     for count in check.counts:
-        reads = surviving._reads(count.scope, count.way, tensors)
+        reads = surviving._reads(count.scope, count.way)
         nbytes = surviving.leaf_bytes(count.scope.leaves, tensors)
         assert nbytes / reads >= 4096
 
@@ -522,7 +522,7 @@ def test_aligned_parts_are_a_partition_and_never_cross_the_end_of_a_unit(
     case: tuple[Index, Index, list[int]], places: int
 ) -> None:
     whole, units, dims = case
-    parts = list(aligned(whole, units, dims, places))
+    parts = list(cut(whole_part(whole), dims, places, units))
     assert_partition(parts, whole_part(whole))
     assert all(part.numel <= max(1, places) for part in parts)
     for part in parts:

@@ -52,7 +52,7 @@ def test_every_way_and_cut_gives_the_bytes_of_whole_scopes_in_the_engine(tmp_pat
     spec, tensors = CASES[name]
     prepare(tmp_path, spec, tensors(torch.bfloat16))
     with pytest.MonkeyPatch.context() as patch:
-        force(patch, "tiled")
+        force(patch, "torch_in_memory")
         reference = applied(tmp_path, "reference")
     for way in WAYS:
         for cut, (slab, tile, jobs) in CUTS.items():
@@ -70,9 +70,9 @@ def test_every_dtype_is_pruned_alike_by_every_way(tmp_path: Path, name: str, dty
     spec, tensors = CASES[name]
     prepare(tmp_path, spec, tensors(dtype))
     with pytest.MonkeyPatch.context() as patch:
-        force(patch, "tiled")
+        force(patch, "torch_in_memory")
         reference = applied(tmp_path, "reference")
-    for way in ("runs", "gathered", "counted", "summed", "streamed"):
+    for way in ("contiguous", "strided", "radix_select", "block_norms", "torch_out_of_core"):
         with pytest.MonkeyPatch.context() as patch:
             narrow(patch, 64, 16)
             force(patch, way)
@@ -98,21 +98,21 @@ def test_packed_masks_hold_the_bits_of_bool_masks(tmp_path: Path, name: str) -> 
 @pytest.mark.parametrize(
     ("name", "way"),
     [
-        ("2:4", "Runs"),
-        ("2:4 down the columns", "Gathered"),
-        ("blocks of 8x4 in rows", "Gathered"),
-        ("transposed", "Gathered"),
-        ("whole rows", "Runs"),
-        ("whole tensors", "Counted"),
-        ("over all tensors", "Counted"),
-        ("nothing is kept", "Runs"),
-        ("a threshold over all", "Runs"),
-        ("blocks along rows", "Runs"),
-        ("channels", "Summed"),
-        ("experts", "Summed"),
-        ("random blocks", "Summed"),
-        ("soft", "Tiled"),
-        ("soft over all tensors", "Streamed"),
+        ("2:4", "Contiguous"),
+        ("2:4 down the columns", "Strided"),
+        ("blocks of 8x4 in rows", "Strided"),
+        ("transposed", "Strided"),
+        ("whole rows", "Contiguous"),
+        ("whole tensors", "RadixSelect"),
+        ("over all tensors", "RadixSelect"),
+        ("nothing is kept", "Contiguous"),
+        ("a threshold over all", "Contiguous"),
+        ("blocks along rows", "Contiguous"),
+        ("channels", "BlockNorms"),
+        ("experts", "BlockNorms"),
+        ("random blocks", "BlockNorms"),
+        ("soft", "TorchInMemory"),
+        ("soft over all tensors", "TorchOutOfCore"),
     ],
 )
 def test_each_structure_is_worked_by_the_way_that_was_made_for_it(
@@ -121,15 +121,20 @@ def test_each_structure_is_worked_by_the_way_that_was_made_for_it(
     spec, tensors = CASES[name]
     prepare(tmp_path, spec, tensors(torch.bfloat16))
     slab = 16 if name in {"experts", "whole tensors"} else 64  # so that a scope has many slabs
-    narrow(monkeypatch, slab, 16, memory=(16 if way == "Streamed" else 128) << 10)
+    narrow(monkeypatch, slab, 16, memory=(16 if way == "TorchOutOfCore" else 128) << 10)
     plan = make_plan(open_checkpoint(tmp_path / "in"), parse_spec(spec))
     schedule = make_schedule(plan, AMPLE, 2)
-    assert {type(job.recipe).__name__ for job in schedule.jobs} == {way}
+    assert {type(job.strategy).__name__ for job in schedule.jobs} == {way}
 
 
 @pytest.mark.parametrize(
     ("name", "way"),
-    [("2:4", "Tiled"), ("whole rows", "Tiled"), ("channels", "Tiled"), ("over all tensors", "Counted")],
+    [
+        ("2:4", "TorchInMemory"),
+        ("whole rows", "TorchInMemory"),
+        ("channels", "TorchInMemory"),
+        ("over all tensors", "RadixSelect"),
+    ],
 )
 def test_a_device_gets_the_scopes_that_fit_in_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, way: str
@@ -139,8 +144,15 @@ def test_a_device_gets_the_scopes_that_fit_in_memory(
     narrow(monkeypatch, 64, 16, memory=64 << 10)
     plan = make_plan(open_checkpoint(tmp_path / "in"), parse_spec(spec))
     schedule = make_schedule(plan, AMPLE, 2, compiled=False)
-    assert {type(job.recipe).__name__ for job in schedule.jobs} == {way}
+    assert {type(job.strategy).__name__ for job in schedule.jobs} == {way}
 
 
 def test_the_ways_have_the_order_of_the_choice() -> None:
-    assert WAYS == ("runs", "gathered", "counted", "summed", "tiled", "streamed")
+    assert WAYS == (
+        "contiguous",
+        "strided",
+        "radix_select",
+        "block_norms",
+        "torch_in_memory",
+        "torch_out_of_core",
+    )

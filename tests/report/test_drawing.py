@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparseprune.execution.tensors import build_scope
+from sparseprune.execution.torch_tiles import build_scope
 from sparseprune.report.drawings import Cell, Window, cell_of, view_index, window_of
 from sparseprune.spec import BoundBlock, BoundBlockCoupling, BoundScope, BoundScopeCoupling
 

@@ -1,7 +1,7 @@
-"""Ranking: what the blocks of a task are compared by, from a score of the spec and its files.
+"""Scores: what the blocks of a task are compared by, from the score of a rule and its files.
 
-Owns one function for each kind of score. Gives numbers for the elements of a box, or ready scores for a part
-of a block grid; the choice among blocks is the engine's. Numpy alone: no torch.
+Owns one function for each kind of score. Gives numbers for the elements of a region, or ready scores for a
+part of a block grid; the engine chooses among blocks. Numpy alone: no torch.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from sparseprune.engine.grids import prod
 from sparseprune.engine.kernels.formats import FORMATS
 from sparseprune.engine.randomness import random_scores
 from sparseprune.errors import SparsityError
-from sparseprune.execution.boxes import Box
-from sparseprune.execution.cells import grid_box
+from sparseprune.execution.regions import Region, grid_region
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from sparseprune.checkpoint import StoredTensor
-    from sparseprune.execution.cells import AnyBlock, Part
+    from sparseprune.engine.grids import Shape
     from sparseprune.execution.inputs import Role, TaskInput
     from sparseprune.execution.plan import Task
+    from sparseprune.execution.regions import AnyBlock, Part, Region
     from sparseprune.execution.tensor_io import Bits, Loaded, TensorIO
 
     Floats = NDArray[np.float64]
@@ -62,12 +62,11 @@ class Elements:
 
 
 class Ranking:
-    """The scores of one task; reads what it needs of its files, a box at a time, from any thread."""
+    """The scores of one task; reads what it needs of its files, a region at a time, from any thread."""
 
-    def __init__(self, task: Task, traffic: TensorIO) -> None:
+    def __init__(self, task: Task, io: TensorIO) -> None:
         self._score = task.instance.score
-        self._traffic = traffic
-        self._vectors: dict[str, Floats] = {}
+        self._io = io
         self._inputs: dict[tuple[Role, str], TaskInput] = {(one.role, one.key): one for one in task.inputs}
 
     @property
@@ -86,32 +85,32 @@ class Ranking:
         return self._score.normalize
 
     def elements(self, loaded: Loaded) -> Elements | None:
-        """What the elements of a box count in place of the weights; None where the weights themselves count.
+        """What the elements of a region count in place of the weights; None where the weights count.
 
         Raises:
             SparsityError: NaN in a score file that may have none, a negative norm or Hessian diagonal.
         """
         kind = self._score.kind
         if kind == "values":
-            return self._file_elements("values", loaded.box)
+            return self._file_elements("values", loaded.region)
         if kind not in {"wanda", "obd"}:
             return None
-        magnitudes = Elements(loaded.view, loaded.box.stored.dtype).magnitudes()
-        name = loaded.box.leaf.tensor
+        magnitudes = Elements(loaded.view, loaded.dtype).magnitudes()
+        name = loaded.region.leaf.tensor
         if ("vector", name) not in self._inputs:  # members without statistics count 0
             magnitudes.fill(0.0)
             return Elements(magnitudes.view(np.uint64), "F64")
         with np.errstate(over="ignore", invalid="ignore"):  # what comes out is looked at by who ranks it
             if kind == "obd":
                 np.square(magnitudes, out=magnitudes)
-            magnitudes *= self._along(loaded.box)
+            magnitudes *= self._along(loaded)
         return Elements(magnitudes.view(np.uint64), "F64")
 
-    def conditioners(self, box: Box) -> Elements | None:
+    def conditioners(self, region: Region) -> Elements | None:
         """The diagonal that soft thresholding is conditioned by, None where no file was given."""
-        if ("conditioners", box.leaf.tensor) not in self._inputs:
+        if ("conditioners", region.leaf.tensor) not in self._inputs:
             return None
-        return self._file_elements("conditioners", box)
+        return self._file_elements("conditioners", region)
 
     def block_scores(self, block: AnyBlock, part: Part) -> Floats | None:
         """Ready scores for a part of a block grid, float64 of its shape; None where elements are ranked."""
@@ -120,7 +119,7 @@ class Ranking:
         if self._score.kind != "blocks":
             return None
         stored = self._inputs["blocks", block.label].stored
-        loaded = self._traffic.load(grid_box(block, part, stored))
+        loaded = self._io.load(grid_region(block, part), stored)
         self._refuse_nan(loaded.view, stored, block.label, "blocks")
         form = FORMATS.get(stored.dtype)
         if form is None:
@@ -129,10 +128,10 @@ class Ranking:
         scores = form.values(loaded.view & magnitude)
         return np.where(loaded.view > magnitude, -scores, scores)
 
-    def _file_elements(self, role: Role, box: Box) -> Elements:
-        stored = self._inputs[role, box.leaf.tensor].stored
-        bits = self._traffic.load(Box(box.leaf, stored, box.begin, box.extent)).view
-        self._refuse_nan(bits, stored, box.leaf.tensor, role)
+    def _file_elements(self, role: Role, region: Region) -> Elements:
+        stored = self._inputs[role, region.leaf.tensor].stored
+        bits = self._io.load(region, stored).view
+        self._refuse_nan(bits, stored, region.leaf.tensor, role)
         return Elements(bits, stored.dtype, may_be_infinite=True)
 
     def _refuse_nan(self, bits: Bits, stored: StoredTensor, key: str, role: Role) -> None:
@@ -143,28 +142,28 @@ class Ranking:
                 f"({stored.shard.path})"
             )
 
-    def _along(self, box: Box) -> Floats:
-        """The number that belongs to each element of a box by its place along one dimension of the weight.
+    def _along(self, loaded: Loaded) -> Floats:
+        """The number that belongs to each element of a region by its place along one dimension of the weight.
 
         wanda: the l2 norm of the input feature (Sun et al. 2023, A Simple and Effective Pruning Approach);
         obd: the diagonal of the Hessian (LeCun et al. 1989, Optimal Brain Damage, without the 1/2).
         """
-        one = self._inputs["vector", box.leaf.tensor]
-        numbers = self._vectors.get(one.key)
+        region, shape = loaded.region, loaded.stored.shape
+        one = self._inputs["vector", region.leaf.tensor]
+        numbers = self._io.vectors.get(one.key)
         if numbers is None:  # as often as there are threads at the most
-            numbers = self._vectors[one.key] = self._vector(one)
-        shape = box.stored.shape
+            numbers = self._io.vectors[one.key] = self._vector(one)
         dim = one.dim % len(shape)
         inner = prod(shape[dim + 1 :])
-        if numbers.ndim == 1 and box.leaf.view_shape == shape:
-            own = numbers[box.begin[dim] : box.begin[dim] + box.extent[dim]]
+        if numbers.ndim == 1 and region.leaf.view_shape == shape:
+            own = numbers[region.begin[dim] : region.begin[dim] + region.extent[dim]]
             return own.reshape([-1 if other == dim else 1 for other in range(len(shape))])
-        if numbers.ndim == 1 and len(box.extent) == 1 and box.leaf.view_stride == (1,):
-            return _repeated(numbers, inner, box.first, box.numel)
-        flat = np.full((1,) * len(box.extent), box.first, dtype=np.int64)
-        for axis, (size, step) in enumerate(zip(box.extent, box.leaf.view_stride, strict=True)):
+        if numbers.ndim == 1 and len(region.extent) == 1 and region.leaf.view_stride == (1,):
+            return _repeated(numbers, inner, region.first, region.numel)
+        flat = np.full((1,) * len(region.extent), region.first, dtype=np.int64)
+        for axis, (size, step) in enumerate(zip(region.extent, region.leaf.view_stride, strict=True)):
             steps = np.arange(size, dtype=np.int64) * step
-            flat = flat + steps.reshape([-1 if other == axis else 1 for other in range(len(box.extent))])
+            flat = flat + steps.reshape([-1 if other == axis else 1 for other in range(len(region.extent))])
         places = flat // inner % shape[dim]
         return numbers[places] if numbers.ndim == 1 else numbers[flat // prod(shape[1:]), places]
 
@@ -178,10 +177,10 @@ class Ranking:
                 for matrix in range(prod(shape[:-2]))
                 for place in range(features)
             ]
-            bits = np.concatenate([self._traffic.load_run(one.stored, (first, 1)) for first in firsts])
+            bits = np.concatenate([self._io.load_run(one.stored, (first, 1)) for first in firsts])
             shape = shape[:-1]
         else:
-            bits = self._traffic.load_run(one.stored, (0, one.stored.numel))
+            bits = self._io.load_run(one.stored, (0, one.stored.numel))
         self._refuse_nan(bits, one.stored, one.key, "vector")
         elements = Elements(bits, one.stored.dtype)
         if _is_negative(elements):
@@ -224,32 +223,33 @@ def _is_negative(elements: Elements) -> bool:
     return bool((elements.bits.view(f"int{8 * elements.bits.itemsize}") < 0).any())
 
 
-def stored_place(box: Box, place: tuple[int, ...]) -> tuple[int, ...]:
-    """The index in the stored tensor of a place of a box."""
-    steps = zip(place, box.leaf.view_stride, strict=True)
-    flat = box.first + sum(index * step for index, step in steps)
-    return tuple(int(index) for index in np.unravel_index(flat, box.stored.shape)) if box.stored.shape else ()
+def stored_place(region: Region, place: Shape, shape: Shape) -> Shape:
+    """The index in a stored tensor of such a shape of a place of a region."""
+    steps = zip(place, region.leaf.view_stride, strict=True)
+    flat = region.first + sum(index * step for index, step in steps)
+    return tuple(int(index) for index in np.unravel_index(flat, shape)) if shape else ()
 
 
 def refuse_nonfinite(loaded: Loaded, elements: Elements | None = None) -> None:
-    """SparsityError for NaN or infinity among what ranks the elements of a box, by default the weights."""
-    ranked = Elements(loaded.view, loaded.box.stored.dtype) if elements is None else elements
+    """SparsityError for NaN or infinity among what ranks the elements of a region, by default the weights."""
+    ranked = Elements(loaded.view, loaded.dtype) if elements is None else elements
     if not ranked.may_be_infinite:
         wrong = ranked.without_rank()
         if wrong.any():
             place = tuple(int(index) for index in np.unravel_index(int(np.argmax(wrong)), wrong.shape))
             element = Elements(ranked.bits[place], ranked.dtype)
-            raise nonfinite_error(loaded.box, place, element, scored=elements is not None)
+            raise nonfinite_error(loaded, place, element, scored=elements is not None)
 
 
 def nonfinite_error(
-    box: Box, place: tuple[int, ...], element: Elements, *, scored: bool = False
+    loaded: Loaded, place: Shape, element: Elements, *, scored: bool = False
 ) -> SparsityError:
-    """What to say of an element that is not finite, at a place of a box; `scored` by the file of a score."""
+    """The error for an element that is not finite, at a place of a region; `scored` by a score file."""
+    where = list(stored_place(loaded.region, place, loaded.stored.shape))
     what = "NaN" if np.isnan(element.magnitudes()).any() else "infinity"
     source, files = (" as its score", " or the score file") if scored else ("", "")
     return SparsityError(
-        f"{box.leaf.tensor}: {what}{source} at {list(stored_place(box, place))}: it has no rank among the "
+        f"{loaded.region.leaf.tensor}: {what}{source} at {where}: it has no rank among the "
         f"scores; repair the tensor{files}, leave it out of the spec, or, where the mode is hard, say "
         'nonfinite = "prune" in its score'
     )

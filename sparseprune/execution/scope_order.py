@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sparseprune.engine.grids import prod
-from sparseprune.execution.cells import leaves_of, members_of
+from sparseprune.execution.regions import leaves_of, members_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
-    from sparseprune.execution.cells import AnyScope
+    from sparseprune.execution.regions import AnyScope
     from sparseprune.spec import BoundBlock
 
 

@@ -1,7 +1,7 @@
 """Masks against weights: putting zeros back where masks drop elements, and finding those that were lost.
 
-Owns how a tensor is cut into slabs for it, and what is counted in them. Which mask is for which tensor is
-matching's business, writing and noting are the executor's. Called by the command line.
+Owns what is counted in a tensor and its mask, slab by slab. Matching.py says which mask is for which tensor;
+the runner writes and notes. Called by the commands.
 """
 
 from __future__ import annotations
@@ -12,28 +12,37 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sparseprune.checkpoint import read_kept
-from sparseprune.checkpoint.threads import work_through
 from sparseprune.engine.dtypes import DTYPES
 from sparseprune.engine.kernels.formats import FORMATS
 from sparseprune.engine.kernels.selecting import count_lost, drop
 from sparseprune.engine.sequences import Made
-from sparseprune.engine.tally import tally
 from sparseprune.execution.limits import Crowd, Resident, limits_of
-from sparseprune.execution.outcomes import Outcome, Outcomes
-from sparseprune.execution.programs import Item, Program, ProgramPass
-from sparseprune.execution.runner import Job, Record, already_done, copied_bytes, dealt, write_through
-from sparseprune.execution.tensor_io import TensorIO
+from sparseprune.execution.outcomes import Outcomes
+from sparseprune.execution.passes import Chunk, Pass
+from sparseprune.execution.regions import Region
+from sparseprune.execution.runner import (
+    Job,
+    Record,
+    already_done,
+    copied_bytes,
+    dealt,
+    read_through,
+    write_through,
+)
+from sparseprune.execution.tensor_io import TensorIO, pattern_of
+from sparseprune.execution.tiles import RegionPass, region_chunks
+from sparseprune.spec import BoundBlock
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
     from sparseprune.checkpoint import StagedOutput, TensorReader
     from sparseprune.engine.tally import Tally
-    from sparseprune.execution.boxes import Run
     from sparseprune.execution.limits import Limits
     from sparseprune.execution.matching import Matched, Pair
     from sparseprune.execution.outcomes import TensorOutcome
     from sparseprune.execution.runner import Progress
+    from sparseprune.execution.tensor_io import Loaded, Mask
 
 _RULE = "masks"
 
@@ -104,13 +113,12 @@ def reapply(
     """
     outcomes = Outcomes()
     record = Record(output, outcomes, progress)
-    io = TensorIO(reader, output)
+    io = TensorIO(reader, output, reapplication.matched.checkpoint.tensors)
     pairs, limits, workers = reapplication.matched.pairs, reapplication.limits, reapplication.workers
 
     def jobs() -> Iterator[Job]:
         for order, pair in dealt(pairs, lambda pair: pair.stored.shard, workers):
-            program = _program(pair, limits, reader, io)
-            yield Job(order, f"mask{order}", pair.stored.name, ProgramPass(program))
+            yield Job(order, f"mask{order}", pair.stored.name, Reapply(pair, *_sizes(pair, limits)))
 
     write_through(jobs(), io, record, Crowd(workers, limits.memory))
     return Made(pairs, lambda pair: _reapplied(outcomes.of_tensor(pair.stored, (_RULE,))))
@@ -129,72 +137,75 @@ def find_lost(
     Zeros of either sign are zero, NaN is not. The same for any number of workers.
     """
     pairs, limits = reapplication.matched.pairs, reapplication.limits
-    found: list[list[tuple[int, int, int | None]]] = [[] for _ in pairs]
-
-    def pieces() -> Iterator[tuple[int, Run]]:
-        for number, pair in enumerate(pairs):
-            for run in _slabs(pair, limits):
-                yield number, run
-
-    def worker() -> Callable[[tuple[int, Run]], None]:
-        traffic = TensorIO(reader)
-
-        def look(piece: tuple[int, Run]) -> None:
-            number, run = piece
-            stored = pairs[number].stored
-            bits = traffic.load_run(stored, run)
-            mask = read_kept(reader, pairs[number].mask, *run)
-            dropped, lost, first = count_lost(bits, DTYPES[stored.dtype].zero_bits or 0, mask)
-            found[number].append((dropped, lost, None if first is None else run[0] + first))
-            progress(bits.nbytes, stored.name)
-
-        return look
-
-    work_through(pieces(), worker, reapplication.workers)
-    return tuple(_lost_zeros(pair, parts) for pair, parts in zip(pairs, found, strict=True))
+    jobs = (
+        Job(order, "", pair.stored.name, FindLost(pair, *_sizes(pair, limits)))
+        for order, pair in enumerate(pairs)
+    )
+    found = read_through(jobs, TensorIO(reader), Crowd(reapplication.workers, limits.memory), progress)
+    return tuple(found[order] for order in range(len(pairs)))
 
 
-def _program(pair: Pair, limits: Limits, reader: TensorReader, traffic: TensorIO) -> Program:
-    """One step: all slabs of a tensor."""
-    stored = pair.stored
-    size = DTYPES[stored.dtype].bits // 8
-    # A slab, its mask twice; integers are counted as float64.
-    held = size + 2 + (0 if stored.dtype in FORMATS else 16)
+@dataclass(frozen=True, slots=True)
+class Reapply(RegionPass):
+    """Zeros where the mask of a tensor drops elements, some `elements` at one time, which take `memory`."""
 
-    def cut(run: Run) -> list[Outcome]:
-        bits = traffic.load_run(stored, run)
-        mask = read_kept(reader, pair.mask, *run)
-        before = tally(bits, stored.dtype)
-        drop(bits, mask)
-        after = tally(bits, stored.dtype)
-        traffic.store_run(stored, run[0], bits, mask)
-        pruned = run[1] - int(np.count_nonzero(mask.view(np.bool_)))
-        return [
-            [
-                stored.name,
-                _RULE,
-                run[1],
-                pruned,
-                before.zeros,
-                before.energy,
-                after.zeros,
-                after.energy,
-            ]
-        ]
+    pair: Pair
+    elements: int
+    memory: int
 
-    def items() -> Iterator[Item]:
-        for number, run in enumerate(_slabs(pair, limits)):
-            yield Item(lambda run=run: cut(run), run[1] * size, run[1] * held, str(number))  # type: ignore[misc]
+    def chunks(self, io: TensorIO) -> Iterator[Chunk]:
+        regions = ((None, region) for region in _regions(self.pair, self.elements))
+        return region_chunks(regions, io, self.elements, self.memory)
 
-    yield items()
+    def rule(self, member: None) -> str:  # noqa: ARG002
+        return _RULE
+
+    def cut(self, member: None, loaded: Loaded, io: TensorIO) -> Mask:  # noqa: ARG002
+        mask = read_kept(io.reader, self.pair.mask, *loaded.region.begin, *loaded.region.extent)
+        drop(loaded.flat, mask)
+        return mask
 
 
-def _slabs(pair: Pair, limits: Limits) -> Iterator[Run]:
-    """Neighbouring elements, of about a slab; whole bytes of a packed mask where that can be."""
-    elements = max(1, limits.slab // (DTYPES[pair.stored.dtype].bits // 8))
+@dataclass(frozen=True, slots=True)
+class FindLost(Pass):
+    """Elements of a tensor that its mask drops and that are not zero."""
+
+    pair: Pair
+    elements: int
+    memory: int
+
+    def chunks(self, io: TensorIO) -> Iterator[Chunk]:  # noqa: ARG002
+        size = pattern_of(self.pair.stored).itemsize
+        for region in _regions(self.pair, self.elements):
+            yield Chunk(region, region.numel * size, self.memory)
+
+    def work(self, chunk: Chunk, io: TensorIO) -> tuple[int, int, int | None]:
+        """What the mask drops, how much of that is not zero, the number of the first such element."""
+        stored, region = self.pair.stored, chunk.about
+        bits = io.load(region, stored).flat
+        mask = read_kept(io.reader, self.pair.mask, *region.begin, *region.extent)
+        dropped, lost, first = count_lost(bits, DTYPES[stored.dtype].zero_bits or 0, mask)
+        return dropped, lost, None if first is None else region.first + first
+
+    def merge(self, partials: list[tuple[int, int, int | None]], io: TensorIO) -> LostZeros:  # noqa: ARG002
+        return _lost_zeros(self.pair, partials)
+
+
+def _sizes(pair: Pair, limits: Limits) -> tuple[int, int]:
+    """The elements of a slab, whole bytes of a packed mask if possible, and the memory that they take."""
+    size = pattern_of(pair.stored).itemsize
+    elements = max(1, limits.slab // size)
     elements -= elements % 8 if elements > 8 else 0
-    numel = pair.stored.numel
-    return ((first, min(elements, numel - first)) for first in range(0, numel, elements))
+    # A slab, its mask twice; integers are counted as float64.
+    held = size + 2 + (0 if pair.stored.dtype in FORMATS else 16)
+    return elements, held * min(elements, pair.stored.numel)
+
+
+def _regions(pair: Pair, elements: int) -> Iterator[Region]:
+    """All elements of a tensor, as they lie in the storage."""
+    name, numel = pair.stored.name, pair.stored.numel
+    leaf = BoundBlock(name, name, (numel,), (1,), 0, (1,))
+    return (Region(leaf, (at,), (min(elements, numel - at),)) for at in range(0, numel, elements))
 
 
 def _lost_zeros(pair: Pair, parts: list[tuple[int, int, int | None]]) -> LostZeros:
@@ -206,17 +217,8 @@ def _lost_zeros(pair: Pair, parts: list[tuple[int, int, int | None]]) -> LostZer
         shape=stored.shape,
         pruned=sum(dropped for dropped, _, _ in parts),
         lost=sum(lost for _, lost, _ in parts),
-        first=_index(min(places), stored.shape) if places else None,
+        first=tuple(map(int, np.unravel_index(min(places), stored.shape))) if places else None,
     )
-
-
-def _index(place: int, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The index of an element by its number, row-major."""
-    index: list[int] = []
-    for size in reversed(shape):
-        place, at = divmod(place, size)
-        index.append(at)
-    return tuple(reversed(index))
 
 
 def _reapplied(outcome: TensorOutcome) -> Reapplied:

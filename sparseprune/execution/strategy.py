@@ -1,31 +1,35 @@
-"""Recipes: by which way a task is worked, chosen in this one place by shape, dtype, score and budget.
+"""Strategies: how a task is worked, chosen in this one place by shape, dtype, score and budget.
 
-Owns the conditions of each way and what it costs in memory. A recipe is plain data; the ways themselves
-are in runs, counted, summed, tiled and streamed, of which only the last two need torch. Reads no data.
+Owns the conditions of each strategy and what it costs in memory. A strategy is plain data; the passes that
+follow it are in tiles, two_pass and reconstruct, and those of the torch engine beside them. Reads no data.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sparseprune.engine.dtypes import DTYPES
 from sparseprune.engine.grids import prod
 from sparseprune.errors import SparsepruneError
-from sparseprune.execution.boxes import is_row_major_run
-from sparseprune.execution.cells import members_of, numel_per_scope
+from sparseprune.execution.expert_stacks import stacked_parts
 from sparseprune.execution.limits import INTERPRETER, TORCH, memory_for_tile, tile_bytes
-from sparseprune.execution.stacks import stacked_parts
-from sparseprune.execution.sweeps import sweep_of
+from sparseprune.execution.regions import (
+    alone,
+    is_row_major_run,
+    is_run,
+    members_of,
+    numel_per_scope,
+    sweep_of,
+)
 from sparseprune.spec import BoundBlock, BoundScope
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from sparseprune.checkpoint import StoredTensor
     from sparseprune.engine.grids import Shape
-    from sparseprune.execution.cells import AnyScope
     from sparseprune.execution.limits import Limits
     from sparseprune.execution.plan import Task
 
@@ -44,7 +48,7 @@ _SOLVER_BYTES, _MOMENT_BYTES = 40, 32
 
 
 @dataclass(frozen=True, slots=True)
-class Contest:
+class Selection:
     """What compiled loops decide: of `blocks` blocks of `extent` elements each `nnz` survive in every scope.
 
     Or those that reach `threshold`, if it is given.
@@ -64,41 +68,42 @@ class Contest:
 
 
 @dataclass(frozen=True, slots=True)
-class Runs:
-    """Neighbouring scopes, in slabs of `slab` elements, each of which takes `memory`."""
+class Contiguous:
+    """Neighbouring scopes, about so many `elements` at one time, which take `memory`."""
 
     memory: int
-    slab: int
-    contest: Contest
+    elements: int
+    selection: Selection
     held: int = 0
     passes: int = 1
 
 
 @dataclass(frozen=True, slots=True)
-class Gathered:
-    """Scopes of one tensor that do not lie together, at most `tile` elements of them at one time."""
+class Strided:
+    """Scopes of one tensor that do not lie together, at most so many `elements` at one time."""
 
     memory: int
-    tile: int
-    contest: Contest
+    elements: int
+    selection: Selection
     held: int = 0
     passes: int = 1
 
 
 @dataclass(frozen=True, slots=True)
-class Counted:
+class RadixSelect:
     """Elements in scopes that are larger than a slab: histograms of keys, then one pass that cuts."""
 
     memory: int
     slab: int
     groups: int
+    key_bits: int
     held: int
     passes: int
 
 
 @dataclass(frozen=True, slots=True)
-class Summed:
-    """Norms of blocks are summed up as the tensors pass by, and held; then one pass that cuts."""
+class BlockNorms:
+    """Norms of blocks are summed up in one pass over the tensors, and held; then one pass that cuts."""
 
     memory: int
     chunk: int
@@ -107,7 +112,7 @@ class Summed:
 
 
 @dataclass(frozen=True, slots=True)
-class Tiled:
+class TorchInMemory:
     """Whole scopes, at most `tile` elements of them at one time, in the torch engine."""
 
     memory: int
@@ -117,7 +122,7 @@ class Tiled:
 
 
 @dataclass(frozen=True, slots=True)
-class Streamed:
+class TorchOutOfCore:
     """Whole blocks, at most `tile` elements at one time, in the torch engine; ranks are found by digits."""
 
     memory: int
@@ -127,7 +132,7 @@ class Streamed:
 
 
 @dataclass(frozen=True, slots=True)
-class Reconstructed:
+class Rebuild:
     """Survivors make up for what was pruned: whole matrices in the engine, those of a stack one by one.
 
     Not `stacked` where they are no stack, or compete with each other: all that a task reaches is in memory
@@ -140,18 +145,21 @@ class Reconstructed:
     passes: int = 1
 
 
-Recipe = Runs | Gathered | Counted | Summed | Tiled | Streamed | Reconstructed
+Strategy = Contiguous | Strided | RadixSelect | BlockNorms | TorchInMemory | TorchOutOfCore | Rebuild
+
+ORDER = ("contiguous", "strided", "radix_select", "block_norms", "torch_in_memory", "torch_out_of_core")
+"""The strategies in the order in which they are tried, the fastest first; the last two always work."""
 
 
-def needs_torch(recipe: Recipe) -> bool:
-    """Whether a way of working imports torch."""
-    return isinstance(recipe, Tiled | Streamed | Reconstructed)
+def needs_torch(strategy: Strategy) -> bool:
+    """Whether a strategy imports torch."""
+    return isinstance(strategy, TorchInMemory | TorchOutOfCore | Rebuild)
 
 
 def choose(
     task: Task, tensors: Mapping[str, StoredTensor], limits: Limits, *, compiled: bool = True
-) -> Recipe:
-    """The way for a task: the first whose conditions hold, from the fastest to the one that always works.
+) -> Strategy:
+    """The strategy for a task: the first of ORDER whose conditions hold.
 
     `compiled` False leaves the scopes that fit in memory to the torch engine, on whatever device.
 
@@ -159,62 +167,66 @@ def choose(
         SparsepruneError: one block alone is more than the limits allow.
     """
     if task.instance.reconstruct is not None:
-        return _reconstructed(task, tensors, limits)
-    recipe: Recipe | None = None
-    if task.instance.soft is None and task.instance.score.nonfinite == "error":
-        if compiled:
-            recipe = _runs(task, tensors, limits) or _gathered(task, tensors, limits)
-        else:
-            recipe = _tiled(task, limits)
-        recipe = recipe or _counted(task, tensors, limits) or _summed(task, tensors, limits)
-    return recipe or _tiled(task, limits) or _streamed(task, limits)
+        return _rebuild(task, tensors, limits)
+    open_to_loops = task.instance.soft is None and task.instance.score.nonfinite == "error"
+    order = ORDER if open_to_loops else [name for name in ORDER if name in _TORCH]
+    if not compiled:
+        order = [name for name in (*_TORCH[:1], *order) if name not in {"contiguous", "strided"}]
+    for name in order:
+        found = _CHOICES[name](task, tensors, limits)
+        if found is not None:
+            return found
+    found = _torch_in_memory(task, tensors, limits)  # a threshold decides every block alone
+    if found is None:
+        raise _block_too_large(task, limits)
+    return found
 
 
-def by_block_norms(task: Task, tensors: Mapping[str, StoredTensor], limits: Limits) -> Summed | None:
-    """The way that decides a task with a flag for each block; None where there is no such way."""
+def by_block_norms(task: Task, tensors: Mapping[str, StoredTensor], limits: Limits) -> BlockNorms | None:
+    """The strategy that decides a task with a flag for each block; None where it does not apply."""
     instance = task.instance
     if instance.reconstruct is not None or instance.soft is not None or instance.score.nonfinite != "error":
         return None
-    return _summed(task, tensors, limits)
+    return _block_norms(task, tensors, limits)
 
 
-def _runs(task: Task, tensors: Mapping[str, StoredTensor], limits: Limits) -> Runs | None:
+def _contiguous(task: Task, tensors: Mapping[str, StoredTensor], limits: Limits) -> Contiguous | None:
     scope = task.instance.scope
     if not isinstance(scope, BoundScope) or not isinstance(scope.block, BoundBlock):
         return None
     leaf = scope.block
-    lies_well = is_row_major_run(leaf) and _is_run(leaf.shape, leaf.view_shape)
-    if not lies_well or not _is_run(scope.shape, leaf.grid_shape) or not _has_loop(task, tensors):
+    lies_well = is_row_major_run(leaf) and is_run(leaf.shape, leaf.view_shape)
+    if not lies_well or not is_run(scope.shape, leaf.grid_shape) or not _has_loop(task, tensors):
         return None
-    contest = _contest(task, scope)
-    unit = math.lcm(contest.block * contest.blocks, _PACKED)
+    selection = _selection_of(task, scope)
+    unit = math.lcm(selection.block * selection.blocks, _PACKED)
     size = DTYPES[tensors[leaf.tensor].dtype].bits // 8
-    each = _loop_bytes(task, size, contest)
+    each = _loop_bytes(task, size, selection)
     slab = unit * max(1, min(limits.slab // size, limits.memory // (2 * each)) // unit)
     memory = min(slab, prod(leaf.view_shape)) * each
     if unit > _PACKED and (unit * size > _SLABS_A_SCOPE * limits.slab or memory > limits.memory // 2):
         return None
-    return Runs(memory, slab, contest)
+    return Contiguous(memory, slab, selection)
 
 
-def _gathered(task: Task, tensors: Mapping[str, StoredTensor], limits: Limits) -> Gathered | None:
+def _strided(task: Task, tensors: Mapping[str, StoredTensor], limits: Limits) -> Strided | None:
     scope = task.instance.scope
     if not isinstance(scope, BoundScope) or not isinstance(scope.block, BoundBlock):
         return None
     if not _has_loop(task, tensors):
         return None
-    contest = _contest(task, scope)
+    selection = _selection_of(task, scope)
     size = DTYPES[tensors[scope.block.tensor].dtype].bits // 8
     together = numel_per_scope(scope)
     tile = max(limits.slab // size, together)
-    each = _loop_bytes(task, size, contest) + size  # there is a copy in the order of the scopes
+    each = _loop_bytes(task, size, selection) + size  # there is a copy in the order of the scopes
     memory = min(tile, prod(scope.block.view_shape)) * each
     if together * size > _SLABS_A_SCOPE * limits.slab or memory > limits.memory // 2:
         return None
-    return Gathered(memory, tile, contest)
+    return Strided(memory, tile, selection)
 
 
-def _contest(task: Task, scope: BoundScope) -> Contest:
+def _selection_of(task: Task, scope: BoundScope) -> Selection:
     """What the scopes of one leaf ask; where all or none survive nobody competes."""
     nnz, threshold = task.instance.budget.nnz, task.instance.budget.threshold
     blocks = scope.blocks_per_scope
@@ -223,13 +235,13 @@ def _contest(task: Task, scope: BoundScope) -> Contest:
     if nnz in (0, blocks) or threshold is not None:
         nnz, blocks = (0 if nnz == 0 else 1), 1
     extent = leaf.shape or (1,)
-    return Contest(extent, blocks, nnz or 0, threshold, score.norm, score.normalize)
+    return Selection(extent, blocks, nnz or 0, threshold, score.norm, score.normalize)
 
 
-def _loop_bytes(task: Task, size: int, contest: Contest) -> int:
+def _loop_bytes(task: Task, size: int, selection: Selection) -> int:
     """Memory for each element that compiled loops work on: its pattern, mask, score, and float64 of norms."""
     scores = 40 if task.instance.score.kind != "magnitude" else 0
-    return size + 1 + scores + (1 if contest.block == 1 else -(-16 // contest.extent[-1]))
+    return size + 1 + scores + (1 if selection.block == 1 else -(-16 // selection.extent[-1]))
 
 
 def _has_loop(task: Task, tensors: Mapping[str, StoredTensor]) -> bool:
@@ -245,7 +257,7 @@ def _has_loop(task: Task, tensors: Mapping[str, StoredTensor]) -> bool:
     return all(one.stored.dtype != "I64" for one in task.inputs)
 
 
-def _counted(task: Task, tensors: Mapping[str, StoredTensor], limits: Limits) -> Counted | None:
+def _radix_select(task: Task, tensors: Mapping[str, StoredTensor], limits: Limits) -> RadixSelect | None:
     scope = task.instance.scope
     leaves = [member.block for member, _ in members_of(scope) if isinstance(member.block, BoundBlock)]
     dtypes = {tensors[leaf.tensor].dtype for leaf in leaves}
@@ -255,7 +267,7 @@ def _counted(task: Task, tensors: Mapping[str, StoredTensor], limits: Limits) ->
     pairs = zip(leaves, members_of(scope), strict=True)
     unlike = {(leaf.view_shape, leaf.view_stride, leaf.shape, of.shape): leaf for leaf, (of, _) in pairs}
     together = all(
-        leaf.numel_per_block == 1 and is_row_major_run(leaf) and _is_run(shape, leaf.grid_shape)
+        leaf.numel_per_block == 1 and is_row_major_run(leaf) and is_run(shape, leaf.grid_shape)
         for (*_, shape), leaf in unlike.items()
     )
     (dtype,) = dtypes
@@ -268,10 +280,10 @@ def _counted(task: Task, tensors: Mapping[str, StoredTensor], limits: Limits) ->
     sizes = [member.blocks_per_scope for member, _ in members_of(scope)]
     memory = 2 * min(slab, max(sizes)) * (size + 1) + _COUNTER_BYTES
     counters = min(groups, sum(-(-each // slab) for each in sizes))
-    return Counted(memory, slab, groups, counters * _COUNTER_BYTES, passes)
+    return RadixSelect(memory, slab, groups, 8 * size, counters * _COUNTER_BYTES, passes)
 
 
-def _summed(task: Task, tensors: Mapping[str, StoredTensor], limits: Limits) -> Summed | None:
+def _block_norms(task: Task, tensors: Mapping[str, StoredTensor], limits: Limits) -> BlockNorms | None:
     scope, score = task.instance.scope, task.instance.score
     dtypes = {tensors[leaf.tensor].dtype for leaf in scope.leaves}
     by_elements = score.kind not in {"random", "blocks"}
@@ -297,7 +309,7 @@ def _summed(task: Task, tensors: Mapping[str, StoredTensor], limits: Limits) -> 
         size = DTYPES[tensors[leaf.tensor].dtype].bits // 8
         each.append(size + beside if score.kind == "magnitude" else _SUMMED_BYTES)
     elements = max(prod(leaf.view_shape) for leaf in scope.leaves)
-    return Summed(max(each) * min(chunk, elements), chunk, held, passes)
+    return BlockNorms(max(each) * min(chunk, elements), chunk, held, passes)
 
 
 def _is_summed_in_loops(leaf: BoundBlock, chunk: int) -> bool:
@@ -324,27 +336,37 @@ def elements_together(task: Task) -> int:
     return numel_per_scope(alone(scope) if task.instance.budget.nnz is None else scope)
 
 
-def _tiled(task: Task, limits: Limits) -> Tiled | None:
+def _torch_in_memory(task: Task, _: Mapping[str, StoredTensor], limits: Limits) -> TorchInMemory | None:
     elements = max(min(limits.tile, limits.largest_tile), elements_together(task))
     if elements > limits.largest_tile:
         return None
     there = sum(prod(leaf.view_shape) for leaf in task.instance.scope.leaves)
-    return Tiled(tile_bytes(min(elements, there)), elements)
+    return TorchInMemory(tile_bytes(min(elements, there)), elements)
 
 
-def _streamed(task: Task, limits: Limits) -> Streamed:
-    block = max(member.block.numel_per_block for member, _ in members_of(task.instance.scope))
-    elements = max(min(limits.tile, limits.largest_tile), block)
+def _torch_out_of_core(task: Task, _: Mapping[str, StoredTensor], limits: Limits) -> TorchOutOfCore | None:
+    if task.instance.budget.nnz is None:
+        return None
+    elements = max(min(limits.tile, limits.largest_tile), _largest_block(task))
     if elements > limits.largest_tile:
-        raise SparsepruneError(
-            f"[{task.rule}] {task.instance.label}: a block has {block} elements, which must be in memory "
-            f"together; --memory must be at least {limits.resident + memory_for_tile(block)} bytes"
-        )
+        raise _block_too_large(task, limits)
     candidates = min(limits.held // _SCORE_BYTES, task.instance.scope.blocks_per_scope)
-    return Streamed(tile_bytes(elements), elements, candidates * _SCORE_BYTES, 3)
+    return TorchOutOfCore(tile_bytes(elements), elements, candidates * _SCORE_BYTES, 3)
 
 
-def _reconstructed(task: Task, tensors: Mapping[str, StoredTensor], limits: Limits) -> Reconstructed:
+def _largest_block(task: Task) -> int:
+    return max(member.block.numel_per_block for member, _ in members_of(task.instance.scope))
+
+
+def _block_too_large(task: Task, limits: Limits) -> SparsepruneError:
+    block = _largest_block(task)
+    return SparsepruneError(
+        f"[{task.rule}] {task.instance.label}: a block has {block} elements, which must be in memory "
+        f"together; --memory must be at least {limits.resident + memory_for_tile(block)} bytes"
+    )
+
+
+def _rebuild(task: Task, tensors: Mapping[str, StoredTensor], limits: Limits) -> Rebuild:
     stacks = len(stacked_parts(task, tensors))
     moments = [one.stored for one in task.inputs if one.role == "moment"]
     numel = sum(prod(leaf.view_shape) for leaf in task.instance.scope.leaves)
@@ -358,7 +380,7 @@ def _reconstructed(task: Task, tensors: Mapping[str, StoredTensor], limits: Limi
             f"[{task.rule}] {task.instance.label}: its matrices and their second moments must be in memory "
             f"together to be reconstructed; --memory must be at least {needed} bytes"
         )
-    return Reconstructed(each, stacks > 1)
+    return Rebuild(each, stacks > 1)
 
 
 def _refuse_unseen(task: Task, *, alone: bool) -> None:
@@ -375,17 +397,12 @@ def _refuse_unseen(task: Task, *, alone: bool) -> None:
             )
 
 
-def alone(scope: AnyScope) -> AnyScope:
-    """The same blocks, each in a scope of its own: what a threshold asks about."""
-    if isinstance(scope, BoundScope):
-        return replace(scope, shape=(1,) * len(scope.shape))
-    return replace(scope, members=tuple(alone(member) for member in scope.members))  # type: ignore[misc]
-
-
-def _is_run(part: Shape, whole: Shape) -> bool:
-    """Whether parts of a row-major whole are runs of it: full behind some dimension, 1 before it."""
-    behind = [dim for dim, (a, b) in enumerate(zip(part, whole, strict=True)) if b > 1]
-    sizes = [(part[dim], whole[dim]) for dim in behind]
-    while sizes and sizes[0][0] == 1:
-        sizes.pop(0)
-    return all(a == b for a, b in sizes[1:])
+_CHOICES: Mapping[str, Callable[[Task, Mapping[str, StoredTensor], Limits], Strategy | None]] = {
+    "contiguous": _contiguous,
+    "strided": _strided,
+    "radix_select": _radix_select,
+    "block_norms": _block_norms,
+    "torch_in_memory": _torch_in_memory,
+    "torch_out_of_core": _torch_out_of_core,
+}
+_TORCH = ORDER[-2:]

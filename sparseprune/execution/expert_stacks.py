@@ -1,7 +1,7 @@
-"""Stacks: tasks whose tensors hold a matrix for each expert, of which each decides by itself.
+"""Expert stacks: tasks whose tensors hold a matrix for each expert, of which each decides by itself.
 
-Owns which matrices a part of the scope grid reaches, and so whether a task can be cut into ones that know
-nothing of each other. Pure arithmetic on bound shapes. Called by recipes and reconstructed.
+Owns which matrices a part of the scope grid reaches, and so whether a task can be cut into independent ones.
+Pure arithmetic on bound shapes. Called by strategy and reconstruct.
 """
 
 from __future__ import annotations
@@ -10,15 +10,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sparseprune.engine.grids import prod
-from sparseprune.execution.cells import Part, block_part, boxes_of, members_of, whole_part
+from sparseprune.execution.regions import Part, regions_at, whole_part
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from sparseprune.checkpoint import StoredTensor
-    from sparseprune.execution.boxes import Box
     from sparseprune.execution.plan import Task
-    from sparseprune.spec import BoundBlock
+    from sparseprune.execution.regions import Region
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +35,7 @@ class StackPart:
 
 
 def stacked_parts(task: Task, tensors: Mapping[str, StoredTensor]) -> list[StackPart]:
-    """The parts that know nothing of each other, a matrix each, in order; else one for all."""
+    """The parts that are independent of each other, a matrix each, in order; else one for all."""
     scope = task.instance.scope
     whole = whole_part(scope.grid_shape)
     rebuilt = {tensors[one.key].shape for one in task.inputs if one.role == "moment"}
@@ -48,7 +47,7 @@ def stacked_parts(task: Task, tensors: Mapping[str, StoredTensor]) -> list[Stack
     parts: list[StackPart] = []
     for place in range(scope.grid_shape[0]):
         cell = Part((place, *whole.begin[1:]), (1, *whole.extent[1:]))
-        reached = {_matrix(box) for box in boxes_at(task, tensors, cell).values()}
+        reached = {_matrix(region, tensors) for region in regions_at(scope, cell).values()}
         if len(reached) != 1 or None in reached:
             return alone
         (matrix,) = reached
@@ -62,18 +61,9 @@ def stacked_parts(task: Task, tensors: Mapping[str, StoredTensor]) -> list[Stack
     return parts if [part.begin for part in parts] == list(range(count)) else alone
 
 
-def boxes_at(task: Task, tensors: Mapping[str, StoredTensor], cell: Part) -> dict[BoundBlock, Box]:
-    """The elements of a part of the scope grid, leaf by leaf."""
-    return {
-        leaf: box
-        for member, order in members_of(task.instance.scope)
-        for leaf, box in boxes_of(member.block, block_part(member, order, cell), tensors).items()
-    }
-
-
-def _matrix(box: Box) -> int | None:
-    """The matrix of its tensor in which all of a box lies; None where it lies in several."""
-    size = prod(box.stored.shape[1:])
-    steps = zip(box.extent, box.leaf.view_stride, strict=True)
-    last = box.first + sum((extent - 1) * step for extent, step in steps)
-    return box.first // size if size and box.first // size == last // size else None
+def _matrix(region: Region, tensors: Mapping[str, StoredTensor]) -> int | None:
+    """The matrix of its tensor in which all of a region lies; None where it lies in several."""
+    size = prod(tensors[region.leaf.tensor].shape[1:])
+    steps = zip(region.extent, region.leaf.view_stride, strict=True)
+    last = region.first + sum((extent - 1) * step for extent, step in steps)
+    return region.first // size if size and region.first // size == last // size else None

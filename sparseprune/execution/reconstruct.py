@@ -1,4 +1,4 @@
-"""Reconstructed: matrices whose survivors make up for what was pruned, by their inputs' second moments.
+"""Reconstruction: matrices whose survivors make up for what was pruned, by their inputs' second moments.
 
 Owns the way from a task to matrices of the engine: what of a tensor is fixed, which members follow others,
 what became of outputs. Stacks are worked a matrix at a time. Imports torch.
@@ -17,13 +17,19 @@ from sparseprune.engine.grids import prod
 from sparseprune.engine.reconstruction.matrices import Matrix, output_losses, projection, units_of
 from sparseprune.engine.reconstruction.solvers import admm, keep_rows, refit
 from sparseprune.errors import SparsityError
-from sparseprune.execution.cells import block_part, leaves_of, members_of
-from sparseprune.execution.feeding import holds_rows
-from sparseprune.execution.programs import Item, Program
-from sparseprune.execution.ranking import Elements, Ranking, refuse_nonfinite
-from sparseprune.execution.stacks import StackPart, boxes_at, stacked_parts
-from sparseprune.execution.tensors import build_scope, load_tile, store_tile, stream_of, tensor_of
-from sparseprune.execution.tiled import decide
+from sparseprune.execution.expert_stacks import StackPart, stacked_parts
+from sparseprune.execution.passes import Chunk, Pass
+from sparseprune.execution.regions import block_part, leaves_of, members_of, regions_at
+from sparseprune.execution.row_producers import holds_rows
+from sparseprune.execution.scores import Elements, Ranking, refuse_nonfinite
+from sparseprune.execution.torch_tiles import (
+    build_scope,
+    decide,
+    load_tile,
+    store_tile,
+    stream_of,
+    tensor_of,
+)
 from sparseprune.spec import BoundBlock, BoundScope
 
 if TYPE_CHECKING:
@@ -33,59 +39,56 @@ if TYPE_CHECKING:
 
     from sparseprune.checkpoint import StoredTensor
     from sparseprune.engine import BlockSpec, SparseScope
-    from sparseprune.execution.boxes import Box
-    from sparseprune.execution.cells import AnyBlock, AnyScope
     from sparseprune.execution.inputs import TaskInput
     from sparseprune.execution.outcomes import Outcome
     from sparseprune.execution.plan import Task
-    from sparseprune.execution.programs import Setting
-    from sparseprune.execution.recipes import Reconstructed
-    from sparseprune.execution.tensors import Tile
+    from sparseprune.execution.regions import AnyBlock, AnyScope, Region
+    from sparseprune.execution.strategy import Rebuild
+    from sparseprune.execution.tensor_io import TensorIO
+    from sparseprune.execution.torch_tiles import Tile
     from sparseprune.spec import Reconstruct
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Side:
-    """A tensor that takes part, or a matrix of it from element `first` on; `boxes` are its leaves'."""
+    """A tensor that takes part, or a matrix of it from element `first` on; `regions` are its leaves'."""
 
     name: str
     matrix: Matrix
-    boxes: tuple[Box, ...]
+    regions: tuple[Region, ...]
     first: int
 
-    def view(self, box: Box, tensor: Tensor) -> Tensor:
-        """A box's elements in a contiguous tensor of the matrix's shape."""
-        return tensor.as_strided(box.extent, box.leaf.view_stride, box.first - self.first)
+    def view(self, region: Region, tensor: Tensor) -> Tensor:
+        """A region's elements in a contiguous tensor of the matrix's shape."""
+        return tensor.as_strided(region.extent, region.leaf.view_stride, region.first - self.first)
 
 
-def run_program(task: Task, recipe: Reconstructed, setting: Setting) -> Program:
-    """One step: all matrices that know nothing of each other, those of a stack one by one."""
-    ranking = Ranking(task, setting.traffic)
+@dataclass(frozen=True, slots=True)
+class RebuildMatrices(Pass):
+    """Matrices that do not depend on each other, those of a stack one by one."""
 
-    def items() -> Iterator[Item]:
-        for number, part in enumerate(stacked_parts(task, setting.tensors)):
-            if not part.cell.numel:
-                continue
-            boxes = boxes_at(task, setting.tensors, part.cell)
-            nbytes = sum(box.nbytes for box in boxes.values())
-            yield Item(
-                lambda part=part: _Piece(task, part, ranking, setting).work(),  # type: ignore[misc]
-                nbytes,
-                recipe.memory,
-                str(number),
-            )
+    task: Task
+    strategy: Rebuild
 
-    yield items()
+    def chunks(self, io: TensorIO) -> Iterator[Chunk]:
+        files = io.files(self.task.instance.scope.leaves)
+        for number, part in enumerate(stacked_parts(self.task, io.tensors)):
+            if part.cell.numel:
+                nbytes = sum(map(io.nbytes, regions_at(self.task.instance.scope, part.cell).values()))
+                yield Chunk(part, nbytes, self.strategy.memory, str(number), files)
+
+    def work(self, chunk: Chunk, io: TensorIO) -> list[Outcome]:
+        return _Piece(self.task, chunk.about, io).work()
 
 
 class _Piece:
     """What is in memory at one time, and the way through it."""
 
-    def __init__(self, task: Task, part: StackPart, ranking: Ranking, setting: Setting) -> None:
+    def __init__(self, task: Task, part: StackPart, io: TensorIO) -> None:
         self._task = task
         self._part = part
-        self._ranking = ranking
-        self._setting = setting
+        self._ranking = Ranking(task, io)
+        self._io = io
         self._scope = task.instance.scope
         self._blocks = [
             (member.block, block_part(member, order, part.cell)) for member, order in members_of(self._scope)
@@ -93,8 +96,8 @@ class _Piece:
 
     def work(self) -> list[Outcome]:
         """Read, decide and rebuild, write."""
-        with stream_of(self._setting.device):
-            tile = load_tile(self._blocks, self._setting)
+        with stream_of(self._io.device):
+            tile = load_tile(regions_at(self._scope, self._part.cell), self._io)
             for loaded in tile.loaded.values():
                 refuse_nonfinite(loaded)
             engine = build_scope(self._scope, tile.views)
@@ -121,10 +124,10 @@ class _Piece:
         weights, kept = {}, {}
         for side in sides:
             mask = torch.ones(side.matrix.dense.shape, dtype=torch.bool, device=side.matrix.dense.device)
-            for box in side.boxes:
-                side.view(box, mask).copy_(by_leaf[box.leaf])
+            for region in side.regions:
+                side.view(region, mask).copy_(by_leaf[region.leaf])
             kept[side.name] = mask
-            weights[side.name] = refit(side.matrix, mask, damp=reconstruct.damp, between=self._setting.check)
+            weights[side.name] = refit(side.matrix, mask, damp=reconstruct.damp, between=self._io.check)
         return masks, weights, kept
 
     def _alternated(
@@ -136,9 +139,9 @@ class _Piece:
             raise TypeError(f"{self._task.instance.label} has no nnz")
         params = [torch.empty_like(side.matrix.dense, dtype=side.matrix.work_dtype) for side in sides]
         views = {
-            box.leaf: View(param, box.extent, box.leaf.view_stride, box.first - side.first)
+            region.leaf: View(param, region.extent, region.leaf.view_stride, region.first - side.first)
             for side, param in zip(sides, params, strict=True)
-            for box in side.boxes
+            for region in side.regions
         }
         scope = build_scope(_only(self._scope, frozenset(views)), views)
         project = projection(scope, nnz, params)
@@ -151,10 +154,12 @@ class _Piece:
                 project,
                 damp=reconstruct.damp,
                 joint=not self._part.end,
-                between=self._setting.check,
+                between=self._io.check,
             )
         kept = {side.name: one.mask for side, one in zip(sides, found, strict=True)}
-        by_leaf = {box.leaf: side.view(box, kept[side.name]) for side in sides for box in side.boxes}
+        by_leaf = {
+            region.leaf: side.view(region, kept[side.name]) for side in sides for region in side.regions
+        }
         decision = [
             _decided(block, spec.block.members, by_leaf)
             for (block, _), (spec, _) in zip(self._blocks, engine.members, strict=True)
@@ -167,9 +172,10 @@ class _Piece:
         """Whether all blocks hold whole rows of matrices."""
         stored = {one.key: one for one in self._task.inputs if one.role == "moment"}
         return all(
-            holds_rows(box.leaf, box.stored.shape, stored[side.name].dim % len(box.stored.shape))
+            holds_rows(region.leaf, shape, stored[side.name].dim % len(shape))
             for side in sides
-            for box in side.boxes
+            for shape in [self._io.tensors[side.name].shape]
+            for region in side.regions
         )
 
     def _stored(
@@ -182,11 +188,11 @@ class _Piece:
         outputs: dict[str, list[float]],
     ) -> list[Outcome]:
         for side in sides:
-            for box in side.boxes:
-                tile.views[box.leaf].copy_(side.view(box, weights[side.name]))
+            for region in side.regions:
+                tile.views[region.leaf].copy_(side.view(region, weights[side.name]))
         zero_pruned(masks)
         by_leaf = {leaf: masks[spec] for leaf, spec in zip(self._scope.leaves, engine.blocks(), strict=True)}
-        outcomes = store_tile(self._task, tile, by_leaf, self._setting)
+        outcomes = store_tile(self._task, tile, by_leaf, self._io)
         for outcome in outcomes:
             if outcome[0] in outputs:  # once for each tensor, whatever leaves it has
                 outcome.append(outputs.pop(outcome[0]))
@@ -197,10 +203,11 @@ class _Piece:
 
         Where a matrix competes with others nothing need be known of it: it then ranks below them.
         """
-        boxes = [loaded.box for loaded in tile.loaded.values()]
+        regions = [loaded.region for loaded in tile.loaded.values()]
         inputs = {one.key: one for one in self._task.inputs if one.role == "moment"}
         sides = [
-            self._side(one, [box for box in boxes if box.leaf.tensor == key]) for key, one in inputs.items()
+            self._side(one, [region for region in regions if region.leaf.tensor == key])
+            for key, one in inputs.items()
         ]
         unseen = {side.name: side.matrix.unseen for side in sides}
         matrices = sum(side.matrix.moment.diagonal(dim1=-2, dim2=-1)[..., 0].numel() for side in sides)
@@ -215,25 +222,25 @@ class _Piece:
                 )
         return sides
 
-    def _side(self, one: TaskInput, boxes: Sequence[Box]) -> _Side:
-        stored = self._setting.tensors[one.key]
+    def _side(self, one: TaskInput, regions: Sequence[Region]) -> _Side:
+        stored = self._io.tensors[one.key]
         dense, first = self._matrices(stored)
         moment, _ = self._matrices(one.stored)
         fixed = torch.ones(dense.shape, dtype=torch.bool, device=dense.device)
-        for box in boxes:
-            fixed.as_strided(box.extent, box.leaf.view_stride, box.first - first).fill_(value=False)
+        for region in regions:
+            fixed.as_strided(region.extent, region.leaf.view_stride, region.first - first).fill_(value=False)
         try:
             matrix = Matrix(dense, moment, one.dim, fixed if bool(fixed.any()) else None)
         except SparsityError as error:
             raise SparsityError(f"{one.key}: {error} ({one.stored.shard.path})") from error
-        return _Side(one.key, matrix, tuple(boxes), first)
+        return _Side(one.key, matrix, tuple(regions), first)
 
     def _matrices(self, stored: StoredTensor) -> tuple[Tensor, int]:
         """The elements of a tensor that this piece is about, and the number of the first one."""
         size = prod(stored.shape[1:])
         begin, end = self._part.begin, self._part.end or stored.shape[0]
-        bits = self._setting.traffic.load_run(stored, (begin * size, (end - begin) * size))
-        device = torch.device(self._setting.device)
+        bits = self._io.load_run(stored, (begin * size, (end - begin) * size))
+        device = torch.device(self._io.device)
         elements = tensor_of(Elements(bits, stored.dtype), device)
         return elements.reshape(end - begin, *stored.shape[1:]), begin * size
 

@@ -13,14 +13,13 @@ import numpy as np
 from sparseprune.engine.grids import prod
 from sparseprune.engine.kernels.formats import FORMATS
 from sparseprune.engine.kernels.sums import ColumnSums, TreeSum, run_sums, tree_sum
-from sparseprune.execution.ranking import Elements
+from sparseprune.execution.scores import Elements
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from sparseprune.engine.kernels.formats import Format
-    from sparseprune.execution.boxes import Box
-    from sparseprune.execution.sweeps import Sweep
+    from sparseprune.execution.regions import Region, Sweep
     from sparseprune.execution.tensor_io import Loaded
 
     Floats = NDArray[np.float64]
@@ -34,7 +33,7 @@ class LeafMaxima:
 
     def add(self, loaded: Loaded, elements: Elements | None) -> None:
         """Take in a chunk, whose elements count as `elements` say, as themselves by default."""
-        pairs, blocks = _split(loaded.box)
+        pairs, blocks = _split(loaded.region)
         magnitudes = _magnitudes(loaded, elements).reshape(pairs)
         top = magnitudes.max(axis=tuple(range(1, len(pairs), 2)))
         self._maxima[blocks] = np.maximum(self._maxima[blocks], top)
@@ -62,18 +61,18 @@ class LeafSums:
 
     def add(self, loaded: Loaded, elements: Elements | None) -> None:
         """Take in the next chunk, whose elements count as `elements` say, as themselves by default."""
-        box, cut = loaded.box, self._sweep.cut
+        region, cut = loaded.region, self._sweep.cut
         if not self._sweep.inside:
-            self._keep(box, self._reduced(loaded, elements, first=0))
+            self._keep(region, self._reduced(loaded, elements, first=0))
             return
         if self._tree is None:
             self._tree = self._begun(loaded, elements)
         if isinstance(self._tree, ColumnSums):
-            self._tree.push(loaded.flat.reshape(box.extent[cut], -1))
+            self._tree.push(loaded.flat.reshape(region.extent[cut], -1))
         else:
             self._tree.push(np.moveaxis(self._reduced(loaded, elements, first=cut + 1), 2 * cut + 1, 0))
-        if (box.begin[cut] + box.extent[cut]) % box.leaf.shape[cut] == 0:
-            self._finish(box, self._tree)
+        if (region.begin[cut] + region.extent[cut]) % region.leaf.shape[cut] == 0:
+            self._finish(region, self._tree)
             self._tree = None
 
     def result(self) -> Floats:
@@ -86,31 +85,33 @@ class LeafSums:
     def _loop(self, loaded: Loaded, elements: Elements | None) -> Format | None:
         """The format that compiled loops may read the chunk by, None where numpy has to do it."""
         plain = elements is None and self._exponents is None and loaded.view.flags.c_contiguous
-        return FORMATS.get(loaded.box.stored.dtype) if plain else None
+        return FORMATS.get(loaded.dtype) if plain else None
 
     def _begun(self, loaded: Loaded, elements: Elements | None) -> TreeSum | ColumnSums:
-        box, cut = loaded.box, self._sweep.cut
+        region, cut = loaded.region, self._sweep.cut
         form = self._loop(loaded, elements)
-        others = [size for dim, size in enumerate(box.leaf.shape) if dim != cut]
-        is_matrix = prod(tuple(others)) == 1 and prod(box.extent[:cut]) == 1
+        others = [size for dim, size in enumerate(region.leaf.shape) if dim != cut]
+        is_matrix = prod(tuple(others)) == 1 and prod(region.extent[:cut]) == 1
         if form is not None and is_matrix:
-            return ColumnSums(form, loaded.flat.size // box.extent[cut], box.leaf.shape[cut], self._power)
+            return ColumnSums(
+                form, loaded.flat.size // region.extent[cut], region.leaf.shape[cut], self._power
+            )
         return TreeSum()
 
-    def _finish(self, box: Box, tree: TreeSum | ColumnSums) -> None:
+    def _finish(self, region: Region, tree: TreeSum | ColumnSums) -> None:
         """A block is complete along the dimension that was cut: what stands before it in the view is next."""
         cut = self._sweep.cut
-        pairs, _ = _split(box)
+        pairs, _ = _split(region)
         pairs[2 * cut + 1] = 1
         total = tree.total()
         sums = total.reshape(pairs) if isinstance(tree, ColumnSums) else np.expand_dims(total, 2 * cut + 1)
         for dim in reversed(range(cut)):
             sums = _summed(sums, 2 * dim + 1)
-        self._keep(box, sums)
+        self._keep(region, sums)
 
     def _reduced(self, loaded: Loaded, elements: Elements | None, first: int) -> Floats:
         """The chunk in pairs of grid and block dimensions, summed over block dimensions from `first` on."""
-        pairs, blocks = _split(loaded.box)
+        pairs, blocks = _split(loaded.region)
         form = self._loop(loaded, elements)
         if form is not None and pairs[-1] > 1 and first < len(pairs) // 2:
             run, pairs[-1] = pairs[-1], 1
@@ -125,10 +126,12 @@ class LeafSums:
             sums = _summed(sums, 2 * dim + 1)
         return sums
 
-    def _keep(self, box: Box, sums: Floats) -> None:
+    def _keep(self, region: Region, sums: Floats) -> None:
         """Put the sums of a chunk where its blocks and its places of outer dimensions are."""
         places: list[slice] = []
-        for dim, (begin, size, extent) in enumerate(zip(box.begin, box.extent, box.leaf.shape, strict=True)):
+        for dim, (begin, size, extent) in enumerate(
+            zip(region.begin, region.extent, region.leaf.shape, strict=True)
+        ):
             places.append(slice(begin // extent, (begin + size - 1) // extent + 1))
             place = begin % extent if dim in self._sweep.outer else 0
             places.append(slice(place, place + 1))
@@ -140,11 +143,11 @@ def _summed(sums: Floats, axis: int) -> Floats:
     return sums if sums.shape[axis] == 1 else np.expand_dims(tree_sum(sums, axis), axis)
 
 
-def _split(box: Box) -> tuple[list[int], tuple[slice, ...]]:
-    """A box in pairs, blocks and elements of a block, for each dimension; and its blocks."""
+def _split(region: Region) -> tuple[list[int], tuple[slice, ...]]:
+    """A region in pairs, blocks and elements of a block, for each dimension; and its blocks."""
     pairs: list[int] = []
     blocks: list[slice] = []
-    for begin, size, extent in zip(box.begin, box.extent, box.leaf.shape, strict=True):
+    for begin, size, extent in zip(region.begin, region.extent, region.leaf.shape, strict=True):
         whole = size % extent == 0
         pairs += [size // extent, extent] if whole else [1, size]
         blocks.append(slice(begin // extent, (begin + size - 1) // extent + 1))
@@ -152,5 +155,5 @@ def _split(box: Box) -> tuple[list[int], tuple[slice, ...]]:
 
 
 def _magnitudes(loaded: Loaded, elements: Elements | None) -> Floats:
-    ranked = Elements(loaded.view, loaded.box.stored.dtype) if elements is None else elements
+    ranked = Elements(loaded.view, loaded.dtype) if elements is None else elements
     return ranked.magnitudes()

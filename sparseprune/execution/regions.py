@@ -1,0 +1,341 @@
+"""Regions: which elements of which tensors are worked on at one time, and where they lie in the storage.
+
+Owns the one cutter of grids and views, the way from a common grid of scopes over orders to members and
+leaves, and the way from places in a view to runs of stored elements. Pure arithmetic on bound shapes: reads
+nothing. Called by all passes.
+"""
+
+from __future__ import annotations
+
+import heapq
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import TYPE_CHECKING
+
+from sparseprune.engine.grids import Shape, prod
+from sparseprune.spec import BoundBlock, BoundScope
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from sparseprune.spec import BoundBlockCoupling, BoundScopeCoupling
+
+    AnyBlock = BoundBlock | BoundBlockCoupling
+    AnyScope = BoundScope | BoundScopeCoupling
+
+Run = tuple[int, int]
+"""Neighbouring elements of a stored tensor: the number of the first one, and how many."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """`extent` places in each dimension of some grid, from `begin` on."""
+
+    begin: Shape
+    extent: Shape
+
+    @property
+    def numel(self) -> int:
+        return prod(self.extent)
+
+    def scaled(self, factor: Shape) -> Part:
+        """The same part of a grid whose places are cut in `factor` each."""
+        return Part(_times(self.begin, factor), _times(self.extent, factor))
+
+    def behind(self, order: Shape) -> Part:
+        """The part of a member's grid that `order` permutes onto this part of the common grid."""
+        begin, extent = [0] * len(order), [0] * len(order)
+        for common, own in enumerate(order):
+            begin[own], extent[own] = self.begin[common], self.extent[common]
+        return Part(tuple(begin), tuple(extent))
+
+    def within(self, outer: Shape) -> Part:
+        """The same part, counted from `outer`."""
+        return Part(tuple(a - b for a, b in zip(self.begin, outer, strict=True)), self.extent)
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """`extent` places in each dimension of a leaf's view, from `begin` on; the leaf names the tensor."""
+
+    leaf: BoundBlock
+    begin: Shape
+    extent: Shape
+
+    @property
+    def numel(self) -> int:
+        return prod(self.extent)
+
+    @property
+    def first(self) -> int:
+        """The stored element of the region's first place."""
+        steps = zip(self.begin, self.leaf.view_stride, strict=True)
+        return self.leaf.view_offset + sum(place * step for place, step in steps)
+
+    @property
+    def storage_order(self) -> Shape:
+        """The dimensions from the outermost in the storage to the innermost."""
+        return storage_order(self.leaf)
+
+    @property
+    def blocks(self) -> tuple[slice, ...]:
+        """Where the blocks of which the region has a part lie on the leaf's block grid."""
+        ends = zip(self.begin, self.extent, self.leaf.shape, strict=True)
+        return tuple(slice(begin // unit, (begin + size - 1) // unit + 1) for begin, size, unit in ends)
+
+    def runs(self) -> Iterator[Run]:
+        """The stored elements of the region, in the order of the storage, neighbours joined."""
+        if not self.numel:
+            return
+        stride = self.leaf.view_stride
+        dims = [dim for dim in self.storage_order if self.extent[dim] > 1]
+        length = 1
+        while dims and stride[dims[-1]] == length:
+            length *= self.extent[dims.pop()]
+        yield from ((first, length) for first in self._firsts(dims, self.first))
+
+    def _firsts(self, dims: list[int], first: int) -> Iterator[int]:
+        if not dims:
+            yield first
+            return
+        dim, rest = dims[0], dims[1:]
+        step = self.leaf.view_stride[dim]
+        for place in range(self.extent[dim]):
+            yield from self._firsts(rest, first + place * step)
+
+
+def cut(part: Part, dims: Sequence[int], places: int, units: Shape = ()) -> Iterator[Part]:
+    """A part of a grid in smaller ones of about so many places (at least 1), in the order of `dims`.
+
+    Cut along the first of `dims` first. In every dimension a smaller part has whole `units`, counted from the
+    part's begin, or lies in a single one; without units it has no more places than were asked for.
+
+    >>> [one.extent for one in cut(whole_part((1, 10)), (0, 1), 7, (1, 5))]
+    [(1, 5), (1, 5)]
+    >>> [one.begin for one in cut(whole_part((2, 2)), (1, 0), 1)]
+    [(0, 0), (1, 0), (0, 1), (1, 1)]
+    """
+    total = part.numel
+    if not total:
+        return
+    pieces = {dim: [(begin, size)] for dim, (begin, size) in enumerate(_pairs(part))}
+    for dim in dims:
+        if total <= max(1, places):
+            break
+        size, unit = part.extent[dim], units[dim] if units else 1
+        behind = total // size
+        step = max(1, places // behind)
+        span = size if step >= unit else unit
+        step -= step % unit if step >= unit else 0
+        pieces[dim] = [
+            (part.begin[dim] + begin, min(step, first + span - begin))
+            for first in range(0, size, span)
+            for begin in range(first, first + span, step)
+        ]
+        total = behind * step
+    inner = [dim for dim in range(len(part.extent)) if dim not in dims]
+    places_of = [*dims, *inner]
+    back = sorted(range(len(places_of)), key=places_of.__getitem__)
+    for chosen in product(*(pieces[dim] for dim in places_of)):
+        yield Part(tuple(chosen[dim][0] for dim in back), tuple(chosen[dim][1] for dim in back))
+
+
+def whole_part(grid: Shape) -> Part:
+    return Part((0,) * len(grid), grid)
+
+
+def whole_region(leaf: BoundBlock) -> Region:
+    """All places of a leaf's view."""
+    return Region(leaf, (0,) * len(leaf.view_shape), leaf.view_shape)
+
+
+def storage_order(leaf: BoundBlock) -> Shape:
+    """The dimensions of a view from the outermost in the storage to the innermost; stable among equals."""
+    return tuple(sorted(range(len(leaf.view_shape)), key=lambda dim: -leaf.view_stride[dim]))
+
+
+def flat_leaf(leaf: BoundBlock) -> BoundBlock:
+    """A view that is a row-major look at neighbouring elements, seen as one dimension."""
+    return replace(leaf, view_shape=(prod(leaf.view_shape),), view_stride=(1,), shape=(1,))
+
+
+def is_row_major_run(leaf: BoundBlock) -> bool:
+    """Whether a view is a row-major look at neighbouring elements, the whole tensor or a part of it."""
+    return all(
+        size == 1 or leaf.view_stride[dim] == prod(leaf.view_shape[dim + 1 :])
+        for dim, size in enumerate(leaf.view_shape)
+    )
+
+
+def is_run(part: Shape, whole: Shape) -> bool:
+    """Whether parts of a row-major whole are runs of it: full behind some dimension, 1 before it.
+
+    >>> is_run((1, 2, 6), (3, 4, 6)), is_run((2, 2, 6), (3, 4, 6))
+    (True, False)
+    """
+    sizes = [(a, b) for a, b in zip(part, whole, strict=True) if b > 1]
+    while sizes and sizes[0][0] == 1:
+        sizes.pop(0)
+    return all(a == b for a, b in sizes[1:])
+
+
+def gaps(numel: int, leaves: Iterable[BoundBlock]) -> Iterator[Run]:
+    """Of the elements of a stored tensor those that none of some disjoint leaves reaches, as runs."""
+    end = 0
+    for first, count in heapq.merge(*map(_ascending, leaves)):
+        if first > end:
+            yield end, first - end
+        end = first + count
+    if end < numel:
+        yield end, numel - end
+
+
+def members_of(scope: AnyScope) -> tuple[tuple[BoundScope, Shape], ...]:
+    """The member scopes, each with the order that permutes its grid onto the common one."""
+    if isinstance(scope, BoundScope):
+        return ((scope, tuple(range(len(scope.shape)))),)
+    return tuple(zip(scope.members, scope.orders, strict=True))
+
+
+def leaves_of(block: AnyBlock) -> tuple[tuple[BoundBlock, Shape], ...]:
+    """The leaves, each with the order that permutes its grid onto the common one."""
+    if isinstance(block, BoundBlock):
+        return ((block, tuple(range(len(block.shape)))),)
+    return tuple(zip(block.members, block.orders, strict=True))
+
+
+def alone(scope: AnyScope) -> AnyScope:
+    """The same blocks, each in a scope of its own: what a threshold asks about."""
+    if isinstance(scope, BoundScope):
+        return replace(scope, shape=(1,) * len(scope.shape))
+    return replace(scope, members=tuple(alone(member) for member in scope.members))  # type: ignore[misc]
+
+
+def numel_per_scope(scope: AnyScope) -> int:
+    """How many elements the blocks of one scope have, over all members."""
+    return sum(member.blocks_per_scope * member.block.numel_per_block for member, _ in members_of(scope))
+
+
+def cells(scope: AnyScope, limit: int) -> Iterator[Part]:
+    """The grid of scopes in parts of at most `limit` elements, or of one scope where that has more."""
+    member, order = members_of(scope)[0]
+    dims = _outermost_first(member.block, order)
+    yield from cut(whole_part(scope.grid_shape), dims, limit // max(1, numel_per_scope(scope)))
+
+
+def tiles(member: BoundScope, part: Part, limit: int) -> Iterator[Part]:
+    """A part of a member's block grid in parts of at most `limit` elements, or of one block."""
+    dims = _outermost_first(member.block, tuple(range(len(part.extent))))
+    yield from cut(part, dims, limit // max(1, member.block.numel_per_block))
+
+
+def block_part(member: BoundScope, order: Shape, cell: Part) -> Part:
+    """The blocks of a member, on its own block grid, that belong to a part of the common grid of scopes."""
+    return cell.behind(order).scaled(member.shape)
+
+
+def regions_of(block: AnyBlock, part: Part) -> dict[BoundBlock, Region]:
+    """The elements of a part of a block grid, leaf by leaf."""
+    regions = {}
+    for leaf, order in leaves_of(block):
+        elements = part.behind(order).scaled(leaf.shape)
+        regions[leaf] = Region(leaf, elements.begin, elements.extent)
+    return regions
+
+
+def regions_at(scope: AnyScope, cell: Part) -> dict[BoundBlock, Region]:
+    """The elements of a part of the grid of scopes, leaf by leaf."""
+    return {
+        leaf: region
+        for member, order in members_of(scope)
+        for leaf, region in regions_of(member.block, block_part(member, order, cell)).items()
+    }
+
+
+def grid_region(block: AnyBlock, part: Part) -> Region:
+    """The numbers that a tensor of a block grid's shape holds for a part of it."""
+    grid = block.grid_shape
+    steps = tuple(prod(grid[dim + 1 :]) for dim in range(len(grid)))
+    leaf = BoundBlock(block.label, block.label, grid, steps, 0, (1,) * len(grid))
+    return Region(leaf, part.begin, part.extent)
+
+
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """One way through a leaf's elements, in the order of the storage, that sums them up block by block.
+
+    The sum over each block still runs over the fixed tree of pairs: the last dimension of a block is summed
+    first. A chunk has one place of every `outer` dimension, some places of dimension `cut`, all of the
+    others, about `elements` in all. `inside`: chunks end inside blocks. `numbers` are held until all of it
+    was read.
+    """
+
+    leaf: BoundBlock
+    elements: int
+    outer: Shape
+    cut: int
+    inside: bool
+    numbers: int
+
+    def regions(self) -> Iterator[Region]:
+        """All elements, in the order of the storage."""
+        leaf = self.leaf
+        whole = whole_part(leaf.view_shape)
+        for part in cut(whole, storage_order(leaf), self.elements, leaf.shape):
+            yield Region(leaf, part.begin, part.extent)
+
+
+def sweep_of(leaf: BoundBlock, elements: int) -> Sweep | None:
+    """The sweep of a leaf in chunks of about so many elements, None where none keeps the order of the sums.
+
+    >>> from sparseprune.spec import BoundBlock
+    >>> columns = sweep_of(BoundBlock("w", "w", (64, 16), (16, 1), 0, (64, 1)), 256)
+    >>> columns.inside, next(columns.regions()).extent
+    (True, (16, 16))
+    """
+    order = storage_order(leaf)
+    if not order:
+        return None
+    level, behind = 0, prod(leaf.view_shape) // max(1, leaf.view_shape[order[0]])
+    while behind > elements:
+        level += 1
+        behind //= leaf.view_shape[order[level]]
+    outer, at = order[:level], order[level]
+    extent = leaf.shape[at]
+    inside = extent > 1 and extent * behind > elements
+    fused = [dim for dim, size in enumerate(leaf.shape) if size > 1]
+    inner = [dim for dim in fused if dim not in outer]
+    open_dims = [dim for dim in fused if dim in outer]
+    if open_dims and inner and max(open_dims) > min(inner):
+        return None
+    waiting = prod(tuple(leaf.shape[dim] for dim in inner if inside and dim < at))
+    unfinished = prod(tuple(leaf.shape[dim] for dim in open_dims))
+    levels = 1 + (extent.bit_length() if inside else 0)
+    numbers = prod(leaf.grid_shape) * (unfinished + waiting * levels)
+    return Sweep(leaf, elements, outer, at, inside, numbers)
+
+
+def _ascending(leaf: BoundBlock) -> Iterable[Run]:
+    """The runs of a leaf by their first elements; sorted where rows lie between each other."""
+    runs = whole_region(leaf).runs()
+    reach = 0  # from the first to the last element of what lies further in
+    for dim in reversed(storage_order(leaf)):
+        if leaf.view_shape[dim] > 1:
+            if leaf.view_stride[dim] <= reach:
+                return sorted(runs)
+            reach += (leaf.view_shape[dim] - 1) * leaf.view_stride[dim]
+    return runs
+
+
+def _outermost_first(block: AnyBlock, order: Shape) -> Shape:
+    """The dimensions of a common grid of scopes, as the first leaf's dimensions lie in its storage."""
+    leaf, own = leaves_of(block)[0]
+    return tuple(order.index(own.index(dim)) for dim in storage_order(leaf))
+
+
+def _pairs(part: Part) -> Iterator[tuple[int, int]]:
+    return zip(part.begin, part.extent, strict=True)
+
+
+def _times(shape: Shape, factor: Shape) -> Shape:
+    return tuple(a * b for a, b in zip(shape, factor, strict=True))

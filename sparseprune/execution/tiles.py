@@ -1,0 +1,253 @@
+"""Tiles: whole scopes, read, decided, cut and written at one time, by compiled loops.
+
+One way to load, cut and store a region, which two_pass and reapply share; what differs is the decision:
+scopes that lie one after the other as they are (contiguous), others after a copy in their order (strided).
+And what no rule touches. No torch. Strategy.py chooses, the runner calls.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sparseprune.engine.kernels.counting import first_nonfinite
+from sparseprune.engine.kernels.formats import FORMATS
+from sparseprune.engine.kernels.selecting import cut_below, cut_blocks, select_keys
+from sparseprune.engine.kernels.sums import run_sums, tree_sum
+from sparseprune.engine.tally import Tally, tally
+from sparseprune.execution.outcomes import finish
+from sparseprune.execution.passes import Chunk, Pass
+from sparseprune.execution.regions import Region, cells, flat_leaf, gaps, members_of, regions_at
+from sparseprune.execution.scores import Elements, Ranking, nonfinite_error, refuse_nonfinite
+from sparseprune.execution.strategy import Contiguous
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from numpy.typing import NDArray
+
+    from sparseprune.engine.kernels.formats import Bits, Format
+    from sparseprune.execution.outcomes import Outcome
+    from sparseprune.execution.plan import Task
+    from sparseprune.execution.regions import AnyScope, Run
+    from sparseprune.execution.strategy import Selection, Strided
+    from sparseprune.execution.tensor_io import Loaded, Mask, TensorIO
+    from sparseprune.spec import BoundBlock
+
+    Floats = NDArray[np.float64]
+
+
+class RegionPass(Pass):
+    """Regions that are read, cut and written independently of each other, some of them in one chunk.
+
+    A chunk is about pairs: a member, which is whatever a subclass knows it by, and a region.
+    """
+
+    __slots__ = ()
+
+    @abstractmethod
+    def cut(self, member: Any, loaded: Loaded, io: TensorIO) -> Mask:  # noqa: ANN401
+        """Decide and cut the elements in place; gives the mask as they lie in the storage, 1 where kept."""
+
+    @abstractmethod
+    def rule(self, member: Any) -> str:  # noqa: ANN401
+        """The rule that reaches a member."""
+
+    def work(self, chunk: Chunk, io: TensorIO) -> list[Outcome]:
+        return [self._cut(member, region, io) for member, region in chunk.about]
+
+    def _cut(self, member: Any, region: Region, io: TensorIO) -> Outcome:  # noqa: ANN401
+        loaded = io.load(region)
+        before = tally(loaded.flat, loaded.dtype)
+        mask = self.cut(member, loaded, io)
+        io.store(loaded, mask)
+        return finish(self.rule(member), loaded.stored, before, loaded.flat, mask)
+
+
+def region_chunks(
+    regions: Iterable[tuple[Any, Region]], io: TensorIO, elements: int, memory: int
+) -> Iterator[Chunk]:
+    """Chunks of regions in their order; small ones of one file together, up to so many elements."""
+    waiting: list[tuple[Any, Region]] = []
+    files: tuple[str, ...] = ()
+    filled = count = 0
+
+    def chunk() -> Chunk:
+        nbytes = sum(io.nbytes(region) for _, region in waiting)
+        return Chunk(tuple(waiting), nbytes, memory, str(count), files)
+
+    for member, region in regions:
+        own = io.files((region.leaf,))
+        if waiting and (filled + region.numel > elements or own != files):
+            yield chunk()
+            waiting, filled, count = [], 0, count + 1
+        waiting.append((member, region))
+        filled, files = filled + region.numel, own
+    if waiting:
+        yield chunk()
+
+
+@dataclass(frozen=True, slots=True)
+class CutScopes(RegionPass):
+    """Small scopes of one leaf, decided by compiled loops; the tasks are alike but for their tensors."""
+
+    tasks: tuple[Task, ...]
+    strategy: Contiguous | Strided
+
+    def chunks(self, io: TensorIO) -> Iterator[Chunk]:
+        elements = self.strategy.elements
+        return region_chunks(self._regions(), io, elements, self.strategy.memory)
+
+    def _regions(self) -> Iterator[tuple[int, Region]]:
+        for number, task in enumerate(self.tasks):
+            scope = task.instance.scope
+            if isinstance(self.strategy, Contiguous):
+                (flat,) = map(flat_leaf, scope.leaves)
+                (size,) = flat.view_shape
+                for begin in range(0, size, self.strategy.elements):
+                    yield number, Region(flat, (begin,), (min(self.strategy.elements, size - begin),))
+            else:
+                for cell in cells(scope, self.strategy.elements):
+                    (region,) = regions_at(scope, cell).values()
+                    yield number, region
+
+    def rule(self, member: int) -> str:
+        return self.tasks[member].rule
+
+    def cut(self, member: int, loaded: Loaded, io: TensorIO) -> Mask:
+        task, selection = self.tasks[member], self.strategy.selection
+        if isinstance(self.strategy, Contiguous):
+            return _cut_as_it_lies(loaded, selection, Ranking(task, io))
+        return _cut_in_order(loaded, task.instance.scope, selection, Ranking(task, io))
+
+
+@dataclass(frozen=True, slots=True)
+class Untouched(Pass):
+    """What no rule reaches of a tensor that rules reach in part: copied as it is, its masks all 1."""
+
+    name: str
+    leaves: tuple[BoundBlock, ...]
+    slab: int
+
+    def chunks(self, io: TensorIO) -> Iterator[Chunk]:
+        stored, size = io.tensors[self.name], io.itemsize(self.leaves[0])
+        for number, runs in enumerate(_batches(gaps(stored.numel, self.leaves), max(1, self.slab // size))):
+            elements = sum(count for _, count in runs)
+            memory = 2 * elements * (size + 1)
+            yield Chunk(runs, elements * size, memory, str(number), io.files(self.leaves[:1]))
+
+    def work(self, chunk: Chunk, io: TensorIO) -> list[Outcome]:
+        stored, total = io.tensors[self.name], Tally()
+        for run in chunk.about:
+            bits = io.load_run(stored, run)
+            total += tally(bits, stored.dtype)
+            io.store_run(stored, run[0], bits, np.ones(run[1], dtype=np.uint8))
+        counted = [total.zeros, total.energy]
+        return [[self.name, "", total.numel, 0, *counted, *counted]]
+
+
+def _batches(gaps: Iterable[Run], slab: int) -> Iterator[tuple[Run, ...]]:
+    """Runs, cut and gathered to about `slab` elements each."""
+    batch: list[Run] = []
+    filled = 0
+    for first, count in gaps:
+        done = 0
+        while done < count:
+            step = min(slab - filled, count - done)
+            batch.append((first + done, step))
+            done, filled = done + step, filled + step
+            if filled == slab:
+                yield tuple(batch)
+                batch, filled = [], 0
+    if batch:
+        yield tuple(batch)
+
+
+def _cut_as_it_lies(loaded: Loaded, selection: Selection, ranking: Ranking) -> Mask:
+    """Scopes that lie one after the other."""
+    bits, form = loaded.flat, FORMATS.get(loaded.dtype)
+    mask = np.empty(bits.size, dtype=np.uint8)
+    elements = ranking.elements(loaded)
+    if elements is not None:
+        refuse_nonfinite(loaded, elements)
+        cut_blocks(bits, _keep_by_scores(elements.magnitudes().reshape(-1), selection), 1, mask)
+        return mask
+    if form is None:
+        raise TypeError(f"{loaded.dtype} has no compiled loops")
+    place = first_nonfinite(bits, form)
+    if place >= 0:
+        raise nonfinite_error(loaded, (place,), Elements(bits[place : place + 1], form.name))
+    if selection.threshold is not None and selection.block == 1:
+        cut_below(bits, form, form.limit(selection.threshold), mask)
+    else:
+        cut_blocks(bits, _keep_by_patterns(bits, form, selection), selection.block, mask)
+    return mask
+
+
+def _cut_in_order(loaded: Loaded, scope: AnyScope, selection: Selection, ranking: Ranking) -> Mask:
+    """Scopes that do not lie together: a copy in their order is decided, the elements are cut in place."""
+    elements = ranking.elements(loaded)
+    refuse_nonfinite(loaded, elements)
+    if elements is not None:
+        magnitudes = np.ascontiguousarray(_in_scopes(elements.magnitudes(), scope))
+        keep = _keep_by_scores(magnitudes.reshape(-1), selection)
+    else:
+        ordered: Bits = np.ascontiguousarray(_in_scopes(loaded.view, scope)).reshape(-1)
+        keep = _keep_by_patterns(ordered, FORMATS[loaded.dtype], selection)
+    mask, mask_view = loaded.masked()
+    rank = len(loaded.region.extent)
+    spread = _in_scopes(mask_view, scope)
+    spread[...] = keep.reshape(spread.shape[: len(spread.shape) - rank] + (1,) * rank)
+    cut_blocks(loaded.flat, mask, 1, mask)
+    return mask
+
+
+def _in_scopes(view: NDArray[Any], scope: AnyScope) -> NDArray[Any]:
+    """Elements as the leaf sees them as (scopes..., blocks of a scope..., elements of a block...)."""
+    ((member, _),) = members_of(scope)
+    (leaf,) = member.leaves
+    rank = len(leaf.shape)
+    split = [
+        part
+        for size, extent, blocks in zip(view.shape, leaf.shape, member.shape, strict=True)
+        for part in (size // (extent * blocks), blocks, extent)
+    ]
+    order = [3 * dim + part for part in range(3) for dim in range(rank)]
+    return view.reshape(split).transpose(order)
+
+
+def _keep_by_patterns(bits: Bits, form: Format, selection: Selection) -> Mask:
+    """Bytes, one a block: 1 for those that survive. `bits` are flat, scope after scope, block after block."""
+    if selection.block == 1 and selection.threshold is None:
+        keep = np.empty(bits.size, dtype=np.uint8)
+        select_keys(bits, form.magnitude, selection.blocks, selection.nnz, keep)
+        return keep
+    if selection.block == 1 and selection.threshold is not None:
+        limit = form.limit(selection.threshold)
+        reaches: Mask = ((bits & bits.dtype.type(form.magnitude)) >= limit).view(np.uint8)
+        return reaches
+    return _keep_by_scores(_norms(bits, form, selection), selection)
+
+
+def _keep_by_scores(scores: Floats, selection: Selection) -> Mask:
+    """The decision over scores of blocks that are not negative, flat, scope after scope."""
+    if selection.threshold is not None:
+        kept: Mask = (scores >= selection.threshold).view(np.uint8)
+        return kept
+    keep = np.empty(scores.size, dtype=np.uint8)
+    select_keys(scores.view(np.uint64), (1 << 63) - 1, selection.blocks, selection.nnz, keep)
+    return keep
+
+
+def _norms(bits: Bits, form: Format, selection: Selection) -> Floats:
+    """The norm of every block, over the tree of engine.scoring: the last dimension first."""
+    power = int(selection.norm)
+    *outer, run = selection.extent
+    sums = run_sums(bits, form, run, power).reshape(-1, *outer)
+    for axis in range(len(outer), 0, -1):
+        sums = tree_sum(sums, axis)
+    norms = sums if power == 1 else np.sqrt(sums)
+    return norms / np.sqrt(float(selection.block)) if selection.rms else norms

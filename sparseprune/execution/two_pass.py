@@ -1,0 +1,436 @@
+"""Two passes: scopes too large for one chunk are reduced first and cut once their decision is known.
+
+Radix select finds the k-th largest key of single elements by histograms of its digits; block norms are
+summed up, held as one score a block, and compared. Owns what is held, and the order of ties. No torch;
+norms and ties are those of the engine, bit for bit. Strategy.py chooses, the runner calls and notes the
+decisions.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import reduce
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sparseprune.engine.grids import prod
+from sparseprune.engine.kernels.counting import DIGIT_BITS, count_digits, count_equal, first_nonfinite
+from sparseprune.engine.kernels.formats import FORMATS, Format
+from sparseprune.engine.kernels.selecting import cut_below, cut_blocks, select_keys
+from sparseprune.execution.block_reduce import LeafMaxima, LeafSums
+from sparseprune.execution.passes import Chunk, Decision, Pass
+from sparseprune.execution.plan import task_bytes
+from sparseprune.execution.regions import Region, flat_leaf, leaves_of, members_of, sweep_of, whole_part
+from sparseprune.execution.scope_order import by_leaf, by_scope, inverse
+from sparseprune.execution.scores import Elements, Ranking, nonfinite_error, refuse_nonfinite
+from sparseprune.execution.strategy import needs_scaling
+from sparseprune.execution.tiles import RegionPass, region_chunks
+from sparseprune.spec import BoundBlock
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from numpy.typing import NDArray
+
+    from sparseprune.checkpoint import StoredTensor
+    from sparseprune.execution.plan import Task
+    from sparseprune.execution.regions import AnyBlock, Sweep
+    from sparseprune.execution.strategy import BlockNorms, RadixSelect
+    from sparseprune.execution.tensor_io import Loaded, Mask, TensorIO
+
+    Counts = NDArray[np.int64]
+    Floats = NDArray[np.float64]
+    Cut = tuple[int, int]
+
+_MOST_EXPONENT = 1000
+
+
+# -- radix select ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Slab:
+    """Neighbouring elements of a leaf seen flat; `before` counts the elements of the scope before them."""
+
+    region: Region
+    before: int
+
+
+@dataclass(frozen=True, slots=True)
+class CountKeys(Pass):
+    """Histograms of one digit of the keys of a scope, among the keys that begin with `prefix`.
+
+    `cuts` are the decisions on the scopes before it: a pair (kth, ties) says that keys above `kth` survive,
+    and those equal to it among the first `ties` elements. `places` are left for keys that begin with the
+    prefix.
+    """
+
+    task: Task
+    strategy: RadixSelect
+    cuts: tuple[Cut, ...]
+    prefix: int
+    places: int
+    shift: int
+
+    @property
+    def decides(self) -> str:
+        return f"cut {len(self.cuts)}"
+
+    def chunks(self, io: TensorIO) -> Iterator[Chunk]:  # noqa: ARG002
+        for part in self._groups():
+            yield Chunk(part, memory=self.strategy.memory)
+
+    def work(self, chunk: Chunk, io: TensorIO) -> Counts:
+        counts = np.zeros(1 << DIGIT_BITS, dtype=np.int64)
+        form = _format(self.task, io)
+        for slab in _slabs(self.task, self.strategy, len(self.cuts), chunk.about):
+            loaded = io.load(slab.region)
+            place = first_nonfinite(loaded.flat, form)
+            if place >= 0:
+                raise nonfinite_error(loaded, (place,), Elements(loaded.flat[place : place + 1], form.name))
+            count_digits(loaded.flat, form, self.prefix, self.shift, counts)
+            io.passed(loaded.flat.nbytes, self.task.instance.label)
+        return counts
+
+    def merge(self, partials: list[Counts], io: TensorIO) -> Pass | Decision:
+        digit, places = _digit(reduce(np.add, partials), self.places)  # one by one: they are many and large
+        following = replace(self, prefix=self.prefix << DIGIT_BITS | digit, places=places)
+        if self.shift:
+            return replace(following, shift=self.shift - DIGIT_BITS)
+        alike = [int(counts[digit]) for counts in partials]
+        if places == sum(alike):  # no tie is cut
+            return following.decision(self.task.instance.scope.blocks_per_scope, io)
+        number = 0
+        while alike[number] < places:
+            places -= alike[number]
+            number += 1
+        return FindTie(replace(following, places=places), list(self._groups())[number])
+
+    def decision(self, ties: int, io: TensorIO) -> Decision:
+        """The decision on the scope, once all digits and the end of the ties are known."""
+        passed = (self.strategy.passes - 1) * task_bytes(self.task, io.tensors)
+        return Decision([self.prefix, ties], passed // prod(self.task.instance.scope.grid_shape))
+
+    def decided(self, value: Any) -> Pass | None:  # noqa: ANN401
+        if not isinstance(value, list) or [type(one) for one in value] != [int, int]:
+            return None
+        cuts = (*self.cuts, (value[0], value[1]))
+        if len(cuts) == prod(self.task.instance.scope.grid_shape):
+            return CutKeys(self.task, self.strategy, cuts)
+        return _next_scope(self.task, self.strategy, cuts)
+
+    def _groups(self) -> Iterator[tuple[int, int]]:
+        """The slabs of the scope in groups that are counted together, by their numbers."""
+        slabs, groups = _slab_count(self.task, self.strategy), self.strategy.groups
+        bounds = (slabs * group // groups for group in range(groups + 1))
+        return (part for part in pairwise(bounds) if part[1] > part[0])
+
+
+@dataclass(frozen=True, slots=True)
+class FindTie(Pass):
+    """The element that takes the last of the `places` for ties, in the group of slabs that has it."""
+
+    search: CountKeys
+    group: tuple[int, int]
+
+    @property
+    def decides(self) -> str:
+        return self.search.decides
+
+    def chunks(self, io: TensorIO) -> Iterator[Chunk]:  # noqa: ARG002
+        yield Chunk(self.group, memory=self.search.strategy.memory)
+
+    def work(self, chunk: Chunk, io: TensorIO) -> int:
+        """How many elements of the scope there are up to that one, itself among them."""
+        search, places = self.search, self.search.places
+        form = _format(search.task, io)
+        for slab in _slabs(search.task, search.strategy, len(search.cuts), chunk.about):
+            bits = io.load(slab.region).flat
+            count = count_equal(bits, form, search.prefix)
+            if count >= places:
+                equal = np.flatnonzero((bits & bits.dtype.type(form.magnitude)) == search.prefix)
+                return slab.before + int(equal[places - 1]) + 1
+            places -= count
+        raise ValueError("there are fewer ties than were counted: the input changed while it was read")
+
+    def merge(self, partials: list[int], io: TensorIO) -> Decision:
+        return self.search.decision(partials[0], io)
+
+    def decided(self, value: Any) -> Pass | None:  # noqa: ANN401
+        return self.search.decided(value)
+
+
+@dataclass(frozen=True, slots=True)
+class CutKeys(RegionPass):
+    """Elements whose key is below the limit of their scope; a member is (number of the scope, `before`)."""
+
+    task: Task
+    strategy: RadixSelect
+    cuts: tuple[Cut, ...]
+
+    def chunks(self, io: TensorIO) -> Iterator[Chunk]:
+        regions = (
+            ((scope, slab.before), slab.region)
+            for scope in range(len(self.cuts))
+            for slab in _slabs(self.task, self.strategy, scope)
+        )
+        return region_chunks(regions, io, self.strategy.slab, self.strategy.memory)
+
+    def rule(self, member: tuple[int, int]) -> str:  # noqa: ARG002
+        return self.task.rule
+
+    def cut(self, member: tuple[int, int], loaded: Loaded, io: TensorIO) -> Mask:  # noqa: ARG002
+        """Ties are above the limit up to the last one that survives, below it from there on."""
+        kth, ties = self.cuts[member[0]]
+        bits, form = loaded.flat, FORMATS[loaded.dtype]
+        mask = np.empty(bits.size, dtype=np.uint8)
+        split = min(max(ties - member[1], 0), bits.size)
+        cut_below(bits[:split], form, kth, mask[:split])
+        cut_below(bits[split:], form, kth + 1, mask[split:])
+        return mask
+
+
+def radix_select(task: Task, strategy: RadixSelect) -> Pass:
+    """The first pass over single elements that compete in scopes larger than a slab, up to a whole model."""
+    return _next_scope(task, strategy, ())
+
+
+def _next_scope(task: Task, strategy: RadixSelect, cuts: tuple[Cut, ...]) -> CountKeys:
+    width = max(DIGIT_BITS, strategy.key_bits)
+    return CountKeys(task, strategy, cuts, 0, task.instance.budget.nnz or 0, width - DIGIT_BITS)
+
+
+def _format(task: Task, io: TensorIO) -> Format:
+    return FORMATS[io.tensors[task.instance.scope.leaves[0].tensor].dtype]
+
+
+def _slabs(
+    task: Task, strategy: RadixSelect, scope: int, part: tuple[int, int] | None = None
+) -> Iterator[_Slab]:
+    """The elements of one scope, member after member; those whose numbers are in `part`, or all."""
+    first, last = part or (0, _slab_count(task, strategy))
+    before = done = 0
+    for member, _ in members_of(task.instance.scope):
+        size = member.blocks_per_scope
+        count = -(-size // strategy.slab)
+        if done < last and done + count > first:
+            if not isinstance(member.block, BoundBlock):
+                raise TypeError(f"{member.label} has fused blocks")
+            flat = flat_leaf(member.block)
+            for number in range(max(0, first - done), min(count, last - done)):
+                begin = number * strategy.slab
+                extent = min(strategy.slab, size - begin)
+                yield _Slab(Region(flat, (scope * size + begin,), (extent,)), before + begin)
+        before, done = before + size, done + count
+
+
+def _slab_count(task: Task, strategy: RadixSelect) -> int:
+    return sum(-(-member.blocks_per_scope // strategy.slab) for member, _ in members_of(task.instance.scope))
+
+
+def _digit(counts: Counts, k: int) -> tuple[int, int]:
+    """The digit of the k-th largest key, and how many places are left among those that have it."""
+    at_least = np.cumsum(counts[::-1])
+    behind = int(np.searchsorted(at_least, k))
+    return len(counts) - 1 - behind, k - (int(at_least[behind - 1]) if behind else 0)
+
+
+# -- block norms -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ReduceBlocks(Pass):
+    """Scores of blocks: `sums` of powers, or `maxima`, leaf by leaf; or `ready` ones, with nothing to reduce.
+
+    Sums are of x * 2 ** -exponent where `exponents` are given, an array for each leaf. Blocks are cut then,
+    if `cuts` says so; else their flags are the result, 1 for those that survive, scope after scope.
+    """
+
+    task: Task
+    strategy: BlockNorms
+    kind: str
+    cuts: bool
+    exponents: tuple[NDArray[np.int64], ...] = ()
+
+    @property
+    def decides(self) -> str:
+        return "decision"
+
+    def chunks(self, io: TensorIO) -> Iterator[Chunk]:  # noqa: ARG002
+        """A leaf each, read from its beginning to its end: the order is that of the tree of sums."""
+        for number in range(1 if self.kind == "ready" else len(self.task.instance.scope.leaves)):
+            yield Chunk(number, memory=self.strategy.memory)
+
+    def work(self, chunk: Chunk, io: TensorIO) -> Any:  # noqa: ANN401
+        ranking = Ranking(self.task, io)
+        if self.kind == "ready":
+            blocks = [member.block for member, _ in members_of(self.task.instance.scope)]
+            return [ranking.block_scores(block, whole_part(block.grid_shape)) for block in blocks]
+        sweep = _sweep(self.task.instance.scope.leaves[chunk.about], self.strategy)
+        exponents = self.exponents[chunk.about] if self.exponents else None
+        found = LeafMaxima(sweep) if self.kind == "maxima" else LeafSums(sweep, int(ranking.norm), exponents)
+        for region in sweep.regions():
+            loaded = io.load(region)
+            elements = ranking.elements(loaded)
+            refuse_nonfinite(loaded, elements)
+            found.add(loaded, elements)
+            io.passed(loaded.flat.nbytes, sweep.leaf.label)
+        return found.result()
+
+    def merge(self, partials: list[Any], io: TensorIO) -> Pass | Decision:
+        scope = self.task.instance.scope
+        passed = (self.strategy.passes - 1) * task_bytes(self.task, io.tensors)
+        if self.kind == "ready":
+            return Decision(_decide(self.task, partials[0]), passed)
+        members = [member for member, _ in members_of(scope)]
+        found = dict(zip(scope.leaves, partials, strict=True))
+        ranking = Ranking(self.task, io)
+        if self.kind == "sums":
+            exponents = dict(zip(scope.leaves, self.exponents, strict=True)) if self.exponents else {}
+            norms = [_norms(member.block, found, exponents, int(ranking.norm)) for member in members]
+            return Decision(_decide(self.task, self._normalized(norms)), passed)
+        tops = [_largest(member.block, found) for member in members]
+        if math.isinf(ranking.norm):
+            return Decision(_decide(self.task, self._normalized(tops)), passed)
+        exponents = {
+            leaf: _exponents(top).transpose(inverse(order))
+            for top, member in zip(tops, members, strict=True)
+            for leaf, order in leaves_of(member.block)
+        }
+        return replace(self, kind="sums", exponents=tuple(exponents[leaf] for leaf in scope.leaves))
+
+    def decided(self, value: Any) -> Pass | None:  # noqa: ANN401
+        scope = self.task.instance.scope
+        blocks = prod(scope.grid_shape) * scope.blocks_per_scope
+        if not isinstance(value, np.ndarray) or value.size != blocks:
+            return None
+        if not self.cuts:
+            return Known(value)
+        keep = by_leaf(scope, value)
+        return CutBlocks(self.task, self.strategy, tuple(keep[leaf] for leaf in scope.leaves))
+
+    def _normalized(self, norms: Sequence[Floats]) -> list[Floats]:
+        if not self.task.instance.score.normalize:
+            return list(norms)
+        sizes = (member.block.numel_per_block for member, _ in members_of(self.task.instance.scope))
+        return [norm / math.sqrt(size) for norm, size in zip(norms, sizes, strict=True)]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Known(Pass):
+    """A result that is known already."""
+
+    result: Any
+
+    def chunks(self, io: TensorIO) -> tuple[Chunk, ...]:  # noqa: ARG002
+        return ()
+
+    def work(self, chunk: Chunk, io: TensorIO) -> None:
+        """There is nothing to do."""
+
+    def merge(self, partials: list[Any], io: TensorIO) -> Any:  # noqa: ANN401, ARG002
+        return self.result
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CutBlocks(RegionPass):
+    """Blocks of which each was decided: `keep` has 1 or 0 for them, on the block grid of each leaf."""
+
+    task: Task
+    strategy: BlockNorms
+    keep: tuple[Mask, ...]
+
+    def chunks(self, io: TensorIO) -> Iterator[Chunk]:
+        regions = (
+            (number, region)
+            for number, leaf in enumerate(self.task.instance.scope.leaves)
+            for region in _sweep(leaf, self.strategy).regions()
+        )
+        return region_chunks(regions, io, self.strategy.chunk, self.strategy.memory)
+
+    def rule(self, member: int) -> str:  # noqa: ARG002
+        return self.task.rule
+
+    def cut(self, member: int, loaded: Loaded, io: TensorIO) -> Mask:  # noqa: ARG002
+        mask, mask_view = loaded.masked()
+        mask_view[...] = _spread(self.keep[member], loaded.region)
+        cut_blocks(loaded.flat, mask, 1, mask)
+        return mask
+
+
+def block_norms(
+    task: Task, strategy: BlockNorms, tensors: Mapping[str, StoredTensor], *, cuts: bool = True
+) -> Pass:
+    """The first pass over blocks too large or too scattered for a slab: channels, heads, experts, filters."""
+    score = task.instance.score
+    if score.kind in {"random", "blocks"}:
+        return ReduceBlocks(task, strategy, "ready", cuts)
+    needs_maxima = (math.isinf(score.norm) and score.kind != "obd") or needs_scaling(task, tensors)
+    return ReduceBlocks(task, strategy, "maxima" if needs_maxima else "sums", cuts)
+
+
+def _norms(
+    block: AnyBlock,
+    sums: Mapping[BoundBlock, Floats],
+    exponents: Mapping[BoundBlock, NDArray[np.int64]],
+    power: int,
+) -> Floats:
+    """The norms of fused blocks: leaves are summed in their order, as engine.scoring does."""
+    (first, order), *others = leaves_of(block)
+    total = sums[first].transpose(order)
+    for leaf, own in others:
+        total = total + sums[leaf].transpose(own)
+    root = total if power == 1 else np.sqrt(total)
+    return root * np.ldexp(1.0, exponents[first].transpose(order).astype(np.int32)) if exponents else root
+
+
+def _sweep(leaf: BoundBlock, strategy: BlockNorms) -> Sweep:
+    sweep = sweep_of(leaf, strategy.chunk)
+    if sweep is None:
+        raise TypeError(f"{leaf.label} cannot be swept")
+    return sweep
+
+
+def _largest(block: AnyBlock, maxima: Mapping[BoundBlock, Floats]) -> Floats:
+    tops: Floats = np.stack([maxima[leaf].transpose(order) for leaf, order in leaves_of(block)])
+    largest: Floats = tops.max(axis=0)
+    return largest
+
+
+def _exponents(top: Floats) -> NDArray[np.int64]:
+    """As engine.scoring.block_exponents: scaled by 2 ** -exponent the largest finite number is below 1."""
+    finite = np.where(np.isfinite(top), top, 1.0)
+    return np.clip(np.frexp(finite)[1], -_MOST_EXPONENT, _MOST_EXPONENT).astype(np.int64)
+
+
+def _decide(task: Task, scores: Sequence[Floats]) -> Mask:
+    """Bytes, scope after scope in the order of ties: 1 for the blocks that survive."""
+    budget, scope = task.instance.budget, task.instance.scope
+    ordered = by_scope(scope, scores)
+    if budget.nnz is None:
+        limit = 0.0 if budget.threshold is None else budget.threshold
+        kept: Mask = (ordered >= limit).view(np.uint8).reshape(-1)
+        return kept
+    # As unsigned integers in the order of the numbers, -0.0 and 0.0 as one.
+    bits = (ordered.reshape(-1) + 0.0).view(np.uint64)
+    negative = bits >> np.uint64(63) == 1
+    keys = np.where(negative, ~bits, bits | np.uint64(1 << 63))
+    keep = np.empty(keys.size, dtype=np.uint8)
+    select_keys(keys, (1 << 64) - 1, scope.blocks_per_scope, budget.nnz, keep)
+    return keep
+
+
+def _spread(keep: Mask, region: Region) -> Mask:
+    """A decision on a leaf's block grid for each element of a region."""
+    for axis, (blocks, begin, size, extent) in enumerate(
+        zip(region.blocks, region.begin, region.extent, region.leaf.shape, strict=True)
+    ):
+        keep = keep[(slice(None),) * axis + (blocks,)]
+        if extent > 1 and keep.shape[axis] > 1:
+            keep = np.repeat(keep, extent, axis=axis)
+            skipped = begin % extent
+            keep = keep[(slice(None),) * axis + (slice(skipped, skipped + size),)]
+    return keep
