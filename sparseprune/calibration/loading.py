@@ -21,7 +21,7 @@ import torch
 
 from sparseprune.calibration.watching import EnoughError
 from sparseprune.checkpoint import read_config
-from sparseprune.checkpoint.file_io import shown
+from sparseprune.checkpoint.documents import shown
 from sparseprune.errors import CheckpointError, SparsepruneError, is_out_of_memory
 
 if TYPE_CHECKING:

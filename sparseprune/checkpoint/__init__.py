@@ -31,7 +31,7 @@ from sparseprune.checkpoint.masks import (
     provenance_of,
     read_kept,
 )
-from sparseprune.checkpoint.output import StagedOutput
+from sparseprune.checkpoint.output import Sink, StagedOutput
 from sparseprune.checkpoint.publish import refuse_replacing
 from sparseprune.checkpoint.resizing import (
     Resized,
@@ -43,6 +43,7 @@ from sparseprune.checkpoint.resizing import (
 from sparseprune.checkpoint.source import (
     Checkpoint,
     Shard,
+    Source,
     StoredTensor,
     TensorReader,
     open_checkpoint,
@@ -72,6 +73,8 @@ __all__ = [
     "Provenance",
     "Resized",
     "Shard",
+    "Sink",
+    "Source",
     "StagedOutput",
     "Statistic",
     "Statistics",

@@ -5,22 +5,20 @@ Owns the rules for names and the index file. Reads no tensors. Called by source,
 
 from __future__ import annotations
 
-import errno
-import json
 import os
 import re
 import stat
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from sparseprune.checkpoint.file_io import Stamp, permissions, shown, stamp_of, strict_json
+from sparseprune.checkpoint.documents import leads_nowhere, read_json, read_object, shown, strict_json
+from sparseprune.checkpoint.fingerprint import Stamp, permissions, stamp_of
 from sparseprune.checkpoint.not_safetensors import (
     CONVERTED,
     PICKLE_SUFFIXES,
     conversion_advice,
     looks_pickled,
-    missing_advice,
     names_training_state,
     names_weights,
 )
@@ -38,7 +36,6 @@ RESULTS = "sparseprune"
 # Folders at the top that belong to the input alone: an earlier run's results, version history, and the
 # book-keeping of downloads, which would vouch for the pruned files with the checksums of the dense ones.
 NOT_COPIED = frozenset({RESULTS, ".git", ".cache"})
-LARGEST_DOCUMENT = 100_000_000
 # How shards that belong together are called.
 NUMBERED = re.compile(r"(?P<stem>.*)-(?P<number>\d{5,6})-of-(?P<count>\d{5,6})" + re.escape(SUFFIX))
 _PREFERRED = "model" + SUFFIX
@@ -56,8 +53,6 @@ _UNTELLING = frozenset({"_name_or_path", "transformers_version", "torch_dtype", 
 _SMALLEST_COPY = 1 / 16
 # Of a folder in folders; far more than a checkpoint has, far less than what a walk can bear.
 _DEEPEST = 100
-# Names that lead to no file, whatever the machine does: as much the user's error as an absent one.
-_LEADS_NOWHERE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG})
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,16 +109,6 @@ def find_files(directory: Path) -> FoundFiles:
 def is_folder(path: Path) -> bool:
     """Whether a path leads to a folder; not, where it leads nowhere or may not be followed."""
     return os.path.isdir(path)  # noqa: PTH112  (False for a name that is too long)
-
-
-def leads_nowhere(path: Path, error: OSError) -> CheckpointError | None:
-    """The refusal of a path that leads to no file, None where it is the machine that failed."""
-    if error.errno not in _LEADS_NOWHERE:
-        return None
-    why = missing_advice(str(path)) if error.errno == errno.ENOENT else f": {error.strerror}"
-    if error.errno == errno.ENOENT and os.path.islink(path):  # noqa: PTH114  (False for a name that is too long)
-        why = f": it is a link to {os.readlink(path)}, which is not there"  # noqa: PTH115
-    return CheckpointError(f"{path}: no such file{why}")
 
 
 def read_weight_map(index: Path) -> dict[str, PurePosixPath]:
@@ -185,7 +170,7 @@ def _module_folders(directory: Path) -> frozenset[PurePosixPath]:
     names: list[object] = []
     for document in ("modules.json", "model_index.json"):
         try:
-            value = _read_json(directory / document)
+            value = read_json(directory / document)
         except CheckpointError:
             continue  # there is none, or none that anybody can read
         modules = value if isinstance(value, list) else []
@@ -213,34 +198,6 @@ def _is_other_model(directory: Path, folder: PurePosixPath) -> bool:
 def _is_pickled(path: Path) -> bool:
     with path.open("rb") as file:
         return looks_pickled(file.read(4))
-
-
-def read_object(path: Path, parse: Callable[[str], Any] = json.loads) -> dict[str, Any]:
-    """The JSON object in a file; CheckpointError naming the file where it holds anything else."""
-    value = _read_json(path, parse)
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: holds {shown(value)}, wanted a JSON object")
-    return value
-
-
-def _read_json(path: Path, parse: Callable[[str], Any] = json.loads) -> Any:  # noqa: ANN401  (JSON can be anything)
-    """The value in a small JSON file; CheckpointError naming the file where it holds none."""
-    try:
-        status = path.stat()
-        # Asked before it is opened: a pipe would be waited for, and a device has no end.
-        if not stat.S_ISREG(status.st_mode):
-            raise CheckpointError(f"{path}: not a regular file; wanted a small JSON file, or none")
-        if status.st_size > LARGEST_DOCUMENT:
-            raise CheckpointError(f"{path}: larger than {LARGEST_DOCUMENT} bytes; wanted a small JSON file")
-        return parse(path.read_bytes().decode())
-    except OSError as error:
-        # Under no name: what is raised would hold this frame, which would hold it, and all that callers have.
-        unread = f"{path}: cannot be read: {error.strerror}"
-        raise (leads_nowhere(path, error) or MachineError(unread)) from error
-    except UnicodeDecodeError as error:
-        raise CheckpointError(f"{path}: not UTF-8 at byte {error.start}; wanted a JSON file") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
 
 
 def _index_name(directory: Path, files: list[str]) -> str | None:
@@ -383,7 +340,7 @@ def _other_file(directory: Path, path: PurePosixPath) -> OtherFile:
     try:
         status = (directory / path).stat()
     except OSError as error:
-        if error.errno not in _LEADS_NOWHERE:
+        if leads_nowhere(directory / path, error) is None:
             raise
         raise CheckpointError(f"{directory / path}: a link to a file that is not there; remove it") from error
     if stat.S_ISDIR(status.st_mode):

@@ -1,4 +1,4 @@
-"""File I/O: bytes at places, whole JSON files, a bounded number of open files, file identities.
+"""File I/O: bytes at places, copies, syncs, and a bounded number of open files.
 
 Owns system calls on open files and their errors. Knows no safetensors. Called by the rest of this room.
 """
@@ -7,14 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
-import math
 import os
-import reprlib
 import stat
 import threading
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, NoReturn, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from sparseprune.errors import MachineError
 
@@ -28,24 +25,27 @@ if TYPE_CHECKING:
     Bytes = ReadableBuffer | np.ndarray[Any, Any]
     WritableBytes = WriteableBuffer | np.ndarray[Any, Any]
 
-# Plain writes would meet these too. After any other answer a plain copy does it, or finds what is wrong.
+# After any other error of the kernel's copy a plain copy does it, or finds what is wrong.
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-# What a file system answers that cannot sync such a file or folder at all.
+# Errors of a file system that cannot sync such a file or folder at all.
 _NO_SYNC = frozenset({errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EBADF})
 OWNER = stat.S_IRUSR | stat.S_IWUSR
 """What it takes to write a file, whatever its permissions are in the end."""
 _BUFFER = 1 << 20
+_IDLE = 16  # files that stay open between uses
 _KERNEL_STEP = 1 << 30
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _WRITE = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
 
+Key = TypeVar("Key")
+
 
 class ChangedInputError(MachineError):
-    """An input is no longer what it was: what was made of it is worth nothing, and not continued."""
+    """An input changed while it was read: what was made of it is useless and not continued."""
 
 
-@contextlib.contextmanager
-def machine_errors(path: Path, doing: str = "cannot be written") -> Iterator[None]:
+@contextmanager
+def machine_errors(path: Path | str, doing: str = "cannot be written") -> Iterator[None]:
     """Turns an OSError into a MachineError that names the path and the cause."""
     try:
         yield
@@ -58,16 +58,13 @@ def create(path: Path | str, size: int, begins_with: Bytes = b"", mode: int = 0o
 
     Its permissions are `mode`, without what the umask forbids.
     """
-    descriptor = os.open(path, _CREATE, mode)
-    try:
+    with _opened(os.open(path, _CREATE, mode)) as descriptor:
         write_at(descriptor, begins_with, 0)
         os.ftruncate(descriptor, size)
-    finally:
-        os.close(descriptor)
 
 
 def make_writable(path: Path | str) -> None:
-    """Lets the owner of a file read and write it, whatever its final permissions are."""
+    """Allows the owner of a file to read and write it, whatever its final permissions are."""
     mode = stat.S_IMODE(os.lstat(path).st_mode)
     if mode & OWNER != OWNER:
         os.chmod(path, mode | OWNER)  # noqa: PTH101  (a str is faster)
@@ -87,21 +84,18 @@ def open_to_write(path: Path | str) -> int:
 
 def overwrite(path: Path | str, data: Bytes, offset: int) -> None:
     """Writes all of `data` at `offset` of a file that exists and is no link."""
-    descriptor = open_to_write(path)
-    try:
+    with _opened(open_to_write(path)) as descriptor:
         write_at(descriptor, data, offset)
-    finally:
-        os.close(descriptor)
 
 
 def as_bytes(data: Bytes) -> memoryview:
-    """The memory of a contiguous buffer, seen as bytes; nothing is copied."""
+    """The memory of a contiguous buffer as bytes; nothing is copied."""
     view = memoryview(cast("ReadableBuffer", data))
     return view.cast("B") if view.nbytes else memoryview(b"")  # no item: a shape that no cast takes
 
 
 def write_at(descriptor: int, data: Bytes, offset: int) -> None:
-    """Writes all of `data`, in as many steps as the system takes."""
+    """Writes all of `data`, in as many steps as the system needs."""
     rest = as_bytes(data)
     done = 0
     while done < len(rest):
@@ -110,8 +104,7 @@ def write_at(descriptor: int, data: Bytes, offset: int) -> None:
 
 def write_pieces(path: Path | str, pieces: Iterable[Bytes]) -> None:
     """Writes pieces one after the other, from the beginning of a file that exists; small ones together."""
-    descriptor = open_to_write(path)
-    try:
+    with _opened(open_to_write(path)) as descriptor:
         waiting, offset = bytearray(), 0
         for piece in pieces:
             part = as_bytes(piece)
@@ -123,12 +116,10 @@ def write_pieces(path: Path | str, pieces: Iterable[Bytes]) -> None:
                 offset += len(one)
             waiting = bytearray()
         write_at(descriptor, waiting, offset)
-    finally:
-        os.close(descriptor)
 
 
 def read_into(descriptor: int, buffer: WritableBytes, offset: int) -> int:
-    """Fills `buffer` from `offset` on, in as many steps as the system takes; how much of it the file had."""
+    """Fills `buffer` from `offset` on, in as many steps as the system needs; how much of it the file had."""
     rest = as_bytes(buffer)
     done = 0
     while done < len(rest):
@@ -145,25 +136,27 @@ def copy_range(source: Path, source_offset: int, file: Path | str, offset: int, 
     Errors of either file are MachineErrors for the source and OSErrors for the written file.
     """
     with machine_errors(source, "cannot be read"):
-        reading = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
+    with _opened(descriptor) as reading, _opened(open_to_write(file)) as writing:
+        done = _kernel_copy(reading, source_offset, writing, offset, length)
+        _plain_copy(source, reading, source_offset + done, writing, offset + done, length - done)
+
+
+@contextmanager
+def _opened(descriptor: int) -> Iterator[int]:
     try:
-        writing = open_to_write(file)
-        try:
-            done = _kernel_copy(reading, source_offset, writing, offset, length)
-            _plain_copy(source, reading, source_offset + done, writing, offset + done, length - done)
-        finally:
-            os.close(writing)
+        yield descriptor
     finally:
-        os.close(reading)
+        os.close(descriptor)
 
 
 def sync(
-    path: Path | str, *, data_only: bool = False, let_go: bool = False, follow_links: bool = False
+    path: Path | str, *, data_only: bool = False, drop_cache: bool = False, follow_links: bool = False
 ) -> bool:
-    """Waits until a file or folder is on disk, or only the data of a file; may let go of its cached pages.
+    """Waits until a file or folder is on disk, or only the data of a file; may drop its cached pages.
 
-    False where its file system cannot tell. `follow_links` is for the folder in which an output lies: it may
-    be a link, and one in which the user may write and not read; then the answer is False, too.
+    False where its file system cannot tell. `follow_links` is for the folder of an output: it may be a link,
+    and one that the user may write to and not read, which gives False, too.
     """
     flags = os.O_RDONLY | os.O_CLOEXEC | (0 if follow_links else os.O_NOFOLLOW)
     try:
@@ -172,21 +165,16 @@ def sync(
         if follow_links:  # a folder that one may write to and not list
             return False
         raise
-    try:
+    with _opened(descriptor):
         synced = sync_data(descriptor) if data_only else _synced(os.fsync, descriptor)
-        if let_go and hasattr(os, "posix_fadvise"):
+        if drop_cache and hasattr(os, "posix_fadvise"):
             with contextlib.suppress(OSError):  # advice
                 os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-    finally:
-        os.close(descriptor)
     return synced
 
 
 def sync_data(descriptor: int) -> bool:
-    """Waits until the data of an open file is on disk, and of the rest what reading it takes.
-
-    False where its file system cannot tell.
-    """
+    """Waits until the data of an open file can be read from disk; False where the file system cannot tell."""
     return _synced(os.fdatasync if hasattr(os, "fdatasync") else os.fsync, descriptor)
 
 
@@ -201,9 +189,9 @@ def _synced(call: Callable[[int], None], descriptor: int) -> bool:
 
 
 def _kernel_copy(reading: int, source_offset: int, writing: int, offset: int, length: int) -> int:
-    """Copies without passing through this process; how many bytes it got done before the kernel gave up.
+    """Copies within the kernel; how many bytes were copied before the kernel gave up.
 
-    A count of 0 is left to the plain copy to judge: some file systems give it where there is data.
+    After a count of 0 the plain copy takes over: some file systems give it where there is data.
     """
     done = 0
     while done < length and hasattr(os, "copy_file_range"):
@@ -236,13 +224,8 @@ def _plain_copy(
         done += len(data)
 
 
-Key = TypeVar("Key")
-
-_IDLE = 16
-
-
 class OpenFiles(Generic[Key]):
-    """At most 16 files stay open, and one more for every use under way; after `close` only the latter."""
+    """Keeps at most 16 files open, and one more for every use under way; after `close` only the latter."""
 
     def __init__(self, opened: Callable[[Key], int]) -> None:
         self._opened = opened
@@ -252,7 +235,7 @@ class OpenFiles(Generic[Key]):
 
     @contextmanager
     def use(self, key: Key) -> Iterator[int]:
-        """The descriptor of a file, which nobody else has meanwhile."""
+        """The descriptor of a file, which nobody else uses meanwhile."""
         descriptor = self._taken(key)
         try:
             yield descriptor
@@ -260,7 +243,7 @@ class OpenFiles(Generic[Key]):
             self._put_away(key, descriptor)
 
     def close(self) -> None:
-        """Closes what is open; what is in use is closed by its user."""
+        """Closes idle files; a file in use is closed after its use."""
         with self._lock:
             self._closed = True
             while self._idle:
@@ -270,7 +253,7 @@ class OpenFiles(Generic[Key]):
         with self._lock:
             for place in range(len(self._idle) - 1, -1, -1):
                 other = self._idle[place][0]
-                if other is key or other == key:  # to compare paths takes its time
+                if other is key or other == key:  # comparing paths is slow
                     return self._idle.pop(place)[1]
         return self._opened(key)
 
@@ -283,136 +266,3 @@ class OpenFiles(Generic[Key]):
                     surplus = self._idle.pop(0)[1]
         if surplus is not None:
             os.close(surplus)
-
-
-class Stamp(NamedTuple):
-    """When it was last written to, when anything about it last changed, and which file it is."""
-
-    mtime_ns: int
-    ctime_ns: int
-    inode: int
-
-
-NO_STAMP = Stamp(0, 0, 0)
-"""Of a file that could not be looked at, or need not be."""
-
-
-def stamp_of(status: os.stat_result) -> Stamp:
-    """The stamp of a file that was looked at."""
-    return Stamp(status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
-
-
-def permissions(status: os.stat_result) -> int:
-    """What its owner, its group and all others may do with a file or a folder."""
-    return stat.S_IMODE(status.st_mode) & 0o777
-
-
-def replaced(before: Stamp, after: Stamp) -> bool:
-    """Whether it is another file. One number alone may change: by a new link, on a network's file system.
-
-    >>> replaced(Stamp(1, 2, 3), Stamp(1, 5, 3)), replaced(Stamp(1, 2, 3), Stamp(1, 5, 4))
-    (False, True)
-    """
-    if NO_STAMP in (before, after):
-        return False
-    return before.inode != after.inode and before.ctime_ns != after.ctime_ns
-
-
-# serde_json, the parser of the safetensors package, gives up at 128 levels.
-MAX_DEPTH = 127
-# Longer than any 64-bit integer; int() of a very long text is slow, then refused by Python.
-_LONG = 21
-_SMALLEST, _LARGEST = -(2**63), 2**64 - 1
-
-_SHOWN = reprlib.Repr()
-_SHOWN.maxstring = _SHOWN.maxother = 200
-_SHOWN.maxlist = _SHOWN.maxdict = 8
-_SHOWN.maxlevel = 2
-
-
-def shown(value: object) -> str:
-    r"""What was found, as one line of bounded length for an error text: a stranger's file can hold anything.
-
-    >>> shown("a\nb"), len(shown("a" * 1000))
-    ("'a\\nb'", 200)
-    """
-    return _SHOWN.repr(value)
-
-
-def strict_json(text: str) -> Any:  # noqa: ANN401  (JSON can be anything; callers check)
-    """The value of a JSON text; ValueError with the fact where it is not acceptable.
-
-    >>> strict_json('{"a": 1, "a": 2}')
-    Traceback (most recent call last):
-    ValueError: the key 'a' stands twice in one object
-    """
-    try:
-        value = json.loads(
-            text,
-            object_pairs_hook=_object,
-            parse_int=_integer,
-            parse_float=_number,
-            parse_constant=_constant,
-        )
-        if "\\ud" in text or "\\uD" in text:
-            _refuse_lone_surrogates(value)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error.msg} at character {error.pos}") from error
-    except RecursionError as error:
-        raise ValueError("not JSON that can be read: nested too deeply") from error
-    return value
-
-
-def nested_deeper_than(value: object, levels: int) -> bool:
-    """Whether lists and objects stand in each other more than `levels` deep.
-
-    >>> nested_deeper_than([[1]], 2), nested_deeper_than([[1]], 1)
-    (False, True)
-    """
-    layer = [value]
-    for _ in range(levels):
-        layer = [
-            inner
-            for outer in layer
-            if isinstance(outer, dict | list)
-            for inner in (outer.values() if isinstance(outer, dict) else outer)
-        ]
-        if not layer:
-            return False
-    return any(isinstance(inner, dict | list) for inner in layer)
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    members = dict(pairs)
-    if len(members) != len(pairs):
-        seen: set[str] = set()
-        for key, _ in pairs:
-            if key in seen:
-                raise ValueError(f"the key {shown(key)} stands twice in one object")
-            seen.add(key)
-    return members
-
-
-def _integer(text: str) -> int | float:
-    if text == "-0" or len(text) > _LONG:
-        return _number(text)
-    value = int(text)
-    return value if _SMALLEST <= value <= _LARGEST else float(value)
-
-
-def _number(text: str) -> float:
-    value = float(text)
-    if math.isinf(value):
-        raise ValueError("not JSON: a number is out of range")
-    return value
-
-
-def _constant(text: str) -> NoReturn:
-    raise ValueError(f"not JSON: {text} is no JSON value")
-
-
-def _refuse_lone_surrogates(value: object) -> None:
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        raise ValueError("not JSON: a lone surrogate stands in a string") from error

@@ -1,27 +1,59 @@
 """Fingerprints of inputs: whether files are still the ones that a run began with.
 
-Owns what identifies an input in a journal and in a report. Called by the command line.
+Owns what identifies a file in memory, in a journal and in a report. Called by source.py and discovery.py for
+stamps, by the command line for the rest.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from itertools import chain
-from typing import TYPE_CHECKING
+import stat
+from typing import TYPE_CHECKING, NamedTuple
 
-from sparseprune.checkpoint.file_io import ChangedInputError, machine_errors, replaced, stamp_of
+from sparseprune.checkpoint.file_io import ChangedInputError, machine_errors
 from sparseprune.errors import MachineError
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Iterable
     from pathlib import Path
 
-    from sparseprune.checkpoint.file_io import Stamp
     from sparseprune.checkpoint.source import Checkpoint, Shard
 
-
 _ADVICE = "run again when nothing writes there"
+
+
+class Stamp(NamedTuple):
+    """The times of a file's last write and of the last change of anything about it, and its inode."""
+
+    mtime_ns: int
+    ctime_ns: int
+    inode: int
+
+
+NO_STAMP = Stamp(0, 0, 0)
+"""Of a file that could not be examined, or need not be."""
+
+
+def stamp_of(status: os.stat_result) -> Stamp:
+    return Stamp(status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
+
+
+def permissions(status: os.stat_result) -> int:
+    """What the owner of a file or a folder, its group and all others may do with it."""
+    return stat.S_IMODE(status.st_mode) & 0o777
+
+
+def replaced(before: Stamp, after: Stamp) -> bool:
+    """Whether it is another file. One number alone may change: by a new link, on a network's file system.
+
+    >>> replaced(Stamp(1, 2, 3), Stamp(1, 5, 3)), replaced(Stamp(1, 2, 3), Stamp(1, 5, 4))
+    (False, True)
+    """
+    if NO_STAMP in (before, after):
+        return False
+    return before.inode != after.inode and before.ctime_ns != after.ctime_ns
 
 
 def checkpoint_identity(checkpoint: Checkpoint) -> str:
@@ -41,7 +73,7 @@ def checkpoint_identity(checkpoint: Checkpoint) -> str:
 def shards_identity(shards: Iterable[Shard]) -> str:
     """A SHA-256 over path, size, stamp and header of every shard, as they were when their headers were read.
 
-    Size and time alone may be the same for other bytes: who copies a file over another can keep both.
+    The header counts because a copy over a file can keep its size and its time.
     """
     digest = hashlib.sha256()
     for shard in shards:
@@ -49,12 +81,8 @@ def shards_identity(shards: Iterable[Shard]) -> str:
     return digest.hexdigest()
 
 
-def _line(path: Path, *facts: object) -> bytes:
-    return json.dumps([str(path.absolute()), *facts]).encode() + b"\n"
-
-
 def changed_since(shards: Iterable[Shard]) -> str | None:
-    """What became of the first shard that is not as it was when its header was read; None if all are."""
+    """How the first changed shard differs from when its header was read; None where none changed."""
     try:
         refuse_changed_shards(shards)
     except MachineError as error:
@@ -62,36 +90,35 @@ def changed_since(shards: Iterable[Shard]) -> str | None:
     return None
 
 
-def refuse_changed_shards(shards: Iterable[Shard]) -> None:
-    """As `refuse_changed`, for these shards alone."""
-    _refuse((shard.path, shard.size, shard.stamp) for shard in {id(one): one for one in shards}.values())
-
-
 def refuse_changed(checkpoint: Checkpoint, further: Iterable[Shard] = ()) -> None:
     """ChangedInputError naming the first file that changed since its checkpoint was opened.
 
-    Files of the checkpoint, and `further` shards that were read beside it. MachineError where one cannot
-    be found any more.
+    Looks at all files of the checkpoint and at `further` shards. MachineError for a file that is gone.
     """
-    shards = ((shard.path, shard.size, shard.stamp) for shard in (*checkpoint.shards, *further))
-    others = ((checkpoint.path / other.path, other.nbytes, other.stamp) for other in checkpoint.others)
-    _refuse(chain(shards, others))
+    refuse_changed_shards((*checkpoint.shards, *further))
+    for other in checkpoint.others:
+        _refuse(checkpoint.path / other.path, other.nbytes, other.stamp)
 
 
-def _refuse(files: Iterable[tuple[Path, int, Stamp]]) -> None:
-    """As `refuse_changed`, for files with the sizes and stamps that they had."""
-    for path, size, stamp in files:
-        with machine_errors(path, "cannot be read any more"):
-            status = path.stat()
-        if status.st_size != size:
-            raise ChangedInputError(
-                f"{path}: changed while it was read, from {size} bytes to {status.st_size}; {_ADVICE}"
-            )
-        if replaced(stamp, stamp_of(status)):
-            raise ChangedInputError(
-                f"{path}: changed while it was read: another file has taken its place; {_ADVICE}"
-            )
-        if status.st_mtime_ns != stamp.mtime_ns:
-            raise ChangedInputError(
-                f"{path}: changed while it was read: it was written to after the run began; {_ADVICE}"
-            )
+def refuse_changed_shards(shards: Iterable[Shard]) -> None:
+    """As `refuse_changed`, for these shards, each once."""
+    for shard in {id(one): one for one in shards}.values():
+        _refuse(shard.path, shard.size, shard.stamp)
+
+
+def _refuse(path: Path, size: int, stamp: Stamp) -> None:
+    with machine_errors(path, "cannot be read any more"):
+        status = path.stat()
+    if status.st_size != size:
+        change = f", from {size} bytes to {status.st_size}"
+    elif replaced(stamp, stamp_of(status)):
+        change = ": another file has taken its place"
+    elif status.st_mtime_ns != stamp.mtime_ns:
+        change = ": it was written to after the run began"
+    else:
+        return
+    raise ChangedInputError(f"{path}: changed while it was read{change}; {_ADVICE}")
+
+
+def _line(path: Path, *facts: object) -> bytes:
+    return json.dumps([str(path.absolute()), *facts]).encode() + b"\n"

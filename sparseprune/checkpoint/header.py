@@ -16,7 +16,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparseprune.checkpoint.file_io import MAX_DEPTH, nested_deeper_than, shown, strict_json
+from sparseprune.checkpoint.documents import MAX_DEPTH, nested_deeper_than, shown, strict_json
 from sparseprune.checkpoint.not_safetensors import foreign_format
 from sparseprune.engine.dtypes import DTYPES
 from sparseprune.errors import CheckpointError, MachineError

@@ -12,16 +12,9 @@ from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeGuard
 
-from sparseprune.checkpoint.discovery import (
-    INDEX_SUFFIX,
-    LARGEST_DOCUMENT,
-    RESULTS,
-    SUFFIX,
-    is_folder,
-    read_object,
-    read_weight_map,
-)
-from sparseprune.checkpoint.file_io import machine_errors, shown, strict_json
+from sparseprune.checkpoint.discovery import INDEX_SUFFIX, RESULTS, SUFFIX, is_folder, read_weight_map
+from sparseprune.checkpoint.documents import LARGEST_DOCUMENT, read_object, shown, strict_json
+from sparseprune.checkpoint.file_io import machine_errors
 from sparseprune.checkpoint.layout import FORMAT_KEY, SHAPES_KEY, packed_bytes
 from sparseprune.checkpoint.source import StoredTensor, TensorReader, open_shard
 from sparseprune.errors import CheckpointError, MachineError

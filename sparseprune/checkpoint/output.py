@@ -1,7 +1,8 @@
 """The output while it is written: weights and masks at their places, the journal, syncing, the final name.
 
-The local sink: workers write from any thread, finished chunks are noted after they are on disk. Knows
-places from the layout, not what is written there. Called by execution.
+Owns `Sink`, what execution asks of an output, and `StagedOutput`, the sink of local files: workers write from
+any thread, finished chunks are noted after they are on disk. Knows places from the layout, not what is
+written there. Called by execution and calibration.
 """
 
 from __future__ import annotations
@@ -12,69 +13,139 @@ import os
 import stat
 import threading
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Protocol, Self
 
 from sparseprune.checkpoint import file_io, publish
-from sparseprune.checkpoint.file_io import OpenFiles
+from sparseprune.checkpoint.file_io import OpenFiles, machine_errors
 from sparseprune.checkpoint.journal import Journal, JournalContent, Notes, note_text, read_journal
-from sparseprune.checkpoint.publish import (
-    check_existing,
-    check_place,
-    check_target,
-    final_paths,
-    free_bytes,
-    needed_bytes,
-)
-from sparseprune.checkpoint.staging_dir import PartialFolder
+from sparseprune.checkpoint.staging_dir import StagingDir
 from sparseprune.errors import MachineError, is_out_of_memory
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
     from contextlib import AbstractContextManager
     from io import BufferedReader
     from pathlib import Path
-    from types import TracebackType
 
     from sparseprune.checkpoint.file_io import Bytes
     from sparseprune.checkpoint.layout import CopyRange, OutputLayout, Place
 
 
-class Unsynced:
-    """Files written to and notes of them, from any thread, until `flush` has them on disk.
+class Sink(Protocol):
+    """Where an output is written, from any thread; `finished` has what earlier runs noted, by key.
 
-    A note was made after the writes it tells of were: it reaches the journal, if there is one, after they
-    have reached the disk, and never if they could not. `writing` gives the context in which a file is
-    touched, where an OSError becomes a MachineError. `let_go` frees the cache of what is on disk. `unsure`
-    once the file system could not tell whether bytes are on disk: from then on nothing reaches the journal.
+    Errors of the disk are MachineErrors, places outside of a tensor ValueErrors.
+    """
+
+    layout: OutputLayout
+    finished: Notes
+
+    def copy(self, part: CopyRange) -> None:
+        """Copies bytes of the input to their place; MachineError where the input has become shorter."""
+
+    def write_weight(self, name: str, begin: int, data: Bytes) -> None:
+        """Writes bytes of a pruned tensor from its byte `begin` on; nothing in an output of masks only."""
+
+    def write_mask(self, name: str, first: int, keep: Bytes) -> None:
+        """Writes the mask of the elements from `first` on, one byte 0 or 1 for each, row-major.
+
+        Nothing in an output without masks. Parts of a packed mask may be written side by side even where
+        they share a byte; whole bytes are written faster.
+        """
+
+    def add_file(self, name: PurePosixPath, data: bytes | Iterable[bytes]) -> None:
+        """Writes the report or the spec, whole or in parts, under the name that the layout gives it.
+
+        Called again, it replaces the file.
+        """
+
+    def note(self, key: str, record: object) -> None:
+        """Records that a piece of work is finished, after its writes have returned.
+
+        A later run finds the JSON-able `record` in `finished` under the key, once the bytes are on disk.
+        """
+
+    def put_aside(self, pieces: Iterable[Bytes]) -> None:
+        """Keeps bytes that are no output, by which a later run continues in the middle of a piece of work.
+
+        They replace what was put aside before once they are on disk, or not at all.
+        """
+
+    def aside(self) -> BufferedReader | None:
+        """What an earlier run put aside, if this one continues it; the caller closes it."""
+
+    def flush(self) -> None:
+        """Waits until all writes so far are on disk, then until their notes are.
+
+        MachineError where that fails, then and from then on; nothing is noted after it.
+        """
+
+    def commit(self) -> None:
+        """Gives the complete output its name, once it is on disk; only then removes what it replaces."""
+
+    def discard(self) -> None:
+        """Gives up the output and its notes, before the context ends."""
+
+
+class FileWriter:
+    """Writes to files that exist, and records notes once these writes are on disk; from any thread.
+
+    A note reaches the journal, if there is one, at a `flush` after the writes before it were synced, and
+    never if they could not be. `writing` gives the context in which a file is touched. `drop_cache` frees the
+    system's cache of what is on disk. `unsure` becomes True where a file system cannot tell whether bytes are
+    on disk: from then on nothing reaches the journal. After `close` no file stays open.
     """
 
     def __init__(
-        self, writing: Callable[[str], AbstractContextManager[None]], *, let_go: bool = False
+        self,
+        writing: Callable[[str], AbstractContextManager[None]] = machine_errors,
+        *,
+        drop_cache: bool = False,
     ) -> None:
         self.journal: Journal | None = None
         self.unsure = False
-        self._let_go = let_go
+        self._drop_cache = drop_cache
         self._writing = writing
+        self._files = OpenFiles(file_io.open_to_write)
+        self._merging = threading.Lock()
         self._lock = threading.Lock()
         self._paths: set[str] = set()
         self._notes: list[bytes] = []
         self._one_flush = threading.Lock()
         self._failure: MachineError | None = None
 
+    def write(self, path: str, data: Bytes, offset: int) -> None:
+        """Writes all of `data` at `offset` of a file that is no link."""
+        with self._writing(path), self._files.use(path) as descriptor:
+            file_io.write_at(descriptor, data, offset)
+        self.written(path)
+
+    def merge(self, path: str, offset: int, value: int, bits: int) -> None:
+        """Takes the bits of one byte that are set in `bits` from `value`; the others stay.
+
+        Calls wait for each other, so that several threads may share a byte.
+        """
+        with self._writing(path), self._merging, self._files.use(path) as descriptor:
+            (byte,) = os.pread(descriptor, 1, offset)
+            file_io.write_at(descriptor, bytes([(byte & ~bits) | (value & bits)]), offset)
+        self.written(path)
+
     def written(self, path: str) -> None:
+        """Records that the next flush has to sync a file."""
         with self._lock:
             self._paths.add(path)
 
     def noted(self, note: bytes) -> None:
+        """Records a note for the next flush."""
         with self._lock:
             self._notes.append(note)
 
     def flush(self) -> None:
         """Waits until the files are on disk, then until the notes are; MachineError, also from then on."""
-        # One at a time: the bytes of a note may be in the hands of the flush before.
+        # One at a time: another flush may still be syncing the bytes of a note.
         with self._one_flush:
             if self._failure is not None:
-                # The system tells it once: the next sync of the same file would call it well.
+                # The system reports it once: the next sync of the same file would succeed.
                 raise MachineError(str(self._failure)) from self._failure
             with self._lock:
                 paths, self._paths = self._paths, set()
@@ -90,56 +161,34 @@ class Unsynced:
                     self._notes[:0] = notes
                 raise
 
+    def close(self) -> None:
+        """Closes open files; a write that is under way closes its file itself."""
+        self._files.close()
+
     def _sync(self, paths: set[str], notes: list[bytes]) -> None:
         for path in sorted(paths):
             with self._writing(path):
-                self.unsure |= not file_io.sync(path, data_only=True, let_go=self._let_go)
+                self.unsure |= not file_io.sync(path, data_only=True, drop_cache=self._drop_cache)
         if notes and self.journal is not None and not self.unsure:
             with self._writing(self.journal.path):
                 self.journal.append(notes)
 
 
-class FileWriter:
-    """Writes to files that exist; also after `close`, but then none stays open."""
-
-    def __init__(self) -> None:
-        self._merging = threading.Lock()
-        self._files = OpenFiles(file_io.open_to_write)
-
-    def write(self, path: str, data: Bytes, offset: int) -> None:
-        """Writes all of `data` at `offset` of a file that is no link."""
-        with self._files.use(path) as descriptor:
-            file_io.write_at(descriptor, data, offset)
-
-    def merge(self, path: str, offset: int, value: int, bits: int) -> None:
-        """Gives one byte of a file those bits of `value` that `bits` has; the others stay.
-
-        Calls wait for each other, so that several threads may share a byte.
-        """
-        with self._merging, self._files.use(path) as descriptor:
-            (byte,) = os.pread(descriptor, 1, offset)
-            file_io.write_at(descriptor, bytes([(byte & ~bits) | (value & bits)]), offset)
-
-    def close(self) -> None:
-        """Closes what is open; a write that is under way closes its file itself."""
-        self._files.close()
+_CACHED_SHARE = 0.25  # of the memory: an output up to this size stays in the cache for the next reader
 
 
-_CACHED_SHARE = 0.25  # of the memory: an output up to this size stays in the cache, for whoever reads it next
-
-
-class StagedOutput:
-    """An output while it is written: complete under its name after `commit`, or nothing under it.
+class StagedOutput(Sink):
+    """The Sink of local files: complete under its name after `commit`, or nothing under it.
 
     A context manager. Entering it checks the target and makes every file of the layout at its final size
-    with its header. With an `identity`, the part names and digests of all that the work depends on, what
-    was noted is kept where the machine or the user ends the run, and continued by the next one of the same
-    identity. Otherwise an exit without `commit` removes all of it. Methods may be called from any thread.
+    with its header. With an `identity`, which has the parts of what the work depends on and their digests,
+    notes are kept where the machine or the user ends the run, and the next run of the same identity continues
+    it. Otherwise an exit without `commit` removes everything.
 
-    Once entered, `resumed` tells whether an earlier run is continued, `finished` what it noted, by key, and
-    `started_over` the parts of the identity for which one was not continued; `named` whether the output has
-    its name; `kept`, once left, whether the next run can continue this one. `warnings` has a line for each
-    promise that the file system does not allow.
+    Once entered, `resumed` says whether an earlier run is continued, and `started_over` has the parts of the
+    identity for which one was not. `named` says whether the output has its name; `kept`, after the exit,
+    whether the next run can continue this one. `warnings` has a line for each promise that the file system
+    cannot keep.
     """
 
     def __init__(
@@ -157,38 +206,38 @@ class StagedOutput:
         self.named = False
         self.kept = False
         self._aside = False
-        self._partial = PartialFolder(layout.target, "choice" if layout.is_scratch else "partial")
-        self._paths = {file.path: str(self._partial.output / file.path) for file in layout.files}
-        self._writer = FileWriter()
-        # A large output would drive everything else out of the system's cache, its own input first.
-        self._unsynced = Unsynced(self._writing, let_go=layout.output_bytes > _CACHED_SHARE * _memory_bytes())
+        self._staging = StagingDir(layout.target, "choice" if layout.is_scratch else "partial")
+        self._paths = {file.path: str(self._staging.output / file.path) for file in layout.files}
+        # A large output would push everything else out of the system's cache, its own input first.
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        self._writer = FileWriter(self._writing, drop_cache=layout.output_bytes > _CACHED_SHARE * memory)
 
     @property
     def partial_path(self) -> Path:
         """The hidden folder in which the output grows, and in which it stays if it is kept."""
-        return self._partial.path
+        return self._staging.path
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        return tuple(self._partial.warnings)
+        return tuple(self._staging.warnings)
 
     @property
     def staged_path(self) -> Path:
         """Where the files of the layout are until the output has its name."""
-        return self._partial.output
+        return self._staging.output
 
     def __enter__(self) -> Self:
-        check_place(self.layout)
+        publish.check_place(self.layout)
         if not os.path.lexists(self.partial_path):
-            check_target(self.layout, force=self.force)  # nothing is made for an output that is refused
+            publish.check_target(self.layout, force=self.force)  # a refused output leaves no folder
         with self._writing(self.partial_path):
-            self._partial.acquire()
+            self._staging.acquire()
         found, begun = None, False
         try:
-            # A run that was killed while it gave names is undone by now, and no other run is at work.
-            check_target(self.layout, force=self.force, held=self._partial.held_bytes())
+            # Names that a killed run was giving are undone by now, and no other run works here.
+            publish.check_target(self.layout, force=self.force, held=self._staging.held_bytes())
             with self._writing(self.partial_path):
-                self._partial.probe()
+                self._staging.probe()
             found, begun = self._unfinished(), True
             if found is None:
                 self._start_over()
@@ -199,38 +248,31 @@ class StagedOutput:
             raise
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         keep = False
+        may_go_on = self._writer.journal is not None and _may_go_on(error)
         try:
-            if self._unsynced.journal is not None and _may_go_on(error):
+            if may_go_on:
                 with contextlib.suppress(MachineError):
                     self.flush()
         finally:
-            if self._unsynced.journal is not None and _may_go_on(error):
-                keep = (self._unsynced.journal.notes > 0 or self._aside) and self._is_whole()
+            journal = self._writer.journal
+            if may_go_on and journal is not None:
+                keep = (journal.notes > 0 or self._aside) and self._is_whole()
             self._leave(keep=keep)
             self.kept = keep
 
     def copy(self, part: CopyRange) -> None:
-        """Copies bytes of the input to their place; MachineError where the input has become shorter."""
         path = self._paths[part.file]
         with self._writing(path):
             file_io.copy_range(part.source, part.source_offset, path, part.offset, part.length)
-        self._unsynced.written(path)
+        self._writer.written(path)
 
     def write_weight(self, name: str, begin: int, data: Bytes) -> None:
-        """Writes bytes of a pruned tensor from its byte `begin` on; nothing in an output of masks only."""
         if self.layout.writes_weights:
             self._write(name, self.layout.weights[name], begin, data)
 
     def write_mask(self, name: str, first: int, keep: Bytes) -> None:
-        """Writes the mask of the elements from `first` on, one byte 0 or 1 for each, row-major.
-
-        Nothing in an output without masks. Parts of a packed mask may be written side by side even where
-        they share a byte; whole bytes are written faster.
-        """
         if self.layout.mask_format is None:
             return
         place = self.layout.masks[name]
@@ -249,13 +291,9 @@ class StagedOutput:
         self._merge(place, end - tail, bits[len(bits) - tail :])
 
     def add_file(self, name: PurePosixPath, data: bytes | Iterable[bytes]) -> None:
-        """Writes the report or the spec, under the name that the layout gives it; again to replace it.
-
-        `data` may come in parts, which are written as they are made.
-        """
         if name not in (self.layout.report_file, self.layout.spec_file):
             raise ValueError(f"{name}: the layout has no such file")
-        path = self._partial.output / name
+        path = self._staging.output / name
         with self._writing(path):
             path.unlink(missing_ok=True)
             self._make_folders(name)
@@ -263,21 +301,13 @@ class StagedOutput:
             file_io.write_pieces(path, (data,) if isinstance(data, bytes) else data)
 
     def note(self, key: str, record: object) -> None:
-        """Tells that a piece of work is finished: that the writes it takes have returned.
-
-        A later run finds the JSON-able `record` in `finished` under the key, once the bytes are on disk.
-        """
         if self.identity is not None:
-            self._unsynced.noted(note_text(key, record))
+            self._writer.noted(note_text(key, record))
 
     def put_aside(self, pieces: Iterable[Bytes]) -> None:
-        """Writes bytes that are no output, by which a later run continues in the middle of a piece of work.
-
-        They replace what was put aside before once they are on disk, or not at all; they go with the folder.
-        """
-        if self.identity is None or not self._partial.can_be_continued:
+        if self.identity is None or not self._staging.can_be_continued:
             return
-        path = self._partial.aside
+        path = self._staging.aside
         fresh = path.with_suffix(".new")
         with self._writing(path):
             fresh.unlink(missing_ok=True)
@@ -293,26 +323,19 @@ class StagedOutput:
         self._aside = True
 
     def aside(self) -> BufferedReader | None:
-        """What an earlier run put aside, if this one continues it; to be closed."""
         if not self._aside:
             return None
-        with file_io.machine_errors(self._partial.aside, "cannot be read"):
-            return self._partial.aside.open("rb")
+        with machine_errors(self._staging.aside, "cannot be read"):
+            return self._staging.aside.open("rb")
 
     def flush(self) -> None:
-        """Waits until what has been written so far is on disk, then until what was noted of it is.
-
-        `commit` then finds little left to do. MachineError where that fails, then and from then on: the
-        system tells it once. Nothing is noted after it.
-        """
-        self._unsynced.flush()
+        self._writer.flush()
 
     def commit(self) -> None:
-        """Gives the complete output its name, once it is on disk; what it replaces goes only then."""
         layout = self.layout
         self.flush()
         self._writer.close()
-        root = self._partial.output
+        root = self._staging.output
         with self._writing(root):
             for file in layout.files:
                 file_io.restrict(self._paths[file.path], file.mode)
@@ -321,45 +344,44 @@ class StagedOutput:
             for folder, _, files in os.walk(root, topdown=False):
                 for path in (*(root.joinpath(folder, name) for name in files), root.joinpath(folder)):
                     file_io.sync(path)
-        check_existing(layout, force=self.force)
+        publish.check_existing(layout, force=self.force)
         with self._writing(layout.target, "cannot get its name"):
             if layout.is_directory:
-                publish.name_directory(self.partial_path, layout.target, self._given)
+                publish.name_directory(self.partial_path, layout.target, self._set_named)
             else:
-                publish.name_files(self.partial_path, final_paths(layout), self._given)
-        with file_io.machine_errors(layout.target.parent, "cannot be synced to disk"):
+                publish.name_files(self.partial_path, publish.final_paths(layout), self._set_named)
+        with machine_errors(layout.target.parent, "cannot be synced to disk"):
             file_io.sync(layout.target.parent, follow_links=True)
 
     def refuse_early(self) -> None:
-        """As entering refuses a target, before the work that decides how much room it takes.
+        """Refuses a target as entering does, before the work that decides how much room it takes.
 
-        Names that a killed run was giving are taken back, and what nobody can continue is removed.
+        Takes back names that a killed run was giving, and removes what nobody can continue.
         """
-        check_place(self.layout)
+        publish.check_place(self.layout)
         if not os.path.lexists(self.partial_path):
-            check_existing(self.layout, force=self.force)
+            publish.check_existing(self.layout, force=self.force)
             return
         with self._writing(self.partial_path):
-            self._partial.acquire()
+            self._staging.acquire()
         try:
-            check_existing(self.layout, force=self.force)
+            publish.check_existing(self.layout, force=self.force)
         finally:
-            self._partial.release()
+            self._staging.release()
 
     def discard(self) -> None:
-        """Gives up all of it, and what was noted of it, before the context ends."""
         self._leave(keep=False)
 
-    def _given(self) -> None:
+    def _set_named(self) -> None:
         self.named = True
 
     def _unfinished(self) -> JournalContent | None:
         """What an earlier run noted, if this run continues it."""
-        if self.identity is None or not self._partial.has_journal():
+        if self.identity is None or not self._staging.has(self._staging.journal):
             return None
-        with file_io.machine_errors(self._partial.journal, "cannot be read"):
-            found = read_journal(self._partial.journal)
-        if found is None or not self._partial.sizes():
+        with machine_errors(self._staging.journal, "cannot be read"):
+            found = read_journal(self._staging.journal)
+        if found is None or not self._staging.sizes():
             return None
         parts = dict.fromkeys((*self.identity, *found.identity))
         self.started_over = tuple(
@@ -368,8 +390,8 @@ class StagedOutput:
         return None if self.started_over or not self._is_whole() else found
 
     def _is_whole(self) -> bool:
-        """Whether every file of the layout is there at its size, and nothing that does not belong there."""
-        sizes = self._partial.sizes()
+        """Whether every file of the layout is there at its size, and nothing else."""
+        sizes = self._staging.sizes()
         if sizes is None:
             return False
         for name in (self.layout.report_file, self.layout.spec_file):
@@ -378,61 +400,58 @@ class StagedOutput:
 
     def _resume(self, found: JournalContent) -> None:
         with self._writing(self.partial_path):
-            self._partial.resume()
+            self._staging.resume()
         for file in self.layout.files:
             path = self._paths[file.path]
-            # No note vouches for the headers, which may not have been on disk when the machine went down.
+            # The journal does not cover headers; rewrite them in case a crash lost them.
             with self._writing(path):
                 file_io.make_writable(path)
                 file_io.overwrite(path, file.begins_with, 0)
-        with self._writing(self._partial.journal):
-            self._unsynced.journal = Journal.resume(self._partial.journal, found)
+        with self._writing(self._staging.journal):
+            self._writer.journal = Journal.resume(self._staging.journal, found)
         self.finished = found.finished
-        self._aside = self._partial.has_aside()
+        self._aside = self._staging.has(self._staging.aside)
         self.resumed = True
 
     def _start_over(self) -> None:
         with self._writing(self.partial_path):
-            self._partial.start_over(self._folder_mode(PurePosixPath()))
+            self._staging.start_over(self._folder_mode(PurePosixPath()))
         for file in self.layout.files:
-            path = self._partial.output / file.path
+            path = self._staging.output / file.path
             with self._writing(path):
                 self._make_folders(file.path)
                 file_io.create(path, file.size, file.begins_with, file.mode | file_io.OWNER)
-        if self.identity is not None and self._partial.can_be_continued:
-            with self._writing(self._partial.journal):
-                # After the files: from now on a later run takes them for made.
-                self._unsynced.journal = Journal.begin(self._partial.journal, self.identity)
-                self._partial.sync_folders()
+        if self.identity is not None and self._staging.can_be_continued:
+            with self._writing(self._staging.journal):
+                # After the files: a later run that finds the journal does not make them again.
+                self._writer.journal = Journal.begin(self._staging.journal, self.identity)
+                self._staging.sync_folders()
 
     def _make_folders(self, path: PurePosixPath) -> None:
-        """The folders in which a file of the output lies."""
+        """Makes the folders of a file of the output."""
         for folder in reversed(path.parents[:-1]):
-            (self._partial.output / folder).mkdir(self._folder_mode(folder), exist_ok=True)
+            (self._staging.output / folder).mkdir(self._folder_mode(folder), exist_ok=True)
 
     def _folder_mode(self, folder: PurePosixPath) -> int:
-        """Whoever owns a folder may always write there, else it could neither get its name nor be removed."""
+        """The owner of a folder may always write there, else it could be neither renamed nor removed."""
         return self.layout.folders.get(folder, self.layout.folders[PurePosixPath()]) | stat.S_IRWXU
 
     def _leave(self, *, keep: bool) -> None:
         self._writer.close()
-        if self._unsynced.journal is not None:
-            self._unsynced.journal.close()
-            self._unsynced.journal = None
+        if self._writer.journal is not None:
+            self._writer.journal.close()
+            self._writer.journal = None
         if keep:
-            self._partial.release()
+            self._staging.release()
         else:
-            self._partial.discard()
+            self._staging.discard()
 
     def _write(self, name: str, place: Place, begin: int, data: Bytes) -> None:
         view = file_io.as_bytes(data)
         end = begin + len(view)
         if not 0 <= begin <= end <= place.nbytes:
             raise ValueError(f"bytes {begin} to {end} of {name!r} in {place.file}, which has {place.nbytes}")
-        path = self._paths[place.file]
-        with self._writing(path):
-            self._writer.write(path, view, place.offset + begin)
-        self._unsynced.written(path)
+        self._writer.write(self._paths[place.file], view, place.offset + begin)
 
     def _merge(self, place: Place, first: int, keep: memoryview) -> None:
         """Writes some bits of one byte of a packed mask."""
@@ -440,54 +459,31 @@ class StagedOutput:
             return
         shift = first % 8
         value = sum(bit << shift + number for number, bit in enumerate(keep))
-        path = self._paths[place.file]
-        with self._writing(path):
-            self._writer.merge(path, place.offset + first // 8, value, ((1 << len(keep)) - 1) << shift)
-        self._unsynced.written(path)
+        bits = ((1 << len(keep)) - 1) << shift
+        self._writer.merge(self._paths[place.file], place.offset + first // 8, value, bits)
 
-    def _writing(self, path: Path | str, doing: str = "cannot be written") -> AbstractContextManager[None]:
-        return _Writing(path, doing, self.layout, self._partial)
-
-
-class _Writing:
-    """Turns an OSError of a write into a MachineError, with the bytes needed and free on a full disk."""
-
-    def __init__(self, path: Path | str, doing: str, layout: OutputLayout, partial: PartialFolder) -> None:
-        self._path = path
-        self._doing = doing
-        self._layout = layout
-        self._partial = partial
-
-    def __enter__(self) -> None:
-        return
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if not isinstance(error, OSError):
-            return
-        fact = f"{self._path}: {self._doing}: {error.strerror or error}"
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            needed = needed_bytes(self._layout, self._partial.held_bytes())
-            free = free_bytes(self._layout.target.parent)
-            fact += f"; the output needs {needed} bytes more, {free} are free now"
-        raise MachineError(fact) from error
-
-
-def _memory_bytes() -> int:
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    @contextlib.contextmanager
+    def _writing(self, path: Path | str, doing: str = "cannot be written") -> Iterator[None]:
+        """Turns an OSError into a MachineError, with the bytes needed and free where the disk is full."""
+        try:
+            yield
+        except OSError as error:
+            fact = f"{path}: {doing}: {error.strerror or error}"
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                needed = publish.needed_bytes(self.layout, self._staging.held_bytes())
+                free = publish.free_bytes(self.layout.target.parent)
+                fact += f"; the output needs {needed} bytes more, {free} are free now"
+            raise MachineError(fact) from error
 
 
 def _may_go_on(error: BaseException | None) -> bool:
-    """Whether the machine or the user ended a run, and not a mistake that the next one would make again.
+    """Whether the machine or the user ended a run, not a mistake that the next run would repeat.
 
-    Nor a change of the input, of which some pieces may be made and others not.
+    A changed input counts as a mistake: pieces that are finished and those that are not would not fit.
     """
     if error is None or isinstance(error, file_io.ChangedInputError):
         return False
-    if isinstance(error, MachineError) or is_out_of_memory(error):
-        return True
-    return not isinstance(error, Exception)
+    return isinstance(error, MachineError) or is_out_of_memory(error) or not isinstance(error, Exception)
 
 
 def _packed(bits: memoryview) -> memoryview:

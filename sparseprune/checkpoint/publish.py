@@ -1,6 +1,7 @@
 """Giving an output its name: which targets may be replaced, and the exchange of the new for the old.
 
-Owns renames and what `--force` may replace. Called when an output is complete, and before work begins.
+Owns renames and what `--force` may replace. Called by output.py before work begins and when it is complete,
+by staging_dir.py to undo names that a killed run was giving.
 """
 
 from __future__ import annotations
@@ -30,24 +31,25 @@ _NAMES = "names"
 _FORMER = "former"
 _HERE = -100  # AT_FDCWD of <fcntl.h>
 _EXCHANGE = 2  # RENAME_EXCHANGE of <linux/fs.h>
+_MARGIN = 1 << 20  # bytes for the report, the spec and the folders, whose sizes are not known beforehand
 
 
 def name_directory(folder: Path, target: Path, given: Callable[[], None]) -> None:
-    """Gives the directory `output` the target's name; what had it waits in `replaced`.
+    """Gives the directory `output` the target's name; the old target is moved to `replaced`.
 
-    `given` is called as soon as nothing can be undone any more: the target is the new one.
+    `given` is called as soon as the target is the new one and nothing can be undone.
     """
     output, replaced = folder / OUTPUT, folder / _REPLACED
     if not os.path.lexists(target):
         output.rename(target)
         given()
         return
-    # Whoever finds two directories after a death has to know which one is new.
+    # If this run is killed here, the next one finds two directories and must know which one is new.
     _write(folder / _EXCHANGED, [output.lstat().st_ino])
     file_io.sync(folder)
     if swap(output, target):
         given()
-        with contextlib.suppress(OSError):  # it is only to be removed
+        with contextlib.suppress(OSError):  # it is removed later anyway
             output.rename(replaced)
     else:
         target.rename(replaced)
@@ -56,11 +58,11 @@ def name_directory(folder: Path, target: Path, given: Callable[[], None]) -> Non
 
 
 def name_files(folder: Path, finals: Sequence[Path], given: Callable[[], None]) -> None:
-    """Gives the files of `output` their names; names without a file become free.
+    """Gives the files of `output` their names; old files under names that have no new file are removed.
 
-    The last one is the target, the weights. Where it is new, it comes last: whoever sees it sees what belongs
-    to it. Where it replaces an old one, that is alone when it is replaced, and so is the new one just after.
-    `given` as in `name_directory`.
+    The last name is the target, the weights. A new target comes last, so that its masks and its report are
+    there when it appears. An old target is replaced after its masks and report are gone, and before the new
+    ones come, so that they never lie beside the wrong weights. `given` as in `name_directory`.
     """
     *others, target = finals
     staged = [final for final in finals if os.path.lexists(folder / OUTPUT / final.name)]
@@ -78,7 +80,7 @@ def name_files(folder: Path, finals: Sequence[Path], given: Callable[[], None]) 
 
 
 def settle(folder: Path, target: Path) -> None:
-    """Undoes what was begun, or completes it where the target is given already.
+    """Undoes names that a killed run was giving, or completes them where the target is new already.
 
     May itself be cut short and called again.
     """
@@ -117,7 +119,7 @@ def swap(one: Path, other: Path) -> bool:
 def _undo_files(folder: Path, target: Path, marks: dict[str, list[int]]) -> None:
     for name, mark in marks.items():
         final, staged = target.with_name(name), folder / OUTPUT / name
-        # The mark tells our file from one that somebody else put there since.
+        # The mark differs for a file that somebody else put there since.
         if not os.path.lexists(staged) and os.path.lexists(final) and _mark(final) == mark:
             final.rename(staged)
     if (folder / _FORMER).is_dir():
@@ -127,7 +129,7 @@ def _undo_files(folder: Path, target: Path, marks: dict[str, list[int]]) -> None
 
 
 def _complete_files(folder: Path, target: Path, marks: dict[str, list[int]]) -> None:
-    """The rest of the names, unless the target is gone or another one since."""
+    """Gives the other names, unless the target is gone or was replaced since."""
     if not os.path.lexists(target) or _mark(target) != marks.get(target.name):
         return
     for name in marks:
@@ -137,7 +139,7 @@ def _complete_files(folder: Path, target: Path, marks: dict[str, list[int]]) -> 
 
 
 def _mark(path: Path) -> list[int]:
-    """What a file keeps when it gets another name."""
+    """Facts of a file that a rename keeps."""
     status = path.lstat()
     return [status.st_size, status.st_mtime_ns]
 
@@ -150,29 +152,32 @@ def _write(path: Path, value: object) -> None:
 
 
 def _read(path: Path) -> Any:  # noqa: ANN401
-    """What `_write` wrote; an empty object where it was still at it and nothing had been moved."""
+    """What `_write` wrote; an empty object where it was killed meanwhile, before anything was moved."""
     try:
         return json.loads(path.read_bytes())
     except ValueError:
         return {}
 
 
-# For the report, the spec and the folders, whose sizes are not known beforehand.
-_MARGIN = 1 << 20
-
-
 def check_target(layout: OutputLayout, *, force: bool, held: int = 0) -> None:
-    """CheckpointError where the output may not be written, MachineError where the system will not have it.
+    """CheckpointError where the output may not be written, MachineError where the system does not allow it.
 
-    `held` bytes of what is needed are there already, or will be free: what an unfinished run has left.
+    An unfinished run left `held` bytes of those that are needed, which are in place or will be freed.
     """
     check_place(layout)
     check_existing(layout, force=force)
-    _check_room(layout, held)
+    parent, needed = layout.target.parent, needed_bytes(layout, held)
+    with machine_errors(parent, "cannot be examined"):
+        free = free_bytes(parent)
+    if free < needed:
+        raise MachineError(
+            f"{parent}: not enough free space: {needed} bytes needed, {free} free; free some or give another "
+            "place with -o"
+        )
 
 
 def check_place(layout: OutputLayout) -> None:
-    """As `check_target`, whatever exists there and however little room there is."""
+    """As `check_target`, without looking at what exists there and how much room there is."""
     _check_parent(layout.target)
     _check_names(layout)
     _check_apart(layout)
@@ -207,10 +212,7 @@ def check_existing(layout: OutputLayout, *, force: bool) -> None:
 
 
 def refuse_replacing(layout: OutputLayout, read: Iterable[Path], what: str) -> None:
-    """CheckpointError where the output would take the place of a file that is read beside the checkpoint.
-
-    `what` says what these files hold.
-    """
+    """CheckpointError where the output would replace a file of `what` that is read beside the checkpoint."""
     for final in map(_real, final_paths(layout)):
         inside = next((path for path in read if final == _real(path) or final in _real(path).parents), None)
         if inside is not None:
@@ -220,7 +222,7 @@ def refuse_replacing(layout: OutputLayout, read: Iterable[Path], what: str) -> N
 
 
 def final_paths(layout: OutputLayout) -> tuple[Path, ...]:
-    """Every name that belongs to an output, in the order in which the names are given: the target last."""
+    """Every name that belongs to an output, the target last."""
     if layout.is_directory:
         return (layout.target,)
     names = dict.fromkeys((*layout.stale, *layout.mask_files, layout.report_file))
@@ -229,17 +231,17 @@ def final_paths(layout: OutputLayout) -> tuple[Path, ...]:
 
 def _is_ours(directory: Path) -> bool:
     """Whether a directory is an earlier output, of weights or of masks, or empty: nobody's work is in it."""
-    if (directory / RESULTS / "report.json").is_file():
-        return True
     # A report at the top may be anybody's; beside masks it is ours.
     masks = (directory / f"masks{end}" for end in (SUFFIX, INDEX_SUFFIX))
-    if (directory / "report.json").is_file() and any(one.is_file() for one in masks):
-        return True
-    return not any(directory.iterdir())
+    return (
+        (directory / RESULTS / "report.json").is_file()
+        or ((directory / "report.json").is_file() and any(one.is_file() for one in masks))
+        or not any(directory.iterdir())
+    )
 
 
 def needed_bytes(layout: OutputLayout, held: int = 0) -> int:
-    """What must be free: the output is complete before anything that it replaces goes away.
+    """Bytes that must be free: the output is complete before what it replaces is removed.
 
     `held` as in `check_target`.
     """
@@ -247,7 +249,7 @@ def needed_bytes(layout: OutputLayout, held: int = 0) -> int:
 
 
 def free_bytes(folder: Path) -> int:
-    """What a user may still write on the file system of a folder."""
+    """Bytes that a user may still write on the file system of a folder."""
     status = os.statvfs(folder)
     return status.f_bavail * status.f_frsize
 
@@ -268,7 +270,7 @@ def _check_parent(target: Path) -> None:
 
 
 def _check_names(layout: OutputLayout) -> None:
-    """No name is longer than the file system takes: that would be found when all of the work is done."""
+    """Refuses names that are too long for the file system, which renaming would find after all work."""
     most = name_bytes(layout.target.parent)
     for path in final_paths(layout):
         length = len(os.fsencode(path.name))
@@ -286,7 +288,7 @@ def _is_in_cache(folder: Path) -> bool:
 
 
 def _check_apart(layout: OutputLayout) -> None:
-    """The output neither is, nor lies in, nor would replace any part of the input."""
+    """Refuses an output that is, lies in, or would replace any part of the input."""
     checkpoint = layout.checkpoint
     source = _real(checkpoint.path)
     parts = [source, *(_real(shard.path) for shard in checkpoint.shards)]
@@ -305,18 +307,6 @@ def _check_apart(layout: OutputLayout) -> None:
             raise CheckpointError(
                 f"{path}: the output would replace the input, which holds {inside}; give another name with -o"
             )
-
-
-def _check_room(layout: OutputLayout, held: int) -> None:
-    parent = layout.target.parent
-    with machine_errors(parent, "cannot be examined"):
-        free = free_bytes(parent)
-    needed = needed_bytes(layout, held)
-    if free < needed:
-        raise MachineError(
-            f"{parent}: not enough free space: {needed} bytes needed, {free} free; free some or give another "
-            "place with -o"
-        )
 
 
 def _real(path: Path) -> Path:

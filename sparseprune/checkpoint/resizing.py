@@ -12,7 +12,8 @@ from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from sparseprune.checkpoint.discovery import NUMBERED, RESULTS, SUFFIX, read_object
+from sparseprune.checkpoint.discovery import NUMBERED, RESULTS, SUFFIX
+from sparseprune.checkpoint.documents import read_object
 from sparseprune.checkpoint.header import Header, lay_out
 from sparseprune.checkpoint.layout import (
     CopyRange,

@@ -11,19 +11,12 @@ import os
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from sparseprune.checkpoint import discovery, file_io
-from sparseprune.checkpoint.file_io import (
-    NO_STAMP,
-    ChangedInputError,
-    OpenFiles,
-    Stamp,
-    permissions,
-    replaced,
-    shown,
-    stamp_of,
-)
+from sparseprune.checkpoint.documents import leads_nowhere, read_object, shown
+from sparseprune.checkpoint.file_io import ChangedInputError, OpenFiles
+from sparseprune.checkpoint.fingerprint import NO_STAMP, Stamp, permissions, replaced, stamp_of
 from sparseprune.checkpoint.header import Header, TensorEntry, read_header
 from sparseprune.errors import CheckpointError, SparsepruneError
 
@@ -161,7 +154,7 @@ def read_config(checkpoint: Checkpoint) -> Mapping[str, Any] | None:
     """The config.json in a checkpoint's directory or beside its file; None if there is none."""
     home = checkpoint.path if checkpoint.is_directory else checkpoint.path.parent
     try:
-        return MappingProxyType(discovery.read_object(home / "config.json"))
+        return MappingProxyType(read_object(home / "config.json"))
     except CheckpointError as error:
         if isinstance(error.__cause__, FileNotFoundError):
             return None
@@ -176,14 +169,30 @@ def read_beside(checkpoint: Checkpoint) -> dict[str, Mapping[str, Any]]:
         is_small = path.suffix == ".json" and len(path.parts) == 1 and other.nbytes <= _SMALL
         if is_small and path.name != "config.json" and path != checkpoint.index:
             try:
-                found[path.name] = discovery.read_object(checkpoint.path / path)
+                found[path.name] = read_object(checkpoint.path / path)
             except CheckpointError:
                 continue  # it is copied, whatever it is
     return found
 
 
-class TensorReader:
-    """Reads bytes of tensors from any thread; a few shards stay open, for reading only.
+class Source(Protocol):
+    """Where bytes of tensors are read, from any thread; `TensorReader` reads local files."""
+
+    def read(self, stored: StoredTensor, begin: int = 0, end: int | None = None) -> bytearray:
+        """The bytes [begin, end) of a tensor, all of it by default; ValueError outside of it."""
+
+    def read_into(self, stored: StoredTensor, begin: int, buffer: WritableBytes) -> None:
+        """Fills a contiguous buffer, such as a numpy array, with a tensor's bytes from `begin` on.
+
+        ValueError where it reaches outside of the tensor.
+        """
+
+    def close(self) -> None:
+        """Frees what is open; reads that are under way still end well."""
+
+
+class TensorReader(Source):
+    """The Source of local files, of which a few stay open, for reading only.
 
     A context manager: leaving it closes the files. A shard that is not the file of which the header was
     read, or has another length, is a ChangedInputError, every error of the disk a MachineError.
@@ -198,10 +207,12 @@ class TensorReader:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
         self._files.close()
 
     def read(self, stored: StoredTensor, begin: int = 0, end: int | None = None) -> bytearray:
-        """The bytes [begin, end) of a tensor, all of it by default; ValueError outside of it."""
         stop = stored.nbytes if end is None else end
         _check_part(stored, begin, stop)
         data = bytearray(stop - begin)
@@ -209,10 +220,6 @@ class TensorReader:
         return data
 
     def read_into(self, stored: StoredTensor, begin: int, buffer: WritableBytes) -> None:
-        """Fills a contiguous buffer, such as a numpy array, with a tensor's bytes from `begin` on.
-
-        ValueError where it reaches outside of the tensor.
-        """
         view = file_io.as_bytes(buffer)
         _check_part(stored, begin, begin + len(view))
         offset = stored.offset + begin
@@ -233,7 +240,7 @@ def open_shard(path: Path, relative: PurePosixPath) -> tuple[Shard, Header]:
         status = path.stat()
         stamp, mode = stamp_of(status), permissions(status)
     except OSError as error:  # read_header reports any other one
-        refusal = discovery.leads_nowhere(path, error)
+        refusal = leads_nowhere(path, error)
         if refusal is not None:
             raise refusal from error
     header = read_header(path)

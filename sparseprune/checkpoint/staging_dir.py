@@ -1,6 +1,6 @@
-"""The staging folder of an unfinished output: its place, lock, owner and remains.
+"""The staging folder of an unfinished output: its place, lock, owner and what a killed run left in it.
 
-Owns who may use such a folder and when it is removed. Knows nothing of tensors. Called by output and publish.
+Owns who may use such a folder and when it is removed. Knows nothing of tensors. Called by output.py.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ _OF_OTHERS = 0o077
 _WRITTEN_BY_OTHERS = 0o022
 
 
-class PartialFolder:
-    """The staging folder of one target, or another `kind` of one; at most one live run holds it.
+class StagingDir:
+    """The staging folder of one target, or another `kind` of one; at most one live run has its lock.
 
-    Nobody but its owner may enter it. Once it is acquired, `can_be_continued` tells whether what it holds was
-    put there by its owner, and `warnings` has a line for each promise that its file system does not allow.
-    OSErrors are the caller's to put into words, but for those of `release` and `discard`.
+    Nobody but its owner may enter it. Once it is acquired, `can_be_continued` says whether only its owner can
+    have put anything there, and `warnings` has a line for each promise that its file system cannot keep. The
+    caller turns OSErrors into words, except those of `release` and `discard`.
     """
 
     def __init__(self, target: Path, kind: str = "partial") -> None:
@@ -64,7 +64,7 @@ class PartialFolder:
             raise
 
     def probe(self) -> None:
-        """Finds out, for `warnings`, whether anything tells when data and names are on disk."""
+        """Finds out, for `warnings`, whether the file system can say when data and names are on disk."""
         lost = "is on disk there, so a crash of the machine may lose the output"
         if not file_io.sync(self.path / _LOCK, data_only=True):
             self._warn(f"nothing tells when data {lost}, and an interrupted run is not continued")
@@ -74,14 +74,14 @@ class PartialFolder:
     def start_over(self, mode: int) -> None:
         """Removes what a killed run left and makes an empty `output` with the permissions `mode`."""
         if os.path.lexists(self.journal):
-            # Gone for good before anything else: it would vouch for files that are about to be made anew.
+            # First, and on disk: it speaks of files that are about to be made anew.
             remove(self.journal)
             file_io.sync(self.path)
         self._remove_all_but(_LOCK)
         self.output.mkdir(mode)
 
     def resume(self) -> None:
-        """Removes what a killed run left, but for its output, its journal and what it put aside."""
+        """Removes what a killed run left, except its output, its journal and what it put aside."""
         self._remove_all_but(_LOCK, _JOURNAL, _ASIDE, publish.OUTPUT)
 
     def sync_folders(self) -> None:
@@ -103,22 +103,15 @@ class PartialFolder:
             return None
         return sizes
 
-    def has_journal(self) -> bool:
-        """Whether there is a journal that the owner of the folder wrote, with what it tells of."""
-        return self._has(self.journal)
-
-    def has_aside(self) -> bool:
-        """Whether there is what the owner of the folder put aside."""
-        return self._has(self.aside)
-
-    def _has(self, path: Path) -> bool:
+    def has(self, path: Path) -> bool:
+        """Whether a file is there (`journal`, `aside`) that only the owner of the folder can have written."""
         try:
             return self.can_be_continued and self._owns(path.lstat())
         except OSError:
             return False
 
     def held_bytes(self) -> int:
-        """What the folder takes on disk: free once it is emptied, or there already when it is continued."""
+        """The folder's bytes on disk: free once it is emptied, or in place already when it is continued."""
         held = 0
         with contextlib.suppress(OSError):  # no folder; a count that is too low refuses too much at worst
             for entry in _entries(self.path):
@@ -127,17 +120,14 @@ class PartialFolder:
         return held
 
     def release(self) -> None:
-        """Lets go of the lock; keeps the folder if a later run can continue it, else removes it."""
-        if self._lock is not None and self.has_journal() and self.sizes():
-            self._let_go(remove_it=False)
-        else:
-            self.discard()
+        """Unlocks the folder if a later run can continue it, else discards it."""
+        self._leave(keep=self._lock is not None and self.has(self.journal) and bool(self.sizes()))
 
     def discard(self) -> None:
-        """Removes the folder and lets go of the lock; keeps it if it holds the only copy of the target."""
-        self._let_go(remove_it=True)
+        """Removes and unlocks the folder; keeps it if it holds the only copy of the target."""
+        self._leave(keep=False)
 
-    def _let_go(self, *, remove_it: bool) -> None:
+    def _leave(self, *, keep: bool) -> None:
         if self._lock is None:
             return
         try:
@@ -147,18 +137,18 @@ class PartialFolder:
                 f"{self.target}: could not be put back ({error.strerror}); what it was is in {self.path}"
             ) from error
         else:
-            if remove_it:
+            if not keep:
                 self._remove()
         finally:
             self._unlock()
 
     def _remove(self) -> None:
-        # What cannot be removed now is stale from here on, and removed by the next run.
+        # The next run removes what cannot be removed now.
         with contextlib.suppress(OSError):
-            # First, so that nothing is continued of which a part is gone.
+            # First, so that no run continues an output of which a part is gone.
             remove(self.journal)
             self._remove_all_but(_LOCK)
-            # The lock goes last: whoever makes it anew finds nothing that is still being removed.
+            # Last: a run that makes the lock anew finds nothing that is still being removed.
             (self.path / _LOCK).unlink()
             self.path.rmdir()
 
@@ -221,14 +211,14 @@ class PartialFolder:
     def _close(self) -> None:
         descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
-            with contextlib.suppress(OSError):  # told by what it is afterwards
+            with contextlib.suppress(OSError):  # the caller looks at the mode afterwards
                 inherited = os.fstat(descriptor).st_mode & stat.S_ISGID
                 os.fchmod(descriptor, _PRIVATE | inherited)
         finally:
             os.close(descriptor)
 
     def _owns(self, status: os.stat_result) -> bool:
-        """Whether it is a plain file of the folder's owner, under no other name."""
+        """Whether it is a plain file of the folder's owner, with no other name."""
         return stat.S_ISREG(status.st_mode) and status.st_uid == self._owner and status.st_nlink == 1
 
     def _warn(self, fact: str) -> None:
@@ -237,21 +227,19 @@ class PartialFolder:
             self.warnings.append(text)
 
     def _held(self, descriptor: int, lock: Path) -> bool:
-        """Whether the lock is held and still stands in the folder; closed if not."""
+        """Whether the lock is held and still in the folder; closed if not."""
+        held = False
         try:
             self._flock(descriptor)
-            if lock.exists() and os.path.samestat(os.fstat(descriptor), lock.stat()):
-                return True
+            held = lock.exists() and os.path.samestat(os.fstat(descriptor), lock.stat())
         except BlockingIOError as error:
-            os.close(descriptor)
             raise CheckpointError(
                 f"{self.target}: another run is writing this output; wait, or give another name with -o"
             ) from error
-        except BaseException:
-            os.close(descriptor)
-            raise
-        os.close(descriptor)
-        return False
+        finally:
+            if not held:
+                os.close(descriptor)
+        return held
 
     def _flock(self, descriptor: int) -> None:
         try:
@@ -283,7 +271,7 @@ def left_behind(target: Path) -> Path | None:
             fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
         finally:
             os.close(descriptor)
-    except OSError:  # not there, not to be looked into, or at work
+    except OSError:  # not there, not readable, or in use
         return None
     return folder
 
@@ -319,7 +307,7 @@ def remove(path: Path) -> None:
 
 
 def _entries(folder: Path | str) -> Iterator[os.DirEntry[str]]:
-    """All that lies in a folder and below, but for the folders themselves; links are not followed."""
+    """Everything in a folder and below, except the folders themselves; links are not followed."""
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.is_dir(follow_symlinks=False):

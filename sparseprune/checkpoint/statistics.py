@@ -14,8 +14,8 @@ from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
-from sparseprune.checkpoint.discovery import INDEX_SUFFIX, RESULTS, SUFFIX, read_object
-from sparseprune.checkpoint.file_io import strict_json
+from sparseprune.checkpoint.discovery import INDEX_SUFFIX, RESULTS, SUFFIX
+from sparseprune.checkpoint.documents import read_object, strict_json
 from sparseprune.checkpoint.header import lay_out
 from sparseprune.checkpoint.layout import OutputFile, OutputLayout, Place, folder_modes, results_mode
 from sparseprune.checkpoint.source import open_checkpoint

@@ -11,7 +11,7 @@ from difflib import get_close_matches
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from sparseprune.checkpoint.file_io import shown
+from sparseprune.checkpoint.documents import shown
 from sparseprune.engine.dtypes import DTYPES
 from sparseprune.errors import CheckpointError
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from sparseprune.checkpoint import StagedOutput, publish
-from sparseprune.checkpoint.staging_dir import PartialFolder, left_behind
+from sparseprune.checkpoint.staging_dir import StagingDir, left_behind
 from sparseprune.errors import CheckpointError
 from tests.checkpoint.files import (
     content,
@@ -135,7 +135,7 @@ def test_a_file_system_in_memory_takes_and_replaces_outputs(tmp_path: Path) -> N
         finish(layout_of(path, target, masked="b", form="bool"))
         finish(layout_of(path, target, masked="b", form="bool"), force=True)
         assert (target / "model.safetensors").stat().st_dev == SHARED_MEMORY.stat().st_dev
-        assert not PartialFolder(target).path.exists()
+        assert not StagingDir(target).path.exists()
     finally:
         for file in sorted(target.rglob("*"), reverse=True):
             file.rmdir() if file.is_dir() else file.unlink()
@@ -165,11 +165,11 @@ def test_a_name_may_be_as_long_as_the_file_system_takes(tmp_path: Path, length: 
 
 
 def test_long_names_that_end_differently_have_folders_of_their_own(tmp_path: Path) -> None:
-    one, other = (PartialFolder(tmp_path / ("n" * 250 + end)).path for end in ("a", "b"))
+    one, other = (StagingDir(tmp_path / ("n" * 250 + end)).path for end in ("a", "b"))
     assert one != other
-    assert PartialFolder(tmp_path / ("n" * 250), "choice").path != PartialFolder(tmp_path / ("n" * 250)).path
+    assert StagingDir(tmp_path / ("n" * 250), "choice").path != StagingDir(tmp_path / ("n" * 250)).path
     strange = os.fsdecode(b"\x80" * 255)
-    assert len(os.fsencode(PartialFolder(tmp_path / strange).path.name)) <= 255
+    assert len(os.fsencode(StagingDir(tmp_path / strange).path.name)) <= 255
 
 
 @pytest.mark.parametrize(
@@ -248,13 +248,19 @@ def test_the_old_output_is_not_continued_after_a_death_at_the_exchange(
         swap(one, other)
         raise Killed
 
+    def die_with_it(output: StagedOutput, *, keep: bool) -> None:
+        """Closes the files that a killed process would close."""
+        output._staging._unlock()
+        assert output._writer.journal is not None
+        output._writer.journal.close()
+
     layout = layout_of(path, masked="b")
     with monkeypatch.context() as patch:
         patch.setattr(publish, "swap", die)
-        patch.setattr(StagedOutput, "_leave", lambda self, *, keep: self._partial._unlock())
+        patch.setattr(StagedOutput, "_leave", die_with_it)
         with pytest.raises(Killed):
             finish(layout, force=True)
-    folder = PartialFolder(layout.target).path
+    folder = StagingDir(layout.target).path
     assert content(folder / "output") == old
     assert left_behind(layout.target) == folder
     new = content(layout.target)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from sparseprune.checkpoint.staging_dir import PartialFolder
+from sparseprune.checkpoint.staging_dir import StagingDir
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def test_a_folder_that_vanished_before_it_was_locked_is_made_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: int
 ) -> None:
-    folder = PartialFolder(tmp_path / "m.safetensors")
+    folder = StagingDir(tmp_path / "m.safetensors")
     opened = os.open
     vanished: list[Any] = []
 

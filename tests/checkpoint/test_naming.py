@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from sparseprune.checkpoint.publish import name_files, settle
-from sparseprune.checkpoint.staging_dir import PartialFolder
+from sparseprune.checkpoint.staging_dir import StagingDir
 
 NAMES = ("m.masks.safetensors", "m.report.json", "m.safetensors")
 OLD = {"m.report.json": "old report", "m.masks.safetensors": "old masks", "m.safetensors": "old weights"}
@@ -16,7 +16,7 @@ NEW = {"m.report.json": "a new report", "m.safetensors": "the new weights"}
 
 
 def _folder(parent: Path) -> Path:
-    folder = PartialFolder(parent / NAMES[-1]).path
+    folder = StagingDir(parent / NAMES[-1]).path
     (folder / "output").mkdir(parents=True)
     for name, text in OLD.items():
         (parent / name).write_text(text)
@@ -63,7 +63,7 @@ def test_what_was_cut_short_is_undone_or_completed(
     if there < 3:  # two old names are given up before the new weights come
         assert _texts(tmp_path) == OLD
         assert _texts(folder / "output") == NEW
-        PartialFolder(finals[-1]).resume()
+        StagingDir(finals[-1]).resume()
         name_files(folder, finals, lambda: None)
     assert _texts(tmp_path) == NEW
     settle(folder, finals[-1])

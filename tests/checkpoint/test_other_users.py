@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from sparseprune.checkpoint import StagedOutput
-from sparseprune.checkpoint.staging_dir import PartialFolder
+from sparseprune.checkpoint.staging_dir import StagingDir
 from sparseprune.errors import CheckpointError
 from tests.checkpoint.files import (
     all_keys,
@@ -102,7 +102,7 @@ def test_the_folder_of_another_user_is_refused_and_left_as_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, real: bool, kind: str
 ) -> None:
     target = tmp_path / "out"
-    folder = PartialFolder(target, kind)
+    folder = StagingDir(target, kind)
     folder.path.mkdir(0o700)
     (folder.path / "journal").write_text("planted")
     if real:
@@ -144,7 +144,7 @@ def test_what_others_could_read_is_closed_and_continued(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["replaced", "former", "names", "exchanged"])
 def test_old_outputs_are_not_taken_from_where_others_could_write(tmp_path: Path, name: str) -> None:
     layout = layout_of(directory(tmp_path))
-    folder = PartialFolder(layout.target).path
+    folder = StagingDir(layout.target).path
     (folder / "output").mkdir(parents=True)
     (folder / name).mkdir()
     (folder / name / "planted").write_text("")

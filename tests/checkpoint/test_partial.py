@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from sparseprune.checkpoint import StagedOutput, file_io, publish
-from sparseprune.checkpoint.staging_dir import PartialFolder
+from sparseprune.checkpoint.staging_dir import StagingDir
 from sparseprune.errors import CheckpointError, MachineError
 from tests.checkpoint.files import (
     content,
@@ -322,7 +322,7 @@ def test_what_new_weights_lack_is_given_to_them_and_to_nothing_else(
         stage(layout_of(path), report=b"newest")
     wanted = {"report": b"of the user", "weights": None, "no weights": b"newest"}[changed]
     assert (report.read_bytes() if report.exists() else None) == wanted
-    assert not PartialFolder(weights).path.exists()
+    assert not StagingDir(weights).path.exists()
 
 
 def test_files_whose_names_were_taken_away_get_them_back(

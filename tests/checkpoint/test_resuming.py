@@ -34,7 +34,7 @@ def interrupt(
     output: StagedOutput, after: int = 3, error: BaseException | type[BaseException] = KeyboardInterrupt
 ) -> StagedOutput:
     """Runs until so many pieces are noted, then ends as the error says."""
-    flush = output._unsynced.flush
+    flush = output.flush
     left = iter(range(after - 1))
 
     def stop() -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import pytest
 
 from sparseprune.checkpoint.journal import Journal, note_text, read_journal
-from sparseprune.checkpoint.output import Unsynced
+from sparseprune.checkpoint.output import FileWriter
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -21,23 +20,23 @@ def test_an_interrupted_flush_puts_its_notes_before_those_that_came_meanwhile(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, waiting: int, meanwhile: int
 ) -> None:
     (tmp_path / "weights").write_bytes(b"1")
-    unsynced = Unsynced(lambda _: nullcontext())
-    unsynced.journal = Journal.begin(tmp_path / "journal", {})
-    unsynced.written(str(tmp_path / "weights"))
+    writer = FileWriter()
+    writer.journal = Journal.begin(tmp_path / "journal", {})
+    writer.written(str(tmp_path / "weights"))
     for number in range(waiting):
-        unsynced.noted(note_text(f"before {number}", None))
+        writer.noted(note_text(f"before {number}", None))
 
     def interrupted(_: int) -> None:
         for number in range(meanwhile):
-            unsynced.noted(note_text(f"meanwhile {number}", None))
+            writer.noted(note_text(f"meanwhile {number}", None))
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fdatasync", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            unsynced.flush()
-    unsynced.flush()
-    unsynced.journal.close()
+            writer.flush()
+    writer.flush()
+    writer.journal.close()
     found = read_journal(tmp_path / "journal")
     assert found is not None
     before = [f"before {number}" for number in range(waiting)]

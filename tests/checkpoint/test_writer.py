@@ -9,6 +9,7 @@ import pytest
 
 from sparseprune.checkpoint import file_io
 from sparseprune.checkpoint.output import FileWriter
+from sparseprune.errors import MachineError
 from tests.checkpoint.files import open_files
 
 
@@ -72,9 +73,9 @@ def test_a_failed_write_leaves_its_file_closed_at_the_end(
 
     monkeypatch.setattr(os, "pwrite", fail)
     writer = FileWriter()
-    with pytest.raises(OSError, match="Input/output"):
+    with pytest.raises(MachineError, match="cannot be written: Input/output"):
         writer.write(path, b"x", 0)
-    with pytest.raises(OSError, match="No such file"):
+    with pytest.raises(MachineError, match="absent: cannot be written: No such file"):
         writer.write(str(tmp_path / "absent"), b"x", 0)
     writer.close()
 

@@ -17,7 +17,7 @@ import pytest
 from safetensors.torch import save_file
 
 from sparseprune.checkpoint.journal import Journal, note_text, read_journal
-from sparseprune.checkpoint.staging_dir import PartialFolder
+from sparseprune.checkpoint.staging_dir import StagingDir
 from tests.checkpoint.files import names_in
 from tests.cli.removal import LLAMA, decoder, write
 from tests.limits import force, narrow
@@ -132,7 +132,7 @@ def interrupted(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         patch.setattr("sparseprune.cli.apply.refuse_changed", stop)
         said = run("apply", home / "m.safetensors", home / "spec.toml", "-o", home / "out.safetensors", "-q")
     assert said.code == 130
-    folder = PartialFolder(home / "out.safetensors").path
+    folder = StagingDir(home / "out.safetensors").path
     assert str(folder) in said.err
     return folder
 

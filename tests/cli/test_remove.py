@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from sparseprune import load_masks
 from sparseprune.checkpoint import TensorReader, open_masks
-from sparseprune.checkpoint.staging_dir import PartialFolder
+from sparseprune.checkpoint.staging_dir import StagingDir
 from sparseprune.execution import limits, schedule
 from sparseprune.removal.slices import read_slices
 from tests.checkpoint.files import content, names_in
@@ -330,7 +330,7 @@ def test_another_run_that_writes_the_same_output_is_told_by_its_name(
     source = write(tmp_path / "in", decoder(), LLAMA)
     assert run("mask", source, "decoder-mlp-channels", "-o", tmp_path / "masks", "-q").code == 0
     words = ("--masks", tmp_path / "masks") if masks else ("decoder-mlp-channels",)
-    other = PartialFolder(tmp_path / "out", kind)
+    other = StagingDir(tmp_path / "out", kind)
     other.acquire()
     try:
         said = run("remove", source, *words, "-o", tmp_path / "out", "-q")
