@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+    from sparseprune.results.fields import Document
+
 TWO_OF_FOUR = """
 version = 1
 [scope.proj]
@@ -112,6 +114,11 @@ def write_spec(folder: Path, text: str) -> Path:
     path = folder / "spec.toml"
     path.write_text(text)
     return path
+
+
+def as_data(result: Document) -> Any:
+    """A result as whoever reads its JSON has it."""
+    return json.loads(result.to_json())
 
 
 def schema(name: str) -> Any:

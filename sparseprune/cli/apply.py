@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sparseprune.checkpoint import StagedOutput, refuse_changed
 from sparseprune.cli.applied import rebuilt_by, warn_of_broken, warn_of_earlier
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from sparseprune.checkpoint import OutputLayout, TensorReader
     from sparseprune.cli.request import Prepared
     from sparseprune.execution import Plan
+    from sparseprune.results import Report
 
 
 def run(request: Request) -> None:
@@ -28,7 +29,7 @@ def run(request: Request) -> None:
     plan, layout = prepared.plan, prepared.layout
     output = StagedOutput(layout, request.force, identity=identity_of(request, prepared))
     with interrupts_told(output):
-        document = write_output(
+        report = write_output(
             output,
             lambda reader: _worked(request, prepared, output, reader, began),
             lambda: refuse_changed(plan.checkpoint, score_shards(plan)),
@@ -36,21 +37,21 @@ def run(request: Request) -> None:
             warnings=request.warnings,
         )
         if not request.quiet:
-            _tell(request, plan, layout, document, time.perf_counter() - began)
+            _tell(request, plan, layout, report, time.perf_counter() - began)
         if request.json:
-            print_json(document)
+            print_json(report)
         else:
             print_result(output_shown(request, layout))
 
 
 def _worked(
     request: Request, prepared: Prepared, output: StagedOutput, reader: TensorReader, began: float
-) -> dict[str, Any]:
+) -> Report:
     """Do the work, and write the report and the spec beside it."""
     # Numpy and the compiled loops come in here, after everything that can be refused without them.
     from sparseprune.execution import device_text, devices_of_rules, execute, resolve_device, work_bytes
     from sparseprune.report.coverage import unpruned_lines
-    from sparseprune.report.document import Run, pruned_by_rule, report_document
+    from sparseprune.report.document import Run, make_report, pruned_by_rule
 
     source, plan, schedule, layout = prepared.source, prepared.plan, prepared.schedule, prepared.layout
     device = resolve_device(request.device, uses_torch=schedule.uses_torch)
@@ -75,16 +76,14 @@ def _worked(
         left_out=layout.left_out,
         coverage=prepared.coverage,
     )
-    document = report_document(circumstances, plan.checkpoint, plan.bound, outcomes)
-    output.add_file(layout.report_file, report_bytes(document))
+    report = make_report(circumstances, plan.checkpoint, plan.bound, outcomes)
+    output.add_file(layout.report_file, report_bytes(report))
     if layout.spec_file is not None:
         output.add_file(layout.spec_file, as_applied(request, source.text).encode())
-    return document
+    return report
 
 
-def _tell(
-    request: Request, plan: Plan, layout: OutputLayout, document: dict[str, Any], seconds: float
-) -> None:
+def _tell(request: Request, plan: Plan, layout: OutputLayout, report: Report, seconds: float) -> None:
     from sparseprune.report.coverage import coverage_text
     from sparseprune.report.document import copies_line
     from sparseprune.report.tables import outcome_table, rules_table
@@ -92,16 +91,16 @@ def _tell(
 
     console = stderr_console()
     if request.verbose:
-        console.print(outcome_table(document))
-    console.print(rules_table(document))
-    totals = document["totals"]
-    reached = sum(rule["numel"] for rule in document["rules"])
+        console.print(outcome_table(report))
+    console.print(rules_table(report))
+    totals = report.totals
+    reached = sum(rule.numel for rule in report.rules)
     masks = sum(place.nbytes for place in layout.masks.values())
     lines = [
-        f"pruned {totals['pruned']:,} of {totals['numel']:,} parameters ({percent(totals['sparsity'])})",
+        f"pruned {totals.pruned:,} of {totals.numel:,} parameters ({percent(totals.sparsity)})",
         (
-            f"left alone {totals['tensors'] - len(document['tensors'])} of {totals['tensors']} tensors, "
-            f"{totals['numel'] - reached:,} parameters"
+            f"left alone {totals.tensors - len(report.tensors)} of {totals.tensors} tensors, "
+            f"{totals.numel - reached:,} parameters"
         ),
     ]
     covered = coverage_text(totals)
@@ -114,14 +113,14 @@ def _tell(
         )
     else:
         lines.append(f"weights {size(layout.input_bytes)}, masks {size(masks)}")
-    if totals["output_error"] is not None:
-        matrices = sum(tensor["output_error"] is not None for tensor in document["tensors"])
+    if totals.output_error is not None:
+        matrices = sum(tensor.output_error is not None for tensor in report.tensors)
         lines.append(
-            f"reconstructed {matrices} matrices: output error {totals['output_error']:.3f} on average, "
-            f"{totals['output_error_masked']:.3f} by the masks alone"
+            f"reconstructed {matrices} matrices: output error {totals.output_error:.3f} on average, "
+            f"{totals.output_error_masked:.3f} by the masks alone"
         )
         lines += few_tokens(plan)
-    lines += copies_line("left out", document["files_left_out"])
+    lines += copies_line("left out", report.files_left_out)
     work = sum(stored.nbytes for stored in plan.checkpoint.tensors.values())
-    lines.append(f"{seconds:.1f} s, {size(work / seconds)}/s, on {document['device']}")
+    lines.append(f"{seconds:.1f} s, {size(work / seconds)}/s, on {report.device}")
     tell_lines(*lines)

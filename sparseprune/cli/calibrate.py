@@ -7,7 +7,7 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sparseprune import __version__
 from sparseprune.checkpoint import (
@@ -24,8 +24,11 @@ from sparseprune.cli.signals import temporary_folder
 from sparseprune.cli.writing import digest, interrupts_told, output_shown, report_bytes, write_output
 from sparseprune.errors import SparsepruneError, printable
 from sparseprune.report.wording import many
+from sparseprune.results.measuring import CollectedStatistics, Statistics, WithoutStatistics
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from sparseprune.calibration import Calibration, LoadedModel, Sequences
     from sparseprune.checkpoint import Checkpoint, Collected, OutputLayout, StatisticsKind
 
@@ -90,16 +93,16 @@ def run(request: Request) -> None:
         output = StagedOutput(layout, request.force, _identity(request, loaded, sequences, plan, checkpoint))
         _warn_of_little_room(request, plan, layout)
         with interrupts_told(output):
-            document = write_output(
+            found = write_output(
                 output,
                 lambda _: _worked(request, loaded, sequences, plan, output, began),
                 lambda: refuse_changed(checkpoint, ()),
                 quiet=request.quiet,
             )
             if not request.quiet:
-                _tell(request, loaded, sequences, document)
+                _tell(request, loaded, sequences, found)
             if request.json:
-                print_json(document)
+                print_json(found)
             else:
                 print_result(output_shown(request, layout))
 
@@ -161,7 +164,7 @@ def _worked(
     plan: Calibration,
     output: StagedOutput,
     began: float,
-) -> dict[str, Any]:
+) -> Statistics:
     """Collect, and write the report beside the statistics."""
     from sparseprune.calibration import already_run, calibrate
 
@@ -169,53 +172,49 @@ def _worked(
     already = already_run(sequences, plan, output)
     with progress("calibrating", total, quiet=request.quiet, already=already, sizes=TOKENS) as advance:
         counted = calibrate(loaded, sequences, plan, output, request.kind, advance)
-    document = {
-        "schema": "sparseprune.statistics.v1",
-        "sparseprune": __version__,
-        "input": str(request.checkpoint),
-        "output": output_shown(request, output.layout),
-        "kind": request.kind,
-        "device": str(loaded.device),
-        "seconds": round(time.perf_counter() - began, 3),
-        "text": [str(path) for path in request.text],
-        "sequences": len(sequences.ids),
-        "length": sequences.ids.shape[1],
-        "seed": request.seed,
-        "special": request.special,
-        "tokens": sequences.tokens,
-        "passes": len(plan.passes),
-        "matrices": [
-            {
-                "name": one.name,
-                "features": one.features,
-                "experts": one.experts,
-                "tokens": _one_or_all(one, counted[one.name].rows),
-                "divided_by": _one_or_all(one, counted[one.name].divisors),
-                "weights": dict(one.weights),
-            }
+    statistics = Statistics(
+        input=str(request.checkpoint),
+        output=output_shown(request, output.layout),
+        kind=request.kind,
+        device=str(loaded.device),
+        seconds=round(time.perf_counter() - began, 3),
+        text=tuple(str(path) for path in request.text),
+        sequences=len(sequences.ids),
+        length=sequences.ids.shape[1],
+        seed=request.seed,
+        special=request.special,
+        tokens=sequences.tokens,
+        passes=len(plan.passes),
+        matrices=tuple(
+            CollectedStatistics(
+                name=one.name,
+                features=one.features,
+                experts=one.experts,
+                tokens=_one_or_all(one, counted[one.name].rows),
+                divided_by=_one_or_all(one, counted[one.name].divisors),
+                weights=dict(one.weights),
+            )
             for one in plan.tensors
-        ],
-        "missing": list(loaded.missing),
-        "without": [{"name": name, "why": why} for name, why in plan.without],
-    }
-    output.add_file(output.layout.report_file, report_bytes(document))
-    return document
+        ),
+        missing=tuple(loaded.missing),
+        without=tuple(WithoutStatistics(name=name, why=why) for name, why in plan.without),
+    )
+    output.add_file(output.layout.report_file, report_bytes(statistics))
+    return statistics
 
 
-def _one_or_all(one: Collected, numbers: list[int]) -> int | list[int]:
-    return numbers if one.experts is not None else numbers[0]
+def _one_or_all(one: Collected, numbers: list[int]) -> int | tuple[int, ...]:
+    return tuple(numbers) if one.experts is not None else numbers[0]
 
 
-def _tell(request: Request, loaded: LoadedModel, sequences: Sequences, document: dict[str, Any]) -> None:
-    for line in _summary(request, loaded, sequences, document):
+def _tell(request: Request, loaded: LoadedModel, sequences: Sequences, found: Statistics) -> None:
+    for line in _summary(request, loaded, sequences, found):
         stderr_console().print(printable(line), markup=False, highlight=False, soft_wrap=True)
 
 
-def _summary(
-    request: Request, loaded: LoadedModel, sequences: Sequences, document: dict[str, Any]
-) -> list[str]:
-    matrices, without = document["matrices"], document["without"]
-    weights = sum(len(one["weights"]) for one in matrices)
+def _summary(request: Request, loaded: LoadedModel, sequences: Sequences, found: Statistics) -> list[str]:
+    matrices, without = found.matrices, found.without
+    weights = sum(len(one.weights) for one in matrices)
     lines = []
     if len(sequences.ids) < request.sequences:
         lines.append(
@@ -227,8 +226,8 @@ def _summary(
         )
     lines += [
         (
-            f"{document['kind']} statistics of {weights:,} matrices in {len(matrices):,} tensors, over "
-            f"{document['tokens']:,} tokens in {document['sequences']} sequences of {document['length']}"
+            f"{found.kind} statistics of {weights:,} matrices in {len(matrices):,} tensors, over "
+            f"{found.tokens:,} tokens in {found.sequences} sequences of {found.length}"
         ),
         *_few(matrices, verbose=request.verbose),
     ]
@@ -236,20 +235,20 @@ def _summary(
         shown = without if request.verbose else without[:1]
         such = "" if request.verbose or len(without) == 1 else ", such as"
         lines.append(f"no statistics of {many(len(without), 'matrix')}{such}")
-        lines += [f"  {one['name']}: {one['why']}" for one in shown]
-    rate = document["tokens"] * document["passes"] / max(document["seconds"], 1e-9)
-    passes = f", in {document['passes']} passes" if document["passes"] > 1 else ""
-    lines.append(f"{document['seconds']:.1f} s, {rate:,.0f} tokens/s{passes}, on {document['device']}")
+        lines += [f"  {one.name}: {one.why}" for one in shown]
+    rate = found.tokens * found.passes / max(found.seconds, 1e-9)
+    passes = f", in {found.passes} passes" if found.passes > 1 else ""
+    lines.append(f"{found.seconds:.1f} s, {rate:,.0f} tokens/s{passes}, on {found.device}")
     return lines
 
 
-def _few(matrices: list[dict[str, Any]], *, verbose: bool) -> list[str]:
+def _few(matrices: Sequence[CollectedStatistics], *, verbose: bool) -> list[str]:
     """What is to be told of experts that met fewer tokens than they have inputs."""
     found = sorted(
-        (count, f"{one['name']}[{place}]" if one["experts"] is not None else one["name"], one["features"])
+        (count, f"{one.name}[{place}]" if one.experts is not None else one.name, one.features)
         for one in matrices
-        for place, count in enumerate(one["tokens"] if one["experts"] is not None else [one["tokens"]])
-        if count < one["features"]
+        for place, count in enumerate(one.tokens if isinstance(one.tokens, tuple) else (one.tokens,))
+        if count < one.features
     )
     if not found:
         return []

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from sparseprune.checkpoint import TensorReader, open_checkpoint, open_statistics, refuse_changed_shards
 from sparseprune.cli.console import checked, print_json, print_table, print_text, tell
@@ -11,16 +11,18 @@ from sparseprune.cli.gc_pause import collector_paused
 from sparseprune.cli.options import Listing
 from sparseprune.cli.progress import progress
 from sparseprune.errors import CheckpointError, SparsepruneError
-from sparseprune.report.requirements import failures, parse_requirement
+from sparseprune.report.requirements import Absent, failures, parse_requirement
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Sequence
     from pathlib import Path
 
     from sparseprune.checkpoint import Statistics
     from sparseprune.cli.options import Form
     from sparseprune.report.measuring.comparison import Pair, Sides
     from sparseprune.report.requirements import Requirement
+    from sparseprune.results import Comparison
+    from sparseprune.results.measuring import ComparedTensor
 
 
 _OUTPUTS = "output_error"  # the field that needs statistics
@@ -54,7 +56,7 @@ def run(request: CompareRequest) -> None:
     with collector_paused():
         document = _document(request, sides, statistics, matrices)
     measured = frozenset(pair.before.name for pair in matrices)
-    with checked(*_failed(requirements, [*document["tensors"], *_absent(sides)], measured)):
+    with checked(*_failed(requirements, [*document.tensors, *_absent(sides)], measured)):
         if request.plot is not None:
             from sparseprune.report.pictures import plot_comparison
 
@@ -92,30 +94,30 @@ def _requirements(request: CompareRequest, sides: Sides) -> list[Requirement]:
 
 
 def _failed(
-    requirements: list[Requirement], entries: list[dict[str, Any]], matrices: frozenset[str]
+    requirements: list[Requirement],
+    tensors: Sequence[ComparedTensor | Absent],
+    matrices: frozenset[str],
 ) -> list[str]:
     """What does not hold; output errors are asked of the tensors of which there are statistics."""
     lines = []
     for requirement in requirements:
         of_outputs = requirement.comparison is not None and requirement.comparison.field == _OUTPUTS
-        asked = [one for one in entries if one["name"] in matrices or "absent" in one]
-        lines += failures([requirement], asked if of_outputs else entries)
+        asked = [one for one in tensors if one.name in matrices or isinstance(one, Absent)]
+        lines += failures([requirement], asked if of_outputs else tensors)
     return lines
 
 
-def _absent(sides: Sides) -> list[dict[str, Any]]:
-    """What a requirement cannot hold of: tensors that are gone, or have another shape."""
+def _absent(sides: Sides) -> list[Absent]:
+    """Tensors that fail every requirement: they are gone, or have another shape."""
     from sparseprune.report.wording import shape_text
 
-    gone = [
-        {"name": stored.name, "shape": stored.shape, "absent": "is not in PRUNED"} for stored in sides.removed
-    ]
+    gone = [Absent(stored.name, stored.shape, "is not in PRUNED") for stored in sides.removed]
     reshaped = [
-        {
-            "name": pair.before.name,
-            "shape": pair.before.shape,
-            "absent": f"was {shape_text(pair.before.shape)}, is {shape_text(pair.after.shape)} in PRUNED",
-        }
+        Absent(
+            pair.before.name,
+            pair.before.shape,
+            f"was {shape_text(pair.before.shape)}, is {shape_text(pair.after.shape)} in PRUNED",
+        )
         for pair in sides.reshaped
     ]
     return [*gone, *reshaped]
@@ -138,9 +140,9 @@ def _matrices(request: CompareRequest, sides: Sides, statistics: Statistics | No
 
 def _document(
     request: CompareRequest, sides: Sides, statistics: Statistics | None, matrices: tuple[Pair, ...]
-) -> dict[str, Any]:
+) -> Comparison:
     """What is found in the tensors, in the order that was asked for."""
-    from sparseprune.report.comparison import compare_document
+    from sparseprune.report.comparison import make_comparison
     from sparseprune.report.inspection import ordered
     from sparseprune.report.measuring.comparison import compare_checkpoints
     from sparseprune.report.measuring.outputs import output_errors
@@ -152,12 +154,12 @@ def _document(
     read = [one.shard for pair in sides.pairs for one in (pair.before, pair.after)]
     read += [statistics.of[pair.before.name].stored.shard for pair in matrices] if statistics else []
     refuse_changed_shards(read)
-    document = compare_document(str(request.dense), str(request.pruned), found, sides, errors)
-    tensors = ordered(document["tensors"], request.listing.sort, request.listing.reverse)
-    return document | {"tensors": tensors}
+    document = make_comparison(str(request.dense), str(request.pruned), found, sides, errors)
+    tensors = ordered(document.tensors, request.listing.sort, request.listing.reverse)
+    return replace(document, tensors=tensors)
 
 
-def _print(request: CompareRequest, document: Mapping[str, Any]) -> None:
+def _print(request: CompareRequest, document: Comparison) -> None:
     """The document in the form that was asked for; whoever names tensors sees all of them in the table."""
     named = bool(request.listing.match)
     if request.form == "json":

@@ -12,7 +12,7 @@ import sys
 import traceback
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -21,9 +21,11 @@ from sparseprune.cli.stdio import UntoldError
 from sparseprune.errors import CheckFailedError, MachineError, SparsepruneError, is_out_of_memory, printable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator
 
     from rich.console import Console, RenderableType
+
+    from sparseprune.results.fields import Document
 
 
 _LIBRARIES = 96 << 20  # bytes of addresses that numpy and what it loads take, measured
@@ -201,20 +203,18 @@ def _write(text: str) -> None:
     sys.stdout.flush()
 
 
-def print_json(document: Mapping[str, Any]) -> None:
-    """A document on stdout; JSON has escapes of its own for what a terminal would obey.
+def print_json(document: Document) -> None:
+    """A result on stdout; JSON has escapes of its own for what a terminal would obey.
 
     Piece by piece, as all of its text may be larger than all else in memory.
     """
-    from sparseprune.report.document import json_pieces, lines_of
-
     ensure_ascii = False
     try:
-        for line in lines_of(document):
+        for line in document.json_lines():
             _escaped(line).encode(sys.stdout.encoding or "utf-8")
     except UnicodeEncodeError:  # and for what the stream cannot say
         ensure_ascii = True
-    for piece in json_pieces(document, ensure_ascii=ensure_ascii):
+    for piece in document.json_pieces(ensure_ascii=ensure_ascii):
         sys.stdout.write("\n".join(map(_escaped, piece.split("\n"))))
     print(flush=True)
 

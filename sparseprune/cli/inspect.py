@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from sparseprune.checkpoint import TensorReader, open_checkpoint, read_config, refuse_changed_shards
 from sparseprune.cli.applied import tell_left_behind
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from sparseprune.cli.options import Form
     from sparseprune.report.inspection import Grouping, Telling
     from sparseprune.report.requirements import Requirement
+    from sparseprune.results import Inspection
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,7 @@ def run(request: InspectRequest) -> None:
     check_names(requirements, names)
     with collector_paused():
         document = _document(request, checkpoint, names, telling)
-    with checked(*failures(requirements, document["tensors"])):
+    with checked(*failures(requirements, document.tensors)):
         if request.plot is not None:
             from sparseprune.cli.plotting import plot_inspect
 
@@ -107,9 +108,9 @@ def _asked(request: InspectRequest) -> tuple[Telling, list[Requirement]]:
 
 def _document(
     request: InspectRequest, checkpoint: Checkpoint, names: Sequence[str], telling: Telling
-) -> dict[str, Any]:
+) -> Inspection:
     """The facts of the tensors that were asked for, in the order that was asked for."""
-    from sparseprune.report.inspection import inspect_document
+    from sparseprune.report.inspection import make_inspection
     from sparseprune.report.measuring.inspection import bytes_to_read, inspect_checkpoint
     from sparseprune.report.runtimes import needed_patterns
 
@@ -124,10 +125,11 @@ def _document(
     with TensorReader() as reader, progress("reading", total, quiet=request.quiet) as advance:
         facts = inspect_checkpoint(tensors, reader, questions, request.jobs, advance)
     refuse_changed_shards(one.shard for one in tensors)
-    document = inspect_document(str(request.checkpoint), facts, telling, checkpoint.left_out)
-    listed = "groups" if "groups" in document else "tensors"
+    document = make_inspection(str(request.checkpoint), facts, telling, checkpoint.left_out)
     key = "name" if request.tree and listing.sort is None else listing.sort
-    return document | {listed: ordered(document[listed], key, listing.reverse)}
+    if document.groups is not None:
+        return replace(document, groups=ordered(document.groups, key, listing.reverse))
+    return replace(document, tensors=ordered(document.tensors, key, listing.reverse))
 
 
 def _grouping(request: InspectRequest, checkpoint: Checkpoint, names: Sequence[str]) -> Grouping | None:
@@ -158,7 +160,7 @@ def _rules(request: InspectRequest, checkpoint: Checkpoint) -> Mapping[str, str]
     return rules
 
 
-def _print(request: InspectRequest, document: Mapping[str, Any]) -> None:
+def _print(request: InspectRequest, document: Inspection) -> None:
     """The document in the form that was asked for."""
     if request.form == "json":
         print_json(document)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sparseprune.checkpoint import lay_out_removal, read_config
 from sparseprune.cli.console import on_terminal, print_json, print_table
@@ -11,17 +11,18 @@ from sparseprune.cli.removal_source import removable, resized
 from sparseprune.cli.request import prepare, warn
 from sparseprune.cli.writing import output_shown
 from sparseprune.errors import SparsepruneError
-from sparseprune.report.plan import Asked, plan_document
+from sparseprune.report.plan import Asked, make_plan_result
 from sparseprune.spec.problems import suggestion
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator
 
     from rich.console import RenderableType
 
     from sparseprune.checkpoint import OutputLayout
     from sparseprune.cli.request import Prepared, Request
     from sparseprune.removal.preview import Presumed
+    from sparseprune.results import Plan
     from sparseprune.spec import BoundRule, BoundSpec
 
 ALL, NONE = "all", "none"
@@ -60,7 +61,7 @@ def _show(
     rules: tuple[BoundRule, ...],
 ) -> None:
     warn(request, prepared)
-    document = plan_document(
+    document = make_plan_result(
         Asked(
             str(request.checkpoint),
             request.spec,
@@ -79,16 +80,14 @@ def _show(
         print_table(*_parts(prepared, document, rules))
 
 
-def _parts(
-    prepared: Prepared, document: Mapping[str, Any], drawn: tuple[BoundRule, ...]
-) -> Iterator[RenderableType]:
+def _parts(prepared: Prepared, document: Plan, drawn: tuple[BoundRule, ...]) -> Iterator[RenderableType]:
     """A card for each rule, with its drawing where one is wanted, and the totals."""
     from sparseprune.report.drawings import RuleDrawing
     from sparseprune.report.plan_table import rule_card, totals_card
 
     tensors = prepared.plan.checkpoint.tensors
-    for rule, entry in zip(prepared.plan.bound.rules, document["rules"], strict=True):
-        yield rule_card(entry, document["totals"]["numel"])
+    for rule, entry in zip(prepared.plan.bound.rules, document.rules, strict=True):
+        yield rule_card(entry, document.totals.numel)
         if rule in drawn and rule.instances:
             leaves = rule.instances[0].scope.leaves
             yield RuleDrawing(rule, {leaf.tensor: tensors[leaf.tensor].shape for leaf in leaves})

@@ -6,7 +6,7 @@ Draws nothing itself. Called by inspect.py.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from sparseprune.checkpoint import TensorReader, read_config
 from sparseprune.cli.applied import applied_spec
@@ -18,11 +18,13 @@ from sparseprune.spec import TensorInfo, bind
 from sparseprune.spec.problems import suggestion
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
     from pathlib import Path
 
     from sparseprune.checkpoint import Checkpoint
     from sparseprune.cli.inspect import InspectRequest
+    from sparseprune.report.pictures.charts import Survivors
+    from sparseprune.results import Inspection
     from sparseprune.spec import BoundSpec, Spec
 
 Found = TypeVar("Found")
@@ -35,9 +37,7 @@ def check_tensor(checkpoint: Checkpoint, name: str) -> None:
         raise SparsepruneError(f"--tensor {printable(name)}: {checkpoint.path} has no such tensor{hint}")
 
 
-def plot_inspect(
-    request: InspectRequest, checkpoint: Checkpoint, document: Mapping[str, Any], path: Path
-) -> None:
+def plot_inspect(request: InspectRequest, checkpoint: Checkpoint, document: Inspection, path: Path) -> None:
     """Write the picture that `request` asks for to `path`, and tell that on stderr.
 
     By a spec that was named it is drawn or fails. One that only lies beside the weights may be unable to be
@@ -84,15 +84,16 @@ def _bound(request: InspectRequest, checkpoint: Checkpoint, spec: Spec) -> Bound
     return bind(spec, tensors, read_config(checkpoint))
 
 
-def _survivors(request: InspectRequest, checkpoint: Checkpoint, spec: Spec) -> list[dict[str, Any]]:
+def _survivors(request: InspectRequest, checkpoint: Checkpoint, spec: Spec) -> list[Survivors]:
     """For each rule that says how many blocks survive, how many do."""
     from sparseprune.execution.verifying import count_survivors, make_check
+    from sparseprune.report.pictures.charts import Survivors
 
     check = make_check(checkpoint, spec, default_memory(), request.jobs)
     with TensorReader() as reader, progress("counting", check.nbytes, quiet=request.quiet) as advance:
         found = count_survivors(check, reader, advance)
     return [
-        {"rule": rule.name, "nnz": list(rule.nnz), "histogram": sorted(rule.survivors.items())}
+        Survivors(rule.name, rule.nnz, sorted(rule.survivors.items()))
         for rule in found.rules
         if rule.survivors
     ]

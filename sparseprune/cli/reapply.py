@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sparseprune.checkpoint import (
     StagedOutput,
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from sparseprune.cli.mask_inputs import Masked
     from sparseprune.execution.reapply import Reapplication
     from sparseprune.report.reapplication import Circumstances
+    from sparseprune.results import Reapplication as Result
 
 _WORST = 10  # tensors that are shown without -v
 
@@ -95,10 +96,10 @@ def _prepare(request: ReapplyRequest) -> _Prepared:
 
 def _worked(
     request: ReapplyRequest, prepared: _Prepared, output: StagedOutput, reader: TensorReader, began: float
-) -> dict[str, Any]:
+) -> Result:
     """Do the work, and write the report, and the spec of the run that made the masks, beside it."""
     from sparseprune.execution.reapply import reapply, reapply_bytes
-    from sparseprune.report.reapplication import left_out_line, reapply_document
+    from sparseprune.report.reapplication import left_out_line, make_reapply_result
 
     left_out = left_out_line(_circumstances(request, prepared, began))
     if left_out is not None and not request.quiet:
@@ -110,7 +111,7 @@ def _worked(
         request.warnings.add("the masks drop nothing: the output is a copy of the input")
     layout, origin = prepared.layout, prepared.masked.origin
     circumstances = _circumstances(request, prepared, began)
-    document = reapply_document(circumstances, prepared.masked.matched.checkpoint, tensors)
+    document = make_reapply_result(circumstances, prepared.masked.matched.checkpoint, tensors)
     output.add_file(layout.report_file, report_bytes(document))
     if layout.spec_file is not None and origin is not None and origin.spec is not None:
         output.add_file(layout.spec_file, origin.spec)
@@ -140,14 +141,14 @@ def _identity(request: ReapplyRequest, prepared: _Prepared) -> dict[str, str]:
     return {**identity_of_masked(prepared.masked), "the options": json.dumps(["reapply", *options])}
 
 
-def _tell(request: ReapplyRequest, prepared: _Prepared, document: dict[str, Any], seconds: float) -> None:
+def _tell(request: ReapplyRequest, prepared: _Prepared, document: Result, seconds: float) -> None:
     from sparseprune.report.document import copies_line
     from sparseprune.report.reapplication import reapply_table
     from sparseprune.report.wording import percent, size
 
     console, layout = stderr_console(), prepared.layout
-    totals, tensors = document["totals"], document["tensors"]
-    lost = sum(tensor["lost"] > 0 for tensor in tensors)
+    totals, tensors = document.totals, document.tensors
+    lost = sum(tensor.lost > 0 for tensor in tensors)
     if request.verbose:
         console.print(reapply_table(document))
     elif lost:
@@ -157,23 +158,20 @@ def _tell(request: ReapplyRequest, prepared: _Prepared, document: dict[str, Any]
     masks = sum(place.nbytes for place in layout.masks.values())
     lines = [
         (
-            f"put back {totals['lost']:,} of {totals['pruned']:,} zeros "
-            f"({percent(totals['lost'] / max(1, totals['pruned']))}), "
+            f"put back {totals.lost:,} of {totals.pruned:,} zeros "
+            f"({percent(totals.lost / max(1, totals.pruned))}), "
             f"lost in {lost:,} of {len(tensors):,} tensors with masks"
         ),
+        (f"masks drop {totals.pruned:,} of {totals.numel:,} parameters ({percent(totals.sparsity)})"),
         (
-            f"masks drop {totals['pruned']:,} of {totals['numel']:,} parameters "
-            f"({percent(totals['sparsity'])})"
-        ),
-        (
-            f"left alone {totals['tensors'] - len(tensors):,} of {totals['tensors']:,} tensors, "
-            f"{totals['numel'] - totals['masked']:,} parameters"
+            f"left alone {totals.tensors - len(tensors):,} of {totals.tensors:,} tensors, "
+            f"{totals.numel - totals.masked:,} parameters"
         ),
         (
             f"weights {size(layout.input_bytes)} before and after (zeros do not shrink a file)"
             + (f", masks {size(masks)}" if masks else ", no masks")
         ),
-        *copies_line("left out", document["files_left_out"]),
+        *copies_line("left out", document.files_left_out),
         f"{seconds:.1f} s, {size(layout.input_bytes / seconds)}/s",
     ]
     tell_lines(*lines)

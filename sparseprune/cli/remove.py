@@ -7,7 +7,7 @@ slices shapes and a config, and the survivors are moved.
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sparseprune.checkpoint import StagedOutput, TensorReader, lay_out_removal, read_beside, read_config
 from sparseprune.checkpoint.not_safetensors import PICKLE_SUFFIXES, names_training_state
@@ -24,8 +24,7 @@ if TYPE_CHECKING:
     from sparseprune.execution.earlier import Touched
     from sparseprune.removal.shrink import Removal
     from sparseprune.report.removal import RemovalRun
-
-    Document = dict[str, Any]
+    from sparseprune.results import Removal as Result
 
 
 def run(request: RemoveRequest) -> None:
@@ -49,9 +48,7 @@ def run(request: RemoveRequest) -> None:
             print_result(output_shown(request, layout))
 
 
-def _cut(
-    request: RemoveRequest, choice: Choice, ending: Ending, began: float
-) -> tuple[Document, OutputLayout]:
+def _cut(request: RemoveRequest, choice: Choice, ending: Ending, began: float) -> tuple[Result, OutputLayout]:
     """Everything from masks to the output's name."""
     from sparseprune.removal.shrink import make_removal
     from sparseprune.removal.slices import summed_up
@@ -107,11 +104,11 @@ def _worked(
     output: StagedOutput,
     reader: TensorReader,
     began: float,
-) -> Document:
+) -> Result:
     """Move the survivors, and write the report and the spec beside them."""
     from sparseprune.removal.cut import Cuts
     from sparseprune.removal.slices import kept_whole
-    from sparseprune.report.removal import removal_document
+    from sparseprune.report.removal import make_removal_result
 
     layout = output.layout
     if choice.left_out is not None and not request.quiet:
@@ -125,7 +122,7 @@ def _worked(
     with progress("removing", total, quiet=request.quiet, already=already) as advance:
         cuts.write(reader, output, request.jobs, advance)
     warn_of_broken(earlier, output, request.warnings)
-    document = removal_document(
+    document = make_removal_result(
         _circumstances(request, choice, layout, began), choice.checkpoint, choice.bound, removal
     )
     output.add_file(layout.report_file, report_bytes(document))
@@ -182,7 +179,7 @@ def _training_state(checkpoint: Checkpoint) -> list[str]:
     return [f"copied as it is, though a trainer wrote it for the larger model: {names[0]}{more}"]
 
 
-def _tell(request: RemoveRequest, choice: Choice, document: Document, seconds: float) -> None:
+def _tell(request: RemoveRequest, choice: Choice, document: Result, seconds: float) -> None:
     from sparseprune.report.removal import changed_table, removal_lines
     from sparseprune.report.tables import rules_table
     from sparseprune.report.wording import size
@@ -190,11 +187,11 @@ def _tell(request: RemoveRequest, choice: Choice, document: Document, seconds: f
     console = stderr_console()
     if request.verbose:
         console.print(changed_table(document))
-    if document["rules"]:
+    if document.rules:
         console.print(rules_table(document))
     tell_lines(
         *removal_lines(document),
         *choice.remarks,
         *_training_state(choice.checkpoint),
-        f"{seconds:.1f} s, {size(document['totals']['bytes'] / seconds)}/s, on {document['device']}",
+        f"{seconds:.1f} s, {size(document.totals.bytes / seconds)}/s, on {document.device}",
     )

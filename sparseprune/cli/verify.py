@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from sparseprune.checkpoint import (
     TensorReader,
@@ -23,7 +23,8 @@ from sparseprune.spec import find_spec, parse_spec
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
-    from typing import Any
+
+    from sparseprune.results import MaskVerification, Verification
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,11 +64,11 @@ def run(request: VerifyRequest) -> None:
             print_table(verify_table(document))
 
 
-def _document(request: VerifyRequest, named: str) -> dict[str, Any]:
+def _document(request: VerifyRequest, named: str) -> Verification:
     """What was found in the scopes of the spec of this name."""
     from sparseprune.execution import count_survivors, make_check
     from sparseprune.report.coverage import coverage_of
-    from sparseprune.report.verification import AskedCheck, verify_document
+    from sparseprune.report.verification import AskedCheck, make_verification
 
     source = find_spec(named)
     spec = parse_spec(source.text, source.source, source.directory, request.overrides)
@@ -86,7 +87,7 @@ def _document(request: VerifyRequest, named: str) -> dict[str, Any]:
         warnings=request.warnings.lines,
         not_read=checkpoint.left_out,
     )
-    return verify_document(asked, found)
+    return make_verification(asked, found)
 
 
 def _refuse_contradictions(request: VerifyRequest) -> None:
@@ -143,19 +144,19 @@ def run_masks(request: MasksRequest) -> None:
         elif not request.quiet:
             print_table(verify_masks_table(document))
             if not lines:
-                dropped = many(document["totals"]["pruned"], "element")
-                tensors = many(len(document["tensors"]), "tensor")
+                dropped = many(document.totals.pruned, "element")
+                tensors = many(len(document.tensors), "tensor")
                 print_text(f"masks drop {dropped} of {tensors}; all of them are zero\n")
-            for line in copies_line("not looked at", document["files_not_read"]):
+            for line in copies_line("not looked at", document.files_not_read):
                 print_text(f"{line}\n")
 
 
-def _masks_document(request: MasksRequest, masks: Path) -> dict[str, Any]:
+def _masks_document(request: MasksRequest, masks: Path) -> MaskVerification:
     """Read everything that masks drop; ChangedInputError where something wrote to it meanwhile."""
     with collector_paused():
         matched = masked_by(request, masks).matched
     from sparseprune.execution.reapply import find_lost, make_reapplication
-    from sparseprune.report.reapplication import Circumstances, left_out_line, verify_masks_document
+    from sparseprune.report.reapplication import Circumstances, left_out_line, make_mask_verification
 
     circumstances = Circumstances(
         input=str(request.checkpoint),
@@ -177,4 +178,4 @@ def _masks_document(request: MasksRequest, masks: Path) -> dict[str, Any]:
     refuse_changed(matched.checkpoint, matched.masks.shards)
     if not any(tensor.pruned for tensor in tensors):
         request.warnings.add("the masks drop nothing: there is nothing to check")
-    return verify_masks_document(circumstances, matched.checkpoint, tensors)
+    return make_mask_verification(circumstances, matched.checkpoint, tensors)

@@ -9,7 +9,7 @@ import hashlib
 import os
 from contextlib import contextmanager
 from itertools import chain
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from sparseprune.checkpoint import TensorReader
 from sparseprune.cli.console import Warnings, tell
@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from sparseprune.checkpoint import OutputLayout, StagedOutput
+    from sparseprune.results.fields import Document
 
-    Document = dict[str, Any]
+Result = TypeVar("Result", bound="Document")
 
 
 class Places(Protocol):
@@ -36,12 +37,12 @@ class Places(Protocol):
 
 def write_output(
     output: StagedOutput,
-    work: Callable[[TensorReader], Document],
+    work: Callable[[TensorReader], Result],
     refuse_changed: Callable[[], None],
     *,
     quiet: bool,
     warnings: Warnings | None = None,
-) -> Document:
+) -> Result:
     """Everything between the first byte written and the output's name; gives what `work` gives, its report.
 
     `refuse_changed` raises where an input is no longer what it was. An error tells whether what is finished
@@ -82,9 +83,7 @@ def report_bytes(document: Document) -> Iterator[bytes]:
 
     In pieces, as all of it may be larger than all else in memory.
     """
-    from sparseprune.report.document import json_pieces
-
-    for piece in chain(json_pieces(document), ("\n",)):
+    for piece in chain(document.json_pieces(), ("\n",)):
         # A path that is not UTF-8 has surrogates, which are escapes of JSON as well.
         yield piece.encode(errors="backslashreplace")
 

@@ -11,10 +11,11 @@ import math
 import re
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from sparseprune.engine.grids import prod
 from sparseprune.report.wording import many, percent
+from sparseprune.results.fields import Uncovered
 from sparseprune.spec import BoundBlockCoupling, BoundScope
 
 if TYPE_CHECKING:
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
 
     from sparseprune.checkpoint import StoredTensor
     from sparseprune.engine.grids import Shape
+    from sparseprune.results.checking import VerifyTotals
+    from sparseprune.results.fields import Covers, DeclaredCoverage, LayerCoverage, UncoveredKinds
+    from sparseprune.results.plan import PlanTotals
+    from sparseprune.results.pruning import RemovalTotals, ReportTotals
     from sparseprune.spec import BoundBlock, BoundInstance, BoundRule, BoundSpec
 
     Tensors = Mapping[str, StoredTensor]
@@ -63,38 +68,29 @@ _WORDS = {
 
 
 @dataclass(frozen=True, slots=True)
-class LeftOut:
-    """Matrices that are not reached in full, alike but for the numbers in their names, and their elements."""
-
-    name: str
-    tensors: int
-    numel: int
-
-
-@dataclass(frozen=True, slots=True)
 class Coverage:
     """Shares of elements that rules reach, None where there are no such matrices.
 
-    `layers` is of all matrices of layers, `declared` of those that the spec is about: `covers`; where there
-    are none of these it is held to all. `left_out` are the kinds of which rules miss something: first those
-    that the spec is about, the largest first. `reached` counts all elements that rules reach, of `numel` in
-    the checkpoint; `flaws` are lines about rules.
+    `layer_coverage` is of all matrices of layers, `declared_coverage` of those that the spec covers; without
+    any of these the first one counts. `uncovered` are the kinds that rules miss in part: first those that the
+    spec covers, the largest first. `reached` counts all elements that rules reach, of `numel` in the
+    checkpoint; `flaws` are lines about rules.
     """
 
     covers: str
-    layers: float | None
-    declared: float | None
-    left_out: tuple[LeftOut, ...]
+    layer_coverage: float | None
+    declared_coverage: float | None
+    uncovered: tuple[Uncovered, ...]
     reached: int
     numel: int
     flaws: tuple[str, ...] = ()
 
     def warnings(self, what: str = "the rules reach") -> tuple[str, ...]:
         """What a user should know before a run: that rules reach too little, and the flaws."""
-        share = self.layers if self.declared is None else self.declared
+        share = self.layer_coverage if self.declared_coverage is None else self.declared_coverage
         if share is None or share >= ENOUGH:
             return self.flaws
-        return f"{what} only {coverage_text(coverage_totals(self))}", *self.flaws
+        return f"{what} only {coverage_text(self)}", *self.flaws
 
 
 @dataclass(slots=True)
@@ -121,41 +117,48 @@ def coverage_of(tensors: Tensors, bound: BoundSpec, config: Mapping[str, Any] | 
         bound.covers,
         _share(kinds),
         _share([kind for kind in kinds if kind.name in about]),
-        tuple(LeftOut(kind.name, kind.missed, kind.numel - kind.reached) for kind in missed),
+        tuple(
+            Uncovered(name=kind.name, tensors=kind.missed, numel=kind.numel - kind.reached) for kind in missed
+        ),
         sum(reached.values()),
         sum(prod(shape) * count for shape, count in Counter(shapes).items()),
         (*_flaws(tensors, bound.rules, kinds, config), *idle_lines(bound.rules)),
     )
 
 
-def coverage_totals(coverage: Coverage | None) -> dict[str, Any]:
-    """What the totals of a document have of it; None where no spec tells what was reached."""
+class CoverageTotals(TypedDict):
+    """The fields that the totals of several results have of coverage."""
+
+    covers: Covers
+    layer_coverage: LayerCoverage
+    declared_coverage: DeclaredCoverage
+    uncovered: UncoveredKinds
+
+
+def coverage_totals(coverage: Coverage | None) -> CoverageTotals:
+    """What the totals of a result have of it; None where no spec tells what was reached."""
     if coverage is None:
-        return {"covers": None, "layer_coverage": None, "declared_coverage": None, "uncovered": []}
+        return {"covers": None, "layer_coverage": None, "declared_coverage": None, "uncovered": ()}
     return {
         "covers": coverage.covers,
-        "layer_coverage": coverage.layers,
-        "declared_coverage": coverage.declared,
-        "uncovered": [
-            {"name": kind.name, "tensors": kind.tensors, "numel": kind.numel}
-            for kind in coverage.left_out[:_LISTED]
-        ],
+        "layer_coverage": coverage.layer_coverage,
+        "declared_coverage": coverage.declared_coverage,
+        "uncovered": coverage.uncovered[:_LISTED],
     }
 
 
-def coverage_text(totals: Mapping[str, Any]) -> str | None:
-    """The shares in these totals and the largest kinds that are missed; None where there are no matrices."""
-    covers, declared = totals["covers"], totals["declared_coverage"]
-    if totals["layer_coverage"] is None:
+def coverage_text(found: Coverage | ReportTotals | RemovalTotals | PlanTotals | VerifyTotals) -> str | None:
+    """The shares and the largest kinds that rules miss; None where there are no matrices."""
+    if found.layer_coverage is None:
         return None
-    text = f"{percent(totals['layer_coverage'])} of {_WORDS['matrices']}"
-    if covers != "matrices" and declared is not None:
-        text += f", {percent(declared)} of {_WORDS[covers]}"
-    first, *others = totals["uncovered"][: _SHOWN + 1] or [None]
-    if first is None:
+    text = f"{percent(found.layer_coverage)} of {_WORDS['matrices']}"
+    if found.covers and found.covers != "matrices" and found.declared_coverage is not None:
+        text += f", {percent(found.declared_coverage)} of {_WORDS[found.covers]}"
+    if not found.uncovered:
         return text
-    missed = [f"{many(first['numel'], 'parameter')} of {first['name']}"]
-    missed += [f"{kind['numel']:,} of {kind['name']}" for kind in others[: _SHOWN - 1]]
+    first, *others = found.uncovered[: _SHOWN + 1]
+    missed = [f"{many(first.numel, 'parameter')} of {first.name}"]
+    missed += [f"{kind.numel:,} of {kind.name}" for kind in others[: _SHOWN - 1]]
     return f"{text}; not reached: {', '.join(missed)}{' and more' if len(others) == _SHOWN else ''}"
 
 

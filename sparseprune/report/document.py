@@ -1,64 +1,35 @@
-"""report.json: what a run pruned, rule by rule and tensor by tensor, counted in what was written."""
+"""The result of `apply` and `mask`: what a run pruned by rule and by tensor, counted in what was written.
+
+Owns sums and shares that other results need as well. Called by the commands and by other modules of report/.
+"""
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from sparseprune import __version__
 from sparseprune.engine.grids import prod
 from sparseprune.engine.sequences import Made
 from sparseprune.errors import printable
 from sparseprune.report.coverage import coverage_totals
 from sparseprune.report.wording import size
+from sparseprune.results.fields import OtherWeights
+from sparseprune.results.pruning import Report, ReportTotals, RuleResult, TensorResult
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from sparseprune.checkpoint import Checkpoint, OtherFile
     from sparseprune.engine.tally import Tally
+    from sparseprune.execution import TensorOutcome
     from sparseprune.report.coverage import Coverage
     from sparseprune.spec import BoundRule, BoundSpec
 
-Value = TypeVar("Value", bound=float | None)
+Value = TypeVar("Value")
 _NAMED = 4  # files in one line
-REPORT_SCHEMA = "sparseprune.report.v1"
 # A sum of squares below this has lost digits to the lower end of float64.
 LEAST_ENERGY = 2.0**-960
-
-
-class ReachedElements(Protocol):
-    """Elements of a tensor that a rule reached, and those of them that it dropped."""
-
-    @property
-    def numel(self) -> int: ...
-    @property
-    def pruned(self) -> int: ...
-
-
-class PrunedTensor(Protocol):
-    """What a report wants to know of a tensor that a rule reached."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def dtype(self) -> str: ...
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-    @property
-    def instance(self) -> str: ...
-    @property
-    def reach(self) -> Mapping[str, ReachedElements]: ...
-    @property
-    def before(self) -> Tally: ...
-    @property
-    def after(self) -> Tally: ...
-    @property
-    def output_error_masked(self) -> float | None: ...
-    @property
-    def output_error(self) -> float | None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,96 +53,53 @@ class Run:
     devices: Mapping[str, str] = field(default_factory=dict)
 
 
-def report_document(
-    run: Run, checkpoint: Checkpoint, bound: BoundSpec, tensors: Sequence[PrunedTensor]
-) -> dict[str, Any]:
-    """The report as plain data, in the shape of schemas/report.schema.json."""
+def make_report(
+    run: Run, checkpoint: Checkpoint, bound: BoundSpec, tensors: Sequence[TensorOutcome]
+) -> Report:
+    """The result of `apply` and `mask`; its tensors are made when they are asked for."""
     numel = sum(stored.numel for stored in checkpoint.tensors.values())
     found = summed_up(tensors)
-    return {
-        "schema": REPORT_SCHEMA,
-        "sparseprune": __version__,
-        "input": run.input,
-        "output": run.output,
-        "spec_sha256": run.spec_sha256,
-        "set": dict(run.overrides),
-        "device": run.device,
-        "seconds": round(run.seconds, 3),
-        "warnings": list(run.warnings),
-        "files_left_out": file_entries(run.left_out),
-        "totals": {
-            "tensors": len(checkpoint.tensors),
-            "numel": numel,
-            "pruned": found.pruned,
-            "sparsity": share(found.pruned, numel),
+    return Report(
+        input=run.input,
+        output=run.output,
+        spec_sha256=run.spec_sha256,
+        set=dict(run.overrides),
+        device=run.device,
+        seconds=round(run.seconds, 3),
+        warnings=tuple(run.warnings),
+        files_left_out=other_weights(run.left_out),
+        totals=ReportTotals(
+            tensors=len(checkpoint.tensors),
+            numel=numel,
+            pruned=found.pruned,
+            sparsity=share(found.pruned, numel),
             **coverage_totals(run.coverage),
-            "output_error_masked": mean(found.output_errors_masked),
-            "output_error": mean(found.output_errors),
-        },
-        "rules": [rule_entry(rule, found, run.devices) for rule in bound.rules],
-        "tensors": Made(tensors, _tensor_entry),
-    }
+            output_error_masked=mean(found.output_errors_masked),
+            output_error=mean(found.output_errors),
+        ),
+        rules=tuple(rule_result(rule, found, run.devices) for rule in bound.rules),
+        tensors=Made(tensors, _tensor_result),
+    )
 
 
-def file_entries(files: Iterable[OtherFile]) -> list[dict[str, Any]]:
-    """Files of a checkpoint's folder, by their paths in it, with their sizes."""
-    return [{"path": str(file.path), "bytes": file.nbytes} for file in files]
+def other_weights(files: Iterable[OtherFile]) -> tuple[OtherWeights, ...]:
+    """Other copies of the weights in a checkpoint's folder."""
+    return tuple(OtherWeights(path=str(file.path), bytes=file.nbytes) for file in files)
 
 
-def copies_line(became: str, files: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+def copies_line(became: str, files: Sequence[OtherWeights]) -> Iterator[str]:
     """A line with what became of other copies of the weights, the first by name; none for none.
 
-    >>> list(copies_line("left out", [{"path": "model.gguf", "bytes": 5_000_000}]))
+    >>> list(copies_line("left out", [OtherWeights(path="model.gguf", bytes=5_000_000)]))
     ['left out: model.gguf (5.00 MB), another copy of the weights']
     """
     if not files:
         return
-    names = ", ".join(printable(file["path"]) for file in files[:_NAMED])
+    names = ", ".join(printable(file.path) for file in files[:_NAMED])
     more = f" and {len(files) - _NAMED:,} more" if len(files) > _NAMED else ""
-    total = size(sum(file["bytes"] for file in files))
+    total = size(sum(file.bytes for file in files))
     copies = "another copy" if len(files) == 1 else "other copies"
     yield f"{became}: {names}{more} ({total}), {copies} of the weights"
-
-
-def json_pieces(document: Mapping[str, Any], *, ensure_ascii: bool = False) -> Iterator[str]:
-    """The text of a document with an indent of 2, in pieces: never all entries of a list at one time.
-
-    >>> print("".join(json_pieces({"a": [1]})))
-    {
-      "a": [
-        1
-      ]
-    }
-    """
-
-    def text(value: object, indent: str) -> str:
-        told = json.dumps(value, indent=2, ensure_ascii=ensure_ascii, allow_nan=False)
-        return told.replace("\n", "\n" + indent)
-
-    between = "{\n  "
-    for key, value in document.items():
-        yield f"{between}{text(key, '')}: "
-        if isinstance(value, list | Made):
-            begin = "[\n    "
-            for one in value:
-                yield begin + text(one, "    ")
-                begin = ",\n    "
-            yield "\n  ]" if value else "[]"
-        else:
-            yield text(value, "  ")
-        between = ",\n  "
-    yield "\n}" if document else "{}"
-
-
-def lines_of(document: Mapping[str, Any]) -> Iterator[str]:
-    """The JSON of a document without an indent, in pieces; ValueError for a number that JSON has no word for.
-
-    It takes a tenth of the time that `json_pieces` takes, and tells whether that can be written.
-    """
-    encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
-    for key, value in document.items():
-        yield encoder.encode(key)
-        yield from map(encoder.encode, value if isinstance(value, list | Made) else (value,))
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +119,7 @@ class Sums:
         return sum(pruned for _, pruned in self.reach.values())
 
 
-def summed_up(tensors: Iterable[PrunedTensor]) -> Sums:
+def summed_up(tensors: Iterable[TensorOutcome]) -> Sums:
     """The sums over all tensors, of which each is looked at once: it may be made only then."""
     reach: dict[str, tuple[int, int]] = {}
     masked, errors = [], []
@@ -206,7 +134,7 @@ def summed_up(tensors: Iterable[PrunedTensor]) -> Sums:
     return Sums(reach, masked, errors)
 
 
-def pruned_by_rule(tensors: Iterable[PrunedTensor]) -> dict[str, int]:
+def pruned_by_rule(tensors: Iterable[TensorOutcome]) -> dict[str, int]:
     """How many elements each rule dropped."""
     return {rule: pruned for rule, (_, pruned) in summed_up(tensors).reach.items()}
 
@@ -226,7 +154,7 @@ def mean(values: Iterable[float | None]) -> float | None:
     return math.fsum(known) / len(known) if known else None
 
 
-def one_or_all(values: Iterable[Value]) -> Value | list[Value] | None:
+def one_or_all(values: Iterable[Value | None]) -> Value | list[Value | None] | None:
     """The value that all instances share, else the list of them, instance by instance; None of none.
 
     >>> one_or_all([2, 2]), one_or_all([2, 4])
@@ -246,40 +174,40 @@ def energy_kept(before: Tally, after: Tally) -> float | None:
     return kept if math.isfinite(kept) else None
 
 
-def rule_entry(rule: BoundRule, found: Sums, devices: Mapping[str, str]) -> dict[str, Any]:
-    """What a rule bound to, what became of the tensors that it reached, and the device that did it."""
+def rule_result(rule: BoundRule, found: Sums, devices: Mapping[str, str]) -> RuleResult:
+    """What a rule bound to, and what it pruned of the tensors that it reached."""
     names = {leaf.tensor for instance in rule.instances for leaf in instance.scope.leaves}
     numel, pruned = found.reach.get(rule.name, (0, 0))
     scopes = [instance.scope for instance in rule.instances]
     budgets = [instance.budget for instance in rule.instances]
-    return {
-        "name": rule.name,
-        "instances": len(rule.instances),
-        "tensors": len(names),
-        "scopes": sum(prod(scope.grid_shape) for scope in scopes),
-        "blocks_per_scope": one_or_all(scope.blocks_per_scope for scope in scopes),
-        "nnz": one_or_all(budget.nnz for budget in budgets),
-        "threshold": one_or_all(budget.threshold for budget in budgets),
-        "sparsity_asked": one_or_all(instance.sparsity for instance in rule.instances),
-        "blocks": sum(prod(scope.grid_shape) * scope.blocks_per_scope for scope in scopes),
-        "numel": numel,
-        "pruned": pruned,
-        "device": devices.get(rule.name),
-    }
+    return RuleResult(
+        name=rule.name,
+        instances=len(rule.instances),
+        tensors=len(names),
+        scopes=sum(prod(scope.grid_shape) for scope in scopes),
+        blocks_per_scope=one_or_all(scope.blocks_per_scope for scope in scopes),
+        nnz=one_or_all(budget.nnz for budget in budgets),
+        threshold=one_or_all(budget.threshold for budget in budgets),
+        sparsity_asked=one_or_all(instance.sparsity for instance in rule.instances),
+        blocks=sum(prod(scope.grid_shape) * scope.blocks_per_scope for scope in scopes),
+        numel=numel,
+        pruned=pruned,
+        device=devices.get(rule.name),
+    )
 
 
-def _tensor_entry(tensor: PrunedTensor) -> dict[str, Any]:
-    return {
-        "name": tensor.name,
-        "dtype": tensor.dtype,
-        "shape": list(tensor.shape),
-        "numel": tensor.before.numel,
-        "rule": ", ".join(tensor.reach),
-        "instance": tensor.instance,
-        "pruned": sum(part.pruned for part in tensor.reach.values()),
-        "zeros_before": tensor.before.zeros,
-        "zeros_after": tensor.after.zeros,
-        "energy_kept": energy_kept(tensor.before, tensor.after),
-        "output_error_masked": tensor.output_error_masked,
-        "output_error": tensor.output_error,
-    }
+def _tensor_result(tensor: TensorOutcome) -> TensorResult:
+    return TensorResult(
+        name=tensor.name,
+        dtype=tensor.dtype,
+        shape=tensor.shape,
+        numel=tensor.before.numel,
+        rule=", ".join(tensor.reach),
+        instance=tensor.instance,
+        pruned=sum(part.pruned for part in tensor.reach.values()),
+        zeros_before=tensor.before.zeros,
+        zeros_after=tensor.after.zeros,
+        energy_kept=energy_kept(tensor.before, tensor.after),
+        output_error_masked=tensor.output_error_masked,
+        output_error=tensor.output_error,
+    )

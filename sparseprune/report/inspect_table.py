@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field, replace
-from operator import itemgetter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Group
 from rich.text import Text
@@ -15,128 +14,124 @@ from sparseprune.report.document import copies_line
 from sparseprune.report.inspection import summed
 from sparseprune.report.tables import Column, Fact, FittedTable, below, told
 from sparseprune.report.wording import many, percent, shape_text
+from sparseprune.results.measuring import InspectedGroup
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 
-    Entry = Mapping[str, Any]
+    from sparseprune.results.measuring import InspectedTensor, Inspection, InspectTotals, RuntimeTotals
+
+    Row = InspectedTensor | InspectedGroup
 
 _REASONS = 6  # that are listed for one runtime
 
 
-def inspect_table(document: Mapping[str, Any]) -> RenderableType:
-    """Every group or tensor of an inspect document with its facts, the totals, and what runtimes can use."""
-    columns, rows = columns_and_rows(document)
-    return Group(FittedTable(columns, rows), *notes(document))
+def inspect_table(found: Inspection) -> RenderableType:
+    """Every group or tensor with its facts, the totals, and what runtimes can use."""
+    columns, rows = columns_and_rows(found)
+    return Group(FittedTable(columns, rows), *notes(found))
 
 
-def columns_and_rows(document: Mapping[str, Any]) -> tuple[list[Column], list[list[str]]]:
+def columns_and_rows(found: Inspection) -> tuple[list[Column], list[list[str]]]:
     """The table: names, and the facts that say something anywhere."""
-    return told(_facts(document), document["groups"] if "groups" in document else document["tensors"])
+    totals = found.totals
+    if found.groups is not None:
+        name = Column(str(found.by), "left", f"total of {len(found.groups):,}")
+        return told([Fact(name, _name), *_sizes(totals), *shared_facts(totals)], found.groups)
+    own: list[Fact[InspectedTensor]] = [
+        Fact(Column("tensor", "left", f"total of {totals.tensors:,}"), _name),
+        Fact(Column("dtype", "left", spare=8), lambda one: one.dtype),
+        Fact(Column("shape", "left", spare=6), lambda one: shape_text(one.shape)),
+    ]
+    return told([*own, *shared_facts(totals)], found.tensors)
 
 
-def notes(document: Mapping[str, Any]) -> Iterator[RenderableType]:
-    """What stands below the table."""
-    totals = document["totals"]
+def notes(found: Inspection) -> Iterator[RenderableType]:
+    """The lines below the table."""
+    totals = found.totals
     satisfied = ", ".join(
-        f"{pattern} by {many(count, 'tensor')}" for pattern, count in totals["patterns"].items() if count
+        f"{pattern} by {many(count, 'tensor')}" for pattern, count in totals.patterns.items() if count
     )
     yield Text(f"satisfied: {satisfied or 'no pattern by any tensor'}")
-    if totals["uncounted"]:
-        dtypes = sorted({entry["dtype"] for entry in document["tensors"] if entry["zeros"] is None})
-        uncounted = many(totals["uncounted"], "tensor")
+    if totals.uncounted:
+        dtypes = sorted({one.dtype for one in found.tensors if one.zeros is None})
+        uncounted = many(totals.uncounted, "tensor")
         yield Text(f"not looked at: {uncounted} of {', '.join(dtypes)}, whose elements are no whole bytes")
-    yield from map(Text, copies_line("not looked at", document["files_not_read"]))
-    for name in totals.get("runtimes", ()):
-        yield from _runtime_notes(name, document)
+    yield from map(Text, copies_line("not looked at", found.files_not_read))
+    for name, count in (totals.runtimes or {}).items():
+        yield from _runtime_notes(name, count, found.tensors)
 
 
-def shared_facts(totals: Entry) -> Iterator[Fact]:
-    """The columns that groups, nodes of a tree and tensors have alike, from the sparsity on."""
+def shared_facts(totals: InspectTotals) -> Iterator[Fact[Row]]:
+    """The columns that groups, nodes of a tree and tensors have alike, from the zeros on."""
     never = frozenset({"", "0"})
-    runtimes = totals.get("runtimes", ())
-    zeros = Column("zeros", footer=f"{totals['pruned']:,}", spare=7)
-    yield Fact(zeros, lambda one: _count(one["zeros"]))
-    # Where runtimes were asked for, they are what is wanted most.
-    sparsity = Column("sparsity", footer=percent(totals["sparsity"]), spare=3 if runtimes else 0)
-    yield Fact(sparsity, lambda one: _share(one["sparsity"]))
+    runtimes = totals.runtimes or {}
+    yield Fact(Column("zeros", footer=f"{totals.pruned:,}", spare=7), lambda one: _count(one.zeros))
+    # If runtimes were asked for, they matter most.
+    sparsity = Column("sparsity", footer=percent(totals.sparsity), spare=3 if runtimes else 0)
+    yield Fact(sparsity, lambda one: "?" if one.sparsity is None else percent(one.sparsity))
     patterns = Column("patterns", "left", spare=4)
-    yield Fact(patterns, lambda one: " ".join(one["patterns"]), frozenset({""}))
-    for key in ("zero_rows", "zero_columns"):
-        yield Fact(Column(key.replace("_", " "), footer=f"{totals[key]:,}", spare=5), _known(key), never)
-    for shape, count in totals["zero_blocks"].items():
-        yield Fact(Column(f"zero {shape}", footer=f"{count['zero']:,}", spare=9), _blocks(shape), never)
-    nonfinite = Column("not finite", footer=f"{totals['nonfinite']:,}", style="red")
-    yield Fact(nonfinite, _known("nonfinite"), never)
+    yield Fact(patterns, lambda one: " ".join(one.patterns), frozenset({""}))
+    rows = Column("zero rows", footer=f"{totals.zero_rows:,}", spare=5)
+    yield Fact(rows, lambda one: _known(one.zero_rows), never)
+    columns = Column("zero columns", footer=f"{totals.zero_columns:,}", spare=5)
+    yield Fact(columns, lambda one: _known(one.zero_columns), never)
+    for shape, count in totals.zero_blocks.items():
+        yield Fact(Column(f"zero {shape}", footer=f"{count.zero:,}", spare=9), _blocks(shape), never)
+    nonfinite = Column("not finite", footer=f"{totals.nonfinite:,}", style="red")
+    yield Fact(nonfinite, lambda one: _known(one.nonfinite), never)
     for name in runtimes:
         yield Fact(Column(name, spare=1), _runtime(name))
 
 
-def _facts(document: Mapping[str, Any]) -> list[Fact]:
-    totals = document["totals"]
-    if "groups" in document:
-        own = [
-            Fact(
-                Column(document["by"], "left", f"total of {len(document['groups']):,}"),
-                lambda one: str(one["name"]),
-            ),
-            Fact(
-                Column("tensors", footer=f"{totals['tensors']:,}", spare=8),
-                lambda one: _count(one["tensors"]),
-            ),
-            Fact(
-                Column("elements", footer=f"{totals['numel']:,}", spare=6), lambda one: _count(one["numel"])
-            ),
-        ]
-    else:
-        own = [
-            Fact(Column("tensor", "left", f"total of {totals['tensors']:,}"), lambda one: str(one["name"])),
-            Fact(Column("dtype", "left", spare=8), lambda one: str(one["dtype"])),
-            Fact(Column("shape", "left", spare=6), lambda one: shape_text(one["shape"])),
-        ]
-    return [*own, *shared_facts(totals)]
+def _name(one: Row) -> str:
+    return one.name
+
+
+def _sizes(totals: InspectTotals) -> tuple[Fact[InspectedGroup], Fact[InspectedGroup]]:
+    """The columns of how many tensors and elements a group or a node of a tree has."""
+    tensors = Column("tensors", footer=f"{totals.tensors:,}", spare=8)
+    elements = Column("elements", footer=f"{totals.numel:,}", spare=6)
+    return Fact(tensors, lambda one: f"{one.tensors:,}"), Fact(elements, lambda one: f"{one.numel:,}")
 
 
 def _count(number: int | None) -> str:
     return "?" if number is None else f"{number:,}"
 
 
-def _share(part: float | None) -> str:
-    return "?" if part is None else percent(part)
+def _known(number: int | None) -> str:
+    """A number if there is one: vectors have no rows."""
+    return "" if number is None else f"{number:,}"
 
 
-def _known(key: str) -> Callable[[Entry], str]:
-    """A number where there is one: vectors have no rows."""
-    return lambda one: "" if one[key] is None else f"{one[key]:,}"
+def _blocks(shape: str) -> Callable[[Row], str]:
+    return lambda one: f"{one.zero_blocks[shape].zero:,}" if shape in one.zero_blocks else ""
 
 
-def _blocks(shape: str) -> Callable[[Entry], str]:
-    return lambda one: f"{one['zero_blocks'][shape]['zero']:,}" if shape in one["zero_blocks"] else ""
-
-
-def _runtime(name: str) -> Callable[[Entry], str]:
+def _runtime(name: str) -> Callable[[Row], str]:
     """Yes or no for a matrix; how many of them for a group."""
 
-    def text(one: Entry) -> str:
-        found = one["runtimes"][name]
-        if "of" in found:
-            return f"{found['eligible']:,} of {found['of']:,}" if found["of"] else "-"
-        return "-" if len(one["shape"]) < 2 else "yes" if found["eligible"] else "no"
+    def text(one: Row) -> str:
+        if isinstance(one, InspectedGroup):
+            count = (one.runtimes or {})[name]
+            return f"{count.eligible:,} of {count.of:,}" if count.of else "-"
+        return "-" if len(one.shape) < 2 else "yes" if (one.runtimes or {})[name].eligible else "no"
 
     return text
 
 
-def _runtime_notes(name: str, document: Mapping[str, Any]) -> Iterator[RenderableType]:
+def _runtime_notes(
+    name: str, count: RuntimeTotals, tensors: Iterable[InspectedTensor]
+) -> Iterator[RenderableType]:
     """How many matrices a runtime can use, and why not the others, the most frequent reason first."""
-    count = document["totals"]["runtimes"][name]
-    yield Text(f"{name}: {count['eligible']:,} of {many(count['of'], 'matrix')} (needs {count['device']})")
+    yield Text(f"{name}: {count.eligible:,} of {many(count.of, 'matrix')} (needs {count.device})")
     reasons: dict[str, list[str]] = {}
-    for entry in document["tensors"]:
-        found = entry["runtimes"][name]
-        if not found["eligible"] and len(entry["shape"]) > 1:
-            reasons.setdefault(found["reason"] or "", []).append(entry["name"])
+    for one in tensors:
+        found = (one.runtimes or {})[name]
+        if not found.eligible and len(one.shape) > 1:
+            reasons.setdefault(found.reason or "", []).append(one.name)
     ranked = sorted(reasons.items(), key=lambda item: -len(item[1]))
     for reason, names in ranked[:_REASONS]:
         more = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
@@ -156,21 +151,36 @@ _PLAIN_GUIDES = ("|- ", "`- ", "|  ", "   ")
 
 @dataclass(frozen=True, slots=True)
 class InspectTree:
-    """The tree of an inspect document: branches in the order of their first tensors, aggregated facts.
+    """The tree of the tensors: branches in the order of their first tensors, with sums.
 
-    Numbered branches that are alike in shapes, zeros and patterns stand as one (`0..31`), with their sums.
+    Numbered branches that are alike in shapes, zeros and patterns are one (`0..31`), with their sums.
     """
 
-    document: Mapping[str, Any]
+    found: Inspection
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         guides = _PLAIN_GUIDES if options.ascii_only else _GUIDES
-        totals = self.document["totals"]
-        patterns = list(totals["patterns"])
-        lines = list(_lines(_tree(self.document["tensors"]), guides))
-        columns, rows = told(_columns(totals), [_told(branch, patterns) for _, branch in lines])
+        totals = self.found.totals
+        lines = list(_lines(_tree(self.found.tensors), guides))
+        nodes = [_node(branch, list(totals.patterns)) for _, branch in lines]
+        tensors, elements = _sizes(totals)
+        facts: list[Fact[_Node]] = [
+            Fact(Column("tensor", "left", "total"), _name),
+            tensors,
+            Fact(Column("shape", "left", spare=6), lambda one: one.shapes),
+            elements,
+            *shared_facts(totals),
+        ]
+        columns, rows = told(facts, nodes)
         stems = [stem for stem, _ in lines]
-        yield Group(FittedTable(columns, rows, " or --json", stems), *notes(self.document))
+        yield Group(FittedTable(columns, rows, " or --json", stems), *notes(self.found))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Node(InspectedGroup):
+    """The tensors of a branch, and their shapes if it is a leaf."""
+
+    shapes: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +189,7 @@ class _Branch:
 
     label: str
     twigs: tuple[_Branch, ...]
-    entries: tuple[Entry, ...]
+    tensors: tuple[InspectedTensor, ...]
     likeness: int  # equal for branches that are alike in all but their labels
 
 
@@ -189,29 +199,17 @@ class _Sprout:
 
     label: str
     twigs: dict[str, _Sprout] = field(default_factory=dict)
-    entry: Entry | None = None
+    tensor: InspectedTensor | None = None
 
 
-def _columns(totals: Entry) -> list[Fact]:
-    tensors = Column("tensors", footer=f"{totals['tensors']:,}", spare=8)
-    elements = Column("elements", footer=f"{totals['numel']:,}", spare=6)
-    return [
-        Fact(Column("tensor", "left", "total"), itemgetter("label")),
-        Fact(tensors, lambda one: f"{one['tensors']:,}"),
-        Fact(Column("shape", "left", spare=6), itemgetter("shapes")),
-        Fact(elements, lambda one: f"{one['numel']:,}"),
-        *shared_facts(totals),
-    ]
-
-
-def _tree(entries: Iterable[Entry]) -> tuple[_Branch, ...]:
+def _tree(tensors: Iterable[InspectedTensor]) -> tuple[_Branch, ...]:
     """The branches without a trunk."""
     root = _Sprout("")
-    for entry in entries:
+    for tensor in tensors:
         sprout = root
-        for piece in entry["name"].split(".", _DEEPEST):
+        for piece in tensor.name.split(".", _DEEPEST):
             sprout = sprout.twigs.setdefault(piece, _Sprout(piece))
-        sprout.entry = entry
+        sprout.tensor = tensor
     return _grown(root, _Likenesses()).twigs
 
 
@@ -228,28 +226,28 @@ class _Likenesses:
 def _grown(sprout: _Sprout, likenesses: _Likenesses) -> _Branch:
     """Twigs that are alike told as one, and what is alone then joined with what it grows on."""
     twigs = [_grown(twig, likenesses) for twig in sprout.twigs.values()]
-    own = () if sprout.entry is None else (sprout.entry,)
+    own = () if sprout.tensor is None else (sprout.tensor,)
     if own and twigs:
         twigs.insert(0, _Branch(_ITSELF, (), own, likenesses.of(_likeness(own[0]))))
     if not twigs:
         return _Branch(sprout.label, (), own, likenesses.of(_likeness(own[0])) if own else 0)
     if len(twigs) == 1 and sprout.label:
         (only,) = twigs
-        return _Branch(f"{sprout.label}.{only.label}", only.twigs, only.entries, likenesses.of(_joined(only)))
+        return _Branch(f"{sprout.label}.{only.label}", only.twigs, only.tensors, likenesses.of(_joined(only)))
     likeness = likenesses.of(tuple((twig.label, twig.likeness) for twig in twigs))
     found = tuple(_alike_as_one(twigs))
     if len(found) == 1 and sprout.label:
         return replace(found[0], label=f"{sprout.label}.{found[0].label}", likeness=likeness)
-    return _Branch(sprout.label, found, tuple(entry for twig in found for entry in twig.entries), likeness)
+    return _Branch(sprout.label, found, tuple(one for twig in found for one in twig.tensors), likeness)
 
 
 def _joined(only: _Branch) -> object:
     return only.label, only.likeness
 
 
-def _likeness(entry: Entry) -> object:
-    """What branches have to agree in to be told as one: all but names, and where the zeros lie exactly."""
-    return repr({key: value for key, value in entry.items() if key not in _UNLIKE})
+def _likeness(tensor: InspectedTensor) -> object:
+    """What branches have to agree in to be shown as one: all but names, and the exact places of zeros."""
+    return repr([value for key, value in vars(tensor).items() if key not in _UNLIKE])
 
 
 def _alike_as_one(twigs: Sequence[_Branch]) -> Iterator[_Branch]:
@@ -268,8 +266,8 @@ def _merged(branches: Sequence[_Branch], label: str) -> _Branch:
     twigs = tuple(
         _merged(same, same[0].label) for same in zip(*(branch.twigs for branch in branches), strict=True)
     )
-    entries = tuple(entry for branch in branches for entry in branch.entries)
-    return _Branch(label, twigs, entries, branches[0].likeness)
+    tensors = tuple(one for branch in branches for one in branch.tensors)
+    return _Branch(label, twigs, tensors, branches[0].likeness)
 
 
 def _ranges(labels: Sequence[str]) -> str:
@@ -303,6 +301,7 @@ def _twig_lines(branch: _Branch, guides: Sequence[str], stem: str) -> Iterator[t
         yield from _twig_lines(twig, guides, stem + (beside if is_last else along))
 
 
-def _told(branch: _Branch, patterns: Sequence[str]) -> dict[str, Any]:
-    shapes = {shape_text(entry["shape"]) for entry in branch.entries} if not branch.twigs else set()
-    return {**summed(branch.entries, patterns), "label": branch.label, "shapes": " ".join(sorted(shapes))}
+def _node(branch: _Branch, patterns: Sequence[str]) -> _Node:
+    shapes = {shape_text(one.shape) for one in branch.tensors} if not branch.twigs else set()
+    whole = summed(branch.label, branch.tensors, patterns)
+    return _Node(**vars(whole), shapes=" ".join(sorted(shapes)))

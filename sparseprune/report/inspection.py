@@ -1,24 +1,34 @@
-"""What `inspect` finds as a document: tensors, groups of alike tensors, patterns, runtimes.
+"""The result of `inspect`: tensors, groups of them, patterns, runtimes; selecting and sorting of tensors.
 
-Owns grouping by name and how names are listed. Prints nothing. Called by the command line and requirements.
+Owns grouping by name. Prints nothing. Called by the command line and requirements.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from dataclasses import dataclass, is_dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from sparseprune import __version__
 from sparseprune.errors import SparsepruneError, printable
-from sparseprune.report.document import file_entries, share
+from sparseprune.report.document import other_weights, share
 from sparseprune.report.runtimes import verdict
 from sparseprune.report.wording import many
+from sparseprune.results.fields import json_value
+from sparseprune.results.measuring import (
+    InspectedGroup,
+    InspectedTensor,
+    Inspection,
+    InspectTotals,
+    RuntimeCount,
+    RuntimeTotals,
+    ZeroBlocks,
+)
 from sparseprune.spec.patterns import PatternError, parse_pattern
 from sparseprune.spec.problems import nearest, shown, suggestion
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from sparseprune.checkpoint import OtherFile
     from sparseprune.report.facts import Questions, TensorFacts
@@ -26,10 +36,7 @@ if TYPE_CHECKING:
     from sparseprune.spec import BoundSpec
     from sparseprune.spec.patterns import TensorPattern
 
-    Entry = Mapping[str, Any]
-
-"""A tensor or a group in a document: a mapping of names to numbers, texts, lists and mappings."""
-
+Row = TypeVar("Row")
 _DIGITS = re.compile(r"([0-9]+)")
 _MOST_COMPARED = 1000
 _HEADS = ("zero", "eligible")  # of a nested pair the fact itself; what stands beside it explains it
@@ -56,35 +63,32 @@ def selected(names: Iterable[str], match: Sequence[str], exclude: Sequence[str])
     return left
 
 
-def ordered(entries: Iterable[Entry], key: str | None, reverse: bool) -> list[Entry]:  # noqa: FBT001
-    """Entries by one of their facts, the smallest first; as they stand for None.
+def ordered(rows: Iterable[Row], key: str | None, reverse: bool) -> tuple[Row, ...]:  # noqa: FBT001
+    """Tensors or groups by one of their facts, the smallest first; unchanged for None.
 
     `key` is a flat name (`flat`), the end of one that no other has ("4x4"), or a title of a name's column.
-    Names are in their natural order, what is not known comes last, equals stay as they stand.
-    SparsepruneError for a key that no entry has, with the nearest one.
-
-    >>> [entry["name"] for entry in ordered([{"name": "h.10"}, {"name": "h.9"}], "name", False)]
-    ['h.9', 'h.10']
+    Names are in their natural order, unknown values come last, equal ones keep their order.
+    SparsepruneError for a key that no row has, with the nearest one.
     """
-    there = list(entries)
+    there = tuple(rows)
     if key is None or not there:
         return there[::-1] if reverse else there
-    facts = [flat(entry) for entry in there]
+    facts = [flat(row) for row in there]
     found = _key_of(key, dict.fromkeys(name for fact in facts for name in fact))
     values = [fact.get(found) for fact in facts]
     known = [at for at, value in enumerate(values) if value is not None]
     unknown = [at for at, value in enumerate(values) if value is None]
     known.sort(key=lambda at: _rank(values[at]), reverse=reverse)
-    return [there[at] for at in (*known, *unknown)]
+    return tuple(there[at] for at in (*known, *unknown))
 
 
-def flat(entry: Entry) -> dict[str, Any]:
-    """The facts of an entry without nesting, as a sheet of a spreadsheet names its columns.
+def flat(row: object) -> dict[str, Any]:
+    """The fields of a result without nesting, as a sheet of a spreadsheet names its columns.
 
-    >>> flat({"name": "w", "shape": [8, 4], "zero_blocks": {"4x4": {"zero": 1, "of": 2}}})
-    {'name': 'w', 'shape': [8, 4], 'zero_blocks_4x4': 1, 'zero_blocks_4x4_of': 2}
+    >>> flat(RuntimeCount(eligible=1, of=2)), flat({"zero_blocks": {"4x4": ZeroBlocks(zero=1, of=2)}})
+    ({'eligible': 1, 'of': 2}, {'zero_blocks_4x4': 1, 'zero_blocks_4x4_of': 2})
     """
-    return dict(_flat(entry, ""))
+    return dict(_flat(row, ""))
 
 
 def natural(name: str) -> tuple[tuple[str, int, str], ...]:
@@ -131,10 +135,10 @@ def _hint(text: str, pattern: TensorPattern, names: Sequence[str]) -> str:
     return f"{count}, such as {shown(close[0])}" if close else count
 
 
-def _flat(entry: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    for key, value in entry.items():
+def _flat(row: object, prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in (row if isinstance(row, Mapping) else json_value(row)).items():
         name = prefix if prefix and key in _HEADS else f"{prefix}_{key}" if prefix else key
-        if isinstance(value, dict):
+        if isinstance(value, Mapping) or is_dataclass(value):
             yield from _flat(value, name)
         else:
             yield name, value
@@ -260,61 +264,72 @@ def rules_of_report(report: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def grouped(entries: Sequence[Entry], grouping: Grouping, patterns: Sequence[str]) -> list[dict[str, Any]]:
-    """An entry for each group, in their order; `patterns` are those that were looked for."""
-    members: dict[str, list[Entry]] = {group: [] for group in grouping.groups.values()}
-    for entry in entries:
-        members[grouping.groups[entry["name"]]].append(entry)
-    return [{"name": group, **summed(found, patterns)} for group, found in members.items()]
+def grouped(
+    tensors: Sequence[InspectedTensor], grouping: Grouping, patterns: Sequence[str]
+) -> tuple[InspectedGroup, ...]:
+    """The groups in their order; `patterns` are those that were looked for."""
+    members: dict[str, list[InspectedTensor]] = {group: [] for group in grouping.groups.values()}
+    for tensor in tensors:
+        members[grouping.groups[tensor.name]].append(tensor)
+    return tuple(summed(group, found, patterns) for group, found in members.items())
 
 
-def summed(entries: Sequence[Entry], patterns: Sequence[str]) -> dict[str, Any]:
-    """The facts of several tensors as those of one.
+def summed(name: str, tensors: Sequence[InspectedTensor], patterns: Sequence[str]) -> InspectedGroup:
+    """A group of tensors.
 
-    Sums are over the tensors whose elements could be looked at, None where there is none. Of `patterns`
-    those are given that all its matrices satisfy, if there is one that has elements.
+    Sums are over the tensors whose elements could be counted, None if there is none. Of `patterns` it has
+    those that all its matrices satisfy, if there is one that has elements.
     """
-    matrices = [entry for entry in entries if len(entry["shape"]) > 1]
-    filled = [entry for entry in matrices if entry["numel"]]
-    zeros = total(entries, "zeros")
-    known = sum(entry["numel"] for entry in entries if entry["zeros"] is not None)
-    facts: dict[str, Any] = {
-        "tensors": len(entries),
-        "matrices": len(matrices),
-        "numel": sum(entry["numel"] for entry in entries),
-        "zeros": zeros,
-        "sparsity": None if zeros is None else share(zeros, known),
-        "nonfinite": total(entries, "nonfinite"),
-        "patterns": [one for one in patterns if filled and all(one in entry["patterns"] for entry in filled)],
-        **{key: total(entries, key) for key in ("rows", "zero_rows", "columns", "zero_columns")},
-        "zero_blocks": blocks_total(entries),
-    }
-    runtimes = dict.fromkeys(name for entry in entries for name in entry.get("runtimes", ()))
-    if runtimes:
-        facts["runtimes"] = {
-            name: {
-                "eligible": sum(entry["runtimes"][name]["eligible"] for entry in matrices),
-                "of": len(matrices),
-            }
-            for name in runtimes
-        }
-    return facts
+    matrices = [tensor for tensor in tensors if len(tensor.shape) > 1]
+    filled = [tensor for tensor in matrices if tensor.numel]
+    zeros = total(tensor.zeros for tensor in tensors)
+    known = sum(tensor.numel for tensor in tensors if tensor.zeros is not None)
+    return InspectedGroup(
+        name=name,
+        tensors=len(tensors),
+        matrices=len(matrices),
+        numel=sum(tensor.numel for tensor in tensors),
+        zeros=zeros,
+        sparsity=None if zeros is None else share(zeros, known),
+        nonfinite=total(tensor.nonfinite for tensor in tensors),
+        patterns=tuple(
+            one for one in patterns if filled and all(one in tensor.patterns for tensor in filled)
+        ),
+        rows=total(tensor.rows for tensor in tensors),
+        zero_rows=total(tensor.zero_rows for tensor in tensors),
+        columns=total(tensor.columns for tensor in tensors),
+        zero_columns=total(tensor.zero_columns for tensor in tensors),
+        zero_blocks=_blocks_total(tensors),
+        runtimes=_runtimes_total(tensors, matrices),
+    )
 
 
-def total(entries: Iterable[Entry], key: str) -> int | None:
-    """The sum of a fact over the entries that have it, None where none has."""
-    known = [entry[key] for entry in entries if entry[key] is not None]
+def total(values: Iterable[int | None]) -> int | None:
+    """The sum of the values that are known, None if none is."""
+    known = [value for value in values if value is not None]
     return sum(known) if known else None
 
 
-def blocks_total(entries: Iterable[Entry]) -> dict[str, dict[str, int]]:
-    """Zero blocks by their shape, and how many there are."""
-    sums: dict[str, dict[str, int]] = {}
-    for entry in entries:
-        for shape, count in entry["zero_blocks"].items():
-            before = sums.get(shape, {"zero": 0, "of": 0})
-            sums[shape] = {key: before[key] + count[key] for key in ("zero", "of")}
-    return sums
+def _blocks_total(tensors: Iterable[InspectedTensor]) -> dict[str, ZeroBlocks]:
+    """Zero blocks by their shape, and how many blocks there are."""
+    sums: dict[str, tuple[int, int]] = {}
+    for tensor in tensors:
+        for shape, count in tensor.zero_blocks.items():
+            zero, of = sums.get(shape, (0, 0))
+            sums[shape] = zero + count.zero, of + count.of
+    return {shape: ZeroBlocks(zero=zero, of=of) for shape, (zero, of) in sums.items()}
+
+
+def _runtimes_total(
+    tensors: Sequence[InspectedTensor], matrices: Sequence[InspectedTensor]
+) -> dict[str, RuntimeCount] | None:
+    """How many of these matrices each runtime can run sparse, None if none was asked for."""
+    names = dict.fromkeys(name for tensor in tensors for name in tensor.runtimes or ())
+    verdicts = [matrix.runtimes or {} for matrix in matrices]
+    return {
+        name: RuntimeCount(eligible=sum(found[name].eligible for found in verdicts), of=len(matrices))
+        for name in names
+    } or None
 
 
 def _module(name: str) -> str:
@@ -326,18 +341,8 @@ def _is_number(piece: str) -> bool:
     return piece.isdigit() and piece.isascii()
 
 
-INSPECT_SCHEMA = "sparseprune.inspect.v2"
-NUMBERS = (
-    "numel",
-    "zeros",
-    "sparsity",
-    "nonfinite",
-    "rows",
-    "zero_rows",
-    "columns",
-    "zero_columns",
-)
-"""The facts of every tensor that are one number each."""
+NUMBERS = ("numel", "zeros", "sparsity", "nonfinite", "rows", "zero_rows", "columns", "zero_columns")
+"""The fields of every tensor that are one number each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -353,27 +358,25 @@ class Telling:
     grouping: Grouping | None = None
 
 
-def inspect_document(
+def make_inspection(
     path: str, facts: Iterable[TensorFacts], telling: Telling, not_read: Iterable[OtherFile] = ()
-) -> dict[str, Any]:
-    """The facts as plain data, in the shape of schemas/inspect.schema.json; tensors as they stand.
+) -> Inspection:
+    """The result of `inspect`, its tensors in the order of the facts.
 
-    `not_read` are files beside the checkpoint that hold its dense weights once more.
+    `not_read` are files beside the checkpoint with another copy of its dense weights.
     """
     patterns = [str(pattern) for pattern in telling.questions.patterns]
     blocks = [str(block) for block in telling.questions.blocks]
-    tensors = [_tensor_entry(one, patterns, blocks, telling.runtimes) for one in facts]
-    document: dict[str, Any] = {
-        "schema": INSPECT_SCHEMA,
-        "sparseprune": __version__,
-        "input": path,
-        "files_not_read": file_entries(not_read),
-        "totals": _totals(tensors, patterns, blocks, telling.runtimes),
-    }
-    if telling.grouping is not None:
-        document["by"] = telling.grouping.by
-        document["groups"] = grouped(tensors, telling.grouping, patterns)
-    return document | {"tensors": tensors}
+    tensors = tuple(_inspected(one, patterns, blocks, telling.runtimes) for one in facts)
+    grouping = telling.grouping
+    return Inspection(
+        input=path,
+        files_not_read=other_weights(not_read),
+        totals=_totals(tensors, patterns, blocks, telling.runtimes),
+        by=None if grouping is None else grouping.by,
+        groups=None if grouping is None else grouped(tensors, grouping, patterns),
+        tensors=tensors,
+    )
 
 
 def fields_of(questions: Questions) -> tuple[str, ...]:
@@ -381,10 +384,10 @@ def fields_of(questions: Questions) -> tuple[str, ...]:
     return (*NUMBERS, *(f"zero_blocks_{block}" for block in questions.blocks))
 
 
-def sheet_of(document: Mapping[str, Any]) -> tuple[list[str], list[list[object]]]:
-    """The titles and rows of a sheet of the groups, or of the tensors where there are none."""
-    totals = document["totals"]
-    is_grouped = "groups" in document
+def sheet_of(found: Inspection) -> tuple[list[str], list[list[object]]]:
+    """The titles and rows of a sheet of the groups, or of the tensors if there are none."""
+    totals = found.totals
+    is_grouped = found.groups is not None
     explained = "of" if is_grouped else "reason"
     columns = [
         "name",
@@ -393,14 +396,14 @@ def sheet_of(document: Mapping[str, Any]) -> tuple[list[str], list[list[object]]
         "patterns",
         *NUMBERS[4:],
         *(() if is_grouped else ("zero_slices",)),
-        *(title for shape in totals["zero_blocks"] for title in _pair(f"zero_blocks_{shape}", "of")),
-        *(title for name in totals.get("runtimes", ()) for title in _pair(f"runtimes_{name}", explained)),
+        *(title for shape in totals.zero_blocks for title in _pair(f"zero_blocks_{shape}", "of")),
+        *(title for name in totals.runtimes or () for title in _pair(f"runtimes_{name}", explained)),
     ]
     rows = []
-    for entry in document["groups" if is_grouped else "tensors"]:
-        cells = flat(entry)
+    for row in found.tensors if found.groups is None else found.groups:
+        cells = flat(row)
         if not is_grouped:
-            cells["shape"] = "x".join(map(str, entry["shape"]))
+            cells["shape"] = "x".join(map(str, cells["shape"]))
         rows.append([cells.get(column) for column in columns])
     return columns, rows
 
@@ -409,68 +412,67 @@ def _pair(name: str, explained: str) -> tuple[str, str]:
     return name, f"{name}_{explained}"
 
 
-def _tensor_entry(
-    one: TensorFacts,
-    patterns: Sequence[str],
-    blocks: Sequence[str],
-    runtimes: Sequence[Runtime],
-) -> dict[str, Any]:
-    counts = one.blocks or {}
-    entry: dict[str, Any] = {
-        "name": one.name,
-        "dtype": one.dtype,
-        "shape": list(one.shape),
-        "numel": one.numel,
-        "zeros": one.zeros,
-        "sparsity": None if one.zeros is None else share(one.zeros, one.numel),
-        "nonfinite": one.nonfinite,
-        "patterns": [pattern for pattern in patterns if pattern in one.patterns],
-        "rows": one.rows and one.rows.of,
-        "zero_rows": one.rows and one.rows.zero,
-        "columns": one.columns and one.columns.of,
-        "zero_columns": one.columns and one.columns.zero,
-        "zero_slices": None if one.slices is None else [index.zero for index in one.slices],
-        "zero_blocks": {
-            shape: {"zero": counts[shape].zero, "of": counts[shape].of} for shape in blocks if shape in counts
+def _inspected(
+    one: TensorFacts, patterns: Sequence[str], blocks: Sequence[str], runtimes: Sequence[Runtime]
+) -> InspectedTensor:
+    counts, rows, columns = one.blocks or {}, one.rows, one.columns
+    verdicts = {runtime.name: verdict(runtime, one) for runtime in runtimes}
+    return InspectedTensor(
+        name=one.name,
+        dtype=one.dtype,
+        shape=one.shape,
+        numel=one.numel,
+        zeros=one.zeros,
+        sparsity=None if one.zeros is None else share(one.zeros, one.numel),
+        nonfinite=one.nonfinite,
+        patterns=tuple(pattern for pattern in patterns if pattern in one.patterns),
+        rows=None if rows is None else rows.of,
+        zero_rows=None if rows is None else rows.zero,
+        columns=None if columns is None else columns.of,
+        zero_columns=None if columns is None else columns.zero,
+        zero_slices=None if one.slices is None else tuple(index.zero for index in one.slices),
+        zero_blocks={
+            shape: ZeroBlocks(zero=counts[shape].zero, of=counts[shape].of)
+            for shape in blocks
+            if shape in counts
         },
-    }
-    if runtimes:
-        given = {runtime.name: verdict(runtime, one) for runtime in runtimes}
-        entry["runtimes"] = {
-            name: {"eligible": found.eligible, "reason": found.reason} for name, found in given.items()
-        }
-    return entry
+        runtimes=verdicts or None,
+    )
 
 
 def _totals(
-    tensors: Sequence[Mapping[str, Any]],
+    tensors: Sequence[InspectedTensor],
     patterns: Sequence[str],
     blocks: Sequence[str],
     runtimes: Sequence[Runtime],
-) -> dict[str, Any]:
-    """Sums over all tensors; what cannot be looked at counts as not zero."""
-    facts = summed(tensors, patterns)
-    zeros = facts["zeros"] or 0
-    none = {"zero": 0, "of": 0}
-    totals = {
-        "tensors": len(tensors),
-        "matrices": facts["matrices"],
-        "uncounted": sum(one["zeros"] is None for one in tensors),
-        "numel": facts["numel"],
-        "pruned": zeros,
-        "sparsity": share(zeros, facts["numel"]),
-        "nonfinite": facts["nonfinite"] or 0,
-        "patterns": {
-            pattern: sum(pattern in tensor["patterns"] for tensor in tensors) for pattern in patterns
-        },
-        **{key: facts[key] or 0 for key in ("rows", "zero_rows", "columns", "zero_columns")},
-        "zero_blocks": {shape: facts["zero_blocks"].get(shape, none) for shape in blocks},
+) -> InspectTotals:
+    """Sums over all tensors; elements that cannot be counted are taken as not zero."""
+    whole = summed("", tensors, patterns)
+    zeros = whole.zeros or 0
+    none = ZeroBlocks(zero=0, of=0)
+    counts = whole.runtimes or {}
+    dtypes = [one.dtype for one in tensors if len(one.shape) > 1]
+    eligible = {
+        one.name: RuntimeTotals(
+            eligible=counts[one.name].eligible if one.name in counts else 0,
+            of=whole.matrices,
+            device=one.device_for(dtypes),
+        )
+        for one in runtimes
     }
-    if runtimes:
-        found = facts.get("runtimes", {})
-        dtypes = [one["dtype"] for one in tensors if len(one["shape"]) > 1]
-        totals["runtimes"] = {
-            one.name: {**found.get(one.name, {"eligible": 0, "of": 0}), "device": one.device_for(dtypes)}
-            for one in runtimes
-        }
-    return totals
+    return InspectTotals(
+        tensors=len(tensors),
+        matrices=whole.matrices,
+        uncounted=sum(one.zeros is None for one in tensors),
+        numel=whole.numel,
+        pruned=zeros,
+        sparsity=share(zeros, whole.numel),
+        nonfinite=whole.nonfinite or 0,
+        patterns={pattern: sum(pattern in one.patterns for one in tensors) for pattern in patterns},
+        rows=whole.rows or 0,
+        zero_rows=whole.zero_rows or 0,
+        columns=whole.columns or 0,
+        zero_columns=whole.zero_columns or 0,
+        zero_blocks={shape: whole.zero_blocks.get(shape, none) for shape in blocks},
+        runtimes=eligible or None,
+    )

@@ -1,18 +1,31 @@
-"""What `plan` finds as a document: rules, shapes, memory, time, and what removal would leave."""
+"""The result of `plan`: rules, shapes, sizes, memory, and what removal would leave. Reads no tensor data."""
 
 from __future__ import annotations
 
 import heapq
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
-from sparseprune import __version__
 from sparseprune.engine.grids import Shape, prod
 from sparseprune.report.coverage import coverage_totals
 from sparseprune.report.document import one_or_all, share
-from sparseprune.report.removal import config_entries, config_text
+from sparseprune.report.removal import config_changes, config_text
 from sparseprune.report.wording import many, percent, shape_text, size
+from sparseprune.results.plan import (
+    Plan,
+    PlannedBytes,
+    PlannedRemoval,
+    PlanTotals,
+    ReconstructAsked,
+    Resized,
+    RulePlan,
+    RuleRemoval,
+    ScoreAsked,
+    TensorForm,
+    UnreachedTensor,
+    ViewAsked,
+)
 from sparseprune.spec import BoundBlock, BoundBlockCoupling, BoundScope, Score
 
 if TYPE_CHECKING:
@@ -20,8 +33,8 @@ if TYPE_CHECKING:
 
     from sparseprune.checkpoint import OutputLayout, StoredTensor
     from sparseprune.engine.grids import Shape
+    from sparseprune.removal.preview import Presumed
     from sparseprune.report.coverage import Coverage
-    from sparseprune.report.removal import RemovedParts
     from sparseprune.spec import BoundInstance, BoundRule, BoundScopeCoupling, BoundSpec, Reconstruct
 
     AnyScope = BoundScope | BoundScopeCoupling
@@ -29,97 +42,68 @@ if TYPE_CHECKING:
 _SHAPES = 4  # that a card has room for
 
 
-class RemovalPlan(Protocol):
-    """What removing by a spec would come to, as far as shapes and budgets tell."""
-
-    @property
-    def reasons(self) -> Mapping[str, str]: ...
-    @property
-    def shapes(self) -> Mapping[str, Shape | None] | None: ...
-    @property
-    def removal(self) -> RemovedParts | None: ...
-    @property
-    def problems(self) -> Sequence[str]: ...
-    @property
-    def numel(self) -> int | None: ...
-    @property
-    def nbytes(self) -> int | None: ...
-
-
-def removal_entry(
-    rule: BoundRule, tensors: Mapping[str, StoredTensor], planned: RemovalPlan
-) -> dict[str, Any]:
+def rule_removal(rule: BoundRule, tensors: Mapping[str, StoredTensor], planned: Presumed) -> RuleRemoval:
     """Of one rule: whether its blocks can be cut out, or why not, and what its tensors become."""
     reason = planned.reasons.get(rule.name)
     becomes = None
     if reason is None and planned.shapes is not None:
-        becomes = list(_becomes(rule, tensors, planned.shapes))
-    return {"removable": reason is None, "reason": reason, "becomes": becomes}
+        becomes = tuple(_becomes(rule, tensors, planned.shapes))
+    return RuleRemoval(removable=reason is None, reason=reason, becomes=becomes)
 
 
-def removal_totals(planned: RemovalPlan) -> dict[str, Any]:
-    """Of the whole checkpoint; null is what only the data tells, or what cannot be."""
+def planned_removal(planned: Presumed) -> PlannedRemoval:
+    """Of the whole checkpoint; None if only the data decides, or nothing can be removed."""
     removal = planned.removal
-    return {
-        "problems": list(planned.problems),
-        "config": None if removal is None else config_entries(removal.changes),
-        "numel": planned.numel,
-        "bytes": planned.nbytes,
-    }
+    return PlannedRemoval(
+        problems=tuple(planned.problems),
+        config=None if removal is None else config_changes(removal.changes),
+        numel=planned.numel,
+        bytes=planned.nbytes,
+    )
 
 
 def _becomes(
     rule: BoundRule, tensors: Mapping[str, StoredTensor], shapes: Mapping[str, Shape | None]
-) -> Iterator[dict[str, Any]]:
-    """The tensors that become alike, with an example."""
+) -> Iterator[Resized]:
+    """The tensors that get one new shape, with an example."""
     alike: dict[tuple[Shape, Shape | None], list[str]] = {}
     reached = dict.fromkeys(leaf.tensor for instance in rule.instances for leaf in instance.scope.leaves)
     for name in reached:
         before = tensors[name].shape
         alike.setdefault((before, shapes.get(name, before)), []).append(name)
     for (before, after), names in alike.items():
-        yield {
-            "tensors": len(names),
-            "example": names[0],
-            "shape": list(before),
-            "shape_after": None if after is None else list(after),
-        }
+        yield Resized(tensors=len(names), example=names[0], shape=before, shape_after=after)
 
 
-def removal_text(rule: Mapping[str, Any]) -> str:
+def removal_text(found: RuleRemoval) -> str:
     """The line of a rule's card."""
-    entry = rule["removal"]
-    if not entry["removable"]:
-        return f"nothing: {entry['reason']}"
-    if entry["becomes"] is None:
+    if not found.removable:
+        return f"nothing: {found.reason}"
+    if found.becomes is None:
         return "whole slices, as many as the data tells"
-    texts = list(
-        dict.fromkeys(_changed(one) for one in entry["becomes"] if one["shape_after"] != one["shape"])
-    )
+    texts = list(dict.fromkeys(_changed(one) for one in found.becomes if one.shape_after != one.shape))
     more = [f"and {many(len(texts) - _SHAPES, 'more shape')}"] if len(texts) > _SHAPES else []
     return ", ".join([*texts[:_SHAPES], *more]) or "nothing: all blocks survive"
 
 
-def _changed(one: Mapping[str, Any]) -> str:
-    if one["shape_after"] is None:
-        return f"{many(one['tensors'], 'tensor')} of {shape_text(one['shape'])} whole"
-    return f"{shape_text(one['shape'])} becomes {shape_text(one['shape_after'])}"
+def _changed(one: Resized) -> str:
+    if one.shape_after is None:
+        return f"{many(one.tensors, 'tensor')} of {shape_text(one.shape)} whole"
+    return f"{shape_text(one.shape)} becomes {shape_text(one.shape_after)}"
 
 
-def totals_facts(document: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """The lines of the card of totals: what is in the way, or what would be left."""
-    removal, numel = document["removal"], document["totals"]["numel"]
-    for problem in removal["problems"]:
+def totals_facts(plan: Plan) -> Iterator[tuple[str, str]]:
+    """The lines of the card of totals: what prevents a removal, or what it would leave."""
+    removal, numel = plan.removal, plan.totals.numel
+    for problem in removal.problems:
         yield "removal", f"cannot be: {problem}"
-    if removal["config"] is not None:
-        said = ", ".join(config_text(entry) for entry in removal["config"])
-        left = (
-            f"{removal['numel']:,} parameters ({percent((numel - removal['numel']) / max(1, numel))} fewer)"
-        )
-        yield "removal", f"{left} in {size(removal['bytes'])}" + (f": {said}" if said else "")
+    if removal.config is not None and removal.numel is not None and removal.bytes is not None:
+        changes = ", ".join(map(config_text, removal.config))
+        fewer = percent((numel - removal.numel) / max(1, numel))
+        left = f"{removal.numel:,} parameters ({fewer} fewer) in {size(removal.bytes)}"
+        yield "removal", left + (f": {changes}" if changes else "")
 
 
-PLAN_SCHEMA = "sparseprune.plan.v1"
 UNREACHED = 5
 
 
@@ -134,48 +118,41 @@ class Asked:
     warnings: Sequence[str] = ()
 
 
-def plan_document(
-    asked: Asked,
-    bound: BoundSpec,
-    layout: OutputLayout,
-    removal: RemovalPlan,
-    peak_bytes: int | None = None,
-) -> dict[str, Any]:
-    """The plan as plain data, in the shape of schemas/plan.schema.json.
+def make_plan_result(
+    asked: Asked, bound: BoundSpec, layout: OutputLayout, removal: Presumed, peak_bytes: int | None = None
+) -> Plan:
+    """The result of `plan`.
 
-    `layout` is that of the output, `removal` what `remove` would come to; `peak_bytes` is the memory that a
-    run is expected to need at most, and is left out where nobody knows.
+    `layout` is that of the output, `removal` what `remove` would leave; `peak_bytes` is the memory that a run
+    is expected to need at most, None if unknown.
     """
     tensors = layout.checkpoint.tensors
-    rules = [
-        {**_rule_entry(rule, tensors), "removal": removal_entry(rule, tensors, removal)}
-        for rule in bound.rules
-    ]
     numel, covered = asked.coverage.numel, asked.coverage.reached
     reached = set(bound.covered)
-    masks = sum([place.nbytes for place in layout.masks.values()])
-    sizes = {"input": layout.input_bytes, "masks": masks, "output": layout.output_bytes}
-    return {
-        "schema": PLAN_SCHEMA,
-        "sparseprune": __version__,
-        "input": asked.input,
-        "spec": asked.spec,
-        "output": asked.output,
-        "output_exists": layout.target.exists(),
-        "warnings": list(asked.warnings),
-        "totals": {
-            "tensors": len(tensors),
-            "numel": numel,
-            "reached": len(reached),
-            "covered": covered,
-            "coverage": share(covered, numel),
+    return Plan(
+        input=asked.input,
+        spec=asked.spec,
+        output=asked.output,
+        output_exists=layout.target.exists(),
+        warnings=tuple(asked.warnings),
+        totals=PlanTotals(
+            tensors=len(tensors),
+            numel=numel,
+            reached=len(reached),
+            covered=covered,
+            coverage=share(covered, numel),
             **coverage_totals(asked.coverage),
-        },
-        "rules": rules,
-        "removal": removal_totals(removal),
-        "unreached": _unreached(tensors, reached),
-        "bytes": sizes if peak_bytes is None else sizes | {"peak": peak_bytes},
-    }
+        ),
+        rules=tuple(_rule_plan(rule, tensors, rule_removal(rule, tensors, removal)) for rule in bound.rules),
+        removal=planned_removal(removal),
+        unreached=_unreached(tensors, reached),
+        bytes=PlannedBytes(
+            input=layout.input_bytes,
+            masks=sum([place.nbytes for place in layout.masks.values()]),
+            output=layout.output_bytes,
+            peak=peak_bytes,
+        ),
+    )
 
 
 def block_name(leaf: BoundBlock) -> str:
@@ -209,36 +186,37 @@ def scoped_leaves(scope: AnyScope) -> Iterator[tuple[BoundScope, BoundBlock]]:
     return ((member, leaf) for member in members for leaf in member.leaves)
 
 
-def _rule_entry(rule: BoundRule, tensors: Mapping[str, StoredTensor]) -> dict[str, Any]:
+def _rule_plan(rule: BoundRule, tensors: Mapping[str, StoredTensor], removal: RuleRemoval) -> RulePlan:
     counts = _all_counts(rule)
     first = rule.instances[0] if rule.instances else None
     nnz = [instance.budget.nnz for instance in rule.instances]
     per_scope = [count.per_scope for count in counts]
     pruned = [count.pruned for count in counts if count.pruned is not None]
     names = dict.fromkeys([leaf.tensor for instance in rule.instances for leaf in instance.scope.leaves])
-    return {
-        "name": rule.name,
-        "mode": "soft" if first and first.soft else "hard",
-        "score": _score(first.score if first else Score()),
-        "reconstruct": _reconstruct(first.reconstruct if first else None),
-        "instances": len(rule.instances),
-        "tensors": len(names),
-        "example": next(iter(names), None),
-        "instance": first.label if first else None,
-        "fused": list(dict.fromkeys(_fused(first))) if first else [],
-        "fused_block": _fused_block(first) if first else None,
-        "competing": len(first.scope.members) if first and not isinstance(first.scope, BoundScope) else 1,
-        "scopes": sum([count.scopes for count in counts]),
-        "blocks_per_scope": one_or_all(per_scope),
-        "nnz": one_or_all(nnz),
-        "threshold": one_or_all([instance.budget.threshold for instance in rule.instances]),
-        "sparsity_asked": one_or_all([instance.sparsity for instance in rule.instances]),
-        "sparsity": one_or_all([_sparsity(*pair) for pair in zip(nnz, per_scope, strict=True)]),
-        "blocks": sum([count.scopes * count.per_scope for count in counts]),
-        "numel": sum([count.numel for count in counts]),
-        "pruned": sum(pruned) if len(pruned) == len(counts) else None,
-        "forms": _forms(rule, tensors),
-    }
+    return RulePlan(
+        name=rule.name,
+        mode="soft" if first and first.soft else "hard",
+        score=_score(first.score if first else Score()),
+        reconstruct=_reconstruct(first.reconstruct if first else None),
+        instances=len(rule.instances),
+        tensors=len(names),
+        example=next(iter(names), None),
+        instance=first.label if first else None,
+        fused=tuple(dict.fromkeys(_fused(first))) if first else (),
+        fused_block=_fused_block(first) if first else None,
+        competing=len(first.scope.members) if first and not isinstance(first.scope, BoundScope) else 1,
+        scopes=sum([count.scopes for count in counts]),
+        blocks_per_scope=one_or_all(per_scope),
+        nnz=one_or_all(nnz),
+        threshold=one_or_all([instance.budget.threshold for instance in rule.instances]),
+        sparsity_asked=one_or_all([instance.sparsity for instance in rule.instances]),
+        sparsity=one_or_all([_sparsity(*pair) for pair in zip(nnz, per_scope, strict=True)]),
+        blocks=sum([count.scopes * count.per_scope for count in counts]),
+        numel=sum([count.numel for count in counts]),
+        pruned=sum(pruned) if len(pruned) == len(counts) else None,
+        forms=_forms(rule, tensors),
+        removal=removal,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,19 +257,19 @@ def _counts(instance: BoundInstance) -> _Counts:
     return _Counts(scopes, per_scope, numel, pruned)
 
 
-def _score(score: Score) -> dict[str, Any]:
-    return {
-        "kind": score.kind,
-        "norm": score.norm if math.isfinite(score.norm) else "inf",
-        "normalize": score.normalize,
-        "file": None if score.file is None else str(score.file),
-    }
+def _score(score: Score) -> ScoreAsked:
+    return ScoreAsked(
+        kind=score.kind,
+        norm=score.norm if math.isfinite(score.norm) else "inf",
+        normalize=score.normalize,
+        file=None if score.file is None else str(score.file),
+    )
 
 
-def _reconstruct(reconstruct: Reconstruct | None) -> dict[str, Any] | None:
+def _reconstruct(reconstruct: Reconstruct | None) -> ReconstructAsked | None:
     if reconstruct is None:
         return None
-    return {"method": reconstruct.method, "file": str(reconstruct.file), "damp": reconstruct.damp}
+    return ReconstructAsked(method=reconstruct.method, file=str(reconstruct.file), damp=reconstruct.damp)
 
 
 def _sparsity(nnz: int | None, blocks: int) -> float | None:
@@ -312,7 +290,7 @@ def _fused_block(instance: BoundInstance) -> str | None:
     return next((block.label for block in members if isinstance(block, BoundBlockCoupling)), None)
 
 
-def _forms(rule: BoundRule, tensors: Mapping[str, StoredTensor]) -> list[dict[str, Any]]:
+def _forms(rule: BoundRule, tensors: Mapping[str, StoredTensor]) -> tuple[TensorForm, ...]:
     """The tensors of a rule by block and by shapes: one entry for all that look alike, with an example."""
     alike: dict[tuple[object, ...], list[tuple[BoundScope, BoundBlock]]] = {}
     for instance in rule.instances:
@@ -320,29 +298,26 @@ def _forms(rule: BoundRule, tensors: Mapping[str, StoredTensor]) -> list[dict[st
             shape = tensors[leaf.tensor].entry.shape
             key = (block_name(leaf), shape, leaf.view_shape, leaf.view_stride, leaf.shape, member.shape)
             alike.setdefault(key, []).append((member, leaf))
-    return [_form(*leaves[0], tensors, len(leaves)) for leaves in alike.values()]
+    return tuple(_form(*leaves[0], tensors, len(leaves)) for leaves in alike.values())
 
 
 def _form(
     member: BoundScope, leaf: BoundBlock, tensors: Mapping[str, StoredTensor], count: int
-) -> dict[str, Any]:
+) -> TensorForm:
     stored = tensors[leaf.tensor]
-    view = {
-        "shape": list(leaf.view_shape),
-        "stride": list(leaf.view_stride),
-        "begin": list(index_of(leaf.view_offset, stored.shape)),
-    }
-    return {
-        "block_name": block_name(leaf),
-        "tensors": count,
-        "example": leaf.tensor,
-        "dtype": stored.dtype,
-        "shape": list(stored.shape),
-        "view": None if is_whole(leaf, stored.shape) else view,
-        "block": list(leaf.shape),
-        "grid": list(leaf.grid_shape),
-        "scope": list(member.shape),
-    }
+    begin = index_of(leaf.view_offset, stored.shape)
+    view = ViewAsked(shape=leaf.view_shape, stride=leaf.view_stride, begin=begin)
+    return TensorForm(
+        block_name=block_name(leaf),
+        tensors=count,
+        example=leaf.tensor,
+        dtype=stored.dtype,
+        shape=stored.shape,
+        view=None if is_whole(leaf, stored.shape) else view,
+        block=leaf.shape,
+        grid=leaf.grid_shape,
+        scope=member.shape,
+    )
 
 
 def index_of(element: int, shape: Shape) -> Shape:
@@ -358,16 +333,16 @@ def index_of(element: int, shape: Shape) -> Shape:
     return tuple(reversed(index))
 
 
-def _unreached(tensors: Mapping[str, StoredTensor], reached: set[str]) -> list[dict[str, Any]]:
+def _unreached(tensors: Mapping[str, StoredTensor], reached: set[str]) -> tuple[UnreachedTensor, ...]:
     """The largest tensors that no rule reaches."""
     left = (stored for name, stored in tensors.items() if name not in reached)
-    return [
-        {
-            "name": stored.name,
-            "dtype": stored.dtype,
-            "shape": list(stored.shape),
-            "numel": stored.numel,
-            "bytes": stored.nbytes,
-        }
+    return tuple(
+        UnreachedTensor(
+            name=stored.name,
+            dtype=stored.dtype,
+            shape=stored.shape,
+            numel=stored.numel,
+            bytes=stored.nbytes,
+        )
         for stored in heapq.nlargest(UNREACHED, left, key=lambda stored: stored.numel)
-    ]
+    )

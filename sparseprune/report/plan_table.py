@@ -1,13 +1,12 @@
-"""The plan for the terminal: a card for each rule, then what is covered and what the output will take.
+"""The plan for the terminal: a card for each rule, then coverage and the sizes of the output.
 
-Reads plan documents alone. Gives rich renderables that fit any width from 60 columns on; whoever calls
-decides on the stream.
+Gives rich renderables that fit any width from 60 columns on.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Group
 from rich.padding import Padding
@@ -18,113 +17,111 @@ from sparseprune.errors import printable
 from sparseprune.report.coverage import coverage_text
 from sparseprune.report.document import share
 from sparseprune.report.plan import removal_text, totals_facts
-from sparseprune.report.wording import many, percent, shape_text, size
+from sparseprune.report.wording import each_text, many, percent, place_text, shape_text, size
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Sequence
 
     from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+
+    from sparseprune.results.plan import Plan, RulePlan, ScoreAsked, TensorForm, UnreachedTensor, ViewAsked
 
 _FORMS = 8  # that are listed of one rule
 _INDENT = 2
 
 Facts = list[tuple[str, str]]
-Values = float | list[float | None] | None
 
 
-def rule_card(rule: Mapping[str, Any], numel: int) -> RenderableType:
+def rule_card(rule: RulePlan, numel: int) -> RenderableType:
     """What one rule binds to; `numel` counts the parameters of the whole checkpoint."""
-    title = Text(rule["name"], "bold")
-    if not rule["instances"]:
+    title = Text(rule.name, "bold")
+    if not rule.instances:
         return Group(title, _facts([("binds", "nothing: no tensor matches, and the rule is optional")]))
-    forms = _FormLines(rule["forms"][:_FORMS], len(rule["forms"]) - _FORMS)
-    facts = [*_binding(rule), *_budget(rule), *_pruning(rule, numel), ("removes", removal_text(rule))]
+    forms = _FormLines(rule.forms[:_FORMS], len(rule.forms) - _FORMS)
+    facts = [*_binding(rule), *_budget(rule), *_pruning(rule, numel), ("removes", removal_text(rule.removal))]
     return Group(title, _facts(facts), forms)
 
 
-def totals_card(document: Mapping[str, Any]) -> RenderableType:
-    """What is covered and what is not, the sizes of the output, the memory that it takes."""
-    totals, sizes = document["totals"], document["bytes"]
+def totals_card(plan: Plan) -> RenderableType:
+    """What rules reach and what not, the sizes of the output, the memory of a run."""
+    totals, sizes = plan.totals, plan.bytes
     covers = (
-        f"{totals['covered']:,} of {totals['numel']:,} parameters ({percent(totals['coverage'])}) "
-        f"in {totals['reached']:,} of {many(totals['tensors'], 'tensor')}"
+        f"{totals.covered:,} of {totals.numel:,} parameters ({percent(totals.coverage)}) "
+        f"in {totals.reached:,} of {many(totals.tensors, 'tensor')}"
     )
-    output = f"{size(sizes['output'])} in {document['output']}"
-    if document["output_exists"]:
+    output = f"{size(sizes.output)} in {plan.output}"
+    if plan.output_exists:
         output += " (exists: --force replaces it)"
     text = coverage_text(totals)
     facts = [
         ("covers", covers),
         *([] if text is None else [("layers", text)]),
-        ("input", size(sizes["input"])),
-        ("masks", size(sizes["masks"]) if sizes["masks"] else "none"),
+        ("input", size(sizes.input)),
+        ("masks", size(sizes.masks) if sizes.masks else "none"),
         ("output", output),
     ]
-    if "peak" in sizes:
-        facts.append(("memory", f"about {size(sizes['peak'])} at the peak"))
-    facts += totals_facts(document)
+    if sizes.peak is not None:
+        facts.append(("memory", f"about {size(sizes.peak)} at the peak"))
+    facts += totals_facts(plan)
     parts: list[RenderableType] = [Text("in all", "bold"), _facts(facts)]
-    if document["unreached"]:
-        parts.append(Padding(_unreached_table(document), (0, 0, 0, _INDENT), expand=False))
+    if plan.unreached:
+        parts.append(Padding(_unreached_table(plan.unreached), (0, 0, 0, _INDENT), expand=False))
     return Group(*parts)
 
 
-def _binding(rule: Mapping[str, Any]) -> Facts:
-    such = f" such as {rule['instance']}" if rule["instances"] > 1 else ""
-    binds = f"{many(rule['tensors'], 'tensor')} in {many(rule['instances'], 'instance')}{such}"
-    facts = [("binds", binds)]
-    if rule["fused"]:
-        facts.append(("block", f"{' + '.join(rule['fused'])}, fused: {rule['fused_block']}"))
-    if rule["competing"] > 1:
-        facts.append(("scope", f"{rule['competing']:,} scopes compete for one budget"))
+def _binding(rule: RulePlan) -> Facts:
+    such = f" such as {rule.instance}" if rule.instances > 1 else ""
+    facts = [("binds", f"{many(rule.tensors, 'tensor')} in {many(rule.instances, 'instance')}{such}")]
+    if rule.fused:
+        facts.append(("block", f"{' + '.join(rule.fused)}, fused: {rule.fused_block}"))
+    if rule.competing > 1:
+        facts.append(("scope", f"{rule.competing:,} scopes compete for one budget"))
     return facts
 
 
-def _budget(rule: Mapping[str, Any]) -> Facts:
+def _budget(rule: RulePlan) -> Facts:
     """What survives, and how the share that was asked for was rounded."""
-    blocks = _each(rule["blocks_per_scope"])
-    scopes = "the one scope" if rule["scopes"] == 1 else f"each of {rule['scopes']:,} scopes"
+    scopes = "the one scope" if rule.scopes == 1 else f"each of {rule.scopes:,} scopes"
     facts: Facts = []
-    if rule["nnz"] is None:
-        facts.append(("keeps", f"blocks that score {_each(rule['threshold'])} or more"))
+    if rule.nnz is None:
+        facts.append(("keeps", f"blocks that score {each_text(rule.threshold)} or more"))
     else:
-        facts.append(("keeps", f"{_each(rule['nnz'])} of {blocks} blocks in {scopes}"))
-        facts.append(("sparsity", _rounded(rule)))
-    if rule["mode"] == "soft":
+        kept = f"{each_text(rule.nnz)} of {each_text(rule.blocks_per_scope)} blocks in {scopes}"
+        facts += [("keeps", kept), ("sparsity", _rounded(rule))]
+    if rule.mode == "soft":
         facts.append(("mode", "soft: what survives shrinks, too"))
-    score = rule["score"]
-    if score["kind"] != "magnitude" or score["norm"] != 2 or score["normalize"]:
+    score = rule.score
+    if score.kind != "magnitude" or score.norm != 2 or score.normalize:
         facts.append(("score", _score(score)))
-    if rule["reconstruct"] is not None:
-        facts.append(
-            ("rebuilds", "by {method}, with the second moments in {file}".format(**rule["reconstruct"]))
-        )
+    if rule.reconstruct is not None:
+        how = f"by {rule.reconstruct.method}, with the second moments in {rule.reconstruct.file}"
+        facts.append(("rebuilds", how))
     return facts
 
 
-def _rounded(rule: Mapping[str, Any]) -> str:
-    asked, became = rule["sparsity_asked"], rule["sparsity"]
+def _rounded(rule: RulePlan) -> str:
+    asked, became = rule.sparsity_asked, rule.sparsity
     if asked is None or asked == became:
-        return _each(became, percent)
-    return f"{_each(became, percent)}, asked {_each(asked, percent)}: whole blocks"
+        return each_text(became, percent)
+    return f"{each_text(became, percent)}, asked {each_text(asked, percent)}: whole blocks"
 
 
-def _score(score: Mapping[str, Any]) -> str:
-    words = [score["kind"]]
-    if score["norm"] != 2:
-        words.append(f"norm {score['norm']}")
-    if score["normalize"]:
+def _score(score: ScoreAsked) -> str:
+    words = [score.kind]
+    if score.norm != 2:
+        words.append(f"norm {score.norm}")
+    if score.normalize:
         words.append("root mean square of a block")
-    if score["file"] is not None:
-        words.append(f"from {score['file']}")
+    if score.file is not None:
+        words.append(f"from {score.file}")
     return ", ".join(words)
 
 
-def _pruning(rule: Mapping[str, Any], numel: int) -> Facts:
-    reached = f"{rule['numel']:,} elements"
-    if rule["pruned"] is None:
-        return [("reaches", f"{reached}, {share_text(rule['numel'], numel)} of all parameters")]
-    pruned = f"{rule['pruned']:,} of {reached}, {share_text(rule['pruned'], numel)} of all parameters"
+def _pruning(rule: RulePlan, numel: int) -> Facts:
+    reached = f"{rule.numel:,} elements"
+    if rule.pruned is None:
+        return [("reaches", f"{reached}, {share_text(rule.numel, numel)} of all parameters")]
+    pruned = f"{rule.pruned:,} of {reached}, {share_text(rule.pruned, numel)} of all parameters"
     return [("prunes", pruned)]
 
 
@@ -137,19 +134,15 @@ def _facts(facts: Facts) -> RenderableType:
     return Padding(table, (0, 0, 0, _INDENT), expand=False)
 
 
-def _unreached_table(document: Mapping[str, Any]) -> Table:
+def _unreached_table(tensors: Sequence[UnreachedTensor]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("largest left alone", overflow="fold")
     table.add_column("shape", no_wrap=True)
-    for name in ("parameters", "bytes"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for tensor in document["unreached"]:
-        table.add_row(
-            Text(printable(tensor["name"])),
-            shape_text(tensor["shape"]),
-            f"{tensor['numel']:,}",
-            size(tensor["bytes"]),
-        )
+    for title in ("parameters", "bytes"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for tensor in tensors:
+        name = Text(printable(tensor.name))
+        table.add_row(name, shape_text(tensor.shape), f"{tensor.numel:,}", size(tensor.bytes))
     return table
 
 
@@ -157,13 +150,13 @@ def _unreached_table(document: Mapping[str, Any]) -> Table:
 class _FormLines:
     """The forms of a rule, one line each; example names stand below their lines where they do not fit."""
 
-    forms: Sequence[Mapping[str, Any]]
+    forms: Sequence[TensorForm]
     more: int
 
     def __rich_console__(self, _: Console, options: ConsoleOptions) -> RenderResult:
         header, *rows = self._rows()
         widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
-        names = [printable(form["example"]) for form in self.forms]
+        names = [printable(form.example) for form in self.forms]
         wide = _INDENT + sum(widths) + 2 * len(widths)
         beside = wide + max(map(len, names)) <= options.max_width
         yield _folded(_line(header, widths) + ("  example" if beside else ""), "bold")
@@ -177,8 +170,8 @@ class _FormLines:
 
     def _rows(self) -> Iterator[list[str]]:
         """Cells as text; a column that says nothing is left out."""
-        members = len({form["block_name"] for form in self.forms}) > 1
-        views = any(form["view"] is not None for form in self.forms)
+        members = len({form.block_name for form in self.forms}) > 1
+        views = any(form.view is not None for form in self.forms)
         used = [True, members, True, views, True, True, True]
 
         def some(cells: Sequence[str]) -> list[str]:
@@ -186,16 +179,9 @@ class _FormLines:
 
         yield some(["tensors", "member", "shape", "view", "block", "grid", "scope"])
         for form in self.forms:
-            shapes = [shape_text(form[key]) for key in ("block", "grid", "scope")]
-            yield some(
-                [
-                    f"{form['tensors']:,}",
-                    form["block_name"],
-                    shape_text(form["shape"]),
-                    _view_text(form["view"]),
-                    *shapes,
-                ]
-            )
+            shapes = map(shape_text, (form.block, form.grid, form.scope))
+            view = _view_text(form.view)
+            yield some([f"{form.tensors:,}", form.block_name, shape_text(form.shape), view, *shapes])
 
 
 def _folded(text: str, style: str = "", indent: int = _INDENT) -> RenderableType:
@@ -208,11 +194,10 @@ def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
     return "  ".join([first[0].rjust(first[1]), *(cell.ljust(width) for cell, width in others)])
 
 
-def _view_text(view: Mapping[str, Any] | None) -> str:
+def _view_text(view: ViewAsked | None) -> str:
     if view is None:
         return "whole"
-    begin = f" at {view['begin']}" if any(view["begin"]) else ""
-    return shape_text(view["shape"]) + begin
+    return shape_text(view.shape) + (f" at {place_text(view.begin)}" if any(view.begin) else "")
 
 
 def share_text(part: int, whole: int) -> str:
@@ -222,10 +207,3 @@ def share_text(part: int, whole: int) -> str:
     ('25.00%', '0.00%')
     """
     return percent(share(part, whole))
-
-
-def _each(values: Values, text: Callable[[float], str] = "{:,}".format) -> str:
-    """One value, or the range of the values of all instances."""
-    known = [value for value in (values if isinstance(values, list) else [values]) if value is not None]
-    few = sorted({min(known), max(known)}) if known else []
-    return " to ".join(map(text, few))

@@ -1,61 +1,32 @@
-"""What became of zeros: put back by `reapply`, or found lost by `verify --masks`; documents and tables.
-
-Gives plain data in the shape of the schemas, and rich renderables. Knows neither files nor streams. Called
-by the command line.
-"""
+"""The results of `reapply` and `verify --masks`: zeros that were lost, and their tables."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, TypedDict
 
-from sparseprune import __version__
 from sparseprune.engine.sequences import Made
 from sparseprune.errors import printable
-from sparseprune.report.document import energy_kept, file_entries, share
+from sparseprune.report.document import energy_kept, other_weights, share
 from sparseprune.report.tables import Column, FittedTable
-from sparseprune.report.wording import many, percent
+from sparseprune.report.wording import many, percent, place_text, shape_text
+from sparseprune.results.checking import (
+    LeftOut,
+    MaskCheckedTensor,
+    MaskedTensor,
+    MaskedTotals,
+    MaskVerification,
+    MaskVerifyTotals,
+    Reapplication,
+    ReappliedTensor,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from sparseprune.checkpoint import Checkpoint, OtherFile
     from sparseprune.engine.grids import Shape
-    from sparseprune.engine.tally import Tally
-
-REAPPLY_SCHEMA = "sparseprune.reapply.v1"
-VERIFY_SCHEMA = "sparseprune.verify-masks.v1"
-
-
-class MaskedTensor(Protocol):
-    """A tensor that has a mask: the elements that it drops, and those of them that were or are not zero."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def dtype(self) -> str: ...
-    @property
-    def shape(self) -> Shape: ...
-    @property
-    def pruned(self) -> int: ...
-    @property
-    def lost(self) -> int: ...
-
-
-class ReappliedTensor(MaskedTensor, Protocol):
-    """One whose zeros were put back."""
-
-    @property
-    def before(self) -> Tally: ...
-    @property
-    def after(self) -> Tally: ...
-
-
-class CheckedTensor(MaskedTensor, Protocol):
-    """One that was only looked at: the index of the first lost zero."""
-
-    @property
-    def first(self) -> tuple[int, ...] | None: ...
+    from sparseprune.execution.reapplying import LostZeros, Reapplied
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,67 +49,59 @@ class Circumstances:
     files: Sequence[OtherFile] = ()
 
 
-def reapply_document(
-    run: Circumstances, checkpoint: Checkpoint, tensors: Sequence[ReappliedTensor]
-) -> dict[str, Any]:
-    """The report of `reapply`, in the shape of schemas/reapply.schema.json."""
-    return {
-        "schema": REAPPLY_SCHEMA,
-        "sparseprune": __version__,
-        "input": run.input,
-        "masks": run.masks,
-        "output": run.output,
-        "set": dict(run.overrides),
-        "seconds": round(run.seconds, 3),
-        "warnings": list(run.warnings),
-        "files_left_out": file_entries(run.files),
-        "left_out": _left_out(run),
-        "totals": _totals(checkpoint, tensors),
-        "tensors": Made(
+def make_reapply_result(
+    run: Circumstances, checkpoint: Checkpoint, tensors: Sequence[Reapplied]
+) -> Reapplication:
+    """The result of `reapply`."""
+    return Reapplication(
+        input=run.input,
+        masks=run.masks,
+        output=run.output,
+        set=dict(run.overrides),
+        seconds=round(run.seconds, 3),
+        warnings=tuple(run.warnings),
+        files_left_out=other_weights(run.files),
+        left_out=LeftOut(masks=run.unused, tensors=run.unmasked),
+        totals=MaskedTotals(**_totals(checkpoint, tensors)),
+        tensors=Made(
             tensors,
-            lambda tensor: {
-                **_entry(tensor, checkpoint),
-                "zeros_before": tensor.before.zeros,
-                "zeros_after": tensor.after.zeros,
-                "energy_kept": energy_kept(tensor.before, tensor.after),
-            },
+            lambda tensor: ReappliedTensor(
+                **_counted(tensor, checkpoint),
+                zeros_before=tensor.before.zeros,
+                zeros_after=tensor.after.zeros,
+                energy_kept=energy_kept(tensor.before, tensor.after),
+            ),
         ),
-    }
+    )
 
 
-def verify_masks_document(
-    run: Circumstances, checkpoint: Checkpoint, tensors: Sequence[CheckedTensor]
-) -> dict[str, Any]:
-    """What `verify --masks` found, in the shape of schemas/verify-masks.schema.json."""
+def make_mask_verification(
+    run: Circumstances, checkpoint: Checkpoint, tensors: Sequence[LostZeros]
+) -> MaskVerification:
+    """The result of `verify --masks`."""
     failed = sum(tensor.lost > 0 for tensor in tensors)
-    return {
-        "schema": VERIFY_SCHEMA,
-        "sparseprune": __version__,
-        "input": run.input,
-        "masks": run.masks,
-        "holds": not failed,
-        "warnings": list(run.warnings),
-        "files_not_read": file_entries(run.files),
-        "left_out": _left_out(run),
-        "totals": {**_totals(checkpoint, tensors), "failed": failed},
-        "tensors": Made(
-            tensors,
-            lambda tensor: {
-                **_entry(tensor, checkpoint),
-                "first": None if tensor.first is None else list(tensor.first),
-            },
+    return MaskVerification(
+        input=run.input,
+        masks=run.masks,
+        holds=not failed,
+        warnings=tuple(run.warnings),
+        files_not_read=other_weights(run.files),
+        left_out=LeftOut(masks=run.unused, tensors=run.unmasked),
+        totals=MaskVerifyTotals(**_totals(checkpoint, tensors), failed=failed),
+        tensors=Made(
+            tensors, lambda tensor: MaskCheckedTensor(**_counted(tensor, checkpoint), first=tensor.first)
         ),
-    }
+    )
 
 
-def reapply_table(document: Mapping[str, Any], most: int | None = None) -> FittedTable:
-    """Lost zeros of each tensor of a `reapply` document; or of those that lost `most` of them, so many."""
-    tensors, totals = document["tensors"], document["totals"]
+def reapply_table(found: Reapplication, most: int | None = None) -> FittedTable:
+    """Lost zeros of each tensor; or of those that lost `most` of them, so many."""
+    tensors = found.tensors
     if most is not None:
-        lost = [tensor for tensor in tensors if tensor["lost"]]
-        tensors = sorted(lost, key=lambda tensor: -tensor["lost"])[:most]
-    whole = len(tensors) == len(document["tensors"])
-    title, *footers = _footers(totals, len(tensors)) if whole else [""] * 5
+        lost = [tensor for tensor in tensors if tensor.lost]
+        tensors = sorted(lost, key=lambda tensor: -tensor.lost)[:most]
+    whole = len(tensors) == len(found.tensors)
+    title, *footers = _footers(found.totals, len(tensors)) if whole else [""] * 5
     columns = [
         Column("tensor", "left", title),
         Column("dtype", "left", spare=2),
@@ -149,20 +112,19 @@ def reapply_table(document: Mapping[str, Any], most: int | None = None) -> Fitte
     ]
     rows = [
         (
-            tensor["name"],
-            tensor["dtype"],
+            tensor.name,
+            tensor.dtype,
             *_counts(tensor),
-            "?" if tensor["energy_kept"] is None else f"{tensor['energy_kept']:.4f}",
+            "?" if tensor.energy_kept is None else f"{tensor.energy_kept:.4f}",
         )
         for tensor in tensors
     ]
     return FittedTable(columns, rows, elsewhere=" or --json")
 
 
-def verify_masks_table(document: Mapping[str, Any]) -> FittedTable:
-    """Lost zeros of each tensor of a `verify --masks` document, and where the first one is."""
-    tensors = document["tensors"]
-    title, *footers = _footers(document["totals"], len(tensors))
+def verify_masks_table(found: MaskVerification) -> FittedTable:
+    """Lost zeros of each tensor, and where the first one is."""
+    title, *footers = _footers(found.totals, len(found.tensors))
     columns = [
         Column("tensor", "left", title),
         Column("dtype", "left", spare=2),
@@ -173,35 +135,29 @@ def verify_masks_table(document: Mapping[str, Any]) -> FittedTable:
         Column("first lost", "left"),
     ]
     rows = [
-        (
-            tensor["name"],
-            tensor["dtype"],
-            "x".join(map(str, tensor["shape"])) or "0-d",
-            *_counts(tensor),
-            "" if tensor["first"] is None else str(tensor["first"]),
-        )
-        for tensor in tensors
+        (tensor.name, tensor.dtype, shape_text(tensor.shape), *_counts(tensor), place_text(tensor.first))
+        for tensor in found.tensors
     ]
     return FittedTable(columns, rows, elsewhere=" or --json")
 
 
-def lost_lines(document: Mapping[str, Any]) -> Iterable[str]:
-    """A line for each tensor of a `verify --masks` document that lost zeros."""
-    for tensor in document["tensors"]:
-        if tensor["lost"]:
+def lost_lines(found: MaskVerification) -> Iterable[str]:
+    """A line for each tensor that lost zeros."""
+    for tensor in found.tensors:
+        if tensor.lost:
             yield (
-                f"{printable(tensor['name'])}: {tensor['lost']:,} of {tensor['pruned']:,} elements that the "
-                f"mask drops {'is' if tensor['lost'] == 1 else 'are'} not zero, first {tensor['first']}"
+                f"{printable(tensor.name)}: {tensor.lost:,} of {tensor.pruned:,} elements that the "
+                f"mask drops {'is' if tensor.lost == 1 else 'are'} not zero, first {place_text(tensor.first)}"
             )
 
 
-def lost_line(document: Mapping[str, Any]) -> str:
+def lost_line(found: MaskVerification) -> str:
     """What was lost in all, as one line."""
-    totals, names = document["totals"], [tensor for tensor in document["tensors"] if tensor["lost"]]
+    totals = found.totals
     return (
-        f"{totals['lost']:,} of {many(totals['pruned'], 'element')} that masks drop "
-        f"{'is' if totals['lost'] == 1 else 'are'} not zero, in {len(names):,} of "
-        f"{many(len(document['tensors']), 'tensor')}"
+        f"{totals.lost:,} of {many(totals.pruned, 'element')} that masks drop "
+        f"{'is' if totals.lost == 1 else 'are'} not zero, in {totals.failed:,} of "
+        f"{many(len(found.tensors), 'tensor')}"
     )
 
 
@@ -220,11 +176,16 @@ def left_out_text(unused: int, unmasked: int) -> str | None:
     return f"{' and '.join(parts)} left out" if parts else None
 
 
-def _left_out(run: Circumstances) -> dict[str, int]:
-    return {"masks": run.unused, "tensors": run.unmasked}
+class _Totals(TypedDict):
+    tensors: int
+    numel: int
+    masked: int
+    pruned: int
+    lost: int
+    sparsity: float
 
 
-def _totals(checkpoint: Checkpoint, tensors: Sequence[MaskedTensor]) -> dict[str, Any]:
+def _totals(checkpoint: Checkpoint, tensors: Sequence[Reapplied] | Sequence[LostZeros]) -> _Totals:
     stored = checkpoint.tensors
     numel = sum(one.numel for one in stored.values())
     pruned = sum(tensor.pruned for tensor in tensors)
@@ -238,24 +199,29 @@ def _totals(checkpoint: Checkpoint, tensors: Sequence[MaskedTensor]) -> dict[str
     }
 
 
-def _entry(tensor: MaskedTensor, checkpoint: Checkpoint) -> dict[str, Any]:
+class _Counted(TypedDict):
+    name: str
+    dtype: str
+    shape: Shape
+    numel: int
+    pruned: int
+    lost: int
+
+
+def _counted(tensor: Reapplied | LostZeros, checkpoint: Checkpoint) -> _Counted:
     return {
         "name": tensor.name,
         "dtype": tensor.dtype,
-        "shape": list(tensor.shape),
+        "shape": tensor.shape,
         "numel": checkpoint.tensors[tensor.name].numel,
         "pruned": tensor.pruned,
         "lost": tensor.lost,
     }
 
 
-def _counts(counted: Mapping[str, Any]) -> tuple[str, str, str]:
-    return (
-        f"{counted['pruned']:,}",
-        f"{counted['lost']:,}",
-        percent(share(counted["lost"], counted["pruned"])),
-    )
+def _counts(counted: MaskedTensor | MaskedTotals) -> tuple[str, str, str]:
+    return f"{counted.pruned:,}", f"{counted.lost:,}", percent(share(counted.lost, counted.pruned))
 
 
-def _footers(totals: Mapping[str, Any], tensors: int) -> list[str]:
+def _footers(totals: MaskedTotals, tensors: int) -> list[str]:
     return [f"total of {tensors:,}", *_counts(totals)]

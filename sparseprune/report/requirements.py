@@ -1,8 +1,8 @@
 """`--require`: a condition on the tensors of a report, and a line for each tensor that fails it.
 
-Owns the grammar, `WHAT [in PATTERN[, PATTERN...]]`, and how a failure reads. Looks at the entries of a
-document alone: it measures nothing, and whoever calls says which fields and runtimes there are. Called by
-`inspect` and `compare`.
+Owns the grammar, `WHAT [in PATTERN[, PATTERN...]]`, and how a failure reads. Looks at the tensors of a result
+alone: it measures nothing, and whoever calls says which fields and runtimes there are. Called by `inspect`
+and `compare`.
 """
 
 from __future__ import annotations
@@ -14,19 +14,22 @@ from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from sparseprune.errors import SparsepruneError, printable
 from sparseprune.report.facts import Pattern, pattern_of
 from sparseprune.report.inspection import flat
 from sparseprune.report.runtimes import axes_of
+from sparseprune.results.measuring import InspectedTensor
 from sparseprune.spec.patterns import PatternError, TensorPattern, parse_pattern
 from sparseprune.spec.problems import listed, nearest, shown
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
-    Entry = Mapping[str, Any]
+    from sparseprune.results.measuring import ComparedTensor
+
+    Tensor: TypeAlias = "InspectedTensor | ComparedTensor | Absent"
 
 _WHERE = re.compile(r"(?P<what>.*?)(?:\s+in(?:\s+(?P<where>.*))?)?", re.DOTALL)
 _COMPARISON = re.compile(r"(?P<field>[^<>=!\s]+)\s*(?P<sign>[<>=!]+)\s*(?P<number>\S*)")
@@ -88,17 +91,25 @@ def parse_requirement(text: str, fields: Collection[str], runtimes: Collection[s
         raise SparsepruneError(f"--require {shown(text)}: {error}") from None
 
 
-def failures(requirements: Sequence[Requirement], entries: Sequence[Entry]) -> list[str]:
-    """A line for each requirement and each tensor that fails it, in that order; empty where all hold.
+@dataclass(frozen=True, slots=True)
+class Absent:
+    """A tensor that could not be looked at, and why."""
 
-    Entries have `name` and `shape`, and what is asked of them: `patterns`, `runtimes`, or numbers, under
-    their flat names; one that is None or not there is unknown, and fails. So does an entry with the reason
-    why it could not be looked at under `absent`. Where no tensors are named, N:M and
-    runtimes are asked of those of two dimensions or more that hold anything. SparsepruneError where a
-    requirement, or one of its patterns, meets no tensor: a check of nothing would pass for good.
+    name: str
+    shape: tuple[int, ...]
+    reason: str
+
+
+def failures(requirements: Sequence[Requirement], tensors: Sequence[Tensor]) -> list[str]:
+    """A line for each requirement and each tensor that fails it, in that order; empty if none does.
+
+    Numbers are asked for by their flat names; one that is None or not there is unknown, and fails. So does a
+    tensor that is absent. If a requirement names no tensors, N:M and runtimes are asked of those of two
+    dimensions or more that have elements. SparsepruneError if a requirement, or one of its patterns, matches
+    no tensor: a check of nothing would always pass.
     """
-    check_names(requirements, [entry["name"] for entry in entries])
-    return [line for requirement in requirements for line in _failures(requirement, entries)]
+    check_names(requirements, [tensor.name for tensor in tensors])
+    return [line for requirement in requirements for line in _failures(requirement, tensors)]
 
 
 def check_names(requirements: Iterable[Requirement], names: Sequence[str]) -> None:
@@ -179,50 +190,51 @@ def _hint(name: str, known: Collection[str]) -> str:
     return f'; did you mean "{close[0]}"?' if close else f"; there is {listed(known)}" if known else ""
 
 
-def _failures(requirement: Requirement, entries: Sequence[Entry]) -> Iterator[str]:
-    for entry in _asked(requirement, entries):
+def _failures(requirement: Requirement, tensors: Sequence[Tensor]) -> Iterator[str]:
+    for tensor in _asked(requirement, tensors):
         reason = None
-        if "absent" in entry:
-            reason = f"wanted {requirement.what}, {entry['absent']}"
+        if isinstance(tensor, Absent):
+            reason = f"wanted {requirement.what}, {tensor.reason}"
         elif requirement.pattern is not None:
-            reason = _lacks_pattern(requirement, requirement.pattern, entry)
+            reason = _lacks_pattern(requirement, requirement.pattern, tensor)
         elif requirement.runtime is not None:
-            reason = _lacks_runtime(requirement.runtime, entry)
+            reason = _lacks_runtime(requirement.runtime, tensor)
         elif requirement.comparison is not None:
-            reason = _lacks_value(requirement, requirement.comparison, entry)
+            reason = _lacks_value(requirement, requirement.comparison, tensor)
         if reason is not None:
-            yield f"{printable(entry['name'])}: {reason}"
+            yield f"{printable(tensor.name)}: {reason}"
 
 
-def _asked(requirement: Requirement, entries: Sequence[Entry]) -> Sequence[Entry]:
-    """The entries that a requirement applies to, at least one."""
+def _asked(requirement: Requirement, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The tensors that a requirement applies to, at least one."""
     if requirement.names:
         return [
-            entry
-            for entry in entries
-            if any(pattern.match(entry["name"]) is not None for pattern in requirement.names)
+            tensor
+            for tensor in tensors
+            if any(pattern.match(tensor.name) is not None for pattern in requirement.names)
         ]
-    asked = [entry for entry in entries if _is_asked_of_all(requirement, entry)]
+    asked = [tensor for tensor in tensors if _is_asked_of_all(requirement, tensor)]
     if not asked:
         few = (
             f"no tensor it can be asked of; name some: {requirement.what} in PATTERN"
-            if entries
+            if tensors
             else "no tensor"
         )
         raise _error(requirement, f"there is {few}")
     return asked
 
 
-def _is_asked_of_all(requirement: Requirement, entry: Entry) -> bool:
+def _is_asked_of_all(requirement: Requirement, tensor: Tensor) -> bool:
     """Whether a requirement that names no tensors is asked of this one.
 
-    What only matrices have is not asked of vectors. Where the zeros themselves are unknown, so is the rest.
+    Facts that only matrices have are not asked of vectors. If even the zeros are unknown, so is the rest.
     """
-    is_matrix, comparison = len(entry["shape"]) >= 2, requirement.comparison
+    is_matrix, comparison = len(tensor.shape) >= 2, requirement.comparison
     if comparison is None:
-        return is_matrix and 0 not in entry["shape"]
-    known = flat(entry).get(comparison.field) is not None
-    return is_matrix or known or _is_unseen(entry) or "absent" in entry
+        return is_matrix and 0 not in tensor.shape
+    if is_matrix or isinstance(tensor, Absent):
+        return True
+    return flat(tensor).get(comparison.field) is not None or _is_unseen(tensor)
 
 
 def _nearest_names(pattern: TensorPattern, names: Sequence[str]) -> str:
@@ -240,42 +252,49 @@ def _nearest_names(pattern: TensorPattern, names: Sequence[str]) -> str:
     return f"; the first names are {listed(map(printable, names[:3]))}" if names else "; there is no tensor"
 
 
-def _is_unseen(entry: Entry) -> bool:
+def _is_unseen(tensor: InspectedTensor | ComparedTensor) -> bool:
     """Whether nothing is known of the elements: they are no whole bytes."""
-    return entry.get("zeros", 0) is None
+    return isinstance(tensor, InspectedTensor) and tensor.zeros is None
 
 
-def _lacks_pattern(requirement: Requirement, pattern: Pattern, entry: Entry) -> str | None:
-    if "patterns" not in entry:
+def _lacks_pattern(
+    requirement: Requirement, pattern: Pattern, tensor: InspectedTensor | ComparedTensor
+) -> str | None:
+    if not isinstance(tensor, InspectedTensor):
         raise _error(requirement, "N:M patterns are not looked for here; ask sparseprune inspect")
-    rank = len(entry["shape"])
-    if _is_unseen(entry):
-        found = _UNSEEN.format(entry["dtype"])
+    rank = len(tensor.shape)
+    if _is_unseen(tensor):
+        found = _UNSEEN.format(tensor.dtype)
     elif rank < 2:
         found = f"is {rank}-D"
     elif not -rank <= pattern.axis < rank:
         found = f"is {rank}-D and has no dimension {pattern.axis}"
-    elif pattern.axis % rank in axes_of(pattern, entry["patterns"], rank):
+    elif pattern.axis % rank in axes_of(pattern, tensor.patterns, rank):
         return None
-    elif 0 in entry["shape"]:
+    elif 0 in tensor.shape:
         found = "is empty"
-    elif entry["shape"][pattern.axis] % pattern.group:
-        length = f"{entry['shape'][pattern.axis]} along dimension {pattern.axis % rank}"
+    elif tensor.shape[pattern.axis] % pattern.group:
+        length = f"{tensor.shape[pattern.axis]} along dimension {pattern.axis % rank}"
         found = f"has {length}, no multiple of {pattern.group}"
     else:
-        found = f"satisfies {' '.join(entry['patterns']) or 'none'}"
+        found = f"satisfies {' '.join(tensor.patterns) or 'none'}"
     return f"wanted {requirement.what}, {found}"
 
 
-def _lacks_runtime(runtime: str, entry: Entry) -> str | None:
-    verdict = entry["runtimes"][runtime]
-    return None if verdict["eligible"] else f"not eligible for {runtime}: {verdict['reason']}"
+def _lacks_runtime(runtime: str, tensor: InspectedTensor | ComparedTensor) -> str | None:
+    if not isinstance(tensor, InspectedTensor) or tensor.runtimes is None:
+        raise TypeError(f"{runtime} was not asked about {tensor.name}")
+    verdict = tensor.runtimes[runtime]
+    return None if verdict.eligible else f"not eligible for {runtime}: {verdict.reason}"
 
 
-def _lacks_value(requirement: Requirement, comparison: Comparison, entry: Entry) -> str | None:
-    value = flat(entry).get(comparison.field)
+def _lacks_value(
+    requirement: Requirement, comparison: Comparison, tensor: InspectedTensor | ComparedTensor
+) -> str | None:
+    value = flat(tensor).get(comparison.field)
     if value is None:
-        found = _UNSEEN.format(entry["dtype"]) if _is_unseen(entry) else f"{comparison.field} is not known"
+        unseen = _is_unseen(tensor)
+        found = _UNSEEN.format(tensor.dtype) if unseen else f"{comparison.field} is not known"
         return f"wanted {requirement.what}, {found}"
     if not isinstance(value, int | float):
         raise _error(requirement, f"{comparison.field} is no number")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from sparseprune.engine.grids import prod
 from sparseprune.errors import SparsepruneError
 from sparseprune.report.facts import Pattern
+from sparseprune.results.measuring import RuntimeVerdict
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -63,14 +64,6 @@ class Runtime:
         usual = [] if known and all(dtype in self.devices for dtype in known) else [self.device]
         others = [(dtype, self.devices[dtype]) for dtype in known if dtype in self.devices]
         return "; ".join([*usual, *(f"{dtype}: {text}" if usual else text for dtype, text in others)])
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """Whether a runtime can run a tensor sparse; `reason` is the first rule that failed, or None."""
-
-    eligible: bool
-    reason: str | None
 
 
 # NVIDIA Apex skips float32 and float16 of other sizes; Model Optimizer took the rule over for all dtypes.
@@ -178,7 +171,7 @@ def needed_patterns(runtimes: Collection[Runtime]) -> tuple[Pattern, ...]:
     return tuple(dict.fromkeys(needed))
 
 
-def verdict(runtime: Runtime, facts: TensorFacts) -> Verdict:
+def verdict(runtime: Runtime, facts: TensorFacts) -> RuntimeVerdict:
     """What a runtime makes of a tensor whose `needed_patterns` were looked for.
 
     First comes what no pruning can mend: rank, dtype, size; then the pattern; then whether it pays.
@@ -186,8 +179,8 @@ def verdict(runtime: Runtime, facts: TensorFacts) -> Verdict:
     for rule in _RULES:
         reason = rule(runtime, facts)
         if reason is not None:
-            return Verdict(eligible=False, reason=reason)
-    return Verdict(eligible=True, reason=None)
+            return RuntimeVerdict(eligible=False, reason=reason)
+    return RuntimeVerdict(eligible=True, reason=None)
 
 
 def axes_of(pattern: Pattern, found: Collection[str], rank: int) -> set[int]:

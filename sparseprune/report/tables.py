@@ -1,6 +1,6 @@
 """Tables for terminals: columns, widths that fit, shortened names.
 
-Owns rich tables and how they shrink. Knows no results. Called by all that prints a table.
+Owns rich tables and how they shrink. Called by all that print a table.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import textwrap
 from dataclasses import dataclass
 from itertools import groupby, pairwise, takewhile
 from operator import add, itemgetter
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Generic, Literal, TypeVar
 
 from rich.cells import cell_len
 from rich.padding import Padding
@@ -18,83 +18,74 @@ from rich.table import Table
 from rich.text import Text
 
 from sparseprune.errors import printable
-from sparseprune.report.wording import percent
+from sparseprune.report.wording import each_text, percent
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 
-    Entry = Mapping[str, Any]
+    from sparseprune.results import Removal, Report
+    from sparseprune.results.pruning import RuleResult
+
+Row = TypeVar("Row")
+Row_contra = TypeVar("Row_contra", contravariant=True)
 
 
-def rules_table(document: Mapping[str, Any]) -> Table:
-    """What each rule of a report document reached and pruned."""
-    numel = document["totals"]["numel"]
+def rules_table(found: Report | Removal) -> Table:
+    """What each rule reached and pruned."""
+    numel = found.totals.numel
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("rule", overflow="fold")
     for name in ("tensors", "scopes", "kept in each", "elements", "pruned", "of all"):
         table.add_column(name, justify="right", no_wrap=True)
-    for rule in document["rules"]:
+    for rule in found.rules:
         table.add_row(
-            rule["name"],
-            f"{rule['tensors']:,}",
-            f"{rule['scopes']:,}",
+            rule.name,
+            f"{rule.tensors:,}",
+            f"{rule.scopes:,}",
             _kept(rule),
-            f"{rule['numel']:,}",
-            f"{rule['pruned']:,}",
-            percent(rule["pruned"] / numel if numel else 0.0),
+            f"{rule.numel:,}",
+            f"{rule.pruned:,}",
+            percent(rule.pruned / numel if numel else 0.0),
         )
     return table
 
 
-def outcome_table(document: Mapping[str, Any]) -> Table:
-    """What became of each tensor of a report document."""
+def outcome_table(report: Report) -> Table:
+    """Each tensor that rules reached, after pruning."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("tensor", overflow="fold")
     table.add_column("rule", overflow="fold")
     for name in ("pruned", "sparsity", "energy kept"):
         table.add_column(name, justify="right", no_wrap=True)
-    for tensor in document["tensors"]:
-        kept = tensor["energy_kept"]
+    for tensor in report.tensors:
         table.add_row(
-            _name(tensor["name"]),
-            tensor["rule"],
-            f"{tensor['pruned']:,}",
-            percent(tensor["zeros_after"] / tensor["numel"] if tensor["numel"] else 0.0),
-            "?" if kept is None else f"{kept:.4f}",
+            Text(printable(tensor.name), overflow="fold"),
+            tensor.rule,
+            f"{tensor.pruned:,}",
+            percent(tensor.zeros_after / tensor.numel if tensor.numel else 0.0),
+            "?" if tensor.energy_kept is None else f"{tensor.energy_kept:.4f}",
         )
     return table
 
 
-def _name(text: str) -> Text:
-    """A name as it is: no markup, and nothing that a terminal would obey."""
-    return Text(printable(text), overflow="fold")
-
-
-def _kept(rule: Mapping[str, Any]) -> str:
-    if rule["nnz"] is None:
-        return f"norm >= {_each(rule['threshold'])}"
-    return f"{_each(rule['nnz'])} of {_each(rule['blocks_per_scope'])}"
-
-
-def _each(values: float | list[float | None] | None) -> str:
-    if isinstance(values, list):
-        known = [value for value in values if value is not None]
-        return f"{min(known):,} to {max(known):,}" if known else ""
-    return "" if values is None else f"{values:,}"
+def _kept(rule: RuleResult) -> str:
+    if rule.nnz is None:
+        return f"norm >= {each_text(rule.threshold)}"
+    return f"{each_text(rule.nnz)} of {each_text(rule.blocks_per_scope)}"
 
 
 @dataclass(frozen=True, slots=True)
-class Fact:
-    """A column and what it says of an entry; it is left out where all it has to say is `silent`."""
+class Fact(Generic[Row_contra]):
+    """A column and its text for a row; it is left out if all its texts are `silent`."""
 
     column: Column
-    text: Callable[[Entry], str]
+    text: Callable[[Row_contra], str]
     silent: frozenset[str] | None = None
 
 
-def told(facts: Iterable[Fact], entries: Sequence[Entry]) -> tuple[list[Column], list[list[str]]]:
+def told(facts: Iterable[Fact[Row]], entries: Sequence[Row]) -> tuple[list[Column], list[list[str]]]:
     """The columns that say something anywhere, and a row of them for each entry."""
     columns: list[Column] = []
     texts: list[list[str]] = []

@@ -5,10 +5,13 @@ Plain text; no rich, so that whoever prints JSON does not wait for it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable
+
+    from sparseprune.results.fields import EachNumber
 
 _UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 _PLURALS = {"matrix": "matrices"}
@@ -21,6 +24,25 @@ def shape_text(shape: Sequence[int]) -> str:
     ('4096x4096', '0-d')
     """
     return "x".join(map(str, shape)) or "0-d"
+
+
+def place_text(index: Sequence[int] | None) -> str:
+    """An index as it is shown; nothing for None.
+
+    >>> place_text((0, 3)), place_text(None)
+    ('[0, 3]', '')
+    """
+    return "" if index is None else str(list(index))
+
+
+def each_text(values: EachNumber, text: Callable[[float], str] = "{:,}".format) -> str:
+    """One value, or the range of the values of all instances; nothing if there are none.
+
+    >>> each_text([2, None, 1000]), each_text(0.5)
+    ('2 to 1,000', '0.5')
+    """
+    known = [value for value in (values if isinstance(values, Sequence) else [values]) if value is not None]
+    return " to ".join(map(text, sorted({min(known), max(known)}) if known else ()))
 
 
 def many(count: int, what: str) -> str:

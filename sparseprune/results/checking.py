@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 from sparseprune.results.fields import (
     AtLeastOne,
     Count,
+    Covers,
+    DeclaredCoverage,
     Dimensions,
     Doc,
     Document,
@@ -15,6 +17,7 @@ from sparseprune.results.fields import (
     EachNumber,
     FilesLeftOut,
     FilesNotRead,
+    LayerCoverage,
     Name,
     NotNegative,
     Numel,
@@ -22,9 +25,9 @@ from sparseprune.results.fields import (
     Settings,
     Shape,
     Share,
+    UncoveredKinds,
     Warned,
 )
-from sparseprune.results.pruning import Covers, DeclaredCoverage, LayerCoverage, UncoveredKinds
 
 
 @dataclass(frozen=True, kw_only=True)

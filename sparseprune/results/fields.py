@@ -60,6 +60,44 @@ FilesNotRead = Annotated[
 
 
 @dataclass(frozen=True, kw_only=True)
+class Uncovered:
+    """Matrices of layers that rules do not reach in full, alike but for the numbers in their names."""
+
+    name: Annotated[str, Doc("with a * for every number")]
+    tensors: Annotated[AtLeastOne, Doc("that are not reached in full")]
+    numel: Annotated[AtLeastOne, Doc("elements that are not reached")]
+
+
+Covers = Annotated[
+    str | None,
+    Doc(
+        "the matrices that the spec is for, as it declares; null if masks decided",
+        enum=["matrices", "mlp", "attention", "experts", "layers", None],
+    ),
+]
+LayerCoverage = Annotated[
+    Share | None,
+    Doc("share of the elements of the layers' matrices that rules reach; null if there are no such matrices"),
+]
+DeclaredCoverage = Annotated[
+    Share | None, Doc("the same share of the matrices that the spec covers; null if there are none of these")
+]
+UncoveredKinds = Annotated[
+    tuple[Uncovered, ...],
+    Doc("the largest kinds of layers' matrices that rules miss, first those that the spec covers"),
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConfigChange:
+    """A key of config.json that changed, dotted if it is nested."""
+
+    key: str
+    before: Annotated[object, Doc("null if it was absent")]
+    after: Annotated[object, Doc("null if it was deleted")]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Document:
     """A result of a command: frozen, its fields are the keys of its JSON, in this order.
 

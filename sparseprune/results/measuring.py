@@ -173,7 +173,7 @@ class Inspection(Document):
     input: Annotated[str, Doc("path of the checkpoint, as it was typed")]
     files_not_read: FilesNotRead
     totals: InspectTotals
-    by: Annotated[Literal["layer", "module", "rule"] | None, Doc("what the groups are made by")] = None
+    by: Annotated[str | None, Doc("what the groups are made by", enum=["layer", "module", "rule"])] = None
     groups: Annotated[
         Sequence[InspectedGroup] | None,
         Doc("sums over the tensors of each group, in the order that was asked for"),
@@ -284,12 +284,12 @@ class CompareTotals:
         _RelativeError,
         Doc("over the same tensors; null if not finite"),
     ]
-    output_error: Annotated[
-        NotNegative | None, Doc("the mean over the tensors that have one; null without statistics")
-    ]
     added: Annotated[Count, Doc("tensors that only the pruned checkpoint has")]
     removed: Annotated[Count, Doc("tensors that only the dense checkpoint has")]
     reshaped: Annotated[Count, Doc("tensors that both have, with different shapes")]
+    output_error: Annotated[
+        NotNegative | None, Doc("the mean over the tensors that have one; null without statistics")
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,12 +1,14 @@
-"""Results of pruning: of apply and mask, of plan, and of remove. Plain data; report/ makes them."""
+"""Results of pruning: of apply and mask, and of remove. Plain data; report/ makes them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from sparseprune.results.fields import (
-    AtLeastOne,
+    ConfigChange,
     Count,
+    Covers,
+    DeclaredCoverage,
     Dimensions,
     Doc,
     Document,
@@ -14,6 +16,7 @@ from sparseprune.results.fields import (
     EachCount,
     EachNumber,
     FilesLeftOut,
+    LayerCoverage,
     Name,
     NotNegative,
     Numel,
@@ -21,6 +24,7 @@ from sparseprune.results.fields import (
     Settings,
     Shape,
     Share,
+    UncoveredKinds,
     Warned,
 )
 
@@ -31,32 +35,6 @@ OutputError = Annotated[
         "sqrt(tr(D H D^T) / tr(W0 H W0^T)), the relative change of outputs; null if not reconstructed",
         minimum=0,
     ),
-]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Uncovered:
-    """Matrices of layers that rules do not reach in full, alike but for the numbers in their names."""
-
-    name: Annotated[str, Doc("with a * for every number")]
-    tensors: Annotated[AtLeastOne, Doc("that are not reached in full")]
-    numel: Annotated[AtLeastOne, Doc("elements that are not reached")]
-
-
-Covers = Annotated[
-    Literal["matrices", "mlp", "attention", "experts", "layers"] | None,
-    Doc("the matrices that the spec is for, as it declares; null if masks decided"),
-]
-LayerCoverage = Annotated[
-    Share | None,
-    Doc("share of the elements of the layers' matrices that rules reach; null if there are no such matrices"),
-]
-DeclaredCoverage = Annotated[
-    Share | None, Doc("the same share of the matrices that the spec covers; null if there are none of these")
-]
-UncoveredKinds = Annotated[
-    tuple[Uncovered, ...],
-    Doc("the largest kinds of layers' matrices that rules miss, first those that the spec covers"),
 ]
 
 
@@ -132,173 +110,6 @@ class Report(Document):
     tensors: Annotated[
         Sequence[TensorResult], Doc("the tensors that a rule reached, in the order of the checkpoint")
     ]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ConfigChange:
-    """A key of config.json that changed, dotted if it is nested."""
-
-    key: str
-    before: Annotated[object, Doc("null if it was absent")]
-    after: Annotated[object, Doc("null if it was deleted")]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScoreAsked:
-    """What a rule ranks blocks by."""
-
-    kind: str
-    norm: float | Literal["inf"]
-    normalize: bool
-    file: str | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReconstructAsked:
-    """How a rule updates the survivors."""
-
-    method: Literal["refit", "admm"]
-    file: str
-    damp: NotNegative
-
-
-@dataclass(frozen=True, kw_only=True)
-class ViewAsked:
-    """A strided view of a tensor."""
-
-    shape: Shape
-    stride: Annotated[Shape, Doc("in elements")]
-    begin: Annotated[Shape, Doc("index in the tensor of the view's first element")]
-
-
-@dataclass(frozen=True, kw_only=True)
-class TensorForm:
-    """Tensors of a rule that are alike in block, dtype and shapes."""
-
-    block_name: str
-    tensors: Annotated[Count, Doc("views, if one tensor has several")]
-    example: Annotated[str, Doc("name of one of them")]
-    dtype: Dtype
-    shape: Dimensions
-    view: Annotated[ViewAsked | None, Doc("null for the whole tensor")]
-    block: Shape
-    grid: Shape
-    scope: Shape
-
-
-@dataclass(frozen=True, kw_only=True)
-class Resized:
-    """Tensors of a rule that remove gives one new shape."""
-
-    tensors: Count
-    example: Annotated[str, Doc("name of one of them")]
-    shape: Dimensions
-    shape_after: Annotated[Shape | None, Doc("null if they are removed whole")]
-
-
-@dataclass(frozen=True, kw_only=True)
-class RuleRemoval:
-    """Whether remove could cut out what the rule prunes."""
-
-    removable: Annotated[bool, Doc("whether all blocks are whole slices along one dimension")]
-    reason: Annotated[str | None, Doc("why not")]
-    becomes: Annotated[
-        tuple[Resized, ...] | None,
-        Doc("the shapes of its tensors; null if only the data decides, or nothing can be removed"),
-    ]
-
-
-@dataclass(frozen=True, kw_only=True)
-class RulePlan:
-    """A rule of the spec, what it binds to and what it will prune."""
-
-    name: str
-    mode: Literal["hard", "soft"]
-    score: ScoreAsked
-    reconstruct: Annotated[ReconstructAsked | None, Doc("null if survivors keep their bits")]
-    instances: Count
-    tensors: Count
-    example: Annotated[str | None, Doc("name of its first tensor")]
-    instance: Annotated[str | None, Doc("label of its first instance")]
-    fused: Annotated[tuple[str, ...], Doc("names of the blocks of a block coupling")]
-    fused_block: Annotated[
-        str | None, Doc("label of the first fused block; a file of block scores names its tensor by it")
-    ]
-    competing: Annotated[Count, Doc("scopes of an instance that share a budget")]
-    scopes: Count
-    blocks_per_scope: EachCount
-    nnz: EachCount
-    threshold: EachNumber
-    sparsity_asked: EachNumber
-    sparsity: Annotated[EachNumber, Doc("share of the blocks of a scope that are dropped, after rounding")]
-    blocks: Count
-    numel: Annotated[Count, Doc("elements that the rule reaches")]
-    pruned: Annotated[Count | None, Doc("elements that it will drop; null if that depends on the data")]
-    forms: tuple[TensorForm, ...]
-    removal: RuleRemoval
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlanTotals:
-    """Sums over the whole checkpoint."""
-
-    tensors: Count
-    numel: Count
-    reached: Annotated[Count, Doc("tensors that rules reach")]
-    covered: Annotated[Count, Doc("elements that rules reach")]
-    coverage: Annotated[Share, Doc("covered / numel")]
-    covers: Covers
-    layer_coverage: LayerCoverage
-    declared_coverage: DeclaredCoverage
-    uncovered: UncoveredKinds
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlannedRemoval:
-    """What remove would leave; null if only the data decides, or nothing can be removed."""
-
-    problems: Annotated[tuple[str, ...], Doc("why the model's class cannot have such shapes")]
-    config: tuple[ConfigChange, ...] | None
-    numel: Count | None
-    bytes: Count | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class UnreachedTensor:
-    """A tensor that no rule reaches."""
-
-    name: Name
-    dtype: Dtype
-    shape: Dimensions
-    numel: Numel
-    bytes: Count
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlannedBytes:
-    """Sizes of files, and memory."""
-
-    input: Count
-    masks: Annotated[Count, Doc("the data of the masks")]
-    output: Annotated[Count, Doc("all files but the report and the spec")]
-    peak: Annotated[Count | None, Doc("memory of a run")] = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan(Document):
-    """sparseprune plan --json, and --dry-run --json of apply and mask."""
-
-    schema: Literal["sparseprune.plan.v1"] = "sparseprune.plan.v1"
-    input: str
-    spec: Annotated[str, Doc("as it was typed")]
-    output: str
-    output_exists: Annotated[bool, Doc("if true, a run needs --force")]
-    warnings: Warned
-    totals: PlanTotals
-    rules: tuple[RulePlan, ...]
-    removal: PlannedRemoval
-    unreached: Annotated[tuple[UnreachedTensor, ...], Doc("the largest tensors that no rule reaches")]
-    bytes: PlannedBytes
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import threading
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import pytest
@@ -27,6 +28,7 @@ from sparseprune.cli.console import (
     tell_lines,
 )
 from sparseprune.errors import MachineError, SparsepruneError, SpecError
+from sparseprune.results.fields import Document
 from tests.samples import run
 
 if TYPE_CHECKING:
@@ -215,12 +217,17 @@ def test_lines_on_stderr_have_nothing_that_a_terminal_obeys(capsys: pytest.Captu
     assert capsys.readouterr().err == "sparseprune: wrong\nsparseprune: kept in a\\x1b[2J\n"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Odd(Document):
+    texts: tuple[str, ...]
+
+
 def test_json_says_by_escapes_what_a_terminal_obeys(capsys: pytest.CaptureFixture[str]) -> None:
-    print_json({ODD: [ODD, "é", "\udcff", "\U000e0001"]})
+    print_json(Odd(schema="odd", texts=(ODD, "é", "\udcff", "\U000e0001")))
     text = capsys.readouterr().out
     assert all(line.isprintable() for line in text.split("\n"))
     assert "é" in text
-    assert json.loads(text) == {ODD: [ODD, "é", "\udcff", "\U000e0001"]}
+    assert json.loads(text)["texts"] == [ODD, "é", "\udcff", "\U000e0001"]
 
 
 @pytest.mark.parametrize("is_terminal", [False, True])

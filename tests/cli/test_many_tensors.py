@@ -17,7 +17,7 @@ from sparseprune.execution.limits import INTERPRETER
 from sparseprune.execution.matching import match_masks
 from sparseprune.execution.outcomes import Outcomes
 from sparseprune.execution.reapply import make_reapplication
-from sparseprune.report.document import Run, json_pieces, report_document
+from sparseprune.report.document import Run, make_report
 from tests.samples import run
 
 if TYPE_CHECKING:
@@ -100,8 +100,8 @@ def held_bytes(path: Path) -> int:
             outcomes.add([stored.name, "scope.proj", 16, 8, number, 16.0 * number, number + 8, 8.0 * number])
         circumstances = Run("in", "out", "0", "cpu", 1.0, {})
         plan = prepared.plan
-        document = report_document(circumstances, plan.checkpoint, plan.bound, outcomes.of_plan(plan))
-        assert sum(map(len, json_pieces(document))) > 300 * len(plan.checkpoint.tensors)
+        report = make_report(circumstances, plan.checkpoint, plan.bound, outcomes.of_plan(plan))
+        assert sum(map(len, report.json_pieces())) > 300 * len(plan.checkpoint.tensors)
         return tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()

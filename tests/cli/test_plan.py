@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from sparseprune.cli.demo import write_decoder
-from sparseprune.report.plan import plan_document
+from sparseprune.report.plan import make_plan_result
 from tests.samples import CHANNELS, TWO_OF_FOUR, mlp_tensors, run, schema, write_spec
 
 if TYPE_CHECKING:
@@ -200,8 +200,8 @@ def test_a_wrong_document_does_not_pass_the_schema(folder: Path) -> None:
 def test_peak_memory_is_left_out_where_nobody_knows_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert document(folder, TWO_OF_FOUR)["bytes"]["peak"] > 0
     monkeypatch.setattr(
-        "sparseprune.cli.plan.plan_document",
-        lambda asked, bound, layout, presumed, _: plan_document(asked, bound, layout, presumed),
+        "sparseprune.cli.plan.make_plan_result",
+        lambda asked, bound, layout, presumed, _: make_plan_result(asked, bound, layout, presumed),
     )
     assert "peak" not in document(folder, TWO_OF_FOUR)["bytes"]
     assert "memory" not in facts(lines(folder, TWO_OF_FOUR))

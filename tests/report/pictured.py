@@ -4,21 +4,24 @@ from __future__ import annotations
 
 from itertools import pairwise
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jsonschema
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 
 from sparseprune.report.facts import Questions, TensorFacts
-from sparseprune.report.inspection import Telling, inspect_document
-from tests.samples import schema
+from sparseprune.report.inspection import Telling, make_inspection
+from sparseprune.results.measuring import ComparedTensor, CompareTotals, Comparison
+from tests.samples import as_data, schema
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from sparseprune.results import Inspection
 
 KINDS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
 
@@ -28,17 +31,17 @@ def facts(name: str, sparsity: float | None, shape: tuple[int, ...] = (10, 100))
     return TensorFacts(name, "BF16", shape, numel, None if sparsity is None else round(numel * sparsity))
 
 
-def inspected(tensors: Iterable[TensorFacts], path: str = "model") -> dict[str, Any]:
-    """An inspect document of these facts."""
-    document = inspect_document(path, tensors, Telling(Questions()))
-    jsonschema.validate(document, schema("inspect"))
-    return document
+def inspected(tensors: Iterable[TensorFacts], path: str = "model") -> Inspection:
+    """An inspection with these facts."""
+    found = make_inspection(path, tensors, Telling(Questions()))
+    jsonschema.validate(as_data(found), schema("inspect"))
+    return found
 
 
 def decoder(
     layers: int, sparsity: Callable[[int, int], float | None], kinds: Iterable[str] = KINDS
-) -> dict[str, Any]:
-    """The document of a decoder with an embedding and norms; `sparsity` of layer and matrix, by number."""
+) -> Inspection:
+    """The inspection of a decoder with an embedding and norms; `sparsity` of layer and matrix, by number."""
     tensors = [facts("model.embed_tokens.weight", 0.0), facts("model.norm.weight", 0.5, (8,))]
     for layer in range(layers):
         prefix = f"model.layers.{layer}"
@@ -53,56 +56,57 @@ def compared(
     tensors: Mapping[str, tuple[float | None, float | None]],
     shape: tuple[int, ...] = (10, 100),
     numel: Mapping[str, int] | None = None,
-) -> dict[str, Any]:
-    """A compare document: of each tensor retained energy and relative error; (1, 0) did not change."""
-    entries = [
-        {
-            "name": name,
-            "dtype": "F32",
-            "dtype_after": "F32",
-            "shape": list(shape),
-            "numel": (numel or {}).get(name, prod(shape)),
-            "differs": (energy, error) != (1, 0),
-            "sparsity": 0.5,
-            "zeros_before": 0,
-            "zeros_after": 500,
-            "changed": 500,
-            "zeroed": 500,
-            "revived": 0,
-            "altered": 0,
-            "first_altered": None,
-            "energy_kept": energy,
-            "relative_error": error,
-            "output_error": None,
-            "largest_change": 1.0,
-            "largest_change_at": [0] * len(shape),
-        }
+) -> Comparison:
+    """A comparison: of each tensor retained energy and relative error; (1, 0) did not change."""
+    entries = tuple(
+        ComparedTensor(
+            name=name,
+            dtype="F32",
+            dtype_after="F32",
+            shape=shape,
+            numel=(numel or {}).get(name, prod(shape)),
+            differs=(energy, error) != (1, 0),
+            sparsity=0.5,
+            zeros_before=0,
+            zeros_after=500,
+            changed=500,
+            zeroed=500,
+            revived=0,
+            altered=0,
+            first_altered=None,
+            energy_kept=energy,
+            relative_error=error,
+            output_error=None,
+            largest_change=1.0,
+            largest_change_at=(0,) * len(shape),
+        )
         for name, (energy, error) in tensors.items()
-    ]
-    totals = dict.fromkeys(
-        ("tensors", "numel", "differing", "uncompared", "zeros_before", "zeros_after", "changed", "zeroed"), 7
     )
-    totals |= dict.fromkeys(("revived", "altered", "added", "removed", "reshaped"), 0)
-    document = {
-        "schema": "sparseprune.compare.v1",
-        "sparseprune": "0",
-        "dense": "dense",
-        "pruned": "pruned",
-        "totals": totals
-        | {
-            "sparsity_before": 0.0,
-            "sparsity": 0.5,
-            "energy_kept": 0.9,
-            "relative_error": 0.316,
-            "output_error": None,
-        },
-        "tensors": entries,
-        "added": [],
-        "removed": [],
-        "reshaped": [],
-    }
-    jsonschema.validate(document, schema("compare"))
-    return document
+    totals = CompareTotals(
+        tensors=7,
+        numel=7,
+        differing=7,
+        uncompared=7,
+        sparsity_before=0.0,
+        sparsity=0.5,
+        zeros_before=7,
+        zeros_after=7,
+        changed=7,
+        zeroed=7,
+        revived=0,
+        altered=0,
+        energy_kept=0.9,
+        relative_error=0.316,
+        added=0,
+        removed=0,
+        reshaped=0,
+        output_error=None,
+    )
+    found = Comparison(
+        dense="dense", pruned="pruned", totals=totals, tensors=entries, added=(), removed=(), reshaped=()
+    )
+    jsonschema.validate(as_data(found), schema("compare"))
+    return found
 
 
 def texts(figure: Figure) -> list[str]:

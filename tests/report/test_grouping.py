@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import pytest
@@ -15,6 +16,13 @@ from sparseprune.report.inspection import (
     rules_of_report,
     rules_of_spec,
     summed,
+)
+from sparseprune.results.measuring import (
+    InspectedGroup,
+    InspectedTensor,
+    RuntimeCount,
+    RuntimeVerdict,
+    ZeroBlocks,
 )
 from sparseprune.spec import TensorInfo, bind, parse_spec
 
@@ -94,78 +102,80 @@ def test_rules_of_a_report_are_read_with_care(report: dict[str, Any], rules: dic
     assert rules_of_report(report) == rules
 
 
-def entry(
-    name: str, shape: list[int], zeros: int | None, patterns: list[str], **facts: Any
-) -> dict[str, Any]:
-    numel = 1
-    for extent in shape:
-        numel *= extent
+def tensor(
+    name: str, shape: tuple[int, ...], zeros: int | None, patterns: tuple[str, ...] = (), **facts: Any
+) -> InspectedTensor:
     is_known = zeros is not None and len(shape) == 2
-    return {
-        "name": name,
-        "shape": shape,
-        "numel": numel,
-        "zeros": zeros,
-        "nonfinite": None if zeros is None else 1,
-        "patterns": patterns,
-        "rows": shape[0] if is_known else None,
-        "zero_rows": 1 if is_known else None,
-        "columns": shape[1] if is_known else None,
-        "zero_columns": 0 if is_known else None,
-        "zero_blocks": {"4x4": {"zero": 1, "of": 3}} if is_known else {},
+    return InspectedTensor(
+        name=name,
+        dtype="F32",
+        shape=shape,
+        numel=prod(shape),
+        zeros=zeros,
+        sparsity=None,
+        nonfinite=None if zeros is None else 1,
+        patterns=patterns,
+        rows=shape[0] if is_known else None,
+        zero_rows=1 if is_known else None,
+        columns=shape[1] if is_known else None,
+        zero_columns=0 if is_known else None,
+        zero_slices=None,
+        zero_blocks={"4x4": ZeroBlocks(zero=1, of=3)} if is_known else {},
         **facts,
-    }
+    )
 
 
 def test_facts_of_several_tensors_add_up() -> None:
-    entries = [
-        entry("a", [4, 4], 8, ["1:2", "2:4"]),
-        entry("b", [8, 4], 16, ["2:4"]),
-        entry("c", [4], 0, []),
-        entry("d", [0, 4], 0, []),
+    tensors = [
+        tensor("a", (4, 4), 8, ("1:2", "2:4")),
+        tensor("b", (8, 4), 16, ("2:4",)),
+        tensor("c", (4,), 0),
+        tensor("d", (0, 4), 0),
     ]
-    assert summed(entries, PATTERNS) == {
-        "tensors": 4,
-        "matrices": 3,
-        "numel": 52,
-        "zeros": 24,
-        "sparsity": 24 / 52,
-        "nonfinite": 4,
-        "patterns": ["2:4"],
-        "rows": 12,
-        "zero_rows": 3,
-        "columns": 12,
-        "zero_columns": 0,
-        "zero_blocks": {"4x4": {"zero": 3, "of": 9}},
-    }
+    assert summed("all", tensors, PATTERNS) == InspectedGroup(
+        name="all",
+        tensors=4,
+        matrices=3,
+        numel=52,
+        zeros=24,
+        sparsity=24 / 52,
+        nonfinite=4,
+        patterns=("2:4",),
+        rows=12,
+        zero_rows=3,
+        columns=12,
+        zero_columns=0,
+        zero_blocks={"4x4": ZeroBlocks(zero=3, of=9)},
+    )
 
 
 def test_what_cannot_be_looked_at_is_unknown_and_satisfies_nothing() -> None:
-    unknown = entry("f4", [4, 4], None, [])
-    facts = summed([unknown], PATTERNS)
-    assert [facts[key] for key in ("numel", "zeros", "sparsity", "nonfinite", "rows")] == [16, *[None] * 4]
-    facts = summed([unknown, entry("a", [4, 4], 8, PATTERNS)], PATTERNS)
-    assert (facts["zeros"], facts["sparsity"], facts["patterns"], facts["rows"]) == (8, 0.5, [], 4)
+    unknown = tensor("f4", (4, 4), None)
+    group = summed("", [unknown], PATTERNS)
+    assert (group.numel, group.zeros, group.sparsity, group.nonfinite, group.rows) == (16, *[None] * 4)
+    group = summed("", [unknown, tensor("a", (4, 4), 8, ("1:2", "2:4"))], PATTERNS)
+    assert (group.zeros, group.sparsity, group.patterns, group.rows) == (8, 0.5, (), 4)
 
 
 def test_vectors_satisfy_no_pattern_and_have_no_rows() -> None:
-    facts = summed([entry("norm", [4], 4, [])], PATTERNS)
-    assert (facts["matrices"], facts["patterns"], facts["rows"], facts["zero_blocks"]) == (0, [], None, {})
+    group = summed("", [tensor("norm", (4,), 4)], PATTERNS)
+    assert (group.matrices, group.patterns, group.rows, group.zero_blocks) == (0, (), None, {})
 
 
 def test_runtimes_count_the_matrices_that_they_can_use() -> None:
-    can, cannot = {"asp": {"eligible": True, "reason": None}}, {"asp": {"eligible": False, "reason": "x"}}
-    entries = [
-        entry("a", [4, 4], 8, [], runtimes=can),
-        entry("b", [4, 4], 8, [], runtimes=cannot),
-        entry("c", [4], 8, [], runtimes=cannot),
+    can = {"asp": RuntimeVerdict(eligible=True, reason=None)}
+    cannot = {"asp": RuntimeVerdict(eligible=False, reason="x")}
+    tensors = [
+        tensor("a", (4, 4), 8, runtimes=can),
+        tensor("b", (4, 4), 8, runtimes=cannot),
+        tensor("c", (4,), 8, runtimes=cannot),
     ]
-    assert summed(entries, PATTERNS)["runtimes"] == {"asp": {"eligible": 1, "of": 2}}
+    assert summed("", tensors, PATTERNS).runtimes == {"asp": RuntimeCount(eligible=1, of=2)}
 
 
-def test_every_entry_is_in_one_group() -> None:
-    entries = [entry(name, [4, 4], 8, []) for name in ("h.0.a", "h.1.a", "h.1.b", "norm")]
-    groups = grouped(entries, grouping_of("layer", [one["name"] for one in entries]), PATTERNS)
-    assert [(group["name"], group["tensors"], group["numel"]) for group in groups] == [
+def test_every_tensor_is_in_one_group() -> None:
+    tensors = [tensor(name, (4, 4), 8) for name in ("h.0.a", "h.1.a", "h.1.b", "norm")]
+    groups = grouped(tensors, grouping_of("layer", [one.name for one in tensors]), PATTERNS)
+    assert [(group.name, group.tensors, group.numel) for group in groups] == [
         ("h.0", 1, 16), ("h.1", 2, 32), ("norm", 1, 16),
     ]  # fmt: skip

@@ -17,14 +17,16 @@ from sparseprune.report.inspection import (
     Telling,
     fields_of,
     grouping_of,
-    inspect_document,
+    make_inspection,
     sheet_of,
 )
 from sparseprune.report.runtimes import runtimes_of
-from tests.samples import schema
+from tests.samples import as_data, schema
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+
+    from sparseprune.results import Inspection
 
 QUESTIONS = Questions((Pattern(2, 4), Pattern(1, 4, 0)), (BlockShape(4, 4),))
 NORM = TensorFacts("norm.weight", "F32", (8,), 8, 0, 0, slices=(Zeros(0, 8),), blocks=None)
@@ -47,15 +49,19 @@ PACKED = TensorFacts("q.weight", "F4", (4, 4), 16, blocks=None)
 FACTS = (NORM, HALF, DENSE, PACKED)
 
 
-def document(*facts: TensorFacts, by: str | None = None, runtimes: str | None = None) -> dict[str, Any]:
+def inspected(*facts: TensorFacts, by: str | None = None, runtimes: str | None = None) -> Inspection:
     grouping: Grouping | None = None if by is None else grouping_of(by, [one.name for one in facts])
     asked = () if runtimes is None else runtimes_of(runtimes)
-    found = inspect_document("m", facts, Telling(QUESTIONS, asked, grouping))
-    jsonschema.validate(found, schema("inspect"))
+    found = make_inspection("m", facts, Telling(QUESTIONS, asked, grouping))
+    jsonschema.validate(as_data(found), schema("inspect"))
     return found
 
 
-def printed(found: dict[str, Any], width: int = 120) -> list[str]:
+def document(*facts: TensorFacts, **asked: Any) -> Any:
+    return as_data(inspected(*facts, **asked))
+
+
+def printed(found: Inspection, width: int = 120) -> list[str]:
     console = Console(file=io.StringIO(), width=width, color_system=None, highlight=False)
     with console.capture() as captured:
         console.print(inspect_table(found))
@@ -121,12 +127,12 @@ def test_groups_are_there_when_asked_for_and_beside_the_tensors() -> None:
 def test_every_document_fits_the_schema_and_has_tables(
     facts: tuple[TensorFacts, ...], by: str | None
 ) -> None:
-    found = document(*facts, by=by, runtimes="all")
+    found = inspected(*facts, by=by, runtimes="all")
     titles, rows = sheet_of(found)
     assert {len(row) for row in rows} <= {len(titles)}
-    assert len(rows) == len(found["tensors" if by is None else "groups"])
+    assert len(rows) == len(found.tensors if found.groups is None else found.groups)
     assert printed(found)
-    assert found["totals"]["runtimes"]["asp"]["of"] == sum(len(one.shape) > 1 for one in facts)
+    assert (found.totals.runtimes or {})["asp"].of == sum(len(one.shape) > 1 for one in facts)
 
 
 def undescribed(rules: Any, where: str, defined: Mapping[str, Any]) -> Iterator[str]:
@@ -170,8 +176,8 @@ def test_a_document_that_is_wrong_does_not_fit_the_schema() -> None:
 
 
 def test_the_sheet_has_the_same_titles_whatever_there_is() -> None:
-    titles, rows = sheet_of(document(HALF, NORM, runtimes="asp"))
-    assert sheet_of(document(runtimes="asp")) == (titles, [])
+    titles, rows = sheet_of(inspected(HALF, NORM, runtimes="asp"))
+    assert sheet_of(inspected(runtimes="asp")) == (titles, [])
     assert dict(zip(titles, rows[0], strict=True)) == {
         "name": "h.0.up.weight",
         "dtype": "BF16",
@@ -180,12 +186,12 @@ def test_the_sheet_has_the_same_titles_whatever_there_is() -> None:
         "zeros": 2048,
         "sparsity": 0.5,
         "nonfinite": 0,
-        "patterns": ["2:4"],
+        "patterns": ("2:4",),
         "rows": 64,
         "zero_rows": 1,
         "columns": 64,
         "zero_columns": 2,
-        "zero_slices": [1, 2],
+        "zero_slices": (1, 2),
         "zero_blocks_4x4": 3,
         "zero_blocks_4x4_of": 256,
         "runtimes_asp": True,
@@ -195,19 +201,19 @@ def test_the_sheet_has_the_same_titles_whatever_there_is() -> None:
 
 
 def test_fields_for_requirements_are_flat_names_of_the_sheet() -> None:
-    titles, _ = sheet_of(document(HALF))
+    titles, _ = sheet_of(inspected(HALF))
     assert set(fields_of(QUESTIONS)) <= set(titles)
     assert "zero_blocks_4x4" in fields_of(QUESTIONS)
 
 
 def test_the_table_leaves_out_what_it_has_nothing_to_say_of() -> None:
-    columns, rows = columns_and_rows(document(NORM, PLAIN))
+    columns, rows = columns_and_rows(inspected(NORM, PLAIN))
     assert [column.title for column in columns] == ["tensor", "dtype", "shape", "zeros", "sparsity"]
     assert rows == [
         ["norm.weight", "F32", "8", "0", "0.00%"],
         ["plain", "BF16", "64x64", "0", "0.00%"],
     ]
-    columns, rows = columns_and_rows(document(*FACTS, replace(NORM, name="bad", nonfinite=2)))
+    columns, rows = columns_and_rows(inspected(*FACTS, replace(NORM, name="bad", nonfinite=2)))
     assert [column.title for column in columns][5:] == [
         "patterns", "zero rows", "zero columns", "zero 4x4", "not finite",
     ]  # fmt: skip
@@ -219,7 +225,7 @@ def test_the_table_leaves_out_what_it_has_nothing_to_say_of() -> None:
 
 def test_runtimes_are_columns_and_their_reasons_stand_below_the_most_frequent_first() -> None:
     more = [replace(DENSE, name=f"h.{at}.up.weight") for at in (2, 3)]
-    lines = printed(document(*FACTS, *more, runtimes="torch-cutlass"), 140)
+    lines = printed(inspected(*FACTS, *more, runtimes="torch-cutlass"), 140)
     assert lines[0].endswith("torch-cutlass")
     cells = {line.split()[0]: line.split()[-1] for line in lines[1:7]}
     assert (cells["norm.weight"], cells["h.0.up.weight"], cells["h.1.up.weight"]) == ("-", "yes", "no")
@@ -239,11 +245,11 @@ def test_what_a_runtime_needs_is_told_for_the_dtypes_of_matrices() -> None:
 
 def test_many_reasons_are_cut_and_counted() -> None:
     facts = [replace(DENSE, name=f"w{at}", shape=(1 + at, 64), numel=64 + at * 64) for at in range(9)]
-    lines = printed(document(*facts, runtimes="torch-cutlass"))
+    lines = printed(inspected(*facts, runtimes="torch-cutlass"))
     assert lines[-1] == "  3 matrices more: for other reasons, which --json has"
 
 
 def test_what_was_not_looked_at_is_told() -> None:
-    lines = printed(document(*FACTS))
+    lines = printed(inspected(*FACTS))
     assert lines[-1] == "not looked at: 1 tensor of F4, whose elements are no whole bytes"
     assert lines[-2] == "satisfied: 2:4 by 1 tensor"

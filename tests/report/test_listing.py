@@ -1,7 +1,8 @@
-"""Which entries are listed and in which order: patterns, flat names, natural names, unknown values last."""
+"""Which tensors are listed and in which order: patterns, flat names, natural names, unknown values last."""
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from sparseprune.errors import SparsepruneError
 from sparseprune.report.inspection import flat, natural, ordered, selected
+from sparseprune.results.measuring import InspectedTensor, RuntimeVerdict, ZeroBlocks
 
 NAMES = (
     "model.embed.weight",
@@ -81,17 +83,28 @@ def test_an_empty_checkpoint_is_selected_whole_and_matches_no_pattern() -> None:
         selected([], ["**"], [])
 
 
-def entry(name: str, **facts: Any) -> dict[str, Any]:
-    return {"name": name, **facts}
+def tensor(name: str, **facts: Any) -> InspectedTensor:
+    unknown: dict[str, Any] = dict.fromkeys(field.name for field in fields(InspectedTensor))
+    return InspectedTensor(**unknown | {"name": name, "zero_blocks": {}} | facts)
 
 
-ENTRIES = [
-    entry(
-        "h.10.w", numel=8, sparsity=0.5, dtype="F32", zero_blocks={"4x4": {"zero": 3, "of": 9}}, shape=[2, 4]
+TENSORS = [
+    tensor(
+        "h.10.w",
+        numel=8,
+        sparsity=0.5,
+        dtype="F32",
+        zero_blocks={"4x4": ZeroBlocks(zero=3, of=9)},
+        shape=(2, 4),
     ),
-    entry("h.9.w", numel=8, sparsity=None, dtype="BF16", zero_blocks={}, shape=[8]),
-    entry(
-        "h.1.w", numel=9, sparsity=0.0, dtype="F32", zero_blocks={"4x4": {"zero": 1, "of": 9}}, shape=[3, 3]
+    tensor("h.9.w", numel=8, dtype="BF16", shape=(8,)),
+    tensor(
+        "h.1.w",
+        numel=9,
+        sparsity=0.0,
+        dtype="F32",
+        zero_blocks={"4x4": ZeroBlocks(zero=1, of=9)},
+        shape=(3, 3),
     ),
 ]
 
@@ -111,19 +124,19 @@ ENTRIES = [
         ("4x4", [2, 0, 1], [0, 2, 1]),
     ],
 )
-def test_entries_are_ordered_by_any_fact_with_the_unknown_last(
+def test_tensors_are_ordered_by_any_fact_with_the_unknown_last(
     key: str | None, order: list[int], reverse: list[int]
 ) -> None:
-    assert ordered(ENTRIES, key, False) == [ENTRIES[at] for at in order]
-    assert ordered(ENTRIES, key, True) == [ENTRIES[at] for at in reverse]
+    assert ordered(TENSORS, key, False) == tuple(TENSORS[at] for at in order)
+    assert ordered(TENSORS, key, True) == tuple(TENSORS[at] for at in reverse)
 
 
 def test_a_column_that_is_not_there_is_told_with_the_nearest() -> None:
     with pytest.raises(SparsepruneError, match=r'^--sort sparsty: there is no .* did you mean "sparsity"\?$'):
-        ordered(ENTRIES, "sparsty", False)
-    with pytest.raises(SparsepruneError, match=r'^--sort qq: there is no such column; there is .*"dtype"'):
-        ordered(ENTRIES, "qq", False)
-    assert ordered([], "qq", False) == []
+        ordered(TENSORS, "sparsty", False)
+    with pytest.raises(SparsepruneError, match=r"^--sort qq: there is no such column; there is .*dtype"):
+        ordered(TENSORS, "qq", False)
+    assert ordered([], "qq", False) == ()
 
 
 @given(st.lists(st.integers(0, 10**30)))
@@ -138,18 +151,19 @@ def test_any_names_have_an_order(names: list[str]) -> None:
 
 
 def test_nested_facts_get_flat_names() -> None:
-    nested = entry(
-        "w",
-        zero_blocks={"4x4": {"zero": 1, "of": 2}},
-        runtimes={"asp": {"eligible": False, "reason": "1-D"}},
-        largest={"at": [1, 2], "change": 0.5},
+    nested = flat(
+        tensor(
+            "w",
+            shape=(1, 2),
+            zero_blocks={"4x4": ZeroBlocks(zero=1, of=2)},
+            runtimes={"asp": RuntimeVerdict(eligible=False, reason="1-D")},
+        )
     )
-    assert flat(nested) == {
+    assert {key: value for key, value in nested.items() if value is not None} == {
         "name": "w",
+        "shape": (1, 2),
         "zero_blocks_4x4": 1,
         "zero_blocks_4x4_of": 2,
         "runtimes_asp": False,
         "runtimes_asp_reason": "1-D",
-        "largest_at": [1, 2],
-        "largest_change": 0.5,
     }

@@ -19,6 +19,7 @@ from sparseprune.report.pictures.charts import (
     NOTHING,
     WITHIN,
     Place,
+    Survivors,
     binned,
     grid_of,
     mean_of,
@@ -37,10 +38,16 @@ from tests.report.pictured import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from sparseprune.results import Inspection
+    from sparseprune.results.measuring import InspectedTensor
+
+    Histogram = Sequence[tuple[int, int]]
+    Budgets = Sequence[int | None]
 
 pytestmark = pytest.mark.usefixtures("under_settings")
 
@@ -48,8 +55,12 @@ SPARSITY = "Sparsity in percent"
 OTHERS = "Outside of numbered layers"
 
 
-def figures(document: dict[str, Any], survivors: list[dict[str, Any]] | None = None) -> list[Figure]:
-    return [picture.figure for picture in inspection_page(document, survivors or ()).pictures]
+def figures(found: Inspection, survivors: list[Survivors] | None = None) -> list[Figure]:
+    return [picture.figure for picture in inspection_page(found, survivors or ()).pictures]
+
+
+def tensor(name: str, shape: tuple[int, ...] = (1,), sparsity: float | None = 0.0) -> InspectedTensor:
+    return inspected([facts(name, sparsity, shape)]).tensors[0]
 
 
 def cells(axes: Axes) -> np.ma.MaskedArray[Any, Any]:
@@ -90,27 +101,27 @@ def test_takes_a_name_apart_at_its_first_number(name: str, place: Place | None) 
 
 def test_rows_are_in_the_order_of_their_numbers_and_columns_as_they_are_met() -> None:
     names = ["h.10.b.weight", "h.10.a.weight", "h.2.a.weight", "x"]
-    grid = grid_of([{"name": name, "numel": 1} for name in names])
+    grid = grid_of([tensor(name) for name in names])
     assert grid.row_labels() == ["2", "10"]
     assert grid.column_labels() == ["b", "a"]
-    assert [entry["name"] for entry in grid.others] == ["x"]
+    assert [entry.name for entry in grid.others] == ["x"]
 
 
 def test_keeps_the_ending_where_labels_would_be_alike() -> None:
-    grid = grid_of([{"name": f"h.0.{name}"} for name in ("a", "a.weight")])
+    grid = grid_of([tensor(f"h.0.{name}") for name in ("a", "a.weight")])
     assert grid.column_labels() == ["a", "a.weight"]
 
 
 def test_stacks_are_named_by_what_tells_them_apart() -> None:
-    grid = grid_of([{"name": f"model.{stack}.0.w"} for stack in ("encoder.layers", "decoder.layers")])
+    grid = grid_of([tensor(f"model.{stack}.0.w") for stack in ("encoder.layers", "decoder.layers")])
     assert grid.row_labels() == ["encoder.layers.0", "decoder.layers.0"]
 
 
 def test_the_mean_counts_elements_and_leaves_out_what_is_not_known() -> None:
-    entries: list[dict[str, Any]] = [{"numel": 1, "x": 1.0}, {"numel": 3, "x": 0.0}, {"numel": 50, "x": None}]
-    assert mean_of("x", entries) == 0.25
-    assert mean_of("x", entries[2:]) is None
-    assert mean_of("x", [{"numel": 0, "x": 0.0}]) == 0
+    whole, none, unknown = tensor("a", (1,), 1.0), tensor("b", (3,), 0.0), tensor("c", (50,), None)
+    assert mean_of("sparsity", [whole, none, unknown]) == 0.25
+    assert mean_of("sparsity", [unknown]) is None
+    assert mean_of("sparsity", [tensor("d", (0,), 0.0)]) == 0
 
 
 def test_draws_the_sparsity_of_every_layer_and_matrix() -> None:
@@ -217,11 +228,11 @@ def test_names_are_drawn_as_they_are(name: str) -> None:
         assert any(text == wanted or text[-20:] == wanted[-20:] for text in texts(figure))
 
 
-def survivors(histogram: list[list[int]], nnz: object = None, rule: str = "scope.w") -> list[dict[str, Any]]:
-    return [{"rule": rule, "nnz": nnz, "histogram": histogram}]
+def survivors(histogram: Histogram, nnz: Budgets = (), rule: str = "scope.w") -> list[Survivors]:
+    return [Survivors(rule, nnz, histogram)]
 
 
-def panel(histogram: list[list[int]], nnz: object = None) -> Axes:
+def panel(histogram: Histogram, nnz: Budgets = ()) -> Axes:
     _, figure = figures(decoder(1, lambda *_: 0.5), survivors(histogram, nnz))
     (axes,) = figure.axes
     assert faults(figure) == []
@@ -239,7 +250,7 @@ def lines_of(axes: Axes) -> list[float]:
 
 
 def test_a_bar_for_each_number_of_survivors_and_a_line_for_the_budget() -> None:
-    axes = panel([[0, 3], [2, 40]], 2)
+    axes = panel([(0, 3), (2, 40)], (2,))
     assert [(round(at, 9), height) for at, height in bars_of(axes)] == [(0, 3), (2, 40)]
     assert lines_of(axes) == [2]
     assert axes.get_title(loc="left") == "Survivors per scope of scope.w"
@@ -248,32 +259,32 @@ def test_a_bar_for_each_number_of_survivors_and_a_line_for_the_budget() -> None:
 
 
 def test_scopes_above_the_budget_are_told_apart_by_colour_and_hatch() -> None:
-    bars: list[Any] = list(panel([[1, 9], [2, 9], [3, 9]], 2).patches)
+    bars: list[Any] = list(panel([(1, 9), (2, 9), (3, 9)], (2,)).patches)
     assert [to_hex(bar.get_facecolor()) for bar in bars] == [WITHIN, WITHIN, ABOVE]
     assert [bar.get_hatch() or "" for bar in bars] == ["", "", "////"]
 
 
 def test_a_budget_that_no_scope_reaches_is_seen() -> None:
-    axes = panel([[3, 9]], 50)
+    axes = panel([(3, 9)], (50,))
     low, high = axes.get_xlim()
     assert low < 3
     assert high > 50
 
 
 def test_unlike_budgets_are_lines_of_their_own_and_few() -> None:
-    assert lines_of(panel([[1, 9]], [1, 2, 2, 3])) == [1, 2, 3]
-    assert lines_of(panel([[1, 9]], list(range(1, 30)))) == [1, 29]
+    assert lines_of(panel([(1, 9)], [1, 2, 2, 3])) == [1, 2, 3]
+    assert lines_of(panel([(1, 9)], list(range(1, 30)))) == [1, 29]
 
 
-@pytest.mark.parametrize("nnz", [None, [None, None], []])
-def test_a_rule_without_a_budget_has_no_line(nnz: object) -> None:
-    axes = panel([[0, 4], [1, 9]], nnz)
+@pytest.mark.parametrize("nnz", [[None, None], []])
+def test_a_rule_without_a_budget_has_no_line(nnz: list[int | None]) -> None:
+    axes = panel([(0, 4), (1, 9)], nnz)
     assert lines_of(axes) == []
     assert all(to_hex(bar.get_facecolor()) == WITHIN for bar in axes.patches)
 
 
 def test_heights_are_logarithmic_where_few_scopes_stand_beside_very_many() -> None:
-    axes = panel([[1, 2], [2, 10**9]], 2)
+    axes = panel([(1, 2), (2, 10**9)], (2,))
     assert axes.get_yscale() == "log"
     assert axes.get_ylim()[0] < 1
     assert [round(height) for _, height in bars_of(axes)] == [2, 10**9]
@@ -281,8 +292,8 @@ def test_heights_are_logarithmic_where_few_scopes_stand_beside_very_many() -> No
 
 def test_thousands_of_counts_are_binned_and_no_scope_is_lost() -> None:
     rng = random.Random(3)
-    histogram = [[count, rng.randint(1, 9)] for count in rng.sample(range(10**6), 5000)]
-    axes = panel(sorted(histogram), 10**6)
+    histogram = [(count, rng.randint(1, 9)) for count in rng.sample(range(10**6), 5000)]
+    axes = panel(sorted(histogram), (10**6,))
     assert len(axes.patches) <= 60
     assert sum(height for _, height in bars_of(axes)) == sum(scopes for _, scopes in histogram)
 
@@ -304,7 +315,7 @@ def test_bins_are_alike_and_hold_every_count(first: int, last: int, bins: int) -
     [[0], [7], [1, 2], [484_442_112], [5 * 10**9, 5 * 10**9 + 3], [0, 5 * 10**9], [999_999, 10**6], [10**12]],
 )
 def test_numbers_below_the_bars_are_unlike_and_do_not_touch(survivors: list[int]) -> None:
-    axes = panel([[count, 3] for count in survivors], survivors[-1])
+    axes = panel([(count, 3) for count in survivors], (survivors[-1],))
     low, high = axes.get_xlim()
     ticks = [tick for tick in axes.xaxis.get_major_ticks() if low <= tick.get_loc() <= high]
     labels = [tick.label1.get_text() for tick in ticks if tick.label1.get_text()]
@@ -313,11 +324,11 @@ def test_numbers_below_the_bars_are_unlike_and_do_not_touch(survivors: list[int]
 
 
 def test_a_rule_without_scopes_is_drawn() -> None:
-    assert bars_of(panel([], 2)) == []
+    assert bars_of(panel([], (2,))) == []
 
 
 def test_every_rule_has_a_panel() -> None:
-    rules = [survivors([[n, 5]], n, f"scope.{'long_' * n}{n}")[0] for n in range(1, 10)]
+    rules = [survivors([(n, 5)], (n,), f"scope.{'long_' * n}{n}")[0] for n in range(1, 10)]
     _, figure = figures(decoder(1, lambda *_: 0.5), rules)
     assert len(figure.axes) == 9
     assert faults(figure) == []

@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 from xml.etree import ElementTree as ET
 
 import numpy as np
@@ -16,9 +17,13 @@ from matplotlib.image import imread
 
 from sparseprune.errors import SparsepruneError
 from sparseprune.report.pictures import check_picture, files, plot_comparison, plot_inspection
+from sparseprune.report.pictures.charts import Survivors
 from tests.report.pictured import compared, decoder, facts, inspected
 
-SURVIVORS = [{"rule": "scope.<b>w</b>", "nnz": 2, "histogram": [[1, 3], [2, 9]]}]
+if TYPE_CHECKING:
+    from sparseprune.results import Inspection
+
+SURVIVORS = [Survivors("scope.<b>w</b>", (2,), [(1, 3), (2, 9)])]
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 
 
@@ -54,8 +59,8 @@ class Page(HTMLParser):
             self.cells.append(data)
 
 
-def page(tmp_path: Path, document: dict[str, Any], survivors: list[dict[str, Any]] | None = None) -> str:
-    plot_inspection(document, tmp_path / "out.html", survivors)
+def page(tmp_path: Path, found: Inspection, survivors: list[Survivors] | None = None) -> str:
+    plot_inspection(found, tmp_path / "out.html", survivors)
     return (tmp_path / "out.html").read_text()
 
 
@@ -157,7 +162,7 @@ def test_a_page_shows_totals_captions_and_every_number(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["<script>alert(1)</script>", 'h.0."><img src=x onerror=y>', "a&b", "<!--"])
 def test_names_are_texts_and_never_tags(tmp_path: Path, name: str) -> None:
     document = inspected([facts(name, 0.5), facts("h.1.b", 0.5)], path=name)
-    parsed = Page(page(tmp_path, document, [SURVIVORS[0] | {"rule": name}]))
+    parsed = Page(page(tmp_path, document, [replace(SURVIVORS[0], rule=name)]))
     tags = {tag for tag, _ in parsed.elements}
     assert not {"script", "img"} & tags
     assert name in parsed.text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import re
+from dataclasses import fields, replace
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from sparseprune.errors import SparsepruneError
 from sparseprune.report.facts import Pattern
 from sparseprune.report.requirements import Comparison, check_names, failures, parse_requirement
+from sparseprune.results.measuring import ComparedTensor, InspectedTensor, RuntimeVerdict, ZeroBlocks
 
 FIELDS = ("numel", "zeros", "sparsity", "nonfinite", "zero_rows", "zero_columns")
 RUNTIMES = ("torch-cutlass", "asp")
@@ -30,13 +32,16 @@ OPERATORS = {
 
 def entry(
     name: str, shape: tuple[int, ...] = (4, 8), patterns: tuple[str, ...] = (), **facts: Any
-) -> dict[str, Any]:
-    """A tensor as a document has it."""
-    known = {"name": name, "dtype": "BF16", "shape": list(shape), "zeros": 16, "sparsity": 0.5}
-    return known | {"patterns": list(patterns)} | facts
+) -> InspectedTensor:
+    """A tensor as `inspect` gives it; `runtimes` says why each cannot run it, None where it can."""
+    unknown: dict[str, Any] = dict.fromkeys(field.name for field in fields(InspectedTensor))
+    known = {"name": name, "dtype": "BF16", "shape": shape, "zeros": 16, "sparsity": 0.5, "zero_blocks": {}}
+    reasons = facts.pop("runtimes", {})
+    runtimes = {key: RuntimeVerdict(eligible=why is None, reason=why) for key, why in reasons.items()}
+    return InspectedTensor(**unknown | known | {"patterns": patterns, "runtimes": runtimes} | facts)
 
 
-def check(text: str, *entries: dict[str, Any]) -> list[str]:
+def check(text: str, *entries: InspectedTensor) -> list[str]:
     return failures([parse_requirement(text, FIELDS, RUNTIMES)], entries)
 
 
@@ -195,8 +200,8 @@ def test_a_tensor_has_the_pattern_or_is_told_what_it_has(
 
 
 def test_patterns_and_runtimes_are_asked_of_matrices_unless_names_say_otherwise() -> None:
-    no = {"asp": {"eligible": False, "reason": "1-D, wanted 2-D"}}
-    yes = {"asp": {"eligible": True, "reason": None}}
+    no = {"asp": "1-D, wanted 2-D"}
+    yes = {"asp": None}
     vector = entry("norm.weight", (8,), runtimes=no)
     scalar = entry("scale.weight", (), runtimes=no)
     matrix = entry("up.weight", patterns=("2:4",), runtimes=yes)
@@ -210,12 +215,12 @@ def test_patterns_and_runtimes_are_asked_of_matrices_unless_names_say_otherwise(
 
 
 def test_patterns_and_runtimes_are_asked_of_no_empty_matrix_unless_it_is_named() -> None:
-    empty = entry("e", (0, 8), runtimes={"asp": {"eligible": False, "reason": "is empty"}})
-    full = entry("w", patterns=("2:4",), runtimes={"asp": {"eligible": True, "reason": None}})
+    empty = entry("e", (0, 8), runtimes={"asp": "is empty"})
+    full = entry("w", patterns=("2:4",), runtimes={"asp": None})
     assert check("2:4", empty, full) == check("asp", empty, full) == []
     assert check("2:4 in *", empty, full) == ["e: wanted 2:4, is empty"]
     assert check("asp in *", empty, full) == ["e: not eligible for asp: is empty"]
-    assert check("sparsity>0.5", empty | {"sparsity": 0.0}) == ["e: wanted sparsity>0.5, found 0"]
+    assert check("sparsity>0.5", replace(empty, sparsity=0.0)) == ["e: wanted sparsity>0.5, found 0"]
 
 
 def test_elements_that_cannot_be_looked_at_fail_with_that_reason() -> None:
@@ -223,14 +228,12 @@ def test_elements_that_cannot_be_looked_at_fail_with_that_reason() -> None:
     reason = "elements of F4 are no whole bytes and were not looked at"
     assert check("2:4", unseen) == [f"w: wanted 2:4, {reason}"]
     assert check("sparsity>=0.5", unseen) == [f"w: wanted sparsity>=0.5, {reason}"]
-    assert check("zero_rows==0", unseen | {"shape": [8], "zero_rows": None}) == [
-        f"w: wanted zero_rows==0, {reason}"
-    ]
+    assert check("zero_rows==0", replace(unseen, shape=(8,))) == [f"w: wanted zero_rows==0, {reason}"]
 
 
 def test_a_fact_that_only_matrices_have_is_not_asked_of_vectors_unless_they_are_named() -> None:
     vector = entry("norm", (8,), zero_rows=None)
-    matrix = entry("up", zero_rows={"zero": 1, "of": 4})
+    matrix = entry("up", zero_rows=1)
     assert check("zero_rows==1", vector, matrix) == []
     assert check("zero_rows==0", vector, matrix) == ["up: wanted zero_rows==0, found 1"]
     assert check("zero_rows==1 in norm", vector, matrix) == [
@@ -281,7 +284,8 @@ def test_a_fact_that_a_matrix_lacks_fails_as_unknown() -> None:
 def test_a_number_that_fails_is_told_in_enough_digits(text: str, value: float, found: str | None) -> None:
     field = re.split("[<>=!]", text)[0]
     wanted = [] if found is None else [f"w: wanted {text}, found {found}"]
-    assert check(text, entry("w") | {field: value}) == wanted
+    facts: dict[str, Any] = {field: value}
+    assert check(text, entry("w", **facts)) == wanted
 
 
 NUMBERS = st.one_of(
@@ -322,12 +326,12 @@ def test_what_is_told_never_looks_as_if_it_held(
 
 
 def test_nested_facts_go_by_their_flat_names() -> None:
-    blocks = {"4x4": {"zero": 2, "of": 8}}
+    blocks = {"4x4": ZeroBlocks(zero=2, of=8)}
     requirement = parse_requirement("zero_blocks_4x4>=3", ["zero_blocks_4x4"])
     assert failures([requirement], [entry("w", zero_blocks=blocks)]) == [
         "w: wanted zero_blocks_4x4>=3, found 2"
     ]
-    assert failures([requirement], [entry("v", zero_blocks=None)]) == [
+    assert failures([requirement], [entry("v")]) == [
         "v: wanted zero_blocks_4x4>=3, zero_blocks_4x4 is not known"
     ]
 
@@ -396,7 +400,7 @@ def test_odd_names_stay_on_their_line() -> None:
         ("zeros>=50%", [entry("w")], "zeros is a count; wanted a number without %"),
     ],
 )
-def test_a_check_of_nothing_is_an_error(text: str, entries: list[dict[str, Any]], wanted: str) -> None:
+def test_a_check_of_nothing_is_an_error(text: str, entries: list[InspectedTensor], wanted: str) -> None:
     with pytest.raises(SparsepruneError) as caught:
         check(text, *entries)
     line = str(caught.value)
@@ -411,8 +415,9 @@ def test_a_field_that_is_no_number_is_an_error() -> None:
         failures([parse_requirement("dtype==16", ["dtype"])], [entry("w")])
 
 
-def test_patterns_that_a_document_does_not_have_are_an_error() -> None:
-    bare = {"name": "w", "shape": [4, 8], "altered": 0}
+def test_patterns_are_an_error_where_tensors_are_compared() -> None:
+    unknown: dict[str, Any] = dict.fromkeys(field.name for field in fields(ComparedTensor))
+    bare = ComparedTensor(**unknown | {"name": "w", "shape": (4, 8), "altered": 0})
     assert failures([parse_requirement("altered==0", ["altered"])], [bare]) == []
     with pytest.raises(
         SparsepruneError, match="N:M patterns are not looked for here; ask sparseprune inspect"

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from io import StringIO
 from typing import TYPE_CHECKING, Any
 
@@ -11,86 +10,75 @@ import jsonschema
 import pytest
 from rich.console import Console
 
-from sparseprune.report.coverage import Coverage, LeftOut
-from sparseprune.report.document import json_pieces
-from sparseprune.report.verification import AskedCheck, broken_line, failures, verify_document, verify_table
-from tests.samples import schema
+from sparseprune.execution.verdicts import BrokenScope, RuleVerdict, TensorVerdict
+from sparseprune.execution.verdicts import Verification as Verdicts
+from sparseprune.report.coverage import Coverage
+from sparseprune.report.verification import AskedCheck, broken_line, failures, make_verification, verify_table
+from sparseprune.results.fields import Uncovered
+from tests.samples import as_data, schema
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Sequence
 
-    Shape = tuple[int, ...]
+    from sparseprune.results import Verification
 
-COVERED = Coverage("matrices", 0.75, 0.75, (LeftOut("layers.*.up", 1, 4),), 12, 20)
+COVERED = Coverage("matrices", 0.75, 0.75, (Uncovered(name="layers.*.up", tensors=1, numel=4),), 12, 20)
 CHECKED = (
     "checked 12 of 20 parameters, 75.00% of the layers' matrices; not reached: 4 parameters of layers.*.up"
 )
 ASKED = AskedCheck("ckpt", "spec.toml", {"n": "2"}, COVERED)
 
 
-@dataclass(frozen=True)
-class Place:
-    instance: str = "proj[layer=0]"
-    scope: Shape = (0, 3)
-    element: Shape = (0, 12)
-    nonzero: int = 3
-    allowed: int | None = 2
+def place_of(nonzero: int = 3, allowed: int | None = 2) -> BrokenScope:
+    return BrokenScope("proj[layer=0]", (0, 3), (0, 12), nonzero, allowed)
 
 
-@dataclass(frozen=True)
-class Tensor:
-    name: str = "a.weight"
-    rule: str = "scope.proj"
-    scopes: int = 3072
-    broken: int = 12
-    torn: int = 0
-    allowed: int | None = 2
-    threshold: float | None = None
-    first: Place | None = field(default_factory=Place)
+def tensor_of(name: str = "a.weight", rule: str = "scope.proj", **facts: Any) -> TensorVerdict:
+    known: dict[str, Any] = {
+        "scopes": 3072,
+        "broken": 12,
+        "torn": 0,
+        "allowed": 2,
+        "threshold": None,
+        "first": place_of(),
+    }
+    return TensorVerdict(name, rule, **known | facts)
 
 
-@dataclass(frozen=True)
-class Rule:
-    name: str = "scope.proj"
-    instances: int = 2
-    tensors: int = 2
-    scopes: int = 6144
-    blocks_per_scope: Shape = (4, 4)
-    nnz: tuple[int | None, ...] = (2, 2)
-    threshold: tuple[float | None, ...] = (None, None)
-    broken: int = 12
-    torn: int = 0
-    survivors: Mapping[int, int] = field(default_factory=lambda: {3: 12, 0: 2, 2: 6130})
-    unchecked: str | None = None
+def rule_of(name: str = "scope.proj", **facts: Any) -> RuleVerdict:
+    known: dict[str, Any] = {
+        "instances": 2,
+        "tensors": 2,
+        "scopes": 6144,
+        "blocks_per_scope": (4, 4),
+        "nnz": (2, 2),
+        "threshold": (None, None),
+        "broken": 12,
+        "torn": 0,
+        "survivors": {3: 12, 0: 2, 2: 6130},
+        "unchecked": None,
+    }
+    return RuleVerdict(name, **known | facts)
 
 
-@dataclass(frozen=True)
-class Spec:
-    rules: tuple[Rule, ...] = (Rule(),)
-    tensors: tuple[Tensor, ...] = (Tensor(), Tensor("b.weight", broken=0, first=None))
+FINE = tensor_of("b.weight", broken=0, first=None)
+UNDER_THRESHOLD = tensor_of(allowed=None, threshold=0.5, first=place_of(1, None))
+SOFT = RuleVerdict("scope.soft", 1, 3, 0, (1,), (None,), (0.25,), 0, 0, {}, "nothing can be told")
 
 
-UNDER_THRESHOLD = Tensor(allowed=None, threshold=0.5, first=Place(allowed=None, nonzero=1))
-SOFT = Rule("scope.soft", 1, 3, 0, (1,), (None,), (0.25,), 0, 0, {}, "nothing can be told")
+def found_of(*tensors: TensorVerdict, rules: Sequence[RuleVerdict] = (rule_of(),)) -> Verification:
+    return make_verification(ASKED, Verdicts(tuple(rules), tensors))
 
 
-def document_of(*tensors: Tensor) -> dict[str, Any]:
-    return verify_document(ASKED, Spec(tensors=tensors))
-
-
-def as_json(document: Mapping[str, Any]) -> Any:
-    return json.loads("".join(json_pieces(document)))
-
-
-def printed(document: Mapping[str, Any], width: int = 200) -> list[str]:
+def printed(found: Verification, width: int = 200) -> list[str]:
     stream = StringIO()
-    Console(file=stream, width=width, highlight=False).print(verify_table(document))
+    Console(file=stream, width=width, highlight=False).print(verify_table(found))
     return [line.rstrip() for line in stream.getvalue().splitlines()]
 
 
-def test_a_document_says_all_that_was_found_as_its_schema_has_it() -> None:
-    document = verify_document(ASKED, Spec())
-    jsonschema.validate(as_json(document), schema("verify"))
+def test_the_json_says_all_that_was_found_as_its_schema_has_it() -> None:
+    document = as_data(found_of(tensor_of(), FINE))
+    jsonschema.validate(document, schema("verify"))
     assert document["totals"] == {
         "scopes": 6144,
         "broken": 12,
@@ -118,36 +106,40 @@ def test_a_document_says_all_that_was_found_as_its_schema_has_it() -> None:
 
 
 @pytest.mark.parametrize(
-    "rule", [SOFT, Rule(nnz=(2, 3), blocks_per_scope=(4, 8)), Rule(nnz=(), threshold=())]
+    "rule", [SOFT, rule_of(nnz=(2, 3), blocks_per_scope=(4, 8)), rule_of(nnz=(), threshold=())]
 )
-def test_every_kind_of_rule_fits_the_schema(rule: Rule) -> None:
-    document = verify_document(ASKED, Spec((rule,), (UNDER_THRESHOLD,)))
-    jsonschema.validate(as_json(document), schema("verify"))
+def test_every_kind_of_rule_fits_the_schema(rule: RuleVerdict) -> None:
+    document = as_data(found_of(UNDER_THRESHOLD, rules=[rule]))
+    jsonschema.validate(document, schema("verify"))
     assert document["rules"][0]["nnz"] == (None if rule.nnz in {(None,), ()} else [2, 3])
 
 
 def test_a_document_with_more_than_the_schema_has_is_refused() -> None:
-    document = verify_document(ASKED, Spec())
+    document = as_data(found_of(tensor_of(), FINE))
     for broken in (
         document | {"more": 1},
         document | {"totals": {"scopes": -1, "broken": 0, "tensors": 0}},
         document | {"rules": [document["rules"][0] | {"survivors": [[0]]}]},
     ):
         with pytest.raises(jsonschema.ValidationError):
-            jsonschema.validate(as_json(broken), schema("verify"))
+            jsonschema.validate(broken, schema("verify"))
 
 
 AT = "at [0, 3] (element [0, 12])"
 FAILING = [
-    (Tensor(), "12 of 3,072 scopes of scope.proj hold more than 2 non-zero blocks", f"the first {AT} has 3"),
     (
-        Tensor(broken=1, scopes=1, allowed=1, torn=1),
+        tensor_of(),
+        "12 of 3,072 scopes of scope.proj hold more than 2 non-zero blocks",
+        f"the first {AT} has 3",
+    ),
+    (
+        tensor_of(broken=1, scopes=1, allowed=1, torn=1),
         "1 of 1 scope of scope.proj holds more than 1 non-zero block",
         f"the first {AT} has 3",
         "1 fused block is not zero here but zero in another tensor",
     ),
     (
-        Tensor(allowed=None, torn=5),
+        tensor_of(allowed=None, torn=5),
         "12 of 3,072 scopes of scope.proj hold too many non-zero blocks",
         f"the first {AT} has 3 where 2 may be",
         "5 fused blocks are not zero here but zero in another tensor",
@@ -166,19 +158,19 @@ FAILING = [
 
 
 @pytest.mark.parametrize(("tensor", "facts"), [(tensor, facts) for tensor, *facts in FAILING])
-def test_each_tensor_that_fails_has_one_line(tensor: Tensor, facts: list[str]) -> None:
-    document = document_of(tensor, Tensor("fine", broken=0, first=None))
-    assert failures(document) == [f"a.weight: {'; '.join(facts)}"]
+def test_each_tensor_that_fails_has_one_line(tensor: TensorVerdict, facts: list[str]) -> None:
+    found = found_of(tensor, tensor_of("fine", broken=0, first=None))
+    assert failures(found) == [f"a.weight: {'; '.join(facts)}"]
 
 
 def test_odd_names_stay_on_one_line() -> None:
-    (line,) = failures(document_of(Tensor("odd\nname [red]")))
+    (line,) = failures(found_of(tensor_of("odd\nname [red]")))
     assert line.startswith("odd\\nname [red]: 12 of 3,072 scopes")
 
 
 def test_the_table_has_a_line_for_each_rule_and_each_broken_tensor() -> None:
-    document = verify_document(ASKED, Spec((Rule(), SOFT)))
-    assert [line.split() for line in printed(document)] == [
+    found = found_of(tensor_of(), FINE, rules=[rule_of(), SOFT])
+    assert [line.split() for line in printed(found)] == [
         ["rule", "tensors", "scopes", "may", "survive", "fullest", "broken"],
         ["scope.proj", "2", "6,144", "2", "of", "4", "3", "12"],
         ["scope.soft", "3", "0", "score", ">=", "0.25", "not", "checked"],
@@ -192,38 +184,36 @@ def test_the_table_has_a_line_for_each_rule_and_each_broken_tensor() -> None:
 
 
 def test_one_line_sums_up_what_is_broken() -> None:
-    document = verify_document(ASKED, Spec((Rule(), SOFT)))
-    assert broken_line(document) == "12 of 6,144 scopes are broken, in 1 of 2 tensors"
+    found = found_of(tensor_of(), FINE, rules=[rule_of(), SOFT])
+    assert broken_line(found) == "12 of 6,144 scopes are broken, in 1 of 2 tensors"
 
 
 def test_torn_blocks_have_a_column_where_there_are_some() -> None:
-    assert printed(document_of(Tensor(torn=7)))[3].split()[-1] == "torn"
-    assert printed(document_of(Tensor(torn=7)))[4].split()[-1] == "7"
+    assert printed(found_of(tensor_of(torn=7)))[3].split()[-1] == "torn"
+    assert printed(found_of(tensor_of(torn=7)))[4].split()[-1] == "7"
 
 
 @pytest.mark.parametrize(("scopes", "said"), [(6144, "all 6,144 scopes are"), (1, "the one scope is")])
 def test_where_nothing_is_broken_that_is_said(scopes: int, said: str) -> None:
-    rule = Rule(scopes=scopes, broken=0, survivors={2: scopes})
-    document = verify_document(ASKED, Spec((rule,), (Tensor(broken=0, first=None),)))
-    assert printed(document)[2:] == [f"{said} as the spec says", CHECKED]
-    assert failures(document) == []
+    rule = rule_of(scopes=scopes, broken=0, survivors={2: scopes})
+    found = found_of(tensor_of(broken=0, first=None), rules=[rule])
+    assert printed(found)[2:] == [f"{said} as the spec says", CHECKED]
+    assert failures(found) == []
 
 
 def test_budgets_that_differ_are_told_from_the_least_to_the_greatest() -> None:
-    rule = Rule(nnz=(2, 1), blocks_per_scope=(4, 1000), broken=0)
-    assert "1 to 2 of 4 to 1,000" in printed(verify_document(ASKED, Spec((rule,), ())))[1]
+    rule = rule_of(nnz=(2, 1), blocks_per_scope=(4, 1000), broken=0)
+    assert "1 to 2 of 4 to 1,000" in printed(found_of(rules=[rule]))[1]
 
 
 @pytest.mark.parametrize("width", [60, 80, 120, 200])
 def test_the_table_fits_the_width_that_it_is_given(width: int) -> None:
     names = ("model.layers.0.self_attn.q_proj.weight", "[red]odd[/red]", "\u5e83\u3044" * 20, "a\nb" * 30)
-    document = verify_document(
-        ASKED,
-        Spec((Rule(), SOFT), tuple(Tensor(name, "scope_coupling.everything", torn=3) for name in names)),
-    )
+    broken = [tensor_of(name, "scope_coupling.everything", torn=3) for name in names]
+    found = found_of(*broken, rules=[rule_of(), SOFT])
     stream = StringIO()
     console = Console(file=stream, width=width, highlight=False)
-    console.print(verify_table(document))
+    console.print(verify_table(found))
     lines = stream.getvalue().splitlines()
     assert max(console.measure(line).maximum if "[" not in line else len(line) for line in lines) <= width
     assert any("[red]odd[/red]" in line for line in lines)

@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, make_dataclass
 
 import pytest
 
@@ -25,6 +25,32 @@ class Example(Document):
 def example(**more: object) -> Example:
     files = Made(["a", "b"], lambda name: OtherWeights(path=name, bytes=1))
     return Example(**{"numbers": (0.5, None), "files": files, "masks": None, **more})  # type: ignore[arg-type]
+
+
+DOCUMENTS: dict[str, dict[str, object]] = {
+    "nothing": {},
+    "values": {"a": 1, "b": None, "c": "text\nof two lines", "d": 0.1, "é": "\ud800"},
+    "empty parts": {"list": [], "object": {}, "tensors": [{}], "groups": [[]]},
+    "nested": {
+        "totals": {"rows": [1, 2], "by": {"4x4": {"zero": 0}}},
+        "tensors": [{"shape": [2, 3]}, {"n": []}],
+    },
+    "lists of values": {
+        "numbers": [1, 2, 3],
+        "texts": ["a", "b\n  c"],
+        "mixed": [None, [1, [2]], {"a": [3]}],
+    },
+}
+
+
+@pytest.mark.parametrize("ensure_ascii", [True, False])
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_pieces_make_up_the_text_of_json(name: str, ensure_ascii: bool) -> None:
+    members = DOCUMENTS[name]
+    kind = make_dataclass("Any", members, bases=(Document,), frozen=True, kw_only=True)
+    expected = {"schema": "any", "sparseprune": __version__, **members}
+    pieces = kind(schema="any", **members).json_pieces(ensure_ascii=ensure_ascii)
+    assert "".join(pieces) == json.dumps(expected, indent=2, ensure_ascii=ensure_ascii)
 
 
 def test_json_has_the_fields_in_their_order_and_an_indent_of_two() -> None:

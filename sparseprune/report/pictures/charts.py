@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import matplotlib as mpl
 import numpy as np
@@ -23,10 +23,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from sparseprune.report.pictures.overview import Fact
+    from sparseprune.results.measuring import ComparedTensor, InspectedTensor
 
-    Entry = Mapping[str, Any]
-    Value = Callable[[Sequence[Entry]], float | None]
+    Entry = InspectedTensor | ComparedTensor
+    Value = Callable[[Sequence[Any]], float | None]
 
+Tensor = TypeVar("Tensor", bound="Entry")
 # Okabe and Ito without their yellow, which is hardly seen on white; markers tell the same.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#7f7f7f")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
@@ -35,7 +37,7 @@ _CURVE_HEIGHT, _NARROWEST, _WIDEST_CURVES, _STEP = 2.5, 4.8, 16.0, 0.2  # inches
 _CURVE_LABEL, _LETTER = 0.16, 0.075  # inches of a label's height and of a letter in it
 
 
-def curves(figure: Figure, top: float, grid: Grid, fact: Fact) -> Axes:
+def curves(figure: Figure, top: float, grid: Grid[Any], fact: Fact) -> Axes:
     """Draw a line for each column of the grid over its rows; a value that is not known is a gap."""
     places, breaks = _places(grid)
     width = min(_WIDEST_CURVES, max(_NARROWEST, _STEP * (places[-1] + 1)))
@@ -78,13 +80,13 @@ def _seen(label: str) -> str:
     return f"\u200b{label}" if label.startswith("_") else label
 
 
-def _places(grid: Grid) -> tuple[list[int], list[int]]:
+def _places(grid: Grid[Any]) -> tuple[list[int], list[int]]:
     """Where each row stands, one place left free between stacks, and the rows before which that is."""
     breaks = [at for at in range(1, len(grid.rows)) if grid.rows[at][0] != grid.rows[at - 1][0]]
     return [at + sum(at >= one for one in breaks) for at in range(len(grid.rows))], breaks
 
 
-def _label_layers(axes: Axes, grid: Grid, places: Sequence[int], width: float) -> None:
+def _label_layers(axes: Axes, grid: Grid[Any], places: Sequence[int], width: float) -> None:
     labels = shortened(grid.row_labels(), 40)
     room = width / (places[-1] + 1.2)
     longest = max(map(len, labels)) * _LETTER
@@ -295,6 +297,15 @@ _BUDGETS = 4  # lines; of more unlike budgets the first and the last
 
 
 @dataclass(frozen=True, slots=True)
+class Survivors:
+    """Of a rule: the budgets of its instances; pairs of a number of non-zero blocks and scopes with it."""
+
+    rule: str
+    nnz: Sequence[int | None]
+    histogram: Sequence[tuple[int, int]]
+
+
+@dataclass(frozen=True, slots=True)
 class Bins:
     """Bars from `edges[i]` up to and without `edges[i + 1]`: `counts[i]` scopes with so many survivors."""
 
@@ -322,13 +333,12 @@ def binned(histogram: Sequence[Sequence[int]], bins: int = _BINS) -> Bins:
     return Bins(tuple(first + step * at for at in range(number + 1)), tuple(counts))
 
 
-def budgets_of(nnz: object) -> tuple[int, ...]:
-    """The budgets of a rule, each once, sorted: those of its instances may be unlike, or there is none."""
-    listed: Sequence[Any] = nnz if isinstance(nnz, list | tuple) else [nnz]
-    return tuple(sorted({one for one in listed if one is not None}))
+def budgets_of(nnz: Iterable[int | None]) -> tuple[int, ...]:
+    """The budgets of the instances of a rule, each once, sorted."""
+    return tuple(sorted({one for one in nnz if one is not None}))
 
 
-def histograms(figure: Figure, top: float, survivors: Sequence[Mapping[str, Any]]) -> list[Axes]:
+def histograms(figure: Figure, top: float, survivors: Sequence[Survivors]) -> list[Axes]:
     """Draw a panel for each rule, two beside each other; gives their axes."""
     return [
         _panel(
@@ -345,9 +355,9 @@ def histograms(figure: Figure, top: float, survivors: Sequence[Mapping[str, Any]
     ]
 
 
-def _panel(axes: Axes, rule: Mapping[str, Any]) -> Axes:
-    bins = binned(rule["histogram"])
-    budgets = budgets_of(rule["nnz"])
+def _panel(axes: Axes, rule: Survivors) -> Axes:
+    bins = binned(rule.histogram)
+    budgets = budgets_of(rule.nnz)
     starts, widths = np.array(bins.edges[:-1]), np.diff(bins.edges)
     allowed = budgets[-1] if budgets else math.inf
     colours = [ABOVE if start > allowed else WITHIN for start in bins.edges[:-1]]
@@ -372,7 +382,7 @@ def _panel(axes: Axes, rule: Mapping[str, Any]) -> Axes:
     axes.yaxis.set_major_formatter(lambda value, _: _short(value))
     _frame(axes, bins, budgets)
     _budgets(axes, budgets)
-    axes.set_title(f"Survivors per scope of {_cut(printable(rule['rule']), 26)}")
+    axes.set_title(f"Survivors per scope of {_cut(printable(rule.rule), 26)}")
     axes.set_xlabel("blocks that are not zero")
     axes.set_ylabel("scopes")
     axes.spines[["top", "right"]].set_visible(False)
@@ -450,7 +460,7 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True)
-class Grid:
+class Grid(Generic[Tensor]):
     """The entries that belong to numbered layers, by row and column, and those that do not.
 
     `rows` are layers in their natural order, stack by stack, `columns` matrices in the order in which they
@@ -459,8 +469,8 @@ class Grid:
 
     rows: tuple[tuple[str, str], ...]
     columns: tuple[str, ...]
-    cells: Mapping[tuple[tuple[str, str], str], tuple[Entry, ...]]
-    others: tuple[Entry, ...]
+    cells: Mapping[tuple[tuple[str, str], str], tuple[Tensor, ...]]
+    others: tuple[Tensor, ...]
 
     @property
     def stacks(self) -> tuple[str, ...]:
@@ -506,12 +516,12 @@ def place_of(name: str) -> Place | None:
     return Place(".".join(pieces[:at]), pieces[at], ".".join(rest))
 
 
-def grid_of(entries: Iterable[Entry]) -> Grid:
-    """Entries with a `name`, sorted into layers."""
-    cells: dict[tuple[tuple[str, str], str], list[Entry]] = {}
+def grid_of(entries: Iterable[Tensor]) -> Grid[Tensor]:
+    """Tensors sorted into layers."""
+    cells: dict[tuple[tuple[str, str], str], list[Tensor]] = {}
     others = []
     for entry in entries:
-        place = place_of(entry["name"])
+        place = place_of(entry.name)
         if place is None:
             others.append(entry)
         else:
@@ -524,20 +534,22 @@ def grid_of(entries: Iterable[Entry]) -> Grid:
     )
 
 
-def mean_of(key: str, entries: Sequence[Entry]) -> float | None:
-    """The mean of a fact over the entries that have it, each counting by its elements; None if none has."""
-    known = [entry for entry in entries if entry.get(key) is not None]
-    numel = sum(entry["numel"] for entry in known)
-    if not known:
+def mean_of(key: str, entries: Sequence[Any]) -> float | None:
+    """The mean of a field over the tensors that have it, weighted by their elements; None if none has."""
+    return weighted_mean([(getattr(one, key), one.numel) for one in entries if getattr(one, key) is not None])
+
+
+def weighted_mean(values: Sequence[tuple[float, int]]) -> float | None:
+    """The mean of values with their weights; of weights that are all zero the first value."""
+    weight = sum(weight for _, weight in values)
+    if not values:
         return None
-    if not numel:
-        return float(known[0][key])
-    return float(sum(entry[key] * entry["numel"] for entry in known) / numel)
+    return float(sum(value * weight for value, weight in values) / weight if weight else values[0][0])
 
 
-def matrices(entries: Iterable[Entry]) -> list[Entry]:
-    """The entries of two dimensions or more, which pictures are about."""
-    return [entry for entry in entries if len(entry["shape"]) > 1]
+def matrices(entries: Iterable[Tensor]) -> list[Tensor]:
+    """The tensors of two dimensions or more, which pictures are about."""
+    return [entry for entry in entries if len(entry.shape) > 1]
 
 
 def _is_number(piece: str) -> bool:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from textwrap import wrap
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sparseprune.errors import printable
 from sparseprune.report.pictures.canvas import Numbers, axes_at, depth
@@ -36,7 +36,7 @@ class Fact:
     value: Value
 
 
-def overview(figure: Figure, grid: Grid, facts: Iterable[Fact], notes: Sequence[str]) -> None:
+def overview(figure: Figure, grid: Grid[Any], facts: Iterable[Fact], notes: Sequence[str]) -> None:
     """Draw every fact below the other, and the notes below all."""
     gaps = False
     hidden = 0
@@ -70,7 +70,7 @@ def add_notes(figure: Figure, notes: Sequence[str]) -> None:
     axes.text(0, 1, "\n".join(lines), va="top", fontsize=7.5, color="#555555", linespacing=1.4)
 
 
-def numbers_of(grid: Grid, facts: Sequence[Fact]) -> tuple[Numbers, ...]:
+def numbers_of(grid: Grid[Any], facts: Sequence[Fact]) -> tuple[Numbers, ...]:
     """What an overview shows, as tables: the layers, one for each fact, then the others."""
     tables = []
     if grid.rows:
@@ -85,14 +85,14 @@ def numbers_of(grid: Grid, facts: Sequence[Fact]) -> tuple[Numbers, ...]:
     if grid.others:
         titles = ("tensor", *(fact.scale.name for fact in facts))
         rows_of_others = tuple(
-            (entry["name"], *(_exact(fact.value((entry,))) for fact in facts)) for entry in grid.others
+            (entry.name, *(_exact(fact.value((entry,))) for fact in facts)) for entry in grid.others
         )
         tables.append(Numbers(titles, rows_of_others))
     return tuple(tables)
 
 
 def _layers(
-    figure: Figure, top: float, grid: Grid, values: Sequence[Sequence[float | None]], fact: Fact
+    figure: Figure, top: float, grid: Grid[Any], values: Sequence[Sequence[float | None]], fact: Fact
 ) -> None:
     columns = shortened(grid.column_labels(), _LONGEST)
     rows = shortened(grid.row_labels(), _LONGEST)
@@ -105,7 +105,7 @@ def _layers(
     colour_bar(figure, axes, axes.collections[0], fact.scale)
 
 
-def _others(figure: Figure, grid: Grid, fact: Fact) -> int:
+def _others(figure: Figure, grid: Grid[Any], fact: Fact) -> int:
     """Draw the largest tensors that belong to no layer; gives how many more there are."""
     shown = _largest(grid.others, _BESIDE_LAYERS)
     if shown:
@@ -116,12 +116,12 @@ def _others(figure: Figure, grid: Grid, fact: Fact) -> int:
 
 def _largest(entries: Sequence[Entry], most: int) -> list[Entry]:
     """The entries that have the most elements, in the order in which they stand."""
-    chosen = sorted(range(len(entries)), key=lambda at: -entries[at]["numel"])[:most]
+    chosen = sorted(range(len(entries)), key=lambda at: -entries[at].numel)[:most]
     return [entries[at] for at in sorted(chosen)]
 
 
 def _one_column(title: str, entries: Sequence[Entry], fact: Fact) -> Heat:
-    names = shortened([printable(entry["name"]) for entry in entries], _LONGEST)
+    names = shortened([printable(entry.name) for entry in entries], _LONGEST)
     return Heat(title, names, ("",), [[fact.value((entry,))] for entry in entries])
 
 

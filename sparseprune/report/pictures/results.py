@@ -19,17 +19,25 @@ from sparseprune.report.pictures.charts import (
     legend,
     matrices,
     mean_of,
+    weighted_mean,
 )
 from sparseprune.report.pictures.overview import Fact, add_notes, numbers_of, overview
 from sparseprune.report.tables import shortened
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
     from matplotlib.figure import Figure
 
-    from sparseprune.report.pictures.charts import Entry, Grid
+    from sparseprune.report.pictures.charts import Grid, Survivors
+    from sparseprune.results.measuring import (
+        ComparedTensor,
+        CompareTotals,
+        Comparison,
+        InspectedTensor,
+        Inspection,
+    )
 
 
 _NAMED = 6  # matrices without a change that are named
@@ -42,15 +50,15 @@ _CAPTION = (
 )
 
 
-def plot_comparison(document: Mapping[str, Any], path: Path) -> None:
-    """Write the picture of a compare document to a .png, .svg or .html file."""
+def plot_comparison(found: Comparison, path: Path) -> None:
+    """Write the picture of a comparison to a .png, .svg or .html file."""
     with settings():
-        write(comparison_page(document), path)
+        write(comparison_page(found), path)
 
 
-def comparison_page(document: Mapping[str, Any]) -> Page:
+def comparison_page(found: Comparison) -> Page:
     """The page, with its figures drawn; to be called under `settings`."""
-    shown, notes = _shown(document["tensors"])
+    shown, notes = _shown(found.tensors)
     grid = grid_of(shown)
     facts = _facts(shown)
     figure = blank()
@@ -59,31 +67,31 @@ def comparison_page(document: Mapping[str, Any]) -> Page:
         add_notes(figure, [*_others(grid, facts), *notes])
     else:
         overview(figure, grid, facts, notes)
-    title = f"{document['pruned']} compared with {document['dense']}"
+    title = f"{found.pruned} compared with {found.dense}"
     picture = Picture(fitted(figure), _CAPTION, numbers_of(grid, facts))
-    return Page(title, (picture,), _totals(document["totals"]))
+    return Page(title, (picture,), _totals(found.totals))
 
 
-def _shown(entries: Sequence[Entry]) -> tuple[list[Entry], list[str]]:
+def _shown(entries: Sequence[ComparedTensor]) -> tuple[list[ComparedTensor], list[str]]:
     """The matrices that changed, or all where none did; and a note of the others."""
     candidates = matrices(entries) or list(entries)
     if not candidates:
         return [], ["There are no tensors that both checkpoints have."]
     grid = grid_of(candidates)
-    kinds: dict[str, list[Entry]] = {}
+    kinds: dict[str, list[ComparedTensor]] = {}
     for (_, column), found in grid.cells.items():
         kinds.setdefault(column, []).extend(found)
-    kinds |= {entry["name"]: [entry] for entry in grid.others}
+    kinds |= {entry.name: [entry] for entry in grid.others}
     same = [kind for kind, found in kinds.items() if all(map(_is_unchanged, found))]
     if len(same) == len(kinds):
         return candidates, ["None of these changed."]
-    left_out = {entry["name"] for kind in same for entry in kinds[kind]}
+    left_out = {entry.name for kind in same for entry in kinds[kind]}
     notes = [f"Unchanged and not shown: {_listed(same)}."] if same else []
-    return [entry for entry in candidates if entry["name"] not in left_out], notes
+    return [entry for entry in candidates if entry.name not in left_out], notes
 
 
-def _is_unchanged(entry: Entry) -> bool:
-    return entry["differs"] is False
+def _is_unchanged(entry: ComparedTensor) -> bool:
+    return entry.differs is False
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -92,11 +100,11 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(named) + (f" and {more:,} more" if more else "")
 
 
-def _facts(entries: Sequence[Entry]) -> tuple[Fact, Fact]:
+def _facts(entries: Sequence[ComparedTensor]) -> tuple[Fact, Fact]:
     energy = Scale("retained energy")
-    largest = max([entry["relative_error"] or 0.0 for entry in entries], default=0.0)
+    largest = max([entry.relative_error or 0.0 for entry in entries], default=0.0)
     error = Scale("relative error", high=largest or 1.0, percent=False, colours="cividis_r")
-    kept = [entry["energy_kept"] for entry in entries if entry["energy_kept"] is not None]
+    kept = [entry.energy_kept for entry in entries if entry.energy_kept is not None]
     if kept and max(kept) > 1:
         energy = replace(energy, high=max(kept))
     return (
@@ -105,24 +113,26 @@ def _facts(entries: Sequence[Entry]) -> tuple[Fact, Fact]:
     )
 
 
-def _error(entries: Sequence[Entry]) -> float | None:
-    """The root of the mean square, each tensor counting by its elements."""
-    known = [entry for entry in entries if entry["relative_error"] is not None]
-    squares = [
-        {"numel": one["numel"], "square": one["relative_error"] * one["relative_error"]} for one in known
-    ]
-    mean = mean_of("square", squares)
+def _error(entries: Sequence[ComparedTensor]) -> float | None:
+    """The root of the mean square, weighted by the elements of each tensor."""
+    mean = weighted_mean(
+        [
+            (one.relative_error * one.relative_error, one.numel)
+            for one in entries
+            if one.relative_error is not None
+        ]
+    )
     return sqrt(mean) if mean is not None and isfinite(mean) else None
 
 
-def _lines(figure: Figure, grid: Grid, facts: Sequence[Fact]) -> None:
+def _lines(figure: Figure, grid: Grid[Any], facts: Sequence[Fact]) -> None:
     for number, fact in enumerate(facts):
         axes = curves(figure, depth(figure) + _APART if number else 0.0, grid, fact)
         if not number:
             legend(axes)
 
 
-def _others(grid: Grid, facts: Sequence[Fact]) -> list[str]:
+def _others(grid: Grid[Any], facts: Sequence[Fact]) -> list[str]:
     """What is not on the lines, as sentences."""
     told = []
     for entry in grid.others[:_NAMED]:
@@ -130,15 +140,15 @@ def _others(grid: Grid, facts: Sequence[Fact]) -> list[str]:
             f"{fact.scale.name} {fact.scale.text(fact.value((entry,)))}{'%' if fact.scale.percent else ''}"
             for fact in facts
         ]
-        told.append(f"{shortened([printable(entry['name'])], 50)[0]}: {', '.join(values)}")
+        told.append(f"{shortened([printable(entry.name)], 50)[0]}: {', '.join(values)}")
     more = len(grid.others) - len(told)
     return [*told, f"and {more:,} more that belong to no numbered layer"] if more else told
 
 
-def _totals(totals: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+def _totals(totals: CompareTotals) -> tuple[tuple[str, str], ...]:
     """Every total that is one number."""
     told = []
-    for key, value in totals.items():
+    for key, value in vars(totals).items():
         if isinstance(value, float) and key in _SHARES:
             told.append((key.replace("_", " "), f"{value:.2%}"))
         elif isinstance(value, int | float) and not isinstance(value, bool):
@@ -149,36 +159,29 @@ def _totals(totals: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
 SPARSITY = Scale("share of zeros")
 
 
-def plot_inspection(
-    document: Mapping[str, Any], path: Path, survivors: Sequence[Mapping[str, Any]] | None = None
-) -> None:
-    """Write the picture of an inspect document to a .png, .svg or .html file.
-
-    `survivors` has for each rule its name `rule`, its budget `nnz` (an integer, several, or None) and its
-    `histogram`: pairs of the non-zero blocks of a scope and how many scopes have so many.
-    """
+def plot_inspection(found: Inspection, path: Path, survivors: Sequence[Survivors] | None = None) -> None:
+    """Write the picture of an inspection to a .png, .svg or .html file."""
     with settings():
-        write(inspection_page(document, survivors or ()), path)
+        write(inspection_page(found, survivors or ()), path)
 
 
-def inspection_page(document: Mapping[str, Any], survivors: Sequence[Mapping[str, Any]]) -> Page:
+def inspection_page(found: Inspection, survivors: Sequence[Survivors]) -> Page:
     """The page, with its figures drawn; to be called under `settings`."""
-    totals = document["totals"]
+    totals = found.totals
     facts = (
-        ("tensors", f"{totals['tensors']:,}"),
-        ("elements", f"{totals['numel']:,}"),
-        ("zeros", f"{totals['pruned']:,}"),
-        ("sparsity", f"{totals['sparsity']:.2%}"),
-        *((f"satisfy {name}", f"{count:,}") for name, count in totals["patterns"].items() if count),
+        ("tensors", f"{totals.tensors:,}"),
+        ("elements", f"{totals.numel:,}"),
+        ("zeros", f"{totals.pruned:,}"),
+        ("sparsity", f"{totals.sparsity:.2%}"),
+        *((f"satisfy {name}", f"{count:,}") for name, count in totals.patterns.items() if count),
     )
-    pictures = [_sparsity(document)]
+    pictures = [_sparsity(found.tensors)]
     if survivors:
         pictures.append(_survivors(survivors))
-    return Page(f"Sparsity of {document['input']}", tuple(pictures), facts)
+    return Page(f"Sparsity of {found.input}", tuple(pictures), facts)
 
 
-def _sparsity(document: Mapping[str, Any]) -> Picture:
-    entries = document["tensors"]
+def _sparsity(entries: Sequence[InspectedTensor]) -> Picture:
     shown = matrices(entries) or list(entries)
     grid = grid_of(shown)
     fact = Fact("Sparsity in percent", SPARSITY, partial(mean_of, "sparsity"))
@@ -191,26 +194,26 @@ def _sparsity(document: Mapping[str, Any]) -> Picture:
     return Picture(fitted(figure), caption, numbers_of(grid, (fact,)))
 
 
-def _left_out(entries: Sequence[Mapping[str, Any]], shown: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+def _left_out(entries: Sequence[InspectedTensor], shown: Sequence[InspectedTensor]) -> tuple[str, ...]:
     """What the picture does not show, in a sentence."""
     if not entries:
         return ("There are no tensors.",)
     count = len(entries) - len(shown)
     if not count:
         return ()
-    zeros = sum(entry["zeros"] or 0 for entry in entries) - sum(entry["zeros"] or 0 for entry in shown)
+    zeros = sum(entry.zeros or 0 for entry in entries) - sum(entry.zeros or 0 for entry in shown)
     plural = "tensor" if count == 1 else "tensors"
     having = f"with {zeros:,} zeros" if zeros else "without a zero"
     return (f"Not shown: {count:,} {plural} of less than two dimensions, {having}.",)
 
 
-def _survivors(survivors: Sequence[Mapping[str, Any]]) -> Picture:
+def _survivors(survivors: Sequence[Survivors]) -> Picture:
     figure = blank()
     histograms(figure, 0, survivors)
     rows = tuple(
-        (rule["rule"], _budget_text(rule["nnz"]), f"{blocks:,}", f"{scopes:,}")
+        (rule.rule, _budget_text(rule.nnz), f"{blocks:,}", f"{scopes:,}")
         for rule in survivors
-        for blocks, scopes in rule["histogram"]
+        for blocks, scopes in rule.histogram
     )
     caption = (
         "For every rule how many of its scopes have so many blocks that are not zero. The dashed line is the "
@@ -220,5 +223,5 @@ def _survivors(survivors: Sequence[Mapping[str, Any]]) -> Picture:
     return Picture(fitted(figure), caption, (numbers,))
 
 
-def _budget_text(nnz: object) -> str:
+def _budget_text(nnz: Sequence[int | None]) -> str:
     return " ".join(f"{budget:,}" for budget in budgets_of(nnz)) or "-"

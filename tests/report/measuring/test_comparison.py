@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import threading
@@ -18,14 +17,16 @@ from sparseprune.checkpoint import TensorReader, lay_out, open_checkpoint
 from sparseprune.engine.dtypes import DTYPES
 from sparseprune.engine.kernels.comparing import Counts
 from sparseprune.errors import MachineError
-from sparseprune.report.comparison import FIELDS, compare_document, sheet_of, unmeasured
+from sparseprune.report.comparison import FIELDS, make_comparison, sheet_of, unmeasured
 from sparseprune.report.measuring.comparison import SLAB, compare_checkpoints, sides_of
 from tests.engine.kernels.test_comparing import compared_by_hand, special
-from tests.samples import schema
+from tests.samples import as_data, schema
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
+
+    from sparseprune.results import Comparison
 
     Tensor = tuple[str, str, tuple[int, ...], bytes]
 
@@ -36,21 +37,26 @@ def write(path: Path, tensors: Sequence[Tensor]) -> Path:
     return path
 
 
-def measure(
+def comparison_of(
     before: Path,
     after: Path,
     jobs: int = 1,
     slab: int = SLAB,
     progress: Callable[[int, str], None] = lambda *_: None,
-) -> dict[str, Any]:
-    """The document of a comparison, which its schema allows."""
+) -> Comparison:
+    """A comparison, which its schema allows."""
     one, other = open_checkpoint(before), open_checkpoint(after)
     sides = sides_of(one.tensors, other.tensors, list(dict.fromkeys((*one.tensors, *other.tensors))))
     with TensorReader() as reader:
         found = compare_checkpoints(sides.pairs, reader, jobs, progress, slab)
-    document = compare_document("before", "after", found, sides)
-    jsonschema.validate(json.loads(json.dumps(document, allow_nan=False)), schema("compare"))
-    return document
+    comparison = make_comparison("before", "after", found, sides)
+    jsonschema.validate(as_data(comparison), schema("compare"))
+    return comparison
+
+
+def measure(before: Path, after: Path, **how: Any) -> dict[str, Any]:
+    found: dict[str, Any] = as_data(comparison_of(before, after, **how))
+    return found
 
 
 def compared(tmp_path: Path, before: Sequence[Tensor], after: Sequence[Tensor], **how: Any) -> dict[str, Any]:
@@ -296,24 +302,19 @@ def test_one_tensor_is_read_by_all_jobs(tmp_path: Path) -> None:
 
 
 def test_a_sheet_has_every_fact_of_every_tensor(tmp_path: Path) -> None:
-    document = compared(
-        tmp_path, [floats("w", 1, 2, 3, 4, shape=(2, 2))], [floats("w", 1, 0, 3, 5, shape=(2, 2))]
-    )
-    columns, rows = sheet_of(document)
-    assert set(columns) == set(document["tensors"][0])
+    before = write(tmp_path / "before.safetensors", [floats("w", 1, 2, 3, 4, shape=(2, 2))])
+    after = write(tmp_path / "after.safetensors", [floats("w", 1, 0, 3, 5, shape=(2, 2))])
+    found = comparison_of(before, after)
+    columns, rows = sheet_of(found)
     assert [dict(zip(columns, row, strict=True)) for row in rows] == [
-        document["tensors"][0] | {"shape": "2x2"}
+        vars(found.tensors[0]) | {"shape": "2x2"}
     ]
 
 
-def test_entries_without_facts_have_the_fields_of_those_with_them(tmp_path: Path) -> None:
-    document = compared(tmp_path, [floats("w", 1)], [floats("w", 2)])
-    path = tmp_path / "before.safetensors"
-    stored = open_checkpoint(path).tensors
-    (entry,) = unmeasured(sides_of(stored, stored, ["w"]).pairs)
-    assert entry.keys() == document["tensors"][0].keys()
-    assert set(FIELDS) <= entry.keys()
-    assert {field for field in FIELDS if entry[field] is not None} == {"numel"}
+def test_tensors_that_were_not_measured_have_a_number_of_elements_alone(tmp_path: Path) -> None:
+    stored = open_checkpoint(write(tmp_path / "before.safetensors", [floats("w", 1)])).tensors
+    (tensor,) = unmeasured(sides_of(stored, stored, ["w"]).pairs)
+    assert {field for field in FIELDS if getattr(tensor, field) is not None} == {"numel"}
 
 
 def test_plain_loops_tell_a_case_by_hand() -> None:
