@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
     from sparseprune.calibration.loading import LoadedModel
     from sparseprune.calibration.sequences import Sequences
-    from sparseprune.checkpoint import Checkpoint, StagedOutput, StatisticsKind
+    from sparseprune.checkpoint import Checkpoint, Sink, StatisticsKind
 
 _BATCH_TOKENS = 4096  # that go through the model at one time
 # Seconds between two times that the sums of a pass are put aside, and how often as long as that takes.
@@ -128,7 +128,7 @@ def plan_calibration(
     )
 
 
-def already_run(sequences: Sequences, plan: Calibration, output: StagedOutput) -> int:
+def already_run(sequences: Sequences, plan: Calibration, output: Sink) -> int:
     """Tokens that went through the model in the run that this one continues."""
     finished = sum(f"pass {number}" in output.finished for number in range(1, len(plan.passes) + 1))
     done = finished * sequences.ids.numel()
@@ -154,7 +154,7 @@ def calibrate(
     loaded: LoadedModel,
     sequences: Sequences,
     plan: Calibration,
-    output: StagedOutput,
+    output: Sink,
     kind: StatisticsKind,
     progress: Callable[[int, str], None],
 ) -> dict[str, Counted]:
@@ -189,7 +189,7 @@ class _Pass:
     """One pass of the text through the model, from where an earlier run was interrupted in it."""
 
     def __init__(
-        self, loaded: LoadedModel, sequences: Sequences, output: StagedOutput, number: int, label: str
+        self, loaded: LoadedModel, sequences: Sequences, output: Sink, number: int, label: str
     ) -> None:
         self._loaded = loaded
         self._sequences = sequences
@@ -414,7 +414,7 @@ def _batches(sequences: Sequences) -> Iterator[tuple[Tensor, Tensor]]:
         yield sequences.ids[begin : begin + step], sequences.counted[begin : begin + step]
 
 
-def _write(unit: Unit, place: int, moment: Tensor, output: StagedOutput) -> None:
+def _write(unit: Unit, place: int, moment: Tensor, output: Sink) -> None:
     """One matrix of a unit, or its norms, at its place in its tensor."""
     one = moment.cpu()
     if not bool(one.isfinite().all()):

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from sparseprune.checkpoint.header import Header
-    from sparseprune.checkpoint.source import Shard
+    from sparseprune.checkpoint.source import Shard, Source
 
 
 _INDEX = "masks" + INDEX_SUFFIX
@@ -110,7 +110,7 @@ def open_masks(path: Path) -> MaskSet:
     )
 
 
-def read_kept(reader: TensorReader, mask: StoredMask, first: int, count: int) -> NDArray[np.uint8]:
+def read_kept(reader: Source, mask: StoredMask, first: int, count: int) -> NDArray[np.uint8]:
     """One byte for each of the elements [first, first + count), row-major: 1 where it is kept, else 0.
 
     ValueError where they reach outside of the mask.

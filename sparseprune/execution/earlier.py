@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from sparseprune.checkpoint import Checkpoint, StoredTensor
+    from sparseprune.checkpoint import Checkpoint, Source, StoredTensor
     from sparseprune.engine.grids import Shape
     from sparseprune.execution.plan import Plan
     from sparseprune.execution.regions import AnyScope
@@ -257,7 +257,7 @@ class _Seen:
         return int((counts > self.allowed).sum()), counts.size
 
 
-def _seen(stored: StoredTensor, touched: Touched, reader: TensorReader, *, blocks: bool) -> _Seen | None:
+def _seen(stored: StoredTensor, touched: Touched, reader: Source, *, blocks: bool) -> _Seen | None:
     """What the first rows and columns have of a pattern that may be broken: `blocks` of zeros, else N:M."""
     flags = _nonzero(stored, reader)
     if flags is None or not flags.any():
@@ -335,7 +335,7 @@ def _counts(flags: Flags, of: int, axis: int) -> NDArray[np.int64]:
     return counts
 
 
-def _nonzero(stored: StoredTensor, reader: TensorReader) -> Flags | None:
+def _nonzero(stored: StoredTensor, reader: Source) -> Flags | None:
     """Which of the first rows and columns of the first matrix are not zero; None where nobody can tell."""
     dtype = DTYPES[stored.dtype]
     if len(stored.shape) not in {2, 3} or not stored.numel or not dtype.zero_bits or dtype.bits % 8:

@@ -30,7 +30,7 @@ from sparseprune.execution.two_pass import block_norms, radix_select
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from sparseprune.checkpoint import Shard, StagedOutput, StoredTensor, TensorReader
+    from sparseprune.checkpoint import Shard, Sink, Source, StoredTensor
     from sparseprune.execution.outcomes import TensorOutcome
     from sparseprune.execution.passes import Pass
     from sparseprune.execution.runner import Progress
@@ -41,7 +41,7 @@ _TORCH_ADDRESSES = 500 << 20  # bytes that torch takes while it is loaded, measu
 
 
 def execute(
-    schedule: Schedule, reader: TensorReader, output: StagedOutput, device: str, progress: Progress
+    schedule: Schedule, reader: Source, output: Sink, device: str, progress: Progress
 ) -> Sequence[TensorOutcome]:
     """Do all the work of a schedule: every byte of the output's shards and masks is written once.
 
@@ -98,7 +98,7 @@ def first_pass(job: Planned, tensors: Mapping[str, StoredTensor]) -> Pass:
     return RebuildMatrices(task, strategy)
 
 
-def work_bytes(schedule: Schedule, output: StagedOutput) -> tuple[int, int]:
+def work_bytes(schedule: Schedule, output: Sink) -> tuple[int, int]:
     """Bytes that pass by from the beginning to the end of a run, and how many of them an earlier one did."""
     return schedule.nbytes + copied_bytes(output), already_done(output)
 

@@ -36,7 +36,7 @@ from sparseprune.spec import BoundBlock
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from sparseprune.checkpoint import StagedOutput, TensorReader
+    from sparseprune.checkpoint import Sink, Source
     from sparseprune.engine.tally import Tally
     from sparseprune.execution.limits import Limits
     from sparseprune.execution.matching import Matched, Pair
@@ -104,7 +104,7 @@ def resident_of(matched: Matched, *, resized: bool = False) -> Resident:
 
 
 def reapply(
-    reapplication: Reapplication, reader: TensorReader, output: StagedOutput, progress: Progress
+    reapplication: Reapplication, reader: Source, output: Sink, progress: Progress
 ) -> Sequence[Reapplied]:
     """Write every tensor with zeros where its mask drops elements, and the masks; copy the rest.
 
@@ -124,14 +124,12 @@ def reapply(
     return Made(pairs, lambda pair: _reapplied(outcomes.of_tensor(pair.stored, (_RULE,))))
 
 
-def reapply_bytes(reapplication: Reapplication, output: StagedOutput) -> tuple[int, int]:
+def reapply_bytes(reapplication: Reapplication, output: Sink) -> tuple[int, int]:
     """Bytes that pass by from the beginning to the end of a run, and how many of them an earlier one did."""
     return reapplication.matched.nbytes + copied_bytes(output), already_done(output)
 
 
-def find_lost(
-    reapplication: Reapplication, reader: TensorReader, progress: Progress
-) -> tuple[LostZeros, ...]:
+def find_lost(reapplication: Reapplication, reader: Source, progress: Progress) -> tuple[LostZeros, ...]:
     """Where weights are not zero though their masks drop them; tensors in the order of the checkpoint.
 
     Zeros of either sign are zero, NaN is not. The same for any number of workers.

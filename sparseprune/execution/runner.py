@@ -24,7 +24,7 @@ from sparseprune.execution.passes import Chunk, Decision, GivenUpError, Pass
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
-    from sparseprune.checkpoint import Shard, StagedOutput
+    from sparseprune.checkpoint import Shard, Sink
     from sparseprune.execution.limits import Crowd
     from sparseprune.execution.outcomes import Outcomes
     from sparseprune.execution.tensor_io import TensorIO
@@ -296,7 +296,7 @@ class Progressing:
 class Record:
     """The register of a run that writes an output: what an earlier run finished is taken over."""
 
-    def __init__(self, output: StagedOutput, outcomes: Outcomes, progress: Progress) -> None:
+    def __init__(self, output: Sink, outcomes: Outcomes, progress: Progress) -> None:
         self.output = output
         self.progress = progress
         self._outcomes = outcomes
@@ -377,12 +377,12 @@ def write_through(
     return runner.results
 
 
-def already_done(output: StagedOutput) -> int:
+def already_done(output: Sink) -> int:
     """Bytes of the input that the run did that this one continues."""
     return sum(noted[0] for noted in output.finished.values() if _is_noted(noted))
 
 
-def copied_bytes(output: StagedOutput) -> int:
+def copied_bytes(output: Sink) -> int:
     """Bytes that the output takes over as they are."""
     return sum(copy.length for copy in output.layout.copies)
 
@@ -424,7 +424,7 @@ def _decoded(noted: Any) -> Any:  # noqa: ANN401
         return None
 
 
-def _with_copies(jobs: Iterable[Job], output: StagedOutput) -> Iterator[Job]:
+def _with_copies(jobs: Iterable[Job], output: Sink) -> Iterator[Job]:
     last = -1
     for job in jobs:
         last = max(last, job.order)
@@ -434,7 +434,7 @@ def _with_copies(jobs: Iterable[Job], output: StagedOutput) -> Iterator[Job]:
 
 
 @contextmanager
-def _flushing(output: StagedOutput, failed: Callable[[BaseException], None]) -> Iterator[None]:
+def _flushing(output: Sink, failed: Callable[[BaseException], None]) -> Iterator[None]:
     """Keep the disk busy from the start: a thread that syncs what has been written, again and again.
 
     `failed` is called at once where it fails; the failure is raised here if nobody else raised it meanwhile.

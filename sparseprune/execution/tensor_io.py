@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from sparseprune.checkpoint import CopyRange, StagedOutput, StoredTensor, TensorReader
+    from sparseprune.checkpoint import CopyRange, Sink, Source, StoredTensor
     from sparseprune.execution.regions import Region, Run
     from sparseprune.spec import BoundBlock
 
@@ -59,8 +59,8 @@ class TensorIO:
     where the run ends. `vectors` keeps small inputs that many chunks of one job need.
     """
 
-    reader: TensorReader
-    output: StagedOutput | None = None
+    reader: Source
+    output: Sink | None = None
     tensors: Mapping[str, StoredTensor] = field(default_factory=dict)
     device: str = "cpu"
     passed: Callable[[int, str], None] = lambda *_: None
@@ -126,7 +126,7 @@ class TensorIO:
         """Copy bytes that the input and the output share."""
         self._writable().copy(part)
 
-    def _writable(self) -> StagedOutput:
+    def _writable(self) -> Sink:
         if self.output is None:
             raise TypeError("there is no output to write to")
         return self.output

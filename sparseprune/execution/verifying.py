@@ -24,7 +24,7 @@ from sparseprune.execution.verdicts import Checked, Verification, verification_o
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterator, Sequence
 
-    from sparseprune.checkpoint import Checkpoint, TensorReader
+    from sparseprune.checkpoint import Checkpoint, Source
     from sparseprune.execution.limits import Limits
     from sparseprune.execution.occupied import Found
     from sparseprune.execution.plan import Plan
@@ -152,7 +152,7 @@ def make_check(checkpoint: Checkpoint, spec: Spec, memory: int, workers: int) ->
     return Check(plan, limits, workers, tuple(counts), uses_torch)
 
 
-def count_survivors(check: Check, reader: TensorReader, progress: Progress) -> Verification:
+def count_survivors(check: Check, reader: Source, progress: Progress) -> Verification:
     """How many blocks of each scope are not zero, and which scopes break the spec.
 
     The same for any number of workers. `progress` is told, from any thread, bytes that were read and of what.
@@ -176,7 +176,7 @@ def count_survivors(check: Check, reader: TensorReader, progress: Progress) -> V
 class _Work:
     """The jobs of a check, and what they found."""
 
-    def __init__(self, check: Check, reader: TensorReader, progress: Progress) -> None:
+    def __init__(self, check: Check, reader: Source, progress: Progress) -> None:
         self._check = check
         self._progress = progress
         self.io = TensorIO(reader, tensors=check.plan.checkpoint.tensors, passed=progress)

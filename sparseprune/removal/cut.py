@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from sparseprune.checkpoint import StagedOutput, StoredTensor, TensorReader
+    from sparseprune.checkpoint import Sink, Source, StoredTensor
     from sparseprune.execution.limits import Limits
     from sparseprune.execution.runner import Progress
     from sparseprune.removal.slices import KeptIndices
@@ -40,7 +40,7 @@ class Cuts:
     tensors: Mapping[str, StoredTensor]
     limits: Limits
 
-    def work_bytes(self, output: StagedOutput) -> tuple[int, int]:
+    def work_bytes(self, output: Sink) -> tuple[int, int]:
         """Bytes that a whole run reads or copies, and how many of them an earlier run did."""
         read = sum(
             count * pattern_of(self.tensors[name]).itemsize
@@ -49,7 +49,7 @@ class Cuts:
         )
         return read + copied_bytes(output), already_done(output)
 
-    def write(self, reader: TensorReader, output: StagedOutput, workers: int, progress: Progress) -> None:
+    def write(self, reader: Source, output: Sink, workers: int, progress: Progress) -> None:
         """Write the survivors of each tensor and copy all that stays whole; continues an earlier run.
 
         `progress` gets, from any thread, the bytes that were done and the tensor's name.

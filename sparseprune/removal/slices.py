@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from sparseprune.checkpoint import StoredMask, TensorReader
+    from sparseprune.checkpoint import Source, StoredMask
     from sparseprune.execution.limits import Limits
 
     Flags = NDArray[np.bool_]
@@ -86,7 +86,7 @@ def summed_up(kept: Mapping[str, KeptIndices]) -> str:
 
 def read_slices(
     masks: Sequence[StoredMask],
-    reader: TensorReader,
+    reader: Source,
     limits: Limits,
     workers: int,
     progress: Callable[[int, str], None],

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from sparseprune.checkpoint import Checkpoint, OtherFile
     from sparseprune.engine.grids import Shape
-    from sparseprune.execution.reapplying import LostZeros, Reapplied
+    from sparseprune.execution.reapply import LostZeros, Reapplied
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ from sparseprune.engine.tally import exact_sum
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from sparseprune.checkpoint import StoredTensor, TensorReader
+    from sparseprune.checkpoint import Source, StoredTensor
     from sparseprune.engine.grids import Shape
     from sparseprune.engine.kernels.formats import Bits
 
@@ -87,7 +87,7 @@ def sides_of(
 
 
 def compare_checkpoints(
-    pairs: Sequence[Pair], reader: TensorReader, jobs: int, progress: Progress, slab: int = SLAB
+    pairs: Sequence[Pair], reader: Source, jobs: int, progress: Progress, slab: int = SLAB
 ) -> tuple[TensorComparison, ...]:
     """What is found in each pair, in their order; the same for any number of jobs.
 
@@ -195,7 +195,7 @@ class _Piece:
 class _Worker:
     """What one thread does with a piece, and the buffers that it keeps."""
 
-    def __init__(self, reader: TensorReader, progress: Progress) -> None:
+    def __init__(self, reader: Source, progress: Progress) -> None:
         self._reader = reader
         self._progress = progress
         self._buffers = [np.empty(0, dtype=np.uint8), np.empty(0, dtype=np.uint8)]

@@ -27,7 +27,7 @@ from sparseprune.report.measuring.slabs import cut, cut_by_columns, slab_bytes
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from sparseprune.checkpoint import StoredTensor, TensorReader
+    from sparseprune.checkpoint import Source, StoredTensor
     from sparseprune.engine.grids import Shape
     from sparseprune.engine.kernels.counting import Marks
     from sparseprune.report.facts import Pattern, Questions
@@ -41,7 +41,7 @@ SLAB = 1 << 21  # bytes read at a time: few calls, and they stay in the cache un
 
 def inspect_checkpoint(
     tensors: Sequence[StoredTensor],
-    reader: TensorReader,
+    reader: Source,
     questions: Questions,
     jobs: int,
     progress: Progress,
@@ -195,7 +195,7 @@ class _Inspection:
 class _Worker:
     """What one thread does with a piece, and the buffers that it needs."""
 
-    def __init__(self, inspection: _Inspection, reader: TensorReader, progress: Progress, most: int) -> None:
+    def __init__(self, inspection: _Inspection, reader: Source, progress: Progress, most: int) -> None:
         self._inspection = inspection
         self._reader = reader
         self._progress = progress

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from sparseprune.checkpoint import Statistic, Statistics, StoredTensor, TensorReader
+    from sparseprune.checkpoint import Source, Statistic, Statistics, StoredTensor
     from sparseprune.report.measuring.comparison import Pair
 
     Floats = NDArray[np.float64]
@@ -64,7 +64,7 @@ def with_statistics(pairs: Sequence[Pair], statistics: Statistics) -> tuple[Pair
 
 
 def output_errors(
-    pairs: Sequence[Pair], statistics: Statistics, reader: TensorReader, progress: Progress
+    pairs: Sequence[Pair], statistics: Statistics, reader: Source, progress: Progress
 ) -> dict[str, float | None]:
     """sqrt(tr(D H D^T) / tr(W0 H W0^T)) for each of these tensors, over all matrices of a stack.
 
@@ -78,7 +78,7 @@ def output_errors(
     }
 
 
-def _error(pair: Pair, statistic: Statistic, reader: TensorReader, progress: Progress) -> float | None:
+def _error(pair: Pair, statistic: Statistic, reader: Source, progress: Progress) -> float | None:
     shape = pair.before.shape
     turned = _input_dim(statistic, len(shape)) != len(shape) - 1
     found: list[tuple[tuple[float, float], int]] = []
@@ -104,7 +104,7 @@ def _error(pair: Pair, statistic: Statistic, reader: TensorReader, progress: Pro
     return error if math.isfinite(error) else None
 
 
-def _slabs(pair: Pair, matrix: int, reader: TensorReader, *, turned: bool) -> Iterator[tuple[Floats, Floats]]:
+def _slabs(pair: Pair, matrix: int, reader: Source, *, turned: bool) -> Iterator[tuple[Floats, Floats]]:
     """Some rows at a time of a matrix before and after, (rows, inputs) in float64.
 
     A matrix whose inputs come first is read whole, in its own dtype, and widened some columns at a time.
@@ -133,7 +133,7 @@ def _input_dim(statistic: Statistic, rank: int) -> int:
     return dim + rank if dim < 0 else dim
 
 
-def _moment(statistic: Statistic, matrix: int, reader: TensorReader) -> tuple[Floats, int]:
+def _moment(statistic: Statistic, matrix: int, reader: Source) -> tuple[Floats, int]:
     """One moment, in float64 and in units of a power of two; and which."""
     stored = statistic.stored
     size = stored.shape[-1]
@@ -147,7 +147,7 @@ def _moment(statistic: Statistic, matrix: int, reader: TensorReader) -> tuple[Fl
     return np.ldexp(moment, -power), power
 
 
-def _bits(stored: StoredTensor, first: int, count: int, reader: TensorReader) -> NDArray[Any]:
+def _bits(stored: StoredTensor, first: int, count: int, reader: Source) -> NDArray[Any]:
     """Neighbouring elements of a tensor, as patterns."""
     itemsize = DTYPES[stored.dtype].bits // 8
     bits: NDArray[Any] = np.empty(count, dtype=f"u{itemsize}")

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from sparseprune.checkpoint import StoredTensor, TensorReader
+    from sparseprune.checkpoint import Source, StoredTensor
     from sparseprune.engine.grids import Shape
     from sparseprune.report.drawings import AnyScope
     from sparseprune.spec import BoundInstance, BoundSpec
@@ -76,7 +76,7 @@ class _Reach:
     leaf: int
 
 
-def close_up(stored: StoredTensor, reader: TensorReader, bound: BoundSpec | None = None) -> CloseUp:
+def close_up(stored: StoredTensor, reader: Source, bound: BoundSpec | None = None) -> CloseUp:
     """Look at a tensor where kept and pruned elements both are seen, or at its beginning.
 
     SparsepruneError for a tensor without elements, or with elements of less than a byte.
@@ -117,7 +117,7 @@ def _ranges(begin: tuple[int, int], size: tuple[int, int], side: int) -> tuple[r
 class _Plane:
     """Two dimensions of a tensor, the others at index 0; a vector, or a single number, is one row."""
 
-    def __init__(self, stored: StoredTensor, reader: TensorReader, dims: tuple[int, ...]) -> None:
+    def __init__(self, stored: StoredTensor, reader: Source, dims: tuple[int, ...]) -> None:
         strides = [prod(stored.shape[dim + 1 :]) for dim in range(len(stored.shape))]
         axes = [(1, 0)] * (2 - len(dims)) + [(stored.shape[dim], strides[dim]) for dim in dims]
         self.size = axes[0][0], axes[1][0]
