@@ -124,6 +124,10 @@ class Runner:
         if self._failures:
             raise min(self._failures, key=lambda failure: failure[:2])[2]
 
+    def do(self, current: Pass, chunk: Chunk, io: TensorIO) -> Any:  # noqa: ANN401
+        """Do a chunk here and now; a runner over other processes or machines does it there."""
+        return current.work(chunk, io)
+
     def give_up(self, failure: BaseException) -> None:
         """End the run, which raises this failure; not where another one has ended it already."""
         with self._changed:
@@ -151,7 +155,7 @@ class Runner:
     def _do(self, taken: _Taken) -> None:
         running = taken.running
         try:
-            self._finish(taken, running.current.work(taken.chunk, running.io))
+            self._finish(taken, self.do(running.current, taken.chunk, running.io))
         except GivenUpError:
             return  # the failure that ended the run is raised
         except BaseException as failure:  # noqa: BLE001  (as above)

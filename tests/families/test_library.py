@@ -13,12 +13,14 @@ from safetensors.torch import load_file, save_file
 
 import sparseprune
 from sparseprune.spec import find_spec, list_specs
-from tests.families.checkpoints import Checkpoint, make, write_statistics
+from tests.families.checkpoints import write_statistics
 from tests.samples import run
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+
+    from tests.families.checkpoints import Checkpoint
 
 SERVED = {
     "2of4": (
@@ -79,19 +81,6 @@ PARTS = {
     ("gemma3_with_pictures", "block16x16"): "not its vision tower",
 }
 OPTIONS = {"decoder-layers": ("--set", "sparsity=0.5")}  # a quarter of two layers is none
-
-
-@pytest.fixture(scope="module")
-def checkpoint_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Checkpoint]:
-    """The checkpoint of a family, made when it is first asked for."""
-    made: dict[str, Checkpoint] = {}
-
-    def of(family: str) -> Checkpoint:
-        if family not in made:
-            made[family] = make(family, tmp_path_factory.mktemp("dense"))
-        return made[family]
-
-    return of
 
 
 @pytest.mark.parametrize(("spec", "family"), [(spec, family) for spec in SERVED for family in SERVED[spec]])
