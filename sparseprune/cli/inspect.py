@@ -91,7 +91,7 @@ def _refuse_contradictions(request: InspectRequest) -> None:
 
 def _asked(request: InspectRequest) -> tuple[Telling, list[Requirement]]:
     """What is to be told, and what has to hold: requirements bring their patterns and runtimes along."""
-    from sparseprune.report.facts import BLOCKS, PATTERNS, Questions, block_of, pattern_of
+    from sparseprune.execution.facts import BLOCKS, PATTERNS, Questions, block_of, pattern_of
     from sparseprune.report.inspection import Telling, fields_of
     from sparseprune.report.runtimes import RUNTIMES, runtimes_of
 
@@ -110,8 +110,8 @@ def _document(
     request: InspectRequest, checkpoint: Checkpoint, names: Sequence[str], telling: Telling
 ) -> Inspection:
     """The facts of the tensors that were asked for, in the order that was asked for."""
+    from sparseprune.execution.inspect import inspect_checkpoint
     from sparseprune.report.inspection import make_inspection
-    from sparseprune.report.measuring.inspection import bytes_to_read, inspect_checkpoint
     from sparseprune.report.runtimes import needed_patterns
 
     listing = request.listing
@@ -121,7 +121,7 @@ def _document(
     questions = replace(
         told, patterns=tuple(dict.fromkeys((*told.patterns, *needed_patterns(telling.runtimes))))
     )
-    total = bytes_to_read(tensors, questions)
+    total = sum(one.nbytes for one in tensors)
     with TensorReader() as reader, progress("reading", total, quiet=request.quiet) as advance:
         facts = inspect_checkpoint(tensors, reader, questions, request.jobs, advance)
     refuse_changed_shards(one.shard for one in tensors)

@@ -16,6 +16,7 @@ SLAB_BYTES = 1 << 20  # measured: what is made of a slab stays in the cache (tes
 TILE_ELEMENTS = 1 << 18  # what the torch engine is given at one time where scopes are small
 _ENGINE_BYTES = 64  # that the torch engine needs for each element of a tile: keys, norms, masks, positions
 _HELD_SHARE = 4  # one part in so many is for scores that are held while a task goes on
+READING = 1 << 30  # bytes in flight of commands that read, and have no --memory
 _LEAST = 16 * SLAB_BYTES  # that must be left for work
 # Resident bytes, measured with 50,000 tensors: of each tensor while headers are read, and from then on; of
 # each that is pruned, of each scope, of each mask; the text of a header is there three times, in parts.

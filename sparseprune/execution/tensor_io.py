@@ -6,6 +6,7 @@ the elements nor, beyond regions and runs, where they come from. The only way in
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Self
 
@@ -14,7 +15,7 @@ import numpy as np
 from sparseprune.engine.dtypes import DTYPES
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -66,6 +67,7 @@ class TensorIO:
     passed: Callable[[int, str], None] = lambda *_: None
     check: Callable[[], None] = lambda: None
     vectors: dict[str, NDArray[np.float64]] = field(default_factory=dict)
+    buffers: threading.local = field(default_factory=threading.local)
 
     def of_job(self) -> Self:
         """The same, with room for what the chunks of another job share."""
@@ -104,6 +106,27 @@ class TensorIO:
         self.read_run(stored, run[0], flat)
         return flat
 
+    def scratch(self, name: str, count: int, dtype: str) -> Bits:
+        """Memory of this thread for so many numbers, until it asks for the same name again."""
+        buffer: NDArray[np.uint8] | None = getattr(self.buffers, name, None)
+        nbytes = count * np.dtype(dtype).itemsize
+        if buffer is None or buffer.size < nbytes:
+            buffer = np.empty(nbytes, dtype=np.uint8)
+            setattr(self.buffers, name, buffer)
+        return buffer[:nbytes].view(dtype)
+
+    def read_whole(self, tensors: Sequence[StoredTensor]) -> Iterator[NDArray[np.uint8]]:
+        """The bytes of several small tensors; neighbours in a file are read at one time."""
+        for together in _neighbours(tensors):
+            first, last = together[0].entry, together[-1].entry
+            nbytes = last.end - first.begin
+            span = replace(together[0], entry=replace(first, dtype="U8", shape=(nbytes,), end=last.end))
+            data = np.empty(nbytes, dtype=np.uint8)
+            self.reader.read_into(span, 0, data)
+            for stored in together:
+                begin = stored.entry.begin - first.begin
+                yield data[begin : begin + stored.nbytes]
+
     def read_run(self, stored: StoredTensor, first: int, flat: Bits) -> None:
         """Fill an array with neighbouring elements of a tensor, from element `first` on."""
         self.reader.read_into(stored, first * flat.itemsize, flat)
@@ -135,6 +158,17 @@ class TensorIO:
 def pattern_of(stored: StoredTensor) -> np.dtype[Any]:
     """The unsigned integers that the elements of a tensor are read as."""
     return np.dtype(f"uint{DTYPES[stored.dtype].bits}")
+
+
+def _neighbours(tensors: Sequence[StoredTensor]) -> Iterator[Sequence[StoredTensor]]:
+    """The tensors in their order, those together that follow each other in a file."""
+    begin = 0
+    for end in range(1, len(tensors) + 1):
+        last = tensors[end - 1]
+        following = tensors[end] if end < len(tensors) else None
+        if following is None or following.shard != last.shard or following.entry.begin != last.entry.end:
+            yield tensors[begin:end]
+            begin = end
 
 
 def _as_view(flat: Bits, region: Region) -> Bits:

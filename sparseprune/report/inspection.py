@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from sparseprune.checkpoint import OtherFile
-    from sparseprune.report.facts import Questions, TensorFacts
+    from sparseprune.execution.facts import Questions, TensorFacts
     from sparseprune.report.runtimes import Runtime
     from sparseprune.spec import BoundSpec
     from sparseprune.spec.patterns import TensorPattern

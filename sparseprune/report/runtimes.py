@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING
 
 from sparseprune.engine.grids import prod
 from sparseprune.errors import SparsepruneError
-from sparseprune.report.facts import Pattern
+from sparseprune.execution.facts import Pattern
 from sparseprune.results.measuring import RuntimeVerdict
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
-    from sparseprune.report.facts import TensorFacts
+    from sparseprune.execution.facts import TensorFacts
 
 ALL = "all"
 

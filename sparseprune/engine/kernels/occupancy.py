@@ -88,28 +88,35 @@ def joined(words: Words, height: int) -> Words:
     return groups
 
 
-def count_occupied(words: Words, width: int, columns: int) -> int:
-    """How many runs of `width` columns have a bit that is set, over all rows (..., words) of so many columns.
+def count_occupied(words: Words, width: int, columns: int) -> NDArray[np.int64]:
+    """How many runs of `width` columns have a bit that is set: (stacks, ..., words) gives (stacks,).
 
-    The last run of a row may be shorter.
+    Rows have so many columns; the last run of a row may be shorter.
 
     >>> rows = packed(np.array([[[True, False, False, False, True], [True, True, False, False, False]]]))
-    >>> [count_occupied(rows, width, 5) for width in (1, 2, 3, 5)]
-    [4, 3, 3, 2]
+    >>> [count_occupied(rows, width, 5).tolist() for width in (1, 2, 3, 5)]
+    [[4], [3], [3], [2]]
     """
     if width >= columns:
-        return int(np.count_nonzero(words.any(axis=-1)))
+        return _set_in(words.any(axis=-1))
     if width % WORD == 0:
         runs = range(0, words.shape[-1], width // WORD)
-        return int(np.count_nonzero(np.bitwise_or.reduceat(words, runs, axis=-1)))
+        return _set_in(np.bitwise_or.reduceat(words, runs, axis=-1))
     if WORD % width:
         marks = unpacked(words, columns)
-        return int(np.count_nonzero(np.logical_or.reduceat(marks, range(0, columns, width), axis=-1)))
+        return _set_in(np.logical_or.reduceat(marks, range(0, columns, width), axis=-1))
     if width >= 8:
-        return int(np.count_nonzero(words.view(f"u{width // 8}")))
+        return _set_in(words.view(f"u{width // 8}"))
     lane = _BYTES * ((1 << width) - 1)
-    lanes = (words & np.uint64(lane << at) for at in range(0, 8, width))
-    return sum(int(np.count_nonzero(each.view(np.uint8))) for each in lanes)
+    lanes = [_set_in((words & np.uint64(lane << at)).view(np.uint8)) for at in range(0, 8, width)]
+    return np.sum(lanes, axis=0)
+
+
+def _set_in(flags: NDArray[Any]) -> NDArray[np.int64]:
+    """How many numbers of each entry of the first dimension are not zero."""
+    if len(flags) == 1:  # numpy counts all of an array much faster than along a dimension
+        return np.array([np.count_nonzero(flags)])
+    return np.asarray(np.count_nonzero(flags.reshape(len(flags), -1), axis=1))
 
 
 _ALL = (1 << WORD) - 1
@@ -119,11 +126,14 @@ _FEW_PLACES = 64  # places that are too few to add up group by group
 _SOME = 512  # the same limit of members where places are few
 
 
-def fullest_in_words(words: Words, groups: Collection[int]) -> Mapping[int, int]:
-    """By M of `groups` the most ones among the M bits of one group; M divides a word.
+def fullest_in_words(words: Words, groups: Collection[int]) -> Mapping[int, NDArray[Any]]:
+    """By M of `groups` the most ones among the M bits of one group: (stacks, ...) words give (stacks,).
 
-    >>> fullest_in_words(np.array([0b1110_0001], dtype=np.uint64), [2, 4, 8])
-    {2: 2, 4: 3, 8: 4}
+    M divides a word.
+
+    >>> found = fullest_in_words(np.array([[0b1110_0001], [0b0001_0001]], dtype=np.uint64), [2, 4, 8])
+    >>> [found[group].tolist() for group in (2, 4, 8)]
+    [[2, 1], [3, 1], [4, 2]]
     """
     counts, lane = words, 1
     fullest = {}
@@ -156,12 +166,16 @@ def counts_along(marks: Marks) -> NDArray[Any]:
     return counts
 
 
-def _largest(words: Words, lane: int) -> int:
-    """The largest number in lanes of so many bits."""
+def _largest(words: Words, lane: int) -> NDArray[Any]:
+    """The largest count in lanes of so many bits, in each entry of the first dimension."""
+    rows = words.reshape(len(words), -1)
     if lane >= 8:
-        return int(words.view(f"u{lane // 8}").max())
+        return np.asarray(rows.view(f"u{lane // 8}").max(axis=1))
+    if lane < 4:  # 0, 1 and 2: the highest bit of all of them together is the largest
+        rows = np.bitwise_or.reduce(rows, axis=1, keepdims=True)
     low = np.uint64(_ONES * ((1 << lane) - 1))
-    return max(int((words >> np.uint64(at) & low).view(np.uint8).max()) for at in range(0, 8, lane))
+    lanes = [(rows >> np.uint64(at) & low).view(np.uint8).max(axis=1) for at in range(0, 8, lane)]
+    return np.minimum(np.maximum.reduce(lanes), lane)
 
 
 _MOST = 255  # that a byte can count

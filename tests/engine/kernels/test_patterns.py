@@ -28,9 +28,14 @@ word = st.one_of(
 
 @given(st.lists(word, min_size=1, max_size=9), st.lists(st.sampled_from(LANES)))
 def test_fullest_groups_of_words_are_those_of_plain_loops(words: list[int], groups: list[int]) -> None:
-    given_words = np.array(words, dtype=np.uint64)
-    assert fullest_in_words(given_words, groups) == by_hand(words, groups)
-    assert given_words.tolist() == words
+    stacks = [words, words[::-1], [0] * len(words)]
+    given_words = np.array(stacks, dtype=np.uint64)
+    found = fullest_in_words(given_words, groups)
+    expected = [by_hand(each, groups) for each in stacks]
+    assert {group: most.tolist() for group, most in found.items()} == {
+        group: [each[group] for each in expected] for group in groups
+    }
+    assert given_words.tolist() == stacks
 
 
 @pytest.mark.parametrize("group", LANES)
@@ -40,7 +45,7 @@ def test_a_fullest_group_is_found_wherever_it_stands(group: int) -> None:
         for full in range(group):
             bits |= 1 << number + full
             words = [bits >> at & 2**64 - 1 for at in (0, 64, 128)]
-            assert fullest_in_words(np.array(words, dtype=np.uint64), [group]) == {group: full + 1}
+            assert fullest_in_words(np.array([words], dtype=np.uint64), [group]) == {group: full + 1}
 
 
 @given(

@@ -9,7 +9,7 @@ import time
 from itertools import product
 from math import prod
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import given
@@ -18,12 +18,14 @@ from hypothesis import strategies as st
 from sparseprune.checkpoint import TensorReader, lay_out, open_checkpoint
 from sparseprune.engine.dtypes import DTYPES
 from sparseprune.errors import MachineError
-from sparseprune.report.facts import BLOCKS, PATTERNS, BlockShape, Pattern, Questions, TensorFacts, Zeros
-from sparseprune.report.measuring.inspection import SLAB, bytes_to_read, inspect_checkpoint
+from sparseprune.execution.facts import BLOCKS, PATTERNS, BlockShape, Pattern, Questions, TensorFacts, Zeros
+from sparseprune.execution.inspect import SLAB, inspect_checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
     from pathlib import Path
+
+    from sparseprune.checkpoint import StoredTensor
 
     Index = tuple[int, ...]
     Drawn = tuple[str, str, tuple[int, ...], bytes]
@@ -331,24 +333,6 @@ def test_patterns_are_told_as_they_were_asked(tmp_path: Path) -> None:
     assert facts.blocks == {}
 
 
-@pytest.mark.parametrize("full", [0, 1])
-def test_progress_is_told_every_byte_again_for_every_pass(tmp_path: Path, full: int) -> None:
-    """Also where a pattern is broken at once and its pass need not be made."""
-    rows = [("w", "U8", (6, 8)), ("norm", "U8", (8,)), ("odd", "U8", (3, 8)), ("scales", "F8_E8M0", (6, 8))]
-    path = write(tmp_path / "m.safetensors", rows, bytes([full] * (48 + 8 + 24 + 48)))
-    questions = Questions((Pattern(2, 4), Pattern(1, 2, 0), Pattern(1, 3, 0), Pattern(1, 8, 0)), ())
-    told: dict[str, int] = {}
-
-    def tell(nbytes: int, name: str) -> None:
-        told[name] = told.get(name, 0) + nbytes
-
-    measure(path, 1, 16, tell, questions)
-    assert told == {"w": 3 * 48, "norm": 8, "odd": 2 * 24, "scales": 48}
-    tensors = tuple(open_checkpoint(path).tensors.values())
-    assert bytes_to_read(tensors, questions) == sum(told.values())
-    assert bytes_to_read(tensors, ASKED) == 48 + 8 + 24 + 48
-
-
 def test_progress_is_told_every_byte_of_every_tensor_by_its_name(tmp_path: Path) -> None:
     rows = [
         ("wide", "U8", (40, 8)),
@@ -358,7 +342,7 @@ def test_progress_is_told_every_byte_of_every_tensor_by_its_name(tmp_path: Path)
     ]
     path = write(tmp_path / "m.safetensors", rows, bytes(320 + 12 + 7))
     told: list[tuple[int, str]] = []
-    measure(path, 3, 16, lambda nbytes, name: told.append((nbytes, name)))
+    measure(path, 3, 16, lambda nbytes, name: told.append((nbytes, name)), Questions((), ()))
     assert {name: sum(nbytes for nbytes, of in told if of == name) for _, name in told} == {
         "wide": 320,
         "small": 12,
@@ -367,14 +351,17 @@ def test_progress_is_told_every_byte_of_every_tensor_by_its_name(tmp_path: Path)
     assert max(told)[0] == 16
 
 
-def test_one_tensor_is_read_by_all_jobs(tmp_path: Path) -> None:
+def test_one_tensor_is_read_by_all_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path / "m.safetensors", [("w", "U8", (3, 8))], bytes(24))
     together = threading.Barrier(3, timeout=60)
+    read = TensorReader.read_into
 
-    def meet(*_: object) -> None:
+    def meet(*arguments: Any) -> None:
         together.wait()
+        read(*arguments)
 
-    (facts,) = measure(path, 3, 8, meet)
+    monkeypatch.setattr(TensorReader, "read_into", meet)
+    (facts,) = measure(path, 3, 8)
     assert (facts.zeros, facts.patterns) == (24, ("1:2", "2:4", "4:8"))
 
 
@@ -396,19 +383,22 @@ def test_a_failure_stops_all_jobs(tmp_path: Path, jobs: int) -> None:
     assert threading.active_count() == before
 
 
-def test_of_two_failures_the_first_in_order_is_raised(tmp_path: Path) -> None:
+def test_of_two_failures_the_first_in_order_is_raised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = write(tmp_path / "m.safetensors", [("a", "U8", (8,)), ("b", "U8", (8,))], bytes(16))
     later = threading.Event()
 
-    def fail(_: int, name: str) -> None:
-        if name == "b":
+    def fail(_: TensorReader, stored: StoredTensor, *rest: object) -> None:
+        if stored.name == "b":
             later.set()
         later.wait(60)
-        time.sleep(0.1 * (name == "a"))
-        raise ValueError(f"in {name}")
+        time.sleep(0.1 * (stored.name == "a"))
+        raise ValueError(f"in {stored.name}")
 
+    monkeypatch.setattr(TensorReader, "read_into", fail)
     with pytest.raises(ValueError, match="in a"):
-        measure(path, 2, 8, fail)
+        measure(path, 2, 8)
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
