@@ -34,7 +34,7 @@ from sparseprune.checkpoint.masks import (
 from sparseprune.checkpoint.output import Sink, StagedOutput
 from sparseprune.checkpoint.publish import refuse_replacing
 from sparseprune.checkpoint.resizing import (
-    Resized,
+    ResizedTensor,
     lay_out_choice,
     lay_out_decisions,
     lay_out_removal,
@@ -71,7 +71,7 @@ __all__ = [
     "OutputLayout",
     "Place",
     "Provenance",
-    "Resized",
+    "ResizedTensor",
     "Shard",
     "Sink",
     "Source",

@@ -1,7 +1,7 @@
-"""The output of a removal: the same shards with fewer, smaller and renumbered tensors, and what decides it.
+"""The output of a removal: the same shards with fewer, smaller and renamed tensors; its scratch folder.
 
-Owns the new headers, the index, the names of shards, and the folder in which masks (and rebuilt weights) wait
-meanwhile. Reads no data of tensors. Called by the command line, carried out by output.py.
+Owns the new headers, the index, the names of shards, and where masks, rebuilt weights or decisions wait
+meanwhile. Reads no data of tensors. Called by the command line; output.py writes the layouts.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from sparseprune.engine.grids import prod
 from sparseprune.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Mapping, Sequence
 
     from sparseprune.checkpoint.masks import StoredMask
     from sparseprune.checkpoint.output import StagedOutput
@@ -41,8 +41,8 @@ CONFIG = PurePosixPath("config.json")
 
 
 @dataclass(frozen=True, slots=True)
-class Resized:
-    """What becomes of a tensor: its new name and shape; `whole` if it keeps all of its bytes."""
+class ResizedTensor:
+    """A tensor of the smaller output: its new name and shape; `whole` if it keeps all of its bytes."""
 
     name: str
     shape: tuple[int, ...]
@@ -52,13 +52,16 @@ class Resized:
 def lay_out_removal(
     checkpoint: Checkpoint,
     target: Path | None,
-    tensors: Mapping[str, Resized] | None,
+    tensors: Mapping[str, ResizedTensor] | None,
     config: Mapping[str, Any] | None,
 ) -> OutputLayout:
-    """The output with these tensors of a directory, None for all as they are, in the order of the input.
+    """The output with these tensors of a directory, in the order of the input; None keeps all as they are.
 
-    `tensors` are named as they were, and so are the places in the layout's `weights`, of those that are not
-    whole. A shard of which nothing is left is left out. `config` None keeps config.json as it is.
+    `tensors` and the layout's `weights`, which has those that are not whole, go by the old names. Shards that
+    lose all their tensors are left out. `config` None keeps config.json as it is.
+
+    Raises:
+        CheckpointError: the checkpoint is a single file.
     """
     if not checkpoint.is_directory:
         raise CheckpointError(
@@ -67,7 +70,7 @@ def lay_out_removal(
         )
     if tensors is None:
         tensors = {
-            name: Resized(name, stored.shape, whole=True) for name, stored in checkpoint.tensors.items()
+            name: ResizedTensor(name, stored.shape, whole=True) for name, stored in checkpoint.tensors.items()
         }
     shards = [
         shard
@@ -124,7 +127,7 @@ def lay_out_decisions(final: OutputLayout) -> OutputLayout:
 def lay_out_choice(
     checkpoint: Checkpoint, final: OutputLayout, reached: Collection[str], *, rebuilt: bool
 ) -> OutputLayout:
-    """What a run decides on the way to its `final` output: packed masks, weights where they are `rebuilt`."""
+    """The scratch output of a run on the way to its `final` one: packed masks, and weights if `rebuilt`."""
     masks = replace(lay_out_masks(checkpoint, final.target, reached, "packed"), is_scratch=True)
     if not rebuilt:
         return masks
@@ -140,7 +143,7 @@ def lay_out_choice(
 
 
 def open_choice(output: StagedOutput) -> tuple[list[StoredMask], dict[str, StoredTensor]]:
-    """The masks, and the weights by name where they are rebuilt, of a choice that is complete."""
+    """The masks of a complete scratch output, and the rebuilt weights by name."""
     masks = list(open_masks(output.staged_path).masks.values())
     files = dict.fromkeys(place.file for place in output.layout.weights.values())
     opened = [open_shard(output.staged_path / file, file) for file in files]
@@ -151,7 +154,7 @@ def open_choice(output: StagedOutput) -> tuple[list[StoredMask], dict[str, Store
 def _others(
     checkpoint: Checkpoint, written: Mapping[PurePosixPath | None, bytes | None]
 ) -> tuple[list[OutputFile], list[CopyRange]]:
-    """All other files: copied, or where they are `written` anew with their text."""
+    """All other files: copied, or `written` with a new text."""
     files, copies = [], []
     for other in checkpoint.others:
         text = written.get(other.path)
@@ -163,7 +166,7 @@ def _others(
 
 
 def _names(checkpoint: Checkpoint, shards: Sequence[Shard]) -> dict[Shard, PurePosixPath]:
-    """What shards are called: as they were, and where some of a numbered row are gone counted anew."""
+    """The names of shards: the old ones, but numbered anew where some of a numbered series are gone."""
     old = {shard: shard.relative for shard in shards}
     found = [NUMBERED.fullmatch(str(shard.relative)) for shard in checkpoint.shards]
     rows = {match and (match["stem"], len(match["count"]), int(match["count"])) for match in found}
@@ -179,8 +182,8 @@ def _names(checkpoint: Checkpoint, shards: Sequence[Shard]) -> dict[Shard, PureP
     return old if others & set(new.values()) else new
 
 
-def _header(old: Header, tensors: Mapping[str, Resized]) -> Header:
-    """The new header of a shard; the input's own where nothing changes, byte for byte."""
+def _header(old: Header, tensors: Mapping[str, ResizedTensor]) -> Header:
+    """The new header of a shard; the input's own bytes where nothing changes."""
     left = [(tensors[entry.name], entry) for entry in old.entries if entry.name in tensors]
     if len(left) == len(old.entries) and all(one.whole and one.name == entry.name for one, entry in left):
         return old
@@ -188,9 +191,9 @@ def _header(old: Header, tensors: Mapping[str, Resized]) -> Header:
 
 
 def _moved(
-    left: Sequence[StoredTensor], header: Header, path: PurePosixPath, tensors: Mapping[str, Resized]
+    left: Sequence[StoredTensor], header: Header, path: PurePosixPath, tensors: Mapping[str, ResizedTensor]
 ) -> tuple[dict[str, Place], list[CopyRange]]:
-    """Places for what is cut, by old names, and what is copied from place to place, neighbours merged."""
+    """The places of cut tensors, by old names, and the ranges to copy, neighbours merged."""
     places: dict[str, Place] = {}
     copies: list[CopyRange] = []
     for number, stored in enumerate(left):
@@ -199,21 +202,18 @@ def _moved(
             places[stored.name] = place
         elif stored.nbytes:
             copies.append(CopyRange(stored.shard.path, path, stored.offset, place.offset, stored.nbytes))
-    return places, list(_merged(copies))
+    return places, _merged(copies)
 
 
-def _merged(copies: list[CopyRange]) -> Iterator[CopyRange]:
-    """Ranges that follow each other as one: what is next to each other in the input is so in the output."""
-    held: CopyRange | None = None
+def _merged(copies: Iterable[CopyRange]) -> list[CopyRange]:
+    """Ranges that follow each other in the input as one: they do so in the output too."""
+    merged: list[CopyRange] = []
     for copy in copies:
-        if held is not None and held.source_offset + held.length == copy.source_offset:
-            held = replace(held, length=held.length + copy.length)
-            continue
-        if held is not None:
-            yield held
-        held = copy
-    if held is not None:
-        yield held
+        if merged and merged[-1].source_offset + merged[-1].length == copy.source_offset:
+            merged[-1] = replace(merged[-1], length=merged[-1].length + copy.length)
+        else:
+            merged.append(copy)
+    return merged
 
 
 def _place(path: PurePosixPath, header: Header, number: int) -> Place:
@@ -222,9 +222,9 @@ def _place(path: PurePosixPath, header: Header, number: int) -> Place:
 
 
 def _index(
-    checkpoint: Checkpoint, tensors: Mapping[str, Resized], names: Mapping[Shard, PurePosixPath]
+    checkpoint: Checkpoint, tensors: Mapping[str, ResizedTensor], names: Mapping[Shard, PurePosixPath]
 ) -> bytes | None:
-    """The index of what is left: what it listed, in its order, sizes counted anew; None for the old one."""
+    """The new index: the tensors that stay in the old order, new sizes; None where it stays as it is."""
     stored = checkpoint.tensors
     same = all(one.name == name and one.shape == stored[name].shape for name, one in tensors.items())
     if checkpoint.index is None or (same and len(tensors) == len(stored)):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from sparseprune.checkpoint import lay_out_removal, read_config
 from sparseprune.cli.console import on_terminal, print_json, print_table
 from sparseprune.cli.gc_pause import collector_paused
-from sparseprune.cli.removal_source import removable, resized
+from sparseprune.cli.removal_source import removable
 from sparseprune.cli.request import prepare, warn
 from sparseprune.cli.writing import output_shown
 from sparseprune.errors import SparsepruneError
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from sparseprune.checkpoint import OutputLayout
     from sparseprune.cli.request import Prepared, Request
-    from sparseprune.removal.preview import Presumed
+    from sparseprune.removal.preview import Preview
     from sparseprune.results import Plan
     from sparseprune.spec import BoundRule, BoundSpec
 
@@ -33,31 +33,31 @@ def run(request: Request, draw: str | None = None) -> None:
     with collector_paused():
         prepared = prepare(request)
         rules = _drawn(prepared.plan.bound, draw)
-        _show(request, prepared, prepared.layout, _presumed(prepared), rules)
+        _show(request, prepared, prepared.layout, _preview(prepared), rules)
 
 
 def run_removal(request: Request) -> None:
     """The plan of a removal, whose output is the smaller checkpoint; what cannot be removed is refused."""
     with collector_paused():
         prepared = prepare(request)
-        presumed = removable(prepared, request.warnings)
-        removal = presumed.removal
-        tensors, config = (None, None) if removal is None else (resized(removal), removal.config)
+        expected = removable(prepared, request.warnings)
+        removal = expected.removal
+        tensors, config = (None, None) if removal is None else (removal.left, removal.config)
         layout = lay_out_removal(prepared.plan.checkpoint, request.output, tensors, config)
-        _show(request, prepared, layout, presumed, _drawn(prepared.plan.bound, None))
+        _show(request, prepared, layout, expected, _drawn(prepared.plan.bound, None))
 
 
-def _presumed(prepared: Prepared) -> Presumed:
-    from sparseprune.removal.preview import presume
+def _preview(prepared: Prepared) -> Preview:
+    from sparseprune.removal.preview import preview
 
-    return presume(prepared.plan, read_config(prepared.plan.checkpoint))
+    return preview(prepared.plan, read_config(prepared.plan.checkpoint))
 
 
 def _show(
     request: Request,
     prepared: Prepared,
     layout: OutputLayout,
-    presumed: Presumed,
+    expected: Preview,
     rules: tuple[BoundRule, ...],
 ) -> None:
     warn(request, prepared)
@@ -71,7 +71,7 @@ def _show(
         ),
         prepared.plan.bound,
         layout,
-        presumed,
+        expected,
         prepared.schedule.peak_bytes,
     )
     if request.json:

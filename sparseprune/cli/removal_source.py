@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 from sparseprune.checkpoint import (
     OutputLayout,
-    Resized,
     StagedOutput,
     TensorReader,
     lay_out_choice,
@@ -34,7 +33,7 @@ from sparseprune.errors import SparsepruneError, SpecError
 from sparseprune.report.coverage import idle_lines
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from sparseprune.checkpoint import Checkpoint, StoredMask, StoredTensor
@@ -42,8 +41,7 @@ if TYPE_CHECKING:
     from sparseprune.execution import Plan, Schedule, TensorOutcome
     from sparseprune.execution.limits import Limits
     from sparseprune.removal.decide import BlockDecisions
-    from sparseprune.removal.preview import Presumed
-    from sparseprune.removal.shrink import Removal
+    from sparseprune.removal.preview import Preview
     from sparseprune.removal.slices import KeptIndices
     from sparseprune.report.coverage import Coverage
     from sparseprune.spec import BoundSpec
@@ -208,38 +206,31 @@ def _lay_out_masks(prepared: Prepared, final: OutputLayout) -> OutputLayout:
     return lay_out_choice(plan.checkpoint, final, plan.reached, rebuilt=rebuilt)
 
 
-def removable(prepared: Prepared, warnings: Warnings) -> Presumed:
-    """What a removal would come to, and `warnings` of what stays and may no longer be true.
+def removable(prepared: Prepared, warnings: Warnings) -> Preview:
+    """What a removal would leave; `warnings` get lines about statements that may no longer be true.
 
-    SpecError for rules that cannot be removed, models that no class has, budgets that let everything survive.
+    Raises:
+        SpecError: a rule cannot be removed, no class has such a model, or every block survives.
     """
-    from sparseprune.removal.preview import presume
+    from sparseprune.removal.preview import preview
 
     checkpoint = prepared.plan.checkpoint
-    presumed = presume(prepared.plan, read_config(checkpoint), read_beside(checkpoint))
-    if presumed.reasons:
+    expected = preview(prepared.plan, read_config(checkpoint), read_beside(checkpoint))
+    if expected.reasons:
         raise SpecError(
             *(
                 f"{prepared.source.source}: {rule} cannot be removed: {why}; apply writes zeros"
-                for rule, why in presumed.reasons.items()
+                for rule, why in expected.reasons.items()
             )
         )
-    if presumed.problems:
-        raise SpecError(*(f"{prepared.source.source}: {problem}" for problem in presumed.problems))
+    if expected.problems:
+        raise SpecError(*(f"{prepared.source.source}: {problem}" for problem in expected.problems))
     idle, rules = list(idle_lines(prepared.plan.bound.rules)), prepared.plan.bound.rules
     if idle and len(idle) == sum(bool(rule.instances) for rule in rules):
         raise SpecError(*(f"{prepared.source.source}: nothing to remove: {line}" for line in idle))
-    if presumed.removal is not None:
-        warnings.add(*presumed.removal.remarks)
-    return presumed
-
-
-def resized(removal: Removal, rebuilt: Collection[str] = ()) -> dict[str, Resized]:
-    """What becomes of tensors, for the layout of the output; those that are `rebuilt` are not whole."""
-    return {
-        name: Resized(left.name, left.shape, whole=left.kept is None and name not in rebuilt)
-        for name, left in removal.left.items()
-    }
+    if expected.removal is not None:
+        warnings.add(*expected.removal.remarks)
+    return expected
 
 
 def _target(request: RemoveRequest, checkpoint: Checkpoint) -> OutputLayout:
@@ -320,7 +311,7 @@ def _written(
 def _kept_by(
     request: RemoveRequest, masks: Sequence[StoredMask], reader: TensorReader, limits: Limits
 ) -> dict[str, KeptIndices]:
-    from sparseprune.removal.slices import read_slices
+    from sparseprune.removal.decide import read_slices
 
     total = sum(mask.stored.nbytes for mask in masks)
     with progress("finding slices", total, quiet=request.quiet) as advance:

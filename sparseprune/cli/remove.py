@@ -7,6 +7,7 @@ slices shapes and a config, and the survivors are moved.
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from sparseprune.checkpoint import StagedOutput, TensorReader, lay_out_removal, read_beside, read_config
@@ -14,7 +15,7 @@ from sparseprune.checkpoint.not_safetensors import PICKLE_SUFFIXES, names_traini
 from sparseprune.cli.applied import rebuilt_by, warn_of_broken, warn_of_earlier
 from sparseprune.cli.console import print_json, print_result, stderr_console, tell, tell_lines
 from sparseprune.cli.progress import progress
-from sparseprune.cli.removal_source import Ending, RemoveRequest, chosen, refuse_contradictions, resized
+from sparseprune.cli.removal_source import Ending, RemoveRequest, chosen, refuse_contradictions
 from sparseprune.cli.writing import digest, interrupts_told, output_shown, report_bytes, write_output
 from sparseprune.errors import CheckpointError, SparsepruneError
 
@@ -62,7 +63,10 @@ def _cut(request: RemoveRequest, choice: Choice, ending: Ending, began: float) -
         raise CheckpointError(*(f"{choice.source}: {line}" for line in error.args)) from error
     _refuse_nothing(request, choice, removal)
     request.warnings.add(*removal.remarks)
-    tensors = resized(removal, choice.rebuilt)
+    tensors = {
+        name: replace(left, whole=left.whole and name not in choice.rebuilt)
+        for name, left in removal.left.items()
+    }
     layout = lay_out_removal(checkpoint, request.output, tensors, removal.config)
     identity = {**choice.identity, "what survives": digest(summed_up(choice.kept))}
     output = StagedOutput(layout, request.force, identity=identity)
@@ -90,8 +94,7 @@ def _refuse_nothing(request: RemoveRequest, choice: Choice, removal: Removal) ->
 
     rules = () if choice.bound is None else choice.bound.rules
     idle = list(unpruned_lines(rules, pruned_by_rule(choice.outcomes)))
-    stays = all(left.kept is None for left in removal.left.values())
-    if stays and len(removal.left) == len(choice.checkpoint.tensors):
+    if not removal.kept and len(removal.left) == len(choice.checkpoint.tensors):
         why = idle or ["every mask keeps all of its tensor"]
         raise SparsepruneError(*(f"{choice.source}: nothing to remove: {line}" for line in why))
     request.warnings.add(*idle)
@@ -116,7 +119,7 @@ def _worked(
     limits = request.memory, request.jobs
     earlier = warn_of_earlier(choice.checkpoint, _touched(choice, removal), limits, request.warnings)
     tensors = {**choice.checkpoint.tensors, **choice.rebuilt}
-    kept = {name: removal.left[name].kept or kept_whole(tensors[name].shape) for name in layout.weights}
+    kept = {name: removal.kept.get(name) or kept_whole(tensors[name].shape) for name in layout.weights}
     cuts = Cuts(kept, tensors, choice.limits)
     total, already = cuts.work_bytes(output)
     with progress("removing", total, quiet=request.quiet, already=already) as advance:
@@ -139,7 +142,7 @@ def _touched(choice: Choice, removal: Removal) -> dict[str, Touched]:
     found = {}
     for name, left in removal.left.items():
         again = rules[name].rules if name in rules else ()
-        cut = () if left.kept is None else left.kept.cut
+        cut = removal.kept[name].cut if name in removal.kept else ()
         if again or cut:
             found[name] = Touched(left.name, again, cut)
     return found

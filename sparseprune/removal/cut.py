@@ -78,9 +78,10 @@ class CutTensor(Pass):
     def chunks(self, io: TensorIO) -> Iterator[Chunk]:
         stored = io.tensors[self.name]
         itemsize = pattern_of(stored).itemsize
+        files = () if io.output is None else (str(io.output.layout.weights[self.name].file),)
         for number, slab in enumerate(self.slabs(stored)):
             nbytes = slab[1] * itemsize
-            yield Chunk(slab, nbytes, _COPIES * nbytes, key=str(number))
+            yield Chunk(slab, nbytes, _COPIES * nbytes, key=str(number), files=files)
 
     def work(self, chunk: Chunk, io: TensorIO) -> list[Any]:
         if io.output is None:

@@ -1,7 +1,6 @@
-"""Decisions in memory: which indices of each tensor a spec keeps, without masks on disk.
+"""Passes that find kept indices: decisions over whole blocks, which stay in memory, or masks on disk.
 
-Owns when flags of blocks are enough, and how they become kept indices. Does not know how blocks are scored.
-Called by the command line.
+Owns when decisions in memory are enough. Does not know how blocks are scored. Called by the command line.
 """
 
 from __future__ import annotations
@@ -11,32 +10,36 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from sparseprune.checkpoint import read_kept
 from sparseprune.engine.grids import prod
+from sparseprune.execution.limits import Crowd
 from sparseprune.execution.outcomes import Outcomes
+from sparseprune.execution.passes import Chunk, Pass
 from sparseprune.execution.plan import task_bytes
-from sparseprune.execution.runner import Job, Record, already_done, dealt, write_through
+from sparseprune.execution.runner import Job, Record, already_done, dealt, read_through, write_through
 from sparseprune.execution.scope_order import by_leaf
 from sparseprune.execution.strategy import by_block_norms
 from sparseprune.execution.tensor_io import TensorIO
 from sparseprune.execution.two_pass import block_norms
 from sparseprune.removal.preview import looker
-from sparseprune.removal.shrink import kept_of
+from sparseprune.removal.slices import KeptIndices, kept_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from numpy.typing import NDArray
 
-    from sparseprune.checkpoint import StagedOutput, TensorReader
+    from sparseprune.checkpoint import Sink, Source, StoredMask
+    from sparseprune.execution.limits import Limits
     from sparseprune.execution.outcomes import TensorOutcome
     from sparseprune.execution.plan import Task
     from sparseprune.execution.runner import Progress
     from sparseprune.execution.schedule import Schedule
     from sparseprune.execution.strategy import BlockNorms
-    from sparseprune.removal.slices import KeptIndices
     from sparseprune.spec import BoundBlock
 
     Flags = NDArray[np.bool_]
+    Seen = tuple[int, Flags, Flags, int]  # first element, rows and columns that are kept, kept elements
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,14 +49,14 @@ class BlockDecisions:
     schedule: Schedule
     tasks: Sequence[tuple[Task, BlockNorms]]
 
-    def work_bytes(self, output: StagedOutput) -> tuple[int, int]:
+    def work_bytes(self, output: Sink) -> tuple[int, int]:
         """Bytes that a whole run reads to decide, and how many of them an earlier run did."""
         tensors = self.schedule.plan.checkpoint.tensors
         read = sum((strategy.passes - 1) * task_bytes(task, tensors) for task, strategy in self.tasks)
         return read, already_done(output)
 
     def decide(
-        self, reader: TensorReader, output: StagedOutput, progress: Progress
+        self, reader: Source, output: Sink, progress: Progress
     ) -> tuple[dict[str, KeptIndices], Sequence[TensorOutcome]]:
         """The kept indices of the tensors that rules reach, and how many elements each rule drops.
 
@@ -101,3 +104,85 @@ def block_decisions(schedule: Schedule) -> BlockDecisions | None:
             return None
         tasks.append((task, strategy))
     return BlockDecisions(schedule, tasks)
+
+
+def read_slices(
+    masks: Sequence[StoredMask],
+    reader: Source,
+    limits: Limits,
+    workers: int,
+    progress: Progress,
+) -> dict[str, KeptIndices]:
+    """What masks keep, by the name of their weights; tensors without elements are left out.
+
+    Each mask is read once, about `limits.slab` elements at a time. `progress` gets the bytes of masks that
+    were read, and the name of the mask.
+    """
+    masks = [mask for mask in masks if mask.numel]
+    jobs = (
+        Job(number, str(number), mask.name, ReadSlices(mask, limits.slab))
+        for number, mask in enumerate(masks)
+    )
+    found = read_through(jobs, TensorIO(reader), Crowd(workers, limits.memory), progress)
+    return {mask.name: found[place] for place, mask in enumerate(masks)}
+
+
+@dataclass(frozen=True, slots=True)
+class ReadSlices(Pass):
+    """Finds the rows and columns that a mask keeps; a row is what lies along the last dimension."""
+
+    mask: StoredMask
+    slab: int
+
+    def chunks(self, io: TensorIO) -> Iterator[Chunk]:  # noqa: ARG002
+        """Whole rows, about a slab of them, or parts of one that exceeds a slab: first element and size."""
+        width, numel = self._width, self.mask.numel
+        begin = 0
+        while begin < numel:
+            whole = self.slab // width * width
+            size = min(whole, numel - begin) if whole else min(self.slab, width - begin % width)
+            nbytes = self._bytes_to(begin + size) - self._bytes_to(begin)
+            yield Chunk((begin, size), nbytes, memory=4 * size)
+            begin += size
+
+    def work(self, chunk: Chunk, io: TensorIO) -> Seen:
+        begin, size = chunk.about
+        kept = read_kept(io.reader, self.mask, begin, size).view(np.bool_)
+        grid = kept.reshape(-1, min(size, self._width))
+        return (
+            begin,
+            np.logical_or.reduce(grid, axis=1),
+            np.logical_or.reduce(grid, axis=0),
+            int(np.count_nonzero(kept)),
+        )
+
+    def total(self) -> Seen:
+        """Nothing seen yet: flags of all rows and columns, and the number of kept elements."""
+        rows, columns = self.mask.numel // self._width, self._width
+        return 0, np.zeros(rows, dtype=np.bool_), np.zeros(columns, dtype=np.bool_), 0
+
+    def add(self, total: Seen, partial: Seen) -> Seen:
+        (_, all_rows, all_columns, elements), (begin, rows, columns, more) = total, partial
+        row, column = divmod(begin, self._width)
+        all_rows[row : row + rows.size] |= rows
+        all_columns[column : column + columns.size] |= columns
+        return 0, all_rows, all_columns, elements + more
+
+    def merge(self, partials: list[Seen], io: TensorIO) -> KeptIndices:  # noqa: ARG002
+        ((_, rows, columns, elements),) = partials
+        if not self.mask.shape:
+            return KeptIndices((), elements)
+        grid = rows.reshape(self.mask.shape[:-1])
+        dims = range(grid.ndim)
+        others = (
+            np.logical_or.reduce(grid, axis=tuple(other for other in dims if other != dim)) for dim in dims
+        )
+        return KeptIndices((*others, columns), elements)
+
+    @property
+    def _width(self) -> int:
+        return (self.mask.shape or (1,))[-1]
+
+    def _bytes_to(self, element: int) -> int:
+        """The share of the stored bytes that lies before an element."""
+        return element * self.mask.stored.nbytes // self.mask.numel

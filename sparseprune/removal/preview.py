@@ -1,6 +1,7 @@
-"""What removal will leave, from shapes alone: before any data is read.
+"""What removal by a spec will leave, from shapes and budgets alone, before any data is read.
 
-Owns slices of bound blocks. Needs no numpy. Called by `plan` and before `remove` works.
+Owns which blocks are whole slices of a tensor. Imports numpy only where something can be removed. Called by
+`plan`, and by `remove` before it works.
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from sparseprune.engine.grids import Shape, prod
-from sparseprune.removal.dim_constraints import numbered
+from sparseprune.errors import CheckpointError
+from sparseprune.removal.module_lists import numbered
 from sparseprune.spec import BoundScope
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     import numpy as np
     from numpy.typing import NDArray
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class _Axis:
-    """A dimension of a view that has more than one place: in which stored dimension, in steps of what."""
+    """A dimension of a view with more than one place: the stored dimension in which it lies, and its step."""
 
     view_dim: int
     dim: int
@@ -42,7 +44,7 @@ class _Axis:
 class Sliced:
     """Blocks of a leaf as slices along the dimension `dim` of its tensor, which has `size` indices there.
 
-    `begin` is the first index that the leaf reaches.
+    The leaf reaches indices from `begin` on.
     """
 
     leaf: BoundBlock
@@ -52,7 +54,7 @@ class Sliced:
     axes: tuple[_Axis, ...]
 
     def kept(self, blocks: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        """Flags of the indices that survive with these blocks (flat), those out of reach among them."""
+        """Flags of the indices that survive with these blocks (flat); indices out of reach survive."""
         import numpy as np  # noqa: PLC0415  (a plan of what cannot be removed does without)
 
         index, block = np.full(1, self.begin), np.zeros(1, dtype=np.int64)
@@ -70,10 +72,10 @@ class Sliced:
 
 
 def sliced(leaf: BoundBlock, shape: Shape) -> Sliced | None:
-    """The blocks of a leaf as slices of its tensor, which has this shape; None where they are no such thing.
+    """The blocks of a leaf as slices of its tensor of this shape; None where they are no whole slices.
 
-    A slice has every element of the tensor at its indices. One block that is the whole tensor is a slice that
-    has all indices of the first dimension.
+    A slice has every element of the tensor at its indices. A block that is the whole tensor is a slice with
+    all indices of the first dimension.
     """
     shape = shape or (1,)
     if 0 in shape:
@@ -114,13 +116,13 @@ _LARGEST = 1 << 27  # indices of a dimension, for which a plan has memory
 
 
 @dataclass(frozen=True, slots=True)
-class Presumed:
-    """What removing by a spec would come to.
+class Preview:
+    """What removing by a spec would leave, as far as shapes and budgets tell.
 
-    `reasons` say why the blocks of a rule cannot be cut out, by its name; none for one that can. `shapes` are
-    those of what is left of tensors that the others cut, None for one of which nothing is; they are None
-    where only the data tells how much survives. `removal` is what would be left of the checkpoint, None where
-    that is not known, a rule cannot be removed, or `problems` are in the way.
+    `reasons` say why the blocks of a rule cannot be cut out, by its name; removable rules have none. `shapes`
+    are the new shapes of tensors that removable rules cut, None for a tensor of which nothing is left; the
+    mapping is None where only the data tells how much survives. `removal` is the whole smaller checkpoint,
+    with its elements and bytes; None where it is not known, or where `reasons` or `problems` are in the way.
     """
 
     reasons: Mapping[str, str]
@@ -131,38 +133,43 @@ class Presumed:
     nbytes: int | None = None
 
 
-def presume(
+def preview(
     plan: Plan,
     config: Mapping[str, Any] | None,
     beside: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
-) -> Presumed:
-    """What removing by a plan would come to; `beside` as for `make_removal`."""
+) -> Preview:
+    """What removing by a plan would leave; `beside` as for `make_removal`."""
+    tensors = plan.checkpoint.tensors
     known: dict[object, Sliced | None] = {}
-    look = looker(plan.checkpoint.tensors, known)
+    look = looker(tensors, known)
     found = {rule.name: _not_removable(rule, plan, look) for rule in plan.bound.rules}
     reasons = {name: reason for name, reason in found.items() if reason is not None}
     instances = [
         instance for rule in plan.bound.rules if rule.name not in reasons for instance in rule.instances
     ]
     fits = all(one is None or one.size <= _LARGEST for one in known.values())
-    if not instances or not fits or not all(map(_is_told, instances)):
-        return Presumed(reasons)
-    # Numpy comes in here.
-    from sparseprune.removal.shrink import imagine  # noqa: PLC0415
+    if not instances or not fits or not all(map(_tells_counts, instances)):
+        return Preview(reasons)
+    # Here numpy is imported.
+    from sparseprune.removal.shrink import make_removal  # noqa: PLC0415
+    from sparseprune.removal.slices import kept_of  # noqa: PLC0415
 
-    imagined = imagine(plan.checkpoint.tensors, instances, look, config, beside)
+    shapes = {name: stored.shape for name, stored in tensors.items()}
+    kept = kept_of((one for instance in instances for one in _first_blocks(instance)), look, shapes)
+    after = {name: None if each.is_empty and not each.is_whole else each.shape for name, each in kept.items()}
     if reasons:
-        return Presumed(reasons, imagined.shapes)
-    if imagined.removal is None:
-        return Presumed(reasons, imagined.shapes, problems=imagined.problems)
-    left = {name: prod(one.shape) for name, one in imagined.removal.left.items()}
-    stored = plan.checkpoint.tensors
-    nbytes = sum(numel * stored[name].nbytes // max(1, stored[name].numel) for name, numel in left.items())
-    return Presumed(reasons, imagined.shapes, imagined.removal, (), sum(left.values()), nbytes)
+        return Preview(reasons, after)
+    try:
+        removal = make_removal(shapes, kept, config, exact=False, beside=beside)
+    except CheckpointError as error:
+        return Preview(reasons, after, problems=error.args)
+    numel = {name: prod(left.shape) for name, left in removal.left.items()}
+    sizes = (count * tensors[name].nbytes // max(1, tensors[name].numel) for name, count in numel.items())
+    return Preview(reasons, after, removal, (), sum(numel.values()), sum(sizes))
 
 
 def looker(tensors: Mapping[str, StoredTensor], known: dict[object, Sliced | None] | None = None) -> Look:
-    """`sliced`, computed once for all leaves that look alike and kept in `known`."""
+    """`sliced`, computed once for all leaves that look alike; the results are in `known`."""
     known = {} if known is None else known
 
     def look(leaf: BoundBlock) -> Sliced | None:
@@ -185,11 +192,11 @@ def _not_removable(rule: BoundRule, plan: Plan, look: Look) -> str | None:
     return None
 
 
-def _is_told(instance: BoundInstance) -> bool:
-    """Whether the budget says how much each member keeps.
+def _tells_counts(instance: BoundInstance) -> bool:
+    """Whether the budget tells how much each member keeps.
 
-    It does of one member, and of single blocks that are members of one list and alike in their tensors, since
-    then it does not matter which of them go.
+    It does for a single member, and for single blocks that are alike members of one list, since then it does
+    not matter which of them are dropped.
     """
     if instance.budget.nnz is None:
         return False
@@ -203,9 +210,28 @@ def _is_told(instance: BoundInstance) -> bool:
 
 
 def _list_of(names: Sequence[str]) -> str:
-    """The list whose member all of these tensors belong to: the innermost one that they share."""
+    """The innermost list whose member all of these tensors belong to."""
     for before, number, _ in reversed(list(numbered(names[0]))):
         member = f"{before}.{number}."
         if all(name.startswith(member) for name in names):
             return before
     return ""
+
+
+def _first_blocks(instance: BoundInstance) -> Iterator[tuple[BoundBlock, NDArray[np.bool_]]]:
+    """Every leaf that loses blocks if the first ones of each scope survive, with flat flags of its blocks."""
+    import numpy as np  # noqa: PLC0415
+
+    from sparseprune.execution.scope_order import by_leaf  # noqa: PLC0415
+
+    scope, nnz = instance.scope, instance.budget.nnz
+    members = () if isinstance(scope, BoundScope) else scope.members
+    if prod(scope.grid_shape) == 1 and scope.blocks_per_scope == len(members):
+        for member in members[nnz:]:  # single blocks; much faster for thousands of members
+            yield from ((leaf, np.zeros(1, dtype=np.bool_)) for leaf in member.leaves)
+        return
+    keep = np.zeros((prod(scope.grid_shape), scope.blocks_per_scope), dtype=np.bool_)
+    keep[:, :nnz] = True
+    for leaf, blocks in by_leaf(scope, keep).items():
+        if not blocks.all():
+            yield leaf, np.ascontiguousarray(blocks).reshape(-1)

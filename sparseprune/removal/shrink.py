@@ -1,53 +1,39 @@
-"""Shrinking: kept indices of every tensor become new shapes, names and config."""
+"""Shrinking: kept indices of every tensor become new shapes, names and config.
+
+Owns what must be refused whatever the model. Reads no data. Called by the command line and the preview.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
+from sparseprune.checkpoint import ResizedTensor
 from sparseprune.engine.grids import prod
-from sparseprune.errors import CheckpointError
-from sparseprune.execution.scope_order import by_leaf
 from sparseprune.removal.config import Change, check_shapes, configure
-from sparseprune.removal.dim_constraints import Dense, find_vanished, numbered, refuse
-from sparseprune.removal.slices import KeptIndices, kept_slices
-from sparseprune.spec import BoundScope
+from sparseprune.removal.dim_constraints import CutModel, refuse
+from sparseprune.removal.module_lists import numbered, removed_members
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterator, Mapping
 
-    from numpy.typing import NDArray
-
-    from sparseprune.checkpoint import StoredTensor
     from sparseprune.engine.grids import Shape
-    from sparseprune.removal.preview import Look, Sliced
-    from sparseprune.spec import BoundBlock, BoundInstance
-
-    Flags = NDArray[np.bool_]
-
-
-@dataclass(frozen=True, slots=True)
-class Left:
-    """A tensor that stays, under its new name; `kept` is None where all of it does."""
-
-    name: str
-    shape: Shape
-    kept: KeptIndices | None
+    from sparseprune.removal.slices import KeptIndices
 
 
 @dataclass(frozen=True, slots=True)
 class Removal:
-    """What is left of a checkpoint, by the names that tensors had; `config` None where it stays as it is.
+    """What is left of a checkpoint, by the old names of tensors; `kept` has the indices of cut ones.
 
-    `remarks` are lines of what may no longer be true in files that say something of the model.
+    `config` is None where it stays as it is. `remarks` are lines about statements in other files that may no
+    longer be true.
     """
 
-    left: Mapping[str, Left]
-    config: Mapping[str, Any] | None
-    changes: tuple[Change, ...]
+    left: Mapping[str, ResizedTensor]
+    kept: Mapping[str, KeptIndices] = field(default_factory=dict)
+    config: Mapping[str, Any] | None = None
+    changes: tuple[Change, ...] = ()
     remarks: tuple[str, ...] = ()
 
 
@@ -59,45 +45,40 @@ def make_removal(
     exact: bool = True,
     beside: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
 ) -> Removal:
-    """What is left of tensors of these shapes where masks keep what `kept` says; others are kept whole.
+    """What is left of tensors of these shapes where masks keep the indices in `kept`; others are kept whole.
 
-    `exact` False: only numbers count, and not which units they are. `beside` are other documents that say
-    something of the model, by the names of their files.
+    `exact` False: only the numbers of kept units are known, not which they are. `beside` are other documents
+    about the model, by the names of their files.
 
     Raises:
         CheckpointError: masks that are not made of whole slices, or a model that no class can express.
     """
-    dropped = {name: each for name, each in kept.items() if not each.is_whole}
-    empty = [name for name, each in dropped.items() if each.is_empty]
-    vanished = find_vanished((name for name, shape in shapes.items() if prod(shape)), frozenset(empty))
-    refuse([*_torn(dropped), *_orphans(vanished.orphans, shapes, frozenset(empty))])
-    if not dropped:
-        return Removal({name: Left(name, shape, None) for name, shape in shapes.items()}, None, ())
-    # What has no elements has no mask, and goes with what it belongs to.
-    gone = frozenset(empty) | {
-        name for name, shape in shapes.items() if not prod(shape) and vanished.takes(name)
-    }
-    configured = configure(config, Dense(shapes, dropped, vanished, gone, exact), beside)
-    everything = {**dropped, **configured.followers}
+    cut = {name: each for name, each in kept.items() if not each.is_whole}
+    empty = frozenset(name for name, each in cut.items() if each.is_empty)
+    removed = removed_members((name for name, shape in shapes.items() if prod(shape)), empty)
+    refuse([*_not_sliced(cut), *_orphans(removed.orphans, shapes, empty)])
+    if not cut:
+        return Removal({name: ResizedTensor(name, shape, whole=True) for name, shape in shapes.items()})
+    # Tensors without elements have no mask; they go with the layer or expert that they belong to.
+    gone = empty | {name for name, shape in shapes.items() if not prod(shape) and removed.has(name)}
+    configured = configure(config, CutModel(shapes, cut, removed, gone, exact), beside)
+    left_of = {name: each for name, each in {**cut, **configured.followers}.items() if name not in gone}
     left = {
-        name: Left(
-            vanished.renamed(name),
-            everything[name].shape if name in everything else shape,
-            everything.get(name),
+        name: ResizedTensor(
+            removed.renamed(name),
+            left_of[name].shape if name in left_of else shape,
+            whole=name not in left_of,
         )
         for name, shape in shapes.items()
         if name not in gone
     }
-    check_shapes(
-        configured.config,
-        [change.key for change in configured.changes],
-        {each.name: each.shape for each in left.values()},
-    )
-    return Removal(left, configured.config, configured.changes, configured.remarks)
+    changed = [change.key for change in configured.changes]
+    check_shapes(configured.config, changed, {each.name: each.shape for each in left.values()})
+    return Removal(left, left_of, configured.config, configured.changes, configured.remarks)
 
 
-def _torn(dropped: Mapping[str, KeptIndices]) -> Iterator[str]:
-    for name, each in dropped.items():
+def _not_sliced(cut: Mapping[str, KeptIndices]) -> Iterator[str]:
+    for name, each in cut.items():
         if not each.is_sliced:
             yield (
                 f"{name}: its mask is not made of whole slices along its dimensions, so that nothing can be "
@@ -106,7 +87,7 @@ def _torn(dropped: Mapping[str, KeptIndices]) -> Iterator[str]:
 
 
 def _orphans(names: tuple[str, ...], shapes: Mapping[str, Shape], empty: frozenset[str]) -> Iterator[str]:
-    """Tensors of which nothing is left, and for each what of the same layer or expert stays."""
+    """Tensors of which nothing is left, each with a tensor of the same layer or expert that stays."""
     staying: dict[tuple[str, int], str] = {}
     for name in shapes if names else ():
         if name not in empty:
@@ -120,90 +101,3 @@ def _orphans(names: tuple[str, ...], shapes: Mapping[str, Shape], empty: frozens
             f"{name}: nothing of its {list(shapes[name])} is kept, and it belongs to no layer or expert that "
             f"is dropped as a whole{since}: couple all tensors of one"
         )
-
-
-@dataclass(frozen=True, slots=True)
-class Imagined:
-    """The shapes of what is left, None for nothing; of the whole checkpoint, or the problems in the way."""
-
-    shapes: Mapping[str, Shape | None]
-    removal: Removal | None
-    problems: tuple[str, ...]
-
-
-def imagine(
-    tensors: Mapping[str, StoredTensor],
-    instances: Iterable[BoundInstance],
-    look: Look,
-    config: Mapping[str, Any] | None,
-    beside: Mapping[str, Mapping[str, Any]],
-) -> Imagined:
-    """What would be left; `look` has every leaf of the instances as slices; `beside` as in `make_removal`."""
-    shapes = {name: stored.shape for name, stored in tensors.items()}
-    leaves = (found for instance in instances for found in _first_ones(instance))
-    kept = kept_of(leaves, look, shapes)
-    became = {
-        name: None if each.is_empty and not each.is_whole else each.shape for name, each in kept.items()
-    }
-    try:
-        return Imagined(became, make_removal(shapes, kept, config, exact=False, beside=beside), ())
-    except CheckpointError as error:
-        return Imagined(became, None, error.args)
-
-
-def _first_ones(instance: BoundInstance) -> Iterator[tuple[BoundBlock, Flags]]:
-    """For every leaf that would lose any the blocks that survive, flat: the first ones of each scope."""
-    scope, nnz = instance.scope, instance.budget.nnz
-    if (
-        not isinstance(scope, BoundScope)
-        and prod(scope.grid_shape) == 1
-        and scope.blocks_per_scope == len(scope.members)
-    ):
-        for member in scope.members[nnz:]:  # each a single block
-            yield from ((leaf, np.zeros(1, dtype=np.bool_)) for leaf in member.leaves)
-        return
-    keep = np.zeros((prod(scope.grid_shape), scope.blocks_per_scope), dtype=np.bool_)
-    keep[:, :nnz] = True
-    for leaf, blocks in by_leaf(scope, keep).items():
-        if not blocks.all():
-            yield leaf, np.ascontiguousarray(blocks).reshape(-1)
-
-
-def kept_of(
-    leaves: Iterable[tuple[BoundBlock, Flags]], look: Look, shapes: Mapping[str, Shape]
-) -> dict[str, KeptIndices]:
-    """What tensors keep where these blocks of their leaves survive, flat; leaves without slices are left out.
-
-    Several leaves may share a tensor: an index is kept where all of them keep it.
-    """
-    kept: dict[str, KeptIndices] = {}
-    known: dict[tuple[Shape, Sliced, bytes], KeptIndices] = {}  # thousands of tensors lose the same
-    for leaf, blocks in leaves:
-        found, name = look(leaf), leaf.tensor
-        if found is None:
-            continue
-        key = (shapes[name], found, blocks.tobytes())
-        if key not in known:
-            known[key] = _of_leaf(shapes[name], found, blocks)
-        kept[name] = known[key] if name not in kept else _both(kept[name], known[key])
-    return {name: _nothing(each) if each.is_empty and each.cut else each for name, each in kept.items()}
-
-
-def _of_leaf(shape: Shape, found: Sliced, blocks: Flags) -> KeptIndices:
-    """What a tensor keeps of which these blocks survive; one without dimensions is kept or not."""
-    if not shape:
-        return KeptIndices((), int(blocks.all()))
-    along = [np.ones(size, dtype=np.bool_) for size in shape]
-    if along[found.dim].size:
-        along[found.dim] = found.kept(blocks)
-    return kept_slices(along)
-
-
-def _both(one: KeptIndices, other: KeptIndices) -> KeptIndices:
-    """What two rules leave of a tensor, each of which drops something."""
-    return kept_slices([first & second for first, second in zip(one.along, other.along, strict=True)])
-
-
-def _nothing(kept: KeptIndices) -> KeptIndices:
-    """No index survives along any dimension, as a mask without survivors says it."""
-    return KeptIndices(tuple(np.zeros(flags.size, dtype=np.bool_) for flags in kept.along), 0)

@@ -1,7 +1,7 @@
-"""Kept indices: which slices of a tensor survive along each dimension; read from masks by a pass.
+"""Kept indices: which slices of a tensor survive along each dimension, from flags of blocks or of elements.
 
-Owns the test whether a mask consists of whole slices. Knows neither specs nor why something is dropped.
-Called by the command line for masks, and by the rest of removal.
+Owns the test whether survivors are whole slices. Reads no data and knows neither specs nor config.json.
+Called by the rest of removal.
 """
 
 from __future__ import annotations
@@ -11,23 +11,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sparseprune.checkpoint import read_kept
 from sparseprune.engine.grids import Shape, prod
-from sparseprune.execution.limits import Crowd
-from sparseprune.execution.passes import Chunk, Pass
-from sparseprune.execution.runner import Job, read_through
-from sparseprune.execution.tensor_io import TensorIO
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from numpy.typing import NDArray
 
-    from sparseprune.checkpoint import Source, StoredMask
-    from sparseprune.execution.limits import Limits
+    from sparseprune.removal.preview import Look, Sliced
+    from sparseprune.spec import BoundBlock
 
     Flags = NDArray[np.bool_]
-    Seen = tuple[int, Flags, Flags, int]  # first element, rows and columns that are kept, kept elements
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -84,83 +78,41 @@ def summed_up(kept: Mapping[str, KeptIndices]) -> str:
     return "\n".join(parts)
 
 
-def read_slices(
-    masks: Sequence[StoredMask],
-    reader: Source,
-    limits: Limits,
-    workers: int,
-    progress: Callable[[int, str], None],
+def kept_of(
+    leaves: Iterable[tuple[BoundBlock, Flags]], look: Look, shapes: Mapping[str, Shape]
 ) -> dict[str, KeptIndices]:
-    """What masks keep, by the name of their weights; tensors without elements are left out.
+    """What tensors keep where these blocks of their leaves survive, flat; leaves without slices are left out.
 
-    Each mask is read once, about `limits.slab` elements at a time. `progress` gets the bytes of masks that
-    were read, and the name of the mask.
+    Several leaves may share a tensor: an index is kept where all of them keep it.
     """
-    masks = [mask for mask in masks if mask.numel]
-    jobs = (
-        Job(number, str(number), mask.name, ReadSlices(mask, limits.slab))
-        for number, mask in enumerate(masks)
-    )
-    found = read_through(jobs, TensorIO(reader), Crowd(workers, limits.memory), progress)
-    return {mask.name: found[place] for place, mask in enumerate(masks)}
+    kept: dict[str, KeptIndices] = {}
+    known: dict[tuple[Shape, Sliced, bytes], KeptIndices] = {}  # thousands of tensors lose the same
+    for leaf, blocks in leaves:
+        found, name = look(leaf), leaf.tensor
+        if found is None:
+            continue
+        key = (shapes[name], found, blocks.tobytes())
+        if key not in known:
+            known[key] = _of_leaf(shapes[name], found, blocks)
+        kept[name] = known[key] if name not in kept else _both(kept[name], known[key])
+    return {name: _nothing(each) if each.is_empty and each.cut else each for name, each in kept.items()}
 
 
-@dataclass(frozen=True, slots=True)
-class ReadSlices(Pass):
-    """Finds the rows and columns that a mask keeps; a row is what lies along the last dimension."""
+def _of_leaf(shape: Shape, found: Sliced, blocks: Flags) -> KeptIndices:
+    """What a tensor keeps of which these blocks survive; one without dimensions is kept or not."""
+    if not shape:
+        return KeptIndices((), int(blocks.all()))
+    along = [np.ones(size, dtype=np.bool_) for size in shape]
+    if along[found.dim].size:
+        along[found.dim] = found.kept(blocks)
+    return kept_slices(along)
 
-    mask: StoredMask
-    slab: int
 
-    def chunks(self, io: TensorIO) -> Iterator[Chunk]:  # noqa: ARG002
-        """Whole rows, about a slab of them, or parts of one that exceeds a slab: first element and size."""
-        width, numel = self._width, self.mask.numel
-        begin = 0
-        while begin < numel:
-            whole = self.slab // width * width
-            size = min(whole, numel - begin) if whole else min(self.slab, width - begin % width)
-            nbytes = self._bytes_to(begin + size) - self._bytes_to(begin)
-            yield Chunk((begin, size), nbytes, memory=4 * size)
-            begin += size
+def _both(one: KeptIndices, other: KeptIndices) -> KeptIndices:
+    """What two rules leave of a tensor, each of which drops something."""
+    return kept_slices([first & second for first, second in zip(one.along, other.along, strict=True)])
 
-    def work(self, chunk: Chunk, io: TensorIO) -> Seen:
-        begin, size = chunk.about
-        kept = read_kept(io.reader, self.mask, begin, size).view(np.bool_)
-        grid = kept.reshape(-1, min(size, self._width))
-        return (
-            begin,
-            np.logical_or.reduce(grid, axis=1),
-            np.logical_or.reduce(grid, axis=0),
-            int(np.count_nonzero(kept)),
-        )
 
-    def total(self) -> Seen:
-        """Nothing seen yet: flags of all rows and columns, and the number of kept elements."""
-        rows, columns = self.mask.numel // self._width, self._width
-        return 0, np.zeros(rows, dtype=np.bool_), np.zeros(columns, dtype=np.bool_), 0
-
-    def add(self, total: Seen, partial: Seen) -> Seen:
-        (_, all_rows, all_columns, elements), (begin, rows, columns, more) = total, partial
-        row, column = divmod(begin, self._width)
-        all_rows[row : row + rows.size] |= rows
-        all_columns[column : column + columns.size] |= columns
-        return 0, all_rows, all_columns, elements + more
-
-    def merge(self, partials: list[Seen], io: TensorIO) -> KeptIndices:  # noqa: ARG002
-        ((_, rows, columns, elements),) = partials
-        if not self.mask.shape:
-            return KeptIndices((), elements)
-        grid = rows.reshape(self.mask.shape[:-1])
-        dims = range(grid.ndim)
-        others = (
-            np.logical_or.reduce(grid, axis=tuple(other for other in dims if other != dim)) for dim in dims
-        )
-        return KeptIndices((*others, columns), elements)
-
-    @property
-    def _width(self) -> int:
-        return (self.mask.shape or (1,))[-1]
-
-    def _bytes_to(self, element: int) -> int:
-        """The share of the stored bytes that lies before an element."""
-        return element * self.mask.stored.nbytes // self.mask.numel
+def _nothing(kept: KeptIndices) -> KeptIndices:
+    """No index survives along any dimension, as a mask without survivors says it."""
+    return KeptIndices(tuple(np.zeros(flags.size, dtype=np.bool_) for flags in kept.along), 0)

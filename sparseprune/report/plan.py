@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from sparseprune.checkpoint import OutputLayout, StoredTensor
     from sparseprune.engine.grids import Shape
-    from sparseprune.removal.preview import Presumed
+    from sparseprune.removal.preview import Preview
     from sparseprune.report.coverage import Coverage
     from sparseprune.spec import BoundInstance, BoundRule, BoundScopeCoupling, BoundSpec, Reconstruct
 
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 _SHAPES = 4  # that a card has room for
 
 
-def rule_removal(rule: BoundRule, tensors: Mapping[str, StoredTensor], planned: Presumed) -> RuleRemoval:
+def rule_removal(rule: BoundRule, tensors: Mapping[str, StoredTensor], planned: Preview) -> RuleRemoval:
     """Of one rule: whether its blocks can be cut out, or why not, and what its tensors become."""
     reason = planned.reasons.get(rule.name)
     becomes = None
@@ -51,7 +51,7 @@ def rule_removal(rule: BoundRule, tensors: Mapping[str, StoredTensor], planned: 
     return RuleRemoval(removable=reason is None, reason=reason, becomes=becomes)
 
 
-def planned_removal(planned: Presumed) -> PlannedRemoval:
+def planned_removal(planned: Preview) -> PlannedRemoval:
     """Of the whole checkpoint; None if only the data decides, or nothing can be removed."""
     removal = planned.removal
     return PlannedRemoval(
@@ -119,7 +119,7 @@ class Asked:
 
 
 def make_plan_result(
-    asked: Asked, bound: BoundSpec, layout: OutputLayout, removal: Presumed, peak_bytes: int | None = None
+    asked: Asked, bound: BoundSpec, layout: OutputLayout, removal: Preview, peak_bytes: int | None = None
 ) -> Plan:
     """The result of `plan`.
 

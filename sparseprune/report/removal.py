@@ -16,10 +16,9 @@ from sparseprune.results.pruning import ChangedTensor, Removal, RemovalTotals
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from sparseprune.checkpoint import Checkpoint, OtherFile
+    from sparseprune.checkpoint import Checkpoint, OtherFile, ResizedTensor
     from sparseprune.execution import TensorOutcome
     from sparseprune.removal.config import Change
-    from sparseprune.removal.shrink import Left
     from sparseprune.removal.shrink import Removal as Shrunk
     from sparseprune.report.coverage import Coverage
     from sparseprune.spec import BoundSpec
@@ -86,7 +85,7 @@ def config_changes(changes: Sequence[Change]) -> tuple[ConfigChange, ...]:
     return tuple(ConfigChange(key=one.key, before=one.before, after=one.after) for one in changes)
 
 
-def _changed_tensors(checkpoint: Checkpoint, left: Mapping[str, Left]) -> Iterator[ChangedTensor]:
+def _changed_tensors(checkpoint: Checkpoint, left: Mapping[str, ResizedTensor]) -> Iterator[ChangedTensor]:
     """The tensors that were removed, or have another shape or name."""
     for name, stored in checkpoint.tensors.items():
         now = left.get(name)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from sparseprune.checkpoint import (
     Checkpoint,
     OutputLayout,
-    Resized,
+    ResizedTensor,
     StagedOutput,
     TensorReader,
     lay_out,
@@ -66,7 +66,7 @@ def removal(checkpoint: Checkpoint, cuts: Cuts, config: Mapping[str, Any] | None
     for name, stored in checkpoint.tensors.items():
         now, shape = cuts.get(name, (name, stored.shape)) or (None, ())
         if now is not None:
-            tensors[name] = Resized(now, shape, whole=shape == stored.shape)
+            tensors[name] = ResizedTensor(now, shape, whole=shape == stored.shape)
     return lay_out_removal(checkpoint, None, tensors, config)
 
 

@@ -19,7 +19,7 @@ from sparseprune import load_masks
 from sparseprune.checkpoint import TensorReader, open_masks
 from sparseprune.checkpoint.staging_dir import StagingDir
 from sparseprune.execution import limits, schedule
-from sparseprune.removal.slices import read_slices
+from sparseprune.removal.decide import read_slices
 from tests.checkpoint.files import content, names_in
 from tests.cli.removal import (
     CASES,

@@ -443,7 +443,7 @@ SOFT = (
         ("sparseprune.execution.tensor_io.TensorIO.load", None),
         ("sparseprune.execution.tensor_io.TensorIO.load_run", None),
         ("sparseprune.removal.decide.kept_of", None),
-        ("sparseprune.removal.slices.read_kept", SOFT),
+        ("sparseprune.removal.decide.read_kept", SOFT),
         ("sparseprune.removal.cut.CutTensor.work", None),
         ("sparseprune.removal.shrink.configure", None),
         ("sparseprune.checkpoint.StagedOutput.write_weight", None),

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparseprune.removal.dim_constraints import Vanished, find_vanished, numbered
+from sparseprune.removal.module_lists import RemovedMembers, numbered, removed_members
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -60,13 +60,13 @@ def test_the_outermost_members_that_are_empty_vanish_and_the_others_move_up(
     chosen = [name for name in every if name.startswith(prefix)] or every
     empty = set(chosen if data.draw(st.booleans()) else data.draw(st.sets(st.sampled_from(every or [""]))))
     empty &= set(every)
-    found = find_vanished(every, frozenset(empty))
+    found = removed_members(every, frozenset(empty))
     gone, orphans = vanished_members(every, empty)
     assert {(before, number) for before, numbers in found.numbers.items() for number in numbers} == gone
     assert all(list(numbers) == sorted(set(numbers)) for numbers in found.numbers.values())
     assert sorted(found.orphans) == sorted(orphans)
     stays = [name for name in every if not any(member in gone for member in members_of(name))]
-    assert [name for name in every if not found.takes(name)] == stays
+    assert [name for name in every if not found.has(name)] == stays
     after = [found.renamed(name) for name in stays]
     assert after == [name_after(name, gone) for name in stays]
     assert len(set(after)) == len(after)
@@ -129,28 +129,28 @@ CASES: dict[str, tuple[tuple[str, ...], dict[str, tuple[int, ...]], set[str], di
 @pytest.mark.parametrize("case", CASES)
 def test_members_of_lists_in_lists_vanish(case: str) -> None:
     beginnings, numbers, orphans, after = CASES[case]
-    found = find_vanished(LAYERS, frozenset(name for name in LAYERS if name.startswith(beginnings)))
+    found = removed_members(LAYERS, frozenset(name for name in LAYERS if name.startswith(beginnings)))
     assert (found.numbers, set(found.orphans)) == (numbers, orphans)
     assert {name: found.renamed(name) for name in after} == after
-    assert not any(found.takes(name) for name in after)
+    assert not any(found.has(name) for name in after)
 
 
 def test_gaps_between_numbers_stay() -> None:
     every = tuple(f"layers.{number}.w" for number in (2, 5, 9, 10))
-    found = find_vanished(every, frozenset({"layers.5.w"}))
-    stays = [found.renamed(name) for name in every if not found.takes(name)]
+    found = removed_members(every, frozenset({"layers.5.w"}))
+    stays = [found.renamed(name) for name in every if not found.has(name)]
     assert stays == ["layers.2.w", "layers.8.w", "layers.9.w"]
 
 
 def test_lists_of_one_name_in_other_places_are_others() -> None:
-    found = Vanished({"a.layers": (0,)})
+    found = RemovedMembers({"a.layers": (0,)})
     assert found.renamed("a.layers.1.w") == "a.layers.0.w"
     assert found.renamed("b.layers.1.w") == "b.layers.1.w"
-    assert found.takes("a.layers.0.w")
+    assert found.has("a.layers.0.w")
     for name in ("a.layers.1.w", "b.layers.0.w", "a.layers.0"):
-        assert not found.takes(name)
+        assert not found.has(name)
 
 
 def test_a_number_of_more_digits_than_python_reads_is_none() -> None:
     name = f"layers.{'9' * 5000}.w"
-    assert find_vanished([name, "w"], frozenset([name])).orphans == (name,)
+    assert removed_members([name, "w"], frozenset([name])).orphans == (name,)

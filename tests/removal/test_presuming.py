@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from sparseprune.checkpoint import open_checkpoint, read_config
 from sparseprune.execution import make_plan
-from sparseprune.removal.preview import Presumed, presume
+from sparseprune.removal.preview import Preview, preview
 from sparseprune.spec import parse_spec
 
 if TYPE_CHECKING:
@@ -74,13 +74,13 @@ def shapes(dense: int) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def presumed(folder: Path, spec: str, tensors: Mapping[str, tuple[int, ...]]) -> Presumed:
+def presumed(folder: Path, spec: str, tensors: Mapping[str, tuple[int, ...]]) -> Preview:
     config: dict[str, Any] = CONFIG
     (folder / "config.json").write_text(json.dumps(config))
     save_file({name: torch.ones(shape) for name, shape in tensors.items()}, folder / "model.safetensors")
     checkpoint = open_checkpoint(folder)
     plan = make_plan(checkpoint, parse_spec(f"version = 1\n{spec}", "spec.toml", folder, {}))
-    return presume(plan, read_config(checkpoint))
+    return preview(plan, read_config(checkpoint))
 
 
 def test_experts_of_one_layer_are_alike(tmp_path: Path) -> None:
