@@ -1,8 +1,8 @@
 """The journal of an unfinished output: what it depends on, and which pieces of work are on disk.
 
-Lines of JSON, each behind a check sum of all lines up to it: the first holds the format and the identity,
-every other one [key, record]. Owns the form and what a torn or a damaged journal means. Knows neither keys
-nor records. Called by output.py, which calls `append` only with what is on disk.
+Lines of JSON, each after a check sum of all lines up to it: the first has the format and the identity, every
+other one [key, record]. Owns this form and how a damaged journal is read. Knows neither keys nor records.
+Called by output.py, which appends notes after their bytes are on disk.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import stat
 import zlib
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, BinaryIO, Self, TypeGuard
 
@@ -32,10 +33,9 @@ _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
 class Notes(Mapping[str, Any]):
-    """The records of a journal by key, each parsed from its line whenever it is asked for.
+    """The records of a journal by key, parsed from their lines on demand: a line is a third of the memory.
 
-    A line takes a third of the memory of the values in it. `forget` frees the line of a record that nobody
-    will ask for again; its key is no longer there then.
+    `forget` removes a record that is not needed again.
     """
 
     def __init__(self, lines: dict[str, bytes] | None = None) -> None:
@@ -59,10 +59,7 @@ class Notes(Mapping[str, Any]):
 
 @dataclass(frozen=True, slots=True)
 class JournalContent:
-    """What a journal says: the work's identity, the records by key, and where its last good line ends.
-
-    `check_sum` is that of all lines up to there.
-    """
+    """The identity of the work, its records by key, and the end and the check sum of the last good line."""
 
     identity: Mapping[str, str]
     finished: Notes
@@ -71,9 +68,9 @@ class JournalContent:
 
 
 class Journal:
-    """A journal that is written: what `append` returned from is on disk; `notes` counts its pieces.
+    """A journal that is written: notes are on disk once `append` returns; `notes` counts them.
 
-    Not to be used from two threads at one time, and no longer after an error.
+    Not for two threads at one time, and not for use after an error.
     """
 
     def __init__(self, path: Path, descriptor: int) -> None:
@@ -96,7 +93,7 @@ class Journal:
 
     @classmethod
     def resume(cls, path: Path, content: JournalContent) -> Self:
-        """The journal that has this content, cut off after its last good line."""
+        """The journal with this content, cut off after its last good line."""
         journal = cls(path, os.open(path, _APPEND))
         try:
             os.ftruncate(journal._descriptor, content.end)
@@ -137,10 +134,7 @@ def note_text(key: str, record: object) -> bytes:
 
 
 def read_journal(path: Path) -> JournalContent | None:
-    """What a journal says up to its last good line; None without a head of this version.
-
-    Nothing counts from the first line on that is torn, damaged or of another form.
-    """
+    """The content of a journal up to its first bad line; None without a head of this version."""
     try:
         descriptor = os.open(path, _READ)
     except OSError as error:
@@ -165,18 +159,14 @@ def read_journal(path: Path) -> JournalContent | None:
 
 
 def _next(file: BinaryIO, check_sum: int) -> tuple[Any, bytes, int]:
-    """The next line's value, None where it is not good; its text, and the check sum with it."""
+    """The next line's value, None for a bad line; its text, and the check sum with it."""
     line = file.readline(_LONGEST)
-    digits, blank, text = line[:_DIGITS], line[_DIGITS : _DIGITS + 1], line[_DIGITS + 1 : -1]
-    if blank != b" " or line[-1:] != b"\n":
-        return None, b"", 0
+    text = line[_DIGITS + 1 : -1]
     check_sum = zlib.crc32(text, check_sum)
-    if digits != b"%0*x" % (_DIGITS, check_sum):
-        return None, b"", 0
-    try:
-        return json.loads(text), text, check_sum
-    except (ValueError, RecursionError):
-        return None, b"", 0
+    if line == b"%0*x %s\n" % (_DIGITS, check_sum, text):
+        with suppress(ValueError, RecursionError):
+            return json.loads(text), text, check_sum
+    return None, b"", 0
 
 
 def _json(value: object) -> bytes:

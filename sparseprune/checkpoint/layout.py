@@ -1,8 +1,7 @@
-"""What an output will be, known before any tensor is read: its files, their headers, who goes where.
+"""The layout of an output, known before any tensor is read: its files, headers, and every byte's place.
 
-Owns the names of outputs and the forms of masks. Pure: no I/O, nothing is checked on disk. Made by
-execution from a checkpoint, carried out by output.py; the copies are independent items that may run in
-any order beside the writing of weights and masks.
+Owns the names of outputs and the forms of masks. Does no I/O. Made by execution from a checkpoint, carried
+out by output.py; copies are independent of each other and of the writing of weights and masks.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path, PurePosixPath
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal
 
 from sparseprune.checkpoint.discovery import INDEX_SUFFIX, RESULTS, SUFFIX
@@ -32,9 +30,9 @@ SHAPES_KEY = "sparseprune.shapes"
 
 @dataclass(frozen=True, slots=True)
 class OutputFile:
-    """A file of the output: its path in the staging folder, its first bytes and its final size.
+    """A file of the output: its path in the staging folder, its first bytes, its final size.
 
-    `mode` are its permissions, of which the umask takes some.
+    `mode` are its permissions, before the umask takes some.
     """
 
     path: PurePosixPath
@@ -45,9 +43,9 @@ class OutputFile:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where the bytes of one tensor go: `nbytes` from `offset` on, counted from the file's beginning.
+    """Where the bytes of one tensor go: `nbytes` from byte `offset` of a file on.
 
-    `numel` is the number of elements, of the weight for a mask.
+    `numel` counts elements: of the weight, also for its mask.
     """
 
     file: PurePosixPath
@@ -58,7 +56,7 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class CopyRange:
-    """Bytes that the output takes over as they are: `length` of them, from `source` into `file`."""
+    """`length` bytes that the output copies from `source` into `file`."""
 
     source: Path
     file: PurePosixPath
@@ -72,24 +70,23 @@ class OutputLayout:
     """Every file of an output and every byte's place; `weights` and `masks` and `copies` do not overlap.
 
     Paths of files are relative to the staging folder, and to `root` once the output has its name.
-    `stale` names what an earlier output under the same target may have left and this one does not write.
-    `is_scratch`: it never gets the name, which is for another output that is made of it. `results_mode` are
-    the permissions of the report and the spec, `folders` those of the folders that the input has, at least of
-    its own, as in `OutputFile`.
+    `stale` names files that an earlier output under the same target may have left and this one does not
+    write. An output that `is_scratch` never gets the name: another one is made from it. `results_mode` are
+    the permissions of the report and the spec, `folders` those of folders by path, "." always among them.
     """
 
     checkpoint: Checkpoint = field(repr=False)
     target: Path
     is_directory: bool
     files: tuple[OutputFile, ...] = field(repr=False)
-    copies: tuple[CopyRange, ...] = field(repr=False)
-    weights: Mapping[str, Place] = field(repr=False)
-    masks: Mapping[str, Place] = field(repr=False)
-    mask_files: tuple[PurePosixPath, ...]
-    mask_format: MaskFormat | None
-    writes_weights: bool
     report_file: PurePosixPath
     spec_file: PurePosixPath | None
+    copies: tuple[CopyRange, ...] = field(default=(), repr=False)
+    weights: Mapping[str, Place] = field(default_factory=dict, repr=False)
+    masks: Mapping[str, Place] = field(default_factory=dict, repr=False)
+    mask_files: tuple[PurePosixPath, ...] = ()
+    mask_format: MaskFormat | None = None
+    writes_weights: bool = True
     stale: tuple[PurePosixPath, ...] = ()
     is_scratch: bool = False
     results_mode: int = 0o600
@@ -102,7 +99,7 @@ class OutputLayout:
 
     @property
     def left_out(self) -> tuple[OtherFile, ...]:
-        """Files of the input that the output would have, but that they hold the dense weights once more."""
+        """Files that the output leaves out, since they hold the dense weights in another form."""
         return self.checkpoint.left_out if self.writes_weights else ()
 
     @property
@@ -125,34 +122,26 @@ def lay_out_apply(
 ) -> OutputLayout:
     """The output of pruning `masked`: the same checkpoint, with masks (unless None) and a report.
 
-    `target` None stands for the default name beside the input. KeyError for a name that is not stored. Masks
-    and report are for nobody who may not read all shards, and all that is `read` beside them.
+    `target` None is the default name beside the input. KeyError for a name that is not stored. Only who may
+    read all shards, and all shards `read` beside them, may read masks and report.
     """
     final = output_target(checkpoint, target, "pruned")
     names = _Names.of_directory(f"{RESULTS}/") if checkpoint.is_directory else _Names.of_file(final)
     chosen = {name: checkpoint.tensors[name] for name in masked}
-    moved = (
-        shard.relative if checkpoint.is_directory else PurePosixPath(final.name)
-        for shard in checkpoint.shards
-    )
-    places = dict(zip((shard.path for shard in checkpoint.shards), moved, strict=True))
-    files = [
-        OutputFile(places[shard.path], shard.size, header.raw, shard.mode)
-        for shard, header in checkpoint.headers.items()
-    ]
-    files += [OutputFile(other.path, other.nbytes, mode=other.mode) for other in checkpoint.others]
-    copies = [
-        part
-        for shard, header in checkpoint.headers.items()
-        for part in _untouched(shard, header, places[shard.path], chosen.keys())
-    ]
-    copies += [
-        CopyRange(checkpoint.path / other.path, other.path, 0, 0, other.nbytes) for other in checkpoint.others
-    ]
-    weights = _Places(
-        chosen,
-        lambda stored: Place(places[stored.shard.path], stored.offset, stored.nbytes, stored.numel),
-    )
+    files: list[OutputFile] = []
+    copies: list[CopyRange] = []
+    for shard, header in checkpoint.headers.items():
+        path = shard.relative if checkpoint.is_directory else PurePosixPath(final.name)
+        files.append(OutputFile(path, shard.size, header.raw, shard.mode))
+        copies += _untouched(shard, header, path, chosen.keys())
+    for other in checkpoint.others:
+        files.append(OutputFile(other.path, other.nbytes, mode=other.mode))
+        copies.append(CopyRange(checkpoint.path / other.path, other.path, 0, 0, other.nbytes))
+
+    def place(stored: StoredTensor) -> Place:
+        path = stored.shard.relative if checkpoint.is_directory else PurePosixPath(final.name)
+        return Place(path, stored.offset, stored.nbytes, stored.numel)
+
     mode = results_mode(checkpoint, read)
     plan = _plan_masks(checkpoint, chosen, mask_format, names, mode)
     return OutputLayout(
@@ -160,14 +149,13 @@ def lay_out_apply(
         target=final,
         is_directory=checkpoint.is_directory,
         files=(*files, *plan.files),
+        report_file=names.report,
+        spec_file=names.spec,
         copies=tuple(copies),
-        weights=weights,
+        weights=_Places(chosen, place),
         masks=plan.places,
         mask_files=plan.paths,
         mask_format=mask_format,
-        writes_weights=True,
-        report_file=names.report,
-        spec_file=names.spec,
         stale=() if checkpoint.is_directory or mask_format is not None else (names.masks,),
         results_mode=mode,
         folders=folder_modes(checkpoint),
@@ -194,21 +182,19 @@ def lay_out_masks(
         target=final,
         is_directory=checkpoint.is_directory,
         files=plan.files,
-        copies=(),
-        weights=MappingProxyType({}),
+        report_file=names.report,
+        spec_file=names.spec,
         masks=plan.places,
         mask_files=plan.paths,
         mask_format=mask_format,
         writes_weights=False,
-        report_file=names.report,
-        spec_file=names.spec,
         results_mode=mode,
         folders=folder_modes(checkpoint),
     )
 
 
 def results_mode(checkpoint: Checkpoint, read: Iterable[Shard] = ()) -> int:
-    """The permissions of what is made of all shards and of what is `read` beside them: those of all."""
+    """The permissions that all shards, and those `read` beside them, have: of files made from them."""
     mode = 0o666
     for shard in (*checkpoint.shards, *read):
         mode &= shard.mode
@@ -216,7 +202,7 @@ def results_mode(checkpoint: Checkpoint, read: Iterable[Shard] = ()) -> int:
 
 
 def folder_modes(checkpoint: Checkpoint) -> Mapping[PurePosixPath, int]:
-    """The permissions of the folders of an output; those who may read a file may look into its folder."""
+    """Permissions of the folders of an output: who may read a file may enter its folder."""
     if checkpoint.is_directory:
         return checkpoint.folders
     mode = results_mode(checkpoint)
@@ -243,7 +229,7 @@ class _Names:
 
 
 class _Places(Mapping[str, Place]):
-    """Where the bytes of some tensors go; each place is made when it is asked for."""
+    """Where the bytes of some tensors go; makes each place on demand."""
 
     def __init__(self, tensors: Mapping[str, StoredTensor], place: Callable[[StoredTensor], Place]) -> None:
         self._tensors = tensors
@@ -270,7 +256,7 @@ class _MaskPlan:
 
 
 def output_target(checkpoint: Checkpoint, target: Path | None, word: str) -> Path:
-    """Where the output goes, absolute; its links are not resolved, so that it lies where it was asked for."""
+    """The absolute path of the output; links are not resolved, so that it lies where the user wants it."""
     if target is None:
         source = _absolute(checkpoint.path)
         if checkpoint.is_directory:
@@ -286,7 +272,7 @@ def output_target(checkpoint: Checkpoint, target: Path | None, word: str) -> Pat
 
 
 def _absolute(path: Path) -> Path:
-    """Absolute and with a name of its own: `..` is resolved at the end and left to the system elsewhere."""
+    """An absolute path that ends in a name: only a `..` at the end is resolved."""
     absolute = path.absolute()
     return absolute.resolve() if absolute.name == ".." else absolute
 
@@ -315,7 +301,7 @@ def _plan_masks(
 ) -> _MaskPlan:
     """Mask files like the weight files: one for an unsharded checkpoint, else one a shard, with an index."""
     if mask_format is None:
-        return _MaskPlan((), MappingProxyType({}))
+        return _MaskPlan((), {})
     groups = [
         [masked[entry.name] for entry in header.entries if entry.name in masked]
         for header in checkpoint.headers.values()
@@ -343,14 +329,14 @@ def _plan_masks(
 
     if is_sharded:
         in_files = _Places({name: masked[name] for name in offsets}, place)
-        files.append(_mask_index(names.masks.with_name(stem + INDEX_SUFFIX), in_files))
+        files.append(index_file(names.masks.with_name(stem + INDEX_SUFFIX), in_files))
     return _MaskPlan(tuple([replace(file, mode=mode) for file in files]), _Places(masked, place))
 
 
 def _mask_file(
     group: Sequence[StoredTensor], mask_format: MaskFormat, path: PurePosixPath, offsets: dict[str, int]
 ) -> OutputFile:
-    """The file of the masks of some tensors; adds to `offsets` where each mask begins."""
+    """The mask file of some tensors; adds the offset of each mask to `offsets`."""
     header = mask_header({stored.name: stored.shape for stored in group}, mask_format)
     if header.data_begin - 8 > MAX_HEADER:
         raise CheckpointError(
@@ -383,10 +369,11 @@ def packed_bytes(shape: Sequence[int]) -> int:
     return -(-prod(shape) // 8)
 
 
-def _mask_index(path: PurePosixPath, places: Mapping[str, Place]) -> OutputFile:
+def index_file(path: PurePosixPath, places: Mapping[str, Place], mode: int = 0o600) -> OutputFile:
+    """The index of sharded files: which tensor is in which file."""
     document = {
         "metadata": {"total_size": sum(place.nbytes for place in places.values())},
         "weight_map": {name: place.file.name for name, place in places.items()},
     }
     text = (json.dumps(document, ensure_ascii=False, indent=2) + "\n").encode()
-    return OutputFile(path, len(text), text)
+    return OutputFile(path, len(text), text, mode)

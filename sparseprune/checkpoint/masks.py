@@ -1,13 +1,15 @@
-"""Mask files: names and shapes of weights, True where a weight is kept, packed or one byte an element.
+"""Mask files: tensors of the names and shapes of weights, True where one is kept; packed bits or bytes.
 
-Owns both forms, how masks are found beside an output, and which run left them. Imports numpy when masks
-are read, torch in `load_masks` alone. Called by execution and by users.
+Owns both forms, how masks are found beside an output, and the report of the run that wrote them. Imports
+numpy when masks are read, torch in `load_masks` alone. Called by execution and by users.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import accumulate
 from math import prod
+from operator import mul
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeGuard
@@ -39,7 +41,7 @@ _WANTED = "give a mask file, its folder or index, or the output of sparseprune t
 
 @dataclass(frozen=True, slots=True)
 class StoredMask:
-    """A mask of a weight of this shape, and the tensor that holds it: one bool or one bit for an element."""
+    """A mask of a weight of this shape, and the stored tensor: one bool or one bit for an element."""
 
     stored: StoredTensor
     shape: tuple[int, ...]
@@ -56,10 +58,10 @@ class StoredMask:
 
 @dataclass(frozen=True)
 class MaskSet:
-    """The masks of some files, of which all headers were read and no data; each stands in one file.
+    """The masks of some files, of which all headers were read and no data; each is in one file.
 
-    `missing` are names that an index lists in a file, by name, which does not hold them. `beside` is where
-    the report of the run that made them would lie.
+    `missing` has names that an index lists and the file that should hold them. `beside` are possible paths of
+    the report of the run that wrote them.
     """
 
     path: Path
@@ -80,8 +82,8 @@ class _Files:
 def open_masks(path: Path) -> MaskSet:
     """The masks under a path; reads headers alone.
 
-    `path` is a mask file (bool or packed), an index of mask files, a folder that holds either, or some mask
-    files and no index, a pruned directory, or a pruned file that has its masks beside it.
+    `path` is a mask file (bool or packed), an index of mask files, a folder with either or with mask files
+    and no index, a pruned directory, or a pruned file with its masks beside it.
 
     Raises:
         CheckpointError: there are no masks, or they contradict themselves.
@@ -99,21 +101,16 @@ def open_masks(path: Path) -> MaskSet:
                     "file only"
                 )
             masks[entry.name] = StoredMask(StoredTensor(entry, shard), shapes[entry.name], packed)
-    return MaskSet(
-        path=path,
-        shards=tuple(files.headers),
-        masks=MappingProxyType(masks),
-        missing=MappingProxyType(
-            {name: place for name, place in files.weight_map.items() if name not in masks}
-        ),
-        beside=_reports_beside([shard.path for shard in files.headers]),
-    )
+    missing = {name: place for name, place in files.weight_map.items() if name not in masks}
+    shards = tuple(files.headers)
+    beside = _reports_beside([shard.path for shard in shards])
+    return MaskSet(path, shards, MappingProxyType(masks), MappingProxyType(missing), beside)
 
 
 def read_kept(reader: Source, mask: StoredMask, first: int, count: int) -> NDArray[np.uint8]:
     """One byte for each of the elements [first, first + count), row-major: 1 where it is kept, else 0.
 
-    ValueError where they reach outside of the mask.
+    ValueError outside of the mask.
     """
     import numpy as np  # noqa: PLC0415  (headers are read without numpy)
 
@@ -124,7 +121,7 @@ def read_kept(reader: Source, mask: StoredMask, first: int, count: int) -> NDArr
     kept = np.empty(count, dtype=np.uint8)
     if not mask.packed:
         reader.read_into(mask.stored, first, kept)
-        # Compared, not reinterpreted: a byte that is neither 0 nor 1 is no bool.
+        # Any byte but 0 means kept; read as a bool, a byte other than 0 and 1 would be invalid.
         np.not_equal(kept, 0, out=kept.view(np.bool_))
         return kept
     begin, end = first // 8, -(-(first + count) // 8)
@@ -167,7 +164,7 @@ def _find(path: Path) -> _Files:
 
 
 def _others(path: Path) -> _Files:
-    """What a folder holds under names of someone's own: the files of its index, or all that hold masks."""
+    """Masks of a folder under other names than ours: the files of its index, or all that hold masks."""
     try:
         names = sorted(entry.name for entry in path.iterdir() if entry.is_file())
     except OSError as error:
@@ -206,7 +203,7 @@ def _opened(path: Path) -> tuple[Shard, Header]:
 
 
 def _reports_beside(files: Sequence[Path]) -> tuple[Path, ...]:
-    """Where a run that wrote these masks put its report: under the name of the one file, or in its folder."""
+    """Where a run that wrote these masks puts its report: beside the one file, or in the folder."""
     reports: list[Path] = []
     if len(files) == 1:
         stem = files[0].name.removesuffix(SUFFIX)
@@ -216,14 +213,13 @@ def _reports_beside(files: Sequence[Path]) -> tuple[Path, ...]:
 
 
 def _holds_masks(header: Header) -> bool:
-    """Written by sparseprune, or bool tensors throughout, which mean the same."""
-    if FORMAT_KEY in header.metadata:
-        return True
-    return bool(header.entries) and all(entry.dtype == "BOOL" for entry in header.entries)
+    """Whether sparseprune wrote a file, or all its tensors are bools, which mean the same."""
+    entries = header.entries
+    return FORMAT_KEY in header.metadata or (bool(entries) and all(one.dtype == "BOOL" for one in entries))
 
 
 def _mask_shapes(path: Path, header: Header) -> dict[str, tuple[int, ...]]:
-    """The shape of every mask in a file; CheckpointError where the file is not what it says it is."""
+    """The shape of every mask in a file; CheckpointError where header and metadata disagree."""
     if not _holds_masks(header):
         raise CheckpointError(f"{path}: is no mask file; {_WANTED}")
     form = header.metadata.get(FORMAT_KEY, "bool")
@@ -261,28 +257,19 @@ def _packed_shapes(path: Path, header: Header) -> dict[str, tuple[int, ...]]:
 
 
 def _is_shape(shape: object) -> TypeGuard[list[int]]:
-    """Whether it is a list of integers from 0 on, of which no product on the way is out of range."""
+    """Whether it is a list of integers from 0 on, of which no product from the left is out of range."""
     if not isinstance(shape, list):
         return False
-    numel = 1
-    for size in shape:
-        if type(size) is not int or not 0 <= size <= _LARGEST:
-            return False
-        numel *= size
-        if numel > _LARGEST:
-            return False
-    return True
-
-
-_SCHEMA = "sparseprune."
-_SPEC = "spec.toml"
+    if any(type(size) is not int or not 0 <= size <= _LARGEST for size in shape):
+        return False
+    return all(numel <= _LARGEST for numel in accumulate(shape, mul))
 
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """The run that wrote masks: its report, the tensors that this lists, variables that were set, the spec.
+    """The run that wrote masks: its report, the tensors listed there, its variables, its spec.
 
-    `spec` is the text of its spec.toml, None where it left none.
+    `spec` is the text of its spec.toml, None where there is none.
     """
 
     report: Path
@@ -292,9 +279,9 @@ class Provenance:
 
 
 def provenance_of(masks: MaskSet) -> Provenance | None:
-    """What lies beside masks; None where no run of sparseprune left a report there.
+    """The run that wrote masks; None where there is no report of sparseprune beside them.
 
-    CheckpointError for a report that is no JSON, MachineError for what cannot be read.
+    CheckpointError for a report that is no JSON, MachineError for a file that cannot be read.
     """
     path = next((report for report in masks.beside if report.is_file()), None)
     report = None if path is None else read_object(path)
@@ -302,20 +289,14 @@ def provenance_of(masks: MaskSet) -> Provenance | None:
     if path is None or report is None or names is None:
         return None
     were_set = report.get("set")
-    return Provenance(
-        report=path,
-        tensors=names,
-        overrides=MappingProxyType(
-            {name: str(value) for name, value in (were_set if isinstance(were_set, dict) else {}).items()}
-        ),
-        spec=_spec_beside(path),
-    )
+    overrides = {name: str(value) for name, value in were_set.items()} if isinstance(were_set, dict) else {}
+    return Provenance(path, names, MappingProxyType(overrides), _spec_beside(path))
 
 
 def _names(report: Mapping[str, Any]) -> frozenset[str] | None:
-    """The tensors that a report lists; None where it is not ours, or not whole."""
+    """The tensors that a report lists; None where the report is not ours, or incomplete."""
     tensors = report.get("tensors")
-    if not str(report.get("schema", "")).startswith(_SCHEMA) or not isinstance(tensors, list):
+    if not str(report.get("schema", "")).startswith("sparseprune.") or not isinstance(tensors, list):
         return None
     names = [tensor.get("name") if isinstance(tensor, dict) else None for tensor in tensors]
     listed = frozenset(name for name in names if isinstance(name, str))
@@ -323,8 +304,8 @@ def _names(report: Mapping[str, Any]) -> frozenset[str] | None:
 
 
 def _spec_beside(report: Path) -> bytes | None:
-    """The spec of a report in a folder of its own; beside a file none is written."""
-    spec = report.with_name(_SPEC)
+    """The spec beside a report in a folder; an output that is a file has none."""
+    spec = report.with_name("spec.toml")
     if report.name != REPORT or not spec.is_file():
         return None
     with machine_errors(spec, "cannot be read"):

@@ -1,6 +1,6 @@
 """Recognizes files of other formats and says what to do with them.
 
-Owns the signatures and the advice. Called where a header or a folder turns out to be something else.
+Owns signatures and advice. Called where a header or a folder is no safetensors.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path, PurePath
 
 PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
 
-# Formats that hold a whole model and nothing else, whatever the file is called; and names of pickles.
+# Formats of whole models, under any file name; and names of pickles that hold weights.
 _WEIGHTS = re.compile(
     r".*\.(?:gguf|ggml|onnx(?:[._]data(?:_\d+)?)?|h5|hdf5|keras|msgpack|ot|ckpt|ckpt\.(?:index|meta)"
     r"|data-\d+-of-\d+|distcp|tflite|mlmodel|pte|nemo|engine|pdparams)"
@@ -20,7 +20,7 @@ _WEIGHTS = re.compile(
     r"|openvino_.*model.*\.xml|saved_model\.pb",
     re.IGNORECASE,
 )
-# What trainers write beside a model to go on with; none of it is a weight.
+# Files that trainers write beside a model to continue; none holds weights.
 _TRAINING = re.compile(r"(?:optimizer|scheduler|scaler|rng_state|random_states|training_args)(?:[._-].*)?")
 
 _LFS = b"version https://git-lfs.github.com/spec/"
@@ -33,7 +33,7 @@ _HTML = re.compile(
 )
 CONVERTED = "sparseprune reads safetensors, so prune the model before it is converted"
 _UNPACK = "unpack it"
-# Where the mark of a format stands, the mark, what it is, what to do.
+# Offset of a format's mark, the mark, the format, the advice.
 _MARKS = (
     (0, b"GGUF", "a GGUF file", CONVERTED),
     (0, b"\x89HDF\r\n\x1a\n", "an HDF5 file", CONVERTED),
@@ -55,13 +55,13 @@ _SUFFIXES = {
 }
 _URL = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-# Text this long at the start: the length in a true header would be beyond every disk.
+# With 8 bytes of text at the start, the length in a real header would be beyond every disk.
 _TEXT = 8
 _SHOWN = 60
 
 
 def foreign_format(name: str, head: bytes) -> str | None:
-    """What a file with these first bytes (some hundred) is, with advice; None if it is nothing known.
+    """The format of a file with these first bytes (some hundred), with advice; None if it is unknown.
 
     >>> foreign_format("m.safetensors", b"GGUF0000")
     'it is a GGUF file; sparseprune reads safetensors, so prune the model before it is converted'
@@ -93,7 +93,7 @@ def _by_name(name: str, head: bytes) -> str | None:
 
 
 def missing_advice(path: str) -> str:
-    """What a path that leads nowhere may be instead, and what to do; empty for one like others.
+    """What a path without a file may be instead, and what to do; empty for an ordinary path.
 
     >>> missing_advice("meta-llama/Llama-3.1-8B")
     '; if it is a model of the Hugging Face hub, `hf download meta-llama/Llama-3.1-8B --local-dir DIR` first'
@@ -107,7 +107,7 @@ def missing_advice(path: str) -> str:
 
 
 def names_weights(name: str) -> bool:
-    """Whether a file that is no safetensors file is called as those are that hold a model's weights.
+    """Whether a file that is no safetensors file has a name of files with a model's weights.
 
     >>> names_weights("pytorch_model-00001-of-00002.bin"), names_weights("training_args.bin")
     (True, False)
@@ -116,7 +116,7 @@ def names_weights(name: str) -> bool:
 
 
 def names_training_state(name: str) -> bool:
-    """Whether a file is called as what a trainer keeps beside the weights: moments, a schedule, a generator.
+    """Whether a file has a name of what a trainer keeps beside the weights: moments, schedules, generators.
 
     >>> names_training_state("optimizer.pt"), names_training_state("zero_optim_states.pt")
     (True, False)
@@ -125,12 +125,12 @@ def names_training_state(name: str) -> bool:
 
 
 def looks_pickled(head: bytes) -> bool:
-    """Whether a file with these first bytes is what torch.save or pickle writes."""
+    """Whether torch.save or pickle writes files with these first bytes."""
     return head.startswith((_ZIP, *_PICKLE_PROTOCOLS))
 
 
 def _as_text(head: bytes) -> str | None:
-    """What servers answer instead of a file: an error in JSON, in XML or in plain words."""
+    """A server's answer in place of a file: an error in JSON, in XML or in plain words."""
     try:
         # Incremental: the last character may be cut in two.
         words = " ".join(codecs.getincrementaldecoder("utf-8")().decode(head).split())
@@ -143,7 +143,7 @@ def _as_text(head: bytes) -> str | None:
 
 
 def conversion_advice(name: str) -> str:
-    """The sentence that says how to make a safetensors file out of a pickle of this name."""
+    """How to make a safetensors file from a pickle of this name."""
     target = PurePath(name).stem + ".safetensors"
     return (
         "pickles can run code when they are opened, so convert it to safetensors once, where you trust it: "

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from sparseprune.checkpoint import discovery, file_io
 from sparseprune.checkpoint.documents import leads_nowhere, read_object, shown
-from sparseprune.checkpoint.file_io import ChangedInputError, OpenFiles
+from sparseprune.checkpoint.file_io import ChangedInputError, OpenFiles, machine_errors
 from sparseprune.checkpoint.fingerprint import NO_STAMP, Stamp, permissions, replaced, stamp_of
 from sparseprune.checkpoint.header import Header, TensorEntry, read_header
 from sparseprune.errors import CheckpointError, SparsepruneError
@@ -23,13 +23,12 @@ from sparseprune.errors import CheckpointError, SparsepruneError
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
-    from types import TracebackType
 
     from sparseprune.checkpoint.discovery import OtherFile
     from sparseprune.checkpoint.file_io import WritableBytes
 
 
-_SMALL = 1 << 20  # bytes of a document that says something of a model
+_SMALL = 1 << 20  # bytes of a JSON file that may describe a model
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +87,7 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint of which all headers were read and no data: every tensor stands in exactly one shard.
+    """A checkpoint of which all headers were read and no data; every tensor is in exactly one shard.
 
     `tensors` are in the order in which their data is read best: shard by shard, by offset. An output copies
     `others`, the `index` among them where there is one, but not `left_out`, which hold the same weights in
@@ -113,7 +112,7 @@ class Checkpoint:
 def open_checkpoint(path: Path) -> Checkpoint:
     """The checkpoint in a safetensors file or a directory: a single file, or shards with their index.
 
-    CheckpointError where it is none or contradicts itself, MachineError where it cannot be read.
+    CheckpointError where it is not a checkpoint or contradicts itself, MachineError where it cannot be read.
     """
     if not discovery.is_folder(path):
         headers = dict([open_shard(path, PurePosixPath(path.name))])
@@ -122,7 +121,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     headers = dict(open_shard(path / place, place) for place in found.shards)
     tensors = _tensors(headers)
     _check_index(path, found, tensors)
-    with file_io.machine_errors(path, "cannot be read"):
+    with machine_errors(path, "cannot be read"):
         copies = discovery.copies_of_weights(path, found, lambda file: _has_same(path / file, tensors))
     return Checkpoint(
         path,
@@ -137,11 +136,11 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def _has_same(path: Path, tensors: Mapping[str, StoredTensor]) -> bool:
-    """Whether most elements of a file are those of tensors with these names and shapes; masks are none."""
+    """Whether most elements of a file are in tensors with these names and shapes; masks do not count."""
     try:
         entries = read_header(path).entries
     except SparsepruneError:
-        return False  # a file that nobody can read is copied as any other
+        return False  # an unreadable file is copied like any other
     same = sum(
         entry.numel
         for entry in entries
@@ -162,7 +161,7 @@ def read_config(checkpoint: Checkpoint) -> Mapping[str, Any] | None:
 
 
 def read_beside(checkpoint: Checkpoint) -> dict[str, Mapping[str, Any]]:
-    """The small objects of JSON that lie beside a directory's config.json, by the names of their files."""
+    """The small JSON objects beside a directory's config.json, by the names of their files."""
     found: dict[str, Mapping[str, Any]] = {}
     for other in checkpoint.others:
         path = other.path
@@ -171,7 +170,7 @@ def read_beside(checkpoint: Checkpoint) -> dict[str, Mapping[str, Any]]:
             try:
                 found[path.name] = read_object(checkpoint.path / path)
             except CheckpointError:
-                continue  # it is copied, whatever it is
+                continue  # it is copied unread
     return found
 
 
@@ -204,9 +203,7 @@ class TensorReader(Source):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -224,7 +221,7 @@ class TensorReader(Source):
         _check_part(stored, begin, begin + len(view))
         offset = stored.offset + begin
         with (
-            file_io.machine_errors(stored.shard.path, "cannot be read"),
+            machine_errors(stored.shard.path, "cannot be read"),
             self._files.use(stored.shard) as descriptor,
         ):
             done = file_io.read_into(descriptor, view, offset)
@@ -254,7 +251,7 @@ def _check_part(stored: StoredTensor, begin: int, end: int) -> None:
 
 
 def _opened(shard: Shard) -> int:
-    with file_io.machine_errors(shard.path, "cannot be read any more"):  # its header was read before
+    with machine_errors(shard.path, "cannot be read any more"):  # its header was read before
         descriptor = os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC)
     status, wanted = os.fstat(descriptor), shard.size
     size = status.st_size

@@ -1,8 +1,8 @@
-"""Statistics files: second moments of what matrices are multiplied with, in safetensors files.
+"""Statistics files: second moments of the inputs of matrices, in safetensors files.
 
-Owns their names, metadata and layout, and how a weight finds its own: matrices that share an input share one
-tensor. A file without our metadata is one of ready tensors, named by the weights. Knows no models; written by
-calibration, read by execution and the reports.
+Owns their names, metadata and layout, and which tensor belongs to a weight: matrices with a common input
+share one tensor. A file without our metadata holds ready tensors, named by the weights. Knows no models;
+written by calibration, read by execution and the reports.
 """
 
 from __future__ import annotations
@@ -17,7 +17,14 @@ from typing import TYPE_CHECKING, Any, Literal
 from sparseprune.checkpoint.discovery import INDEX_SUFFIX, RESULTS, SUFFIX
 from sparseprune.checkpoint.documents import read_object, strict_json
 from sparseprune.checkpoint.header import lay_out
-from sparseprune.checkpoint.layout import OutputFile, OutputLayout, Place, folder_modes, results_mode
+from sparseprune.checkpoint.layout import (
+    OutputFile,
+    OutputLayout,
+    Place,
+    folder_modes,
+    index_file,
+    results_mode,
+)
 from sparseprune.checkpoint.source import open_checkpoint
 from sparseprune.errors import CheckpointError
 
@@ -29,17 +36,17 @@ if TYPE_CHECKING:
 
 StatisticsKind = Literal["hessian", "norm"]
 STATISTICS_KEY = "sparseprune.statistics"
-SHARD_BYTES = 5_000_000_000  # a file of statistics is begun anew from here on
+SHARD_BYTES = 5_000_000_000  # a file of this size is full
 _STEM = "statistics"
 _REPORT = PurePosixPath(RESULTS, "report.json")
 
 
 @dataclass(frozen=True, slots=True)
 class Collected:
-    """One tensor of statistics: of `features` input features, a matrix each for `experts`, None for one.
+    """One tensor of statistics over `features` input features: one matrix, or one for each of `experts`.
 
-    `weights` are the tensors that are multiplied with that input, the name of the first one is its own; each
-    with the dimension along which its input features lie.
+    `weights` are the tensors that are multiplied with that input, each with the dimension of its input
+    features; the first one gives the tensor its name.
     """
 
     features: int
@@ -58,11 +65,11 @@ class Collected:
 
 @dataclass(frozen=True, slots=True)
 class Statistic:
-    """What a file has for a weight: `kind` None is a ready tensor, of which only its name is known.
+    """The statistics of a weight; `kind` None is a ready tensor, of which only its name is known.
 
-    "hessian" is the mean of x x^T over the rows that met the weight (of an expert, the sum over its rows by
-    all tokens of the text), "norm" the root of its diagonal; `input_dim` is None where the file does not say
-    it. `tokens` is how many rows were counted, one number for each matrix; () where nobody did.
+    "hessian" is the mean of x x^T over the rows x that the weight multiplied (for an expert, their sum
+    divided by all tokens of the text), "norm" the root of its diagonal; `input_dim` is None where the file
+    does not have it. `tokens` counts these rows, one number for each matrix; () where it is not known.
     """
 
     stored: StoredTensor
@@ -85,8 +92,7 @@ def open_statistics(path: Path) -> Statistics:
     counts = _counts(path) if checkpoint.is_directory else {}
     found: dict[str, Statistic] = {}
     for shard, header in checkpoint.headers.items():
-        described = _described(shard, header)
-        kind, tensors = (None, {}) if described is None else described
+        kind, tensors = _described(shard, header) or (None, {})
         for entry in header.entries:
             stored = checkpoint.tensors[entry.name]
             weights = tensors.get(entry.name) if kind else {entry.name: None}
@@ -118,24 +124,16 @@ def lay_out_statistics(
             place = Place(path, header.data_begin + entry.begin, entry.nbytes, prod(entry.shape))
             places[entry.name] = place
     if len(groups) > 1:
-        weight_map = {name: str(place.file) for name, place in places.items()}
-        total = {"total_size": sum(place.nbytes for place in places.values())}
-        text = json.dumps({"metadata": total, "weight_map": weight_map}, ensure_ascii=False, indent=2) + "\n"
-        files.append(OutputFile(PurePosixPath(_STEM + INDEX_SUFFIX), len(text.encode()), text.encode(), mode))
+        files.append(index_file(PurePosixPath(_STEM + INDEX_SUFFIX), places, mode))
     final = target.absolute()
     return OutputLayout(
         checkpoint=checkpoint,
         target=final.resolve() if final.name == ".." else final,
         is_directory=True,
         files=tuple(files),
-        copies=(),
-        weights=MappingProxyType(places),
-        masks=MappingProxyType({}),
-        mask_files=(),
-        mask_format=None,
-        writes_weights=True,
         report_file=_REPORT,
         spec_file=None,
+        weights=MappingProxyType(places),
         results_mode=mode,
         folders=folder_modes(checkpoint),
     )
@@ -162,7 +160,7 @@ def _metadata(kind: StatisticsKind, group: Sequence[Collected]) -> dict[str, str
 
 
 def _described(shard: Shard, header: Header) -> tuple[StatisticsKind, Mapping[str, Mapping[str, int]]] | None:
-    """What our metadata says of a shard; None where it has none."""
+    """Kind and weights by tensor from our metadata; None for a shard without it."""
     text = header.metadata.get(STATISTICS_KEY)
     if text is None:
         return None
@@ -182,7 +180,7 @@ def _described(shard: Shard, header: Header) -> tuple[StatisticsKind, Mapping[st
 
 
 def _counts(path: Path) -> dict[str, tuple[int, ...]]:
-    """The tokens that were counted for each tensor, as the report beside the files says; {} without one."""
+    """The tokens that were counted for each tensor, from the report beside the files; {} without one."""
     try:
         report: Mapping[str, Any] = read_object(path / _REPORT)
     except CheckpointError as error:

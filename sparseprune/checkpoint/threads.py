@@ -1,6 +1,7 @@
-"""Threads: several that do the same work, one that works beside them, pieces taken in order.
+"""Threads that do the same work, a thread that works beside them, and pieces that are taken in order.
 
-Owns starting, ending and signals. Knows nothing of the work. Called by whatever works side by side.
+Owns how threads start and end, also after a signal. Knows nothing of the work. Called by every room that
+works in parallel.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ _PAUSE, _PAUSES = 0.001, 500  # seconds, and how many of them a thread has to be
 
 
 class Worker(threading.Thread):
-    """A thread that does `work`, and that a signal does not hide from whoever waits for it.
+    """A thread that does `work`; one can wait for it again after a signal interrupted the wait.
 
-    Python up to 3.12 takes a `join` that an exception of a signal handler interrupted for the end of the
-    thread. Nobody waits for that thread any more, the interpreter goes down around it, and a thread that is
-    inside of torch then aborts the process ("terminate called without an active exception").
+    Up to Python 3.12 a `join` that a signal handler's exception interrupted counts as the end of the thread.
+    The interpreter then exits while the thread runs, and one that is inside of torch aborts the process
+    ("terminate called without an active exception").
     """
 
     def __init__(self, work: Callable[[], None], name: str, *, daemon: bool = False) -> None:
@@ -37,7 +38,7 @@ class Worker(threading.Thread):
             self._over.set()
 
     def begin(self) -> bool:
-        """Start it; False where the system has no thread left to give."""
+        """Start it; False where the system has no thread left."""
         try:
             self.start()
         except RuntimeError:
@@ -45,8 +46,8 @@ class Worker(threading.Thread):
         return not self._refused
 
     def wait(self) -> None:
-        """Until it has ended; may be called again where a signal interrupted it, and where it never began."""
-        # Ctrl-C may have come while it was started: it then begins a moment later, or never.
+        """Wait until it has ended; may be called again after a signal, and where it never began."""
+        # After a Ctrl-C during its start it begins a moment later, or never.
         for _ in range(0 if self._refused else _PAUSES):
             if self.ident is not None:
                 self._over.wait()
@@ -56,9 +57,9 @@ class Worker(threading.Thread):
 
 
 def side_by_side(work: Callable[[], None], count: int, stop: Callable[[], None]) -> None:
-    """Call `work`, which raises nothing, in so many threads or fewer, and wait for all; else in this one.
+    """Call `work`, which raises nothing, in up to `count` threads, or in this one, and wait for all.
 
-    `stop` tells it to begin nothing more, and to end what takes long: when all is done, and after a signal.
+    `stop` is called when all is done and after a signal: `work` must begin nothing more then, and end soon.
     """
     threads: list[Worker] = []
     try:
@@ -81,10 +82,10 @@ Piece = TypeVar("Piece")
 
 
 def work_through(pieces: Iterable[Piece], worker: Callable[[], Callable[[Piece], None]], jobs: int) -> None:
-    """Do the work of every piece, on so many threads; each makes a `worker` of its own, with its buffers.
+    """Do the work of every piece on `jobs` threads; each thread makes a `worker` with its own buffers.
 
-    Pieces are begun in their order, and what was begun is ended. Of several failures the one of the
-    earliest piece is raised; nothing is begun after a failure, or after Ctrl-C.
+    Pieces begin in their order. After a failure or Ctrl-C no piece begins, but those that began end; of
+    several failures the one of the earliest piece is raised.
     """
     _Threads(pieces, worker).run(jobs)
 
@@ -99,7 +100,7 @@ class _Threads(Generic[Piece]):
     def run(self, jobs: int) -> None:
         side_by_side(self._work, jobs, self._stop)
         if self._failures:
-            # Pieces are begun in order and what is begun is ended: nothing earlier can have failed unseen.
+            # Pieces begin in order and end once begun, so this is the first failure of all.
             raise self._failures[min(self._failures)]
 
     def _stop(self) -> None:
