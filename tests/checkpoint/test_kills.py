@@ -216,7 +216,7 @@ def machine_error(run: Callable[[], object]) -> str | None:
 HOLD = """
 import sys
 from pathlib import Path
-from sparseprune.checkpoint import StagedOutput, naming
+from sparseprune.checkpoint import StagedOutput
 from tests.checkpoint.files import fill, layout_of
 with StagedOutput(layout_of(Path(sys.argv[1]))) as output:
     print("at work", flush=True)
