@@ -1,8 +1,8 @@
-"""What is asked: a spec as TOML, read into types and bound to the headers of a checkpoint.
+"""Specs: TOML, parsed into types and bound to the headers of a checkpoint.
 
-`find_spec` gives the text, `parse_spec` the tables, `bind` the scopes with every shape resolved.
-Refuses to know tensors' data, files of weights and torch. Called by execution. Names are loaded on first
-use: who looks for tensor patterns alone does not wait for pydantic.
+`find_spec` gives the text, `parse_spec` the tables, `bind` the scopes with every shape resolved. Knows no
+tensor data, no files of weights and no torch. Called by execution and by commands. Names are loaded on first
+use, because pydantic takes time to import.
 """
 
 from importlib import import_module

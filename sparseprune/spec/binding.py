@@ -22,7 +22,7 @@ from sparseprune.spec.bound import (
     BoundSpec,
     Budget,
 )
-from sparseprune.spec.checking import leaves_of_table
+from sparseprune.spec.checking import leaves_of, table_of
 from sparseprune.spec.expressions import (
     RESERVED,
     Environment,
@@ -40,10 +40,10 @@ if TYPE_CHECKING:
     from collections.abc import Hashable, Iterator, Mapping, Sequence
 
     from sparseprune.spec.bound import TensorInfo
+    from sparseprune.spec.checking import Table
     from sparseprune.spec.locating import Site
     from sparseprune.spec.schema import BudgetTable, Spec
 
-Table = tuple[str, str]  # the kind and the name of a table
 Part = BoundBlock | BoundBlockCoupling | BoundScope | BoundScopeCoupling
 
 
@@ -65,7 +65,11 @@ def bind(spec: Spec, tensors: Sequence[TensorInfo], config: Mapping[str, Any] | 
     check_overlaps(rules, problems)
     problems.raise_if_any()
     if not rules:
-        problems.add("", "", "no rule reaches a tensor: all of them are optional, and none is there")
+        problems.add(
+            "",
+            "",
+            "no rule reaches a tensor: all rules are optional, and the checkpoint has none of their tensors",
+        )
     problems.raise_if_any()
     return BoundSpec(rules, spec.covers)
 
@@ -110,7 +114,7 @@ class _Binder:
                 yield first_of[form]
 
     def _instance(self, table: Table, site: Site) -> BoundInstance:
-        spec, read = self._spec, _read(self._spec, table)
+        spec, read = self._spec, table_of(self._spec, table)
         scope: Any = self._part(table, site)
         names = Names(self._environment, site.captures)
         budget, sparsity = budget_of(".".join(table), read, scope.label, scope.blocks_per_scope, names)
@@ -126,10 +130,10 @@ class _Binder:
         """The captures that expressions of a table and of those below it use."""
         if table not in self._used:
             kind, name = table
-            tables = {table, *leaves_of_table(self._spec, kind, name)}
+            tables = {table, *leaves_of(self._spec, table)}
             if kind == "scope_coupling":
                 tables |= {("scope", scope) for scope in self._spec.scope_coupling[name].scopes}
-            values = [value for each in tables for key, value in _read(self._spec, each) if key != "where"]
+            values = [value for each in tables for key, value in table_of(self._spec, each) if key != "where"]
             names = {name for expression in expressions_of(tuple(values)) for name in expression.names}
             self._used[table] = frozenset(names.difference(self._environment.variables, RESERVED))
         return self._used[table]
@@ -170,7 +174,7 @@ class _Binder:
         kind, name = table
         if not isinstance(site, JoinedSite):
             raise TypeError("the instances of a coupling are joined sites")
-        read = _read(self._spec, table)
+        read = table_of(self._spec, table)
         parts = [
             [self._part((read.member_kind, member), each) for each in sites]
             for member, sites in zip(read.members, site.members, strict=True)
@@ -188,7 +192,11 @@ class _Binder:
         if not isinstance(site, TensorSite):
             raise TypeError(f"the instances of {'.'.join(table)} are tensors, not couplings")
         kind, name = table
-        key, tensor, read = ("shape" if kind == "block" else "block"), site.tensor, _read(self._spec, table)
+        key, tensor, read = (
+            ("shape" if kind == "block" else "block"),
+            site.tensor,
+            table_of(self._spec, table),
+        )
         names = Names(self._environment, site.captures, tensor)
         layout = layout_of(".".join(table), read, tensor, names)
         try:
@@ -199,10 +207,6 @@ class _Binder:
         except SparsityError as error:
             raise Misfit(".".join(table), key, f"{tensor.name}: {error}") from error
         return BoundBlock(label(name, site), tensor.name, layout.shape, layout.stride, layout.offset, extents)
-
-
-def _read(spec: Spec, table: Table) -> Any:  # noqa: ANN401  (the model that belongs to the kind)
-    return getattr(spec, table[0])[table[1]]
 
 
 def _form(site: Site, used: frozenset[str]) -> Hashable:
@@ -216,20 +220,23 @@ def _form(site: Site, used: frozenset[str]) -> Hashable:
 
 def _renamed(part: Part, site: Site) -> Part:
     """A part of the same form for another site: its labels and tensors are those of that site."""
-    own = label(part.label.partition("[")[0], site)
-    if isinstance(part, BoundBlock) and isinstance(site, TensorSite):
-        view = (part.view_shape, part.view_stride, part.view_offset)
-        return BoundBlock(own, site.tensor.name, *view, part.shape)
     if isinstance(part, BoundScope):
         block: Any = _renamed(part.block, site)
-        # The block of the short form has the label of its scope: keep one text for both.
-        return BoundScope(block.label if part.label == part.block.label else own, block, part.shape)
-    if isinstance(part, BoundBlock) or isinstance(site, TensorSite):
-        raise TypeError(f"{part.label} and {own} are not alike")
+        if part.label == part.block.label:  # the short form: scope and block share one text
+            return BoundScope(block.label, block, part.shape)
+        return BoundScope(_relabelled(part, site), block, part.shape)
+    if isinstance(part, BoundBlock):
+        tensor = site.tensor.name if isinstance(site, TensorSite) else ""
+        own = _relabelled(part, site)
+        return BoundBlock(own, tensor, part.view_shape, part.view_stride, part.view_offset, part.shape)
+    sites = chain.from_iterable(site.members if isinstance(site, JoinedSite) else ())
     parts: tuple[Part, ...] = part.members
-    pairs = zip(parts, chain.from_iterable(site.members), strict=True)
-    members: Any = tuple([_renamed(member, each) for member, each in pairs])
-    return type(part)(own, members, part.orders)
+    members: Any = tuple([_renamed(member, each) for member, each in zip(parts, sites, strict=True)])
+    return type(part)(_relabelled(part, site), members, part.orders)
+
+
+def _relabelled(part: Part, site: Site) -> str:
+    return label(part.label.partition("[")[0], site)
 
 
 def _where(block: BoundBlock | BoundBlockCoupling) -> str:

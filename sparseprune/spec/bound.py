@@ -1,7 +1,7 @@
-"""What a spec became once it met a checkpoint: plain, frozen data with every shape resolved.
+"""A spec bound to a checkpoint: plain, frozen data with every shape resolved.
 
-The border between `spec` and whoever plans the work. Strides and offsets count elements of the
-contiguous row-major tensor; no -1 is left anywhere. Knows neither TOML nor files nor torch.
+The border between `spec` and the planning of work. Strides and offsets count elements of the contiguous
+row-major tensor; no shape has a -1. Knows neither TOML nor files nor torch.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 Captures = tuple[tuple[str, int | str], ...]
-"""What a pattern captured, in order of first appearance; text that is all digits is an int."""
+"""The captures of a pattern, in order of first appearance; text that is all digits is an int."""
 
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """One tensor as a checkpoint's header tells it; `dtype` is the safetensors name."""
+    """One tensor of a checkpoint's header; `dtype` is the safetensors name."""
 
     name: str
     dtype: str
@@ -30,7 +30,7 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True)
 class BoundBlock:
-    """A grid of blocks in a view of one tensor; every extent of `shape` divides the view's.
+    """A grid of blocks in a view of one tensor; every extent of `shape` divides that of the view.
 
     >>> BoundBlock("w", "w", (8, 6), (6, 1), 0, (4, 2)).grid_shape
     (2, 3)
@@ -121,9 +121,9 @@ class BoundScopeCoupling:
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """What survives in each scope: `nnz` blocks, or every block that scores `threshold` or more.
+    """The blocks that survive in each scope: `nnz` of them, or all that score `threshold` or more.
 
-    Exactly one of the two is set; `nnz` was rounded up to a multiple of `multiple_of`, or to all blocks.
+    Exactly one of the two is set; `nnz` is already rounded up to a multiple of `multiple_of`, or all blocks.
     """
 
     nnz: int | None = None
@@ -133,16 +133,14 @@ class Budget:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """What the blocks of a rule are ranked by; `file` is absolute. Keys that a kind has no use for rest.
+    """The score that ranks the blocks of a rule; `file` is absolute.
 
-    `nonfinite` says what NaN and infinity are: an error, or below every other score.
-
-    magnitude: `norm` 1, 2 or inf, and `normalize` for the root mean square; random: `seed`; values and
-    blocks: `file`; wanda and obd: `file`, and along which dimension its vectors lie (None: as the file says,
-    else the last).
+    Keys that do not apply to the kind keep their defaults (the keys of each kind: SCORE_KEYS in schema.py).
+    `nonfinite`: NaN and infinity are errors, or rank below all other scores. `normalize`: root mean square.
+    `input_dim`: the dimension of the weight along which inputs lie; None: as the file says, else the last.
     """
 
-    kind: Literal["magnitude", "random", "values", "wanda", "obd", "blocks"] = "magnitude"
+    kind: str = "magnitude"
     norm: float = 2.0
     normalize: bool = False
     seed: int = 0
@@ -153,7 +151,7 @@ class Score:
 
 @dataclass(frozen=True, slots=True)
 class Soft:
-    """That blocks are shrunk towards zero, and how; the budget's `nnz` stands for the threshold `kth_mid`."""
+    """How blocks are shrunk towards zero; with a budget of `nnz`, the threshold is `kth_mid`."""
 
     k_weight: float = 1.0
     scale: bool = False
@@ -165,10 +163,10 @@ class Soft:
 
 @dataclass(frozen=True, slots=True)
 class Reconstruct:
-    """That survivors make up for what was pruned, from the second moments in `file`, which is absolute.
+    """How surviving weights are reconstructed from the second moments in `file`, which is absolute.
 
-    "refit": for the mask that the score gives; "admm": mask and weights together. `input_dim` is along which
-    dimension of the weights the inputs lie, None for what the file says.
+    "refit": for the mask that the score gives; "admm": mask and weights together. `input_dim` is the
+    dimension of the weights along which inputs lie, None for what the file says.
     """
 
     file: Path
@@ -179,7 +177,7 @@ class Reconstruct:
 
 @dataclass(frozen=True, slots=True)
 class BoundInstance:
-    """One work unit's worth of a rule: an outermost scope or coupling; `sparsity` is what was asked for.
+    """One instance of a rule, an outermost scope or coupling; `sparsity` is the one that was asked for.
 
     Instances of one `form` differ only in captures, labels and tensor names: shapes, dtypes, views, orders,
     budget and method are equal. A form belongs to one rule of a spec.
@@ -204,7 +202,7 @@ class BoundRule:
     instances: tuple[BoundInstance, ...]
 
     def forms(self) -> dict[int, list[BoundInstance]]:
-        """The instances of each form, in order: what one of them takes in work, all others take."""
+        """The instances by form, in order; the way and the cost of one hold for all others of its form."""
         members: dict[int, list[BoundInstance]] = {}
         for instance in self.instances:
             members.setdefault(instance.form, []).append(instance)
@@ -215,7 +213,7 @@ class BoundRule:
 class BoundSpec:
     """Every rule of a spec, bound; no element of any tensor belongs to two instances.
 
-    `covers` says which matrices it is about: "matrices" for all, "mlp", "attention", "experts" or "layers".
+    `covers` says which matrices it is about: "matrices" (all), "mlp", "attention", "experts", "layers".
     """
 
     rules: tuple[BoundRule, ...]
@@ -227,6 +225,6 @@ class BoundSpec:
 
     @property
     def covered(self) -> tuple[str, ...]:
-        """The tensors that some rule reaches, each once, in the order in which rules reach them."""
+        """The tensors that some rule reaches, each once, in the order of the rules."""
         leaves = (leaf.tensor for _, instance in self.instances() for leaf in instance.scope.leaves)
         return tuple(dict.fromkeys(leaves))

@@ -1,9 +1,13 @@
-"""Checks between tables of a spec: references, captures, budgets; every problem at once."""
+"""Checks between tables of a spec: references, captures, budgets; every problem at once.
+
+Knows how tables build on each other, and no checkpoint. Called by parsing; locating and binding ask it what a
+table consists of.
+"""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sparseprune.spec.expressions import FACTS, RESERVED, unknown_name
 from sparseprune.spec.problems import Problems, listed, nearest, shown, suggestion
@@ -25,122 +29,107 @@ from sparseprune.spec.schema import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Iterator, Mapping
+    from collections.abc import Collection, Iterable, Mapping
 
     from sparseprune.spec.expressions import Expression
-    from sparseprune.spec.locating import Pattern
-    from sparseprune.spec.schema import Spec
+
+Table = tuple[str, str]
+"""The kind and the name of a table."""
+Membership = tuple[Table, str]
+"""A coupling, and the name of one of its members."""
 
 
-def captures_of_table(spec: Spec, kind: str, name: str) -> frozenset[frozenset[str]]:
-    """The sets of captures that instances of `[kind.name]` may have: one, unless patterns differ in them.
+def table_of(spec: Spec, table: Table) -> Any:  # noqa: ANN401  (the model of that kind)
+    """A table as it was read; None for one that is missing or cannot be read."""
+    return getattr(spec, table[0]).get(table[1])
 
-    Empty where a table on the way down is missing or could not be read.
+
+def block_of(spec: Spec, table: Table) -> Table | None:
+    """The [block] or [block_coupling] that a scope names; None for other tables and the short form."""
+    block = getattr(table_of(spec, table), "block", None)
+    if not isinstance(block, str):
+        return None
+    return ("block_coupling" if block in spec.block_coupling else "block"), block
+
+
+def leaves_of(spec: Spec, table: Table) -> tuple[Table, ...]:
+    """The tables with tensors that a table consists of, without those that are missing."""
+    read, block = table_of(spec, table), block_of(spec, table)
+    if block is not None:
+        return leaves_of(spec, block)
+    if isinstance(read, CouplingTable):
+        return tuple(leaf for name in read.members for leaf in leaves_of(spec, (read.member_kind, name)))
+    return () if read is None else (table,)
+
+
+def captures_of(spec: Spec, table: Table) -> frozenset[frozenset[str]]:
+    """The sets of captures that instances of a table may have: one, unless its patterns differ in them.
+
+    Empty where a table below it is missing or cannot be read.
     """
-    coupling = _coupling_of(spec, kind, name)
-    if coupling is None:
-        return frozenset(frozenset(pattern.names) for pattern in _own_patterns(spec, kind, name))
-    table = spec.block_coupling[coupling]
-    members = [captures_of_table(spec, "block", member) for member in table.blocks]
+    read, block = table_of(spec, table), block_of(spec, table)
+    if block is not None:
+        return captures_of(spec, block)
+    if not isinstance(read, CouplingTable):
+        return frozenset(frozenset(pattern.names) for pattern in (read and read.patterns) or ())
+    members = [captures_of(spec, (read.member_kind, name)) for name in read.members]
     if not members or not all(members):
         return frozenset()
-    every = frozenset(name for variants in members for names in variants for name in names)
-    return frozenset({frozenset() if table.across == "all" else every.difference(table.across)})
+    every = frozenset().union(*(names for variants in members for names in variants))
+    return frozenset({frozenset() if read.across == "all" else every.difference(read.across)})
 
 
-def patterns_of_table(spec: Spec, kind: str, name: str) -> tuple[str, ...]:
-    """The patterns, in quotes, of all blocks that `[kind.name]` consists of."""
-    coupling = _coupling_of(spec, kind, name)
-    blocks = (
-        [(kind, name)] if coupling is None else [("block", b) for b in spec.block_coupling[coupling].blocks]
-    )
-    return tuple(f'"{pattern.text}"' for block in blocks for pattern in _own_patterns(spec, *block))
+def patterns_of(spec: Spec, table: Table) -> tuple[str, ...]:
+    """The patterns, in quotes, of all tensors that a table consists of."""
+    leaves = [table_of(spec, leaf) for leaf in leaves_of(spec, table)]
+    return tuple(f'"{pattern.text}"' for leaf in leaves for pattern in leaf.patterns or ())
 
 
-def _coupling_of(spec: Spec, kind: str, name: str) -> str | None:
-    """The block coupling that a scope is over."""
-    if kind == "scope" and name in spec.scope:
-        block = spec.scope[name].block
-        return block if isinstance(block, str) and block in spec.block_coupling else None
-    return None
+def expressions_by_key(spec: Spec, table: Table) -> dict[str, tuple[Expression, ...]]:
+    """The expressions of a table's view and blocks, by key; they may use captures of fellow members."""
+    keys = ("slice", "axes", "view", "shape", *(["block"] if table[0] == "scope" else []))
+    return {key: tuple(expressions_of(getattr(table_of(spec, table), key))) for key in keys}
 
 
-def leaves_of_table(spec: Spec, kind: str, name: str) -> tuple[tuple[str, str], ...]:
-    """The tables with tensors, as kind and name, that a table consists of in the end."""
-    if kind == "scope_coupling":
-        below = [("scope", scope) for scope in spec.scope_coupling[name].scopes if scope in spec.scope]
-        return tuple(leaf for each in below for leaf in leaves_of_table(spec, *each))
-    if kind == "scope" and isinstance(spec.scope[name].block, str):
-        block = str(spec.scope[name].block)
-        inner = "block_coupling" if block in spec.block_coupling else "block"
-        return leaves_of_table(spec, inner, block) if block in getattr(spec, inner) else ()
-    if kind == "block_coupling":
-        return tuple(("block", block) for block in spec.block_coupling[name].blocks if block in spec.block)
-    return ((kind, name),)
-
-
-def look_of_table(spec: Spec, kind: str, name: str) -> dict[str, tuple[Expression, ...]]:
-    """The expressions by which a table looks at its own tensors, by key; they may borrow captures."""
-    keys = (
-        ("slice", "axes", "view", "shape", "block") if kind == "scope" else ("slice", "axes", "view", "shape")
-    )
-    table = getattr(spec, kind)[name]
-    return {key: tuple(expressions_of(getattr(table, key))) for key in keys}
-
-
-def borrowed_names(spec: Spec, kind: str, member: str) -> frozenset[str]:
-    """Names in the expressions of a coupling's member that have to be captures, but not its own."""
-    leaves = leaves_of_table(spec, kind, member)
-    if len(leaves) != 1 or _coupling_of(spec, kind, member) is not None:
+def borrowed_names(spec: Spec, member: Table) -> frozenset[str]:
+    """The captures that expressions of a coupling's member use and its own patterns lack."""
+    leaves = leaves_of(spec, member)
+    if len(leaves) != 1 or (block_of(spec, member) or member)[0] == "block_coupling":
         return frozenset()
-    tables = {leaves[0], (kind, member)}
     used = {
         name
-        for table in tables
-        for expressions in look_of_table(spec, *table).values()
+        for table in {leaves[0], member}
+        for expressions in expressions_by_key(spec, table).values()
         for expression in expressions
         for name in expression.names
     }
-    if not used:
-        return frozenset()
-    own = {name for names in captures_of_table(spec, kind, member) for name in names}
-    return frozenset(used - own - {*spec.variables, *RESERVED})
-
-
-def _own_patterns(spec: Spec, kind: str, name: str) -> tuple[Pattern, ...]:
-    if kind == "scope":
-        scope = spec.scope.get(name)
-        if scope is None or scope.patterns is not None:
-            return () if scope is None else scope.patterns or ()
-        name = str(scope.block)
-    return spec.block[name].patterns or () if name in spec.block else ()
+    return frozenset(used.difference(*captures_of(spec, member), spec.variables, RESERVED))
 
 
 _BUDGET_KEYS = ("nnz", "sparsity", "threshold", "multiple_of")
-Table = tuple[str, str]
-Membership = tuple[Table, str]
-"""A coupling, and the name under which something takes part in it."""
 
 
 def check_references(spec: Spec, problems: Problems, variables: Collection[str]) -> None:
     """Every name in every expression; `variables` are all that are declared, also those with problems."""
     memberships = _memberships(spec)
-    members_open = problems.is_open("", "block_coupling", "scope_coupling") or any(
-        problems.is_open(f"{kind}_coupling.{name}", f"{kind}s")
-        for kind in ("block", "scope")
-        for name in getattr(spec, f"{kind}_coupling")
-    )
+    are_known = _members_are_known(spec, problems)
+
+    def lent(table: Table) -> set[str] | None:
+        return _lent(spec, memberships[table]) if are_known else None
+
     for kind in ("block", "scope"):
         for name, table in getattr(spec, kind).items():
             if table.patterns is not None:
-                lent = None if members_open else _lent(spec, memberships.get((kind, name), ()))
-                _check_leaf(spec, (kind, name), lent, problems, variables)
+                _check_leaf(spec, (kind, name), lent((kind, name)), problems, variables)
     for name, scope in spec.scope.items():
-        own = _captures(spec, ("scope", name))
-        lent = None if members_open else _lent(spec, memberships.get(("scope", name), ()))
-        if scope.patterns is None and own is not None and lent is not None:
-            known = {*own, *lent, *variables, "config"}
+        own, borrowed = _captures(spec, ("scope", name)), lent(("scope", name))
+        if scope.patterns is None and own is not None and borrowed is not None:
+            known = {*own, *borrowed, *variables, "config"}
             _check(f"scope.{name}", "shape", expressions_of(scope.shape), known, problems)
+    _check_budget_names(spec, problems, variables)
+
+
+def _check_budget_names(spec: Spec, problems: Problems, variables: Collection[str]) -> None:
     for kind in ("scope", "scope_coupling"):
         for name, outermost in getattr(spec, kind).items():
             own = _captures(spec, (kind, name))
@@ -150,28 +139,35 @@ def check_references(spec: Spec, problems: Problems, variables: Collection[str])
                     _check(f"{kind}.{name}", key, found, {*own, *variables, "config"}, problems)
 
 
+def _members_are_known(spec: Spec, problems: Problems) -> bool:
+    """Whether the members of every coupling could be read."""
+    couplings = [(kind, name) for kind in ("block", "scope") for name in getattr(spec, f"{kind}_coupling")]
+    return not problems.is_open("", "block_coupling", "scope_coupling") and not any(
+        problems.is_open(f"{kind}_coupling.{name}", f"{kind}s") for kind, name in couplings
+    )
+
+
 def _check_leaf(
     spec: Spec, table: Table, lent: Collection[str] | None, problems: Problems, variables: Collection[str]
 ) -> None:
-    """A table with tensors of its own: `where`, and what says how they are looked at.
+    """The names in `where`, and in the view and blocks, of a table that names tensors.
 
-    `lent` are the captures that it may borrow from its fellow members, None where that is not known.
+    `lent` are captures of fellow members that it may use, None where these are not known.
     """
-    kind, name = table
-    place, read = f"{kind}.{name}", getattr(spec, kind)[name]
+    place, read = ".".join(table), table_of(spec, table)
     own = _captures(spec, table) or frozenset()
     for capture in sorted(own):
         if capture in variables:
             problems.add(place, read.patterns_key, f"the capture {shown(capture)} is a var too: rename one")
         elif capture in RESERVED:
-            text = f"the capture {shown(capture)} means something else in expressions: rename it"
+            text = f"the capture {shown(capture)} is a reserved name in expressions: rename it"
             problems.add(place, read.patterns_key, text)
     known = {*own, *variables, "config", *FACTS}
     _check(place, "where", expressions_of(read.where), known, problems)
     if lent is None:
         return
-    for key, expressions in look_of_table(spec, *table).items():
-        facts = () if (kind, key) == ("scope", "shape") else FACTS
+    for key, expressions in expressions_by_key(spec, table).items():
+        facts = () if (table[0], key) == ("scope", "shape") else FACTS
         _check(place, key, expressions, {*own, *lent, *variables, "config", *facts}, problems)
 
 
@@ -186,69 +182,61 @@ def _check(
 
 def _captures(spec: Spec, table: Table) -> frozenset[str] | None:
     """All captures that instances of a table may have; None where that cannot be known."""
-    if table[0] != "scope_coupling":
-        variants = captures_of_table(spec, *table)
-        return frozenset().union(*variants) if variants else None
-    coupling = spec.scope_coupling[table[1]]
-    members = [_captures(spec, ("scope", name)) for name in coupling.scopes]
-    if not members or None in members:
-        return None
-    every = frozenset(name for names in members for name in names or ())
-    return frozenset() if coupling.across == "all" else every.difference(coupling.across)
+    variants = captures_of(spec, table)
+    return frozenset().union(*variants) if variants else None
 
 
 def _lent(spec: Spec, memberships: Iterable[Membership]) -> set[str] | None:
-    """Captures that a table may borrow: those of its fellow members, in every coupling that it is part of.
+    """The captures that a table may use of fellow members: those which every coupling that it is part of has.
 
     None where a fellow member cannot be read.
     """
-    fellows = [_lent_in(spec, coupling, member) for coupling, member in memberships]
-    known = [captures for captures in fellows if captures is not None]
-    if len(known) < len(fellows):
-        return None
-    return set.intersection(*known) if known else set()
+    found = []
+    for coupling, member in memberships:
+        table = table_of(spec, coupling)
+        fellows = [_captures(spec, (table.member_kind, name)) for name in table.members if name != member]
+        if None in fellows:
+            return None
+        found.append({name for captures in fellows for name in captures or ()})
+    return set.intersection(*found) if found else set()
 
 
-def _lent_in(spec: Spec, coupling: Table, member: str) -> set[str] | None:
-    table = getattr(spec, coupling[0])[coupling[1]]
-    others = [name for name in table.members if name != member]
-    captures = [_captures(spec, (table.member_kind, name)) for name in others]
-    return None if None in captures else {name for names in captures for name in names or ()}
-
-
-def _memberships(spec: Spec) -> dict[Table, list[Membership]]:
-    """For every table the couplings that it is part of, itself or as the block of a member, and as whom."""
+def _memberships(spec: Spec) -> defaultdict[Table, list[Membership]]:
+    """The couplings of each table, as a member itself or as the block of one."""
     found: defaultdict[Table, list[Membership]] = defaultdict(list)
     for coupling, fused in spec.block_coupling.items():
         for name in fused.blocks:
             found["block", name].append((("block_coupling", coupling), name))
     for coupling, coupled in spec.scope_coupling.items():
         for name in coupled.scopes:
-            if name in spec.scope and leaves_of_table(spec, "scope", name):
+            if leaves_of(spec, ("scope", name)):
                 found["scope", name].append((("scope_coupling", coupling), name))
-                block = spec.scope[name].block
-                if isinstance(block, str):
-                    found["block", block].append((("scope_coupling", coupling), name))
+                block = block_of(spec, ("scope", name))
+                if block is not None:
+                    found[block].append((("scope_coupling", coupling), name))
     return found
 
 
-_MOST_MISSING = 8  # names that are no table, of which it is asked which one was meant
+_MOST_MISSING = 8  # names without a table, for which the tables that they may mean are looked for
 
 
 def check_spec(spec: Spec, declared: Mapping[str, Collection[str]], problems: Problems) -> None:
-    """Everything that can be found wrong without a checkpoint; `declared` has all names by kind, and vars."""
+    """Every problem that shows without a checkpoint; `declared` has all names by kind, and those of vars."""
     if not declared["scope"] and not problems.is_open("", "scope"):
         problems.add("", "", "there is no rule: write at least one [scope.NAME]")
     for name, block in spec.block.items():
         _check_tensors(f"block.{name}", block, problems)
     for name, table in spec.scope.items():
         _check_form(f"scope.{name}", table, declared, problems)
-    for place, coupling in _couplings(spec):
+    couplings = [("block_coupling", spec.block_coupling), ("scope_coupling", spec.scope_coupling)]
+    for place, coupling in [
+        (f"{kind}.{name}", one) for kind, tables in couplings for name, one in tables.items()
+    ]:
         _check_members(place, coupling, declared, problems)
         _check_orders(place, coupling, problems)
         _check_captures(spec, place, coupling, problems)
     _check_names(declared, problems)
-    _check_idle(spec, declared, problems)
+    _check_unused(spec, declared, problems)
     _check_budgets(spec, declared, problems)
     if spec.score is not None and not problems.is_open("score", "kind"):
         for key, text in wrong_score(spec.score):
@@ -258,11 +246,6 @@ def check_spec(spec: Spec, declared: Mapping[str, Collection[str]], problems: Pr
         for key, text in wrong_common_reconstruct(spec.reconstruct):
             problems.add("reconstruct", key, text)
     check_references(spec, problems, frozenset(declared["vars"]))
-
-
-def _couplings(spec: Spec) -> Iterator[tuple[str, CouplingTable]]:
-    yield from ((f"block_coupling.{name}", table) for name, table in spec.block_coupling.items())
-    yield from ((f"scope_coupling.{name}", table) for name, table in spec.scope_coupling.items())
 
 
 def _check_form(
@@ -288,7 +271,7 @@ def _check_form(
 
 
 def _check_tensors(place: str, table: TensorsTable, problems: Problems) -> None:
-    """The keys of a table that has tensors of its own: what they are, and how they are looked at."""
+    """The keys of a table that names tensors: which tensors, and its view of them."""
     if table.tensors is None and table.regex is None and not problems.is_open(place, "tensors", "regex"):
         text = f"missing; wanted {TensorsTable.model_fields['tensors'].description}"
         if isinstance(table, ScopeTable):
@@ -300,11 +283,9 @@ def _check_tensors(place: str, table: TensorsTable, problems: Problems) -> None:
     if table.tensors is not None and table.regex is not None:
         problems.add(place, "regex", "tensors are named by patterns already: give one of tensors and regex")
     if table.axes and not isinstance(table.view, str) and not problems.is_open(place, "view"):
-        problems.add(place, "axes", 'these are the axes of an einops pattern: give one as view = "..."')
+        problems.add(place, "axes", 'axes belong to an einops pattern: give one as view = "..."')
     if isinstance(table.view, ExplicitView) and table.slice is not None:
-        problems.add(
-            place, "slice", "a view by shape and stride takes its part by itself: give it an offset instead"
-        )
+        problems.add(place, "slice", "a view by shape and stride takes no slice: give it an offset instead")
 
 
 def _check_members(
@@ -328,9 +309,7 @@ def _check_orders(place: str, table: CouplingTable, problems: Problems) -> None:
         problems.add(place, "orders", f"{found}: give one order for each")
     for order in table.orders:
         if sorted(order) != list(range(len(order))):
-            text = (
-                f"{shown(order)} is no order of dimensions: it has to hold each of 0 to {len(order) - 1} once"
-            )
+            text = f"{shown(order)} is no order of dimensions: it needs each of 0 to {len(order) - 1} once"
             problems.add(place, "orders", text)
 
 
@@ -339,7 +318,7 @@ def _check_captures(spec: Spec, place: str, table: CouplingTable, problems: Prob
     if table.across == "all" or problems.is_open(place, table.members_key, "across"):
         return
     kind = table.member_kind
-    captured = {member: captures_of_table(spec, kind, member) for member in table.members}
+    captured = {member: captures_of(spec, (kind, member)) for member in table.members}
     every = {name for variants in captured.values() for names in variants for name in names}
     if all(captured.values()):
         for name in table.across:
@@ -353,7 +332,7 @@ def _check_captures(spec: Spec, place: str, table: CouplingTable, problems: Prob
                 place,
                 table.members_key,
                 f"{shown(member)} captures {texts}, depending on which of "
-                f"{listed(patterns_of_table(spec, kind, member))} matches: the patterns of a member need the "
+                f"{listed(patterns_of(spec, (kind, member)))} matches: the patterns of a member need the "
                 "same captures",
             )
 
@@ -366,8 +345,8 @@ def _check_names(declared: Mapping[str, Collection[str]], problems: Problems) ->
             )
 
 
-def _check_idle(spec: Spec, declared: Mapping[str, Collection[str]], problems: Problems) -> None:
-    """Only where every table that names others was read; else this would be a guess."""
+def _check_unused(spec: Spec, declared: Mapping[str, Collection[str]], problems: Problems) -> None:
+    """Blocks that no scope uses; only where every table that names others could be read."""
     named = {table.block for table in spec.scope.values() if isinstance(table.block, str)}
     fused = {block for table in spec.block_coupling.values() for block in table.blocks}
     blocks, couplings = set(declared["block"]), set(declared["block_coupling"])
@@ -379,7 +358,10 @@ def _check_idle(spec: Spec, declared: Mapping[str, Collection[str]], problems: P
         if not meant:
             return
         named.update(meant)
-    if problems.is_open("", *KINDS) or not _all_named(spec, declared, problems):
+    if problems.is_open("", *KINDS) or not all(
+        _all_read(kind, key, spec, declared, problems)
+        for kind, key in (("scope", "block"), ("block_coupling", "blocks"))
+    ):
         return
     for name in declared["block_coupling"]:
         if name not in named:
@@ -391,27 +373,20 @@ def _check_idle(spec: Spec, declared: Mapping[str, Collection[str]], problems: P
             )
 
 
-def _all_named(spec: Spec, declared: Mapping[str, Collection[str]], problems: Problems) -> bool:
-    """Whether it is known which blocks every scope and every coupling names."""
-    return all(
-        len(getattr(spec, kind)) == len(declared[kind])
-        and not any(problems.is_open(f"{kind}.{name}", key) for name in declared[kind])
-        for kind, key in (("scope", "block"), ("block_coupling", "blocks"))
-    )
-
-
-def _coupled_known(spec: Spec, declared: Mapping[str, Collection[str]], problems: Problems) -> bool:
-    """Whether it is known of every scope if it is a member of a scope coupling."""
-    return (
-        len(spec.scope_coupling) == len(declared["scope_coupling"])
-        and not problems.is_open("", "scope_coupling")
-        and not any(problems.is_open(f"scope_coupling.{name}", "scopes") for name in spec.scope_coupling)
+def _all_read(
+    kind: str, key: str, spec: Spec, declared: Mapping[str, Collection[str]], problems: Problems
+) -> bool:
+    """Whether this key is known of every table of a kind."""
+    return len(getattr(spec, kind)) == len(declared[kind]) and not any(
+        problems.is_open(f"{kind}.{name}", key) for name in declared[kind]
     )
 
 
 def _check_budgets(spec: Spec, declared: Mapping[str, Collection[str]], problems: Problems) -> None:
     coupled = spec.coupled_scopes()
-    coupled_known = _coupled_known(spec, declared, problems)
+    coupled_known = not problems.is_open("", "scope_coupling") and _all_read(
+        "scope_coupling", "scopes", spec, declared, problems
+    )
     for name, table in spec.scope.items():
         if name in coupled:
             _check_inner(f"scope.{name}", table, coupled[name], problems)
@@ -425,19 +400,21 @@ def _check_inner(place: str, table: BudgetTable, coupling: str, problems: Proble
     for key in (*BUDGETS, "multiple_of", *METHOD_KEYS):
         if getattr(table, key) is not None:
             what = "this" if key in METHOD_KEYS else "its budget"
-            text = f"this scope is a member of [scope_coupling.{coupling}]: {what} has to stand there"
+            text = f"this scope is a member of [scope_coupling.{coupling}]: {what} belongs there"
             problems.add(place, key, text)
 
 
 def _check_outermost(place: str, table: BudgetTable, spec: Spec, problems: Problems) -> None:
-    given = tuple(key for key in BUDGETS if key in table.budget_keys or problems.told(place, key))
+    given = tuple(key for key in BUDGETS if getattr(table, key) is not None or problems.has(place, key))
     if not given and not problems.is_open(place, *BUDGETS):
         problems.add(place, "", "there is no budget: give one of nnz, sparsity and threshold")
     if len(given) > 1:
         problems.add(place, "", f"found the budgets {listed(given)}: give exactly one")
     if table.multiple_of is not None and given == ("threshold",):
         problems.add(
-            place, "multiple_of", "it rounds what nnz or sparsity ask for; a threshold keeps no fixed number"
+            place,
+            "multiple_of",
+            "it rounds the number that nnz or sparsity gives; a threshold keeps no fixed number",
         )
     _check_method(place, table, spec, problems)
 

@@ -1,6 +1,7 @@
 """Expressions over numbers, lists, captures and config: parsed to an allow-listed tree, never `eval`.
 
-Owns syntax, bounds, evaluation, the names that are known where, and `[vars]`.
+Owns syntax, bounds, evaluation, the names that expressions may use, and `[vars]`. Called by all of spec, and
+by removal for values of config.json.
 """
 
 from __future__ import annotations
@@ -12,19 +13,19 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
-from math import isfinite
+from math import isfinite, prod
 from typing import TYPE_CHECKING, Any
 
 from sparseprune.spec.problems import Misfit, Problems, shown, suggestion
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from sparseprune.engine.grids import Shape
     from sparseprune.spec.bound import Captures, TensorInfo
 
 
-LARGEST = 2**63 - 1  # of what counts blocks or elements
+LARGEST = 2**63 - 1  # the largest number of blocks or elements
 _LONGEST = 2000
 _DEEPEST = 100
 _ALLOWED = (
@@ -66,7 +67,7 @@ _WORDS: dict[type[ast.AST], str] = {
 
 
 class ExpressionError(ValueError):
-    """An expression that cannot be read, or has no value; the text has the expression and the column."""
+    """An expression that cannot be read or has no value; the text names the expression and the column."""
 
     def __init__(self, expression: str, column: int | None, what: str) -> None:
         place = "" if column is None else f" column {column}"
@@ -75,7 +76,7 @@ class ExpressionError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Expression:
-    """An expression that was read; `names` are the names that stand in it."""
+    """A parsed expression; `names` are all names in it."""
 
     text: str
     tree: ast.expr = field(compare=False, repr=False)
@@ -84,7 +85,7 @@ class Expression:
 
 @dataclass(frozen=True, slots=True)
 class SliceEntry:
-    """One dimension's part of a slice: from `low` to before `high`, or at `low` alone where it is single."""
+    """One dimension of a slice: from `low` to before `high`, or only the index `low` if it is `single`."""
 
     text: str
     low: Expression | None
@@ -97,19 +98,19 @@ class SliceEntry:
 
 
 def parse_expression(text: str) -> Expression:
-    """Read an expression; ExpressionError where it is none, or none that is allowed."""
+    """Parse an expression; ExpressionError for wrong syntax and for what is not allowed."""
     text = text.strip()
     return _expression(text, _parsed(text, text, 0))
 
 
 def parse_slice(text: str) -> SliceEntry:
-    """Read `low:high`, `low:`, `:high`, `:` or a single index.
+    """Parse `low:high`, `low:`, `:high`, `:` or a single index.
 
     >>> entry = parse_slice("0:2 * n")
     >>> entry.low.text, entry.high.text, entry.single
     ('0', '2 * n', False)
     """
-    tree = _parsed(text, f"_[{text}]", 2)  # a subscript is where Python reads such a thing
+    tree = _parsed(text, f"_[{text}]", 2)  # Python parses slices inside subscripts only
     if not (isinstance(tree, ast.Subscript) and isinstance(tree.value, ast.Name)):
         raise ExpressionError(text, None, 'wanted "low:high", ":" or a single index')
     entry = tree.slice
@@ -122,14 +123,14 @@ def parse_slice(text: str) -> SliceEntry:
 
 
 def column_of(text: str, node: ast.expr) -> int | None:
-    """Where a node begins, as people count; None where the text has several lines."""
+    """The column, from 1, where a node begins; None if the text has several lines."""
     if "\n" in text:
         return None
     return len(text.encode()[: node.col_offset].decode("utf-8", "replace")) + 1
 
 
 def _part(text: str, tree: ast.expr) -> Expression:
-    """A bound as an expression of its own; places in it count from its own beginning."""
+    """A bound as an expression of its own, whose columns count from its own beginning."""
     own = ast.get_source_segment(f"_[{text}]", tree) or ""
     return _expression(own, _parsed(own, own, 0))
 
@@ -139,11 +140,11 @@ def _parsed(text: str, source: str, shift: int) -> ast.expr:
         raise ExpressionError(text, None, f"found {len(text)} characters, wanted {_LONGEST} at most")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error")  # a doubtful escape or literal is an error of syntax here
+            warnings.simplefilter("error")  # a doubtful escape or literal is a syntax error here
             return ast.parse(source, mode="eval").body
     except SyntaxError as error:
         at = (error.offset or 0) - shift
-        end = len(text) + 1  # where Python means when it names no place
+        end = len(text) + 1  # what Python means when it names no column
         column = None if "\n" in text else min(at, end) if at > 0 else end
         raise ExpressionError(text, column, f"this is no expression: {error.msg}") from error
     except (ValueError, RecursionError, MemoryError) as error:  # null characters, brackets nested too deep
@@ -160,7 +161,7 @@ def _expression(text: str, tree: ast.expr) -> Expression:
 
 
 def _nodes(text: str, tree: ast.expr) -> Iterator[tuple[ast.AST, ast.expr]]:
-    """Every node with the nearest expression that it is part of, or is."""
+    """Every node with the innermost expression around it, or itself."""
     todo: list[tuple[ast.AST, ast.expr, int]] = [(tree, tree, 0)]
     while todo:
         node, above, depth = todo.pop()
@@ -172,7 +173,7 @@ def _nodes(text: str, tree: ast.expr) -> Iterator[tuple[ast.AST, ast.expr]]:
 
 
 def _refused(node: ast.AST) -> str:
-    """What to call a node that is not allowed; empty for one that is."""
+    """The name of a node that is not allowed; empty if it is allowed."""
     if isinstance(node, ast.Constant):
         return _refused_constant(node.value)
     if isinstance(node, ast.Attribute):
@@ -198,7 +199,7 @@ def _starts_at_config(node: ast.expr) -> bool:
     return isinstance(node, ast.Name) and node.id == "config"
 
 
-LONGEST = 10_000  # characters of a text, items of a list with those of the lists in it
+LONGEST = 10_000  # characters of a text; items of a list and of all lists in it
 _ARITHMETIC: dict[type[ast.operator], tuple[str, Callable[[Any, Any], Any]]] = {
     ast.Add: ("+", operator.add),
     ast.Sub: ("-", operator.sub),
@@ -216,24 +217,24 @@ _ORDERING: dict[type[ast.cmpop], tuple[str, Callable[[Any, Any], bool]]] = {
 
 
 class MissingKeyError(ExpressionError):
-    """A key that config lacks; `or` may still give another value."""
+    """A key that config lacks; `or` may give another value."""
 
 
 class BrokenNameError(ExpressionError):
-    """A var that has no value itself, which was told already."""
+    """A var without a value, which is already reported."""
 
 
 class Broken:
-    """What stands for the value of a var that has none."""
+    """The value of a var that has a problem."""
 
 
 def evaluate(expression: Expression, names: Mapping[str, object]) -> object:
-    """The value of an expression; ExpressionError where it has none, with the column and the reason."""
+    """The value of an expression; ExpressionError, with the column and the reason, if it has none."""
     return _Walk(expression.text, names).value(expression.tree)
 
 
 class _Walk:
-    """One walk over one tree."""
+    """The evaluation of one expression."""
 
     __slots__ = ("_names", "_text")
 
@@ -371,20 +372,20 @@ class _Walk:
                 return whole[key]
             what = f"{ast.unparse(of)} has no key {shown(key)}{suggestion(key, map(str, whole))}"
         elif isinstance(of, ast.Name) and of.id == "config":
-            what = f"the checkpoint has no config.json, where {shown(key)} would stand"
+            what = f"the checkpoint has no config.json, from which {shown(key)} is read"
         else:
             what = f"{ast.unparse(of)} is {shown(whole)}, which has no key {shown(key)}"
         raise self._error(node, what, MissingKeyError)
 
 
 def unknown_name(name: str, known: Mapping[str, object] | frozenset[str]) -> str:
-    """What to say about a name that nothing has."""
+    """The text of a problem: a name that is not known."""
     constant = {"true": "True", "false": "False", "none": "None", "null": "None"}.get(name.lower())
     return f"unknown name {shown(name)}" + suggestion(name, [constant] if constant else known)
 
 
 def kind_of(value: object) -> str:
-    """What a value is, in words."""
+    """The kind of a value in words."""
     match value:
         case None:
             return "nothing"
@@ -400,7 +401,7 @@ def kind_of(value: object) -> str:
 
 
 def size_of(value: object) -> int:
-    """Characters of a text; items of a list, with what is in its items."""
+    """Characters of a text; items of a list and of all lists in it."""
     if isinstance(value, str):
         return len(value)
     count, todo = 0, [value]
@@ -422,27 +423,22 @@ RESERVED = ("config", *FACTS)
 
 @dataclass(frozen=True, slots=True)
 class Environment:
-    """What is the same for all instances: the values of `[vars]`, and config.json or None."""
+    """The names that all instances share: the values of `[vars]`, and config.json or None."""
 
     variables: Mapping[str, object] = field(default_factory=dict)
     config: Mapping[str, object] | None = None
 
-    def settles(self, expressions: Iterable[Expression]) -> bool:
-        """Whether no capture has a say in them: they come to the same wherever the facts are the same."""
-        known = {*self.variables, *RESERVED}
-        return all(expression.names <= known for expression in expressions)
-
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """All that may be named for one instance."""
+    """The names that expressions may use for one instance: vars, config, captures, facts of its tensor."""
 
     environment: Environment
     captures: Captures = ()
     tensor: TensorInfo | None = None
 
     def value(self, entry: object) -> object:
-        """The entry itself, or what it comes to where it is an expression; ExpressionError."""
+        """The entry itself, or the value of an expression; ExpressionError."""
         if not isinstance(entry, Expression):
             return entry
         known = {"config": self.environment.config, **self.environment.variables, **dict(self.captures)}
@@ -481,36 +477,33 @@ class Names:
 
 
 def came_to(entry: object, found: object, wanted: str) -> ExpressionError:
-    """The error for an expression that has a value, but not one of the kind that is wanted."""
+    """The error for an expression whose value is not of the kind that is wanted."""
     text = entry.text if isinstance(entry, Expression) else str(entry)
     return ExpressionError(text, None, f"this comes to {shown(found)}, wanted {wanted}")
 
 
 def _facts(tensor: TensorInfo) -> dict[str, object]:
-    numel = 1
-    for size in tensor.shape:
-        numel *= size
-    values = (list(tensor.shape), len(tensor.shape), numel, tensor.dtype)
+    values = (list(tensor.shape), len(tensor.shape), prod(tensor.shape), tensor.dtype)
     return dict(zip(FACTS, values, strict=True))
 
 
 def misfit(place: str, key: str, error: ExpressionError, label: str) -> Misfit:
-    """What to report for an expression without a fitting value; nothing, where that was told already."""
+    """The problem of an expression without a fitting value; without a text if it is already reported."""
     return Misfit(place, key, "" if isinstance(error, BrokenNameError) else f"{label}: {error}")
 
 
 Variable = bool | int | float | Expression | tuple["Variable", ...]
 _DEEPEST_LIST = 8
-_MOST_CIRCLES = 50  # that are told: each is found by a walk over all vars
+_MOST_CIRCLES = 50  # that are reported: each costs a walk over all vars
 _WANTED = 'a number, true or false, an expression in quotes such as "2 * n", or a list of these'
 
 
 class _NoVariableError(ValueError):
-    """A value that no var can have."""
+    """A value of a type that vars cannot have."""
 
 
 def read_variables(value: object, overrides: Mapping[str, str], problems: Problems) -> dict[str, Variable]:
-    """The vars that can be read, with the overrides in place; the others are problems."""
+    """The vars that can be read, with overrides applied; the others are problems."""
     declared = value if isinstance(value, dict) else {}
     if value is not None and not isinstance(value, dict):
         problems.add("", "vars", f"found {shown(value)}, wanted a table: write [vars] above its keys")
@@ -538,7 +531,7 @@ def read_variables(value: object, overrides: Mapping[str, str], problems: Proble
 def resolve_variables(
     variables: Mapping[str, Variable], config: Mapping[str, object] | None, problems: Problems
 ) -> dict[str, object]:
-    """The value of every var; `Broken` stands for those that have none, which are problems."""
+    """The value of every var, `Broken` for those with a problem."""
     values: dict[str, object] = {}
     for name in TopologicalSorter(_references(variables)).static_order():
         try:
@@ -554,11 +547,11 @@ def resolve_variables(
 def _wrong_name(name: str) -> str:
     if not (name.isascii() and name.isidentifier()):
         return "the name of a var is made of letters, digits and _"
-    return f"{name} means something else in expressions: take another name" if name in RESERVED else ""
+    return f"{name} is a reserved name in expressions: take another one" if name in RESERVED else ""
 
 
 def _overriding(text: str) -> object:
-    """What stands for a value on the command line: TOML if it can be read as that, else an expression."""
+    """The value of a `--set`: read as TOML if that works, else as an expression."""
     try:
         document = tomllib.loads(f"value = {text}")
     except (ValueError, RecursionError):
@@ -582,7 +575,7 @@ def _variable(value: object, depth: int) -> Variable:
 
 
 def _check_names(variables: Mapping[str, Variable], known: Mapping[str, object], problems: Problems) -> None:
-    """Every name that a var uses exists, and no var needs itself."""
+    """Problems of names that vars use and that do not exist, and of vars that depend on themselves."""
     for name, variable in variables.items():
         for expression in _expressions(variable):
             for used in sorted(expression.names.difference(known)):
@@ -593,7 +586,7 @@ def _check_names(variables: Mapping[str, Variable], known: Mapping[str, object],
             TopologicalSorter(references).prepare()
         except CycleError as error:
             chain = error.args[1][::-1]
-            problems.add("vars", chain[0], f"this needs itself: {' -> '.join(chain)}")
+            problems.add("vars", chain[0], f"this depends on itself: {' -> '.join(chain)}")
             references = {name: used - {*chain} for name, used in references.items() if name not in chain}
         else:
             return

@@ -1,7 +1,6 @@
-"""Where the text of a spec comes from: a file that was named, or one that ships with the package.
+"""The text of a spec: from a file, or from a spec that ships with the package.
 
-Reads text and knows where it lay (paths in a spec are relative to that directory), not what it means.
-Called by the command line and by execution.
+Knows the directory of the text (paths in a spec are relative to it), not its meaning. Called by commands.
 """
 
 from __future__ import annotations
@@ -12,13 +11,13 @@ from pathlib import Path
 from sparseprune.errors import SpecError
 from sparseprune.spec.problems import listed, nearest, shown
 
-LARGEST_SPEC = 1_000_000  # bytes: thousands of tables; what is larger was not meant as a spec
+LARGEST_SPEC = 1_000_000  # bytes: thousands of tables; a larger file is not meant as a spec
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True, slots=True)
 class SpecSource:
-    """The text of a spec, the name under which its problems are reported, and where it lies."""
+    """The text of a spec, the name under which its problems are reported, and its directory."""
 
     text: str
     source: str
@@ -26,12 +25,12 @@ class SpecSource:
 
 
 def find_spec(name_or_path: str | Path) -> SpecSource:
-    """The spec at a path, else the shipped spec of that name; SpecError where there is neither."""
+    """The spec at a path, else the shipped spec of that name; SpecError if there is neither."""
     path, shipped = Path(name_or_path), _shipped().get(str(name_or_path))
     if _exists(path) and not (shipped and path.is_dir()):
         return _read(path, str(path))
     if shipped:
-        # Nobody's files lie beside a spec that ships: what it names is looked for where the command is run.
+        # No user's files lie beside a shipped spec: its paths are relative to the current directory.
         return replace(_read(shipped, shipped.name), directory=Path.cwd())
     raise SpecError(_unknown(str(name_or_path)))
 
@@ -42,7 +41,7 @@ def list_specs() -> tuple[str, ...]:
 
 
 def _shipped() -> dict[str, Path]:
-    """In a wheel the specs lie inside the package, in a source checkout beside it."""
+    """Paths of shipped specs by name: inside the package in a wheel, beside it in a source checkout."""
     inside = _PACKAGE / "specs"
     directory = inside if inside.is_dir() else _PACKAGE.parent / "specs"
     return {path.stem: path for path in sorted(directory.glob("*.toml"), key=lambda path: path.stem)}
@@ -52,15 +51,15 @@ def _exists(path: Path) -> bool:
     try:
         path.stat()
     except PermissionError:
-        return True  # reading it says what is wrong
-    except (OSError, ValueError):  # also a name that is too long, or has a null character in it
+        return True  # reading it gives the error
+    except (OSError, ValueError):  # also a name that is too long or has a null character
         return False
     return True
 
 
 def _read(path: Path, source: str) -> SpecSource:
     try:
-        with path.open("rb") as file:  # a pipe too, and what never ends is not read to its end
+        with path.open("rb") as file:  # may be a pipe, or endless
             content = file.read(LARGEST_SPEC + 1)
         if len(content) > LARGEST_SPEC:
             raise SpecError(f"{source}: larger than {LARGEST_SPEC:,} bytes; a spec is a page of TOML")
@@ -76,7 +75,7 @@ def _read(path: Path, source: str) -> SpecSource:
 
 
 def _unknown(name: str) -> str:
-    """Both readings of a name that is neither, with the shipped specs that it may mean."""
+    """The error for a name that is neither a file nor a shipped spec, with the nearest shipped specs."""
     names = list_specs()
     close = nearest(Path(name).name.removesuffix(".toml"), names, 3)
     there = f"did you mean {listed(close, 'or')}?" if close else "`sparseprune specs` lists those that do."

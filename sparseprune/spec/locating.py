@@ -1,6 +1,6 @@
-"""Locating: which tensors a pattern matches, joined on captures into instances.
+"""Locating: the tensors that patterns match, joined on captures into the instances of couplings.
 
-Owns captures of members, gathering by `across`, and missing members. Called by binding.
+Owns labels, the natural order, gathering by `across`, and missing members. Called by binding.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 from sparseprune.engine.dtypes import DTYPES
 from sparseprune.spec.bound import Captures
-from sparseprune.spec.checking import borrowed_names, leaves_of_table, patterns_of_table
+from sparseprune.spec.checking import borrowed_names, leaves_of, patterns_of
 from sparseprune.spec.expressions import ExpressionError, Names, came_to, misfit
 from sparseprune.spec.patterns import PatternError
 from sparseprune.spec.problems import Problems, listed, nearest, shown
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from sparseprune.spec.schema import CouplingTable, Spec, TensorsTable
 
     Pattern = TensorPattern | RegexPattern
+    Match = tuple[Captures, TensorInfo]
     Key = Callable[[Captures], object]
 
 _DIGITS = re.compile(r"([0-9]+)")
@@ -35,7 +36,7 @@ NaturalKey = tuple[tuple[int, str], ...]
 
 @dataclass(frozen=True, slots=True)
 class TensorSite:
-    """A tensor that a pattern matches; `tag` tells it apart from all others of its table."""
+    """A tensor that a pattern matches; `tag` is unique in its table: the captures, or the tensor's name."""
 
     captures: Captures
     tag: str
@@ -55,7 +56,7 @@ Site = TensorSite | JoinedSite
 
 
 def label(table: str, site: Site) -> str:
-    """The name of an instance: the table's, with the captures or what else tells it apart.
+    """The name of an instance: the table's, with its tag.
 
     >>> label("channel", JoinedSite((("layer", 3),), "layer=3", ()))
     'channel[layer=3]'
@@ -64,7 +65,7 @@ def label(table: str, site: Site) -> str:
 
 
 def captured(captures: Captures) -> str:
-    """Captures as labels and errors show them; those that hold nothing are left out.
+    """Captures as labels and errors show them, without empty ones.
 
     >>> captured((("stem", ""), ("layer", 3), ("name", "up")))
     'layer=3,name=up'
@@ -73,24 +74,30 @@ def captured(captures: Captures) -> str:
 
 
 def find_tensors(
-    patterns: Sequence[Pattern],
-    tensors: Iterable[TensorInfo],
-    keep: Callable[[TensorInfo, Captures], bool] | None = None,
-) -> tuple[TensorSite, ...]:
-    """The tensors that a pattern matches, the first one that does, in the natural order of the captures.
-
-    `keep` says which of those that match are taken, if not all.
-    """
-    found: dict[Captures, list[TensorInfo]] = {}
+    patterns: Sequence[Pattern], tensors: Iterable[TensorInfo], exclude: Sequence[Pattern] = ()
+) -> list[Match]:
+    """The tensors that a pattern matches and none excludes, with the captures of the first that does."""
+    found: list[Match] = []
     for tensor in tensors:
+        name = tensor.name
         for pattern in patterns:
-            captures = pattern.match(tensor.name)
+            captures = pattern.match(name) if pattern.literal in name else None
             if captures is not None:
                 if pattern.names != patterns[0].names:
                     captures = _reordered(captures, patterns[0].names)
-                if keep is None or keep(tensor, captures):
-                    found.setdefault(captures, []).append(tensor)
+                found.append((captures, tensor))
                 break
+    for pattern in exclude:
+        literal, match = pattern.literal, pattern.match
+        found = [one for one in found if literal not in one[1].name or match(one[1].name) is None]
+    return found
+
+
+def sites_of(matches: Iterable[Match]) -> tuple[TensorSite, ...]:
+    """The sites of tensors that matched, in the natural order of their captures."""
+    found: dict[Captures, list[TensorInfo]] = {}
+    for captures, tensor in matches:
+        found.setdefault(captures, []).append(tensor)
     sites: list[TensorSite] = []
     for captures in in_natural_order(found):
         alike = found[captures]
@@ -103,7 +110,7 @@ def find_tensors(
 
 
 def _reordered(captures: Captures, names: Sequence[str]) -> Captures:
-    """In the order in which the first pattern has the captures, so that alike captures are equal."""
+    """Captures in the order of the first pattern, so that equal captures compare equal."""
     return tuple(sorted(captures, key=lambda pair: names.index(pair[0]) if pair[0] in names else len(names)))
 
 
@@ -113,7 +120,7 @@ def in_natural_order(several: Iterable[Captures]) -> list[Captures]:
     values = {value for captures in rows for _, value in captures}
     keys = {value: natural_key(str(value)) for value in values}
     places = {key: place for place, key in enumerate(sorted(set(keys.values())))}
-    ranks = {value: places[key] for value, key in keys.items()}  # many rows hold few values: compare numbers
+    ranks = {value: places[key] for value, key in keys.items()}  # many rows have few values: compare numbers
     return sorted(rows, key=lambda captures: [ranks[value] for _, value in captures])
 
 
@@ -130,12 +137,12 @@ def natural_key(text: str) -> NaturalKey:
     return tuple(key for pair in zip_longest(texts, numbers) for key in pair if key is not None)
 
 
-Rows = tuple["Captures | None", ...]  # one of each member, None for none
+Rows = tuple["Captures | None", ...]  # one of each member; None where an optional member has none
 _ROWS_BEYOND_INPUT = 1000
 
 
 class JoinError(ValueError):
-    """Members that do not make up instances; the text says why and what to do."""
+    """Members that cannot be joined into instances; the text says why and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +156,7 @@ class Joined:
 def gather(
     sites: Iterable[Site], across: Collection[str] | Literal["all"]
 ) -> dict[Captures, tuple[Site, ...]]:
-    """The sites by those of their captures that are not gathered across, each group in its old order."""
+    """The sites by their captures without those in `across`; each group keeps its order."""
     groups: dict[Captures, list[Site]] = {}
     for site in sites:
         left: Captures = () if across == "all" else site.captures
@@ -164,9 +171,9 @@ def natural_join(
 ) -> tuple[Joined, ...]:
     """Every combination of one row of each member that agrees where captures have one name, in natural order.
 
-    The rows of one member all have the same names in the same order. A combination may do without a row of
-    the members that are numbered in `optional`. JoinError where a row fits no combination, and before a
-    product gets out of hand.
+    The rows of one member all have the same names in the same order. A combination may lack a row of the
+    members numbered in `optional`. JoinError where a row fits no combination, and for a product that is far
+    larger than its members.
 
     >>> layers, heads = [(("a", 1),)], [(("a", 1), ("b", 7)), (("a", 1), ("b", 8))]
     >>> [joined.captures for joined in natural_join([layers, heads])]
@@ -194,7 +201,7 @@ def natural_join(
             for (captures, rows), match in zip(found, matches, strict=True)
             for row in match
         ]
-        if number not in optional:  # what only optional members capture joins nothing
+        if number not in optional:  # captures of optional members alone join nothing
             known = [captures for captures, _ in found]
     listed = [order.index(number) for number in range(len(members))]
     found = [(captures, tuple([rows[at] for at in listed])) for captures, rows in found]
@@ -206,7 +213,7 @@ def natural_join(
 def lend(
     rows: Sequence[Captures], others: Sequence[Sequence[Captures]], names: Collection[str]
 ) -> list[tuple[int, Captures]]:
-    """What each row becomes once it has these names too, as the others have them beside it, with its number.
+    """Each row, with its number, extended by these names: once for each value in fitting rows of others.
 
     >>> lend([(("layer", 1),)], [[(("layer", 1), ("expert", 7)), (("layer", 2), ("expert", 8))]], ["expert"])
     [(0, (('layer', 1), ('expert', 7)))]
@@ -227,7 +234,7 @@ def lend(
 
 
 def missing_partners(members: Sequence[Collection[Captures]]) -> tuple[tuple[int, Captures], ...]:
-    """Which member has no row for captures that another one has, and these (only the names of both)."""
+    """The members that lack a row for captures of another member, with the captures that both name."""
     missing: dict[tuple[int, Captures], None] = {}
     for rows in members:
         for number, others in enumerate(members):
@@ -251,7 +258,7 @@ def _check_used(joins: Sequence[Rows], members: Sequence[Collection[Captures]]) 
 
 
 def _shared_keys(rows: Collection[Captures], others: Collection[Captures]) -> tuple[Key, Key]:
-    """What to compare a row of either by: the pairs of the names that both have, in one order."""
+    """The keys that join rows of two members: the captures whose names both have, in one order."""
     names = [[name for name, _ in next(iter(each), ())] for each in (rows, others)]
     shared = [name for name in names[0] if name in names[1]]
     here, there = (_picker([each.index(name) for name in shared]) for each in names)
@@ -268,7 +275,7 @@ def _shared(row: Captures, others: Collection[Captures]) -> Captures:
 
 
 def _extended(captures: Captures, row: Captures | None) -> Captures:
-    """The captures with those of a row that fits them."""
+    """The captures and those of a row that agrees with them."""
     if row is None or row == captures:
         return captures
     known = dict(captures)
@@ -277,12 +284,12 @@ def _extended(captures: Captures, row: Captures | None) -> Captures:
 
 Group = dict[Captures, tuple[Site, ...]]
 Sites = dict[tuple[str, str], tuple[Site, ...]]
-_MOST_COMPARED = 2000  # names of unlike form among which a nearest one is looked for
+_MOST_COMPARED = 2000  # names that differ in more than numbers, among which the nearest are looked for
 _PRUNABLE = tuple(dtype.name for dtype in DTYPES.values() if dtype.prunable)
 
 
 def locate(spec: Spec, tensors: Sequence[TensorInfo], environment: Environment, problems: Problems) -> Sites:
-    """The instances of every table by its kind and name; none for a table that cannot have any."""
+    """The sites of every table by its kind and name; none where tensors or members are missing."""
     sites: Sites = {}
     for name, block in spec.block.items():
         sites["block", name] = _find(f"block.{name}", block, tensors, environment, problems)
@@ -307,12 +314,9 @@ def _find(
     environment: Environment,
     problems: Problems,
 ) -> tuple[TensorSite, ...]:
-    def is_taken(tensor: TensorInfo, captures: Captures) -> bool:
-        for pattern in table.exclude:
-            if pattern.match(tensor.name) is not None:
-                return False
-        if table.where is None:
-            return True
+    def fits(match: Match) -> bool:
+        """Whether `where` is true; an expression without such a value is a problem, and keeps the tensor."""
+        captures, tensor = match
         try:
             holds = Names(environment, captures, tensor).value(table.where)
             if not isinstance(holds, bool):
@@ -322,32 +326,32 @@ def _find(
             return True
         return holds
 
-    filtered = table.where is not None or table.exclude
     try:
-        found = find_tensors(table.patterns or (), tensors, is_taken if filtered else None)
+        found = find_tensors(table.patterns or (), tensors, table.exclude)
     except PatternError as error:
         problems.add(place, table.patterns_key, str(error))
         return ()
-    for tensor in (site.tensor for site in found):
+    sites = sites_of(found if table.where is None else filter(fits, found))
+    for tensor in (site.tensor for site in sites):
         if tensor.dtype not in _PRUNABLE:
             text = (
                 f"{tensor.name} is {tensor.dtype}, which cannot be pruned: narrow the pattern to tensors of "
             )
             problems.add(place, table.patterns_key, text + listed(_PRUNABLE, "or"))
-    return found
+    return sites
 
 
 def _check_found(spec: Spec, sites: Sites, tensors: Sequence[TensorInfo], problems: Problems) -> None:
-    """Every table finds a tensor, unless it or a table above it is optional and has none at all."""
+    """A problem for every table without tensors, unless it or a table above it is optional and has none."""
     forgiven: set[tuple[str, str]] = set()
     for kind in ("block", "block_coupling", "scope", "scope_coupling"):
         for name, table in getattr(spec, kind).items():
-            leaves = leaves_of_table(spec, kind, name)
+            leaves = leaves_of(spec, (kind, name))
             if table.optional and not any(sites[leaf] for leaf in leaves):
                 forgiven.update(leaves)
     for kind, name in sites:
         table = getattr(spec, kind)[name]
-        is_leaf = (kind, name) in leaves_of_table(spec, kind, name)
+        is_leaf = (kind, name) in leaves_of(spec, (kind, name))
         if is_leaf and not sites[kind, name] and (kind, name) not in forgiven:
             problems.add(f"{kind}.{name}", table.patterns_key, _nothing_found(table, tensors))
 
@@ -367,7 +371,7 @@ def _nothing_found(table: TensorsTable, tensors: Sequence[TensorInfo]) -> str:
 
 
 def _nearest_tensors(patterns: Sequence[Pattern], tensors: Sequence[TensorInfo]) -> str:
-    """The names that come nearest to what a pattern describes; names that differ in numbers count once."""
+    """The tensor names nearest to a pattern; names that differ in numbers alone count once."""
     if not tensors:
         return ": the checkpoint has no tensors"
     forms: dict[str, str] = {}
@@ -384,7 +388,7 @@ def _nearest_tensors(patterns: Sequence[Pattern], tensors: Sequence[TensorInfo])
 def _join(
     spec: Spec, sites: Sites, name: str, table: CouplingTable, problems: Problems
 ) -> tuple[JoinedSite, ...]:
-    """The instances of a coupling; none where a member has none, which is reported with that member."""
+    """The sites of a coupling; none where a member has none, which is reported with that member."""
     place = f"{table.member_kind}_coupling.{name}"
     located: list[Sequence[Site]] = [sites[table.member_kind, member] for member in table.members]
     optional = _optional_members(spec, table, located)
@@ -401,17 +405,32 @@ def _join(
     if wrong:
         return ()
     try:
-        return _combined(groups, optional)
+        joins = natural_join([tuple(group) for group in groups], optional)
     except JoinError as error:
         problems.add(place, table.members_key, str(error))
         return ()
+    return tuple(
+        [
+            JoinedSite(
+                joined.captures,
+                captured(joined.captures),
+                tuple(
+                    [
+                        () if row is None else group[row]
+                        for group, row in zip(groups, joined.rows, strict=True)
+                    ]
+                ),
+            )
+            for joined in joins
+        ]
+    )
 
 
 def _optional_members(spec: Spec, table: CouplingTable, located: Sequence[Sequence[Site]]) -> frozenset[int]:
-    """The members that an instance may lack; where all could be, the first that is there at all is needed."""
+    """The members that an instance may lack; if all are optional, the first one with sites is required."""
     optional = set()
     for number, member in enumerate(table.members):
-        leaves = leaves_of_table(spec, table.member_kind, member)
+        leaves = leaves_of(spec, (table.member_kind, member))
         itself = getattr(spec, table.member_kind)[member].optional
         if itself or all(getattr(spec, kind)[name].optional for kind, name in leaves):
             optional.add(number)
@@ -423,10 +442,10 @@ def _optional_members(spec: Spec, table: CouplingTable, located: Sequence[Sequen
 def _with_borrowed(
     spec: Spec, table: CouplingTable, located: Sequence[Sequence[Site]]
 ) -> dict[int, tuple[Site, ...]]:
-    """For members that use captures which only others have: their sites, once for each value of these."""
+    """The sites of members that use captures of others, by number: once for each value of these captures."""
     found: dict[int, tuple[Site, ...]] = {}
     for number, member in enumerate(table.members):
-        names = borrowed_names(spec, table.member_kind, member)
+        names = borrowed_names(spec, (table.member_kind, member))
         if names:
             own = [site for site in located[number] if isinstance(site, TensorSite)]
             others = [[site.captures for site in each] for at, each in enumerate(located) if at != number]
@@ -438,7 +457,7 @@ def _with_borrowed(
 
 
 def _twins(members: Sequence[str], located: Sequence[Sequence[Site]]) -> Iterator[str]:
-    """What to say where two tensors of one member cannot be told apart by captures."""
+    """A problem for every two tensors of one member with equal captures."""
     for member, sites in zip(members, located, strict=True):
         first: dict[Captures, TensorSite] = {}
         for site in sites:
@@ -456,20 +475,5 @@ def _missing(
     for number, captures in missing_partners([tuple(group) for group in groups]):
         if number not in optional:
             member, what = table.members[number], captured(captures)
-            patterns = listed(patterns_of_table(spec, table.member_kind, member), "or")
+            patterns = listed(patterns_of(spec, (table.member_kind, member)), "or")
             yield f"{name}[{what}] has no {shown(member)}: no tensor matches {patterns} with {what}"
-
-
-def _combined(groups: Sequence[Group], optional: frozenset[int]) -> tuple[JoinedSite, ...]:
-    """What joins, every site used; JoinError where that cannot be."""
-    joins = natural_join([tuple(group) for group in groups], optional)
-    return tuple(
-        JoinedSite(
-            joined.captures,
-            captured(joined.captures),
-            tuple(
-                [() if row is None else group[row] for group, row in zip(groups, joined.rows, strict=True)]
-            ),
-        )
-        for joined in joins
-    )

@@ -1,7 +1,7 @@
 """TOML text -> Spec: reads every table by its model and reports whatever is wrong, all at once.
 
-Turns what tomllib and pydantic say into lines of one wording. Knows no checkpoint: what `parse_spec`
-returns may still not fit one. Called by execution.
+Turns the errors of tomllib and pydantic into lines of one wording. Knows no checkpoint: a Spec may still not
+fit one. Called by commands.
 """
 
 from __future__ import annotations
@@ -45,18 +45,18 @@ _SINGLE = (
     "vars",
     "score",
     "reconstruct",
-)  # what stands at the top beside the kinds of tables
+)  # keys and tables at the top beside the kinds of tables
 _INNER: dict[str, type[BaseModel]] = {
     "view": ExplicitView,
     "score": ScoreTable,
     "reconstruct": ReconstructTable,
 }
-# Without these nothing can be concluded from a table that stands in another one.
+# Without these keys, checks cannot rely on a table inside another one.
 _ESSENTIAL = {"view": ("shape", "stride", "offset"), "score": ("kind",), "reconstruct": ("method",)}
 _SAMPLES: dict[str, Any] = {"shape": [1], "stride": [1], "block": [1], "blocks": ["a"], "scopes": ["a"]}
-_MOST_ERRORS = 100  # of one table; that there are more is told then
+_MOST_ERRORS = 100  # of one table that are reported
 _TABLE_NAME = re.compile(r"[A-Za-z0-9_-]+")
-# A key of many parts, which tomllib reads in a time that grows with the square of their number.
+# tomllib reads a dotted key in time that grows with the square of its parts.
 _MOST_PARTS = 100
 _PART = r"""(?:[\w-]+|"[^"\n]*"|'[^'\n]*')[ \t]*\.[ \t]*"""
 _LONG_KEY = re.compile(rf"(?:^|[{{,\[])[ \t]*(?:{_PART}){{{_MOST_PARTS}}}", re.MULTILINE)
@@ -68,16 +68,16 @@ def parse_spec(
     directory: Path = Path(),
     overrides: Mapping[str, str] = MappingProxyType({}),
 ) -> Spec:
-    """Read the text of a spec; SpecError with every problem, each named by `source`, table and key.
+    """Parse the text of a spec; SpecError with every problem, each named by `source`, table and key.
 
-    Paths in the spec are relative to `directory`. `overrides` are values for names that `[vars]` has, as
-    they were typed: TOML, or an expression.
+    Paths in the spec are relative to `directory`. `overrides` are values for names in `[vars]`, each typed as
+    TOML or as an expression.
     """
     document = _load(text, source)
     problems = Problems(source)
     _check_version(document, problems)
     if "version" in document:
-        problems.raise_if_any()  # the rest means what another release says
+        problems.raise_if_any()  # the rest may have another meaning in another version
     _check_top_level(document, problems)
     declared = {kind: _tables(document.get(kind)) for kind in KINDS}
     spec = Spec(
@@ -143,7 +143,7 @@ def _check_top_level(document: dict[str, Any], problems: Problems) -> None:
 
 
 def _read_covers(document: dict[str, Any], problems: Problems) -> str:
-    """Which matrices the spec is about; all of them unless it says so."""
+    """Which matrices the spec is about, by default all."""
     found = document.get("covers", COVERS[0])
     if found not in COVERS:
         problems.add("", "covers", f"found {shown(found)}, wanted {listed(map(shown, COVERS), 'or')}")
@@ -153,7 +153,7 @@ def _read_covers(document: dict[str, Any], problems: Problems) -> str:
 def _read_common(
     key: str, model: type[AnyTable], document: dict[str, Any], problems: Problems
 ) -> AnyTable | None:
-    """A table that holds for all rules which have none of their own."""
+    """A table that applies to all rules without one of their own."""
     value = document.get(key)
     if value is None:
         return None
@@ -170,7 +170,7 @@ def _tables(value: object) -> dict[str, Any]:
 def _read_tables(
     kind: str, model: type[AnyTable], declared: dict[str, dict[str, Any]], problems: Problems
 ) -> dict[str, AnyTable]:
-    """The tables of a kind that can be read; the others are problems."""
+    """The tables of a kind that can be read; the others become problems."""
     tables: dict[str, AnyTable] = {}
     for name, values in declared[kind].items():
         if not isinstance(values, dict):
@@ -189,10 +189,10 @@ def _read_tables(
 def _read_table(
     place: str, model: type[AnyTable], values: dict[str, Any], problems: Problems, within: str = ""
 ) -> AnyTable | None:
-    """One table, with the tables in it; `within` is the key it stands under.
+    """One table with the tables in it; `within` is its key if it is inside another table.
 
-    What is wrong is told and left open, and the rest of the table is there for the checks that follow; None
-    where nothing of it can be used.
+    Wrong keys are reported and left open; the rest of the table is returned for later checks, None if nothing
+    of it can be used.
     """
     given = dict(values)
     for key, inner in _INNER.items():
@@ -217,7 +217,7 @@ def _read_table(
 
 
 def _rest(model: type[AnyTable], given: dict[str, Any]) -> AnyTable | None:
-    """A table of the keys that can be read; an empty tuple stands for what it cannot be without."""
+    """A table of the keys that can be read; required keys that are missing are empty tuples."""
     missing = [key for key, each in model.model_fields.items() if each.is_required() and key not in given]
     try:
         table = model.model_validate(given | {key: _SAMPLES[key] for key in missing})
@@ -227,10 +227,10 @@ def _rest(model: type[AnyTable], given: dict[str, Any]) -> AnyTable | None:
 
 
 def _telling(errors: list[ErrorDetails], model: type[BaseModel]) -> list[ErrorDetails]:
-    """The errors that say something of their own.
+    """The errors without those that repeat another one.
 
-    A key that is missing because it is misspelt is told once, as the unknown key that it is; where a value
-    could be one of several things, what is wrong inside it says more than that it is none of them.
+    A misspelt key is reported once, as an unknown key and not also as a missing one. Where a value may have
+    one of several types, a parser's own text replaces the errors of the other types.
     """
     explained = {details["loc"][0] for details in errors if details["type"] == OWN_WORDS}
     errors = [each for each in errors if each["type"] == OWN_WORDS or each["loc"][0] not in explained]
@@ -240,7 +240,7 @@ def _telling(errors: list[ErrorDetails], model: type[BaseModel]) -> list[ErrorDe
 
 
 def _worded(details: ErrorDetails, model: type[BaseModel], values: dict[str, Any]) -> tuple[str, str]:
-    """The key at fault and what to say about it."""
+    """The key at fault and the text of the problem."""
     key = str(details["loc"][0])
     if details["type"] == "extra_forbidden":
         return key, f"unknown key{suggestion(key, model.model_fields)}"

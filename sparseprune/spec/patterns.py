@@ -1,6 +1,7 @@
 """Patterns of tensor names: captures, wildcards and regular expressions, matched in linear time.
 
-Owns their syntax and its errors. Knows no tensors but their names. Called by the spec's tables and removal.
+Owns their syntax and its errors. Knows nothing of tensors but names. Called by the spec's tables, reports
+and removal.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class Literal:
 
 @dataclass(frozen=True, slots=True)
 class Wildcard:
-    """Text inside a piece, or across pieces; a named one is a capture and is not empty."""
+    """Text inside a piece (between dots), or across pieces; a named one is a capture and never empty."""
 
     across: bool
     name: str | None = None
@@ -37,14 +38,14 @@ class Wildcard:
 
 @dataclass(frozen=True, slots=True)
 class Stem:
-    """Whole pieces at the beginning of a name and the dot after them, or nothing; a capture lacks the dot."""
+    """Whole pieces at the beginning of a name with the dot behind, or nothing; a capture lacks the dot."""
 
     name: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Words:
-    """One of some words, captured."""
+    """One of several words, captured."""
 
     name: str
     words: tuple[str, ...]
@@ -52,7 +53,7 @@ class Words:
 
 @dataclass(frozen=True, slots=True)
 class Again:
-    """The text that a capture has matched before."""
+    """The same text that a capture matched before."""
 
     name: str
 
@@ -61,36 +62,36 @@ Token = Literal | Wildcard | Stem | Words | Again
 
 
 _MOST_PLACES = 10_000_000  # tokens times characters of a name
-_MOST_HELD = 50_000_000  # states times the characters that they may hold
-_STATE = 250  # what a state takes beside
+_MOST_HELD = 50_000_000  # states times the bytes of each
+_STATE = 250  # bytes of a state beside its characters
 
 
 class TooManyStatesError(Exception):
-    """A name and tokens that would take very long, or much memory, to match."""
+    """Tokens and a name that take too long, or too much memory, to match."""
 
 
 def is_capture(token: Token) -> TypeGuard[Wildcard | Stem | Words]:
-    """Whether the token stands for a capture at its first place."""
+    """Whether the token is the first place of a capture."""
     return isinstance(token, Words) or (isinstance(token, Wildcard | Stem) and token.name is not None)
 
 
 def regex_of(tokens: Iterable[Token]) -> str:
-    """The regular expression that says the same; captures are groups of their names."""
+    """The regular expression that matches the same names; captures are named groups."""
     return "".join(_regex_of_token(token) for token in tokens)
 
 
 def floating(tokens: Sequence[Token]) -> int:
     """How many tokens may end at several places for one start."""
-    followers = (*tokens[1:], Literal("."))  # the end of the name ends a piece too
+    followers = (*tokens[1:], Literal("."))  # the end of the name also ends a piece
     return sum(_floats(token, after) for token, after in zip(tokens, followers, strict=True))
 
 
 def match_tokens(tokens: Sequence[Token], text: str) -> tuple[str, ...] | None:
     """The texts of all captures, in order, if the tokens match the whole text.
 
-    A depth-first search that enters no state twice and none from which the rest cannot match. Without
-    repeated captures it never turns back, so that its time is tokens times characters. A state is the
-    token, the place in the text and what the captures hold that a later token repeats.
+    A depth-first search that enters no state twice, and no state from which the rest cannot match. Without
+    repeated captures it never backtracks: its time is tokens times characters. A state is the token, the
+    place in the text, and the texts of captures that a later token repeats.
     """
     if len(tokens) * len(text) > _MOST_PLACES:
         raise TooManyStatesError
@@ -128,12 +129,12 @@ def match_tokens(tokens: Sequence[Token], text: str) -> tuple[str, ...] | None:
 
 
 def _held(token: Token, text: str) -> str:
-    """What a capture holds of the text that its token matches."""
+    """The text of a capture, given the text that its token matches."""
     return text.removesuffix(".") if isinstance(token, Stem) else text
 
 
 def _fitting_ends(tokens: Sequence[Token], text: str) -> list[list[bool]]:
-    """`[i][place]`: can the tokens from i on match the text from there, if `Again` matches any text?"""
+    """`[i][place]`: whether tokens i and later match the text from `place`, if `Again` matches any text."""
     fits = [[place == len(text) for place in range(len(text) + 1)]]
     for token in reversed(tokens):
         fits.append(_fitting_starts(token, text, fits[-1]))
@@ -141,7 +142,7 @@ def _fitting_ends(tokens: Sequence[Token], text: str) -> list[list[bool]]:
 
 
 def _fitting_starts(token: Token, text: str, after: list[bool]) -> list[bool]:
-    if isinstance(token, Stem):  # which stands at the beginning only
+    if isinstance(token, Stem):  # always the first token
         return [any(after[end] for end in _ends(token, text, 0, "")), *[False] * len(text)]
     if not isinstance(token, Wildcard | Again):
         return [any(after[end] for end in _ends(token, text, start, "")) for start in range(len(text) + 1)]
@@ -155,7 +156,7 @@ def _fitting_starts(token: Token, text: str, after: list[bool]) -> list[bool]:
 
 
 def _ends(token: Token, text: str, start: int, again: str) -> Iterator[int]:
-    """Where a token that starts here may end, best first."""
+    """The places where a token that starts here may end, the preferred first."""
     match token:
         case Wildcard(across, name):
             piece_end = text.find(".", start)
@@ -183,7 +184,7 @@ def _regex_of_token(token: Token) -> str:  # noqa: PLR0911  (one row for each ki
             return f"(?P<{name}>{'.+' if across else '[^.]+'})"
         case Stem(None):
             return r"(?:.*\.)?"
-        case Stem(name):  # what it holds, then its dot, which is missing at the beginning of the name alone
+        case Stem(name):  # its pieces, then a dot, which only an empty stem lacks
             return rf"(?P<{name}>(?:.+(?=\.))?)(?:\A|(?!\A)\.)"
         case Words(name, words):
             return f"(?P<{name}>{'|'.join(map(re.escape, words))})"
@@ -202,24 +203,24 @@ def _floats(token: Token, after: Token) -> bool:
     return False
 
 
-# `re` tries at worst length ** floating ways: with three tokens that float, a name of 200 characters
-# takes some milliseconds. From four on the matcher that is linear in the name is the safe one.
+# `re` tries at worst length ** floating ways: with three floating tokens, a name of 200 characters takes
+# some milliseconds. With four or more, only the matcher that is linear in the name is safe.
 _FLOATING_FOR_RE = 3
 _PARTS = re.compile(r"\*+|\{[^{}]*\}|[{}]|[^*{}]+")
-_FOR_RE = 300  # characters of a name: for longer ones the linear matcher is the safe one too
+_FOR_RE = 300  # characters of a name; longer ones take the linear matcher too
 _MOST_TOKENS = 1000
-_LONGEST_INTEGER = 640  # the fewest digits that int() may be told to refuse
+_LONGEST_INTEGER = 640  # digits; int() may be set to refuse longer ones
 
 
 class PatternError(ValueError):
-    """A pattern that cannot be read; the text says what is wrong and at which character."""
+    """A pattern that cannot be read; the text says what is wrong, at which character."""
 
 
 @dataclass(frozen=True, slots=True)
 class TensorPattern:
-    """A pattern that was read; `names` are its captures in order of first appearance.
+    """A parsed pattern; `names` are its captures in order of first appearance.
 
-    `literal` stands in every name that it matches, which tells most names apart at once.
+    Every name that it matches contains `literal`: a cheap test that sorts out most names.
 
     >>> parse_pattern("layers.{layer}.{part:gate|up}_proj.*").match("layers.3.up_proj.weight")
     (('layer', 3), ('part', 'up'))
@@ -233,11 +234,11 @@ class TensorPattern:
 
     @property
     def sample(self) -> str:
-        """A text that resembles what it matches."""
+        """A text similar to the names that it matches, to find the nearest names."""
         return "".join(map(_sample, self.tokens))
 
     def match(self, name: str) -> Captures | None:
-        """The captures if the whole name matches, else None; PatternError where it is too long to try."""
+        """The captures if the whole name matches, else None; PatternError for a name that is too long."""
         if self.literal not in name:
             return None
         if self.regex is None or len(name) > _FOR_RE:
@@ -245,7 +246,7 @@ class TensorPattern:
                 texts = match_tokens(self.tokens, name)
             except TooManyStatesError:
                 raise PatternError(
-                    f"a tensor's name of {len(name)} characters would take it very long: write a pattern "
+                    f"a tensor's name of {len(name)} characters takes too long to match: write a pattern "
                     "with fewer captures and wildcards, above all such as stand in it twice"
                 ) from None
             return None if texts is None else _valued(self.names, texts)
@@ -254,7 +255,7 @@ class TensorPattern:
 
 
 def parse_pattern(text: str) -> TensorPattern:
-    """Read a pattern; PatternError where it has no meaning."""
+    """Parse a pattern; PatternError where it is wrong."""
     if not text:
         raise PatternError("the pattern is empty: write the name of a tensor, with captures or *")
     tokens = _read(text)
@@ -284,7 +285,7 @@ def _read(text: str) -> tuple[Token, ...]:
 
 
 def _with_stem(tokens: list[Token]) -> tuple[Token, ...]:
-    """`**.` and `{x:**}.` at the beginning match nothing too: the name may begin with what comes after."""
+    """`**.` and `{x:**}.` at the beginning may match nothing: the name may begin with what follows them."""
     match tokens:
         case [Wildcard(across=True, name=name), Literal(text), *rest] if text.startswith("."):
             after = [Literal(text[1:])] if len(text) > 1 else []
@@ -316,11 +317,11 @@ def _read_capture(name: str, form: str | None, defined: Mapping[str, Token]) -> 
         return token
     if form is None or token == defined[name]:
         return Again(name)
-    raise PatternError(f"{{{name}}} stands there before: give its form at the first place only")
+    raise PatternError(f"{{{name}}} was captured before: give its form at the first place only")
 
 
 def is_name(name: str) -> bool:
-    """Whether a capture may be called so."""
+    """Whether a capture may have this name."""
     return name.isascii() and name.isidentifier() and not iskeyword(name)
 
 
@@ -338,9 +339,9 @@ def _valued(names: Sequence[str], texts: Sequence[str]) -> Captures:
     return tuple(map(captured_pair, names, texts))
 
 
-@lru_cache(maxsize=4096)  # thousands of names are made of a handful of words and numbers, which they share
+@lru_cache(maxsize=4096)  # thousands of names share a few words and numbers
 def captured_pair(name: str, text: str) -> tuple[str, int | str]:
-    """A capture and what its text stands for: the number, where it is all digits."""
+    """A capture and its value: an int if the text is all digits."""
     number = text.isdigit() and text.isascii() and len(text) <= _LONGEST_INTEGER
     return name, int(text) if number else text
 
@@ -356,22 +357,22 @@ def _sample(token: Token) -> str:
     return "0"
 
 
-_LENGTH = 100  # characters of a name as they come
+_LENGTH = 100  # characters of a usual name
 _MOST_READINGS = _LENGTH**3
-_MOST_STEPS = _LENGTH**4  # a reading may pass over the whole name once
+_MOST_STEPS = _LENGTH**4  # each reading may walk over the whole name once
 _LONGEST = 2000
-# The parser of `re` itself: no other one reads an expression as `re` does. Python lacks a public door to it.
+# The parser of `re` itself, the only one that reads expressions exactly as `re` does; it is not public.
 _PARSER: Any = importlib.import_module("re._parser")
-# Which characters `re` takes for one letter in either case beyond what str.lower and str.upper say.
+# Characters that `re` takes for one letter in either case, in addition to str.lower and str.upper.
 _ALIKE: dict[int, tuple[int, ...]] = importlib.import_module("re._casefix")._EXTRA_CASES  # noqa: SLF001
-_ONE_WAY = (0x130, 0x1E9E, 0x3F4, 0x2126, 0x212A, 0x212B)  # letters to which no upper() leads
+_ONE_WAY = (0x130, 0x1E9E, 0x3F4, 0x2126, 0x212A, 0x212B)  # letters that are no upper() of another
 _END = "END"  # of the name
 _REPEATS = ("MAX_REPEAT", "MIN_REPEAT", "POSSESSIVE_REPEAT")
 
 
 @dataclass(frozen=True, slots=True)
 class RegexPattern:
-    r"""A regular expression that was read; `names` are its named groups in order.
+    r"""A parsed regular expression; `names` are its named groups in order, `readings` bounds backtracking.
 
     >>> parse_regex(r"layers\.(?P<layer>\d+)\..*").match("layers.3.up.weight")
     (('layer', 3),)
@@ -381,23 +382,24 @@ class RegexPattern:
     names: tuple[str, ...]
     regex: re.Pattern[str]
     readings: int = 1
+    literal: str = ""  # in every name that it matches
 
     @property
     def sample(self) -> str:
-        """A text that resembles what it matches."""
+        """A text similar to the names that it matches, to find the nearest names."""
         return re.sub(r"\(\?P<\w+>|[\\()\[\]^$+*?]", "", self.text)
 
     def match(self, name: str) -> Captures | None:
         """The captures if the whole name matches, else None; a group that took no part is empty.
 
-        PatternError where the name is so long that to try could take very long.
+        PatternError for a name so long that matching could take too long.
         """
-        # What a name of `_LENGTH` characters could be read in so many ways, a longer one in more.
+        # `readings` holds for a name of `_LENGTH` characters; a longer one may be read in more ways.
         if len(name) > _LENGTH and self.readings > 1:
             degree = math.ceil(math.log(self.readings, _LENGTH))
             if len(name) ** (max(degree, 1) + 1) > _MOST_STEPS:
                 raise PatternError(
-                    f"a tensor's name of {len(name)} characters would take it very long: write a pattern "
+                    f"a tensor's name of {len(name)} characters takes too long to match: write a pattern "
                     "with captures as `tensors`, or a regex with fewer parts that may end at several places"
                 )
         found = self.regex.fullmatch(name)
@@ -407,7 +409,7 @@ class RegexPattern:
 
 
 def parse_regex(text: str) -> RegexPattern:
-    """Read a regular expression; PatternError where it is none, or none that ends in time."""
+    """Parse a regular expression; PatternError for wrong syntax, and where matching could take too long."""
     if not text:
         raise PatternError("the regex is empty: write one that matches the names of tensors")
     if len(text) > _LONGEST:
@@ -439,7 +441,7 @@ def _slow(why: str) -> str:
 
 
 def _readings(parts: list[Any], after: list[Any], *, inside: bool) -> int:
-    """In how many ways parts with this after them may be read, at most; `inside` of a repetition."""
+    """An upper bound of the ways to read parts followed by `after`; `inside` a repetition."""
     flat = _ungrouped(parts)
     count = 1
     for at, (opcode, argument) in enumerate(flat):
@@ -460,7 +462,7 @@ def _readings(parts: list[Any], after: list[Any], *, inside: bool) -> int:
 
 
 def _ungrouped(parts: list[Any]) -> list[Any]:
-    """The parts with those of plain groups in their place."""
+    """The parts, with plain groups replaced by their contents."""
     flat: list[Any] = []
     for opcode, argument in parts:
         flat += _ungrouped(list(argument[-1])) if str(opcode) == "SUBPATTERN" else [(opcode, argument)]
@@ -469,7 +471,7 @@ def _ungrouped(parts: list[Any]) -> list[Any]:
 
 def _readings_of_repeat(kind: str, repeat: Any, after: list[Any], *, inside: bool) -> int:  # noqa: ANN401
     least, most, body = int(repeat[0]), int(repeat[1]), repeat[2]
-    if most <= 1:  # a part that may be left out
+    if most <= 1:  # an optional part
         return (1 + (least == 0)) * _readings(list(body), after, inside=inside)
     if _readings(list(body), [], inside=True) > 1:
         raise PatternError(_slow("a part that repeats can itself be read in several ways"))
@@ -478,7 +480,7 @@ def _readings_of_repeat(kind: str, repeat: Any, after: list[Any], *, inside: boo
 
 
 def _ends_sharply(body: list[Any], after: list[Any]) -> bool:
-    """Whether a repetition of one character can end in one place only: before what it cannot hold."""
+    """Whether a repetition of one character can end at one place only: before a character it cannot match."""
     following = next(((str(opcode), argument) for opcode, argument in after if str(opcode) != "AT"), None)
     if len(body) != 1 or following is None:
         return False
@@ -488,7 +490,7 @@ def _ends_sharply(body: list[Any], after: list[Any]) -> bool:
 
 
 def _may_hold(opcode: object, argument: Any, code: int) -> bool:  # noqa: ANN401
-    """Whether a part of one character may be this one, in either case."""
+    """Whether a part of one character matches this one, in either case."""
     variants = _alike(_alike({code}))
     match str(opcode):
         case "LITERAL":
@@ -503,7 +505,7 @@ def _may_hold(opcode: object, argument: Any, code: int) -> bool:  # noqa: ANN401
 
 
 def _alike(codes: set[int]) -> set[int]:
-    """The characters, and those that `re` may take for one of them in either case."""
+    """The characters, and all that `re` may treat as one of them in either case."""
     texts = [
         form
         for code in codes

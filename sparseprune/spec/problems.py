@@ -1,7 +1,7 @@
-"""The problems of a spec: collected, worded in one way, raised all at once as one SpecError.
+"""The problems of a spec: collected, worded in one way, raised together as one SpecError.
 
-Owns how a problem reads (`spec.toml: [scope.proj] shape: ...`), how a value is quoted and how the
-nearest real name is found. Knows nothing of what is right or wrong; every module here reports to it.
+Owns the form of a problem (`spec.toml: [scope.proj] shape: ...`), how a value is quoted, and the search for
+the nearest name. Checks nothing itself; every module of spec reports to it.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ _FEW = 8
 _MOST_LINES = 50
 
 
-class Misfit(Exception):  # noqa: N818  (never leaves this room: it becomes a line of a SpecError)
-    """One thing that does not fit, raised where it is found, with the table and key at fault."""
+class Misfit(Exception):  # noqa: N818  (stays inside spec: it becomes a line of a SpecError)
+    """One problem, raised where it is found, with its table and key."""
 
     def __init__(self, table: str, key: str, text: str) -> None:
         super().__init__(text)
@@ -31,7 +31,7 @@ class Misfit(Exception):  # noqa: N818  (never leaves this room: it becomes a li
 
 
 class Problems:
-    """What was found wrong so far; many of one table's key are told by the first of them."""
+    """The problems found so far; of many with one table and key, only the first is shown."""
 
     def __init__(self, source: str) -> None:
         self._source = source
@@ -39,24 +39,24 @@ class Problems:
         self._unknown: dict[str, set[str]] = {}
 
     def add(self, table: str, key: str, text: str) -> None:
-        """Note a problem of `[table] key`; either may be empty, the same text twice counts once."""
+        """Note a problem of `[table] key`; either may be empty, and the same text counts once."""
         self._found.setdefault(_place(table, key), {})[text] = None
 
-    def told(self, table: str, key: str) -> bool:
+    def has(self, table: str, key: str) -> bool:
         """Whether a problem of `[table] key` was noted."""
         return _place(table, key) in self._found
 
     def leave_open(self, table: str, keys: Iterable[str]) -> None:
-        """Note keys whose values are not known, because of a problem: no check may conclude from them."""
+        """Note keys whose values are unknown because of a problem: checks must not rely on them."""
         self._unknown.setdefault(table, set()).update(keys)
 
     def is_open(self, table: str, *keys: str) -> bool:
-        """Whether the value of one of these keys, or of a key in the table under one, is not known."""
+        """Whether the value of one of these keys, or of a key in a table under one, is unknown."""
         unknown = self._unknown.get(table, ())
         return any(one.partition(".")[0] in keys or one in keys for one in unknown)
 
     def note(self, misfit: Misfit) -> None:
-        """Note a misfit; one without a text follows from a problem that was told already."""
+        """Note a misfit; one without a text follows from a problem that is already noted."""
         if misfit.text:
             self.add(misfit.table, misfit.key, misfit.text)
 
@@ -82,7 +82,7 @@ def _place(table: str, key: str) -> str:
 
 
 def shown(value: object) -> str:
-    """A value as TOML would write it, cut where it gets long.
+    """A value as TOML writes it, shortened if it is long.
 
     >>> shown([1, True, "a"]), shown({"a": 1})
     ('[1, true, "a"]', 'a table')
@@ -92,10 +92,10 @@ def shown(value: object) -> str:
     if isinstance(value, list) and any(isinstance(item, dict) for item in value):
         return "a list of tables"
     if isinstance(value, list | str):
-        value = value[:_SHOWN_CHARACTERS]  # which is more than will be shown
+        value = value[:_SHOWN_CHARACTERS]  # more than is shown
     try:
         text = json.dumps(value, ensure_ascii=False, default=str)
-    except (ValueError, RecursionError):  # integers of thousands of digits, lists nested as deep
+    except (ValueError, RecursionError):  # integers of thousands of digits, deeply nested lists
         text = f"a value of type {type(value).__name__}"
     return text if len(text) <= _SHOWN_CHARACTERS else f"{text[: _SHOWN_CHARACTERS - 3]}..."
 
@@ -111,12 +111,12 @@ def listed(names: Iterable[str], word: str = "and") -> str:
 
 
 def nearest(name: str, real: Iterable[str], count: int = 1) -> Sequence[str]:
-    """The real names that look most like this one, best first; empty where none comes close."""
+    """The real names most similar to this one, best first; empty if none is similar."""
     return get_close_matches(name, list(real), n=count, cutoff=0.6)
 
 
 def suggestion(name: str, real: Iterable[str]) -> str:
-    """What to say after a name that is not there: the nearest real one, else the few that exist.
+    """The end of a text about an unknown name: the nearest real name, else all names if they are few.
 
     >>> suggestion("gat", ["gate", "up"]), suggestion("zzz", ["gate", "up"]), suggestion("zzz", [])
     ('; did you mean "gate"?', '; there is "gate" and "up"', '')

@@ -1,6 +1,7 @@
 """The tables of a spec as pydantic models: keys, types, defaults, score kinds, methods.
 
-Owns what may be written where. A new score kind or method begins here. Called by parsing.
+Owns what may be written where. A new key is one field of its table here, a new score kind one row of
+SCORE_KEYS. Called by parsing.
 """
 
 from __future__ import annotations
@@ -43,17 +44,17 @@ if TYPE_CHECKING:
 
 
 Read = TypeVar("Read")
-OWN_WORDS = "own_words"  # the type of a validation error whose text is a whole sentence already
-_TAKEN = ("cls", "tensor", "pattern")  # what the functions that read einops patterns call their arguments
+OWN_WORDS = "own_words"  # the type of a validation error whose text is shown as it is
+_TAKEN = ("cls", "tensor", "pattern")  # argument names of the functions that read einops patterns
 
 
 def own_words(text: str) -> PydanticCustomError:
-    """An error whose text is told as it is."""
+    """An error whose text is shown as it is."""
     return PydanticCustomError(OWN_WORDS, "{text}", {"text": text})
 
 
 def _reader(parse: Callable[[str], Read]) -> Callable[[object], Read]:
-    """A validator that parses texts, and lets a parser's own errors through."""
+    """A validator that parses texts and keeps the parser's own error texts."""
 
     def read(value: object) -> Read:
         if not isinstance(value, str):
@@ -137,11 +138,13 @@ Patterns = Annotated[
 ]
 Regex = Annotated[RegexPattern, PlainValidator(_reader(parse_regex))]
 
-Kind = Literal["magnitude", "random", "values", "wanda", "obd", "blocks"]
 FilePath = Annotated[StrictStr, Field(min_length=1, pattern=r"^[^\x00]*$")]
 PositiveNumber = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
+NumberFromZero = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
+Dimension = Annotated[StrictInt, Field(ge=-LARGEST, le=LARGEST)]
 
-# What each kind of score takes beside its kind; `file` is needed where it is allowed.
+# The kinds of scores, each with the keys that it takes; `file` is required where it is allowed.
+# A new kind is a row here and its numbers in execution/ranking.py, which scores blocks by `Score.kind`.
 SCORE_KEYS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "magnitude": ("norm", "normalize", "nonfinite"),
@@ -152,7 +155,15 @@ SCORE_KEYS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "blocks": ("file",),
     }
 )
+_PATH = "the path of a safetensors file or directory, relative to the spec"
+_INPUT_DIM = "an integer: the dimension of the weight along which its input features lie"
 SOFT_KEYS = ("k_weight", "scale", "conditioners", "max_iter", "atol", "eps")
+
+
+def _score_kind(value: str) -> str:
+    if value not in SCORE_KEYS:
+        raise ValueError("no kind of score")
+    return value
 
 
 def _not_a_boolean(value: object) -> object:
@@ -162,12 +173,19 @@ def _not_a_boolean(value: object) -> object:
     return value
 
 
-class ScoreTable(BaseModel):
+class Table(BaseModel):
+    """Any table: it cannot be changed, and refuses unknown keys."""
+
+    # Deferred, because a spec uses few kinds of tables, and validators are slow to build.
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, defer_build=True)
+
+
+class ScoreTable(Table):
     """`[score]`, or `score = {...}` in an outermost table."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
-
-    kind: Kind = Field("magnitude", description=f"one of {listed(SCORE_KEYS, 'or')}")
+    kind: Annotated[StrictStr, AfterValidator(_score_kind)] = Field(
+        "magnitude", description=f"one of {listed(SCORE_KEYS, 'or')}"
+    )
     norm: Annotated[Literal[1, 2, "inf"], BeforeValidator(_not_a_boolean)] | None = Field(
         None, description='1, 2 or "inf"'
     )
@@ -175,39 +193,29 @@ class ScoreTable(BaseModel):
     seed: Annotated[StrictInt, Field(ge=0, le=LARGEST)] | None = Field(
         None, description="an integer of 0 or more"
     )
-    file: FilePath | None = Field(
-        None, description="the path of a safetensors file or directory, relative to the spec"
-    )
-    input_dim: Annotated[StrictInt, Field(ge=-LARGEST, le=LARGEST)] | None = Field(
-        None, description="an integer: the dimension of the weight along which its input features lie"
-    )
+    file: FilePath | None = Field(None, description=_PATH)
+    input_dim: Dimension | None = Field(None, description=_INPUT_DIM)
     nonfinite: Literal["error", "prune"] | None = Field(
-        None, description='"error" or "prune": what becomes of NaN and infinity among the weights and scores'
+        None, description='"error" or "prune": what to do with NaN and infinity among the weights and scores'
     )
 
 
-class ReconstructTable(BaseModel):
+class ReconstructTable(Table):
     """`[reconstruct]`, or `reconstruct = {...}` in an outermost table."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     method: Literal["refit", "admm", "none"] = Field("admm", description='one of "refit", "admm" and "none"')
     file: FilePath | None = Field(
         None, description="the path of a statistics file or directory, as calibrate writes it"
     )
-    damp: Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)] = Field(
+    damp: NumberFromZero = Field(
         0.01,
         description="a number of 0 or more: how much of the mean of the Hessian's diagonal is added to it",
     )
-    input_dim: Annotated[StrictInt, Field(ge=-LARGEST, le=LARGEST)] | None = Field(
-        None, description="an integer: the dimension of the weight along which its input features lie"
-    )
+    input_dim: Dimension | None = Field(None, description=_INPUT_DIM)
 
 
-class MethodTable(BaseModel):
-    """What an outermost scope or coupling has beside its budget."""
-
-    model_config = ConfigDict(defer_build=True)
+class MethodTable(Table):
+    """The keys of an outermost scope or coupling beside its budget."""
 
     score: ScoreTable | None = Field(None, description='a table such as { kind = "random", seed = 1 }')
     reconstruct: ReconstructTable | None = Field(
@@ -216,16 +224,13 @@ class MethodTable(BaseModel):
     mode: Literal["hard", "soft"] | None = Field(
         None, description='"hard" (losers become zero) or "soft" (every block shrinks by the threshold)'
     )
-    k_weight: Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)] | None = Field(
+    k_weight: NumberFromZero | None = Field(
         None, description="a number of 0 or more: how much the first pruned score counts in the threshold"
     )
     scale: StrictBool | None = Field(
-        None,
-        description="true or false: whether the threshold grows with the root of a block's size",
+        None, description="true or false: whether the threshold grows with the root of a block's size"
     )
-    conditioners: FilePath | None = Field(
-        None, description="the path of a safetensors file or directory, relative to the spec"
-    )
+    conditioners: FilePath | None = Field(None, description=_PATH)
     max_iter: Annotated[StrictInt, Field(ge=1, le=LARGEST)] | None = Field(
         None, description="an integer of 1 or more"
     )
@@ -234,11 +239,11 @@ class MethodTable(BaseModel):
 
 
 METHOD_KEYS = tuple(MethodTable.model_fields)
-_NO_STATISTICS = "missing: what calibrate wrote, a safetensors file or directory"
+_NO_STATISTICS = "missing: give what calibrate wrote, a safetensors file or directory"
 
 
 def wrong_score(table: ScoreTable) -> Iterator[tuple[str, str]]:
-    """Keys that do not go with the kind of a score, and what to say about each."""
+    """Keys that do not go with the kind of a score, each with the text of the problem."""
     allowed = SCORE_KEYS[table.kind]
     for key in ScoreTable.model_fields:
         if key not in {"kind", *allowed} and getattr(table, key) is not None:
@@ -248,7 +253,7 @@ def wrong_score(table: ScoreTable) -> Iterator[tuple[str, str]]:
 
 
 def wrong_common_reconstruct(table: ReconstructTable) -> Iterator[tuple[str, str]]:
-    """What is wrong in [reconstruct] itself."""
+    """What is wrong in [reconstruct] itself, by key."""
     if table.method != "none" and table.file is None:
         yield "file", _NO_STATISTICS
 
@@ -256,43 +261,43 @@ def wrong_common_reconstruct(table: ReconstructTable) -> Iterator[tuple[str, str
 def wrong_reconstruct(
     table: BudgetTable, score: ScoreTable | None, reconstruct: ReconstructTable | None
 ) -> Iterator[tuple[str, str]]:
-    """What does not go with how a rule is reconstructed; it follows this `score` and this `reconstruct`."""
+    """Keys of a rule that do not go with its `reconstruct`; `score` and `reconstruct` are those it uses."""
     if reconstruct is None or reconstruct.method == "none":
         return
     if reconstruct.file is None and reconstruct is table.reconstruct:
         yield "reconstruct.file", _NO_STATISTICS
     if table.mode == "soft":
-        yield "mode", 'found "soft", which goes without reconstruct; say reconstruct = { method = "none" }'
+        yield "mode", 'found "soft", which cannot reconstruct: write reconstruct = { method = "none" }'
     if score is not None and score.nonfinite == "prune":
-        yield "reconstruct", 'its score says nonfinite = "prune": nothing makes up for what is not finite'
+        yield "reconstruct", 'its score has nonfinite = "prune": NaN and infinity cannot be reconstructed'
     if reconstruct.method == "refit":
         return
     if table.threshold is not None:
         yield (
             "threshold",
-            'method = "admm" keeps a number of blocks: give nnz or sparsity, or method = "refit"',
+            'method = "admm" needs a fixed number of blocks: give nnz or sparsity, or method = "refit"',
         )
     if score is not None and (score.kind, score.norm or 2, score.normalize) != ("magnitude", 2, None):
-        text = 'method = "admm" ranks by what it reconstructs, so that no score has a part'
-        yield "reconstruct", f'{text}: remove the score, or say method = "refit"'
+        text = 'method = "admm" ranks blocks itself and uses no score'
+        yield "reconstruct", f'{text}: remove the score, or write method = "refit"'
 
 
 def wrong_method(table: BudgetTable, common: ScoreTable | None) -> Iterator[tuple[str, str]]:
-    """Keys that do not go with the mode of a rule, and what to say about each; `common` is [score]."""
+    """Keys that do not go with the mode of a rule, each with the text of the problem; `common` is [score]."""
     if table.mode != "soft":
         for key in SOFT_KEYS:
             if getattr(table, key) is not None:
-                yield key, 'this goes with mode = "soft" only'
+                yield key, 'only mode = "soft" takes this key'
         return
     score = table.score or common
     if score is not None and score.nonfinite == "prune":
-        yield "mode", 'found "soft", but its score says nonfinite = "prune", which goes with "hard" only'
+        yield "mode", 'found "soft", but its score has nonfinite = "prune", which only "hard" takes'
     if table.threshold is not None and table.k_weight is not None:
-        yield "k_weight", "this goes with nnz or sparsity, from which the threshold is made; here it is given"
+        yield "k_weight", "only a threshold made from nnz or sparsity takes this key; here it is given"
 
 
 def score_of(table: ScoreTable | None, directory: Path) -> Score:
-    """What a score table says; without one, the magnitude."""
+    """The score of a table; without one, the magnitude."""
     if table is None:
         return Score()
     return Score(
@@ -307,14 +312,14 @@ def score_of(table: ScoreTable | None, directory: Path) -> Score:
 
 
 def reconstruct_of(table: ReconstructTable | None, directory: Path) -> Reconstruct | None:
-    """How survivors make up for what was pruned, if they do."""
+    """How the surviving weights are reconstructed; None if they are not."""
     if table is None or table.method == "none" or table.file is None:
         return None
     return Reconstruct(_absolute(table.file, directory), table.method, table.damp, table.input_dim)
 
 
 def soft_of(table: BudgetTable, directory: Path) -> Soft | None:
-    """How a rule shrinks its blocks, if it does."""
+    """How a rule shrinks its blocks; None in mode "hard"."""
     if table.mode != "soft":
         return None
     plain = {key: getattr(table, key) for key in SOFT_KEYS if key != "conditioners"}
@@ -328,24 +333,15 @@ def _absolute(path: str, directory: Path) -> Path:
 
 
 VERSION = 1
-COVERS = ("matrices", "mlp", "attention", "experts", "layers")  # what a spec may be about
+COVERS = ("matrices", "mlp", "attention", "experts", "layers")  # which matrices a spec may be about
 
 _SHAPE = "a list of integers or expressions, one for each dimension: 1 or more, or -1 for the whole dimension"
 _TENSORS = 'a pattern such as "layers.{layer}.mlp.up_proj.weight", or a list of patterns'
-_ORDERS = "a list with one list for each member, such as [[0, 1], [1, 0]]"
-_ACROSS = 'a list of captures such as ["layer"], or "all"'
 _OPTIONAL = "true or false: whether it may be missing in a checkpoint"
 
 
-class Table(BaseModel):
-    """Any table: nothing may be changed later, no unknown key is let through."""
-
-    # Deferred, because a spec has few kinds of tables, and validators that nobody calls are slow to build.
-    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, defer_build=True)
-
-
-class BudgetTable(MethodTable, Table):
-    """What survives in each scope; of the first three keys exactly one stands in an outermost table."""
+class BudgetTable(MethodTable):
+    """What survives in each scope; an outermost table has exactly one of the first three keys."""
 
     nnz: Integer | None = Field(
         None, description="an integer of 0 or more, or an expression: how many blocks survive in each scope"
@@ -362,11 +358,6 @@ class BudgetTable(MethodTable, Table):
         "multiple of it",
     )
 
-    @property
-    def budget_keys(self) -> tuple[str, ...]:
-        """Which of the three budgets are given."""
-        return tuple(key for key in BUDGETS if getattr(self, key) is not None)
-
 
 BUDGETS = ("nnz", "sparsity", "threshold")
 
@@ -380,7 +371,7 @@ class ExplicitView(Table):
 
 
 class TensorsTable(Table):
-    """Which tensors there are, and how each one is looked at."""
+    """Which tensors a table is about, and its view of each."""
 
     tensors: Patterns | None = Field(None, description=_TENSORS)
     regex: Regex | None = Field(
@@ -403,7 +394,7 @@ class TensorsTable(Table):
 
     @property
     def patterns(self) -> tuple[TensorPattern | RegexPattern, ...] | None:
-        """What names its tensors; None where it names none."""
+        """The patterns of its tensors; None where it names none."""
         return self.tensors if self.regex is None else (self.regex,)
 
     @property
@@ -418,20 +409,33 @@ class BlockTable(TensorsTable):
     optional: StrictBool = Field(False, description=_OPTIONAL)  # noqa: FBT003
 
 
-class BlockCouplingTable(Table):
-    """`[block_coupling.NAME]`: blocks of several tensors fused into one."""
+class CouplingTable(Table):
+    """A coupling of members, which are tables of `member_kind`, listed under `members_key`."""
 
-    member_kind: ClassVar[str] = "block"
-    members_key: ClassVar[str] = "blocks"
+    member_kind: ClassVar[str]
 
-    blocks: Names = Field(description='a list of names of [block] tables, such as ["gate", "up"]')
-    orders: tuple[Order, ...] | None = Field(None, description=_ORDERS)
-    across: Across = Field((), description=_ACROSS)
+    orders: tuple[Order, ...] | None = Field(
+        None, description="a list with one list for each member, such as [[0, 1], [1, 0]]"
+    )
+    across: Across = Field((), description='a list of captures such as ["layer"], or "all"')
     optional: StrictBool = Field(False, description=_OPTIONAL)  # noqa: FBT003
 
     @property
+    def members_key(self) -> str:
+        return f"{self.member_kind}s"
+
+    @property
     def members(self) -> tuple[str, ...]:
-        return self.blocks
+        members: tuple[str, ...] = getattr(self, self.members_key)
+        return members
+
+
+class BlockCouplingTable(CouplingTable):
+    """`[block_coupling.NAME]`: blocks of several tensors fused into one."""
+
+    member_kind: ClassVar[str] = "block"
+
+    blocks: Names = Field(description='a list of names of [block] tables, such as ["gate", "up"]')
 
 
 class ScopeTable(TensorsTable, BudgetTable):
@@ -444,23 +448,13 @@ class ScopeTable(TensorsTable, BudgetTable):
     optional: StrictBool = Field(False, description=_OPTIONAL)  # noqa: FBT003
 
 
-class ScopeCouplingTable(BudgetTable):
+class ScopeCouplingTable(CouplingTable, BudgetTable):
     """`[scope_coupling.NAME]`: scopes whose blocks compete for one budget."""
 
     member_kind: ClassVar[str] = "scope"
-    members_key: ClassVar[str] = "scopes"
 
     scopes: Names = Field(description='a list of names of [scope] tables, such as ["attention", "mlp"]')
-    orders: tuple[Order, ...] | None = Field(None, description=_ORDERS)
-    across: Across = Field((), description=_ACROSS)
-    optional: StrictBool = Field(False, description=_OPTIONAL)  # noqa: FBT003
 
-    @property
-    def members(self) -> tuple[str, ...]:
-        return self.scopes
-
-
-CouplingTable = BlockCouplingTable | ScopeCouplingTable
 
 KINDS: Mapping[str, type[Table]] = MappingProxyType(
     {
@@ -474,9 +468,9 @@ KINDS: Mapping[str, type[Table]] = MappingProxyType(
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """A spec that is right in itself; `source` is what its problems are reported under.
+    """A spec without contradictions; problems with a checkpoint are reported under the name `source`.
 
-    Paths in it are relative to `directory`; `covers` is which matrices it is about, one of COVERS.
+    Paths in it are relative to `directory`; `covers` says which matrices it is about, one of COVERS.
     """
 
     source: str

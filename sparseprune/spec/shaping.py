@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Where the elements of a view lie: `stride` and `offset` count those of the row-major tensor."""
+    """The elements of a view: `stride` and `offset` count elements of the row-major tensor."""
 
     shape: Shape
     stride: Shape
@@ -37,7 +37,7 @@ class Layout:
 
 
 def layout_of(place: str, table: TensorsTable, tensor: TensorInfo, names: Names) -> Layout:
-    """How a table looks at one of its tensors; Misfit where it cannot."""
+    """The view that a table has of one of its tensors; Misfit where it does not fit."""
     layout = Layout(tensor.shape, _contiguous_stride(tensor.shape))
     if table.slice is None and table.view is None:
         return layout
@@ -80,12 +80,14 @@ def _bounds(entry: SliceEntry, size: int, names: Names) -> tuple[int, int]:
     if entry.single:
         return low, low + 1
     if low >= high:
-        raise ShapeMismatchError(f"{shown(entry.text)} is {low}:{high}, which takes nothing of {size}")
+        raise ShapeMismatchError(
+            f"{shown(entry.text)} is {low}:{high}, which is empty in a dimension of {size}"
+        )
     return low, high
 
 
 def _bound(bound: Expression, size: int, most: int, names: Names) -> int:
-    """A bound counted from the front; ExpressionError where it lies outside."""
+    """A bound counted from the front; ExpressionError if it lies outside."""
     found = names.value(bound)
     if isinstance(found, bool) or not isinstance(found, int) or not -size <= found <= most:
         raise came_to(bound, found, f"an integer from {-size} to {most}, as the dimension has {size}")
@@ -108,8 +110,8 @@ def _explicit(tensor: TensorInfo, view: ExplicitView, names: Names) -> Layout:
         )
     if not is_injective(shape, stride):
         raise ShapeMismatchError(
-            f"shape {list(shape)} with stride {list(stride)} has elements in common: "
-            "each element may be seen at one place only"
+            f"shape {list(shape)} with stride {list(stride)} reaches some elements twice: "
+            "a view may reach each element once"
         )
     return layout
 
@@ -137,7 +139,7 @@ def coupled(
 
 
 def _widened(part: Member, rank: int) -> Member:
-    """The same elements with unit dimensions appended, until the grid has this rank."""
+    """The same elements with unit dimensions appended until the grid has this rank."""
     if len(part.shape) == rank:
         return part
     ones = (1,) * (rank - len(part.shape))
@@ -156,7 +158,7 @@ def _widened_block(block: BoundBlock | BoundBlockCoupling, rank: int) -> BoundBl
 
 
 def _widened_order(order: Shape, grid_rank: int, rank: int) -> Shape:
-    """An order of a member's own grid, for the grid with unit dimensions appended; others as they are."""
+    """An order of a member's own grid, extended for unit dimensions appended to it; others unchanged."""
     return (*order, *range(grid_rank, rank)) if len(order) == grid_rank < rank else order
 
 
@@ -174,7 +176,7 @@ Owned = tuple[str, str, "BoundBlock"]  # the rule, the instance and a leaf of it
 
 
 def check_overlaps(rules: Iterable[BoundRule], problems: Problems) -> None:
-    """A problem for every two rules (and every rule with itself) that reach one element."""
+    """A problem for every two rules, or one rule with itself, that reach one element."""
     found: dict[tuple[str, str], tuple[Owned, Owned]] = {}
     tensors: dict[tuple[str, str], int] = {}
     for owned in _leaves_of_shared_tensors(rules):
@@ -188,9 +190,9 @@ def check_overlaps(rules: Iterable[BoundRule], problems: Problems) -> None:
 def share_an_element(a: BoundBlock, b: BoundBlock) -> bool:
     """Whether two views of one tensor have an element in common.
 
-    Looks for indices with a.offset + sum(i * stride) == b.offset + sum(j * stride). Dimensions of equal
-    stride count as one, and from the widest stride down only those steps are tried that the narrower
-    ones can still make up for: strides that nest, as those of slices do, leave a handful.
+    Searches indices with a.offset + sum(i * stride) == b.offset + sum(j * stride). Dimensions of equal stride
+    count as one. From the widest stride down, only steps are tried that narrower strides can compensate: for
+    strides that nest, as those of slices do, these are a handful.
     """
     if 0 in a.view_shape or 0 in b.view_shape:
         return False
@@ -205,7 +207,7 @@ def share_an_element(a: BoundBlock, b: BoundBlock) -> bool:
 def is_injective(shape: Shape, stride: Shape) -> bool:
     """Whether no two places of a view share an element.
 
-    Two places that do differ by steps that add up to nothing, of which some first one goes forward.
+    Two places share one if steps between them add up to 0; one of these steps can be taken as positive.
     """
     wide = [(size, step) for size, step in zip(shape, stride, strict=True) if size > 1]
     strides = [step for _, step in wide]
@@ -236,20 +238,20 @@ def _reaches(distance: int, steps: Mapping[int, tuple[int, int]]) -> bool:
 
 
 def _leaves_of_shared_tensors(rules: Iterable[BoundRule]) -> Iterator[list[Owned]]:
-    """For every tensor that has several leaves, these, in the order of the rules."""
+    """The leaves of every tensor that has several, in the order of the rules."""
     instances = [(rule.name, instance) for rule in rules for instance in rule.instances]
-    times = Counter(leaf.tensor for _, instance in instances for leaf in instance.scope.leaves)
-    shared: dict[str, list[Owned]] = {tensor: [] for tensor, count in times.items() if count > 1}
-    if shared:
+    names = [leaf.tensor for _, instance in instances for leaf in instance.scope.leaves]
+    if len(set(names)) < len(names):
+        shared: dict[str, list[Owned]] = {name: [] for name, times in Counter(names).items() if times > 1}
         for rule, instance in instances:
             for leaf in instance.scope.leaves:
                 if leaf.tensor in shared:
                     shared[leaf.tensor].append((rule, instance.label, leaf))
-    yield from shared.values()
+        yield from shared.values()
 
 
 def _overlapping(owned: Sequence[Owned]) -> dict[tuple[str, str], tuple[Owned, Owned]]:
-    """For every two rules, the first two leaves of one tensor that share an element."""
+    """The first two leaves that share an element, for every two rules."""
     found: dict[tuple[str, str], tuple[Owned, Owned]] = {}
     for first, second in _meeting(owned):
         rule_names = (first[0], second[0])
@@ -259,7 +261,7 @@ def _overlapping(owned: Sequence[Owned]) -> dict[tuple[str, str], tuple[Owned, O
 
 
 def _meeting(owned: Sequence[Owned]) -> Iterator[tuple[Owned, Owned]]:
-    """Pairs of leaves whose ranges of elements meet, each pair in the order of the rules."""
+    """Pairs of leaves whose ranges of elements overlap, each pair in the order of the rules."""
     numbered = sorted((_range(leaf), number) for number, (_, _, leaf) in enumerate(owned))
     active: list[tuple[int, int]] = []
     for (start, end), number in numbered:

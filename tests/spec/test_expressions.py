@@ -183,7 +183,7 @@ def test_texts_and_lists_cannot_grow_without_end() -> None:
 def test_without_a_config_its_keys_are_missing() -> None:
     assert evaluate(parse_expression("config.n or 4"), {"config": None}) == 4
     with pytest.raises(
-        ExpressionError, match=re.escape('the checkpoint has no config.json, where "n" would stand')
+        ExpressionError, match=re.escape('the checkpoint has no config.json, from which "n" is read')
     ):
         evaluate(parse_expression("config.n"), {"config": None})
 

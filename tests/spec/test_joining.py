@@ -17,6 +17,7 @@ from sparseprune.spec.locating import (
     missing_partners,
     natural_join,
     natural_key,
+    sites_of,
 )
 from sparseprune.spec.patterns import parse_pattern
 
@@ -86,7 +87,9 @@ def test_a_product_is_refused_before_it_is_made() -> None:
 
 def test_gathering_groups_by_what_is_left_and_keeps_natural_order() -> None:
     names = [f"l.{layer}.e.{expert}" for layer in (1, 0) for expert in (10, 9)]
-    sites = find_tensors([parse_pattern("l.{layer}.e.{expert}")], [TensorInfo(n, "F32", (1,)) for n in names])
+    sites = sites_of(
+        find_tensors([parse_pattern("l.{layer}.e.{expert}")], [TensorInfo(n, "F32", (1,)) for n in names])
+    )
     groups = gather(sites, ["expert"])
     assert [label("x", site) for site in groups[(("layer", 0),)]] == [
         "x[layer=0,expert=9]",
@@ -98,7 +101,7 @@ def test_gathering_groups_by_what_is_left_and_keeps_natural_order() -> None:
 
 def test_captures_in_unlike_order_are_alike_captures() -> None:
     patterns = [parse_pattern("{a}.{b}"), parse_pattern("y.{b}.{a}")]
-    sites = find_tensors(patterns, [TensorInfo(name, "F32", ()) for name in ("1.2", "y.2.1")])
+    sites = sites_of(find_tensors(patterns, [TensorInfo(name, "F32", ()) for name in ("1.2", "y.2.1")]))
     assert [site.captures for site in sites] == [(("a", 1), ("b", 2))] * 2
     assert [label("x", site) for site in sites] == ["x[1.2]", "x[y.2.1]"]
 

@@ -114,13 +114,13 @@ def test_vars_are_numbers_lists_and_expressions(
 @pytest.mark.parametrize(
     ("variables", "overrides", "lines"),
     [
-        ('a = "b"\nb = "a + 1"', {}, ["s: [vars] a: this needs itself: a -> b -> a"]),
-        ('a = "a"', {}, ["s: [vars] a: this needs itself: a -> a"]),
+        ('a = "b"\nb = "a + 1"', {}, ["s: [vars] a: this depends on itself: a -> b -> a"]),
+        ('a = "a"', {}, ["s: [vars] a: this depends on itself: a -> a"]),
         ('keep = 1\na = "kep"', {}, ['s: [vars] a: "kep": unknown name "kep"; did you mean "keep"?']),
         ("a = 1979-05-27", {}, ['s: [vars] a: found "1979-05-27", wanted a number, true or false, an expression in quotes such as "2 * n", or a list of these']),
         ("a = nan", {}, ['s: [vars] a: found NaN, wanted a number, true or false, an expression in quotes such as "2 * n", or a list of these']),
         ("a = { b = 1 }", {}, ['s: [vars] a: found a table, wanted a number, true or false, an expression in quotes such as "2 * n", or a list of these']),
-        ("shape = 1", {}, ["s: [vars] shape: shape means something else in expressions: take another name"]),
+        ("shape = 1", {}, ["s: [vars] shape: shape is a reserved name in expressions: take another one"]),
         ('"a b" = 1', {}, ["s: [vars] a b: the name of a var is made of letters, digits and _"]),
         ("keep = 1", {"kep": "2"}, ['s: --set kep: [vars] has no "kep"; did you mean "keep"?']),
         ("keep = 1", {"keep": "1 +* 2"}, ['s: [vars] keep: "1 +* 2" column 4: this is no expression: invalid syntax']),
@@ -244,7 +244,8 @@ def test_a_rule_is_absent_where_all_of_it_is_optional_and_missing() -> None:
     ):
         assert [rule.name for rule in bound(optional + ROWS, layers("a")).rules] == ["scope.rows"]
         with pytest.raises(
-            SpecError, match="no rule reaches a tensor: all of them are optional, and none is there"
+            SpecError,
+            match="no rule reaches a tensor: all rules are optional, and the checkpoint has none of their tensors",
         ):
             bound(optional, layers("a"))
     assert len(problems(COUPLED, layers("a"))) == 1
@@ -475,9 +476,9 @@ def test_a_soft_rule_has_its_keys(keys: str, soft: Soft | None) -> None:
     ("keys", "line"),
     [
         ('nnz = 1\nmode = "firm"', 'mode: found "firm", wanted "hard" (losers become zero) or "soft" (every block shrinks by the threshold)'),
-        ("nnz = 1\nscale = true", 'scale: this goes with mode = "soft" only'),
-        ('nnz = 1\nmode = "hard"\nk_weight = 1.0', 'k_weight: this goes with mode = "soft" only'),
-        ('threshold = 1\nmode = "soft"\nk_weight = 1.0', "k_weight: this goes with nnz or sparsity, from which the threshold is made; here it is given"),
+        ("nnz = 1\nscale = true", 'scale: only mode = "soft" takes this key'),
+        ('nnz = 1\nmode = "hard"\nk_weight = 1.0', 'k_weight: only mode = "soft" takes this key'),
+        ('threshold = 1\nmode = "soft"\nk_weight = 1.0', "k_weight: only a threshold made from nnz or sparsity takes this key; here it is given"),
         ('nnz = 1\nmode = "soft"\nmax_iter = 0', "max_iter: found 0, wanted an integer of 1 or more"),
         ('nnz = 1\nmode = "soft"\natol = 0', "atol: found 0, wanted a number above 0"),
         ('nnz = 1\nscore = "wanda"', 'score: found "wanda", wanted a table such as { kind = "random", seed = 1 }'),
@@ -492,7 +493,7 @@ def test_an_inner_scope_has_no_method_of_its_own(key: str) -> None:
     value = {"mode": '"soft"', "score": "{ norm = 1 }", "scale": "true"}[key]
     text = ROWS.replace("nnz = 1", f"{key} = {value}")
     assert problems(text + '[scope_coupling.c]\nscopes = ["rows"]\nnnz = 1') == [
-        f"s: [scope.rows] {key}: this scope is a member of [scope_coupling.c]: this has to stand there"
+        f"s: [scope.rows] {key}: this scope is a member of [scope_coupling.c]: this belongs there"
     ]
 
 

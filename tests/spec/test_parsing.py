@@ -144,7 +144,7 @@ ILLEGAL = [
     ]),
     # how a tensor is looked at
     (SHORT, "nnz = 2", "nnz = 2\naxes = { q = 2 }", [
-        '[scope.proj] axes: these are the axes of an einops pattern: give one as view = "..."'
+        '[scope.proj] axes: axes belong to an einops pattern: give one as view = "..."'
     ]),
     (SHORT, "nnz = 2", 'nnz = 2\nview = "(a q) b -> a q b"\naxes = { "q 1" = 2 }', [
         '[scope.proj] axes: "q 1" cannot be the name of an axis: take another one, such as q'
@@ -157,7 +157,7 @@ ILLEGAL = [
         "expression"
     ]),
     (SHORT, "nnz = 2", 'nnz = 2\nview = { shape = [1], stride = [1] }\nslice = [":"]', [
-        "[scope.proj] slice: a view by shape and stride takes its part by itself: give it an offset instead"
+        "[scope.proj] slice: a view by shape and stride takes no slice: give it an offset instead"
     ]),
     (SHORT, "nnz = 2", "nnz = 2\nview = { shape = [1], strid = [1] }", [
         '[scope.proj] view.strid: unknown key; did you mean "stride"?'
@@ -191,7 +191,7 @@ ILLEGAL = [
         '[scope.proj] nnz: "keep[layr]": unknown name "layr"; did you mean "layer"?',
     ]),
     (SHORT, "{layer}.{name}", "{shape}.{name}", [
-        '[scope.proj] tensors: the capture "shape" means something else in expressions: rename it'
+        '[scope.proj] tensors: the capture "shape" is a reserved name in expressions: rename it'
     ]),
     (SHORT, '"layers.{layer}.{name}_proj.weight"', '["a"]\nregex = "(a+)+"', [
         '[scope.proj] regex: "(a+)+" this regex could take very long to match, because a part that repeats can itself '
@@ -230,7 +230,7 @@ ILLEGAL = [
         "[block_coupling.channel] orders: found 1 orders for 2 blocks: give one order for each"
     ]),
     (LONG, "[[0, 1], [1, 0]]", "[[0, 1], [1, 1]]", [
-        "[block_coupling.channel] orders: [1, 1] is no order of dimensions: it has to hold each of 0 to 1 once"
+        "[block_coupling.channel] orders: [1, 1] is no order of dimensions: it needs each of 0 to 1 once"
     ]),
     (LONG, "[[0, 1], [1, 0]]", "[0, 1]", [
         "[block_coupling.channel] orders: found [0, 1], wanted a list with one list for each member, such as "
@@ -272,14 +272,14 @@ ILLEGAL = [
         "[scope.proj] threshold: found Infinity, wanted a number of 0 or more, or an expression: the least score that survives"
     ]),
     (SHORT, "nnz = 2", "threshold = 0.5\nmultiple_of = 8", [
-        "[scope.proj] multiple_of: it rounds what nnz or sparsity ask for; a threshold keeps no fixed number"
+        "[scope.proj] multiple_of: it rounds the number that nnz or sparsity gives; a threshold keeps no fixed number"
     ]),
     (SHORT, "nnz = 2", "nnz = 2\nmultiple_of = 0", [
         "[scope.proj] multiple_of: found 0, wanted an integer of 1 or more, or an expression: the surviving blocks "
         "are rounded up to a multiple of it"
     ]),
     (COUPLED, "shape = []\n[scope.k]", "shape = []\nnnz = 2\n[scope.k]", [
-        "[scope.q] nnz: this scope is a member of [scope_coupling.qk]: its budget has to stand there"
+        "[scope.q] nnz: this scope is a member of [scope_coupling.qk]: its budget belongs there"
     ]),
     (COUPLED, "nnz = 4", "", [
         "[scope_coupling.qk]: there is no budget: give one of nnz, sparsity and threshold"
@@ -377,15 +377,15 @@ KINDS_OF_PROBLEMS: dict[str, tuple[str, str, str]] = {
     "unknown table": ("# top", "+[paint]\nred = 1", "[paint]: unknown table"),
     "no such share": ("# top", '+covers = "all"', 'covers: found "all", wanted'),
     "no table": ("# top", "+reconstruct = 1", "reconstruct: found 1, wanted a table"),
-    "cycle": ("# vars", '+a = "b"\nb = "a"', "[vars] a: this needs itself"),
-    "other cycle": ("# vars", '+c = "d + 1"\nd = "c"', "[vars] c: this needs itself"),
+    "cycle": ("# vars", '+a = "b"\nb = "a"', "[vars] a: this depends on itself"),
+    "other cycle": ("# vars", '+c = "d + 1"\nd = "c"', "[vars] c: this depends on itself"),
     "unknown name in a var": ("# vars", '+e = "m"', '[vars] e: "m": unknown name "m"'),
     "no var": ("# vars", "+f = 1979-05-27", "[vars] f: found"),
     "unknown key of the score": ("# score", "+colour = 1", "[score] colour: unknown key"),
     "key of another score": ("# score", "+seed = 1", '[score] seed: kind = "magnitude" takes no seed'),
     "wrong type": ("# gate", "+optional = 3", "[block.gate] optional: found 3, wanted true or false"),
     "unknown key of a block": ("# gate", "+colour = 1", "[block.gate] colour: unknown key"),
-    "axes without a view": ("# gate", "+axes = { k = 2 }", "[block.gate] axes: these are the axes of"),
+    "axes without a view": ("# gate", "+axes = { k = 2 }", "[block.gate] axes: axes belong to an"),
     "unknown key of a view": (
         "# down",
         "+view = { shape = [4, 4], stride = [4, 1], colour = 1 }",
@@ -407,7 +407,7 @@ KINDS_OF_PROBLEMS: dict[str, tuple[str, str, str]] = {
     "unknown reference": ('"channel"', '"chanel"', "[scope.mlp] block: there is no [block.chanel]"),
     "missing budget": ("sparsity = 0.25", "", "[scope.mlp]: there is no budget"),
     "misspelt key": ("# mlp", "+mutiple_of = 8", "[scope.mlp] mutiple_of: unknown key; did you mean"),
-    "key without its mode": ("# mlp", "+k_weight = 1.0", "[scope.mlp] k_weight: this goes with mode"),
+    "key without its mode": ("# mlp", "+k_weight = 1.0", "[scope.mlp] k_weight: only mode"),
     "missing file": ("# mlp", '+score = { kind = "values" }', "[scope.mlp] score.file: missing"),
     "idle table": ("# top", '+[block.idle]\ntensors = "a"\nshape = []', "[block.idle]: used by no scope"),
     "unknown key": ("# proj", "+colour = 1", "[scope.proj] colour: unknown key"),
@@ -423,7 +423,7 @@ KINDS_OF_PROBLEMS: dict[str, tuple[str, str, str]] = {
     "unknown key of a coupling": ("# all", "+colour = 1", "[scope_coupling.all] colour: unknown key"),
     "unknown scope": ('"q"]', '"q", "quer"]', "[scope_coupling.all] scopes: there is no [scope.quer]"),
 }
-# The second is not told beside the first, which leaves open whether it is one.
+# The second is not reported beside the first, which leaves it unknown.
 OPEN = {("bad pattern", "unknown capture"), ("missing key", "idle table")}
 
 

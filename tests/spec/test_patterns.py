@@ -93,7 +93,7 @@ NO_PATTERNS = [
     ("{x:a | b}", 'character 1: {x:a | b} has the word "a ": write whole words such as {x:gate|up}'),
     ("{x:a*}", 'character 1: {x:a*} has the word "a*": write whole words such as {x:gate|up}'),
     ("a.***", "character 3: *** has no meaning: * matches inside a piece, ** across pieces"),
-    ("{x}.{x:a|b}", "character 5: {x} stands there before: give its form at the first place only"),
+    ("{x}.{x:a|b}", "character 5: {x} was captured before: give its form at the first place only"),
 ]
 
 
