@@ -77,9 +77,16 @@ class SpecError(SparsepruneError):
 
 
 class CheckFailedError(SparsepruneError):
-    """What was to be checked does not hold; a line names every tensor that fails."""
+    """What was to be checked does not hold; a line names every tensor that fails.
+
+    `result` is what was found, as it is returned where everything holds.
+    """
 
     exit_code = 1
+
+    def __init__(self, *lines: str, result: object = None) -> None:
+        super().__init__(*lines)
+        self.result = result
 
 
 class MachineError(SparsepruneError):

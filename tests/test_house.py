@@ -30,7 +30,7 @@ def test_top_level_holds_the_five_names_and_dot_files() -> None:
 
 def test_package_holds_the_rooms_of_the_house() -> None:
     rooms = {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"}
-    layers = {"cli", "report", "removal", "execution", "calibration", "spec", "checkpoint", "engine"}
+    layers = {"cli", "api", "report", "removal", "execution", "calibration", "spec", "checkpoint", "engine"}
     assert rooms == {*layers, "results"}
     loose = {path.name for path in PACKAGE.glob("*") if path.is_file()}
     assert loose == {"__init__.py", "__main__.py", "errors.py", "py.typed"}
@@ -63,7 +63,7 @@ def test_layers_are_held_by_the_import_linter() -> None:
         "import sparseprune",
         "import sparseprune.checkpoint, sparseprune.spec, sparseprune.execution",
         "import sparseprune.cli.app",
-        "import sparseprune.cli.calibrate; from sparseprune.calibration import read_documents",
+        "import sparseprune.api.calibrating; from sparseprune.calibration import read_documents",
     ],
 )
 def test_imports_without_torch(code: str) -> None:

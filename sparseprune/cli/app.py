@@ -7,7 +7,16 @@ from typing import Annotated
 import typer
 
 from sparseprune import __version__
-from sparseprune.cli import readers, writers
+from sparseprune.cli.apply import apply, mask
+from sparseprune.cli.calibrate import calibrate
+from sparseprune.cli.compare import compare
+from sparseprune.cli.demo import demo
+from sparseprune.cli.inspect import inspect
+from sparseprune.cli.plan import plan
+from sparseprune.cli.reapply import reapply
+from sparseprune.cli.specs import specs
+from sparseprune.cli.verify import verify
+from sparseprune.cli.writers import remove
 
 app = typer.Typer(
     name="sparseprune",
@@ -37,17 +46,5 @@ def sparseprune(
     """
 
 
-for _command in (
-    writers.apply,
-    writers.mask,
-    readers.plan,
-    writers.remove,
-    writers.calibrate,
-    readers.specs,
-    readers.inspect,
-    readers.verify,
-    writers.reapply,
-    readers.compare,
-    writers.demo,
-):
+for _command in (apply, mask, plan, remove, calibrate, specs, inspect, verify, reapply, compare, demo):
     app.command()(_command)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console, RenderableType
 
+    from sparseprune.results import Reapplication, Removal, Report, Statistics
     from sparseprune.results.fields import Document
 
 
@@ -172,6 +173,14 @@ class Warnings:
                 self.lines.append(line)
                 if not self.quiet:
                     tell(f"warning: {line}")
+
+
+def print_outcome(result: Report | Reapplication | Removal | Statistics, *, json: bool) -> None:
+    """What a command wrote: its report as JSON, or the path of the output."""
+    if json:
+        print_json(result)
+    else:
+        print_result(result.output)
 
 
 def print_result(text: str) -> None:

@@ -1,18 +1,16 @@
-"""`sparseprune demo`: a small checkpoint that it makes itself, pruned twice and shown."""
-
-from __future__ import annotations
+"""`demo`: a small checkpoint that it makes itself, pruned twice and shown."""
 
 import json
 import shlex
 from contextlib import chdir
 from pathlib import Path
+from typing import Annotated
 
-import torch
-from safetensors.torch import save_file
-
-from sparseprune.cli import apply, inspect
-from sparseprune.cli.options import default_jobs, default_memory
-from sparseprune.cli.request import Request
+from sparseprune import api
+from sparseprune.api.options import Option
+from sparseprune.cli.apply import show_pruned
+from sparseprune.cli.command import Call, command
+from sparseprune.cli.inspect import show_inspected
 from sparseprune.cli.signals import temporary_folder
 from sparseprune.errors import CheckpointError
 
@@ -21,6 +19,9 @@ HIDDEN, INTERMEDIATE, LAYERS, HEADS, KEY_VALUE_HEADS, VOCABULARY = 64, 192, 2, 4
 
 def write_decoder(folder: Path) -> int:
     """Write config.json and two bf16 shards with their index; gives the number of parameters."""
+    import torch
+    from safetensors.torch import save_file
+
     folder.mkdir(parents=True)
     generator = torch.Generator().manual_seed(0)
     tensors = {
@@ -87,7 +88,22 @@ _STEPS = (
 )
 
 
-def run(folder: Path | None) -> None:
+Folder = Annotated[
+    Path | None,
+    Option(
+        metavar="FOLDER", help="A new folder that keeps everything; a temporary one otherwise.", typed=Path
+    ),
+]
+
+
+def _demo_options() -> None:
+    """Make a small decoder checkpoint, prune it twice, and show what came out.
+
+    Example: sparseprune demo ./demo
+    """
+
+
+def show_demo(call: "Call[None]", folder: Folder = None) -> None:  # noqa: ARG001
     """Make, prune, inspect; in a new folder that is kept, or in one that is gone afterwards."""
     if folder is None:
         with temporary_folder("sparseprune-demo-") as temporary:
@@ -101,6 +117,9 @@ def run(folder: Path | None) -> None:
     print(f"\nAll of it is in {folder}.")
 
 
+demo = command(_demo_options, show_demo, "demo")
+
+
 def _demo(folder: Path) -> None:
     with chdir(folder):
         parameters = write_decoder(_DENSE)
@@ -109,20 +128,12 @@ def _demo(folder: Path) -> None:
             output = Path(f"{_DENSE}-{name}")
             print(f"\n{title}\n")
             _show("apply", _DENSE, spec, "-o", output)
-            apply.run(
-                Request(
-                    checkpoint=_DENSE,
-                    spec=spec,
-                    output=output,
-                    device="cpu",
-                    jobs=default_jobs(),
-                    memory=default_memory(),
-                    mask_format="bool",
-                )
+            show_pruned(
+                Call(api.apply, {"checkpoint": _DENSE, "spec": spec, "output": output, "device": "cpu"})
             )
             print()
             _show("inspect", output)
-            inspect.run(inspect.InspectRequest(output, jobs=default_jobs(), quiet=True))
+            show_inspected(Call(api.inspect, {"checkpoint": output}, quiet=True))
 
 
 def _show(*words: object) -> None:

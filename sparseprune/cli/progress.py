@@ -1,7 +1,7 @@
 """How far a run is: a line that redraws itself on a terminal, now and then a log line elsewhere.
 
-Owns the counting, the rate and the layout of the line; knows nothing of what is being done. Workers only
-add to a number, whenever they like; a thread of its own looks at it and tells. Called by the commands.
+Owns the rate and the layout of the line; knows nothing of what is being done. Workers only tell a number,
+whenever they like; a thread of its own looks at it and draws. Called by command.py.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ import sys
 import threading
 import time
 from collections import deque
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
-from sparseprune.checkpoint.threads import Worker
+from sparseprune.api.run import Run
 from sparseprune.cli.console import stderr_console
 
 if TYPE_CHECKING:
@@ -22,43 +22,56 @@ if TYPE_CHECKING:
 
     from rich.console import Console, ConsoleOptions, RenderResult
 
+    from sparseprune.api.run import Advance, Progress
+
 _SHOW_CURSOR = "\x1b[?25h"
 _REDRAWS = 5  # a second
 _TICK = 1.0  # seconds between two looks where log lines are written
 _FIRST_LINE, _LONGEST_PAUSE = 5.0, 60.0  # seconds
 _WINDOW, _SETTLED = 30.0, 0.5  # seconds that a rate is taken over at most, and at least
 _SIZES = ("B", "kB", "MB", "GB", "TB", "PB")
-TOKENS = ("tokens", "k tokens", "M tokens", "G tokens")
+_TOKENS = ("tokens", "k tokens", "M tokens", "G tokens")
 _SPARE = 2  # columns that stay free, for the ^C that a terminal echoes
 _SHORTEST_BAR, _LONGEST_BAR, _SHORTEST_UNIT = 5, 40, 6  # columns
 
 
-class Advance(Protocol):
-    """Tells that `nbytes` more are done, in the work unit of this label; cheap, and from any thread."""
-
-    def __call__(self, nbytes: int, unit: str = "") -> None: ...
+@contextmanager
+def shown(*, quiet: bool) -> Iterator[Callable[[Progress], None] | None]:
+    """A function that shows on stderr how far a run is, until the end; None where `quiet`."""
+    if quiet:
+        yield None
+        return
+    with ExitStack() as stack:
+        yield _Shown(stack)
 
 
 @contextmanager
-def progress(
-    what: str, total: int, *, quiet: bool, already: int = 0, sizes: tuple[str, ...] = _SIZES
-) -> Iterator[Advance]:
-    """Tell on stderr how many of `total` bytes are done; gives the function that advances it.
+def progress(what: str, total: int, *, quiet: bool, already: int = 0) -> Iterator[Advance]:
+    with shown(quiet=quiet) as hear, Run(hear).progress(what, total, already) as advance:
+        yield advance
 
-    The `already` bytes were done before, by a run that this one continues, and do not count into the rate.
-    `sizes` names what is counted, by powers of a thousand.
-    """
-    if quiet:
-        yield _unheard
-        return
-    tally = Tally(total, already, sizes=sizes)
-    console = stderr_console() if sys.stderr.isatty() else None
-    with (
-        _bar(what, tally, console)
-        if console and console.is_interactive
-        else _looking(_log_lines(what, tally), _TICK)
-    ):
-        yield tally.advance
+
+class _Shown:
+    """Shows one step after the other; what shows the present one ends with it, or with the stack."""
+
+    def __init__(self, stack: ExitStack) -> None:
+        self._stack = stack
+        self._tally: Tally | None = None
+
+    def __call__(self, step: Progress) -> None:
+        if self._tally is None:
+            sizes = _TOKENS if step.counts == "tokens" else _SIZES
+            self._tally = tally = Tally(step.total, step.already, sizes=sizes)
+            console = stderr_console() if sys.stderr.isatty() else None
+            self._stack.enter_context(
+                _bar(step.what, tally, console)
+                if console and console.is_interactive
+                else _looking(_log_lines(step.what, tally), _TICK)
+            )
+        self._tally.done, self._tally.unit = step.done, step.unit
+        if step.ended:
+            self._tally = None
+            self._stack.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +99,7 @@ class Standing:
 
 
 class Tally:
-    """Bytes done, added to by any thread, looked at by one at a time.
+    """Bytes done, of which any thread may tell, looked at by one at a time.
 
     The rate is that of the last 30 seconds, and starts with the first byte: what is loaded before is none.
     """
@@ -99,21 +112,14 @@ class Tally:
         sizes: tuple[str, ...] = _SIZES,
     ) -> None:
         self._sizes = sizes
-        self._lock = threading.Lock()
-        self._total, self._already, self._done, self._unit = total, already, already, ""
+        self._total, self._already = total, already
+        self.done, self.unit = already, ""  # the label of a unit stays until another one is given
         self._clock = clock
         self._samples = deque([(clock(), already)])
 
-    def advance(self, nbytes: int, unit: str = "") -> None:
-        """Add bytes; the label of a unit stays until another one is given."""
-        with self._lock:
-            self._done += nbytes
-        if unit:
-            self._unit = unit
-
     def standing(self) -> Standing:
         """Where things stand; the rate gets better the more often it is asked for."""
-        now, done, samples = self._clock(), self._done, self._samples
+        now, done, samples = self._clock(), self.done, self._samples
         if done == self._already:
             samples.clear()
         samples.append((now, done))
@@ -121,7 +127,7 @@ class Tally:
             samples.popleft()
         since, before = samples[0]
         rate = (done - before) / (now - since) if now - since >= _SETTLED else None
-        return Standing(done, self._total, rate, self._unit, self._sizes)
+        return Standing(done, self._total, rate, self.unit, self._sizes)
 
 
 def log_line(what: str, standing: Standing) -> str:
@@ -174,10 +180,6 @@ class Line:
             yield unit
 
 
-def _unheard(nbytes: int, unit: str = "") -> None:
-    """What `advance` is where nothing is to be told."""
-
-
 @contextmanager
 def _bar(what: str, tally: Tally, console: Console) -> Iterator[None]:
     """The line is there while it lasts, and gone after it, whatever happens."""
@@ -221,6 +223,8 @@ def _looking(look: Callable[[], None], pause: float) -> Iterator[None]:
 
     Where no thread, no memory or nobody who reads can be had, nothing is told; the run goes on.
     """
+    from sparseprune.checkpoint.threads import Worker  # which --help has no use for
+
     stop = threading.Event()
 
     def repeat() -> None:

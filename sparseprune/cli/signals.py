@@ -64,7 +64,7 @@ def stopped_code(interrupt: KeyboardInterrupt) -> int:
 
 @contextmanager
 def text_when_stopped(text: Callable[[], str]) -> Iterator[None]:
-    """Where a signal comes inside, this is what is said of what there is by then."""
+    """Where a signal comes inside, this is what is said of what there is by then; "" for nothing."""
     _texts.append(text)
     try:
         yield
@@ -222,7 +222,7 @@ def _end(number: int) -> None:
     """
     for folder in _folders:
         folder.cleanup()
-    text = _texts[-1]() if _texts else _NOTHING
+    text = (_texts[-1]() if _texts else "") or _NOTHING
     line = f"sparseprune: {_WORDS[signal.Signals(number)]}: {text}\n".encode(errors="backslashreplace")
     with suppress(OSError):
         if os.isatty(2) and os.environ.get("TERM", "dumb") != "dumb":

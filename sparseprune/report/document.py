@@ -14,7 +14,7 @@ from sparseprune.engine.sequences import Made
 from sparseprune.errors import printable
 from sparseprune.report.coverage import coverage_totals
 from sparseprune.report.wording import size
-from sparseprune.results.fields import OtherWeights
+from sparseprune.results.fields import OtherWeights, WrittenBytes
 from sparseprune.results.pruning import Report, ReportTotals, RuleResult, TensorResult
 
 if TYPE_CHECKING:
@@ -51,6 +51,8 @@ class Run:
     left_out: Sequence[OtherFile] = ()
     coverage: Coverage | None = None
     devices: Mapping[str, str] = field(default_factory=dict)
+    notes: Sequence[str] = ()
+    sizes: tuple[int, int] = (0, 0)
 
 
 def make_report(
@@ -67,7 +69,9 @@ def make_report(
         device=run.device,
         seconds=round(run.seconds, 3),
         warnings=tuple(run.warnings),
+        notes=tuple(run.notes),
         files_left_out=other_weights(run.left_out),
+        bytes=WrittenBytes(weights=run.sizes[0], masks=run.sizes[1]),
         totals=ReportTotals(
             tensors=len(checkpoint.tensors),
             numel=numel,

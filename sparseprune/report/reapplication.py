@@ -20,6 +20,7 @@ from sparseprune.results.checking import (
     Reapplication,
     ReappliedTensor,
 )
+from sparseprune.results.fields import WrittenBytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -47,6 +48,7 @@ class Circumstances:
     overrides: Mapping[str, str] = field(default_factory=dict)
     warnings: Sequence[str] = ()
     files: Sequence[OtherFile] = ()
+    sizes: tuple[int, int] = (0, 0)
 
 
 def make_reapply_result(
@@ -62,6 +64,7 @@ def make_reapply_result(
         warnings=tuple(run.warnings),
         files_left_out=other_weights(run.files),
         left_out=LeftOut(masks=run.unused, tensors=run.unmasked),
+        bytes=WrittenBytes(weights=run.sizes[0], masks=run.sizes[1]),
         totals=MaskedTotals(**_totals(checkpoint, tensors)),
         tensors=Made(
             tensors,

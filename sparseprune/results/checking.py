@@ -27,6 +27,7 @@ from sparseprune.results.fields import (
     Share,
     UncoveredKinds,
     Warned,
+    WrittenBytes,
 )
 
 
@@ -170,6 +171,7 @@ class Reapplication(Document):
     warnings: Warned
     files_left_out: FilesLeftOut
     left_out: LeftOut
+    bytes: WrittenBytes
     totals: MaskedTotals
     tensors: Annotated[
         Sequence[ReappliedTensor], Doc("the tensors that have a mask, in the order of the checkpoint")

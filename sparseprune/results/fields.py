@@ -36,6 +36,7 @@ EachNumber = Annotated[float | Sequence[float | None] | None, _EACH]
 Seconds = Annotated[float, Doc("wall time", minimum=0)]
 Settings = Annotated[dict[str, str], Doc("variables of the spec set by --set, as they were typed")]
 Warned = Annotated[tuple[str, ...], Doc("what a user should know, one line each; also on stderr unless -q")]
+Noted = Annotated[tuple[str, ...], Doc("further remarks, one line each")]
 Name = Annotated[str, Doc("as in the file")]
 Dtype = Annotated[str, Doc("as in the file, such as BF16")]
 Dimensions = Annotated[Shape, Doc("length of each dimension")]
@@ -48,6 +49,14 @@ class OtherWeights:
 
     path: Annotated[str, Doc("in the folder of the checkpoint")]
     bytes: Annotated[Count, Doc("size of the file")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WrittenBytes:
+    """Sizes of what was written."""
+
+    weights: Annotated[Count, Doc("the weight files, which zeros do not shrink")]
+    masks: Annotated[Count, Doc("the data of the masks")]
 
 
 FilesLeftOut = Annotated[

@@ -18,6 +18,7 @@ from sparseprune.results.fields import (
     FilesLeftOut,
     LayerCoverage,
     Name,
+    Noted,
     NotNegative,
     Numel,
     Seconds,
@@ -26,6 +27,7 @@ from sparseprune.results.fields import (
     Share,
     UncoveredKinds,
     Warned,
+    WrittenBytes,
 )
 
 Device = Annotated[str, Doc("what did the work, such as cpu, cuda:1, cuda and cpu")]
@@ -104,7 +106,9 @@ class Report(Document):
     device: Device
     seconds: Seconds
     warnings: Warned
+    notes: Noted
     files_left_out: FilesLeftOut
+    bytes: WrittenBytes
     totals: ReportTotals
     rules: Sequence[RuleResult]
     tensors: Annotated[

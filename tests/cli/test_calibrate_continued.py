@@ -232,7 +232,7 @@ def test_a_text_that_was_written_to_is_another_one(home: Path, tmp_path: Path) -
 def test_without_room_for_the_sums_the_run_ends_as_it_does_with_it(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sparseprune.cli import calibrate as command
+    from sparseprune.api import calibrating
     from sparseprune.errors import MachineError
 
     def no_room(output: StagedOutput, pieces: Any) -> None:
@@ -240,7 +240,7 @@ def test_without_room_for_the_sums_the_run_ends_as_it_does_with_it(
 
     monkeypatch.setattr(collecting, "_PAUSE", 0.0)
     monkeypatch.setattr(StagedOutput, "put_aside", no_room)
-    monkeypatch.setattr(command, "free_bytes", lambda _: 1000)
+    monkeypatch.setattr(calibrating, "free_bytes", lambda _: 1000)
     said = calibrate(home, "albert", tmp_path / "stats")
     assert said.code == 0
     assert f"warning: {tmp_path}: 1000 bytes are free, " in said.err

@@ -211,7 +211,7 @@ main()
     ("module", "code", "told"),
     [
         ("sparseprune.cli.app", -signal.SIGINT, ""),  # which a shell calls 130 too
-        ("sparseprune.cli.request", 130, "sparseprune: interrupted: nothing was written\n"),
+        ("sparseprune.api.pruning", 130, "sparseprune: interrupted: nothing was written\n"),
         ("sparseprune.execution.runner", 130, INTERRUPTED + "\n"),
         ("sparseprune.report.tables", 130, COMPLETE + "\n"),
     ],
@@ -234,13 +234,13 @@ def test_ctrl_c_while_modules_are_loaded_shows_no_traceback(
 
 HANGING = """
 import hashlib, os, signal, sys, threading
-from sparseprune.cli import main, stopping
+from sparseprune.cli import main, signals
 class Finder:
     def find_spec(self, name, *_):
         if name == "numpy":
             threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGHUP)).start()
             hashlib.pbkdf2_hmac("sha256", b"", b"", 1 << 30)
-stopping._GRACE = 0.1
+signals._GRACE = 0.1
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 sys.meta_path.insert(0, Finder())
 sys.argv = ["sparseprune", "inspect", "m.safetensors"]

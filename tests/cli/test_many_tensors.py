@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from sparseprune.api.options import Machine, Source, Target
+from sparseprune.api.pruning import prepare
 from sparseprune.checkpoint import open_checkpoint, open_masks
 from sparseprune.checkpoint.header import lay_out
-from sparseprune.cli.request import Request, prepare
 from sparseprune.execution.limits import INTERPRETER
 from sparseprune.execution.matching import match_masks
 from sparseprune.execution.outcomes import Outcomes
@@ -94,7 +95,8 @@ def held_bytes(path: Path) -> int:
     gc.collect()
     tracemalloc.start()
     try:
-        prepared = prepare(request_of(path))
+        target = Target(path.with_name("out.safetensors"), "bool")
+        prepared = prepare(Source(path, "2of4", {}), target, Machine("cpu", 1, 1 << 30))
         outcomes = Outcomes()
         for number, stored in enumerate(prepared.plan.checkpoint.tensors.values()):
             outcomes.add([stored.name, "scope.proj", 16, 8, number, 16.0 * number, number + 8, 8.0 * number])
@@ -105,10 +107,6 @@ def held_bytes(path: Path) -> int:
         return tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-
-
-def request_of(path: Path) -> Request:
-    return Request(path, "2of4", path.with_name("out.safetensors"), "cpu", 1, 1 << 30, "bool")
 
 
 def test_what_a_run_holds_of_a_tensor_is_what_plan_counts(tmp_path: Path) -> None:

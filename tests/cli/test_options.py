@@ -8,11 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import typer
 from safetensors.torch import save_file
-from typer.testing import CliRunner
 
-from sparseprune.cli.options import MemoryOption, default_jobs, default_memory, memory_of
+from sparseprune.api.options import default_jobs, default_memory, memory_of
 from sparseprune.errors import SparsepruneError
 from tests.samples import run
 
@@ -59,21 +57,10 @@ def test_what_is_no_size_is_refused(text: str) -> None:
         memory_of(text)
 
 
-def test_no_size_is_none() -> None:
-    assert memory_of(None) is None
-
-
 def test_help_shows_the_option_with_its_default() -> None:
-    app = typer.Typer(rich_markup_mode=None)
-
-    @app.command()
-    def command(memory: MemoryOption = None) -> None:
-        typer.echo(memory_of(memory))
-
-    shown = " ".join(CliRunner().invoke(app, ["--help"]).stdout.split())
+    shown = " ".join(run("plan", "--help").out.split())
     assert "--memory SIZE Memory that a run may use, such as 8GiB or 500MB." in shown
     assert "(a quarter of RAM, 1GiB at most)" in shown
-    assert CliRunner().invoke(app, ["--memory", "2KiB"]).stdout == "2048\n"
 
 
 def machine(root: Path, files: dict[str, str]) -> Path:
@@ -125,7 +112,7 @@ def test_memory_is_a_quarter_of_what_may_be_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     files, wanted = MEMORY[name]
-    monkeypatch.setattr("sparseprune.cli.options._physical_memory", lambda: 64 * GIB)
+    monkeypatch.setattr("sparseprune.api.options._physical_memory", lambda: 64 * GIB)
     assert default_memory(machine(tmp_path, files)) == wanted
 
 

@@ -129,7 +129,7 @@ def interrupted(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("sparseprune.cli.apply.refuse_changed", stop)
+        patch.setattr("sparseprune.api.pruning.refuse_changed", stop)
         said = run("apply", home / "m.safetensors", home / "spec.toml", "-o", home / "out.safetensors", "-q")
     assert said.code == 130
     folder = StagingDir(home / "out.safetensors").path

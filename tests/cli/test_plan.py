@@ -200,7 +200,7 @@ def test_a_wrong_document_does_not_pass_the_schema(folder: Path) -> None:
 def test_peak_memory_is_left_out_where_nobody_knows_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert document(folder, TWO_OF_FOUR)["bytes"]["peak"] > 0
     monkeypatch.setattr(
-        "sparseprune.cli.plan.make_plan_result",
+        "sparseprune.report.plan.make_plan_result",
         lambda asked, bound, layout, presumed, _: make_plan_result(asked, bound, layout, presumed),
     )
     assert "peak" not in document(folder, TWO_OF_FOUR)["bytes"]

@@ -9,14 +9,27 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import pytest
 from rich.console import Console
 
-from sparseprune.cli.progress import Line, Standing, Tally, _log_lines, log_line, progress
+from sparseprune.api.run import Advance, Progress, Run
+from sparseprune.cli.progress import Line, Standing, Tally, _log_lines, log_line, shown
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 UNIT = "proj[layer=7,part=mlp,name=down]"
 HALF = Standing(750_000_000, 2_200_000_000, 1.13e9, UNIT)
+
+
+@contextmanager
+def progress(what: str, total: int, *, quiet: bool) -> Iterator[Advance]:
+    """A step of a run that the command line shows."""
+    with shown(quiet=quiet) as hear, Run(hear).progress(what, total) as advance:
+        yield advance
 
 
 class Clock:
@@ -104,10 +117,10 @@ def test_the_rate_starts_with_the_first_byte_and_without_what_was_there() -> Non
     tally = Tally(1_000, already=400, clock=clock)
     clock.now += 60
     assert tally.standing() == Standing(400, 1_000, None, "")
-    tally.advance(10, "a")
+    tally.done, tally.unit = 410, "a"
     clock.now += 0.1
     assert tally.standing().rate is None
-    tally.advance(90)
+    tally.done = 500
     clock.now += 1.9
     standing = tally.standing()
     assert standing == Standing(500, 1_000, 50.0, "a")
@@ -118,7 +131,7 @@ def test_the_rate_is_that_of_the_last_half_minute() -> None:
     clock = Clock()
     tally = Tally(10_000, clock=clock)
     for nbytes in [100] * 50 + [10] * 30:
-        tally.advance(nbytes)
+        tally.done += nbytes
         clock.now += 1
         standing = tally.standing()
     assert standing.rate == 10.0
@@ -128,18 +141,20 @@ def test_the_rate_is_that_of_the_last_half_minute() -> None:
 
 
 def test_every_thread_is_counted() -> None:
-    tally = Tally(400_000)
+    steps: list[Progress] = []
+    with Run(steps.append).progress("reading", 40_000) as advance:
 
-    def work() -> None:
-        for _ in range(100_000):
-            tally.advance(1)
+        def work() -> None:
+            for _ in range(10_000):
+                advance(1)
 
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert tally.standing().done == 400_000
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert [step.done for step in steps] == [*range(40_001), 40_000]
+    assert [step.ended for step in steps[-2:]] == [False, True]
 
 
 def test_log_lines_come_at_growing_intervals(
@@ -202,8 +217,9 @@ def test_a_closed_pipe_does_not_stop_a_run(monkeypatch: pytest.MonkeyPatch) -> N
 
 PROGRAM = """
 import sys
-from sparseprune.cli.progress import progress
-with progress("pruning", 100, quiet={quiet}) as advance:
+from sparseprune.api.run import Run
+from sparseprune.cli.progress import shown
+with shown(quiet={quiet}) as hear, Run(hear).progress("pruning", 100) as advance:
     advance(50, "proj[layer=3]")
     input()
     print("a warning", file=sys.stderr)

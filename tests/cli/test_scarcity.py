@@ -122,7 +122,7 @@ ERRORS: dict[str, Exception] = {
         ("torch_in_memory", "sparseprune.execution.torch_tiles.load_tile"),
         ("block_norms", "sparseprune.execution.tensor_io.TensorIO.load"),
         ("block_norms", "sparseprune.checkpoint.source.read_header"),
-        ("block_norms", "sparseprune.cli.request.make_plan"),
+        ("block_norms", "sparseprune.api.pruning.make_plan"),
         ("block_norms", "sparseprune.checkpoint.StagedOutput.write_mask"),
     ],
 )

@@ -1,0 +1,408 @@
+"""What the commands do, as functions: the command line is made from their signatures and docstrings.
+
+A function checks nothing and prints nothing: it hands on what was given to a module of this package, which it
+loads when it is called. Paths may be text or pathlib's. Results are those of `sparseprune.results`.
+"""
+
+from collections.abc import Callable
+from os import fspath
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from sparseprune.api.options import (
+    Block,
+    By,
+    Checkpoint,
+    Dense,
+    Device,
+    Exclude,
+    Field,
+    Force,
+    Jobs,
+    Kind,
+    Length,
+    Listing,
+    MaskFormat,
+    MaskFormatOrNone,
+    Masks,
+    MasksOrNone,
+    MasksToCut,
+    Match,
+    Memory,
+    MomentMemory,
+    Output,
+    Partial,
+    Pattern,
+    Place,
+    Plot,
+    Pruned,
+    Require,
+    Reverse,
+    Runtimes,
+    Seed,
+    Sequences,
+    Set,
+    Sort,
+    Spec,
+    Special,
+    SpecName,
+    SpecOfRules,
+    SpecOrNone,
+    Stats,
+    Strict,
+    Target,
+    Tensor,
+    Text,
+    machine,
+    memory_of,
+    path_or_none,
+    quarter_of_memory,
+    source,
+    texts,
+)
+from sparseprune.api.run import Listener, Progress, Run
+
+if TYPE_CHECKING:
+    from sparseprune import execution, results
+
+Listen = Listener | Callable[[Progress], None] | None
+"""Who hears of a run: a function that is called with each step, or a Listener, who hears of warnings too."""
+
+
+def apply(
+    checkpoint: Checkpoint,
+    spec: Spec,
+    output: Output = None,
+    *,
+    device: Device = "auto",
+    jobs: Jobs = None,
+    memory: Memory = None,
+    mask_format: MaskFormatOrNone = "bool",
+    set: Set = None,
+    strict: Strict = False,
+    force: Force = False,
+    progress: Listen = None,
+) -> "results.Report":
+    """Prune a checkpoint: write its weights with the losers zero, masks and a report.
+
+    The output is CKPT-pruned beside a directory, or m.pruned.safetensors beside m.safetensors, unless
+    --output says otherwise. Its path is printed on stdout, all else on stderr.
+
+    Example: sparseprune apply ./llama 2of4 -o ./llama-2of4
+
+    Raises:
+        SpecError: the spec is wrong in itself, or does not fit the checkpoint.
+        CheckpointError: the input cannot be read, or the output may not be written there.
+        MachineError: the disk is full, or the input changed meanwhile.
+    """
+    from sparseprune.api.pruning import prepare, prune
+
+    run = Run(progress, strict=strict)
+    target = Target(path_or_none(output), mask_format, force)
+    return prune(run, prepare(source(checkpoint, spec, set), target, machine(device, jobs, memory)))
+
+
+def mask(
+    checkpoint: Checkpoint,
+    spec: Spec,
+    output: Output = None,
+    *,
+    device: Device = "auto",
+    jobs: Jobs = None,
+    memory: Memory = None,
+    mask_format: MaskFormat = "bool",
+    set: Set = None,
+    strict: Strict = False,
+    force: Force = False,
+    progress: Listen = None,
+) -> "results.Report":
+    """Write only the masks of a spec, True where a weight is kept, and a report.
+
+    The output is CKPT-masks beside a directory, or m.masks.safetensors beside m.safetensors, unless
+    --output says otherwise.
+
+    Example: sparseprune mask ./llama 2of4 --mask-format packed
+
+    Raises what `apply` raises.
+    """
+    from sparseprune.api.pruning import prepare, prune
+
+    run = Run(progress, strict=strict)
+    target = Target(path_or_none(output), mask_format, force, weights=False)
+    return prune(run, prepare(source(checkpoint, spec, set), target, machine(device, jobs, memory)))
+
+
+def plan(
+    checkpoint: Checkpoint,
+    spec: Spec,
+    output: Output = None,
+    *,
+    jobs: Jobs = None,
+    memory: Memory = None,
+    mask_format: MaskFormatOrNone = "bool",
+    set: Set = None,
+    strict: Strict = False,
+    device: str = "cpu",
+    command: Literal["apply", "mask", "remove"] = "apply",
+    look: "Callable[[execution.Plan], None] | None" = None,
+    progress: Listen = None,
+) -> "results.Plan":
+    """Show what a spec binds to and what it would do, without reading tensor data.
+
+    Rule by rule: tensors, views, block grids, scopes, what survives. Then what no rule reaches, and the
+    size of the output.
+
+    Example: sparseprune plan ./llama 2of4
+
+    `command` is what is planned for, on `device`; `look` gets the rules with every shape resolved, and the
+    checkpoint. Raises SpecError and CheckpointError as `apply` does.
+    """
+    from sparseprune.api.pruning import planned, prepare
+
+    run = Run(progress, strict=strict)
+    target = Target(path_or_none(output), mask_format, weights=command != "mask")
+    prepared = prepare(source(checkpoint, spec, set), target, machine(device, jobs, memory))
+    if look is not None:
+        look(prepared.plan)
+    return planned(run, prepared)
+
+
+def remove(
+    checkpoint: Checkpoint,
+    spec: SpecOrNone = None,
+    *,
+    masks: MasksToCut = None,
+    output: Output = None,
+    partial: Partial = False,
+    device: Device = "auto",
+    jobs: Jobs = None,
+    memory: Memory = None,
+    set: Set = None,
+    strict: Strict = False,
+    force: Force = False,
+    progress: Listen = None,
+) -> "results.Removal":
+    """Write a smaller dense checkpoint: channels, heads, experts or layers that lose are cut out.
+
+    The config is rewritten, so that the model's own class loads it; it computes what the zeroed checkpoint
+    does. The output is CKPT-smaller beside the directory unless --output says otherwise.
+
+    Example: sparseprune remove ./llama decoder-mlp-channels -o ./llama-smaller
+    """
+    raise NotImplementedError
+
+
+def calibrate(
+    checkpoint: Checkpoint,
+    text: Text,
+    output: Output = None,
+    *,
+    stats: Kind = "hessian",
+    sequences: Sequences = 128,
+    length: Length = None,
+    field: Field = None,
+    seed: Seed = 0,
+    special: Special = True,
+    device: Device = "auto",
+    memory: MomentMemory = None,
+    force: Force = False,
+    scratch: Place | None = None,
+    progress: Listen = None,
+) -> "results.Statistics":
+    """Run text through the checkpoint's model and write what its matrices are multiplied with.
+
+    The output is CKPT-stats beside the directory unless --output says otherwise: for every matrix the second
+    moment of its inputs, which [reconstruct] and the scores wanda and obd of a spec read. A run that was
+    interrupted is continued by the same command. Needs transformers: pip install 'sparseprune[calibrate]'.
+
+    Example: sparseprune calibrate ./llama --text corpus.txt -o stats
+
+    A moment has the shape (inputs, inputs), or (experts, inputs, inputs). `scratch` is a folder for what the
+    model is loaded from, by default a temporary one. Raises SparsepruneError and its subclasses.
+    """
+    from sparseprune.api.calibrating import Collecting
+    from sparseprune.api.calibrating import calibrate as collect
+
+    nbytes = memory_of(memory) if isinstance(memory, str) else memory
+    asked = Collecting(
+        checkpoint=Path(checkpoint),
+        text=[Path(one) for one in text],
+        output=path_or_none(output),
+        kind=stats,
+        sequences=sequences,
+        length=length,
+        field=field,
+        seed=seed,
+        device=device,
+        memory=quarter_of_memory() if nbytes is None else nbytes,
+        special=special,
+        force=force,
+        scratch=path_or_none(scratch),
+    )
+    return collect(Run(progress), asked)
+
+
+def specs(name: SpecName = None) -> dict[str, str]:
+    """List the specs that ship with sparseprune, or print one.
+
+    Example: sparseprune specs 2of4
+
+    Texts by names: of one alone if it is named, by its path where it is your own. SpecError if there is none.
+    """
+    from sparseprune.spec import find_spec, list_specs
+
+    names = list_specs() if name is None else (fspath(name),)
+    return {one: find_spec(one).text for one in names}
+
+
+def inspect(
+    checkpoint: Checkpoint,
+    *,
+    by: By = "tensor",
+    match: Match = (),
+    exclude: Exclude = (),
+    sort: Sort = None,
+    reverse: Reverse = False,
+    pattern: Pattern = (),
+    block: Block = (),
+    runtimes: Runtimes = None,
+    require: Require = (),
+    plot: Plot = None,
+    tensor: Tensor = None,
+    spec: SpecOfRules = None,
+    set: Set = None,
+    jobs: Jobs = None,
+    progress: Listen = None,
+) -> "results.Inspection":
+    """Report how sparse a checkpoint is, where, in which patterns, and which runtimes can use it.
+
+    With --require the exit code is 1 where a tensor fails, and stderr names each.
+
+    Example: sparseprune inspect ./llama-2of4 --require "2:4 in **_proj.weight"
+
+    Raises:
+        CheckFailedError: a requirement does not hold; its `result` is what was found.
+        CheckpointError: the checkpoint cannot be read.
+        SparsepruneError: what is asked contradicts itself or has no meaning.
+    """
+    from sparseprune.api.measuring import Look
+    from sparseprune.api.measuring import inspect as look_at
+
+    asked = Look(
+        checkpoint=Path(checkpoint),
+        listing=Listing(match, exclude, sort, reverse),
+        jobs=machine(jobs=jobs).jobs,
+        by=by,
+        patterns=pattern,
+        blocks=block,
+        runtimes=runtimes,
+        requirements=require,
+        plot=path_or_none(plot),
+        tensor=tensor,
+        spec=None if spec is None else fspath(spec),
+        overrides=texts(set),
+    )
+    return look_at(Run(progress), asked)
+
+
+def verify(
+    checkpoint: Checkpoint,
+    spec: SpecOrNone = None,
+    *,
+    masks: MasksOrNone = None,
+    partial: Partial = False,
+    set: Set = None,
+    jobs: Jobs = None,
+    memory: Memory = None,
+    strict: Strict = False,
+    progress: Listen = None,
+) -> "results.Verification | results.MaskVerification":
+    """Check that a checkpoint is as sparse as a spec or masks say; exit 1 where it is not.
+
+    Against a spec: no scope has more than nnz blocks that are not zero. Against masks: every weight that a
+    mask drops is zero. Broken scopes and lost zeros are counted, tensor by tensor, with the first place.
+
+    Example: sparseprune verify ./llama-2of4 2of4
+
+    Raises:
+        CheckFailedError: it is not as sparse; its `result` is what was found.
+        SpecError: the spec is wrong in itself, or does not fit the checkpoint.
+        CheckpointError: the checkpoint or the masks cannot be read, or do not fit each other.
+    """
+    from sparseprune.api import checking
+
+    named, found = None if spec is None else fspath(spec), path_or_none(masks)
+    nothing = "there is nothing to check against; give a SPEC, such as 2of4, or --masks MASKS"
+    checking.refuse_contradictions(named, found, set, partial=partial, nothing=nothing)
+    run, limits = Run(progress, strict=strict), machine(jobs=jobs, memory=memory)
+    if found is not None:
+        return checking.verify_masks(run, Path(checkpoint), found, limits, partial=partial)
+    return checking.verify_spec(run, source(checkpoint, named or "", set), limits)
+
+
+def reapply(
+    checkpoint: Checkpoint,
+    masks: Masks,
+    output: Output = None,
+    *,
+    partial: Partial = False,
+    jobs: Jobs = None,
+    memory: Memory = None,
+    mask_format: MaskFormatOrNone = "bool",
+    strict: Strict = False,
+    force: Force = False,
+    progress: Listen = None,
+) -> "results.Reapplication":
+    """Put the zeros of masks back, after fine-tuning, merging or quantization; tell how many were lost.
+
+    The output is CKPT-pruned beside a directory, or m.pruned.safetensors beside m.safetensors, unless
+    --output says otherwise.
+
+    Example: sparseprune reapply ./llama-tuned ./llama-2of4 -o ./llama-tuned-2of4
+
+    Raises CheckpointError where the masks do not fit the checkpoint, and MachineError as `apply` does.
+    """
+    from sparseprune.api import checking
+
+    run, target = Run(progress, strict=strict), Target(path_or_none(output), mask_format, force)
+    limits = machine(jobs=jobs, memory=memory)
+    return checking.reapply(run, Path(checkpoint), Path(masks), target, limits, partial=partial)
+
+
+def compare(
+    dense: Dense,
+    pruned: Pruned,
+    *,
+    match: Match = (),
+    exclude: Exclude = (),
+    sort: Sort = None,
+    reverse: Reverse = False,
+    require: Require = (),
+    stats: Stats = None,
+    plot: Plot = None,
+    jobs: Jobs = None,
+    progress: Listen = None,
+) -> "results.Comparison":
+    """Compare two checkpoints: what was zeroed, what energy is kept, which survivors were altered.
+
+    Tensors that were added, removed or reshaped are named. With --stats it tells by how much the outputs of
+    matrices change, relative to the dense ones. With --require the exit code is 1 where a tensor
+    fails, and stderr names each.
+
+    Example: sparseprune compare ./llama ./llama-2of4 --require "altered==0"
+
+    Raises what `inspect` raises.
+    """
+    from sparseprune.api.measuring import Comparing
+    from sparseprune.api.measuring import compare as compare_both
+
+    asked = Comparing(
+        dense=Path(dense),
+        pruned=Path(pruned),
+        listing=Listing(match, exclude, sort, reverse),
+        jobs=machine(jobs=jobs).jobs,
+        requirements=require,
+        plot=path_or_none(plot),
+        stats=path_or_none(stats),
+    )
+    return compare_both(Run(progress), asked)

@@ -1,0 +1,113 @@
+"""What was applied to a checkpoint before: its spec and report, and patterns that a further run may break.
+
+Reads specs and reports, looks for what a killed run left, reads no tensor data; imports no torch. Called by
+the modules that look at a pruned checkpoint, and by those that prune it again.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from sparseprune.checkpoint import open_checkpoint
+from sparseprune.checkpoint.discovery import RESULTS, SUFFIX, read_object
+from sparseprune.checkpoint.staging_dir import left_behind
+from sparseprune.errors import CheckpointError, SparsepruneError
+from sparseprune.spec import find_spec, parse_spec
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from sparseprune.api.options import Machine
+    from sparseprune.api.run import Run
+    from sparseprune.checkpoint import Checkpoint, StagedOutput
+    from sparseprune.execution import Plan
+    from sparseprune.execution.earlier import Earlier, Touched
+    from sparseprune.spec import Spec
+
+
+_REMOVAL = "sparseprune.remove."  # how the schemas of reports begin of what was cut out
+
+
+def applied_spec(checkpoint: Checkpoint, named: str | None, overrides: Mapping[str, str]) -> Spec | None:
+    """The spec that was `named`, else the one that the checkpoint was pruned by, None where it has none.
+
+    Of the latter the variables count that were set when it was applied, unless `overrides` has others. By
+    what was removed nothing can be looked at.
+    """
+    if named is not None:
+        source = find_spec(named)
+        return parse_spec(source.text, source.source, source.directory, overrides)
+    path = checkpoint.path / RESULTS / "spec.toml"
+    if not checkpoint.is_directory or not path.is_file():
+        return None
+    source = find_spec(path)
+    report = applied_report(checkpoint) or {}
+    if str(report.get("schema")).startswith(_REMOVAL):
+        return None
+    typed = report.get("set")
+    were_set = {name: str(value) for name, value in (typed if isinstance(typed, dict) else {}).items()}
+    return parse_spec(source.text, source.source, source.directory, were_set | dict(overrides))
+
+
+def applied_report(checkpoint: Checkpoint) -> Mapping[str, Any] | None:
+    """The report.json of the run that wrote the checkpoint, None where it has none."""
+    path = _report_path(checkpoint)
+    try:
+        return read_object(path)
+    except CheckpointError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            return None
+        raise
+
+
+def note_left_behind(run: Run, checkpoint: Path) -> None:
+    """Note it where a run to this output was killed and left its hidden folder beside it."""
+    folder = left_behind(checkpoint.absolute())
+    if folder is not None:
+        run.note(
+            f"{folder}: left by a run that was killed; the command that wrote it continues it or removes it"
+        )
+
+
+def rebuilt_by(plan: Plan) -> dict[str, Touched]:
+    """The tensors whose survivors a plan rebuilds, which is all that brings zeros back."""
+    if all(instance.reconstruct is None for _, instance in plan.bound.instances()):
+        return {}
+    from sparseprune.execution.earlier import rebuilt  # with numpy, which starts slowly
+
+    return rebuilt(plan)
+
+
+def warn_of_earlier(
+    run: Run, checkpoint: Checkpoint, touched: Mapping[str, Touched], machine: Machine
+) -> Earlier | None:
+    """Before the work: whether what is done to some tensors may break a pattern that they have.
+
+    None where nothing is `touched`.
+    """
+    if not touched:
+        return None
+    from sparseprune.execution.earlier import earlier_of
+
+    try:
+        spec = applied_spec(checkpoint, None, {})
+    except SparsepruneError:  # whoever left it has changed it
+        spec = None
+    earlier = earlier_of(checkpoint, touched, spec, (machine.memory, machine.jobs))
+    run.warn(*earlier.may_break())
+    return earlier
+
+
+def warn_of_broken(run: Run, earlier: Earlier | None, output: StagedOutput) -> None:
+    """After the work, before the output gets its name: which of these patterns it has no longer."""
+    if earlier is None or not (earlier.risks or earlier.seen):
+        return
+    root, files = output.staged_path, [place.file for place in output.layout.weights.values()]
+    run.warn(*earlier.broken(open_checkpoint(root if output.layout.is_directory else root / files[0])))
+
+
+def _report_path(checkpoint: Checkpoint) -> Path:
+    if checkpoint.is_directory:
+        return checkpoint.path / RESULTS / "report.json"
+    return checkpoint.path.with_name(f"{checkpoint.path.name.removesuffix(SUFFIX)}.report.json")

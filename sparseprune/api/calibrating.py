@@ -1,0 +1,203 @@
+"""`calibrate`: from text and a checkpoint to statistics under their name.
+
+Called by the public functions. Loads torch and transformers once all that can be refused without them is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sparseprune import __version__
+from sparseprune.api.run import digest, output_shown, report_bytes
+from sparseprune.checkpoint import (
+    StagedOutput,
+    checkpoint_identity,
+    lay_out_statistics,
+    open_checkpoint,
+    refuse_changed,
+)
+from sparseprune.checkpoint.publish import free_bytes
+from sparseprune.errors import SparsepruneError
+from sparseprune.results.measuring import CollectedStatistics, Statistics, WithoutStatistics
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from contextlib import AbstractContextManager
+
+    from sparseprune.api.run import Run
+    from sparseprune.calibration import Calibration, LoadedModel, Sequences
+    from sparseprune.checkpoint import Checkpoint, Collected, StatisticsKind
+
+_CHARACTERS = 64  # of text that are read for each token that is asked for: some to choose from
+
+
+@dataclass(frozen=True, slots=True)
+class Collecting:
+    """What text to run through which model, and where the statistics go.
+
+    `length` None for what the model takes; `memory` is bytes for second moments; `scratch` is a folder for
+    what the model is loaded from, None for a temporary one.
+    """
+
+    checkpoint: Path
+    text: Sequence[Path]
+    output: Path | None
+    kind: StatisticsKind
+    sequences: int
+    length: int | None
+    field: str | None
+    seed: int
+    device: str
+    memory: int
+    special: bool = True
+    force: bool = False
+    scratch: Path | None = None
+
+
+def calibrate(run: Run, asked: Collecting) -> Statistics:
+    """Read, plan, run the text through the model, and give the statistics their name."""
+    from sparseprune.calibration import Chat, read_documents
+
+    checkpoint = open_checkpoint(asked.checkpoint)
+    target = _target(asked, checkpoint)
+    # Before minutes are spent on a model.
+    StagedOutput(lay_out_statistics(checkpoint, target, asked.kind, ()), asked.force).refuse_early()
+    most = _CHARACTERS * asked.sequences * (asked.length or 2048)
+    documents = read_documents(asked.text, asked.field, most)
+    run.note(f"loading the model of {asked.checkpoint}")
+    # Not before something is said: this takes seconds.
+    from sparseprune.calibration import load_model, make_sequences, plan_calibration
+    from sparseprune.execution import resolve_device
+
+    device = resolve_device(asked.device, uses_torch=True)
+    with _scratch(asked) as folder:
+        loaded = load_model(checkpoint, device, Path(folder))
+        if any(isinstance(one, Chat) for one in documents) and not loaded.tokenizer.chat_template:
+            run.note('the tokenizer has no chat template: messages are read as "role: content" lines')
+        run.note("cutting the text into sequences")
+        sequences = make_sequences(
+            documents,
+            loaded.tokenizer,
+            asked.sequences,
+            _length(asked, loaded),
+            asked.seed,
+            special=asked.special,
+        )
+        loaded.refuse_strange(sequences.ids)
+        run.note("finding out which matrices meet text")
+        plan = plan_calibration(loaded, sequences, checkpoint, asked.kind, asked.memory)
+        layout = lay_out_statistics(checkpoint, target, asked.kind, plan.tensors)
+        output = StagedOutput(layout, asked.force, _identity(asked, loaded, sequences, plan, checkpoint))
+        _warn_of_little_room(run, asked.kind, plan, output)
+        return run.write(
+            output,
+            lambda _: _collected(run, asked, loaded, sequences, plan, output),
+            lambda: refuse_changed(checkpoint, ()),
+        )
+
+
+def _warn_of_little_room(run: Run, kind: StatisticsKind, plan: Calibration, output: StagedOutput) -> None:
+    """The sums of an unfinished pass are written while those of a moment before are still there."""
+    layout = output.layout
+    sums = max(sum(unit.nbytes(kind) for unit in units) for units in plan.passes)
+    wanted, free = layout.output_bytes + 2 * sums, free_bytes(layout.target.parent)
+    if free < wanted:
+        run.warn(
+            f"{layout.target.parent}: {free} bytes are free, but keeping the sums of an unfinished "
+            f"run takes {wanted}: it may have to begin anew after an interruption",
+        )
+
+
+def _identity(
+    asked: Collecting, loaded: LoadedModel, sequences: Sequences, plan: Calibration, checkpoint: Checkpoint
+) -> dict[str, str]:
+    """What an unfinished run must agree with to be continued, to the same bytes."""
+    from sparseprune.calibration import passes_digest
+
+    drawn = hashlib.sha256(sequences.ids.numpy().tobytes() + sequences.counted.numpy().tobytes())
+    length = sequences.ids.shape[1]
+    options = (asked.sequences, length, asked.seed, asked.special, asked.field, asked.kind)
+    return {
+        "the version": __version__,
+        "the versions of torch and transformers": loaded.versions,
+        "the input": checkpoint_identity(checkpoint),
+        "the options": json.dumps(options),
+        "the text": json.dumps([list(sequences.ids.shape), drawn.hexdigest()]),
+        "--memory": digest(passes_digest(plan)),
+        "the device or its number of threads": loaded.machine,
+    }
+
+
+def _scratch(asked: Collecting) -> AbstractContextManager[str | Path]:
+    if asked.scratch is not None:
+        return nullcontext(asked.scratch)
+    return tempfile.TemporaryDirectory(prefix="sparseprune-", ignore_cleanup_errors=True)
+
+
+def _length(asked: Collecting, loaded: LoadedModel) -> int:
+    if asked.length is not None and loaded.longest is not None and asked.length > loaded.longest:
+        raise SparsepruneError(f"--length {asked.length}: the model takes {loaded.longest} tokens at most")
+    return asked.length or loaded.length
+
+
+def _target(asked: Collecting, checkpoint: Checkpoint) -> Path:
+    if asked.output is not None:
+        return asked.output
+    source = checkpoint.path.absolute()
+    return source.with_name(f"{source.name}-stats")
+
+
+def _collected(
+    run: Run,
+    asked: Collecting,
+    loaded: LoadedModel,
+    sequences: Sequences,
+    plan: Calibration,
+    output: StagedOutput,
+) -> Statistics:
+    """Collect, and write the report beside the statistics."""
+    from sparseprune.calibration import already_run, calibrate
+
+    total = sequences.ids.numel() * len(plan.passes)
+    already = already_run(sequences, plan, output)
+    with run.progress("calibrating", total, already, "tokens") as advance:
+        counted = calibrate(loaded, sequences, plan, output, asked.kind, advance)
+    statistics = Statistics(
+        input=str(asked.checkpoint),
+        output=output_shown(asked.output, asked.checkpoint, output.layout),
+        kind=asked.kind,
+        device=str(loaded.device),
+        seconds=round(run.seconds, 3),
+        text=tuple(str(path) for path in asked.text),
+        sequences=len(sequences.ids),
+        length=sequences.ids.shape[1],
+        seed=asked.seed,
+        special=asked.special,
+        tokens=sequences.tokens,
+        passes=len(plan.passes),
+        matrices=tuple(
+            CollectedStatistics(
+                name=one.name,
+                features=one.features,
+                experts=one.experts,
+                tokens=_one_or_all(one, counted[one.name].rows),
+                divided_by=_one_or_all(one, counted[one.name].divisors),
+                weights=dict(one.weights),
+            )
+            for one in plan.tensors
+        ),
+        missing=tuple(loaded.missing),
+        without=tuple(WithoutStatistics(name=name, why=why) for name, why in plan.without),
+    )
+    output.add_file(output.layout.report_file, report_bytes(statistics))
+    return statistics
+
+
+def _one_or_all(one: Collected, numbers: list[int]) -> int | tuple[int, ...]:
+    return tuple(numbers) if one.experts is not None else numbers[0]

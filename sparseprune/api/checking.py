@@ -1,0 +1,235 @@
+"""`verify` and `reapply`: whether the zeros of a spec or of masks are there, and masks put back.
+
+Owns the way from two paths to tensors with their masks, which removing.py goes as well. Called by the public
+functions.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+from sparseprune import __version__, results
+from sparseprune.api.applied import note_left_behind
+from sparseprune.api.run import collector_paused, digest, output_shown, report_bytes, sizes_of
+from sparseprune.checkpoint import (
+    StagedOutput,
+    TensorReader,
+    checkpoint_identity,
+    lay_out_apply,
+    open_checkpoint,
+    open_masks,
+    provenance_of,
+    read_config,
+    refuse_changed,
+    refuse_changed_shards,
+    refuse_replacing,
+    shards_identity,
+)
+from sparseprune.errors import CheckFailedError, SparsepruneError
+from sparseprune.execution.matching import match_masks
+from sparseprune.report.reapplication import Circumstances, left_out_line
+from sparseprune.spec import find_spec, parse_spec
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from sparseprune.api.options import Machine, Source, Target
+    from sparseprune.api.run import Run
+    from sparseprune.checkpoint import OutputLayout, Provenance
+    from sparseprune.execution.matching import Matched
+    from sparseprune.execution.reapply import Reapplication
+
+Found = TypeVar("Found")
+
+
+def refuse_contradictions(
+    spec: str | None,
+    masks: Path | None,
+    variables: Mapping[str, object] | None,
+    *,
+    partial: bool,
+    nothing: str,
+) -> None:
+    """SparsepruneError unless one of a spec and masks is given, with what goes with it."""
+    if spec is not None and masks is not None:
+        raise SparsepruneError(f"{spec} and --masks exclude each other; give one of them")
+    if spec is None and masks is None:
+        raise SparsepruneError(nothing)
+    if masks is None and partial:
+        raise SparsepruneError(
+            "--partial: goes with --masks MASKS, of which it forgives those without a tensor"
+        )
+    if spec is None and variables:
+        raise SparsepruneError("--set: goes with a SPEC, whose [vars] it sets")
+
+
+def verify_spec(run: Run, asked: Source, machine: Machine) -> results.Verification:
+    """Count the non-zero blocks of every scope; CheckFailedError with the result if there are too many."""
+    from sparseprune.report.verification import failures
+
+    note_left_behind(run, asked.checkpoint)
+    with collector_paused():
+        result = _verification(run, asked, machine)
+    return _held(result, failures(result))
+
+
+def _held(result: Found, failures: list[str]) -> Found:
+    if failures:
+        raise CheckFailedError(*failures, result=result)
+    return result
+
+
+def _verification(run: Run, asked: Source, machine: Machine) -> results.Verification:
+    from sparseprune.execution import count_survivors, make_check
+    from sparseprune.report.coverage import coverage_of
+    from sparseprune.report.verification import AskedCheck, make_verification
+
+    source = find_spec(asked.spec)
+    spec = parse_spec(source.text, source.source, source.directory, asked.overrides)
+    checkpoint = open_checkpoint(asked.checkpoint)
+    check = make_check(checkpoint, spec, machine.memory, machine.jobs)
+    coverage = coverage_of(checkpoint.tensors, check.bound, read_config(checkpoint))
+    run.warn(*coverage.warnings("the check reaches"))
+    with TensorReader() as reader, run.progress("verifying", check.nbytes) as advance:
+        found = count_survivors(check, reader, advance)
+    refuse_changed_shards(checkpoint.shards)
+    circumstances = AskedCheck(
+        str(asked.checkpoint),
+        asked.spec,
+        asked.overrides,
+        coverage,
+        warnings=run.warnings,
+        not_read=checkpoint.left_out,
+    )
+    return make_verification(circumstances, found)
+
+
+@dataclass(frozen=True, slots=True)
+class Masked:
+    """Tensors with their masks, what was asked for, and what is known of the run that made the masks."""
+
+    checkpoint: Path
+    masks: Path
+    partial: bool
+    matched: Matched
+    origin: Provenance | None
+
+    @property
+    def overrides(self) -> Mapping[str, str]:
+        """The variables that were set when the masks were made."""
+        return {} if self.origin is None else self.origin.overrides
+
+
+def masked_by(checkpoint: Path, masks: Path, *, partial: bool) -> Masked:
+    """Open both, and give each tensor its mask; CheckpointError with all that does not fit."""
+    opened, opened_masks = open_checkpoint(checkpoint), open_masks(masks)
+    origin = provenance_of(opened_masks)
+    matched = match_masks(opened, opened_masks, origin, partial=partial)
+    return Masked(checkpoint, masks, partial, matched, origin)
+
+
+def identity_of_masked(masked: Masked) -> dict[str, str]:
+    """What an unfinished output must agree with to be continued: the version, the input, the masks."""
+    matched, origin = masked.matched, masked.origin
+    carried = () if origin is None else (sorted(origin.overrides.items()), repr(origin.spec))
+    return {
+        "the version": __version__,
+        "the input": checkpoint_identity(matched.checkpoint),
+        "the masks": digest(json.dumps([shards_identity(matched.masks.shards), carried])),
+    }
+
+
+def verify_masks(
+    run: Run, checkpoint: Path, masks: Path, machine: Machine, *, partial: bool
+) -> results.MaskVerification:
+    """Read everything that masks drop; CheckFailedError with the result where some of it is not zero."""
+    from sparseprune.execution.reapply import find_lost, make_reapplication
+    from sparseprune.report.reapplication import lost_lines, make_mask_verification
+
+    note_left_behind(run, checkpoint)
+    with collector_paused():
+        masked = masked_by(checkpoint, masks, partial=partial)
+    matched = masked.matched
+    run.note(left_out_line(_circumstances(run, masked)))
+    reapplication = make_reapplication(matched, machine.memory, machine.jobs)
+    with run.progress("verifying", matched.nbytes) as advance, TensorReader() as reader:
+        tensors = find_lost(reapplication, reader, advance)
+    refuse_changed(matched.checkpoint, matched.masks.shards)
+    if not any(tensor.pruned for tensor in tensors):
+        run.warn("the masks drop nothing: there is nothing to check")
+    result = make_mask_verification(_circumstances(run, masked), matched.checkpoint, tensors)
+    return _held(result, list(lost_lines(result)))
+
+
+def _circumstances(
+    run: Run, masked: Masked, layout: OutputLayout | None = None, shown: str = ""
+) -> Circumstances:
+    matched = masked.matched
+    return Circumstances(
+        input=str(masked.checkpoint),
+        masks=str(masked.masks),
+        unused=len(matched.unused),
+        unmasked=len(matched.unmasked),
+        files=matched.checkpoint.left_out if layout is None else layout.left_out,
+        sizes=(0, 0) if layout is None else sizes_of(layout),
+        output=shown,
+        seconds=run.seconds,
+        overrides=masked.overrides,
+        warnings=run.warnings,
+    )
+
+
+def reapply(
+    run: Run, checkpoint: Path, masks: Path, target: Target, machine: Machine, *, partial: bool
+) -> results.Reapplication:
+    """Put zeros back, write the report, and give the output its name."""
+    with collector_paused():
+        masked = masked_by(checkpoint, masks, partial=partial)
+        matched = masked.matched
+        names = [pair.stored.name for pair in matched.pairs]
+        shards = matched.masks.shards
+        layout = lay_out_apply(matched.checkpoint, target.output, names, target.mask_format, shards)
+        refuse_replacing(layout, [shard.path for shard in shards], "masks")
+        # Numpy comes in here, after everything that can be refused without it.
+        from sparseprune.execution.reapply import make_reapplication
+
+        reapplication = make_reapplication(matched, machine.memory, machine.jobs)
+    options = (target.mask_format, masked.partial, reapplication.limits.slab)
+    identity = {**identity_of_masked(masked), "the options": json.dumps(["reapply", *options])}
+    output = StagedOutput(layout, target.force, identity=identity)
+    return run.write(
+        output,
+        lambda reader: _reapplied(run, masked, target, reapplication, output, reader),
+        lambda: refuse_changed(matched.checkpoint, shards),
+    )
+
+
+def _reapplied(
+    run: Run,
+    masked: Masked,
+    target: Target,
+    reapplication: Reapplication,
+    output: StagedOutput,
+    reader: TensorReader,
+) -> results.Reapplication:
+    """Do the work, and write the report, and the spec of the run that made the masks, beside it."""
+    from sparseprune.execution.reapply import reapply, reapply_bytes
+    from sparseprune.report.reapplication import make_reapply_result
+
+    layout, origin = output.layout, masked.origin
+    shown = output_shown(target.output, masked.checkpoint, layout)
+    run.note(left_out_line(_circumstances(run, masked)))
+    total, already = reapply_bytes(reapplication, output)
+    with run.progress("reapplying", total, already) as advance:
+        tensors = reapply(reapplication, reader, output, advance)
+    if not any(tensor.pruned for tensor in tensors):
+        run.warn("the masks drop nothing: the output is a copy of the input")
+    circumstances = _circumstances(run, masked, layout, shown)
+    result = make_reapply_result(circumstances, masked.matched.checkpoint, tensors)
+    output.add_file(layout.report_file, report_bytes(result))
+    if layout.spec_file is not None and origin is not None and origin.spec is not None:
+        output.add_file(layout.spec_file, origin.spec)
+    return result

@@ -1,0 +1,350 @@
+"""`inspect` and `compare`: what is in the tensors of a checkpoint, and what became of them in another one.
+
+Owns what is asked, in which order tensors are listed, what a picture needs besides, and what requirements are
+held to. Called by the public functions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal, TypeVar
+
+from sparseprune import results
+from sparseprune.api.applied import applied_report, applied_spec, note_left_behind
+from sparseprune.api.options import default_memory
+from sparseprune.api.run import collector_paused
+from sparseprune.checkpoint import (
+    TensorReader,
+    open_checkpoint,
+    open_statistics,
+    read_config,
+    refuse_changed_shards,
+)
+from sparseprune.errors import CheckFailedError, CheckpointError, SparsepruneError, printable
+from sparseprune.report.inspection import ordered, selected
+from sparseprune.report.requirements import Absent, check_names, failures, parse_requirement
+from sparseprune.spec import TensorInfo, bind
+from sparseprune.spec.problems import shown, suggestion
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
+
+    from sparseprune.api.options import Listing
+    from sparseprune.api.run import Run
+    from sparseprune.checkpoint import Checkpoint, Statistics
+    from sparseprune.report.inspection import Grouping, Telling
+    from sparseprune.report.measuring.comparison import Pair, Sides
+    from sparseprune.report.pictures.charts import Survivors
+    from sparseprune.report.requirements import Requirement
+    from sparseprune.results.fields import Document
+    from sparseprune.results.measuring import ComparedTensor
+    from sparseprune.spec import BoundSpec, Spec
+
+
+Found = TypeVar("Found")
+Result = TypeVar("Result", bound="Document")
+By = Literal["tensor", "layer", "module", "rule"]
+_OUTPUTS = "output_error"  # the field of a comparison that needs statistics
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What `inspect` looks at, and in which words it is asked; `plot` with `tensor` for a close-up."""
+
+    checkpoint: Path
+    listing: Listing
+    jobs: int
+    by: By = "tensor"
+    patterns: Sequence[str] = ()
+    blocks: Sequence[str] = ()
+    runtimes: str | None = None
+    requirements: Sequence[str] = ()
+    plot: Path | None = None
+    tensor: str | None = None
+    spec: str | None = None
+    overrides: Mapping[str, str] | None = None
+
+
+def inspect(run: Run, look: Look) -> results.Inspection:
+    """Measure, and draw; CheckFailedError with the result where a requirement does not hold."""
+    _refuse_contradictions(look)
+    telling, requirements = _asked(look)
+    checkpoint = open_checkpoint(look.checkpoint)
+    note_left_behind(run, look.checkpoint)
+    if look.tensor is not None and look.tensor not in checkpoint.tensors:
+        hint = suggestion(look.tensor, checkpoint.tensors)
+        raise SparsepruneError(
+            f"--tensor {printable(look.tensor)}: {checkpoint.path} has no such tensor{hint}"
+        )
+    names = selected(checkpoint.tensors, look.listing.match, look.listing.exclude)
+    check_names(requirements, names)
+    with collector_paused():
+        result = _inspected(run, look, checkpoint, names, telling)
+    if look.plot is not None:
+        _plot(run, look, checkpoint, result, look.plot)
+    return _held(result, failures(requirements, result.tensors))
+
+
+def _held(result: Result, failed: Sequence[str]) -> Result:
+    if failed:
+        raise CheckFailedError(*failed, result=result)
+    return result
+
+
+def _refuse_contradictions(look: Look) -> None:
+    """All that is wrong in what was asked and can be told before anything is read."""
+    if look.plot is None and look.tensor is not None:
+        raise SparsepruneError(
+            f"--tensor {shown(look.tensor)}: goes with --plot FILE; to list a tensor alone give --match"
+        )
+    if look.plot is not None:
+        from sparseprune.report.pictures import check_picture
+
+        check_picture(look.plot)
+    elif look.by != "rule" and (look.spec is not None or look.overrides):
+        option = "--spec" if look.spec is not None else "--set"
+        raise SparsepruneError(f"{option}: goes with --by rule or --plot FILE, which have a use for a spec")
+
+
+def _asked(look: Look) -> tuple[Telling, list[Requirement]]:
+    """What is to be told, and what has to hold: requirements bring their patterns and runtimes along."""
+    from sparseprune.execution.facts import BLOCKS, PATTERNS, Questions, block_of, pattern_of
+    from sparseprune.report.inspection import Telling, fields_of
+    from sparseprune.report.runtimes import RUNTIMES, runtimes_of
+
+    patterns = (*PATTERNS, *map(pattern_of, look.patterns))
+    blocks = tuple(dict.fromkeys((*BLOCKS, *map(block_of, look.blocks))))
+    runtimes = () if look.runtimes is None else runtimes_of(look.runtimes)
+    fields = fields_of(Questions(patterns, blocks))
+    requirements = [parse_requirement(text, fields, RUNTIMES) for text in look.requirements]
+    required = [one.pattern for one in requirements if one.pattern is not None]
+    runtimes = (*runtimes, *(RUNTIMES[one.runtime] for one in requirements if one.runtime is not None))
+    questions = Questions(tuple(dict.fromkeys((*patterns, *required))), blocks)
+    return Telling(questions, tuple({one.name: one for one in runtimes}.values())), requirements
+
+
+def _inspected(
+    run: Run, look: Look, checkpoint: Checkpoint, names: Sequence[str], telling: Telling
+) -> results.Inspection:
+    """The facts of the tensors that were asked for, in the order that was asked for."""
+    from sparseprune.execution.inspect import inspect_checkpoint
+    from sparseprune.report.inspection import make_inspection
+    from sparseprune.report.runtimes import needed_patterns
+
+    telling = replace(telling, grouping=_grouping(look, checkpoint, names))
+    tensors = [checkpoint.tensors[name] for name in names]
+    told = telling.questions
+    questions = replace(
+        told, patterns=tuple(dict.fromkeys((*told.patterns, *needed_patterns(telling.runtimes))))
+    )
+    total = sum(one.nbytes for one in tensors)
+    with TensorReader() as reader, run.progress("reading", total) as advance:
+        facts = inspect_checkpoint(tensors, reader, questions, look.jobs, advance)
+    refuse_changed_shards(one.shard for one in tensors)
+    found = make_inspection(str(look.checkpoint), facts, telling, checkpoint.left_out)
+    listing = look.listing
+    if found.groups is not None:
+        return replace(found, groups=ordered(found.groups, listing.sort, listing.reverse))
+    return replace(found, tensors=ordered(found.tensors, listing.sort, listing.reverse))
+
+
+def _grouping(look: Look, checkpoint: Checkpoint, names: Sequence[str]) -> Grouping | None:
+    """What the tensors are to be grouped by."""
+    if look.by == "tensor":
+        return None
+    from sparseprune.report.inspection import grouping_of
+
+    return grouping_of(look.by, names, _rules(look, checkpoint) if look.by == "rule" else None)
+
+
+def _rules(look: Look, checkpoint: Checkpoint) -> Mapping[str, str]:
+    """For each tensor the rules that reach it: of the spec that is named or was applied, or as reported."""
+    from sparseprune.report.inspection import rules_of_report, rules_of_spec
+
+    spec = applied_spec(checkpoint, look.spec, look.overrides or {})
+    if spec is not None:
+        return rules_of_spec(_bound(look, checkpoint, spec))
+    rules = rules_of_report(applied_report(checkpoint) or {})
+    if not rules:
+        raise SparsepruneError(
+            f"{look.checkpoint}: there is no spec and no report beside it that tells which rule reached "
+            "which tensor; give --spec SPEC"
+        )
+    return rules
+
+
+def _plot(run: Run, look: Look, checkpoint: Checkpoint, result: results.Inspection, path: Path) -> None:
+    """Write the picture of everything, or of one tensor from close up, and note that.
+
+    By a spec that was named it is drawn or fails. One that only lies beside the weights may be unable to be
+    bound, as where tensors were renamed since: then the picture does without, which is noted as well.
+    """
+    from sparseprune.report.pictures import close_up, plot_inspection, plot_mask
+
+    if look.tensor is None:
+        survivors = _by_spec(run, look, checkpoint, lambda *asked: _survivors(run, *asked))
+        plot_inspection(result, path, survivors)
+    else:
+        bound = _by_spec(run, look, checkpoint, _bound)
+        with TensorReader() as reader:
+            plot_mask(close_up(checkpoint.tensors[look.tensor], reader, bound), path)
+    run.note(f"wrote {path}")
+
+
+def _by_spec(
+    run: Run, look: Look, checkpoint: Checkpoint, find: Callable[[Look, Checkpoint, Spec], Found]
+) -> Found | None:
+    """What is found by the spec that was named or applied; None where there is none that can be used."""
+    try:
+        spec = applied_spec(checkpoint, look.spec, look.overrides or {})
+        return None if spec is None else find(look, checkpoint, spec)
+    except SparsepruneError as error:
+        if look.spec is not None or look.overrides or error.exit_code != SparsepruneError.exit_code:
+            raise
+        first = str(error).splitlines()[0]
+        run.note(f"drawn without the spec that lies beside the weights: {first}")
+        return None
+
+
+def _bound(look: Look, checkpoint: Checkpoint, spec: Spec) -> BoundSpec:  # noqa: ARG001
+    tensors = [TensorInfo(one.name, one.dtype, one.shape) for one in checkpoint.tensors.values()]
+    return bind(spec, tensors, read_config(checkpoint))
+
+
+def _survivors(run: Run, look: Look, checkpoint: Checkpoint, spec: Spec) -> list[Survivors]:
+    """For each rule that says how many blocks survive, how many do."""
+    from sparseprune.execution import count_survivors, make_check
+    from sparseprune.report.pictures.charts import Survivors
+
+    check = make_check(checkpoint, spec, default_memory(), look.jobs)
+    with TensorReader() as reader, run.progress("counting", check.nbytes) as advance:
+        found = count_survivors(check, reader, advance)
+    return [
+        Survivors(rule.name, rule.nnz, sorted(rule.survivors.items()))
+        for rule in found.rules
+        if rule.survivors
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Comparing:
+    """What `compare` compares; `stats` names what calibrate wrote, for the errors of outputs."""
+
+    dense: Path
+    pruned: Path
+    listing: Listing
+    jobs: int
+    requirements: Sequence[str] = ()
+    plot: Path | None = None
+    stats: Path | None = None
+
+
+def compare(run: Run, asked: Comparing) -> results.Comparison:
+    """Measure, and draw; CheckFailedError with the result where a requirement does not hold."""
+    if asked.plot is not None:
+        from sparseprune.report.pictures import check_picture
+
+        check_picture(asked.plot)
+    sides = _sides(asked)
+    requirements = _requirements(asked, sides)
+    statistics = None if asked.stats is None else open_statistics(asked.stats)
+    matrices = _matrices(asked, sides, statistics)
+    with collector_paused():
+        result = _compared(run, asked, sides, statistics, matrices)
+    if asked.plot is not None:
+        from sparseprune.report.pictures import plot_comparison
+
+        plot_comparison(result, asked.plot)
+        run.note(f"wrote {asked.plot}")
+    measured = frozenset(pair.before.name for pair in matrices)
+    return _held(result, _failed(requirements, [*result.tensors, *_absent(sides)], measured))
+
+
+def _sides(asked: Comparing) -> Sides:
+    """Which of the tensors that were asked for are in both, and which in one."""
+    from sparseprune.report.measuring.comparison import sides_of
+
+    dense, pruned = open_checkpoint(asked.dense), open_checkpoint(asked.pruned)
+    names = dict.fromkeys((*dense.tensors, *pruned.tensors))
+    listing = asked.listing
+    return sides_of(dense.tensors, pruned.tensors, selected(names, listing.match, listing.exclude))
+
+
+def _requirements(asked: Comparing, sides: Sides) -> list[Requirement]:
+    """What has to hold; all that is wrong in it, or in how to sort, is told before anything is read."""
+    from sparseprune.report.comparison import FIELDS, unmeasured
+
+    requirements = [parse_requirement(text, FIELDS) for text in asked.requirements]
+    compared = [one.comparison.field for one in requirements if one.comparison is not None]
+    if asked.stats is None and _OUTPUTS in (*compared, asked.listing.sort):
+        raise SparsepruneError(f"{_OUTPUTS} is not known without --stats: give what calibrate wrote")
+    if asked.listing.sort is not None:
+        ordered(unmeasured(sides.pairs[:1]), asked.listing.sort, asked.listing.reverse)
+    if requirements:
+        failures(requirements, [*unmeasured(sides.pairs), *_absent(sides)])
+    return requirements
+
+
+def _failed(
+    requirements: list[Requirement],
+    tensors: Sequence[ComparedTensor | Absent],
+    matrices: frozenset[str],
+) -> list[str]:
+    """What does not hold; output errors are asked of the tensors of which there are statistics."""
+    lines = []
+    for requirement in requirements:
+        of_outputs = requirement.comparison is not None and requirement.comparison.field == _OUTPUTS
+        known = [one for one in tensors if one.name in matrices or isinstance(one, Absent)]
+        lines += failures([requirement], known if of_outputs else tensors)
+    return lines
+
+
+def _absent(sides: Sides) -> list[Absent]:
+    """Tensors that fail every requirement: they are gone, or have another shape."""
+    from sparseprune.report.wording import shape_text
+
+    gone = [Absent(stored.name, stored.shape, "is not in PRUNED") for stored in sides.removed]
+    reshaped = [
+        Absent(
+            pair.before.name,
+            pair.before.shape,
+            f"was {shape_text(pair.before.shape)}, is {shape_text(pair.after.shape)} in PRUNED",
+        )
+        for pair in sides.reshaped
+    ]
+    return [*gone, *reshaped]
+
+
+def _matrices(asked: Comparing, sides: Sides, statistics: Statistics | None) -> tuple[Pair, ...]:
+    """What there are second moments of."""
+    from sparseprune.report.measuring.outputs import with_statistics
+
+    if statistics is None:
+        return ()
+    everything = not (asked.listing.match or asked.listing.exclude)
+    if everything and not any(pair.before.name in statistics.of for pair in sides.pairs):
+        raise CheckpointError(
+            f"{asked.stats}: has statistics of none of the tensors of {asked.dense}; are they of another "
+            "checkpoint?"
+        )
+    return with_statistics(sides.pairs, statistics)
+
+
+def _compared(
+    run: Run, asked: Comparing, sides: Sides, statistics: Statistics | None, matrices: tuple[Pair, ...]
+) -> results.Comparison:
+    """What is found in the tensors, in the order that was asked for."""
+    from sparseprune.report.comparison import make_comparison
+    from sparseprune.report.measuring.comparison import compare_checkpoints
+    from sparseprune.report.measuring.outputs import output_errors
+
+    nbytes = sum(pair.nbytes for pair in (*sides.pairs, *matrices))
+    with TensorReader() as reader, run.progress("comparing", nbytes) as advance:
+        found = compare_checkpoints(sides.pairs, reader, asked.jobs, advance)
+        errors = None if statistics is None else output_errors(matrices, statistics, reader, advance)
+    read = [one.shard for pair in sides.pairs for one in (pair.before, pair.after)]
+    read += [statistics.of[pair.before.name].stored.shard for pair in matrices] if statistics else []
+    refuse_changed_shards(read)
+    result = make_comparison(str(asked.dense), str(asked.pruned), found, sides, errors)
+    return replace(result, tensors=ordered(result.tensors, asked.listing.sort, asked.listing.reverse))

@@ -1,0 +1,414 @@
+"""The options of the public functions, each written once: type, flags, help and what is shown as default.
+
+The command line makes its own options from these annotations. Owns also how sizes are written, and how much
+memory and how many threads a run gets by default. Imports nothing that takes time.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Annotated, Literal
+
+from sparseprune.errors import SparsepruneError
+
+_GIB = 1 << 30
+_SIZE = re.compile(r"(?P<number>[0-9]{1,15}(\.[0-9]*)?|\.[0-9]+) *(?P<unit>[a-z]*)", re.IGNORECASE)
+_UNITS = {"": 1, "b": 1} | {
+    name: base**power
+    for power, letter in enumerate("kmgt", 1)
+    for name, base in ((letter, 1000), (f"{letter}b", 1000), (f"{letter}ib", 1024))
+}
+
+
+class Option:
+    """How a parameter is given on the command line: by `flags`, or by its place where it has none.
+
+    `shown` is the default in words, `minimum` the least number, `typed` the type of what is typed where it is
+    not that of the parameter, and `unless` a flag that gives None, with its help.
+    """
+
+    def __init__(
+        self,
+        *flags: str,
+        help: str,
+        metavar: str | None = None,
+        shown: str | None = None,
+        minimum: int | None = None,
+        typed: object = None,
+        unless: tuple[str, str] | None = None,
+    ) -> None:
+        self.flags, self.help, self.metavar, self.shown = flags, help, metavar, shown
+        self.minimum, self.typed, self.unless = minimum, typed, unless
+
+
+Place = str | PathLike[str]
+_Words = Sequence[str]
+
+Checkpoint = Annotated[
+    Place,
+    Option(
+        metavar="CKPT",
+        help="A .safetensors file, or a directory with model.safetensors or with shards and their index.",
+        typed=Path,
+    ),
+]
+Spec = Annotated[
+    Place, Option(metavar="SPEC", help="A spec.toml, or the name of a shipped one, such as 2of4.", typed=str)
+]
+SpecOrNone = Annotated[
+    Place | None, Option(metavar="[SPEC]", help="A spec.toml, or the name of a shipped one.", typed=str)
+]
+Output = Annotated[
+    Place | None, Option("--output", "-o", metavar="OUT", help="Where the result goes.", typed=Path)
+]
+Device = Annotated[
+    str, Option("--device", metavar="auto|cpu|cuda[:N]", help="auto takes CUDA where there is one.")
+]
+Jobs = Annotated[
+    int | None,
+    Option(
+        "--jobs",
+        metavar="N",
+        help="Pieces that are worked on at one time.",
+        shown="one for each core",
+        minimum=1,
+    ),
+]
+Memory = Annotated[
+    int | str | None,
+    Option(
+        "--memory",
+        metavar="SIZE",
+        help="Memory that a run may use, such as 8GiB or 500MB.",
+        shown="a quarter of RAM, 1GiB at most",
+        typed=str,
+    ),
+]
+_MASK_FORMAT = "One byte for each element, or one bit."
+MaskFormat = Annotated[Literal["bool", "packed"], Option("--mask-format", help=_MASK_FORMAT)]
+MaskFormatOrNone = Annotated[
+    Literal["bool", "packed"] | None,
+    Option("--mask-format", help=_MASK_FORMAT, unless=("--no-masks", "Write no masks.")),
+]
+Set = Annotated[
+    Mapping[str, object] | None,
+    Option(
+        "--set", metavar="NAME=VALUE", help="Another value for one of the spec's [vars].", typed=list[str]
+    ),
+]
+Strict = Annotated[
+    bool, Option("--strict", help="Make every warning an error, before any work where that can be.")
+]
+Force = Annotated[bool, Option("--force", help="Replace an output that exists.")]
+Partial = Annotated[
+    bool, Option("--partial", help="Ignore masks without a tensor and tensors without a mask.")
+]
+Match = Annotated[
+    _Words,
+    Option(
+        "--match",
+        metavar="PATTERN",
+        help="Only tensors of this name; * matches inside a part of it, ** across the dots.",
+    ),
+]
+Exclude = Annotated[_Words, Option("--exclude", metavar="PATTERN", help="No tensors of this name.")]
+Sort = Annotated[
+    str | None,
+    Option(
+        "--sort",
+        metavar="COLUMN",
+        help="Order by a column, such as name, numel or sparsity, the smallest first.",
+        shown="as stored",
+    ),
+]
+Reverse = Annotated[bool, Option("--reverse", help="The other way round.")]
+Require = Annotated[
+    _Words,
+    Option(
+        "--require",
+        metavar="CONDITION",
+        help='Fail unless it holds, such as "sparsity>=0.5 in **.mlp.**".',
+    ),
+]
+Plot = Annotated[
+    Place | None,
+    Option("--plot", metavar="FILE", help="Draw it, as .png, .svg or one .html page.", typed=Path),
+]
+
+SpecName = Annotated[
+    Place | None,
+    Option(metavar="NAME", help="The spec to print; all of them are listed without.", typed=str),
+]
+By = Annotated[
+    Literal["tensor", "layer", "module", "rule"],
+    Option("--by", help="One line for each; module: what is alike in all layers."),
+]
+Pattern = Annotated[
+    _Words,
+    Option(
+        "--pattern",
+        metavar="N:M[@AXIS]",
+        help="Look for this pattern as well, along the last dimension or another.",
+    ),
+]
+Block = Annotated[_Words, Option("--block", metavar="ROWSxCOLUMNS", help="Count zero blocks of this shape.")]
+Runtimes = Annotated[
+    str | None,
+    Option(
+        "--for",
+        metavar="RUNTIME,...",
+        help="Tell which tensors these can use sparse, and what is in the way: torch-cutlass, "
+        "torch-cusparselt, tensorrt, asp.",
+    ),
+]
+Tensor = Annotated[
+    str | None,
+    Option(
+        "--tensor",
+        metavar="NAME",
+        help="Plot the mask of this tensor from close up, with the blocks and scopes of its spec.",
+    ),
+]
+SpecOfRules = Annotated[
+    Place | None,
+    Option(
+        "--spec",
+        metavar="SPEC",
+        help="For --by rule and --plot: the spec, where the checkpoint has none in sparseprune/.",
+        typed=str,
+    ),
+]
+Dense = Annotated[Place, Option(metavar="DENSE", help="The checkpoint before.", typed=Path)]
+Pruned = Annotated[Place, Option(metavar="PRUNED", help="The checkpoint after.", typed=Path)]
+Stats = Annotated[
+    Place | None,
+    Option(
+        "--stats",
+        metavar="STATS",
+        help="What calibrate wrote: tells the output error of each matrix.",
+        typed=Path,
+    ),
+]
+Masks = Annotated[
+    Place,
+    Option(
+        metavar="MASKS",
+        help="A mask file, a folder or an index of some, or an output of sparseprune that has masks.",
+        typed=Path,
+    ),
+]
+MasksOrNone = Annotated[
+    Place | None,
+    Option("--masks", metavar="MASKS", help="Check against masks instead of a spec.", typed=Path),
+]
+MasksToCut = Annotated[
+    Place | None,
+    Option(
+        "--masks", metavar="MASKS", help="Cut out what these drop, instead of what a spec does.", typed=Path
+    ),
+]
+Text = Annotated[
+    Sequence[Place],
+    Option(
+        "--text",
+        metavar="FILE",
+        help="Text, JSON lines (.jsonl) or a list of records (.json), which may be chats; repeat it for "
+        "several. Of long files the first part is read, 64 characters for each token that is asked for.",
+        typed=list[Path],
+    ),
+]
+Kind = Annotated[
+    Literal["hessian", "norm"],
+    Option("--stats", help="All second moments, or the norms of the inputs alone."),
+]
+Sequences = Annotated[int, Option("--sequences", metavar="N", help="How many, drawn at random.", minimum=1)]
+Length = Annotated[
+    int | None,
+    Option(
+        "--length",
+        metavar="N",
+        help="Tokens in a sequence.",
+        shown="2048, or what the model takes",
+        minimum=1,
+    ),
+]
+Field = Annotated[
+    str | None,
+    Option(
+        "--field",
+        metavar="NAME",
+        help="Which field of a record is text, or a list of messages.",
+        shown="text, messages or conversations",
+    ),
+]
+Seed = Annotated[int, Option("--seed", help="Of the draw among all sequences of the text.", minimum=0)]
+Special = Annotated[
+    bool,
+    Option(
+        "--special/--no-special",
+        help="Whether [CLS], BOS and the like count; in use a model meets them too.",
+    ),
+]
+MomentMemory = Annotated[
+    int | str | None,
+    Option(
+        "--memory",
+        metavar="SIZE",
+        help="Memory for second moments, beside the model; the text passes as often as it takes.",
+        shown="a quarter of RAM",
+        typed=str,
+    ),
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What a run may use: a device as it was given, threads, and bytes of memory."""
+
+    device: str
+    jobs: int
+    memory: int
+
+
+def machine(device: str = "cpu", jobs: int | None = None, memory: int | str | None = None) -> Machine:
+    """What was given, and the defaults for the rest; SparsepruneError for a size that is none."""
+    if jobs is not None and jobs < 1:
+        raise SparsepruneError(f"--jobs {jobs}: wanted 1 or more")
+    nbytes = memory_of(memory) if isinstance(memory, str) else memory
+    return Machine(device, jobs or default_jobs(), default_memory() if nbytes is None else nbytes)
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A checkpoint and the spec that it is pruned by, with other values for the spec's variables."""
+
+    checkpoint: Path
+    spec: str
+    overrides: Mapping[str, str]
+
+
+def source(checkpoint: Place, spec: Place, variables: Mapping[str, object] | None) -> Source:
+    """The values of variables as text, as the command line has them."""
+    return Source(Path(checkpoint), os.fspath(spec), texts(variables))
+
+
+def texts(variables: Mapping[str, object] | None) -> dict[str, str]:
+    """Values of the variables of a spec, as TOML or as an expression would have them.
+
+    >>> texts({"n": 2, "keep": [1, 2], "dim": "config.head_dim"})
+    {'n': '2', 'keep': '[1, 2]', 'dim': 'config.head_dim'}
+    """
+    return {name: str(value) for name, value in (variables or {}).items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where a result goes; `mask_format` None for no masks, `weights` False for masks alone.
+
+    `resized`: slices are cut out of what is decided.
+    """
+
+    output: Path | None
+    mask_format: Literal["bool", "packed"] | None = None
+    force: bool = False
+    weights: bool = True
+    resized: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """Which tensors a result has, and in which order: patterns, a column to sort by or None."""
+
+    match: Sequence[str] = ()
+    exclude: Sequence[str] = ()
+    sort: str | None = None
+    reverse: bool = False
+
+
+def path_or_none(place: Place | None) -> Path | None:
+    """As a path."""
+    return None if place is None else Path(place)
+
+
+def memory_of(text: str) -> int:
+    """Bytes of a `--memory` size.
+
+    >>> memory_of("1.5GiB"), memory_of("500 mb"), memory_of("4096")
+    (1610612736, 500000000, 4096)
+    """
+    found = _SIZE.fullmatch(text.strip())
+    nbytes = int(float(found["number"]) * _UNITS.get(found["unit"].lower(), 0)) if found else 0
+    if nbytes <= 0:
+        raise SparsepruneError(f"--memory {text}: wanted a size such as 8GiB or 500MB")
+    return nbytes
+
+
+def default_memory(root: Path = Path("/")) -> int:
+    """Bytes: a quarter of the RAM that this process may use, 1 GiB at most; `root` as below."""
+    return min(_GIB, quarter_of_memory(root))
+
+
+def quarter_of_memory(root: Path = Path("/")) -> int:
+    """Bytes: a quarter of the RAM that this process may use.
+
+    That is the machine's, or what the control group of the process or one around it allows; `root` is
+    where /proc and /sys lie.
+    """
+    limits = [
+        int(text)
+        for text in (
+            *_control_group(root, "", "memory.max"),
+            *_control_group(root, "memory", "memory.limit_in_bytes"),
+        )
+        if text.isdecimal()
+    ]
+    return max(1, min(limit // 4 for limit in (*limits, _physical_memory())))
+
+
+def default_jobs(root: Path = Path("/")) -> int:
+    """One job for each core that this process may use; a container may allow it less than it sees."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for text in _control_group(root, "", "cpu.max"):
+        quota, _, period = text.partition(" ")
+        if quota.isdecimal() and period.isdecimal() and int(period):
+            cores = min(cores, -(-int(quota) // int(period)))
+    return max(cores, 1)
+
+
+def _physical_memory() -> int:
+    """Bytes of RAM of the machine, or enough where it does not say."""
+    try:
+        nbytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return 4 * _GIB
+    return nbytes if nbytes > 0 else 4 * _GIB
+
+
+def _control_group(root: Path, controller: str, file: str) -> list[str]:
+    """What `file` holds in the control group of this process and in each one around it.
+
+    `controller` names a tree of version 1, "" is that of version 2. In a container the groups outside are
+    not there, and the outermost one inside is that of the container.
+    """
+    top = root / "sys/fs/cgroup" / controller
+    for line in _text(root / "proc/self/cgroup").splitlines():
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if path and controller in controllers.split(","):
+            own = top / path.lstrip("/")
+            around = [folder for folder in own.parents if folder.is_relative_to(top)]
+            return [text for folder in (own, *around) if (text := _text(folder / file))]
+    return []
+
+
+def _text(path: Path) -> str:
+    """What stands in a small file, nothing where it cannot be read."""
+    try:
+        return path.read_text().strip()
+    except (OSError, ValueError):
+        return ""

@@ -1,0 +1,195 @@
+"""`apply`, `mask` and `plan`: from a checkpoint and a spec to a plan, an output and its report.
+
+`prepare` reads headers and the spec, no tensor data, and imports no torch. Called by the public functions,
+and by removing.py for what it decides by.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from sparseprune import __version__, results
+from sparseprune.api.applied import rebuilt_by, warn_of_broken, warn_of_earlier
+from sparseprune.api.run import collector_paused, digest, output_shown, report_bytes, sizes_of
+from sparseprune.checkpoint import (
+    StagedOutput,
+    checkpoint_identity,
+    lay_out_apply,
+    lay_out_masks,
+    open_checkpoint,
+    read_config,
+    refuse_changed,
+    shards_identity,
+)
+from sparseprune.execution import cpu_lines, make_plan, make_schedule
+from sparseprune.report.coverage import coverage_of
+from sparseprune.spec import find_spec, parse_spec
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from sparseprune.api.options import Machine, Source, Target
+    from sparseprune.api.run import Run
+    from sparseprune.checkpoint import OutputLayout, Shard, TensorReader
+    from sparseprune.execution import Plan, Schedule
+    from sparseprune.removal.preview import Preview
+    from sparseprune.report.coverage import Coverage
+    from sparseprune.spec import SpecSource
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """Everything that is known before the first byte of a tensor is read, and what was asked for."""
+
+    asked: Source
+    target: Target
+    machine: Machine
+    source: SpecSource
+    plan: Plan
+    schedule: Schedule
+    layout: OutputLayout
+    coverage: Coverage
+
+    @property
+    def output_shown(self) -> str:
+        """The output's path as the user would write it."""
+        return output_shown(self.target.output, self.asked.checkpoint, self.layout)
+
+
+def prepare(asked: Source, target: Target, machine: Machine) -> Prepared:
+    """Find and read the spec, read the headers, bind one to the other, lay out the output."""
+    with collector_paused():
+        source = find_spec(asked.spec)
+        spec = parse_spec(source.text, source.source, source.directory, asked.overrides)
+        plan = make_plan(open_checkpoint(asked.checkpoint), spec)
+        schedule = make_schedule(
+            plan,
+            machine.memory,
+            machine.jobs,
+            compiled=not machine.device.startswith("cuda"),
+            masks=target.mask_format is not None,
+            resized=target.resized,
+        )
+        coverage = coverage_of(plan.checkpoint.tensors, plan.bound, read_config(plan.checkpoint))
+        layout = _layout(target, plan)
+    return Prepared(asked, target, machine, source, plan, schedule, layout, coverage)
+
+
+def _layout(target: Target, plan: Plan) -> OutputLayout:
+    scores, mask_format = score_shards(plan), target.mask_format
+    if target.weights or mask_format is None:
+        return lay_out_apply(plan.checkpoint, target.output, plan.reached, mask_format, scores)
+    return lay_out_masks(plan.checkpoint, target.output, plan.reached, mask_format, scores)
+
+
+def warn(run: Run, prepared: Prepared) -> None:
+    """Warn of what a user should know before any work; an error under `strict`."""
+    run.warn(*prepared.coverage.warnings(), *cpu_lines(prepared.schedule, prepared.machine.device))
+
+
+def planned(
+    run: Run, prepared: Prepared, expected: Preview | None = None, layout: OutputLayout | None = None
+) -> results.Plan:
+    """What the spec binds to and would do; of a removal with what it would come to, and its own layout."""
+    from sparseprune.removal.preview import preview
+    from sparseprune.report.plan import Asked, make_plan_result
+
+    plan, asked, layout = prepared.plan, prepared.asked, layout or prepared.layout
+    with collector_paused():
+        if expected is None:
+            expected = preview(plan, read_config(plan.checkpoint))
+        warn(run, prepared)
+        shown = output_shown(prepared.target.output, asked.checkpoint, layout)
+        circumstances = Asked(str(asked.checkpoint), asked.spec, shown, prepared.coverage, run.warnings)
+        return make_plan_result(circumstances, plan.bound, layout, expected, prepared.schedule.peak_bytes)
+
+
+def prune(run: Run, prepared: Prepared) -> results.Report:
+    """Do the work, write the report beside it, and give the output its name."""
+    warn(run, prepared)
+    plan = prepared.plan
+    output = StagedOutput(prepared.layout, prepared.target.force, identity=identity_of(prepared))
+    return run.write(
+        output,
+        lambda reader: _pruned(run, prepared, output, reader),
+        lambda: refuse_changed(plan.checkpoint, score_shards(plan)),
+    )
+
+
+def _pruned(run: Run, prepared: Prepared, output: StagedOutput, reader: TensorReader) -> results.Report:
+    # Numpy and the compiled loops come in here, after everything that can be refused without them.
+    from sparseprune.execution import device_text, devices_of_rules, execute, resolve_device, work_bytes
+    from sparseprune.report.coverage import unpruned_lines
+    from sparseprune.report.document import Run as Circumstances
+    from sparseprune.report.document import make_report, pruned_by_rule
+
+    plan, schedule, layout, machine = prepared.plan, prepared.schedule, prepared.layout, prepared.machine
+    weights = prepared.target.weights
+    device = resolve_device(machine.device, uses_torch=schedule.uses_torch)
+    earlier = warn_of_earlier(run, plan.checkpoint, rebuilt_by(plan) if weights else {}, machine)
+    total, already = work_bytes(schedule, output)
+    with run.progress("pruning" if weights else "masking", total, already) as advance:
+        outcomes = execute(schedule, reader, output, device, advance)
+    run.warn(*unpruned_lines(plan.bound.rules, pruned_by_rule(outcomes)))
+    warn_of_broken(run, earlier, output)
+    circumstances = Circumstances(
+        input=str(prepared.asked.checkpoint),
+        output=prepared.output_shown,
+        spec_sha256=digest(prepared.source.text),
+        device=device_text(schedule.jobs, device),
+        devices=devices_of_rules(schedule, device),
+        seconds=run.seconds,
+        overrides=prepared.asked.overrides,
+        warnings=run.warnings,
+        notes=few_tokens(plan),
+        left_out=layout.left_out,
+        sizes=sizes_of(layout),
+        coverage=prepared.coverage,
+    )
+    report = make_report(circumstances, plan.checkpoint, plan.bound, outcomes)
+    output.add_file(layout.report_file, report_bytes(report))
+    if layout.spec_file is not None:
+        output.add_file(layout.spec_file, as_applied(prepared))
+    return report
+
+
+def identity_of(prepared: Prepared) -> dict[str, str]:
+    """What an unfinished output must agree with to be continued; the number of jobs is no part of it."""
+    checkpoint, target, machine = prepared.plan.checkpoint, prepared.target, prepared.machine
+    scores = shards_identity(score_shards(prepared.plan))
+    # Variables of the spec may come from it; that beside a single file is no part of the checkpoint.
+    config = dict(read_config(checkpoint) or {})
+    options = (machine.device, target.mask_format, target.weights, machine.memory)
+    spec = json.dumps([prepared.source.text, sorted(prepared.asked.overrides.items())])
+    return {
+        "the version": __version__,
+        "the input": digest(json.dumps([checkpoint_identity(checkpoint), config, scores])),
+        "the spec": digest(spec),
+        "the options": json.dumps(options),
+    }
+
+
+def score_shards(plan: Plan) -> Iterable[Shard]:
+    """The shards of score files and statistics, each once."""
+    tasks = (task for unit in plan.units for task in unit.tasks)
+    return dict.fromkeys(one.stored.shard for task in tasks for one in task.inputs)
+
+
+def as_applied(prepared: Prepared) -> bytes:
+    """The spec's text, below a comment with the variables that were set."""
+    words = " ".join(f"--set {name}={value}" for name, value in prepared.asked.overrides.items())
+    above = f"# Applied with {' '.join(words.split())}\n" if words else ""
+    return f"{above}{prepared.source.text}".encode()
+
+
+def few_tokens(plan: Plan) -> list[str]:
+    """A line where statistics rest on fewer tokens than a matrix has inputs."""
+    tasks = [task for unit in plan.units for task in unit.tasks]
+    inputs = {one.key: one for task in tasks for one in task.inputs if one.role == "moment"}
+    few = [name for name, one in inputs.items() if any(count < one.stored.shape[-1] for count in one.tokens)]
+    if not few:
+        return []
+    text = f"{len(few)} of {len(inputs)} matrices rest on fewer tokens than they have inputs"
+    return [f"statistics of {text}, such as those of {few[0]}: calibrate on more text"]

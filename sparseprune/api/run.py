@@ -1,0 +1,227 @@
+"""One call of the library: who hears of it, its warnings, its progress, and its output until that has a name.
+
+Knows no command. Nothing here prints, and nothing touches signals: the command line listens. Called by the
+other modules of this package.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import os
+import threading
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
+
+from sparseprune.errors import SparsepruneError, printable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+    from pathlib import Path
+
+    from sparseprune.checkpoint import OutputLayout, StagedOutput, TensorReader
+    from sparseprune.results.fields import Document
+
+Made = TypeVar("Made")
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a step of a run is: `done` of `total` bytes, or of what else `counts` says.
+
+    `what` names the step, such as "pruning"; `unit` what is at work, such as "proj[layer=7]"; `already` of
+    them were done by an earlier run that this one continues. The last of a step has `ended`, also where an
+    error ends it.
+    """
+
+    what: str
+    done: int
+    total: int
+    already: int = 0
+    unit: str = ""
+    counts: Literal["bytes", "tokens"] = "bytes"
+    ended: bool = False
+
+
+class Ending(Protocol):
+    """An output at work: whether it has its name yet, and what it must agree with to be continued."""
+
+    @property
+    def named(self) -> bool: ...
+    @property
+    def identity(self) -> Mapping[str, str] | None: ...
+
+
+def _unheard(_: object) -> None:
+    """What happens where nobody listens."""
+
+
+@dataclass(frozen=True, slots=True)
+class Listener:
+    """Functions that hear of a run while it goes on.
+
+    `progress` is called from any thread, one call at a time. `warning` gets the lines that results have as
+    `warnings`, when they come up; `note` what else a person may want to know; `output` each output that
+    begins to be written.
+    """
+
+    progress: Callable[[Progress], None] | None = None
+    warning: Callable[[str], None] = _unheard
+    note: Callable[[str], None] = _unheard
+    output: Callable[[Ending], None] = _unheard
+
+
+class Advance(Protocol):
+    """Says that `nbytes` more are done, in the work unit of this label; cheap, and from any thread."""
+
+    def __call__(self, nbytes: int, unit: str = "") -> None: ...
+
+
+def _unheard_step(nbytes: int, unit: str = "") -> None:
+    """An Advance where nobody listens."""
+
+
+class Run:
+    """A call while it lasts; `warnings` are the lines so far, `strict` makes the first of them an error."""
+
+    def __init__(
+        self, listener: Listener | Callable[[Progress], None] | None, *, strict: bool = False
+    ) -> None:
+        self.listener = listener if isinstance(listener, Listener) else Listener(listener)
+        self.warnings: list[str] = []
+        self._strict = strict
+        self._began = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Wall time since the call."""
+        return time.perf_counter() - self._began
+
+    def warn(self, *lines: str) -> None:
+        """Keep these lines and let them be heard; SparsepruneError with all of them under `strict`."""
+        if self._strict and lines:
+            raise SparsepruneError(*(f"--strict: {line}" for line in lines))
+        for line in map(printable, lines):
+            if line not in self.warnings:
+                self.warnings.append(line)
+                self.listener.warning(line)
+
+    def note(self, *lines: str | None) -> None:
+        """Let lines be heard that no result has; None is none."""
+        for line in filter(None, lines):
+            self.listener.note(line)
+
+    @contextmanager
+    def progress(
+        self, what: str, total: int, already: int = 0, counts: Literal["bytes", "tokens"] = "bytes"
+    ) -> Iterator[Advance]:
+        """A step of `total` bytes or tokens; gives the function that advances it."""
+        hear = self.listener.progress
+        if hear is None:
+            yield _unheard_step
+            return
+        lock, done, label = threading.Lock(), already, ""
+
+        def advance(nbytes: int, unit: str = "") -> None:
+            nonlocal done, label
+            with lock:
+                done, label = done + nbytes, unit or label
+                hear(Progress(what, done, total, already, label, counts))
+
+        try:
+            hear(Progress(what, done, total, already, "", counts))
+            yield advance
+        finally:
+            hear(Progress(what, done, total, already, label, counts, ended=True))
+
+    @contextmanager
+    def staged(self, output: StagedOutput, *, continued: bool = False) -> Iterator[None]:
+        """An output while it is written; an error says whether what is finished is kept.
+
+        Notes whether an unfinished run is continued, unless that was `continued` before.
+        """
+        self.listener.output(output)
+        try:
+            with output:
+                self.warn(*output.warnings)
+                if output.started_over and not continued:
+                    changed = " and ".join(output.started_over)
+                    self.note(f"an unfinished run is not continued, since {changed} changed")
+                if output.resumed and not continued:
+                    self.note("an unfinished run is continued")
+                yield
+        except BaseException as error:
+            if output.kept:
+                error.add_note(
+                    f"what is finished is kept in {output.partial_path}: the same command continues, "
+                    "removing the folder gives it up"
+                )
+            raise
+
+    def write(
+        self,
+        output: StagedOutput,
+        work: Callable[[TensorReader], Made],
+        refuse_changed: Callable[[], None],
+        *,
+        continued: bool = False,
+    ) -> Made:
+        """Everything between the first byte written and the output's name; gives what `work` gives.
+
+        Then `refuse_changed` raises where an input is no longer what it was; last the output gets its name.
+        """
+        from sparseprune.checkpoint import TensorReader
+
+        with self.staged(output, continued=continued), TensorReader() as reader:
+            made = work(reader)
+            refuse_changed()
+            output.commit()
+        return made
+
+
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """No search for cyclic garbage: a plan of many tensors is a million objects and none of them is any.
+
+    With 50,000 tensors it takes a third of the time otherwise.
+    """
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            # What is there now is old: else the next object that is made lets all of it be looked through.
+            gc.freeze()
+            gc.unfreeze()
+            gc.enable()
+
+
+def report_bytes(document: Document) -> Iterator[bytes]:
+    """A report as the JSON that is written beside an output: ValueError for a number that is not finite.
+
+    In pieces, as all of it may be larger than all else in memory.
+    """
+    for piece in chain(document.json_pieces(), ("\n",)):
+        # A path that is not UTF-8 has surrogates, which are escapes of JSON as well.
+        yield piece.encode(errors="backslashreplace")
+
+
+def output_shown(output: Path | None, source: Path, layout: OutputLayout) -> str:
+    """The output's path as the user would write it: relative where the paths that were given are."""
+    if output is not None:
+        return str(output)
+    return str(layout.target) if source.is_absolute() else os.path.relpath(layout.target)
+
+
+def sizes_of(layout: OutputLayout) -> tuple[int, int]:
+    """Bytes of the weights and of the masks of an output."""
+    return layout.input_bytes, sum([place.nbytes for place in layout.masks.values()])
+
+
+def digest(text: str) -> str:
+    """The SHA-256 of a text."""
+    return hashlib.sha256(text.encode()).hexdigest()

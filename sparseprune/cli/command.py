@@ -1,0 +1,211 @@
+"""From a public function to a command: its options, those of the command line beside them, and the call.
+
+Options come from the annotations of the function and of the words, which print what it gives; help comes from
+the docstring. Knows no command. Called by app.py.
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Sequence
+from contextlib import contextmanager
+from types import GenericAlias
+from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, TypeVar, cast, get_args
+
+import typer
+
+from sparseprune.api.options import Option
+from sparseprune.api.run import Listener
+from sparseprune.cli.console import reported, tell
+from sparseprune.cli.progress import shown
+from sparseprune.cli.signals import text_when_stopped
+from sparseprune.cli.stdio import UntoldError
+from sparseprune.errors import CheckFailedError, SparsepruneError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from sparseprune.api.run import Ending
+
+Result = TypeVar("Result")
+Form = Literal["table", "json", "csv", "markdown"]
+
+Json = Annotated[bool, Option("--json", help="The result as JSON on stdout.")]
+Csv = Annotated[
+    bool,
+    Option("--csv", help="The rows as CSV on stdout; an apostrophe stands before what would be a formula."),
+]
+Markdown = Annotated[bool, Option("--markdown", help="The table as Markdown on stdout.")]
+DryRun = Annotated[bool, Option("--dry-run", help="Show what would be done, as plan does; write nothing.")]
+Quiet = Annotated[bool, Option("--quiet", "-q", help="No progress and no summary.")]
+Verbose = Annotated[bool, Option("--verbose", "-v", help="Tell about every tensor.")]
+_DEBUG = Option("--debug", help="Show the traceback of an error.")
+
+
+class Call(Generic[Result]):
+    """A call of a public function with the options that were typed; `seconds` that it took, so far."""
+
+    def __init__(
+        self, function: Callable[..., Result], options: dict[str, Any], *, quiet: bool = False
+    ) -> None:
+        self.function, self.options, self.quiet = function, options, quiet
+        self.began = time.perf_counter()
+        self._output: Ending | None = None
+
+    def __call__(self, **more: object) -> Result:
+        """What the function gives; what comes up meanwhile is told on stderr, unless that is to be quiet."""
+        with shown(quiet=self.quiet) as progress:
+            listener = Listener(progress, self._warn, self.note, self._begin)
+            return self.function(**self.options, **more, progress=listener)
+
+    def checked(self) -> tuple[Result, tuple[str, ...]]:
+        """What the function gives or fails with, and what it fails by."""
+        try:
+            return self(), ()
+        except CheckFailedError as error:
+            if error.result is None:
+                raise
+            return cast("Result", error.result), error.args
+
+    @property
+    def seconds(self) -> float:
+        """Wall time since the options were read."""
+        return time.perf_counter() - self.began
+
+    def note(self, text: str) -> None:
+        """A line on stderr, unless that is to be quiet."""
+        if not self.quiet:
+            tell(text)
+
+    def _warn(self, text: str) -> None:
+        self.note(f"warning: {text}")
+
+    def _begin(self, output: Ending) -> None:
+        self._output = output
+
+    @contextmanager
+    def interrupts_told(self) -> Iterator[None]:
+        """Whoever gets no result hears what there is: all of it, once it has its name, or nothing yet."""
+        try:
+            with text_when_stopped(self._there_is):
+                yield
+        except UntoldError as error:
+            if self._output is not None:
+                error.add_note(self._there_is())
+            raise
+
+    def _there_is(self) -> str:
+        if self._output is None:
+            return ""
+        if self._output.named:
+            return "the output is complete"
+        again = "" if self._output.identity is None else "; run the same command again to continue"
+        return f"there is no output{again}"
+
+
+def command(
+    function: Callable[..., object], words: Callable[..., None], name: str = ""
+) -> Callable[..., None]:
+    """What typer makes a command of: calls `words` with the call, and with the options that are its own.
+
+    The words may ask for `quiet` and `verbose`; every command has --debug.
+    """
+    asked, own = _annotated(function), _annotated(words)
+
+    def run(**typed: Any) -> None:  # noqa: ANN401
+        with reported(typed["debug"]):
+            options = {one: _read(*how, typed) for one, how in asked.items()}
+            call = Call(function, options, quiet=typed.get("quiet", False))
+            with call.interrupts_told():
+                words(call, **{one: typed[one] for one in own})
+
+    parameters = []
+    for parameter, option in (*asked.values(), *own.values()):
+        parameters.append(_parameter(parameter, option))
+        if option.unless is not None:
+            flag, text = option.unless
+            parameters.append(_flag(_name(flag), Option(flag, help=text)))
+    setattr(run, "__signature__", inspect.Signature([*parameters, _flag("debug", _DEBUG)]))  # noqa: B010
+    run.__name__ = name or function.__name__
+    run.__doc__ = _help(function)
+    return run
+
+
+def form_of(*, json: bool, csv: bool, markdown: bool) -> Form:
+    """In which form the result goes to stdout; SparsepruneError where several were asked for."""
+    asked: dict[Form, bool] = {"json": json, "csv": csv, "markdown": markdown}
+    chosen = [form for form, wanted in asked.items() if wanted]
+    if len(chosen) > 1:
+        words = " and ".join(f"--{form}" for form in chosen)
+        raise SparsepruneError(f"{words} exclude each other; give one of them")
+    return chosen[0] if chosen else "table"
+
+
+def overrides_of(words: Sequence[str]) -> dict[str, str]:
+    """`--set` words as names and values; the last one of a name counts.
+
+    >>> overrides_of(["n=2", "keep = [1, 2]"])
+    {'n': '2', 'keep': '[1, 2]'}
+    """
+    overrides = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not equals or not name.strip():
+            raise SparsepruneError(f"--set {word}: wanted NAME=VALUE, such as --set n=2")
+        overrides[name.strip()] = value.strip()
+    return overrides
+
+
+def _annotated(function: Callable[..., object]) -> dict[str, tuple[inspect.Parameter, Option]]:
+    """The parameters that are options, each with the type of what is typed and how it is given."""
+    found = {}
+    for parameter in inspect.signature(function).parameters.values():
+        for option in getattr(parameter.annotation, "__metadata__", ()):
+            if isinstance(option, Option):
+                kind = option.typed or get_args(parameter.annotation)[0]
+                found[parameter.name] = (parameter.replace(annotation=kind), option)
+    return found
+
+
+def _read(parameter: inspect.Parameter, option: Option, typed: dict[str, Any]) -> Any:  # noqa: ANN401
+    """What was typed, as the function takes it."""
+    if option.unless is not None and typed[_name(option.unless[0])]:
+        return None
+    value = typed[parameter.name]
+    if "--set" in option.flags:
+        return overrides_of(value or ())
+    return parameter.default if value is None else value
+
+
+def _parameter(parameter: inspect.Parameter, option: Option) -> inspect.Parameter:
+    """A parameter as typer reads it."""
+    kind, default = parameter.annotation, parameter.default
+    several = getattr(kind, "__origin__", None) in {list, Sequence}
+    if several:
+        kind, default = GenericAlias(list, get_args(kind)), default or None
+    if default is None:
+        kind |= None
+    shown = option.shown or (default is not None and default is not inspect.Parameter.empty)
+    # Whether a file can be read is told, with its path and exit code 3, by whoever reads it.
+    how: dict[str, Any] = {"metavar": option.metavar, "help": option.help, "readable": False}
+    make: Any = typer.Option if option.flags else typer.Argument
+    made = make(*option.flags, show_default=shown, min=option.minimum, **how)
+    return inspect.Parameter(
+        parameter.name, inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[kind, made], default=default
+    )
+
+
+def _flag(name: str, option: Option) -> inspect.Parameter:
+    flag = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=bool, default=False)
+    return _parameter(flag, option)
+
+
+def _name(flag: str) -> str:
+    return flag.strip("-").replace("-", "_")
+
+
+def _help(function: Callable[..., object]) -> str:
+    """The docstring up to its example: what follows is for who calls the function."""
+    text, example, rest = (inspect.getdoc(function) or "").partition("Example: ")
+    return f"{text}{example}{rest.partition(chr(10))[0]}"
