@@ -188,6 +188,8 @@ def test_every_python_example_runs(tmp_path: Path, number: int, monkeypatch: pyt
     if trains:
         write_decoder(tmp_path / "decoder")
         assert run("apply", tmp_path / "decoder", "2of4", "-o", tmp_path / "decoder-half", "-q").code == 0
+    elif '"decoder"' in example:
+        write_decoder(tmp_path / "decoder")
     monkeypatch.chdir(tmp_path)
     exec(compile(example, "README.md", "exec"), {})
     if trains:
