@@ -125,7 +125,7 @@ def test_errors_are_exceptions_with_the_exit_code(home: Path) -> None:
         sparseprune.apply("m.safetensors", "absent")
     for wrong in ({"memory": "much"}, {"jobs": 0}):
         with pytest.raises(sparseprune.SparsepruneError, match="wanted"):
-            sparseprune.plan("m.safetensors", "spec.toml", **wrong)  # type: ignore[arg-type]
+            sparseprune.plan("m.safetensors", "spec.toml", **wrong)
     with pytest.raises(sparseprune.SparsepruneError, match="nothing to check against"):
         sparseprune.verify("m.safetensors")
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from sparseprune.checkpoint import open_checkpoint
-from sparseprune.checkpoint.discovery import RESULTS, SUFFIX, read_object
+from sparseprune.checkpoint.discovery import RESULTS, SUFFIX
+from sparseprune.checkpoint.documents import read_object
 from sparseprune.checkpoint.staging_dir import left_behind
 from sparseprune.errors import CheckpointError, SparsepruneError
 from sparseprune.spec import find_spec, parse_spec

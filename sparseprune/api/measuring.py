@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, TypeVar
 
-from sparseprune import results
 from sparseprune.api.applied import applied_report, applied_spec, note_left_behind
 from sparseprune.api.options import default_memory
 from sparseprune.api.run import collector_paused
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
+    from sparseprune import results
     from sparseprune.api.options import Listing
     from sparseprune.api.run import Run
     from sparseprune.checkpoint import Checkpoint, Statistics

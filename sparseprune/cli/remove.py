@@ -10,8 +10,6 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from sparseprune import results
-from sparseprune.api.run import typed
 from sparseprune.checkpoint import StagedOutput, TensorReader, lay_out_removal, read_beside, read_config
 from sparseprune.checkpoint.not_safetensors import PICKLE_SUFFIXES, names_training_state
 from sparseprune.cli.applied import rebuilt_by, warn_of_broken, warn_of_earlier
@@ -46,7 +44,7 @@ def run(request: RemoveRequest) -> None:
         if not request.quiet:
             _tell(request, choice, document, time.perf_counter() - began)
         if request.json:
-            print_json(typed(results.Removal, document))
+            print_json(document)
         else:
             print_result(output_shown(request, layout))
 
