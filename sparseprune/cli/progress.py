@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from sparseprune.api.run import Run
 from sparseprune.cli.console import stderr_console
+from sparseprune.errors import printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -144,7 +145,7 @@ def log_line(what: str, standing: Standing) -> str:
     if standing.seconds_left is not None:
         parts.append(f"{_duration(standing.seconds_left)} left")
     if standing.unit:
-        parts.append(_printable(standing.unit))
+        parts.append(printable(standing.unit))
     return ", ".join(parts)
 
 
@@ -166,7 +167,7 @@ class Line:
         standing = self.standing
         speed = "?" if standing.rate is None else _speed(standing.rate, standing.sizes)
         facts = f" {'/'.join(_amounts(standing))} {speed:>8} {_clock_face(standing.seconds_left)}"
-        unit = Text(_printable(f" {standing.unit}".rstrip()), style="dim", no_wrap=True, end="")
+        unit = Text(printable(f" {standing.unit}".rstrip()), style="dim", no_wrap=True, end="")
         free = options.max_width - _SPARE - len(self.what) - 1 - len(facts)
         bar, columns = _divided(free, unit.cell_len)
         yield Text(f"{self.what} ", no_wrap=True, end="")
@@ -308,12 +309,3 @@ def _duration(seconds: float) -> str:
     if seconds < 99.5:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 99.5 * 60 else f"{seconds / 3600:.1f} h"
-
-
-def _printable(text: str) -> str:
-    r"""Without what would move the cursor: a name from a file may hold anything.
-
-    >>> _printable("proj[layer=0]"), _printable("a\x1b[2Jb\n")
-    ('proj[layer=0]', 'a?[2Jb?')
-    """
-    return text if text.isprintable() else "".join(one if one.isprintable() else "?" for one in text)

@@ -35,6 +35,11 @@ class Dtype:
     nonfinite: tuple[int, int] | None = None
     parts: int = 1
 
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element; 0 where elements are not whole bytes."""
+        return self.bits // 8
+
 
 # Names and widths as in the safetensors format (huggingface/safetensors, `Dtype` of its Rust crate).
 _ROWS = (

@@ -341,7 +341,7 @@ def _nonzero(stored: StoredTensor, reader: Source) -> Flags | None:
     if len(stored.shape) not in {2, 3} or not stored.numel or not dtype.zero_bits or dtype.bits % 8:
         return None
     rows, columns = min(stored.shape[-2], _ROWS), stored.shape[-1]
-    size = dtype.bits // 8
+    size = dtype.itemsize
     width = min(columns, _BYTES // (_ROWS * size))
     bits = np.empty((rows, width), dtype=f"u{size}")
     for row in range(rows):

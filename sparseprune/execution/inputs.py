@@ -7,7 +7,6 @@ is done with them is the business of ranking and reconstructing.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import TYPE_CHECKING, Literal
 
 from sparseprune.checkpoint import Statistic, open_statistics
@@ -15,6 +14,7 @@ from sparseprune.engine.dtypes import DTYPES
 from sparseprune.errors import CheckpointError, SpecError
 from sparseprune.execution.row_producers import taking_part
 from sparseprune.spec import BoundBlock, BoundScope
+from sparseprune.spec.problems import nearest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -218,7 +218,7 @@ def _shapes(
 
 
 def _nearest(name: str, names: list[str]) -> str:
-    close = get_close_matches(name, names, n=1)
+    close = nearest(name, names)
     return f"; the nearest name is {close[0]}" if close else ""
 
 

@@ -7,13 +7,13 @@ Called by the command line for whatever looks at a checkpoint through masks.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from itertools import islice
 from typing import TYPE_CHECKING
 
 from sparseprune.checkpoint.documents import shown
 from sparseprune.engine.dtypes import DTYPES
 from sparseprune.errors import CheckpointError
+from sparseprune.spec.problems import nearest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -152,11 +152,10 @@ def _first_ten(names: Sequence[str], line: Callable[[str], str], more: str) -> l
 
 def _near(name: str, others: Sequence[str]) -> str:
     """The name that was meant, as words; nothing where none is near."""
-    nearest = max(_longer_or_shorter(name, others), key=len, default=None)
-    if nearest is None:
-        close = get_close_matches(name, islice(others, _LOOKED_AT), n=1, cutoff=0.8)
-        nearest = close[0] if close else None
-    return "" if nearest is None else f"; the nearest name is {shown(nearest)}"
+    near = max(_longer_or_shorter(name, others), key=len, default=None)
+    if near is None:
+        near = next(iter(nearest(name, islice(others, _LOOKED_AT), cutoff=0.8)), None)
+    return "" if near is None else f"; the nearest name is {shown(near)}"
 
 
 def _longer_or_shorter(name: str, others: Iterable[str]) -> Iterator[str]:

@@ -200,7 +200,7 @@ def _contiguous(task: Task, tensors: Mapping[str, StoredTensor], limits: Limits)
         return None
     selection = _selection_of(task, scope)
     unit = math.lcm(selection.block * selection.blocks, _PACKED)
-    size = DTYPES[tensors[leaf.tensor].dtype].bits // 8
+    size = DTYPES[tensors[leaf.tensor].dtype].itemsize
     each = _loop_bytes(task, size, selection)
     slab = unit * max(1, min(limits.slab // size, limits.memory // (2 * each)) // unit)
     memory = min(slab, prod(leaf.view_shape)) * each
@@ -216,7 +216,7 @@ def _strided(task: Task, tensors: Mapping[str, StoredTensor], limits: Limits) ->
     if not _has_loop(task, tensors):
         return None
     selection = _selection_of(task, scope)
-    size = DTYPES[tensors[scope.block.tensor].dtype].bits // 8
+    size = DTYPES[tensors[scope.block.tensor].dtype].itemsize
     together = numel_per_scope(scope)
     tile = max(limits.slab // size, together)
     each = _loop_bytes(task, size, selection) + size  # there is a copy in the order of the scopes
@@ -273,7 +273,7 @@ def _radix_select(task: Task, tensors: Mapping[str, StoredTensor], limits: Limit
     (dtype,) = dtypes
     if not whole or not together or dtype not in _FLOATS or task.instance.score.kind != "magnitude":
         return None
-    size = DTYPES[dtype].bits // 8
+    size = DTYPES[dtype].itemsize
     slab = max(_PACKED, limits.slab // size // _PACKED * _PACKED)
     groups = max(1, min(_GROUPS, limits.held // _COUNTER_BYTES))
     passes = 1 + max(1, size // 2)
@@ -306,7 +306,7 @@ def _block_norms(task: Task, tensors: Mapping[str, StoredTensor], limits: Limits
     each = []
     for leaf in {(leaf.view_shape, leaf.view_stride, leaf.shape): leaf for leaf in scope.leaves}.values():
         beside = _LOOPED_BYTES if looped and _is_summed_in_loops(leaf, chunk) else _PLAIN_BYTES
-        size = DTYPES[tensors[leaf.tensor].dtype].bits // 8
+        size = DTYPES[tensors[leaf.tensor].dtype].itemsize
         each.append(size + beside if score.kind == "magnitude" else _SUMMED_BYTES)
     elements = max(prod(leaf.view_shape) for leaf in scope.leaves)
     return BlockNorms(max(each) * min(chunk, elements), chunk, held, passes)

@@ -261,4 +261,4 @@ def _chunks(leaf: BoundBlock, way: Way) -> Iterator[Region]:
 
 
 def _itemsize(stored: StoredTensor) -> int:
-    return DTYPES[stored.dtype].bits // 8
+    return DTYPES[stored.dtype].itemsize

@@ -8,7 +8,6 @@ output), which no file says. Called by `inspect --for` and by requirements.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -16,6 +15,7 @@ from sparseprune.engine.grids import prod
 from sparseprune.errors import SparsepruneError
 from sparseprune.execution.facts import Pattern
 from sparseprune.results.measuring import RuntimeVerdict
+from sparseprune.spec.problems import nearest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -150,7 +150,7 @@ def runtimes_of(text: str) -> tuple[Runtime, ...]:
     names = [word.strip() for word in text.split(",")]
     for name in names:
         if name not in {*RUNTIMES, ALL}:
-            close = get_close_matches(name.lower(), [*RUNTIMES, ALL], n=1)
+            close = nearest(name.lower(), [*RUNTIMES, ALL])
             hint = f'did you mean "{close[0]}"?' if close else f"there is {', '.join(RUNTIMES)}, or {ALL}"
             raise SparsepruneError(f'--for {text}: no runtime is called "{name}"; {hint}')
     return tuple(RUNTIMES[name] for name in dict.fromkeys(RUNTIMES if ALL in names else names))

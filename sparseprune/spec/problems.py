@@ -110,9 +110,9 @@ def listed(names: Iterable[str], word: str = "and") -> str:
     return f"{', '.join(front)} {word} {last}" if front else last
 
 
-def nearest(name: str, real: Iterable[str], count: int = 1) -> Sequence[str]:
+def nearest(name: str, real: Iterable[str], count: int = 1, cutoff: float = 0.6) -> Sequence[str]:
     """The real names most similar to this one, best first; empty if none is similar."""
-    return get_close_matches(name, list(real), n=count, cutoff=0.6)
+    return get_close_matches(name, list(real), n=count, cutoff=cutoff)
 
 
 def suggestion(name: str, real: Iterable[str]) -> str:

@@ -103,7 +103,7 @@ def test_the_line_in_a_terminal_without_unicode_has_the_same_length() -> None:
         (Standing(0, 0), "reading 100%, 0 of 0 B"),
         (
             Standing(0, 36 * 10**11, 10.0**8, "a\nb"),
-            "reading 0%, 0.00 of 3.60 TB, 100 MB/s, 10.0 h left, a?b",
+            "reading 0%, 0.00 of 3.60 TB, 100 MB/s, 10.0 h left, a\\nb",
         ),
     ],
     ids=str,

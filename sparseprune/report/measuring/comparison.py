@@ -116,7 +116,7 @@ class _Tally:
         self._step = max(1, slab)
         if self.known:
             direct = self.by_bits and before.name in FORMATS
-            self._step = max(1, slab // (before.bits // 8 if direct else _WIDEST))
+            self._step = max(1, slab // (before.itemsize if direct else _WIDEST))
         elif not self.by_bits:
             self._step = max(1, self._size)
         self._found: dict[int, tuple[Counts, Energies]] = {}
@@ -218,7 +218,7 @@ class _Worker:
 
     def _read(self, side: int, stored: StoredTensor, piece: _Piece) -> Bits:
         """The patterns of the elements of a piece; valid until the next one of this side is read."""
-        itemsize = DTYPES[stored.dtype].bits // 8 if piece.tally.known else 1
+        itemsize = DTYPES[stored.dtype].itemsize if piece.tally.known else 1
         size = (piece.end - piece.begin) * itemsize
         if self._buffers[side].size < size:
             self._buffers[side] = np.empty(size, dtype=np.uint8)

@@ -149,7 +149,7 @@ def _moment(statistic: Statistic, matrix: int, reader: Source) -> tuple[Floats, 
 
 def _bits(stored: StoredTensor, first: int, count: int, reader: Source) -> NDArray[Any]:
     """Neighbouring elements of a tensor, as patterns."""
-    itemsize = DTYPES[stored.dtype].bits // 8
+    itemsize = DTYPES[stored.dtype].itemsize
     bits: NDArray[Any] = np.empty(count, dtype=f"u{itemsize}")
     reader.read_into(stored, first * itemsize, bits)
     return bits

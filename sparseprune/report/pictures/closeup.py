@@ -124,7 +124,7 @@ class _Plane:
         self._strides = axes[0][1], axes[1][1]
         self._stored, self._reader = stored, reader
         self._dtype = DTYPES[stored.dtype]
-        self.itemsize = self._dtype.bits // 8
+        self.itemsize = self._dtype.itemsize
 
     def element(self, row: int, column: int) -> int:
         """The place in the tensor."""
