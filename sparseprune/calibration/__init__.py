@@ -1,8 +1,8 @@
-"""Models in memory: input statistics of their matrices over text, and masks that hold while they are trained.
+"""Models in memory: statistics of the inputs of their matrices over text, and masks kept during training.
 
-Owns everything that needs the model's own code; the only room that knows transformers. Refuses to know specs
-and how masks are decided. Called by the command line and, for training, by users; names are loaded on first
-use, since they import torch.
+Owns all that needs the model's own code; the only package that imports transformers. Knows no specs, and not
+how masks are decided. Called by commands and, for training, by users; names are loaded on first use, because
+they import torch.
 """
 
 from importlib import import_module
@@ -18,8 +18,7 @@ if TYPE_CHECKING:
         plan_calibration,
     )
     from sparseprune.calibration.loading import LoadedModel, load_model
-    from sparseprune.calibration.sequences import Sequences, make_sequences
-    from sparseprune.calibration.text import Chat, read_documents
+    from sparseprune.calibration.text import Chat, Sequences, make_sequences, read_documents
     from sparseprune.calibration.training import KeptMasks, keep_masked, parameter_masks
 
 __all__ = [
@@ -46,12 +45,12 @@ _HOME = {
     "Counted": "collecting",
     "KeptMasks": "training",
     "LoadedModel": "loading",
-    "Sequences": "sequences",
+    "Sequences": "text",
     "already_run": "collecting",
     "calibrate": "collecting",
     "keep_masked": "training",
     "load_model": "loading",
-    "make_sequences": "sequences",
+    "make_sequences": "text",
     "passes_digest": "collecting",
     "parameter_masks": "training",
     "plan_calibration": "collecting",

@@ -1,7 +1,7 @@
-"""Collecting: the second moments of all inputs, in as many passes over the text as memory asks for.
+"""Collecting: the second moments of all inputs, in as many passes over the text as the memory requires.
 
-Owns the accumulators, what a pass is about and where it ends, how an interrupted pass is continued, and the
-way of a moment to its place.
+Owns the sums, the content and the end of a pass, how an interrupted pass continues, and the place of each
+moment in the output. Called by `calibrate`.
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sparseprune.calibration.loading import LoadedModel
-    from sparseprune.calibration.sequences import Sequences
+    from sparseprune.calibration.text import Sequences
     from sparseprune.checkpoint import Checkpoint, Sink, StatisticsKind
 
-_BATCH_TOKENS = 4096  # that go through the model at one time
-# Seconds between two times that the sums of a pass are put aside, and how often as long as that takes.
+_BATCH_TOKENS = 4096  # in one forward pass
+# The sums of a pass are saved every _PAUSE seconds, or after _PAUSE_SHARE times the time that saving takes.
 _PAUSE, _PAUSE_SHARE = 120.0, 20
 _CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Unit:
-    """What is accumulated for one tensor of statistics: of a stack the matrices [begin, end).
+    """The sums for one tensor of statistics, for a stack those of the matrices [begin, end).
 
     `last` is the number of the last product with the parameter in a forward pass.
     """
@@ -63,18 +63,18 @@ class Unit:
 
     @property
     def place(self) -> int:
-        """Where its first matrix lies in its tensor; that of an expert may be a tensor of its own."""
+        """The place of its first matrix in its tensor: 0 if an expert has a tensor of its own."""
         return 0 if self.collected.experts is None else self.begin
 
     def nbytes(self, kind: StatisticsKind) -> int:
-        """Memory that its accumulators take."""
+        """Memory that its sums take."""
         one = self.collected.features
         return (self.end - self.begin) * (4 * one * one if kind == "hessian" else 8 * one)
 
 
 @dataclass(frozen=True, slots=True)
 class Counted:
-    """Rows that were added up for a tensor of statistics, and what the sums were divided by, by matrix."""
+    """Rows added up for a tensor of statistics, and the divisors of its sums, by matrix."""
 
     rows: list[int]
     divisors: list[int]
@@ -82,7 +82,7 @@ class Counted:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What will be collected: tensors of statistics in their order, what gets none and why, the passes."""
+    """The plan of a calibration: tensors of statistics in order, tensors without any and why, the passes."""
 
     tensors: tuple[Collected, ...]
     without: tuple[tuple[str, str], ...]
@@ -93,10 +93,10 @@ class Calibration:
 def plan_calibration(
     loaded: LoadedModel, sequences: Sequences, checkpoint: Checkpoint, kind: StatisticsKind, memory: int
 ) -> Calibration:
-    """Find what meets text, by the first sequence; cut it into passes whose accumulators take `memory` bytes.
+    """Run the first sequence to find which matrices text reaches; split them into passes of `memory` bytes.
 
     Raises:
-        SparsepruneError: nothing of the checkpoint is multiplied with text, or one matrix needs more memory.
+        SparsepruneError: no matrix of the checkpoint is multiplied with text, or one needs more memory.
     """
     _refuse_lacking(loaded, checkpoint)
     shared = SharedInputs()
@@ -114,7 +114,7 @@ def plan_calibration(
     units = sorted(_units(loaded, groups, dims, last, stored), key=lambda unit: unit.last)
     if not units:
         raise SparsepruneError(
-            f"{checkpoint.path}: no matrix of it is multiplied with text, as far as transformers' model goes"
+            f"{checkpoint.path}: the model that transformers builds multiplies none of its matrices with text"
         )
     tensors = tuple(dict.fromkeys(unit.collected.name for unit in units))
     by_name = {unit.collected.name: unit.collected for unit in units}
@@ -129,7 +129,7 @@ def plan_calibration(
 
 
 def already_run(sequences: Sequences, plan: Calibration, output: Sink) -> int:
-    """Tokens that went through the model in the run that this one continues."""
+    """Tokens that an interrupted run already put through the model."""
     finished = sum(f"pass {number}" in output.finished for number in range(1, len(plan.passes) + 1))
     done = finished * sequences.ids.numel()
     file = output.aside()
@@ -142,7 +142,7 @@ def already_run(sequences: Sequences, plan: Calibration, output: Sink) -> int:
 
 
 def passes_digest(plan: Calibration) -> str:
-    """A text that is the same where passes collect the same, and their sums are in the same order."""
+    """A text that is equal for plans whose passes collect the same sums in the same order."""
     units = [
         [(one.collected.name, one.begin, one.end, dict(one.collected.weights)) for one in units]
         for units in plan.passes
@@ -158,12 +158,12 @@ def calibrate(
     kind: StatisticsKind,
     progress: Callable[[int, str], None],
 ) -> dict[str, Counted]:
-    """Run the text through the model once for each pass, and write what was collected.
+    """Run the text through the model once for each pass, and write the moments.
 
-    A sum is divided by the rows that were added up; where a router chose the tokens of a matrix, by the
-    tokens of the text, so that experts keep their shares. Finished passes are noted, and the sums of the one
-    at work are put aside now and then and where the run is interrupted: a later run continues there, to the
-    same bytes. Gives what was counted by tensor. `progress` is told tokens, without those of `already_run`.
+    Each sum is divided by its number of rows; if a router chose the tokens of a matrix, by the number of
+    tokens of the text, so that experts keep their shares. Finished passes are noted. The sums of the current
+    pass are saved at intervals and when the run is interrupted: a later run continues there, with the same
+    bytes. Returns the counts by tensor. `progress` gets tokens, without those of `already_run`.
 
     Raises:
         SparsepruneError: an input that is not finite.
@@ -186,7 +186,7 @@ def calibrate(
 
 
 class _Pass:
-    """One pass of the text through the model, from where an earlier run was interrupted in it."""
+    """One pass of the text through the model; it continues an interrupted one."""
 
     def __init__(
         self, loaded: LoadedModel, sequences: Sequences, output: Sink, number: int, label: str
@@ -203,7 +203,7 @@ class _Pass:
     def collected(
         self, collector: _Collector, progress: Callable[[int, str], None]
     ) -> list[tuple[list[int], list[int]]]:
-        """Rows and divisors of each unit, once all moments are written."""
+        """Write all moments; return the rows and divisors of each unit."""
         self._continue(collector)
         failures: list[BaseException] = []
 
@@ -214,7 +214,7 @@ class _Pass:
                 failures.append(failure)
 
         try:
-            # In a thread of its own: a signal is raised outside of it, and not between a sum and its count.
+            # In its own thread, so that a signal is not raised between a sum and its count.
             side_by_side(work, 1, collector.stop.set)
             if failures:
                 raise failures[0]
@@ -241,7 +241,7 @@ class _Pass:
                     self._save(collector)
 
     def _save(self, collector: _Collector) -> None:
-        """Puts the sums aside for a later run; where there is no room for them, this one goes on without."""
+        """Save the sums for a later run; continue without if there is no room for them."""
         began = time.monotonic()
         with suppress(MachineError):
             self._output.put_aside(collector.pieces({"pass": self._number, "batch": self._batch}))
@@ -265,7 +265,7 @@ class _Pass:
 
 
 def _refuse_lacking(loaded: LoadedModel, checkpoint: Checkpoint) -> None:
-    """Random numbers stand for weights that a checkpoint lacks: of a head at the end, but not of a layer."""
+    """Transformers fills missing weights with random numbers: allowed for a head, refused for a layer."""
     lacking = [name for name in loaded.missing if any(piece.isdigit() for piece in name.split("."))]
     if lacking:
         raise SparsepruneError(
@@ -275,10 +275,10 @@ def _refuse_lacking(loaded: LoadedModel, checkpoint: Checkpoint) -> None:
 
 
 class _Collector:
-    """The sums of one pass; ends a forward pass at the first product after the last one that it needs.
+    """The sums of one pass; ends a forward pass at the first product that it no longer needs.
 
-    `rows` that were added up, by unit and matrix; `routed` are units whose tokens a router chose. Once `stop`
-    is set it takes nothing more in.
+    `rows` are the numbers of rows added up, by unit and matrix; `routed` are units whose tokens a router
+    chose. Once `stop` is set, it adds nothing more.
     """
 
     def __init__(self, units: Sequence[Unit], first: dict[str, int], kind: StatisticsKind) -> None:
@@ -293,20 +293,20 @@ class _Collector:
         self._first = first
         self._kind = kind
         self._sums: dict[Unit, Tensor] = {}
-        # How often rows were added in this batch, and how often an earlier run did so in the same one.
+        # How often rows were added in this batch, and how often an earlier run added rows in the same batch.
         self._added: dict[Unit, int] = dict.fromkeys(units, 0)
         self._before: dict[Unit, int] = dict.fromkeys(units, 0)
         self._previous: tuple[tuple[Any, ...], Tensor] | None = None
 
     def __call__(self, product: Product) -> None:
-        """Takes a product in."""
+        """Add the inputs of a product."""
         if self.stop.is_set():
             raise EnoughError
         inputs = product.inputs
-        # Parts of one parameter (the rows of q, k and v in one) meet one input, which counts once.
+        # Parts of one parameter (the fused rows of q, k and v) have one input, which counts once.
         this = (product.parameter, product.matrix, inputs.data_ptr(), tuple(inputs.shape), inputs._version)  # noqa: SLF001
         same = self._previous is not None and self._previous[0] == this
-        self._previous = (this, inputs)  # kept alive, so that its memory is nobody else's
+        self._previous = (this, inputs)  # kept alive, so that its memory is not used again
         wanted = self._by_parameter.get(product.parameter)
         if wanted is None:
             if self._first.get(product.parameter, 0) > self._last:
@@ -320,13 +320,13 @@ class _Collector:
                     self._add(unit, place - unit.begin, product, place)
 
     def begin_batch(self) -> None:
-        """What is taken in from here on belongs to another batch."""
+        """The next products belong to another batch."""
         self._added = dict.fromkeys(self.units, 0)
         self._before = dict.fromkeys(self.units, 0)
         self._previous = None
 
     def sums(self, unit: Unit, device: torch.device = _CPU) -> Tensor:
-        """The sums of a unit, (matrices, features[, features]); on a device, where it is not the CPU."""
+        """The sums of a unit, (matrices, features[, features]), on a device or the CPU."""
         sums = self._sums.get(unit)
         if sums is None:
             shape = (
@@ -335,12 +335,12 @@ class _Collector:
             )
             dtype = torch.float32 if self._kind == "hessian" else torch.float64
             sums = self._sums[unit] = torch.zeros(shape, dtype=dtype, device=device)
-        elif sums.device != device != _CPU:  # those of an earlier run
+        elif sums.device != device != _CPU:  # sums of an earlier run
             sums = self._sums[unit] = sums.to(device)
         return sums
 
     def pieces(self, head: dict[str, int]) -> Iterator[bytes | memoryview]:
-        """What a later run continues by: a line of JSON with `head` and the counts, the sums, a check sum."""
+        """The saved state of a pass: a line of JSON with `head` and the counts, the sums, a checksum."""
         counts = [
             {
                 "rows": self.rows[unit],
@@ -359,7 +359,7 @@ class _Collector:
         yield check.to_bytes(4, "little")
 
     def restored(self, file: BufferedReader, number: int) -> dict[str, Any] | None:
-        """Continues from `pieces` of a pass; gives their head, None where they are of another one or torn."""
+        """Load the `pieces` of a pass; returns their head, None if they are of another pass or incomplete."""
         head = aside_head(first := file.readline())
         if head is None or head["pass"] != number or len(head["units"]) != len(self.units):
             return None
@@ -390,7 +390,7 @@ class _Collector:
 
 
 def aside_head(line: bytes) -> dict[str, Any] | None:
-    """The first line of `pieces`; None where it is torn."""
+    """The first line of `pieces`; None if it is incomplete."""
     try:
         head = json.loads(line)
     except ValueError:
@@ -402,7 +402,7 @@ def _counted_rows(product: Product, place: int) -> Tensor:
     """The inputs of tokens that count, (tokens, features)."""
     rows, counted = product.inputs, product.counted
     if rows.ndim == 3:
-        # Every token came to every matrix of the stack, as zeros where it was not routed there.
+        # Every token reaches every matrix of the stack, as zeros unless it was routed there.
         rows = rows[place] if counted is None else rows[place][counted.to(rows.device)]
         return rows[rows.any(-1)]
     return rows if counted is None else rows[counted.to(rows.device)]
@@ -419,7 +419,7 @@ def _write(unit: Unit, place: int, moment: Tensor, output: Sink) -> None:
     one = moment.cpu()
     if not bool(one.isfinite().all()):
         raise SparsepruneError(
-            f"{unit.collected.name}: its inputs are not finite somewhere: the model does not run in its dtype"
+            f"{unit.collected.name}: some of its inputs are not finite: the model does not run in its dtype"
         )
     values = (one + one.T).mul_(0.5) if one.ndim == 2 else one.sqrt().to(torch.float32)
     begin = (unit.place + place) * values.numel() * values.element_size()
@@ -433,7 +433,7 @@ def _units(
     last: dict[str, int],
     stored: dict[str, list[StoredAs]],
 ) -> Iterator[Unit]:
-    """One for each tensor of statistics, that of a whole stack in one."""
+    """One unit for each tensor of statistics, one for a whole stack."""
     parameters = dict(loaded.model.named_parameters())
     members: defaultdict[str, list[str]] = defaultdict(list)
     for name, leader in groups.items():
@@ -454,7 +454,7 @@ def _units(
 
 
 def _passes(units: Sequence[Unit], kind: StatisticsKind, memory: int) -> Iterator[tuple[Unit, ...]]:
-    """Units in their order, as many as fit; stacks are cut between matrices."""
+    """Units in order, as many in each pass as fit; stacks are split between matrices."""
     taken: list[Unit] = []
     left = memory
     for unit in units:

@@ -1,7 +1,7 @@
-"""The model and the tokenizer of a checkpoint, and how text is run through it.
+"""Loading the model and the tokenizer of a checkpoint, and running text through the model.
 
-Owns what is asked of transformers, and what its refusals mean in one line. No code of a checkpoint is run,
-nothing is fetched, and no model is built that is far larger than the checkpoint.
+Owns the calls of transformers, and turns its errors into one line. Runs no code of a checkpoint, downloads
+nothing, and builds no model that is far larger than the checkpoint. Called by commands.
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ if TYPE_CHECKING:
 
     from sparseprune.checkpoint import Checkpoint
 
-_LONGEST = 2048  # tokens of a sequence where nobody asks for another length and the model takes more
+_LONGEST = 2048  # tokens of a sequence by default, if the model takes that many
 _LENGTH_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
-_FREE_SHARE = 0.7  # of the free memory, that a model may take before parts of it stay on disk
-_MODULES = re.compile(r"(layers?|blocks|depth|experts|hidden_groups)$")  # keys of a config that count modules
+_FREE_SHARE = 0.7  # of the free memory; parts of a larger model stay on disk
+_MODULES = re.compile(r"(layers?|blocks|depth|experts|hidden_groups)$")  # config keys that count modules
 _POSITIONS = re.compile(r"position|n_ctx$")
-_FEW_MODULES, _MOST_POSITIONS = 1024, 1 << 27  # no number up to here makes a model hard to build
-# Classifiers refuse to run two sequences without a token for padding; no token has this number.
+_FEW_MODULES, _MOST_POSITIONS = 1024, 1 << 27  # numbers up to these are always harmless
+# Classifiers need a padding token to run two sequences; no token has this number.
 _NO_PADDING = -1
-_FEW_WEIGHTS = 50_000_000  # that a model may have more than four times those of its checkpoint
-# What tensors of quantized checkpoints end in: codes, and the scales beside them.
+_FEW_WEIGHTS = 50_000_000  # that a model may have beyond four times those of its checkpoint
+# Ends of tensor names in quantized checkpoints: codes and their scales.
 _CODES = (".qweight", ".weight_packed", ".weight_scale", ".weight_scale_inv", "_blocks", ".absmax")
 _QUANTIZED_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoadedModel:
-    """A model that computes nothing but what text needs; `missing` are weights that the checkpoint lacks."""
+    """A model with its tokenizer; `missing` are weights that the checkpoint lacks."""
 
     model: Any = field(repr=False)
     tokenizer: Any = field(repr=False)
@@ -58,23 +58,23 @@ class LoadedModel:
 
     @property
     def length(self) -> int:
-        """Tokens of a sequence, where nobody asks for another number."""
+        """Tokens of a sequence by default."""
         return min(_LONGEST, self.longest or _LONGEST)
 
     @property
     def versions(self) -> str:
-        """What runs it, of which other versions may round differently."""
+        """The packages that run it; other versions may round differently."""
         return f"torch {torch.__version__}, transformers {_transformers().__version__}"
 
     @property
     def machine(self) -> str:
-        """Where it runs, which decides the order of sums."""
+        """The hardware that runs it, which decides the order of sums."""
         if self.device.type == "cuda":
             return f"{self.device} {torch.cuda.get_device_name(self.device)}"
         return f"{self.device} {torch.backends.cpu.get_cpu_capability()} {torch.get_num_threads()}"
 
     def run(self, ids: Tensor) -> None:
-        """One forward pass over (sequences, length); what comes out is not looked at.
+        """One forward pass over (sequences, length); the outputs are not used.
 
         Raises:
             SparsepruneError: the model does not take this many tokens.
@@ -100,10 +100,10 @@ class LoadedModel:
             ) from error
 
     def refuse_strange(self, ids: Tensor) -> None:
-        """SparsepruneError where the tokenizer gives tokens that the model has no embeddings for."""
+        """SparsepruneError if the tokenizer gives tokens without an embedding in the model."""
         try:
             known = getattr(self.model.get_input_embeddings(), "num_embeddings", None)
-        except NotImplementedError:  # transformers does not know which they are
+        except NotImplementedError:  # transformers does not know the embeddings
             known = None
         if known is not None and int(ids.max()) >= known:
             raise SparsepruneError(
@@ -118,9 +118,9 @@ def load_model(
     folder: Path,
     max_memory: Mapping[Any, Any] | None = None,
 ) -> LoadedModel:
-    """The model of a checkpoint's directory on a device; what has no room there is kept in `folder`.
+    """The model of a checkpoint's directory on a device; parts without room there are stored in `folder`.
 
-    `max_memory` is that of accelerate: bytes by device.
+    `max_memory` is the argument of accelerate: bytes by device.
 
     Raises:
         SparsepruneError: transformers is not installed, does not know the architecture, cannot load it.
@@ -129,11 +129,11 @@ def load_model(
     path = checkpoint.path
     if not checkpoint.is_directory:
         raise CheckpointError(
-            f"{path}: a model is run by its config and its tokenizer; give the directory that has them"
+            f"{path}: running a model needs its config and its tokenizer; give the directory that has them"
         )
     document = read_config(checkpoint)
     if document is None:
-        raise CheckpointError(f"{path}: there is no config.json, by which the model is known")
+        raise CheckpointError(f"{path}: there is no config.json, which says what the model is")
     _refuse_quantized(checkpoint, document)
     _refuse_huge(checkpoint, document)
     transformers = _transformers()
@@ -141,22 +141,22 @@ def load_model(
     own = {"local_files_only": True, "trust_remote_code": False}
     known = str(document.get("model_type")) in transformers.CONFIG_MAPPING
     refuses = "refuses this config" if known else "does not know this model"
-    with _told(f"{path / 'config.json'}: {version} {refuses}"):
+    with _one_line(f"{path / 'config.json'}: {version} {refuses}"):
         config = _plain(transformers.AutoConfig.from_pretrained(path, **own))
-    with _told(f"{path}: there is no tokenizer that transformers can read"):
+    with _one_line(f"{path}: there is no tokenizer that transformers can read"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, **own)
     kind = _model_class(transformers, config)
-    with _told(f"{path}: {version} cannot build the model that config.json describes"):
+    with _one_line(f"{path}: {version} cannot build the model that config.json describes"):
         _refuse_larger(kind, config, checkpoint)
     placed = _placement(checkpoint, device, folder, max_memory)
-    with _told(f"{path}: {version} cannot load this model"):
+    with _one_line(f"{path}: {version} cannot load this model"):
         model, info = kind.from_pretrained(
             path,
             config=config,
             dtype="auto",
             output_loading_info=True,
             ignore_mismatched_sizes=True,
-            use_safetensors=True,  # a config may name another file, and pickles run code
+            use_safetensors=True,  # a config may name another file, and pickles can run code
             use_kernels=False,
             **own,
             **placed,
@@ -166,7 +166,7 @@ def load_model(
         raise CheckpointError(
             f"{path}: {len(unlike)} tensors have other shapes than config.json says, such as {unlike[0]}"
         )
-    with _told(f"{path}: the model cannot be put on {device}"):
+    with _one_line(f"{path}: the model cannot be put on {device}"):
         model = model.eval() if "device_map" in placed else model.eval().to(device)
     for part in _configs(model.config):
         if getattr(part, "pad_token_id", None) is None:
@@ -181,7 +181,7 @@ def load_model(
 
 
 def _transformers() -> Any:
-    """The package, silent and without a network from here on, whatever a checkpoint names."""
+    """The package transformers, made silent and offline, whatever a checkpoint names."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ |= {"HF_HUB_OFFLINE": "1", "USE_HUB_KERNELS": "NO"}
     try:
@@ -191,7 +191,7 @@ def _transformers() -> Any:
         raise SparsepruneError(
             "calibrate needs transformers, which is not installed: pip install 'sparseprune[calibrate]'"
         ) from error
-    huggingface_hub.constants.HF_HUB_OFFLINE = True  # where somebody imported it before
+    huggingface_hub.constants.HF_HUB_OFFLINE = True  # if it was imported before
     logging: Any = transformers.utils.logging
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -199,7 +199,7 @@ def _transformers() -> Any:
 
 
 def _refuse_quantized(checkpoint: Checkpoint, document: Mapping[str, Any]) -> None:
-    """CheckpointError where the tensors are codes: what a model multiplies with stands in none of them."""
+    """CheckpointError if the tensors are quantized codes: they are not the matrices of the model."""
     found = ""
     for key, part in (("", document), *((key, part) for key, part in document.items())):
         if isinstance(part, dict | MappingProxyType) and part.get("quantization_config"):
@@ -217,7 +217,7 @@ def _refuse_quantized(checkpoint: Checkpoint, document: Mapping[str, Any]) -> No
 
 
 def _quantization(stated: Any) -> str:
-    """The method of a quantization_config; "" where nothing is quantized but zeros are described."""
+    """The method of a quantization_config; "" if it only describes sparsity."""
     if not isinstance(stated, dict):
         return shown(stated)
     method = str(stated.get("quant_method") or stated.get("quant_algo") or "of an unknown method")
@@ -226,7 +226,7 @@ def _quantization(stated: Any) -> str:
 
 
 def _refuse_huge(checkpoint: Checkpoint, document: Mapping[str, Any]) -> None:
-    """CheckpointError where config.json counts so many modules that they could not be built in time."""
+    """CheckpointError if config.json has numbers of modules that would take too long to build."""
     tensors = checkpoint.tensors.values()
     widest = max((extent for stored in tensors for extent in stored.shape), default=0)
     modules = max(len(tensors), _FEW_MODULES)
@@ -249,7 +249,7 @@ def _refuse_huge(checkpoint: Checkpoint, document: Mapping[str, Any]) -> None:
 
 
 def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, int | float]]:
-    """All numbers of a document with the keys on the way to them, an empty key for a place in a list."""
+    """All numbers of a document with their dotted keys; places in lists have empty keys."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         yield key, value
     elif isinstance(value, list):
@@ -261,14 +261,14 @@ def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, int | float]]:
 
 
 def _refuse_larger(kind: Any, config: Any, checkpoint: Checkpoint) -> None:
-    """CheckpointError where the model has far more weights than there are; builds it without memory.
+    """CheckpointError if the model has far more weights than the checkpoint; builds it without memory.
 
-    What cannot be built that way is left to transformers.
+    A model that cannot be built that way is left to transformers.
     """
     try:
         with torch.device("meta"):
             model = kind(copy.deepcopy(config))
-    except Exception:  # noqa: BLE001  (whatever it is: it comes again, or has to do with the device)
+    except Exception:  # noqa: BLE001  (the error occurs again later, or is due to the device)
         return
     wanted = sum(one.numel() for one in (*model.parameters(), *model.buffers()))
     stored = sum(one.numel for one in checkpoint.tensors.values())
@@ -280,7 +280,7 @@ def _refuse_larger(kind: Any, config: Any, checkpoint: Checkpoint) -> None:
 
 
 def _plain(config: Any) -> Any:
-    """A config by which transformers' own code alone is run: neither kernels nor what it says of them."""
+    """A config that runs only the code of transformers itself, without the kernels that it names."""
     for part in _configs(config):
         part._attn_implementation = None  # noqa: SLF001  (may name a repository; there is no public way)
         part._experts_implementation = "eager"  # noqa: SLF001  (each expert a product of its own)
@@ -291,7 +291,7 @@ def _plain(config: Any) -> Any:
 
 
 def _configs(config: Any) -> Iterator[Any]:
-    """A config and those of its parts, such as text_config."""
+    """A config and its parts, such as text_config."""
     yield config
     for key in getattr(config, "sub_configs", {}):
         part = getattr(config, key, None)
@@ -300,7 +300,7 @@ def _configs(config: Any) -> Iterator[Any]:
 
 
 def _model_class(transformers: Any, config: Any) -> Any:
-    """The class that the config names, with its head; else the one that goes with the model type."""
+    """The class that the config names, with its head; else the one for the model type."""
     named = config.architectures
     for name in named if isinstance(named, list) else ():
         found = getattr(transformers, name, None) if isinstance(name, str) else None
@@ -312,13 +312,13 @@ def _model_class(transformers: Any, config: Any) -> Any:
 def _placement(
     checkpoint: Checkpoint, device: str, folder: Path, max_memory: Mapping[Any, Any] | None
 ) -> dict[str, Any]:
-    """Where from_pretrained puts what: all on the device, or as accelerate finds room for it."""
+    """Arguments that place the model: all on the device, or where accelerate finds room."""
     if find_spec("accelerate") is None:
         return {}
     nbytes = sum(stored.nbytes for stored in checkpoint.tensors.values())
     if device == "cpu" and max_memory is None and nbytes < _FREE_SHARE * _free_bytes():
         return {}
-    if device == "cpu":  # whatever else there is: it was not asked for
+    if device == "cpu":  # and no other device: none was asked for
         max_memory = max_memory or {"cpu": int(_FREE_SHARE * _free_bytes())}
     elif max_memory is None:
         free, _ = torch.cuda.mem_get_info(device)
@@ -335,13 +335,13 @@ def _free_bytes() -> int:
 
 
 def _longest(model: Any, tokenizer: Any) -> int | None:
-    """The most tokens that a sequence may have, None where nothing says so."""
+    """The most tokens that a sequence may have, None if unknown."""
     config = model.config
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     limits = [getattr(text, key, None) for key in _LENGTH_KEYS]
-    limits.append(tokenizer.model_max_length)  # a huge number where it is not set
+    limits.append(tokenizer.model_max_length)  # a huge number if it is not set
     limits += [
-        # Positions are counted from the one after that of padding on: RoBERTa and all that came of it.
+        # RoBERTa and its descendants count positions from the one after padding.
         module.num_embeddings - module.padding_idx - 1
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Embedding)
@@ -353,15 +353,15 @@ def _longest(model: Any, tokenizer: Any) -> int | None:
 
 
 def _text_forward(model: Any) -> tuple[Callable[..., Any], list[str]]:
-    """What to call with tokens, and the names of what it takes."""
-    # Models of text beside images (CLIP, SigLIP) want both, or their text alone under this name.
+    """The function to call with tokens, and the names of its parameters."""
+    # Models of text and images (CLIP, SigLIP) take both; this method takes text alone.
     forward = getattr(model, "get_text_features", None) or model.forward
     return forward, list(inspect.signature(forward).parameters)
 
 
 @contextmanager
-def _told(what: str) -> Iterator[None]:
-    """A refusal by transformers, whichever kind it has, in one line, and no warnings beside it."""
+def _one_line(what: str) -> Iterator[None]:
+    """Turn any error of transformers into one line, without its warnings."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -377,7 +377,7 @@ def _told(what: str) -> Iterator[None]:
 
 
 def _first_line(error: Exception) -> str:
-    """What an error says first; further lines only where the first one announces them."""
+    """The first line of an error, and the next ones while a line ends with a colon."""
     kind = type(error).__name__
     lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()]
     if not lines:

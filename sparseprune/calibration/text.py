@@ -1,11 +1,13 @@
-"""Documents out of text files: plain text, or JSON records that hold text or messages.
+"""Text for calibration: documents from files, and windows of tokens cut from them.
 
-Owns reading and what is wrong with a file; knows neither tokens nor models.
+Owns reading of plain text and JSON records, tokenizing (messages by the tokenizer's chat template), cutting
+and sampling. Knows no models, only a tokenizer. Reading documents imports no torch.
 """
 
 from __future__ import annotations
 
 import json
+import random
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,13 +18,15 @@ if TYPE_CHECKING:
     from pathlib import Path
     from typing import TextIO
 
-FIELD = "text"  # of a record, where no other one is asked for
-CHATS = ("messages", "conversations")  # fields of a record that has no text
+    from torch import Tensor
+
+FIELD = "text"  # of a record, unless another one is asked for
+CHATS = ("messages", "conversations")  # fields of a record without text
 _LINES = (".jsonl", ".ndjson")
 _VALUES = ".json"
-_PIECE = 1 << 20  # characters that are read at one time
+_PIECE = 1 << 20  # characters that are read at once
 _LONGEST_RECORD = 1 << 28  # characters
-_ROLES = {"human": "user", "gpt": "assistant"}  # as ShareGPT calls them
+_ROLES = {"human": "user", "gpt": "assistant"}  # names that ShareGPT uses
 _TYPES = {
     str: "text",
     bool: "true or false",
@@ -35,21 +39,21 @@ _TYPES = {
 
 @dataclass(frozen=True, slots=True)
 class Chat:
-    """Messages, each with a `role` and a `content`; `where` names the file and the place in it."""
+    """Messages, each with a `role` and a `content`; `where` names the file and the line."""
 
     where: str
     messages: tuple[Mapping[str, Any], ...]
 
 
 def read_documents(paths: Sequence[Path], field: str | None, most: int) -> list[str | Chat]:
-    """The documents of some files, of each file the first `most` characters or a little more.
+    """The documents of some files; of each file the first `most` characters or a little more.
 
-    A file is one document. One that ends in .jsonl or .ndjson, or any if `field` is given, has a record in
-    each line; one that ends in .json is a list of records, or one after the other. A record is a text, or an
-    object that has text or messages in this field: by default in `text`, else `messages`, `conversations`.
+    A file is one document. A .jsonl or .ndjson file, or any file if `field` is given, has a record in each
+    line; a .json file is a list of records, or one record after the other. A record is a text, or an object
+    with text or messages in this field: by default in `text`, else in `messages` or `conversations`.
 
     Raises:
-        SparsepruneError: no such file, no text in it, not UTF-8, a record that has no such field.
+        SparsepruneError: no such file, no text in it, not UTF-8, a record without such a field.
     """
     documents = [document for path in paths for document in _documents(path, field, most)]
     if not any(isinstance(document, Chat) or document.strip() for document in documents):
@@ -77,14 +81,14 @@ def _documents(path: Path, field: str | None, most: int) -> list[str | Chat]:
 
 
 def _pieces(file: TextIO, most: int) -> Iterator[str]:
-    """The first `most` characters, a piece at a time: a large number takes no memory of its own."""
+    """The first `most` characters, in pieces: a large `most` takes no memory of its own."""
     while most > 0 and (piece := file.read(min(most, _PIECE))):
         most -= len(piece)
         yield piece
 
 
 def _lines(path: Path, file: TextIO) -> Iterator[tuple[int, Any]]:
-    """The number of each line that is not empty, and its value."""
+    """The number and the value of each line that is not empty."""
     for number, line in enumerate(file, 1):
         if line.strip():
             try:
@@ -95,7 +99,7 @@ def _lines(path: Path, file: TextIO) -> Iterator[tuple[int, Any]]:
 
 
 def _values(path: Path, file: TextIO) -> Iterator[tuple[int, Any]]:
-    """The items of a list, or values that follow each other, with the line in which each begins."""
+    """The items of a list, or values one after the other, with the line where each begins."""
     decoder = json.JSONDecoder()
     text, line, wanted = "", 1, _PIECE
     begun = open_list = False
@@ -113,7 +117,7 @@ def _values(path: Path, file: TextIO) -> Iterator[tuple[int, Any]]:
             problem = None
         except (ValueError, RecursionError) as error:
             value, end, problem = None, len(rest), error
-        # What reaches the end of what was read may go on behind it. Pieces grow, to parse few of them again.
+        # A value that reaches the end of the text may continue. Pieces grow, so that little is parsed twice.
         piece = "" if end < len(rest) or len(rest) > _LONGEST_RECORD else file.read(wanted)
         if piece:
             text, wanted = rest + piece, 2 * wanted
@@ -171,7 +175,7 @@ def _document(where: str, value: Any, field: str | None) -> str | Chat:
 
 
 def _message(where: str, message: dict[str, Any]) -> Mapping[str, Any]:
-    """A message with `role` and `content`, whichever of the two usual ways it was written."""
+    """A message with `role` and `content`, from either of the two usual forms."""
     role = message.get("role", message.get("from"))
     content = message.get("content", message.get("value"))
     if isinstance(content, list):
@@ -190,7 +194,7 @@ def _said(message: Mapping[str, Any]) -> str:
 
 
 def _kind(value: Any) -> str:
-    """What a value is, for people.
+    """The kind of a value in words.
 
     >>> _kind(3), _kind(None), _kind([])
     ('a number', 'nothing', 'an empty list')
@@ -198,3 +202,105 @@ def _kind(value: Any) -> str:
     if value is None:
         return "nothing"
     return "an empty list" if value == [] else _TYPES[type(value)]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sequences:
+    """Tokens (sequences, length) and which of them count; `available` counts the windows in the text."""
+
+    ids: Tensor
+    counted: Tensor
+    available: int
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens count."""
+        return int(self.counted.sum())
+
+
+def make_sequences(
+    documents: Sequence[str | Chat],
+    tokenizer: Any,
+    count: int,
+    length: int,
+    seed: int,
+    *,
+    special: bool = True,
+) -> Sequences:
+    """`count` windows of `length` tokens each, drawn by `seed`, or all if there are fewer.
+
+    Windows are cut from the documents one after the other; each gets the special tokens that the tokenizer
+    adds. Special tokens count if `special` is true; padding never does.
+
+    Raises:
+        SparsepruneError: the text has no whole window, or the chat template refuses messages.
+    """
+    import torch  # noqa: PLC0415
+
+    before, after = _special_around(tokenizer)
+    inside = length - len(before) - len(after)
+    if inside < 1:
+        raise SparsepruneError(
+            f"--length {length}: {len(before) + len(after)} special tokens around a sequence leave no room"
+        )
+    tokens = [token for document in documents for token in _tokens(tokenizer, as_text(document, tokenizer))]
+    available = len(tokens) // inside
+    if not available:
+        raise SparsepruneError(
+            f"the text has {len(tokens)} tokens, wanted {inside} for one sequence of --length {length}: "
+            "give more text or a smaller --length"
+        )
+    drawn = sorted(random.Random(seed).sample(range(available), min(count, available)))  # noqa: S311
+    rows = [[*before, *tokens[inside * place : inside * (place + 1)], *after] for place in drawn]
+    ids = torch.tensor(rows, dtype=torch.int64)
+    counted = ~torch.isin(
+        ids, torch.tensor(sorted(_not_counted(tokenizer, special=special)), dtype=ids.dtype)
+    )
+    if not special:
+        counted[:, : len(before)] = False
+        counted[:, length - len(after) :] = False
+    if not bool(counted.any()):
+        raise SparsepruneError("the text has only tokens that do not count: give other text")
+    return Sequences(ids, counted, available)
+
+
+def as_text(document: str | Chat, tokenizer: Any) -> str:
+    """A document as text: messages by the chat template, or as "role: content" lines if there is none.
+
+    transformers runs templates in its sandbox.
+    """
+    if isinstance(document, str):
+        return document
+    if not tokenizer.chat_template:
+        return "".join(f"{one['role']}: {one['content'] or ''}\n" for one in document.messages)
+    try:
+        text: str = tokenizer.apply_chat_template([dict(one) for one in document.messages], tokenize=False)
+        text.encode()
+    except Exception as error:  # a template may raise any error
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise SparsepruneError(
+            f"{document.where}: the tokenizer's chat template refuses these messages: {why}"
+        ) from error
+    return text
+
+
+def _not_counted(tokenizer: Any, *, special: bool) -> set[int]:
+    """The ids that do not count: padding, or all special tokens except the one for unknown words."""
+    ids = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    others = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.cls_token_id, tokenizer.sep_token_id}
+    return ids & {tokenizer.pad_token_id} - others if special else ids
+
+
+def _tokens(tokenizer: Any, text: str) -> list[int]:
+    ids: list[int] = tokenizer(text, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
+    return ids
+
+
+def _special_around(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The tokens that the tokenizer adds before and after a text."""
+    bare = _tokens(tokenizer, "a")
+    whole: list[int] = tokenizer("a", verbose=False)["input_ids"]
+    for place in range(len(whole) - len(bare) + 1):
+        if bare and whole[place : place + len(bare)] == bare:
+            return whole[:place], whole[place + len(bare) :]
+    return [], []

@@ -1,8 +1,8 @@
-"""Masks in training: what was pruned stays zero while the optimizer updates a model in memory.
+"""Masks in training: pruned weights stay zero while the optimizer updates a model in memory.
 
-Owns the way from masks, which have the names of a checkpoint, to parameters, which transformers may have
-renamed, fused and turned while it loaded them, and the hooks that put zeros back. Works for any module of
-torch; transformers is imported only for its own models.
+Owns the conversion of masks, which have names of a checkpoint, to parameters, which transformers may have
+renamed, fused and transposed, and the hooks that restore zeros. Works for any torch module; transformers is
+imported only for its own models. Called by users.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-# Parts of names that wrappers put in front of a module's own: torch.compile, FSDP, activation checkpointing.
+# Parts of names that wrappers add: torch.compile, FSDP, activation checkpointing.
 _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 
 
 class KeptMasks:
-    """Masks that are put back after every optimizer step, until `remove` is called."""
+    """Masks that are applied again after every optimizer step, until `remove` is called."""
 
     def __init__(
         self, pruned: Sequence[tuple[Tensor, Tensor]], optimizers: Iterable[torch.optim.Optimizer]
@@ -40,14 +40,14 @@ class KeptMasks:
 
     @torch.no_grad()
     def apply(self) -> None:
-        """Write +0.0 wherever a weight is pruned, whatever is there now, as after `load_state_dict`."""
+        """Write +0.0 to every pruned weight; call it after `load_state_dict`, for example."""
         for place, (parameter, pruned) in enumerate(self._pruned):
             if pruned.device != parameter.device:  # the model was moved
                 self._pruned[place] = (parameter, _placed_like(parameter, pruned))
             parameter.masked_fill_(self._pruned[place][1], 0)
 
     def remove(self) -> None:
-        """Put nothing back any more; the optimizers are as they were before."""
+        """Stop; the optimizers are as they were before."""
         for handle in self._handles:
             handle.remove()
 
@@ -55,16 +55,17 @@ class KeptMasks:
 def keep_masked(
     model: nn.Module, masks: str | Path | Mapping[str, Tensor], *optimizers: torch.optim.Optimizer
 ) -> KeptMasks:
-    """Prune a model in memory by masks now, and put the zeros back after every step of the optimizers.
+    """Prune a model in memory by masks now, and again after every step of the optimizers.
 
-    What it gives has `apply`, to put them back at any other time, and `remove`.
+    The result has `apply`, to prune again at any other time, and `remove`, to stop.
 
-    `masks` is what `load_masks` takes or gives; names and shapes are those of the checkpoint (see
-    `parameter_masks`). A pruned weight is +0.0 after each step, also where the step made it NaN. A step that
-    is not taken (accumulated gradients, a `GradScaler` that found infinities) changes nothing. Gradients and
-    the optimizer's state of pruned weights are left alone: they never reach a weight that is kept, only a
-    norm by which gradients are clipped. Masks take one byte for each element, on the parameter's device, and
-    are sharded as it is. Call this once the model is wrapped and its optimizer made, as both hold parameters.
+    `masks` is an argument or a result of `load_masks`; names and shapes are those of the checkpoint (see
+    `parameter_masks`). A pruned weight is +0.0 after each step, even if the step made it NaN. A skipped step
+    (accumulated gradients, a `GradScaler` that found infinities) changes nothing. Gradients and the
+    optimizer's state of pruned weights are not changed: they never influence a kept weight, only the norm by
+    which gradients are clipped. Masks take one byte for each element, on the parameter's device, and are
+    sharded like it. Call this after the model is wrapped and the optimizer is made, because both have
+    references to parameters.
 
     >>> layer = torch.nn.Linear(4, 1)
     >>> optimizer = torch.optim.AdamW(layer.parameters())
@@ -92,11 +93,12 @@ def keep_masked(
 def parameter_masks(model: nn.Module, masks: str | Path | Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Bool masks, True where kept, by the names of `model.named_parameters()`: of their shape and device.
 
-    `masks` is what `load_masks` takes or gives, by the names of the checkpoint. What transformers renamed,
-    fused, split or transposed while it loaded a model is found by the way that it would be saved again;
-    wrappers (DistributedDataParallel, torch.compile) and one prefix, which all names in memory have and those
-    in the checkpoint lack or the other way round, make no difference. Of a parameter that is stored in
-    several tensors, those without a mask are kept; one that has two names and two masks keeps what both keep.
+    `masks` is an argument or a result of `load_masks`, by the names of the checkpoint. Parameters that
+    transformers renamed, fused, split or transposed when it loaded a model are found by how it would save
+    them. Wrappers (DistributedDataParallel, torch.compile) make no difference, nor does one prefix that all
+    names in memory have and those in the checkpoint lack, or the other way round. If a parameter is stored in
+    several tensors, those without a mask are kept whole; a parameter with two names and two masks keeps what
+    both keep.
 
     Raises:
         SparsityError: a mask belongs to no parameter.
@@ -122,7 +124,7 @@ def parameter_masks(model: nn.Module, masks: str | Path | Mapping[str, Tensor]) 
 
 
 class _Uncopied(torch.Tensor):
-    """Whose parts stay views where they would be copied only in order to be contiguous."""
+    """A tensor whose parts stay views: `contiguous` makes no copy."""
 
     @classmethod
     def __torch_function__(
@@ -135,7 +137,7 @@ class _Uncopied(torch.Tensor):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Group:
-    """Parameters, by their names in `owner`, that may be stored in tensors of their own or in common ones."""
+    """Parameters, by their names in `owner`, that may be stored in separate or in common tensors."""
 
     owner: Any
     prefix: str
@@ -146,7 +148,7 @@ class _Group:
         return {self.prefix + name: tuple(tensor.shape) for name, tensor in self._outlines().items()}
 
     def lay_out(self, masks: Mapping[str, Tensor], kept: dict[int, Tensor]) -> None:
-        """Enter masks, by the names that `stored` gives, into those of the parameters, by their ids."""
+        """Combine masks, by the names of `stored`, into masks of parameters, by their ids."""
         own = {name.removeprefix(self.prefix): mask.to("cpu", torch.bool) for name, mask in masks.items()}
         fresh = {id(one): one.shape for one in self.parameters.values() if id(one) not in kept}
         by_id = kept | {key: torch.ones(shape, dtype=torch.bool) for key, shape in fresh.items()}
@@ -158,7 +160,7 @@ class _Group:
             holder = holders.get(saved[stored].untyped_storage()._cdata)  # noqa: SLF001
             if holder is None:
                 copied[stored] = mask
-            else:  # a view of a parameter's mask, as of whole tensors and of the experts of a stack
+            else:  # a view of a parameter's mask: a whole tensor, or an expert of a stack
                 saved[stored].as_subclass(torch.Tensor).logical_and_(mask)
                 kept[id(self.parameters[holder])] = keeps[holder]
         if copied:
@@ -167,7 +169,7 @@ class _Group:
     def _lay_out_by_element(
         self, masks: Mapping[str, Tensor], keeps: Mapping[str, Tensor], kept: dict[int, Tensor]
     ) -> None:
-        """Enter masks of tensors that are copies, by numbers that tell where each element comes from."""
+        """Combine masks of tensors that are copies, by numbers that say where each element comes from."""
         end, begins = 1, {}  # 0 is for padding
         for name, keep in keeps.items():
             begins[name], end = end, end + keep.numel()
@@ -191,14 +193,14 @@ class _Group:
         )
 
     def _saved(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors as transformers would save them; under their own names where it has no part in it."""
+        """The tensors as transformers would save them; unchanged if it does not convert them."""
         if self.owner is None:
             return tensors
         try:
             from transformers.core_model_loading import revert_weight_conversion  # noqa: PLC0415
 
             saved: dict[str, Tensor] = revert_weight_conversion(self.owner, tensors)
-        except Exception:  # noqa: BLE001  (what it cannot turn back has its own name)
+        except Exception:  # noqa: BLE001  (what it cannot convert back keeps its name)
             return tensors
         return saved
 
@@ -210,14 +212,14 @@ def _groups(model: nn.Module) -> Iterator[_Group]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         path = next((path for path in owners if name.startswith(path)), None)
         own = _unwrapped(name.removeprefix(path or ""))
-        # transformers fuses and splits what lies in one module, or in modules side by side.
+        # transformers fuses and splits parameters of one module, or of sibling modules.
         groups[path, own if path is None else own.rpartition(".")[0].rpartition(".")[0]][own] = parameter
     for (path, _), parameters in groups.items():
         yield _Group(None if path is None else owners[path], _unwrapped(path or ""), parameters)
 
 
 def _pretrained_models(model: nn.Module) -> dict[str, Any]:
-    """The models of transformers in a module that are no parts of others, by their path with a dot behind."""
+    """The outermost transformers models in a module, by their path with a dot behind."""
     transformers = sys.modules.get("transformers")
     if transformers is None:
         return {}
@@ -238,7 +240,7 @@ def _unwrapped(name: str) -> str:
 
 
 def _stored_names(given: Iterable[str], stored: Collection[str], model: str) -> dict[str, str]:
-    """By the name of each mask that under which the model would be stored: the same, but for one prefix."""
+    """The stored name of each mask: the same name, or one that differs by one prefix."""
     names = {name: name for name in given if name in stored}
     rest = [name for name in given if name not in stored]
     if not rest:
@@ -260,9 +262,9 @@ def _stored_names(given: Iterable[str], stored: Collection[str], model: str) -> 
 
 
 def _in_shape(mask: Tensor, shape: tuple[int, ...], name: str, *, turned: bool) -> Tensor:
-    """A mask in the shape in which its parameter is stored; `turned` where a stack may lie transposed.
+    """A mask in the stored shape of its parameter; `turned` says that a stack may be transposed.
 
-    transformers turns stacks of experts that do not fit the model until they do, and saves them turned.
+    transformers transposes stacks of experts if they then fit the model, and saves them transposed.
     """
     if tuple(mask.shape) == shape:
         return mask
@@ -274,7 +276,7 @@ def _in_shape(mask: Tensor, shape: tuple[int, ...], name: str, *, turned: bool) 
 
 
 def _placed_like(parameter: Any, mask: Tensor) -> Tensor:
-    """A mask on the device of its parameter, in shards where that is."""
+    """A mask on the device of its parameter, sharded if the parameter is."""
     if not hasattr(parameter, "device_mesh"):
         return mask.to(parameter.device)
     from torch.distributed.tensor import DTensor, distribute_tensor  # noqa: PLC0415  (slow to import)
@@ -285,6 +287,6 @@ def _placed_like(parameter: Any, mask: Tensor) -> Tensor:
 
 
 def _innermost(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """The optimizer that takes the steps: accelerate puts its own around it, which has no hooks."""
+    """The optimizer inside the wrapper of accelerate, which has no hooks."""
     inner = getattr(optimizer, "optimizer", None)
     return _innermost(inner) if isinstance(inner, torch.optim.Optimizer) else optimizer

@@ -1,4 +1,7 @@
-"""Watching a model: matrix products with parameters seen below torch, and the names of these on disk."""
+"""Watching a model: its matrix products with parameters, and the tensors that store these parameters.
+
+Owns what is seen of torch's dispatch, and names on disk. Knows no sums. Called by collecting.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ if TYPE_CHECKING:
 
 
 _ATEN = torch.ops.aten
-# Where the input and the weight stand among the arguments, and whether the weight lies (out, in).
+# The places of the input and the weight among the arguments, and whether the weight is (out, in).
 _PRODUCTS: Mapping[Any, tuple[int, int, bool]] = {
     _ATEN.mm: (0, 1, False),
     _ATEN.bmm: (0, 1, False),
@@ -29,16 +32,16 @@ _PRODUCTS: Mapping[Any, tuple[int, int, bool]] = {
     _ATEN.baddbmm: (1, 2, False),
     _ATEN.linear: (0, 1, True),
 }
-_REMEMBERED = 8  # inputs that are kept alive, so that a later product with the same one is known
+_REMEMBERED = 8  # inputs that are kept alive, to recognize later products with the same input
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Product:
-    """Inputs (rows, features) that met a parameter, or (matrices, rows, features) that met each of a stack.
+    """Inputs (rows, features) of a product with a parameter, (matrices, rows, features) with a whole stack.
 
-    `matrix` is which one of a stack it was, None for all of them or where there is no stack; `input_dim` is
-    the dimension of the parameter along which inputs lie; `counted` which rows are tokens that count,
-    None for all; `routed` whether the rows are those tokens that a router chose for this matrix.
+    `matrix` is the number of a matrix in a stack, None for all matrices or without a stack; `input_dim` is
+    the dimension of the parameter along which inputs lie; `counted` says which rows are tokens that count,
+    None for all; `routed` whether a router chose the rows for this matrix.
     """
 
     parameter: str
@@ -50,13 +53,13 @@ class Product:
 
 
 class EnoughError(Exception):
-    """Ends a forward pass: nothing that follows is needed."""
+    """Ends a forward pass: the rest is not needed."""
 
 
 class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """While it is entered, tells `seen` of each product with a parameter before it is computed.
+    """While it is entered, calls `seen` with each product with a parameter, before it is computed.
 
-    `counted` (sequences * length) is to be set before each forward pass.
+    Call `begin` before each forward pass.
     """
 
     def __init__(self, model: torch.nn.Module, seen: Callable[[Product], None]) -> None:
@@ -78,12 +81,12 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._gatherer: torch.nn.Module | None = None
 
     def close(self) -> None:
-        """Takes its hooks out again."""
+        """Remove the hooks."""
         for hook in self._hooks:
             hook.remove()
 
     def begin(self, counted: Tensor) -> None:
-        """A forward pass over sequences begins, of whose tokens these count, (sequences, length)."""
+        """Begin a forward pass; `counted` says which tokens count, (sequences, length)."""
         self.counted = counted.reshape(-1)
         self._gathered = None
         self._running.clear()
@@ -119,7 +122,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if parameter.stride(dim) == weight.stride(contracted) and parameter.shape[dim] == features
         ]
         if not dims:
-            return  # a part of its inputs, or a look that is none at a matrix
+            return  # a part of its inputs, or not a view of a matrix
         matrix = None
         if parameter.ndim == 3 and weight.ndim == 2:
             begin = (weight.data_ptr() - parameter.data_ptr()) // parameter.element_size()
@@ -130,12 +133,12 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._seen(Product(name, matrix, dims[-1], rows, counted, gathered or parameter.ndim == 3))
 
     def _parameter(self, weight: Tensor) -> tuple[str, Tensor] | None:
-        """The parameter at which an operand looks, and its name."""
+        """The parameter of which an operand is a view, and its name."""
         address = weight.untyped_storage().data_ptr()
         found = self._known.get(address)
         if found is not None:
             return found
-        # Parameters that lie elsewhere are put in place while their module runs.
+        # Offloaded parameters are loaded while their module runs.
         for module in reversed(self._running):
             for name, parameter in module.named_parameters(recurse=False):
                 if parameter.ndim in {2, 3} and parameter.untyped_storage().data_ptr() == address:
@@ -149,7 +152,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return self.counted if rows == self.counted.numel() else None
 
     def _gather(self, index: Tensor) -> None:
-        """Rows were taken by their numbers; who computes with them does so while this module runs."""
+        """Rows were selected by index; products with them happen while this module runs."""
         self._gathered, self._gatherer = index, self._running[-1] if self._running else None
 
     def _has_all_rows(self, source: Tensor) -> bool:
@@ -167,10 +170,10 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class SharedInputs:
-    """Which parameters meet the very same inputs, in every product of a forward pass.
+    """The parameters that have the same inputs in every product of a forward pass.
 
-    `groups` has for each parameter the first one of those that share its inputs, `input_dims` along which of
-    its dimensions inputs lie, `first` and `last` the numbers of the first and the last product of each.
+    By parameter: `groups` has the first parameter with the same inputs, `input_dims` the dimension along
+    which inputs lie, `first` and `last` the numbers of its first and last product.
     """
 
     def __init__(self) -> None:
@@ -183,13 +186,13 @@ class SharedInputs:
         self._products = 0
 
     def __call__(self, product: Product) -> None:
-        """Takes a product in."""
+        """Note a product."""
         self._products += 1
         name, inputs = product.parameter, product.inputs
         key = (inputs.data_ptr(), tuple(inputs.shape), inputs.stride(), inputs._version)  # noqa: SLF001
-        # An input has the number of the first product with it.
+        # The number of an input is that of the first product with it.
         number = next((first for same, _, first in self._recent if same == key), self._products)
-        if self._previous != (name, number):  # parts of one parameter meet one input, which counts once
+        if self._previous != (name, number):  # parts of one parameter have one input, which counts once
             self._met.setdefault(name, []).append(number)
         self._previous = (name, number)
         self.input_dims.setdefault(name, product.input_dim)
@@ -199,7 +202,7 @@ class SharedInputs:
 
     @property
     def groups(self) -> dict[str, str]:
-        """By what was taken in until now."""
+        """From the products until now."""
         leaders: dict[tuple[int, ...], str] = {}
         return {name: leaders.setdefault(tuple(met), name) for name, met in self._met.items()}
 
@@ -210,9 +213,9 @@ _NUMBER = re.compile(r"\d+")
 
 @dataclass(frozen=True, slots=True)
 class StoredAs:
-    """A tensor of the checkpoint that is (a part of) a parameter, with the dimension of its inputs.
+    """A tensor of the checkpoint that is a parameter or a part of one, with the dimension of its inputs.
 
-    `matrix` is which one of a stack it is, None for all of them or where there is no stack.
+    `matrix` is its number in a stack, None for the whole stack or without one.
     """
 
     name: str
@@ -225,7 +228,7 @@ def stored_as(
     parameters: Mapping[str, int],
     checkpoint: Checkpoint,
 ) -> dict[str, list[StoredAs]]:
-    """Where each parameter, with the dimension of its inputs, is stored; an empty list where none knows."""
+    """The tensors that store each parameter, given its input dimension; an empty list if none is found."""
     shapes = {name: tuple(parameter.shape) for name, parameter in _all_parameters(model)}
     aliases = _aliases(model)
     found: dict[str, list[StoredAs]] = {}
@@ -242,7 +245,7 @@ def stored_as(
 def without_statistics(
     model: Any, named: frozenset[str], checkpoint: Checkpoint
 ) -> Iterator[tuple[str, str]]:
-    """The matrices of a checkpoint, and stacks of them, that got none, and why."""
+    """The matrices and stacks of a checkpoint without statistics, each with the reason."""
     embeddings = {
         name
         for path, module in model.named_modules()
@@ -263,9 +266,9 @@ def without_statistics(
 
 
 def siblings(seen: Mapping[str, Any], model: Any) -> dict[str, str]:
-    """Parameters that were not seen and whose name has one other number than one that was, with that one.
+    """Parameters that were not seen, each with a seen one whose name differs in one number alone.
 
-    An expert that a text does not reach is one.
+    For example an expert that the text does not reach.
     """
     forms: dict[str, str] = {}
     for name in seen:
@@ -281,7 +284,7 @@ def siblings(seen: Mapping[str, Any], model: Any) -> dict[str, str]:
 
 
 def renumbered(name: str, one: str, like: str) -> str:
-    """`name`, which belongs to `like`, as it belongs to `one`, which has another number than `like`.
+    """`name`, a neighbour of `like`, renumbered to be the same neighbour of `one`.
 
     >>> renumbered("mlp.experts.0.up", "mlp.experts.7.gate", "mlp.experts.0.gate")
     'mlp.experts.7.up'
@@ -296,7 +299,7 @@ def renumbered(name: str, one: str, like: str) -> str:
 
 
 def _forms(name: str) -> Iterator[str]:
-    """A name with one of its numbers left out, the last one first."""
+    """The name with one of its numbers replaced by *, beginning with the last."""
     for found in reversed(list(_NUMBER.finditer(name))):
         yield f"{name[: found.start()]}*{name[found.end() :]}"
 
@@ -313,7 +316,7 @@ def _one(
         from transformers.core_model_loading import revert_weight_conversion  # noqa: PLC0415
 
         saved: dict[str, Tensor] = revert_weight_conversion(model, {name: tags})
-    except Exception:  # noqa: BLE001  (whatever it cannot turn back is looked for by its name)
+    except Exception:  # noqa: BLE001  (what it cannot convert back is found by its name)
         saved = {name: tags}
     features = shape[dim]
     found = [
@@ -326,7 +329,7 @@ def _one(
 
 
 def _tags(shape: tuple[int, ...], dim: int) -> Tensor:
-    """For each element which matrix of a stack, times the features, plus which input; takes no memory."""
+    """For each element: its matrix in a stack times the features, plus its input; takes no memory."""
     features = shape[dim]
     tags = torch.arange(features).reshape([-1 if other == dim else 1 for other in range(len(shape))])
     if len(shape) == 3:
@@ -335,7 +338,7 @@ def _tags(shape: tuple[int, ...], dim: int) -> Tensor:
 
 
 def _decoded(name: str | None, tags: Tensor, features: int) -> StoredAs | None:
-    """What came out under a name; None where its inputs are not all there, in their order."""
+    """The tensor of a name, read from its tags; None if its inputs are incomplete or in another order."""
     if name is None or tags.ndim not in {2, 3}:
         return None
     first = int(tags.reshape(-1)[0])
@@ -356,7 +359,7 @@ def _counts(tags: Tensor, dim: int, step: int) -> bool:
 
 
 def _stored_name(name: str, shape: tuple[int, ...], checkpoint: Checkpoint) -> str | None:
-    """The tensor of a name and shape: that name, else the only one that has it behind or before a prefix."""
+    """The tensor with a name and a shape: of that name, else the only one whose name differs by a prefix."""
     stored = checkpoint.tensors.get(name)
     if stored is not None:
         return name if stored.shape == shape else None
@@ -369,7 +372,7 @@ def _stored_name(name: str, shape: tuple[int, ...], checkpoint: Checkpoint) -> s
 
 
 def _is_end(one: str, other: str) -> bool:
-    """Whether of two names one is the other behind a prefix."""
+    """Whether one of two names is the other with a prefix."""
     return one.endswith(f".{other}") or other.endswith(f".{one}")
 
 
@@ -378,7 +381,7 @@ def _all_parameters(model: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def _aliases(model: Any) -> dict[str, list[str]]:
-    """All names of each parameter, by the one that stands for it."""
+    """All names of each parameter, by its first name."""
     names: dict[int, list[str]] = {}
     for name, parameter in _all_parameters(model):
         names.setdefault(id(parameter), []).append(name)

@@ -336,7 +336,7 @@ def test_what_is_not_finite_leaves_nothing(home: Path, tmp_path: Path) -> None:
         "calibrate", tmp_path / "model", "--text", home / "words.txt", *SIZES, "-o", tmp_path / "stats"
     )
     assert said.code == 2
-    assert "model.layers.0.mlp.down_proj.weight: its inputs are not finite somewhere" in said.err
+    assert "model.layers.0.mlp.down_proj.weight: some of its inputs are not finite" in said.err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 
 
@@ -349,7 +349,7 @@ REFUSED: list[tuple[str, tuple[object, ...], str]] = [
     ("broken line", (), "line 2 is not JSON"),
     ("no field", (), 'line 1 has no text under "text", but body; name the field with --field'),
     ("no tokenizer", (), "there is no tokenizer that transformers can read"),
-    ("no config", (), "there is no config.json, by which the model is known"),
+    ("no config", (), "there is no config.json, which says what the model is"),
     ("a file", (), "give the directory that has them"),
     ("unknown model", (), "does not know this model"),
     ("long", ("--length", 1000), "--length 1000: the model takes 64 tokens at most"),
