@@ -220,11 +220,7 @@ def _survivors(run: Run, look: Look, checkpoint: Checkpoint, spec: Spec) -> list
     check = make_check(checkpoint, spec, default_memory(), look.jobs)
     with TensorReader() as reader, run.progress("counting", check.nbytes) as advance:
         found = count_survivors(check, reader, advance)
-    return [
-        Survivors(rule.name, rule.nnz, sorted(rule.survivors.items()))
-        for rule in found.rules
-        if rule.survivors
-    ]
+    return [Survivors(rule.name, rule.nnz, rule.survivors) for rule in found.rules if rule.survivors]
 
 
 @dataclass(frozen=True, slots=True)

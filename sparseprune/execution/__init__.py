@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from sparseprune.execution.device import cpu_lines, device_text, devices_of_rules, resolve_device
     from sparseprune.execution.outcomes import TensorOutcome
     from sparseprune.execution.pruning import execute, work_bytes
-    from sparseprune.execution.verdicts import Verification
-    from sparseprune.execution.verifying import Check, count_survivors, make_check
+    from sparseprune.execution.verify import Check, count_survivors, make_check
+    from sparseprune.execution.verify_result import Verification
 
 __all__ = [
     "Check",
@@ -38,12 +38,12 @@ __all__ = [
 ]
 
 _HOME = {
-    "Check": "verifying",
+    "Check": "verify",
     "TensorOutcome": "outcomes",
-    "Verification": "verdicts",
-    "count_survivors": "verifying",
+    "Verification": "verify_result",
+    "count_survivors": "verify",
     "execute": "pruning",
-    "make_check": "verifying",
+    "make_check": "verify",
     "cpu_lines": "device",
     "device_text": "device",
     "devices_of_rules": "device",

@@ -16,7 +16,7 @@ from sparseprune.checkpoint import TensorReader
 from sparseprune.engine.dtypes import DTYPES
 from sparseprune.errors import SpecError
 from sparseprune.execution.plan import make_plan
-from sparseprune.execution.verifying import count_survivors, make_check
+from sparseprune.execution.verify import count_survivors, make_check
 from sparseprune.spec import BoundBlock, BoundScope
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from sparseprune.engine.grids import Shape
     from sparseprune.execution.plan import Plan
     from sparseprune.execution.regions import AnyScope
-    from sparseprune.execution.verdicts import TensorVerdict
+    from sparseprune.results.checking import CheckedTensor
     from sparseprune.spec import BoundInstance, Spec
 
     Flags = NDArray[np.bool_]
@@ -132,7 +132,7 @@ class Earlier:
 
     def _verdicts(
         self, checkpoint: Checkpoint, spec: Spec, names: set[tuple[str, str]]
-    ) -> list[TensorVerdict]:
+    ) -> list[CheckedTensor]:
         """What these rules find in these tensors."""
         check = make_check(checkpoint, spec, self.memory, self.workers)
         with TensorReader() as reader:

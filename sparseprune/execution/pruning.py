@@ -93,9 +93,11 @@ def first_pass(job: Planned, tensors: Mapping[str, StoredTensor]) -> Pass:
         from sparseprune.execution.torch_out_of_core import out_of_core  # noqa: PLC0415  (torch)
 
         return out_of_core(task, strategy)
-    from sparseprune.execution.reconstruct import RebuildMatrices  # noqa: PLC0415  (torch)
+    if isinstance(strategy, Rebuild):
+        from sparseprune.execution.reconstruct import RebuildMatrices  # noqa: PLC0415  (torch)
 
-    return RebuildMatrices(task, strategy)
+        return RebuildMatrices(task, strategy)
+    raise TypeError(f"{task.instance.label} is counted, not pruned")
 
 
 def work_bytes(schedule: Schedule, output: Sink) -> tuple[int, int]:

@@ -49,6 +49,11 @@ class Part:
             begin[own], extent[own] = self.begin[common], self.extent[common]
         return Part(tuple(begin), tuple(extent))
 
+    def on_grid(self, units: Shape) -> tuple[slice, ...]:
+        """Where the units of which the part has any place lie on their own grid."""
+        ends = zip(self.begin, self.extent, units, strict=True)
+        return tuple(slice(begin // unit, (begin + size - 1) // unit + 1) for begin, size, unit in ends)
+
     def within(self, outer: Shape) -> Part:
         """The same part, counted from `outer`."""
         return Part(tuple(a - b for a, b in zip(self.begin, outer, strict=True)), self.extent)
@@ -80,8 +85,7 @@ class Region:
     @property
     def blocks(self) -> tuple[slice, ...]:
         """Where the blocks of which the region has a part lie on the leaf's block grid."""
-        ends = zip(self.begin, self.extent, self.leaf.shape, strict=True)
-        return tuple(slice(begin // unit, (begin + size - 1) // unit + 1) for begin, size, unit in ends)
+        return Part(self.begin, self.extent).on_grid(self.leaf.shape)
 
     def runs(self) -> Iterator[Run]:
         """The stored elements of the region, in the order of the storage, neighbours joined."""

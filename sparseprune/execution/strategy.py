@@ -1,14 +1,14 @@
 """Strategies: how a task is worked, chosen in this one place by shape, dtype, score and budget.
 
 Owns the conditions of each strategy and what it costs in memory. A strategy is plain data; the passes that
-follow it are in tiles, two_pass and reconstruct, and those of the torch engine beside them. Reads no data.
+follow it are in tiles, two_pass, reconstruct, nonzero_blocks and the torch_ modules. Reads no data.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from sparseprune.engine.dtypes import DTYPES
 from sparseprune.engine.grids import prod
@@ -145,7 +145,24 @@ class Rebuild:
     passes: int = 1
 
 
-Strategy = Contiguous | Strided | RadixSelect | BlockNorms | TorchInMemory | TorchOutOfCore | Rebuild
+@dataclass(frozen=True, slots=True)
+class CountNonzero:
+    """Blocks that are not zero are counted, in chunks of whole scopes, whole blocks, or elements.
+
+    A chunk has about `limit` elements; of small instances that look alike it has `batch`.
+    """
+
+    kind: Literal["scopes", "blocks", "elements"]
+    limit: int
+    memory: int
+    held: int = 0
+    batch: int = 1
+    passes: int = 1
+
+
+Strategy = (
+    Contiguous | Strided | RadixSelect | BlockNorms | TorchInMemory | TorchOutOfCore | Rebuild | CountNonzero
+)
 
 ORDER = ("contiguous", "strided", "radix_select", "block_norms", "torch_in_memory", "torch_out_of_core")
 """The strategies in the order in which they are tried, the fastest first; the last two always work."""

@@ -100,6 +100,20 @@ class TensorIO:
             done += count
         return Loaded(region, stored, flat, _as_view(flat, region))
 
+    def load_alike(self, region: Region, leaves: Sequence[BoundBlock]) -> Bits:
+        """The region of one leaf, and the same region of others that look alike: (leaves, *extent)."""
+        bits = np.empty((len(leaves), region.numel), dtype=pattern_of(self.tensors[leaves[0].tensor]))
+        runs, size = list(region.runs()), bits.itemsize
+        for leaf, row in zip(leaves, bits.view(np.uint8), strict=True):
+            data, done, shift = memoryview(row.data), 0, leaf.view_offset - region.leaf.view_offset
+            for first, count in runs:
+                part = data[done * size : (done + count) * size]
+                self.reader.read_into(self.tensors[leaf.tensor], (first + shift) * size, part)
+                done += count
+        order = region.storage_order
+        shaped = bits.reshape(len(leaves), *(region.extent[dim] for dim in order))
+        return shaped.transpose(0, *(1 + place for place in sorted(range(len(order)), key=order.__getitem__)))
+
     def load_run(self, stored: StoredTensor, run: Run) -> Bits:
         """Neighbouring elements of a tensor."""
         flat = np.empty(run[1], dtype=pattern_of(stored))

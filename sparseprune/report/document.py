@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from sparseprune.engine.grids import prod
 from sparseprune.engine.sequences import Made
 from sparseprune.errors import printable
 from sparseprune.report.coverage import coverage_totals
 from sparseprune.report.wording import size
-from sparseprune.results.fields import OtherWeights, WrittenBytes
+from sparseprune.results.fields import OtherWeights, WrittenBytes, one_or_all
 from sparseprune.results.pruning import Report, ReportTotals, RuleResult, TensorResult
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from sparseprune.report.coverage import Coverage
     from sparseprune.spec import BoundRule, BoundSpec
 
-Value = TypeVar("Value")
 _NAMED = 4  # files in one line
 # A sum of squares below this has lost digits to the lower end of float64.
 LEAST_ENERGY = 2.0**-960
@@ -156,16 +155,6 @@ def mean(values: Iterable[float | None]) -> float | None:
     """
     known = [value for value in values if value is not None]
     return math.fsum(known) / len(known) if known else None
-
-
-def one_or_all(values: Iterable[Value | None]) -> Value | list[Value | None] | None:
-    """The value that all instances share, else the list of them, instance by instance; None of none.
-
-    >>> one_or_all([2, 2]), one_or_all([2, 4])
-    (2, [2, 4])
-    """
-    listed = list(values)
-    return listed if len(set(listed)) > 1 else next(iter(listed), None)
 
 
 def energy_kept(before: Tally, after: Tally) -> float | None:

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 from sparseprune.engine.grids import Shape, prod
 from sparseprune.report.coverage import coverage_totals
-from sparseprune.report.document import one_or_all, share
+from sparseprune.report.document import share
 from sparseprune.report.removal import config_changes, config_text
 from sparseprune.report.wording import many, percent, shape_text, size
+from sparseprune.results.fields import one_or_all
 from sparseprune.results.plan import (
     Plan,
     PlannedBytes,

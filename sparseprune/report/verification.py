@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING
 from rich.console import Group
 from rich.text import Text
 
-from sparseprune.engine.sequences import Made
 from sparseprune.errors import printable
 from sparseprune.report.coverage import coverage_text, coverage_totals
-from sparseprune.report.document import copies_line, one_or_all, other_weights
+from sparseprune.report.document import copies_line, other_weights
 from sparseprune.report.tables import Column, FittedTable
 from sparseprune.report.wording import each_text, many, place_text
 from sparseprune.results.checking import BrokenScope, CheckedRule, CheckedTensor, Verification, VerifyTotals
@@ -22,8 +21,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from sparseprune.checkpoint import OtherFile
-    from sparseprune.execution.verdicts import RuleVerdict, TensorVerdict
-    from sparseprune.execution.verdicts import Verification as Verdicts
+    from sparseprune.execution.verify_result import Verification as Found
     from sparseprune.report.coverage import Coverage
 
 
@@ -42,7 +40,7 @@ class AskedCheck:
     not_read: Sequence[OtherFile] = ()
 
 
-def make_verification(asked: AskedCheck, found: Verdicts) -> Verification:
+def make_verification(asked: AskedCheck, found: Found) -> Verification:
     """The result of `verify` with a spec."""
     return Verification(
         input=asked.input,
@@ -58,8 +56,8 @@ def make_verification(asked: AskedCheck, found: Verdicts) -> Verification:
             checked=asked.coverage.reached,
             **coverage_totals(asked.coverage),
         ),
-        rules=tuple(_checked_rule(rule) for rule in found.rules),
-        tensors=Made(found.tensors, _checked_tensor),
+        rules=found.rules,
+        tensors=found.tensors,
     )
 
 
@@ -171,44 +169,6 @@ def _broken_row(tensor: CheckedTensor, first: BrokenScope, *, torn: bool) -> lis
         "none so small" if first.allowed is None else f"{first.allowed:,}",
         *([f"{tensor.torn:,}"] if torn else []),
     ]
-
-
-def _checked_rule(rule: RuleVerdict) -> CheckedRule:
-    return CheckedRule(
-        name=rule.name,
-        instances=rule.instances,
-        tensors=rule.tensors,
-        scopes=rule.scopes,
-        blocks_per_scope=one_or_all(rule.blocks_per_scope),
-        nnz=one_or_all(rule.nnz),
-        threshold=one_or_all(rule.threshold),
-        broken=rule.broken,
-        torn=rule.torn,
-        survivors=tuple(sorted(rule.survivors.items())),
-        unchecked=rule.unchecked,
-    )
-
-
-def _checked_tensor(tensor: TensorVerdict) -> CheckedTensor:
-    first = tensor.first
-    return CheckedTensor(
-        name=tensor.name,
-        rule=tensor.rule,
-        scopes=tensor.scopes,
-        nnz=tensor.allowed,
-        threshold=tensor.threshold,
-        broken=tensor.broken,
-        torn=tensor.torn,
-        first=None
-        if first is None
-        else BrokenScope(
-            instance=first.instance,
-            scope=first.scope,
-            element=first.element,
-            nonzero=first.nonzero,
-            allowed=first.allowed,
-        ),
-    )
 
 
 def _allowed(rule: CheckedRule) -> str:

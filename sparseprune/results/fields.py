@@ -4,12 +4,24 @@ Knows no command and no checkpoint. Called by the other modules of this package.
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import cache
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from sparseprune import __version__
+
+Value = TypeVar("Value")
+
+
+def one_or_all(values: Iterable[Value | None]) -> Value | list[Value | None] | None:
+    """The value that all instances share, else the list of them, instance by instance; None of none.
+
+    >>> one_or_all([2, 2]), one_or_all([2, 4])
+    (2, [2, 4])
+    """
+    listed = list(values)
+    return listed if len(set(listed)) > 1 else next(iter(listed), None)
 
 
 class Doc:

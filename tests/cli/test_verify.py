@@ -151,7 +151,9 @@ def test_a_rule_that_cannot_be_checked_is_told_and_does_not_fail(tmp_path: Path)
     assert said.out.splitlines()[1].split()[-2:] == ["not", "checked"]
     left_out = "0.00% of the layers' matrices; not reached: 16 parameters of *.up.weight"
     assert said.out.splitlines()[2] == f"checked 0 of 16 parameters, {left_out}"
-    assert said.out.splitlines()[3].startswith("scope.proj is not checked: a soft threshold leaves")
+    assert said.out.splitlines()[3].startswith(
+        "scope.proj is not checked: a survivor of a soft threshold may have any size"
+    )
     assert said.err == f"sparseprune: warning: the check reaches only {left_out}\n"
 
 

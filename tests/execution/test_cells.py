@@ -95,6 +95,28 @@ def test_no_fewer_parts_along_the_dimension_that_is_cut_would_do(
             assert larger > limit
 
 
+@st.composite
+def grids_of_units(draw: st.DrawFn) -> tuple[Shape, Shape, list[int]]:
+    units = tuple(draw(st.lists(st.integers(1, 5), max_size=4)))
+    whole = tuple(unit * draw(st.integers(0, 4)) for unit in units)
+    return whole, units, draw(st.permutations(range(len(units))))
+
+
+@given(grids_of_units(), st.integers(-1, 300))
+def test_parts_cut_by_units_never_cross_the_end_of_a_unit(
+    case: tuple[Shape, Shape, list[int]], places: int
+) -> None:
+    whole, units, dims = case
+    parts = list(cut(whole_part(whole), dims, places, units))
+    assert_partition(parts, whole_part(whole))
+    assert all(part.numel <= max(1, places) for part in parts)
+    for part in parts:
+        for begin, size, unit in zip(part.begin, part.extent, units, strict=True):
+            assert size % unit == begin % unit == 0 or begin // unit == (begin + size - 1) // unit
+        sizes = [place.stop - place.start for place in part.on_grid(units)]
+        assert sizes == [size // unit or 1 for size, unit in zip(part.extent, units, strict=True)]
+
+
 @pytest.mark.parametrize("extent", [(0,), (0, 3), (3, 0), (2, 0, 2)])
 def test_an_empty_part_has_no_parts(extent: Shape) -> None:
     assert list(cut(whole_part(extent), range(len(extent)), 4)) == []

@@ -10,10 +10,10 @@ import jsonschema
 import pytest
 from rich.console import Console
 
-from sparseprune.execution.verdicts import BrokenScope, RuleVerdict, TensorVerdict
-from sparseprune.execution.verdicts import Verification as Verdicts
+from sparseprune.execution.verify_result import Verification as Found
 from sparseprune.report.coverage import Coverage
 from sparseprune.report.verification import AskedCheck, broken_line, failures, make_verification, verify_table
+from sparseprune.results.checking import BrokenScope, CheckedRule, CheckedTensor
 from sparseprune.results.fields import Uncovered
 from tests.samples import as_data, schema
 
@@ -30,44 +30,57 @@ ASKED = AskedCheck("ckpt", "spec.toml", {"n": "2"}, COVERED)
 
 
 def place_of(nonzero: int = 3, allowed: int | None = 2) -> BrokenScope:
-    return BrokenScope("proj[layer=0]", (0, 3), (0, 12), nonzero, allowed)
+    return BrokenScope(
+        instance="proj[layer=0]", scope=(0, 3), element=(0, 12), nonzero=nonzero, allowed=allowed
+    )
 
 
-def tensor_of(name: str = "a.weight", rule: str = "scope.proj", **facts: Any) -> TensorVerdict:
+def tensor_of(name: str = "a.weight", rule: str = "scope.proj", **facts: Any) -> CheckedTensor:
     known: dict[str, Any] = {
         "scopes": 3072,
         "broken": 12,
         "torn": 0,
-        "allowed": 2,
+        "nnz": 2,
         "threshold": None,
         "first": place_of(),
     }
-    return TensorVerdict(name, rule, **known | facts)
+    return CheckedTensor(name=name, rule=rule, **known | facts)
 
 
-def rule_of(name: str = "scope.proj", **facts: Any) -> RuleVerdict:
+def rule_of(name: str = "scope.proj", **facts: Any) -> CheckedRule:
     known: dict[str, Any] = {
         "instances": 2,
         "tensors": 2,
         "scopes": 6144,
-        "blocks_per_scope": (4, 4),
-        "nnz": (2, 2),
-        "threshold": (None, None),
+        "blocks_per_scope": 4,
+        "nnz": 2,
+        "threshold": None,
         "broken": 12,
         "torn": 0,
-        "survivors": {3: 12, 0: 2, 2: 6130},
+        "survivors": ((0, 2), (2, 6130), (3, 12)),
         "unchecked": None,
     }
-    return RuleVerdict(name, **known | facts)
+    return CheckedRule(name=name, **known | facts)
 
 
 FINE = tensor_of("b.weight", broken=0, first=None)
-UNDER_THRESHOLD = tensor_of(allowed=None, threshold=0.5, first=place_of(1, None))
-SOFT = RuleVerdict("scope.soft", 1, 3, 0, (1,), (None,), (0.25,), 0, 0, {}, "nothing can be told")
+UNDER_THRESHOLD = tensor_of(nnz=None, threshold=0.5, first=place_of(1, None))
+SOFT = rule_of(
+    "scope.soft",
+    instances=1,
+    tensors=3,
+    scopes=0,
+    blocks_per_scope=1,
+    nnz=None,
+    threshold=0.25,
+    broken=0,
+    survivors=(),
+    unchecked="nothing can be told",
+)
 
 
-def found_of(*tensors: TensorVerdict, rules: Sequence[RuleVerdict] = (rule_of(),)) -> Verification:
-    return make_verification(ASKED, Verdicts(tuple(rules), tensors))
+def found_of(*tensors: CheckedTensor, rules: Sequence[CheckedRule] = (rule_of(),)) -> Verification:
+    return make_verification(ASKED, Found(tuple(rules), tensors))
 
 
 def printed(found: Verification, width: int = 200) -> list[str]:
@@ -105,13 +118,11 @@ def test_the_json_says_all_that_was_found_as_its_schema_has_it() -> None:
     assert (other["name"], other["broken"], other["first"]) == ("b.weight", 0, None)
 
 
-@pytest.mark.parametrize(
-    "rule", [SOFT, rule_of(nnz=(2, 3), blocks_per_scope=(4, 8)), rule_of(nnz=(), threshold=())]
-)
-def test_every_kind_of_rule_fits_the_schema(rule: RuleVerdict) -> None:
+@pytest.mark.parametrize("rule", [SOFT, rule_of(nnz=(2, 3), blocks_per_scope=(4, 8)), rule_of(nnz=None)])
+def test_every_kind_of_rule_fits_the_schema(rule: CheckedRule) -> None:
     document = as_data(found_of(UNDER_THRESHOLD, rules=[rule]))
     jsonschema.validate(document, schema("verify"))
-    assert document["rules"][0]["nnz"] == (None if rule.nnz in {(None,), ()} else [2, 3])
+    assert document["rules"][0]["nnz"] == (None if rule.nnz is None else [2, 3])
 
 
 def test_a_document_with_more_than_the_schema_has_is_refused() -> None:
@@ -133,13 +144,13 @@ FAILING = [
         f"the first {AT} has 3",
     ),
     (
-        tensor_of(broken=1, scopes=1, allowed=1, torn=1),
+        tensor_of(broken=1, scopes=1, nnz=1, torn=1),
         "1 of 1 scope of scope.proj holds more than 1 non-zero block",
         f"the first {AT} has 3",
         "1 fused block is not zero here but zero in another tensor",
     ),
     (
-        tensor_of(allowed=None, torn=5),
+        tensor_of(nnz=None, torn=5),
         "12 of 3,072 scopes of scope.proj hold too many non-zero blocks",
         f"the first {AT} has 3 where 2 may be",
         "5 fused blocks are not zero here but zero in another tensor",
@@ -158,7 +169,7 @@ FAILING = [
 
 
 @pytest.mark.parametrize(("tensor", "facts"), [(tensor, facts) for tensor, *facts in FAILING])
-def test_each_tensor_that_fails_has_one_line(tensor: TensorVerdict, facts: list[str]) -> None:
+def test_each_tensor_that_fails_has_one_line(tensor: CheckedTensor, facts: list[str]) -> None:
     found = found_of(tensor, tensor_of("fine", broken=0, first=None))
     assert failures(found) == [f"a.weight: {'; '.join(facts)}"]
 

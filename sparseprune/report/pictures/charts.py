@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -16,13 +17,14 @@ from sparseprune.report.pictures.canvas import axes_at
 from sparseprune.report.tables import shortened
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping
 
     from matplotlib.axes import Axes
     from matplotlib.cm import ScalarMappable
     from matplotlib.figure import Figure
 
     from sparseprune.report.pictures.overview import Fact
+    from sparseprune.results.fields import EachCount
     from sparseprune.results.measuring import ComparedTensor, InspectedTensor
 
     Entry = InspectedTensor | ComparedTensor
@@ -301,7 +303,7 @@ class Survivors:
     """Of a rule: the budgets of its instances; pairs of a number of non-zero blocks and scopes with it."""
 
     rule: str
-    nnz: Sequence[int | None]
+    nnz: EachCount
     histogram: Sequence[tuple[int, int]]
 
 
@@ -333,9 +335,10 @@ def binned(histogram: Sequence[Sequence[int]], bins: int = _BINS) -> Bins:
     return Bins(tuple(first + step * at for at in range(number + 1)), tuple(counts))
 
 
-def budgets_of(nnz: Iterable[int | None]) -> tuple[int, ...]:
+def budgets_of(nnz: EachCount) -> tuple[int, ...]:
     """The budgets of the instances of a rule, each once, sorted."""
-    return tuple(sorted({one for one in nnz if one is not None}))
+    each = nnz if isinstance(nnz, Sequence) else (nnz,)
+    return tuple(sorted({one for one in each if one is not None}))
 
 
 def histograms(figure: Figure, top: float, survivors: Sequence[Survivors]) -> list[Axes]:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from sparseprune.report.pictures.charts import Grid, Survivors
+    from sparseprune.results.fields import EachCount
     from sparseprune.results.measuring import (
         ComparedTensor,
         CompareTotals,
@@ -223,5 +224,5 @@ def _survivors(survivors: Sequence[Survivors]) -> Picture:
     return Picture(fitted(figure), caption, (numbers,))
 
 
-def _budget_text(nnz: Sequence[int | None]) -> str:
+def _budget_text(nnz: EachCount) -> str:
     return " ".join(f"{budget:,}" for budget in budgets_of(nnz)) or "-"

@@ -1,4 +1,4 @@
-"""Verifying: what is counted is what plain loops over blocks count, by every way, cut and number of jobs."""
+"""Verify: what it counts is what plain loops over blocks count, by every strategy, cut and number of jobs."""
 
 from __future__ import annotations
 
@@ -11,22 +11,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from sparseprune import load_masks
 from sparseprune.checkpoint import TensorReader, lay_out, open_checkpoint
 from sparseprune.engine.dtypes import DTYPES
 from sparseprune.errors import SparsepruneError, SparsityError, SpecError
-from sparseprune.execution import count_survivors, make_check, surviving
+from sparseprune.execution import count_survivors, make_check, nonzero_blocks
 from sparseprune.execution.limits import Limits
-from sparseprune.execution.occupied import coarser
-from sparseprune.execution.regions import cut, leaves_of, members_of, whole_part
+from sparseprune.execution.nonzero_blocks import count_strategy, reads_of
+from sparseprune.execution.plan import task_bytes
+from sparseprune.execution.regions import leaves_of, members_of
+from sparseprune.execution.strategy import CountNonzero
 from sparseprune.spec import BoundScope, parse_spec
 from tests import oracle
 from tests.execution.structures import CASES, FLOATS, INTEGERS, one
-from tests.execution.test_cells import assert_partition
 from tests.limits import AMPLE, force, narrow
 from tests.samples import run
 
@@ -36,14 +35,15 @@ if TYPE_CHECKING:
 
     from sparseprune.execution import Check, Verification
     from sparseprune.execution.regions import AnyScope
+    from sparseprune.execution.schedule import Job
     from sparseprune.spec import BoundBlock, BoundInstance
 
     Index = tuple[int, ...]
 
-KINDS = ("cells", "tiles", "chunks")
+KINDS = ("scopes", "blocks", "elements")
 CUTS = ((1, 1), (7, 3), (60, 1), (1 << 20, 3))
 """How many elements are counted at one time, by how many jobs."""
-RECIPES = ("contiguous", "strided", "block_norms", "torch_in_memory")
+STRATEGIES = ("contiguous", "strided", "block_norms", "torch_in_memory")
 
 
 # -- the oracle: plain loops over the blocks of every scope -----------------------------------------
@@ -201,15 +201,16 @@ def checked(path: Path, spec: str, jobs: int = 2) -> tuple[Check, Verification]:
 
 
 def only(monkeypatch: pytest.MonkeyPatch, kind: str, limit: int) -> None:
-    """One way of counting alone, with about so many elements at one time."""
-    ways = surviving._open_ways
+    """One strategy of counting alone, with about so many elements at one time."""
+    strategies = nonzero_blocks.count_strategies
 
-    def one_way(scope: AnyScope, tensors: Any, limits: Any) -> Iterator[surviving.Way]:
-        for way in ways(scope, tensors, limits):
-            if way.kind == kind:
-                yield surviving.Way(way.kind, limit, way.memory, way.held)
+    def one_strategy(scope: AnyScope, tensors: Any, limits: Any) -> Iterator[CountNonzero]:
+        for strategy in strategies(scope, tensors, limits):
+            if strategy.kind == kind:
+                batch = nonzero_blocks.batch_of(scope, limit) if kind == "scopes" else 1
+                yield replace(strategy, limit=limit, batch=batch)
 
-    monkeypatch.setattr(surviving, "_open_ways", one_way)
+    monkeypatch.setattr(nonzero_blocks, "count_strategies", one_strategy)
 
 
 def versions(folder: Path, name: str, dtype: torch.dtype) -> Iterator[tuple[Path, Path]]:
@@ -244,7 +245,7 @@ def by_hand(path: Path, masks: Path, spec: Path, check: Check) -> dict[str, Any]
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_counts_are_those_of_plain_loops_by_every_way_cut_and_number_of_jobs(
+def test_counts_are_those_of_plain_loops_by_every_strategy_cut_and_number_of_jobs(
     tmp_path: Path, name: str
 ) -> None:
     spec = CASES[name][0]
@@ -261,16 +262,16 @@ def test_counts_are_those_of_plain_loops_by_every_way_cut_and_number_of_jobs(
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if "threshold" in CASES[name][0]])
-def test_what_a_threshold_would_drop_is_found_by_every_way_and_cut(tmp_path: Path, name: str) -> None:
+def test_what_a_threshold_would_drop_is_found_by_every_strategy_and_cut(tmp_path: Path, name: str) -> None:
     spec = CASES[name][0]
     for path, masks in versions(tmp_path, name, torch.bfloat16):
         check, _ = checked(path, spec)
         wanted = by_hand(path, masks, tmp_path / "spec.toml", check)
-        for recipe, (slab, tile, jobs) in product(RECIPES, [(64, 16, 3), (1, 1, 1)]):
+        for strategy, (slab, tile, jobs) in product(STRATEGIES, [(64, 16, 3), (1, 1, 1)]):
             with pytest.MonkeyPatch.context() as patch:
                 narrow(patch, slab, tile)
-                force(patch, recipe)
-                assert facts(checked(path, spec, jobs)[1]) == wanted, (path.name, recipe, slab)
+                force(patch, strategy)
+                assert facts(checked(path, spec, jobs)[1]) == wanted, (path.name, strategy, slab)
 
 
 @pytest.mark.parametrize("name", ["2:4", "whole rows", "blocks along rows", "channels", "fused columns"])
@@ -306,7 +307,7 @@ def test_zero_of_either_sign_is_zero_and_nan_and_infinity_are_not(tmp_path: Path
     nan, inf = math.nan, math.inf
     rows = torch.tensor([[0.0, -0.0, 1, 2], [nan, nan, 0, 0], [nan, -inf, 1, 0], [-0.0] * 4])
     (rule,) = verified(tmp_path, TWO_OF_FOUR, a=rows).rules
-    assert (rule.scopes, rule.broken, rule.survivors) == (4, 1, {0: 1, 2: 2, 3: 1})
+    assert (rule.scopes, rule.broken, rule.survivors) == (4, 1, ((0, 1), (2, 2), (3, 1)))
 
 
 @pytest.mark.parametrize(("nnz", "broken"), [(0, 2), (1, 1), (3, 1), (4, 0)])
@@ -315,7 +316,7 @@ def test_as_many_blocks_as_are_allowed_may_survive(tmp_path: Path, nnz: int, bro
     verification = verified(tmp_path, one("[1, 1]", "[1, 4]", f"nnz = {nnz}"), a=rows)
     assert verification.rules[0].broken == broken
     (tensor,) = verification.tensors
-    assert (tensor.allowed, tensor.broken, tensor.first is None) == (nnz, broken, broken == 0)
+    assert (tensor.nnz, tensor.broken, tensor.first is None) == (nnz, broken, broken == 0)
 
 
 def test_the_first_broken_scope_is_told_by_its_place_its_element_and_its_blocks(tmp_path: Path) -> None:
@@ -341,7 +342,7 @@ def test_what_is_lost_in_one_member_of_a_coupling_is_torn_there_and_nowhere_else
     save_file(pruned, tmp_path / "p.safetensors")
     _, verification = checked(tmp_path / "p.safetensors", spec)
     (rule,) = verification.rules
-    assert (rule.broken, rule.torn, rule.survivors) == (1, 2, {7: 1, 9: 1})
+    assert (rule.broken, rule.torn, rule.survivors) == (1, 2, ((7, 1), (9, 1)))
     torn = {tensor.name: (tensor.broken, tensor.torn) for tensor in verification.tensors}
     healthy = dict.fromkeys(("0.up", "0.down", "0.bias"), (0, 0))
     assert torn == healthy | {"1.up": (1, 0), "1.down": (1, 2), "1.bias": (1, 0)}
@@ -352,7 +353,11 @@ def test_empty_tensors_and_scalars_have_the_scopes_that_they_have(tmp_path: Path
     verification = verified(tmp_path, spec, a=torch.tensor(3.0), b=torch.zeros(0, 4), c=torch.tensor(-0.0))
     found = {tensor.name[0]: (tensor.scopes, tensor.broken) for tensor in verification.tensors}
     check, _ = checked(tmp_path / "m.safetensors", spec)
-    scopes = {count.instance.label[-2]: math.prod(count.scope.grid_shape) for count in check.counts}
+    scopes = {
+        task.instance.label[-2]: math.prod(task.instance.scope.grid_shape)
+        for job in check.jobs
+        for task in job.tasks
+    }
     assert found == {"a": (1, 1), "b": (scopes["b"], 0), "c": (1, 0)}
     (first,) = (tensor.first for tensor in verification.tensors if tensor.first)
     assert (first.scope, first.element, first.nonzero) == ((), (), 1)
@@ -361,10 +366,10 @@ def test_empty_tensors_and_scalars_have_the_scopes_that_they_have(tmp_path: Path
 def test_a_soft_threshold_is_not_checked_and_says_why(tmp_path: Path) -> None:
     verification = verified(tmp_path, CASES["soft"][0], a=torch.ones(8, 8))
     (rule,) = verification.rules
-    assert (rule.instances, rule.tensors, rule.scopes, rule.broken, rule.survivors) == (1, 1, 0, 0, {})
+    assert (rule.instances, rule.tensors, rule.scopes, rule.broken, rule.survivors) == (1, 1, 0, 0, ())
     assert rule.unchecked is not None
-    assert rule.unchecked.startswith("a soft threshold leaves survivors of any size")
-    assert verification.tensors == ()
+    assert rule.unchecked == "a survivor of a soft threshold may have any size"
+    assert list(verification.tensors) == []
 
 
 def test_a_soft_budget_is_checked_as_a_hard_one(tmp_path: Path) -> None:
@@ -394,7 +399,7 @@ def test_a_threshold_asks_the_scores_of_the_file(tmp_path: Path) -> None:
         "gone.safetensors", str(tmp_path / "scores.safetensors")
     )
     verification = verified(tmp_path, spec, a=torch.tensor([[1.0, 1, 0, 0]]))
-    assert (verification.rules[0].broken, verification.rules[0].survivors) == (1, {0: 2, 1: 2})
+    assert (verification.rules[0].broken, verification.rules[0].survivors) == (1, ((0, 2), (1, 2)))
     first = verification.tensors[0].first
     assert first is not None
     assert (first.element, first.nonzero, first.allowed) == ((0, 0), 1, None)
@@ -449,31 +454,36 @@ nnz = 1
 @pytest.mark.parametrize(
     ("spec", "kind"),
     [
-        (TWO_OF_FOUR, "cells"),
-        (one("[1, 1]", "[4, 1]", "nnz = 2"), "cells"),
-        (one("[1, 1]", "[1, -1]", "nnz = 2"), "cells"),
-        (one("[1, 1]", "[-1, 1]", "nnz = 2"), "tiles"),
-        (one("[1, 1]", "[-1, -1]", "nnz = 2"), "tiles"),
-        (one("[16, 16]", "[-1, -1]", "nnz = 2"), "tiles"),
-        (one("[1, -1]", "[8, 1]", "nnz = 2"), "cells"),
-        (one("[-1, 1]", "[1, 4]", "nnz = 2"), "chunks"),
-        (one("[-1, -1]", "[1, 1]", "nnz = 0"), "chunks"),
+        (TWO_OF_FOUR, "scopes"),
+        (one("[1, 1]", "[4, 1]", "nnz = 2"), "scopes"),
+        (one("[1, 1]", "[1, -1]", "nnz = 2"), "scopes"),
+        (one("[1, 1]", "[-1, 1]", "nnz = 2"), "blocks"),
+        (one("[1, 1]", "[-1, -1]", "nnz = 2"), "blocks"),
+        (one("[16, 16]", "[-1, -1]", "nnz = 2"), "blocks"),
+        (one("[1, -1]", "[8, 1]", "nnz = 2"), "scopes"),
+        (one("[-1, 1]", "[1, 4]", "nnz = 2"), "elements"),
+        (one("[-1, -1]", "[1, 1]", "nnz = 0"), "elements"),
     ],
 )
 def test_what_is_read_lies_together(tmp_path: Path, spec: str, kind: str) -> None:
     check = make_check(open_checkpoint(headers(tmp_path / "in", *LARGE)), parse_spec(spec), AMPLE, 2)
-    assert {count.way.kind for count in check.counts} == {kind}
     tensors = check.plan.checkpoint.tensors
-    for count in check.counts:
-        reads = surviving._reads(count.scope, count.way)
-        nbytes = surviving.leaf_bytes(count.scope.leaves, tensors)
-        assert nbytes / reads >= 4096
+    for job in check.jobs:
+        strategy = counting(job)
+        assert strategy.kind == kind
+        for task in job.tasks:
+            assert task_bytes(task, tensors) / reads_of(task.instance.scope, strategy) >= 4096
+
+
+def counting(job: Job) -> CountNonzero:
+    assert isinstance(job.strategy, CountNonzero)
+    return job.strategy
 
 
 def test_columns_of_one_matrix_are_not_read_one_by_one_beside_the_rows_of_another(tmp_path: Path) -> None:
     shapes = (("0.up", "BF16", (8192, 2048)), ("0.down", "BF16", (2048, 8192)), ("0.bias", "BF16", (8192,)))
     check = make_check(open_checkpoint(headers(tmp_path / "in", *shapes)), parse_spec(CHANNELS), AMPLE, 2)
-    assert [count.way.kind for count in check.counts] == ["chunks"]
+    assert [counting(job).kind for job in check.jobs] == ["elements"]
 
 
 @pytest.mark.parametrize("memory", [1 << 30, 256 << 20, 120 << 20])
@@ -487,8 +497,8 @@ def test_memory_is_kept_to_whatever_the_structure(tmp_path: Path, name: str, mem
     ]
     asked = parse_spec(spec.replace("threshold = ", "nnz = 0 #"))
     check = make_check(open_checkpoint(headers(tmp_path / "in", *shapes)), asked, memory, jobs)
-    for count in check.counts:
-        assert count.way.memory + count.way.held <= check.limits.memory
+    for job in check.jobs:
+        assert job.strategy.memory + job.strategy.held <= check.limits.memory
     assert check.peak_bytes <= memory
 
 
@@ -498,35 +508,102 @@ def test_too_little_memory_is_refused(tmp_path: Path) -> None:
         make_check(open_checkpoint(tmp_path / "m.safetensors"), parse_spec(TWO_OF_FOUR), 1000, 1)
 
 
-def test_scopes_for_which_no_way_is_left_are_refused(tmp_path: Path) -> None:
+def test_scopes_for_which_no_strategy_is_left_are_refused(tmp_path: Path) -> None:
     shapes = [(f"0.{name}", "BF16", (512, 512)) for name in ("up", "down")]
     spec = parse_spec(FUSED_ELEMENTS)
     check = make_check(open_checkpoint(headers(tmp_path / "in", *shapes)), spec, AMPLE, 1)
-    (count,) = check.counts
+    (job,) = check.jobs
     wanted = (
         r"elements\[layer=0\]: 512 scopes of 1024 elements in 2 parts cannot be counted in 9000 bytes; give"
     )
     with pytest.raises(SparsepruneError, match=wanted):
-        surviving.way_of(count.scope, check.plan.checkpoint.tensors, Limits(9000))
+        count_strategy(job.task.instance.scope, check.plan.checkpoint.tensors, Limits(9000))
 
 
-@st.composite
-def grids(draw: st.DrawFn) -> tuple[Index, Index, list[int]]:
-    units = tuple(draw(st.lists(st.integers(1, 5), max_size=4)))
-    whole = tuple(unit * draw(st.integers(0, 4)) for unit in units)
-    return whole, units, draw(st.permutations(range(len(units))))
+# -- batches: small tensors that look alike are counted together --------------------------------------
+
+EXPERTS = 40
+EXPERTS_2_OF_4 = TWO_OF_FOUR.replace("{name}.weight", "{expert}.{name}")
+EXPERTS_CHANNELS = """
+version = 1
+[block.up]
+tensors = "{expert}.up"
+shape = [1, -1]
+[block.down]
+tensors = "{expert}.down"
+shape = [-1, 1]
+[block_coupling.channel]
+blocks = ["up", "down"]
+orders = [[0, 1], [1, 0]]
+[scope.channels]
+block = "channel"
+shape = [-1, -1]
+nnz = "expert + 2"
+"""
 
 
-@given(grids(), st.integers(-1, 300))
-def test_aligned_parts_are_a_partition_and_never_cross_the_end_of_a_unit(
-    case: tuple[Index, Index, list[int]], places: int
+def experts(rows: int, columns: int) -> dict[str, torch.Tensor]:
+    return {
+        f"{expert}.{name}": torch.zeros(size, dtype=torch.bfloat16)
+        for expert in range(EXPERTS)
+        for name, size in (("up", (rows, columns)), ("down", (columns, rows)))
+    }
+
+
+def checked_tensors(folder: Path, tensors: dict[str, torch.Tensor], spec: str) -> tuple[Check, Verification]:
+    save_file(tensors, folder / "m.safetensors")
+    return checked(folder / "m.safetensors", spec)
+
+
+def test_a_few_batches_have_all_experts_and_each_is_told_for_itself(tmp_path: Path) -> None:
+    tensors = experts(8, 12)
+    tensors["7.up"][3, 4:7] = 1
+    tensors["31.down"][2, 0:4] = 1
+    tensors["31.down"][11, 4:8] = 1
+    check, verification = checked_tensors(tmp_path, tensors, EXPERTS_2_OF_4)
+    assert [len(job.tasks) for job in check.jobs] == [EXPERTS, EXPERTS]  # one for each of the two shapes
+    (rule,) = verification.rules
+    assert (rule.scopes, rule.broken) == (2 * EXPERTS * 24, 3)
+    assert rule.survivors == ((0, 2 * EXPERTS * 24 - 3), (3, 1), (4, 2))
+    broken = {tensor.name: tensor for tensor in verification.tensors if tensor.broken}
+    assert {name: tensor.broken for name, tensor in broken.items()} == {"7.up": 1, "31.down": 2}
+    first = broken["31.down"].first
+    assert first is not None
+    assert (first.instance, first.scope, first.element) == ("all[expert=31,name=down]", (2, 0), (2, 0))
+
+
+def test_instances_with_unlike_budgets_are_not_mixed(tmp_path: Path) -> None:
+    tensors = experts(4 + EXPERTS, 3)
+    for expert in range(EXPERTS):
+        tensors[f"{expert}.up"][: expert + 2] = 1  # as many channels as this expert may keep
+        tensors[f"{expert}.down"][:, : expert + 2] = 1
+    assert checked_tensors(tmp_path, tensors, EXPERTS_CHANNELS)[1].rules[0].broken == 0
+    tensors["20.up"][:] = 1
+    _, verification = checked_tensors(tmp_path, tensors, EXPERTS_CHANNELS)
+    broken = {tensor.name: (tensor.broken, tensor.torn) for tensor in verification.tensors if tensor.broken}
+    assert broken == {"20.up": (1, EXPERTS + 4 - 22), "20.down": (1, 0)}
+
+
+@pytest.mark.parametrize("spec", [EXPERTS_2_OF_4, EXPERTS_CHANNELS], ids=["2:4", "channels"])
+def test_what_is_told_is_what_each_instance_alone_would_tell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spec: str
 ) -> None:
-    whole, units, dims = case
-    parts = list(cut(whole_part(whole), dims, places, units))
-    assert_partition(parts, whole_part(whole))
-    assert all(part.numel <= max(1, places) for part in parts)
-    for part in parts:
-        for begin, size, unit in zip(part.begin, part.extent, units, strict=True):
-            assert size % unit == begin % unit == 0 or begin // unit == (begin + size - 1) // unit
-        sizes = [cut.stop - cut.start for cut in coarser(part, units)]
-        assert sizes == [size // unit or 1 for size, unit in zip(part.extent, units, strict=True)]
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        name: (torch.rand(tensor.shape, generator=generator) < 0.45).to(torch.bfloat16)
+        for name, tensor in experts(4 + EXPERTS, 8).items()
+    }
+    together = checked_tensors(tmp_path, tensors, spec)[1]
+    assert sum(rule.broken for rule in together.rules) > 0
+    monkeypatch.setattr(nonzero_blocks, "batch_of", lambda *_: 1)
+    check, alone = checked_tensors(tmp_path, tensors, spec)
+    assert all(len(job.tasks) == 1 for job in check.jobs)
+    assert alone == together
+
+
+def test_tensors_that_fill_a_chunk_are_not_batched(tmp_path: Path) -> None:
+    check, _ = checked_tensors(tmp_path, experts(8, 12), EXPERTS_2_OF_4)
+    strategy, scope = counting(check.jobs[0]), check.jobs[0].task.instance.scope
+    assert strategy.batch == strategy.limit // 96 > EXPERTS
+    for limit, wanted in ((8 * 96, 8), (8 * 96 - 1, 1), (95, 1)):
+        assert nonzero_blocks.batch_of(scope, limit) == wanted

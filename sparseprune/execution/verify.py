@@ -1,0 +1,281 @@
+"""Verify: whether a checkpoint is as sparse as a spec says, scope by scope; nothing is written.
+
+Owns what is checked of a rule, and the search for blocks below a threshold, by the passes that prune: scores
+are those of a run, bit for bit. Counting is the part of nonzero_blocks. Called by the command line.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sparseprune.engine.dtypes import DTYPES
+from sparseprune.engine.kernels.occupancy import any_in, nonzero
+from sparseprune.execution.limits import limits_of
+from sparseprune.execution.nonzero_blocks import First, Found, count_pass, count_strategy, joined
+from sparseprune.execution.passes import Decision, Pass
+from sparseprune.execution.plan import Task, make_plan
+from sparseprune.execution.pruning import first_pass
+from sparseprune.execution.regions import alone, flat_leaf, leaves_of, members_of
+from sparseprune.execution.runner import Job as RunnerJob
+from sparseprune.execution.runner import read_through
+from sparseprune.execution.schedule import Job, Schedule, make_schedule, resident_of
+from sparseprune.execution.strategy import BlockNorms, CountNonzero
+from sparseprune.execution.tensor_io import TensorIO
+from sparseprune.execution.verify_result import verification_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from sparseprune.checkpoint import Checkpoint, Source, StoredTensor
+    from sparseprune.engine.grids import Shape
+    from sparseprune.engine.kernels.occupancy import ByteFlags
+    from sparseprune.execution.limits import Limits
+    from sparseprune.execution.passes import Chunk
+    from sparseprune.execution.plan import Plan
+    from sparseprune.execution.regions import AnyBlock, Region
+    from sparseprune.execution.tensor_io import Loaded, Mask
+    from sparseprune.execution.verify_result import Verification
+    from sparseprune.spec import BoundBlock, BoundInstance, BoundSpec, Spec
+
+
+@dataclass(frozen=True, slots=True)
+class Check(Schedule):
+    """All that has to be counted, and under a threshold scored, to check a plan."""
+
+    @property
+    def bound(self) -> BoundSpec:
+        """The rules that are checked."""
+        names = {task.rule for job in self.jobs for task in job.tasks}
+        bound = self.plan.bound
+        return replace(bound, rules=tuple(rule for rule in bound.rules if rule.name in names))
+
+
+def make_check(checkpoint: Checkpoint, spec: Spec, memory: int, workers: int) -> Check:
+    """Bind a spec to the headers of a checkpoint, and find how each of its rules is checked.
+
+    Files of scores are looked for only where a threshold needs them: they may be gone otherwise.
+
+    Raises:
+        SpecError: the spec does not fit the checkpoint, with every problem at once.
+        SparsepruneError: the memory is too little.
+    """
+    plan = make_plan(checkpoint, spec, _is_scored)
+    # What is found of a tensor takes about as much as what is known of its mask when it is pruned.
+    limits = limits_of(memory, uses_torch=False, resident=resident_of(plan, masks=True))
+    alike = [
+        [Task(rule.name, instance) for instance in instances]
+        for rule in plan.bound.rules
+        for instances in rule.forms().values()
+        if instances[0].budget.nnz is not None
+    ]
+    scoring: tuple[Job, ...] = ()
+    if any(_is_scored(instance) for _, instance in plan.bound.instances()):
+        units = [
+            replace(unit, tasks=tuple(task for task in unit.tasks if _is_scored(task.instance)))
+            for unit in plan.units
+        ]
+        scored = replace(plan, units=tuple(unit for unit in units if unit.tasks))
+        schedule = make_schedule(scored, memory, workers)
+        scoring, limits = schedule.jobs, schedule.limits
+        alike += [
+            [
+                replace(task, instance=replace(task.instance, scope=alone(task.instance.scope)))
+                for task in job.tasks
+            ]
+            for job in scoring
+        ]
+    place = _places(plan)
+    counting = [job for tasks in alike for job in _counting_jobs(tasks, checkpoint.tensors, limits)]
+    counting.sort(key=lambda job: place[job.task.rule, job.task.instance.label])
+    return Check(plan, limits, workers, (*counting, *scoring), ())
+
+
+def count_survivors(check: Check, reader: Source, progress: Callable[[int, str], None]) -> Verification:
+    """How many blocks of each scope are not zero, and which scopes break the spec.
+
+    The same for any number of workers. `progress` gets, from any thread, bytes that were read and of what.
+
+    Raises:
+        SparsityError: NaN where a threshold asks for a score.
+    """
+    io = TensorIO(reader, tensors=check.plan.checkpoint.tensors, passed=progress)
+    results = read_through(check_jobs(check), io, check.crowd, progress)
+    found = [
+        pair for order, job in enumerate(check.jobs) for pair in zip(job.tasks, results[order], strict=True)
+    ]
+    place = _places(check.plan)
+    found.sort(key=lambda pair: place[pair[0].rule, pair[0].instance.label])
+    return verification_of(check.plan, found)
+
+
+def check_jobs(check: Check) -> Iterator[RunnerJob]:
+    """The jobs of a check for a runner; each gives a Found for each of its tasks."""
+    for order, job in enumerate(check.jobs):
+        yield RunnerJob(
+            order, job.key, job.task.instance.label, _first_pass(job, check.plan), job.strategy.held
+        )
+
+
+def _counting_jobs(
+    alike: Sequence[Task], tensors: Mapping[str, StoredTensor], limits: Limits
+) -> Iterator[Job]:
+    """Jobs that count the non-zero blocks of tasks of one form; of small ones several are one job."""
+    strategy = count_strategy(alike[0].instance.scope, tensors, limits)
+    for begin in range(0, len(alike), strategy.batch):
+        tasks = tuple(alike[begin : begin + strategy.batch])
+        yield Job(f"count {tasks[0].instance.label}", tasks, strategy)
+
+
+def _first_pass(job: Job, plan: Plan) -> Pass:
+    """What counts blocks that are not zero, or looks for those below a threshold."""
+    if isinstance(job.strategy, CountNonzero):
+        scope, nnz = job.task.instance.scope, job.task.instance.budget.nnz
+        allowed = scope.blocks_per_scope if nnz is None else nnz
+        return count_pass(tuple(task.instance.scope for task in job.tasks), allowed, job.strategy)
+    pruning = first_pass(job, plan.checkpoint.tensors)
+    return BelowThreshold(job.tasks, pruning, whole=not isinstance(job.strategy, BlockNorms))
+
+
+def _places(plan: Plan) -> dict[tuple[str, str], tuple[bool, int]]:
+    """The order in which instances are checked, by rule and label: those with a threshold last."""
+    return {
+        (rule.name, instance.label): (instance.budget.nnz is None, number)
+        for number, (rule, instance) in enumerate(plan.bound.instances())
+    }
+
+
+def _is_scored(instance: BoundInstance) -> bool:
+    """Whether blocks have to be scored to be checked: those that a threshold cuts off."""
+    return instance.budget.nnz is None and instance.soft is None
+
+
+@dataclass(frozen=True, slots=True)
+class BelowThreshold(Pass):
+    """Blocks that are not zero though they score less than a threshold: what a pass that prunes would cut.
+
+    Every block is a scope of its own: places are those of blocks. `whole`: chunks have whole blocks, in all
+    of their leaves; else a flag of each block is kept.
+    """
+
+    tasks: tuple[Task, ...]
+    pruning: Pass
+    whole: bool
+
+    def chunks(self, io: TensorIO) -> Iterator[Chunk]:
+        return (replace(chunk, key="", files=()) for chunk in self.pruning.chunks(io))
+
+    def work(self, chunk: Chunk, io: TensorIO) -> Any:  # noqa: ANN401
+        if self.pruning.decides:
+            return self.pruning.work(chunk, io)
+        watch = Watch(**{one.name: getattr(io, one.name) for one in fields(TensorIO)})
+        self.pruning.work(chunk, watch)
+        if self.whole:
+            return list(self._of_tasks(watch.cuts))
+        return [(cut.region.leaf, cut.region.blocks, _blocks_of(cut)) for cut in watch.cuts]
+
+    def total(self) -> Any:  # noqa: ANN401
+        if self.pruning.decides:
+            return self.pruning.total()
+        return None if self.whole else {}
+
+    def add(self, total: Any, partial: Any) -> Any:  # noqa: ANN401
+        if self.pruning.decides:
+            return self.pruning.add(total, partial)
+        for leaf, place, flags in partial:
+            total.setdefault(leaf, np.zeros(leaf.grid_shape, dtype=np.uint8))[place] |= flags
+        return total
+
+    def merge(self, partials: list[Any], io: TensorIO) -> Pass | list[Found]:
+        if self.pruning.decides:
+            following = self.pruning.merge(partials, io)
+            if isinstance(following, Decision):
+                following = self.pruning.decided(following.value)
+            return replace(self, pruning=following)
+        if not self.whole:
+            block = _block(self.tasks[0])
+            return [_found_in(block, partials[0], (0,) * len(block.grid_shape))]
+        found: list[list[Found]] = [[] for _ in self.tasks]
+        for number, one in (pair for partial in partials for pair in partial):
+            found[number].append(one)
+        return [joined(own) for own in found]
+
+    def _of_tasks(self, cuts: list[Cut]) -> Iterator[tuple[int, Found]]:
+        """What was found in a chunk, with the number of the task; of fused blocks a chunk has one part."""
+        tasks = {
+            look: (number, _block(task))
+            for number, task in enumerate(self.tasks)
+            for leaf in _block(task).leaves
+            for look in (leaf, flat_leaf(leaf))
+        }
+        together = len(_block(self.tasks[0]).leaves) > 1
+        for group in filter(None, [cuts] if together else ([cut] for cut in cuts)):
+            region = group[0].region
+            number, block = tasks[region.leaf]
+            if region.leaf in block.leaves:
+                own = tuple(place.start for place in region.blocks)
+                begin = tuple(own[dim] for dim in dict(leaves_of(block))[region.leaf])
+                yield number, _found_in(block, {cut.region.leaf: _blocks_of(cut) for cut in group}, begin)
+            else:
+                yield number, _found_in_run(block, group[0])
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """Elements of a region that would be cut and are not zero: 1 for each, as the leaf sees them."""
+
+    region: Region
+    elements: ByteFlags
+
+
+@dataclass(frozen=True, eq=False)
+class Watch(TensorIO):
+    """TensorIO without an output: what a pass would write is compared with what the input has there."""
+
+    cuts: list[Cut] = field(default_factory=list)
+
+    def store(self, loaded: Loaded, mask: Mask) -> None:
+        """Keep what a mask cuts that is not zero in the input, which is read again for it."""
+        if mask.all():
+            return
+        again = self.load(loaded.region)
+        flat, view = again.masked()
+        flat[...] = nonzero(again.flat, DTYPES[again.dtype].zero_bits or 0)
+        flat &= 1 - mask
+        if flat.any():
+            self.cuts.append(Cut(loaded.region, view))
+
+
+def _block(task: Task) -> AnyBlock:
+    """The blocks of a task under a threshold: it has one member."""
+    ((member, _),) = members_of(task.instance.scope)
+    return member.block
+
+
+def _blocks_of(cut: Cut) -> ByteFlags:
+    """1 for each block, or part of one, of which an element would be cut."""
+    return any_in(cut.elements, cut.region.leaf.shape)
+
+
+def _found_in(block: AnyBlock, flags: Mapping[BoundBlock, ByteFlags], begin: Shape) -> Found:
+    """Fused blocks that would be cut in any of their leaves, in a part of the grid that begins at `begin`."""
+    common = [flags[leaf].transpose(order) for leaf, order in leaves_of(block) if leaf in flags]
+    return _found(np.bitwise_or.reduce(common), begin) if common else Found({})
+
+
+def _found_in_run(block: AnyBlock, cut: Cut) -> Found:
+    """Blocks of a leaf that is seen flat: neighbours, in the row-major order of its grid."""
+    size, grid = block.numel_per_block, block.grid_shape
+    found = _found(any_in(cut.elements, (size,)), (cut.region.begin[0] // size,))
+    number = 0 if found.first is None else found.first.scope[0]
+    place = np.unravel_index(number, grid) if grid else ()
+    return replace(found, first=First(tuple(map(int, place)), 1))
+
+
+def _found(flags: ByteFlags, begin: Shape) -> Found:
+    """What was found in a part of a grid that begins at `begin`: 1 for blocks below the threshold."""
+    inner = np.unravel_index(int(np.argmax(flags)), flags.shape) if begin else ()
+    first = tuple(at + int(own) for at, own in zip(begin, inner, strict=True))
+    return Found({}, int(np.count_nonzero(flags)), First(first, 1))
