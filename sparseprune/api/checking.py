@@ -28,7 +28,7 @@ from sparseprune.checkpoint import (
     shards_identity,
 )
 from sparseprune.errors import CheckFailedError, SparsepruneError
-from sparseprune.execution.matching import match_masks
+from sparseprune.execution.reapply import match_masks
 from sparseprune.report.reapplication import Circumstances, left_out_line
 from sparseprune.spec import find_spec, parse_spec
 
@@ -39,8 +39,7 @@ if TYPE_CHECKING:
     from sparseprune.api.options import Machine, Source, Target
     from sparseprune.api.run import Run
     from sparseprune.checkpoint import OutputLayout, Provenance
-    from sparseprune.execution.matching import Matched
-    from sparseprune.execution.reapply import Reapplication
+    from sparseprune.execution.reapply import Matched, Reapplication
 
 Found = TypeVar("Found")
 

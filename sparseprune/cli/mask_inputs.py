@@ -18,13 +18,13 @@ from sparseprune.checkpoint import (
     shards_identity,
 )
 from sparseprune.cli.writing import digest
-from sparseprune.execution.matching import match_masks
+from sparseprune.execution.reapply import match_masks
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from sparseprune.checkpoint import Provenance
-    from sparseprune.execution.matching import Matched
+    from sparseprune.execution.reapply import Matched
 
 
 class Asked(Protocol):

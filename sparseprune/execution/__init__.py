@@ -1,8 +1,7 @@
-"""What will be done and doing it: from a spec and headers to work units, from units to files.
+"""The work: from a spec and headers to a plan and a schedule, from these to passes over files.
 
-Owns plan, schedule, executor, and the ways in which a task is worked. Decides nothing about sparsity itself
-(engine) and lays out no bytes (checkpoint). Called by the command line. Names that need numpy or torch are
-loaded on first use.
+Owns plan, schedule, runner and the passes. Decides nothing about sparsity itself (engine) and lays out no
+bytes (checkpoint). Called by the commands. Names that need numpy or torch are loaded on first use.
 """
 
 from importlib import import_module
@@ -12,9 +11,9 @@ from sparseprune.execution.plan import Plan, WorkUnit, make_plan
 from sparseprune.execution.schedule import Schedule, make_schedule
 
 if TYPE_CHECKING:
-    from sparseprune.execution.device import cpu_lines, device_text, devices_of_rules, resolve_device
     from sparseprune.execution.outcomes import TensorOutcome
     from sparseprune.execution.pruning import execute, work_bytes
+    from sparseprune.execution.schedule import cpu_lines, device_text, devices_of_rules, resolve_device
     from sparseprune.execution.verify import Check, count_survivors, make_check
     from sparseprune.execution.verify_result import Verification
 
@@ -44,10 +43,10 @@ _HOME = {
     "count_survivors": "verify",
     "execute": "pruning",
     "make_check": "verify",
-    "cpu_lines": "device",
-    "device_text": "device",
-    "devices_of_rules": "device",
-    "resolve_device": "device",
+    "cpu_lines": "schedule",
+    "device_text": "schedule",
+    "devices_of_rules": "schedule",
+    "resolve_device": "schedule",
     "work_bytes": "pruning",
 }
 

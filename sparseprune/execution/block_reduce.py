@@ -1,26 +1,31 @@
-"""What is kept of a leaf while its elements pass by in the chunks of a sweep: sums or maxima of its blocks.
+"""Numbers of blocks: sums or maxima of their elements, and their order in scopes.
 
-Owns the way from chunks to one number a block, in the order that the tree of pairs wants. Compiled loops do
-the usual shapes, runs and columns; numpy does the rest. One thread at a time.
+Owns the way from the chunks of a sweep to one number a block, in the order that the tree of pairs wants,
+and the order of ties: scopes row-major, in each the blocks of earlier members first. Compiled loops do the
+usual shapes, numpy does the rest. Called by two_pass and removal.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from sparseprune.engine.grids import prod
 from sparseprune.engine.kernels.formats import FORMATS
 from sparseprune.engine.kernels.sums import ColumnSums, TreeSum, run_sums, tree_sum
+from sparseprune.execution.regions import leaves_of, members_of
 from sparseprune.execution.scores import Elements
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
     from sparseprune.engine.kernels.formats import Format
-    from sparseprune.execution.regions import Region, Sweep
+    from sparseprune.execution.regions import AnyScope, Region, Sweep
     from sparseprune.execution.tensor_io import Loaded
+    from sparseprune.spec import BoundBlock
 
     Floats = NDArray[np.float64]
 
@@ -99,7 +104,7 @@ class LeafSums:
         return TreeSum()
 
     def _finish(self, region: Region, tree: TreeSum | ColumnSums) -> None:
-        """A block is complete along the dimension that was cut: what stands before it in the view is next."""
+        """A block is complete along the dimension that was cut; the dimensions before it follow."""
         cut = self._sweep.cut
         pairs, _ = _split(region)
         pairs[2 * cut + 1] = 1
@@ -157,3 +162,37 @@ def _split(region: Region) -> tuple[list[int], tuple[slice, ...]]:
 def _magnitudes(loaded: Loaded, elements: Elements | None) -> Floats:
     ranked = Elements(loaded.view, loaded.dtype) if elements is None else elements
     return ranked.magnitudes()
+
+
+def by_scope(scope: AnyScope, grids: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    """Numbers on each member's block grid as (scopes, blocks per scope), in the order of ties."""
+    parts = []
+    for (member, order), grid in zip(members_of(scope), grids, strict=True):
+        pairs = [size for pair in zip(member.grid_shape, member.shape, strict=True) for size in pair]
+        rank = len(order)
+        split = grid.reshape(pairs).transpose((*(2 * dim for dim in order), *range(1, 2 * rank, 2)))
+        parts.append(split.reshape(prod(scope.grid_shape), prod(member.shape)))
+    return np.ascontiguousarray(np.concatenate(parts, axis=1))
+
+
+def by_leaf(scope: AnyScope, keep: NDArray[Any]) -> dict[BoundBlock, NDArray[Any]]:
+    """What `by_scope` does, undone, for each leaf on its own block grid."""
+    scopes = keep.reshape(prod(scope.grid_shape), scope.blocks_per_scope)
+    decisions = {}
+    done = 0
+    for member, order in members_of(scope):
+        part = scopes[:, done : done + member.blocks_per_scope]
+        done += member.blocks_per_scope
+        rank = len(order)
+        split = part.reshape((*scope.grid_shape, *member.shape)).transpose(
+            [dim for own in range(rank) for dim in (order.index(own), rank + own)]
+        )
+        grid = split.reshape(member.block.grid_shape)
+        for leaf, own_order in leaves_of(member.block):
+            decisions[leaf] = grid.transpose(inverse(own_order))
+    return decisions
+
+
+def inverse(order: Sequence[int]) -> tuple[int, ...]:
+    """The order that undoes another one."""
+    return tuple(sorted(range(len(order)), key=order.__getitem__))

@@ -1,7 +1,7 @@
 """Inputs: tensors of score, statistics and conditioner files that the tasks of a plan read beside weights.
 
-Owns finding them by name and checking their shapes against headers alone, every problem at once. What
-is done with them is the business of ranking and reconstructing.
+Owns finding them by name, checking their shapes against headers alone, every problem at once, and which
+members of a fused block take part. Does not know how scores and reconstruct use them. Called by plan.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Literal
 
 from sparseprune.checkpoint import Statistic, open_statistics
 from sparseprune.engine.dtypes import DTYPES
+from sparseprune.engine.grids import prod
 from sparseprune.errors import CheckpointError, SpecError
-from sparseprune.execution.row_producers import taking_part
 from sparseprune.spec import BoundBlock, BoundScope
 from sparseprune.spec.problems import nearest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from sparseprune.checkpoint import Checkpoint, Statistics, StatisticsKind, StoredTensor
@@ -41,7 +41,7 @@ class TaskInput:
 
     `dim` is the dimension of the weight along which a vector lies, or the inputs of a second moment. `form`
     tells what a vector is made from: second moments, or the roots of their diagonal; None where it is ready.
-    `tokens` were counted, a number for each matrix; () where nobody did.
+    `tokens` were counted, a number for each matrix; () where nothing did.
     """
 
     role: Role
@@ -53,7 +53,7 @@ class TaskInput:
 
 
 class InputFiles:
-    """The files that a spec names, each opened once; collects what is wrong with them."""
+    """The files that a spec names, each opened once; collects their problems."""
 
     def __init__(self, weights: Checkpoint) -> None:
         self._weights = weights
@@ -128,7 +128,7 @@ class InputFiles:
                 self._note(rule, text, role)
                 return None
             dims[name] = dim % len(weight.shape)
-        # Ready vectors are somebody's own choice of who takes part; moments are there for everybody.
+        # Whoever made vectors chose which weights take part; every weight has moments.
         if any(file.of[leaf.tensor].kind or len(file.of[leaf.tensor].stored.shape) > 1 for leaf in known):
             shapes = {name: self._weights.tensors[name].shape for name in dims}
             known = taking_part(known, shapes, dims)
@@ -227,3 +227,40 @@ def _blocks(scope: AnyScope) -> Iterator[AnyBlock]:
         yield scope.block
     else:
         yield from (member.block for member in scope.members)
+
+
+def taking_part(
+    leaves: Sequence[BoundBlock], shapes: Mapping[str, Shape], dims: Mapping[str, int]
+) -> list[BoundBlock]:
+    """The leaves whose blocks hold some of the inputs of a row; all of them where each holds all.
+
+    A block that holds all inputs of its rows (an MLP channel in `up`, a head in `q`) makes rows vanish,
+    which nothing in that matrix can make up for, and which nothing reads where the block's columns of
+    another matrix vanish too.
+
+    `shapes` and `dims` have the shape of each leaf's tensor and the dimension along which its inputs lie.
+    """
+    some = [leaf for leaf in leaves if not holds_rows(leaf, shapes[leaf.tensor], dims[leaf.tensor])]
+    return some or list(leaves)
+
+
+def holds_rows(leaf: BoundBlock, shape: Shape, dim: int) -> bool:
+    """Whether a block holds every input of the rows that it reaches."""
+    inner, features = prod(shape[dim + 1 :]), shape[dim]
+    steps = [
+        (size, step)
+        for size, step in zip(leaf.shape, leaf.view_stride, strict=True)
+        if size > 1 and step % (inner * features)  # whole rows lead to no other input
+    ]
+    beside = [(size, step) for size, step in steps if size * step <= inner]
+    if leaf.view_offset % inner + sum((size - 1) * step for size, step in beside) < inner:
+        steps = [one for one in steps if one not in beside]  # nor what stays inside of one place
+    if prod(tuple(size for size, _ in steps)) < features:
+        return False
+    import numpy as np  # noqa: PLC0415  (most plans do without)
+
+    places = np.full((1,) * len(steps), leaf.view_offset, dtype=np.int64)
+    for axis, (size, step) in enumerate(steps):
+        line = np.arange(size, dtype=np.int64) * step
+        places = places + line.reshape([-1 if axis == other else 1 for other in range(len(steps))])
+    return len(np.unique(places // inner % features)) == features

@@ -12,10 +12,10 @@ from sparseprune.errors import SparsepruneError
 INTERPRETER = 100 << 20  # Python with numpy, numba and compiled loops, measured on the CPU
 TORCH = 220 << 20  # what torch 2.13 for the CPU adds, with the first thread that it works in; measured
 TORCH_THREAD = 8 << 20  # that the allocator keeps for each further thread in which torch worked, measured
-SLAB_BYTES = 1 << 20  # measured: what is made of a slab stays in the cache (tests/benchmarks/README.md)
-TILE_ELEMENTS = 1 << 18  # what the torch engine is given at one time where scopes are small
+SLAB_BYTES = 1 << 20  # measured: the results from a slab stay in the cache (tests/benchmarks/README.md)
+TILE_ELEMENTS = 1 << 18  # that the torch engine gets at one time where scopes are small
 _ENGINE_BYTES = 64  # that the torch engine needs for each element of a tile: keys, norms, masks, positions
-_HELD_SHARE = 4  # one part in so many is for scores that are held while a task goes on
+_HELD_SHARE = 4  # one part in so many is for scores that are kept while a job runs
 READING = 1 << 30  # bytes in flight of commands that read, and have no --memory
 _LEAST = 16 * SLAB_BYTES  # that must be left for work
 # Resident bytes, measured with 50,000 tensors: of each tensor while headers are read, and from then on; of
@@ -56,7 +56,7 @@ class Resident:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """`memory` bytes may be in flight, over all items and what programs hold; a slab has about `slab` bytes.
+    """`memory` bytes may be in flight, over all chunks and what jobs keep; a slab has about `slab` bytes.
 
     The interpreter is not counted, nor are the `resident` bytes that all tensors take from first to last.
     """
@@ -79,14 +79,14 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Crowd:
-    """How many `threads` share the work, and the bytes of `memory` that items and programs may take."""
+    """How many `threads` share the work, and the bytes of `memory` that chunks and jobs may take."""
 
     threads: int
     memory: int
 
     @classmethod
     def of(cls, limits: Limits, workers: int, *, item: int, held: int, uses_torch: bool) -> Crowd:
-        """Up to `workers` threads, where the largest item and the largest program take so many bytes.
+        """Up to `workers` threads, where the largest chunk and the largest job take so many bytes.
 
         What torch keeps for each thread beyond the first is taken from the memory. There are no more threads
         than have room for that and for a tile beside the largest item.

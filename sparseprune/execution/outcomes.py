@@ -1,4 +1,4 @@
-"""Outcomes: what became of every tensor, gathered from the pieces in which it was worked.
+"""Outcomes: counts of every tensor before and after, gathered from its chunks.
 
 Owns how pieces add up: counts as they come, energies in one exact sum, so that the order in which pieces
 were finished is not seen.
@@ -67,7 +67,7 @@ class Reach:
 
 @dataclass(frozen=True, slots=True)
 class TensorOutcome:
-    """What became of one tensor; `reach` has for each rule what it reached and dropped of it.
+    """Counts of one tensor before and after; `reach` has for each rule what it reached and dropped of it.
 
     Where it was reconstructed, the root of the mean squared change of its outputs relative to the dense ones:
     by its mask alone, and as it is.
@@ -100,7 +100,7 @@ class Outcomes:
         self._outputs: dict[str, list[list[float]]] = {}
 
     def add(self, outcome: Outcome) -> None:
-        """One piece, as `programs.outcome` gives it; a rule without a name reaches nothing."""
+        """One Outcome; a rule without a name reaches nothing."""
         name, rule, numel, pruned, zeros_before, energy_before, zeros_after, energy_after, *output = outcome
         number = self._rules.setdefault(rule, len(self._rules))
         self._before.append(self._last.get(name, -1))

@@ -23,7 +23,7 @@ class GivenUpError(BaseException):
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A piece of a pass that is done at one time: `about` says what it is about, in the pass's own terms.
+    """A piece of a pass, done at one time; `about` has its content, in the form of its pass.
 
     `nbytes` of the input are done with it, for progress; it takes `memory` bytes meanwhile. A chunk that
     writes has a `key`, unique among the passes of its job: its partial result, then a list of outcomes as

@@ -1,6 +1,6 @@
 """The plan: which independent work units a spec makes of a checkpoint, from headers alone.
 
-Owns the border between what is asked (bound scopes) and doing it. A unit is plain data; it names the
+Owns the border between what a spec asks for (bound scopes) and the work. A unit is plain data; it names the
 tensors that it reads and writes, and no tensor belongs to two units. Knows no tensor data.
 """
 

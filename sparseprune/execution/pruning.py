@@ -1,4 +1,4 @@
-"""Pruning: the jobs of a schedule as passes for the runner, and what became of every tensor.
+"""Pruning: the jobs of a schedule as passes for the runner, and the counts of every tensor.
 
 Owns which pass follows which strategy, in which order jobs are begun, and that each thread has one of torch.
 Called by the commands.
@@ -45,7 +45,7 @@ def execute(
 ) -> Sequence[TensorOutcome]:
     """Do all the work of a schedule: every byte of the output's shards and masks is written once.
 
-    What an earlier run finished is taken over. `progress` is called, from any thread, with bytes that were
+    What an earlier run finished is kept. `progress` is called, from any thread, with bytes that were
     done and what they are of. The first error in the order of the schedule is raised once what is running
     has ended; nothing new is begun after it.
     """
@@ -101,7 +101,7 @@ def first_pass(job: Planned, tensors: Mapping[str, StoredTensor]) -> Pass:
 
 
 def work_bytes(schedule: Schedule, output: Sink) -> tuple[int, int]:
-    """Bytes that pass by from the beginning to the end of a run, and how many of them an earlier one did."""
+    """Bytes that a whole run reads or copies, and how many of them an earlier run did."""
     return schedule.nbytes + copied_bytes(output), already_done(output)
 
 
@@ -127,7 +127,7 @@ def _one_torch_thread(schedule: Schedule) -> Iterator[None]:
     if not schedule.uses_torch:
         yield
         return
-    # Where there is no room for it, torch breaks while it is loaded, in ways that Python does not hear of.
+    # Without room for it torch breaks while it is loaded, and Python does not notice.
     mmap.mmap(-1, _TORCH_ADDRESSES, mmap.MAP_PRIVATE, mmap.PROT_READ).close()
     import torch  # noqa: PLC0415  (most schedules do without)
 

@@ -1,21 +1,24 @@
 """Masks against weights: putting zeros back where masks drop elements, and finding those that were lost.
 
-Owns what is counted in a tensor and its mask, slab by slab. Matching.py says which mask is for which tensor;
-the runner writes and notes. Called by the commands.
+Owns which mask is for which tensor, the words for all that does not fit, and what is counted in a tensor
+and its mask. The runner writes and notes. Called by the commands.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from sparseprune.checkpoint import read_kept
+from sparseprune.checkpoint.documents import shown
 from sparseprune.engine.dtypes import DTYPES
 from sparseprune.engine.kernels.formats import FORMATS
 from sparseprune.engine.kernels.selecting import count_lost, drop
 from sparseprune.engine.sequences import Made
+from sparseprune.errors import CheckpointError
 from sparseprune.execution.limits import Crowd, Resident, limits_of
 from sparseprune.execution.outcomes import Outcomes
 from sparseprune.execution.passes import Chunk, Pass
@@ -32,19 +35,57 @@ from sparseprune.execution.runner import (
 from sparseprune.execution.tensor_io import TensorIO, pattern_of
 from sparseprune.execution.tiles import RegionPass, region_chunks
 from sparseprune.spec import BoundBlock
+from sparseprune.spec.problems import nearest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
-    from sparseprune.checkpoint import Sink, Source
+    from sparseprune.checkpoint import (
+        Checkpoint,
+        MaskSet,
+        Provenance,
+        Sink,
+        Source,
+        StoredMask,
+        StoredTensor,
+    )
     from sparseprune.engine.tally import Tally
     from sparseprune.execution.limits import Limits
-    from sparseprune.execution.matching import Matched, Pair
     from sparseprune.execution.outcomes import TensorOutcome
     from sparseprune.execution.runner import Progress
     from sparseprune.execution.tensor_io import Loaded, Mask
 
 _RULE = "masks"
+_TOLD = 10  # names of one kind, then how many more there are
+_LOOKED_AT = 2000  # names that one is compared with letter by letter
+_PRUNABLE = ", ".join(row.name for row in DTYPES.values() if row.prunable)
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A tensor and its mask, of one shape."""
+
+    stored: StoredTensor
+    mask: StoredMask
+
+
+@dataclass(frozen=True, slots=True)
+class Matched:
+    """Tensors with their masks, in the order of the checkpoint; names without a counterpart are ignored.
+
+    `unused` are masks whose tensor is not there, `unmasked` tensors that should have a mask and have none.
+    """
+
+    checkpoint: Checkpoint = field(repr=False)
+    masks: MaskSet = field(repr=False)
+    pairs: tuple[Pair, ...]
+    unused: tuple[str, ...] = ()
+    unmasked: tuple[str, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors that have masks."""
+        return sum(pair.stored.nbytes for pair in self.pairs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +99,7 @@ class Reapplication:
 
 @dataclass(frozen=True, slots=True)
 class Reapplied:
-    """What became of a tensor: elements that its mask drops, and what was counted before and after."""
+    """A tensor: elements that its mask drops, and its counts before and after."""
 
     name: str
     dtype: str
@@ -85,6 +126,55 @@ class LostZeros:
     first: tuple[int, ...] | None
 
 
+def match_masks(
+    checkpoint: Checkpoint, masks: MaskSet, origin: Provenance | None, *, partial: bool
+) -> Matched:
+    """Give every tensor its mask.
+
+    A tensor must have one if the report of the run that made the masks lists it; where there is no such
+    report, if its like in another layer has one: their names differ in pieces that are numbers. So must a
+    name that an index of masks lists. `partial` ignores names without a counterpart, but not what does not
+    fit.
+
+    Raises:
+        CheckpointError: names without a counterpart, other shapes, dtypes that cannot be pruned; all of them.
+    """
+    tensors = checkpoint.tensors
+    pairs = [Pair(tensors[name], masks.masks[name]) for name in tensors if name in masks.masks]
+    unused = [name for name in masks.masks if name not in tensors]
+    why_missing = _missing(checkpoint, masks, origin)
+    lines = [*_unfit(checkpoint, masks, pairs)]
+    if not partial:
+        free = [name for name in tensors if name not in masks.masks]
+        lines += _first_ten(
+            unused,
+            lambda name: (
+                f"{masks.path}: mask {shown(name)} is for no tensor of {checkpoint.path}{_near(name, free)}"
+            ),
+            f"{masks.path}: {{}} more masks are for no tensor of {checkpoint.path}",
+        )
+        lines += _first_ten(
+            list(why_missing),
+            lambda name: (
+                f"{checkpoint.path}: tensor {shown(name)} has no mask, {why_missing[name]}"
+                f"{_near(name, unused)}"
+            ),
+            f"{checkpoint.path}: {{}} more tensors have no mask",
+        )
+        if unused or why_missing:
+            lines.append("give the masks of this checkpoint, or --partial to ignore what has no counterpart")
+    elif masks.masks and not pairs:
+        some = next(iter(masks.masks))
+        near = _near(some, list(tensors))
+        lines.append(
+            f"{masks.path}: no mask is for any tensor of {checkpoint.path}, such as {shown(some)}{near}; "
+            "give the masks of this checkpoint"
+        )
+    if lines:
+        raise CheckpointError(*lines)
+    return Matched(checkpoint, masks, tuple(pairs), tuple(unused), tuple(why_missing))
+
+
 def make_reapplication(matched: Matched, memory: int, workers: int) -> Reapplication:
     """What has to be done within `memory` bytes, interpreter included; SparsepruneError for too few."""
     return Reapplication(matched, limits_of(memory, uses_torch=False, resident=resident_of(matched)), workers)
@@ -108,8 +198,8 @@ def reapply(
 ) -> Sequence[Reapplied]:
     """Write every tensor with zeros where its mask drops elements, and the masks; copy the rest.
 
-    Survivors keep their bits, what is dropped becomes +0.0, or 0. What an earlier run finished is taken over.
-    `progress` is told, from any thread, bytes that were done and of what.
+    Survivors keep their bits, what is dropped becomes +0.0, or 0. What an earlier run finished is kept.
+    `progress` is called, from any thread, with bytes that were done and what they are of.
     """
     outcomes = Outcomes()
     record = Record(output, outcomes, progress)
@@ -125,7 +215,7 @@ def reapply(
 
 
 def reapply_bytes(reapplication: Reapplication, output: Sink) -> tuple[int, int]:
-    """Bytes that pass by from the beginning to the end of a run, and how many of them an earlier one did."""
+    """Bytes that a whole run reads or copies, and how many of them an earlier run did."""
     return reapplication.matched.nbytes + copied_bytes(output), already_done(output)
 
 
@@ -222,3 +312,66 @@ def _lost_zeros(pair: Pair, parts: list[tuple[int, int, int | None]]) -> LostZer
 def _reapplied(outcome: TensorOutcome) -> Reapplied:
     reach = outcome.reach[_RULE]
     return Reapplied(outcome.name, outcome.dtype, outcome.shape, reach.pruned, outcome.before, outcome.after)
+
+
+def _unfit(checkpoint: Checkpoint, masks: MaskSet, pairs: Sequence[Pair]) -> Iterator[str]:
+    """What can never be done: a mask of another shape, elements of which no pattern need be zero."""
+    reshaped = {pair.stored.name: pair for pair in pairs if pair.mask.shape != pair.stored.shape}
+    yield from _first_ten(
+        list(reshaped),
+        lambda name: (
+            f"{masks.path}: mask {shown(name)} has the shape {shown(list(reshaped[name].mask.shape))}, the "
+            f"tensor in {checkpoint.path} {shown(list(reshaped[name].stored.shape))}; give the "
+            "masks of this checkpoint"
+        ),
+        f"{masks.path}: {{}} more masks have another shape than their tensors",
+    )
+    other = {pair.stored.name: pair.stored for pair in pairs if not DTYPES[pair.stored.dtype].prunable}
+    yield from _first_ten(
+        list(other),
+        lambda name: (
+            f"{checkpoint.path}: tensor {shown(name)}, which has a mask, is {other[name].dtype}, and need "
+            f"not be zero where its bits are; wanted one of {_PRUNABLE}: leave its mask out"
+        ),
+        f"{checkpoint.path}: {{}} more tensors with masks cannot be pruned",
+    )
+
+
+def _missing(checkpoint: Checkpoint, masks: MaskSet, origin: Provenance | None) -> dict[str, str]:
+    """The names that should have a mask and have none, and why; tensors of the checkpoint come first."""
+    why: dict[str, str] = {}
+    if origin is not None:
+        why = {name: f"but {origin.report} lists it" for name in origin.tensors if name not in masks.masks}
+    else:
+        alike = {_kind(name, len(mask.shape)): name for name, mask in reversed(list(masks.masks.items()))}
+        for name, stored in checkpoint.tensors.items():
+            like = alike.get(_kind(name, len(stored.shape)))
+            if like is not None and name not in masks.masks:
+                why[name] = f"but {shown(like)} has one"
+    for name, place in masks.missing.items():
+        why[name] = f"but the index of {masks.path} lists one in {place}"
+    places = {name: place for place, name in enumerate(checkpoint.tensors)}
+    return {name: why[name] for name in sorted(why, key=lambda name: (places.get(name, len(places)), name))}
+
+
+def _kind(name: str, rank: int) -> tuple[str, int]:
+    """What is alike in all layers of a name: pieces that are numbers count as one."""
+    return ".".join("*" if piece.isdigit() else piece for piece in name.split(".")), rank
+
+
+def _first_ten(names: Sequence[str], line: Callable[[str], str], more: str) -> list[str]:
+    lines = [line(name) for name in names[:_TOLD]]
+    return lines if len(names) <= _TOLD else [*lines, more.format(f"{len(names) - _TOLD:,}")]
+
+
+def _near(name: str, others: Sequence[str]) -> str:
+    """The name that was meant, as words; nothing where none is near."""
+    near = max(_longer_or_shorter(name, others), key=len, default=None)
+    if near is None:
+        near = next(iter(nearest(name, islice(others, _LOOKED_AT), cutoff=0.8)), None)
+    return "" if near is None else f"; the nearest name is {shown(near)}"
+
+
+def _longer_or_shorter(name: str, others: Iterable[str]) -> Iterator[str]:
+    """Names that are this one but for pieces in front of it: `model.`, `base_model.model.`."""
+    return (other for other in others if f".{other}".endswith(f".{name}") or name.endswith(f".{other}"))

@@ -1,7 +1,7 @@
 """Reconstruction: matrices whose survivors make up for what was pruned, by their inputs' second moments.
 
 Owns the way from a task to matrices of the engine: what of a tensor is fixed, which members follow others,
-what became of outputs. Stacks are worked a matrix at a time. Imports torch.
+how outputs change. Stacks are worked a matrix at a time. Imports torch.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from sparseprune.engine.grids import prod
 from sparseprune.engine.reconstruction.matrices import Matrix, output_losses, projection, units_of
 from sparseprune.engine.reconstruction.solvers import admm, keep_rows, refit
 from sparseprune.errors import SparsityError
-from sparseprune.execution.expert_stacks import StackPart, stacked_parts
+from sparseprune.execution.inputs import holds_rows
 from sparseprune.execution.passes import Chunk, Pass
 from sparseprune.execution.regions import block_part, leaves_of, members_of, regions_at
-from sparseprune.execution.row_producers import holds_rows
 from sparseprune.execution.scores import Elements, Ranking, refuse_nonfinite
+from sparseprune.execution.strategy import StackPart, stacked_parts
 from sparseprune.execution.torch_tiles import (
     build_scope,
     decide,
@@ -82,7 +82,7 @@ class RebuildMatrices(Pass):
 
 
 class _Piece:
-    """What is in memory at one time, and the way through it."""
+    """The matrices that are in memory at one time, and the steps over them."""
 
     def __init__(self, task: Task, part: StackPart, io: TensorIO) -> None:
         self._task = task
@@ -133,7 +133,7 @@ class _Piece:
     def _alternated(
         self, engine: SparseScope, sides: Sequence[_Side], reconstruct: Reconstruct
     ) -> tuple[dict[BlockSpec, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-        """Masks and weights that were found together; members without a say follow the blocks' decision."""
+        """Masks and weights, found together; members that take no part follow their blocks."""
         nnz = self._task.instance.budget.nnz
         if nnz is None:
             raise TypeError(f"{self._task.instance.label} has no nnz")
@@ -271,7 +271,7 @@ def _members_only(scope: BoundScope, leaves: frozenset[BoundBlock]) -> BoundScop
 def _decided(
     block: AnyBlock, members: Sequence[tuple[BlockSpec, tuple[int, ...]]], masks: Mapping[BoundBlock, Tensor]
 ) -> Tensor:
-    """What became of the blocks of a grid, bool, by the mask of a leaf that took part."""
+    """Which blocks of a grid survive, bool, by the mask of a leaf that took part."""
     for (leaf, _), (spec, order) in zip(leaves_of(block), members, strict=True):
         if leaf in masks:
             fused = spec.fuse(masks[leaf].contiguous(), order)

@@ -273,7 +273,7 @@ class Runner:
             self._changed.notify_all()
 
     def _fail(self, order: int, number: int, failure: BaseException) -> None:
-        self._stop()  # first, so that nobody waits for ever for somebody who has no memory left
+        self._stop()  # first, so that no thread waits for ever for memory
         with self._changed:
             self._failures.append((order, number, failure))
 
@@ -298,7 +298,7 @@ class Progressing:
 
 
 class Record:
-    """The register of a run that writes an output: what an earlier run finished is taken over."""
+    """The register of a run that writes an output: what an earlier run finished is kept."""
 
     def __init__(self, output: Sink, outcomes: Outcomes, progress: Progress) -> None:
         self.output = output
@@ -306,7 +306,7 @@ class Record:
         self._outcomes = outcomes
 
     def known(self, key: str) -> bool:
-        """Whether an earlier run did this; its outcomes are taken over, and their note is forgotten."""
+        """Whether an earlier run did this; its outcomes are added, and their note is forgotten."""
         outcomes = self.recall(key)
         if not isinstance(outcomes, list) or not all(map(is_outcome, outcomes)):
             return False
@@ -441,7 +441,7 @@ def _with_copies(jobs: Iterable[Job], output: Sink) -> Iterator[Job]:
 def _flushing(output: Sink, failed: Callable[[BaseException], None]) -> Iterator[None]:
     """Keep the disk busy from the start: a thread that syncs what has been written, again and again.
 
-    `failed` is called at once where it fails; the failure is raised here if nobody else raised it meanwhile.
+    `failed` is called at once where it fails; the failure is raised here if `failed` has not raised it.
     """
     done = threading.Event()
     failures: list[BaseException] = []

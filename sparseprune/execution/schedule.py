@@ -1,11 +1,14 @@
-"""The schedule: by which way each task of a plan is worked within some memory, and what that will take.
+"""The schedule: by which strategy each task of a plan is worked within some memory, and what that will take.
 
-Owns the border between the plan, which is what a spec means, and how it is done here. Reads no data and
-imports no torch, so that `plan` can tell what a run would need.
+Owns the border between the plan, which is what a spec means, and how it is done here, the device among it.
+Reads no data and imports no torch until a device is asked for, so that `plan` can say what a run would
+need.
 """
 
 from __future__ import annotations
 
+import ctypes
+import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -14,17 +17,25 @@ from sparseprune.errors import SparsepruneError
 from sparseprune.execution.limits import INTERPRETER, TORCH, TORCH_THREAD, Crowd, Limits, Resident, limits_of
 from sparseprune.execution.plan import task_bytes
 from sparseprune.execution.regions import alone, members_of
-from sparseprune.execution.strategy import Contiguous, Rebuild, Strided, choose, needs_torch
+from sparseprune.execution.strategy import (
+    Contiguous,
+    Rebuild,
+    Strided,
+    choose,
+    elements_together,
+    needs_torch,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Mapping
+    from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping
 
     from sparseprune.checkpoint import StoredTensor
     from sparseprune.execution.plan import Plan, Task, WorkUnit
     from sparseprune.execution.strategy import Strategy
     from sparseprune.spec import BoundBlock
 
-_AMPLE = 1 << 60  # memory in which every way may be chosen
+_DRIVERS = ("libcuda.so.1", "nvcuda.dll")
+_AMPLE = 1 << 60  # memory that allows every strategy
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +57,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Rest:
-    """A tensor of which its unit's tasks reach only a part: the remainder is taken over as it is."""
+    """A tensor of which its unit's tasks reach only a part: the rest is copied as it is."""
 
     key: str
     stored: StoredTensor
@@ -77,7 +88,7 @@ class Schedule:
 
     @property
     def peak_bytes(self) -> int:
-        """Resident memory at the most, about: the interpreter, what is in flight, scores that are held."""
+        """Resident memory at the most, about: the interpreter, what is in flight, scores that are kept."""
         base = INTERPRETER + (TORCH if self.uses_torch else 0)
         item = max((strategy.memory for strategy in self._unlike), default=0)
         held = sorted((job.strategy.held for job in self.jobs), reverse=True)[: self.workers]
@@ -92,14 +103,14 @@ class Schedule:
         return {id(job.strategy): job.strategy for job in self.jobs}.values()
 
     def _side_by_side(self, item: int) -> int:
-        """How many items are worked on at one time, of which one takes up to so many bytes."""
+        """How many chunks are worked on at one time, of which one takes up to so many bytes."""
         crowd = self.crowd
         pieces = crowd.threads if any(map(_has_pieces, self._unlike)) else len(self.jobs)
         return max(1, min(crowd.threads, pieces, crowd.memory // max(1, item)))
 
     @property
     def nbytes(self) -> int:
-        """Bytes of input that pass by, each as often as it is read."""
+        """Bytes of the input that are read, each as often as it is read."""
         tensors = self.plan.checkpoint.tensors
         reads = sum(
             task_bytes(task, tensors) * job.strategy.passes for job in self.jobs for task in job.tasks
@@ -145,16 +156,76 @@ def resident_of(plan: Plan, *, masks: bool, resized: bool = False) -> Resident:
     )
 
 
+def resolve_device(asked: str, *, uses_torch: bool) -> str:
+    """`auto`, `cpu`, `cuda` or `cuda:N` as the name of a device that is there.
+
+    `auto` takes CUDA where there is one and the torch engine has something to do; what compiled loops do on
+    the CPU is as fast as the disk. SparsepruneError for another word or an absent device.
+    """
+    found = re.fullmatch(r"auto|cpu|cuda(?::(\d+))?", asked)
+    if found is None:
+        raise SparsepruneError(f"--device {asked}: wanted auto, cpu, cuda or cuda:N")
+    if asked == "cpu" or (asked == "auto" and not uses_torch):
+        return "cpu"
+    count = _devices()
+    if asked == "auto":
+        return "cuda" if count else "cpu"
+    if int(found[1] or 0) >= count:
+        there = (
+            f"only cuda:0 to cuda:{count - 1}" if count > 1 else "only cuda:0" if count else "no CUDA device"
+        )
+        raise SparsepruneError(
+            f"--device {asked}: there is {there} on this machine; try --device auto or cpu"
+        )
+    return asked
+
+
+def device_text(jobs: Iterable[Job], device: str) -> str:
+    """Which devices work on some jobs if the torch engine works on `device`, as a report has it.
+
+    "cpu" for compiled loops, which know no other device; "cuda and cpu" where both have something to do.
+    """
+    used = {device if needs_torch(job.strategy) else "cpu" for job in jobs}
+    return " and ".join(sorted(used, reverse=True)) or "cpu"
+
+
+def devices_of_rules(schedule: Schedule, device: str) -> dict[str, str]:
+    """As `device_text`, for each rule of a schedule."""
+    jobs: dict[str, list[Job]] = {}
+    for job in schedule.jobs:
+        jobs.setdefault(job.task.rule, []).append(job)
+    return {rule: device_text(some, device) for rule, some in jobs.items()}
+
+
+def cpu_lines(schedule: Schedule, asked: str) -> Iterator[str]:
+    """A line for each rule that the CPU decides although CUDA was asked for: why it does."""
+    if not asked.startswith("cuda"):
+        return
+    largest: dict[str, int] = {}
+    for job in schedule.jobs:
+        if not needs_torch(job.strategy):
+            rule = job.task.rule
+            largest[rule] = max(largest.get(rule, 0), elements_together(job.task))
+    for rule, elements in largest.items():
+        yield (
+            f"{rule} is decided on the CPU: {elements:,} elements compete in a scope, more than --memory "
+            f"lets a device have at one time ({schedule.limits.largest_tile:,})"
+        )
+
+
 def _schedule(plan: Plan, limits: Limits, workers: int, *, compiled: bool) -> Schedule:
     tensors = plan.checkpoint.tensors
-    known: dict[tuple[object, ...], Strategy] = {}  # thousands of tasks have a handful of forms
+    known: dict[Hashable, Strategy] = {}  # thousands of tasks have a handful of forms
     jobs: list[Job] = []
     together: list[Job] = []  # small neighbours that are worked in one chunk
     elements = 0
     rests: list[Rest] = []
     for number, unit in enumerate(plan.units):
-        for part, task in enumerate(_tasks(unit)):
-            form = _form(task, plan)
+        for part, (task, member) in enumerate(_tasks(unit)):
+            inputs = tuple(
+                [(one.role, one.stored.dtype, one.stored.shape, one.tokens) for one in task.inputs]
+            )
+            form = (task.instance.form, member, inputs)
             strategy = known.get(form)
             if strategy is None:
                 strategy = known[form] = choose(task, tensors, limits, compiled=compiled)
@@ -194,15 +265,15 @@ def _joined(jobs: list[Job]) -> Job:
     return Job(jobs[0].key, tuple(task for job in jobs for task in job.tasks), largest)
 
 
-def _tasks(unit: WorkUnit) -> Iterator[Task]:
-    """The tasks of a unit; members that only a threshold asks about do not need each other."""
+def _tasks(unit: WorkUnit) -> Iterator[tuple[Task, int]]:
+    """The tasks of a unit; under a threshold one for each member of a coupling, with its number."""
     for task in unit.tasks:
         instance = task.instance
         if instance.budget.nnz is not None or len(members_of(instance.scope)) == 1:
-            yield task
+            yield task, 0
             continue
-        for member, _ in members_of(instance.scope):
-            yield replace(task, instance=replace(instance, scope=alone(member)))
+        for number, (member, _) in enumerate(members_of(instance.scope)):
+            yield replace(task, instance=replace(instance, scope=alone(member))), number
 
 
 def _rests(number: int, unit: WorkUnit) -> Iterator[Rest]:
@@ -216,23 +287,6 @@ def _rests(number: int, unit: WorkUnit) -> Iterator[Rest]:
             yield Rest(f"{number}.rest{place}", stored, tuple(leaves))
 
 
-def _form(task: Task, plan: Plan) -> tuple[object, ...]:
-    """What the way of a task depends on."""
-    instance = task.instance
-    tensors = plan.checkpoint.tensors
-    leaves = [
-        (leaf.view_shape, leaf.view_stride, leaf.shape, tensors[leaf.tensor].entry.dtype)
-        for leaf in instance.scope.leaves
-    ]
-    members = [
-        (member.shape, order, len(member.block.leaves)) for member, order in members_of(instance.scope)
-    ]
-    inputs = [(one.role, one.stored.dtype, one.stored.shape, one.tokens) for one in task.inputs]
-    score = (instance.score.kind, instance.score.norm, instance.score.normalize, instance.score.nonfinite)
-    method = (instance.soft is None, instance.reconstruct)
-    return (tuple(leaves), tuple(members), tuple(inputs), score, instance.budget, *method)
-
-
 def _has_pieces(strategy: Strategy) -> bool:
     """Whether a task is worked in many pieces, which several threads share."""
     return not isinstance(strategy, Rebuild) or strategy.stacked
@@ -241,3 +295,20 @@ def _has_pieces(strategy: Strategy) -> bool:
 def _rest_bytes(rest: Rest) -> int:
     reached = sum(prod(leaf.view_shape) for leaf in rest.leaves)
     return (rest.stored.numel - reached) * rest.stored.nbytes // max(1, rest.stored.numel)
+
+
+def _devices() -> int:
+    """How many CUDA devices torch can use; torch is not asked where there is no driver."""
+    if not any(_loads(driver) for driver in _DRIVERS):
+        return 0
+    import torch  # noqa: PLC0415  (importing it takes longer than most runs)
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def _loads(library: str) -> bool:
+    try:
+        ctypes.CDLL(library)
+    except OSError:
+        return False
+    return True

@@ -36,7 +36,7 @@ _FILE_OF = {"values": "score", "vector": "score", "blocks": "score", "conditione
 class Elements:
     """Numbers as the leaf sees them: patterns of a dtype that can be pruned.
 
-    `may_be_infinite` says that infinity is a number like others here: what somebody scored so high.
+    `may_be_infinite`: infinity is a number like others here, a score that is that high.
     """
 
     bits: Bits
@@ -100,7 +100,7 @@ class Ranking:
         if ("vector", name) not in self._inputs:  # members without statistics count 0
             magnitudes.fill(0.0)
             return Elements(magnitudes.view(np.uint64), "F64")
-        with np.errstate(over="ignore", invalid="ignore"):  # what comes out is looked at by who ranks it
+        with np.errstate(over="ignore", invalid="ignore"):  # who ranks the result checks it
             if kind == "obd":
                 np.square(magnitudes, out=magnitudes)
             magnitudes *= self._along(loaded)

@@ -13,15 +13,18 @@ from typing import TYPE_CHECKING, Literal
 from sparseprune.engine.dtypes import DTYPES
 from sparseprune.engine.grids import prod
 from sparseprune.errors import SparsepruneError
-from sparseprune.execution.expert_stacks import stacked_parts
 from sparseprune.execution.limits import INTERPRETER, TORCH, memory_for_tile, tile_bytes
 from sparseprune.execution.regions import (
+    Part,
+    Region,
     alone,
     is_row_major_run,
     is_run,
     members_of,
     numel_per_scope,
+    regions_at,
     sweep_of,
+    whole_part,
 )
 from sparseprune.spec import BoundBlock, BoundScope
 
@@ -35,11 +38,11 @@ if TYPE_CHECKING:
 
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16", "F8_E5M2", "F8_E4M3"})
 _PACKED = 8  # mask elements in a byte: slabs begin at whole bytes of a packed mask
-_SCORE_BYTES = 48  # that a block costs while its score is held: norms, keys, positions, decisions
+_SCORE_BYTES = 48  # that a block costs while its score is kept: norms, keys, positions, decisions
 _CHUNKS_A_SLAB = 4  # elements that are float64 on the way to a norm, for each byte of a slab
 _SUMMED_BYTES = 64  # that each of them costs where scores are made of files: several copies
 _PLAIN_BYTES = 20  # that it costs beside its pattern where magnitudes alone count
-_LOOPED_BYTES = 6  # that it costs beside its pattern where loops read this: a mask, what is decided
+_LOOPED_BYTES = 6  # that it costs beside its pattern where loops read this: a mask, the decision
 _SLABS_A_SCOPE = 8  # a scope of more slabs is counted: several threads share it, and less is in memory
 _GROUPS = 64  # parts of a large scope whose digits are counted apart
 _COUNTER_BYTES = 8 << 16  # one histogram
@@ -103,7 +106,7 @@ class RadixSelect:
 
 @dataclass(frozen=True, slots=True)
 class BlockNorms:
-    """Norms of blocks are summed up in one pass over the tensors, and held; then one pass that cuts."""
+    """Norms of blocks are summed up in one pass over the tensors and kept; then one pass cuts."""
 
     memory: int
     chunk: int
@@ -133,7 +136,7 @@ class TorchOutOfCore:
 
 @dataclass(frozen=True, slots=True)
 class Rebuild:
-    """Survivors make up for what was pruned: whole matrices in the engine, those of a stack one by one.
+    """Survivors make up for the pruned weights: whole matrices in the engine, those of a stack one by one.
 
     Not `stacked` where they are no stack, or compete with each other: all that a task reaches is in memory
     then. A search ends for all its matrices at once: how many these are must not depend on the memory.
@@ -244,7 +247,7 @@ def _strided(task: Task, tensors: Mapping[str, StoredTensor], limits: Limits) ->
 
 
 def _selection_of(task: Task, scope: BoundScope) -> Selection:
-    """What the scopes of one leaf ask; where all or none survive nobody competes."""
+    """How the scopes of one leaf decide; where all or none survive no block competes."""
     nnz, threshold = task.instance.budget.nnz, task.instance.budget.threshold
     blocks = scope.blocks_per_scope
     score = task.instance.score
@@ -412,6 +415,55 @@ def _refuse_unseen(task: Task, *, alone: bool) -> None:
                 f"[{task.rule}] reconstruct: no token reached {name}{which} when its statistics were taken; "
                 "calibrate on more text, or exclude it"
             )
+
+
+@dataclass(frozen=True, slots=True)
+class StackPart:
+    """A part of a task's scope grid, and the matrices [begin, end) of every tensor that it reaches."""
+
+    cell: Part
+    begin: int
+    end: int
+
+    def joined(self, other: StackPart) -> StackPart:
+        """A part and the one that follows it."""
+        extent = (self.cell.extent[0] + other.cell.extent[0], *self.cell.extent[1:])
+        return StackPart(Part(self.cell.begin, extent), self.begin, other.end)
+
+
+def stacked_parts(task: Task, tensors: Mapping[str, StoredTensor]) -> list[StackPart]:
+    """The parts that are independent of each other, a matrix each, in order; else one for all."""
+    scope = task.instance.scope
+    whole = whole_part(scope.grid_shape)
+    rebuilt = {tensors[one.key].shape for one in task.inputs if one.role == "moment"}
+    counts = {tensors[leaf.tensor].shape[:1] for leaf in scope.leaves}
+    alone = [StackPart(whole, 0, 0)]
+    if len(counts) != 1 or any(len(shape) != 3 for shape in rebuilt) or not whole.numel:
+        return alone
+    ((count,),) = counts
+    parts: list[StackPart] = []
+    for place in range(scope.grid_shape[0]):
+        cell = Part((place, *whole.begin[1:]), (1, *whole.extent[1:]))
+        reached = {_matrix(region, tensors) for region in regions_at(scope, cell).values()}
+        if len(reached) != 1 or None in reached:
+            return alone
+        (matrix,) = reached
+        if matrix is None or (parts and matrix < parts[-1].begin):
+            return alone
+        one = StackPart(cell, matrix, matrix + 1)
+        if parts and parts[-1].begin == matrix:
+            parts[-1] = parts[-1].joined(one)
+        else:
+            parts.append(one)
+    return parts if [part.begin for part in parts] == list(range(count)) else alone
+
+
+def _matrix(region: Region, tensors: Mapping[str, StoredTensor]) -> int | None:
+    """The matrix of its tensor in which all of a region lies; None where it lies in several."""
+    size = prod(tensors[region.leaf.tensor].shape[1:])
+    steps = zip(region.extent, region.leaf.view_stride, strict=True)
+    last = region.first + sum((extent - 1) * step for extent, step in steps)
+    return region.first // size if size and region.first // size == last // size else None
 
 
 _CHOICES: Mapping[str, Callable[[Task, Mapping[str, StoredTensor], Limits], Strategy | None]] = {

@@ -55,7 +55,7 @@ _GROUPS = 16  # of places whose digits are counted together
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Blocks of one scope that pass by together: a part of a member's block grid.
+    """Blocks of one scope that are read together: a part of a member's block grid.
 
     `origin` is where the scope begins on that grid; `before` counts the scope's blocks of earlier members.
     """

@@ -1,4 +1,4 @@
-"""Tiles as torch tensors and the engine's objects over them: the way to prune that always works.
+"""Tiles as torch tensors and the engine's objects over them: the strategy that always works.
 
 Owns the way from patterns in memory to tensors on a device and back, and the pass over whole scopes: every
 structure, dtype, score and mode. On CUDA patterns go through pinned memory on a stream of the thread that
@@ -100,7 +100,7 @@ def load_tile(regions: Mapping[BoundBlock, Region], io: TensorIO) -> Tile:
 
 
 def store_tile(task: Task, tile: Tile, masks: Mapping[BoundBlock, Tensor], io: TensorIO) -> list[Outcome]:
-    """Write what became of a tile, and its masks (bool, as the leaves see them); gives the outcomes."""
+    """Write the elements of a tile and its masks (bool, as the leaves see them); gives the outcomes."""
     outcomes = []
     for leaf, one in tile.loaded.items():
         mask = torch.ones(one.flat.size, dtype=torch.uint8, device=io.device)

@@ -20,11 +20,10 @@ from sparseprune.engine.grids import prod
 from sparseprune.engine.kernels.counting import DIGIT_BITS, count_digits, count_equal, first_nonfinite
 from sparseprune.engine.kernels.formats import FORMATS, Format
 from sparseprune.engine.kernels.selecting import cut_below, cut_blocks, select_keys
-from sparseprune.execution.block_reduce import LeafMaxima, LeafSums
+from sparseprune.execution.block_reduce import LeafMaxima, LeafSums, by_leaf, by_scope, inverse
 from sparseprune.execution.passes import Chunk, Decision, Pass
 from sparseprune.execution.plan import task_bytes
 from sparseprune.execution.regions import Region, flat_leaf, leaves_of, members_of, sweep_of, whole_part
-from sparseprune.execution.scope_order import by_leaf, by_scope, inverse
 from sparseprune.execution.scores import Elements, Ranking, nonfinite_error, refuse_nonfinite
 from sparseprune.execution.strategy import needs_scaling
 from sparseprune.execution.tiles import RegionPass, region_chunks

@@ -12,12 +12,12 @@ import numpy as np
 
 from sparseprune.checkpoint import read_kept
 from sparseprune.engine.grids import prod
+from sparseprune.execution.block_reduce import by_leaf
 from sparseprune.execution.limits import Crowd
 from sparseprune.execution.outcomes import Outcomes
 from sparseprune.execution.passes import Chunk, Pass
 from sparseprune.execution.plan import task_bytes
 from sparseprune.execution.runner import Job, Record, already_done, dealt, read_through, write_through
-from sparseprune.execution.scope_order import by_leaf
 from sparseprune.execution.strategy import by_block_norms
 from sparseprune.execution.tensor_io import TensorIO
 from sparseprune.execution.two_pass import block_norms

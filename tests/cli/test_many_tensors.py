@@ -15,9 +15,8 @@ from sparseprune.api.pruning import prepare
 from sparseprune.checkpoint import open_checkpoint, open_masks
 from sparseprune.checkpoint.header import lay_out
 from sparseprune.execution.limits import INTERPRETER
-from sparseprune.execution.matching import match_masks
 from sparseprune.execution.outcomes import Outcomes
-from sparseprune.execution.reapply import make_reapplication
+from sparseprune.execution.reapply import make_reapplication, match_masks
 from sparseprune.report.document import Run, make_report
 from tests.samples import run
 

@@ -334,7 +334,7 @@ WRONG: dict[str, str] = {
         "checkpoint"
     ),
     "in --masks strange.masks": "strange.masks: mask 'x.weight' is for no tensor of in\n"
-    "give the masks of this checkpoint, or --partial to let be what has no counterpart",
+    "give the masks of this checkpoint, or --partial to ignore what has no counterpart",
     "in --masks strange.masks --partial": (
         "strange.masks: no mask is for any tensor of in, such as 'x.weight'; give the masks of this "
         "checkpoint"

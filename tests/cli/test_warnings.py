@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from sparseprune.checkpoint import open_checkpoint
-from sparseprune.execution import device, device_text, devices_of_rules, make_plan, make_schedule
+from sparseprune.execution import cpu_lines, device_text, devices_of_rules, make_plan, make_schedule
 from sparseprune.spec import parse_spec
 from tests.checkpoint.files import names_in
 from tests.cli.removal import LLAMA, decoder, write
@@ -242,7 +242,7 @@ def with_cuda(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     tensors = {"layers.0.q.weight": torch.randn(64, 64), "layers.0.up.weight": torch.randn(8, 8)}
     save_file(tensors, tmp_path / "m.safetensors")
     narrow(monkeypatch, 512, 16, memory=64 << 10)
-    monkeypatch.setattr(device, "_devices", lambda: 1)
+    monkeypatch.setattr("sparseprune.execution.schedule._devices", lambda: 1)
     return tmp_path / "m.safetensors"
 
 
@@ -274,4 +274,4 @@ def test_the_devices_are_those_of_the_ways_of_working(
     )
     assert device_text(schedule.jobs, asked) == found
     assert devices_of_rules(schedule, asked) == {"scope.whole": "cpu", "scope.rows": rows}
-    assert list(device.cpu_lines(schedule, asked))[:1] == ([] if asked == "cpu" else [CPU])
+    assert list(cpu_lines(schedule, asked))[:1] == ([] if asked == "cpu" else [CPU])

@@ -10,7 +10,7 @@ import pytest
 from sparseprune.checkpoint import Provenance, lay_out, open_checkpoint, open_masks
 from sparseprune.checkpoint.masks import MaskSet
 from sparseprune.errors import CheckpointError
-from sparseprune.execution.matching import Matched, match_masks
+from sparseprune.execution.reapply import Matched, match_masks
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -73,7 +73,7 @@ def test_a_mask_without_a_tensor_is_told_with_the_nearest_name(tmp_path: Path) -
             "'model.layers.0.k'"
         ),
         "masks: mask 'else' is for no tensor of /c.safetensors",
-        "give the masks of this checkpoint, or --partial to let be what has no counterpart",
+        "give the masks of this checkpoint, or --partial to ignore what has no counterpart",
     ]
 
 
@@ -100,7 +100,7 @@ def test_a_tensor_that_the_report_lists_must_have_a_mask(tmp_path: Path) -> None
     assert lines_of(tmp_path, tensors, {"0.q": (2, 4)}, listed={"1.k", "0.q", "gone"}) == [
         "/c.safetensors: tensor '1.k' has no mask, but masks/report.json lists it",
         "/c.safetensors: tensor 'gone' has no mask, but masks/report.json lists it",
-        "give the masks of this checkpoint, or --partial to let be what has no counterpart",
+        "give the masks of this checkpoint, or --partial to ignore what has no counterpart",
     ]
 
 
@@ -112,7 +112,7 @@ def test_without_a_report_a_tensor_needs_a_mask_if_its_like_in_another_layer_has
     tensors = layers(2, "q", "k") | {"norm": (4,), "1.q.bias": (4,)}
     assert lines_of(tmp_path, tensors, {"0.q": (2, 4), "norm": (4,)}) == [
         "/c.safetensors: tensor '1.q' has no mask, but '0.q' has one",
-        "give the masks of this checkpoint, or --partial to let be what has no counterpart",
+        "give the masks of this checkpoint, or --partial to ignore what has no counterpart",
     ]
 
 

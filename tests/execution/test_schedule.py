@@ -11,17 +11,20 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sparseprune.checkpoint import open_checkpoint
+from sparseprune.checkpoint import TensorReader, open_checkpoint
 from sparseprune.errors import SparsepruneError
 from sparseprune.execution import make_plan, make_schedule
 from sparseprune.execution.limits import TORCH_THREAD, limits_of
 from sparseprune.execution.plan import task_bytes
+from sparseprune.execution.pruning import jobs_of
 from sparseprune.execution.regions import gaps, whole_region
 from sparseprune.execution.schedule import resident_of
 from sparseprune.execution.strategy import Contiguous, choose, needs_torch
+from sparseprune.execution.tensor_io import TensorIO
 from sparseprune.spec import parse_spec
 from tests.execution.structures import CASES
-from tests.limits import AMPLE
+from tests.limits import AMPLE, narrow
+from tests.samples import TWO_OF_FOUR, write_shards
 from tests.test_house import ROOT
 
 if TYPE_CHECKING:
@@ -368,3 +371,27 @@ def test_without_compiled_loops_what_fits_in_memory_is_left_to_torch(tmp_path: P
     compiled, left = (make_schedule(plan, AMPLE, 2, compiled=flag) for flag in (True, False))
     assert {type(job.strategy) for job in compiled.jobs} == {Contiguous}
     assert not any(isinstance(job.strategy, Contiguous) for job in left.jobs)
+
+
+@pytest.mark.parametrize(("slab", "jobs"), [(1 << 20, [12, 12]), (3 * 128 * 4, [3] * 8), (100, [1] * 24)])
+def test_small_neighbours_of_one_rule_and_file_are_worked_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slab: int, jobs: list[int]
+) -> None:
+    shapes = {"up": (16, 8), "down": (8, 16)}
+    shards = {
+        f"{shard}.safetensors": {
+            f"{layer}.{name}.weight": torch.ones(shape)
+            for layer in range(10 + 6 * shard, 16 + 6 * shard)
+            for name, shape in shapes.items()
+        }
+        for shard in range(2)
+    }
+    folder = write_shards(tmp_path / "in", shards)
+    narrow(monkeypatch, slab)
+    schedule = make_schedule(make_plan(open_checkpoint(folder), parse_spec(TWO_OF_FOUR)), AMPLE, 2)
+    assert [len(job.tasks) for job in schedule.jobs] == jobs
+    io = TensorIO(TensorReader(), tensors=schedule.plan.checkpoint.tensors)
+    chunks = [list(job.first.chunks(io)) for job in jobs_of(schedule)]
+    assert all(len(some) == 1 for some in chunks) == (slab > 100)
+    assert sum(chunk.nbytes for some in chunks for chunk in some) == schedule.nbytes
+    assert all(len(chunk.files) == 1 for some in chunks for chunk in some)

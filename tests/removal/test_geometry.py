@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from sparseprune.removal.preview import Sliced, sliced
 from sparseprune.spec import BoundBlock
-from tests.execution.test_boxes import element_at
+from tests.execution.test_regions import element_at
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

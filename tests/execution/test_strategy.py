@@ -28,8 +28,7 @@ from sparseprune.execution.strategy import (
 )
 from sparseprune.spec import BoundBlock, BoundInstance, BoundScope, Score
 from sparseprune.spec.bound import Budget, Soft
-from tests.execution.test_boxes import joined, stored_tensor
-from tests.execution.test_cells import scopes
+from tests.execution.test_regions import joined, scopes, stored_tensor
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

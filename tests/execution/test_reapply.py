@@ -23,8 +23,14 @@ from sparseprune.checkpoint import (
 )
 from sparseprune.engine.dtypes import DTYPES
 from sparseprune.execution.limits import Limits
-from sparseprune.execution.matching import match_masks
-from sparseprune.execution.reapply import Reapplication, Reapplied, find_lost, reapply, reapply_bytes
+from sparseprune.execution.reapply import (
+    Reapplication,
+    Reapplied,
+    find_lost,
+    match_masks,
+    reapply,
+    reapply_bytes,
+)
 from tests.checkpoint.test_masks import write_masks
 
 if TYPE_CHECKING:

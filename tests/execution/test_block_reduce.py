@@ -19,8 +19,7 @@ from sparseprune.execution.block_reduce import LeafMaxima, LeafSums
 from sparseprune.execution.regions import sweep_of, whole_region
 from sparseprune.execution.scores import Elements
 from sparseprune.execution.tensor_io import TensorIO, pattern_of
-from tests.execution.test_boxes import elements_of, leaves, stored_tensor
-from tests.execution.test_sweeps import row_major
+from tests.execution.test_regions import elements_of, leaves, row_major, stored_tensor
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
