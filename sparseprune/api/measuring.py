@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from sparseprune.api.options import Listing
     from sparseprune.api.run import Run
     from sparseprune.checkpoint import Checkpoint, Statistics
+    from sparseprune.execution.compare import Pair, Sides
     from sparseprune.report.inspection import Grouping, Telling
-    from sparseprune.report.measuring.comparison import Pair, Sides
     from sparseprune.report.pictures.charts import Survivors
     from sparseprune.report.requirements import Requirement
     from sparseprune.results.fields import Document
@@ -259,7 +259,7 @@ def compare(run: Run, asked: Comparing) -> results.Comparison:
 
 def _sides(asked: Comparing) -> Sides:
     """Which of the tensors that were asked for are in both, and which in one."""
-    from sparseprune.report.measuring.comparison import sides_of
+    from sparseprune.execution.compare import sides_of
 
     dense, pruned = open_checkpoint(asked.dense), open_checkpoint(asked.pruned)
     names = dict.fromkeys((*dense.tensors, *pruned.tensors))
@@ -314,7 +314,7 @@ def _absent(sides: Sides) -> list[Absent]:
 
 def _matrices(asked: Comparing, sides: Sides, statistics: Statistics | None) -> tuple[Pair, ...]:
     """What there are second moments of."""
-    from sparseprune.report.measuring.outputs import with_statistics
+    from sparseprune.execution.compare import with_statistics
 
     if statistics is None:
         return ()
@@ -331,14 +331,15 @@ def _compared(
     run: Run, asked: Comparing, sides: Sides, statistics: Statistics | None, matrices: tuple[Pair, ...]
 ) -> results.Comparison:
     """What is found in the tensors, in the order that was asked for."""
+    from sparseprune.execution.compare import compare_checkpoints, output_errors
     from sparseprune.report.comparison import make_comparison
-    from sparseprune.report.measuring.comparison import compare_checkpoints
-    from sparseprune.report.measuring.outputs import output_errors
 
     nbytes = sum(pair.nbytes for pair in (*sides.pairs, *matrices))
     with TensorReader() as reader, run.progress("comparing", nbytes) as advance:
         found = compare_checkpoints(sides.pairs, reader, asked.jobs, advance)
-        errors = None if statistics is None else output_errors(matrices, statistics, reader, advance)
+        errors = None
+        if statistics is not None:
+            errors = output_errors(matrices, statistics, reader, asked.jobs, advance)
     read = [one.shard for pair in sides.pairs for one in (pair.before, pair.after)]
     read += [statistics.of[pair.before.name].stored.shard for pair in matrices] if statistics else []
     refuse_changed_shards(read)

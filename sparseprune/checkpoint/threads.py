@@ -1,4 +1,4 @@
-"""Threads that do the same work, a thread that works beside them, and pieces that are taken in order.
+"""Threads that do the same work, and a thread that works beside them.
 
 Owns how threads start and end, also after a signal. Knows nothing of the work. Called by every room that
 works in parallel.
@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import threading
 import time
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
-
+    from collections.abc import Callable
 
 _PAUSE, _PAUSES = 0.001, 500  # seconds, and how many of them a thread has to begin
 
@@ -76,49 +75,3 @@ def side_by_side(work: Callable[[], None], count: int, stop: Callable[[], None])
         stop()
         for thread in threads:
             thread.wait()
-
-
-Piece = TypeVar("Piece")
-
-
-def work_through(pieces: Iterable[Piece], worker: Callable[[], Callable[[Piece], None]], jobs: int) -> None:
-    """Do the work of every piece on `jobs` threads; each thread makes a `worker` with its own buffers.
-
-    Pieces begin in their order. After a failure or Ctrl-C no piece begins, but those that began end; of
-    several failures the one of the earliest piece is raised.
-    """
-    _Threads(pieces, worker).run(jobs)
-
-
-class _Threads(Generic[Piece]):
-    def __init__(self, pieces: Iterable[Piece], worker: Callable[[], Callable[[Piece], None]]) -> None:
-        self._pieces = enumerate(pieces)
-        self._worker = worker
-        self._failures: dict[int, BaseException] = {}
-        self._lock = threading.Lock()
-
-    def run(self, jobs: int) -> None:
-        side_by_side(self._work, jobs, self._stop)
-        if self._failures:
-            # Pieces begin in order and end once begun, so this is the first failure of all.
-            raise self._failures[min(self._failures)]
-
-    def _stop(self) -> None:
-        with self._lock:
-            self._pieces = enumerate(())
-
-    def _take(self) -> tuple[int, Piece] | None:
-        with self._lock:
-            return next(self._pieces, None)
-
-    def _work(self) -> None:
-        number = -1
-        try:
-            work = self._worker()
-            while (taken := self._take()) is not None:
-                number, piece = taken
-                work(piece)
-        except BaseException as failure:  # noqa: BLE001  (raised by `run`, in the thread that waits)
-            with self._lock:
-                self._failures[number] = failure
-            self._stop()

@@ -19,7 +19,7 @@ from sparseprune.execution.limits import READING, Crowd
 from sparseprune.execution.occupancy import Counted, form_of
 from sparseprune.execution.passes import Chunk, Pass
 from sparseprune.execution.regions import cut, whole_part
-from sparseprune.execution.runner import Job, read_through
+from sparseprune.execution.runner import Job, batches, read_through
 from sparseprune.execution.tensor_io import TensorIO
 
 if TYPE_CHECKING:
@@ -59,25 +59,15 @@ def inspect_checkpoint(
 
 def inspect_jobs(tensors: Sequence[StoredTensor], questions: Questions, slab: int = SLAB) -> Iterator[Job]:
     """A job for each large tensor, and one for neighbouring small tensors of about `slab` bytes in all."""
-    small: list[StoredTensor] = []
-    left = slab
-    for number, stored in enumerate(tensors):
+
+    def size(stored: StoredTensor) -> int:
         form = form_of(stored.dtype, stored.shape, questions)
-        size = max(stored.nbytes, prod(form.stack[:2]) * form.row_bytes if form.is_read else 0)
-        if small and size > left:
-            yield _job(number - len(small), small[0], InspectTogether(tuple(small), questions))
-            small, left = [], slab
-        if size > slab:
-            yield _job(number, stored, InspectParts(stored, questions, slab))
-        else:
-            small.append(stored)
-            left -= size
-    if small:
-        yield _job(len(tensors) - len(small), small[0], InspectTogether(tuple(small), questions))
+        return max(stored.nbytes, prod(form.stack[:2]) * form.row_bytes if form.is_read else 0)
 
-
-def _job(order: int, stored: StoredTensor, first: Pass) -> Job:
-    return Job(order, f"inspect{order}", stored.name, first)
+    for number, some in batches(tensors, size, slab):
+        large = size(some[0]) > slab
+        first = InspectParts(some[0], questions, slab) if large else InspectTogether(some, questions)
+        yield Job(number, f"inspect{number}", some[0].name, first)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,21 +81,23 @@ class InspectTogether(Pass):
         nbytes = sum(stored.nbytes for stored in self.tensors)
         yield Chunk(None, nbytes, _MEMORY * nbytes)
 
-    def work(self, chunk: Chunk, io: TensorIO) -> tuple[TensorFacts, ...]:  # noqa: ARG002
-        alike: dict[Form, dict[int, NDArray[np.uint8]]] = {}
-        forms = [form_of(stored.dtype, stored.shape, self.questions) for stored in self.tensors]
+    def work(self, chunk: Chunk, io: TensorIO) -> list[Counted | None]:  # noqa: ARG002
+        forms = self._forms()
         places = [place for place, form in enumerate(forms) if form.is_read]
+        alike: dict[Form, dict[int, NDArray[np.uint8]]] = {}
         for place, data in zip(places, io.read_whole([self.tensors[place] for place in places]), strict=True):
             alike.setdefault(forms[place], {})[place] = data
         counted: dict[int, Counted] = {}
-        for form, data in alike.items():
-            counted.update(zip(data, _counted_together(form, list(data.values())), strict=True))
-        return tuple(
-            forms[place].facts(stored.name, counted.get(place)) for place, stored in enumerate(self.tensors)
-        )
+        for form, each in alike.items():
+            counted.update(zip(each, _counted_together(form, list(each.values())), strict=True))
+        return [counted.get(place) for place in range(len(forms))]
 
-    def merge(self, partials: list[Any], io: TensorIO) -> Any:  # noqa: ANN401, ARG002
-        return partials[0]
+    def merge(self, partials: list[Any], io: TensorIO) -> tuple[TensorFacts, ...]:  # noqa: ARG002
+        each = zip(self.tensors, self._forms(), partials[0], strict=True)
+        return tuple(form.facts(stored.name, counted) for stored, form, counted in each)
+
+    def _forms(self) -> list[Form]:
+        return [form_of(stored.dtype, stored.shape, self.questions) for stored in self.tensors]
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,20 +173,16 @@ def _counted_together(form: Form, data: Sequence[NDArray[np.uint8]]) -> list[Cou
     zeros, nonfinite = mark_nonzero(bits, dtype, marks)
     if not zeros and not nonfinite:
         return [Counted(0, 0)] * number
-    bits, marks = bits.reshape(number, -1), marks.reshape(number, -1)
-    zeros_of = (marks.shape[1] - np.count_nonzero(marks, axis=1)).tolist()
-    nonfinite_of = (
-        [mark_nonzero(one, dtype, mark)[1] for one, mark in zip(bits, marks, strict=True)]
-        if nonfinite
-        else [0] * number
-    )
-    some = np.flatnonzero(zeros_of) if form.sizes else np.empty(0)
-    if not some.size:
-        return [Counted(*each) for each in zip(zeros_of, nonfinite_of, strict=True)]
-    words = packed(marks[some].reshape(-1, *form.stack[1:]))
+    each, marked = bits.reshape(number, -1), marks.reshape(number, -1)
+    zeros_of = marked.shape[1] - np.count_nonzero(marked, axis=1)
+    nonfinite_of = [0] * number
+    if nonfinite:
+        nonfinite_of = [mark_nonzero(each[one], dtype, marked[one])[1] for one in range(number)]
+    counts = list(zip(zeros_of.tolist(), nonfinite_of, strict=True))
+    some = np.flatnonzero(zeros_of)
+    if not form.sizes or not some.size:
+        return [Counted(*one) for one in counts]
+    words = packed(marked[some].reshape(-1, *form.stack[1:]))
     found = form.count(words.reshape(some.size, form.stack[0], *words.shape[1:]))
-    at = np.cumsum(np.array(zeros_of) > 0) - 1
-    return [
-        Counted(of_zeros, of_nonfinite, found if of_zeros else None, place)
-        for of_zeros, of_nonfinite, place in zip(zeros_of, nonfinite_of, at.tolist(), strict=True)
-    ]
+    at = iter(range(some.size))
+    return [Counted(*one, found, next(at)) if one[0] else Counted(*one) for one in counts]

@@ -96,7 +96,7 @@ class Form:
 
     @property
     def itemsize(self) -> int:
-        return DTYPES[self.dtype].bits // 8
+        return DTYPES[self.dtype].itemsize
 
     @property
     def row_bytes(self) -> int:
@@ -126,12 +126,13 @@ class Form:
             if height < self.stack[1] or rows == self.stack[1]:
                 zero[:, place] = self._zero(joints[height].reshape(tensors, -1, width), columns)
         tallest = joints[max(joints)].reshape(tensors, matrices, width)
+        occupied = words if len(self.shape) == 3 else words[:, :, :0]
         return Found(
             self._holding(words),
             zero,
             np.bitwise_or.reduce(tallest, axis=1),
-            tallest.any(axis=2),
-            words.any(axis=(1, 3)) if len(self.shape) == 3 else np.empty((tensors, 0), dtype=np.bool_),
+            np.asarray(tallest.any(axis=2)),
+            np.asarray(occupied.any(axis=(1, 3))),
         )
 
     def filled(self, part: Part) -> Found:
@@ -221,7 +222,7 @@ class Form:
                 holding[:, place] &= fullest[self.patterns[place].group] <= self.patterns[place].kept
         for some in (words[:, : self.unit[0], : self.unit[1]], words):
             asked = [place for place, fits in enumerate(in_words) if not fits and holding[:, place].any()]
-            marks = unpacked(some, self.stack[2]) if asked else None
+            marks = unpacked(some, self.stack[2]) if asked else np.empty(0, dtype=np.bool_)
             for place in asked:
                 pattern = self.patterns[place]
                 counts = counts_along(marks.reshape(-1, pattern.group, _inside(self.shape, pattern)))
@@ -239,7 +240,7 @@ class Form:
         inner = range(len(self.shape) - 1)
         marks = unpacked(found.columns[at], width).reshape(self.shape[1:])
         others = [tuple(other for other in inner if other != dim) for dim in inner]
-        return rows, *(_unmarked(marks.any(axis=axes)) for axes in others)
+        return rows, *(_unmarked(np.asarray(marks.any(axis=axes))) for axes in others)
 
 
 @lru_cache(maxsize=256)

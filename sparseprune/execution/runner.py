@@ -405,6 +405,23 @@ def dealt(jobs: Sequence[One], shard_of: Callable[[One], Shard], workers: int) -
     return [one for dealt in zip_longest(*stacks) for one in dealt if one is not None]
 
 
+def batches(
+    items: Iterable[One], size_of: Callable[[One], int], limit: int
+) -> Iterator[tuple[int, tuple[One, ...]]]:
+    """Neighbours of at most `limit` in all, or a single larger one; each with the number of the first."""
+    some: list[One] = []
+    left = limit
+    for number, item in enumerate(items):
+        size = size_of(item)
+        if some and size > left:
+            yield number - len(some), tuple(some)
+            some, left = [], limit
+        some.append(item)
+        left -= size
+    if some:
+        yield number - len(some) + 1, tuple(some)
+
+
 def _is_noted(noted: object) -> TypeGuard[list[Any]]:
     """Whether it is what `Record` notes: the bytes that were read, and what came of them."""
     return isinstance(noted, list) and len(noted) == 2 and type(noted[0]) is int and noted[0] >= 0

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     Allocate = Callable[[int, np.dtype[Any]], Bits]
 
 
+_ALIGNED = 8  # bytes: numbers begin at multiples of their size
+
+
 @dataclass(frozen=True, slots=True)
 class Loaded:
     """The elements of a region as patterns: `flat` in the order of the storage, `view` as the leaf sees them.
@@ -139,7 +142,8 @@ class TensorIO:
             self.reader.read_into(span, 0, data)
             for stored in together:
                 begin = stored.entry.begin - first.begin
-                yield data[begin : begin + stored.nbytes]
+                own = data[begin : begin + stored.nbytes]
+                yield own if begin % _ALIGNED == 0 else own.copy()
 
     def read_run(self, stored: StoredTensor, first: int, flat: Bits) -> None:
         """Fill an array with neighbouring elements of a tensor, from element `first` on."""

@@ -11,8 +11,8 @@ from rich.text import Text
 
 from sparseprune.engine.tally import exact_sum
 from sparseprune.errors import printable
+from sparseprune.execution.compare import TensorComparison
 from sparseprune.report.document import LEAST_ENERGY, mean, share
-from sparseprune.report.measuring.comparison import TensorComparison
 from sparseprune.report.plan import index_of
 from sparseprune.report.tables import Column, Fact, FittedTable, below, told
 from sparseprune.report.wording import many, percent, place_text, shape_text
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from sparseprune.checkpoint import StoredTensor
     from sparseprune.engine.kernels.comparing import Energies
-    from sparseprune.report.measuring.comparison import Pair, Sides
+    from sparseprune.execution.compare import Pair, Sides
 
 Tensor = TypeVar("Tensor", ComparedTensor, StoredOnce, ReshapedTensor)
 _CHANGES = ("changed", "zeroed", "revived", "altered")

@@ -232,7 +232,7 @@ def test_a_requirement_that_fails_is_told_with_its_tensor_after_the_result(dense
 def test_what_has_no_meaning_is_refused_before_anything_is_read(
     dense: Path, pruned: Path, words: list[str], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sparseprune.report.measuring.comparison.compare_checkpoints", None)
+    monkeypatch.setattr("sparseprune.execution.compare.compare_checkpoints", None)
     said = run("compare", dense, pruned, *words)
     assert (said.code, said.out) == (2, "")
     assert said.err.startswith(f"sparseprune: {message}")

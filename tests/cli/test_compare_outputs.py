@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from sparseprune.checkpoint import statistics as files
-from sparseprune.report.measuring import outputs
+from sparseprune.execution import compare as comparing
 from tests.engine.reconstruction.oracle import moments, objective
 from tests.samples import Said, run, schema
 
@@ -66,7 +66,7 @@ def error_of(dense: torch.Tensor, pruned: torch.Tensor, moment: torch.Tensor) ->
 def test_it_is_that_of_plain_sums(
     tmp_path: Path, dtype: torch.dtype, slab: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(outputs, "_SLAB", slab)
+    monkeypatch.setattr(comparing, "_WORKED_ON", slab)
     dense, pruned, stats = written(tmp_path, dtype)
     said = compare(tmp_path, "--json")
     assert said.code == 0, said.err

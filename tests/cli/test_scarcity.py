@@ -6,6 +6,7 @@ import resource
 import subprocess
 import sys
 import threading
+from collections import deque
 from typing import TYPE_CHECKING
 
 import pytest
@@ -13,7 +14,6 @@ import torch
 from safetensors.torch import save_file
 
 from sparseprune.checkpoint import threads
-from sparseprune.checkpoint.threads import work_through
 from sparseprune.errors import is_out_of_memory
 from sparseprune.execution.tensor_io import TensorIO
 from tests.limits import force, narrow
@@ -74,12 +74,16 @@ def test_a_run_needs_no_thread_but_its_own(
 
 
 @pytest.mark.parametrize("limit", [0, 1, 5])
-def test_all_pieces_are_done_by_whatever_threads_there_are(
-    monkeypatch: pytest.MonkeyPatch, limit: int
-) -> None:
+def test_all_work_is_done_by_whatever_threads_there_are(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
     thread_limit(monkeypatch, limit)
+    todo = deque(range(20))
     done: list[int] = []
-    work_through(range(20), lambda: done.append, 3)
+
+    def work() -> None:
+        while todo:
+            done.append(todo.popleft())
+
+    threads.side_by_side(work, 3, todo.clear)
     assert sorted(done) == list(range(20))
 
 

@@ -98,7 +98,7 @@ def count_occupied(words: Words, width: int, columns: int) -> NDArray[np.int64]:
     [[4], [3], [3], [2]]
     """
     if width >= columns:
-        return _set_in(words.any(axis=-1))
+        return _set_in(np.asarray(words.any(axis=-1)))
     if width % WORD == 0:
         runs = range(0, words.shape[-1], width // WORD)
         return _set_in(np.bitwise_or.reduceat(words, runs, axis=-1))
@@ -109,7 +109,7 @@ def count_occupied(words: Words, width: int, columns: int) -> NDArray[np.int64]:
         return _set_in(words.view(f"u{width // 8}"))
     lane = _BYTES * ((1 << width) - 1)
     lanes = [_set_in((words & np.uint64(lane << at)).view(np.uint8)) for at in range(0, 8, width)]
-    return np.sum(lanes, axis=0)
+    return np.asarray(np.sum(lanes, axis=0))
 
 
 def _set_in(flags: NDArray[Any]) -> NDArray[np.int64]:
@@ -175,7 +175,7 @@ def _largest(words: Words, lane: int) -> NDArray[Any]:
         rows = np.bitwise_or.reduce(rows, axis=1, keepdims=True)
     low = np.uint64(_ONES * ((1 << lane) - 1))
     lanes = [(rows >> np.uint64(at) & low).view(np.uint8).max(axis=1) for at in range(0, 8, lane)]
-    return np.minimum(np.maximum.reduce(lanes), lane)
+    return np.asarray(np.minimum(np.maximum.reduce(lanes), lane))
 
 
 _MOST = 255  # that a byte can count

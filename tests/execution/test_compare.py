@@ -17,8 +17,8 @@ from sparseprune.checkpoint import TensorReader, lay_out, open_checkpoint
 from sparseprune.engine.dtypes import DTYPES
 from sparseprune.engine.kernels.comparing import Counts
 from sparseprune.errors import MachineError
+from sparseprune.execution.compare import SLAB, compare_checkpoints, sides_of
 from sparseprune.report.comparison import FIELDS, make_comparison, sheet_of, unmeasured
-from sparseprune.report.measuring.comparison import SLAB, compare_checkpoints, sides_of
 from tests.engine.kernels.test_comparing import compared_by_hand, special
 from tests.samples import as_data, schema
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
+    from sparseprune.checkpoint import StoredTensor
     from sparseprune.results import Comparison
 
     Tensor = tuple[str, str, tuple[int, ...], bytes]
@@ -294,10 +295,18 @@ def test_a_file_that_ends_too_early_is_told_whichever_side_it_is(tmp_path: Path)
             compared(tmp_path, data, data, slab=64, progress=cut)
 
 
-def test_one_tensor_is_read_by_all_jobs(tmp_path: Path) -> None:
+def test_one_tensor_is_read_by_all_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     together = threading.Barrier(3, timeout=60)
+    read = TensorReader.read_into
+
+    def meet(reader: TensorReader, stored: StoredTensor, *rest: Any) -> None:
+        if stored.shard.name.startswith("after"):
+            together.wait()
+        read(reader, stored, *rest)
+
+    monkeypatch.setattr(TensorReader, "read_into", meet)
     data = [("w", "BF16", (12,), bytes(24))]
-    document = compared(tmp_path, data, data, jobs=3, slab=8, progress=lambda *_: together.wait() and None)
+    document = compared(tmp_path, data, data, jobs=3, slab=8)
     assert document["totals"]["zeros_after"] == 12
 
 

@@ -1,0 +1,432 @@
+"""Comparing two checkpoints: what changed in each tensor, what energy is left, how far outputs move.
+
+Owns which tensors can be compared and how. Both sides are read in the same slabs for any number of jobs, so
+that sums are the same; small tensors are read together. Needs no torch. Called by the command line.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import repeat
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sparseprune.engine.dtypes import DTYPES
+from sparseprune.engine.grids import prod
+from sparseprune.engine.kernels.comparing import Counts, Energies, compare, compare_values
+from sparseprune.engine.kernels.formats import FORMATS, values_of
+from sparseprune.engine.tally import exact_sum, totals_in_units
+from sparseprune.errors import CheckpointError
+from sparseprune.execution.limits import READING, Crowd
+from sparseprune.execution.passes import Chunk, Pass
+from sparseprune.execution.runner import Job, batches, read_through
+from sparseprune.execution.tensor_io import TensorIO
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from numpy.typing import NDArray
+
+    from sparseprune.checkpoint import Source, Statistic, Statistics, StoredTensor
+    from sparseprune.engine.grids import Shape
+
+    Floats = NDArray[np.float64]
+    Bytes = NDArray[np.uint8]
+    Progress = Callable[[int, str], None]
+
+SLAB = 1 << 20  # bytes of each checkpoint read at a time: both stay in the cache until they are compared
+_WIDEST = 16  # bytes that an element may take where it is compared by its value
+_WORKED_ON = 1 << 22  # elements of a matrix whose outputs are computed together
+_MOMENTS = frozenset({"F64", "F32", "F16", "BF16"})
+_ROUNDED = 1e-4  # with a unit diagonal: what sums of products in float32 may be wrong by
+_EPS = {"BF16": 2**-7, "F16": 2**-10}  # of dtypes that round by more
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A tensor that both checkpoints have, with one name and one shape."""
+
+    before: StoredTensor
+    after: StoredTensor
+
+    @property
+    def nbytes(self) -> int:
+        return self.before.nbytes + self.after.nbytes
+
+    @property
+    def by_bits(self) -> bool:
+        """Whether patterns can be compared: of one dtype they mean the same."""
+        return self.before.dtype == self.after.dtype
+
+    @property
+    def known(self) -> bool:
+        """Whether elements are whole bytes on both sides, so that each can be looked at."""
+        return None not in (DTYPES[self.before.dtype].zero_bits, DTYPES[self.after.dtype].zero_bits)
+
+    @property
+    def is_read(self) -> bool:
+        """Whether there is something to compare, elements or at least bytes."""
+        return self.before.numel > 0 and (self.known or self.by_bits)
+
+    def cut(self, slab: int) -> tuple[int, int]:
+        """How many elements there are, and how many are compared at one time; bytes where these must do."""
+        if not self.known:
+            size = max(self.before.nbytes, self.after.nbytes)
+            return size, max(1, slab if self.by_bits else size)
+        direct = self.by_bits and self.before.dtype in FORMATS
+        return self.before.numel, max(1, slab // (DTYPES[self.before.dtype].itemsize if direct else _WIDEST))
+
+    def bytes_of(self, count: int) -> tuple[int, int]:
+        """Bytes of so many elements on each side, or of so many bytes."""
+        sides = self.before, self.after
+        before, after = (count * DTYPES[one.dtype].itemsize if self.known else count for one in sides)
+        return before, after
+
+
+@dataclass(frozen=True, slots=True)
+class TensorComparison:
+    """What was found in one tensor. Of unlike dtypes values are compared, of one dtype bits.
+
+    `differs` tells whether any element changed; None where that cannot be said, elements of less than a byte
+    beside another dtype. These have no `counts` and no `energies` either. Places in them are flat.
+    """
+
+    name: str
+    dtype: str
+    dtype_after: str
+    shape: Shape
+    numel: int
+    differs: bool | None
+    counts: Counts | None
+    energies: Energies | None
+
+
+@dataclass(frozen=True, slots=True)
+class Sides:
+    """Which tensors stand on one side alone, and which on both but in unlike shapes; in stored order."""
+
+    pairs: tuple[Pair, ...]
+    added: tuple[StoredTensor, ...]
+    removed: tuple[StoredTensor, ...]
+    reshaped: tuple[Pair, ...]
+
+
+def sides_of(
+    before: Mapping[str, StoredTensor], after: Mapping[str, StoredTensor], names: Sequence[str]
+) -> Sides:
+    """What is to be compared of these tensors, as the headers say; one of the two has each at least."""
+    both = [Pair(before[name], after[name]) for name in names if name in before and name in after]
+    return Sides(
+        tuple(pair for pair in both if pair.before.shape == pair.after.shape),
+        tuple(after[name] for name in names if name not in before),
+        tuple(before[name] for name in names if name not in after),
+        tuple(pair for pair in both if pair.before.shape != pair.after.shape),
+    )
+
+
+def compare_checkpoints(
+    pairs: Sequence[Pair], reader: Source, jobs: int, progress: Progress, slab: int = SLAB
+) -> tuple[TensorComparison, ...]:
+    """What is found in each pair, in their order; the same for any number of jobs.
+
+    `progress` gets how many bytes were read, of both sides, and the name of a tensor. Of several failures the
+    one is raised that is the first in the order of the pairs.
+    """
+    todo = compare_jobs(pairs, slab)
+    found = read_through(todo, TensorIO(reader), Crowd(jobs, READING), progress)
+    return tuple(one for order in sorted(found) for one in found[order])
+
+
+def compare_jobs(pairs: Sequence[Pair], slab: int = SLAB) -> Iterator[Job]:
+    """A job for each large pair, and one for neighbouring small pairs of about `slab` bytes on a side."""
+
+    def size(pair: Pair) -> int:
+        count, step = pair.cut(slab)
+        return max(pair.before.nbytes, pair.after.nbytes) if count <= step else slab + 1
+
+    for number, some in batches(pairs, size, slab):
+        yield Job(number, f"compare{number}", some[0].before.name, ComparePairs(some, slab))
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What was found in a part of a pair, from an element on; no counts where only bytes can be compared."""
+
+    begin: int
+    differs: bool | None = None
+    counts: Counts | None = None
+    energies: Energies | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ComparePairs(Pass):
+    """One pair, in pieces of about `slab` bytes of each side, or several small pairs together."""
+
+    pairs: tuple[Pair, ...]
+    slab: int
+
+    def chunks(self, io: TensorIO) -> Iterator[Chunk]:  # noqa: ARG002
+        if len(self.pairs) > 1:
+            nbytes = sum(pair.nbytes for pair in self.pairs)
+            yield Chunk(None, nbytes, 2 * nbytes)
+            return
+        pair = self.pairs[0]
+        size, step = pair.cut(self.slab)
+        for begin in range(0, size, step):
+            end = min(begin + step, size)
+            nbytes = sum(pair.bytes_of(end - begin)) if pair.is_read else pair.nbytes
+            yield Chunk((begin, end), nbytes, 2 * nbytes)
+
+    def work(self, chunk: Chunk, io: TensorIO) -> list[Piece]:
+        if chunk.about is None:
+            read = [pair for pair in self.pairs if pair.is_read]
+            before, after = (
+                io.read_whole([pair.before for pair in read]),
+                io.read_whole([pair.after for pair in read]),
+            )
+            found = map(_compared, read, repeat(0), before, after)
+            return [next(found) if pair.is_read else Piece(0) for pair in self.pairs]
+        pair, (begin, end) = self.pairs[0], chunk.about
+        if not pair.is_read:
+            return [Piece(begin)]
+        sides: list[Bytes] = []
+        for stored, first, nbytes in zip(
+            (pair.before, pair.after), pair.bytes_of(begin), pair.bytes_of(end - begin), strict=True
+        ):
+            sides.append(io.scratch(f"side{len(sides)}", nbytes, "u1"))
+            io.reader.read_into(stored, first, sides[-1])
+        return [_compared(pair, begin, *sides)]
+
+    def merge(self, partials: list[Any], io: TensorIO) -> tuple[TensorComparison, ...]:  # noqa: ARG002
+        if len(self.pairs) > 1:
+            return tuple(
+                _comparison(pair, [piece]) for pair, piece in zip(self.pairs, partials[0], strict=True)
+            )
+        return (_comparison(self.pairs[0], [piece for pieces in partials for piece in pieces]),)
+
+
+def _compared(pair: Pair, begin: int, before: Bytes, after: Bytes) -> Piece:
+    """The bytes of both sides from an element on."""
+    if not pair.known:
+        return Piece(begin, not np.array_equal(before, after))
+    one, other = (
+        data.view(f"u{DTYPES[stored.dtype].itemsize}")
+        for data, stored in ((before, pair.before), (after, pair.after))
+    )
+    if pair.by_bits:
+        counts, energies = compare(one, other, pair.before.dtype)
+    else:
+        counts, energies = compare_values(
+            values_of(one, pair.before.dtype), values_of(other, pair.after.dtype)
+        )
+    return Piece(begin, counts.changed > 0, counts, energies)
+
+
+def _comparison(pair: Pair, pieces: Sequence[Piece]) -> TensorComparison:
+    before, after = pair.before, pair.after
+    differs = None
+    if pair.known or pair.by_bits:
+        differs = any(piece.differs for piece in pieces)
+    return TensorComparison(
+        before.name,
+        before.dtype,
+        after.dtype,
+        before.shape,
+        before.numel,
+        differs,
+        _counts_of(pieces) if pair.known else None,
+        _energies_of(pieces) if pair.known else None,
+    )
+
+
+def _counts_of(pieces: Sequence[Piece]) -> Counts:
+    found = [(piece.begin, piece.counts) for piece in pieces if piece.counts is not None]
+    firsts = [begin + counts.first_altered for begin, counts in found if counts.altered]
+    each = [counts for _, counts in found]
+    return Counts(
+        sum(counts.zeros_before for counts in each),
+        sum(counts.zeros_after for counts in each),
+        sum(counts.zeroed for counts in each),
+        sum(counts.altered for counts in each),
+        firsts[0] if firsts else -1,
+    )
+
+
+def _energies_of(pieces: Sequence[Piece]) -> Energies:
+    found = [(piece.begin, piece.energies) for piece in pieces if piece.energies is not None]
+    changes = [(begin, energies) for begin, energies in found if energies.place >= 0]
+    # Of equals max gives the first.
+    begin, largest = max(changes, key=lambda change: change[1].largest, default=(0, Energies()))
+    each = [energies for _, energies in found]
+    return Energies(
+        exact_sum(energies.before for energies in each),
+        exact_sum(energies.after for energies in each),
+        exact_sum(energies.change for energies in each),
+        largest.largest,
+        begin + largest.place if changes else -1,
+    )
+
+
+def with_statistics(pairs: Sequence[Pair], statistics: Statistics) -> tuple[Pair, ...]:
+    """The matrices, and stacks of them, of which there are second moments.
+
+    CheckpointError where norms alone are there, or where a shape does not fit.
+    """
+    found = tuple(
+        pair
+        for pair in pairs
+        if pair.before.name in statistics.of
+        and all(DTYPES[stored.dtype].prunable for stored in (pair.before, pair.after))
+        and len(pair.before.shape) in {2, 3}
+    )
+    path = statistics.checkpoint.path
+    for pair in found:
+        statistic, shape = statistics.of[pair.before.name], pair.before.shape
+        if statistic.kind == "norm" or len(statistic.stored.shape) == 1:
+            raise CheckpointError(f"{path}: has norms of inputs alone; calibrate with --stats hessian")
+        dim = _input_dim(statistic, len(shape))
+        if dim not in {len(shape) - 2, len(shape) - 1}:
+            raise CheckpointError(f"{path}: {pair.before.name} cannot have its inputs along dimension {dim}")
+        wanted = (*shape[: len(shape) - 2], shape[dim], shape[dim])
+        if statistic.stored.shape != wanted or statistic.stored.dtype not in _MOMENTS:
+            raise CheckpointError(
+                f"{path}: {pair.before.name} has {statistic.stored.dtype} of shape "
+                f"{list(statistic.stored.shape)}, wanted floats of shape {list(wanted)}"
+            )
+    return found
+
+
+def output_errors(
+    pairs: Sequence[Pair], statistics: Statistics, reader: Source, jobs: int, progress: Progress
+) -> dict[str, float | None]:
+    """sqrt(tr(D H D^T) / tr(W0 H W0^T)) for each of these tensors, over all matrices of a stack.
+
+    D is what changed, H the second moment of the inputs; None where it is no finite number.
+
+    Raises:
+        CheckpointError: a moment that is not finite, or all zero, or gives negative energies.
+    """
+    todo = (
+        Job(number, f"outputs{number}", pair.before.name, OutputError(pair, statistics.of[pair.before.name]))
+        for number, pair in enumerate(pairs)
+    )
+    found = read_through(todo, TensorIO(reader, passed=progress), Crowd(jobs, READING), progress)
+    return {pair.before.name: found.get(number) for number, pair in enumerate(pairs)}
+
+
+@dataclass(frozen=True, slots=True)
+class OutputError(Pass):
+    """The change of the outputs of a matrix, or a stack of them, one matrix at a time."""
+
+    pair: Pair
+    statistic: Statistic
+
+    def chunks(self, io: TensorIO) -> Iterator[Chunk]:  # noqa: ARG002
+        """Numbers of matrices; they report their bytes as they are read."""
+        shape, inputs = self.pair.before.shape, self.statistic.stored.shape[-1]
+        worked_on = min(prod(shape[-2:]), max(_WORKED_ON, inputs))
+        whole = self.pair.nbytes // max(1, prod(shape[:-2])) if self._turned else 0
+        for matrix in range(prod(shape[:-2])):
+            yield Chunk(matrix, memory=24 * inputs**2 + 48 * worked_on + whole)
+
+    def work(self, chunk: Chunk, io: TensorIO) -> tuple[bool, list[tuple[tuple[float, float], int]]]:
+        """Whether the moment is not zero, and pairs of energies with the powers of two that they count in."""
+        pair, stored = self.pair, self.statistic.stored
+        rounding = max(_ROUNDED, 2 * _EPS.get(stored.dtype, 0.0) * math.sqrt(stored.shape[-1]))
+        moment, power = _moment(stored, chunk.about, io)
+        found = []
+        for dense, after in self._slabs(chunk.about, io):
+            lost, whole, own = _energies(dense, after, moment, rounding)
+            if lost is None or whole is None:
+                what = "has directions of negative energy: no second moment; calibrate again"
+                raise CheckpointError(f"{stored.shard.path}: {stored.name} {what}")
+            found.append(((lost, whole), power + 2 * own))
+            io.passed(dense.size * pair.nbytes // pair.before.numel, pair.before.name)
+        return bool(moment.any()), found
+
+    def merge(self, partials: list[Any], io: TensorIO) -> float | None:  # noqa: ARG002
+        stored = self.statistic.stored
+        if self.pair.before.numel and not any(seen for seen, _ in partials):
+            raise CheckpointError(
+                f"{stored.shard.path}: {stored.name} is zero: nothing was seen of its inputs"
+            )
+        lost, whole = totals_in_units([one for _, found in partials for one in found]) or (0.0, 0.0)
+        if lost == 0:
+            return 0.0
+        error = math.sqrt(max(lost, 0.0) / whole) if whole > 0 else math.inf
+        return error if math.isfinite(error) else None
+
+    @property
+    def _turned(self) -> bool:
+        """Whether the inputs are the rows of a matrix, not its columns."""
+        rank = len(self.pair.before.shape)
+        return _input_dim(self.statistic, rank) != rank - 1
+
+    def _slabs(self, matrix: int, io: TensorIO) -> Iterator[tuple[Floats, Floats]]:
+        """Some rows at a time of a matrix before and after, (rows, inputs) in float64.
+
+        A matrix whose inputs come first is read whole, in its own dtype, and widened some columns at a time.
+        """
+        sides = self.pair.before, self.pair.after
+        rows, columns = self.pair.before.shape[-2:]
+        first = matrix * rows * columns
+        step = max(1, _WORKED_ON // max(1, rows if self._turned else columns))
+        if self._turned:
+            both = [io.load_run(stored, (first, rows * columns)).reshape(rows, columns) for stored in sides]
+            for begin in range(0, columns, step):
+                dense, after = (
+                    _wide(bits[:, begin : begin + step], stored).T
+                    for bits, stored in zip(both, sides, strict=True)
+                )
+                yield dense, after
+            return
+        for begin in range(0, rows, step):
+            run = first + begin * columns, min(step, rows - begin) * columns
+            dense, after = (_wide(io.load_run(stored, run), stored).reshape(-1, columns) for stored in sides)
+            yield dense, after
+
+
+def _input_dim(statistic: Statistic, rank: int) -> int:
+    dim = -1 if statistic.input_dim is None else statistic.input_dim
+    return dim + rank if dim < 0 else dim
+
+
+def _moment(stored: StoredTensor, matrix: int, io: TensorIO) -> tuple[Floats, int]:
+    """One moment, in float64 and in units of a power of two; and which."""
+    size = stored.shape[-1]
+    moment = _wide(io.load_run(stored, (matrix * size * size, size * size)), stored).reshape(size, size)
+    if not np.isfinite(moment).all():
+        raise CheckpointError(f"{stored.shard.path}: {stored.name} holds NaN or infinity; calibrate again")
+    if (moment.diagonal() < 0).any():
+        raise CheckpointError(f"{stored.shard.path}: {stored.name} has a negative diagonal: no second moment")
+    power = _exponent(moment)
+    return np.ldexp(moment, -power), power
+
+
+def _wide(bits: NDArray[Any], stored: StoredTensor) -> Floats:
+    flat = np.ascontiguousarray(bits).reshape(-1)
+    return values_of(flat, stored.dtype).astype(np.float64, copy=False).reshape(bits.shape)
+
+
+def _energies(
+    dense: Floats, after: Floats, moment: Floats, rounding: float
+) -> tuple[float | None, float | None, int]:
+    """Of what changed and of the dense rows, and half the power of two that both count in."""
+    own = max(_exponent(dense), _exponent(after))
+    with np.errstate(invalid="ignore", over="ignore"):  # weights that are not finite make it NaN
+        dense, after = np.ldexp(dense, -own), np.ldexp(after, -own)
+        return _energy(after - dense, moment, rounding), _energy(dense, moment, rounding), own
+
+
+def _energy(rows: Floats, moment: Floats, rounding: float) -> float | None:
+    """tr(W H W^T); None where a row has less than none, by more than rounding makes of a unit diagonal."""
+    each = np.einsum("ij,ij->i", rows @ moment, rows)
+    least = -rounding * (np.square(rows) @ moment.diagonal())
+    return None if (each < least).any() else float(each.sum())
+
+
+def _exponent(numbers: Floats) -> int:
+    """Of the power of two above all magnitudes; 0 where all of them are 0, or one is not finite."""
+    return int(np.frexp(np.abs(numbers).max(initial=0.0))[1])
