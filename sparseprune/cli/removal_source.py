@@ -1,6 +1,6 @@
-"""How `remove` comes to masks: by a spec, as `apply` would, into a hidden folder; or from files with some.
+"""Where `remove` gets kept indices: by a spec, from decisions or masks in a scratch folder; or from masks.
 
-Owns what is refused before a byte is written. What survives is not cut out here.
+Owns what is refused before a byte is written. Nothing is cut out here.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class RemoveRequest:
-    """What was typed; one of `spec` and `masks` is wanted, `partial` goes with masks."""
+    """The options as typed; either `spec` or `masks` is given, and `partial` goes with masks."""
 
     checkpoint: Path
     spec: str | None
@@ -86,7 +86,7 @@ class RemoveRequest:
 
 @dataclass(slots=True)
 class Ending:
-    """The output that is at work: first what is decided, then what has the name that was asked for."""
+    """The output that is being written: first the scratch folder, then the smaller checkpoint."""
 
     output: StagedOutput | None = None
 
@@ -132,7 +132,7 @@ class Choice:
 
 
 def refuse_contradictions(request: RemoveRequest) -> None:
-    """SparsepruneError where what was typed does not say what to remove."""
+    """SparsepruneError where the options do not say what to remove."""
     if request.spec is not None and request.masks is not None:
         raise SparsepruneError(f"{request.spec} and --masks exclude each other; give one of them")
     if request.spec is None and request.masks is None:
@@ -151,7 +151,7 @@ def refuse_contradictions(request: RemoveRequest) -> None:
 
 @contextmanager
 def chosen(request: RemoveRequest, ending: Ending) -> Iterator[Choice]:
-    """What survives, as long as the context lasts."""
+    """What survives; the scratch folder exists as long as the context lasts."""
     if request.masks is not None:
         with TensorReader() as reader:
             choice = _by_masks(request, request.masks, reader)

@@ -1,7 +1,6 @@
-"""`remove`: from a spec or masks to a smaller checkpoint under its name, and what is told about it.
+"""`remove`: a spec or masks make a smaller checkpoint, and a report of it.
 
-By a spec `choosing` first does what `apply` does. From there on both ways are one: masks become slices,
-slices shapes and a config, and the survivors are moved.
+Kept indices come from removal_source; they become shapes and a config, and the survivors are copied.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def run(request: RemoveRequest) -> None:
-    """Decide, cut, commit, tell; or show the plan of it."""
+    """Decide, cut, commit and report; or show the plan."""
     refuse_contradictions(request)
     if request.dry_run:
         from sparseprune.cli.plan import run_removal
@@ -50,7 +49,7 @@ def run(request: RemoveRequest) -> None:
 
 
 def _cut(request: RemoveRequest, choice: Choice, ending: Ending, began: float) -> tuple[Result, OutputLayout]:
-    """Everything from masks to the output's name."""
+    """Everything from kept indices to the output under its name."""
     from sparseprune.removal.shrink import make_removal
     from sparseprune.removal.slices import summed_up
 
@@ -88,7 +87,7 @@ def _cut(request: RemoveRequest, choice: Choice, ending: Ending, began: float) -
 
 
 def _refuse_nothing(request: RemoveRequest, choice: Choice, removal: Removal) -> None:
-    """SparsepruneError where nothing would be removed; a warning of each rule that removes nothing."""
+    """SparsepruneError where nothing would be removed; a warning for each rule that removes nothing."""
     from sparseprune.report.coverage import unpruned_lines
     from sparseprune.report.document import pruned_by_rule
 
@@ -108,7 +107,7 @@ def _worked(
     reader: TensorReader,
     began: float,
 ) -> Result:
-    """Move the survivors, and write the report and the spec beside them."""
+    """Copy the survivors, and write the report and the spec beside them."""
     from sparseprune.removal.cut import Cuts
     from sparseprune.removal.slices import kept_whole
     from sparseprune.report.removal import make_removal_result
@@ -135,7 +134,7 @@ def _worked(
 
 
 def _touched(choice: Choice, removal: Removal) -> dict[str, Touched]:
-    """The tensors in which zeros come to stand elsewhere, or come back."""
+    """The tensors in which zeros move or are filled again."""
     from sparseprune.execution.earlier import Touched
 
     rules = {} if choice.plan is None else rebuilt_by(choice.plan)
@@ -170,7 +169,7 @@ def _circumstances(request: RemoveRequest, choice: Choice, layout: OutputLayout,
 
 
 def _training_state(checkpoint: Checkpoint) -> list[str]:
-    """A line where a trainer left what it would go on with, of the shapes that tensors had."""
+    """A line about a trainer's state, which still has the old shapes."""
     names = [
         str(other.path)
         for other in checkpoint.others

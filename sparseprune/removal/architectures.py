@@ -6,7 +6,7 @@ Data, one row an architecture; a new one is a new row. Called by the rest of rem
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from sparseprune.spec.patterns import parse_pattern
@@ -147,138 +147,133 @@ class Architecture:
 
 
 def _dims(
-    pattern: str, dims: Mapping[int, str | DimPart | tuple[DimPart, ...]], *, follows: bool = False
+    name: str, dims: Mapping[int, str | DimPart | tuple[str | DimPart, ...]], *, follows: bool = False
 ) -> TensorDims:
-    """A row of tensors; a key alone stands for one part with units of one index."""
-    parts = {
-        dim: (DimPart(each),) if isinstance(each, str) else (each,) if isinstance(each, DimPart) else each
-        for dim, each in dims.items()
+    """A row of the table for names that end so; a key alone stands for units of one index."""
+    parts = {dim: each if isinstance(each, tuple) else (each,) for dim, each in dims.items()}
+    made = {
+        dim: tuple(DimPart(one) if isinstance(one, str) else one for one in each)
+        for dim, each in parts.items()
     }
-    return TensorDims(parse_pattern(pattern), parts, follows)
+    return TensorDims(parse_pattern(f"{{at:**}}.{name}"), made, follows)
+
+
+def _writes(module: str, part: str | DimPart, *, follows: bool = False) -> TensorDims:
+    """A linear layer whose outputs are the units, as torch stores it: outputs first."""
+    return _dims(f"{module}.{{kind:weight|bias}}", {0: part}, follows=follows)
+
+
+def _reads(module: str, part: str | DimPart) -> tuple[TensorDims, ...]:
+    """A linear layer whose inputs are the units."""
+    return _dims(f"{module}.weight", {1: part}), _dims(f"{module}.bias", {})
 
 
 def _gated(
     module: str, width: str | DimPart, names: tuple[str, str] = ("{name:gate|up}_proj", "down_proj")
 ) -> tuple[TensorDims, ...]:
-    """Two matrices that write channels and one that reads them, as torch's Linear stores them."""
-    makes, reads = names
+    """Two matrices that write channels and one that reads them."""
+    writes, reads = names
+    return _writes(f"{module}.{writes}", width), *_reads(f"{module}.{reads}", width)
+
+
+def _router(module: str, experts: str) -> tuple[TensorDims, ...]:
     return (
-        _dims(f"{module}.{makes}.{{kind:weight|bias}}", {0: width}),
-        _dims(f"{module}.{reads}.weight", {1: width}),
-        _dims(f"{module}.{reads}.bias", {}),
+        _writes(module, experts, follows=True),
+        _dims(f"{module}.e_score_correction_bias", {0: experts}, follows=True),
     )
 
 
+def _list(module: str, key: str) -> ModuleList:
+    return ModuleList(parse_pattern(f"{{at:**}}.{module}.{{member}}"), key)
+
+
+_LAYERS = _list("layers", "num_hidden_layers")
 HEADS, KV_HEADS = "num_attention_heads", "num_key_value_heads"
 _HEAD_DIM = "config.head_dim or config.hidden_size // config.num_attention_heads"
-_MLP = "{at:**}.mlp"
+_HEAD, _KV_HEAD = DimPart(HEADS, _HEAD_DIM), DimPart(KV_HEADS, _HEAD_DIM)
 _WIDTH, _EXPERT_WIDTH = "intermediate_size", "moe_intermediate_size"
-
-
-def _layer(pattern: str = "{at:**}.layers.{member}", key: str = "num_hidden_layers") -> ModuleList:
-    return ModuleList(parse_pattern(pattern), key)
-
-
-_ATTENTION = (
-    _dims("{at:**}.self_attn.q_proj.{kind:weight|bias}", {0: DimPart(HEADS, _HEAD_DIM)}),
-    _dims("{at:**}.self_attn.{name:k|v}_proj.{kind:weight|bias}", {0: DimPart(KV_HEADS, _HEAD_DIM)}),
-    _dims("{at:**}.self_attn.o_proj.weight", {1: DimPart(HEADS, _HEAD_DIM)}),
-    _dims("{at:**}.self_attn.o_proj.bias", {}),
-    _dims("{at:**}.self_attn.sinks", {0: HEADS}, follows=True),
-)
+_EXPERTS, _LOCAL_EXPERTS = "num_experts", "num_local_experts"
 _PINNED = {"head_dim": _HEAD_DIM}
 _GROUPED = Heads(HEADS, KV_HEADS, pinned=_PINNED)
 _EVEN = Heads(HEADS, KV_HEADS, "hidden_size", _PINNED)  # the config's class refuses others
-_VALUES = {KV_HEADS: "config.num_key_value_heads or config.num_attention_heads"}
 _SLIDING = "'sliding_attention' if {} else 'full_attention'"
 _QWEN_WINDOW = "(config.use_sliding_window or 0) and not (config.sliding_window == None or 0) and "
 # A key that may be 0, or 28 where there is none.
 _FULL_ONES = "(config.max_window_layers if (config.max_window_layers >= 0 or 0) else 28)"
+_ATTENTION = (
+    _writes("self_attn.q_proj", _HEAD),
+    _writes("self_attn.{name:k|v}_proj", _KV_HEAD),
+    *_reads("self_attn.o_proj", _HEAD),
+    _dims("self_attn.sinks", {0: HEADS}, follows=True),
+)
 
 
 def _decoder(
-    *models: str, layer_type: str | None = None, rule: str | None = None, heads: Heads = _GROUPED
+    *models: str,
+    layers: Layers = Layers(_LAYERS),
+    tensors: tuple[TensorDims, ...] = (*_gated("mlp", _WIDTH), *_ATTENTION),
+    heads: Heads = _GROUPED,
+    experts: tuple[str, str] | None = None,
+    aliases: Mapping[str, str] | None = None,
 ) -> Architecture:
-    """Gated MLP, grouped query attention, own head_dim; types of layers are derived from the key `rule`."""
-    implied = {} if layer_type is None else {"layer_types": layer_type}
+    """Grouped query attention with an own head_dim; `experts` are a list of modules or "", and its key."""
+    module, key = experts or ("", "")
     return Architecture(
         models,
-        Layers(_layer(), implied=implied, rules={} if rule is None else {rule: "layer_types"}),
-        (*_gated(_MLP, _WIDTH), *_ATTENTION),
-        values=_VALUES,
-        heads=heads,
+        layers,
+        tensors,
+        (_list(module, key),) if module else (),
+        {KV_HEADS: "config.num_key_value_heads or config.num_attention_heads"},
+        aliases or {},
+        heads,
+        Routing(key, "num_experts_per_tok") if experts else None,
     )
 
 
-def _router(module: str, experts: str, router: str = "gate") -> tuple[TensorDims, ...]:
-    return (
-        _dims(f"{{at:**}}.{module}.{router}.{{kind:weight|bias}}", {0: experts}, follows=True),
-        _dims(f"{{at:**}}.{module}.{router}.e_score_correction_bias", {0: experts}, follows=True),
-    )
+def _typed(layer_type: str, rule: str | None = None) -> Layers:
+    """Layers whose types the class derives by an expression, from the key `rule` if any."""
+    implied = {"layer_types": _SLIDING.format(layer_type)}
+    return Layers(_LAYERS, implied=implied, rules={} if rule is None else {rule: "layer_types"})
 
 
-def _experts(module: str, key: str) -> tuple[ModuleList, ...]:
-    return (ModuleList(parse_pattern(f"{{at:**}}.{module}.experts.{{member}}"), key),)
-
-
-def _qwen_moe(model: str, layer_type: str | None, *more: TensorDims) -> Architecture:
-    implied = {"mlp_only_layers": "(layer + 1) % (config.decoder_sparse_step or 1) != 0"}
-    return Architecture(
-        (model,),
-        Layers(
-            _layer(),
+def _qwen_moe(model: str, layers: Layers, *more: TensorDims) -> Architecture:
+    sparse = {"mlp_only_layers": "(layer + 1) % (config.decoder_sparse_step or 1) != 0"}
+    return _decoder(
+        model,
+        layers=replace(
+            layers,
             by_number=("mlp_only_layers",),
-            implied=implied if layer_type is None else {**implied, "layer_types": layer_type},
+            implied={**sparse, **layers.implied},
             settled={"decoder_sparse_step": 1},
-            rules={} if layer_type is None else {"max_window_layers": "layer_types"},
         ),
-        (
-            *_gated("{at:**}.mlp.experts.{expert}", _EXPERT_WIDTH),
-            *_router("mlp", "num_experts"),
+        tensors=(
+            *_gated("mlp.experts.{expert}", _EXPERT_WIDTH),
+            *_router("mlp.gate", _EXPERTS),
             *more,
-            *_gated(_MLP, _WIDTH),
+            *_gated("mlp", _WIDTH),
             *_ATTENTION,
         ),
-        lists=_experts("mlp", "num_experts"),
-        values=_VALUES,
-        aliases={"num_experts": "num_local_experts"},
-        routing=Routing("num_experts", "num_experts_per_tok"),
-        heads=_GROUPED,
+        experts=("mlp.experts", _EXPERTS),
+        aliases={_EXPERTS: _LOCAL_EXPERTS},
     )
 
-
-_PHI3 = Architecture(
-    ("phi3",),
-    Layers(_layer()),
-    (
-        _dims("{at:**}.mlp.gate_up_proj.weight", {0: (DimPart(_WIDTH), DimPart(_WIDTH))}),
-        _dims("{at:**}.mlp.down_proj.weight", {1: _WIDTH}),
-        _dims(
-            "{at:**}.self_attn.qkv_proj.weight",
-            {0: (DimPart(HEADS, _HEAD_DIM), DimPart(KV_HEADS, _HEAD_DIM), DimPart(KV_HEADS, _HEAD_DIM))},
-        ),
-        _dims("{at:**}.self_attn.o_proj.weight", {1: DimPart(HEADS, _HEAD_DIM)}),
-    ),
-    values=_VALUES,
-    heads=Heads(HEADS, KV_HEADS, pinned=_PINNED, sized=("rope_scaling", "rope_parameters")),
-)
 
 _GPT2_HEAD = DimPart("n_head", "config.n_embd // config.n_head")
 _GPT2 = Architecture(
     ("gpt2",),
     Layers(
-        _layer("{at:**}.h.{member}", "n_layer"),
+        _list("h", "n_layer"),
         refused={"scale_attn_by_inverse_layer_idx": "the scale of attention depends on a layer's number"},
     ),
     (
-        _dims("{at:**}.mlp.c_fc.weight", {1: "n_inner"}),
-        _dims("{at:**}.mlp.c_fc.bias", {0: "n_inner"}),
-        _dims("{at:**}.mlp.c_proj.weight", {0: "n_inner"}),
-        _dims("{at:**}.mlp.c_proj.bias", {}),
-        _dims("{at:**}.attn.c_attn.weight", {1: (_GPT2_HEAD,) * 3}),
-        _dims("{at:**}.attn.c_attn.bias", {0: (_GPT2_HEAD,) * 3}),
-        _dims("{at:**}.attn.c_proj.weight", {0: _GPT2_HEAD}),
-        _dims("{at:**}.attn.c_proj.bias", {}),
+        _dims("mlp.c_fc.weight", {1: "n_inner"}),
+        _dims("mlp.c_fc.bias", {0: "n_inner"}),
+        _dims("mlp.c_proj.weight", {0: "n_inner"}),
+        _dims("mlp.c_proj.bias", {}),
+        _dims("attn.c_attn.weight", {1: (_GPT2_HEAD,) * 3}),
+        _dims("attn.c_attn.bias", {0: (_GPT2_HEAD,) * 3}),
+        _dims("attn.c_proj.weight", {0: _GPT2_HEAD}),
+        _dims("attn.c_proj.bias", {}),
     ),
     values={"n_inner": "config.n_inner or 4 * config.n_embd"},
     heads=Heads("n_head"),
@@ -287,68 +282,33 @@ _GPT2 = Architecture(
     },
 )
 
-_MIXTRAL = Architecture(
-    ("mixtral",),
-    Layers(_layer()),
-    (
-        *_gated("{at:**}.block_sparse_moe.experts.{expert}", _WIDTH, ("{name:w1|w3}", "w2")),
-        *_router("block_sparse_moe", "num_local_experts"),
-        *_ATTENTION,
-    ),
-    lists=_experts("block_sparse_moe", "num_local_experts"),
-    values=_VALUES,
-    routing=Routing("num_local_experts", "num_experts_per_tok"),
-    heads=_GROUPED,
-)
-
 _DEEPSEEK = Architecture(
     ("deepseek_v3",),
-    Layers(_layer(), beyond="num_nextn_predict_layers", up_to={"first_k_dense_replace": 3}),
+    Layers(_LAYERS, beyond="num_nextn_predict_layers", up_to={"first_k_dense_replace": 3}),
     (
-        *_gated("{at:**}.mlp.experts.{expert}", _EXPERT_WIDTH),
-        *_gated(
-            "{at:**}.mlp.shared_experts",
-            DimPart(_EXPERT_WIDTH, "config.n_shared_experts or 1", by_index=True),
-        ),
-        *_router("mlp", "n_routed_experts"),
-        *_gated(_MLP, _WIDTH),
+        *_gated("mlp.experts.{expert}", _EXPERT_WIDTH),
+        *_gated("mlp.shared_experts", DimPart(_EXPERT_WIDTH, "config.n_shared_experts or 1", by_index=True)),
+        *_router("mlp.gate", "n_routed_experts"),
+        *_gated("mlp", _WIDTH),
         _dims(
-            "{at:**}.self_attn.{name:q|q_b}_proj.weight",
+            "self_attn.{name:q|q_b}_proj.weight",
             {0: DimPart(HEADS, "config.qk_nope_head_dim + config.qk_rope_head_dim")},
         ),
         _dims(
-            "{at:**}.self_attn.kv_b_proj.weight",
-            {0: DimPart(HEADS, "config.qk_nope_head_dim + config.v_head_dim")},
+            "self_attn.kv_b_proj.weight", {0: DimPart(HEADS, "config.qk_nope_head_dim + config.v_head_dim")}
         ),
-        _dims("{at:**}.self_attn.o_proj.weight", {1: DimPart(HEADS, "config.v_head_dim")}),
-        _dims("{at:**}.self_attn.o_proj.bias", {}),
+        *_reads("self_attn.o_proj", DimPart(HEADS, "config.v_head_dim")),
     ),
-    lists=_experts("mlp", "n_routed_experts"),
+    lists=(_list("mlp.experts", "n_routed_experts"),),
     heads=Heads(HEADS, alike={KV_HEADS: HEADS}),
-    aliases={"n_routed_experts": "num_local_experts"},
+    aliases={"n_routed_experts": _LOCAL_EXPERTS},
     routing=Routing("n_routed_experts", "num_experts_per_tok", "n_group", "topk_group", best=2),
 )
 
-_GPT_OSS = Architecture(
-    ("gpt_oss",),
-    Layers(_layer(), implied={"layer_types": _SLIDING.format("(layer + 1) % 2")}),
-    (
-        _dims("{at:**}.mlp.experts.gate_up_proj", {0: "num_local_experts", 2: DimPart(_WIDTH, "2")}),
-        _dims("{at:**}.mlp.experts.gate_up_proj_bias", {0: "num_local_experts", 1: DimPart(_WIDTH, "2")}),
-        _dims("{at:**}.mlp.experts.down_proj", {0: "num_local_experts", 1: _WIDTH}),
-        _dims("{at:**}.mlp.experts.down_proj_bias", {0: "num_local_experts"}),
-        *_router("mlp", "num_local_experts", "router"),
-        *_ATTENTION,
-    ),
-    values=_VALUES,
-    routing=Routing("num_local_experts", "num_experts_per_tok"),
-    heads=_GROUPED,
-)
-
-_LLAMA4 = Architecture(
-    ("llama4_text",),
-    Layers(
-        _layer(),
+_LLAMA4 = _decoder(
+    "llama4_text",
+    layers=Layers(
+        _LAYERS,
         by_place=("no_rope_layers", "layer_types", "mlp_layer_types"),
         by_number=("moe_layers",),
         implied={
@@ -357,52 +317,32 @@ _LLAMA4 = Architecture(
         },
         rules={"no_rope_layer_interval": "no_rope_layers", "interleave_moe_layer_step": "moe_layers"},
     ),
-    (
-        _dims(
-            "{at:**}.feed_forward.experts.gate_up_proj",
-            {0: "num_local_experts", 2: (DimPart(_WIDTH), DimPart(_WIDTH))},
-        ),
-        _dims("{at:**}.feed_forward.experts.down_proj", {0: "num_local_experts", 1: _WIDTH}),
-        *_router("feed_forward", "num_local_experts", "router"),
-        *_gated("{at:**}.feed_forward.{module:shared_expert}", _WIDTH),
-        *_gated("{at:**}.feed_forward", "intermediate_size_mlp"),
+    tensors=(
+        _dims("feed_forward.experts.gate_up_proj", {0: _LOCAL_EXPERTS, 2: (_WIDTH, _WIDTH)}),
+        _dims("feed_forward.experts.down_proj", {0: _LOCAL_EXPERTS, 1: _WIDTH}),
+        *_router("feed_forward.router", _LOCAL_EXPERTS),
+        *_gated("feed_forward.{module:shared_expert}", _WIDTH),
+        *_gated("feed_forward", "intermediate_size_mlp"),
         *_ATTENTION,
     ),
-    values=_VALUES,
-    routing=Routing("num_local_experts", "num_experts_per_tok"),
-    heads=_GROUPED,
+    experts=("", _LOCAL_EXPERTS),
 )
-
-_ENCODER_HEAD = DimPart(HEADS, _HEAD_DIM)
 
 
 def _encoder(
-    *models: str,
-    attention: str,
-    heads: Heads,
-    refused: Mapping[str, str] = {},
-    layers: Mapping[str, str] = {},
+    *models: str, attention: str, heads: Heads, refused: Mapping[str, str], layers: Layers
 ) -> Architecture:
-    return Architecture(
-        models,
-        Layers(_layer("{at:**}.encoder.layer.{member}"), refused=layers),
-        (
-            _dims("{at:**}.crossattention.output.dense.{kind:weight|bias}", {}),
-            _dims(
-                f"{{at:**}}.attention.{attention}.{{name:query|key|value}}.{{kind:weight|bias}}",
-                {0: _ENCODER_HEAD},
-            ),
-            _dims("{at:**}.attention.output.dense.weight", {1: _ENCODER_HEAD}),
-            _dims("{at:**}.attention.output.dense.bias", {}),
-            _dims("{at:**}.intermediate.dense.{kind:weight|bias}", {0: _WIDTH}),
-            _dims("{at:**}.output.dense.weight", {1: _WIDTH}),
-            _dims("{at:**}.output.dense.bias", {}),
-        ),
-        heads=heads,
-        refused=refused,
+    tensors = (
+        _dims("crossattention.output.dense.{kind:weight|bias}", {}),
+        _writes(f"attention.{attention}.{{name:query|key|value}}", _HEAD),
+        *_reads("attention.output.dense", _HEAD),
+        _writes("intermediate.dense", _WIDTH),
+        *_reads("output.dense", _WIDTH),
     )
+    return Architecture(models, layers, tensors, heads=heads, refused=refused)
 
 
+_ENCODER_LAYERS = Layers(_list("encoder.layer", "num_hidden_layers"))
 _BERT_LAYERS = (
     "a BertLayer ends in a LayerNorm, so that without anything of it zeros are passed on, not its input"
 )
@@ -414,39 +354,67 @@ _BERT_HEADS = (
 ARCHITECTURES: tuple[Architecture, ...] = (
     _decoder("mistral", "gemma"),
     _decoder("llama", heads=_EVEN),
-    _decoder(
-        "qwen2",
-        "qwen3",
-        layer_type=_SLIDING.format(f"{_QWEN_WINDOW}layer >= {_FULL_ONES}"),
-        rule="max_window_layers",
-    ),
-    _decoder("gemma2", layer_type=_SLIDING.format("(layer + 1) % 2"), heads=_EVEN),
+    _decoder("qwen2", "qwen3", layers=_typed(f"{_QWEN_WINDOW}layer >= {_FULL_ONES}", "max_window_layers")),
+    _decoder("gemma2", layers=_typed("(layer + 1) % 2"), heads=_EVEN),
     _decoder(
         "gemma3_text",
-        layer_type=_SLIDING.format("(layer + 1) % (config.sliding_window_pattern or 6)"),
-        rule="sliding_window_pattern",
+        layers=_typed("(layer + 1) % (config.sliding_window_pattern or 6)", "sliding_window_pattern"),
         heads=_EVEN,
     ),
-    _PHI3,
+    _decoder(
+        "phi3",
+        tensors=(
+            _dims("mlp.gate_up_proj.weight", {0: (_WIDTH, _WIDTH)}),
+            _dims("mlp.down_proj.weight", {1: _WIDTH}),
+            _dims("self_attn.qkv_proj.weight", {0: (_HEAD, _KV_HEAD, _KV_HEAD)}),
+            _dims("self_attn.o_proj.weight", {1: _HEAD}),
+        ),
+        heads=Heads(HEADS, KV_HEADS, pinned=_PINNED, sized=("rope_scaling", "rope_parameters")),
+    ),
     _GPT2,
-    _MIXTRAL,
+    _decoder(
+        "mixtral",
+        tensors=(
+            *_gated("block_sparse_moe.experts.{expert}", _WIDTH, ("{name:w1|w3}", "w2")),
+            *_router("block_sparse_moe.gate", _LOCAL_EXPERTS),
+            *_ATTENTION,
+        ),
+        experts=("block_sparse_moe.experts", _LOCAL_EXPERTS),
+    ),
     _qwen_moe(
         "qwen2_moe",
-        _SLIDING.format(f"(config.use_sliding_window or 0) and (layer + 1) % 2 and layer < {_FULL_ONES}"),
-        *_gated("{at:**}.mlp.shared_expert", "shared_expert_intermediate_size"),
+        _typed(
+            f"(config.use_sliding_window or 0) and (layer + 1) % 2 and layer < {_FULL_ONES}",
+            "max_window_layers",
+        ),
+        *_gated("mlp.shared_expert", "shared_expert_intermediate_size"),
     ),
-    _qwen_moe("qwen3_moe", None),
+    _qwen_moe("qwen3_moe", Layers(_LAYERS)),
     _DEEPSEEK,
-    _GPT_OSS,
+    _decoder(
+        "gpt_oss",
+        layers=_typed("(layer + 1) % 2"),
+        tensors=(
+            _dims("mlp.experts.gate_up_proj", {0: _LOCAL_EXPERTS, 2: DimPart(_WIDTH, "2")}),
+            _dims("mlp.experts.gate_up_proj_bias", {0: _LOCAL_EXPERTS, 1: DimPart(_WIDTH, "2")}),
+            _dims("mlp.experts.down_proj", {0: _LOCAL_EXPERTS, 1: _WIDTH}),
+            _dims("mlp.experts.down_proj_bias", {0: _LOCAL_EXPERTS}),
+            *_router("mlp.router", _LOCAL_EXPERTS),
+            *_ATTENTION,
+        ),
+        experts=("", _LOCAL_EXPERTS),
+    ),
     _LLAMA4,
     _encoder(
         *("bert", "roberta", "xlm-roberta"),
         attention="self",
         heads=Heads(HEADS),
         refused={HEADS: _BERT_HEADS},
-        layers={"num_hidden_layers": _BERT_LAYERS},
+        layers=replace(_ENCODER_LAYERS, refused={"num_hidden_layers": _BERT_LAYERS}),
     ),
-    _encoder("vit", attention="attention", heads=Heads(HEADS, pinned=_PINNED)),
+    _encoder(
+        "vit", attention="attention", heads=Heads(HEADS, pinned=_PINNED), refused={}, layers=_ENCODER_LAYERS
+    ),
 )
 
 

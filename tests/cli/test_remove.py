@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import re
 import shutil
 import tracemalloc
@@ -19,7 +20,9 @@ from sparseprune import load_masks
 from sparseprune.checkpoint import TensorReader, open_masks
 from sparseprune.checkpoint.staging_dir import StagingDir
 from sparseprune.execution import limits, schedule
-from sparseprune.removal.decide import read_slices
+from sparseprune.execution.two_pass import ReduceBlocks
+from sparseprune.removal.cut import CutTensor
+from sparseprune.removal.decide import ReadSlices, read_slices
 from tests.checkpoint.files import content, names_in
 from tests.cli.removal import (
     CASES,
@@ -107,6 +110,27 @@ def test_every_way_to_remove_the_same_gives_the_same_bytes(
     for way, found in outputs.items():
         assert found == outputs["a spec"], way
     assert names_in(tmp_path) == ["in", "masks", "zeros"]
+
+
+@pytest.mark.parametrize("masks", [False, True])
+def test_passes_of_a_removal_are_plain_data_that_another_process_could_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, masks: bool
+) -> None:
+    source = write(tmp_path / "in", decoder(), LLAMA, 2)
+    assert run("mask", source, "decoder-mlp-channels", "-o", tmp_path / "masks", "-q").code == 0
+    words = (source, "--masks", tmp_path / "masks") if masks else (source, "decoder-mlp-channels")
+    removed(*words, "-o", tmp_path / "usual", "-q")
+    done = []
+    for kind in (ReduceBlocks, ReadSlices, CutTensor):
+
+        def elsewhere(one: Any, chunk: Any, io: Any, work: Any = kind.work) -> Any:
+            done.append(type(one))
+            return pickle.loads(pickle.dumps(work(*pickle.loads(pickle.dumps((one, chunk))), io)))
+
+        monkeypatch.setattr(kind, "work", elsewhere)
+    removed(*words, "-o", tmp_path / "out", "-q")
+    assert {*done} == {ReadSlices if masks else ReduceBlocks, CutTensor}
+    assert weights(tmp_path / "out") == weights(tmp_path / "usual")
 
 
 def in_slabs(monkeypatch: pytest.MonkeyPatch, slab: int) -> None:
