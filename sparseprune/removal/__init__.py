@@ -1,5 +1,5 @@
-"""Removal: a smaller dense checkpoint in place of one with zeros, and the config.json that it needs.
+"""Removal: a smaller dense checkpoint in place of one with zeros, and the config.json for it.
 
-Owns the way from masks to whole slices, from slices to the new shapes, names and config, and the cutting.
-What masks are is decided elsewhere. Called by the command line.
+Owns the way from decisions or masks to kept indices, from these to shapes, names and config, and the cutting.
+Does not score blocks. Called by the command line.
 """
