@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 import sparseprune
 from sparseprune import results
 from sparseprune.api.options import Option
+from sparseprune.api.run import Run
 from sparseprune.cli.app import app
 from tests.samples import TWO_OF_FOUR, mlp_tensors, run, write_spec
 
@@ -149,6 +150,23 @@ def test_warnings_are_heard_and_in_the_result_and_errors_where_strict(home: Path
     with pytest.raises(sparseprune.SparsepruneError, match="--strict: "):
         sparseprune.apply("m.safetensors", keeps_all, "o.safetensors", strict=True)
     assert not (home / "o.safetensors").exists()
+
+
+def test_a_warning_is_heard_once_and_has_nothing_that_a_terminal_obeys() -> None:
+    heard: list[str] = []
+    run = Run(sparseprune.Listener(warning=heard.append))
+    run.warn("one\tfact", "another")
+    run.warn("another")
+    run.warn()
+    assert heard == run.warnings == ["one\\tfact", "another"]
+
+
+def test_a_strict_run_ends_with_all_that_it_would_warn_of() -> None:
+    run = Run(None, strict=True)
+    run.warn()
+    with pytest.raises(sparseprune.SparsepruneError) as caught:
+        run.warn("one", "two")
+    assert caught.value.args == ("--strict: one", "--strict: two")
 
 
 def test_variables_are_numbers_or_text(home: Path) -> None:

@@ -176,9 +176,15 @@ def plan(
 
     run = Run(progress, strict=strict)
     target = Target(path_or_none(output), mask_format, weights=command != "mask")
+    if command == "remove":
+        target = Target(target.output, resized=True)
     prepared = prepare(source(checkpoint, spec, set), target, machine(device, jobs, memory))
     if look is not None:
         look(prepared.plan)
+    if command == "remove":
+        from sparseprune.api.removing import planned_removal
+
+        return planned_removal(run, prepared)
     return planned(run, prepared)
 
 
@@ -203,8 +209,22 @@ def remove(
     does. The output is CKPT-smaller beside the directory unless --output says otherwise.
 
     Example: sparseprune remove ./llama decoder-mlp-channels -o ./llama-smaller
+
+    Raises what `apply` raises, and SpecError or CheckpointError where no model class has what would be left.
     """
-    raise NotImplementedError
+    from sparseprune.api.removing import Asked
+    from sparseprune.api.removing import remove as cut_out
+
+    asked = Asked(
+        checkpoint=Path(checkpoint),
+        spec=None if spec is None else fspath(spec),
+        masks=path_or_none(masks),
+        partial=partial,
+        overrides=texts(set),
+        target=Target(path_or_none(output), None, force, resized=True),
+        machine=machine(device, jobs, memory),
+    )
+    return cut_out(Run(progress, strict=strict), asked)
 
 
 def calibrate(

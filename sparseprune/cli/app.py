@@ -14,9 +14,9 @@ from sparseprune.cli.demo import demo
 from sparseprune.cli.inspect import inspect
 from sparseprune.cli.plan import plan
 from sparseprune.cli.reapply import reapply
+from sparseprune.cli.remove import remove
 from sparseprune.cli.specs import specs
 from sparseprune.cli.verify import verify
-from sparseprune.cli.writers import remove
 
 app = typer.Typer(
     name="sparseprune",

@@ -11,7 +11,6 @@ import os
 import sys
 import traceback
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import typer
@@ -151,28 +150,6 @@ def tell_lines(*lines: str) -> None:
     console = stderr_console()
     for line in lines:
         console.print(printable(line), markup=False)
-
-
-@dataclass(frozen=True, slots=True)
-class Warnings:
-    """What a user should know of a command that goes on: told on stderr as it comes up, kept for its JSON.
-
-    `strict` (--strict) makes it an error instead; `quiet` keeps stderr silent. `lines` are those so far.
-    """
-
-    strict: bool = False
-    quiet: bool = False
-    lines: list[str] = field(default_factory=list)
-
-    def add(self, *lines: str) -> None:
-        """Tell these lines and keep them; SparsepruneError with all of them under --strict."""
-        if self.strict and lines:
-            raise SparsepruneError(*(f"--strict: {line}" for line in lines))
-        for line in map(printable, lines):
-            if line not in self.lines:
-                self.lines.append(line)
-                if not self.quiet:
-                    tell(f"warning: {line}")
 
 
 def print_outcome(result: Report | Reapplication | Removal | Statistics, *, json: bool) -> None:

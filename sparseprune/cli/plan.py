@@ -6,14 +6,13 @@ from typing import TYPE_CHECKING, Annotated
 from sparseprune import api, results
 from sparseprune.api.options import Option
 from sparseprune.cli.command import Call, Json, command
-from sparseprune.cli.console import on_terminal, print_json, print_table, tell
+from sparseprune.cli.console import on_terminal, print_json, print_table
 from sparseprune.errors import SparsepruneError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from sparseprune import execution
-    from sparseprune.cli.request import Request
 
 ALL, NONE = "all", "none"
 Draw = Annotated[
@@ -32,10 +31,7 @@ def show_planned(call: "Call[results.Plan]", draw: Draw = None, json: Json = Fal
     def look(plan: "execution.Plan") -> None:
         drawings.update(_drawings(plan, draw))
 
-    _print(call(look=look), drawings, json=json)
-
-
-def _print(result: "results.Plan", drawings: "dict[str, RenderableType]", *, json: bool) -> None:
+    result = call(look=look)
     if json:
         print_json(result)
         return
@@ -52,7 +48,7 @@ def _print(result: "results.Plan", drawings: "dict[str, RenderableType]", *, jso
 plan = command(api.plan, show_planned)
 
 
-def show_plan(call: "Call[results.Report]", *, json: bool) -> None:
+def show_plan(call: "Call[results.Report] | Call[results.Removal]", *, json: bool) -> None:
     """The plan of what a command would do."""
     taken = signature(api.plan).parameters
     options = {name: value for name, value in call.options.items() if name in taken}
@@ -84,29 +80,3 @@ def _drawings(plan: "execution.Plan", draw: str | None) -> "dict[str, Renderable
         for rule in drawn
         if rule.instances
     }
-
-
-def run_removal(request: "Request") -> None:
-    """The plan of a removal, whose output is the smaller checkpoint; what cannot be removed is refused."""
-    from sparseprune.api.options import Machine, Source, Target
-    from sparseprune.api.pruning import planned, prepare
-    from sparseprune.api.run import Listener, Run
-    from sparseprune.checkpoint import lay_out_removal
-    from sparseprune.cli.removal_source import removable
-
-    warnings = request.warnings
-    run = Run(
-        Listener(warning=lambda text: None if warnings.quiet else tell(f"warning: {text}")),
-        strict=warnings.strict,
-    )
-    prepared = prepare(
-        Source(request.checkpoint, request.spec, request.overrides),
-        Target(request.output, resized=True),
-        Machine(request.device, request.jobs, request.memory),
-    )
-    expected = removable(prepared, warnings)  # type: ignore[arg-type]
-    run.warnings += warnings.lines
-    removal = expected.removal
-    tensors, config = (None, None) if removal is None else (removal.left, removal.config)
-    layout = lay_out_removal(prepared.plan.checkpoint, request.output, tensors, config)
-    _print(planned(run, prepared, expected, layout), {}, json=request.json)

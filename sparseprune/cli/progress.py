@@ -14,7 +14,6 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from sparseprune.api.run import Run
 from sparseprune.cli.console import stderr_console
 from sparseprune.errors import printable
 
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console, ConsoleOptions, RenderResult
 
-    from sparseprune.api.run import Advance, Progress
+    from sparseprune.api.run import Progress
 
 _SHOW_CURSOR = "\x1b[?25h"
 _REDRAWS = 5  # a second
@@ -44,12 +43,6 @@ def shown(*, quiet: bool) -> Iterator[Callable[[Progress], None] | None]:
         return
     with ExitStack() as stack:
         yield _Shown(stack)
-
-
-@contextmanager
-def progress(what: str, total: int, *, quiet: bool, already: int = 0) -> Iterator[Advance]:
-    with shown(quiet=quiet) as hear, Run(hear).progress(what, total, already) as advance:
-        yield advance
 
 
 class _Shown:

@@ -43,6 +43,7 @@ class RemovalRun:
     left_out: Sequence[OtherFile] = ()
     tensors: Sequence[TensorOutcome] = ()
     warnings: Sequence[str] = ()
+    notes: Sequence[str] = ()
     coverage: Coverage | None = None
     devices: Mapping[str, str] = field(default_factory=dict)
 
@@ -62,6 +63,7 @@ def make_removal_result(
         device=run.device,
         seconds=round(run.seconds, 3),
         warnings=tuple(run.warnings),
+        notes=tuple(run.notes),
         files_left_out=other_weights(run.left_out),
         totals=RemovalTotals(
             tensors=len(checkpoint.tensors),

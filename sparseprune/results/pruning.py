@@ -160,6 +160,7 @@ class Removal(Document):
     device: Device
     seconds: Seconds
     warnings: Warned
+    notes: Noted
     files_left_out: FilesLeftOut
     totals: RemovalTotals
     config: tuple[ConfigChange, ...]

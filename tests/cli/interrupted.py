@@ -320,7 +320,7 @@ def _prepare(command: Command) -> None:
     if command.way:
         force(patch, command.way)
     if command.version:
-        for module in ("cli.request", "cli.mask_inputs", "report.document"):
+        for module in ("api.pruning", "api.checking"):
             patch.setattr(f"sparseprune.{module}.__version__", command.version)
     if command.powerless:
         _give_up_powers()

@@ -19,7 +19,6 @@ import typer
 from sparseprune.cli import signals
 from sparseprune.cli.app import app
 from sparseprune.cli.console import (
-    Warnings,
     ended,
     print_json,
     print_result,
@@ -237,31 +236,3 @@ def test_a_result_is_exact_but_on_a_terminal(
     monkeypatch.setattr(sys.stdout, "isatty", lambda: is_terminal)
     print_result("a\x1b[2J\nb")
     assert capsys.readouterr().out == ("a\\x1b[2J\nb\n" if is_terminal else "a\x1b[2J\nb\n")
-
-
-def test_a_warning_is_a_line_on_stderr_and_is_kept_once(capsys: pytest.CaptureFixture[str]) -> None:
-    warnings = Warnings()
-    warnings.add("one\tfact", "another")
-    warnings.add("another")
-    warnings.add()
-    assert warnings.lines == ["one\\tfact", "another"]
-    told = "sparseprune: warning: one\\tfact\nsparseprune: warning: another\n"
-    assert capsys.readouterr() == ("", told)
-
-
-def test_a_quiet_command_keeps_its_warnings_and_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    warnings = Warnings(quiet=True)
-    warnings.add("one")
-    assert (warnings.lines, capsys.readouterr()) == (["one"], ("", ""))
-
-
-@pytest.mark.parametrize("quiet", [False, True])
-def test_a_strict_command_ends_with_all_that_it_would_warn_of(
-    capsys: pytest.CaptureFixture[str], quiet: bool
-) -> None:
-    warnings = Warnings(strict=True, quiet=quiet)
-    warnings.add()
-    with pytest.raises(typer.Exit) as ended, reported():
-        warnings.add("one", "two")
-    assert ended.value.exit_code == 2
-    assert capsys.readouterr() == ("", "sparseprune: --strict: one\nsparseprune: --strict: two\n")

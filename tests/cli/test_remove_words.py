@@ -448,8 +448,8 @@ SOFT = (
         ("sparseprune.removal.shrink.configure", None),
         ("sparseprune.checkpoint.StagedOutput.write_weight", None),
         ("sparseprune.checkpoint.StagedOutput.copy", None),
-        ("sparseprune.cli.remove.lay_out_removal", None),
-        ("sparseprune.cli.removal_source.open_choice", SOFT),
+        ("sparseprune.api.removing.lay_out_removal", None),
+        ("sparseprune.api.removing.open_choice", SOFT),
     ],
 )
 @pytest.mark.parametrize("quiet", [True, False])

@@ -1,0 +1,426 @@
+"""`remove`: from a spec or masks to what survives, and from there to a smaller checkpoint under its name.
+
+By a spec the decisions are those of `apply`. Both sources give kept indices, these give shapes and a config,
+and the survivors are moved. Owns what is refused before a byte is written. Called by the public functions.
+"""
+
+from __future__ import annotations
+
+import json
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from sparseprune.api.applied import rebuilt_by, warn_of_broken, warn_of_earlier
+from sparseprune.api.checking import identity_of_masked, masked_by, refuse_contradictions
+from sparseprune.api.options import Source
+from sparseprune.api.pruning import (
+    as_applied,
+    few_tokens,
+    identity_of,
+    planned,
+    prepare,
+    score_shards,
+    warn,
+)
+from sparseprune.api.run import collector_paused, digest, output_shown, report_bytes
+from sparseprune.checkpoint import (
+    OutputLayout,
+    StagedOutput,
+    TensorReader,
+    lay_out_choice,
+    lay_out_decisions,
+    lay_out_removal,
+    open_choice,
+    read_beside,
+    read_config,
+    refuse_changed,
+    refuse_replacing,
+)
+from sparseprune.checkpoint.not_safetensors import PICKLE_SUFFIXES, names_training_state
+from sparseprune.errors import CheckpointError, SparsepruneError, SpecError
+from sparseprune.report.coverage import idle_lines
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from pathlib import Path
+
+    from sparseprune import results
+    from sparseprune.api.options import Machine, Target
+    from sparseprune.api.pruning import Prepared
+    from sparseprune.api.run import Run
+    from sparseprune.checkpoint import Checkpoint, StoredMask, StoredTensor
+    from sparseprune.execution import Plan, Schedule, TensorOutcome
+    from sparseprune.execution.earlier import Touched
+    from sparseprune.execution.limits import Limits
+    from sparseprune.removal.decide import BlockDecisions
+    from sparseprune.removal.preview import Preview
+    from sparseprune.removal.shrink import Removal
+    from sparseprune.removal.slices import KeptIndices
+    from sparseprune.report.coverage import Coverage
+    from sparseprune.report.removal import RemovalRun
+    from sparseprune.spec import BoundSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What to remove from which checkpoint: by one of `spec` and `masks`; `partial` goes with masks."""
+
+    checkpoint: Path
+    spec: str | None
+    masks: Path | None
+    partial: bool
+    overrides: Mapping[str, str]
+    target: Target
+    machine: Machine
+
+
+def refuse_unclear(
+    spec: str | None, masks: Path | None, variables: Mapping[str, object], *, partial: bool
+) -> None:
+    """SparsepruneError where it is not clear what to remove."""
+    nothing = "nothing says what to remove; give a SPEC, such as decoder-mlp-channels, or --masks MASKS"
+    refuse_contradictions(spec, masks, variables, partial=partial, nothing=nothing)
+
+
+def remove(run: Run, asked: Asked) -> results.Removal:
+    """Decide, cut, write the report, and give the output its name."""
+    refuse_unclear(asked.spec, asked.masks, asked.overrides, partial=asked.partial)
+    with _chosen(run, asked) as choice:
+        return _cut(run, asked, choice)
+
+
+def planned_removal(run: Run, prepared: Prepared) -> results.Plan:
+    """The plan of a removal, whose output is the smaller checkpoint; what cannot be removed is refused."""
+    with collector_paused():
+        expected = _removable(run, prepared)
+        removal = expected.removal
+        tensors, config = (None, None) if removal is None else (removal.left, removal.config)
+        layout = lay_out_removal(prepared.plan.checkpoint, prepared.target.output, tensors, config)
+    return planned(run, prepared, expected, layout)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What survives, from whichever source: kept indices, rebuilt tensors, and what to report of them.
+
+    `refuse_changed` raises where something that was read has changed since; `cleanup` deletes the scratch
+    folder: call it once nothing reads from it, before the output gets its name. `continued`: the user knows
+    already whether an unfinished run goes on. `spec` is the text that the output keeps, errors begin with
+    `source`, `left_out` names what has no counterpart.
+    """
+
+    source: str
+    checkpoint: Checkpoint
+    kept: Mapping[str, KeptIndices]
+    limits: Limits
+    identity: Mapping[str, str]
+    refuse_changed: Callable[[], None]
+    cleanup: Callable[[], None] = field(default=lambda: None)
+    device: str = "cpu"
+    devices: Mapping[str, str] = field(default_factory=dict)
+    rebuilt: Mapping[str, StoredTensor] = field(default_factory=dict)
+    bound: BoundSpec | None = None
+    plan: Plan | None = None
+    outcomes: Sequence[TensorOutcome] = ()
+    overrides: Mapping[str, str] = field(default_factory=dict)
+    spec_sha256: str | None = None
+    spec: bytes | None = None
+    left_out: str | None = None
+    remarks: Sequence[str] = ()
+    coverage: Coverage | None = None
+    continued: bool = False
+
+
+@contextmanager
+def _chosen(run: Run, asked: Asked) -> Iterator[Choice]:
+    """What survives, as long as the context lasts."""
+    if asked.masks is not None:
+        with TensorReader() as reader:
+            choice = _by_masks(run, asked, asked.masks, reader)
+        yield choice
+        return
+    from sparseprune.removal.decide import block_decisions
+
+    source = Source(asked.checkpoint, asked.spec or "", asked.overrides)
+    prepared = prepare(source, asked.target, asked.machine)
+    with collector_paused():
+        final = _target(asked, prepared.plan.checkpoint)
+        _removable(run, prepared)
+        decisions = block_decisions(prepared.schedule)
+    warn(run, prepared)
+    layout = _lay_out_masks(prepared, final) if decisions is None else lay_out_decisions(final)
+    output = StagedOutput(layout, identity=_identity(prepared))
+    with run.staged(output):
+        yield _by_spec(run, prepared, output, decisions)
+
+
+def _by_masks(run: Run, asked: Asked, masks: Path, reader: TensorReader) -> Choice:
+    masked = masked_by(asked.checkpoint, masks, partial=asked.partial)
+    matched, origin = masked.matched, masked.origin
+    layout = _target(asked, matched.checkpoint)
+    refuse_replacing(layout, [shard.path for shard in matched.masks.shards], "masks")
+    from sparseprune.execution.limits import limits_of
+    from sparseprune.execution.reapply import resident_of
+    from sparseprune.report.reapplication import left_out_text
+
+    limits = limits_of(asked.machine.memory, uses_torch=False, resident=resident_of(matched, resized=True))
+    return Choice(
+        source=str(masks),
+        checkpoint=matched.checkpoint,
+        kept=_kept_by(run, asked.machine.jobs, [pair.mask for pair in matched.pairs], reader, limits),
+        limits=limits,
+        identity={
+            **identity_of_masked(masked),
+            "the options": json.dumps(["remove", asked.partial, limits.slab]),
+        },
+        refuse_changed=lambda: refuse_changed(matched.checkpoint, matched.masks.shards),
+        left_out=left_out_text(len(matched.unused), len(matched.unmasked)),
+        overrides=masked.overrides,
+        spec=None if origin is None else origin.spec,
+    )
+
+
+def _lay_out_masks(prepared: Prepared, final: OutputLayout) -> OutputLayout:
+    """The scratch output for masks, and for weights that are shrunk or rebuilt."""
+    plan = prepared.plan
+    instances = [instance for _, instance in plan.bound.instances()]
+    rebuilt = any(one.soft is not None or one.reconstruct is not None for one in instances)
+    return lay_out_choice(plan.checkpoint, final, plan.reached, rebuilt=rebuilt)
+
+
+def _removable(run: Run, prepared: Prepared) -> Preview:
+    """What a removal would leave; warns of statements that may no longer be true.
+
+    Raises:
+        SpecError: a rule cannot be removed, no class has such a model, or every block survives.
+    """
+    from sparseprune.removal.preview import preview
+
+    checkpoint = prepared.plan.checkpoint
+    expected = preview(prepared.plan, read_config(checkpoint), read_beside(checkpoint))
+    if expected.reasons:
+        raise SpecError(
+            *(
+                f"{prepared.source.source}: {rule} cannot be removed: {why}; apply writes zeros"
+                for rule, why in expected.reasons.items()
+            )
+        )
+    if expected.problems:
+        raise SpecError(*(f"{prepared.source.source}: {problem}" for problem in expected.problems))
+    idle, rules = list(idle_lines(prepared.plan.bound.rules)), prepared.plan.bound.rules
+    if idle and len(idle) == sum(bool(rule.instances) for rule in rules):
+        raise SpecError(*(f"{prepared.source.source}: nothing to remove: {line}" for line in idle))
+    if expected.removal is not None:
+        run.warn(*expected.removal.remarks)
+    return expected
+
+
+def _target(asked: Asked, checkpoint: Checkpoint) -> OutputLayout:
+    """The output if nothing were cut, once it may be written there."""
+    layout = lay_out_removal(checkpoint, asked.target.output, None, None)
+    StagedOutput(layout, asked.target.force).refuse_early()
+    return layout
+
+
+def _identity(prepared: Prepared) -> dict[str, str]:
+    found = identity_of(prepared)
+    return {**found, "the options": json.dumps(["remove", found["the options"]])}
+
+
+def _by_spec(run: Run, prepared: Prepared, output: StagedOutput, decisions: BlockDecisions | None) -> Choice:
+    """Kept indices from decisions in memory, or else from masks that are written to the scratch folder."""
+    from sparseprune.execution import device_text, devices_of_rules, resolve_device
+
+    plan, schedule = prepared.plan, prepared.schedule
+    device = resolve_device(prepared.machine.device, uses_torch=schedule.uses_torch)
+    rebuilt: Mapping[str, StoredTensor] = {}
+    with TensorReader() as reader:
+        if decisions is not None:
+            kept, outcomes = _decided(run, decisions, reader, output)
+        else:
+            outcomes = _written(run, schedule, reader, output, device)
+            masks, rebuilt = open_choice(output)
+            kept = _kept_by(run, prepared.machine.jobs, masks, reader, schedule.limits)
+    return Choice(
+        source=prepared.source.source,
+        checkpoint=plan.checkpoint,
+        kept=kept,
+        limits=schedule.limits,
+        identity=output.identity or {},
+        refuse_changed=lambda: refuse_changed(plan.checkpoint, score_shards(plan)),
+        cleanup=output.discard,
+        device=device_text(schedule.jobs, device),
+        devices=devices_of_rules(schedule, device),
+        rebuilt=rebuilt,
+        bound=plan.bound,
+        plan=plan,
+        outcomes=outcomes,
+        overrides=prepared.asked.overrides,
+        spec_sha256=digest(prepared.source.text),
+        spec=as_applied(prepared),
+        remarks=few_tokens(plan),
+        coverage=prepared.coverage,
+        continued=output.resumed or bool(output.started_over),
+    )
+
+
+def _decided(
+    run: Run, decisions: BlockDecisions, reader: TensorReader, output: StagedOutput
+) -> tuple[dict[str, KeptIndices], Sequence[TensorOutcome]]:
+    total, already = decisions.work_bytes(output)
+    with run.progress("choosing", total, already) as advance:
+        found = decisions.decide(reader, output, advance)
+    output.flush()
+    return found
+
+
+def _written(
+    run: Run, schedule: Schedule, reader: TensorReader, output: StagedOutput, device: str
+) -> Sequence[TensorOutcome]:
+    """What became of tensors whose masks and rebuilt weights are in the scratch folder now."""
+    from sparseprune.execution import execute, work_bytes
+
+    total, already = work_bytes(schedule, output)
+    with run.progress("choosing", total, already) as advance:
+        outcomes = execute(schedule, reader, output, device, advance)
+    output.flush()
+    return outcomes
+
+
+def _kept_by(
+    run: Run, jobs: int, masks: Sequence[StoredMask], reader: TensorReader, limits: Limits
+) -> dict[str, KeptIndices]:
+    from sparseprune.removal.decide import read_slices
+
+    total = sum(mask.stored.nbytes for mask in masks)
+    with run.progress("finding slices", total) as advance:
+        return read_slices(masks, reader, limits, jobs, advance)
+
+
+def _cut(run: Run, asked: Asked, choice: Choice) -> results.Removal:
+    """Everything from masks to the output's name."""
+    from sparseprune.removal.shrink import make_removal
+    from sparseprune.removal.slices import summed_up
+
+    checkpoint = choice.checkpoint
+    shapes = {name: stored.shape for name, stored in checkpoint.tensors.items()}
+    config = read_config(checkpoint)
+    try:
+        removal = make_removal(shapes, choice.kept, config, beside=read_beside(checkpoint))
+    except CheckpointError as error:
+        raise CheckpointError(*(f"{choice.source}: {line}" for line in error.args)) from error
+    _refuse_nothing(run, choice, removal)
+    run.warn(*removal.remarks)
+    tensors = {
+        name: replace(left, whole=left.whole and name not in choice.rebuilt)
+        for name, left in removal.left.items()
+    }
+    layout = lay_out_removal(checkpoint, asked.target.output, tensors, removal.config)
+    identity = {**choice.identity, "what survives": digest(summed_up(choice.kept))}
+    output = StagedOutput(layout, asked.target.force, identity=identity)
+
+    def is_complete() -> None:
+        choice.refuse_changed()
+        output.flush()  # while the choice can still be continued if this fails
+        choice.cleanup()
+
+    return run.write(
+        output,
+        lambda reader: _removed(run, asked, choice, removal, output, reader),
+        is_complete,
+        continued=choice.continued,
+    )
+
+
+def _refuse_nothing(run: Run, choice: Choice, removal: Removal) -> None:
+    """SparsepruneError where nothing would be removed; a warning of each rule that removes nothing."""
+    from sparseprune.report.coverage import unpruned_lines
+    from sparseprune.report.document import pruned_by_rule
+
+    rules = () if choice.bound is None else choice.bound.rules
+    idle = list(unpruned_lines(rules, pruned_by_rule(choice.outcomes)))
+    if not removal.kept and len(removal.left) == len(choice.checkpoint.tensors):
+        why = idle or ["every mask keeps all of its tensor"]
+        raise SparsepruneError(*(f"{choice.source}: nothing to remove: {line}" for line in why))
+    run.warn(*idle)
+
+
+def _removed(
+    run: Run,
+    asked: Asked,
+    choice: Choice,
+    removal: Removal,
+    output: StagedOutput,
+    reader: TensorReader,
+) -> results.Removal:
+    """Move the survivors, and write the report and the spec beside them."""
+    from sparseprune.removal.cut import Cuts
+    from sparseprune.removal.slices import kept_whole
+    from sparseprune.report.removal import make_removal_result
+
+    layout = output.layout
+    run.note(choice.left_out)
+    earlier = warn_of_earlier(run, choice.checkpoint, _touched(choice, removal), asked.machine)
+    tensors = {**choice.checkpoint.tensors, **choice.rebuilt}
+    kept = {name: removal.kept.get(name) or kept_whole(tensors[name].shape) for name in layout.weights}
+    cuts = Cuts(kept, tensors, choice.limits)
+    total, already = cuts.work_bytes(output)
+    with run.progress("removing", total, already) as advance:
+        cuts.write(reader, output, asked.machine.jobs, advance)
+    warn_of_broken(run, earlier, output)
+    circumstances = _circumstances(run, asked, choice, layout)
+    result = make_removal_result(circumstances, choice.checkpoint, choice.bound, removal)
+    output.add_file(layout.report_file, report_bytes(result))
+    if layout.spec_file is not None and choice.spec is not None:
+        output.add_file(layout.spec_file, choice.spec)
+    return result
+
+
+def _touched(choice: Choice, removal: Removal) -> dict[str, Touched]:
+    """The tensors in which zeros come to stand elsewhere, or come back."""
+    from sparseprune.execution.earlier import Touched
+
+    rules = {} if choice.plan is None else rebuilt_by(choice.plan)
+    found = {}
+    for name, left in removal.left.items():
+        again = rules[name].rules if name in rules else ()
+        cut = removal.kept[name].cut if name in removal.kept else ()
+        if again or cut:
+            found[name] = Touched(left.name, again, cut)
+    return found
+
+
+def _circumstances(run: Run, asked: Asked, choice: Choice, layout: OutputLayout) -> RemovalRun:
+    from sparseprune.report.removal import RemovalRun
+
+    others = {other.path for other in choice.checkpoint.others}
+    return RemovalRun(
+        input=str(asked.checkpoint),
+        output=output_shown(asked.target.output, asked.checkpoint, layout),
+        spec_sha256=choice.spec_sha256,
+        masks=None if asked.masks is None else str(asked.masks),
+        device=choice.device,
+        devices=choice.devices,
+        seconds=run.seconds,
+        nbytes=(layout.input_bytes, sum(file.size for file in layout.files if file.path not in others)),
+        overrides=choice.overrides,
+        left_out=layout.left_out,
+        tensors=choice.outcomes,
+        warnings=run.warnings,
+        notes=(*choice.remarks, *_training_state(choice.checkpoint)),
+        coverage=choice.coverage,
+    )
+
+
+def _training_state(checkpoint: Checkpoint) -> list[str]:
+    """A line where a trainer left what it would go on with, of the shapes that tensors had."""
+    names = [
+        str(other.path)
+        for other in checkpoint.others
+        if names_training_state(other.path.name) and other.path.suffix in PICKLE_SUFFIXES
+    ]
+    if not names:
+        return []
+    more = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
+    return [f"copied as it is, though a trainer wrote it for the larger model: {names[0]}{more}"]
