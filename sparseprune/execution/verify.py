@@ -27,7 +27,7 @@ from sparseprune.execution.tensor_io import TensorIO
 from sparseprune.execution.verify_result import verification_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from sparseprune.checkpoint import Checkpoint, Source, StoredTensor
     from sparseprune.engine.grids import Shape
@@ -80,13 +80,7 @@ def make_check(checkpoint: Checkpoint, spec: Spec, memory: int, workers: int) ->
         scored = replace(plan, units=tuple(unit for unit in units if unit.tasks))
         schedule = make_schedule(scored, memory, workers)
         scoring, limits = schedule.jobs, schedule.limits
-        alike += [
-            [
-                replace(task, instance=replace(task.instance, scope=alone(task.instance.scope)))
-                for task in job.tasks
-            ]
-            for job in scoring
-        ]
+        alike += _alike([task for job in scoring for task in job.tasks], checkpoint.tensors)
     place = _places(plan)
     counting = [job for tasks in alike for job in _counting_jobs(tasks, checkpoint.tensors, limits)]
     counting.sort(key=lambda job: place[job.task.rule, job.task.instance.label])
@@ -117,6 +111,19 @@ def check_jobs(check: Check) -> Iterator[RunnerJob]:
         yield RunnerJob(
             order, job.key, job.task.instance.label, _first_pass(job, check.plan), job.strategy.held
         )
+
+
+def _alike(tasks: Iterable[Task], tensors: Mapping[str, StoredTensor]) -> list[list[Task]]:
+    """Tasks under a threshold, of which each block is a scope of its own, in groups that look alike."""
+    groups: dict[object, list[Task]] = {}
+    for task in tasks:
+        look = tuple(
+            (leaf.view_shape, leaf.view_stride, leaf.shape, order, tensors[leaf.tensor].dtype)
+            for leaf, order in leaves_of(_block(task))
+        )
+        single = replace(task, instance=replace(task.instance, scope=alone(task.instance.scope)))
+        groups.setdefault(look, []).append(single)
+    return list(groups.values())
 
 
 def _counting_jobs(

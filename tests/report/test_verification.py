@@ -206,7 +206,7 @@ def test_torn_blocks_have_a_column_where_there_are_some() -> None:
 
 @pytest.mark.parametrize(("scopes", "said"), [(6144, "all 6,144 scopes are"), (1, "the one scope is")])
 def test_where_nothing_is_broken_that_is_said(scopes: int, said: str) -> None:
-    rule = rule_of(scopes=scopes, broken=0, survivors={2: scopes})
+    rule = rule_of(scopes=scopes, broken=0, survivors=((2, scopes),))
     found = found_of(tensor_of(broken=0, first=None), rules=[rule])
     assert printed(found)[2:] == [f"{said} as the spec says", CHECKED]
     assert failures(found) == []
