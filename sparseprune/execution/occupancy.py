@@ -216,12 +216,12 @@ class Form:
         holding = np.ones((len(words), len(self.patterns)), dtype=np.bool_)
         in_words = [WORD % one.group == 0 and one.axis in {-1, len(self.shape) - 1} for one in self.patterns]
         for some in (words[:, :1, :1], words):
-            asked = [place for place, fits in enumerate(in_words) if fits and holding[:, place].any()]
+            asked = [place for place in np.flatnonzero(holding.any(axis=0)) if in_words[place]]
             fullest = fullest_in_words(some, {self.patterns[place].group for place in asked})
             for place in asked:
                 holding[:, place] &= fullest[self.patterns[place].group] <= self.patterns[place].kept
         for some in (words[:, : self.unit[0], : self.unit[1]], words):
-            asked = [place for place, fits in enumerate(in_words) if not fits and holding[:, place].any()]
+            asked = [place for place in np.flatnonzero(holding.any(axis=0)) if not in_words[place]]
             marks = unpacked(some, self.stack[2]) if asked else np.empty(0, dtype=np.bool_)
             for place in asked:
                 pattern = self.patterns[place]
