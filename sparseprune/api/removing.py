@@ -365,7 +365,7 @@ def _removed(
     tensors = {**choice.checkpoint.tensors, **choice.rebuilt}
     kept = {name: removal.kept.get(name) or kept_whole(tensors[name].shape) for name in layout.weights}
     cuts = Cuts(kept, tensors, choice.limits)
-    total, already = cuts.work_bytes(output)
+    total, already = cuts.work_bytes(reader, output)
     with run.progress("removing", total, already) as advance:
         cuts.write(reader, output, asked.machine.jobs, advance)
     warn_of_broken(run, earlier, output)

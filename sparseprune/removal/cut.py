@@ -6,7 +6,7 @@ Owns the slabs in which a tensor is read. Knows neither specs nor config.json. C
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -40,13 +40,10 @@ class Cuts:
     tensors: Mapping[str, StoredTensor]
     limits: Limits
 
-    def work_bytes(self, output: Sink) -> tuple[int, int]:
+    def work_bytes(self, reader: Source, output: Sink) -> tuple[int, int]:
         """Bytes that a whole run reads or copies, and how many of them an earlier run did."""
-        read = sum(
-            count * pattern_of(self.tensors[name]).itemsize
-            for name, kept in self.kept.items()
-            for _, count, _, _ in CutTensor(name, kept, self.limits.slab).slabs(self.tensors[name])
-        )
+        io = TensorIO(reader, output, self.tensors)
+        read = sum(chunk.nbytes for one in self._passes() for chunk in one.chunks(io))
         return read + copied_bytes(output), already_done(output)
 
     def write(self, reader: Source, output: Sink, workers: int, progress: Progress) -> None:
@@ -54,21 +51,30 @@ class Cuts:
 
         `progress` gets, from any thread, the bytes that were done and the tensor's name.
         """
-        io = TensorIO(reader, output, self.tensors)
-        jobs = (
-            Job(order, f"cut{order}", name, CutTensor(name, kept, self.limits.slab))
-            for order, (name, kept) in dealt(
-                list(self.kept.items()), lambda one: self.tensors[one[0]].shard, workers
-            )
-        )
-        write_through(jobs, io, Record(output, Outcomes(), progress), Crowd(workers, self.limits.memory))
+        passes = dealt(self._passes(), lambda one: self.tensors[one.name].shard, workers)
+        jobs = (Job(order, f"cut{order}", one.name, one) for order, one in passes)
+        io, record = TensorIO(reader, output, self.tensors), Record(output, Outcomes(), progress)
+        write_through(jobs, io, record, Crowd(workers, self.limits.memory))
+
+    def _passes(self) -> list[CutTensor]:
+        return [CutTensor(name, kept, self.limits.slab) for name, kept in self.kept.items()]
+
+
+class Slab(NamedTuple):
+    """`size` neighbouring elements, of which `rows` are kept; they go to element `to` of the output."""
+
+    first: int
+    size: int
+    to: int
+    rows: Flags
 
 
 @dataclass(frozen=True, slots=True)
 class CutTensor(Pass):
     """Reads a tensor in slabs of neighbouring rows and writes what is kept of each.
 
-    A row is as many of the last dimensions as fit into a slab, but at least the last one.
+    A row is as many of the last dimensions as fit into a slab, but at least the last one; of a vector, an
+    element.
     """
 
     name: str
@@ -76,59 +82,47 @@ class CutTensor(Pass):
     slab: int
 
     def chunks(self, io: TensorIO) -> Iterator[Chunk]:
-        stored = io.tensors[self.name]
-        itemsize = pattern_of(stored).itemsize
+        """The slabs of which anything is kept."""
+        shape, outer, inner = self._rows(io)
+        itemsize = pattern_of(io.tensors[self.name]).itemsize
         files = () if io.output is None else (str(io.output.layout.weights[self.name].file),)
-        for number, slab in enumerate(self.slabs(stored)):
-            nbytes = slab[1] * itemsize
-            yield Chunk(slab, nbytes, _COPIES * nbytes, key=str(number), files=files)
-
-    def work(self, chunk: Chunk, io: TensorIO) -> list[Any]:
-        if io.output is None:
-            raise TypeError("there is no output to write to")
-        stored = io.tensors[self.name]
-        first, count, to, rows = chunk.about
-        bits = io.load_run(stored, (first, count))
-        shape, along = self._rows_of(stored)
-        grid = bits.reshape(len(rows), *shape)
-        for dim, flags in enumerate((rows, *along)):
-            if not flags.all():
-                grid = grid.compress(flags, axis=dim)
-        left = np.ascontiguousarray(grid).reshape(-1)
-        io.output.write_weight(self.name, to * bits.itemsize, left.data)
-        return []
-
-    def slabs(self, stored: StoredTensor) -> Iterator[tuple[int, int, int, Flags]]:
-        """The first element of each slab, their number, the first element written, and which rows are kept.
-
-        Slabs of which nothing is kept are left out.
-        """
-        shape, along = self._rows_of(stored)
         numel = prod(shape)
-        kept_numel = prod([int(np.count_nonzero(flags)) for flags in along])
+        kept_numel = prod([int(np.count_nonzero(flags)) for flags in inner])
         rows = np.ones(1, dtype=np.bool_)
-        for flags in self._dims(stored)[1][: -len(along)]:
+        for flags in outer:
             rows = np.logical_and.outer(rows, flags).reshape(-1)
-        step = max(1, self.slab // max(1, numel * pattern_of(stored).itemsize))
+        step = max(1, self.slab // max(1, numel * itemsize))
         done = 0
         for begin in range(0, rows.size, step):
             kept = np.flatnonzero(rows[begin : begin + step])
             if kept.size:
                 first, end = begin + int(kept[0]), begin + int(kept[-1]) + 1
-                yield first * numel, (end - first) * numel, done * kept_numel, rows[first:end]
+                slab = Slab(first * numel, (end - first) * numel, done * kept_numel, rows[first:end])
+                nbytes = slab.size * itemsize
+                yield Chunk(slab, nbytes, _COPIES * nbytes, key=str(begin // step), files=files)
                 done += kept.size
 
-    def _rows_of(self, stored: StoredTensor) -> tuple[Shape, tuple[Flags, ...]]:
-        """The shape of a row, and the kept indices along its dimensions."""
-        shape, along = self._dims(stored)
-        itemsize = pattern_of(stored).itemsize
-        inner = len(shape) - 1
-        while inner > 1 and prod(shape[inner - 1 :]) * itemsize <= self.slab:
-            inner -= 1
-        return shape[inner:], along[inner:]
+    def work(self, chunk: Chunk, io: TensorIO) -> list[Any]:
+        if io.output is None:
+            raise TypeError("there is no output to write to")
+        slab: Slab = chunk.about
+        bits = io.load_run(io.tensors[self.name], (slab.first, slab.size))
+        shape, _, inner = self._rows(io)
+        grid = bits.reshape(len(slab.rows), *shape)
+        for dim, flags in enumerate((slab.rows, *inner)):
+            if not flags.all():
+                grid = grid.compress(flags, axis=dim)
+        left = np.ascontiguousarray(grid).reshape(-1)
+        io.output.write_weight(self.name, slab.to * bits.itemsize, left.data)
+        return []
 
-    def _dims(self, stored: StoredTensor) -> tuple[Shape, tuple[Flags, ...]]:
-        """Shape and kept indices; the elements of a vector are rows."""
-        if len(stored.shape) == 1:
-            return (*stored.shape, 1), (*self.kept.along, np.ones(1, dtype=np.bool_))
-        return stored.shape, self.kept.along
+    def _rows(self, io: TensorIO) -> tuple[Shape, tuple[Flags, ...], tuple[Flags, ...]]:
+        """The shape of a row, and the kept indices along the dimensions before a row and in it."""
+        stored = io.tensors[self.name]
+        shape, along = stored.shape, self.kept.along
+        if len(shape) == 1:
+            shape, along = (*shape, 1), (*along, np.ones(1, dtype=np.bool_))
+        itemsize, split = pattern_of(stored).itemsize, max(0, len(shape) - 1)
+        while split > 1 and prod(shape[split - 1 :]) * itemsize <= self.slab:
+            split -= 1
+        return shape[split:], along[:split], along[split:]
