@@ -86,8 +86,17 @@ def refuse_unclear(
 def remove(run: Run, asked: Asked) -> results.Removal:
     """Decide, cut, write the report, and give the output its name."""
     refuse_unclear(asked.spec, asked.masks, asked.overrides, partial=asked.partial)
+    run.listener.output(_Undecided())
     with _chosen(run, asked) as choice:
         return _cut(run, asked, choice)
+
+
+@dataclass(frozen=True, slots=True)
+class _Undecided:
+    """An output of which nothing is written yet, as what survives is not known."""
+
+    named: bool = False
+    identity: None = None
 
 
 def planned_removal(run: Run, prepared: Prepared) -> results.Plan:
