@@ -31,12 +31,11 @@ if TYPE_CHECKING:
 
 SUFFIX = ".safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
-# Where an output keeps its masks and its report.
-RESULTS = "sparseprune"
-# Folders at the top that belong to the input alone: an earlier run's results, version history, and the
-# book-keeping of downloads, which would vouch for the pruned files with the checksums of the dense ones.
+RESULTS = "sparseprune"  # the folder of masks and report in an output
+# Top folders that are not copied: an earlier run's results, version history, and records of downloads, which
+# have the checksums of the dense files.
 NOT_COPIED = frozenset({RESULTS, ".git", ".cache"})
-# How shards that belong together are called.
+# Names of the shards of one checkpoint.
 NUMBERED = re.compile(r"(?P<stem>.*)-(?P<number>\d{5,6})-of-(?P<count>\d{5,6})" + re.escape(SUFFIX))
 _PREFERRED = "model" + SUFFIX
 _PREFERRED_INDEX = "model" + INDEX_SUFFIX
@@ -44,23 +43,18 @@ _PREFERRED_INDEX = "model" + INDEX_SUFFIX
 _BASES = frozenset({"model", "pytorch_model", "diffusion_pytorch_model", "consolidated"})
 _ROW_END = re.compile(r"-\d+-of-\d+$")
 _INDEX_OF = re.compile(r".*(\.\w+)\.index(?:\.\w+)?\.json")
-# Folders in which publishers put a model in other forms.
+# Folders for other forms of a model.
 _CONVERSIONS = frozenset({"original", "onnx", "openvino", "coreml", "metal", "gguf", "tflite"})
 _BUNDLES = (".mlpackage", ".mlmodelc")
-# Keys of a config.json that do not tell one model from another.
+# Keys of a config.json that may differ between copies of one model.
 _UNTELLING = frozenset({"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache"})
-# A pickle of another name is a copy of the weights from this share of their bytes on: no code is shorter.
-_SMALLEST_COPY = 1 / 16
-# Of a folder in folders; far more than a checkpoint has, far less than what a walk can bear.
-_DEEPEST = 100
+_SMALLEST_COPY = 1 / 16  # share of the weights' bytes from which a pickle of any name is a copy of them
+_DEEPEST = 100  # levels of folders
 
 
 @dataclass(frozen=True, slots=True)
 class OtherFile:
-    """A file that is copied as it is; `path` is relative to the checkpoint, `stamp` as it was found.
-
-    `mode` are its permissions.
-    """
+    """A file that is copied as it is; `path` is relative to the checkpoint, `mode` are its permissions."""
 
     path: PurePosixPath
     nbytes: int
@@ -70,9 +64,9 @@ class OtherFile:
 
 @dataclass(frozen=True, slots=True)
 class FoundFiles:
-    """The shards in the order of their names, what the index says of their tensors, all other files.
+    """The shards by name, the index and its weight map, all other files.
 
-    `folders` are the permissions of the directory itself and of all folders in it that hold some of them.
+    `folders` has the permissions of the directory itself and of all folders in it with files.
     """
 
     shards: tuple[PurePosixPath, ...]
@@ -83,7 +77,7 @@ class FoundFiles:
 
 
 def find_files(directory: Path) -> FoundFiles:
-    """What lies in a checkpoint's directory; CheckpointError where it holds none or more than one."""
+    """The files of a checkpoint's directory; CheckpointError where it holds none, or more than one."""
     try:
         top = sorted(path.name for path in directory.iterdir())
         files = [name for name in top if SUFFIX in name and not is_folder(directory / name)]
@@ -94,7 +88,7 @@ def find_files(directory: Path) -> FoundFiles:
             and _PREFERRED in files
             and PurePosixPath(_PREFERRED) not in weight_map.values()
         ):
-            index, weight_map = None, {}  # that of another copy: a loader takes the file of the usual name
+            index, weight_map = None, {}  # the index of another copy: loaders take the file of the usual name
         listed = None if index is None else frozenset(weight_map.values())
         unlisted = _unlisted_names(directory, top, files, listed)
         shards = tuple(sorted({*weight_map.values(), *map(PurePosixPath, unlisted)}))
@@ -107,12 +101,12 @@ def find_files(directory: Path) -> FoundFiles:
 
 
 def is_folder(path: Path) -> bool:
-    """Whether a path leads to a folder; not, where it leads nowhere or may not be followed."""
+    """Whether a path leads to a folder; False where it leads nowhere or may not be followed."""
     return os.path.isdir(path)  # noqa: PTH112  (False for a name that is too long)
 
 
 def read_weight_map(index: Path) -> dict[str, PurePosixPath]:
-    """Tensor name -> file, as an index file says; every file lies inside the index's own folder."""
+    """Tensor name -> file from an index file; every file lies inside the index's own folder."""
     weight_map = read_object(index, strict_json).get("weight_map")
     if (
         not isinstance(weight_map, dict)
@@ -127,10 +121,10 @@ def read_weight_map(index: Path) -> dict[str, PurePosixPath]:
 def copies_of_weights(
     directory: Path, found: FoundFiles, has_same_tensors: Callable[[PurePosixPath], bool]
 ) -> frozenset[PurePosixPath]:
-    """The other files that hold the checkpoint's weights once more, in whatever form, and indexes of these.
+    """The other files that hold the checkpoint's weights in another form or copy, and indexes of these.
 
-    `has_same_tensors` tells of a safetensors file whether its tensors are those of the checkpoint. Not among
-    them are adapters, what a trainer goes on with, and what lies in folders of other modules or models.
+    `has_same_tensors` says whether a safetensors file has the tensors of the checkpoint. Adapters, states of
+    trainers, and files in folders of other modules or models are no copies.
     """
     folders = _module_folders(directory)
     bases = _BASES | {_base(shard.name) for shard in found.shards}
@@ -161,7 +155,7 @@ def copies_of_weights(
 
 
 def _base(name: str) -> str:
-    """What a weight file is called without number, variant and suffix."""
+    """The name of a weight file without number, variant and suffix."""
     return _ROW_END.sub("", name.partition(".")[0])
 
 
@@ -172,7 +166,7 @@ def _module_folders(directory: Path) -> frozenset[PurePosixPath]:
         try:
             value = read_json(directory / document)
         except CheckpointError:
-            continue  # there is none, or none that anybody can read
+            continue  # there is none, or it cannot be read
         modules = value if isinstance(value, list) else []
         names += [module.get("path") for module in modules if isinstance(module, dict)]
         names += value if isinstance(value, dict) else ()
@@ -185,7 +179,7 @@ def _is_adapter(directory: Path, path: PurePosixPath) -> bool:
 
 
 def _is_other_model(directory: Path, folder: PurePosixPath) -> bool:
-    """Whether a folder inside has a config.json of its own, which is that of another model."""
+    """Whether a folder inside has its own config.json, of another model."""
     if not folder.parts:
         return False
     try:
@@ -201,7 +195,7 @@ def _is_pickled(path: Path) -> bool:
 
 
 def _index_name(directory: Path, files: list[str]) -> str | None:
-    """The index of the checkpoint; that of a variant, `model.safetensors.index.fp16.json`, if it is alone."""
+    """The index of the checkpoint; that of a variant (`model.safetensors.index.fp16.json`) if it is alone."""
     originals = _originals(files)
     indexes = [stem + INDEX_SUFFIX for stem in originals if stem + INDEX_SUFFIX in files]
     if _PREFERRED_INDEX in indexes:
@@ -219,7 +213,7 @@ def _index_name(directory: Path, files: list[str]) -> str | None:
 def _unlisted_names(
     directory: Path, top: list[str], files: list[str], listed: frozenset[PurePosixPath] | None
 ) -> Sequence[str]:
-    """The weight files of a directory without an index: one, or a row of shards; none where it lists them."""
+    """The weight files that no index lists: one, or a row of shards; none where there is an index."""
     originals = [stem + SUFFIX for stem in _originals(files) if stem + SUFFIX in files]
     if listed is not None:
         if _PREFERRED in originals and PurePosixPath(_PREFERRED) not in listed:
@@ -242,9 +236,9 @@ def _unlisted_names(
 
 
 def _row(directory: Path, names: list[str]) -> list[str]:
-    """The shards among these files that are numbered as one checkpoint; none where they are not alone.
+    """The shards among these files that are numbered as one checkpoint.
 
-    Alone but for files of other bases, where they are called `model`.
+    None if there are other files, unless the shards are called `model`.
     """
     found = {name: match for name in names if (match := NUMBERED.fullmatch(name))}
     counts = {(match["stem"], int(match["count"])) for match in found.values()}
@@ -264,7 +258,7 @@ def _row(directory: Path, names: list[str]) -> list[str]:
 
 
 def _originals(files: list[str]) -> list[str]:
-    """What weight files and indexes are called, without variants: no `x.fp16` where there is an `x`."""
+    """The stems of weight files and indexes, without variants: no `x.fp16` where there is an `x`."""
     stems = {
         name.removesuffix(suffix)
         for suffix in (SUFFIX, INDEX_SUFFIX)
@@ -279,7 +273,7 @@ def _originals(files: list[str]) -> list[str]:
 
 
 def _what_instead(directory: Path, top: list[str]) -> str:
-    """What a directory without safetensors holds, and what to do."""
+    """The contents of a directory without safetensors, and what to do."""
     pickles = [name for name in top if PurePosixPath(name).suffix in PICKLE_SUFFIXES]
     shouted = [name for name in top if name.lower().endswith(SUFFIX) and not name.endswith(SUFFIX)]
     if shouted:
@@ -296,7 +290,7 @@ def _what_instead(directory: Path, top: list[str]) -> str:
 
 
 def _checked_place(index: Path, place: str) -> PurePosixPath:
-    """A shard as an index names it, refused unless it is a file inside the index's folder."""
+    """A shard that an index names; refused unless it is a file inside the index's folder."""
     path = PurePosixPath(place)
     if not path.parts or path.is_absolute() or ".." in path.parts or "\0" in place:
         raise CheckpointError(f"{index}: names the shard {shown(place)}, which is no file in its own folder")

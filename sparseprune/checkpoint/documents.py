@@ -22,12 +22,11 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 LARGEST_DOCUMENT = 100_000_000
-# Names that lead to no file, whatever the machine does: as much the user's error as an absent one.
+# Errors of names that lead to no file: the user's error, not the machine's.
 _LEADS_NOWHERE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG})
 # serde_json, the parser of the safetensors package, gives up at 128 levels.
 MAX_DEPTH = 127
-# Longer than any 64-bit integer; int() of a very long text is slow, then refused by Python.
-_LONG = 21
+_LONG = 21  # digits, more than any 64-bit integer has: int() of a very long text is slow, then fails
 _SMALLEST, _LARGEST = -(2**63), 2**64 - 1
 
 _SHOWN = reprlib.Repr()
@@ -37,7 +36,7 @@ _SHOWN.maxlevel = 2
 
 
 def shown(value: object) -> str:
-    r"""What was found, as one line of bounded length for an error text: a stranger's file can hold anything.
+    r"""A value that was found, as one short line for an error text: a stranger's file can hold anything.
 
     >>> shown("a\nb"), len(shown("a" * 1000))
     ("'a\\nb'", 200)
@@ -46,7 +45,7 @@ def shown(value: object) -> str:
 
 
 def strict_json(text: str) -> Any:  # noqa: ANN401  (JSON can be anything; callers check)
-    """The value of a JSON text; ValueError with the fact where it is not acceptable.
+    """The value of a JSON text; ValueError with the reason where it is not acceptable.
 
     >>> strict_json('{"a": 1, "a": 2}')
     Traceback (most recent call last):
@@ -70,7 +69,7 @@ def strict_json(text: str) -> Any:  # noqa: ANN401  (JSON can be anything; calle
 
 
 def nested_deeper_than(value: object, levels: int) -> bool:
-    """Whether lists and objects stand in each other more than `levels` deep.
+    """Whether lists and objects are nested more than `levels` deep.
 
     >>> nested_deeper_than([[1]], 2), nested_deeper_than([[1]], 1)
     (False, True)
@@ -100,14 +99,14 @@ def read_json(path: Path, parse: Callable[[str], Any] = json.loads) -> Any:  # n
     """The value in a small JSON file; CheckpointError naming the file where it holds none."""
     try:
         status = path.stat()
-        # Asked before it is opened: a pipe would be waited for, and a device has no end.
+        # Before it is opened: a pipe would block, and a device has no end.
         if not stat.S_ISREG(status.st_mode):
             raise CheckpointError(f"{path}: not a regular file; wanted a small JSON file, or none")
         if status.st_size > LARGEST_DOCUMENT:
             raise CheckpointError(f"{path}: larger than {LARGEST_DOCUMENT} bytes; wanted a small JSON file")
         return parse(path.read_bytes().decode())
     except OSError as error:
-        # Under no name: what is raised would hold this frame, which would hold it, and all that callers have.
+        # Not in a variable: the error's traceback holds this frame, and a cycle would keep callers alive.
         unread = f"{path}: cannot be read: {error.strerror}"
         raise (leads_nowhere(path, error) or MachineError(unread)) from error
     except UnicodeDecodeError as error:
@@ -117,7 +116,7 @@ def read_json(path: Path, parse: Callable[[str], Any] = json.loads) -> Any:  # n
 
 
 def leads_nowhere(path: Path, error: OSError) -> CheckpointError | None:
-    """The refusal of a path that leads to no file, None where it is the machine that failed."""
+    """The refusal of a path that leads to no file; None where the machine failed."""
     if error.errno not in _LEADS_NOWHERE:
         return None
     why = missing_advice(str(path)) if error.errno == errno.ENOENT else f": {error.strerror}"

@@ -1,9 +1,8 @@
 """The safetensors header: bytes to entries and back, refused in one fixed order.
 
-Owns every rule of the format. Verdicts are those of the safetensors package, and stricter in four
-places that only broken files reach: keys that stand twice, a header that does not begin with `{`,
-entries written as lists, dtypes written as objects. Reads no tensor data. Called by source.py,
-layout.py and masks.py.
+Owns every rule of the format. Accepts what the safetensors package accepts, except in four cases of broken
+files: repeated keys, a header that does not begin with `{`, entries that are lists, dtypes that are objects.
+Reads no tensor data. Called by source.py and, for new headers, by layout.py.
 """
 
 from __future__ import annotations
@@ -30,8 +29,7 @@ _ALIGNMENT = 8
 _METADATA = "__metadata__"
 _ENTRY_KEYS = ("dtype", "shape", "data_offsets")
 _LARGEST = 2**64 - 1
-# Enough of a file to recognise what it is if it is no safetensors file.
-_HEAD = 512
+_HEAD = 512  # bytes of a file by which its format is recognised
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,12 +78,12 @@ class Header:
 def read_header(path: Path | str) -> Header:
     """The header of a safetensors file; CheckpointError naming the file and the first fact that is wrong.
 
-    The order: no regular file; shorter than 8 bytes; a header length that cannot be, or no `{` behind it
-    (then what the file is instead, if that is known: a pointer, a page, another format; else length over
-    the limit, length beyond the file, no `{`); not UTF-8; not JSON, a key twice, a number out of range
-    (whichever stands first); entry by entry as stored: not an object, a key missing, nested too deeply,
-    dtype, shape, data_offsets; in the order of the data: gaps and overlaps; then sizes, overflow included;
-    the file truncated or with trailing bytes; metadata that is not strings.
+    The order: no regular file; shorter than 8 bytes; an impossible header length, or no `{` after it (then
+    the format of the file, if it is known: a pointer, a page, another format; else length over the limit,
+    length beyond the file, no `{`); not UTF-8; not JSON, a repeated key, a number out of range (whichever
+    comes first); entry by entry as stored: not an object, a key missing, nested too deeply, dtype, shape,
+    data_offsets; in the order of the data: gaps and overlaps; then sizes, overflow included; the file
+    truncated or with trailing bytes; metadata that is not strings.
     """
     where = Path(path)
     raw, size = _header_bytes(where)
@@ -105,14 +103,14 @@ def read_header(path: Path | str) -> Header:
 
 
 def lay_out(tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]) -> Header:
-    """The header of a file that holds these (name, dtype, shape) one after the other, in this order.
+    """The header of a file with these (name, dtype, shape), in this order.
 
-    The JSON is padded with spaces so that the data begins at a multiple of 8. ValueError for a name that
-    stands twice or is reserved, and for a sub-byte tensor that does not fill whole bytes.
+    The JSON is padded with spaces so that the data begins at a multiple of 8. ValueError for a repeated or
+    reserved name, and for a sub-byte tensor that does not fill whole bytes.
     """
     entries: list[TensorEntry] = []
     encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
-    # Piece by piece: as one document it would be three times as large.
+    # Piece by piece: one document of all tensors would take three times the memory.
     text = bytearray(_LENGTH_BYTES)
     text += encode({_METADATA: dict(metadata)} if metadata else {}).encode()[:-1]
     names = {_METADATA}
@@ -136,7 +134,7 @@ def lay_out(tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mappi
 def _header_bytes(path: Path) -> tuple[bytes, int]:
     """Length bytes and JSON as stored, and the size of the file."""
     try:
-        # Asked before it is opened: opening a pipe would wait for ever.
+        # Before it is opened: opening a pipe would wait for ever.
         if not stat.S_ISREG(path.stat().st_mode):
             raise CheckpointError(f"{path}: not a regular file; give a safetensors file")
         with path.open("rb") as file:
@@ -160,7 +158,7 @@ def _checked_length(path: Path, head: bytes, size: int) -> int:
     length = int.from_bytes(head[:_LENGTH_BYTES], "little")
     if 0 < length <= min(size - _LENGTH_BYTES, MAX_HEADER) and head[_LENGTH_BYTES:][:1] == b"{":
         return length
-    # Only now: the first bytes of a pickle or a zip can also be the length of a legal header.
+    # Only now: the first bytes of a pickle or a zip can be the length of a legal header, too.
     known = foreign_format(path.name, head)
     if known is not None:
         raise CheckpointError(f"{path}: not a safetensors file: {known}")
@@ -177,7 +175,7 @@ def _checked_length(path: Path, head: bytes, size: int) -> int:
     raise CheckpointError(f"{path}: not a valid safetensors file: the header does not begin with '{{'")
 
 
-# What follows raises ValueErrors with the bare fact; read_header adds the file.
+# The functions below raise ValueErrors with the bare fact; read_header adds the file.
 
 
 def _document(text: bytes) -> dict[str, Any]:
@@ -191,7 +189,7 @@ def _document(text: bytes) -> dict[str, Any]:
 
 
 def _entry(name: str, fields: object, shapes: dict[tuple[int, ...], tuple[int, ...]]) -> TensorEntry:
-    """The entry of a tensor; one whose shape is in `shapes` shares it, as thousands of tensors have a few."""
+    """The entry of a tensor; `shapes` makes equal shapes one tuple, since thousands of tensors have few."""
     if not isinstance(fields, dict):
         raise ValueError(  # noqa: TRY004
             f"tensor {shown(name)} is {_kind(fields)}, wanted an object with {', '.join(_ENTRY_KEYS)}"
@@ -242,7 +240,7 @@ def _check_length(raw: bytes, entries: list[TensorEntry], size: int) -> None:
 
 
 def _size_of(name: str, dtype: str, shape: Iterable[int]) -> int:
-    """Bytes of a tensor; refused as in the safetensors package where a 64-bit product would overflow."""
+    """Bytes of a tensor; refuses 64-bit overflow, as the safetensors package does."""
     numel = 1
     for size in shape:
         numel *= size
@@ -272,7 +270,7 @@ def _checked_metadata(metadata: object) -> dict[str, str]:
 def _is_sizes(value: object) -> bool:
     if not isinstance(value, list):
         return False
-    for size in value:  # noqa: SIM110  (two short lists for each tensor: a generator takes twice as long)
+    for size in value:  # noqa: SIM110  (a generator takes twice as long)
         if type(size) is not int or size < 0:
             return False
     return True
