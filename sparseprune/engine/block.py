@@ -21,6 +21,7 @@ from sparseprune.engine.grids import (
     block_extents,
     divide,
     identity_order,
+    interleaved,
     inverse_order,
     permute,
     prod,
@@ -31,7 +32,7 @@ from sparseprune.engine.view import View, disjoint
 from sparseprune.errors import CouplingError, NanScoreError, ShapeMismatchError, SparsityError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Sequence
+    from collections.abc import Callable
 
 
 Values = Tensor | Mapping["BlockSpec", Tensor] | None
@@ -43,8 +44,8 @@ class SparseBlock(ABC):
 
     Invariant: every block has `numel_per_block()` elements, and no element belongs to two blocks.
 
-    Blocks of one class are equal if they look at the same elements (see `View`), cut and fused alike; names
-    do not count. One made anew finds in a dict of masks or values what another stands for.
+    Blocks of one class are equal if they look at the same elements (see `View`), cut and fused in the same
+    way, whatever their names: as keys of masks or values they are the same.
     """
 
     name: str
@@ -58,7 +59,7 @@ class SparseBlock(ABC):
     @property
     @abstractmethod
     def _identity(self) -> Hashable:
-        """What the blocks look at: equal for equal blocks."""
+        """A value that is equal for equal blocks."""
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, SparseBlock):
@@ -138,9 +139,8 @@ class SparseBlock(ABC):
     def apply_mask(self, mask: Values) -> None:
         """Write +0.0, in place, where an element mask is False; True keeps, and survivors keep their bits.
 
-        `mask` is what `get_masks` gives, or one tensor where there is one member; a tensor is view-shaped, or
-        else parameter-shaped, and its elements are read as bools. sparsekit's `apply_mask` has it the other
-        way round: it drops what is True.
+        `mask` is the result of `get_masks`, or one tensor where there is one member; tensors are view-shaped,
+        or else parameter-shaped, and read as bools. sparsekit's `apply_mask` drops what is True instead.
 
         Raises:
             SparsityError: a member without a mask; nothing has been written then.
@@ -178,9 +178,8 @@ class SparseBlock(ABC):
 
         `conditioners` are the diagonal of a Hessian, in the forms that values have; with them the
         operator is solved to `atol` in at most `max_iter` Newton steps. Blocks whose norm (with
-        conditioners: of h * v) is `eps` or less count as zero; None is 0. It is no number that is added to
-        a denominator, as other implementations need one: no block is divided by a norm of 0 here, and such
-        a number would keep the result from being the proximal point.
+        conditioners: of h * v) is `eps` or less count as zero; None is 0. Other implementations add `eps` to
+        a denominator; here it is not needed, and would keep the result from being the proximal point.
 
         Raises:
             SparsityError: NaN, a negative threshold or conditioner, or integer weights.
@@ -195,7 +194,7 @@ class SparseBlock(ABC):
         atol: float = 1e-8,
         eps: float | None = None,
     ) -> list[Tensor]:
-        """What `soft_threshold` writes: float64 (*grid_shape, *elements) for each member."""
+        """The new elements of `soft_threshold`: float64 (*grid_shape, *elements) for each member."""
         weights = self.resolve(None)
         self.refuse_nan(weights)
         for spec in weights:
@@ -334,7 +333,7 @@ class BlockSpec(SparseBlock):
 
     @property
     def data(self) -> Tensor:
-        """The elements of the view, detached, in the parameter's storage: what is written here is kept."""
+        """The elements of the view, detached, in the parameter's storage: writes change the parameter."""
         return self.view.data
 
     def set_data(self, t: Tensor) -> None:
@@ -352,29 +351,24 @@ class BlockSpec(SparseBlock):
         (G1, G2, ..., b1*b2*...). Without `merge` it is a view of the values.
         """
         (elements,) = self.resolve(values).values()
-        interleaved = elements.reshape(
-            [size for pair in zip(self.grid_shape, self.shape, strict=True) for size in pair]
-        )
+        split = elements.reshape(interleaved(self.grid_shape, self.shape))
         if not (reorder or merge):
-            return interleaved
+            return split
         rank = len(self.grid_shape)
-        ordered = interleaved.permute((*range(0, 2 * rank, 2), *range(1, 2 * rank, 2)))
+        ordered = split.permute((*range(0, 2 * rank, 2), *range(1, 2 * rank, 2)))
         return ordered.reshape(*self.grid_shape, prod(self.shape)) if merge else ordered
 
     def fuse(self, elements: Tensor, order: Shape) -> Tensor:
         """View-shaped elements as (*grid permuted by `order`, *block shape), sharing their storage."""
         rank = len(self.shape)
-        interleaved = elements.view(
-            [size for pair in zip(self.grid_shape, self.shape, strict=True) for size in pair]
-        )
         grid_dims = permute(tuple(range(0, 2 * rank, 2)), order)
-        return interleaved.permute((*grid_dims, *range(1, 2 * rank, 2)))
+        split = elements.view(interleaved(self.grid_shape, self.shape))
+        return split.permute((*grid_dims, *range(1, 2 * rank, 2)))
 
     def spread(self, grid: Tensor) -> Tensor:
         """One number per block as one per element of the view."""
-        ones = [size for extent in self.grid_shape for size in (extent, 1)]
-        pairs = [size for pair in zip(self.grid_shape, self.shape, strict=True) for size in pair]
-        return grid.reshape(ones).expand(pairs).reshape(self.view.shape)
+        ones = interleaved(self.grid_shape, (1,) * len(self.shape))
+        return grid.reshape(ones).expand(interleaved(self.grid_shape, self.shape)).reshape(self.view.shape)
 
     def broadcast_block_to_element(self, grid: Tensor) -> Tensor:
         """One number per block (`grid_shape`) as one per element of the view (`view.shape`)."""
@@ -468,7 +462,7 @@ def refuse_shared_elements(specs: Sequence[BlockSpec]) -> None:
         by_storage[spec.view.param.untyped_storage()._cdata].append(spec)  # noqa: SLF001  (its identity)
     for neighbours in by_storage.values():
         if disjoint([spec.view for spec in neighbours]):
-            continue  # told in one pass, however many members look at one tensor
+            continue  # one pass for all members of a tensor
         for one, other in combinations(neighbours, 2):
             if one.view.overlaps(other.view):
                 raise CouplingError(

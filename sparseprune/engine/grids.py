@@ -23,6 +23,7 @@ __all__ = [
     "block_extents",
     "divide",
     "identity_order",
+    "interleaved",
     "inverse_order",
     "permute",
     "prod",
@@ -89,6 +90,15 @@ def inverse_order(order: Shape) -> Shape:
     (2, 0, 1)
     """
     return tuple(sorted(range(len(order)), key=order.__getitem__))
+
+
+def interleaved(outer: Shape, inner: Shape) -> Shape:
+    """The extents of two shapes in turn.
+
+    >>> interleaved((8, 6), (1, 2))
+    (8, 1, 6, 2)
+    """
+    return tuple(size for pair in zip(outer, inner, strict=True) for size in pair)
 
 
 def permute(shape: Shape, order: Shape) -> Shape:

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from sparseprune.engine.block import BlockSpec, Values, refuse_shared_elements, zero_pruned
+from sparseprune.engine.block import BlockSpec, refuse_shared_elements, zero_pruned
 from sparseprune.engine.grids import (
     Shape,
     align,
     divide,
     identity_order,
+    interleaved,
     inverse_order,
     prod,
     scope_extents,
@@ -112,8 +113,8 @@ class SparseScope(ABC):
         """View-shaped bool masks for every BlockSpec, exactly `nnz` blocks True in each scope.
 
         `block_scores` (*grid_shape, blocks per scope) rank the blocks instead of norms. `block_mask`, of
-        that shape, is a decision already made: it is only laid out, and `nnz` is not looked at. `p` and
-        `rms` choose the norm, as in `block_norms`.
+        that shape, is a decision already made: it is only laid out, and `nnz` is ignored. `p` and `rms`
+        choose the norm, as in `block_norms`.
 
         Raises:
             SparsityError: nnz out of range, NaN scores, a norm chosen where no norms are compared.
@@ -151,7 +152,7 @@ class SparseScope(ABC):
     def hard_threshold(
         self, thresholds: Tensor | float | None = None, nnz: int | None = None, values: Values = None
     ) -> None:
-        """Zero in place what does not survive: by budget, or where a norm is below its threshold.
+        """Zero blocks in place: all but `nnz` in each scope, or those whose norm is below their threshold.
 
         `thresholds` is a number or a tensor of `grid_shape`; a block whose norm equals it is kept.
 
@@ -189,7 +190,7 @@ class SparseScope(ABC):
     def kth_mid(self, element_values: Values, nnz: int, k_weight: float = 1.0) -> Tensor:
         """`(kth + k_weight * (k+1)th) / (1 + k_weight)` of the norms in each scope, float64 of `grid_shape`.
 
-        k is `nnz`; before the first block of a scope stands infinity, behind the last one 0.
+        k is `nnz`; the norm before the first block of a scope is infinity, after the last one 0.
         """
         kth = self._kth(element_values, nnz)
         if k_weight == 0:
@@ -248,11 +249,8 @@ class SparseScope(ABC):
     def _by_thresholds(self, thresholds: Tensor | float) -> Tensor:
         """A number, or one for each scope, as float64 of `grid_shape`."""
         limits = torch.as_tensor(thresholds, dtype=torch.float64, device=self._device())
-        if limits.ndim and tuple(limits.shape) != self.grid_shape:
-            raise ShapeMismatchError(
-                f"{self.name}: thresholds of shape {list(limits.shape)} do not fit the grid of scopes "
-                f"{list(self.grid_shape)}"
-            )
+        if limits.ndim:
+            self._on_grid(limits, "thresholds")
         if bool(limits.isnan().any()):
             raise SparsityError(f"{self.name}: a threshold is NaN")
         return limits.expand(self.grid_shape)
@@ -269,9 +267,8 @@ class SparseScope(ABC):
                     f"{self.name} has {len(leaves)} blocks: give values as a mapping from block to tensor"
                 )
             return [(spec, values) for spec in specs]
-        given = values
         return [
-            (spec, {leaf: given[leaf] for leaf in spec.block.blocks() if leaf in given}) for spec in specs
+            (spec, {leaf: values[leaf] for leaf in spec.block.blocks() if leaf in values}) for spec in specs
         ]
 
     def gather(self, per_block: Sequence[Tensor]) -> Tensor:
@@ -284,7 +281,7 @@ class SparseScope(ABC):
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=rank)
 
     def _scatter(self, by_scope: Tensor) -> list[tuple[ScopeSpec, Tensor]]:
-        """What `gather` does, undone: (*grid_shape, blocks per scope) back on each member's block grid."""
+        """The inverse of `gather`: (*grid_shape, blocks per scope) to each member's block grid."""
         parts = torch.split(by_scope, [prod(spec.shape) for spec, _ in self.members], dim=-1)
         rank = len(self.grid_shape)
         return [
@@ -298,6 +295,14 @@ class SparseScope(ABC):
             raise ShapeMismatchError(
                 f"{self.name}: {what} of shape {list(tensor.shape)}, wanted {list(wanted)}: the grid of "
                 "scopes, then the blocks of a scope"
+            )
+        return tensor
+
+    def _on_grid(self, tensor: Tensor, what: str = "scope values") -> Tensor:
+        if tuple(tensor.shape) != self.grid_shape:
+            raise ShapeMismatchError(
+                f"{self.name}: {what} of shape {list(tensor.shape)} do not fit the grid of scopes "
+                f"{list(self.grid_shape)}"
             )
         return tensor
 
@@ -353,11 +358,11 @@ class ScopeSpec(SparseScope):
                 f"{list(self.block.grid_shape)}"
             )
         trailing = b.shape[rank:]
-        interleaved = b.reshape((*self._pairs(), *trailing))
+        split = b.reshape((*interleaved(self.grid_shape, self.shape), *trailing))
         if not (reorder or merge):
-            return interleaved
+            return split
         behind = range(2 * rank, 2 * rank + len(trailing))
-        ordered = interleaved.permute((*range(0, 2 * rank, 2), *range(1, 2 * rank, 2), *behind))
+        ordered = split.permute((*range(0, 2 * rank, 2), *range(1, 2 * rank, 2), *behind))
         return ordered.reshape(*self.grid_shape, prod(self.shape), *trailing) if merge else ordered
 
     def scope_blocks_to_grid(self, by_scope: Tensor) -> Tensor:
@@ -369,20 +374,13 @@ class ScopeSpec(SparseScope):
 
     def scope_to_block(self, scope_values: Tensor) -> Tensor:
         """One number per scope (`grid_shape`) as one per block (the block grid)."""
-        if tuple(scope_values.shape) != self.grid_shape:
-            raise ShapeMismatchError(
-                f"{self.name}: scope values of shape {list(scope_values.shape)} do not fit the grid "
-                f"of scopes {list(self.grid_shape)}"
-            )
-        ones = [size for extent in self.grid_shape for size in (extent, 1)]
-        return scope_values.reshape(ones).expand(self._pairs()).reshape(self.block.grid_shape)
+        ones = interleaved(self.grid_shape, (1,) * len(self.shape))
+        split = self._on_grid(scope_values).reshape(ones).expand(interleaved(self.grid_shape, self.shape))
+        return split.reshape(self.block.grid_shape)
 
     def kth_largest(self, element_values: Values, nnz: int) -> Tensor:
         """The nnz-th largest norm in each scope, float64 of `grid_shape`; infinity for nnz 0."""
         return self._kth(element_values, nnz)
-
-    def _pairs(self) -> list[int]:
-        return [size for pair in zip(self.grid_shape, self.shape, strict=True) for size in pair]
 
 
 class ScopeCoupling(SparseScope):
@@ -444,12 +442,8 @@ class ScopeCoupling(SparseScope):
 
     def scope_to_block(self, scope_values: Tensor) -> dict[SparseBlock, Tensor]:
         """One number per scope (`grid_shape`) as one per block, on each member's block grid."""
-        if tuple(scope_values.shape) != self.grid_shape:
-            raise ShapeMismatchError(
-                f"{self.name}: scope values of shape {list(scope_values.shape)} do not fit the grid of "
-                f"scopes {list(self.grid_shape)}"
-            )
+        values = self._on_grid(scope_values)
         return {
-            spec.block: spec.scope_to_block(scope_values.permute(inverse_order(order)))
+            spec.block: spec.scope_to_block(values.permute(inverse_order(order)))
             for spec, order in self.members
         }

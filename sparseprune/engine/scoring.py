@@ -1,6 +1,6 @@
-"""Norms of blocks as pairwise sums in float64, and the rounding that goes with low-precision dtypes.
+"""Keys and norms of blocks, pairwise sums in float64, and rounding to narrow dtypes, on torch tensors.
 
-Owns the order of sums, the same whatever the chunks and threads. Imports torch.
+Owns the order of sums, which does not depend on chunks or threads. Called by blocks, scopes and solvers.
 """
 
 from __future__ import annotations
@@ -17,12 +17,10 @@ from sparseprune.errors import SparsityError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from torch import Tensor
-
     from sparseprune.engine.grids import Shape
 
 
-# The magnitude key of the largest value that is no NaN: infinity, or the largest number of E4M3.
+# The magnitude key of the largest value that is not NaN: infinity, or the largest number of E4M3.
 _LARGEST_KEY = {
     torch.float64: 0x7FF0_0000_0000_0000,
     torch.float32: 0x7F80_0000,
@@ -32,7 +30,7 @@ _LARGEST_KEY = {
     torch.float8_e4m3fn: 0x7E,
 }
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""The signed integers by their bytes: what bit patterns are read as."""
+"""The signed integers for bit patterns, by bytes of an element."""
 _CHUNK = 1 << 17  # elements turned into float64 at a time: 1 MiB, which stays in the cache
 
 
@@ -176,9 +174,6 @@ def power_of_two(exponent: Tensor) -> Tensor:
     return (exponent + 1023 << 52).view(torch.float64)
 
 
-_DIRECT = (torch.float64, torch.float32)
-
-
 def round_to(wide: Tensor, dtype: torch.dtype) -> Tensor:
     """Float64 numbers as the nearest numbers of `dtype`, ties to even; integers saturate.
 
@@ -194,7 +189,7 @@ def round_to(wide: Tensor, dtype: torch.dtype) -> Tensor:
         info = torch.iinfo(dtype)
         highest = info.max if info.bits < 64 else 2**63 - 1024  # the largest double that fits
         return wide.round().clamp(info.min, highest).to(dtype)
-    if dtype in _DIRECT:
+    if dtype in (torch.float64, torch.float32):
         return wide.to(dtype)
     return _to_odd_float32(wide).to(dtype)
 

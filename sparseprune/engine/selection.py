@@ -15,9 +15,41 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Array = NDArray[Any]
-
-_ROW_CHUNK = 1 << 22
+_PAIRWISE_LIMIT = 16  # blocks a scope up to which comparing all pairs beats a search for the k-th largest
+_HISTOGRAM_LIMIT = 1 << 24  # blocks a scope from which copies of all keys and int64 positions cost too much
+_CHUNK = 1 << 16  # scopes to compare at one time, so that their keys stay in the cache
+_ROW_CHUNK = 1 << 22  # keys of one scope to count at one time
 _DIGIT_BITS = 16
+
+
+def select(keys: Tensor, nnz: int) -> Tensor:
+    """Bool mask of exactly `nnz` True along the last dimension: the largest keys, lower index first.
+
+    `nnz` must lie within 0 and the size of the last dimension.
+
+    >>> select(torch.tensor([[3, 7, 7, 7]]), 2)
+    tensor([[False,  True,  True, False]])
+    """
+    blocks = keys.shape[-1]
+    if nnz in (0, blocks) or not keys.numel():
+        return torch.full(keys.shape, nnz == blocks, dtype=torch.bool, device=keys.device)
+    scopes = keys.reshape(-1, blocks)
+    if blocks >= _HISTOGRAM_LIMIT:
+        kept = torch.stack([select_by_histogram(scope, nnz) for scope in scopes])
+    elif keys.device.type == "cpu":
+        choose = _pairwise if blocks <= _PAIRWISE_LIMIT else _above_kth
+        kept = torch.from_numpy(choose(scopes.numpy(), nnz))
+    else:
+        kept = _select_by_sort(scopes, nnz)
+    return kept.reshape(keys.shape)
+
+
+def kth_largest(scores: Tensor, k: int) -> Tensor:
+    """The k-th largest along the last dimension, 1 <= k <= its size; shape without that dimension."""
+    place = scores.shape[-1] - k
+    if scores.device.type != "cpu":
+        return scores.kthvalue(place + 1, dim=-1).values
+    return torch.from_numpy(_at_place(scores.numpy(), place))
 
 
 def select_by_histogram(keys: Tensor, nnz: int) -> Tensor:
@@ -75,41 +107,6 @@ def _digits(chunk: Tensor, prefix: int, shift: int, digit_bits: int) -> Tensor:
     return digits[higher == wanted] & mask
 
 
-_PAIRWISE_LIMIT = 16  # up to here comparing all pairs beats a search for the k-th largest
-_HISTOGRAM_LIMIT = 1 << 24  # from here on no copies of all keys and no int64 positions are affordable
-_CHUNK = 1 << 16  # scopes that are compared at one time: their keys stay in the cache
-
-
-def select(keys: Tensor, nnz: int) -> Tensor:
-    """Bool mask of exactly `nnz` True along the last dimension: the largest keys, lower index first.
-
-    `nnz` must lie within 0 and the size of the last dimension.
-
-    >>> select(torch.tensor([[3, 7, 7, 7]]), 2)
-    tensor([[False,  True,  True, False]])
-    """
-    blocks = keys.shape[-1]
-    if nnz in (0, blocks) or not keys.numel():
-        return torch.full(keys.shape, nnz == blocks, dtype=torch.bool, device=keys.device)
-    scopes = keys.reshape(-1, blocks)
-    if blocks >= _HISTOGRAM_LIMIT:
-        kept = torch.stack([select_by_histogram(scope, nnz) for scope in scopes])
-    elif keys.device.type == "cpu":
-        choose = _pairwise if blocks <= _PAIRWISE_LIMIT else _above_kth
-        kept = torch.from_numpy(choose(scopes.numpy(), nnz))
-    else:
-        kept = _select_by_sort(scopes, nnz)
-    return kept.reshape(keys.shape)
-
-
-def kth_largest(scores: Tensor, k: int) -> Tensor:
-    """The k-th largest along the last dimension, 1 <= k <= its size; shape without that dimension."""
-    place = scores.shape[-1] - k
-    if scores.device.type != "cpu":
-        return scores.kthvalue(place + 1, dim=-1).values
-    return torch.from_numpy(_at_place(scores.numpy(), place))
-
-
 def _pairwise(keys: Array, nnz: int) -> Array:
     """Each block's rank is the number of blocks that beat it: larger ones, and equal ones before it."""
     kept = np.empty(keys.shape, dtype=np.bool_)
@@ -141,14 +138,14 @@ def _above_kth(keys: Array, nnz: int) -> Array:
 
 
 def _at_place(keys: Array, place: int) -> Array:
-    """What stands at `place` of the last dimension once it is sorted; numpy is fast from 32 bits on."""
+    """The key at `place` of the sorted last dimension; numpy is fast from 32 bits on."""
     wide = keys.astype(np.int32) if keys.dtype.itemsize < 4 else keys
     found: Array = np.partition(wide, place, axis=-1)[..., place].astype(keys.dtype)
     return found
 
 
 def _select_by_sort(keys: Tensor, nnz: int) -> Tensor:
-    """The first `nnz` of a stable sort: the way of other devices, and the measure of the ways above."""
+    """The first `nnz` of a stable sort: for other devices; tests compare the others with it."""
     ranked = keys.sort(dim=-1, descending=True, stable=True).indices
     kept = torch.zeros(keys.shape, dtype=torch.bool, device=keys.device)
     return kept.scatter_(-1, ranked[..., :nnz], value=True)

@@ -1,6 +1,6 @@
-"""Sequences of which one element at a time is in memory: 100,000 tensors have as many results.
+"""Sequences with one element at a time in memory, for results of 100,000 tensors.
 
-Knows nothing of what is made. Imported by any layer.
+Knows nothing of the elements. Imported by any layer.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ Result = TypeVar("Result")
 
 
 class Made(Sequence[Result], Generic[Thing, Result]):
-    """What `make` gives for each of some things, made anew whenever it is asked for; equal to a list of it.
+    """The results of `make` for some things, made anew on each access; equal to a list of them.
 
     >>> Made([1, 2], str) == ["1", "2"], Made([1, 2], str)[-1]
     (True, '2')

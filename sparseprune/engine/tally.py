@@ -1,4 +1,7 @@
-"""What is counted in a tensor: its elements, its zeros and its energy; how energies add up and compare."""
+"""Tallies of tensors: elements, zeros and energy; sums and ratios of energies.
+
+Called by execution and reports.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +49,7 @@ def tally(bits: Bits, dtype: str) -> Tally:
 
 
 def exact_sum(terms: Iterable[float]) -> float:
-    """The exactly rounded sum; what is not finite stays so.
+    """The exactly rounded sum; infinity and NaN stay.
 
     >>> exact_sum([1e100, 1.0, -1e100]), exact_sum([math.inf, -math.inf])
     (1.0, nan)
@@ -59,7 +62,7 @@ def exact_sum(terms: Iterable[float]) -> float:
 
 
 def totals_in_units(rows: Iterable[tuple[Sequence[float], int]]) -> list[float]:
-    """The sums of columns of numbers, each row in units of its own power of two; in those of the largest.
+    """The sums of columns, each row in units of 2^(its power); the result in units of the largest power.
 
     >>> totals_in_units([((1.0, 2.0), 0), ((8.0, 0.0), 3), ((1.0, 1.0), -5000)])
     [8.125, 0.25]
@@ -71,7 +74,7 @@ def totals_in_units(rows: Iterable[tuple[Sequence[float], int]]) -> list[float]:
 
 
 def share_of_output(lost: float, dense: float) -> float:
-    """The relative error of outputs: the root of the energy that was lost by that of the dense outputs.
+    """The relative error of outputs: the root of lost energy / energy of the dense outputs.
 
     >>> share_of_output(1.0, 4.0), share_of_output(-1e-20, 4.0), share_of_output(0.0, 0.0)
     (0.5, 0.0, 0.0)

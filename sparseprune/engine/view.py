@@ -32,9 +32,8 @@ class View:
     `stride` and `offset` count elements, `offset` from the parameter's first element. Invariant: no
     two places of the view share an element, and each is an element of the parameter.
 
-    Views are equal if they look at the same elements of the same storage in the same shape and order, so
-    that one made anew finds what a dict holds under another. A hash never changes: after `.to(device)` has
-    given a parameter other memory, views from before differ from those made since.
+    Views are equal if they look at the same elements of the same storage in the same shape and order. A hash
+    never changes: after `.to(device)` moved a parameter to other memory, older views differ from newer ones.
 
     >>> w = torch.arange(8.0).view(2, 4)
     >>> View(w, (4, 2), (1, 4)).data[1]
@@ -171,7 +170,7 @@ class View:
 
 
 def _storage(param: Tensor) -> int:
-    """The identity of the storage that a tensor has now; one that is in use shares it with no other."""
+    """The identity of a tensor's storage, unique among storages in use."""
     return int(param.untyped_storage()._cdata)  # noqa: SLF001
 
 
@@ -190,7 +189,7 @@ def disjoint(views: Sequence[View]) -> bool:
 
 
 def _extent(shape: Shape, stride: Shape) -> int:
-    """Storage elements from the first to one behind the last that a layout reaches."""
+    """The number of storage elements from the first to the last that a layout reaches."""
     return 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
 
 
@@ -236,7 +235,7 @@ def _refuse_outside(view: View) -> None:
 
 
 def _refuse_overlap(what: str, shape: Shape, stride: Shape) -> None:
-    """Nested strides cannot overlap; what is not nested is counted element by element."""
+    """Refuses overlapping elements: nested strides have none, others are counted element by element."""
     reached = 0
     nested = True
     for size, step in sorted(zip(shape, stride, strict=True), key=lambda pair: pair[1]):

@@ -409,4 +409,4 @@ def _behind(order: Sequence[int]) -> tuple[int, ...]:
 
 
 def _itemsize(stored: StoredTensor) -> int:
-    return DTYPES[stored.dtype].bits // 8
+    return DTYPES[stored.dtype].itemsize

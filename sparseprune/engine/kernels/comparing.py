@@ -1,4 +1,7 @@
-"""Compiled loops that compare two tensors: changed elements, zeros gained and lost, differences."""
+"""Comparing two tensors: changed elements, zeros gained and lost, differences of values.
+
+Owns the loops over pairs of elements and what is counted of them. Called by reports.
+"""
 
 from __future__ import annotations
 
@@ -15,17 +18,89 @@ from sparseprune.engine.kernels.formats import FORMATS, values_of
 
 if TYPE_CHECKING:
     from sparseprune.engine.kernels.formats import Bits, Format, Values
-
-
 _BLOCK = 4096  # elements that are counted in 16 bits
-_RUN = 512  # elements whose changes are kept for a second look
+_RUN = 512  # elements whose changes are kept to find the largest
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """Counts of elements: `zeroed` are zero only after, `altered` are not zero after and differ from before.
+
+    `first_altered` is the index of the first altered one, -1 for none.
+    """
+
+    zeros_before: int = 0
+    zeros_after: int = 0
+    zeroed: int = 0
+    altered: int = 0
+    first_altered: int = -1
+
+    @property
+    def revived(self) -> int:
+        """Elements that are zero only before; they are among the altered ones."""
+        return self.zeroed - (self.zeros_after - self.zeros_before)
+
+    @property
+    def changed(self) -> int:
+        return self.zeroed + self.altered
+
+
+@dataclass(frozen=True, slots=True)
+class Energies:
+    """Sums of squares of all values before and after, and of their differences.
+
+    `largest` is the largest difference by magnitude, infinite where a NaN or an infinity came or went;
+    `place` is the index of the first of that size, -1 where no values differ.
+    """
+
+    before: float = 0.0
+    after: float = 0.0
+    change: float = 0.0
+    largest: float = 0.0
+    place: int = -1
+
+
+def compare(before: Bits, after: Bits, dtype: str) -> tuple[Counts, Energies]:
+    """Compares elements of one dtype (flat, unsigned patterns); KeyError for one without whole bytes.
+
+    Zeros of either sign are equal, NaN only equals the same bits. A complex number is one element: its
+    change is the magnitude of the difference.
+
+    >>> old, new = (np.array(each, dtype=np.float32).view(np.uint32) for each in ([3, 4, 1], [3, 0, -1]))
+    >>> compare(old, new, "F32")[0]
+    Counts(zeros_before=0, zeros_after=1, zeroed=1, altered=1, first_altered=2)
+    >>> compare(old, new, "F32")[1]
+    Energies(before=26.0, after=10.0, change=20.0, largest=4.0, place=1)
+    """
+    zero_bits = DTYPES[dtype].zero_bits
+    if zero_bits is None:
+        raise KeyError(dtype)
+    form = FORMATS.get(dtype)
+    if form is not None:
+        return _compared(before, after, form)
+    counts, energies = compare_values(values_of(before, dtype), values_of(after, dtype))
+    if before.itemsize == 8:  # values can be equal where bits are not
+        counts, _ = _counted(before, after, zero_bits)
+    return counts, energies
+
+
+def compare_values(before: Values, after: Values) -> tuple[Counts, Energies]:
+    """As `compare`, for results of `values_of`, also of unlike dtypes; here all NaNs are equal."""
+    complex_ones = np.iscomplexobj(before) or np.iscomplexobj(after)
+    wide = np.dtype(np.complex128) if complex_ones else np.result_type(before, after)
+    with np.errstate(invalid="ignore"):  # a signalling NaN is widened like every other
+        one, other = (values.astype(wide, copy=False) for values in (before, after))
+    if complex_ones:
+        return _compared_complex(one, other)
+    form = FORMATS[f"F{8 * wide.itemsize}"]
+    return _compared(_with_one_nan(one).view(form.pattern), _with_one_nan(other).view(form.pattern), form)
 
 
 def count_pairs(before: Bits, after: Bits, zero_bits: int) -> tuple[tuple[int, int, int, int], slice, slice]:
-    """Elements that are zero before, zero after, zero only after, and not zero after but other than before.
+    """Counts of elements: zero before, zero after, zero only after, and changed but not zero after.
 
-    Then the part with the first of the last ones, and the first part that has the highest pattern, of
-    `zero_bits` alone, among those that are zero only after; without meaning where there are none.
+    The first slice holds the first element of the last kind; the second one the highest pattern, of
+    `zero_bits`, among elements that are zero only after. A slice means nothing where there are none.
     """
     found = np.zeros(6, dtype=np.int64)
     _count(before, after, before.size, zero_bits, found)
@@ -35,7 +110,7 @@ def count_pairs(before: Bits, after: Bits, zero_bits: int) -> tuple[tuple[int, i
 
 
 def kept_and_lost(before: Bits, after: Bits, form: Format) -> tuple[float, float]:
-    """The energy before of elements that are not zero after, and of those that are."""
+    """The energies before: of elements that are not zero after, and of those that are."""
     sums = np.empty(2)
     if form.itemsize == 8:
         _keep_wide(after, after.size, before.view(np.float64), sums)
@@ -46,9 +121,9 @@ def kept_and_lost(before: Bits, after: Bits, form: Format) -> tuple[float, float
 
 
 def differences(before: Bits, after: Bits, form: Format) -> tuple[tuple[float, float, float], slice]:
-    """The energies before, after and of the changes, and the first part that has the largest change.
+    """The energies before, after and of the changes, and the first slice with the largest change.
 
-    What equals its other, or is zero like it, has no change; a change from or to NaN or infinity is infinite.
+    Equal elements, and zeros of either sign, do not change; a change from or to NaN or infinity is infinite.
     """
     sums, changes = np.zeros(4), np.empty(_RUN)
     if form.itemsize == 8:
@@ -59,6 +134,9 @@ def differences(before: Bits, after: Bits, form: Format) -> tuple[tuple[float, f
         _differ(before, after, before.size, *pattern, changes, sums)
     run = int(sums[3])
     return (float(sums[0]), float(sums[1]), float(sums[2])), slice(run, run + _RUN)
+
+
+# Loops: counts of pairs, energies by what is zero after, differences.
 
 
 @compiled("void(K*, K*, int64, K, int64*)")
@@ -174,7 +252,7 @@ def _differ_wide(before, after, size, values, others, changes, sums):
 
 @inlined
 def _top(changes, count):
-    """The largest of some changes, of which none is NaN; several chains of comparisons side by side."""
+    """The largest of some changes, none NaN; four chains of comparisons run side by side."""
     a = b = c = d = 0.0
     whole = count // 4 * 4
     for i in range(0, whole, 4):
@@ -189,83 +267,7 @@ def _top(changes, count):
     return c if c > a else a
 
 
-@dataclass(frozen=True, slots=True)
-class Counts:
-    """Elements: `zeroed` are zero only after, `revived` only before, `altered` are not zero after and differ.
-
-    `first_altered` is the place of the first of these, -1 where there is none.
-    """
-
-    zeros_before: int = 0
-    zeros_after: int = 0
-    zeroed: int = 0
-    altered: int = 0
-    first_altered: int = -1
-
-    @property
-    def revived(self) -> int:
-        """A part of the altered ones."""
-        return self.zeroed - (self.zeros_after - self.zeros_before)
-
-    @property
-    def changed(self) -> int:
-        return self.zeroed + self.altered
-
-
-@dataclass(frozen=True, slots=True)
-class Energies:
-    """Sums of squares, of all values before and after and of the differences.
-
-    `largest` is the largest difference by magnitude, infinite where a NaN or an infinity came or went,
-    `place` the first of its size; -1 where no values differ.
-    """
-
-    before: float = 0.0
-    after: float = 0.0
-    change: float = 0.0
-    largest: float = 0.0
-    place: int = -1
-
-
-def compare(before: Bits, after: Bits, dtype: str) -> tuple[Counts, Energies]:
-    """Elements of one dtype (flat, unsigned patterns, as many); KeyError for one without whole bytes.
-
-    Zeros of either sign are equal, NaN is equal to the same bits alone. A complex number is one element:
-    its change is the magnitude of the difference.
-
-    >>> old, new = (np.array(each, dtype=np.float32).view(np.uint32) for each in ([3, 4, 1], [3, 0, -1]))
-    >>> compare(old, new, "F32")[0]
-    Counts(zeros_before=0, zeros_after=1, zeroed=1, altered=1, first_altered=2)
-    >>> compare(old, new, "F32")[1]
-    Energies(before=26.0, after=10.0, change=20.0, largest=4.0, place=1)
-    """
-    zero_bits = DTYPES[dtype].zero_bits
-    if zero_bits is None:
-        raise KeyError(dtype)
-    form = FORMATS.get(dtype)
-    if form is not None:
-        return _compared(before, after, form)
-    counts, energies = compare_values(values_of(before, dtype), values_of(after, dtype))
-    if before.itemsize == 8:  # values can be equal where bits are not
-        counts, _ = _counted(before, after, zero_bits)
-    return counts, energies
-
-
-def compare_values(before: Values, after: Values) -> tuple[Counts, Energies]:
-    """As `compare`, of what `values_of` gives, also for unlike dtypes; here a NaN is equal to every other."""
-    complex_ones = np.iscomplexobj(before) or np.iscomplexobj(after)
-    wide = np.dtype(np.complex128) if complex_ones else np.result_type(before, after)
-    with np.errstate(invalid="ignore"):  # a signalling NaN is widened like every other
-        one, other = (values.astype(wide, copy=False) for values in (before, after))
-    if complex_ones:
-        return _compared_complex(one, other)
-    form = FORMATS[f"F{8 * wide.itemsize}"]
-    return _compared(_with_one_nan(one).view(form.pattern), _with_one_nan(other).view(form.pattern), form)
-
-
-def _with_one_nan(values: Values) -> Values:
-    nan = np.isnan(values)
-    return np.where(nan, values.dtype.type(np.nan), values) if nan.any() else values
+# Comparisons that are put together from these loops.
 
 
 def _compared(before: Bits, after: Bits, form: Format) -> tuple[Counts, Energies]:
@@ -279,13 +281,13 @@ def _compared(before: Bits, after: Bits, form: Format) -> tuple[Counts, Energies
     kept, lost = kept_and_lost(before, after, form)
     if not counts.zeroed:
         return counts, Energies(kept, kept)
-    # A sum that is not finite tells of values that have no order; the first of them may be anywhere.
+    # If the sum is not finite, some values have no order, and the first of them may be anywhere.
     part = highest if math.isfinite(lost) else slice(0, before.size)
     return counts, Energies(kept + lost, kept, lost, *_largest_place(before, after, form, part))
 
 
 def _counted(before: Bits, after: Bits, zero_bits: int) -> tuple[Counts, slice]:
-    """What is counted, and a part that has what was zeroed with the highest pattern."""
+    """The counts, and a slice with the zeroed element of the highest pattern."""
     counts, part, highest = count_pairs(before, after, zero_bits)
     first = -1
     if counts[-1]:
@@ -295,7 +297,7 @@ def _counted(before: Bits, after: Bits, zero_bits: int) -> tuple[Counts, slice]:
 
 
 def _largest_place(before: Bits, after: Bits, form: Format, part: slice) -> tuple[float, int]:
-    """The largest change in a part, and where it first is."""
+    """The largest change in a slice, and the index of the first one."""
     one, other = before[part], after[part]
     with np.errstate(invalid="ignore", over="ignore"):
         before_values, after_values = (values_of(bits, form.name).astype(np.float64) for bits in (one, other))
@@ -305,6 +307,11 @@ def _largest_place(before: Bits, after: Bits, form: Format, part: slice) -> tupl
     changes[(one == other) | ((one | other) & magnitude == 0)] = -1  # less than any change, also one of 0
     place = int(np.argmax(changes))
     return float(changes[place]), part.start + place
+
+
+def _with_one_nan(values: Values) -> Values:
+    nan = np.isnan(values)
+    return np.where(nan, values.dtype.type(np.nan), values) if nan.any() else values
 
 
 def _compared_complex(before: Values, after: Values) -> tuple[Counts, Energies]:

@@ -1,8 +1,8 @@
-"""How the loops of this room become machine code: compiled by numba, kept on disk, loaded without numba.
+"""Loops become machine code: compiled by numba, kept on disk, loaded without numba.
 
-Importing numba takes longer than pruning a gigabyte, so what it compiled is kept as an object file, in the
-package's own cache folder or in the user's, and linked into later processes by llvmlite alone. Where nothing
-can be kept every process compiles anew. Knows no loop.
+Importing numba takes longer than pruning a gigabyte, so compiled loops are kept as object files, in the
+package's cache folder or in the user's, and linked into later processes by llvmlite alone. If nothing can be
+kept, every process compiles again. Knows no loop.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _C_TYPES: dict[str, Any] = {
     "uint8": ctypes.c_uint8,
     "float64": ctypes.c_double,
 }
-# What an object must not ask for, since only a process that imported numba could give it.
+# Symbols that only a process that imported numba has: no object file that is kept may need them.
 _FOREIGN = (b"NRT_", b"numba_", b"PyErr", b"PyGILState")
 _LOCK = threading.Lock()
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
@@ -43,11 +43,11 @@ _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 @dataclass(frozen=True)
 class Loop:
-    """A function over memory: arrays are contiguous and come as pointers, sizes as numbers.
+    """A function over memory: contiguous arrays are passed as pointers, sizes as numbers.
 
-    `signature` names numba's types, the result's first: "int64(K*, K, int64)", where K is the dtype of the
-    first array of a call and `*` stands for an array. Lets go of the interpreter's lock. What could raise has
-    no place in it (min, max, range with a step that is no constant): its machine code would need numba.
+    `signature` has numba's types, the result's first: "int64(K*, K, int64)", where K is the dtype of the
+    first array of a call and `*` marks an array. Releases the interpreter's lock. It must not use what could
+    raise (min, max, range with a step that is no constant), as its machine code would need numba.
     """
 
     function: Callable[..., Any]
@@ -96,7 +96,7 @@ def inlined(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def float32_of(pattern: Any) -> Any:  # noqa: ANN401, ARG001
-    """The float32 whose bits are those of a uint32: a word of loops, without meaning outside of them."""
+    """The float32 with the bits of a uint32; only compiled loops can call it."""
     raise TypeError("float32_of stands in compiled loops alone")
 
 
@@ -111,7 +111,7 @@ def _c_type(word: str) -> Any:  # noqa: ANN401
 
 
 def _address(loop: Loop, kind: str) -> int:
-    """Where the machine code is, from what was kept or compiled now."""
+    """The address of the machine code, from a kept file or compiled now."""
     name = f"{loop.function.__name__.strip('_')}-{kind}-{_digest(loop, kind)}.o"
     for folder in _folders():
         with suppress(OSError, ValueError, RuntimeError):
@@ -120,7 +120,7 @@ def _address(loop: Loop, kind: str) -> int:
 
 
 def _compile(loop: Loop, kind: str, file_name: str) -> int:
-    """Compile by numba, and keep the result where that can be done."""
+    """Compile by numba, and keep the result if possible."""
     import numba  # noqa: PLC0415  (only where nothing was kept)
 
     result, *parameters = (_numba_type(word) for word in loop._types(kind))  # noqa: SLF001  (same module)
@@ -134,7 +134,7 @@ def _compile(loop: Loop, kind: str, file_name: str) -> int:
     callback = compiler(_with_jitted(loop.function))
     _KEPT_ALIVE.append(callback)
     with suppress(OSError, AttributeError):
-        # There is no public way to the bytes; where there is none at all, every process compiles.
+        # numba has no public way to the bytes; if this one is gone, every process compiles.
         code = callback._library._get_compiled_object()  # noqa: SLF001
         if not needs_numba(code):
             _keep(file_name, callback._wrapper_name.encode() + b"\0" + code)  # noqa: SLF001
@@ -142,12 +142,12 @@ def _compile(loop: Loop, kind: str, file_name: str) -> int:
 
 
 def needs_numba(code: bytes) -> bool:
-    """Whether an object file asks for what only a process that imported numba has."""
+    """Whether an object file needs symbols that only a process that imported numba has."""
     return any(word in code for word in _FOREIGN)
 
 
 _KEPT_ALIVE: list[Any] = []
-"""What owns machine code: it lives as long as the process."""
+"""The owners of machine code, which must live as long as the process."""
 
 
 def _numba_type(word: str) -> Any:  # noqa: ANN401
@@ -175,7 +175,7 @@ def _with_jitted(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _float32_intrinsic() -> Any:  # noqa: ANN401
-    """What `float32_of` is compiled to; the method `view` of numbers would bring error handling along."""
+    """The code of `float32_of`; the method `view` of numbers would add error handling."""
     from llvmlite import ir  # noqa: PLC0415
     from numba import types  # noqa: PLC0415
     from numba.extending import intrinsic  # noqa: PLC0415
@@ -210,7 +210,7 @@ def _linked(content: bytes) -> int:
 
 
 def _digest(loop: Loop, kind: str) -> str:
-    """What machine code depends on: the source of its module and of this one, the compiler, the processor."""
+    """A digest of what machine code depends on: its module, this one, the compiler, the processor."""
     import llvmlite.binding as llvm  # noqa: PLC0415
 
     source = Path(loop.function.__code__.co_filename).read_bytes() + Path(__file__).read_bytes()
@@ -221,7 +221,7 @@ def _digest(loop: Loop, kind: str) -> str:
 
 
 def _folders() -> Iterator[Path]:
-    """Where machine code may be kept, the best place first; a relative XDG_CACHE_HOME counts as none."""
+    """Folders for machine code, the best one first; a relative XDG_CACHE_HOME counts as none."""
     yield Path(__file__).parent / "__pycache__"
     home = Path(os.environ.get("XDG_CACHE_HOME", ""))
     with suppress(RuntimeError):
@@ -241,7 +241,7 @@ def _keep(name: str, content: bytes) -> None:
 
 
 def _trusted(path: Path) -> bytes:
-    """What is in a file that only this user, root or whoever owns the source could write; else OSError."""
+    """The content of a file; OSError where others than this user, root or our owner could write it."""
     with path.open("rb") as file:
         status = os.fstat(file.fileno())
         owners = (
@@ -253,7 +253,7 @@ def _trusted(path: Path) -> bytes:
 
 
 def _checked(content: bytes) -> bytes:
-    """What was kept, if it is whole; ValueError if not."""
+    """The machine code of a kept file; ValueError if it is damaged."""
     digest, kept = content[:32], content[32:]
     if hashlib.sha256(kept).digest() != digest:
         raise ValueError("the file is damaged")

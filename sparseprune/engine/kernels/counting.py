@@ -1,4 +1,7 @@
-"""Compiled loops that count: zeros, energies, digits of keys, marks of nonzero elements."""
+"""Counting by compiled loops: zeros, energies, digits of keys, marks of nonzero elements.
+
+Called by tally.py, execution and reports.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +18,11 @@ if TYPE_CHECKING:
     from sparseprune.engine.kernels.formats import Bits, Format
 
     Marks = NDArray[np.bool_]
-
 DIGIT_BITS = 16
 
 
 def first_nonfinite(bits: Bits, form: Format) -> int:
-    """The number of the first NaN or infinity among the elements (flat), -1 where there is none."""
+    """The index of the first NaN or infinity among the elements (flat), -1 for none."""
     if bits.size == 0 or _largest(bits, bits.size, form.magnitude) < form.infinity:
         return -1
     return int(np.argmax((bits & bits.dtype.type(form.magnitude)) >= form.infinity))
@@ -29,10 +31,8 @@ def first_nonfinite(bits: Bits, form: Format) -> int:
 def zeros_and_energy(bits: Bits, form: Format) -> tuple[int, float]:
     """How many elements (flat) are 0 of either sign, and the sum of all squares."""
     zeros = int(_zeros(bits, bits.size, form.magnitude))
-    if form.itemsize == 8:
-        return zeros, float(_energy_wide(bits.view(np.float64), bits.size))
-    if form.itemsize == 4:
-        return zeros, float(_energy_wide(bits.view(np.float32), bits.size))
+    if form.itemsize >= 4:
+        return zeros, float(_energy_wide(bits.view(f"f{form.itemsize}"), bits.size))
     energy = _energy(bits, bits.size, form.magnitude, form.shift, form.scale, form.infinity)
     return zeros, float(energy)
 
@@ -48,6 +48,40 @@ def count_digits(bits: Bits, form: Format, prefix: int, shift: int, counts: NDAr
 def count_equal(bits: Bits, form: Format, key: int) -> int:
     """How many elements (flat) have this key."""
     return int(_count_equal(bits, bits.size, form.magnitude, key))
+
+
+def mark_nonzero(bits: Bits, dtype: Dtype, marks: Marks) -> tuple[int, int]:
+    """How many elements are zero, of either sign, and how many are NaN or infinite.
+
+    `bits` are flat, unsigned patterns of elements of whole bytes, and are overwritten. `marks` become True
+    where an element is not zero.
+
+    >>> from sparseprune.engine.dtypes import DTYPES
+    >>> marks = np.empty(4, dtype=np.bool_)
+    >>> mark_nonzero(np.array([0x8000, 0x3F80, 0xFF80, 0], dtype=np.uint16), DTYPES["BF16"], marks), marks
+    ((2, 1), array([False,  True,  True, False]))
+    """
+    if dtype.zero_bits == 0:
+        marks[...] = True
+        return 0, _nonfinite(bits, dtype)
+    if dtype.zero_bits != np.iinfo(bits.dtype).max:
+        bits &= bits.dtype.type(dtype.zero_bits)
+    np.not_equal(bits, 0, out=marks)
+    return bits.size - int(np.count_nonzero(marks)), _nonfinite(bits, dtype)
+
+
+def _nonfinite(bits: Bits, dtype: Dtype) -> int:
+    if dtype.nonfinite is None or bits.size == 0:
+        return 0
+    first, last = dtype.nonfinite
+    numbers = bits.view(f"u{bits.itemsize // dtype.parts}")
+    if numbers.max() < first:  # cheap, and nearly always true
+        return 0
+    found = numbers - numbers.dtype.type(first) <= last - first  # smaller ones wrap around
+    return int(np.count_nonzero(found.reshape(-1, dtype.parts).any(axis=1) if dtype.parts > 1 else found))
+
+
+# The loops.
 
 
 @compiled("uint64(K*, int64, K)")
@@ -107,34 +141,3 @@ def _count_equal(bits, size, magnitude, key):
     for i in range(size):
         count += (bits[i] & magnitude) == key
     return count
-
-
-def mark_nonzero(bits: Bits, dtype: Dtype, marks: Marks) -> tuple[int, int]:
-    """How many elements are zero, of either sign, and how many are NaN or infinite.
-
-    `bits` are the patterns of elements of whole bytes, flat and unsigned, and are overwritten. `marks`, as
-    many, become True where an element is not zero.
-
-    >>> from sparseprune.engine.dtypes import DTYPES
-    >>> marks = np.empty(4, dtype=np.bool_)
-    >>> mark_nonzero(np.array([0x8000, 0x3F80, 0xFF80, 0], dtype=np.uint16), DTYPES["BF16"], marks), marks
-    ((2, 1), array([False,  True,  True, False]))
-    """
-    if dtype.zero_bits == 0:
-        marks[...] = True
-        return 0, _nonfinite(bits, dtype)
-    if dtype.zero_bits != np.iinfo(bits.dtype).max:
-        bits &= bits.dtype.type(dtype.zero_bits)
-    np.not_equal(bits, 0, out=marks)
-    return bits.size - int(np.count_nonzero(marks)), _nonfinite(bits, dtype)
-
-
-def _nonfinite(bits: Bits, dtype: Dtype) -> int:
-    if dtype.nonfinite is None or bits.size == 0:
-        return 0
-    first, last = dtype.nonfinite
-    numbers = bits.view(f"u{bits.itemsize // dtype.parts}")
-    if numbers.max() < first:  # the cheapest question that nearly always settles it
-        return 0
-    found = numbers - numbers.dtype.type(first) <= last - first  # what lies below wraps around
-    return int(np.count_nonzero(found.reshape(-1, dtype.parts).any(axis=1) if dtype.parts > 1 else found))

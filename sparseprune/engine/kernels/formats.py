@@ -1,6 +1,7 @@
-"""The dtypes that compiled loops read: their bit patterns, and values as float64.
+"""The dtypes of compiled loops: bit patterns, keys, and values.
 
-Owns one row for each floating dtype. Called by kernels and execution.
+Owns one row for each floating dtype, and the values of all other dtypes. Called by kernels, execution and
+reports.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """One float dtype; `pattern` is numpy's name of its patterns.
+    """One float dtype; `pattern` is the numpy dtype of its bits, a key is a pattern without its sign.
 
-    `largest` is the last key that is no NaN, `infinity` the first that stands for no finite number. `shift`
-    and `scale` turn keys into values; F64 is its own value.
+    `largest` is the last key that is not NaN, `infinity` the first that is no finite number. `shift` and
+    `scale` turn keys into values; an F64 key is its own value.
     """
 
     name: str
@@ -46,7 +47,7 @@ class Format:
         return (1 << (8 * self.itemsize - 1)) - 1
 
     def values(self, keys: Bits) -> NDArray[np.float64]:
-        """The magnitudes that keys stand for, in float64; NaN stays NaN."""
+        """The magnitudes of keys, in float64; NaN stays NaN."""
         if self.itemsize == 8:
             return keys.view(np.float64)
         patterns = (keys.astype(np.uint32) << np.uint32(self.shift)).view(np.float32)
@@ -86,16 +87,16 @@ FORMATS: Mapping[str, Format] = MappingProxyType(
 
 
 def values_of(bits: Bits, dtype: str) -> Values:
-    """The values of elements (flat, unsigned patterns) of whole bytes.
+    """The values of elements (flat, unsigned patterns); KeyError where they are not whole bytes.
 
-    In float32 where that holds all of a dtype, else in float64 or, of C64, complex64: exact but for integers
-    beyond 2**53, which are rounded. May share the memory of `bits`. KeyError for elements of no whole bytes.
+    In float32 where it holds all values of a dtype, else in float64, C64 in complex64; exact except integers
+    beyond 2**53. May share the memory of `bits`.
 
     >>> values_of(np.array([0xBF80, 0x8000], dtype=np.uint16), "BF16")
     array([-1., -0.], dtype=float32)
     """
     if dtype in _TABLES:
-        return _TABLES[dtype].take(bits, mode="wrap")  # twice as fast as an index that is checked
+        return _TABLES[dtype].take(bits, mode="wrap")  # twice as fast as a checked index
     if dtype == "BF16":
         return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
     if dtype == "F16":
@@ -116,14 +117,14 @@ _INTEGERS: Mapping[str, str] = MappingProxyType(
 
 
 def _of_format(name: str) -> Singles:
-    """The values of a byte whose upper half is the lower one with a minus."""
+    """The values of all bytes, where the upper half is the negative of the lower half."""
     with np.errstate(invalid="ignore"):
         values = FORMATS[name].values(np.arange(128, dtype=np.uint8)).astype(np.float32)
     return np.concatenate([values, -values])
 
 
 def _without_negative_zero(mantissa_bits: int, bias: int) -> Singles:
-    """The values of a byte: sign, exponent, mantissa; only one pattern, that of minus zero, is no number."""
+    """The values of all bytes of sign, exponent, mantissa, where minus zero is the only NaN."""
     keys = np.arange(128)
     mantissa = (keys & ((1 << mantissa_bits) - 1)) / (1 << mantissa_bits)
     exponent = keys >> mantissa_bits
@@ -134,7 +135,7 @@ def _without_negative_zero(mantissa_bits: int, bias: int) -> Singles:
 
 
 def _scales() -> Singles:
-    """Powers of two, a byte being the exponent; the last is no number."""
+    """The values of all bytes that are exponents of two; the last one is NaN."""
     values = np.ldexp(np.float64(1), np.arange(256) - 127)
     values[0xFF] = np.nan
     return values.astype(np.float32)

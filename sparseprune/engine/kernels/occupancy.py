@@ -1,4 +1,8 @@
-"""Compiled loops over nonzero flags: rows, columns, blocks, N:M patterns, folds into blocks."""
+"""Counting nonzero flags by rows, columns, blocks and N:M groups, in numpy.
+
+Owns rows of flags as 64-bit words, counts in groups, and flags folded into units of a grid. Called by
+execution and reports.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +23,24 @@ if TYPE_CHECKING:
     Words = NDArray[np.uint64]
     ByteFlags = NDArray[np.uint8]
     Counts = NDArray[Any]
-
 WORD = 64  # elements that one word stands for
-_BYTES = ((1 << WORD) - 1) // 0xFF  # a one in every byte of a word
-_NARROW = 16  # columns that are best made bits one after the other, those of all rows at one time
-_FEW = 8  # rows that are best joined one after the other, those of all groups at one time
+_ALL = (1 << WORD) - 1
+_BYTES = _ALL // 0xFF  # a one in every byte of a word
+# Up to these sizes a loop over columns (rows, members) of whole arrays is faster than one call over all.
+_NARROW = 16  # columns of marks
+_FEW = 8  # rows to join
+_FEW_MEMBERS = 16  # members to add up
+_SOME = 512  # members to add up where places are few
+_FEW_PLACES = 64
+_MOST = 255  # the largest count in a byte
+_FEW_SLICES = 64  # slices to join one by one where their elements do not lie together
+_FEW_BYTES = 32  # bytes behind a dimension below which numpy reduces it slowly
+_WORDS = (8, 4, 2)
+_BY_EYE = 16  # counts up to which comparing with every number beats bins
+_BINS = 1 << 16
+
+
+# Rows of flags as bits in words.
 
 
 def words_of(columns: int) -> int:
@@ -72,7 +89,7 @@ def ones(columns: int) -> Words:
 
 
 def joined(words: Words, height: int) -> Words:
-    """Every `height` rows as one that has the bits of them all; the last rows of a matrix may be fewer.
+    """Every `height` rows joined by "or"; the last rows of a matrix may be fewer.
 
     (matrices, rows, words) gives (matrices, ceil(rows / height), words).
     """
@@ -119,11 +136,7 @@ def _set_in(flags: NDArray[Any]) -> NDArray[np.int64]:
     return np.asarray(np.count_nonzero(flags.reshape(len(flags), -1), axis=1))
 
 
-_ALL = (1 << WORD) - 1
-_ONES = _ALL // 0xFF  # a one in every byte of a word
-_FEW_MEMBERS = 16  # members that are added up one after the other, each of all groups at one time
-_FEW_PLACES = 64  # places that are too few to add up group by group
-_SOME = 512  # the same limit of members where places are few
+# Counts in groups of N:M.
 
 
 def fullest_in_words(words: Words, groups: Collection[int]) -> Mapping[int, NDArray[Any]]:
@@ -147,9 +160,7 @@ def fullest_in_words(words: Words, groups: Collection[int]) -> Mapping[int, NDAr
 
 
 def counts_along(marks: Marks) -> NDArray[Any]:
-    """How many of the members of each group are marked: (groups, members, places) gives (groups, places).
-
-    Unsigned integers, wide enough for a count of all members.
+    """Counts the marked members of each group: (groups, members, places) gives (groups, places), unsigned.
 
     >>> counts_along(np.array([[[True, False], [True, False], [True, True]]]))
     array([[3, 1]], dtype=uint8)
@@ -173,21 +184,16 @@ def _largest(words: Words, lane: int) -> NDArray[Any]:
         return np.asarray(rows.view(f"u{lane // 8}").max(axis=1))
     if lane < 4:  # 0, 1 and 2: the highest bit of all of them together is the largest
         rows = np.bitwise_or.reduce(rows, axis=1, keepdims=True)
-    low = np.uint64(_ONES * ((1 << lane) - 1))
+    low = np.uint64(_BYTES * ((1 << lane) - 1))
     lanes = [(rows >> np.uint64(at) & low).view(np.uint8).max(axis=1) for at in range(0, 8, lane)]
     return np.asarray(np.minimum(np.maximum.reduce(lanes), lane))
 
 
-_MOST = 255  # that a byte can count
-_FEW_SLICES = 64  # slices that are taken one by one where their elements are strewn
-_FEW_BYTES = 32  # bytes behind a dimension below which numpy's own reduction of it crawls
-_WORDS = (8, 4, 2)
-_BY_EYE = 16  # counts up to which comparing with every number beats sorting them into bins
-_BINS = 1 << 16
+# Flags in units of a grid.
 
 
 def nonzero(bits: Bits, zero_bits: int) -> ByteFlags:
-    """1 for every element (of any shape) that has one of the `zero_bits`, else 0; overwrites `bits`.
+    """1 for every element (of any shape) with one of the `zero_bits` set, else 0; overwrites `bits`.
 
     >>> nonzero(np.array([0x8000, 1, 0], dtype=np.uint16), 0x7FFF)
     array([0, 1, 0], dtype=uint8)
@@ -199,9 +205,9 @@ def nonzero(bits: Bits, zero_bits: int) -> ByteFlags:
 
 
 def any_in(flags: ByteFlags, units: Sequence[int]) -> ByteFlags:
-    """1 for every unit in which a flag is set: a grid cut in units of so many places in each dimension.
+    """1 for every unit in which a flag is set: `units` are the extents of one unit of the grid.
 
-    In each dimension the grid has whole units, or is a part of a single one, which then is one place.
+    A dimension that is no multiple of its extent counts as one unit.
 
     >>> any_in(np.array([[0, 1, 0, 0], [0, 0, 0, 0]], dtype=np.uint8), [1, 2])
     array([[1, 0],
@@ -212,7 +218,7 @@ def any_in(flags: ByteFlags, units: Sequence[int]) -> ByteFlags:
 
 
 def count_in(flags: ByteFlags, units: Sequence[int]) -> Counts:
-    """How many flags are set in every unit, cut as `any_in` does; bytes where they hold it, else int64.
+    """Counts the flags set in every unit, as `any_in` cuts them; in bytes if they suffice, else in int64.
 
     >>> count_in(np.array([[0, 1, 0, 0], [0, 1, 1, 0]], dtype=np.uint8), [2, 2])
     array([[2, 1]], dtype=uint8)
@@ -230,7 +236,7 @@ def count_in(flags: ByteFlags, units: Sequence[int]) -> Counts:
 
 
 def histogram(counts: Counts) -> dict[int, int]:
-    """How often each number occurs, in ascending order; none that does not.
+    """How often each number occurs, in ascending order, without those that do not.
 
     >>> histogram(np.array([2, 2, 1, 2], dtype=np.uint8))
     {1: 1, 2: 3}
@@ -262,7 +268,7 @@ def histograms(counts: Counts) -> list[dict[int, int]]:
 
 
 def _folded(grid: Counts, units: Sequence[int], fold: Callable[[Counts], Counts]) -> Any:  # noqa: ANN401
-    """Dimension by dimension, the innermost in memory first, so that what is folded lies together."""
+    """Folds dimension by dimension, the innermost in memory first, so that places of a unit lie together."""
     order = sorted(range(grid.ndim), key=lambda dim: -grid.strides[dim])
     laid = np.ascontiguousarray(grid.transpose(order)).reshape([grid.shape[dim] for dim in order])
     for place in reversed(range(grid.ndim)):
@@ -306,7 +312,7 @@ def _sum(parts: Counts, most: int) -> Counts:
 
 
 def _across(parts: Counts, join: np.ufunc) -> Counts:
-    """Bytes (units, places, behind) joined over their places, none of which overflows."""
+    """Bytes (units, places, behind) joined over their places, without overflow."""
     units, places, behind = parts.shape
     if behind in _WORDS:
         words = parts.reshape(-1).view(f"u{behind}").reshape(units, places, 1)

@@ -1,6 +1,7 @@
-"""Compiled loops that decide and cut: the nnz largest of a scope, thresholds, masked elements.
+"""Deciding and cutting by compiled loops: the nnz largest of a scope, thresholds, masks.
 
-They equal the torch engine bit for bit, ties included.
+Owns the loops that write masks and weights; they equal the torch engine bit for bit, ties included. Called by
+execution, and by checkpoint to unpack masks.
 """
 
 from __future__ import annotations
@@ -17,19 +18,25 @@ if TYPE_CHECKING:
     from sparseprune.engine.kernels.formats import Bits, Format
 
     Mask = NDArray[np.uint8]
-
 PAIRWISE_LIMIT = 128  # blocks a scope up to which comparing all pairs wins (tests/benchmarks/README.md)
 _SIDE_BY_SIDE = 64  # scopes that are compared at one time
 _WORDS = 256  # 64-bit words whose ranks stay in the first cache
 _LONG = 1 << 9  # blocks a scope from which on larger digits pay in spite of more counters
 _DIGITS, _LONG_DIGITS = 8, 11  # bits, counted from the highest: few neighbours share a large digit
+_BLOCK = 4096  # elements that are counted in 16 bits
+_EACH = np.uint64(0x0101_0101_0101_0101)
+_ITS_BIT = np.uint64(0x8040_2010_0804_0201)
+_BELOW_TOP = np.uint64(0x7F7F_7F7F_7F7F_7F7F)
+
+
+# The nnz largest keys of every scope.
 
 
 def select_keys(bits: Bits, magnitude: int, blocks: int, nnz: int, keep: Mask) -> None:
     """Fill `keep` (bytes, one a key) with 1 for the `nnz` largest of every `blocks` keys and 0 elsewhere.
 
-    A key is a pattern of `bits` (flat, whole scopes) without what `magnitude` leaves out, which takes away
-    its highest bit at least where scopes fit in words. 0 <= nnz <= blocks.
+    A key is a pattern of `bits` (flat, whole scopes) & `magnitude`, which clears at least the highest bit
+    where scopes fit in words. 0 <= nnz <= blocks.
     """
     if nnz in (0, blocks):
         keep.fill(nnz > 0)
@@ -50,7 +57,7 @@ def select_keys(bits: Bits, magnitude: int, blocks: int, nnz: int, keep: Mask) -
 
 
 def _select_in_words(bits: Bits, magnitude: int, blocks: int, nnz: int, keep: Mask) -> None:
-    """Lanes as wide as a key; its sign bit is free, so that a difference of two lanes tells the larger."""
+    """Lanes as wide as a key; its sign bit is free, so the sign of a difference shows the larger of two."""
     width = 8 * bits.itemsize
     lanes = 64 // width
     ones = sum(1 << width * lane for lane in range(lanes))
@@ -71,7 +78,7 @@ def _select_in_words(bits: Bits, magnitude: int, blocks: int, nnz: int, keep: Ma
 
 @compiled("void(K*, int64, uint64, uint64, uint64, uint64, uint64, uint64, uint32*)")
 def _quarters(words, size, magnitude, ones, start, one, two, three, keep):
-    """One scope of four keys a word, the commonest case: a pass without memory. See `_words`."""
+    """One scope of four keys a word, the most common case, without memory for ranks. See `_words`."""
     last = np.uint64(15)
     high = ones << last
     for i in range(size):
@@ -91,8 +98,8 @@ def _quarters(words, size, magnitude, ones, start, one, two, three, keep):
 def _words(words, size, width, magnitude, ones, start, ahead, blocks, ranks, keep):
     """Each lane's rank is the number of keys that beat it.
 
-    Of two lanes the earlier one wins when it is not smaller; then the later one's rank grows, else its own.
-    Ranks begin with what makes a lane's highest bit tell that its rank is nnz or more.
+    Of two lanes the earlier one wins when it is not smaller; the loser's rank grows. Ranks start so high that
+    a lane's highest bit becomes 1 when its rank is nnz or more.
     """
     last = np.uint64(width - 1)
     high = ones << last
@@ -117,7 +124,7 @@ def _words(words, size, width, magnitude, ones, start, ahead, blocks, ranks, kee
 
 @compiled("void(K*, int64, K, int64, uint8*)")
 def _quads(bits, scopes, magnitude, nnz, keep):
-    """As `_pairwise`, for four keys that are too wide for a word together: one pass without memory."""
+    """As `_pairwise`, for four keys that do not fit in a word together, without memory for ranks."""
     for scope in range(scopes):
         i = scope * 4
         a, b = bits[i] & magnitude, bits[i + 1] & magnitude
@@ -171,7 +178,7 @@ def _by_digits(bits, size, magnitude, blocks, nnz, width, digit, counts, keep):
 
 @inlined
 def _kth(bits, begin, blocks, magnitude, k, width, digit, counts):
-    """The k-th largest key of a scope, and how many of those equal to it are among the k largest."""
+    """The k-th largest key of a scope, and how many keys equal to it are among the k largest."""
     prefix = np.uint64(0)
     left = width
     while left > 0:
@@ -196,8 +203,11 @@ def _kth(bits, begin, blocks, magnitude, k, width, digit, counts):
     return prefix, k
 
 
+# Thresholds and decisions about blocks.
+
+
 def cut_below(bits: Bits, form: Format, limit: int, mask: Mask) -> int:
-    """Zero the elements (flat) whose key is below `limit`, mark the others 1 in `mask`; how many are left."""
+    """Zero the elements (flat) whose key is below `limit`, mark and count the others: 1 in `mask`."""
     if limit > form.magnitude:
         bits.fill(0)
         mask.fill(0)
@@ -206,7 +216,7 @@ def cut_below(bits: Bits, form: Format, limit: int, mask: Mask) -> int:
 
 
 def cut_blocks(bits: Bits, keep: Mask, block: int, mask: Mask) -> None:
-    """Zero the runs of `block` elements whose byte in `keep` is 0, and say it for each element in `mask`."""
+    """Zero the runs of `block` elements whose byte in `keep` is 0; `mask` gets that byte for each element."""
     if block == 1:
         _cut_elements(bits, keep, bits.size, mask)
     else:
@@ -241,14 +251,11 @@ def _cut_runs(bits, keep, blocks, block, mask):
             mask[i] = kept
 
 
-_BLOCK = 4096  # elements that are counted in 16 bits
-_EACH = np.uint64(0x0101_0101_0101_0101)
-_ITS_BIT = np.uint64(0x8040_2010_0804_0201)
-_BELOW_TOP = np.uint64(0x7F7F_7F7F_7F7F_7F7F)
+# Masks that exist already.
 
 
 def unpack(packed: Mask, mask: Mask) -> None:
-    """Fill a mask from bits, the lowest of a byte first; there may be more bits than elements.
+    """Fill a mask from bits, the lowest of a byte first; surplus bits are ignored.
 
     >>> mask = np.empty(10, dtype=np.uint8)
     >>> unpack(np.array([0b00000101, 0b11111110], dtype=np.uint8), mask)
@@ -262,12 +269,12 @@ def unpack(packed: Mask, mask: Mask) -> None:
 
 
 def drop(bits: Bits, mask: Mask) -> None:
-    """Make patterns 0 where a mask drops them, in place; the others keep every bit."""
+    """Zero patterns in place where a mask is 0; the others keep every bit."""
     _drop(bits, mask, bits.size)
 
 
 def count_lost(bits: Bits, zero_bits: int, mask: Mask) -> tuple[int, int, int | None]:
-    """Elements that a mask drops, how many of them are not zero, the number of the first of these or None.
+    """Elements that a mask drops, how many of them are not zero, the index of the first of these or None.
 
     >>> count_lost(np.array([5, 0, 7], dtype=np.uint16), 0x7FFF, np.array([1, 0, 0], dtype=np.uint8))
     (2, 1, 2)

@@ -1,8 +1,8 @@
-"""Sums over the fixed tree of pairs that engine.scoring defines, in float64, so that a norm has one value.
+"""Sums in float64 over the fixed tree of pairs that engine.scoring defines, so that a norm has one value.
 
-The tree joins neighbours level by level and carries an odd last one along. Built from the left it is a
-binary counter: a level holds a sum of 2^level terms until its neighbour is complete. So terms may come in
-pieces of any size, and what is kept is one number for each level.
+The tree adds neighbours level by level and carries an odd last one along. Built from the left it is a binary
+counter: a level keeps a sum of 2^level terms until its neighbour is complete. So terms may come in pieces of
+any size, and one number for each level is enough. Called by execution.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float64]
 
-_LEVELS = 48  # of a tree over runs: more terms than any tensor has
-_SHORT, _SIDE_BY_SIDE = 32, 64  # up to so many elements a run, so many runs are added at one time
-_COLUMNS = 512  # columns that are added at one time: their levels stay in the cache
+_LEVELS = 48  # of a tree: more than any tensor needs
+_SHORT, _SIDE_BY_SIDE = 32, 64  # runs of up to 32 elements are added 64 at one time
+_COLUMNS = 512  # columns to add at one time, so that their levels stay in the cache
 
 
 def run_sums(bits: Bits, form: Format, run: int, power: int) -> Floats:
-    """The sum of |x| ** power, 1 or 2, over each run of so many elements (flat, whole runs), by the tree."""
+    """The sum of |x| ** power, 1 or 2, over each `run` of elements (flat, whole runs), by the tree."""
     sums = np.empty(bits.size // run, dtype=np.float64)
     levels, block = np.empty(_LEVELS), np.empty(_COLUMNS)
     if form.itemsize == 8:
@@ -43,7 +43,7 @@ def run_sums(bits: Bits, form: Format, run: int, power: int) -> Floats:
 
 @dataclass
 class TreeSum:
-    """Sums along one axis whose terms, arrays of one shape, come in order, a piece at a time."""
+    """A sum of terms, arrays of one shape, that come in order, a piece at a time."""
 
     count: int = 0
     _levels: dict[int, Floats] = field(default_factory=dict)
@@ -115,7 +115,7 @@ class ColumnSums:
 
 @compiled("void(K*, int64, uint32, uint32, uint32, float64, int64, int64, float64*, float64*)")
 def _short_sums(bits, runs, magnitude, shift, infinity, scale, run, power, block, sums):
-    """Runs side by side: a term of each in every row of the block, whose rows are added by the tree."""
+    """Adds runs side by side: each row of the block has one term of every run; the tree adds the rows."""
     for begin in range(0, runs, _SIDE_BY_SIDE):
         count = _SIDE_BY_SIDE if runs - begin > _SIDE_BY_SIDE else runs - begin
         for i in range(run):
@@ -169,7 +169,7 @@ def _run_sums_wide(values, runs, run, power, levels, block, sums):
 
 @inlined
 def _push_block(block, size, number, levels):
-    """Sum a block in place by the tree; a whole one is a term of the tree over blocks."""
+    """Sum a block in place by the tree; a whole block is a term of the tree over blocks."""
     whole = size == _COLUMNS
     while size > 1:
         pairs = size // 2
@@ -188,7 +188,7 @@ def _push_block(block, size, number, levels):
 
 @inlined
 def _total_of(block, run, levels):
-    """The sum of a finished tree: a level holds one where its bit is set; the last block comes first."""
+    """The sum of a finished tree: a last block that is not whole, then the levels whose bit is set."""
     whole, rest = run // _COLUMNS, run % _COLUMNS
     total, begun = (block[0], True) if rest else (0.0, False)
     level = 0
@@ -228,7 +228,7 @@ def _push_rows_wide(values, rows, columns, power, count, levels, block):
 
 @inlined
 def _carry(block, size, levels, columns, first, number):
-    """Put a row's terms, the `number`-th, where the tree has its place for them."""
+    """Add the terms of row `number` to the tree."""
     level = 0
     while (number >> level) & 1:
         begin = level * columns + first

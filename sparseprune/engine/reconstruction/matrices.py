@@ -18,17 +18,15 @@ from sparseprune.errors import ShapeMismatchError, SparsityError
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from torch import Tensor
-
     from sparseprune.engine.reconstruction.solvers import Projection
     from sparseprune.engine.scope import SparseScope
 
 
-_UNSEEN = 1e-18  # the scale of weights that nothing is known of; its square is a float32 yet
-_USUAL = 30  # weights up to 2^30, and down to 2^-30, are computed with as they are
-_ROUNDED = 1e-4  # with a unit diagonal: what sums of products in float32 may be wrong by
+_UNSEEN = 1e-18  # the scale of weights without known inputs; its square is still a float32
+_USUAL = 30  # weights between 2^-30 and 2^30 are not scaled
+_ROUNDED = 1e-4  # the error of sums of products in float32, with a unit diagonal
 _SAFETY = 4  # smallest eigenvalue of a system, in units of the rounding of its entries
-_ROWS = 1 << 18  # elements whose energy is taken at one time
+_ROWS = 1 << 18  # elements to sum at one time
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -71,7 +69,7 @@ class Matrix:
 
     @property
     def unseen(self) -> list[int]:
-        """The numbers of the matrices whose moment is zero: nothing is known of their inputs."""
+        """The indices of matrices whose moment is zero: nothing is known of their inputs."""
         seen = (self.moment.diagonal(dim1=-2, dim2=-1) > 0).any(-1).reshape(-1)
         return [int(number) for number in (~seen).nonzero()]
 
@@ -82,7 +80,7 @@ class Matrix:
 
     @property
     def work_dtype(self) -> torch.dtype:
-        """What is computed in: float32, for float64 weights float64."""
+        """The dtype of the computation: float32, for float64 weights float64."""
         return torch.float64 if self.dense.dtype == torch.float64 else torch.float32
 
     def rows(self, tensor: Tensor) -> Tensor:
@@ -91,7 +89,7 @@ class Matrix:
         return moved if moved.ndim == 3 else moved.unsqueeze(0)
 
     def unrows(self, rows: Tensor) -> Tensor:
-        """What `rows` gives, undone."""
+        """The inverse of `rows`."""
         return (rows if self.dense.ndim == 3 else rows.squeeze(0)).movedim(-1, self.input_dim)
 
     def rounded(self, rows: Tensor) -> Tensor:
@@ -141,7 +139,7 @@ class Scaled:
 
     @property
     def is_uncorrelated(self) -> bool:
-        """Whether no input tells anything about another one, so that no weight can make up for one."""
+        """Whether inputs are uncorrelated, so that no weight can make up for another."""
         off = self.hessian - torch.diag_embed(self.hessian.diagonal(dim1=-2, dim2=-1))
         return not bool(off.any())
 
@@ -150,7 +148,7 @@ class Scaled:
         return times_power(rows, -self.units.weight) * self.scale
 
     def unscaled(self, rows: Tensor) -> Tensor:
-        """What `scaled` gives, undone; infinite where it is too large."""
+        """The inverse of `scaled`; infinite where a number is too large."""
         return times_power(rows / self.scale, self.units.weight)
 
 
@@ -170,13 +168,13 @@ def scaled(matrix: Matrix, damp: float, units: Units | None = None) -> Scaled:
     diagonal = times_power(matrix.moments.diagonal(dim1=-2, dim2=-1).to(torch.float64), -units.moment)
     damping = damp * diagonal.mean(-1, keepdim=True)
     roots = (diagonal + damping).sqrt()
-    # What no input reaches, and no damping, counts next to nothing, whatever it is compared with.
+    # Weights without inputs and damping get a tiny scale, so that they count next to nothing.
     roots = roots.clamp(_UNSEEN, 1 / _UNSEEN).to(work)
     stored = times_power(roots.to(torch.promote_types(matrix.moment.dtype, work)), units.moment // 2)
     hessian = matrix.moments.to(stored.dtype) / stored.unsqueeze(-1)
     hessian /= stored.unsqueeze(-2)
     hessian = (hessian + hessian.mT).mul_(0.5).to(work)
-    # Where rounding left nothing of a square, what it left of products with it means nothing.
+    # Where a square was rounded to zero, products with it are rounding errors.
     hessian.mul_((diagonal > 0).unsqueeze(-1)).mul_((diagonal > 0).unsqueeze(-2))
     hessian.diagonal(dim1=-2, dim2=-1).fill_(1.0)
     exact = work == matrix.moment.dtype == torch.float64
@@ -220,22 +218,22 @@ def _for_rows(matrix: Matrix) -> Tensor:
 
 
 def _slabs(matrix: Matrix, number: int) -> Iterator[tuple[int, slice]]:
-    """A few rows of one of the matrices after the other: what is wide is never all of it."""
+    """The rows of one matrix, a few at a time, so that float64 copies stay small."""
     step = max(1, _ROWS // max(1, matrix.features))
     for begin in range(0, matrix.rows(matrix.dense).shape[1], step):
         yield number, slice(begin, begin + step)
 
 
 def times_power(tensor: Tensor, power: int) -> Tensor:
-    """Floats times 2^`power`: exact, unless what comes out has no place in their dtype."""
+    """Floats times 2^`power`: exact, unless the result is out of their dtype's range."""
     if not power:
         return tensor
-    # The whole power may have no place there itself.
+    # The whole power may be out of range itself.
     return tensor * 2.0 ** (power // 2) * 2.0 ** (power - power // 2)
 
 
 def _away(matrix: Matrix, weights: Tensor | None, rows: tuple[int, slice], units: Units) -> Tensor:
-    """Some rows of weights less the dense ones, or the dense ones for None, in float64."""
+    """Some rows of weights minus the dense ones, or the dense ones for None, in float64."""
     before = times_power(matrix.rows(matrix.dense)[rows].to(torch.float64), -units.weight)
     if weights is None:
         return before
@@ -249,11 +247,11 @@ def _exponent(tensors: Sequence[Tensor]) -> int:
 
 
 def _floor(hessian: Tensor, eps: float) -> float:
-    """What to add to the unit diagonal of a Hessian (in, in) so that rounding its entries does no harm.
+    """The number to add to the unit diagonal of a Hessian (in, in) so that rounding its entries does no harm.
 
-    0 where the smallest eigenvalue is some times the rounding error of all entries together, which grows with
-    the root of their number. Else the least of a ladder by fours of which half would make it positive
-    definite: so that in no direction the solution follows what is but rounding.
+    0 where the smallest eigenvalue is `_SAFETY` times the rounding error of all entries, which grows with the
+    root of their number. Else the first of 2, 8, 32... such errors of which half makes it positive definite,
+    so that the solution follows rounding errors in no direction.
     """
     margin = _SAFETY * eps * math.sqrt(len(hessian))
     if _is_definite(hessian, -margin):
@@ -288,7 +286,7 @@ def _refuse_no_moment(moment: Tensor) -> None:
     power = _exponent([moment.diagonal()])
     power += power % 2
     diagonal = times_power(moment.diagonal().to(torch.float64), -power)
-    # A square that was rounded to 0 was less than the least number that is none.
+    # A square that was rounded to 0 was below the smallest number of the dtype.
     least = math.ldexp(info.smallest_normal * info.eps, -power)
     roots = diagonal.clamp_min(max(least, torch.finfo(torch.float64).smallest_normal)).sqrt()
     roots = times_power(roots, power // 2)
@@ -334,10 +332,9 @@ def _check_shapes(matrix: Matrix) -> None:
 
 
 def projection(scope: SparseScope, nnz: int, params: Sequence[Tensor]) -> Projection:
-    """Keeps `nnz` blocks in each scope, the largest: of tensors that stand for `params`, in their order.
+    """A Projection that keeps the `nnz` largest blocks of each scope, for tensors in the order of `params`.
 
-    `params` are those that the views of `scope` look at; they are overwritten with what is asked about. An
-    element outside of all views is kept.
+    The views of `scope` look at `params`, which each call overwrites. Elements outside of all views are kept.
 
     Raises:
         SparsityError: a view of the scope that looks at none of them.

@@ -22,9 +22,23 @@ from sparseprune.engine.reconstruction.matrices import (
 )
 from sparseprune.errors import ShapeMismatchError
 
+Projection = Callable[[Sequence[Tensor]], Sequence[Tensor]]
+"""From tensors of the weights' shapes to masks of these shapes, True where the largest are kept."""
 _WINDOW = 8  # steps over which the objective has to go on falling
 _TOLERANCE = 1e-5  # of the objective of a row, that it has to fall in a window
 _EXACT_TOLERANCE = 1e-12  # the same in float64
+_PENALTY = 0.03  # with a unit diagonal; measured in tests/benchmarks/README.md
+_CHECK = 3  # iterations between two looks at the support
+# By how much the penalty grows, by the share of the support that changed since the last look.
+_GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Reconstructed:
+    """Weights of the shape and dtype of a matrix's, and the mask of those that survived."""
+
+    weights: Tensor
+    mask: Tensor
 
 
 def refit(
@@ -73,6 +87,66 @@ def refit(
     moved = torch.where(step == 0, begin, begin + problem.unscaled(step))
     masked = torch.where(kept, matrix.rows(matrix.dense).to(matrix.work_dtype), 0.0)
     return _best(matrix, problem, masked, None if start is None else begin, moved)
+
+
+def admm(
+    matrices: Sequence[Matrix],
+    project: Projection,
+    *,
+    damp: float = 0.01,
+    max_iter: int = 300,
+    joint: bool = True,
+    between: Callable[[], None] | None = None,
+) -> list[Reconstructed]:
+    """Minimize the sum of tr((W - W0) H (W - W0)^T) over all matrices, on supports that `project` allows.
+
+    `project` is asked which weights survive given others of the same shapes, in coordinates in which the
+    diagonal of H is 1; it decides for all matrices at once, so that blocks may compete across them. What it
+    keeps at last is refitted, and loses in no row more than the dense weights do on the same support. Where
+    inputs are uncorrelated its first answer, for the dense weights, is best.
+    `joint` False tells that the matrices of a stack (experts) do not compete with each other: each gets a
+    penalty of its own. H is damped as in `refit`; weights that are `fixed` stay. `between` is called between
+    iterations; what it raises ends the search.
+    """
+    units = units_of(matrices)
+    problems = [scaled(matrix, damp, units) for matrix in matrices]
+    sides = [_Side(matrix, problem) for matrix, problem in zip(matrices, problems, strict=True)]
+    keep = _projected(sides, project, [problem.dense for problem in problems])
+    for side, kept in zip(sides, keep, strict=True):
+        side.set_out(kept)
+    if not all(problem.is_uncorrelated for problem in problems):
+        _alternate(sides, _interruptible(project, between), max_iter, joint=joint)
+    found = []
+    for side in sides:
+        matrix = side.matrix
+        mask = matrix.unrows(side.keep).contiguous()
+        # Where the dense weight stood all along it keeps its bits.
+        rows, same = side.problem.unscaled(side.sparse), side.sparse == side.problem.dense
+        start = matrix.unrows(torch.where(same, matrix.rows(matrix.dense).to(rows.dtype), rows))
+        found.append(Reconstructed(refit(matrix, mask, damp=damp, start=start, between=between), mask))
+    return found
+
+
+def keep_rows(matrices: Sequence[Matrix], project: Projection, *, damp: float = 0.01) -> list[Reconstructed]:
+    """As `admm` where blocks hold whole rows: nothing can make up for these, so that the choice is exact.
+
+    `project` is asked in coordinates in which the norm of rows is that of their outputs. Survivors keep their
+    bits.
+    """
+    units = units_of(matrices)
+    rows = []
+    for matrix in matrices:
+        problem = scaled(matrix, damp, units)
+        rows.append(problem.dense @ torch.linalg.cholesky(problem.hessian))
+    masks = project([matrix.unrows(one) for matrix, one in zip(matrices, rows, strict=True)])
+    found = []
+    for matrix, mask in zip(matrices, masks, strict=True):
+        kept = mask if matrix.fixed is None else mask | matrix.fixed
+        found.append(Reconstructed(torch.where(kept, matrix.dense, 0).to(matrix.dense.dtype), kept.clone()))
+    return found
+
+
+# Refitting.
 
 
 def _steps(
@@ -156,78 +230,7 @@ def _best(matrix: Matrix, problem: Scaled, masked: Tensor, start: Tensor | None,
     return matrix.unrows(best).contiguous()
 
 
-Projection = Callable[[Sequence[Tensor]], Sequence[Tensor]]
-"""Tensors of the weights' shapes in, masks of these shapes out, True where what is largest is kept."""
-
-_PENALTY = 0.03  # with a unit diagonal; measured in tests/benchmarks/README.md
-_CHECK = 3  # iterations between two looks at the support
-# By how much the penalty grows, by the share of the support that changed since the last look.
-_GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Reconstructed:
-    """Weights of the shape and dtype of a matrix's, and the mask of those that survived."""
-
-    weights: Tensor
-    mask: Tensor
-
-
-def admm(
-    matrices: Sequence[Matrix],
-    project: Projection,
-    *,
-    damp: float = 0.01,
-    max_iter: int = 300,
-    joint: bool = True,
-    between: Callable[[], None] | None = None,
-) -> list[Reconstructed]:
-    """Minimize the sum of tr((W - W0) H (W - W0)^T) over all matrices, on supports that `project` allows.
-
-    `project` is asked which weights survive given others of the same shapes, in coordinates in which the
-    diagonal of H is 1; it decides for all matrices at once, so that blocks may compete across them. What it
-    keeps at last is refitted, and loses in no row more than the dense weights do on the same support. Where
-    inputs are uncorrelated its first answer, for the dense weights, is best.
-    `joint` False tells that the matrices of a stack (experts) do not compete with each other: each gets a
-    penalty of its own. H is damped as in `refit`; weights that are `fixed` stay. `between` is called between
-    iterations; what it raises ends the search.
-    """
-    units = units_of(matrices)
-    problems = [scaled(matrix, damp, units) for matrix in matrices]
-    sides = [_Side(matrix, problem) for matrix, problem in zip(matrices, problems, strict=True)]
-    keep = _projected(sides, project, [problem.dense for problem in problems])
-    for side, kept in zip(sides, keep, strict=True):
-        side.set_out(kept)
-    if not all(problem.is_uncorrelated for problem in problems):
-        _alternate(sides, _interruptible(project, between), max_iter, joint=joint)
-    found = []
-    for side in sides:
-        matrix = side.matrix
-        mask = matrix.unrows(side.keep).contiguous()
-        # Where the dense weight stood all along it keeps its bits.
-        rows, same = side.problem.unscaled(side.sparse), side.sparse == side.problem.dense
-        start = matrix.unrows(torch.where(same, matrix.rows(matrix.dense).to(rows.dtype), rows))
-        found.append(Reconstructed(refit(matrix, mask, damp=damp, start=start, between=between), mask))
-    return found
-
-
-def keep_rows(matrices: Sequence[Matrix], project: Projection, *, damp: float = 0.01) -> list[Reconstructed]:
-    """As `admm` where blocks hold whole rows: nothing can make up for these, so that the choice is exact.
-
-    `project` is asked in coordinates in which the norm of rows is that of their outputs. Survivors keep their
-    bits.
-    """
-    units = units_of(matrices)
-    rows = []
-    for matrix in matrices:
-        problem = scaled(matrix, damp, units)
-        rows.append(problem.dense @ torch.linalg.cholesky(problem.hessian))
-    masks = project([matrix.unrows(one) for matrix, one in zip(matrices, rows, strict=True)])
-    found = []
-    for matrix, mask in zip(matrices, masks, strict=True):
-        kept = mask if matrix.fixed is None else mask | matrix.fixed
-        found.append(Reconstructed(torch.where(kept, matrix.dense, 0).to(matrix.dense.dtype), kept.clone()))
-    return found
+# Alternating directions.
 
 
 class _Side:
