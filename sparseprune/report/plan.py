@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import math
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -30,7 +31,7 @@ from sparseprune.results.plan import (
 from sparseprune.spec import BoundBlock, BoundBlockCoupling, BoundScope, Score
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from sparseprune.checkpoint import OutputLayout, StoredTensor
     from sparseprune.engine.grids import Shape
@@ -188,7 +189,9 @@ def scoped_leaves(scope: AnyScope) -> Iterator[tuple[BoundScope, BoundBlock]]:
 
 
 def _rule_plan(rule: BoundRule, tensors: Mapping[str, StoredTensor], removal: RuleRemoval) -> RulePlan:
-    counts = _all_counts(rule)
+    forms = rule.forms()
+    of_form = {form: _counts(members[0]) for form, members in forms.items()}
+    counts = [of_form[instance.form] for instance in rule.instances]
     first = rule.instances[0] if rule.instances else None
     nnz = [instance.budget.nnz for instance in rule.instances]
     per_scope = [count.per_scope for count in counts]
@@ -215,7 +218,7 @@ def _rule_plan(rule: BoundRule, tensors: Mapping[str, StoredTensor], removal: Ru
         blocks=sum([count.scopes * count.per_scope for count in counts]),
         numel=sum([count.numel for count in counts]),
         pruned=sum(pruned) if len(pruned) == len(counts) else None,
-        forms=_forms(rule, tensors),
+        forms=_forms(forms.values(), tensors),
         removal=removal,
     )
 
@@ -228,22 +231,6 @@ class _Counts:
     per_scope: int
     numel: int
     pruned: int | None
-
-
-def _all_counts(rule: BoundRule) -> list[_Counts]:
-    """Of every instance; what is alike is counted once, as thousands of tensors have few shapes."""
-    known: dict[object, _Counts] = {}
-    counts = []
-    for instance in rule.instances:
-        scope, key = instance.scope, None
-        if isinstance(scope, BoundScope):
-            grids = tuple([(leaf.view_shape, leaf.shape) for leaf in scope.leaves])
-            key = grids, scope.shape, instance.budget.nnz
-        count = known.get(key) or _counts(instance)
-        if key is not None:
-            known[key] = count
-        counts.append(count)
-    return counts
 
 
 def _counts(instance: BoundInstance) -> _Counts:
@@ -291,15 +278,19 @@ def _fused_block(instance: BoundInstance) -> str | None:
     return next((block.label for block in members if isinstance(block, BoundBlockCoupling)), None)
 
 
-def _forms(rule: BoundRule, tensors: Mapping[str, StoredTensor]) -> tuple[TensorForm, ...]:
-    """The tensors of a rule by block and by shapes: one entry for all that look alike, with an example."""
-    alike: dict[tuple[object, ...], list[tuple[BoundScope, BoundBlock]]] = {}
-    for instance in rule.instances:
-        for member, leaf in scoped_leaves(instance.scope):
+def _forms(
+    forms: Iterable[Sequence[BoundInstance]], tensors: Mapping[str, StoredTensor]
+) -> tuple[TensorForm, ...]:
+    """The tensors of a rule by block and shape: one entry for all tensors that are alike, with an example."""
+    alike: dict[tuple[object, ...], tuple[BoundScope, BoundBlock]] = {}
+    counts: Counter[tuple[object, ...]] = Counter()
+    for instances in forms:
+        for member, leaf in scoped_leaves(instances[0].scope):
             shape = tensors[leaf.tensor].entry.shape
             key = (block_name(leaf), shape, leaf.view_shape, leaf.view_stride, leaf.shape, member.shape)
-            alike.setdefault(key, []).append((member, leaf))
-    return tuple(_form(*leaves[0], tensors, len(leaves)) for leaves in alike.values())
+            alike.setdefault(key, (member, leaf))
+            counts[key] += len(instances)
+    return tuple(_form(*first, tensors, counts[key]) for key, first in alike.items())
 
 
 def _form(
