@@ -1,4 +1,4 @@
-"""Telling what was measured: the documents of `--json` and report.json, tables, trees and pictures of them.
+"""Results for people: makes the classes of results/, and tables, trees, CSV, Markdown and pictures of them.
 
-Owns their keys, schemas and looks. Prints nothing itself. Called by the command line.
+Owns how they look and the JSON Schema files. Prints nothing itself. Called by api/ and cli/.
 """

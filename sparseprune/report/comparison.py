@@ -16,12 +16,12 @@ from sparseprune.report.document import LEAST_ENERGY, mean, share
 from sparseprune.report.plan import index_of
 from sparseprune.report.tables import Column, Fact, FittedTable, below, told
 from sparseprune.report.wording import many, percent, place_text, shape_text
+from sparseprune.results.fields import NamedTensor
 from sparseprune.results.measuring import (
     ComparedTensor,
     CompareTotals,
     Comparison,
     ReshapedTensor,
-    StoredOnce,
 )
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from sparseprune.engine.kernels.comparing import Energies
     from sparseprune.execution.compare import Pair, Sides
 
-Tensor = TypeVar("Tensor", ComparedTensor, StoredOnce, ReshapedTensor)
+Tensor = TypeVar("Tensor", ComparedTensor, NamedTensor, ReshapedTensor)
 _CHANGES = ("changed", "zeroed", "revived", "altered")
 COUNTS = ("zeros_before", "zeros_after", *_CHANGES)
 FIELDS = ("numel", "sparsity", *COUNTS, "energy_kept", "relative_error", "output_error", "largest_change")
@@ -200,8 +200,8 @@ def _is_float(one: TensorComparison) -> bool:
     return all(dtype.startswith(("F", "BF", "C")) for dtype in (one.dtype, one.dtype_after))
 
 
-def _stored(stored: StoredTensor) -> StoredOnce:
-    return StoredOnce(name=stored.name, dtype=stored.dtype, shape=stored.shape, numel=stored.numel)
+def _stored(stored: StoredTensor) -> NamedTensor:
+    return NamedTensor(name=stored.name, dtype=stored.dtype, shape=stored.shape, numel=stored.numel)
 
 
 def _reshaped(pair: Pair) -> ReshapedTensor:

@@ -9,18 +9,15 @@ from sparseprune.results.fields import (
     Count,
     Covers,
     DeclaredCoverage,
-    Dimensions,
     Doc,
     Document,
-    Dtype,
     EachCount,
     EachNumber,
     FilesLeftOut,
     FilesNotRead,
     LayerCoverage,
-    Name,
+    NamedTensor,
     NotNegative,
-    Numel,
     Seconds,
     Settings,
     Shape,
@@ -138,13 +135,9 @@ class MaskedTotals:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MaskedTensor:
+class MaskedTensor(NamedTensor):
     """A tensor that has a mask."""
 
-    name: Name
-    dtype: Dtype
-    shape: Dimensions
-    numel: Numel
     pruned: Annotated[Count, Doc("elements that the mask drops")]
     lost: Annotated[Count, Doc("those of them that were not zero in the input")]
 

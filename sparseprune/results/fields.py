@@ -51,8 +51,18 @@ Warned = Annotated[tuple[str, ...], Doc("what a user should know, one line each;
 Noted = Annotated[tuple[str, ...], Doc("further remarks, one line each")]
 Name = Annotated[str, Doc("as in the file")]
 Dtype = Annotated[str, Doc("as in the file, such as BF16")]
-Dimensions = Annotated[Shape, Doc("length of each dimension")]
 Numel = Annotated[Count, Doc("number of its elements")]
+Dimensions = Annotated[Shape, Doc("length of each dimension")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class NamedTensor:
+    """A tensor of a checkpoint, as its header says."""
+
+    name: Name
+    dtype: Dtype
+    shape: Dimensions
+    numel: Numel
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ from sparseprune.results.fields import (
     Dtype,
     FilesNotRead,
     Name,
+    NamedTensor,
     NotNegative,
     Numel,
     Seconds,
@@ -67,13 +68,9 @@ class RuntimeTotals(RuntimeCount):
 
 
 @dataclass(frozen=True, kw_only=True)
-class InspectedTensor:
+class InspectedTensor(NamedTensor):
     """A tensor, counted."""
 
-    name: Name
-    dtype: Dtype
-    shape: Dimensions
-    numel: Numel
     zeros: Annotated[
         Count | None,
         Doc("of either sign; this and all counts below are null if elements are smaller than a byte"),
@@ -233,16 +230,6 @@ class ComparedTensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StoredOnce:
-    """A tensor that one of the checkpoints has."""
-
-    name: Name
-    dtype: Dtype
-    shape: Dimensions
-    numel: Numel
-
-
-@dataclass(frozen=True, kw_only=True)
 class ReshapedTensor:
     """A tensor that both checkpoints have, with different shapes."""
 
@@ -301,8 +288,8 @@ class Comparison(Document):
     pruned: Annotated[str, Doc("path of the second checkpoint, as it was typed")]
     totals: CompareTotals
     tensors: Annotated[Sequence[ComparedTensor], Doc("that both have with one shape")]
-    added: Annotated[tuple[StoredOnce, ...], Doc("that only the pruned checkpoint has")]
-    removed: Annotated[tuple[StoredOnce, ...], Doc("that only the dense checkpoint has")]
+    added: Annotated[tuple[NamedTensor, ...], Doc("that only the pruned checkpoint has")]
+    removed: Annotated[tuple[NamedTensor, ...], Doc("that only the dense checkpoint has")]
     reshaped: Annotated[tuple[ReshapedTensor, ...], Doc("that both have, with different shapes")]
 
 

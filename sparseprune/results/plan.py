@@ -15,9 +15,8 @@ from sparseprune.results.fields import (
     EachCount,
     EachNumber,
     LayerCoverage,
-    Name,
+    NamedTensor,
     NotNegative,
-    Numel,
     Shape,
     Share,
     UncoveredKinds,
@@ -146,13 +145,9 @@ class PlannedRemoval:
 
 
 @dataclass(frozen=True, kw_only=True)
-class UnreachedTensor:
+class UnreachedTensor(NamedTensor):
     """A tensor that no rule reaches."""
 
-    name: Name
-    dtype: Dtype
-    shape: Dimensions
-    numel: Numel
     bytes: Count
 
 

@@ -18,9 +18,9 @@ from sparseprune.results.fields import (
     FilesLeftOut,
     LayerCoverage,
     Name,
+    NamedTensor,
     Noted,
     NotNegative,
-    Numel,
     Seconds,
     Settings,
     Shape,
@@ -59,13 +59,9 @@ class RuleResult:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TensorResult:
+class TensorResult(NamedTensor):
     """A tensor that rules reached, before and after."""
 
-    name: Name
-    dtype: Dtype
-    shape: Dimensions
-    numel: Numel
     rule: Annotated[str, Doc("names of the rules that reached it, with commas between them")]
     instance: Annotated[str, Doc("label of the instance that reached it")]
     pruned: Annotated[Count, Doc("elements that rules dropped")]
