@@ -175,6 +175,13 @@ def test_variables_are_numbers_or_text(home: Path) -> None:
     assert sparseprune.plan("m.safetensors", spec, set={"n": "3"}).rules[0].nnz == 3
 
 
+def test_a_spec_may_be_its_text(home: Path) -> None:
+    report = sparseprune.apply("m.safetensors", TWO_OF_FOUR)
+    assert report.totals.pruned == 256
+    assert (home / "m.pruned.safetensors").exists()
+    assert sparseprune.verify(report.output, TWO_OF_FOUR).tensors
+
+
 def test_an_output_without_masks_has_none(home: Path) -> None:
     assert sparseprune.apply("m.safetensors", "spec.toml", mask_format=None).bytes.masks == 0
     assert not [*home.glob("*.masks.safetensors")]

@@ -105,6 +105,8 @@ def apply(
 
     Example: sparseprune apply ./llama 2of4 -o ./llama-2of4
 
+    `spec` may be the text of a spec as well; `set` has numbers or expressions by the names of its variables.
+
     Raises:
         SpecError: the spec is wrong in itself, or does not fit the checkpoint.
         CheckpointError: the input cannot be read, or the output may not be written there.
@@ -169,7 +171,7 @@ def plan(
 
     Example: sparseprune plan ./llama 2of4
 
-    `command` is what is planned for, on `device`; `look` gets the rules with every shape resolved, and the
+    `command` is what is planned for, on `device`; `look` gets the bound rules with every shape, and the
     checkpoint. Raises SpecError and CheckpointError as `apply` does.
     """
     from sparseprune.api.pruning import planned, prepare

@@ -6,6 +6,8 @@ the modules that look at a pruned checkpoint, and by those that prune it again.
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparseprune.checkpoint import open_checkpoint
@@ -13,11 +15,10 @@ from sparseprune.checkpoint.discovery import RESULTS, SUFFIX
 from sparseprune.checkpoint.documents import read_object
 from sparseprune.checkpoint.staging_dir import left_behind
 from sparseprune.errors import CheckpointError, SparsepruneError
-from sparseprune.spec import find_spec, parse_spec
+from sparseprune.spec import SpecSource, find_spec, parse_spec
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
 
     from sparseprune.api.options import Machine
     from sparseprune.api.run import Run
@@ -27,7 +28,15 @@ if TYPE_CHECKING:
     from sparseprune.spec import Spec
 
 
+_VERSION = re.compile(r"^version *= *1 *$", re.MULTILINE)
 _REMOVAL = "sparseprune.remove."  # how the schemas of reports begin of what was cut out
+
+
+def read_spec(named: str, overrides: Mapping[str, str]) -> tuple[SpecSource, Spec]:
+    """A spec by its path, its shipped name or its text, with other values for its variables."""
+    is_text = _VERSION.search(named) is not None
+    source = SpecSource(named, "the spec", Path.cwd()) if is_text else find_spec(named)
+    return source, parse_spec(source.text, source.source, source.directory, overrides)
 
 
 def applied_spec(checkpoint: Checkpoint, named: str | None, overrides: Mapping[str, str]) -> Spec | None:
@@ -37,8 +46,7 @@ def applied_spec(checkpoint: Checkpoint, named: str | None, overrides: Mapping[s
     what was removed nothing can be looked at.
     """
     if named is not None:
-        source = find_spec(named)
-        return parse_spec(source.text, source.source, source.directory, overrides)
+        return read_spec(named, overrides)[1]
     path = checkpoint.path / RESULTS / "spec.toml"
     if not checkpoint.is_directory or not path.is_file():
         return None
@@ -83,7 +91,7 @@ def rebuilt_by(plan: Plan) -> dict[str, Touched]:
 def warn_of_earlier(
     run: Run, checkpoint: Checkpoint, touched: Mapping[str, Touched], machine: Machine
 ) -> Earlier | None:
-    """Before the work: whether what is done to some tensors may break a pattern that they have.
+    """Before the work: warn where the work may break a pattern that tensors have.
 
     None where nothing is `touched`.
     """
@@ -93,7 +101,7 @@ def warn_of_earlier(
 
     try:
         spec = applied_spec(checkpoint, None, {})
-    except SparsepruneError:  # whoever left it has changed it
+    except SparsepruneError:  # it was changed since
         spec = None
     earlier = earlier_of(checkpoint, touched, spec, (machine.memory, machine.jobs))
     run.warn(*earlier.may_break())

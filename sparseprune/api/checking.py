@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from sparseprune import __version__, results
-from sparseprune.api.applied import note_left_behind
+from sparseprune.api.applied import note_left_behind, read_spec
 from sparseprune.api.run import collector_paused, digest, output_shown, report_bytes, sizes_of
 from sparseprune.checkpoint import (
     StagedOutput,
@@ -30,7 +30,6 @@ from sparseprune.checkpoint import (
 from sparseprune.errors import CheckFailedError, SparsepruneError
 from sparseprune.execution.reapply import match_masks
 from sparseprune.report.reapplication import Circumstances, left_out_line
-from sparseprune.spec import find_spec, parse_spec
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -72,10 +71,10 @@ def verify_spec(run: Run, asked: Source, machine: Machine) -> results.Verificati
     note_left_behind(run, asked.checkpoint)
     with collector_paused():
         result = _verification(run, asked, machine)
-    return _held(result, failures(result))
+    return _unless_failed(result, failures(result))
 
 
-def _held(result: Found, failures: list[str]) -> Found:
+def _unless_failed(result: Found, failures: list[str]) -> Found:
     if failures:
         raise CheckFailedError(*failures, result=result)
     return result
@@ -86,8 +85,7 @@ def _verification(run: Run, asked: Source, machine: Machine) -> results.Verifica
     from sparseprune.report.coverage import coverage_of
     from sparseprune.report.verification import AskedCheck, make_verification
 
-    source = find_spec(asked.spec)
-    spec = parse_spec(source.text, source.source, source.directory, asked.overrides)
+    _, spec = read_spec(asked.spec, asked.overrides)
     checkpoint = open_checkpoint(asked.checkpoint)
     check = make_check(checkpoint, spec, machine.memory, machine.jobs)
     coverage = coverage_of(checkpoint.tensors, check.bound, read_config(checkpoint))
@@ -160,7 +158,7 @@ def verify_masks(
     if not any(tensor.pruned for tensor in tensors):
         run.warn("the masks drop nothing: there is nothing to check")
     result = make_mask_verification(_circumstances(run, masked), matched.checkpoint, tensors)
-    return _held(result, list(lost_lines(result)))
+    return _unless_failed(result, list(lost_lines(result)))
 
 
 def _circumstances(

@@ -1,7 +1,7 @@
-"""`inspect` and `compare`: what is in the tensors of a checkpoint, and what became of them in another one.
+"""`inspect` and `compare`: facts of the tensors of one checkpoint, and differences to another one.
 
-Owns what is asked, in which order tensors are listed, what a picture needs besides, and what requirements are
-held to. Called by the public functions.
+Owns which tensors are listed in which order, the requirements, and what a picture needs beside the facts.
+Called by the public functions.
 """
 
 from __future__ import annotations
@@ -83,17 +83,17 @@ def inspect(run: Run, look: Look) -> results.Inspection:
         result = _inspected(run, look, checkpoint, names, telling)
     if look.plot is not None:
         _plot(run, look, checkpoint, result, look.plot)
-    return _held(result, failures(requirements, result.tensors))
+    return _unless_failed(result, failures(requirements, result.tensors))
 
 
-def _held(result: Result, failed: Sequence[str]) -> Result:
+def _unless_failed(result: Result, failed: Sequence[str]) -> Result:
     if failed:
         raise CheckFailedError(*failed, result=result)
     return result
 
 
 def _refuse_contradictions(look: Look) -> None:
-    """All that is wrong in what was asked and can be told before anything is read."""
+    """SparsepruneError for what is wrong whatever the checkpoint holds."""
     if look.plot is None and look.tensor is not None:
         raise SparsepruneError(
             f"--tensor {shown(look.tensor)}: goes with --plot FILE; to list a tensor alone give --match"
@@ -108,7 +108,7 @@ def _refuse_contradictions(look: Look) -> None:
 
 
 def _asked(look: Look) -> tuple[Telling, list[Requirement]]:
-    """What is to be told, and what has to hold: requirements bring their patterns and runtimes along."""
+    """What to look for, and what has to hold; requirements add their patterns and runtimes."""
     from sparseprune.execution.facts import BLOCKS, PATTERNS, Questions, block_of, pattern_of
     from sparseprune.report.inspection import Telling, fields_of
     from sparseprune.report.runtimes import RUNTIMES, runtimes_of
@@ -254,7 +254,7 @@ def compare(run: Run, asked: Comparing) -> results.Comparison:
         plot_comparison(result, asked.plot)
         run.note(f"wrote {asked.plot}")
     measured = frozenset(pair.before.name for pair in matrices)
-    return _held(result, _failed(requirements, [*result.tensors, *_absent(sides)], measured))
+    return _unless_failed(result, _failed(requirements, [*result.tensors, *_absent(sides)], measured))
 
 
 def _sides(asked: Comparing) -> Sides:
@@ -268,7 +268,7 @@ def _sides(asked: Comparing) -> Sides:
 
 
 def _requirements(asked: Comparing, sides: Sides) -> list[Requirement]:
-    """What has to hold; all that is wrong in it, or in how to sort, is told before anything is read."""
+    """What has to hold; SparsepruneError for conditions or columns without a meaning."""
     from sparseprune.report.comparison import FIELDS, unmeasured
 
     requirements = [parse_requirement(text, FIELDS) for text in asked.requirements]

@@ -1,4 +1,4 @@
-"""The options of the public functions, each written once: type, flags, help and what is shown as default.
+"""The options of the public functions, each written once: type, flags, help and default in words.
 
 The command line makes its own options from these annotations. Owns also how sizes are written, and how much
 memory and how many threads a run gets by default. Imports nothing that takes time.
@@ -28,8 +28,8 @@ _UNITS = {"": 1, "b": 1} | {
 class Option:
     """How a parameter is given on the command line: by `flags`, or by its place where it has none.
 
-    `shown` is the default in words, `minimum` the least number, `typed` the type of what is typed where it is
-    not that of the parameter, and `unless` a flag that gives None, with its help.
+    `shown` is the default in words, `minimum` the least number, `typed` the type on the command line where it
+    is not that of the parameter, and `unless` a flag that gives None, with its help.
     """
 
     def __init__(
@@ -407,7 +407,7 @@ def _control_group(root: Path, controller: str, file: str) -> list[str]:
 
 
 def _text(path: Path) -> str:
-    """What stands in a small file, nothing where it cannot be read."""
+    """The text of a small file, nothing where it cannot be read."""
     try:
         return path.read_text().strip()
     except (OSError, ValueError):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sparseprune import __version__, results
-from sparseprune.api.applied import rebuilt_by, warn_of_broken, warn_of_earlier
+from sparseprune.api.applied import read_spec, rebuilt_by, warn_of_broken, warn_of_earlier
 from sparseprune.api.run import collector_paused, digest, output_shown, report_bytes, sizes_of
 from sparseprune.checkpoint import (
     StagedOutput,
@@ -25,7 +25,6 @@ from sparseprune.checkpoint import (
 )
 from sparseprune.execution import cpu_lines, make_plan, make_schedule
 from sparseprune.report.coverage import coverage_of
-from sparseprune.spec import find_spec, parse_spec
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -61,8 +60,7 @@ class Prepared:
 def prepare(asked: Source, target: Target, machine: Machine) -> Prepared:
     """Find and read the spec, read the headers, bind one to the other, lay out the output."""
     with collector_paused():
-        source = find_spec(asked.spec)
-        spec = parse_spec(source.text, source.source, source.directory, asked.overrides)
+        source, spec = read_spec(asked.spec, asked.overrides)
         plan = make_plan(open_checkpoint(asked.checkpoint), spec)
         schedule = make_schedule(
             plan,

@@ -387,7 +387,7 @@ def _removed(
 
 
 def _touched(choice: Choice, removal: Removal) -> dict[str, Touched]:
-    """The tensors in which zeros come to stand elsewhere, or come back."""
+    """The tensors whose zeros move, or come back."""
     from sparseprune.execution.earlier import Touched
 
     rules = {} if choice.plan is None else rebuilt_by(choice.plan)

@@ -1,4 +1,4 @@
-"""`apply` and `mask`: what is said of an output that was pruned."""
+"""`apply` and `mask`: the summary of a pruned output."""
 
 from sparseprune import api, results
 from sparseprune.cli.command import Call, DryRun, Json, Quiet, Verbose, command

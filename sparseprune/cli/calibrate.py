@@ -1,4 +1,4 @@
-"""`calibrate`: what is said of statistics that were collected."""
+"""`calibrate`: the summary of collected statistics."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -57,7 +57,7 @@ def _summary(result: "results.Statistics", asked: int, *, verbose: bool) -> list
 
 
 def _few(matrices: "Sequence[measuring.CollectedStatistics]", *, verbose: bool) -> list[str]:
-    """What is to be told of experts that met fewer tokens than they have inputs."""
+    """Lines about matrices that met fewer tokens than they have inputs."""
     found = sorted(
         (count, f"{one.name}[{place}]" if one.experts is not None else one.name, one.features)
         for one in matrices

@@ -20,7 +20,7 @@ from sparseprune.api.run import Listener
 from sparseprune.cli.console import reported, tell
 from sparseprune.cli.progress import shown
 from sparseprune.cli.signals import text_when_stopped
-from sparseprune.cli.stdio import UntoldError
+from sparseprune.cli.stdio import UnwrittenError
 from sparseprune.errors import CheckFailedError, SparsepruneError
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class Call(Generic[Result]):
         self._output: Ending | None = None
 
     def __call__(self, **more: object) -> Result:
-        """What the function gives; what comes up meanwhile is told on stderr, unless that is to be quiet."""
+        """What the function gives; notes and progress go to stderr, unless `quiet`."""
         with shown(quiet=self.quiet) as progress:
             listener = Listener(progress, self._warn, self.note, self._begin)
             return self.function(**self.options, **more, progress=listener)
@@ -85,12 +85,12 @@ class Call(Generic[Result]):
         self._output = output
 
     @contextmanager
-    def interrupts_told(self) -> Iterator[None]:
-        """Whoever gets no result hears what there is: all of it, once it has its name, or nothing yet."""
+    def interrupts_explained(self) -> Iterator[None]:
+        """An interrupt without a result says what there is: the complete output, or nothing yet."""
         try:
             with text_when_stopped(self._there_is):
                 yield
-        except UntoldError as error:
+        except UnwrittenError as error:
             if self._output is not None:
                 error.add_note(self._there_is())
             raise
@@ -117,7 +117,7 @@ def command(
         with reported(typed["debug"]):
             options = {one: _read(*how, typed) for one, how in asked.items()}
             call = Call(function, options, quiet=typed.get("quiet", False))
-            with call.interrupts_told():
+            with call.interrupts_explained():
                 words(call, **{one: typed[one] for one in own})
 
     parameters = []
@@ -158,7 +158,7 @@ def overrides_of(words: Sequence[str]) -> dict[str, str]:
 
 
 def _annotated(function: Callable[..., object]) -> dict[str, tuple[inspect.Parameter, Option]]:
-    """The parameters that are options, each with the type of what is typed and how it is given."""
+    """The parameters that are options, each with its type on the command line."""
     found = {}
     for parameter in inspect.signature(function).parameters.values():
         for option in getattr(parameter.annotation, "__metadata__", ()):
@@ -187,7 +187,7 @@ def _parameter(parameter: inspect.Parameter, option: Option) -> inspect.Paramete
     if default is None:
         kind |= None
     shown = option.shown or (default is not None and default is not inspect.Parameter.empty)
-    # Whether a file can be read is told, with its path and exit code 3, by whoever reads it.
+    # An unreadable file is reported by its reader, with the path and exit code 3.
     how: dict[str, Any] = {"metavar": option.metavar, "help": option.help, "readable": False}
     make: Any = typer.Option if option.flags else typer.Argument
     made = make(*option.flags, show_default=shown, min=option.minimum, **how)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from sparseprune.cli.signals import stopped_code, stopped_once, stopped_text
-from sparseprune.cli.stdio import UntoldError
+from sparseprune.cli.stdio import UnwrittenError
 from sparseprune.errors import CheckFailedError, MachineError, SparsepruneError, is_out_of_memory, printable
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def ended(app: Callable[[], object], *, debug: bool) -> str | int | None:
 def reported(debug: bool = False) -> Iterator[None]:
     """Turn what a user, a signal or the machine caused into lines on stderr and an exit code.
 
-    After the first signal no other one is heard: what is being ended is ended.
+    Signals after the first one change nothing.
     """
     # The outer one is for a signal that comes while the handlers are set: typer would call each a Ctrl-C.
     with reported_errors(debug), stopped_once(), reported_errors(debug):
@@ -78,19 +78,19 @@ def reported_errors(debug: bool = False) -> Iterator[None]:
     except typer.Exit:
         raise
     except BrokenPipeError:
-        # Whoever read our output has seen enough; nothing more can be told.
+        # The reader of our output has closed it: nothing more can be printed.
         _silence_stdout()
         raise typer.Exit(0) from None
     except BaseException as error:
-        told = _told(error)
-        if isinstance(error, UntoldError):
+        described = _described(error)
+        if isinstance(error, UnwrittenError):
             _silence_stdout()
-        if told is None:
+        if described is None:
             sys.stderr.flush()
             raise
         if debug:
             traceback.print_exc()
-        message, code = told
+        message, code = described
         for text in (message, *getattr(error, "__notes__", ())):
             for line in text.splitlines():
                 tell(line)
@@ -102,7 +102,7 @@ def _silence_stdout() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _told(error: BaseException) -> tuple[str, int] | None:
+def _described(error: BaseException) -> tuple[str, int] | None:
     """What is said of an error, and the exit code that it ends in; None for a bug."""
     if isinstance(error, SparsepruneError):
         return str(error), error.exit_code
@@ -122,7 +122,7 @@ def _told(error: BaseException) -> tuple[str, int] | None:
 def checked(*failures: str) -> Iterator[None]:
     """Print inside; then CheckFailedError with a line for each failure, if there are some.
 
-    Also where whoever reads the result has seen enough of it: a check that failed does not pass by that.
+    Also where the reader of the result has closed it: the check fails all the same.
     """
     try:
         yield
@@ -223,12 +223,12 @@ def print_table(*parts: RenderableType) -> None:
 
 
 def on_terminal() -> bool:
-    """Whether what is printed on stdout is read by a human."""
+    """Whether stdout is a terminal."""
     return _console(stderr=False).is_terminal
 
 
 def _console(*, stderr: bool) -> Console:
-    """As wide as the terminal; what is no terminal gets lines as long as they are, unless COLUMNS is set."""
+    """As wide as the terminal; elsewhere lines are never folded, unless COLUMNS is set."""
     from rich.console import Console
 
     console = Console(stderr=stderr, highlight=False)

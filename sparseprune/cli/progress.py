@@ -1,7 +1,7 @@
 """How far a run is: a line that redraws itself on a terminal, now and then a log line elsewhere.
 
-Owns the rate and the layout of the line; knows nothing of what is being done. Workers only tell a number,
-whenever they like; a thread of its own looks at it and draws. Called by command.py.
+Owns the rate and the layout of the line; knows nothing of the work. Workers only set a number;
+a thread of its own reads it and draws. Called by command.py.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class _Shown:
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """How far a run is at one moment; `rate` is bytes per second, None until it can be told.
+    """How far a run is at one moment; `rate` is bytes per second, None until it is known.
 
     Bytes, or what else `sizes` names by powers of a thousand.
     """
@@ -93,7 +93,7 @@ class Standing:
 
 
 class Tally:
-    """Bytes done, of which any thread may tell, looked at by one at a time.
+    """Bytes done, set by any thread, read by one.
 
     The rate is that of the last 30 seconds, and starts with the first byte: what is loaded before is none.
     """
@@ -112,7 +112,7 @@ class Tally:
         self._samples = deque([(clock(), already)])
 
     def standing(self) -> Standing:
-        """Where things stand; the rate gets better the more often it is asked for."""
+        """How far it is; the rate gets better the more often it is asked for."""
         now, done, samples = self._clock(), self.done, self._samples
         if done == self._already:
             samples.clear()
@@ -215,7 +215,7 @@ def _log_lines(what: str, tally: Tally) -> Callable[[], None]:
 def _looking(look: Callable[[], None], pause: float) -> Iterator[None]:
     """Look again and again while it lasts, in a thread of its own.
 
-    Where no thread, no memory or nobody who reads can be had, nothing is told; the run goes on.
+    Where no thread, no memory or nobody who reads can be had, nothing is shown; the run goes on.
     """
     from sparseprune.checkpoint.threads import Worker  # which --help has no use for
 

@@ -1,4 +1,4 @@
-"""`reapply`: what is said of an output that got its zeros back."""
+"""`reapply`: the summary of an output that has its zeros again."""
 
 from sparseprune import api, results
 from sparseprune.cli.command import Call, Json, Quiet, Verbose, command

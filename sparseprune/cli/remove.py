@@ -1,4 +1,4 @@
-"""`remove`: what is said of a smaller checkpoint."""
+"""`remove`: the summary of a smaller checkpoint."""
 
 from sparseprune import api, results
 from sparseprune.cli.command import Call, DryRun, Json, Quiet, Verbose, command

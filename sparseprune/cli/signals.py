@@ -64,7 +64,7 @@ def stopped_code(interrupt: KeyboardInterrupt) -> int:
 
 @contextmanager
 def text_when_stopped(text: Callable[[], str]) -> Iterator[None]:
-    """Where a signal comes inside, this is what is said of what there is by then; "" for nothing."""
+    """After a signal inside, `text` says what there is by then; "" for nothing."""
     _texts.append(text)
     try:
         yield
@@ -107,7 +107,7 @@ def stopped_once() -> Iterator[None]:
 
     def stop(number: int, frame: FrameType | None) -> None:
         nonlocal raised
-        if raised:  # to ignore signals from here on would have Python tell of one that came meanwhile
+        if raised:  # to ignore signals from here on would have Python report one that came meanwhile
             return
         if _modules_being_made(frame) > around:
             delay.again(number, stop)

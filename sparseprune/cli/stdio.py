@@ -1,4 +1,4 @@
-"""The three standard streams of a process, as commands want them: there, and never in the way.
+"""The three standard streams of a process, always open, and never a reason to fail.
 
 Owns what happens where one was closed before the process began, where nobody can read what goes to stderr,
 and where the result cannot be written. Called once, before anything else is opened.
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
 
-class UntoldError(MachineError):
+class UnwrittenError(MachineError):
     """The result cannot be written to stdout."""
 
 
 def open_streams() -> None:
-    """Streams that were closed lead to nowhere; what goes wrong with the others is told as it should be.
+    """Streams that were closed lead to nowhere; failures of stdout raise, those of stderr do not.
 
     A descriptor that stayed closed would be given to the next file, and what is printed would end in it.
     """
@@ -52,11 +52,11 @@ class _Result(io.FileIO):
         except BrokenPipeError:  # whoever reads has seen enough, which is no failure
             raise
         except OSError as error:
-            raise UntoldError(f"the result cannot be written to stdout: {error.strerror}") from error
+            raise UnwrittenError(f"the result cannot be written to stdout: {error.strerror}") from error
 
 
 class _Unheard(io.FileIO):
-    """Where nobody can be told (the disk of a log is full, a terminal has hung up), the work goes on."""
+    """The work goes on where stderr fails: the disk of a log is full, a terminal has hung up."""
 
     def write(self, data: ReadableBuffer, /) -> int:
         written = None

@@ -1,4 +1,4 @@
-"""`verify`: what is said of a checkpoint that was held to a spec or to masks."""
+"""`verify`: tables of what a check against a spec or masks found."""
 
 from sparseprune import api, results
 from sparseprune.cli.command import Call, Json, Quiet, command
