@@ -28,12 +28,13 @@ from sparseprune.spec.expressions import (
     Environment,
     ExpressionError,
     Names,
+    expressions_of,
     misfit,
     resolve_variables,
 )
 from sparseprune.spec.locating import JoinedSite, TensorSite, label, locate
 from sparseprune.spec.problems import Misfit, Problems, shown
-from sparseprune.spec.schema import expressions_of, reconstruct_of, score_of, soft_of
+from sparseprune.spec.schema import reconstruct_of, score_of, soft_of
 from sparseprune.spec.shaping import check_overlaps, coupled, layout_of
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
-from sparseprune.spec.expressions import FACTS, RESERVED, unknown_name
+from sparseprune.spec.expressions import FACTS, RESERVED, expressions_of, unknown_name
 from sparseprune.spec.problems import Problems, listed, nearest, shown, suggestion
 from sparseprune.spec.schema import (
     BUDGETS,
@@ -21,7 +21,6 @@ from sparseprune.spec.schema import (
     ScopeTable,
     Spec,
     TensorsTable,
-    expressions_of,
     wrong_common_reconstruct,
     wrong_method,
     wrong_reconstruct,

@@ -10,7 +10,7 @@ import ast
 import operator
 import tomllib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
 from math import isfinite, prod
@@ -120,6 +120,18 @@ def parse_slice(text: str) -> SliceEntry:
         raise ExpressionError(text, None, 'a slice has no step: wanted "low:high", ":" or a single index')
     low, high = (None if bound is None else _part(text, bound) for bound in (entry.lower, entry.upper))
     return SliceEntry(text, low, high)
+
+
+def expressions_of(value: object) -> Iterator[Expression]:
+    """All expressions in a value: in the bounds of slices, the items of tuples, the keys of tables."""
+    match value:
+        case Expression():
+            yield value
+        case SliceEntry(low=low, high=high):
+            yield from expressions_of((low, high))
+        case Iterable() if not isinstance(value, str):
+            for part in value:
+                yield from expressions_of(part)
 
 
 def column_of(text: str, node: ast.expr) -> int | None:
@@ -463,10 +475,7 @@ class Names:
 
     def extents(self, shape: Sequence[int | Expression]) -> Shape:
         """A shape whose entries are 1 or more, or -1; ExpressionError."""
-        for entry in shape:
-            if not isinstance(entry, int):
-                return tuple([each if isinstance(each, int) else self._extent(each) for each in shape])
-        return tuple(shape)  # type: ignore[arg-type]
+        return tuple([entry if isinstance(entry, int) else self._extent(entry) for entry in shape])
 
     def _extent(self, entry: Expression) -> int:
         wanted = "an integer of 1 or more, or -1"
@@ -577,7 +586,7 @@ def _variable(value: object, depth: int) -> Variable:
 def _check_names(variables: Mapping[str, Variable], known: Mapping[str, object], problems: Problems) -> None:
     """Problems of names that vars use and that do not exist, and of vars that depend on themselves."""
     for name, variable in variables.items():
-        for expression in _expressions(variable):
+        for expression in expressions_of(variable):
             for used in sorted(expression.names.difference(known)):
                 problems.add("vars", name, f"{shown(expression.text)}: {unknown_name(used, known)}")
     references = _references(variables)
@@ -603,14 +612,6 @@ def _value(variable: Variable, names: Names) -> object:
 
 def _references(variables: Mapping[str, Variable]) -> dict[str, set[str]]:
     return {
-        name: {used for each in _expressions(variable) for used in each.names if used in variables}
+        name: {used for each in expressions_of(variable) for used in each.names if used in variables}
         for name, variable in variables.items()
     }
-
-
-def _expressions(variable: Variable) -> Iterator[Expression]:
-    if isinstance(variable, Expression):
-        yield variable
-    elif isinstance(variable, tuple):
-        for item in variable:
-            yield from _expressions(item)

@@ -487,17 +487,3 @@ class Spec:
     def coupled_scopes(self) -> dict[str, str]:
         """For every scope that is a member of a scope coupling, the (last) coupling that names it."""
         return {scope: name for name, table in self.scope_coupling.items() for scope in table.scopes}
-
-
-def expressions_of(value: object) -> Iterator[Expression]:
-    """All expressions in the value of a key."""
-    match value:
-        case Expression():
-            yield value
-        case SliceEntry(low=low, high=high):
-            yield from (bound for bound in (low, high) if bound is not None)
-        case ExplicitView(shape=shape, stride=stride, offset=offset):
-            yield from expressions_of((shape, stride, offset))
-        case tuple():
-            for part in value:
-                yield from expressions_of(part)
