@@ -17,7 +17,6 @@ from sparseprune.execution.limits import limits_of
 from sparseprune.execution.nonzero_blocks import First, Found, count_pass, count_strategy, joined
 from sparseprune.execution.passes import Decision, Pass
 from sparseprune.execution.plan import Task, make_plan
-from sparseprune.execution.pruning import first_pass
 from sparseprune.execution.regions import alone, flat_leaf, leaves_of, members_of
 from sparseprune.execution.runner import Job as RunnerJob
 from sparseprune.execution.runner import read_through
@@ -142,6 +141,8 @@ def _first_pass(job: Job, plan: Plan) -> Pass:
         scope, nnz = job.task.instance.scope, job.task.instance.budget.nnz
         allowed = scope.blocks_per_scope if nnz is None else nnz
         return count_pass(tuple(task.instance.scope for task in job.tasks), allowed, job.strategy)
+    from sparseprune.execution.pruning import first_pass  # noqa: PLC0415  (loads the loops that prune)
+
     pruning = first_pass(job, plan.checkpoint.tensors)
     return BelowThreshold(job.tasks, pruning, whole=not isinstance(job.strategy, BlockNorms))
 
