@@ -29,7 +29,7 @@ from sparseprune.checkpoint import (
 )
 from sparseprune.errors import CheckFailedError, SparsepruneError
 from sparseprune.execution.reapply import match_masks
-from sparseprune.report.reapplication import Circumstances, left_out_line
+from sparseprune.report.checks import Circumstances, left_out_line
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -66,7 +66,7 @@ def refuse_contradictions(
 
 def verify_spec(run: Run, asked: Source, machine: Machine) -> results.Verification:
     """Count the non-zero blocks of every scope; CheckFailedError with the result if there are too many."""
-    from sparseprune.report.verification import failures
+    from sparseprune.report.checks import failures
 
     note_left_behind(run, asked.checkpoint)
     with collector_paused():
@@ -82,8 +82,8 @@ def _unless_failed(result: Found, failures: list[str]) -> Found:
 
 def _verification(run: Run, asked: Source, machine: Machine) -> results.Verification:
     from sparseprune.execution import count_survivors, make_check
+    from sparseprune.report.checks import AskedCheck, make_verification
     from sparseprune.report.coverage import coverage_of
-    from sparseprune.report.verification import AskedCheck, make_verification
 
     _, spec = read_spec(asked.spec, asked.overrides)
     checkpoint = open_checkpoint(asked.checkpoint)
@@ -144,7 +144,7 @@ def verify_masks(
 ) -> results.MaskVerification:
     """Read everything that masks drop; CheckFailedError with the result where some of it is not zero."""
     from sparseprune.execution.reapply import find_lost, make_reapplication
-    from sparseprune.report.reapplication import lost_lines, make_mask_verification
+    from sparseprune.report.checks import lost_lines, make_mask_verification
 
     note_left_behind(run, checkpoint)
     with collector_paused():
@@ -214,7 +214,7 @@ def _reapplied(
 ) -> results.Reapplication:
     """Do the work, and write the report, and the spec of the run that made the masks, beside it."""
     from sparseprune.execution.reapply import reapply, reapply_bytes
-    from sparseprune.report.reapplication import make_reapply_result
+    from sparseprune.report.checks import make_reapply_result
 
     layout, origin = output.layout, masked.origin
     shown = output_shown(target.output, masked.checkpoint, layout)

@@ -53,10 +53,9 @@ if TYPE_CHECKING:
     from sparseprune.execution import Plan, Schedule, TensorOutcome
     from sparseprune.execution.earlier import Touched
     from sparseprune.execution.limits import Limits
-    from sparseprune.removal.decide import BlockDecisions
     from sparseprune.removal.preview import Preview
     from sparseprune.removal.shrink import Removal
-    from sparseprune.removal.slices import KeptIndices
+    from sparseprune.removal.slices import BlockDecisions, KeptIndices
     from sparseprune.report.coverage import Coverage
     from sparseprune.report.removal import RemovalRun
     from sparseprune.spec import BoundSpec
@@ -149,7 +148,7 @@ def _chosen(run: Run, asked: Asked) -> Iterator[Choice]:
             choice = _by_masks(run, asked, asked.masks, reader)
         yield choice
         return
-    from sparseprune.removal.decide import block_decisions
+    from sparseprune.removal.slices import block_decisions
 
     source = Source(asked.checkpoint, asked.spec or "", asked.overrides)
     prepared = prepare(source, asked.target, asked.machine)
@@ -171,7 +170,7 @@ def _by_masks(run: Run, asked: Asked, masks: Path, reader: TensorReader) -> Choi
     refuse_replacing(layout, [shard.path for shard in matched.masks.shards], "masks")
     from sparseprune.execution.limits import limits_of
     from sparseprune.execution.reapply import resident_of
-    from sparseprune.report.reapplication import left_out_text
+    from sparseprune.report.checks import left_out_text
 
     limits = limits_of(asked.machine.memory, uses_torch=False, resident=resident_of(matched, resized=True))
     return Choice(
@@ -300,7 +299,7 @@ def _written(
 def _kept_by(
     run: Run, jobs: int, masks: Sequence[StoredMask], reader: TensorReader, limits: Limits
 ) -> dict[str, KeptIndices]:
-    from sparseprune.removal.decide import read_slices
+    from sparseprune.removal.slices import read_slices
 
     total = sum(mask.stored.nbytes for mask in masks)
     with run.progress("finding slices", total) as advance:
@@ -364,7 +363,7 @@ def _removed(
     reader: TensorReader,
 ) -> results.Removal:
     """Move the survivors, and write the report and the spec beside them."""
-    from sparseprune.removal.cut import Cuts
+    from sparseprune.removal.shrink import Cuts
     from sparseprune.removal.slices import kept_whole
     from sparseprune.report.removal import make_removal_result
 

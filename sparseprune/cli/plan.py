@@ -35,7 +35,7 @@ def show_planned(call: "Call[results.Plan]", draw: Draw = None, json: Json = Fal
     if json:
         print_json(result)
         return
-    from sparseprune.report.plan_table import rule_card, totals_card
+    from sparseprune.report.plan import rule_card, totals_card
 
     parts = []
     for rule in result.rules:

@@ -14,13 +14,13 @@ def show_verified(
             if json:
                 print_json(result)
     elif isinstance(result, results.Verification):
-        from sparseprune.report.verification import broken_line, verify_table
+        from sparseprune.report.checks import broken_line, verify_table
 
         # The table has every tensor.
         with checked(*[broken_line(result)] if failed else ()):
             print_table(verify_table(result))
     else:
-        from sparseprune.report.reapplication import lost_line
+        from sparseprune.report.checks import lost_line
 
         with checked(*[lost_line(result)] if failed else ()):
             _print_masks(result)
@@ -30,8 +30,8 @@ verify = command(api.verify, show_verified)
 
 
 def _print_masks(result: "results.MaskVerification") -> None:
+    from sparseprune.report.checks import verify_masks_table
     from sparseprune.report.document import copies_line
-    from sparseprune.report.reapplication import verify_masks_table
     from sparseprune.report.wording import many
 
     print_table(verify_masks_table(result))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sparseprune.engine.dtypes import DTYPES, torch_dtype
-from sparseprune.engine.rearranging import rearranged
+from sparseprune.engine.grids import rearranged
 from sparseprune.engine.scoring import INTEGERS
 from sparseprune.errors import ShapeMismatchError, SparsityError
 

@@ -14,8 +14,7 @@ if TYPE_CHECKING:
     from sparseprune.execution.outcomes import TensorOutcome
     from sparseprune.execution.pruning import execute, work_bytes
     from sparseprune.execution.schedule import cpu_lines, device_text, devices_of_rules, resolve_device
-    from sparseprune.execution.verify import Check, count_survivors, make_check
-    from sparseprune.execution.verify_result import Verification
+    from sparseprune.execution.verify import Check, Verification, count_survivors, make_check
 
 __all__ = [
     "Check",
@@ -39,7 +38,7 @@ __all__ = [
 _HOME = {
     "Check": "verify",
     "TensorOutcome": "outcomes",
-    "Verification": "verify_result",
+    "Verification": "verify",
     "count_survivors": "verify",
     "execute": "pruning",
     "make_check": "verify",

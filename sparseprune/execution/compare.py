@@ -16,8 +16,8 @@ import numpy as np
 from sparseprune.engine.dtypes import DTYPES
 from sparseprune.engine.grids import prod
 from sparseprune.engine.kernels.comparing import Counts, Energies, compare, compare_values
+from sparseprune.engine.kernels.counting import exact_sum, totals_in_units
 from sparseprune.engine.kernels.formats import FORMATS, values_of
-from sparseprune.engine.tally import exact_sum, totals_in_units
 from sparseprune.errors import CheckpointError
 from sparseprune.execution.limits import READING, Crowd
 from sparseprune.execution.passes import Chunk, Pass

@@ -1,12 +1,14 @@
-"""Inspecting a checkpoint: zeros, patterns, rows, columns and blocks of every tensor.
+"""Passes that inspect: zeros, N:M patterns, rows, columns and blocks of every tensor, each read once.
 
-Owns which bytes are read at one time: every element once, a large tensor in parts, small tensors together.
-What is counted in them is occupancy.py's part. Needs no torch. Called by the command line.
+Owns how a tensor is seen as a stack of matrices and what is counted of it. Called by api.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from functools import lru_cache
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,25 +16,288 @@ import numpy as np
 from sparseprune.engine.dtypes import DTYPES
 from sparseprune.engine.grids import prod
 from sparseprune.engine.kernels.counting import mark_nonzero
-from sparseprune.engine.kernels.occupancy import WORD, ones, packed, words_of
+from sparseprune.engine.kernels.occupancy import (
+    WORD,
+    count_occupied,
+    counts_along,
+    fullest_in_words,
+    joined,
+    ones,
+    packed,
+    unpacked,
+    words_of,
+)
+from sparseprune.execution.facts import TensorFacts, Zeros, matrices_of
 from sparseprune.execution.limits import READING, Crowd
-from sparseprune.execution.occupancy import Counted, form_of
 from sparseprune.execution.passes import Chunk, Pass
-from sparseprune.execution.regions import cut, whole_part
+from sparseprune.execution.regions import Part, cut, whole_part
 from sparseprune.execution.runner import Job, batches, read_through
 from sparseprune.execution.tensor_io import TensorIO
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
 
     from sparseprune.checkpoint import Source, StoredTensor
-    from sparseprune.execution.facts import Questions, TensorFacts
-    from sparseprune.execution.occupancy import Form
-    from sparseprune.execution.regions import Part
+    from sparseprune.engine.grids import Shape
+    from sparseprune.engine.kernels.occupancy import Words
+    from sparseprune.execution.facts import Pattern, Questions
 
+    Size = tuple[int, int]  # rows and columns of a block
+    Marks = NDArray[np.bool_]
+    Numbers = NDArray[np.int64]
     Progress = Callable[[int, str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What was counted in the same part of some tensors of one form: arrays with a row for each tensor.
+
+    `holding` (tensors, patterns) says which patterns hold. `zero` (tensors, sizes) counts zero blocks of each
+    size; those as tall as a matrix only where matrices are whole. Not zero throughout are the `columns`, as
+    bits (tensors, words), the `matrices` (tensors, matrices), and in some matrix the `rows` (tensors, rows).
+    """
+
+    holding: Marks
+    zero: Numbers
+    columns: Words
+    matrices: Marks
+    rows: Marks
+
+
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """Zeros and elements that are not finite, of a tensor or a part of it; `found` has the rest in row `at`.
+
+    Without a zero, and below two dimensions, there is nothing to be found.
+    """
+
+    zeros: int
+    nonfinite: int
+    found: Found | None = None
+    at: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """What is asked of every tensor of one dtype and shape; made by `form_of`.
+
+    `stack` are its matrices, rows and columns. `sizes` are those of blocks, cut off at the edges of a matrix,
+    the lowest first; a row has the height 1, a column the width 1; none below two dimensions. Parts that are
+    multiples of `unit`, (matrices, rows), cut no block and no group of a pattern.
+    """
+
+    dtype: str
+    shape: Shape
+    questions: Questions
+    stack: tuple[int, int, int]
+    sizes: tuple[Size, ...]
+    patterns: tuple[Pattern, ...]
+    unit: tuple[int, int]
+
+    @property
+    def is_read(self) -> bool:
+        """Whether its elements are whole bytes, and so can be looked at."""
+        return DTYPES[self.dtype].zero_bits is not None
+
+    @property
+    def itemsize(self) -> int:
+        return DTYPES[self.dtype].itemsize
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row: its elements or, if they are more, its bits."""
+        columns = self.stack[2]
+        return max(1, columns * self.itemsize, words_of(columns) * WORD // 8 if self.sizes else 0)
+
+    def parts(self, size: int) -> Iterator[Part]:
+        """Some matrices, or some rows of one, of about `size` bytes, in the order of the elements."""
+        matrices, rows, columns = self.stack
+        if not columns:
+            return
+        units = whole_part((-(-matrices // self.unit[0]), -(-rows // self.unit[1])))
+        for part in cut(units, (0, 1), size // (prod(self.unit) * self.row_bytes)):
+            begin, extent = part.scaled(self.unit).begin, part.scaled(self.unit).extent
+            yield Part(begin, (min(extent[0], matrices - begin[0]), min(extent[1], rows - begin[1])))
+
+    def count(self, words: Words) -> Found:
+        """What the bits (tensors, matrices, rows, words) of the same part of some tensors hold."""
+        tensors, matrices, rows, width = words.shape
+        joints = {1: words.reshape(tensors * matrices, rows, width)}
+        zero = np.zeros((tensors, len(self.sizes)), dtype=np.int64)
+        for place, (height, columns) in enumerate(self.sizes):
+            if height not in joints:
+                below = max(other for other in joints if height % other == 0)
+                joints[height] = joined(joints[below], height // below)
+            if height < self.stack[1] or rows == self.stack[1]:
+                zero[:, place] = self._zero(joints[height].reshape(tensors, -1, width), columns)
+        tallest = joints[max(joints)].reshape(tensors, matrices, width)
+        occupied = words if len(self.shape) == 3 else words[:, :, :0]
+        return Found(
+            self._holding(words),
+            zero,
+            np.bitwise_or.reduce(tallest, axis=1),
+            np.asarray(tallest.any(axis=2)),
+            np.asarray(occupied.any(axis=(1, 3))),
+        )
+
+    def filled(self, part: Part) -> Found:
+        """What a part of one tensor holds in which nothing is zero."""
+        matrices, rows = part.extent
+        return Found(
+            np.zeros((1, len(self.patterns)), dtype=np.bool_),
+            np.zeros((1, len(self.sizes)), dtype=np.int64),
+            ones(self.stack[2])[np.newaxis],
+            np.ones((1, matrices), dtype=np.bool_),
+            np.ones((1, rows if len(self.shape) == 3 else 0), dtype=np.bool_),
+        )
+
+    def joined(self, parts: Sequence[Found]) -> Found:
+        """What a tensor holds, from all its `parts` in their order."""
+        if len(parts) == 1:
+            return parts[0]
+        matrices = self.stack[0]
+        zero = np.sum([part.zero for part in parts], axis=0)
+        columns = np.concatenate([part.columns for part in parts])
+        occupied = np.concatenate([part.matrices for part in parts], axis=1)
+        rows = [part.rows for part in parts]
+        if len(parts) > matrices:  # each is of one matrix, whose columns are known only now
+            whole = np.bitwise_or.reduce(columns.reshape(matrices, -1, columns.shape[1]), axis=1)
+            for place, (height, width) in enumerate(self.sizes):
+                if height == self.stack[1]:
+                    zero[:, place] = self._zero(whole[np.newaxis], width)
+            occupied = whole.any(axis=1)[np.newaxis]
+            rows = np.split(np.concatenate(rows, axis=1), matrices, axis=1)
+        return Found(
+            np.logical_and.reduce([part.holding for part in parts]),
+            zero,
+            np.bitwise_or.reduce(columns)[np.newaxis],
+            occupied,
+            np.logical_or.reduce(rows),
+        )
+
+    def facts(self, name: str, counted: Counted | None) -> TensorFacts:
+        """The facts of one tensor; None where it could not be looked at."""
+        named = name, self.dtype, self.shape, prod(self.shape)
+        if counted is None:
+            return TensorFacts(*named, blocks=None)
+        zeros, nonfinite, found = counted.zeros, counted.nonfinite, counted.found
+        if not self.sizes:
+            slices = tuple(Zeros(zeros, size) for size in self.shape)
+            return TensorFacts(*named, zeros, nonfinite, (), slices, blocks=None)
+        if found is None:
+            return TensorFacts(*named, zeros, nonfinite, (), *_filled(self))
+        holding = {one for one, holds in zip(self.patterns, found.holding[counted.at], strict=True) if holds}
+        patterns = tuple(str(one) for one in self.questions.patterns if one in holding)
+        rows, columns, blocks = self.blocks(found.zero[counted.at].tolist())
+        slices = self._slices(found, counted.at, rows, columns)
+        return TensorFacts(*named, zeros, nonfinite, patterns, slices, rows, columns, blocks)
+
+    def blocks(self, zero: Sequence[int]) -> tuple[Zeros, Zeros, Mapping[str, Zeros]]:
+        """Rows, columns and the blocks that were asked for, of which so many of each size are zero."""
+        matrices, rows, columns = self.stack
+        found = {
+            (height, width): Zeros(count, matrices * -(-rows // height) * -(-columns // width))
+            for (height, width), count in zip(self.sizes, zero, strict=True)
+        }
+        of_rows, of_columns = (found[_cut_off(size, self.stack)] for size in ((1, columns), (rows, 1)))
+        blocks = {
+            str(one): found[_cut_off((one.rows, one.columns), self.stack)] for one in self.questions.blocks
+        }
+        # A matrix without elements has rows or columns all the same.
+        rows_there, columns_there = (
+            Zeros(of_rows.zero, matrices * rows),
+            Zeros(of_columns.zero, matrices * columns),
+        )
+        return rows_there, columns_there, MappingProxyType(blocks)
+
+    def _zero(self, words: Words, width: int) -> Numbers:
+        """How many blocks of so many columns are zero in bits (tensors, rows of blocks, words)."""
+        columns = self.stack[2]
+        total: Numbers = words.shape[1] * -(-columns // width) - count_occupied(words, width, columns)
+        return total
+
+    def _holding(self, words: Words) -> Marks:
+        """Which patterns hold in each tensor; most are broken in the first row, or unit, already."""
+        holding = np.ones((len(words), len(self.patterns)), dtype=np.bool_)
+        in_words = [WORD % one.group == 0 and one.axis in {-1, len(self.shape) - 1} for one in self.patterns]
+        for some in (words[:, :1, :1], words):
+            asked = [place for place in np.flatnonzero(holding.any(axis=0)) if in_words[place]]
+            fullest = fullest_in_words(some, {self.patterns[place].group for place in asked})
+            for place in asked:
+                holding[:, place] &= fullest[self.patterns[place].group] <= self.patterns[place].kept
+        for some in (words[:, : self.unit[0], : self.unit[1]], words):
+            asked = [place for place in np.flatnonzero(holding.any(axis=0)) if not in_words[place]]
+            marks = unpacked(some, self.stack[2]) if asked else np.empty(0, dtype=np.bool_)
+            for place in asked:
+                pattern = self.patterns[place]
+                counts = counts_along(marks.reshape(-1, pattern.group, _inside(self.shape, pattern)))
+                holding[:, place] &= counts.reshape(len(words), -1).max(axis=1) <= pattern.kept
+        return holding
+
+    def _slices(self, found: Found, at: int, rows: Zeros, columns: Zeros) -> tuple[Zeros, ...]:
+        """Of each dimension the slices that are zero; `rows` and `columns` are those of the matrices."""
+        if len(self.shape) == 2:
+            return rows, columns
+        width = self.stack[2]
+        if len(self.shape) == 3:
+            occupied = int(count_occupied(found.columns[at : at + 1], 1, width)[0])
+            return _unmarked(found.matrices[at]), _unmarked(found.rows[at]), Zeros(width - occupied, width)
+        inner = range(len(self.shape) - 1)
+        marks = unpacked(found.columns[at], width).reshape(self.shape[1:])
+        others = [tuple(other for other in inner if other != dim) for dim in inner]
+        return rows, *(_unmarked(np.asarray(marks.any(axis=axes))) for axes in others)
+
+
+@lru_cache(maxsize=256)
+def form_of(dtype: str, shape: Shape, questions: Questions) -> Form:
+    """What these questions ask of a tensor."""
+    stack = matrices_of(shape)
+    if stack is None or DTYPES[dtype].zero_bits is None:
+        return Form(dtype, shape, questions, (1, prod(shape), 1), (), (), (1, 1))
+    matrices, rows, columns = stack
+    asked = {(1, columns), (rows, 1), *((one.rows, one.columns) for one in questions.blocks)}
+    sizes = tuple(sorted({_cut_off(size, stack) for size in asked}))
+    patterns = tuple(one for one in dict.fromkeys(questions.patterns) if _is_in(shape, one))
+    groups = [
+        one.group * prod(shape[one.axis % len(shape) + 1 :]) for one in patterns
+    ]  # elements that one spans
+    heights = [height for height, _ in sizes if height < rows]
+    together = math.lcm(
+        *heights, *(group // columns for group in groups if columns < group <= rows * columns)
+    )
+    of_matrices = math.lcm(*(group // (rows * columns) for group in groups if group > rows * columns))
+    whole = of_matrices > 1 or together >= rows
+    unit = min(of_matrices, max(1, matrices)), max(1, rows) if whole else together
+    return Form(dtype, shape, questions, stack, sizes, patterns, unit)
+
+
+def _inside(shape: Shape, pattern: Pattern) -> int:
+    """How many elements lie between two members of a group."""
+    return prod(shape[pattern.axis % len(shape) + 1 :])
+
+
+def _is_in(shape: Shape, pattern: Pattern) -> bool:
+    """Whether a tensor has a pattern's dimension, in whole groups."""
+    rank = len(shape)
+    return 0 not in shape and -rank <= pattern.axis < rank and shape[pattern.axis] % pattern.group == 0
+
+
+@lru_cache(maxsize=256)
+def _filled(form: Form) -> tuple[tuple[Zeros, ...], Zeros, Zeros, Mapping[str, Zeros]]:
+    slices = tuple(Zeros(0, size) for size in form.shape)
+    return slices, *form.blocks([0] * len(form.sizes))
+
+
+def _cut_off(size: Size, stack: tuple[int, int, int]) -> Size:
+    """The size of a block that is no larger than a matrix."""
+    return max(1, min(size[0], stack[1])), max(1, min(size[1], stack[2]))
+
+
+def _unmarked(marks: Marks) -> Zeros:
+    return Zeros(marks.size - int(np.count_nonzero(marks)), marks.size)
+
 
 SLAB = 1 << 21  # bytes read at a time: few calls, and they stay in the cache until they are counted
 _MEMORY = 4  # bytes for each byte that is read or is a bit: marks, bits, joined bits

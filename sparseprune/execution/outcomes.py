@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sparseprune.engine.kernels.counting import Tally, exact_sum, share_of_output, tally, totals_in_units
 from sparseprune.engine.sequences import Made
-from sparseprune.engine.tally import Tally, exact_sum, share_of_output, tally, totals_in_units
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
         StoredMask,
         StoredTensor,
     )
-    from sparseprune.engine.tally import Tally
+    from sparseprune.engine.kernels.counting import Tally
     from sparseprune.execution.limits import Limits
     from sparseprune.execution.outcomes import TensorOutcome
     from sparseprune.execution.runner import Progress

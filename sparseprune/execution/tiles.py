@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sparseprune.engine.kernels.counting import first_nonfinite
+from sparseprune.engine.kernels.counting import Tally, first_nonfinite, tally
 from sparseprune.engine.kernels.formats import FORMATS
 from sparseprune.engine.kernels.selecting import cut_below, cut_blocks, select_keys
 from sparseprune.engine.kernels.sums import run_sums, tree_sum
-from sparseprune.engine.tally import Tally, tally
 from sparseprune.execution.outcomes import finish
 from sparseprune.execution.passes import Chunk, Pass
 from sparseprune.execution.regions import Region, cells, flat_leaf, gaps, members_of, regions_at

@@ -15,7 +15,7 @@ import numpy as np
 
 from sparseprune.engine.grids import prod
 from sparseprune.errors import CheckpointError
-from sparseprune.removal.module_lists import numbered
+from sparseprune.removal.preview import numbered
 from sparseprune.removal.slices import kept_slices, kept_whole
 from sparseprune.spec.problems import shown
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from sparseprune.engine.grids import Shape
     from sparseprune.removal.architectures import DimPart, Routing, TensorDims
     from sparseprune.removal.config import ConfigSection
-    from sparseprune.removal.module_lists import RemovedMembers
+    from sparseprune.removal.preview import RemovedMembers
     from sparseprune.removal.slices import KeptIndices
     from sparseprune.spec import Captures
 

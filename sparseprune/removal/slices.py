@@ -1,7 +1,6 @@
-"""Kept indices: which slices of a tensor survive along each dimension, from flags of blocks or of elements.
+"""Kept indices of every tensor: from decisions over blocks in memory, or from masks that are read.
 
-Owns the test whether survivors are whole slices. Reads no data and knows neither specs nor config.json.
-Called by the rest of removal.
+Owns folding both into slices; a mask that is not made of whole slices is refused. Called by api.
 """
 
 from __future__ import annotations
@@ -11,17 +10,36 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from sparseprune.checkpoint import read_kept
 from sparseprune.engine.grids import Shape, prod
+from sparseprune.execution.block_reduce import by_leaf
+from sparseprune.execution.limits import Crowd
+from sparseprune.execution.outcomes import Outcomes
+from sparseprune.execution.passes import Chunk, Pass
+from sparseprune.execution.plan import task_bytes
+from sparseprune.execution.runner import Job, Record, already_done, dealt, read_through, write_through
+from sparseprune.execution.strategy import by_block_norms
+from sparseprune.execution.tensor_io import TensorIO
+from sparseprune.execution.two_pass import block_norms
+from sparseprune.removal.preview import looker
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
 
+    from sparseprune.checkpoint import Sink, Source, StoredMask
+    from sparseprune.execution.limits import Limits
+    from sparseprune.execution.outcomes import TensorOutcome
+    from sparseprune.execution.plan import Task
+    from sparseprune.execution.runner import Progress
+    from sparseprune.execution.schedule import Schedule
+    from sparseprune.execution.strategy import BlockNorms
     from sparseprune.removal.preview import Look, Sliced
     from sparseprune.spec import BoundBlock
 
     Flags = NDArray[np.bool_]
+    Seen = tuple[int, Flags, Flags, int]  # first element, rows and columns that are kept, kept elements
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -116,3 +134,149 @@ def _both(one: KeptIndices, other: KeptIndices) -> KeptIndices:
 def _nothing(kept: KeptIndices) -> KeptIndices:
     """No index survives along any dimension, as a mask without survivors says it."""
     return KeptIndices(tuple(np.zeros(flags.size, dtype=np.bool_) for flags in kept.along), 0)
+
+
+@dataclass(frozen=True, slots=True)
+class BlockDecisions:
+    """The tasks of a schedule, all of which decide over whole blocks, each with its strategy."""
+
+    schedule: Schedule
+    tasks: Sequence[tuple[Task, BlockNorms]]
+
+    def work_bytes(self, output: Sink) -> tuple[int, int]:
+        """Bytes that a whole run reads to decide, and how many of them an earlier run did."""
+        tensors = self.schedule.plan.checkpoint.tensors
+        read = sum((strategy.passes - 1) * task_bytes(task, tensors) for task, strategy in self.tasks)
+        return read, already_done(output)
+
+    def decide(
+        self, reader: Source, output: Sink, progress: Progress
+    ) -> tuple[dict[str, KeptIndices], Sequence[TensorOutcome]]:
+        """The kept indices of the tensors that rules reach, and how many elements each rule drops.
+
+        The journal of `output` notes each decision, so that the next run takes it over. Energies of the
+        outcomes stay 0.
+        """
+        plan, outcomes = self.schedule.plan, Outcomes()
+        io = TensorIO(reader, output, plan.checkpoint.tensors, passed=progress)
+        record = Record(output, outcomes, progress)
+        found = write_through(self._jobs(), io, record, self.schedule.crowd)
+
+        def leaves() -> Iterator[tuple[BoundBlock, Flags]]:
+            for number, (task, _) in enumerate(self.tasks):
+                flags = found[number].view(np.bool_)
+                for leaf, blocks in by_leaf(task.instance.scope, flags).items():
+                    numel = prod(leaf.view_shape)
+                    pruned = (blocks.size - int(np.count_nonzero(blocks))) * leaf.numel_per_block
+                    outcomes.add([leaf.tensor, task.rule, numel, pruned, 0, 0.0, 0, 0.0])
+                    yield leaf, np.ascontiguousarray(blocks).reshape(-1)
+
+        shapes = {name: plan.checkpoint.tensors[name].shape for name in plan.reached}
+        kept = kept_of(leaves(), looker(plan.checkpoint.tensors), shapes)
+        return {name: kept[name] for name in shapes if name in kept}, outcomes.of_plan(plan)
+
+    def _jobs(self) -> Iterator[Job]:
+        tensors = self.schedule.plan.checkpoint.tensors
+        shards = [tensors[task.instance.scope.leaves[0].tensor].shard for task, _ in self.tasks]
+        for number, _ in dealt(shards, lambda shard: shard, self.schedule.workers):
+            task, strategy = self.tasks[number]
+            first = block_norms(task, strategy, tensors, cuts=False)
+            yield Job(number, f"blocks{number}", task.instance.label, first, strategy.held)
+
+
+def block_decisions(schedule: Schedule) -> BlockDecisions | None:
+    """The decisions of a schedule as flags of blocks; None where some task needs masks on disk.
+
+    Survivors that are shrunk or rebuilt need their new weights, and the torch engine decides on its device.
+    """
+    if schedule.uses_torch:
+        return None
+    tensors, tasks = schedule.plan.checkpoint.tensors, []
+    for task in (task for job in schedule.jobs for task in job.tasks):
+        strategy = by_block_norms(task, tensors, schedule.limits)
+        if strategy is None:
+            return None
+        tasks.append((task, strategy))
+    return BlockDecisions(schedule, tasks)
+
+
+def read_slices(
+    masks: Sequence[StoredMask],
+    reader: Source,
+    limits: Limits,
+    workers: int,
+    progress: Progress,
+) -> dict[str, KeptIndices]:
+    """What masks keep, by the name of their weights; tensors without elements are left out.
+
+    Each mask is read once, about `limits.slab` elements at a time. `progress` gets the bytes of masks that
+    were read, and the name of the mask.
+    """
+    masks = [mask for mask in masks if mask.numel]
+    jobs = (
+        Job(number, str(number), mask.name, ReadSlices(mask, limits.slab))
+        for number, mask in enumerate(masks)
+    )
+    found = read_through(jobs, TensorIO(reader), Crowd(workers, limits.memory), progress)
+    return {mask.name: found[place] for place, mask in enumerate(masks)}
+
+
+@dataclass(frozen=True, slots=True)
+class ReadSlices(Pass):
+    """Finds the rows and columns that a mask keeps; a row is what lies along the last dimension."""
+
+    mask: StoredMask
+    slab: int
+
+    def chunks(self, io: TensorIO) -> Iterator[Chunk]:  # noqa: ARG002
+        """Whole rows, about a slab of them, or parts of one that exceeds a slab: first element and size."""
+        width, numel = self._width, self.mask.numel
+        begin = 0
+        while begin < numel:
+            whole = self.slab // width * width
+            size = min(whole, numel - begin) if whole else min(self.slab, width - begin % width)
+            nbytes = self._bytes_to(begin + size) - self._bytes_to(begin)
+            yield Chunk((begin, size), nbytes, memory=4 * size)
+            begin += size
+
+    def work(self, chunk: Chunk, io: TensorIO) -> Seen:
+        begin, size = chunk.about
+        kept = read_kept(io.reader, self.mask, begin, size).view(np.bool_)
+        grid = kept.reshape(-1, min(size, self._width))
+        return (
+            begin,
+            np.logical_or.reduce(grid, axis=1),
+            np.logical_or.reduce(grid, axis=0),
+            int(np.count_nonzero(kept)),
+        )
+
+    def total(self) -> Seen:
+        """Nothing seen yet: flags of all rows and columns, and the number of kept elements."""
+        rows, columns = self.mask.numel // self._width, self._width
+        return 0, np.zeros(rows, dtype=np.bool_), np.zeros(columns, dtype=np.bool_), 0
+
+    def add(self, total: Seen, partial: Seen) -> Seen:
+        (_, all_rows, all_columns, elements), (begin, rows, columns, more) = total, partial
+        row, column = divmod(begin, self._width)
+        all_rows[row : row + rows.size] |= rows
+        all_columns[column : column + columns.size] |= columns
+        return 0, all_rows, all_columns, elements + more
+
+    def merge(self, partials: list[Seen], io: TensorIO) -> KeptIndices:  # noqa: ARG002
+        ((_, rows, columns, elements),) = partials
+        if not self.mask.shape:
+            return KeptIndices((), elements)
+        grid = rows.reshape(self.mask.shape[:-1])
+        dims = range(grid.ndim)
+        others = (
+            np.logical_or.reduce(grid, axis=tuple(other for other in dims if other != dim)) for dim in dims
+        )
+        return KeptIndices((*others, columns), elements)
+
+    @property
+    def _width(self) -> int:
+        return (self.mask.shape or (1,))[-1]
+
+    def _bytes_to(self, element: int) -> int:
+        """The share of the stored bytes that lies before an element."""
+        return element * self.mask.stored.nbytes // self.mask.numel

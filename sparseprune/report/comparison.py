@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 from rich.console import Group
 from rich.text import Text
 
-from sparseprune.engine.tally import exact_sum
+from sparseprune.engine.kernels.counting import exact_sum
 from sparseprune.errors import printable
 from sparseprune.execution.compare import TensorComparison
 from sparseprune.report.document import LEAST_ENERGY, mean, share

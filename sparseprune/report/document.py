@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from sparseprune.checkpoint import Checkpoint, OtherFile
-    from sparseprune.engine.tally import Tally
+    from sparseprune.engine.kernels.counting import Tally
     from sparseprune.execution import TensorOutcome
     from sparseprune.report.coverage import Coverage
     from sparseprune.spec import BoundRule, BoundSpec

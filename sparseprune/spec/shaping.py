@@ -10,8 +10,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import TYPE_CHECKING, TypeVar
 
-from sparseprune.engine.grids import Shape, align, identity_order, prod
-from sparseprune.engine.rearranging import rearranged
+from sparseprune.engine.grids import Shape, align, identity_order, prod, rearranged
 from sparseprune.errors import ShapeMismatchError, SparsityError
 from sparseprune.spec.bound import BoundBlock, BoundBlockCoupling, BoundScope
 from sparseprune.spec.expressions import ExpressionError, came_to, misfit

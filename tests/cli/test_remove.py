@@ -21,8 +21,8 @@ from sparseprune.checkpoint import TensorReader, open_masks
 from sparseprune.checkpoint.staging_dir import StagingDir
 from sparseprune.execution import limits, schedule
 from sparseprune.execution.two_pass import ReduceBlocks
-from sparseprune.removal.cut import CutTensor
-from sparseprune.removal.decide import ReadSlices, read_slices
+from sparseprune.removal.shrink import CutTensor
+from sparseprune.removal.slices import ReadSlices, read_slices
 from tests.checkpoint.files import content, names_in
 from tests.cli.removal import (
     CASES,

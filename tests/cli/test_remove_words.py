@@ -442,9 +442,9 @@ SOFT = (
     [
         ("sparseprune.execution.tensor_io.TensorIO.load", None),
         ("sparseprune.execution.tensor_io.TensorIO.load_run", None),
-        ("sparseprune.removal.decide.kept_of", None),
-        ("sparseprune.removal.decide.read_kept", SOFT),
-        ("sparseprune.removal.cut.CutTensor.work", None),
+        ("sparseprune.removal.slices.kept_of", None),
+        ("sparseprune.removal.slices.read_kept", SOFT),
+        ("sparseprune.removal.shrink.CutTensor.work", None),
         ("sparseprune.removal.shrink.configure", None),
         ("sparseprune.checkpoint.StagedOutput.write_weight", None),
         ("sparseprune.checkpoint.StagedOutput.copy", None),

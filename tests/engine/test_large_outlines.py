@@ -7,7 +7,7 @@ import torch
 from einops import rearrange
 
 from sparseprune import SparsityError
-from sparseprune.engine.rearranging import rearranged
+from sparseprune.engine.grids import rearranged
 
 VIEWS: tuple[tuple[tuple[int, ...], str, dict[str, int]], ...] = (
     ((4096, 11008), "a b -> (a b)", {}),

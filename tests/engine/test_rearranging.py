@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparseprune import SparsityError
-from sparseprune.engine.rearranging import Outline, rearranged
+from sparseprune.engine.grids import Outline, rearranged
 
 PATTERNS: tuple[tuple[str, dict[str, int]], ...] = (
     ("a b -> b a", {}),

@@ -24,7 +24,7 @@ from sparseprune import (
     SparseScope,
     SparsityError,
 )
-from sparseprune.engine import tally as tally_module
+from sparseprune.engine.kernels import counting as tally_module
 from tests.engine.devices import on_every_device
 from tests.engine.structures import cases, extents
 

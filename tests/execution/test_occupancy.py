@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from sparseprune.engine.kernels.occupancy import packed
 from sparseprune.execution.facts import BLOCKS, BlockShape, Pattern, Questions
-from sparseprune.execution.occupancy import Counted, form_of
+from sparseprune.execution.inspect import Counted, form_of
 
 QUESTIONS = (
     Questions(),

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from sparseprune.checkpoint import open_checkpoint
-from sparseprune.engine.tally import Tally
+from sparseprune.engine.kernels.counting import Tally
 from sparseprune.execution import make_plan
 from sparseprune.execution.outcomes import Outcomes, Reach
 from sparseprune.spec import parse_spec

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparseprune.removal.module_lists import RemovedMembers, numbered, removed_members
+from sparseprune.removal.preview import RemovedMembers, numbered, removed_members
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -19,8 +19,7 @@ from safetensors.numpy import save_file
 from sparseprune.checkpoint import MaskFormat, TensorReader, open_masks
 from sparseprune.checkpoint.layout import FORMAT_KEY, SHAPES_KEY
 from sparseprune.execution.limits import Limits
-from sparseprune.removal.decide import read_slices
-from sparseprune.removal.slices import KeptIndices, kept_slices, kept_whole, summed_up
+from sparseprune.removal.slices import KeptIndices, kept_slices, kept_whole, read_slices, summed_up
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -10,9 +10,9 @@ import jsonschema
 import pytest
 from rich.console import Console
 
-from sparseprune.execution.verify_result import Verification as Found
+from sparseprune.execution.verify import Verification as Found
+from sparseprune.report.checks import AskedCheck, broken_line, failures, make_verification, verify_table
 from sparseprune.report.coverage import Coverage
-from sparseprune.report.verification import AskedCheck, broken_line, failures, make_verification, verify_table
 from sparseprune.results.checking import BrokenScope, CheckedRule, CheckedTensor
 from sparseprune.results.fields import Uncovered
 from tests.samples import as_data, schema
