@@ -14,8 +14,8 @@ import numpy as np
 from sparseprune.engine.grids import prod
 from sparseprune.engine.kernels.formats import FORMATS
 from sparseprune.engine.kernels.sums import ColumnSums, TreeSum, run_sums, tree_sum
+from sparseprune.execution.ranking import Elements
 from sparseprune.execution.regions import leaves_of, members_of
-from sparseprune.execution.scores import Elements
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

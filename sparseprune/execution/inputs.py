@@ -1,7 +1,7 @@
 """Inputs: tensors of score, statistics and conditioner files that the tasks of a plan read beside weights.
 
 Owns finding them by name, checking their shapes against headers alone, every problem at once, and which
-members of a fused block take part. Does not know how scores and reconstruct use them. Called by plan.
+members of a fused block take part. What a score reads is in its row of scores. Called by plan.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from sparseprune.checkpoint import Statistic, open_statistics
 from sparseprune.engine.dtypes import DTYPES
 from sparseprune.engine.grids import prod
 from sparseprune.errors import CheckpointError, SpecError
+from sparseprune.execution.scores import kind_of
 from sparseprune.spec import BoundBlock, BoundScope
 from sparseprune.spec.problems import nearest
 
@@ -64,16 +65,16 @@ class InputFiles:
     def of_instance(self, rule: str, instance: BoundInstance) -> tuple[TaskInput, ...]:
         """The inputs of one instance; what is missing is noted and left out."""
         found: list[TaskInput] = []
-        score = instance.score
-        if score.file is not None and score.kind == "blocks":
+        score, kind = instance.score, kind_of(instance.score)
+        if score.file is not None and kind.reads == "blocks":
             found += self._block_scores(rule, score.file, instance.scope)
-        elif score.file is not None and score.kind == "values":
+        elif score.file is not None and kind.reads == "values":
             found += self._weight_inputs(rule, score.file, instance.scope, "values")
-        elif score.file is not None:
-            found += self._statistics(rule, score, instance.scope)
+        elif kind.reads == "vector":
+            found += self._statistics(rule, score, instance.scope, "vector")
         if instance.reconstruct is not None:
-            found += self._statistics(rule, instance.reconstruct, instance.scope)
-        if instance.soft is not None and score.kind != "magnitude":
+            found += self._statistics(rule, instance.reconstruct, instance.scope, "moment")
+        if instance.soft is not None and not kind.ranks_weights:
             self._note(
                 rule, f"mode soft shrinks the norms of the weights themselves; kind {score.kind} has no part"
             )
@@ -100,9 +101,10 @@ class InputFiles:
             if stored is not None:
                 yield TaskInput(role, name, stored)
 
-    def _statistics(self, rule: str, method: Score | Reconstruct, scope: AnyScope) -> Iterator[TaskInput]:
+    def _statistics(
+        self, rule: str, method: Score | Reconstruct, scope: AnyScope, role: Role
+    ) -> Iterator[TaskInput]:
         """One input for each weight that takes part; of a fused block some may be missing, but not all."""
-        role: Role = "vector" if hasattr(method, "kind") else "moment"
         path = method.file
         file = None if path is None else self._open(rule, path, role)
         if path is None or file is None:

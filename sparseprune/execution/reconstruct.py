@@ -19,8 +19,8 @@ from sparseprune.engine.reconstruction.solvers import admm, keep_rows, refit
 from sparseprune.errors import SparsityError
 from sparseprune.execution.inputs import holds_rows
 from sparseprune.execution.passes import Chunk, Pass
+from sparseprune.execution.ranking import Elements, Ranking, refuse_nonfinite
 from sparseprune.execution.regions import block_part, leaves_of, members_of, regions_at
-from sparseprune.execution.scores import Elements, Ranking, refuse_nonfinite
 from sparseprune.execution.strategy import StackPart, stacked_parts
 from sparseprune.execution.torch_tiles import build_scope, decide, load_tile, store_tile, stream_of, tensor_of
 from sparseprune.spec import BoundBlock, BoundScope

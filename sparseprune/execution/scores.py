@@ -1,255 +1,103 @@
-"""Scores: what the blocks of a task are compared by, from the score of a rule and its files.
+"""Scores: a row for each kind that says what it reads and how it ranks elements or blocks.
 
-Owns one function for each kind of score. Gives numbers for the elements of a region, or ready scores for a
-part of a block grid; the engine chooses among blocks. Numpy alone: no torch.
+Owns the table of kinds; the keys of a kind are in spec/schema.py. A new kind is a row here. Knows no regions:
+inputs finds what a kind reads, ranking calls its functions, strategy asks for its traits. `plan` calls it, so
+what needs numpy is imported late.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-import numpy as np
-
-from sparseprune.engine.grids import prod
-from sparseprune.engine.kernels.formats import FORMATS
-from sparseprune.engine.randomness import random_scores
-from sparseprune.errors import SparsityError
-from sparseprune.execution.regions import Region, grid_region
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    import numpy as np
     from numpy.typing import NDArray
 
-    from sparseprune.checkpoint import StoredTensor
-    from sparseprune.engine.grids import Shape
-    from sparseprune.execution.inputs import Role, TaskInput
+    from sparseprune.checkpoint import StatisticsKind, StoredTensor
     from sparseprune.execution.plan import Task
-    from sparseprune.execution.regions import AnyBlock, Part, Region
-    from sparseprune.execution.tensor_io import Bits, Loaded, TensorIO
+    from sparseprune.spec import Score
 
     Floats = NDArray[np.float64]
 
-_FILE_OF = {"values": "score", "vector": "score", "blocks": "score", "conditioners": "conditioner"}
-
 
 @dataclass(frozen=True, slots=True)
-class Elements:
-    """Numbers as the leaf sees them: patterns of a dtype that can be pruned.
+class ScoreKind:
+    """How one kind of score ranks the blocks of a rule.
 
-    `may_be_infinite`: infinity is a number like others here, a score that is that high.
+    `reads` says what its file holds: "values", a number for each weight; "vector", statistics of the inputs
+    of each matrix, used as `statistic`; "blocks", a number for each block; None, there is no file.
+
+    `elements` makes the scores of elements from their magnitudes, which it may overwrite, and from the
+    magnitudes of the file's numbers, if it reads any: float64, which broadcast to the shape of a region.
+    A "vector" needs it. Without it the numbers of the file are the scores, or the magnitudes of the weights.
+
+    `blocks` makes the scores of whole blocks, so that no element counts, from the score, the label of the
+    block and the row-major numbers of the blocks: float64 of their shape.
+
+    `norm` is the order of the norm over a block's elements; None: as the spec says.
     """
 
-    bits: Bits
-    dtype: str
-    may_be_infinite: bool = False
-
-    def magnitudes(self) -> Floats:
-        """Their magnitudes in float64; NaN stays NaN."""
-        form = FORMATS.get(self.dtype)
-        if form is None:
-            signed = self.bits.view(f"int{8 * self.bits.itemsize}")
-            return np.abs(signed.astype(np.float64))
-        return form.values(np.bitwise_and(self.bits, self.bits.dtype.type(form.magnitude), order="C"))
-
-    def without_rank(self) -> NDArray[np.bool_]:
-        """Which of them are not finite, and so have no rank."""
-        form = FORMATS.get(self.dtype)
-        if form is None:
-            return np.zeros(self.bits.shape, dtype=np.bool_)
-        first = form.largest + 1 if self.may_be_infinite else form.infinity
-        without: NDArray[np.bool_] = (self.bits & self.bits.dtype.type(form.magnitude)) >= first
-        return without
-
-
-class Ranking:
-    """The scores of one task; reads what it needs of its files, a region at a time, from any thread."""
-
-    def __init__(self, task: Task, io: TensorIO) -> None:
-        self._score = task.instance.score
-        self._io = io
-        self._inputs: dict[tuple[Role, str], TaskInput] = {(one.role, one.key): one for one in task.inputs}
+    reads: Literal["values", "vector", "blocks"] | None = None
+    statistic: StatisticsKind = "norm"
+    elements: Callable[..., Floats] | None = None
+    blocks: Callable[[Score, str, NDArray[np.uint64]], Floats] | None = None
+    norm: float | None = None
 
     @property
-    def prunes_nonfinite(self) -> bool:
-        """Whether a block in which something is not finite ranks below all others; else that is an error."""
-        return self._score.nonfinite == "prune"
+    def ranks_blocks(self) -> bool:
+        """Whether blocks have scores of their own, whatever their elements are."""
+        return self.reads == "blocks" or self.blocks is not None
 
     @property
-    def norm(self) -> float:
+    def ranks_weights(self) -> bool:
+        """Whether the magnitudes of the weights are the scores."""
+        return self.reads is None and self.elements is None and self.blocks is None
+
+    def norm_of(self, score: Score) -> float:
         """The order of the norm over a block's elements."""
-        return 1.0 if self._score.kind == "obd" else self._score.norm
+        return score.norm if self.norm is None else self.norm
 
-    @property
-    def rms(self) -> bool:
-        """Whether norms are divided by the root of a block's elements."""
-        return self._score.normalize
-
-    def elements(self, loaded: Loaded) -> Elements | None:
-        """What the elements of a region count in place of the weights; None where the weights count.
-
-        Raises:
-            SparsityError: NaN in a score file that may have none, a negative norm or Hessian diagonal.
-        """
-        kind = self._score.kind
-        if kind == "values":
-            return self._file_elements("values", loaded.region)
-        if kind not in {"wanda", "obd"}:
-            return None
-        magnitudes = Elements(loaded.view, loaded.dtype).magnitudes()
-        name = loaded.region.leaf.tensor
-        if ("vector", name) not in self._inputs:  # members without statistics count 0
-            magnitudes.fill(0.0)
-            return Elements(magnitudes.view(np.uint64), "F64")
-        with np.errstate(over="ignore", invalid="ignore"):  # who ranks the result checks it
-            if kind == "obd":
-                np.square(magnitudes, out=magnitudes)
-            magnitudes *= self._along(loaded)
-        return Elements(magnitudes.view(np.uint64), "F64")
-
-    def conditioners(self, region: Region) -> Elements | None:
-        """The diagonal that soft thresholding is conditioned by, None where no file was given."""
-        if ("conditioners", region.leaf.tensor) not in self._inputs:
-            return None
-        return self._file_elements("conditioners", region)
-
-    def block_scores(self, block: AnyBlock, part: Part) -> Floats | None:
-        """Ready scores for a part of a block grid, float64 of its shape; None where elements are ranked."""
-        if self._score.kind == "random":
-            return random_scores(self._score.seed, block.label, _numbers(block.grid_shape, part))
-        if self._score.kind != "blocks":
-            return None
-        stored = self._inputs["blocks", block.label].stored
-        loaded = self._io.load(grid_region(block, part), stored)
-        self._refuse_nan(loaded.view, stored, block.label, "blocks")
-        form = FORMATS.get(stored.dtype)
-        if form is None:
-            return loaded.view.view(f"int{8 * loaded.view.itemsize}").astype(np.float64)
-        magnitude = loaded.view.dtype.type(form.magnitude)
-        scores = form.values(loaded.view & magnitude)
-        return np.where(loaded.view > magnitude, -scores, scores)
-
-    def _file_elements(self, role: Role, region: Region) -> Elements:
-        stored = self._inputs[role, region.leaf.tensor].stored
-        bits = self._io.load(region, stored).view
-        self._refuse_nan(bits, stored, region.leaf.tensor, role)
-        return Elements(bits, stored.dtype, may_be_infinite=True)
-
-    def _refuse_nan(self, bits: Bits, stored: StoredTensor, key: str, role: Role) -> None:
-        elements = Elements(bits, stored.dtype, may_be_infinite=True)
-        if not self.prunes_nonfinite and elements.without_rank().any():
-            raise SparsityError(
-                f"{key}: there is NaN in its {_FILE_OF[role]} file: it has no rank among the scores "
-                f"({stored.shard.path})"
-            )
-
-    def _along(self, loaded: Loaded) -> Floats:
-        """The number that belongs to each element of a region by its place along one dimension of the weight.
-
-        wanda: the l2 norm of the input feature (Sun et al. 2023, A Simple and Effective Pruning Approach);
-        obd: the diagonal of the Hessian (LeCun et al. 1989, Optimal Brain Damage, without the 1/2).
-        """
-        region, shape = loaded.region, loaded.stored.shape
-        one = self._inputs["vector", region.leaf.tensor]
-        numbers = self._io.vectors.get(one.key)
-        if numbers is None:  # as often as there are threads at the most
-            numbers = self._io.vectors[one.key] = self._vector(one)
-        dim = one.dim % len(shape)
-        inner = prod(shape[dim + 1 :])
-        if numbers.ndim == 1 and region.leaf.view_shape == shape:
-            own = numbers[region.begin[dim] : region.begin[dim] + region.extent[dim]]
-            return own.reshape([-1 if other == dim else 1 for other in range(len(shape))])
-        if numbers.ndim == 1 and len(region.extent) == 1 and region.leaf.view_stride == (1,):
-            return _repeated(numbers, inner, region.first, region.numel)
-        flat = np.full((1,) * len(region.extent), region.first, dtype=np.int64)
-        for axis, (size, step) in enumerate(zip(region.extent, region.leaf.view_stride, strict=True)):
-            steps = np.arange(size, dtype=np.int64) * step
-            flat = flat + steps.reshape([-1 if other == axis else 1 for other in range(len(region.extent))])
-        places = flat // inner % shape[dim]
-        return numbers[places] if numbers.ndim == 1 else numbers[flat // prod(shape[1:]), places]
-
-    def _vector(self, one: TaskInput) -> Floats:
-        """(features,), or (matrices, features) where a stack has a vector for each of its matrices."""
-        shape = one.stored.shape
-        if one.form == "hessian":
-            features = shape[-1]
-            firsts = [
-                matrix * features**2 + place * (features + 1)
-                for matrix in range(prod(shape[:-2]))
-                for place in range(features)
-            ]
-            bits = np.concatenate([self._io.load_run(one.stored, (first, 1)) for first in firsts])
-            shape = shape[:-1]
-        else:
-            bits = self._io.load_run(one.stored, (0, one.stored.numel))
-        self._refuse_nan(bits, one.stored, one.key, "vector")
-        elements = Elements(bits, one.stored.dtype)
-        if _is_negative(elements):
-            is_norm = self._score.kind == "wanda" and one.form != "hessian"
-            what = "a norm of its inputs" if is_norm else "the diagonal of the Hessian"
-            raise SparsityError(
-                f"{one.key}: {what} in the score file is negative somewhere: calibrate again "
-                f"({one.stored.shard.path})"
-            )
-        numbers = elements.magnitudes().reshape(shape)
-        if one.form == "hessian" and self._score.kind == "wanda":
-            return np.sqrt(numbers)
-        return np.square(numbers) if one.form == "norm" and self._score.kind == "obd" else numbers
+    def dtypes(self, task: Task, tensors: Mapping[str, StoredTensor]) -> set[str]:
+        """The dtypes of the numbers that rank the elements of a task."""
+        if self.elements is not None:
+            return {"F64"}
+        if self.reads == "values":
+            return {one.stored.dtype for one in task.inputs if one.role == "values"}
+        return {tensors[leaf.tensor].dtype for leaf in task.instance.scope.leaves}
 
 
-def _repeated(numbers: Floats, inner: int, first: int, count: int) -> Floats:
-    """What belongs to `count` neighbouring elements, `first` the first, when each number is for `inner`."""
-    begin, end = first // inner, -(-(first + count) // inner)
-    each = np.resize(np.roll(numbers, -(begin % numbers.size)), end - begin)
-    skipped = first - begin * inner
-    return each if inner == 1 else np.repeat(each, inner)[skipped : skipped + count]
+def kind_of(score: Score) -> ScoreKind:
+    """The row of a score's kind."""
+    return SCORE_KINDS[score.kind]
 
 
-def _numbers(grid: tuple[int, ...], part: Part) -> NDArray[np.uint64]:
-    """The numbers of the blocks of a part of a grid, row-major in the whole grid."""
-    numbers = np.zeros((1,) * len(grid), dtype=np.uint64)
-    for dim, (begin, size) in enumerate(zip(part.begin, part.extent, strict=True)):
-        places = np.arange(begin, begin + size, dtype=np.uint64) * np.uint64(prod(grid[dim + 1 :]))
-        numbers = numbers + places.reshape([-1 if other == dim else 1 for other in range(len(grid))])
-    return numbers
+def _random(score: Score, label: str, numbers: NDArray[np.uint64]) -> Floats:
+    from sparseprune.engine.randomness import random_scores  # noqa: PLC0415  (imports numpy)
+
+    return random_scores(score.seed, label, numbers)
 
 
-def _is_negative(elements: Elements) -> bool:
-    """Whether a number is below 0; -0.0 is not."""
-    if elements.dtype in FORMATS:
-        magnitude = elements.bits.dtype.type(FORMATS[elements.dtype].magnitude)
-        return bool(
-            (elements.bits > magnitude).any() and (elements.bits[elements.bits > magnitude] & magnitude).any()
-        )
-    return bool((elements.bits.view(f"int{8 * elements.bits.itemsize}") < 0).any())
+def _wanda(magnitudes: Floats, norms: Floats) -> Floats:
+    """|W| times the l2 norm of its input: Sun et al. 2023, A Simple and Effective Pruning Approach."""
+    magnitudes *= norms
+    return magnitudes
 
 
-def stored_place(region: Region, place: Shape, shape: Shape) -> Shape:
-    """The index in a stored tensor of such a shape of a place of a region."""
-    steps = zip(place, region.leaf.view_stride, strict=True)
-    flat = region.first + sum(index * step for index, step in steps)
-    return tuple(int(index) for index in np.unravel_index(flat, shape)) if shape else ()
+def _obd(magnitudes: Floats, diagonal: Floats) -> Floats:
+    """W squared times the Hessian's diagonal: LeCun et al. 1989, Optimal Brain Damage, without the 1/2."""
+    magnitudes *= magnitudes
+    magnitudes *= diagonal
+    return magnitudes
 
 
-def refuse_nonfinite(loaded: Loaded, elements: Elements | None = None) -> None:
-    """SparsityError for NaN or infinity among what ranks the elements of a region, by default the weights."""
-    ranked = Elements(loaded.view, loaded.dtype) if elements is None else elements
-    if not ranked.may_be_infinite:
-        wrong = ranked.without_rank()
-        if wrong.any():
-            place = tuple(int(index) for index in np.unravel_index(int(np.argmax(wrong)), wrong.shape))
-            element = Elements(ranked.bits[place], ranked.dtype)
-            raise nonfinite_error(loaded, place, element, scored=elements is not None)
-
-
-def nonfinite_error(
-    loaded: Loaded, place: Shape, element: Elements, *, scored: bool = False
-) -> SparsityError:
-    """The error for an element that is not finite, at a place of a region; `scored` by a score file."""
-    where = list(stored_place(loaded.region, place, loaded.stored.shape))
-    what = "NaN" if np.isnan(element.magnitudes()).any() else "infinity"
-    source, files = (" as its score", " or the score file") if scored else ("", "")
-    return SparsityError(
-        f"{loaded.region.leaf.tensor}: {what}{source} at {where}: it has no rank among the "
-        f"scores; repair the tensor{files}, leave it out of the spec, or, where the mode is hard, say "
-        'nonfinite = "prune" in its score'
-    )
+SCORE_KINDS: Mapping[str, ScoreKind] = {
+    "magnitude": ScoreKind(),
+    "random": ScoreKind(blocks=_random),
+    "values": ScoreKind("values"),
+    "wanda": ScoreKind("vector", "norm", elements=_wanda),
+    "obd": ScoreKind("vector", "hessian", elements=_obd, norm=1.0),
+    "blocks": ScoreKind("blocks"),
+}

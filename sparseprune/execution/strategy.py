@@ -26,6 +26,7 @@ from sparseprune.execution.regions import (
     sweep_of,
     whole_part,
 )
+from sparseprune.execution.scores import kind_of
 from sparseprune.spec import BoundBlock, BoundScope
 
 if TYPE_CHECKING:
@@ -260,21 +261,19 @@ def _selection_of(task: Task, scope: BoundScope) -> Selection:
 
 def _loop_bytes(task: Task, size: int, selection: Selection) -> int:
     """Memory for each element that compiled loops work on: its pattern, mask, score, and float64 of norms."""
-    scores = 40 if task.instance.score.kind != "magnitude" else 0
+    scores = 0 if kind_of(task.instance.score).ranks_weights else 40
     return size + 1 + scores + (1 if selection.block == 1 else -(-16 // selection.extent[-1]))
 
 
 def _has_loop(task: Task, tensors: Mapping[str, StoredTensor]) -> bool:
     """Whether compiled loops rank the blocks of a task's one leaf as the engine would."""
-    score = task.instance.score
+    score, kind = task.instance.score, kind_of(task.instance.score)
     (leaf,) = task.instance.scope.leaves
     dtype = tensors[leaf.tensor].dtype
     single = leaf.numel_per_block == 1
-    if score.kind == "magnitude":
+    if kind.ranks_weights:
         return dtype in _FLOATS and (single or (dtype != "F64" and score.norm in {1, 2}))
-    if not single or score.kind not in {"values", "wanda", "obd"}:
-        return False
-    return all(one.stored.dtype != "I64" for one in task.inputs)
+    return single and not kind.ranks_blocks and all(one.stored.dtype != "I64" for one in task.inputs)
 
 
 def _radix_select(task: Task, tensors: Mapping[str, StoredTensor], limits: Limits) -> RadixSelect | None:
@@ -291,7 +290,7 @@ def _radix_select(task: Task, tensors: Mapping[str, StoredTensor], limits: Limit
         for (*_, shape), leaf in unlike.items()
     )
     (dtype,) = dtypes
-    if not whole or not together or dtype not in _FLOATS or task.instance.score.kind != "magnitude":
+    if not whole or not together or dtype not in _FLOATS or not kind_of(task.instance.score).ranks_weights:
         return None
     size = DTYPES[dtype].itemsize
     slab = max(_PACKED, limits.slab // size // _PACKED * _PACKED)
@@ -304,9 +303,9 @@ def _radix_select(task: Task, tensors: Mapping[str, StoredTensor], limits: Limit
 
 
 def _block_norms(task: Task, tensors: Mapping[str, StoredTensor], limits: Limits) -> BlockNorms | None:
-    scope, score = task.instance.scope, task.instance.score
+    scope, score, kind = task.instance.scope, task.instance.score, kind_of(task.instance.score)
     dtypes = {tensors[leaf.tensor].dtype for leaf in scope.leaves}
-    by_elements = score.kind not in {"random", "blocks"}
+    by_elements = not kind.ranks_blocks
     if by_elements and not dtypes <= _FLOATS:
         return None
     blocks = prod(scope.grid_shape) * scope.blocks_per_scope
@@ -322,12 +321,12 @@ def _block_norms(task: Task, tensors: Mapping[str, StoredTensor], limits: Limits
         return None
     passes = 1 + (0 if not by_elements else 2 if needs_scaling(task, tensors) else 1)
     scaled = by_elements and needs_scaling(task, tensors)
-    looped = score.kind == "magnitude" and not scaled and score.norm != math.inf
+    looped = kind.ranks_weights and not scaled and score.norm != math.inf
     each = []
     for leaf in {(leaf.view_shape, leaf.view_stride, leaf.shape): leaf for leaf in scope.leaves}.values():
         beside = _LOOPED_BYTES if looped and _is_summed_in_loops(leaf, chunk) else _PLAIN_BYTES
         size = DTYPES[tensors[leaf.tensor].dtype].itemsize
-        each.append(size + beside if score.kind == "magnitude" else _SUMMED_BYTES)
+        each.append(size + beside if kind.ranks_weights else _SUMMED_BYTES)
     elements = max(prod(leaf.view_shape) for leaf in scope.leaves)
     return BlockNorms(max(each) * min(chunk, elements), chunk, held, passes)
 
@@ -340,14 +339,8 @@ def _is_summed_in_loops(leaf: BoundBlock, chunk: int) -> bool:
 
 def needs_scaling(task: Task, tensors: Mapping[str, StoredTensor]) -> bool:
     """Whether powers of what is summed may leave the range of float64, as the engine sees it: F64 values."""
-    score = task.instance.score
-    if score.norm == math.inf and score.kind != "obd":
-        return False
-    if score.kind in {"wanda", "obd"}:
-        return True
-    if score.kind == "values":
-        return any(one.stored.dtype == "F64" for one in task.inputs)
-    return any(tensors[leaf.tensor].dtype == "F64" for leaf in task.instance.scope.leaves)
+    kind = kind_of(task.instance.score)
+    return not math.isinf(kind.norm_of(task.instance.score)) and "F64" in kind.dtypes(task, tensors)
 
 
 def elements_together(task: Task) -> int:

@@ -19,8 +19,8 @@ from sparseprune.engine.kernels.selecting import cut_below, cut_blocks, select_k
 from sparseprune.engine.kernels.sums import run_sums, tree_sum
 from sparseprune.execution.outcomes import finish
 from sparseprune.execution.passes import Chunk, Pass
+from sparseprune.execution.ranking import Elements, Ranking, nonfinite_error, refuse_nonfinite
 from sparseprune.execution.regions import Region, cells, flat_leaf, gaps, members_of, regions_at
-from sparseprune.execution.scores import Elements, Ranking, nonfinite_error, refuse_nonfinite
 from sparseprune.execution.strategy import Contiguous
 
 if TYPE_CHECKING:

@@ -25,6 +25,7 @@ from sparseprune.engine.kernels.counting import Tally, tally
 from sparseprune.execution.outcomes import Outcome, finish
 from sparseprune.execution.passes import Chunk, Decision, Pass
 from sparseprune.execution.plan import task_bytes
+from sparseprune.execution.ranking import Elements, Ranking, refuse_nonfinite
 from sparseprune.execution.regions import (
     Part,
     alone,
@@ -35,7 +36,7 @@ from sparseprune.execution.regions import (
     regions_of,
     tiles,
 )
-from sparseprune.execution.scores import Elements, Ranking, refuse_nonfinite
+from sparseprune.execution.scores import kind_of
 from sparseprune.spec import BoundBlock, BoundScope
 
 if TYPE_CHECKING:
@@ -363,15 +364,13 @@ class _Scopes:
 
     def width(self, io: TensorIO) -> int | None:
         """Bits of the keys where single elements of one dtype compete by their patterns; None for norms."""
-        scope, kind = self.task.instance.scope, self.task.instance.score.kind
-        dtypes = {io.tensors[leaf.tensor].dtype for leaf in scope.leaves}
-        if kind == "values":
-            dtypes = {one.stored.dtype for one in self.task.inputs if one.role == "values"}
-        single = all(member.block.numel_per_block == 1 for member, _ in members_of(scope))
-        ready = kind in {"random", "blocks"} or self.task.instance.score.nonfinite == "prune"
-        if self.task.instance.soft is not None or not single or len(dtypes) > 1 or ready:
+        instance, kind = self.task.instance, kind_of(self.task.instance.score)
+        dtypes = kind.dtypes(self.task, io.tensors)
+        single = all(member.block.numel_per_block == 1 for member, _ in members_of(instance.scope))
+        ready = kind.ranks_blocks or instance.score.nonfinite == "prune"
+        if instance.soft is not None or not single or len(dtypes) > 1 or ready:
             return None
-        return 64 if kind in {"wanda", "obd"} else DTYPES[dtypes.pop()].bits
+        return DTYPES[dtypes.pop()].bits
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,8 +23,9 @@ from sparseprune.engine.kernels.selecting import cut_below, cut_blocks, select_k
 from sparseprune.execution.block_reduce import LeafMaxima, LeafSums, by_leaf, by_scope, inverse
 from sparseprune.execution.passes import Chunk, Decision, Pass
 from sparseprune.execution.plan import task_bytes
+from sparseprune.execution.ranking import Elements, Ranking, nonfinite_error, refuse_nonfinite
 from sparseprune.execution.regions import Region, flat_leaf, leaves_of, members_of, sweep_of, whole_part
-from sparseprune.execution.scores import Elements, Ranking, nonfinite_error, refuse_nonfinite
+from sparseprune.execution.scores import kind_of
 from sparseprune.execution.strategy import needs_scaling
 from sparseprune.execution.tiles import RegionPass, region_chunks
 from sparseprune.spec import BoundBlock
@@ -364,10 +365,10 @@ def block_norms(
     task: Task, strategy: BlockNorms, tensors: Mapping[str, StoredTensor], *, cuts: bool = True
 ) -> Pass:
     """The first pass over blocks too large or too scattered for a slab: channels, heads, experts, filters."""
-    score = task.instance.score
-    if score.kind in {"random", "blocks"}:
+    score, kind = task.instance.score, kind_of(task.instance.score)
+    if kind.ranks_blocks:
         return ReduceBlocks(task, strategy, "ready", cuts)
-    needs_maxima = (math.isinf(score.norm) and score.kind != "obd") or needs_scaling(task, tensors)
+    needs_maxima = math.isinf(kind.norm_of(score)) or needs_scaling(task, tensors)
     return ReduceBlocks(task, strategy, "maxima" if needs_maxima else "sums", cuts)
 
 

@@ -144,7 +144,7 @@ NumberFromZero = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
 Dimension = Annotated[StrictInt, Field(ge=-LARGEST, le=LARGEST)]
 
 # The kinds of scores, each with the keys that it takes; `file` is required where it is allowed.
-# A new kind is a row here and its numbers in execution/scores.py, which scores blocks by `Score.kind`.
+# A new kind is a row here and a row of execution/scores.py, which says how it ranks.
 SCORE_KEYS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "magnitude": ("norm", "normalize", "nonfinite"),

@@ -1,0 +1,256 @@
+"""Ranking: the numbers by which the blocks of a task are compared, from its weights and its score's file.
+
+Owns reading them region by region and refusing NaN; the kinds of scores are rows of scores. Gives numbers for
+the elements of a region, or scores for a part of a block grid; the engine chooses. Numpy alone: no torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from sparseprune.engine.grids import prod
+from sparseprune.engine.kernels.formats import FORMATS
+from sparseprune.errors import SparsityError
+from sparseprune.execution.regions import Region, grid_region
+from sparseprune.execution.scores import kind_of
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from sparseprune.checkpoint import StatisticsKind, StoredTensor
+    from sparseprune.engine.grids import Shape
+    from sparseprune.execution.inputs import Role, TaskInput
+    from sparseprune.execution.plan import Task
+    from sparseprune.execution.regions import AnyBlock, Part, Region
+    from sparseprune.execution.tensor_io import Bits, Loaded, TensorIO
+
+    Floats = NDArray[np.float64]
+
+_FILE_OF = {"values": "score", "vector": "score", "blocks": "score", "conditioners": "conditioner"}
+
+
+@dataclass(frozen=True, slots=True)
+class Elements:
+    """Numbers as the leaf sees them: patterns of a dtype that can be pruned.
+
+    `may_be_infinite`: infinity is a number like others here, a score that is that high.
+    """
+
+    bits: Bits
+    dtype: str
+    may_be_infinite: bool = False
+
+    def magnitudes(self) -> Floats:
+        """Their magnitudes in float64; NaN stays NaN."""
+        form = FORMATS.get(self.dtype)
+        if form is None:
+            signed = self.bits.view(f"int{8 * self.bits.itemsize}")
+            return np.abs(signed.astype(np.float64))
+        return form.values(np.bitwise_and(self.bits, self.bits.dtype.type(form.magnitude), order="C"))
+
+    def without_rank(self) -> NDArray[np.bool_]:
+        """Which of them are not finite, and so have no rank."""
+        form = FORMATS.get(self.dtype)
+        if form is None:
+            return np.zeros(self.bits.shape, dtype=np.bool_)
+        first = form.largest + 1 if self.may_be_infinite else form.infinity
+        without: NDArray[np.bool_] = (self.bits & self.bits.dtype.type(form.magnitude)) >= first
+        return without
+
+
+class Ranking:
+    """The scores of one task; reads what it needs of its files, a region at a time, from any thread."""
+
+    def __init__(self, task: Task, io: TensorIO) -> None:
+        self._score = task.instance.score
+        self._kind = kind_of(self._score)
+        self._io = io
+        self._inputs: dict[tuple[Role, str], TaskInput] = {(one.role, one.key): one for one in task.inputs}
+
+    @property
+    def prunes_nonfinite(self) -> bool:
+        """Whether a block in which something is not finite ranks below all others; else that is an error."""
+        return self._score.nonfinite == "prune"
+
+    @property
+    def norm(self) -> float:
+        """The order of the norm over a block's elements."""
+        return self._kind.norm_of(self._score)
+
+    @property
+    def rms(self) -> bool:
+        """Whether norms are divided by the root of a block's elements."""
+        return self._score.normalize
+
+    def elements(self, loaded: Loaded) -> Elements | None:
+        """What the elements of a region count in place of the weights; None where the weights count.
+
+        Raises:
+            SparsityError: NaN in a score file that may have none, a negative norm or Hessian diagonal.
+        """
+        kind = self._kind
+        if kind.ranks_blocks or kind.ranks_weights:
+            return None
+        if kind.elements is None:
+            return self._file_elements("values", loaded.region)
+        magnitudes = Elements(loaded.view, loaded.dtype).magnitudes()
+        if kind.reads is not None and (kind.reads, loaded.region.leaf.tensor) not in self._inputs:
+            magnitudes.fill(0.0)  # members without statistics count 0
+            return Elements(magnitudes.view(np.uint64), "F64")
+        with np.errstate(over="ignore", invalid="ignore"):  # who ranks the result checks it
+            if kind.reads is None:
+                scores = kind.elements(magnitudes)
+            elif kind.reads == "vector":
+                scores = kind.elements(magnitudes, self._along(loaded))
+            else:
+                numbers = self._file_elements("values", loaded.region).magnitudes()
+                scores = kind.elements(magnitudes, numbers)
+        return Elements(scores.view(np.uint64), "F64")
+
+    def conditioners(self, region: Region) -> Elements | None:
+        """The diagonal that soft thresholding is conditioned by, None where no file was given."""
+        if ("conditioners", region.leaf.tensor) not in self._inputs:
+            return None
+        return self._file_elements("conditioners", region)
+
+    def block_scores(self, block: AnyBlock, part: Part) -> Floats | None:
+        """Ready scores for a part of a block grid, float64 of its shape; None where elements are ranked."""
+        if self._kind.blocks is not None:
+            return self._kind.blocks(self._score, block.label, _numbers(block.grid_shape, part))
+        if self._kind.reads != "blocks":
+            return None
+        stored = self._inputs["blocks", block.label].stored
+        loaded = self._io.load(grid_region(block, part), stored)
+        self._refuse_nan(loaded.view, stored, block.label, "blocks")
+        form = FORMATS.get(stored.dtype)
+        if form is None:
+            return loaded.view.view(f"int{8 * loaded.view.itemsize}").astype(np.float64)
+        magnitude = loaded.view.dtype.type(form.magnitude)
+        scores = form.values(loaded.view & magnitude)
+        return np.where(loaded.view > magnitude, -scores, scores)
+
+    def _file_elements(self, role: Role, region: Region) -> Elements:
+        stored = self._inputs[role, region.leaf.tensor].stored
+        bits = self._io.load(region, stored).view
+        self._refuse_nan(bits, stored, region.leaf.tensor, role)
+        return Elements(bits, stored.dtype, may_be_infinite=True)
+
+    def _refuse_nan(self, bits: Bits, stored: StoredTensor, key: str, role: Role) -> None:
+        elements = Elements(bits, stored.dtype, may_be_infinite=True)
+        if not self.prunes_nonfinite and elements.without_rank().any():
+            raise SparsityError(
+                f"{key}: there is NaN in its {_FILE_OF[role]} file: it has no rank among the scores "
+                f"({stored.shard.path})"
+            )
+
+    def _along(self, loaded: Loaded) -> Floats:
+        """The number of each element of a region, by its place along one dimension of the weight."""
+        region, shape = loaded.region, loaded.stored.shape
+        one = self._inputs["vector", region.leaf.tensor]
+        numbers = self._io.vectors.get(one.key)
+        if numbers is None:  # as often as there are threads at the most
+            numbers = self._io.vectors[one.key] = self._vector(one)
+        dim = one.dim % len(shape)
+        inner = prod(shape[dim + 1 :])
+        if numbers.ndim == 1 and region.leaf.view_shape == shape:
+            own = numbers[region.begin[dim] : region.begin[dim] + region.extent[dim]]
+            return own.reshape([-1 if other == dim else 1 for other in range(len(shape))])
+        if numbers.ndim == 1 and len(region.extent) == 1 and region.leaf.view_stride == (1,):
+            return _repeated(numbers, inner, region.first, region.numel)
+        flat = np.full((1,) * len(region.extent), region.first, dtype=np.int64)
+        for axis, (size, step) in enumerate(zip(region.extent, region.leaf.view_stride, strict=True)):
+            steps = np.arange(size, dtype=np.int64) * step
+            flat = flat + steps.reshape([-1 if other == axis else 1 for other in range(len(region.extent))])
+        places = flat // inner % shape[dim]
+        return numbers[places] if numbers.ndim == 1 else numbers[flat // prod(shape[1:]), places]
+
+    def _vector(self, one: TaskInput) -> Floats:
+        """(features,), or (matrices, features) where a stack has a vector for each of its matrices."""
+        shape = one.stored.shape
+        wanted: StatisticsKind = self._kind.statistic
+        if one.form == "hessian":
+            features = shape[-1]
+            firsts = [
+                matrix * features**2 + place * (features + 1)
+                for matrix in range(prod(shape[:-2]))
+                for place in range(features)
+            ]
+            bits = np.concatenate([self._io.load_run(one.stored, (first, 1)) for first in firsts])
+            shape = shape[:-1]
+        else:
+            bits = self._io.load_run(one.stored, (0, one.stored.numel))
+        self._refuse_nan(bits, one.stored, one.key, "vector")
+        elements = Elements(bits, one.stored.dtype)
+        if _is_negative(elements):
+            is_norm = wanted == "norm" and one.form != "hessian"
+            what = "a norm of its inputs" if is_norm else "the diagonal of the Hessian"
+            raise SparsityError(
+                f"{one.key}: {what} in the score file is negative somewhere: calibrate again "
+                f"({one.stored.shard.path})"
+            )
+        numbers = elements.magnitudes().reshape(shape)
+        if one.form is None or one.form == wanted:
+            return numbers
+        return np.sqrt(numbers) if wanted == "norm" else np.square(numbers)
+
+
+def _repeated(numbers: Floats, inner: int, first: int, count: int) -> Floats:
+    """What belongs to `count` neighbouring elements, `first` the first, when each number is for `inner`."""
+    begin, end = first // inner, -(-(first + count) // inner)
+    each = np.resize(np.roll(numbers, -(begin % numbers.size)), end - begin)
+    skipped = first - begin * inner
+    return each if inner == 1 else np.repeat(each, inner)[skipped : skipped + count]
+
+
+def _numbers(grid: tuple[int, ...], part: Part) -> NDArray[np.uint64]:
+    """The numbers of the blocks of a part of a grid, row-major in the whole grid."""
+    numbers = np.zeros((1,) * len(grid), dtype=np.uint64)
+    for dim, (begin, size) in enumerate(zip(part.begin, part.extent, strict=True)):
+        places = np.arange(begin, begin + size, dtype=np.uint64) * np.uint64(prod(grid[dim + 1 :]))
+        numbers = numbers + places.reshape([-1 if other == dim else 1 for other in range(len(grid))])
+    return numbers
+
+
+def _is_negative(elements: Elements) -> bool:
+    """Whether a number is below 0; -0.0 is not."""
+    if elements.dtype in FORMATS:
+        magnitude = elements.bits.dtype.type(FORMATS[elements.dtype].magnitude)
+        return bool(
+            (elements.bits > magnitude).any() and (elements.bits[elements.bits > magnitude] & magnitude).any()
+        )
+    return bool((elements.bits.view(f"int{8 * elements.bits.itemsize}") < 0).any())
+
+
+def stored_place(region: Region, place: Shape, shape: Shape) -> Shape:
+    """The index in a stored tensor of such a shape of a place of a region."""
+    steps = zip(place, region.leaf.view_stride, strict=True)
+    flat = region.first + sum(index * step for index, step in steps)
+    return tuple(int(index) for index in np.unravel_index(flat, shape)) if shape else ()
+
+
+def refuse_nonfinite(loaded: Loaded, elements: Elements | None = None) -> None:
+    """SparsityError for NaN or infinity among what ranks the elements of a region, by default the weights."""
+    ranked = Elements(loaded.view, loaded.dtype) if elements is None else elements
+    if not ranked.may_be_infinite:
+        wrong = ranked.without_rank()
+        if wrong.any():
+            place = tuple(int(index) for index in np.unravel_index(int(np.argmax(wrong)), wrong.shape))
+            element = Elements(ranked.bits[place], ranked.dtype)
+            raise nonfinite_error(loaded, place, element, scored=elements is not None)
+
+
+def nonfinite_error(
+    loaded: Loaded, place: Shape, element: Elements, *, scored: bool = False
+) -> SparsityError:
+    """The error for an element that is not finite, at a place of a region; `scored` by a score file."""
+    where = list(stored_place(loaded.region, place, loaded.stored.shape))
+    what = "NaN" if np.isnan(element.magnitudes()).any() else "infinity"
+    source, files = (" as its score", " or the score file") if scored else ("", "")
+    return SparsityError(
+        f"{loaded.region.leaf.tensor}: {what}{source} at {where}: it has no rank among the "
+        f"scores; repair the tensor{files}, leave it out of the spec, or, where the mode is hard, say "
+        'nonfinite = "prune" in its score'
+    )
