@@ -250,7 +250,7 @@ def test_what_goes_with_it_is_told(tmp_path: Path, score: str) -> None:
     spec = spec.replace("version = 1\n", f"version = 1\n{top}").rstrip() + "\n"
     spec += score.replace(" }", ', nonfinite = "prune" }')
     said = refused(tmp_path, spec, a=torch.ones(4, 4))
-    assert ('goes with "hard" only' if not score else "takes no nonfinite") in said
+    assert ('which only "hard" takes' if not score else "takes no nonfinite") in said
 
 
 # -- finite, and odd ----------------------------------------------------------------------------------
