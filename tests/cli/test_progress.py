@@ -10,19 +10,21 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
+from rich.cells import cell_len
 from rich.console import Console
 
 from sparseprune.api.run import Advance, Progress, Run
-from sparseprune.cli.progress import Line, Standing, Tally, _log_lines, log_line, shown
+from sparseprune.cli.progress import Latest, _log_lines, log_line, shown, terminal_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 UNIT = "proj[layer=7,part=mlp,name=down]"
-HALF = Standing(750_000_000, 2_200_000_000, 1.13e9, UNIT)
+HALF = (Progress("pruning", 750_000_000, 2_200_000_000, unit=UNIT), 1.13e9)
 
 
 @contextmanager
@@ -41,103 +43,133 @@ class Clock:
         return self.now
 
 
-def drawn(standing: Standing, width: int, what: str = "pruning") -> str:
-    """What a terminal of this width shows; without colours."""
-    stream = io.StringIO()
+class At(Latest):
+    """A step at a rate that a test sets."""
+
+    def __init__(self, step: Progress, rate: float | None) -> None:
+        super().__init__(step)
+        self.rate = rate
+
+    def read(self) -> tuple[Progress, float | None]:
+        return self.step, self.rate
+
+
+def drawn(step: Progress, rate: float | None, width: int, encoding: str = "utf-8") -> str:
+    """What a terminal of this width shows; without colours and the spaces at the end."""
+    raw = io.BytesIO()
+    stream = io.TextIOWrapper(raw, encoding=encoding, errors="backslashreplace")
     console = Console(file=stream, force_terminal=True, no_color=True, width=width, highlight=False)
-    console.print(Line(what, standing), style="none")
-    (line,) = stream.getvalue().replace("\x1b[2m", "").replace("\x1b[0m", "").rstrip("\n").split("\n")
-    return line
+    line, draw = terminal_line(At(step, rate), console)
+    draw()
+    console.print(line)
+    stream.flush()
+    text = raw.getvalue().decode(encoding).replace("\x1b[2m", "").replace("\x1b[0m", "")
+    assert text.endswith("\n")
+    (whole,) = text[:-1].split("\n")
+    assert cell_len(whole) <= width - 2
+    return whole.rstrip()
 
 
 # The width of the terminal -> the line.
 LINES = {
-    40: "pruning ━   0.75/2.20 GB 1.1 GB/s 0:01",
-    60: "pruning ━╸    0.75/2.20 GB 1.1 GB/s 0:01 proj[layer=7,par…",
-    80: "pruning ━━━        0.75/2.20 GB 1.1 GB/s 0:01 proj[layer=7,part=mlp,name=down]",
-    120: f"pruning ━━━━━━╸{' ' * 13} 0.75/2.20 GB 1.1 GB/s 0:01 {UNIT}",
-    200: f"pruning {'━' * 13}╸{' ' * 26} 0.75/2.20 GB 1.1 GB/s 0:01 {UNIT}",
+    40: "pruning   0.75/2.20 GB 1.1 GB/s    1 s",
+    50: f"pruning ━━━╸{' ' * 7} 0.75/2.20 GB 1.1 GB/s    1 s",
+    60: "pruning ━    0.75/2.20 GB 1.1 GB/s    1 s proj[layer=7,pa…",
+    80: f"pruning ━━╸{' ' * 5} 0.75/2.20 GB 1.1 GB/s    1 s {UNIT}",
+    120: f"pruning ━━━━━{' ' * 11} 0.75/2.20 GB 1.1 GB/s    1 s {UNIT}",
+    200: f"pruning {'━' * 10}╸{' ' * 21} 0.75/2.20 GB 1.1 GB/s    1 s {UNIT}",
 }
 
 
 @pytest.mark.parametrize("width", LINES)
 def test_the_line_has_all_facts_at_any_width(width: int) -> None:
-    assert drawn(HALF, width) == LINES[width]
+    assert drawn(*HALF, width) == LINES[width]
 
 
-@pytest.mark.parametrize("width", [40, 41, 47, 60, 79, 80, 120, 200])
+@pytest.mark.parametrize("width", [3, 20, 38, 40, 41, 47, 59, 60, 79, 80, 120, 200])
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1"])
 @pytest.mark.parametrize(
-    "standing",
+    ("done", "total", "rate", "unit"),
     [
-        HALF,
-        Standing(0, 0),
-        Standing(0, 2_200_000_000),
-        Standing(3_000, 2_000, 1.0),
-        Standing(12_340_000_000, 99_900_000_000, 1.0, UNIT * 9),
-        Standing(1, 99_900_000_000, 9_940_000.0, "重み[layer=7]" * 9),
-        Standing(999, 10**18, 10.0**14, "x\x1b[2J\ny"),
+        (750_000_000, 2_200_000_000, 1.13e9, UNIT),
+        (0, 0, None, ""),
+        (0, 2_200_000_000, None, ""),
+        (3_000, 2_000, 1.0, ""),
+        (12_340_000_000, 99_900_000_000, 1.0, UNIT * 9),
+        (1, 99_900_000_000, 9_940_000.0, "重み[layer=7]" * 9),
+        (999, 10**18, 10.0**14, "x\x1b[2J\ny"),
     ],
-    ids=str,
 )
-def test_the_line_never_wraps_and_leaves_room_for_an_interrupt(standing: Standing, width: int) -> None:
-    line = drawn(standing, width, "masking")
-    assert len(line) <= width
+def test_the_line_never_wraps_and_leaves_room_for_an_interrupt(
+    done: int, total: int, rate: float | None, unit: str, encoding: str, width: int
+) -> None:
+    line = drawn(Progress("masking", done, total, unit=unit), rate, width, encoding)
+    assert width < 47 or line.startswith("masking ")
 
 
 def test_the_line_in_a_terminal_without_unicode_has_the_same_length() -> None:
-    raw = io.BytesIO()
-    stream = io.TextIOWrapper(raw, encoding="latin-1", errors="backslashreplace")
-    Console(file=stream, force_terminal=True, no_color=True, width=60).print(Line("pruning", HALF))
-    stream.flush()
-    text = raw.getvalue().decode("ascii").replace("\x1b[2m", "").replace("\x1b[0m", "")
-    assert text == "pruning -     0.75/2.20 GB 1.1 GB/s 0:01 proj[layer=7,par?"
+    assert drawn(*HALF, 60, "latin-1") == "pruning -    0.75/2.20 GB 1.1 GB/s    1 s proj[layer=7,par"
+
+
+def test_the_bar_keeps_its_length_when_the_next_unit_begins() -> None:
+    lines = [drawn(replace(HALF[0], unit=unit), 1.13e9, 80) for unit in ("", "a", UNIT, UNIT * 9)]
+    assert len({line.index("0.75/2.20 GB") for line in lines}) == 1
+
+
+def test_names_are_shown_as_they_are_but_for_what_a_terminal_obeys() -> None:
+    unit = "[bold]{x}[/]:smile:\x1b[2J\n%s"
+    assert drawn(replace(HALF[0], unit=unit), 1.13e9, 120).endswith(r" [bold]{x}[/]:smile:\x1b[2J\n%s")
+
+
+def test_the_line_counts_tokens() -> None:
+    step = Progress("calibrating", 750_000, 2_200_000, counts="tokens")
+    assert drawn(step, 1.1e6, 80).endswith(" 0.75/2.20 M tokens 1.1 M tokens/s    1 s")
 
 
 @pytest.mark.parametrize(
-    ("standing", "line"),
+    ("done", "total", "rate", "unit", "line"),
     [
-        (HALF, f"reading 34%, 0.75 of 2.20 GB, 1.1 GB/s, 1 s left, {UNIT}"),
-        (Standing(0, 2_000), "reading 0%, 0.00 of 2.00 kB"),
-        (Standing(1_999, 2_000, 10.0), "reading 99%, 2.00 of 2.00 kB, 10 B/s, 0 s left"),
-        (Standing(1_000, 2_000, 0.0, "x"), "reading 50%, 1.00 of 2.00 kB, 0 B/s, x"),
-        (Standing(0, 0), "reading 100%, 0 of 0 B"),
-        (
-            Standing(0, 36 * 10**11, 10.0**8, "a\nb"),
-            "reading 0%, 0.00 of 3.60 TB, 100 MB/s, 10.0 h left, a\\nb",
-        ),
+        (750_000_000, 2_200_000_000, 1.13e9, UNIT, f"34%, 0.75 of 2.20 GB, 1.1 GB/s, 1 s left, {UNIT}"),
+        (7_500_000, 12_300_000, None, "", "60%, 7.5 of 12.3 MB"),
+        (0, 2_000, None, "", "0%, 0.00 of 2.00 kB"),
+        (1_999, 2_000, 10.0, "", "99%, 2.00 of 2.00 kB, 10 B/s, 0 s left"),
+        (1_000, 2_000, 0.0, "x", "50%, 1.00 of 2.00 kB, 0 B/s, x"),
+        (0, 0, None, "", "100%, 0 of 0 B"),
+        (0, 10**10, 12_345_678.0, "", "0%, 0.0 of 10.0 GB, 12 MB/s, 14 min left"),
+        (0, 10**8, 999_999.0, "", "0%, 0 of 100 MB, 1.0 MB/s, 2 min left"),
+        (0, 36 * 10**11, 10.0**8, "a\nb", "0%, 0.00 of 3.60 TB, 100 MB/s, 10.0 h left, a\\nb"),
     ],
-    ids=str,
 )
-def test_log_lines(standing: Standing, line: str) -> None:
-    assert log_line("reading", standing) == f"sparseprune: {line}"
+def test_log_lines(done: int, total: int, rate: float | None, unit: str, line: str) -> None:
+    assert log_line(Progress("reading", done, total, unit=unit), rate) == f"sparseprune: reading {line}"
 
 
 def test_the_rate_starts_with_the_first_byte_and_without_what_was_there() -> None:
     clock = Clock()
-    tally = Tally(1_000, already=400, clock=clock)
+    began = Progress("reading", 400, 1_000, already=400)
+    latest = Latest(began, clock)
     clock.now += 60
-    assert tally.standing() == Standing(400, 1_000, None, "")
-    tally.done, tally.unit = 410, "a"
+    assert latest.read() == (began, None)
+    latest.step = replace(began, done=410, unit="a")
     clock.now += 0.1
-    assert tally.standing().rate is None
-    tally.done = 500
+    assert latest.read() == (latest.step, None)
+    latest.step = replace(began, done=500, unit="a")
     clock.now += 1.9
-    standing = tally.standing()
-    assert standing == Standing(500, 1_000, 50.0, "a")
-    assert (standing.share, standing.seconds_left) == (0.5, 10.0)
+    assert latest.read() == (latest.step, 50.0)
+    assert log_line(*latest.read()) == "sparseprune: reading 50%, 0.50 of 1.00 kB, 50 B/s, 10 s left, a"
 
 
 def test_the_rate_is_that_of_the_last_half_minute() -> None:
     clock = Clock()
-    tally = Tally(10_000, clock=clock)
+    latest = Latest(Progress("reading", 0, 10_000), clock)
     for nbytes in [100] * 50 + [10] * 30:
-        tally.done += nbytes
+        latest.step = replace(latest.step, done=latest.step.done + nbytes)
         clock.now += 1
-        standing = tally.standing()
-    assert standing.rate == 10.0
+        _, rate = latest.read()
+    assert rate == 10.0
     clock.now += 40
-    assert tally.standing().rate == 0.0
-    assert tally.standing().seconds_left is None
+    assert latest.read() == (latest.step, 0.0)
+    assert log_line(*latest.read()) == "sparseprune: reading 53%, 5.3 of 10.0 kB, 0 B/s"
 
 
 def test_every_thread_is_counted() -> None:
@@ -162,7 +194,7 @@ def test_log_lines_come_at_growing_intervals(
 ) -> None:
     clock, moments = Clock(), []
     monkeypatch.setattr("time.monotonic", clock)
-    began, look = clock.now, _log_lines("reading", Tally(100))
+    began, look = clock.now, _log_lines(Latest(Progress("reading", 0, 100)))
     for _ in range(300):
         clock.now += 1
         look()
@@ -266,6 +298,11 @@ def test_the_line_goes_and_the_cursor_comes_back_however_a_run_ends(end: str) ->
     shown = written.index("\x1b[?25h", hidden)
     erased = written.rindex("\x1b[1A\x1b[2K")
     assert hidden < written.rindex("50/100 B" if "raise" in end else "100/100 B") < shown < erased
+
+
+def test_thousands_of_steps_are_drawn_a_few_times() -> None:
+    written, _ = on_terminal("for _ in range(20_000): advance(0)")
+    assert written.count("50/100 B") < 100  # five a second
 
 
 def test_no_color_and_quiet_and_a_dumb_terminal_are_respected() -> None:

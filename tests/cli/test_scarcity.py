@@ -232,7 +232,7 @@ def test_bars_and_logs_that_fail_stop_nothing(folder: Path, monkeypatch: pytest.
     def fail(*_: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("sparseprune.cli.progress.Tally.standing", fail)
+    monkeypatch.setattr("sparseprune.cli.progress.Latest.read", fail)
     monkeypatch.setattr("sparseprune.cli.progress._TICK", 0.0001)
     save_file({"0.a.weight": torch.ones(512, 512)}, folder / "m.safetensors")
     said = run("apply", folder / "m.safetensors", write_spec(folder, TWO_OF_FOUR))
