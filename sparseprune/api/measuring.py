@@ -203,7 +203,7 @@ def _by_spec(
         if look.spec is not None or look.overrides or error.exit_code != SparsepruneError.exit_code:
             raise
         first = str(error).splitlines()[0]
-        run.note(f"drawn without the spec that lies beside the weights: {first}")
+        run.listener.shortfall(f"drawn without the spec that lies beside the weights: {first}")
         return None
 
 

@@ -65,13 +65,14 @@ class Listener:
 
     `progress` is called from any thread, one call at a time. `warning` gets the lines that results have as
     `warnings`, when they come up; `note` what else a person may want to know; `output` each output that
-    begins to be written.
+    begins to be written; `shortfall` what is missing from what was asked for, although the call succeeds.
     """
 
     progress: Callable[[Progress], None] | None = None
     warning: Callable[[str], None] = _unheard
     note: Callable[[str], None] = _unheard
     output: Callable[[Ending], None] = _unheard
+    shortfall: Callable[[str], None] = _unheard
 
 
 class Advance(Protocol):

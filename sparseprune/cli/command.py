@@ -56,7 +56,7 @@ class Call(Generic[Result]):
     def __call__(self, **more: object) -> Result:
         """What the function gives; notes and progress go to stderr, unless `quiet`."""
         with shown(quiet=self.quiet) as progress:
-            listener = Listener(progress, self._warn, self.note, self._begin)
+            listener = Listener(progress, self._warn, self.note, self._begin, tell)
             return self.function(**self.options, **more, progress=listener)
 
     def checked(self) -> tuple[Result, tuple[str, ...]]:
