@@ -11,7 +11,7 @@ import transformers
 
 from sparseprune.removal.shrink import make_removal
 from tests.removal.models import cut
-from tests.removal.test_removing import CASES
+from tests.removal.test_shrink import CASES
 
 if TYPE_CHECKING:
     from tests.removal.models import Config, Shapes

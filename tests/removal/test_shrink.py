@@ -45,7 +45,7 @@ from tests.removal.models import (
     whole,
     without,
 )
-from tests.removal.test_membership import name_after, vanished_members
+from tests.removal.test_module_lists import name_after, vanished_members
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
