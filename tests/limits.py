@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from sparseprune.execution import reapply, schedule, strategy
-from sparseprune.execution.limits import Limits
+from sparseprune.execution.regions import Limits
 
 if TYPE_CHECKING:
     import pytest

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from sparseprune.checkpoint import open_checkpoint
 from sparseprune.checkpoint.discovery import RESULTS, SUFFIX
 from sparseprune.checkpoint.documents import read_object
-from sparseprune.checkpoint.staging_dir import left_behind
+from sparseprune.checkpoint.publish import left_behind
 from sparseprune.errors import CheckpointError, SparsepruneError
 from sparseprune.spec import SpecSource, find_spec, parse_spec
 

@@ -109,7 +109,7 @@ def _refuse_contradictions(look: Look) -> None:
 
 def _asked(look: Look) -> tuple[Telling, list[Requirement]]:
     """What to look for, and what has to hold; requirements add their patterns and runtimes."""
-    from sparseprune.execution.facts import BLOCKS, PATTERNS, Questions, block_of, pattern_of
+    from sparseprune.execution.inspect import BLOCKS, PATTERNS, Questions, block_of, pattern_of
     from sparseprune.report.inspection import Telling, fields_of
     from sparseprune.report.runtimes import RUNTIMES, runtimes_of
 

@@ -120,8 +120,8 @@ def _pruned(run: Run, prepared: Prepared, output: StagedOutput, reader: TensorRe
     # Numpy and the compiled loops come in here, after everything that can be refused without them.
     from sparseprune.execution import device_text, devices_of_rules, execute, resolve_device, work_bytes
     from sparseprune.report.coverage import unpruned_lines
-    from sparseprune.report.document import Run as Circumstances
-    from sparseprune.report.document import make_report, pruned_by_rule
+    from sparseprune.report.pruning import Run as Circumstances
+    from sparseprune.report.pruning import make_report, pruned_by_rule
 
     plan, schedule, layout, machine = prepared.plan, prepared.schedule, prepared.layout, prepared.machine
     weights = prepared.target.weights

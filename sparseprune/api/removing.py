@@ -52,12 +52,12 @@ if TYPE_CHECKING:
     from sparseprune.checkpoint import Checkpoint, StoredMask, StoredTensor
     from sparseprune.execution import Plan, Schedule, TensorOutcome
     from sparseprune.execution.earlier import Touched
-    from sparseprune.execution.limits import Limits
+    from sparseprune.execution.regions import Limits
     from sparseprune.removal.preview import Preview
     from sparseprune.removal.shrink import Removal
     from sparseprune.removal.slices import BlockDecisions, KeptIndices
     from sparseprune.report.coverage import Coverage
-    from sparseprune.report.removal import RemovalRun
+    from sparseprune.report.pruning import RemovalRun
     from sparseprune.spec import BoundSpec
 
 
@@ -168,8 +168,8 @@ def _by_masks(run: Run, asked: Asked, masks: Path, reader: TensorReader) -> Choi
     matched, origin = masked.matched, masked.origin
     layout = _target(asked, matched.checkpoint)
     refuse_replacing(layout, [shard.path for shard in matched.masks.shards], "masks")
-    from sparseprune.execution.limits import limits_of
     from sparseprune.execution.reapply import resident_of
+    from sparseprune.execution.regions import limits_of
     from sparseprune.report.checks import left_out_text
 
     limits = limits_of(asked.machine.memory, uses_torch=False, resident=resident_of(matched, resized=True))
@@ -344,7 +344,7 @@ def _cut(run: Run, asked: Asked, choice: Choice) -> results.Removal:
 def _refuse_nothing(run: Run, choice: Choice, removal: Removal) -> None:
     """SparsepruneError where nothing would be removed; a warning of each rule that removes nothing."""
     from sparseprune.report.coverage import unpruned_lines
-    from sparseprune.report.document import pruned_by_rule
+    from sparseprune.report.pruning import pruned_by_rule
 
     rules = () if choice.bound is None else choice.bound.rules
     idle = list(unpruned_lines(rules, pruned_by_rule(choice.outcomes)))
@@ -365,7 +365,7 @@ def _removed(
     """Move the survivors, and write the report and the spec beside them."""
     from sparseprune.removal.shrink import Cuts
     from sparseprune.removal.slices import kept_whole
-    from sparseprune.report.removal import make_removal_result
+    from sparseprune.report.pruning import make_removal_result
 
     layout = output.layout
     run.note(choice.left_out)
@@ -400,7 +400,7 @@ def _touched(choice: Choice, removal: Removal) -> dict[str, Touched]:
 
 
 def _circumstances(run: Run, asked: Asked, choice: Choice, layout: OutputLayout) -> RemovalRun:
-    from sparseprune.report.removal import RemovalRun
+    from sparseprune.report.pruning import RemovalRun
 
     others = {other.path for other in choice.checkpoint.others}
     return RemovalRun(

@@ -5,7 +5,7 @@ mathematics of pruning. Called by execution and the reports; imports no torch un
 """
 
 from sparseprune.checkpoint.discovery import OtherFile
-from sparseprune.checkpoint.fingerprint import (
+from sparseprune.checkpoint.file_io import (
     changed_since,
     checkpoint_identity,
     refuse_changed,

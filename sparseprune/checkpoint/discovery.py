@@ -13,7 +13,7 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
 from sparseprune.checkpoint.documents import leads_nowhere, read_json, read_object, shown, strict_json
-from sparseprune.checkpoint.fingerprint import Stamp, permissions, stamp_of
+from sparseprune.checkpoint.file_io import Stamp, permissions, stamp_of
 from sparseprune.checkpoint.not_safetensors import (
     CONVERTED,
     PICKLE_SUFFIXES,

@@ -15,8 +15,16 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from sparseprune.checkpoint import discovery, file_io
 from sparseprune.checkpoint.documents import leads_nowhere, read_object, shown
-from sparseprune.checkpoint.file_io import ChangedInputError, OpenFiles, machine_errors
-from sparseprune.checkpoint.fingerprint import NO_STAMP, Stamp, permissions, replaced, stamp_of
+from sparseprune.checkpoint.file_io import (
+    NO_STAMP,
+    ChangedInputError,
+    OpenFiles,
+    Stamp,
+    machine_errors,
+    permissions,
+    replaced,
+    stamp_of,
+)
 from sparseprune.checkpoint.header import Header, TensorEntry, read_header
 from sparseprune.errors import CheckpointError, SparsepruneError
 

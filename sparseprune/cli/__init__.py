@@ -21,7 +21,7 @@ def main() -> None:
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     # Threads of our own share the work; a pool of numpy's would end the process where it gets no thread.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    from sparseprune.cli.stdio import open_streams
+    from sparseprune.cli.console import open_streams
 
     open_streams()
     from sparseprune.cli.console import ended

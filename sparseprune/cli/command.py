@@ -17,10 +17,9 @@ import typer
 
 from sparseprune.api.options import Option
 from sparseprune.api.run import Listener
-from sparseprune.cli.console import reported, tell
+from sparseprune.cli.console import UnwrittenError, reported, tell
 from sparseprune.cli.progress import shown
 from sparseprune.cli.signals import text_when_stopped
-from sparseprune.cli.stdio import UnwrittenError
 from sparseprune.errors import CheckFailedError, SparsepruneError
 
 if TYPE_CHECKING:

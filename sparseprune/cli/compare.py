@@ -27,7 +27,7 @@ compare = command(api.compare, show_compared)
 
 def _print(result: "results.Comparison", form: str, *, all_tensors: bool) -> None:
     from sparseprune.report.comparison import columns_and_rows, compare_table, sheet_of
-    from sparseprune.report.exporting import csv_text, markdown_text
+    from sparseprune.report.tables import csv_text, markdown_text
 
     if form == "csv":
         print_text(csv_text(*sheet_of(result)))

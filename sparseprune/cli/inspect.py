@@ -39,9 +39,9 @@ inspect = command(api.inspect, show_inspected)
 
 
 def _print(result: "results.Inspection", form: str, *, tree: bool) -> None:
-    from sparseprune.report.exporting import csv_text, markdown_text
     from sparseprune.report.inspect_table import InspectTree, columns_and_rows, inspect_table
     from sparseprune.report.inspection import sheet_of
+    from sparseprune.report.tables import csv_text, markdown_text
 
     if form == "csv":
         print_text(csv_text(*sheet_of(result)))

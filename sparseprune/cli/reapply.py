@@ -21,7 +21,7 @@ reapply = command(api.reapply, show_reapplied)
 
 def _summarize(seconds: float, result: "results.Reapplication", *, verbose: bool) -> None:
     from sparseprune.report.checks import reapply_table
-    from sparseprune.report.document import copies_line
+    from sparseprune.report.pruning import copies_line
     from sparseprune.report.wording import percent, size
 
     console = stderr_console()

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from sparseprune.engine.block import BlockCoupling, BlockSpec, SparseBlock
-    from sparseprune.engine.reconstruction.matrices import Matrix, projection
-    from sparseprune.engine.reconstruction.solvers import Reconstructed, admm, keep_rows, refit
+    from sparseprune.engine.reconstruction import Matrix, Reconstructed, admm, keep_rows, projection, refit
     from sparseprune.engine.scope import ScopeCoupling, ScopeSpec, SparseScope
     from sparseprune.engine.view import View
 
@@ -32,17 +31,17 @@ __all__ = [
 _HOME = {
     "BlockCoupling": "block",
     "BlockSpec": "block",
-    "Matrix": "reconstruction.matrices",
-    "Reconstructed": "reconstruction.solvers",
+    "Matrix": "reconstruction",
+    "Reconstructed": "reconstruction",
     "ScopeCoupling": "scope",
     "ScopeSpec": "scope",
     "SparseBlock": "block",
     "SparseScope": "scope",
     "View": "view",
-    "admm": "reconstruction.solvers",
-    "keep_rows": "reconstruction.solvers",
-    "projection": "reconstruction.matrices",
-    "refit": "reconstruction.solvers",
+    "admm": "reconstruction",
+    "keep_rows": "reconstruction",
+    "projection": "reconstruction",
+    "refit": "reconstruction",
 }
 
 

@@ -11,7 +11,7 @@ from sparseprune.execution.plan import Plan, WorkUnit, make_plan
 from sparseprune.execution.schedule import Schedule, make_schedule
 
 if TYPE_CHECKING:
-    from sparseprune.execution.outcomes import TensorOutcome
+    from sparseprune.execution.passes import TensorOutcome
     from sparseprune.execution.pruning import execute, work_bytes
     from sparseprune.execution.schedule import cpu_lines, device_text, devices_of_rules, resolve_device
     from sparseprune.execution.verify import Check, Verification, count_survivors, make_check
@@ -37,7 +37,7 @@ __all__ = [
 
 _HOME = {
     "Check": "verify",
-    "TensorOutcome": "outcomes",
+    "TensorOutcome": "passes",
     "Verification": "verify",
     "count_survivors": "verify",
     "execute": "pruning",

@@ -17,7 +17,7 @@ import numpy as np
 
 from sparseprune.engine.dtypes import DTYPES
 from sparseprune.engine.grids import Shape, permute, prod
-from sparseprune.engine.kernels.occupancy import any_in, count_in, histogram, histograms, nonzero
+from sparseprune.engine.kernels.counting import any_in, count_in, histogram, histograms, nonzero
 from sparseprune.errors import SparsepruneError
 from sparseprune.execution.passes import Chunk, Pass
 from sparseprune.execution.regions import (
@@ -41,9 +41,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from sparseprune.checkpoint import StoredTensor
-    from sparseprune.engine.kernels.occupancy import ByteFlags
-    from sparseprune.execution.limits import Limits
-    from sparseprune.execution.regions import AnyBlock, AnyScope
+    from sparseprune.engine.kernels.counting import ByteFlags
+    from sparseprune.execution.regions import AnyBlock, AnyScope, Limits
     from sparseprune.execution.tensor_io import TensorIO
     from sparseprune.spec import BoundScope
 

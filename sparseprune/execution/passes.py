@@ -1,20 +1,30 @@
-"""Passes and chunks: the one form in which every command describes its work.
+"""Passes and chunks: the one form in which every command describes its work, and the counts that chunks give.
 
 A pass is plain, picklable data that lists chunks, does one chunk anywhere, and merges what the chunks gave. A
-runner owns order, memory, threads, notes and failures; a pass knows none of them. Passes are defined by the
-modules that decide, cut, verify and inspect, and done by runner.py.
+runner owns order, memory, threads, notes and failures; a pass knows none of them. Counts add up to the same
+whatever the order in which chunks were finished. Passes are defined by the modules that decide, cut and
+count.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from array import array
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable
+import numpy as np
 
-    from sparseprune.execution.tensor_io import TensorIO
+from sparseprune.engine.kernels.counting import Tally, exact_sum, share_of_output, tally, totals_in_units
+from sparseprune.results.fields import Made
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+    from types import UnionType
+
+    from sparseprune.checkpoint import StoredTensor
+    from sparseprune.execution.plan import Plan, Task
+    from sparseprune.execution.tensor_io import Bits, Mask, TensorIO
 
 
 class GivenUpError(BaseException):
@@ -89,3 +99,142 @@ class Pass(ABC):
     def decided(self, value: Any) -> Pass | None:  # noqa: ANN401, ARG002
         """The pass that follows a decision, from this run or noted by an earlier one; None if it is none."""
         return None
+
+
+Outcome = list[Any]
+"""[tensor, rule, elements reached, pruned, zeros before, energy before, zeros after, energy after].
+
+For a matrix that was reconstructed there follow its output energies: a list of what is lost by the mask
+alone, what is lost now, and that of the dense matrix, and the power of two that these three count in.
+"""
+_FORM: tuple[type | UnionType, ...] = (str, str, int, int, int, int | float, int, int | float)
+
+
+def is_outcome(value: object) -> bool:
+    """Whether it may be an outcome that was noted by an earlier run."""
+    if not isinstance(value, list) or len(value) < len(_FORM):
+        return False
+    outputs = value[len(_FORM) :]
+    return all(isinstance(one, form) for one, form in zip(value, _FORM, strict=False)) and all(
+        isinstance(one, list)
+        and len(one) == 4
+        and isinstance(one[3], int)
+        and all(isinstance(energy, int | float) for energy in one)
+        for one in outputs
+    )
+
+
+def finish(rule: str, stored: StoredTensor, before: Tally, bits: Bits, mask: Mask) -> Outcome:
+    """The outcome of elements (flat) that a rule has pruned by a mask: `before` was counted before."""
+    pruned = mask.size - int(np.count_nonzero(mask.view(np.bool_)))
+    after = tally(bits, stored.dtype)
+    zeros = [before.zeros, before.energy, after.zeros, after.energy]
+    return [stored.name, rule, before.numel, pruned, *zeros]
+
+
+_COUNTS = 5  # numbers of a row: the rule's, elements reached, pruned, zeros before, zeros after
+
+
+@dataclass(frozen=True, slots=True)
+class Reach:
+    """Elements of a tensor that a rule reached, and how many of them its masks drop, zero before or not."""
+
+    numel: int = 0
+    pruned: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TensorOutcome:
+    """Counts of one tensor before and after; `reach` has for each rule what it reached and dropped of it.
+
+    Where it was reconstructed, the root of the mean squared change of its outputs relative to the dense ones:
+    by its mask alone, and as it is.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    instance: str
+    reach: Mapping[str, Reach]
+    before: Tally
+    after: Tally
+    output_error_masked: float | None = None
+    output_error: float | None = None
+
+
+class Outcomes:
+    """Takes in the outcomes of pieces, in any order; not to be called from two threads at one time.
+
+    Pieces are rows of numbers, some 64 bytes each, whatever the number of tensors: objects would take ten
+    times as much.
+    """
+
+    def __init__(self) -> None:
+        self._last: dict[str, int] = {}  # the last row of each tensor
+        self._before = array("q")  # for each row, the one of the same tensor before it, or -1
+        self._counts = array("q")  # for each row, what `_COUNTS` says
+        self._energies = array("d")  # for each row, before and after
+        self._rules: dict[str, int] = {}
+        self._outputs: dict[str, list[list[float]]] = {}
+
+    def add(self, outcome: Outcome) -> None:
+        """One Outcome; a rule without a name reaches nothing."""
+        name, rule, numel, pruned, zeros_before, energy_before, zeros_after, energy_after, *output = outcome
+        number = self._rules.setdefault(rule, len(self._rules))
+        self._before.append(self._last.get(name, -1))
+        self._last[name] = len(self._before) - 1
+        self._counts.extend((number, numel, pruned, zeros_before, zeros_after))
+        self._energies.extend((energy_before, energy_after))
+        if output:
+            self._outputs.setdefault(name, []).extend(output)
+
+    def of_plan(self, plan: Plan) -> Sequence[TensorOutcome]:
+        """Every tensor that the plan reaches, in the order of the checkpoint; made when it is asked for."""
+        tasks_of: dict[str, tuple[Task, ...]] = {}
+        for unit in plan.units:
+            for task in unit.tasks:
+                alone = unit.tasks if len(unit.tasks) == 1 else (task,)
+                for name in dict.fromkeys([leaf.tensor for leaf in task.instance.scope.leaves]):
+                    tasks_of[name] = (*tasks_of[name], task) if name in tasks_of else alone
+
+        def outcome(name: str) -> TensorOutcome:
+            tasks = tasks_of[name]
+            label = ", ".join(dict.fromkeys([task.instance.label for task in tasks]))
+            return self.of_tensor(plan.checkpoint.tensors[name], [task.rule for task in tasks], label)
+
+        return Made(plan.reached, outcome)
+
+    def of_tensor(self, stored: StoredTensor, rules: Iterable[str], label: str = "") -> TensorOutcome:
+        """One tensor that these rules reach, also where nothing was gathered of it."""
+        parts = {rule: Reach() for rule in dict.fromkeys(rules)}
+        zeros_before, zeros_after = 0, 0
+        energies: tuple[list[float], list[float]] = [], []
+        names = tuple(self._rules)
+        row = self._last.get(stored.name, -1)
+        while row >= 0:
+            number, numel, pruned, before, after = self._counts[_COUNTS * row : _COUNTS * (row + 1)]
+            part = parts.get(names[number])
+            if part is not None:
+                parts[names[number]] = Reach(part.numel + numel, part.pruned + pruned)
+            zeros_before, zeros_after = zeros_before + before, zeros_after + after
+            energies[0].append(self._energies[2 * row])
+            energies[1].append(self._energies[2 * row + 1])
+            row = self._before[row]
+        return TensorOutcome(
+            stored.name,
+            stored.dtype,
+            stored.shape,
+            label,
+            parts,
+            Tally(stored.numel, zeros_before, exact_sum(energies[0])),
+            Tally(stored.numel, zeros_after, exact_sum(energies[1])),
+            *_output_errors(self._outputs.get(stored.name, [])),
+        )
+
+
+def _output_errors(outputs: list[list[float]]) -> tuple[float | None, float | None]:
+    """sqrt(tr(D H D^T) / tr(W0 H W0^T)) over all pieces, by the mask alone and as it is; None of none."""
+    if not outputs:
+        return None, None
+    masked, now, dense = totals_in_units((energies, int(power)) for *energies, power in outputs)
+    return share_of_output(masked, dense), share_of_output(now, dense)

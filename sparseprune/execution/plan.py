@@ -1,26 +1,282 @@
 """The plan: which independent work units a spec makes of a checkpoint, from headers alone.
 
-Owns the border between what a spec asks for (bound scopes) and the work. A unit is plain data; it names the
-tensors that it reads and writes, and no tensor belongs to two units. Knows no tensor data.
+Owns the border between what a spec asks for (bound scopes) and the work, and which tensors of score,
+statistics and conditioner files each task reads. A unit is plain data; no tensor belongs to two units. Reads
+no tensor data.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from sparseprune.checkpoint import read_config
+from sparseprune.checkpoint import Statistic, open_statistics, read_config
+from sparseprune.engine.dtypes import DTYPES
 from sparseprune.engine.grids import prod
-from sparseprune.engine.sequences import Made
-from sparseprune.execution.inputs import InputFiles
-from sparseprune.spec import TensorInfo, bind
+from sparseprune.errors import CheckpointError, SpecError
+from sparseprune.execution.scores import kind_of
+from sparseprune.results.fields import Made
+from sparseprune.spec import BoundBlock, BoundScope, TensorInfo, bind
+from sparseprune.spec.problems import nearest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from pathlib import Path
 
-    from sparseprune.checkpoint import Checkpoint, StoredTensor
-    from sparseprune.execution.inputs import TaskInput
-    from sparseprune.spec import BoundInstance, BoundSpec, Spec
+    from sparseprune.checkpoint import Checkpoint, Statistics, StatisticsKind, StoredTensor
+    from sparseprune.engine.grids import Shape
+    from sparseprune.execution.scores import ScoreKind
+    from sparseprune.spec import (
+        BoundBlockCoupling,
+        BoundInstance,
+        BoundScopeCoupling,
+        BoundSpec,
+        Reconstruct,
+        Score,
+        Spec,
+    )
+
+    AnyBlock = BoundBlock | BoundBlockCoupling
+    AnyScope = BoundScope | BoundScopeCoupling
+
+Role = Literal["values", "vector", "blocks", "conditioners", "moment"]
+_NUMBERS = frozenset(row.name for row in DTYPES.values() if row.prunable)
+_FLOATS = frozenset(name for name in _NUMBERS if not name.startswith("I"))
+_MOMENTS = frozenset({"F64", "F32", "F16", "BF16"})
+_MOST_TOLD = 3  # weights without statistics; more of them mean another checkpoint
+_TABLE_OF: Mapping[Role, str] = {"moment": "reconstruct"}  # others belong to the score
+
+
+@dataclass(frozen=True, slots=True)
+class TaskInput:
+    """A stored tensor that a task reads: `key` is the weight, or for block scores the block, that it is for.
+
+    `dim` is the dimension of the weight along which a vector lies, or the inputs of a second moment. `form`
+    tells what a vector is made from: second moments, or the roots of their diagonal; None where it is ready.
+    `tokens` were counted, a number for each matrix; () where nothing did.
+    """
+
+    role: Role
+    key: str
+    stored: StoredTensor
+    dim: int = -1
+    form: StatisticsKind | None = None
+    tokens: tuple[int, ...] = ()
+
+
+class InputFiles:
+    """The files that a spec names, each opened once; collects their problems."""
+
+    def __init__(self, weights: Checkpoint) -> None:
+        self._weights = weights
+        self._files: dict[Path, Statistics | None] = {}
+        self._problems: dict[str, None] = {}
+        self._missing: dict[tuple[str, Role, Path], list[str]] = {}
+
+    def of_instance(self, rule: str, instance: BoundInstance) -> tuple[TaskInput, ...]:
+        """The inputs of one instance; what is missing is noted and left out."""
+        found: list[TaskInput] = []
+        score, kind = instance.score, kind_of(instance.score)
+        if score.file is not None and kind.reads == "blocks":
+            found += self._block_scores(rule, score.file, instance.scope)
+        elif score.file is not None and kind.reads == "values":
+            found += self._weight_inputs(rule, score.file, instance.scope, "values")
+        elif kind.reads == "vector":
+            found += self._statistics(rule, score, instance.scope, "vector")
+        if instance.reconstruct is not None:
+            found += self._statistics(rule, instance.reconstruct, instance.scope, "moment")
+        if instance.soft is not None and not kind.ranks_weights:
+            self._note(
+                rule, f"mode soft shrinks the norms of the weights themselves; kind {score.kind} has no part"
+            )
+        if instance.soft is not None and instance.soft.conditioners is not None:
+            found += self._weight_inputs(rule, instance.soft.conditioners, instance.scope, "conditioners")
+        return tuple(found)
+
+    def raise_if_any(self) -> None:
+        """SpecError with every problem that was noted; where much is missing one line tells it."""
+        for (rule, role, path), names in self._missing.items():
+            file = self._files[path]
+            told = names if len(names) <= _MOST_TOLD else names[:1]
+            for name in told:
+                what = name if len(told) > 1 or len(names) == 1 else f"{len(names)} weights, such as {name}"
+                near = "" if file is None else _nearest(name, list(file.of))
+                self._note(rule, f"{path}: has no statistics of {what}{near}", role)
+        if self._problems:
+            raise SpecError(*self._problems)
+
+    def _weight_inputs(self, rule: str, path: Path, scope: AnyScope, role: Role) -> Iterator[TaskInput]:
+        """One input for each weight, of the weight's shape."""
+        for name in dict.fromkeys(leaf.tensor for leaf in scope.leaves):
+            stored = self._get(rule, path, (name,), self._weights.tensors[name].shape)
+            if stored is not None:
+                yield TaskInput(role, name, stored)
+
+    def _statistics(
+        self, rule: str, method: Score | Reconstruct, scope: AnyScope, role: Role
+    ) -> Iterator[TaskInput]:
+        """One input for each weight that takes part; of a fused block some may be missing, but not all."""
+        path = method.file
+        file = None if path is None else self._open(rule, path, role)
+        if path is None or file is None:
+            return
+        for block in _blocks(scope):
+            found = self._found(rule, path, role, block, file, method.input_dim)
+            if found is not None and not found:
+                missing = self._missing.setdefault((rule, role, path), [])
+                missing += dict.fromkeys(leaf.tensor for leaf in block.leaves)
+            yield from (found or {}).values()
+
+    def _found(
+        self, rule: str, path: Path, role: Role, block: AnyBlock, file: Statistics, asked: int | None
+    ) -> dict[str, TaskInput] | None:
+        """The inputs of a block's weights that take part, by their names; None where something was noted."""
+        known = [leaf for leaf in block.leaves if leaf.tensor in file.of]
+        dims = {}
+        for name in dict.fromkeys(leaf.tensor for leaf in known):
+            statistic, weight = file.of[name], self._weights.tensors[name]
+            dim = next(one for one in (asked, statistic.input_dim, -1) if one is not None)
+            if not -len(weight.shape) <= dim < len(weight.shape):
+                text = f"input_dim {dim} is no dimension of {name}, whose shape is {list(weight.shape)}"
+                self._note(rule, text, role)
+                return None
+            dims[name] = dim % len(weight.shape)
+        # Whoever made vectors chose which weights take part; every weight has moments.
+        if any(file.of[leaf.tensor].kind or len(file.of[leaf.tensor].stored.shape) > 1 for leaf in known):
+            shapes = {name: self._weights.tensors[name].shape for name in dims}
+            known = taking_part(known, shapes, dims)
+        found = {}
+        for name in dict.fromkeys(leaf.tensor for leaf in known):
+            one = self._checked(rule, path, role, name, file.of[name], dims[name])
+            if one is None:
+                return None
+            found[name] = one
+        return found
+
+    def _checked(
+        self, rule: str, path: Path, role: Role, name: str, statistic: Statistic, dim: int
+    ) -> TaskInput | None:
+        """A statistic as the input of a weight; None, with a note, where it does not fit."""
+        weight, stored = self._weights.tensors[name], statistic.stored
+        forms = _shapes(weight.shape, dim, role, statistic.kind)
+        form = forms.get(stored.shape)
+        allowed = _NUMBERS if role == "vector" and form is None else _MOMENTS
+        problem = ""
+        if role == "moment" and statistic.kind == "norm":
+            problem = f"has norms of inputs alone, for {name}: calibrate with --stats hessian"
+        elif role == "moment" and (len(weight.shape) not in {2, 3} or weight.dtype not in _FLOATS):
+            problem = f"{name} is {weight.dtype} of shape {list(weight.shape)}, wanted a matrix of floats"
+        elif stored.shape not in forms:
+            wanted = " or ".join(str(list(shape)) for shape in forms)
+            problem = f"{name} has shape {list(stored.shape)}, wanted {wanted}"
+        elif stored.dtype not in allowed:
+            problem = f"{name} is {stored.dtype}, wanted one of {', '.join(sorted(allowed))}"
+        if problem:
+            self._note(rule, f"{path}: {problem}", role)
+            return None
+        return TaskInput(role, name, stored, dim, form, statistic.tokens)
+
+    def _block_scores(self, rule: str, path: Path, scope: AnyScope) -> Iterator[TaskInput]:
+        for block in _blocks(scope):
+            names = (block.label, block.tensor) if isinstance(block, BoundBlock) else (block.label,)
+            stored = self._get(rule, path, names, block.grid_shape)
+            if stored is not None:
+                yield TaskInput("blocks", block.label, stored)
+
+    def _get(self, rule: str, path: Path, names: tuple[str, ...], shape: Shape) -> StoredTensor | None:
+        file = self._open(rule, path, "values")
+        if file is None:
+            return None
+        for name in names:
+            stored = file.checkpoint.tensors.get(name)
+            if stored is None:
+                continue
+            if stored.shape != shape:
+                self._note(rule, f"{path}: {name} has shape {list(stored.shape)}, wanted {list(shape)}")
+            elif stored.dtype not in _NUMBERS:
+                wanted = ", ".join(sorted(_NUMBERS))
+                self._note(rule, f"{path}: {name} is {stored.dtype}, wanted one of {wanted}")
+            else:
+                return stored
+            return None
+        what = f"there is no tensor {names[-1]} of shape {list(shape)}"
+        self._note(rule, f"{path}: {what}{_nearest(names[-1], list(file.checkpoint.tensors))}")
+        return None
+
+    def _open(self, rule: str, path: Path, role: Role) -> Statistics | None:
+        if path not in self._files:
+            try:
+                self._files[path] = open_statistics(path)
+            except CheckpointError as error:
+                self._files[path] = None
+                self._note(rule, str(error), role)
+        return self._files[path]
+
+    def _note(self, rule: str, text: str, role: Role = "values") -> None:
+        self._problems[f"[{rule}] {_TABLE_OF.get(role, 'score')}: {text}"] = None
+
+
+def _shapes(
+    weight: Shape, dim: int, role: Role, kind: StatisticsKind | None
+) -> dict[Shape, StatisticsKind | None]:
+    """The shapes that statistics of a weight may have, with what they are; stacks have matrices in front."""
+    features = weight[dim]
+    stack = weight[:1] if len(weight) == 3 else ()
+    moments: dict[Shape, StatisticsKind | None] = {(*stack, features, features): "hessian"}
+    if role == "moment" or kind == "hessian":
+        return moments
+    if kind == "norm":
+        return {(*stack, features): "norm"}
+    return {(features,): None, (*stack, features): None, **moments}
+
+
+def _nearest(name: str, names: list[str]) -> str:
+    close = nearest(name, names)
+    return f"; the nearest name is {close[0]}" if close else ""
+
+
+def _blocks(scope: AnyScope) -> Iterator[AnyBlock]:
+    if isinstance(scope, BoundScope):
+        yield scope.block
+    else:
+        yield from (member.block for member in scope.members)
+
+
+def taking_part(
+    leaves: Sequence[BoundBlock], shapes: Mapping[str, Shape], dims: Mapping[str, int]
+) -> list[BoundBlock]:
+    """The leaves whose blocks hold some of the inputs of a row; all of them where each holds all.
+
+    A block that holds all inputs of its rows (an MLP channel in `up`, a head in `q`) makes rows vanish,
+    which nothing in that matrix can make up for, and which nothing reads where the block's columns of
+    another matrix vanish too.
+
+    `shapes` and `dims` have the shape of each leaf's tensor and the dimension along which its inputs lie.
+    """
+    some = [leaf for leaf in leaves if not holds_rows(leaf, shapes[leaf.tensor], dims[leaf.tensor])]
+    return some or list(leaves)
+
+
+def holds_rows(leaf: BoundBlock, shape: Shape, dim: int) -> bool:
+    """Whether a block holds every input of the rows that it reaches."""
+    inner, features = prod(shape[dim + 1 :]), shape[dim]
+    steps = [
+        (size, step)
+        for size, step in zip(leaf.shape, leaf.view_stride, strict=True)
+        if size > 1 and step % (inner * features)  # whole rows lead to no other input
+    ]
+    beside = [(size, step) for size, step in steps if size * step <= inner]
+    if leaf.view_offset % inner + sum((size - 1) * step for size, step in beside) < inner:
+        steps = [one for one in steps if one not in beside]  # nor what stays inside of one place
+    if prod(tuple(size for size, _ in steps)) < features:
+        return False
+    import numpy as np  # noqa: PLC0415  (most plans do without)
+
+    places = np.full((1,) * len(steps), leaf.view_offset, dtype=np.int64)
+    for axis, (size, step) in enumerate(steps):
+        line = np.arange(size, dtype=np.int64) * step
+        places = places + line.reshape([-1 if axis == other else 1 for other in range(len(steps))])
+    return len(np.unique(places // inner % features)) == features
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +286,19 @@ class Task:
     rule: str
     instance: BoundInstance
     inputs: tuple[TaskInput, ...] = ()
+
+    @property
+    def score_kind(self) -> ScoreKind:
+        """The row of its score in the table of kinds."""
+        return kind_of(self.instance.score)
+
+    def nbytes(self, tensors: Mapping[str, StoredTensor]) -> int:
+        """Bytes of what it reaches: what one pass reads."""
+        total = 0
+        for leaf in self.instance.scope.leaves:
+            stored = tensors[leaf.tensor]
+            total += prod(leaf.view_shape) * stored.nbytes // max(1, stored.numel)
+        return total
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,15 +330,6 @@ class Plan:
         """The tensors that some rule reaches, in the order of the checkpoint."""
         names = {stored.name for unit in self.units for stored in unit.tensors}
         return tuple(name for name in self.checkpoint.tensors if name in names)
-
-
-def task_bytes(task: Task, tensors: Mapping[str, StoredTensor]) -> int:
-    """Bytes of what a task reaches: what one pass reads."""
-    total = 0
-    for leaf in task.instance.scope.leaves:
-        stored = tensors[leaf.tensor]
-        total += prod(leaf.view_shape) * stored.nbytes // max(1, stored.numel)
-    return total
 
 
 def make_plan(

@@ -11,8 +11,7 @@ import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from sparseprune.execution.outcomes import Outcomes
-from sparseprune.execution.passes import GivenUpError
+from sparseprune.execution.passes import GivenUpError, Outcomes
 from sparseprune.execution.runner import Job, Record, already_done, copied_bytes, dealt, write_through
 from sparseprune.execution.strategy import (
     BlockNorms,
@@ -31,8 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from sparseprune.checkpoint import Shard, Sink, Source, StoredTensor
-    from sparseprune.execution.outcomes import TensorOutcome
-    from sparseprune.execution.passes import Pass
+    from sparseprune.execution.passes import Pass, TensorOutcome
     from sparseprune.execution.runner import Progress
     from sparseprune.execution.schedule import Job as Planned
     from sparseprune.execution.schedule import Schedule

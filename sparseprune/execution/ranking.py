@@ -15,15 +15,13 @@ from sparseprune.engine.grids import prod
 from sparseprune.engine.kernels.formats import FORMATS
 from sparseprune.errors import SparsityError
 from sparseprune.execution.regions import Region, grid_region
-from sparseprune.execution.scores import kind_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from sparseprune.checkpoint import StatisticsKind, StoredTensor
     from sparseprune.engine.grids import Shape
-    from sparseprune.execution.inputs import Role, TaskInput
-    from sparseprune.execution.plan import Task
+    from sparseprune.execution.plan import Role, Task, TaskInput
     from sparseprune.execution.regions import AnyBlock, Part, Region
     from sparseprune.execution.tensor_io import Bits, Loaded, TensorIO
 
@@ -66,7 +64,7 @@ class Ranking:
 
     def __init__(self, task: Task, io: TensorIO) -> None:
         self._score = task.instance.score
-        self._kind = kind_of(self._score)
+        self._kind = task.score_kind
         self._io = io
         self._inputs: dict[tuple[Role, str], TaskInput] = {(one.role, one.key): one for one in task.inputs}
 

@@ -17,12 +17,9 @@ from sparseprune.checkpoint.documents import shown
 from sparseprune.engine.dtypes import DTYPES
 from sparseprune.engine.kernels.formats import FORMATS
 from sparseprune.engine.kernels.selecting import count_lost, drop
-from sparseprune.engine.sequences import Made
 from sparseprune.errors import CheckpointError
-from sparseprune.execution.limits import Crowd, Resident, limits_of
-from sparseprune.execution.outcomes import Outcomes
-from sparseprune.execution.passes import Chunk, Pass
-from sparseprune.execution.regions import Region
+from sparseprune.execution.passes import Chunk, Outcomes, Pass
+from sparseprune.execution.regions import Crowd, Region, Resident, limits_of
 from sparseprune.execution.runner import (
     Job,
     Record,
@@ -34,6 +31,7 @@ from sparseprune.execution.runner import (
 )
 from sparseprune.execution.tensor_io import TensorIO, pattern_of
 from sparseprune.execution.tiles import RegionPass, region_chunks
+from sparseprune.results.fields import Made
 from sparseprune.spec import BoundBlock
 from sparseprune.spec.problems import nearest
 
@@ -50,8 +48,8 @@ if TYPE_CHECKING:
         StoredTensor,
     )
     from sparseprune.engine.kernels.counting import Tally
-    from sparseprune.execution.limits import Limits
-    from sparseprune.execution.outcomes import TensorOutcome
+    from sparseprune.execution.passes import TensorOutcome
+    from sparseprune.execution.regions import Limits
     from sparseprune.execution.runner import Progress
     from sparseprune.execution.tensor_io import Loaded, Mask
 

@@ -14,11 +14,18 @@ import torch
 from sparseprune.engine import View
 from sparseprune.engine.block import zero_pruned
 from sparseprune.engine.grids import prod
-from sparseprune.engine.reconstruction.matrices import Matrix, output_losses, projection, units_of
-from sparseprune.engine.reconstruction.solvers import admm, keep_rows, refit
+from sparseprune.engine.reconstruction import (
+    Matrix,
+    admm,
+    keep_rows,
+    output_losses,
+    projection,
+    refit,
+    units_of,
+)
 from sparseprune.errors import SparsityError
-from sparseprune.execution.inputs import holds_rows
 from sparseprune.execution.passes import Chunk, Pass
+from sparseprune.execution.plan import holds_rows
 from sparseprune.execution.ranking import Elements, Ranking, refuse_nonfinite
 from sparseprune.execution.regions import block_part, leaves_of, members_of, regions_at
 from sparseprune.execution.strategy import StackPart, stacked_parts
@@ -32,9 +39,8 @@ if TYPE_CHECKING:
 
     from sparseprune.checkpoint import StoredTensor
     from sparseprune.engine import BlockSpec, SparseScope
-    from sparseprune.execution.inputs import TaskInput
-    from sparseprune.execution.outcomes import Outcome
-    from sparseprune.execution.plan import Task
+    from sparseprune.execution.passes import Outcome
+    from sparseprune.execution.plan import Task, TaskInput
     from sparseprune.execution.regions import AnyBlock, AnyScope, Region
     from sparseprune.execution.strategy import Rebuild
     from sparseprune.execution.tensor_io import TensorIO

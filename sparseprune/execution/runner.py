@@ -18,15 +18,14 @@ import numpy as np
 
 from sparseprune.checkpoint import CopyRange
 from sparseprune.checkpoint.threads import Worker, side_by_side
-from sparseprune.execution.outcomes import is_outcome
-from sparseprune.execution.passes import Chunk, Decision, GivenUpError, Pass
+from sparseprune.execution.passes import Chunk, Decision, GivenUpError, Pass, is_outcome
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from sparseprune.checkpoint import Shard, Sink
-    from sparseprune.execution.limits import Crowd
-    from sparseprune.execution.outcomes import Outcomes
+    from sparseprune.execution.passes import Outcomes
+    from sparseprune.execution.regions import Crowd
     from sparseprune.execution.tensor_io import TensorIO
 
     Progress = Callable[[int, str], None]

@@ -14,9 +14,17 @@ from typing import TYPE_CHECKING
 
 from sparseprune.engine.grids import prod
 from sparseprune.errors import SparsepruneError
-from sparseprune.execution.limits import INTERPRETER, TORCH, TORCH_THREAD, Crowd, Limits, Resident, limits_of
-from sparseprune.execution.plan import task_bytes
-from sparseprune.execution.regions import alone, members_of
+from sparseprune.execution.regions import (
+    INTERPRETER,
+    TORCH,
+    TORCH_THREAD,
+    Crowd,
+    Limits,
+    Resident,
+    alone,
+    limits_of,
+    members_of,
+)
 from sparseprune.execution.strategy import (
     Contiguous,
     Rebuild,
@@ -112,9 +120,7 @@ class Schedule:
     def nbytes(self) -> int:
         """Bytes of the input that are read, each as often as it is read."""
         tensors = self.plan.checkpoint.tensors
-        reads = sum(
-            task_bytes(task, tensors) * job.strategy.passes for job in self.jobs for task in job.tasks
-        )
+        reads = sum(task.nbytes(tensors) * job.strategy.passes for job in self.jobs for task in job.tasks)
         return reads + sum(_rest_bytes(rest) for rest in self.rests)
 
 

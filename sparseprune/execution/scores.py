@@ -1,12 +1,13 @@
 """Scores: a row for each kind that says what it reads and how it ranks elements or blocks.
 
 Owns the table of kinds; the keys of a kind are in spec/schema.py. A new kind is a row here. Knows no regions:
-inputs finds what a kind reads, ranking calls its functions, strategy asks for its traits. `plan` calls it, so
+plan finds what a kind reads, ranking calls its functions, strategy asks for its traits. `plan` calls it, so
 what needs numpy is imported late.
 """
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -21,6 +22,11 @@ if TYPE_CHECKING:
     from sparseprune.spec import Score
 
     Floats = NDArray[np.float64]
+
+
+_GOLDEN = 0x9E37_79B9_7F4A_7C15
+_FACTORS = (0xBF58_476D_1CE4_E5B9, 0x94D0_49BB_1331_11EB)
+_ALL_BITS = (1 << 64) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,9 +80,28 @@ def kind_of(score: Score) -> ScoreKind:
     return SCORE_KINDS[score.kind]
 
 
-def _random(score: Score, label: str, numbers: NDArray[np.uint64]) -> Floats:
-    from sparseprune.engine.randomness import random_scores  # noqa: PLC0415  (imports numpy)
+def random_scores(seed: int, name: str, numbers: NDArray[np.uint64]) -> Floats:
+    """Float64, uniform in [0, 1), of the shape of `numbers`: the scores of these blocks of `name`.
 
+    SplitMix64 (Steele, Lea and Flood 2014) over the blocks' numbers, started at a hash of seed and name.
+
+    >>> import numpy as np
+    >>> first, second = random_scores(0, "w", np.arange(2, dtype=np.uint64))
+    >>> bool(random_scores(0, "w", np.array([1], dtype=np.uint64))[0] == second)
+    True
+    """
+    import numpy as np  # noqa: PLC0415  (`plan` needs no scores)
+
+    digest = hashlib.blake2b(f"{seed}\0{name}".encode(), digest_size=8).digest()
+    start = (int.from_bytes(digest, "little") + _GOLDEN) & _ALL_BITS
+    state = numbers * np.uint64(_GOLDEN) + np.uint64(start)
+    for shift, factor in zip((30, 27), _FACTORS, strict=True):
+        state = (state ^ (state >> np.uint64(shift))) * np.uint64(factor)
+    state ^= state >> np.uint64(31)
+    return (state >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def _random(score: Score, label: str, numbers: NDArray[np.uint64]) -> Floats:
     return random_scores(score.seed, label, numbers)
 
 

@@ -13,20 +13,22 @@ from typing import TYPE_CHECKING, Literal
 from sparseprune.engine.dtypes import DTYPES
 from sparseprune.engine.grids import prod
 from sparseprune.errors import SparsepruneError
-from sparseprune.execution.limits import INTERPRETER, TORCH, memory_for_tile, tile_bytes
 from sparseprune.execution.regions import (
+    INTERPRETER,
+    TORCH,
     Part,
     Region,
     alone,
     is_row_major_run,
     is_run,
     members_of,
+    memory_for_tile,
     numel_per_scope,
     regions_at,
     sweep_of,
+    tile_bytes,
     whole_part,
 )
-from sparseprune.execution.scores import kind_of
 from sparseprune.spec import BoundBlock, BoundScope
 
 if TYPE_CHECKING:
@@ -34,8 +36,8 @@ if TYPE_CHECKING:
 
     from sparseprune.checkpoint import StoredTensor
     from sparseprune.engine.grids import Shape
-    from sparseprune.execution.limits import Limits
     from sparseprune.execution.plan import Task
+    from sparseprune.execution.regions import Limits
 
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16", "F8_E5M2", "F8_E4M3"})
 _PACKED = 8  # mask elements in a byte: slabs begin at whole bytes of a packed mask
@@ -261,13 +263,13 @@ def _selection_of(task: Task, scope: BoundScope) -> Selection:
 
 def _loop_bytes(task: Task, size: int, selection: Selection) -> int:
     """Memory for each element that compiled loops work on: its pattern, mask, score, and float64 of norms."""
-    scores = 0 if kind_of(task.instance.score).ranks_weights else 40
+    scores = 0 if task.score_kind.ranks_weights else 40
     return size + 1 + scores + (1 if selection.block == 1 else -(-16 // selection.extent[-1]))
 
 
 def _has_loop(task: Task, tensors: Mapping[str, StoredTensor]) -> bool:
     """Whether compiled loops rank the blocks of a task's one leaf as the engine would."""
-    score, kind = task.instance.score, kind_of(task.instance.score)
+    score, kind = task.instance.score, task.score_kind
     (leaf,) = task.instance.scope.leaves
     dtype = tensors[leaf.tensor].dtype
     single = leaf.numel_per_block == 1
@@ -290,7 +292,7 @@ def _radix_select(task: Task, tensors: Mapping[str, StoredTensor], limits: Limit
         for (*_, shape), leaf in unlike.items()
     )
     (dtype,) = dtypes
-    if not whole or not together or dtype not in _FLOATS or not kind_of(task.instance.score).ranks_weights:
+    if not whole or not together or dtype not in _FLOATS or not task.score_kind.ranks_weights:
         return None
     size = DTYPES[dtype].itemsize
     slab = max(_PACKED, limits.slab // size // _PACKED * _PACKED)
@@ -303,7 +305,7 @@ def _radix_select(task: Task, tensors: Mapping[str, StoredTensor], limits: Limit
 
 
 def _block_norms(task: Task, tensors: Mapping[str, StoredTensor], limits: Limits) -> BlockNorms | None:
-    scope, score, kind = task.instance.scope, task.instance.score, kind_of(task.instance.score)
+    scope, score, kind = task.instance.scope, task.instance.score, task.score_kind
     dtypes = {tensors[leaf.tensor].dtype for leaf in scope.leaves}
     by_elements = not kind.ranks_blocks
     if by_elements and not dtypes <= _FLOATS:
@@ -339,7 +341,7 @@ def _is_summed_in_loops(leaf: BoundBlock, chunk: int) -> bool:
 
 def needs_scaling(task: Task, tensors: Mapping[str, StoredTensor]) -> bool:
     """Whether powers of what is summed may leave the range of float64, as the engine sees it: F64 values."""
-    kind = kind_of(task.instance.score)
+    kind = task.score_kind
     return not math.isinf(kind.norm_of(task.instance.score)) and "F64" in kind.dtypes(task, tensors)
 
 

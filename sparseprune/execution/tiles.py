@@ -17,8 +17,7 @@ from sparseprune.engine.kernels.counting import Tally, first_nonfinite, tally
 from sparseprune.engine.kernels.formats import FORMATS
 from sparseprune.engine.kernels.selecting import cut_below, cut_blocks, select_keys
 from sparseprune.engine.kernels.sums import run_sums, tree_sum
-from sparseprune.execution.outcomes import finish
-from sparseprune.execution.passes import Chunk, Pass
+from sparseprune.execution.passes import Chunk, Pass, finish
 from sparseprune.execution.ranking import Elements, Ranking, nonfinite_error, refuse_nonfinite
 from sparseprune.execution.regions import Region, cells, flat_leaf, gaps, members_of, regions_at
 from sparseprune.execution.strategy import Contiguous
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from sparseprune.engine.kernels.formats import Bits, Format
-    from sparseprune.execution.outcomes import Outcome
+    from sparseprune.execution.passes import Outcome
     from sparseprune.execution.plan import Task
     from sparseprune.execution.regions import AnyScope, Run
     from sparseprune.execution.strategy import Selection, Strided

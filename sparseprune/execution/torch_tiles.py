@@ -22,9 +22,7 @@ from sparseprune.engine.block import zero_pruned
 from sparseprune.engine.dtypes import DTYPES, torch_dtype
 from sparseprune.engine.grids import prod
 from sparseprune.engine.kernels.counting import Tally, tally
-from sparseprune.execution.outcomes import Outcome, finish
-from sparseprune.execution.passes import Chunk, Decision, Pass
-from sparseprune.execution.plan import task_bytes
+from sparseprune.execution.passes import Chunk, Decision, Outcome, Pass, finish
 from sparseprune.execution.ranking import Elements, Ranking, refuse_nonfinite
 from sparseprune.execution.regions import (
     Part,
@@ -36,7 +34,6 @@ from sparseprune.execution.regions import (
     regions_of,
     tiles,
 )
-from sparseprune.execution.scores import kind_of
 from sparseprune.spec import BoundBlock, BoundScope
 
 if TYPE_CHECKING:
@@ -46,7 +43,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sparseprune.engine import SparseBlock, SparseScope, View
-    from sparseprune.execution.outcomes import Outcome
+    from sparseprune.execution.passes import Outcome
     from sparseprune.execution.plan import Task
     from sparseprune.execution.regions import AnyBlock, AnyScope, Region
     from sparseprune.execution.strategy import TorchInMemory, TorchOutOfCore
@@ -364,7 +361,7 @@ class _Scopes:
 
     def width(self, io: TensorIO) -> int | None:
         """Bits of the keys where single elements of one dtype compete by their patterns; None for norms."""
-        instance, kind = self.task.instance, kind_of(self.task.instance.score)
+        instance, kind = self.task.instance, self.task.score_kind
         dtypes = kind.dtypes(self.task, io.tensors)
         single = all(member.block.numel_per_block == 1 for member, _ in members_of(instance.scope))
         ready = kind.ranks_blocks or instance.score.nonfinite == "prune"
@@ -472,7 +469,7 @@ class SearchRank(Pass):
         """The rank of the last block that survives, [] for none, "all" for all; or the soft threshold."""
         task = self.scopes.task
         soft, nnz = task.instance.soft, task.instance.budget.nnz
-        passed = (self.scopes.strategy.passes - 1) * task_bytes(task, io.tensors)
+        passed = (self.scopes.strategy.passes - 1) * task.nbytes(io.tensors)
         passed //= prod(task.instance.scope.grid_shape)
         if soft is None:
             return Decision(list(rank) if self._is_open() else ["all"] if nnz else [], passed)

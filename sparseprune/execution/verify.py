@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sparseprune.engine.dtypes import DTYPES
-from sparseprune.engine.kernels.occupancy import any_in, nonzero
-from sparseprune.execution.limits import limits_of
+from sparseprune.engine.kernels.counting import any_in, nonzero
 from sparseprune.execution.nonzero_blocks import First, Found, count_pass, count_strategy, joined
 from sparseprune.execution.passes import Decision, Pass
 from sparseprune.execution.plan import Task, make_plan
-from sparseprune.execution.regions import Part, alone, flat_leaf, leaves_of, members_of, regions_at
+from sparseprune.execution.regions import Part, alone, flat_leaf, leaves_of, limits_of, members_of, regions_at
 from sparseprune.execution.runner import Job as RunnerJob
 from sparseprune.execution.runner import read_through
 from sparseprune.execution.schedule import Job, Schedule, make_schedule, resident_of
@@ -31,11 +30,10 @@ if TYPE_CHECKING:
 
     from sparseprune.checkpoint import Checkpoint, Source, StoredTensor
     from sparseprune.engine.grids import Shape
-    from sparseprune.engine.kernels.occupancy import ByteFlags
-    from sparseprune.execution.limits import Limits
+    from sparseprune.engine.kernels.counting import ByteFlags
     from sparseprune.execution.passes import Chunk
     from sparseprune.execution.plan import Plan
-    from sparseprune.execution.regions import AnyBlock, Region
+    from sparseprune.execution.regions import AnyBlock, Limits, Region
     from sparseprune.execution.tensor_io import Loaded, Mask
     from sparseprune.spec import BoundBlock, BoundInstance, BoundRule, BoundSpec, Spec
 

@@ -13,9 +13,8 @@ import numpy as np
 
 from sparseprune.checkpoint import ResizedTensor
 from sparseprune.engine.grids import Shape, prod
-from sparseprune.execution.limits import Crowd
-from sparseprune.execution.outcomes import Outcomes
-from sparseprune.execution.passes import Chunk, Pass
+from sparseprune.execution.passes import Chunk, Outcomes, Pass
+from sparseprune.execution.regions import Crowd
 from sparseprune.execution.runner import Job, Record, already_done, copied_bytes, dealt, write_through
 from sparseprune.execution.tensor_io import TensorIO, pattern_of
 from sparseprune.removal.config import Change, check_shapes, configure
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
 
     from sparseprune.checkpoint import Sink, Source, StoredTensor
     from sparseprune.engine.grids import Shape
-    from sparseprune.execution.limits import Limits
+    from sparseprune.execution.regions import Limits
     from sparseprune.execution.runner import Progress
     from sparseprune.removal.slices import KeptIndices
 

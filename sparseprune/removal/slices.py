@@ -12,15 +12,12 @@ import numpy as np
 
 from sparseprune.checkpoint import read_kept
 from sparseprune.engine.grids import Shape, prod
-from sparseprune.execution.block_reduce import by_leaf
-from sparseprune.execution.limits import Crowd
-from sparseprune.execution.outcomes import Outcomes
-from sparseprune.execution.passes import Chunk, Pass
-from sparseprune.execution.plan import task_bytes
+from sparseprune.execution.passes import Chunk, Outcomes, Pass
+from sparseprune.execution.regions import Crowd
 from sparseprune.execution.runner import Job, Record, already_done, dealt, read_through, write_through
 from sparseprune.execution.strategy import by_block_norms
 from sparseprune.execution.tensor_io import TensorIO
-from sparseprune.execution.two_pass import block_norms
+from sparseprune.execution.two_pass import block_norms, by_leaf
 from sparseprune.removal.preview import looker
 
 if TYPE_CHECKING:
@@ -29,9 +26,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from sparseprune.checkpoint import Sink, Source, StoredMask
-    from sparseprune.execution.limits import Limits
-    from sparseprune.execution.outcomes import TensorOutcome
+    from sparseprune.execution.passes import TensorOutcome
     from sparseprune.execution.plan import Task
+    from sparseprune.execution.regions import Limits
     from sparseprune.execution.runner import Progress
     from sparseprune.execution.schedule import Schedule
     from sparseprune.execution.strategy import BlockNorms
@@ -146,7 +143,7 @@ class BlockDecisions:
     def work_bytes(self, output: Sink) -> tuple[int, int]:
         """Bytes that a whole run reads to decide, and how many of them an earlier run did."""
         tensors = self.schedule.plan.checkpoint.tensors
-        read = sum((strategy.passes - 1) * task_bytes(task, tensors) for task, strategy in self.tasks)
+        read = sum((strategy.passes - 1) * task.nbytes(tensors) for task, strategy in self.tasks)
         return read, already_done(output)
 
     def decide(

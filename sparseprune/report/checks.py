@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, TypedDict
 from rich.console import Group
 from rich.text import Text
 
-from sparseprune.engine.sequences import Made
 from sparseprune.errors import printable
 from sparseprune.report.coverage import coverage_text, coverage_totals
-from sparseprune.report.document import copies_line, energy_kept, other_weights, share
+from sparseprune.report.pruning import copies_line, energy_kept, other_weights, share
 from sparseprune.report.tables import Column, FittedTable
 from sparseprune.report.wording import each_text, many, percent, place_text, shape_text
 from sparseprune.results.checking import (
@@ -29,7 +28,7 @@ from sparseprune.results.checking import (
     Verification,
     VerifyTotals,
 )
-from sparseprune.results.fields import WrittenBytes
+from sparseprune.results.fields import Made, WrittenBytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence

@@ -12,8 +12,8 @@ from rich.text import Text
 from sparseprune.engine.kernels.counting import exact_sum
 from sparseprune.errors import printable
 from sparseprune.execution.compare import TensorComparison
-from sparseprune.report.document import LEAST_ENERGY, mean, share
 from sparseprune.report.plan import index_of
+from sparseprune.report.pruning import LEAST_ENERGY, mean, share
 from sparseprune.report.tables import Column, Fact, FittedTable, below, told
 from sparseprune.report.wording import many, percent, place_text, shape_text
 from sparseprune.results.fields import NamedTensor

@@ -25,8 +25,7 @@ if TYPE_CHECKING:
     from sparseprune.engine.grids import Shape
     from sparseprune.results.checking import VerifyTotals
     from sparseprune.results.fields import Covers, DeclaredCoverage, LayerCoverage, UncoveredKinds
-    from sparseprune.results.plan import PlanTotals
-    from sparseprune.results.pruning import RemovalTotals, ReportTotals
+    from sparseprune.results.pruning import PlanTotals, RemovalTotals, ReportTotals
     from sparseprune.spec import BoundBlock, BoundInstance, BoundRule, BoundSpec
 
     Tensors = Mapping[str, StoredTensor]

@@ -10,8 +10,8 @@ from rich.console import Group
 from rich.text import Text
 
 from sparseprune.errors import printable
-from sparseprune.report.document import copies_line
 from sparseprune.report.inspection import summed
+from sparseprune.report.pruning import copies_line
 from sparseprune.report.tables import Column, Fact, FittedTable, below, told
 from sparseprune.report.wording import many, percent, shape_text
 from sparseprune.results.measuring import InspectedGroup

@@ -11,7 +11,7 @@ from dataclasses import dataclass, is_dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from sparseprune.errors import SparsepruneError, printable
-from sparseprune.report.document import other_weights, share
+from sparseprune.report.pruning import other_weights, share
 from sparseprune.report.runtimes import verdict
 from sparseprune.report.wording import many
 from sparseprune.results.fields import json_value
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from sparseprune.checkpoint import OtherFile
-    from sparseprune.execution.facts import Questions, TensorFacts
+    from sparseprune.execution.inspect import Questions, TensorFacts
     from sparseprune.report.runtimes import Runtime
     from sparseprune.spec import BoundSpec
     from sparseprune.spec.patterns import TensorPattern

@@ -16,11 +16,10 @@ from rich.text import Text
 from sparseprune.engine.grids import Shape, prod
 from sparseprune.errors import printable
 from sparseprune.report.coverage import coverage_text, coverage_totals
-from sparseprune.report.document import share
-from sparseprune.report.removal import config_changes, config_text
+from sparseprune.report.pruning import config_changes, config_text, share
 from sparseprune.report.wording import each_text, many, percent, place_text, shape_text, size
 from sparseprune.results.fields import one_or_all
-from sparseprune.results.plan import (
+from sparseprune.results.pruning import (
     Plan,
     PlannedBytes,
     PlannedRemoval,

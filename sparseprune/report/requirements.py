@@ -17,7 +17,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from sparseprune.errors import SparsepruneError, printable
-from sparseprune.execution.facts import Pattern, pattern_of
+from sparseprune.execution.inspect import Pattern, pattern_of
 from sparseprune.report.inspection import flat
 from sparseprune.report.runtimes import axes_of
 from sparseprune.results.measuring import InspectedTensor

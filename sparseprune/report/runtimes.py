@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING
 
 from sparseprune.engine.grids import prod
 from sparseprune.errors import SparsepruneError
-from sparseprune.execution.facts import Pattern
+from sparseprune.execution.inspect import Pattern
 from sparseprune.results.measuring import RuntimeVerdict
 from sparseprune.spec.problems import nearest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
-    from sparseprune.execution.facts import TensorFacts
+    from sparseprune.execution.inspect import TensorFacts
 
 ALL = "all"
 

@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from sparseprune.results.checking import MaskVerification, Reapplication, Verification
     from sparseprune.results.measuring import Comparison, Inspection, Statistics
-    from sparseprune.results.plan import Plan
-    from sparseprune.results.pruning import Removal, Report
+    from sparseprune.results.pruning import Plan, Removal, Report
 
 _MODULES = {
     "Comparison": "measuring",
     "Inspection": "measuring",
     "MaskVerification": "checking",
-    "Plan": "plan",
+    "Plan": "pruning",
     "Reapplication": "checking",
     "Removal": "pruning",
     "Report": "pruning",

@@ -1,13 +1,14 @@
-"""What the classes of results are made of: documents and their JSON, and types of fields with descriptions.
+"""What the classes of results are made of: documents and their JSON, types of fields, lazy sequences.
 
-Knows no command and no checkpoint. Called by the other modules of this package.
+Knows no command and no checkpoint. Called by the other modules of this package; its sequences by execution
+and report.
 """
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Generic, TypeVar, overload
 
 from sparseprune import __version__
 
@@ -199,3 +200,39 @@ def json_value(value: Any) -> dict[str, Any]:  # noqa: ANN401  (json passes any 
 def _optional(kind: type[Any]) -> frozenset[str]:
     """The keys that the JSON of a class may lack."""
     return frozenset(field.name for field in fields(kind) if field.default is None)
+
+
+Thing = TypeVar("Thing")
+Result = TypeVar("Result")
+
+
+class Made(Sequence[Result], Generic[Thing, Result]):
+    """The results of `make` for some things, made anew on each access; equal to a list of them.
+
+    >>> Made([1, 2], str) == ["1", "2"], Made([1, 2], str)[-1]
+    (True, '2')
+    """
+
+    def __init__(self, things: Sequence[Thing], make: Callable[[Thing], Result]) -> None:
+        self._things = things
+        self._make = make
+
+    def __len__(self) -> int:
+        return len(self._things)
+
+    @overload
+    def __getitem__(self, place: int) -> Result: ...
+    @overload
+    def __getitem__(self, place: slice) -> "Made[Thing, Result]": ...
+    def __getitem__(self, place: int | slice) -> "Result | Made[Thing, Result]":
+        if isinstance(place, slice):
+            return Made(self._things[place], self._make)
+        return self._make(self._things[place])
+
+    def __iter__(self) -> Iterator[Result]:
+        return map(self._make, self._things)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]  # as of a list

@@ -25,8 +25,7 @@ if TYPE_CHECKING:
         Soft,
         TensorInfo,
     )
-    from sparseprune.spec.library import SpecSource, find_spec, list_specs
-    from sparseprune.spec.parsing import parse_spec
+    from sparseprune.spec.parsing import SpecSource, find_spec, list_specs, parse_spec
     from sparseprune.spec.schema import Spec
 
 __all__ = [
@@ -53,10 +52,10 @@ __all__ = [
 
 _HOME = {
     "Spec": "schema",
-    "SpecSource": "library",
+    "SpecSource": "parsing",
     "bind": "binding",
-    "find_spec": "library",
-    "list_specs": "library",
+    "find_spec": "parsing",
+    "list_specs": "parsing",
     "parse_spec": "parsing",
 }
 

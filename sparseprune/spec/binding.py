@@ -1,17 +1,29 @@
 """Binding: the tables of a spec and the headers of a checkpoint become bound scopes with budgets.
 
-Owns the order of checks and which instances have one form; errors get their place in the spec here.
-Called by execution.
+Owns the order of checks, which instances have one form, how a table looks at a tensor (slices, views,
+strides), and grids that align in couplings. Errors get their place in the spec here. Called by execution.
 """
 
 from __future__ import annotations
 
 import sys
-from itertools import chain, count
-from typing import TYPE_CHECKING, Any
+from collections import Counter
+from dataclasses import dataclass, replace
+from itertools import accumulate, chain, count
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from sparseprune.engine.grids import block_extents, divide, scope_extents, surviving
-from sparseprune.errors import SparsityError
+from sparseprune.engine.grids import (
+    Shape,
+    align,
+    block_extents,
+    divide,
+    identity_order,
+    prod,
+    rearranged,
+    scope_extents,
+    surviving,
+)
+from sparseprune.errors import ShapeMismatchError, SparsityError
 from sparseprune.spec.bound import (
     BoundBlock,
     BoundBlockCoupling,
@@ -28,22 +40,286 @@ from sparseprune.spec.expressions import (
     Environment,
     ExpressionError,
     Names,
+    came_to,
     expressions_of,
     misfit,
     resolve_variables,
 )
 from sparseprune.spec.locating import JoinedSite, TensorSite, label, locate
 from sparseprune.spec.problems import Misfit, Problems, shown
-from sparseprune.spec.schema import reconstruct_of, score_of, soft_of
-from sparseprune.spec.shaping import check_overlaps, coupled, layout_of
+from sparseprune.spec.schema import ExplicitView, reconstruct_of, score_of, soft_of
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterator, Mapping, Sequence
+    from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 
     from sparseprune.spec.bound import TensorInfo
     from sparseprune.spec.checking import Table
+    from sparseprune.spec.expressions import Expression, SliceEntry
     from sparseprune.spec.locating import Site
-    from sparseprune.spec.schema import BudgetTable, Spec
+    from sparseprune.spec.schema import BudgetTable, Spec, TensorsTable
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The elements of a view: `stride` and `offset` count elements of the row-major tensor."""
+
+    shape: Shape
+    stride: Shape
+    offset: int = 0
+
+
+def layout_of(place: str, table: TensorsTable, tensor: TensorInfo, names: Names) -> Layout:
+    """The view that a table has of one of its tensors; Misfit where it does not fit."""
+    layout = Layout(tensor.shape, _contiguous_stride(tensor.shape))
+    if table.slice is None and table.view is None:
+        return layout
+    key = "slice"
+    try:
+        if table.slice is not None:
+            layout = _sliced(layout, table.slice, names)
+        if isinstance(table.view, ExplicitView):
+            key = "view"
+            layout = _explicit(tensor, table.view, names)
+        elif table.view is not None:
+            key = "axes"
+            axes = {name: names.integer(size, 1, "1 or more") for name, size in table.axes}
+            key = "view"
+            seen = rearranged(layout.shape, layout.stride, table.view, axes)
+            layout = Layout(seen.shape, seen.stride, layout.offset)
+    except ExpressionError as error:
+        raise misfit(place, key, error, tensor.name) from error
+    except SparsityError as error:
+        raise Misfit(place, key, f"{tensor.name}: {error}") from error
+    return layout
+
+
+def _sliced(layout: Layout, entries: tuple[SliceEntry, ...], names: Names) -> Layout:
+    if len(entries) != len(layout.shape):
+        raise ShapeMismatchError(
+            f"found {len(entries)} entries for the shape {list(layout.shape)}: "
+            'give one for each dimension (":" takes all of it)'
+        )
+    bounds = [_bounds(entry, size, names) for entry, size in zip(entries, layout.shape, strict=True)]
+    offset = sum(low * stride for (low, _), stride in zip(bounds, layout.stride, strict=True))
+    return Layout(tuple([high - low for low, high in bounds]), layout.stride, offset)
+
+
+def _bounds(entry: SliceEntry, size: int, names: Names) -> tuple[int, int]:
+    if entry.is_whole:
+        return 0, size
+    low = 0 if entry.low is None else _bound(entry.low, size, size - entry.single, names)
+    high = size if entry.high is None else _bound(entry.high, size, size, names)
+    if entry.single:
+        return low, low + 1
+    if low >= high:
+        raise ShapeMismatchError(
+            f"{shown(entry.text)} is {low}:{high}, which is empty in a dimension of {size}"
+        )
+    return low, high
+
+
+def _bound(bound: Expression, size: int, most: int, names: Names) -> int:
+    """A bound counted from the front; ExpressionError if it lies outside."""
+    found = names.value(bound)
+    if isinstance(found, bool) or not isinstance(found, int) or not -size <= found <= most:
+        raise came_to(bound, found, f"an integer from {-size} to {most}, as the dimension has {size}")
+    return found + size if found < 0 else found
+
+
+def _explicit(tensor: TensorInfo, view: ExplicitView, names: Names) -> Layout:
+    shape = tuple([names.integer(size, 1, "1 or more") for size in view.shape])
+    stride = tuple([names.integer(step, 0, "0 or more") for step in view.stride])
+    layout = Layout(shape, stride, names.integer(view.offset, 0, "0 or more"))
+    if len(shape) != len(stride):
+        raise ShapeMismatchError(
+            f"shape {list(shape)} and stride {list(stride)} must have one entry for each dimension"
+        )
+    last = layout.offset + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+    if last >= prod(tensor.shape):
+        raise ShapeMismatchError(
+            f"the view reaches element {last}, the tensor {list(tensor.shape)} has {prod(tensor.shape)}: "
+            "strides and offset count elements of the row-major tensor"
+        )
+    if not is_injective(shape, stride):
+        raise ShapeMismatchError(
+            f"shape {list(shape)} with stride {list(stride)} reaches some elements twice: "
+            "a view may reach each element once"
+        )
+    return layout
+
+
+Member = TypeVar("Member", BoundBlock, BoundScope)
+
+
+def coupled(
+    groups: Sequence[Sequence[Member]], orders: Sequence[Shape] | None
+) -> tuple[tuple[Member, ...], tuple[Shape, ...]]:
+    """The members of a coupling in one list, all of one rank, with an order each.
+
+    `orders` has one for each group. CouplingError where the grids of members do not align.
+    """
+    rank = max(len(member.shape) for group in groups for member in group)
+    given = orders or [identity_order(rank)] * len(groups)
+    pairs = [(member, order) for group, order in zip(groups, given, strict=True) for member in group]
+    full = tuple([_widened_order(order, len(member.shape), rank) for member, order in pairs])
+    members = tuple([_widened(member, rank) for member, _ in pairs])
+    distinct: dict[tuple[Shape, Shape], str] = {}  # thousands of members have a handful of grids
+    for member, order in zip(members, full, strict=True):
+        distinct.setdefault((member.grid_shape, order), member.label)
+    align([grid for grid, _ in distinct], [order for _, order in distinct], list(distinct.values()))
+    return members, full
+
+
+def _widened(part: Member, rank: int) -> Member:
+    """The same elements with unit dimensions appended until the grid has this rank."""
+    if len(part.shape) == rank:
+        return part
+    ones = (1,) * (rank - len(part.shape))
+    if isinstance(part, BoundScope):
+        return replace(part, block=_widened_block(part.block, rank), shape=part.shape + ones)
+    view_shape, view_stride = part.view_shape + ones, part.view_stride + ones
+    return replace(part, view_shape=view_shape, view_stride=view_stride, shape=part.shape + ones)
+
+
+def _widened_block(block: BoundBlock | BoundBlockCoupling, rank: int) -> BoundBlock | BoundBlockCoupling:
+    if isinstance(block, BoundBlock):
+        return _widened(block, rank)
+    members = tuple(_widened(member, rank) for member in block.members)
+    orders = tuple(_widened_order(order, len(order), rank) for order in block.orders)
+    return replace(block, members=members, orders=orders)
+
+
+def _widened_order(order: Shape, grid_rank: int, rank: int) -> Shape:
+    """An order of a member's own grid, extended for unit dimensions appended to it; others unchanged."""
+    return (*order, *range(grid_rank, rank)) if len(order) == grid_rank < rank else order
+
+
+def _contiguous_stride(shape: Shape) -> Shape:
+    """Elements from one index to the next in each dimension of a row-major tensor.
+
+    >>> _contiguous_stride((4, 3, 2))
+    (6, 2, 1)
+    """
+    sizes = [max(size, 1) for size in shape[:0:-1]]
+    return tuple(accumulate(sizes, int.__mul__, initial=1))[::-1] if shape else ()
+
+
+Owned = tuple[str, str, "BoundBlock"]  # the rule, the instance and a leaf of it
+
+
+def check_overlaps(rules: Iterable[BoundRule], problems: Problems) -> None:
+    """A problem for every two rules, or one rule with itself, that reach one element."""
+    found: dict[tuple[str, str], tuple[Owned, Owned]] = {}
+    tensors: dict[tuple[str, str], int] = {}
+    for owned in _leaves_of_shared_tensors(rules):
+        for rule_names, pair in _overlapping(owned).items():
+            found.setdefault(rule_names, pair)
+            tensors[rule_names] = tensors.get(rule_names, 0) + 1
+    for rule_names, pair in found.items():
+        problems.add(rule_names[1], "", _worded(*pair, tensors[rule_names] - 1))
+
+
+def share_an_element(a: BoundBlock, b: BoundBlock) -> bool:
+    """Whether two views of one tensor have an element in common.
+
+    Searches indices with a.offset + sum(i * stride) == b.offset + sum(j * stride). Dimensions of equal stride
+    count as one. From the widest stride down, only steps are tried that narrower strides can compensate: for
+    strides that nest, as those of slices do, these are a handful.
+    """
+    if 0 in a.view_shape or 0 in b.view_shape:
+        return False
+    steps: dict[int, tuple[int, int]] = {}
+    for view, sign in ((a, 1), (b, -1)):
+        for size, stride in zip(view.view_shape, view.view_stride, strict=True):
+            low, high = steps.get(stride, (0, 0))
+            steps[stride] = (low, high + size - 1) if sign > 0 else (low - size + 1, high)
+    return _reaches(b.view_offset - a.view_offset, steps)
+
+
+def is_injective(shape: Shape, stride: Shape) -> bool:
+    """Whether no two places of a view share an element.
+
+    Two places share one if steps between them add up to 0; one of these steps can be taken as positive.
+    """
+    wide = [(size, step) for size, step in zip(shape, stride, strict=True) if size > 1]
+    strides = [step for _, step in wide]
+    if 0 in strides or len(set(strides)) < len(strides):
+        return False
+    if prod(size for size, _ in wide) > 1 + sum((size - 1) * step for size, step in wide):
+        return False  # more places than elements
+    every = {step: (1 - size, size - 1) for size, step in wide}
+    return not any(_reaches(0, {**every, step: (1, size - 1)}) for size, step in wide)
+
+
+def _reaches(distance: int, steps: Mapping[int, tuple[int, int]]) -> bool:
+    """Whether a distance is a sum of strides, each taken a number of times within its bounds."""
+    taken = {stride: bounds for stride, bounds in steps.items() if stride and bounds != (0, 0)}
+    rest_low = sum(stride * low for stride, (low, _) in taken.items())
+    rest_high = sum(stride * high for stride, (_, high) in taken.items())
+    gaps = {distance}
+    for stride, (low, high) in sorted(taken.items(), reverse=True):
+        rest_low, rest_high = rest_low - stride * low, rest_high - stride * high
+        gaps = {
+            gap - stride * step
+            for gap in gaps
+            for step in range(
+                max(low, -((rest_high - gap) // stride)), min(high, (gap - rest_low) // stride) + 1
+            )
+        }
+    return 0 in gaps
+
+
+def _leaves_of_shared_tensors(rules: Iterable[BoundRule]) -> Iterator[list[Owned]]:
+    """The leaves of every tensor that has several, in the order of the rules."""
+    instances = [(rule.name, instance) for rule in rules for instance in rule.instances]
+    names = [leaf.tensor for _, instance in instances for leaf in instance.scope.leaves]
+    if len(set(names)) < len(names):
+        shared: dict[str, list[Owned]] = {name: [] for name, times in Counter(names).items() if times > 1}
+        for rule, instance in instances:
+            for leaf in instance.scope.leaves:
+                if leaf.tensor in shared:
+                    shared[leaf.tensor].append((rule, instance.label, leaf))
+        yield from shared.values()
+
+
+def _overlapping(owned: Sequence[Owned]) -> dict[tuple[str, str], tuple[Owned, Owned]]:
+    """The first two leaves that share an element, for every two rules."""
+    found: dict[tuple[str, str], tuple[Owned, Owned]] = {}
+    for first, second in _meeting(owned):
+        rule_names = (first[0], second[0])
+        if rule_names not in found and share_an_element(first[2], second[2]):
+            found[rule_names] = (first, second)
+    return found
+
+
+def _meeting(owned: Sequence[Owned]) -> Iterator[tuple[Owned, Owned]]:
+    """Pairs of leaves whose ranges of elements overlap, each pair in the order of the rules."""
+    numbered = sorted((_range(leaf), number) for number, (_, _, leaf) in enumerate(owned))
+    active: list[tuple[int, int]] = []
+    for (start, end), number in numbered:
+        active = [(other_end, other) for other_end, other in active if other_end >= start]
+        for _, other in active:
+            yield owned[min(number, other)], owned[max(number, other)]
+        active.append((end, number))
+
+
+def _range(leaf: BoundBlock) -> tuple[int, int]:
+    """The first and the last element of a view."""
+    reach = sum((size - 1) * stride for size, stride in zip(leaf.view_shape, leaf.view_stride, strict=True))
+    return leaf.view_offset, leaf.view_offset + (reach if prod(leaf.view_shape) else -1)
+
+
+def _worded(first: Owned, second: Owned, more: int) -> str:
+    (rule, instance, leaf), (other_rule, other_instance, _) = first, second
+    tail = f" (and {more} more tensors)" if more else ""
+    if rule != other_rule:
+        text = f"{other_instance} reaches {leaf.tensor}{tail}, as {instance} of [{rule}] does"
+    elif instance != other_instance:
+        text = f"{instance} and {other_instance} both reach {leaf.tensor}{tail}"
+    else:
+        text = f"{instance} reaches {leaf.tensor}{tail} twice"
+    return f"{text}: an element may be reached by one rule, once; narrow the patterns"
+
 
 Part = BoundBlock | BoundBlockCoupling | BoundScope | BoundScopeCoupling
 

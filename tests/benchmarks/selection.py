@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from sparseprune.engine import selection
+from sparseprune.engine import scope
 from sparseprune.engine.kernels.selecting import select_keys
 from sparseprune.engine.scoring import magnitude_keys
 
@@ -60,7 +60,7 @@ def main() -> None:
             scopes, nnz = keys.view(-1, blocks), blocks // 2
             times = [
                 milliseconds(lambda way=way, scopes=scopes, nnz=nnz: way(scopes, nnz))  # type: ignore[misc]
-                for way in (selection._select_by_sort, torch_kth, selection.select, compiled)
+                for way in (scope._select_by_sort, torch_kth, scope.select, compiled)
             ]
             cells = " | ".join(f"{each:.1f}" for each in times)
             print(f"| {str(dtype).removeprefix('torch.')} | {blocks} | {cells} |")

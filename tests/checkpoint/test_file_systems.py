@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from sparseprune.checkpoint import StagedOutput, publish
-from sparseprune.checkpoint.staging_dir import StagingDir, left_behind
+from sparseprune.checkpoint.publish import StagingDir, left_behind
 from sparseprune.errors import CheckpointError
 from tests.checkpoint.files import (
     content,

@@ -10,7 +10,7 @@ from random import Random
 
 import pytest
 
-from sparseprune.checkpoint.journal import Journal, note_text, read_journal
+from sparseprune.checkpoint.output import Journal, note_text, read_journal
 from tests.checkpoint.files import IDENTITY
 
 NOTES = {"a 0": {"pruned": 3}, "é\n\r\u2028": ["x", None, 1.5], "b": "\udcff"}
@@ -183,7 +183,7 @@ def test_a_line_without_an_end_is_not_read_to_it(tmp_path: Path, monkeypatch: py
     path = tmp_path / "journal"
     path.write_bytes(line(HEAD))
     os.truncate(path, 1 << 40)
-    monkeypatch.setattr("sparseprune.checkpoint.journal._LONGEST", 1 << 20)
+    monkeypatch.setattr("sparseprune.checkpoint.output._LONGEST", 1 << 20)
     content = read_journal(path)
     assert content is not None
     assert content.end == len(line(HEAD))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from sparseprune.checkpoint.staging_dir import StagingDir
+from sparseprune.checkpoint.publish import StagingDir
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from sparseprune.checkpoint import StagedOutput
-from sparseprune.checkpoint.staging_dir import StagingDir
+from sparseprune.checkpoint.publish import StagingDir
 from sparseprune.errors import CheckpointError
 from tests.checkpoint.files import (
     all_keys,

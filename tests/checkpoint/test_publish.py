@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sparseprune.checkpoint.publish import name_files, settle
-from sparseprune.checkpoint.staging_dir import StagingDir
+from sparseprune.checkpoint.publish import StagingDir, name_files, settle
 
 NAMES = ("m.masks.safetensors", "m.report.json", "m.safetensors")
 OLD = {"m.report.json": "old report", "m.masks.safetensors": "old masks", "m.safetensors": "old weights"}

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from sparseprune.checkpoint import StagedOutput
-from sparseprune.checkpoint.journal import read_journal
+from sparseprune.checkpoint.output import read_journal
 from sparseprune.errors import CheckpointError, MachineError
 from tests.checkpoint.files import (
     IDENTITY,

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from sparseprune.checkpoint import StagedOutput, file_io, publish
-from sparseprune.checkpoint.staging_dir import StagingDir
+from sparseprune.checkpoint.publish import StagingDir
 from sparseprune.errors import CheckpointError, MachineError
 from tests.checkpoint.files import (
     content,
@@ -283,7 +283,7 @@ def killed_while_naming(
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", die)
         patch.setattr("sparseprune.checkpoint.publish.settle", lambda folder, target: None)
-        patch.setattr("sparseprune.checkpoint.staging_dir.remove", lambda path: None)
+        patch.setattr("sparseprune.checkpoint.publish.remove", lambda path: None)
         with pytest.raises(Killed):
             stage(layout_of(path), force=force, report=b"new")
     return path

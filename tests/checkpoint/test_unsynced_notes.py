@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from sparseprune.checkpoint.journal import Journal, note_text, read_journal
-from sparseprune.checkpoint.output import FileWriter
+from sparseprune.checkpoint.output import FileWriter, Journal, note_text, read_journal
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -35,7 +35,7 @@ from sparseprune.checkpoint import StagedOutput, publish
 from sparseprune.cli import signals
 from sparseprune.errors import MachineError
 from sparseprune.execution import reapply, schedule
-from sparseprune.execution.limits import Limits, limits_of
+from sparseprune.execution.regions import Limits, limits_of
 from tests.limits import WAYS, force, narrow
 
 if TYPE_CHECKING:

@@ -18,14 +18,7 @@ import typer
 
 from sparseprune.cli import signals
 from sparseprune.cli.app import app
-from sparseprune.cli.console import (
-    ended,
-    print_json,
-    print_result,
-    reported,
-    tell,
-    tell_lines,
-)
+from sparseprune.cli.console import ended, print_json, print_result, reported, tell, tell_lines
 from sparseprune.errors import MachineError, SparsepruneError, SpecError
 from sparseprune.results.fields import Document
 from tests.samples import run

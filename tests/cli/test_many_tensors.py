@@ -14,10 +14,10 @@ from sparseprune.api.options import Machine, Source, Target
 from sparseprune.api.pruning import prepare
 from sparseprune.checkpoint import open_checkpoint, open_masks
 from sparseprune.checkpoint.header import lay_out
-from sparseprune.execution.limits import INTERPRETER
-from sparseprune.execution.outcomes import Outcomes
+from sparseprune.execution.passes import Outcomes
 from sparseprune.execution.reapply import make_reapplication, match_masks
-from sparseprune.report.document import Run, make_report
+from sparseprune.execution.regions import INTERPRETER
+from sparseprune.report.pruning import Run, make_report
 from tests.samples import run
 
 if TYPE_CHECKING:

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, NoReturn
 import pytest
 from safetensors.torch import save_file
 
-from sparseprune.checkpoint.journal import Journal, note_text, read_journal
-from sparseprune.checkpoint.staging_dir import StagingDir
+from sparseprune.checkpoint.output import Journal, note_text, read_journal
+from sparseprune.checkpoint.publish import StagingDir
 from tests.checkpoint.files import names_in
 from tests.cli.removal import LLAMA, decoder, write
 from tests.limits import force, narrow

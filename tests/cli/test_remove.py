@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 
 from sparseprune import load_masks
 from sparseprune.checkpoint import TensorReader, open_masks
-from sparseprune.checkpoint.staging_dir import StagingDir
-from sparseprune.execution import limits, schedule
+from sparseprune.checkpoint.publish import StagingDir
+from sparseprune.execution import regions, schedule
 from sparseprune.execution.two_pass import ReduceBlocks
 from sparseprune.removal.shrink import CutTensor
 from sparseprune.removal.slices import ReadSlices, read_slices
@@ -135,12 +135,12 @@ def test_passes_of_a_removal_are_plain_data_that_another_process_could_do(
 
 def in_slabs(monkeypatch: pytest.MonkeyPatch, slab: int) -> None:
     """Slabs of about so many bytes or, of masks, elements."""
-    usual = limits.limits_of
+    usual = regions.limits_of
 
-    def narrow(memory: int, **others: Any) -> limits.Limits:
+    def narrow(memory: int, **others: Any) -> regions.Limits:
         return replace(usual(memory, **others), slab=slab, tile=max(16, slab))
 
-    monkeypatch.setattr(limits, "limits_of", narrow)
+    monkeypatch.setattr(regions, "limits_of", narrow)
     monkeypatch.setattr(schedule, "limits_of", narrow)
 
 
@@ -432,7 +432,7 @@ def test_masks_are_looked_at_in_memory_that_does_not_grow_with_their_rows(
         with TensorReader() as reader:
             tracemalloc.start()
             try:
-                kept = read_slices(masks, reader, limits.Limits(1 << 30, 20_000), 1, lambda *_: None)
+                kept = read_slices(masks, reader, regions.Limits(1 << 30, 20_000), 1, lambda *_: None)
                 _, peak = tracemalloc.get_traced_memory()
             finally:
                 tracemalloc.stop()

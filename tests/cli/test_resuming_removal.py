@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sparseprune.checkpoint.journal import read_journal
+from sparseprune.checkpoint.output import read_journal
 from tests.checkpoint.files import content, names_in
 from tests.cli.interrupted import NAMES, Command, Commands, Ended, Moment, change
 from tests.cli.removal import LLAMA, MIXTRAL, decoder, mixture, removed, weights, write

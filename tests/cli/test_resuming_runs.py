@@ -19,7 +19,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sparseprune.checkpoint.journal import read_journal
+from sparseprune.checkpoint.output import read_journal
 from tests.checkpoint.files import names_in
 from tests.cli.interrupted import NAMES, Command, Commands, Ended, Moment, change
 from tests.samples import CHANNELS, TWO_OF_FOUR, mlp_tensors, write_shards

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparseprune.engine import selection
-from sparseprune.engine.selection import kth_largest_key, select_by_histogram
+from sparseprune.engine import scope
+from sparseprune.engine.scope import kth_largest_key, select_by_histogram
 
 DTYPES = [torch.int8, torch.int16, torch.int32, torch.int64]
 
@@ -32,7 +32,7 @@ def test_histograms_select_what_a_stable_sort_selects(case: tuple[torch.Tensor, 
     expected = torch.zeros(keys.numel(), dtype=torch.bool)
     expected[ranked[:nnz]] = True
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(selection, "_CHUNK", chunk)
+        patch.setattr(scope, "_CHUNK", chunk)
         assert kth_largest_key(keys, nnz) == int(keys[ranked[nnz - 1]])
         assert torch.equal(select_by_histogram(keys, nnz), expected)
 
@@ -59,10 +59,10 @@ def test_every_path_of_selection_gives_the_masks_of_a_stable_sort(
     wild = torch.randint(info.min, info.max, (3, 5, blocks), dtype=dtype, generator=generator)
     for keys in (ties, wild, ties.transpose(0, 1), torch.zeros_like(ties)):
         for nnz in range(blocks + 1):
-            expected = selection._select_by_sort(keys, nnz)
+            expected = scope._select_by_sort(keys, nnz)
             assert bool((expected.sum(-1) == nnz).all())
             for pairwise, histogram, chunk in ((64, 100, 4), (0, 100, 4), (0, 0, 4), (64, 100, 100)):
-                monkeypatch.setattr(selection, "_PAIRWISE_LIMIT", pairwise)
-                monkeypatch.setattr(selection, "_HISTOGRAM_LIMIT", histogram)
-                monkeypatch.setattr(selection, "_CHUNK", chunk)
-                assert torch.equal(selection.select(keys, nnz), expected)
+                monkeypatch.setattr(scope, "_PAIRWISE_LIMIT", pairwise)
+                monkeypatch.setattr(scope, "_HISTOGRAM_LIMIT", histogram)
+                monkeypatch.setattr(scope, "_CHUNK", chunk)
+                assert torch.equal(scope.select(keys, nnz), expected)

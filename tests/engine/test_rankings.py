@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sparseprune import BlockSpec, ScopeCoupling, ScopeSpec, SparsityError
-from sparseprune.engine.randomness import random_scores
+from sparseprune.execution.scores import random_scores
 
 
 def coupled() -> tuple[ScopeCoupling, torch.Tensor, torch.Tensor]:

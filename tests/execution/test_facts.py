@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sparseprune.errors import SparsepruneError
-from sparseprune.execution.facts import BlockShape, Pattern, block_of, matrices_of, pattern_of
+from sparseprune.execution.inspect import BlockShape, Pattern, block_of, matrices_of, pattern_of
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,17 @@ from hypothesis import strategies as st
 from sparseprune.checkpoint import TensorReader, lay_out, open_checkpoint
 from sparseprune.engine.dtypes import DTYPES
 from sparseprune.errors import MachineError
-from sparseprune.execution.facts import BLOCKS, PATTERNS, BlockShape, Pattern, Questions, TensorFacts, Zeros
-from sparseprune.execution.inspect import SLAB, inspect_checkpoint
+from sparseprune.execution.inspect import (
+    BLOCKS,
+    PATTERNS,
+    SLAB,
+    BlockShape,
+    Pattern,
+    Questions,
+    TensorFacts,
+    Zeros,
+    inspect_checkpoint,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence

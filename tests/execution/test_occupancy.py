@@ -9,9 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparseprune.engine.kernels.occupancy import packed
-from sparseprune.execution.facts import BLOCKS, BlockShape, Pattern, Questions
-from sparseprune.execution.inspect import Counted, form_of
+from sparseprune.engine.kernels.counting import packed
+from sparseprune.execution.inspect import BLOCKS, BlockShape, Counted, Pattern, Questions, form_of
 
 QUESTIONS = (
     Questions(),

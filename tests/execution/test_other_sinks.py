@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from sparseprune.checkpoint import Sink, Source, StagedOutput, TensorReader, lay_out_apply, open_checkpoint
 from sparseprune.checkpoint.file_io import as_bytes
-from sparseprune.checkpoint.journal import Notes
+from sparseprune.checkpoint.output import Notes
 from sparseprune.execution import execute, make_plan, make_schedule
 from sparseprune.spec import parse_spec
 from tests.execution.structures import CASES

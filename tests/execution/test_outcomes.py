@@ -15,12 +15,12 @@ from safetensors.torch import save_file
 from sparseprune.checkpoint import open_checkpoint
 from sparseprune.engine.kernels.counting import Tally
 from sparseprune.execution import make_plan
-from sparseprune.execution.outcomes import Outcomes, Reach
+from sparseprune.execution.passes import Outcomes, Reach
 from sparseprune.spec import parse_spec
 
 if TYPE_CHECKING:
     from sparseprune.execution import Plan
-    from sparseprune.execution.outcomes import TensorOutcome
+    from sparseprune.execution.passes import TensorOutcome
 
 LEFT_AND_RIGHT = """
 version = 1

@@ -13,9 +13,8 @@ import pytest
 from sparseprune.checkpoint import TensorReader, lay_out, open_checkpoint
 from sparseprune.checkpoint.statistics import Statistic
 from sparseprune.execution.compare import OutputError, Pair, compare_jobs
-from sparseprune.execution.facts import BLOCKS, PATTERNS, Pattern, Questions
-from sparseprune.execution.inspect import inspect_jobs
-from sparseprune.execution.limits import Crowd
+from sparseprune.execution.inspect import BLOCKS, PATTERNS, Pattern, Questions, inspect_jobs
+from sparseprune.execution.regions import Crowd
 from sparseprune.execution.runner import Job, read_through
 from sparseprune.execution.tensor_io import TensorIO
 from tests.execution.elsewhere import MOST, do

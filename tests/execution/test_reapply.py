@@ -22,7 +22,6 @@ from sparseprune.checkpoint import (
     open_masks,
 )
 from sparseprune.engine.dtypes import DTYPES
-from sparseprune.execution.limits import Limits
 from sparseprune.execution.reapply import (
     Reapplication,
     Reapplied,
@@ -31,6 +30,7 @@ from sparseprune.execution.reapply import (
     reapply,
     reapply_bytes,
 )
+from sparseprune.execution.regions import Limits
 from tests.checkpoint.test_masks import write_masks
 
 if TYPE_CHECKING:

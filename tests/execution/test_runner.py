@@ -16,11 +16,10 @@ import pytest
 from safetensors.torch import save_file
 
 from sparseprune.checkpoint import StagedOutput, TensorReader
-from sparseprune.checkpoint.journal import Notes, note_text
+from sparseprune.checkpoint.output import Notes, note_text
 from sparseprune.execution import runner
-from sparseprune.execution.limits import INTERPRETER, TORCH, TORCH_THREAD
-from sparseprune.execution.outcomes import Outcomes
-from sparseprune.execution.passes import Chunk, Decision, GivenUpError, Pass
+from sparseprune.execution.passes import Chunk, Decision, GivenUpError, Outcomes, Pass
+from sparseprune.execution.regions import INTERPRETER, TORCH, TORCH_THREAD
 from sparseprune.execution.runner import Copying, Job, Runner
 from sparseprune.execution.tensor_io import TensorIO
 from tests.checkpoint.files import layout_of, single

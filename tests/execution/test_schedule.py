@@ -14,10 +14,8 @@ from safetensors.torch import save_file
 from sparseprune.checkpoint import TensorReader, open_checkpoint
 from sparseprune.errors import SparsepruneError
 from sparseprune.execution import make_plan, make_schedule
-from sparseprune.execution.limits import TORCH_THREAD, limits_of
-from sparseprune.execution.plan import task_bytes
 from sparseprune.execution.pruning import jobs_of
-from sparseprune.execution.regions import gaps, whole_region
+from sparseprune.execution.regions import TORCH_THREAD, gaps, limits_of, whole_region
 from sparseprune.execution.schedule import resident_of
 from sparseprune.execution.strategy import Contiguous, choose, needs_torch
 from sparseprune.execution.tensor_io import TensorIO
@@ -341,9 +339,7 @@ def test_every_job_has_a_key_of_its_own_and_the_strategy_of_its_own_tasks(schedu
 
 def test_bytes_that_pass_by_are_those_of_every_pass(schedule: Schedule) -> None:
     tensors = schedule.plan.checkpoint.tensors
-    passed = sum(
-        task_bytes(task, tensors) * job.strategy.passes for job in schedule.jobs for task in job.tasks
-    )
+    passed = sum(task.nbytes(tensors) * job.strategy.passes for job in schedule.jobs for task in job.tasks)
     passed += sum(2 * count for rest in schedule.rests for _, count in gaps(rest.stored.numel, rest.leaves))
     assert schedule.nbytes == passed
     assert schedule.nbytes >= sum(tensors[name].nbytes for name in schedule.plan.reached)

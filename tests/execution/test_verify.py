@@ -18,10 +18,8 @@ from sparseprune.checkpoint import TensorReader, lay_out, open_checkpoint
 from sparseprune.engine.dtypes import DTYPES
 from sparseprune.errors import SparsepruneError, SparsityError, SpecError
 from sparseprune.execution import count_survivors, make_check, nonzero_blocks
-from sparseprune.execution.limits import Limits
 from sparseprune.execution.nonzero_blocks import count_strategy, reads_of
-from sparseprune.execution.plan import task_bytes
-from sparseprune.execution.regions import leaves_of, members_of
+from sparseprune.execution.regions import Limits, leaves_of, members_of
 from sparseprune.execution.strategy import CountNonzero
 from sparseprune.spec import BoundScope, parse_spec
 from tests import oracle
@@ -472,7 +470,7 @@ def test_what_is_read_lies_together(tmp_path: Path, spec: str, kind: str) -> Non
         strategy = counting(job)
         assert strategy.kind == kind
         for task in job.tasks:
-            assert task_bytes(task, tensors) / reads_of(task.instance.scope, strategy) >= 4096
+            assert task.nbytes(tensors) / reads_of(task.instance.scope, strategy) >= 4096
 
 
 def counting(job: Job) -> CountNonzero:

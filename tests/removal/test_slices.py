@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 
 from sparseprune.checkpoint import MaskFormat, TensorReader, open_masks
 from sparseprune.checkpoint.layout import FORMAT_KEY, SHAPES_KEY
-from sparseprune.execution.limits import Limits
+from sparseprune.execution.regions import Limits
 from sparseprune.removal.slices import KeptIndices, kept_slices, kept_whole, read_slices, summed_up
 
 if TYPE_CHECKING:

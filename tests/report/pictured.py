@@ -10,7 +10,7 @@ import jsonschema
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 
-from sparseprune.execution.facts import Questions, TensorFacts
+from sparseprune.execution.inspect import Questions, TensorFacts
 from sparseprune.report.inspection import Telling, make_inspection
 from sparseprune.results.measuring import ComparedTensor, CompareTotals, Comparison
 from tests.samples import as_data, schema

@@ -11,8 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.cells import cell_len
 
-from sparseprune.report.exporting import csv_text, markdown_text
-from sparseprune.report.tables import Column
+from sparseprune.report.tables import Column, csv_text, markdown_text
 
 FORMULAS = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")
 

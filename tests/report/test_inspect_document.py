@@ -10,7 +10,7 @@ import jsonschema
 import pytest
 from rich.console import Console
 
-from sparseprune.execution.facts import BlockShape, Pattern, Questions, TensorFacts, Zeros
+from sparseprune.execution.inspect import BlockShape, Pattern, Questions, TensorFacts, Zeros
 from sparseprune.report.inspect_table import columns_and_rows, inspect_table
 from sparseprune.report.inspection import (
     Grouping,

@@ -18,8 +18,7 @@ from sparseprune.checkpoint import TensorReader, lay_out, open_checkpoint, read_
 from sparseprune.engine.dtypes import DTYPES
 from sparseprune.errors import SparsepruneError
 from sparseprune.report.pictures import CloseUp, close_up, plot_mask
-from sparseprune.report.pictures.closeup import SIDE, Cells
-from sparseprune.report.pictures.mask import TINTS, UNREACHED, edges, lies_apart, mask_page
+from sparseprune.report.pictures.mask import SIDE, TINTS, UNREACHED, Cells, edges, lies_apart, mask_page
 from sparseprune.spec import TensorInfo, bind, parse_spec
 from tests.report.pictured import faults, texts
 
@@ -164,14 +163,14 @@ def test_gives_up_the_search_in_a_tensor_that_is_very_wide(
     tensor = torch.ones(100, 100_000, dtype=torch.int8)
     tensor[0, 90_000] = 0
     assert look(tmp_path, tensor).begin[1] > 0
-    monkeypatch.setattr("sparseprune.report.pictures.closeup._PATIENCE", 1 << 16)
+    monkeypatch.setattr("sparseprune.report.pictures.mask._PATIENCE", 1 << 16)
     assert look(tmp_path, tensor).begin == (0, 0)
 
 
 def test_elements_far_apart_are_read_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tensor = torch.randint(0, 2, (3, 5, 7, 9)).float()
     wanted = look(tmp_path, tensor).kept
-    monkeypatch.setattr("sparseprune.report.pictures.closeup._SPAN", 1)
+    monkeypatch.setattr("sparseprune.report.pictures.mask._SPAN", 1)
     assert np.array_equal(look(tmp_path, tensor).kept, wanted)
 
 

@@ -14,7 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sparseprune.errors import SparsepruneError
-from sparseprune.execution.facts import Pattern
+from sparseprune.execution.inspect import Pattern
 from sparseprune.report.requirements import Comparison, check_names, failures, parse_requirement
 from sparseprune.results.measuring import ComparedTensor, InspectedTensor, RuntimeVerdict, ZeroBlocks
 

@@ -14,7 +14,7 @@ from torch.sparse import _semi_structured_conversions as _conversions
 
 from sparseprune.engine.dtypes import DTYPES, torch_dtype
 from sparseprune.errors import SparsepruneError
-from sparseprune.execution.facts import Pattern, TensorFacts
+from sparseprune.execution.inspect import Pattern, TensorFacts
 from sparseprune.report.runtimes import RUNTIMES, axes_of, needed_patterns, runtimes_of, verdict
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import io
 
 from rich.console import Console
 
-from sparseprune.execution.facts import Questions, TensorFacts
+from sparseprune.execution.inspect import Questions, TensorFacts
 from sparseprune.report.inspect_table import InspectTree
 from sparseprune.report.inspection import Telling, make_inspection
 

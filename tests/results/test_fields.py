@@ -9,8 +9,7 @@ from dataclasses import dataclass, make_dataclass
 import pytest
 
 from sparseprune import __version__
-from sparseprune.engine.sequences import Made
-from sparseprune.results.fields import Document, OtherWeights
+from sparseprune.results.fields import Document, Made, OtherWeights
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ import pytest
 
 from sparseprune.errors import SpecError
 from sparseprune.spec import TensorInfo, bind, find_spec, parse_spec
-from sparseprune.spec.library import LARGEST_SPEC
+from sparseprune.spec.parsing import LARGEST_SPEC
 from sparseprune.spec.patterns import PatternError, parse_pattern, parse_regex
 from tests.fuzzing.specs import fuzz
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from sparseprune.errors import SpecError
 from sparseprune.spec import BoundBlock, TensorInfo, bind, parse_spec
-from sparseprune.spec.shaping import is_injective
+from sparseprune.spec.binding import is_injective
 
 
 def leaf(keys: str, *shape: int, config: dict[str, object] | None = None, rank: int = 0) -> BoundBlock:

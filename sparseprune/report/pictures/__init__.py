@@ -11,15 +11,14 @@ from typing import TYPE_CHECKING
 from sparseprune.report.pictures.files import check_picture
 
 if TYPE_CHECKING:
-    from sparseprune.report.pictures.closeup import CloseUp, close_up
-    from sparseprune.report.pictures.mask import plot_mask
+    from sparseprune.report.pictures.mask import CloseUp, close_up, plot_mask
     from sparseprune.report.pictures.results import plot_comparison, plot_inspection
 
 __all__ = ["CloseUp", "check_picture", "close_up", "plot_comparison", "plot_inspection", "plot_mask"]
 
 _HOME = {
-    "CloseUp": "closeup",
-    "close_up": "closeup",
+    "CloseUp": "mask",
+    "close_up": "mask",
     "plot_comparison": "results",
     "plot_inspection": "results",
     "plot_mask": "mask",

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.cm import ScalarMappable
     from matplotlib.figure import Figure
 
-    from sparseprune.report.pictures.overview import Fact
+    from sparseprune.report.pictures.results import Fact
     from sparseprune.results.fields import EachCount
     from sparseprune.results.measuring import ComparedTensor, InspectedTensor
 

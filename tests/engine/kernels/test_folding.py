@@ -11,7 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from sparseprune.engine.dtypes import DTYPES
-from sparseprune.engine.kernels.occupancy import any_in, count_in, histogram, histograms, nonzero
+from sparseprune.engine.kernels.counting import any_in, count_in, histogram, histograms, nonzero
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

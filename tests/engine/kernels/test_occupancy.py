@@ -10,7 +10,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparseprune.engine.kernels.occupancy import count_occupied, joined, ones, packed, unpacked, words_of
+from sparseprune.engine.kernels.counting import count_occupied, joined, ones, packed, unpacked, words_of
 
 if TYPE_CHECKING:
     from sparseprune.engine.kernels.counting import Marks

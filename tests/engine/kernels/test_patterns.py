@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparseprune.engine.kernels.occupancy import counts_along, fullest_in_words
+from sparseprune.engine.kernels.counting import counts_along, fullest_in_words
 
 LANES = [1, 2, 4, 8, 16, 32, 64]
 

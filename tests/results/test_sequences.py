@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sparseprune.engine.sequences import Made
+from sparseprune.results.fields import Made
 
 
 def test_what_is_made_is_a_sequence() -> None:
