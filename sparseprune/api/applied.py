@@ -15,7 +15,6 @@ from sparseprune.checkpoint.discovery import RESULTS, SUFFIX
 from sparseprune.checkpoint.documents import read_object
 from sparseprune.checkpoint.publish import left_behind
 from sparseprune.errors import CheckpointError, SparsepruneError
-from sparseprune.spec import SpecSource, find_spec, parse_spec
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
     from sparseprune.checkpoint import Checkpoint, StagedOutput
     from sparseprune.execution import Plan
     from sparseprune.execution.earlier import Earlier, Touched
-    from sparseprune.spec import Spec
+    from sparseprune.spec import Spec, SpecSource
 
 
 _VERSION = re.compile(r"^version *= *1 *$", re.MULTILINE)
@@ -34,6 +33,8 @@ _REMOVAL = "sparseprune.remove."  # how the schemas of reports begin of what was
 
 def read_spec(named: str, overrides: Mapping[str, str]) -> tuple[SpecSource, Spec]:
     """A spec by its path, its shipped name or its text, with other values for its variables."""
+    from sparseprune.spec import SpecSource, find_spec, parse_spec
+
     is_text = _VERSION.search(named) is not None
     source = SpecSource(named, "the spec", Path.cwd()) if is_text else find_spec(named)
     return source, parse_spec(source.text, source.source, source.directory, overrides)
@@ -50,6 +51,8 @@ def applied_spec(checkpoint: Checkpoint, named: str | None, overrides: Mapping[s
     path = checkpoint.path / RESULTS / "spec.toml"
     if not checkpoint.is_directory or not path.is_file():
         return None
+    from sparseprune.spec import find_spec, parse_spec
+
     source = find_spec(path)
     report = applied_report(checkpoint) or {}
     if str(report.get("schema")).startswith(_REMOVAL):

@@ -21,12 +21,10 @@ from sparseprune.checkpoint import (
 )
 from sparseprune.errors import CheckFailedError, CheckpointError, SparsepruneError, printable
 from sparseprune.report.inspection import ordered, selected
-from sparseprune.report.requirements import Absent, check_names, failures, parse_requirement
-from sparseprune.spec import TensorInfo, bind
 from sparseprune.spec.problems import shown, suggestion
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
     from pathlib import Path
 
     from sparseprune import results
@@ -36,7 +34,7 @@ if TYPE_CHECKING:
     from sparseprune.execution.compare import Pair, Sides
     from sparseprune.report.inspection import Grouping, Telling
     from sparseprune.report.pictures.charts import Survivors
-    from sparseprune.report.requirements import Requirement
+    from sparseprune.report.requirements import Absent, Requirement
     from sparseprune.results.fields import Document
     from sparseprune.results.measuring import ComparedTensor
     from sparseprune.spec import BoundSpec, Spec
@@ -78,11 +76,18 @@ def inspect(run: Run, look: Look) -> results.Inspection:
             f"--tensor {printable(look.tensor)}: {checkpoint.path} has no such tensor{hint}"
         )
     names = selected(checkpoint.tensors, look.listing.match, look.listing.exclude)
-    check_names(requirements, names)
+    if requirements:
+        from sparseprune.report.requirements import check_names
+
+        check_names(requirements, names)
     with collector_paused():
         result = _inspected(run, look, checkpoint, names, telling)
     if look.plot is not None:
         _plot(run, look, checkpoint, result, look.plot)
+    if not requirements:
+        return result
+    from sparseprune.report.requirements import failures
+
     return _unless_failed(result, failures(requirements, result.tensors))
 
 
@@ -117,11 +122,22 @@ def _asked(look: Look) -> tuple[Telling, list[Requirement]]:
     blocks = tuple(dict.fromkeys((*BLOCKS, *map(block_of, look.blocks))))
     runtimes = () if look.runtimes is None else runtimes_of(look.runtimes)
     fields = fields_of(Questions(patterns, blocks))
-    requirements = [parse_requirement(text, fields, RUNTIMES) for text in look.requirements]
+    requirements = _parsed(look.requirements, fields, RUNTIMES)
     required = [one.pattern for one in requirements if one.pattern is not None]
     runtimes = (*runtimes, *(RUNTIMES[one.runtime] for one in requirements if one.runtime is not None))
     questions = Questions(tuple(dict.fromkeys((*patterns, *required))), blocks)
     return Telling(questions, tuple({one.name: one for one in runtimes}.values())), requirements
+
+
+def _parsed(
+    texts: Sequence[str], fields: Collection[str], runtimes: Collection[str] = ()
+) -> list[Requirement]:
+    """The conditions of --require; most calls have none, and load nothing for it."""
+    if not texts:
+        return []
+    from sparseprune.report.requirements import parse_requirement
+
+    return [parse_requirement(text, fields, runtimes) for text in texts]
 
 
 def _inspected(
@@ -208,6 +224,8 @@ def _by_spec(
 
 
 def _bound(look: Look, checkpoint: Checkpoint, spec: Spec) -> BoundSpec:  # noqa: ARG001
+    from sparseprune.spec import TensorInfo, bind
+
     tensors = [TensorInfo(one.name, one.dtype, one.shape) for one in checkpoint.tensors.values()]
     return bind(spec, tensors, read_config(checkpoint))
 
@@ -253,6 +271,8 @@ def compare(run: Run, asked: Comparing) -> results.Comparison:
 
         plot_comparison(result, asked.plot)
         run.note(f"wrote {asked.plot}")
+    if not requirements:
+        return result
     measured = frozenset(pair.before.name for pair in matrices)
     return _unless_failed(result, _failed(requirements, [*result.tensors, *_absent(sides)], measured))
 
@@ -271,13 +291,15 @@ def _requirements(asked: Comparing, sides: Sides) -> list[Requirement]:
     """What has to hold; SparsepruneError for conditions or columns without a meaning."""
     from sparseprune.report.comparison import FIELDS, unmeasured
 
-    requirements = [parse_requirement(text, FIELDS) for text in asked.requirements]
+    requirements = _parsed(asked.requirements, FIELDS)
     compared = [one.comparison.field for one in requirements if one.comparison is not None]
     if asked.stats is None and _OUTPUTS in (*compared, asked.listing.sort):
         raise SparsepruneError(f"{_OUTPUTS} is not known without --stats: give what calibrate wrote")
     if asked.listing.sort is not None:
         ordered(unmeasured(sides.pairs[:1]), asked.listing.sort, asked.listing.reverse)
     if requirements:
+        from sparseprune.report.requirements import failures
+
         failures(requirements, [*unmeasured(sides.pairs), *_absent(sides)])
     return requirements
 
@@ -288,6 +310,8 @@ def _failed(
     matrices: frozenset[str],
 ) -> list[str]:
     """What does not hold; output errors are asked of the tensors of which there are statistics."""
+    from sparseprune.report.requirements import Absent, failures
+
     lines = []
     for requirement in requirements:
         of_outputs = requirement.comparison is not None and requirement.comparison.field == _OUTPUTS
@@ -298,6 +322,7 @@ def _failed(
 
 def _absent(sides: Sides) -> list[Absent]:
     """Tensors that fail every requirement: they are gone, or have another shape."""
+    from sparseprune.report.requirements import Absent
     from sparseprune.report.wording import shape_text
 
     gone = [Absent(stored.name, stored.shape, "is not in PRUNED") for stored in sides.removed]

@@ -1,19 +1,24 @@
 """The work: from a spec and headers to a plan and a schedule, from these to passes over files.
 
 Owns plan, schedule, runner and the passes. Decides nothing about sparsity itself (engine) and lays out no
-bytes (checkpoint). Called by the commands. Names that need numpy or torch are loaded on first use.
+bytes (checkpoint). Called by the commands. Names are loaded on first use.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from sparseprune.execution.plan import Plan, WorkUnit, make_plan
-from sparseprune.execution.schedule import Schedule, make_schedule
-
 if TYPE_CHECKING:
     from sparseprune.execution.passes import TensorOutcome
+    from sparseprune.execution.plan import Plan, WorkUnit, make_plan
     from sparseprune.execution.pruning import execute, work_bytes
-    from sparseprune.execution.schedule import cpu_lines, device_text, devices_of_rules, resolve_device
+    from sparseprune.execution.schedule import (
+        Schedule,
+        cpu_lines,
+        device_text,
+        devices_of_rules,
+        make_schedule,
+        resolve_device,
+    )
     from sparseprune.execution.verify import Check, Verification, count_survivors, make_check
 
 __all__ = [
@@ -37,14 +42,19 @@ __all__ = [
 
 _HOME = {
     "Check": "verify",
+    "Plan": "plan",
+    "Schedule": "schedule",
     "TensorOutcome": "passes",
     "Verification": "verify",
+    "WorkUnit": "plan",
     "count_survivors": "verify",
-    "execute": "pruning",
-    "make_check": "verify",
     "cpu_lines": "schedule",
     "device_text": "schedule",
     "devices_of_rules": "schedule",
+    "execute": "pruning",
+    "make_check": "verify",
+    "make_plan": "plan",
+    "make_schedule": "schedule",
     "resolve_device": "schedule",
     "work_bytes": "pruning",
 }
