@@ -228,10 +228,12 @@ class Form:
         matrices, rows, columns = self.stack
         if not columns:
             return
-        units = whole_part((-(-matrices // self.unit[0]), -(-rows // self.unit[1])))
-        for part in cut(units, (0, 1), size // (prod(self.unit) * self.row_bytes)):
-            begin, extent = part.scaled(self.unit).begin, part.scaled(self.unit).extent
-            yield Part(begin, (min(extent[0], matrices - begin[0]), min(extent[1], rows - begin[1])))
+        some, high = self.unit
+        units = whole_part((-(-matrices // some), -(-rows // high)))
+        for part in cut(units, (0, 1), size // (some * high * self.row_bytes)):
+            matrix, row = part.begin[0] * some, part.begin[1] * high
+            extent = min(part.extent[0] * some, matrices - matrix), min(part.extent[1] * high, rows - row)
+            yield Part((matrix, row), extent)
 
     def count(self, words: Words) -> Found:
         """What the bits (tensors, matrices, rows, words) of the same part of some tensors hold."""
@@ -331,16 +333,22 @@ class Form:
         return total
 
     def _holding(self, words: Words) -> Marks:
-        """Which patterns hold in each tensor; most are broken in the first row, or unit, already."""
+        """Which patterns hold in each tensor; most are broken in the first word, or unit, already."""
         holding = np.ones((len(words), len(self.patterns)), dtype=np.bool_)
         in_words = [WORD % one.group == 0 and one.axis in {-1, len(self.shape) - 1} for one in self.patterns]
-        for some in (words[:, :1, :1], words):
-            asked = [place for place in np.flatnonzero(holding.any(axis=0)) if in_words[place]]
-            fullest = fullest_in_words(some, {self.patterns[place].group for place in asked})
+        if any(in_words):
+            first = words.reshape(len(words), -1)[:, 0].tolist()
+            asked = [
+                place
+                for place, one in enumerate(self.patterns)
+                if in_words[place] and any(_holds(one, word) for word in first)
+            ]
+            fullest = fullest_in_words(words, {self.patterns[place].group for place in asked})
+            holding[:, in_words] = False
             for place in asked:
-                holding[:, place] &= fullest[self.patterns[place].group] <= self.patterns[place].kept
+                holding[:, place] = fullest[self.patterns[place].group] <= self.patterns[place].kept
         for some in (words[:, : self.unit[0], : self.unit[1]], words):
-            asked = [place for place in np.flatnonzero(holding.any(axis=0)) if not in_words[place]]
+            asked = [place for place in np.flatnonzero(holding.any(axis=0)).tolist() if not in_words[place]]
             marks = unpacked(some, self.stack[2]) if asked else np.empty(0, dtype=np.bool_)
             for place in asked:
                 pattern = self.patterns[place]
@@ -383,6 +391,12 @@ def form_of(dtype: str, shape: Shape, questions: Questions) -> Form:
     whole = of_matrices > 1 or together >= rows
     unit = min(of_matrices, max(1, matrices)), max(1, rows) if whole else together
     return Form(dtype, shape, questions, stack, sizes, patterns, unit)
+
+
+def _holds(pattern: Pattern, word: int) -> bool:
+    """Whether no group of a word of bits has more than its pattern keeps."""
+    members = (1 << pattern.group) - 1
+    return all((word >> at & members).bit_count() <= pattern.kept for at in range(0, WORD, pattern.group))
 
 
 def _inside(shape: Shape, pattern: Pattern) -> int:
@@ -506,7 +520,8 @@ class InspectParts(Pass):
         first = (part.begin[0] * rows + part.begin[1]) * columns
         zeros = nonfinite = 0
         words = None
-        for piece in self._pieces(part):
+        pieces = list(self._pieces(part))
+        for piece in pieces:
             (row, word), (height, width) = piece.begin, piece.extent
             width = min(width * WORD, columns - word * WORD)
             bits = io.scratch("bits", height * width, f"u{form.itemsize}")
@@ -515,11 +530,13 @@ class InspectParts(Pass):
             found = mark_nonzero(bits, DTYPES[form.dtype], marks)
             zeros, nonfinite = zeros + found[0], nonfinite + found[1]
             if found[0] and form.sizes:
+                some = packed(marks.reshape(1, height, width))[0]
+                if len(pieces) == 1:
+                    words = some
+                    break
                 if words is None:
                     words = np.tile(ones(columns), (part.numel, 1))
-                words[row : row + height, word : word + words_of(width)] = packed(
-                    marks.reshape(1, height, width)
-                )[0]
+                words[row : row + height, word : word + words_of(width)] = some
         if words is None:
             return Counted(zeros, nonfinite)
         return Counted(zeros, nonfinite, form.count(words.reshape(1, *part.extent, -1)))
