@@ -34,7 +34,6 @@ from sparseprune.spec.bound import (
     BoundSpec,
     Budget,
 )
-from sparseprune.spec.checking import leaves_of, table_of
 from sparseprune.spec.expressions import (
     RESERVED,
     Environment,
@@ -47,16 +46,25 @@ from sparseprune.spec.expressions import (
 )
 from sparseprune.spec.locating import JoinedSite, TensorSite, label, locate
 from sparseprune.spec.problems import Misfit, Problems, shown
-from sparseprune.spec.schema import ExplicitView, reconstruct_of, score_of, soft_of
+from sparseprune.spec.schema import (
+    BlockTable,
+    BudgetTable,
+    CouplingTable,
+    ExplicitView,
+    ScopeTable,
+    TensorsTable,
+    reconstruct_of,
+    score_of,
+    soft_of,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 
     from sparseprune.spec.bound import TensorInfo
-    from sparseprune.spec.checking import Table
     from sparseprune.spec.expressions import Expression, SliceEntry
     from sparseprune.spec.locating import Site
-    from sparseprune.spec.schema import BudgetTable, Spec, TensorsTable
+    from sparseprune.spec.schema import Spec
 
 
 @dataclass(frozen=True, slots=True)
@@ -334,27 +342,19 @@ def bind(spec: Spec, tensors: Sequence[TensorInfo], config: Mapping[str, Any] | 
     environment = Environment(resolve_variables(spec.variables, config, problems), config)
     sites = locate(spec, tensors, environment, problems)
     binder = _Binder(spec, environment)
+    coupled = spec.coupled_scopes()
     rules = tuple(
-        BoundRule(".".join(table), tuple(binder.instances(table, sites[table], problems)))
-        for table in _outermost(spec)
-        if sites[table]
+        BoundRule(place, tuple(binder.instances(place, table, sites[place], problems)))
+        for place, table in spec.tables.items()
+        if isinstance(table, BudgetTable) and place not in coupled and sites[place]
     )
     check_overlaps(rules, problems)
     problems.raise_if_any()
     if not rules:
-        problems.add(
-            "",
-            "",
-            "no rule reaches a tensor: all rules are optional, and the checkpoint has none of their tensors",
-        )
+        why = "all rules are optional, and the checkpoint has none of their tensors"
+        problems.add("", "", f"no rule reaches a tensor: {why}")
     problems.raise_if_any()
     return BoundSpec(rules, spec.covers)
-
-
-def _outermost(spec: Spec) -> Iterator[Table]:
-    members = spec.coupled_scopes()
-    yield from (("scope", name) for name in spec.scope if name not in members)
-    yield from (("scope_coupling", name) for name in spec.scope_coupling)
 
 
 class _Binder:
@@ -368,13 +368,15 @@ class _Binder:
         self._spec = spec
         self._environment = environment
         self._parts: dict[Hashable, Part] = {}
-        self._used: dict[Table, frozenset[str]] = {}
+        self._used: dict[str, frozenset[str]] = {}
         self._numbers = count()
 
-    def instances(self, table: Table, sites: Sequence[Site], problems: Problems) -> Iterator[BoundInstance]:
+    def instances(
+        self, place: str, table: BudgetTable, sites: Sequence[Site], problems: Problems
+    ) -> Iterator[BoundInstance]:
         """The instances of an outermost table; what does not fit is a problem."""
         first_of: dict[Hashable, BoundInstance] = {}
-        used = self._captures_used(table)
+        used = self._captures_used(place)
         for site in sites:
             form = _form(site, used)
             first = first_of.get(form)
@@ -384,106 +386,90 @@ class _Binder:
                 yield BoundInstance(scope.label, site.captures, scope, *method, first.form)
                 continue
             try:
-                first_of[form] = self._instance(table, site)
+                first_of[form] = self._instance(place, table, site)
             except Misfit as misfit:
                 problems.note(misfit)
             else:
                 yield first_of[form]
 
-    def _instance(self, table: Table, site: Site) -> BoundInstance:
-        spec, read = self._spec, table_of(self._spec, table)
-        scope: Any = self._part(table, site)
+    def _instance(self, place: str, table: BudgetTable, site: Site) -> BoundInstance:
+        spec, scope = self._spec, self._part(place, site)
         names = Names(self._environment, site.captures)
-        budget, sparsity = budget_of(".".join(table), read, scope.label, scope.blocks_per_scope, names)
-        score = score_of(read.score or spec.score, spec.directory)
-        soft = soft_of(read, spec.directory)
-        reconstruct = reconstruct_of(read.reconstruct or spec.reconstruct, spec.directory)
-        form = next(self._numbers)
-        return BoundInstance(
-            scope.label, site.captures, scope, budget, sparsity, score, soft, reconstruct, form
-        )
+        budget, sparsity = budget_of(place, table, scope.label, scope.blocks_per_scope, names)
+        score = score_of(table.score or spec.score, spec.directory)
+        soft = soft_of(table, spec.directory)
+        rebuilt = reconstruct_of(table.reconstruct or spec.reconstruct, spec.directory)
+        what = (scope.label, site.captures, scope, budget, sparsity)
+        return BoundInstance(*what, score, soft, rebuilt, next(self._numbers))
 
-    def _captures_used(self, table: Table) -> frozenset[str]:
+    def _captures_used(self, place: str) -> frozenset[str]:
         """The captures that expressions of a table and of those below it use."""
-        if table not in self._used:
-            kind, name = table
-            tables = {table, *leaves_of(self._spec, table)}
-            if kind == "scope_coupling":
-                tables |= {("scope", scope) for scope in self._spec.scope_coupling[name].scopes}
-            values = [value for each in tables for key, value in table_of(self._spec, each) if key != "where"]
-            names = {name for expression in expressions_of(tuple(values)) for name in expression.names}
-            self._used[table] = frozenset(names.difference(self._environment.variables, RESERVED))
-        return self._used[table]
+        if place not in self._used:
+            tables = [self._spec.tables[each] for each in self._spec.tables_in(place)]
+            values = tuple(value for table in tables for key, value in table if key != "where")
+            names = {name for expression in expressions_of(values) for name in expression.names}
+            self._used[place] = frozenset(names.difference(self._environment.variables, RESERVED))
+        return self._used[place]
 
-    def _part(self, table: Table, site: Site) -> Any:  # noqa: ANN401  (which part, the kind of table says)
+    def _part(self, place: str, site: Site) -> Any:  # noqa: ANN401  (which part, the kind of table says)
         """What a table makes of one of its sites; Misfit where it cannot."""
-        form = table, _form(site, self._captures_used(table))
+        form = place, _form(site, self._captures_used(place))
         known = self._parts.get(form)
         if known is not None:
             return _renamed(known, site)
-        kind, name = table
-        if kind == "scope":
-            part: Part = self._scope(name, site)
+        table = self._spec.tables[place]
+        if isinstance(table, CouplingTable):
+            part: Part = self._coupling(place, table, site)
+        elif isinstance(table, ScopeTable):
+            part = self._scope(place, table, site)
         else:
-            part = self._block(table, site) if kind == "block" else self._coupling(table, site)
+            part = self._block(place, table, "shape", site)
         self._parts[form] = part
         return part
 
-    def _scope(self, name: str, site: Site) -> BoundScope:
-        table = self._spec.scope[name]
-        block: BoundBlock | BoundBlockCoupling
-        if isinstance(table.block, str):
-            kind = "block" if table.block in self._spec.block else "block_coupling"
-            block = self._part((kind, table.block), site)
-        else:
-            block = self._block(("scope", name), site)
+    def _scope(self, place: str, table: ScopeTable, site: Site) -> BoundScope:
+        (named,) = self._spec.parts(place) or ("",)
+        block = self._part(named, site) if named else self._block(place, table, "block", site)
         grid = block.grid_shape
         try:
             shape = scope_extents(grid, Names(self._environment, site.captures).extents(table.shape))
             divide(grid, shape, "scope", "block grid")
         except ExpressionError as error:
-            raise misfit(f"scope.{name}", "shape", error, label(name, site)) from error
+            raise misfit(place, "shape", error, label(place, site)) from error
         except SparsityError as error:
-            raise Misfit(f"scope.{name}", "shape", f"{_where(block)}: {error}") from error
-        return BoundScope(label(name, site), block, shape)
+            raise Misfit(place, "shape", f"{_where(block)}: {error}") from error
+        return BoundScope(label(place, site), block, shape)
 
-    def _coupling(self, table: Table, site: Site) -> BoundBlockCoupling | BoundScopeCoupling:
-        kind, name = table
+    def _coupling(self, place: str, table: CouplingTable, site: Site) -> Part:
         if not isinstance(site, JoinedSite):
             raise TypeError("the instances of a coupling are joined sites")
-        read = table_of(self._spec, table)
-        parts = [
-            [self._part((read.member_kind, member), each) for each in sites]
-            for member, sites in zip(read.members, site.members, strict=True)
-        ]
+        of_members = zip(self._spec.parts(place), site.members, strict=True)
+        parts = [[self._part(member, each) for each in sites] for member, sites in of_members]
         try:
-            members, orders = coupled(parts, read.orders)
+            members, orders = coupled(parts, table.orders)
         except SparsityError as error:
-            key = "orders" if read.orders else read.members_key
-            raise Misfit(".".join(table), key, f"{label(name, site)}: {error}") from error
-        make = BoundBlockCoupling if kind == "block_coupling" else BoundScopeCoupling
-        return make(label(name, site), members, orders)
+            key = "orders" if table.orders else table.members_key
+            raise Misfit(place, key, f"{label(place, site)}: {error}") from error
+        make = BoundScopeCoupling if isinstance(table, BudgetTable) else BoundBlockCoupling
+        return make(label(place, site), members, orders)
 
-    def _block(self, table: Table, site: Site) -> BoundBlock:
-        """The blocks of a tensor, as a [block] has them or the short form of a [scope]."""
+    def _block(self, place: str, table: BlockTable | ScopeTable, key: str, site: Site) -> BoundBlock:
+        """The blocks of a tensor, whose shape is under `key`."""
         if not isinstance(site, TensorSite):
-            raise TypeError(f"the instances of {'.'.join(table)} are tensors, not couplings")
-        kind, name = table
-        key, tensor, read = (
-            ("shape" if kind == "block" else "block"),
-            site.tensor,
-            table_of(self._spec, table),
-        )
+            raise TypeError(f"the instances of {place} are tensors, not couplings")
+        tensor = site.tensor
         names = Names(self._environment, site.captures, tensor)
-        layout = layout_of(".".join(table), read, tensor, names)
+        layout = layout_of(place, table, tensor, names)
         try:
-            extents = block_extents(layout.shape, names.extents(getattr(read, key)))
+            extents = block_extents(layout.shape, names.extents(getattr(table, key)))
             divide(layout.shape, extents, "block", "tensor" if layout.shape == tensor.shape else "view")
         except ExpressionError as error:
-            raise misfit(".".join(table), key, error, tensor.name) from error
+            raise misfit(place, key, error, tensor.name) from error
         except SparsityError as error:
-            raise Misfit(".".join(table), key, f"{tensor.name}: {error}") from error
-        return BoundBlock(label(name, site), tensor.name, layout.shape, layout.stride, layout.offset, extents)
+            raise Misfit(place, key, f"{tensor.name}: {error}") from error
+        return BoundBlock(
+            label(place, site), tensor.name, layout.shape, layout.stride, layout.offset, extents
+        )
 
 
 def _form(site: Site, used: frozenset[str]) -> Hashable:

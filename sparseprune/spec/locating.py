@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Literal
 
 from sparseprune.engine.dtypes import DTYPES
 from sparseprune.spec.bound import Captures
-from sparseprune.spec.checking import borrowed_names, leaves_of, patterns_of
+from sparseprune.spec.checking import borrowed_names, patterns_of
 from sparseprune.spec.expressions import ExpressionError, Names, came_to, misfit
 from sparseprune.spec.patterns import PatternError
 from sparseprune.spec.problems import Problems, listed, nearest, shown
+from sparseprune.spec.schema import CouplingTable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from sparseprune.spec.bound import TensorInfo
     from sparseprune.spec.expressions import Environment
     from sparseprune.spec.patterns import RegexPattern, TensorPattern
-    from sparseprune.spec.schema import CouplingTable, Spec, TensorsTable
+    from sparseprune.spec.schema import Spec, TensorsTable
 
     Pattern = TensorPattern | RegexPattern
     Match = tuple[Captures, TensorInfo]
@@ -55,12 +56,13 @@ class JoinedSite:
 Site = TensorSite | JoinedSite
 
 
-def label(table: str, site: Site) -> str:
+def label(place: str, site: Site) -> str:
     """The name of an instance: the table's, with its tag.
 
-    >>> label("channel", JoinedSite((("layer", 3),), "layer=3", ()))
+    >>> label("block_coupling.channel", JoinedSite((("layer", 3),), "layer=3", ()))
     'channel[layer=3]'
     """
+    table = place.rpartition(".")[2]
     return f"{table}[{site.tag}]" if site.tag else table
 
 
@@ -283,26 +285,20 @@ def _extended(captures: Captures, row: Captures | None) -> Captures:
 
 
 Group = dict[Captures, tuple[Site, ...]]
-Sites = dict[tuple[str, str], tuple[Site, ...]]
+Sites = dict[str, tuple[Site, ...]]
 _MOST_COMPARED = 2000  # names that differ in more than numbers, among which the nearest are looked for
 _PRUNABLE = tuple(dtype.name for dtype in DTYPES.values() if dtype.prunable)
 
 
 def locate(spec: Spec, tensors: Sequence[TensorInfo], environment: Environment, problems: Problems) -> Sites:
-    """The sites of every table by its kind and name; none where tensors or members are missing."""
+    """The sites of every table by its place; none where tensors or members are missing."""
     sites: Sites = {}
-    for name, block in spec.block.items():
-        sites["block", name] = _find(f"block.{name}", block, tensors, environment, problems)
-    for name, fused in spec.block_coupling.items():
-        sites["block_coupling", name] = _join(spec, sites, name, fused, problems)
-    for name, scope in spec.scope.items():
-        if scope.patterns is not None:
-            sites["scope", name] = _find(f"scope.{name}", scope, tensors, environment, problems)
+    for place, table in spec.tables.items():
+        parts = spec.parts(place)
+        if isinstance(table, CouplingTable):
+            sites[place] = _join(spec, sites, place, table, problems)
         else:
-            kind = "block" if scope.block in spec.block else "block_coupling"
-            sites["scope", name] = sites[kind, str(scope.block)]
-    for name, coupled in spec.scope_coupling.items():
-        sites["scope_coupling", name] = _join(spec, sites, name, coupled, problems)
+            sites[place] = sites[parts[0]] if parts else _find(place, table, tensors, environment, problems)
     _check_found(spec, sites, tensors, problems)
     return sites
 
@@ -343,17 +339,15 @@ def _find(
 
 def _check_found(spec: Spec, sites: Sites, tensors: Sequence[TensorInfo], problems: Problems) -> None:
     """A problem for every table without tensors, unless it or a table above it is optional and has none."""
-    forgiven: set[tuple[str, str]] = set()
-    for kind in ("block", "block_coupling", "scope", "scope_coupling"):
-        for name, table in getattr(spec, kind).items():
-            leaves = leaves_of(spec, (kind, name))
-            if table.optional and not any(sites[leaf] for leaf in leaves):
-                forgiven.update(leaves)
-    for kind, name in sites:
-        table = getattr(spec, kind)[name]
-        is_leaf = (kind, name) in leaves_of(spec, (kind, name))
-        if is_leaf and not sites[kind, name] and (kind, name) not in forgiven:
-            problems.add(f"{kind}.{name}", table.patterns_key, _nothing_found(table, tensors))
+    forgiven: set[str] = set()
+    for place, table in spec.tables.items():
+        leaves = spec.leaves(place)
+        if table.optional and not any(sites[leaf] for leaf in leaves):
+            forgiven.update(leaves)
+    for place in spec.tables:
+        leaf = spec.leaves(place).get(place)
+        if leaf is not None and not sites[place] and place not in forgiven:
+            problems.add(place, leaf.patterns_key, _nothing_found(leaf, tensors))
 
 
 def _nothing_found(table: TensorsTable, tensors: Sequence[TensorInfo]) -> str:
@@ -386,66 +380,52 @@ def _nearest_tensors(patterns: Sequence[Pattern], tensors: Sequence[TensorInfo])
 
 
 def _join(
-    spec: Spec, sites: Sites, name: str, table: CouplingTable, problems: Problems
+    spec: Spec, sites: Sites, place: str, table: CouplingTable, problems: Problems
 ) -> tuple[JoinedSite, ...]:
     """The sites of a coupling; none where a member has none, which is reported with that member."""
-    place = f"{table.member_kind}_coupling.{name}"
-    located: list[Sequence[Site]] = [sites[table.member_kind, member] for member in table.members]
-    optional = _optional_members(spec, table, located)
+    located: list[Sequence[Site]] = [sites[member] for member in spec.parts(place)]
+    optional = _optional_members(spec, place, located)
     if not all(each for number, each in enumerate(located) if number not in optional):
         return ()
     groups = [gather(each, table.across) for each in located]
-    wrong = list(_missing(spec, name, table, groups, optional))
+    wrong = list(_missing(spec, place, table.members, groups, optional))
     if not wrong:
-        for number, lent in _with_borrowed(spec, table, located).items():
+        for number, lent in _with_borrowed(spec, place, located).items():
             located[number], groups[number] = lent, gather(lent, table.across)
         wrong += [] if table.across == "all" else _twins(table.members, located)
+    joins: Sequence[Joined] = ()
+    try:
+        joins = () if wrong else natural_join([tuple(group) for group in groups], optional)
+    except JoinError as error:
+        wrong = [str(error)]
     for text in wrong:
         problems.add(place, table.members_key, text)
-    if wrong:
-        return ()
-    try:
-        joins = natural_join([tuple(group) for group in groups], optional)
-    except JoinError as error:
-        problems.add(place, table.members_key, str(error))
-        return ()
-    return tuple(
-        [
-            JoinedSite(
-                joined.captures,
-                captured(joined.captures),
-                tuple(
-                    [
-                        () if row is None else group[row]
-                        for group, row in zip(groups, joined.rows, strict=True)
-                    ]
-                ),
-            )
-            for joined in joins
-        ]
-    )
+    return tuple([_joined_site(joined, groups) for joined in joins])
 
 
-def _optional_members(spec: Spec, table: CouplingTable, located: Sequence[Sequence[Site]]) -> frozenset[int]:
+def _joined_site(joined: Joined, groups: Sequence[Group]) -> JoinedSite:
+    rows = zip(groups, joined.rows, strict=True)
+    members = tuple([() if row is None else group[row] for group, row in rows])
+    return JoinedSite(joined.captures, captured(joined.captures), members)
+
+
+def _optional_members(spec: Spec, place: str, located: Sequence[Sequence[Site]]) -> frozenset[int]:
     """The members that an instance may lack; if all are optional, the first one with sites is required."""
-    optional = set()
-    for number, member in enumerate(table.members):
-        leaves = leaves_of(spec, (table.member_kind, member))
-        itself = getattr(spec, table.member_kind)[member].optional
-        if itself or all(getattr(spec, kind)[name].optional for kind, name in leaves):
-            optional.add(number)
+    optional = {
+        number
+        for number, member in enumerate(spec.parts(place))
+        if spec.tables[member].optional or all(leaf.optional for leaf in spec.leaves(member).values())
+    }
     if len(optional) == len(located):
         optional.discard(next((number for number, each in enumerate(located) if each), 0))
     return frozenset(optional)
 
 
-def _with_borrowed(
-    spec: Spec, table: CouplingTable, located: Sequence[Sequence[Site]]
-) -> dict[int, tuple[Site, ...]]:
+def _with_borrowed(spec: Spec, place: str, located: Sequence[Sequence[Site]]) -> dict[int, tuple[Site, ...]]:
     """The sites of members that use captures of others, by number: once for each value of these captures."""
     found: dict[int, tuple[Site, ...]] = {}
-    for number, member in enumerate(table.members):
-        names = borrowed_names(spec, (table.member_kind, member))
+    for number, member in enumerate(spec.parts(place)):
+        names = borrowed_names(spec, member)
         if names:
             own = [site for site in located[number] if isinstance(site, TensorSite)]
             others = [[site.captures for site in each] for at, each in enumerate(located) if at != number]
@@ -470,10 +450,10 @@ def _twins(members: Sequence[str], located: Sequence[Sequence[Site]]) -> Iterato
 
 
 def _missing(
-    spec: Spec, name: str, table: CouplingTable, groups: Sequence[Group], optional: frozenset[int]
+    spec: Spec, place: str, members: Sequence[str], groups: Sequence[Group], optional: frozenset[int]
 ) -> Iterator[str]:
     for number, captures in missing_partners([tuple(group) for group in groups]):
         if number not in optional:
-            member, what = table.members[number], captured(captures)
-            patterns = listed(patterns_of(spec, (table.member_kind, member)), "or")
-            yield f"{name}[{what}] has no {shown(member)}: no tensor matches {patterns} with {what}"
+            what, patterns = captured(captures), listed(patterns_of(spec, spec.parts(place)[number]), "or")
+            instance = f"{place.partition('.')[2]}[{what}]"
+            yield f"{instance} has no {shown(members[number])}: no tensor matches {patterns} with {what}"

@@ -1,7 +1,7 @@
 """From the text of a spec, in a file or shipped with the package, to a Spec: whatever is wrong, all at once.
 
-Knows the directory of the text (paths in a spec are relative to it). Turns the errors of tomllib and pydantic
-into lines of one wording. Knows no checkpoint: a Spec may still not fit one. Called by commands.
+Knows the directory of the text (paths in a spec are relative to it), and how each problem is worded. Knows no
+checkpoint: a Spec may still not fit one. Called by commands.
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
-
 from sparseprune.errors import SpecError
 from sparseprune.spec.checking import check_spec
 from sparseprune.spec.expressions import read_variables
@@ -22,22 +20,17 @@ from sparseprune.spec.problems import Problems, listed, nearest, shown, suggesti
 from sparseprune.spec.schema import (
     COVERS,
     KINDS,
-    OWN_WORDS,
     VERSION,
-    BlockCouplingTable,
-    BlockTable,
-    ExplicitView,
     ReconstructTable,
-    ScopeCouplingTable,
-    ScopeTable,
     ScoreTable,
     Spec,
+    SpecTable,
+    Table,
+    WrongValueError,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-
-    from pydantic_core import ErrorDetails
 
 
 LARGEST_SPEC = 1_000_000  # bytes: thousands of tables; a larger file is not meant as a spec
@@ -114,22 +107,8 @@ def _unknown(name: str) -> str:
     )
 
 
-AnyTable = TypeVar("AnyTable", bound=BaseModel)
-_SINGLE = (
-    "version",
-    "covers",
-    "vars",
-    "score",
-    "reconstruct",
-)  # keys and tables at the top beside the kinds of tables
-_INNER: dict[str, type[BaseModel]] = {
-    "view": ExplicitView,
-    "score": ScoreTable,
-    "reconstruct": ReconstructTable,
-}
-# Without these keys, checks cannot rely on a table inside another one.
-_ESSENTIAL = {"view": ("shape", "stride", "offset"), "score": ("kind",), "reconstruct": ("method",)}
-_SAMPLES: dict[str, Any] = {"shape": [1], "stride": [1], "block": [1], "blocks": ["a"], "scopes": ["a"]}
+AnyTable = TypeVar("AnyTable", bound=Table)
+_SINGLE = ("version", "covers", "vars", "score", "reconstruct")  # at the top beside the kinds of tables
 _MOST_ERRORS = 100  # of one table that are reported
 _TABLE_NAME = re.compile(r"[A-Za-z0-9_-]+")
 # tomllib reads a dotted key in time that grows with the square of its parts.
@@ -155,21 +134,18 @@ def parse_spec(
     if "version" in document:
         problems.raise_if_any()  # the rest may have another meaning in another version
     _check_top_level(document, problems)
-    declared = {kind: _tables(document.get(kind)) for kind in KINDS}
+    declared = {kind: _object(document.get(kind)) for kind in KINDS}
     spec = Spec(
         source,
         directory,
         read_variables(document.get("vars"), overrides, problems),
         _read_common("score", ScoreTable, document, problems),
         _read_common("reconstruct", ReconstructTable, document, problems),
-        _read_tables("block", BlockTable, declared, problems),
-        _read_tables("block_coupling", BlockCouplingTable, declared, problems),
-        _read_tables("scope", ScopeTable, declared, problems),
-        _read_tables("scope_coupling", ScopeCouplingTable, declared, problems),
+        _read_tables(declared, problems),
         _read_covers(document, problems),
     )
     names = {kind: tuple(tables) for kind, tables in declared.items()}
-    check_spec(spec, {**names, "vars": tuple(_tables(document.get("vars")))}, problems)
+    check_spec(spec, {**names, "vars": tuple(_object(document.get("vars")))}, problems)
     problems.raise_if_any()
     return spec
 
@@ -239,90 +215,53 @@ def _read_common(
     return _read_table(key, model, value, problems)
 
 
-def _tables(value: object) -> dict[str, Any]:
+def _object(value: object) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _read_tables(
-    kind: str, model: type[AnyTable], declared: dict[str, dict[str, Any]], problems: Problems
-) -> dict[str, AnyTable]:
-    """The tables of a kind that can be read; the others become problems."""
-    tables: dict[str, AnyTable] = {}
-    for name, values in declared[kind].items():
+def _read_tables(declared: dict[str, dict[str, Any]], problems: Problems) -> dict[str, SpecTable]:
+    """The tables of all kinds by their places; those that cannot be read become problems."""
+    tables: dict[str, SpecTable] = {}
+    for kind, name in ((kind, name) for kind, named in declared.items() for name in named):
+        values, place = declared[kind][name], f"{kind}.{name}"
         if not isinstance(values, dict):
-            problems.add(
-                kind, name, f"found {shown(values)}, wanted a table: write [{kind}.NAME] above its keys"
-            )
+            text = f"found {shown(values)}, wanted a table: write [{kind}.NAME] above its keys"
+            problems.add(kind, name, text)
         elif not _TABLE_NAME.fullmatch(name):
-            problems.add(f"{kind}.{name}", "", "a table's name is made of letters, digits, - and _")
+            problems.add(place, "", "a table's name is made of letters, digits, - and _")
         else:
-            table = _read_table(f"{kind}.{name}", model, values, problems)
-            if table is not None:
-                tables[name] = table
+            tables[place] = _read_table(place, KINDS[kind], values, problems)
     return tables
 
 
 def _read_table(
     place: str, model: type[AnyTable], values: dict[str, Any], problems: Problems, within: str = ""
-) -> AnyTable | None:
+) -> AnyTable:
     """One table with the tables in it; `within` is its key if it is inside another table.
 
-    Wrong keys are reported and left open; the rest of the table is returned for later checks, None if nothing
-    of it can be used.
+    Wrong keys are reported, left open for later checks and have their defaults. A misspelt key is reported
+    as an unknown key alone, not also as a missing one.
     """
-    given = dict(values)
-    for key, inner in _INNER.items():
-        if key in model.model_fields and isinstance(given.get(key), dict):
-            given[key] = _read_table(place, inner, given[key], problems, f"{key}.")
-            if problems.is_open(place, *(f"{key}.{each}" for each in _ESSENTIAL[key])):
-                del given[key]
-                problems.leave_open(place, [key])
-    try:
-        return model.model_validate(given)
-    except ValidationError as error:
-        errors = error.errors(include_url=False)
-    for details in _telling(errors[:_MOST_ERRORS], model):
-        key, text = _worded(details, model, values)
-        problems.add(place, within + key, text)
-    wrong = {str(details["loc"][0]) for details in errors}
-    strange = sorted(wrong - model.model_fields.keys())[:_MOST_ERRORS]
-    meant = {name for key in strange for name in nearest(key, model.model_fields)}
-    unknown = (wrong | meant) & model.model_fields.keys() - (given.keys() - wrong)
-    problems.leave_open(place, [within + key for key in unknown])
-    return _rest(model, {key: value for key, value in given.items() if key not in wrong})
-
-
-def _rest(model: type[AnyTable], given: dict[str, Any]) -> AnyTable | None:
-    """A table of the keys that can be read; required keys that are missing are empty tuples."""
-    missing = [key for key, each in model.model_fields.items() if each.is_required() and key not in given]
-    try:
-        table = model.model_validate(given | {key: _SAMPLES[key] for key in missing})
-    except ValidationError:
-        return None
-    return table.model_copy(update=dict.fromkeys(missing, ()))
-
-
-def _telling(errors: list[ErrorDetails], model: type[BaseModel]) -> list[ErrorDetails]:
-    """The errors without those that repeat another one.
-
-    A misspelt key is reported once, as an unknown key and not also as a missing one. Where a value may have
-    one of several types, a parser's own text replaces the errors of the other types.
-    """
-    explained = {details["loc"][0] for details in errors if details["type"] == OWN_WORDS}
-    errors = [each for each in errors if each["type"] == OWN_WORDS or each["loc"][0] not in explained]
-    unknown = [str(details["loc"][0]) for details in errors if details["type"] == "extra_forbidden"]
-    meant = {name for key in unknown for name in nearest(key, model.model_fields)}
-    return [details for details in errors if details["type"] != "missing" or details["loc"][0] not in meant]
-
-
-def _worded(details: ErrorDetails, model: type[BaseModel], values: dict[str, Any]) -> tuple[str, str]:
-    """The key at fault and the text of the problem."""
-    key = str(details["loc"][0])
-    if details["type"] == "extra_forbidden":
-        return key, f"unknown key{suggestion(key, model.model_fields)}"
-    if details["type"] == OWN_WORDS:
-        return key, str(details["msg"])
-    wanted = model.model_fields[key].description
-    if details["type"] == "missing":
-        return key, f"missing; wanted {wanted}"
-    return key, f"found {shown(values[key])}, wanted {wanted}"
+    unknown = [key for key in values if key not in model.keys][:_MOST_ERRORS]
+    meant = {name for key in unknown for name in nearest(key, model.keys)}
+    read: dict[str, object] = {}
+    for name, key in model.keys.items():
+        value = values.get(name)
+        if name not in values:
+            if key.required and name not in meant:
+                problems.add(place, within + name, f"missing; wanted {key.wanted}")
+        elif key.table is not None and isinstance(value, dict):
+            inner = _read_table(place, key.table, value, problems, f"{name}.")
+            if not problems.is_open(place, *(f"{name}.{each}" for each in inner.essential)):
+                read[name] = inner
+        else:
+            try:
+                read[name] = key.read(value)
+            except WrongValueError as error:
+                for text in error.args[:_MOST_ERRORS] or (f"found {shown(value)}, wanted {key.wanted}",):
+                    problems.add(place, within + name, text)
+    for name in unknown:
+        problems.add(place, within + name, f"unknown key{suggestion(name, model.keys)}")
+    needed = {name for name, key in model.keys.items() if key.required or name in values or name in meant}
+    problems.leave_open(place, [within + name for name in needed - read.keys()])
+    return model(read)

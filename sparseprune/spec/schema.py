@@ -1,6 +1,6 @@
-"""The tables of a spec as pydantic models: keys, types, defaults, score kinds, methods.
+"""The tables of a spec: their keys, how each is read, what is wanted, defaults, score kinds, methods.
 
-Owns what may be written where. A new key is one field of its table here, a new score kind one row of
+Owns what may be written where. A new key is one line of its table here, a new score kind one row of
 SCORE_KEYS. Called by parsing.
 """
 
@@ -8,23 +8,10 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from math import inf
+from math import inf, ulp
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, TypeVar
-
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PlainValidator,
-    StrictBool,
-    StrictInt,
-    StrictStr,
-)
-from pydantic_core import PydanticCustomError
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeVar
 
 from sparseprune.spec.bound import Reconstruct, Score, Soft
 from sparseprune.spec.expressions import (
@@ -44,104 +31,151 @@ if TYPE_CHECKING:
 
 
 Read = TypeVar("Read")
-OWN_WORDS = "own_words"  # the type of a validation error whose text is shown as it is
+Integer = int | Expression
+Number = float | Expression
+_ABOVE_ZERO = ulp(0.0)
 _TAKEN = ("cls", "tensor", "pattern")  # argument names of the functions that read einops patterns
 
 
-def own_words(text: str) -> PydanticCustomError:
-    """An error whose text is shown as it is."""
-    return PydanticCustomError(OWN_WORDS, "{text}", {"text": text})
+class WrongValueError(ValueError):
+    """A value that a key cannot have; `args` are texts of problems, if more is known than what is wanted."""
 
 
-def _reader(parse: Callable[[str], Read]) -> Callable[[object], Read]:
-    """A validator that parses texts and keeps the parser's own error texts."""
+def _parsed(parse: Callable[[str], Read]) -> Callable[[object], Read]:
+    """A reader that parses texts and keeps the parser's own error texts."""
 
     def read(value: object) -> Read:
-        if not isinstance(value, str):
-            raise ValueError("no text")  # noqa: TRY004  (pydantic turns ValueErrors into problems)
         try:
-            return parse(value)
+            return parse(_string(value))
         except PatternError as error:
-            raise own_words(f'"{value}" {error}') from error
+            raise WrongValueError(f'"{value}" {error}') from error
         except ExpressionError as error:
-            raise own_words(str(error)) from error
+            raise WrongValueError(str(error)) from error
 
     return read
 
 
-_expression = _reader(parse_expression)
+_expression = _parsed(parse_expression)
 
 
-def _integer(least: int) -> Callable[[object], int | Expression]:
-    def read(value: object) -> int | Expression:
-        if isinstance(value, int) and not isinstance(value, bool) and least <= value <= LARGEST:
-            return value
-        return _expression(value)
+def _list(read: Callable[[object], Read], least: int = 0) -> Callable[[object], tuple[Read, ...]]:
+    """A reader of lists with `least` items or more, with the problems of all items."""
+
+    def read_all(value: object) -> tuple[Read, ...]:
+        if not isinstance(value, list) or len(value) < least:
+            raise WrongValueError
+        found: list[Read] = []
+        wrong: list[WrongValueError] = []
+        for item in value:
+            try:
+                found.append(read(item))
+            except WrongValueError as error:
+                wrong.append(error)
+        if wrong:
+            raise WrongValueError(*(text for error in wrong for text in error.args))
+        return tuple(found)
+
+    return read_all
+
+
+def _one_of(*values: str | int) -> Callable[[object], Any]:
+    """A reader of one of these values; `true` equals 1, and is no number."""
+
+    def read(value: object) -> object:
+        if isinstance(value, bool) or value not in values:
+            raise WrongValueError
+        return value
 
     return read
 
 
-def _number(most: float) -> Callable[[object], float | Expression]:
-    def read(value: object) -> float | Expression:
-        if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= most:
-            return float(value)
-        return _expression(value)
+def _whole(least: int) -> Callable[[object], int]:
+    def read(value: object) -> int:
+        if type(value) is not int or not least <= value <= LARGEST:
+            raise WrongValueError
+        return value
 
     return read
 
 
-def _extent(value: object) -> int | Expression:
-    return -1 if value == -1 and type(value) is int else _integer(1)(value)
+def _finite(least: float = 0.0, most: float = sys.float_info.max) -> Callable[[object], float]:
+    def read(value: object) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
+            raise WrongValueError
+        return float(value)
+
+    return read
+
+
+def _or_expression(read: Callable[[object], Read]) -> Callable[[object], Read | Expression]:
+    return lambda value: _expression(value) if isinstance(value, str) else read(value)
+
+
+_positive = _or_expression(_whole(1))
+
+
+def _extent(value: object) -> Integer:
+    return -1 if value == -1 and type(value) is int else _positive(value)
 
 
 def _slice_entry(value: object) -> SliceEntry:
     single = type(value) is int and abs(value) <= LARGEST
-    return _reader(parse_slice)(str(value) if single else value)
+    return _parsed(parse_slice)(str(value) if single else value)
 
 
-def _axes(value: object) -> tuple[tuple[str, int | Expression], ...]:
+def _axes(value: object) -> tuple[tuple[str, Integer], ...]:
     if not isinstance(value, dict):
-        raise ValueError("no table")  # noqa: TRY004
+        raise WrongValueError
     for name in value:
         if not (name.isascii() and name.isidentifier()) or name in _TAKEN:
-            raise own_words(f'"{name}" cannot be the name of an axis: take another one, such as q')
-    return tuple((name, _integer(1)(size)) for name, size in value.items())
+            raise WrongValueError(f'"{name}" cannot be the name of an axis: take another one, such as q')
+    return tuple((name, _positive(size)) for name, size in value.items())
 
 
-def _einops(pattern: str) -> str:
-    if pattern.count("->") != 1:
-        raise own_words(f'"{pattern}" is no einops pattern: wanted two sides, as in "(kv q) k -> kv q k"')
-    return pattern
+def _string(value: object) -> str:
+    if not isinstance(value, str):
+        raise WrongValueError
+    return value
 
 
-def _one_as_list(value: object) -> object:
-    return [value] if isinstance(value, str) else value
+def _boolean(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise WrongValueError
+    return value
 
 
-Integer = Annotated[int | Expression, PlainValidator(_integer(0))]
-Positive = Annotated[int | Expression, PlainValidator(_integer(1))]
-Share = Annotated[float | Expression, PlainValidator(_number(1.0))]
-Threshold = Annotated[float | Expression, PlainValidator(_number(sys.float_info.max))]
-Text = Annotated[Expression, PlainValidator(_expression)]
-Extents = tuple[Annotated[int | Expression, PlainValidator(_extent)], ...]
-Sizes = tuple[Annotated[int | Expression, PlainValidator(_integer(0))], ...]
-Slices = tuple[Annotated[SliceEntry, PlainValidator(_slice_entry)], ...]
-Axes = Annotated[tuple[tuple[str, int | Expression], ...], PlainValidator(_axes)]
-Einops = Annotated[StrictStr, AfterValidator(_einops)]
-Names = Annotated[tuple[StrictStr, ...], Field(min_length=1)]
-Order = tuple[Annotated[StrictInt, Field(ge=0, le=LARGEST)], ...]
-Across = Literal["all"] | tuple[StrictStr, ...]
-Patterns = Annotated[
-    tuple[Annotated[TensorPattern, PlainValidator(_reader(parse_pattern))], ...],
-    BeforeValidator(_one_as_list),
-    Field(min_length=1),
-]
-Regex = Annotated[RegexPattern, PlainValidator(_reader(parse_regex))]
+def _path(value: object) -> str:
+    if value == "" or "\0" in _string(value):
+        raise WrongValueError
+    return _string(value)
 
-FilePath = Annotated[StrictStr, Field(min_length=1, pattern=r"^[^\x00]*$")]
-PositiveNumber = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
-NumberFromZero = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
-Dimension = Annotated[StrictInt, Field(ge=-LARGEST, le=LARGEST)]
+
+def _einops(value: object) -> str:
+    if _string(value).count("->") != 1:
+        text = f'"{value}" is no einops pattern: wanted two sides, as in "(kv q) k -> kv q k"'
+        raise WrongValueError(text)
+    return _string(value)
+
+
+def _patterns(value: object) -> tuple[TensorPattern, ...]:
+    return _list(_parsed(parse_pattern), 1)([value] if isinstance(value, str) else value)
+
+
+def _block(value: object) -> str | tuple[Integer, ...]:
+    return value if isinstance(value, str) else _list(_extent)(value)
+
+
+def _across(value: object) -> str | tuple[str, ...]:
+    return value if value == "all" else _list(_string)(value)
+
+
+def _score_kind(value: object) -> str:
+    return str(_one_of(*SCORE_KEYS)(value))
+
+
+def _no_value(_: object) -> None:
+    raise WrongValueError
+
 
 # The kinds of scores, each with the keys that it takes; `file` is required where it is allowed.
 # A new kind is a row here and a row of execution/scores.py, which says how it ranks.
@@ -155,145 +189,125 @@ SCORE_KEYS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "blocks": ("file",),
     }
 )
+
+
+class Key(NamedTuple):
+    """A key of a table: how its value is read, what is wanted in words, and the `table` that it may be."""
+
+    read: Callable[[object], object]
+    wanted: str
+    default: object = None
+    required: bool = False
+    table: type[Table] | None = None
+
+
+def _key(
+    read: Callable[[object], object], wanted: str, default: object = None, table: type[Table] | None = None
+) -> Any:  # noqa: ANN401  (the type of the attribute, which has the value once the table is read)
+    return Key(read, wanted, default, table=table)
+
+
+def _required(read: Callable[[object], object], wanted: str) -> Any:  # noqa: ANN401
+    """A key that every table has; an empty tuple while it is missing, for further checks."""
+    return Key(read, wanted, (), required=True)
+
+
+class Table:
+    """Any table: each of its `keys` is an attribute, with the value that was read or the default.
+
+    Where a key in `essential` is wrong, checks cannot rely on a table inside another one.
+    """
+
+    keys: ClassVar[Mapping[str, Key]] = {}
+    essential: ClassVar[tuple[str, ...]] = ()
+
+    def __init_subclass__(cls) -> None:
+        every = [pair for base in reversed(cls.__mro__) for pair in vars(base).items()]
+        cls.keys = {name: value for name, value in every if isinstance(value, Key)}
+
+    def __init__(self, values: Mapping[str, object]) -> None:
+        vars(self).update({name: key.default for name, key in self.keys.items()} | {**values})
+
+    def __iter__(self) -> Iterator[tuple[str, object]]:
+        return iter(vars(self).items())
+
+
+_SEVERAL = "a list of integers or expressions"
+_SHAPE = f"{_SEVERAL}, one for each dimension: 1 or more, or -1 for the whole dimension"
+_TENSORS = 'a pattern such as "layers.{layer}.mlp.up_proj.weight", or a list of patterns'
 _PATH = "the path of a safetensors file or directory, relative to the spec"
 _INPUT_DIM = "an integer: the dimension of the weight along which its input features lie"
 SOFT_KEYS = ("k_weight", "scale", "conditioners", "max_iter", "atol", "eps")
 
 
-def _score_kind(value: str) -> str:
-    if value not in SCORE_KEYS:
-        raise ValueError("no kind of score")
-    return value
-
-
-def _not_a_boolean(value: object) -> object:
-    """`true` equals 1, and is no norm."""
-    if isinstance(value, bool):
-        raise ValueError("no norm")  # noqa: TRY004  (pydantic turns ValueErrors into problems)
-    return value
-
-
-class Table(BaseModel):
-    """Any table: it cannot be changed, and refuses unknown keys."""
-
-    # Deferred, because a spec uses few kinds of tables, and validators are slow to build.
-    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, defer_build=True)
+_OPTIONAL: Any = _key(_boolean, "true or false: whether it may be missing in a checkpoint", default=False)
 
 
 class ScoreTable(Table):
     """`[score]`, or `score = {...}` in an outermost table."""
 
-    kind: Annotated[StrictStr, AfterValidator(_score_kind)] = Field(
-        "magnitude", description=f"one of {listed(SCORE_KEYS, 'or')}"
+    essential = ("kind",)
+
+    kind: str = _key(_score_kind, f"one of {listed(SCORE_KEYS, 'or')}", "magnitude")
+    norm: Literal[1, 2, "inf"] | None = _key(_one_of(1, 2, "inf"), '1, 2 or "inf"')
+    normalize: str | None = _key(_one_of("rms"), '"rms": the root mean square of each block')
+    seed: int | None = _key(_whole(0), "an integer of 0 or more")
+    file: str | None = _key(_path, _PATH)
+    input_dim: int | None = _key(_whole(-LARGEST), _INPUT_DIM)
+    nonfinite: Literal["error", "prune"] | None = _key(
+        _one_of("error", "prune"),
+        '"error" or "prune": what to do with NaN and infinity among the weights and scores',
     )
-    norm: Annotated[Literal[1, 2, "inf"], BeforeValidator(_not_a_boolean)] | None = Field(
-        None, description='1, 2 or "inf"'
-    )
-    normalize: Literal["rms"] | None = Field(None, description='"rms": the root mean square of each block')
-    seed: Annotated[StrictInt, Field(ge=0, le=LARGEST)] | None = Field(
-        None, description="an integer of 0 or more"
-    )
-    file: FilePath | None = Field(None, description=_PATH)
-    input_dim: Dimension | None = Field(None, description=_INPUT_DIM)
-    nonfinite: Literal["error", "prune"] | None = Field(
-        None, description='"error" or "prune": what to do with NaN and infinity among the weights and scores'
-    )
+
+    @property
+    def kind_keys(self) -> tuple[str, ...]:
+        """The keys that its kind takes."""
+        return SCORE_KEYS[self.kind]
 
 
 class ReconstructTable(Table):
     """`[reconstruct]`, or `reconstruct = {...}` in an outermost table."""
 
-    method: Literal["refit", "admm", "none"] = Field("admm", description='one of "refit", "admm" and "none"')
-    file: FilePath | None = Field(
-        None, description="the path of a statistics file or directory, as calibrate writes it"
+    essential = ("method",)
+
+    method: Literal["refit", "admm", "none"] = _key(
+        _one_of("refit", "admm", "none"), 'one of "refit", "admm" and "none"', "admm"
     )
-    damp: NumberFromZero = Field(
+    file: str | None = _key(_path, "the path of a statistics file or directory, as calibrate writes it")
+    damp: float = _key(
+        _finite(),
+        "a number of 0 or more: how much of the mean of the Hessian's diagonal is added to it",
         0.01,
-        description="a number of 0 or more: how much of the mean of the Hessian's diagonal is added to it",
     )
-    input_dim: Dimension | None = Field(None, description=_INPUT_DIM)
+    input_dim: int | None = _key(_whole(-LARGEST), _INPUT_DIM)
 
 
 class MethodTable(Table):
     """The keys of an outermost scope or coupling beside its budget."""
 
-    score: ScoreTable | None = Field(None, description='a table such as { kind = "random", seed = 1 }')
-    reconstruct: ReconstructTable | None = Field(
-        None, description='a table such as { file = "stats", method = "admm" }'
+    score: ScoreTable | None = _key(
+        _no_value, 'a table such as { kind = "random", seed = 1 }', table=ScoreTable
     )
-    mode: Literal["hard", "soft"] | None = Field(
-        None, description='"hard" (losers become zero) or "soft" (every block shrinks by the threshold)'
+    reconstruct: ReconstructTable | None = _key(
+        _no_value, 'a table such as { file = "stats", method = "admm" }', table=ReconstructTable
     )
-    k_weight: NumberFromZero | None = Field(
-        None, description="a number of 0 or more: how much the first pruned score counts in the threshold"
+    mode: Literal["hard", "soft"] | None = _key(
+        _one_of("hard", "soft"),
+        '"hard" (losers become zero) or "soft" (every block shrinks by the threshold)',
     )
-    scale: StrictBool | None = Field(
-        None, description="true or false: whether the threshold grows with the root of a block's size"
+    k_weight: float | None = _key(
+        _finite(), "a number of 0 or more: how much the first pruned score counts in the threshold"
     )
-    conditioners: FilePath | None = Field(None, description=_PATH)
-    max_iter: Annotated[StrictInt, Field(ge=1, le=LARGEST)] | None = Field(
-        None, description="an integer of 1 or more"
+    scale: bool | None = _key(
+        _boolean, "true or false: whether the threshold grows with the root of a block's size"
     )
-    atol: PositiveNumber | None = Field(None, description="a number above 0")
-    eps: PositiveNumber | None = Field(None, description="a number above 0")
+    conditioners: str | None = _key(_path, _PATH)
+    max_iter: int | None = _key(_whole(1), "an integer of 1 or more")
+    atol: float | None = _key(_finite(_ABOVE_ZERO), "a number above 0")
+    eps: float | None = _key(_finite(_ABOVE_ZERO), "a number above 0")
 
 
-METHOD_KEYS = tuple(MethodTable.model_fields)
-_NO_STATISTICS = "missing: give what calibrate wrote, a safetensors file or directory"
-
-
-def wrong_score(table: ScoreTable) -> Iterator[tuple[str, str]]:
-    """Keys that do not go with the kind of a score, each with the text of the problem."""
-    allowed = SCORE_KEYS[table.kind]
-    for key in ScoreTable.model_fields:
-        if key not in {"kind", *allowed} and getattr(table, key) is not None:
-            yield key, f'kind = "{table.kind}" takes no {key}: it takes {listed(allowed)}'
-    if "file" in allowed and table.file is None:
-        yield "file", f'missing: kind = "{table.kind}" reads its values from a safetensors file or directory'
-
-
-def wrong_common_reconstruct(table: ReconstructTable) -> Iterator[tuple[str, str]]:
-    """What is wrong in [reconstruct] itself, by key."""
-    if table.method != "none" and table.file is None:
-        yield "file", _NO_STATISTICS
-
-
-def wrong_reconstruct(
-    table: BudgetTable, score: ScoreTable | None, reconstruct: ReconstructTable | None
-) -> Iterator[tuple[str, str]]:
-    """Keys of a rule that do not go with its `reconstruct`; `score` and `reconstruct` are those it uses."""
-    if reconstruct is None or reconstruct.method == "none":
-        return
-    if reconstruct.file is None and reconstruct is table.reconstruct:
-        yield "reconstruct.file", _NO_STATISTICS
-    if table.mode == "soft":
-        yield "mode", 'found "soft", which cannot reconstruct: write reconstruct = { method = "none" }'
-    if score is not None and score.nonfinite == "prune":
-        yield "reconstruct", 'its score has nonfinite = "prune": NaN and infinity cannot be reconstructed'
-    if reconstruct.method == "refit":
-        return
-    if table.threshold is not None:
-        yield (
-            "threshold",
-            'method = "admm" needs a fixed number of blocks: give nnz or sparsity, or method = "refit"',
-        )
-    if score is not None and (score.kind, score.norm or 2, score.normalize) != ("magnitude", 2, None):
-        text = 'method = "admm" ranks blocks itself and uses no score'
-        yield "reconstruct", f'{text}: remove the score, or write method = "refit"'
-
-
-def wrong_method(table: BudgetTable, common: ScoreTable | None) -> Iterator[tuple[str, str]]:
-    """Keys that do not go with the mode of a rule, each with the text of the problem; `common` is [score]."""
-    if table.mode != "soft":
-        for key in SOFT_KEYS:
-            if getattr(table, key) is not None:
-                yield key, 'only mode = "soft" takes this key'
-        return
-    score = table.score or common
-    if score is not None and score.nonfinite == "prune":
-        yield "mode", 'found "soft", but its score has nonfinite = "prune", which only "hard" takes'
-    if table.threshold is not None and table.k_weight is not None:
-        yield "k_weight", "only a threshold made from nnz or sparsity takes this key; here it is given"
+METHOD_KEYS = tuple(MethodTable.keys)
 
 
 def score_of(table: ScoreTable | None, directory: Path) -> Score:
@@ -335,27 +349,24 @@ def _absolute(path: str, directory: Path) -> Path:
 VERSION = 1
 COVERS = ("matrices", "mlp", "attention", "experts", "layers")  # which matrices a spec may be about
 
-_SHAPE = "a list of integers or expressions, one for each dimension: 1 or more, or -1 for the whole dimension"
-_TENSORS = 'a pattern such as "layers.{layer}.mlp.up_proj.weight", or a list of patterns'
-_OPTIONAL = "true or false: whether it may be missing in a checkpoint"
-
 
 class BudgetTable(MethodTable):
     """What survives in each scope; an outermost table has exactly one of the first three keys."""
 
-    nnz: Integer | None = Field(
-        None, description="an integer of 0 or more, or an expression: how many blocks survive in each scope"
+    nnz: Integer | None = _key(
+        _or_expression(_whole(0)),
+        "an integer of 0 or more, or an expression: how many blocks survive in each scope",
     )
-    sparsity: Share | None = Field(
-        None, description="a number from 0 to 1, or an expression: the share of each scope's blocks to prune"
+    sparsity: Number | None = _key(
+        _or_expression(_finite(most=1.0)),
+        "a number from 0 to 1, or an expression: the share of each scope's blocks to prune",
     )
-    threshold: Threshold | None = Field(
-        None, description="a number of 0 or more, or an expression: the least score that survives"
+    threshold: Number | None = _key(
+        _or_expression(_finite()), "a number of 0 or more, or an expression: the least score that survives"
     )
-    multiple_of: Positive | None = Field(
-        None,
-        description="an integer of 1 or more, or an expression: the surviving blocks are rounded up to a "
-        "multiple of it",
+    multiple_of: Integer | None = _key(
+        _positive,
+        "an integer of 1 or more, or an expression: the surviving blocks are rounded up to a multiple of it",
     )
 
 
@@ -365,31 +376,34 @@ BUDGETS = ("nnz", "sparsity", "threshold")
 class ExplicitView(Table):
     """`view = {...}`: a view by its shape and strides, in elements of the row-major tensor."""
 
-    shape: Extents = Field(description="a list of integers or expressions, each 1 or more")
-    stride: Sizes = Field(description="a list of integers or expressions, each 0 or more")
-    offset: Integer = Field(0, description="an integer of 0 or more, or an expression")
+    essential = ("shape", "stride", "offset")
+
+    shape: tuple[Integer, ...] = _required(_list(_extent), f"{_SEVERAL}, each 1 or more")
+    stride: tuple[Integer, ...] = _required(_list(_or_expression(_whole(0))), f"{_SEVERAL}, each 0 or more")
+    offset: Integer = _key(_or_expression(_whole(0)), "an integer of 0 or more, or an expression", 0)
 
 
 class TensorsTable(Table):
     """Which tensors a table is about, and its view of each."""
 
-    tensors: Patterns | None = Field(None, description=_TENSORS)
-    regex: Regex | None = Field(
-        None, description=r"a regular expression such as 'layers\.(?P<layer>\d+)\.up\.weight'"
+    tensors: tuple[TensorPattern, ...] | None = _key(_patterns, _TENSORS)
+    regex: RegexPattern | None = _key(
+        _parsed(parse_regex), r"a regular expression such as 'layers\.(?P<layer>\d+)\.up\.weight'"
     )
-    exclude: Patterns = Field((), description="a pattern, or a list of patterns")
-    where: Text | None = Field(
-        None, description='an expression such as "layer >= 2 and ndim == 2", which is true or false'
+    exclude: tuple[TensorPattern, ...] = _key(_patterns, "a pattern, or a list of patterns", ())
+    where: Expression | None = _key(
+        _expression, 'an expression such as "layer >= 2 and ndim == 2", which is true or false'
     )
-    slice: Slices | None = Field(
-        None, description='a list with one text for each dimension, such as ["0:inter", ":"]'
+    slice: tuple[SliceEntry, ...] | None = _key(
+        _list(_slice_entry), 'a list with one text for each dimension, such as ["0:inter", ":"]'
     )
-    view: Einops | ExplicitView | None = Field(
-        None,
-        description='an einops pattern such as "(kv q) k -> kv q k", or a table with shape and stride',
+    view: str | ExplicitView | None = _key(
+        _einops,
+        'an einops pattern such as "(kv q) k -> kv q k", or a table with shape and stride',
+        table=ExplicitView,
     )
-    axes: Axes = Field(
-        (), description="a table of axes of the view, each an integer of 1 or more or an expression"
+    axes: tuple[tuple[str, Integer], ...] = _key(
+        _axes, "a table of axes of the view, each an integer of 1 or more or an expression", ()
     )
 
     @property
@@ -405,8 +419,8 @@ class TensorsTable(Table):
 class BlockTable(TensorsTable):
     """`[block.NAME]`: the blocks of every tensor that a pattern matches."""
 
-    shape: Extents = Field(description=_SHAPE)
-    optional: StrictBool = Field(False, description=_OPTIONAL)  # noqa: FBT003
+    shape: tuple[Integer, ...] = _required(_list(_extent), _SHAPE)
+    optional: bool = _OPTIONAL
 
 
 class CouplingTable(Table):
@@ -414,11 +428,11 @@ class CouplingTable(Table):
 
     member_kind: ClassVar[str]
 
-    orders: tuple[Order, ...] | None = Field(
-        None, description="a list with one list for each member, such as [[0, 1], [1, 0]]"
+    orders: tuple[tuple[int, ...], ...] | None = _key(
+        _list(_list(_whole(0))), "a list with one list for each member, such as [[0, 1], [1, 0]]"
     )
-    across: Across = Field((), description='a list of captures such as ["layer"], or "all"')
-    optional: StrictBool = Field(False, description=_OPTIONAL)  # noqa: FBT003
+    across: str | tuple[str, ...] = _key(_across, 'a list of captures such as ["layer"], or "all"', ())
+    optional: bool = _OPTIONAL
 
     @property
     def members_key(self) -> str:
@@ -433,30 +447,35 @@ class CouplingTable(Table):
 class BlockCouplingTable(CouplingTable):
     """`[block_coupling.NAME]`: blocks of several tensors fused into one."""
 
-    member_kind: ClassVar[str] = "block"
+    member_kind = "block"
 
-    blocks: Names = Field(description='a list of names of [block] tables, such as ["gate", "up"]')
+    blocks: tuple[str, ...] = _required(
+        _list(_string, 1), 'a list of names of [block] tables, such as ["gate", "up"]'
+    )
 
 
 class ScopeTable(TensorsTable, BudgetTable):
     """`[scope.NAME]`: with `tensors` the short form, whose block is a shape; else the block is a name."""
 
-    block: StrictStr | Extents = Field(
-        description="the name of a [block] or [block_coupling], or a block's shape such as [1, 1] or [1, -1]"
+    block: str | tuple[Integer, ...] = _required(
+        _block, "the name of a [block] or [block_coupling], or a block's shape such as [1, 1] or [1, -1]"
     )
-    shape: Extents = Field(description=_SHAPE.replace("1 or more", "1 or more blocks"))
-    optional: StrictBool = Field(False, description=_OPTIONAL)  # noqa: FBT003
+    shape: tuple[Integer, ...] = _required(_list(_extent), _SHAPE.replace("1 or more", "1 or more blocks"))
+    optional: bool = _OPTIONAL
 
 
 class ScopeCouplingTable(CouplingTable, BudgetTable):
     """`[scope_coupling.NAME]`: scopes whose blocks compete for one budget."""
 
-    member_kind: ClassVar[str] = "scope"
+    member_kind = "scope"
 
-    scopes: Names = Field(description='a list of names of [scope] tables, such as ["attention", "mlp"]')
+    scopes: tuple[str, ...] = _required(
+        _list(_string, 1), 'a list of names of [scope] tables, such as ["attention", "mlp"]'
+    )
 
 
-KINDS: Mapping[str, type[Table]] = MappingProxyType(
+SpecTable = BlockTable | BlockCouplingTable | ScopeTable | ScopeCouplingTable
+KINDS: Mapping[str, type[SpecTable]] = MappingProxyType(
     {
         "block": BlockTable,
         "block_coupling": BlockCouplingTable,
@@ -470,7 +489,8 @@ KINDS: Mapping[str, type[Table]] = MappingProxyType(
 class Spec:
     """A spec without contradictions; problems with a checkpoint are reported under the name `source`.
 
-    Paths in it are relative to `directory`; `covers` says which matrices it is about, one of COVERS.
+    `tables` are named by their places, such as "scope.proj", in the order of KINDS. Paths are relative to
+    `directory`; `covers` says which matrices the spec is about, one of COVERS.
     """
 
     source: str
@@ -478,12 +498,32 @@ class Spec:
     variables: Mapping[str, Variable]
     score: ScoreTable | None
     reconstruct: ReconstructTable | None
-    block: Mapping[str, BlockTable]
-    block_coupling: Mapping[str, BlockCouplingTable]
-    scope: Mapping[str, ScopeTable]
-    scope_coupling: Mapping[str, ScopeCouplingTable]
+    tables: Mapping[str, SpecTable]
     covers: str = COVERS[0]
 
+    def parts(self, place: str) -> tuple[str, ...]:
+        """The places of the tables that a table names: the members of a coupling, the block of a scope."""
+        table = self.tables.get(place)
+        if isinstance(table, CouplingTable):
+            return tuple(f"{table.member_kind}.{name}" for name in table.members)
+        if isinstance(table, ScopeTable) and isinstance(table.block, str):
+            coupling = f"block_coupling.{table.block}"
+            return (coupling if coupling in self.tables else f"block.{table.block}",)
+        return ()
+
+    def tables_in(self, place: str) -> Iterator[str]:
+        """A table and all tables that it consists of, without those that are missing."""
+        if place in self.tables:
+            yield place
+            for part in self.parts(place):
+                yield from self.tables_in(part)
+
+    def leaves(self, place: str) -> dict[str, BlockTable | ScopeTable]:
+        """The tables with tensors that a table consists of, without those that are missing."""
+        found = ((each, self.tables[each]) for each in self.tables_in(place) if not self.parts(each))
+        return {each: table for each, table in found if isinstance(table, BlockTable | ScopeTable)}
+
     def coupled_scopes(self) -> dict[str, str]:
-        """For every scope that is a member of a scope coupling, the (last) coupling that names it."""
-        return {scope: name for name, table in self.scope_coupling.items() for scope in table.scopes}
+        """For every scope that is a member of a scope coupling, the (last) one that names it, by place."""
+        couplings = [place for place, table in self.tables.items() if isinstance(table, ScopeCouplingTable)]
+        return {scope: place for place in couplings for scope in self.parts(place)}
