@@ -198,11 +198,7 @@ def block_decisions(schedule: Schedule) -> BlockDecisions | None:
 
 
 def read_slices(
-    masks: Sequence[StoredMask],
-    reader: Source,
-    limits: Limits,
-    workers: int,
-    progress: Progress,
+    masks: Sequence[StoredMask], reader: Source, limits: Limits, workers: int, progress: Progress
 ) -> dict[str, KeptIndices]:
     """What masks keep, by the name of their weights; tensors without elements are left out.
 
