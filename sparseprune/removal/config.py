@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from sparseprune.errors import CheckpointError
 from sparseprune.removal.architectures import OTHER_TOWERS, architecture_of, model_types
 from sparseprune.removal.dim_constraints import agree, dims_lookup, layer_lists, refuse
-from sparseprune.spec.expressions import Environment, Expression, ExpressionError, Names, parse_expression
+from sparseprune.results.fields import ConfigChange
+from sparseprune.spec.expressions import Expression, ExpressionError, Names, parse_expression
 from sparseprune.spec.problems import listed, shown
 
 if TYPE_CHECKING:
@@ -66,46 +67,27 @@ _DEEPEST = 8
 _LONGEST = 9  # digits of a layer's number
 
 
-@dataclass(frozen=True, slots=True)
-class Changed:
-    """What the table changes: `removed` layers by number, new `values` of keys, old `numbers` of keys."""
-
-    removed: Sequence[int]
-    values: Mapping[str, Any]
-    numbers: Mapping[str, int]
-
-
-@dataclass(frozen=True, slots=True)
-class Unlisted:
-    """New values of keys in the section and `outside` of it, and lines about statements that stay."""
-
-    values: Mapping[str, Any]
-    outside: Mapping[str, Any]
-    remarks: tuple[str, ...]
-
-
-def settle_unlisted(
+def _settle_unlisted(
     section: ConfigSection,
     config: Mapping[str, Any],
     beside: Mapping[str, Mapping[str, Any]],
-    changed: Changed,
-) -> Unlisted:
-    """What becomes of keys that the table lacks, in a config and in the documents `beside` it."""
-    reader = _KeyReader.of(section, changed)
-    if not reader.numbers:
-        return Unlisted({}, {}, ())
-    values: dict[str, Any] = {}
-    remarks: list[str] = []
+    reader: _KeyReader,
+    values: Mapping[str, Any],
+) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+    """What becomes of keys that the table lacks, in a config and in the documents `beside` it.
+
+    Returns the new `values` of the section with theirs, new values of keys outside of it, and lines about
+    statements that stay.
+    """
+    settled, outside, remarks = {**values}, dict[str, Any](), list[str]()
     for key, value in section.values.items():
-        if key in changed.values or (key in reader.known and type(value) is int):
+        if key in settled or (key in reader.known and type(value) is int):
             continue
         after = reader.cut(key, value)
         if after is None:
             remarks += reader.remarks(f"{_CONFIG}: {section.prefix}{key}", key, value, by_length=True)
         else:
-            values[key] = after
-    outside: dict[str, Any] = {}
-    settled = {**changed.values, **values}
+            settled[key] = after
     for key, value in config.items() if section.key is not None else ():
         if settled.get(key) is not None and value == section.values.get(key):
             outside[key] = settled[key]
@@ -114,7 +96,7 @@ def settle_unlisted(
     for file, document in beside.items():
         for key, value in document.items():
             remarks += reader.remarks(f"{file}: {key}", key, value, by_length=False)
-    return Unlisted(values, outside, tuple(dict.fromkeys(remarks)))
+    return settled, outside, list(dict.fromkeys(remarks))
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,13 +112,13 @@ class _KeyReader:
     known: frozenset[str]
 
     @staticmethod
-    def of(section: ConfigSection, changed: Changed) -> _KeyReader:
+    def of(section: ConfigSection, removed: Sequence[int], numbers: Mapping[str, int]) -> _KeyReader:
         key, known = section.architecture.layers.members.key, section.architecture.keys
-        layers = section.value(key) if changed.removed else 0
-        stays = [layer for layer in range(layers) if layer not in frozenset(changed.removed)]
+        layers = section.value(key) if removed else 0
+        stays = [layer for layer in range(layers) if layer not in frozenset(removed)]
         if len(stays) == layers:
-            return _KeyReader(None, (), changed.numbers, known)
-        return _KeyReader(layers, stays, {**changed.numbers, key: layers}, known)
+            return _KeyReader(None, (), numbers, known)
+        return _KeyReader(layers, stays, {**numbers, key: layers}, known)
 
     def cut(self, key: str, value: object) -> object:
         """The new value of a key that surely speaks of layers; None for other keys."""
@@ -302,7 +284,7 @@ class ConfigSection:
 
     def _value_of(self, text: str, captures: Captures = ()) -> object:
         try:
-            return Names(Environment({}, self.values), captures).value(_parsed(text))
+            return Names({"config": self.values}, captures).value(_parsed(text))
         except ExpressionError as error:
             raise CheckpointError(f"config.json: {error}") from error
 
@@ -334,57 +316,43 @@ def section_of(config: Mapping[str, Any] | None) -> ConfigSection:
 # -- the new config ----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Change:
-    """A changed key of config.json, dotted where it is nested; None stands for an absent key."""
-
-    key: str
-    before: object
-    after: object
-
-
-@dataclass(frozen=True, slots=True)
-class Configured:
-    """The config of the smaller model, its changes, and kept indices of tensors that follow others."""
-
-    config: Mapping[str, Any]
-    changes: tuple[Change, ...]
-    followers: Mapping[str, KeptIndices]
-    remarks: tuple[str, ...]
-
-
 def configure(
     config: Mapping[str, Any] | None, model: CutModel, beside: Mapping[str, Mapping[str, Any]]
-) -> Configured:
+) -> tuple[dict[str, Any], tuple[ConfigChange, ...], dict[str, KeptIndices], tuple[str, ...]]:
     """The config of a checkpoint that is cut like `model`; `beside` as for `make_removal`.
+
+    Returns the config, its changes, the kept indices of tensors that follow others, and remarks.
 
     Raises:
         CheckpointError: what the model's classes cannot express, line by line.
     """
     section = section_of(config)
     config = config or {}
-    agreement = agree(section, model)
-    removed, problems = _removed_layers(section, model)
+    agreed, followers, problems = agree(section, model)
+    removed = _removed_layers(section, model)
+    problems += _last_layers(section, removed)
     for quantization in (values.get("quantization_config") for values in (section.values, config)):
         problems += [] if quantization is None else _quantized(model, quantization)
-    refuse(dict.fromkeys([*agreement.problems, *problems]))
-    agreed = {**agreement.values, **_derived(section, agreement.values)}
+    refuse(dict.fromkeys(problems))
     values: dict[str, Any] = {
-        spelling: value for key, value in agreed.items() for spelling in section.spellings(key)
+        spelling: value
+        for key, value in {**agreed, **_derived(section, agreed)}.items()
+        for spelling in section.spellings(key)
     }
     remarks: list[str] = []
     if removed:
         values |= _without_layers(section, removed)
         remarks += _lost_rules(section, values)
-    numbers = {key: section.value(key) for key in agreement.values}
-    unlisted = settle_unlisted(section, config, beside, Changed(removed, values, numbers))
-    remarks += unlisted.remarks
-    values |= unlisted.values
+    reader = _KeyReader.of(section, removed, {key: section.value(key) for key in agreed})
+    outside: dict[str, Any] = {}
+    if reader.numbers:
+        values, outside, lines = _settle_unlisted(section, config, beside, reader, values)
+        remarks += lines
     written = _with_values(section.values, values)
     if section.key is not None:
-        written = {**_with_values(config, unlisted.outside), section.key: written}
-    changes = (*_changes(section.values, values, section.prefix), *_changes(config, unlisted.outside, ""))
-    return Configured(written, changes, agreement.followers, tuple(remarks))
+        written = {**_with_values(config, outside), section.key: written}
+    changes = (*_changes(section.values, values, section.prefix), *_changes(config, outside, ""))
+    return written, changes, followers, tuple(remarks)
 
 
 def _with_values(before: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
@@ -392,10 +360,10 @@ def _with_values(before: Mapping[str, Any], values: Mapping[str, Any]) -> dict[s
     return {key: value for key, value in {**before, **values}.items() if values.get(key, 0) is not None}
 
 
-def _changes(before: Mapping[str, Any], values: Mapping[str, Any], prefix: str) -> Iterator[Change]:
+def _changes(before: Mapping[str, Any], values: Mapping[str, Any], prefix: str) -> Iterator[ConfigChange]:
     for key, after in values.items():
         if key not in before or before[key] != after:
-            yield Change(prefix + key, before.get(key), after)
+            yield ConfigChange(key=prefix + key, before=before.get(key), after=after)
 
 
 def _lost_rules(section: ConfigSection, values: Mapping[str, Any]) -> Iterator[str]:
@@ -403,10 +371,8 @@ def _lost_rules(section: ConfigSection, values: Mapping[str, Any]) -> Iterator[s
     for key, made in section.architecture.layers.rules.items():
         for spelling in (key, f"_{key}"):
             if spelling in values and values[spelling] is None:
-                yield (
-                    f"config.json: no {spelling} makes the layers that stay: it is taken out, and {made} has "
-                    "them"
-                )
+                text = f"it is taken out, and {made} has them"
+                yield f"config.json: no {spelling} makes the layers that stay: {text}"
 
 
 def check_shapes(config: Mapping[str, Any], changed: Sequence[str], shapes: Mapping[str, Shape]) -> None:
@@ -449,9 +415,8 @@ def _quantized(model: CutModel, quantization: object) -> list[str]:
     """Problems of quantized weights: scales belong to whole modules, which the config may name by number."""
     cut = [name for name, kept in model.kept.items() if kept.cut and name not in model.gone]
     if cut:
-        return [
-            f"{cut[0]} is quantized, and its scales are those of the whole: dequantize the checkpoint first"
-        ]
+        text = "is quantized, and its scales are those of the whole: dequantize the checkpoint first"
+        return [f"{cut[0]} {text}"]
     named = next((text for text in _texts(quantization) if _NUMBERED_MODULE.search(text)), None)
     if model.removed.numbers and named is not None:
         number = "by a number, which may change: dequantize the checkpoint first"
@@ -471,22 +436,7 @@ def _texts(value: object, depth: int = 8) -> Iterator[str]:
 # -- layers ------------------------------------------------------------------------------------------
 
 
-def _removed_layers(section: ConfigSection, model: CutModel) -> tuple[tuple[int, ...], list[str]]:
-    """The numbers of the removed layers, and the problems."""
-    layers = section.architecture.layers
-    removed = _losing_layers(section, model)
-    problems = []
-    if removed:
-        problems += [
-            f"layers cannot go: {why}" for key, why in layers.refused.items() if section.values.get(key)
-        ]
-        count = section.value(layers.members.key)
-        if sum(number < count for number in removed) >= count:
-            problems.append(f"config.json: {layers.members.key} would be 0: nothing is left")
-    return removed, problems
-
-
-def _losing_layers(section: ConfigSection, model: CutModel) -> tuple[int, ...]:
+def _removed_layers(section: ConfigSection, model: CutModel) -> tuple[int, ...]:
     """The removed layers of the list that the config counts; CheckpointError if several lists lose some."""
     lists = layer_lists(section, model)
     losing = [before for before in model.removed.numbers if before in lists]
@@ -503,6 +453,17 @@ def _losing_layers(section: ConfigSection, model: CutModel) -> tuple[int, ...]:
     if others:
         refuse([f"{first} loses layers, and config.json counts those of {others[0]} by the same number"])
     return model.removed.numbers[first]
+
+
+def _last_layers(section: ConfigSection, removed: Sequence[int]) -> Iterator[str]:
+    """Why these layers cannot be removed."""
+    layers = section.architecture.layers
+    if removed:
+        reasons = [why for key, why in layers.refused.items() if section.values.get(key)]
+        yield from (f"layers cannot go: {why}" for why in reasons)
+        count = section.value(layers.members.key)
+        if sum(number < count for number in removed) >= count:
+            yield f"config.json: {layers.members.key} would be 0: nothing is left"
 
 
 def _without_layers(section: ConfigSection, removed: Sequence[int]) -> dict[str, Any]:

@@ -55,17 +55,10 @@ class CutModel:
     exact: bool = True
 
 
-@dataclass(frozen=True, slots=True)
-class Agreement:
-    """The new values of config keys, the kept indices of tensors that follow others, and the problems."""
-
-    values: Mapping[str, int]
-    followers: Mapping[str, KeptIndices]
-    problems: tuple[str, ...]
-
-
-def agree(section: ConfigSection, model: CutModel) -> Agreement:
-    """What all tensors keep, as values of the config's keys."""
+def agree(
+    section: ConfigSection, model: CutModel
+) -> tuple[dict[str, int], dict[str, KeptIndices], list[str]]:
+    """What all tensors keep: new values of config keys, kept indices of followers of others, problems."""
     found = _Constraints(section, model)
     problems = [*found.problems, *_unknown_neighbours(found)]
     for (key, _), kept in found.by_index.items():
@@ -95,7 +88,7 @@ def agree(section: ConfigSection, model: CutModel) -> Agreement:
     problems += [text for keys, text in found.misfits if not values.keys().isdisjoint(keys)]
     problems += _impossible(section, model, units, values)
     kept_followers = {name: _with(model, name, along) for name, along in followers.items()}
-    return Agreement(values, kept_followers, tuple(dict.fromkeys(problems)))
+    return values, kept_followers, problems
 
 
 def refuse(problems: Iterable[str], most: int = 10) -> None:

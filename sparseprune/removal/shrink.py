@@ -17,7 +17,7 @@ from sparseprune.execution.passes import Chunk, Outcomes, Pass
 from sparseprune.execution.regions import Crowd
 from sparseprune.execution.runner import Job, Record, already_done, copied_bytes, dealt, write_through
 from sparseprune.execution.tensor_io import TensorIO, pattern_of
-from sparseprune.removal.config import Change, check_shapes, configure
+from sparseprune.removal.config import check_shapes, configure
 from sparseprune.removal.dim_constraints import CutModel, refuse
 from sparseprune.removal.preview import numbered, removed_members
 
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from sparseprune.execution.regions import Limits
     from sparseprune.execution.runner import Progress
     from sparseprune.removal.slices import KeptIndices
+    from sparseprune.results.fields import ConfigChange
 
     Flags = NDArray[np.bool_]
 
@@ -46,7 +47,7 @@ class Removal:
     left: Mapping[str, ResizedTensor]
     kept: Mapping[str, KeptIndices] = field(default_factory=dict)
     config: Mapping[str, Any] | None = None
-    changes: tuple[Change, ...] = ()
+    changes: tuple[ConfigChange, ...] = ()
     remarks: tuple[str, ...] = ()
 
 
@@ -74,20 +75,17 @@ def make_removal(
         return Removal({name: ResizedTensor(name, shape, whole=True) for name, shape in shapes.items()})
     # Tensors without elements have no mask; they go with the layer or expert that they belong to.
     gone = empty | {name for name, shape in shapes.items() if not prod(shape) and removed.has(name)}
-    configured = configure(config, CutModel(shapes, cut, removed, gone, exact), beside)
-    left_of = {name: each for name, each in {**cut, **configured.followers}.items() if name not in gone}
+    model = CutModel(shapes, cut, removed, gone, exact)
+    smaller, changes, followers, remarks = configure(config, model, beside)
+    left_of = {name: each for name, each in {**cut, **followers}.items() if name not in gone}
+    after = {name: shape for name, shape in shapes.items() if name not in gone}
+    after |= {name: each.shape for name, each in left_of.items()}
     left = {
-        name: ResizedTensor(
-            removed.renamed(name),
-            left_of[name].shape if name in left_of else shape,
-            whole=name not in left_of,
-        )
-        for name, shape in shapes.items()
-        if name not in gone
+        name: ResizedTensor(removed.renamed(name), shape, whole=name not in left_of)
+        for name, shape in after.items()
     }
-    changed = [change.key for change in configured.changes]
-    check_shapes(configured.config, changed, {each.name: each.shape for each in left.values()})
-    return Removal(left, left_of, configured.config, configured.changes, configured.remarks)
+    check_shapes(smaller, [one.key for one in changes], {each.name: each.shape for each in left.values()})
+    return Removal(left, left_of, smaller, changes, remarks)
 
 
 def _not_sliced(cut: Mapping[str, KeptIndices]) -> Iterator[str]:

@@ -16,7 +16,7 @@ from rich.text import Text
 from sparseprune.engine.grids import Shape, prod
 from sparseprune.errors import printable
 from sparseprune.report.coverage import coverage_text, coverage_totals
-from sparseprune.report.pruning import config_changes, config_text, share
+from sparseprune.report.pruning import config_text, share
 from sparseprune.report.wording import each_text, many, percent, place_text, shape_text, size
 from sparseprune.results.fields import one_or_all
 from sparseprune.results.pruning import (
@@ -65,7 +65,7 @@ def planned_removal(planned: Preview) -> PlannedRemoval:
     removal = planned.removal
     return PlannedRemoval(
         problems=tuple(planned.problems),
-        config=None if removal is None else config_changes(removal.changes),
+        config=None if removal is None else removal.changes,
         numel=planned.numel,
         bytes=planned.nbytes,
     )

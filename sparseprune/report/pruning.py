@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from sparseprune.checkpoint import Checkpoint, OtherFile, ResizedTensor
     from sparseprune.engine.kernels.counting import Tally
     from sparseprune.execution import TensorOutcome
-    from sparseprune.removal.config import Change
     from sparseprune.removal.shrink import Removal as Shrunk
     from sparseprune.report.coverage import Coverage
     from sparseprune.spec import BoundRule, BoundSpec
@@ -270,15 +269,10 @@ def make_removal_result(
             output_error_masked=mean(found.output_errors_masked),
             output_error=mean(found.output_errors),
         ),
-        config=config_changes(removal.changes),
+        config=removal.changes,
         rules=() if bound is None else tuple(rule_result(rule, found, run.devices) for rule in bound.rules),
         tensors=tuple(_changed_tensors(checkpoint, removal.left)),
     )
-
-
-def config_changes(changes: Sequence[Change]) -> tuple[ConfigChange, ...]:
-    """The keys of config.json that changed."""
-    return tuple(ConfigChange(key=one.key, before=one.before, after=one.after) for one in changes)
 
 
 def _changed_tensors(checkpoint: Checkpoint, left: Mapping[str, ResizedTensor]) -> Iterator[ChangedTensor]:

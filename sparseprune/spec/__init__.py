@@ -1,70 +1,44 @@
 """Specs: TOML, parsed into types and bound to the headers of a checkpoint.
 
 `find_spec` gives the text, `parse_spec` the tables, `bind` the scopes with every shape resolved. Knows no
-tensor data, no files of weights and no torch. Called by execution and by commands. Names are loaded on first
-use, because pydantic takes time to import.
+tensor data, no files of weights and no torch. Called by execution and by commands. What reads specs is loaded
+on first use, because most commands only need bound ones.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from sparseprune.spec.bound import BoundBlock as BoundBlock
+from sparseprune.spec.bound import BoundBlockCoupling as BoundBlockCoupling
+from sparseprune.spec.bound import BoundInstance as BoundInstance
+from sparseprune.spec.bound import BoundRule as BoundRule
+from sparseprune.spec.bound import BoundScope as BoundScope
+from sparseprune.spec.bound import BoundScopeCoupling as BoundScopeCoupling
+from sparseprune.spec.bound import BoundSpec as BoundSpec
+from sparseprune.spec.bound import Budget as Budget
+from sparseprune.spec.bound import Captures as Captures
+from sparseprune.spec.bound import Reconstruct as Reconstruct
+from sparseprune.spec.bound import Score as Score
+from sparseprune.spec.bound import Soft as Soft
+from sparseprune.spec.bound import TensorInfo as TensorInfo
+
 if TYPE_CHECKING:
-    from sparseprune.spec.binding import bind
-    from sparseprune.spec.bound import (
-        BoundBlock,
-        BoundBlockCoupling,
-        BoundInstance,
-        BoundRule,
-        BoundScope,
-        BoundScopeCoupling,
-        BoundSpec,
-        Budget,
-        Captures,
-        Reconstruct,
-        Score,
-        Soft,
-        TensorInfo,
-    )
-    from sparseprune.spec.parsing import SpecSource, find_spec, list_specs, parse_spec
-    from sparseprune.spec.schema import Spec
+    from sparseprune.spec.binding import bind as bind
+    from sparseprune.spec.parsing import SpecSource as SpecSource
+    from sparseprune.spec.parsing import find_spec as find_spec
+    from sparseprune.spec.parsing import list_specs as list_specs
+    from sparseprune.spec.parsing import parse_spec as parse_spec
+    from sparseprune.spec.schema import Spec as Spec
 
-__all__ = [
-    "BoundBlock",
-    "BoundBlockCoupling",
-    "BoundInstance",
-    "BoundRule",
-    "BoundScope",
-    "BoundScopeCoupling",
-    "BoundSpec",
-    "Budget",
-    "Captures",
-    "Reconstruct",
-    "Score",
-    "Soft",
-    "Spec",
-    "SpecSource",
-    "TensorInfo",
-    "bind",
-    "find_spec",
-    "list_specs",
-    "parse_spec",
-]
-
-_HOME = {
-    "Spec": "schema",
-    "SpecSource": "parsing",
-    "bind": "binding",
-    "find_spec": "parsing",
-    "list_specs": "parsing",
-    "parse_spec": "parsing",
-}
+_HOME = {"Spec": "schema", "bind": "binding"}
+_HOME |= dict.fromkeys(("SpecSource", "find_spec", "list_specs", "parse_spec"), "parsing")
 
 
 def __getattr__(name: str) -> object:
-    if name in __all__:
-        return getattr(import_module(f"sparseprune.spec.{_HOME.get(name, 'bound')}"), name)
+    if name in _HOME:
+        return getattr(import_module(f"sparseprune.spec.{_HOME[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *_HOME})

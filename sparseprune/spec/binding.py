@@ -36,7 +36,6 @@ from sparseprune.spec.bound import (
 )
 from sparseprune.spec.expressions import (
     RESERVED,
-    Environment,
     ExpressionError,
     Names,
     came_to,
@@ -217,14 +216,17 @@ Owned = tuple[str, str, "BoundBlock"]  # the rule, the instance and a leaf of it
 
 def check_overlaps(rules: Iterable[BoundRule], problems: Problems) -> None:
     """A problem for every two rules, or one rule with itself, that reach one element."""
-    found: dict[tuple[str, str], tuple[Owned, Owned]] = {}
-    tensors: dict[tuple[str, str], int] = {}
+    found: dict[tuple[str, str], list[tuple[Owned, Owned]]] = {}
     for owned in _leaves_of_shared_tensors(rules):
-        for rule_names, pair in _overlapping(owned).items():
-            found.setdefault(rule_names, pair)
-            tensors[rule_names] = tensors.get(rule_names, 0) + 1
-    for rule_names, pair in found.items():
-        problems.add(rule_names[1], "", _worded(*pair, tensors[rule_names] - 1))
+        first_of: dict[tuple[str, str], tuple[Owned, Owned]] = {}  # of every two rules
+        for one, other in _meeting(owned):
+            names = (one[0], other[0])
+            if names not in first_of and share_an_element(one[2], other[2]):
+                first_of[names] = (one, other)
+        for names, pair in first_of.items():
+            found.setdefault(names, []).append(pair)
+    for (_, rule), pairs in found.items():
+        problems.add(rule, "", _worded(*pairs[0], len(pairs) - 1))
 
 
 def share_an_element(a: BoundBlock, b: BoundBlock) -> bool:
@@ -290,16 +292,6 @@ def _leaves_of_shared_tensors(rules: Iterable[BoundRule]) -> Iterator[list[Owned
         yield from shared.values()
 
 
-def _overlapping(owned: Sequence[Owned]) -> dict[tuple[str, str], tuple[Owned, Owned]]:
-    """The first two leaves that share an element, for every two rules."""
-    found: dict[tuple[str, str], tuple[Owned, Owned]] = {}
-    for first, second in _meeting(owned):
-        rule_names = (first[0], second[0])
-        if rule_names not in found and share_an_element(first[2], second[2]):
-            found[rule_names] = (first, second)
-    return found
-
-
 def _meeting(owned: Sequence[Owned]) -> Iterator[tuple[Owned, Owned]]:
     """Pairs of leaves whose ranges of elements overlap, each pair in the order of the rules."""
     numbered = sorted((_range(leaf), number) for number, (_, _, leaf) in enumerate(owned))
@@ -339,9 +331,9 @@ def bind(spec: Spec, tensors: Sequence[TensorInfo], config: Mapping[str, Any] | 
         SpecError: with every problem, each one line.
     """
     problems = Problems(spec.source)
-    environment = Environment(resolve_variables(spec.variables, config, problems), config)
-    sites = locate(spec, tensors, environment, problems)
-    binder = _Binder(spec, environment)
+    shared = resolve_variables(spec.variables, config, problems)
+    sites = locate(spec, tensors, shared, problems)
+    binder = _Binder(spec, shared)
     coupled = spec.coupled_scopes()
     rules = tuple(
         BoundRule(place, tuple(binder.instances(place, table, sites[place], problems)))
@@ -364,9 +356,9 @@ class _Binder:
     use them. Sites that do not fit are not copied, so that each one is reported under its own name.
     """
 
-    def __init__(self, spec: Spec, environment: Environment) -> None:
+    def __init__(self, spec: Spec, shared: Mapping[str, object]) -> None:
         self._spec = spec
-        self._environment = environment
+        self._shared = shared
         self._parts: dict[Hashable, Part] = {}
         self._used: dict[str, frozenset[str]] = {}
         self._numbers = count()
@@ -394,7 +386,7 @@ class _Binder:
 
     def _instance(self, place: str, table: BudgetTable, site: Site) -> BoundInstance:
         spec, scope = self._spec, self._part(place, site)
-        names = Names(self._environment, site.captures)
+        names = Names(self._shared, site.captures)
         budget, sparsity = budget_of(place, table, scope.label, scope.blocks_per_scope, names)
         score = score_of(table.score or spec.score, spec.directory)
         soft = soft_of(table, spec.directory)
@@ -408,7 +400,7 @@ class _Binder:
             tables = [self._spec.tables[each] for each in self._spec.tables_in(place)]
             values = tuple(value for table in tables for key, value in table if key != "where")
             names = {name for expression in expressions_of(values) for name in expression.names}
-            self._used[place] = frozenset(names.difference(self._environment.variables, RESERVED))
+            self._used[place] = frozenset(names.difference(self._shared, RESERVED))
         return self._used[place]
 
     def _part(self, place: str, site: Site) -> Any:  # noqa: ANN401  (which part, the kind of table says)
@@ -432,7 +424,7 @@ class _Binder:
         block = self._part(named, site) if named else self._block(place, table, "block", site)
         grid = block.grid_shape
         try:
-            shape = scope_extents(grid, Names(self._environment, site.captures).extents(table.shape))
+            shape = scope_extents(grid, Names(self._shared, site.captures).extents(table.shape))
             divide(grid, shape, "scope", "block grid")
         except ExpressionError as error:
             raise misfit(place, "shape", error, label(place, site)) from error
@@ -458,7 +450,7 @@ class _Binder:
         if not isinstance(site, TensorSite):
             raise TypeError(f"the instances of {place} are tensors, not couplings")
         tensor = site.tensor
-        names = Names(self._environment, site.captures, tensor)
+        names = Names(self._shared, site.captures, tensor)
         layout = layout_of(place, table, tensor, names)
         try:
             extents = block_extents(layout.shape, names.extents(getattr(table, key)))

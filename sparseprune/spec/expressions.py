@@ -39,31 +39,13 @@ _NODES = (
     ast.In, ast.NotIn,
 )  # fmt: skip
 _WORDS: dict[type[ast.AST], str] = {
-    ast.Call: "a call",
-    ast.Pow: "**",
-    ast.Slice: "a slice inside [ ]",
-    ast.Tuple: "a tuple",
-    ast.Dict: "a dictionary",
-    ast.Set: "a set",
-    ast.Lambda: "a lambda",
-    ast.JoinedStr: "an f-string",
-    ast.NamedExpr: ":=",
-    ast.Starred: "*",
-    ast.ListComp: "a comprehension",
-    ast.SetComp: "a comprehension",
-    ast.DictComp: "a comprehension",
-    ast.GeneratorExp: "a comprehension",
-    ast.Is: "is",
-    ast.IsNot: "is not",
-    ast.UAdd: "a + in front",
-    ast.Invert: "~",
-    ast.MatMult: "@",
-    ast.LShift: "<<",
-    ast.RShift: ">>",
-    ast.BitOr: "|",
-    ast.BitAnd: "&",
-    ast.BitXor: "^",
-}
+    ast.Call: "a call", ast.Pow: "**", ast.Slice: "a slice inside [ ]", ast.Tuple: "a tuple",
+    ast.Dict: "a dictionary", ast.Set: "a set", ast.Lambda: "a lambda", ast.JoinedStr: "an f-string",
+    ast.NamedExpr: ":=", ast.Starred: "*", ast.ListComp: "a comprehension", ast.SetComp: "a comprehension",
+    ast.DictComp: "a comprehension", ast.GeneratorExp: "a comprehension", ast.Is: "is", ast.IsNot: "is not",
+    ast.UAdd: "a + in front", ast.Invert: "~", ast.MatMult: "@", ast.LShift: "<<", ast.RShift: ">>",
+    ast.BitOr: "|", ast.BitAnd: "&", ast.BitXor: "^",
+}  # fmt: skip
 
 
 class ExpressionError(ValueError):
@@ -434,18 +416,13 @@ RESERVED = ("config", *FACTS)
 
 
 @dataclass(frozen=True, slots=True)
-class Environment:
-    """The names that all instances share: the values of `[vars]`, and config.json or None."""
-
-    variables: Mapping[str, object] = field(default_factory=dict)
-    config: Mapping[str, object] | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class Names:
-    """The names that expressions may use for one instance: vars, config, captures, facts of its tensor."""
+    """The names that expressions may use for one instance: its captures and the facts of its tensor.
 
-    environment: Environment
+    All instances share config, which is None without a config.json, and the values of `[vars]`.
+    """
+
+    shared: Mapping[str, object]
     captures: Captures = ()
     tensor: TensorInfo | None = None
 
@@ -453,9 +430,11 @@ class Names:
         """The entry itself, or the value of an expression; ExpressionError."""
         if not isinstance(entry, Expression):
             return entry
-        known = {"config": self.environment.config, **self.environment.variables, **dict(self.captures)}
+        known = {**self.shared, **dict(self.captures)}
         if self.tensor is not None:
-            known |= _facts(self.tensor)
+            shape = self.tensor.shape
+            facts = (list(shape), len(shape), prod(shape), self.tensor.dtype)
+            known |= zip(FACTS, facts, strict=True)
         return evaluate(entry, known)
 
     def integer(self, entry: int | Expression, least: int, wanted: str) -> int:
@@ -491,14 +470,10 @@ def came_to(entry: object, found: object, wanted: str) -> ExpressionError:
     return ExpressionError(text, None, f"this comes to {shown(found)}, wanted {wanted}")
 
 
-def _facts(tensor: TensorInfo) -> dict[str, object]:
-    values = (list(tensor.shape), len(tensor.shape), prod(tensor.shape), tensor.dtype)
-    return dict(zip(FACTS, values, strict=True))
-
-
-def misfit(place: str, key: str, error: ExpressionError, label: str) -> Misfit:
+def misfit(place: str, key: str, error: ExpressionError, label: str = "") -> Misfit:
     """The problem of an expression without a fitting value; without a text if it is already reported."""
-    return Misfit(place, key, "" if isinstance(error, BrokenNameError) else f"{label}: {error}")
+    text = f"{label}: {error}" if label else str(error)
+    return Misfit(place, key, "" if isinstance(error, BrokenNameError) else text)
 
 
 Variable = bool | int | float | Expression | tuple["Variable", ...]
@@ -540,17 +515,15 @@ def read_variables(value: object, overrides: Mapping[str, str], problems: Proble
 def resolve_variables(
     variables: Mapping[str, Variable], config: Mapping[str, object] | None, problems: Problems
 ) -> dict[str, object]:
-    """The value of every var, `Broken` for those with a problem."""
-    values: dict[str, object] = {}
+    """The names that all instances share: config, and every var, `Broken` where it has a problem."""
+    shared: dict[str, object] = {"config": config}
     for name in TopologicalSorter(_references(variables)).static_order():
         try:
-            values[name] = _value(variables[name], Names(Environment(values, config)))
-        except BrokenNameError:
-            values[name] = Broken()
+            shared[name] = _value(variables[name], Names(shared))
         except ExpressionError as error:
-            problems.add("vars", name, str(error))
-            values[name] = Broken()
-    return values
+            shared[name] = Broken()
+            problems.note(misfit("vars", name, error))
+    return shared
 
 
 def _wrong_name(name: str) -> str:

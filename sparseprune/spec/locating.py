@@ -20,10 +20,9 @@ from sparseprune.spec.problems import Problems, listed, nearest, shown
 from sparseprune.spec.schema import CouplingTable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
     from sparseprune.spec.bound import TensorInfo
-    from sparseprune.spec.expressions import Environment
     from sparseprune.spec.patterns import RegexPattern, TensorPattern
     from sparseprune.spec.schema import Spec, TensorsTable
 
@@ -147,14 +146,6 @@ class JoinError(ValueError):
     """Members that cannot be joined into instances; the text says why and what to do."""
 
 
-@dataclass(frozen=True, slots=True)
-class Joined:
-    """One row of a join: all its captures, and the row of each member."""
-
-    captures: Captures
-    rows: Rows
-
-
 def gather(
     sites: Iterable[Site], across: Collection[str] | Literal["all"]
 ) -> dict[Captures, tuple[Site, ...]]:
@@ -170,15 +161,15 @@ def gather(
 
 def natural_join(
     members: Sequence[Collection[Captures]], optional: Collection[int] = ()
-) -> tuple[Joined, ...]:
+) -> dict[Captures, Rows]:
     """Every combination of one row of each member that agrees where captures have one name, in natural order.
 
-    The rows of one member all have the same names in the same order. A combination may lack a row of the
-    members numbered in `optional`. JoinError where a row fits no combination, and for a product that is far
-    larger than its members.
+    Keys are all captures of a combination. The rows of one member all have the same names in the same order.
+    A combination may lack a row of the members numbered in `optional`. JoinError where a row fits no
+    combination, and for a product that is far larger than its members.
 
     >>> layers, heads = [(("a", 1),)], [(("a", 1), ("b", 7)), (("a", 1), ("b", 8))]
-    >>> [joined.captures for joined in natural_join([layers, heads])]
+    >>> list(natural_join([layers, heads]))
     [(('a', 1), ('b', 7)), (('a', 1), ('b', 8))]
     """
     limit = 2 * sum(map(len, members)) + _ROWS_BEYOND_INPUT
@@ -205,11 +196,16 @@ def natural_join(
         ]
         if number not in optional:  # captures of optional members alone join nothing
             known = [captures for captures, _ in found]
-    listed = [order.index(number) for number in range(len(members))]
-    found = [(captures, tuple([rows[at] for at in listed])) for captures, rows in found]
-    _check_used([rows for _, rows in found], members)
-    by_captures = dict(found)
-    return tuple([Joined(captures, by_captures[captures]) for captures in in_natural_order(by_captures)])
+    places = [order.index(number) for number in range(len(members))]
+    joined = {captures: tuple([rows[at] for at in places]) for captures, rows in found}
+    for number, given in enumerate(members):
+        used = {rows[number] for rows in joined.values()}
+        unused = next((row for row in given if row not in used), None)
+        if unused is not None:
+            raise JoinError(
+                f"no instance has a place for {captured(unused)}: no combination of members fits it"
+            )
+    return {captures: joined[captures] for captures in in_natural_order(joined)}
 
 
 def lend(
@@ -249,16 +245,6 @@ def missing_partners(members: Sequence[Collection[Captures]]) -> tuple[tuple[int
     return tuple(missing)
 
 
-def _check_used(joins: Sequence[Rows], members: Sequence[Collection[Captures]]) -> None:
-    for number, rows in enumerate(members):
-        used = {joined[number] for joined in joins}
-        for row in rows:
-            if row not in used:
-                raise JoinError(
-                    f"no instance has a place for {captured(row)}: no combination of members fits it"
-                )
-
-
 def _shared_keys(rows: Collection[Captures], others: Collection[Captures]) -> tuple[Key, Key]:
     """The keys that join rows of two members: the captures whose names both have, in one order."""
     names = [[name for name, _ in next(iter(each), ())] for each in (rows, others)]
@@ -290,7 +276,9 @@ _MOST_COMPARED = 2000  # names that differ in more than numbers, among which the
 _PRUNABLE = tuple(dtype.name for dtype in DTYPES.values() if dtype.prunable)
 
 
-def locate(spec: Spec, tensors: Sequence[TensorInfo], environment: Environment, problems: Problems) -> Sites:
+def locate(
+    spec: Spec, tensors: Sequence[TensorInfo], shared: Mapping[str, object], problems: Problems
+) -> Sites:
     """The sites of every table by its place; none where tensors or members are missing."""
     sites: Sites = {}
     for place, table in spec.tables.items():
@@ -298,7 +286,7 @@ def locate(spec: Spec, tensors: Sequence[TensorInfo], environment: Environment, 
         if isinstance(table, CouplingTable):
             sites[place] = _join(spec, sites, place, table, problems)
         else:
-            sites[place] = sites[parts[0]] if parts else _find(place, table, tensors, environment, problems)
+            sites[place] = sites[parts[0]] if parts else _find(place, table, tensors, shared, problems)
     _check_found(spec, sites, tensors, problems)
     return sites
 
@@ -307,14 +295,14 @@ def _find(
     place: str,
     table: TensorsTable,
     tensors: Sequence[TensorInfo],
-    environment: Environment,
+    shared: Mapping[str, object],
     problems: Problems,
 ) -> tuple[TensorSite, ...]:
     def fits(match: Match) -> bool:
         """Whether `where` is true; an expression without such a value is a problem, and keeps the tensor."""
         captures, tensor = match
         try:
-            holds = Names(environment, captures, tensor).value(table.where)
+            holds = Names(shared, captures, tensor).value(table.where)
             if not isinstance(holds, bool):
                 raise came_to(table.where, holds, "true or false")
         except ExpressionError as error:
@@ -393,20 +381,18 @@ def _join(
         for number, lent in _with_borrowed(spec, place, located).items():
             located[number], groups[number] = lent, gather(lent, table.across)
         wrong += [] if table.across == "all" else _twins(table.members, located)
-    joins: Sequence[Joined] = ()
+    joined: Mapping[Captures, Rows] = {}
     try:
-        joins = () if wrong else natural_join([tuple(group) for group in groups], optional)
+        joined = {} if wrong else natural_join([tuple(group) for group in groups], optional)
     except JoinError as error:
         wrong = [str(error)]
     for text in wrong:
         problems.add(place, table.members_key, text)
-    return tuple([_joined_site(joined, groups) for joined in joins])
-
-
-def _joined_site(joined: Joined, groups: Sequence[Group]) -> JoinedSite:
-    rows = zip(groups, joined.rows, strict=True)
-    members = tuple([() if row is None else group[row] for group, row in rows])
-    return JoinedSite(joined.captures, captured(joined.captures), members)
+    found = []
+    for captures, rows in joined.items():
+        members = [() if row is None else group[row] for group, row in zip(groups, rows, strict=True)]
+        found.append(JoinedSite(captures, captured(captures), tuple(members)))
+    return tuple(found)
 
 
 def _optional_members(spec: Spec, place: str, located: Sequence[Sequence[Site]]) -> frozenset[int]:
