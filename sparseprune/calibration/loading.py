@@ -113,10 +113,7 @@ class LoadedModel:
 
 
 def load_model(
-    checkpoint: Checkpoint,
-    device: str,
-    folder: Path,
-    max_memory: Mapping[Any, Any] | None = None,
+    checkpoint: Checkpoint, device: str, folder: Path, max_memory: Mapping[Any, Any] | None = None
 ) -> LoadedModel:
     """The model of a checkpoint's directory on a device; parts without room there are stored in `folder`.
 

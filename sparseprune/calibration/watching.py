@@ -91,13 +91,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._gathered = None
         self._running.clear()
 
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Any,
-        args: Any = (),
-        kwargs: Any = None,
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         packet = func.overloadpacket
         place = _PRODUCTS.get(packet)
         if place is not None:
@@ -223,11 +217,7 @@ class StoredAs:
     matrix: int | None
 
 
-def stored_as(
-    model: Any,
-    parameters: Mapping[str, int],
-    checkpoint: Checkpoint,
-) -> dict[str, list[StoredAs]]:
+def stored_as(model: Any, parameters: Mapping[str, int], checkpoint: Checkpoint) -> dict[str, list[StoredAs]]:
     """The tensors that store each parameter, given its input dimension; an empty list if none is found."""
     shapes = {name: tuple(parameter.shape) for name, parameter in _all_parameters(model)}
     aliases = _aliases(model)
@@ -304,13 +294,7 @@ def _forms(name: str) -> Iterator[str]:
         yield f"{name[: found.start()]}*{name[found.end() :]}"
 
 
-def _one(
-    model: Any,
-    name: str,
-    shape: tuple[int, ...],
-    dim: int,
-    checkpoint: Checkpoint,
-) -> list[StoredAs]:
+def _one(model: Any, name: str, shape: tuple[int, ...], dim: int, checkpoint: Checkpoint) -> list[StoredAs]:
     tags = _tags(shape, dim)
     try:
         from transformers.core_model_loading import revert_weight_conversion  # noqa: PLC0415

@@ -82,11 +82,7 @@ def _scaled(weights: Sequence[Tensor], rank: int) -> tuple[list[Tensor], Tensor]
 
 
 def _solution_norms(
-    weights: Sequence[Tensor],
-    pulls: Sequence[Tensor],
-    t: Tensor,
-    active: Tensor,
-    effort: tuple[int, float],
+    weights: Sequence[Tensor], pulls: Sequence[Tensor], t: Tensor, active: Tensor, effort: tuple[int, float]
 ) -> Tensor:
     """The norm s of the solution of each active block; `effort` = (most Newton steps, atol).
 

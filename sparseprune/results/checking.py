@@ -50,8 +50,7 @@ class CheckedTensor:
     threshold: NotNegative | None
     broken: Count
     torn: Annotated[
-        Count,
-        Doc("fused blocks of too full scopes that are not zero in this tensor but zero in another"),
+        Count, Doc("fused blocks of too full scopes that are not zero in this tensor but zero in another")
     ]
     first: Annotated[BrokenScope | None, Doc("the first broken scope; null if there is none")]
 
@@ -71,8 +70,7 @@ class CheckedRule:
         Count, Doc("scopes with more than nnz non-zero blocks, or with blocks below the threshold")
     ]
     torn: Annotated[
-        Count,
-        Doc("fused blocks of too full scopes that are zero in one tensor but not in another"),
+        Count, Doc("fused blocks of too full scopes that are zero in one tensor but not in another")
     ]
     survivors: Annotated[
         tuple[tuple[Count, AtLeastOne], ...],

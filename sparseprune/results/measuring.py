@@ -135,8 +135,7 @@ class InspectTotals:
     tensors: Annotated[Count, Doc("all that were asked for")]
     matrices: Annotated[Count, Doc("tensors of two dimensions or more")]
     uncounted: Annotated[
-        Count,
-        Doc("tensors with elements smaller than a byte, which are not counted and taken as not zero"),
+        Count, Doc("tensors with elements smaller than a byte, which are not counted and taken as not zero")
     ]
     numel: Annotated[Count, Doc("elements of all tensors")]
     pruned: Annotated[Count, Doc("elements that are zero, of either sign")]
@@ -206,10 +205,7 @@ class ComparedTensor:
     ]
     zeroed: Annotated[Count | None, Doc("elements that are zero only after")]
     revived: Annotated[Count | None, Doc("elements that are zero only before: a part of the altered ones")]
-    altered: Annotated[
-        Count | None,
-        Doc("not zero after, and other than before; changed = zeroed + altered"),
-    ]
+    altered: Annotated[Count | None, Doc("not zero after, and other than before; changed = zeroed + altered")]
     first_altered: Annotated[Shape | None, Doc("index of the first altered element; null if there is none")]
     energy_kept: _EnergyKept
     relative_error: _RelativeError
@@ -263,14 +259,8 @@ class CompareTotals:
     zeroed: Annotated[Count, Doc("elements that are zero only after")]
     revived: Annotated[Count, Doc("elements that are zero only before: a part of the altered ones")]
     altered: Annotated[Count, Doc("elements that are not zero after, and other than before")]
-    energy_kept: Annotated[
-        _EnergyKept,
-        Doc("over tensors of floats or complex numbers; null if not finite"),
-    ]
-    relative_error: Annotated[
-        _RelativeError,
-        Doc("over the same tensors; null if not finite"),
-    ]
+    energy_kept: Annotated[_EnergyKept, Doc("over tensors of floats or complex numbers; null if not finite")]
+    relative_error: Annotated[_RelativeError, Doc("over the same tensors; null if not finite")]
     added: Annotated[Count, Doc("tensors that only the pruned checkpoint has")]
     removed: Annotated[Count, Doc("tensors that only the dense checkpoint has")]
     reshaped: Annotated[Count, Doc("tensors that both have, with different shapes")]
