@@ -176,7 +176,6 @@ class InspectTree:
         yield Group(FittedTable(columns, rows, " or --json", stems), *notes(self.found))
 
 
-@dataclass(frozen=True, kw_only=True)
 class _Node(InspectedGroup):
     """The tensors of a branch, and their shapes if it is a leaf."""
 

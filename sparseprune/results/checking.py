@@ -1,7 +1,6 @@
 """Results of checks: of verify with a spec or with masks, and of reapply. Plain data; report/ makes them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from sparseprune.results.fields import (
@@ -18,6 +17,7 @@ from sparseprune.results.fields import (
     LayerCoverage,
     NamedTensor,
     NotNegative,
+    Record,
     Seconds,
     Settings,
     Shape,
@@ -28,8 +28,7 @@ from sparseprune.results.fields import (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class BrokenScope:
+class BrokenScope(Record):
     """A scope that breaks its rule."""
 
     instance: str
@@ -39,8 +38,7 @@ class BrokenScope:
     allowed: Annotated[Count | None, Doc("null under a threshold")]
 
 
-@dataclass(frozen=True, kw_only=True)
-class CheckedTensor:
+class CheckedTensor(Record):
     """The scopes of a rule that reach a tensor."""
 
     name: str
@@ -55,8 +53,7 @@ class CheckedTensor:
     first: Annotated[BrokenScope | None, Doc("the first broken scope; null if there is none")]
 
 
-@dataclass(frozen=True, kw_only=True)
-class CheckedRule:
+class CheckedRule(Record):
     """The scopes of a rule."""
 
     name: str
@@ -79,8 +76,7 @@ class CheckedRule:
     unchecked: Annotated[str | None, Doc("why the rule was not checked; null if it was")]
 
 
-@dataclass(frozen=True, kw_only=True)
-class VerifyTotals:
+class VerifyTotals(Record):
     """Sums over all rules that were checked; under a threshold every block is a scope."""
 
     scopes: Count
@@ -94,7 +90,6 @@ class VerifyTotals:
     uncovered: UncoveredKinds
 
 
-@dataclass(frozen=True, kw_only=True)
 class Verification(Document):
     """sparseprune verify CHECKPOINT SPEC --json."""
 
@@ -112,16 +107,14 @@ class Verification(Document):
     ]
 
 
-@dataclass(frozen=True, kw_only=True)
-class LeftOut:
+class LeftOut(Record):
     """What has no counterpart and was ignored because of --partial."""
 
     masks: Annotated[Count, Doc("masks without a tensor")]
     tensors: Annotated[Count, Doc("tensors without a mask that they should have")]
 
 
-@dataclass(frozen=True, kw_only=True)
-class MaskedTotals:
+class MaskedTotals(Record):
     """Sums over the whole checkpoint."""
 
     tensors: Count
@@ -132,7 +125,6 @@ class MaskedTotals:
     sparsity: Annotated[Share, Doc("pruned / numel")]
 
 
-@dataclass(frozen=True, kw_only=True)
 class MaskedTensor(NamedTensor):
     """A tensor that has a mask."""
 
@@ -140,7 +132,6 @@ class MaskedTensor(NamedTensor):
     lost: Annotated[Count, Doc("those of them that were not zero in the input")]
 
 
-@dataclass(frozen=True, kw_only=True)
 class ReappliedTensor(MaskedTensor):
     """A tensor that has a mask, before and after."""
 
@@ -149,7 +140,6 @@ class ReappliedTensor(MaskedTensor):
     energy_kept: Annotated[NotNegative | None, Doc("||after||^2 / ||before||^2; null if it is not finite")]
 
 
-@dataclass(frozen=True, kw_only=True)
 class Reapplication(Document):
     """report.json of sparseprune reapply, and its --json."""
 
@@ -169,21 +159,18 @@ class Reapplication(Document):
     ]
 
 
-@dataclass(frozen=True, kw_only=True)
 class MaskVerifyTotals(MaskedTotals):
     """Sums over the whole checkpoint."""
 
     failed: Annotated[Count, Doc("tensors with lost zeros")]
 
 
-@dataclass(frozen=True, kw_only=True)
 class MaskCheckedTensor(MaskedTensor):
     """A tensor that has a mask."""
 
     first: Annotated[Shape | None, Doc("index of the first lost zero; null if none was lost")]
 
 
-@dataclass(frozen=True, kw_only=True)
 class MaskVerification(Document):
     """sparseprune verify --masks --json."""
 

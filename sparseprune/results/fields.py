@@ -6,9 +6,8 @@ and report.
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields, is_dataclass
-from functools import cache
-from typing import Annotated, Any, Generic, TypeVar, overload
+from dataclasses import MISSING, Field, FrozenInstanceError, dataclass, fields
+from typing import Annotated, Any, ClassVar, Generic, Never, TypeVar, dataclass_transform, overload
 
 from sparseprune import __version__
 
@@ -37,6 +36,39 @@ class Doc:
         return {**handler(core_schema), **self._keywords}
 
 
+@dataclass_transform(kw_only_default=True, frozen_default=True)
+class Record:
+    """A frozen dataclass of keywords; these methods serve all, as making methods for a class takes 1 ms."""
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+    _defaults: ClassVar[dict[str, Any]]
+    _optional: ClassVar[frozenset[str]]
+
+    def __init_subclass__(cls) -> None:
+        dataclass(init=False, repr=False, eq=False, kw_only=True)(cls)
+        cls._defaults = {field.name: field.default for field in fields(cls)}
+        cls._optional = frozenset(name for name, default in cls._defaults.items() if default is None)
+
+    def __init__(self, **members: object) -> None:
+        every = self._defaults | members  # in the order of the fields
+        if len(every) > len(self._defaults) or any(value is MISSING for value in every.values()):
+            raise TypeError(f"{type(self).__name__} has the fields {', '.join(self._defaults)}")
+        vars(self).update(every)
+
+    def __setattr__(self, name: str, value: object) -> Never:
+        raise FrozenInstanceError(f"cannot assign to field {name!r}")
+
+    def __eq__(self, other: object) -> bool:
+        return vars(self) == vars(other) if type(self) is type(other) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(tuple(vars(self).values()))
+
+    def __repr__(self) -> str:
+        members = ", ".join(f"{name}={value!r}" for name, value in vars(self).items())
+        return f"{type(self).__name__}({members})"
+
+
 Count = Annotated[int, Doc(minimum=0)]
 AtLeastOne = Annotated[int, Doc(minimum=1)]
 Share = Annotated[float, Doc(minimum=0, maximum=1)]
@@ -56,8 +88,7 @@ Numel = Annotated[Count, Doc("number of its elements")]
 Dimensions = Annotated[Shape, Doc("length of each dimension")]
 
 
-@dataclass(frozen=True, kw_only=True)
-class NamedTensor:
+class NamedTensor(Record):
     """A tensor of a checkpoint, as its header says."""
 
     name: Name
@@ -66,16 +97,14 @@ class NamedTensor:
     numel: Numel
 
 
-@dataclass(frozen=True, kw_only=True)
-class OtherWeights:
+class OtherWeights(Record):
     """A file with another copy of the weights."""
 
     path: Annotated[str, Doc("in the folder of the checkpoint")]
     bytes: Annotated[Count, Doc("size of the file")]
 
 
-@dataclass(frozen=True, kw_only=True)
-class WrittenBytes:
+class WrittenBytes(Record):
     """Sizes of what was written."""
 
     weights: Annotated[Count, Doc("the weight files, which zeros do not shrink")]
@@ -91,8 +120,7 @@ FilesNotRead = Annotated[
 ]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Uncovered:
+class Uncovered(Record):
     """Matrices of layers that rules do not reach in full, alike but for the numbers in their names."""
 
     name: Annotated[str, Doc("with a * for every number")]
@@ -120,8 +148,7 @@ UncoveredKinds = Annotated[
 ]
 
 
-@dataclass(frozen=True, kw_only=True)
-class ConfigChange:
+class ConfigChange(Record):
     """A key of config.json that changed, dotted if it is nested."""
 
     key: str
@@ -129,8 +156,7 @@ class ConfigChange:
     after: Annotated[object, Doc("null if it was deleted")]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Document:
+class Document(Record):
     """A result of a command: frozen, its fields are the keys of its JSON, in this order.
 
     A field whose default is None is left out of the JSON while it is None.
@@ -184,22 +210,17 @@ def _is_list(value: object) -> bool:
 
 def _as_dict(entry: object) -> object:
     """An entry of a list; json would ask for the members of a result as well, but more slowly."""
-    return json_value(entry) if is_dataclass(entry) else entry
+    return json_value(entry) if isinstance(entry, Record) else entry
 
 
-def json_value(value: Any) -> dict[str, Any]:  # noqa: ANN401  (json passes any object that it does not know)
+def json_value(value: object) -> dict[str, Any]:
     """The members of an object of results as JSON has them; TypeError for other objects."""
-    members: dict[str, Any] = vars(value)
-    optional = _optional(value.__class__)
+    if not isinstance(value, Record):  # json passes any object that it does not know
+        raise TypeError(f"{type(value).__name__} has no JSON")
+    members, optional = vars(value), value._optional  # noqa: SLF001  (same module)
     if not optional:
         return members
     return {key: found for key, found in members.items() if found is not None or key not in optional}
-
-
-@cache
-def _optional(kind: type[Any]) -> frozenset[str]:
-    """The keys that the JSON of a class may lack."""
-    return frozenset(field.name for field in fields(kind) if field.default is None)
 
 
 Thing = TypeVar("Thing")

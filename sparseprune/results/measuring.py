@@ -1,7 +1,6 @@
 """Results of measuring: of inspect, compare and calibrate. Plain data; report/ and calibrate make them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from sparseprune.results.fields import (
@@ -16,6 +15,7 @@ from sparseprune.results.fields import (
     NamedTensor,
     NotNegative,
     Numel,
+    Record,
     Seconds,
     Shape,
     Share,
@@ -24,8 +24,7 @@ from sparseprune.results.fields import (
 Pattern = Annotated[str, Doc(pattern="^[0-9]+:[0-9]+(@-?[0-9]+)?$")]
 
 
-@dataclass(frozen=True, kw_only=True)
-class ZeroBlocks:
+class ZeroBlocks(Record):
     """Blocks of one shape that are zero in every element."""
 
     zero: Annotated[Count, Doc("blocks that are all zero")]
@@ -44,30 +43,26 @@ ZeroRows = Annotated[Count | None, Doc("rows that are all zero")]
 ZeroColumns = Annotated[Count | None, Doc("columns that are all zero")]
 
 
-@dataclass(frozen=True, kw_only=True)
-class RuntimeVerdict:
+class RuntimeVerdict(Record):
     """Whether a runtime can run a tensor sparse."""
 
     eligible: Annotated[bool, Doc("whether the tensor satisfies all rules of the runtime")]
     reason: Annotated[str | None, Doc("the first rule that it breaks")]
 
 
-@dataclass(frozen=True, kw_only=True)
-class RuntimeCount:
+class RuntimeCount(Record):
     """How many matrices a runtime can run sparse."""
 
     eligible: Annotated[Count, Doc("matrices that it can run sparse")]
     of: Annotated[Count, Doc("tensors of two dimensions or more")]
 
 
-@dataclass(frozen=True, kw_only=True)
 class RuntimeTotals(RuntimeCount):
     """How many matrices a runtime can run sparse, and on which device."""
 
     device: Annotated[str, Doc("the device that the runtime needs for the dtypes of these matrices")]
 
 
-@dataclass(frozen=True, kw_only=True)
 class InspectedTensor(NamedTensor):
     """A tensor, counted."""
 
@@ -100,8 +95,7 @@ class InspectedTensor(NamedTensor):
     ] = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class InspectedGroup:
+class InspectedGroup(Record):
     """Tensors of one group, added up."""
 
     name: Annotated[
@@ -128,8 +122,7 @@ class InspectedGroup:
     ] = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class InspectTotals:
+class InspectTotals(Record):
     """Sums over the tensors of the document."""
 
     tensors: Annotated[Count, Doc("all that were asked for")]
@@ -159,7 +152,6 @@ class InspectTotals:
     ] = None
 
 
-@dataclass(frozen=True, kw_only=True)
 class Inspection(Document):
     """sparseprune inspect --json."""
 
@@ -183,8 +175,7 @@ _EnergyKept = Annotated[NotNegative | None, Doc("||pruned||^2 / ||dense||^2; nul
 _RelativeError = Annotated[NotNegative | None, Doc("||pruned - dense|| / ||dense||; null if not finite")]
 
 
-@dataclass(frozen=True, kw_only=True)
-class ComparedTensor:
+class ComparedTensor(Record):
     """A tensor that both checkpoints have with one shape."""
 
     name: Name
@@ -225,8 +216,7 @@ class ComparedTensor:
     ]
 
 
-@dataclass(frozen=True, kw_only=True)
-class ReshapedTensor:
+class ReshapedTensor(Record):
     """A tensor that both checkpoints have, with different shapes."""
 
     name: Name
@@ -238,8 +228,7 @@ class ReshapedTensor:
     numel_after: Annotated[Count, Doc("number of its elements in the pruned checkpoint")]
 
 
-@dataclass(frozen=True, kw_only=True)
-class CompareTotals:
+class CompareTotals(Record):
     """Sums over the tensors that both have with one shape.
 
     Energies leave out tensors that did not change and are not finite.
@@ -269,7 +258,6 @@ class CompareTotals:
     ]
 
 
-@dataclass(frozen=True, kw_only=True)
 class Comparison(Document):
     """sparseprune compare --json."""
 
@@ -283,8 +271,7 @@ class Comparison(Document):
     reshaped: Annotated[tuple[ReshapedTensor, ...], Doc("that both have, with different shapes")]
 
 
-@dataclass(frozen=True, kw_only=True)
-class CollectedStatistics:
+class CollectedStatistics(Record):
     """A tensor of statistics: second moments of the inputs of matrices."""
 
     name: str
@@ -310,15 +297,13 @@ class CollectedStatistics:
     ]
 
 
-@dataclass(frozen=True, kw_only=True)
-class WithoutStatistics:
+class WithoutStatistics(Record):
     """A matrix without statistics."""
 
     name: str
     why: str
 
 
-@dataclass(frozen=True, kw_only=True)
 class Statistics(Document):
     """report.json of sparseprune calibrate."""
 

@@ -1,7 +1,6 @@
 """Results of pruning: of plan, of apply and mask, and of remove. Plain data; report/ makes them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from sparseprune.results.fields import (
@@ -21,6 +20,7 @@ from sparseprune.results.fields import (
     NamedTensor,
     Noted,
     NotNegative,
+    Record,
     Seconds,
     Settings,
     Shape,
@@ -31,8 +31,7 @@ from sparseprune.results.fields import (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class ScoreAsked:
+class ScoreAsked(Record):
     """What a rule ranks blocks by."""
 
     kind: str
@@ -41,8 +40,7 @@ class ScoreAsked:
     file: str | None
 
 
-@dataclass(frozen=True, kw_only=True)
-class ReconstructAsked:
+class ReconstructAsked(Record):
     """How a rule updates the survivors."""
 
     method: Literal["refit", "admm"]
@@ -50,8 +48,7 @@ class ReconstructAsked:
     damp: NotNegative
 
 
-@dataclass(frozen=True, kw_only=True)
-class ViewAsked:
+class ViewAsked(Record):
     """A strided view of a tensor."""
 
     shape: Shape
@@ -59,8 +56,7 @@ class ViewAsked:
     begin: Annotated[Shape, Doc("index in the tensor of the view's first element")]
 
 
-@dataclass(frozen=True, kw_only=True)
-class TensorForm:
+class TensorForm(Record):
     """Tensors of a rule that are alike in block, dtype and shapes."""
 
     block_name: str
@@ -74,8 +70,7 @@ class TensorForm:
     scope: Shape
 
 
-@dataclass(frozen=True, kw_only=True)
-class Resized:
+class Resized(Record):
     """Tensors of a rule that remove gives one new shape."""
 
     tensors: Count
@@ -84,8 +79,7 @@ class Resized:
     shape_after: Annotated[Shape | None, Doc("null if they are removed whole")]
 
 
-@dataclass(frozen=True, kw_only=True)
-class RuleRemoval:
+class RuleRemoval(Record):
     """Whether remove could cut out what the rule prunes."""
 
     removable: Annotated[bool, Doc("whether all blocks are whole slices along one dimension")]
@@ -96,8 +90,7 @@ class RuleRemoval:
     ]
 
 
-@dataclass(frozen=True, kw_only=True)
-class RulePlan:
+class RulePlan(Record):
     """A rule of the spec, what it binds to and what it will prune."""
 
     name: str
@@ -126,8 +119,7 @@ class RulePlan:
     removal: RuleRemoval
 
 
-@dataclass(frozen=True, kw_only=True)
-class PlanTotals:
+class PlanTotals(Record):
     """Sums over the whole checkpoint."""
 
     tensors: Count
@@ -141,8 +133,7 @@ class PlanTotals:
     uncovered: UncoveredKinds
 
 
-@dataclass(frozen=True, kw_only=True)
-class PlannedRemoval:
+class PlannedRemoval(Record):
     """What remove would leave; null if only the data decides, or nothing can be removed."""
 
     problems: Annotated[tuple[str, ...], Doc("why the model's class cannot have such shapes")]
@@ -151,15 +142,13 @@ class PlannedRemoval:
     bytes: Count | None
 
 
-@dataclass(frozen=True, kw_only=True)
 class UnreachedTensor(NamedTensor):
     """A tensor that no rule reaches."""
 
     bytes: Count
 
 
-@dataclass(frozen=True, kw_only=True)
-class PlannedBytes:
+class PlannedBytes(Record):
     """Sizes of files, and memory."""
 
     input: Count
@@ -168,7 +157,6 @@ class PlannedBytes:
     peak: Annotated[Count | None, Doc("memory of a run")] = None
 
 
-@dataclass(frozen=True, kw_only=True)
 class Plan(Document):
     """sparseprune plan --json, and --dry-run --json of apply and mask."""
 
@@ -195,8 +183,7 @@ OutputError = Annotated[
 ]
 
 
-@dataclass(frozen=True, kw_only=True)
-class RuleResult:
+class RuleResult(Record):
     """A rule of the spec, and what it pruned."""
 
     name: str
@@ -213,7 +200,6 @@ class RuleResult:
     device: Annotated[str | None, Doc("what did the work of this rule; null if it bound nothing")]
 
 
-@dataclass(frozen=True, kw_only=True)
 class TensorResult(NamedTensor):
     """A tensor that rules reached, before and after."""
 
@@ -229,8 +215,7 @@ class TensorResult(NamedTensor):
     output_error: Annotated[OutputError, Doc("of what was written")]
 
 
-@dataclass(frozen=True, kw_only=True)
-class ReportTotals:
+class ReportTotals(Record):
     """Sums over the whole checkpoint."""
 
     tensors: Count
@@ -245,7 +230,6 @@ class ReportTotals:
     output_error: Annotated[OutputError, Doc("the mean over matrices, of what was written")]
 
 
-@dataclass(frozen=True, kw_only=True)
 class Report(Document):
     """report.json of sparseprune apply and mask."""
 
@@ -267,8 +251,7 @@ class Report(Document):
     ]
 
 
-@dataclass(frozen=True, kw_only=True)
-class RemovalTotals:
+class RemovalTotals(Record):
     """Sums over the whole checkpoint, before and after."""
 
     tensors: Count
@@ -285,8 +268,7 @@ class RemovalTotals:
     output_error: Annotated[OutputError, Doc("the mean over matrices, after reconstruction")]
 
 
-@dataclass(frozen=True, kw_only=True)
-class ChangedTensor:
+class ChangedTensor(Record):
     """A tensor that was removed, or has another shape or name."""
 
     name: Name
@@ -296,7 +278,6 @@ class ChangedTensor:
     shape_after: Annotated[Shape | None, Doc("null if it was removed")]
 
 
-@dataclass(frozen=True, kw_only=True)
 class Removal(Document):
     """report.json of sparseprune remove."""
 

@@ -10,7 +10,6 @@ import sys
 import tempfile
 import threading
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import pytest
@@ -209,7 +208,6 @@ def test_lines_on_stderr_have_nothing_that_a_terminal_obeys(capsys: pytest.Captu
     assert capsys.readouterr().err == "sparseprune: wrong\nsparseprune: kept in a\\x1b[2J\n"
 
 
-@dataclass(frozen=True, kw_only=True)
 class Odd(Document):
     texts: tuple[str, ...]
 
