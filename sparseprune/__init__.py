@@ -4,6 +4,8 @@
 loaded on first use: importing the package imports neither torch nor numpy.
 """
 
+import sys
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -19,95 +21,46 @@ from sparseprune.errors import (
 )
 
 if TYPE_CHECKING:
-    from sparseprune.api import (
-        Listener,
-        Progress,
-        apply,
-        calibrate,
-        compare,
-        inspect,
-        mask,
-        plan,
-        reapply,
-        remove,
-        specs,
-        verify,
-    )
+    from sparseprune.api import apply, calibrate, compare, inspect, mask, plan, reapply, remove, specs, verify
+    from sparseprune.api.run import Listener, Progress
     from sparseprune.calibration import KeptMasks, keep_masked, parameter_masks
     from sparseprune.checkpoint import load_masks
-    from sparseprune.engine import (
-        BlockCoupling,
-        BlockSpec,
-        Matrix,
-        Reconstructed,
-        ScopeCoupling,
-        ScopeSpec,
-        SparseBlock,
-        SparseScope,
-        View,
-        admm,
-        keep_rows,
-        projection,
-        refit,
-    )
+    from sparseprune.engine.block import BlockCoupling, BlockSpec, SparseBlock
+    from sparseprune.engine.reconstruction import Matrix, Reconstructed, admm, keep_rows, projection, refit
+    from sparseprune.engine.scope import ScopeCoupling, ScopeSpec, SparseScope
+    from sparseprune.engine.view import View
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "BlockCoupling",
-    "BlockSpec",
-    "CheckFailedError",
-    "CheckpointError",
-    "CouplingError",
-    "KeptMasks",
-    "Listener",
-    "MachineError",
-    "Matrix",
-    "Progress",
-    "Reconstructed",
-    "ScopeCoupling",
-    "ScopeSpec",
-    "ShapeMismatchError",
-    "SparseBlock",
-    "SparseScope",
-    "SparsepruneError",
-    "SparsityError",
-    "SpecError",
-    "View",
-    "admm",
-    "apply",
-    "calibrate",
-    "compare",
-    "inspect",
-    "keep_masked",
-    "keep_rows",
-    "load_masks",
-    "mask",
-    "parameter_masks",
-    "plan",
-    "projection",
-    "reapply",
-    "refit",
-    "remove",
-    "specs",
-    "verify",
-]
+__all__ = ["CheckFailedError", "CheckpointError", "CouplingError", "MachineError", "ShapeMismatchError"]
+__all__ += ["SparsepruneError", "SparsityError", "SpecError"]
+__all__ += ["Listener", "Progress", "apply", "calibrate", "compare", "inspect", "mask", "plan", "reapply"]
+__all__ += ["KeptMasks", "keep_masked", "load_masks", "parameter_masks", "remove", "specs", "verify"]
+__all__ += ["BlockCoupling", "BlockSpec", "ScopeCoupling", "ScopeSpec", "SparseBlock", "SparseScope", "View"]
+__all__ += ["Matrix", "Reconstructed", "admm", "keep_rows", "projection", "refit"]
 
 
-_API = "Listener Progress apply calibrate compare inspect mask plan reapply remove specs verify"
-_ROOMS = dict.fromkeys(_API.split(), "api") | {
-    "KeptMasks": "calibration",
-    "keep_masked": "calibration",
-    "load_masks": "checkpoint",
-    "parameter_masks": "calibration",
-}
+def on_first_use(
+    package: str, modules: Mapping[str, str]
+) -> tuple[Callable[[str], object], Callable[[], list[str]]]:
+    """`__getattr__` and `__dir__` for names that load on first use; `modules` lists those of each module."""
+    homes = {name: f"{package}.{module}" for module, names in modules.items() for name in names.split()}
+
+    def load(name: str) -> object:
+        if name in homes:
+            return getattr(import_module(homes[name]), name)
+        raise AttributeError(f"module {package!r} has no attribute {name!r}")
+
+    return load, lambda: sorted({*vars(sys.modules[package]), *homes})
 
 
-def __getattr__(name: str) -> object:
-    if name in __all__:
-        return getattr(import_module(f"sparseprune.{_ROOMS.get(name, 'engine')}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = on_first_use(
+    __name__,
+    {
+        "api": "Listener Progress apply calibrate compare inspect mask plan reapply remove specs verify",
+        "calibration": "KeptMasks keep_masked parameter_masks",
+        "checkpoint": "load_masks",
+        "engine": "BlockCoupling BlockSpec ScopeCoupling ScopeSpec SparseBlock SparseScope View "
+        "Matrix Reconstructed admm keep_rows projection refit",
+    },
+)

@@ -5,8 +5,9 @@ how masks are decided. Called by commands and, for training, by users; names are
 they import torch.
 """
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from sparseprune import on_first_use
 
 if TYPE_CHECKING:
     from sparseprune.calibration.collecting import (
@@ -21,48 +22,16 @@ if TYPE_CHECKING:
     from sparseprune.calibration.text import Chat, Sequences, make_sequences, read_documents
     from sparseprune.calibration.training import KeptMasks, keep_masked, parameter_masks
 
-__all__ = [
-    "Calibration",
-    "Chat",
-    "Counted",
-    "KeptMasks",
-    "LoadedModel",
-    "Sequences",
-    "already_run",
-    "calibrate",
-    "keep_masked",
-    "load_model",
-    "make_sequences",
-    "parameter_masks",
-    "passes_digest",
-    "plan_calibration",
-    "read_documents",
-]
+__all__ = ["Calibration", "Chat", "Counted", "KeptMasks", "LoadedModel", "Sequences", "already_run"]
+__all__ += ["calibrate", "keep_masked", "load_model", "make_sequences", "parameter_masks", "passes_digest"]
+__all__ += ["plan_calibration", "read_documents"]
 
-_HOME = {
-    "Calibration": "collecting",
-    "Chat": "text",
-    "Counted": "collecting",
-    "KeptMasks": "training",
-    "LoadedModel": "loading",
-    "Sequences": "text",
-    "already_run": "collecting",
-    "calibrate": "collecting",
-    "keep_masked": "training",
-    "load_model": "loading",
-    "make_sequences": "text",
-    "passes_digest": "collecting",
-    "parameter_masks": "training",
-    "plan_calibration": "collecting",
-    "read_documents": "text",
-}
-
-
-def __getattr__(name: str) -> object:
-    if name in _HOME:
-        return getattr(import_module(f"sparseprune.calibration.{_HOME[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = on_first_use(
+    __name__,
+    {
+        "collecting": "Calibration Counted already_run calibrate passes_digest plan_calibration",
+        "loading": "LoadedModel load_model",
+        "text": "Chat Sequences make_sequences read_documents",
+        "training": "KeptMasks keep_masked parameter_masks",
+    },
+)

@@ -3,8 +3,9 @@
 Names are loaded on first use, so that shapes and dtypes can be had without importing torch.
 """
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from sparseprune import on_first_use
 
 if TYPE_CHECKING:
     from sparseprune.engine.block import BlockCoupling, BlockSpec, SparseBlock
@@ -12,44 +13,15 @@ if TYPE_CHECKING:
     from sparseprune.engine.scope import ScopeCoupling, ScopeSpec, SparseScope
     from sparseprune.engine.view import View
 
-__all__ = [
-    "BlockCoupling",
-    "BlockSpec",
-    "Matrix",
-    "Reconstructed",
-    "ScopeCoupling",
-    "ScopeSpec",
-    "SparseBlock",
-    "SparseScope",
-    "View",
-    "admm",
-    "keep_rows",
-    "projection",
-    "refit",
-]
+__all__ = ["BlockCoupling", "BlockSpec", "ScopeCoupling", "ScopeSpec", "SparseBlock", "SparseScope", "View"]
+__all__ += ["Matrix", "Reconstructed", "admm", "keep_rows", "projection", "refit"]
 
-_HOME = {
-    "BlockCoupling": "block",
-    "BlockSpec": "block",
-    "Matrix": "reconstruction",
-    "Reconstructed": "reconstruction",
-    "ScopeCoupling": "scope",
-    "ScopeSpec": "scope",
-    "SparseBlock": "block",
-    "SparseScope": "scope",
-    "View": "view",
-    "admm": "reconstruction",
-    "keep_rows": "reconstruction",
-    "projection": "reconstruction",
-    "refit": "reconstruction",
-}
-
-
-def __getattr__(name: str) -> object:
-    if name in _HOME:
-        return getattr(import_module(f"sparseprune.engine.{_HOME[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = on_first_use(
+    __name__,
+    {
+        "block": "BlockCoupling BlockSpec SparseBlock",
+        "reconstruction": "Matrix Reconstructed admm keep_rows projection refit",
+        "scope": "ScopeCoupling ScopeSpec SparseScope",
+        "view": "View",
+    },
+)
