@@ -17,12 +17,7 @@ from sparseprune.report.pruning import LEAST_ENERGY, mean, share
 from sparseprune.report.tables import Column, Fact, FittedTable, below, told
 from sparseprune.report.wording import many, percent, place_text, shape_text
 from sparseprune.results.fields import NamedTensor
-from sparseprune.results.measuring import (
-    ComparedTensor,
-    CompareTotals,
-    Comparison,
-    ReshapedTensor,
-)
+from sparseprune.results.measuring import ComparedTensor, CompareTotals, Comparison, ReshapedTensor
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

@@ -337,11 +337,7 @@ def _unreached(tensors: Mapping[str, StoredTensor], reached: set[str]) -> tuple[
     left = (stored for name, stored in tensors.items() if name not in reached)
     return tuple(
         UnreachedTensor(
-            name=stored.name,
-            dtype=stored.dtype,
-            shape=stored.shape,
-            numel=stored.numel,
-            bytes=stored.nbytes,
+            name=stored.name, dtype=stored.dtype, shape=stored.shape, numel=stored.numel, bytes=stored.nbytes
         )
         for stored in heapq.nlargest(UNREACHED, left, key=lambda stored: stored.numel)
     )

@@ -266,11 +266,7 @@ def _budget(instance: BoundInstance) -> str:
 
 
 # Pairs of one hue: the dark ones let black lines be seen. No more hues than all kinds of eyes tell apart.
-TINTS = (
-    ("#3f70b0", "#d6e4f5"),
-    ("#b4622d", "#fbe0cc"),
-    ("#4f9c84", "#e2f2e6"),
-)
+TINTS = (("#3f70b0", "#d6e4f5"), ("#b4622d", "#fbe0cc"), ("#4f9c84", "#e2f2e6"))
 UNREACHED = ("#6b6b6b", "#ededed")
 BLOCKS, SCOPES = ("#333333", 0.4), ("#000000", 1.6)  # colours and widths of lines
 _LARGE, _SIZE = 0.24, 7.2  # inches of an element, and of a side of all of them
@@ -357,10 +353,7 @@ def _elements(figure: Figure, closeup: CloseUp) -> Axes:
     axes = axes_at(figure, 0, 0, side * columns, side * rows)
     colours = [colour for pair in (*TINTS, UNREACHED) for colour in pair]
     axes.pcolormesh(
-        2 * _tints(closeup) + ~closeup.kept,
-        cmap=ListedColormap(colours),
-        vmin=-0.5,
-        vmax=len(colours) - 0.5,
+        2 * _tints(closeup) + ~closeup.kept, cmap=ListedColormap(colours), vmin=-0.5, vmax=len(colours) - 0.5
     )
     axes.set_xlim(0, columns)
     axes.set_ylim(rows, 0)
