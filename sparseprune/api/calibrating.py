@@ -110,7 +110,7 @@ def _warn_of_little_room(run: Run, kind: StatisticsKind, plan: Calibration, outp
     if free < wanted:
         run.warn(
             f"{layout.target.parent}: {free} bytes are free, but keeping the sums of an unfinished "
-            f"run takes {wanted}: it may have to begin anew after an interruption",
+            f"run takes {wanted}: it may have to begin anew after an interruption"
         )
 
 

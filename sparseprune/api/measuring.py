@@ -305,9 +305,7 @@ def _requirements(asked: Comparing, sides: Sides) -> list[Requirement]:
 
 
 def _failed(
-    requirements: list[Requirement],
-    tensors: Sequence[ComparedTensor | Absent],
-    matrices: frozenset[str],
+    requirements: list[Requirement], tensors: Sequence[ComparedTensor | Absent], matrices: frozenset[str]
 ) -> list[str]:
     """What does not hold; output errors are asked of the tensors of which there are statistics."""
     from sparseprune.report.requirements import Absent, failures

@@ -130,9 +130,7 @@ Reverse = Annotated[bool, Option("--reverse", help="The other way round.")]
 Require = Annotated[
     _Words,
     Option(
-        "--require",
-        metavar="CONDITION",
-        help='Fail unless it holds, such as "sparsity>=0.5 in **.mlp.**".',
+        "--require", metavar="CONDITION", help='Fail unless it holds, such as "sparsity>=0.5 in **.mlp.**".'
     ),
 ]
 Plot = Annotated[
@@ -141,8 +139,7 @@ Plot = Annotated[
 ]
 
 SpecName = Annotated[
-    Place | None,
-    Option(metavar="NAME", help="The spec to print; all of them are listed without.", typed=str),
+    Place | None, Option(metavar="NAME", help="The spec to print; all of them are listed without.", typed=str)
 ]
 By = Annotated[
     Literal["tensor", "layer", "module", "rule"],
@@ -250,8 +247,7 @@ Seed = Annotated[int, Option("--seed", help="Of the draw among all sequences of 
 Special = Annotated[
     bool,
     Option(
-        "--special/--no-special",
-        help="Whether [CLS], BOS and the like count; in use a model meets them too.",
+        "--special/--no-special", help="Whether [CLS], BOS and the like count; in use a model meets them too."
     ),
 ]
 MomentMemory = Annotated[

@@ -14,15 +14,7 @@ from typing import TYPE_CHECKING
 from sparseprune.api.applied import rebuilt_by, warn_of_broken, warn_of_earlier
 from sparseprune.api.checking import identity_of_masked, masked_by, refuse_contradictions
 from sparseprune.api.options import Source
-from sparseprune.api.pruning import (
-    as_applied,
-    few_tokens,
-    identity_of,
-    planned,
-    prepare,
-    score_shards,
-    warn,
-)
+from sparseprune.api.pruning import as_applied, few_tokens, identity_of, planned, prepare, score_shards, warn
 from sparseprune.api.run import collector_paused, digest, output_shown, report_bytes
 from sparseprune.checkpoint import (
     OutputLayout,
@@ -355,12 +347,7 @@ def _refuse_nothing(run: Run, choice: Choice, removal: Removal) -> None:
 
 
 def _removed(
-    run: Run,
-    asked: Asked,
-    choice: Choice,
-    removal: Removal,
-    output: StagedOutput,
-    reader: TensorReader,
+    run: Run, asked: Asked, choice: Choice, removal: Removal, output: StagedOutput, reader: TensorReader
 ) -> results.Removal:
     """Move the survivors, and write the report and the spec beside them."""
     from sparseprune.removal.shrink import Cuts

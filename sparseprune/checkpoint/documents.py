@@ -53,11 +53,7 @@ def strict_json(text: str) -> Any:  # noqa: ANN401  (JSON can be anything; calle
     """
     try:
         value = json.loads(
-            text,
-            object_pairs_hook=_object,
-            parse_int=_integer,
-            parse_float=_number,
-            parse_constant=_constant,
+            text, object_pairs_hook=_object, parse_int=_integer, parse_float=_number, parse_constant=_constant
         )
         if "\\ud" in text or "\\uD" in text:
             _refuse_lone_surrogates(value)

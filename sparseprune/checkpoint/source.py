@@ -228,10 +228,7 @@ class TensorReader(Source):
         view = file_io.as_bytes(buffer)
         _check_part(stored, begin, begin + len(view))
         offset = stored.offset + begin
-        with (
-            machine_errors(stored.shard.path, "cannot be read"),
-            self._files.use(stored.shard) as descriptor,
-        ):
+        with machine_errors(stored.shard.path, "cannot be read"), self._files.use(stored.shard) as descriptor:
             done = file_io.read_into(descriptor, view, offset)
         if done < len(view):
             raise _truncated(stored.shard.path, offset + done, stored.shard.size)
