@@ -9,57 +9,8 @@ from os import fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from sparseprune.api.options import (
-    Block,
-    By,
-    Checkpoint,
-    Dense,
-    Device,
-    Exclude,
-    Field,
-    Force,
-    Jobs,
-    Kind,
-    Length,
-    Listing,
-    MaskFormat,
-    MaskFormatOrNone,
-    Masks,
-    MasksOrNone,
-    MasksToCut,
-    Match,
-    Memory,
-    MomentMemory,
-    Output,
-    Partial,
-    Pattern,
-    Place,
-    Plot,
-    Pruned,
-    Require,
-    Reverse,
-    Runtimes,
-    Seed,
-    Sequences,
-    Set,
-    Sort,
-    Spec,
-    Special,
-    SpecName,
-    SpecOfRules,
-    SpecOrNone,
-    Stats,
-    Strict,
-    Target,
-    Tensor,
-    Text,
-    machine,
-    memory_of,
-    path_or_none,
-    quarter_of_memory,
-    source,
-    texts,
-)
+from sparseprune.api import options
+from sparseprune.api.options import Target, machine, path_or_none, source, texts
 from sparseprune.api.run import Listener, Progress, Run
 
 if TYPE_CHECKING:
@@ -85,17 +36,17 @@ Listen = Listener | Callable[[Progress], None] | None
 
 
 def apply(
-    checkpoint: Checkpoint,
-    spec: Spec,
-    output: Output = None,
+    checkpoint: options.Checkpoint,
+    spec: options.Spec,
+    output: options.Output = None,
     *,
-    device: Device = "auto",
-    jobs: Jobs = None,
-    memory: Memory = None,
-    mask_format: MaskFormatOrNone = "bool",
-    set: Set = None,
-    strict: Strict = False,
-    force: Force = False,
+    device: options.Device = "auto",
+    jobs: options.Jobs = None,
+    memory: options.Memory = None,
+    mask_format: options.MaskFormatOrNone = "bool",
+    set: options.Set = None,
+    strict: options.Strict = False,
+    force: options.Force = False,
     progress: Listen = None,
 ) -> "results.Report":
     """Prune a checkpoint: write its weights with the losers zero, masks and a report.
@@ -120,17 +71,17 @@ def apply(
 
 
 def mask(
-    checkpoint: Checkpoint,
-    spec: Spec,
-    output: Output = None,
+    checkpoint: options.Checkpoint,
+    spec: options.Spec,
+    output: options.Output = None,
     *,
-    device: Device = "auto",
-    jobs: Jobs = None,
-    memory: Memory = None,
-    mask_format: MaskFormat = "bool",
-    set: Set = None,
-    strict: Strict = False,
-    force: Force = False,
+    device: options.Device = "auto",
+    jobs: options.Jobs = None,
+    memory: options.Memory = None,
+    mask_format: options.MaskFormat = "bool",
+    set: options.Set = None,
+    strict: options.Strict = False,
+    force: options.Force = False,
     progress: Listen = None,
 ) -> "results.Report":
     """Write only the masks of a spec, True where a weight is kept, and a report.
@@ -150,15 +101,15 @@ def mask(
 
 
 def plan(
-    checkpoint: Checkpoint,
-    spec: Spec,
-    output: Output = None,
+    checkpoint: options.Checkpoint,
+    spec: options.Spec,
+    output: options.Output = None,
     *,
-    jobs: Jobs = None,
-    memory: Memory = None,
-    mask_format: MaskFormatOrNone = "bool",
-    set: Set = None,
-    strict: Strict = False,
+    jobs: options.Jobs = None,
+    memory: options.Memory = None,
+    mask_format: options.MaskFormatOrNone = "bool",
+    set: options.Set = None,
+    strict: options.Strict = False,
     device: str = "cpu",
     command: Literal["apply", "mask", "remove"] = "apply",
     look: "Callable[[execution.Plan], None] | None" = None,
@@ -191,18 +142,18 @@ def plan(
 
 
 def remove(
-    checkpoint: Checkpoint,
-    spec: SpecOrNone = None,
+    checkpoint: options.Checkpoint,
+    spec: options.SpecOrNone = None,
     *,
-    masks: MasksToCut = None,
-    output: Output = None,
-    partial: Partial = False,
-    device: Device = "auto",
-    jobs: Jobs = None,
-    memory: Memory = None,
-    set: Set = None,
-    strict: Strict = False,
-    force: Force = False,
+    masks: options.MasksToCut = None,
+    output: options.Output = None,
+    partial: options.Partial = False,
+    device: options.Device = "auto",
+    jobs: options.Jobs = None,
+    memory: options.Memory = None,
+    set: options.Set = None,
+    strict: options.Strict = False,
+    force: options.Force = False,
     progress: Listen = None,
 ) -> "results.Removal":
     """Write a smaller dense checkpoint: channels, heads, experts or layers that lose are cut out.
@@ -230,20 +181,20 @@ def remove(
 
 
 def calibrate(
-    checkpoint: Checkpoint,
-    text: Text,
-    output: Output = None,
+    checkpoint: options.Checkpoint,
+    text: options.Text,
+    output: options.Output = None,
     *,
-    stats: Kind = "hessian",
-    sequences: Sequences = 128,
-    length: Length = None,
-    field: Field = None,
-    seed: Seed = 0,
-    special: Special = True,
-    device: Device = "auto",
-    memory: MomentMemory = None,
-    force: Force = False,
-    scratch: Place | None = None,
+    stats: options.Kind = "hessian",
+    sequences: options.Sequences = 128,
+    length: options.Length = None,
+    field: options.Field = None,
+    seed: options.Seed = 0,
+    special: options.Special = True,
+    device: options.Device = "auto",
+    memory: options.MomentMemory = None,
+    force: options.Force = False,
+    scratch: options.Place | None = None,
     progress: Listen = None,
 ) -> "results.Statistics":
     """Run text through the checkpoint's model and write what its matrices are multiplied with.
@@ -260,7 +211,6 @@ def calibrate(
     from sparseprune.api.calibrating import Collecting
     from sparseprune.api.calibrating import calibrate as collect
 
-    nbytes = memory_of(memory) if isinstance(memory, str) else memory
     asked = Collecting(
         checkpoint=Path(checkpoint),
         text=[Path(one) for one in text],
@@ -271,7 +221,7 @@ def calibrate(
         field=field,
         seed=seed,
         device=device,
-        memory=quarter_of_memory() if nbytes is None else nbytes,
+        memory=options.quarter_of_memory() if memory is None else options.memory_of(memory),
         special=special,
         force=force,
         scratch=path_or_none(scratch),
@@ -279,7 +229,7 @@ def calibrate(
     return collect(Run(progress), asked)
 
 
-def specs(name: SpecName = None) -> dict[str, str]:
+def specs(name: options.SpecName = None) -> dict[str, str]:
     """List the specs that ship with sparseprune, or print one.
 
     Example: sparseprune specs 2of4
@@ -293,22 +243,22 @@ def specs(name: SpecName = None) -> dict[str, str]:
 
 
 def inspect(
-    checkpoint: Checkpoint,
+    checkpoint: options.Checkpoint,
     *,
-    by: By = "tensor",
-    match: Match = (),
-    exclude: Exclude = (),
-    sort: Sort = None,
-    reverse: Reverse = False,
-    pattern: Pattern = (),
-    block: Block = (),
-    runtimes: Runtimes = None,
-    require: Require = (),
-    plot: Plot = None,
-    tensor: Tensor = None,
-    spec: SpecOfRules = None,
-    set: Set = None,
-    jobs: Jobs = None,
+    by: options.By = "tensor",
+    match: options.Match = (),
+    exclude: options.Exclude = (),
+    sort: options.Sort = None,
+    reverse: options.Reverse = False,
+    pattern: options.Pattern = (),
+    block: options.Block = (),
+    runtimes: options.Runtimes = None,
+    require: options.Require = (),
+    plot: options.Plot = None,
+    tensor: options.Tensor = None,
+    spec: options.SpecOfRules = None,
+    set: options.Set = None,
+    jobs: options.Jobs = None,
     progress: Listen = None,
 ) -> "results.Inspection":
     """Report how sparse a checkpoint is, where, in which patterns, and which runtimes can use it.
@@ -327,7 +277,7 @@ def inspect(
 
     asked = Look(
         checkpoint=Path(checkpoint),
-        listing=Listing(match, exclude, sort, reverse),
+        listing=options.Listing(match, exclude, sort, reverse),
         jobs=machine(jobs=jobs).jobs,
         by=by,
         patterns=pattern,
@@ -343,15 +293,15 @@ def inspect(
 
 
 def verify(
-    checkpoint: Checkpoint,
-    spec: SpecOrNone = None,
+    checkpoint: options.Checkpoint,
+    spec: options.SpecOrNone = None,
     *,
-    masks: MasksOrNone = None,
-    partial: Partial = False,
-    set: Set = None,
-    jobs: Jobs = None,
-    memory: Memory = None,
-    strict: Strict = False,
+    masks: options.MasksOrNone = None,
+    partial: options.Partial = False,
+    set: options.Set = None,
+    jobs: options.Jobs = None,
+    memory: options.Memory = None,
+    strict: options.Strict = False,
     progress: Listen = None,
 ) -> "results.Verification | results.MaskVerification":
     """Check that a checkpoint is as sparse as a spec or masks say; exit 1 where it is not.
@@ -378,16 +328,16 @@ def verify(
 
 
 def reapply(
-    checkpoint: Checkpoint,
-    masks: Masks,
-    output: Output = None,
+    checkpoint: options.Checkpoint,
+    masks: options.Masks,
+    output: options.Output = None,
     *,
-    partial: Partial = False,
-    jobs: Jobs = None,
-    memory: Memory = None,
-    mask_format: MaskFormatOrNone = "bool",
-    strict: Strict = False,
-    force: Force = False,
+    partial: options.Partial = False,
+    jobs: options.Jobs = None,
+    memory: options.Memory = None,
+    mask_format: options.MaskFormatOrNone = "bool",
+    strict: options.Strict = False,
+    force: options.Force = False,
     progress: Listen = None,
 ) -> "results.Reapplication":
     """Put the zeros of masks back, after fine-tuning, merging or quantization; tell how many were lost.
@@ -407,17 +357,17 @@ def reapply(
 
 
 def compare(
-    dense: Dense,
-    pruned: Pruned,
+    dense: options.Dense,
+    pruned: options.Pruned,
     *,
-    match: Match = (),
-    exclude: Exclude = (),
-    sort: Sort = None,
-    reverse: Reverse = False,
-    require: Require = (),
-    stats: Stats = None,
-    plot: Plot = None,
-    jobs: Jobs = None,
+    match: options.Match = (),
+    exclude: options.Exclude = (),
+    sort: options.Sort = None,
+    reverse: options.Reverse = False,
+    require: options.Require = (),
+    stats: options.Stats = None,
+    plot: options.Plot = None,
+    jobs: options.Jobs = None,
     progress: Listen = None,
 ) -> "results.Comparison":
     """Compare two checkpoints: what was zeroed, what energy is kept, which survivors were altered.
@@ -436,7 +386,7 @@ def compare(
     asked = Comparing(
         dense=Path(dense),
         pruned=Path(pruned),
-        listing=Listing(match, exclude, sort, reverse),
+        listing=options.Listing(match, exclude, sort, reverse),
         jobs=machine(jobs=jobs).jobs,
         requirements=require,
         plot=path_or_none(plot),

@@ -26,7 +26,7 @@ _UNITS = {"": 1, "b": 1} | {
 
 
 class Option:
-    """How a parameter is given on the command line: by `flags`, or by its place where it has none.
+    """How a parameter is given on the command line: `usage` has its flags, if any, and its metavar.
 
     `shown` is the default in words, `minimum` the least number, `typed` the type on the command line where it
     is not that of the parameter, and `unless` a flag that gives None, with its help.
@@ -34,16 +34,18 @@ class Option:
 
     def __init__(
         self,
-        *flags: str,
+        usage: str,
         help: str,
-        metavar: str | None = None,
+        *,
         shown: str | None = None,
         minimum: int | None = None,
         typed: object = None,
         unless: tuple[str, str] | None = None,
     ) -> None:
-        self.flags, self.help, self.metavar, self.shown = flags, help, metavar, shown
-        self.minimum, self.typed, self.unless = minimum, typed, unless
+        words = usage.split()
+        self.flags = [word for word in words if word.startswith("-")]
+        self.metavar = words[-1] if len(words) > len(self.flags) else None
+        self.help, self.shown, self.minimum, self.typed, self.unless = help, shown, minimum, typed, unless
 
 
 Place = str | PathLike[str]
@@ -52,211 +54,154 @@ _Words = Sequence[str]
 Checkpoint = Annotated[
     Place,
     Option(
-        metavar="CKPT",
-        help="A .safetensors file, or a directory with model.safetensors or with shards and their index.",
+        "CKPT",
+        "A .safetensors file, or a directory with model.safetensors or with shards and their index.",
         typed=Path,
     ),
 ]
-Spec = Annotated[
-    Place, Option(metavar="SPEC", help="A spec.toml, or the name of a shipped one, such as 2of4.", typed=str)
-]
+Spec = Annotated[Place, Option("SPEC", "A spec.toml, or the name of a shipped one, such as 2of4.", typed=str)]
 SpecOrNone = Annotated[
-    Place | None, Option(metavar="[SPEC]", help="A spec.toml, or the name of a shipped one.", typed=str)
+    Place | None, Option("[SPEC]", "A spec.toml, or the name of a shipped one.", typed=str)
 ]
-Output = Annotated[
-    Place | None, Option("--output", "-o", metavar="OUT", help="Where the result goes.", typed=Path)
-]
-Device = Annotated[
-    str, Option("--device", metavar="auto|cpu|cuda[:N]", help="auto takes CUDA where there is one.")
-]
+Output = Annotated[Place | None, Option("--output -o OUT", "Where the result goes.", typed=Path)]
+Device = Annotated[str, Option("--device auto|cpu|cuda[:N]", "auto takes CUDA where there is one.")]
 Jobs = Annotated[
     int | None,
-    Option(
-        "--jobs",
-        metavar="N",
-        help="Pieces that are worked on at one time.",
-        shown="one for each core",
-        minimum=1,
-    ),
+    Option("--jobs N", "Pieces that are worked on at one time.", shown="one for each core", minimum=1),
 ]
+_MEMORY, _QUARTER = "--memory SIZE", "a quarter of RAM"
 Memory = Annotated[
     int | str | None,
     Option(
-        "--memory",
-        metavar="SIZE",
-        help="Memory that a run may use, such as 8GiB or 500MB.",
-        shown="a quarter of RAM, 1GiB at most",
+        _MEMORY,
+        "Memory that a run may use, such as 8GiB or 500MB.",
+        shown=f"{_QUARTER}, 1GiB at most",
         typed=str,
     ),
 ]
-_MASK_FORMAT = "One byte for each element, or one bit."
-MaskFormat = Annotated[Literal["bool", "packed"], Option("--mask-format", help=_MASK_FORMAT)]
+_FORMATS = ("--mask-format", "One byte for each element, or one bit.")
+MaskFormat = Annotated[Literal["bool", "packed"], Option(*_FORMATS)]
 MaskFormatOrNone = Annotated[
-    Literal["bool", "packed"] | None,
-    Option("--mask-format", help=_MASK_FORMAT, unless=("--no-masks", "Write no masks.")),
+    Literal["bool", "packed"] | None, Option(*_FORMATS, unless=("--no-masks", "Write no masks."))
 ]
 Set = Annotated[
     Mapping[str, object] | None,
-    Option(
-        "--set", metavar="NAME=VALUE", help="Another value for one of the spec's [vars].", typed=list[str]
-    ),
+    Option("--set NAME=VALUE", "Another value for one of the spec's [vars].", typed=list[str]),
 ]
 Strict = Annotated[
-    bool, Option("--strict", help="Make every warning an error, before any work where that can be.")
+    bool, Option("--strict", "Make every warning an error, before any work where that can be.")
 ]
-Force = Annotated[bool, Option("--force", help="Replace an output that exists.")]
-Partial = Annotated[
-    bool, Option("--partial", help="Ignore masks without a tensor and tensors without a mask.")
-]
+Force = Annotated[bool, Option("--force", "Replace an output that exists.")]
+Partial = Annotated[bool, Option("--partial", "Ignore masks without a tensor and tensors without a mask.")]
 Match = Annotated[
     _Words,
     Option(
-        "--match",
-        metavar="PATTERN",
-        help="Only tensors of this name; * matches inside a part of it, ** across the dots.",
+        "--match PATTERN", "Only tensors of this name; * matches inside a part of it, ** across the dots."
     ),
 ]
-Exclude = Annotated[_Words, Option("--exclude", metavar="PATTERN", help="No tensors of this name.")]
+Exclude = Annotated[_Words, Option("--exclude PATTERN", "No tensors of this name.")]
 Sort = Annotated[
     str | None,
     Option(
-        "--sort",
-        metavar="COLUMN",
-        help="Order by a column, such as name, numel or sparsity, the smallest first.",
+        "--sort COLUMN",
+        "Order by a column, such as name, numel or sparsity, the smallest first.",
         shown="as stored",
     ),
 ]
-Reverse = Annotated[bool, Option("--reverse", help="The other way round.")]
+Reverse = Annotated[bool, Option("--reverse", "The other way round.")]
 Require = Annotated[
-    _Words,
-    Option(
-        "--require", metavar="CONDITION", help='Fail unless it holds, such as "sparsity>=0.5 in **.mlp.**".'
-    ),
+    _Words, Option("--require CONDITION", 'Fail unless it holds, such as "sparsity>=0.5 in **.mlp.**".')
 ]
-Plot = Annotated[
-    Place | None,
-    Option("--plot", metavar="FILE", help="Draw it, as .png, .svg or one .html page.", typed=Path),
-]
+Plot = Annotated[Place | None, Option("--plot FILE", "Draw it, as .png, .svg or one .html page.", typed=Path)]
 
 SpecName = Annotated[
-    Place | None, Option(metavar="NAME", help="The spec to print; all of them are listed without.", typed=str)
+    Place | None, Option("NAME", "The spec to print; all of them are listed without.", typed=str)
 ]
 By = Annotated[
     Literal["tensor", "layer", "module", "rule"],
-    Option("--by", help="One line for each; module: what is alike in all layers."),
+    Option("--by", "One line for each; module: what is alike in all layers."),
 ]
 Pattern = Annotated[
     _Words,
-    Option(
-        "--pattern",
-        metavar="N:M[@AXIS]",
-        help="Look for this pattern as well, along the last dimension or another.",
-    ),
+    Option("--pattern N:M[@AXIS]", "Look for this pattern as well, along the last dimension or another."),
 ]
-Block = Annotated[_Words, Option("--block", metavar="ROWSxCOLUMNS", help="Count zero blocks of this shape.")]
+Block = Annotated[_Words, Option("--block ROWSxCOLUMNS", "Count zero blocks of this shape.")]
 Runtimes = Annotated[
     str | None,
     Option(
-        "--for",
-        metavar="RUNTIME,...",
-        help="Tell which tensors these can use sparse, and what is in the way: torch-cutlass, "
-        "torch-cusparselt, tensorrt, asp.",
+        "--for RUNTIME,...",
+        "Tell which tensors these can use sparse, and what is in the way: torch-cutlass, torch-cusparselt, "
+        "tensorrt, asp.",
     ),
 ]
 Tensor = Annotated[
     str | None,
     Option(
-        "--tensor",
-        metavar="NAME",
-        help="Plot the mask of this tensor from close up, with the blocks and scopes of its spec.",
+        "--tensor NAME", "Plot the mask of this tensor from close up, with the blocks and scopes of its spec."
     ),
 ]
 SpecOfRules = Annotated[
     Place | None,
     Option(
-        "--spec",
-        metavar="SPEC",
-        help="For --by rule and --plot: the spec, where the checkpoint has none in sparseprune/.",
+        "--spec SPEC",
+        "For --by rule and --plot: the spec, where the checkpoint has none in sparseprune/.",
         typed=str,
     ),
 ]
-Dense = Annotated[Place, Option(metavar="DENSE", help="The checkpoint before.", typed=Path)]
-Pruned = Annotated[Place, Option(metavar="PRUNED", help="The checkpoint after.", typed=Path)]
+Dense = Annotated[Place, Option("DENSE", "The checkpoint before.", typed=Path)]
+Pruned = Annotated[Place, Option("PRUNED", "The checkpoint after.", typed=Path)]
 Stats = Annotated[
     Place | None,
-    Option(
-        "--stats",
-        metavar="STATS",
-        help="What calibrate wrote: tells the output error of each matrix.",
-        typed=Path,
-    ),
+    Option("--stats STATS", "What calibrate wrote: tells the output error of each matrix.", typed=Path),
 ]
 Masks = Annotated[
     Place,
     Option(
-        metavar="MASKS",
-        help="A mask file, a folder or an index of some, or an output of sparseprune that has masks.",
+        "MASKS",
+        "A mask file, a folder or an index of some, or an output of sparseprune that has masks.",
         typed=Path,
     ),
 ]
 MasksOrNone = Annotated[
-    Place | None,
-    Option("--masks", metavar="MASKS", help="Check against masks instead of a spec.", typed=Path),
+    Place | None, Option("--masks MASKS", "Check against masks instead of a spec.", typed=Path)
 ]
 MasksToCut = Annotated[
-    Place | None,
-    Option(
-        "--masks", metavar="MASKS", help="Cut out what these drop, instead of what a spec does.", typed=Path
-    ),
+    Place | None, Option("--masks MASKS", "Cut out what these drop, instead of what a spec does.", typed=Path)
 ]
 Text = Annotated[
     Sequence[Place],
     Option(
-        "--text",
-        metavar="FILE",
-        help="Text, JSON lines (.jsonl) or a list of records (.json), which may be chats; repeat it for "
-        "several. Of long files the first part is read, 64 characters for each token that is asked for.",
+        "--text FILE",
+        "Text, JSON lines (.jsonl) or a list of records (.json), which may be chats; repeat it for several. "
+        "Of long files the first part is read, 64 characters for each token that is asked for.",
         typed=list[Path],
     ),
 ]
 Kind = Annotated[
-    Literal["hessian", "norm"],
-    Option("--stats", help="All second moments, or the norms of the inputs alone."),
+    Literal["hessian", "norm"], Option("--stats", "All second moments, or the norms of the inputs alone.")
 ]
-Sequences = Annotated[int, Option("--sequences", metavar="N", help="How many, drawn at random.", minimum=1)]
-Length = Annotated[
-    int | None,
-    Option(
-        "--length",
-        metavar="N",
-        help="Tokens in a sequence.",
-        shown="2048, or what the model takes",
-        minimum=1,
-    ),
-]
+Sequences = Annotated[int, Option("--sequences N", "How many, drawn at random.", minimum=1)]
+_USUAL_LENGTH = "2048, or what the model takes"
+Length = Annotated[int | None, Option("--length N", "Tokens in a sequence.", shown=_USUAL_LENGTH, minimum=1)]
 Field = Annotated[
     str | None,
     Option(
-        "--field",
-        metavar="NAME",
-        help="Which field of a record is text, or a list of messages.",
+        "--field NAME",
+        "Which field of a record is text, or a list of messages.",
         shown="text, messages or conversations",
     ),
 ]
-Seed = Annotated[int, Option("--seed", help="Of the draw among all sequences of the text.", minimum=0)]
+Seed = Annotated[int, Option("--seed", "Of the draw among all sequences of the text.", minimum=0)]
 Special = Annotated[
     bool,
-    Option(
-        "--special/--no-special", help="Whether [CLS], BOS and the like count; in use a model meets them too."
-    ),
+    Option("--special/--no-special", "Whether [CLS], BOS and the like count; in use a model meets them too."),
 ]
 MomentMemory = Annotated[
     int | str | None,
     Option(
-        "--memory",
-        metavar="SIZE",
-        help="Memory for second moments, beside the model; the text passes as often as it takes.",
-        shown="a quarter of RAM",
+        _MEMORY,
+        "Memory for second moments, beside the model; the text passes as often as it takes.",
+        shown=_QUARTER,
         typed=str,
     ),
 ]
@@ -275,8 +220,8 @@ def machine(device: str = "cpu", jobs: int | None = None, memory: int | str | No
     """What was given, and the defaults for the rest; SparsepruneError for a size that is none."""
     if jobs is not None and jobs < 1:
         raise SparsepruneError(f"--jobs {jobs}: wanted 1 or more")
-    nbytes = memory_of(memory) if isinstance(memory, str) else memory
-    return Machine(device, jobs or default_jobs(), default_memory() if nbytes is None else nbytes)
+    nbytes = default_memory() if memory is None else memory_of(memory)
+    return Machine(device, jobs or default_jobs(), nbytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,7 +234,6 @@ class Source:
 
 
 def source(checkpoint: Place, spec: Place, variables: Mapping[str, object] | None) -> Source:
-    """The values of variables as text, as the command line has them."""
     return Source(Path(checkpoint), os.fspath(spec), texts(variables))
 
 
@@ -327,20 +271,21 @@ class Listing:
 
 
 def path_or_none(place: Place | None) -> Path | None:
-    """As a path."""
     return None if place is None else Path(place)
 
 
-def memory_of(text: str) -> int:
+def memory_of(size: int | str) -> int:
     """Bytes of a `--memory` size.
 
     >>> memory_of("1.5GiB"), memory_of("500 mb"), memory_of("4096")
     (1610612736, 500000000, 4096)
     """
-    found = _SIZE.fullmatch(text.strip())
+    if isinstance(size, int):
+        return size
+    found = _SIZE.fullmatch(size.strip())
     nbytes = int(float(found["number"]) * _UNITS.get(found["unit"].lower(), 0)) if found else 0
     if nbytes <= 0:
-        raise SparsepruneError(f"--memory {text}: wanted a size such as 8GiB or 500MB")
+        raise SparsepruneError(f"--memory {size}: wanted a size such as 8GiB or 500MB")
     return nbytes
 
 
@@ -355,15 +300,10 @@ def quarter_of_memory(root: Path = Path("/")) -> int:
     That is the machine's, or what the control group of the process or one around it allows; `root` is
     where /proc and /sys lie.
     """
-    limits = [
-        int(text)
-        for text in (
-            *_control_group(root, "", "memory.max"),
-            *_control_group(root, "memory", "memory.limit_in_bytes"),
-        )
-        if text.isdecimal()
-    ]
-    return max(1, min(limit // 4 for limit in (*limits, _physical_memory())))
+    found = _control_group(root, "", "memory.max")
+    found += _control_group(root, "memory", "memory.limit_in_bytes")
+    limits = [int(text) for text in found if text.isdecimal()]
+    return max(1, min([*limits, _physical_memory()]) // 4)
 
 
 def default_jobs(root: Path = Path("/")) -> int:

@@ -37,8 +37,8 @@ Csv = Annotated[
 ]
 Markdown = Annotated[bool, Option("--markdown", help="The table as Markdown on stdout.")]
 DryRun = Annotated[bool, Option("--dry-run", help="Show what would be done, as plan does; write nothing.")]
-Quiet = Annotated[bool, Option("--quiet", "-q", help="No progress and no summary.")]
-Verbose = Annotated[bool, Option("--verbose", "-v", help="Tell about every tensor.")]
+Quiet = Annotated[bool, Option("--quiet -q", help="No progress and no summary.")]
+Verbose = Annotated[bool, Option("--verbose -v", help="Tell about every tensor.")]
 _DEBUG = Option("--debug", help="Show the traceback of an error.")
 
 

@@ -90,9 +90,7 @@ _STEPS = (
 
 Folder = Annotated[
     Path | None,
-    Option(
-        metavar="FOLDER", help="A new folder that keeps everything; a temporary one otherwise.", typed=Path
-    ),
+    Option("FOLDER", help="A new folder that keeps everything; a temporary one otherwise.", typed=Path),
 ]
 
 

@@ -18,8 +18,7 @@ ALL, NONE = "all", "none"
 Draw = Annotated[
     str | None,
     Option(
-        "--draw",
-        metavar="RULE|all|none",
+        "--draw RULE|all|none",
         help="Draw the blocks and scopes of a rule; on a terminal the first one is drawn anyway.",
     ),
 ]
