@@ -6,7 +6,6 @@ mathematics of pruning. Called by execution and the reports; imports no torch un
 
 from sparseprune.checkpoint.discovery import OtherFile
 from sparseprune.checkpoint.file_io import (
-    changed_since,
     checkpoint_identity,
     refuse_changed,
     refuse_changed_shards,
@@ -83,7 +82,6 @@ __all__ = [
     "StoredTensor",
     "TensorEntry",
     "TensorReader",
-    "changed_since",
     "checkpoint_identity",
     "lay_out",
     "lay_out_apply",

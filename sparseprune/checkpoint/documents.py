@@ -56,9 +56,11 @@ def strict_json(text: str) -> Any:  # noqa: ANN401  (JSON can be anything; calle
             text, object_pairs_hook=_object, parse_int=_integer, parse_float=_number, parse_constant=_constant
         )
         if "\\ud" in text or "\\uD" in text:
-            _refuse_lone_surrogates(value)
+            json.dumps(value, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error.msg} at character {error.pos}") from error
+    except UnicodeEncodeError as error:
+        raise ValueError("not JSON: a lone surrogate stands in a string") from error
     except RecursionError as error:
         raise ValueError("not JSON that can be read: nested too deeply") from error
     return value
@@ -89,6 +91,16 @@ def read_object(path: Path, parse: Callable[[str], Any] = json.loads) -> dict[st
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: holds {shown(value)}, wanted a JSON object")
     return value
+
+
+def read_object_if_any(path: Path) -> dict[str, Any] | None:
+    """As `read_object`; None where there is no file."""
+    try:
+        return read_object(path)
+    except CheckpointError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            return None
+        raise
 
 
 def read_json(path: Path, parse: Callable[[str], Any] = json.loads) -> Any:  # noqa: ANN401  (JSON can be anything)
@@ -148,10 +160,3 @@ def _number(text: str) -> float:
 
 def _constant(text: str) -> NoReturn:
     raise ValueError(f"not JSON: {text} is no JSON value")
-
-
-def _refuse_lone_surrogates(value: object) -> None:
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        raise ValueError("not JSON: a lone surrogate stands in a string") from error

@@ -63,7 +63,7 @@ def create(path: Path | str, size: int, begins_with: Bytes = b"", mode: int = 0o
 
     Its permissions are `mode`, without what the umask forbids.
     """
-    with _opened(os.open(path, _CREATE, mode)) as descriptor:
+    with opened(os.open(path, _CREATE, mode)) as descriptor:
         write_at(descriptor, begins_with, 0)
         os.ftruncate(descriptor, size)
 
@@ -89,7 +89,7 @@ def open_to_write(path: Path | str) -> int:
 
 def overwrite(path: Path | str, data: Bytes, offset: int) -> None:
     """Writes all of `data` at `offset` of a file that exists and is no link."""
-    with _opened(open_to_write(path)) as descriptor:
+    with opened(open_to_write(path)) as descriptor:
         write_at(descriptor, data, offset)
 
 
@@ -109,7 +109,7 @@ def write_at(descriptor: int, data: Bytes, offset: int) -> None:
 
 def write_pieces(path: Path | str, pieces: Iterable[Bytes]) -> None:
     """Writes pieces one after the other, from the beginning of a file that exists; small ones together."""
-    with _opened(open_to_write(path)) as descriptor:
+    with opened(open_to_write(path)) as descriptor:
         waiting, offset = bytearray(), 0
         for piece in pieces:
             part = as_bytes(piece)
@@ -142,13 +142,29 @@ def copy_range(source: Path, source_offset: int, file: Path | str, offset: int, 
     """
     with machine_errors(source, "cannot be read"):
         descriptor = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
-    with _opened(descriptor) as reading, _opened(open_to_write(file)) as writing:
-        done = _kernel_copy(reading, source_offset, writing, offset, length)
-        _plain_copy(source, reading, source_offset + done, writing, offset + done, length - done)
+    with opened(descriptor) as reading, opened(open_to_write(file)) as writing:
+        done, in_kernel = 0, hasattr(os, "copy_file_range")
+        while done < length:
+            begin, end, rest = source_offset + done, offset + done, length - done
+            if in_kernel:
+                count = _kernel_copy(reading, begin, writing, end, min(rest, _KERNEL_STEP))
+                in_kernel = count > 0
+            else:
+                with machine_errors(source, "cannot be read"):
+                    data = os.pread(reading, min(rest, _BUFFER), begin)
+                if not data:
+                    raise ChangedInputError(
+                        f"{source}: file was truncated while it was read: it ends at byte {begin}, wanted "
+                        f"{source_offset + length}"
+                    )
+                write_at(writing, data, end)
+                count = len(data)
+            done += count
 
 
 @contextmanager
-def _opened(descriptor: int) -> Iterator[int]:
+def opened(descriptor: int) -> Iterator[int]:
+    """A descriptor, which is closed in the end."""
     try:
         yield descriptor
     finally:
@@ -170,22 +186,18 @@ def sync(
         if follow_links:  # a folder that one may write to and not list
             return False
         raise
-    with _opened(descriptor):
-        synced = sync_data(descriptor) if data_only else _synced(os.fsync, descriptor)
+    with opened(descriptor):
+        synced = sync_open(descriptor, data_only=data_only)
         if drop_cache and hasattr(os, "posix_fadvise"):
             with contextlib.suppress(OSError):  # advice
                 os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     return synced
 
 
-def sync_data(descriptor: int) -> bool:
-    """Waits until the data of an open file can be read from disk; False where the file system cannot tell."""
-    return _synced(os.fdatasync if hasattr(os, "fdatasync") else os.fsync, descriptor)
-
-
-def _synced(call: Callable[[int], None], descriptor: int) -> bool:
+def sync_open(descriptor: int, *, data_only: bool) -> bool:
+    """As `sync`, for an open file."""
     try:
-        call(descriptor)
+        (getattr(os, "fdatasync", os.fsync) if data_only else os.fsync)(descriptor)
     except OSError as error:
         if error.errno in _NO_SYNC:
             return False
@@ -194,39 +206,13 @@ def _synced(call: Callable[[int], None], descriptor: int) -> bool:
 
 
 def _kernel_copy(reading: int, source_offset: int, writing: int, offset: int, length: int) -> int:
-    """Copies within the kernel; how many bytes were copied before the kernel gave up.
-
-    After a count of 0 the plain copy takes over: some file systems give it where there is data.
-    """
-    done = 0
-    while done < length and hasattr(os, "copy_file_range"):
-        step = min(length - done, _KERNEL_STEP)
-        try:
-            count = os.copy_file_range(reading, writing, step, source_offset + done, offset + done)
-        except OSError as error:
-            if error.errno in _FULL:
-                raise
-            return done
-        if count == 0:
-            return done
-        done += count
-    return done
-
-
-def _plain_copy(
-    source: Path, reading: int, source_offset: int, writing: int, offset: int, length: int
-) -> None:
-    done = 0
-    while done < length:
-        with machine_errors(source, "cannot be read"):
-            data = os.pread(reading, min(length - done, _BUFFER), source_offset + done)
-        if not data:
-            raise ChangedInputError(
-                f"{source}: file was truncated while it was read: it ends at byte {source_offset + done}, "
-                f"wanted {source_offset + length}"
-            )
-        write_at(writing, data, offset + done)
-        done += len(data)
+    """How many bytes the kernel copied: 0 where it cannot, and on some file systems where there is data."""
+    try:
+        return os.copy_file_range(reading, writing, length, source_offset, offset)
+    except OSError as error:
+        if error.errno in _FULL:
+            raise
+        return 0
 
 
 class OpenFiles(Generic[Key]):
@@ -245,7 +231,11 @@ class OpenFiles(Generic[Key]):
         try:
             yield descriptor
         finally:
-            self._put_away(key, descriptor)
+            with self._lock:
+                self._idle.append((key, descriptor))
+                surplus = self._idle.pop(0)[1] if self._closed or len(self._idle) > _IDLE else None
+            if surplus is not None:
+                os.close(surplus)
 
     def close(self) -> None:
         """Closes idle files; a file in use is closed after its use."""
@@ -261,19 +251,6 @@ class OpenFiles(Generic[Key]):
                 if other is key or other == key:  # comparing paths is slow
                     return self._idle.pop(place)[1]
         return self._opened(key)
-
-    def _put_away(self, key: Key, descriptor: int) -> None:
-        with self._lock:
-            surplus = descriptor if self._closed else None
-            if surplus is None:
-                self._idle.append((key, descriptor))
-                if len(self._idle) > _IDLE:
-                    surplus = self._idle.pop(0)[1]
-        if surplus is not None:
-            os.close(surplus)
-
-
-_ADVICE = "run again when nothing writes there"
 
 
 class Stamp(NamedTuple):
@@ -333,15 +310,6 @@ def shards_identity(shards: Iterable[Shard]) -> str:
     return digest.hexdigest()
 
 
-def changed_since(shards: Iterable[Shard]) -> str | None:
-    """How the first changed shard differs from when its header was read; None where none changed."""
-    try:
-        refuse_changed_shards(shards)
-    except MachineError as error:
-        return str(error)
-    return None
-
-
 def refuse_changed(checkpoint: Checkpoint, further: Iterable[Shard] = ()) -> None:
     """ChangedInputError naming the first file that changed since its checkpoint was opened.
 
@@ -369,7 +337,7 @@ def _refuse(path: Path, size: int, stamp: Stamp) -> None:
         change = ": it was written to after the run began"
     else:
         return
-    raise ChangedInputError(f"{path}: changed while it was read{change}; {_ADVICE}")
+    raise ChangedInputError(f"{path}: changed while it was read{change}; run again when nothing writes there")
 
 
 def _line(path: Path, *facts: object) -> bytes:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 MaskFormat = Literal["bool", "packed"]
 FORMAT_KEY = "sparseprune.mask_format"
 SHAPES_KEY = "sparseprune.shapes"
+_Names = tuple[PurePosixPath, PurePosixPath, PurePosixPath | None]  # of masks, report and spec
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +73,7 @@ class OutputLayout:
     Paths of files are relative to the staging folder, and to `root` once the output has its name.
     `stale` names files that an earlier output under the same target may have left and this one does not
     write. An output that `is_scratch` never gets the name: another one is made from it. `results_mode` are
-    the permissions of the report and the spec, `folders` those of folders by path, "." always among them.
+    the permissions of the report and the spec.
     """
 
     checkpoint: Checkpoint = field(repr=False)
@@ -90,12 +91,19 @@ class OutputLayout:
     stale: tuple[PurePosixPath, ...] = ()
     is_scratch: bool = False
     results_mode: int = 0o600
-    folders: Mapping[PurePosixPath, int] = field(default_factory=lambda: {PurePosixPath(): 0o700}, repr=False)
 
     @property
     def root(self) -> Path:
         """The folder that the output's paths are relative to."""
         return self.target if self.is_directory else self.target.parent
+
+    @property
+    def folders(self) -> Mapping[PurePosixPath, int]:
+        """Permissions of folders by path, "." among them; who may read a file may enter its folder."""
+        if self.checkpoint.is_directory:
+            return self.checkpoint.folders
+        mode = results_mode(self.checkpoint)
+        return {PurePosixPath(): mode | (mode & 0o444) >> 2}
 
     @property
     def left_out(self) -> tuple[OtherFile, ...]:
@@ -126,39 +134,32 @@ def lay_out_apply(
     read all shards, and all shards `read` beside them, may read masks and report.
     """
     final = output_target(checkpoint, target, "pruned")
-    names = _Names.of_directory(f"{RESULTS}/") if checkpoint.is_directory else _Names.of_file(final)
+    is_directory = checkpoint.is_directory
+    names = _names(checkpoint, final, RESULTS)
     chosen = {name: checkpoint.tensors[name] for name in masked}
+    layout = _lay_out_masks(checkpoint, final, names, chosen, mask_format, read)
     files: list[OutputFile] = []
     copies: list[CopyRange] = []
     for shard, header in checkpoint.headers.items():
-        path = shard.relative if checkpoint.is_directory else PurePosixPath(final.name)
+        path = shard.relative if is_directory else PurePosixPath(final.name)
         files.append(OutputFile(path, shard.size, header.raw, shard.mode))
-        copies += _untouched(shard, header, path, chosen.keys())
-    for other in checkpoint.others:
-        files.append(OutputFile(other.path, other.nbytes, mode=other.mode))
-        copies.append(CopyRange(checkpoint.path / other.path, other.path, 0, 0, other.nbytes))
+        at = header.data_begin
+        untouched = (entry for entry in header.entries if entry.name not in chosen)
+        pieces = ((at + one.begin, at + one.begin, one.nbytes) for one in untouched)
+        copies += merged_copies(shard.path, path, pieces)
+    others, copied = other_files(checkpoint, {})
 
     def place(stored: StoredTensor) -> Place:
-        path = stored.shard.relative if checkpoint.is_directory else PurePosixPath(final.name)
+        path = stored.shard.relative if is_directory else PurePosixPath(final.name)
         return Place(path, stored.offset, stored.nbytes, stored.numel)
 
-    mode = results_mode(checkpoint, read)
-    plan = _plan_masks(checkpoint, chosen, mask_format, names, mode)
-    return OutputLayout(
-        checkpoint=checkpoint,
-        target=final,
-        is_directory=checkpoint.is_directory,
-        files=(*files, *plan.files),
-        report_file=names.report,
-        spec_file=names.spec,
-        copies=tuple(copies),
+    return replace(
+        layout,
+        files=(*files, *others, *layout.files),
+        copies=(*copies, *copied),
         weights=_Places(chosen, place),
-        masks=plan.places,
-        mask_files=plan.paths,
-        mask_format=mask_format,
-        stale=() if checkpoint.is_directory or mask_format is not None else (names.masks,),
-        results_mode=mode,
-        folders=folder_modes(checkpoint),
+        writes_weights=True,
+        stale=() if is_directory or mask_format is not None else names[:1],
     )
 
 
@@ -171,26 +172,10 @@ def lay_out_masks(
 ) -> OutputLayout:
     """The output that holds only the masks of `masked` and a report; otherwise as `lay_out_apply`."""
     final = output_target(checkpoint, target, "masks")
-    names = _Names.of_directory("") if checkpoint.is_directory else _Names.of_file(final)
-    if not checkpoint.is_directory:
-        names = _Names(PurePosixPath(final.name), names.report, None)
-    mode = results_mode(checkpoint, read)
+    masks, report, spec = _names(checkpoint, final, "")
+    names = (masks if checkpoint.is_directory else PurePosixPath(final.name), report, spec)
     chosen = {name: checkpoint.tensors[name] for name in masked}
-    plan = _plan_masks(checkpoint, chosen, mask_format, names, mode)
-    return OutputLayout(
-        checkpoint=checkpoint,
-        target=final,
-        is_directory=checkpoint.is_directory,
-        files=plan.files,
-        report_file=names.report,
-        spec_file=names.spec,
-        masks=plan.places,
-        mask_files=plan.paths,
-        mask_format=mask_format,
-        writes_weights=False,
-        results_mode=mode,
-        folders=folder_modes(checkpoint),
-    )
+    return _lay_out_masks(checkpoint, final, names, chosen, mask_format, read)
 
 
 def results_mode(checkpoint: Checkpoint, read: Iterable[Shard] = ()) -> int:
@@ -199,33 +184,6 @@ def results_mode(checkpoint: Checkpoint, read: Iterable[Shard] = ()) -> int:
     for shard in (*checkpoint.shards, *read):
         mode &= shard.mode
     return mode
-
-
-def folder_modes(checkpoint: Checkpoint) -> Mapping[PurePosixPath, int]:
-    """Permissions of the folders of an output: who may read a file may enter its folder."""
-    if checkpoint.is_directory:
-        return checkpoint.folders
-    mode = results_mode(checkpoint)
-    return {PurePosixPath(): mode | (mode & 0o444) >> 2}
-
-
-@dataclass(frozen=True, slots=True)
-class _Names:
-    masks: PurePosixPath
-    report: PurePosixPath
-    spec: PurePosixPath | None
-
-    @staticmethod
-    def of_directory(prefix: str) -> _Names:
-        masks, report, spec = (
-            PurePosixPath(prefix + name) for name in ("masks" + SUFFIX, "report.json", "spec.toml")
-        )
-        return _Names(masks, report, spec)
-
-    @staticmethod
-    def of_file(target: Path) -> _Names:
-        stem = target.name.removesuffix(SUFFIX)
-        return _Names(PurePosixPath(f"{stem}.masks{SUFFIX}"), PurePosixPath(f"{stem}.report.json"), None)
 
 
 class _Places(Mapping[str, Place]):
@@ -245,24 +203,14 @@ class _Places(Mapping[str, Place]):
         return len(self._tensors)
 
 
-@dataclass(frozen=True, slots=True)
-class _MaskPlan:
-    files: tuple[OutputFile, ...]
-    places: Mapping[str, Place]
-
-    @property
-    def paths(self) -> tuple[PurePosixPath, ...]:
-        return tuple(file.path for file in self.files)
-
-
 def output_target(checkpoint: Checkpoint, target: Path | None, word: str) -> Path:
     """The absolute path of the output; links are not resolved, so that it lies where the user wants it."""
     if target is None:
-        source = _absolute(checkpoint.path)
+        source = absolute(checkpoint.path)
         if checkpoint.is_directory:
             return source.parent / f"{source.name}-{word}"
         return source.parent / f"{source.name.removesuffix(SUFFIX)}.{word}{SUFFIX}"
-    final = _absolute(target)
+    final = absolute(target)
     if checkpoint.is_directory and final.name.endswith(SUFFIX):
         raise CheckpointError(
             f"{target}: the output of the directory {checkpoint.path} is a directory; "
@@ -271,80 +219,125 @@ def output_target(checkpoint: Checkpoint, target: Path | None, word: str) -> Pat
     return final
 
 
-def _absolute(path: Path) -> Path:
+def absolute(path: Path) -> Path:
     """An absolute path that ends in a name: only a `..` at the end is resolved."""
-    absolute = path.absolute()
-    return absolute.resolve() if absolute.name == ".." else absolute
+    path = path.absolute()
+    return path.resolve() if path.name == ".." else path
 
 
-def _untouched(shard: Shard, header: Header, file: PurePosixPath, masked: Collection[str]) -> list[CopyRange]:
-    """The byte ranges of a shard's data that hold no masked tensor, neighbours merged."""
-    begin = shard.data_begin
-    ranges: list[CopyRange] = []
-    first = last = 0
-    for entry in (*header.entries, None):
-        if entry is None or entry.name in masked:
-            if last > first:
-                ranges.append(CopyRange(shard.path, file, begin + first, begin + first, last - first))
-            first = last = 0 if entry is None else entry.end
-        else:
-            last = entry.end
-    return ranges
+def _names(checkpoint: Checkpoint, final: Path, folder: str) -> _Names:
+    """The paths of masks, report and spec: in a folder of a directory, or beside a file, without a spec."""
+    if checkpoint.is_directory:
+        home = PurePosixPath(folder)
+        return home / f"masks{SUFFIX}", home / "report.json", home / "spec.toml"
+    stem = final.name.removesuffix(SUFFIX)
+    return PurePosixPath(f"{stem}.masks{SUFFIX}"), PurePosixPath(f"{stem}.report.json"), None
 
 
-def _plan_masks(
+def numbered(stem: str, count: int, digits: int = 5) -> list[PurePosixPath]:
+    """The names of `count` safetensors files in a row."""
+    of = f"of-{count:0{digits}d}{SUFFIX}"
+    return [PurePosixPath(f"{stem}-{number:0{digits}d}-{of}") for number in range(1, count + 1)]
+
+
+def places_in(path: PurePosixPath, header: Header) -> dict[str, Place]:
+    """The places of all tensors of a file with this header."""
+    at = header.data_begin
+    return {one.name: Place(path, at + one.begin, one.nbytes, one.numel) for one in header.entries}
+
+
+def other_files(
+    checkpoint: Checkpoint, written: Mapping[PurePosixPath | None, bytes | None]
+) -> tuple[list[OutputFile], list[CopyRange]]:
+    """All files beside the shards: copied, or `written` with a new text."""
+    files, copies = [], []
+    for other in checkpoint.others:
+        text = written.get(other.path)
+        size = other.nbytes if text is None else len(text)
+        files.append(OutputFile(other.path, size, text or b"", other.mode))
+        if text is None:
+            copies.append(CopyRange(checkpoint.path / other.path, other.path, 0, 0, other.nbytes))
+    return files, copies
+
+
+def merged_copies(
+    source: Path, file: PurePosixPath, pieces: Iterable[tuple[int, int, int]]
+) -> list[CopyRange]:
+    """Copies of pieces (offset in the source, offset in the file, bytes), neighbours merged."""
+    ranges: list[list[int]] = []
+    for begin, offset, nbytes in pieces:
+        if ranges and ranges[-1][0] + ranges[-1][2] == begin:
+            ranges[-1][2] += nbytes
+        elif nbytes:
+            ranges.append([begin, offset, nbytes])
+    return [CopyRange(source, file, *one) for one in ranges]
+
+
+def _lay_out_masks(
     checkpoint: Checkpoint,
+    final: Path,
+    names: _Names,
     masked: Mapping[str, StoredTensor],
     mask_format: MaskFormat | None,
-    names: _Names,
+    read: Iterable[Shard],
+) -> OutputLayout:
+    path, report, spec = names
+    mode = results_mode(checkpoint, read)
+    files, places = _mask_files(checkpoint, masked, mask_format, path, mode) if mask_format else ([], {})
+    return OutputLayout(
+        checkpoint=checkpoint,
+        target=final,
+        is_directory=checkpoint.is_directory,
+        files=tuple(files),
+        report_file=report,
+        spec_file=spec,
+        masks=places,
+        mask_files=tuple([file.path for file in files]),
+        mask_format=mask_format,
+        writes_weights=False,
+        results_mode=mode,
+    )
+
+
+def _mask_files(
+    checkpoint: Checkpoint,
+    masked: Mapping[str, StoredTensor],
+    mask_format: MaskFormat,
+    path: PurePosixPath,
     mode: int,
-) -> _MaskPlan:
+) -> tuple[list[OutputFile], Mapping[str, Place]]:
     """Mask files like the weight files: one for an unsharded checkpoint, else one a shard, with an index."""
-    if mask_format is None:
-        return _MaskPlan((), {})
     groups = [
         [masked[entry.name] for entry in header.entries if entry.name in masked]
         for header in checkpoint.headers.values()
     ]
     groups = [group for group in groups if group]
-    stem = names.masks.name.removesuffix(SUFFIX)
     is_sharded = len(checkpoint.shards) > 1 and len(groups) > 0
-    if is_sharded:
-        paths = {
-            group[0].shard.path: names.masks.with_name(f"{stem}-{number:05d}-of-{len(groups):05d}{SUFFIX}")
-            for number, group in enumerate(groups, 1)
-        }
-    else:
-        groups = [[stored for group in groups for stored in group]]
-        paths = {checkpoint.shards[0].path: names.masks}
+    stem = str(path).removesuffix(SUFFIX)
+    paths = numbered(stem, len(groups)) if is_sharded else [path]
+    groups = groups if is_sharded else [[stored for group in groups for stored in group]]
+    files: list[OutputFile] = []
     offsets: dict[str, int] = {}
-    files = [
-        _mask_file(group, mask_format, path, offsets)
-        for group, path in zip(groups, paths.values(), strict=True)
-    ]
+    homes: dict[Path, PurePosixPath] = {}
+    for group, file in zip(groups, paths, strict=True):
+        header = mask_header({stored.name: stored.shape for stored in group}, mask_format)
+        if header.data_begin - 8 > MAX_HEADER:
+            raise CheckpointError(
+                f"{group[0].shard.path}: with names as long as these, a {mask_format} mask file has a header "
+                f"of more than {MAX_HEADER} bytes; give --mask-format bool or --no-masks"
+            )
+        files.append(OutputFile(file, header.file_size, header.raw, mode))
+        offsets.update([(entry.name, header.data_begin + entry.begin) for entry in header.entries])
+        homes |= {stored.shard.path: file for stored in group[:1]}
 
     def place(stored: StoredTensor) -> Place:
         nbytes = stored.numel if mask_format == "bool" else packed_bytes(stored.shape)
-        return Place(paths[stored.shard.path], offsets[stored.name], nbytes, stored.numel)
+        return Place(homes[stored.shard.path], offsets[stored.name], nbytes, stored.numel)
 
     if is_sharded:
         in_files = _Places({name: masked[name] for name in offsets}, place)
-        files.append(index_file(names.masks.with_name(stem + INDEX_SUFFIX), in_files))
-    return _MaskPlan(tuple([replace(file, mode=mode) for file in files]), _Places(masked, place))
-
-
-def _mask_file(
-    group: Sequence[StoredTensor], mask_format: MaskFormat, path: PurePosixPath, offsets: dict[str, int]
-) -> OutputFile:
-    """The mask file of some tensors; adds the offset of each mask to `offsets`."""
-    header = mask_header({stored.name: stored.shape for stored in group}, mask_format)
-    if header.data_begin - 8 > MAX_HEADER:
-        raise CheckpointError(
-            f"{group[0].shard.path}: with names as long as these, a {mask_format} mask file has a header of "
-            f"more than {MAX_HEADER} bytes; give --mask-format bool or --no-masks"
-        )
-    offsets.update([(entry.name, header.data_begin + entry.begin) for entry in header.entries])
-    return OutputFile(path, header.file_size, header.raw)
+        files.append(index_file(PurePosixPath(stem + INDEX_SUFFIX), in_files, mode))
+    return files, _Places(masked, place)
 
 
 def mask_header(shapes: Mapping[str, tuple[int, ...]], mask_format: MaskFormat) -> Header:
@@ -369,7 +362,7 @@ def packed_bytes(shape: Sequence[int]) -> int:
     return -(-prod(shape) // 8)
 
 
-def index_file(path: PurePosixPath, places: Mapping[str, Place], mode: int = 0o600) -> OutputFile:
+def index_file(path: PurePosixPath, places: Mapping[str, Place], mode: int) -> OutputFile:
     """The index of sharded files: which tensor is in which file."""
     document = {
         "metadata": {"total_size": sum(place.nbytes for place in places.values())},

@@ -31,10 +31,11 @@ if TYPE_CHECKING:
     from sparseprune.checkpoint.header import Header
     from sparseprune.checkpoint.source import Shard, Source
 
+    _Files = tuple[Mapping[Shard, Header], Mapping[str, PurePosixPath]]  # headers, and the weight map if any
 
 _INDEX = "masks" + INDEX_SUFFIX
 _SINGLE = "masks" + SUFFIX
-REPORT = "report.json"
+_REPORT = "report.json"
 _LARGEST = 2**63 - 1  # elements that torch can count
 _WANTED = "give a mask file, its folder or index, or the output of sparseprune that has masks"
 
@@ -71,14 +72,6 @@ class MaskSet:
     beside: tuple[Path, ...] = field(repr=False)
 
 
-@dataclass(frozen=True, slots=True)
-class _Files:
-    """Mask files with their headers, and what their index says of them, if they have one."""
-
-    headers: Mapping[Shard, Header]
-    weight_map: Mapping[str, PurePosixPath] = field(default_factory=dict)
-
-
 def open_masks(path: Path) -> MaskSet:
     """The masks under a path; reads headers alone.
 
@@ -88,9 +81,9 @@ def open_masks(path: Path) -> MaskSet:
     Raises:
         CheckpointError: there are no masks, or they contradict themselves.
     """
-    files = _find(path)
+    headers, weight_map = _find(path)
     masks: dict[str, StoredMask] = {}
-    for shard, header in files.headers.items():
+    for shard, header in headers.items():
         shapes = _mask_shapes(shard.path, header)
         packed = header.metadata.get(FORMAT_KEY) == "packed"
         for entry in header.entries:
@@ -101,8 +94,8 @@ def open_masks(path: Path) -> MaskSet:
                     "file only"
                 )
             masks[entry.name] = StoredMask(StoredTensor(entry, shard), shapes[entry.name], packed)
-    missing = {name: place for name, place in files.weight_map.items() if name not in masks}
-    shards = tuple(files.headers)
+    missing = {name: place for name, place in weight_map.items() if name not in masks}
+    shards = tuple(headers)
     beside = _reports_beside([shard.path for shard in shards])
     return MaskSet(path, shards, MappingProxyType(masks), MappingProxyType(missing), beside)
 
@@ -154,12 +147,12 @@ def load_masks(path: str | Path) -> dict[str, torch.Tensor]:
 
 def _find(path: Path) -> _Files:
     if not is_folder(path):
-        return _listed(path) if path.name.endswith(INDEX_SUFFIX) else _Files(dict([_beside(path)]))
+        return _listed(path) if path.name.endswith(INDEX_SUFFIX) else (dict([_beside(path)]), {})
     for folder in (path, path / RESULTS):
         if (folder / _INDEX).is_file():
             return _listed(folder / _INDEX)
         if (folder / _SINGLE).is_file():
-            return _Files(dict([_opened(folder / _SINGLE)]))
+            return dict([open_shard(folder / _SINGLE)]), {}
     return _others(path)
 
 
@@ -172,34 +165,29 @@ def _others(path: Path) -> _Files:
     indexes = [name for name in names if name.endswith(INDEX_SUFFIX)]
     if len(indexes) == 1:
         files = _listed(path / indexes[0])
-        if all(map(_holds_masks, files.headers.values())):
+        if all(map(_holds_masks, files[0].values())):
             return files
-    opened = (_opened(path / name) for name in names if name.endswith(SUFFIX))
-    headers = {shard: header for shard, header in opened if _holds_masks(header)}
+    found = (open_shard(path / name) for name in names if name.endswith(SUFFIX))
+    headers = {shard: header for shard, header in found if _holds_masks(header)}
     if not headers:
         raise CheckpointError(f"{path}: holds no masks; {_WANTED}")
-    return _Files(headers)
+    return headers, {}
 
 
 def _listed(index: Path) -> _Files:
     weight_map = read_weight_map(index)
-    places = sorted(set(weight_map.values()))
-    return _Files(dict(_opened(index.parent / place) for place in places), weight_map)
+    return dict(open_shard(index.parent / place) for place in sorted(set(weight_map.values()))), weight_map
 
 
 def _beside(path: Path) -> tuple[Shard, Header]:
     """The file itself if it holds masks, else the masks that were written with it."""
-    shard, header = _opened(path)
-    if _holds_masks(header):
-        return shard, header
+    found = open_shard(path)
+    if _holds_masks(found[1]):
+        return found
     masks = path.with_name(f"{path.name.removesuffix(SUFFIX)}.masks{SUFFIX}")
     if masks.is_file():
-        return _opened(masks)
+        return open_shard(masks)
     raise CheckpointError(f"{path}: is no mask file, and there is no {masks.name} beside it; {_WANTED}")
-
-
-def _opened(path: Path) -> tuple[Shard, Header]:
-    return open_shard(path, PurePosixPath(path.name))
 
 
 def _reports_beside(files: Sequence[Path]) -> tuple[Path, ...]:
@@ -209,7 +197,7 @@ def _reports_beside(files: Sequence[Path]) -> tuple[Path, ...]:
         stem = files[0].name.removesuffix(SUFFIX)
         reports = [files[0].with_name(f"{one}.report.json") for one in (stem.removesuffix(".masks"), stem)]
     folders = (file.parent for file in files if file.name.startswith("masks"))
-    return tuple(dict.fromkeys((*reports, *(folder / REPORT for folder in folders))))
+    return tuple(dict.fromkeys((*reports, *(folder / _REPORT for folder in folders))))
 
 
 def _holds_masks(header: Header) -> bool:
@@ -284,11 +272,12 @@ def provenance_of(masks: MaskSet) -> Provenance | None:
     CheckpointError for a report that is no JSON, MachineError for a file that cannot be read.
     """
     path = next((report for report in masks.beside if report.is_file()), None)
-    report = None if path is None else read_object(path)
-    names = None if report is None else _names(report)
-    if path is None or report is None or names is None:
+    if path is None:
         return None
-    were_set = report.get("set")
+    report = read_object(path)
+    names, were_set = _names(report), report.get("set")
+    if names is None:
+        return None
     overrides = {name: str(value) for name, value in were_set.items()} if isinstance(were_set, dict) else {}
     return Provenance(path, names, MappingProxyType(overrides), _spec_beside(path))
 
@@ -306,7 +295,7 @@ def _names(report: Mapping[str, Any]) -> frozenset[str] | None:
 def _spec_beside(report: Path) -> bytes | None:
     """The spec beside a report in a folder; an output that is a file has none."""
     spec = report.with_name("spec.toml")
-    if report.name != REPORT or not spec.is_file():
+    if report.name != _REPORT or not spec.is_file():
         return None
     with machine_errors(spec, "cannot be read"):
         if spec.stat().st_size > LARGEST_DOCUMENT:

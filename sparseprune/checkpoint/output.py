@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, Self, TypeGuard
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, Self
 
 from sparseprune.checkpoint import file_io, publish
 from sparseprune.checkpoint.file_io import OpenFiles, machine_errors
@@ -131,7 +131,7 @@ class Journal:
             lines.append(b"%0*x %s\n" % (_DIGITS, check_sum, text))
         data = b"".join(lines)
         file_io.write_at(self._descriptor, data, self._end)
-        file_io.sync_data(self._descriptor)
+        file_io.sync_open(self._descriptor, data_only=True)
         self._end += len(data)
         self._check_sum = check_sum
 
@@ -158,13 +158,13 @@ def read_journal(path: Path) -> JournalContent | None:
         return None
     with os.fdopen(descriptor, "rb") as file:
         head, text, check_sum = _next(file, 0)
-        if not _is_head(head):
+        if not isinstance(head, dict) or head.get("format") != _FORMAT or not _is_identity(head):
             return None
         end = _DIGITS + len(text) + 2
         lines: dict[str, bytes] = {}
         while True:
             note, text, following = _next(file, check_sum)
-            if not _is_note(note):
+            if not isinstance(note, list) or len(note) != 2 or not isinstance(note[0], str):
                 return JournalContent(head["identity"], Notes(lines), end, check_sum)
             lines[note[0]] = text
             end, check_sum = end + _DIGITS + len(text) + 2, following
@@ -185,15 +185,9 @@ def _json(value: object) -> bytes:
     return json.dumps(value, separators=(",", ":")).encode()
 
 
-def _is_head(head: object) -> TypeGuard[dict[str, dict[str, str]]]:
-    if not isinstance(head, dict) or head.get("format") != _FORMAT:
-        return False
+def _is_identity(head: dict[str, Any]) -> bool:
     identity = head.get("identity")
     return isinstance(identity, dict) and all(isinstance(part, str) for part in identity.values())
-
-
-def _is_note(note: object) -> TypeGuard[tuple[str, Any]]:
-    return isinstance(note, list) and len(note) == 2 and isinstance(note[0], str)
 
 
 class Sink(Protocol):
@@ -353,7 +347,7 @@ class StagedOutput(Sink):
     Once entered, `resumed` says whether an earlier run is continued, and `started_over` has the parts of the
     identity for which one was not. `named` says whether the output has its name; `kept`, after the exit,
     whether the next run can continue this one. `warnings` has a line for each promise that the file system
-    cannot keep.
+    cannot keep. The output grows in the hidden folder `partial_path`, its files in `staged_path`.
     """
 
     def __init__(
@@ -372,24 +366,15 @@ class StagedOutput(Sink):
         self.kept = False
         self._aside = False
         self._staging = StagingDir(layout.target, "choice" if layout.is_scratch else "partial")
+        self.partial_path, self.staged_path = self._staging.path, self._staging.output
         self._paths = {file.path: str(self._staging.output / file.path) for file in layout.files}
         # A large output would push everything else out of the system's cache, its own input first.
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         self._writer = FileWriter(self._writing, drop_cache=layout.output_bytes > _CACHED_SHARE * memory)
 
     @property
-    def partial_path(self) -> Path:
-        """The hidden folder in which the output grows, and in which it stays if it is kept."""
-        return self._staging.path
-
-    @property
     def warnings(self) -> tuple[str, ...]:
         return tuple(self._staging.warnings)
-
-    @property
-    def staged_path(self) -> Path:
-        """Where the files of the layout are until the output has its name."""
-        return self._staging.output
 
     def __enter__(self) -> Self:
         publish.check_place(self.layout)

@@ -28,11 +28,9 @@ if TYPE_CHECKING:
     from sparseprune.checkpoint.layout import OutputLayout
 
 
-OUTPUT = "output"
-_REPLACED = "replaced"
-_EXCHANGED = "exchanged"
-_NAMES = "names"
-_FORMER = "former"
+# Names in a staging folder: the output and the files of its run; then those of an output that gets its name.
+OUTPUT, _LOCK, _JOURNAL, _ASIDE = "output", "lock", "journal", "aside"
+_REPLACED, _EXCHANGED, _NAMES, _FORMER = "replaced", "exchanged", "names", "former"
 _HERE = -100  # AT_FDCWD of <fcntl.h>
 _EXCHANGE = 2  # RENAME_EXCHANGE of <linux/fs.h>
 _MARGIN = 1 << 20  # bytes for the report, the spec and the folders, whose sizes are not known beforehand
@@ -182,8 +180,26 @@ def check_target(layout: OutputLayout, *, force: bool, held: int = 0) -> None:
 
 def check_place(layout: OutputLayout) -> None:
     """As `check_target`, without looking at what exists there and how much room there is."""
-    _check_parent(layout.target)
-    _check_names(layout)
+    target, parent = layout.target, layout.target.parent
+    if not target.name:
+        raise CheckpointError(f"{target}: is no name for an output; give one with -o")
+    if any(one.name == "snapshots" and (one.parent / "blobs").is_dir() for one in target.parents):
+        raise CheckpointError(
+            f"{target}: lies in a download cache, which would take it for a part of what it downloaded; give "
+            "another place with -o"
+        )
+    if not is_folder(parent):
+        raise CheckpointError(f"{target}: the folder {parent} does not exist; make it first")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise MachineError(f"{parent}: cannot be written to; give another place with -o")
+    # Renaming would find it after all work.
+    most = name_bytes(parent)
+    for path in final_paths(layout):
+        length = len(os.fsencode(path.name))
+        if length > most:
+            raise CheckpointError(
+                f"{path}: a name of {length} bytes, at most {most} can be; give a shorter one with -o"
+            )
     _check_apart(layout)
 
 
@@ -204,12 +220,14 @@ def check_existing(layout: OutputLayout, *, force: bool) -> None:
             raise CheckpointError(
                 f"{path}: already exists; give another name with -o, or --force to replace it"
             )
-        if layout.is_directory and not path.is_symlink() and not _is_ours(path):
+        if not layout.is_directory or path.is_symlink():
+            continue
+        if not _is_ours(path):
             raise CheckpointError(
                 f"{path}: --force replaces what sparseprune wrote, and this directory has no report of it; "
                 "remove it yourself, or give another name with -o"
             )
-        if layout.is_directory and not path.is_symlink() and not os.access(path, os.W_OK | os.X_OK):
+        if not os.access(path, os.W_OK | os.X_OK):
             raise MachineError(
                 f"{path}: cannot be written to, so --force cannot replace it; give another name with -o"
             )
@@ -258,46 +276,12 @@ def free_bytes(folder: Path) -> int:
     return status.f_bavail * status.f_frsize
 
 
-def _check_parent(target: Path) -> None:
-    parent = target.parent
-    if not target.name:
-        raise CheckpointError(f"{target}: is no name for an output; give one with -o")
-    if _is_in_cache(parent):
-        raise CheckpointError(
-            f"{target}: lies in a download cache, which would take it for a part of what it downloaded; give "
-            "another place with -o"
-        )
-    if not is_folder(parent):
-        raise CheckpointError(f"{target}: the folder {parent} does not exist; make it first")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise MachineError(f"{parent}: cannot be written to; give another place with -o")
-
-
-def _check_names(layout: OutputLayout) -> None:
-    """Refuses names that are too long for the file system, which renaming would find after all work."""
-    most = name_bytes(layout.target.parent)
-    for path in final_paths(layout):
-        length = len(os.fsencode(path.name))
-        if length > most:
-            raise CheckpointError(
-                f"{path}: a name of {length} bytes, at most {most} can be; give a shorter one with -o"
-            )
-
-
-def _is_in_cache(folder: Path) -> bool:
-    """Whether a folder is one of the snapshots of a download cache, the folder of all of them, or below."""
-    return any(
-        home.name == "snapshots" and (home.parent / "blobs").is_dir() for home in (folder, *folder.parents)
-    )
-
-
 def _check_apart(layout: OutputLayout) -> None:
     """Refuses an output that is, lies in, or would replace any part of the input."""
     checkpoint = layout.checkpoint
     source = _real(checkpoint.path)
-    parts = [source, *(_real(shard.path) for shard in checkpoint.shards)]
-    others = (*checkpoint.others, *checkpoint.left_out)
-    parts += [_real(checkpoint.path / other.path) for other in others]
+    others = [checkpoint.path / other.path for other in (*checkpoint.others, *checkpoint.left_out)]
+    parts = [source, *map(_real, (*[shard.path for shard in checkpoint.shards], *others))]
     for path in final_paths(layout):
         final = _real(path)
         if final == source:
@@ -318,9 +302,6 @@ def _real(path: Path) -> Path:
     return Path(os.path.realpath(path))
 
 
-_LOCK = "lock"
-_JOURNAL = "journal"
-_ASIDE = "aside"
 _ATTEMPTS = 10
 _LOCK_FLAGS = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _NO_LOCKS = frozenset({errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL})
@@ -434,19 +415,18 @@ class StagingDir:
             ) from error
         else:
             if not keep:
-                self._remove()
+                with contextlib.suppress(OSError):  # the next run removes what cannot be removed now
+                    self._remove()
         finally:
             self._unlock()
 
     def _remove(self) -> None:
-        # The next run removes what cannot be removed now.
-        with contextlib.suppress(OSError):
-            # First, so that no run continues an output of which a part is gone.
-            remove(self.journal)
-            self._remove_all_but(_LOCK)
-            # Last: a run that makes the lock anew finds nothing that is still being removed.
-            (self.path / _LOCK).unlink()
-            self.path.rmdir()
+        # First, so that no run continues an output of which a part is gone.
+        remove(self.journal)
+        self._remove_all_but(_LOCK)
+        # Last: a run that makes the lock anew finds nothing that is still being removed.
+        (self.path / _LOCK).unlink()
+        self.path.rmdir()
 
     def _unlock(self) -> None:
         if self._lock is not None:
@@ -455,11 +435,10 @@ class StagingDir:
 
     def _locked(self) -> int:
         for _ in range(_ATTEMPTS):
-            try:
+            made = False
+            with contextlib.suppress(FileExistsError):
                 self.path.mkdir(_PRIVATE)
                 made = True
-            except FileExistsError:
-                made = False
             lock = self.path / _LOCK
             try:
                 self._make_private(made=made)
@@ -505,13 +484,10 @@ class StagingDir:
         self.can_be_continued = private and not entered
 
     def _close(self) -> None:
-        descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        try:
-            with contextlib.suppress(OSError):  # the caller looks at the mode afterwards
-                inherited = os.fstat(descriptor).st_mode & stat.S_ISGID
-                os.fchmod(descriptor, _PRIVATE | inherited)
-        finally:
-            os.close(descriptor)
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+        # Where this fails the caller finds the old mode.
+        with file_io.opened(os.open(self.path, flags)) as folder, contextlib.suppress(OSError):
+            os.fchmod(folder, _PRIVATE | os.fstat(folder).st_mode & stat.S_ISGID)
 
     def _owns(self, status: os.stat_result) -> bool:
         """Whether it is a plain file of the folder's owner, with no other name."""
@@ -526,26 +502,23 @@ class StagingDir:
         """Whether the lock is held and still in the folder; closed if not."""
         held = False
         try:
-            self._flock(descriptor)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise CheckpointError(
+                    f"{self.target}: another run is writing this output; wait, or give another name with -o"
+                ) from error
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise
+                self._warn(
+                    "there are no locks, so two runs to one output are not told apart; start one at a time"
+                )
             held = lock.exists() and os.path.samestat(os.fstat(descriptor), lock.stat())
-        except BlockingIOError as error:
-            raise CheckpointError(
-                f"{self.target}: another run is writing this output; wait, or give another name with -o"
-            ) from error
         finally:
             if not held:
                 os.close(descriptor)
         return held
-
-    def _flock(self, descriptor: int) -> None:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise
-            self._warn(
-                "there are no locks, so two runs to one output are not told apart; start one at a time"
-            )
 
     def _remove_all_but(self, *kept: str) -> None:
         for path in sorted(self.path.iterdir()):
@@ -562,11 +535,9 @@ def left_behind(target: Path) -> Path | None:
         status = folder.lstat()
         if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
             return None
-        descriptor = os.open(folder / _LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        finally:
-            os.close(descriptor)
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        with file_io.opened(os.open(folder / _LOCK, flags)) as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except OSError:  # not there, not readable, or in use
         return None
     return folder

@@ -14,15 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 from sparseprune.checkpoint.discovery import NUMBERED, RESULTS, SUFFIX
 from sparseprune.checkpoint.documents import read_object
-from sparseprune.checkpoint.header import Header, lay_out
+from sparseprune.checkpoint.header import lay_out
 from sparseprune.checkpoint.layout import (
-    CopyRange,
     OutputFile,
     OutputLayout,
-    Place,
-    folder_modes,
     lay_out_masks,
+    merged_copies,
+    numbered,
+    other_files,
     output_target,
+    places_in,
     results_mode,
 )
 from sparseprune.checkpoint.masks import open_masks
@@ -31,8 +32,10 @@ from sparseprune.engine.grids import prod
 from sparseprune.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
+    from sparseprune.checkpoint.header import Header, TensorEntry
+    from sparseprune.checkpoint.layout import CopyRange, Place
     from sparseprune.checkpoint.masks import StoredMask
     from sparseprune.checkpoint.output import StagedOutput
     from sparseprune.checkpoint.source import Checkpoint, Shard
@@ -81,16 +84,16 @@ def lay_out_removal(
     files: list[OutputFile] = []
     copies: list[CopyRange] = []
     places: dict[str, Place] = {}
-    for shard in shards:
-        old = checkpoint.headers[shard]
-        header = _header(old, tensors)
-        path = names[shard]
+    for shard, path in names.items():
+        left = [entry for entry in checkpoint.headers[shard].entries if entry.name in tensors]
+        header = _header(checkpoint.headers[shard], left, tensors)
         files.append(OutputFile(path, header.file_size, header.raw, shard.mode))
-        left = [StoredTensor(entry, shard) for entry in old.entries if entry.name in tensors]
-        more, same = _moved(left, header, path, tensors)
-        places.update(more)
-        copies += same
-    more_files, more_copies = _others(
+        new = dict(zip([entry.name for entry in left], places_in(path, header).values(), strict=True))
+        places |= {name: place for name, place in new.items() if not tensors[name].whole}
+        whole = (entry for entry in left if tensors[entry.name].whole)
+        pieces = ((shard.data_begin + one.begin, new[one.name].offset, one.nbytes) for one in whole)
+        copies += merged_copies(shard.path, path, pieces)
+    others, copied = other_files(
         checkpoint,
         {
             CONFIG: None if config is None else _document(config),
@@ -101,13 +104,12 @@ def lay_out_removal(
         checkpoint=checkpoint,
         target=output_target(checkpoint, target, "smaller"),
         is_directory=True,
-        files=(*files, *more_files),
-        copies=(*copies, *more_copies),
+        files=(*files, *others),
+        copies=(*copies, *copied),
         weights=MappingProxyType(places),
         report_file=PurePosixPath(RESULTS, "report.json"),
         spec_file=PurePosixPath(RESULTS, "spec.toml"),
         results_mode=results_mode(checkpoint),
-        folders=folder_modes(checkpoint),
     )
 
 
@@ -134,7 +136,7 @@ def lay_out_choice(
         header = lay_out(((entry.name, entry.dtype, entry.shape) for entry in entries), {"format": "pt"})
         path = PurePosixPath(f"weights-{number:05d}{SUFFIX}")
         files.append(OutputFile(path, header.file_size, header.raw))
-        places |= {entry.name: _place(path, header, number) for number, entry in enumerate(header.entries)}
+        places |= places_in(path, header)
     return replace(masks, files=(*masks.files, *files), weights=MappingProxyType(places), writes_weights=True)
 
 
@@ -147,20 +149,6 @@ def open_choice(output: StagedOutput) -> tuple[list[StoredMask], dict[str, Store
     return masks, weights
 
 
-def _others(
-    checkpoint: Checkpoint, written: Mapping[PurePosixPath | None, bytes | None]
-) -> tuple[list[OutputFile], list[CopyRange]]:
-    """All other files: copied, or `written` with a new text."""
-    files, copies = [], []
-    for other in checkpoint.others:
-        text = written.get(other.path)
-        size = other.nbytes if text is None else len(text)
-        files.append(OutputFile(other.path, size, text or b"", other.mode))
-        if text is None:
-            copies.append(CopyRange(checkpoint.path / other.path, other.path, 0, 0, other.nbytes))
-    return files, copies
-
-
 def _names(checkpoint: Checkpoint, shards: Sequence[Shard]) -> dict[Shard, PurePosixPath]:
     """The names of shards: the old ones, but numbered anew where some of a numbered series are gone."""
     old = {shard: shard.relative for shard in shards}
@@ -170,51 +158,19 @@ def _names(checkpoint: Checkpoint, shards: Sequence[Shard]) -> dict[Shard, PureP
     if len(shards) == len(checkpoint.shards) or row is None or row[2] != len(checkpoint.shards):
         return old
     stem, digits, _ = row
-    new = {
-        shard: PurePosixPath(f"{stem}-{number:0{digits}d}-of-{len(shards):0{digits}d}{SUFFIX}")
-        for number, shard in enumerate(shards, 1)
-    }
+    new = dict(zip(shards, numbered(stem, len(shards), digits), strict=True))
     others = {other.path for other in checkpoint.others}
     return old if others & set(new.values()) else new
 
 
-def _header(old: Header, tensors: Mapping[str, ResizedTensor]) -> Header:
+def _header(old: Header, left: Sequence[TensorEntry], tensors: Mapping[str, ResizedTensor]) -> Header:
     """The new header of a shard; the input's own bytes where nothing changes."""
-    left = [(tensors[entry.name], entry) for entry in old.entries if entry.name in tensors]
-    if len(left) == len(old.entries) and all(one.whole and one.name == entry.name for one, entry in left):
+    same = all(tensors[one.name].whole and tensors[one.name].name == one.name for one in left)
+    if same and len(left) == len(old.entries):
         return old
-    return lay_out(((one.name, entry.dtype, one.shape) for one, entry in left), old.metadata)
-
-
-def _moved(
-    left: Sequence[StoredTensor], header: Header, path: PurePosixPath, tensors: Mapping[str, ResizedTensor]
-) -> tuple[dict[str, Place], list[CopyRange]]:
-    """The places of cut tensors, by old names, and the ranges to copy, neighbours merged."""
-    places: dict[str, Place] = {}
-    copies: list[CopyRange] = []
-    for number, stored in enumerate(left):
-        place = _place(path, header, number)
-        if not tensors[stored.name].whole:
-            places[stored.name] = place
-        elif stored.nbytes:
-            copies.append(CopyRange(stored.shard.path, path, stored.offset, place.offset, stored.nbytes))
-    return places, _merged(copies)
-
-
-def _merged(copies: Iterable[CopyRange]) -> list[CopyRange]:
-    """Ranges that follow each other in the input as one: they do so in the output too."""
-    merged: list[CopyRange] = []
-    for copy in copies:
-        if merged and merged[-1].source_offset + merged[-1].length == copy.source_offset:
-            merged[-1] = replace(merged[-1], length=merged[-1].length + copy.length)
-        else:
-            merged.append(copy)
-    return merged
-
-
-def _place(path: PurePosixPath, header: Header, number: int) -> Place:
-    entry = header.entries[number]
-    return Place(path, header.data_begin + entry.begin, entry.nbytes, entry.numel)
+    return lay_out(
+        ((tensors[one.name].name, one.dtype, tensors[one.name].shape) for one in left), old.metadata
+    )
 
 
 def _index(

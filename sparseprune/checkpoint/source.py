@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from sparseprune.checkpoint import discovery, file_io
-from sparseprune.checkpoint.documents import leads_nowhere, read_object, shown
+from sparseprune.checkpoint.documents import leads_nowhere, read_object, read_object_if_any, shown
 from sparseprune.checkpoint.file_io import (
     NO_STAMP,
     ChangedInputError,
@@ -123,7 +123,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     CheckpointError where it is not a checkpoint or contradicts itself, MachineError where it cannot be read.
     """
     if not discovery.is_folder(path):
-        headers = dict([open_shard(path, PurePosixPath(path.name))])
+        headers = dict([open_shard(path)])
         return Checkpoint(path, headers, is_directory=False, others=(), tensors=_tensors(headers))
     found = discovery.find_files(path)
     headers = dict(open_shard(path / place, place) for place in found.shards)
@@ -160,12 +160,8 @@ def _has_same(path: Path, tensors: Mapping[str, StoredTensor]) -> bool:
 def read_config(checkpoint: Checkpoint) -> Mapping[str, Any] | None:
     """The config.json in a checkpoint's directory or beside its file; None if there is none."""
     home = checkpoint.path if checkpoint.is_directory else checkpoint.path.parent
-    try:
-        return MappingProxyType(read_object(home / "config.json"))
-    except CheckpointError as error:
-        if isinstance(error.__cause__, FileNotFoundError):
-            return None
-        raise
+    config = read_object_if_any(home / "config.json")
+    return None if config is None else MappingProxyType(config)
 
 
 def read_beside(checkpoint: Checkpoint) -> dict[str, Mapping[str, Any]]:
@@ -234,8 +230,8 @@ class TensorReader(Source):
             raise _truncated(stored.shard.path, offset + done, stored.shard.size)
 
 
-def open_shard(path: Path, relative: PurePosixPath) -> tuple[Shard, Header]:
-    """A safetensors file and its header; errors as `open_checkpoint`."""
+def open_shard(path: Path, relative: PurePosixPath | None = None) -> tuple[Shard, Header]:
+    """A safetensors file and its header, `relative` its name by default; errors as `open_checkpoint`."""
     stamp, mode = NO_STAMP, 0
     try:
         # Before the header is read, so that a change meanwhile is noticed later.
@@ -247,7 +243,8 @@ def open_shard(path: Path, relative: PurePosixPath) -> tuple[Shard, Header]:
             raise refusal from error
     header = read_header(path)
     digest = hashlib.sha256(header.raw).digest()
-    return Shard(path, relative, header.data_begin, header.file_size, stamp, mode, digest), header
+    place = relative or PurePosixPath(path.name)
+    return Shard(path, place, header.data_begin, header.file_size, stamp, mode, digest), header
 
 
 def _check_part(stored: StoredTensor, begin: int, end: int) -> None:

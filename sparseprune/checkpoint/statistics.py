@@ -15,14 +15,15 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 from sparseprune.checkpoint.discovery import INDEX_SUFFIX, RESULTS, SUFFIX
-from sparseprune.checkpoint.documents import read_object, strict_json
+from sparseprune.checkpoint.documents import read_object_if_any, strict_json
 from sparseprune.checkpoint.header import lay_out
 from sparseprune.checkpoint.layout import (
     OutputFile,
     OutputLayout,
-    Place,
-    folder_modes,
+    absolute,
     index_file,
+    numbered,
+    places_in,
     results_mode,
 )
 from sparseprune.checkpoint.source import open_checkpoint
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from sparseprune.checkpoint.header import Header
+    from sparseprune.checkpoint.layout import Place
     from sparseprune.checkpoint.source import Checkpoint, Shard, StoredTensor
 
 StatisticsKind = Literal["hessian", "norm"]
@@ -112,30 +114,25 @@ def lay_out_statistics(
 ) -> OutputLayout:
     """The output that holds these statistics of a checkpoint, in this order, and a report: a directory."""
     groups = list(_shards(kind, tensors, shard_bytes))
+    paths = numbered(_STEM, len(groups)) if len(groups) > 1 else [PurePosixPath(_STEM + SUFFIX)]
     mode = results_mode(checkpoint)
     files: list[OutputFile] = []
     places: dict[str, Place] = {}
-    for number, group in enumerate(groups, 1):
-        many = f"-{number:05d}-of-{len(groups):05d}" if len(groups) > 1 else ""
-        path = PurePosixPath(f"{_STEM}{many}{SUFFIX}")
+    for path, group in zip(paths, groups, strict=True):
         header = lay_out(((one.name, "F32", one.shape(kind)) for one in group), _metadata(kind, group))
         files.append(OutputFile(path, header.file_size, header.raw, mode))
-        for entry in header.entries:
-            place = Place(path, header.data_begin + entry.begin, entry.nbytes, prod(entry.shape))
-            places[entry.name] = place
+        places |= places_in(path, header)
     if len(groups) > 1:
         files.append(index_file(PurePosixPath(_STEM + INDEX_SUFFIX), places, mode))
-    final = target.absolute()
     return OutputLayout(
         checkpoint=checkpoint,
-        target=final.resolve() if final.name == ".." else final,
+        target=absolute(target),
         is_directory=True,
         files=tuple(files),
         report_file=_REPORT,
         spec_file=None,
         weights=MappingProxyType(places),
         results_mode=mode,
-        folders=folder_modes(checkpoint),
     )
 
 
@@ -181,12 +178,7 @@ def _described(shard: Shard, header: Header) -> tuple[StatisticsKind, Mapping[st
 
 def _counts(path: Path) -> dict[str, tuple[int, ...]]:
     """The tokens that were counted for each tensor, from the report beside the files; {} without one."""
-    try:
-        report: Mapping[str, Any] = read_object(path / _REPORT)
-    except CheckpointError as error:
-        if isinstance(error.__cause__, FileNotFoundError):
-            return {}
-        raise
+    report = read_object_if_any(path / _REPORT) or {}
     counts: dict[str, tuple[int, ...]] = {}
     matrices = report.get("matrices")
     for matrix in matrices if isinstance(matrices, list) else []:
