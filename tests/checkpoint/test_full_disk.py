@@ -92,12 +92,7 @@ def test_a_disk_that_fills_up_is_told_with_its_numbers_and_the_run_goes_on_when_
     leave(disk, layout.output_bytes - 3 * SLAB + (1 << 20))
     assert prune(layout) > 3
     assert (disk / "out.safetensors").read_bytes() == (disk.parent / "m.safetensors").read_bytes()
-    assert names_in(disk) == [
-        "filler",
-        "out.masks.safetensors",
-        "out.report.json",
-        "out.safetensors",
-    ]
+    assert names_in(disk) == ["filler", "out.masks.safetensors", "out.report.json", "out.safetensors"]
 
 
 def test_a_disk_without_room_is_refused_before_the_first_byte(disk: Path) -> None:

@@ -70,12 +70,7 @@ def test_gives_the_verdict_of_the_package_on_odd_documents(tmp_path: Path, conte
 
 
 @PER_EXAMPLE
-@given(
-    base=st.sampled_from(BASES),
-    at=st.integers(0, 700),
-    new=st.binary(max_size=2),
-    cut=st.integers(0, 2),
-)
+@given(base=st.sampled_from(BASES), at=st.integers(0, 700), new=st.binary(max_size=2), cut=st.integers(0, 2))
 def test_gives_the_verdict_of_the_package_on_damaged_bytes(
     tmp_path: Path, base: bytes, at: int, new: bytes, cut: int
 ) -> None:

@@ -14,16 +14,7 @@ import pytest
 
 from sparseprune.checkpoint import publish
 from sparseprune.errors import CheckpointError, MachineError
-from tests.checkpoint.files import (
-    all_keys,
-    content,
-    directory,
-    finish,
-    layout_of,
-    names_in,
-    single,
-    stage,
-)
+from tests.checkpoint.files import all_keys, content, directory, finish, layout_of, names_in, single, stage
 from tests.checkpoint.killed import prune
 
 Make = Callable[[Path], Path]

@@ -128,10 +128,7 @@ def test_writes_parts_of_weights_and_masks_in_any_order_from_many_threads(tmp_pa
 def test_parts_of_a_packed_mask_may_share_bytes(tmp_path: Path, step: int) -> None:
     path = write(tmp_path / "m.safetensors", [("a", "I16", (101,))])
     keep = (np.arange(101) % 3 == 0).astype(np.uint8)
-    with (
-        StagedOutput(layout_of(path, masked="a", form="packed")) as output,
-        ThreadPoolExecutor(8) as pool,
-    ):
+    with StagedOutput(layout_of(path, masked="a", form="packed")) as output, ThreadPoolExecutor(8) as pool:
         firsts = range(0, 101, step)
         list(pool.map(lambda first: output.write_mask("a", first, keep[first : first + step]), firsts))
         output.write_mask("a", 5, keep[5:6])  # again: nothing changes

@@ -166,10 +166,7 @@ def test_a_shard_of_which_nothing_changes_keeps_its_header_byte_for_byte(tmp_pat
             id="none gone of a row that begins with 0",
         ),
         pytest.param(
-            ROW,
-            "0",
-            ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"],
-            id="the first",
+            ROW, "0", ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"], id="the first"
         ),
         pytest.param(ROW, "02", ["model-00001-of-00001.safetensors"], id="two of them"),
         pytest.param(

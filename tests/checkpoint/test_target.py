@@ -5,22 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from sparseprune.checkpoint import (
-    MaskFormat,
-    StagedOutput,
-)
+from sparseprune.checkpoint import MaskFormat, StagedOutput
 from sparseprune.errors import CheckpointError, MachineError
-from tests.checkpoint.files import (
-    ONES,
-    content,
-    directory,
-    fill,
-    layout_of,
-    names_in,
-    single,
-    stage,
-    write,
-)
+from tests.checkpoint.files import ONES, content, directory, fill, layout_of, names_in, single, stage, write
 
 
 def test_refuses_an_output_that_exists_and_replaces_it_with_force(tmp_path: Path) -> None:

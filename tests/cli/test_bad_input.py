@@ -66,14 +66,8 @@ CASES: dict[str, tuple[Callable[[Path], object], str]] = {
         spec_without('"down"]', '"dwn"]', CHANNELS),
         'there is no [block.dwn]; did you mean "down"?',
     ),
-    "NaN in a pruned tensor": (
-        with_tensors(a_b_weight=nan_at((4, 8), (2, 5))),
-        "a.b.weight: NaN at [2, 5]",
-    ),
-    "unsigned integers": (
-        with_tensors(a_b_weight=torch.ones(4, 8, dtype=torch.uint8)),
-        "U8",
-    ),
+    "NaN in a pruned tensor": (with_tensors(a_b_weight=nan_at((4, 8), (2, 5))), "a.b.weight: NaN at [2, 5]"),
+    "unsigned integers": (with_tensors(a_b_weight=torch.ones(4, 8, dtype=torch.uint8)), "U8"),
     "existing output": (
         lambda folder: (folder / "m.pruned.safetensors").write_bytes(b"precious"),
         "m.pruned.safetensors",

@@ -354,11 +354,7 @@ REFUSED: list[tuple[str, tuple[object, ...], str]] = [
     ("unknown model", (), "does not know this model"),
     ("long", ("--length", 1000), "--length 1000: the model takes 64 tokens at most"),
     ("no room", ("--length", 2), "--length 2: 2 special tokens around a sequence leave no room"),
-    (
-        "a layer is missing",
-        (),
-        "lacks 1 weights of the model that config.json describes, such as model",
-    ),
+    ("a layer is missing", (), "lacks 1 weights of the model that config.json describes, such as model"),
     ("other shapes", (), "tensors have other shapes than config.json says, such as"),
     ("another tokenizer", (), "the model has 50 of them: these two do not belong together"),
     ("little memory", ("--memory", "100"), "--memory 100: the second moment of"),

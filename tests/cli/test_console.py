@@ -42,11 +42,7 @@ CASES: list[tuple[BaseException, list[str], int]] = [
 @pytest.mark.parametrize("notes", [[], ["1.2 of 2.2 GB are kept", "in two\nlines"]], ids=["plain", "notes"])
 @pytest.mark.parametrize(("error", "lines", "code"), CASES, ids=lambda value: type(value).__name__)
 def test_an_error_is_its_lines_its_notes_and_its_exit_code(
-    capsys: pytest.CaptureFixture[str],
-    error: BaseException,
-    lines: list[str],
-    code: int,
-    notes: list[str],
+    capsys: pytest.CaptureFixture[str], error: BaseException, lines: list[str], code: int, notes: list[str]
 ) -> None:
     error.__notes__ = notes
     with pytest.raises(typer.Exit) as ended, reported():

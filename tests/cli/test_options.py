@@ -89,10 +89,7 @@ MEMORY: dict[str, tuple[dict[str, str], int]] = {
         1000,
     ),
     "a group beside": ({OWN: "0::/user/run\n", "user/other/memory.max": "4000\n"}, GIB),
-    "version 1": (
-        {OWN: "4:memory:/a\n1:cpu:/\n0::/\n", "memory/a/memory.limit_in_bytes": "4000\n"},
-        1000,
-    ),
+    "version 1": ({OWN: "4:memory:/a\n1:cpu:/\n0::/\n", "memory/a/memory.limit_in_bytes": "4000\n"}, 1000),
     "version 1 without a limit": (
         {OWN: "4:memory:/\n", "memory/memory.limit_in_bytes": "9223372036854771712\n"},
         GIB,

@@ -331,9 +331,7 @@ def test_statistics_by_calibrate_are_found_by_their_aliases_and_say_the_dimensio
     tensors["0.gate.weight"] = torch.randn(16, 8, generator=torch.Generator().manual_seed(9))
     one = files.Collected(16, None, {"0.down.weight": 1, "0.gate.weight": 0})
     save_file(
-        {"0.down.weight": moment},
-        tmp_path / "stats.safetensors",
-        metadata=files._metadata("hessian", [one]),
+        {"0.down.weight": moment}, tmp_path / "stats.safetensors", metadata=files._metadata("hessian", [one])
     )
     save_file(tensors, tmp_path / "m.safetensors")
     text = """

@@ -421,9 +421,7 @@ def test_tensors_of_no_dimension_and_of_no_element_go_with_their_layer(tmp_path:
     assert not any(name.startswith("model.layers.1.") for name in found)
 
 
-def test_masks_are_looked_at_in_memory_that_does_not_grow_with_their_rows(
-    tmp_path: Path,
-) -> None:
+def test_masks_are_looked_at_in_memory_that_does_not_grow_with_their_rows(tmp_path: Path) -> None:
     peaks = []
     for rows in (20, 400):
         path = tmp_path / f"{rows}.safetensors"

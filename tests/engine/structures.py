@@ -24,14 +24,7 @@ if TYPE_CHECKING:
 
     from tests.oracle import Index, Number
 
-FLOATS = (
-    torch.float64,
-    torch.float32,
-    torch.bfloat16,
-    torch.float16,
-    torch.float8_e4m3fn,
-    torch.float8_e5m2,
-)
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2)
 WHOLE_NUMBERS = (torch.int8, torch.int16, torch.int32, torch.int64)
 DTYPES = FLOATS + WHOLE_NUMBERS
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

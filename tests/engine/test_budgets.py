@@ -15,14 +15,7 @@ from sparseprune import BlockSpec, ScopeCoupling, ScopeSpec, SparsityError
 from sparseprune.engine.scope import select
 from tests import oracle
 from tests.engine.devices import on_every_device
-from tests.engine.structures import (
-    FEW,
-    assert_budget_held,
-    assert_masks,
-    assert_pruned,
-    cases,
-    values_for,
-)
+from tests.engine.structures import FEW, assert_budget_held, assert_masks, assert_pruned, cases, values_for
 
 
 def budget(data: st.DataObject, most: int) -> int:

@@ -18,8 +18,7 @@ def keys_and_budget(draw: st.DrawFn) -> tuple[torch.Tensor, int]:
     dtype = draw(st.sampled_from(DTYPES))
     info = torch.iinfo(dtype)
     some = st.one_of(
-        st.integers(info.min, info.max),
-        st.sampled_from([info.min, info.min + 1, -1, 0, 1, info.max]),
+        st.integers(info.min, info.max), st.sampled_from([info.min, info.min + 1, -1, 0, 1, info.max])
     )
     values = draw(st.lists(some, min_size=1, max_size=40))
     return torch.tensor(values, dtype=dtype), draw(st.integers(1, len(values)))

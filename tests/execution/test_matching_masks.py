@@ -180,8 +180,4 @@ def test_partial_with_no_mask_for_any_tensor_is_an_error(tmp_path: Path) -> None
 
 def test_everything_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:
     told = lines_of(tmp_path, layers(3, "q"), {"0.q": (2, 4), "1.q": (9,), "x": (1,)})
-    assert [line.split(": ")[1][:11] for line in told[:3]] == [
-        "mask '1.q' ",
-        "mask 'x' is",
-        "tensor '2.q",
-    ]
+    assert [line.split(": ")[1][:11] for line in told[:3]] == ["mask '1.q' ", "mask 'x' is", "tensor '2.q"]

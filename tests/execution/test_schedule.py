@@ -222,10 +222,7 @@ def test_threads_of_torch_have_their_share_and_leave_room_for_the_largest_item(
 WITHOUT_TORCH = ("2of4", "unstructured-row", "unstructured-global", "rows", "whole tensors", "a threshold")
 
 
-@pytest.mark.parametrize(
-    "name",
-    [*WITHOUT_TORCH, "soft columns", "soft elements"],
-)
+@pytest.mark.parametrize("name", [*WITHOUT_TORCH, "soft columns", "soft elements"])
 def test_too_little_memory_is_refused_with_the_bytes_that_are_needed(
     decoders: Mapping[int, Path], name: str
 ) -> None:
@@ -248,11 +245,7 @@ SOFT_ROWS = ("[64, -1]", "[-1, -1]", 'mode = "soft"\nnnz = 3')
 
 
 @pytest.mark.parametrize(
-    ("spec", "memory"),
-    [
-        (SOFT_TENSORS, GIB),
-        (SOFT_ROWS, least_memory(uses_torch=True) + MIB),
-    ],
+    ("spec", "memory"), [(SOFT_TENSORS, GIB), (SOFT_ROWS, least_memory(uses_torch=True) + MIB)]
 )
 def test_a_block_that_does_not_fit_is_refused_with_the_bytes_that_are_missing(
     decoders: Mapping[int, Path], spec: tuple[str, str, str], memory: int

@@ -43,11 +43,7 @@ def overwrite(pruned: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def parts(tensors: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-    return [
-        tensors[GATE],
-        tensors[GATE.replace("gate", "up")],
-        tensors[DOWN].T,
-    ]
+    return [tensors[GATE], tensors[GATE.replace("gate", "up")], tensors[DOWN].T]
 
 
 def test_a_tensor_that_no_mask_covers_may_not_differ(dense: Checkpoint, pruned: Path) -> None:

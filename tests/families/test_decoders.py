@@ -70,8 +70,7 @@ class Decoder:
 
 
 @pytest.fixture(
-    scope="module",
-    params=["llama", "qwen2", "qwen3", "mistral", "gemma", "gemma3", "gemma3_with_pictures"],
+    scope="module", params=["llama", "qwen2", "qwen3", "mistral", "gemma", "gemma3", "gemma3_with_pictures"]
 )
 def decoder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Decoder:
     family: str = request.param

@@ -363,10 +363,7 @@ def test_groups_of_experts_keep_one_size(kept: str, groups: int, experts: int, t
 @pytest.mark.parametrize(
     ("kept", "why"),
     [
-        (
-            "[4, 3]",
-            "would have [4, 3] members, and n_group counts groups of one size: prune the same number",
-        ),
+        ("[4, 3]", "would have [4, 3] members, and n_group counts groups of one size: prune the same number"),
         ("[1, 1]", "would have 1 of 4 members each, and the router takes the best 2 of each"),
     ],
 )

@@ -26,16 +26,7 @@ from sparseprune.report.pictures.charts import (
     place_of,
 )
 from sparseprune.report.pictures.results import comparison_page, inspection_page
-from tests.report.pictured import (
-    KINDS,
-    compared,
-    decoder,
-    facts,
-    faults,
-    inspected,
-    texts,
-    titled,
-)
+from tests.report.pictured import KINDS, compared, decoder, facts, faults, inspected, texts, titled
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -347,10 +347,7 @@ def test_runtimes_are_named_with_commas(text: str, names: list[str]) -> None:
             '--for torch-cutlas: no runtime is called "torch-cutlas"; did you mean "torch-cutlass"?',
         ),
         ("asp,TensorRT", '--for asp,TensorRT: no runtime is called "TensorRT"; did you mean "tensorrt"?'),
-        (
-            "",
-            '--for : no runtime is called ""; there is torch-cutlass, torch-cusparselt, tensorrt, asp',
-        ),
+        ("", '--for : no runtime is called ""; there is torch-cutlass, torch-cusparselt, tensorrt, asp'),
         ("asp,", '--for asp,: no runtime is called ""; there is'),
         ("vllm", '--for vllm: no runtime is called "vllm"; there is'),
     ],
