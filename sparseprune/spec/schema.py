@@ -41,6 +41,34 @@ class WrongValueError(ValueError):
     """A value that a key cannot have; `args` are texts of problems, if more is known than what is wanted."""
 
 
+def _plain(*kinds: type, fits: Callable[[Any], bool] = lambda _: True) -> Callable[[object], Any]:
+    """A reader of values of exactly these types that fit; `true` equals 1, and is no integer."""
+
+    def read(value: object) -> object:
+        if type(value) not in kinds or not fits(value):
+            raise WrongValueError
+        return value
+
+    return read
+
+
+def _one_of(*values: str | int) -> Callable[[object], Any]:
+    return _plain(str, int, float, fits=lambda value: value in values)
+
+
+def _whole(least: int) -> Callable[[object], int]:
+    return _plain(int, fits=lambda value: least <= value <= LARGEST)
+
+
+def _finite(least: float = 0.0, most: float = sys.float_info.max) -> Callable[[object], float]:
+    number = _plain(int, float, fits=lambda value: least <= value <= most)
+    return lambda value: float(number(value))
+
+
+_string, _boolean = _plain(str), _plain(bool)
+_path = _plain(str, fits=lambda path: path != "" and "\0" not in path)
+
+
 def _parsed(parse: Callable[[str], Read]) -> Callable[[object], Read]:
     """A reader that parses texts and keeps the parser's own error texts."""
 
@@ -56,6 +84,14 @@ def _parsed(parse: Callable[[str], Read]) -> Callable[[object], Read]:
 
 
 _expression = _parsed(parse_expression)
+
+
+def _or_expression(read: Callable[[object], Read]) -> Callable[[object], Read | Expression]:
+    return lambda value: _expression(value) if isinstance(value, str) else read(value)
+
+
+_from_zero, _positive = _or_expression(_whole(0)), _or_expression(_whole(1))
+_extent = _or_expression(_plain(int, fits=lambda size: size == -1 or 1 <= size <= LARGEST))
 
 
 def _list(read: Callable[[object], Read], least: int = 0) -> Callable[[object], tuple[Read, ...]]:
@@ -78,46 +114,6 @@ def _list(read: Callable[[object], Read], least: int = 0) -> Callable[[object], 
     return read_all
 
 
-def _one_of(*values: str | int) -> Callable[[object], Any]:
-    """A reader of one of these values; `true` equals 1, and is no number."""
-
-    def read(value: object) -> object:
-        if isinstance(value, bool) or value not in values:
-            raise WrongValueError
-        return value
-
-    return read
-
-
-def _whole(least: int) -> Callable[[object], int]:
-    def read(value: object) -> int:
-        if type(value) is not int or not least <= value <= LARGEST:
-            raise WrongValueError
-        return value
-
-    return read
-
-
-def _finite(least: float = 0.0, most: float = sys.float_info.max) -> Callable[[object], float]:
-    def read(value: object) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
-            raise WrongValueError
-        return float(value)
-
-    return read
-
-
-def _or_expression(read: Callable[[object], Read]) -> Callable[[object], Read | Expression]:
-    return lambda value: _expression(value) if isinstance(value, str) else read(value)
-
-
-_positive = _or_expression(_whole(1))
-
-
-def _extent(value: object) -> Integer:
-    return -1 if value == -1 and type(value) is int else _positive(value)
-
-
 def _slice_entry(value: object) -> SliceEntry:
     single = type(value) is int and abs(value) <= LARGEST
     return _parsed(parse_slice)(str(value) if single else value)
@@ -132,29 +128,11 @@ def _axes(value: object) -> tuple[tuple[str, Integer], ...]:
     return tuple((name, _positive(size)) for name, size in value.items())
 
 
-def _string(value: object) -> str:
-    if not isinstance(value, str):
-        raise WrongValueError
-    return value
-
-
-def _boolean(value: object) -> bool:
-    if not isinstance(value, bool):
-        raise WrongValueError
-    return value
-
-
-def _path(value: object) -> str:
-    if value == "" or "\0" in _string(value):
-        raise WrongValueError
-    return _string(value)
-
-
 def _einops(value: object) -> str:
-    if _string(value).count("->") != 1:
-        text = f'"{value}" is no einops pattern: wanted two sides, as in "(kv q) k -> kv q k"'
-        raise WrongValueError(text)
-    return _string(value)
+    pattern: str = _string(value)
+    if pattern.count("->") != 1:
+        raise WrongValueError(f'"{value}" is no einops pattern: wanted two sides, as in "(kv q) k -> kv q k"')
+    return pattern
 
 
 def _patterns(value: object) -> tuple[TensorPattern, ...]:
@@ -169,14 +147,6 @@ def _across(value: object) -> str | tuple[str, ...]:
     return value if value == "all" else _list(_string)(value)
 
 
-def _score_kind(value: object) -> str:
-    return str(_one_of(*SCORE_KEYS)(value))
-
-
-def _no_value(_: object) -> None:
-    raise WrongValueError
-
-
 # The kinds of scores, each with the keys that it takes; `file` is required where it is allowed.
 # A new kind is a row here and a row of execution/scores.py, which says how it ranks.
 SCORE_KEYS: Mapping[str, tuple[str, ...]] = MappingProxyType(
@@ -189,6 +159,9 @@ SCORE_KEYS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "blocks": ("file",),
     }
 )
+
+
+_kind = _plain(str, fits=lambda kind: kind in SCORE_KEYS)
 
 
 class Key(NamedTuple):
@@ -248,7 +221,7 @@ class ScoreTable(Table):
 
     essential = ("kind",)
 
-    kind: str = _key(_score_kind, f"one of {listed(SCORE_KEYS, 'or')}", "magnitude")
+    kind: str = _key(_kind, f"one of {listed(SCORE_KEYS, 'or')}", "magnitude")
     norm: Literal[1, 2, "inf"] | None = _key(_one_of(1, 2, "inf"), '1, 2 or "inf"')
     normalize: str | None = _key(_one_of("rms"), '"rms": the root mean square of each block')
     seed: int | None = _key(_whole(0), "an integer of 0 or more")
@@ -286,10 +259,10 @@ class MethodTable(Table):
     """The keys of an outermost scope or coupling beside its budget."""
 
     score: ScoreTable | None = _key(
-        _no_value, 'a table such as { kind = "random", seed = 1 }', table=ScoreTable
+        _plain(), 'a table such as { kind = "random", seed = 1 }', table=ScoreTable
     )
     reconstruct: ReconstructTable | None = _key(
-        _no_value, 'a table such as { file = "stats", method = "admm" }', table=ReconstructTable
+        _plain(), 'a table such as { file = "stats", method = "admm" }', table=ReconstructTable
     )
     mode: Literal["hard", "soft"] | None = _key(
         _one_of("hard", "soft"),
@@ -354,7 +327,7 @@ class BudgetTable(MethodTable):
     """What survives in each scope; an outermost table has exactly one of the first three keys."""
 
     nnz: Integer | None = _key(
-        _or_expression(_whole(0)),
+        _from_zero,
         "an integer of 0 or more, or an expression: how many blocks survive in each scope",
     )
     sparsity: Number | None = _key(
@@ -379,8 +352,8 @@ class ExplicitView(Table):
     essential = ("shape", "stride", "offset")
 
     shape: tuple[Integer, ...] = _required(_list(_extent), f"{_SEVERAL}, each 1 or more")
-    stride: tuple[Integer, ...] = _required(_list(_or_expression(_whole(0))), f"{_SEVERAL}, each 0 or more")
-    offset: Integer = _key(_or_expression(_whole(0)), "an integer of 0 or more, or an expression", 0)
+    stride: tuple[Integer, ...] = _required(_list(_from_zero), f"{_SEVERAL}, each 0 or more")
+    offset: Integer = _key(_from_zero, "an integer of 0 or more, or an expression", 0)
 
 
 class TensorsTable(Table):
