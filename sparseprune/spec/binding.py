@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import accumulate, chain, count
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -75,37 +76,39 @@ class Layout:
     offset: int = 0
 
 
+@contextmanager
+def _placed(place: str, key: str, what: str) -> Iterator[None]:
+    """Errors of expressions and shapes become Misfits of a table's key and its tensor or instance."""
+    try:
+        yield
+    except ExpressionError as error:
+        raise misfit(place, key, error, what) from error
+    except SparsityError as error:
+        raise Misfit(place, key, f"{what}: {error}") from error
+
+
 def layout_of(place: str, table: TensorsTable, tensor: TensorInfo, names: Names) -> Layout:
     """The view that a table has of one of its tensors; Misfit where it does not fit."""
     layout = Layout(tensor.shape, _contiguous_stride(tensor.shape))
-    if table.slice is None and table.view is None:
-        return layout
-    key = "slice"
-    try:
-        if table.slice is not None:
+    if table.slice is not None:
+        with _placed(place, "slice", tensor.name):
             layout = _sliced(layout, table.slice, names)
-        if isinstance(table.view, ExplicitView):
-            key = "view"
+    if isinstance(table.view, ExplicitView):
+        with _placed(place, "view", tensor.name):
             layout = _explicit(tensor, table.view, names)
-        elif table.view is not None:
-            key = "axes"
+    elif table.view is not None:
+        with _placed(place, "axes", tensor.name):
             axes = {name: names.integer(size, 1, "1 or more") for name, size in table.axes}
-            key = "view"
+        with _placed(place, "view", tensor.name):
             seen = rearranged(layout.shape, layout.stride, table.view, axes)
             layout = Layout(seen.shape, seen.stride, layout.offset)
-    except ExpressionError as error:
-        raise misfit(place, key, error, tensor.name) from error
-    except SparsityError as error:
-        raise Misfit(place, key, f"{tensor.name}: {error}") from error
     return layout
 
 
 def _sliced(layout: Layout, entries: tuple[SliceEntry, ...], names: Names) -> Layout:
     if len(entries) != len(layout.shape):
-        raise ShapeMismatchError(
-            f"found {len(entries)} entries for the shape {list(layout.shape)}: "
-            'give one for each dimension (":" takes all of it)'
-        )
+        found = f"found {len(entries)} entries for the shape {list(layout.shape)}"
+        raise ShapeMismatchError(f'{found}: give one for each dimension (":" takes all of it)')
     bounds = [_bounds(entry, size, names) for entry, size in zip(entries, layout.shape, strict=True)]
     offset = sum(low * stride for (low, _), stride in zip(bounds, layout.stride, strict=True))
     return Layout(tuple([high - low for low, high in bounds]), layout.stride, offset)
@@ -119,9 +122,8 @@ def _bounds(entry: SliceEntry, size: int, names: Names) -> tuple[int, int]:
     if entry.single:
         return low, low + 1
     if low >= high:
-        raise ShapeMismatchError(
-            f"{shown(entry.text)} is {low}:{high}, which is empty in a dimension of {size}"
-        )
+        text = f"is {low}:{high}, which is empty in a dimension of {size}"
+        raise ShapeMismatchError(f"{shown(entry.text)} {text}")
     return low, high
 
 
@@ -137,21 +139,18 @@ def _explicit(tensor: TensorInfo, view: ExplicitView, names: Names) -> Layout:
     shape = tuple([names.integer(size, 1, "1 or more") for size in view.shape])
     stride = tuple([names.integer(step, 0, "0 or more") for step in view.stride])
     layout = Layout(shape, stride, names.integer(view.offset, 0, "0 or more"))
+    seen = f"shape {list(shape)} and stride {list(stride)}"
     if len(shape) != len(stride):
-        raise ShapeMismatchError(
-            f"shape {list(shape)} and stride {list(stride)} must have one entry for each dimension"
-        )
+        raise ShapeMismatchError(f"{seen} must have one entry for each dimension")
     last = layout.offset + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
     if last >= prod(tensor.shape):
-        raise ShapeMismatchError(
-            f"the view reaches element {last}, the tensor {list(tensor.shape)} has {prod(tensor.shape)}: "
-            "strides and offset count elements of the row-major tensor"
-        )
+        there = f"the tensor {list(tensor.shape)} has {prod(tensor.shape)}"
+        text = "strides and offset count elements of the row-major tensor"
+        raise ShapeMismatchError(f"the view reaches element {last}, {there}: {text}")
     if not is_injective(shape, stride):
-        raise ShapeMismatchError(
-            f"shape {list(shape)} with stride {list(stride)} reaches some elements twice: "
-            "a view may reach each element once"
-        )
+        seen = f"shape {list(shape)} with stride {list(stride)}"
+        text = "a view may reach each element once"
+        raise ShapeMismatchError(f"{seen} reaches some elements twice: {text}")
     return layout
 
 
@@ -422,14 +421,11 @@ class _Binder:
     def _scope(self, place: str, table: ScopeTable, site: Site) -> BoundScope:
         (named,) = self._spec.parts(place) or ("",)
         block = self._part(named, site) if named else self._block(place, table, "block", site)
-        grid = block.grid_shape
-        try:
-            shape = scope_extents(grid, Names(self._shared, site.captures).extents(table.shape))
-            divide(grid, shape, "scope", "block grid")
-        except ExpressionError as error:
-            raise misfit(place, "shape", error, label(place, site)) from error
-        except SparsityError as error:
-            raise Misfit(place, "shape", f"{_where(block)}: {error}") from error
+        with _placed(place, "shape", label(place, site)):
+            extents = Names(self._shared, site.captures).extents(table.shape)
+        with _placed(place, "shape", _where(block)):
+            shape = scope_extents(block.grid_shape, extents)
+            divide(block.grid_shape, shape, "scope", "block grid")
         return BoundScope(label(place, site), block, shape)
 
     def _coupling(self, place: str, table: CouplingTable, site: Site) -> Part:
@@ -437,11 +433,8 @@ class _Binder:
             raise TypeError("the instances of a coupling are joined sites")
         of_members = zip(self._spec.parts(place), site.members, strict=True)
         parts = [[self._part(member, each) for each in sites] for member, sites in of_members]
-        try:
+        with _placed(place, "orders" if table.orders else table.members_key, label(place, site)):
             members, orders = coupled(parts, table.orders)
-        except SparsityError as error:
-            key = "orders" if table.orders else table.members_key
-            raise Misfit(place, key, f"{label(place, site)}: {error}") from error
         make = BoundScopeCoupling if isinstance(table, BudgetTable) else BoundBlockCoupling
         return make(label(place, site), members, orders)
 
@@ -452,16 +445,11 @@ class _Binder:
         tensor = site.tensor
         names = Names(self._shared, site.captures, tensor)
         layout = layout_of(place, table, tensor, names)
-        try:
+        with _placed(place, key, tensor.name):
             extents = block_extents(layout.shape, names.extents(getattr(table, key)))
             divide(layout.shape, extents, "block", "tensor" if layout.shape == tensor.shape else "view")
-        except ExpressionError as error:
-            raise misfit(place, key, error, tensor.name) from error
-        except SparsityError as error:
-            raise Misfit(place, key, f"{tensor.name}: {error}") from error
-        return BoundBlock(
-            label(place, site), tensor.name, layout.shape, layout.stride, layout.offset, extents
-        )
+        view = (layout.shape, layout.stride, layout.offset)
+        return BoundBlock(label(place, site), tensor.name, *view, extents)
 
 
 def _form(site: Site, used: frozenset[str]) -> Hashable:
@@ -507,27 +495,22 @@ def budget_of(
 
     Misfit where an expression gives no number in range, or more should survive than there is.
     """
-    key = ""
-    try:
-        if table.threshold is not None:
-            key = "threshold"
+    if table.threshold is not None:
+        with _placed(place, "threshold", label):
             return Budget(threshold=names.number(table.threshold, sys.float_info.max, "0 or more")), None
-        sparsity, asked = None, 0
-        if table.nnz is not None:
-            key = "nnz"
+    sparsity, asked, unit = None, 0, 1
+    if table.nnz is not None:
+        with _placed(place, "nnz", label):
             asked = names.integer(table.nnz, 0, f"0 to {blocks}")
-            if asked > blocks:
-                found = "" if isinstance(table.nnz, int) else f"{shown(table.nnz.text)}: "
-                text = (
-                    f"{found}found {asked}, wanted 0 to {blocks}: that many blocks has each scope of {label}"
-                )
-                raise Misfit(place, key, text)
-        elif table.sparsity is not None:
-            key = "sparsity"
+        if asked > blocks:
+            found = "" if isinstance(table.nnz, int) else f"{shown(table.nnz.text)}: "
+            text = f"found {asked}, wanted 0 to {blocks}: that many blocks has each scope of {label}"
+            raise Misfit(place, "nnz", found + text)
+    elif table.sparsity is not None:
+        with _placed(place, "sparsity", label):
             sparsity = names.number(table.sparsity, 1.0, "a number from 0 to 1")
-            asked = surviving(sparsity, blocks)
-        key = "multiple_of"
-        unit = 1 if table.multiple_of is None else names.integer(table.multiple_of, 1, "1 or more")
-    except ExpressionError as error:
-        raise misfit(place, key, error, label) from error
+        asked = surviving(sparsity, blocks)
+    if table.multiple_of is not None:
+        with _placed(place, "multiple_of", label):
+            unit = names.integer(table.multiple_of, 1, "1 or more")
     return Budget(nnz=min(blocks, -(-asked // unit) * unit), multiple_of=unit), sparsity

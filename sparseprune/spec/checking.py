@@ -122,10 +122,8 @@ class _Checker:
         if table.patterns is None and not self.problems.is_open(place, "regex"):
             text = f"missing; wanted {TensorsTable.keys['tensors'].wanted}"
             if isinstance(table, ScopeTable):
-                text = (
-                    "missing: a block given by its shape needs the tensors beside it; "
-                    "or name a [block] or [block_coupling]"
-                )
+                text = "missing: a block given by its shape needs the tensors beside it"
+                text = f"{text}; or name a [block] or [block_coupling]"
             self.add(place, "tensors", text)
         if table.tensors is not None and table.regex is not None:
             self.add(place, "regex", "tensors are named by patterns already: give one of tensors and regex")

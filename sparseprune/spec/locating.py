@@ -185,10 +185,8 @@ def natural_join(
         matches = [partners.get(have(captures), alone) for captures, _ in found]
         count = sum(map(len, matches))
         if count > limit:
-            raise JoinError(
-                f"the members share so few captures that there would be {count} instances: "
-                "give one name to what belongs together, or gather with across"
-            )
+            text = f"the members share so few captures that there would be {count} instances"
+            raise JoinError(f"{text}: give one name to what belongs together, or gather with across")
         found = [
             (_extended(captures, row), (*rows, row))
             for (captures, rows), match in zip(found, matches, strict=True)
@@ -202,9 +200,8 @@ def natural_join(
         used = {rows[number] for rows in joined.values()}
         unused = next((row for row in given if row not in used), None)
         if unused is not None:
-            raise JoinError(
-                f"no instance has a place for {captured(unused)}: no combination of members fits it"
-            )
+            why = "no combination of members fits it"
+            raise JoinError(f"no instance has a place for {captured(unused)}: {why}")
     return {captures: joined[captures] for captures in in_natural_order(joined)}
 
 
@@ -318,10 +315,9 @@ def _find(
     sites = sites_of(found if table.where is None else filter(fits, found))
     for tensor in (site.tensor for site in sites):
         if tensor.dtype not in _PRUNABLE:
-            text = (
-                f"{tensor.name} is {tensor.dtype}, which cannot be pruned: narrow the pattern to tensors of "
-            )
-            problems.add(place, table.patterns_key, text + listed(_PRUNABLE, "or"))
+            text = f"narrow the pattern to tensors of {listed(_PRUNABLE, 'or')}"
+            what = f"{tensor.name} is {tensor.dtype}, which cannot be pruned"
+            problems.add(place, table.patterns_key, f"{what}: {text}")
     return sites
 
 
@@ -428,11 +424,10 @@ def _twins(members: Sequence[str], located: Sequence[Sequence[Site]]) -> Iterato
         first: dict[Captures, TensorSite] = {}
         for site in sites:
             if isinstance(site, TensorSite) and first.setdefault(site.captures, site) is not site:
-                other, what = first[site.captures].tensor.name, captured(site.captures)
-                yield (
-                    f"{shown(member)} has two tensors{f' with {what}' if what else ''}, {other} and "
-                    f"{site.tensor.name}: capture what tells them apart, or narrow the pattern"
-                )
+                what = f" with {captured(site.captures)}" if captured(site.captures) else ""
+                both = f"{first[site.captures].tensor.name} and {site.tensor.name}"
+                text = "capture what tells them apart, or narrow the pattern"
+                yield f"{shown(member)} has two tensors{what}, {both}: {text}"
 
 
 def _missing(

@@ -154,9 +154,8 @@ def _load(text: str, source: str) -> dict[str, Any]:
     long_key = _LONG_KEY.search(text)
     if long_key is not None:
         line = text.count("\n", 0, long_key.start() + 1) + 1
-        raise SpecError(
-            f"{source}: the key on line {line} has more than {_MOST_PARTS} parts, wanted 3 at most"
-        )
+        found = f"the key on line {line} has more than {_MOST_PARTS} parts"
+        raise SpecError(f"{source}: {found}, wanted 3 at most")
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -183,9 +182,8 @@ def _check_top_level(document: dict[str, Any], problems: Problems) -> None:
     for key, value in document.items():
         if key in KINDS:
             if not isinstance(value, dict):
-                problems.add(
-                    "", key, f"found {shown(value)}, wanted tables [{key}.NAME] with names you choose"
-                )
+                wanted = f"tables [{key}.NAME] with names you choose"
+                problems.add("", key, f"found {shown(value)}, wanted {wanted}")
         elif key not in _SINGLE:
             is_table = isinstance(value, dict | list)
             what, place = ("table", f"[{key}]") if is_table else ("key", key)

@@ -269,18 +269,16 @@ def _read(text: str) -> tuple[Token, ...]:
     tokens: list[Token] = []
     defined: dict[str, Token] = {}
     for part in _PARTS.finditer(text):
-        piece = part[0]
+        place = f"character {part.start() + 1}"
+        if len(tokens) == _MOST_TOKENS:
+            raise PatternError(f"{place}: more than {_MOST_TOKENS} captures and wildcards")
         try:
-            tokens.append(_read_part(piece, defined))
+            token = _read_part(part[0], defined)
         except PatternError as error:
-            raise PatternError(f"character {part.start() + 1}: {error}") from None
-        token = tokens[-1]
+            raise PatternError(f"{place}: {error}") from None
+        tokens.append(token)
         if is_capture(token):
             defined[str(token.name)] = token
-        if len(tokens) > _MOST_TOKENS:
-            raise PatternError(
-                f"character {part.start() + 1}: more than {_MOST_TOKENS} captures and wildcards"
-            )
     return _with_stem(tokens)
 
 
@@ -329,9 +327,8 @@ def _read_words(name: str, form: str | None) -> Words:
     words = tuple((form or "").split("|"))
     for word in words:
         if not word or word != word.strip() or "*" in word:
-            raise PatternError(
-                f'{{{name}:{form}}} has the word "{word}": write whole words such as {{{name}:gate|up}}'
-            )
+            wanted = f"write whole words such as {{{name}:gate|up}}"
+            raise PatternError(f'{{{name}:{form}}} has the word "{word}": {wanted}')
     return Words(name, words)
 
 
