@@ -297,19 +297,17 @@ def _parsed(text: str) -> Expression:
 def section_of(config: Mapping[str, Any] | None) -> ConfigSection:
     """The section of a config that counts layers and their parts; CheckpointError for unknown models."""
     if config is None:
-        raise CheckpointError(
-            "there is no config.json, which has to say what becomes smaller; give the directory of a "
-            "checkpoint that has one, or use apply, which keeps all shapes"
-        )
+        text = "give the directory of a checkpoint that has one, or use apply, which keeps all shapes"
+        raise CheckpointError(f"there is no config.json, which has to say what becomes smaller; {text}")
     nested = config.get(_TEXT)
     for key, values in ((None, config), (_TEXT, nested)):
         architecture = architecture_of(values.get("model_type")) if isinstance(values, Mapping) else None
         if architecture is not None and values is not None:
             return ConfigSection(architecture, key, values)
     found = shown(nested.get("model_type") if isinstance(nested, dict) else config.get("model_type"))
+    known = f"so that no key can carry the smaller shapes; known are {listed(model_types())}"
     raise CheckpointError(
-        f"config.json: nothing is known of the model_type {found}, so that no key can carry the smaller "
-        f"shapes; known are {listed(model_types())}; apply keeps all shapes"
+        f"config.json: nothing is known of the model_type {found}, {known}; apply keeps all shapes"
     )
 
 

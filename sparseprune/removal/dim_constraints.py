@@ -76,15 +76,15 @@ def agree(
             units[key][group], wrong = _shared_units(key, kept)
             problems += wrong
             example[int(np.count_nonzero(units[key][group]))] = kept[0].module
+            left = units[key][group]
             for each in kept:
-                each.follow(units[key][group], followers)
+                if each.follows and each.dim is not None and each.units.all() and not left.all():
+                    followers.setdefault(each.name, {})[each.dim] = np.repeat(left, each.unit)
         values[key] = next(iter(example))
         if len(example) > 1:
-            told = " and ".join(f"{count} in {module}" for count, module in list(example.items())[:2])
-            problems.append(
-                f"{key} would be {told}, and config.json has one for all: give all of these the same nnz or "
-                "sparsity"
-            )
+            counts = " and ".join(f"{count} in {module}" for count, module in list(example.items())[:2])
+            advice = "give all of these the same nnz or sparsity"
+            problems.append(f"{key} would be {counts}, and config.json has one for all: {advice}")
     problems += [text for keys, text in found.misfits if not values.keys().isdisjoint(keys)]
     problems += _impossible(section, model, units, values)
     kept_followers = {name: _with(model, name, along) for name, along in followers.items()}
@@ -162,11 +162,6 @@ class _KeptUnits:
         """The module that has the tensor or the list."""
         return self.name.rpartition(".")[0]
 
-    def follow(self, units: Flags, followers: dict[str, dict[int, Flags]]) -> None:
-        """Add what the tensor loses if it follows others that keep these units."""
-        if self.follows and self.dim is not None and self.units.all() and not units.all():
-            followers.setdefault(self.name, {})[self.dim] = np.repeat(units, self.unit)
-
     def __str__(self) -> str:
         what = f"{self.count} of {self.units.size}"
         return f"{self.name} keeps {what}" + ("" if self.dim is None else f" along dimension {self.dim}")
@@ -222,10 +217,8 @@ class _Constraints:
         shape, kept = self.model.shapes[name], self.model.kept[name]
         for dim in kept.cut:
             if name not in self.dims or dim not in self.dims[name].dims:
-                self.problems.append(
-                    f"{name} loses {shape[dim] - kept.shape[dim]} of {shape[dim]} along dimension {dim}, "
-                    "which no key of config.json carries"
-                )
+                lost = f"loses {shape[dim] - kept.shape[dim]} of {shape[dim]} along dimension {dim}"
+                self.problems.append(f"{name} {lost}, which no key of config.json carries")
 
     def _add_tensor(self, name: str, dims: TensorDims) -> None:
         shape, kept = self.model.shapes[name], self.model.kept.get(name)
@@ -279,27 +272,19 @@ class _Constraints:
             if self.model.removed.has(f"{before}.x"):
                 continue
             gone = self.model.removed.numbers.get(before, ())
-            counted = self._counted(before)
+            lists = self.section.architecture.lists if self.section.reaches(before) else ()
+            found = [(each.key, each.pattern.match(f"{before}.0")) for each in lists]
+            counted = next(((key, captures) for key, captures in found if captures is not None), None)
             if counted is not None:
                 self._add_list(before, counted, numbers, gone)
             elif gone and before not in layers:
-                self.problems.append(
-                    f"{before} loses {len(gone)} of {len(numbers)} members, which no key of config.json "
-                    "counts"
-                )
-
-    def _counted(self, before: str) -> tuple[str, Group] | None:
-        """The key that counts the members of a list, and its group; None for layers and unknown lists."""
-        for each in self.section.architecture.lists if self.section.reaches(before) else ():
-            captures = each.pattern.match(f"{before}.0")
-            if captures is not None:
-                return each.key, _group(captures)
-        return None
+                lost = f"loses {len(gone)} of {len(numbers)} members"
+                self.problems.append(f"{before} {lost}, which no key of config.json counts")
 
     def _add_list(
-        self, before: str, counted: tuple[str, Group], numbers: Collection[int], gone: Collection[int]
+        self, before: str, counted: tuple[str, Captures], numbers: Collection[int], gone: Collection[int]
     ) -> None:
-        key, group = counted
+        key, group = counted[0], _group(counted[1])
         if len(numbers) != self.section.value(key) or max(numbers) >= len(numbers):
             text = f"{before} has {len(numbers)} members, config.json says {self.section.value(key)}"
             self.misfits.append(((key,), text))
@@ -349,10 +334,8 @@ def _unknown_neighbours(found: _Constraints) -> Iterator[str]:
             (modules[module] for module in above if modules.get(module, "").endswith(_MATRIX)), None
         )
         if cut is not None:
-            yield (
-                f"{name} lies beside {cut}, which is cut, and nothing tells how to cut it: merge it, or "
-                "take it out"
-            )
+            text = "nothing tells how to cut it: merge it, or take it out"
+            yield f"{name} lies beside {cut}, which is cut, and {text}"
 
 
 # -- what the model's classes need -------------------------------------------------------------------
@@ -384,11 +367,9 @@ def _uneven_heads(section: ConfigSection, units: UnitsByKey, values: Mapping[str
             continue
         counts = queries.reshape(stay.size, -1).sum(axis=1)
         if counts[~stay].any() or len(set(counts[stay].tolist())) > 1:
-            yield (
-                f"{_module_of(group)}: of its {stay.size} key/value heads {int(np.count_nonzero(stay))} "
-                f"stay, and they have {shown(counts.tolist())} query heads: each that stays must keep as "
-                "many, the others none"
-            )
+            found = f"of its {stay.size} key/value heads {int(np.count_nonzero(stay))} stay"
+            found = f"{found}, and they have {shown(counts.tolist())} query heads"
+            yield f"{_module_of(group)}: {found}: each that stays must keep as many, the others none"
 
 
 def _unfit_heads(section: ConfigSection, values: Mapping[str, int]) -> Iterator[str]:
@@ -400,15 +381,13 @@ def _unfit_heads(section: ConfigSection, values: Mapping[str, int]) -> Iterator[
     if heads.divides is not None:
         whole = section.value(heads.divides)
         if number and whole % number:
-            wanted = f"a divisor of {heads.divides}, {whole}"
-            yield f"{heads.key} would be {number}, and the config's class wants {wanted}"
+            text = f"the config's class wants a divisor of {heads.divides}, {whole}"
+            yield f"{heads.key} would be {number}, and {text}"
     for key in heads.sized:
         found = section.values.get(key)
         if isinstance(found, dict) and any(found.get(each) for each in ("short_factor", "long_factor")):
-            yield (
-                f"{heads.key} cannot change: the config's class checks the length of factors in {key} by "
-                f"hidden_size // {heads.key}"
-            )
+            why = f"the config's class checks the length of factors in {key} by hidden_size // {heads.key}"
+            yield f"{heads.key} cannot change: {why}"
 
 
 def _unfit_routing(
@@ -434,10 +413,9 @@ def _unfit_routing(
     counts = {group: kept.reshape(groups, -1).sum(axis=1) for group, kept in units[routing.experts].items()}
     for group, count in counts.items():
         if len(set(count[count > 0].tolist())) > 1:
-            yield (
-                f"{_module_of(group)}: its groups of experts would have {shown(count.tolist())} members, and "
-                f"{routing.groups} counts groups of one size: prune the same number in each"
-            )
+            found = f"its groups of experts would have {shown(count.tolist())} members"
+            why = f"{routing.groups} counts groups of one size: prune the same number in each"
+            yield f"{_module_of(group)}: {found}, and {why}"
     left = sorted({int(np.count_nonzero(count)) for count in counts.values()})
     if len(left) > 1:
         yield f"{routing.groups} would be {left[0]} and {left[-1]}, and config.json has one for all"

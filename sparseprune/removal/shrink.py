@@ -91,10 +91,8 @@ def make_removal(
 def _not_sliced(cut: Mapping[str, KeptIndices]) -> Iterator[str]:
     for name, each in cut.items():
         if not each.is_sliced:
-            yield (
-                f"{name}: its mask is not made of whole slices along its dimensions, so that nothing can be "
-                "cut out; apply writes zeros"
-            )
+            text = "so that nothing can be cut out; apply writes zeros"
+            yield f"{name}: its mask is not made of whole slices along its dimensions, {text}"
 
 
 def _orphans(names: tuple[str, ...], shapes: Mapping[str, Shape], empty: frozenset[str]) -> Iterator[str]:
@@ -108,10 +106,10 @@ def _orphans(names: tuple[str, ...], shapes: Mapping[str, Shape], empty: frozens
         members = [(before, number) for before, number, _ in numbered(name)]
         stays = next((staying[member] for member in reversed(members) if member in staying), None)
         since = "" if stays is None else f", since {stays} stays"
-        yield (
-            f"{name}: nothing of its {list(shapes[name])} is kept, and it belongs to no layer or expert that "
-            f"is dropped as a whole{since}: couple all tensors of one"
+        text = (
+            f"it belongs to no layer or expert that is dropped as a whole{since}: couple all tensors of one"
         )
+        yield f"{name}: nothing of its {list(shapes[name])} is kept, and {text}"
 
 
 _COPIES = 3  # of a slab in memory: what is read, and what numpy makes on the way to its survivors

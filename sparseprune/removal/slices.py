@@ -86,11 +86,8 @@ def kept_slices(along: Sequence[Flags]) -> KeptIndices:
 
 def summed_up(kept: Mapping[str, KeptIndices]) -> str:
     """A text that differs whenever the kept indices differ."""
-    parts = (
-        f"{name}:{each.elements}:{','.join(np.packbits(flags).tobytes().hex() for flags in each.along)}"
-        for name, each in kept.items()
-    )
-    return "\n".join(parts)
+    bits = {name: [np.packbits(flags).tobytes().hex() for flags in each.along] for name, each in kept.items()}
+    return "\n".join(f"{name}:{each.elements}:{','.join(bits[name])}" for name, each in kept.items())
 
 
 def kept_of(
@@ -109,8 +106,17 @@ def kept_of(
         key = (shapes[name], found, blocks.tobytes())
         if key not in known:
             known[key] = _of_leaf(shapes[name], found, blocks)
-        kept[name] = known[key] if name not in kept else _both(kept[name], known[key])
-    return {name: _nothing(each) if each.is_empty and each.cut else each for name, each in kept.items()}
+        along = known[key].along
+        if name in kept:
+            along = tuple(one & other for one, other in zip(kept[name].along, along, strict=True))
+        kept[name] = kept_slices(along) if name in kept else known[key]
+    # A mask without survivors has none along any dimension.
+    nothing = {
+        name: [np.zeros_like(flags) for flags in each.along]
+        for name, each in kept.items()
+        if each.is_empty and each.cut
+    }
+    return kept | {name: kept_slices(along) for name, along in nothing.items()}
 
 
 def _of_leaf(shape: Shape, found: Sliced, blocks: Flags) -> KeptIndices:
@@ -121,16 +127,6 @@ def _of_leaf(shape: Shape, found: Sliced, blocks: Flags) -> KeptIndices:
     if along[found.dim].size:
         along[found.dim] = found.kept(blocks)
     return kept_slices(along)
-
-
-def _both(one: KeptIndices, other: KeptIndices) -> KeptIndices:
-    """What two rules leave of a tensor, each of which drops something."""
-    return kept_slices([first & second for first, second in zip(one.along, other.along, strict=True)])
-
-
-def _nothing(kept: KeptIndices) -> KeptIndices:
-    """No index survives along any dimension, as a mask without survivors says it."""
-    return KeptIndices(tuple(np.zeros(flags.size, dtype=np.bool_) for flags in kept.along), 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,10 +202,8 @@ def read_slices(
     were read, and the name of the mask.
     """
     masks = [mask for mask in masks if mask.numel]
-    jobs = (
-        Job(number, str(number), mask.name, ReadSlices(mask, limits.slab))
-        for number, mask in enumerate(masks)
-    )
+    passes = enumerate(ReadSlices(mask, limits.slab) for mask in masks)
+    jobs = (Job(number, str(number), one.mask.name, one) for number, one in passes)
     found = read_through(jobs, TensorIO(reader), Crowd(workers, limits.memory), progress)
     return {mask.name: found[place] for place, mask in enumerate(masks)}
 
@@ -236,12 +230,8 @@ class ReadSlices(Pass):
         begin, size = chunk.about
         kept = read_kept(io.reader, self.mask, begin, size).view(np.bool_)
         grid = kept.reshape(-1, min(size, self._width))
-        return (
-            begin,
-            np.logical_or.reduce(grid, axis=1),
-            np.logical_or.reduce(grid, axis=0),
-            int(np.count_nonzero(kept)),
-        )
+        rows, columns = np.logical_or.reduce(grid, axis=1), np.logical_or.reduce(grid, axis=0)
+        return begin, rows, columns, int(np.count_nonzero(kept))
 
     def total(self) -> Seen:
         """Nothing seen yet: flags of all rows and columns, and the number of kept elements."""
@@ -260,11 +250,9 @@ class ReadSlices(Pass):
         if not self.mask.shape:
             return KeptIndices((), elements)
         grid = rows.reshape(self.mask.shape[:-1])
-        dims = range(grid.ndim)
-        others = (
-            np.logical_or.reduce(grid, axis=tuple(other for other in dims if other != dim)) for dim in dims
-        )
-        return KeptIndices((*others, columns), elements)
+        others = [tuple({*range(grid.ndim)} - {dim}) for dim in range(grid.ndim)]
+        along = [np.logical_or.reduce(grid, axis=axes) for axes in others]
+        return KeptIndices((*along, columns), elements)
 
     @property
     def _width(self) -> int:
