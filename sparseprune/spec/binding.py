@@ -115,7 +115,7 @@ def _sliced(layout: Layout, entries: tuple[SliceEntry, ...], names: Names) -> La
 
 
 def _bounds(entry: SliceEntry, size: int, names: Names) -> tuple[int, int]:
-    if entry.is_whole:
+    if entry.low is None and entry.high is None:
         return 0, size
     low = 0 if entry.low is None else _bound(entry.low, size, size - entry.single, names)
     high = size if entry.high is None else _bound(entry.high, size, size, names)

@@ -74,10 +74,6 @@ class SliceEntry:
     high: Expression | None
     single: bool = False
 
-    @property
-    def is_whole(self) -> bool:
-        return self.low is None and self.high is None
-
 
 def parse_expression(text: str) -> Expression:
     """Parse an expression; ExpressionError for wrong syntax and for what is not allowed."""
@@ -454,14 +450,11 @@ class Names:
 
     def extents(self, shape: Sequence[int | Expression]) -> Shape:
         """A shape whose entries are 1 or more, or -1; ExpressionError."""
-        return tuple([entry if isinstance(entry, int) else self._extent(entry) for entry in shape])
-
-    def _extent(self, entry: Expression) -> int:
         wanted = "an integer of 1 or more, or -1"
-        extent = self.integer(entry, -1, wanted)
-        if extent == 0:
-            raise came_to(entry, extent, wanted)
-        return extent
+        extents = [each if isinstance(each, int) else self.integer(each, -1, wanted) for each in shape]
+        if 0 in extents:
+            raise came_to(shape[extents.index(0)], 0, wanted)
+        return tuple(extents)
 
 
 def came_to(entry: object, found: object, wanted: str) -> ExpressionError:

@@ -66,8 +66,8 @@ _MOST_HELD = 50_000_000  # states times the bytes of each
 _STATE = 250  # bytes of a state beside its characters
 
 
-class TooManyStatesError(Exception):
-    """Tokens and a name that take too long, or too much memory, to match."""
+class PatternError(ValueError):
+    """A pattern that cannot be read; the text says what is wrong, at which character."""
 
 
 def is_capture(token: Token) -> TypeGuard[Wildcard | Stem | Words]:
@@ -91,10 +91,15 @@ def match_tokens(tokens: Sequence[Token], text: str) -> tuple[str, ...] | None:
 
     A depth-first search that enters no state twice, and no state from which the rest cannot match. Without
     repeated captures it never backtracks: its time is tokens times characters. A state is the token, the
-    place in the text, and the texts of captures that a later token repeats.
+    place in the text, and the texts of captures that a later token repeats. PatternError where it takes too
+    long, or too much memory.
     """
+    too_long = (
+        f"a tensor's name of {len(text)} characters takes too long to match: write a pattern with fewer "
+        "captures and wildcards, above all such as stand in it twice"
+    )
     if len(tokens) * len(text) > _MOST_PLACES:
-        raise TooManyStatesError
+        raise PatternError(too_long)
     fits = _fitting_ends(tokens, text)
     defined = {token.name: at for at, token in enumerate(tokens) if is_capture(token)}
     last_use = {defined[token.name]: at for at, token in enumerate(tokens) if isinstance(token, Again)}
@@ -120,7 +125,7 @@ def match_tokens(tokens: Sequence[Token], text: str) -> tuple[str, ...] | None:
         if state not in seen:
             seen.add(state)
             if last_use and len(seen) * (len(text) + _STATE) > _MOST_HELD:
-                raise TooManyStatesError
+                raise PatternError(too_long)
             token = tokens[index]
             again = held[defined[token.name]] if isinstance(token, Again) else ""
             starts.append(end)
@@ -212,10 +217,6 @@ _MOST_TOKENS = 1000
 _LONGEST_INTEGER = 640  # digits; int() may be set to refuse longer ones
 
 
-class PatternError(ValueError):
-    """A pattern that cannot be read; the text says what is wrong, at which character."""
-
-
 @dataclass(frozen=True, slots=True)
 class TensorPattern:
     """A parsed pattern; `names` are its captures in order of first appearance.
@@ -242,16 +243,11 @@ class TensorPattern:
         if self.literal not in name:
             return None
         if self.regex is None or len(name) > _FOR_RE:
-            try:
-                texts = match_tokens(self.tokens, name)
-            except TooManyStatesError:
-                raise PatternError(
-                    f"a tensor's name of {len(name)} characters takes too long to match: write a pattern "
-                    "with fewer captures and wildcards, above all such as stand in it twice"
-                ) from None
-            return None if texts is None else _valued(self.names, texts)
-        found = self.regex.fullmatch(name)
-        return None if found is None else _valued(self.names, found.groups())
+            texts = match_tokens(self.tokens, name)
+        else:
+            found = self.regex.fullmatch(name)
+            texts = None if found is None else found.groups()
+        return None if texts is None else tuple(map(captured_pair, self.names, texts))
 
 
 def parse_pattern(text: str) -> TensorPattern:
@@ -330,10 +326,6 @@ def _read_words(name: str, form: str | None) -> Words:
             wanted = f"write whole words such as {{{name}:gate|up}}"
             raise PatternError(f'{{{name}:{form}}} has the word "{word}": {wanted}')
     return Words(name, words)
-
-
-def _valued(names: Sequence[str], texts: Sequence[str]) -> Captures:
-    return tuple(map(captured_pair, names, texts))
 
 
 @lru_cache(maxsize=4096)  # thousands of names share a few words and numbers
@@ -423,7 +415,7 @@ def parse_regex(text: str) -> RegexPattern:
         raise PatternError(f"this is no regular expression that can be used: {error}") from error
     if readings > _MOST_READINGS:
         raise PatternError(_slow("it has too many parts that may end at several places"))
-    names = tuple(sorted(regex.groupindex, key=lambda name: regex.groupindex[name]))
+    names = tuple(regex.groupindex)
     for name in names:
         if not is_name(name):
             raise PatternError(f'"{name}" is no name: write letters, digits and _, such as (?P<layer>...)')
@@ -478,12 +470,11 @@ def _readings_of_repeat(kind: str, repeat: Any, after: list[Any], *, inside: boo
 
 def _ends_sharply(body: list[Any], after: list[Any]) -> bool:
     """Whether a repetition of one character can end at one place only: before a character it cannot match."""
-    following = next(((str(opcode), argument) for opcode, argument in after if str(opcode) != "AT"), None)
-    if len(body) != 1 or following is None:
+    following = ((str(opcode), argument) for opcode, argument in after if str(opcode) != "AT")
+    kind, code = next(following, ("", 0))
+    if len(body) != 1 or kind not in (_END, "LITERAL"):
         return False
-    if following[0] == _END:
-        return True
-    return following[0] == "LITERAL" and not _may_hold(body[0][0], body[0][1], following[1])
+    return kind == _END or not _may_hold(body[0][0], body[0][1], code)
 
 
 def _may_hold(opcode: object, argument: Any, code: int) -> bool:  # noqa: ANN401
@@ -503,12 +494,9 @@ def _may_hold(opcode: object, argument: Any, code: int) -> bool:  # noqa: ANN401
 
 def _alike(codes: set[int]) -> set[int]:
     """The characters, and all that `re` may treat as one of them in either case."""
-    texts = [
-        form
-        for code in codes
-        for form in (chr(code), chr(code).lower(), chr(code).upper(), chr(code).title())
-    ]
-    found = {ord(each) for text in texts for each in text}
+    characters = [chr(code) for code in codes]
+    forms = [(each, each.lower(), each.upper(), each.title()) for each in characters]
+    found = {ord(each) for form in forms for text in form for each in text}
     found |= {other for each in found for other in _ALIKE.get(each, ())}
     return found | {other for other in _ONE_WAY if ord(chr(other).lower()[0]) in found}
 
