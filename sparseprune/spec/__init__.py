@@ -5,9 +5,9 @@ tensor data, no files of weights and no torch. Called by execution and by comman
 on first use, because most commands only need bound ones.
 """
 
-from importlib import import_module
 from typing import TYPE_CHECKING
 
+from sparseprune import on_first_use
 from sparseprune.spec.bound import BoundBlock as BoundBlock
 from sparseprune.spec.bound import BoundBlockCoupling as BoundBlockCoupling
 from sparseprune.spec.bound import BoundInstance as BoundInstance
@@ -30,15 +30,7 @@ if TYPE_CHECKING:
     from sparseprune.spec.parsing import parse_spec as parse_spec
     from sparseprune.spec.schema import Spec as Spec
 
-_HOME = {"Spec": "schema", "bind": "binding"}
-_HOME |= dict.fromkeys(("SpecSource", "find_spec", "list_specs", "parse_spec"), "parsing")
-
-
-def __getattr__(name: str) -> object:
-    if name in _HOME:
-        return getattr(import_module(f"sparseprune.spec.{_HOME[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOME})
+__getattr__, __dir__ = on_first_use(
+    __name__,
+    {"binding": "bind", "parsing": "SpecSource find_spec list_specs parse_spec", "schema": "Spec"},
+)
