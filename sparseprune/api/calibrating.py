@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sparseprune import __version__
-from sparseprune.api.run import digest, output_shown, report_bytes
+from sparseprune.api.run import digest, output_shown
 from sparseprune.checkpoint import (
     StagedOutput,
     checkpoint_identity,
@@ -161,14 +161,13 @@ def _collected(
     plan: Calibration,
     output: StagedOutput,
 ) -> Statistics:
-    """Collect, and write the report beside the statistics."""
     from sparseprune.calibration import already_run, calibrate
 
     total = sequences.ids.numel() * len(plan.passes)
     already = already_run(sequences, plan, output)
     with run.progress("calibrating", total, already, "tokens") as advance:
         counted = calibrate(loaded, sequences, plan, output, asked.kind, advance)
-    statistics = Statistics(
+    return Statistics(
         input=str(asked.checkpoint),
         output=output_shown(asked.output, asked.checkpoint, output.layout),
         kind=asked.kind,
@@ -195,8 +194,6 @@ def _collected(
         missing=tuple(loaded.missing),
         without=tuple(WithoutStatistics(name=name, why=why) for name, why in plan.without),
     )
-    output.add_file(output.layout.report_file, report_bytes(statistics))
-    return statistics
 
 
 def _one_or_all(one: Collected, numbers: list[int]) -> int | tuple[int, ...]:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from sparseprune import __version__, results
 from sparseprune.api.applied import note_left_behind, read_spec
-from sparseprune.api.run import collector_paused, digest, output_shown, report_bytes, sizes_of
+from sparseprune.api.run import collector_paused, digest, output_shown, sizes_of
 from sparseprune.checkpoint import (
     StagedOutput,
     TensorReader,
@@ -27,9 +27,9 @@ from sparseprune.checkpoint import (
     refuse_replacing,
     shards_identity,
 )
-from sparseprune.errors import CheckFailedError, SparsepruneError
+from sparseprune.errors import SparsepruneError
 from sparseprune.execution.reapply import match_masks
-from sparseprune.report.checks import Circumstances, left_out_line
+from sparseprune.report.checks import Circumstances, left_out_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -38,9 +38,7 @@ if TYPE_CHECKING:
     from sparseprune.api.options import Machine, Source, Target
     from sparseprune.api.run import Run
     from sparseprune.checkpoint import OutputLayout, Provenance
-    from sparseprune.execution.reapply import Matched, Reapplication
-
-Found = TypeVar("Found")
+    from sparseprune.execution.reapply import Matched
 
 
 def refuse_contradictions(
@@ -66,42 +64,30 @@ def refuse_contradictions(
 
 def verify_spec(run: Run, asked: Source, machine: Machine) -> results.Verification:
     """Count the non-zero blocks of every scope; CheckFailedError with the result if there are too many."""
-    from sparseprune.report.checks import failures
+    from sparseprune.execution import count_survivors, make_check
+    from sparseprune.report.checks import AskedCheck, failures, make_verification
+    from sparseprune.report.coverage import coverage_of
 
     note_left_behind(run, asked.checkpoint)
     with collector_paused():
-        result = _verification(run, asked, machine)
-    return _unless_failed(result, failures(result))
-
-
-def _unless_failed(result: Found, failures: list[str]) -> Found:
-    if failures:
-        raise CheckFailedError(*failures, result=result)
-    return result
-
-
-def _verification(run: Run, asked: Source, machine: Machine) -> results.Verification:
-    from sparseprune.execution import count_survivors, make_check
-    from sparseprune.report.checks import AskedCheck, make_verification
-    from sparseprune.report.coverage import coverage_of
-
-    _, spec = read_spec(asked.spec, asked.overrides)
-    checkpoint = open_checkpoint(asked.checkpoint)
-    check = make_check(checkpoint, spec, machine.memory, machine.jobs)
-    coverage = coverage_of(checkpoint.tensors, check.bound, read_config(checkpoint))
-    run.warn(*coverage.warnings("the check reaches"))
-    with TensorReader() as reader, run.progress("verifying", check.nbytes) as advance:
-        found = count_survivors(check, reader, advance)
-    refuse_changed_shards(checkpoint.shards)
-    circumstances = AskedCheck(
-        str(asked.checkpoint),
-        asked.spec,
-        asked.overrides,
-        coverage,
-        warnings=run.warnings,
-        not_read=checkpoint.left_out,
-    )
-    return make_verification(circumstances, found)
+        _, spec = read_spec(asked.spec, asked.overrides)
+        checkpoint = open_checkpoint(asked.checkpoint)
+        check = make_check(checkpoint, spec, machine.memory, machine.jobs)
+        coverage = coverage_of(checkpoint.tensors, check.bound, read_config(checkpoint))
+        run.warn(*coverage.warnings("the check reaches"))
+        with TensorReader() as reader, run.progress("verifying", check.nbytes) as advance:
+            found = count_survivors(check, reader, advance)
+        refuse_changed_shards(checkpoint.shards)
+        circumstances = AskedCheck(
+            str(asked.checkpoint),
+            asked.spec,
+            asked.overrides,
+            coverage,
+            warnings=run.warnings,
+            not_read=checkpoint.left_out,
+        )
+        result = make_verification(circumstances, found)
+    return run.checked(result, failures(result))
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +104,11 @@ class Masked:
     def overrides(self) -> Mapping[str, str]:
         """The variables that were set when the masks were made."""
         return {} if self.origin is None else self.origin.overrides
+
+    @property
+    def left_out(self) -> str | None:
+        """A line where masks or tensors have no counterpart."""
+        return left_out_text(len(self.matched.unused), len(self.matched.unmasked))
 
 
 def masked_by(checkpoint: Path, masks: Path, *, partial: bool) -> Masked:
@@ -150,7 +141,7 @@ def verify_masks(
     with collector_paused():
         masked = masked_by(checkpoint, masks, partial=partial)
     matched = masked.matched
-    run.note(left_out_line(_circumstances(run, masked)))
+    run.note(masked.left_out)
     reapplication = make_reapplication(matched, machine.memory, machine.jobs)
     with run.progress("verifying", matched.nbytes) as advance, TensorReader() as reader:
         tensors = find_lost(reapplication, reader, advance)
@@ -158,7 +149,7 @@ def verify_masks(
     if not any(tensor.pruned for tensor in tensors):
         run.warn("the masks drop nothing: there is nothing to check")
     result = make_mask_verification(_circumstances(run, masked), matched.checkpoint, tensors)
-    return _unless_failed(result, list(lost_lines(result)))
+    return run.checked(result, list(lost_lines(result)))
 
 
 def _circumstances(
@@ -197,36 +188,19 @@ def reapply(
     options = (target.mask_format, masked.partial, reapplication.limits.slab)
     identity = {**identity_of_masked(masked), "the options": json.dumps(["reapply", *options])}
     output = StagedOutput(layout, target.force, identity=identity)
-    return run.write(
-        output,
-        lambda reader: _reapplied(run, masked, target, reapplication, output, reader),
-        lambda: refuse_changed(matched.checkpoint, shards),
-    )
 
+    def work(reader: TensorReader) -> results.Reapplication:
+        from sparseprune.execution.reapply import reapply, reapply_bytes
+        from sparseprune.report.checks import make_reapply_result
 
-def _reapplied(
-    run: Run,
-    masked: Masked,
-    target: Target,
-    reapplication: Reapplication,
-    output: StagedOutput,
-    reader: TensorReader,
-) -> results.Reapplication:
-    """Do the work, and write the report, and the spec of the run that made the masks, beside it."""
-    from sparseprune.execution.reapply import reapply, reapply_bytes
-    from sparseprune.report.checks import make_reapply_result
+        shown = output_shown(target.output, checkpoint, layout)
+        run.note(masked.left_out)
+        total, already = reapply_bytes(reapplication, output)
+        with run.progress("reapplying", total, already) as advance:
+            tensors = reapply(reapplication, reader, output, advance)
+        if not any(tensor.pruned for tensor in tensors):
+            run.warn("the masks drop nothing: the output is a copy of the input")
+        return make_reapply_result(_circumstances(run, masked, layout, shown), matched.checkpoint, tensors)
 
-    layout, origin = output.layout, masked.origin
-    shown = output_shown(target.output, masked.checkpoint, layout)
-    run.note(left_out_line(_circumstances(run, masked)))
-    total, already = reapply_bytes(reapplication, output)
-    with run.progress("reapplying", total, already) as advance:
-        tensors = reapply(reapplication, reader, output, advance)
-    if not any(tensor.pruned for tensor in tensors):
-        run.warn("the masks drop nothing: the output is a copy of the input")
-    circumstances = _circumstances(run, masked, layout, shown)
-    result = make_reapply_result(circumstances, masked.matched.checkpoint, tensors)
-    output.add_file(layout.report_file, report_bytes(result))
-    if layout.spec_file is not None and origin is not None and origin.spec is not None:
-        output.add_file(layout.spec_file, origin.spec)
-    return result
+    spec = None if masked.origin is None else masked.origin.spec
+    return run.write(output, work, lambda: refuse_changed(matched.checkpoint, shards), spec=spec)

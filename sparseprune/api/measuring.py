@@ -19,7 +19,7 @@ from sparseprune.checkpoint import (
     read_config,
     refuse_changed_shards,
 )
-from sparseprune.errors import CheckFailedError, CheckpointError, SparsepruneError, printable
+from sparseprune.errors import CheckpointError, SparsepruneError, printable
 from sparseprune.report.inspection import ordered, selected
 from sparseprune.spec.problems import shown, suggestion
 
@@ -35,13 +35,11 @@ if TYPE_CHECKING:
     from sparseprune.report.inspection import Grouping, Telling
     from sparseprune.report.pictures.charts import Survivors
     from sparseprune.report.requirements import Absent, Requirement
-    from sparseprune.results.fields import Document
     from sparseprune.results.measuring import ComparedTensor
     from sparseprune.spec import BoundSpec, Spec
 
 
 Found = TypeVar("Found")
-Result = TypeVar("Result", bound="Document")
 By = Literal["tensor", "layer", "module", "rule"]
 _OUTPUTS = "output_error"  # the field of a comparison that needs statistics
 
@@ -88,13 +86,7 @@ def inspect(run: Run, look: Look) -> results.Inspection:
         return result
     from sparseprune.report.requirements import failures
 
-    return _unless_failed(result, failures(requirements, result.tensors))
-
-
-def _unless_failed(result: Result, failed: Sequence[str]) -> Result:
-    if failed:
-        raise CheckFailedError(*failed, result=result)
-    return result
+    return run.checked(result, failures(requirements, result.tensors))
 
 
 def _refuse_contradictions(look: Look) -> None:
@@ -274,7 +266,7 @@ def compare(run: Run, asked: Comparing) -> results.Comparison:
     if not requirements:
         return result
     measured = frozenset(pair.before.name for pair in matrices)
-    return _unless_failed(result, _failed(requirements, [*result.tensors, *_absent(sides)], measured))
+    return run.checked(result, _failed(requirements, [*result.tensors, *_absent(sides)], measured))
 
 
 def _sides(asked: Comparing) -> Sides:

@@ -248,7 +248,7 @@ def texts(variables: Mapping[str, object] | None) -> dict[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where a result goes; `mask_format` None for no masks, `weights` False for masks alone.
+    """Where a result goes: without a `mask_format` no masks, without `weights` masks alone.
 
     `resized`: slices are cut out of what is decided.
     """
@@ -295,11 +295,7 @@ def default_memory(root: Path = Path("/")) -> int:
 
 
 def quarter_of_memory(root: Path = Path("/")) -> int:
-    """Bytes: a quarter of the RAM that this process may use.
-
-    That is the machine's, or what the control group of the process or one around it allows; `root` is
-    where /proc and /sys lie.
-    """
+    """Bytes: a quarter of the RAM that the machine has, or that a control group around the process allows."""
     found = _control_group(root, "", "memory.max")
     found += _control_group(root, "memory", "memory.limit_in_bytes")
     limits = [int(text) for text in found if text.isdecimal()]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from sparseprune import __version__, results
 from sparseprune.api.applied import read_spec, rebuilt_by, warn_of_broken, warn_of_earlier
-from sparseprune.api.run import collector_paused, digest, output_shown, report_bytes, sizes_of
+from sparseprune.api.run import collector_paused, digest, output_shown, sizes_of
 from sparseprune.checkpoint import (
     StagedOutput,
     checkpoint_identity,
@@ -51,11 +51,6 @@ class Prepared:
     layout: OutputLayout
     coverage: Coverage
 
-    @property
-    def output_shown(self) -> str:
-        """The output's path as the user would write it."""
-        return output_shown(self.target.output, self.asked.checkpoint, self.layout)
-
 
 def prepare(asked: Source, target: Target, machine: Machine) -> Prepared:
     """Find and read the spec, read the headers, bind one to the other, lay out the output."""
@@ -71,15 +66,13 @@ def prepare(asked: Source, target: Target, machine: Machine) -> Prepared:
             resized=target.resized,
         )
         coverage = coverage_of(plan.checkpoint.tensors, plan.bound, read_config(plan.checkpoint))
-        layout = _layout(target, plan)
+        where = (plan.checkpoint, target.output, plan.reached)
+        scores, mask_format = score_shards(plan), target.mask_format
+        if target.weights or mask_format is None:
+            layout = lay_out_apply(*where, mask_format, scores)
+        else:
+            layout = lay_out_masks(*where, mask_format, scores)
     return Prepared(asked, target, machine, source, plan, schedule, layout, coverage)
-
-
-def _layout(target: Target, plan: Plan) -> OutputLayout:
-    scores, mask_format = score_shards(plan), target.mask_format
-    if target.weights or mask_format is None:
-        return lay_out_apply(plan.checkpoint, target.output, plan.reached, mask_format, scores)
-    return lay_out_masks(plan.checkpoint, target.output, plan.reached, mask_format, scores)
 
 
 def warn(run: Run, prepared: Prepared) -> None:
@@ -107,50 +100,43 @@ def planned(
 def prune(run: Run, prepared: Prepared) -> results.Report:
     """Do the work, write the report beside it, and give the output its name."""
     warn(run, prepared)
-    plan = prepared.plan
-    output = StagedOutput(prepared.layout, prepared.target.force, identity=identity_of(prepared))
-    return run.write(
-        output,
-        lambda reader: _pruned(run, prepared, output, reader),
-        lambda: refuse_changed(plan.checkpoint, score_shards(plan)),
-    )
-
-
-def _pruned(run: Run, prepared: Prepared, output: StagedOutput, reader: TensorReader) -> results.Report:
-    # Numpy and the compiled loops come in here, after everything that can be refused without them.
-    from sparseprune.execution import device_text, devices_of_rules, execute, resolve_device, work_bytes
-    from sparseprune.report.coverage import unpruned_lines
-    from sparseprune.report.pruning import Run as Circumstances
-    from sparseprune.report.pruning import make_report, pruned_by_rule
-
     plan, schedule, layout, machine = prepared.plan, prepared.schedule, prepared.layout, prepared.machine
     weights = prepared.target.weights
-    device = resolve_device(machine.device, uses_torch=schedule.uses_torch)
-    earlier = warn_of_earlier(run, plan.checkpoint, rebuilt_by(plan) if weights else {}, machine)
-    total, already = work_bytes(schedule, output)
-    with run.progress("pruning" if weights else "masking", total, already) as advance:
-        outcomes = execute(schedule, reader, output, device, advance)
-    run.warn(*unpruned_lines(plan.bound.rules, pruned_by_rule(outcomes)))
-    warn_of_broken(run, earlier, output)
-    circumstances = Circumstances(
-        input=str(prepared.asked.checkpoint),
-        output=prepared.output_shown,
-        spec_sha256=digest(prepared.source.text),
-        device=device_text(schedule.jobs, device),
-        devices=devices_of_rules(schedule, device),
-        seconds=run.seconds,
-        overrides=prepared.asked.overrides,
-        warnings=run.warnings,
-        notes=few_tokens(plan),
-        left_out=layout.left_out,
-        sizes=sizes_of(layout),
-        coverage=prepared.coverage,
-    )
-    report = make_report(circumstances, plan.checkpoint, plan.bound, outcomes)
-    output.add_file(layout.report_file, report_bytes(report))
-    if layout.spec_file is not None:
-        output.add_file(layout.spec_file, as_applied(prepared))
-    return report
+    output = StagedOutput(layout, prepared.target.force, identity=identity_of(prepared))
+
+    def work(reader: TensorReader) -> results.Report:
+        # Numpy and the compiled loops come in here, after everything that can be refused without them.
+        from sparseprune.execution import device_text, devices_of_rules, execute, resolve_device, work_bytes
+        from sparseprune.report.coverage import unpruned_lines
+        from sparseprune.report.pruning import Run as Circumstances
+        from sparseprune.report.pruning import make_report, pruned_by_rule
+
+        device = resolve_device(machine.device, uses_torch=schedule.uses_torch)
+        earlier = warn_of_earlier(run, plan.checkpoint, rebuilt_by(plan) if weights else {}, machine)
+        total, already = work_bytes(schedule, output)
+        with run.progress("pruning" if weights else "masking", total, already) as advance:
+            outcomes = execute(schedule, reader, output, device, advance)
+        run.warn(*unpruned_lines(plan.bound.rules, pruned_by_rule(outcomes)))
+        warn_of_broken(run, earlier, output)
+        circumstances = Circumstances(
+            input=str(prepared.asked.checkpoint),
+            output=output_shown(prepared.target.output, prepared.asked.checkpoint, layout),
+            spec_sha256=digest(prepared.source.text),
+            device=device_text(schedule.jobs, device),
+            devices=devices_of_rules(schedule, device),
+            seconds=run.seconds,
+            overrides=prepared.asked.overrides,
+            warnings=run.warnings,
+            notes=few_tokens(plan),
+            left_out=layout.left_out,
+            sizes=sizes_of(layout),
+            coverage=prepared.coverage,
+        )
+        return make_report(circumstances, plan.checkpoint, plan.bound, outcomes)
+
+    read = score_shards(plan)
+    spec = as_applied(prepared)
+    return run.write(output, work, lambda: refuse_changed(plan.checkpoint, read), spec=spec)
 
 
 def identity_of(prepared: Prepared) -> dict[str, str]:

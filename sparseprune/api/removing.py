@@ -15,7 +15,7 @@ from sparseprune.api.applied import rebuilt_by, warn_of_broken, warn_of_earlier
 from sparseprune.api.checking import identity_of_masked, masked_by, refuse_contradictions
 from sparseprune.api.options import Source
 from sparseprune.api.pruning import as_applied, few_tokens, identity_of, planned, prepare, score_shards, warn
-from sparseprune.api.run import collector_paused, digest, output_shown, report_bytes
+from sparseprune.api.run import collector_paused, digest, output_shown
 from sparseprune.checkpoint import (
     OutputLayout,
     StagedOutput,
@@ -42,15 +42,13 @@ if TYPE_CHECKING:
     from sparseprune.api.pruning import Prepared
     from sparseprune.api.run import Run
     from sparseprune.checkpoint import Checkpoint, StoredMask, StoredTensor
-    from sparseprune.execution import Plan, Schedule, TensorOutcome
+    from sparseprune.execution import Plan, TensorOutcome
     from sparseprune.execution.earlier import Touched
     from sparseprune.execution.regions import Limits
     from sparseprune.removal.preview import Preview
     from sparseprune.removal.shrink import Removal
     from sparseprune.removal.slices import BlockDecisions, KeptIndices
-    from sparseprune.report.coverage import Coverage
     from sparseprune.report.pruning import RemovalRun
-    from sparseprune.spec import BoundSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,12 +80,11 @@ def remove(run: Run, asked: Asked) -> results.Removal:
         return _cut(run, asked, choice)
 
 
-@dataclass(frozen=True, slots=True)
 class _Undecided:
     """An output of which nothing is written yet, as what survives is not known."""
 
-    named: bool = False
-    identity: None = None
+    named = False
+    identity = None
 
 
 def planned_removal(run: Run, prepared: Prepared) -> results.Plan:
@@ -102,12 +99,12 @@ def planned_removal(run: Run, prepared: Prepared) -> results.Plan:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What survives, from whichever source: kept indices, rebuilt tensors, and what to report of them.
+    """What survives, from whichever source: kept indices, rebuilt tensors, and the report so far.
 
-    `refuse_changed` raises where something that was read has changed since; `cleanup` deletes the scratch
-    folder: call it once nothing reads from it, before the output gets its name. `continued`: the user knows
-    already whether an unfinished run goes on. `spec` is the text that the output keeps, errors begin with
-    `source`, `left_out` names what has no counterpart.
+    Errors begin with `source`. `refuse_changed` raises where something that was read has changed since.
+    `scratch` is the output in which the decisions wait: discard it once nothing reads from it, before the
+    smaller output gets its name. `spec` is the text that the output keeps, `left_out` names what has no
+    counterpart.
     """
 
     source: str
@@ -116,20 +113,12 @@ class Choice:
     limits: Limits
     identity: Mapping[str, str]
     refuse_changed: Callable[[], None]
-    cleanup: Callable[[], None] = field(default=lambda: None)
-    device: str = "cpu"
-    devices: Mapping[str, str] = field(default_factory=dict)
-    rebuilt: Mapping[str, StoredTensor] = field(default_factory=dict)
-    bound: BoundSpec | None = None
-    plan: Plan | None = None
-    outcomes: Sequence[TensorOutcome] = ()
-    overrides: Mapping[str, str] = field(default_factory=dict)
-    spec_sha256: str | None = None
-    spec: bytes | None = None
+    report: RemovalRun
+    spec: bytes | None
     left_out: str | None = None
-    remarks: Sequence[str] = ()
-    coverage: Coverage | None = None
-    continued: bool = False
+    plan: Plan | None = None
+    scratch: StagedOutput | None = None
+    rebuilt: Mapping[str, StoredTensor] = field(default_factory=dict)
 
 
 @contextmanager
@@ -150,34 +139,34 @@ def _chosen(run: Run, asked: Asked) -> Iterator[Choice]:
         decisions = block_decisions(prepared.schedule)
     warn(run, prepared)
     layout = _lay_out_masks(prepared, final) if decisions is None else lay_out_decisions(final)
-    output = StagedOutput(layout, identity=_identity(prepared))
+    found = identity_of(prepared)
+    identity = {**found, "the options": json.dumps(["remove", found["the options"]])}
+    output = StagedOutput(layout, identity=identity)
     with run.staged(output):
         yield _by_spec(run, prepared, output, decisions)
 
 
-def _by_masks(run: Run, asked: Asked, masks: Path, reader: TensorReader) -> Choice:
-    masked = masked_by(asked.checkpoint, masks, partial=asked.partial)
+def _by_masks(run: Run, asked: Asked, path: Path, reader: TensorReader) -> Choice:
+    masked = masked_by(asked.checkpoint, path, partial=asked.partial)
     matched, origin = masked.matched, masked.origin
-    layout = _target(asked, matched.checkpoint)
-    refuse_replacing(layout, [shard.path for shard in matched.masks.shards], "masks")
+    refuse_replacing(_target(asked, matched.checkpoint), [one.path for one in matched.masks.shards], "masks")
     from sparseprune.execution.reapply import resident_of
     from sparseprune.execution.regions import limits_of
-    from sparseprune.report.checks import left_out_text
+    from sparseprune.report.pruning import RemovalRun
 
     limits = limits_of(asked.machine.memory, uses_torch=False, resident=resident_of(matched, resized=True))
+    masks = [pair.mask for pair in matched.pairs]
+    options = json.dumps(["remove", asked.partial, limits.slab])
     return Choice(
-        source=str(masks),
+        source=str(path),
         checkpoint=matched.checkpoint,
-        kept=_kept_by(run, asked.machine.jobs, [pair.mask for pair in matched.pairs], reader, limits),
+        kept=_kept_by(run, asked.machine.jobs, masks, reader, limits),
         limits=limits,
-        identity={
-            **identity_of_masked(masked),
-            "the options": json.dumps(["remove", asked.partial, limits.slab]),
-        },
+        identity={**identity_of_masked(masked), "the options": options},
         refuse_changed=lambda: refuse_changed(matched.checkpoint, matched.masks.shards),
-        left_out=left_out_text(len(matched.unused), len(matched.unmasked)),
-        overrides=masked.overrides,
+        report=RemovalRun(str(asked.checkpoint), masks=str(path), overrides=masked.overrides),
         spec=None if origin is None else origin.spec,
+        left_out=masked.left_out,
     )
 
 
@@ -223,25 +212,37 @@ def _target(asked: Asked, checkpoint: Checkpoint) -> OutputLayout:
     return layout
 
 
-def _identity(prepared: Prepared) -> dict[str, str]:
-    found = identity_of(prepared)
-    return {**found, "the options": json.dumps(["remove", found["the options"]])}
-
-
 def _by_spec(run: Run, prepared: Prepared, output: StagedOutput, decisions: BlockDecisions | None) -> Choice:
     """Kept indices from decisions in memory, or else from masks that are written to the scratch folder."""
-    from sparseprune.execution import device_text, devices_of_rules, resolve_device
+    from sparseprune.execution import device_text, devices_of_rules, execute, resolve_device, work_bytes
+    from sparseprune.report.pruning import RemovalRun
 
-    plan, schedule = prepared.plan, prepared.schedule
+    asked, plan, schedule = prepared.asked, prepared.plan, prepared.schedule
     device = resolve_device(prepared.machine.device, uses_torch=schedule.uses_torch)
+    kept: Mapping[str, KeptIndices] = {}
     rebuilt: Mapping[str, StoredTensor] = {}
+    outcomes: Sequence[TensorOutcome]
+    total, already = work_bytes(schedule, output) if decisions is None else decisions.work_bytes(output)
     with TensorReader() as reader:
-        if decisions is not None:
-            kept, outcomes = _decided(run, decisions, reader, output)
-        else:
-            outcomes = _written(run, schedule, reader, output, device)
+        with run.progress("choosing", total, already) as advance:
+            if decisions is None:
+                outcomes = execute(schedule, reader, output, device, advance)
+            else:
+                kept, outcomes = decisions.decide(reader, output, advance)
+        output.flush()
+        if decisions is None:
             masks, rebuilt = open_choice(output)
             kept = _kept_by(run, prepared.machine.jobs, masks, reader, schedule.limits)
+    report = RemovalRun(
+        input=str(asked.checkpoint),
+        spec_sha256=digest(prepared.source.text),
+        device=device_text(schedule.jobs, device),
+        devices=devices_of_rules(schedule, device),
+        overrides=asked.overrides,
+        tensors=outcomes,
+        notes=few_tokens(plan),
+        coverage=prepared.coverage,
+    )
     return Choice(
         source=prepared.source.source,
         checkpoint=plan.checkpoint,
@@ -249,43 +250,12 @@ def _by_spec(run: Run, prepared: Prepared, output: StagedOutput, decisions: Bloc
         limits=schedule.limits,
         identity=output.identity or {},
         refuse_changed=lambda: refuse_changed(plan.checkpoint, score_shards(plan)),
-        cleanup=output.discard,
-        device=device_text(schedule.jobs, device),
-        devices=devices_of_rules(schedule, device),
-        rebuilt=rebuilt,
-        bound=plan.bound,
-        plan=plan,
-        outcomes=outcomes,
-        overrides=prepared.asked.overrides,
-        spec_sha256=digest(prepared.source.text),
+        report=report,
         spec=as_applied(prepared),
-        remarks=few_tokens(plan),
-        coverage=prepared.coverage,
-        continued=output.resumed or bool(output.started_over),
+        plan=plan,
+        scratch=output,
+        rebuilt=rebuilt,
     )
-
-
-def _decided(
-    run: Run, decisions: BlockDecisions, reader: TensorReader, output: StagedOutput
-) -> tuple[dict[str, KeptIndices], Sequence[TensorOutcome]]:
-    total, already = decisions.work_bytes(output)
-    with run.progress("choosing", total, already) as advance:
-        found = decisions.decide(reader, output, advance)
-    output.flush()
-    return found
-
-
-def _written(
-    run: Run, schedule: Schedule, reader: TensorReader, output: StagedOutput, device: str
-) -> Sequence[TensorOutcome]:
-    """What became of tensors whose masks and rebuilt weights are in the scratch folder now."""
-    from sparseprune.execution import execute, work_bytes
-
-    total, already = work_bytes(schedule, output)
-    with run.progress("choosing", total, already) as advance:
-        outcomes = execute(schedule, reader, output, device, advance)
-    output.flush()
-    return outcomes
 
 
 def _kept_by(
@@ -299,7 +269,7 @@ def _kept_by(
 
 
 def _cut(run: Run, asked: Asked, choice: Choice) -> results.Removal:
-    """Everything from masks to the output's name."""
+    """Everything from kept indices to the output's name."""
     from sparseprune.removal.shrink import make_removal
     from sparseprune.removal.slices import summed_up
 
@@ -320,16 +290,21 @@ def _cut(run: Run, asked: Asked, choice: Choice) -> results.Removal:
     identity = {**choice.identity, "what survives": digest(summed_up(choice.kept))}
     output = StagedOutput(layout, asked.target.force, identity=identity)
 
+    scratch = choice.scratch
+
     def is_complete() -> None:
         choice.refuse_changed()
         output.flush()  # while the choice can still be continued if this fails
-        choice.cleanup()
+        if scratch is not None:
+            scratch.discard()
 
     return run.write(
         output,
         lambda reader: _removed(run, asked, choice, removal, output, reader),
         is_complete,
-        continued=choice.continued,
+        spec=choice.spec,
+        # The user knows already whether an unfinished run goes on.
+        continued=scratch is not None and (scratch.resumed or bool(scratch.started_over)),
     )
 
 
@@ -338,8 +313,8 @@ def _refuse_nothing(run: Run, choice: Choice, removal: Removal) -> None:
     from sparseprune.report.coverage import unpruned_lines
     from sparseprune.report.pruning import pruned_by_rule
 
-    rules = () if choice.bound is None else choice.bound.rules
-    idle = list(unpruned_lines(rules, pruned_by_rule(choice.outcomes)))
+    rules = () if choice.plan is None else choice.plan.bound.rules
+    idle = list(unpruned_lines(rules, pruned_by_rule(choice.report.tensors)))
     if not removal.kept and len(removal.left) == len(choice.checkpoint.tensors):
         why = idle or ["every mask keeps all of its tensor"]
         raise SparsepruneError(*(f"{choice.source}: nothing to remove: {line}" for line in why))
@@ -349,7 +324,7 @@ def _refuse_nothing(run: Run, choice: Choice, removal: Removal) -> None:
 def _removed(
     run: Run, asked: Asked, choice: Choice, removal: Removal, output: StagedOutput, reader: TensorReader
 ) -> results.Removal:
-    """Move the survivors, and write the report and the spec beside them."""
+    """Move the survivors."""
     from sparseprune.removal.shrink import Cuts
     from sparseprune.removal.slices import kept_whole
     from sparseprune.report.pruning import make_removal_result
@@ -364,12 +339,18 @@ def _removed(
     with run.progress("removing", total, already) as advance:
         cuts.write(reader, output, asked.machine.jobs, advance)
     warn_of_broken(run, earlier, output)
-    circumstances = _circumstances(run, asked, choice, layout)
-    result = make_removal_result(circumstances, choice.checkpoint, choice.bound, removal)
-    output.add_file(layout.report_file, report_bytes(result))
-    if layout.spec_file is not None and choice.spec is not None:
-        output.add_file(layout.spec_file, choice.spec)
-    return result
+    others = {other.path for other in choice.checkpoint.others}
+    circumstances = replace(
+        choice.report,
+        output=output_shown(asked.target.output, asked.checkpoint, layout),
+        seconds=run.seconds,
+        nbytes=(layout.input_bytes, sum(file.size for file in layout.files if file.path not in others)),
+        left_out=layout.left_out,
+        warnings=run.warnings,
+        notes=(*choice.report.notes, *_training_state(choice.checkpoint)),
+    )
+    bound = None if choice.plan is None else choice.plan.bound
+    return make_removal_result(circumstances, choice.checkpoint, bound, removal)
 
 
 def _touched(choice: Choice, removal: Removal) -> dict[str, Touched]:
@@ -384,28 +365,6 @@ def _touched(choice: Choice, removal: Removal) -> dict[str, Touched]:
         if again or cut:
             found[name] = Touched(left.name, again, cut)
     return found
-
-
-def _circumstances(run: Run, asked: Asked, choice: Choice, layout: OutputLayout) -> RemovalRun:
-    from sparseprune.report.pruning import RemovalRun
-
-    others = {other.path for other in choice.checkpoint.others}
-    return RemovalRun(
-        input=str(asked.checkpoint),
-        output=output_shown(asked.target.output, asked.checkpoint, layout),
-        spec_sha256=choice.spec_sha256,
-        masks=None if asked.masks is None else str(asked.masks),
-        device=choice.device,
-        devices=choice.devices,
-        seconds=run.seconds,
-        nbytes=(layout.input_bytes, sum(file.size for file in layout.files if file.path not in others)),
-        overrides=choice.overrides,
-        left_out=layout.left_out,
-        tensors=choice.outcomes,
-        warnings=run.warnings,
-        notes=(*choice.remarks, *_training_state(choice.checkpoint)),
-        coverage=choice.coverage,
-    )
 
 
 def _training_state(checkpoint: Checkpoint) -> list[str]:

@@ -64,10 +64,7 @@ class OtherFile:
 
 @dataclass(frozen=True, slots=True)
 class FoundFiles:
-    """The shards by name, the index and its weight map, all other files.
-
-    `folders` has the permissions of the directory itself and of all folders in it with files.
-    """
+    """The shards by name, the index and its weight map, all other files, the permissions of all folders."""
 
     shards: tuple[PurePosixPath, ...]
     index: PurePosixPath | None
@@ -236,10 +233,7 @@ def _unlisted_names(
 
 
 def _row(directory: Path, names: list[str]) -> list[str]:
-    """The shards among these files that are numbered as one checkpoint.
-
-    None if there are other files, unless the shards are called `model`.
-    """
+    """The files that are numbered as one checkpoint; none beside others, unless they are called `model`."""
     found = {name: match for name in names if (match := NUMBERED.fullmatch(name))}
     counts = {(match["stem"], int(match["count"])) for match in found.values()}
     usual = [(stem, count) for stem, count in counts if stem == "model"]

@@ -59,10 +59,7 @@ def machine_errors(path: Path | str, doing: str = "cannot be written") -> Iterat
 
 
 def create(path: Path | str, size: int, begins_with: Bytes = b"", mode: int = 0o600) -> None:
-    """A new file of this size that begins with these bytes and is zero after them; OSError if it exists.
-
-    Its permissions are `mode`, without what the umask forbids.
-    """
+    """A new file of these bytes, then zeros, and of `mode` less the umask; OSError if it exists."""
     with opened(os.open(path, _CREATE, mode)) as descriptor:
         write_at(descriptor, begins_with, 0)
         os.ftruncate(descriptor, size)
@@ -138,7 +135,7 @@ def read_into(descriptor: int, buffer: WritableBytes, offset: int) -> int:
 def copy_range(source: Path, source_offset: int, file: Path | str, offset: int, length: int) -> None:
     """Copies bytes between two files that exist; ChangedInputError where the source ends too early.
 
-    Errors of either file are MachineErrors for the source and OSErrors for the written file.
+    Errors of the source are MachineErrors, those of the written file OSErrors.
     """
     with machine_errors(source, "cannot be read"):
         descriptor = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
@@ -286,10 +283,7 @@ def replaced(before: Stamp, after: Stamp) -> bool:
 
 
 def checkpoint_identity(checkpoint: Checkpoint) -> str:
-    """A SHA-256 of all shards, as `shards_identity`, and of path, size and stamp of other files.
-
-    MachineError where another file is gone.
-    """
+    """A SHA-256 of all shards, as `shards_identity`, and of other files; MachineError where one is gone."""
     digest = hashlib.sha256(shards_identity(checkpoint.shards).encode())
     for other in checkpoint.others:
         path = checkpoint.path / other.path
@@ -311,9 +305,9 @@ def shards_identity(shards: Iterable[Shard]) -> str:
 
 
 def refuse_changed(checkpoint: Checkpoint, further: Iterable[Shard] = ()) -> None:
-    """ChangedInputError naming the first file that changed since its checkpoint was opened.
+    """ChangedInputError naming the first file that changed since it was opened, MachineError if it is gone.
 
-    Looks at all files of the checkpoint and at `further` shards. MachineError for a file that is gone.
+    Looks at all files of the checkpoint and at `further` shards.
     """
     refuse_changed_shards((*checkpoint.shards, *further))
     for other in checkpoint.others:

@@ -31,10 +31,7 @@ _Names = tuple[PurePosixPath, PurePosixPath, PurePosixPath | None]  # of masks, 
 
 @dataclass(frozen=True, slots=True)
 class OutputFile:
-    """A file of the output: its path in the staging folder, its first bytes, its final size.
-
-    `mode` are its permissions, before the umask takes some.
-    """
+    """A file of the output: its path, its first bytes, its final size, its permissions before the umask."""
 
     path: PurePosixPath
     size: int
@@ -44,10 +41,7 @@ class OutputFile:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where the bytes of one tensor go: `nbytes` from byte `offset` of a file on.
-
-    `numel` counts elements: of the weight, also for its mask.
-    """
+    """Where a tensor goes: `nbytes` from byte `offset` of a file on; `numel` elements of the weight."""
 
     file: PurePosixPath
     offset: int

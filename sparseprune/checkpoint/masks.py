@@ -130,9 +130,7 @@ def read_kept(reader: Source, mask: StoredMask, first: int, count: int) -> NDArr
 def load_masks(path: str | Path) -> dict[str, torch.Tensor]:
     """The masks under a path as bool tensors of their weights' names and shapes, True where kept.
 
-    `path` is a mask file (bool or packed), an index of mask files, a folder that holds either, a pruned
-    directory, or a pruned file that has its masks beside it. CheckpointError if there are no masks, or if
-    one stands in two files.
+    `path` is as in `open_masks`; CheckpointError if there are no masks, or if one stands in two files.
     """
     import numpy as np  # noqa: PLC0415
     import torch  # noqa: PLC0415
@@ -255,10 +253,7 @@ def _is_shape(shape: object) -> TypeGuard[list[int]]:
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """The run that wrote masks: its report, the tensors listed there, its variables, its spec.
-
-    `spec` is the text of its spec.toml, None where there is none.
-    """
+    """The run that wrote masks: its report, the tensors listed there, its variables, the text of its spec."""
 
     report: Path
     tensors: frozenset[str]

@@ -45,10 +45,7 @@ _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
 class Notes(Mapping[str, Any]):
-    """The records of a journal by key, parsed from their lines on demand: a line is a third of the memory.
-
-    `forget` removes a record that is not needed again.
-    """
+    """The records of a journal by key, parsed from their lines on demand: a line is a third of the memory."""
 
     def __init__(self, lines: dict[str, bytes] | None = None) -> None:
         self._lines = {} if lines is None else lines
@@ -82,7 +79,7 @@ class JournalContent:
 class Journal:
     """A journal that is written: notes are on disk once `append` returns; `notes` counts them.
 
-    Not for two threads at one time, and not for use after an error.
+    For one thread at a time, and not after an error.
     """
 
     def __init__(self, path: Path, descriptor: int) -> None:
@@ -213,10 +210,7 @@ class Sink(Protocol):
         """
 
     def add_file(self, name: PurePosixPath, data: bytes | Iterable[bytes]) -> None:
-        """Writes the report or the spec, whole or in parts, under the name that the layout gives it.
-
-        Called again, it replaces the file.
-        """
+        """Writes the report or the spec under its name in the layout, or replaces it; whole or in parts."""
 
     def note(self, key: str, record: object) -> None:
         """Records that a piece of work is finished, after its writes have returned.
@@ -280,10 +274,7 @@ class FileWriter:
         self.written(path)
 
     def merge(self, path: str, offset: int, value: int, bits: int) -> None:
-        """Takes the bits of one byte that are set in `bits` from `value`; the others stay.
-
-        Calls wait for each other, so that several threads may share a byte.
-        """
+        """Takes the bits of one byte that are set in `bits` from `value`; threads may share a byte."""
         with self._writing(path), self._merging, self._files.use(path) as descriptor:
             (byte,) = os.pread(descriptor, 1, offset)
             file_io.write_at(descriptor, bytes([(byte & ~bits) | (value & bits)]), offset)

@@ -263,10 +263,7 @@ def _is_ours(directory: Path) -> bool:
 
 
 def needed_bytes(layout: OutputLayout, held: int = 0) -> int:
-    """Bytes that must be free: the output is complete before what it replaces is removed.
-
-    `held` as in `check_target`.
-    """
+    """Bytes that must be free, beside `held`: the output is complete before what it replaces is removed."""
     return max(0, layout.output_bytes - held) + _MARGIN
 
 
@@ -452,10 +449,7 @@ class StagingDir:
         raise MachineError(f"{self.path}: cannot be locked, other runs come and go there; try again")
 
     def _make_private(self, *, made: bool) -> None:
-        """Refuses a folder of somebody else, and closes one that others may enter.
-
-        A folder that was just `made` is ours, whoever its file system says owns it.
-        """
+        """Refuses a folder of others, unless it was just `made`; closes one that others may enter."""
         status = self.path.lstat()
         if not stat.S_ISDIR(status.st_mode):
             raise CheckpointError(f"{self.path}: is in the way of the unfinished output; remove it")

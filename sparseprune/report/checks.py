@@ -332,13 +332,8 @@ def lost_line(found: MaskVerification) -> str:
     )
 
 
-def left_out_line(run: Circumstances) -> str | None:
-    """What has no counterpart and is let be, as one line; None if nothing."""
-    return left_out_text(run.unused, run.unmasked)
-
-
 def left_out_text(unused: int, unmasked: int) -> str | None:
-    """As `left_out_line`, for so many masks without a tensor and tensors without a mask."""
+    """How many masks without a tensor and tensors without a mask are left out, as one line; None if none."""
     parts = [
         f"{count:,} {noun if count == 1 else noun + 's'} without a {other}"
         for count, noun, other in ((unused, "mask", "tensor"), (unmasked, "tensor", "mask"))

@@ -226,12 +226,12 @@ class RemovalRun:
     """
 
     input: str
-    output: str
-    spec_sha256: str | None
-    masks: str | None
-    device: str
-    seconds: float
-    nbytes: tuple[int, int]
+    output: str = ""
+    spec_sha256: str | None = None
+    masks: str | None = None
+    device: str = "cpu"
+    seconds: float = 0.0
+    nbytes: tuple[int, int] = (0, 0)
     overrides: Mapping[str, str] = field(default_factory=dict)
     left_out: Sequence[OtherFile] = ()
     tensors: Sequence[TensorOutcome] = ()
