@@ -15,14 +15,10 @@ from typing import TYPE_CHECKING
 
 from sparseprune import __version__
 from sparseprune.api.run import digest, output_shown
-from sparseprune.checkpoint import (
-    StagedOutput,
-    checkpoint_identity,
-    lay_out_statistics,
-    open_checkpoint,
-    refuse_changed,
-)
+from sparseprune.checkpoint import StagedOutput, open_checkpoint
+from sparseprune.checkpoint.file_io import checkpoint_identity, refuse_changed
 from sparseprune.checkpoint.publish import free_bytes
+from sparseprune.checkpoint.statistics import lay_out_statistics
 from sparseprune.errors import SparsepruneError
 from sparseprune.results.measuring import CollectedStatistics, Statistics, WithoutStatistics
 

@@ -16,17 +16,15 @@ from sparseprune.api.run import collector_paused, digest, output_shown, sizes_of
 from sparseprune.checkpoint import (
     StagedOutput,
     TensorReader,
-    checkpoint_identity,
     lay_out_apply,
     open_checkpoint,
     open_masks,
-    provenance_of,
     read_config,
-    refuse_changed,
     refuse_changed_shards,
-    refuse_replacing,
-    shards_identity,
 )
+from sparseprune.checkpoint.file_io import checkpoint_identity, refuse_changed, shards_identity
+from sparseprune.checkpoint.masks import provenance_of
+from sparseprune.checkpoint.publish import refuse_replacing
 from sparseprune.errors import SparsepruneError
 from sparseprune.execution.reapply import match_masks
 from sparseprune.report.checks import Circumstances, left_out_text

@@ -13,16 +13,8 @@ from typing import TYPE_CHECKING
 from sparseprune import __version__, results
 from sparseprune.api.applied import read_spec, rebuilt_by, warn_of_broken, warn_of_earlier
 from sparseprune.api.run import collector_paused, digest, output_shown, sizes_of
-from sparseprune.checkpoint import (
-    StagedOutput,
-    checkpoint_identity,
-    lay_out_apply,
-    lay_out_masks,
-    open_checkpoint,
-    read_config,
-    refuse_changed,
-    shards_identity,
-)
+from sparseprune.checkpoint import StagedOutput, lay_out_apply, lay_out_masks, open_checkpoint, read_config
+from sparseprune.checkpoint.file_io import checkpoint_identity, refuse_changed, shards_identity
 from sparseprune.execution import cpu_lines, make_plan, make_schedule
 from sparseprune.report.coverage import coverage_of
 

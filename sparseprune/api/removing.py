@@ -16,20 +16,12 @@ from sparseprune.api.checking import identity_of_masked, masked_by, refuse_contr
 from sparseprune.api.options import Source
 from sparseprune.api.pruning import as_applied, few_tokens, identity_of, planned, prepare, score_shards, warn
 from sparseprune.api.run import collector_paused, digest, output_shown
-from sparseprune.checkpoint import (
-    OutputLayout,
-    StagedOutput,
-    TensorReader,
-    lay_out_choice,
-    lay_out_decisions,
-    lay_out_removal,
-    open_choice,
-    read_beside,
-    read_config,
-    refuse_changed,
-    refuse_replacing,
-)
+from sparseprune.checkpoint import OutputLayout, StagedOutput, TensorReader, read_config
+from sparseprune.checkpoint.file_io import refuse_changed
 from sparseprune.checkpoint.not_safetensors import PICKLE_SUFFIXES, names_training_state
+from sparseprune.checkpoint.publish import refuse_replacing
+from sparseprune.checkpoint.resizing import lay_out_choice, lay_out_decisions, lay_out_removal, open_choice
+from sparseprune.checkpoint.source import read_beside
 from sparseprune.errors import CheckpointError, SparsepruneError, SpecError
 from sparseprune.report.coverage import idle_lines
 

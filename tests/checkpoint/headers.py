@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, deserialize
 
-from sparseprune.checkpoint import read_header
+from sparseprune.checkpoint.header import read_header
 from sparseprune.errors import CheckpointError
 
 if TYPE_CHECKING:

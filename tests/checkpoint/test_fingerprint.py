@@ -7,13 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from sparseprune.checkpoint import (
-    Header,
-    checkpoint_identity,
-    open_checkpoint,
-    read_header,
-    refuse_changed,
-)
+from sparseprune.checkpoint import open_checkpoint
+from sparseprune.checkpoint.file_io import checkpoint_identity, refuse_changed
+from sparseprune.checkpoint.header import Header, read_header
 from sparseprune.errors import MachineError
 from tests.checkpoint.files import ONES, directory, sharded, single, write
 

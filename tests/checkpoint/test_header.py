@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from sparseprune.checkpoint import TensorEntry, lay_out, read_header
+from sparseprune.checkpoint import lay_out
+from sparseprune.checkpoint.header import TensorEntry, read_header
 from sparseprune.errors import CheckpointError, MachineError
 from tests.checkpoint.headers import STRICTER, file_of, refusal, tensor, verdict_of_package
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from sparseprune.checkpoint import header, read_header
+from sparseprune.checkpoint import header
+from sparseprune.checkpoint.header import read_header
 from tests.checkpoint.headers import file_of, refusal, tensor, verdict_of_package
 
 if TYPE_CHECKING:

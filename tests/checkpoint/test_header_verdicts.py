@@ -8,7 +8,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sparseprune.checkpoint import header, lay_out, read_header
+from sparseprune.checkpoint import header, lay_out
+from sparseprune.checkpoint.header import read_header
 from sparseprune.engine.dtypes import DTYPES
 from tests.checkpoint.headers import STRICTER, file_of, loaded, refusal, tensor, verdict_of_package
 from tests.fuzzing import headers as fuzzing

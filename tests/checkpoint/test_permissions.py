@@ -9,15 +9,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from sparseprune.checkpoint import (
-    Collected,
-    StagedOutput,
-    lay_out_apply,
-    lay_out_masks,
-    lay_out_removal,
-    lay_out_statistics,
-    open_checkpoint,
-)
+from sparseprune.checkpoint import Collected, StagedOutput, lay_out_apply, lay_out_masks, open_checkpoint
+from sparseprune.checkpoint.resizing import lay_out_removal
+from sparseprune.checkpoint.statistics import lay_out_statistics
 from tests.checkpoint.files import directory, fill, finish, layout_of, sharded, single, stage, write
 
 if TYPE_CHECKING:

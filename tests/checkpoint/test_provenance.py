@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sparseprune.checkpoint import Provenance, open_masks, provenance_of
+from sparseprune.checkpoint import Provenance, open_masks
+from sparseprune.checkpoint.masks import provenance_of
 from sparseprune.errors import CheckpointError
 from tests.samples import TWO_OF_FOUR, mlp_tensors, run, write_shards, write_spec
 

@@ -19,12 +19,10 @@ from sparseprune.checkpoint import (
     StagedOutput,
     TensorReader,
     lay_out,
-    lay_out_choice,
-    lay_out_removal,
     open_checkpoint,
-    open_choice,
     read_kept,
 )
+from sparseprune.checkpoint.resizing import lay_out_choice, lay_out_removal, open_choice
 from sparseprune.engine.dtypes import DTYPES
 from sparseprune.errors import CheckpointError
 from tests.checkpoint.files import Tensors, content, names_in, single, write

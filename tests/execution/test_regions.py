@@ -11,7 +11,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from sparseprune.checkpoint import Shard, StoredTensor, TensorEntry
+from sparseprune.checkpoint import Shard, StoredTensor
+from sparseprune.checkpoint.header import TensorEntry
 from sparseprune.engine.dtypes import DTYPES
 from sparseprune.execution.regions import (
     Part,

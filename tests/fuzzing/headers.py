@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
 
-from sparseprune.checkpoint import read_header
+from sparseprune.checkpoint.header import read_header
 from sparseprune.engine.dtypes import DTYPES
 from sparseprune.errors import CheckpointError
 from tests.checkpoint.headers import STRICTER, loaded, tensor, verdict_of_package

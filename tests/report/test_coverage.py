@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from sparseprune.checkpoint import Shard, StoredTensor, TensorEntry
+from sparseprune.checkpoint import Shard, StoredTensor
+from sparseprune.checkpoint.header import TensorEntry
 from sparseprune.report.coverage import (
     Coverage,
     coverage_of,
