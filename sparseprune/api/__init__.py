@@ -16,21 +16,6 @@ from sparseprune.api.run import Listener, Progress, Run
 if TYPE_CHECKING:
     from sparseprune import execution, results
 
-__all__ = [
-    "Listener",
-    "Progress",
-    "apply",
-    "calibrate",
-    "compare",
-    "inspect",
-    "mask",
-    "plan",
-    "reapply",
-    "remove",
-    "specs",
-    "verify",
-]
-
 Listen = Listener | Callable[[Progress], None] | None
 """Who hears of a run: a function that is called with each step, or a Listener, who hears of warnings too."""
 

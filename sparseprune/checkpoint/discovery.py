@@ -12,16 +12,9 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
+from sparseprune.checkpoint import not_safetensors
 from sparseprune.checkpoint.documents import leads_nowhere, read_json, read_object, shown, strict_json
 from sparseprune.checkpoint.file_io import Stamp, permissions, stamp_of
-from sparseprune.checkpoint.not_safetensors import (
-    CONVERTED,
-    PICKLE_SUFFIXES,
-    conversion_advice,
-    looks_pickled,
-    names_training_state,
-    names_weights,
-)
 from sparseprune.errors import CheckpointError, MachineError
 
 if TYPE_CHECKING:
@@ -134,11 +127,11 @@ def copies_of_weights(
         if path.name.endswith(SUFFIX):
             named = _base(path.name) in (bases if len(path.parts) == 1 else {"consolidated"})
             return converted or named or has_same_tensors(path)
-        if path.suffix.lower() not in PICKLE_SUFFIXES:
-            return names_weights(path.name)
-        if names_training_state(path.name) or _is_other_model(directory, path.parent):
+        if path.suffix.lower() not in not_safetensors.PICKLE_SUFFIXES:
+            return not_safetensors.names_weights(path.name)
+        if not_safetensors.names_training_state(path.name) or _is_other_model(directory, path.parent):
             return False
-        named = names_weights(path.name) or (converted and path.suffix == ".bin")
+        named = not_safetensors.names_weights(path.name) or (converted and path.suffix == ".bin")
         return named or (size >= nbytes * _SMALLEST_COPY and _is_pickled(directory / path))
 
     copies = {other.path for other in found.others if is_copy(other.path, other.nbytes)}
@@ -188,7 +181,7 @@ def _is_other_model(directory: Path, folder: PurePosixPath) -> bool:
 
 def _is_pickled(path: Path) -> bool:
     with path.open("rb") as file:
-        return looks_pickled(file.read(4))
+        return not_safetensors.looks_pickled(file.read(4))
 
 
 def _index_name(directory: Path, files: list[str]) -> str | None:
@@ -268,15 +261,15 @@ def _originals(files: list[str]) -> list[str]:
 
 def _what_instead(directory: Path, top: list[str]) -> str:
     """The contents of a directory without safetensors, and what to do."""
-    pickles = [name for name in top if PurePosixPath(name).suffix in PICKLE_SUFFIXES]
+    pickles = [name for name in top if PurePosixPath(name).suffix in not_safetensors.PICKLE_SUFFIXES]
     shouted = [name for name in top if name.lower().endswith(SUFFIX) and not name.endswith(SUFFIX)]
     if shouted:
         return f" of that spelling, only {shown(shouted)}; give one, or rename it"
     if pickles:
-        return f", only {shown(pickles)}; {conversion_advice(pickles[0])}"
-    converted = [name for name in top if names_weights(name)]
+        return f", only {shown(pickles)}; {not_safetensors.conversion_advice(pickles[0])}"
+    converted = [name for name in top if not_safetensors.names_weights(name)]
     if converted:
-        return f", only {shown(converted)}; {CONVERTED}"
+        return f", only {shown(converted)}; {not_safetensors.CONVERTED}"
     components = [name for name in top if any((directory / name).glob("*" + SUFFIX))]
     if components:
         return f" at its top; give one of its folders that do: {shown(components)}"

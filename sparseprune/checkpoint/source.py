@@ -15,16 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from sparseprune.checkpoint import discovery, file_io
 from sparseprune.checkpoint.documents import leads_nowhere, read_object, read_object_if_any, shown
-from sparseprune.checkpoint.file_io import (
-    NO_STAMP,
-    ChangedInputError,
-    OpenFiles,
-    Stamp,
-    machine_errors,
-    permissions,
-    replaced,
-    stamp_of,
-)
+from sparseprune.checkpoint.file_io import NO_STAMP, ChangedInputError, Stamp, machine_errors
 from sparseprune.checkpoint.header import Header, TensorEntry, read_header
 from sparseprune.errors import CheckpointError, SparsepruneError
 
@@ -202,7 +193,7 @@ class TensorReader(Source):
     """
 
     def __init__(self) -> None:
-        self._files = OpenFiles(_opened)
+        self._files = file_io.OpenFiles(_opened)
 
     def __enter__(self) -> Self:
         return self
@@ -236,7 +227,7 @@ def open_shard(path: Path, relative: PurePosixPath | None = None) -> tuple[Shard
     try:
         # Before the header is read, so that a change meanwhile is noticed later.
         status = path.stat()
-        stamp, mode = stamp_of(status), permissions(status)
+        stamp, mode = file_io.stamp_of(status), file_io.permissions(status)
     except OSError as error:  # read_header reports any other one
         refusal = leads_nowhere(path, error)
         if refusal is not None:
@@ -257,7 +248,7 @@ def _opened(shard: Shard) -> int:
         descriptor = os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC)
     status, wanted = os.fstat(descriptor), shard.size
     size = status.st_size
-    if size == wanted and not replaced(shard.stamp, stamp_of(status)):
+    if size == wanted and not file_io.replaced(shard.stamp, file_io.stamp_of(status)):
         return descriptor
     os.close(descriptor)
     if size == wanted:
