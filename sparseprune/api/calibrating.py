@@ -61,7 +61,8 @@ def calibrate(run: Run, asked: Collecting) -> Statistics:
     from sparseprune.calibration import Chat, read_documents
 
     checkpoint = open_checkpoint(asked.checkpoint)
-    target = _target(asked, checkpoint)
+    source = checkpoint.path.absolute()
+    target = asked.output or source.with_name(f"{source.name}-stats")
     # Before minutes are spent on a model.
     StagedOutput(lay_out_statistics(checkpoint, target, asked.kind, ()), asked.force).refuse_early()
     most = _CHARACTERS * asked.sequences * (asked.length or 2048)
@@ -72,19 +73,21 @@ def calibrate(run: Run, asked: Collecting) -> Statistics:
     from sparseprune.execution import resolve_device
 
     device = resolve_device(asked.device, uses_torch=True)
-    with _scratch(asked) as folder:
+    scratch: AbstractContextManager[str | Path] = (
+        tempfile.TemporaryDirectory(prefix="sparseprune-", ignore_cleanup_errors=True)
+        if asked.scratch is None
+        else nullcontext(asked.scratch)
+    )
+    with scratch as folder:
         loaded = load_model(checkpoint, device, Path(folder))
         if any(isinstance(one, Chat) for one in documents) and not loaded.tokenizer.chat_template:
             run.note('the tokenizer has no chat template: messages are read as "role: content" lines')
         run.note("cutting the text into sequences")
-        sequences = make_sequences(
-            documents,
-            loaded.tokenizer,
-            asked.sequences,
-            _length(asked, loaded),
-            asked.seed,
-            special=asked.special,
-        )
+        length = asked.length or loaded.length
+        if asked.length is not None and loaded.longest is not None and asked.length > loaded.longest:
+            raise SparsepruneError(f"--length {length}: the model takes {loaded.longest} tokens at most")
+        drawn = (asked.sequences, length, asked.seed)
+        sequences = make_sequences(documents, loaded.tokenizer, *drawn, special=asked.special)
         loaded.refuse_strange(sequences.ids)
         run.note("finding out which matrices meet text")
         plan = plan_calibration(loaded, sequences, checkpoint, asked.kind, asked.memory)
@@ -128,25 +131,6 @@ def _identity(
         "--memory": digest(passes_digest(plan)),
         "the device or its number of threads": loaded.machine,
     }
-
-
-def _scratch(asked: Collecting) -> AbstractContextManager[str | Path]:
-    if asked.scratch is not None:
-        return nullcontext(asked.scratch)
-    return tempfile.TemporaryDirectory(prefix="sparseprune-", ignore_cleanup_errors=True)
-
-
-def _length(asked: Collecting, loaded: LoadedModel) -> int:
-    if asked.length is not None and loaded.longest is not None and asked.length > loaded.longest:
-        raise SparsepruneError(f"--length {asked.length}: the model takes {loaded.longest} tokens at most")
-    return asked.length or loaded.length
-
-
-def _target(asked: Collecting, checkpoint: Checkpoint) -> Path:
-    if asked.output is not None:
-        return asked.output
-    source = checkpoint.path.absolute()
-    return source.with_name(f"{source.name}-stats")
 
 
 def _collected(

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from sparseprune.api.run import Run
     from sparseprune.checkpoint import Checkpoint, Statistics
     from sparseprune.execution.compare import Pair, Sides
-    from sparseprune.report.inspection import Grouping, Telling
+    from sparseprune.report.inspection import Telling
     from sparseprune.report.pictures.charts import Survivors
     from sparseprune.report.requirements import Absent, Requirement
     from sparseprune.results.measuring import ComparedTensor
@@ -137,15 +137,15 @@ def _inspected(
 ) -> results.Inspection:
     """The facts of the tensors that were asked for, in the order that was asked for."""
     from sparseprune.execution.inspect import inspect_checkpoint
-    from sparseprune.report.inspection import make_inspection
+    from sparseprune.report.inspection import grouping_of, make_inspection
     from sparseprune.report.runtimes import needed_patterns
 
-    telling = replace(telling, grouping=_grouping(look, checkpoint, names))
+    if look.by != "tensor":
+        rules = _rules(look, checkpoint) if look.by == "rule" else None
+        telling = replace(telling, grouping=grouping_of(look.by, names, rules))
     tensors = [checkpoint.tensors[name] for name in names]
-    told = telling.questions
-    questions = replace(
-        told, patterns=tuple(dict.fromkeys((*told.patterns, *needed_patterns(telling.runtimes))))
-    )
+    patterns = dict.fromkeys((*telling.questions.patterns, *needed_patterns(telling.runtimes)))
+    questions = replace(telling.questions, patterns=tuple(patterns))
     total = sum(one.nbytes for one in tensors)
     with TensorReader() as reader, run.progress("reading", total) as advance:
         facts = inspect_checkpoint(tensors, reader, questions, look.jobs, advance)
@@ -157,22 +157,13 @@ def _inspected(
     return replace(found, tensors=ordered(found.tensors, listing.sort, listing.reverse))
 
 
-def _grouping(look: Look, checkpoint: Checkpoint, names: Sequence[str]) -> Grouping | None:
-    """What the tensors are to be grouped by."""
-    if look.by == "tensor":
-        return None
-    from sparseprune.report.inspection import grouping_of
-
-    return grouping_of(look.by, names, _rules(look, checkpoint) if look.by == "rule" else None)
-
-
 def _rules(look: Look, checkpoint: Checkpoint) -> Mapping[str, str]:
     """For each tensor the rules that reach it: of the spec that is named or was applied, or as reported."""
     from sparseprune.report.inspection import rules_of_report, rules_of_spec
 
     spec = applied_spec(checkpoint, look.spec, look.overrides or {})
     if spec is not None:
-        return rules_of_spec(_bound(look, checkpoint, spec))
+        return rules_of_spec(_bound(checkpoint, spec))
     rules = rules_of_report(applied_report(checkpoint) or {})
     if not rules:
         raise SparsepruneError(
@@ -183,15 +174,11 @@ def _rules(look: Look, checkpoint: Checkpoint) -> Mapping[str, str]:
 
 
 def _plot(run: Run, look: Look, checkpoint: Checkpoint, result: results.Inspection, path: Path) -> None:
-    """Write the picture of everything, or of one tensor from close up, and note that.
-
-    By a spec that was named it is drawn or fails. One that only lies beside the weights may be unable to be
-    bound, as where tensors were renamed since: then the picture does without, which is noted as well.
-    """
+    """Write the picture of everything, or of one tensor from close up, and note that."""
     from sparseprune.report.pictures import close_up, plot_inspection, plot_mask
 
     if look.tensor is None:
-        survivors = _by_spec(run, look, checkpoint, lambda *asked: _survivors(run, *asked))
+        survivors = _by_spec(run, look, checkpoint, lambda *found: _survivors(run, look.jobs, *found))
         plot_inspection(result, path, survivors)
     else:
         bound = _by_spec(run, look, checkpoint, _bound)
@@ -201,12 +188,15 @@ def _plot(run: Run, look: Look, checkpoint: Checkpoint, result: results.Inspecti
 
 
 def _by_spec(
-    run: Run, look: Look, checkpoint: Checkpoint, find: Callable[[Look, Checkpoint, Spec], Found]
+    run: Run, look: Look, checkpoint: Checkpoint, find: Callable[[Checkpoint, Spec], Found]
 ) -> Found | None:
-    """What is found by the spec that was named or applied; None where there is none that can be used."""
+    """What is found by the spec that was named or applied; None, and a note, where there is none to use.
+
+    A spec that was named must fit. One that lies beside the weights may not, if tensors were renamed since.
+    """
     try:
         spec = applied_spec(checkpoint, look.spec, look.overrides or {})
-        return None if spec is None else find(look, checkpoint, spec)
+        return None if spec is None else find(checkpoint, spec)
     except SparsepruneError as error:
         if look.spec is not None or look.overrides or error.exit_code != SparsepruneError.exit_code:
             raise
@@ -215,19 +205,19 @@ def _by_spec(
         return None
 
 
-def _bound(look: Look, checkpoint: Checkpoint, spec: Spec) -> BoundSpec:  # noqa: ARG001
+def _bound(checkpoint: Checkpoint, spec: Spec) -> BoundSpec:
     from sparseprune.spec import TensorInfo, bind
 
     tensors = [TensorInfo(one.name, one.dtype, one.shape) for one in checkpoint.tensors.values()]
     return bind(spec, tensors, read_config(checkpoint))
 
 
-def _survivors(run: Run, look: Look, checkpoint: Checkpoint, spec: Spec) -> list[Survivors]:
+def _survivors(run: Run, jobs: int, checkpoint: Checkpoint, spec: Spec) -> list[Survivors]:
     """For each rule that says how many blocks survive, how many do."""
     from sparseprune.execution import count_survivors, make_check
     from sparseprune.report.pictures.charts import Survivors
 
-    check = make_check(checkpoint, spec, default_memory(), look.jobs)
+    check = make_check(checkpoint, spec, default_memory(), jobs)
     with TensorReader() as reader, run.progress("counting", check.nbytes) as advance:
         found = count_survivors(check, reader, advance)
     return [Survivors(rule.name, rule.nnz, rule.survivors) for rule in found.rules if rule.survivors]
@@ -316,15 +306,10 @@ def _absent(sides: Sides) -> list[Absent]:
     from sparseprune.report.wording import shape_text
 
     gone = [Absent(stored.name, stored.shape, "is not in PRUNED") for stored in sides.removed]
-    reshaped = [
-        Absent(
-            pair.before.name,
-            pair.before.shape,
-            f"was {shape_text(pair.before.shape)}, is {shape_text(pair.after.shape)} in PRUNED",
-        )
-        for pair in sides.reshaped
-    ]
-    return [*gone, *reshaped]
+    for pair in sides.reshaped:
+        was, now = shape_text(pair.before.shape), shape_text(pair.after.shape)
+        gone.append(Absent(pair.before.name, pair.before.shape, f"was {was}, is {now} in PRUNED"))
+    return gone
 
 
 def _matrices(asked: Comparing, sides: Sides, statistics: Statistics | None) -> tuple[Pair, ...]:

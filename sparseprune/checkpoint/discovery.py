@@ -73,11 +73,8 @@ def find_files(directory: Path) -> FoundFiles:
         files = [name for name in top if SUFFIX in name and not is_folder(directory / name)]
         index = _index_name(directory, files)
         weight_map = {} if index is None else read_weight_map(directory / index)
-        if (
-            index != _PREFERRED_INDEX
-            and _PREFERRED in files
-            and PurePosixPath(_PREFERRED) not in weight_map.values()
-        ):
+        is_other = _PREFERRED in files and PurePosixPath(_PREFERRED) not in weight_map.values()
+        if is_other and index != _PREFERRED_INDEX:
             index, weight_map = None, {}  # the index of another copy: loaders take the file of the usual name
         listed = None if index is None else frozenset(weight_map.values())
         unlisted = _unlisted_names(directory, top, files, listed)
@@ -97,12 +94,8 @@ def is_folder(path: Path) -> bool:
 
 def read_weight_map(index: Path) -> dict[str, PurePosixPath]:
     """Tensor name -> file from an index file; every file lies inside the index's own folder."""
-    weight_map = read_object(index, strict_json).get("weight_map")
-    if (
-        not isinstance(weight_map, dict)
-        or not weight_map
-        or not all(isinstance(place, str) for place in weight_map.values())
-    ):
+    weight_map = read_object(index, strict_json).get("weight_map") or None  # an empty one is none
+    if not isinstance(weight_map, dict) or not all(isinstance(place, str) for place in weight_map.values()):
         raise CheckpointError(f'{index}: wanted an object of tensor names and shards under "weight_map"')
     places = {place: _checked_place(index, place) for place in set(weight_map.values())}
     return {name: places[place] for name, place in weight_map.items()}
@@ -121,7 +114,9 @@ def copies_of_weights(
     nbytes = sum((directory / shard).stat().st_size for shard in found.shards)
 
     def is_copy(path: PurePosixPath, size: int) -> bool:
-        if not folders.isdisjoint(path.parents) or _is_adapter(directory, path):
+        adapter = directory / path.with_name("adapter_config.json")
+        is_adapter = path.name.startswith("adapter_") and adapter.is_file()
+        if is_adapter or not folders.isdisjoint(path.parents):
             return False
         converted = any(part in _CONVERSIONS or part.endswith(_BUNDLES) for part in path.parts[:-1])
         if path.name.endswith(SUFFIX):
@@ -132,7 +127,10 @@ def copies_of_weights(
         if not_safetensors.names_training_state(path.name) or _is_other_model(directory, path.parent):
             return False
         named = not_safetensors.names_weights(path.name) or (converted and path.suffix == ".bin")
-        return named or (size >= nbytes * _SMALLEST_COPY and _is_pickled(directory / path))
+        if named or size < nbytes * _SMALLEST_COPY:
+            return named
+        with (directory / path).open("rb") as file:
+            return not_safetensors.looks_pickled(file.read(4))
 
     copies = {other.path for other in found.others if is_copy(other.path, other.nbytes)}
     forms = {(path.parent, path.suffix) for path in copies}
@@ -163,11 +161,6 @@ def _module_folders(directory: Path) -> frozenset[PurePosixPath]:
     return frozenset(PurePosixPath(name) for name in names if isinstance(name, str)) - {PurePosixPath()}
 
 
-def _is_adapter(directory: Path, path: PurePosixPath) -> bool:
-    config = path.with_name("adapter_config.json")
-    return path.name.startswith("adapter_") and (directory / config).is_file()
-
-
 def _is_other_model(directory: Path, folder: PurePosixPath) -> bool:
     """Whether a folder inside has its own config.json, of another model."""
     if not folder.parts:
@@ -179,11 +172,6 @@ def _is_other_model(directory: Path, folder: PurePosixPath) -> bool:
     return any(own.get(key) != top.get(key) for key in (own.keys() | top.keys()) - _UNTELLING)
 
 
-def _is_pickled(path: Path) -> bool:
-    with path.open("rb") as file:
-        return not_safetensors.looks_pickled(file.read(4))
-
-
 def _index_name(directory: Path, files: list[str]) -> str | None:
     """The index of the checkpoint; that of a variant (`model.safetensors.index.fp16.json`) if it is alone."""
     originals = _originals(files)
@@ -191,9 +179,8 @@ def _index_name(directory: Path, files: list[str]) -> str | None:
     if _PREFERRED_INDEX in indexes:
         return _PREFERRED_INDEX
     if len(indexes) > 1:
-        raise CheckpointError(
-            f"{directory}: holds {len(indexes)} index files ({', '.join(indexes)}); keep one of them"
-        )
+        names = ", ".join(indexes)
+        raise CheckpointError(f"{directory}: holds {len(indexes)} index files ({names}); keep one of them")
     if indexes:
         return indexes[0]
     variants = [name for name in files if SUFFIX + ".index." in name and name.endswith(".json")]
@@ -246,12 +233,8 @@ def _row(directory: Path, names: list[str]) -> list[str]:
 
 def _originals(files: list[str]) -> list[str]:
     """The stems of weight files and indexes, without variants: no `x.fp16` where there is an `x`."""
-    stems = {
-        name.removesuffix(suffix)
-        for suffix in (SUFFIX, INDEX_SUFFIX)
-        for name in files
-        if name.endswith(suffix)
-    }
+    ends = (SUFFIX, INDEX_SUFFIX)
+    stems = {name.removesuffix(end) for end in ends for name in files if name.endswith(end)}
     return [
         stem
         for stem in sorted(stems)
@@ -278,22 +261,17 @@ def _what_instead(directory: Path, top: list[str]) -> str:
 
 def _checked_place(index: Path, place: str) -> PurePosixPath:
     """A shard that an index names; refused unless it is a file inside the index's folder."""
-    path = PurePosixPath(place)
+    path, named = PurePosixPath(place), f"{index}: names the shard {shown(place)}"
     if not path.parts or path.is_absolute() or ".." in path.parts or "\0" in place:
-        raise CheckpointError(f"{index}: names the shard {shown(place)}, which is no file in its own folder")
+        raise CheckpointError(f"{named}, which is no file in its own folder")
     if path.parts[0] in NOT_COPIED or not place.endswith(SUFFIX):
-        raise CheckpointError(
-            f"{index}: names the shard {shown(place)}, wanted a {SUFFIX} file of the checkpoint"
-        )
+        raise CheckpointError(f"{named}, wanted a {SUFFIX} file of the checkpoint")
     if any((index.parent / folder).is_symlink() for folder in list(path.parents)[:-1]):
         raise CheckpointError(
-            f"{index}: names the shard {shown(place)}, whose folder is a link, which may lead anywhere; "
-            "put the folder there"
+            f"{named}, whose folder is a link, which may lead anywhere; put the folder there"
         )
     if not os.path.isfile(index.parent / path):  # noqa: PTH113  (False for a name that is too long)
-        raise CheckpointError(
-            f"{index}: names the shard {shown(place)}, which is not there; download it again"
-        )
+        raise CheckpointError(f"{named}, which is not there; download it again")
     return path
 
 
@@ -317,20 +295,18 @@ def _other_files(directory: Path, shards: frozenset[PurePosixPath]) -> Iterator[
                 yield _other_file(directory, path)
 
 
-def _other_file(directory: Path, path: PurePosixPath) -> OtherFile:
+def _other_file(directory: Path, relative: PurePosixPath) -> OtherFile:
+    path = directory / relative
     try:
-        status = (directory / path).stat()
+        status = path.stat()
     except OSError as error:
-        if leads_nowhere(directory / path, error) is None:
+        if leads_nowhere(path, error) is None:
             raise
-        raise CheckpointError(f"{directory / path}: a link to a file that is not there; remove it") from error
+        raise CheckpointError(f"{path}: a link to a file that is not there; remove it") from error
     if stat.S_ISDIR(status.st_mode):
         raise CheckpointError(
-            f"{directory / path}: a link to a folder, which may lead anywhere; put the folder there or "
-            "remove the link"
+            f"{path}: a link to a folder, which may lead anywhere; put the folder there or remove the link"
         )
     if not stat.S_ISREG(status.st_mode):
-        raise CheckpointError(
-            f"{directory / path}: neither a file nor a folder, so it cannot be copied; remove it"
-        )
-    return OtherFile(path, status.st_size, permissions(status), stamp_of(status))
+        raise CheckpointError(f"{path}: neither a file nor a folder, so it cannot be copied; remove it")
+    return OtherFile(relative, status.st_size, permissions(status), stamp_of(status))

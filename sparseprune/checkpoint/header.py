@@ -91,9 +91,8 @@ def read_header(path: Path | str) -> Header:
         document = _document(raw[_LENGTH_BYTES:])
         metadata = document.pop(_METADATA, None)
         shapes: dict[tuple[int, ...], tuple[int, ...]] = {}
-        entries = sorted(
-            [_entry(*item, shapes) for item in document.items()], key=lambda entry: (entry.begin, entry.end)
-        )
+        entries = [_entry(*item, shapes) for item in document.items()]
+        entries.sort(key=lambda entry: (entry.begin, entry.end))
         _check_cover(entries)
         _check_sizes(entries)
         _check_length(raw, entries, size)
@@ -215,9 +214,8 @@ def _check_cover(entries: list[TensorEntry]) -> None:
     for entry in entries:
         if entry.begin != covered:
             fact = "leaves a gap after" if entry.begin > covered else "overlaps what ends at"
-            raise ValueError(
-                f"tensor {shown(entry.name)} at bytes {entry.begin} to {entry.end} {fact} byte {covered}"
-            )
+            place = f"tensor {shown(entry.name)} at bytes {entry.begin} to {entry.end}"
+            raise ValueError(f"{place} {fact} byte {covered}")
         covered = entry.end
 
 

@@ -33,6 +33,7 @@ OUTPUT, _LOCK, _JOURNAL, _ASIDE = "output", "lock", "journal", "aside"
 _REPLACED, _EXCHANGED, _NAMES, _FORMER = "replaced", "exchanged", "names", "former"
 _HERE = -100  # AT_FDCWD of <fcntl.h>
 _EXCHANGE = 2  # RENAME_EXCHANGE of <linux/fs.h>
+_OTHER = "give another name with -o"
 _MARGIN = 1 << 20  # bytes for the report, the spec and the folders, whose sizes are not known beforehand
 
 
@@ -197,9 +198,8 @@ def check_place(layout: OutputLayout) -> None:
     for path in final_paths(layout):
         length = len(os.fsencode(path.name))
         if length > most:
-            raise CheckpointError(
-                f"{path}: a name of {length} bytes, at most {most} can be; give a shorter one with -o"
-            )
+            too_long = f"{path}: a name of {length} bytes, at most {most} can be"
+            raise CheckpointError(f"{too_long}; give a shorter one with -o")
     _check_apart(layout)
 
 
@@ -209,28 +209,22 @@ def check_existing(layout: OutputLayout, *, force: bool) -> None:
         if not os.path.lexists(path):
             continue
         if path.is_symlink() and not path.exists() and (layout.is_directory or not force):
-            raise CheckpointError(
-                f"{path}: is a link to {path.readlink()}, which is not there; remove the link, or give "
-                "another name with -o"
-            )
+            link = f"{path}: is a link to {path.readlink()}, which is not there"
+            raise CheckpointError(f"{link}; remove the link, or {_OTHER}")
         if path.is_dir() != layout.is_directory:
             found, wanted = ("a file", "directory") if layout.is_directory else ("a directory", "file")
-            raise CheckpointError(f"{path}: is {found}, the output is a {wanted}; give another name with -o")
+            raise CheckpointError(f"{path}: is {found}, the output is a {wanted}; {_OTHER}")
         if not force:
-            raise CheckpointError(
-                f"{path}: already exists; give another name with -o, or --force to replace it"
-            )
+            raise CheckpointError(f"{path}: already exists; {_OTHER}, or --force to replace it")
         if not layout.is_directory or path.is_symlink():
             continue
         if not _is_ours(path):
             raise CheckpointError(
                 f"{path}: --force replaces what sparseprune wrote, and this directory has no report of it; "
-                "remove it yourself, or give another name with -o"
+                f"remove it yourself, or {_OTHER}"
             )
         if not os.access(path, os.W_OK | os.X_OK):
-            raise MachineError(
-                f"{path}: cannot be written to, so --force cannot replace it; give another name with -o"
-            )
+            raise MachineError(f"{path}: cannot be written to, so --force cannot replace it; {_OTHER}")
 
 
 def refuse_replacing(layout: OutputLayout, read: Iterable[Path], what: str) -> None:
@@ -238,9 +232,7 @@ def refuse_replacing(layout: OutputLayout, read: Iterable[Path], what: str) -> N
     for final in map(_real, final_paths(layout)):
         inside = next((path for path in read if final == _real(path) or final in _real(path).parents), None)
         if inside is not None:
-            raise CheckpointError(
-                f"{final}: the output would replace the {what} in {inside}; give another name with -o"
-            )
+            raise CheckpointError(f"{final}: the output would replace the {what} in {inside}; {_OTHER}")
 
 
 def final_paths(layout: OutputLayout) -> tuple[Path, ...]:
@@ -282,7 +274,7 @@ def _check_apart(layout: OutputLayout) -> None:
     for path in final_paths(layout):
         final = _real(path)
         if final == source:
-            raise CheckpointError(f"{path}: output and input are the same; give another name with -o")
+            raise CheckpointError(f"{path}: output and input are the same; {_OTHER}")
         if checkpoint.is_directory and source in final.parents:
             raise CheckpointError(
                 f"{path}: the output lies inside the input {checkpoint.path}; give another place with -o"
@@ -290,7 +282,7 @@ def _check_apart(layout: OutputLayout) -> None:
         inside = next((part for part in parts if part == final or final in part.parents), None)
         if inside is not None:
             raise CheckpointError(
-                f"{path}: the output would replace the input, which holds {inside}; give another name with -o"
+                f"{path}: the output would replace the input, which holds {inside}; {_OTHER}"
             )
 
 
@@ -458,7 +450,7 @@ class StagingDir:
         if not owned and not made:
             raise CheckpointError(
                 f"{self.path}: belongs to another user, number {status.st_uid}, whose run may be at work "
-                "there; give another name with -o, or remove it"
+                f"there; {_OTHER}, or remove it"
             )
         if stat.S_IMODE(status.st_mode) & 0o777 != _PRIVATE:
             self._close()
@@ -472,9 +464,8 @@ class StagingDir:
                 "yours, then remove it"
             )
         if entered and os.path.lexists(self.journal):
-            self.warnings.append(
-                f"{self.path}: others could write there, so the run that left it is not continued"
-            )
+            fact = "others could write there, so the run that left it is not continued"
+            self.warnings.append(f"{self.path}: {fact}")
         self.can_be_continued = private and not entered
 
     def _close(self) -> None:
@@ -499,9 +490,8 @@ class StagingDir:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                raise CheckpointError(
-                    f"{self.target}: another run is writing this output; wait, or give another name with -o"
-                ) from error
+                busy = f"{self.target}: another run is writing this output; wait, or {_OTHER}"
+                raise CheckpointError(busy) from error
             except OSError as error:
                 if error.errno not in _NO_LOCKS:
                     raise

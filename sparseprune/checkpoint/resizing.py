@@ -165,12 +165,10 @@ def _names(checkpoint: Checkpoint, shards: Sequence[Shard]) -> dict[Shard, PureP
 
 def _header(old: Header, left: Sequence[TensorEntry], tensors: Mapping[str, ResizedTensor]) -> Header:
     """The new header of a shard; the input's own bytes where nothing changes."""
-    same = all(tensors[one.name].whole and tensors[one.name].name == one.name for one in left)
-    if same and len(left) == len(old.entries):
+    new = [(one, tensors[one.name]) for one in left]
+    if len(left) == len(old.entries) and all(to.whole and to.name == one.name for one, to in new):
         return old
-    return lay_out(
-        ((tensors[one.name].name, one.dtype, tensors[one.name].shape) for one in left), old.metadata
-    )
+    return lay_out(((to.name, one.dtype, to.shape) for one, to in new), old.metadata)
 
 
 def _index(
