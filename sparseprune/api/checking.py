@@ -7,7 +7,7 @@ functions.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from sparseprune import __version__, results
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from sparseprune.api.options import Machine, Source, Target
     from sparseprune.api.run import Run
-    from sparseprune.checkpoint import OutputLayout, Provenance
+    from sparseprune.checkpoint import Provenance
     from sparseprune.execution.reapply import Matched
 
 
@@ -150,18 +150,13 @@ def verify_masks(
     return run.checked(result, list(lost_lines(result)))
 
 
-def _circumstances(
-    run: Run, masked: Masked, layout: OutputLayout | None = None, shown: str = ""
-) -> Circumstances:
-    matched = masked.matched
+def _circumstances(run: Run, masked: Masked) -> Circumstances:
     return Circumstances(
         input=str(masked.checkpoint),
         masks=str(masked.masks),
-        unused=len(matched.unused),
-        unmasked=len(matched.unmasked),
-        files=matched.checkpoint.left_out if layout is None else layout.left_out,
-        sizes=(0, 0) if layout is None else sizes_of(layout),
-        output=shown,
+        unused=len(masked.matched.unused),
+        unmasked=len(masked.matched.unmasked),
+        files=masked.matched.checkpoint.left_out,
         seconds=run.seconds,
         overrides=masked.overrides,
         warnings=run.warnings,
@@ -191,14 +186,15 @@ def reapply(
         from sparseprune.execution.reapply import reapply, reapply_bytes
         from sparseprune.report.checks import make_reapply_result
 
-        shown = output_shown(target.output, checkpoint, layout)
         run.note(masked.left_out)
         total, already = reapply_bytes(reapplication, output)
         with run.progress("reapplying", total, already) as advance:
             tensors = reapply(reapplication, reader, output, advance)
         if not any(tensor.pruned for tensor in tensors):
             run.warn("the masks drop nothing: the output is a copy of the input")
-        return make_reapply_result(_circumstances(run, masked, layout, shown), matched.checkpoint, tensors)
+        shown = output_shown(target.output, checkpoint, layout)
+        circumstances = replace(_circumstances(run, masked), sizes=sizes_of(layout), output=shown)
+        return make_reapply_result(circumstances, matched.checkpoint, tensors)
 
     spec = None if masked.origin is None else masked.origin.spec
     return run.write(output, work, lambda: refuse_changed(matched.checkpoint, shards), spec=spec)

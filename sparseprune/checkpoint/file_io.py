@@ -39,7 +39,7 @@ OWNER = stat.S_IRUSR | stat.S_IWUSR
 _BUFFER = 1 << 20
 _IDLE = 16  # files that stay open between uses
 _KERNEL_STEP = 1 << 30
-_CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _WRITE = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
 
 Key = TypeVar("Key")
@@ -60,7 +60,7 @@ def machine_errors(path: Path | str, doing: str = "cannot be written") -> Iterat
 
 def create(path: Path | str, size: int, begins_with: Bytes = b"", mode: int = 0o600) -> None:
     """A new file of these bytes, then zeros, and of `mode` less the umask; OSError if it exists."""
-    with opened(os.open(path, _CREATE, mode)) as descriptor:
+    with opened(os.open(path, CREATE, mode)) as descriptor:
         write_at(descriptor, begins_with, 0)
         os.ftruncate(descriptor, size)
 

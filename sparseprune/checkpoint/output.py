@@ -15,7 +15,6 @@ import stat
 import threading
 import zlib
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, Self
@@ -39,7 +38,6 @@ _FORMAT = 2
 _NO_FILE = frozenset({errno.ENOENT, errno.ELOOP, errno.ENXIO})  # nothing there, a link, a socket
 _DIGITS = 8  # of the check sum, a CRC-32
 _LONGEST = 1 << 28  # bytes of a line; decisions on a billion blocks have fewer
-_CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _APPEND = os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
@@ -92,7 +90,7 @@ class Journal:
     @classmethod
     def begin(cls, path: Path, identity: Mapping[str, str]) -> Self:
         """A new journal, on disk if its folder is; OSError where there is one."""
-        journal = cls(path, os.open(path, _CREATE, 0o600))
+        journal = cls(path, os.open(path, file_io.CREATE, 0o600))
         try:
             journal._add([_json({"format": _FORMAT, "identity": dict(identity)})])
         except BaseException:
@@ -173,7 +171,7 @@ def _next(file: BinaryIO, check_sum: int) -> tuple[Any, bytes, int]:
     text = line[_DIGITS + 1 : -1]
     check_sum = zlib.crc32(text, check_sum)
     if line == b"%0*x %s\n" % (_DIGITS, check_sum, text):
-        with suppress(ValueError, RecursionError):
+        with contextlib.suppress(ValueError, RecursionError):
             return json.loads(text), text, check_sum
     return None, b"", 0
 
@@ -260,11 +258,9 @@ class FileWriter:
         self._drop_cache = drop_cache
         self._writing = writing
         self._files = OpenFiles(file_io.open_to_write)
-        self._merging = threading.Lock()
-        self._lock = threading.Lock()
+        self._lock, self._merging, self._one_flush = threading.Lock(), threading.Lock(), threading.Lock()
         self._paths: set[str] = set()
         self._notes: list[bytes] = []
-        self._one_flush = threading.Lock()
         self._failure: MachineError | None = None
 
     def write(self, path: str, data: Bytes, offset: int) -> None:
@@ -301,7 +297,12 @@ class FileWriter:
                 paths, self._paths = self._paths, set()
                 notes, self._notes = self._notes, []
             try:
-                self._sync(paths, notes)
+                for path in sorted(paths):
+                    with self._writing(path):
+                        self.unsure |= not file_io.sync(path, data_only=True, drop_cache=self._drop_cache)
+                if notes and self.journal is not None and not self.unsure:
+                    with self._writing(self.journal.path):
+                        self.journal.append(notes)
             except MachineError as failure:
                 self._failure = failure
                 raise
@@ -314,14 +315,6 @@ class FileWriter:
     def close(self) -> None:
         """Closes open files; a write that is under way closes its file itself."""
         self._files.close()
-
-    def _sync(self, paths: set[str], notes: list[bytes]) -> None:
-        for path in sorted(paths):
-            with self._writing(path):
-                self.unsure |= not file_io.sync(path, data_only=True, drop_cache=self._drop_cache)
-        if notes and self.journal is not None and not self.unsure:
-            with self._writing(self.journal.path):
-                self.journal.append(notes)
 
 
 _CACHED_SHARE = 0.25  # of the memory: an output up to this size stays in the cache for the next reader
@@ -390,15 +383,13 @@ class StagedOutput(Sink):
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        keep = False
-        may_go_on = self._writer.journal is not None and _may_go_on(error)
+        keep, journal = False, self._writer.journal if _may_go_on(error) else None
         try:
-            if may_go_on:
+            if journal is not None:
                 with contextlib.suppress(MachineError):
                     self.flush()
         finally:
-            journal = self._writer.journal
-            if may_go_on and journal is not None:
+            if journal is not None:
                 keep = (journal.notes > 0 or self._aside) and self._is_whole()
             self._leave(keep=keep)
             self.kept = keep
@@ -525,9 +516,8 @@ class StagedOutput(Sink):
         if found is None or not self._staging.sizes():
             return None
         parts = dict.fromkeys((*self.identity, *found.identity))
-        self.started_over = tuple(
-            part for part in parts if self.identity.get(part) != found.identity.get(part)
-        )
+        mine, its = self.identity, found.identity
+        self.started_over = tuple(part for part in parts if mine.get(part) != its.get(part))
         return None if self.started_over or not self._is_whole() else found
 
     def _is_whole(self) -> bool:
@@ -582,10 +572,7 @@ class StagedOutput(Sink):
         if self._writer.journal is not None:
             self._writer.journal.close()
             self._writer.journal = None
-        if keep:
-            self._staging.release()
-        else:
-            self._staging.discard()
+        (self._staging.release if keep else self._staging.discard)()
 
     def _write(self, name: str, place: Place, begin: int, data: Bytes) -> None:
         view = file_io.as_bytes(data)

@@ -246,8 +246,8 @@ def _check_part(stored: StoredTensor, begin: int, end: int) -> None:
 def _opened(shard: Shard) -> int:
     with machine_errors(shard.path, "cannot be read any more"):  # its header was read before
         descriptor = os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC)
-    status, wanted = os.fstat(descriptor), shard.size
-    size = status.st_size
+    status = os.fstat(descriptor)
+    size, wanted = status.st_size, shard.size
     if size == wanted and not file_io.replaced(shard.stamp, file_io.stamp_of(status)):
         return descriptor
     os.close(descriptor)
@@ -280,13 +280,10 @@ def _tensors(headers: Mapping[Shard, Header]) -> Mapping[str, StoredTensor]:
 def _check_index(path: Path, found: discovery.FoundFiles, tensors: Mapping[str, StoredTensor]) -> None:
     """Every tensor that the index names is in the shard where the index says it is."""
     for name, place in found.weight_map.items():
-        if name not in tensors:
+        stored = tensors.get(name)
+        if stored is None or stored.shard.relative != place:
+            fact = "which does not hold it" if stored is None else f"but it is in {stored.shard.relative}"
             raise CheckpointError(
-                f"{path / str(found.index)}: names tensor {shown(name)} in {place}, which does not hold it; "
+                f"{path / str(found.index)}: names tensor {shown(name)} in {place}, {fact}; "
                 "copy or download the checkpoint again"
-            )
-        if tensors[name].shard.relative != place:
-            raise CheckpointError(
-                f"{path / str(found.index)}: names tensor {shown(name)} in {place}, but it is in "
-                f"{tensors[name].shard.relative}; copy or download the checkpoint again"
             )
