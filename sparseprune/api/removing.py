@@ -57,11 +57,11 @@ class Asked:
 
 
 def refuse_unclear(
-    spec: str | None, masks: Path | None, variables: Mapping[str, object], *, partial: bool
+    spec: str | None, masks: Path | None, given: Mapping[str, object], *, partial: bool
 ) -> None:
     """SparsepruneError where it is not clear what to remove."""
     nothing = "nothing says what to remove; give a SPEC, such as decoder-mlp-channels, or --masks MASKS"
-    refuse_contradictions(spec, masks, variables, partial=partial, nothing=nothing)
+    refuse_contradictions(spec, masks, given, partial=partial, nothing=nothing)
 
 
 def remove(run: Run, asked: Asked) -> results.Removal:

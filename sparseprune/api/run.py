@@ -84,10 +84,8 @@ class Advance(Protocol):
 class Run:
     """A call while it lasts; `warnings` are the lines so far, `strict` makes the first of them an error."""
 
-    def __init__(
-        self, listener: Listener | Callable[[Progress], None] | None, *, strict: bool = False
-    ) -> None:
-        self.listener = listener if isinstance(listener, Listener) else Listener(listener)
+    def __init__(self, hears: Listener | Callable[[Progress], None] | None, *, strict: bool = False) -> None:
+        self.listener = hears if isinstance(hears, Listener) else Listener(hears)
         self.warnings: list[str] = []
         self._strict = strict
         self._began = time.perf_counter()

@@ -22,7 +22,7 @@ from sparseprune.checkpoint.source import StoredTensor, TensorReader, open_shard
 from sparseprune.errors import CheckpointError, MachineError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
     import numpy as np
     import torch
@@ -61,15 +61,13 @@ class StoredMask:
 class MaskSet:
     """The masks of some files, of which all headers were read and no data; each is in one file.
 
-    `missing` has names that an index lists and the file that should hold them. `beside` are possible paths of
-    the report of the run that wrote them.
+    `missing` has names that an index lists and the file that should hold them.
     """
 
     path: Path
     shards: tuple[Shard, ...]
     masks: Mapping[str, StoredMask] = field(repr=False)
     missing: Mapping[str, PurePosixPath] = field(repr=False)
-    beside: tuple[Path, ...] = field(repr=False)
 
 
 def open_masks(path: Path) -> MaskSet:
@@ -88,16 +86,11 @@ def open_masks(path: Path) -> MaskSet:
         packed = header.metadata.get(FORMAT_KEY) == "packed"
         for entry in header.entries:
             if entry.name in masks:
-                other = masks[entry.name].stored.shard.path
-                raise CheckpointError(
-                    f"{shard.path}: mask {shown(entry.name)} is also in {other}; a mask may stand in one "
-                    "file only"
-                )
+                twice = f"mask {shown(entry.name)} is also in {masks[entry.name].stored.shard.path}"
+                raise CheckpointError(f"{shard.path}: {twice}; a mask may stand in one file only")
             masks[entry.name] = StoredMask(StoredTensor(entry, shard), shapes[entry.name], packed)
     missing = {name: place for name, place in weight_map.items() if name not in masks}
-    shards = tuple(headers)
-    beside = _reports_beside([shard.path for shard in shards])
-    return MaskSet(path, shards, MappingProxyType(masks), MappingProxyType(missing), beside)
+    return MaskSet(path, tuple(headers), MappingProxyType(masks), MappingProxyType(missing))
 
 
 def read_kept(reader: Source, mask: StoredMask, first: int, count: int) -> NDArray[np.uint8]:
@@ -188,16 +181,6 @@ def _beside(path: Path) -> tuple[Shard, Header]:
     raise CheckpointError(f"{path}: is no mask file, and there is no {masks.name} beside it; {_WANTED}")
 
 
-def _reports_beside(files: Sequence[Path]) -> tuple[Path, ...]:
-    """Where a run that wrote these masks puts its report: beside the one file, or in the folder."""
-    reports: list[Path] = []
-    if len(files) == 1:
-        stem = files[0].name.removesuffix(SUFFIX)
-        reports = [files[0].with_name(f"{one}.report.json") for one in (stem.removesuffix(".masks"), stem)]
-    folders = (file.parent for file in files if file.name.startswith("masks"))
-    return tuple(dict.fromkeys((*reports, *(folder / _REPORT for folder in folders))))
-
-
 def _holds_masks(header: Header) -> bool:
     """Whether sparseprune wrote a file, or all its tensors are bools, which mean the same."""
     entries = header.entries
@@ -266,7 +249,13 @@ def provenance_of(masks: MaskSet) -> Provenance | None:
 
     CheckpointError for a report that is no JSON, MachineError for a file that cannot be read.
     """
-    path = next((report for report in masks.beside if report.is_file()), None)
+    # Beside the one file, or in its folder.
+    files = [shard.path for shard in masks.shards]
+    stem = files[0].name.removesuffix(SUFFIX)
+    stems = (stem.removesuffix(".masks"), stem) if len(files) == 1 else ()
+    reports = [files[0].with_name(f"{one}.report.json") for one in stems]
+    reports += [file.parent / _REPORT for file in files if file.name.startswith("masks")]
+    path = next((report for report in dict.fromkeys(reports) if report.is_file()), None)
     if path is None:
         return None
     report = read_object(path)

@@ -67,29 +67,21 @@ def foreign_format(name: str, head: bytes) -> str | None:
     'it is a GGUF file; sparseprune reads safetensors, so prune the model before it is converted'
     """
     if head.startswith(_LFS):
-        return (
-            "it is a git-lfs pointer, the weights were not downloaded; run `git lfs pull` in its repository"
-        )
-    text = head.removeprefix(_BYTE_ORDER_MARK)
+        pointer = "it is a git-lfs pointer, the weights were not downloaded"
+        return f"{pointer}; run `git lfs pull` in its repository"
+    text, suffix = head.removeprefix(_BYTE_ORDER_MARK), PurePath(name).suffix.lower()
     if _HTML.match(text):
         return "it is an HTML page saved under this name; download the file itself (a `resolve` link)"
     for at, mark, what, advice in _MARKS:
         if head.startswith(mark, at):
             return f"it is {what}; {advice}"
-    if looks_pickled(head) or PurePath(name).suffix.lower() in PICKLE_SUFFIXES:
+    if looks_pickled(head) or suffix in PICKLE_SUFFIXES:
         return "it looks like a pickle (torch.save); " + conversion_advice(name)
-    return _by_name(name, head) or _as_text(text)
-
-
-def _by_name(name: str, head: bytes) -> str | None:
-    suffix = PurePath(name).suffix.lower()
-    if suffix in _SUFFIXES:
-        return f"it is {_SUFFIXES[suffix]}; {CONVERTED}"
-    if suffix != ".json":
-        return None
-    is_index = b'"weight_map"' in head or ".index." in name
-    what = "an index, which only names the files" if is_index else "a JSON file"
-    return f"it is {what}; give the directory that it lies in"
+    if suffix == ".json":
+        is_index = b'"weight_map"' in head or ".index." in name
+        what = "an index, which only names the files" if is_index else "a JSON file"
+        return f"it is {what}; give the directory that it lies in"
+    return f"it is {_SUFFIXES[suffix]}; {CONVERTED}" if suffix in _SUFFIXES else _as_text(text)
 
 
 def missing_advice(path: str) -> str:

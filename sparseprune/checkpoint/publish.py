@@ -173,10 +173,8 @@ def check_target(layout: OutputLayout, *, force: bool, held: int = 0) -> None:
     with machine_errors(parent, "cannot be examined"):
         free = free_bytes(parent)
     if free < needed:
-        raise MachineError(
-            f"{parent}: not enough free space: {needed} bytes needed, {free} free; free some or give another "
-            "place with -o"
-        )
+        room = f"not enough free space: {needed} bytes needed, {free} free"
+        raise MachineError(f"{parent}: {room}; free some or give another place with -o")
 
 
 def check_place(layout: OutputLayout) -> None:
@@ -495,9 +493,8 @@ class StagingDir:
             except OSError as error:
                 if error.errno not in _NO_LOCKS:
                     raise
-                self._warn(
-                    "there are no locks, so two runs to one output are not told apart; start one at a time"
-                )
+                unlocked = "there are no locks, so two runs to one output are not told apart"
+                self._warn(f"{unlocked}; start one at a time")
             held = lock.exists() and os.path.samestat(os.fstat(descriptor), lock.stat())
         finally:
             if not held:

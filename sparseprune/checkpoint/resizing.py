@@ -72,9 +72,8 @@ def lay_out_removal(
             "checkpoint, or use apply, which keeps all shapes"
         )
     if tensors is None:
-        tensors = {
-            name: ResizedTensor(name, stored.shape, whole=True) for name, stored in checkpoint.tensors.items()
-        }
+        whole = checkpoint.tensors.items()
+        tensors = {name: ResizedTensor(name, stored.shape, whole=True) for name, stored in whole}
     shards = [
         shard
         for shard, header in checkpoint.headers.items()
@@ -90,16 +89,12 @@ def lay_out_removal(
         files.append(OutputFile(path, header.file_size, header.raw, shard.mode))
         new = dict(zip([entry.name for entry in left], places_in(path, header).values(), strict=True))
         places |= {name: place for name, place in new.items() if not tensors[name].whole}
-        whole = (entry for entry in left if tensors[entry.name].whole)
-        pieces = ((shard.data_begin + one.begin, new[one.name].offset, one.nbytes) for one in whole)
+        kept = (entry for entry in left if tensors[entry.name].whole)
+        pieces = ((shard.data_begin + one.begin, new[one.name].offset, one.nbytes) for one in kept)
         copies += merged_copies(shard.path, path, pieces)
-    others, copied = other_files(
-        checkpoint,
-        {
-            CONFIG: None if config is None else _document(config),
-            checkpoint.index: _index(checkpoint, tensors, names),
-        },
-    )
+    new_config = None if config is None else _document(config)
+    written = {CONFIG: new_config, checkpoint.index: _index(checkpoint, tensors, names)}
+    others, copied = other_files(checkpoint, written)
     return OutputLayout(
         checkpoint=checkpoint,
         target=output_target(checkpoint, target, "smaller"),
@@ -117,9 +112,7 @@ def lay_out_decisions(final: OutputLayout) -> OutputLayout:
     """The scratch output of a run that decides in memory: a journal alone."""
     # A journal without files beside it is not continued.
     files = (OutputFile(PurePosixPath("decisions"), 0),)
-    return replace(
-        final, files=files, copies=(), weights=MappingProxyType({}), writes_weights=False, is_scratch=True
-    )
+    return replace(final, files=files, copies=(), weights={}, writes_weights=False, is_scratch=True)
 
 
 def lay_out_choice(
@@ -184,9 +177,8 @@ def _index(
     metadata = document.get("metadata")
     metadata = dict(metadata) if isinstance(metadata, dict) else {}
     numel = {name: prod(tensors[name].shape) for name in left}
-    metadata["total_size"] = sum(
-        numel[name] * stored[name].nbytes // max(1, stored[name].numel) for name in left
-    )
+    sizes = [numel[name] * stored[name].nbytes // max(1, stored[name].numel) for name in left]
+    metadata["total_size"] = sum(sizes)
     if "total_parameters" in metadata:
         metadata["total_parameters"] = sum(numel.values())
     weight_map = {tensors[name].name: str(names[stored[name].shard]) for name in left}

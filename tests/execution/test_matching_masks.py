@@ -38,7 +38,7 @@ def match(
     """The match of a checkpoint and masks of these shapes; `listed` by a report of ours, if there is one."""
     checkpoint = open_checkpoint(write(folder / "c.safetensors", tensors, dtype))
     opened = open_masks(write(folder / "m.safetensors", masks, "BOOL"))
-    opened = MaskSet(Path("masks"), opened.shards, opened.masks, missing or {}, ())
+    opened = MaskSet(Path("masks"), opened.shards, opened.masks, missing or {})
     origin = None if listed is None else Provenance(REPORT, frozenset(listed))
     return match_masks(checkpoint, opened, origin, partial=partial)
 
