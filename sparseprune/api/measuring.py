@@ -69,10 +69,8 @@ def inspect(run: Run, look: Look) -> results.Inspection:
     checkpoint = open_checkpoint(look.checkpoint)
     note_left_behind(run, look.checkpoint)
     if look.tensor is not None and look.tensor not in checkpoint.tensors:
-        hint = suggestion(look.tensor, checkpoint.tensors)
-        raise SparsepruneError(
-            f"--tensor {printable(look.tensor)}: {checkpoint.path} has no such tensor{hint}"
-        )
+        absent = f"--tensor {printable(look.tensor)}: {checkpoint.path} has no such tensor"
+        raise SparsepruneError(f"{absent}{suggestion(look.tensor, checkpoint.tensors)}")
     names = selected(checkpoint.tensors, look.listing.match, look.listing.exclude)
     if requirements:
         from sparseprune.report.requirements import check_names

@@ -42,7 +42,7 @@ _BUNDLES = (".mlpackage", ".mlmodelc")
 # Keys of a config.json that may differ between copies of one model.
 _UNTELLING = frozenset({"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache"})
 _SMALLEST_COPY = 1 / 16  # share of the weights' bytes from which a pickle of any name is a copy of them
-_DEEPEST = 100  # levels of folders
+_DEPTH = 100  # levels of folders
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,10 +285,8 @@ def _other_files(directory: Path, shards: frozenset[PurePosixPath]) -> Iterator[
         for entry in entries:
             path = folder / entry.name
             if entry.is_dir(follow_symlinks=False):
-                if len(path.parts) > _DEEPEST:
-                    raise CheckpointError(
-                        f"{directory}: holds folders more than {_DEEPEST} deep; remove them"
-                    )
+                if len(path.parts) > _DEPTH:
+                    raise CheckpointError(f"{directory}: holds folders more than {_DEPTH} deep; remove them")
                 if str(path) not in NOT_COPIED:
                     folders.append(path)
             elif path not in shards and str(path) not in NOT_COPIED:

@@ -140,7 +140,7 @@ def lay_out_apply(
         at = header.data_begin
         untouched = (entry for entry in header.entries if entry.name not in chosen)
         pieces = ((at + one.begin, at + one.begin, one.nbytes) for one in untouched)
-        copies += merged_copies(shard.path, path, pieces)
+        copies += merge_copies(shard.path, path, pieces)
     others, copied = other_files(checkpoint, {})
 
     def place(stored: StoredTensor) -> Place:
@@ -254,12 +254,10 @@ def other_files(
     return files, copies
 
 
-def merged_copies(
-    source: Path, file: PurePosixPath, pieces: Iterable[tuple[int, int, int]]
-) -> list[CopyRange]:
-    """Copies of pieces (offset in the source, offset in the file, bytes), neighbours merged."""
+def merge_copies(source: Path, file: PurePosixPath, parts: Iterable[tuple[int, int, int]]) -> list[CopyRange]:
+    """Copies of parts (offset in the source, offset in the file, bytes), neighbours merged."""
     ranges: list[list[int]] = []
-    for begin, offset, nbytes in pieces:
+    for begin, offset, nbytes in parts:
         if ranges and ranges[-1][0] + ranges[-1][2] == begin:
             ranges[-1][2] += nbytes
         elif nbytes:

@@ -383,7 +383,8 @@ class StagedOutput(Sink):
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        keep, journal = False, self._writer.journal if _may_go_on(error) else None
+        keep = False
+        journal = self._writer.journal if _may_go_on(error) else None
         try:
             if journal is not None:
                 with contextlib.suppress(MachineError):
@@ -572,7 +573,10 @@ class StagedOutput(Sink):
         if self._writer.journal is not None:
             self._writer.journal.close()
             self._writer.journal = None
-        (self._staging.release if keep else self._staging.discard)()
+        if keep:
+            self._staging.release()
+        else:
+            self._staging.discard()
 
     def _write(self, name: str, place: Place, begin: int, data: Bytes) -> None:
         view = file_io.as_bytes(data)

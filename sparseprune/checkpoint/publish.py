@@ -277,11 +277,9 @@ def _check_apart(layout: OutputLayout) -> None:
             raise CheckpointError(
                 f"{path}: the output lies inside the input {checkpoint.path}; give another place with -o"
             )
-        inside = next((part for part in parts if part == final or final in part.parents), None)
-        if inside is not None:
-            raise CheckpointError(
-                f"{path}: the output would replace the input, which holds {inside}; {_OTHER}"
-            )
+        held = next((part for part in parts if part == final or final in part.parents), None)
+        if held is not None:
+            raise CheckpointError(f"{path}: the output would replace the input, which holds {held}; {_OTHER}")
 
 
 def _real(path: Path) -> Path:

@@ -19,7 +19,7 @@ from sparseprune.checkpoint.layout import (
     OutputFile,
     OutputLayout,
     lay_out_masks,
-    merged_copies,
+    merge_copies,
     numbered,
     other_files,
     output_target,
@@ -91,7 +91,7 @@ def lay_out_removal(
         places |= {name: place for name, place in new.items() if not tensors[name].whole}
         kept = (entry for entry in left if tensors[entry.name].whole)
         pieces = ((shard.data_begin + one.begin, new[one.name].offset, one.nbytes) for one in kept)
-        copies += merged_copies(shard.path, path, pieces)
+        copies += merge_copies(shard.path, path, pieces)
     new_config = None if config is None else _document(config)
     written = {CONFIG: new_config, checkpoint.index: _index(checkpoint, tensors, names)}
     others, copied = other_files(checkpoint, written)

@@ -136,14 +136,12 @@ def lay_out_statistics(
     )
 
 
-def _shards(
-    kind: StatisticsKind, tensors: Sequence[Collected], shard_bytes: int
-) -> Iterable[list[Collected]]:
+def _shards(kind: StatisticsKind, tensors: Sequence[Collected], limit: int) -> Iterable[list[Collected]]:
     group: list[Collected] = []
     held = 0
     for one in tensors:
         nbytes = 4 * prod(one.shape(kind))
-        if group and held + nbytes > shard_bytes:
+        if group and held + nbytes > limit:
             yield group
             group, held = [], 0
         group.append(one)
