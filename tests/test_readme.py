@@ -15,7 +15,7 @@ import pytest
 from sparseprune.checkpoint import open_checkpoint
 from sparseprune.cli.app import app
 from sparseprune.cli.demo import write_decoder
-from sparseprune.execution import make_plan
+from sparseprune.execution.plan import make_plan
 from sparseprune.spec import list_specs, parse_spec
 from tests.samples import run
 

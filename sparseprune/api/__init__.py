@@ -14,7 +14,8 @@ from sparseprune.api.options import Target, machine, path_or_none, source, texts
 from sparseprune.api.run import Listener, Progress, Run
 
 if TYPE_CHECKING:
-    from sparseprune import execution, results
+    from sparseprune import results
+    from sparseprune.execution.plan import Plan
 
 Listen = Listener | Callable[[Progress], None] | None
 """Who hears of a run: a function that is called with each step, or a Listener, who hears of warnings too."""
@@ -97,7 +98,7 @@ def plan(
     strict: options.Strict = False,
     device: str = "cpu",
     command: Literal["apply", "mask", "remove"] = "apply",
-    look: "Callable[[execution.Plan], None] | None" = None,
+    look: "Callable[[Plan], None] | None" = None,
     progress: Listen = None,
 ) -> "results.Plan":
     """Show what a spec binds to and what it would do, without reading tensor data.

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from sparseprune.api.options import Machine
     from sparseprune.api.run import Run
     from sparseprune.checkpoint import Checkpoint, StagedOutput
-    from sparseprune.execution import Plan
     from sparseprune.execution.earlier import Earlier, Touched
+    from sparseprune.execution.plan import Plan
     from sparseprune.spec import Spec, SpecSource
 
 

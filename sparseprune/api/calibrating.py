@@ -70,7 +70,7 @@ def calibrate(run: Run, asked: Collecting) -> Statistics:
     run.note(f"loading the model of {asked.checkpoint}")
     # Not before something is said: this takes seconds.
     from sparseprune.calibration import load_model, make_sequences, plan_calibration
-    from sparseprune.execution import resolve_device
+    from sparseprune.execution.schedule import resolve_device
 
     device = resolve_device(asked.device, uses_torch=True)
     scratch: AbstractContextManager[str | Path] = (

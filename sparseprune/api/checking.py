@@ -62,7 +62,7 @@ def refuse_contradictions(
 
 def verify_spec(run: Run, asked: Source, machine: Machine) -> results.Verification:
     """Count the non-zero blocks of every scope; CheckFailedError with the result if there are too many."""
-    from sparseprune.execution import count_survivors, make_check
+    from sparseprune.execution.verify import count_survivors, make_check
     from sparseprune.report.checks import AskedCheck, failures, make_verification
     from sparseprune.report.coverage import coverage_of
 

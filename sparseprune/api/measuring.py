@@ -212,7 +212,7 @@ def _bound(checkpoint: Checkpoint, spec: Spec) -> BoundSpec:
 
 def _survivors(run: Run, jobs: int, checkpoint: Checkpoint, spec: Spec) -> list[Survivors]:
     """For each rule that says how many blocks survive, how many do."""
-    from sparseprune.execution import count_survivors, make_check
+    from sparseprune.execution.verify import count_survivors, make_check
     from sparseprune.report.pictures.charts import Survivors
 
     check = make_check(checkpoint, spec, default_memory(), jobs)

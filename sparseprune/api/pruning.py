@@ -15,7 +15,8 @@ from sparseprune.api.applied import read_spec, rebuilt_by, warn_of_broken, warn_
 from sparseprune.api.run import collector_paused, digest, output_shown, sizes_of
 from sparseprune.checkpoint import StagedOutput, lay_out_apply, lay_out_masks, open_checkpoint, read_config
 from sparseprune.checkpoint.file_io import checkpoint_identity, refuse_changed, shards_identity
-from sparseprune.execution import cpu_lines, make_plan, make_schedule
+from sparseprune.execution.plan import make_plan
+from sparseprune.execution.schedule import cpu_lines, make_schedule
 from sparseprune.report.coverage import coverage_of
 
 if TYPE_CHECKING:
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
     from sparseprune.api.options import Machine, Source, Target
     from sparseprune.api.run import Run
     from sparseprune.checkpoint import OutputLayout, Shard, TensorReader
-    from sparseprune.execution import Plan, Schedule
+    from sparseprune.execution.plan import Plan
+    from sparseprune.execution.schedule import Schedule
     from sparseprune.removal.preview import Preview
     from sparseprune.report.coverage import Coverage
     from sparseprune.spec import SpecSource
@@ -98,7 +100,8 @@ def prune(run: Run, prepared: Prepared) -> results.Report:
 
     def work(reader: TensorReader) -> results.Report:
         # Numpy and the compiled loops come in here, after everything that can be refused without them.
-        from sparseprune.execution import device_text, devices_of_rules, execute, resolve_device, work_bytes
+        from sparseprune.execution.pruning import execute, work_bytes
+        from sparseprune.execution.schedule import device_text, devices_of_rules, resolve_device
         from sparseprune.report.coverage import unpruned_lines
         from sparseprune.report.pruning import Run as Circumstances
         from sparseprune.report.pruning import make_report, pruned_by_rule

@@ -34,8 +34,9 @@ if TYPE_CHECKING:
     from sparseprune.api.pruning import Prepared
     from sparseprune.api.run import Run
     from sparseprune.checkpoint import Checkpoint, StoredMask, StoredTensor
-    from sparseprune.execution import Plan, TensorOutcome
     from sparseprune.execution.earlier import Touched
+    from sparseprune.execution.passes import TensorOutcome
+    from sparseprune.execution.plan import Plan
     from sparseprune.execution.regions import Limits
     from sparseprune.removal.preview import Preview
     from sparseprune.removal.shrink import Removal
@@ -206,7 +207,8 @@ def _target(asked: Asked, checkpoint: Checkpoint) -> OutputLayout:
 
 def _by_spec(run: Run, prepared: Prepared, output: StagedOutput, decisions: BlockDecisions | None) -> Choice:
     """Kept indices from decisions in memory, or else from masks that are written to the scratch folder."""
-    from sparseprune.execution import device_text, devices_of_rules, execute, resolve_device, work_bytes
+    from sparseprune.execution.pruning import execute, work_bytes
+    from sparseprune.execution.schedule import device_text, devices_of_rules, resolve_device
     from sparseprune.report.pruning import RemovalRun
 
     asked, plan, schedule = prepared.asked, prepared.plan, prepared.schedule

@@ -12,7 +12,7 @@ from sparseprune.errors import SparsepruneError
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from sparseprune import execution
+    from sparseprune.execution.plan import Plan
 
 ALL, NONE = "all", "none"
 Draw = Annotated[
@@ -27,7 +27,7 @@ Draw = Annotated[
 def show_planned(call: "Call[results.Plan]", draw: Draw = None, json: Json = False) -> None:
     drawings: dict[str, RenderableType] = {}
 
-    def look(plan: "execution.Plan") -> None:
+    def look(plan: "Plan") -> None:
         drawings.update(_drawings(plan, draw))
 
     result = call(look=look)
@@ -55,7 +55,7 @@ def show_plan(call: "Call[results.Report] | Call[results.Removal]", *, json: boo
     show_planned(Call(api.plan, options, quiet=call.quiet), json=json)
 
 
-def _drawings(plan: "execution.Plan", draw: str | None) -> "dict[str, RenderableType]":
+def _drawings(plan: "Plan", draw: str | None) -> "dict[str, RenderableType]":
     """Drawings of rules by their names; SparsepruneError for a name that no rule has."""
     from sparseprune.report.drawings import RuleDrawing
     from sparseprune.spec.problems import suggestion

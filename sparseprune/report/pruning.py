@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from sparseprune.checkpoint import Checkpoint, OtherFile, ResizedTensor
     from sparseprune.engine.kernels.counting import Tally
-    from sparseprune.execution import TensorOutcome
+    from sparseprune.execution.passes import TensorOutcome
     from sparseprune.removal.shrink import Removal as Shrunk
     from sparseprune.report.coverage import Coverage
     from sparseprune.spec import BoundRule, BoundSpec

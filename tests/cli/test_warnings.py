@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from sparseprune.checkpoint import open_checkpoint
-from sparseprune.execution import cpu_lines, device_text, devices_of_rules, make_plan, make_schedule
+from sparseprune.execution.plan import make_plan
+from sparseprune.execution.schedule import cpu_lines, device_text, devices_of_rules, make_schedule
 from sparseprune.spec import parse_spec
 from tests.checkpoint.files import names_in
 from tests.cli.removal import LLAMA, decoder, write

@@ -12,7 +12,9 @@ from safetensors.torch import save_file
 from sparseprune.checkpoint import Sink, Source, StagedOutput, TensorReader, lay_out_apply, open_checkpoint
 from sparseprune.checkpoint.file_io import as_bytes
 from sparseprune.checkpoint.output import Notes
-from sparseprune.execution import execute, make_plan, make_schedule
+from sparseprune.execution.plan import make_plan
+from sparseprune.execution.pruning import execute
+from sparseprune.execution.schedule import make_schedule
 from sparseprune.spec import parse_spec
 from tests.execution.structures import CASES
 from tests.limits import AMPLE

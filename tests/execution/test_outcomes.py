@@ -14,13 +14,13 @@ from safetensors.torch import save_file
 
 from sparseprune.checkpoint import open_checkpoint
 from sparseprune.engine.kernels.counting import Tally
-from sparseprune.execution import make_plan
 from sparseprune.execution.passes import Outcomes, Reach
+from sparseprune.execution.plan import make_plan
 from sparseprune.spec import parse_spec
 
 if TYPE_CHECKING:
-    from sparseprune.execution import Plan
     from sparseprune.execution.passes import TensorOutcome
+    from sparseprune.execution.plan import Plan
 
 LEFT_AND_RIGHT = """
 version = 1

@@ -120,7 +120,7 @@ def test_every_kind_has_a_row_and_keys_and_a_file_where_it_reads_one() -> None:
 
 def test_a_plan_asks_the_table_without_numpy() -> None:
     code = (
-        "import sys; from sparseprune.execution import scores, plan, strategy, make_schedule;"
+        "import sys; from sparseprune.execution import plan, schedule, scores, strategy;"
         "sys.exit(bool({'torch', 'numpy'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

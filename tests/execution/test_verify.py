@@ -17,10 +17,11 @@ from sparseprune import load_masks
 from sparseprune.checkpoint import TensorReader, lay_out, open_checkpoint
 from sparseprune.engine.dtypes import DTYPES
 from sparseprune.errors import SparsepruneError, SparsityError, SpecError
-from sparseprune.execution import count_survivors, make_check, nonzero_blocks
+from sparseprune.execution import nonzero_blocks
 from sparseprune.execution.nonzero_blocks import count_strategy, reads_of
 from sparseprune.execution.regions import Limits, leaves_of, members_of
 from sparseprune.execution.strategy import CountNonzero
+from sparseprune.execution.verify import count_survivors, make_check
 from sparseprune.spec import BoundScope, parse_spec
 from tests import oracle
 from tests.execution.structures import CASES, FLOATS, INTEGERS, one
@@ -31,9 +32,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
-    from sparseprune.execution import Check, Verification
     from sparseprune.execution.regions import AnyScope
     from sparseprune.execution.schedule import Job
+    from sparseprune.execution.verify import Check, Verification
     from sparseprune.spec import BoundBlock, BoundInstance
 
     Index = tuple[int, ...]

@@ -14,11 +14,10 @@ import torch
 from safetensors.torch import save_file
 
 from sparseprune.checkpoint import TensorReader, open_checkpoint
-from sparseprune.execution import make_check
 from sparseprune.execution.passes import Pass
 from sparseprune.execution.runner import read_through
 from sparseprune.execution.tensor_io import TensorIO
-from sparseprune.execution.verify import check_jobs
+from sparseprune.execution.verify import check_jobs, make_check
 from sparseprune.spec import find_spec, parse_spec
 from tests.execution.structures import CASES
 from tests.families.checkpoints import make
@@ -29,8 +28,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
-    from sparseprune.execution import Check
     from sparseprune.execution.passes import Chunk
+    from sparseprune.execution.verify import Check
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from sparseprune.checkpoint import open_checkpoint
-from sparseprune.execution import make_plan, make_schedule
+from sparseprune.execution.plan import make_plan
+from sparseprune.execution.schedule import make_schedule
 from sparseprune.spec import parse_spec
 from tests.execution.structures import CASES, FLOATS, INTEGERS
 from tests.limits import AMPLE, WAYS, force, narrow

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from sparseprune.checkpoint import open_checkpoint, read_config
-from sparseprune.execution import make_plan
+from sparseprune.execution.plan import make_plan
 from sparseprune.removal.preview import Preview, preview
 from sparseprune.spec import parse_spec
 
