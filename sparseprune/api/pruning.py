@@ -117,7 +117,7 @@ def prune(run: Run, prepared: Prepared) -> results.Report:
             input=str(prepared.asked.checkpoint),
             output=output_shown(prepared.target.output, prepared.asked.checkpoint, layout),
             spec_sha256=digest(prepared.source.text),
-            device=device_text(schedule.jobs, device),
+            device=device_text(schedule.groups, device),
             devices=devices_of_rules(schedule, device),
             seconds=run.seconds,
             overrides=prepared.asked.overrides,

@@ -230,7 +230,7 @@ def _by_spec(run: Run, prepared: Prepared, output: StagedOutput, decisions: Bloc
     report = RemovalRun(
         input=str(asked.checkpoint),
         spec_sha256=digest(prepared.source.text),
-        device=device_text(schedule.jobs, device),
+        device=device_text(schedule.groups, device),
         devices=devices_of_rules(schedule, device),
         overrides=asked.overrides,
         tensors=outcomes,

@@ -20,7 +20,7 @@ from sparseprune.engine.kernels.counting import exact_sum, totals_in_units
 from sparseprune.engine.kernels.formats import FORMATS, values_of
 from sparseprune.errors import CheckpointError
 from sparseprune.execution.passes import Chunk, Pass
-from sparseprune.execution.regions import READING, Crowd
+from sparseprune.execution.regions import READING, Resources
 from sparseprune.execution.runner import Job, batches, read_through
 from sparseprune.execution.tensor_io import TensorIO
 
@@ -135,7 +135,7 @@ def compare_checkpoints(
     one is raised that is the first in the order of the pairs.
     """
     todo = compare_jobs(pairs, slab)
-    found = read_through(todo, TensorIO(reader), Crowd(jobs, READING), progress)
+    found = read_through(todo, TensorIO(reader), Resources(jobs, READING), progress)
     return tuple(one for order in sorted(found) for one in found[order])
 
 
@@ -312,7 +312,7 @@ def output_errors(
         Job(number, f"outputs{number}", pair.before.name, OutputError(pair, statistics.of[pair.before.name]))
         for number, pair in enumerate(pairs)
     )
-    found = read_through(todo, TensorIO(reader, passed=progress), Crowd(jobs, READING), progress)
+    found = read_through(todo, TensorIO(reader, passed=progress), Resources(jobs, READING), progress)
     return {pair.before.name: found.get(number) for number, pair in enumerate(pairs)}
 
 

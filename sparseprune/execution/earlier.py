@@ -7,13 +7,15 @@ of their bytes) and what became of them. Gives lines; called by the command line
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from sparseprune.checkpoint import TensorReader
 from sparseprune.engine.dtypes import DTYPES
+from sparseprune.engine.grids import identity_order
 from sparseprune.errors import SpecError
 from sparseprune.execution.plan import make_plan
 from sparseprune.execution.verify import count_survivors, make_check
@@ -101,10 +103,9 @@ class Earlier:
         counts = {name: self._broken_places(output, name, seen) for name, seen in self.seen.items()}
         for what in dict.fromkeys(self.seen[name].what for name, (lost, _) in counts.items() if lost):
             own = {name: counts[name] for name, seen in self.seen.items() if seen.what == what}
-            lost, looked = (sum(column) for column in zip(*own.values(), strict=True))
-            names = [name for name, (count, _) in own.items() if count]
-            where = f"{lost} of {looked} places that were looked at, in {_many(names)}"
-            parts.append(f"{what} in {where}")
+            lost, looked = map(sum, zip(*own.values(), strict=True))
+            names = _many(name for name, (count, _) in own.items() if count)
+            parts.append(f"{what} in {lost} of {looked} places that were looked at, in {names}")
         return [f"the output breaks a pattern of its input: {' and '.join(parts)}"] if parts else []
 
     def _broken_rules(self, output: Checkpoint, spec: Spec) -> list[str]:
@@ -113,15 +114,14 @@ class Earlier:
             now = self._verdicts(output, spec, names)
         except SpecError as error:
             return [f"{self._rules()} no longer fits, {error.args[0]}"]
-        broken = sum(one.broken for one in now)
+        broken, scopes = sum(one.broken for one in now), sum(one.scopes for one in now)
         if not broken:
             return []
         before = self._verdicts(self.checkpoint, spec, set(self.risks))
         if broken <= sum(one.broken for one in before):
             return []
-        where = dict.fromkeys(one.name for one in now if one.broken)
-        scopes = sum(one.scopes for one in now)
-        return [f"{self._rules()} in {broken} of {scopes} scopes, in {_many(where)}"]
+        where = _many(dict.fromkeys(one.name for one in now if one.broken))
+        return [f"{self._rules()} in {broken} of {scopes} scopes, in {where}"]
 
     def _rules(self) -> str:
         """What the rules at risk are called and allow.
@@ -157,12 +157,12 @@ def earlier_of(
     `spec` is the one that was applied to the checkpoint, None without one. Some bytes of tensors are looked
     at in which it tells nothing.
     """
-    plan, risks = None, {}
+    risks: dict[tuple[str, str], str] = {}
+    reached: tuple[str, ...] = ()
     with suppress(SpecError):  # it may fit no more
-        plan = None if spec is None else make_plan(checkpoint, spec, lambda _: False)
-    if plan is not None:
-        risks = _risks(plan, touched)
-    reached = () if plan is None else plan.reached
+        if spec is not None:
+            plan = make_plan(checkpoint, spec, lambda _: False)
+            risks, reached = _risks(plan, touched), plan.reached
     others = [name for name in touched if all(name != known for _, known in risks)]
     with TensorReader() as reader:
         seen = {
@@ -204,30 +204,27 @@ def _keeps(new: BoundInstance, old: BoundInstance, leaf: BoundBlock, extent: Sha
         return False
     if new.scope == old.scope:
         return True
-    alike = (leaf.tensor, leaf.view_shape, leaf.view_stride, leaf.view_offset, leaf.shape)
-    return (
-        _is_single(new.scope)
-        and _is_single(old.scope)
-        and any(
-            (one.tensor, one.view_shape, one.view_stride, one.view_offset, one.shape) == alike
-            and own == extent
-            for one, own in _extents(new.scope)
-        )
+    return any(
+        replace(block, label=leaf.label) == leaf and own == extent
+        for _, scope, block in _uncoupled((new,))
+        for _, own in _extents(scope)
+        for _ in _uncoupled((old,))
     )
 
 
-def _is_single(scope: AnyScope) -> bool:
-    return isinstance(scope, BoundScope) and isinstance(scope.block, BoundBlock)
+def _uncoupled(rules: Iterable[BoundInstance]) -> Iterator[tuple[BoundInstance, BoundScope, BoundBlock]]:
+    """The rules over one tensor, with their scopes and blocks."""
+    for rule in rules:
+        if isinstance(rule.scope, BoundScope) and isinstance(rule.scope.block, BoundBlock):
+            yield rule, rule.scope, rule.scope.block
 
 
 def _extents(scope: AnyScope) -> Iterator[tuple[BoundBlock, Shape]]:
     """Each leaf, and how many elements a scope has of it along the dimensions of its view."""
     for member in (scope,) if isinstance(scope, BoundScope) else scope.members:
-        if isinstance(member.block, BoundBlock):
-            pairs = [(member.block, tuple(range(len(member.shape))))]
-        else:
-            pairs = list(zip(member.block.members, member.block.orders, strict=True))
-        for leaf, order in pairs:
+        block, own = member.block, identity_order(len(member.shape))
+        orders = (own,) if isinstance(block, BoundBlock) else block.orders
+        for leaf, order in zip(block.leaves, orders, strict=True):
             extent = list(leaf.shape)
             for size, dim in zip(member.shape, order, strict=True):
                 if dim < len(extent):  # grids of lower rank are padded with ones
@@ -267,15 +264,13 @@ def _seen(stored: StoredTensor, touched: Touched, reader: Source, *, blocks: boo
     found = _blocks_of_zeros(flags) if blocks else None
     if found is not None:
         return None if _in_blocks(touched, stored.shape, rank + found.axis) else found
-    axes = [axis for axis in (-1, -2) if touched.rules or rank + axis in touched.cut]
-    for axis in axes:
-        for allowed, of in _PATTERNS:
-            counts = _counts(flags, of, axis)
-            full = counts.size >= _SCOPES and counts.mean() >= _FULL * allowed
-            if full and (counts <= allowed).all() and not _imposed(touched, allowed, of, rank + axis):
-                return _Seen(f"{allowed}:{of} zeros", allowed, of, axis)
-            if full and (counts <= allowed).all():
-                return None
+    axes = (axis for axis in (-1, -2) if touched.rules or rank + axis in touched.cut)
+    for axis, (allowed, of) in product(axes, _PATTERNS):
+        counts = _counts(flags, of, axis)
+        full = counts.size >= _SCOPES and counts.mean() >= _FULL * allowed
+        if full and (counts <= allowed).all():
+            imposed = _imposed(touched, allowed, of, rank + axis)
+            return None if imposed else _Seen(f"{allowed}:{of} zeros", allowed, of, axis)
     empty = _empty(_counts(flags, len(flags), -2))
     if blocks and empty and len(flags) >= _SCOPES:
         return _Seen("columns of zeros", of=len(flags), axis=-2, empty=empty)
@@ -304,25 +299,19 @@ def _empty(counts: NDArray[np.int64]) -> tuple[int, ...]:
 def _imposed(touched: Touched, allowed: int, of: int, dim: int) -> bool:
     """Whether a rule of this run leaves no more in the same scopes."""
     return any(
-        isinstance(rule.scope, BoundScope)
-        and isinstance(rule.scope.block, BoundBlock)
-        and rule.scope.block.shape[dim : dim + 1] == (1,)
-        and rule.scope.shape == tuple(of if place == dim else 1 for place in range(len(rule.scope.shape)))
+        block.shape[dim : dim + 1] == (1,)
+        and scope.shape == tuple(of if place == dim else 1 for place in range(len(scope.shape)))
         and rule.budget.nnz is not None
         and rule.budget.nnz <= allowed
-        for rule in touched.rules
+        for rule, scope, block in _uncoupled(touched.rules)
     )
 
 
 def _in_blocks(touched: Touched, shape: Shape, dim: int) -> bool:
     """Whether a rule of this run keeps such pieces whole: its blocks are longer than one, and no lines."""
     return any(
-        isinstance(rule.scope, BoundScope)
-        and isinstance(rule.scope.block, BoundBlock)
-        and rule.scope.block.view_shape == shape
-        and rule.scope.block.shape[dim] % _SIDE == 0
-        and rule.scope.block.shape[dim] < shape[dim]
-        for rule in touched.rules
+        block.view_shape == shape and block.shape[dim] % _SIDE == 0 and block.shape[dim] < shape[dim]
+        for _, _, block in _uncoupled(touched.rules)
     )
 
 

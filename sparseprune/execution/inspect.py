@@ -31,7 +31,7 @@ from sparseprune.engine.kernels.counting import (
 )
 from sparseprune.errors import SparsepruneError
 from sparseprune.execution.passes import Chunk, Pass
-from sparseprune.execution.regions import READING, Crowd, Part, cut, whole_part
+from sparseprune.execution.regions import READING, Part, Resources, cut, whole_part
 from sparseprune.execution.runner import Job, batches, read_through
 from sparseprune.execution.tensor_io import TensorIO
 
@@ -443,7 +443,7 @@ def inspect_checkpoint(
     several failures the one is raised that is the first in the order of the tensors.
     """
     found = read_through(
-        inspect_jobs(tensors, questions, slab), TensorIO(reader), Crowd(jobs, READING), progress
+        inspect_jobs(tensors, questions, slab), TensorIO(reader), Resources(jobs, READING), progress
     )
     return tuple(facts for order in sorted(found) for facts in found[order])
 

@@ -128,15 +128,15 @@ def count_strategies(
     together = numel_per_scope(scope)
     if together <= min(largest, _SLABS_A_SCOPE * slab):
         limit = max(slab, together)
-        yield CountNonzero("scopes", limit, limit * each, batch=batch_of(scope, limit))
+        yield CountNonzero(limit * each, limit, kind="scopes", batch=batch_of(scope, limit))
     block = max(member.block.numel_per_block for member, _ in members_of(scope))
     held = _COUNT_BYTES * _count_rows(scope) * prod(scope.grid_shape)
     if block <= largest and held <= limits.held:
         limit = max(slab, block)
-        yield CountNonzero("blocks", limit, limit * each, held)
+        yield CountNonzero(limit * each, limit, held, kind="blocks")
     grids = _GRID_BYTES * sum(prod(leaf.grid_shape) for leaf in scope.leaves)
     if grids <= limits.held or block > largest:
-        yield CountNonzero("elements", slab, slab * each, grids)
+        yield CountNonzero(slab * each, slab, grids, kind="elements")
 
 
 def batch_of(scope: AnyScope, limit: int) -> int:
@@ -285,17 +285,17 @@ class _Grid:
 def _grids(scope: AnyScope, strategy: CountNonzero) -> Iterator[_Grid]:
     """What is cut into chunks: the grid of scopes, the members' grids of blocks, or the leaves' elements."""
     if strategy.kind == "scopes":
-        parts = cells(scope, strategy.limit)
+        parts = cells(scope, strategy.elements)
         yield _Grid(prod(scope.grid_shape), parts, lambda part: regions_at(scope, part).values())
     elif strategy.kind == "blocks":
         for member, _ in members_of(scope):
             block, grid = member.block, member.block.grid_shape
-            places = strategy.limit // max(1, block.numel_per_block)
+            places = strategy.elements // max(1, block.numel_per_block)
             parts = cut(whole_part(grid), _outermost_first(block), places, member.shape)
             yield _Grid(prod(grid), parts, lambda part, block=block: regions_of(block, part).values())  # type: ignore[misc]
     else:
         for leaf in scope.leaves:
-            parts = cut(whole_part(leaf.view_shape), storage_order(leaf), strategy.limit, leaf.shape)
+            parts = cut(whole_part(leaf.view_shape), storage_order(leaf), strategy.elements, leaf.shape)
             yield _Grid(
                 prod(leaf.view_shape),
                 parts,

@@ -128,8 +128,8 @@ def finish(rule: str, stored: StoredTensor, before: Tally, bits: Bits, mask: Mas
     """The outcome of elements (flat) that a rule has pruned by a mask: `before` was counted before."""
     pruned = mask.size - int(np.count_nonzero(mask.view(np.bool_)))
     after = tally(bits, stored.dtype)
-    zeros = [before.zeros, before.energy, after.zeros, after.energy]
-    return [stored.name, rule, before.numel, pruned, *zeros]
+    counts = [before.zeros, before.energy, after.zeros, after.energy]
+    return [stored.name, rule, before.numel, pruned, *counts]
 
 
 _COUNTS = 5  # numbers of a row: the rule's, elements reached, pruned, zeros before, zeros after

@@ -8,6 +8,7 @@ no tensor data.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import reduce
 from typing import TYPE_CHECKING, Literal
 
 from sparseprune.checkpoint import Statistic, open_statistics, read_config
@@ -25,19 +26,9 @@ if TYPE_CHECKING:
 
     from sparseprune.checkpoint import Checkpoint, Statistics, StatisticsKind, StoredTensor
     from sparseprune.engine.grids import Shape
+    from sparseprune.execution.regions import AnyBlock, AnyScope
     from sparseprune.execution.scores import ScoreKind
-    from sparseprune.spec import (
-        BoundBlockCoupling,
-        BoundInstance,
-        BoundScopeCoupling,
-        BoundSpec,
-        Reconstruct,
-        Score,
-        Spec,
-    )
-
-    AnyBlock = BoundBlock | BoundBlockCoupling
-    AnyScope = BoundScope | BoundScopeCoupling
+    from sparseprune.spec import BoundInstance, BoundSpec, Reconstruct, Score, Spec
 
 Role = Literal["values", "vector", "blocks", "conditioners", "moment"]
 _NUMBERS = frozenset(row.name for row in DTYPES.values() if row.prunable)
@@ -75,22 +66,19 @@ class InputFiles:
 
     def of_instance(self, rule: str, instance: BoundInstance) -> tuple[TaskInput, ...]:
         """The inputs of one instance; what is missing is noted and left out."""
+        score, soft, scope, kind = instance.score, instance.soft, instance.scope, kind_of(instance.score)
         found: list[TaskInput] = []
-        score, kind = instance.score, kind_of(instance.score)
-        if score.file is not None and kind.reads == "blocks":
-            found += self._block_scores(rule, score.file, instance.scope)
-        elif score.file is not None and kind.reads == "values":
-            found += self._weight_inputs(rule, score.file, instance.scope, "values")
-        elif kind.reads == "vector":
-            found += self._statistics(rule, score, instance.scope, "vector")
+        if kind.reads == "vector":
+            found += self._statistics(rule, score, scope, "vector")
+        elif kind.reads is not None and score.file is not None:
+            found += self._ready(rule, score.file, scope, kind.reads)
         if instance.reconstruct is not None:
-            found += self._statistics(rule, instance.reconstruct, instance.scope, "moment")
-        if instance.soft is not None and not kind.ranks_weights:
-            self._note(
-                rule, f"mode soft shrinks the norms of the weights themselves; kind {score.kind} has no part"
-            )
-        if instance.soft is not None and instance.soft.conditioners is not None:
-            found += self._weight_inputs(rule, instance.soft.conditioners, instance.scope, "conditioners")
+            found += self._statistics(rule, instance.reconstruct, scope, "moment")
+        if soft is not None and not kind.ranks_weights:
+            text = f"mode soft shrinks the norms of the weights themselves; kind {score.kind} has no part"
+            self._note(rule, text)
+        if soft is not None and soft.conditioners is not None:
+            found += self._ready(rule, soft.conditioners, scope, "conditioners")
         return tuple(found)
 
     def raise_if_any(self) -> None:
@@ -105,12 +93,15 @@ class InputFiles:
         if self._problems:
             raise SpecError(*self._problems)
 
-    def _weight_inputs(self, rule: str, path: Path, scope: AnyScope, role: Role) -> Iterator[TaskInput]:
-        """One input for each weight, of the weight's shape."""
-        for name in dict.fromkeys(leaf.tensor for leaf in scope.leaves):
-            stored = self._get(rule, path, (name,), self._weights.tensors[name].shape)
-            if stored is not None:
-                yield TaskInput(role, name, stored)
+    def _ready(self, rule: str, path: Path, scope: AnyScope, role: Role) -> Iterator[TaskInput]:
+        """Tensors of the weights' shapes, or for "blocks" of those of the block grids."""
+        if role == "blocks":
+            for block in _blocks(scope):
+                names = (block.label, block.tensor) if isinstance(block, BoundBlock) else (block.label,)
+                yield from self._get(rule, path, role, names, block.grid_shape)
+        else:
+            for name in dict.fromkeys(leaf.tensor for leaf in scope.leaves):
+                yield from self._get(rule, path, role, (name,), self._weights.tensors[name].shape)
 
     def _statistics(
         self, rule: str, method: Score | Reconstruct, scope: AnyScope, role: Role
@@ -125,12 +116,12 @@ class InputFiles:
             if found is not None and not found:
                 missing = self._missing.setdefault((rule, role, path), [])
                 missing += dict.fromkeys(leaf.tensor for leaf in block.leaves)
-            yield from (found or {}).values()
+            yield from found or ()
 
     def _found(
         self, rule: str, path: Path, role: Role, block: AnyBlock, file: Statistics, asked: int | None
-    ) -> dict[str, TaskInput] | None:
-        """The inputs of a block's weights that take part, by their names; None where something was noted."""
+    ) -> list[TaskInput] | None:
+        """The inputs of a block's weights that take part; None where something was noted."""
         known = [leaf for leaf in block.leaves if leaf.tensor in file.of]
         dims = {}
         for name in dict.fromkeys(leaf.tensor for leaf in known):
@@ -145,12 +136,12 @@ class InputFiles:
         if any(file.of[leaf.tensor].kind or len(file.of[leaf.tensor].stored.shape) > 1 for leaf in known):
             shapes = {name: self._weights.tensors[name].shape for name in dims}
             known = taking_part(known, shapes, dims)
-        found = {}
+        found = []
         for name in dict.fromkeys(leaf.tensor for leaf in known):
             one = self._checked(rule, path, role, name, file.of[name], dims[name])
             if one is None:
                 return None
-            found[name] = one
+            found.append(one)
         return found
 
     def _checked(
@@ -176,32 +167,25 @@ class InputFiles:
             return None
         return TaskInput(role, name, stored, dim, form, statistic.tokens)
 
-    def _block_scores(self, rule: str, path: Path, scope: AnyScope) -> Iterator[TaskInput]:
-        for block in _blocks(scope):
-            names = (block.label, block.tensor) if isinstance(block, BoundBlock) else (block.label,)
-            stored = self._get(rule, path, names, block.grid_shape)
-            if stored is not None:
-                yield TaskInput("blocks", block.label, stored)
-
-    def _get(self, rule: str, path: Path, names: tuple[str, ...], shape: Shape) -> StoredTensor | None:
+    def _get(
+        self, rule: str, path: Path, role: Role, names: tuple[str, ...], shape: Shape
+    ) -> Iterator[TaskInput]:
+        """The tensor of the first of some names that is there; none, with a note, where it does not fit."""
         file = self._open(rule, path, "values")
         if file is None:
-            return None
-        for name in names:
-            stored = file.checkpoint.tensors.get(name)
-            if stored is None:
-                continue
-            if stored.shape != shape:
-                self._note(rule, f"{path}: {name} has shape {list(stored.shape)}, wanted {list(shape)}")
-            elif stored.dtype not in _NUMBERS:
-                wanted = ", ".join(sorted(_NUMBERS))
-                self._note(rule, f"{path}: {name} is {stored.dtype}, wanted one of {wanted}")
-            else:
-                return stored
-            return None
-        what = f"there is no tensor {names[-1]} of shape {list(shape)}"
-        self._note(rule, f"{path}: {what}{_nearest(names[-1], list(file.checkpoint.tensors))}")
-        return None
+            return
+        tensors = file.checkpoint.tensors
+        stored = next((tensors[name] for name in names if name in tensors), None)
+        if stored is None:
+            what = f"there is no tensor {names[-1]} of shape {list(shape)}"
+            self._note(rule, f"{path}: {what}{_nearest(names[-1], list(tensors))}")
+        elif stored.shape != shape:
+            self._note(rule, f"{path}: {stored.name} has shape {list(stored.shape)}, wanted {list(shape)}")
+        elif stored.dtype not in _NUMBERS:
+            wanted = ", ".join(sorted(_NUMBERS))
+            self._note(rule, f"{path}: {stored.name} is {stored.dtype}, wanted one of {wanted}")
+        else:
+            yield TaskInput(role, names[0], stored)
 
     def _open(self, rule: str, path: Path, role: Role) -> Statistics | None:
         if path not in self._files:
@@ -272,10 +256,8 @@ def holds_rows(leaf: BoundBlock, shape: Shape, dim: int) -> bool:
         return False
     import numpy as np  # noqa: PLC0415  (most plans do without)
 
-    places = np.full((1,) * len(steps), leaf.view_offset, dtype=np.int64)
-    for axis, (size, step) in enumerate(steps):
-        line = np.arange(size, dtype=np.int64) * step
-        places = places + line.reshape([-1 if axis == other else 1 for other in range(len(steps))])
+    lines = [np.arange(size, dtype=np.int64) * step for size, step in steps]
+    places = reduce(np.add.outer, lines, np.asarray(leaf.view_offset))
     return len(np.unique(places // inner % features)) == features
 
 
@@ -294,11 +276,8 @@ class Task:
 
     def nbytes(self, tensors: Mapping[str, StoredTensor]) -> int:
         """Bytes of what it reaches: what one pass reads."""
-        total = 0
-        for leaf in self.instance.scope.leaves:
-            stored = tensors[leaf.tensor]
-            total += prod(leaf.view_shape) * stored.nbytes // max(1, stored.numel)
-        return total
+        each = [(prod(leaf.view_shape), tensors[leaf.tensor]) for leaf in self.instance.scope.leaves]
+        return sum([numel * stored.nbytes // max(1, stored.numel) for numel, stored in each])
 
 
 @dataclass(frozen=True, slots=True)
@@ -348,11 +327,7 @@ def make_plan(
     bound = bind(spec, tensors, read_config(checkpoint))
     files = InputFiles(checkpoint)
     tasks = [
-        Task(
-            rule.name,
-            instance,
-            files.of_instance(rule.name, instance) if needs_inputs(instance) else (),
-        )
+        Task(rule.name, instance, files.of_instance(rule.name, instance) if needs_inputs(instance) else ())
         for rule, instance in bound.instances()
     ]
     files.raise_if_any()

@@ -1,4 +1,4 @@
-"""Pruning: the jobs of a schedule as passes for the runner, and the counts of every tensor.
+"""Pruning: the tasks of a schedule as passes for the runner, and the counts of every tensor.
 
 Owns which pass follows which strategy, in which order jobs are begun, and that each thread has one of torch.
 Called by the commands.
@@ -15,25 +15,23 @@ from sparseprune.execution.passes import GivenUpError, Outcomes
 from sparseprune.execution.runner import Job, Record, already_done, copied_bytes, dealt, write_through
 from sparseprune.execution.strategy import (
     BlockNorms,
-    Contiguous,
+    Compiled,
     RadixSelect,
     Rebuild,
-    Strided,
     TorchInMemory,
     TorchOutOfCore,
 )
 from sparseprune.execution.tensor_io import TensorIO
-from sparseprune.execution.tiles import CutScopes, Untouched
+from sparseprune.execution.tiles import CopyUntouched, CutScopes
 from sparseprune.execution.two_pass import block_norms, radix_select
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Sequence
 
-    from sparseprune.checkpoint import Shard, Sink, Source, StoredTensor
+    from sparseprune.checkpoint import Shard, Sink, Source
     from sparseprune.execution.passes import Pass, TensorOutcome
     from sparseprune.execution.runner import Progress
-    from sparseprune.execution.schedule import Job as Planned
-    from sparseprune.execution.schedule import Schedule
+    from sparseprune.execution.schedule import Schedule, TaskGroup
 
 _TORCH_ADDRESSES = 500 << 20  # bytes that torch takes while it is loaded, measured
 
@@ -58,31 +56,40 @@ def execute(
     io = TensorIO(reader, output, tensors, device, progress, check)
     record = Record(output, outcomes, progress)
     with _one_torch_thread(schedule):
-        write_through(jobs_of(schedule), io, record, schedule.crowd, given_up)
+        write_through(jobs_of(schedule), io, record, schedule.resources, given_up)
     return outcomes.of_plan(schedule.plan)
 
 
 def jobs_of(schedule: Schedule) -> Iterator[Job]:
     """All jobs for a runner, with their numbers in the order of the plan."""
     tensors = schedule.plan.checkpoint.tensors
-    planned = dealt(schedule.jobs, lambda job: _shard_of(job, schedule), schedule.workers)
+
+    def shard_of(group: TaskGroup) -> Shard:
+        """The shard that a group writes to, or the first of several."""
+        return tensors[group.task.instance.scope.leaves[0].tensor].shard
+
+    def matrix_bytes(group: TaskGroup) -> int:
+        """What grows with the time that a matrix takes to be rebuilt; 0 where none is."""
+        return group.strategy.memory if isinstance(group.strategy, Rebuild) else 0
+
+    planned = dealt(schedule.groups, shard_of, schedule.workers)
     # The largest matrices first: one that takes an hour must not be the last to begin.
-    for order, job in sorted(planned, key=lambda one: -_matrix_bytes(one[1])):
-        yield Job(order, job.key, job.task.instance.label, first_pass(job, tensors), job.strategy.held)
-    for rest in schedule.rests:
-        untouched = Untouched(rest.stored.name, rest.leaves, schedule.limits.slab)
-        yield Job(len(schedule.jobs), rest.key, rest.stored.name, untouched)
+    for order, group in sorted(planned, key=lambda one: -matrix_bytes(one[1])):
+        yield Job(order, group.key, group.task.instance.label, first_pass(group), group.strategy.held)
+    for one in schedule.untouched:
+        copying = CopyUntouched(one.stored.name, one.leaves, schedule.limits.slab)
+        yield Job(len(schedule.groups), one.key, one.stored.name, copying)
 
 
-def first_pass(job: Planned, tensors: Mapping[str, StoredTensor]) -> Pass:
-    """The pass with which the work of a job begins; those that need torch import it."""
-    task, strategy = job.task, job.strategy
-    if isinstance(strategy, Contiguous | Strided):
-        return CutScopes(job.tasks, strategy)
+def first_pass(group: TaskGroup) -> Pass:
+    """The pass with which the work of a group begins; those that need torch import it."""
+    task, strategy = group.task, group.strategy
+    if isinstance(strategy, Compiled):
+        return CutScopes(group.tasks, strategy)
     if isinstance(strategy, RadixSelect):
         return radix_select(task, strategy)
     if isinstance(strategy, BlockNorms):
-        return block_norms(task, strategy, tensors)
+        return block_norms(task, strategy)
     if isinstance(strategy, TorchInMemory):
         from sparseprune.execution.torch_tiles import CutTiles  # noqa: PLC0415  (torch)
 
@@ -101,17 +108,6 @@ def first_pass(job: Planned, tensors: Mapping[str, StoredTensor]) -> Pass:
 def work_bytes(schedule: Schedule, output: Sink) -> tuple[int, int]:
     """Bytes that a whole run reads or copies, and how many of them an earlier run did."""
     return schedule.nbytes + copied_bytes(output), already_done(output)
-
-
-def _shard_of(job: Planned, schedule: Schedule) -> Shard:
-    """The shard that a job writes to, or the first of several."""
-    leaf = job.task.instance.scope.leaves[0]
-    return schedule.plan.checkpoint.tensors[leaf.tensor].shard
-
-
-def _matrix_bytes(job: Planned) -> int:
-    """What grows with the time that a matrix takes to be rebuilt; 0 where none is."""
-    return job.strategy.memory if isinstance(job.strategy, Rebuild) else 0
 
 
 @contextmanager

@@ -6,13 +6,16 @@ the elements of a region, or scores for a part of a block grid; the engine choos
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
+from functools import reduce
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from sparseprune.engine.grids import prod
-from sparseprune.engine.kernels.formats import FORMATS
+from sparseprune.engine.kernels.counting import first_nonfinite
+from sparseprune.engine.kernels.formats import FORMATS, values_of
 from sparseprune.errors import SparsityError
 from sparseprune.execution.regions import Region, grid_region
 
@@ -21,8 +24,9 @@ if TYPE_CHECKING:
 
     from sparseprune.checkpoint import StatisticsKind, StoredTensor
     from sparseprune.engine.grids import Shape
+    from sparseprune.engine.kernels.formats import Format
     from sparseprune.execution.plan import Role, Task, TaskInput
-    from sparseprune.execution.regions import AnyBlock, Part, Region
+    from sparseprune.execution.regions import AnyBlock, Part
     from sparseprune.execution.tensor_io import Bits, Loaded, TensorIO
 
     Floats = NDArray[np.float64]
@@ -45,8 +49,7 @@ class Elements:
         """Their magnitudes in float64; NaN stays NaN."""
         form = FORMATS.get(self.dtype)
         if form is None:
-            signed = self.bits.view(f"int{8 * self.bits.itemsize}")
-            return np.abs(signed.astype(np.float64))
+            return np.abs(self.bits.view(f"int{8 * self.bits.itemsize}").astype(np.float64))
         return form.values(np.bitwise_and(self.bits, self.bits.dtype.type(form.magnitude), order="C"))
 
     def without_rank(self) -> NDArray[np.bool_]:
@@ -94,18 +97,16 @@ class Ranking:
             return None
         if kind.elements is None:
             return self._file_elements("values", loaded.region)
-        magnitudes = Elements(loaded.view, loaded.dtype).magnitudes()
-        if kind.reads is not None and (kind.reads, loaded.region.leaf.tensor) not in self._inputs:
-            magnitudes.fill(0.0)  # members without statistics count 0
-            return Elements(magnitudes.view(np.uint64), "F64")
+        scores = Elements(loaded.view, loaded.dtype).magnitudes()
         with np.errstate(over="ignore", invalid="ignore"):  # who ranks the result checks it
             if kind.reads is None:
-                scores = kind.elements(magnitudes)
+                scores = kind.elements(scores)
+            elif (kind.reads, loaded.region.leaf.tensor) not in self._inputs:
+                scores.fill(0.0)  # members without statistics count 0
             elif kind.reads == "vector":
-                scores = kind.elements(magnitudes, self._along(loaded))
+                scores = kind.elements(scores, self._along(loaded))
             else:
-                numbers = self._file_elements("values", loaded.region).magnitudes()
-                scores = kind.elements(magnitudes, numbers)
+                scores = kind.elements(scores, self._file_elements("values", loaded.region).magnitudes())
         return Elements(scores.view(np.uint64), "F64")
 
     def conditioners(self, region: Region) -> Elements | None:
@@ -117,18 +118,14 @@ class Ranking:
     def block_scores(self, block: AnyBlock, part: Part) -> Floats | None:
         """Ready scores for a part of a block grid, float64 of its shape; None where elements are ranked."""
         if self._kind.blocks is not None:
-            return self._kind.blocks(self._score, block.label, _numbers(block.grid_shape, part))
+            numbers = numbers_in(block.grid_shape, part).astype(np.uint64)
+            return self._kind.blocks(self._score, block.label, numbers)
         if self._kind.reads != "blocks":
             return None
         stored = self._inputs["blocks", block.label].stored
         loaded = self._io.load(grid_region(block, part), stored)
         self._refuse_nan(loaded.view, stored, block.label, "blocks")
-        form = FORMATS.get(stored.dtype)
-        if form is None:
-            return loaded.view.view(f"int{8 * loaded.view.itemsize}").astype(np.float64)
-        magnitude = loaded.view.dtype.type(form.magnitude)
-        scores = form.values(loaded.view & magnitude)
-        return np.where(loaded.view > magnitude, -scores, scores)
+        return values_of(loaded.view, stored.dtype).astype(np.float64)
 
     def _file_elements(self, role: Role, region: Region) -> Elements:
         stored = self._inputs[role, region.leaf.tensor].stored
@@ -158,10 +155,7 @@ class Ranking:
             return own.reshape([-1 if other == dim else 1 for other in range(len(shape))])
         if numbers.ndim == 1 and len(region.extent) == 1 and region.leaf.view_stride == (1,):
             return _repeated(numbers, inner, region.first, region.numel)
-        flat = np.full((1,) * len(region.extent), region.first, dtype=np.int64)
-        for axis, (size, step) in enumerate(zip(region.extent, region.leaf.view_stride, strict=True)):
-            steps = np.arange(size, dtype=np.int64) * step
-            flat = flat + steps.reshape([-1 if other == axis else 1 for other in range(len(region.extent))])
+        flat = region.first + places_in(region.extent, region.leaf.view_stride)
         places = flat // inner % shape[dim]
         return numbers[places] if numbers.ndim == 1 else numbers[flat // prod(shape[1:]), places]
 
@@ -170,12 +164,8 @@ class Ranking:
         shape = one.stored.shape
         wanted: StatisticsKind = self._kind.statistic
         if one.form == "hessian":
-            features = shape[-1]
-            firsts = [
-                matrix * features**2 + place * (features + 1)
-                for matrix in range(prod(shape[:-2]))
-                for place in range(features)
-            ]
+            matrices, features = prod(shape[:-2]), shape[-1]
+            firsts = places_in((matrices, features), (features**2, features + 1)).reshape(-1).tolist()
             bits = np.concatenate([self._io.load_run(one.stored, (first, 1)) for first in firsts])
             shape = shape[:-1]
         else:
@@ -203,30 +193,27 @@ def _repeated(numbers: Floats, inner: int, first: int, count: int) -> Floats:
     return each if inner == 1 else np.repeat(each, inner)[skipped : skipped + count]
 
 
-def _numbers(grid: tuple[int, ...], part: Part) -> NDArray[np.uint64]:
+def places_in(sizes: Shape, steps: Shape) -> NDArray[np.int64]:
+    """The sum of place times step over all dimensions, of the shape `sizes`."""
+    lines = [np.arange(size, dtype=np.int64) * step for size, step in zip(sizes, steps, strict=True)]
+    total: NDArray[np.int64] = reduce(np.add.outer, lines, np.zeros((), dtype=np.int64))
+    return total
+
+
+def numbers_in(grid: Shape, part: Part) -> NDArray[np.int64]:
     """The numbers of the blocks of a part of a grid, row-major in the whole grid."""
-    numbers = np.zeros((1,) * len(grid), dtype=np.uint64)
-    for dim, (begin, size) in enumerate(zip(part.begin, part.extent, strict=True)):
-        places = np.arange(begin, begin + size, dtype=np.uint64) * np.uint64(prod(grid[dim + 1 :]))
-        numbers = numbers + places.reshape([-1 if other == dim else 1 for other in range(len(grid))])
-    return numbers
+    steps = tuple(prod(grid[dim + 1 :]) for dim in range(len(grid)))
+    first = sum(begin * step for begin, step in zip(part.begin, steps, strict=True))
+    return first + places_in(part.extent, steps)
 
 
 def _is_negative(elements: Elements) -> bool:
     """Whether a number is below 0; -0.0 is not."""
-    if elements.dtype in FORMATS:
-        magnitude = elements.bits.dtype.type(FORMATS[elements.dtype].magnitude)
-        return bool(
-            (elements.bits > magnitude).any() and (elements.bits[elements.bits > magnitude] & magnitude).any()
-        )
-    return bool((elements.bits.view(f"int{8 * elements.bits.itemsize}") < 0).any())
-
-
-def stored_place(region: Region, place: Shape, shape: Shape) -> Shape:
-    """The index in a stored tensor of such a shape of a place of a region."""
-    steps = zip(place, region.leaf.view_stride, strict=True)
-    flat = region.first + sum(index * step for index, step in steps)
-    return tuple(int(index) for index in np.unravel_index(flat, shape)) if shape else ()
+    bits, form = elements.bits, FORMATS.get(elements.dtype)
+    if form is None:
+        return bool((bits.view(f"int{8 * bits.itemsize}") < 0).any())
+    magnitude = bits.dtype.type(form.magnitude)
+    return bool(((bits > magnitude) & ((bits & magnitude) > 0)).any())
 
 
 def refuse_nonfinite(loaded: Loaded, elements: Elements | None = None) -> None:
@@ -237,14 +224,23 @@ def refuse_nonfinite(loaded: Loaded, elements: Elements | None = None) -> None:
         if wrong.any():
             place = tuple(int(index) for index in np.unravel_index(int(np.argmax(wrong)), wrong.shape))
             element = Elements(ranked.bits[place], ranked.dtype)
-            raise nonfinite_error(loaded, place, element, scored=elements is not None)
+            raise _nonfinite_error(loaded, place, element, scored=elements is not None)
 
 
-def nonfinite_error(
+def refuse_nonfinite_bits(loaded: Loaded, form: Format) -> None:
+    """As `refuse_nonfinite` by compiled loops, of weights that are one run."""
+    place = first_nonfinite(loaded.flat, form)
+    if place >= 0:
+        raise _nonfinite_error(loaded, (place,), Elements(loaded.flat[place : place + 1], form.name))
+
+
+def _nonfinite_error(
     loaded: Loaded, place: Shape, element: Elements, *, scored: bool = False
 ) -> SparsityError:
     """The error for an element that is not finite, at a place of a region; `scored` by a score file."""
-    where = list(stored_place(loaded.region, place, loaded.stored.shape))
+    region, shape = loaded.region, loaded.stored.shape
+    flat = region.first + sum(map(operator.mul, place, region.leaf.view_stride))
+    where = list(map(int, np.unravel_index(flat, shape))) if shape else []
     what = "NaN" if np.isnan(element.magnitudes()).any() else "infinity"
     source, files = (" as its score", " or the score file") if scored else ("", "")
     return SparsityError(

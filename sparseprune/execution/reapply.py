@@ -19,7 +19,7 @@ from sparseprune.engine.kernels.formats import FORMATS
 from sparseprune.engine.kernels.selecting import count_lost, drop
 from sparseprune.errors import CheckpointError
 from sparseprune.execution.passes import Chunk, Outcomes, Pass
-from sparseprune.execution.regions import Crowd, Region, Resident, limits_of
+from sparseprune.execution.regions import Region, Resident, Resources, limits_of
 from sparseprune.execution.runner import (
     Job,
     Record,
@@ -36,7 +36,8 @@ from sparseprune.spec import BoundBlock
 from sparseprune.spec.problems import nearest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
 
     from sparseprune.checkpoint import (
         Checkpoint,
@@ -48,7 +49,6 @@ if TYPE_CHECKING:
         StoredTensor,
     )
     from sparseprune.engine.kernels.counting import Tally
-    from sparseprune.execution.passes import TensorOutcome
     from sparseprune.execution.regions import Limits
     from sparseprune.execution.runner import Progress
     from sparseprune.execution.tensor_io import Loaded, Mask
@@ -137,27 +137,24 @@ def match_masks(
     Raises:
         CheckpointError: names without a counterpart, other shapes, dtypes that cannot be pruned; all of them.
     """
-    tensors = checkpoint.tensors
+    here, there, tensors = checkpoint.path, masks.path, checkpoint.tensors
     pairs = [Pair(tensors[name], masks.masks[name]) for name in tensors if name in masks.masks]
     unused = [name for name in masks.masks if name not in tensors]
     why_missing = _missing(checkpoint, masks, origin)
-    lines = [*_unfit(checkpoint, masks, pairs)]
+    lines = [*_unfit(here, there, pairs)]
     if not partial:
         free = [name for name in tensors if name not in masks.masks]
         lines += _first_ten(
             unused,
-            lambda name: (
-                f"{masks.path}: mask {shown(name)} is for no tensor of {checkpoint.path}{_near(name, free)}"
-            ),
-            f"{masks.path}: {{}} more masks are for no tensor of {checkpoint.path}",
+            lambda name: f"{there}: mask {shown(name)} is for no tensor of {here}{_near(name, free)}",
+            f"{there}: {{}} more masks are for no tensor of {here}",
         )
         lines += _first_ten(
             list(why_missing),
             lambda name: (
-                f"{checkpoint.path}: tensor {shown(name)} has no mask, {why_missing[name]}"
-                f"{_near(name, unused)}"
+                f"{here}: tensor {shown(name)} has no mask, {why_missing[name]}{_near(name, unused)}"
             ),
-            f"{checkpoint.path}: {{}} more tensors have no mask",
+            f"{here}: {{}} more tensors have no mask",
         )
         if unused or why_missing:
             lines.append("give the masks of this checkpoint, or --partial to ignore what has no counterpart")
@@ -165,7 +162,7 @@ def match_masks(
         some = next(iter(masks.masks))
         near = _near(some, list(tensors))
         lines.append(
-            f"{masks.path}: no mask is for any tensor of {checkpoint.path}, such as {shown(some)}{near}; "
+            f"{there}: no mask is for any tensor of {here}, such as {shown(some)}{near}; "
             "give the masks of this checkpoint"
         )
     if lines:
@@ -203,13 +200,17 @@ def reapply(
     record = Record(output, outcomes, progress)
     io = TensorIO(reader, output, reapplication.matched.checkpoint.tensors)
     pairs, limits, workers = reapplication.matched.pairs, reapplication.limits, reapplication.workers
+    jobs = (
+        Job(order, f"mask{order}", pair.stored.name, Reapply(pair, *_sizes(pair, limits)))
+        for order, pair in dealt(pairs, lambda pair: pair.stored.shard, workers)
+    )
+    write_through(jobs, io, record, Resources(workers, limits.memory))
 
-    def jobs() -> Iterator[Job]:
-        for order, pair in dealt(pairs, lambda pair: pair.stored.shard, workers):
-            yield Job(order, f"mask{order}", pair.stored.name, Reapply(pair, *_sizes(pair, limits)))
+    def reapplied(pair: Pair) -> Reapplied:
+        one = outcomes.of_tensor(pair.stored, (_RULE,))
+        return Reapplied(one.name, one.dtype, one.shape, one.reach[_RULE].pruned, one.before, one.after)
 
-    write_through(jobs(), io, record, Crowd(workers, limits.memory))
-    return Made(pairs, lambda pair: _reapplied(outcomes.of_tensor(pair.stored, (_RULE,))))
+    return Made(pairs, reapplied)
 
 
 def reapply_bytes(reapplication: Reapplication, output: Sink) -> tuple[int, int]:
@@ -227,7 +228,7 @@ def find_lost(reapplication: Reapplication, reader: Source, progress: Progress) 
         Job(order, "", pair.stored.name, FindLost(pair, *_sizes(pair, limits)))
         for order, pair in enumerate(pairs)
     )
-    found = read_through(jobs, TensorIO(reader), Crowd(reapplication.workers, limits.memory), progress)
+    found = read_through(jobs, TensorIO(reader), Resources(reapplication.workers, limits.memory), progress)
     return tuple(found[order] for order in range(len(pairs)))
 
 
@@ -274,7 +275,11 @@ class FindLost(Pass):
         return dropped, lost, None if first is None else region.first + first
 
     def merge(self, partials: list[tuple[int, int, int | None]], io: TensorIO) -> LostZeros:  # noqa: ARG002
-        return _lost_zeros(self.pair, partials)
+        stored = self.pair.stored
+        dropped, lost, firsts = zip(*partials, strict=True) if partials else ((), (), ())
+        first = min((one for one in firsts if one is not None), default=None)
+        place = None if first is None else tuple(map(int, np.unravel_index(first, stored.shape)))
+        return LostZeros(stored.name, stored.dtype, stored.shape, sum(dropped), sum(lost), place)
 
 
 def _sizes(pair: Pair, limits: Limits) -> tuple[int, int]:
@@ -294,44 +299,25 @@ def _regions(pair: Pair, elements: int) -> Iterator[Region]:
     return (Region(leaf, (at,), (min(elements, numel - at),)) for at in range(0, numel, elements))
 
 
-def _lost_zeros(pair: Pair, parts: list[tuple[int, int, int | None]]) -> LostZeros:
-    stored = pair.stored
-    places = [first for _, _, first in parts if first is not None]
-    return LostZeros(
-        name=stored.name,
-        dtype=stored.dtype,
-        shape=stored.shape,
-        pruned=sum(dropped for dropped, _, _ in parts),
-        lost=sum(lost for _, lost, _ in parts),
-        first=tuple(map(int, np.unravel_index(min(places), stored.shape))) if places else None,
-    )
-
-
-def _reapplied(outcome: TensorOutcome) -> Reapplied:
-    reach = outcome.reach[_RULE]
-    return Reapplied(outcome.name, outcome.dtype, outcome.shape, reach.pruned, outcome.before, outcome.after)
-
-
-def _unfit(checkpoint: Checkpoint, masks: MaskSet, pairs: Sequence[Pair]) -> Iterator[str]:
+def _unfit(here: Path, there: Path, pairs: Sequence[Pair]) -> Iterator[str]:
     """What can never be done: a mask of another shape, elements of which no pattern need be zero."""
     reshaped = {pair.stored.name: pair for pair in pairs if pair.mask.shape != pair.stored.shape}
     yield from _first_ten(
         list(reshaped),
         lambda name: (
-            f"{masks.path}: mask {shown(name)} has the shape {shown(list(reshaped[name].mask.shape))}, the "
-            f"tensor in {checkpoint.path} {shown(list(reshaped[name].stored.shape))}; give the "
-            "masks of this checkpoint"
+            f"{there}: mask {shown(name)} has the shape {shown(list(reshaped[name].mask.shape))}, the tensor "
+            f"in {here} {shown(list(reshaped[name].stored.shape))}; give the masks of this checkpoint"
         ),
-        f"{masks.path}: {{}} more masks have another shape than their tensors",
+        f"{there}: {{}} more masks have another shape than their tensors",
     )
     other = {pair.stored.name: pair.stored for pair in pairs if not DTYPES[pair.stored.dtype].prunable}
     yield from _first_ten(
         list(other),
         lambda name: (
-            f"{checkpoint.path}: tensor {shown(name)}, which has a mask, is {other[name].dtype}, and need "
-            f"not be zero where its bits are; wanted one of {_PRUNABLE}: leave its mask out"
+            f"{here}: tensor {shown(name)}, which has a mask, is {other[name].dtype}, and need not be zero "
+            f"where its bits are; wanted one of {_PRUNABLE}: leave its mask out"
         ),
-        f"{checkpoint.path}: {{}} more tensors with masks cannot be pruned",
+        f"{here}: {{}} more tensors with masks cannot be pruned",
     )
 
 
@@ -364,12 +350,9 @@ def _first_ten(names: Sequence[str], line: Callable[[str], str], more: str) -> l
 
 def _near(name: str, others: Sequence[str]) -> str:
     """The name that was meant, as words; nothing where none is near."""
-    near = max(_longer_or_shorter(name, others), key=len, default=None)
+    # Names that are this one but for pieces in front of it: `model.`, `base_model.model.`.
+    alike = (other for other in others if f".{other}".endswith(f".{name}") or name.endswith(f".{other}"))
+    near = max(alike, key=len, default=None)
     if near is None:
         near = next(iter(nearest(name, islice(others, _LOOKED_AT), cutoff=0.8)), None)
     return "" if near is None else f"; the nearest name is {shown(near)}"
-
-
-def _longer_or_shorter(name: str, others: Iterable[str]) -> Iterator[str]:
-    """Names that are this one but for pieces in front of it: `model.`, `base_model.model.`."""
-    return (other for other in others if f".{other}".endswith(f".{name}") or name.endswith(f".{other}"))

@@ -10,9 +10,10 @@ from __future__ import annotations
 import heapq
 from dataclasses import dataclass, replace
 from itertools import product
+from operator import mul, sub
 from typing import TYPE_CHECKING
 
-from sparseprune.engine.grids import Shape, prod
+from sparseprune.engine.grids import Shape, identity_order, inverse_order, permute, prod
 from sparseprune.errors import SparsepruneError
 from sparseprune.spec import BoundBlock, BoundScope
 
@@ -48,25 +49,17 @@ class Resident:
 
     @classmethod
     def of(
-        cls,
-        tensors: int,
-        header_bytes: int,
-        *,
-        reached: int,
-        scopes: int = 0,
-        masks: bool = False,
-        resized: bool = False,
+        cls, tensors: int, header_bytes: int, *, reached: int, scopes: int, masks: bool, resized: bool
     ) -> Resident:
         """For `tensors` in headers of so many bytes; `reached` counts those that are worked on.
 
-        With `masks` there will be a file of masks for these, `scopes` is in how many parts the work is known;
-        `resized` tells that slices will be cut out.
+        `masks`: these get a file of masks. `scopes` are the parts of the work. `resized`: slices will be cut
+        out.
         """
-        texts = _TEXTS * header_bytes
         mask = _MASK + header_bytes // max(1, tensors) if masks else 0
         each = _KEPT + (_RESIZED if resized else 0)
-        kept = texts + each * tensors + (_REACHED + mask) * reached + _SCOPE * scopes
-        return cls(tensors, max(kept, texts + _READ * tensors))
+        kept = each * tensors + (_REACHED + mask) * reached + _SCOPE * scopes
+        return cls(tensors, _TEXTS * header_bytes + max(kept, _READ * tensors))
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,14 +86,14 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True)
-class Crowd:
+class Resources:
     """How many `threads` share the work, and the bytes of `memory` that chunks and jobs may take."""
 
     threads: int
     memory: int
 
     @classmethod
-    def of(cls, limits: Limits, workers: int, *, item: int, held: int, uses_torch: bool) -> Crowd:
+    def of(cls, limits: Limits, workers: int, *, item: int, held: int, uses_torch: bool) -> Resources:
         """Up to `workers` threads, where the largest chunk and the largest job take so many bytes.
 
         What torch keeps for each thread beyond the first is taken from the memory. There are no more threads
@@ -134,15 +127,15 @@ def limits_of(memory: int, *, uses_torch: bool, resident: Resident = Resident())
     needed = base + resident.nbytes + _LEAST
     if left >= _LEAST:
         return Limits(left, resident=resident.nbytes)
+    python, takes = ("Python and torch", "take") if uses_torch else ("Python", "takes")
     if resident.nbytes > _LEAST:
         raise SparsepruneError(
             f"--memory {memory}: this checkpoint's {resident.tensors:,} tensors alone take about "
-            f"{_megabytes(resident.nbytes)} beside Python{' and torch' if uses_torch else ''}, which "
-            f"{'take' if uses_torch else 'takes'} {_megabytes(base)}; give {_megabytes(needed)} or more"
+            f"{_megabytes(resident.nbytes)} beside {python}, which {takes} {_megabytes(base)}; give "
+            f"{_megabytes(needed)} or more"
         )
     raise SparsepruneError(
-        f"--memory {memory}: this run needs {needed} bytes at least, of which Python"
-        f"{' and torch take' if uses_torch else ' takes'} {base}"
+        f"--memory {memory}: this run needs {needed} bytes at least, of which {python} {takes} {base}"
     )
 
 
@@ -168,14 +161,12 @@ class Part:
 
     def scaled(self, factor: Shape) -> Part:
         """The same part of a grid whose places are cut in `factor` each."""
-        return Part(_times(self.begin, factor), _times(self.extent, factor))
+        return Part(tuple(map(mul, self.begin, factor)), tuple(map(mul, self.extent, factor)))
 
     def behind(self, order: Shape) -> Part:
         """The part of a member's grid that `order` permutes onto this part of the common grid."""
-        begin, extent = [0] * len(order), [0] * len(order)
-        for common, own in enumerate(order):
-            begin[own], extent[own] = self.begin[common], self.extent[common]
-        return Part(tuple(begin), tuple(extent))
+        back = inverse_order(order)
+        return Part(permute(self.begin, back), permute(self.extent, back))
 
     def on_grid(self, units: Shape) -> tuple[slice, ...]:
         """Where the units of which the part has any place lie on their own grid."""
@@ -184,7 +175,7 @@ class Part:
 
     def within(self, outer: Shape) -> Part:
         """The same part, counted from `outer`."""
-        return Part(tuple(a - b for a, b in zip(self.begin, outer, strict=True)), self.extent)
+        return Part(tuple(map(sub, self.begin, outer)), self.extent)
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,16 +215,9 @@ class Region:
         length = 1
         while dims and stride[dims[-1]] == length:
             length *= self.extent[dims.pop()]
-        yield from ((first, length) for first in self._firsts(dims, self.first))
-
-    def _firsts(self, dims: list[int], first: int) -> Iterator[int]:
-        if not dims:
-            yield first
-            return
-        dim, rest = dims[0], dims[1:]
-        step = self.leaf.view_stride[dim]
-        for place in range(self.extent[dim]):
-            yield from self._firsts(rest, first + place * step)
+        ranges = (range(0, self.extent[dim] * stride[dim], stride[dim]) for dim in dims)
+        first = self.first
+        yield from ((first + sum(steps), length) for steps in product(*ranges))
 
 
 def cut(part: Part, dims: Sequence[int], places: int, units: Shape = ()) -> Iterator[Part]:
@@ -250,7 +234,7 @@ def cut(part: Part, dims: Sequence[int], places: int, units: Shape = ()) -> Iter
     total = part.numel
     if not total:
         return
-    pieces = {dim: [(begin, size)] for dim, (begin, size) in enumerate(_pairs(part))}
+    pieces = [[pair] for pair in zip(part.begin, part.extent, strict=True)]
     for dim in dims:
         if total <= max(1, places):
             break
@@ -265,10 +249,9 @@ def cut(part: Part, dims: Sequence[int], places: int, units: Shape = ()) -> Iter
             for begin in range(first, first + span, step)
         ]
         total = behind * step
-    inner = [dim for dim in range(len(part.extent)) if dim not in dims]
-    places_of = [*dims, *inner]
-    back = sorted(range(len(places_of)), key=places_of.__getitem__)
-    for chosen in product(*(pieces[dim] for dim in places_of)):
+    order = (*dims, *(dim for dim in range(len(pieces)) if dim not in dims))
+    back = inverse_order(order)
+    for chosen in product(*(pieces[dim] for dim in order)):
         yield Part(tuple(chosen[dim][0] for dim in back), tuple(chosen[dim][1] for dim in back))
 
 
@@ -325,14 +308,14 @@ def gaps(numel: int, leaves: Iterable[BoundBlock]) -> Iterator[Run]:
 def members_of(scope: AnyScope) -> tuple[tuple[BoundScope, Shape], ...]:
     """The member scopes, each with the order that permutes its grid onto the common one."""
     if isinstance(scope, BoundScope):
-        return ((scope, tuple(range(len(scope.shape)))),)
+        return ((scope, identity_order(len(scope.shape))),)
     return tuple(zip(scope.members, scope.orders, strict=True))
 
 
 def leaves_of(block: AnyBlock) -> tuple[tuple[BoundBlock, Shape], ...]:
     """The leaves, each with the order that permutes its grid onto the common one."""
     if isinstance(block, BoundBlock):
-        return ((block, tuple(range(len(block.shape)))),)
+        return ((block, identity_order(len(block.shape))),)
     return tuple(zip(block.members, block.orders, strict=True))
 
 
@@ -357,7 +340,7 @@ def cells(scope: AnyScope, limit: int) -> Iterator[Part]:
 
 def tiles(member: BoundScope, part: Part, limit: int) -> Iterator[Part]:
     """A part of a member's block grid in parts of at most `limit` elements, or of one block."""
-    dims = _outermost_first(member.block, tuple(range(len(part.extent))))
+    dims = _outermost_first(member.block, identity_order(len(part.extent)))
     yield from cut(part, dims, limit // max(1, member.block.numel_per_block))
 
 
@@ -440,8 +423,8 @@ def sweep_of(leaf: BoundBlock, elements: int) -> Sweep | None:
     open_dims = [dim for dim in fused if dim in outer]
     if open_dims and inner and max(open_dims) > min(inner):
         return None
-    waiting = prod(tuple(leaf.shape[dim] for dim in inner if inside and dim < at))
-    unfinished = prod(tuple(leaf.shape[dim] for dim in open_dims))
+    waiting = prod(leaf.shape[dim] for dim in inner if inside and dim < at)
+    unfinished = prod(leaf.shape[dim] for dim in open_dims)
     levels = 1 + (extent.bit_length() if inside else 0)
     numbers = prod(leaf.grid_shape) * (unfinished + waiting * levels)
     return Sweep(leaf, elements, outer, at, inside, numbers)
@@ -463,11 +446,3 @@ def _outermost_first(block: AnyBlock, order: Shape) -> Shape:
     """The dimensions of a common grid of scopes, as the first leaf's dimensions lie in its storage."""
     leaf, own = leaves_of(block)[0]
     return tuple(order.index(own.index(dim)) for dim in storage_order(leaf))
-
-
-def _pairs(part: Part) -> Iterator[tuple[int, int]]:
-    return zip(part.begin, part.extent, strict=True)
-
-
-def _times(shape: Shape, factor: Shape) -> Shape:
-    return tuple(a * b for a, b in zip(shape, factor, strict=True))

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from sparseprune.checkpoint import Shard, Sink
     from sparseprune.execution.passes import Outcomes
-    from sparseprune.execution.regions import Crowd
+    from sparseprune.execution.regions import Resources
     from sparseprune.execution.tensor_io import TensorIO
 
     Progress = Callable[[int, str], None]
@@ -356,27 +356,33 @@ class Copying(Pass):
         return []
 
 
-def read_through(jobs: Iterable[Job], io: TensorIO, crowd: Crowd, progress: Progress) -> dict[int, Any]:
+def read_through(
+    jobs: Iterable[Job], io: TensorIO, resources: Resources, progress: Progress
+) -> dict[int, Any]:
     """Do jobs that write nothing; gives the results of jobs by their order.
 
     The first error in the order of the jobs is raised once what is running has ended; nothing new is begun
     after it.
     """
-    runner = Runner(jobs, io, Progressing(progress), crowd.memory)
-    runner.run(crowd.threads)
+    runner = Runner(jobs, io, Progressing(progress), resources.memory)
+    runner.run(resources.threads)
     return runner.results
 
 
 def write_through(
-    jobs: Iterable[Job], io: TensorIO, record: Record, crowd: Crowd, given_up: threading.Event | None = None
+    jobs: Iterable[Job],
+    io: TensorIO,
+    record: Record,
+    resources: Resources,
+    given_up: threading.Event | None = None,
 ) -> dict[int, Any]:
     """Do jobs that write parts of an output, then copy all that the input and the output share.
 
     Results and errors as `read_through` has them. `given_up` is set where a signal or the disk ends the run.
     """
-    runner = Runner(_with_copies(jobs, record.output), io, record, crowd.memory, given_up)
+    runner = Runner(_with_copies(jobs, record.output), io, record, resources.memory, given_up)
     with _flushing(record.output, runner.give_up):
-        runner.run(crowd.threads)
+        runner.run(resources.threads)
     return runner.results
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import re
 from dataclasses import dataclass, replace
+from heapq import nlargest
 from typing import TYPE_CHECKING
 
 from sparseprune.engine.grids import prod
@@ -18,17 +19,16 @@ from sparseprune.execution.regions import (
     INTERPRETER,
     TORCH,
     TORCH_THREAD,
-    Crowd,
     Limits,
     Resident,
+    Resources,
     alone,
     limits_of,
     members_of,
 )
 from sparseprune.execution.strategy import (
-    Contiguous,
+    Compiled,
     Rebuild,
-    Strided,
     choose,
     elements_together,
     needs_torch,
@@ -47,7 +47,7 @@ _AMPLE = 1 << 60  # memory that allows every strategy
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class TaskGroup:
     """Tasks of one rule that are alike but for their tensors, and their strategy; `key` names it in notes.
 
     Most often one task; several where these are small, so that their tensors are worked together.
@@ -64,12 +64,18 @@ class Job:
 
 
 @dataclass(frozen=True, slots=True)
-class Rest:
-    """A tensor of which its unit's tasks reach only a part: the rest is copied as it is."""
+class Untouched:
+    """A tensor of which its unit's tasks reach only a part: all but `leaves` is copied as it is."""
 
     key: str
     stored: StoredTensor
     leaves: tuple[BoundBlock, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are copied."""
+        numel, reached = self.stored.numel, sum(prod(leaf.view_shape) for leaf in self.leaves)
+        return (numel - reached) * self.stored.nbytes // max(1, numel)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +85,8 @@ class Schedule:
     plan: Plan
     limits: Limits
     workers: int
-    jobs: tuple[Job, ...]
-    rests: tuple[Rest, ...]
+    groups: tuple[TaskGroup, ...]
+    untouched: tuple[Untouched, ...]
 
     @property
     def uses_torch(self) -> bool:
@@ -88,40 +94,41 @@ class Schedule:
         return any(map(needs_torch, self._unlike))
 
     @property
-    def crowd(self) -> Crowd:
+    def resources(self) -> Resources:
         """The threads that do the work, and what they may take together."""
-        item = max((strategy.memory for strategy in self._unlike), default=0)
         held = max((strategy.held for strategy in self._unlike), default=0)
-        return Crowd.of(self.limits, self.workers, item=item, held=held, uses_torch=self.uses_torch)
+        return Resources.of(self.limits, self.workers, item=self._item, held=held, uses_torch=self.uses_torch)
 
     @property
     def peak_bytes(self) -> int:
         """Resident memory at the most, about: the interpreter, what is in flight, scores that are kept."""
-        base = INTERPRETER + (TORCH if self.uses_torch else 0)
-        item = max((strategy.memory for strategy in self._unlike), default=0)
-        held = sorted((job.strategy.held for job in self.jobs), reverse=True)[: self.workers]
-        threads = self._side_by_side(item)
-        kept = TORCH_THREAD * (threads - 1) if self.uses_torch else 0
-        work = min(self.limits.memory, item * threads + kept + sum(held))
-        return base + self.limits.resident + work
-
-    @property
-    def _unlike(self) -> Collection[Strategy]:
-        """The strategies, each once: thousands of jobs share a few."""
-        return {id(job.strategy): job.strategy for job in self.jobs}.values()
-
-    def _side_by_side(self, item: int) -> int:
-        """How many chunks are worked on at one time, of which one takes up to so many bytes."""
-        crowd = self.crowd
-        pieces = crowd.threads if any(map(_has_pieces, self._unlike)) else len(self.jobs)
-        return max(1, min(crowd.threads, pieces, crowd.memory // max(1, item)))
+        resources, uses_torch = self.resources, self.uses_torch
+        shared = any(not isinstance(one, Rebuild) or one.stacked for one in self._unlike)
+        chunks = resources.threads if shared else len(self.groups)
+        threads = max(1, min(resources.threads, chunks, resources.memory // max(1, self._item)))
+        held = sum(nlargest(self.workers, (group.strategy.held for group in self.groups)))
+        kept = TORCH_THREAD * (threads - 1) if uses_torch else 0
+        base = INTERPRETER + (TORCH if uses_torch else 0) + self.limits.resident
+        return base + min(self.limits.memory, self._item * threads + kept + held)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the input that are read, each as often as it is read."""
         tensors = self.plan.checkpoint.tensors
-        reads = sum(task.nbytes(tensors) * job.strategy.passes for job in self.jobs for task in job.tasks)
-        return reads + sum(_rest_bytes(rest) for rest in self.rests)
+        reads = sum(
+            task.nbytes(tensors) * group.strategy.passes for group in self.groups for task in group.tasks
+        )
+        return reads + sum(one.nbytes for one in self.untouched)
+
+    @property
+    def _item(self) -> int:
+        """The memory of the largest chunk."""
+        return max((strategy.memory for strategy in self._unlike), default=0)
+
+    @property
+    def _unlike(self) -> Collection[Strategy]:
+        """The strategies, each once: thousands of groups share a few."""
+        return {id(group.strategy): group.strategy for group in self.groups}.values()
 
 
 def make_schedule(
@@ -177,30 +184,29 @@ def resolve_device(asked: str, *, uses_torch: bool) -> str:
     if asked == "auto":
         return "cuda" if count else "cpu"
     if int(found[1] or 0) >= count:
-        there = (
-            f"only cuda:0 to cuda:{count - 1}" if count > 1 else "only cuda:0" if count else "no CUDA device"
-        )
+        last = f" to cuda:{count - 1}" if count > 1 else ""
+        there = f"only cuda:0{last}" if count else "no CUDA device"
         raise SparsepruneError(
             f"--device {asked}: there is {there} on this machine; try --device auto or cpu"
         )
     return asked
 
 
-def device_text(jobs: Iterable[Job], device: str) -> str:
-    """Which devices work on some jobs if the torch engine works on `device`, as a report has it.
+def device_text(groups: Iterable[TaskGroup], device: str) -> str:
+    """Which devices work on some groups if the torch engine works on `device`, as a report has it.
 
     "cpu" for compiled loops, which know no other device; "cuda and cpu" where both have something to do.
     """
-    used = {device if needs_torch(job.strategy) else "cpu" for job in jobs}
+    used = {device if needs_torch(group.strategy) else "cpu" for group in groups}
     return " and ".join(sorted(used, reverse=True)) or "cpu"
 
 
 def devices_of_rules(schedule: Schedule, device: str) -> dict[str, str]:
     """As `device_text`, for each rule of a schedule."""
-    jobs: dict[str, list[Job]] = {}
-    for job in schedule.jobs:
-        jobs.setdefault(job.task.rule, []).append(job)
-    return {rule: device_text(some, device) for rule, some in jobs.items()}
+    groups: dict[str, list[TaskGroup]] = {}
+    for group in schedule.groups:
+        groups.setdefault(group.task.rule, []).append(group)
+    return {rule: device_text(some, device) for rule, some in groups.items()}
 
 
 def cpu_lines(schedule: Schedule, asked: str) -> Iterator[str]:
@@ -208,10 +214,10 @@ def cpu_lines(schedule: Schedule, asked: str) -> Iterator[str]:
     if not asked.startswith("cuda"):
         return
     largest: dict[str, int] = {}
-    for job in schedule.jobs:
-        if not needs_torch(job.strategy):
-            rule = job.task.rule
-            largest[rule] = max(largest.get(rule, 0), elements_together(job.task))
+    for group in schedule.groups:
+        if not needs_torch(group.strategy):
+            rule = group.task.rule
+            largest[rule] = max(largest.get(rule, 0), elements_together(group.task))
     for rule, elements in largest.items():
         yield (
             f"{rule} is decided on the CPU: {elements:,} elements compete in a scope, more than --memory "
@@ -222,53 +228,51 @@ def cpu_lines(schedule: Schedule, asked: str) -> Iterator[str]:
 def _schedule(plan: Plan, limits: Limits, workers: int, *, compiled: bool) -> Schedule:
     tensors = plan.checkpoint.tensors
     known: dict[Hashable, Strategy] = {}  # thousands of tasks have a handful of forms
-    jobs: list[Job] = []
-    together: list[Job] = []  # small neighbours that are worked in one chunk
+    groups: list[TaskGroup] = []
+    together: list[TaskGroup] = []  # small neighbours that are worked in one chunk
     elements = 0
-    rests: list[Rest] = []
+    untouched: list[Untouched] = []
     for number, unit in enumerate(plan.units):
         for part, (task, member) in enumerate(_tasks(unit)):
-            inputs = tuple(
-                [(one.role, one.stored.dtype, one.stored.shape, one.tokens) for one in task.inputs]
-            )
-            form = (task.instance.form, member, inputs)
+            inputs = [(one.role, one.stored.dtype, one.stored.shape, one.tokens) for one in task.inputs]
+            form = (task.instance.form, member, *inputs)
             strategy = known.get(form)
             if strategy is None:
                 strategy = known[form] = choose(task, tensors, limits, compiled=compiled)
-            job = Job(f"{number}.{part}", (task,), strategy)
+            group = TaskGroup(f"{number}.{part}", (task,), strategy)
             numel = sum([prod(leaf.view_shape) for leaf in task.instance.scope.leaves])
-            if together and not _fits(job, together[0], elements + numel, tensors):
-                jobs.append(_joined(together))
-                together, elements = [], 0
-            together.append(job)
             elements += numel
-        rests += _rests(number, unit)
+            if together and not _fits(group, together[0], elements, tensors):
+                groups.append(_joined(together))
+                together, elements = [], numel
+            together.append(group)
+        untouched += _untouched(number, unit)
     if together:
-        jobs.append(_joined(together))
-    return Schedule(plan, limits, workers, tuple(jobs), tuple(rests))
+        groups.append(_joined(together))
+    return Schedule(plan, limits, workers, tuple(groups), tuple(untouched))
 
 
-def _fits(job: Job, first: Job, elements: int, tensors: Mapping[str, StoredTensor]) -> bool:
-    """Whether a job is worked in one chunk with another, all in all so many elements.
+def _fits(group: TaskGroup, first: TaskGroup, elements: int, tensors: Mapping[str, StoredTensor]) -> bool:
+    """Whether a group is worked in one chunk with another, all in all so many elements.
 
     Both are of one rule, of one file, and decided alike.
     """
-    own, other = job.strategy, first.strategy
-    if not isinstance(own, Contiguous | Strided) or elements > own.elements:
+    own, other = group.strategy, first.strategy
+    if not isinstance(own, Compiled) or elements > own.elements:
         return False
-    if type(own) is not type(other) or job.task.rule != first.task.rule:
+    if type(own) is not type(other) or group.task.rule != first.task.rule:
         return False
-    names = [one.task.instance.scope.leaves[0].tensor for one in (job, first)]
+    names = [one.task.instance.scope.leaves[0].tensor for one in (group, first)]
     one_file = tensors[names[0]].shard is tensors[names[1]].shard
     return one_file and (own is other or replace(own, memory=other.memory) == other)
 
 
-def _joined(jobs: list[Job]) -> Job:
-    """One job of several, by the key of the first one."""
-    if len(jobs) == 1:
-        return jobs[0]
-    largest = max((job.strategy for job in jobs), key=lambda strategy: strategy.memory)
-    return Job(jobs[0].key, tuple(task for job in jobs for task in job.tasks), largest)
+def _joined(groups: list[TaskGroup]) -> TaskGroup:
+    """One group of several, by the key of the first one."""
+    if len(groups) == 1:
+        return groups[0]
+    largest = max((group.strategy for group in groups), key=lambda strategy: strategy.memory)
+    return TaskGroup(groups[0].key, tuple(task for group in groups for task in group.tasks), largest)
 
 
 def _tasks(unit: WorkUnit) -> Iterator[tuple[Task, int]]:
@@ -282,7 +286,7 @@ def _tasks(unit: WorkUnit) -> Iterator[tuple[Task, int]]:
             yield replace(task, instance=replace(instance, scope=alone(member))), number
 
 
-def _rests(number: int, unit: WorkUnit) -> Iterator[Rest]:
+def _untouched(number: int, unit: WorkUnit) -> Iterator[Untouched]:
     leaves_of: dict[str, list[BoundBlock]] = {stored.name: [] for stored in unit.tensors}
     for task in unit.tasks:
         for leaf in task.instance.scope.leaves:
@@ -290,17 +294,7 @@ def _rests(number: int, unit: WorkUnit) -> Iterator[Rest]:
     for place, stored in enumerate(unit.tensors):
         leaves = leaves_of[stored.name]
         if sum([prod(leaf.view_shape) for leaf in leaves]) < stored.numel:
-            yield Rest(f"{number}.rest{place}", stored, tuple(leaves))
-
-
-def _has_pieces(strategy: Strategy) -> bool:
-    """Whether a task is worked in many pieces, which several threads share."""
-    return not isinstance(strategy, Rebuild) or strategy.stacked
-
-
-def _rest_bytes(rest: Rest) -> int:
-    reached = sum(prod(leaf.view_shape) for leaf in rest.leaves)
-    return (rest.stored.numel - reached) * rest.stored.nbytes // max(1, rest.stored.numel)
+            yield Untouched(f"{number}.rest{place}", stored, tuple(leaves))
 
 
 def _devices() -> int:

@@ -7,7 +7,8 @@ follow it are in tiles, two_pass, reconstruct, nonzero_blocks and the torch_ mod
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import groupby
 from typing import TYPE_CHECKING, Literal
 
 from sparseprune.engine.dtypes import DTYPES
@@ -74,101 +75,87 @@ class Selection:
 
 
 @dataclass(frozen=True, slots=True)
-class Contiguous:
-    """Neighbouring scopes, about so many `elements` at one time, which take `memory`."""
+class Strategy:
+    """How a task is worked: about so many `elements` at one time, which take `memory` bytes.
+
+    `held` bytes are kept from the first of its `passes` over the tensors to the last.
+    """
 
     memory: int
     elements: int
-    selection: Selection
     held: int = 0
     passes: int = 1
 
 
 @dataclass(frozen=True, slots=True)
-class Strided:
-    """Scopes of one tensor that do not lie together, at most so many `elements` at one time."""
+class Compiled(Strategy):
+    """Small scopes of one tensor, decided by compiled loops: `Contiguous` or `Strided`."""
 
-    memory: int
-    elements: int
-    selection: Selection
-    held: int = 0
-    passes: int = 1
+    selection: Selection = field(kw_only=True)
 
 
-@dataclass(frozen=True, slots=True)
-class RadixSelect:
-    """Elements in scopes that are larger than a slab: histograms of keys, then one pass that cuts."""
+class Contiguous(Compiled):
+    """Scopes that lie one after the other."""
 
-    memory: int
-    slab: int
-    groups: int
-    key_bits: int
-    held: int
-    passes: int
+    __slots__ = ()
 
 
-@dataclass(frozen=True, slots=True)
-class BlockNorms:
+class Strided(Compiled):
+    """Scopes that do not lie together."""
+
+    __slots__ = ()
+
+
+class RadixSelect(Strategy):
+    """Single elements in scopes larger than a slab: a histogram for each digit of the keys, then one cut."""
+
+    __slots__ = ()
+
+    @property
+    def histograms(self) -> int:
+        """In how many parts a scope is counted, each in a histogram of its own."""
+        return self.held // _COUNTER_BYTES
+
+
+class BlockNorms(Strategy):
     """Norms of blocks are summed up in one pass over the tensors and kept; then one pass cuts."""
 
-    memory: int
-    chunk: int
-    held: int
-    passes: int
+    __slots__ = ()
+
+
+class TorchInMemory(Strategy):
+    """Whole scopes in the torch engine."""
+
+    __slots__ = ()
+
+
+class TorchOutOfCore(Strategy):
+    """Whole blocks in the torch engine; ranks are found by digits."""
+
+    __slots__ = ()
 
 
 @dataclass(frozen=True, slots=True)
-class TorchInMemory:
-    """Whole scopes, at most `tile` elements of them at one time, in the torch engine."""
-
-    memory: int
-    tile: int
-    held: int = 0
-    passes: int = 1
-
-
-@dataclass(frozen=True, slots=True)
-class TorchOutOfCore:
-    """Whole blocks, at most `tile` elements at one time, in the torch engine; ranks are found by digits."""
-
-    memory: int
-    tile: int
-    held: int
-    passes: int
-
-
-@dataclass(frozen=True, slots=True)
-class Rebuild:
+class Rebuild(Strategy):
     """Survivors make up for the pruned weights: whole matrices in the engine, those of a stack one by one.
 
     Not `stacked` where they are no stack, or compete with each other: all that a task reaches is in memory
     then. A search ends for all its matrices at once: how many these are must not depend on the memory.
     """
 
-    memory: int
-    stacked: bool
-    held: int = 0
-    passes: int = 1
+    stacked: bool = field(kw_only=True)
 
 
 @dataclass(frozen=True, slots=True)
-class CountNonzero:
-    """Blocks that are not zero are counted, in chunks of whole scopes, whole blocks, or elements.
+class CountNonzero(Strategy):
+    """Blocks that are not zero are counted, in whole scopes, in whole blocks, or flagged by their elements.
 
-    A chunk has about `limit` elements; of small instances that look alike it has `batch`.
+    A chunk has instances of one form, up to `batch` small ones.
     """
 
-    kind: Literal["scopes", "blocks", "elements"]
-    limit: int
-    memory: int
-    held: int = 0
-    batch: int = 1
-    passes: int = 1
+    kind: Literal["scopes", "blocks", "elements"] = field(kw_only=True)
+    batch: int = field(default=1, kw_only=True)
 
-
-Strategy = (
-    Contiguous | Strided | RadixSelect | BlockNorms | TorchInMemory | TorchOutOfCore | Rebuild | CountNonzero
-)
 
 ORDER = ("contiguous", "strided", "radix_select", "block_norms", "torch_in_memory", "torch_out_of_core")
 """The strategies in the order in which they are tried, the fastest first; the last two always work."""
@@ -191,35 +178,39 @@ def choose(
     """
     if task.instance.reconstruct is not None:
         return _rebuild(task, tensors, limits)
-    open_to_loops = task.instance.soft is None and task.instance.score.nonfinite == "error"
-    order = ORDER if open_to_loops else [name for name in ORDER if name in _TORCH]
+    order = ORDER if _allows_loops(task) else [name for name in ORDER if name in _TORCH]
     if not compiled:
         order = [name for name in (*_TORCH[:1], *order) if name not in {"contiguous", "strided"}]
-    for name in order:
-        found = _CHOICES[name](task, tensors, limits)
-        if found is not None:
-            return found
-    found = _torch_in_memory(task, tensors, limits)  # a threshold decides every block alone
-    if found is None:
-        raise _block_too_large(task, limits)
-    return found
+    for name in (*order, *_TORCH[:1]):  # a threshold decides every block alone
+        strategy = _CHOICES[name](task, tensors, limits)
+        if strategy is not None:
+            return strategy
+    block = _largest_block(task)
+    raise SparsepruneError(
+        f"[{task.rule}] {task.instance.label}: a block has {block} elements, which must be in memory "
+        f"together; --memory must be at least {limits.resident + memory_for_tile(block)} bytes"
+    )
 
 
 def by_block_norms(task: Task, tensors: Mapping[str, StoredTensor], limits: Limits) -> BlockNorms | None:
     """The strategy that decides a task with a flag for each block; None where it does not apply."""
+    return _block_norms(task, tensors, limits) if _allows_loops(task) else None
+
+
+def _allows_loops(task: Task) -> bool:
+    """Whether compiled loops know what an instance asks for; its shapes and dtypes come on top."""
     instance = task.instance
-    if instance.reconstruct is not None or instance.soft is not None or instance.score.nonfinite != "error":
-        return None
-    return _block_norms(task, tensors, limits)
+    return instance.reconstruct is None and instance.soft is None and instance.score.nonfinite == "error"
 
 
 def _contiguous(task: Task, tensors: Mapping[str, StoredTensor], limits: Limits) -> Contiguous | None:
     scope = task.instance.scope
-    if not isinstance(scope, BoundScope) or not isinstance(scope.block, BoundBlock):
+    if not _has_loop(task, tensors) or not isinstance(scope, BoundScope):
         return None
-    leaf = scope.block
-    lies_well = is_row_major_run(leaf) and is_run(leaf.shape, leaf.view_shape)
-    if not lies_well or not is_run(scope.shape, leaf.grid_shape) or not _has_loop(task, tensors):
+    (leaf,) = scope.leaves
+    if not (is_row_major_run(leaf) and is_run(leaf.shape, leaf.view_shape)):
+        return None
+    if not is_run(scope.shape, leaf.grid_shape):
         return None
     selection = _selection_of(task, scope)
     unit = math.lcm(selection.block * selection.blocks, _PACKED)
@@ -227,26 +218,29 @@ def _contiguous(task: Task, tensors: Mapping[str, StoredTensor], limits: Limits)
     each = _loop_bytes(task, size, selection)
     slab = unit * max(1, min(limits.slab // size, limits.memory // (2 * each)) // unit)
     memory = min(slab, prod(leaf.view_shape)) * each
-    if unit > _PACKED and (unit * size > _SLABS_A_SCOPE * limits.slab or memory > limits.memory // 2):
+    if unit > _PACKED and _is_too_large(unit * size, memory, limits):
         return None
-    return Contiguous(memory, slab, selection)
+    return Contiguous(memory, slab, selection=selection)
 
 
 def _strided(task: Task, tensors: Mapping[str, StoredTensor], limits: Limits) -> Strided | None:
     scope = task.instance.scope
-    if not isinstance(scope, BoundScope) or not isinstance(scope.block, BoundBlock):
+    if not _has_loop(task, tensors) or not isinstance(scope, BoundScope):
         return None
-    if not _has_loop(task, tensors):
-        return None
+    (leaf,) = scope.leaves
     selection = _selection_of(task, scope)
-    size = DTYPES[tensors[scope.block.tensor].dtype].itemsize
+    size = DTYPES[tensors[leaf.tensor].dtype].itemsize
     together = numel_per_scope(scope)
-    tile = max(limits.slab // size, together)
+    elements = max(limits.slab // size, together)
     each = _loop_bytes(task, size, selection) + size  # there is a copy in the order of the scopes
-    memory = min(tile, prod(scope.block.view_shape)) * each
-    if together * size > _SLABS_A_SCOPE * limits.slab or memory > limits.memory // 2:
-        return None
-    return Strided(memory, tile, selection)
+    memory = min(elements, prod(leaf.view_shape)) * each
+    too_large = _is_too_large(together * size, memory, limits)
+    return None if too_large else Strided(memory, elements, selection=selection)
+
+
+def _is_too_large(scope_bytes: int, memory: int, limits: Limits) -> bool:
+    """Whether a scope is worked in several chunks, as other strategies do."""
+    return scope_bytes > _SLABS_A_SCOPE * limits.slab or memory > limits.memory // 2
 
 
 def _selection_of(task: Task, scope: BoundScope) -> Selection:
@@ -268,9 +262,11 @@ def _loop_bytes(task: Task, size: int, selection: Selection) -> int:
 
 
 def _has_loop(task: Task, tensors: Mapping[str, StoredTensor]) -> bool:
-    """Whether compiled loops rank the blocks of a task's one leaf as the engine would."""
-    score, kind = task.instance.score, task.score_kind
-    (leaf,) = task.instance.scope.leaves
+    """Whether a task has one leaf, the blocks of which compiled loops rank as the engine would."""
+    score, kind, scope = task.instance.score, task.score_kind, task.instance.scope
+    if not isinstance(scope, BoundScope) or not isinstance(scope.block, BoundBlock):
+        return False
+    leaf = scope.block
     dtype = tensors[leaf.tensor].dtype
     single = leaf.numel_per_block == 1
     if kind.ranks_weights:
@@ -285,8 +281,10 @@ def _radix_select(task: Task, tensors: Mapping[str, StoredTensor], limits: Limit
     if len(leaves) != len(members_of(scope)) or task.instance.budget.nnz is None or len(dtypes) != 1:
         return None
     whole = isinstance(scope, BoundScope) or prod(scope.grid_shape) == 1
-    pairs = zip(leaves, members_of(scope), strict=True)
-    unlike = {(leaf.view_shape, leaf.view_stride, leaf.shape, of.shape): leaf for leaf, (of, _) in pairs}
+    unlike = {
+        (leaf.view_shape, leaf.view_stride, leaf.shape, member.shape): leaf
+        for leaf, (member, _) in zip(leaves, members_of(scope), strict=True)
+    }
     together = all(
         leaf.numel_per_block == 1 and is_row_major_run(leaf) and is_run(shape, leaf.grid_shape)
         for (*_, shape), leaf in unlike.items()
@@ -296,32 +294,25 @@ def _radix_select(task: Task, tensors: Mapping[str, StoredTensor], limits: Limit
         return None
     size = DTYPES[dtype].itemsize
     slab = max(_PACKED, limits.slab // size // _PACKED * _PACKED)
-    groups = max(1, min(_GROUPS, limits.held // _COUNTER_BYTES))
-    passes = 1 + max(1, size // 2)
+    counted = max(1, min(_GROUPS, limits.held // _COUNTER_BYTES))
+    passes = 1 + max(1, size // 2)  # one for each digit of 16 bits, one that cuts
     sizes = [member.blocks_per_scope for member, _ in members_of(scope)]
     memory = 2 * min(slab, max(sizes)) * (size + 1) + _COUNTER_BYTES
-    counters = min(groups, sum(-(-each // slab) for each in sizes))
-    return RadixSelect(memory, slab, groups, 8 * size, counters * _COUNTER_BYTES, passes)
+    counters = min(counted, sum(-(-each // slab) for each in sizes))
+    return RadixSelect(memory, slab, counters * _COUNTER_BYTES, passes)
 
 
 def _block_norms(task: Task, tensors: Mapping[str, StoredTensor], limits: Limits) -> BlockNorms | None:
     scope, score, kind = task.instance.scope, task.instance.score, task.score_kind
-    dtypes = {tensors[leaf.tensor].dtype for leaf in scope.leaves}
     by_elements = not kind.ranks_blocks
-    if by_elements and not dtypes <= _FLOATS:
+    if by_elements and not {tensors[leaf.tensor].dtype for leaf in scope.leaves} <= _FLOATS:
         return None
-    blocks = prod(scope.grid_shape) * scope.blocks_per_scope
-    numbers = 0
     chunk = max(1, min(limits.slab // _CHUNKS_A_SLAB, limits.memory // (2 * _SUMMED_BYTES)))
-    if by_elements:
-        sweeps = [sweep_of(leaf, chunk) for leaf in scope.leaves]
-        if any(sweep is None for sweep in sweeps):
-            return None
-        numbers = sum(sweep.numbers for sweep in sweeps if sweep is not None)
-    held = _SCORE_BYTES * blocks + 8 * numbers
-    if held > limits.held:
+    sweeps = [sweep_of(leaf, chunk) for leaf in scope.leaves] if by_elements else []
+    blocks = prod(scope.grid_shape) * scope.blocks_per_scope
+    held = _SCORE_BYTES * blocks + 8 * sum(sweep.numbers for sweep in sweeps if sweep is not None)
+    if None in sweeps or held > limits.held:
         return None
-    passes = 1 + (0 if not by_elements else 2 if needs_scaling(task, tensors) else 1)
     scaled = by_elements and needs_scaling(task, tensors)
     looped = kind.ranks_weights and not scaled and score.norm != math.inf
     each = []
@@ -330,6 +321,7 @@ def _block_norms(task: Task, tensors: Mapping[str, StoredTensor], limits: Limits
         size = DTYPES[tensors[leaf.tensor].dtype].itemsize
         each.append(size + beside if kind.ranks_weights else _SUMMED_BYTES)
     elements = max(prod(leaf.view_shape) for leaf in scope.leaves)
+    passes = 1 + by_elements + scaled  # the cut, sums before it, maxima before these
     return BlockNorms(max(each) * min(chunk, elements), chunk, held, passes)
 
 
@@ -360,11 +352,9 @@ def _torch_in_memory(task: Task, _: Mapping[str, StoredTensor], limits: Limits) 
 
 
 def _torch_out_of_core(task: Task, _: Mapping[str, StoredTensor], limits: Limits) -> TorchOutOfCore | None:
-    if task.instance.budget.nnz is None:
-        return None
     elements = max(min(limits.tile, limits.largest_tile), _largest_block(task))
-    if elements > limits.largest_tile:
-        raise _block_too_large(task, limits)
+    if task.instance.budget.nnz is None or elements > limits.largest_tile:
+        return None
     candidates = min(limits.held // _SCORE_BYTES, task.instance.scope.blocks_per_scope)
     return TorchOutOfCore(tile_bytes(elements), elements, candidates * _SCORE_BYTES, 3)
 
@@ -373,21 +363,13 @@ def _largest_block(task: Task) -> int:
     return max(member.block.numel_per_block for member, _ in members_of(task.instance.scope))
 
 
-def _block_too_large(task: Task, limits: Limits) -> SparsepruneError:
-    block = _largest_block(task)
-    return SparsepruneError(
-        f"[{task.rule}] {task.instance.label}: a block has {block} elements, which must be in memory "
-        f"together; --memory must be at least {limits.resident + memory_for_tile(block)} bytes"
-    )
-
-
 def _rebuild(task: Task, tensors: Mapping[str, StoredTensor], limits: Limits) -> Rebuild:
-    stacks = len(stacked_parts(task, tensors))
-    moments = [one.stored for one in task.inputs if one.role == "moment"]
+    stacks = len(independent_parts(task, tensors))
+    moments = [one for one in task.inputs if one.role == "moment"]
     numel = sum(prod(leaf.view_shape) for leaf in task.instance.scope.leaves)
-    dense = sum(tensors[one.key].numel for one in task.inputs if one.role == "moment")
-    nbytes = _SOLVER_BYTES * dense + tile_bytes(numel) + _MOMENT_BYTES * sum(one.numel for one in moments)
-    each = nbytes // max(1, stacks)
+    dense = sum(tensors[one.key].numel for one in moments)
+    seconds = sum(one.stored.numel for one in moments)
+    each = (_SOLVER_BYTES * dense + tile_bytes(numel) + _MOMENT_BYTES * seconds) // max(1, stacks)
     _refuse_unseen(task, alone=stacks > 1)
     if each > limits.memory:
         needed = INTERPRETER + TORCH + limits.resident + each
@@ -395,13 +377,13 @@ def _rebuild(task: Task, tensors: Mapping[str, StoredTensor], limits: Limits) ->
             f"[{task.rule}] {task.instance.label}: its matrices and their second moments must be in memory "
             f"together to be reconstructed; --memory must be at least {needed} bytes"
         )
-    return Rebuild(each, stacks > 1)
+    return Rebuild(each, numel // max(1, stacks), stacked=stacks > 1)
 
 
 def _refuse_unseen(task: Task, *, alone: bool) -> None:
     """Before any work is done: a matrix that decides by itself needs tokens that reached it."""
     counts = {one.key: one.tokens for one in task.inputs if one.role == "moment" and one.tokens}
-    if not alone and any(any(tokens) for tokens in counts.values()):
+    if not alone and any(map(any, counts.values())):
         return
     for name, tokens in counts.items():
         if 0 in tokens:
@@ -412,45 +394,33 @@ def _refuse_unseen(task: Task, *, alone: bool) -> None:
             )
 
 
-@dataclass(frozen=True, slots=True)
-class StackPart:
-    """A part of a task's scope grid, and the matrices [begin, end) of every tensor that it reaches."""
+def independent_parts(task: Task, tensors: Mapping[str, StoredTensor]) -> list[tuple[Part, int | None]]:
+    """Parts of a task's scope grid that are rebuilt one by one, each with the number of its matrix.
 
-    cell: Part
-    begin: int
-    end: int
-
-    def joined(self, other: StackPart) -> StackPart:
-        """A part and the one that follows it."""
-        extent = (self.cell.extent[0] + other.cell.extent[0], *self.cell.extent[1:])
-        return StackPart(Part(self.cell.begin, extent), self.begin, other.end)
-
-
-def stacked_parts(task: Task, tensors: Mapping[str, StoredTensor]) -> list[StackPart]:
-    """The parts that are independent of each other, a matrix each, in order; else one for all."""
+    They are those of a stack, in order. Else there is one part for all matrices, with None.
+    """
     scope = task.instance.scope
     whole = whole_part(scope.grid_shape)
     rebuilt = {tensors[one.key].shape for one in task.inputs if one.role == "moment"}
     counts = {tensors[leaf.tensor].shape[:1] for leaf in scope.leaves}
-    alone = [StackPart(whole, 0, 0)]
+    together: list[tuple[Part, int | None]] = [(whole, None)]
     if len(counts) != 1 or any(len(shape) != 3 for shape in rebuilt) or not whole.numel:
-        return alone
-    ((count,),) = counts
-    parts: list[StackPart] = []
+        return together
+    matrices: list[int | None] = []
     for place in range(scope.grid_shape[0]):
         cell = Part((place, *whole.begin[1:]), (1, *whole.extent[1:]))
         reached = {_matrix(region, tensors) for region in regions_at(scope, cell).values()}
         if len(reached) != 1 or None in reached:
-            return alone
-        (matrix,) = reached
-        if matrix is None or (parts and matrix < parts[-1].begin):
-            return alone
-        one = StackPart(cell, matrix, matrix + 1)
-        if parts and parts[-1].begin == matrix:
-            parts[-1] = parts[-1].joined(one)
-        else:
-            parts.append(one)
-    return parts if [part.begin for part in parts] == list(range(count)) else alone
+            return together
+        matrices += reached
+    parts: list[tuple[Part, int | None]] = []
+    begin = 0
+    for matrix, same in groupby(matrices):
+        size = len(list(same))
+        parts.append((Part((begin, *whole.begin[1:]), (size, *whole.extent[1:])), matrix))
+        begin += size
+    ((count,),) = counts
+    return parts if [matrix for _, matrix in parts] == list(range(count)) else together
 
 
 def _matrix(region: Region, tensors: Mapping[str, StoredTensor]) -> int | None:

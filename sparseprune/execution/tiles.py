@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sparseprune.engine.kernels.counting import Tally, first_nonfinite, tally
+from sparseprune.engine.kernels.counting import Tally, tally
 from sparseprune.engine.kernels.formats import FORMATS
 from sparseprune.engine.kernels.selecting import cut_below, cut_blocks, select_keys
 from sparseprune.engine.kernels.sums import run_sums, tree_sum
 from sparseprune.execution.passes import Chunk, Pass, finish
-from sparseprune.execution.ranking import Elements, Ranking, nonfinite_error, refuse_nonfinite
+from sparseprune.execution.ranking import Ranking, refuse_nonfinite, refuse_nonfinite_bits
 from sparseprune.execution.regions import Region, cells, flat_leaf, gaps, members_of, regions_at
 from sparseprune.execution.strategy import Contiguous
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from sparseprune.execution.passes import Outcome
     from sparseprune.execution.plan import Task
     from sparseprune.execution.regions import AnyScope, Run
-    from sparseprune.execution.strategy import Selection, Strided
+    from sparseprune.execution.strategy import Compiled, Selection
     from sparseprune.execution.tensor_io import Loaded, Mask, TensorIO
     from sparseprune.spec import BoundBlock
 
@@ -93,11 +93,10 @@ class CutScopes(RegionPass):
     """Small scopes of one leaf, decided by compiled loops; the tasks are alike but for their tensors."""
 
     tasks: tuple[Task, ...]
-    strategy: Contiguous | Strided
+    strategy: Compiled
 
     def chunks(self, io: TensorIO) -> Iterator[Chunk]:
-        elements = self.strategy.elements
-        return region_chunks(self._regions(), io, elements, self.strategy.memory)
+        return region_chunks(self._regions(), io, self.strategy.elements, self.strategy.memory)
 
     def _regions(self) -> Iterator[tuple[int, Region]]:
         for number, task in enumerate(self.tasks):
@@ -123,7 +122,7 @@ class CutScopes(RegionPass):
 
 
 @dataclass(frozen=True, slots=True)
-class Untouched(Pass):
+class CopyUntouched(Pass):
     """What no rule reaches of a tensor that rules reach in part: copied as it is, its masks all 1."""
 
     name: str
@@ -175,9 +174,7 @@ def _cut_as_it_lies(loaded: Loaded, selection: Selection, ranking: Ranking) -> M
         return mask
     if form is None:
         raise TypeError(f"{loaded.dtype} has no compiled loops")
-    place = first_nonfinite(bits, form)
-    if place >= 0:
-        raise nonfinite_error(loaded, (place,), Elements(bits[place : place + 1], form.name))
+    refuse_nonfinite_bits(loaded, form)
     if selection.threshold is not None and selection.block == 1:
         cut_below(bits, form, form.limit(selection.threshold), mask)
     else:
@@ -219,24 +216,24 @@ def _in_scopes(view: NDArray[Any], scope: AnyScope) -> NDArray[Any]:
 
 def _keep_by_patterns(bits: Bits, form: Format, selection: Selection) -> Mask:
     """Bytes, one a block: 1 for those that survive. `bits` are flat, scope after scope, block after block."""
-    if selection.block == 1 and selection.threshold is None:
-        keep = np.empty(bits.size, dtype=np.uint8)
-        select_keys(bits, form.magnitude, selection.blocks, selection.nnz, keep)
-        return keep
-    if selection.block == 1 and selection.threshold is not None:
-        limit = form.limit(selection.threshold)
-        reaches: Mask = ((bits & bits.dtype.type(form.magnitude)) >= limit).view(np.uint8)
-        return reaches
+    if selection.block == 1:
+        return _keep(bits, form, selection)
     return _keep_by_scores(_norms(bits, form, selection), selection)
 
 
 def _keep_by_scores(scores: Floats, selection: Selection) -> Mask:
     """The decision over scores of blocks that are not negative, flat, scope after scope."""
+    return _keep(scores.view(np.uint64), FORMATS["F64"], selection)
+
+
+def _keep(bits: Bits, form: Format, selection: Selection) -> Mask:
+    """The decision by the magnitudes of numbers, one a block, flat, scope after scope."""
     if selection.threshold is not None:
-        kept: Mask = (scores >= selection.threshold).view(np.uint8)
-        return kept
-    keep = np.empty(scores.size, dtype=np.uint8)
-    select_keys(scores.view(np.uint64), (1 << 63) - 1, selection.blocks, selection.nnz, keep)
+        magnitudes = bits & bits.dtype.type(form.magnitude)
+        reaches: Mask = (magnitudes >= form.limit(selection.threshold)).view(np.uint8)
+        return reaches
+    keep = np.empty(bits.size, dtype=np.uint8)
+    select_keys(bits, form.magnitude, selection.blocks, selection.nnz, keep)
     return keep
 
 

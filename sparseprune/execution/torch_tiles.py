@@ -20,10 +20,10 @@ import torch
 from sparseprune.engine import BlockCoupling, BlockSpec, ScopeCoupling, ScopeSpec
 from sparseprune.engine.block import zero_pruned
 from sparseprune.engine.dtypes import DTYPES, torch_dtype
-from sparseprune.engine.grids import prod
-from sparseprune.engine.kernels.counting import Tally, tally
+from sparseprune.engine.grids import inverse_order, permute, prod
+from sparseprune.engine.kernels.counting import DIGIT_BITS, tally
 from sparseprune.execution.passes import Chunk, Decision, Outcome, Pass, finish
-from sparseprune.execution.ranking import Elements, Ranking, refuse_nonfinite
+from sparseprune.execution.ranking import Elements, Ranking, numbers_in, refuse_nonfinite
 from sparseprune.execution.regions import (
     Part,
     alone,
@@ -34,6 +34,7 @@ from sparseprune.execution.regions import (
     regions_of,
     tiles,
 )
+from sparseprune.execution.two_pass import digit_of
 from sparseprune.spec import BoundBlock, BoundScope
 
 if TYPE_CHECKING:
@@ -45,28 +46,117 @@ if TYPE_CHECKING:
     from sparseprune.engine import SparseBlock, SparseScope, View
     from sparseprune.execution.passes import Outcome
     from sparseprune.execution.plan import Task
-    from sparseprune.execution.regions import AnyBlock, AnyScope, Region
+    from sparseprune.execution.regions import AnyBlock, AnyScope
     from sparseprune.execution.strategy import TorchInMemory, TorchOutOfCore
     from sparseprune.execution.tensor_io import Loaded, TensorIO
-    from sparseprune.spec import BoundScopeCoupling
+    from sparseprune.spec.bound import Soft
 
     Keys = NDArray[np.uint64]
 
 _STREAMS = threading.local()
 
 
-@dataclass(frozen=True, slots=True)
 class Tile:
-    """The elements of some leaves: patterns in memory, and as the torch engine sees them.
+    """Blocks of a task in memory, and as the torch engine sees them: decided, shrunk, stored.
 
-    `flat` has the tensors in the order of the storage, `views` as the leaves see them; on the CPU both share
-    the memory of `loaded`. `before` was counted when they were read.
+    `parts` has the blocks of each member of `scope`. Mappings have leaves in the order of the engine's
+    blocks; on the CPU `views` share the memory of `loaded`.
     """
 
-    loaded: Mapping[BoundBlock, Loaded]
-    flat: Mapping[BoundBlock, Tensor]
-    views: Mapping[BoundBlock, Tensor]
-    before: Mapping[BoundBlock, Tally]
+    def __init__(
+        self, task: Task, scope: AnyScope, parts: Sequence[tuple[AnyBlock, Part]], io: TensorIO
+    ) -> None:
+        self.task = task
+        self.parts = parts
+        self.ranking = Ranking(task, io)
+        self._io = io
+        allocate = _pinned if io.device != "cpu" else None
+        regions = [region for block, part in parts for region in regions_of(block, part).values()]
+        self.loaded = {region.leaf: io.load(region, allocate=allocate) for region in regions}
+        self._flat = {leaf: _on_device(one, io.device) for leaf, one in self.loaded.items()}
+        self.views = {leaf: _as_view(self._flat[leaf], one) for leaf, one in self.loaded.items()}
+        self._before = {leaf: tally(one.flat, one.dtype) for leaf, one in self.loaded.items()}
+        self.engine = build_scope(scope, self.views)
+
+    def leaves(self) -> Iterator[tuple[BlockSpec, Loaded]]:
+        """The blocks of the engine, and what was loaded of each."""
+        return zip(self.engine.blocks(), self.loaded.values(), strict=True)
+
+    def element_values(self) -> dict[BlockSpec, Tensor] | None:
+        """What ranks the elements in place of the weights, None where the weights do.
+
+        Raises:
+            SparsityError: what ranks them is not finite.
+        """
+        values = {}
+        for spec, one in self.leaves():
+            elements = self.ranking.elements(one)
+            refuse_nonfinite(one, elements)
+            if elements is not None:
+                values[spec] = tensor_of(elements, self._io.device)
+        return values or None
+
+    def ranked(self) -> tuple[dict[BlockSpec, Tensor] | None, Tensor | None]:
+        """What ranks elements in place of the weights, or blocks, by scope, in place of their 2-norms."""
+        norm, rms, soft = self.ranking.norm, self.ranking.rms, self.task.instance.soft
+        if self.ranking.prunes_nonfinite:
+            return None, self._rescued_scores()
+        grids = [self.ranking.block_scores(block, part) for block, part in self.parts]
+        ready = [torch.from_numpy(grid) for grid in grids if grid is not None]
+        if ready:
+            return None, self.engine.gather(ready)
+        values = self.element_values()
+        single = all(spec.block.numel_per_block() == 1 for spec, _ in self.engine.members)
+        if single or soft is not None or (norm == 2 and not rms):
+            return values, None
+        return values, self.engine.block_norms(values, norm, rms=rms)
+
+    def decide(self) -> dict[BlockSpec, Tensor]:
+        """The masks of hard thresholding, True where a weight is kept; nothing is written."""
+        values, scores = self.ranked()
+        budget = self.task.instance.budget
+        if budget.nnz is not None:
+            return self.engine.get_masks(budget.nnz, values, scores)
+        return self.engine.threshold_masks(budget.threshold or 0.0, values, scores)
+
+    def shrink(self, soft: Soft, limits: Tensor | float) -> dict[BlockSpec, Tensor]:
+        """Soft thresholding in place; gives the masks, True where a block is not zero afterwards."""
+        diagonals = {}
+        for spec, one in self.leaves():
+            elements = self.ranking.conditioners(one.region)
+            if elements is not None:
+                diagonals[spec] = tensor_of(elements, self._io.device)
+        self.engine.soft_threshold(limits, diagonals or None, soft.scale, soft.max_iter, soft.atol, soft.eps)
+        return self.engine.get_masks(0, block_mask=self.engine.block_norms() > 0)
+
+    def store(self, masks: Mapping[BlockSpec, Tensor]) -> list[Outcome]:
+        """Write the elements and their masks (bool, as the leaves see them); gives the outcomes."""
+        outcomes, device = [], self._io.device
+        for spec, one in self.leaves():
+            leaf = one.region.leaf
+            mask = torch.ones(one.flat.size, dtype=torch.uint8, device=device)
+            _as_view(mask, one).copy_(masks[spec])
+            if device != "cpu":
+                target = torch.from_numpy(_signed(one.flat))
+                target.copy_(self._flat[leaf].view(target.dtype), non_blocking=True)
+                torch.cuda.current_stream(device).synchronize()
+            kept = mask.cpu().numpy()
+            self._io.store(one, kept)
+            outcomes.append(finish(self.task.rule, one.stored, self._before[leaf], one.flat, kept))
+        return outcomes
+
+    def _rescued_scores(self) -> Tensor:
+        """The norms of blocks by scope; -1, below all others, where something in a block is not finite."""
+        values, without_rank = {}, {}
+        for spec, one in self.leaves():
+            weights = Elements(one.view, one.dtype)
+            elements = self.ranking.elements(one) or weights
+            wrong = elements.without_rank() | weights.without_rank()
+            finite = Elements(np.where(wrong, elements.bits.dtype.type(0), elements.bits), elements.dtype)
+            values[spec] = tensor_of(finite, self._io.device)
+            without_rank[spec] = torch.from_numpy(wrong.astype(np.float32)).to(self._io.device)
+        norms = self.engine.block_norms(values, self.ranking.norm, rms=self.ranking.rms)
+        return torch.where(self.engine.block_norms(without_rank, math.inf) > 0, -1.0, norms)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,164 +175,50 @@ class CutTiles(Pass):
     def chunks(self, io: TensorIO) -> Iterator[Chunk]:
         scope = self.scope
         files = io.files(scope.leaves)
-        for number, cell in enumerate(cells(scope, self.strategy.tile)):
+        for number, cell in enumerate(cells(scope, self.strategy.elements)):
             nbytes = sum(map(io.nbytes, regions_at(scope, cell).values()))
             yield Chunk(cell, nbytes, self.strategy.memory, str(number), files)
 
     def work(self, chunk: Chunk, io: TensorIO) -> list[Outcome]:
-        scope, ranking = self.scope, Ranking(self.task, io)
+        budget, soft = self.task.instance.budget, self.task.instance.soft
         with stream_of(io.device):
-            tile = load_tile(regions_at(scope, chunk.about), io)
-            engine = build_scope(scope, tile.views)
-            parts = [
-                (member.block, block_part(member, order, chunk.about)) for member, order in members_of(scope)
-            ]
-            masks = _pruned(self.task, engine, parts, tile, ranking)
-            by_leaf = {leaf: masks[spec] for leaf, spec in zip(scope.leaves, engine.blocks(), strict=True)}
-            return store_tile(self.task, tile, by_leaf, io)
+            tile = Tile(self.task, self.scope, parts_at(self.scope, chunk.about), io)
+            if soft is None:
+                masks = tile.decide()
+                zero_pruned(masks)
+            else:
+                tile.element_values()
+                limit = budget.threshold or 0.0
+                masks = tile.shrink(
+                    soft, limit if budget.nnz is None else tile.engine.soft_budget(budget.nnz, soft.k_weight)
+                )
+            return tile.store(masks)
 
 
-def load_tile(regions: Mapping[BoundBlock, Region], io: TensorIO) -> Tile:
-    """Read the elements of some regions, a leaf each."""
-    allocate = _pinned if io.device != "cpu" else None
-    loaded = {leaf: io.load(region, allocate=allocate) for leaf, region in regions.items()}
-    flat = {leaf: _on_device(one, io.device) for leaf, one in loaded.items()}
-    views = {leaf: _as_view(flat[leaf], one) for leaf, one in loaded.items()}
-    before = {leaf: tally(one.flat, one.dtype) for leaf, one in loaded.items()}
-    return Tile(loaded, flat, views, before)
+def parts_at(scope: AnyScope, cell: Part) -> list[tuple[AnyBlock, Part]]:
+    """The blocks of each member that belong to a part of the grid of scopes."""
+    return [(member.block, block_part(member, order, cell)) for member, order in members_of(scope)]
 
 
-def store_tile(task: Task, tile: Tile, masks: Mapping[BoundBlock, Tensor], io: TensorIO) -> list[Outcome]:
-    """Write the elements of a tile and its masks (bool, as the leaves see them); gives the outcomes."""
-    outcomes = []
-    for leaf, one in tile.loaded.items():
-        mask = torch.ones(one.flat.size, dtype=torch.uint8, device=io.device)
-        _as_view(mask, one).copy_(masks[leaf])
-        if io.device != "cpu":
-            target = torch.from_numpy(_signed(one.flat))
-            target.copy_(tile.flat[leaf].view(target.dtype), non_blocking=True)
-            torch.cuda.current_stream(io.device).synchronize()
-        kept = mask.cpu().numpy()
-        io.store(one, kept)
-        outcomes.append(finish(task.rule, one.stored, tile.before[leaf], one.flat, kept))
-    return outcomes
-
-
-def element_values(scope: SparseScope, tile: Tile, ranking: Ranking) -> dict[BlockSpec, Tensor] | None:
-    """What ranks the elements in place of the weights, None where the weights do.
-
-    What is not finite is refused.
-    """
-    values = {}
-    for spec, (leaf, one) in zip(scope.blocks(), tile.loaded.items(), strict=True):
-        elements = ranking.elements(one)
-        refuse_nonfinite(one, elements)
-        if elements is not None:
-            values[spec] = tensor_of(elements, tile.views[leaf].device)
-    return values or None
-
-
-def rescued_scores(scope: SparseScope, tile: Tile, ranking: Ranking) -> Tensor:
-    """The norms of blocks by scope; -1, below all others, where something in a block is not finite."""
-    values, without_rank = {}, {}
-    for spec, (leaf, one) in zip(scope.blocks(), tile.loaded.items(), strict=True):
-        weights = Elements(one.view, one.dtype)
-        elements = ranking.elements(one) or weights
-        wrong = elements.without_rank() | weights.without_rank()
-        finite = Elements(np.where(wrong, elements.bits.dtype.type(0), elements.bits), elements.dtype)
-        device = tile.views[leaf].device
-        values[spec] = tensor_of(finite, device)
-        without_rank[spec] = torch.from_numpy(wrong.astype(np.float32)).to(device)
-    norms = scope.block_norms(values, ranking.norm, rms=ranking.rms)
-    return torch.where(scope.block_norms(without_rank, math.inf) > 0, -1.0, norms)
-
-
-def shrink(
-    engine: SparseScope,
-    task: Task,
-    tile: Tile,
-    ranking: Ranking,
-    limits: Tensor | float,
-) -> dict[BlockSpec, Tensor]:
-    """Soft thresholding in place; gives the masks, True where a block is not zero afterwards."""
-    soft = task.instance.soft
-    if soft is None:
-        raise TypeError(f"{task.instance.label} is not soft")
-    diagonals = {}
-    for spec, one in zip(engine.blocks(), tile.loaded.values(), strict=True):
-        elements = ranking.conditioners(one.region)
-        if elements is not None:
-            diagonals[spec] = tensor_of(elements, tile.flat[one.region.leaf].device)
-    engine.soft_threshold(limits, diagonals or None, soft.scale, soft.max_iter, soft.atol, soft.eps)
-    return engine.get_masks(0, block_mask=engine.block_norms() > 0)
-
-
-def block_scores(
-    engine: SparseScope, parts: Sequence[tuple[AnyBlock, Part]], tile: Tile, ranking: Ranking
-) -> Tensor | None:
-    """Ready scores by scope, None where elements are ranked by themselves."""
-    if ranking.prunes_nonfinite:
-        return rescued_scores(engine, tile, ranking)
-    grids = [ranking.block_scores(block, part) for block, part in parts]
-    ready = [torch.from_numpy(grid) for grid in grids if grid is not None]
-    return engine.gather(ready) if ready else None
-
-
-def _pruned(
-    task: Task, engine: SparseScope, parts: Sequence[tuple[AnyBlock, Part]], tile: Tile, ranking: Ranking
-) -> dict[BlockSpec, Tensor]:
-    """Decide and write in memory; gives the masks, True where a weight is kept."""
-    budget = task.instance.budget
-    if task.instance.soft is not None:
-        element_values(engine, tile, ranking)
-        limits = (
-            budget.threshold
-            if budget.nnz is None
-            else engine.soft_budget(budget.nnz, task.instance.soft.k_weight)
-        )
-        return shrink(engine, task, tile, ranking, 0.0 if limits is None else limits)
-    masks = decide(task, engine, parts, tile, ranking)
-    zero_pruned(masks)
-    return masks
-
-
-def decide(
-    task: Task, engine: SparseScope, parts: Sequence[tuple[AnyBlock, Part]], tile: Tile, ranking: Ranking
-) -> dict[BlockSpec, Tensor]:
-    """The masks of hard thresholding, True where a weight is kept; nothing is written."""
-    budget = task.instance.budget
-    scores = block_scores(engine, parts, tile, ranking)
-    values = None if scores is not None else element_values(engine, tile, ranking)
-    single = all(spec.block.numel_per_block() == 1 for spec, _ in engine.members)
-    if scores is None and not single and (ranking.norm != 2 or ranking.rms):
-        scores = engine.block_norms(values, ranking.norm, rms=ranking.rms)
-    if budget.nnz is not None:
-        return engine.get_masks(budget.nnz, values, scores)
-    return engine.threshold_masks(budget.threshold or 0.0, values, scores)
-
-
-def tensor_of(elements: Elements, device: torch.device) -> Tensor:
+def tensor_of(elements: Elements, device: str) -> Tensor:
     """Numbers as a tensor of their dtype and shape."""
     return torch.from_numpy(_signed(elements.bits)).view(torch_dtype(elements.dtype)).to(device)
 
 
-def build_scope(
-    bound: BoundScope | BoundScopeCoupling, tensors: Mapping[BoundBlock, Tensor | View]
-) -> SparseScope:
+def build_scope(bound: AnyScope, tensors: Mapping[BoundBlock, Tensor | View]) -> SparseScope:
     """The engine's scope for a bound one, over tensors in the shape of leaves' views or of parts of them."""
-    if isinstance(bound, BoundScope):
-        return _build_scope_spec(bound, tensors)
-    return ScopeCoupling(
-        [_build_scope_spec(member, tensors) for member in bound.members], bound.orders, bound.label
-    )
+    if not isinstance(bound, BoundScope):
+        members = [_build_scope_spec(member, tensors) for member in bound.members]
+        return ScopeCoupling(members, bound.orders, bound.label)
+    return _build_scope_spec(bound, tensors)
 
 
-def build_block(bound: AnyBlock, tensors: Mapping[BoundBlock, Tensor | View]) -> SparseBlock:
-    """The engine's blocks for bound ones, over tensors as `build_scope` takes them."""
-    if isinstance(bound, BoundBlock):
-        return BlockSpec(tensors[bound], bound.shape, bound.tensor)
-    members = [BlockSpec(tensors[member], member.shape, member.tensor) for member in bound.members]
-    return BlockCoupling(members, bound.orders, bound.label)
+def _build_scope_spec(bound: BoundScope, tensors: Mapping[BoundBlock, Tensor | View]) -> ScopeSpec:
+    leaves = [BlockSpec(tensors[leaf], leaf.shape, leaf.tensor) for leaf in bound.leaves]
+    block: SparseBlock = leaves[0]
+    if not isinstance(bound.block, BoundBlock):
+        block = BlockCoupling(leaves, bound.block.orders, bound.block.label)
+    return ScopeSpec(block, bound.shape, bound.label)
 
 
 @contextmanager
@@ -256,10 +232,6 @@ def stream_of(device: str) -> Iterator[None]:
         stream = _STREAMS.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     with torch.cuda.stream(stream):
         yield
-
-
-def _build_scope_spec(bound: BoundScope, tensors: Mapping[BoundBlock, Tensor | View]) -> ScopeSpec:
-    return ScopeSpec(build_block(bound.block, tensors), bound.shape, bound.label)
 
 
 def _pinned(numel: int, dtype: np.dtype[np.generic]) -> np.ndarray[tuple[int], np.dtype[np.generic]]:
@@ -281,12 +253,9 @@ def _signed(bits: np.ndarray) -> np.ndarray:
 def _as_view(flat: Tensor, loaded: Loaded) -> Tensor:
     """Elements in the order of the storage as the leaf sees them, sharing memory."""
     order = loaded.region.storage_order
-    shaped = flat.reshape([loaded.region.extent[dim] for dim in order])
-    return shaped.permute(sorted(range(len(order)), key=order.__getitem__))
+    return flat.reshape(permute(loaded.region.extent, order)).permute(inverse_order(order))
 
 
-_DIGIT = 16
-_LAST = (1 << _DIGIT) - 1
 _SIGN = 1 << 63
 _CANDIDATE_BYTES = 48
 _GROUPS = 16  # of places whose digits are counted together
@@ -306,22 +275,17 @@ class Place:
 
     def countdown(self, blocks: int) -> Keys:
         """For each block, row-major in the part, how many blocks of the scope come behind it."""
-        shape = self.member.shape
-        index = np.full((1,) * len(shape), self.before, dtype=np.int64)
-        for dim, (begin, size) in enumerate(
-            zip(self.part.within(self.origin).begin, self.part.extent, strict=True)
-        ):
-            steps = np.arange(begin, begin + size, dtype=np.int64) * prod(shape[dim + 1 :])
-            index = index + steps.reshape([-1 if other == dim else 1 for other in range(len(shape))])
-        return (blocks - 1 - index.reshape(-1)).astype(np.uint64)
+        number = self.before + numbers_in(self.member.shape, self.part.within(self.origin))
+        return (blocks - 1 - number.reshape(-1)).astype(np.uint64)
 
 
 @dataclass(frozen=True, slots=True)
-class _Scopes:
-    """The scopes of a task, and the blocks of each as they are read."""
+class _OutOfCore(Pass):
+    """A pass over the blocks of scopes as they are read; `decisions` are those on the first scopes."""
 
     task: Task
     strategy: TorchOutOfCore
+    decisions: tuple[Any, ...]
 
     @property
     def blocks(self) -> int:
@@ -331,31 +295,25 @@ class _Scopes:
     def places(self, number: int) -> Iterator[Place]:
         """The blocks of one scope, member after member."""
         scope = self.task.instance.scope
-        coordinate = tuple(int(index) for index in np.unravel_index(number, scope.grid_shape or (1,)))
-        cell = Part(coordinate[: len(scope.grid_shape)], (1,) * len(scope.grid_shape))
+        grid = scope.grid_shape
+        cell = Part(tuple(map(int, np.unravel_index(number, grid))) if grid else (), (1,) * len(grid))
         before = 0
         for member, order in members_of(scope):
             whole = block_part(member, order, cell)
-            for part in tiles(member, whole, self.strategy.tile):
+            for part in tiles(member, whole, self.strategy.elements):
                 yield Place(member, part, whole.begin, before)
             before += member.blocks_per_scope
 
-    def loaded(self, place: Place, io: TensorIO) -> tuple[Tile, SparseScope]:
-        """A tile, and the engine's blocks over it as one scope."""
-        tile = load_tile(regions_of(place.member.block, place.part), io)
-        scope = BoundScope(place.member.label, place.member.block, place.part.extent)
-        return tile, build_scope(scope, tile.views)
+    def load(self, place: Place, io: TensorIO) -> Tile:
+        """The blocks of a place as one scope."""
+        block = place.member.block
+        scope = BoundScope(place.member.label, block, place.part.extent)
+        return Tile(self.task, scope, [(block, place.part)], io)
 
-    def keys(self, place: Place, engine: SparseScope, tile: Tile, io: TensorIO) -> Keys:
+    def keys(self, tile: Tile, io: TensorIO) -> Keys:
         """Unsigned integers (blocks), row-major in the part, ordered as the blocks are ranked."""
-        score, ranking, width = self.task.instance.score, Ranking(self.task, io), self.width(io)
-        scores = block_scores(engine, [(place.member.block, place.part)], tile, ranking)
-        values = None if scores is not None else element_values(engine, tile, ranking)
-        single = place.member.block.numel_per_block == 1
-        plain = single or self.task.instance.soft is not None
-        if scores is None and not plain and (ranking.norm != 2 or score.normalize):
-            scores = engine.block_norms(values, ranking.norm, rms=score.normalize)
-        keys = engine.keys(values, scores, as_norms=width is None)
+        width = self.width(io)
+        keys = tile.engine.keys(*tile.ranked(), as_norms=width is None)
         signed = keys.reshape(-1).to(torch.int64).cpu().numpy()
         return signed.view(np.uint64) + np.uint64(1 << (width or 64) - 1)
 
@@ -371,15 +329,13 @@ class _Scopes:
 
 
 @dataclass(frozen=True, slots=True)
-class SearchRank(Pass):
+class SearchRank(_OutOfCore):
     """The `k`-th largest rank of a scope among those that agree with `prefix` in all digits above `level`.
 
-    `decisions` are those on the scopes before it. Each level counts a digit; with `collect` the ranks that
-    are left are collected instead. `kth` is the norm that was found already where a second one is needed.
+    Each level counts a digit; with `collect` the ranks that are left are collected instead. `kth` is the norm
+    that was found already where a second one is needed.
     """
 
-    scopes: _Scopes
-    decisions: tuple[Any, ...]
     k: int
     level: int = 0
     prefix: tuple[int, int] = (0, 0)
@@ -394,83 +350,76 @@ class SearchRank(Pass):
         """Neighbouring places, by their numbers; none where all or no blocks survive."""
         if not self._is_open():
             return
-        places = sum(1 for _ in self.scopes.places(len(self.decisions)))
-        bounds = (places * group // _GROUPS for group in range(_GROUPS + 1))
-        for begin, end in pairwise(bounds):
+        places = sum(1 for _ in self.places(len(self.decisions)))
+        for begin, end in pairwise(places * group // _GROUPS for group in range(_GROUPS + 1)):
             if end > begin:
-                yield Chunk((begin, end), memory=self.scopes.strategy.memory)
+                yield Chunk((begin, end), memory=self.strategy.memory)
 
     def work(self, chunk: Chunk, io: TensorIO) -> Any:  # noqa: ANN401
         part, shift = self._levels(io)[self.level]
-        counts = np.zeros(_LAST + 1, dtype=np.int64)
+        counts = np.zeros(1 << DIGIT_BITS, dtype=np.int64)
         found: list[tuple[Keys, Keys]] = []
-        for place in islice(self.scopes.places(len(self.decisions)), *chunk.about):
+        for place in islice(self.places(len(self.decisions)), *chunk.about):
             with stream_of(io.device):
-                tile, engine = self.scopes.loaded(place, io)
-                numbers = (
-                    self.scopes.keys(place, engine, tile, io),
-                    place.countdown(self.scopes.blocks),
-                )
+                tile = self.load(place, io)
+                numbers = self.keys(tile, io), place.countdown(self.blocks)
             if self.collect:
                 alike = _alike(numbers, self.prefix, part, shift)
                 found.append((numbers[0][alike], numbers[1][alike]))
             else:
-                alike = _alike(numbers, self.prefix, part, shift + _DIGIT)
-                digits = (numbers[part][alike] >> np.uint64(shift)) & np.uint64(_LAST)
-                counts += np.bincount(digits.astype(np.int64), minlength=_LAST + 1)
-            nbytes = sum(map(io.nbytes, regions_of(place.member.block, place.part).values()))
-            io.passed(nbytes, self.scopes.task.instance.label)
-        if not self.collect:
-            return counts
-        return np.concatenate([one[0] for one in found]), np.concatenate([one[1] for one in found])
+                alike = _alike(numbers, self.prefix, part, shift + DIGIT_BITS)
+                digits = (numbers[part][alike] >> np.uint64(shift)) & np.uint64(len(counts) - 1)
+                counts += np.bincount(digits.astype(np.int64), minlength=len(counts))
+            nbytes = sum(one.flat.nbytes for one in tile.loaded.values())
+            io.passed(nbytes, self.task.instance.label)
+        return tuple(map(np.concatenate, zip(*found, strict=True))) if self.collect else counts
 
     def merge(self, partials: list[Any], io: TensorIO) -> Pass | Decision:
         if not self._is_open():
             return self._found((0, 0), io)
         if self.collect:
-            keys = np.concatenate([one[0] for one in partials])
-            countdown = np.concatenate([one[1] for one in partials])
-            chosen = np.lexsort((countdown, keys))[-self.k]
-            return self._found((int(keys[chosen]), int(countdown[chosen])), io)
+            keys, behind = map(np.concatenate, zip(*partials, strict=True))
+            chosen = np.lexsort((behind, keys))[-self.k]
+            return self._found((int(keys[chosen]), int(behind[chosen])), io)
         levels = self._levels(io)
         part, shift = levels[self.level]
-        at_least = np.cumsum(sum(partials)[::-1])
-        behind = int(np.searchsorted(at_least, self.k))
-        above = int(at_least[behind - 1]) if behind else 0
-        digit = (_LAST - behind) << shift
-        prefix = (self.prefix[0] | digit, 0) if part == 0 else (self.prefix[0], self.prefix[1] | digit)
-        following = replace(self, k=self.k - above, prefix=prefix)
-        if int(at_least[behind]) - above <= self.scopes.strategy.held // _CANDIDATE_BYTES:
+        counts = sum(partials)
+        digit, k = digit_of(counts, self.k)
+        known = self.prefix[part] | digit << shift
+        prefix = (self.prefix[0], known) if part else (known, 0)
+        following = replace(self, k=k, prefix=prefix)
+        if int(counts[digit]) <= self.strategy.held // _CANDIDATE_BYTES:
             return replace(following, collect=True)
         if self.level + 1 == len(levels):
             return self._found(prefix, io)
         return replace(following, level=self.level + 1)
 
     def decided(self, value: Any) -> Pass | None:  # noqa: ANN401
-        if not _is_decision(value, soft=self.scopes.task.instance.soft is not None):
+        if not _is_decision(value, soft=self.task.instance.soft is not None):
             return None
         decisions = (*self.decisions, value)
-        if len(decisions) == prod(self.scopes.task.instance.scope.grid_shape):
-            return CutPlaces(self.scopes, decisions)
-        return _search(self.scopes, decisions)
+        if len(decisions) == prod(self.task.instance.scope.grid_shape):
+            return CutPlaces(self.task, self.strategy, decisions)
+        return _search(self.task, self.strategy, decisions)
 
     def _levels(self, io: TensorIO) -> list[tuple[int, int]]:
         """The part of the rank, key or countdown, and the first bit of each digit, most significant first."""
-        parts = (self.scopes.width(io) or 64, self.scopes.blocks.bit_length())
-        return [(part, shift) for part, bits in enumerate(parts) for shift in _shifts(bits)]
+        parts = (self.width(io) or 64, self.blocks.bit_length())
+        return [
+            (part, shift) for part, bits in enumerate(parts) for shift in reversed(range(0, bits, DIGIT_BITS))
+        ]
 
     def _is_open(self) -> bool:
         """Whether there is something to search for."""
-        if self.scopes.task.instance.soft is not None:
-            return 1 <= self.k <= self.scopes.blocks
-        return self.scopes.task.instance.budget.nnz not in {0, self.scopes.blocks}
+        if self.task.instance.soft is not None:
+            return 1 <= self.k <= self.blocks
+        return self.task.instance.budget.nnz not in {0, self.blocks}
 
     def _found(self, rank: tuple[int, int], io: TensorIO) -> Pass | Decision:
         """The rank of the last block that survives, [] for none, "all" for all; or the soft threshold."""
-        task = self.scopes.task
-        soft, nnz = task.instance.soft, task.instance.budget.nnz
-        passed = (self.scopes.strategy.passes - 1) * task.nbytes(io.tensors)
-        passed //= prod(task.instance.scope.grid_shape)
+        soft, nnz = self.task.instance.soft, self.task.instance.budget.nnz
+        passed = (self.strategy.passes - 1) * self.task.nbytes(io.tensors)
+        passed //= prod(self.task.instance.scope.grid_shape)
         if soft is None:
             return Decision(list(rank) if self._is_open() else ["all"] if nnz else [], passed)
         norm = float(np.array([rank[0] ^ _SIGN], dtype=np.uint64).view(np.float64)[0])
@@ -479,65 +428,54 @@ class SearchRank(Pass):
         if self.kth is not None:  # as `kth_mid` of the engine
             return Decision(((self.kth + soft.k_weight * norm) / (1 + soft.k_weight)).hex(), passed)
         if soft.k_weight and nnz is not None:
-            return SearchRank(self.scopes, self.decisions, nnz + 1, kth=norm)
+            return SearchRank(self.task, self.strategy, self.decisions, nnz + 1, kth=norm)
         return Decision(norm.hex(), passed)
 
 
 @dataclass(frozen=True, slots=True)
-class CutPlaces(Pass):
+class CutPlaces(_OutOfCore):
     """Blocks that are cut or shrunk by the decision on their scope."""
 
-    scopes: _Scopes
-    decisions: tuple[Any, ...]
-
     def chunks(self, io: TensorIO) -> Iterator[Chunk]:
-        strategy, count = self.scopes.strategy, 0
-        for number in range(len(self.decisions)):
-            for place in self.scopes.places(number):
-                regions = regions_of(place.member.block, place.part)
-                nbytes = sum(map(io.nbytes, regions.values()))
-                yield Chunk((number, place), nbytes, strategy.memory, str(count), io.files(regions))
-                count += 1
+        each = ((number, place) for number in range(len(self.decisions)) for place in self.places(number))
+        for count, (number, place) in enumerate(each):
+            regions = regions_of(place.member.block, place.part)
+            nbytes = sum(map(io.nbytes, regions.values()))
+            yield Chunk((number, place), nbytes, self.strategy.memory, str(count), io.files(regions))
 
     def work(self, chunk: Chunk, io: TensorIO) -> list[Outcome]:
         number, place = chunk.about
-        task, decision = self.scopes.task, self.decisions[number]
+        decision, soft = self.decisions[number], self.task.instance.soft
         with stream_of(io.device):
-            tile, engine = self.scopes.loaded(place, io)
-            if task.instance.soft is not None:
-                ranking = Ranking(task, io)
-                element_values(engine, tile, ranking)
-                masks = shrink(engine, task, tile, ranking, float.fromhex(decision))
-            else:
-                kept = self._kept(place, engine, tile, decision, io)
-                scopes = torch.from_numpy(kept).to(io.device).reshape(*engine.grid_shape, -1)
-                masks = engine.get_masks(0, block_mask=scopes)
-                zero_pruned(masks)
-            by_leaf = dict(zip(tile.loaded, (masks[spec] for spec in engine.blocks()), strict=True))
-            return store_tile(task, tile, by_leaf, io)
+            tile = self.load(place, io)
+            if soft is not None:
+                tile.element_values()
+                return tile.store(tile.shrink(soft, float.fromhex(decision)))
+            kept = torch.from_numpy(self._kept(place, tile, decision, io)).to(io.device)
+            masks = tile.engine.get_masks(0, block_mask=kept.reshape(*tile.engine.grid_shape, -1))
+            zero_pruned(masks)
+            return tile.store(masks)
 
-    def _kept(
-        self, place: Place, engine: SparseScope, tile: Tile, decision: Sequence[Any], io: TensorIO
-    ) -> NDArray[np.bool_]:
+    def _kept(self, place: Place, tile: Tile, decision: Sequence[Any], io: TensorIO) -> NDArray[np.bool_]:
         if len(decision) < 2:
             return np.full(place.part.numel, bool(decision))
         key, countdown = decision
-        keys = self.scopes.keys(place, engine, tile, io)
-        last = place.countdown(self.scopes.blocks) >= np.uint64(countdown)
+        keys = self.keys(tile, io)
+        last = place.countdown(self.blocks) >= np.uint64(countdown)
         kept: NDArray[np.bool_] = (keys > key) | ((keys == np.uint64(key)) & last)
         return kept
 
 
 def out_of_core(task: Task, strategy: TorchOutOfCore) -> Pass:
     """The first pass over scopes of more blocks than fit in memory."""
-    return _search(_Scopes(task, strategy), ())
+    return _search(task, strategy, ())
 
 
-def _search(scopes: _Scopes, decisions: tuple[Any, ...]) -> SearchRank:
-    nnz = scopes.task.instance.budget.nnz
+def _search(task: Task, strategy: TorchOutOfCore, decisions: tuple[Any, ...]) -> SearchRank:
+    nnz = task.instance.budget.nnz
     if nnz is None:
-        raise TypeError(f"{scopes.task.instance.label}: a threshold decides every block alone")
-    return SearchRank(scopes, decisions, nnz)
+        raise TypeError(f"{task.instance.label}: a threshold decides every block alone")
+    return SearchRank(task, strategy, decisions, nnz)
 
 
 def _is_decision(value: Any, *, soft: bool) -> bool:  # noqa: ANN401
@@ -549,23 +487,15 @@ def _is_decision(value: Any, *, soft: bool) -> bool:  # noqa: ANN401
             return False
     if value in ([], ["all"]):
         return True
-    return (
-        isinstance(value, list)
-        and len(value) == 2
-        and all(type(one) is int and 0 <= one < 1 << 64 for one in value)
-    )
-
-
-def _shifts(bits: int) -> list[int]:
-    """Where the digits of numbers of so many bits begin, the most significant first."""
-    return [digit * _DIGIT for digit in reversed(range(-(-bits // _DIGIT)))]
+    is_rank = isinstance(value, list) and len(value) == 2
+    return is_rank and all(type(one) is int and 0 <= one < 1 << 64 for one in value)
 
 
 def _alike(numbers: tuple[Keys, Keys], prefix: tuple[int, ...], part: int, shift: int) -> NDArray[np.bool_]:
     """Which ranks agree with a prefix in everything above `shift` of one part, and in the parts before it."""
-    above = np.uint64(shift)
     if shift >= 64:
         alike = np.ones(numbers[part].size, dtype=np.bool_)
     else:
+        above = np.uint64(shift)
         alike = numbers[part] >> above == np.uint64(prefix[part]) >> above
     return alike if part == 0 else alike & (numbers[0] == np.uint64(prefix[0]))

@@ -14,29 +14,27 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sparseprune.engine.grids import prod
-from sparseprune.engine.kernels.counting import DIGIT_BITS, count_digits, count_equal, first_nonfinite
-from sparseprune.engine.kernels.formats import FORMATS, Format
+from sparseprune.engine.grids import interleaved, inverse_order, prod
+from sparseprune.engine.kernels.counting import DIGIT_BITS, count_digits, count_equal
+from sparseprune.engine.kernels.formats import FORMATS
 from sparseprune.engine.kernels.selecting import cut_below, cut_blocks, select_keys
 from sparseprune.engine.kernels.sums import ColumnSums, TreeSum, run_sums, tree_sum
 from sparseprune.execution.passes import Chunk, Decision, Pass
-from sparseprune.execution.ranking import Elements, Ranking, nonfinite_error, refuse_nonfinite
+from sparseprune.execution.ranking import Elements, Ranking, refuse_nonfinite, refuse_nonfinite_bits
 from sparseprune.execution.regions import Region, flat_leaf, leaves_of, members_of, sweep_of, whole_part
-from sparseprune.execution.strategy import needs_scaling
 from sparseprune.execution.tiles import RegionPass, region_chunks
-from sparseprune.spec import BoundBlock
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
 
-    from sparseprune.checkpoint import StoredTensor
     from sparseprune.engine.kernels.formats import Format
     from sparseprune.execution.plan import Task
     from sparseprune.execution.regions import AnyBlock, AnyScope, Sweep
     from sparseprune.execution.strategy import BlockNorms, RadixSelect
     from sparseprune.execution.tensor_io import Loaded, Mask, TensorIO
+    from sparseprune.spec import BoundBlock
 
     Floats = NDArray[np.float64]
     Counts = NDArray[np.int64]
@@ -51,9 +49,8 @@ class LeafMaxima:
 
     def add(self, loaded: Loaded, elements: Elements | None) -> None:
         """Take in a chunk, whose elements count as `elements` say, as themselves by default."""
-        pairs, blocks = _split(loaded.region)
-        magnitudes = _magnitudes(loaded, elements).reshape(pairs)
-        top = magnitudes.max(axis=tuple(range(1, len(pairs), 2)))
+        pairs, blocks = _pairs(loaded.region), loaded.region.blocks
+        top = _magnitudes(loaded, elements).reshape(pairs).max(axis=tuple(range(1, len(pairs), 2)))
         self._maxima[blocks] = np.maximum(self._maxima[blocks], top)
 
     def result(self) -> Floats:
@@ -70,11 +67,11 @@ class LeafSums:
 
     def __init__(self, sweep: Sweep, power: int, exponents: NDArray[np.int64] | None = None) -> None:
         leaf = sweep.leaf
-        waiting = [size if dim in sweep.outer else 1 for dim, size in enumerate(leaf.shape)]
+        waiting = tuple(size if dim in sweep.outer else 1 for dim, size in enumerate(leaf.shape))
         self._sweep = sweep
         self._power = power
         self._exponents = exponents
-        self._sums = np.zeros([size for pair in zip(leaf.grid_shape, waiting, strict=True) for size in pair])
+        self._sums = np.zeros(interleaved(leaf.grid_shape, waiting))
         self._tree: TreeSum | ColumnSums | None = None
 
     def add(self, loaded: Loaded, elements: Elements | None) -> None:
@@ -95,9 +92,7 @@ class LeafSums:
 
     def result(self) -> Floats:
         """Float64 on the leaf's block grid, once everything has passed."""
-        sums = self._sums
-        for dim in reversed(range(len(self._sweep.leaf.shape))):
-            sums = _summed(sums, 2 * dim + 1)
+        sums = _summed(self._sums, range(len(self._sweep.leaf.shape)))
         return sums.reshape(self._sweep.leaf.grid_shape)
 
     def _loop(self, loaded: Loaded, elements: Elements | None) -> Format | None:
@@ -107,29 +102,24 @@ class LeafSums:
 
     def _begun(self, loaded: Loaded, elements: Elements | None) -> TreeSum | ColumnSums:
         region, cut = loaded.region, self._sweep.cut
-        form = self._loop(loaded, elements)
-        others = [size for dim, size in enumerate(region.leaf.shape) if dim != cut]
-        is_matrix = prod(tuple(others)) == 1 and prod(region.extent[:cut]) == 1
+        form, height = self._loop(loaded, elements), region.leaf.shape[cut]
+        is_matrix = region.leaf.numel_per_block == height and prod(region.extent[:cut]) == 1
         if form is not None and is_matrix:
-            return ColumnSums(
-                form, loaded.flat.size // region.extent[cut], region.leaf.shape[cut], self._power
-            )
+            return ColumnSums(form, loaded.flat.size // region.extent[cut], height, self._power)
         return TreeSum()
 
     def _finish(self, region: Region, tree: TreeSum | ColumnSums) -> None:
         """A block is complete along the dimension that was cut; the dimensions before it follow."""
         cut = self._sweep.cut
-        pairs, _ = _split(region)
+        pairs = _pairs(region)
         pairs[2 * cut + 1] = 1
         total = tree.total()
         sums = total.reshape(pairs) if isinstance(tree, ColumnSums) else np.expand_dims(total, 2 * cut + 1)
-        for dim in reversed(range(cut)):
-            sums = _summed(sums, 2 * dim + 1)
-        self._keep(region, sums)
+        self._keep(region, _summed(sums, range(cut)))
 
     def _reduced(self, loaded: Loaded, elements: Elements | None, first: int) -> Floats:
         """The chunk in pairs of grid and block dimensions, summed over block dimensions from `first` on."""
-        pairs, blocks = _split(loaded.region)
+        pairs = _pairs(loaded.region)
         form = self._loop(loaded, elements)
         if form is not None and pairs[-1] > 1 and first < len(pairs) // 2:
             run, pairs[-1] = pairs[-1], 1
@@ -137,54 +127,49 @@ class LeafSums:
         else:
             sums = _magnitudes(loaded, elements).reshape(pairs)
             if self._exponents is not None:
-                scale = np.ldexp(1.0, -self._exponents[blocks].astype(np.int32))
-                sums = sums * scale.reshape([size for count in scale.shape for size in (count, 1)])
+                scale = np.ldexp(1.0, -self._exponents[loaded.region.blocks].astype(np.int32))
+                sums = sums * scale.reshape(interleaved(scale.shape, (1,) * scale.ndim))
             sums = sums * sums if self._power == 2 else sums
-        for dim in reversed(range(first, len(pairs) // 2)):
-            sums = _summed(sums, 2 * dim + 1)
-        return sums
+        return _summed(sums, range(first, len(pairs) // 2))
 
     def _keep(self, region: Region, sums: Floats) -> None:
         """Put the sums of a chunk where its blocks and its places of outer dimensions are."""
         places: list[slice] = []
-        for dim, (begin, size, extent) in enumerate(
-            zip(region.begin, region.extent, region.leaf.shape, strict=True)
+        for dim, (blocks, begin, extent) in enumerate(
+            zip(region.blocks, region.begin, region.leaf.shape, strict=True)
         ):
-            places.append(slice(begin // extent, (begin + size - 1) // extent + 1))
             place = begin % extent if dim in self._sweep.outer else 0
-            places.append(slice(place, place + 1))
+            places += [blocks, slice(place, place + 1)]
         self._sums[tuple(places)] = sums
 
 
-def _summed(sums: Floats, axis: int) -> Floats:
-    """Summed over one axis, which stays with one place."""
-    return sums if sums.shape[axis] == 1 else np.expand_dims(tree_sum(sums, axis), axis)
+def _summed(sums: Floats, dims: range) -> Floats:
+    """Pairs of grid and block dimensions, summed over some block dimensions, which stay with one place."""
+    for dim in reversed(dims):
+        if sums.shape[2 * dim + 1] > 1:
+            sums = np.expand_dims(tree_sum(sums, 2 * dim + 1), 2 * dim + 1)
+    return sums
 
 
-def _split(region: Region) -> tuple[list[int], tuple[slice, ...]]:
-    """A region in pairs, blocks and elements of a block, for each dimension; and its blocks."""
+def _pairs(region: Region) -> list[int]:
+    """A region's extents in pairs, blocks and elements of a block, for each dimension."""
     pairs: list[int] = []
-    blocks: list[slice] = []
-    for begin, size, extent in zip(region.begin, region.extent, region.leaf.shape, strict=True):
-        whole = size % extent == 0
-        pairs += [size // extent, extent] if whole else [1, size]
-        blocks.append(slice(begin // extent, (begin + size - 1) // extent + 1))
-    return pairs, tuple(blocks)
+    for size, extent in zip(region.extent, region.leaf.shape, strict=True):
+        pairs += [size // extent, extent] if size % extent == 0 else [1, size]
+    return pairs
 
 
 def _magnitudes(loaded: Loaded, elements: Elements | None) -> Floats:
-    ranked = Elements(loaded.view, loaded.dtype) if elements is None else elements
-    return ranked.magnitudes()
+    return (elements or Elements(loaded.view, loaded.dtype)).magnitudes()
 
 
 def by_scope(scope: AnyScope, grids: Sequence[NDArray[Any]]) -> NDArray[Any]:
     """Numbers on each member's block grid as (scopes, blocks per scope), in the order of ties."""
     parts = []
     for (member, order), grid in zip(members_of(scope), grids, strict=True):
-        pairs = [size for pair in zip(member.grid_shape, member.shape, strict=True) for size in pair]
-        rank = len(order)
-        split = grid.reshape(pairs).transpose((*(2 * dim for dim in order), *range(1, 2 * rank, 2)))
-        parts.append(split.reshape(prod(scope.grid_shape), prod(member.shape)))
+        split = grid.reshape(interleaved(member.grid_shape, member.shape))
+        ordered = split.transpose([2 * dim for dim in order] + [2 * dim + 1 for dim in range(len(order))])
+        parts.append(ordered.reshape(prod(scope.grid_shape), prod(member.shape)))
     return np.ascontiguousarray(np.concatenate(parts, axis=1))
 
 
@@ -196,19 +181,12 @@ def by_leaf(scope: AnyScope, keep: NDArray[Any]) -> dict[BoundBlock, NDArray[Any
     for member, order in members_of(scope):
         part = scopes[:, done : done + member.blocks_per_scope]
         done += member.blocks_per_scope
-        rank = len(order)
-        split = part.reshape((*scope.grid_shape, *member.shape)).transpose(
-            [dim for own in range(rank) for dim in (order.index(own), rank + own)]
-        )
-        grid = split.reshape(member.block.grid_shape)
-        for leaf, own_order in leaves_of(member.block):
-            decisions[leaf] = grid.transpose(inverse(own_order))
+        inner = tuple(range(len(order), 2 * len(order)))
+        split = part.reshape((*scope.grid_shape, *member.shape))
+        grid = split.transpose(interleaved(inverse_order(order), inner)).reshape(member.block.grid_shape)
+        for leaf, own in leaves_of(member.block):
+            decisions[leaf] = grid.transpose(inverse_order(own))
     return decisions
-
-
-def inverse(order: Sequence[int]) -> tuple[int, ...]:
-    """The order that undoes another one."""
-    return tuple(sorted(range(len(order)), key=order.__getitem__))
 
 
 _MOST_EXPONENT = 1000
@@ -218,25 +196,46 @@ _MOST_EXPONENT = 1000
 
 
 @dataclass(frozen=True, slots=True)
-class _Slab:
-    """Neighbouring elements of a leaf seen flat; `before` counts the elements of the scope before them."""
+class _Keys(Pass):
+    """A pass over single elements in scopes larger than a slab, by the unsigned integers that rank them.
 
-    region: Region
-    before: int
-
-
-@dataclass(frozen=True, slots=True)
-class CountKeys(Pass):
-    """Histograms of one digit of the keys of a scope, among the keys that begin with `prefix`.
-
-    `cuts` are the decisions on the scopes before it: a pair (kth, ties) says that keys above `kth` survive,
-    and those equal to it among the first `ties` elements. `places` are left for keys that begin with the
-    prefix.
+    `cuts` are the decisions on the first scopes: a pair (kth, ties) says that keys above `kth` survive, and
+    those equal to it among the first `ties` elements.
     """
 
     task: Task
     strategy: RadixSelect
     cuts: tuple[Cut, ...]
+
+    def slabs(self, scope: int, part: tuple[int, int] | None = None) -> Iterator[tuple[int, Region]]:
+        """Elements of one scope, member after member, and how many of the scope lie before them.
+
+        They are those whose numbers are in `part`, or all.
+        """
+        first, last = part or (0, self.slab_count)
+        before = done = 0
+        for member, _ in members_of(self.task.instance.scope):
+            size = member.blocks_per_scope
+            count = -(-size // self.strategy.elements)
+            if done < last and done + count > first:
+                (leaf,) = map(flat_leaf, member.leaves)
+                for number in range(max(0, first - done), min(count, last - done)):
+                    begin = number * self.strategy.elements
+                    extent = min(self.strategy.elements, size - begin)
+                    yield before + begin, Region(leaf, (scope * size + begin,), (extent,))
+            before, done = before + size, done + count
+
+    @property
+    def slab_count(self) -> int:
+        """The slabs of one scope."""
+        sizes = (member.blocks_per_scope for member, _ in members_of(self.task.instance.scope))
+        return sum(-(-size // self.strategy.elements) for size in sizes)
+
+
+@dataclass(frozen=True, slots=True)
+class _Search(_Keys):
+    """The search for the cut of the next scope: `places` are left for keys that begin with `prefix`."""
+
     prefix: int
     places: int
     shift: int
@@ -244,36 +243,6 @@ class CountKeys(Pass):
     @property
     def decides(self) -> str:
         return f"cut {len(self.cuts)}"
-
-    def chunks(self, io: TensorIO) -> Iterator[Chunk]:  # noqa: ARG002
-        for part in self._groups():
-            yield Chunk(part, memory=self.strategy.memory)
-
-    def work(self, chunk: Chunk, io: TensorIO) -> Counts:
-        counts = np.zeros(1 << DIGIT_BITS, dtype=np.int64)
-        form = _format(self.task, io)
-        for slab in _slabs(self.task, self.strategy, len(self.cuts), chunk.about):
-            loaded = io.load(slab.region)
-            place = first_nonfinite(loaded.flat, form)
-            if place >= 0:
-                raise nonfinite_error(loaded, (place,), Elements(loaded.flat[place : place + 1], form.name))
-            count_digits(loaded.flat, form, self.prefix, self.shift, counts)
-            io.passed(loaded.flat.nbytes, self.task.instance.label)
-        return counts
-
-    def merge(self, partials: list[Counts], io: TensorIO) -> Pass | Decision:
-        digit, places = _digit(reduce(np.add, partials), self.places)  # one by one: they are many and large
-        following = replace(self, prefix=self.prefix << DIGIT_BITS | digit, places=places)
-        if self.shift:
-            return replace(following, shift=self.shift - DIGIT_BITS)
-        alike = [int(counts[digit]) for counts in partials]
-        if places == sum(alike):  # no tie is cut
-            return following.decision(self.task.instance.scope.blocks_per_scope, io)
-        number = 0
-        while alike[number] < places:
-            places -= alike[number]
-            number += 1
-        return FindTie(replace(following, places=places), list(self._groups())[number])
 
     def decision(self, ties: int, io: TensorIO) -> Decision:
         """The decision on the scope, once all digits and the end of the ties are known."""
@@ -286,64 +255,87 @@ class CountKeys(Pass):
         cuts = (*self.cuts, (value[0], value[1]))
         if len(cuts) == prod(self.task.instance.scope.grid_shape):
             return CutKeys(self.task, self.strategy, cuts)
-        return _next_scope(self.task, self.strategy, cuts)
+        return radix_select(self.task, self.strategy, cuts)
 
-    def _groups(self) -> Iterator[tuple[int, int]]:
-        """The slabs of the scope in groups that are counted together, by their numbers."""
-        slabs, groups = _slab_count(self.task, self.strategy), self.strategy.groups
-        bounds = (slabs * group // groups for group in range(groups + 1))
-        return (part for part in pairwise(bounds) if part[1] > part[0])
+    def _format(self, io: TensorIO) -> Format:
+        return FORMATS[io.tensors[self.task.instance.scope.leaves[0].tensor].dtype]
 
 
 @dataclass(frozen=True, slots=True)
-class FindTie(Pass):
-    """The element that takes the last of the `places` for ties, in the group of slabs that has it."""
-
-    search: CountKeys
-    group: tuple[int, int]
-
-    @property
-    def decides(self) -> str:
-        return self.search.decides
+class CountKeys(_Search):
+    """Histograms of the digit at `shift` of the keys of a scope, among the keys that begin with `prefix`."""
 
     def chunks(self, io: TensorIO) -> Iterator[Chunk]:  # noqa: ARG002
-        yield Chunk(self.group, memory=self.search.strategy.memory)
+        for part in self._parts():
+            yield Chunk(part, memory=self.strategy.memory)
+
+    def work(self, chunk: Chunk, io: TensorIO) -> Counts:
+        counts = np.zeros(1 << DIGIT_BITS, dtype=np.int64)
+        form = self._format(io)
+        for _, region in self.slabs(len(self.cuts), chunk.about):
+            loaded = io.load(region)
+            refuse_nonfinite_bits(loaded, form)
+            count_digits(loaded.flat, form, self.prefix, self.shift, counts)
+            io.passed(loaded.flat.nbytes, self.task.instance.label)
+        return counts
+
+    def merge(self, partials: list[Counts], io: TensorIO) -> Pass | Decision:
+        digit, places = digit_of(reduce(np.add, partials), self.places)  # one by one: they are many and large
+        following = replace(self, prefix=self.prefix << DIGIT_BITS | digit, places=places)
+        if self.shift:
+            return replace(following, shift=self.shift - DIGIT_BITS)
+        alike = [int(counts[digit]) for counts in partials]
+        if places == sum(alike):  # no tie is cut
+            return following.decision(self.task.instance.scope.blocks_per_scope, io)
+        number = 0
+        while alike[number] < places:
+            places -= alike[number]
+            number += 1
+        group = list(self._parts())[number]
+        return FindTie(self.task, self.strategy, self.cuts, following.prefix, places, 0, group)
+
+    def _parts(self) -> Iterator[tuple[int, int]]:
+        """The slabs of the scope in groups that are counted together, by their numbers."""
+        slabs, groups = self.slab_count, self.strategy.histograms
+        return pairwise(slabs * group // groups for group in range(groups + 1))
+
+
+@dataclass(frozen=True, slots=True)
+class FindTie(_Search):
+    """The element that takes the last of the `places` for ties, in the group of slabs that has it."""
+
+    part: tuple[int, int]
+
+    def chunks(self, io: TensorIO) -> Iterator[Chunk]:  # noqa: ARG002
+        yield Chunk(self.part, memory=self.strategy.memory)
 
     def work(self, chunk: Chunk, io: TensorIO) -> int:
         """How many elements of the scope there are up to that one, itself among them."""
-        search, places = self.search, self.search.places
-        form = _format(search.task, io)
-        for slab in _slabs(search.task, search.strategy, len(search.cuts), chunk.about):
-            bits = io.load(slab.region).flat
-            count = count_equal(bits, form, search.prefix)
+        places, form = self.places, self._format(io)
+        for before, region in self.slabs(len(self.cuts), chunk.about):
+            bits = io.load(region).flat
+            count = count_equal(bits, form, self.prefix)
             if count >= places:
-                equal = np.flatnonzero((bits & bits.dtype.type(form.magnitude)) == search.prefix)
-                return slab.before + int(equal[places - 1]) + 1
+                equal = np.flatnonzero((bits & bits.dtype.type(form.magnitude)) == self.prefix)
+                return before + int(equal[places - 1]) + 1
             places -= count
         raise ValueError("there are fewer ties than were counted: the input changed while it was read")
 
     def merge(self, partials: list[int], io: TensorIO) -> Decision:
-        return self.search.decision(partials[0], io)
-
-    def decided(self, value: Any) -> Pass | None:  # noqa: ANN401
-        return self.search.decided(value)
+        return self.decision(partials[0], io)
 
 
 @dataclass(frozen=True, slots=True)
-class CutKeys(RegionPass):
+class CutKeys(_Keys, RegionPass):
     """Elements whose key is below the limit of their scope; a member is (number of the scope, `before`)."""
-
-    task: Task
-    strategy: RadixSelect
-    cuts: tuple[Cut, ...]
 
     def chunks(self, io: TensorIO) -> Iterator[Chunk]:
         regions = (
-            ((scope, slab.before), slab.region)
+            ((scope, before), region)
             for scope in range(len(self.cuts))
-            for slab in _slabs(self.task, self.strategy, scope)
+            for before, region in self.slabs(scope)
         )
-        return region_chunks(regions, io, self.strategy.slab, self.strategy.memory)
+        return region_chunks(regions, io, self.strategy.elements, self.strategy.memory)
 
     def rule(self, member: tuple[int, int]) -> str:  # noqa: ARG002
         return self.task.rule
@@ -359,46 +351,17 @@ class CutKeys(RegionPass):
         return mask
 
 
-def radix_select(task: Task, strategy: RadixSelect) -> Pass:
-    """The first pass over single elements that compete in scopes larger than a slab, up to a whole model."""
-    return _next_scope(task, strategy, ())
+def radix_select(task: Task, strategy: RadixSelect, cuts: tuple[Cut, ...] = ()) -> Pass:
+    """The first pass over single elements that compete in scopes larger than a slab, up to a whole model.
+
+    `cuts` are the decisions on the first scopes.
+    """
+    shift = DIGIT_BITS * (strategy.passes - 2)
+    return CountKeys(task, strategy, cuts, 0, task.instance.budget.nnz or 0, shift)
 
 
-def _next_scope(task: Task, strategy: RadixSelect, cuts: tuple[Cut, ...]) -> CountKeys:
-    width = max(DIGIT_BITS, strategy.key_bits)
-    return CountKeys(task, strategy, cuts, 0, task.instance.budget.nnz or 0, width - DIGIT_BITS)
-
-
-def _format(task: Task, io: TensorIO) -> Format:
-    return FORMATS[io.tensors[task.instance.scope.leaves[0].tensor].dtype]
-
-
-def _slabs(
-    task: Task, strategy: RadixSelect, scope: int, part: tuple[int, int] | None = None
-) -> Iterator[_Slab]:
-    """The elements of one scope, member after member; those whose numbers are in `part`, or all."""
-    first, last = part or (0, _slab_count(task, strategy))
-    before = done = 0
-    for member, _ in members_of(task.instance.scope):
-        size = member.blocks_per_scope
-        count = -(-size // strategy.slab)
-        if done < last and done + count > first:
-            if not isinstance(member.block, BoundBlock):
-                raise TypeError(f"{member.label} has fused blocks")
-            flat = flat_leaf(member.block)
-            for number in range(max(0, first - done), min(count, last - done)):
-                begin = number * strategy.slab
-                extent = min(strategy.slab, size - begin)
-                yield _Slab(Region(flat, (scope * size + begin,), (extent,)), before + begin)
-        before, done = before + size, done + count
-
-
-def _slab_count(task: Task, strategy: RadixSelect) -> int:
-    return sum(-(-member.blocks_per_scope // strategy.slab) for member, _ in members_of(task.instance.scope))
-
-
-def _digit(counts: Counts, k: int) -> tuple[int, int]:
-    """The digit of the k-th largest key, and how many places are left among those that have it."""
+def digit_of(counts: Counts, k: int) -> tuple[int, int]:
+    """The digit of the k-th largest key, and how many places are left for keys that have it."""
     at_least = np.cumsum(counts[::-1])
     behind = int(np.searchsorted(at_least, k))
     return len(counts) - 1 - behind, k - (int(at_least[behind - 1]) if behind else 0)
@@ -448,21 +411,20 @@ class ReduceBlocks(Pass):
 
     def merge(self, partials: list[Any], io: TensorIO) -> Pass | Decision:
         scope = self.task.instance.scope
-        passed = (self.strategy.passes - 1) * self.task.nbytes(io.tensors)
+        ranking = Ranking(self.task, io)
         if self.kind == "ready":
-            return Decision(_decide(self.task, partials[0]), passed)
+            return self._decision(partials[0], io)
         members = [member for member, _ in members_of(scope)]
         found = dict(zip(scope.leaves, partials, strict=True))
-        ranking = Ranking(self.task, io)
         if self.kind == "sums":
-            exponents = dict(zip(scope.leaves, self.exponents, strict=True)) if self.exponents else {}
+            exponents = dict(zip(scope.leaves, self.exponents, strict=False))
             norms = [_norms(member.block, found, exponents, int(ranking.norm)) for member in members]
-            return Decision(_decide(self.task, self._normalized(norms)), passed)
+            return self._decision(self._normalized(norms), io)
         tops = [_largest(member.block, found) for member in members]
         if math.isinf(ranking.norm):
-            return Decision(_decide(self.task, self._normalized(tops)), passed)
+            return self._decision(self._normalized(tops), io)
         exponents = {
-            leaf: _exponents(top).transpose(inverse(order))
+            leaf: _exponents(top).transpose(inverse_order(order))
             for top, member in zip(tops, members, strict=True)
             for leaf, order in leaves_of(member.block)
         }
@@ -478,11 +440,25 @@ class ReduceBlocks(Pass):
         keep = by_leaf(scope, value)
         return CutBlocks(self.task, self.strategy, tuple(keep[leaf] for leaf in scope.leaves))
 
-    def _normalized(self, norms: Sequence[Floats]) -> list[Floats]:
+    def _normalized(self, norms: Sequence[Floats]) -> Sequence[Floats]:
         if not self.task.instance.score.normalize:
-            return list(norms)
+            return norms
         sizes = (member.block.numel_per_block for member, _ in members_of(self.task.instance.scope))
         return [norm / math.sqrt(size) for norm, size in zip(norms, sizes, strict=True)]
+
+    def _decision(self, scores: Sequence[Floats], io: TensorIO) -> Decision:
+        """Bytes, scope after scope in the order of ties: 1 for the blocks that survive."""
+        budget, scope = self.task.instance.budget, self.task.instance.scope
+        ordered = by_scope(scope, scores).reshape(-1)
+        if budget.nnz is None:
+            keep: Mask = (ordered >= (budget.threshold or 0.0)).view(np.uint8)
+        else:
+            # As unsigned integers in the order of the numbers, -0.0 and 0.0 as one.
+            bits = (ordered + 0.0).view(np.uint64)
+            keys = np.where(bits >> np.uint64(63) == 1, ~bits, bits | np.uint64(1 << 63))
+            keep = np.empty(keys.size, dtype=np.uint8)
+            select_keys(keys, (1 << 64) - 1, scope.blocks_per_scope, budget.nnz, keep)
+        return Decision(keep, (self.strategy.passes - 1) * self.task.nbytes(io.tensors))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -515,7 +491,7 @@ class CutBlocks(RegionPass):
             for number, leaf in enumerate(self.task.instance.scope.leaves)
             for region in _sweep(leaf, self.strategy).regions()
         )
-        return region_chunks(regions, io, self.strategy.chunk, self.strategy.memory)
+        return region_chunks(regions, io, self.strategy.elements, self.strategy.memory)
 
     def rule(self, member: int) -> str:  # noqa: ARG002
         return self.task.rule
@@ -527,14 +503,11 @@ class CutBlocks(RegionPass):
         return mask
 
 
-def block_norms(
-    task: Task, strategy: BlockNorms, tensors: Mapping[str, StoredTensor], *, cuts: bool = True
-) -> Pass:
+def block_norms(task: Task, strategy: BlockNorms, *, cuts: bool = True) -> Pass:
     """The first pass over blocks too large or too scattered for a slab: channels, heads, experts, filters."""
-    score, kind = task.instance.score, task.score_kind
-    if kind.ranks_blocks:
+    if task.score_kind.ranks_blocks:
         return ReduceBlocks(task, strategy, "ready", cuts)
-    needs_maxima = math.isinf(kind.norm_of(score)) or needs_scaling(task, tensors)
+    needs_maxima = math.isinf(task.score_kind.norm_of(task.instance.score)) or strategy.passes > 2
     return ReduceBlocks(task, strategy, "maxima" if needs_maxima else "sums", cuts)
 
 
@@ -554,15 +527,15 @@ def _norms(
 
 
 def _sweep(leaf: BoundBlock, strategy: BlockNorms) -> Sweep:
-    sweep = sweep_of(leaf, strategy.chunk)
+    sweep = sweep_of(leaf, strategy.elements)
     if sweep is None:
         raise TypeError(f"{leaf.label} cannot be swept")
     return sweep
 
 
 def _largest(block: AnyBlock, maxima: Mapping[BoundBlock, Floats]) -> Floats:
-    tops: Floats = np.stack([maxima[leaf].transpose(order) for leaf, order in leaves_of(block)])
-    largest: Floats = tops.max(axis=0)
+    tops = [maxima[leaf].transpose(order) for leaf, order in leaves_of(block)]
+    largest: Floats = np.maximum.reduce(tops)
     return largest
 
 
@@ -570,23 +543,6 @@ def _exponents(top: Floats) -> NDArray[np.int64]:
     """As engine.scoring.block_exponents: scaled by 2 ** -exponent the largest finite number is below 1."""
     finite = np.where(np.isfinite(top), top, 1.0)
     return np.clip(np.frexp(finite)[1], -_MOST_EXPONENT, _MOST_EXPONENT).astype(np.int64)
-
-
-def _decide(task: Task, scores: Sequence[Floats]) -> Mask:
-    """Bytes, scope after scope in the order of ties: 1 for the blocks that survive."""
-    budget, scope = task.instance.budget, task.instance.scope
-    ordered = by_scope(scope, scores)
-    if budget.nnz is None:
-        limit = 0.0 if budget.threshold is None else budget.threshold
-        kept: Mask = (ordered >= limit).view(np.uint8).reshape(-1)
-        return kept
-    # As unsigned integers in the order of the numbers, -0.0 and 0.0 as one.
-    bits = (ordered.reshape(-1) + 0.0).view(np.uint64)
-    negative = bits >> np.uint64(63) == 1
-    keys = np.where(negative, ~bits, bits | np.uint64(1 << 63))
-    keep = np.empty(keys.size, dtype=np.uint8)
-    select_keys(keys, (1 << 64) - 1, scope.blocks_per_scope, budget.nnz, keep)
-    return keep
 
 
 def _spread(keep: Mask, region: Region) -> Mask:

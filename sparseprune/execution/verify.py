@@ -17,9 +17,8 @@ from sparseprune.execution.nonzero_blocks import First, Found, count_pass, count
 from sparseprune.execution.passes import Decision, Pass
 from sparseprune.execution.plan import Task, make_plan
 from sparseprune.execution.regions import Part, alone, flat_leaf, leaves_of, limits_of, members_of, regions_at
-from sparseprune.execution.runner import Job as RunnerJob
-from sparseprune.execution.runner import read_through
-from sparseprune.execution.schedule import Job, Schedule, make_schedule, resident_of
+from sparseprune.execution.runner import Job, read_through
+from sparseprune.execution.schedule import Schedule, TaskGroup, make_schedule, resident_of
 from sparseprune.execution.strategy import BlockNorms, CountNonzero
 from sparseprune.execution.tensor_io import TensorIO
 from sparseprune.results.checking import BrokenScope, CheckedRule, CheckedTensor
@@ -146,7 +145,7 @@ class Check(Schedule):
     @property
     def bound(self) -> BoundSpec:
         """The rules that are checked."""
-        names = {task.rule for job in self.jobs for task in job.tasks}
+        names = {task.rule for group in self.groups for task in group.tasks}
         bound = self.plan.bound
         return replace(bound, rules=tuple(rule for rule in bound.rules if rule.name in names))
 
@@ -169,7 +168,7 @@ def make_check(checkpoint: Checkpoint, spec: Spec, memory: int, workers: int) ->
         for instances in rule.forms().values()
         if instances[0].budget.nnz is not None
     ]
-    scoring: tuple[Job, ...] = ()
+    scoring: tuple[TaskGroup, ...] = ()
     if any(_is_scored(instance) for _, instance in plan.bound.instances()):
         units = [
             replace(unit, tasks=tuple(task for task in unit.tasks if _is_scored(task.instance)))
@@ -177,11 +176,11 @@ def make_check(checkpoint: Checkpoint, spec: Spec, memory: int, workers: int) ->
         ]
         scored = replace(plan, units=tuple(unit for unit in units if unit.tasks))
         schedule = make_schedule(scored, memory, workers)
-        scoring, limits = schedule.jobs, schedule.limits
-        alike += _alike([task for job in scoring for task in job.tasks], checkpoint.tensors)
+        scoring, limits = schedule.groups, schedule.limits
+        alike += _alike([task for group in scoring for task in group.tasks], checkpoint.tensors)
     place = _places(plan)
-    counting = [job for tasks in alike for job in _counting_jobs(tasks, checkpoint.tensors, limits)]
-    counting.sort(key=lambda job: place[job.task.rule, job.task.instance.label])
+    counting = [group for tasks in alike for group in _counting_groups(tasks, checkpoint.tensors, limits)]
+    counting.sort(key=lambda group: place[group.task.rule, group.task.instance.label])
     return Check(plan, limits, workers, (*counting, *scoring), ())
 
 
@@ -194,21 +193,21 @@ def count_survivors(check: Check, reader: Source, progress: Callable[[int, str],
         SparsityError: NaN where a threshold asks for a score.
     """
     io = TensorIO(reader, tensors=check.plan.checkpoint.tensors, passed=progress)
-    results = read_through(check_jobs(check), io, check.crowd, progress)
+    results = read_through(check_jobs(check), io, check.resources, progress)
     found = [
-        pair for order, job in enumerate(check.jobs) for pair in zip(job.tasks, results[order], strict=True)
+        pair
+        for order, group in enumerate(check.groups)
+        for pair in zip(group.tasks, results[order], strict=True)
     ]
     place = _places(check.plan)
     found.sort(key=lambda pair: place[pair[0].rule, pair[0].instance.label])
     return verification_of(check.plan, found)
 
 
-def check_jobs(check: Check) -> Iterator[RunnerJob]:
+def check_jobs(check: Check) -> Iterator[Job]:
     """The jobs of a check for a runner; each gives a Found for each of its tasks."""
-    for order, job in enumerate(check.jobs):
-        yield RunnerJob(
-            order, job.key, job.task.instance.label, _first_pass(job, check.plan), job.strategy.held
-        )
+    for order, group in enumerate(check.groups):
+        yield Job(order, group.key, group.task.instance.label, _first_pass(group), group.strategy.held)
 
 
 def _alike(tasks: Iterable[Task], tensors: Mapping[str, StoredTensor]) -> list[list[Task]]:
@@ -224,26 +223,26 @@ def _alike(tasks: Iterable[Task], tensors: Mapping[str, StoredTensor]) -> list[l
     return list(groups.values())
 
 
-def _counting_jobs(
+def _counting_groups(
     alike: Sequence[Task], tensors: Mapping[str, StoredTensor], limits: Limits
-) -> Iterator[Job]:
-    """Jobs that count the non-zero blocks of tasks of one form; of small ones several are one job."""
+) -> Iterator[TaskGroup]:
+    """Groups of tasks of one form, of which the non-zero blocks are counted; small ones go together."""
     strategy = count_strategy(alike[0].instance.scope, tensors, limits)
     for begin in range(0, len(alike), strategy.batch):
         tasks = tuple(alike[begin : begin + strategy.batch])
-        yield Job(f"count {tasks[0].instance.label}", tasks, strategy)
+        yield TaskGroup(f"count {tasks[0].instance.label}", tasks, strategy)
 
 
-def _first_pass(job: Job, plan: Plan) -> Pass:
+def _first_pass(group: TaskGroup) -> Pass:
     """What counts blocks that are not zero, or looks for those below a threshold."""
-    if isinstance(job.strategy, CountNonzero):
-        scope, nnz = job.task.instance.scope, job.task.instance.budget.nnz
+    if isinstance(group.strategy, CountNonzero):
+        scope, nnz = group.task.instance.scope, group.task.instance.budget.nnz
         allowed = scope.blocks_per_scope if nnz is None else nnz
-        return count_pass(tuple(task.instance.scope for task in job.tasks), allowed, job.strategy)
+        return count_pass(tuple(task.instance.scope for task in group.tasks), allowed, group.strategy)
     from sparseprune.execution.pruning import first_pass  # noqa: PLC0415  (loads the loops that prune)
 
-    pruning = first_pass(job, plan.checkpoint.tensors)
-    return BelowThreshold(job.tasks, pruning, whole=not isinstance(job.strategy, BlockNorms))
+    pruning = first_pass(group)
+    return BelowThreshold(group.tasks, pruning, whole=not isinstance(group.strategy, BlockNorms))
 
 
 def _places(plan: Plan) -> dict[tuple[str, str], tuple[bool, int]]:

@@ -14,7 +14,7 @@ import numpy as np
 from sparseprune.checkpoint import ResizedTensor
 from sparseprune.engine.grids import Shape, prod
 from sparseprune.execution.passes import Chunk, Outcomes, Pass
-from sparseprune.execution.regions import Crowd
+from sparseprune.execution.regions import Resources
 from sparseprune.execution.runner import Job, Record, already_done, copied_bytes, dealt, write_through
 from sparseprune.execution.tensor_io import TensorIO, pattern_of
 from sparseprune.removal.config import check_shapes, configure
@@ -137,7 +137,7 @@ class Cuts:
         passes = dealt(self._passes(), lambda one: self.tensors[one.name].shard, workers)
         jobs = (Job(order, f"cut{order}", one.name, one) for order, one in passes)
         io, record = TensorIO(reader, output, self.tensors), Record(output, Outcomes(), progress)
-        write_through(jobs, io, record, Crowd(workers, self.limits.memory))
+        write_through(jobs, io, record, Resources(workers, self.limits.memory))
 
     def _passes(self) -> list[CutTensor]:
         return [CutTensor(name, kept, self.limits.slab) for name, kept in self.kept.items()]

@@ -13,7 +13,7 @@ import numpy as np
 from sparseprune.checkpoint import read_kept
 from sparseprune.engine.grids import Shape, prod
 from sparseprune.execution.passes import Chunk, Outcomes, Pass
-from sparseprune.execution.regions import Crowd
+from sparseprune.execution.regions import Resources
 from sparseprune.execution.runner import Job, Record, already_done, dealt, read_through, write_through
 from sparseprune.execution.strategy import by_block_norms
 from sparseprune.execution.tensor_io import TensorIO
@@ -153,7 +153,7 @@ class BlockDecisions:
         plan, outcomes = self.schedule.plan, Outcomes()
         io = TensorIO(reader, output, plan.checkpoint.tensors, passed=progress)
         record = Record(output, outcomes, progress)
-        found = write_through(self._jobs(), io, record, self.schedule.crowd)
+        found = write_through(self._jobs(), io, record, self.schedule.resources)
 
         def leaves() -> Iterator[tuple[BoundBlock, Flags]]:
             for number, (task, _) in enumerate(self.tasks):
@@ -173,7 +173,7 @@ class BlockDecisions:
         shards = [tensors[task.instance.scope.leaves[0].tensor].shard for task, _ in self.tasks]
         for number, _ in dealt(shards, lambda shard: shard, self.schedule.workers):
             task, strategy = self.tasks[number]
-            first = block_norms(task, strategy, tensors, cuts=False)
+            first = block_norms(task, strategy, cuts=False)
             yield Job(number, f"blocks{number}", task.instance.label, first, strategy.held)
 
 
@@ -185,7 +185,7 @@ def block_decisions(schedule: Schedule) -> BlockDecisions | None:
     if schedule.uses_torch:
         return None
     tensors, tasks = schedule.plan.checkpoint.tensors, []
-    for task in (task for job in schedule.jobs for task in job.tasks):
+    for task in (task for group in schedule.groups for task in group.tasks):
         strategy = by_block_norms(task, tensors, schedule.limits)
         if strategy is None:
             return None
@@ -204,7 +204,7 @@ def read_slices(
     masks = [mask for mask in masks if mask.numel]
     passes = enumerate(ReadSlices(mask, limits.slab) for mask in masks)
     jobs = (Job(number, str(number), one.mask.name, one) for number, one in passes)
-    found = read_through(jobs, TensorIO(reader), Crowd(workers, limits.memory), progress)
+    found = read_through(jobs, TensorIO(reader), Resources(workers, limits.memory), progress)
     return {mask.name: found[place] for place, mask in enumerate(masks)}
 
 

@@ -180,8 +180,8 @@ def test_torch_takes_one_thread_wherever_it_works(
         threads.add((threading.current_thread() is threading.main_thread(), torch.get_num_threads()))
         return usual(*arguments)
 
-    usual = place.load_tile
-    monkeypatch.setattr(place, "load_tile", watched)
+    usual = place.Tile
+    monkeypatch.setattr(place, "Tile", watched)
     path = write_spec(matrices, SPECS[spec] if spec in SPECS else TWO_OF_FOUR + METHODS["admm"])
     before = torch.get_num_threads()
     try:
@@ -199,7 +199,7 @@ def test_the_largest_matrix_is_begun_first_and_the_report_keeps_the_order_of_the
     begun: list[int] = []
 
     def watched(rebuild: RebuildMatrices, chunk: Chunk, io: TensorIO) -> Any:
-        regions = regions_at(rebuild.task.instance.scope, chunk.about.cell).values()
+        regions = regions_at(rebuild.task.instance.scope, chunk.about[0]).values()
         begun.append(sum(one.extent[-2] * one.extent[-1] ** 2 for one in regions))
         return usual(rebuild, chunk, io)
 

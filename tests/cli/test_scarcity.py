@@ -123,7 +123,7 @@ ERRORS: dict[str, Exception] = {
 @pytest.mark.parametrize(
     ("way", "place"),
     [
-        ("torch_in_memory", "sparseprune.execution.torch_tiles.load_tile"),
+        ("torch_in_memory", "sparseprune.execution.torch_tiles.Tile"),
         ("block_norms", "sparseprune.execution.tensor_io.TensorIO.load"),
         ("block_norms", "sparseprune.checkpoint.source.read_header"),
         ("block_norms", "sparseprune.api.pruning.make_plan"),

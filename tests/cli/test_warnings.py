@@ -273,6 +273,6 @@ def test_the_devices_are_those_of_the_ways_of_working(
     schedule = make_schedule(
         make_plan(open_checkpoint(with_cuda), parse_spec(WHOLE)), AMPLE, 2, compiled=compiled
     )
-    assert device_text(schedule.jobs, asked) == found
+    assert device_text(schedule.groups, asked) == found
     assert devices_of_rules(schedule, asked) == {"scope.whole": "cpu", "scope.rows": rows}
     assert list(cpu_lines(schedule, asked))[:1] == ([] if asked == "cpu" else [CPU])

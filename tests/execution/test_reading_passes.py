@@ -14,7 +14,7 @@ from sparseprune.checkpoint import TensorReader, lay_out, open_checkpoint
 from sparseprune.checkpoint.statistics import Statistic
 from sparseprune.execution.compare import OutputError, Pair, compare_jobs
 from sparseprune.execution.inspect import BLOCKS, PATTERNS, Pattern, Questions, inspect_jobs
-from sparseprune.execution.regions import Crowd
+from sparseprune.execution.regions import Resources
 from sparseprune.execution.runner import Job, read_through
 from sparseprune.execution.tensor_io import TensorIO
 from tests.execution.elsewhere import MOST, do
@@ -68,7 +68,7 @@ def results_elsewhere(jobs: Iterable[Job]) -> dict[int, Any]:
 
 def results_here(jobs: Iterable[Job]) -> dict[int, Any]:
     with TensorReader() as reader:
-        return read_through(jobs, TensorIO(reader), Crowd(2, 1 << 20), lambda *_: None)
+        return read_through(jobs, TensorIO(reader), Resources(2, 1 << 20), lambda *_: None)
 
 
 @pytest.fixture

@@ -132,11 +132,11 @@ def plan_of(decoder: Path, name: str) -> Plan:
 def assert_bounded(schedule: Schedule, memory: int) -> None:
     """No item and no program ever needs more than there is."""
     limits = schedule.limits
-    for job in schedule.jobs:
-        assert 0 < job.strategy.memory <= limits.memory
-        assert 0 <= job.strategy.held <= limits.held
+    for group in schedule.groups:
+        assert 0 < group.strategy.memory <= limits.memory
+        assert 0 <= group.strategy.held <= limits.held
         # There is room for an item beside what its program holds, so that none has to run without room.
-        assert job.strategy.memory + job.strategy.held <= limits.memory
+        assert group.strategy.memory + group.strategy.held <= limits.memory
     assert limits.memory + limits_base(schedule) == memory
     assert limits_base(schedule) < schedule.peak_bytes <= memory
 
@@ -159,7 +159,7 @@ def limits_base(schedule: Schedule) -> int:
 @pytest.mark.parametrize("name", SPECS)
 def test_100_gigabytes_are_worked_within_a_gibibyte(decoders: Mapping[int, Path], name: str) -> None:
     schedule = make_schedule(plan_of(decoders[100], name), GIB, 2)
-    assert len(schedule.jobs) > 0
+    assert len(schedule.groups) > 0
     assert_bounded(schedule, GIB)
 
 
@@ -208,11 +208,13 @@ def test_threads_of_torch_have_their_share_and_leave_room_for_the_largest_item(
     threads = []
     for workers in (1, 2, 64, 1000):
         schedule = make_schedule(plan, memory, workers)
-        crowd = schedule.crowd
-        threads.append(crowd.threads)
-        kept = TORCH_THREAD * (crowd.threads - 1) if schedule.uses_torch else 0
-        assert crowd.memory + kept == schedule.limits.memory
-        assert all(job.strategy.memory + job.strategy.held <= crowd.memory for job in schedule.jobs)
+        resources = schedule.resources
+        threads.append(resources.threads)
+        kept = TORCH_THREAD * (resources.threads - 1) if schedule.uses_torch else 0
+        assert resources.memory + kept == schedule.limits.memory
+        assert all(
+            group.strategy.memory + group.strategy.held <= resources.memory for group in schedule.groups
+        )
         # Where pieces of work end does not depend on how many threads there are.
         assert schedule.limits == make_schedule(plan, memory, 1).limits
     assert threads[0] == 1
@@ -308,13 +310,13 @@ def test_every_element_that_a_unit_has_is_in_one_job_or_left_over(schedule: Sche
     }
     runs = [
         (leaf.tensor, run)
-        for job in schedule.jobs
-        for task in job.tasks
+        for group in schedule.groups
+        for task in group.tasks
         for leaf in task.instance.scope.leaves
         for run in whole_region(leaf).runs()
     ]
     runs += [
-        (rest.stored.name, run) for rest in schedule.rests for run in gaps(rest.stored.numel, rest.leaves)
+        (rest.stored.name, run) for rest in schedule.untouched for run in gaps(rest.stored.numel, rest.leaves)
     ]
     for name, (first, count) in runs:
         for element in range(first, first + count):
@@ -323,18 +325,22 @@ def test_every_element_that_a_unit_has_is_in_one_job_or_left_over(schedule: Sche
 
 
 def test_every_job_has_a_key_of_its_own_and_the_strategy_of_its_own_tasks(schedule: Schedule) -> None:
-    keys = [job.key for job in schedule.jobs] + [rest.key for rest in schedule.rests]
+    keys = [group.key for group in schedule.groups] + [rest.key for rest in schedule.untouched]
     assert len(set(keys)) == len(keys)
     way = partial(choose, tensors=schedule.plan.checkpoint.tensors, limits=schedule.limits)
-    for job in schedule.jobs:
-        assert job.strategy == max((way(task) for task in job.tasks), key=lambda own: own.memory)
-    assert schedule.uses_torch == any(needs_torch(job.strategy) for job in schedule.jobs)
+    for group in schedule.groups:
+        assert group.strategy == max((way(task) for task in group.tasks), key=lambda own: own.memory)
+    assert schedule.uses_torch == any(needs_torch(group.strategy) for group in schedule.groups)
 
 
 def test_bytes_that_pass_by_are_those_of_every_pass(schedule: Schedule) -> None:
     tensors = schedule.plan.checkpoint.tensors
-    passed = sum(task.nbytes(tensors) * job.strategy.passes for job in schedule.jobs for task in job.tasks)
-    passed += sum(2 * count for rest in schedule.rests for _, count in gaps(rest.stored.numel, rest.leaves))
+    passed = sum(
+        task.nbytes(tensors) * group.strategy.passes for group in schedule.groups for task in group.tasks
+    )
+    passed += sum(
+        2 * count for rest in schedule.untouched for _, count in gaps(rest.stored.numel, rest.leaves)
+    )
     assert schedule.nbytes == passed
     assert schedule.nbytes >= sum(tensors[name].nbytes for name in schedule.plan.reached)
 
@@ -349,9 +355,9 @@ def test_what_is_left_over_of_a_tensor_is_a_rest_of_it_be_it_one_element(
     )
     plan = make_plan(open_checkpoint(tmp_path / "model.safetensors"), parse_spec(spec))
     schedule = make_schedule(plan, AMPLE, 2)
-    left = [run for rest in schedule.rests for run in gaps(rest.stored.numel, rest.leaves)]
+    left = [run for rest in schedule.untouched for run in gaps(rest.stored.numel, rest.leaves)]
     assert left == ([(8, columns - 8)] if columns > 8 else [])
-    assert len(schedule.rests) == (columns > 8)
+    assert len(schedule.untouched) == (columns > 8)
 
 
 def test_without_compiled_loops_what_fits_in_memory_is_left_to_torch(tmp_path: Path) -> None:
@@ -359,8 +365,8 @@ def test_without_compiled_loops_what_fits_in_memory_is_left_to_torch(tmp_path: P
     save_file(tensors(torch.bfloat16), tmp_path / "model.safetensors")
     plan = make_plan(open_checkpoint(tmp_path / "model.safetensors"), parse_spec(spec))
     compiled, left = (make_schedule(plan, AMPLE, 2, compiled=flag) for flag in (True, False))
-    assert {type(job.strategy) for job in compiled.jobs} == {Contiguous}
-    assert not any(isinstance(job.strategy, Contiguous) for job in left.jobs)
+    assert {type(group.strategy) for group in compiled.groups} == {Contiguous}
+    assert not any(isinstance(group.strategy, Contiguous) for group in left.groups)
 
 
 @pytest.mark.parametrize(("slab", "jobs"), [(1 << 20, [12, 12]), (3 * 128 * 4, [3] * 8), (100, [1] * 24)])
@@ -379,7 +385,7 @@ def test_small_neighbours_of_one_rule_and_file_are_worked_together(
     folder = write_shards(tmp_path / "in", shards)
     narrow(monkeypatch, slab)
     schedule = make_schedule(make_plan(open_checkpoint(folder), parse_spec(TWO_OF_FOUR)), AMPLE, 2)
-    assert [len(job.tasks) for job in schedule.jobs] == jobs
+    assert [len(group.tasks) for group in schedule.groups] == jobs
     io = TensorIO(TensorReader(), tensors=schedule.plan.checkpoint.tensors)
     chunks = [list(job.first.chunks(io)) for job in jobs_of(schedule)]
     assert all(len(some) == 1 for some in chunks) == (slab > 100)

@@ -154,10 +154,10 @@ def test_a_way_is_only_chosen_for_what_it_can_do(one: Asked, compiled: bool) -> 
         assert instance.budget.nnz is not None
     if isinstance(strategy, TorchInMemory):
         whole = instance.scope if instance.budget.nnz is not None else alone(instance.scope)
-        assert numel_per_scope(whole) <= strategy.tile <= ROOM.largest_tile
+        assert numel_per_scope(whole) <= strategy.elements <= ROOM.largest_tile
     if isinstance(strategy, TorchOutOfCore):
         assert instance.budget.nnz is not None
-        assert leaf.numel_per_block <= strategy.tile <= ROOM.largest_tile
+        assert leaf.numel_per_block <= strategy.elements <= ROOM.largest_tile
 
 
 HUGE = (1 << 15, 1 << 14)

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from sparseprune.execution.regions import AnyScope
-    from sparseprune.execution.schedule import Job
+    from sparseprune.execution.schedule import TaskGroup
     from sparseprune.execution.verify import Check, Verification
     from sparseprune.spec import BoundBlock, BoundInstance
 
@@ -207,7 +207,7 @@ def only(monkeypatch: pytest.MonkeyPatch, kind: str, limit: int) -> None:
         for strategy in strategies(scope, tensors, limits):
             if strategy.kind == kind:
                 batch = nonzero_blocks.batch_of(scope, limit) if kind == "scopes" else 1
-                yield replace(strategy, limit=limit, batch=batch)
+                yield replace(strategy, elements=limit, batch=batch)
 
     monkeypatch.setattr(nonzero_blocks, "count_strategies", one_strategy)
 
@@ -354,8 +354,8 @@ def test_empty_tensors_and_scalars_have_the_scopes_that_they_have(tmp_path: Path
     check, _ = checked(tmp_path / "m.safetensors", spec)
     scopes = {
         task.instance.label[-2]: math.prod(task.instance.scope.grid_shape)
-        for job in check.jobs
-        for task in job.tasks
+        for group in check.groups
+        for task in group.tasks
     }
     assert found == {"a": (1, 1), "b": (scopes["b"], 0), "c": (1, 0)}
     (first,) = (tensor.first for tensor in verification.tensors if tensor.first)
@@ -467,22 +467,22 @@ nnz = 1
 def test_what_is_read_lies_together(tmp_path: Path, spec: str, kind: str) -> None:
     check = make_check(open_checkpoint(headers(tmp_path / "in", *LARGE)), parse_spec(spec), AMPLE, 2)
     tensors = check.plan.checkpoint.tensors
-    for job in check.jobs:
-        strategy = counting(job)
+    for group in check.groups:
+        strategy = counting(group)
         assert strategy.kind == kind
-        for task in job.tasks:
+        for task in group.tasks:
             assert task.nbytes(tensors) / reads_of(task.instance.scope, strategy) >= 4096
 
 
-def counting(job: Job) -> CountNonzero:
-    assert isinstance(job.strategy, CountNonzero)
-    return job.strategy
+def counting(group: TaskGroup) -> CountNonzero:
+    assert isinstance(group.strategy, CountNonzero)
+    return group.strategy
 
 
 def test_columns_of_one_matrix_are_not_read_one_by_one_beside_the_rows_of_another(tmp_path: Path) -> None:
     shapes = (("0.up", "BF16", (8192, 2048)), ("0.down", "BF16", (2048, 8192)), ("0.bias", "BF16", (8192,)))
     check = make_check(open_checkpoint(headers(tmp_path / "in", *shapes)), parse_spec(CHANNELS), AMPLE, 2)
-    assert [counting(job).kind for job in check.jobs] == ["elements"]
+    assert [counting(group).kind for group in check.groups] == ["elements"]
 
 
 @pytest.mark.parametrize("memory", [1 << 30, 256 << 20, 120 << 20])
@@ -496,8 +496,8 @@ def test_memory_is_kept_to_whatever_the_structure(tmp_path: Path, name: str, mem
     ]
     asked = parse_spec(spec.replace("threshold = ", "nnz = 0 #"))
     check = make_check(open_checkpoint(headers(tmp_path / "in", *shapes)), asked, memory, jobs)
-    for job in check.jobs:
-        assert job.strategy.memory + job.strategy.held <= check.limits.memory
+    for group in check.groups:
+        assert group.strategy.memory + group.strategy.held <= check.limits.memory
     assert check.peak_bytes <= memory
 
 
@@ -511,12 +511,12 @@ def test_scopes_for_which_no_strategy_is_left_are_refused(tmp_path: Path) -> Non
     shapes = [(f"0.{name}", "BF16", (512, 512)) for name in ("up", "down")]
     spec = parse_spec(FUSED_ELEMENTS)
     check = make_check(open_checkpoint(headers(tmp_path / "in", *shapes)), spec, AMPLE, 1)
-    (job,) = check.jobs
+    (group,) = check.groups
     wanted = (
         r"elements\[layer=0\]: 512 scopes of 1024 elements in 2 parts cannot be counted in 9000 bytes; give"
     )
     with pytest.raises(SparsepruneError, match=wanted):
-        count_strategy(job.task.instance.scope, check.plan.checkpoint.tensors, Limits(9000))
+        count_strategy(group.task.instance.scope, check.plan.checkpoint.tensors, Limits(9000))
 
 
 # -- batches: small tensors that look alike are counted together --------------------------------------
@@ -560,7 +560,10 @@ def test_a_few_batches_have_all_experts_and_each_is_told_for_itself(tmp_path: Pa
     tensors["31.down"][2, 0:4] = 1
     tensors["31.down"][11, 4:8] = 1
     check, verification = checked_tensors(tmp_path, tensors, EXPERTS_2_OF_4)
-    assert [len(job.tasks) for job in check.jobs] == [EXPERTS, EXPERTS]  # one for each of the two shapes
+    assert [len(group.tasks) for group in check.groups] == [
+        EXPERTS,
+        EXPERTS,
+    ]  # one for each of the two shapes
     (rule,) = verification.rules
     assert (rule.scopes, rule.broken) == (2 * EXPERTS * 24, 3)
     assert rule.survivors == ((0, 2 * EXPERTS * 24 - 3), (3, 1), (4, 2))
@@ -596,13 +599,13 @@ def test_what_is_told_is_what_each_instance_alone_would_tell(
     assert sum(rule.broken for rule in together.rules) > 0
     monkeypatch.setattr(nonzero_blocks, "batch_of", lambda *_: 1)
     check, alone = checked_tensors(tmp_path, tensors, spec)
-    assert all(len(job.tasks) == 1 for job in check.jobs)
+    assert all(len(group.tasks) == 1 for group in check.groups)
     assert alone == together
 
 
 def test_tensors_that_fill_a_chunk_are_not_batched(tmp_path: Path) -> None:
     check, _ = checked_tensors(tmp_path, experts(8, 12), EXPERTS_2_OF_4)
-    strategy, scope = counting(check.jobs[0]), check.jobs[0].task.instance.scope
-    assert strategy.batch == strategy.limit // 96 > EXPERTS
+    strategy, scope = counting(check.groups[0]), check.groups[0].task.instance.scope
+    assert strategy.batch == strategy.elements // 96 > EXPERTS
     for limit, wanted in ((8 * 96, 8), (8 * 96 - 1, 1), (95, 1)):
         assert nonzero_blocks.batch_of(scope, limit) == wanted

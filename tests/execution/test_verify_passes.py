@@ -91,9 +91,9 @@ def checkpoint_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], P
 def assert_same_elsewhere(check: Check, checkpoint: Path, pool: ProcessPoolExecutor) -> None:
     with TensorReader() as reader:
         io = TensorIO(reader, tensors=check.plan.checkpoint.tensors)
-        here = read_through(check_jobs(check), io, check.crowd, lambda *_: None)
+        here = read_through(check_jobs(check), io, check.resources, lambda *_: None)
         jobs = (replace(job, first=Elsewhere(job.first, checkpoint, pool)) for job in check_jobs(check))
-        assert read_through(jobs, io, check.crowd, lambda *_: None) == here
+        assert read_through(jobs, io, check.resources, lambda *_: None) == here
     assert sum(sum(found.scopes.values()) for result in here.values() for found in result) > 0
 
 

@@ -125,7 +125,7 @@ def test_each_structure_is_worked_by_the_way_that_was_made_for_it(
     narrow(monkeypatch, slab, 16, memory=(16 if way == "TorchOutOfCore" else 128) << 10)
     plan = make_plan(open_checkpoint(tmp_path / "in"), parse_spec(spec))
     schedule = make_schedule(plan, AMPLE, 2)
-    assert {type(job.strategy).__name__ for job in schedule.jobs} == {way}
+    assert {type(group.strategy).__name__ for group in schedule.groups} == {way}
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_a_device_gets_the_scopes_that_fit_in_memory(
     narrow(monkeypatch, 64, 16, memory=64 << 10)
     plan = make_plan(open_checkpoint(tmp_path / "in"), parse_spec(spec))
     schedule = make_schedule(plan, AMPLE, 2, compiled=False)
-    assert {type(job.strategy).__name__ for job in schedule.jobs} == {way}
+    assert {type(group.strategy).__name__ for group in schedule.groups} == {way}
 
 
 def test_the_ways_have_the_order_of_the_choice() -> None:
