@@ -16,7 +16,7 @@ from sparseprune.errors import CheckpointError
 from sparseprune.removal.architectures import OTHER_TOWERS, architecture_of, model_types
 from sparseprune.removal.dim_constraints import agree, dims_lookup, layer_lists, refuse
 from sparseprune.results.fields import ConfigChange
-from sparseprune.spec.expressions import Expression, ExpressionError, Names, parse_expression
+from sparseprune.spec.expressions import ExpressionError, Names, parse_expression
 from sparseprune.spec.problems import listed, shown
 
 if TYPE_CHECKING:
@@ -289,9 +289,7 @@ class ConfigSection:
             raise CheckpointError(f"config.json: {error}") from error
 
 
-@lru_cache(maxsize=256)
-def _parsed(text: str) -> Expression:
-    return parse_expression(text)
+_parsed = lru_cache(maxsize=256)(parse_expression)
 
 
 def section_of(config: Mapping[str, Any] | None) -> ConfigSection:
@@ -380,22 +378,19 @@ def check_shapes(config: Mapping[str, Any], changed: Sequence[str], shapes: Mapp
     """
     section = section_of(config)
     aliases = {section.spellings(key)[0]: key for key in section.architecture.aliases}
-    keys = {key.rpartition(".")[2] for key in changed}
-    refuse(_unfit(section, {aliases.get(key, key) for key in keys}, shapes))
-
-
-def _unfit(section: ConfigSection, keys: set[str], shapes: Mapping[str, Shape]) -> Iterator[str]:
+    names = [key.rpartition(".")[2] for key in changed]
+    keys = {aliases.get(name, name) for name in names}
     dims_of = dims_lookup(section)
+    problems = []
     for name, shape in shapes.items():
         found = dims_of(name)
-        if found is None or keys.isdisjoint(found.keys):
-            continue
-        for dim, parts in found.dims.items():
-            if keys.isdisjoint(part.key for part in parts):
-                continue
-            wanted = sum(section.value(part.key) * section.unit(part) for part in parts)
-            if shape[dim] != wanted:
-                yield f"{name} would have {shape[dim]} along dimension {dim}, config.json says {wanted}"
+        for dim, parts in found.dims.items() if found is not None else ():
+            if not keys.isdisjoint(part.key for part in parts):
+                wanted = sum(section.value(part.key) * section.unit(part) for part in parts)
+                if shape[dim] != wanted:
+                    text = f"{shape[dim]} along dimension {dim}, config.json says {wanted}"
+                    problems.append(f"{name} would have {text}")
+    refuse(problems)
 
 
 def _derived(section: ConfigSection, values: Mapping[str, int]) -> dict[str, int]:

@@ -75,7 +75,7 @@ def agree(
         for group, kept in groups.items():
             units[key][group], wrong = _shared_units(key, kept)
             problems += wrong
-            example[int(np.count_nonzero(units[key][group]))] = kept[0].module
+            example[int(np.count_nonzero(units[key][group]))] = kept[0].name.rpartition(".")[0]
             left = units[key][group]
             for each in kept:
                 if each.follows and each.dim is not None and each.units.all() and not left.all():
@@ -156,11 +156,6 @@ class _KeptUnits:
     @property
     def count(self) -> int:
         return int(np.count_nonzero(self.units))
-
-    @property
-    def module(self) -> str:
-        """The module that has the tensor or the list."""
-        return self.name.rpartition(".")[0]
 
     def __str__(self) -> str:
         what = f"{self.count} of {self.units.size}"

@@ -374,20 +374,18 @@ def unknown_name(name: str, known: Mapping[str, object] | frozenset[str]) -> str
     return f"unknown name {shown(name)}" + suggestion(name, [constant] if constant else known)
 
 
+_KINDS: tuple[tuple[type | tuple[type, ...], str], ...] = (
+    (type(None), "nothing"),
+    (bool, "true or false"),
+    ((int, float), "a number"),
+    (str, "a text"),
+    ((list, tuple), "a list"),
+)
+
+
 def kind_of(value: object) -> str:
     """The kind of a value in words."""
-    match value:
-        case None:
-            return "nothing"
-        case bool():
-            return "true or false"
-        case int() | float():
-            return "a number"
-        case str():
-            return "a text"
-        case list() | tuple():
-            return "a list"
-    return "a table"
+    return next((words for kind, words in _KINDS if isinstance(value, kind)), "a table")
 
 
 def size_of(value: object) -> int:

@@ -246,12 +246,10 @@ def _shared_keys(rows: Collection[Captures], others: Collection[Captures]) -> tu
     """The keys that join rows of two members: the captures whose names both have, in one order."""
     names = [[name for name, _ in next(iter(each), ())] for each in (rows, others)]
     shared = [name for name in names[0] if name in names[1]]
-    here, there = (_picker([each.index(name) for name in shared]) for each in names)
+    if not shared:
+        return (lambda _: ()), (lambda _: ())
+    here, there = (itemgetter(*map(each.index, shared)) for each in names)
     return here, there
-
-
-def _picker(places: Sequence[int]) -> Key:
-    return itemgetter(*places) if places else lambda _: ()
 
 
 def _shared(row: Captures, others: Collection[Captures]) -> Captures:
