@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from math import inf, ulp
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Never, TypeVar
 
 from sparseprune.spec.bound import Reconstruct, Score, Soft
 from sparseprune.spec.expressions import (
@@ -200,6 +200,9 @@ class Table:
 
     def __init__(self, values: Mapping[str, object]) -> None:
         vars(self).update({name: key.default for name, key in self.keys.items()} | {**values})
+
+    def __setattr__(self, name: str, value: object) -> Never:
+        raise AttributeError(f"cannot change {name}: a table stays as it was read")
 
     def __iter__(self) -> Iterator[tuple[str, object]]:
         return iter(vars(self).items())
