@@ -10,36 +10,64 @@ from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Hashable, Mapping, Sequence
 from itertools import combinations
-from typing import TYPE_CHECKING
+from math import prod
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
-from sparseprune.engine.grids import (
-    Shape,
-    align,
-    block_extents,
-    divide,
-    identity_order,
-    interleaved,
-    inverse_order,
-    permute,
-    prod,
-)
+from sparseprune.engine import grids
 from sparseprune.engine.proximal import soft_threshold_conditioned, soft_threshold_euclidean
 from sparseprune.engine.scoring import first_nan, fused_norms, has_exact_keys, magnitude_keys, round_to
-from sparseprune.engine.view import View, disjoint
+from sparseprune.engine.view import View, disjoint, storage_of
 from sparseprune.errors import CouplingError, NanScoreError, ShapeMismatchError, SparsityError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from sparseprune.engine.grids import Orders, Shape
 
 
 Values = Tensor | Mapping["BlockSpec", Tensor] | None
 """None (the weights), one parameter- or view-shaped tensor, or one for each BlockSpec."""
 
 
-class SparseBlock(ABC):
+class Grid(ABC):
+    """What blocks and scopes share: places on a grid, and numbers that fit it."""
+
+    name: str
+    grid_shape: Shape
+    _misfit: ClassVar[str]
+
+    @abstractmethod
+    def blocks(self) -> tuple[BlockSpec, ...]:
+        """The BlockSpecs that hold the elements, in the order of the members."""
+
+    def nnz(self, eps: float = 1e-8) -> int:
+        """How many elements are larger than `eps` in magnitude; NaN counts as one."""
+        return sum(int((~(spec.data.to(torch.float64).abs() <= eps)).sum()) for spec in self.blocks())
+
+    def _thresholds(self, thresholds: Tensor | float) -> Tensor:
+        """A number, or one for each place, as float64 of `grid_shape`."""
+        limits = torch.as_tensor(thresholds, dtype=torch.float64, device=self._device())
+        if limits.ndim:
+            self._on_grid(limits, "thresholds")
+        if bool(limits.isnan().any()):
+            raise SparsityError(f"{self.name}: a threshold is NaN")
+        return limits.expand(self.grid_shape)
+
+    def _on_grid(self, tensor: Tensor, what: str) -> Tensor:
+        if tuple(tensor.shape) != self.grid_shape:
+            raise ShapeMismatchError(
+                f"{self.name}: {what} of shape {list(tensor.shape)} {self._misfit} {list(self.grid_shape)}"
+            )
+        return tensor
+
+    def _device(self) -> torch.device:
+        return self.blocks()[0].view.param.device
+
+
+class SparseBlock(Grid):
     """Blocks on a grid: `grid_shape` counts them, each is kept or pruned whole.
 
     Invariant: every block has `numel_per_block()` elements, and no element belongs to two blocks.
@@ -48,8 +76,7 @@ class SparseBlock(ABC):
     way, whatever their names: as keys of masks or values they are the same.
     """
 
-    name: str
-    grid_shape: Shape
+    _misfit = "does not fit the block grid"
 
     @property
     @abstractmethod
@@ -79,7 +106,6 @@ class SparseBlock(ABC):
         return tuple({id(spec.view.param): spec.view.param for spec, _ in self.members}.values())
 
     def blocks(self) -> tuple[BlockSpec, ...]:
-        """The BlockSpecs that hold the elements."""
         return tuple(spec for spec, _ in self.members)
 
     def numblk(self) -> int:
@@ -93,10 +119,6 @@ class SparseBlock(ABC):
     def numel(self) -> int:
         """How many elements all blocks have."""
         return sum(spec.view.numel() for spec, _ in self.members)
-
-    def nnz(self, eps: float = 1e-8) -> int:
-        """How many elements are larger than `eps` in magnitude; NaN counts as one."""
-        return sum(int((~(spec.view.data.to(torch.float64).abs() <= eps)).sum()) for spec, _ in self.members)
 
     def norms(self, values: Values = None, p: float = 2) -> Tensor:
         """The p-norm of each block over all its elements: float64 of `grid_shape`.
@@ -130,11 +152,7 @@ class SparseBlock(ABC):
 
     def get_masks(self, block_mask: Tensor) -> dict[BlockSpec, Tensor]:
         """A decision about blocks (bool of `grid_shape`) as view-shaped element masks, True where kept."""
-        keep = self._on_grid(block_mask.to(torch.bool), "block mask")
-        return {
-            spec: spec.spread(keep.permute(inverse_order(order)).to(spec.view.param.device))
-            for spec, order in self.members
-        }
+        return self._spread(self._on_grid(block_mask.to(torch.bool), "block mask"))
 
     def apply_mask(self, mask: Values) -> None:
         """Write +0.0, in place, where an element mask is False; True keeps, and survivors keep their bits.
@@ -163,8 +181,7 @@ class SparseBlock(ABC):
         """Bool of `grid_shape`: the blocks whose norm is at least their threshold."""
         elements = self.resolve(values)
         self.refuse_nan(elements)
-        norms = fused_norms(self._fused(elements), self.grid_shape, 2)
-        return norms >= self._limits(thresholds, norms)
+        return fused_norms(self._fused(elements), self.grid_shape, 2) >= self._thresholds(thresholds)
 
     def soft_threshold(
         self,
@@ -202,8 +219,7 @@ class SparseBlock(ABC):
                 raise SparsityError(
                     f"{spec.name}: soft thresholding needs floats, found {spec.view.param.dtype}"
                 )
-        views = self._fused(weights)
-        limits = self._limits(block_thresholds, views[0])
+        views, limits = self._fused(weights), self._thresholds(block_thresholds)
         if not bool((limits >= 0).all()):
             raise SparsityError(f"{self.name}: soft thresholds must not be negative")
         least = 0.0 if eps is None else eps
@@ -224,27 +240,24 @@ class SparseBlock(ABC):
         Where the number is 1 every bit stays, where it is 0 elements become +0.0, infinite ones too.
         """
         factors = self._on_grid(grid, "multiplier").to(torch.float64)
-        for spec, order in self.members:
-            spread = spec.spread(factors.permute(inverse_order(order)).to(spec.view.param.device))
+        for spec, spread in self._spread(factors).items():
             data, bits = spec.view.data, spec.view.bits
             product = round_to(data.to(torch.float64) * spread, data.dtype).view(bits.dtype)
             bits.copy_(torch.where(spread == 1, bits, product.masked_fill_(spread == 0, 0)))
 
     def keys(self, values: Values = None) -> Tensor:
-        """Signed integers of `grid_shape`, ordered as the norms; exact where a block is one element.
+        """Signed integers of `grid_shape`, ordered as the magnitudes, for blocks with a `key_dtype`.
 
         Raises:
             SparsityError: NaN, naming the tensor and the first place.
         """
         elements = self.resolve(values)
         self.refuse_nan(elements)
-        if self.key_dtype(values) is not None:
-            (view,) = self._fused(elements)
-            return magnitude_keys(view).reshape(self.grid_shape)
-        return magnitude_keys(fused_norms(self._fused(elements), self.grid_shape, 2))
+        (view,) = self._fused(elements)
+        return magnitude_keys(view).reshape(self.grid_shape)
 
     def key_dtype(self, values: Values = None) -> torch.dtype | None:
-        """The dtype whose bit patterns `keys` compares, None where it compares norms."""
+        """The dtype of single elements that compare by their bit patterns; None where norms have to."""
         if self.numel_per_block() != 1:
             return None
         (element,) = self.resolve(values).values()
@@ -284,23 +297,15 @@ class SparseBlock(ABC):
                 raise NanScoreError(spec.name, place)
 
     def _fused(self, elements: Mapping[BlockSpec, Tensor]) -> list[Tensor]:
-        device = self.blocks()[0].view.param.device
+        device = self._device()
         return [spec.fuse(elements[spec], order).to(device) for spec, order in self.members]
 
-    def _limits(self, thresholds: Tensor | float, like: Tensor) -> Tensor:
-        limits = torch.as_tensor(thresholds, dtype=torch.float64, device=like.device)
-        limits = limits.expand(self.grid_shape) if limits.ndim == 0 else self._on_grid(limits, "thresholds")
-        if bool(limits.isnan().any()):
-            raise SparsityError(f"{self.name}: a threshold is NaN")
-        return limits
-
-    def _on_grid(self, tensor: Tensor, what: str) -> Tensor:
-        if tuple(tensor.shape) != self.grid_shape:
-            raise ShapeMismatchError(
-                f"{self.name}: {what} of shape {list(tensor.shape)} does not fit the block grid "
-                f"{list(self.grid_shape)}"
-            )
-        return tensor
+    def _spread(self, grid: Tensor) -> dict[BlockSpec, Tensor]:
+        """One number per block as one per element of each member's view, on its device."""
+        return {
+            spec: spec.spread(grid.permute(grids.inverse_order(order)).to(spec.view.param.device))
+            for spec, order in self.members
+        }
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name}, grid={list(self.grid_shape)})"
@@ -319,13 +324,13 @@ class BlockSpec(SparseBlock):
 
     def __init__(self, view: View | Tensor, shape: Sequence[int], name: str | None = None) -> None:
         self.view = View.from_existing(view)
-        self.shape: Shape = block_extents(self.view.shape, tuple(map(operator.index, shape)))
-        self.grid_shape = divide(self.view.shape, self.shape)
+        self.shape: Shape = grids.block_extents(self.view.shape, tuple(map(operator.index, shape)))
+        self.grid_shape = grids.divide(self.view.shape, self.shape)
         self.name = name or "block"
 
     @property
     def members(self) -> tuple[tuple[BlockSpec, Shape], ...]:
-        return ((self, identity_order(len(self.grid_shape))),)
+        return ((self, grids.identity_order(len(self.grid_shape))),)
 
     @property
     def _identity(self) -> Hashable:
@@ -351,28 +356,38 @@ class BlockSpec(SparseBlock):
         (G1, G2, ..., b1*b2*...). Without `merge` it is a view of the values.
         """
         (elements,) = self.resolve(values).values()
-        split = elements.reshape(interleaved(self.grid_shape, self.shape))
-        if not (reorder or merge):
-            return split
-        rank = len(self.grid_shape)
-        ordered = split.permute((*range(0, 2 * rank, 2), *range(1, 2 * rank, 2)))
-        return ordered.reshape(*self.grid_shape, prod(self.shape)) if merge else ordered
+        return by_cell(elements, self.grid_shape, self.shape, reorder=reorder, merge=merge)
 
     def fuse(self, elements: Tensor, order: Shape) -> Tensor:
         """View-shaped elements as (*grid permuted by `order`, *block shape), sharing their storage."""
         rank = len(self.shape)
-        grid_dims = permute(tuple(range(0, 2 * rank, 2)), order)
-        split = elements.view(interleaved(self.grid_shape, self.shape))
-        return split.permute((*grid_dims, *range(1, 2 * rank, 2)))
+        return by_cell(elements, self.grid_shape, self.shape).permute((*order, *range(rank, 2 * rank)))
 
     def spread(self, grid: Tensor) -> Tensor:
         """One number per block as one per element of the view."""
-        ones = interleaved(self.grid_shape, (1,) * len(self.shape))
-        return grid.reshape(ones).expand(interleaved(self.grid_shape, self.shape)).reshape(self.view.shape)
+        return over_cells(grid, self.grid_shape, self.shape).reshape(self.view.shape)
 
     def broadcast_block_to_element(self, grid: Tensor) -> Tensor:
         """One number per block (`grid_shape`) as one per element of the view (`view.shape`)."""
         return self.spread(self._on_grid(grid, "grid"))
+
+
+def by_cell(tensor: Tensor, grid: Shape, cell: Shape, *, reorder: bool = True, merge: bool = False) -> Tensor:
+    """A tensor whose first dimensions are a grid of cells: (G1, c1, G2, c2, ..., trailing).
+
+    With `reorder` (G1, G2, ..., c1, c2, ..., trailing), with `merge` (G1, G2, ..., c1*c2*..., trailing).
+    """
+    rank, trailing = len(grid), tensor.shape[len(grid) :]
+    split = tensor.reshape((*grids.interleaved(grid, cell), *trailing))
+    if not (reorder or merge):
+        return split
+    ordered = split.permute((*range(0, 2 * rank, 2), *range(1, 2 * rank, 2), *range(2 * rank, split.ndim)))
+    return ordered.reshape(*grid, prod(cell), *trailing) if merge else ordered
+
+
+def over_cells(numbers: Tensor, grid: Shape, cell: Shape) -> Tensor:
+    """One number per cell (`grid`) for each place of the cell: (G1, c1, G2, c2, ...)."""
+    return numbers.reshape(grids.interleaved(grid, (1,) * len(cell))).expand(grids.interleaved(grid, cell))
 
 
 def zero_pruned(masks: Mapping[BlockSpec, Tensor]) -> None:
@@ -397,16 +412,11 @@ class BlockCoupling(SparseBlock):
         CouplingError: grids that do not align, or an element that would belong to two members.
     """
 
-    def __init__(
-        self,
-        specs: Sequence[BlockSpec],
-        orders: Sequence[Sequence[int]] | None = None,
-        name: str | None = None,
-    ) -> None:
+    def __init__(self, specs: Sequence[BlockSpec], orders: Orders = None, name: str | None = None) -> None:
         self.specs = tuple(specs)
         self.name = name or "block coupling"
-        grids = [spec.grid_shape for spec in self.specs]
-        self.grid_shape, self.orders = align(grids, orders, [spec.name for spec in self.specs])
+        shapes = [spec.grid_shape for spec in self.specs]
+        self.grid_shape, self.orders = grids.align(shapes, orders, [spec.name for spec in self.specs])
         refuse_shared_elements(self.specs)
 
     @property
@@ -439,27 +449,20 @@ class BlockCoupling(SparseBlock):
         """
         if not reorder:
             raise SparsityError(f"{self.name}: the blocks of a coupling have no common interleaved form")
-        elements = self.resolve(values)
-        device = self.specs[0].view.param.device
-        parts = [
-            spec.fuse(elements[spec], order).reshape(*self.grid_shape, prod(spec.shape)).to(device)
-            for spec, order in self.members
-        ]
-        dtypes = {part.dtype for part in parts}
-        wide = parts if len(dtypes) == 1 else [part.to(torch.float64) for part in parts]
-        return torch.cat(wide, dim=-1)
+        parts = [part.reshape(*self.grid_shape, -1) for part in self._fused(self.resolve(values))]
+        same = len({part.dtype for part in parts}) == 1
+        return torch.cat(parts if same else [part.to(torch.float64) for part in parts], dim=-1)
 
     def broadcast_block_to_element(self, grid: Tensor) -> dict[BlockSpec, Tensor]:
         """One number per fused block (`grid_shape`) as one per element of each member's view."""
-        checked = self._on_grid(grid, "grid")
-        return {spec: spec.spread(checked.permute(inverse_order(order))) for spec, order in self.members}
+        return self._spread(self._on_grid(grid, "grid"))
 
 
 def refuse_shared_elements(specs: Sequence[BlockSpec]) -> None:
     """CouplingError where one element of a storage would belong to two members."""
     by_storage: defaultdict[int, list[BlockSpec]] = defaultdict(list)
     for spec in specs:
-        by_storage[spec.view.param.untyped_storage()._cdata].append(spec)  # noqa: SLF001  (its identity)
+        by_storage[storage_of(spec.view.param)].append(spec)
     for neighbours in by_storage.values():
         if disjoint([spec.view for spec in neighbours]):
             continue  # one pass for all members of a tensor

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import floor, prod
 from typing import TYPE_CHECKING, Any
@@ -10,24 +11,15 @@ from typing import TYPE_CHECKING, Any
 from sparseprune.errors import CouplingError, ShapeMismatchError, SparsityError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
 
 Shape = tuple[int, ...]
+Orders = Sequence[Sequence[int]] | None
+"""For each member of a coupling the order of its grid's dimensions; None for all as they are."""
 
-__all__ = [
-    "Shape",
-    "align",
-    "block_extents",
-    "divide",
-    "identity_order",
-    "interleaved",
-    "inverse_order",
-    "permute",
-    "prod",
-    "scope_extents",
-    "surviving",
-]
+__all__ = ["Orders", "Shape", "align", "block_extents", "divide", "identity_order", "interleaved"]
+__all__ += ["inverse_order", "permute", "prod", "scope_extents", "surviving"]
 
 
 def block_extents(view_shape: Shape, shape: Sequence[int]) -> Shape:
@@ -104,9 +96,7 @@ def permute(shape: Shape, order: Shape) -> Shape:
     return tuple(shape[dim] for dim in order)
 
 
-def align(
-    grids: Sequence[Shape], orders: Sequence[Sequence[int]] | None, names: Sequence[str]
-) -> tuple[Shape, tuple[Shape, ...]]:
+def align(grids: Sequence[Shape], orders: Orders, names: Sequence[str]) -> tuple[Shape, tuple[Shape, ...]]:
     """The one grid that all members share once permuted by their orders, and the orders as tuples.
 
     Without orders (None, or an empty sequence) every grid is taken as it is.

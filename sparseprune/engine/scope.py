@@ -8,25 +8,16 @@ from __future__ import annotations
 
 import math
 import operator
-from abc import ABC, abstractmethod
+from abc import abstractmethod
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sparseprune.engine.block import BlockSpec, refuse_shared_elements, zero_pruned
-from sparseprune.engine.grids import (
-    Shape,
-    align,
-    divide,
-    identity_order,
-    interleaved,
-    inverse_order,
-    prod,
-    scope_extents,
-    surviving,
-)
+from sparseprune.engine import grids
+from sparseprune.engine.block import BlockSpec, Grid, by_cell, over_cells, refuse_shared_elements, zero_pruned
 from sparseprune.engine.scoring import first_nan, magnitude_keys, order_keys
 from sparseprune.errors import NanScoreError, ShapeMismatchError, SparsityError
 
@@ -36,6 +27,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from sparseprune.engine.block import SparseBlock, Values
+    from sparseprune.engine.grids import Orders, Shape
 
     Array = NDArray[Any]
 
@@ -175,15 +167,14 @@ def _select_by_sort(keys: Tensor, nnz: int) -> Tensor:
     return kept.scatter_(-1, ranked[..., :nnz], value=True)
 
 
-class SparseScope(ABC):
+class SparseScope(Grid):
     """Scopes on a grid: in each of the `numscp()` scopes `numblk_per_scope()` blocks compete.
 
     Invariant: every block of every member belongs to one scope, and within a scope blocks are numbered
     member by member, each in row-major order; that number breaks ties.
     """
 
-    name: str
-    grid_shape: Shape
+    _misfit = "do not fit the grid of scopes"
 
     @property
     @abstractmethod
@@ -207,12 +198,7 @@ class SparseScope(ABC):
         return sum(prod(spec.shape) * spec.block.numel_per_block() for spec, _ in self.members)
 
     def blocks(self) -> tuple[BlockSpec, ...]:
-        """The BlockSpecs that hold the elements, in the order of the members."""
         return tuple(leaf for spec, _ in self.members for leaf in spec.block.blocks())
-
-    def nnz(self, eps: float = 1e-8) -> int:
-        """How many elements are larger than `eps` in magnitude; NaN counts as one."""
-        return sum(spec.block.nnz(eps) for spec, _ in self.members)
 
     def sparsity_to_nnz(self, sparsity: float) -> int:
         """The budget of one scope: blocks per scope - floor(sparsity * blocks per scope), never below 0.
@@ -223,7 +209,7 @@ class SparseScope(ABC):
         """
         if math.isnan(sparsity) or sparsity < 0:
             raise SparsityError(f"{self.name}: sparsity {sparsity} is no share of blocks: wanted 0 to 1")
-        return surviving(sparsity, self.numblk_per_scope())
+        return grids.surviving(sparsity, self.numblk_per_scope())
 
     def block_norms(self, values: Values = None, p: float = 2, *, rms: bool = False) -> Tensor:
         """The p-norm of each block by scope: float64 (*grid_shape, blocks per scope).
@@ -281,10 +267,10 @@ class SparseScope(ABC):
         if block_scores is not None:
             scores = self._by_scope(block_scores, "block scores")
             self._refuse_nan_scores(scores)
-            reaches = scores.to(torch.float64) >= self._by_thresholds(thresholds).unsqueeze(-1)
+            reaches = scores.to(torch.float64) >= self._thresholds(thresholds).unsqueeze(-1)
             return self.get_masks(0, block_mask=reaches)
         masks: dict[BlockSpec, Tensor] = {}
-        limits = self._limits(thresholds)
+        limits = self._by_block(self._thresholds(thresholds))
         for (spec, some), limit in zip(self._each(values), limits, strict=True):
             masks |= spec.block.get_masks(spec.block.reaches(limit, some))
         return masks
@@ -321,9 +307,10 @@ class SparseScope(ABC):
         is as in `SparseBlock.soft_threshold`.
         """
         shrunk = []
-        for (spec, diagonal), limits in zip(self._each(conditioners), self._limits(thresholds), strict=True):
+        limits = self._by_block(self._thresholds(thresholds))
+        for (spec, diagonal), limit in zip(self._each(conditioners), limits, strict=True):
             factor = math.sqrt(spec.block.numel_per_block()) if scale else 1.0
-            shrunk.append(spec.block.shrunk(limits * factor, diagonal, max_iter, atol, eps))
+            shrunk.append(spec.block.shrunk(limit * factor, diagonal, max_iter, atol, eps))
         for (spec, _), result in zip(self.members, shrunk, strict=True):
             spec.block.write(result)
 
@@ -367,10 +354,10 @@ class SparseScope(ABC):
         if block_scores is not None:
             self._refuse_nan_scores(self._by_scope(block_scores, "block scores"))
             return order_keys(block_scores.detach().to(self._device()))
-        given = [(spec.block, some) for spec, some in self._each(values)]
-        kinds = {block.key_dtype(some) for block, some in given}
+        given = self._each(values)
+        kinds = {spec.block.key_dtype(some) for spec, some in given}
         if len(kinds) == 1 and None not in kinds and not as_norms and p > 0:
-            return self.gather([block.keys(some) for block, some in given])
+            return self.gather([spec.block.keys(some) for spec, some in given])
         return magnitude_keys(self.block_norms(values, p, rms=rms))
 
     def _kth(self, values: Values, k: int, following: int = 0) -> Tensor:
@@ -381,19 +368,10 @@ class SparseScope(ABC):
             return kth_largest(norms, rank)
         return torch.full(self.grid_shape, 0.0 if rank else math.inf, dtype=norms.dtype, device=norms.device)
 
-    def _limits(self, thresholds: Tensor | float) -> list[Tensor]:
-        """Thresholds per scope as one per block, on each member's block grid."""
-        spread = self._by_thresholds(thresholds)
-        return [spec.scope_to_block(spread.permute(inverse_order(order))) for spec, order in self.members]
-
-    def _by_thresholds(self, thresholds: Tensor | float) -> Tensor:
-        """A number, or one for each scope, as float64 of `grid_shape`."""
-        limits = torch.as_tensor(thresholds, dtype=torch.float64, device=self._device())
-        if limits.ndim:
-            self._on_grid(limits, "thresholds")
-        if bool(limits.isnan().any()):
-            raise SparsityError(f"{self.name}: a threshold is NaN")
-        return limits.expand(self.grid_shape)
+    def _by_block(self, per_scope: Tensor) -> list[Tensor]:
+        """One number per scope as one per block, on each member's block grid."""
+        inverse = grids.inverse_order
+        return [spec.scope_to_block(per_scope.permute(inverse(order))) for spec, order in self.members]
 
     def _each(self, values: Values) -> list[tuple[ScopeSpec, Values]]:
         """Each member with its part of the values."""
@@ -422,12 +400,14 @@ class SparseScope(ABC):
 
     def _scatter(self, by_scope: Tensor) -> list[tuple[ScopeSpec, Tensor]]:
         """The inverse of `gather`: (*grid_shape, blocks per scope) to each member's block grid."""
-        parts = torch.split(by_scope, [prod(spec.shape) for spec, _ in self.members], dim=-1)
         rank = len(self.grid_shape)
-        return [
-            (spec, spec.scope_blocks_to_grid(part.permute(*inverse_order(order), rank)))
-            for (spec, order), part in zip(self.members, parts, strict=True)
-        ]
+        parts = torch.split(by_scope, [prod(spec.shape) for spec, _ in self.members], dim=-1)
+        pairs = [dim for d in range(rank) for dim in (d, rank + d)]
+        scattered = []
+        for (spec, order), part in zip(self.members, parts, strict=True):
+            split = part.permute(*grids.inverse_order(order), rank).reshape((*spec.grid_shape, *spec.shape))
+            scattered.append((spec, split.permute(pairs).reshape(spec.block.grid_shape)))
+        return scattered
 
     def _by_scope(self, tensor: Tensor, what: str) -> Tensor:
         wanted = (*self.grid_shape, self.numblk_per_scope())
@@ -438,21 +418,10 @@ class SparseScope(ABC):
             )
         return tensor
 
-    def _on_grid(self, tensor: Tensor, what: str = "scope values") -> Tensor:
-        if tuple(tensor.shape) != self.grid_shape:
-            raise ShapeMismatchError(
-                f"{self.name}: {what} of shape {list(tensor.shape)} do not fit the grid of scopes "
-                f"{list(self.grid_shape)}"
-            )
-        return tensor
-
     def _refuse_nan_scores(self, scores: Tensor) -> None:
         place = first_nan(scores)
         if place is not None:
             raise NanScoreError(f"block scores of {self.name}", place)
-
-    def _device(self) -> torch.device:
-        return self.blocks()[0].view.param.device
 
     def __repr__(self) -> str:
         return (
@@ -478,12 +447,12 @@ class ScopeSpec(SparseScope):
     def __init__(self, block: SparseBlock, shape: Sequence[int], name: str | None = None) -> None:
         self.block = block
         self.name = name or f"scope of {block.name}"
-        self.shape: Shape = scope_extents(block.grid_shape, tuple(map(operator.index, shape)))
-        self.grid_shape = divide(block.grid_shape, self.shape, "scope", "block grid")
+        self.shape: Shape = grids.scope_extents(block.grid_shape, tuple(map(operator.index, shape)))
+        self.grid_shape = grids.divide(block.grid_shape, self.shape, "scope", "block grid")
 
     @property
     def members(self) -> tuple[tuple[ScopeSpec, Shape], ...]:
-        return ((self, identity_order(len(self.grid_shape))),)
+        return ((self, grids.identity_order(len(self.grid_shape))),)
 
     def block_to_scope(self, b: Tensor, reorder: bool = True, merge: bool = False) -> Tensor:  # noqa: FBT001, FBT002  (a fixed signature)
         """A tensor with the block grid in front, by scope; dimensions behind the grid stay behind.
@@ -497,26 +466,12 @@ class ScopeSpec(SparseScope):
                 f"{self.name}: shape {list(b.shape)} does not begin with the block grid "
                 f"{list(self.block.grid_shape)}"
             )
-        trailing = b.shape[rank:]
-        split = b.reshape((*interleaved(self.grid_shape, self.shape), *trailing))
-        if not (reorder or merge):
-            return split
-        behind = range(2 * rank, 2 * rank + len(trailing))
-        ordered = split.permute((*range(0, 2 * rank, 2), *range(1, 2 * rank, 2), *behind))
-        return ordered.reshape(*self.grid_shape, prod(self.shape), *trailing) if merge else ordered
-
-    def scope_blocks_to_grid(self, by_scope: Tensor) -> Tensor:
-        """The inverse of `block_to_scope` with `merge`: (*grid_shape, blocks per scope) to the block grid."""
-        rank = len(self.grid_shape)
-        split = by_scope.reshape((*self.grid_shape, *self.shape))
-        pairs = [dim for d in range(rank) for dim in (d, rank + d)]
-        return split.permute(pairs).reshape(self.block.grid_shape)
+        return by_cell(b, self.grid_shape, self.shape, reorder=reorder, merge=merge)
 
     def scope_to_block(self, scope_values: Tensor) -> Tensor:
         """One number per scope (`grid_shape`) as one per block (the block grid)."""
-        ones = interleaved(self.grid_shape, (1,) * len(self.shape))
-        split = self._on_grid(scope_values).reshape(ones).expand(interleaved(self.grid_shape, self.shape))
-        return split.reshape(self.block.grid_shape)
+        spread = over_cells(self._on_grid(scope_values, "scope values"), self.grid_shape, self.shape)
+        return spread.reshape(self.block.grid_shape)
 
     def kth_largest(self, element_values: Values, nnz: int) -> Tensor:
         """The nnz-th largest norm in each scope, float64 of `grid_shape`; infinity for nnz 0."""
@@ -542,16 +497,11 @@ class ScopeCoupling(SparseScope):
         CouplingError: grids of scopes that do not align, or an element that would belong to two scopes.
     """
 
-    def __init__(
-        self,
-        scopes: Sequence[ScopeSpec],
-        orders: Sequence[Sequence[int]] | None = None,
-        name: str | None = None,
-    ) -> None:
+    def __init__(self, scopes: Sequence[ScopeSpec], orders: Orders = None, name: str | None = None) -> None:
         self.scopes = tuple(scopes)
         self.name = name or "scope coupling"
-        grids = [scope.grid_shape for scope in self.scopes]
-        self.grid_shape, self.orders = align(grids, orders, [scope.name for scope in self.scopes])
+        shapes = [scope.grid_shape for scope in self.scopes]
+        self.grid_shape, self.orders = grids.align(shapes, orders, [scope.name for scope in self.scopes])
         refuse_shared_elements(self.blocks())
 
     @property
@@ -582,8 +532,5 @@ class ScopeCoupling(SparseScope):
 
     def scope_to_block(self, scope_values: Tensor) -> dict[SparseBlock, Tensor]:
         """One number per scope (`grid_shape`) as one per block, on each member's block grid."""
-        values = self._on_grid(scope_values)
-        return {
-            spec.block: spec.scope_to_block(values.permute(inverse_order(order)))
-            for spec, order in self.members
-        }
+        per_block = self._by_block(self._on_grid(scope_values, "scope values"))
+        return {spec.block: one for spec, one in zip(self.scopes, per_block, strict=True)}

@@ -141,4 +141,4 @@ def test_an_array_with_gaps_is_refused() -> None:
 
 def test_words_of_loops_mean_nothing_outside() -> None:
     with pytest.raises(TypeError, match="compiled loops alone"):
-        compiling.float32_of(1)
+        compiling.value_of(1, 1, 0, 1)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sparseprune.engine.dtypes import DTYPES
-from sparseprune.engine.kernels.compiling import compiled, compiled_sum, float32_of, inlined
+from sparseprune.engine.kernels.compiling import compiled, compiled_sum, inlined, value_of
 from sparseprune.engine.kernels.counting import zeros_and_energy
 from sparseprune.engine.kernels.formats import FORMATS, values_of
 
@@ -96,46 +96,6 @@ def compare_values(before: Values, after: Values) -> tuple[Counts, Energies]:
     return _compared(_with_one_nan(one).view(form.pattern), _with_one_nan(other).view(form.pattern), form)
 
 
-def count_pairs(before: Bits, after: Bits, zero_bits: int) -> tuple[tuple[int, int, int, int], slice, slice]:
-    """Counts of elements: zero before, zero after, zero only after, and changed but not zero after.
-
-    The first slice holds the first element of the last kind; the second one the highest pattern, of
-    `zero_bits`, among elements that are zero only after. A slice means nothing where there are none.
-    """
-    found = np.zeros(6, dtype=np.int64)
-    _count(before, after, before.size, zero_bits, found)
-    zeros_before, zeros_after, zeroed, altered, first, highest = map(int, found)
-    counts = zeros_before, zeros_after, zeroed, altered
-    return counts, slice(first, first + _BLOCK), slice(highest, highest + _BLOCK)
-
-
-def kept_and_lost(before: Bits, after: Bits, form: Format) -> tuple[float, float]:
-    """The energies before: of elements that are not zero after, and of those that are."""
-    sums = np.empty(2)
-    if form.itemsize == 8:
-        _keep_wide(after, after.size, before.view(np.float64), sums)
-    else:
-        _keep(before, after, after.size, form.magnitude, form.shift, form.infinity, sums)
-        sums *= form.scale * form.scale
-    return float(sums[0]), float(sums[1])
-
-
-def differences(before: Bits, after: Bits, form: Format) -> tuple[tuple[float, float, float], slice]:
-    """The energies before, after and of the changes, and the first slice with the largest change.
-
-    Equal elements, and zeros of either sign, do not change; a change from or to NaN or infinity is infinite.
-    """
-    sums, changes = np.zeros(4), np.empty(_RUN)
-    if form.itemsize == 8:
-        values = before.view(np.float64), after.view(np.float64)
-        _differ_wide(before, after, before.size, *values, changes, sums)
-    else:
-        pattern = form.magnitude, form.shift, form.infinity, 32 - 8 * form.itemsize, form.scale
-        _differ(before, after, before.size, *pattern, changes, sums)
-    run = int(sums[3])
-    return (float(sums[0]), float(sums[1]), float(sums[2])), slice(run, run + _RUN)
-
-
 # Loops: counts of pairs, energies by what is zero after, differences.
 
 
@@ -171,72 +131,32 @@ def _count(before, after, size, zero_bits, found):
     found[3] = altered
 
 
-@compiled_sum("void(K*, K*, int64, uint32, uint32, uint32, float64*)")
+@compiled_sum("void(K*, K*, int64, K, uint32, K, float64*)")
 def _keep(before, after, size, magnitude, shift, infinity, sums):
     kept = lost = 0.0
     for i in range(size):
-        key = np.uint32(before[i]) & magnitude
-        value = np.float64(float32_of(np.uint32(key << shift)))
-        square = np.inf if key >= infinity else value * value
-        live = (np.uint32(after[i]) & magnitude) != 0
+        value = value_of(before[i], magnitude, shift, infinity)
+        square = value * value
+        live = (after[i] & magnitude) != 0
         kept += square if live else 0.0
         lost += 0.0 if live else square
     sums[0] = kept
     sums[1] = lost
 
 
-@compiled_sum("void(K*, int64, float64*, float64*)")
-def _keep_wide(after, size, values, sums):
-    kept = lost = 0.0
-    for i in range(size):
-        square = values[i] * values[i]
-        live = (after[i] << np.uint64(1)) != 0
-        kept += square if live else 0.0
-        lost += 0.0 if live else square
-    sums[0] = kept
-    sums[1] = lost
-
-
-@compiled_sum("void(K*, K*, int64, uint32, uint32, uint32, uint32, float64, float64*, float64*)")
-def _differ(before, after, size, magnitude, shift, infinity, width, scale, changes, sums):
+@compiled_sum("void(K*, K*, int64, K, uint32, K, float64, float64*, float64*)")
+def _differ(before, after, size, magnitude, shift, infinity, scale, changes, sums):
     energy_before = energy_after = energy_of_change = 0.0
     largest = -1.0
     for begin in range(0, size, _RUN):
         count = _RUN if size - begin > _RUN else size - begin
         for i in range(count):
-            one, two = np.uint32(before[begin + i]), np.uint32(after[begin + i])
-            key, other = one & magnitude, two & magnitude
-            value = np.float64(float32_of(np.uint32((key << shift) | ((one ^ key) << width)))) * scale
-            changed = np.float64(float32_of(np.uint32((other << shift) | ((two ^ other) << width)))) * scale
-            value = np.inf if key >= infinity else value
-            changed = -np.inf if other >= infinity else changed
-            change = abs(changed - value)
-            change = 0.0 if (one == two) | ((key | other) == 0) else change
-            changes[i] = change
-            energy_before += value * value
-            energy_after += changed * changed
-            energy_of_change += change * change
-        top = _top(changes, count)
-        if top > largest:
-            largest = top
-            sums[3] = begin
-    sums[0] = energy_before
-    sums[1] = energy_after
-    sums[2] = energy_of_change
-
-
-@compiled_sum("void(K*, K*, int64, float64*, float64*, float64*, float64*)")
-def _differ_wide(before, after, size, values, others, changes, sums):
-    energy_before = energy_after = energy_of_change = 0.0
-    largest = -1.0
-    for begin in range(0, size, _RUN):
-        count = _RUN if size - begin > _RUN else size - begin
-        for i in range(count):
-            value, changed = values[begin + i], others[begin + i]
-            change = abs(changed - value)
-            change = change if change < np.inf else np.inf
             one, two = before[begin + i], after[begin + i]
-            change = 0.0 if (one == two) | (((one | two) << np.uint64(1)) == 0) else change
+            value = value_of(one, magnitude, shift, infinity) * scale
+            changed = value_of(two, magnitude, shift, infinity) * scale
+            change = abs(changed + value if (one ^ two) > magnitude else changed - value)
+            change = change if change < np.inf else np.inf
+            change = 0.0 if (one == two) | (((one | two) & magnitude) == 0) else change
             changes[i] = change
             energy_before += value * value
             energy_after += changed * changed
@@ -276,9 +196,14 @@ def _compared(before: Bits, after: Bits, form: Format) -> tuple[Counts, Energies
         return Counts(zeros, zeros), Energies(energy, energy)
     counts, highest = _counted(before, after, form.magnitude)
     if counts.altered:
-        energies, part = differences(before, after, form)
-        return counts, Energies(*energies, *_largest_place(before, after, form, part))
-    kept, lost = kept_and_lost(before, after, form)
+        sums, changes = np.zeros(4), np.empty(_RUN)
+        _differ(before, after, before.size, *form.numbers, form.scale, changes, sums)
+        energy, changed, change, run = sums.tolist()
+        part = slice(int(run), int(run) + _RUN)
+        return counts, Energies(energy, changed, change, *_largest_place(before, after, form, part))
+    sums = np.empty(2)
+    _keep(before, after, after.size, *form.numbers, sums)
+    kept, lost = (sums * (form.scale * form.scale)).tolist()
     if not counts.zeroed:
         return counts, Energies(kept, kept)
     # If the sum is not finite, some values have no order, and the first of them may be anywhere.
@@ -288,12 +213,14 @@ def _compared(before: Bits, after: Bits, form: Format) -> tuple[Counts, Energies
 
 def _counted(before: Bits, after: Bits, zero_bits: int) -> tuple[Counts, slice]:
     """The counts, and a slice with the zeroed element of the highest pattern."""
-    counts, part, highest = count_pairs(before, after, zero_bits)
-    first = -1
-    if counts[-1]:
-        altered = (before[part] != after[part]) & ((after[part] & after.dtype.type(zero_bits)) != 0)
-        first = part.start + int(np.argmax(altered))
-    return Counts(*counts, first), highest
+    found = np.zeros(6, dtype=np.int64)
+    _count(before, after, before.size, zero_bits, found)
+    zeros_before, zeros_after, zeroed, altered, begin, highest = map(int, found)
+    first, part = -1, slice(begin, begin + _BLOCK)
+    if altered:
+        marks = (before[part] != after[part]) & ((after[part] & after.dtype.type(zero_bits)) != 0)
+        first = begin + int(np.argmax(marks))
+    return Counts(zeros_before, zeros_after, zeroed, altered, first), slice(highest, highest + _BLOCK)
 
 
 def _largest_place(before: Bits, after: Bits, form: Format, part: slice) -> tuple[float, int]:

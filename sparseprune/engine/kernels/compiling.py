@@ -95,9 +95,12 @@ def inlined(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-def float32_of(pattern: Any) -> Any:  # noqa: ANN401, ARG001
-    """The float32 with the bits of a uint32; only compiled loops can call it."""
-    raise TypeError("float32_of stands in compiled loops alone")
+def value_of(pattern: Any, magnitude: Any, shift: Any, infinity: Any) -> Any:  # noqa: ANN401, ARG001
+    """|x| / scale in float64 of the bits of a float, by the `numbers` of its Format; for compiled loops.
+
+    NaN becomes infinite, except in F64.
+    """
+    raise TypeError("value_of is for compiled loops alone")
 
 
 def _pointer(array: np.ndarray[Any, Any]) -> int:
@@ -165,8 +168,8 @@ def _with_jitted(function: Callable[..., Any]) -> Callable[..., Any]:
     names = dict(function.__globals__)
     for name in function.__code__.co_names:
         value = names.get(name)
-        if value is float32_of:
-            names[name] = _float32_intrinsic()
+        if value is value_of:
+            names[name] = _value_intrinsic()
         elif isinstance(value, FunctionType) and "inlined" in value.__dict__:
             names[name] = numba.njit(error_model="numpy", inline="always")(_with_jitted(value))
     code = FunctionType(function.__code__, names, function.__name__, function.__defaults__)
@@ -174,20 +177,28 @@ def _with_jitted(function: Callable[..., Any]) -> Callable[..., Any]:
     return code
 
 
-def _float32_intrinsic() -> Any:  # noqa: ANN401
-    """The code of `float32_of`; the method `view` of numbers would add error handling."""
+def _value_intrinsic() -> Any:  # noqa: ANN401
+    """The code of `value_of`; the method `view` of numbers would add error handling."""
     from llvmlite import ir  # noqa: PLC0415
     from numba import types  # noqa: PLC0415
     from numba.extending import intrinsic  # noqa: PLC0415
 
     @intrinsic
-    def float32_of_pattern(_: Any, pattern: Any) -> Any:  # noqa: ANN401, ARG001
-        def bits(__: Any, builder: Any, ___: Any, arguments: Any) -> Any:  # noqa: ANN401
-            return builder.bitcast(arguments[0], ir.FloatType())
+    def value(_: Any, pattern: Any, magnitude: Any, shift: Any, infinity: Any) -> Any:  # noqa: ANN401, ARG001
+        def code(__: Any, builder: Any, ___: Any, arguments: Any) -> Any:  # noqa: ANN401
+            key = builder.and_(arguments[0], arguments[1])
+            if pattern.bitwidth == 64:
+                return builder.bitcast(key, ir.DoubleType())
+            single = builder.bitcast(
+                builder.shl(builder.zext(key, ir.IntType(32)), arguments[2]), ir.FloatType()
+            )
+            finite = builder.icmp_unsigned("<", key, arguments[3])
+            wide = builder.fpext(single, ir.DoubleType())
+            return builder.select(finite, wide, ir.Constant(ir.DoubleType(), float("inf")))
 
-        return types.float32(types.uint32), bits
+        return types.float64(pattern, pattern, types.uint32, pattern), code
 
-    return float32_of_pattern
+    return value
 
 
 def _linked(content: bytes) -> int:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sparseprune.engine.grids import prod
-from sparseprune.engine.kernels.compiling import compiled, compiled_sum, float32_of
+from sparseprune.engine.kernels.compiling import compiled, compiled_sum, value_of
 from sparseprune.engine.kernels.formats import FORMATS
 
 if TYPE_CHECKING:
@@ -44,8 +44,7 @@ def zeros_and_energy(bits: Bits, form: Format) -> tuple[int, float]:
     zeros = int(_zeros(bits, bits.size, form.magnitude))
     if form.itemsize >= 4:
         return zeros, float(_energy_wide(bits.view(f"f{form.itemsize}"), bits.size))
-    energy = _energy(bits, bits.size, form.magnitude, form.shift, form.scale, form.infinity)
-    return zeros, float(energy)
+    return zeros, float(_energy(bits, bits.size, *form.numbers)) * form.scale * form.scale
 
 
 def count_digits(bits: Bits, form: Format, prefix: int, shift: int, counts: NDArray[np.int64]) -> None:
@@ -112,14 +111,13 @@ def _zeros(bits, size, magnitude):
     return zeros
 
 
-@compiled_sum("float64(K*, int64, uint32, uint32, float64, uint32)")
-def _energy(bits, size, magnitude, shift, scale, infinity):
+@compiled_sum("float64(K*, int64, K, uint32, K)")
+def _energy(bits, size, magnitude, shift, infinity):
     energy = 0.0
     for i in range(size):
-        key = np.uint32(bits[i]) & magnitude
-        value = np.float64(float32_of(np.uint32(key << shift)))
-        energy += np.inf if key >= infinity else value * value
-    return energy * scale * scale
+        value = value_of(bits[i], magnitude, shift, infinity)
+        energy += value * value
+    return energy
 
 
 @compiled_sum("float64(K*, int64)")

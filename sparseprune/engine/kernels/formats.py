@@ -46,6 +46,11 @@ class Format:
         """The bits of a key: all but the sign."""
         return (1 << (8 * self.itemsize - 1)) - 1
 
+    @property
+    def numbers(self) -> tuple[int, int, int]:
+        """For `value_of` in loops: magnitude, shift and infinity."""
+        return self.magnitude, self.shift, self.infinity
+
     def values(self, keys: Bits) -> NDArray[np.float64]:
         """The magnitudes of keys, in float64; NaN stays NaN."""
         if self.itemsize == 8:

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sparseprune.engine.kernels.compiling import compiled, float32_of, inlined
+from sparseprune.engine.kernels.compiling import compiled, inlined, value_of
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from numpy.typing import NDArray
 
     from sparseprune.engine.kernels.formats import Bits, Format
@@ -29,15 +31,11 @@ _COLUMNS = 512  # columns to add at one time, so that their levels stay in the c
 def run_sums(bits: Bits, form: Format, run: int, power: int) -> Floats:
     """The sum of |x| ** power, 1 or 2, over each `run` of elements (flat, whole runs), by the tree."""
     sums = np.empty(bits.size // run, dtype=np.float64)
-    levels, block = np.empty(_LEVELS), np.empty(_COLUMNS)
-    if form.itemsize == 8:
-        _run_sums_wide(bits.view(np.float64), sums.size, run, power, levels, block, sums)
+    rest = (*form.numbers, form.scale, run, power)
+    if run <= _SHORT:
+        _short_sums(bits, sums.size, *rest, np.empty(run * _SIDE_BY_SIDE), sums)
     else:
-        pattern = (form.magnitude, form.shift, form.infinity, form.scale)
-        if run <= _SHORT:
-            _short_sums(bits, sums.size, *pattern, run, power, np.empty(run * _SIDE_BY_SIDE), sums)
-            return sums
-        _run_sums(bits, sums.size, *pattern, run, power, levels, block, sums)
+        _run_sums(bits, sums.size, *rest, np.empty(_LEVELS), np.empty(_COLUMNS), sums)
     return sums
 
 
@@ -65,13 +63,18 @@ class TreeSum:
 
     def total(self) -> Floats:
         """The sum of all terms so far; ValueError where there were none."""
-        if not self._levels:
+        total = _added(self._levels[level] for level in sorted(self._levels))
+        if total is None:
             raise ValueError("a sum of no terms has no shape")
-        levels = sorted(self._levels)
-        total = self._levels[levels[0]]
-        for level in levels[1:]:
-            total = self._levels[level] + total
         return total
+
+
+def _added(levels: Iterable[Floats]) -> Floats | None:
+    """The sum of a tree's levels, the lowest first; None without any."""
+    total: Floats | None = None
+    for one in levels:
+        total = one if total is None else one + total
+    return total
 
 
 def tree_sum(terms: Floats, axis: int) -> Floats:
@@ -96,33 +99,26 @@ class ColumnSums:
 
     def push(self, bits: Bits) -> None:
         """Add rows (rows, columns), contiguous, not more in all than were announced."""
-        form, shape = self._form, bits.shape
+        form = self._form
         rest = (self._power, self.count, self._levels, self._block)
-        if form.itemsize == 8:
-            _push_rows_wide(bits.view(np.float64), *shape, *rest)
-        else:
-            _push_rows(bits, *shape, form.magnitude, form.shift, form.infinity, form.scale, *rest)
+        _push_rows(bits, *bits.shape, *form.numbers, form.scale, *rest)
         self.count += len(bits)
 
     def total(self) -> Floats:
         """The sums of all rows so far: (columns)."""
-        total: Floats | None = None
-        for level in range(len(self._levels)):
-            if self.count >> level & 1:
-                total = self._levels[level] + total if total is not None else self._levels[level]
+        total = _added(one for level, one in enumerate(self._levels) if self.count >> level & 1)
         return np.zeros(self._levels.shape[1]) if total is None else total.copy()
 
 
-@compiled("void(K*, int64, uint32, uint32, uint32, float64, int64, int64, float64*, float64*)")
+@compiled("void(K*, int64, K, uint32, K, float64, int64, int64, float64*, float64*)")
 def _short_sums(bits, runs, magnitude, shift, infinity, scale, run, power, block, sums):
     """Adds runs side by side: each row of the block has one term of every run; the tree adds the rows."""
     for begin in range(0, runs, _SIDE_BY_SIDE):
         count = _SIDE_BY_SIDE if runs - begin > _SIDE_BY_SIDE else runs - begin
         for i in range(run):
             for number in range(count):
-                key = np.uint32(bits[(begin + number) * run + i]) & magnitude
-                value = np.float64(float32_of(np.uint32(key << shift))) * scale
-                value = np.inf if key >= infinity else value
+                pattern = bits[(begin + number) * run + i]
+                value = value_of(pattern, magnitude, shift, infinity) * scale
                 block[i * _SIDE_BY_SIDE + number] = value * value if power == 2 else value
         size = run
         while size > 1:
@@ -139,32 +135,23 @@ def _short_sums(bits, runs, magnitude, shift, infinity, scale, run, power, block
             sums[begin + number] = block[number]
 
 
-@compiled("void(K*, int64, uint32, uint32, uint32, float64, int64, int64, float64*, float64*, float64*)")
+@compiled("void(K*, int64, K, uint32, K, float64, int64, int64, float64*, float64*, float64*)")
 def _run_sums(bits, runs, magnitude, shift, infinity, scale, run, power, levels, block, sums):
     for number in range(runs):
         for done in range(0, run, _COLUMNS):
             size = _COLUMNS if run - done > _COLUMNS else run - done
             begin = number * run + done
-            for i in range(size):
-                key = np.uint32(bits[begin + i]) & magnitude
-                value = np.float64(float32_of(np.uint32(key << shift))) * scale
-                value = np.inf if key >= infinity else value
-                block[i] = value * value if power == 2 else value
+            _fill(bits, begin, size, magnitude, shift, infinity, scale, power, block)
             _push_block(block, size, done // _COLUMNS, levels)
         sums[number] = _total_of(block, run, levels)
 
 
-@compiled("void(K*, int64, int64, int64, float64*, float64*, float64*)")
-def _run_sums_wide(values, runs, run, power, levels, block, sums):
-    for number in range(runs):
-        for done in range(0, run, _COLUMNS):
-            size = _COLUMNS if run - done > _COLUMNS else run - done
-            begin = number * run + done
-            for i in range(size):
-                value = abs(values[begin + i])
-                block[i] = value * value if power == 2 else value
-            _push_block(block, size, done // _COLUMNS, levels)
-        sums[number] = _total_of(block, run, levels)
+@inlined
+def _fill(bits, begin, size, magnitude, shift, infinity, scale, power, block):
+    """The terms |x| ** power of some elements."""
+    for i in range(size):
+        value = value_of(bits[begin + i], magnitude, shift, infinity) * scale
+        block[i] = value * value if power == 2 else value
 
 
 @inlined
@@ -200,29 +187,13 @@ def _total_of(block, run, levels):
     return total
 
 
-@compiled("void(K*, int64, int64, uint32, uint32, uint32, float64, int64, int64, float64*, float64*)")
+@compiled("void(K*, int64, int64, K, uint32, K, float64, int64, int64, float64*, float64*)")
 def _push_rows(bits, rows, columns, magnitude, shift, infinity, scale, power, count, levels, block):
     for first in range(0, columns, _COLUMNS):
         size = _COLUMNS if columns - first > _COLUMNS else columns - first
         for row in range(rows):
             begin = row * columns + first
-            for i in range(size):
-                key = np.uint32(bits[begin + i]) & magnitude
-                value = np.float64(float32_of(np.uint32(key << shift))) * scale
-                value = np.inf if key >= infinity else value
-                block[i] = value * value if power == 2 else value
-            _carry(block, size, levels, columns, first, count + row)
-
-
-@compiled("void(K*, int64, int64, int64, int64, float64*, float64*)")
-def _push_rows_wide(values, rows, columns, power, count, levels, block):
-    for first in range(0, columns, _COLUMNS):
-        size = _COLUMNS if columns - first > _COLUMNS else columns - first
-        for row in range(rows):
-            begin = row * columns + first
-            for i in range(size):
-                value = abs(values[begin + i])
-                block[i] = value * value if power == 2 else value
+            _fill(bits, begin, size, magnitude, shift, infinity, scale, power, block)
             _carry(block, size, levels, columns, first, count + row)
 
 

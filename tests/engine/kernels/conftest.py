@@ -19,9 +19,12 @@ MOST = 3000
 """Elements of the arrays of a call, without the last one, the result; more take Python too long."""
 
 
-def as_float32(pattern: Any) -> Any:
-    """What `float32_of` is compiled to."""
-    return np.uint32(pattern).view(np.float32)
+def as_value(pattern: Any, magnitude: Any, shift: Any, infinity: Any) -> Any:
+    """What `value_of` is compiled to."""
+    key = pattern & magnitude
+    if key.itemsize == 8:
+        return key.view(np.float64)
+    return np.float64((np.uint32(key) << shift).view(np.float32)) if key < infinity else np.float64(np.inf)
 
 
 def interpreted(loop: Any, arguments: tuple[Any, ...]) -> Any:
@@ -30,7 +33,7 @@ def interpreted(loop: Any, arguments: tuple[Any, ...]) -> Any:
     _, *words = loop._types(kind)
     typed = [_typed(one, word) for one, word in zip(arguments, words, strict=True)]
     with np.errstate(all="ignore"), pytest.MonkeyPatch.context() as patch:
-        patch.setitem(loop.function.__globals__, "float32_of", as_float32)
+        patch.setitem(loop.function.__globals__, "value_of", as_value)
         return loop.function(*typed)
 
 
