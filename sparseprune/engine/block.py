@@ -234,6 +234,20 @@ class SparseBlock(Grid):
             data = spec.view.data
             spec.fuse(data, order).copy_(round_to(result, data.dtype))
 
+    def set_data(self, t: Tensor | Mapping[BlockSpec, Tensor]) -> None:
+        """Write new elements, view-shaped or else parameter-shaped, rounded once to the weights' dtype.
+
+        A BlockSpec takes one tensor, a BlockCoupling a mapping with one for each member.
+
+        Raises:
+            SparsityError: a member without elements; nothing has been written then.
+            ShapeMismatchError: a tensor of another shape.
+        """
+        laid = {spec: spec.view.by_view(one) for spec, one in self._given(t, "elements").items()}
+        for spec, one in laid.items():
+            same = one.dtype == spec.data.dtype
+            spec.data.copy_(one if same else round_to(one.to(torch.float64), spec.data.dtype))
+
     def apply_multiplier(self, grid: Tensor) -> None:
         """Multiply each block in place by its number (`grid_shape`), rounded once to the weights' dtype.
 
@@ -282,12 +296,6 @@ class SparseBlock(Grid):
         if missing:
             raise SparsityError(f"{self.name}: no {what} given for {', '.join(missing)}")
         return {spec: values[spec] for spec in specs}
-
-    def _write_elements(self, given: Tensor | Mapping[BlockSpec, Tensor]) -> None:
-        laid = {spec: spec.view.by_view(one) for spec, one in self._given(given, "elements").items()}
-        for spec, one in laid.items():
-            same = one.dtype == spec.data.dtype
-            spec.data.copy_(one if same else round_to(one.to(torch.float64), spec.data.dtype))
 
     def refuse_nan(self, elements: Mapping[BlockSpec, Tensor]) -> None:
         """SparsityError for a NaN, naming the tensor and the first place of it in the view."""
@@ -340,14 +348,6 @@ class BlockSpec(SparseBlock):
     def data(self) -> Tensor:
         """The elements of the view, detached, in the parameter's storage: writes change the parameter."""
         return self.view.data
-
-    def set_data(self, t: Tensor) -> None:
-        """Write new elements, view-shaped or else parameter-shaped, rounded once to the weights' dtype.
-
-        Raises:
-            ShapeMismatchError: a tensor of another shape.
-        """
-        self._write_elements(t)
 
     def block_view(self, values: Values = None, reorder: bool = True, merge: bool = False) -> Tensor:  # noqa: FBT001, FBT002  (a fixed signature)
         """Elements by block.
@@ -431,15 +431,6 @@ class BlockCoupling(SparseBlock):
     def data(self) -> dict[BlockSpec, Tensor]:
         """The elements of each member's view, sharing its parameter's storage."""
         return {spec: spec.data for spec in self.specs}
-
-    def set_data(self, t: Mapping[BlockSpec, Tensor]) -> None:
-        """Write new elements into each member's view, as `BlockSpec.set_data`.
-
-        Raises:
-            SparsityError: a member without elements; nothing has been written then.
-            ShapeMismatchError: a tensor of a wrong shape.
-        """
-        self._write_elements(t)
 
     def block_view(self, values: Values = None, reorder: bool = True, merge: bool = False) -> Tensor:  # noqa: ARG002, FBT001, FBT002  (a fixed signature)
         """Elements by fused block, members one after the other: (*grid_shape, elements per block).

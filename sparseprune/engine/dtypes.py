@@ -63,14 +63,7 @@ _ROWS = (
     Dtype("U32", 32, "uint32", 0xFFFF_FFFF),
     Dtype("F32", 32, "float32", 0x7FFF_FFFF, prunable=True, nonfinite=(0x7F80_0000, 0x7FFF_FFFF)),
     Dtype("C64", 64, "complex64", 0x7FFF_FFFF_7FFF_FFFF, nonfinite=(0x7F80_0000, 0x7FFF_FFFF), parts=2),
-    Dtype(
-        "F64",
-        64,
-        "float64",
-        0x7FFF_FFFF_FFFF_FFFF,
-        prunable=True,
-        nonfinite=(0x7FF0_0000_0000_0000, 0x7FFF_FFFF_FFFF_FFFF),
-    ),
+    Dtype("F64", 64, "float64", (1 << 63) - 1, prunable=True, nonfinite=(0x7FF0 << 48, (1 << 63) - 1)),
     Dtype("I64", 64, "int64", 0xFFFF_FFFF_FFFF_FFFF, prunable=True),
     Dtype("U64", 64, "uint64", 0xFFFF_FFFF_FFFF_FFFF),
 )

@@ -6,7 +6,7 @@ import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import floor, prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from sparseprune.errors import CouplingError, ShapeMismatchError, SparsityError
 
@@ -180,7 +180,7 @@ def rearranged(shape: Shape, stride: Shape, pattern: str, axes: Mapping[str, int
 
     _backend()
     try:
-        seen: Any = rearrange(Outline(shape, stride), pattern, **axes)
+        return cast("Outline", rearrange(cast("Any", Outline(shape, stride)), pattern, **axes))
     except EinopsError as error:
         raise ShapeMismatchError(
             f"pattern {pattern!r} does not fit a tensor of shape {list(shape)}: "
@@ -191,8 +191,6 @@ def rearranged(shape: Shape, stride: Shape, pattern: str, axes: Mapping[str, int
             f"pattern {pattern!r} is no view of a tensor of shape {list(shape)} and stride {list(stride)}: "
             "it would need a copy, and what is written to a copy is lost"
         ) from error
-    outline: Outline = seen
-    return outline
 
 
 def _backend() -> None:

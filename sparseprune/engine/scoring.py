@@ -121,15 +121,17 @@ def _norms_of(views: Sequence[Tensor], rank: int, p: float) -> Tensor:
     wide = [view.to(torch.float64).abs() for view in views]
     if math.isinf(p):
         return largest(wide, rank)
-    exponent = _scale_exponent(views, wide, rank, p)
+    # A power of two per block keeps its powers in range; none is needed where they fit in float64.
+    fits = p in (1, 2) and all(view.dtype != torch.float64 for view in views)
+    exponent = None if fits else block_exponents(wide, rank)
     total: Tensor | None = None
     for magnitudes in wide:
+        dims = magnitudes.ndim - rank
         scaled = magnitudes
         if exponent is not None:
-            ones = (1,) * (magnitudes.ndim - rank)
-            scaled = magnitudes * power_of_two(-exponent).reshape((*exponent.shape, *ones))
+            scaled = magnitudes * power_of_two(-exponent).reshape((*exponent.shape, *(1,) * dims))
         powers = scaled if p == 1 else scaled * scaled if p == 2 else scaled**p
-        part = pairwise_sum(powers, magnitudes.ndim - rank)
+        part = pairwise_sum(powers, dims)
         total = part if total is None else total + part
     if total is None:
         raise SparsityError("a block needs at least one member")
@@ -150,16 +152,9 @@ def largest(wide: Sequence[Tensor], rank: int) -> Tensor:
     """The largest number of each block, over all members: the first `rank` dimensions are the grid."""
     if not wide[0].numel():
         return wide[0].new_zeros(wide[0].shape[:rank])
-    members = [
-        magnitudes.reshape((*magnitudes.shape[:rank], -1)).amax(-1, keepdim=True) for magnitudes in wide
-    ]
-    return torch.cat(members, dim=-1).amax(-1)
-
-
-def _scale_exponent(views: Sequence[Tensor], wide: Sequence[Tensor], rank: int, p: float) -> Tensor | None:
-    """A power of two per block that keeps its powers in range; none needed where they fit in float64."""
-    fits = p in (1, 2) and all(view.dtype != torch.float64 for view in views)
-    return None if fits else block_exponents(wide, rank)
+    return torch.cat([one.reshape((*one.shape[:rank], -1)).amax(-1, keepdim=True) for one in wide], -1).amax(
+        -1
+    )
 
 
 def block_exponents(magnitudes: Sequence[Tensor], rank: int) -> Tensor:

@@ -55,12 +55,12 @@ class View:
         self.offset = offset
         _check_layout(self)
         begin = param.storage_offset() + offset
-        self._key = (_storage(param), param.dtype, self.shape, self.stride, begin)
+        self._key = (storage_of(param), param.dtype, self.shape, self.stride, begin)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, View):
             return NotImplemented
-        return self._key == other._key and _storage(self.param) == _storage(other.param)
+        return self._key == other._key and storage_of(self.param) == storage_of(other.param)
 
     def __hash__(self) -> int:
         return hash(self._key)
@@ -123,9 +123,7 @@ class View:
         if self.is_whole and tuple(values.shape) == self.shape:
             return values
         if values.shape == self.param.shape:
-            twin = torch.empty_strided(
-                self.param.shape, self.param.stride(), dtype=values.dtype, device=values.device
-            )
+            twin = self._like_param(values.dtype)
             return twin.copy_(values).as_strided(self.shape, self.stride, self.offset)
         if tuple(values.shape) == self.shape:
             return values
@@ -151,15 +149,18 @@ class View:
             )
         if self.is_whole:
             return mask.contiguous()
-        laid = torch.empty_strided(
-            self.param.shape, self.param.stride(), dtype=torch.bool, device=self.param.device
-        ).fill_(value=True)
+        laid = self._like_param(torch.bool).fill_(value=True)
         laid.as_strided(self.shape, self.stride, self.offset).copy_(mask)
         return laid.contiguous()
 
+    def _like_param(self, dtype: torch.dtype) -> Tensor:
+        """Memory for another tensor in the parameter's layout, on its device."""
+        param = self.param
+        return torch.empty_strided(param.shape, param.stride(), dtype=dtype, device=param.device)
+
     def overlaps(self, other: View) -> bool:
         """Whether an element of the storage belongs to both views."""
-        return _storage(self.param) == _storage(other.param) and not disjoint([self, other])
+        return storage_of(self.param) == storage_of(other.param) and not disjoint([self, other])
 
     def _span(self) -> tuple[int, int]:
         begin = int(self.param.storage_offset()) + self.offset
@@ -169,7 +170,7 @@ class View:
         return f"View({list(self.shape)} of {list(self.param.shape)} {self.param.dtype})"
 
 
-def _storage(param: Tensor) -> int:
+def storage_of(param: Tensor) -> int:
     """The identity of a tensor's storage, unique among storages in use."""
     return int(param.untyped_storage()._cdata)  # noqa: SLF001
 
@@ -236,13 +237,10 @@ def _refuse_outside(view: View) -> None:
 
 def _refuse_overlap(what: str, shape: Shape, stride: Shape) -> None:
     """Refuses overlapping elements: nested strides have none, others are counted element by element."""
-    reached = 0
-    nested = True
-    for size, step in sorted(zip(shape, stride, strict=True), key=lambda pair: pair[1]):
-        if size <= 1:
-            continue
-        nested = nested and step > reached
-        reached += (size - 1) * step
+    reached, nested = 0, True
+    for step, size in sorted(zip(stride, shape, strict=True)):
+        nested = nested and (size <= 1 or step > reached)
+        reached += max(0, size - 1) * step
     numel = torch.Size(shape).numel()
     if nested or not numel:
         return
