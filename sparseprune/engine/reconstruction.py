@@ -326,10 +326,15 @@ def _check_shapes(matrix: Matrix) -> None:
             f"a second moment of shape {list(moment.shape)} for weights of shape {list(dense.shape)}, wanted "
             f"{list(wanted)}"
         )
-    if matrix.fixed is not None and matrix.fixed.shape != dense.shape:
-        raise ShapeMismatchError(
-            f"fixed has shape {list(matrix.fixed.shape)}, the weights have {list(dense.shape)}"
-        )
+    _refuse_unlike(dense, fixed=matrix.fixed)
+
+
+def _refuse_unlike(dense: Tensor, **given: Tensor | None) -> None:
+    for what, one in given.items():
+        if one is not None and one.shape != dense.shape:
+            raise ShapeMismatchError(
+                f"{what} has shape {list(one.shape)}, the weights have {list(dense.shape)}"
+            )
 
 
 def projection(scope: SparseScope, nnz: int, params: Sequence[Tensor]) -> Projection:
@@ -341,8 +346,7 @@ def projection(scope: SparseScope, nnz: int, params: Sequence[Tensor]) -> Projec
         SparsityError: a view of the scope that looks at none of them.
     """
     places = {id(param): place for place, param in enumerate(params)}
-    blocks = scope.blocks()
-    for block in blocks:
+    for block in scope.blocks():
         if id(block.view.param) not in places:
             raise SparsityError(f"{block.name} looks at none of the tensors that the projection is for")
 
@@ -403,11 +407,7 @@ def refit(
     Raises:
         ShapeMismatchError: a mask or a start of another shape.
     """
-    for what, given in (("mask", mask), ("start", start)):
-        if given is not None and given.shape != matrix.dense.shape:
-            raise ShapeMismatchError(
-                f"{what} has shape {list(given.shape)}, the weights have {list(matrix.dense.shape)}"
-            )
+    _refuse_unlike(matrix.dense, mask=mask, start=start)
     problem = scaled(matrix, damp)
     kept = matrix.rows(mask)
     begin = matrix.rows(matrix.dense if start is None else start)
@@ -450,7 +450,7 @@ def admm(
     for side, kept in zip(sides, keep, strict=True):
         side.set_out(kept)
     if not all(problem.is_uncorrelated for problem in problems):
-        _alternate(sides, _interruptible(project, between), max_iter, joint=joint)
+        _alternate(sides, project, max_iter, between or (lambda: None), joint=joint)
     found = []
     for side in sides:
         matrix = side.matrix
@@ -469,11 +469,11 @@ def keep_rows(matrices: Sequence[Matrix], project: Projection, *, damp: float = 
     bits.
     """
     units = units_of(matrices)
-    rows = []
+    outputs = []
     for matrix in matrices:
         problem = scaled(matrix, damp, units)
-        rows.append(problem.dense @ torch.linalg.cholesky(problem.hessian))
-    masks = project([matrix.unrows(one) for matrix, one in zip(matrices, rows, strict=True)])
+        outputs.append(matrix.unrows(problem.dense @ torch.linalg.cholesky(problem.hessian)))
+    masks = project(outputs)
     found = []
     for matrix, mask in zip(matrices, masks, strict=True):
         kept = mask if matrix.fixed is None else mask | matrix.fixed
@@ -550,18 +550,17 @@ def _best(matrix: Matrix, problem: Scaled, masked: Tensor, start: Tensor | None,
     """
     found = [matrix.rounded(one) for one in (masked, start, moved) if one is not None]
     losses = output_losses(matrix, found, problem.units)
+    rows = [matrix.rows(one) for one in found]
     if start is not None:
-        damped = [
+        of_start, of_moved = (
             lost + problem.damping * distances(matrix, one, problem.units)
             for one, lost in zip(found[1:], losses[1:], strict=True)
-        ]
-        worse = damped[1] > damped[0]
-        losses[2] = torch.where(worse, losses[1], losses[2])
-        second, third = (matrix.rows(one) for one in found[1:])
-        found[2] = matrix.unrows(torch.where(worse.unsqueeze(-1), second, third))
-    best = matrix.rows(found[0])
-    for one, lost in zip(found[1:], losses[1:], strict=True):
-        best = torch.where((lost < losses[0]).unsqueeze(-1), matrix.rows(one), best)
+        )
+        losses[2] = torch.where(of_moved > of_start, losses[1], losses[2])
+        rows[2] = torch.where((of_moved > of_start).unsqueeze(-1), rows[1], rows[2])
+    best = rows[0]
+    for one, lost in zip(rows[1:], losses[1:], strict=True):
+        best = torch.where((lost < losses[0]).unsqueeze(-1), one, best)
     return matrix.unrows(best).contiguous()
 
 
@@ -597,10 +596,8 @@ class _Side:
     def proposal(self) -> Tensor:
         """The dense weights that this penalty pulls towards the sparse ones, plus the dual."""
         pulled = self.sparse - self.problem.dense - self.dual
-        if self._explicit:
-            moved = pulled @ self._operator
-        else:
-            moved = torch.cholesky_solve(pulled.mT, self._operator).mT
+        solve = torch.cholesky_solve
+        moved = pulled @ self._operator if self._explicit else solve(pulled.mT, self._operator).mT
         return moved.mul_(self._penalty).add_(self.problem.dense).add_(self.dual)
 
     def take(self, proposal: Tensor, keep: Tensor, active: Tensor) -> None:
@@ -628,7 +625,9 @@ def _projected(sides: Sequence[_Side], project: Projection, rows: Sequence[Tenso
     return [side.matrix.rows(mask) for side, mask in zip(sides, project(given), strict=True)]
 
 
-def _alternate(sides: Sequence[_Side], project: Projection, max_iter: int, *, joint: bool) -> None:
+def _alternate(
+    sides: Sequence[_Side], project: Projection, max_iter: int, between: Callable[[], None], *, joint: bool
+) -> None:
     """Until no support changes any more between two looks, while the penalty grows."""
     first = sides[0].problem.dense
     penalties = 1 if joint else len(first)
@@ -637,6 +636,7 @@ def _alternate(sides: Sequence[_Side], project: Projection, max_iter: int, *, jo
     for side in sides:
         side.prepare(penalty)
     for number in range(1, max_iter + 1):
+        between()
         proposals = [side.proposal() for side in sides]
         keeps = _projected(sides, project, proposals)
         for side, proposal, keep in zip(sides, proposals, keeps, strict=True):
@@ -654,17 +654,6 @@ def _alternate(sides: Sequence[_Side], project: Projection, max_iter: int, *, jo
         for side in sides:
             side.dual = side.dual / growth
             side.prepare(penalty)
-
-
-def _interruptible(project: Projection, between: Callable[[], None] | None) -> Projection:
-    """The projection, which every iteration asks once, with a call of `between` before it."""
-
-    def asked(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-        if between is not None:
-            between()
-        return project(tensors)
-
-    return asked
 
 
 def _changed_share(sides: Sequence[_Side], *, joint: bool) -> Tensor:
