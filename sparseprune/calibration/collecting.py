@@ -98,7 +98,13 @@ def plan_calibration(
     Raises:
         SparsepruneError: no matrix of the checkpoint is multiplied with text, or one needs more memory.
     """
-    _refuse_lacking(loaded, checkpoint)
+    # transformers fills missing weights with random numbers: allowed for a head, refused for a layer.
+    lacking = [name for name in loaded.missing if any(piece.isdigit() for piece in name.split("."))]
+    if lacking:
+        raise SparsepruneError(
+            f"{checkpoint.path}: lacks {len(lacking)} weights of the model that config.json describes, such "
+            f"as {lacking[0]}, so that it cannot be run"
+        )
     shared = SharedInputs()
     with closing(Watch(loaded.model, shared)) as watch:
         watch.begin(sequences.counted[:1])
@@ -185,20 +191,18 @@ def calibrate(
     return found
 
 
+@dataclass
 class _Pass:
     """One pass of the text through the model; it continues an interrupted one."""
 
-    def __init__(
-        self, loaded: LoadedModel, sequences: Sequences, output: Sink, number: int, label: str
-    ) -> None:
-        self._loaded = loaded
-        self._sequences = sequences
-        self._output = output
-        self._number = number
-        self._label = label
-        self._batch = 0
-        self._saved = time.monotonic()
-        self._pause = _PAUSE
+    loaded: LoadedModel
+    sequences: Sequences
+    output: Sink
+    number: int
+    label: str
+    batch: int = 0
+    saved: float = field(default_factory=time.monotonic)
+    pause: float = field(default_factory=lambda: _PAUSE)
 
     def collected(
         self, collector: _Collector, progress: Callable[[int, str], None]
@@ -225,53 +229,43 @@ class _Pass:
             raise
 
     def _run(self, collector: _Collector, progress: Callable[[int, str], None]) -> None:
-        batches = list(_batches(self._sequences))
-        with closing(Watch(self._loaded.model, collector)) as watch:
-            while self._batch < len(batches) and not collector.stop.is_set():
-                ids, counted = batches[self._batch]
-                watch.begin(counted.to(self._loaded.device))
+        batches = list(_batches(self.sequences))
+        with closing(Watch(self.loaded.model, collector)) as watch:
+            while self.batch < len(batches) and not collector.stop.is_set():
+                ids, counted = batches[self.batch]
+                watch.begin(counted.to(self.loaded.device))
                 with suppress(EnoughError), watch:
-                    self._loaded.run(ids)
+                    self.loaded.run(ids)
                 if collector.stop.is_set():
                     return
-                self._batch += 1
+                self.batch += 1
                 collector.begin_batch()
-                progress(ids.numel(), self._label)
-                if time.monotonic() - self._saved >= self._pause and self._batch < len(batches):
+                progress(ids.numel(), self.label)
+                if time.monotonic() - self.saved >= self.pause and self.batch < len(batches):
                     self._save(collector)
 
     def _save(self, collector: _Collector) -> None:
         """Save the sums for a later run; continue without if there is no room for them."""
         began = time.monotonic()
         with suppress(MachineError):
-            self._output.put_aside(collector.pieces({"pass": self._number, "batch": self._batch}))
-        self._saved = time.monotonic()
-        self._pause = max(_PAUSE, _PAUSE_SHARE * (self._saved - began))
+            self.output.put_aside(collector.pieces({"pass": self.number, "batch": self.batch}))
+        self.saved = time.monotonic()
+        self.pause = max(_PAUSE, _PAUSE_SHARE * (self.saved - began))
 
     def _continue(self, collector: _Collector) -> None:
-        file = self._output.aside()
+        file = self.output.aside()
         if file is not None:
             with file:
-                head = collector.restored(file, self._number)
-            self._batch = 0 if head is None else head["batch"]
+                head = collector.restored(file, self.number)
+            self.batch = 0 if head is None else head["batch"]
 
     def _written(self, collector: _Collector, unit: Unit) -> tuple[list[int], list[int]]:
         rows = collector.rows[unit]
-        tokens = self._sequences.tokens
+        tokens = self.sequences.tokens
         divisors = [one if one and unit not in collector.routed else tokens for one in rows]
         for place, (one, divisor) in enumerate(zip(collector.sums(unit), divisors, strict=True)):
-            _write(unit, place, one / divisor, self._output)
+            _write(unit, place, one / divisor, self.output)
         return rows, divisors
-
-
-def _refuse_lacking(loaded: LoadedModel, checkpoint: Checkpoint) -> None:
-    """Transformers fills missing weights with random numbers: allowed for a head, refused for a layer."""
-    lacking = [name for name in loaded.missing if any(piece.isdigit() for piece in name.split("."))]
-    if lacking:
-        raise SparsepruneError(
-            f"{checkpoint.path}: lacks {len(lacking)} weights of the model that config.json describes, such "
-            f"as {lacking[0]}, so that it cannot be run"
-        )
 
 
 class _Collector:
@@ -329,10 +323,8 @@ class _Collector:
         """The sums of a unit, (matrices, features[, features]), on a device or the CPU."""
         sums = self._sums.get(unit)
         if sums is None:
-            shape = (
-                unit.end - unit.begin,
-                *[unit.collected.features] * (2 if self._kind == "hessian" else 1),
-            )
+            features = [unit.collected.features] * (2 if self._kind == "hessian" else 1)
+            shape = (unit.end - unit.begin, *features)
             dtype = torch.float32 if self._kind == "hessian" else torch.float64
             sums = self._sums[unit] = torch.zeros(shape, dtype=dtype, device=device)
         elif sums.device != device != _CPU:  # sums of an earlier run
@@ -341,14 +333,10 @@ class _Collector:
 
     def pieces(self, head: dict[str, int]) -> Iterator[bytes | memoryview]:
         """The saved state of a pass: a line of JSON with `head` and the counts, the sums, a checksum."""
-        counts = [
-            {
-                "rows": self.rows[unit],
-                "routed": unit in self.routed,
-                "added": max(self._added[unit], self._before[unit]),
-            }
-            for unit in self.units
-        ]
+        counts = []
+        for unit in self.units:
+            added = max(self._added[unit], self._before[unit])
+            counts.append({"rows": self.rows[unit], "routed": unit in self.routed, "added": added})
         first = json.dumps({**head, "units": counts}).encode() + b"\n"
         check = zlib.crc32(first)
         yield first

@@ -25,7 +25,7 @@ from sparseprune.checkpoint.documents import shown
 from sparseprune.errors import CheckpointError, SparsepruneError, is_out_of_memory
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
     from torch import Tensor
@@ -37,6 +37,7 @@ _LENGTH_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length",
 _FREE_SHARE = 0.7  # of the free memory; parts of a larger model stay on disk
 _MODULES = re.compile(r"(layers?|blocks|depth|experts|hidden_groups)$")  # config keys that count modules
 _POSITIONS = re.compile(r"position|n_ctx$")
+_LABELS = re.compile(r"^num_labels$")
 _FEW_MODULES, _MOST_POSITIONS = 1024, 1 << 27  # numbers up to these are always harmless
 # Classifiers need a padding token to run two sequences; no token has this number.
 _NO_PADDING = -1
@@ -79,7 +80,9 @@ class LoadedModel:
         Raises:
             SparsepruneError: the model does not take this many tokens.
         """
-        forward, words = _text_forward(self.model)
+        # Models of text and images (CLIP, SigLIP) take both; this method takes text alone.
+        forward = getattr(self.model, "get_text_features", None) or self.model.forward
+        words = inspect.signature(forward).parameters
         given = ids.to(self.device)
         offered = {
             "input_ids": given,
@@ -147,16 +150,10 @@ def load_model(
         _refuse_larger(kind, config, checkpoint)
     placed = _placement(checkpoint, device, folder, max_memory)
     with _one_line(f"{path}: {version} cannot load this model"):
+        # A config may name another file, and pickles can run code.
+        safe = {"use_safetensors": True, "use_kernels": False, "ignore_mismatched_sizes": True, **own}
         model, info = kind.from_pretrained(
-            path,
-            config=config,
-            dtype="auto",
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-            use_safetensors=True,  # a config may name another file, and pickles can run code
-            use_kernels=False,
-            **own,
-            **placed,
+            path, config=config, dtype="auto", output_loading_info=True, **safe, **placed
         )
     unlike = sorted(str(key[0] if isinstance(key, tuple) else key) for key in info["mismatched_keys"])
     if unlike:
@@ -168,13 +165,8 @@ def load_model(
     for part in _configs(model.config):
         if getattr(part, "pad_token_id", None) is None:
             part.pad_token_id = _NO_PADDING
-    return LoadedModel(
-        model,
-        tokenizer,
-        _longest(model, tokenizer),
-        torch.device(device),
-        tuple(sorted(info["missing_keys"])),
-    )
+    missing = tuple(sorted(info["missing_keys"]))
+    return LoadedModel(model, tokenizer, _longest(model, tokenizer), torch.device(device), missing)
 
 
 def _transformers() -> Any:
@@ -226,19 +218,15 @@ def _refuse_huge(checkpoint: Checkpoint, document: Mapping[str, Any]) -> None:
     """CheckpointError if config.json has numbers of modules that would take too long to build."""
     tensors = checkpoint.tensors.values()
     widest = max((extent for stored in tensors for extent in stored.shape), default=0)
-    modules = max(len(tensors), _FEW_MODULES)
+    limits = (
+        (_POSITIONS, _MOST_POSITIONS),
+        (_MODULES, max(len(tensors), _FEW_MODULES)),
+        (_LABELS, max(widest, _FEW_MODULES)),
+    )
     for key, value in _numbers(document):
         name = key.rpartition(".")[2]
-        most = (
-            _MOST_POSITIONS
-            if _POSITIONS.search(name)
-            else modules
-            if _MODULES.search(name)
-            else max(widest, _FEW_MODULES)
-            if name == "num_labels"
-            else None
-        )
-        if most is not None and value > most:
+        most = next((most for pattern, most in limits if pattern.search(name)), value)
+        if value > most:
             raise CheckpointError(
                 f"{checkpoint.path / 'config.json'}: {key} is {shown(value)}, which does not fit a "
                 f"checkpoint of {len(tensors)} tensors"
@@ -347,13 +335,6 @@ def _longest(model: Any, tokenizer: Any) -> int | None:
     ]
     known = [limit for limit in limits if isinstance(limit, int) and 0 < limit < 1 << 40]
     return min(known, default=None)
-
-
-def _text_forward(model: Any) -> tuple[Callable[..., Any], list[str]]:
-    """The function to call with tokens, and the names of its parameters."""
-    # Models of text and images (CLIP, SigLIP) take both; this method takes text alone.
-    forward = getattr(model, "get_text_features", None) or model.forward
-    return forward, list(inspect.signature(forward).parameters)
 
 
 @contextmanager

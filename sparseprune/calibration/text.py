@@ -27,14 +27,8 @@ _VALUES = ".json"
 _PIECE = 1 << 20  # characters that are read at once
 _LONGEST_RECORD = 1 << 28  # characters
 _ROLES = {"human": "user", "gpt": "assistant"}  # names that ShareGPT uses
-_TYPES = {
-    str: "text",
-    bool: "true or false",
-    int: "a number",
-    float: "a number",
-    list: "a list",
-    dict: "an object",
-}
+_TYPES = {str: "text", bool: "true or false", int: "a number", float: "a number"}
+_TYPES |= {list: "a list", dict: "an object", type(None): "nothing"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +134,11 @@ def _records(
     for number, value in values:
         where = f"{path}: line {number}"
         document = _document(where, value, field)
-        text = document if isinstance(document, str) else "".join(map(_said, document.messages))
+        text = (
+            document
+            if isinstance(document, str)
+            else "".join(one["content"] or "" for one in document.messages)
+        )
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -182,15 +180,10 @@ def _message(where: str, message: dict[str, Any]) -> Mapping[str, Any]:
         parts = [part.get("text") if isinstance(part, dict) else part for part in content]
         texts = [part for part in parts if isinstance(part, str)]
         content = "".join(texts) if len(texts) == len(parts) else content
-    if not isinstance(role, str) or not isinstance(content, str | None):
-        found = _kind(role) if not isinstance(role, str) else _kind(content)
-        what = "role" if not isinstance(role, str) else "content"
-        raise SparsepruneError(f"{where}: the {what} of a message is {found}, wanted text")
-    return {**message, "role": _ROLES.get(role, role), "content": content}
-
-
-def _said(message: Mapping[str, Any]) -> str:
-    return message["content"] or ""
+    for what, found, kinds in (("role", role, str), ("content", content, str | None)):
+        if not isinstance(found, kinds):
+            raise SparsepruneError(f"{where}: the {what} of a message is {_kind(found)}, wanted text")
+    return {**message, "role": _ROLES.get(str(role), role), "content": content}
 
 
 def _kind(value: Any) -> str:
@@ -199,8 +192,6 @@ def _kind(value: Any) -> str:
     >>> _kind(3), _kind(None), _kind([])
     ('a number', 'nothing', 'an empty list')
     """
-    if value is None:
-        return "nothing"
     return "an empty list" if value == [] else _TYPES[type(value)]
 
 
@@ -253,9 +244,8 @@ def make_sequences(
     drawn = sorted(random.Random(seed).sample(range(available), min(count, available)))  # noqa: S311
     rows = [[*before, *tokens[inside * place : inside * (place + 1)], *after] for place in drawn]
     ids = torch.tensor(rows, dtype=torch.int64)
-    counted = ~torch.isin(
-        ids, torch.tensor(sorted(_not_counted(tokenizer, special=special)), dtype=ids.dtype)
-    )
+    left_out = torch.tensor(sorted(_not_counted(tokenizer, special=special)), dtype=ids.dtype)
+    counted = ~torch.isin(ids, left_out)
     if not special:
         counted[:, : len(before)] = False
         counted[:, length - len(after) :] = False

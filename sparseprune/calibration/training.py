@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sparseprune.calibration.watching import as_saved
 from sparseprune.checkpoint import load_masks
 from sparseprune.errors import ShapeMismatchError, SparsityError
 
@@ -145,7 +146,8 @@ class _Group:
 
     def stored(self) -> dict[str, tuple[int, ...]]:
         """The shapes of the tensors of a checkpoint, by name."""
-        return {self.prefix + name: tuple(tensor.shape) for name, tensor in self._outlines().items()}
+        outlines = {name: torch.empty(one.shape, device="meta") for name, one in self.parameters.items()}
+        return {self.prefix + name: tuple(one.shape) for name, one in self._saved(outlines).items()}
 
     def lay_out(self, masks: Mapping[str, Tensor], kept: dict[int, Tensor]) -> None:
         """Combine masks, by the names of `stored`, into masks of parameters, by their ids."""
@@ -175,7 +177,7 @@ class _Group:
             begins[name], end = end, end + keep.numel()
         saved = self._saved(
             {
-                name: torch.arange(begins[name], begins[name] + keep.numel()).reshape(keep.shape)
+                name: torch.arange(keep.numel()).reshape(keep.shape) + begins[name]
                 for name, keep in keeps.items()
             }
         )
@@ -187,22 +189,9 @@ class _Group:
                     keep.view(-1)[places[inside] - begins[name]] &= flags[inside]
                     kept[id(self.parameters[name])] = keep
 
-    def _outlines(self) -> dict[str, Tensor]:
-        return self._saved(
-            {name: torch.empty(one.shape, device="meta") for name, one in self.parameters.items()}
-        )
-
     def _saved(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """The tensors as transformers would save them; unchanged if it does not convert them."""
-        if self.owner is None:
-            return tensors
-        try:
-            from transformers.core_model_loading import revert_weight_conversion  # noqa: PLC0415
-
-            saved: dict[str, Tensor] = revert_weight_conversion(self.owner, tensors)
-        except Exception:  # noqa: BLE001  (what it cannot convert back keeps its name)
-            return tensors
-        return saved
+        return tensors if self.owner is None else as_saved(self.owner, tensors)
 
 
 def _groups(model: nn.Module) -> Iterator[_Group]:

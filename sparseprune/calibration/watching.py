@@ -6,7 +6,7 @@ Owns what is seen of torch's dispatch, and names on disk. Knows no sums. Called 
 from __future__ import annotations
 
 import re
-from collections import deque
+from collections import defaultdict, deque
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
@@ -219,8 +219,12 @@ class StoredAs:
 
 def stored_as(model: Any, parameters: Mapping[str, int], checkpoint: Checkpoint) -> dict[str, list[StoredAs]]:
     """The tensors that store each parameter, given its input dimension; an empty list if none is found."""
-    shapes = {name: tuple(parameter.shape) for name, parameter in _all_parameters(model)}
-    aliases = _aliases(model)
+    shapes: dict[str, tuple[int, ...]] = {}
+    same: defaultdict[int, list[str]] = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        shapes[name] = tuple(parameter.shape)
+        same[id(parameter)].append(name)
+    aliases = {names[0]: names for names in same.values()}
     found: dict[str, list[StoredAs]] = {}
     for name, dim in parameters.items():
         ways = [
@@ -236,13 +240,9 @@ def without_statistics(
     model: Any, named: frozenset[str], checkpoint: Checkpoint
 ) -> Iterator[tuple[str, str]]:
     """The matrices and stacks of a checkpoint without statistics, each with the reason."""
-    embeddings = {
-        name
-        for path, module in model.named_modules()
-        if isinstance(module, torch.nn.Embedding)
-        for name in (f"{path}.weight",)
-    }
-    known = {name for name, _ in _all_parameters(model)}
+    modules = model.named_modules()
+    embeddings = {f"{path}.weight" for path, module in modules if isinstance(module, torch.nn.Embedding)}
+    known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     for name, stored in checkpoint.tensors.items():
         if name in named or len(stored.shape) not in {2, 3} or stored.dtype not in _FLOATS:
             continue
@@ -295,21 +295,25 @@ def _forms(name: str) -> Iterator[str]:
 
 
 def _one(model: Any, name: str, shape: tuple[int, ...], dim: int, checkpoint: Checkpoint) -> list[StoredAs]:
-    tags = _tags(shape, dim)
+    saved = as_saved(model, {name: _tags(shape, dim)})
+    features = shape[dim]
+    ways = (
+        _decoded(_stored_name(key, tuple(tensor.shape), checkpoint), tensor, features)
+        for key, tensor in saved.items()
+    )
+    found = [stored for stored in ways if stored is not None]
+    return found if len(shape) == 3 else [replace(stored, matrix=None) for stored in found]
+
+
+def as_saved(model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Parameters of a model as transformers would save them; unchanged if it does not convert them back."""
     try:
         from transformers.core_model_loading import revert_weight_conversion  # noqa: PLC0415
 
-        saved: dict[str, Tensor] = revert_weight_conversion(model, {name: tags})
-    except Exception:  # noqa: BLE001  (what it cannot convert back is found by its name)
-        saved = {name: tags}
-    features = shape[dim]
-    found = [
-        stored
-        for key, tensor in saved.items()
-        for stored in (_decoded(_stored_name(key, tuple(tensor.shape), checkpoint), tensor, features),)
-        if stored is not None
-    ]
-    return found if len(shape) == 3 else [replace(stored, matrix=None) for stored in found]
+        saved: dict[str, Tensor] = revert_weight_conversion(model, tensors)
+    except Exception:  # noqa: BLE001  (what it cannot convert keeps its name)
+        return tensors
+    return saved
 
 
 def _tags(shape: tuple[int, ...], dim: int) -> Tensor:
@@ -358,15 +362,3 @@ def _stored_name(name: str, shape: tuple[int, ...], checkpoint: Checkpoint) -> s
 def _is_end(one: str, other: str) -> bool:
     """Whether one of two names is the other with a prefix."""
     return one.endswith(f".{other}") or other.endswith(f".{one}")
-
-
-def _all_parameters(model: Any) -> Iterator[tuple[str, Tensor]]:
-    yield from model.named_parameters(remove_duplicate=False)
-
-
-def _aliases(model: Any) -> dict[str, list[str]]:
-    """All names of each parameter, by its first name."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in _all_parameters(model):
-        names.setdefault(id(parameter), []).append(name)
-    return {alike[0]: alike for alike in names.values()}
