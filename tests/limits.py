@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import pytest
 
 from sparseprune.execution import reapply, schedule, strategy
 from sparseprune.execution.regions import Limits
-
-if TYPE_CHECKING:
-    import pytest
 
 WAYS = strategy.ORDER
 AMPLE = 1 << 30

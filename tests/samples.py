@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import torch
 import typer.main
@@ -13,12 +15,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from sparseprune.cli.app import app
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
-
-    from sparseprune.results.fields import Document
+from sparseprune.results.fields import Document
 
 TWO_OF_FOUR = """
 version = 1

@@ -7,7 +7,7 @@ import json
 import signal
 import subprocess
 import sys
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,9 +19,6 @@ from sparseprune.api.options import Option
 from sparseprune.api.run import Run
 from sparseprune.cli.app import app
 from tests.samples import TWO_OF_FOUR, mlp_tensors, run, write_spec
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 COMMANDS = [
     "apply",

@@ -5,18 +5,14 @@ from __future__ import annotations
 import shutil
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 
 import sparseprune
 from tests.samples import run
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 # Two of one meaning, and one of another.
 SENTENCES = [

@@ -9,15 +9,12 @@ from __future__ import annotations
 import argparse
 import os
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING
 
 from tests.benchmarks.inspecting import pruned
 from tests.benchmarks.pipeline import SPARSEPRUNE, Bench, Row, cells, table
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 SPECS = ("2of4", "decoder-mlp-channels", "unstructured-global")
 FORMATS = ("bool", "packed")

@@ -10,14 +10,11 @@ import argparse
 import os
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING
 
 from tests.benchmarks.pipeline import SPARSEPRUNE, Bench, Row, cells, table
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 KINDS = {
     "dense": "",

@@ -12,15 +12,12 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING
 
 from tests.benchmarks.processes import Measured, measure, prepare
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
 
 SPARSEPRUNE = (sys.executable, "-m", "sparseprune")
 PEERS = (sys.executable, "-m", "tests.benchmarks.peers")

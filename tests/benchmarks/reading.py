@@ -10,20 +10,18 @@ import argparse
 import os
 import threading
 import time
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
-
-    Bytes = np.ndarray[Any, np.dtype[np.uint8]]
-    Way = Callable[[Path, list[range], int], None]  # path, the offsets of each thread, bytes of a slab
+Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+Way = Callable[[Path, list[range], int], None]  # path, the offsets of each thread, bytes of a slab
 
 KIB, MIB = 1 << 10, 1 << 20
 SLABS = {"256 KiB": 256 * KIB, "1 MiB": MIB, "4 MiB": 4 * MIB, "16 MiB": 16 * MIB}

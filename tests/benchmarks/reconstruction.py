@@ -10,18 +10,15 @@ from __future__ import annotations
 import argparse
 import math
 import re
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from tests.benchmarks import decoders
 from tests.benchmarks.reconstruction_measures import LENGTH, Bench, Pruned, embeddings, minilm, texts
 from tests.benchmarks.sparsegpt import Pattern, check, fused, n_of_m, rows_apart
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
 
 ENCODER = """[
     "encoder.layer.{layer}.attention.self.{name:query|key|value}.weight",

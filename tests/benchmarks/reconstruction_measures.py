@@ -13,9 +13,10 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -23,9 +24,6 @@ from safetensors.torch import load_file, save_file
 from sparseprune.calibration import make_sequences
 from sparseprune.checkpoint import open_statistics
 from tests.benchmarks import sparsegpt
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 LENGTH = SEQUENCES = 128
 Moments = dict[str, tuple[torch.Tensor, int]]

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,9 +16,6 @@ import torch
 from sparseprune.engine import scope
 from sparseprune.engine.kernels.selecting import select_keys
 from sparseprune.engine.scoring import magnitude_keys
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 ELEMENTS = 1 << 20
 ROUNDS = 9

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import random
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from tests.families.models import build
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 WORDS = [f"w{number}" for number in range(50)]
 BEGIN, END = 1, 2  # the ids of the special tokens around a sequence

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +13,6 @@ from safetensors.torch import load_file
 from sparseprune.checkpoint import open_statistics
 from tests.calibration.models import BEGIN, END, albert, deberta, save, save_family, t5, text
 from tests.samples import run
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 pytestmark = pytest.mark.usefixtures("quiet_transformers")
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,10 +14,6 @@ from torch import Tensor, nn
 from sparseprune import ShapeMismatchError, SparsityError, keep_masked, load_masks, parameter_masks
 from tests.families.models import DECODER, build
 from tests.samples import run
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
 
 pytestmark = pytest.mark.usefixtures("quiet_transformers")
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from sparseprune.checkpoint import StagedOutput, TensorReader, lay_out, lay_out_apply, open_checkpoint
+from sparseprune.checkpoint import (
+    MaskFormat,
+    OutputLayout,
+    StagedOutput,
+    TensorReader,
+    lay_out,
+    lay_out_apply,
+    open_checkpoint,
+)
 from sparseprune.errors import CheckpointError, MachineError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator
-
-    from sparseprune.checkpoint import MaskFormat, OutputLayout
 
 Tensors = list[tuple[str, str, tuple[int, ...]]]
 ONES: Tensors = [("a", "U8", (3,)), ("b", "I8", (2, 12)), ("s", "BF16", ())]

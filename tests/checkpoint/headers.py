@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, deserialize
 
 from sparseprune.checkpoint.header import read_header
 from sparseprune.errors import CheckpointError
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 # What our reader refuses and the safetensors package accepts; only broken writers produce it.
 STRICTER = (

@@ -12,16 +12,14 @@ import os
 import shutil
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np  # noqa: F401  (once here instead of once in every process)
 
 from sparseprune.checkpoint import publish
 from tests.checkpoint.files import finish, layout_of
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 DEADLY = "pwrite ftruncate fdatasync fsync rename mkdir rmdir unlink copy_file_range".split()
 

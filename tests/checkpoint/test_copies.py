@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 
 from sparseprune.checkpoint import open_checkpoint
-from tests.checkpoint.files import write
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from tests.checkpoint.files import Tensors
+from tests.checkpoint.files import Tensors, write
 
 WEIGHTS: Tensors = [("embed.weight", "F32", (8, 4)), ("head.weight", "F32", (8, 4))]
 OTHERS: Tensors = [("linear.weight", "F32", (8, 4))]

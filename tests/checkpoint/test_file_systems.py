@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 
@@ -24,10 +24,7 @@ from tests.checkpoint.files import (
     work,
 )
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    Make = Callable[[Path], Path]
+Make = Callable[[Path], Path]
 
 SHARED_MEMORY = Path("/dev/shm")
 

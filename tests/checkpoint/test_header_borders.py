@@ -5,16 +5,13 @@ from __future__ import annotations
 import json
 import os
 import tracemalloc
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 
 from sparseprune.checkpoint import header
 from sparseprune.checkpoint.header import read_header
 from tests.checkpoint.headers import file_of, refusal, tensor, verdict_of_package
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 ONE = file_of({"a": tensor()}, b"1")
 BORDERS: dict[str, tuple[bytes, str | None]] = {

@@ -7,13 +7,13 @@ import fcntl
 import os
 import stat
 import tempfile
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 
-from sparseprune.checkpoint import StagedOutput
+from sparseprune.checkpoint import OutputLayout, StagedOutput
 from sparseprune.checkpoint.publish import StagingDir
 from sparseprune.errors import CheckpointError
 from tests.checkpoint.files import (
@@ -28,11 +28,6 @@ from tests.checkpoint.files import (
     stage,
     work,
 )
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-    from sparseprune.checkpoint import OutputLayout
 
 NOBODY = 65534
 AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="only root may give files away")

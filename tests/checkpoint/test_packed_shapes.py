@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,9 +11,6 @@ from safetensors.torch import save_file
 
 from sparseprune.checkpoint import open_masks
 from sparseprune.errors import CheckpointError
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 def _written(folder: Path, shape: list[int], size: int) -> Path:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 
@@ -13,10 +14,6 @@ from sparseprune.checkpoint import Collected, StagedOutput, lay_out_apply, lay_o
 from sparseprune.checkpoint.resizing import lay_out_removal
 from sparseprune.checkpoint.statistics import lay_out_statistics
 from tests.checkpoint.files import directory, fill, finish, layout_of, sharded, single, stage, write
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
 
 
 @contextmanager

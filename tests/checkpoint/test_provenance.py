@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,9 +15,6 @@ from sparseprune.checkpoint import Provenance, open_masks
 from sparseprune.checkpoint.masks import provenance_of
 from sparseprune.errors import CheckpointError
 from tests.samples import TWO_OF_FOUR, mlp_tensors, run, write_shards, write_spec
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 MATRICES = {name for name in mlp_tensors() if name.endswith("weight")}
 REPORT = {"schema": "sparseprune.report.v1", "tensors": [{"name": "a"}]}

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Mapping, Sequence
 from math import prod
-from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Any
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -28,11 +29,7 @@ from sparseprune.errors import CheckpointError
 from tests.checkpoint.files import Tensors, content, names_in, single, write
 from tests.checkpoint.headers import loaded
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-    from pathlib import Path
-
-    Cuts = Mapping[str, tuple[str, tuple[int, ...]] | None]
+Cuts = Mapping[str, tuple[str, tuple[int, ...]] | None]
 
 A, B, EMPTY, SCALAR, Z = (
     ("a", "U8", (3,)),

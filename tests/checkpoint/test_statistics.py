@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,12 +11,16 @@ from safetensors.torch import load_file, save_file
 
 from sparseprune.checkpoint import Collected, StagedOutput, open_checkpoint, open_statistics
 from sparseprune.checkpoint.statistics import STATISTICS_KEY, lay_out_statistics
+from sparseprune.checkpoint import (
+    Collected,
+    StagedOutput,
+    StatisticsKind,
+    lay_out_statistics,
+    open_checkpoint,
+    open_statistics,
+)
+from sparseprune.checkpoint.statistics import STATISTICS_KEY
 from sparseprune.errors import CheckpointError
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from sparseprune.checkpoint import StatisticsKind
 
 TENSORS = (
     Collected(4, None, {"q": 1, "k": 1, "turned": 0}),

@@ -24,10 +24,12 @@ import tempfile
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NoReturn, Self
+from types import ModuleType, TracebackType
+from typing import IO, Any, NoReturn, Self
 
 import pytest
 
@@ -37,10 +39,6 @@ from sparseprune.errors import MachineError
 from sparseprune.execution import reapply, schedule
 from sparseprune.execution.regions import Limits, limits_of
 from tests.limits import WAYS, force, narrow
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from types import ModuleType, TracebackType
 
 ROOT = Path(__file__).parents[2]
 WRITES = ("pwrite", "copy_file_range", "ftruncate")

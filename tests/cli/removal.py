@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from tests.checkpoint.files import content
 from tests.samples import Said, run
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
-
 
 Tensors = dict[str, torch.Tensor]
 HIDDEN, WIDTH, VOCABULARY, EXPERTS = 8, 16, 12, 4

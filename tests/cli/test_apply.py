@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import jsonschema
 import pytest
@@ -14,9 +14,6 @@ from safetensors.torch import load_file, save_file
 import sparseprune
 from tests.limits import narrow
 from tests.samples import CHANNELS, TWO_OF_FOUR, mlp_tensors, run, schema, write_shards, write_spec
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 DTYPES = [
     torch.float64,

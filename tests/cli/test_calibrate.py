@@ -7,7 +7,8 @@ import os
 import shutil
 import signal
 import tempfile
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import jsonschema
 import pytest
@@ -20,9 +21,6 @@ from sparseprune.errors import SparsepruneError
 from tests.calibration.models import albert, save, save_family, t5, text
 from tests.families.models import HIDDEN
 from tests.samples import Said, run, schema
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 pytestmark = pytest.mark.usefixtures("quiet_transformers")
 

@@ -7,21 +7,18 @@ import shutil
 import signal
 import threading
 import time
+from collections.abc import Callable, Iterator
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
+from torch import Tensor
 
 from sparseprune.calibration import collecting, loading
 from sparseprune.checkpoint import StagedOutput
 from tests.calibration.models import albert, save, save_family, text
 from tests.samples import Said, run
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-    from pathlib import Path
-
-    from torch import Tensor
 
 SEQUENCES, LENGTH = 5, 12
 SOME_MATRICES = 8 * 4 * 48 * 48  # bytes of moments: not enough for all in one pass

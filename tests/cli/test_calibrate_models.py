@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import socket
-from typing import TYPE_CHECKING, Any, NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -12,9 +13,6 @@ from safetensors.torch import load_file, save_file
 
 from tests.calibration.models import WORDS, save, save_family, text, tokenizer
 from tests.samples import Said, run
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 TEMPLATE = "{% for one in messages %}{{ one.role }} {{ one.content }} w9 {% endfor %}"
 

@@ -7,7 +7,8 @@ import io
 import json
 import subprocess
 import sys
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import jsonschema
 import pytest
@@ -17,9 +18,6 @@ from safetensors.torch import save_file
 
 from sparseprune.checkpoint import lay_out
 from tests.samples import TWO_OF_FOUR, mlp_tensors, run, schema, write_shards, write_spec
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 ODD_NAME = "[red]a\n\N{CJK UNIFIED IDEOGRAPH-5BBD}.weight"
 

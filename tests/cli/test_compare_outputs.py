@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import jsonschema
 import pytest
@@ -14,9 +15,6 @@ from sparseprune.checkpoint import statistics as files
 from sparseprune.execution import compare as comparing
 from tests.engine.reconstruction.oracle import moments, objective
 from tests.samples import Said, run, schema
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 Tensors = dict[str, torch.Tensor]
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

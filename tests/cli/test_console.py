@@ -11,6 +11,8 @@ import tempfile
 import threading
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import typer
@@ -21,9 +23,6 @@ from sparseprune.cli.console import ended, print_json, print_result, reported, t
 from sparseprune.errors import MachineError, SparsepruneError, SpecError
 from sparseprune.results.fields import Document
 from tests.samples import run
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 # What is raised -> the lines that are said and the exit code.
 CASES: list[tuple[BaseException, list[str], int]] = [

@@ -5,23 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from sparseprune.execution.passes import Chunk
 from sparseprune.execution.reconstruct import RebuildMatrices
 from sparseprune.execution.regions import regions_at
+from sparseprune.execution.tensor_io import TensorIO
 from tests.limits import narrow
 from tests.samples import CHANNELS, TWO_OF_FOUR, mlp_tensors, run, write_shards, write_spec
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
-
-    from sparseprune.execution.passes import Chunk
-    from sparseprune.execution.tensor_io import TensorIO
 
 GLOBAL = TWO_OF_FOUR.replace("[1, 4]", "[-1, -1]").replace("nnz = 2", "") + (
     '[scope_coupling.model]\nscopes = ["proj"]\nacross = "all"\nsparsity = 0.5\n'

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import jsonschema
 import pytest
@@ -14,9 +14,6 @@ from safetensors.torch import load_file, save_file
 from tests.cli.removal import LLAMA, decoder, write
 from tests.engine.reconstruction.oracle import moments
 from tests.samples import run, schema
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 SIZE = 32
 BLOCKS = ("[16, 1]", "[1, 8]", 4)

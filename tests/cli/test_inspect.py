@@ -14,7 +14,7 @@ import struct
 import subprocess
 import sys
 import termios
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import jsonschema
 import pytest
@@ -22,9 +22,6 @@ import torch
 from safetensors.torch import save_file
 
 from tests.samples import TWO_OF_FOUR, mlp_tensors, run, schema, write_shards, write_spec
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 def patterns_by_hand(tensor: torch.Tensor) -> list[str]:

@@ -9,10 +9,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -46,9 +46,6 @@ from tests.cli.test_resuming_runs import (
     said_of,
 )
 from tests.samples import CHANNELS, TWO_OF_FOUR
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="there is no /proc")
 needs_root = pytest.mark.skipif(

@@ -6,7 +6,7 @@ import gc
 import json
 import re
 import tracemalloc
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 
@@ -19,9 +19,6 @@ from sparseprune.execution.reapply import make_reapplication, match_masks
 from sparseprune.execution.regions import INTERPRETER
 from sparseprune.report.pruning import Run, make_report
 from tests.samples import run
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 PARTS = ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "mlp.gate", "mlp.up", "mlp.down")
 MANY = 12_000

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from pathlib import Path
 
 import jsonschema
 import pytest
@@ -18,11 +19,7 @@ from sparseprune.report.wording import size
 from tests.checkpoint.headers import file_of, loaded, tensor
 from tests.samples import Said, run, schema, write_spec
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from pathlib import Path
-
-    Stored = tuple[str, str, tuple[int, ...]]
+Stored = tuple[str, str, tuple[int, ...]]
 
 SPEC = """
 version = 1

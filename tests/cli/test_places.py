@@ -11,7 +11,8 @@ import stat
 import subprocess
 import sys
 from itertools import cycle
-from typing import TYPE_CHECKING, NoReturn
+from pathlib import Path
+from typing import NoReturn
 
 import pytest
 from safetensors.torch import save_file
@@ -21,12 +22,7 @@ from sparseprune.checkpoint.publish import StagingDir
 from tests.checkpoint.files import names_in
 from tests.cli.removal import LLAMA, decoder, write
 from tests.limits import force, narrow
-from tests.samples import CHANNELS, TWO_OF_FOUR, mlp_tensors, run, write_shards, write_spec
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from tests.samples import Said
+from tests.samples import CHANNELS, TWO_OF_FOUR, Said, mlp_tensors, run, write_shards, write_spec
 
 GLOBAL = """
 version = 1

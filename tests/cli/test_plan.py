@@ -6,7 +6,8 @@ import json
 import os
 import subprocess
 import sys
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import jsonschema
 import pytest
@@ -16,9 +17,6 @@ from safetensors.torch import save_file
 from sparseprune.cli.demo import write_decoder
 from sparseprune.report.plan import make_plan_result
 from tests.samples import CHANNELS, TWO_OF_FOUR, mlp_tensors, run, schema, write_spec
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 GLOBAL = """
 version = 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,9 +14,6 @@ from safetensors.torch import load_file, save_file
 
 from sparseprune.cli.demo import write_decoder
 from tests.samples import CHANNELS, TWO_OF_FOUR, mlp_tensors, run, write_shards, write_spec
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import pytest
 from rich.cells import cell_len
@@ -19,9 +19,6 @@ from rich.console import Console
 
 from sparseprune.api.run import Advance, Progress, Run
 from sparseprune.cli.progress import Latest, _log_lines, log_line, shown, terminal_line
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 UNIT = "proj[layer=7,part=mlp,name=down]"
 HALF = (Progress("pruning", 750_000_000, 2_200_000_000, unit=UNIT), 1.13e9)

@@ -7,20 +7,16 @@ import os
 import shutil
 import subprocess
 import sys
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from sparseprune.checkpoint import TensorReader
+from sparseprune.checkpoint import StoredTensor, TensorReader
 from tests.samples import TWO_OF_FOUR, mlp_tensors, run, write_spec
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
-
-    from sparseprune.checkpoint import StoredTensor
 
 COMMANDS = (
     ("inspect", "m.safetensors"),

@@ -7,7 +7,8 @@ import math
 import random
 import shutil
 import signal
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import jsonschema
 import pytest
@@ -19,9 +20,6 @@ from tests.cli.interrupted import Command, Commands, Ended, Moment, change
 from tests.cli.test_resuming_runs import CONTINUED, content, notes, said_of
 from tests.limits import narrow
 from tests.samples import CHANNELS, TWO_OF_FOUR, mlp_tensors, run, schema, write_shards, write_spec
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 UP, DOWN = "a.safetensors", "b.safetensors"
 SETTABLE = TWO_OF_FOUR.replace("[scope", "[vars]\nkeep = 2\n[scope").replace("nnz = 2", 'nnz = "keep"')

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import jsonschema
 import pytest
@@ -15,10 +17,6 @@ from sparseprune import BlockSpec, Matrix, ScopeSpec, admm, projection, refit
 from tests.engine.reconstruction.oracle import moments, objective
 from tests.limits import narrow
 from tests.samples import CHANNELS, TWO_OF_FOUR, mlp_tensors, run, schema, write_shards, write_spec
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
 
 Tensors = dict[str, torch.Tensor]
 ADMM = '[reconstruct]\nfile = "stats.safetensors"\n'

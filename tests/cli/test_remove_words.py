@@ -7,8 +7,8 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import jsonschema
 import pytest
@@ -38,10 +38,6 @@ from tests.cli.removal import (
     write,
 )
 from tests.samples import Said, run, schema, write_spec
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
 
 SPEED = re.compile(r"\d+\.\d s, [\d.]+ [kMG]?B/s, on cpu")
 

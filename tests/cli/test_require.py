@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +12,6 @@ from safetensors.torch import save_file
 from torch.sparse import _semi_structured_conversions as _conversions
 
 from tests.samples import run
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 UP, DOWN, NORM = "h.0.up.weight", "h.0.down.weight", "h.0.norm.weight"
 

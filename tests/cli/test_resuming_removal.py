@@ -8,9 +8,10 @@ import os
 import re
 import shutil
 import signal
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
@@ -21,9 +22,6 @@ from tests.checkpoint.files import content, names_in
 from tests.cli.interrupted import NAMES, Command, Commands, Ended, Moment, change
 from tests.cli.removal import LLAMA, MIXTRAL, decoder, mixture, removed, weights, write
 from tests.samples import run, write_spec
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="there is no /proc")
 CONTINUED = "sparseprune: an unfinished run is continued"

@@ -10,10 +10,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
@@ -23,9 +24,6 @@ from sparseprune.checkpoint.output import read_journal
 from tests.checkpoint.files import names_in
 from tests.cli.interrupted import NAMES, Command, Commands, Ended, Moment, change
 from tests.samples import CHANNELS, TWO_OF_FOUR, mlp_tensors, write_shards
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="there is no /proc")

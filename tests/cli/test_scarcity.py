@@ -7,7 +7,8 @@ import subprocess
 import sys
 import threading
 from collections import deque
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,10 +19,6 @@ from sparseprune.errors import is_out_of_memory
 from sparseprune.execution.tensor_io import TensorIO
 from tests.limits import force, narrow
 from tests.samples import CHANNELS, TWO_OF_FOUR, mlp_tensors, run, write_shards, write_spec
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
 
 FULL = "sparseprune: out of memory; give a smaller --memory, or fewer --jobs"
 

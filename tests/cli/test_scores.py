@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,9 +10,6 @@ from safetensors.torch import load_file, save_file
 
 from tests.limits import narrow
 from tests.samples import CHANNELS, TWO_OF_FOUR, mlp_tensors, run, write_spec
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 ROWS = """
 version = 1

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,9 +18,6 @@ from sparseprune.cli.demo import write_decoder
 from tests.cli.interrupted import ended, started
 from tests.cli.test_interruptions import wait_for_notes
 from tests.cli.test_resuming_runs import CASES, CONTINUED, content
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 COMMAND = f'"{sys.executable}" -m sparseprune'
 HIDE, SHOW = b"\x1b[?25l", b"\x1b[?25h"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,9 +15,6 @@ from sparseprune import load_masks
 from tests.execution.structures import FLOATS, INTEGERS, one
 from tests.limits import WAYS, force, narrow
 from tests.samples import CHANNELS, run, write_spec
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 NAN, INF = math.nan, math.inf
 PRUNE = 'score = { nonfinite = "prune" }\n'

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import jsonschema
 import pytest
@@ -13,9 +13,6 @@ from safetensors.torch import load_file, save_file
 from tests.cli.interrupted import Command, Commands, Moment
 from tests.limits import narrow
 from tests.samples import TWO_OF_FOUR, mlp_tensors, run, schema, write_spec
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 MATRICES = [name for name in mlp_tensors() if name.endswith("weight")]
 

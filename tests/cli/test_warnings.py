@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import jsonschema
 import pytest
@@ -18,9 +19,6 @@ from tests.checkpoint.files import names_in
 from tests.cli.removal import LLAMA, decoder, write
 from tests.limits import AMPLE, narrow
 from tests.samples import TWO_OF_FOUR, run, schema, write_spec
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 LEFT_OUT = "20.00% of the layers' matrices; not reached: 64 parameters of layers.*.experts.up"
 HEADS = """

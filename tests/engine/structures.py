@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from hypothesis import strategies as st
@@ -18,11 +19,7 @@ from torch import Tensor
 
 from sparseprune import BlockCoupling, BlockSpec, ScopeCoupling, ScopeSpec, SparseBlock, View
 from tests import oracle
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from tests.oracle import Index, Number
+from tests.oracle import Index, Number
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2)
 WHOLE_NUMBERS = (torch.int8, torch.int16, torch.int32, torch.int64)

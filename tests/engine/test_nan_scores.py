@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import random
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -14,9 +15,6 @@ from hypothesis import strategies as st
 from sparseprune import BlockSpec, ScopeCoupling, ScopeSpec, SparsityError
 from tests.engine.devices import on_every_device
 from tests.engine.structures import FLOATS, Case, cases
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 NAN_BITS = {
     torch.float64: (0x7FF8 << 48, -1, 0x7FF0_0000_0000_0001),

@@ -11,9 +11,9 @@ import math
 import random
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
@@ -32,11 +32,7 @@ from sparseprune import (
 )
 from tests import oracle
 from tests.engine.structures import Case, Laid, assert_masks, assert_pruned
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from tests.oracle import Index, Number
+from tests.oracle import Index, Number
 
 Call = Callable[[Any, Any], object]
 SIGNATURES = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from itertools import product
-from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -19,11 +18,9 @@ from sparseprune import (
     SparsityError,
     View,
 )
+from tests import oracle
 from tests.engine.devices import on_every_device
 from tests.engine.structures import DTYPES, Case, bits_of, cases
-
-if TYPE_CHECKING:
-    from tests import oracle
 
 
 @on_every_device

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import pickle
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import Any, ClassVar, cast
 
 from sparseprune.checkpoint import TensorReader
+from sparseprune.execution.passes import Chunk, Pass
 from sparseprune.execution.runner import Runner
 from sparseprune.execution.tensor_io import TensorIO
-
-if TYPE_CHECKING:
-    from concurrent.futures import ProcessPoolExecutor
-
-    from sparseprune.execution.passes import Chunk, Pass
 
 MOST = 20_000  # bytes of a chunk that is plain
 

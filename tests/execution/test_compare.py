@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import os
 import threading
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import jsonschema
 import numpy as np
@@ -13,23 +15,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparseprune.checkpoint import TensorReader, lay_out, open_checkpoint
+from sparseprune.checkpoint import StoredTensor, TensorReader, lay_out, open_checkpoint
 from sparseprune.engine.dtypes import DTYPES
 from sparseprune.engine.kernels.comparing import Counts
 from sparseprune.errors import MachineError
 from sparseprune.execution.compare import SLAB, compare_checkpoints, sides_of
 from sparseprune.report.comparison import FIELDS, make_comparison, sheet_of, unmeasured
+from sparseprune.results import Comparison
 from tests.engine.kernels.test_comparing import compared_by_hand, special
 from tests.samples import as_data, schema
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-    from pathlib import Path
-
-    from sparseprune.checkpoint import StoredTensor
-    from sparseprune.results import Comparison
-
-    Tensor = tuple[str, str, tuple[int, ...], bytes]
+Tensor = tuple[str, str, tuple[int, ...], bytes]
 
 
 def write(path: Path, tensors: Sequence[Tensor]) -> Path:

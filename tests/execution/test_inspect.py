@@ -6,16 +6,18 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable, Iterable, Sequence
 from itertools import product
 from math import prod
+from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparseprune.checkpoint import TensorReader, lay_out, open_checkpoint
+from sparseprune.checkpoint import StoredTensor, TensorReader, lay_out, open_checkpoint
 from sparseprune.engine.dtypes import DTYPES
 from sparseprune.errors import MachineError
 from sparseprune.execution.inspect import (
@@ -30,14 +32,8 @@ from sparseprune.execution.inspect import (
     inspect_checkpoint,
 )
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
-    from pathlib import Path
-
-    from sparseprune.checkpoint import StoredTensor
-
-    Index = tuple[int, ...]
-    Drawn = tuple[str, str, tuple[int, ...], bytes]
+Index = tuple[int, ...]
+Drawn = tuple[str, str, tuple[int, ...], bytes]
 
 ASKED = Questions()
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
 
 import pytest
 
@@ -11,9 +11,6 @@ from sparseprune.checkpoint import Provenance, lay_out, open_checkpoint, open_ma
 from sparseprune.checkpoint.masks import MaskSet
 from sparseprune.errors import CheckpointError
 from sparseprune.execution.reapply import Matched, match_masks
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 Shapes = dict[str, tuple[int, ...]]
 REPORT = Path("masks/report.json")

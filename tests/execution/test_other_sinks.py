@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from sparseprune.checkpoint import Sink, Source, StagedOutput, TensorReader, lay_out_apply, open_checkpoint
+from sparseprune.checkpoint import (
+    Checkpoint,
+    CopyRange,
+    OutputLayout,
+    Sink,
+    Source,
+    StagedOutput,
+    StoredTensor,
+    TensorReader,
+    lay_out_apply,
+    open_checkpoint,
+)
 from sparseprune.checkpoint.file_io import as_bytes
 from sparseprune.checkpoint.output import Notes
 from sparseprune.execution.plan import make_plan
@@ -18,11 +30,6 @@ from sparseprune.execution.schedule import make_schedule
 from sparseprune.spec import parse_spec
 from tests.execution.structures import CASES
 from tests.limits import AMPLE
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from sparseprune.checkpoint import Checkpoint, CopyRange, OutputLayout, StoredTensor
 
 
 class MemorySource(Source):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +21,10 @@ from sparseprune.spec import parse_spec
 if TYPE_CHECKING:
     from sparseprune.execution.passes import TensorOutcome
     from sparseprune.execution.plan import Plan
+
+from sparseprune.execution import Plan, make_plan
+from sparseprune.execution.passes import Outcomes, Reach, TensorOutcome
+from sparseprune.spec import parse_spec
 
 LEFT_AND_RIGHT = """
 version = 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from sparseprune.execution.plan import Plan
+
+from sparseprune.execution import Plan, make_plan
+from sparseprune.spec import parse_spec
+from tests.samples import CHANNELS, TWO_OF_FOUR, mlp_tensors, write_shards
 
 
 def plan_of(folder: Path, tensors: dict[str, torch.Tensor], spec: str) -> Plan:

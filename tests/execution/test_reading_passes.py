@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import multiprocessing
 import pickle
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from sparseprune.checkpoint import TensorReader, lay_out, open_checkpoint
+from sparseprune.checkpoint import StoredTensor, TensorReader, lay_out, open_checkpoint
 from sparseprune.checkpoint.statistics import Statistic
 from sparseprune.execution.compare import OutputError, Pair, compare_jobs
 from sparseprune.execution.inspect import BLOCKS, PATTERNS, Pattern, Questions, inspect_jobs
@@ -18,12 +20,6 @@ from sparseprune.execution.regions import Resources
 from sparseprune.execution.runner import Job, read_through
 from sparseprune.execution.tensor_io import TensorIO
 from tests.execution.elsewhere import MOST, do
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
-    from pathlib import Path
-
-    from sparseprune.checkpoint import StoredTensor
 
 SLAB = 4096
 SHAPES: dict[str, tuple[str, tuple[int, ...]]] = {

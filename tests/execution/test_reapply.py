@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
 from sparseprune.checkpoint import (
@@ -32,12 +35,6 @@ from sparseprune.execution.reapply import (
 )
 from sparseprune.execution.regions import Limits
 from tests.checkpoint.test_masks import write_masks
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
-
-    from numpy.typing import NDArray
 
 PRUNABLE = [row.name for row in DTYPES.values() if row.prunable]
 SHAPES = {"a": (5, 7), "empty": (0, 4), "s": (), "v": (64,), "w": (3, 3, 3)}

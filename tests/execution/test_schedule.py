@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from safetensors.torch import save_file
 from sparseprune.checkpoint import TensorReader, open_checkpoint
 from sparseprune.errors import SparsepruneError
 from sparseprune.execution.plan import make_plan
+from sparseprune.execution import Plan, Schedule, make_plan, make_schedule
 from sparseprune.execution.pruning import jobs_of
 from sparseprune.execution.regions import TORCH_THREAD, gaps, limits_of, whole_region
 from sparseprune.execution.schedule import make_schedule, resident_of

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,9 +17,6 @@ from sparseprune.execution.scores import SCORE_KINDS, ScoreKind
 from sparseprune.spec import schema
 from tests.limits import narrow
 from tests.samples import TWO_OF_FOUR, run, write_spec
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 CHANNELS = """
 version = 1

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
 from multiprocessing import get_context
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +17,8 @@ from safetensors.torch import save_file
 
 from sparseprune.checkpoint import TensorReader, open_checkpoint
 from sparseprune.execution.passes import Pass
+from sparseprune.execution import Check, make_check
+from sparseprune.execution.passes import Chunk, Pass
 from sparseprune.execution.runner import read_through
 from sparseprune.execution.tensor_io import TensorIO
 from sparseprune.execution.verify import check_jobs, make_check

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,9 +17,6 @@ from sparseprune.spec import parse_spec
 from tests.execution.structures import CASES, FLOATS, INTEGERS
 from tests.limits import AMPLE, WAYS, force, narrow
 from tests.samples import run
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 pytestmark = pytest.mark.usefixtures("untraced")
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import transformers
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 LAYERS, HIDDEN, HEADS, KV_HEADS, WIDTH, EXPERTS, EXPERT_WIDTH = 2, 32, 8, 4, 48, 4, 24
 _LAYERED: dict[str, Any] = {

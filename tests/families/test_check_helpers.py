@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import save_file
 
 from tests.families.checkpoints import (
@@ -18,11 +19,6 @@ from tests.families.checkpoints import (
     with_inputs_ablated,
 )
 from tests.families.models import WIDTH
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    import torch
 
 GATE, DOWN = "model.layers.0.mlp.gate_proj.weight", "model.layers.0.mlp.down_proj.weight"
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,10 +24,6 @@ from tests.families.checkpoints import (
     write_statistics,
 )
 from tests.families.models import HEADS, HIDDEN, KV_HEADS, LAYERS, WIDTH
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
 
 
 @pytest.fixture(scope="module")

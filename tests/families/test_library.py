@@ -6,21 +6,16 @@ import json
 import re
 import shutil
 import tomllib
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
 
 import sparseprune
 from sparseprune.spec import find_spec, list_specs
-from tests.families.checkpoints import write_statistics
+from tests.families.checkpoints import Checkpoint, write_statistics
 from tests.samples import run
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
-
-    from tests.families.checkpoints import Checkpoint
 
 SERVED = {
     "2of4": (

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import multiprocessing
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 
 from sparseprune.execution import runner
 from tests.execution.elsewhere import PoolRunner, one_thread
-from tests.families.checkpoints import write_statistics
+from tests.families.checkpoints import Checkpoint, write_statistics
 from tests.families.test_library import OPTIONS, SERVED
 from tests.limits import narrow
 from tests.samples import run
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-    from pathlib import Path
-
-    from tests.families.checkpoints import Checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,10 +17,6 @@ from sparseprune.spec import find_spec
 from tests.families.checkpoints import Checkpoint, make, prune, read, save
 from tests.families.models import DECODER, DEEPSEEK
 from tests.samples import run, write_spec
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-    from pathlib import Path
 
 pytestmark = pytest.mark.usefixtures("untraced")
 

@@ -13,8 +13,9 @@ import random
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safetensors import safe_open
 
@@ -22,9 +23,6 @@ from sparseprune.checkpoint.header import read_header
 from sparseprune.engine.dtypes import DTYPES
 from sparseprune.errors import CheckpointError
 from tests.checkpoint.headers import STRICTER, loaded, tensor, verdict_of_package
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 NUMBERS = (
     "0",

@@ -10,13 +10,10 @@ import math
 import random
 import time
 from collections import Counter
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 from sparseprune.errors import SparsepruneError
 from sparseprune.spec import TensorInfo, bind, find_spec, list_specs, parse_spec
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 TENSORS = [
     TensorInfo(f"model.layers.{layer}.{name}.weight", "F32", shape)

@@ -6,20 +6,18 @@ Sizes are unlike wherever a mix-up would go unseen. Nothing is read or written.
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Iterable
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from sparseprune.removal.slices import KeptIndices, kept_slices
 
-if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable
-
-    Shape = tuple[int, ...]
-    Shapes = dict[str, Shape]
-    Config = dict[str, Any]
-    Cut = tuple[str, int | None, Collection[int]]
+Shape = tuple[int, ...]
+Shapes = dict[str, Shape]
+Config = dict[str, Any]
+Cut = tuple[str, int | None, Collection[int]]
 
 LLAMA: Config = {
     "model_type": "llama",

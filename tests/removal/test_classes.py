@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from typing import TYPE_CHECKING
 
 import pytest
 import torch
 import transformers
 
 from sparseprune.removal.shrink import make_removal
-from tests.removal.models import cut
+from tests.removal.models import Config, Shapes, cut
 from tests.removal.test_shrink import CASES
-
-if TYPE_CHECKING:
-    from tests.removal.models import Config, Shapes
 
 HEADLESS = ("bert", "gpt2")
 # Classes that keep experts in other tensors than checkpoints do have them converted while they are read.

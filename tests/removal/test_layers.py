@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from copy import deepcopy
 from itertools import combinations
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import transformers
 
 from sparseprune.errors import CheckpointError
-from sparseprune.removal.shrink import make_removal
-from tests.removal.models import LLAMA, cut, whole
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
-
-    from sparseprune.removal.shrink import Removal
-    from tests.removal.models import Config, Shapes
+from sparseprune.removal.shrink import Removal, make_removal
+from tests.removal.models import LLAMA, Config, Shapes, cut, whole
 
 LAYERS = 6
 SIZES = {**LLAMA, "num_hidden_layers": LAYERS, "num_attention_heads": 4, "num_key_value_heads": 2}

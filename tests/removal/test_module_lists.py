@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparseprune.removal.preview import RemovedMembers, numbered, removed_members
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
 
 Member = tuple[str, int]
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,10 +15,6 @@ from sparseprune.checkpoint import open_checkpoint, read_config
 from sparseprune.execution.plan import make_plan
 from sparseprune.removal.preview import Preview, preview
 from sparseprune.spec import parse_spec
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
 
 CONFIG = {
     "model_type": "qwen3_moe",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from copy import deepcopy
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from sparseprune.errors import CheckpointError
 from sparseprune.removal.architectures import model_types
 from sparseprune.removal.shrink import make_removal
+from sparseprune.removal.slices import KeptIndices
 from sparseprune.spec.problems import listed
 from tests.removal.models import (
     BERT,
@@ -21,6 +23,9 @@ from tests.removal.models import (
     PHI3,
     PICTURES,
     QWEN3_MOE,
+    Config,
+    Cut,
+    Shapes,
     attention,
     channels,
     cut,
@@ -36,12 +41,6 @@ from tests.removal.models import (
     whole,
     without,
 )
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from sparseprune.removal.slices import KeptIndices
-    from tests.removal.models import Config, Cut, Shapes
 
 L0, L1, L2 = (f"model.layers.{layer}" for layer in range(3))
 

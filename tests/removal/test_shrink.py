@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from copy import deepcopy
 from itertools import product
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -26,6 +27,9 @@ from tests.removal.models import (
     QWEN2_MOE,
     QWEN3_MOE,
     VIT,
+    Config,
+    Cut,
+    Shapes,
     channels,
     cut,
     decoder,
@@ -46,11 +50,6 @@ from tests.removal.models import (
     without,
 )
 from tests.removal.test_module_lists import name_after, vanished_members
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from tests.removal.models import Config, Cut, Shapes
 
 
 class Case(NamedTuple):

@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from collections.abc import Mapping
 from itertools import product
+from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from sparseprune.checkpoint import MaskFormat, TensorReader, open_masks
@@ -21,14 +23,8 @@ from sparseprune.checkpoint.layout import FORMAT_KEY, SHAPES_KEY
 from sparseprune.execution.regions import Limits
 from sparseprune.removal.slices import KeptIndices, kept_slices, kept_whole, read_slices, summed_up
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
-
-    from numpy.typing import NDArray
-
-    Shape = tuple[int, ...]
-    Masks = dict[str, torch.Tensor]
+Shape = tuple[int, ...]
+Masks = dict[str, torch.Tensor]
 
 SHAPES = [(), (1,), (7,), (3, 5), (5, 1), (1, 1, 4), (2, 3, 3), (3, 2, 2, 5), (0,), (2, 0, 3)]
 

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
-from sparseprune.removal.shrink import make_removal
-from tests.removal.models import GPT2, LLAMA, MIXTRAL, cut, decoder, mixtral, whole
+from sparseprune.removal.shrink import Removal, make_removal
+from tests.removal.models import GPT2, LLAMA, MIXTRAL, Config, Shapes, cut, decoder, mixtral, whole
 from tests.removal.test_layers import SIZES, norms, without_layers
-
-if TYPE_CHECKING:
-    from sparseprune.removal.shrink import Removal
-    from tests.removal.models import Config, Shapes
 
 SIX = list("abcdef")
 STAYS = [0, 2, 3, 5]  # of 6 layers 1 and 4 go

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import pairwise
 from math import prod
-from typing import TYPE_CHECKING
 
 import jsonschema
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from sparseprune.execution.inspect import Questions, TensorFacts
 from sparseprune.report.inspection import Telling, make_inspection
+from sparseprune.results import Inspection
 from sparseprune.results.measuring import ComparedTensor, CompareTotals, Comparison
 from tests.samples import as_data, schema
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
-
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-    from sparseprune.results import Inspection
 
 KINDS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
 

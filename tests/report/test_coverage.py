@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
@@ -18,12 +19,7 @@ from sparseprune.report.coverage import (
     matrix_kind,
     unpruned_lines,
 )
-from sparseprune.spec import TensorInfo, bind, find_spec, parse_spec
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from sparseprune.spec import BoundSpec
+from sparseprune.spec import BoundSpec, TensorInfo, bind, find_spec, parse_spec
 
 SHARD = Shard(Path("m.safetensors"), PurePosixPath("m.safetensors"))
 Shapes = dict[str, tuple[int, ...]]

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sparseprune.engine import SparseScope
 from sparseprune.execution.torch_tiles import build_scope
 from sparseprune.report.drawings import Cell, Window, cell_of, view_index, window_of
 from sparseprune.spec import BoundBlock, BoundBlockCoupling, BoundScope, BoundScopeCoupling
 
-if TYPE_CHECKING:
-    from sparseprune.engine import SparseScope
-
-    AnyScope = BoundScope | BoundScopeCoupling
-    Shapes = dict[str, tuple[int, ...]]
+AnyScope = BoundScope | BoundScopeCoupling
+Shapes = dict[str, tuple[int, ...]]
 
 
 def block(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jsonschema
 import pytest
@@ -14,12 +15,8 @@ from sparseprune.execution.inspect import BlockShape, Pattern, Questions, Tensor
 from sparseprune.report.inspect_table import columns_and_rows, inspect_table
 from sparseprune.report.inspection import Grouping, Telling, fields_of, grouping_of, make_inspection, sheet_of
 from sparseprune.report.runtimes import runtimes_of
+from sparseprune.results import Inspection
 from tests.samples import as_data, schema
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-
-    from sparseprune.results import Inspection
 
 QUESTIONS = Questions((Pattern(2, 4), Pattern(1, 4, 0)), (BlockShape(4, 4),))
 NORM = TensorFacts("norm.weight", "F32", (8,), 8, 0, 0, slices=(Zeros(0, 8),), blocks=None)

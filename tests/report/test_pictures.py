@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import random
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 from matplotlib.collections import QuadMesh
 from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
 
 from sparseprune.report.pictures.canvas import axes_at, blank, settings
 from sparseprune.report.pictures.charts import (
@@ -26,19 +29,12 @@ from sparseprune.report.pictures.charts import (
     place_of,
 )
 from sparseprune.report.pictures.results import comparison_page, inspection_page
+from sparseprune.results import Inspection
+from sparseprune.results.measuring import InspectedTensor
 from tests.report.pictured import KINDS, compared, decoder, facts, faults, inspected, texts, titled
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-    from sparseprune.results import Inspection
-    from sparseprune.results.measuring import InspectedTensor
-
-    Histogram = Sequence[tuple[int, int]]
-    Budgets = Sequence[int | None]
+Histogram = Sequence[tuple[int, int]]
+Budgets = Sequence[int | None]
 
 pytestmark = pytest.mark.usefixtures("under_settings")
 

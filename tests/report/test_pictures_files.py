@@ -8,7 +8,6 @@ import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import TYPE_CHECKING
 from xml.etree import ElementTree as ET
 
 import numpy as np
@@ -18,10 +17,8 @@ from matplotlib.image import imread
 from sparseprune.errors import SparsepruneError
 from sparseprune.report.pictures import check_picture, files, plot_comparison, plot_inspection
 from sparseprune.report.pictures.charts import Survivors
+from sparseprune.results import Inspection
 from tests.report.pictured import compared, decoder, facts, inspected
-
-if TYPE_CHECKING:
-    from sparseprune.results import Inspection
 
 SURVIVORS = [Survivors("scope.<b>w</b>", (2,), [(1, 3), (2, 9)])]
 VOID = {"meta", "br", "hr", "img", "link", "input"}

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from math import prod
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection, QuadMesh
 from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
 from safetensors.torch import save_file
 
 from sparseprune.checkpoint import TensorReader, lay_out, open_checkpoint, read_config
@@ -22,14 +26,7 @@ from sparseprune.report.pictures.mask import SIDE, TINTS, UNREACHED, Cells, edge
 from sparseprune.spec import TensorInfo, bind, parse_spec
 from tests.report.pictured import faults, texts
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-    from numpy.typing import NDArray
-
-    Labels = NDArray[np.int64]
+Labels = NDArray[np.int64]
 
 pytestmark = pytest.mark.usefixtures("under_settings")
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import io
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 import pytest
 from rich.console import Console
 
+from sparseprune.engine.grids import Shape
 from sparseprune.report.drawings import RuleDrawing
 from sparseprune.spec import (
     BoundBlock,
@@ -20,10 +20,7 @@ from sparseprune.spec import (
     Budget,
 )
 
-if TYPE_CHECKING:
-    from sparseprune.engine.grids import Shape
-
-    AnyScope = BoundScope | BoundScopeCoupling
+AnyScope = BoundScope | BoundScopeCoupling
 
 
 def block(

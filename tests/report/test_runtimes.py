@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
@@ -16,9 +17,6 @@ from sparseprune.engine.dtypes import DTYPES, torch_dtype
 from sparseprune.errors import SparsepruneError
 from sparseprune.execution.inspect import Pattern, TensorFacts
 from sparseprune.report.runtimes import RUNTIMES, axes_of, needed_patterns, runtimes_of, verdict
-
-if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
 
 TORCH = {
     "torch-cutlass": SparseSemiStructuredTensorCUTLASS,

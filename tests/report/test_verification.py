@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from io import StringIO
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jsonschema
 import pytest
@@ -13,14 +14,10 @@ from rich.console import Console
 from sparseprune.execution.verify import Verification as Found
 from sparseprune.report.checks import AskedCheck, broken_line, failures, make_verification, verify_table
 from sparseprune.report.coverage import Coverage
+from sparseprune.results import Verification
 from sparseprune.results.checking import BrokenScope, CheckedRule, CheckedTensor
 from sparseprune.results.fields import Uncovered
 from tests.samples import as_data, schema
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from sparseprune.results import Verification
 
 COVERED = Coverage("matrices", 0.75, 0.75, (Uncovered(name="layers.*.up", tensors=1, numel=4),), 12, 20)
 CHECKED = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 
@@ -13,9 +13,6 @@ from sparseprune.spec import TensorInfo, bind, find_spec, parse_spec
 from sparseprune.spec.parsing import LARGEST_SPEC
 from sparseprune.spec.patterns import PatternError, parse_pattern, parse_regex
 from tests.fuzzing.specs import fuzz
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 RULE = """
 [scope.s]

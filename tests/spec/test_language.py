@@ -3,18 +3,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from math import inf
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
 from sparseprune.errors import SpecError
 from sparseprune.spec import BoundSpec, Budget, Score, Soft, TensorInfo, bind, parse_spec
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
 
 CONFIG = {"hidden_size": 32, "num_attention_heads": 4, "text_config": {"n": 3}}
 ROWS = """

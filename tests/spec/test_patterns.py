@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import given, settings
@@ -21,9 +21,6 @@ from sparseprune.spec.patterns import (
     parse_pattern,
     regex_of,
 )
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 MATCHES = [
     ("a.b", "a.b", ()),

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
+from pydantic import BaseModel
 
 from sparseprune.spec import TensorInfo, bind, parse_spec
 from sparseprune.spec.schema import COVERS, KINDS, SCORE_KEYS, ExplicitView, ReconstructTable, ScoreTable

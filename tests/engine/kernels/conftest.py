@@ -5,15 +5,13 @@ So what stands in the source is what was compiled, and a tracer sees which of it
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
 
 from sparseprune.engine.kernels.compiling import Loop
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
 
 MOST = 3000
 """Elements of the arrays of a call, without the last one, the result; more take Python too long."""

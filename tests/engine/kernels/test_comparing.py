@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from sparseprune.engine.dtypes import DTYPES, torch_dtype
 from sparseprune.engine.kernels.comparing import Counts, Energies, compare, compare_values
 from sparseprune.engine.kernels.formats import values_of
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from numpy.typing import NDArray
-
-    Number = int | float | complex
+Number = int | float | complex
 
 WHOLE = [name for name, dtype in DTYPES.items() if dtype.zero_bits is not None]
 ANY_SIZE = [0, 1, 511, 513, 4096, 4097]

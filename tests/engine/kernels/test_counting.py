@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from sparseprune.engine.kernels.counting import (
     DIGIT_BITS,
@@ -21,9 +22,6 @@ from sparseprune.engine.kernels.counting import (
 from sparseprune.engine.kernels.formats import FORMATS, Format
 from tests.engine.kernels.test_cutting import edges, patterns
 from tests.engine.kernels.test_formats import read_by_torch
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 forms = st.sampled_from(list(FORMATS.values()))
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from sparseprune.engine.kernels.formats import FORMATS, Format
 from sparseprune.engine.kernels.selecting import cut_below, cut_blocks
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 
 def edges(form: Format) -> list[int]:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from sparseprune.engine.dtypes import DTYPES
 from sparseprune.engine.kernels.selecting import count_lost, drop, unpack
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 PRUNABLE = [row for row in DTYPES.values() if row.prunable]
 

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from itertools import product
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from sparseprune.engine.dtypes import DTYPES
 from sparseprune.engine.kernels.counting import any_in, count_in, histogram, histograms, nonzero
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    Flags = NDArray[np.uint8]
+Flags = NDArray[np.uint8]
 
 sizes = st.sampled_from([1, 1, 2, 3, 4, 5, 8, 16, 24, 67])
 

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from sparseprune.engine.dtypes import torch_dtype
 from sparseprune.engine.kernels.formats import FORMATS, Format
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 NARROW = tuple(form for form in FORMATS.values() if form.itemsize < 4)
 WIDE = tuple(form for form in FORMATS.values() if form.itemsize >= 4)

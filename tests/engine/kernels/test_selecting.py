@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from sparseprune.engine.kernels import selecting
 from sparseprune.engine.kernels.selecting import PAIRWISE_LIMIT, select_keys
 from tests import oracle
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 WIDTHS = (8, 16, 32, 64)
 KINDS = ("same", "few", "any", "edges")

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from sparseprune.engine.dtypes import DTYPES, torch_dtype
 from sparseprune.engine.kernels.formats import values_of
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 WHOLE = [name for name, dtype in DTYPES.items() if dtype.zero_bits is not None]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from sparseprune import (
     Matrix,
     ScopeCoupling,
     ScopeSpec,
+    SparseScope,
     SparsityError,
     View,
     admm,
@@ -22,11 +23,6 @@ from sparseprune import (
 )
 from tests.engine.devices import on_every_device
 from tests.engine.reconstruction.oracle import best_support, moments, objective
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from sparseprune import SparseScope
 
 SIZE = 32  # of all square matrices here
 
