@@ -3,19 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-import typer.main
 from safetensors.torch import save_file
-from typer.testing import CliRunner
-
-from sparseprune.cli.app import app
-from sparseprune.results.fields import Document
 
 TWO_OF_FOUR = """
 version = 1
@@ -45,33 +37,6 @@ block = "channel"
 shape = [-1, -1]
 sparsity = 0.25
 """
-
-
-@dataclass(frozen=True)
-class Said:
-    """What a command left behind: its exit code and its two streams."""
-
-    code: int
-    out: str
-    err: str
-
-
-COMMAND = typer.main.get_command(app)
-"""Made once: to make it takes longer than most commands of tests do."""
-
-
-def run(*words: object) -> Said:
-    """`sparseprune WORDS` in this process; an exception that is no exit is a bug and is raised."""
-    code: Any = 0
-    with CliRunner().isolation() as (out, err, _):
-        try:
-            COMMAND.main([str(word) for word in words], prog_name="sparseprune")
-        except SystemExit as end:
-            code = end.code or 0
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-        return Said(code, *(stream.getvalue().decode(errors="replace") for stream in (out, err)))
 
 
 def mlp_tensors(layers: int = 2, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
@@ -111,15 +76,3 @@ def write_spec(folder: Path, text: str) -> Path:
     path = folder / "spec.toml"
     path.write_text(text)
     return path
-
-
-def as_data(result: Document) -> Any:
-    """A result as whoever reads its JSON has it."""
-    return json.loads(result.to_json())
-
-
-def schema(name: str) -> Any:
-    """A shipped JSON schema."""
-    from importlib.resources import files
-
-    return json.loads(files("sparseprune.report").joinpath(f"schemas/{name}.schema.json").read_text())

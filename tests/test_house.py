@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.commands import imported, loaded, python
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "sparseprune"
 MODULES = sorted(PACKAGE.rglob("*.py"))
@@ -19,13 +21,8 @@ def test_top_level_holds_the_five_names_and_dot_files() -> None:
     if tracked.returncode:
         pytest.skip("not a git checkout")
     names = {line.split("/")[0] for line in tracked.stdout.splitlines()}
-    assert {name for name in names if not name.startswith(".")} == {
-        "README.md",
-        "pyproject.toml",
-        "sparseprune",
-        "specs",
-        "tests",
-    }
+    five = {"README.md", "pyproject.toml", "sparseprune", "specs", "tests"}
+    assert {name for name in names if not name.startswith(".")} == five
 
 
 def test_package_holds_the_rooms_of_the_house() -> None:
@@ -47,13 +44,7 @@ def test_module_says_what_it_owns_and_asserts_nothing(path: Path) -> None:
 
 
 def test_layers_are_held_by_the_import_linter() -> None:
-    done = subprocess.run(
-        [Path(sys.executable).with_name("lint-imports"), "--no-cache"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = python(Path(sys.executable).with_name("lint-imports"), "--no-cache", cwd=ROOT)
     assert done.returncode == 0, done.stdout
 
 
@@ -67,19 +58,12 @@ def test_layers_are_held_by_the_import_linter() -> None:
     ],
 )
 def test_imports_without_torch(code: str) -> None:
-    check = f"{code}; import sys; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
+    assert "torch" not in imported(code)
 
 
 @pytest.mark.parametrize("words", [["--help"], ["--version"], ["apply", "--help"]])
 def test_help_and_version_import_no_torch(words: list[str]) -> None:
-    code = (
-        "import sys; from sparseprune.cli import main; sys.argv = ['sparseprune', *sys.argv[1:]]\n"
-        "try: main()\n"
-        "except SystemExit as stop: sys.exit(stop.code or ('torch' in sys.modules))"
-    )
-    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, check=False)
-    assert done.returncode == 0
+    assert loaded(*words) == (0, set())
 
 
 def test_every_public_name_is_there() -> None:

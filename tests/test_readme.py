@@ -17,7 +17,7 @@ from sparseprune.cli.app import app
 from sparseprune.cli.demo import write_decoder
 from sparseprune.execution.plan import make_plan
 from sparseprune.spec import list_specs, parse_spec
-from tests.samples import run
+from tests.commands import ok, python
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -99,7 +99,7 @@ def test_plan_shows_its_real_output(tmp_path: Path) -> None:
 
 def test_inspect_shows_its_real_output(tmp_path: Path) -> None:
     write_decoder(tmp_path / "decoder")
-    assert run("apply", tmp_path / "decoder", "2of4", "-o", tmp_path / "decoder-half", "-q").code == 0
+    ok("apply", tmp_path / "decoder", "2of4", "-o", tmp_path / "decoder-half", "-q")
     command, *shown = blocks("console")[4].splitlines()
     real = real_output(shlex.split(command.removeprefix("$ ")), tmp_path)
     assert shows(shown, real), "\n".join(real)
@@ -148,13 +148,7 @@ def test_the_pipeline_ends_in_the_output_that_is_shown(tmp_path: Path) -> None:
 
 def test_the_stand_in_for_jq_finds_what_jq_would(tmp_path: Path) -> None:
     (tmp_path / "jq").write_text(JQ)
-    done = subprocess.run(
-        [sys.executable, tmp_path / "jq", ".totals.lost"],
-        input='{"totals": {"lost": 12}}',
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    done = python(tmp_path / "jq", ".totals.lost", input='{"totals": {"lost": 12}}')
     assert done.stdout == "12\n"
 
 
@@ -178,7 +172,7 @@ def test_every_spec_of_the_readme_prunes_a_decoder(tmp_path: Path, number: int) 
     plan = make_plan(open_checkpoint(tmp_path / "decoder"), parse_spec(text, "README.md"))
     assert plan.units
     (tmp_path / "spec.toml").write_text(text)
-    assert run("apply", tmp_path / "decoder", tmp_path / "spec.toml", "-q").code == 0
+    ok("apply", tmp_path / "decoder", tmp_path / "spec.toml", "-q")
 
 
 @pytest.mark.parametrize("number", range(len(blocks("python"))))
@@ -187,15 +181,15 @@ def test_every_python_example_runs(tmp_path: Path, number: int, monkeypatch: pyt
     trains = "decoder-half" in example
     if trains:
         write_decoder(tmp_path / "decoder")
-        assert run("apply", tmp_path / "decoder", "2of4", "-o", tmp_path / "decoder-half", "-q").code == 0
+        ok("apply", tmp_path / "decoder", "2of4", "-o", tmp_path / "decoder-half", "-q")
     elif '"decoder"' in example:
         write_decoder(tmp_path / "decoder")
     monkeypatch.chdir(tmp_path)
     exec(compile(example, "README.md", "exec"), {})
     if trains:
         assert "`sparseprune verify decoder-tuned 2of4` passes then" in README
-        assert run("verify", tmp_path / "decoder-tuned", "2of4", "-q").code == 0
-        assert run("compare", tmp_path / "decoder-half", tmp_path / "decoder-tuned", "-q").code == 0
+        ok("verify", tmp_path / "decoder-tuned", "2of4", "-q")
+        ok("compare", tmp_path / "decoder-half", tmp_path / "decoder-tuned", "-q")
 
 
 def test_commands_and_shipped_specs_are_all_named() -> None:

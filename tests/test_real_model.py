@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 
 import sparseprune
-from tests.samples import run
+from tests.commands import run
 
 # Two of one meaning, and one of another.
 SENTENCES = [

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from sparseprune.checkpoint import open_statistics
 from tests.calibration.models import BEGIN, END, albert, deberta, save, save_family, t5, text
-from tests.samples import run
+from tests.commands import ok
 
 pytestmark = pytest.mark.usefixtures("quiet_transformers")
 
@@ -44,8 +44,7 @@ def calibrate(folder: Path, out: Path, *words: object) -> Any:
     """Run it; gives the report."""
     (out.parent / "words.txt").write_text(text())
     sizes = ("--length", LENGTH, "--sequences", SEQUENCES, "--no-special")
-    said = run("calibrate", folder, "--text", out.parent / "words.txt", *sizes, "-o", out, "--json", *words)
-    assert said.code == 0, said.err
+    said = ok("calibrate", folder, "--text", out.parent / "words.txt", *sizes, "-o", out, "--json", *words)
     return json.loads(said.out)
 
 

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sparseprune import ShapeMismatchError, SparsityError, keep_masked, load_masks, parameter_masks
+from tests.commands import ok, run
 from tests.families.models import DECODER, build
-from tests.samples import run
 
 pytestmark = pytest.mark.usefixtures("quiet_transformers")
 
@@ -51,7 +51,7 @@ def test_a_trained_model_is_as_sparse_as_its_checkpoint(
     torch.manual_seed(0)
     model = build(family)
     model.save_pretrained(tmp_path / "dense")
-    assert run("mask", tmp_path / "dense", spec, "-o", tmp_path / "masks", "-q").code == 0
+    ok("mask", tmp_path / "dense", spec, "-o", tmp_path / "masks", "-q")
     model = type(model).from_pretrained(tmp_path / "dense").train()
     parameters = dict(model.named_parameters())
     masks = load_masks(tmp_path / "masks")
@@ -69,13 +69,13 @@ def test_a_trained_model_is_as_sparse_as_its_checkpoint(
         assert bits_where_pruned(parameters[name], mask) == 0
         assert not torch.equal(parameters[name].detach()[mask], before[name][mask])
     model.save_pretrained(tmp_path / "tuned")
-    assert run("verify", tmp_path / "tuned", spec, "-q").code == 0
-    assert run("verify", tmp_path / "tuned", "--masks", tmp_path / "masks", "-q").code == 0
+    ok("verify", tmp_path / "tuned", spec, "-q")
+    ok("verify", tmp_path / "tuned", "--masks", tmp_path / "masks", "-q")
 
 
 def test_without_it_training_breaks_the_pattern(tmp_path: Path) -> None:
     build("llama").save_pretrained(tmp_path / "dense")
-    assert run("apply", tmp_path / "dense", "2of4", "-o", tmp_path / "half", "-q").code == 0
+    ok("apply", tmp_path / "dense", "2of4", "-o", tmp_path / "half", "-q")
     import transformers
 
     model = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "half").train()
@@ -357,13 +357,8 @@ def test_tied_weights_keep_what_all_of_their_masks_keep() -> None:
     found = parameter_masks(family, {"lm_head.weight": one, "model.embed_tokens.weight": ~one})
     assert {name: int(mask.sum()) for name, mask in found.items()} == {"model.embed_tokens.weight": 0}
     sizes: dict[str, Any] = {
-        "vocab_size": 16,
-        "d_model": 8,
-        "d_kv": 4,
-        "d_ff": 8,
-        "num_layers": 1,
-        "num_heads": 2,
-    }
+        "vocab_size": 16, "d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2,
+    }  # fmt: skip
     two_names: Any = transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes))
     assert two_names.shared.weight is two_names.encoder.embed_tokens.weight
     two_names.lm_head.weight = two_names.shared.weight

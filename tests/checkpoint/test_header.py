@@ -207,24 +207,11 @@ def broken(faults: set[str]) -> bytes:
 
 # As the docstring of read_header tells it.
 ORDER = [
-    "a GGUF file",
-    "more than the 100000000",
-    "reaches beyond",
-    "does not begin",
-    "not UTF-8",
-    "stands twice",
-    "not JSON",
-    "is null, wanted an object",
-    "no 'dtype'",
-    "nested too deeply",
-    "unknown dtype",
-    "has the shape",
-    "has the data_offsets",
-    "leaves a gap",
-    "needs 2 bytes",
-    "truncated",
+    "a GGUF file", "more than the 100000000", "reaches beyond", "does not begin", "not UTF-8", "stands twice",
+    "not JSON", "is null, wanted an object", "no 'dtype'", "nested too deeply", "unknown dtype",
+    "has the shape", "has the data_offsets", "leaves a gap", "needs 2 bytes", "truncated",
     "wanted an object of strings",
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("first", range(len(ORDER)), ids=ORDER)

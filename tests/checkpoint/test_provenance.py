@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from sparseprune.checkpoint import Provenance, open_masks
 from sparseprune.checkpoint.masks import provenance_of
 from sparseprune.errors import CheckpointError
-from tests.samples import TWO_OF_FOUR, mlp_tensors, run, write_shards, write_spec
+from tests.commands import ok
+from tests.samples import TWO_OF_FOUR, mlp_tensors, write_shards, write_spec
 
 MATRICES = {name for name in mlp_tensors() if name.endswith("weight")}
 REPORT = {"schema": "sparseprune.report.v1", "tensors": [{"name": "a"}]}
@@ -35,8 +36,8 @@ def test_the_output_of_a_directory_tells_tensors_variables_and_spec(tmp_path: Pa
     text = "[vars]\nkeep = 2\n" + TWO_OF_FOUR.replace("nnz = 2", 'nnz = "keep"')
     text = "version = 1\n" + text.replace("version = 1\n", "")
     spec = write_spec(tmp_path, text)
-    assert run("apply", ckpt, spec, "--set", "keep=1", "-o", tmp_path / "out").code == 0
-    assert run("mask", ckpt, spec, "-o", tmp_path / "alone").code == 0
+    ok("apply", ckpt, spec, "--set", "keep=1", "-o", tmp_path / "out")
+    ok("mask", ckpt, spec, "-o", tmp_path / "alone")
     for path in (tmp_path / "out", tmp_path / "out" / "sparseprune"):
         origin = found(path)
         assert origin is not None
@@ -52,8 +53,8 @@ def test_the_output_of_a_directory_tells_tensors_variables_and_spec(tmp_path: Pa
 def test_the_output_of_a_file_tells_tensors(tmp_path: Path) -> None:
     save_file(mlp_tensors(), tmp_path / "m.safetensors")
     spec = write_spec(tmp_path, TWO_OF_FOUR)
-    assert run("apply", tmp_path / "m.safetensors", spec).code == 0
-    assert run("mask", tmp_path / "m.safetensors", spec).code == 0
+    ok("apply", tmp_path / "m.safetensors", spec)
+    ok("mask", tmp_path / "m.safetensors", spec)
     for masks, report in {
         "m.pruned": "m.pruned.report",
         "m.pruned.masks": "m.pruned.report",

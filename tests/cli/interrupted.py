@@ -373,7 +373,8 @@ def _load() -> None:
     import rich.live  # noqa: F401
 
     from sparseprune.cli import app as application
-    from tests.samples import CHANNELS, COMMAND, TWO_OF_FOUR, mlp_tensors, run, write_shards, write_spec
+    from tests.commands import COMMAND, run
+    from tests.samples import CHANNELS, TWO_OF_FOUR, mlp_tensors, write_shards, write_spec
 
     setattr(application, "app", COMMAND)  # noqa: B010  (no fork has to make it)
     with tempfile.TemporaryDirectory() as name:

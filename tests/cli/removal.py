@@ -13,21 +13,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.checkpoint.files import content
-from tests.samples import Said, run
+from tests.commands import Said, ok
 
 Tensors = dict[str, torch.Tensor]
 HIDDEN, WIDTH, VOCABULARY, EXPERTS = 8, 16, 12, 4
 LLAMA = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": HIDDEN,
-    "intermediate_size": WIDTH,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "rms_norm_eps": 1e-05,
-    "vocab_size": VOCABULARY,
-}
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": HIDDEN,
+    "intermediate_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-05, "vocab_size": VOCABULARY,
+}  # fmt: skip
 MIXTRAL = {**LLAMA, "model_type": "mixtral", "num_local_experts": EXPERTS, "num_experts_per_tok": 2}
 MIXTRAL["architectures"] = ["MixtralForCausalLM"]
 UP = "model.layers.0.mlp.up_proj.weight"
@@ -228,9 +222,7 @@ def rows_of(tensor: torch.Tensor, dim: int, rows: list[int]) -> torch.Tensor:
 
 
 def removed(*words: object) -> Said:
-    said = run("remove", *words)
-    assert said.code == 0, said.err
-    return said
+    return ok("remove", *words)
 
 
 def weights(folder: Path) -> dict[str, bytes]:

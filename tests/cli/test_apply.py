@@ -12,21 +12,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import sparseprune
+from tests.commands import ok, run, schema, valid
 from tests.limits import narrow
-from tests.samples import CHANNELS, TWO_OF_FOUR, mlp_tensors, run, schema, write_shards, write_spec
+from tests.samples import CHANNELS, TWO_OF_FOUR, mlp_tensors, write_shards, write_spec
 
 DTYPES = [
-    torch.float64,
-    torch.float32,
-    torch.float16,
-    torch.bfloat16,
-    torch.float8_e4m3fn,
-    torch.float8_e5m2,
-    torch.int8,
-    torch.int16,
-    torch.int32,
-    torch.int64,
-]
+    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2,
+    torch.int8, torch.int16, torch.int32, torch.int64,
+]  # fmt: skip
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
@@ -48,8 +41,7 @@ def two_of_four(tensor: torch.Tensor) -> torch.Tensor:
 def test_a_file_is_pruned_beside_itself(tmp_path: Path, dtype: torch.dtype) -> None:
     tensors = {name: (tensor * 9).to(dtype) for name, tensor in mlp_tensors().items()}
     save_file(tensors, tmp_path / "m.safetensors", metadata={"made": "here"})
-    said = run("apply", tmp_path / "m.safetensors", write_spec(tmp_path, TWO_OF_FOUR))
-    assert said.code == 0, said.err
+    said = ok("apply", tmp_path / "m.safetensors", write_spec(tmp_path, TWO_OF_FOUR))
     assert said.out == f"{tmp_path / 'm.pruned.safetensors'}\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "m.pruned.masks.safetensors",
@@ -75,7 +67,7 @@ def test_a_file_is_pruned_beside_itself(tmp_path: Path, dtype: torch.dtype) -> N
 
 def test_the_bytes_outside_the_pruned_tensors_are_the_same(tmp_path: Path) -> None:
     save_file(mlp_tensors(), tmp_path / "m.safetensors")
-    assert run("apply", tmp_path / "m.safetensors", write_spec(tmp_path, TWO_OF_FOUR)).code == 0
+    ok("apply", tmp_path / "m.safetensors", write_spec(tmp_path, TWO_OF_FOUR))
     dense = (tmp_path / "m.safetensors").read_bytes()
     pruned = (tmp_path / "m.pruned.safetensors").read_bytes()
     header = 8 + int.from_bytes(dense[:8], "little")
@@ -104,8 +96,7 @@ def sharded(tmp_path: Path) -> Path:
 
 
 def test_a_coupling_across_shards_zeroes_channels_in_all_members(tmp_path: Path, sharded: Path) -> None:
-    said = run("apply", sharded, write_spec(tmp_path, CHANNELS))
-    assert said.code == 0, said.err
+    said = ok("apply", sharded, write_spec(tmp_path, CHANNELS))
     output = tmp_path / "ckpt-pruned"
     assert said.out == f"{output}\n"
     first, third = "model-00001-of-00003.safetensors", "model-00003-of-00003.safetensors"
@@ -121,7 +112,7 @@ def test_a_coupling_across_shards_zeroes_channels_in_all_members(tmp_path: Path,
 
 
 def test_a_sharded_directory_keeps_its_form(tmp_path: Path, sharded: Path) -> None:
-    assert run("apply", sharded, write_spec(tmp_path, CHANNELS)).code == 0
+    ok("apply", sharded, write_spec(tmp_path, CHANNELS))
     output = tmp_path / "ckpt-pruned"
     names = {str(path.relative_to(sharded)) for path in sharded.rglob("*") if path.is_file()}
     added = {str(path.relative_to(output)) for path in output.rglob("*") if path.is_file()} - names
@@ -141,8 +132,7 @@ def test_a_sharded_directory_keeps_its_form(tmp_path: Path, sharded: Path) -> No
 
 def test_report_says_what_was_written(tmp_path: Path, sharded: Path) -> None:
     said = run("apply", sharded, write_spec(tmp_path, CHANNELS), "--json", "-q")
-    document = json.loads(said.out)
-    jsonschema.validate(document, schema("report"))
+    document = valid(said.out, "report")
     assert said.err == ""
     output = tmp_path / "ckpt-pruned"
     assert json.loads((output / "sparseprune/report.json").read_text()) == document
@@ -172,7 +162,7 @@ def test_report_says_what_was_written(tmp_path: Path, sharded: Path) -> None:
 def test_packed_masks_say_the_same_as_bool_ones(tmp_path: Path, command: str, sharded: Path) -> None:
     spec = write_spec(tmp_path, CHANNELS)
     for form in ("bool", "packed"):
-        assert run(command, sharded, spec, "--mask-format", form, "-o", tmp_path / form).code == 0
+        ok(command, sharded, spec, "--mask-format", form, "-o", tmp_path / form)
     plain, packed = sparseprune.load_masks(tmp_path / "bool"), sparseprune.load_masks(tmp_path / "packed")
     assert plain.keys() == packed.keys()
     assert all(torch.equal(plain[name], packed[name]) for name in plain)
@@ -183,7 +173,7 @@ def test_packed_masks_say_the_same_as_bool_ones(tmp_path: Path, command: str, sh
 
 
 def test_no_masks_writes_none(tmp_path: Path, sharded: Path) -> None:
-    assert run("apply", sharded, write_spec(tmp_path, CHANNELS), "--no-masks").code == 0
+    ok("apply", sharded, write_spec(tmp_path, CHANNELS), "--no-masks")
     assert sorted(path.name for path in (tmp_path / "ckpt-pruned/sparseprune").iterdir()) == [
         "report.json",
         "spec.toml",
@@ -201,7 +191,7 @@ def test_mask_writes_masks_alone_and_they_are_those_of_apply(tmp_path: Path, sha
         "report.json",
         "spec.toml",
     ]
-    assert run("apply", sharded, spec).code == 0
+    ok("apply", sharded, spec)
     alone, beside = (
         sparseprune.load_masks(tmp_path / "ckpt-masks"),
         sparseprune.load_masks(tmp_path / "ckpt-pruned"),
@@ -211,7 +201,7 @@ def test_mask_writes_masks_alone_and_they_are_those_of_apply(tmp_path: Path, sha
 
 def test_mask_of_a_file_lies_beside_it(tmp_path: Path) -> None:
     save_file(mlp_tensors(), tmp_path / "m.safetensors")
-    assert run("mask", tmp_path / "m.safetensors", write_spec(tmp_path, TWO_OF_FOUR)).code == 0
+    ok("mask", tmp_path / "m.safetensors", write_spec(tmp_path, TWO_OF_FOUR))
     assert {path.name for path in tmp_path.iterdir()} >= {"m.masks.safetensors", "m.masks.report.json"}
     assert not (tmp_path / "m.pruned.safetensors").exists()
 
@@ -221,7 +211,7 @@ def test_threshold_keeps_what_reaches_it(tmp_path: Path, threshold: float) -> No
     tensors = mlp_tensors()
     save_file(tensors, tmp_path / "m.safetensors")
     spec = TWO_OF_FOUR.replace("nnz = 2", f"threshold = {threshold}")
-    assert run("apply", tmp_path / "m.safetensors", write_spec(tmp_path, spec)).code == 0
+    ok("apply", tmp_path / "m.safetensors", write_spec(tmp_path, spec))
     pruned = load_file(tmp_path / "m.pruned.safetensors")
     for name in ("0.up.weight", "1.down.weight"):
         kept = torch.where(tensors[name].abs() >= threshold, tensors[name], 0.0)
@@ -237,16 +227,10 @@ def test_global_budget_takes_from_each_tensor_what_it_must(tmp_path: Path) -> No
     save_file(tensors, tmp_path / "m.safetensors")
     spec = """
 version = 1
-[scope.all]
-tensors = "{layer}.{name}.weight"
-block = [1, 1]
-shape = [-1, -1]
-[scope_coupling.model]
-scopes = ["all"]
-across = "all"
-sparsity = 0.75
+scope.all = { tensors = "{layer}.{name}.weight", block = [1, 1], shape = [-1, -1] }
+scope_coupling.model = { scopes = ["all"], across = "all", sparsity = 0.75 }
 """
-    assert run("apply", tmp_path / "m.safetensors", write_spec(tmp_path, spec)).code == 0
+    ok("apply", tmp_path / "m.safetensors", write_spec(tmp_path, spec))
     pruned = load_file(tmp_path / "m.pruned.safetensors")
     assert int(pruned["0.big.weight"].count_nonzero()) == 16
     assert pruned["0.big.weight"].flatten()[:16].all()  # among equals the lower index is kept
@@ -257,18 +241,18 @@ def test_output_is_the_same_whatever_the_jobs_and_slabs(
     tmp_path: Path, sharded: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec = write_spec(tmp_path, TWO_OF_FOUR)
-    assert run("apply", sharded, spec, "--jobs", 1, "-o", tmp_path / "one").code == 0
+    ok("apply", sharded, spec, "--jobs", 1, "-o", tmp_path / "one")
     narrow(monkeypatch, 64, tile=64)
-    assert run("apply", sharded, spec, "--jobs", 4, "-o", tmp_path / "four").code == 0
+    ok("apply", sharded, spec, "--jobs", 4, "-o", tmp_path / "four")
     for path in (tmp_path / "one").rglob("*.safetensors"):
         assert path.read_bytes() == (tmp_path / "four" / path.relative_to(tmp_path / "one")).read_bytes()
 
 
 def test_force_replaces_an_output(tmp_path: Path, sharded: Path) -> None:
     spec = write_spec(tmp_path, CHANNELS)
-    assert run("apply", sharded, spec).code == 0
+    ok("apply", sharded, spec)
     (tmp_path / "ckpt-pruned/left-over").touch()
-    assert run("apply", sharded, spec, "--force", "--no-masks").code == 0
+    ok("apply", sharded, spec, "--force", "--no-masks")
     assert not (tmp_path / "ckpt-pruned/left-over").exists()
 
 
@@ -288,22 +272,15 @@ def test_summary_on_stderr_counts_rules_and_elements(tmp_path: Path, sharded: Pa
 def test_verbose_tells_about_every_tensor(tmp_path: Path, sharded: Path) -> None:
     said = run("apply", sharded, write_spec(tmp_path, CHANNELS), "-v")
     assert [line.split()[0] for line in said.err.splitlines()[1:7]] == [
-        "0.up.bias",
-        "0.up.weight",
-        "1.up.bias",
-        "1.up.weight",
-        "0.down.weight",
-        "1.down.weight",
-    ]
+        "0.up.bias", "0.up.weight", "1.up.bias", "1.up.weight", "0.down.weight", "1.down.weight",
+    ]  # fmt: skip
 
 
 def test_what_was_set_stands_in_the_report_and_above_the_spec(tmp_path: Path, sharded: Path) -> None:
     spec = "[vars]\nshare = 0.25\n".join(["version = 1\n", CHANNELS.replace("version = 1", "")])
     spec = spec.replace("sparsity = 0.25", 'sparsity = "share"')
-    said = run("apply", sharded, write_spec(tmp_path, spec), "--set", "share=0.5", "--json", "-q")
-    assert said.code == 0, said.err
-    document = json.loads(said.out)
-    jsonschema.validate(document, schema("report"))
+    said = ok("apply", sharded, write_spec(tmp_path, spec), "--set", "share=0.5", "--json", "-q")
+    document = valid(said.out, "report")
     assert document["set"] == {"share": "0.5"}
     assert document["rules"][0]["nnz"] == 8
     applied = (tmp_path / "ckpt-pruned/sparseprune/spec.toml").read_text()
@@ -315,9 +292,7 @@ def test_cuda_gives_the_bytes_of_the_cpu(tmp_path: Path, sharded: Path) -> None:
     for name, spec in (("elements", TWO_OF_FOUR), ("channels", CHANNELS)):
         path = write_spec(tmp_path, spec)
         for device in ("cpu", "cuda"):
-            assert (
-                run("apply", sharded, path, "--device", device, "-o", tmp_path / f"{name}-{device}").code == 0
-            )
+            ok("apply", sharded, path, "--device", device, "-o", tmp_path / f"{name}-{device}")
         for file in (tmp_path / f"{name}-cpu").rglob("*.safetensors"):
             twin = tmp_path / f"{name}-cuda" / file.relative_to(tmp_path / f"{name}-cpu")
             assert file.read_bytes() == twin.read_bytes()
@@ -325,26 +300,15 @@ def test_cuda_gives_the_bytes_of_the_cpu(tmp_path: Path, sharded: Path) -> None:
 
 HALVES = """
 version = 1
-[scope.upper]
-tensors = "w"
-slice = ["0:4", ":"]
-block = [1, -1]
-shape = [-1]
-nnz = 1
-[scope.lower]
-tensors = "w"
-slice = ["4:8", ":"]
-block = [1, -1]
-shape = [-1]
-nnz = 3
+scope.upper = { tensors = "w", slice = ["0:4", ":"], block = [1, -1], shape = [-1], nnz = 1 }
+scope.lower = { tensors = "w", slice = ["4:8", ":"], block = [1, -1], shape = [-1], nnz = 3 }
 """
 
 
 def test_rules_on_disjoint_parts_of_one_tensor_share_its_mask_and_are_counted_apart(tmp_path: Path) -> None:
     tensor = torch.arange(1.0, 33.0).view(8, 4)
     save_file({"w": tensor}, tmp_path / "m.safetensors")
-    said = run("apply", tmp_path / "m.safetensors", write_spec(tmp_path, HALVES), "--json", "-q")
-    assert said.code == 0, said.err
+    said = ok("apply", tmp_path / "m.safetensors", write_spec(tmp_path, HALVES), "--json", "-q")
     keep = torch.tensor([False, False, False, True, False, True, True, True])[:, None].expand(8, 4)
     assert torch.equal(load_file(tmp_path / "m.pruned.safetensors")["w"], tensor * keep)
     assert torch.equal(sparseprune.load_masks(tmp_path / "m.pruned.masks.safetensors")["w"], keep)

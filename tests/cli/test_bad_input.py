@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,8 +10,9 @@ import torch
 from safetensors.torch import save_file
 
 from sparseprune.errors import MachineError
+from tests.commands import ok, python, refused, run
 from tests.limits import narrow
-from tests.samples import CHANNELS, TWO_OF_FOUR, mlp_tensors, run, write_spec
+from tests.samples import CHANNELS, TWO_OF_FOUR, mlp_tensors, write_spec
 
 Damage = "Callable[[Path], object]"
 
@@ -92,8 +91,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(folder: Path, command: str, na
         (folder / "m.pruned.safetensors").rename(folder / "m.masks.safetensors")
         text = "m.masks.safetensors"
     before = contents(folder)
-    said = run(command, folder / "m.safetensors", folder / "spec.toml")
-    assert (said.code, said.out) == (2, "")
+    said = refused(command, folder / "m.safetensors", folder / "spec.toml")
     assert text in said.err
     assert len(said.err.splitlines()) == 1, said.err
     assert said.err.startswith("sparseprune: ")
@@ -101,14 +99,13 @@ def test_bad_input_is_one_line_and_leaves_nothing(folder: Path, command: str, na
 
 
 def test_the_undamaged_neighbour_of_every_case_succeeds(folder: Path) -> None:
-    assert run("apply", folder / "m.safetensors", folder / "spec.toml").code == 0
-    assert run("mask", folder / "m.safetensors", folder / "spec.toml").code == 0
+    ok("apply", folder / "m.safetensors", folder / "spec.toml")
+    ok("mask", folder / "m.safetensors", folder / "spec.toml")
 
 
 def test_every_problem_of_a_spec_is_told_at_once(folder: Path) -> None:
     spec = write_spec(folder, TWO_OF_FOUR.replace("shape", "shap").replace("nnz", "nzn"))
-    said = run("apply", folder / "m.safetensors", spec)
-    assert said.code == 2
+    said = refused("apply", folder / "m.safetensors", spec)
     assert len(said.err.splitlines()) >= 2
     assert "[scope.proj] shap: unknown key" in said.err
     assert "[scope.proj] nzn: unknown key" in said.err
@@ -126,8 +123,7 @@ def test_nan_place_counts_from_the_whole_tensor_also_in_a_later_slab(
 def test_output_equal_to_the_input_is_refused_even_with_force(folder: Path) -> None:
     before = contents(folder)
     path = folder / "m.safetensors"
-    said = run("apply", path, folder / "spec.toml", "-o", path, "--force")
-    assert (said.code, said.out) == (2, "")
+    said = refused("apply", path, folder / "spec.toml", "-o", path, "--force")
     assert "input" in said.err
     assert contents(folder) == before
 
@@ -142,8 +138,7 @@ def test_output_equal_to_the_input_is_refused_even_with_force(folder: Path) -> N
 )
 def test_device_that_is_not_there_is_a_clear_error(folder: Path, device: str, text: str) -> None:
     before = contents(folder)
-    said = run("apply", folder / "m.safetensors", folder / "spec.toml", "--device", device)
-    assert said.code == 2
+    said = refused("apply", folder / "m.safetensors", folder / "spec.toml", "--device", device)
     assert text in said.err
     assert contents(folder) == before
 
@@ -194,25 +189,16 @@ def test_a_bug_keeps_its_traceback_and_leaves_nothing(folder: Path, monkeypatch:
 
 
 def test_debug_shows_the_traceback_and_changes_no_exit_code(folder: Path) -> None:
-    words = ["apply", folder / "absent.safetensors", folder / "spec.toml"]
-    done = [
-        subprocess.run(
-            [sys.executable, "-m", "sparseprune", *map(str, words), *more],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        for more in ([], ["--debug"])
-    ]
-    assert done[0].returncode == done[1].returncode == 2
-    assert "Traceback" not in done[0].stderr
-    assert "Traceback" in done[1].stderr
+    words = ("-m", "sparseprune", "apply", folder / "absent.safetensors", folder / "spec.toml")
+    plain, debug = python(*words), python(*words, "--debug")
+    assert plain.returncode == debug.returncode == 2
+    assert "Traceback" not in plain.stderr
+    assert "Traceback" in debug.stderr
 
 
 @pytest.mark.parametrize("words", [["apply"], ["apply", "x", "y", "--no-such"], ["prune"], ["inspect"]])
 def test_wrong_use_is_exit_code_2(words: list[str]) -> None:
-    said = run(*words)
-    assert (said.code, said.out) == (2, "")
+    said = refused(*words)
     assert said.err
 
 
@@ -220,25 +206,15 @@ def test_nan_place_counts_from_the_whole_tensor_also_in_a_slice(folder: Path) ->
     save_file({"w": nan_at((8, 4), (6, 1))}, folder / "m.safetensors")
     spec = """
 version = 1
-[block.upper]
-tensors = "w"
-slice = ["0:4", ":"]
-shape = [1, -1]
-[block.lower]
-tensors = "w"
-slice = ["4:8", ":"]
-shape = [1, -1]
-[block_coupling.pair]
-blocks = ["upper", "lower"]
-[scope.pairs]
-block = "pair"
-shape = [-1]
-nnz = 2
+block.upper = { tensors = "w", slice = ["0:4", ":"], shape = [1, -1] }
+block.lower = { tensors = "w", slice = ["4:8", ":"], shape = [1, -1] }
+block_coupling.pair = { blocks = ["upper", "lower"] }
+scope.pairs = { block = "pair", shape = [-1], nnz = 2 }
 """
     said = run("apply", folder / "m.safetensors", write_spec(folder, spec))
     assert "w: NaN at [6, 1]" in said.err
     save_file({"w": torch.ones(8, 4)}, folder / "m.safetensors")
-    assert run("apply", folder / "m.safetensors", write_spec(folder, spec)).code == 0
+    ok("apply", folder / "m.safetensors", write_spec(folder, spec))
 
 
 def test_a_folder_that_is_gone_is_named_where_a_relative_path_needs_it(
@@ -250,4 +226,4 @@ def test_a_folder_that_is_gone_is_named_where_a_relative_path_needs_it(
     said = run("apply", folder / "m.safetensors", folder / "spec.toml", "-o", "out.safetensors")
     assert (said.code, said.out) == (3, "")
     assert said.err == "sparseprune: the folder that this runs in is gone; change to one that exists\n"
-    assert run("apply", folder / "m.safetensors", folder / "spec.toml", "-q").code == 0
+    ok("apply", folder / "m.safetensors", folder / "spec.toml", "-q")

@@ -10,7 +10,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -19,8 +18,8 @@ from sparseprune.checkpoint import open_statistics, statistics
 from sparseprune.cli import signals
 from sparseprune.errors import SparsepruneError
 from tests.calibration.models import albert, save, save_family, t5, text
+from tests.commands import Said, ok, refused, run, valid
 from tests.families.models import HIDDEN
-from tests.samples import Said, run, schema
 
 pytestmark = pytest.mark.usefixtures("quiet_transformers")
 
@@ -86,8 +85,7 @@ def test_something_is_told_before_libraries_are_loaded(
 
 def test_the_report_has_its_schema_and_is_what_json_prints(home: Path, tmp_path: Path) -> None:
     said = calibrate(home, "mixtral", tmp_path / "stats", "--json", "-q")
-    report = json.loads(said.out)
-    jsonschema.validate(report, schema("statistics"))
+    report = valid(said.out, "statistics")
     assert json.loads((tmp_path / "stats/sparseprune/report.json").read_text()) == report
     (shared,) = (one for one in report["matrices"] if one["name"].endswith("0.self_attn.q_proj.weight"))
     assert shared["weights"] == {f"model.layers.0.self_attn.{name}_proj.weight": 1 for name in "qkv"}
@@ -122,7 +120,7 @@ def test_passes_memory_and_shards_do_not_show_in_what_is_written(
 def test_a_stack_is_cut_between_its_experts(home: Path, tmp_path: Path) -> None:
     save_family("gpt_oss", tmp_path / "model")
     arguments = (tmp_path / "model", "--text", home / "words.txt", *SIZES)
-    assert run("calibrate", *arguments, "-o", tmp_path / "one", "-q").code == 0
+    ok("calibrate", *arguments, "-o", tmp_path / "one", "-q")
     one = written(tmp_path / "one")
     (stack,) = (name for name in one if "layers.0.mlp.experts.down" in name)
     assert one[stack].ndim == 3
@@ -168,17 +166,14 @@ def test_lines_of_json_are_documents(home: Path, tmp_path: Path) -> None:
     (tmp_path / "words.jsonl").write_text("\n\n".join(lines) + "\n")
     calibrate(home, "llama", tmp_path / "plain", "-q")
     arguments = (home / "llama", "--text", tmp_path / "words.jsonl", "--field", "body", *SIZES)
-    assert run("calibrate", *arguments, "-o", tmp_path / "lines", "-q").code == 0
+    ok("calibrate", *arguments, "-o", tmp_path / "lines", "-q")
     plain, lined = written(tmp_path / "plain"), written(tmp_path / "lines")
     assert all(torch.equal(plain[name], lined[name]) for name in plain)
 
 
 def test_weights_in_bf16_are_run_as_they_are(home: Path, tmp_path: Path) -> None:
     save_family("llama", tmp_path / "model", torch.bfloat16)
-    said = run(
-        "calibrate", tmp_path / "model", "--text", home / "words.txt", *SIZES, "-o", tmp_path / "stats"
-    )
-    assert said.code == 0, said.err
+    ok("calibrate", tmp_path / "model", "--text", home / "words.txt", *SIZES, "-o", tmp_path / "stats")
     assert {one.dtype for one in written(tmp_path / "stats").values()} == {torch.float32}
 
 
@@ -225,8 +220,7 @@ def test_text_reaches_encoders_decoders_and_the_text_side_of_models_with_picture
 ) -> None:
     save(other_models()[name](), tmp_path / "model")
     arguments = (tmp_path / "model", "--text", home / "words.txt", *SIZES, "-o", tmp_path / "stats")
-    said = run("calibrate", *arguments, "--json")
-    assert said.code == 0, said.err
+    said = ok("calibrate", *arguments, "--json")
     found = open_statistics(tmp_path / "stats").of
     assert with_statistics in found
     assert without in [one["name"] for one in json.loads(said.out)["without"]]
@@ -304,10 +298,9 @@ def test_a_model_that_takes_more_than_text_is_told(home: Path, tmp_path: Path) -
     ends = {"decoder_start_token_id": 1, "bos_token_id": 1, "eos_token_id": 2}
     kind: Any = transformers.WhisperForConditionalGeneration
     save(kind(config(**small, **heads, **ends)), tmp_path / "model")
-    said = run(
+    said = refused(
         "calibrate", tmp_path / "model", "--text", home / "words.txt", *SIZES, "-o", tmp_path / "stats"
     )
-    assert said.code == 2
     assert "the model cannot be run over 16 tokens of text alone: " in said.err
     assert len(told(said)) == 1
 
@@ -330,10 +323,9 @@ def test_what_is_not_finite_leaves_nothing(home: Path, tmp_path: Path) -> None:
     tensors = load_file(tmp_path / "model/model.safetensors")
     tensors["model.layers.0.mlp.up_proj.weight"][3, 4] = float("inf")
     save_file(tensors, tmp_path / "model/model.safetensors", metadata={"format": "pt"})
-    said = run(
+    said = refused(
         "calibrate", tmp_path / "model", "--text", home / "words.txt", *SIZES, "-o", tmp_path / "stats"
     )
-    assert said.code == 2
     assert "model.layers.0.mlp.down_proj.weight: some of its inputs are not finite" in said.err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 
@@ -407,8 +399,7 @@ def test_bad_input_gets_one_line(  # noqa: C901, PLR0912  (a table of cases)
                 save_file(whole, model / "model.safetensors", metadata={"format": "pt"})
         case "unknown model":
             (model / "config.json").write_text('{"model_type": "unheard_of", "architectures": ["None"]}')
-    said = run("calibrate", checkpoint, "--text", words_file, *SIZES, "-o", tmp_path / "stats", *words)
-    assert said.code == 2, said.err
+    said = refused("calibrate", checkpoint, "--text", words_file, *SIZES, "-o", tmp_path / "stats", *words)
     assert said.out == ""
     assert line in said.err
     assert len(told(said)) == 1

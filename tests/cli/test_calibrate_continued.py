@@ -18,7 +18,7 @@ from torch import Tensor
 from sparseprune.calibration import collecting, loading
 from sparseprune.checkpoint import StagedOutput
 from tests.calibration.models import albert, save, save_family, text
-from tests.samples import Said, run
+from tests.commands import Said, run
 
 SEQUENCES, LENGTH = 5, 12
 SOME_MATRICES = 8 * 4 * 48 * 48  # bytes of moments: not enough for all in one pass

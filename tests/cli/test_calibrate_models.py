@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.calibration.models import WORDS, save, save_family, text, tokenizer
-from tests.samples import Said, run
+from tests.commands import Said, ok, run
 
 TEMPLATE = "{% for one in messages %}{{ one.role }} {{ one.content }} w9 {% endfor %}"
 
@@ -61,23 +61,13 @@ def statistics(model: Path) -> bytes:
 
 
 MUTATIONS: list[tuple[str, str, Any]] = [
-    ("llama", "hidden_size", 2.5),
-    ("llama", "hidden_size", None),
-    ("llama", "num_attention_heads", 0),
-    ("llama", "num_hidden_layers", "two"),
-    ("llama", "num_hidden_layers", 10**9),
-    ("llama", "vocab_size", 10**12),
-    ("llama", "num_labels", 10**9),
-    ("llama", "architectures", 5),
-    ("llama", "hidden_act", []),
-    ("llama", "rope_parameters", "x"),
-    ("llama", "model_type", [1]),
-    ("bert", "max_position_embeddings", 10**12),
-    ("bert", "intermediate_size", -1),
-    ("bert", "pad_token_id", "x"),
-    ("bert", "num_hidden_layers", 1e300),
-    ("bert", "layer_norm_eps", None),
-]
+    ("llama", "hidden_size", 2.5), ("llama", "hidden_size", None), ("llama", "num_attention_heads", 0),
+    ("llama", "num_hidden_layers", "two"), ("llama", "num_hidden_layers", 10**9),
+    ("llama", "vocab_size", 10**12), ("llama", "num_labels", 10**9), ("llama", "architectures", 5),
+    ("llama", "hidden_act", []), ("llama", "rope_parameters", "x"), ("llama", "model_type", [1]),
+    ("bert", "max_position_embeddings", 10**12), ("bert", "intermediate_size", -1),
+    ("bert", "pad_token_id", "x"), ("bert", "num_hidden_layers", 1e300), ("bert", "layer_norm_eps", None),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("model", "key", "value"), MUTATIONS)
@@ -208,8 +198,7 @@ def test_the_default_length_is_one_that_positions_suffice_for(name: str, tmp_pat
     unlimited.model_max_length = int(1e30)
     unlimited.save_pretrained(model)
     (tmp_path / "words.txt").write_text(text())
-    said = run("calibrate", model, "--text", tmp_path / "words.txt", "-o", tmp_path / "out", "-q", "--json")
-    assert said.code == 0, said.err
+    said = ok("calibrate", model, "--text", tmp_path / "words.txt", "-o", tmp_path / "out", "-q", "--json")
     assert json.loads(said.out)["length"] == 32
     said = calibrate(model, "--length", 33)
     assert (said.code, said.err) == (2, "sparseprune: --length 33: the model takes 32 tokens at most\n")
@@ -288,8 +277,7 @@ def test_messages_are_text_as_the_chat_template_writes_it(
         assert calibrate(model, "--force").code == 0
         expected = statistics(model)
         arguments = ("--text", tmp_path / "chats.json", "--length", 16, "--sequences", 5, "--force")
-        said = run("calibrate", model, *arguments, "-o", tmp_path / "model-out")
-        assert said.code == 0, said.err
+        said = ok("calibrate", model, *arguments, "-o", tmp_path / "model-out")
         assert statistics(model) == expected
         assert ('no chat template: messages are read as "role: content" lines' in said.err) == (not template)
 
@@ -366,6 +354,5 @@ def test_a_huge_number_of_sequences_is_as_many_as_the_text_has(home: Path, tmp_p
     (tmp_path / "words.txt").write_text(" ".join(WORDS))
     model = copied(home, "llama", tmp_path / "model")
     arguments = ("--length", 16, "--sequences", 10**18, "--text", tmp_path / "words.txt")
-    said = run("calibrate", model, *arguments, "-o", tmp_path / "out")
-    assert said.code == 0, said.err
+    said = ok("calibrate", model, *arguments, "-o", tmp_path / "out")
     assert f"the text has 3 sequences, fewer than the {10**18} asked for" in said.err

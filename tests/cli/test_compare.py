@@ -5,19 +5,17 @@ from __future__ import annotations
 import csv
 import io
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import pytest
 import torch
 from rich.cells import cell_len
 from safetensors.torch import save_file
 
 from sparseprune.checkpoint import lay_out
-from tests.samples import TWO_OF_FOUR, mlp_tensors, run, schema, write_shards, write_spec
+from tests.commands import loaded, ok, refused, run, silent, valid
+from tests.samples import TWO_OF_FOUR, mlp_tensors, write_shards, write_spec
 
 ODD_NAME = "[red]a\n\N{CJK UNIFIED IDEOGRAPH-5BBD}.weight"
 
@@ -57,16 +55,14 @@ def words_of(text: str) -> list[list[str]]:
 
 
 def document_of(*words: object) -> dict[str, Any]:
-    document: dict[str, Any] = json.loads(run("compare", *words, "--json").out)
-    jsonschema.validate(document, schema("compare"))
+    document: dict[str, Any] = valid(run("compare", *words, "--json").out, "compare")
     return document
 
 
 def test_nothing_in_common_is_said_and_no_sparsity(tmp_path: Path) -> None:
     one = saved(tmp_path / "one.safetensors", {"a": torch.zeros(2), "b": torch.ones(2)})
     other = saved(tmp_path / "other.safetensors", {"b": torch.ones(3)})
-    said = run("compare", one, other)
-    assert (said.code, said.err) == (0, "")
+    said = silent("compare", one, other)
     assert said.out.splitlines() == [
         "nothing to compare: no tensor has its name and shape in both",
         "reshaped: 1 tensor",
@@ -77,8 +73,7 @@ def test_nothing_in_common_is_said_and_no_sparsity(tmp_path: Path) -> None:
 
 
 def test_table_tells_what_changed_and_what_is_odd(dense: Path, pruned: Path) -> None:
-    said = run("compare", dense, pruned)
-    assert (said.code, said.err) == (0, "")
+    said = silent("compare", dense, pruned)
     lines = words_of(said.out)
     document = document_of(dense, pruned)
     entries = {entry["name"]: entry for entry in document["tensors"]}
@@ -116,10 +111,9 @@ def test_an_output_of_apply_has_no_altered_survivor(tmp_path: Path) -> None:
     tensors = mlp_tensors(2, torch.bfloat16)
     shards = {"a.safetensors": {"norm": tensors.pop("norm")}, "b.safetensors": tensors}
     folder = write_shards(tmp_path / "m", shards)
-    assert run("apply", folder, write_spec(tmp_path, TWO_OF_FOUR), "-o", tmp_path / "out", "-q").code == 0
+    ok("apply", folder, write_spec(tmp_path, TWO_OF_FOUR), "-o", tmp_path / "out", "-q")
     report = json.loads((tmp_path / "out" / "sparseprune" / "report.json").read_text())
-    said = run("compare", folder, tmp_path / "out", "--require", "altered==0", "--require", "revived==0")
-    assert said.code == 0
+    said = ok("compare", folder, tmp_path / "out", "--require", "altered==0", "--require", "revived==0")
     assert said.out.splitlines()[-1] == "survivors altered: none"
     entries = {entry["name"]: entry for entry in document_of(folder, tmp_path / "out")["tensors"]}
     for told in report["tensors"]:
@@ -134,8 +128,7 @@ def test_a_checkpoint_does_not_differ_from_itself_or_its_other_shards(tmp_path: 
     last = {"0.up.weight": tensors.pop("0.up.weight")}
     folder = write_shards(tmp_path / "m", {"b.safetensors": last, "a.safetensors": tensors})
     for one, other in ((file, file), (file, folder), (folder, file)):
-        said = run("compare", one, other)
-        assert said.code == 0
+        said = ok("compare", one, other)
         assert said.out.splitlines() == [
             "unchanged: 4 tensors, 280 elements",
             "sparsity: 0.00% before, 0.00% after",
@@ -161,13 +154,8 @@ def test_csv_and_markdown_have_the_rows_of_the_table(dense: Path, pruned: Path) 
 def test_tensors_that_are_named_are_told_also_where_they_did_not_change(dense: Path, pruned: Path) -> None:
     said = run("compare", dense, pruned, "--match", "0.up.*", "--exclude", "gone", "--sort", "numel")
     assert [line[0] for line in words_of(said.out)] == [
-        "tensor",
-        "0.up.bias",
-        "0.up.weight",
-        "total",
-        "sparsity:",
-        "survivors",
-    ]
+        "tensor", "0.up.bias", "0.up.weight", "total", "sparsity:", "survivors",
+    ]  # fmt: skip
     document = document_of(dense, pruned, "--match", "0.up.*")
     assert (document["totals"]["tensors"], document["added"], document["removed"]) == (2, [], [])
     document = document_of(dense, pruned, "--match", "gone", "--match", "new")
@@ -206,7 +194,7 @@ def test_a_requirement_that_fails_is_told_with_its_tensor_after_the_result(dense
         "sparseprune: gone: wanted altered==0, is not in PRUNED",
         "sparseprune: other: wanted altered==0, was 4x2, is 8 in PRUNED",
     ]
-    jsonschema.validate(json.loads(said.out), schema("compare"))
+    valid(said.out, "compare")
 
 
 @pytest.mark.parametrize(
@@ -231,8 +219,7 @@ def test_what_has_no_meaning_is_refused_before_anything_is_read(
     dense: Path, pruned: Path, words: list[str], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sparseprune.execution.compare.compare_checkpoints", None)
-    said = run("compare", dense, pruned, *words)
-    assert (said.code, said.out) == (2, "")
+    said = refused("compare", dense, pruned, *words)
     assert said.err.startswith(f"sparseprune: {message}")
 
 
@@ -240,8 +227,7 @@ def test_what_has_no_meaning_is_refused_before_anything_is_read(
 def test_a_checkpoint_that_is_not_there_is_named(dense: Path, tmp_path: Path, absent: int) -> None:
     paths = [dense, dense]
     paths[absent] = tmp_path / "absent.safetensors"
-    said = run("compare", *paths)
-    assert (said.code, said.out) == (2, "")
+    said = refused("compare", *paths)
     assert said.err == f"sparseprune: {tmp_path / 'absent.safetensors'}: no such file\n"
 
 
@@ -278,18 +264,13 @@ def test_table_fits_the_width_that_it_is_given(
 def test_neither_torch_nor_numba_is_loaded_once_the_loops_are_kept(
     dense: Path, pruned: Path, words: list[str]
 ) -> None:
-    assert run("compare", dense, pruned).code == 0
-    code = (
-        "import sys; from sparseprune.cli import main; sys.argv = ['sparseprune', *sys.argv[1:]]\n"
-        "try: main()\n"
-        "except SystemExit as stop: sys.exit(stop.code or not {'torch', 'numba'}.isdisjoint(sys.modules))"
-    )
-    command = [sys.executable, "-c", code, "compare", str(dense), str(pruned), *words]
-    assert subprocess.run(command, capture_output=True, check=False).returncode == 0
+    ok("compare", dense, pruned)
+    code, libraries = loaded("compare", dense, pruned, *words)
+    assert (code, libraries - {"numpy"}) == (0, set())
 
 
 @pytest.mark.parametrize("form", ["svg", "html"])
 def test_a_picture_is_drawn_of_what_was_found(dense: Path, pruned: Path, tmp_path: Path, form: str) -> None:
     path = tmp_path / f"drawn.{form}"
-    assert run("compare", dense, pruned, "--plot", path).code == 0
+    ok("compare", dense, pruned, "--plot", path)
     assert "retained energy" in path.read_text().lower()

@@ -22,7 +22,7 @@ from sparseprune.cli.app import app
 from sparseprune.cli.console import ended, print_json, print_result, reported, tell, tell_lines
 from sparseprune.errors import MachineError, SparsepruneError, SpecError
 from sparseprune.results.fields import Document
-from tests.samples import run
+from tests.commands import run
 
 # What is raised -> the lines that are said and the exit code.
 CASES: list[tuple[BaseException, list[str], int]] = [

@@ -10,13 +10,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import sparseprune
-from tests.samples import run
+from tests.commands import ok, refused
 
 
 def test_demo_shows_its_commands_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    said = run("demo")
-    assert said.code == 0
+    said = ok("demo")
     commands = [line for line in said.out.splitlines() if line.startswith("$ ")]
     assert commands == [
         "$ sparseprune apply decoder 2of4 -o decoder-half",
@@ -31,7 +30,7 @@ def test_demo_shows_its_commands_and_leaves_nothing(tmp_path: Path, monkeypatch:
 
 def test_demo_keeps_a_folder_and_transformers_loads_what_is_in_it(tmp_path: Path) -> None:
     folder = tmp_path / "demo"
-    assert run("demo", folder).code == 0
+    ok("demo", folder)
     assert sorted(path.name for path in folder.iterdir()) == ["decoder", "decoder-channels", "decoder-half"]
     dense = AutoModelForCausalLM.from_pretrained(folder / "decoder")
     pruned = AutoModelForCausalLM.from_pretrained(folder / "decoder-channels")
@@ -45,6 +44,5 @@ def test_demo_keeps_a_folder_and_transformers_loads_what_is_in_it(tmp_path: Path
 
 
 def test_demo_refuses_a_folder_that_is_there(tmp_path: Path) -> None:
-    said = run("demo", tmp_path)
-    assert said.code == 2
+    said = refused("demo", tmp_path)
     assert said.err == f"sparseprune: {tmp_path}: exists already; name a folder that is not there yet\n"

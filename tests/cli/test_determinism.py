@@ -17,8 +17,9 @@ from sparseprune.execution.passes import Chunk
 from sparseprune.execution.reconstruct import RebuildMatrices
 from sparseprune.execution.regions import regions_at
 from sparseprune.execution.tensor_io import TensorIO
+from tests.commands import ok, run
 from tests.limits import narrow
-from tests.samples import CHANNELS, TWO_OF_FOUR, mlp_tensors, run, write_shards, write_spec
+from tests.samples import CHANNELS, TWO_OF_FOUR, mlp_tensors, write_shards, write_spec
 
 GLOBAL = TWO_OF_FOUR.replace("[1, 4]", "[-1, -1]").replace("nnz = 2", "") + (
     '[scope_coupling.model]\nscopes = ["proj"]\nacross = "all"\nsparsity = 0.5\n'
@@ -77,8 +78,7 @@ def all_digests(folder: Path, monkeypatch: pytest.MonkeyPatch, *words: object) -
         with monkeypatch.context() as patch:
             narrow(patch, slab, tile=max(16, slab))
             out = folder / f"out{number}"
-            said = run(*words, "-o", out, "--jobs", jobs, "--memory", memory, "-q")
-            assert said.code == 0, said.err
+            ok(*words, "-o", out, "--jobs", jobs, "--memory", memory, "-q")
         digests.add(digest(out))
     return digests
 
@@ -97,7 +97,7 @@ def test_every_number_of_jobs_memory_and_cut_gives_one_output(
 def test_reapplying_gives_one_output_too(folder: Path, monkeypatch: pytest.MonkeyPatch, form: str) -> None:
     spec = write_spec(folder, GLOBAL)
     masks = folder / "masks"
-    assert run("mask", folder / "in", spec, "-o", masks, "--mask-format", form, "-q").code == 0
+    ok("mask", folder / "in", spec, "-o", masks, "--mask-format", form, "-q")
     assert len(all_digests(folder, monkeypatch, "reapply", folder / "in", masks)) == 1
 
 
@@ -138,11 +138,11 @@ def test_rebuilt_weights_do_not_depend_on_jobs_nor_on_torchs_threads_nor_on_an_i
     try:
         for jobs, threads in ((1, 4), (2, 1), (3, 3)):
             torch.set_num_threads(threads)  # as OMP_NUM_THREADS or the cores of a machine have it
-            assert run(*words, matrices / str(jobs), "--jobs", jobs).code == 0
+            ok(*words, matrices / str(jobs), "--jobs", jobs)
         with monkeypatch.context() as patch:
             patch.setattr(RebuildMatrices, "work", interrupted_after(3))
             assert run(*words, matrices / "continued", "--jobs", 1).code == 130
-        assert run(*words, matrices / "continued", "--jobs", 2).code == 0
+        ok(*words, matrices / "continued", "--jobs", 2)
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(usual)
@@ -183,7 +183,7 @@ def test_torch_takes_one_thread_wherever_it_works(
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(4)
-        assert run("apply", matrices / "in", path, "-o", matrices / "out", "--jobs", 1, "-q").code == 0
+        ok("apply", matrices / "in", path, "-o", matrices / "out", "--jobs", 1, "-q")
         assert torch.get_num_threads() == 4
     finally:
         torch.set_num_threads(before)
@@ -220,7 +220,7 @@ def test_matrices_of_a_stack_do_not_depend_on_memory_nor_on_each_other(
         with monkeypatch.context() as patch:
             narrow(patch, 1 << 16, memory=memory)
             out = matrices / str(memory)
-            assert run("apply", matrices / "in", spec, "-o", out, "-q").code == 0
+            ok("apply", matrices / "in", spec, "-o", out, "-q")
         found.append(digest(out))
     assert len(set(found)) == 1
 

@@ -6,14 +6,13 @@ import json
 import shutil
 from pathlib import Path
 
-import jsonschema
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from tests.cli.removal import LLAMA, decoder, write
+from tests.commands import ok, run, valid
 from tests.engine.reconstruction.oracle import moments
-from tests.samples import run, schema
 
 SIZE = 32
 BLOCKS = ("[16, 1]", "[1, 8]", 4)
@@ -47,11 +46,9 @@ def dense(folder: Path) -> Path:
 def warned(folder: Path, checkpoint: Path, path: Path, *words: object) -> list[str]:
     """What a run warns of, which is also in its report."""
     out = folder / "out"
-    said = run("apply", checkpoint, path, "-o", out, "--force", "--json", *words)
-    assert said.code == 0, said.err
+    said = ok("apply", checkpoint, path, "-o", out, "--force", "--json", *words)
     lines = [line.split("warning: ")[1] for line in said.err.splitlines() if "warning: " in line]
-    report = json.loads(said.out)
-    jsonschema.validate(report, schema("report"))
+    report = valid(said.out, "report")
     assert [line for line in report["warnings"] if "may break" in line or "breaks" in line] == lines
     return lines
 
@@ -133,8 +130,7 @@ def test_patterns_of_a_file_are_seen_in_some_of_its_rows(tmp_path: Path) -> None
     (tmp_path / "any.toml").write_text(f'{text}score = {{ kind = "random" }}\n')
     for pattern, given in patterns.items():
         save_file({"w0": given, "w9": weights[:0]}, tmp_path / "m.safetensors")
-        said = run("apply", tmp_path / "m.safetensors", tmp_path / "any.toml", "--force")
-        assert said.code == 0, said.err
+        said = ok("apply", tmp_path / "m.safetensors", tmp_path / "any.toml", "--force")
         before, after = (line for line in said.err.splitlines() if "warning: " in line)
         assert f"m.safetensors has {pattern} in w0: this run rebuilds weights there" in before
         rows = load_file(tmp_path / "m.pruned.safetensors")["w0"][:64]  # those that are looked at
@@ -154,14 +150,13 @@ def test_removing_columns_of_two_of_four_counts_what_broke_and_removing_rows_is_
 ) -> None:
     folder = write(tmp_path / "dense", decoder(), LLAMA)
     pruned = tmp_path / "pruned"
-    assert run("apply", folder, "2of4", "-o", pruned, "-q").code == 0
+    ok("apply", folder, "2of4", "-o", pruned, "-q")
     told = "was pruned by its sparseprune/spec.toml (scope.proj: 2 of 4)"
     if not spec_left:
         shutil.rmtree(pruned / "sparseprune")
         told = "has 2:4 zeros"
     out = tmp_path / "out"
-    said = run("remove", pruned, "decoder-mlp-channels", "-o", out, "--json")
-    assert said.code == 0, said.err
+    said = ok("remove", pruned, "decoder-mlp-channels", "-o", out, "--json")
     before, after = (line for line in said.err.splitlines() if "warning: " in line)
     downs = [tensor for name, tensor in load_file(out / "model.safetensors").items() if "down" in name]
     broken = sum(int((down.reshape(-1, 4).ne(0).sum(1) > 2).sum()) for down in downs)
@@ -178,7 +173,7 @@ def test_removing_columns_of_two_of_four_counts_what_broke_and_removing_rows_is_
 def test_removing_what_was_zeroed_is_silent(tmp_path: Path) -> None:
     folder = write(tmp_path / "dense", decoder(), LLAMA)
     zeroed = tmp_path / "zeroed"
-    assert run("apply", folder, "decoder-mlp-channels", "-o", zeroed, "-q").code == 0
+    ok("apply", folder, "decoder-mlp-channels", "-o", zeroed, "-q")
     said = run("remove", zeroed, "decoder-mlp-channels", "-o", tmp_path / "out")
     assert (said.code, "warning: " in said.err) == (0, False)
 
@@ -186,10 +181,16 @@ def test_removing_what_was_zeroed_is_silent(tmp_path: Path) -> None:
 def test_a_width_that_scopes_do_not_divide_any_more_is_told(tmp_path: Path) -> None:
     folder = write(tmp_path / "dense", decoder(), LLAMA)
     pruned = tmp_path / "pruned"
-    assert run("apply", folder, "2of4", "-o", pruned, "-q").code == 0
-    said = run(
-        "remove", pruned, "decoder-mlp-channels", "--set", "sparsity=0.1", "--set", "multiple=1",
-        "-o", tmp_path / "out",
-    )  # fmt: skip
-    assert said.code == 0, said.err
+    ok("apply", folder, "2of4", "-o", pruned, "-q")
+    said = ok(
+        "remove",
+        pruned,
+        "decoder-mlp-channels",
+        "--set",
+        "sparsity=0.1",
+        "--set",
+        "multiple=1",
+        "-o",
+        tmp_path / "out",
+    )
     assert "scope.proj: 2 of 4 no longer fits" in said.err

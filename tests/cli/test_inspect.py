@@ -16,12 +16,12 @@ import sys
 import termios
 from pathlib import Path
 
-import jsonschema
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.samples import TWO_OF_FOUR, mlp_tensors, run, schema, write_shards, write_spec
+from tests.commands import loaded, ok, refused, run, silent, valid
+from tests.samples import TWO_OF_FOUR, mlp_tensors, write_shards, write_spec
 
 
 def patterns_by_hand(tensor: torch.Tensor) -> list[str]:
@@ -70,8 +70,7 @@ def checkpoint(tmp_path: Path) -> Path:
 
 
 def test_json_agrees_with_plain_loops(checkpoint: Path) -> None:
-    document = json.loads(run("inspect", checkpoint, "--json").out)
-    jsonschema.validate(document, schema("inspect"))
+    document = valid(run("inspect", checkpoint, "--json").out, "inspect")
     facts = {entry["name"]: entry for entry in document["tensors"]}
     assert facts.keys() == SAMPLES.keys()
     for name, tensor in SAMPLES.items():
@@ -143,8 +142,7 @@ def test_what_all_tensors_lack_has_no_column(tmp_path: Path) -> None:
 
 def test_names_select_and_a_column_orders(mlp: Path) -> None:
     def names(*words: str) -> list[str]:
-        document = json.loads(run("inspect", mlp, "--json", *words).out)
-        jsonschema.validate(document, schema("inspect"))
+        document = valid(run("inspect", mlp, "--json", *words).out, "inspect")
         assert document["totals"]["tensors"] == len(document["tensors"])
         return [entry["name"] for entry in document["tensors"]]
 
@@ -166,8 +164,7 @@ def test_groups_are_lines_entries_and_rows(mlp: Path) -> None:
         ["norm", "1"],
         ["total", "of"],
     ]
-    document = json.loads(run("inspect", mlp, "--by", "layer", "--sort", "zeros", "--json").out)
-    jsonschema.validate(document, schema("inspect"))
+    document = valid(run("inspect", mlp, "--by", "layer", "--sort", "zeros", "--json").out, "inspect")
     assert [group["name"] for group in document["groups"]] == ["1", "norm", "0"]
     assert len(document["tensors"]) == 7
     rows = list(csv.DictReader(io.StringIO(run("inspect", mlp, "--by", "layer", "--csv").out)))
@@ -199,19 +196,9 @@ def test_csv_has_every_fact_in_full(checkpoint: Path) -> None:
 
 def test_patterns_and_blocks_that_are_asked_for_are_told(mlp: Path) -> None:
     words = (
-        "--pattern",
-        "1:8",
-        "--pattern",
-        "2:4@0",
-        "--pattern",
-        "2:4",
-        "--block",
-        "8x1",
-        "--block",
-        "3x16",
-    )
-    document = json.loads(run("inspect", mlp, "--json", *words).out)
-    jsonschema.validate(document, schema("inspect"))
+        "--pattern", "1:8", "--pattern", "2:4@0", "--pattern", "2:4", "--block", "8x1", "--block", "3x16",
+    )  # fmt: skip
+    document = valid(run("inspect", mlp, "--json", *words).out, "inspect")
     assert list(document["totals"]["patterns"]) == ["1:2", "2:4", "4:8", "1:8", "2:4@0"]
     down = next(entry for entry in document["tensors"] if entry["name"] == "0.down.weight")
     assert down["zero_blocks"]["8x1"] == {"zero": 2, "of": 16}
@@ -222,10 +209,8 @@ def test_verdicts_bring_patterns_along_that_are_not_told(tmp_path: Path) -> None
     weights = {"half": sparse((32, 64), [1, 1, 0, 0], torch.float16), "dense": torch.ones(32, 64).half()}
     filters = sparse((8, 3, 16), [1, 1, 0, 0]).transpose(1, 2).reshape(8, 16, 3, 1).contiguous()
     save_file(weights | {"filters": filters}, tmp_path / "m.safetensors")
-    document = json.loads(
-        run("inspect", tmp_path / "m.safetensors", "--for", "torch-cutlass,asp", "--json").out
-    )
-    jsonschema.validate(document, schema("inspect"))
+    said = ok("inspect", tmp_path / "m.safetensors", "--for", "torch-cutlass,asp", "--json")
+    document = valid(said.out, "inspect")
     found = {
         entry["name"]: [entry["runtimes"][name]["eligible"] for name in ("torch-cutlass", "asp")]
         for entry in document["tensors"]
@@ -244,7 +229,7 @@ def pruned(tmp_path: Path) -> Path:
             "nnz = 2", 'nnz = "kept"'
         ),
     )
-    assert run("apply", tmp_path / "c", spec, "--set", "kept=2", "-q").code == 0
+    ok("apply", tmp_path / "c", spec, "--set", "kept=2", "-q")
     return tmp_path / "c-pruned"
 
 
@@ -259,7 +244,7 @@ def test_rules_are_those_of_the_spec_that_was_applied(pruned: Path, tmp_path: Pa
 
 
 def test_rules_of_a_file_are_those_of_its_report(mlp: Path, tmp_path: Path) -> None:
-    assert run("apply", mlp, write_spec(tmp_path, TWO_OF_FOUR), "-q").code == 0
+    ok("apply", mlp, write_spec(tmp_path, TWO_OF_FOUR), "-q")
     lines = run("inspect", tmp_path / "m.pruned.safetensors", "--by", "rule").out.splitlines()
     assert [line.split()[:2] for line in lines[1:3]] == [["scope.proj", "4"], ["no", "rule"]]
 
@@ -312,8 +297,7 @@ def test_a_tree_sums_up_layers_that_are_alike(pruned: Path) -> None:
     ],
 )
 def test_what_makes_no_sense_is_refused_in_one_line(mlp: Path, words: list[str], text: str) -> None:
-    said = run("inspect", mlp, *words)
-    assert (said.code, said.out) == (2, "")
+    said = refused("inspect", mlp, *words)
     assert said.err.startswith(f"sparseprune: {text.format(path=mlp)}")
     assert said.err.count("\n") == 1
 
@@ -323,7 +307,7 @@ def test_requirements_fail_after_the_result_was_printed(mlp: Path) -> None:
     assert said.code == 1
     assert said.out.startswith("tensor ")
     assert [line.split(":")[1].strip() for line in said.err.splitlines()] == ["1.up.weight", "0.up.weight"]
-    assert run("inspect", mlp, "--require", "2:4 in 0.up.weight").code == 0
+    ok("inspect", mlp, "--require", "2:4 in 0.up.weight")
 
 
 def test_a_required_pattern_is_looked_for_and_told(mlp: Path) -> None:
@@ -344,8 +328,7 @@ def test_a_required_runtime_is_asked(tmp_path: Path) -> None:
 @pytest.mark.parametrize("words", [[], ["--tree"], ["--csv"], ["--markdown"], ["--json"], ["--by", "layer"]])
 def test_an_empty_checkpoint_has_totals(tmp_path: Path, words: list[str]) -> None:
     save_file({}, tmp_path / "m.safetensors")
-    said = run("inspect", tmp_path / "m.safetensors", *words)
-    assert (said.code, said.err) == (0, "")
+    said = silent("inspect", tmp_path / "m.safetensors", *words)
     assert said.out
 
 
@@ -386,16 +369,10 @@ def test_a_terminal_gets_colour_unless_it_wants_none(checkpoint: Path, no_color:
 
 @pytest.mark.parametrize("words", [[], ["--json"], ["--for", "all", "--tree"], ["--require", "sparsity>=0"]])
 def test_neither_torch_nor_numba_is_loaded(checkpoint: Path, words: list[str]) -> None:
-    code = (
-        "import sys; from sparseprune.cli import main; sys.argv = ['sparseprune', *sys.argv[1:]]\n"
-        "try: main()\n"
-        "except SystemExit as stop: sys.exit(stop.code or not {'torch', 'numba'}.isdisjoint(sys.modules))"
-    )
-    command = [sys.executable, "-c", code, "inspect", str(checkpoint), *words]
-    assert subprocess.run(command, capture_output=True, check=False).returncode == 0
+    code, libraries = loaded("inspect", checkpoint, *words)
+    assert (code, libraries - {"numpy"}) == (0, set())
 
 
 def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
-    said = run("inspect", tmp_path / "absent.safetensors")
-    assert (said.code, said.out) == (2, "")
+    said = refused("inspect", tmp_path / "absent.safetensors")
     assert said.err == f"sparseprune: {tmp_path / 'absent.safetensors'}: no such file\n"

@@ -7,7 +7,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -45,6 +44,7 @@ from tests.cli.test_resuming_runs import (
     notes,
     said_of,
 )
+from tests.commands import python
 from tests.samples import CHANNELS, TWO_OF_FOUR
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="there is no /proc")
@@ -217,14 +217,7 @@ def test_ctrl_c_while_modules_are_loaded_shows_no_traceback(
     tmp_path: Path, module: str, code: int, told: str
 ) -> None:
     home = FILE.home(tmp_path / "home")
-    done = subprocess.run(
-        [sys.executable, "-c", IMPORT, module],
-        cwd=home,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = python("-c", IMPORT, module, cwd=home, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert (done.returncode, done.stdout, done.stderr) == (code, "", told)
     assert (home / "m.pruned.safetensors").exists() == (told == COMPLETE + "\n")
 
@@ -247,15 +240,7 @@ main()
 
 def test_a_library_that_takes_long_to_load_is_not_waited_for_after_a_signal(tmp_path: Path) -> None:
     home = FILE.home(tmp_path / "home")
-    done = subprocess.run(
-        [sys.executable, "-c", HANGING],
-        cwd=home,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=600,
-    )
+    done = python("-c", HANGING, cwd=home, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert (done.returncode, done.stdout) == (129, "")
     assert done.stderr == "sparseprune: hung up: nothing was written\n"
 

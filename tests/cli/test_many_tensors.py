@@ -18,7 +18,7 @@ from sparseprune.execution.passes import Outcomes
 from sparseprune.execution.reapply import make_reapplication, match_masks
 from sparseprune.execution.regions import INTERPRETER
 from sparseprune.report.pruning import Run, make_report
-from tests.samples import run
+from tests.commands import ok, refused, run
 
 PARTS = ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "mlp.gate", "mlp.up", "mlp.down")
 MANY = 12_000
@@ -50,8 +50,7 @@ def test_too_little_memory_for_the_tensors_alone_is_refused_before_the_work(
 ) -> None:
     name, *options = command
     there = sorted(many.parent.iterdir())
-    said = run(name, many, "2of4", *options, "--memory", "125MB")
-    assert (said.code, said.out) == (2, "")
+    said = refused(name, many, "2of4", *options, "--memory", "125MB")
     told = re.fullmatch(
         r"sparseprune: --memory 125000000: this checkpoint's 12,000 tensors alone take about (\d+)MB beside "
         r"Python, which takes 105MB; give (\d+)MB or more\n",
@@ -61,7 +60,7 @@ def test_too_little_memory_for_the_tensors_alone_is_refused_before_the_work(
     assert 18 < int(told[1]) < 30
     assert sorted(many.parent.iterdir()) == there
     if name == "plan":
-        assert run("plan", many, "2of4", "--memory", f"{told[2]}MB").code == 0
+        ok("plan", many, "2of4", "--memory", f"{told[2]}MB")
 
 
 def test_remove_counts_what_it_holds_of_every_tensor_beside(tmp_path: Path) -> None:
@@ -114,7 +113,7 @@ def test_what_a_run_holds_of_a_tensor_is_what_plan_counts(tmp_path: Path) -> Non
 
 def test_masks_of_many_tensors_leave_less_memory_for_the_work(tmp_path: Path) -> None:
     path, out = write(tmp_path / "m.safetensors", 50), tmp_path / "out.safetensors"
-    assert run("apply", path, "2of4", "-q", "-o", out).code == 0
+    ok("apply", path, "2of4", "-q", "-o", out)
     masks = open_masks(tmp_path / "out.masks.safetensors")
     matched = match_masks(open_checkpoint(path), masks, None, partial=False)
     limits = make_reapplication(matched, 1 << 28, 1).limits

@@ -21,19 +21,14 @@ from sparseprune.checkpoint.output import Journal, note_text, read_journal
 from sparseprune.checkpoint.publish import StagingDir
 from tests.checkpoint.files import names_in
 from tests.cli.removal import LLAMA, decoder, write
+from tests.commands import Said, ok, refused, run
 from tests.limits import force, narrow
-from tests.samples import CHANNELS, TWO_OF_FOUR, Said, mlp_tensors, run, write_shards, write_spec
+from tests.samples import CHANNELS, TWO_OF_FOUR, mlp_tensors, write_shards, write_spec
 
 GLOBAL = """
 version = 1
-[scope.each]
-tensors = "{layer}.{name}.weight"
-block = [1, 1]
-shape = [-1, -1]
-[scope_coupling.all]
-scopes = ["each"]
-across = "all"
-sparsity = 0.6
+scope.each = { tensors = "{layer}.{name}.weight", block = [1, 1], shape = [-1, -1] }
+scope_coupling.all = { scopes = ["each"], across = "all", sparsity = 0.6 }
 """
 NO_LOCKS = "there are no locks, so two runs to one output are not told apart; start one at a time"
 NO_NAMES = "nothing tells when a name is on disk there, so a crash of the machine may lose the output"
@@ -71,8 +66,7 @@ def test_no_output_of_a_private_checkpoint_is_for_others(tmp_path: Path) -> None
         )
     ):
         out = tmp_path / str(number)
-        said = run(*words, "-o", out, "-q")
-        assert said.code == 0, said.err
+        ok(*words, "-o", out, "-q")
         assert modes(out) == {0o600}
         assert {stat.S_IMODE(path.stat().st_mode) for path in (out, *out.rglob("*")) if path.is_dir()} == {
             0o700
@@ -81,15 +75,9 @@ def test_no_output_of_a_private_checkpoint_is_for_others(tmp_path: Path) -> None
 
 
 def test_private_masks_make_private_masks(home: Path) -> None:
-    assert (
-        run("mask", home / "m.safetensors", home / "spec.toml", "-o", home / "masks.safetensors", "-q").code
-        == 0
-    )
+    ok("mask", home / "m.safetensors", home / "spec.toml", "-o", home / "masks.safetensors", "-q")
     (home / "masks.safetensors").chmod(0o600)
-    said = run(
-        "reapply", home / "m.safetensors", home / "masks.safetensors", "-o", home / "out.safetensors", "-q"
-    )
-    assert said.code == 0, said.err
+    ok("reapply", home / "m.safetensors", home / "masks.safetensors", "-o", home / "out.safetensors", "-q")
     found = {path.name: stat.S_IMODE(path.stat().st_mode) for path in home.glob("out.*")}
     assert found.pop("out.safetensors") == stat.S_IMODE((home / "m.safetensors").stat().st_mode)
     assert found == {"out.masks.safetensors": 0o600, "out.report.json": 0o600}
@@ -107,12 +95,10 @@ def test_a_promise_that_is_weaker_there_is_told_once_and_an_error_under_strict(
 
     monkeypatch.setattr(fcntl, "flock", refuse)
     words = ("apply", home / "in", home / "spec.toml", "-o", home / "out")
-    strict = run(*words, "--strict")
-    assert strict.code == 2
+    strict = refused(*words, "--strict")
     assert strict.err == f"sparseprune: --strict: {home}: {NO_LOCKS}\n"
     assert names_in(home) == ["in", "m.safetensors", "spec.toml"]
-    said = run(*words)
-    assert said.code == 0
+    said = ok(*words)
     assert said.err.count("warning: ") == said.err.count(f"sparseprune: warning: {home}: {NO_LOCKS}\n") == 1
     report = json.loads((home / "out/sparseprune/report.json").read_text())
     assert report["warnings"] == [f"{home}: {NO_LOCKS}"]
@@ -134,8 +120,7 @@ def interrupted(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def finished(home: Path) -> tuple[Said, dict[str, bytes]]:
-    said = run("apply", home / "m.safetensors", home / "spec.toml", "-o", home / "out.safetensors")
-    assert said.code == 0, said.err
+    said = ok("apply", home / "m.safetensors", home / "spec.toml", "-o", home / "out.safetensors")
     return said, {name: (home / name).read_bytes() for name in ("out.safetensors", "out.masks.safetensors")}
 
 
@@ -204,18 +189,12 @@ def test_what_a_killed_run_left_beside_an_output_is_told_in_one_line(
     words = (command, home / "out.safetensors", *([home / "spec.toml"] if command == "verify" else []))
     assert str(folder) not in run(*words).err
     (home / "kept").rename(folder)
-    said = run(*words)
-    assert said.code == 0
+    said = ok(*words)
     assert said.err.count(str(folder)) == 1
     assert f"sparseprune: {folder}: left by a run that was killed; the command that wrote it" in said.err
     assert str(folder) not in run(*words, "-q").err
     assert run("apply", home / "m.safetensors", home / "spec.toml", "-o", home / "out.safetensors").code == 2
-    assert (
-        run(
-            "apply", home / "m.safetensors", home / "spec.toml", "-o", home / "out.safetensors", "--force"
-        ).code
-        == 0
-    )
+    ok("apply", home / "m.safetensors", home / "spec.toml", "-o", home / "out.safetensors", "--force")
     assert not folder.exists()
     assert str(folder) not in run(*words).err
 
@@ -268,14 +247,13 @@ def test_a_file_system_without_locks_syncs_of_folders_and_copies_by_the_kernel_g
 @STRACE
 def test_a_directory_that_is_replaced_is_there_when_the_run_is_killed_at_its_exchange(home: Path) -> None:
     words = ("apply", "in", "spec.toml", "-o", "out")
-    assert run("apply", home / "in", home / "spec.toml", "--no-masks", "-o", home / "out", "-q").code == 0
+    ok("apply", home / "in", home / "spec.toml", "--no-masks", "-o", home / "out", "-q")
     done = traced(home, *words, "--force", inject=("renameat2:signal=KILL",))
     if "renameat2" not in (home / "trace").read_text():
         pytest.skip("names cannot be exchanged here")
     assert done.returncode != 0
     assert (home / "out/sparseprune/report.json").exists()
-    again = run("apply", home / "in", home / "spec.toml", "-o", home / "out", "--force")
-    assert again.code == 0, again.err
+    ok("apply", home / "in", home / "spec.toml", "-o", home / "out", "--force")
     assert (home / "out/sparseprune/masks.safetensors").exists() or list(
         (home / "out/sparseprune").glob("masks*")
     )

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +14,13 @@ from safetensors.torch import save_file
 
 from sparseprune.cli.demo import write_decoder
 from sparseprune.report.plan import make_plan_result
-from tests.samples import CHANNELS, TWO_OF_FOUR, mlp_tensors, run, schema, write_spec
+from tests.commands import loaded, ok, python, refused, run, schema, silent, valid
+from tests.samples import CHANNELS, TWO_OF_FOUR, mlp_tensors, write_spec
 
 GLOBAL = """
 version = 1
-[scope.all]
-tensors = "{layer}.{name}.weight"
-block = [1, 1]
-shape = [-1, -1]
-[scope_coupling.model]
-scopes = ["all"]
-across = "all"
-sparsity = 0.5
+scope.all = { tensors = "{layer}.{name}.weight", block = [1, 1], shape = [-1, -1] }
+scope_coupling.model = { scopes = ["all"], across = "all", sparsity = 0.5 }
 """
 
 
@@ -40,17 +33,13 @@ def folder(tmp_path: Path) -> Path:
 
 
 def lines(folder: Path, spec: str, *more: object) -> list[str]:
-    said = run("plan", folder / "m.safetensors", write_spec(folder, spec), *more)
-    assert (said.code, said.err) == (0, "")
+    said = silent("plan", folder / "m.safetensors", write_spec(folder, spec), *more)
     return said.out.splitlines()
 
 
 def document(folder: Path, spec: str, *more: object) -> Any:
-    said = run("plan", folder / "m.safetensors", write_spec(folder, spec), "--json", *more)
-    assert (said.code, said.err) == (0, "")
-    found = json.loads(said.out)
-    jsonschema.validate(found, schema("plan"))
-    return found
+    said = silent("plan", folder / "m.safetensors", write_spec(folder, spec), "--json", *more)
+    return valid(said.out, "plan")
 
 
 def facts(shown: list[str]) -> dict[str, str]:
@@ -89,9 +78,7 @@ def test_two_of_four(folder: Path) -> None:
 
 def output_size(folder: Path) -> str:
     """What `apply` writes, without its report."""
-    assert (
-        run("apply", folder / "m.safetensors", folder / "spec.toml", "-o", folder / "o.safetensors").code == 0
-    )
+    ok("apply", folder / "m.safetensors", folder / "spec.toml", "-o", folder / "o.safetensors")
     written = sum(path.stat().st_size for path in folder.glob("o.*safetensors"))
     return f"{written / 1000:.2f} kB"
 
@@ -153,16 +140,9 @@ def test_json_counts_what_apply_prunes(folder: Path) -> None:
         report = json.loads(said.out)
         for told, counted in zip(plan["rules"], report["rules"], strict=True):
             same = (
-                "name",
-                "instances",
-                "tensors",
-                "scopes",
-                "blocks_per_scope",
-                "nnz",
-                "blocks",
-                "numel",
+                "name", "instances", "tensors", "scopes", "blocks_per_scope", "nnz", "blocks", "numel",
                 "pruned",
-            )
+            )  # fmt: skip
             assert [told[key] for key in same] == [counted[key] for key in same]
         assert plan["totals"]["numel"] == report["totals"]["numel"]
         assert plan["totals"]["covered"] == sum(rule["numel"] for rule in report["rules"])
@@ -175,16 +155,9 @@ def test_json_lists_forms_and_what_is_left_alone(folder: Path) -> None:
     (rule,) = found["rules"]
     assert (rule["fused"], rule["fused_block"]) == (["up", "bias", "down"], "channel[layer=0]")
     assert rule["forms"][2] == {
-        "block_name": "down",
-        "tensors": 2,
-        "example": "0.down.weight",
-        "dtype": "F32",
-        "shape": [8, 16],
-        "view": None,
-        "block": [8, 1],
-        "grid": [1, 16],
-        "scope": [16, 1],
-    }
+        "block_name": "down", "tensors": 2, "example": "0.down.weight", "dtype": "F32", "shape": [8, 16],
+        "view": None, "block": [8, 1], "grid": [1, 16], "scope": [16, 1],
+    }  # fmt: skip
     assert found["unreached"] == [{"name": "norm", "dtype": "F32", "shape": [8], "numel": 8, "bytes": 32}]
 
 
@@ -257,15 +230,9 @@ def test_a_terabyte_of_holes_is_planned_without_torch(tmp_path: Path) -> None:
     with (tmp_path / "m.safetensors").open("wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
         file.truncate(8 + len(header) + len(names) * size)
-    code = (
-        "import sys; from sparseprune.cli import main\n"
-        "try: main()\n"
-        "except SystemExit as stop: sys.exit(stop.code or any(m in sys.modules for m in ('torch', 'numpy')))"
-    )
-    words = ["plan", str(tmp_path / "m.safetensors"), "2of4", "--draw", "all"]
-    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "343,597,383,680 of 687,194,767,360 elements" in done.stdout
+    words = ("plan", tmp_path / "m.safetensors", "2of4", "--draw", "all")
+    assert loaded(*words) == (0, set())
+    assert "343,597,383,680 of 687,194,767,360 elements" in silent(*words).out
 
 
 def test_draw_draws_the_rules_that_are_named(folder: Path) -> None:
@@ -316,8 +283,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
 ) -> None:
     words, text = BAD[name]
     monkeypatch.chdir(folder)
-    said = run("plan", *words)
-    assert (said.code, said.out) == (2, "")
+    said = refused("plan", *words)
     assert text in said.err
     assert len(said.err.splitlines()) == 1
     assert said.err.startswith("sparseprune: ")
@@ -325,13 +291,8 @@ def test_bad_input_is_one_line_and_exit_code_2(
 
 VARS = """
 version = 1
-[vars]
-keep = 2
-[scope.proj]
-tensors = "{layer}.{name}.weight"
-block = [1, 1]
-shape = [1, 4]
-nnz = "keep"
+vars = { keep = 2 }
+scope.proj = { tensors = "{layer}.{name}.weight", block = [1, 1], shape = [1, 4], nnz = "keep" }
 """
 
 
@@ -339,10 +300,9 @@ nnz = "keep"
 def test_set_changes_a_variable_of_the_spec(folder: Path, command: str) -> None:
     spec = write_spec(folder, VARS)
     for more, kept in (([], 2), (["--set", "keep=1"], 1), (["--set", "keep=1", "--set", "keep=3"], 3)):
-        said = run(
+        said = ok(
             command, folder / "m.safetensors", spec, "--json", *more, *["--force"] * (command != "plan")
         )
-        assert said.code == 0, said.err
         assert json.loads(said.out)["rules"][0]["nnz"] == kept
 
 
@@ -354,8 +314,7 @@ def test_plan_fits_the_width_that_it_is_given(
     write_decoder(tmp_path / "decoder")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", str(width))
-    said = run("plan", "decoder", spec, "--draw", "all")
-    assert said.code == 0, said.err
+    said = ok("plan", "decoder", spec, "--draw", "all")
     shown = said.out.splitlines()
     assert max(map(len, shown)) <= width
     assert all(line == line.rstrip() for line in shown)
@@ -368,29 +327,22 @@ def test_plan_fits_the_width_that_it_is_given(
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 def test_other_encodings_can_show_it(tmp_path: Path, encoding: str) -> None:
     write_decoder(tmp_path / "decoder")
-    done = subprocess.run(
-        [sys.executable, "-m", "sparseprune", "plan", "decoder", "decoder-mlp-channels", "--draw", "all"],
-        capture_output=True,
-        check=False,
-        env=os.environ | {"PYTHONIOENCODING": encoding},
-        cwd=tmp_path,
-    )
-    assert (done.returncode, done.stderr) == (0, b"")
-    assert b"a0 a0 .. a0" in done.stdout
+    words = ("-m", "sparseprune", "plan", "decoder", "decoder-mlp-channels", "--draw", "all")
+    done = python(*words, env=os.environ | {"PYTHONIOENCODING": encoding}, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "a0 a0 .. a0" in done.stdout
 
 
 def test_empty_and_single_elements_are_planned(tmp_path: Path) -> None:
     save_file({"a.w.weight": torch.zeros(0, 8), "b.w.weight": torch.ones(1, 4)}, tmp_path / "m.safetensors")
-    said = run("plan", tmp_path / "m.safetensors", write_spec(tmp_path, TWO_OF_FOUR), "--draw", "all")
-    assert (said.code, said.err) == (0, "")
+    said = silent("plan", tmp_path / "m.safetensors", write_spec(tmp_path, TWO_OF_FOUR), "--draw", "all")
     assert "0x8: no elements" in said.out
 
 
 def test_names_that_hold_anything_stay_on_their_line(tmp_path: Path) -> None:
     names = ("a.x\ny.weight", "[red]z\x1b[31m")
     save_file({name: torch.ones(2, 4) for name in names}, tmp_path / "m.safetensors")
-    said = run("plan", tmp_path / "m.safetensors", write_spec(tmp_path, TWO_OF_FOUR), "--draw", "all")
-    assert (said.code, said.err) == (0, "")
+    said = silent("plan", tmp_path / "m.safetensors", write_spec(tmp_path, TWO_OF_FOUR), "--draw", "all")
     assert r"a.x\ny.weight" in said.out
     assert r"[red]z\x1b[31m" in said.out
 

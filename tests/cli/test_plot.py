@@ -13,7 +13,8 @@ from matplotlib.image import imread
 from safetensors.torch import load_file, save_file
 
 from sparseprune.cli.demo import write_decoder
-from tests.samples import CHANNELS, TWO_OF_FOUR, mlp_tensors, run, write_shards, write_spec
+from tests.commands import ok, refused, run, silent
+from tests.samples import CHANNELS, TWO_OF_FOUR, mlp_tensors, write_shards, write_spec
 
 
 @pytest.fixture
@@ -21,7 +22,7 @@ def pruned(tmp_path: Path) -> Path:
     """A checkpoint that was pruned 2:4, with its spec beside the weights."""
     dense = write_shards(tmp_path / "dense", {"model.safetensors": mlp_tensors()})
     spec = write_spec(tmp_path, TWO_OF_FOUR)
-    assert run("apply", dense, spec, "-o", tmp_path / "pruned", "-q").code == 0
+    ok("apply", dense, spec, "-o", tmp_path / "pruned", "-q")
     return tmp_path / "pruned"
 
 
@@ -34,16 +35,14 @@ def decoder(tmp_path: Path) -> Path:
 def html(pruned: Path, *words: object) -> str:
     """The page that `inspect --plot` makes of it."""
     path = pruned.parent / "out.html"
-    said = run("inspect", pruned, "-q", "--plot", path, *words)
-    assert (said.code, said.err) == (0, "")
+    silent("inspect", pruned, "-q", "--plot", path, *words)
     return path.read_text()
 
 
 @pytest.mark.parametrize("form", ["png", "svg", "html"])
 def test_tells_the_picture_on_stderr_and_leaves_stdout_as_it_is(pruned: Path, form: str) -> None:
     path = pruned.parent / f"out.{form}"
-    said = run("inspect", pruned, "--plot", path)
-    assert said.code == 0
+    said = ok("inspect", pruned, "--plot", path)
     assert said.out == run("inspect", pruned).out
     assert said.err.splitlines()[-1] == f"sparseprune: wrote {path}"
     assert path.stat().st_size > 1000
@@ -71,7 +70,7 @@ def test_survivors_are_counted_by_the_spec_that_is_named(pruned: Path, tmp_path:
 
 def test_variables_count_that_were_set_when_it_was_applied(decoder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    assert run("apply", decoder, "nofm", "-o", out, "-q", "--set", "n=1", "--set", "m=8").code == 0
+    ok("apply", decoder, "nofm", "-o", out, "-q", "--set", "n=1", "--set", "m=8")
     assert "<td>scope.proj</td><td>1</td><td>1</td><td>12,288</td>" in html(out)
     assert "1 of 8 blocks" in html(out, "--tensor", "model.layers.0.self_attn.q_proj.weight")
 
@@ -88,8 +87,7 @@ def test_a_spec_that_does_not_fit_any_more_is_told_and_the_picture_drawn(pruned:
     save_file(renamed, pruned / "model.safetensors")
     (pruned / "model.safetensors.index.json").unlink()
     path = pruned.parent / "out.html"
-    said = run("inspect", pruned, "-q", "--plot", path)
-    assert said.code == 0
+    said = ok("inspect", pruned, "-q", "--plot", path)
     (first,) = said.err.splitlines()
     assert first.startswith("sparseprune: drawn without the spec that lies beside the weights: ")
     assert path.read_text().count("<figure>") == 1
@@ -98,8 +96,7 @@ def test_a_spec_that_does_not_fit_any_more_is_told_and_the_picture_drawn(pruned:
 def test_a_named_spec_that_does_not_fit_is_an_error(pruned: Path, tmp_path: Path) -> None:
     spec = tmp_path / "other.toml"
     spec.write_text(TWO_OF_FOUR.replace(".weight", ".kernel"))
-    said = run("inspect", pruned, "-q", "--plot", tmp_path / "out.html", "--spec", spec)
-    assert said.code == 2
+    said = refused("inspect", pruned, "-q", "--plot", tmp_path / "out.html", "--spec", spec)
     assert "other.toml" in said.err
     assert not (tmp_path / "out.html").exists()
 
@@ -115,7 +112,7 @@ def test_draws_the_mask_of_a_tensor_with_its_scopes(pruned: Path) -> None:
 
 def test_channels_are_seen_as_whole_lines(decoder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    assert run("apply", decoder, "decoder-mlp-channels", "-o", out, "-q").code == 0
+    ok("apply", decoder, "decoder-mlp-channels", "-o", out, "-q")
     page = html(out, "--tensor", "model.layers.1.mlp.down_proj.weight")
     assert "scope.mlp: 144 of 192 blocks" in page
     weights = load_file(out / "model-00002-of-00002.safetensors")["model.layers.1.mlp.down_proj.weight"]
@@ -124,8 +121,7 @@ def test_channels_are_seen_as_whole_lines(decoder: Path, tmp_path: Path) -> None
 
 def test_a_tensor_that_is_not_there_gets_the_nearest_name(pruned: Path) -> None:
     path = pruned.parent / "out.png"
-    said = run("inspect", pruned, "-q", "--plot", path, "--tensor", "0.up.wieght")
-    assert said.code == 2
+    said = refused("inspect", pruned, "-q", "--plot", path, "--tensor", "0.up.wieght")
     assert said.err == (
         f'sparseprune: --tensor 0.up.wieght: {pruned} has no such tensor; did you mean "0.up.weight"?\n'
     )
@@ -141,8 +137,7 @@ def test_what_is_wrong_with_the_file_is_told_before_anything_is_read(
     tmp_path: Path, command: str, name: str, said: str
 ) -> None:
     nowhere = [tmp_path / "nowhere"] * (1 if command == "inspect" else 2)
-    told = run(command, *nowhere, "--plot", tmp_path / name)
-    assert told.code == 2
+    told = refused(command, *nowhere, "--plot", tmp_path / name)
     assert told.err.startswith(f"sparseprune: --plot {tmp_path / name}: ")
     assert said in told.err
 
@@ -153,14 +148,12 @@ def test_matplotlib_is_asked_for_before_anything_is_read(
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     nowhere = [tmp_path / "nowhere"] * (1 if command == "inspect" else 2)
-    told = run(command, *nowhere, "--plot", tmp_path / "out.png")
-    assert (told.code, told.out) == (2, "")
+    told = refused(command, *nowhere, "--plot", tmp_path / "out.png")
     assert told.err == "sparseprune: --plot needs matplotlib: pip install 'sparseprune[plot]'\n"
 
 
 def test_a_tensor_without_a_picture_is_an_error(pruned: Path) -> None:
-    told = run("inspect", pruned, "--tensor", "0.up.weight")
-    assert told.code == 2
+    told = refused("inspect", pruned, "--tensor", "0.up.weight")
     assert "--plot" in told.err
 
 
@@ -183,8 +176,7 @@ def test_only_what_is_listed_is_drawn(pruned: Path) -> None:
 
 def test_a_picture_of_a_comparison(pruned: Path) -> None:
     path = pruned.parent / "out.html"
-    said = run("compare", pruned.parent / "dense", pruned, "--plot", path, "-q")
-    assert said.code == 0
+    ok("compare", pruned.parent / "dense", pruned, "--plot", path, "-q")
     page = path.read_text()
     assert "Retained energy" in page
     assert "down.weight" not in page.split("<details>")[0]

@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import save_file
 
 from sparseprune.checkpoint import StoredTensor, TensorReader
-from tests.samples import TWO_OF_FOUR, mlp_tensors, run, write_spec
+from tests.commands import ok, python, run
+from tests.samples import TWO_OF_FOUR, mlp_tensors, write_spec
 
 COMMANDS = (
     ("inspect", "m.safetensors"),
@@ -30,7 +31,7 @@ ODD_NAME = "[red]w\N{LATIN SMALL LETTER E WITH ACUTE}\n\N{CJK UNIFIED IDEOGRAPH-
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     save_file(mlp_tensors() | {ODD_NAME: torch.ones(4, 4)}, tmp_path / "m.safetensors")
-    assert run("apply", tmp_path / "m.safetensors", write_spec(tmp_path, TWO_OF_FOUR), "-q").code == 0
+    ok("apply", tmp_path / "m.safetensors", write_spec(tmp_path, TWO_OF_FOUR), "-q")
     return tmp_path
 
 
@@ -58,17 +59,12 @@ def test_an_interrupt_says_that_nothing_was_written(
 def test_a_stream_that_knows_ascii_alone_gets_escapes(
     folder: Path, words: tuple[str, ...], options: tuple[str, ...]
 ) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "sparseprune", *map(str, in_folder(folder, words)), *options],
-        capture_output=True,
-        check=False,
-        env=os.environ | {"PYTHONIOENCODING": "ascii", "LANG": "C"},
-    )
-    assert (done.returncode, done.stderr) == (0, b"")
-    text = done.stdout.decode("ascii")
-    names = [tensor["name"] for tensor in json.loads(text)["tensors"]] if options else []
+    ascii_alone = os.environ | {"PYTHONIOENCODING": "ascii", "LANG": "C"}
+    done = python("-m", "sparseprune", *in_folder(folder, words), *options, env=ascii_alone)
+    assert (done.returncode, done.stderr, done.stdout.isascii()) == (0, "", True)
+    names = [tensor["name"] for tensor in json.loads(done.stdout)["tensors"]] if options else []
     if words[0] in {"inspect", "compare"}:
-        assert ODD_NAME in names if options else "[red]w" in text or words[0] == "compare"
+        assert ODD_NAME in names if options else "[red]w" in done.stdout or words[0] == "compare"
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)

@@ -10,7 +10,6 @@ import signal
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -18,8 +17,9 @@ from safetensors.torch import load_file, save_file
 from tests.checkpoint.files import names_in
 from tests.cli.interrupted import Command, Commands, Ended, Moment, change
 from tests.cli.test_resuming_runs import CONTINUED, content, notes, said_of
+from tests.commands import ok, refused, run, valid
 from tests.limits import narrow
-from tests.samples import CHANNELS, TWO_OF_FOUR, mlp_tensors, run, schema, write_shards, write_spec
+from tests.samples import CHANNELS, TWO_OF_FOUR, mlp_tensors, write_shards, write_spec
 
 UP, DOWN = "a.safetensors", "b.safetensors"
 SETTABLE = TWO_OF_FOUR.replace("[scope", "[vars]\nkeep = 2\n[scope").replace("nnz = 2", 'nnz = "keep"')
@@ -59,7 +59,7 @@ def folder(tmp_path: Path) -> Path:
     """A dense checkpoint `in`, `pruned` and a disturbed copy of that, `tuned`, without its masks."""
     sharded(tmp_path / "in", mlp_tensors())
     spec = write_spec(tmp_path, SETTABLE)
-    assert run("apply", tmp_path / "in", spec, "--set", "keep=2", "-o", tmp_path / "pruned", "-q").code == 0
+    ok("apply", tmp_path / "in", spec, "--set", "keep=2", "-o", tmp_path / "pruned", "-q")
     shutil.copytree(tmp_path / "pruned", tmp_path / "tuned", ignore=shutil.ignore_patterns("sparseprune"))
     return tmp_path
 
@@ -82,14 +82,13 @@ def test_a_disturbed_checkpoint_becomes_what_apply_made(
     narrow(monkeypatch, slab)
     if mask_format == "packed":
         words = ["apply", folder / "in", folder / "spec.toml", "--set", "keep=2", "-o", folder / "pruned"]
-        assert run(*words, "--mask-format", "packed", "--force").code == 0
+        ok(*words, "--mask-format", "packed", "--force")
     said = run(
         "reapply", folder / "tuned", folder / "pruned", "-o", folder / "out", "--mask-format", mask_format
     )
     assert (said.code, said.out) == (0, f"{folder / 'out'}\n"), said.err
     assert files(folder / "out") == files(folder / "pruned")
-    report = json.loads((folder / "out/sparseprune/report.json").read_text())
-    jsonschema.validate(report, schema("reapply"))
+    report = valid((folder / "out/sparseprune/report.json").read_text(), "reapply")
     assert {one["name"]: one["lost"] for one in report["tensors"]} == {
         name: count for name, count in lost.items() if name.endswith("weight")
     }
@@ -110,9 +109,9 @@ def test_the_output_is_as_sparse_as_the_spec_that_it_carries(folder: Path) -> No
     disturb(folder / "tuned")
     carried = folder / "pruned/sparseprune/spec.toml"
     assert run("verify", folder / "tuned", carried).code == 1
-    assert run("reapply", folder / "tuned", folder / "pruned", "-o", folder / "out").code == 0
-    assert run("verify", folder / "out", folder / "out/sparseprune/spec.toml").code == 0
-    assert run("verify", folder / "out", "--masks", folder / "out").code == 0
+    ok("reapply", folder / "tuned", folder / "pruned", "-o", folder / "out")
+    ok("verify", folder / "out", folder / "out/sparseprune/spec.toml")
+    ok("verify", folder / "out", "--masks", folder / "out")
     again = run("reapply", folder / "out", folder / "out", "-o", folder / "more", "--json")
     assert json.loads(again.out)["totals"]["lost"] == 0
     assert files(folder / "more") == files(folder / "out")
@@ -154,8 +153,7 @@ def test_the_ten_that_lost_most_are_shown_and_how_many_more(tmp_path: Path) -> N
 def test_json_is_the_report_and_masks_can_be_left_out(folder: Path) -> None:
     words = ("reapply", folder / "tuned", folder / "pruned", "-o", folder / "out", "--no-masks", "--json")
     said = run(*words)
-    report = json.loads(said.out)
-    jsonschema.validate(report, schema("reapply"))
+    report = valid(said.out, "reapply")
     assert report == json.loads((folder / "out/sparseprune/report.json").read_text())
     assert sorted(path.name for path in (folder / "out/sparseprune").iterdir()) == [
         "report.json",
@@ -172,8 +170,7 @@ def test_masks_of_others_are_in_other_files_and_forms_and_leave_no_spec(folder: 
     for file, names in {"one": ("0.up", "1.down"), "two": ("1.up", "0.down")}.items():
         part = {f"{name}.weight": masks[f"{name}.weight"] for name in names}
         save_file(part, folder / f"masks/{file}.safetensors")
-    said = run("reapply", folder / "tuned", folder / "masks", "-o", folder / "out", "--json")
-    assert said.code == 0, said.err
+    said = ok("reapply", folder / "tuned", folder / "masks", "-o", folder / "out", "--json")
     assert {one["name"]: one["lost"] for one in json.loads(said.out)["tensors"]} == {
         name: count for name, count in lost.items() if name.endswith("weight")
     }
@@ -184,24 +181,14 @@ def test_masks_of_others_are_in_other_files_and_forms_and_leave_no_spec(folder: 
 
 def test_a_file_becomes_a_file_beside_it(tmp_path: Path) -> None:
     save_file(mlp_tensors(), tmp_path / "m.safetensors")
-    assert run("mask", tmp_path / "m.safetensors", write_spec(tmp_path, CHANNELS)).code == 0
+    ok("mask", tmp_path / "m.safetensors", write_spec(tmp_path, CHANNELS))
     said = run("reapply", tmp_path / "m.safetensors", tmp_path / "m.masks.safetensors")
     assert (said.code, said.out) == (0, f"{tmp_path / 'm.pruned.safetensors'}\n"), said.err
     assert names_in(tmp_path) == [
-        "m.masks.report.json",
-        "m.masks.safetensors",
-        "m.pruned.masks.safetensors",
-        "m.pruned.report.json",
-        "m.pruned.safetensors",
-        "m.safetensors",
-        "spec.toml",
-    ]
-    assert (
-        run(
-            "apply", tmp_path / "m.safetensors", tmp_path / "spec.toml", "-o", tmp_path / "a.safetensors"
-        ).code
-        == 0
-    )
+        "m.masks.report.json", "m.masks.safetensors", "m.pruned.masks.safetensors", "m.pruned.report.json",
+        "m.pruned.safetensors", "m.safetensors", "spec.toml",
+    ]  # fmt: skip
+    ok("apply", tmp_path / "m.safetensors", tmp_path / "spec.toml", "-o", tmp_path / "a.safetensors")
     for name in ("safetensors", "masks.safetensors"):
         assert (tmp_path / f"m.pruned.{name}").read_bytes() == (tmp_path / f"a.{name}").read_bytes()
 
@@ -213,8 +200,7 @@ def test_names_without_a_counterpart_are_refused_and_let_be_with_partial(folder:
     index = folder / "tuned/model.safetensors.index.json"
     index.write_text(index.read_text().replace('"0.up.weight"', '"model.0.up.weight"'))
     words = ("reapply", folder / "tuned", folder / "pruned", "-o", folder / "out")
-    said = run(*words)
-    assert (said.code, said.out) == (2, "")
+    said = refused(*words)
     assert said.err.splitlines() == [
         (
             f"sparseprune: {folder / 'pruned'}: mask '0.up.weight' is for no tensor of {folder / 'tuned'}; "
@@ -223,8 +209,7 @@ def test_names_without_a_counterpart_are_refused_and_let_be_with_partial(folder:
         "sparseprune: give the masks of this checkpoint, or --partial to ignore what has no counterpart",
     ]
     assert not (folder / "out").exists()
-    part = run(*words, "--partial", "--json")
-    assert part.code == 0
+    part = ok(*words, "--partial", "--json")
     assert part.err.splitlines()[0] == "sparseprune: 1 mask without a tensor left out"
     report = json.loads(part.out)
     assert (report["left_out"], len(report["tensors"])) == ({"masks": 1, "tensors": 0}, 3)
@@ -235,33 +220,29 @@ def test_names_without_a_counterpart_are_refused_and_let_be_with_partial(folder:
 
 def test_a_tensor_that_the_report_lists_must_have_its_mask(folder: Path) -> None:
     one = folder / "pruned/sparseprune/masks-00001-of-00002.safetensors"
-    said = run("reapply", folder / "tuned", one, "-o", folder / "out")
-    assert said.code == 2
+    said = refused("reapply", folder / "tuned", one, "-o", folder / "out")
     assert "0.down.weight' has no mask, but " in said.err
-    assert run("reapply", folder / "tuned", one, "-o", folder / "out", "--partial").code == 0
+    ok("reapply", folder / "tuned", one, "-o", folder / "out", "--partial")
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.bool, torch.complex64])
 def test_what_apply_refuses_is_refused(tmp_path: Path, dtype: torch.dtype) -> None:
     save_file({"0.up.weight": torch.ones(4, 4).to(dtype)}, tmp_path / "m.safetensors")
     save_file({"0.up.weight": torch.ones(4, 4).bool()}, tmp_path / "masks.safetensors")
-    said = run("reapply", tmp_path / "m.safetensors", tmp_path / "masks.safetensors", "--partial")
-    assert said.code == 2
+    said = refused("reapply", tmp_path / "m.safetensors", tmp_path / "masks.safetensors", "--partial")
     assert "which has a mask, is " in said.err
     assert run("apply", tmp_path / "m.safetensors", write_spec(tmp_path, TWO_OF_FOUR)).code == 2
 
 
 def test_an_output_is_replaced_only_with_force_and_masks_never(folder: Path) -> None:
     words = ("reapply", folder / "tuned", folder / "pruned", "-o")
-    assert run(*words, folder / "out").code == 0
-    said = run(*words, folder / "out")
-    assert said.code == 2
+    ok(*words, folder / "out")
+    said = refused(*words, folder / "out")
     assert "already exists; give another name with -o, or --force" in said.err
-    assert run(*words, folder / "out", "--force").code == 0
+    ok(*words, folder / "out", "--force")
     before = files(folder / "pruned")
     for target in ("pruned", "tuned"):
-        said = run(*words, folder / target, "--force")
-        assert said.code == 2
+        said = refused(*words, folder / target, "--force")
         assert ("would replace the masks in" if target == "pruned" else "are the same") in said.err
     assert files(folder / "pruned") == before
 
@@ -272,8 +253,7 @@ def test_a_mask_file_is_not_replaced_by_weights_or_other_masks(tmp_path: Path) -
     save_file({"w": torch.zeros(3).bool()}, masks)
     before = masks.read_bytes()
     for target in ("k.masks.safetensors", "k.safetensors"):
-        said = run("reapply", tmp_path / "m.safetensors", masks, "-o", tmp_path / target, "--force")
-        assert said.code == 2
+        said = refused("reapply", tmp_path / "m.safetensors", masks, "-o", tmp_path / target, "--force")
         assert "the output would replace the masks in" in said.err
     assert masks.read_bytes() == before
 
@@ -304,8 +284,8 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = sharded(home / "in", mlp_tensors())
     save_file(mlp_tensors(), home / "m.safetensors")
     spec = write_spec(home, TWO_OF_FOUR)
-    assert run("apply", source, spec, "-o", home / "pruned").code == 0
-    assert run("mask", source, spec, "-o", home / "packed", "--mask-format", "packed").code == 0
+    ok("apply", source, spec, "-o", home / "pruned")
+    ok("mask", source, spec, "-o", home / "packed", "--mask-format", "packed")
     shutil.copytree(home / "pruned", home / "tuned", ignore=shutil.ignore_patterns("sparseprune"))
     disturb(home / "tuned")
     return home
@@ -439,6 +419,5 @@ def test_an_interrupted_run_says_how_to_continue(start: Path, tmp_path: Path, co
 
 
 def test_too_little_memory_is_told(folder: Path) -> None:
-    said = run("reapply", folder / "tuned", folder / "pruned", "-o", folder / "out", "--memory", "9MB")
-    assert said.code == 2
+    said = refused("reapply", folder / "tuned", folder / "pruned", "-o", folder / "out", "--memory", "9MB")
     assert "--memory 9000000: this run needs " in said.err

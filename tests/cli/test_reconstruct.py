@@ -7,16 +7,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import sparseprune
 from sparseprune import BlockSpec, Matrix, ScopeSpec, admm, projection, refit
+from tests.commands import ok, refused, run, valid
 from tests.engine.reconstruction.oracle import moments, objective
 from tests.limits import narrow
-from tests.samples import CHANNELS, TWO_OF_FOUR, mlp_tensors, run, schema, write_shards, write_spec
+from tests.samples import CHANNELS, TWO_OF_FOUR, mlp_tensors, write_shards, write_spec
 
 Tensors = dict[str, torch.Tensor]
 ADMM = '[reconstruct]\nfile = "stats.safetensors"\n'
@@ -38,10 +38,8 @@ def applied(folder: Path, spec: str, tensors: Tensors, stats: Tensors, *words: o
     """Prune a file; gives its tensors and the report."""
     save_file(tensors, folder / "m.safetensors")
     save_file(stats, folder / "stats.safetensors")
-    said = run("apply", folder / "m.safetensors", write_spec(folder, spec), "--force", "--json", "-q", *words)
-    assert said.code == 0, said.err
-    report = json.loads(said.out)
-    jsonschema.validate(report, schema("report"))
+    said = ok("apply", folder / "m.safetensors", write_spec(folder, spec), "--force", "--json", "-q", *words)
+    report = valid(said.out, "report")
     return load_file(folder / "m.pruned.safetensors"), report
 
 
@@ -77,7 +75,7 @@ def test_admm_keeps_two_of_four_and_writes_what_the_engine_finds(tmp_path: Path,
     mean = sum(errors[name]["output_error"] for name in stats) / len(stats)
     assert report["totals"]["output_error"] == pytest.approx(mean)
     assert torch.equal(pruned["norm"], tensors["norm"])
-    assert run("verify", tmp_path / "m.pruned.safetensors", tmp_path / "spec.toml", "-q").code == 0
+    ok("verify", tmp_path / "m.pruned.safetensors", tmp_path / "spec.toml", "-q")
 
 
 @pytest.mark.parametrize(
@@ -136,19 +134,10 @@ def test_rows_that_feed_channels_and_biases_are_masked_and_have_no_say(tmp_path:
 
 JOINT = """
 version = 1
-[reconstruct]
-file = "stats.safetensors"
-[scope.up]
-tensors = "{layer}.up.weight"
-block = [1, 1]
-shape = []
-[scope.down]
-tensors = "{layer}.down.weight"
-block = [1, 1]
-shape = []
-[scope_coupling.layer]
-scopes = ["up", "down"]
-nnz = 100
+reconstruct = { file = "stats.safetensors" }
+scope.up = { tensors = "{layer}.up.weight", block = [1, 1], shape = [] }
+scope.down = { tensors = "{layer}.down.weight", block = [1, 1], shape = [] }
+scope_coupling.layer = { scopes = ["up", "down"], nnz = 100 }
 """
 
 
@@ -265,25 +254,16 @@ def test_an_expert_that_no_token_reached_goes_first_or_is_told(tmp_path: Path) -
     pruned, _ = applied(tmp_path, STACKED.format(more="", experts=-1, nnz=64), tensors, stats)
     assert pruned["0.experts.down"].any(1).sum(-1).tolist() == [16, 16, 0, 16, 16]
     spec = write_spec(tmp_path, STACKED.format(more="", experts=1, nnz=12))
-    said = run("apply", tmp_path / "m.safetensors", spec, "--force")
-    assert said.code == 2
+    said = refused("apply", tmp_path / "m.safetensors", spec, "--force")
     assert "0.experts.down (matrix 2): its statistics are zero" in said.err
 
 
 EXPERTS = """
 version = 1
-[reconstruct]
-file = "stats.safetensors"
-[block.matrix]
-tensors = "0.experts.{name:up|down}"
-shape = [1, -1, -1]
-[block_coupling.whole]
-blocks = ["matrix"]
-across = ["name"]
-[scope.experts]
-block = "whole"
-shape = []
-nnz = 3
+reconstruct = { file = "stats.safetensors" }
+block.matrix = { tensors = "0.experts.{name:up|down}", shape = [1, -1, -1] }
+block_coupling.whole = { blocks = ["matrix"], across = ["name"] }
+scope.experts = { block = "whole", shape = [], nnz = 3 }
 """
 
 
@@ -334,20 +314,11 @@ def test_statistics_by_calibrate_are_found_by_their_aliases_and_say_the_dimensio
     save_file(tensors, tmp_path / "m.safetensors")
     text = """
 version = 1
-[reconstruct]
-file = "stats.safetensors"
-[scope.down]
-tensors = "0.down.weight"
-block = [1, 1]
-shape = [1, 4]
-nnz = 2
-[scope.gate]
-tensors = "0.gate.weight"
-block = [1, 1]
-shape = [4, 1]
-nnz = 2
+reconstruct = { file = "stats.safetensors" }
+scope.down = { tensors = "0.down.weight", block = [1, 1], shape = [1, 4], nnz = 2 }
+scope.gate = { tensors = "0.gate.weight", block = [1, 1], shape = [4, 1], nnz = 2 }
 """
-    assert run("apply", tmp_path / "m.safetensors", write_spec(tmp_path, text), "-q").code == 0
+    ok("apply", tmp_path / "m.safetensors", write_spec(tmp_path, text), "-q")
     pruned = load_file(tmp_path / "m.pruned.safetensors")
     for name, dim in one.weights.items():
         matrix = Matrix(tensors[name], moment, dim)
@@ -400,8 +371,7 @@ sparsity = 0.5
     for form, (stored, metadata) in forms.items():
         save_file(stored, tmp_path / "stats.safetensors", metadata=metadata)
         path = write_spec(tmp_path, spec.replace("KIND", kind))
-        said = run("apply", tmp_path / "m.safetensors", path, "--force", "-q")
-        assert said.code == 0, said.err
+        ok("apply", tmp_path / "m.safetensors", path, "--force", "-q")
         found[form] = load_file(tmp_path / "m.pruned.safetensors")
     for name, dense in tensors.items():
         factor = ready[name].double()
@@ -426,7 +396,7 @@ def test_a_killed_run_is_continued_and_ends_in_the_same_bytes(
     folder = write_shards(tmp_path / "dense", shards)
     save_file(statistics(tensors), tmp_path / "stats.safetensors")
     spec = write_spec(tmp_path, with_head(ADMM, TWO_OF_FOUR))
-    assert run("apply", folder, spec, "-o", tmp_path / "whole", "-q", "--jobs", 1).code == 0
+    ok("apply", folder, spec, "-o", tmp_path / "whole", "-q", "--jobs", 1)
     usual = RebuildMatrices.work
     done: list[int] = []
 
@@ -446,8 +416,7 @@ def test_a_killed_run_is_continued_and_ends_in_the_same_bytes(
         return usual(*arguments)
 
     monkeypatch.setattr(RebuildMatrices, "work", counted)
-    said = run("apply", folder, spec, "-o", tmp_path / "again", "--jobs", 1)
-    assert said.code == 0
+    said = ok("apply", folder, spec, "-o", tmp_path / "again", "--jobs", 1)
     assert "an unfinished run is continued" in said.err
     assert len(worked) < 8
     for file in (*shards, "sparseprune/masks-00001-of-00002.safetensors"):
@@ -461,10 +430,7 @@ def test_a_killed_run_is_continued_and_ends_in_the_same_bytes(
 def test_masks_alone_are_those_of_apply(tmp_path: Path) -> None:
     tensors = mlp_tensors()
     applied(tmp_path, with_head(ADMM, TWO_OF_FOUR), tensors, statistics(tensors))
-    said = run(
-        "mask", tmp_path / "m.safetensors", tmp_path / "spec.toml", "-o", tmp_path / "k.safetensors", "-q"
-    )
-    assert said.code == 0
+    ok("mask", tmp_path / "m.safetensors", tmp_path / "spec.toml", "-o", tmp_path / "k.safetensors", "-q")
     masks = sparseprune.load_masks(tmp_path / "k.safetensors")
     others = sparseprune.load_masks(tmp_path / "m.pruned.masks.safetensors")
     assert all(torch.equal(masks[name], others[name]) for name in masks)
@@ -548,8 +514,7 @@ def test_statistics_that_rest_on_few_tokens_are_told(tmp_path: Path) -> None:
     for tokens, told in ((7, True), (8, False)):
         matrices = [{"name": "0.up.weight", "tokens": tokens}, {"name": "0.down.weight", "tokens": 16}]
         (tmp_path / "stats/sparseprune/report.json").write_text(json.dumps({"matrices": matrices}))
-        said = run("apply", tmp_path / "m.safetensors", spec, "--force")
-        assert said.code == 0
+        said = ok("apply", tmp_path / "m.safetensors", spec, "--force")
         line = (
             "statistics of 1 of 2 matrices rest on fewer tokens than they have inputs, such as those of 0.up"
         )
@@ -616,8 +581,7 @@ def test_statistics_that_do_not_fit_get_one_line(tmp_path: Path, head: str, chan
     tensors = mlp_tensors()
     save_file(tensors, tmp_path / "m.safetensors")
     save_file(change(statistics(tensors)), tmp_path / "stats.safetensors")
-    said = run("apply", tmp_path / "m.safetensors", write_spec(tmp_path, with_head(head, TWO_OF_FOUR)))
-    assert said.code == 2
+    said = refused("apply", tmp_path / "m.safetensors", write_spec(tmp_path, with_head(head, TWO_OF_FOUR)))
     assert line in said.err
     assert "stats.safetensors" in said.err
     assert len(said.err.splitlines()) == 1
@@ -647,8 +611,7 @@ def test_no_statistics_and_norms_alone_and_tokens_that_never_came_are_told(tmp_p
     (tmp_path / "stats/sparseprune").mkdir()
     matrices = [{"name": "0.up.weight", "tokens": 0}, {"name": "0.down.weight", "tokens": 7}]
     (tmp_path / "stats/sparseprune/report.json").write_text(json.dumps({"matrices": matrices}))
-    said = run("apply", tmp_path / "m.safetensors", spec)
-    assert said.code == 2
+    said = refused("apply", tmp_path / "m.safetensors", spec)
     assert "[scope.proj] reconstruct: no token reached 0.up.weight when its statistics" in said.err
     save_file(moments_of, path, metadata={files.STATISTICS_KEY: '{"kind": "no"}'})
     said = run("apply", tmp_path / "m.safetensors", spec)
@@ -661,11 +624,10 @@ def test_memory_that_does_not_hold_a_matrix_is_told_with_what_would(tmp_path: Pa
     save_file(tensors, tmp_path / "m.safetensors")
     save_file(stats, tmp_path / "stats.safetensors")
     spec = write_spec(tmp_path, with_head(ADMM, TWO_OF_FOUR))
-    said = run("apply", tmp_path / "m.safetensors", spec, "--memory", "400MiB")
-    assert said.code == 2
+    said = refused("apply", tmp_path / "m.safetensors", spec, "--memory", "400MiB")
     assert "its matrices and their second moments must be in memory together" in said.err
     wanted = int(said.err.split("--memory must be at least ")[1].split()[0])
-    assert run("plan", tmp_path / "m.safetensors", spec, "--memory", wanted).code == 0
+    ok("plan", tmp_path / "m.safetensors", spec, "--memory", wanted)
     assert run("plan", tmp_path / "m.safetensors", spec, "--memory", wanted - (1 << 20)).code == 2
 
 
@@ -677,8 +639,7 @@ def test_integers_and_nan_are_refused(tmp_path: Path) -> None:
         save_file({"0.up.weight": dense}, tmp_path / "m.safetensors")
         save_file({"0.up.weight": torch.eye(8)}, tmp_path / "stats.safetensors")
         spec = write_spec(tmp_path, with_head(ADMM, TWO_OF_FOUR))
-        said = run("apply", tmp_path / "m.safetensors", spec, "--force")
-        assert said.code == 2
+        said = refused("apply", tmp_path / "m.safetensors", spec, "--force")
         assert line in said.err
 
 

@@ -41,8 +41,9 @@ from tests.cli.removal import (
     write,
 )
 from tests.cli.test_scarcity import thread_limit
+from tests.commands import ok, run
 from tests.engine.reconstruction.oracle import moments
-from tests.samples import run, write_spec
+from tests.samples import write_spec
 
 
 @pytest.mark.parametrize(
@@ -60,8 +61,7 @@ def test_what_is_left_is_the_dense_tensors_at_the_indices_that_survive(
     dense = case.tensors(DTYPES[dtype])
     source = write(tmp_path / "in", dense, case.config, shards)
     before = content(source)
-    applied = run("apply", source, case.spec, *case.options, "-o", tmp_path / "zeros", "-q")
-    assert applied.code == 0, applied.err
+    ok("apply", source, case.spec, *case.options, "-o", tmp_path / "zeros", "-q")
     said = removed(source, case.spec, *case.options, "-o", tmp_path / "out", "-q")
     assert (said.out, said.err) == (f"{tmp_path / 'out'}\n", "")
     found, wanted = read(tmp_path / "out"), expected(dense, load_masks(tmp_path / "zeros"))
@@ -93,7 +93,7 @@ def test_every_way_to_remove_the_same_gives_the_same_bytes(
         ("apply", source, case.spec, *case.options, "-o", zeros, "--mask-format", form, "-q"),
         ("mask", source, case.spec, *case.options, "-o", masks, "--mask-format", form, "-q"),
     ):
-        assert run(*words).code == 0
+        ok(*words)
     ways: dict[str, tuple[object, ...]] = {
         "a spec": (source, case.spec, *case.options),
         "a spec again": (zeros, case.spec, *case.options),
@@ -117,7 +117,7 @@ def test_passes_of_a_removal_are_plain_data_that_another_process_could_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, masks: bool
 ) -> None:
     source = write(tmp_path / "in", decoder(), LLAMA, 2)
-    assert run("mask", source, "decoder-mlp-channels", "-o", tmp_path / "masks", "-q").code == 0
+    ok("mask", source, "decoder-mlp-channels", "-o", tmp_path / "masks", "-q")
     words = (source, "--masks", tmp_path / "masks") if masks else (source, "decoder-mlp-channels")
     removed(*words, "-o", tmp_path / "usual", "-q")
     done = []
@@ -150,7 +150,7 @@ def test_no_option_of_speed_changes_a_byte(
 ) -> None:
     case = CASES[name]
     source = write(tmp_path / "in", case.tensors(torch.bfloat16), case.config, 2)
-    assert run("mask", source, case.spec, *case.options, "-o", tmp_path / "masks", "-q").code == 0
+    ok("mask", source, case.spec, *case.options, "-o", tmp_path / "masks", "-q")
     ways = ((case.spec, *case.options), ("--masks", tmp_path / "masks"))
     hashes = set()
     for slab, *options in ((6, "--jobs", "1"), (40, "--jobs", "3"), (1 << 20, "--memory", "130MB")):
@@ -184,8 +184,7 @@ def test_rebuilt_weights_are_cut_like_others(tmp_path: Path, head: str) -> None:
     else:
         text = text.replace("[vars]\n", f"{head}[vars]\n", 1)
     spec = write_spec(tmp_path, text)
-    applied = run("apply", source, spec, "-o", tmp_path / "zeros", "-q")
-    assert applied.code == 0, applied.err
+    ok("apply", source, spec, "-o", tmp_path / "zeros", "-q")
     removed(source, spec, "-o", tmp_path / "out", "-q")
     masks = load_masks(tmp_path / "zeros")
     found = {name: as_bytes(each) for name, each in read(tmp_path / "out").items()}
@@ -224,12 +223,12 @@ def test_a_removal_of_nothing_is_an_error_that_says_what_would_remove(
 @pytest.mark.parametrize("masks", [False, True])
 def test_an_output_that_exists_is_replaced_with_force_alone(tmp_path: Path, masks: bool) -> None:
     source, out = write(tmp_path / "in", decoder(), LLAMA, 2), tmp_path / "out"
-    assert run("mask", source, "decoder-mlp-channels", "-o", tmp_path / "masks", "-q").code == 0
+    ok("mask", source, "decoder-mlp-channels", "-o", tmp_path / "masks", "-q")
     words = ("--masks", tmp_path / "masks") if masks else ("decoder-mlp-channels",)
     removed(source, *words, "-o", out, "-q")
     wanted = weights(out)
     shutil.rmtree(out)
-    assert run("apply", source, "2of4", "-o", out, "-q").code == 0
+    ok("apply", source, "2of4", "-o", out, "-q")
     before = content(out)
     assert run("remove", source, *words, "-o", out, "-q").code == 2
     assert content(out) == before
@@ -317,7 +316,7 @@ def test_a_run_needs_no_thread_but_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int, masks: bool
 ) -> None:
     source = write(tmp_path / "in", decoder(), LLAMA, 2)
-    assert run("mask", source, "decoder-mlp-channels", "-o", tmp_path / "masks", "-q").code == 0
+    ok("mask", source, "decoder-mlp-channels", "-o", tmp_path / "masks", "-q")
     words = ("--masks", tmp_path / "masks") if masks else ("decoder-mlp-channels",)
     removed(source, *words, "-o", tmp_path / "whole", "-q")
     thread_limit(monkeypatch, limit)
@@ -342,7 +341,7 @@ def test_a_name_of_the_output_may_be_as_long_as_the_system_lets_it(tmp_path: Pat
     source = write(tmp_path / "in", decoder(), LLAMA)
     for command in ("apply", "remove"):
         out = tmp_path / ("o" * 230 + command)[-230:]
-        assert run(command, source, "decoder-mlp-channels", "-o", out, "-q").code == 0
+        ok(command, source, "decoder-mlp-channels", "-o", out, "-q")
         assert (out / "config.json").is_file()
 
 
@@ -352,7 +351,7 @@ def test_another_run_that_writes_the_same_output_is_told_by_its_name(
     tmp_path: Path, kind: str, masks: bool
 ) -> None:
     source = write(tmp_path / "in", decoder(), LLAMA)
-    assert run("mask", source, "decoder-mlp-channels", "-o", tmp_path / "masks", "-q").code == 0
+    ok("mask", source, "decoder-mlp-channels", "-o", tmp_path / "masks", "-q")
     words = ("--masks", tmp_path / "masks") if masks else ("decoder-mlp-channels",)
     other = StagingDir(tmp_path / "out", kind)
     other.acquire()

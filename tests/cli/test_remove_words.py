@@ -10,7 +10,6 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-import jsonschema
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -37,7 +36,8 @@ from tests.cli.removal import (
     weights,
     write,
 )
-from tests.samples import Said, run, schema, write_spec
+from tests.commands import Said, ok, run, valid
+from tests.samples import write_spec
 
 SPEED = re.compile(r"\d+\.\d s, [\d.]+ [kMG]?B/s, on cpu")
 
@@ -83,7 +83,7 @@ def test_what_is_told_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         "out\n",
         (CHANGED + RULES + REACHED + SIZES).splitlines(),
     )
-    assert run("mask", source, "decoder-mlp-channels", "-o", "masks", "-q").code == 0
+    ok("mask", source, "decoder-mlp-channels", "-o", "masks", "-q")
     said = removed(source, "--masks", "masks", "-o", "out", "--force")
     assert (said.out, told(said)) == ("out\n", SIZES.splitlines())
     for options in (["-q"], ["-q", "-v"]):
@@ -95,7 +95,7 @@ def test_what_is_told_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_what_partial_masks_leave_out_is_told(tmp_path: Path) -> None:
     source = write(tmp_path / "in", decoder(), LLAMA)
-    assert run("mask", source, "decoder-mlp-channels", "-o", tmp_path / "masks", "-q").code == 0
+    ok("mask", source, "decoder-mlp-channels", "-o", tmp_path / "masks", "-q")
     full = load_masks(tmp_path / "masks")
     for more, lines in (
         ({}, []),
@@ -150,9 +150,8 @@ def test_the_report_tells_what_became_of_everything(tmp_path: Path, name: str) -
     dense = case.tensors()
     source = write(tmp_path / "in", dense, case.config, 2)
     said = removed(source, case.spec, *case.options, "-o", tmp_path / "out", "--json", "-q")
-    report = json.loads(said.out)
+    report = valid(said.out, "remove")
     assert json.loads((tmp_path / "out" / "sparseprune" / "report.json").read_text()) == report
-    jsonschema.validate(report, schema("remove"))
     left = read(tmp_path / "out")
     totals = {
         "tensors": len(dense),
@@ -186,10 +185,9 @@ def test_the_report_tells_what_became_of_everything(tmp_path: Path, name: str) -
 
 def test_the_report_of_masks_names_them_and_has_no_rules(tmp_path: Path) -> None:
     source = write(tmp_path / "in", decoder(), LLAMA)
-    assert run("apply", source, "decoder-mlp-channels", "-o", tmp_path / "zeros", "-q").code == 0
+    ok("apply", source, "decoder-mlp-channels", "-o", tmp_path / "zeros", "-q")
     said = removed(tmp_path / "zeros", "--masks", tmp_path / "zeros", "-o", tmp_path / "out", "--json", "-q")
-    report = json.loads(said.out)
-    jsonschema.validate(report, schema("remove"))
+    report = valid(said.out, "remove")
     assert (report["masks"], report["spec_sha256"], report["rules"]) == (str(tmp_path / "zeros"), None, [])
     assert report["totals"]["numel_after"] == 1_196
     spec = (tmp_path / "out" / "sparseprune" / "spec.toml").read_bytes()
@@ -214,8 +212,7 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(tmp_path: Path, monkeypatch
     assert (said.err, names_in(tmp_path)) == ("", ["in"])
     assert any(re.fullmatch(r"output +[\d.]+ kB in in-smaller", line) for line in lines)
     said = removed("in", "decoder-mlp-channels", "--dry-run", "--json")
-    plan = json.loads(said.out)
-    jsonschema.validate(plan, schema("plan"))
+    plan = valid(said.out, "plan")
     assert plan["removal"] == {
         "problems": [],
         "config": [{"key": "intermediate_size", "before": 16, "after": 12}],
@@ -546,8 +543,7 @@ def test_other_copies_of_the_weights_are_left_out_and_what_a_trainer_wrote_is_na
         "left out: model.gguf, pytorch_model.bin (6 B), other copies of the weights",
         "copied as it is, though a trainer wrote it for the larger model: optimizer.pt",
     ]
-    report = json.loads((tmp_path / "out" / "sparseprune" / "report.json").read_text())
-    jsonschema.validate(report, schema("remove"))
+    report = valid((tmp_path / "out" / "sparseprune" / "report.json").read_text(), "remove")
     assert [one["path"] for one in report["files_left_out"]] == ["model.gguf", "pytorch_model.bin"]
     assert not {"model.gguf", "pytorch_model.bin"} & set(names_in(tmp_path / "out"))
     dense = Path("2_Dense", "model.safetensors")

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch.sparse import _semi_structured_conversions as _conversions
 
-from tests.samples import run
+from tests.commands import refused, run, silent
 
 UP, DOWN, NORM = "h.0.up.weight", "h.0.down.weight", "h.0.norm.weight"
 
@@ -53,8 +53,7 @@ def checkpoint(tmp_path: Path) -> Path:
     ],
 )
 def test_exits_0_in_silence_where_all_hold(checkpoint: Path, words: list[str]) -> None:
-    said = run("inspect", checkpoint, "-q", *words)
-    assert (said.code, said.err) == (0, "")
+    said = silent("inspect", checkpoint, "-q", *words)
     assert UP in said.out
 
 
@@ -116,8 +115,7 @@ def test_exits_1_after_the_table_and_names_each_tensor_that_fails(
 def test_exits_2_where_a_condition_has_no_meaning_or_no_tensor(
     checkpoint: Path, words: list[str], text: str
 ) -> None:
-    said = run("inspect", checkpoint, "-q", *words)
-    assert said.code == 2
+    said = refused("inspect", checkpoint, "-q", *words)
     assert text in said.err
     assert len(said.err.splitlines()) == 1
 
@@ -131,8 +129,7 @@ def test_json_on_stdout_is_whole_where_a_requirement_fails(checkpoint: Path) -> 
 
 
 def test_for_tells_of_each_runtime_which_tensors_it_can_use(checkpoint: Path) -> None:
-    said = run("inspect", checkpoint, "-q", "--for", "torch-cutlass,torch-cusparselt,tensorrt,asp")
-    assert (said.code, said.err) == (0, "")
+    said = silent("inspect", checkpoint, "-q", "--for", "torch-cutlass,torch-cusparselt,tensorrt,asp")
     for text in (
         "torch-cutlass: 1 of 2 matrices",
         "compute capability 8.x",

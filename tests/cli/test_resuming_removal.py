@@ -21,7 +21,8 @@ from sparseprune.checkpoint.output import read_journal
 from tests.checkpoint.files import content, names_in
 from tests.cli.interrupted import NAMES, Command, Commands, Ended, Moment, change
 from tests.cli.removal import LLAMA, MIXTRAL, decoder, mixture, removed, weights, write
-from tests.samples import run, write_spec
+from tests.commands import ok
+from tests.samples import write_spec
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="there is no /proc")
 CONTINUED = "sparseprune: an unfinished run is continued"
@@ -104,7 +105,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     write(start / "in", decoder(), LLAMA, 2)
     write(start / "mix", mixture(), MIXTRAL, 2)
     mask = ("mask", start / "in", "decoder-mlp-channels", "-o", start / "masks", "-q")
-    assert run(*mask).code == 0
+    ok(*mask)
     removed(start / "in", "decoder-mlp-channels", "--set", "sparsity=0.5", "-o", start / "out", "-q")
     with Commands() as commands:
         yield World(commands, start, {})

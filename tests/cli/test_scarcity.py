@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import resource
-import subprocess
-import sys
 import threading
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,8 +16,9 @@ from safetensors.torch import save_file
 from sparseprune.checkpoint import threads
 from sparseprune.errors import is_out_of_memory
 from sparseprune.execution.tensor_io import TensorIO
+from tests.commands import ok, python, run
 from tests.limits import force, narrow
-from tests.samples import CHANNELS, TWO_OF_FOUR, mlp_tensors, run, write_shards, write_spec
+from tests.samples import CHANNELS, TWO_OF_FOUR, mlp_tensors, write_shards, write_spec
 
 FULL = "sparseprune: out of memory; give a smaller --memory, or fewer --jobs"
 
@@ -59,10 +59,10 @@ def test_a_run_needs_no_thread_but_its_own(
 ) -> None:
     narrow(monkeypatch, 64, tile=64)
     words = ["apply", folder / "m.safetensors", folder / "spec.toml", "--jobs", 3, *(["-q"] if quiet else [])]
-    assert run(*words).code == 0
+    ok(*words)
     whole = contents(folder)
     thread_limit(monkeypatch, limit)
-    assert run(*words, "--force").code == 0
+    ok(*words, "--force")
     assert contents(folder) == whole
     out = folder / "m.pruned.safetensors"
     for reading in (["verify", out, folder / "spec.toml"], ["inspect", out], ["compare", out, out]):
@@ -152,15 +152,8 @@ def test_a_process_that_may_take_little_memory_says_so_and_passes_no_check_for_f
     save_file(mlp_tensors(), folder / "m.safetensors")
     save_file({"0.up.weight": torch.ones(16, 8, dtype=torch.bool)}, folder / "masks.safetensors")
     limit = (megabytes << 20, megabytes << 20)
-    done = subprocess.run(
-        [sys.executable, "-m", "sparseprune", *words, "--partial"],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=600,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, limit),
-    )
+    take_little = partial(resource.setrlimit, resource.RLIMIT_AS, limit)
+    done = python("-m", "sparseprune", *words, "--partial", cwd=folder, preexec_fn=take_little)
     assert (done.returncode, done.stdout) in ((0, ""), (3, "")), done.stderr
     assert done.stderr.splitlines() == [FULL] * (done.returncode == 3)
 
@@ -169,21 +162,14 @@ def test_a_checkpoint_may_have_more_shards_than_a_process_may_have_files(tmp_pat
     shards = {f"{number}.safetensors": {f"{number}.up.weight": torch.ones(4, 8)} for number in range(60)}
     write_shards(tmp_path / "in", shards)
     write_spec(tmp_path, TWO_OF_FOUR)
+    few_files = partial(resource.setrlimit, resource.RLIMIT_NOFILE, (45, 45))
     for words in (
         "apply in spec.toml -o out",
         "verify out spec.toml",
         "inspect out",
         "reapply in out -o more",
     ):
-        done = subprocess.run(
-            [sys.executable, "-m", "sparseprune", *words.split(), "-q"],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=600,
-            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (45, 45)),
-        )
+        done = python("-m", "sparseprune", *words.split(), "-q", cwd=tmp_path, preexec_fn=few_files)
         assert (done.returncode, done.stderr) == (0, ""), words
 
 
@@ -232,5 +218,4 @@ def test_bars_and_logs_that_fail_stop_nothing(folder: Path, monkeypatch: pytest.
     monkeypatch.setattr("sparseprune.cli.progress.Latest.read", fail)
     monkeypatch.setattr("sparseprune.cli.progress._TICK", 0.0001)
     save_file({"0.a.weight": torch.ones(512, 512)}, folder / "m.safetensors")
-    said = run("apply", folder / "m.safetensors", write_spec(folder, TWO_OF_FOUR))
-    assert said.code == 0, said.err
+    ok("apply", folder / "m.safetensors", write_spec(folder, TWO_OF_FOUR))

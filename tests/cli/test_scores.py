@@ -8,8 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.commands import ok, refused
 from tests.limits import narrow
-from tests.samples import CHANNELS, TWO_OF_FOUR, mlp_tensors, run, write_spec
+from tests.samples import CHANNELS, TWO_OF_FOUR, mlp_tensors, write_spec
 
 ROWS = """
 version = 1
@@ -28,8 +29,7 @@ def pruned_by(
     folder: Path, spec: str, tensors: dict[str, torch.Tensor] | None = None
 ) -> dict[str, torch.Tensor]:
     save_file(mlp_tensors() if tensors is None else tensors, folder / "m.safetensors")
-    said = run("apply", folder / "m.safetensors", write_spec(folder, spec), "--force")
-    assert said.code == 0, said.err
+    ok("apply", folder / "m.safetensors", write_spec(folder, spec), "--force")
     return load_file(folder / "m.pruned.safetensors")
 
 
@@ -231,8 +231,7 @@ def test_score_files_that_do_not_fit_are_refused(
     )
     save_file(mlp_tensors(), tmp_path / "m.safetensors")
     spec = write_spec(tmp_path, with_score(TWO_OF_FOUR, f'{{ kind = "{kind}", file = "s.safetensors" }}'))
-    said = run("apply", tmp_path / "m.safetensors", spec)
-    assert said.code == 2
+    said = refused("apply", tmp_path / "m.safetensors", spec)
     assert text in said.err
     assert "s.safetensors" in said.err
     assert not (tmp_path / "m.pruned.safetensors").exists()
@@ -241,8 +240,7 @@ def test_score_files_that_do_not_fit_are_refused(
 def test_a_score_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     save_file(mlp_tensors(), tmp_path / "m.safetensors")
     spec = write_spec(tmp_path, with_score(TWO_OF_FOUR, '{ kind = "wanda", file = "absent.safetensors" }'))
-    said = run("apply", tmp_path / "m.safetensors", spec)
-    assert said.code == 2
+    said = refused("apply", tmp_path / "m.safetensors", spec)
     assert "absent.safetensors: no such file" in said.err
 
 
@@ -269,8 +267,7 @@ def test_soft_budget_leaves_nnz_blocks(tmp_path: Path) -> None:
 def test_soft_thresholds_take_no_other_score(tmp_path: Path) -> None:
     save_file(mlp_tensors(), tmp_path / "m.safetensors")
     spec = ROWS.replace("nnz = 3", 'mode = "soft"\nthreshold = 0.5\nscore = { kind = "random" }')
-    said = run("apply", tmp_path / "m.safetensors", write_spec(tmp_path, spec))
-    assert said.code == 2
+    said = refused("apply", tmp_path / "m.safetensors", write_spec(tmp_path, spec))
     assert "[scope.rows] score: mode soft shrinks the norms of the weights" in said.err
 
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from sparseprune.spec import list_specs
-from tests.samples import run
+from tests.commands import refused, run, silent
 
 SPECS = Path(__file__).parents[2] / "specs"
 
 
 def test_every_spec_has_one_line() -> None:
-    said = run("specs")
-    assert (said.code, said.err) == (0, "")
+    said = silent("specs")
     shown = dict(line.split(maxsplit=1) for line in said.out.splitlines())
     assert tuple(shown) == list_specs()
     for name, text in shown.items():
@@ -25,8 +24,7 @@ def test_a_spec_is_printed_as_it_is() -> None:
 
 
 def test_an_unknown_name_is_one_line() -> None:
-    said = run("specs", "2of5")
-    assert (said.code, said.out) == (2, "")
+    said = refused("specs", "2of5")
     assert said.err.startswith(
         'sparseprune: "2of5" is neither a file nor a spec that ships with sparseprune; '
     )

@@ -18,6 +18,7 @@ from sparseprune.cli.demo import write_decoder
 from tests.cli.interrupted import ended, started
 from tests.cli.test_interruptions import wait_for_notes
 from tests.cli.test_resuming_runs import CASES, CONTINUED, content
+from tests.commands import python
 
 COMMAND = f'"{sys.executable}" -m sparseprune'
 HIDE, SHOW = b"\x1b[?25l", b"\x1b[?25h"
@@ -35,14 +36,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def shell(folder: Path, words: str) -> subprocess.CompletedProcess[str]:
     """A command in a shell, as somebody types it."""
-    return subprocess.run(
-        ["/bin/sh", "-c", f"{COMMAND} {words}"],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=600,
-    )
+    command = ["bash", "-c", f"{COMMAND} {words}"]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=600)
 
 
 @needs_dev_full
@@ -94,14 +89,7 @@ def test_a_log_that_is_full_stops_nothing(folder: Path) -> None:
 
 
 def test_whoever_reads_no_further_is_no_failure(folder: Path) -> None:
-    said = subprocess.run(
-        ["bash", "-c", f"{COMMAND} inspect pruned | head -n 1; echo ${{PIPESTATUS[0]}}"],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=600,
-    )
+    said = shell(folder, "inspect pruned | head -n 1; echo ${PIPESTATUS[0]}")
     assert said.stderr == ""
     assert said.stdout.splitlines()[-1] == "0"
 
@@ -145,7 +133,7 @@ def test_a_signal_that_is_ignored_from_outside_stays_ignored() -> None:
     command = f"trap '' HUP; exec \"{sys.executable}\" -c '{IGNORED}'"
     said = subprocess.run(["/bin/sh", "-c", command], capture_output=True, text=True, check=False)
     assert (said.returncode, said.stdout, said.stderr) == (0, "went on\n", "")
-    heard = subprocess.run([sys.executable, "-c", IGNORED], capture_output=True, text=True, check=False)
+    heard = python("-c", IGNORED)
     assert heard.returncode != 0
     assert "Stopped" in heard.stderr
 
@@ -176,14 +164,7 @@ def test_a_signal_that_cannot_be_raised_where_it_comes_is_raised_a_moment_later(
     (tmp_path / "other.py").write_text(
         "import os\nos.kill(os.getpid(), 15)\nfor _ in range(999): whole = True"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", STOPPED.format(begin=begin, whole=whole)],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=600,
-    )
+    done = python("-c", STOPPED.format(begin=begin, whole=whole), cwd=tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (0, "15 True\n", "")
 
 

@@ -12,9 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sparseprune import load_masks
+from tests import commands
+from tests.commands import ok, run
 from tests.execution.structures import FLOATS, INTEGERS, one
 from tests.limits import WAYS, force, narrow
-from tests.samples import CHANNELS, run, write_spec
+from tests.samples import CHANNELS, write_spec
 
 NAN, INF = math.nan, math.inf
 PRUNE = 'score = { nonfinite = "prune" }\n'
@@ -37,15 +39,13 @@ SPECS = {
 
 def applied(folder: Path, spec: str, **tensors: torch.Tensor) -> tuple[dict[str, torch.Tensor], Any]:
     save_file({f"{name}.weight": tensor for name, tensor in tensors.items()}, folder / "m.safetensors")
-    said = run("apply", folder / "m.safetensors", write_spec(folder, spec), "--json", "-q", "--force")
-    assert said.code == 0, said.err
+    said = ok("apply", folder / "m.safetensors", write_spec(folder, spec), "--json", "-q", "--force")
     return load_file(folder / "m.pruned.safetensors"), json.loads(said.out)
 
 
 def refused(folder: Path, spec: str, **tensors: torch.Tensor) -> str:
     save_file({f"{name}.weight": tensor for name, tensor in tensors.items()}, folder / "m.safetensors")
-    said = run("apply", folder / "m.safetensors", write_spec(folder, spec), "-q")
-    assert (said.code, said.out) == (2, "")
+    said = commands.refused("apply", folder / "m.safetensors", write_spec(folder, spec), "-q")
     assert not list(folder.glob("*pruned*"))
     assert len(said.err.splitlines()) == 1
     return said.err
@@ -97,8 +97,7 @@ def test_what_no_rule_reaches_may_hold_anything(tmp_path: Path) -> None:
         {"a.weight": torch.ones(4, 4), "free": torch.tensor([NAN, INF, -INF, -0.0])},
         tmp_path / "m.safetensors",
     )
-    said = run("apply", tmp_path / "m.safetensors", write_spec(tmp_path, TWO_OF_FOUR), "-q")
-    assert said.code == 0, said.err
+    ok("apply", tmp_path / "m.safetensors", write_spec(tmp_path, TWO_OF_FOUR), "-q")
     free = load_file(tmp_path / "m.pruned.safetensors")["free"]
     assert bits(free) == bits(torch.tensor([NAN, INF, -INF, -0.0]))
 
@@ -159,8 +158,7 @@ def test_a_channel_goes_whole_where_one_of_its_members_is_not_finite(tmp_path: P
     tensors["0.down.weight"][2, 5] = NAN
     tensors["0.up.bias"][6] = INF
     save_file(tensors, tmp_path / "m.safetensors")
-    said = run("apply", tmp_path / "m.safetensors", write_spec(tmp_path, CHANNELS + PRUNE), "-q")
-    assert said.code == 0, said.err
+    ok("apply", tmp_path / "m.safetensors", write_spec(tmp_path, CHANNELS + PRUNE), "-q")
     pruned = load_file(tmp_path / "m.pruned.safetensors")
     for name, dim in (("0.up.weight", 0), ("0.up.bias", 0), ("0.down.weight", 1)):
         zero = [place for place in range(8) if not pruned[name].select(dim, place).any()]
@@ -173,7 +171,7 @@ def test_a_threshold_drops_what_is_not_finite_and_verify_agrees(tmp_path: Path) 
     pruned, _ = applied(tmp_path, spec, a=tensor)
     assert bits(pruned["a.weight"]) == bits(torch.tensor([[0.0, 0.5, 0.0, -3.0]]))
     out = tmp_path / "m.pruned.safetensors"
-    assert run("verify", out, tmp_path / "spec.toml").code == 0
+    ok("verify", out, tmp_path / "spec.toml")
     assert run("verify", tmp_path / "m.safetensors", tmp_path / "spec.toml").code == 1
 
 
@@ -291,7 +289,7 @@ def test_a_tensor_of_zeros_is_pruned_exactly_and_all_of_its_energy_is_kept(tmp_p
     masks = load_masks(tmp_path / "m.pruned.masks.safetensors")["a.weight"]
     assert int(masks.sum()) == 64 - report["totals"]["pruned"]
     assert report["tensors"][0]["energy_kept"] == 1
-    assert run("verify", tmp_path / "m.pruned.safetensors", tmp_path / "spec.toml").code == 0
+    ok("verify", tmp_path / "m.pruned.safetensors", tmp_path / "spec.toml")
 
 
 @pytest.mark.parametrize("way", ["block_norms", "torch_in_memory", "torch_out_of_core"])

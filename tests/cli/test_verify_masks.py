@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-import jsonschema
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from tests.cli.interrupted import Command, Commands, Moment
+from tests.commands import ok, refused, run, silent, valid
 from tests.limits import narrow
-from tests.samples import TWO_OF_FOUR, mlp_tensors, run, schema, write_spec
+from tests.samples import TWO_OF_FOUR, mlp_tensors, write_spec
 
 MATRICES = [name for name in mlp_tensors() if name.endswith("weight")]
 
@@ -21,7 +20,7 @@ MATRICES = [name for name in mlp_tensors() if name.endswith("weight")]
 def folder(tmp_path: Path) -> Path:
     """A checkpoint `m`, pruned with its masks."""
     save_file(mlp_tensors(), tmp_path / "m.safetensors")
-    assert run("apply", tmp_path / "m.safetensors", write_spec(tmp_path, TWO_OF_FOUR)).code == 0
+    ok("apply", tmp_path / "m.safetensors", write_spec(tmp_path, TWO_OF_FOUR))
     return tmp_path
 
 
@@ -44,20 +43,9 @@ def words(folder: Path, *more: object) -> tuple[object, ...]:
 
 
 def test_what_holds_exits_0_with_a_table(folder: Path) -> None:
-    said = run(*words(folder))
-    assert (said.code, said.err) == (0, "")
+    said = silent(*words(folder))
     lines = said.out.splitlines()
-    assert lines[0].split() == [
-        "tensor",
-        "dtype",
-        "shape",
-        "dropped",
-        "lost",
-        "of",
-        "dropped",
-        "first",
-        "lost",
-    ]
+    assert lines[0].split() == "tensor dtype shape dropped lost of dropped first lost".split()
     assert sorted(line.split()[0] for line in lines[1:5]) == sorted(MATRICES)
     assert lines[1].split()[1:] == ["F32", "8x16", "64", "0", "0.00%"]
     assert lines[5].split() == ["total", "of", "4", "256", "0", "0.00%"]
@@ -94,22 +82,21 @@ def test_minus_zero_is_zero_and_survivors_may_be_anything(folder: Path) -> None:
     masks = load_file(folder / "m.pruned.masks.safetensors")
     kept = [tuple(index) for index in torch.nonzero(masks["0.up.weight"]).tolist()]
     lose(folder, "0.up.weight", *kept, value=float("nan"))
-    assert run(*words(folder)).code == 0
+    ok(*words(folder))
 
 
 def test_json_has_the_shape_of_its_schema(folder: Path) -> None:
     index = dropped(folder, "0.up.weight")[5]
     lose(folder, "0.up.weight", index)
     said = run(*words(folder, "--json"))
-    document = json.loads(said.out)
-    jsonschema.validate(document, schema("verify-masks"))
+    document = valid(said.out, "verify-masks")
     assert (said.code, document["holds"], document["totals"]["failed"]) == (1, False, 1)
     assert {one["name"]: (one["lost"], one["first"]) for one in document["tensors"]} == {
         name: (1, list(index)) if name == "0.up.weight" else (0, None) for name in MATRICES
     }
     assert document["totals"]["lost"] == 1
-    held = json.loads(run("verify", folder / "m.pruned.safetensors", "--masks", folder, "--json").out)
-    jsonschema.validate(held, schema("verify-masks"))
+    said = run("verify", folder / "m.pruned.safetensors", "--masks", folder, "--json")
+    valid(said.out, "verify-masks")
 
 
 def test_quiet_says_only_what_fails(folder: Path) -> None:
@@ -136,8 +123,7 @@ def test_names_are_matched_as_reapply_does(folder: Path) -> None:
     tensors = load_file(folder / "m.pruned.safetensors")
     tensors["x"] = tensors.pop("1.up.weight")
     save_file(tensors, folder / "m.pruned.safetensors")
-    said = run(*words(folder))
-    assert (said.code, said.out) == (2, "")
+    said = refused(*words(folder))
     assert "mask '1.up.weight' is for no tensor of " in said.err
     part = run(*words(folder, "--partial"))
     assert (part.code, part.err) == (0, "sparseprune: 1 mask without a tensor left out\n")

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -17,8 +16,9 @@ from sparseprune.execution.schedule import cpu_lines, device_text, devices_of_ru
 from sparseprune.spec import parse_spec
 from tests.checkpoint.files import names_in
 from tests.cli.removal import LLAMA, decoder, write
+from tests.commands import ok, refused, run, valid
 from tests.limits import AMPLE, narrow
-from tests.samples import TWO_OF_FOUR, run, schema, write_spec
+from tests.samples import TWO_OF_FOUR, write_spec
 
 LEFT_OUT = "20.00% of the layers' matrices; not reached: 64 parameters of layers.*.experts.up"
 HEADS = """
@@ -60,8 +60,7 @@ def test_matrices_that_no_rule_reaches_are_told_and_an_error_with_strict(
     )
     assert names_in(tmp_path) == before
     said = run(*words, *options_of(command, tmp_path), "--json")
-    document: dict[str, Any] = json.loads(said.out)
-    jsonschema.validate(document, schema(SCHEMAS[command]))
+    document: dict[str, Any] = valid(said.out, SCHEMAS[command])
     assert said.code == 0
     assert said.err.count("warning") == 1
     assert f"sparseprune: warning: {what} only {LEFT_OUT}\n" in said.err
@@ -90,8 +89,7 @@ def test_a_spec_that_says_what_it_covers_is_held_to_that(experts: Path, tmp_path
     tensors = {"layers.0.self_attn.q.weight": torch.eye(4), "layers.0.experts.up": torch.ones(4, 4, 4)}
     save_file(tensors, experts)
     spec.write_text(spec.read_text().replace("{layer}.{name:q}", "{layer}.self_attn.{name:q}"))
-    said = run("apply", experts, spec, "--strict")
-    assert said.code == 0, said.err
+    said = ok("apply", experts, spec, "--strict")
     assert (
         "reached 20.00% of the layers' matrices, 100.00% of the attention matrices; not reached: 64"
         in said.err
@@ -146,7 +144,7 @@ def test_a_threshold_that_prunes_nothing_is_told_at_the_end(tmp_path: Path) -> N
     assert (said.code, said.err.splitlines()[0]) == (0, f"sparseprune: warning: {line}")
     assert json.loads((tmp_path / "m.pruned.report.json").read_text())["warnings"] == [line]
     pruning = write_spec(tmp_path, HEADS.replace("BUDGET", "threshold = 5"))
-    assert run("apply", tmp_path / "m.safetensors", pruning, "--strict", "--force").code == 0
+    ok("apply", tmp_path / "m.safetensors", pruning, "--strict", "--force")
 
 
 def test_masks_that_drop_nothing_are_told(tmp_path: Path) -> None:
@@ -165,8 +163,7 @@ def test_masks_that_drop_nothing_are_told(tmp_path: Path) -> None:
         )
         assert not (tmp_path / "m.pruned.safetensors").exists()
         said = run(*words, "--json")
-        document = json.loads(said.out)
-        jsonschema.validate(document, schema(name))
+        document = valid(said.out, name)
         assert (said.code, document["warnings"]) == (0, [f"the masks drop nothing: {why}"])
         assert f"sparseprune: warning: the masks drop nothing: {why}\n" in said.err
 
@@ -199,8 +196,7 @@ def test_a_removal_with_one_rule_that_removes_nothing_warns(tmp_path: Path) -> N
     assert (strict.code, strict.err.splitlines()[0]) == (2, f"sparseprune: --strict: {line}")
     assert not (tmp_path / "in-smaller").exists()
     said = run("remove", source, spec, "--json")
-    document = json.loads(said.out)
-    jsonschema.validate(document, schema("remove"))
+    document = valid(said.out, "remove")
     assert (said.code, document["warnings"]) == (0, [line])
     assert f"sparseprune: warning: {line}\n" in said.err
 
@@ -208,11 +204,9 @@ def test_a_removal_with_one_rule_that_removes_nothing_warns(tmp_path: Path) -> N
 def test_a_plan_of_a_removal_of_nothing_is_refused(tmp_path: Path) -> None:
     source = write(tmp_path / "in", decoder(), LLAMA)
     words = (source, "decoder-mlp-channels", "--set", "sparsity=0.01")
-    said = run("remove", *words, "--dry-run")
-    assert (said.code, said.out) == (2, "")
+    said = refused("remove", *words, "--dry-run")
     assert said.err.endswith("sparsity 0.01 of 16 rounds to none; 0.0625 or more prunes\n")
-    planned = run("plan", *words)
-    assert planned.code == 0
+    planned = ok("plan", *words)
     assert planned.err.startswith("sparseprune: warning: scope.mlp prunes nothing: ")
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import pytest
 
 from sparseprune.engine.kernels import compiling, counting, selecting, sums
 from sparseprune.engine.kernels.compiling import Loop, compiled, inlined
+from tests.commands import python
 
 LOOPS = sorted(
     {
@@ -55,9 +54,8 @@ def four_times_the_sum(numbers: Any, size: Any) -> Any:
 
 def use(folder: Path) -> str:
     """What a process says that keeps machine code in a folder: the result, and was numba imported."""
-    done = subprocess.run(
-        [sys.executable, "-c", USE, str(folder)], capture_output=True, text=True, check=True
-    )
+    done = python("-c", USE, folder)
+    assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
 

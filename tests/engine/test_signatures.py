@@ -9,8 +9,6 @@ from __future__ import annotations
 import inspect
 import math
 import random
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from itertools import product
 from typing import Any
@@ -31,6 +29,7 @@ from sparseprune import (
     View,
 )
 from tests import oracle
+from tests.commands import python
 from tests.engine.structures import Case, Laid, assert_masks, assert_pruned
 from tests.oracle import Index, Number
 
@@ -726,7 +725,7 @@ from sparseprune import *
 for name in sparseprune.__all__:
     assert globals()[name] is getattr(sparseprune, name)
 """
-    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    done = python("-c", code)
     assert done.returncode == 0, done.stderr
     assert set(sparseprune.engine.__all__) <= set(dir(sparseprune.engine))
     for name in sparseprune.engine.__all__:

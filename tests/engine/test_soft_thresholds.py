@@ -17,13 +17,9 @@ from tests.engine.devices import on_every_device
 from tests.engine.structures import FLOATS, Case, assert_close, bits_of, cases, filled
 
 NARROWNESS = {
-    torch.float64: 2**-53,
-    torch.float32: 2**-24,
-    torch.float16: 2**-11,
-    torch.bfloat16: 2**-8,
-    torch.float8_e4m3fn: 2**-4,
-    torch.float8_e5m2: 2**-3,
-}
+    torch.float64: 2**-53, torch.float32: 2**-24, torch.float16: 2**-11, torch.bfloat16: 2**-8,
+    torch.float8_e4m3fn: 2**-4, torch.float8_e5m2: 2**-3,
+}  # fmt: skip
 
 
 def expected(

@@ -85,12 +85,7 @@ shape = {shape}
 """
 APART = """
 version = 1
-[scope.left]
-tensors = "{{name}}.weight"
-slice = [":", "0:5"]
-block = [1, 1]
-shape = [1, -1]
-nnz = 3
+scope.left = { tensors = "{{name}}.weight", slice = [":", "0:5"], block = [1, 1], shape = [1, -1], nnz = 3 }
 [scope.right]
 tensors = "{{name}}.weight"
 slice = [":", "6:12"]

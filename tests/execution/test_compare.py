@@ -22,8 +22,8 @@ from sparseprune.errors import MachineError
 from sparseprune.execution.compare import SLAB, compare_checkpoints, sides_of
 from sparseprune.report.comparison import FIELDS, make_comparison, sheet_of, unmeasured
 from sparseprune.results import Comparison
+from tests.commands import as_data, schema
 from tests.engine.kernels.test_comparing import compared_by_hand, special
-from tests.samples import as_data, schema
 
 Tensor = tuple[str, str, tuple[int, ...], bytes]
 
@@ -325,23 +325,10 @@ def test_tensors_that_were_not_measured_have_a_number_of_elements_alone(tmp_path
 def test_plain_loops_tell_a_case_by_hand() -> None:
     one, other = floats("w", 1, 2, 0), floats("w", 1, 0, 5)
     entry = {
-        "name": "w",
-        "dtype": "F32",
-        "dtype_after": "F32",
-        "shape": [3],
-        "numel": 3,
-        "differs": True,
-        "sparsity": 1 / 3,
-        "zeros_before": 1,
-        "zeros_after": 1,
-        "changed": 2,
-        "zeroed": 1,
-        "revived": 1,
-        "altered": 1,
-        "first_altered": [2],
-        "largest_change": 5.0,
-        "largest_change_at": [2],
-    }
+        "name": "w", "dtype": "F32", "dtype_after": "F32", "shape": [3], "numel": 3, "differs": True,
+        "sparsity": 1 / 3, "zeros_before": 1, "zeros_after": 1, "changed": 2, "zeroed": 1, "revived": 1,
+        "altered": 1, "first_altered": [2], "largest_change": 5.0, "largest_change_at": [2],
+    }  # fmt: skip
     assert_as_by_hand(entry, one, other)
     for wrong in ({"altered": 2}, {"first_altered": [1]}, {"largest_change_at": [1]}, {"revived": 0}):
         with pytest.raises(AssertionError):

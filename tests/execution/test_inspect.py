@@ -60,14 +60,9 @@ def is_nonfinite(name: str, pattern: int) -> bool:
     if name == "C64":
         return is_nonfinite("F32", pattern >> 32) or is_nonfinite("F32", pattern & 0xFFFF_FFFF)
     exponents = {
-        "F64": 0x7FF0_0000_0000_0000,
-        "F32": 0x7F80_0000,
-        "F16": 0x7C00,
-        "BF16": 0x7F80,
-        "F8_E5M2": 0x7C,
-        "F8_E4M3": 0x7F,
-        "F8_E8M0": 0xFF,
-    }
+        "F64": 0x7FF0_0000_0000_0000, "F32": 0x7F80_0000, "F16": 0x7C00, "BF16": 0x7F80, "F8_E5M2": 0x7C,
+        "F8_E4M3": 0x7F, "F8_E8M0": 0xFF,
+    }  # fmt: skip
     if name in exponents:
         return pattern & exponents[name] == exponents[name]
     return name.endswith("FNUZ") and pattern == 0x80

@@ -28,12 +28,7 @@ from sparseprune.spec import parse_spec
 
 LEFT_AND_RIGHT = """
 version = 1
-[scope.left]
-tensors = "{name}.weight"
-slice = [":", "0:4"]
-block = [1, 1]
-shape = [1, -1]
-nnz = 2
+scope.left = { tensors = "{name}.weight", slice = [":", "0:4"], block = [1, 1], shape = [1, -1], nnz = 2 }
 [scope.right]
 tensors = "{name}.weight"
 where = "name == 'a'"

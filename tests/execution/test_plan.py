@@ -64,32 +64,12 @@ def test_a_spec_that_does_not_fit_is_refused_before_any_work(tmp_path: Path) -> 
 def test_tasks_that_share_tensors_are_one_unit_also_when_a_later_one_joins_them(tmp_path: Path) -> None:
     spec = """
 version = 1
-[block.x]
-tensors = "x"
-slice = ["4:8", ":"]
-shape = [1, -1]
-[block.y]
-tensors = "y"
-slice = ["4:8", ":"]
-shape = [1, -1]
-[block_coupling.both]
-blocks = ["x", "y"]
-[scope.one]
-tensors = "x"
-slice = ["0:4", ":"]
-block = [1, -1]
-shape = [-1]
-nnz = 2
-[scope.other]
-tensors = "y"
-slice = ["0:4", ":"]
-block = [1, -1]
-shape = [-1]
-nnz = 2
-[scope.joined]
-block = "both"
-shape = [-1]
-nnz = 1
+block.x = { tensors = "x", slice = ["4:8", ":"], shape = [1, -1] }
+block.y = { tensors = "y", slice = ["4:8", ":"], shape = [1, -1] }
+block_coupling.both = { blocks = ["x", "y"] }
+scope.one = { tensors = "x", slice = ["0:4", ":"], block = [1, -1], shape = [-1], nnz = 2 }
+scope.other = { tensors = "y", slice = ["0:4", ":"], block = [1, -1], shape = [-1], nnz = 2 }
+scope.joined = { block = "both", shape = [-1], nnz = 1 }
 """
     tensors = {"x": torch.ones(8, 4), "y": torch.ones(8, 4)}
     (unit,) = plan_of(tmp_path, tensors, spec).units

@@ -23,16 +23,10 @@ from tests.execution.elsewhere import MOST, do
 
 SLAB = 4096
 SHAPES: dict[str, tuple[str, tuple[int, ...]]] = {
-    "a": ("BF16", (96, 130)),
-    "b": ("F32", (7,)),
-    "c": ("BF16", (6, 40)),
-    "d": ("BF16", (6, 40)),
-    "e": ("F4", (2, 8)),
-    "f": ("I8", (3, 64, 64)),
-    "g": ("F32", (0, 4)),
-    "h": ("F32", (30, 30)),
+    "a": ("BF16", (96, 130)), "b": ("F32", (7,)), "c": ("BF16", (6, 40)), "d": ("BF16", (6, 40)),
+    "e": ("F4", (2, 8)), "f": ("I8", (3, 64, 64)), "g": ("F32", (0, 4)), "h": ("F32", (30, 30)),
     "moment": ("F32", (30, 30)),
-}
+}  # fmt: skip
 
 
 def written(path: Path, share: float) -> Mapping[str, StoredTensor]:

@@ -23,7 +23,8 @@ from sparseprune.execution.regions import INTERPRETER, TORCH, TORCH_THREAD
 from sparseprune.execution.runner import Copying, Job, Runner
 from sparseprune.execution.tensor_io import TensorIO
 from tests.checkpoint.files import layout_of, single
-from tests.samples import TWO_OF_FOUR, mlp_tensors, run, write_spec
+from tests.commands import ok, run
+from tests.samples import TWO_OF_FOUR, mlp_tensors, write_spec
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -343,12 +344,12 @@ def test_what_torch_keeps_for_each_thread_is_taken_from_what_the_runner_may_use(
             super().run(workers)
 
     monkeypatch.setattr(runner, "Runner", Seen)
-    assert run(*command, "--jobs", 64, "--memory", "300MB", "--force").code == 0
+    ok(*command, "--jobs", 64, "--memory", "300MB", "--force")
     soft = write_spec(tmp_path, TWO_OF_FOUR + 'mode = "soft"\n')
     base = INTERPRETER + TORCH
     for jobs in (1, 4, 64):
         memory = base + 100_000_000
-        assert run(*command[:2], soft, "--jobs", jobs, "--memory", memory, "--force").code == 0
+        ok(*command[:2], soft, "--jobs", jobs, "--memory", memory, "--force")
     compiled, *of_torch = runners
     threads = [workers for _, workers in of_torch]
     assert threads[:2] == [1, 4]
@@ -365,7 +366,7 @@ def test_torch_keeps_its_threads(tmp_path: Path, command: tuple[object, ...]) ->
     usual = torch.get_num_threads()
     try:
         torch.set_num_threads(5)  # what no sharing of cores among three jobs comes to here
-        assert run(*command[:2], spec, "--jobs", 3).code == 0
+        ok(*command[:2], spec, "--jobs", 3)
         assert torch.get_num_threads() == 5
     finally:
         torch.set_num_threads(usual)

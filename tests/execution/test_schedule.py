@@ -40,18 +40,9 @@ LAYERS = {10: 2, 100: 24}
 HIDDEN, HEADS, GROUPS, INNER = 16384, 128, 8, 32768
 
 SHIPPED = (
-    "2of4",
-    "4of8",
-    "block16",
-    "block16x16",
-    "coupled-2of4",
-    "unstructured-row",
-    "unstructured-global",
-    "decoder-mlp-channels",
-    "decoder-mlp-channels-global",
-    "decoder-gqa-heads",
-    "decoder-gqa-heads-global",
-)
+    "2of4", "4of8", "block16", "block16x16", "coupled-2of4", "unstructured-row", "unstructured-global",
+    "decoder-mlp-channels", "decoder-mlp-channels-global", "decoder-gqa-heads", "decoder-gqa-heads-global",
+)  # fmt: skip
 PROJECTIONS = """
 version = 1
 [scope.proj]

@@ -43,13 +43,8 @@ ROOM = Limits(GIB)
 MAGNITUDE = Score()
 DTYPES = ("F64", "F32", "BF16", "F16", "F8_E4M3", "F8_E5M2", "I8", "I32", "I64")
 KINDS: tuple[Literal["magnitude", "random", "values", "wanda", "obd", "blocks"], ...] = (
-    "magnitude",
-    "random",
-    "values",
-    "wanda",
-    "obd",
-    "blocks",
-)
+    "magnitude", "random", "values", "wanda", "obd", "blocks",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,9 @@ from sparseprune.execution.strategy import CountNonzero
 from sparseprune.execution.verify import count_survivors, make_check
 from sparseprune.spec import BoundScope, parse_spec
 from tests import oracle
+from tests.commands import ok, run
 from tests.execution.structures import CASES, FLOATS, INTEGERS, one
 from tests.limits import AMPLE, force, narrow
-from tests.samples import run
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -181,8 +181,7 @@ def flat_flags(tensors: Mapping[str, torch.Tensor]) -> dict[str, list[bool]]:
 
 def kept_by(path: Path, spec: Path, tensors: Mapping[str, torch.Tensor], folder: Path) -> Any:
     """What pruning would keep of a checkpoint, by element; all of it where no rule reaches."""
-    said = run("mask", path, spec, "-o", folder, "-q")
-    assert said.code == 0, said.err
+    ok("mask", path, spec, "-o", folder, "-q")
     masks = load_masks(folder)
     return {
         name: masks.get(name, torch.ones(tensor.shape)).flatten().bool().tolist()
@@ -435,18 +434,10 @@ LARGE = (("a.weight", "BF16", (4096, 16384)), ("b.weight", "BF16", (16384, 4096)
 CHANNELS = CASES["channels"][0]
 FUSED_ELEMENTS = """
 version = 1
-[block.up]
-tensors = "{layer}.up"
-shape = [1, 1]
-[block.down]
-tensors = "{layer}.down"
-shape = [1, 1]
-[block_coupling.pair]
-blocks = ["up", "down"]
-[scope.elements]
-block = "pair"
-shape = [1, -1]
-nnz = 1
+block.up = { tensors = "{layer}.up", shape = [1, 1] }
+block.down = { tensors = "{layer}.down", shape = [1, 1] }
+block_coupling.pair = { blocks = ["up", "down"] }
+scope.elements = { block = "pair", shape = [1, -1], nnz = 1 }
 """
 
 
@@ -525,19 +516,10 @@ EXPERTS = 40
 EXPERTS_2_OF_4 = TWO_OF_FOUR.replace("{name}.weight", "{expert}.{name}")
 EXPERTS_CHANNELS = """
 version = 1
-[block.up]
-tensors = "{expert}.up"
-shape = [1, -1]
-[block.down]
-tensors = "{expert}.down"
-shape = [-1, 1]
-[block_coupling.channel]
-blocks = ["up", "down"]
-orders = [[0, 1], [1, 0]]
-[scope.channels]
-block = "channel"
-shape = [-1, -1]
-nnz = "expert + 2"
+block.up = { tensors = "{expert}.up", shape = [1, -1] }
+block.down = { tensors = "{expert}.down", shape = [-1, 1] }
+block_coupling.channel = { blocks = ["up", "down"], orders = [[0, 1], [1, 0]] }
+scope.channels = { block = "channel", shape = [-1, -1], nnz = "expert + 2" }
 """
 
 

@@ -14,9 +14,9 @@ from sparseprune.checkpoint import open_checkpoint
 from sparseprune.execution.plan import make_plan
 from sparseprune.execution.schedule import make_schedule
 from sparseprune.spec import parse_spec
+from tests.commands import silent
 from tests.execution.structures import CASES, FLOATS, INTEGERS
 from tests.limits import AMPLE, WAYS, force, narrow
-from tests.samples import run
 
 pytestmark = pytest.mark.usefixtures("untraced")
 
@@ -25,8 +25,7 @@ CUTS = {"small": (64, 16, 3), "tiny": (1, 1, 1)}
 
 def applied(folder: Path, name: str, *options: object) -> tuple[dict[str, bytes], dict[str, Any]]:
     """The files of an output but the report, and the report without what differs from run to run."""
-    said = run("apply", folder / "in", folder / "spec.toml", "-o", folder / name, "-q", *options)
-    assert (said.code, said.err) == (0, "")
+    silent("apply", folder / "in", folder / "spec.toml", "-o", folder / name, "-q", *options)
     files = {
         str(path.relative_to(folder / name)): path.read_bytes()
         for path in (folder / name).rglob("*")
@@ -148,10 +147,5 @@ def test_a_device_gets_the_scopes_that_fit_in_memory(
 
 def test_the_ways_have_the_order_of_the_choice() -> None:
     assert WAYS == (
-        "contiguous",
-        "strided",
-        "radix_select",
-        "block_norms",
-        "torch_in_memory",
-        "torch_out_of_core",
-    )
+        "contiguous", "strided", "radix_select", "block_norms", "torch_in_memory", "torch_out_of_core",
+    )  # fmt: skip

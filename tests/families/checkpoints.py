@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import sparseprune
+from tests.commands import run
 from tests.families.models import PICTURES, build
-from tests.samples import run
 
 Tensors = dict[str, torch.Tensor]
 

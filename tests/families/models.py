@@ -19,32 +19,19 @@ DECODER: dict[str, Any] = {**_LAYERED, **_TEXT, "num_key_value_heads": KV_HEADS}
 _WIDE_HEADS: dict[str, Any] = {**DECODER, "head_dim": 8}
 _ENDS: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 1}
 _GPT2: dict[str, Any] = {
-    "n_embd": HIDDEN,
-    "n_layer": LAYERS,
-    "n_head": HEADS,
-    "n_inner": WIDTH,
-    "vocab_size": 64,
+    "n_embd": HIDDEN, "n_layer": LAYERS, "n_head": HEADS, "n_inner": WIDTH, "vocab_size": 64,
     "n_positions": 64,
-}
+}  # fmt: skip
 _EXPERTS: dict[str, Any] = {
     "num_experts": EXPERTS,
     "num_experts_per_tok": 2,
     "moe_intermediate_size": EXPERT_WIDTH,
 }
 DEEPSEEK: dict[str, Any] = {
-    "num_key_value_heads": HEADS,
-    "n_routed_experts": EXPERTS,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": EXPERT_WIDTH,
-    "n_group": 2,
-    "topk_group": 1,
-    "first_k_dense_replace": 1,
-    "q_lora_rank": 16,
-    "kv_lora_rank": 16,
-    "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 8,
-    "v_head_dim": 8,
-}
+    "num_key_value_heads": HEADS, "n_routed_experts": EXPERTS, "num_experts_per_tok": 2,
+    "moe_intermediate_size": EXPERT_WIDTH, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1,
+    "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
+}  # fmt: skip
 
 
 def build(family: str) -> Any:

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 import sparseprune
 from sparseprune.spec import find_spec, list_specs
+from tests.commands import ok, run
 from tests.families.checkpoints import Checkpoint, write_statistics
-from tests.samples import run
 
 SERVED = {
     "2of4": (
@@ -89,8 +89,7 @@ def test_a_spec_reaches_what_it_is_for_and_leaves_the_rest_alone(
     dense = checkpoint_of(family)
     monkeypatch.chdir(tmp_path)  # where shipped specs look for statistics
     write_statistics(dense, tmp_path)
-    said = run("mask", dense.folder, spec, "-o", tmp_path / "masks", "-q", "--json", *OPTIONS.get(spec, ()))
-    assert said.code == 0, said.err
+    said = ok("mask", dense.folder, spec, "-o", tmp_path / "masks", "-q", "--json", *OPTIONS.get(spec, ()))
     masks = sparseprune.load_masks(tmp_path / "masks")
     assert masks
     left_alone = OF_NO_LAYER if spec == "decoder-layers" else LEFT_ALONE
@@ -111,8 +110,8 @@ def test_a_zero_that_was_lost_is_found_and_put_back(
     write_statistics(checkpoint_of(SERVED[spec][0]), tmp_path)
     dense, pruned, tuned = checkpoint_of(SERVED[spec][0]), tmp_path / "pruned", tmp_path / "tuned"
     options = OPTIONS.get(spec, ())
-    assert run("apply", dense.folder, spec, "-o", pruned, "-q", *options).code == 0
-    assert run("verify", pruned, spec, "-q", *options).code == 0
+    ok("apply", dense.folder, spec, "-o", pruned, "-q", *options)
+    ok("verify", pruned, spec, "-q", *options)
     masks = sparseprune.load_masks(pruned)
     name = max(masks, key=lambda name: int((~masks[name]).sum()))
     place = tuple((~masks[name]).nonzero()[-1].tolist())
@@ -127,8 +126,8 @@ def test_a_zero_that_was_lost_is_found_and_put_back(
     assert against_masks.code == 1
     assert against_masks.err.startswith(f"sparseprune: {name}: 1 of ")
     assert against_masks.err.endswith(f"not zero, first {list(place)}\n")
-    assert run("reapply", tuned, pruned, "-o", tmp_path / "again", "-q").code == 0
-    assert run("verify", tmp_path / "again", spec, "-q", *options).code == 0
+    ok("reapply", tuned, pruned, "-o", tmp_path / "again", "-q")
+    ok("verify", tmp_path / "again", spec, "-q", *options)
     for file in pruned.glob("*.safetensors"):
         assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes()
 

@@ -20,38 +20,19 @@ Config = dict[str, Any]
 Cut = tuple[str, int | None, Collection[int]]
 
 LLAMA: Config = {
-    "model_type": "llama",
-    "hidden_size": 24,
-    "intermediate_size": 10,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 3,
-    "head_dim": 2,
-    "vocab_size": 50,
-}
+    "model_type": "llama", "hidden_size": 24, "intermediate_size": 10, "num_hidden_layers": 3,
+    "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 2, "vocab_size": 50,
+}  # fmt: skip
 EXPERTS: Config = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 7}
 QWEN3_MOE: Config = {**LLAMA, **EXPERTS, "model_type": "qwen3_moe", "num_hidden_layers": 2}
 QWEN2_MOE: Config = {**QWEN3_MOE, "model_type": "qwen2_moe", "shared_expert_intermediate_size": 8}
 DEEPSEEK: Config = {
-    "model_type": "deepseek_v3",
-    "hidden_size": 24,
-    "intermediate_size": 10,
-    "moe_intermediate_size": 7,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "n_shared_experts": 2,
-    "n_routed_experts": 8,
-    "num_experts_per_tok": 3,
-    "n_group": 2,
-    "topk_group": 1,
-    "first_k_dense_replace": 1,
-    "qk_nope_head_dim": 3,
-    "qk_rope_head_dim": 2,
-    "v_head_dim": 4,
-    "q_lora_rank": None,
-    "kv_lora_rank": 6,
-}
+    "model_type": "deepseek_v3", "hidden_size": 24, "intermediate_size": 10, "moe_intermediate_size": 7,
+    "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 4, "n_shared_experts": 2,
+    "n_routed_experts": 8, "num_experts_per_tok": 3, "n_group": 2, "topk_group": 1,
+    "first_k_dense_replace": 1, "qk_nope_head_dim": 3, "qk_rope_head_dim": 2, "v_head_dim": 4,
+    "q_lora_rank": None, "kv_lora_rank": 6,
+}  # fmt: skip
 MIXTRAL: Config = {
     **LLAMA,
     "model_type": "mixtral",

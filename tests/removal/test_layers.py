@@ -46,20 +46,13 @@ def nothing(_config: Any, _layer: int) -> object:
 
 
 CLASSES: dict[str, tuple[str, Callable[[Any, int], object]]] = {
-    "llama": ("LlamaConfig", nothing),
-    "mistral": ("MistralConfig", nothing),
-    "gemma": ("GemmaConfig", nothing),
-    "mixtral": ("MixtralConfig", nothing),
-    "qwen2": ("Qwen2Config", types),
-    "qwen3": ("Qwen3Config", types),
-    "gemma2": ("Gemma2Config", types),
-    "gemma3_text": ("Gemma3TextConfig", types),
-    "gpt_oss": ("GptOssConfig", types),
-    "qwen2_moe": ("Qwen2MoeConfig", qwen2_experts),
-    "qwen3_moe": ("Qwen3MoeConfig", qwen_experts),
-    "llama4_text": ("Llama4TextConfig", llama4),
-    "deepseek_v3": ("DeepseekV3Config", deepseek),
-}
+    "llama": ("LlamaConfig", nothing), "mistral": ("MistralConfig", nothing),
+    "gemma": ("GemmaConfig", nothing), "mixtral": ("MixtralConfig", nothing), "qwen2": ("Qwen2Config", types),
+    "qwen3": ("Qwen3Config", types), "gemma2": ("Gemma2Config", types),
+    "gemma3_text": ("Gemma3TextConfig", types), "gpt_oss": ("GptOssConfig", types),
+    "qwen2_moe": ("Qwen2MoeConfig", qwen2_experts), "qwen3_moe": ("Qwen3MoeConfig", qwen_experts),
+    "llama4_text": ("Llama4TextConfig", llama4), "deepseek_v3": ("DeepseekV3Config", deepseek),
+}  # fmt: skip
 WINDOW = {"use_sliding_window": True, "sliding_window": 8}
 CONFIGS: list[tuple[str, dict[str, Any]]] = [
     *((model, {}) for model in CLASSES),

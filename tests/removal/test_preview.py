@@ -17,15 +17,9 @@ from sparseprune.removal.preview import Preview, preview
 from sparseprune.spec import parse_spec
 
 CONFIG = {
-    "model_type": "qwen3_moe",
-    "hidden_size": 4,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "num_experts": 4,
-    "num_experts_per_tok": 1,
-    "intermediate_size": 8,
-    "moe_intermediate_size": 6,
-}
+    "model_type": "qwen3_moe", "hidden_size": 4, "num_hidden_layers": 3, "num_attention_heads": 2,
+    "num_experts": 4, "num_experts_per_tok": 1, "intermediate_size": 8, "moe_intermediate_size": 6,
+}  # fmt: skip
 EXPERTS = """
 [block.matrix]
 tensors = "model.layers.{layer}.mlp.experts.{expert}.{name:gate|up}_proj.weight"
@@ -40,19 +34,10 @@ shape = []
 scopes = ["expert"]
 """
 LAYERS = """
-[block.all]
-tensors = "model.layers.{layer}.{name:**}"
-shape = [-1, -1]
-[block_coupling.layer]
-blocks = ["all"]
-across = ["name"]
-[scope.layer]
-block = "layer"
-shape = []
-[scope_coupling.depth]
-scopes = ["layer"]
-across = ["layer"]
-nnz = 2
+block.all = { tensors = "model.layers.{layer}.{name:**}", shape = [-1, -1] }
+block_coupling.layer = { blocks = ["all"], across = ["name"] }
+scope.layer = { block = "layer", shape = [] }
+scope_coupling.depth = { scopes = ["layer"], across = ["layer"], nnz = 2 }
 """
 ROWS = '[scope.row]\ntensors = "model.layers.{layer}.mlp.gate.weight"\nblock = [1, -1]\nshape = []\n'
 

@@ -16,7 +16,7 @@ from sparseprune.execution.inspect import Questions, TensorFacts
 from sparseprune.report.inspection import Telling, make_inspection
 from sparseprune.results import Inspection
 from sparseprune.results.measuring import ComparedTensor, CompareTotals, Comparison
-from tests.samples import as_data, schema
+from tests.commands import as_data, schema
 
 KINDS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
 

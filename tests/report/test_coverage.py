@@ -263,25 +263,11 @@ def test_documents_name_ten_kinds_at_most() -> None:
 CHANNELS = """
 version = 1
 covers = "mlp"
-[block.rows]
-tensors = "layers.{layer}.mlp.up_proj.weight"
-shape = [1, -1]
-optional = true
-[block.bias]
-tensors = "layers.{layer}.mlp.up_proj.bias"
-shape = [1]
-optional = true
-[block.columns]
-tensors = "layers.{layer}.mlp.down_proj.weight"
-shape = [-1, 1]
-optional = true
-[block_coupling.channel]
-blocks = ["rows", "bias", "columns"]
-orders = [[0, 1], [0, 1], [1, 0]]
-[scope.mlp]
-block = "channel"
-shape = []
-sparsity = 0.5
+block.rows = { tensors = "layers.{layer}.mlp.up_proj.weight", shape = [1, -1], optional = true }
+block.bias = { tensors = "layers.{layer}.mlp.up_proj.bias", shape = [1], optional = true }
+block.columns = { tensors = "layers.{layer}.mlp.down_proj.weight", shape = [-1, 1], optional = true }
+block_coupling.channel = { blocks = ["rows", "bias", "columns"], orders = [[0, 1], [0, 1], [1, 0]] }
+scope.mlp = { block = "channel", shape = [], sparsity = 0.5 }
 """
 UP, BIAS, DOWN = "layers.0.mlp.up_proj.weight", "layers.0.mlp.up_proj.bias", "layers.0.mlp.down_proj.weight"
 

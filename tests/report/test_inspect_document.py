@@ -16,7 +16,7 @@ from sparseprune.report.inspect_table import columns_and_rows, inspect_table
 from sparseprune.report.inspection import Grouping, Telling, fields_of, grouping_of, make_inspection, sheet_of
 from sparseprune.report.runtimes import runtimes_of
 from sparseprune.results import Inspection
-from tests.samples import as_data, schema
+from tests.commands import as_data, schema
 
 QUESTIONS = Questions((Pattern(2, 4), Pattern(1, 4, 0)), (BlockShape(4, 4),))
 NORM = TensorFacts("norm.weight", "F32", (8,), 8, 0, 0, slices=(Zeros(0, 8),), blocks=None)
@@ -169,24 +169,11 @@ def test_the_sheet_has_the_same_titles_whatever_there_is() -> None:
     titles, rows = sheet_of(inspected(HALF, NORM, runtimes="asp"))
     assert sheet_of(inspected(runtimes="asp")) == (titles, [])
     assert dict(zip(titles, rows[0], strict=True)) == {
-        "name": "h.0.up.weight",
-        "dtype": "BF16",
-        "shape": "64x64",
-        "numel": 4096,
-        "zeros": 2048,
-        "sparsity": 0.5,
-        "nonfinite": 0,
-        "patterns": ("2:4",),
-        "rows": 64,
-        "zero_rows": 1,
-        "columns": 64,
-        "zero_columns": 2,
-        "zero_slices": (1, 2),
-        "zero_blocks_4x4": 3,
-        "zero_blocks_4x4_of": 256,
-        "runtimes_asp": True,
-        "runtimes_asp_reason": None,
-    }
+        "name": "h.0.up.weight", "dtype": "BF16", "shape": "64x64", "numel": 4096, "zeros": 2048,
+        "sparsity": 0.5, "nonfinite": 0, "patterns": ("2:4",), "rows": 64, "zero_rows": 1, "columns": 64,
+        "zero_columns": 2, "zero_slices": (1, 2), "zero_blocks_4x4": 3, "zero_blocks_4x4_of": 256,
+        "runtimes_asp": True, "runtimes_asp_reason": None,
+    }  # fmt: skip
     assert dict(zip(titles, rows[1], strict=True))["zero_blocks_4x4"] is None
 
 

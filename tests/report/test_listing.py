@@ -160,10 +160,6 @@ def test_nested_facts_get_flat_names() -> None:
         )
     )
     assert {key: value for key, value in nested.items() if value is not None} == {
-        "name": "w",
-        "shape": (1, 2),
-        "zero_blocks_4x4": 1,
-        "zero_blocks_4x4_of": 2,
-        "runtimes_asp": False,
+        "name": "w", "shape": (1, 2), "zero_blocks_4x4": 1, "zero_blocks_4x4_of": 2, "runtimes_asp": False,
         "runtimes_asp_reason": "1-D",
-    }
+    }  # fmt: skip

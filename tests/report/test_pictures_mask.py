@@ -32,37 +32,18 @@ pytestmark = pytest.mark.usefixtures("under_settings")
 
 TWO_OF_FOUR = """
 version = 1
-[scope.w]
-tensors = "{name}"
-block = [1, 1]
-shape = [1, 4]
-nnz = 2
+scope.w = { tensors = "{name}", block = [1, 1], shape = [1, 4], nnz = 2 }
 """
 HALVES = """
 version = 1
-[block.left]
-tensors = "w"
-slice = [":", "0:8"]
-shape = [-1, 1]
-[block.right]
-tensors = "w"
-slice = [":", "8:16"]
-shape = [-1, 1]
-[block_coupling.both]
-blocks = ["left", "right"]
-orders = [[0, 1], [0, 1]]
-[scope.halves]
-block = "both"
-shape = [-1, 2]
-nnz = 1
+block.left = { tensors = "w", slice = [":", "0:8"], shape = [-1, 1] }
+block.right = { tensors = "w", slice = [":", "8:16"], shape = [-1, 1] }
+block_coupling.both = { blocks = ["left", "right"], orders = [[0, 1], [0, 1]] }
+scope.halves = { block = "both", shape = [-1, 2], nnz = 1 }
 """
 EXPERTS = """
 version = 1
-[scope.experts]
-tensors = "w"
-block = [1, -1, -1]
-shape = [-1, -1, -1]
-nnz = 1
+scope.experts = { tensors = "w", block = [1, -1, -1], shape = [-1, -1, -1], nnz = 1 }
 """
 
 

@@ -21,13 +21,9 @@ from sparseprune.results.measuring import ComparedTensor, InspectedTensor, Runti
 FIELDS = ("numel", "zeros", "sparsity", "nonfinite", "zero_rows", "zero_columns")
 RUNTIMES = ("torch-cutlass", "asp")
 OPERATORS = {
-    ">=": operator.ge,
-    "<=": operator.le,
-    "==": operator.eq,
-    "!=": operator.ne,
-    ">": operator.gt,
+    ">=": operator.ge, "<=": operator.le, "==": operator.eq, "!=": operator.ne, ">": operator.gt,
     "<": operator.lt,
-}
+}  # fmt: skip
 
 
 def entry(

@@ -17,7 +17,7 @@ from sparseprune.report.coverage import Coverage
 from sparseprune.results import Verification
 from sparseprune.results.checking import BrokenScope, CheckedRule, CheckedTensor
 from sparseprune.results.fields import Uncovered
-from tests.samples import as_data, schema
+from tests.commands import as_data, schema
 
 COVERED = Coverage("matrices", 0.75, 0.75, (Uncovered(name="layers.*.up", tensors=1, numel=4),), 12, 20)
 CHECKED = (
@@ -46,17 +46,9 @@ def tensor_of(name: str = "a.weight", rule: str = "scope.proj", **facts: Any) ->
 
 def rule_of(name: str = "scope.proj", **facts: Any) -> CheckedRule:
     known: dict[str, Any] = {
-        "instances": 2,
-        "tensors": 2,
-        "scopes": 6144,
-        "blocks_per_scope": 4,
-        "nnz": 2,
-        "threshold": None,
-        "broken": 12,
-        "torn": 0,
-        "survivors": ((0, 2), (2, 6130), (3, 12)),
-        "unchecked": None,
-    }
+        "instances": 2, "tensors": 2, "scopes": 6144, "blocks_per_scope": 4, "nnz": 2, "threshold": None,
+        "broken": 12, "torn": 0, "survivors": ((0, 2), (2, 6130), (3, 12)), "unchecked": None,
+    }  # fmt: skip
     return CheckedRule(name=name, **known | facts)
 
 

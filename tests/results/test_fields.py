@@ -1,8 +1,6 @@
 """Documents as JSON: the keys in the order of the fields, lists made piece by piece, absent keys."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import FrozenInstanceError
 from typing import Any
@@ -11,6 +9,7 @@ import pytest
 
 from sparseprune import __version__
 from sparseprune.results.fields import Document, Made, OtherWeights
+from tests.commands import imported
 
 
 class Example(Document):
@@ -103,9 +102,5 @@ def test_entries_are_made_one_by_one_as_the_text_is_read() -> None:
 
 
 def test_results_load_neither_torch_nor_numpy_nor_pydantic() -> None:
-    code = (
-        "import sys; from sparseprune.results import Comparison, MaskVerification, Report; "
-        "print(*{'torch', 'numpy', 'pydantic'} & set(sys.modules))"
-    )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.split() == []
+    found = imported("from sparseprune.results import Comparison, MaskVerification, Report")
+    assert found.isdisjoint({"torch", "numpy", "pydantic"})

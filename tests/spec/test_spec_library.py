@@ -17,16 +17,11 @@ HIDDEN, WIDTH = 32, 96
 def llama(prefix: str = "model.") -> list[TensorInfo]:
     """Names and (small) shapes of a Llama, Qwen or Mistral of 12 layers, four query heads to a key head."""
     shapes = {
-        "self_attn.q_proj": (HIDDEN, HIDDEN),
-        "self_attn.k_proj": (HIDDEN // 4, HIDDEN),
-        "self_attn.v_proj": (HIDDEN // 4, HIDDEN),
-        "self_attn.o_proj": (HIDDEN, HIDDEN),
-        "mlp.gate_proj": (WIDTH, HIDDEN),
-        "mlp.up_proj": (WIDTH, HIDDEN),
-        "mlp.down_proj": (HIDDEN, WIDTH),
-        "input_layernorm": (HIDDEN,),
-        "post_attention_layernorm": (HIDDEN,),
-    }
+        "self_attn.q_proj": (HIDDEN, HIDDEN), "self_attn.k_proj": (HIDDEN // 4, HIDDEN),
+        "self_attn.v_proj": (HIDDEN // 4, HIDDEN), "self_attn.o_proj": (HIDDEN, HIDDEN),
+        "mlp.gate_proj": (WIDTH, HIDDEN), "mlp.up_proj": (WIDTH, HIDDEN), "mlp.down_proj": (HIDDEN, WIDTH),
+        "input_layernorm": (HIDDEN,), "post_attention_layernorm": (HIDDEN,),
+    }  # fmt: skip
     layers = [
         TensorInfo(f"{prefix}layers.{layer}.{name}.weight", "BF16", shape)
         for layer in range(12)

@@ -50,15 +50,8 @@ def test_every_pattern_of_a_narrow_float_has_the_value_that_torch_gives_it(form:
 def test_patterns_of_wide_floats_have_the_value_that_torch_gives_them(form: Format) -> None:
     width = 8 * form.itemsize
     borders = [
-        0,
-        1,
-        2,
-        form.infinity - 1,
-        form.infinity,
-        form.infinity + 1,
-        form.magnitude - 1,
-        form.magnitude,
-    ]
+        0, 1, 2, form.infinity - 1, form.infinity, form.infinity + 1, form.magnitude - 1, form.magnitude,
+    ]  # fmt: skip
     powers = [1 << bit for bit in range(width - 1)]
     edges = np.array(
         [*borders, *powers, *(power - 1 for power in powers), *(form.magnitude + 1 + key for key in borders)],

@@ -65,15 +65,9 @@ def competing_in_two(params: list[torch.Tensor]) -> tuple[SparseScope, int]:
 
 
 STRUCTURES: dict[Callable[[list[torch.Tensor]], tuple[SparseScope, int]], int] = {
-    two_of_four: 1,
-    whole_rows: 1,
-    all_together: 1,
-    columns: 1,
-    blocks_of_eight: 1,
-    pairs_of_columns: 1,
-    fused_over_two: 2,
-    competing_in_two: 2,
-}
+    two_of_four: 1, whole_rows: 1, all_together: 1, columns: 1, blocks_of_eight: 1, pairs_of_columns: 1,
+    fused_over_two: 2, competing_in_two: 2,
+}  # fmt: skip
 
 
 def matrices(count: int, seed: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> list[Matrix]:
