@@ -6,8 +6,6 @@ spin while they wait for a core made some of them ten times slower. OMP_NUM_THRE
 signals also where whoever started them lets them ignore some, as a shell does in the background.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 from collections.abc import Iterator

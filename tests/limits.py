@@ -1,7 +1,5 @@
 """Limits that make small checkpoints be worked in many pieces, and by a strategy of one's choice."""
 
-from __future__ import annotations
-
 import pytest
 
 from sparseprune.execution import reapply, schedule, strategy

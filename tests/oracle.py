@@ -4,8 +4,6 @@ It knows structures by their shapes alone and elements as numbers by index; what
 with shares none of its code. Numbers are ints, Fractions or infinities, so that equal norms are equal.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass

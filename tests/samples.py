@@ -1,7 +1,5 @@
 """Small checkpoints for tests, and what the command line said of them."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path

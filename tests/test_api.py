@@ -1,7 +1,5 @@
 """The library: the functions do what the commands do, give typed results, print nothing and raise errors."""
 
-from __future__ import annotations
-
 import inspect
 import json
 import signal

@@ -1,7 +1,5 @@
 """The house itself: what lies where, who may import whom, what starts without torch."""
 
-from __future__ import annotations
-
 import ast
 import subprocess
 import sys

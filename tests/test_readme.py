@@ -1,7 +1,5 @@
 """The README keeps its word: its commands run, its output is real, its specs bind."""
 
-from __future__ import annotations
-
 import os
 import re
 import shlex

@@ -1,7 +1,5 @@
 """The trained all-MiniLM-L6-v2, which the project did not make: pruned as a file, loaded by transformers."""
 
-from __future__ import annotations
-
 import shutil
 from importlib.resources import files
 from pathlib import Path

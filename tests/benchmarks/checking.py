@@ -4,8 +4,6 @@ Run by hand: `python -m tests.benchmarks.checking SCRATCH`. SCRATCH takes 20 GB;
 kept for the next time. No torch here, see processes.py.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import subprocess

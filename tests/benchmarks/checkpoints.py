@@ -4,8 +4,6 @@ Run by hand: `python -m tests.benchmarks.checkpoints OUT --gigabytes 2.2`. One s
 and the index is written last: a directory that has one is complete.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import math

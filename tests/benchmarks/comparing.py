@@ -4,8 +4,6 @@ Run by hand: `python -m tests.benchmarks.comparing SCRATCH`. A decoder beside it
 itself with every element altered. SCRATCH takes four times the decoder. No torch here, see processes.py.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Small decoders for benchmarks: a Llama of characters, trained here, and random mixtures of experts."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Any

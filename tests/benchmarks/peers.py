@@ -3,8 +3,6 @@
 Run by pipeline.py, or by hand: `python -m tests.benchmarks.peers loop|global-unstructured CKPT OUT`.
 """
 
-from __future__ import annotations
-
 import argparse
 import re
 import shutil

@@ -4,8 +4,6 @@ Run by hand: `python -m tests.benchmarks.pipeline SCRATCH`; results are kept in 
 SCRATCH takes some 30 GB; the checkpoints in it are kept for the next time. No torch here, see processes.py.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -3,8 +3,6 @@
 Used by pipeline.py. Imports nothing large: on Linux the peak memory of a process begins with its parent's.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import subprocess

@@ -4,8 +4,6 @@ Run by hand: `python -m tests.benchmarks.reading SCRATCH`. Pages of the input ar
 counts until it is on the disk. Medians within one run, numpy only.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import threading

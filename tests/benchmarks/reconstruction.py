@@ -5,8 +5,6 @@ Text is the documentation of the standard library, every second topic for calibr
 Statistics and trained models stay in SCRATCH, for the next run; remove it to begin anew.
 """
 
-from __future__ import annotations
-
 import argparse
 import math
 import re

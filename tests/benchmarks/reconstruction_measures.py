@@ -4,8 +4,6 @@ Owns the dense checkpoint with the statistics of two disjoint texts, and the com
 their own. Knows neither methods nor tables; called by `reconstruction.py`.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import pydoc_data.topics

@@ -4,8 +4,6 @@
 ADMM and cut out. Statistics stay in SCRATCH. How fast `remove` itself is tells pipeline.py.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import time

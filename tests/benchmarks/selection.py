@@ -3,8 +3,6 @@
 Run by hand: `python -m tests.benchmarks.selection`; results are kept in README.md beside this file.
 """
 
-from __future__ import annotations
-
 import statistics
 import time
 from collections.abc import Callable

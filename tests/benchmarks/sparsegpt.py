@@ -5,8 +5,6 @@ the damped Hessian. What goes is decided as the sweep reaches a group of columns
 allows there. `exact` goes beyond the paper: a group is decided and made up for as a whole.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from itertools import combinations, product
 

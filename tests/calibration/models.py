@@ -1,7 +1,5 @@
 """Small random models with a tokenizer of as many words as they know, as checkpoints for calibrate."""
 
-from __future__ import annotations
-
 import random
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """What calibrate writes, against inputs that hooks and plain products gather from the same model."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

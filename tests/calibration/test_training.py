@@ -1,7 +1,5 @@
 """Masks that hold in training: by any optimizer, however transformers keeps the weights in memory."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Tests of this room that write leave no file open."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import pytest

@@ -1,7 +1,5 @@
 """Small checkpoints of plain bytes, and outputs that prune nothing, for the tests of this room."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Collection, Iterator
 from functools import partial

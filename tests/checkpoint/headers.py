@@ -1,7 +1,5 @@
 """Headers as raw bytes, and what the safetensors package and our reader say of them."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

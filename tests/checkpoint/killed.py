@@ -6,8 +6,6 @@ HOME/start is copied to HOME/1, HOME/2, ...: there a run that prunes INPUT dies 
 call, before it or, where it writes, in its middle. Ends with the first run that reaches its end.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import signal

@@ -1,7 +1,5 @@
 """Other copies of the weights in a checkpoint's folder are told from what belongs to it."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Places of all kinds: behind links, with long names, without syncs or exchanges: the work is done."""
 
-from __future__ import annotations
-
 import errno
 import os
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """The borders of what a header may say: the last value that is legal, and the first that is not."""
 
-from __future__ import annotations
-
 import json
 import os
 import tracemalloc

@@ -1,7 +1,5 @@
 """The lock of a staging folder is taken although other runs come and go there, if they let go at last."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Staging folders that others made or may write to: nothing in them is trusted, nobody is harmed."""
 
-from __future__ import annotations
-
 import ctypes  # noqa: F401  (another user may not find it)
 import fcntl
 import os

@@ -1,7 +1,5 @@
 """The shapes that a packed mask file tells of itself: integers from 0 on, however few bytes they come to."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

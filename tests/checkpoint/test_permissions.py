@@ -1,7 +1,5 @@
 """Permissions of outputs: what the input's files and folders have, less what the umask forbids."""
 
-from __future__ import annotations
-
 import os
 import stat
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Provenance: which report and spec belong to masks, and which do not."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Files get their names all or none, wherever it is cut short; the next attempt finds nothing in its way."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

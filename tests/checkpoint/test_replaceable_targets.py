@@ -1,7 +1,5 @@
 """What `--force` may replace is asked for every right that replacing needs."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Layouts of removals: headers, places, names of shards, the index, the config, all before data is read."""
 
-from __future__ import annotations
-
 import json
 import random
 from collections.abc import Mapping, Sequence

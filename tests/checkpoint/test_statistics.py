@@ -1,7 +1,5 @@
 """Statistics files: laid out, written, opened again; by whose names; and what is none."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

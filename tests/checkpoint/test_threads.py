@@ -1,7 +1,5 @@
 """Work side by side in as many threads as the system gives; in the caller's own where it gives none."""
 
-from __future__ import annotations
-
 import os
 import signal
 import threading

@@ -1,7 +1,5 @@
 """Notes that wait for their bytes keep their order and lose none, also where a flush was interrupted."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """What several tests of commands share: the server of commands, and a small checkpoint with a spec."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import pytest

@@ -7,8 +7,6 @@ The server loads everything once and forks for every command. Moments are counte
 touch data or names. Tests start both by `Commands` and `started`.
 """
 
-from __future__ import annotations
-
 import ctypes
 import errno
 import gc

@@ -1,7 +1,5 @@
 """Small directories of Llama and Mixtral to remove from, and what has to be left of them, by plain loops."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping

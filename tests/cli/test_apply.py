@@ -1,7 +1,5 @@
 """`apply` and `mask` as a user runs them: files in, files out."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

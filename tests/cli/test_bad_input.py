@@ -1,7 +1,5 @@
 """Wrong use and broken machines: one clear line, the right exit code, no output, nothing lost."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

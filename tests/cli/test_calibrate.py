@@ -1,7 +1,5 @@
 """`sparseprune calibrate`: what it writes and says, that passes show in neither, what it refuses."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

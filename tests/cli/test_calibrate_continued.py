@@ -1,7 +1,5 @@
 """`calibrate` that was interrupted: the same command continues inside of a pass, to the same bytes."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import signal

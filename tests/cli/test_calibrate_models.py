@@ -1,7 +1,5 @@
 """`calibrate` of configs, tokenizers and texts as they come: one line each, none of their code is run."""
 
-from __future__ import annotations
-
 import json
 import socket
 from pathlib import Path

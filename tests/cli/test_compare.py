@@ -1,7 +1,5 @@
 """`compare` as it is typed: what stands on stdout in each form, what is refused, what the exit code is."""
 
-from __future__ import annotations
-
 import csv
 import io
 import json

@@ -1,7 +1,5 @@
 """`compare --stats`: the output error of every matrix, against plain sums over rows in float64."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

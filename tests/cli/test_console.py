@@ -1,7 +1,5 @@
 """Errors at the edge: whole lines on stderr and the exit code, notes after the message."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os

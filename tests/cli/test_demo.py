@@ -1,7 +1,5 @@
 """`demo`: runs without anything, keeps nothing unless told to, and makes a checkpoint that loads."""
 
-from __future__ import annotations
-
 import tempfile
 from pathlib import Path
 

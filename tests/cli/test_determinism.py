@@ -1,7 +1,5 @@
 """The bytes of an output depend on the input and the spec alone: not on jobs, memory, cuts, or the run."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import threading

@@ -1,7 +1,5 @@
 """A second run warns where it may break a pattern that the first one left, and counts what it broke."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

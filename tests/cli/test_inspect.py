@@ -1,7 +1,5 @@
 """`inspect`: zeros and patterns of any checkpoint, as a table and as JSON."""
 
-from __future__ import annotations
-
 import contextlib
 import csv
 import fcntl

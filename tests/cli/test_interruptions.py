@@ -1,7 +1,5 @@
 """Commands that are interrupted, or whose machine fails: one line, the right exit code, nothing half done."""
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

@@ -1,7 +1,5 @@
 """Checkpoints of many small tensors: what is held of each is little, counted, and within --memory."""
 
-from __future__ import annotations
-
 import gc
 import json
 import re

@@ -1,7 +1,5 @@
 """Checkpoints that are odd but legal: every command takes them, and loses and alters nothing."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Sequence

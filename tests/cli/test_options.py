@@ -1,7 +1,5 @@
 """Options: sizes as they are typed, and defaults that respect what a container allows."""
 
-from __future__ import annotations
-
 import os
 import re
 from pathlib import Path

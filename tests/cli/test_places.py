@@ -1,7 +1,5 @@
 """Commands on all kinds of file systems, with private files and after deaths: what they do and say."""
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import json

@@ -1,7 +1,5 @@
 """`plan` and `--dry-run`: what a spec binds to, from headers alone, as lines, as JSON and as a drawing."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`--plot` of inspect and compare: what is told where, what is drawn with which spec, what cannot be."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import sys

@@ -1,7 +1,5 @@
 """Progress: one line on a terminal that never wraps and always goes; log lines where stderr is a pipe."""
 
-from __future__ import annotations
-
 import io
 import os
 import pty

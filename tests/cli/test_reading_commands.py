@@ -1,7 +1,5 @@
 """What all commands that read and write nothing share: being interrupted, and odd streams."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

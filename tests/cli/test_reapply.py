@@ -1,7 +1,5 @@
 """`reapply` as a user runs it: zeros put back, what was lost told, interrupted and continued."""
 
-from __future__ import annotations
-
 import json
 import math
 import random

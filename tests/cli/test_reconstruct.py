@@ -1,7 +1,5 @@
 """`[reconstruct]` in a spec: what apply writes and reports, against the engine on whole tensors."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path

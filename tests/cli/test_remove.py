@@ -1,7 +1,5 @@
 """`remove`: what is left is the dense tensors at the indices that survive, by every way."""
 
-from __future__ import annotations
-
 import json
 import pickle
 import re

@@ -1,7 +1,5 @@
 """`remove`: what is told of a run, its report and its plan; wrong use and scarcity in whole lines."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """`inspect --require` and `inspect --for` as whole command lines: exit codes, lines of stderr, the table."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

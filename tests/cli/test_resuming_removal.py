@@ -1,7 +1,5 @@
 """Removals that are killed, interrupted or out of disk: the same command continues to the same bytes."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os

@@ -1,7 +1,5 @@
 """Commands that are killed: the same command continues to the same bytes; another one starts over."""
 
-from __future__ import annotations
-
 import json
 import os
 import random

@@ -1,7 +1,5 @@
 """Threads and memory that the system does not give: the work is done without, or ends with one clear line."""
 
-from __future__ import annotations
-
 import resource
 import threading
 from collections import deque

@@ -1,7 +1,5 @@
 """Scores and soft thresholds of a spec, against direct computations on the dense tensors."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

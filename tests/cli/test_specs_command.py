@@ -1,7 +1,5 @@
 """`specs`: what ships is listed with one line each and printed as it is."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from sparseprune.spec import list_specs

@@ -1,7 +1,5 @@
 """The standard streams of a process: full, closed, or read by nobody; and signals that end it."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

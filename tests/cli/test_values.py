@@ -1,7 +1,5 @@
 """Values that are no usual numbers: not finite, subnormal, negative zeros, all equal; by every way."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

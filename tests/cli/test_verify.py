@@ -1,7 +1,5 @@
 """`verify CKPT SPEC`: what is printed where, exit codes, and that nothing is written."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """`verify --masks` as a user runs it: whether the zeros are there, and where the first one was lost."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

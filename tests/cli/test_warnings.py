@@ -1,7 +1,5 @@
 """What succeeds and is no success: told by every command, kept in its JSON, an error with --strict."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The devices that engine tests run on: the CPU always, CUDA where there is one."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

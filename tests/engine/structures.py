@@ -3,8 +3,6 @@
 Also the checks that compare the two, down to every bit of every storage.
 """
 
-from __future__ import annotations
-
 import math
 import random
 from collections.abc import Sequence

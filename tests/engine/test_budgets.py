@@ -1,7 +1,5 @@
 """Budgets and thresholds against the oracle: promises 1 to 5 and 9, down to every bit of the storage."""
 
-from __future__ import annotations
-
 import math
 import random
 from typing import Any

@@ -1,7 +1,5 @@
 """The judges on trial: each check fails once on something wrong, or it would prove nothing."""
 
-from __future__ import annotations
-
 from fractions import Fraction
 
 import pytest

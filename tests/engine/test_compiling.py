@@ -1,7 +1,5 @@
 """Machine code is kept, loaded without numba, and made anew where it is missing, damaged or out of date."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The table of element types says what torch says: how wide an element is, what is zero, what is finite."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

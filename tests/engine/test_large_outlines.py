@@ -1,7 +1,5 @@
 """Outlines as large as the tensors of models are rearranged as torch rearranges the tensors themselves."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from einops import rearrange

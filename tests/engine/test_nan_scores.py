@@ -1,7 +1,5 @@
 """NaN has no rank: refused by name and place, before a byte is written (promise 8)."""
 
-from __future__ import annotations
-
 import math
 import random
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Scores: norms in float64 whatever the storage, the same in any chunks (promises 7 and 9)."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """Sums by pairs: nothing adds up to zero, one term to itself, and the tree is that of neighbours."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """Selection by histograms is selection by a full sort, for every width of key, with ties everywhere."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from hypothesis import given

@@ -1,7 +1,5 @@
 """Scores other than the plain norm: other norms, root mean squares, ready block scores, soft budgets."""
 
-from __future__ import annotations
-
 import hashlib
 
 import numpy as np

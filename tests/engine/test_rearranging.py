@@ -1,7 +1,5 @@
 """Outlines are rearranged as torch rearranges tensors: the same shapes and strides, the same refusals."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from einops import rearrange

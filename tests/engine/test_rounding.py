@@ -1,7 +1,5 @@
 """Writing back: rounded once, bits kept where nothing is to change, +0.0 where nothing is left."""
 
-from __future__ import annotations
-
 import math
 import random
 from fractions import Fraction

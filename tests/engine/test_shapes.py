@@ -1,7 +1,5 @@
 """Layouts by block and by scope, what -1 and short shapes span, and who refuses which shape."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from itertools import product

@@ -4,8 +4,6 @@ What comes out is compared with plain loops over nested indices (tests/oracle.py
 that require a gradient, as in a model. mypy reads this file strictly, as it reads a user's script.
 """
 
-from __future__ import annotations
-
 import inspect
 import math
 import random

@@ -1,7 +1,5 @@
 """Soft thresholding is the proximal operator it claims to be (promise 10), against a bisection."""
 
-from __future__ import annotations
-
 import math
 import random
 from typing import Any

@@ -1,7 +1,5 @@
 """Views: write-through, injective, laid out to and from the parameter (promises 5 and 6)."""
 
-from __future__ import annotations
-
 from itertools import product
 
 import pytest

@@ -1,7 +1,5 @@
 """Chunks that are done in another process: what they read they read there, what they write they send back."""
 
-from __future__ import annotations
-
 import pickle
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Specs and small tensors of every kind of structure, for tests that hold all ways of working equal."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch
@@ -9,113 +7,72 @@ import torch
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e5m2, torch.float8_e4m3fn)
 INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64)
 
-ONE = """
+APART = """
+version = 1
+scope.left = { tensors = "{name}.weight", slice = [":", "0:5"], block = [1, 1], shape = [1, -1], nnz = 3 }
+scope.right = { tensors = "{name}.weight", slice = [":", "6:12"], block = [1, -1], shape = [4, 1], nnz = 1 }
+"""
+
+
+def one(block: str, shape: str, budget: str, tensors: str = "{name}.weight") -> str:
+    return f"""
 version = 1
 [scope.all]
-tensors = "{{name}}.weight"
+tensors = "{tensors}"
 block = {block}
 shape = {shape}
 {budget}
 """
-COUPLED = """
+
+
+def experts_of(block: str, shape: str, budget: str) -> str:
+    return one(block, shape, budget, "{name}.experts")
+
+
+def viewed(view: str, block: str, shape: str, budget: str) -> str:
+    axes = {" p": "axes = { h = 4, p = 2 }", "h": "axes = { h = 4 }"}
+    more = next((text for name, text in axes.items() if name in view), "")
+    return one(block, shape, f'{budget}\nview = "{view}"\n{more}')
+
+
+def across(block: str, budget: str) -> str:
+    """All tensors compete for one budget."""
+    return f"""
 version = 1
-[block.up]
-tensors = "{{layer}}.up"
-shape = {up}
-[block.down]
-tensors = "{{layer}}.down"
-shape = {down}
-[block.bias]
-tensors = "{{layer}}.bias"
-shape = [1]
-[block_coupling.channel]
-blocks = ["up", "down", "bias"]
-orders = [[0, 1], [1, 0], [0, 1]]
-[scope.channels]
-block = "channel"
-shape = {shape}
-{budget}
-"""
-ACROSS = """
-version = 1
-[scope.each]
-tensors = "{{name}}.weight"
-block = {block}
-shape = [-1, -1]
+scope.each = {{ tensors = "{{name}}.weight", block = {block}, shape = [-1, -1] }}
 [scope_coupling.all]
 scopes = ["each"]
 across = "all"
 {budget}
 """
-GLOBAL_CHANNELS = (
-    COUPLED.replace("{shape}\n{{budget}}", "").replace("{budget}", "")
-    + """
-[scope_coupling.all]
-scopes = ["channels"]
-across = ["layer"]
-{budget}
-"""
-)
-VIEWED = """
+
+
+def fused(first: str, second: str, block: str, shape: str, budget: str) -> str:
+    """Two slices of one tensor whose blocks are fused."""
+    return f"""
 version = 1
-[scope.all]
-tensors = "{{name}}.weight"
-view = "{view}"
-{axes}
-block = {block}
-shape = {shape}
-{budget}
-"""
-SLICED = """
-version = 1
-[block.gate]
-tensors = "a.weight"
-slice = [{first}]
-shape = {block}
-[block.up]
-tensors = "a.weight"
-slice = [{second}]
-shape = {block}
-[block_coupling.pair]
-blocks = ["gate", "up"]
+block.gate = {{ tensors = "a.weight", slice = [{first}], shape = {block} }}
+block.up = {{ tensors = "a.weight", slice = [{second}], shape = {block} }}
+block_coupling.pair = {{ blocks = ["gate", "up"] }}
 [scope.all]
 block = "pair"
 shape = {shape}
 {budget}
 """
-APART = """
+
+
+def channels(shape: str, budget: str) -> str:
+    return f"""
 version = 1
-scope.left = { tensors = "{{name}}.weight", slice = [":", "0:5"], block = [1, 1], shape = [1, -1], nnz = 3 }
-[scope.right]
-tensors = "{{name}}.weight"
-slice = [":", "6:12"]
-block = [1, -1]
-shape = [4, 1]
-nnz = 1
-"""
-EXPERTS = """
-version = 1
-[scope.all]
-tensors = "{{name}}.experts"
-block = {block}
+block.up = {{ tensors = "{{layer}}.up", shape = [1, -1] }}
+block.down = {{ tensors = "{{layer}}.down", shape = [-1, 1] }}
+block.bias = {{ tensors = "{{layer}}.bias", shape = [1] }}
+block_coupling.channel = {{ blocks = ["up", "down", "bias"], orders = [[0, 1], [1, 0], [0, 1]] }}
+[scope.channels]
+block = "channel"
 shape = {shape}
 {budget}
 """
-
-
-def one(block: str, shape: str, budget: str) -> str:
-    return ONE.format(block=block, shape=shape, budget=budget).replace("{{", "{").replace("}}", "}")
-
-
-def _filled(template: str, **words: str) -> str:
-    words["axes"] = (
-        "axes = { h = 4, p = 2 }"
-        if " p" in words.get("view", "")
-        else "axes = { h = 4 }"
-        if "h" in words.get("view", "")
-        else ""
-    )
-    return template.format(**words).replace("{{", "{").replace("}}", "}")
 
 
 SPECS = {
@@ -140,10 +97,10 @@ SPECS = {
     "blocks of 4x8": one("[4, 8]", "[-1, -1]", "nnz = 5"),
     "blocks of 8x4 in rows": one("[8, 4]", "[1, -1]", "nnz = 3"),
     "a tensor as a block": one("[-1, -1]", "[1, 1]", "threshold = 1e9"),
-    "over all tensors": _filled(ACROSS, block="[1, 1]", budget="sparsity = 0.61"),
-    "rows over all tensors": _filled(ACROSS, block="[1, -1]", budget="nnz = 11"),
-    "blocks over all tensors": _filled(ACROSS, block="[4, 4]", budget="sparsity = 0.5"),
-    "a threshold over all": _filled(ACROSS, block="[1, 1]", budget="threshold = 0.5"),
+    "over all tensors": across("[1, 1]", "sparsity = 0.61"),
+    "rows over all tensors": across("[1, -1]", "nnz = 11"),
+    "blocks over all tensors": across("[4, 4]", "sparsity = 0.5"),
+    "a threshold over all": across("[1, 1]", "threshold = 0.5"),
     "other norm": one("[1, 4]", "[1, 2]", 'nnz = 1\nscore = { kind = "magnitude", norm = 1 }'),
     "maximum norm": one("[4, 8]", "[-1, -1]", 'nnz = 4\nscore = { kind = "magnitude", norm = "inf" }'),
     "root mean square": one(
@@ -151,72 +108,36 @@ SPECS = {
     ),
     "random": one("[1, 1]", "[1, 8]", 'nnz = 3\nscore = { kind = "random", seed = 5 }'),
     "random blocks": one("[4, 4]", "[-1, -1]", 'nnz = 7\nscore = { kind = "random", seed = 5 }'),
-    "transposed": _filled(VIEWED, view="m k -> k m", block="[1, 1]", shape="[1, 4]", budget="nnz = 1"),
-    "transposed, all compete": _filled(
-        VIEWED, view="m k -> k m", block="[1, 1]", shape="[-1, -1]", budget="nnz = 100"
-    ),
-    "transposed columns": _filled(
-        VIEWED, view="m k -> k m", block="[1, -1]", shape="[-1, 1]", budget="nnz = 6"
-    ),
-    "heads": _filled(
-        VIEWED, view="(h d) k -> h d k", block="[1, -1, -1]", shape="[-1, 1, 1]", budget="nnz = 2"
-    ),
-    "heads behind": _filled(
-        VIEWED, view="(d h) k -> k h d", block="[-1, 1, -1]", shape="[1, -1, 1]", budget="nnz = 2"
-    ),
-    "pairs of columns": _filled(
-        VIEWED, view="m (k h p) -> m k p h", block="[1, 1, 1, -1]", shape="[1, -1, 1, 1]", budget="nnz = 2"
-    ),
-    "fused rows": _filled(
-        SLICED, first='"0:12", ":"', second='"12:24", ":"', block="[1, -1]", shape="[-1, 1]", budget="nnz = 5"
-    ),
-    "fused rows, a part": _filled(
-        SLICED, first='"0:8", ":"', second='"9:17", ":"', block="[1, -1]", shape="[-1, 1]", budget="nnz = 5"
-    ),
-    "fused columns": _filled(
-        SLICED, first='":", "0:8"', second='":", "8:16"', block="[1, 1]", shape="[1, 4]", budget="nnz = 2"
-    ),
-    "fused columns, a part": _filled(
-        SLICED, first='":", "1:8"', second='":", "9:16"', block="[-1, 1]", shape="[1, -1]", budget="nnz = 3"
-    ),
-    "rules apart": _filled(APART),
+    "transposed": viewed("m k -> k m", "[1, 1]", "[1, 4]", "nnz = 1"),
+    "transposed, all compete": viewed("m k -> k m", "[1, 1]", "[-1, -1]", "nnz = 100"),
+    "transposed columns": viewed("m k -> k m", "[1, -1]", "[-1, 1]", "nnz = 6"),
+    "heads": viewed("(h d) k -> h d k", "[1, -1, -1]", "[-1, 1, 1]", "nnz = 2"),
+    "heads behind": viewed("(d h) k -> k h d", "[-1, 1, -1]", "[1, -1, 1]", "nnz = 2"),
+    "pairs of columns": viewed("m (k h p) -> m k p h", "[1, 1, 1, -1]", "[1, -1, 1, 1]", "nnz = 2"),
+    "fused rows": fused('"0:12", ":"', '"12:24", ":"', "[1, -1]", "[-1, 1]", "nnz = 5"),
+    "fused rows, a part": fused('"0:8", ":"', '"9:17", ":"', "[1, -1]", "[-1, 1]", "nnz = 5"),
+    "fused columns": fused('":", "0:8"', '":", "8:16"', "[1, 1]", "[1, 4]", "nnz = 2"),
+    "fused columns, a part": fused('":", "1:8"', '":", "9:16"', "[-1, 1]", "[1, -1]", "nnz = 3"),
+    "rules apart": APART,
     "soft": one("[1, 4]", "[1, 2]", 'mode = "soft"\nthreshold = 0.8'),
     "soft by budget": one("[1, 4]", "[-1, -1]", 'mode = "soft"\nnnz = 20\nk_weight = 0.5\nscale = true'),
-    "soft over all tensors": _filled(ACROSS, block="[4, 4]", budget='mode = "soft"\nnnz = 9'),
+    "soft over all tensors": across("[4, 4]", 'mode = "soft"\nnnz = 9'),
 }
 CHANNELS = {
-    "channels": _filled(COUPLED, up="[1, -1]", down="[-1, 1]", shape="[-1, 1]", budget="nnz = 7"),
-    "channels in groups": _filled(COUPLED, up="[1, -1]", down="[-1, 1]", shape="[4, 1]", budget="nnz = 1"),
-    "channels, first norm": _filled(
-        COUPLED,
-        up="[1, -1]",
-        down="[-1, 1]",
-        shape="[-1, 1]",
-        budget='nnz = 7\nscore = { kind = "magnitude", norm = 1 }',
-    ),
-    "channels, maximum": _filled(
-        COUPLED,
-        up="[1, -1]",
-        down="[-1, 1]",
-        shape="[-1, 1]",
-        budget='nnz = 7\nscore = { kind = "magnitude", norm = "inf" }',
-    ),
-    "channels by threshold": _filled(
-        COUPLED, up="[1, -1]", down="[-1, 1]", shape="[-1, 1]", budget="threshold = 5.5"
-    ),
-    "channels, random": _filled(
-        COUPLED, up="[1, -1]", down="[-1, 1]", shape="[-1, 1]", budget='nnz = 7\nscore = { kind = "random" }'
-    ),
-    "channels, soft": _filled(
-        COUPLED, up="[1, -1]", down="[-1, 1]", shape="[-1, 1]", budget='mode = "soft"\nnnz = 7'
-    ),
+    "channels": channels("[-1, 1]", "nnz = 7"),
+    "channels in groups": channels("[4, 1]", "nnz = 1"),
+    "channels, first norm": channels("[-1, 1]", 'nnz = 7\nscore = { kind = "magnitude", norm = 1 }'),
+    "channels, maximum": channels("[-1, 1]", 'nnz = 7\nscore = { kind = "magnitude", norm = "inf" }'),
+    "channels by threshold": channels("[-1, 1]", "threshold = 5.5"),
+    "channels, random": channels("[-1, 1]", 'nnz = 7\nscore = { kind = "random" }'),
+    "channels, soft": channels("[-1, 1]", 'mode = "soft"\nnnz = 7'),
 }
 LAYERS = {
-    "experts": _filled(EXPERTS, block="[1, -1, -1]", shape="[-1, 1, 1]", budget="nnz = 2"),
-    "channels of experts": _filled(EXPERTS, block="[1, 1, -1]", shape="[1, -1, 1]", budget="nnz = 3"),
-    "rows over experts": _filled(EXPERTS, block="[-1, 1, 1]", shape="[1, -1, -1]", budget="nnz = 11"),
-    "inputs of experts": _filled(EXPERTS, block="[-1, -1, 1]", shape="[1, 1, -1]", budget="nnz = 4"),
-    "elements of an expert": _filled(EXPERTS, block="[1, 1, 1]", shape="[1, -1, -1]", budget="nnz = 20"),
+    "experts": experts_of("[1, -1, -1]", "[-1, 1, 1]", "nnz = 2"),
+    "channels of experts": experts_of("[1, 1, -1]", "[1, -1, 1]", "nnz = 3"),
+    "rows over experts": experts_of("[-1, 1, 1]", "[1, -1, -1]", "nnz = 11"),
+    "inputs of experts": experts_of("[-1, -1, 1]", "[1, 1, -1]", "nnz = 4"),
+    "elements of an expert": experts_of("[1, 1, 1]", "[1, -1, -1]", "nnz = 20"),
 }
 
 

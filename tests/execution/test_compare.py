@@ -1,7 +1,5 @@
 """What is found between two checkpoints: every dtype, cut into any slabs, by any number of jobs."""
 
-from __future__ import annotations
-
 import math
 import os
 import threading

@@ -1,7 +1,5 @@
 """How patterns and blocks are written, and which matrix a tensor is."""
 
-from __future__ import annotations
-
 import pytest
 
 from sparseprune.errors import SparsepruneError

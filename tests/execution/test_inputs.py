@@ -1,7 +1,5 @@
 """Which members of a fused block only feed others, against the inputs that each element meets."""
 
-from __future__ import annotations
-
 from itertools import product
 
 import pytest

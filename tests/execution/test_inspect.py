@@ -1,7 +1,5 @@
 """What is measured in a checkpoint: every dtype and shape, cut into any slabs, by any number of jobs."""
 
-from __future__ import annotations
-
 import os
 import signal
 import threading

@@ -1,7 +1,5 @@
 """Matching: which mask is for which tensor, what is missing, and how all of it is told at once."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 

@@ -1,7 +1,5 @@
 """Parts of tensors, and tensors together, are counted as each tensor is by itself."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

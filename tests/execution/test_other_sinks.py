@@ -1,7 +1,5 @@
 """Execution works with any source and any sink: here both keep their bytes in memory."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Outcomes: the same whatever order the pieces arrive in, also where energies are no finite numbers."""
 
-from __future__ import annotations
-
 import math
 from fractions import Fraction
 from typing import Any

@@ -1,7 +1,5 @@
 """Units of work: what belongs together, and where a unit may be cut."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

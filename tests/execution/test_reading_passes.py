@@ -1,7 +1,5 @@
 """Chunks of inspect and compare are plain data: another process finds the same in them."""
 
-from __future__ import annotations
-
 import multiprocessing
 import pickle
 from collections.abc import Iterable, Mapping

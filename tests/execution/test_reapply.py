@@ -1,7 +1,5 @@
 """Reapplying and finding lost zeros: equal to plain loops for every dtype, form of mask and cut."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from itertools import product
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The schedule: within what memory a plan is worked, for checkpoints that are headers and holes."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping

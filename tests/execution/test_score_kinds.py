@@ -1,7 +1,5 @@
 """The table of score kinds: a kind of one's own is one row of it, and one row of keys in a spec."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Verify in other processes: every chunk pickles, and gives there what it gives here."""
 
-from __future__ import annotations
-
 import pickle
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor

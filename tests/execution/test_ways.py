@@ -1,7 +1,5 @@
 """All ways of working, however the work is cut, end in the bytes of the one that is always right."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

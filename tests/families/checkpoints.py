@@ -1,7 +1,5 @@
 """Small random checkpoints of real model classes: saved, pruned, run, and run with units ablated by hooks."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """All family tests load models of transformers, which keeps quiet meanwhile."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import pytest

@@ -1,7 +1,5 @@
 """One small model of each family, built from its config class, so that names and shapes are real ones."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

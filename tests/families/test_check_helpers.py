@@ -1,7 +1,5 @@
 """The checks of the family tests fail where they should: each is shown a checkpoint that is not right."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

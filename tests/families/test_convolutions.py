@@ -1,7 +1,5 @@
 """Convolutions: a filter goes with its batch norm, and a depthwise convolution is left alone."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path

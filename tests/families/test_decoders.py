@@ -1,7 +1,5 @@
 """Decoders with separate projections: one spec serves Llama, Qwen2, Qwen3, Mistral and Gemma."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Encoders for text (BERT) and for pictures (ViT), whose layers differ in the name of the attention alone."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import pytest

@@ -1,7 +1,5 @@
 """Mixtures of experts: experts as separate tensors and as 3-D tensors, under the names that are published."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path

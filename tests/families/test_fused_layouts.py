@@ -1,7 +1,5 @@
 """Fused layouts: query, key and value or gate and up in one tensor (Phi-3), also input-first (GPT-2)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

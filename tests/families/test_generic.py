@@ -1,7 +1,5 @@
 """Patterns for every projection of a decoder: what survives is checked in the weights that were written."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Every shipped spec: what it says of itself, and a family with whose stored names it can be applied."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

@@ -1,7 +1,5 @@
 """Every chunk of every shipped spec is plain data: other processes do it, to the same bytes."""
 
-from __future__ import annotations
-
 import multiprocessing
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor

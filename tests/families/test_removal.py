@@ -1,7 +1,5 @@
 """Removal from every family: stock classes load what is left, and it computes what the masked model does."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager

@@ -5,8 +5,6 @@ two differ, or that ends in anything but a verdict, is kept as a file; faults fo
 the tables in tests/checkpoint/test_header.py.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import random

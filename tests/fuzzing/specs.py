@@ -3,8 +3,6 @@
 `python -m tests.fuzzing.specs --rounds 100000 --seed 1` by hand; the suite runs a few rounds.
 """
 
-from __future__ import annotations
-
 import argparse
 import math
 import random

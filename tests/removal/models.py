@@ -3,8 +3,6 @@
 Sizes are unlike wherever a mix-up would go unseen. Nothing is read or written.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Collection, Iterable
 from fnmatch import fnmatchcase

@@ -1,7 +1,5 @@
 """Removing: from the config that is written the class makes tensors of the very shapes that are left."""
 
-from __future__ import annotations
-
 from copy import deepcopy
 
 import pytest

@@ -1,7 +1,5 @@
 """Layers: of those that stay the config says what the classes of transformers make of the dense one."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from copy import deepcopy
 from itertools import combinations

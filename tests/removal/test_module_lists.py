@@ -1,7 +1,5 @@
 """Membership: which members of numbered lists vanish, and what the others are called, by names alone."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 import pytest

@@ -1,7 +1,5 @@
 """What a plan may presume of a removal: only what holds whichever blocks survive."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path

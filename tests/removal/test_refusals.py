@@ -1,7 +1,5 @@
 """Removing: what no class can express is refused line by line, each case beside a neighbour that is legal."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from copy import deepcopy
 from typing import NamedTuple

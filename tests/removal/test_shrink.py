@@ -1,7 +1,5 @@
 """Removing: what is left of every family, the keys that change, and what follows without being pruned."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from copy import deepcopy
 from itertools import product

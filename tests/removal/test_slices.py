@@ -1,7 +1,5 @@
 """Slices: what masks keep of every dimension, as plain loops over their elements find it."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections import Counter

@@ -1,7 +1,5 @@
 """What a config says under names that no row of the table has: cut if that is certain, else told."""
 
-from __future__ import annotations
-
 from copy import deepcopy
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Figures of these tests are drawn under the settings of all pictures."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import pytest

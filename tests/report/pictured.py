@@ -1,7 +1,5 @@
 """Documents to draw, and what is on a figure: for the tests of pictures."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import pairwise
 from math import prod

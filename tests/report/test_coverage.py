@@ -1,7 +1,5 @@
 """Coverage: which tensors are matrices of layers, what share of them rules reach, what is no success."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath

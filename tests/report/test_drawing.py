@@ -1,7 +1,5 @@
 """The map of elements to blocks against the engine, and windows that leave nothing unlike out."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from hypothesis import given

@@ -1,7 +1,5 @@
 """CSV and Markdown: exact numbers, quoting and escaping, read back by other readers."""
 
-from __future__ import annotations
-
 import csv
 import io
 import math

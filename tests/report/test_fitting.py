@@ -1,7 +1,5 @@
 """Tables at any width: what is left out, how names are shortened, that cells are shown literally."""
 
-from __future__ import annotations
-
 import io
 
 import pytest

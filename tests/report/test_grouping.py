@@ -1,7 +1,5 @@
 """Groups of tensors: by layer, by module, by rule, and how facts add up."""
 
-from __future__ import annotations
-
 from math import prod
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The document of `inspect`: its schema, its totals, its sheet, and the tables that are made of it."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Iterator, Mapping
 from dataclasses import replace

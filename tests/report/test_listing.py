@@ -1,7 +1,5 @@
 """Which tensors are listed and in which order: patterns, flat names, natural names, unknown values last."""
 
-from __future__ import annotations
-
 from dataclasses import fields
 from typing import Any
 

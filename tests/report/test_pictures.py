@@ -1,7 +1,5 @@
 """Pictures of what inspect and compare found: what is drawn where, and that nothing is cut off."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Mapping, Sequence
 from typing import Any

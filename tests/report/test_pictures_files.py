@@ -1,7 +1,5 @@
 """Files of pictures: their forms, the same bytes each time, whole or not at all, and the page of HTML."""
 
-from __future__ import annotations
-
 from html.parser import HTMLParser
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Close-ups of masks: which elements are seen, what they belong to, and the lines between them."""
 
-from __future__ import annotations
-
 from math import prod
 from pathlib import Path
 from typing import Any

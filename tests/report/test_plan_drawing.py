@@ -1,7 +1,5 @@
 """Drawings as they are read: whole lines for the patterns that users know, and what colour adds."""
 
-from __future__ import annotations
-
 import io
 from itertools import pairwise
 

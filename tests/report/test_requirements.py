@@ -1,7 +1,5 @@
 """Requirements: what the grammar takes, what it refuses and how, and which tensors fail with which line."""
 
-from __future__ import annotations
-
 import operator
 import re
 from dataclasses import fields, replace

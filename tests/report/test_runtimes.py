@@ -1,7 +1,5 @@
 """Verdicts on tensors against torch's own tables, checks and packing, and the other rules in plain loops."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Sequence
 from types import SimpleNamespace
 from typing import Any

@@ -1,7 +1,5 @@
 """The tree of names: branches, sums, and what is alike told as one."""
 
-from __future__ import annotations
-
 import io
 
 from rich.console import Console

@@ -1,7 +1,5 @@
 """What `verify` tells: the document, a line for each tensor that fails, tables that fit."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from io import StringIO

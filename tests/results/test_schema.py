@@ -1,7 +1,5 @@
 """The shipped JSON Schemas are those that the classes of results give."""
 
-from __future__ import annotations
-
 from importlib.resources import files
 
 import pytest

@@ -1,7 +1,5 @@
 """Sequences whose elements are made when they are asked for."""
 
-from __future__ import annotations
-
 import pytest
 
 from sparseprune.results.fields import Made

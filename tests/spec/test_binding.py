@@ -1,8 +1,6 @@
 # ruff: noqa: E501, ISC004  (whole lines, as they are printed)
 """Binding: what a spec comes to for the tensors of a checkpoint, and every way in which it does not fit."""
 
-from __future__ import annotations
-
 import sys
 
 import pytest

@@ -1,8 +1,6 @@
 # ruff: noqa: E501  (whole lines, as they are printed)
 """Expressions: what Python makes of the same text, and nothing that could do harm or never end."""
 
-from __future__ import annotations
-
 import re
 
 import pytest

@@ -1,7 +1,5 @@
 """What a hostile spec, or a stranger's names may not do: run long, or end in a fault."""
 
-from __future__ import annotations
-
 import os
 import threading
 from pathlib import Path

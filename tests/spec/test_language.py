@@ -1,8 +1,6 @@
 # ruff: noqa: E501  (whole lines, as they are printed)
 """Vars, filters, optional members, borrowed captures, budgets by expression, scores and soft thresholds."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from math import inf
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Overlap of views: exact, against the sets of their elements."""
 
-from __future__ import annotations
-
 from itertools import product
 
 import pytest

@@ -1,8 +1,6 @@
 # ruff: noqa: E501, ISC004  (whole lines, as they are printed)
 """Specs that are wrong in themselves: each beside its legal neighbour, with the exact lines."""
 
-from __future__ import annotations
-
 import re
 from itertools import combinations
 

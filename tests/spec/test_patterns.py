@@ -1,7 +1,5 @@
 """Tensor patterns: what they match and capture, against a slow reading of the rules; what is no pattern."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 

@@ -1,7 +1,5 @@
 """The reference: every example is a whole spec that binds, and no table or key is without an example."""
 
-from __future__ import annotations
-
 import re
 import tomllib
 from collections.abc import Iterator

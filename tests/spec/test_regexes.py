@@ -1,7 +1,5 @@
 """Regular expressions that name tensors: what they capture, and that none can take without end."""
 
-from __future__ import annotations
-
 import pytest
 
 from sparseprune.spec.patterns import PatternError, parse_regex

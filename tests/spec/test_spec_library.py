@@ -1,7 +1,5 @@
 """Where specs come from; and every shipped spec and example on the names and shapes of real models."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -1,8 +1,6 @@
 # ruff: noqa: E501  (whole lines, as they are printed)
 """Views and slices: the elements that torch indexing and einops reach, found from shapes alone."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from einops import rearrange

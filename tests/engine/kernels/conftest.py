@@ -3,8 +3,6 @@
 So what stands in the source is what was compiled, and a tracer sees which of its branches were taken.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Comparing: counts, energies and the largest change, as plain loops over exact numbers find them."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

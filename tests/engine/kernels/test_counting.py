@@ -1,7 +1,5 @@
 """Counting: NaN, zeros, energy and digits, as plain loops over the numbers that torch reads count them."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from typing import Any

@@ -1,7 +1,5 @@
 """Cutting: losers become +0.0 bit for bit, survivors keep every bit, masks say which is which."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

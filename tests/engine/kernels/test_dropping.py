@@ -1,7 +1,5 @@
 """Dropping: bits of packed masks as bytes, what is dropped becomes 0 bit for bit, lost zeros are found."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

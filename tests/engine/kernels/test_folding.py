@@ -1,7 +1,5 @@
 """Folding: flags and counts of parts of grids are those of plain loops, however a grid lies in memory."""
 
-from __future__ import annotations
-
 from itertools import product
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Formats: every pattern of the narrow floats, samples of the wide ones, mean what torch reads in them."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

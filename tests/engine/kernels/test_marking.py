@@ -1,7 +1,5 @@
 """What is zero and what is no finite number, in every dtype: as torch says, and as plain loops count."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

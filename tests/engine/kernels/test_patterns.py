@@ -1,7 +1,5 @@
 """The fullest groups, in words and along any dimension, are those that plain loops find."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from hypothesis import given

@@ -1,7 +1,5 @@
 """Selection among keys: exactly nnz in every scope, whatever loop does it, as a stable sort would choose."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Sums over the tree of pairs: in whatever pieces the terms come, those of engine.scoring, bit for bit."""
 
-from __future__ import annotations
-
 from itertools import pairwise
 from typing import Any
 

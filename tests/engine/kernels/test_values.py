@@ -1,7 +1,5 @@
 """Values: every dtype is read as torch reads it."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

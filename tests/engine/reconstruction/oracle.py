@@ -1,7 +1,5 @@
 """Least squares in plain loops: one row after the other, one support after the other, in float64."""
 
-from __future__ import annotations
-
 from itertools import combinations
 
 import numpy as np

@@ -1,7 +1,5 @@
 """`admm`: exact budgets for any scope or coupling, better than a refit of the best weights alone."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import pytest

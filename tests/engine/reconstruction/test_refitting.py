@@ -1,7 +1,5 @@
 """`refit`: exact on the given support, never worse than before, for every orientation and singularity."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest
