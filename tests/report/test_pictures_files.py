@@ -1,15 +1,23 @@
 """Files of pictures: their forms, the same bytes each time, whole or not at all, and the page of HTML."""
 
+import re
+import subprocess
+import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from xml.etree import ElementTree as ET
 
+import numpy as np
 import pytest
+from matplotlib.image import imread
 
-from sparseprune.report.pictures import plot_inspection
+from sparseprune.errors import SparsepruneError
+from sparseprune.report.pictures import check_picture, files, plot_comparison, plot_inspection
 from sparseprune.report.pictures.charts import Survivors
 from sparseprune.results import Inspection
 from tests.commands import imported
-from tests.report.pictured import decoder
+from tests.report.pictured import compared, decoder, facts, inspected
 
 SURVIVORS = [Survivors("scope.<b>w</b>", (2,), [(1, 3), (2, 9)])]
 VOID = {"meta", "br", "hr", "img", "link", "input"}
@@ -63,6 +71,176 @@ def test_the_same_document_gives_the_same_bytes(tmp_path: Path, form: str) -> No
 
 
 def test_the_same_bytes_also_in_another_process(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from tests.report.pictured import decoder\n"
+        "from sparseprune.report.pictures import plot_inspection\n"
+        "plot_inspection(decoder(2, lambda *_: 0.5), Path(sys.argv[1]))"
+    )
+    for name, seed in (("one", "1"), ("two", "2")):
+        environment = {"PYTHONHASHSEED": seed, "PYTHONPATH": str(Path(__file__).parents[2]), "PATH": ""}
+        subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path / f"{name}.svg")],
+            check=True,
+            cwd=tmp_path,
+            env=environment | {"HOME": str(tmp_path), "MPLCONFIGDIR": str(tmp_path / "cache")},
+        )
+    assert (tmp_path / "one.svg").read_bytes() == (tmp_path / "two.svg").read_bytes()
+
+
+def test_a_png_has_all_pictures_below_each_other(tmp_path: Path) -> None:
+    document = decoder(2, lambda *_: 0.5)
+    plot_inspection(document, tmp_path / "one.png")
+    plot_inspection(document, tmp_path / "two.png", SURVIVORS)
+    one, two = (imread(tmp_path / name) for name in ("one.png", "two.png"))
+    assert two.shape[0] > one.shape[0]
+    assert np.array_equal(two[: one.shape[0], : one.shape[1]], one)
+    corner = two[-1, -1]
+    assert corner[:3].tolist() == [1, 1, 1]
+
+
+def test_an_svg_has_all_pictures_within_its_frame(tmp_path: Path) -> None:
+    plot_inspection(decoder(2, lambda *_: 0.5), tmp_path / "out.svg", SURVIVORS)
+    root = ET.parse(tmp_path / "out.svg").getroot()
+    _, _, width, height = map(float, root.attrib["viewBox"].split())
+    space = "{http://www.w3.org/2000/svg}"
+    top = 0.0
+    parts = root.findall(f"{space}g")
+    for part in parts:
+        (inner,) = part.findall(f"{space}svg")
+        wide, high = float(inner.attrib["width"]), float(inner.attrib["height"])
+        assert part.attrib["transform"] == f"translate(0 {top:.2f})"
+        assert inner.attrib["viewBox"].split()[2:] == [inner.attrib["width"], inner.attrib["height"]]
+        assert wide <= width + 0.01
+        top += high
+    assert len(parts) == 2
+    assert abs(top - height) < 0.05
+
+
+def test_ids_in_an_svg_are_unlike_and_all_that_is_referred_to_is_there(tmp_path: Path) -> None:
+    plot_inspection(decoder(2, lambda *_: 0.5), tmp_path / "out.svg", SURVIVORS)
+    text = (tmp_path / "out.svg").read_text()
+    ids = re.findall(r' id="([^"]*)"', text)
+    used = re.findall(r'(?:url\(|href=")#([^")]*)', text)
+    assert len(ids) == len(set(ids))
+    assert used
+    assert set(used) <= set(ids)
+
+
+def test_a_page_is_one_file_without_scripts_or_anything_from_elsewhere(tmp_path: Path) -> None:
+    text = page(tmp_path, decoder(2, lambda *_: 0.5), SURVIVORS)
+    parsed = Page(text)
+    assert not {"script", "link", "iframe", "object", "embed"} & {tag for tag, _ in parsed.elements}
+    for _, attributes in parsed.elements:
+        for name, value in attributes.items():
+            assert not name.startswith("on")
+            if name not in {"xmlns", "xmlns:xlink"}:
+                assert "//" not in (value or "")
+    left = re.sub(r'xmlns(:xlink)?="[^"]*"', "", text)
+    assert "http" not in left
+    assert "@import" not in left
+
+
+def test_a_page_shows_totals_captions_and_every_number(tmp_path: Path) -> None:
+    parsed = Page(page(tmp_path, decoder(2, lambda layer, number: layer / 4 + number / 8), SURVIVORS))
+    assert "Sparsity of model" in parsed.text
+    assert "share of zeros" in parsed.text.lower()
+    tags = [tag for tag, _ in parsed.elements]
+    assert tags.count("figure") == tags.count("figcaption") == 2
+    assert tags.count("svg") == 2
+    cells = parsed.cells
+    row = cells.index("1", cells.index("0"))
+    assert cells[row : row + 5] == ["1", "0.25", "0.375", "0.5", "0.625"]
+    at = cells.index("model.embed_tokens.weight")
+    assert cells[at + 1] == "0"
+    assert cells[-8:] == ["scope.<b>w</b>", "2", "1", "3", "scope.<b>w</b>", "2", "2", "9"]
+
+
+@pytest.mark.parametrize("name", ["<script>alert(1)</script>", 'h.0."><img src=x onerror=y>', "a&b", "<!--"])
+def test_names_are_texts_and_never_tags(tmp_path: Path, name: str) -> None:
+    document = inspected([facts(name, 0.5), facts("h.1.b", 0.5)], path=name)
+    parsed = Page(page(tmp_path, document, [replace(SURVIVORS[0], rule=name)]))
+    tags = {tag for tag, _ in parsed.elements}
+    assert not {"script", "img"} & tags
+    assert name in parsed.text
+    plot_inspection(document, tmp_path / "out.svg", SURVIVORS)
+    ET.parse(tmp_path / "out.svg")  # would fail on a name that is taken for markup
+
+
+def test_a_page_of_a_comparison_tells_its_totals(tmp_path: Path) -> None:
+    plot_comparison(compared({"h.0.w": (0.875, 0.25)}), tmp_path / "out.html")
+    parsed = Page((tmp_path / "out.html").read_text())
+    assert "pruned compared with dense" in parsed.text
+    assert "90.00%" in parsed.text  # the energy kept
+    assert {"0.875", "0.25"} <= set(parsed.cells)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("out.jpg", "ends in .jpg; wanted .png, .svg or .html"),
+        ("out", "has no ending; wanted .png, .svg or .html"),
+        (".png", "has no ending"),
+        ("nowhere/out.png", "there is no folder"),
+        ("folder.svg", "this is a folder"),
+    ],
+)
+def test_a_file_that_cannot_be_is_told(tmp_path: Path, name: str, said: str) -> None:
+    (tmp_path / "folder.svg").mkdir()
+    with pytest.raises(SparsepruneError, match=re.escape(said)) as told:
+        check_picture(tmp_path / name)
+    assert str(told.value).startswith(f"--plot {tmp_path / name}: ")
+
+
+@pytest.mark.parametrize("name", ["out.png", "OUT.PNG", "out.svg", "a.b.HTML"])
+def test_a_file_that_can_be_is_let_pass_and_not_touched(tmp_path: Path, name: str) -> None:
+    check_picture(tmp_path / name)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_says_what_to_install_where_matplotlib_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(SparsepruneError) as told:
+        check_picture(tmp_path / "out.png")
+    assert str(told.value) == "--plot needs matplotlib: pip install 'sparseprune[plot]'"
+    assert told.value.exit_code == 2
+
+
+def test_replaces_a_file_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
+    path = tmp_path / "out.svg"
+    path.write_text("old")
+    plot_inspection(decoder(1, lambda *_: 0.5), path)
+    assert "<svg" in path.read_text()
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_that_could_not_be_written_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "out.svg"
+    path.write_text("old")
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(OSError, match="No space") as told:
+        files.put(path, b"new")
+    assert told.value.filename == str(path)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_link_stays_one(tmp_path: Path) -> None:
+    (tmp_path / "real.svg").write_text("old")
+    (tmp_path / "link.svg").symlink_to("real.svg")
+    files.put(tmp_path / "link.svg", b"new")
+    assert (tmp_path / "link.svg").is_symlink()
+    assert (tmp_path / "real.svg").read_bytes() == b"new"
+
+
+def test_drawing_asks_for_no_display_and_no_torch() -> None:
     code = "from sparseprune.report.pictures import check_picture, plot_inspection, plot_mask"
     assert imported(code).isdisjoint({"torch", "matplotlib.pyplot", "tkinter"})
 
