@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from sparseprune.checkpoint.statistics import STATISTICS_KEY
+
 TWO_OF_FOUR = """
 version = 1
 [scope.proj]
@@ -67,6 +69,14 @@ def write_shards(folder: Path, shards: Mapping[str, Mapping[str, torch.Tensor]])
     (folder / "extra").mkdir()
     (folder / "extra" / "tokenizer.txt").write_text("a b c")
     return folder
+
+
+def save_statistics(
+    path: Path, kind: str, tensors: Mapping[str, torch.Tensor], **weights: Mapping[str, int]
+) -> None:
+    """As calibrate writes them: `weights` of each tensor, with the dimension of their inputs, or its own."""
+    of = {name: weights.get(name, {name: 1}) for name in tensors}
+    save_file(dict(tensors), path, metadata={STATISTICS_KEY: json.dumps({"kind": kind, "weights": of})})
 
 
 def write_spec(folder: Path, text: str) -> Path:

@@ -54,6 +54,14 @@ def save_family(family: str, folder: Path, dtype: torch.dtype = torch.float32) -
     return save(build(family), folder, dtype)
 
 
+def made(folder: Path, *families: str) -> Path:
+    """A folder with a text and a model of each family."""
+    (folder / "words.txt").write_text(text())
+    for family in families:
+        save_family(family, folder / family)
+    return folder
+
+
 def text(words: int = 400, seed: int = 3) -> str:
     """Random words."""
     return " ".join(random.Random(seed).choices(WORDS, k=words))

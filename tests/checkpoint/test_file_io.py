@@ -8,6 +8,7 @@ import pytest
 
 from sparseprune.checkpoint import file_io
 from sparseprune.errors import MachineError
+from tests.faults import failing
 
 DATA = bytes(range(256)) * 8
 
@@ -40,10 +41,7 @@ def test_copies_by_hand_where_the_kernel_refuses(
 ) -> None:
     number = getattr(errno, name)
 
-    def refuse(*args: int) -> int:
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(os, "copy_file_range", refuse)
+    monkeypatch.setattr(os, "copy_file_range", failing(OSError, number, os.strerror(number)))
     check_copies(tmp_path)
 
 
@@ -109,10 +107,8 @@ def test_a_source_that_ends_too_early_is_the_machines_error(
 def test_errors_of_the_kernel_that_are_no_refusal_pass(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    def fail(*args: int) -> int:
-        raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(os, "copy_file_range", fail)
+    monkeypatch.setattr(os, "copy_file_range", failing(OSError, number, os.strerror(number)))
     source, file = two_files(tmp_path)
     with pytest.raises(OSError, match=os.strerror(number)):
         file_io.copy_range(source, 0, file, 0, 1)

@@ -21,6 +21,7 @@ from tests.checkpoint.files import (
     stage,
     work,
 )
+from tests.faults import failing
 
 Make = Callable[[Path], Path]
 
@@ -114,11 +115,9 @@ def test_a_folder_that_may_be_written_and_not_listed_takes_an_output(
 
 
 def test_advice_that_is_refused_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*arguments: int) -> None:
-        raise OSError(errno.EINVAL, "Invalid argument")
 
     monkeypatch.setattr("sparseprune.checkpoint.output._CACHED_SHARE", 0)
-    monkeypatch.setattr(os, "posix_fadvise", refuse)
+    monkeypatch.setattr(os, "posix_fadvise", failing(OSError, errno.EINVAL, "Invalid argument"))
     stage(layout_of(directory(tmp_path), masked="b"))
 
 

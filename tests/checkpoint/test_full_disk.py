@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,26 +11,16 @@ import pytest
 from sparseprune.checkpoint import OutputLayout, StagedOutput, TensorReader
 from sparseprune.errors import MachineError
 from tests.checkpoint.files import IDENTITY, layout_of, names_in, write
+from tests.faults import fill, mounted
 
 SLAB = 1 << 16
 NUMEL = 1 << 21
-pytestmark = pytest.mark.skipif(
-    os.geteuid() != 0 or shutil.which("mount") is None, reason="this user may not mount a disk"
-)
 
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 6 MiB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(place)]
-    if subprocess.run(mount, check=False, capture_output=True).returncode:
-        pytest.skip("this system does not let root mount a disk")
-    try:
+    with mounted(tmp_path / "disk", "6m") as place:
         yield place
-    finally:
-        subprocess.run(["umount", "-l", str(place)], check=True)
 
 
 def layout_on(disk: Path) -> OutputLayout:
@@ -52,21 +41,10 @@ def prune(layout: OutputLayout) -> int:
             output.note(str(first), None)
             if first == SLAB:
                 output.flush()
-                leave(layout.target.parent, 10 * SLAB)
+                fill(layout.target.parent, 10 * SLAB)
         output.add_file(layout.report_file, b"{}")
         output.commit()
         return len(output.finished)
-
-
-def free(disk: Path) -> int:
-    status = os.statvfs(disk)
-    return status.f_bavail * status.f_frsize
-
-
-def leave(disk: Path, size: int) -> None:
-    """Fills the disk up to so many bytes."""
-    with (disk / "filler").open("ab") as filler:
-        filler.write(bytes(free(disk) - size))
 
 
 def test_a_disk_that_fills_up_is_told_with_its_numbers_and_the_run_goes_on_when_there_is_room(
@@ -89,14 +67,14 @@ def test_a_disk_that_fills_up_is_told_with_its_numbers_and_the_run_goes_on_when_
         prune(layout)
     os.truncate(disk / "filler", 0)
     # Less than a new run would need, enough for what is missing.
-    leave(disk, layout.output_bytes - 3 * SLAB + (1 << 20))
+    fill(disk, layout.output_bytes - 3 * SLAB + (1 << 20))
     assert prune(layout) > 3
     assert (disk / "out.safetensors").read_bytes() == (disk.parent / "m.safetensors").read_bytes()
     assert names_in(disk) == ["filler", "out.masks.safetensors", "out.report.json", "out.safetensors"]
 
 
 def test_a_disk_without_room_is_refused_before_the_first_byte(disk: Path) -> None:
-    leave(disk, layout_on(disk).output_bytes)
+    fill(disk, layout_on(disk).output_bytes)
     with pytest.raises(MachineError, match=r"disk: not enough free space: \d+ bytes needed, \d+ free"):
         prune(layout_on(disk))
     assert names_in(disk) == ["filler"]

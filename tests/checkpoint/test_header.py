@@ -11,6 +11,7 @@ from sparseprune.checkpoint import lay_out
 from sparseprune.checkpoint.header import TensorEntry, read_header
 from sparseprune.errors import CheckpointError, MachineError
 from tests.checkpoint.headers import STRICTER, file_of, refusal, tensor, verdict_of_package
+from tests.faults import failing
 
 PICKLE = b"\x80\x02}q\x00(X\x01\x00\x00\x00a"
 ONE = file_of({"a": tensor()}, b"1")
@@ -244,10 +245,7 @@ def test_a_disk_that_fails_is_the_machines_error(tmp_path: Path, monkeypatch: py
     path = tmp_path / "m.safetensors"
     path.write_bytes(ONE)
 
-    def fail(path: Path) -> os.stat_result:
-        raise OSError(5, "Input/output error")
-
-    monkeypatch.setattr(Path, "stat", fail)
+    monkeypatch.setattr(Path, "stat", failing(OSError, 5, "Input/output error"))
     with pytest.raises(MachineError, match=r"m\.safetensors: cannot be read: Input/output error"):
         read_header(path)
 

@@ -26,6 +26,7 @@ from tests.checkpoint.files import (
     stage,
     work,
 )
+from tests.faults import failing
 
 NOBODY = 65534
 AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="only root may give files away")
@@ -227,12 +228,9 @@ def test_where_permissions_are_not_kept_the_work_is_done_all_the_same(
         mkdir(path, mode)
         path.chmod(0o777)
 
-    def refuse(descriptor: int, mode: int) -> None:
-        raise PermissionError(1, "Operation not permitted")
-
     layout = layout_of(directory(tmp_path), masked="b")
     monkeypatch.setattr(os, "mkdir", make)
-    monkeypatch.setattr(os, "fchmod", refuse)
+    monkeypatch.setattr(os, "fchmod", failing(PermissionError, 1, "Operation not permitted"))
     with resumable(layout) as output:
         assert len(output.warnings) == 1
         work(output)

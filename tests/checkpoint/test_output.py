@@ -34,6 +34,7 @@ from tests.checkpoint.files import (
     stage,
     write,
 )
+from tests.faults import failing
 
 
 @pytest.mark.parametrize("masked", ["", "a", "bs", "abs"])
@@ -280,12 +281,10 @@ def test_flush_syncs_each_file_that_was_written_since_the_last_one(
 
 
 def test_flush_tells_what_the_disk_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(_: int) -> None:
-        raise OSError(5, "Input/output error")
 
     with StagedOutput(layout_of(single(tmp_path), masked="a", form="bool")) as output:
         fill(output)
-        monkeypatch.setattr(os, "fdatasync", fail)
+        monkeypatch.setattr(os, "fdatasync", failing(OSError, 5, "Input/output error"))
         with pytest.raises(MachineError, match=r"safetensors: .*Input/output error"):
             output.flush()
     assert names_in(tmp_path) == ["m.safetensors"]

@@ -26,6 +26,7 @@ from tests.checkpoint.files import (
     single,
     work,
 )
+from tests.faults import failing
 
 Make = Callable[[Path], Path]
 
@@ -383,8 +384,6 @@ def test_a_note_is_not_in_the_journal_before_its_bytes_are_on_disk(
 def test_a_note_whose_bytes_did_not_reach_the_disk_is_never_in_the_journal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(_: int) -> None:
-        raise OSError(5, "Input/output error")
 
     layout = layout_of(single(tmp_path), masked="a")
     output = resumable(layout)
@@ -396,7 +395,7 @@ def test_a_note_whose_bytes_did_not_reach_the_disk_is_never_in_the_journal(
             output.flush()
             output.write_weight("a", 1, b"2")
             output.note("lost", 2)
-            monkeypatch.setattr(os, "fdatasync", fail)
+            monkeypatch.setattr(os, "fdatasync", failing(OSError, 5, "Input/output error"))
             with pytest.raises(MachineError, match=fact):
                 output.flush()
             monkeypatch.undo()

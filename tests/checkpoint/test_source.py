@@ -17,6 +17,7 @@ from sparseprune.checkpoint import TensorReader, lay_out, open_checkpoint, open_
 from sparseprune.checkpoint.discovery import read_weight_map
 from sparseprune.errors import CheckpointError, MachineError
 from tests.checkpoint.files import open_files
+from tests.faults import failing
 
 Files = Mapping[str, bytes]
 
@@ -584,11 +585,8 @@ def test_a_config_that_fails_or_has_no_end_is_refused(
     with pytest.raises(CheckpointError, match=r"config\.json: larger than 100000000 bytes"):
         read_config(checkpoint)
 
-    def fail(path: Path) -> bytes:
-        raise OSError(5, "Input/output error")
-
     os.truncate(config, 2)
-    monkeypatch.setattr(Path, "read_bytes", fail)
+    monkeypatch.setattr(Path, "read_bytes", failing(OSError, 5, "Input/output error"))
     with pytest.raises(MachineError, match=r"config\.json: cannot be read: Input/output error"):
         read_config(checkpoint)
 

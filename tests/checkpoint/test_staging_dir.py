@@ -26,6 +26,7 @@ from tests.checkpoint.files import (
     single,
     stage,
 )
+from tests.faults import failing
 
 
 def test_what_a_killed_run_left_is_removed(tmp_path: Path) -> None:
@@ -120,10 +121,8 @@ def test_what_is_in_the_way_of_the_staging_folder_is_not_followed(tmp_path: Path
 def test_without_locks_the_work_is_done_all_the_same_and_one_line_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
-    def fail(descriptor: int, operation: int) -> None:
-        raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(fcntl, "flock", fail)
+    monkeypatch.setattr(fcntl, "flock", failing(OSError, code, os.strerror(code)))
     with StagedOutput(layout_of(directory(tmp_path))) as output:
         fill(output)
         (warning,) = output.warnings
@@ -138,10 +137,8 @@ def test_without_locks_the_work_is_done_all_the_same_and_one_line_says_so(
 def test_a_lock_that_fails_otherwise_is_the_machines_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(descriptor: int, operation: int) -> None:
-        raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(fcntl, "flock", fail)
+    monkeypatch.setattr(fcntl, "flock", failing(OSError, errno.EIO, "Input/output error"))
     with pytest.raises(MachineError, match="Input/output error"):
         stage(layout_of(directory(tmp_path)))
 
@@ -407,10 +404,7 @@ def test_remains_that_cannot_be_removed_are_the_machines_error(
     stale = tmp_path / ".ckpt-pruned.sparseprune-partial" / "output"
     stale.mkdir(parents=True)
 
-    def fail(path: Path) -> None:
-        raise OSError(errno.EBUSY, "Device or resource busy")
-
-    monkeypatch.setattr(shutil, "rmtree", fail)
+    monkeypatch.setattr(shutil, "rmtree", failing(OSError, errno.EBUSY, "Device or resource busy"))
     with pytest.raises(MachineError, match="sparseprune-partial: cannot be written: Device or resource busy"):
         stage(layout)
     monkeypatch.undo()

@@ -11,6 +11,7 @@ from sparseprune.checkpoint import file_io
 from sparseprune.checkpoint.output import FileWriter
 from sparseprune.errors import MachineError
 from tests.checkpoint.files import open_files
+from tests.faults import failing
 
 
 def files(at: Path, count: int, size: int = 8) -> list[str]:
@@ -68,10 +69,7 @@ def test_a_failed_write_leaves_its_file_closed_at_the_end(
 ) -> None:
     (path,) = files(tmp_path, 1)
 
-    def fail(descriptor: int, data: object, offset: int) -> int:
-        raise OSError(5, "Input/output error")
-
-    monkeypatch.setattr(os, "pwrite", fail)
+    monkeypatch.setattr(os, "pwrite", failing(OSError, 5, "Input/output error"))
     writer = FileWriter()
     with pytest.raises(MachineError, match="cannot be written: Input/output"):
         writer.write(path, b"x", 0)

@@ -36,6 +36,7 @@ from sparseprune.cli import signals
 from sparseprune.errors import MachineError
 from sparseprune.execution import reapply, schedule
 from sparseprune.execution.regions import Limits, limits_of
+from tests.faults import fill
 from tests.limits import WAYS, force, narrow
 
 ROOT = Path(__file__).parents[2]
@@ -280,13 +281,6 @@ def change(path: Path, how: str) -> None:
             fill(path, 100)
         case _:
             raise ValueError(how)
-
-
-def fill(disk: Path, left: int) -> None:
-    """Fills a disk but for so many bytes."""
-    status = os.statvfs(disk)
-    with (disk / "filler").open("ab") as filler:
-        filler.write(bytes(max(0, status.f_bavail * status.f_frsize - left)))
 
 
 def _is_weights(descriptor: int) -> bool:

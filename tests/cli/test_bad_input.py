@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 
 from sparseprune.errors import MachineError
 from tests.commands import ok, python, refused, run
+from tests.faults import failing
 from tests.limits import narrow
 from tests.samples import CHANNELS, TWO_OF_FOUR, mlp_tensors, write_spec
 
@@ -176,10 +177,8 @@ def test_a_failure_while_writing_leaves_nothing(
 
 
 def test_a_bug_keeps_its_traceback_and_leaves_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> None:
-        raise ZeroDivisionError
 
-    monkeypatch.setattr("sparseprune.checkpoint.StagedOutput.write_mask", fail)
+    monkeypatch.setattr("sparseprune.checkpoint.StagedOutput.write_mask", failing(ZeroDivisionError))
     before = contents(folder)
     with pytest.raises(ZeroDivisionError):
         run("apply", folder / "m.safetensors", folder / "spec.toml")

@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 from sparseprune.checkpoint import open_statistics, statistics
 from sparseprune.cli import signals
 from sparseprune.errors import SparsepruneError
-from tests.calibration.models import albert, save, save_family, t5, text
+from tests.calibration.models import albert, made, save, save_family, t5
 from tests.commands import Said, ok, refused, run, valid
 from tests.families.models import HIDDEN
+from tests.faults import failing
 
 pytestmark = pytest.mark.usefixtures("quiet_transformers")
 
@@ -27,14 +28,10 @@ SIZES = ("--length", 16, "--sequences", 5)
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a text, a llama and a mixtral; nothing in it is changed by tests."""
-    folder = tmp_path_factory.mktemp("calibrate")
-    (folder / "words.txt").write_text(text())
-    save_family("llama", folder / "llama")
-    save_family("mixtral", folder / "mixtral")
-    return folder
+    return made(tmp_path_factory.mktemp("calibrate"), "llama", "mixtral")
 
 
-def calibrate(home: Path, model: str, out: Path, *words: object) -> Said:
+def calibrate(home: Path, model: str | Path, out: Path, *words: object) -> Said:
     return run("calibrate", home / model, "--text", home / "words.txt", *SIZES, "-o", out, *words)
 
 
@@ -70,10 +67,10 @@ def test_stdout_has_the_path_and_stderr_the_facts(home: Path, tmp_path: Path) ->
 def test_something_is_told_before_libraries_are_loaded(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def loads(*_: object, **__: object) -> None:
-        raise SparsepruneError("here torch is loaded")
 
-    monkeypatch.setattr("sparseprune.execution.resolve_device", loads)
+    monkeypatch.setattr(
+        "sparseprune.execution.resolve_device", failing(SparsepruneError, "here torch is loaded")
+    )
     said = calibrate(home, "llama", tmp_path / "stats")
     assert said.err.splitlines() == [
         f"sparseprune: loading the model of {home / 'llama'}",
@@ -171,7 +168,8 @@ def test_lines_of_json_are_documents(home: Path, tmp_path: Path) -> None:
 
 def test_weights_in_bf16_are_run_as_they_are(home: Path, tmp_path: Path) -> None:
     save_family("llama", tmp_path / "model", torch.bfloat16)
-    ok("calibrate", tmp_path / "model", "--text", home / "words.txt", *SIZES, "-o", tmp_path / "stats")
+    said = calibrate(home, tmp_path / "model", tmp_path / "stats")
+    assert said.code == 0, said.err
     assert {one.dtype for one in written(tmp_path / "stats").values()} == {torch.float32}
 
 
@@ -296,9 +294,8 @@ def test_a_model_that_takes_more_than_text_is_told(home: Path, tmp_path: Path) -
     ends = {"decoder_start_token_id": 1, "bos_token_id": 1, "eos_token_id": 2}
     kind: Any = transformers.WhisperForConditionalGeneration
     save(kind(config(**small, **heads, **ends)), tmp_path / "model")
-    said = refused(
-        "calibrate", tmp_path / "model", "--text", home / "words.txt", *SIZES, "-o", tmp_path / "stats"
-    )
+    said = calibrate(home, tmp_path / "model", tmp_path / "stats")
+    assert (said.code, said.out) == (2, "")
     assert "the model cannot be run over 16 tokens of text alone: " in said.err
     assert len(told(said)) == 1
 
@@ -321,9 +318,8 @@ def test_what_is_not_finite_leaves_nothing(home: Path, tmp_path: Path) -> None:
     tensors = load_file(tmp_path / "model/model.safetensors")
     tensors["model.layers.0.mlp.up_proj.weight"][3, 4] = float("inf")
     save_file(tensors, tmp_path / "model/model.safetensors", metadata={"format": "pt"})
-    said = refused(
-        "calibrate", tmp_path / "model", "--text", home / "words.txt", *SIZES, "-o", tmp_path / "stats"
-    )
+    said = calibrate(home, tmp_path / "model", tmp_path / "stats")
+    assert (said.code, said.out) == (2, "")
     assert "model.layers.0.mlp.down_proj.weight: some of its inputs are not finite" in said.err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 

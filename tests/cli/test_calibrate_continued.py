@@ -15,8 +15,9 @@ from torch import Tensor
 
 from sparseprune.calibration import collecting, loading
 from sparseprune.checkpoint import StagedOutput
-from tests.calibration.models import albert, save, save_family, text
+from tests.calibration.models import albert, made, save, text
 from tests.commands import Said, run
+from tests.faults import failing
 
 SEQUENCES, LENGTH = 5, 12
 SOME_MATRICES = 8 * 4 * 48 * 48  # bytes of moments: not enough for all in one pass
@@ -26,9 +27,7 @@ CONTINUED = "sparseprune: an unfinished run is continued\n"
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A text, a mixtral and an albert; nothing in it is changed by tests."""
-    folder = tmp_path_factory.mktemp("continued")
-    (folder / "words.txt").write_text(text())
-    save_family("mixtral", folder / "mixtral")
+    folder = made(tmp_path_factory.mktemp("continued"), "mixtral")
     save(albert(), folder / "albert")
     return folder
 
@@ -230,11 +229,8 @@ def test_without_room_for_the_sums_the_run_ends_as_it_does_with_it(
     from sparseprune.api import calibrating
     from sparseprune.errors import MachineError
 
-    def no_room(output: StagedOutput, pieces: Any) -> None:
-        raise MachineError("no space left on device")
-
     monkeypatch.setattr(collecting, "_PAUSE", 0.0)
-    monkeypatch.setattr(StagedOutput, "put_aside", no_room)
+    monkeypatch.setattr(StagedOutput, "put_aside", failing(MachineError, "no space left on device"))
     monkeypatch.setattr(calibrating, "free_bytes", lambda _: 1000)
     said = calibrate(home, "albert", tmp_path / "stats")
     assert said.code == 0

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.calibration.models import WORDS, save, save_family, text, tokenizer
+from tests.calibration.models import WORDS, made, save, text, tokenizer
 from tests.commands import Said, ok, run
 
 TEMPLATE = "{% for one in messages %}{{ one.role }} {{ one.content }} w9 {% endfor %}"
@@ -18,11 +18,7 @@ TEMPLATE = "{% for one in messages %}{{ one.role }} {{ one.content }} w9 {% endf
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A text, a llama and a bert; nothing in it is changed by tests."""
-    folder = tmp_path_factory.mktemp("models")
-    (folder / "words.txt").write_text(text())
-    for family in ("llama", "bert"):
-        save_family(family, folder / family)
-    return folder
+    return made(tmp_path_factory.mktemp("models"), "llama", "bert")
 
 
 @pytest.fixture
@@ -35,8 +31,9 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def copied(home: Path, model: str, to: Path, **changes: Any) -> Path:
-    """A model with other statements in its config; its weights are links."""
+    """A model with other statements in its config, and a text beside it; its weights are links."""
     to.mkdir()
+    (to.parent / "words.txt").write_text(text())
     for file in (home / model).iterdir():
         (to / file.name).symlink_to(file)
     config = json.loads((home / model / "config.json").read_text())
@@ -72,7 +69,6 @@ MUTATIONS: list[tuple[str, str, Any]] = [
 def test_a_config_with_something_else_in_place_of_a_number_gets_one_line(
     model: str, key: str, value: Any, home: Path, tmp_path: Path
 ) -> None:
-    (tmp_path / "words.txt").write_text(text())
     said = calibrate(copied(home, model, tmp_path / model, **{key: value}))
     assert (said.code, said.out) in {(2, ""), (0, f"{tmp_path / model}-out\n")}
     assert len(said.err.splitlines()) == (said.code == 2)
@@ -86,7 +82,6 @@ def test_a_config_with_something_else_in_place_of_a_number_gets_one_line(
 def test_kernels_that_a_config_names_are_neither_fetched_nor_used(
     statement: str, home: Path, tmp_path: Path
 ) -> None:
-    (tmp_path / "words.txt").write_text(text())
     plain = copied(home, "llama", tmp_path / "plain")
     named = copied(home, "llama", tmp_path / "named", **{statement: "org/kernel:attention"}, use_kernels=True)
     assert calibrate(plain).code == 0
@@ -98,7 +93,6 @@ def test_kernels_that_a_config_names_are_neither_fetched_nor_used(
 @pytest.mark.parametrize("known", [True, False])
 @pytest.mark.usefixtures("no_network")
 def test_code_beside_a_checkpoint_is_not_run(known: bool, home: Path, tmp_path: Path) -> None:
-    (tmp_path / "words.txt").write_text(text())
     code = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel", "AutoTokenizer": "own.Own"}
     kind = {} if known else {"model_type": "own"}
     model = copied(home, "llama", tmp_path / "model", auto_map=code, **kind)
@@ -133,7 +127,6 @@ def test_code_beside_a_checkpoint_is_not_run(known: bool, home: Path, tmp_path: 
 def test_of_a_quantized_checkpoint_quantization_is_told(
     stated: Any, said: str, home: Path, tmp_path: Path
 ) -> None:
-    (tmp_path / "words.txt").write_text(text())
     model = copied(home, "llama", tmp_path / "model", **(stated if isinstance(stated, dict) else {}))
     if isinstance(stated, str) and stated.endswith(".json"):
         (model / stated).write_text("{}")
@@ -148,7 +141,6 @@ def test_of_a_quantized_checkpoint_quantization_is_told(
 
 
 def test_zeros_that_a_config_describes_are_no_quantization(home: Path, tmp_path: Path) -> None:
-    (tmp_path / "words.txt").write_text(text())
     zeros = {"quant_method": "compressed-tensors", "sparsity_config": {"format": "dense"}}
     said = calibrate(copied(home, "llama", tmp_path / "model", quantization_config=zeros))
     assert (said.code, said.err) == (0, "")

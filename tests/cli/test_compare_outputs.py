@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sparseprune.checkpoint import statistics as files
 from sparseprune.execution import compare as comparing
 from tests.commands import Said, refused, run, valid
 from tests.engine.reconstruction.oracle import moments, objective
+from tests.samples import save_statistics
 
 Tensors = dict[str, torch.Tensor]
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -31,14 +31,10 @@ def written(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Tensors, 
         "wide": moments(40, 90, generator).contiguous(),
         "stack": moments(16, 40, generator, 3).contiguous(),
     }
-    collected = [
-        files.Collected(16, None, {"square": 1, "turned": 0}),
-        files.Collected(40, None, {"wide": 1}),
-        files.Collected(16, 3, {"stack": 2}),
-    ]
+    weights = {"square": {"square": 1, "turned": 0}, "stack": {"stack": 2}}
     save_file(dense, folder / "dense.safetensors")
     save_file(pruned, folder / "pruned.safetensors")
-    save_file(stats, folder / "stats.safetensors", metadata=files._metadata("hessian", collected))
+    save_statistics(folder / "stats.safetensors", "hessian", stats, **weights)
     return dense, pruned, stats
 
 
@@ -117,12 +113,8 @@ def test_stacks_may_have_their_inputs_in_the_middle_and_an_expert_without_tokens
     moment[1] = 0
     save_file({"w": dense}, tmp_path / "dense.safetensors")
     save_file({"w": pruned}, tmp_path / "pruned.safetensors")
-    collected = [files.Collected(16, 3, {"w": 1})]
-    save_file(
-        {"w": moment.contiguous()},
-        tmp_path / "stats.safetensors",
-        metadata=files._metadata("hessian", collected),
-    )
+    stats = {"w": moment.contiguous()}
+    save_statistics(tmp_path / "stats.safetensors", "hessian", stats, w={"w": 1})
     (entry,) = json.loads(compare(tmp_path, "--json").out)["tensors"]
     assert entry["output_error"] == pytest.approx(error_of(dense.mT, pruned.mT, moment), rel=1e-4)
 
@@ -132,12 +124,8 @@ def test_a_stack_has_no_inputs_along_its_matrices(tmp_path: Path) -> None:
     for side in ("dense", "pruned"):
         save_file({"w": dense}, tmp_path / f"{side}.safetensors")
     for dim in (0, 7):
-        collected = [files.Collected(8, 8, {"w": dim})]
-        save_file(
-            {"w": torch.eye(8).repeat(8, 1, 1)},
-            tmp_path / "stats.safetensors",
-            metadata=files._metadata("hessian", collected),
-        )
+        stats = {"w": torch.eye(8).repeat(8, 1, 1)}
+        save_statistics(tmp_path / "stats.safetensors", "hessian", stats, w={"w": dim})
         said = compare(tmp_path)
         assert said.code == 2
         assert f"w cannot have its inputs along dimension {dim}" in said.err

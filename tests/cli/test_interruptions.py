@@ -27,7 +27,6 @@ from tests.cli.interrupted import (
     Ended,
     Moment,
     ended,
-    fill,
     started,
 )
 from tests.cli.test_resuming_runs import (
@@ -43,6 +42,7 @@ from tests.cli.test_resuming_runs import (
     said_of,
 )
 from tests.commands import python
+from tests.faults import fill, free_bytes, mounted
 from tests.samples import CHANNELS, TWO_OF_FOUR
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="there is no /proc")
@@ -375,16 +375,8 @@ def test_an_input_that_fails_or_changes_while_it_is_read_is_named_and_there_is_n
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 4 MiB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(place)]
-    if subprocess.run(mount, check=False, capture_output=True).returncode:
-        pytest.skip("this system does not let root mount a disk")
-    try:
+    with mounted(tmp_path / "disk", "4m") as place:
         yield place
-    finally:
-        subprocess.run(["umount", "-l", str(place)], check=True)
 
 
 def large(home: Path, words: str) -> Command:
@@ -426,11 +418,6 @@ def test_a_disk_without_room_is_refused_before_the_first_byte(
     assert names_in(disk) == ["filler"]
     os.truncate(disk / "filler", (disk / "filler").stat().st_size - (needed - free) - 4096)
     assert commands.run(command).code == 0
-
-
-def free_bytes(disk: Path) -> int:
-    status = os.statvfs(disk)
-    return status.f_bavail * status.f_frsize
 
 
 @needs_root

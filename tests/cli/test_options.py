@@ -91,7 +91,7 @@ def test_memory_is_a_quarter_of_what_may_be_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     files, wanted = MEMORY[name]
-    monkeypatch.setattr("sparseprune.api.options._physical_memory", lambda: 64 * GIB)
+    monkeypatch.setattr("os.sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 16 << 20}.__getitem__)
     assert default_memory(machine(tmp_path, files)) == wanted
 
 

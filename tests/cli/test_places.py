@@ -19,15 +19,12 @@ from sparseprune.checkpoint.output import Journal, note_text, read_journal
 from sparseprune.checkpoint.publish import StagingDir
 from tests.checkpoint.files import names_in
 from tests.cli.removal import LLAMA, decoder, write
+from tests.cli.test_resuming_runs import GLOBAL
 from tests.commands import Said, ok, refused, run
+from tests.faults import failing
 from tests.limits import force, narrow
 from tests.samples import CHANNELS, TWO_OF_FOUR, mlp_tensors, write_shards, write_spec
 
-GLOBAL = """
-version = 1
-scope.each = { tensors = "{layer}.{name}.weight", block = [1, 1], shape = [-1, -1] }
-scope_coupling.all = { scopes = ["each"], across = "all", sparsity = 0.6 }
-"""
 NO_LOCKS = "there are no locks, so two runs to one output are not told apart; start one at a time"
 NO_NAMES = "nothing tells when a name is on disk there, so a crash of the machine may lose the output"
 
@@ -105,11 +102,8 @@ def test_a_promise_that_is_weaker_there_is_told_once_and_an_error_under_strict(
 def interrupted(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of a run that ended when all of its work was noted."""
 
-    def stop(*arguments: object) -> NoReturn:
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
-        patch.setattr("sparseprune.api.pruning.refuse_changed", stop)
+        patch.setattr("sparseprune.api.pruning.refuse_changed", failing(KeyboardInterrupt))
         said = run("apply", home / "m.safetensors", home / "spec.toml", "-o", home / "out.safetensors", "-q")
     assert said.code == 130
     folder = StagingDir(home / "out.safetensors").path

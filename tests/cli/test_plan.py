@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from sparseprune.cli.demo import write_decoder
 from sparseprune.report.plan import make_plan_result
 from tests.commands import loaded, ok, python, refused, run, schema, silent, valid
+from tests.faults import failing
 from tests.samples import CHANNELS, TWO_OF_FOUR, mlp_tensors, write_spec
 
 GLOBAL = """
@@ -207,10 +208,8 @@ def test_dry_run_says_what_plan_says_and_writes_nothing(folder: Path, command: s
 
 
 def test_nothing_but_headers_is_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> None:
-        raise ZeroDivisionError
 
-    monkeypatch.setattr("sparseprune.checkpoint.TensorReader.read_into", fail)
+    monkeypatch.setattr("sparseprune.checkpoint.TensorReader.read_into", failing(ZeroDivisionError))
     assert lines(folder, TWO_OF_FOUR)
     with pytest.raises(ZeroDivisionError):
         run("apply", folder / "m.safetensors", folder / "spec.toml")

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from sparseprune.checkpoint import StoredTensor, TensorReader
 from tests.commands import ok, python, run
+from tests.faults import failing
 from tests.samples import TWO_OF_FOUR, mlp_tensors, write_spec
 
 COMMANDS = (
@@ -41,11 +42,9 @@ def in_folder(folder: Path, words: tuple[str, ...]) -> list[object]:
 def test_an_interrupt_says_that_nothing_was_written(
     folder: Path, words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(*_: object) -> None:
-        raise KeyboardInterrupt
 
     before = sorted(folder.iterdir())
-    monkeypatch.setattr(TensorReader, "read_into", interrupted)
+    monkeypatch.setattr(TensorReader, "read_into", failing(KeyboardInterrupt))
     said = run(*in_folder(folder, words), "-q")
     assert (said.code, said.out) == (130, "")
     assert said.err == "sparseprune: interrupted: nothing was written\n"

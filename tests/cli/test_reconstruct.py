@@ -11,10 +11,11 @@ from safetensors.torch import load_file, save_file
 
 import sparseprune
 from sparseprune import BlockSpec, Matrix, ScopeSpec, admm, projection, refit
+from sparseprune.checkpoint.statistics import STATISTICS_KEY
 from tests.commands import ok, refused, run, valid
 from tests.engine.reconstruction.oracle import moments, objective
 from tests.limits import narrow
-from tests.samples import CHANNELS, TWO_OF_FOUR, mlp_tensors, write_shards, write_spec
+from tests.samples import CHANNELS, TWO_OF_FOUR, mlp_tensors, save_statistics, write_shards, write_spec
 
 Tensors = dict[str, torch.Tensor]
 ADMM = '[reconstruct]\nfile = "stats.safetensors"\n'
@@ -300,15 +301,11 @@ def test_one_rule_may_go_without(tmp_path: Path) -> None:
 
 
 def test_statistics_by_calibrate_are_found_by_their_aliases_and_say_the_dimension(tmp_path: Path) -> None:
-    from sparseprune.checkpoint import statistics as files
-
     tensors = mlp_tensors(layers=1)
     moment = moments(16, 50, torch.Generator().manual_seed(0)).contiguous()
     tensors["0.gate.weight"] = torch.randn(16, 8, generator=torch.Generator().manual_seed(9))
-    one = files.Collected(16, None, {"0.down.weight": 1, "0.gate.weight": 0})
-    save_file(
-        {"0.down.weight": moment}, tmp_path / "stats.safetensors", metadata=files._metadata("hessian", [one])
-    )
+    weights = {"0.down.weight": {"0.down.weight": 1, "0.gate.weight": 0}}
+    save_statistics(tmp_path / "stats.safetensors", "hessian", {"0.down.weight": moment}, **weights)
     save_file(tensors, tmp_path / "m.safetensors")
     text = """
 version = 1
@@ -318,7 +315,7 @@ scope.gate = { tensors = "0.gate.weight", block = [1, 1], shape = [4, 1], nnz = 
 """
     ok("apply", tmp_path / "m.safetensors", write_spec(tmp_path, text), "-q")
     pruned = load_file(tmp_path / "m.pruned.safetensors")
-    for name, dim in one.weights.items():
+    for name, dim in weights["0.down.weight"].items():
         matrix = Matrix(tensors[name], moment, dim)
         wanted = refit(matrix, pruned[name] != 0)
         torch.testing.assert_close(pruned[name], wanted, rtol=1e-3, atol=1e-4)
@@ -326,28 +323,13 @@ scope.gate = { tensors = "0.gate.weight", block = [1, 1], shape = [4, 1], nnz = 
 
 @pytest.mark.parametrize("kind", ["wanda", "obd"])
 def test_scores_read_moments_and_norms_as_well_as_ready_vectors(tmp_path: Path, kind: str) -> None:
-    from sparseprune.checkpoint import statistics as files
-
     tensors = {name: one for name, one in mlp_tensors().items() if one.ndim == 2}
     tensors["stack.weight"] = torch.randn(3, 8, 16, generator=torch.Generator().manual_seed(8))
     stats = statistics(tensors)
     diagonals = {name: one.diagonal(dim1=-2, dim2=-1).contiguous() for name, one in stats.items()}
-    collected = {
-        name: files.Collected(
-            one.shape[-1], len(one) if one.ndim == 3 else None, {name: tensors[name].ndim - 1}
-        )
-        for name, one in stats.items()
-    }
     ready = {name: one.sqrt() if kind == "wanda" else one for name, one in diagonals.items()}
-    forms: dict[str, tuple[Tensors, dict[str, str] | None]] = {
-        "ready": (ready, None),
-        "moments without a word": (stats, None),
-        "hessian": (stats, files._metadata("hessian", list(collected.values()))),
-        "norm": (
-            {name: one.sqrt() for name, one in diagonals.items()},
-            files._metadata("norm", list(collected.values())),
-        ),
-    }
+    norms = {name: one.sqrt() for name, one in diagonals.items()}
+    forms = {"ready": ready, "moments without a word": stats, "hessian": stats, "norm": norms}
     spec = """
 version = 1
 [score]
@@ -366,8 +348,12 @@ sparsity = 0.5
 """
     save_file(tensors, tmp_path / "m.safetensors")
     found = {}
-    for form, (stored, metadata) in forms.items():
-        save_file(stored, tmp_path / "stats.safetensors", metadata=metadata)
+    for form, stored in forms.items():
+        if form in {"hessian", "norm"}:
+            dims = {name: {name: one.ndim - 1} for name, one in tensors.items()}
+            save_statistics(tmp_path / "stats.safetensors", form, stored, **dims)
+        else:
+            save_file(stored, tmp_path / "stats.safetensors")
         path = write_spec(tmp_path, spec.replace("KIND", kind))
         ok("apply", tmp_path / "m.safetensors", path, "--force", "-q")
         found[form] = load_file(tmp_path / "m.pruned.safetensors")
@@ -499,15 +485,11 @@ def test_weights_and_moments_of_any_size_are_reconstructed_as_those_of_one(
 
 
 def test_statistics_that_rest_on_few_tokens_are_told(tmp_path: Path) -> None:
-    from sparseprune.checkpoint import statistics as files
-
     tensors = mlp_tensors(layers=1)
     save_file(tensors, tmp_path / "m.safetensors")
     moments_of = statistics(tensors)
-    collected = [files.Collected(tensors[name].shape[1], None, {name: 1}) for name in moments_of]
     (tmp_path / "stats/sparseprune").mkdir(parents=True)
-    metadata = files._metadata("hessian", collected)
-    save_file(moments_of, tmp_path / "stats/statistics.safetensors", metadata=metadata)
+    save_statistics(tmp_path / "stats/statistics.safetensors", "hessian", moments_of)
     spec = write_spec(tmp_path, with_head(ADMM.replace("stats.safetensors", "stats"), TWO_OF_FOUR))
     for tokens, told in ((7, True), (8, False)):
         matrices = [{"name": "0.up.weight", "tokens": tokens}, {"name": "0.down.weight", "tokens": 16}]
@@ -588,30 +570,25 @@ def test_statistics_that_do_not_fit_get_one_line(tmp_path: Path, head: str, chan
 
 
 def test_no_statistics_and_norms_alone_and_tokens_that_never_came_are_told(tmp_path: Path) -> None:
-    from sparseprune.checkpoint import statistics as files
-
     tensors = mlp_tensors(layers=1)
     save_file(tensors, tmp_path / "m.safetensors")
     spec = write_spec(tmp_path, with_head(ADMM.replace("stats.safetensors", "stats"), TWO_OF_FOUR))
     said = run("apply", tmp_path / "m.safetensors", spec)
     assert (said.code, "no such file" in said.err) == (2, True)
-    collected = [
-        files.Collected(tensors[name].shape[1], None, {name: 1}) for name in ("0.up.weight", "0.down.weight")
-    ]
+    features = {"0.up.weight": 8, "0.down.weight": 16}
     (tmp_path / "stats").mkdir()
     path = tmp_path / "stats/statistics.safetensors"
-    norms = {one.name: torch.ones(one.features) for one in collected}
-    save_file(norms, path, metadata=files._metadata("norm", collected))
+    save_statistics(path, "norm", {name: torch.ones(size) for name, size in features.items()})
     said = run("apply", tmp_path / "m.safetensors", spec)
     assert (said.code, "calibrate with --stats hessian" in said.err) == (2, True)
-    moments_of = {one.name: torch.eye(one.features) for one in collected}
-    save_file(moments_of, path, metadata=files._metadata("hessian", collected))
+    moments_of = {name: torch.eye(size) for name, size in features.items()}
+    save_statistics(path, "hessian", moments_of)
     (tmp_path / "stats/sparseprune").mkdir()
     matrices = [{"name": "0.up.weight", "tokens": 0}, {"name": "0.down.weight", "tokens": 7}]
     (tmp_path / "stats/sparseprune/report.json").write_text(json.dumps({"matrices": matrices}))
     said = refused("apply", tmp_path / "m.safetensors", spec)
     assert "[scope.proj] reconstruct: no token reached 0.up.weight when its statistics" in said.err
-    save_file(moments_of, path, metadata={files.STATISTICS_KEY: '{"kind": "no"}'})
+    save_file(moments_of, path, metadata={STATISTICS_KEY: '{"kind": "no"}'})
     said = run("apply", tmp_path / "m.safetensors", spec)
     assert "is not that of a statistics file; calibrate again" in said.err
 

@@ -1,10 +1,8 @@
 """`remove`: what is told of a run, its report and its plan; wrong use and scarcity in whole lines."""
 
 import json
-import os
 import re
 import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +14,6 @@ from sparseprune import load_masks
 from sparseprune.removal.architectures import model_types
 from sparseprune.spec.problems import listed
 from tests.checkpoint.files import content, names_in
-from tests.cli.interrupted import fill
 from tests.cli.removal import (
     CASES,
     HALF,
@@ -35,6 +32,7 @@ from tests.cli.removal import (
     write,
 )
 from tests.commands import Said, ok, run, valid
+from tests.faults import failing, fill, mounted
 from tests.samples import write_spec
 
 SPEED = re.compile(r"\d+\.\d s, [\d.]+ [kMG]?B/s, on cpu")
@@ -447,8 +445,6 @@ SOFT = (
 def test_memory_that_is_not_there_is_told_with_what_to_do_and_the_run_goes_on_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, spec: str | None, quiet: bool
 ) -> None:
-    def fail(*_: object, **__: object) -> None:
-        raise MemoryError
 
     source = write(tmp_path / "in", decoder(), LLAMA, 2)
     named = "decoder-mlp-channels" if spec is None else write_spec(tmp_path, spec)
@@ -457,7 +453,7 @@ def test_memory_that_is_not_there_is_told_with_what_to_do_and_the_run_goes_on_la
     removed(*words)
     wanted = weights(tmp_path / "out")
     shutil.rmtree(tmp_path / "out")
-    monkeypatch.setattr(place, fail)
+    monkeypatch.setattr(place, failing(MemoryError))
     said = run("remove", *words)
     first, *kept = said.err.splitlines()
     assert (said.code, said.out, first) == (3, "", FULL)
@@ -476,18 +472,8 @@ KEPT = re.compile(
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 8 MiB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(place)]
-    if os.geteuid() != 0 or shutil.which("mount") is None:
-        pytest.skip("this user may not mount a disk")
-    if subprocess.run(mount, check=False, capture_output=True).returncode:
-        pytest.skip("this system does not let root mount a disk")
-    try:
+    with mounted(tmp_path / "disk", "8m") as place:
         yield place
-    finally:
-        subprocess.run(["umount", "-l", str(place)], check=True)
 
 
 def test_a_disk_without_room_is_told_and_the_run_goes_on_when_there_is_some(

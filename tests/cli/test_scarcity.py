@@ -15,6 +15,7 @@ from sparseprune.checkpoint import threads
 from sparseprune.errors import is_out_of_memory
 from sparseprune.execution.tensor_io import TensorIO
 from tests.commands import ok, python, run
+from tests.faults import failing
 from tests.limits import force, narrow
 from tests.samples import CHANNELS, TWO_OF_FOUR, mlp_tensors, write_shards, write_spec
 
@@ -174,10 +175,11 @@ def test_a_checkpoint_may_have_more_shards_than_a_process_may_have_files(tmp_pat
 def test_a_program_that_is_wrong_is_not_taken_for_a_lack_of_memory(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: object) -> None:
-        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
-    monkeypatch.setattr("sparseprune.execution.tensor_io.TensorIO.load", fail)
+    monkeypatch.setattr(
+        "sparseprune.execution.tensor_io.TensorIO.load",
+        failing(RuntimeError, "mat1 and mat2 shapes cannot be multiplied"),
+    )
     with pytest.raises(RuntimeError, match="mat1"):
         run("apply", folder / "m.safetensors", folder / "spec.toml", "-q")
     assert not is_out_of_memory(None)
@@ -210,10 +212,8 @@ def test_a_disk_that_fails_beside_the_work_ends_the_run_with_its_error(
 
 
 def test_bars_and_logs_that_fail_stop_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> None:
-        raise MemoryError
 
-    monkeypatch.setattr("sparseprune.cli.progress.Latest.read", fail)
+    monkeypatch.setattr("sparseprune.cli.progress.Latest.read", failing(MemoryError))
     monkeypatch.setattr("sparseprune.cli.progress._TICK", 0.0001)
     save_file({"0.a.weight": torch.ones(512, 512)}, folder / "m.safetensors")
     ok("apply", folder / "m.safetensors", write_spec(folder, TWO_OF_FOUR))

@@ -24,6 +24,7 @@ from sparseprune.execution.runner import Copying, Job, Runner
 from sparseprune.execution.tensor_io import TensorIO
 from tests.checkpoint.files import layout_of, single
 from tests.commands import ok, run
+from tests.faults import failing
 from tests.samples import TWO_OF_FOUR, mlp_tensors, write_spec
 
 if TYPE_CHECKING:
@@ -269,11 +270,13 @@ def test_a_chunk_at_work_is_given_up_where_something_else_ends_the_run() -> None
 
 @pytest.mark.parametrize("others", [0, 1])
 def test_a_pass_that_fails_to_merge_fails_the_run(others: int) -> None:
-    def fail(partials: list[Any]) -> None:
-        raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        work(*[job(calls(lambda: 2))] * others, job(calls(lambda: 1, then=fail)), job(calls(lambda: 2)))
+        work(
+            *[job(calls(lambda: 2))] * others,
+            job(calls(lambda: 1, then=failing(ZeroDivisionError))),
+            job(calls(lambda: 2)),
+        )
 
 
 def test_a_disk_that_fails_while_the_work_goes_on_fails_the_run(

@@ -17,6 +17,7 @@ from sparseprune.report.pictures import check_picture, files, plot_comparison, p
 from sparseprune.report.pictures.charts import Survivors
 from sparseprune.results import Inspection
 from tests.commands import imported
+from tests.faults import failing
 from tests.report.pictured import compared, decoder, facts, inspected
 
 SURVIVORS = [Survivors("scope.<b>w</b>", (2,), [(1, 3), (2, 9)])]
@@ -221,10 +222,7 @@ def test_a_file_that_could_not_be_written_leaves_the_old_one(
     path = tmp_path / "out.svg"
     path.write_text("old")
 
-    def fail(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Path, "replace", fail)
+    monkeypatch.setattr(Path, "replace", failing(OSError, 28, "No space left on device"))
     with pytest.raises(OSError, match="No space") as told:
         files.put(path, b"new")
     assert told.value.filename == str(path)
