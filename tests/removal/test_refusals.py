@@ -66,6 +66,39 @@ def experts_to(first: int, second: int, layer: str = "*") -> list[Cut]:
     return whole(*(f"{layer}.mlp.experts.{expert}.*" for expert in gone))
 
 
+def loses(name: str, gone: int, size: int, dim: int) -> str:
+    return f"{name} loses {gone} of {size} along dimension {dim}, which no key of config.json carries"
+
+
+def nothing_left(name: str, shape: list[int], since: str) -> str:
+    return (
+        f"{name}: nothing of its {shape} is kept, and it belongs to no layer or expert that is dropped as a "
+        f"whole, since {since} stays: couple all tensors of one"
+    )
+
+
+def unlike_groups(at: str, number: int, left: int, queries: list[int]) -> str:
+    return (
+        f"{at}: of its {number} key/value heads {left} stay, and they have {queries} query heads: each that "
+        "stays must keep as many, the others none"
+    )
+
+
+def kept(name: str, left: int, size: int, dim: int) -> str:
+    return f"{name} keeps {left} of {size} along dimension {dim}"
+
+
+def unlike(one: str, other: str, key: str) -> str:
+    return f"{one}, {other} ({key}): couple them in the spec"
+
+
+def one_for_all(key: str, one: int, at: str, other: int, beside: str) -> str:
+    return (
+        f"{key} would be {one} in {at} and {other} in {beside}, and config.json has one for all: give all of "
+        "these the same nnz or sparsity"
+    )
+
+
 FOUR = [0, 3, 4, 9]
 NARROW = {"intermediate_size": (10, 6)}
 FEWER_HEADS = {"num_attention_heads": (6, 4), "num_key_value_heads": (3, 2)}
@@ -74,12 +107,7 @@ CASES: dict[str, Case] = {
         decoder(LLAMA),
         LLAMA,
         [(f"{L0}.mlp.gate_proj.weight", 1, [3, 5])],
-        (
-            (
-                f"{L0}.mlp.gate_proj.weight loses 2 of 24 along dimension 1, which no key of config.json "
-                "carries"
-            ),
-        ),
+        (loses(f"{L0}.mlp.gate_proj.weight", 2, 24, 1),),
         channels(FOUR),
         NARROW,
     ),
@@ -87,7 +115,7 @@ CASES: dict[str, Case] = {
         {**decoder(LLAMA), "model.extra.weight": (5, 4)},
         LLAMA,
         [*channels(FOUR), ("model.extra.weight", 0, [1])],
-        ("model.extra.weight loses 1 of 5 along dimension 0, which no key of config.json carries",),
+        (loses("model.extra.weight", 1, 5, 0),),
         channels(FOUR),
         NARROW,
     ),
@@ -137,15 +165,12 @@ CASES: dict[str, Case] = {
                 f"{L0}.self_attn.q_proj.weight keeps 6 of 12 along dimension 0, wanted whole units of 2, "
                 "as num_attention_heads counts them"
             ),
-            (
-                f"{L0}.self_attn.q_proj.weight keeps 2 of 6 along dimension 0, "
-                f"{L0}.self_attn.o_proj.weight keeps 4 of 6 along dimension 1 (num_attention_heads): "
-                "couple them in the spec"
+            unlike(
+                kept(f"{L0}.self_attn.q_proj.weight", 2, 6, 0),
+                kept(f"{L0}.self_attn.o_proj.weight", 4, 6, 1),
+                "num_attention_heads",
             ),
-            (
-                f"{L0}: of its 3 key/value heads 2 stay, and they have [0, 0, 2] query heads: each that "
-                "stays must keep as many, the others none"
-            ),
+            unlike_groups(L0, 3, 2, [0, 0, 2]),
         ),
         heads([0, 1], [0]),
         FEWER_HEADS,
@@ -159,9 +184,10 @@ CASES: dict[str, Case] = {
             (f"{L1}.mlp.down_proj.weight", 1, [0, 3]),
         ],
         (
-            (
-                f"{L1}.mlp.gate_proj.weight keeps 6 of 10 along dimension 0, {L1}.mlp.down_proj.weight "
-                "keeps 8 of 10 along dimension 1 (intermediate_size): couple them in the spec"
+            unlike(
+                kept(f"{L1}.mlp.gate_proj.weight", 6, 10, 0),
+                kept(f"{L1}.mlp.down_proj.weight", 8, 10, 1),
+                "intermediate_size",
             ),
         ),
         channels(FOUR),
@@ -172,13 +198,15 @@ CASES: dict[str, Case] = {
         ONE,
         [*channels(FOUR)[:1], *channels([1, 2, 3, 4])[1:]],
         (
-            (
-                f"{L0}.mlp.gate_proj.weight keeps 6 of 10 along dimension 0, {L0}.mlp.up_proj.weight as "
-                "many others (intermediate_size): couple them in the spec"
+            unlike(
+                kept(f"{L0}.mlp.gate_proj.weight", 6, 10, 0),
+                f"{L0}.mlp.up_proj.weight as many others",
+                "intermediate_size",
             ),
-            (
-                f"{L0}.mlp.gate_proj.weight keeps 6 of 10 along dimension 0, {L0}.mlp.down_proj.weight as "
-                "many others (intermediate_size): couple them in the spec"
+            unlike(
+                kept(f"{L0}.mlp.gate_proj.weight", 6, 10, 0),
+                f"{L0}.mlp.down_proj.weight as many others",
+                "intermediate_size",
             ),
         ),
         channels(FOUR),
@@ -189,13 +217,15 @@ CASES: dict[str, Case] = {
         ONE,
         channels(FOUR)[1:2],
         (
-            (
-                f"{L0}.mlp.up_proj.weight keeps 6 of 10 along dimension 0, {L0}.mlp.gate_proj.weight keeps"
-                " 10 of 10 along dimension 0 (intermediate_size): couple them in the spec"
+            unlike(
+                kept(f"{L0}.mlp.up_proj.weight", 6, 10, 0),
+                kept(f"{L0}.mlp.gate_proj.weight", 10, 10, 0),
+                "intermediate_size",
             ),
-            (
-                f"{L0}.mlp.up_proj.weight keeps 6 of 10 along dimension 0, {L0}.mlp.down_proj.weight keeps"
-                " 10 of 10 along dimension 1 (intermediate_size): couple them in the spec"
+            unlike(
+                kept(f"{L0}.mlp.up_proj.weight", 6, 10, 0),
+                kept(f"{L0}.mlp.down_proj.weight", 10, 10, 1),
+                "intermediate_size",
             ),
         ),
         channels(FOUR),
@@ -206,9 +236,10 @@ CASES: dict[str, Case] = {
         PHI3,
         [(f"{L0}.mlp.gate_up_proj.weight", 0, [2, 3, 12, 14]), (f"{L0}.mlp.down_proj.weight", 1, [2, 3])],
         (
-            (
-                f"{L0}.mlp.gate_up_proj.weight keeps 8 of 10 along dimension 0, "
-                f"{L0}.mlp.gate_up_proj.weight as many others (intermediate_size): couple them in the spec"
+            unlike(
+                kept(f"{L0}.mlp.gate_up_proj.weight", 8, 10, 0),
+                f"{L0}.mlp.gate_up_proj.weight as many others",
+                "intermediate_size",
             ),
         ),
         [(f"{L0}.mlp.gate_up_proj.weight", 0, [2, 3, 12, 13]), (f"{L0}.mlp.down_proj.weight", 1, [2, 3])],
@@ -231,10 +262,12 @@ CASES: dict[str, Case] = {
                 f"{L1}.mlp.shared_experts.down_proj.weight keeps 11 of 14 along dimension 1, wanted a "
                 "multiple of 2, as moe_intermediate_size counts them"
             ),
-            (
-                f"moe_intermediate_size would be 6 in {L1}.mlp.experts.7.gate_proj and 5 in "
-                f"{L1}.mlp.shared_experts.gate_proj, and config.json has one for all: give all of these "
-                "the same nnz or sparsity"
+            one_for_all(
+                "moe_intermediate_size",
+                6,
+                f"{L1}.mlp.experts.7.gate_proj",
+                5,
+                f"{L1}.mlp.shared_experts.gate_proj",
             ),
         ),
         [*channels([1], "*.experts.*"), *channels([8, 11], "*.shared_experts")],
@@ -249,10 +282,10 @@ CASES: dict[str, Case] = {
             *channels([8, 12], "*.shared_experts")[2:],
         ],
         (
-            (
-                f"{L1}.mlp.shared_experts.gate_proj.weight keeps 12 of 14 along dimension 0, "
-                f"{L1}.mlp.shared_experts.down_proj.weight as many others (moe_intermediate_size): couple "
-                "them in the spec"
+            unlike(
+                kept(f"{L1}.mlp.shared_experts.gate_proj.weight", 12, 14, 0),
+                f"{L1}.mlp.shared_experts.down_proj.weight as many others",
+                "moe_intermediate_size",
             ),
         ),
         [*channels([1], "*.experts.*"), *channels([8, 11], "*.shared_experts")],
@@ -263,10 +296,8 @@ CASES: dict[str, Case] = {
         LLAMA,
         [*channels(FOUR, f"{L0}.mlp"), *channels([1], f"{L2}.mlp")],
         (
-            (
-                "intermediate_size would be 6 in model.layers.0.mlp.gate_proj and 10 in "
-                "model.layers.1.mlp.gate_proj, and config.json has one for all: give all of these "
-                "the same nnz or sparsity"
+            one_for_all(
+                "intermediate_size", 6, "model.layers.0.mlp.gate_proj", 10, "model.layers.1.mlp.gate_proj"
             ),
         ),
         [
@@ -281,10 +312,12 @@ CASES: dict[str, Case] = {
         QWEN3_MOE,
         [*channels([1], "*.experts.[012]"), *channels([1, 2], "*.experts.3")],
         (
-            (
-                f"moe_intermediate_size would be 6 in {L1}.mlp.experts.2.gate_proj and 5 in "
-                f"{L1}.mlp.experts.3.gate_proj, and config.json has one for all: give all of these the "
-                "same nnz or sparsity"
+            one_for_all(
+                "moe_intermediate_size",
+                6,
+                f"{L1}.mlp.experts.2.gate_proj",
+                5,
+                f"{L1}.mlp.experts.3.gate_proj",
             ),
         ),
         [*channels([1], "*.experts.[012]"), *channels([5], "*.experts.3")],
@@ -294,12 +327,7 @@ CASES: dict[str, Case] = {
         mixture(QWEN3_MOE),
         QWEN3_MOE,
         whole(f"{L0}.mlp.experts.0.*", f"{L1}.mlp.experts.[12].*"),
-        (
-            (
-                "num_experts would be 3 in model.layers.0.mlp and 2 in model.layers.1.mlp, and "
-                "config.json has one for all: give all of these the same nnz or sparsity"
-            ),
-        ),
+        (one_for_all("num_experts", 3, "model.layers.0.mlp", 2, "model.layers.1.mlp"),),
         whole(f"{L0}.mlp.experts.0.*", f"{L1}.mlp.experts.2.*"),
         {"num_experts": (4, 3)},
     ),
@@ -319,21 +347,9 @@ CASES: dict[str, Case] = {
         ONE,
         channels(range(10)),
         (
-            (
-                f"{L0}.mlp.gate_proj.weight: nothing of its [10, 24] is kept, and it belongs to no layer "
-                "or expert that is dropped as a whole, since "
-                f"{L0}.self_attn.q_proj.weight stays: couple all tensors of one"
-            ),
-            (
-                f"{L0}.mlp.up_proj.weight: nothing of its [10, 24] is kept, and it belongs to no layer or "
-                "expert that is dropped as a whole, since "
-                f"{L0}.self_attn.q_proj.weight stays: couple all tensors of one"
-            ),
-            (
-                f"{L0}.mlp.down_proj.weight: nothing of its [24, 10] is kept, and it belongs to no layer "
-                "or expert that is dropped as a whole, since "
-                f"{L0}.self_attn.q_proj.weight stays: couple all tensors of one"
-            ),
+            nothing_left(f"{L0}.mlp.gate_proj.weight", [10, 24], f"{L0}.self_attn.q_proj.weight"),
+            nothing_left(f"{L0}.mlp.up_proj.weight", [10, 24], f"{L0}.self_attn.q_proj.weight"),
+            nothing_left(f"{L0}.mlp.down_proj.weight", [24, 10], f"{L0}.self_attn.q_proj.weight"),
         ),
         channels(range(9)),
         {"intermediate_size": (10, 1)},
@@ -343,21 +359,9 @@ CASES: dict[str, Case] = {
         LLAMA,
         channels(range(10), f"{L0}.mlp"),
         (
-            (
-                f"{L0}.mlp.gate_proj.weight: nothing of its [10, 24] is kept, and it belongs to no layer "
-                "or expert that is dropped as a whole, since "
-                f"{L0}.self_attn.q_proj.weight stays: couple all tensors of one"
-            ),
-            (
-                f"{L0}.mlp.up_proj.weight: nothing of its [10, 24] is kept, and it belongs to no layer or "
-                "expert that is dropped as a whole, since "
-                f"{L0}.self_attn.q_proj.weight stays: couple all tensors of one"
-            ),
-            (
-                f"{L0}.mlp.down_proj.weight: nothing of its [24, 10] is kept, and it belongs to no layer "
-                "or expert that is dropped as a whole, since "
-                f"{L0}.self_attn.q_proj.weight stays: couple all tensors of one"
-            ),
+            nothing_left(f"{L0}.mlp.gate_proj.weight", [10, 24], f"{L0}.self_attn.q_proj.weight"),
+            nothing_left(f"{L0}.mlp.up_proj.weight", [10, 24], f"{L0}.self_attn.q_proj.weight"),
+            nothing_left(f"{L0}.mlp.down_proj.weight", [24, 10], f"{L0}.self_attn.q_proj.weight"),
         ),
         channels(range(9)),
         {"intermediate_size": (10, 1)},
@@ -416,12 +420,7 @@ CASES: dict[str, Case] = {
         decoder(ONE),
         ONE,
         heads([], [0]),
-        (
-            (
-                f"{L0}: of its 3 key/value heads 2 stay, and they have [2, 2, 2] query heads: each that "
-                "stays must keep as many, the others none"
-            ),
-        ),
+        (unlike_groups(L0, 3, 2, [2, 2, 2]),),
         heads([0, 1], [0]),
         FEWER_HEADS,
     ),
@@ -429,12 +428,7 @@ CASES: dict[str, Case] = {
         attention("self_attn", LLAMA),
         LLAMA,
         heads([0, 1], [], "self_attn"),
-        (
-            (
-                "the model: of its 3 key/value heads 3 stay, and they have [0, 2, 2] query heads: each that "
-                "stays must keep as many, the others none"
-            ),
-        ),
+        (unlike_groups("the model", 3, 3, [0, 2, 2]),),
         heads([0, 1], [0], "self_attn"),
         FEWER_HEADS,
     ),
@@ -508,10 +502,7 @@ CASES: dict[str, Case] = {
         QWEN3_MOE,
         whole(f"{L0}.mlp.experts.0.*"),
         (
-            (
-                "num_experts would be 3 in model.layers.0.mlp and 4 in model.layers.1.mlp.gate, "
-                "and config.json has one for all: give all of these the same nnz or sparsity"
-            ),
+            one_for_all("num_experts", 3, "model.layers.0.mlp", 4, "model.layers.1.mlp.gate"),
             f"{L1}.mlp.experts has 5 members, config.json says 4",
         ),
         channels([0, 1], "*.layers.?.mlp.experts.*"),
@@ -611,12 +602,7 @@ CASES: dict[str, Case] = {
         decoder(ONE),
         ONE,
         heads([0, 2], [0]),
-        (
-            (
-                f"{L0}: of its 3 key/value heads 2 stay, and they have [1, 1, 2] query heads: each that "
-                "stays must keep as many, the others none"
-            ),
-        ),
+        (unlike_groups(L0, 3, 2, [1, 1, 2]),),
         heads([0, 1], [0]),
         FEWER_HEADS,
     ),
@@ -624,12 +610,7 @@ CASES: dict[str, Case] = {
         decoder(ONE),
         ONE,
         heads([0, 2, 3], [1]),
-        (
-            (
-                f"{L0}: of its 3 key/value heads 2 stay, and they have [1, 0, 2] query heads: each that "
-                "stays must keep as many, the others none"
-            ),
-        ),
+        (unlike_groups(L0, 3, 2, [1, 0, 2]),),
         heads([2, 3], [1]),
         FEWER_HEADS,
     ),
@@ -637,12 +618,7 @@ CASES: dict[str, Case] = {
         decoder(ONE),
         ONE,
         heads([0, 2], []),
-        (
-            (
-                f"{L0}: of its 3 key/value heads 3 stay, and they have [1, 1, 2] query heads: each that "
-                "stays must keep as many, the others none"
-            ),
-        ),
+        (unlike_groups(L0, 3, 3, [1, 1, 2]),),
         heads([0, 2, 5], []),
         {"num_attention_heads": (6, 3)},
     ),
@@ -860,18 +836,9 @@ CASES: dict[str, Case] = {
             ("vision*.1.mlp.gate_proj.weight", 0, [0]),
         ],
         (
-            (
-                "vision_tower.encoder.layers.1.mlp.fc1.weight loses 1 of 12 along dimension 0, which no "
-                "key of config.json carries"
-            ),
-            (
-                "vision_tower.encoder.layers.1.mlp.fc2.weight loses 1 of 12 along dimension 1, which no "
-                "key of config.json carries"
-            ),
-            (
-                "vision_tower.encoder.layers.1.mlp.gate_proj.weight loses 1 of 10 along dimension 0, "
-                "which no key of config.json carries"
-            ),
+            loses("vision_tower.encoder.layers.1.mlp.fc1.weight", 1, 12, 0),
+            loses("vision_tower.encoder.layers.1.mlp.fc2.weight", 1, 12, 1),
+            loses("vision_tower.encoder.layers.1.mlp.gate_proj.weight", 1, 10, 0),
         ),
         channels(FOUR, "language*.mlp"),
         {"text_config.intermediate_size": (10, 6)},
@@ -881,11 +848,7 @@ CASES: dict[str, Case] = {
         LLAMA,
         whole("model.norm.weight", "model.layers.1.mlp.up_proj.weight"),
         (
-            (
-                f"{L1}.mlp.up_proj.weight: nothing of its [10, 24] is kept, and it belongs to no layer or "
-                "expert that is dropped as a whole, since "
-                f"{L1}.self_attn.q_proj.weight stays: couple all tensors of one"
-            ),
+            nothing_left(f"{L1}.mlp.up_proj.weight", [10, 24], f"{L1}.self_attn.q_proj.weight"),
             (
                 "model.norm.weight: nothing of its [24] is kept, and it belongs to no layer or expert "
                 "that is dropped as a whole: couple all tensors of one"

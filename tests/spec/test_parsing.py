@@ -37,9 +37,18 @@ sparsity = 0.25
 """
 COUPLED = """
 version = 1
-scope.q = { tensors = "layers.{layer}.q.weight", block = [1, -1], shape = [] }
-scope.k = { tensors = "layers.{layer}.k.weight", block = [1, -1], shape = [] }
-scope_coupling.qk = { scopes = ["q", "k"], across = ["layer"], nnz = 4 }
+[scope.q]
+tensors = "layers.{layer}.q.weight"
+block = [1, -1]
+shape = []
+[scope.k]
+tensors = "layers.{layer}.k.weight"
+block = [1, -1]
+shape = []
+[scope_coupling.qk]
+scopes = ["q", "k"]
+across = ["layer"]
+nnz = 4
 """
 DIMENSIONS = "one for each dimension: 1 or more blocks, or -1 for the whole dimension"
 
@@ -449,10 +458,19 @@ def test_one_problem_of_every_kind_makes_one_line_of_each() -> None:
 
 BORROWED = """
 version = 1
-block.up = { tensors = "l.{layer}.e.{expert}.up", shape = [-1, -1] }
-block.router = { tensors = "l.{layer}.router", slice = ["expert", ":"], shape = [-1, -1] }
-block_coupling.whole = { blocks = ["up", "router"] }
-scope.expert = { block = "whole", shape = [], nnz = "layer" }
+[block.up]
+tensors = "l.{layer}.e.{expert}.up"
+shape = [-1, -1]
+[block.router]
+tensors = "l.{layer}.router"
+slice = ["expert", ":"]
+shape = [-1, -1]
+[block_coupling.whole]
+blocks = ["up", "router"]
+[scope.expert]
+block = "whole"
+shape = []
+nnz = "layer"
 """
 
 
