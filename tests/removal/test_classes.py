@@ -14,7 +14,7 @@ HEADLESS = ("bert", "gpt2")
 # Classes that keep experts in other tensors than checkpoints do have them converted while they are read.
 UNLIKE = ("deepseek_v3", "mixtral", "qwen2_moe", "qwen3_moe")
 ODD = ("gemma3", "vit")  # modules have other names in files
-KNOWN = [case for case, each in CASES.items() if each.config["model_type"] not in ODD]
+KNOWN = [case for case, each in CASES.items() if each.model[1]["model_type"] not in ODD]
 
 
 def shapes_of_the_class(config: Config) -> Shapes:
@@ -29,7 +29,7 @@ def shapes_of_the_class(config: Config) -> Shapes:
 
 @pytest.mark.parametrize("case", KNOWN)
 def test_the_class_makes_what_is_left_from_the_config_that_is_written(case: str) -> None:
-    shapes, config, cuts, *_ = CASES[case]
+    (shapes, config), cuts, *_ = CASES[case]
     removal = make_removal(shapes, cut(shapes, cuts), config)
     assert removal.config is not None
     prefix = "model." if case == "layers whose names begin with them" else ""
