@@ -58,32 +58,17 @@ ILLEGAL = [
     (SHORT, "version = 1", "version = 2", ["version: found 2, this release reads version = 1"]),
     (SHORT, "version = 1", "version = true", ["version: found true, this release reads version = 1"]),
     (SHORT, "version = 1", "version = 1.0", ["version: found 1.0, this release reads version = 1"]),
-    (SHORT, "version = 1", "version = 1\nnnz = 3", [
-        'nnz: unknown key; there is "block", "block_coupling", "covers", "reconstruct", "scope", '
-        '"scope_coupling", "score" and "vars"'
-    ]),
-    (SHORT, "version = 1", 'version = 1\ncovers = "heads"', [
-        'covers: found "heads", wanted "matrices", "mlp", "attention", "experts" or "layers"'
-    ]),
-    (SHORT, "version = 1", "version = 1\ncovers = 1", [
-        'covers: found 1, wanted "matrices", "mlp", "attention", "experts" or "layers"'
-    ]),
-    (SHORT, "version = 1", 'version = 1\ncovers = ["mlp"]', [
-        'covers: found ["mlp"], wanted "matrices", "mlp", "attention", "experts" or "layers"'
-    ]),
-    (SHORT, "version = 1", 'version = 1\ncover = "mlp"', [
-        'cover: unknown key; did you mean "covers"?'
-    ]),
-    (SHORT, "[scope.proj]", "[scopes.proj]", [
-        '[scopes]: unknown table; did you mean "scope"?'
-    ]),
+    (SHORT, "version = 1", "version = 1\nnnz = 3", ['nnz: unknown key; there is "block", "block_coupling", "covers", "reconstruct", "scope", "scope_coupling", "score" and "vars"']),
+    (SHORT, "version = 1", 'version = 1\ncovers = "heads"', ['covers: found "heads", wanted "matrices", "mlp", "attention", "experts" or "layers"']),
+    (SHORT, "version = 1", "version = 1\ncovers = 1", ['covers: found 1, wanted "matrices", "mlp", "attention", "experts" or "layers"']),
+    (SHORT, "version = 1", 'version = 1\ncovers = ["mlp"]', ['covers: found ["mlp"], wanted "matrices", "mlp", "attention", "experts" or "layers"']),
+    (SHORT, "version = 1", 'version = 1\ncover = "mlp"', ['cover: unknown key; did you mean "covers"?']),
+    (SHORT, "[scope.proj]", "[scopes.proj]", ['[scopes]: unknown table; did you mean "scope"?']),
     (SHORT, "[scope.proj]", "[[scope]]", [
         "scope: found a list of tables, wanted tables [scope.NAME] with names you choose",
         "there is no rule: write at least one [scope.NAME]",
     ]),
-    (SHORT, "[scope.proj]", '[scope."my proj"]', [
-        "[scope.my proj]: a table's name is made of letters, digits, - and _"
-    ]),
+    (SHORT, "[scope.proj]", '[scope."my proj"]', ["[scope.my proj]: a table's name is made of letters, digits, - and _"]),
     (SHORT, "[scope.proj]", "[scope]", [
         '[scope] tensors: found "layers.{layer}.{name}_proj.weight", wanted a table: write [scope.NAME] above its keys',
         "[scope] block: found [1, 1], wanted a table: write [scope.NAME] above its keys",
@@ -92,31 +77,14 @@ ILLEGAL = [
     ]),
     # the keys of a table
     (SHORT, "nnz = 2", "nz = 2", ['[scope.proj] nz: unknown key; did you mean "nnz"?']),
-    (SHORT, "shape = [1, 4]", "", [
-        f"[scope.proj] shape: missing; wanted a list of integers or expressions, {DIMENSIONS}"
-    ]),
-    (SHORT, "[1, 4]", "[1, 4.0]", [
-        f"[scope.proj] shape: found [1, 4.0], wanted a list of integers or expressions, {DIMENSIONS}"
-    ]),
-    (SHORT, "[1, 4]", "[true, 0]", [
-        f"[scope.proj] shape: found [true, 0], wanted a list of integers or expressions, {DIMENSIONS}"
-    ]),
-    (SHORT, "[1, 4]", "[1, -2]", [
-        f"[scope.proj] shape: found [1, -2], wanted a list of integers or expressions, {DIMENSIONS}"
-    ]),
+    (SHORT, "shape = [1, 4]", "", [f"[scope.proj] shape: missing; wanted a list of integers or expressions, {DIMENSIONS}"]),
+    (SHORT, "[1, 4]", "[1, 4.0]", [f"[scope.proj] shape: found [1, 4.0], wanted a list of integers or expressions, {DIMENSIONS}"]),
+    (SHORT, "[1, 4]", "[true, 0]", [f"[scope.proj] shape: found [true, 0], wanted a list of integers or expressions, {DIMENSIONS}"]),
+    (SHORT, "[1, 4]", "[1, -2]", [f"[scope.proj] shape: found [1, -2], wanted a list of integers or expressions, {DIMENSIONS}"]),
     (SHORT, "[1, 4]", "4", [f"[scope.proj] shape: found 4, wanted a list of integers or expressions, {DIMENSIONS}"]),
-    (SHORT, "[1, 1]", "1", [
-        "[scope.proj] block: found 1, wanted the name of a [block] or [block_coupling], or a block's shape such as "
-        "[1, 1] or [1, -1]"
-    ]),
-    (SHORT, '"layers.{layer}.{name}_proj.weight"', "[]", [
-        '[scope.proj] tensors: found [], wanted a pattern such as "layers.{layer}.mlp.up_proj.weight", '
-        "or a list of patterns"
-    ]),
-    (SHORT, '"layers.{layer}.{name}_proj.weight"', "[3]", [
-        '[scope.proj] tensors: found [3], wanted a pattern such as "layers.{layer}.mlp.up_proj.weight", '
-        "or a list of patterns"
-    ]),
+    (SHORT, "[1, 1]", "1", ["[scope.proj] block: found 1, wanted the name of a [block] or [block_coupling], or a block's shape such as [1, 1] or [1, -1]"]),
+    (SHORT, '"layers.{layer}.{name}_proj.weight"', "[]", ['[scope.proj] tensors: found [], wanted a pattern such as "layers.{layer}.mlp.up_proj.weight", or a list of patterns']),
+    (SHORT, '"layers.{layer}.{name}_proj.weight"', "[3]", ['[scope.proj] tensors: found [3], wanted a pattern such as "layers.{layer}.mlp.up_proj.weight", or a list of patterns']),
     (SHORT, '"layers.{layer}.{name}_proj.weight"', '["a.{b", "a.{}", "a"]', [
         '[scope.proj] tensors: "a.{b" character 3: { opens a capture that no } closes: write {name}, '
         "{name:this|that} or {name:**}",
@@ -136,79 +104,45 @@ ILLEGAL = [
         '[scope.mlp] slice: the block is the table "channel", which has the tensors: remove this key, '
         "or give the block's shape as a list of integers"
     ]),
-    (LONG, 'tensors = ["layers.{layer}.gate.weight"]', "", [
-        '[block.gate] tensors: missing; wanted a pattern such as "layers.{layer}.mlp.up_proj.weight", or a list of '
-        "patterns"
-    ]),
+    (LONG, 'tensors = ["layers.{layer}.gate.weight"]', "", ['[block.gate] tensors: missing; wanted a pattern such as "layers.{layer}.mlp.up_proj.weight", or a list of patterns']),
     # how a tensor is looked at
-    (SHORT, "nnz = 2", "nnz = 2\naxes = { q = 2 }", [
-        '[scope.proj] axes: axes belong to an einops pattern: give one as view = "..."'
-    ]),
-    (SHORT, "nnz = 2", 'nnz = 2\nview = "(a q) b -> a q b"\naxes = { "q 1" = 2 }', [
-        '[scope.proj] axes: "q 1" cannot be the name of an axis: take another one, such as q'
-    ]),
-    (SHORT, "nnz = 2", 'nnz = 2\nview = "(a q) b -> a q b"\naxes = { tensor = 2 }', [
-        '[scope.proj] axes: "tensor" cannot be the name of an axis: take another one, such as q'
-    ]),
+    (SHORT, "nnz = 2", "nnz = 2\naxes = { q = 2 }", ['[scope.proj] axes: axes belong to an einops pattern: give one as view = "..."']),
+    (SHORT, "nnz = 2", 'nnz = 2\nview = "(a q) b -> a q b"\naxes = { "q 1" = 2 }', ['[scope.proj] axes: "q 1" cannot be the name of an axis: take another one, such as q']),
+    (SHORT, "nnz = 2", 'nnz = 2\nview = "(a q) b -> a q b"\naxes = { tensor = 2 }', ['[scope.proj] axes: "tensor" cannot be the name of an axis: take another one, such as q']),
     (SHORT, "nnz = 2", 'nnz = 2\nview = "(a q) b -> a q b"\naxes = { q = 0 }', [
         "[scope.proj] axes: found a table, wanted a table of axes of the view, each an integer of 1 or more or an "
         "expression"
     ]),
-    (SHORT, "nnz = 2", 'nnz = 2\nview = { shape = [1], stride = [1] }\nslice = [":"]', [
-        "[scope.proj] slice: a view by shape and stride takes no slice: give it an offset instead"
-    ]),
-    (SHORT, "nnz = 2", "nnz = 2\nview = { shape = [1], strid = [1] }", [
-        '[scope.proj] view.strid: unknown key; did you mean "stride"?'
-    ]),
+    (SHORT, "nnz = 2", 'nnz = 2\nview = { shape = [1], stride = [1] }\nslice = [":"]', ["[scope.proj] slice: a view by shape and stride takes no slice: give it an offset instead"]),
+    (SHORT, "nnz = 2", "nnz = 2\nview = { shape = [1], strid = [1] }", ['[scope.proj] view.strid: unknown key; did you mean "stride"?']),
     (SHORT, "nnz = 2", "nnz = 2\nview = { shape = [0], stride = [-1] }", [
         "[scope.proj] view.shape: found [0], wanted a list of integers or expressions, each 1 or more",
         "[scope.proj] view.stride: found [-1], wanted a list of integers or expressions, each 0 or more",
     ]),
-    (SHORT, "nnz = 2", "nnz = 2\nview = 3", [
-        '[scope.proj] view: found 3, wanted an einops pattern such as "(kv q) k -> kv q k", or a table with shape and '
-        "stride"
-    ]),
-    (SHORT, "nnz = 2", "nnz = 2\nslice = [true]", [
-        '[scope.proj] slice: found [true], wanted a list with one text for each dimension, such as ["0:inter", ":"]'
-    ]),
-    (SHORT, "nnz = 2", 'nnz = 2\nslice = ["0:1:2", "exprt"]', [
-        '[scope.proj] slice: "0:1:2": a slice has no step: wanted "low:high", ":" or a single index',
-    ]),
-    (SHORT, "nnz = 2", 'nnz = 2\nslice = [":", "laye:"]', [
-        '[scope.proj] slice: "laye": unknown name "laye"; did you mean "layer"?',
-    ]),
+    (SHORT, "nnz = 2", "nnz = 2\nview = 3", ['[scope.proj] view: found 3, wanted an einops pattern such as "(kv q) k -> kv q k", or a table with shape and stride']),
+    (SHORT, "nnz = 2", "nnz = 2\nslice = [true]", ['[scope.proj] slice: found [true], wanted a list with one text for each dimension, such as ["0:inter", ":"]']),
+    (SHORT, "nnz = 2", 'nnz = 2\nslice = ["0:1:2", "exprt"]', ['[scope.proj] slice: "0:1:2": a slice has no step: wanted "low:high", ":" or a single index']),
+    (SHORT, "nnz = 2", 'nnz = 2\nslice = [":", "laye:"]', ['[scope.proj] slice: "laye": unknown name "laye"; did you mean "layer"?']),
     (SHORT, "[1, 1]", '[1, "n ** 2"]', [
         '[scope.proj] block: "n ** 2" column 1: ** is not allowed; allowed are numbers, strings, lists, names, + - * / '
         '// %, comparisons, in, and, or, not, "a if b else c", x[i] and keys of config'
     ]),
-    (SHORT, "nnz = 2", 'nnz = "2 +"', [
-        '[scope.proj] nnz: "2 +" column 4: this is no expression: invalid syntax'
-    ]),
+    (SHORT, "nnz = 2", 'nnz = "2 +"', ['[scope.proj] nnz: "2 +" column 4: this is no expression: invalid syntax']),
     (SHORT, "nnz = 2", 'nnz = "keep[layr]"', [
         '[scope.proj] nnz: "keep[layr]": unknown name "keep"; there is "config", "layer" and "name"',
         '[scope.proj] nnz: "keep[layr]": unknown name "layr"; did you mean "layer"?',
     ]),
-    (SHORT, "{layer}.{name}", "{shape}.{name}", [
-        '[scope.proj] tensors: the capture "shape" is a reserved name in expressions: rename it'
-    ]),
+    (SHORT, "{layer}.{name}", "{shape}.{name}", ['[scope.proj] tensors: the capture "shape" is a reserved name in expressions: rename it']),
     (SHORT, '"layers.{layer}.{name}_proj.weight"', '["a"]\nregex = "(a+)+"', [
         '[scope.proj] regex: "(a+)+" this regex could take very long to match, because a part that repeats can itself '
         r"be read in several ways: end a part with what it cannot hold, as [^.]+\. does, make it possessive (.++), or "
         "write a pattern with captures as `tensors`"
     ]),
-    (COUPLED, "nnz = 4", 'nnz = "layer"', [
-        '[scope_coupling.qk] nnz: "layer": unknown name "layer"; there is "config"'
-    ]),
-    (LONG, "sparsity = 0.25", 'sparsity = "layer / lyers"', [
-        '[scope.mlp] sparsity: "layer / lyers": unknown name "lyers"; did you mean "layer"?'
-    ]),
+    (COUPLED, "nnz = 4", 'nnz = "layer"', ['[scope_coupling.qk] nnz: "layer": unknown name "layer"; there is "config"']),
+    (LONG, "sparsity = 0.25", 'sparsity = "layer / lyers"', ['[scope.mlp] sparsity: "layer / lyers": unknown name "lyers"; did you mean "layer"?']),
     # names of tables
-    (LONG, '"gate", "down"]', '"gat", "down"]', [
-        '[block_coupling.channel] blocks: there is no [block.gat]; did you mean "gate"?',
-    ]),
-    (LONG, '"channel"', '"chanel"', [
-        '[scope.mlp] block: there is no [block.chanel] and no [block_coupling.chanel]; did you mean "channel"?',
-    ]),
+    (LONG, '"gate", "down"]', '"gat", "down"]', ['[block_coupling.channel] blocks: there is no [block.gat]; did you mean "gate"?']),
+    (LONG, '"channel"', '"chanel"', ['[scope.mlp] block: there is no [block.chanel] and no [block_coupling.chanel]; did you mean "channel"?']),
     (COUPLED, '"q", "k"]', '"q", "q"]', [
         '[scope_coupling.qk] scopes: "q" is listed twice: each member takes part once',
         "[scope.k]: there is no budget: give one of nnz, sparsity and threshold",
@@ -217,71 +151,34 @@ ILLEGAL = [
         '[scope.mlp] block: there is no [block.channel] and no [block_coupling.channel]; there is "down" and "gate"',
         "[block_coupling.gate]: [block.gate] has the same name: a scope could mean either",
     ]),
-    (LONG, 'block = "channel"', 'block = "gate"', [
-        "[block_coupling.channel]: used by no scope: name it in one, or remove it"
-    ]),
-    (LONG, '"gate", "down"]\norders = [[0, 1], [1, 0]]', '"gate"]', [
-        "[block.down]: used by no scope: name it in one or in a coupling, or remove it"
-    ]),
+    (LONG, 'block = "channel"', 'block = "gate"', ["[block_coupling.channel]: used by no scope: name it in one, or remove it"]),
+    (LONG, '"gate", "down"]\norders = [[0, 1], [1, 0]]', '"gate"]', ["[block.down]: used by no scope: name it in one or in a coupling, or remove it"]),
     # orders and across
-    (LONG, "[[0, 1], [1, 0]]", "[[0, 1]]", [
-        "[block_coupling.channel] orders: found 1 orders for 2 blocks: give one order for each"
-    ]),
-    (LONG, "[[0, 1], [1, 0]]", "[[0, 1], [1, 1]]", [
-        "[block_coupling.channel] orders: [1, 1] is no order of dimensions: it needs each of 0 to 1 once"
-    ]),
-    (LONG, "[[0, 1], [1, 0]]", "[0, 1]", [
-        "[block_coupling.channel] orders: found [0, 1], wanted a list with one list for each member, such as "
-        "[[0, 1], [1, 0]]"
-    ]),
-    (COUPLED, '["layer"]', '["layers"]', [
-        '[scope_coupling.qk] across: no member captures "layers"; did you mean "layer"?'
-    ]),
-    (COUPLED, '["layer"]', '"every"', [
-        '[scope_coupling.qk] across: found "every", wanted a list of captures such as ["layer"], or "all"'
-    ]),
+    (LONG, "[[0, 1], [1, 0]]", "[[0, 1]]", ["[block_coupling.channel] orders: found 1 orders for 2 blocks: give one order for each"]),
+    (LONG, "[[0, 1], [1, 0]]", "[[0, 1], [1, 1]]", ["[block_coupling.channel] orders: [1, 1] is no order of dimensions: it needs each of 0 to 1 once"]),
+    (LONG, "[[0, 1], [1, 0]]", "[0, 1]", ["[block_coupling.channel] orders: found [0, 1], wanted a list with one list for each member, such as [[0, 1], [1, 0]]"]),
+    (COUPLED, '["layer"]', '["layers"]', ['[scope_coupling.qk] across: no member captures "layers"; did you mean "layer"?']),
+    (COUPLED, '["layer"]', '"every"', ['[scope_coupling.qk] across: found "every", wanted a list of captures such as ["layer"], or "all"']),
     (LONG, '["layers.{layer}.gate.weight"]', '["layers.{layer}.gate.weight", "gate"]', [
         '[block_coupling.channel] blocks: "gate" captures layer or nothing, depending on which of '
         '"layers.{layer}.gate.weight" and "gate" matches: the patterns of a member need the same captures'
     ]),
     # budgets
-    (SHORT, "nnz = 2", "", [
-        "[scope.proj]: there is no budget: give one of nnz, sparsity and threshold"
-    ]),
-    (SHORT, "nnz = 2", "nnz = 2\nsparsity = 0.5", [
-        "[scope.proj]: found the budgets nnz and sparsity: give exactly one"
-    ]),
-    (SHORT, "nnz = 2", "nnz = -1", [
-        "[scope.proj] nnz: found -1, wanted an integer of 0 or more, or an expression: how many blocks survive in each scope"
-    ]),
-    (SHORT, "nnz = 2", "nnz = 2.0", [
-        "[scope.proj] nnz: found 2.0, wanted an integer of 0 or more, or an expression: how many blocks survive in each scope"
-    ]),
-    (SHORT, "nnz = 2", "nnz = true", [
-        "[scope.proj] nnz: found true, wanted an integer of 0 or more, or an expression: how many blocks survive in each scope"
-    ]),
-    (SHORT, "nnz = 2", "sparsity = 1.01", [
-        "[scope.proj] sparsity: found 1.01, wanted a number from 0 to 1, or an expression: the share of each scope's blocks to prune"
-    ]),
-    (SHORT, "nnz = 2", "sparsity = nan", [
-        "[scope.proj] sparsity: found NaN, wanted a number from 0 to 1, or an expression: the share of each scope's blocks to prune"
-    ]),
-    (SHORT, "nnz = 2", "threshold = inf", [
-        "[scope.proj] threshold: found Infinity, wanted a number of 0 or more, or an expression: the least score that survives"
-    ]),
-    (SHORT, "nnz = 2", "threshold = 0.5\nmultiple_of = 8", [
-        "[scope.proj] multiple_of: it rounds the number that nnz or sparsity gives; a threshold keeps no fixed number"
-    ]),
+    (SHORT, "nnz = 2", "", ["[scope.proj]: there is no budget: give one of nnz, sparsity and threshold"]),
+    (SHORT, "nnz = 2", "nnz = 2\nsparsity = 0.5", ["[scope.proj]: found the budgets nnz and sparsity: give exactly one"]),
+    (SHORT, "nnz = 2", "nnz = -1", ["[scope.proj] nnz: found -1, wanted an integer of 0 or more, or an expression: how many blocks survive in each scope"]),
+    (SHORT, "nnz = 2", "nnz = 2.0", ["[scope.proj] nnz: found 2.0, wanted an integer of 0 or more, or an expression: how many blocks survive in each scope"]),
+    (SHORT, "nnz = 2", "nnz = true", ["[scope.proj] nnz: found true, wanted an integer of 0 or more, or an expression: how many blocks survive in each scope"]),
+    (SHORT, "nnz = 2", "sparsity = 1.01", ["[scope.proj] sparsity: found 1.01, wanted a number from 0 to 1, or an expression: the share of each scope's blocks to prune"]),
+    (SHORT, "nnz = 2", "sparsity = nan", ["[scope.proj] sparsity: found NaN, wanted a number from 0 to 1, or an expression: the share of each scope's blocks to prune"]),
+    (SHORT, "nnz = 2", "threshold = inf", ["[scope.proj] threshold: found Infinity, wanted a number of 0 or more, or an expression: the least score that survives"]),
+    (SHORT, "nnz = 2", "threshold = 0.5\nmultiple_of = 8", ["[scope.proj] multiple_of: it rounds the number that nnz or sparsity gives; a threshold keeps no fixed number"]),
     (SHORT, "nnz = 2", "nnz = 2\nmultiple_of = 0", [
         "[scope.proj] multiple_of: found 0, wanted an integer of 1 or more, or an expression: the surviving blocks "
         "are rounded up to a multiple of it"
     ]),
-    (COUPLED, "shape = []\n[scope.k]", "shape = []\nnnz = 2\n[scope.k]", [
-        "[scope.q] nnz: this scope is a member of [scope_coupling.qk]: its budget belongs there"
-    ]),
-    (COUPLED, "nnz = 4", "", [
-        "[scope_coupling.qk]: there is no budget: give one of nnz, sparsity and threshold"
-    ]),
+    (COUPLED, "shape = []\n[scope.k]", "shape = []\nnnz = 2\n[scope.k]", ["[scope.q] nnz: this scope is a member of [scope_coupling.qk]: its budget belongs there"]),
+    (COUPLED, "nnz = 4", "", ["[scope_coupling.qk]: there is no budget: give one of nnz, sparsity and threshold"]),
 ]  # fmt: skip
 
 
@@ -479,28 +376,20 @@ nnz = "layer"
     [
         (LONG, "[scope.mlp]", "[scop.mlp]", ['[scop]: unknown table; did you mean "scope"?']),
         (LONG, "[block.gate]", "[blok.gate]", ['[blok]: unknown table; did you mean "block"?']),
-        (COUPLED, "[scope_coupling.qk]", "[scope_couplin.qk]", [
-            '[scope_couplin]: unknown table; did you mean "scope_coupling"?'
-        ]),
+        (COUPLED, "[scope_coupling.qk]", "[scope_couplin.qk]", ['[scope_couplin]: unknown table; did you mean "scope_coupling"?']),
         (COUPLED, "scopes =", "scops =", ['[scope_coupling.qk] scops: unknown key; did you mean "scopes"?']),
         (BORROWED, "blocks =", "bloks =", ['[block_coupling.whole] bloks: unknown key; did you mean "blocks"?']),
         (BORROWED, "blocks =", "colour = 1\nblocks =", ['[block_coupling.whole] colour: unknown key; there is "across", "blocks", "optional" and "orders"']),
-        (BORROWED, "{expert}", "{expert", [
-            '[block.up] tensors: "l.{layer}.e.{expert.up" character 13: { opens a capture that no } closes: write {name}, {name:this|that} or {name:**}'
-        ]),
+        (BORROWED, "{expert}", "{expert", ['[block.up] tensors: "l.{layer}.e.{expert.up" character 13: { opens a capture that no } closes: write {name}, {name:this|that} or {name:**}']),
         (SHORT, "nnz = 2", "nnz = -1\nsparsity = 0.5", [
             "[scope.proj] nnz: found -1, wanted an integer of 0 or more, or an expression: how many blocks survive in each scope",
             "[scope.proj]: found the budgets nnz and sparsity: give exactly one",
         ]),
-        (SHORT, "nnz = 2", 'nnz = 2\nscore = { kind = "rondom", seed = 1 }', [
-            '[scope.proj] score.kind: found "rondom", wanted one of magnitude, random, values, wanda, obd or blocks'
-        ]),
+        (SHORT, "nnz = 2", 'nnz = 2\nscore = { kind = "rondom", seed = 1 }', ['[scope.proj] score.kind: found "rondom", wanted one of magnitude, random, values, wanda, obd or blocks']),
         (SHORT, "nnz = 2", "nnz = 2\nview = { shape = [0], stride = [1] }\naxes = { k = 2 }", [
             "[scope.proj] view.shape: found [0], wanted a list of integers or expressions, each 1 or more"
         ]),
-        (SHORT, "nnz = 2", 'mode = "sof"\nk_weight = 1.0\nnnz = 2', [
-            '[scope.proj] mode: found "sof", wanted "hard" (losers become zero) or "soft" (every block shrinks by the threshold)'
-        ]),
+        (SHORT, "nnz = 2", 'mode = "sof"\nk_weight = 1.0\nnnz = 2', ['[scope.proj] mode: found "sof", wanted "hard" (losers become zero) or "soft" (every block shrinks by the threshold)']),
         (SHORT, "version = 1", "", ["version: missing; write version = 1 in the first line"]),
     ],
 )  # fmt: skip
