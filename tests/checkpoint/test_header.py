@@ -50,14 +50,10 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "a page behind a comment": (b"<!-- saved -->\n<!---->" + b"<!-- -->" * 50 + b"<HTML>", "an HTML page"),
     "a page behind an XML prologue": (b'<?xml version="1.0"?>\n<!DOCTYPE html PUBLIC "x">', "an HTML page"),
     "comments without a page": (b"<!-- -->" * 64, "a text that begins '<!-- --><!-- -->"),
-    "a server's XML": (
-        b'<?xml version="1.0" encoding="UTF-8"?>\n<Error><Code>AccessDenied</Code></Error>',
-        "a text that begins '<?xml version=",
-    ),
-    "a server's JSON": (
-        b'{"error":"Repository not found"}',
-        """a text that begins '{"error":"Repository not found"}', perhaps a server's answer""",
-    ),
+    "a server's XML": (b'<?xml version="1.0" encoding="UTF-8"?>\n<Error><Code>AccessDenied</Code></Error>',
+        "a text that begins '<?xml version="),
+    "a server's JSON": (b'{"error":"Repository not found"}',
+        """a text that begins '{"error":"Repository not found"}', perhaps a server's answer"""),
     "a server's words": ("Accès refusé".encode(), "a text that begins 'Accès refusé', perhaps"),
     "a text cut inside a character": (b"x" * 511 + "é".encode(), f"'{'x' * 60}...', perhaps"),
     "bytes that are no text": (b"abcdefghij\xff\xff", "more than the 100000000 bytes"),
@@ -82,10 +78,8 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "a lone surrogate": (file_of(b'{"__metadata__":{"a":"\\ud800"}}'), "lone surrogate"),
     "a line break in a string": (file_of(b'{"__metadata__":{"a":"\n"}}'), "control character"),
     "endless nesting": (file_of(b'{"a":%s%s}' % (b"[" * 9000, b"]" * 9000)), "not a valid safetensors file"),
-    "a metadata key twice": (
-        file_of(b'{"__metadata__":{},"__metadata__":{}}'),
-        "'__metadata__' stands twice",
-    ),
+    "a metadata key twice": (file_of(b'{"__metadata__":{},"__metadata__":{}}'),
+        "'__metadata__' stands twice"),
     "a dtype twice": (file_of(b'{"a":{"dtype":"U8","dtype":"U8"}}'), "'dtype' stands twice"),
     "an entry that is null": (file_of({"a": None}), "'a' is null, wanted an object"),
     "an entry without dtype": (file_of({"a": {"shape": [1], "data_offsets": [0, 1]}}, b"1"), "no 'dtype'"),
@@ -101,10 +95,8 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "a dtype in small letters": (file_of({"a": tensor("u8")}, b"1"), "unknown dtype 'u8'"),
     "no dtype": (file_of({"a": tensor(None)}, b"1"), "unknown dtype None"),
     "a negative size": (file_of({"a": tensor(shape=[-1])}, b"1"), "has the shape [-1]"),
-    "minus zero": (
-        file_of(b'{"a":{"dtype":"U8","shape":[-0],"data_offsets":[0,0]}}'),
-        "has the shape [-0.0]",
-    ),
+    "minus zero": (file_of(b'{"a":{"dtype":"U8","shape":[-0],"data_offsets":[0,0]}}'),
+        "has the shape [-0.0]"),
     "a fraction": (file_of({"a": tensor(shape=[1.0])}, b"1"), "has the shape [1.0]"),
     "a truth value": (file_of({"a": tensor(shape=[True])}, b"1"), "has the shape [True]"),
     "a size above 64 bits": (file_of({"a": tensor(shape=[2**64])}, b"1"), "wanted integers from 0 on"),
@@ -121,21 +113,17 @@ REFUSED: dict[str, tuple[bytes, str]] = {
         "overlaps what ends at byte 2",
     ),
     "an endless shape": (file_of({"a": tensor(shape=[2**63, 2])}, b"1"), "more elements than 64 bits"),
-    "an endless shape times nothing": (
-        file_of({"a": tensor(shape=[2**63, 2, 0], offsets=[0, 0])}),
-        "more elements",
-    ),
+    "an endless shape times nothing": (file_of({"a": tensor(shape=[2**63, 2, 0], offsets=[0, 0])}),
+        "more elements"),
     "endless bits": (file_of({"a": tensor(shape=[2**61])}, b"1"), "more bits than 64 bits"),
     "half a byte": (file_of({"a": tensor("F4", [1])}, b"1"), "do not fill whole bytes"),
-    "a size that is not shape times dtype": (
-        file_of({"a": tensor("F16", [1])}, b"1"),
-        "needs 2 bytes; its data_offsets hold 1",
-    ),
+    "a size that is not shape times dtype": (file_of({"a": tensor("F16", [1])}, b"1"),
+        "needs 2 bytes; its data_offsets hold 1"),
     "a truncated file": (file_of({"a": tensor(shape=[2], offsets=[0, 2])}, b"1"), "truncated: expected "),
     "trailing bytes": (ONE + b"12", "2 trailing bytes"),
     "metadata that is a list": (file_of({"__metadata__": []}), "is a list, wanted an object of strings"),
     "metadata that is a number": (file_of({"__metadata__": {"a": 1}}), "has a number under 'a'"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("content", LEGAL.values(), ids=LEGAL)

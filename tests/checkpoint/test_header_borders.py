@@ -14,34 +14,28 @@ from tests.checkpoint.headers import file_of, refusal, tensor, verdict_of_packag
 ONE = file_of({"a": tensor()}, b"1")
 BORDERS: dict[str, tuple[bytes, str | None]] = {
     "eight bytes that promise nothing": (bytes(8), "does not begin with '{'"),
-    "the longest header, which is not there": (
-        (100_000_000).to_bytes(8, "little") + b"{}",
-        "header length 100000000 reaches beyond the file of 10 bytes",
-    ),
+    "the longest header, which is not there": ((100_000_000).to_bytes(8, "little") + b"{}",
+        "header length 100000000 reaches beyond the file of 10 bytes"),
     "one byte more than that": ((100_000_001).to_bytes(8, "little") + b"{}", "more than the 100000000 bytes"),
     "a header up to the end of the file": (file_of({}), None),
     "a header one byte beyond it": ((3).to_bytes(8, "little") + b"{}", "reaches beyond the file of 10 bytes"),
     "a header some bytes beyond it": ((12).to_bytes(8, "little") + b"{}", "beyond the file of 10 bytes"),
     "as many elements as 64 bits count": (file_of({"a": tensor(shape=[2**64 - 1])}, b"1"), "more bits than"),
     "one more": (file_of({"a": tensor(shape=[2**32, 2**32])}, b"1"), "more elements than"),
-    "nearly as many bits as 64 bits count": (
-        file_of({"a": tensor(shape=[2**61 - 1])}, b"1"),
-        f"needs {2**61 - 1} bytes; its data_offsets hold 1",
-    ),
+    "nearly as many bits as 64 bits count": (file_of({"a": tensor(shape=[2**61 - 1])}, b"1"),
+        f"needs {2**61 - 1} bytes; its data_offsets hold 1"),
     "eight bits more": (file_of({"a": tensor(shape=[2**61])}, b"1"), "more bits than"),
     "half a byte": (file_of({"a": tensor("F4", [1])}, b"1"), "has 4 bits, which do not fill whole bytes"),
     "no byte at the end": (file_of({"a": tensor(), "b": tensor(shape=[0], offsets=[1, 1])}, b"1"), None),
-    "no byte beyond the end": (
-        file_of({"a": tensor(), "b": tensor(shape=[0], offsets=[2, 2])}, b"1"),
-        "leaves a gap after byte 1",
-    ),
+    "no byte beyond the end": (file_of({"a": tensor(), "b": tensor(shape=[0], offsets=[2, 2])}, b"1"),
+        "leaves a gap after byte 1"),
     "no byte inside of another tensor": (
         file_of({"a": tensor(shape=[2], offsets=[0, 2]), "b": tensor(shape=[0], offsets=[1, 1])}, b"12"),
         "overlaps what ends at byte 2",
     ),
     "one byte too few": (ONE[:-1], f"truncated: expected {len(ONE)} bytes, has {len(ONE) - 1}"),
     "one byte too many": (ONE + b"2", f"1 trailing bytes: expected {len(ONE)} bytes, has {len(ONE) + 1}"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("content", "fact"), BORDERS.values(), ids=BORDERS)

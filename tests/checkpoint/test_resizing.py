@@ -168,28 +168,16 @@ def test_a_shard_of_which_nothing_changes_keeps_its_header_byte_for_byte(tmp_pat
             ["in/m-000001-of-000002.safetensors", "in/m-000002-of-000002.safetensors"],
             id="in a folder, digits of another length",
         ),
-        pytest.param(
-            ["x.safetensors", "y.safetensors", "z.safetensors"],
-            "1",
-            ["x.safetensors", "z.safetensors"],
-            id="names of someone's own",
-        ),
+        pytest.param(["x.safetensors", "y.safetensors", "z.safetensors"], "1",
+            ["x.safetensors", "z.safetensors"], id="names of someone's own"),
         pytest.param([*ROW[:2], "z.safetensors"], "0", [ROW[1], "z.safetensors"], id="some of each"),
-        pytest.param(
-            [*ROW[:2], "model-00005-of-00009.safetensors"],
-            "0",
-            [ROW[1], "model-00005-of-00009.safetensors"],
-            id="of several counts",
-        ),
-        pytest.param(
-            [f"m-0000{number}-of-00009.safetensors" for number in (1, 2, 3)],
-            "0",
-            ["m-00002-of-00009.safetensors", "m-00003-of-00009.safetensors"],
-            id="a part of a row",
-        ),
+        pytest.param([*ROW[:2], "model-00005-of-00009.safetensors"], "0",
+            [ROW[1], "model-00005-of-00009.safetensors"], id="of several counts"),
+        pytest.param([f"m-0000{number}-of-00009.safetensors" for number in (1, 2, 3)], "0",
+            ["m-00002-of-00009.safetensors", "m-00003-of-00009.safetensors"], id="a part of a row"),
         pytest.param(["a-00001-of-00003.safetensors", *ROW[1:]], "0", list(ROW[1:]), id="of several stems"),
     ],
-)
+)  # fmt: skip
 def test_shards_are_counted_anew_where_one_of_a_row_is_gone(
     tmp_path: Path, files: Sequence[str], gone: str, wanted: Sequence[str]
 ) -> None:

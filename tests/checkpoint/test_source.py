@@ -74,16 +74,10 @@ def test_a_file_is_a_checkpoint_of_one_shard(tmp_path: Path) -> None:
 
 LEGAL: dict[str, tuple[Files, list[str], list[str]]] = {
     "one file": ({"model.safetensors": weights("a")}, ["a"], []),
-    "one file of another name": (
-        {"adapter_model.safetensors": weights("a"), "x.bin": b"1"},
-        ["a"],
-        ["x.bin"],
-    ),
+    "one file of another name": ({"adapter_model.safetensors": weights("a"), "x.bin": b"1"}, ["a"],
+        ["x.bin"]),
     "another file beside model.safetensors": (
-        {"model.safetensors": weights("a"), "extra.safetensors": weights("z")},
-        ["a"],
-        ["extra.safetensors"],
-    ),
+        {"model.safetensors": weights("a"), "extra.safetensors": weights("z")}, ["a"], ["extra.safetensors"]),
     "shards": (SHARDED, ["b", "a", "c"], [INDEX]),
     "shards without an index": ({**SHARDS, "config.json": b"{}"}, ["b", "a", "c"], ["config.json"]),
     "shards without an index beside another copy": (
@@ -92,26 +86,17 @@ LEGAL: dict[str, tuple[Files, list[str], list[str]]] = {
         ["x-00001-of-00002.safetensors"],
     ),
     "one shard of one": ({"x-00001-of-00001.safetensors": weights("a")}, ["a"], []),
-    "shards and a file that no index lists": (
-        {**SHARDED, "extra.safetensors": b"no header"},
-        ["b", "a", "c"],
-        ["extra.safetensors", INDEX],
-    ),
-    "shards and a second index": (
-        {**SHARDED, "x.safetensors.index.json": b"not even read"},
-        ["b", "a", "c"],
-        [INDEX, "x.safetensors.index.json"],
-    ),
+    "shards and a file that no index lists": ({**SHARDED, "extra.safetensors": b"no header"}, ["b", "a", "c"],
+        ["extra.safetensors", INDEX]),
+    "shards and a second index": ({**SHARDED, "x.safetensors.index.json": b"not even read"}, ["b", "a", "c"],
+        [INDEX, "x.safetensors.index.json"]),
     "a tensor that the index lacks": (
         {**SHARDS, INDEX: index({"c": "model-00002-of-00002.safetensors", "a": MAP["a"]})},
         ["b", "a", "c"],
         [INDEX],
     ),
     "a variant beside its original": (
-        {"diffusion.safetensors": weights("a"), "diffusion.fp16.safetensors": weights("z")},
-        ["a"],
-        [],
-    ),
+        {"diffusion.safetensors": weights("a"), "diffusion.fp16.safetensors": weights("z")}, ["a"], []),
     "the index of a variant beside the original": (
         {
             "model.safetensors": weights("a"),
@@ -121,11 +106,8 @@ LEGAL: dict[str, tuple[Files, list[str], list[str]]] = {
         ["a"],
         ["model.fp16.safetensors.index.json", "x.safetensors"],
     ),
-    "shards of a variant alone": (
-        {**SHARDS, "model.safetensors.index.fp16.json": index(MAP)},
-        ["b", "a", "c"],
-        ["model.safetensors.index.fp16.json"],
-    ),
+    "shards of a variant alone": ({**SHARDS, "model.safetensors.index.fp16.json": index(MAP)},
+        ["b", "a", "c"], ["model.safetensors.index.fp16.json"]),
     "one file beside the index of a variant": (
         {"x.safetensors": weights("a"), "x.safetensors.index.fp16.json": index({"z": "absent.safetensors"})},
         ["a"],
@@ -136,21 +118,12 @@ LEGAL: dict[str, tuple[Files, list[str], list[str]]] = {
         ["a"],
         ["y.safetensors.index.json/z", "y.safetensors/z"],
     ),
-    "many folders in each other": (
-        {"model.safetensors": weights("a"), "d/" * 100 + "x": b""},
-        ["a"],
-        ["d/" * 100 + "x"],
-    ),
+    "many folders in each other": ({"model.safetensors": weights("a"), "d/" * 100 + "x": b""}, ["a"],
+        ["d/" * 100 + "x"]),
     "an index of other files beside model.safetensors": (
-        {**SHARDS, "model.safetensors": weights("a"), "x.safetensors.index.json": index(MAP)},
-        ["a"],
-        [],
-    ),
+        {**SHARDS, "model.safetensors": weights("a"), "x.safetensors.index.json": index(MAP)}, ["a"], []),
     "an index that lists the single file": (
-        {"model.safetensors": weights("a"), INDEX: index({"a": "model.safetensors"})},
-        ["a"],
-        [INDEX],
-    ),
+        {"model.safetensors": weights("a"), INDEX: index({"a": "model.safetensors"})}, ["a"], [INDEX]),
     "shards in a folder": (
         {"sub/x.safetensors": weights("a"), "sub/y.txt": b"", INDEX: index({"a": "./sub/x.safetensors"})},
         ["a"],
@@ -172,7 +145,7 @@ LEGAL: dict[str, tuple[Files, list[str], list[str]]] = {
         ["a"],
         [],
     ),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("files", "tensors", "others"), LEGAL.values(), ids=LEGAL)
@@ -191,10 +164,8 @@ REFUSED: dict[str, tuple[Files, str]] = {
     ),
     "a suffix in capitals": ({"M.SAFETENSORS": weights("a")}, r"of that spelling, only \['M.SAFETENSORS'\]"),
     "a folder in place of the weights": ({"model.safetensors/x": b""}, "holds no safetensors file; give"),
-    "too many folders in each other": (
-        {"model.safetensors": weights("a"), "d/" * 101 + "x": b""},
-        "ckpt: holds folders more than 100 deep",
-    ),
+    "too many folders in each other": ({"model.safetensors": weights("a"), "d/" * 101 + "x": b""},
+        "ckpt: holds folders more than 100 deep"),
     "indexes of two variants": (
         {
             "model.safetensors.index.fp16.json": index(MAP),
@@ -208,10 +179,8 @@ REFUSED: dict[str, tuple[Files, str]] = {
         {"model-00001-of-00003.safetensors": weights("a"), "model-00003-of-00003.safetensors": weights("b")},
         r"holds 2 of 3 shards model-\.\.\.\.safetensors and no index; number 2 is not there; copy",
     ),
-    "one of two shards": (
-        {"x-00002-of-00002.safetensors": weights("a")},
-        r"holds 1 of 2 shards x-\.\.\.\.safetensors and no index; number 1 is not there",
-    ),
+    "one of two shards": ({"x-00002-of-00002.safetensors": weights("a")},
+        r"holds 1 of 2 shards x-\.\.\.\.safetensors and no index; number 1 is not there"),
     "shards that are numbered beyond their number": (
         {**SHARDS, "model-00003-of-00002.safetensors": weights("z")},
         "holds 3 of 2 shards .*; some are numbered otherwise",
@@ -220,27 +189,21 @@ REFUSED: dict[str, tuple[Files, str]] = {
         {"m-00001-of-00002.safetensors": weights("a"), "m-00002-of-00002.safetensors": weights("a")},
         "m-00002-of-00002.safetensors: tensor 'a' is also in m-00001-of-00002.safetensors",
     ),
-    "shards of two counts": (
-        {**SHARDS, "model-00001-of-00001.safetensors": weights("z")},
-        "holds 3 safetensors files and no index",
-    ),
+    "shards of two counts": ({**SHARDS, "model-00001-of-00001.safetensors": weights("z")},
+        "holds 3 safetensors files and no index"),
     "shards of two names without an index": (
         {**{f"x{name}": data for name, data in SHARDS.items()}, "y-00001-of-00001.safetensors": weights("z")},
         "holds 3 safetensors files and no index",
     ),
     "another format": ({"m.gguf": b"GGUF"}, r"only \['m.gguf'\]; sparseprune reads safetensors, so prune"),
-    "two files without an index": (
-        {"a.safetensors": weights("a"), "b.safetensors": weights("b")},
-        "holds 2 safetensors files and no index",
-    ),
+    "two files without an index": ({"a.safetensors": weights("a"), "b.safetensors": weights("b")},
+        "holds 2 safetensors files and no index"),
     "two indexes": (
         {**SHARDS, "x.safetensors.index.json": index(MAP), "y.safetensors.index.json": index(MAP)},
         "2 index files",
     ),
-    "an index beside another model.safetensors": (
-        {**SHARDED, "model.safetensors": weights("a")},
-        "an index that does not list it",
-    ),
+    "an index beside another model.safetensors": ({**SHARDED, "model.safetensors": weights("a")},
+        "an index that does not list it"),
     "an index that is no JSON": ({INDEX: b"{"}, "index.json: cannot be read as JSON"),
     "an index that is not UTF-8": ({INDEX: b"\xff"}, "not UTF-8"),
     "an index without an end": ({INDEX: b"[" * 100_000}, "cannot be read as JSON"),
@@ -248,22 +211,14 @@ REFUSED: dict[str, tuple[Files, str]] = {
     "an index without tensors": ({INDEX: b"{}"}, 'under "weight_map"'),
     "an index with an empty map": ({INDEX: index({})}, 'under "weight_map"'),
     "an index with numbers": ({INDEX: index({"a": 1})}, 'under "weight_map"'),
-    "an index with a tensor twice": (
-        {INDEX: b'{"weight_map": {"a": "x.safetensors", "a": "y.safetensors"}}'},
-        "'a' stands twice",
-    ),
-    "an absent shard": (
-        {INDEX: index({"a": "x.safetensors"})},
-        r"names the shard 'x.safetensors', which is not",
-    ),
-    "an absent tensor": (
-        {**SHARDS, INDEX: index({**MAP, "d": MAP["c"]})},
-        "names tensor 'd' in model-00002.*does not hold it",
-    ),
-    "a tensor in another shard": (
-        {**SHARDS, INDEX: index({**MAP, "a": MAP["c"]})},
-        "but it is in model-00001",
-    ),
+    "an index with a tensor twice": ({INDEX: b'{"weight_map": {"a": "x.safetensors", "a": "y.safetensors"}}'},
+        "'a' stands twice"),
+    "an absent shard": ({INDEX: index({"a": "x.safetensors"})},
+        r"names the shard 'x.safetensors', which is not"),
+    "an absent tensor": ({**SHARDS, INDEX: index({**MAP, "d": MAP["c"]})},
+        "names tensor 'd' in model-00002.*does not hold it"),
+    "a tensor in another shard": ({**SHARDS, INDEX: index({**MAP, "a": MAP["c"]})},
+        "but it is in model-00001"),
     "a tensor in two shards": (
         {
             "x.safetensors": weights("a"),
@@ -284,7 +239,7 @@ REFUSED: dict[str, tuple[Files, str]] = {
         "wanted a .safetensors file of the checkpoint",
     ),
     "a damaged shard": ({**SHARDED, MAP["c"]: weights("c")[:-1]}, "00002.safetensors: .*truncated: expected"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("files", "fragment"), REFUSED.values(), ids=REFUSED)
@@ -405,19 +360,15 @@ def test_what_is_not_there_is_told_with_what_it_may_be(
 
 
 FOREIGN = {
-    "m.onnx": (
-        b"\x08\x07\x12\x07pytorch\x1a\x05",
-        "it is an ONNX file; sparseprune reads safetensors, so prune",
-    ),
+    "m.onnx": (b"\x08\x07\x12\x07pytorch\x1a\x05",
+        "it is an ONNX file; sparseprune reads safetensors, so prune"),
     "m.msgpack": (b"\x81\xa6params\x81\xa5", "it is a Flax file; sparseprune reads safetensors"),
     "m.tflite": (b"\x1c\0\0\0TFL3\0\0", "it is a TensorFlow Lite file; sparseprune reads safetensors"),
-    INDEX: (
-        b'{"metadata": {}',
-        "it is an index, which only names the files; give the directory that it lies in",
-    ),
+    INDEX: (b'{"metadata": {}',
+        "it is an index, which only names the files; give the directory that it lies in"),
     "x.json": (b'{"weight_map": {}}', "it is an index, which only names the files; give the directory"),
     "config.json": (b'{"a": 12345}', "it is a JSON file; give the directory that it lies in"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FOREIGN)

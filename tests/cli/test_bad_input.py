@@ -35,10 +35,8 @@ def nan_at(shape: tuple[int, ...], place: tuple[int, ...]) -> torch.Tensor:
 # What is broken -> what the line on stderr must say. Without the damage the same command succeeds.
 CASES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no such file": (lambda folder: (folder / "m.safetensors").unlink(), "m.safetensors: no such file"),
-    "not safetensors": (
-        lambda folder: (folder / "m.safetensors").write_bytes(b"PK\x03\x04" + bytes(60)),
-        "m.safetensors",
-    ),
+    "not safetensors": (lambda folder: (folder / "m.safetensors").write_bytes(b"PK\x03\x04" + bytes(60)),
+        "m.safetensors"),
     "truncated": (
         lambda folder: (folder / "m.safetensors").write_bytes((folder / "m.safetensors").read_bytes()[:-5]),
         "bytes",
@@ -46,10 +44,8 @@ CASES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no such spec": (lambda folder: (folder / "spec.toml").unlink(), "neither a file nor a spec"),
     "not TOML": (spec_without("[scope.proj]", "[scope.proj"), "spec.toml: this is not TOML: "),
     "unknown key": (spec_without("shape", "shap"), '[scope.proj] shap: unknown key; did you mean "shape"?'),
-    "unknown table": (
-        spec_without("[scope.proj]", "[scop.proj]"),
-        '[scop]: unknown table; did you mean "scope"?',
-    ),
+    "unknown table": (spec_without("[scope.proj]", "[scop.proj]"),
+        '[scop]: unknown table; did you mean "scope"?'),
     "pattern without a match": (spec_without(".weight", ".weights"), "no tensor matches"),
     "shape that does not divide": (spec_without("[1, 4]", "[1, 3]"), "is not a multiple of 3"),
     "shape of wrong rank": (spec_without("[1, 1]", "[1, 1, 1]"), "has 3 dimensions"),
@@ -57,17 +53,13 @@ CASES: dict[str, tuple[Callable[[Path], object], str]] = {
     "sparsity out of range": (spec_without("nnz = 2", "sparsity = 1.5"), "[scope.proj] sparsity"),
     "two budgets": (spec_without("nnz = 2", "nnz = 2\nsparsity = 0.5"), "[scope.proj]"),
     "no budget": (spec_without("nnz = 2", ""), "[scope.proj]"),
-    "unknown block": (
-        spec_without('"down"]', '"dwn"]', CHANNELS),
-        'there is no [block.dwn]; did you mean "down"?',
-    ),
+    "unknown block": (spec_without('"down"]', '"dwn"]', CHANNELS),
+        'there is no [block.dwn]; did you mean "down"?'),
     "NaN in a pruned tensor": (with_tensors(a_b_weight=nan_at((4, 8), (2, 5))), "a.b.weight: NaN at [2, 5]"),
     "unsigned integers": (with_tensors(a_b_weight=torch.ones(4, 8, dtype=torch.uint8)), "U8"),
-    "existing output": (
-        lambda folder: (folder / "m.pruned.safetensors").write_bytes(b"precious"),
-        "m.pruned.safetensors",
-    ),
-}
+    "existing output": (lambda folder: (folder / "m.pruned.safetensors").write_bytes(b"precious"),
+        "m.pruned.safetensors"),
+}  # fmt: skip
 
 
 @pytest.fixture

@@ -194,23 +194,14 @@ def other_models() -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("name", "with_statistics", "without"),
     [
-        (
-            "clip",
-            "text_model.encoder.layers.1.mlp.fc2.weight",
-            "vision_model.encoder.layers.1.mlp.fc2.weight",
-        ),
-        (
-            "t5",
-            "decoder.block.1.layer.1.EncDecAttention.k.weight",
-            "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
-        ),
-        (
-            "albert",
-            "encoder.albert_layer_groups.0.albert_layers.0.ffn.weight",
-            "embeddings.word_embeddings.weight",
-        ),
+        ("clip", "text_model.encoder.layers.1.mlp.fc2.weight",
+         "vision_model.encoder.layers.1.mlp.fc2.weight"),
+        ("t5", "decoder.block.1.layer.1.EncDecAttention.k.weight",
+         "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"),
+        ("albert", "encoder.albert_layer_groups.0.albert_layers.0.ffn.weight",
+         "embeddings.word_embeddings.weight"),
     ],
-)
+)  # fmt: skip
 def test_text_reaches_encoders_decoders_and_the_text_side_of_models_with_pictures(
     name: str, with_statistics: str, without: str, home: Path, tmp_path: Path
 ) -> None:

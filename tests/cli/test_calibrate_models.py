@@ -273,36 +273,20 @@ def test_messages_are_text_as_the_chat_template_writes_it(
 
 
 STRANGE: list[tuple[str, str, tuple[object, ...], str]] = [
-    (
-        "a.jsonl",
-        '{"text": "w1"}\n{"text": "\\ud83d"}',
-        (),
-        "line 2 has a lone surrogate, half of a character",
-    ),
-    (
-        "a.json",
-        '[{"text": "w1"},\n\n {"text": 3}]',
-        (),
-        'line 3 has a number under "text", wanted text or a list',
-    ),
+    ("a.jsonl", '{"text": "w1"}\n{"text": "\\ud83d"}', (),
+     "line 2 has a lone surrogate, half of a character"),
+    ("a.json", '[{"text": "w1"},\n\n {"text": 3}]', (),
+     'line 3 has a number under "text", wanted text or a list'),
     ("a.json", '[{"text": "w1"},\n', (), "line 2 is not JSON: the list has no end"),
     ("a.json", "w1 w2 w3", (), "line 1 is not JSON: Expecting value"),
     ("a.jsonl", '{"messages": []}', (), 'line 1 has an empty list under "messages", wanted text or a list'),
-    (
-        "a.jsonl",
-        '{"messages": [{"content": "w1"}]}',
-        (),
-        '"messages": the role of a message is nothing, wanted',
-    ),
+    ("a.jsonl", '{"messages": [{"content": "w1"}]}', (),
+     '"messages": the role of a message is nothing, wanted'),
     ("a.jsonl", '{"id": 3, "q": "w1"}', (), 'no text under "text", but id, q; name the field with --field'),
-    (
-        "a.jsonl",
-        '{"q": {"w": 1}}',
-        ("--field", "q"),
-        'has an object under "q", wanted text or a list of messages',
-    ),
+    ("a.jsonl", '{"q": {"w": 1}}', ("--field", "q"),
+     'has an object under "q", wanted text or a list of messages'),
     ("a.jsonl", "[[1]]", (), 'line 1 has no text under "text", but a list'),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "content", "words", "line"), STRANGE)

@@ -198,21 +198,17 @@ def test_a_requirement_that_fails_is_told_with_its_tensor_after_the_result(dense
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (
-            ["--require", "altred==0"],
-            '--require "altred==0": there is no field "altred"; did you mean "altered"?',
-        ),
+        (["--require", "altred==0"],
+         '--require "altred==0": there is no field "altred"; did you mean "altered"?'),
         (["--require", "altered==0 in 9.*"], '--require "altered==0 in 9.*": no tensor matches "9.*"'),
         (["--require", "2:4"], '--require "2:4": N:M patterns are not looked for here'),
-        (
-            ["--sort", "energie_kept"],
-            '--sort energie_kept: there is no such column; did you mean "energy_kept"?',
-        ),
+        (["--sort", "energie_kept"],
+         '--sort energie_kept: there is no such column; did you mean "energy_kept"?'),
         (["--match", "nothing"], "--match nothing: matches none of 8 tensors"),
         (["--csv", "--json"], "--json and --csv exclude each other"),
         (["--plot", "a.pdf"], "--plot a.pdf: ends in .pdf; wanted .png, .svg or .html"),
     ],
-)
+)  # fmt: skip
 def test_what_has_no_meaning_is_refused_before_anything_is_read(
     dense: Path, pruned: Path, words: list[str], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

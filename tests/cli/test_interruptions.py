@@ -272,88 +272,43 @@ def wait_for_notes(home: Path, target: str) -> None:
 A_FILE, CHANGED = r"m\.safetensors: ", "changed while it was read: it was written to after the run began; .*"
 # What happens to an input while it is read -> the line that is said.
 READS = {
-    "a disk that cannot be read": (
-        FILE,
-        Moment("fail", 4, on=("preadv",)),
-        A_FILE + "cannot be read: Input/output error",
-    ),
-    "a file cut off": (
-        FILE,
-        Moment("truncate", 4, path="m.safetensors"),
-        A_FILE + r"(file was truncated|changed) while it was read.*",
-    ),
-    "a file that grows": (
-        FILE,
-        Moment("grow", 100, path="m.safetensors"),
-        A_FILE + r"(file grew|changed) while it was read, from \d+ bytes to \d+.*",
-    ),
+    "a disk that cannot be read": (FILE, Moment("fail", 4, on=("preadv",)),
+        A_FILE + "cannot be read: Input/output error"),
+    "a file cut off": (FILE, Moment("truncate", 4, path="m.safetensors"),
+        A_FILE + r"(file was truncated|changed) while it was read.*"),
+    "a file that grows": (FILE, Moment("grow", 100, path="m.safetensors"),
+        A_FILE + r"(file grew|changed) while it was read, from \d+ bytes to \d+.*"),
     "other bytes": (FILE, Moment("rewrite", 100, path="m.safetensors"), A_FILE + CHANGED),
-    "a file that another one replaces": (
-        FILE,
-        Moment("replace", 100, path="m.safetensors"),
-        A_FILE + "(changed while it was read: )?another file has taken its place.*",
-    ),
+    "a file that another one replaces": (FILE, Moment("replace", 100, path="m.safetensors"),
+        A_FILE + "(changed while it was read: )?another file has taken its place.*"),
     "a file that another one replaces before its data is read": (
         FILE,
         Moment("replace", 1, path="m.safetensors"),
         A_FILE + "another file has taken its place while it was read",
     ),
-    "a copied file that another one replaces": (
-        DIRECTORY,
-        Moment("replace", 20, path="in/config.json"),
-        r"in/config\.json: changed while it was read: another file has taken its place; .*",
-    ),
-    "scores that others replace": (
-        SCORES,
-        Moment("replace", 100, path="scores.safetensors"),
-        r"\S+/scores\.safetensors: (changed while it was read: )?another file has taken its place.*",
-    ),
-    "a file that vanishes": (
-        FILE,
-        Moment("remove", 100, path="m.safetensors"),
-        A_FILE + r"cannot be read( any more)?: No such file or directory.*",
-    ),
-    "a shard cut off": (
-        DIRECTORY,
-        Moment("truncate", 2, path="in/b.safetensors"),
-        r"in/b\.safetensors: (file was truncated|changed) while it was read.*",
-    ),
-    "a shard that vanishes": (
-        DIRECTORY,
-        Moment("remove", 2, path="in/b.safetensors"),
-        r"in/b\.safetensors: cannot be read( any more)?: No such file or directory.*",
-    ),
-    "a copied file that vanishes": (
-        DIRECTORY,
-        Moment("remove", 20, path="in/extra/tokenizer.txt"),
-        r"in/extra/tokenizer\.txt: cannot be read: No such file or directory",
-    ),
-    "another file that is copied": (
-        DIRECTORY,
-        Moment("rewrite", 20, path="in/config.json"),
-        r"in/config\.json: " + CHANGED,
-    ),
-    "a copied file that grows": (
-        DIRECTORY,
-        Moment("grow", 20, path="in/config.json"),
-        r"in/config\.json: changed while it was read, from \d+ bytes to \d+; .*",
-    ),
-    "scores cut off": (
-        SCORES,
-        Moment("truncate", 10, path="scores.safetensors"),
-        r"\S+/scores\.safetensors: (file was truncated|changed) while it was read.*",
-    ),
-    "scores that vanish": (
-        SCORES,
-        Moment("remove", 100, path="scores.safetensors"),
-        r"\S+/scores\.safetensors: cannot be read any more: No such file or directory.*",
-    ),
-    "other scores": (
-        SCORES,
-        Moment("rewrite", 100, path="scores.safetensors"),
-        r"\S+/scores\.safetensors: " + CHANGED,
-    ),
-}
+    "a copied file that another one replaces": (DIRECTORY, Moment("replace", 20, path="in/config.json"),
+        r"in/config\.json: changed while it was read: another file has taken its place; .*"),
+    "scores that others replace": (SCORES, Moment("replace", 100, path="scores.safetensors"),
+        r"\S+/scores\.safetensors: (changed while it was read: )?another file has taken its place.*"),
+    "a file that vanishes": (FILE, Moment("remove", 100, path="m.safetensors"),
+        A_FILE + r"cannot be read( any more)?: No such file or directory.*"),
+    "a shard cut off": (DIRECTORY, Moment("truncate", 2, path="in/b.safetensors"),
+        r"in/b\.safetensors: (file was truncated|changed) while it was read.*"),
+    "a shard that vanishes": (DIRECTORY, Moment("remove", 2, path="in/b.safetensors"),
+        r"in/b\.safetensors: cannot be read( any more)?: No such file or directory.*"),
+    "a copied file that vanishes": (DIRECTORY, Moment("remove", 20, path="in/extra/tokenizer.txt"),
+        r"in/extra/tokenizer\.txt: cannot be read: No such file or directory"),
+    "another file that is copied": (DIRECTORY, Moment("rewrite", 20, path="in/config.json"),
+        r"in/config\.json: " + CHANGED),
+    "a copied file that grows": (DIRECTORY, Moment("grow", 20, path="in/config.json"),
+        r"in/config\.json: changed while it was read, from \d+ bytes to \d+; .*"),
+    "scores cut off": (SCORES, Moment("truncate", 10, path="scores.safetensors"),
+        r"\S+/scores\.safetensors: (file was truncated|changed) while it was read.*"),
+    "scores that vanish": (SCORES, Moment("remove", 100, path="scores.safetensors"),
+        r"\S+/scores\.safetensors: cannot be read any more: No such file or directory.*"),
+    "other scores": (SCORES, Moment("rewrite", 100, path="scores.safetensors"),
+        r"\S+/scores\.safetensors: " + CHANGED),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", READS)
@@ -459,16 +414,12 @@ def test_a_disk_that_may_only_be_read_is_told(tmp_path: Path, commands: Commands
 # What is read-only -> the line that is said, and how to go on.
 PERMISSIONS = {
     "the folder of the output": (FILE, "", 0o555, r"\S+: cannot be written to; give another place with -o"),
-    "an output to be replaced": (
-        CASES["again"],
-        "out",
-        0o555,
-        r"\S+/out: cannot be written to, so --force cannot replace it; .*",
-    ),
+    "an output to be replaced": (CASES["again"], "out", 0o555,
+        r"\S+/out: cannot be written to, so --force cannot replace it; .*"),
     "the input": (FILE, "m.safetensors", 0o000, A_FILE + "cannot be read: Permission denied"),
     "the folder of the input": (DIRECTORY, "in", 0o000, r"\S*in\S*: cannot be read: Permission denied"),
     "the spec": (FILE, "spec.toml", 0o000, r"spec\.toml: the spec cannot be read: Permission denied"),
-}
+}  # fmt: skip
 
 
 @needs_root

@@ -62,28 +62,20 @@ MEMORY: dict[str, tuple[dict[str, str], int]] = {
     "a container": ({OWN: "0::/\n", "memory.max": f"{2 * GIB}\n"}, GIB // 2),
     "a large container": ({OWN: "0::/\n", "memory.max": f"{32 * GIB}\n"}, GIB),
     "a group": ({OWN: "0::/user/run\n", "user/run/memory.max": "4000\n"}, 1000),
-    "a group around": (
-        {OWN: "0::/user/run\n", "user/run/memory.max": "max\n", "user/memory.max": "4000\n"},
-        1000,
-    ),
+    "a group around": ({OWN: "0::/user/run\n", "user/run/memory.max": "max\n", "user/memory.max": "4000\n"},
+        1000),
     "the tightest one": (
-        {OWN: "0::/user/run\n", "user/run/memory.max": "8000\n", "user/memory.max": "4000\n"},
-        1000,
-    ),
+        {OWN: "0::/user/run\n", "user/run/memory.max": "8000\n", "user/memory.max": "4000\n"}, 1000),
     "a group beside": ({OWN: "0::/user/run\n", "user/other/memory.max": "4000\n"}, GIB),
     "version 1": ({OWN: "4:memory:/a\n1:cpu:/\n0::/\n", "memory/a/memory.limit_in_bytes": "4000\n"}, 1000),
     "version 1 without a limit": (
-        {OWN: "4:memory:/\n", "memory/memory.limit_in_bytes": "9223372036854771712\n"},
-        GIB,
-    ),
-    "version 1 in a container": (
-        {OWN: "4:cpu,memory:/docker/0f\n", "memory/memory.limit_in_bytes": "4000\n"},
-        1000,
-    ),
+        {OWN: "4:memory:/\n", "memory/memory.limit_in_bytes": "9223372036854771712\n"}, GIB),
+    "version 1 in a container": ({OWN: "4:cpu,memory:/docker/0f\n", "memory/memory.limit_in_bytes": "4000\n"},
+        1000),
     "outside of what is mounted": ({OWN: "0::/../../other\n", "memory.max": "4000\n"}, 1000),
     "next to nothing": ({OWN: "0::/\n", "memory.max": "0\n"}, 1),
     "not what is expected": ({OWN: "\n:\n0:\nmemory\n0::/\n", "memory.max": "-1 \u00b2\n"}, GIB),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", MEMORY)

@@ -262,16 +262,12 @@ def test_the_first_rule_is_drawn_on_a_terminal(folder: Path, monkeypatch: pytest
 BAD = {
     "no such checkpoint": (["absent.safetensors", "spec.toml"], "absent.safetensors: no such file"),
     "no such spec": (["m.safetensors", "absent.toml"], "neither a file nor a spec"),
-    "no such rule": (
-        ["m.safetensors", "spec.toml", "--draw", "scope.prj"],
-        'sparseprune: --draw scope.prj: there is no such rule; did you mean "scope.proj"?',
-    ),
-    "set without a value": (
-        ["m.safetensors", "spec.toml", "--set", "n"],
-        "sparseprune: --set n: wanted NAME=VALUE, such as --set n=2",
-    ),
+    "no such rule": (["m.safetensors", "spec.toml", "--draw", "scope.prj"],
+        'sparseprune: --draw scope.prj: there is no such rule; did you mean "scope.proj"?'),
+    "set without a value": (["m.safetensors", "spec.toml", "--set", "n"],
+        "sparseprune: --set n: wanted NAME=VALUE, such as --set n=2"),
     "set without a name": (["m.safetensors", "spec.toml", "--set", "=2"], "--set =2: wanted NAME=VALUE"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", BAD)

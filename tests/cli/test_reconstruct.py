@@ -506,53 +506,26 @@ def without(stats: Tensors) -> Tensors:
 
 
 WRONG: list[tuple[str, Any, str]] = [
-    (
-        "of another model",
-        lambda stats: {f"x{name}": one for name, one in stats.items()},
-        "has no statistics of 4 weights, such as 0.down.weight; the nearest name is x0.down.weight\n",
-    ),
+    ("of another model", lambda stats: {f"x{name}": one for name, one in stats.items()},
+     "has no statistics of 4 weights, such as 0.down.weight; the nearest name is x0.down.weight\n"),
     ("one is missing", without, "has no statistics of 1.up.weight; the nearest name is 0.up.weight"),
-    (
-        "another shape",
-        lambda stats: stats | {"1.up.weight": torch.eye(9)},
-        "1.up.weight has shape [9, 9], wanted [8, 8]",
-    ),
-    (
-        "vectors",
-        lambda stats: stats | {"1.up.weight": torch.ones(8)},
-        "1.up.weight has shape [8], wanted [8, 8]",
-    ),
-    (
-        "integers",
-        lambda stats: stats | {"1.up.weight": torch.eye(8, dtype=torch.int32)},
-        "1.up.weight is I32, wanted one of BF16, F16, F32, F64",
-    ),
-    (
-        "NaN",
-        lambda stats: stats | {"1.up.weight": torch.eye(8) * torch.nan},
-        "1.up.weight: the second moment of the inputs holds NaN or infinity",
-    ),
-    (
-        "zero",
-        lambda stats: stats | {"1.up.weight": torch.zeros(8, 8)},
-        "1.up.weight: its statistics are zero: nothing was seen of its inputs; calibrate on more text",
-    ),
-    (
-        "negative",
-        lambda stats: stats | {"1.up.weight": -torch.eye(8)},
-        "1.up.weight: the second moment of the inputs has a negative diagonal",
-    ),
-    (
-        "asymmetric",
-        lambda stats: stats | {"1.up.weight": torch.eye(8) + torch.ones(8, 8).triu(1) * 0.1},
-        "1.up.weight: the second moment of the inputs is none: it is not symmetric, 0.1 at [0, 1], 0 at [1",
-    ),
-    (
-        "indefinite",
-        lambda stats: stats | {"1.up.weight": torch.ones(8, 8) * 3 - 2 * torch.eye(8)},
-        "1.up.weight: the second moment of the inputs is none: it has directions of negative energy",
-    ),
-]
+    ("another shape", lambda stats: stats | {"1.up.weight": torch.eye(9)},
+     "1.up.weight has shape [9, 9], wanted [8, 8]"),
+    ("vectors", lambda stats: stats | {"1.up.weight": torch.ones(8)},
+     "1.up.weight has shape [8], wanted [8, 8]"),
+    ("integers", lambda stats: stats | {"1.up.weight": torch.eye(8, dtype=torch.int32)},
+     "1.up.weight is I32, wanted one of BF16, F16, F32, F64"),
+    ("NaN", lambda stats: stats | {"1.up.weight": torch.eye(8) * torch.nan},
+     "1.up.weight: the second moment of the inputs holds NaN or infinity"),
+    ("zero", lambda stats: stats | {"1.up.weight": torch.zeros(8, 8)},
+     "1.up.weight: its statistics are zero: nothing was seen of its inputs; calibrate on more text"),
+    ("negative", lambda stats: stats | {"1.up.weight": -torch.eye(8)},
+     "1.up.weight: the second moment of the inputs has a negative diagonal"),
+    ("asymmetric", lambda stats: stats | {"1.up.weight": torch.eye(8) + torch.ones(8, 8).triu(1) * 0.1},
+     "1.up.weight: the second moment of the inputs is none: it is not symmetric, 0.1 at [0, 1], 0 at [1"),
+    ("indefinite", lambda stats: stats | {"1.up.weight": torch.ones(8, 8) * 3 - 2 * torch.eye(8)},
+     "1.up.weight: the second moment of the inputs is none: it has directions of negative energy"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("change", "line"), [pytest.param(*rest, id=name) for name, *rest in WRONG])

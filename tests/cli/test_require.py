@@ -61,28 +61,18 @@ def test_exits_0_in_silence_where_all_hold(checkpoint: Path, words: list[str]) -
         (["--require", "2:4"], [f"{DOWN}: wanted 2:4, satisfies none"]),
         (["--require", "2:4@0 in **.up.*"], [f"{UP}: wanted 2:4@0, satisfies 2:4 4:8"]),
         (["--require", f"2:4 in {NORM}"], [f"{NORM}: wanted 2:4, is 1-D"]),
-        (
-            ["--require", "sparsity>=0.5"],
-            [f"{DOWN}: wanted sparsity>=0.5, found 0.4999", f"{NORM}: wanted sparsity>=0.5, found 0"],
-        ),
-        (
-            ["--require", "sparsity>50% in **.up.*", "--require", "zeros==0 in **.up.*, **.norm.*"],
-            [f"{UP}: wanted sparsity>50%, found 50%", f"{UP}: wanted zeros==0, found 4096"],
-        ),
-        (
-            ["--require", "torch-cutlass"],
-            [f"{DOWN}: not eligible for torch-cutlass: is not 2:4 along the input dimension"],
-        ),
-        (
-            ["--require", f"tensorrt in {UP}"],
-            [f"{UP}: not eligible for tensorrt: no gain: 64 outputs, wanted more than 256"],
-        ),
-        (
-            ["--require", "zero_blocks_1x1>=5000 in **.up.*", "--block", "1x1"],
-            [f"{UP}: wanted zero_blocks_1x1>=5000, found 4096"],
-        ),
+        (["--require", "sparsity>=0.5"],
+         [f"{DOWN}: wanted sparsity>=0.5, found 0.4999", f"{NORM}: wanted sparsity>=0.5, found 0"]),
+        (["--require", "sparsity>50% in **.up.*", "--require", "zeros==0 in **.up.*, **.norm.*"],
+         [f"{UP}: wanted sparsity>50%, found 50%", f"{UP}: wanted zeros==0, found 4096"]),
+        (["--require", "torch-cutlass"],
+         [f"{DOWN}: not eligible for torch-cutlass: is not 2:4 along the input dimension"]),
+        (["--require", f"tensorrt in {UP}"],
+         [f"{UP}: not eligible for tensorrt: no gain: 64 outputs, wanted more than 256"]),
+        (["--require", "zero_blocks_1x1>=5000 in **.up.*", "--block", "1x1"],
+         [f"{UP}: wanted zero_blocks_1x1>=5000, found 4096"]),
     ],
-)
+)  # fmt: skip
 def test_exits_1_after_the_table_and_names_each_tensor_that_fails(
     checkpoint: Path, words: list[str], lines: list[str]
 ) -> None:

@@ -295,29 +295,17 @@ def drop_others(home: Path) -> None:
 
 # The case, the part of the run after which it is killed, what then changes, and what is said to have changed.
 CHANGES: dict[str, tuple[str, float, Callable[[Path], Any], str]] = {
-    "a shard": (
-        "a spec",
-        0.5,
-        lambda home: change(home / "in" / "model-00001-of-00002.safetensors", "rewrite"),
-        "the input",
-    ),
-    "a shard, later": (
-        "a spec",
-        0.85,
-        lambda home: change(home / "in" / "model-00002-of-00002.safetensors", "rewrite"),
-        "the input",
-    ),
+    "a shard": ("a spec", 0.5,
+        lambda home: change(home / "in" / "model-00001-of-00002.safetensors", "rewrite"), "the input"),
+    "a shard, later": ("a spec", 0.85,
+        lambda home: change(home / "in" / "model-00002-of-00002.safetensors", "rewrite"), "the input"),
     "the spec": ("a spec", 0.5, lambda home: write_spec(home, SPEC.replace("0.25", "0.5")), "the spec"),
-    "the spec, later": (
-        "a spec",
-        0.85,
-        lambda home: write_spec(home, SPEC.replace("0.25", "0.5")),
-        "the spec",
-    ),
+    "the spec, later": ("a spec", 0.85, lambda home: write_spec(home, SPEC.replace("0.25", "0.5")),
+        "the spec"),
     "the config": ("a spec", 0.5, edit_config, "the input"),
     "the config, with masks": ("masks", 0.7, edit_config, "the input"),
     "masks": ("masks", 0.7, drop_others, "the masks and what survives"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", CHANGES)

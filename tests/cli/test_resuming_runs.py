@@ -277,40 +277,22 @@ CHANGES: dict[str, Change] = {
     "bytes of a shard": (DIRECTORY, "the input", lambda home: change(home / "in/b.safetensors", "rewrite")),
     "the time of a shard": (DIRECTORY, "the input", lambda home: touch(home / "in/b.safetensors")),
     "the header of a shard": (DIRECTORY, "the input", lambda home: retitle(home / "in/b.safetensors")),
-    "a file that is copied": (
-        DIRECTORY,
-        "the input",
-        lambda home: change(home / "in/extra/tokenizer.txt", "grow"),
-    ),
+    "a file that is copied": (DIRECTORY, "the input",
+        lambda home: change(home / "in/extra/tokenizer.txt", "grow")),
     "the size of a file": (FILE, "the input", lambda home: enlarge(home / "m.safetensors")),
     "scores": (SCORES, "the input", lambda home: change(home / "scores.safetensors", "rewrite")),
-    "bytes of a shard, at the same time": (
-        DIRECTORY,
-        "the input",
-        lambda home: rewrite_in_secret(home / "in/b.safetensors"),
-    ),
-    "a shard that another one replaces": (
-        DIRECTORY,
-        "the input",
-        lambda home: change(home / "in/b.safetensors", "replace"),
-    ),
-    "scores, at the same time": (
-        SCORES,
-        "the input",
-        lambda home: rewrite_in_secret(home / "scores.safetensors"),
-    ),
-    "the config of a directory": (
-        DIRECTORY,
-        "the input",
-        lambda home: (home / "in/config.json").write_text('{"keep": 1}'),
-    ),
-    "the config beside a file": (
-        FILE,
-        "the input",
-        lambda home: (home / "config.json").write_text('{"keep": 1}'),
-    ),
+    "bytes of a shard, at the same time": (DIRECTORY, "the input",
+        lambda home: rewrite_in_secret(home / "in/b.safetensors")),
+    "a shard that another one replaces": (DIRECTORY, "the input",
+        lambda home: change(home / "in/b.safetensors", "replace")),
+    "scores, at the same time": (SCORES, "the input",
+        lambda home: rewrite_in_secret(home / "scores.safetensors")),
+    "the config of a directory": (DIRECTORY, "the input",
+        lambda home: (home / "in/config.json").write_text('{"keep": 1}')),
+    "the config beside a file": (FILE, "the input",
+        lambda home: (home / "config.json").write_text('{"keep": 1}')),
     "the spec": (FILE, "the spec", lambda home: (home / "spec.toml").write_text(TWO_OF_FOUR)),
-}
+}  # fmt: skip
 # What changes in the command of a killed run -> what is said to have changed; nothing where it continues.
 OPTIONS = {
     "--set keep=1": "the spec",

@@ -16,17 +16,8 @@ from tests.commands import ok, run
 from tests.families.checkpoints import Checkpoint, write_statistics
 
 SERVED = {
-    "2of4": (
-        "llama",
-        "llama_without_head",
-        "qwen2",
-        "qwen3",
-        "mistral",
-        "gemma",
-        "phi3",
-        "mixtral",
-        "deepseek_v3",
-    ),
+    "2of4": ("llama", "llama_without_head", "qwen2", "qwen3", "mistral", "gemma", "phi3", "mixtral",
+        "deepseek_v3"),
     "2of4-admm": ("llama", "mixtral", "bert"),
     "4of8": ("llama", "mixtral"),
     "nofm": ("llama", "qwen3_moe"),
@@ -44,14 +35,8 @@ SERVED = {
     "phi3-gqa-heads": ("phi3",),
     "gpt2-mlp-channels": ("gpt2", "gpt2_without_head"),
     "gpt2-heads": ("gpt2", "gpt2_without_head"),
-    "decoder-layers": (
-        "llama",
-        "llama_without_head",
-        "gpt2",
-        "gpt_oss",
-        "deepseek_v3",
-        "gemma3_with_pictures",
-    ),
+    "decoder-layers": ("llama", "llama_without_head", "gpt2", "gpt_oss", "deepseek_v3",
+        "gemma3_with_pictures"),
     "moe-experts": ("mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3"),
     "moe-expert-channels": ("mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3"),
     "gpt-oss-experts": ("gpt_oss",),
@@ -63,7 +48,7 @@ SERVED = {
     "vit-mlp-channels": ("vit",),
     "vit-heads": ("vit", "vit_for_classification"),
     "resnet-filters": ("resnet", "resnet_with_bottlenecks", "mobilenet"),
-}
+}  # fmt: skip
 LEFT_ALONE = re.compile(
     r"embed_|embeddings|wte|wpe|lm_head|pooler|norm\.|layernorm|LayerNorm|ln_|running_"
     r"|router|\.gate\.|expert_gate|sinks"

@@ -203,49 +203,28 @@ def test_a_rule_is_settled_under_its_private_name_too() -> None:
 KEYS: dict[str, tuple[Config, tuple[int, ...], dict[str, object]]] = {
     # A config, layers that go -> the keys that change with num_hidden_layers, None for whatever it becomes.
     "nothing else": ({"model_type": "llama"}, (2,), {}),
-    "types of layers, also where the class has none": (
-        {"model_type": "llama", "layer_types": list("abcdef")},
-        (0, 4),
-        {"layer_types": list("bcdf")},
-    ),
-    "types of layers that are all alike": (
-        {"model_type": "qwen2", "layer_types": [TYPES[1]] * 6},
-        (0,),
-        {"layer_types": [TYPES[1]] * 5},
-    ),
+    "types of layers, also where the class has none": ({"model_type": "llama", "layer_types": list("abcdef")},
+        (0, 4), {"layer_types": list("bcdf")}),
+    "types of layers that are all alike": ({"model_type": "qwen2", "layer_types": [TYPES[1]] * 6}, (0,),
+        {"layer_types": [TYPES[1]] * 5}),
     "types of layers that the class makes all alike": ({"model_type": "qwen3"}, (0,), {}),
-    "types of layers that the class makes": (
-        {"model_type": "gpt_oss"},
-        (0, 1, 2),
-        {"layer_types": [TYPES[1], TYPES[0], TYPES[1]]},
-    ),
-    "layers without experts by a step": (
-        {"model_type": "qwen3_moe", "decoder_sparse_step": 2},
-        (1, 2),
-        {"decoder_sparse_step": 1, "mlp_only_layers": [0, 2]},
-    ),
+    "types of layers that the class makes": ({"model_type": "gpt_oss"}, (0, 1, 2),
+        {"layer_types": [TYPES[1], TYPES[0], TYPES[1]]}),
+    "layers without experts by a step": ({"model_type": "qwen3_moe", "decoder_sparse_step": 2}, (1, 2),
+        {"decoder_sparse_step": 1, "mlp_only_layers": [0, 2]}),
     "layers without experts by a list": (
         {"model_type": "qwen3_moe", "decoder_sparse_step": 1, "mlp_only_layers": [3, 5]},
         (4,),
         {"mlp_only_layers": [3, 4]},
     ),
     "a list that stays as it is": (
-        {"model_type": "qwen3_moe", "decoder_sparse_step": 1, "mlp_only_layers": [0]},
-        (4,),
-        {},
-    ),
-    "layers with experts": (
-        {"model_type": "llama4_text", "moe_layers": [1, 3, 5]},
-        (0, 3),
-        {"moe_layers": [0, 3], "no_rope_layers": None},
-    ),
-    "the first layers": (
-        {"model_type": "deepseek_v3", "first_k_dense_replace": 3},
-        (1, 4),
-        {"first_k_dense_replace": 2},
-    ),
+        {"model_type": "qwen3_moe", "decoder_sparse_step": 1, "mlp_only_layers": [0]}, (4,), {}),
+    "layers with experts": ({"model_type": "llama4_text", "moe_layers": [1, 3, 5]}, (0, 3),
+        {"moe_layers": [0, 3], "no_rope_layers": None}),
+    "the first layers": ({"model_type": "deepseek_v3", "first_k_dense_replace": 3}, (1, 4),
+        {"first_k_dense_replace": 2}),
     "layers behind the first ones": ({"model_type": "deepseek_v3", "first_k_dense_replace": 3}, (4,), {}),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", KEYS)
@@ -274,31 +253,19 @@ def test_layers_behind_those_that_the_config_counts_are_renumbered_and_not_count
 
 
 BROKEN: dict[str, tuple[Config, str]] = {
-    "mlp_only_layers that is no list": (
-        {"model_type": "qwen3_moe", "mlp_only_layers": 5},
-        "config.json: mlp_only_layers is 5, wanted a list of numbers of layers",
-    ),
-    "mlp_only_layers of lists": (
-        {"model_type": "qwen3_moe", "mlp_only_layers": [[1]]},
-        "config.json: mlp_only_layers is [[1]], wanted a list of numbers of layers",
-    ),
-    "moe_layers that is a text": (
-        {"model_type": "llama4_text", "moe_layers": "012"},
-        'config.json: moe_layers is "012", wanted a list of numbers of layers',
-    ),
-    "more layers than there are": (
-        {"model_type": "llama", "num_hidden_layers": 10**15},
-        "config.json: num_hidden_layers is 1000000000000000, and model.layers has 6 members",
-    ),
-    "layers that are no number": (
-        {"model_type": "llama", "num_hidden_layers": None},
-        "config.json: config.num_hidden_layers comes to null, wanted an integer",
-    ),
-    "first layers that are no number": (
-        {"model_type": "deepseek_v3", "first_k_dense_replace": None},
-        "config.json: config.first_k_dense_replace comes to null, wanted an integer",
-    ),
-}
+    "mlp_only_layers that is no list": ({"model_type": "qwen3_moe", "mlp_only_layers": 5},
+        "config.json: mlp_only_layers is 5, wanted a list of numbers of layers"),
+    "mlp_only_layers of lists": ({"model_type": "qwen3_moe", "mlp_only_layers": [[1]]},
+        "config.json: mlp_only_layers is [[1]], wanted a list of numbers of layers"),
+    "moe_layers that is a text": ({"model_type": "llama4_text", "moe_layers": "012"},
+        'config.json: moe_layers is "012", wanted a list of numbers of layers'),
+    "more layers than there are": ({"model_type": "llama", "num_hidden_layers": 10**15},
+        "config.json: num_hidden_layers is 1000000000000000, and model.layers has 6 members"),
+    "layers that are no number": ({"model_type": "llama", "num_hidden_layers": None},
+        "config.json: config.num_hidden_layers comes to null, wanted an integer"),
+    "first layers that are no number": ({"model_type": "deepseek_v3", "first_k_dense_replace": None},
+        "config.json: config.first_k_dense_replace comes to null, wanted an integer"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", BROKEN)

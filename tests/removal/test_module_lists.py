@@ -94,12 +94,8 @@ LAYERS = tuple(
 )
 CASES: dict[str, tuple[tuple[str, ...], dict[str, tuple[int, ...]], set[str], dict[str, str]]] = {
     # beginnings of names of which nothing is left -> what vanishes, orphans, some new names
-    "a layer with its experts": (
-        ("m.layers.1.",),
-        {"m.layers": (1,)},
-        set(),
-        {"m.layers.0.up": "m.layers.0.up", "m.layers.3.experts.1.w": "m.layers.2.experts.1.w"},
-    ),
+    "a layer with its experts": (("m.layers.1.",), {"m.layers": (1,)}, set(),
+        {"m.layers.0.up": "m.layers.0.up", "m.layers.3.experts.1.w": "m.layers.2.experts.1.w"}),
     "two layers and an expert": (
         ("m.layers.0.", "m.layers.2.", "m.layers.3.experts.0."),
         {"m.layers": (0, 2), "m.layers.3.experts": (0,)},
@@ -109,16 +105,12 @@ CASES: dict[str, tuple[tuple[str, ...], dict[str, tuple[int, ...]], set[str], di
             "m.layers.3.experts.1.w": "m.layers.1.experts.0.w",
         },
     ),
-    "all experts of a layer": (
-        ("m.layers.1.experts.",),
-        {"m.layers.1.experts": (0, 1)},
-        set(),
-        {"m.layers.1.up": "m.layers.1.up"},
-    ),
+    "all experts of a layer": (("m.layers.1.experts.",), {"m.layers.1.experts": (0, 1)}, set(),
+        {"m.layers.1.up": "m.layers.1.up"}),
     "all layers": (("m.layers.",), {"m.layers": (0, 1, 2, 3)}, set(), {}),
     "no member": (("m.layers.2.up",), {}, {"m.layers.2.up"}, {"m.layers.3.up": "m.layers.3.up"}),
     "nothing": ((), {}, set(), {"m.layers.3.up": "m.layers.3.up"}),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -101,18 +101,12 @@ FOUR = [0, 3, 4, 9]
 NARROW = {"intermediate_size": (10, 6)}
 FEWER_HEADS = {"num_attention_heads": (6, 4), "num_key_value_heads": (3, 2)}
 CASES: dict[str, Case] = {
-    "a dimension that no key carries": Case(
-        (decoder(LLAMA), LLAMA),
-        [(f"{L0}.mlp.gate_proj.weight", 1, [3, 5])],
-        loses(f"{L0}.mlp.gate_proj.weight", 2, 24, 1),
-        (channels(FOUR), NARROW),
-    ),
-    "a tensor that the family does not know": Case(
-        ({**decoder(LLAMA), "model.extra.weight": (5, 4)}, LLAMA),
-        [*channels(FOUR), ("model.extra.weight", 0, [1])],
-        loses("model.extra.weight", 1, 5, 0),
-        (channels(FOUR), NARROW),
-    ),
+    "a dimension that no key carries": Case((decoder(LLAMA), LLAMA),
+        [(f"{L0}.mlp.gate_proj.weight", 1, [3, 5])], loses(f"{L0}.mlp.gate_proj.weight", 2, 24, 1),
+        (channels(FOUR), NARROW)),
+    "a tensor that the family does not know": Case(({**decoder(LLAMA), "model.extra.weight": (5, 4)}, LLAMA),
+        [*channels(FOUR), ("model.extra.weight", 0, [1])], loses("model.extra.weight", 1, 5, 0),
+        (channels(FOUR), NARROW)),
     "a matrix of another size than the config's": Case(
         ({**decoder(LLAMA), f"{L1}.mlp.up_proj.weight": (12, 24)}, LLAMA),
         [(f"{L1}.mlp.up_proj.weight", 0, [0, 11])],
@@ -151,11 +145,8 @@ CASES: dict[str, Case] = {
                 f"{L0}.self_attn.q_proj.weight keeps 6 of 12 along dimension 0, wanted whole units of 2, "
                 "as num_attention_heads counts them"
             ),
-            unlike(
-                kept(f"{L0}.self_attn.q_proj.weight", 2, 6, 0),
-                kept(f"{L0}.self_attn.o_proj.weight", 4, 6, 1),
-                "num_attention_heads",
-            ),
+            unlike(kept(f"{L0}.self_attn.q_proj.weight", 2, 6, 0),
+                kept(f"{L0}.self_attn.o_proj.weight", 4, 6, 1), "num_attention_heads"),
             unlike_groups(L0, 3, 2, [0, 0, 2]),
         ),
         (heads([0, 1], [0]), FEWER_HEADS),
@@ -237,13 +228,8 @@ CASES: dict[str, Case] = {
                 f"{L1}.mlp.shared_experts.down_proj.weight keeps 11 of 14 along dimension 1, wanted a "
                 "multiple of 2, as moe_intermediate_size counts them"
             ),
-            one_for_all(
-                "moe_intermediate_size",
-                6,
-                f"{L1}.mlp.experts.7.gate_proj",
-                5,
-                f"{L1}.mlp.shared_experts.gate_proj",
-            ),
+            one_for_all("moe_intermediate_size", 6, f"{L1}.mlp.experts.7.gate_proj", 5,
+                f"{L1}.mlp.shared_experts.gate_proj"),
         ),
         (
             [*channels([1], "*.experts.*"), *channels([8, 11], "*.shared_experts")],
@@ -360,18 +346,11 @@ CASES: dict[str, Case] = {
         f"{L0}.mlp.experts has 4 members, config.json says 4",
         (channels([0], "*.experts.*"), {"moe_intermediate_size": (7, 6)}),
     ),
-    "a key/value head alone": Case(
-        (decoder(ONE), ONE),
-        heads([], [0]),
-        unlike_groups(L0, 3, 2, [2, 2, 2]),
-        (heads([0, 1], [0]), FEWER_HEADS),
-    ),
+    "a key/value head alone": Case((decoder(ONE), ONE), heads([], [0]), unlike_groups(L0, 3, 2, [2, 2, 2]),
+        (heads([0, 1], [0]), FEWER_HEADS)),
     "a query head alone in a module that is all of the checkpoint": Case(
-        (attention("self_attn", LLAMA), LLAMA),
-        heads([0, 1], [], "self_attn"),
-        unlike_groups("the model", 3, 3, [0, 2, 2]),
-        (heads([0, 1], [0], "self_attn"), FEWER_HEADS),
-    ),
+        (attention("self_attn", LLAMA), LLAMA), heads([0, 1], [], "self_attn"),
+        unlike_groups("the model", 3, 3, [0, 2, 2]), (heads([0, 1], [0], "self_attn"), FEWER_HEADS)),
     "quantized, as is said beside a nested config": Case(
         (pictures(), {**PICTURES, "quantization_config": {"quant_method": "fp8"}}),
         channels(FOUR, "language*.mlp"),
@@ -395,12 +374,8 @@ CASES: dict[str, Case] = {
         ),
         (channels(FOUR), NARROW),
     ),
-    "a width that is true": Case(
-        (decoder(ONE), {**ONE, "intermediate_size": True}),
-        channels(FOUR),
-        "config.json: config.intermediate_size comes to true, wanted an integer",
-        ([], {}),
-    ),
+    "a width that is true": Case((decoder(ONE), {**ONE, "intermediate_size": True}), channels(FOUR),
+        "config.json: config.intermediate_size comes to true, wanted an integer", ([], {})),
     "a nested config that is none": Case(
         (pictures(), {"model_type": "gemma3", "text_config": ["gemma3_text"]}),
         channels(FOUR, "language*.mlp"),
@@ -432,12 +407,9 @@ CASES: dict[str, Case] = {
         "draft.layers loses layers, as another list of layers does: config.json counts one",
         (channels(FOUR), NARROW),
     ),
-    "all layers": Case(
-        (decoder(LLAMA), LLAMA),
-        whole("*.layers.*"),
+    "all layers": Case((decoder(LLAMA), LLAMA), whole("*.layers.*"),
         "config.json: num_hidden_layers would be 0: nothing is left",
-        (whole(f"{L0}.*", f"{L2}.*"), {"num_hidden_layers": (3, 1)}),
-    ),
+        (whole(f"{L0}.*", f"{L2}.*"), {"num_hidden_layers": (3, 1)})),
     "layers of which the number has a say": Case(
         (gpt2(), {**GPT2, "scale_attn_by_inverse_layer_idx": True}),
         whole("h.1.*"),
@@ -496,36 +468,21 @@ CASES: dict[str, Case] = {
         ),
         (whole(f"{L0}.*"), {"num_hidden_layers": (3, 2)}),
     ),
-    "query heads of a key/value head that goes": Case(
-        (decoder(ONE), ONE),
-        heads([0, 2], [0]),
-        unlike_groups(L0, 3, 2, [1, 1, 2]),
-        (heads([0, 1], [0]), FEWER_HEADS),
-    ),
-    "unlike numbers of query heads": Case(
-        (decoder(ONE), ONE),
-        heads([0, 2, 3], [1]),
-        unlike_groups(L0, 3, 2, [1, 0, 2]),
-        (heads([2, 3], [1]), FEWER_HEADS),
-    ),
-    "a query head of two key/value heads": Case(
-        (decoder(ONE), ONE),
-        heads([0, 2], []),
-        unlike_groups(L0, 3, 3, [1, 1, 2]),
-        (heads([0, 2, 5], []), {"num_attention_heads": (6, 3)}),
-    ),
+    "query heads of a key/value head that goes": Case((decoder(ONE), ONE), heads([0, 2], [0]),
+        unlike_groups(L0, 3, 2, [1, 1, 2]), (heads([0, 1], [0]), FEWER_HEADS)),
+    "unlike numbers of query heads": Case((decoder(ONE), ONE), heads([0, 2, 3], [1]),
+        unlike_groups(L0, 3, 2, [1, 0, 2]), (heads([2, 3], [1]), FEWER_HEADS)),
+    "a query head of two key/value heads": Case((decoder(ONE), ONE), heads([0, 2], []),
+        unlike_groups(L0, 3, 3, [1, 1, 2]), (heads([0, 2, 5], []), {"num_attention_heads": (6, 3)})),
     "a number of heads that the config's class refuses": Case(
         (decoder({**LLAMA, "hidden_size": 18}), {**LLAMA, "hidden_size": 18}),
         heads([0, 1], [0]),
         "num_attention_heads would be 4, and the config's class wants a divisor of hidden_size, 18",
         (heads(range(4), [0, 1]), {"num_attention_heads": (6, 2), "num_key_value_heads": (3, 1)}),
     ),
-    "fewer experts than are chosen": Case(
-        (mixture(QWEN3_MOE), QWEN3_MOE),
-        whole("*.experts.[013].*"),
+    "fewer experts than are chosen": Case((mixture(QWEN3_MOE), QWEN3_MOE), whole("*.experts.[013].*"),
         "num_experts would be 1, fewer than the 2 of num_experts_per_tok",
-        (whole("*.experts.[03].*"), {"num_experts": (4, 2)}),
-    ),
+        (whole("*.experts.[03].*"), {"num_experts": (4, 2)})),
     "fewer experts in a tensor than are chosen": Case(
         (gpt_oss(), GPT_OSS),
         [("*.mlp.experts.*", 0, [0, 1, 3])],
@@ -539,18 +496,12 @@ CASES: dict[str, Case] = {
         "size: prune the same number in each",
         (experts_to(3, 3), {"n_routed_experts": (8, 6)}),
     ),
-    "unlike numbers of groups": Case(
-        (deepseek(), DEEPSEEK),
-        [*experts_to(4, 0, L1), *experts_to(2, 2, L2)],
+    "unlike numbers of groups": Case((deepseek(), DEEPSEEK), [*experts_to(4, 0, L1), *experts_to(2, 2, L2)],
         "n_group would be 1 and 2, and config.json has one for all",
-        ([*experts_to(4, 0, L1), *experts_to(0, 4, L2)], {"n_routed_experts": (8, 4), "n_group": (2, 1)}),
-    ),
-    "fewer groups than serve": Case(
-        (deepseek(GROUPED), {**GROUPED, "topk_group": 2}),
-        experts_to(0, 4),
+        ([*experts_to(4, 0, L1), *experts_to(0, 4, L2)], {"n_routed_experts": (8, 4), "n_group": (2, 1)})),
+    "fewer groups than serve": Case((deepseek(GROUPED), {**GROUPED, "topk_group": 2}), experts_to(0, 4),
         "n_group would be 1, fewer than the 2 of topk_group",
-        (experts_to(3, 3), {"n_routed_experts": (8, 6)}),
-    ),
+        (experts_to(3, 3), {"n_routed_experts": (8, 6)})),
     "groups that have no two members": Case(
         (deepseek(GROUPED), {**GROUPED, "num_experts_per_tok": 1}),
         experts_to(1, 1),
@@ -558,12 +509,9 @@ CASES: dict[str, Case] = {
         "best 2 of each",
         (experts_to(2, 2), {"n_routed_experts": (8, 4)}),
     ),
-    "groups that have fewer members than are chosen": Case(
-        (deepseek(GROUPED), GROUPED),
-        experts_to(2, 2),
+    "groups that have fewer members than are chosen": Case((deepseek(GROUPED), GROUPED), experts_to(2, 2),
         "1 groups would have fewer experts than the 3 of num_experts_per_tok",
-        (experts_to(3, 3), {"n_routed_experts": (8, 6)}),
-    ),
+        (experts_to(3, 3), {"n_routed_experts": (8, 6)})),
     "quantized": Case(
         (decoder(LLAMA), {**LLAMA, "quantization_config": {"quant_method": "fp8"}}),
         channels(FOUR),
@@ -578,18 +526,11 @@ CASES: dict[str, Case] = {
         "those of the whole: dequantize the checkpoint first",
         (whole("language*.layers.0.*"), {"text_config.num_hidden_layers": (2, 1)}),
     ),
-    "a list without an entry for each layer": Case(
-        (decoder(LLAMA), {**LLAMA, "layer_types": ["a", "b"]}),
-        whole(f"{L0}.*"),
-        "config.json: layer_types has no entry for each of 3 layers",
-        (channels(FOUR), NARROW),
-    ),
-    "a list that is none": Case(
-        (decoder(LLAMA), {**LLAMA, "layer_types": "abc"}),
-        whole(f"{L0}.*"),
-        "config.json: layer_types has no entry for each of 3 layers",
-        (channels(FOUR), NARROW),
-    ),
+    "a list without an entry for each layer": Case((decoder(LLAMA), {**LLAMA, "layer_types": ["a", "b"]}),
+        whole(f"{L0}.*"), "config.json: layer_types has no entry for each of 3 layers",
+        (channels(FOUR), NARROW)),
+    "a list that is none": Case((decoder(LLAMA), {**LLAMA, "layer_types": "abc"}), whole(f"{L0}.*"),
+        "config.json: layer_types has no entry for each of 3 layers", (channels(FOUR), NARROW)),
     "no config": Case(
         (decoder(LLAMA), None),
         channels(FOUR),
@@ -618,18 +559,10 @@ CASES: dict[str, Case] = {
         f"smaller shapes; known are {KNOWN}; apply keeps all shapes",
         ([], {}),
     ),
-    "a width that is no number": Case(
-        (decoder(LLAMA), {**LLAMA, "intermediate_size": "10"}),
-        channels(FOUR),
-        'config.json: config.intermediate_size comes to "10", wanted an integer',
-        ([], {}),
-    ),
-    "a width that is no integer": Case(
-        (decoder(LLAMA), {**LLAMA, "intermediate_size": 10.0}),
-        channels(FOUR),
-        "config.json: config.intermediate_size comes to 10.0, wanted an integer",
-        ([], {}),
-    ),
+    "a width that is no number": Case((decoder(LLAMA), {**LLAMA, "intermediate_size": "10"}), channels(FOUR),
+        'config.json: config.intermediate_size comes to "10", wanted an integer', ([], {})),
+    "a width that is no integer": Case((decoder(LLAMA), {**LLAMA, "intermediate_size": 10.0}), channels(FOUR),
+        "config.json: config.intermediate_size comes to 10.0, wanted an integer", ([], {})),
     "a size of heads without heads": Case(
         (decoder(LLAMA), {**LLAMA, "head_dim": None, "num_attention_heads": 0}),
         heads([0, 1], [0]),
@@ -637,12 +570,9 @@ CASES: dict[str, Case] = {
         "column 20: this divides by zero",
         ([], {}),
     ),
-    "layers of a vision tower": Case(
-        (pictures(), PICTURES),
-        whole("vision*.layers.0.*"),
+    "layers of a vision tower": Case((pictures(), PICTURES), whole("vision*.layers.0.*"),
         "vision_tower.encoder.layers loses 1 of 2 members, which no key of config.json counts",
-        (whole("language*.layers.0.*"), {"text_config.num_hidden_layers": (2, 1)}),
-    ),
+        (whole("language*.layers.0.*"), {"text_config.num_hidden_layers": (2, 1)})),
     "channels of a vision tower": Case(
         (pictures(), PICTURES),
         [
@@ -682,7 +612,7 @@ CASES: dict[str, Case] = {
         ),
         (channels(FOUR), NARROW),
     ),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -708,25 +638,13 @@ def test_its_neighbour_is_legal_and_changes_its_keys_alone(case: str) -> None:
 
 CONTRADICTING: dict[str, tuple[Shapes, Config, list[Cut], str]] = {
     # A model, its config, cuts -> what the one line speaks of.
-    "groups that do not divide the experts": (
-        deepseek(GROUPED),
-        {**GROUPED, "n_group": 3},
-        whole("*.experts.[26].*"),
-        "n_group",
-    ),
+    "groups that do not divide the experts": (deepseek(GROUPED), {**GROUPED, "n_group": 3},
+        whole("*.experts.[26].*"), "n_group"),
     "no group": (deepseek(GROUPED), {**GROUPED, "n_group": 0}, whole("*.experts.[26].*"), "n_group"),
-    "less than no group": (
-        deepseek(GROUPED),
-        {**GROUPED, "n_group": -2},
-        whole("*.experts.[26].*"),
-        "n_group",
-    ),
-    "no number of groups": (
-        deepseek(GROUPED),
-        {**GROUPED, "n_group": None},
-        whole("*.experts.[26].*"),
-        "config.json: config.n_group comes to null, wanted an integer",
-    ),
+    "less than no group": (deepseek(GROUPED), {**GROUPED, "n_group": -2}, whole("*.experts.[26].*"),
+        "n_group"),
+    "no number of groups": (deepseek(GROUPED), {**GROUPED, "n_group": None}, whole("*.experts.[26].*"),
+        "config.json: config.n_group comes to null, wanted an integer"),
     "no expert that is chosen, and none left": (
         deepseek(GROUPED),
         {**GROUPED, "num_experts_per_tok": 0, "topk_group": 0},
@@ -745,13 +663,9 @@ CONTRADICTING: dict[str, tuple[Shapes, Config, list[Cut], str]] = {
         [(f"{L0}.self_attn.qkv_proj.weight", 0, [1, 2])],
         "",
     ),
-    "heads that the config leaves out": (
-        decoder(ONE),
-        without(ONE, "num_attention_heads"),
-        heads([0, 1], [0]),
-        "num_attention_heads",
-    ),
-}
+    "heads that the config leaves out": (decoder(ONE), without(ONE, "num_attention_heads"),
+        heads([0, 1], [0]), "num_attention_heads"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CONTRADICTING)

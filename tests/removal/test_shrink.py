@@ -70,11 +70,9 @@ FUSED_HEADS: list[Cut] = [
 N_INNER: list[Cut] = [("*.c_fc.weight", 1, [0]), ("*.c_fc.bias", 0, [0]), ("*.mlp.c_proj.weight", 0, [0])]
 CASES: dict[str, Case] = {
     "channels": Case((decoder(LLAMA), LLAMA), channels([0, 3, 4, 9]), {"intermediate_size": (10, 6)}),
-    "other channels in each layer": Case(
-        (decoder(LLAMA), LLAMA),
+    "other channels in each layer": Case((decoder(LLAMA), LLAMA),
         [c for layer in range(3) for c in channels([layer, 9 - layer], f"*.{layer}.mlp")],
-        {"intermediate_size": (10, 8)},
-    ),
+        {"intermediate_size": (10, 8)}),
     "channels that have biases, where the last one has one bias for all": Case(
         (
             {
@@ -90,41 +88,30 @@ CASES: dict[str, Case] = {
     ),
     "heads": Case((decoder(LLAMA), LLAMA), heads([2, 3], [1]), FEWER),
     "heads of a size that the config leaves to the class": Case(
-        (decoder({**LLAMA, "head_dim": 4}), without(LLAMA, "head_dim")),
-        heads([2, 3], [1], size=4),
-        {**FEWER, "head_dim": (None, 4)},
-    ),
+        (decoder({**LLAMA, "head_dim": 4}), without(LLAMA, "head_dim")), heads([2, 3], [1], size=4),
+        {**FEWER, "head_dim": (None, 4)}),
     "heads that all have keys and values of their own, as the config leaves to the class": Case(
-        (decoder(EVEN), without(EVEN, "num_key_value_heads")),
-        heads([2, 3], [2, 3], size=4),
-        {"num_attention_heads": (6, 4), "num_key_value_heads": (None, 4)},
-    ),
+        (decoder(EVEN), without(EVEN, "num_key_value_heads")), heads([2, 3], [2, 3], size=4),
+        {"num_attention_heads": (6, 4), "num_key_value_heads": (None, 4)}),
     "heads that all have keys and values of their own, as null says": Case(
-        (decoder(EVEN), {**EVEN, "num_key_value_heads": None}),
-        heads([0, 5], [0, 5], size=4),
-        {"num_attention_heads": (6, 4), "num_key_value_heads": (None, 4)},
-    ),
+        (decoder(EVEN), {**EVEN, "num_key_value_heads": None}), heads([0, 5], [0, 5], size=4),
+        {"num_attention_heads": (6, 4), "num_key_value_heads": (None, 4)}),
     "one query head of each key/value head": Case(
         (decoder(LLAMA), LLAMA), heads([1, 2, 5], []), {"num_attention_heads": (6, 3)}
     ),
     "fused heads": Case((phi3(), PHI3), FUSED_HEADS, FEWER),
-    "fused channels": Case(
-        (phi3(), PHI3),
+    "fused channels": Case((phi3(), PHI3),
         [("*.gate_up_proj.weight", 0, [0, 7, 10, 17]), ("*.down_proj.weight", 1, [0, 7])],
-        {"intermediate_size": (10, 8)},
-    ),
+        {"intermediate_size": (10, 8)}),
     "heads with sinks that follow": Case(
         (gpt_oss(), GPT_OSS), heads([4, 5], [2]), FEWER, [("*.sinks", 0, [4, 5])]
     ),
     "heads with sinks that go with them": Case(
         (gpt_oss(), GPT_OSS), [*heads([4, 5], [2]), ("*.sinks", 0, [4, 5])], FEWER
     ),
-    "experts in tensors": Case(
-        (gpt_oss(), GPT_OSS),
-        [(f"{L0}.mlp.experts.*", 0, [0]), (f"{L1}.mlp.experts.*", 0, [3])],
-        {"num_local_experts": (4, 3)},
-        [(f"{L0}.mlp.router.*", 0, [0]), (f"{L1}.mlp.router.*", 0, [3])],
-    ),
+    "experts in tensors": Case((gpt_oss(), GPT_OSS),
+        [(f"{L0}.mlp.experts.*", 0, [0]), (f"{L1}.mlp.experts.*", 0, [3])], {"num_local_experts": (4, 3)},
+        [(f"{L0}.mlp.router.*", 0, [0]), (f"{L1}.mlp.router.*", 0, [3])]),
     "experts and interleaved channels in tensors": Case(
         (gpt_oss(), GPT_OSS),
         [
@@ -136,51 +123,27 @@ CASES: dict[str, Case] = {
         {"num_local_experts": (4, 3), "intermediate_size": (10, 8)},
         [("*.router.*", 0, [1])],
     ),
-    "experts with a router that follows": Case(
-        (mixture(QWEN3_MOE), QWEN3_MOE),
-        whole(f"{L0}.mlp.experts.0.*", f"{L1}.mlp.experts.2.*"),
-        {"num_experts": (4, 3)},
-        [(f"{L0}.mlp.gate.weight", 0, [0]), (f"{L1}.mlp.gate.weight", 0, [2])],
-    ),
-    "experts with the rows of their router": Case(
-        (mixture(QWEN3_MOE), QWEN3_MOE),
-        [*whole("*.experts.[03].*"), ("*.mlp.gate.weight", 0, [0, 3])],
-        {"num_experts": (4, 2)},
-    ),
+    "experts with a router that follows": Case((mixture(QWEN3_MOE), QWEN3_MOE),
+        whole(f"{L0}.mlp.experts.0.*", f"{L1}.mlp.experts.2.*"), {"num_experts": (4, 3)},
+        [(f"{L0}.mlp.gate.weight", 0, [0]), (f"{L1}.mlp.gate.weight", 0, [2])]),
+    "experts with the rows of their router": Case((mixture(QWEN3_MOE), QWEN3_MOE),
+        [*whole("*.experts.[03].*"), ("*.mlp.gate.weight", 0, [0, 3])], {"num_experts": (4, 2)}),
     "experts that the config counts under another name": Case(
         (mixture(QWEN3_MOE), {**without(QWEN3_MOE, "num_experts"), "num_local_experts": 4}),
-        whole("*.experts.1.*"),
-        {"num_local_experts": (4, 3)},
-        [("*.mlp.gate.weight", 0, [1])],
-    ),
-    "experts and their channels": Case(
-        (mixture(QWEN2_MOE), QWEN2_MOE),
+        whole("*.experts.1.*"), {"num_local_experts": (4, 3)}, [("*.mlp.gate.weight", 0, [1])]),
+    "experts and their channels": Case((mixture(QWEN2_MOE), QWEN2_MOE),
         [*channels([0, 6], "*.experts.*"), *whole("*.experts.2.*")],
-        {"num_experts": (4, 3), "moe_intermediate_size": (7, 5)},
-        [("*.mlp.gate.weight", 0, [2])],
-    ),
-    "channels of a shared expert": Case(
-        (mixture(QWEN2_MOE), QWEN2_MOE),
-        channels([1], "*.shared_expert"),
-        {"shared_expert_intermediate_size": (8, 7)},
-    ),
+        {"num_experts": (4, 3), "moe_intermediate_size": (7, 5)}, [("*.mlp.gate.weight", 0, [2])]),
+    "channels of a shared expert": Case((mixture(QWEN2_MOE), QWEN2_MOE), channels([1], "*.shared_expert"),
+        {"shared_expert_intermediate_size": (8, 7)}),
     "channels of the layers that have no experts": Case(
-        (mixture(QWEN3_MOE, dense=[0]), {**QWEN3_MOE, "mlp_only_layers": [0]}),
-        channels([1], f"{L0}.mlp"),
-        {"intermediate_size": (10, 9)},
-    ),
-    "experts of mixtral": Case(
-        (mixtral(), MIXTRAL),
+        (mixture(QWEN3_MOE, dense=[0]), {**QWEN3_MOE, "mlp_only_layers": [0]}), channels([1], f"{L0}.mlp"),
+        {"intermediate_size": (10, 9)}),
+    "experts of mixtral": Case((mixtral(), MIXTRAL),
         [("*.w[13].weight", 0, [5]), ("*.w2.weight", 1, [5]), *whole("*.experts.0.*")],
-        {"num_local_experts": (4, 3), "intermediate_size": (10, 9)},
-        [("*.gate.weight", 0, [0])],
-    ),
-    "experts of llama4": Case(
-        (llama4(), LLAMA4),
-        [("*.experts.*", 0, [0, 2, 3])],
-        {"num_local_experts": (4, 1)},
-        [("*.router.weight", 0, [0, 2, 3])],
-    ),
+        {"num_local_experts": (4, 3), "intermediate_size": (10, 9)}, [("*.gate.weight", 0, [0])]),
+    "experts of llama4": Case((llama4(), LLAMA4), [("*.experts.*", 0, [0, 2, 3])],
+        {"num_local_experts": (4, 1)}, [("*.router.weight", 0, [0, 2, 3])]),
     "channels of llama4's experts, of which the shared one is as wide": Case(
         (llama4(), LLAMA4),
         [
@@ -193,29 +156,21 @@ CASES: dict[str, Case] = {
     "channels of llama4's other layers": Case(
         (llama4(), LLAMA4), channels([0, 1], f"{L0}.feed_forward"), {"intermediate_size_mlp": (14, 12)}
     ),
-    "experts of each group": Case(
-        (deepseek(), DEEPSEEK),
-        whole("*.1.mlp.experts.[07].*", "*.2.mlp.experts.[24].*"),
-        {"n_routed_experts": (8, 6)},
-        [("*.1.mlp.gate.*", 0, [0, 7]), ("*.2.mlp.gate.*", 0, [2, 4])],
-    ),
+    "experts of each group": Case((deepseek(), DEEPSEEK),
+        whole("*.1.mlp.experts.[07].*", "*.2.mlp.experts.[24].*"), {"n_routed_experts": (8, 6)},
+        [("*.1.mlp.gate.*", 0, [0, 7]), ("*.2.mlp.gate.*", 0, [2, 4])]),
     "experts of groups that serve together": Case(
-        (deepseek(), {**DEEPSEEK, "topk_group": 2, "num_experts_per_tok": 6}),
-        whole("*.mlp.experts.[07].*"),
-        {"n_routed_experts": (8, 6)},
-        [("*.mlp.gate.*", 0, [0, 7])],
-    ),
+        (deepseek(), {**DEEPSEEK, "topk_group": 2, "num_experts_per_tok": 6}), whole("*.mlp.experts.[07].*"),
+        {"n_routed_experts": (8, 6)}, [("*.mlp.gate.*", 0, [0, 7])]),
     "a whole group of experts": Case(
         (deepseek(), DEEPSEEK),
         whole("*.1.mlp.experts.[0123].*", "*.2.mlp.experts.[4567].*"),
         {"n_routed_experts": (8, 4), "n_group": (2, 1)},
         [("*.1.mlp.gate.*", 0, range(4)), ("*.2.mlp.gate.*", 0, range(4, 8))],
     ),
-    "channels of experts and as many for each shared one": Case(
-        (deepseek(), DEEPSEEK),
+    "channels of experts and as many for each shared one": Case((deepseek(), DEEPSEEK),
         [*channels([1], "*.experts.*"), *channels([0, 1], "*.shared_experts")],
-        {"moe_intermediate_size": (7, 6)},
-    ),
+        {"moe_intermediate_size": (7, 6)}),
     "latent heads": Case(
         (deepseek(), DEEPSEEK),
         [
@@ -229,33 +184,24 @@ CASES: dict[str, Case] = {
     "channels that the config has null for": Case(
         (gpt2(), {**GPT2, "n_inner": None}), N_INNER, {"n_inner": (None, 31)}
     ),
-    "channels of an encoder": Case(
-        (encoder(), BERT),
+    "channels of an encoder": Case((encoder(), BERT),
         [("*.intermediate.dense.*", 0, [0]), ("*.[01].output.dense.weight", 1, [0])],
-        {"intermediate_size": (10, 9)},
-    ),
-    "heads of a picture encoder": Case(
-        (picture_encoder(), VIT),
+        {"intermediate_size": (10, 9)}),
+    "heads of a picture encoder": Case((picture_encoder(), VIT),
         [("*.attention.attention.*", 0, [2, 3]), ("*.attention.output.dense.weight", 1, [2, 3])],
-        {"num_attention_heads": (4, 3), "head_dim": (None, 2)},
-    ),
+        {"num_attention_heads": (4, 3), "head_dim": (None, 2)}),
     "channels under a nested config": Case(
         (pictures(), PICTURES), channels([9], "language*.mlp"), {"text_config.intermediate_size": (10, 9)}
     ),
-    "heads under a nested config": Case(
-        (pictures(), PICTURES),
-        heads([0, 1], [0], "language*.self_attn"),
-        {f"text_config.{key}": change for key, change in FEWER.items()},
-    ),
+    "heads under a nested config": Case((pictures(), PICTURES), heads([0, 1], [0], "language*.self_attn"),
+        {f"text_config.{key}": change for key, change in FEWER.items()}),
     "a layer": Case((decoder(LLAMA), LLAMA), whole(f"{L1}.*"), {"num_hidden_layers": (3, 2)}),
     "layers whose names begin with them": Case(
         (decoder(LLAMA, ""), LLAMA), whole("layers.0.*", "layers.2.*"), {"num_hidden_layers": (3, 1)}
     ),
-    "a layer, and channels of the others": Case(
-        (decoder(LLAMA), LLAMA),
+    "a layer, and channels of the others": Case((decoder(LLAMA), LLAMA),
         [*channels([4], "*.[12].mlp"), *whole(f"{L0}.*")],
-        {"num_hidden_layers": (3, 2), "intermediate_size": (10, 9)},
-    ),
+        {"num_hidden_layers": (3, 2), "intermediate_size": (10, 9)}),
     "a layer with its experts, and experts of the others": Case(
         (mixture(QWEN3_MOE), QWEN3_MOE),
         whole(f"{L0}.*", f"{L1}.mlp.experts.0.*"),
@@ -271,7 +217,7 @@ CASES: dict[str, Case] = {
     "a layer under a nested config": Case(
         (pictures(), PICTURES), whole("language*.layers.0.*"), {"text_config.num_hidden_layers": (2, 1)}
     ),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CASES)

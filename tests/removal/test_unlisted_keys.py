@@ -56,39 +56,27 @@ def test_what_certainly_speaks_of_layers_is_cut(case: str) -> None:
 
 
 TOLD: dict[str, tuple[str, object, str]] = {
-    "layers that something looks at, of which one goes": (
-        "target_layer_ids",
-        [1, 3],
-        f"target_layer_ids {SAID}",
-    ),
+    "layers that something looks at, of which one goes": ("target_layer_ids", [1, 3],
+        f"target_layer_ids {SAID}"),
     "numbers counted from the end": ("target_layer_ids", [-1, 2], f"target_layer_ids {SAID}"),
     "a list of as many numbers": ("window_of", [1, 2, 3, 4, 5, 5], f"window_of {SAID}"),
     "as many numbers as if counted": ("layer_order", [0, 1, 2, 3, 4, 5], f"layer_order {SAID}"),
     "a list of another length": ("layers_block_type", ["a", "b"], f"layers_block_type {SAID}"),
     "an object with all numbers": ("widths", dict.fromkeys(map(str, range(6)), 1), f"widths {SAID}"),
     "an object with other numbers": ("layer_dims", {"0": 1, "9": 2}, f"layer_dims {SAID}"),
-    "modules with numbers": (
-        "dtypes",
-        {"model.layers.3.mlp": "F32"},
-        "dtypes names layers by their numbers, and stays as it is",
-    ),
+    "modules with numbers": ("dtypes", {"model.layers.3.mlp": "F32"},
+        "dtypes names layers by their numbers, and stays as it is"),
     "a text with a letter for each": ("hybrid_override_pattern", "M-M*-M", f"hybrid_override_pattern {SAID}"),
     "a list in an object": ("attn_config", {"windows": SIX}, f"attn_config.windows {SAID}"),
     "a rule": ("full_attention_interval", 4, f"full_attention_interval 4 {SAID}"),
     "a period": ("attn_layer_period", 8, f"attn_layer_period 8 {SAID}"),
     "a pattern": ("sliding_window_pattern", 4, f"sliding_window_pattern 4 {SAID}"),
     "a number of some layers": ("num_kv_shared_layers", 2, f"num_kv_shared_layers 2 {SAID}"),
-    "a count of another name": (
-        "num_decoder_layers",
-        6,
-        "num_decoder_layers is 6, as num_hidden_layers was, and stays as it is",
-    ),
-    "the same in another object": (
-        "llm_config",
-        {"num_hidden_layers": 6},
-        "llm_config.num_hidden_layers is 6, as num_hidden_layers was, and stays as it is",
-    ),
-}
+    "a count of another name": ("num_decoder_layers", 6,
+        "num_decoder_layers is 6, as num_hidden_layers was, and stays as it is"),
+    "the same in another object": ("llm_config", {"num_hidden_layers": 6},
+        "llm_config.num_hidden_layers is 6, as num_hidden_layers was, and stays as it is"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", TOLD)

@@ -401,21 +401,12 @@ KEEPS = "scope.rows prunes nothing: it keeps"
 @pytest.mark.parametrize(
     ("rows", "budget", "why"),
     [
-        (
-            2,
-            "sparsity = 0.25",
-            "2 of 2 blocks in each scope: sparsity 0.25 of 2 rounds to none; 0.5 or more prunes",
-        ),
-        (
-            3,
-            "sparsity = 0.3",
-            "3 of 3 blocks in each scope: sparsity 0.3 of 3 rounds to none; 0.3334 or more prunes",
-        ),
-        (
-            1,
-            "sparsity = 0.9",
-            "1 of 1 block in each scope: sparsity 0.9 of 1 rounds to none; 1 or more prunes",
-        ),
+        (2, "sparsity = 0.25",
+         "2 of 2 blocks in each scope: sparsity 0.25 of 2 rounds to none; 0.5 or more prunes"),
+        (3, "sparsity = 0.3",
+         "3 of 3 blocks in each scope: sparsity 0.3 of 3 rounds to none; 0.3334 or more prunes"),
+        (1, "sparsity = 0.9",
+         "1 of 1 block in each scope: sparsity 0.9 of 1 rounds to none; 1 or more prunes"),
         (2, "nnz = 2", "2 of 2 blocks in each scope: nnz 2 let all survive; nnz 1 or less prunes"),
         (
             8,
@@ -433,13 +424,10 @@ KEEPS = "scope.rows prunes nothing: it keeps"
                 "0.25 or more prunes"
             ),
         ),
-        (
-            8,
-            "nnz = 7\nmultiple_of = 4",
-            "8 of 8 blocks in each scope: nnz and multiple_of 4 let all survive; nnz 4 or less prunes",
-        ),
+        (8, "nnz = 7\nmultiple_of = 4",
+         "8 of 8 blocks in each scope: nnz and multiple_of 4 let all survive; nnz 4 or less prunes"),
     ],
-)
+)  # fmt: skip
 def test_a_rule_that_keeps_all_is_told_with_what_would_prune(rows: int, budget: str, why: str) -> None:
     shapes: Shapes = {"0.up.weight": (rows, 4)}
     assert covered(shapes, BUDGET.replace("BUDGET", budget)).flaws == (f"{KEEPS} {why}",)

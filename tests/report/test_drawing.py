@@ -74,30 +74,22 @@ STRUCTURES: dict[str, tuple[AnyScope, Shapes]] = {
     "square blocks": (BoundScope("s", block((12, 18), (6, 6)), (2, 3)), {"w": (12, 18)}),
     "transposed": (BoundScope("s", block((8, 6), (1, 4), ((6, 8), (1, 6), 0)), (1, 2)), {"w": (8, 6)}),
     "slice of rows": (BoundScope("s", block((9, 4), (1, 2), ((4, 4), (4, 1), 8)), (2, 2)), {"w": (9, 4)}),
-    "slice of columns": (
-        BoundScope("s", block((4, 12), (1, 1), ((4, 4), (12, 1), 6)), (1, 2)),
-        {"w": (4, 12)},
-    ),
-    "every second column": (
-        BoundScope("s", block((4, 8), (1, 1), ((4, 4), (8, 2), 1)), (1, 2)),
-        {"w": (4, 8)},
-    ),
-    "dimensions that interleave": (
-        BoundScope("s", block((8,), (1, 1), ((2, 3), (3, 2), 0)), (2, 1)),
-        {"w": (8,)},
-    ),
+    "slice of columns": (BoundScope("s", block((4, 12), (1, 1), ((4, 4), (12, 1), 6)), (1, 2)),
+        {"w": (4, 12)}),
+    "every second column": (BoundScope("s", block((4, 8), (1, 1), ((4, 4), (8, 2), 1)), (1, 2)),
+        {"w": (4, 8)}),
+    "dimensions that interleave": (BoundScope("s", block((8,), (1, 1), ((2, 3), (3, 2), 0)), (2, 1)),
+        {"w": (8,)}),
     "flattened": (BoundScope("s", block((4, 6), (8,), ((24,), (1,), 0)), (3,)), {"w": (4, 6)}),
     "vector": (BoundScope("s", block((12,), (2,)), (3,)), {"w": (12,)}),
     "number": (BoundScope("s", block((), ()), ()), {"w": ()}),
     "filters": (BoundScope("s", block((8, 3, 2, 2), (1, 3, 2, 2)), (4, 1, 1, 1)), {"w": (8, 3, 2, 2)}),
-    "channels": (
-        BoundScope("s", channels(), (3, 1)),
-        {"gate": (6, 10), "up": (6, 10), "bias": (6,), "down": (10, 6)},
-    ),
+    "channels": (BoundScope("s", channels(), (3, 1)),
+        {"gate": (6, 10), "up": (6, 10), "bias": (6,), "down": (10, 6)}),
     "heads": (BoundScope("s", heads(), (2, 1, 1)), {"q": (12, 4), "k": (4, 4), "o": (4, 12)}),
     "experts": (experts(), {"up": (3, 8, 4)} | {f"down{number}": (4, 8) for number in range(3)}),
     "unlike scopes": (unlike_scopes(), {"a": (4, 6), "b": (6, 4)}),
-}
+}  # fmt: skip
 LEAVES = [(name, number) for name, (scope, _) in STRUCTURES.items() for number in range(len(scope.leaves))]
 
 

@@ -44,29 +44,20 @@ def test_names_are_selected_by_patterns_in_their_order(
     ("match", "exclude", "text"),
     [
         (["lm_haed.*"], [], '--match lm_haed.*: matches none of 5 tensors, such as "lm_head.weight"'),
-        (
-            ["model.layers"],
-            [],
-            "--match model.layers: matches none of 5 tensors; did you mean model.layers.**?",
-        ),
-        (
-            ["model.layers."],
-            [],
-            "--match model.layers.: matches none of 5 tensors; did you mean model.layers.**?",
-        ),
+        (["model.layers"], [],
+         "--match model.layers: matches none of 5 tensors; did you mean model.layers.**?"),
+        (["model.layers."], [],
+         "--match model.layers.: matches none of 5 tensors; did you mean model.layers.**?"),
         (["qqq"], [], '--match qqq: matches none of 5 tensors, such as "model.embed.weight"'),
-        (
-            ["lm_head.weight", "qqq"],
-            [],
-            '--match qqq: matches none of 5 tensors, such as "model.embed.weight"',
-        ),
+        (["lm_head.weight", "qqq"], [],
+         '--match qqq: matches none of 5 tensors, such as "model.embed.weight"'),
         ([], ["**"], "--exclude: of 5 tensors none is left; exclude fewer"),
         (["lm_head.*"], ["**"], "--match and --exclude: of 5 tensors none is left; exclude fewer"),
         (["{"], [], "--match {: character 1: { opens a capture that no } closes: write"),
         ([], ["***"], "--exclude ***: character 1: *** has no meaning"),
         ([""], [], "--match : the pattern is empty"),
     ],
-)
+)  # fmt: skip
 def test_a_pattern_that_selects_nothing_is_told(match: list[str], exclude: list[str], text: str) -> None:
     with pytest.raises(SparsepruneError) as raised:
         selected(NAMES, match, exclude)
@@ -87,24 +78,12 @@ def tensor(name: str, **facts: Any) -> InspectedTensor:
 
 
 TENSORS = [
-    tensor(
-        "h.10.w",
-        numel=8,
-        sparsity=0.5,
-        dtype="F32",
-        zero_blocks={"4x4": ZeroBlocks(zero=3, of=9)},
-        shape=(2, 4),
-    ),
+    tensor("h.10.w", numel=8, sparsity=0.5, dtype="F32", zero_blocks={"4x4": ZeroBlocks(zero=3, of=9)},
+        shape=(2, 4)),
     tensor("h.9.w", numel=8, dtype="BF16", shape=(8,)),
-    tensor(
-        "h.1.w",
-        numel=9,
-        sparsity=0.0,
-        dtype="F32",
-        zero_blocks={"4x4": ZeroBlocks(zero=1, of=9)},
-        shape=(3, 3),
-    ),
-]
+    tensor("h.1.w", numel=9, sparsity=0.0, dtype="F32", zero_blocks={"4x4": ZeroBlocks(zero=1, of=9)},
+        shape=(3, 3)),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -125,34 +125,24 @@ def test_a_document_with_more_than_the_schema_has_is_refused() -> None:
 
 AT = "at [0, 3] (element [0, 12])"
 FAILING = [
-    (
-        tensor_of(),
-        "12 of 3,072 scopes of scope.proj hold more than 2 non-zero blocks",
-        f"the first {AT} has 3",
-    ),
+    (tensor_of(), "12 of 3,072 scopes of scope.proj hold more than 2 non-zero blocks",
+     f"the first {AT} has 3"),
     (
         tensor_of(broken=1, scopes=1, nnz=1, torn=1),
         "1 of 1 scope of scope.proj holds more than 1 non-zero block",
         f"the first {AT} has 3",
         "1 fused block is not zero here but zero in another tensor",
     ),
-    (
-        tensor_of(nnz=None, torn=5),
-        "12 of 3,072 scopes of scope.proj hold too many non-zero blocks",
-        f"the first {AT} has 3 where 2 may be",
-        "5 fused blocks are not zero here but zero in another tensor",
-    ),
-    (
-        UNDER_THRESHOLD,
-        "12 of 3,072 blocks of scope.proj are not zero though they score less than 0.5",
-        f"the first is {AT}",
-    ),
+    (tensor_of(nnz=None, torn=5), "12 of 3,072 scopes of scope.proj hold too many non-zero blocks",
+     f"the first {AT} has 3 where 2 may be", "5 fused blocks are not zero here but zero in another tensor"),
+    (UNDER_THRESHOLD, "12 of 3,072 blocks of scope.proj are not zero though they score less than 0.5",
+     f"the first is {AT}"),
     (
         replace(UNDER_THRESHOLD, broken=1, threshold=None),
         "1 of 3,072 blocks of scope.proj is not zero though it scores less than the threshold",
         f"the first is {AT}",
     ),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("tensor", "facts"), [(tensor, facts) for tensor, *facts in FAILING])

@@ -38,10 +38,8 @@ def problems_of(text: str) -> list[str]:
 # What a spec holds -> what is said of it.
 HOSTILE = {
     "a key of many parts": ("version = 1\n" + "a." * 50_000 + "b = 1", "the key on line 2 has more than 100"),
-    "a table of many parts": (
-        "version = 1\n\n[" + "a." * 50_000 + "b]",
-        "the key on line 3 has more than 100",
-    ),
+    "a table of many parts": ("version = 1\n\n[" + "a." * 50_000 + "b]",
+        "the key on line 3 has more than 100"),
     "quoted parts": ("version = 1\n" + '"a" . ' * 200 + "b = 1", "the key on line 2 has more than 100"),
     "a key in an inline table": ("x = {" + "a." * 200 + "b = 1}", "the key on line 1 has more than 100"),
     "lists in lists": ("x = " + "[" * 50_000 + "]" * 50_000, "nested too deeply"),
@@ -59,16 +57,14 @@ HOSTILE = {
         "version = 1" + RULE + "".join(f'[block.b{n}]\ntensors = "x"\nshape = [1]\n' for n in range(9_000)),
         "there are more problems than these",
     ),
-    "many unknown keys": (
-        "version = 1" + RULE + "".join(f"k{n} = 1\n" for n in range(50_000)),
-        "unknown key",
-    ),
+    "many unknown keys": ("version = 1" + RULE + "".join(f"k{n} = 1\n" for n in range(50_000)),
+        "unknown key"),
     "many vars in a circle": (
         "version = 1\n[vars]\n" + "".join(f'v{n} = "v{(n + 1) % 9_000}"\n' for n in range(9_000)) + RULE,
         "this depends on itself",
     ),
     "control characters": ('version = 1\n"\\u001b[2J\\n\\u0007" = 1' + RULE, "unknown key"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", HOSTILE)

@@ -69,14 +69,10 @@ MATCHES = [
 
 NO_PATTERNS = [
     ("", "the pattern is empty: write the name of a tensor, with captures or *"),
-    (
-        "a.{layer",
-        "character 3: { opens a capture that no } closes: write {name}, {name:this|that} or {name:**}",
-    ),
-    (
-        "a.{b{c}",
-        "character 3: { opens a capture that no } closes: write {name}, {name:this|that} or {name:**}",
-    ),
+    ("a.{layer",
+     "character 3: { opens a capture that no } closes: write {name}, {name:this|that} or {name:**}"),
+    ("a.{b{c}",
+     "character 3: { opens a capture that no } closes: write {name}, {name:this|that} or {name:**}"),
     ("a}.b", "character 2: } closes a capture that no { opens"),
     ("a.{}", "character 3: the capture has no name: write letters, digits and _, such as {layer}"),
     ("{1st}", 'character 1: "1st" is no name: write letters, digits and _, such as {layer}'),
@@ -89,7 +85,7 @@ NO_PATTERNS = [
     ("{x:a*}", 'character 1: {x:a*} has the word "a*": write whole words such as {x:gate|up}'),
     ("a.***", "character 3: *** has no meaning: * matches inside a piece, ** across pieces"),
     ("{x}.{x:a|b}", "character 5: {x} was captured before: give its form at the first place only"),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("pattern", "name", "captures"), MATCHES)
