@@ -16,26 +16,10 @@ pytestmark = pytest.mark.usefixtures("quiet_transformers")
 
 LENGTH, SEQUENCES = 14, 6
 FAMILIES = [
-    "llama",
-    "llama_without_head",
-    "qwen3",
-    "gemma",
-    "gemma3_with_pictures",
-    "phi3",
-    "gpt2",
-    "mixtral",
-    "mixtral_of_two",
-    "deberta_v2",
-    "deberta_v2_with_keys_of_positions",
-    "albert",
-    "t5",
-    "qwen3_moe",
-    "deepseek_v3",
-    "gpt_oss",
-    "llama4",
-    "bert",
-    "bert_for_masked_lm",
-]
+    "llama", "llama_without_head", "qwen3", "gemma", "gemma3_with_pictures", "phi3", "gpt2", "mixtral",
+    "mixtral_of_two", "deberta_v2", "deberta_v2_with_keys_of_positions", "albert", "t5", "qwen3_moe",
+    "deepseek_v3", "gpt_oss", "llama4", "bert", "bert_for_masked_lm",
+]  # fmt: skip
 
 
 def calibrate(folder: Path, out: Path, *words: object) -> Any:

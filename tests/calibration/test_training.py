@@ -89,12 +89,8 @@ def test_stacks_that_lie_transposed_in_the_file_are_turned_as_the_weights_are(tm
     text = {**DECODER, "moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}
     text["rope_parameters"] = {"rope_type": "default", "mrope_section": [1, 1, 2]}
     tower: dict[str, Any] = {
-        "depth": 1,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_heads": 4,
-        "out_hidden_size": 32,
-    }
+        "depth": 1, "hidden_size": 32, "intermediate_size": 48, "num_heads": 4, "out_hidden_size": 32,
+    }  # fmt: skip
     tower |= {"patch_size": 4, "deepstack_visual_indexes": [0], "num_position_embeddings": 16}
     config = transformers.Qwen3VLMoeConfig(text_config=text, vision_config=tower)
     transformers.Qwen3VLMoeForConditionalGeneration(config).save_pretrained(tmp_path)

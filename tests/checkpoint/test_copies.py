@@ -41,25 +41,17 @@ COPIES = [
 ]
 KEPT = [
     *(
-        "config.json",
-        "tokenizer.json",
-        "tokenizer.model",
-        "spiece.model",
-        "vocab.bin",
+        "config.json", "tokenizer.json", "tokenizer.model", "spiece.model", "vocab.bin",
         "generation_config.json",
     ),
     *("training_args.bin", "optimizer.pt", "scheduler.pt", "scaler.bin", "rng_state_0.pth", "optimizer.bin"),
     *("random_states_0.pkl", "mm_projector.bin", "original/params.json", "original/tokenizer.model"),
     *(
-        "onnx/config.json",
-        "modeling_x.py",
-        "images/model.png",
-        "README.md",
-        "latest",
+        "onnx/config.json", "modeling_x.py", "images/model.png", "README.md", "latest",
         "openvino_tokenizer.bin",
     ),
     *("openvino_detokenizer.xml", "value_head.bin", "adapter_model.bin", "adapter_config.json"),
-]
+]  # fmt: skip
 
 
 def test_copies_in_other_formats_are_told_from_small_files_by_their_names(tmp_path: Path) -> None:

@@ -201,12 +201,9 @@ def test_an_output_of_masks_takes_no_weights_and_one_without_masks_no_masks(tmp_
         output.write_mask("a", 3, b"no place at all")
     stage(lay_out_masks(open_checkpoint(sharded(tmp_path)), None, "ab", "packed"))
     assert names_in(tmp_path / "ckpt-masks") == [
-        "masks-00001-of-00002.safetensors",
-        "masks-00002-of-00002.safetensors",
-        "masks.safetensors.index.json",
-        "report.json",
-        "spec.toml",
-    ]
+        "masks-00001-of-00002.safetensors", "masks-00002-of-00002.safetensors",
+        "masks.safetensors.index.json", "report.json", "spec.toml",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("make", [directory, single])

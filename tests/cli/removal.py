@@ -137,12 +137,9 @@ CASES = {
     "channels of experts": Case("moe-expert-channels", (), {"intermediate_size": 12}, mixed=True),
 }
 DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
-}
+}  # fmt: skip
 
 
 def read(folder: Path) -> Tensors:

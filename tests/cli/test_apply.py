@@ -42,12 +42,9 @@ def test_a_file_is_pruned_beside_itself(tmp_path: Path, dtype: torch.dtype) -> N
     said = ok("apply", tmp_path / "m.safetensors", write_spec(tmp_path, TWO_OF_FOUR))
     assert said.out == f"{tmp_path / 'm.pruned.safetensors'}\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "m.pruned.masks.safetensors",
-        "m.pruned.report.json",
-        "m.pruned.safetensors",
-        "m.safetensors",
+        "m.pruned.masks.safetensors", "m.pruned.report.json", "m.pruned.safetensors", "m.safetensors",
         "spec.toml",
-    ]
+    ]  # fmt: skip
     pruned = load_file(tmp_path / "m.pruned.safetensors")
     masks = sparseprune.load_masks(tmp_path / "m.pruned.masks.safetensors")
     assert masks.keys() == {name for name in tensors if name.endswith("weight")}
@@ -183,12 +180,9 @@ def test_mask_writes_masks_alone_and_they_are_those_of_apply(tmp_path: Path, sha
     said = run("mask", sharded, spec)
     assert (said.code, said.out) == (0, f"{tmp_path / 'ckpt-masks'}\n")
     assert sorted(path.name for path in (tmp_path / "ckpt-masks").iterdir()) == [
-        "masks-00001-of-00002.safetensors",
-        "masks-00002-of-00002.safetensors",
-        "masks.safetensors.index.json",
-        "report.json",
-        "spec.toml",
-    ]
+        "masks-00001-of-00002.safetensors", "masks-00002-of-00002.safetensors",
+        "masks.safetensors.index.json", "report.json", "spec.toml",
+    ]  # fmt: skip
     ok("apply", sharded, spec)
     alone, beside = (
         sparseprune.load_masks(tmp_path / "ckpt-masks"),

@@ -357,19 +357,11 @@ def test_a_folder_of_components_names_those_that_can_be_given(tmp_path: Path) ->
 @pytest.mark.parametrize(
     "place",
     [
-        "../elsewhere/x.safetensors",
-        "{elsewhere}/x.safetensors",
-        "sub/../../elsewhere/x.safetensors",
-        "sub\\x.safetensors",
-        "",
-        ".",
-        "\0.safetensors",
-        "y" * 300 + ".safetensors",
-        ".git/x.safetensors",
-        "absent.safetensors",
-        "link/x.safetensors",
+        "../elsewhere/x.safetensors", "{elsewhere}/x.safetensors", "sub/../../elsewhere/x.safetensors",
+        "sub\\x.safetensors", "", ".", "\0.safetensors", "y" * 300 + ".safetensors", ".git/x.safetensors",
+        "absent.safetensors", "link/x.safetensors",
     ],
-)
+)  # fmt: skip
 @pytest.mark.parametrize("command", ["apply", "mask", "plan", "inspect", "verify", "compare", "reapply"])
 def test_an_index_never_leads_out_of_its_folder(tmp_path: Path, command: str, place: str) -> None:
     store(tmp_path / "elsewhere" / "x.safetensors", W)

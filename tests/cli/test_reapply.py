@@ -359,12 +359,9 @@ def test_a_killed_run_is_not_continued_with_other_masks_or_input(
 
 
 OPTIONS = {
-    "--no-masks": "the options",
-    "--mask-format bool": "the options",
-    "--partial": "the options",
-    "--jobs 1": "",
-    "-v": "",
-}
+    "--no-masks": "the options", "--mask-format bool": "the options", "--partial": "the options",
+    "--jobs 1": "", "-v": "",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("option", OPTIONS)

@@ -42,18 +42,10 @@ def shell(folder: Path, words: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     "words",
     [
-        "inspect pruned",
-        "inspect pruned --json",
-        "verify pruned 2of4",
-        "compare decoder pruned --csv",
-        "plan decoder 2of4",
-        "specs",
-        "specs 2of4",
-        "--help",
-        "apply --help",
-        "--version",
+        "inspect pruned", "inspect pruned --json", "verify pruned 2of4", "compare decoder pruned --csv",
+        "plan decoder 2of4", "specs", "specs 2of4", "--help", "apply --help", "--version",
     ],
-)
+)  # fmt: skip
 def test_a_result_that_cannot_be_written_is_the_machines_error(folder: Path, words: str) -> None:
     said = shell(folder, f"{words} > /dev/full")
     assert (said.returncode, said.stderr.splitlines()) == (3, [FULL])

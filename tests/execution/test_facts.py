@@ -32,22 +32,10 @@ def test_the_last_dimension_is_meant_where_none_is_named() -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "",
-        "2",
-        "2:",
-        ":4",
-        "4:4",
-        "5:4",
-        "0:0",
-        "-1:4",
-        "2:4@",
-        "2:4@x",
-        "2:4@--1",
-        "2:4:8",
-        "2 :4",
+        "", "2", "2:", ":4", "4:4", "5:4", "0:0", "-1:4", "2:4@", "2:4@x", "2:4@--1", "2:4:8", "2 :4",
         "2:4@1.5",
     ],
-)
+)  # fmt: skip
 def test_what_is_no_pattern_is_refused_with_an_example(text: str) -> None:
     with pytest.raises(
         SparsepruneError, match="wanted N:M with N less than M, such as 2:4, or N:M@AXIS"

@@ -194,12 +194,9 @@ def test_as_many_query_heads_of_every_key_value_head_are_cut_out(family: str, tm
 
 
 EXPERTS = {
-    "mixtral": "moe-experts",
-    "qwen2_moe": "moe-experts",
-    "qwen3_moe": "moe-experts",
-    "gpt_oss": "gpt-oss-experts",
-    "llama4": "llama4-experts",
-}
+    "mixtral": "moe-experts", "qwen2_moe": "moe-experts", "qwen3_moe": "moe-experts",
+    "gpt_oss": "gpt-oss-experts", "llama4": "llama4-experts",
+}  # fmt: skip
 
 
 @contextmanager

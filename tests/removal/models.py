@@ -48,12 +48,9 @@ LLAMA4: Config = {
 }
 GPT2: Config = {"model_type": "gpt2", "n_embd": 8, "n_layer": 2, "n_head": 4}
 BERT: Config = {
-    "model_type": "bert",
-    "hidden_size": 8,
-    "intermediate_size": 10,
-    "num_hidden_layers": 2,
+    "model_type": "bert", "hidden_size": 8, "intermediate_size": 10, "num_hidden_layers": 2,
     "num_attention_heads": 4,
-}
+}  # fmt: skip
 VIT: Config = {**BERT, "model_type": "vit"}
 PHI3: Config = {**LLAMA, "model_type": "phi3", "num_hidden_layers": 1, "pad_token_id": 0}
 PICTURES: Config = {

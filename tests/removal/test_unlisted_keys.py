@@ -131,12 +131,8 @@ def test_a_list_of_as_many_entries_as_there_are_many_layers_has_one_for_each() -
 def test_a_second_copy_beside_the_nested_config_changes_with_it() -> None:
     inner: dict[str, Any] = {**SIZES, "model_type": "llama", "layer_windows": SIX}
     beside = {
-        "num_hidden_layers": 6,
-        "layer_windows": SIX,
-        "hidden_size": 24,
-        "mm_layers": 6,
-        "vision_layers": 6,
-    }
+        "num_hidden_layers": 6, "layer_windows": SIX, "hidden_size": 24, "mm_layers": 6, "vision_layers": 6,
+    }  # fmt: skip
     config = {"model_type": "llava", "text_config": inner, **beside}
     removal = without_layers(config, [1, 4])
     assert removal.config is not None

@@ -12,12 +12,9 @@ from sparseprune.report.inspection import flat, natural, ordered, selected
 from sparseprune.results.measuring import InspectedTensor, RuntimeVerdict, ZeroBlocks
 
 NAMES = (
-    "model.embed.weight",
-    "model.layers.0.up.weight",
-    "model.layers.1.up.weight",
-    "model.layers.1.up.bias",
+    "model.embed.weight", "model.layers.0.up.weight", "model.layers.1.up.weight", "model.layers.1.up.bias",
     "lm_head.weight",
-)
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -184,12 +184,8 @@ def test_other_ranks_say_which_dimensions_are_shown() -> None:
 def test_what_lies_outside_a_view_is_a_dot() -> None:
     bound = block("w", (4, 4), (1, 1), ((2, 4), (4, 1), 4))
     assert drawn(BoundScope("s", bound, (1, 4)), {"w": (4, 4)})[2:7] == [
-        "4x4 from [1, 0]",
-        "  0  1  2  3",
-        "1 a0 a1 a2 a3",
-        "2 b0 b1 b2 b3",
-        "3 ·  ·  ·  ·",
-    ]
+        "4x4 from [1, 0]", "  0  1  2  3", "1 a0 a1 a2 a3", "2 b0 b1 b2 b3", "3 ·  ·  ·  ·",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("width", [60, 80, 120, 200])

@@ -425,16 +425,10 @@ def test_what_is_not_toml_is_refused_with_the_place(text: str, place: str) -> No
 @pytest.mark.parametrize(
     "value",
     [
-        "1" * 5000,
-        "0x" + "f" * 5000,
-        "[" * 900 + "]" * 900,
-        "[" * 20_000 + "]" * 20_000,
-        "1979-05-27",
-        "{ a = { b = 1 } }",
-        "-0x1",
-        "1e400",
+        "1" * 5000, "0x" + "f" * 5000, "[" * 900 + "]" * 900, "[" * 20_000 + "]" * 20_000, "1979-05-27",
+        "{ a = { b = 1 } }", "-0x1", "1e400",
     ],
-)
+)  # fmt: skip
 @pytest.mark.parametrize(
     "key", ["version", "scope.x.nnz", "scope.x.sparsity", "scope.x.block", "scope.x.tensors"]
 )
@@ -475,23 +469,10 @@ KEYS = st.sampled_from(
 )
 LEAVES = st.sampled_from(
     [
-        "1",
-        "-1",
-        "0",
-        "2.5",
-        "nan",
-        "true",
-        '""',
-        '"x"',
-        '"y"',
-        '"a.{l}"',
-        '"all"',
-        "[]",
-        "[1]",
-        "[[0]]",
+        "1", "-1", "0", "2.5", "nan", "true", '""', '"x"', '"y"', '"a.{l}"', '"all"', "[]", "[1]", "[[0]]",
         '["x"]',
     ]
-)
+)  # fmt: skip
 TABLES = st.dictionaries(KEYS, LEAVES, max_size=5)
 HEADS = st.sampled_from(
     "block.x block.y block_coupling.x block_coupling.z scope.x scope.z scope_coupling.y zzz".split()

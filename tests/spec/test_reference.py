@@ -21,12 +21,9 @@ REFERENCE = (Path(__file__).parents[2] / "specs" / "README.md").read_text("utf-8
 EXAMPLES = re.findall(r"```toml\n(.*?)```", REFERENCE, re.DOTALL)
 HIDDEN, WIDTH, LAYERS, EXPERTS = 32, 96, 12, 12
 CONFIG = {
-    "hidden_size": HIDDEN,
-    "intermediate_size": WIDTH,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": 8,
+    "hidden_size": HIDDEN, "intermediate_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": 8,
     "num_key_value_heads": 2,
-}
+}  # fmt: skip
 PER_LAYER: dict[str, tuple[int, ...]] = {
     "model.layers.{}.self_attn.q_proj.weight": (HIDDEN, HIDDEN),
     "model.layers.{}.self_attn.k_proj.weight": (HIDDEN // 4, HIDDEN),

@@ -30,21 +30,10 @@ FINE = [
 ]
 
 SLOW = [
-    r"(a+)+b",
-    r"(a*)*b",
-    r"(a|a)*b",
-    r"(a|ab)+c",
-    r"(a?)+b",
-    r"(?>(a+)+)b",
-    r"(a{1,30}){1,30}b",
-    r".*.*.*.*b",
-    r"\w*\w*\w*\w*b",
-    r"(?:.*,){11}P",
-    "a?" * 30 + "a" * 30,
-    r"(?P<x>.*)(?P<y>.*)(?P<z>.*)(?P<u>.*)b",
-    r"([ab]+c?)+d",
-    r"(?i)(a+)A*[a]*[^b]*a*b",
-]
+    r"(a+)+b", r"(a*)*b", r"(a|a)*b", r"(a|ab)+c", r"(a?)+b", r"(?>(a+)+)b", r"(a{1,30}){1,30}b",
+    r".*.*.*.*b", r"\w*\w*\w*\w*b", r"(?:.*,){11}P", "a?" * 30 + "a" * 30,
+    r"(?P<x>.*)(?P<y>.*)(?P<z>.*)(?P<u>.*)b", r"([ab]+c?)+d", r"(?i)(a+)A*[a]*[^b]*a*b",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("text", "name", "captures"), MATCHES)

@@ -146,17 +146,10 @@ def test_what_is_no_view_of_the_tensor_is_refused_with_the_reason(keys: str, lin
 @pytest.mark.parametrize(
     "pattern",
     [
-        "(a q) b -> a q b",
-        "a -> a",
-        "a b -> a",
-        "a b -> a b b",
-        "a & b -> b a",
-        "(a b -> a b",
-        "->",
-        "a b -> a b c",
-        "a b -> b 3",
+        "(a q) b -> a q b", "a -> a", "a b -> a", "a b -> a b b", "a & b -> b a", "(a b -> a b", "->",
+        "a b -> a b c", "a b -> b 3",
     ],
-)
+)  # fmt: skip
 def test_an_einops_pattern_that_does_not_fit_is_a_problem(pattern: str) -> None:
     start = f"s: [scope.s] view: w: pattern {pattern!r} does not fit a tensor of shape [4, 6]: "
     assert problem(f'view = "{pattern}"', 4, 6).startswith(start)
