@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from sparseprune.errors import MachineError
+from tests.checkpoint.files import content
 from tests.commands import ok, python, refused, run
 from tests.faults import failing
 from tests.limits import narrow
@@ -69,10 +70,6 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
 @pytest.mark.parametrize("command", ["apply", "mask"])
 @pytest.mark.parametrize("name", CASES)
 def test_bad_input_is_one_line_and_leaves_nothing(folder: Path, command: str, name: str) -> None:
@@ -81,12 +78,12 @@ def test_bad_input_is_one_line_and_leaves_nothing(folder: Path, command: str, na
     if name == "existing output" and command == "mask":
         (folder / "m.pruned.safetensors").rename(folder / "m.masks.safetensors")
         text = "m.masks.safetensors"
-    before = contents(folder)
+    before = content(folder)
     said = refused(command, folder / "m.safetensors", folder / "spec.toml")
     assert text in said.err
     assert len(said.err.splitlines()) == 1, said.err
     assert said.err.startswith("sparseprune: ")
-    assert contents(folder) == before
+    assert content(folder) == before
 
 
 def test_the_undamaged_neighbour_of_every_case_succeeds(folder: Path) -> None:
@@ -112,11 +109,11 @@ def test_nan_place_counts_from_the_whole_tensor_also_in_a_later_slab(
 
 
 def test_output_equal_to_the_input_is_refused_even_with_force(folder: Path) -> None:
-    before = contents(folder)
+    before = content(folder)
     path = folder / "m.safetensors"
     said = refused("apply", path, folder / "spec.toml", "-o", path, "--force")
     assert "input" in said.err
-    assert contents(folder) == before
+    assert content(folder) == before
 
 
 @pytest.mark.parametrize(
@@ -128,10 +125,10 @@ def test_output_equal_to_the_input_is_refused_even_with_force(folder: Path) -> N
     ],
 )
 def test_device_that_is_not_there_is_a_clear_error(folder: Path, device: str, text: str) -> None:
-    before = contents(folder)
+    before = content(folder)
     said = refused("apply", folder / "m.safetensors", folder / "spec.toml", "--device", device)
     assert text in said.err
-    assert contents(folder) == before
+    assert content(folder) == before
 
 
 def test_force_keeps_the_old_output_when_the_new_one_fails(folder: Path) -> None:
@@ -161,20 +158,20 @@ def test_a_failure_while_writing_leaves_nothing(
         raise error
 
     monkeypatch.setattr("sparseprune.checkpoint.StagedOutput.write_mask", fail)
-    before = contents(folder)
+    before = content(folder)
     said = run("apply", folder / "m.safetensors", folder / "spec.toml")
     assert (said.code, said.out) == (code, "")
     assert said.err.startswith(text)
-    assert contents(folder) == before
+    assert content(folder) == before
 
 
 def test_a_bug_keeps_its_traceback_and_leaves_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("sparseprune.checkpoint.StagedOutput.write_mask", failing(ZeroDivisionError))
-    before = contents(folder)
+    before = content(folder)
     with pytest.raises(ZeroDivisionError):
         run("apply", folder / "m.safetensors", folder / "spec.toml")
-    assert contents(folder) == before
+    assert content(folder) == before
 
 
 def test_debug_shows_the_traceback_and_changes_no_exit_code(folder: Path) -> None:

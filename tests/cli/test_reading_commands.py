@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from sparseprune.checkpoint import StoredTensor, TensorReader
+from tests.cli.interrupted import change
 from tests.commands import ok, python, run
 from tests.faults import failing
 from tests.samples import TWO_OF_FOUR, mlp_tensors, write_spec
@@ -98,27 +98,20 @@ def test_a_check_that_fails_does_not_pass_because_nobody_reads_on(
         assert process.wait() == 1
 
 
-def replace(path: Path) -> None:
-    """By another file of the same bytes and time."""
-    other = path.with_name("other")
-    shutil.copy2(path, other)
-    other.replace(path)
-
-
 # What happens to a file while it is read -> what is said of it.
 CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "written to": (lambda path: os.utime(path, ns=(0, 0)), "it was written to after the run began"),
-    "replaced": (replace, "another file has taken its place"),
+    "replaced": (lambda path: change(path, "replace"), "another file has taken its place"),
     "cut off": (lambda path: os.truncate(path, path.stat().st_size - 1), "while it was read"),
 }
 
 
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("how", CHANGES)
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
 def test_a_file_that_changes_while_it_is_read_is_told_and_nothing_else(
-    folder: Path, words: tuple[str, ...], change: str, monkeypatch: pytest.MonkeyPatch
+    folder: Path, words: tuple[str, ...], how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    act, told = CHANGES[change]
+    act, told = CHANGES[how]
     usual = TensorReader.read_into
     changed: list[Path] = []
 

@@ -30,11 +30,9 @@ def folder(tmp_path: Path) -> Path:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {
-        path.name: path.read_bytes()
-        for path in folder.iterdir()
-        if path.is_file() and "report" not in path.name
-    }
+    """Of all files in it but reports, and of none below."""
+    files = (path for path in folder.iterdir() if path.is_file() and "report" not in path.name)
+    return {path.name: path.read_bytes() for path in files}
 
 
 def thread_limit(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:

@@ -26,6 +26,7 @@ from sparseprune.spec import BoundScope, parse_spec
 from tests import oracle
 from tests.commands import ok, run
 from tests.execution.structures import CASES, FLOATS, INTEGERS, one
+from tests.execution.test_regions import element_at
 from tests.limits import AMPLE, force, narrow
 
 if TYPE_CHECKING:
@@ -82,10 +83,6 @@ def parts_of(instance: BoundInstance) -> Iterator[AnyScope]:
         yield BoundScope(member.label, member.block, (1,) * len(member.shape))
 
 
-def stored_number(leaf: BoundBlock, index: Index) -> int:
-    return leaf.view_offset + sum(a * b for a, b in zip(index, leaf.view_stride, strict=True))
-
-
 def scopes_by_hand(
     check: Check, is_zero: Mapping[str, list[bool]], is_kept: Mapping[str, list[bool]]
 ) -> Iterator[ByHand]:
@@ -120,7 +117,7 @@ def scope_by_hand(
         alive: dict[BoundBlock, bool] = {}
         kept = False
         for leaf, index in block:
-            at = stored_number(leaf, index)
+            at = element_at(leaf, index)
             elements.setdefault(leaf.tensor, []).append(at)
             alive[leaf] = alive.get(leaf, False) or not is_zero[leaf.tensor][at]
             kept = kept or is_kept[leaf.tensor][at]
@@ -272,18 +269,18 @@ def test_what_a_threshold_would_drop_is_found_by_every_strategy_and_cut(tmp_path
                 assert facts(checked(path, spec, jobs)[1]) == wanted, (path.name, strategy, slab)
 
 
-@pytest.mark.parametrize("name", ["2:4", "whole rows", "blocks along rows", "channels", "fused columns"])
-@pytest.mark.parametrize("dtype", [*FLOATS, *INTEGERS], ids=str)
-def test_every_dtype_is_counted(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
-    for path, masks in versions(tmp_path, name, dtype):
-        check, verification = checked(path, CASES[name][0])
-        wanted = by_hand(path, masks, tmp_path / "spec.toml", check)
-        assert facts(verification) == wanted, path.name
+BUDGETS = ("2:4", "whole rows", "blocks along rows", "channels", "fused columns")
+THRESHOLDS = ("a threshold", "a threshold on blocks", "channels by threshold")
 
 
-@pytest.mark.parametrize("name", ["a threshold", "a threshold on blocks", "channels by threshold"])
-@pytest.mark.parametrize("dtype", [*FLOATS, torch.int16], ids=str)
-def test_every_dtype_is_held_against_a_threshold(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [*product(BUDGETS, [*FLOATS, *INTEGERS]), *product(THRESHOLDS, [*FLOATS, torch.int16])],
+    ids=str,
+)
+def test_every_dtype_is_counted_and_held_against_a_threshold(
+    tmp_path: Path, name: str, dtype: torch.dtype
+) -> None:
     for path, masks in versions(tmp_path, name, dtype):
         check, verification = checked(path, CASES[name][0])
         wanted = by_hand(path, masks, tmp_path / "spec.toml", check)

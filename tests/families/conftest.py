@@ -1,6 +1,7 @@
 """All family tests load models of transformers, which keeps quiet meanwhile."""
 
 from collections.abc import Callable
+from functools import cache
 
 import pytest
 
@@ -15,11 +16,9 @@ def _quiet(quiet_transformers: None) -> None:
 @pytest.fixture(scope="module")
 def checkpoint_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Checkpoint]:
     """The checkpoint of a family, made when it is first asked for."""
-    made: dict[str, Checkpoint] = {}
+    return cache(lambda family: make(family, tmp_path_factory.mktemp("dense")))
 
-    def of(family: str) -> Checkpoint:
-        if family not in made:
-            made[family] = make(family, tmp_path_factory.mktemp("dense"))
-        return made[family]
 
-    return of
+@pytest.fixture(scope="module")
+def dense(checkpoint_of: Callable[[str], Checkpoint]) -> Checkpoint:
+    return checkpoint_of("llama")

@@ -10,7 +10,6 @@ from tests.families.checkpoints import (
     Checkpoint,
     changed,
     check_ablation,
-    make,
     prune,
     read,
     surviving,
@@ -19,11 +18,6 @@ from tests.families.checkpoints import (
 from tests.families.models import WIDTH
 
 GATE, DOWN = "model.layers.0.mlp.gate_proj.weight", "model.layers.0.mlp.down_proj.weight"
-
-
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    return make("llama", tmp_path_factory.mktemp("dense"))
 
 
 @pytest.fixture

@@ -14,7 +14,6 @@ from tests.families.checkpoints import (
     by_row,
     changed,
     check_ablation,
-    make,
     prune,
     read,
     surviving,
@@ -25,13 +24,13 @@ from tests.families.models import HEADS, HIDDEN, KV_HEADS, LAYERS, WIDTH
 
 
 @pytest.fixture(scope="module")
-def phi3(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    return make("phi3", tmp_path_factory.mktemp("dense"))
+def phi3(checkpoint_of: Callable[[str], Checkpoint]) -> Checkpoint:
+    return checkpoint_of("phi3")
 
 
 @pytest.fixture(scope="module")
-def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    return make("gpt2", tmp_path_factory.mktemp("dense"))
+def gpt2(checkpoint_of: Callable[[str], Checkpoint]) -> Checkpoint:
+    return checkpoint_of("gpt2")
 
 
 def phi3_channels(tensors: Tensors, layer: int) -> list[torch.Tensor]:

@@ -10,11 +10,6 @@ from tests.families.checkpoints import Checkpoint, changed, make, prune, read
 from tests.families.models import LAYERS
 
 
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    return make("llama", tmp_path_factory.mktemp("dense"))
-
-
 def projections() -> set[str]:
     return {
         f"model.layers.{layer}.{part}_proj.weight"
