@@ -68,14 +68,9 @@ def real_output(words: list[str], folder: Path) -> list[str]:
     """Both streams of a command, as they come where no terminal is, without the progress of slow ones."""
     environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
     done = subprocess.run(
-        [sys.executable, "-m", *words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=True,
-        cwd=folder,
-        env=environment | {"PYTHONPATH": str(ROOT)},
-    )
+        [sys.executable, "-m", *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        check=True, cwd=folder, env=environment | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
     return [line for line in done.stdout.splitlines() if not re.match(r"sparseprune: \w+ \d+%, ", line)]
 
 

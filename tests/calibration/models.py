@@ -26,13 +26,9 @@ def tokenizer() -> Any:
     )
     kind: Any = PreTrainedTokenizerFast
     return kind(
-        tokenizer_object=made,
-        unk_token="[UNK]",
-        cls_token="[CLS]",
-        sep_token="[SEP]",
-        pad_token="[PAD]",
+        tokenizer_object=made, unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]", pad_token="[PAD]",
         model_max_length=64,
-    )
+    )  # fmt: skip
 
 
 def save(model: Any, folder: Path, dtype: torch.dtype = torch.float32) -> Path:

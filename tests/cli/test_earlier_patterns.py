@@ -181,14 +181,7 @@ def test_a_width_that_scopes_do_not_divide_any_more_is_told(tmp_path: Path) -> N
     pruned = tmp_path / "pruned"
     ok("apply", folder, "2of4", "-o", pruned, "-q")
     said = ok(
-        "remove",
-        pruned,
-        "decoder-mlp-channels",
-        "--set",
-        "sparsity=0.1",
-        "--set",
-        "multiple=1",
-        "-o",
+        "remove", pruned, "decoder-mlp-channels", "--set", "sparsity=0.1", "--set", "multiple=1", "-o",
         tmp_path / "out",
-    )
+    )  # fmt: skip
     assert "scope.proj: 2 of 4 no longer fits" in said.err

@@ -19,18 +19,9 @@ from tests.commands import as_data, schema
 QUESTIONS = Questions((Pattern(2, 4), Pattern(1, 4, 0)), (BlockShape(4, 4),))
 NORM = TensorFacts("norm.weight", "F32", (8,), 8, 0, 0, slices=(Zeros(0, 8),), blocks=None)
 HALF = TensorFacts(
-    "h.0.up.weight",
-    "BF16",
-    (64, 64),
-    4096,
-    2048,
-    0,
-    ("2:4", "2:4@0"),
-    (Zeros(1, 64), Zeros(2, 64)),
-    Zeros(1, 64),
-    Zeros(2, 64),
-    {"4x4": Zeros(3, 256)},
-)
+    "h.0.up.weight", "BF16", (64, 64), 4096, 2048, 0, ("2:4", "2:4@0"), (Zeros(1, 64), Zeros(2, 64)),
+    Zeros(1, 64), Zeros(2, 64), {"4x4": Zeros(3, 256)},
+)  # fmt: skip
 DENSE = replace(HALF, name="h.1.up.weight", zeros=0, patterns=(), rows=Zeros(0, 64), columns=Zeros(0, 64))
 PLAIN = replace(DENSE, name="plain", rows=Zeros(0, 64), columns=Zeros(0, 64), blocks={"4x4": Zeros(0, 256)})
 PACKED = TensorFacts("q.weight", "F4", (4, 4), 16, blocks=None)

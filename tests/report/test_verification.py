@@ -53,17 +53,9 @@ def rule_of(name: str = "scope.proj", **facts: Any) -> CheckedRule:
 FINE = tensor_of("b.weight", broken=0, first=None)
 UNDER_THRESHOLD = tensor_of(nnz=None, threshold=0.5, first=place_of(1, None))
 SOFT = rule_of(
-    "scope.soft",
-    instances=1,
-    tensors=3,
-    scopes=0,
-    blocks_per_scope=1,
-    nnz=None,
-    threshold=0.25,
-    broken=0,
-    survivors=(),
-    unchecked="nothing can be told",
-)
+    "scope.soft", instances=1, tensors=3, scopes=0, blocks_per_scope=1, nnz=None, threshold=0.25, broken=0,
+    survivors=(), unchecked="nothing can be told",
+)  # fmt: skip
 
 
 def found_of(*tensors: CheckedTensor, rules: Sequence[CheckedRule] = (rule_of(),)) -> Verification:
