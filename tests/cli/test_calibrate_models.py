@@ -325,8 +325,8 @@ def test_a_template_that_refuses_messages_is_told_with_their_place(home: Path, t
 
 
 def test_a_huge_number_of_sequences_is_as_many_as_the_text_has(home: Path, tmp_path: Path) -> None:
-    (tmp_path / "words.txt").write_text(" ".join(WORDS))
     model = copied(home, "llama", tmp_path / "model")
+    (tmp_path / "words.txt").write_text(" ".join(WORDS))
     arguments = ("--length", 16, "--sequences", 10**18, "--text", tmp_path / "words.txt")
     said = ok("calibrate", model, *arguments, "-o", tmp_path / "out")
     assert f"the text has 3 sequences, fewer than the {10**18} asked for" in said.err
