@@ -70,9 +70,8 @@ def rebuilt(plan: Plan) -> dict[str, Touched]:
 class Earlier:
     """What is known of the patterns of `checkpoint` before a run that touches some of its tensors.
 
-    `spec` is the one that was applied to it, of which `risks` are rules and tensors in which they may be
-    broken, with what they allow; in other tensors patterns were `seen`. With so much memory and so many
-    threads it is looked.
+    `spec` was applied to it; `risks` are its rules and the tensors in which they may be broken, with what
+    they allow. In other tensors patterns were `seen`. A search takes up to `memory` and `workers` threads.
     """
 
     checkpoint: Checkpoint
@@ -124,11 +123,8 @@ class Earlier:
         return [f"{self._rules()} in {broken} of {scopes} scopes, in {where}"]
 
     def _rules(self) -> str:
-        """What the rules at risk are called and allow.
-
-        One rule has one budget for all its instances, more often than not.
-        """
-        return " and ".join(dict.fromkeys(f"{rule}: {told}" for (rule, _), told in self.risks.items()))
+        """The rules at risk and what they allow: each once, as most have one budget for all instances."""
+        return " and ".join(dict.fromkeys(f"{rule}: {nnz}" for (rule, _), nnz in self.risks.items()))
 
     def _verdicts(
         self, checkpoint: Checkpoint, spec: Spec, names: set[tuple[str, str]]
@@ -147,15 +143,11 @@ class Earlier:
 
 
 def earlier_of(
-    checkpoint: Checkpoint,
-    touched: Mapping[str, Touched],
-    spec: Spec | None,
-    limits: tuple[int, int],
+    checkpoint: Checkpoint, touched: Mapping[str, Touched], spec: Spec | None, limits: tuple[int, int]
 ) -> Earlier:
-    """What a run that touches these tensors may break; `limits` are memory and threads to look with.
+    """What a run that touches these tensors may break; `limits` are memory and threads for the search.
 
-    `spec` is the one that was applied to the checkpoint, None without one. Some bytes of tensors are looked
-    at in which it tells nothing.
+    `spec` was applied to the checkpoint, if any was. Patterns of other tensors are found by some bytes.
     """
     risks: dict[tuple[str, str], str] = {}
     reached: tuple[str, ...] = ()

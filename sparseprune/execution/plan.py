@@ -82,7 +82,7 @@ class InputFiles:
         return tuple(found)
 
     def raise_if_any(self) -> None:
-        """SpecError with every problem that was noted; where much is missing one line tells it."""
+        """SpecError with every problem that was noted; where much is missing one line says so."""
         for (rule, role, path), names in self._missing.items():
             file = self._files[path]
             told = names if len(names) <= _MOST_TOLD else names[:1]
@@ -219,11 +219,8 @@ def _nearest(name: str, names: list[str]) -> str:
     return f"; the nearest name is {close[0]}" if close else ""
 
 
-def _blocks(scope: AnyScope) -> Iterator[AnyBlock]:
-    if isinstance(scope, BoundScope):
-        yield scope.block
-    else:
-        yield from (member.block for member in scope.members)
+def _blocks(scope: AnyScope) -> list[AnyBlock]:
+    return [member.block for member in ((scope,) if isinstance(scope, BoundScope) else scope.members)]
 
 
 def taking_part(

@@ -19,7 +19,7 @@ from sparseprune.engine.kernels.formats import FORMATS
 from sparseprune.engine.kernels.selecting import count_lost, drop
 from sparseprune.errors import CheckpointError
 from sparseprune.execution.passes import Chunk, Outcomes, Pass
-from sparseprune.execution.regions import Region, Resident, Resources, limits_of
+from sparseprune.execution.regions import Resident, Resources, limits_of, regions_in
 from sparseprune.execution.runner import (
     Job,
     Record,
@@ -39,17 +39,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
-    from sparseprune.checkpoint import (
-        Checkpoint,
-        MaskSet,
-        Provenance,
-        Sink,
-        Source,
-        StoredMask,
-        StoredTensor,
-    )
+    from sparseprune.checkpoint import Checkpoint, MaskSet, Provenance, Sink, Source, StoredMask, StoredTensor
     from sparseprune.engine.kernels.counting import Tally
-    from sparseprune.execution.regions import Limits
+    from sparseprune.execution.regions import Limits, Region
     from sparseprune.execution.runner import Progress
     from sparseprune.execution.tensor_io import Loaded, Mask
 
@@ -296,7 +288,7 @@ def _regions(pair: Pair, elements: int) -> Iterator[Region]:
     """All elements of a tensor, as they lie in the storage."""
     name, numel = pair.stored.name, pair.stored.numel
     leaf = BoundBlock(name, name, (numel,), (1,), 0, (1,))
-    return (Region(leaf, (at,), (min(elements, numel - at),)) for at in range(0, numel, elements))
+    return regions_in(leaf, elements)
 
 
 def _unfit(here: Path, there: Path, pairs: Sequence[Pair]) -> Iterator[str]:

@@ -168,10 +168,7 @@ class _Piece:
         )
 
     def _refuse_unseen(self) -> None:
-        """SparsityError where nothing was seen of a matrix's inputs, and it does not compete with others.
-
-        If it does, it ranks below them.
-        """
+        """SparsityError for a matrix whose inputs were not seen; one that competes ranks last instead."""
         unseen = {side.name: side.matrix.unseen for side in self._sides}
         matrices = sum(side.matrix.moment.diagonal(dim1=-2, dim2=-1)[..., 0].numel() for side in self._sides)
         for name, numbers in unseen.items():

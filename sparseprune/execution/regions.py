@@ -331,6 +331,12 @@ def numel_per_scope(scope: AnyScope) -> int:
     return sum(member.blocks_per_scope * member.block.numel_per_block for member, _ in members_of(scope))
 
 
+def regions_in(leaf: BoundBlock, elements: int) -> Iterator[Region]:
+    """A view in regions of about so many elements, of whole blocks or in one, in the order of the storage."""
+    for part in cut(whole_part(leaf.view_shape), storage_order(leaf), elements, leaf.shape):
+        yield Region(leaf, part.begin, part.extent)
+
+
 def cells(scope: AnyScope, limit: int) -> Iterator[Part]:
     """The grid of scopes in parts of at most `limit` elements, or of one scope where that has more."""
     member, order = members_of(scope)[0]
@@ -394,10 +400,7 @@ class Sweep:
 
     def regions(self) -> Iterator[Region]:
         """All elements, in the order of the storage."""
-        leaf = self.leaf
-        whole = whole_part(leaf.view_shape)
-        for part in cut(whole, storage_order(leaf), self.elements, leaf.shape):
-            yield Region(leaf, part.begin, part.extent)
+        return regions_in(self.leaf, self.elements)
 
 
 def sweep_of(leaf: BoundBlock, elements: int) -> Sweep | None:

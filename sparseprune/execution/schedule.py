@@ -26,13 +26,7 @@ from sparseprune.execution.regions import (
     limits_of,
     members_of,
 )
-from sparseprune.execution.strategy import (
-    Compiled,
-    Rebuild,
-    choose,
-    elements_together,
-    needs_torch,
-)
+from sparseprune.execution.strategy import Compiled, Rebuild, choose, elements_together, needs_torch
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping
@@ -253,10 +247,7 @@ def _schedule(plan: Plan, limits: Limits, workers: int, *, compiled: bool) -> Sc
 
 
 def _fits(group: TaskGroup, first: TaskGroup, elements: int, tensors: Mapping[str, StoredTensor]) -> bool:
-    """Whether a group is worked in one chunk with another, all in all so many elements.
-
-    Both are of one rule, of one file, and decided alike.
-    """
+    """Whether groups of one rule and one file are decided alike, in one chunk of so many elements."""
     own, other = group.strategy, first.strategy
     if not isinstance(own, Compiled) or elements > own.elements:
         return False

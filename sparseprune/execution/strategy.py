@@ -1,7 +1,7 @@
 """Strategies: how a task is worked, chosen in this one place by shape, dtype, score and budget.
 
 Owns the conditions of each strategy and what it costs in memory. A strategy is plain data; the passes that
-follow it are in tiles, two_pass, reconstruct, nonzero_blocks and the torch_ modules. Reads no data.
+follow it are in tiles, two_pass, torch_tiles, reconstruct and nonzero_blocks. Reads no data.
 """
 
 from __future__ import annotations
@@ -317,18 +317,14 @@ def _block_norms(task: Task, tensors: Mapping[str, StoredTensor], limits: Limits
     looped = kind.ranks_weights and not scaled and score.norm != math.inf
     each = []
     for leaf in {(leaf.view_shape, leaf.view_stride, leaf.shape): leaf for leaf in scope.leaves}.values():
-        beside = _LOOPED_BYTES if looped and _is_summed_in_loops(leaf, chunk) else _PLAIN_BYTES
+        sweep = sweep_of(leaf, chunk)
+        inner = sweep is not None and is_row_major_run(leaf) and (leaf.shape[-1] > 1 or sweep.inside)
+        beside = _LOOPED_BYTES if looped and inner else _PLAIN_BYTES
         size = DTYPES[tensors[leaf.tensor].dtype].itemsize
         each.append(size + beside if kind.ranks_weights else _SUMMED_BYTES)
     elements = max(prod(leaf.view_shape) for leaf in scope.leaves)
     passes = 1 + by_elements + scaled  # the cut, sums before it, maxima before these
     return BlockNorms(max(each) * min(chunk, elements), chunk, held, passes)
-
-
-def _is_summed_in_loops(leaf: BoundBlock, chunk: int) -> bool:
-    """Whether compiled loops sum up the blocks of a leaf as they lie, with no copy of them as float64."""
-    sweep = sweep_of(leaf, chunk)
-    return is_row_major_run(leaf) and sweep is not None and (leaf.shape[-1] > 1 or sweep.inside)
 
 
 def needs_scaling(task: Task, tensors: Mapping[str, StoredTensor]) -> bool:

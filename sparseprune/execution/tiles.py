@@ -19,7 +19,7 @@ from sparseprune.engine.kernels.selecting import cut_below, cut_blocks, select_k
 from sparseprune.engine.kernels.sums import run_sums, tree_sum
 from sparseprune.execution.passes import Chunk, Pass, finish
 from sparseprune.execution.ranking import Ranking, refuse_nonfinite, refuse_nonfinite_bits
-from sparseprune.execution.regions import Region, cells, flat_leaf, gaps, members_of, regions_at
+from sparseprune.execution.regions import cells, flat_leaf, gaps, members_of, regions_at, regions_in
 from sparseprune.execution.strategy import Contiguous
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from sparseprune.engine.kernels.formats import Bits, Format
     from sparseprune.execution.passes import Outcome
     from sparseprune.execution.plan import Task
-    from sparseprune.execution.regions import AnyScope, Run
+    from sparseprune.execution.regions import AnyScope, Region, Run
     from sparseprune.execution.strategy import Compiled, Selection
     from sparseprune.execution.tensor_io import Loaded, Mask, TensorIO
     from sparseprune.spec import BoundBlock
@@ -99,17 +99,15 @@ class CutScopes(RegionPass):
         return region_chunks(self._regions(), io, self.strategy.elements, self.strategy.memory)
 
     def _regions(self) -> Iterator[tuple[int, Region]]:
+        elements = self.strategy.elements
         for number, task in enumerate(self.tasks):
             scope = task.instance.scope
             if isinstance(self.strategy, Contiguous):
-                (flat,) = map(flat_leaf, scope.leaves)
-                (size,) = flat.view_shape
-                for begin in range(0, size, self.strategy.elements):
-                    yield number, Region(flat, (begin,), (min(self.strategy.elements, size - begin),))
+                (leaf,) = scope.leaves
+                yield from ((number, region) for region in regions_in(flat_leaf(leaf), elements))
             else:
-                for cell in cells(scope, self.strategy.elements):
-                    (region,) = regions_at(scope, cell).values()
-                    yield number, region
+                for cell in cells(scope, elements):
+                    yield from ((number, region) for region in regions_at(scope, cell).values())
 
     def rule(self, member: int) -> str:
         return self.tasks[member].rule

@@ -173,10 +173,9 @@ class CutTiles(Pass):
         return scope if self.task.instance.budget.nnz is not None else alone(scope)
 
     def chunks(self, io: TensorIO) -> Iterator[Chunk]:
-        scope = self.scope
-        files = io.files(scope.leaves)
-        for number, cell in enumerate(cells(scope, self.strategy.elements)):
-            nbytes = sum(map(io.nbytes, regions_at(scope, cell).values()))
+        files = io.files(self.scope.leaves)
+        for number, cell in enumerate(cells(self.scope, self.strategy.elements)):
+            nbytes = sum(map(io.nbytes, regions_at(self.scope, cell).values()))
             yield Chunk(cell, nbytes, self.strategy.memory, str(number), files)
 
     def work(self, chunk: Chunk, io: TensorIO) -> list[Outcome]:
@@ -400,7 +399,7 @@ class SearchRank(_OutOfCore):
         decisions = (*self.decisions, value)
         if len(decisions) == prod(self.task.instance.scope.grid_shape):
             return CutPlaces(self.task, self.strategy, decisions)
-        return _search(self.task, self.strategy, decisions)
+        return out_of_core(self.task, self.strategy, decisions)
 
     def _levels(self, io: TensorIO) -> list[tuple[int, int]]:
         """The part of the rank, key or countdown, and the first bit of each digit, most significant first."""
@@ -466,12 +465,8 @@ class CutPlaces(_OutOfCore):
         return kept
 
 
-def out_of_core(task: Task, strategy: TorchOutOfCore) -> Pass:
-    """The first pass over scopes of more blocks than fit in memory."""
-    return _search(task, strategy, ())
-
-
-def _search(task: Task, strategy: TorchOutOfCore, decisions: tuple[Any, ...]) -> SearchRank:
+def out_of_core(task: Task, strategy: TorchOutOfCore, decisions: tuple[Any, ...] = ()) -> Pass:
+    """The first pass over scopes of more blocks than fit in memory; `decisions` are those on the first."""
     nnz = task.instance.budget.nnz
     if nnz is None:
         raise TypeError(f"{task.instance.label}: a threshold decides every block alone")

@@ -208,10 +208,7 @@ class _Keys(Pass):
     cuts: tuple[Cut, ...]
 
     def slabs(self, scope: int, part: tuple[int, int] | None = None) -> Iterator[tuple[int, Region]]:
-        """Elements of one scope, member after member, and how many of the scope lie before them.
-
-        They are those whose numbers are in `part`, or all.
-        """
+        """The slabs of a scope with the number of elements before each; `part` counts slabs, None: all."""
         first, last = part or (0, self.slab_count)
         before = done = 0
         for member, _ in members_of(self.task.instance.scope):
@@ -352,10 +349,7 @@ class CutKeys(_Keys, RegionPass):
 
 
 def radix_select(task: Task, strategy: RadixSelect, cuts: tuple[Cut, ...] = ()) -> Pass:
-    """The first pass over single elements that compete in scopes larger than a slab, up to a whole model.
-
-    `cuts` are the decisions on the first scopes.
-    """
+    """The first pass over single elements in scopes up to a whole model; `cuts` decide the first scopes."""
     shift = DIGIT_BITS * (strategy.passes - 2)
     return CountKeys(task, strategy, cuts, 0, task.instance.budget.nnz or 0, shift)
 
@@ -414,19 +408,18 @@ class ReduceBlocks(Pass):
         ranking = Ranking(self.task, io)
         if self.kind == "ready":
             return self._decision(partials[0], io)
-        members = [member for member, _ in members_of(scope)]
+        blocks = [member.block for member, _ in members_of(scope)]
         found = dict(zip(scope.leaves, partials, strict=True))
         if self.kind == "sums":
             exponents = dict(zip(scope.leaves, self.exponents, strict=False))
-            norms = [_norms(member.block, found, exponents, int(ranking.norm)) for member in members]
-            return self._decision(self._normalized(norms), io)
-        tops = [_largest(member.block, found) for member in members]
+            return self._decision([_norms(one, found, exponents, int(ranking.norm)) for one in blocks], io)
+        tops = [_largest(block, found) for block in blocks]
         if math.isinf(ranking.norm):
-            return self._decision(self._normalized(tops), io)
+            return self._decision(tops, io)
         exponents = {
             leaf: _exponents(top).transpose(inverse_order(order))
-            for top, member in zip(tops, members, strict=True)
-            for leaf, order in leaves_of(member.block)
+            for top, block in zip(tops, blocks, strict=True)
+            for leaf, order in leaves_of(block)
         }
         return replace(self, kind="sums", exponents=tuple(exponents[leaf] for leaf in scope.leaves))
 
@@ -440,15 +433,12 @@ class ReduceBlocks(Pass):
         keep = by_leaf(scope, value)
         return CutBlocks(self.task, self.strategy, tuple(keep[leaf] for leaf in scope.leaves))
 
-    def _normalized(self, norms: Sequence[Floats]) -> Sequence[Floats]:
-        if not self.task.instance.score.normalize:
-            return norms
-        sizes = (member.block.numel_per_block for member, _ in members_of(self.task.instance.scope))
-        return [norm / math.sqrt(size) for norm, size in zip(norms, sizes, strict=True)]
-
     def _decision(self, scores: Sequence[Floats], io: TensorIO) -> Decision:
         """Bytes, scope after scope in the order of ties: 1 for the blocks that survive."""
         budget, scope = self.task.instance.budget, self.task.instance.scope
+        if self.task.instance.score.normalize and self.kind != "ready":
+            sizes = [member.block.numel_per_block for member, _ in members_of(scope)]
+            scores = [norms / math.sqrt(size) for norms, size in zip(scores, sizes, strict=True)]
         ordered = by_scope(scope, scores).reshape(-1)
         if budget.nnz is None:
             keep: Mask = (ordered >= (budget.threshold or 0.0)).view(np.uint8)
