@@ -7,17 +7,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sparseprune.checkpoint import Collected, StagedOutput, open_checkpoint, open_statistics
-from sparseprune.checkpoint.statistics import STATISTICS_KEY, lay_out_statistics
 from sparseprune.checkpoint import (
     Collected,
     StagedOutput,
     StatisticsKind,
-    lay_out_statistics,
     open_checkpoint,
     open_statistics,
 )
-from sparseprune.checkpoint.statistics import STATISTICS_KEY
+from sparseprune.checkpoint.statistics import STATISTICS_KEY, lay_out_statistics
 from sparseprune.errors import CheckpointError
 
 TENSORS = (

@@ -8,8 +8,6 @@ import sys
 import tempfile
 import threading
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest

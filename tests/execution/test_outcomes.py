@@ -12,16 +12,8 @@ from safetensors.torch import save_file
 
 from sparseprune.checkpoint import open_checkpoint
 from sparseprune.engine.kernels.counting import Tally
-from sparseprune.execution.passes import Outcomes, Reach
-from sparseprune.execution.plan import make_plan
-from sparseprune.spec import parse_spec
-
-if TYPE_CHECKING:
-    from sparseprune.execution.passes import TensorOutcome
-    from sparseprune.execution.plan import Plan
-
-from sparseprune.execution import Plan, make_plan
 from sparseprune.execution.passes import Outcomes, Reach, TensorOutcome
+from sparseprune.execution.plan import Plan, make_plan
 from sparseprune.spec import parse_spec
 
 LEFT_AND_RIGHT = """

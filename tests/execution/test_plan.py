@@ -8,16 +8,7 @@ from safetensors.torch import save_file
 
 from sparseprune.checkpoint import open_checkpoint
 from sparseprune.errors import SpecError
-from sparseprune.execution.plan import make_plan
-from sparseprune.spec import parse_spec
-from tests.samples import CHANNELS, TWO_OF_FOUR, mlp_tensors, write_shards
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from sparseprune.execution.plan import Plan
-
-from sparseprune.execution import Plan, make_plan
+from sparseprune.execution.plan import Plan, make_plan
 from sparseprune.spec import parse_spec
 from tests.samples import CHANNELS, TWO_OF_FOUR, mlp_tensors, write_shards
 

@@ -12,11 +12,10 @@ from safetensors.torch import save_file
 
 from sparseprune.checkpoint import TensorReader, open_checkpoint
 from sparseprune.errors import SparsepruneError
-from sparseprune.execution.plan import make_plan
-from sparseprune.execution import Plan, Schedule, make_plan, make_schedule
+from sparseprune.execution.plan import Plan, make_plan
 from sparseprune.execution.pruning import jobs_of
 from sparseprune.execution.regions import TORCH_THREAD, gaps, limits_of, whole_region
-from sparseprune.execution.schedule import make_schedule, resident_of
+from sparseprune.execution.schedule import Schedule, make_schedule, resident_of
 from sparseprune.execution.strategy import Contiguous, choose, needs_torch
 from sparseprune.execution.tensor_io import TensorIO
 from sparseprune.spec import parse_spec
@@ -24,13 +23,6 @@ from tests.execution.structures import CASES
 from tests.limits import AMPLE, narrow
 from tests.samples import TWO_OF_FOUR, write_shards
 from tests.test_house import ROOT
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
-
-    from sparseprune.execution.plan import Plan
-    from sparseprune.execution.schedule import Schedule
 
 MIB, GIB = 1 << 20, 1 << 30
 LAYERS = {10: 2, 100: 24}

@@ -14,24 +14,15 @@ import torch
 from safetensors.torch import save_file
 
 from sparseprune.checkpoint import TensorReader, open_checkpoint
-from sparseprune.execution.passes import Pass
-from sparseprune.execution import Check, make_check
 from sparseprune.execution.passes import Chunk, Pass
 from sparseprune.execution.runner import read_through
 from sparseprune.execution.tensor_io import TensorIO
-from sparseprune.execution.verify import check_jobs, make_check
+from sparseprune.execution.verify import Check, check_jobs, make_check
 from sparseprune.spec import find_spec, parse_spec
 from tests.execution.structures import CASES
 from tests.families.checkpoints import make
 from tests.families.test_library import SERVED
 from tests.limits import AMPLE, narrow
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
-    from pathlib import Path
-
-    from sparseprune.execution.passes import Chunk
-    from sparseprune.execution.verify import Check
 
 
 @dataclass(frozen=True, eq=False)

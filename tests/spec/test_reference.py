@@ -7,15 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic import BaseModel
 
 from sparseprune.spec import TensorInfo, bind, parse_spec
-from sparseprune.spec.schema import COVERS, KINDS, SCORE_KEYS, ExplicitView, ReconstructTable, ScoreTable
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from sparseprune.spec.schema import Table
+from sparseprune.spec.schema import (
+    COVERS,
+    KINDS,
+    SCORE_KEYS,
+    ExplicitView,
+    ReconstructTable,
+    ScoreTable,
+    Table,
+)
 
 REFERENCE = (Path(__file__).parents[2] / "specs" / "README.md").read_text("utf-8")
 EXAMPLES = re.findall(r"```toml\n(.*?)```", REFERENCE, re.DOTALL)
