@@ -7,7 +7,7 @@ functions.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sparseprune import __version__, results
@@ -27,7 +27,10 @@ from sparseprune.checkpoint.masks import provenance_of
 from sparseprune.checkpoint.publish import refuse_replacing
 from sparseprune.errors import SparsepruneError
 from sparseprune.execution.reapply import match_masks
-from sparseprune.report.checks import Circumstances, left_out_text
+from sparseprune.report.checks import left_out_text
+from sparseprune.report.pruning import other_weights
+from sparseprune.results.checking import LeftOut, MaskVerifyTotals
+from sparseprune.results.fields import Made, WrittenBytes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -63,7 +66,7 @@ def refuse_contradictions(
 def verify_spec(run: Run, asked: Source, machine: Machine) -> results.Verification:
     """Count the non-zero blocks of every scope; CheckFailedError with the result if there are too many."""
     from sparseprune.execution.verify import count_survivors, make_check
-    from sparseprune.report.checks import AskedCheck, failures, make_verification
+    from sparseprune.report.checks import failures, verify_totals
     from sparseprune.report.coverage import coverage_of
 
     note_left_behind(run, asked.checkpoint)
@@ -76,15 +79,16 @@ def verify_spec(run: Run, asked: Source, machine: Machine) -> results.Verificati
         with TensorReader() as reader, run.progress("verifying", check.nbytes) as advance:
             found = count_survivors(check, reader, advance)
         refuse_changed_shards(checkpoint.shards)
-        circumstances = AskedCheck(
-            str(asked.checkpoint),
-            asked.spec,
-            asked.overrides,
-            coverage,
-            warnings=run.warnings,
-            not_read=checkpoint.left_out,
+        result = results.Verification(
+            input=str(asked.checkpoint),
+            spec=asked.spec,
+            set=dict(asked.overrides),
+            warnings=tuple(run.warnings),
+            files_not_read=other_weights(checkpoint.left_out),
+            totals=verify_totals(found, coverage),
+            rules=found.rules,
+            tensors=found.tensors,
         )
-        result = make_verification(circumstances, found)
     return run.checked(result, failures(result))
 
 
@@ -104,9 +108,9 @@ class Masked:
         return {} if self.origin is None else self.origin.overrides
 
     @property
-    def left_out(self) -> str | None:
-        """A line where masks or tensors have no counterpart."""
-        return left_out_text(len(self.matched.unused), len(self.matched.unmasked))
+    def left_out(self) -> LeftOut:
+        """How many masks and tensors have no counterpart and are ignored."""
+        return LeftOut(masks=len(self.matched.unused), tensors=len(self.matched.unmasked))
 
 
 def masked_by(checkpoint: Path, masks: Path, *, partial: bool) -> Masked:
@@ -133,34 +137,31 @@ def verify_masks(
 ) -> results.MaskVerification:
     """Read everything that masks drop; CheckFailedError with the result where some of it is not zero."""
     from sparseprune.execution.reapply import find_lost, make_reapplication
-    from sparseprune.report.checks import lost_lines, make_mask_verification
+    from sparseprune.report.checks import lost_lines, mask_checked_tensor, masked_totals
 
     note_left_behind(run, checkpoint)
     with collector_paused():
         masked = masked_by(checkpoint, masks, partial=partial)
     matched = masked.matched
-    run.note(masked.left_out)
+    run.note(left_out_text(masked.left_out))
     reapplication = make_reapplication(matched, machine.memory, machine.jobs)
     with run.progress("verifying", matched.nbytes) as advance, TensorReader() as reader:
         tensors = find_lost(reapplication, reader, advance)
     refuse_changed(matched.checkpoint, matched.masks.shards)
     if not any(tensor.pruned for tensor in tensors):
         run.warn("the masks drop nothing: there is nothing to check")
-    result = make_mask_verification(_circumstances(run, masked), matched.checkpoint, tensors)
-    return run.checked(result, list(lost_lines(result)))
-
-
-def _circumstances(run: Run, masked: Masked) -> Circumstances:
-    return Circumstances(
-        input=str(masked.checkpoint),
-        masks=str(masked.masks),
-        unused=len(masked.matched.unused),
-        unmasked=len(masked.matched.unmasked),
-        files=masked.matched.checkpoint.left_out,
-        seconds=run.seconds,
-        overrides=masked.overrides,
-        warnings=run.warnings,
+    failed = sum(tensor.lost > 0 for tensor in tensors)
+    result = results.MaskVerification(
+        input=str(checkpoint),
+        masks=str(masks),
+        holds=not failed,
+        warnings=tuple(run.warnings),
+        files_not_read=other_weights(matched.checkpoint.left_out),
+        left_out=masked.left_out,
+        totals=MaskVerifyTotals(**vars(masked_totals(matched.checkpoint, tensors)), failed=failed),
+        tensors=Made(tensors, mask_checked_tensor),
     )
+    return run.checked(result, list(lost_lines(result)))
 
 
 def reapply(
@@ -184,17 +185,28 @@ def reapply(
 
     def work(reader: TensorReader) -> results.Reapplication:
         from sparseprune.execution.reapply import reapply, reapply_bytes
-        from sparseprune.report.checks import make_reapply_result
+        from sparseprune.report.checks import masked_totals, reapplied_tensor
 
-        run.note(masked.left_out)
+        run.note(left_out_text(masked.left_out))
         total, already = reapply_bytes(reapplication, output)
         with run.progress("reapplying", total, already) as advance:
             tensors = reapply(reapplication, reader, output, advance)
         if not any(tensor.pruned for tensor in tensors):
             run.warn("the masks drop nothing: the output is a copy of the input")
-        shown = output_shown(target.output, checkpoint, layout)
-        circumstances = replace(_circumstances(run, masked), sizes=sizes_of(layout), output=shown)
-        return make_reapply_result(circumstances, matched.checkpoint, tensors)
+        nbytes, mask_bytes = sizes_of(layout)
+        return results.Reapplication(
+            input=str(checkpoint),
+            masks=str(masks),
+            output=output_shown(target.output, checkpoint, layout),
+            set=dict(masked.overrides),
+            seconds=round(run.seconds, 3),
+            warnings=tuple(run.warnings),
+            files_left_out=other_weights(layout.left_out),
+            left_out=masked.left_out,
+            bytes=WrittenBytes(weights=nbytes, masks=mask_bytes),
+            totals=masked_totals(matched.checkpoint, tensors),
+            tensors=Made(tensors, reapplied_tensor),
+        )
 
     spec = None if masked.origin is None else masked.origin.spec
     return run.write(output, work, lambda: refuse_changed(matched.checkpoint, shards), spec=spec)

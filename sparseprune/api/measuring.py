@@ -32,9 +32,10 @@ if TYPE_CHECKING:
     from sparseprune.api.run import Run
     from sparseprune.checkpoint import Checkpoint, Statistics
     from sparseprune.execution.compare import Pair, Sides
-    from sparseprune.report.inspection import Telling
+    from sparseprune.execution.inspect import Questions
     from sparseprune.report.pictures.charts import Survivors
     from sparseprune.report.requirements import Absent, Requirement
+    from sparseprune.report.runtimes import Runtime
     from sparseprune.results.measuring import ComparedTensor
     from sparseprune.spec import BoundSpec, Spec
 
@@ -65,7 +66,7 @@ class Look:
 def inspect(run: Run, look: Look) -> results.Inspection:
     """Measure, and draw; CheckFailedError with the result where a requirement does not hold."""
     _refuse_contradictions(look)
-    telling, requirements = _asked(look)
+    questions, runtimes, requirements = _asked(look)
     checkpoint = open_checkpoint(look.checkpoint)
     note_left_behind(run, look.checkpoint)
     if look.tensor is not None and look.tensor not in checkpoint.tensors:
@@ -77,7 +78,7 @@ def inspect(run: Run, look: Look) -> results.Inspection:
 
         check_names(requirements, names)
     with collector_paused():
-        result = _inspected(run, look, checkpoint, names, telling)
+        result = _inspected(run, look, checkpoint, names, questions, runtimes)
     if look.plot is not None:
         _plot(run, look, checkpoint, result, look.plot)
     if not requirements:
@@ -94,7 +95,7 @@ def _refuse_contradictions(look: Look) -> None:
             f"--tensor {shown(look.tensor)}: goes with --plot FILE; to list a tensor alone give --match"
         )
     if look.plot is not None:
-        from sparseprune.report.pictures import check_picture
+        from sparseprune.report.pictures.files import check_picture
 
         check_picture(look.plot)
     elif look.by != "rule" and (look.spec is not None or look.overrides):
@@ -102,10 +103,10 @@ def _refuse_contradictions(look: Look) -> None:
         raise SparsepruneError(f"{option}: goes with --by rule or --plot FILE, which have a use for a spec")
 
 
-def _asked(look: Look) -> tuple[Telling, list[Requirement]]:
+def _asked(look: Look) -> tuple[Questions, tuple[Runtime, ...], list[Requirement]]:
     """What to look for, and what has to hold; requirements add their patterns and runtimes."""
     from sparseprune.execution.inspect import BLOCKS, PATTERNS, Questions, block_of, pattern_of
-    from sparseprune.report.inspection import Telling, fields_of
+    from sparseprune.report.inspection import fields_of
     from sparseprune.report.runtimes import RUNTIMES, runtimes_of
 
     patterns = (*PATTERNS, *map(pattern_of, look.patterns))
@@ -116,7 +117,7 @@ def _asked(look: Look) -> tuple[Telling, list[Requirement]]:
     required = [one.pattern for one in requirements if one.pattern is not None]
     runtimes = (*runtimes, *(RUNTIMES[one.runtime] for one in requirements if one.runtime is not None))
     questions = Questions(tuple(dict.fromkeys((*patterns, *required))), blocks)
-    return Telling(questions, tuple({one.name: one for one in runtimes}.values())), requirements
+    return questions, tuple({one.name: one for one in runtimes}.values()), requirements
 
 
 def _parsed(
@@ -131,24 +132,27 @@ def _parsed(
 
 
 def _inspected(
-    run: Run, look: Look, checkpoint: Checkpoint, names: Sequence[str], telling: Telling
+    run: Run,
+    look: Look,
+    checkpoint: Checkpoint,
+    names: Sequence[str],
+    asked: Questions,
+    runtimes: Sequence[Runtime],
 ) -> results.Inspection:
     """The facts of the tensors that were asked for, in the order that was asked for."""
     from sparseprune.execution.inspect import inspect_checkpoint
     from sparseprune.report.inspection import grouping_of, make_inspection
     from sparseprune.report.runtimes import needed_patterns
 
-    if look.by != "tensor":
-        rules = _rules(look, checkpoint) if look.by == "rule" else None
-        telling = replace(telling, grouping=grouping_of(look.by, names, rules))
+    rules = _rules(look, checkpoint) if look.by == "rule" else None
+    grouping = None if look.by == "tensor" else grouping_of(look.by, names, rules)
     tensors = [checkpoint.tensors[name] for name in names]
-    patterns = dict.fromkeys((*telling.questions.patterns, *needed_patterns(telling.runtimes)))
-    questions = replace(telling.questions, patterns=tuple(patterns))
+    questions = replace(asked, patterns=tuple(dict.fromkeys((*asked.patterns, *needed_patterns(runtimes)))))
     total = sum(one.nbytes for one in tensors)
     with TensorReader() as reader, run.progress("reading", total) as advance:
         facts = inspect_checkpoint(tensors, reader, questions, look.jobs, advance)
     refuse_changed_shards(one.shard for one in tensors)
-    found = make_inspection(str(look.checkpoint), facts, telling, checkpoint.left_out)
+    found = make_inspection(str(look.checkpoint), facts, asked, runtimes, grouping, checkpoint.left_out)
     listing = look.listing
     if found.groups is not None:
         return replace(found, groups=ordered(found.groups, listing.sort, listing.reverse))
@@ -173,12 +177,14 @@ def _rules(look: Look, checkpoint: Checkpoint) -> Mapping[str, str]:
 
 def _plot(run: Run, look: Look, checkpoint: Checkpoint, result: results.Inspection, path: Path) -> None:
     """Write the picture of everything, or of one tensor from close up, and note that."""
-    from sparseprune.report.pictures import close_up, plot_inspection, plot_mask
-
     if look.tensor is None:
+        from sparseprune.report.pictures.results import plot_inspection
+
         survivors = _by_spec(run, look, checkpoint, lambda *found: _survivors(run, look.jobs, *found))
         plot_inspection(result, path, survivors)
     else:
+        from sparseprune.report.pictures.mask import close_up, plot_mask
+
         bound = _by_spec(run, look, checkpoint, _bound)
         with TensorReader() as reader:
             plot_mask(close_up(checkpoint.tensors[look.tensor], reader, bound), path)
@@ -237,7 +243,7 @@ class Comparing:
 def compare(run: Run, asked: Comparing) -> results.Comparison:
     """Measure, and draw; CheckFailedError with the result where a requirement does not hold."""
     if asked.plot is not None:
-        from sparseprune.report.pictures import check_picture
+        from sparseprune.report.pictures.files import check_picture
 
         check_picture(asked.plot)
     sides = _sides(asked)
@@ -247,7 +253,7 @@ def compare(run: Run, asked: Comparing) -> results.Comparison:
     with collector_paused():
         result = _compared(run, asked, sides, statistics, matrices)
     if asked.plot is not None:
-        from sparseprune.report.pictures import plot_comparison
+        from sparseprune.report.pictures.results import plot_comparison
 
         plot_comparison(result, asked.plot)
         run.note(f"wrote {asked.plot}")

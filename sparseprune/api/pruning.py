@@ -79,16 +79,33 @@ def planned(
 ) -> results.Plan:
     """What the spec binds to and would do; of a removal with what it would come to, and its own layout."""
     from sparseprune.removal.preview import preview
-    from sparseprune.report.plan import Asked, make_plan_result
+    from sparseprune.report.plan import plan_totals, planned_removal, rule_plan, unreached
+    from sparseprune.results.pruning import PlannedBytes
 
     plan, asked, layout = prepared.plan, prepared.asked, layout or prepared.layout
+    bound, tensors = plan.bound, plan.checkpoint.tensors
     with collector_paused():
         if expected is None:
             expected = preview(plan, read_config(plan.checkpoint))
         warn(run, prepared)
-        shown = output_shown(prepared.target.output, asked.checkpoint, layout)
-        circumstances = Asked(str(asked.checkpoint), asked.spec, shown, prepared.coverage, run.warnings)
-        return make_plan_result(circumstances, plan.bound, layout, expected, prepared.schedule.peak_bytes)
+        weights, masks = sizes_of(layout)
+        return results.Plan(
+            input=str(asked.checkpoint),
+            spec=asked.spec,
+            output=output_shown(prepared.target.output, asked.checkpoint, layout),
+            output_exists=layout.target.exists(),
+            warnings=tuple(run.warnings),
+            totals=plan_totals(plan.checkpoint, bound, prepared.coverage),
+            rules=tuple(rule_plan(rule, tensors, expected) for rule in bound.rules),
+            removal=planned_removal(expected),
+            unreached=unreached(tensors, set(bound.covered)),
+            bytes=PlannedBytes(
+                input=weights,
+                masks=masks,
+                output=layout.output_bytes,
+                peak=prepared.schedule.peak_bytes,
+            ),
+        )
 
 
 def prune(run: Run, prepared: Prepared) -> results.Report:
@@ -102,32 +119,34 @@ def prune(run: Run, prepared: Prepared) -> results.Report:
         # Numpy and the compiled loops come in here, after everything that can be refused without them.
         from sparseprune.execution.pruning import execute, work_bytes
         from sparseprune.execution.schedule import device_text, devices_of_rules, resolve_device
+        from sparseprune.report import pruning
         from sparseprune.report.coverage import unpruned_lines
-        from sparseprune.report.pruning import Run as Circumstances
-        from sparseprune.report.pruning import make_report, pruned_by_rule
+        from sparseprune.results.fields import Made, WrittenBytes
 
         device = resolve_device(machine.device, uses_torch=schedule.uses_torch)
         earlier = warn_of_earlier(run, plan.checkpoint, rebuilt_by(plan) if weights else {}, machine)
         total, already = work_bytes(schedule, output)
         with run.progress("pruning" if weights else "masking", total, already) as advance:
             outcomes = execute(schedule, reader, output, device, advance)
-        run.warn(*unpruned_lines(plan.bound.rules, pruned_by_rule(outcomes)))
+        found = pruning.summed_up(outcomes)
+        run.warn(*unpruned_lines(plan.bound.rules, found.pruned))
         warn_of_broken(run, earlier, output)
-        circumstances = Circumstances(
+        nbytes, mask_bytes = sizes_of(layout)
+        return results.Report(
             input=str(prepared.asked.checkpoint),
             output=output_shown(prepared.target.output, prepared.asked.checkpoint, layout),
             spec_sha256=digest(prepared.source.text),
+            set=dict(prepared.asked.overrides),
             device=device_text(schedule.groups, device),
-            devices=devices_of_rules(schedule, device),
-            seconds=run.seconds,
-            overrides=prepared.asked.overrides,
-            warnings=run.warnings,
-            notes=few_tokens(plan),
-            left_out=layout.left_out,
-            sizes=sizes_of(layout),
-            coverage=prepared.coverage,
+            seconds=round(run.seconds, 3),
+            warnings=tuple(run.warnings),
+            notes=tuple(few_tokens(plan)),
+            files_left_out=pruning.other_weights(layout.left_out),
+            bytes=WrittenBytes(weights=nbytes, masks=mask_bytes),
+            totals=pruning.report_totals(plan.checkpoint, found, prepared.coverage),
+            rules=pruning.rule_results(plan.bound, found, devices_of_rules(schedule, device)),
+            tensors=Made(outcomes, pruning.tensor_result),
         )
-        return make_report(circumstances, plan.checkpoint, plan.bound, outcomes)
 
     read = score_shards(plan)
     spec = as_applied(prepared)

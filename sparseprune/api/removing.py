@@ -145,6 +145,7 @@ def _by_masks(run: Run, asked: Asked, path: Path, reader: TensorReader) -> Choic
     refuse_replacing(_target(asked, matched.checkpoint), [one.path for one in matched.masks.shards], "masks")
     from sparseprune.execution.reapply import resident_of
     from sparseprune.execution.regions import limits_of
+    from sparseprune.report.checks import left_out_text
     from sparseprune.report.pruning import RemovalRun
 
     limits = limits_of(asked.machine.memory, uses_torch=False, resident=resident_of(matched, resized=True))
@@ -159,7 +160,7 @@ def _by_masks(run: Run, asked: Asked, path: Path, reader: TensorReader) -> Choic
         refuse_changed=lambda: refuse_changed(matched.checkpoint, matched.masks.shards),
         report=RemovalRun(str(asked.checkpoint), masks=str(path), overrides=masked.overrides),
         spec=None if origin is None else origin.spec,
-        left_out=masked.left_out,
+        left_out=left_out_text(masked.left_out),
     )
 
 
@@ -305,10 +306,10 @@ def _cut(run: Run, asked: Asked, choice: Choice) -> results.Removal:
 def _refuse_nothing(run: Run, choice: Choice, removal: Removal) -> None:
     """SparsepruneError where nothing would be removed; a warning of each rule that removes nothing."""
     from sparseprune.report.coverage import unpruned_lines
-    from sparseprune.report.pruning import pruned_by_rule
+    from sparseprune.report.pruning import summed_up
 
     rules = () if choice.plan is None else choice.plan.bound.rules
-    idle = list(unpruned_lines(rules, pruned_by_rule(choice.report.tensors)))
+    idle = list(unpruned_lines(rules, summed_up(choice.report.tensors).pruned))
     if not removal.kept and len(removal.left) == len(choice.checkpoint.tensors):
         why = idle or ["every mask keeps all of its tensor"]
         raise SparsepruneError(*(f"{choice.source}: nothing to remove: {line}" for line in why))

@@ -178,7 +178,6 @@ def _read(parameter: inspect.Parameter, option: Option, typed: dict[str, Any]) -
 
 
 def _parameter(parameter: inspect.Parameter, option: Option) -> inspect.Parameter:
-    """A parameter as typer reads it."""
     kind, default = parameter.annotation, parameter.default
     several = getattr(kind, "__origin__", None) in {list, Sequence}
     if several:

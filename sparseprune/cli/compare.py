@@ -15,23 +15,18 @@ def show_compared(
     form = form_of(json=json, csv=csv, markdown=markdown)
     result, failed = call.checked()
     with checked(*failed):
+        from sparseprune.report import comparison, tables
+
+        everything = bool(call.options["match"])  # who names tensors sees all of them in the table
         if form == "json":
             print_json(result)
+        elif form == "csv":
+            print_text(tables.csv_text(*comparison.sheet_of(result)))
+        elif form == "markdown":
+            columns, rows = comparison.columns_and_rows(result, all_tensors=everything)
+            print_text(tables.markdown_text(columns, rows))
         else:
-            # Who names tensors sees all of them in the table.
-            _print(result, form, all_tensors=bool(call.options["match"]))
+            print_table(comparison.compare_table(result, all_tensors=everything))
 
 
 compare = command(api.compare, show_compared)
-
-
-def _print(result: "results.Comparison", form: str, *, all_tensors: bool) -> None:
-    from sparseprune.report.comparison import columns_and_rows, compare_table, sheet_of
-    from sparseprune.report.tables import csv_text, markdown_text
-
-    if form == "csv":
-        print_text(csv_text(*sheet_of(result)))
-    elif form == "markdown":
-        print_text(markdown_text(*columns_and_rows(result, all_tensors=all_tensors)))
-    else:
-        print_table(compare_table(result, all_tensors=all_tensors))

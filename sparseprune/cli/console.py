@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, TextIO
 
 import typer
 
-from sparseprune.cli.signals import stopped_code, stopped_once, stopped_text
+from sparseprune.cli.signals import stopped, stopped_once
 from sparseprune.errors import CheckFailedError, MachineError, SparsepruneError, is_out_of_memory, printable
 
 if TYPE_CHECKING:
@@ -147,7 +147,6 @@ def reported_errors(debug: bool = False) -> Iterator[None]:
 
 
 def _silence_stdout() -> None:
-    """What is still to be flushed goes nowhere."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -156,7 +155,7 @@ def _described(error: BaseException) -> tuple[str, int] | None:
     if isinstance(error, SparsepruneError):
         return str(error), error.exit_code
     if isinstance(error, KeyboardInterrupt):
-        return stopped_text(error), stopped_code(error)
+        return stopped(error)
     if is_out_of_memory(error):
         return "out of memory; give a smaller --memory, or fewer --jobs", MachineError.exit_code
     if isinstance(error, FileNotFoundError) and not error.filename:

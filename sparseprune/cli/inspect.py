@@ -29,23 +29,16 @@ def show_inspected(
         options["sort"] = options["sort"] or "name"
     result, failed = call.checked()
     with checked(*failed):
+        from sparseprune.report import inspect_table, inspection, tables
+
         if form == "json":
             print_json(result)
+        elif form == "csv":
+            print_text(tables.csv_text(*inspection.sheet_of(result)))
+        elif form == "markdown":
+            print_text(tables.markdown_text(*inspect_table.columns_and_rows(result)))
         else:
-            _print(result, form, tree=tree)
+            print_table(inspect_table.InspectTree(result) if tree else inspect_table.inspect_table(result))
 
 
 inspect = command(api.inspect, show_inspected)
-
-
-def _print(result: "results.Inspection", form: str, *, tree: bool) -> None:
-    from sparseprune.report.inspect_table import InspectTree, columns_and_rows, inspect_table
-    from sparseprune.report.inspection import sheet_of
-    from sparseprune.report.tables import csv_text, markdown_text
-
-    if form == "csv":
-        print_text(csv_text(*sheet_of(result)))
-    elif form == "markdown":
-        print_text(markdown_text(*columns_and_rows(result)))
-    else:
-        print_table(InspectTree(result) if tree else inspect_table(result))

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from sparseprune.cli.console import stderr_console
 from sparseprune.errors import printable
+from sparseprune.report.wording import SIZES, unit_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -31,10 +32,7 @@ _REDRAWS = 5  # a second
 _TICK = 1.0  # seconds between two looks where log lines are written
 _FIRST_LINE, _LONGEST_PAUSE = 5.0, 60.0  # seconds
 _WINDOW, _SETTLED = 30.0, 0.5  # seconds that a rate is taken over at most, and at least
-_SIZES = {
-    "bytes": ("B", "kB", "MB", "GB", "TB", "PB"),
-    "tokens": ("tokens", "k tokens", "M tokens", "G tokens"),
-}
+_COUNTS = {"bytes": SIZES, "tokens": ("tokens", "k tokens", "M tokens", "G tokens")}
 _SPARE = 2  # columns that stay free, for the ^C that a terminal echoes
 _WIDE = 60  # columns of the narrowest terminal that shows the unit
 
@@ -153,7 +151,6 @@ def terminal_line(latest: Latest, console: Console) -> tuple[Line, Callable[[], 
 
 @contextmanager
 def _redrawn(latest: Latest, console: Console) -> Iterator[None]:
-    """Draws the line again and again inside the block, and removes it after, whatever happens."""
     line, draw = terminal_line(latest, console)
     draw()  # fills the line; it is seen once the line starts
     try:
@@ -208,7 +205,7 @@ def _repeated(look: Callable[[], None], pause: float) -> Iterator[None]:
 
 def _amounts(step: Progress) -> tuple[str, str]:
     """What is done and the whole, in one unit of size and equally long: ' 7.5' and '12.3 MB'."""
-    size, name = _scale(step, step.total)
+    size, name = unit_of(step.total, _COUNTS[step.counts])
     whole = step.total / size
     digits = 0 if size == 1 or whole >= 99.95 else 1 if whole >= 9.995 else 2
     text = f"{whole:.{digits}f}"
@@ -217,17 +214,8 @@ def _amounts(step: Progress) -> tuple[str, str]:
 
 def _speed(step: Progress, rate: float) -> str:
     """Bytes per second in at most eight columns: '1.1 GB/s', '12 MB/s', '0 B/s'."""
-    size, name = _scale(step, rate)
+    size, name = unit_of(rate, _COUNTS[step.counts])
     return f"{rate / size:.{int(size > 1 and rate / size < 9.95)}f} {name}/s"
-
-
-def _scale(step: Progress, amount: float) -> tuple[int, str]:
-    """The unit of size in which the amount has at most three digits before the point."""
-    sizes = _SIZES[step.counts]
-    power = 0
-    while amount >= 999.5 * 1000**power and power < len(sizes) - 1:
-        power += 1
-    return 1000**power, sizes[power]
 
 
 def _time_left(step: Progress, rate: float) -> str:

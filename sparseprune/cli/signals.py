@@ -44,22 +44,14 @@ class Stopped(KeyboardInterrupt):
         self.number = number
 
 
-def stopped_text(interrupt: KeyboardInterrupt) -> str:
-    """What is said of it.
+def stopped(interrupt: KeyboardInterrupt) -> tuple[str, int]:
+    """What to say of it, and the exit code, which a shell gives a process that the signal killed.
 
-    >>> stopped_text(KeyboardInterrupt("there is no output")), stopped_text(Stopped(signal.SIGTERM))
-    ('interrupted: there is no output', 'terminated: nothing was written')
+    >>> stopped(KeyboardInterrupt("there is no output")), stopped(Stopped(signal.SIGTERM))
+    (('interrupted: there is no output', 130), ('terminated: nothing was written', 143))
     """
-    return f"{_WORDS[_signal_of(interrupt)]}: {str(interrupt) or _NOTHING}"
-
-
-def stopped_code(interrupt: KeyboardInterrupt) -> int:
-    """The exit code, which is what a shell gives a process that the signal killed.
-
-    >>> stopped_code(KeyboardInterrupt()), stopped_code(Stopped(signal.SIGTERM))
-    (130, 143)
-    """
-    return 128 + _signal_of(interrupt)
+    number = signal.Signals(interrupt.number) if isinstance(interrupt, Stopped) else signal.SIGINT
+    return f"{_WORDS[number]}: {str(interrupt) or _NOTHING}", 128 + number
 
 
 @contextmanager
@@ -243,7 +235,3 @@ def _modules_being_made(frame: FrameType | None) -> int:
             count += room not in {"__main__", "sparseprune"}
         frame = frame.f_back
     return count
-
-
-def _signal_of(interrupt: KeyboardInterrupt) -> signal.Signals:
-    return signal.Signals(interrupt.number) if isinstance(interrupt, Stopped) else signal.SIGINT

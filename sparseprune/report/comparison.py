@@ -14,8 +14,8 @@ from sparseprune.errors import printable
 from sparseprune.execution.compare import TensorComparison
 from sparseprune.report.plan import index_of
 from sparseprune.report.pruning import LEAST_ENERGY, mean, share
-from sparseprune.report.tables import Column, Fact, FittedTable, below, told
-from sparseprune.report.wording import many, percent, place_text, shape_text
+from sparseprune.report.tables import Column, Fact, FittedTable, below, filled
+from sparseprune.report.wording import many, number_text, percent, place_text, shape_text
 from sparseprune.results.fields import NamedTensor
 from sparseprune.results.measuring import ComparedTensor, CompareTotals, Comparison, ReshapedTensor
 
@@ -60,34 +60,27 @@ def make_comparison(
 
 def unmeasured(pairs: Iterable[Pair]) -> list[ComparedTensor]:
     """Tensors of which nothing is known yet, to see whether what is asked has a meaning."""
-    return [
-        _compared(
-            TensorComparison(
-                pair.before.name,
-                pair.before.dtype,
-                pair.after.dtype,
-                pair.before.shape,
-                pair.before.numel,
-                differs=None,
-                counts=None,
-                energies=None,
-            )
-        )
-        for pair in pairs
-    ]
+    found = []
+    for pair in pairs:
+        one, other = pair.before, pair.after
+        unknown = TensorComparison(one.name, one.dtype, other.dtype, one.shape, one.numel, None, None, None)
+        found.append(_compared(unknown))
+    return found
 
 
 def sheet_of(found: Comparison) -> tuple[list[str], list[list[object]]]:
     """The titles and rows of a sheet of the tensors that both checkpoints have."""
-    columns = [field.name for field in fields(ComparedTensor)]
     rows = [vars(one) | {"shape": "x".join(map(str, one.shape))} for one in found.tensors]
-    return columns, [list(row.values()) for row in rows]
+    return [field.name for field in fields(ComparedTensor)], [list(row.values()) for row in rows]
 
 
 def _compared(one: TensorComparison, output_error: float | None = None) -> ComparedTensor:
     counts, energies = one.counts, one.energies
-    altered = counts is not None and counts.altered > 0
-    placed = energies is not None and energies.place >= 0
+    energy_kept = relative_error = None
+    if energies is not None:
+        energy_kept, relative_error = _shares_of([(one, energies)])
+        if not one.differs or energies.before == 0:
+            relative_error = None if one.differs else 0.0
     return ComparedTensor(
         name=one.name,
         dtype=one.dtype,
@@ -97,12 +90,12 @@ def _compared(one: TensorComparison, output_error: float | None = None) -> Compa
         differs=one.differs,
         sparsity=share(counts.zeros_after, one.numel) if counts else None,
         **{key: _count(one, key) for key in COUNTS},
-        first_altered=index_of(counts.first_altered, one.shape) if counts and altered else None,
-        energy_kept=_energy_kept(one, energies) if energies else None,
-        relative_error=_relative_error(one, energies) if energies else None,
+        first_altered=index_of(counts.first_altered, one.shape) if counts and counts.altered else None,
+        energy_kept=energy_kept,
+        relative_error=relative_error,
         output_error=output_error,
         largest_change=_finite(energies.largest) if energies else None,
-        largest_change_at=index_of(energies.place, one.shape) if energies and placed else None,
+        largest_change_at=index_of(energies.place, one.shape) if energies and energies.place >= 0 else None,
     )
 
 
@@ -114,32 +107,21 @@ def _count(one: TensorComparison, key: str) -> int | None:
     return count
 
 
-def _energy_kept(one: TensorComparison, energies: Energies) -> float | None:
-    """||pruned||^2 / ||dense||^2; 1 where both are nothing, None where it is no finite number."""
-    if _vanishes(one, energies) or not math.isfinite(energies.before):
-        return None
-    if energies.before == 0:
-        return 1.0 if energies.after == 0 else None
-    return _finite(energies.after / energies.before)
+def _shares_of(found: Sequence[tuple[TensorComparison, Energies]]) -> tuple[float | None, float | None]:
+    """||pruned||^2 / ||dense||^2 and ||pruned - dense|| / ||dense|| of all these tensors together.
 
-
-def _relative_error(one: TensorComparison, energies: Energies) -> float | None:
-    """||pruned - dense|| / ||dense||; 0 where nothing changed, None where it is no finite number."""
-    if not one.differs:
-        return 0.0
-    if _vanishes(one, energies) or energies.before == 0 or not math.isfinite(energies.before):
-        return None
-    return _finite(math.sqrt(energies.change / energies.before))
-
-
-def _vanishes(one: TensorComparison, energies: Energies) -> bool:
-    """Whether numbers are so small that float64 does not hold their squares."""
-    return bool(one.differs) and _has_some(one) and energies.before < LEAST_ENERGY
-
-
-def _has_some(one: TensorComparison) -> bool:
-    """Whether a number was not zero."""
-    return one.counts is not None and one.counts.zeros_before < one.numel
+    Both are None where they are no finite numbers, or where float64 does not hold the squares. Of nothing
+    everything is kept.
+    """
+    before, after, change = (
+        exact_sum(getattr(energies, key) for _, energies in found) for key in ("before", "after", "change")
+    )
+    has_some = any(one.differs and one.counts and one.counts.zeros_before < one.numel for one, _ in found)
+    if not math.isfinite(before) or (before < LEAST_ENERGY and has_some):
+        return None, None
+    if before == 0:
+        return (1.0 if after == 0 else None), (0.0 if change == 0 else None)
+    return _finite(after / before), _finite(math.sqrt(change / before))
 
 
 def _finite(number: float) -> float | None:
@@ -152,7 +134,16 @@ def _totals(
     known = [one for one in comparisons if one.counts is not None]
     counts = {key: sum(getattr(one.counts, key) for one in known) for key in COUNTS}
     numel = sum(one.numel for one in known)
-    energy_kept, relative_error = _total_energies([one for one in comparisons if _is_float(one)])
+    # Integers would outweigh all weights. Tensors that did not change and are not finite say nothing.
+    energy_kept, relative_error = _shares_of(
+        [
+            (one, one.energies)
+            for one in comparisons
+            if all(dtype.startswith(("F", "BF", "C")) for dtype in (one.dtype, one.dtype_after))
+            and one.energies is not None
+            and (one.differs or math.isfinite(one.energies.before))
+        ]
+    )
     return CompareTotals(
         tensors=len(comparisons),
         numel=sum(one.numel for one in comparisons),
@@ -168,31 +159,6 @@ def _totals(
         removed=len(sides.removed),
         reshaped=len(sides.reshaped),
     )
-
-
-def _total_energies(floats: Iterable[TensorComparison]) -> tuple[float | None, float | None]:
-    """The energy kept and the relative error over tensors of floats: integers would outweigh all weights.
-
-    Tensors that did not change and are not finite do not count: they say nothing about those that did.
-    """
-    counted = [
-        (one, one.energies)
-        for one in floats
-        if one.energies is not None and (one.differs or math.isfinite(one.energies.before))
-    ]
-    before, after, change = (
-        exact_sum(getattr(energies, key) for _, energies in counted) for key in ("before", "after", "change")
-    )
-    vanishes = before < LEAST_ENERGY and any(one.differs and _has_some(one) for one, _ in counted)
-    if not math.isfinite(before) or vanishes:
-        return None, None
-    if before == 0:
-        return (1.0 if after == 0 else None), (0.0 if change == 0 else None)
-    return _finite(after / before), _finite(math.sqrt(change / before))
-
-
-def _is_float(one: TensorComparison) -> bool:
-    return all(dtype.startswith(("F", "BF", "C")) for dtype in (one.dtype, one.dtype_after))
 
 
 def _stored(stored: StoredTensor) -> NamedTensor:
@@ -224,7 +190,7 @@ def compare_table(found: Comparison, *, all_tensors: bool) -> RenderableType:
 def columns_and_rows(found: Comparison, *, all_tensors: bool) -> tuple[list[Column], list[list[str]]]:
     """Every tensor that changed, or all, with the facts that say something anywhere."""
     tensors = [one for one in found.tensors if all_tensors or one.differs is not False]
-    return told(_facts(found), tensors)
+    return filled(_facts(found), tensors)
 
 
 def notes(found: Comparison, *, all_tensors: bool) -> Iterator[RenderableType]:
@@ -257,7 +223,6 @@ def notes(found: Comparison, *, all_tensors: bool) -> Iterator[RenderableType]:
 
 
 def _survivors(found: Comparison) -> Iterator[RenderableType]:
-    """Whether elements that are not zero after kept their values."""
     totals = found.totals
     altered = [one for one in found.tensors if one.altered]
     if altered:
@@ -271,46 +236,30 @@ def _survivors(found: Comparison) -> Iterator[RenderableType]:
         yield Text("no tensor differs")
 
 
-def _facts(found: Comparison) -> list[Fact[ComparedTensor]]:
+def _facts(found: Comparison) -> Iterator[Fact[ComparedTensor]]:
     totals = found.totals
     unlike = any(one.dtype != one.dtype_after for one in found.tensors)
-    kept = Column("energy kept", footer=_share(totals.energy_kept))
-    error = Column("relative error", footer=_share(totals.relative_error), spare=3)
     never = frozenset({"0"})
-    return [
-        Fact(Column("tensor", "left", f"total of {totals.tensors:,}"), lambda one: one.name),
-        Fact(Column("dtype", "left", spare=2 if unlike else 8), _dtype),
-        Fact(Column("shape", "left", spare=7), lambda one: shape_text(one.shape)),
-        Fact(Column("changed", footer=f"{totals.changed:,}", spare=5), lambda one: _number(one.changed)),
-        Fact(Column("zeroed", footer=f"{totals.zeroed:,}", spare=4), lambda one: _number(one.zeroed), never),
-        Fact(
-            Column("altered", footer=f"{totals.altered:,}", style="yellow"),
-            lambda one: _number(one.altered),
-            never,
-        ),
-        Fact(Column("sparsity", footer=percent(totals.sparsity), spare=1), lambda one: _share(one.sparsity)),
-        Fact(kept, lambda one: _share(one.energy_kept)),
-        Fact(error, lambda one: _share(one.relative_error)),
-        *_outputs(totals),
-        Fact(Column("largest change", spare=6), _largest),
-    ]
-
-
-def _outputs(totals: CompareTotals) -> Iterator[Fact[ComparedTensor]]:
-    """The column of output errors, with their mean in its footer; none without statistics."""
+    yield Fact(Column("tensor", "left", f"total of {totals.tensors:,}"), lambda one: one.name)
+    yield Fact(Column("dtype", "left", spare=2 if unlike else 8), _dtype)
+    yield Fact(Column("shape", "left", spare=7), lambda one: shape_text(one.shape))
+    yield Fact(Column("changed", footer=f"{totals.changed:,}", spare=5), lambda one: number_text(one.changed))
+    zeroed = Column("zeroed", footer=f"{totals.zeroed:,}", spare=4)
+    yield Fact(zeroed, lambda one: number_text(one.zeroed), never)
+    altered = Column("altered", footer=f"{totals.altered:,}", style="yellow")
+    yield Fact(altered, lambda one: number_text(one.altered), never)
+    yield Fact(Column("sparsity", footer=percent(totals.sparsity), spare=1), lambda one: _share(one.sparsity))
+    yield Fact(Column("energy kept", footer=_share(totals.energy_kept)), lambda one: _share(one.energy_kept))
+    error = Column("relative error", footer=_share(totals.relative_error), spare=3)
+    yield Fact(error, lambda one: _share(one.relative_error))
     if totals.output_error is not None:
-        yield Fact(
-            Column("output error", footer=f"{percent(totals.output_error)} mean"),
-            lambda one: "" if one.output_error is None else percent(one.output_error),
-        )
+        outputs = Column("output error", footer=f"{percent(totals.output_error)} mean")
+        yield Fact(outputs, lambda one: "" if one.output_error is None else percent(one.output_error))
+    yield Fact(Column("largest change", spare=6), _largest)
 
 
 def _dtype(one: ComparedTensor) -> str:
     return one.dtype if one.dtype == one.dtype_after else f"{one.dtype} to {one.dtype_after}"
-
-
-def _number(count: int | None) -> str:
-    return "?" if count is None else f"{count:,}"
 
 
 def _share(part: float | None) -> str:
@@ -324,7 +273,6 @@ def _largest(one: ComparedTensor) -> str:
 
 
 def _named(what: str, tensors: Sequence[Tensor], text: Callable[[Tensor], str]) -> Iterator[RenderableType]:
-    """A line that counts, and one for each of the first tensors."""
     if not tensors:
         return
     between = ", in" if ":" in what else ":"

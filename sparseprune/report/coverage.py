@@ -11,12 +11,12 @@ import math
 import re
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any
 
 from sparseprune.engine.grids import prod
 from sparseprune.report.wording import many, percent
 from sparseprune.results.fields import Uncovered
-from sparseprune.spec import BoundBlockCoupling, BoundScope
+from sparseprune.spec import BoundBlockCoupling
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from sparseprune.checkpoint import StoredTensor
     from sparseprune.engine.grids import Shape
     from sparseprune.results.checking import VerifyTotals
-    from sparseprune.results.fields import Covers, DeclaredCoverage, LayerCoverage, UncoveredKinds
     from sparseprune.results.pruning import PlanTotals, RemovalTotals, ReportTotals
     from sparseprune.spec import BoundBlock, BoundInstance, BoundRule, BoundSpec
 
@@ -108,41 +107,26 @@ def coverage_of(tensors: Tensors, bound: BoundSpec, config: Mapping[str, Any] | 
     shapes = [stored.entry.shape for stored in tensors.values()]
     kinds = _kinds(tensors, shapes, reached)
     about = {kind.name for kind in _about(kinds, bound.covers)}
-    missed = sorted(
-        (kind for kind in kinds if kind.missed),
-        key=lambda kind: (kind.name not in about, kind.reached - kind.numel),
-    )
+    missed = [kind for kind in kinds if kind.missed]
+    missed.sort(key=lambda kind: (kind.name not in about, kind.reached - kind.numel))
     return Coverage(
         bound.covers,
         _share(kinds),
         _share([kind for kind in kinds if kind.name in about]),
-        tuple(
-            Uncovered(name=kind.name, tensors=kind.missed, numel=kind.numel - kind.reached) for kind in missed
-        ),
+        tuple(Uncovered(name=one.name, tensors=one.missed, numel=one.numel - one.reached) for one in missed),
         sum(reached.values()),
         sum(prod(shape) * count for shape, count in Counter(shapes).items()),
-        (*_flaws(tensors, bound.rules, kinds, config), *idle_lines(bound.rules)),
+        (*_flaws(tensors, bound.rules, kinds, config or {}), *idle_lines(bound.rules)),
     )
 
 
-class CoverageTotals(TypedDict):
-    """The fields that the totals of several results have of coverage."""
-
-    covers: Covers
-    layer_coverage: LayerCoverage
-    declared_coverage: DeclaredCoverage
-    uncovered: UncoveredKinds
-
-
-def coverage_totals(coverage: Coverage | None) -> CoverageTotals:
-    """What the totals of a result have of it; None where no spec tells what was reached."""
-    if coverage is None:
-        return {"covers": None, "layer_coverage": None, "declared_coverage": None, "uncovered": ()}
+def coverage_totals(coverage: Coverage | None) -> dict[str, Any]:
+    """The fields of coverage in the totals of a result; None where no spec tells what was reached."""
     return {
-        "covers": coverage.covers,
-        "layer_coverage": coverage.layer_coverage,
-        "declared_coverage": coverage.declared_coverage,
-        "uncovered": coverage.uncovered[:_LISTED],
+        "covers": coverage and coverage.covers,
+        "layer_coverage": coverage and coverage.layer_coverage,
+        "declared_coverage": coverage and coverage.declared_coverage,
+        "uncovered": coverage.uncovered[:_LISTED] if coverage else (),
     }
 
 
@@ -163,16 +147,11 @@ def coverage_text(found: Coverage | ReportTotals | RemovalTotals | PlanTotals | 
 
 def _reached(rules: Iterable[BoundRule]) -> dict[str, int]:
     """Elements of each tensor that rules reach; no element is reached twice."""
-    leaves = [
-        (leaf.tensor, leaf.view_shape)
-        for rule in rules
-        for instance in rule.instances
-        for leaf in instance.scope.leaves
-    ]
-    sizes = {shape: prod(shape) for shape in {shape for _, shape in leaves}}
-    found: dict[str, int] = {}
-    for name, shape in leaves:
-        found[name] = found.get(name, 0) + sizes[shape]
+    instances = [instance for rule in rules for instance in rule.instances]
+    leaves = Counter((leaf.tensor, leaf.view_shape) for one in instances for leaf in one.scope.leaves)
+    found: Counter[str] = Counter()
+    for (name, shape), count in leaves.items():
+        found[name] += prod(shape) * count
     return found
 
 
@@ -215,12 +194,12 @@ def matrix_kind(name: str) -> str:
     """
     pieces = name.split(".")
     pieces = pieces[max(0, pieces.index("*") - 1) :]  # before the layers stand names of models
+    experts = any(map(_EXPERTS.search, pieces)) and not any(map(_SHARED.search, pieces))
     for piece in reversed(pieces):
         if _ATTENTION.search(piece):
             return "attention"
         if _MLP.search(piece):
-            routed = any(_EXPERTS.search(one) for one in pieces)
-            return "experts" if routed and not any(_SHARED.search(one) for one in pieces) else "mlp"
+            return "experts" if experts else "mlp"
     for piece in () if any(map(_OTHER.search, pieces)) else reversed(pieces):
         if _ATTENTION_MATRIX.search(piece):
             return "attention"
@@ -230,19 +209,13 @@ def matrix_kind(name: str) -> str:
 
 
 def _about(kinds: Sequence[_Kind], covers: str) -> Sequence[_Kind]:
-    """Those that a spec is about."""
-    if covers == "layers":
-        lists = {_list_of(kind.name) for kind in kinds if kind.reached}
-        return [kind for kind in kinds if _list_of(kind.name) in lists]
+    if covers == "layers":  # of the same lists of layers: all before the first number
+        lists = {kind.name.partition(".*.")[0] for kind in kinds if kind.reached}
+        return [kind for kind in kinds if kind.name.partition(".*.")[0] in lists]
     if covers == "matrices":
         return kinds
     sorts = {"mlp", "experts"} if covers == "mlp" else {covers}
     return [kind for kind in kinds if matrix_kind(kind.name) in sorts]
-
-
-def _list_of(name: str) -> str:
-    """The list of layers that a kind is in: all before the first number."""
-    return name.partition(".*.")[0]
 
 
 def _share(kinds: Sequence[_Kind]) -> float | None:
@@ -251,13 +224,13 @@ def _share(kinds: Sequence[_Kind]) -> float | None:
 
 
 def _flaws(
-    tensors: Tensors, rules: Sequence[BoundRule], kinds: Iterable[_Kind], config: Mapping[str, Any] | None
+    tensors: Tensors, rules: Sequence[BoundRule], kinds: Iterable[_Kind], config: Mapping[str, Any]
 ) -> Iterator[str]:
     """What a user would call wrong in what rules bind, a line for each rule and flaw."""
     for rule in rules:
         yield from _half_structures(rule, tensors)
     has_layers = any(not _SPECULATIVE.search(kind.name) for kind in kinds)
-    count = _layer_count(config or {})
+    count = _layer_count(config)
     for rule in rules if has_layers else ():
         names = (leaf.tensor for instance in rule.instances for leaf in instance.scope.leaves)
         if rule.instances and all(_is_speculative(name, count) for name in names):
@@ -276,10 +249,9 @@ def _layer_count(config: Mapping[str, Any]) -> int | None:
 
 def _is_speculative(name: str, count: int | None) -> bool:
     """Whether a tensor is of a head that guesses tokens ahead: by its name, or of a layer beyond `count`."""
-    numbered = _NUMBERED_LAYER.match(name)
-    if count is not None and numbered is not None and int(numbered[1]) >= count:
-        return True
-    return _SPECULATIVE.search(name) is not None
+    numbered = None if count is None else _NUMBERED_LAYER.match(name)
+    beyond = count is not None and numbered is not None and int(numbered[1]) >= count
+    return beyond or _SPECULATIVE.search(name) is not None
 
 
 def _half_structures(rule: BoundRule, tensors: Tensors) -> Iterator[str]:
@@ -308,9 +280,8 @@ def _half_structures(rule: BoundRule, tensors: Tensors) -> Iterator[str]:
 def _couplings(rule: BoundRule) -> Iterator[BoundBlockCoupling]:
     """The fused blocks of a rule; its instances are all of one build."""
     for instance in rule.instances:
-        scope = instance.scope
-        members = (scope,) if isinstance(scope, BoundScope) else scope.members
-        fused = [member.block for member in members if isinstance(member.block, BoundBlockCoupling)]
+        members = [member.block for member in instance.scope.members]
+        fused = [block for block in members if isinstance(block, BoundBlockCoupling)]
         if not fused:
             return
         yield from fused

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field
-from itertools import combinations, takewhile
+from itertools import combinations, zip_longest
 from string import ascii_lowercase, ascii_uppercase
 from typing import TYPE_CHECKING
 
@@ -13,8 +13,8 @@ from rich.text import Text
 from sparseprune.engine.grids import Shape, inverse_order, permute, prod
 from sparseprune.errors import printable
 from sparseprune.report.plan import index_of
-from sparseprune.report.wording import shape_text
-from sparseprune.spec import BoundBlock, BoundBlockCoupling, BoundScope
+from sparseprune.report.wording import many, shape_text, shared_beginning
+from sparseprune.spec import BoundBlockCoupling
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
 
     from sparseprune.engine.grids import Shape
-    from sparseprune.spec import BoundInstance, BoundRule, BoundScopeCoupling
+    from sparseprune.spec import BoundBlock, BoundInstance, BoundRule, BoundScope, BoundScopeCoupling
 
     AnyScope = BoundScope | BoundScopeCoupling
 
@@ -103,18 +103,14 @@ def _decomposed(rest: int, steps: Sequence[tuple[int, int]]) -> Shape | None:
 
 def cell_of(scope: AnyScope, number: int, element: int) -> Cell | None:
     """The cell of an element of the tensor under leaf `number`; None outside of that leaf's view."""
-    members = (scope,) if isinstance(scope, BoundScope) else scope.members
     before = 0
-    for position, member in enumerate(members):
+    for member, order in zip(scope.members, scope.orders, strict=True):
         if number < len(member.leaves):
             index = view_index(member.leaves[number], element)
             if index is None:
                 return None
-            where = _in_member(member, number, index)
-            if isinstance(scope, BoundScope):
-                return Cell(_ravelled(where[0], member.grid_shape), where[1])
-            common = permute(where[0], scope.orders[position])
-            return Cell(_ravelled(common, scope.grid_shape), before + where[1])
+            place, block = _in_member(member, number, index)
+            return Cell(_ravelled(permute(place, order), scope.grid_shape), before + block)
         number -= len(member.leaves)
         before += member.blocks_per_scope
     raise IndexError(f"{scope.label} has no leaf {number}")
@@ -149,14 +145,9 @@ def window_of(scope: AnyScope, number: int, shape: Shape, rows: int = ROWS, colu
     rank = len(shape)
     last = (rank - 2, rank - 1)
     pairs = [last, *(pair for pair in combinations(range(rank), 2) if pair != last)]
-    best: Window | None = None
-    for dims in pairs if rank > 1 else [tuple(range(rank))]:
-        window = _window(scope, number, shape, dims, (rows, columns))
-        if best is None or window.blocks > best.blocks:
-            best = window
-    if best is None:
-        raise IndexError("a tensor has at least one window")
-    return best
+    planes = pairs if rank > 1 else [tuple(range(rank))]
+    windows = (_window(scope, number, shape, dims, (rows, columns)) for dims in planes)
+    return max(windows, key=lambda window: window.blocks)  # the first one of several
 
 
 def _window(
@@ -176,22 +167,25 @@ def _window(
     def cell(i: int, j: int) -> Cell | None:
         return cell_of(scope, number, element(i, j))
 
+    def reach(i: int, j: int, axis: _Axis) -> int:
+        return _reach(leaf, element(i, j), axis.stride)
+
     near = range(across.begin, min(across.begin + limits[1], across.size))
     rows = _shown(
         down,
         limits[0],
         lambda i: [cell(i, j) for j in near],
-        lambda i: min([_reach(leaf, element(i, j), down.stride) for j in near]),
+        lambda i: min([reach(i, j, down) for j in near]),
     )
     some = [i for i in rows if i is not None]
     columns = _shown(
         across,
         limits[1],
         lambda j: [cell(i, j) for i in some],
-        lambda j: min([_reach(leaf, element(i, j), across.stride) for i in some]),
+        lambda j: min([reach(i, j, across) for i in some]),
     )
-    cells = tuple([tuple([_cell_at(cell, i, j) for j in columns]) for i in rows])
-    return Window(leaf.tensor, shape, begin, dims, rows, columns, cells)
+    cells = [tuple([None if i is None or j is None else cell(i, j) for j in columns]) for i in rows]
+    return Window(leaf.tensor, shape, begin, dims, rows, columns, tuple(cells))
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,10 +195,6 @@ class _Axis:
     begin: int
     size: int
     stride: int
-
-
-def _cell_at(cell: Callable[[int, int], Cell | None], i: int | None, j: int | None) -> Cell | None:
-    return None if i is None or j is None else cell(i, j)
 
 
 def _shown(
@@ -282,7 +272,9 @@ class RuleDrawing:
         instance = self.rule.instances[0]
         width = min(options.max_width, _WIDEST)
         tensors = [instance.scope.leaves[number].tensor for number in _drawn(instance)]
-        prefix = _shared(tensors)
+        prefix = (
+            shared_beginning([name.rpartition(".")[0] for name in tensors]) if len(set(tensors)) > 1 else ""
+        )
         title = f"{instance.label}{f' in {prefix}' if prefix else ''}"
         yield Text(printable(title), "bold", overflow="fold")
         panels, letters = self._panels(instance, prefix, options)
@@ -290,7 +282,7 @@ class RuleDrawing:
             yield from _side_by_side(row)
         more = len(instance.scope.leaves) - len(panels)
         if more:
-            yield Text(f"and {more:,} more tensor{'s' * (more > 1)} in the same scopes")
+            yield Text(f"and {many(more, 'more tensor')} in the same scopes")
         yield Text(_legend(letters, tensors), "dim")
 
     def _panels(
@@ -302,18 +294,13 @@ class RuleDrawing:
         for columns in (COLUMNS, COLUMNS * 3 // 4, COLUMNS // 2):
             windows = [self._window(instance, number, width, columns) for number in _drawn(instance)]
             letters = _letters(windows)
-            names = [window.tensor.removeprefix(f"{prefix}.") for window in windows]
-            panels = [
-                _panel(window, name, letters, ascii_only=options.ascii_only)
-                for window, name in zip(windows, names, strict=True)
-            ]
+            panels = [_panel(one, prefix, letters, ascii_only=options.ascii_only) for one in windows]
             drawn.append((panels, letters))
             if len(list(_packed(panels, width))) == 1:
                 return panels, letters
         return drawn[0]
 
     def _window(self, instance: BoundInstance, number: int, width: int, columns: int) -> Window:
-        """A window of a leaf with as many columns as there is room for."""
         shape = self.shapes[instance.scope.leaves[number].tensor]
         while True:
             window = window_of(instance.scope, number, shape, columns=columns)
@@ -325,16 +312,7 @@ class RuleDrawing:
 
 def _drawn(instance: BoundInstance) -> range:
     """The leaves that are drawn: of a scope coupling those of the first two scopes."""
-    scope = instance.scope
-    members = (scope,) if isinstance(scope, BoundScope) else scope.members[:_SCOPES]
-    return range(min(_MEMBERS, sum(len(member.leaves) for member in members)))
-
-
-def _shared(names: Sequence[str]) -> str:
-    """The dotted beginning that names have in common; nothing for a single name."""
-    pieces = zip(*[name.split(".")[:-1] for name in names], strict=False)
-    same = takewhile(lambda column: len(set(column)) == 1, pieces)
-    return ".".join([column[0] for column in same]) if len(set(names)) > 1 else ""
+    return range(min(_MEMBERS, sum(len(member.leaves) for member in instance.scope.members[:_SCOPES])))
 
 
 def _letters(windows: Sequence[Window]) -> dict[int, str]:
@@ -351,7 +329,6 @@ def _legend(letters: Mapping[int, str], tensors: Sequence[str]) -> str:
 
 
 def _cell_width(window: Window) -> int:
-    """Columns of one cell and the space behind it."""
     blocks = [cell.block for row in window.cells for cell in row if cell is not None]
     return 2 + len(str(max(blocks, default=0)))
 
@@ -366,8 +343,9 @@ def _width(window: Window) -> int:
     return _margin(window) + len(window.columns) * _cell_width(window) - 1
 
 
-def _panel(window: Window, name: str, letters: Mapping[int, str], *, ascii_only: bool) -> list[Text]:
+def _panel(window: Window, prefix: str, letters: Mapping[int, str], *, ascii_only: bool) -> list[Text]:
     """Name, shape, numbers of columns, and the rows: lines of any length."""
+    name = window.tensor.removeprefix(f"{prefix}.")
     lines = [Text(printable(name), "bold"), Text(_where(window))]
     if not window.cells:
         return lines
@@ -393,7 +371,6 @@ def _panel(window: Window, name: str, letters: Mapping[int, str], *, ascii_only:
 
 
 def _where(window: Window) -> str:
-    """The true shape, and where in it the window lies."""
     text = shape_text(window.shape)
     if not window.cells:
         return f"{text}: no elements"
@@ -431,7 +408,6 @@ def _style(cell: Cell | None, letters: Mapping[int, str]) -> str:
 
 
 def _packed(panels: Sequence[list[Text]], width: int) -> Iterator[list[list[Text]]]:
-    """Panels in rows, as many beside each other as fit."""
     row: list[list[Text]] = []
     used = 0
     for panel in panels:
@@ -447,10 +423,9 @@ def _packed(panels: Sequence[list[Text]], width: int) -> Iterator[list[list[Text
 
 def _side_by_side(panels: Sequence[list[Text]]) -> Iterator[Text]:
     widths = [max(line.cell_len for line in panel) + _BETWEEN for panel in panels]
-    for number in range(max(map(len, panels))):
+    for parts in zip_longest(*panels, fillvalue=Text()):
         whole = Text(overflow="fold")
-        for panel, wide in zip(panels, widths, strict=True):
-            part = panel[number].copy() if number < len(panel) else Text()
+        for part, wide in zip(parts, widths, strict=True):
             whole.append_text(part)
             whole.append(" " * (wide - part.cell_len))
         whole.rstrip()

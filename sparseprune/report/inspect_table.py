@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from dataclasses import dataclass, field, replace
+from itertools import count
 from typing import TYPE_CHECKING
 
 from rich.console import Group
@@ -12,12 +14,12 @@ from rich.text import Text
 from sparseprune.errors import printable
 from sparseprune.report.inspection import summed
 from sparseprune.report.pruning import copies_line
-from sparseprune.report.tables import Column, Fact, FittedTable, below, told
-from sparseprune.report.wording import many, percent, shape_text
+from sparseprune.report.tables import Column, Fact, FittedTable, below, filled
+from sparseprune.report.wording import many, number_text, percent, shape_text
 from sparseprune.results.measuring import InspectedGroup
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 
@@ -39,20 +41,20 @@ def columns_and_rows(found: Inspection) -> tuple[list[Column], list[list[str]]]:
     totals = found.totals
     if found.groups is not None:
         name = Column(str(found.by), "left", f"total of {len(found.groups):,}")
-        return told([Fact(name, _name), *_sizes(totals), *shared_facts(totals)], found.groups)
+        return filled([Fact(name, _name), *_sizes(totals), *shared_facts(totals)], found.groups)
     own: list[Fact[InspectedTensor]] = [
         Fact(Column("tensor", "left", f"total of {totals.tensors:,}"), _name),
         Fact(Column("dtype", "left", spare=8), lambda one: one.dtype),
         Fact(Column("shape", "left", spare=6), lambda one: shape_text(one.shape)),
     ]
-    return told([*own, *shared_facts(totals)], found.tensors)
+    return filled([*own, *shared_facts(totals)], found.tensors)
 
 
 def notes(found: Inspection) -> Iterator[RenderableType]:
     """The lines below the table."""
     totals = found.totals
     satisfied = ", ".join(
-        f"{pattern} by {many(count, 'tensor')}" for pattern, count in totals.patterns.items() if count
+        f"{pattern} by {many(number, 'tensor')}" for pattern, number in totals.patterns.items() if number
     )
     yield Text(f"satisfied: {satisfied or 'no pattern by any tensor'}")
     if totals.uncounted:
@@ -60,28 +62,28 @@ def notes(found: Inspection) -> Iterator[RenderableType]:
         uncounted = many(totals.uncounted, "tensor")
         yield Text(f"not looked at: {uncounted} of {', '.join(dtypes)}, whose elements are no whole bytes")
     yield from map(Text, copies_line("not looked at", found.files_not_read))
-    for name, count in (totals.runtimes or {}).items():
-        yield from _runtime_notes(name, count, found.tensors)
+    for name, found_of in (totals.runtimes or {}).items():
+        yield from _runtime_notes(name, found_of, found.tensors)
 
 
 def shared_facts(totals: InspectTotals) -> Iterator[Fact[Row]]:
     """The columns that groups, nodes of a tree and tensors have alike, from the zeros on."""
     never = frozenset({"", "0"})
     runtimes = totals.runtimes or {}
-    yield Fact(Column("zeros", footer=f"{totals.pruned:,}", spare=7), lambda one: _count(one.zeros))
+    yield Fact(Column("zeros", footer=f"{totals.pruned:,}", spare=7), lambda one: number_text(one.zeros))
     # If runtimes were asked for, they matter most.
     sparsity = Column("sparsity", footer=percent(totals.sparsity), spare=3 if runtimes else 0)
     yield Fact(sparsity, lambda one: "?" if one.sparsity is None else percent(one.sparsity))
     patterns = Column("patterns", "left", spare=4)
-    yield Fact(patterns, lambda one: " ".join(one.patterns), frozenset({""}))
+    yield Fact(patterns, lambda one: " ".join(one.patterns), never)
     rows = Column("zero rows", footer=f"{totals.zero_rows:,}", spare=5)
-    yield Fact(rows, lambda one: _known(one.zero_rows), never)
+    yield Fact(rows, lambda one: number_text(one.zero_rows, ""), never)
     columns = Column("zero columns", footer=f"{totals.zero_columns:,}", spare=5)
-    yield Fact(columns, lambda one: _known(one.zero_columns), never)
-    for shape, count in totals.zero_blocks.items():
-        yield Fact(Column(f"zero {shape}", footer=f"{count.zero:,}", spare=9), _blocks(shape), never)
+    yield Fact(columns, lambda one: number_text(one.zero_columns, ""), never)
+    for shape, blocks in totals.zero_blocks.items():
+        yield Fact(Column(f"zero {shape}", footer=f"{blocks.zero:,}", spare=9), _blocks(shape), never)
     nonfinite = Column("not finite", footer=f"{totals.nonfinite:,}", style="red")
-    yield Fact(nonfinite, lambda one: _known(one.nonfinite), never)
+    yield Fact(nonfinite, lambda one: number_text(one.nonfinite, ""), never)
     for name in runtimes:
         yield Fact(Column(name, spare=1), _runtime(name))
 
@@ -91,19 +93,9 @@ def _name(one: Row) -> str:
 
 
 def _sizes(totals: InspectTotals) -> tuple[Fact[InspectedGroup], Fact[InspectedGroup]]:
-    """The columns of how many tensors and elements a group or a node of a tree has."""
     tensors = Column("tensors", footer=f"{totals.tensors:,}", spare=8)
     elements = Column("elements", footer=f"{totals.numel:,}", spare=6)
     return Fact(tensors, lambda one: f"{one.tensors:,}"), Fact(elements, lambda one: f"{one.numel:,}")
-
-
-def _count(number: int | None) -> str:
-    return "?" if number is None else f"{number:,}"
-
-
-def _known(number: int | None) -> str:
-    """A number if there is one: vectors have no rows."""
-    return "" if number is None else f"{number:,}"
 
 
 def _blocks(shape: str) -> Callable[[Row], str]:
@@ -115,27 +107,27 @@ def _runtime(name: str) -> Callable[[Row], str]:
 
     def text(one: Row) -> str:
         if isinstance(one, InspectedGroup):
-            count = (one.runtimes or {})[name]
-            return f"{count.eligible:,} of {count.of:,}" if count.of else "-"
+            of_group = (one.runtimes or {})[name]
+            return f"{of_group.eligible:,} of {of_group.of:,}" if of_group.of else "-"
         return "-" if len(one.shape) < 2 else "yes" if (one.runtimes or {})[name].eligible else "no"
 
     return text
 
 
 def _runtime_notes(
-    name: str, count: RuntimeTotals, tensors: Iterable[InspectedTensor]
+    name: str, found: RuntimeTotals, tensors: Iterable[InspectedTensor]
 ) -> Iterator[RenderableType]:
     """How many matrices a runtime can use, and why not the others, the most frequent reason first."""
-    yield Text(f"{name}: {count.eligible:,} of {many(count.of, 'matrix')} (needs {count.device})")
+    yield Text(f"{name}: {found.eligible:,} of {many(found.of, 'matrix')} (needs {found.device})")
     reasons: dict[str, list[str]] = {}
     for one in tensors:
-        found = (one.runtimes or {})[name]
-        if not found.eligible and len(one.shape) > 1:
-            reasons.setdefault(found.reason or "", []).append(one.name)
+        verdict = (one.runtimes or {})[name]
+        if not verdict.eligible and len(one.shape) > 1:
+            reasons.setdefault(verdict.reason or "", []).append(one.name)
     ranked = sorted(reasons.items(), key=lambda item: -len(item[1]))
-    for reason, names in ranked[:_REASONS]:
-        more = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
-        yield below(f"{printable(names[0])}{more}: {reason}")
+    for reason, (first, *others) in ranked[:_REASONS]:
+        more = f" and {len(others):,} more" if others else ""
+        yield below(f"{printable(first)}{more}: {reason}")
     if len(ranked) > _REASONS:
         rest = sum(len(names) for _, names in ranked[_REASONS:])
         yield below(f"{many(rest, 'matrix')} more: for other reasons, which --json has")
@@ -171,7 +163,7 @@ class InspectTree:
             elements,
             *shared_facts(totals),
         ]
-        columns, rows = told(facts, nodes)
+        columns, rows = filled(facts, nodes)
         stems = [stem for stem, _ in lines]
         yield Group(FittedTable(columns, rows, " or --json", stems), *notes(self.found))
 
@@ -194,63 +186,42 @@ class _Branch:
 
 @dataclass(slots=True)
 class _Sprout:
-    """A branch while names are still added to it."""
-
-    label: str
     twigs: dict[str, _Sprout] = field(default_factory=dict)
     tensor: InspectedTensor | None = None
 
 
 def _tree(tensors: Iterable[InspectedTensor]) -> tuple[_Branch, ...]:
-    """The branches without a trunk."""
-    root = _Sprout("")
+    root = _Sprout()
     for tensor in tensors:
         sprout = root
         for piece in tensor.name.split(".", _DEEPEST):
-            sprout = sprout.twigs.setdefault(piece, _Sprout(piece))
+            sprout = sprout.twigs.setdefault(piece, _Sprout())
         sprout.tensor = tensor
-    return _grown(root, _Likenesses()).twigs
+    return _grown("", root, defaultdict(count().__next__)).twigs
 
 
-class _Likenesses:
-    """Numbers for values that can be compared, equal ones for equal values."""
-
-    def __init__(self) -> None:
-        self._numbers: dict[object, int] = {}
-
-    def of(self, value: object) -> int:
-        return self._numbers.setdefault(value, len(self._numbers))
-
-
-def _grown(sprout: _Sprout, likenesses: _Likenesses) -> _Branch:
-    """Twigs that are alike told as one, and what is alone then joined with what it grows on."""
-    twigs = [_grown(twig, likenesses) for twig in sprout.twigs.values()]
-    own = () if sprout.tensor is None else (sprout.tensor,)
-    if own and twigs:
-        twigs.insert(0, _Branch(_ITSELF, (), own, likenesses.of(_likeness(own[0]))))
-    if not twigs:
-        return _Branch(sprout.label, (), own, likenesses.of(_likeness(own[0])) if own else 0)
-    if len(twigs) == 1 and sprout.label:
+def _grown(label: str, sprout: _Sprout, likeness: Mapping[object, int]) -> _Branch:
+    """Like twigs become one, and a single twig joins what it grows on; `likeness` numbers what is equal."""
+    twigs = [_grown(*twig, likeness) for twig in sprout.twigs.items()]
+    if sprout.tensor is not None:
+        # All but names, and the exact places of zeros.
+        facts = [value for key, value in vars(sprout.tensor).items() if key not in _UNLIKE]
+        leaf = _Branch(_ITSELF if twigs else label, (), (sprout.tensor,), likeness[repr(facts)])
+        if not twigs:
+            return leaf
+        twigs.insert(0, leaf)
+    if len(twigs) == 1 and label:
         (only,) = twigs
-        return _Branch(f"{sprout.label}.{only.label}", only.twigs, only.tensors, likenesses.of(_joined(only)))
-    likeness = likenesses.of(tuple((twig.label, twig.likeness) for twig in twigs))
+        number = likeness[only.label, only.likeness]
+        return _Branch(f"{label}.{only.label}", only.twigs, only.tensors, number)
+    number = likeness[tuple((twig.label, twig.likeness) for twig in twigs)]
     found = tuple(_alike_as_one(twigs))
-    if len(found) == 1 and sprout.label:
-        return replace(found[0], label=f"{sprout.label}.{found[0].label}", likeness=likeness)
-    return _Branch(sprout.label, found, tuple(one for twig in found for one in twig.tensors), likeness)
-
-
-def _joined(only: _Branch) -> object:
-    return only.label, only.likeness
-
-
-def _likeness(tensor: InspectedTensor) -> object:
-    """What branches have to agree in to be shown as one: all but names, and the exact places of zeros."""
-    return repr([value for key, value in vars(tensor).items() if key not in _UNLIKE])
+    if len(found) == 1 and label:
+        return replace(found[0], label=f"{label}.{found[0].label}", likeness=number)
+    return _Branch(label, found, tuple(one for twig in found for one in twig.tensors), number)
 
 
 def _alike_as_one(twigs: Sequence[_Branch]) -> Iterator[_Branch]:
-    """The twigs, where several numbered ones are alike in the place of the first one."""
     alike: dict[object, list[_Branch]] = {}
     for twig in twigs:
         number, dot, rest = twig.label.partition(".")
@@ -261,12 +232,11 @@ def _alike_as_one(twigs: Sequence[_Branch]) -> Iterator[_Branch]:
 
 
 def _merged(branches: Sequence[_Branch], label: str) -> _Branch:
-    """Branches that are alike as one."""
-    twigs = tuple(
-        _merged(same, same[0].label) for same in zip(*(branch.twigs for branch in branches), strict=True)
-    )
+    twigs = zip(*(branch.twigs for branch in branches), strict=True)
     tensors = tuple(one for branch in branches for one in branch.tensors)
-    return _Branch(label, twigs, tensors, branches[0].likeness)
+    return _Branch(
+        label, tuple(_merged(same, same[0].label) for same in twigs), tensors, branches[0].likeness
+    )
 
 
 def _ranges(labels: Sequence[str]) -> str:

@@ -28,7 +28,7 @@ from sparseprune.spec.patterns import PatternError, parse_pattern
 from sparseprune.spec.problems import nearest, shown, suggestion
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from sparseprune.checkpoint import OtherFile
     from sparseprune.execution.inspect import Questions, TensorFacts
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 Row = TypeVar("Row")
 _DIGITS = re.compile(r"([0-9]+)")
-_MOST_COMPARED = 1000
+_MOST_COMPARED = 2000  # names of unlike form among which a nearest one is looked for
 _HEADS = ("zero", "eligible")  # of a nested pair the fact itself; what stands beside it explains it
 _ALSO_NAMES = {"tensor", "layer", "module", "rule"}  # titles under which tables show names
 
@@ -53,14 +53,33 @@ def selected(names: Iterable[str], match: Sequence[str], exclude: Sequence[str])
     ('model.layers.0.up',)
     """
     there = tuple(names)
-    wanted = _matched(match, there) if match else set(there)
-    patterns = [_pattern("--exclude", text) for text in exclude]
-    unwanted = {name for name in wanted if any(pattern.match(name) is not None for pattern in patterns)}
+    wanted = set() if match else set(there)
+    for text in match:
+        pattern = _pattern("--match", text)
+        found = matching(pattern, there)
+        if not found:
+            hint = _hint(text, pattern, there)
+            raise SparsepruneError(printable(f"--match {text}: matches none of {hint}"))
+        wanted.update(found)
+    unwanted = {name for text in exclude for name in matching(_pattern("--exclude", text), wanted)}
     left = tuple(name for name in there if name in wanted and name not in unwanted)
     if unwanted and not left:
         words = "--match and --exclude" if match else "--exclude"
         raise SparsepruneError(f"{words}: of {many(len(there), 'tensor')} none is left; exclude fewer")
     return left
+
+
+def matching(pattern: TensorPattern, names: Iterable[str]) -> list[str]:
+    """The names that a pattern matches."""
+    return [name for name in names if pattern.match(name) is not None]
+
+
+def nearest_names(pattern: TensorPattern, names: Iterable[str], count: int = 1) -> list[str]:
+    """The names most similar to those that a pattern matches; names that differ in numbers count once."""
+    forms: dict[str, str] = {}
+    for name in names:
+        forms.setdefault(_DIGITS.sub("0", name), name)
+    return [forms[form] for form in nearest(pattern.sample, list(forms)[:_MOST_COMPARED], count)]
 
 
 def ordered(rows: Iterable[Row], key: str | None, reverse: bool) -> tuple[Row, ...]:  # noqa: FBT001
@@ -75,10 +94,9 @@ def ordered(rows: Iterable[Row], key: str | None, reverse: bool) -> tuple[Row, .
         return there[::-1] if reverse else there
     facts = [flat(row) for row in there]
     found = _key_of(key, dict.fromkeys(name for fact in facts for name in fact))
-    values = [fact.get(found) for fact in facts]
-    known = [at for at, value in enumerate(values) if value is not None]
-    unknown = [at for at, value in enumerate(values) if value is None]
-    known.sort(key=lambda at: _rank(values[at]), reverse=reverse)
+    known = [at for at, fact in enumerate(facts) if fact.get(found) is not None]
+    known.sort(key=lambda at: _rank(facts[at][found]), reverse=reverse)
+    unknown = sorted({*range(len(there))}.difference(known))
     return tuple(there[at] for at in (*known, *unknown))
 
 
@@ -102,19 +120,6 @@ def natural(name: str) -> tuple[tuple[str, int, str], ...]:
     return tuple((text, len(digits), digits) for text, digits in zip(texts, numbers, strict=True))
 
 
-def _matched(patterns: Sequence[str], names: Sequence[str]) -> set[str]:
-    """The names that some of the patterns match; each has to match one."""
-    matched: set[str] = set()
-    for text in patterns:
-        pattern = _pattern("--match", text)
-        found = [name for name in names if pattern.match(name) is not None]
-        if not found:
-            hint = _hint(text, pattern, names)
-            raise SparsepruneError(printable(f"--match {text}: matches none of {hint}"))
-        matched.update(found)
-    return matched
-
-
 def _pattern(option: str, text: str) -> TensorPattern:
     try:
         return parse_pattern(text)
@@ -123,15 +128,10 @@ def _pattern(option: str, text: str) -> TensorPattern:
 
 
 def _hint(text: str, pattern: TensorPattern, names: Sequence[str]) -> str:
-    """How many tensors there are, and what was meant or what one of them is called."""
-    count = many(len(names), "tensor")
-    below = f"{text.rstrip('.')}.**"
-    if names and text.strip(".*") and any(parse_pattern(below).match(name) is not None for name in names):
+    count, below = many(len(names), "tensor"), f"{text.rstrip('.')}.**"
+    if text.strip(".*") and matching(parse_pattern(below), names):
         return f"{count}; did you mean {below}?"
-    forms: dict[str, str] = {}  # names that differ in numbers resemble the pattern equally
-    for name in names:
-        forms.setdefault(_DIGITS.sub("0", name), name)
-    close = [forms[form] for form in nearest(pattern.sample, list(forms)[:_MOST_COMPARED])] or names[:1]
+    close = nearest_names(pattern, names) or names[:1]
     return f"{count}, such as {shown(close[0])}" if close else count
 
 
@@ -174,25 +174,11 @@ def _rank(value: object) -> tuple[int, Any]:
 
 
 NO_RULE = "no rule"
-_REPEATED = "*"
 # Last pieces of names that tell which parameter of its module a tensor is, not which module.
-_PARAMETERS = {
-    "bias",
-    "g_idx",
-    "input_scale",
-    "num_batches_tracked",
-    "qweight",
-    "qzeros",
-    "running_mean",
-    "running_var",
-    "scales",
-    "weight",
-    "weight_packed",
-    "weight_scale",
-    "weight_scale_inv",
-    "weight_shape",
-    "weight_zero_point",
-}
+_PARAMETER = re.compile(
+    "bias|g_idx|input_scale|num_batches_tracked|qweight|qzeros|running_(mean|var)|scales"
+    "|weight(_packed|_scale|_scale_inv|_shape|_zero_point)?"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,14 +197,14 @@ def grouping_of(by: str, names: Iterable[str], rules: Mapping[str, str] | None =
     """
     if by == "rule":
         reached = rules or {}
-        rank = {rule: at for at, rule in enumerate(dict.fromkeys(reached.values()))}
         found = {name: reached.get(name, NO_RULE) for name in names}
-        ordered = sorted(found, key=lambda name: rank.get(found[name], len(rank)))
+        groups = [*dict.fromkeys(reached.values()), NO_RULE]
     else:
-        group_of: Callable[[str], str] = layer_of if by == "layer" else module_of
+        group_of = layer_of if by == "layer" else module_of
         found = {name: group_of(name) for name in names}
-        ordered = sorted(found, key=lambda name: natural(found[name]))
-    return Grouping(by, {name: found[name] for name in ordered})
+        groups = sorted(dict.fromkeys(found.values()), key=natural)
+    rank = {group: at for at, group in enumerate(groups)}
+    return Grouping(by, {name: found[name] for name in sorted(found, key=lambda name: rank[found[name]])})
 
 
 def layer_of(name: str) -> str:
@@ -228,10 +214,8 @@ def layer_of(name: str) -> str:
     ('model.layers.3', 'model.embed_tokens')
     """
     pieces = name.split(".")
-    for at, piece in enumerate(pieces):
-        if _is_number(piece):
-            return ".".join(pieces[: at + 1])
-    return _module(name)
+    first = next((at for at, piece in enumerate(pieces) if is_number(piece)), None)
+    return _module(name) if first is None else ".".join(pieces[: first + 1])
 
 
 def module_of(name: str) -> str:
@@ -240,7 +224,7 @@ def module_of(name: str) -> str:
     >>> module_of("model.layers.3.mlp.experts.7.w1.weight"), module_of("model.layers.3.experts.gate_up_proj")
     ('model.layers.*.mlp.experts.*.w1', 'model.layers.*.experts.gate_up_proj')
     """
-    return ".".join([_REPEATED if _is_number(piece) else piece for piece in _module(name).split(".")])
+    return ".".join(["*" if is_number(piece) else piece for piece in _module(name).split(".")])
 
 
 def rules_of_spec(bound: BoundSpec) -> dict[str, str]:
@@ -281,24 +265,17 @@ def summed(name: str, tensors: Sequence[InspectedTensor], patterns: Sequence[str
     those that all its matrices satisfy, if there is one that has elements.
     """
     matrices = [tensor for tensor in tensors if len(tensor.shape) > 1]
-    filled = [tensor for tensor in matrices if tensor.numel]
-    zeros = total(tensor.zeros for tensor in tensors)
+    satisfied = [tensor.patterns for tensor in matrices if tensor.numel]
+    sums = {key: total(getattr(tensor, key) for tensor in tensors) for key in _SUMMED}
     known = sum(tensor.numel for tensor in tensors if tensor.zeros is not None)
     return InspectedGroup(
         name=name,
         tensors=len(tensors),
         matrices=len(matrices),
         numel=sum(tensor.numel for tensor in tensors),
-        zeros=zeros,
-        sparsity=None if zeros is None else share(zeros, known),
-        nonfinite=total(tensor.nonfinite for tensor in tensors),
-        patterns=tuple(
-            one for one in patterns if filled and all(one in tensor.patterns for tensor in filled)
-        ),
-        rows=total(tensor.rows for tensor in tensors),
-        zero_rows=total(tensor.zero_rows for tensor in tensors),
-        columns=total(tensor.columns for tensor in tensors),
-        zero_columns=total(tensor.zero_columns for tensor in tensors),
+        **sums,
+        sparsity=None if sums["zeros"] is None else share(sums["zeros"], known),
+        patterns=tuple(one for one in patterns if satisfied and all(one in found for found in satisfied)),
         zero_blocks=_blocks_total(tensors),
         runtimes=_runtimes_total(tensors, matrices),
     )
@@ -311,13 +288,14 @@ def total(values: Iterable[int | None]) -> int | None:
 
 
 def _blocks_total(tensors: Iterable[InspectedTensor]) -> dict[str, ZeroBlocks]:
-    """Zero blocks by their shape, and how many blocks there are."""
-    sums: dict[str, tuple[int, int]] = {}
+    counts: dict[str, list[ZeroBlocks]] = {}
     for tensor in tensors:
         for shape, count in tensor.zero_blocks.items():
-            zero, of = sums.get(shape, (0, 0))
-            sums[shape] = zero + count.zero, of + count.of
-    return {shape: ZeroBlocks(zero=zero, of=of) for shape, (zero, of) in sums.items()}
+            counts.setdefault(shape, []).append(count)
+    return {
+        shape: ZeroBlocks(zero=sum(one.zero for one in found), of=sum(one.of for one in found))
+        for shape, found in counts.items()
+    }
 
 
 def _runtimes_total(
@@ -334,45 +312,39 @@ def _runtimes_total(
 
 def _module(name: str) -> str:
     module, dot, parameter = name.rpartition(".")
-    return module if dot and module and parameter in _PARAMETERS else name
+    return module if dot and module and _PARAMETER.fullmatch(parameter) else name
 
 
-def _is_number(piece: str) -> bool:
+def is_number(piece: str) -> bool:
+    """Whether a piece of a name is the number of a layer or an expert."""
     return piece.isdigit() and piece.isascii()
 
 
+_SUMMED = ("zeros", "nonfinite", "rows", "zero_rows", "columns", "zero_columns")
 NUMBERS = ("numel", "zeros", "sparsity", "nonfinite", "rows", "zero_rows", "columns", "zero_columns")
 """The fields of every tensor that are one number each."""
 
 
-@dataclass(frozen=True, slots=True)
-class Telling:
-    """What is told besides the facts.
-
-    `questions` are those whose answers are told: more have to be asked for the sake of the `runtimes`, which
-    are asked whether they can use each tensor.
-    """
-
-    questions: Questions
-    runtimes: tuple[Runtime, ...] = ()
-    grouping: Grouping | None = None
-
-
 def make_inspection(
-    path: str, facts: Iterable[TensorFacts], telling: Telling, not_read: Iterable[OtherFile] = ()
+    path: str,
+    facts: Iterable[TensorFacts],
+    questions: Questions,
+    runtimes: Sequence[Runtime] = (),
+    grouping: Grouping | None = None,
+    not_read: Iterable[OtherFile] = (),
 ) -> Inspection:
     """The result of `inspect`, its tensors in the order of the facts.
 
-    `not_read` are files beside the checkpoint with another copy of its dense weights.
+    It has the answers to `questions`, of all that were asked for the sake of `runtimes`, and whether these
+    can use each tensor. `not_read` are files beside the checkpoint with another copy of its dense weights.
     """
-    patterns = [str(pattern) for pattern in telling.questions.patterns]
-    blocks = [str(block) for block in telling.questions.blocks]
-    tensors = tuple(_inspected(one, patterns, blocks, telling.runtimes) for one in facts)
-    grouping = telling.grouping
+    patterns = [str(pattern) for pattern in questions.patterns]
+    blocks = [str(block) for block in questions.blocks]
+    tensors = tuple(_inspected(one, patterns, blocks, runtimes) for one in facts)
     return Inspection(
         input=path,
         files_not_read=other_weights(not_read),
-        totals=_totals(tensors, patterns, blocks, telling.runtimes),
+        totals=_totals(tensors, patterns, blocks, runtimes),
         by=None if grouping is None else grouping.by,
         groups=None if grouping is None else grouped(tensors, grouping, patterns),
         tensors=tensors,
@@ -417,6 +389,7 @@ def _inspected(
 ) -> InspectedTensor:
     counts, rows, columns = one.blocks or {}, one.rows, one.columns
     verdicts = {runtime.name: verdict(runtime, one) for runtime in runtimes}
+    there = [shape for shape in blocks if shape in counts]
     return InspectedTensor(
         name=one.name,
         dtype=one.dtype,
@@ -431,11 +404,7 @@ def _inspected(
         columns=None if columns is None else columns.of,
         zero_columns=None if columns is None else columns.zero,
         zero_slices=None if one.slices is None else tuple(index.zero for index in one.slices),
-        zero_blocks={
-            shape: ZeroBlocks(zero=counts[shape].zero, of=counts[shape].of)
-            for shape in blocks
-            if shape in counts
-        },
+        zero_blocks={shape: ZeroBlocks(zero=counts[shape].zero, of=counts[shape].of) for shape in there},
         runtimes=verdicts or None,
     )
 
@@ -448,13 +417,13 @@ def _totals(
 ) -> InspectTotals:
     """Sums over all tensors; elements that cannot be counted are taken as not zero."""
     whole = summed("", tensors, patterns)
-    zeros = whole.zeros or 0
-    none = ZeroBlocks(zero=0, of=0)
-    counts = whole.runtimes or {}
+    sums = {key: getattr(whole, key) or 0 for key in _SUMMED}
+    pruned = sums.pop("zeros")
     dtypes = [one.dtype for one in tensors if len(one.shape) > 1]
+    none = RuntimeCount(eligible=0, of=0)
     eligible = {
         one.name: RuntimeTotals(
-            eligible=counts[one.name].eligible if one.name in counts else 0,
+            eligible=(whole.runtimes or {}).get(one.name, none).eligible,
             of=whole.matrices,
             device=one.device_for(dtypes),
         )
@@ -465,14 +434,10 @@ def _totals(
         matrices=whole.matrices,
         uncounted=sum(one.zeros is None for one in tensors),
         numel=whole.numel,
-        pruned=zeros,
-        sparsity=share(zeros, whole.numel),
-        nonfinite=whole.nonfinite or 0,
+        pruned=pruned,
+        sparsity=share(pruned, whole.numel),
         patterns={pattern: sum(pattern in one.patterns for one in tensors) for pattern in patterns},
-        rows=whole.rows or 0,
-        zero_rows=whole.zero_rows or 0,
-        columns=whole.columns or 0,
-        zero_columns=whole.zero_columns or 0,
-        zero_blocks={shape: whole.zero_blocks.get(shape, none) for shape in blocks},
+        **sums,
+        zero_blocks={shape: whole.zero_blocks.get(shape, ZeroBlocks(zero=0, of=0)) for shape in blocks},
         runtimes=eligible or None,
     )

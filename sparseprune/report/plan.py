@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rich.console import Group
-from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -17,53 +16,42 @@ from sparseprune.engine.grids import Shape, prod
 from sparseprune.errors import printable
 from sparseprune.report.coverage import coverage_text, coverage_totals
 from sparseprune.report.pruning import config_text, share
+from sparseprune.report.tables import INDENT, Column, Fact, below, filled, indented, plain_table
 from sparseprune.report.wording import each_text, many, percent, place_text, shape_text, size
+from sparseprune.results import pruning as results
 from sparseprune.results.fields import one_or_all
-from sparseprune.results.pruning import (
-    Plan,
-    PlannedBytes,
-    PlannedRemoval,
-    PlanTotals,
-    ReconstructAsked,
-    Resized,
-    RulePlan,
-    RuleRemoval,
-    ScoreAsked,
-    TensorForm,
-    UnreachedTensor,
-    ViewAsked,
-)
-from sparseprune.spec import BoundBlock, BoundBlockCoupling, BoundScope, Score
+from sparseprune.spec import BoundBlock, BoundBlockCoupling, Score
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
     from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 
-    from sparseprune.checkpoint import OutputLayout, StoredTensor
-    from sparseprune.engine.grids import Shape
+    from sparseprune.checkpoint import Checkpoint, StoredTensor
     from sparseprune.removal.preview import Preview
     from sparseprune.report.coverage import Coverage
-    from sparseprune.spec import BoundInstance, BoundRule, BoundScopeCoupling, BoundSpec, Reconstruct
+    from sparseprune.spec import (
+        BoundInstance,
+        BoundRule,
+        BoundScope,
+        BoundScopeCoupling,
+        BoundSpec,
+        Reconstruct,
+    )
 
     AnyScope = BoundScope | BoundScopeCoupling
+    Tensors = Mapping[str, StoredTensor]
 
-_SHAPES = 4  # that a card has room for
+_SHAPES, _FORMS = 4, 8  # that a card has room for
+_UNREACHED = 5  # tensors that are named
 
-
-def rule_removal(rule: BoundRule, tensors: Mapping[str, StoredTensor], planned: Preview) -> RuleRemoval:
-    """Of one rule: whether its blocks can be cut out, or why not, and what its tensors become."""
-    reason = planned.reasons.get(rule.name)
-    becomes = None
-    if reason is None and planned.shapes is not None:
-        becomes = tuple(_becomes(rule, tensors, planned.shapes))
-    return RuleRemoval(removable=reason is None, reason=reason, becomes=becomes)
+Facts = list[tuple[str, str]]
 
 
-def planned_removal(planned: Preview) -> PlannedRemoval:
+def planned_removal(planned: Preview) -> results.PlannedRemoval:
     """Of the whole checkpoint; None if only the data decides, or nothing can be removed."""
     removal = planned.removal
-    return PlannedRemoval(
+    return results.PlannedRemoval(
         problems=tuple(planned.problems),
         config=None if removal is None else removal.changes,
         numel=planned.numel,
@@ -71,96 +59,48 @@ def planned_removal(planned: Preview) -> PlannedRemoval:
     )
 
 
-def _becomes(
-    rule: BoundRule, tensors: Mapping[str, StoredTensor], shapes: Mapping[str, Shape | None]
-) -> Iterator[Resized]:
-    """The tensors that get one new shape, with an example."""
+def _rule_removal(names: Iterable[str], rule: str, tensors: Tensors, planned: Preview) -> results.RuleRemoval:
+    reason, shapes = planned.reasons.get(rule), planned.shapes
+    if reason is not None or shapes is None:
+        return results.RuleRemoval(removable=reason is None, reason=reason, becomes=None)
     alike: dict[tuple[Shape, Shape | None], list[str]] = {}
-    reached = dict.fromkeys(leaf.tensor for instance in rule.instances for leaf in instance.scope.leaves)
-    for name in reached:
+    for name in names:
         before = tensors[name].shape
         alike.setdefault((before, shapes.get(name, before)), []).append(name)
-    for (before, after), names in alike.items():
-        yield Resized(tensors=len(names), example=names[0], shape=before, shape_after=after)
+    becomes = [
+        results.Resized(tensors=len(found), example=found[0], shape=before, shape_after=after)
+        for (before, after), found in alike.items()
+    ]
+    return results.RuleRemoval(removable=True, reason=None, becomes=tuple(becomes))
 
 
-def removal_text(found: RuleRemoval) -> str:
-    """The line of a rule's card."""
+def _removal_text(found: results.RuleRemoval) -> str:
     if not found.removable:
         return f"nothing: {found.reason}"
     if found.becomes is None:
         return "whole slices, as many as the data tells"
-    texts = list(dict.fromkeys(_changed(one) for one in found.becomes if one.shape_after != one.shape))
+    texts = list(
+        dict.fromkeys(
+            f"{many(one.tensors, 'tensor')} of {shape_text(one.shape)} whole"
+            if one.shape_after is None
+            else f"{shape_text(one.shape)} becomes {shape_text(one.shape_after)}"
+            for one in found.becomes
+            if one.shape_after != one.shape
+        )
+    )
     more = [f"and {many(len(texts) - _SHAPES, 'more shape')}"] if len(texts) > _SHAPES else []
     return ", ".join([*texts[:_SHAPES], *more]) or "nothing: all blocks survive"
 
 
-def _changed(one: Resized) -> str:
-    if one.shape_after is None:
-        return f"{many(one.tensors, 'tensor')} of {shape_text(one.shape)} whole"
-    return f"{shape_text(one.shape)} becomes {shape_text(one.shape_after)}"
-
-
-def totals_facts(plan: Plan) -> Iterator[tuple[str, str]]:
-    """The lines of the card of totals: what prevents a removal, or what it would leave."""
-    removal, numel = plan.removal, plan.totals.numel
-    for problem in removal.problems:
-        yield "removal", f"cannot be: {problem}"
-    if removal.config is not None and removal.numel is not None and removal.bytes is not None:
-        changes = ", ".join(map(config_text, removal.config))
-        fewer = percent((numel - removal.numel) / max(1, numel))
-        left = f"{removal.numel:,} parameters ({fewer} fewer) in {size(removal.bytes)}"
-        yield "removal", left + (f": {changes}" if changes else "")
-
-
-UNREACHED = 5
-
-
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """What a plan is for, as the user named it: the checkpoint, the spec, and where the result goes."""
-
-    input: str
-    spec: str
-    output: str
-    coverage: Coverage
-    warnings: Sequence[str] = ()
-
-
-def make_plan_result(
-    asked: Asked, bound: BoundSpec, layout: OutputLayout, removal: Preview, peak_bytes: int | None = None
-) -> Plan:
-    """The result of `plan`.
-
-    `layout` is that of the output, `removal` what `remove` would leave; `peak_bytes` is the memory that a run
-    is expected to need at most, None if unknown.
-    """
-    tensors = layout.checkpoint.tensors
-    numel, covered = asked.coverage.numel, asked.coverage.reached
-    reached = set(bound.covered)
-    return Plan(
-        input=asked.input,
-        spec=asked.spec,
-        output=asked.output,
-        output_exists=layout.target.exists(),
-        warnings=tuple(asked.warnings),
-        totals=PlanTotals(
-            tensors=len(tensors),
-            numel=numel,
-            reached=len(reached),
-            covered=covered,
-            coverage=share(covered, numel),
-            **coverage_totals(asked.coverage),
-        ),
-        rules=tuple(_rule_plan(rule, tensors, rule_removal(rule, tensors, removal)) for rule in bound.rules),
-        removal=planned_removal(removal),
-        unreached=_unreached(tensors, reached),
-        bytes=PlannedBytes(
-            input=layout.input_bytes,
-            masks=sum([place.nbytes for place in layout.masks.values()]),
-            output=layout.output_bytes,
-            peak=peak_bytes,
-        ),
+def plan_totals(checkpoint: Checkpoint, bound: BoundSpec, coverage: Coverage) -> results.PlanTotals:
+    """Sums over the whole checkpoint."""
+    return results.PlanTotals(
+        tensors=len(checkpoint.tensors),
+        numel=coverage.numel,
+        reached=len(set(bound.covered)),
+        covered=coverage.reached,
+        coverage=share(coverage.reached, coverage.numel),
+        **coverage_totals(coverage),
     )
 
 
@@ -189,71 +129,77 @@ def is_whole(leaf: BoundBlock, shape: Shape) -> bool:
     )
 
 
-def scoped_leaves(scope: AnyScope) -> Iterator[tuple[BoundScope, BoundBlock]]:
+def _scoped_leaves(scope: AnyScope) -> Iterator[tuple[BoundScope, BoundBlock]]:
     """Every block grid over one tensor, with the scope that it is a member of, in the engine's order."""
-    members = (scope,) if isinstance(scope, BoundScope) else scope.members
-    return ((member, leaf) for member in members for leaf in member.leaves)
+    return ((member, leaf) for member in scope.members for leaf in member.leaves)
 
 
-def _rule_plan(rule: BoundRule, tensors: Mapping[str, StoredTensor], removal: RuleRemoval) -> RulePlan:
+def rule_plan(rule: BoundRule, tensors: Tensors, planned: Preview) -> results.RulePlan:
+    """A rule, what it binds to, and what it would prune and `remove` cut out."""
     forms = rule.forms()
     of_form = {form: _counts(members[0]) for form, members in forms.items()}
     counts = [of_form[instance.form] for instance in rule.instances]
-    first = rule.instances[0] if rule.instances else None
-    nnz = [instance.budget.nnz for instance in rule.instances]
-    per_scope = [count.per_scope for count in counts]
+    budgets = [instance.budget for instance in rule.instances]
     pruned = [count.pruned for count in counts if count.pruned is not None]
-    names = dict.fromkeys([leaf.tensor for instance in rule.instances for leaf in instance.scope.leaves])
-    return RulePlan(
+    leaves = (leaf for instance in rule.instances for leaf in instance.scope.leaves)
+    names = list(dict.fromkeys([leaf.tensor for leaf in leaves]))
+    first = rule.instances[0] if rule.instances else None
+    scoped = list(_scoped_leaves(first.scope)) if first else []
+    fused = [(member.block, leaf) for member, leaf in scoped if isinstance(member.block, BoundBlockCoupling)]
+    return results.RulePlan(
         name=rule.name,
         mode="soft" if first and first.soft else "hard",
         score=_score(first.score if first else Score()),
         reconstruct=_reconstruct(first.reconstruct if first else None),
         instances=len(rule.instances),
         tensors=len(names),
-        example=next(iter(names), None),
+        example=names[0] if names else None,
         instance=first.label if first else None,
-        fused=tuple(dict.fromkeys(_fused(first))) if first else (),
-        fused_block=_fused_block(first) if first else None,
-        competing=len(first.scope.members) if first and not isinstance(first.scope, BoundScope) else 1,
+        fused=tuple(dict.fromkeys(block_name(leaf) for _, leaf in fused)),
+        fused_block=fused[0][0].label if fused else None,
+        competing=len(first.scope.members) if first else 1,
         scopes=sum([count.scopes for count in counts]),
-        blocks_per_scope=one_or_all(per_scope),
-        nnz=one_or_all(nnz),
-        threshold=one_or_all([instance.budget.threshold for instance in rule.instances]),
+        blocks_per_scope=one_or_all([count.per_scope for count in counts]),
+        nnz=one_or_all([budget.nnz for budget in budgets]),
+        threshold=one_or_all([budget.threshold for budget in budgets]),
         sparsity_asked=one_or_all([instance.sparsity for instance in rule.instances]),
-        sparsity=one_or_all([_sparsity(*pair) for pair in zip(nnz, per_scope, strict=True)]),
+        sparsity=one_or_all([count.sparsity for count in counts]),
         blocks=sum([count.scopes * count.per_scope for count in counts]),
         numel=sum([count.numel for count in counts]),
         pruned=sum(pruned) if len(pruned) == len(counts) else None,
         forms=_forms(forms.values(), tensors),
-        removal=removal,
+        removal=_rule_removal(names, rule.name, tensors, planned),
     )
 
 
 @dataclass(frozen=True, slots=True)
 class _Counts:
-    """Of one instance; `pruned` elements are None where only the data tells: thresholds, unlike blocks."""
+    """Of one instance; `pruned` elements are None where only the data tells: thresholds, unlike blocks.
+
+    `sparsity` is the share of a scope's blocks that goes, as it became a whole number of blocks.
+    """
 
     scopes: int
     per_scope: int
     numel: int
     pruned: int | None
+    sparsity: float | None
 
 
 def _counts(instance: BoundInstance) -> _Counts:
     scope, nnz = instance.scope, instance.budget.nnz
     scopes, per_scope = prod(scope.grid_shape), scope.blocks_per_scope
-    members = (scope,) if isinstance(scope, BoundScope) else scope.members
     numel = sum([prod(leaf.view_shape) for leaf in scope.leaves])
-    sizes = {member.block.numel_per_block for member in members}
-    pruned = None
-    if nnz is not None and instance.soft is None and len(sizes) == 1:
-        pruned = scopes * (per_scope - nnz) * sizes.pop()
-    return _Counts(scopes, per_scope, numel, pruned)
+    sizes = {member.block.numel_per_block for member in scope.members}
+    if nnz is None:
+        return _Counts(scopes, per_scope, numel, None, None)
+    known = instance.soft is None and len(sizes) == 1
+    pruned = scopes * (per_scope - nnz) * sizes.pop() if known else None
+    return _Counts(scopes, per_scope, numel, pruned, share(per_scope - nnz, per_scope))
 
 
-def _score(score: Score) -> ScoreAsked:
-    return ScoreAsked(
+def _score(score: Score) -> results.ScoreAsked:
+    return results.ScoreAsked(
         kind=score.kind,
         norm=score.norm if math.isfinite(score.norm) else "inf",
         normalize=score.normalize,
@@ -261,52 +207,31 @@ def _score(score: Score) -> ScoreAsked:
     )
 
 
-def _reconstruct(reconstruct: Reconstruct | None) -> ReconstructAsked | None:
+def _reconstruct(reconstruct: Reconstruct | None) -> results.ReconstructAsked | None:
     if reconstruct is None:
         return None
-    return ReconstructAsked(method=reconstruct.method, file=str(reconstruct.file), damp=reconstruct.damp)
+    return results.ReconstructAsked(
+        method=reconstruct.method, file=str(reconstruct.file), damp=reconstruct.damp
+    )
 
 
-def _sparsity(nnz: int | None, blocks: int) -> float | None:
-    """The share of a scope's blocks that goes: what `sparsity` became as a whole number of blocks."""
-    return None if nnz is None else share(blocks - nnz, blocks)
-
-
-def _fused(instance: BoundInstance) -> Iterator[str]:
-    """The names of the blocks that are fused; nothing where blocks stand for themselves."""
-    for member, leaf in scoped_leaves(instance.scope):
-        if isinstance(member.block, BoundBlockCoupling):
-            yield block_name(leaf)
-
-
-def _fused_block(instance: BoundInstance) -> str | None:
-    """The label of the first fused block, under which a file of block scores has its tensor."""
-    members = (member.block for member, _ in scoped_leaves(instance.scope))
-    return next((block.label for block in members if isinstance(block, BoundBlockCoupling)), None)
-
-
-def _forms(
-    forms: Iterable[Sequence[BoundInstance]], tensors: Mapping[str, StoredTensor]
-) -> tuple[TensorForm, ...]:
+def _forms(forms: Iterable[Sequence[BoundInstance]], tensors: Tensors) -> tuple[results.TensorForm, ...]:
     """The tensors of a rule by block and shape: one entry for all tensors that are alike, with an example."""
     alike: dict[tuple[object, ...], tuple[BoundScope, BoundBlock]] = {}
     counts: Counter[tuple[object, ...]] = Counter()
     for instances in forms:
-        for member, leaf in scoped_leaves(instances[0].scope):
+        for member, leaf in _scoped_leaves(instances[0].scope):
             shape = tensors[leaf.tensor].entry.shape
             key = (block_name(leaf), shape, leaf.view_shape, leaf.view_stride, leaf.shape, member.shape)
             alike.setdefault(key, (member, leaf))
             counts[key] += len(instances)
-    return tuple(_form(*first, tensors, counts[key]) for key, first in alike.items())
+    return tuple(_form(*first, tensors[first[1].tensor], counts[key]) for key, first in alike.items())
 
 
-def _form(
-    member: BoundScope, leaf: BoundBlock, tensors: Mapping[str, StoredTensor], count: int
-) -> TensorForm:
-    stored = tensors[leaf.tensor]
+def _form(member: BoundScope, leaf: BoundBlock, stored: StoredTensor, count: int) -> results.TensorForm:
     begin = index_of(leaf.view_offset, stored.shape)
-    view = ViewAsked(shape=leaf.view_shape, stride=leaf.view_stride, begin=begin)
-    return TensorForm(
+    view = results.ViewAsked(shape=leaf.view_shape, stride=leaf.view_stride, begin=begin)
+    return results.TensorForm(
         block_name=block_name(leaf),
         tensors=count,
         example=leaf.tensor,
@@ -332,61 +257,68 @@ def index_of(element: int, shape: Shape) -> Shape:
     return tuple(reversed(index))
 
 
-def _unreached(tensors: Mapping[str, StoredTensor], reached: set[str]) -> tuple[UnreachedTensor, ...]:
+def unreached(tensors: Tensors, reached: Collection[str]) -> tuple[results.UnreachedTensor, ...]:
     """The largest tensors that no rule reaches."""
     left = (stored for name, stored in tensors.items() if name not in reached)
     return tuple(
-        UnreachedTensor(
-            name=stored.name, dtype=stored.dtype, shape=stored.shape, numel=stored.numel, bytes=stored.nbytes
+        results.UnreachedTensor(
+            name=one.name, dtype=one.dtype, shape=one.shape, numel=one.numel, bytes=one.nbytes
         )
-        for stored in heapq.nlargest(UNREACHED, left, key=lambda stored: stored.numel)
+        for one in heapq.nlargest(_UNREACHED, left, key=lambda stored: stored.numel)
     )
 
 
-_FORMS = 8  # that are listed of one rule
-_INDENT = 2
-
-Facts = list[tuple[str, str]]
-
-
-def rule_card(rule: RulePlan, numel: int) -> RenderableType:
+def rule_card(rule: results.RulePlan, numel: int) -> RenderableType:
     """What one rule binds to; `numel` counts the parameters of the whole checkpoint."""
     title = Text(rule.name, "bold")
     if not rule.instances:
         return Group(title, _facts([("binds", "nothing: no tensor matches, and the rule is optional")]))
     forms = _FormLines(rule.forms[:_FORMS], len(rule.forms) - _FORMS)
-    facts = [*_binding(rule), *_budget(rule), *_pruning(rule, numel), ("removes", removal_text(rule.removal))]
+    facts = [*_binding(rule), *_budget(rule), _pruning(rule, numel), ("removes", _removal_text(rule.removal))]
     return Group(title, _facts(facts), forms)
 
 
-def totals_card(plan: Plan) -> RenderableType:
+def totals_card(plan: results.Plan) -> RenderableType:
     """What rules reach and what not, the sizes of the output, the memory of a run."""
-    totals, sizes = plan.totals, plan.bytes
-    covers = (
-        f"{totals.covered:,} of {totals.numel:,} parameters ({percent(totals.coverage)}) "
-        f"in {totals.reached:,} of {many(totals.tensors, 'tensor')}"
-    )
-    output = f"{size(sizes.output)} in {plan.output}"
-    if plan.output_exists:
-        output += " (exists: --force replaces it)"
-    text = coverage_text(totals)
+    totals, sizes, layers = plan.totals, plan.bytes, coverage_text(plan.totals)
+    share = f"{totals.covered:,} of {totals.numel:,} parameters ({percent(totals.coverage)})"
+    exists = " (exists: --force replaces it)" if plan.output_exists else ""
     facts = [
-        ("covers", covers),
-        *([] if text is None else [("layers", text)]),
+        ("covers", f"{share} in {totals.reached:,} of {many(totals.tensors, 'tensor')}"),
+        *([] if layers is None else [("layers", layers)]),
         ("input", size(sizes.input)),
         ("masks", size(sizes.masks) if sizes.masks else "none"),
-        ("output", output),
+        ("output", f"{size(sizes.output)} in {plan.output}{exists}"),
+        *([] if sizes.peak is None else [("memory", f"about {size(sizes.peak)} at the peak")]),
+        *_removal_facts(plan),
     ]
-    if sizes.peak is not None:
-        facts.append(("memory", f"about {size(sizes.peak)} at the peak"))
-    facts += totals_facts(plan)
     parts: list[RenderableType] = [Text("in all", "bold"), _facts(facts)]
     if plan.unreached:
-        parts.append(Padding(_unreached_table(plan.unreached), (0, 0, 0, _INDENT), expand=False))
+        rows = [
+            (printable(one.name), shape_text(one.shape), f"{one.numel:,}", size(one.bytes))
+            for one in plan.unreached
+        ]
+        table = plain_table(("largest left alone",), ("shape", "parameters", "bytes"), rows)
+        table.columns[1].justify = "left"
+        parts.append(indented(table))
     return Group(*parts)
 
 
-def _binding(rule: RulePlan) -> Facts:
+def _removal_facts(plan: results.Plan) -> Iterator[tuple[str, str]]:
+    removal, numel = plan.removal, plan.totals.numel
+    for problem in removal.problems:
+        yield "removal", f"cannot be: {problem}"
+    if removal.config is not None and removal.numel is not None and removal.bytes is not None:
+        changes = ", ".join(map(config_text, removal.config))
+        fewer = percent((numel - removal.numel) / max(1, numel))
+        left = f"{removal.numel:,} parameters ({fewer} fewer) in {size(removal.bytes)}"
+        yield "removal", left + (f": {changes}" if changes else "")
+
+
+UNREACHED = 5
+
+
+def _binding(rule: results.RulePlan) -> Facts:
     such = f" such as {rule.instance}" if rule.instances > 1 else ""
     facts = [("binds", f"{many(rule.tensors, 'tensor')} in {many(rule.instances, 'instance')}{such}")]
     if rule.fused:
@@ -396,50 +328,34 @@ def _binding(rule: RulePlan) -> Facts:
     return facts
 
 
-def _budget(rule: RulePlan) -> Facts:
+def _budget(rule: results.RulePlan) -> Facts:
     """What survives, and how the share that was asked for was rounded."""
-    scopes = "the one scope" if rule.scopes == 1 else f"each of {rule.scopes:,} scopes"
+    asked, became, score = rule.sparsity_asked, rule.sparsity, rule.score
     facts: Facts = []
     if rule.nnz is None:
         facts.append(("keeps", f"blocks that score {each_text(rule.threshold)} or more"))
     else:
+        scopes = "the one scope" if rule.scopes == 1 else f"each of {rule.scopes:,} scopes"
         kept = f"{each_text(rule.nnz)} of {each_text(rule.blocks_per_scope)} blocks in {scopes}"
-        facts += [("keeps", kept), ("sparsity", _rounded(rule))]
+        rounded = "" if asked in (None, became) else f", asked {each_text(asked, percent)}: whole blocks"
+        facts += [("keeps", kept), ("sparsity", each_text(became, percent) + rounded)]
     if rule.mode == "soft":
         facts.append(("mode", "soft: what survives shrinks, too"))
-    score = rule.score
     if score.kind != "magnitude" or score.norm != 2 or score.normalize:
-        facts.append(("score", _score_line(score)))
+        norm = "" if score.norm == 2 else f", norm {score.norm}"
+        mean = ", root mean square of a block" if score.normalize else ""
+        facts.append(("score", score.kind + norm + mean + (f", from {score.file}" if score.file else "")))
     if rule.reconstruct is not None:
         how = f"by {rule.reconstruct.method}, with the second moments in {rule.reconstruct.file}"
         facts.append(("rebuilds", how))
     return facts
 
 
-def _rounded(rule: RulePlan) -> str:
-    asked, became = rule.sparsity_asked, rule.sparsity
-    if asked is None or asked == became:
-        return each_text(became, percent)
-    return f"{each_text(became, percent)}, asked {each_text(asked, percent)}: whole blocks"
-
-
-def _score_line(score: ScoreAsked) -> str:
-    words = [score.kind]
-    if score.norm != 2:
-        words.append(f"norm {score.norm}")
-    if score.normalize:
-        words.append("root mean square of a block")
-    if score.file is not None:
-        words.append(f"from {score.file}")
-    return ", ".join(words)
-
-
-def _pruning(rule: RulePlan, numel: int) -> Facts:
+def _pruning(rule: results.RulePlan, numel: int) -> tuple[str, str]:
     reached = f"{rule.numel:,} elements"
     if rule.pruned is None:
-        return [("reaches", f"{reached}, {share_text(rule.numel, numel)} of all parameters")]
-    pruned = f"{rule.pruned:,} of {reached}, {share_text(rule.pruned, numel)} of all parameters"
-    return [("prunes", pruned)]
+        return "reaches", f"{reached}, {percent(share(rule.numel, numel))} of all parameters"
+    return "prunes", f"{rule.pruned:,} of {reached}, {percent(share(rule.pruned, numel))} of all parameters"
 
 
 def _facts(facts: Facts) -> RenderableType:
@@ -448,79 +364,44 @@ def _facts(facts: Facts) -> RenderableType:
     table.add_column(overflow="fold")
     for fact in facts:
         table.add_row(*[Text(printable(text)) for text in fact])
-    return Padding(table, (0, 0, 0, _INDENT), expand=False)
-
-
-def _unreached_table(tensors: Sequence[UnreachedTensor]) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("largest left alone", overflow="fold")
-    table.add_column("shape", no_wrap=True)
-    for title in ("parameters", "bytes"):
-        table.add_column(title, justify="right", no_wrap=True)
-    for tensor in tensors:
-        name = Text(printable(tensor.name))
-        table.add_row(name, shape_text(tensor.shape), f"{tensor.numel:,}", size(tensor.bytes))
-    return table
+    return indented(table)
 
 
 @dataclass(frozen=True, slots=True)
 class _FormLines:
     """The forms of a rule, one line each; example names stand below their lines where they do not fit."""
 
-    forms: Sequence[TensorForm]
+    forms: Sequence[results.TensorForm]
     more: int
 
     def __rich_console__(self, _: Console, options: ConsoleOptions) -> RenderResult:
-        header, *rows = self._rows()
-        widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
-        names = [printable(form.example) for form in self.forms]
-        wide = _INDENT + sum(widths) + 2 * len(widths)
-        beside = wide + max(map(len, names)) <= options.max_width
-        yield _folded(_line(header, widths) + ("  example" if beside else ""), "bold")
-        for row, name in zip(rows, names, strict=True):
-            line = _line(row, widths)
-            yield _folded(f"{line}  {name}" if beside else line)
-            if not beside:
-                yield _folded(name, "dim", _INDENT + widths[0] + 2)
+        columns, rows = filled(_form_facts(self.forms), self.forms)
+        cells = [[column.title for column in columns], *rows]
+        widths = [max(map(len, texts)) for texts in zip(*cells, strict=True)]
+        names = ["example", *(printable(form.example) for form in self.forms)]
+        beside = INDENT + sum(widths) + 2 * len(widths) + max(map(len, names[1:])) <= options.max_width
+        for at, (row, name) in enumerate(zip(cells, names, strict=True)):
+            # The first cell, a number, stands to the right.
+            texts = [row[0].rjust(widths[0]), *map(str.ljust, row[1:], widths[1:])]
+            yield below("  ".join([*texts, name] if beside else texts), "" if at else "bold")
+            if at and not beside:
+                yield below(name, "dim", INDENT + widths[0] + 2)
         if self.more > 0:
-            yield _folded(f"and {many(self.more, 'more shape')}: --json lists all")
-
-    def _rows(self) -> Iterator[list[str]]:
-        """Cells as text; a column that says nothing is left out."""
-        members = len({form.block_name for form in self.forms}) > 1
-        views = any(form.view is not None for form in self.forms)
-        used = [True, members, True, views, True, True, True]
-
-        def some(cells: Sequence[str]) -> list[str]:
-            return [cell for cell, use in zip(cells, used, strict=True) if use]
-
-        yield some(["tensors", "member", "shape", "view", "block", "grid", "scope"])
-        for form in self.forms:
-            shapes = map(shape_text, (form.block, form.grid, form.scope))
-            view = _view_text(form.view)
-            yield some([f"{form.tensors:,}", form.block_name, shape_text(form.shape), view, *shapes])
+            yield below(f"and {many(self.more, 'more shape')}: --json lists all")
 
 
-def _folded(text: str, style: str = "", indent: int = _INDENT) -> RenderableType:
-    return Padding(Text(text, style, overflow="fold"), (0, 0, 0, indent), expand=False)
+def _form_facts(forms: Sequence[results.TensorForm]) -> Iterator[Fact[results.TensorForm]]:
+    yield Fact(Column("tensors"), lambda form: f"{form.tensors:,}")
+    if len({form.block_name for form in forms}) > 1:
+        yield Fact(Column("member"), lambda form: form.block_name)
+    yield Fact(Column("shape"), lambda form: shape_text(form.shape))
+    yield Fact(Column("view"), lambda form: _view_text(form.view), frozenset({"whole"}))
+    yield Fact(Column("block"), lambda form: shape_text(form.block))
+    yield Fact(Column("grid"), lambda form: shape_text(form.grid))
+    yield Fact(Column("scope"), lambda form: shape_text(form.scope))
 
 
-def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
-    """Cells side by side, the first one, a number, to the right."""
-    first, *others = zip(cells, widths, strict=True)
-    return "  ".join([first[0].rjust(first[1]), *(cell.ljust(width) for cell, width in others)])
-
-
-def _view_text(view: ViewAsked | None) -> str:
+def _view_text(view: results.ViewAsked | None) -> str:
     if view is None:
         return "whole"
     return shape_text(view.shape) + (f" at {place_text(view.begin)}" if any(view.begin) else "")
-
-
-def share_text(part: int, whole: int) -> str:
-    """The share of a part; of nothing it is none.
-
-    >>> share_text(1, 4), share_text(0, 0)
-    ('25.00%', '0.00%')
-    """
-    return percent(share(part, whole))

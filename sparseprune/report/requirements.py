@@ -8,7 +8,7 @@ and `compare`.
 from __future__ import annotations
 
 import math
-import operator
+import operator as op
 import re
 from dataclasses import dataclass
 from decimal import Decimal
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from sparseprune.errors import SparsepruneError, printable
 from sparseprune.execution.inspect import Pattern, pattern_of
-from sparseprune.report.inspection import flat
+from sparseprune.report.inspection import flat, matching, nearest_names
 from sparseprune.report.runtimes import axes_of
 from sparseprune.results.measuring import InspectedTensor
 from sparseprune.spec.patterns import PatternError, TensorPattern, parse_pattern
@@ -35,21 +35,13 @@ _WHERE = re.compile(r"(?P<what>.*?)(?:\s+in(?:\s+(?P<where>.*))?)?", re.DOTALL)
 _COMPARISON = re.compile(r"(?P<field>[^<>=!\s]+)\s*(?P<sign>[<>=!]+)\s*(?P<number>\S*)")
 _NUMBER = re.compile(r"[+-]?(?:[0-9]{1,40}(?:\.[0-9]{0,40})?|\.[0-9]{1,40})(?:[eE][+-]?[0-9]{1,2})?")
 _SIGNS: Mapping[str, Callable[[Any, Any], bool]] = MappingProxyType(
-    {
-        ">=": operator.ge,
-        "<=": operator.le,
-        "==": operator.eq,
-        "!=": operator.ne,
-        ">": operator.gt,
-        "<": operator.lt,
-    }
+    dict(zip((">=", "<=", "==", "!=", ">", "<"), (op.ge, op.le, op.eq, op.ne, op.gt, op.lt), strict=True))
 )
 _FORMS = (
     "wanted N:M, such as 2:4, or a comparison, such as sparsity>=0.5, and perhaps the names, in **.weight"
 )
 _UNSEEN = "elements of {} are no whole bytes and were not looked at"
 _DIGITS = 17  # of a float64: as many tell it from every other one, some more its hundredfold
-_MOST_COMPARED = 2000  # names of unlike form among which a nearest one is looked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +79,7 @@ def parse_requirement(text: str, fields: Collection[str], runtimes: Collection[s
     """
     try:
         return _parsed(text, fields, runtimes)
-    except _UnreadableError as error:
+    except SparsepruneError as error:
         raise SparsepruneError(f"--require {shown(text)}: {error}") from None
 
 
@@ -116,13 +108,9 @@ def check_names(requirements: Iterable[Requirement], names: Sequence[str]) -> No
     """SparsepruneError where a pattern of a requirement matches none of these names, before they are read."""
     for requirement in requirements:
         for pattern in requirement.names:
-            if all(pattern.match(name) is None for name in names):
+            if not matching(pattern, names):
                 near = _nearest_names(pattern, names)
                 raise _error(requirement, f"no tensor matches {shown(pattern.text)}{near}")
-
-
-class _UnreadableError(ValueError):
-    """A condition that cannot be read, without the condition itself."""
 
 
 def _parsed(text: str, fields: Collection[str], runtimes: Collection[str]) -> Requirement:
@@ -144,14 +132,14 @@ def _name_pattern(text: str) -> TensorPattern:
         return parse_pattern(text)
     except PatternError as error:
         where = f"pattern {shown(text)}: " if text else ""
-        raise _UnreadableError(f"{where}{error}") from None
+        raise SparsepruneError(f"{where}{error}") from None
 
 
 def _pattern(what: str) -> Pattern:
     try:
         return pattern_of(what)
     except SparsepruneError:
-        raise _UnreadableError(
+        raise SparsepruneError(
             "wanted N:M with N less than M, such as 2:4, or N:M@AXIS, such as 2:4@0"
         ) from None
 
@@ -159,17 +147,17 @@ def _pattern(what: str) -> Pattern:
 def _comparison(what: str, fields: Collection[str], runtimes: Collection[str]) -> Comparison:
     found = _COMPARISON.fullmatch(what)
     if found is None:
-        raise _UnreadableError(_not_understood(what, fields, runtimes))
+        raise SparsepruneError(_not_understood(what, fields, runtimes))
     field, sign, number = found["field"], found["sign"], found["number"]
     if field not in fields:
-        raise _UnreadableError(f"there is no field {shown(field)}{_hint(field, fields)}")
+        raise SparsepruneError(f"there is no field {shown(field)}{_hint(field, fields)}")
     if sign not in _SIGNS:
         wanted = {"=": "==", "=>": ">=", "=<": "<=", "<>": "!="}.get(sign)
         hint = f"did you mean {wanted}?" if wanted else f"wanted {listed(_SIGNS, 'or')}"
-        raise _UnreadableError(f"there is no comparison {sign}; {hint}")
+        raise SparsepruneError(f"there is no comparison {sign}; {hint}")
     digits = number.removesuffix("%")
     if not _NUMBER.fullmatch(digits):
-        raise _UnreadableError(f"{shown(number)} is no number; wanted one such as 0.5 or 50%")
+        raise SparsepruneError(f"{shown(number)} is no number; wanted one such as 0.5 or 50%")
     percent = digits != number
     return Comparison(field, sign, Fraction(digits) / (100 if percent else 1), percent)
 
@@ -192,35 +180,28 @@ def _hint(name: str, known: Collection[str]) -> str:
 
 def _failures(requirement: Requirement, tensors: Sequence[Tensor]) -> Iterator[str]:
     for tensor in _asked(requirement, tensors):
-        reason = None
         if isinstance(tensor, Absent):
-            reason = f"wanted {requirement.what}, {tensor.reason}"
+            reason: str | None = f"wanted {requirement.what}, {tensor.reason}"
         elif requirement.pattern is not None:
             reason = _lacks_pattern(requirement, requirement.pattern, tensor)
-        elif requirement.runtime is not None:
-            reason = _lacks_runtime(requirement.runtime, tensor)
         elif requirement.comparison is not None:
             reason = _lacks_value(requirement, requirement.comparison, tensor)
+        else:
+            reason = _lacks_runtime(requirement.runtime or "", tensor)
         if reason is not None:
             yield f"{printable(tensor.name)}: {reason}"
 
 
 def _asked(requirement: Requirement, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-    """The tensors that a requirement applies to, at least one."""
     if requirement.names:
-        return [
-            tensor
-            for tensor in tensors
-            if any(pattern.match(tensor.name) is not None for pattern in requirement.names)
-        ]
+        named = {
+            name for pattern in requirement.names for name in matching(pattern, [one.name for one in tensors])
+        }
+        return [one for one in tensors if one.name in named]
     asked = [tensor for tensor in tensors if _is_asked_of_all(requirement, tensor)]
     if not asked:
-        few = (
-            f"no tensor it can be asked of; name some: {requirement.what} in PATTERN"
-            if tensors
-            else "no tensor"
-        )
-        raise _error(requirement, f"there is {few}")
+        name_some = f" it can be asked of; name some: {requirement.what} in PATTERN" if tensors else ""
+        raise _error(requirement, f"there is no tensor{name_some}")
     return asked
 
 
@@ -238,17 +219,13 @@ def _is_asked_of_all(requirement: Requirement, tensor: Tensor) -> bool:
 
 
 def _nearest_names(pattern: TensorPattern, names: Sequence[str]) -> str:
-    """The pattern that was meant, or the names that come nearest; names that differ in numbers count once."""
     short = pattern.text.strip(".")
     for wider in (f"{short}.**", f"**.{short}", f"**.{short}.**"):
-        if short.strip("*") and any(parse_pattern(wider).match(name) is not None for name in names):
+        if short.strip("*") and matching(parse_pattern(wider), names):
             return f"; did you mean {shown(wider)}?"
-    forms: dict[str, str] = {}
-    for name in names:
-        forms.setdefault(re.sub("[0-9]+", "0", name), name)
-    close = nearest(pattern.sample, list(forms)[:_MOST_COMPARED], 3)
+    close = nearest_names(pattern, names, 3)
     if close:
-        return f"; the nearest names are {listed(printable(forms[form]) for form in close)}"
+        return f"; the nearest names are {listed(map(printable, close))}"
     return f"; the first names are {listed(map(printable, names[:3]))}" if names else "; there is no tensor"
 
 
@@ -304,9 +281,8 @@ def _lacks_value(
     number = float(comparison.number) if isinstance(value, float) else comparison.number
     if not math.isnan(value) and _SIGNS[comparison.sign](value, number):
         return None
-    return (
-        f"wanted {requirement.what}, found {_number_text(value, float(number), percent=comparison.percent)}"
-    )
+    text = _number_text(value, float(number), percent=comparison.percent)
+    return f"wanted {requirement.what}, found {text}"
 
 
 def _number_text(value: float, wanted: float, *, percent: bool) -> str:

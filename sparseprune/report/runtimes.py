@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING
 from sparseprune.engine.grids import prod
 from sparseprune.errors import SparsepruneError
 from sparseprune.execution.inspect import Pattern
+from sparseprune.report.wording import many
 from sparseprune.results.measuring import RuntimeVerdict
-from sparseprune.spec.problems import nearest
+from sparseprune.spec.problems import listed, nearest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterable, Mapping
 
     from sparseprune.execution.inspect import TensorFacts
 
@@ -66,8 +67,12 @@ class Runtime:
         return "; ".join([*usual, *(f"{dtype}: {text}" if usual else text for dtype, text in others)])
 
 
+def _demands(**by_dtype: tuple[int, int, int, int]) -> Mapping[str, Demand]:
+    return MappingProxyType({dtype: Demand(*demand) for dtype, demand in by_dtype.items()})
+
+
 # NVIDIA Apex skips float32 and float16 of other sizes; Model Optimizer took the rule over for all dtypes.
-_ASP = MappingProxyType(dict.fromkeys(("F16", "BF16", "F32"), Demand(2, 4, rows=8, columns=16)))
+_ASP = _demands(F16=(2, 4, 8, 16), BF16=(2, 4, 8, 16), F32=(2, 4, 8, 16))
 
 _ROWS = (
     # sparse_min_rows and sparse_min_cols of torch 2.13. The conversion takes 1:2 of float32 and encodes it
@@ -75,14 +80,7 @@ _ROWS = (
     # is "supported only on GPUs with compute capability 8.x" (pytorch/pytorch issues 132009 and 132928).
     Runtime(
         "torch-cutlass",
-        MappingProxyType(
-            {
-                "F16": Demand(2, 4, rows=32, columns=64),
-                "BF16": Demand(2, 4, rows=32, columns=64),
-                "I8": Demand(2, 4, rows=16, columns=128),
-                "F32": Demand(1, 2, rows=32, columns=32),
-            }
-        ),
+        _demands(F16=(2, 4, 32, 64), BF16=(2, 4, 32, 64), I8=(2, 4, 16, 128), F32=(1, 2, 32, 32)),
         ranks=(2,),
         device="CUDA, compute capability 8.x",
         source="torch.sparse.SparseSemiStructuredTensorCUTLASS._DTYPE_SHAPE_CONSTRAINTS, "
@@ -93,14 +91,7 @@ _ROWS = (
     # Compute capability 9.0 came with cuSPARSELt 0.6.
     Runtime(
         "torch-cusparselt",
-        MappingProxyType(
-            {
-                "F16": Demand(2, 4, rows=16, columns=16),
-                "BF16": Demand(2, 4, rows=16, columns=16),
-                "I8": Demand(2, 4, rows=32, columns=32),
-                "F8_E4M3": Demand(2, 4, rows=32, columns=32),
-            }
-        ),
+        _demands(F16=(2, 4, 16, 16), BF16=(2, 4, 16, 16), I8=(2, 4, 32, 32), F8_E4M3=(2, 4, 32, 32)),
         ranks=(2,),
         device="CUDA, compute capability 8.0 and above, with cuSPARSELt",
         devices=MappingProxyType({"F8_E4M3": "CUDA, compute capability 8.9 and above, with cuSPARSELt 0.8"}),
@@ -114,7 +105,7 @@ _ROWS = (
     # C by 9x".
     Runtime(
         "tensorrt",
-        MappingProxyType(dict.fromkeys(("F16", "BF16", "F32", "I8"), Demand(2, 4, rows=1, columns=4))),
+        _demands(**dict.fromkeys(("F16", "BF16", "F32", "I8"), (2, 4, 1, 4))),
         ranks=(2, 4),
         device="CUDA, compute capability 8.0 and above",
         source="https://docs.nvidia.com/deeplearning/tensorrt/latest/inference-library/io-formats-sparsity.html"
@@ -202,16 +193,14 @@ def _input_axis(rank: int) -> int:
 
 
 def _rank(runtime: Runtime, facts: TensorFacts) -> str | None:
-    rank = len(facts.shape)
-    if rank in runtime.ranks:
-        return None
-    return f"{rank}-D, wanted {_listed([f'{wanted}-D' for wanted in runtime.ranks])}"
+    wanted = listed([f"{rank}-D" for rank in runtime.ranks], "or")
+    return None if len(facts.shape) in runtime.ranks else f"{len(facts.shape)}-D, wanted {wanted}"
 
 
 def _dtype(runtime: Runtime, facts: TensorFacts) -> str | None:
     if facts.dtype in runtime.demands:
         return None
-    return f"{facts.dtype} is not supported, wanted {_listed(list(runtime.demands))}"
+    return f"{facts.dtype} is not supported, wanted {listed(runtime.demands, 'or')}"
 
 
 def _size(runtime: Runtime, facts: TensorFacts) -> str | None:
@@ -220,7 +209,7 @@ def _size(runtime: Runtime, facts: TensorFacts) -> str | None:
     demand = runtime.demands[facts.dtype]
     words = ("row", "column") if len(facts.shape) == 2 else ("output channel", "input channel")
     sizes = zip(facts.shape, words, (demand.rows, demand.columns), strict=False)  # a convolution has more
-    wrong = [(_counted(count, word), str(multiple)) for count, word, multiple in sizes if count % multiple]
+    wrong = [(many(count, word), str(multiple)) for count, word, multiple in sizes if count % multiple]
     if not wrong:
         return None
     found, multiples = (" and ".join(texts) for texts in zip(*wrong, strict=True))
@@ -238,28 +227,17 @@ def _pattern(runtime: Runtime, facts: TensorFacts) -> str | None:
     if (demand.kept, demand.group) != (2, 4):
         reason += f", as {facts.dtype} has to be"
     if along:
-        reason += f", but along dimension {_listed([str(axis) for axis in sorted(along)], 'and')}"
+        reason += f", but along dimension {listed(map(str, sorted(along)))}"
     return reason
 
 
 def _gain(runtime: Runtime, facts: TensorFacts) -> str | None:
     outputs, inputs = facts.shape[0], prod(facts.shape[1:])
-    for count, text in (
-        (outputs, _counted(outputs, "output")),
-        (inputs, f"{_counted(inputs, 'input')} to each output"),
-    ):
+    counts = (outputs, many(outputs, "output")), (inputs, f"{many(inputs, 'input')} to each output")
+    for count, text in counts:
         if count <= runtime.gains_above:
             return f"no gain: {text}, wanted more than {runtime.gains_above}"
     return None
 
 
 _RULES: tuple[Callable[[Runtime, TensorFacts], str | None], ...] = (_rank, _dtype, _size, _pattern, _gain)
-
-
-def _counted(count: int, word: str) -> str:
-    return f"{count:,} {word}" if count == 1 else f"{count:,} {word}s"
-
-
-def _listed(words: Sequence[str], last: str = "or") -> str:
-    *front, end = words
-    return f"{', '.join(front)} {last} {end}" if front else end

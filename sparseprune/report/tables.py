@@ -6,10 +6,11 @@ Owns rich tables and how they shrink, quoting and escaping. Called by all that p
 from __future__ import annotations
 
 import csv
+import math
 import re
 import textwrap
 from dataclasses import dataclass
-from itertools import groupby, pairwise, takewhile
+from itertools import groupby, pairwise, takewhile, zip_longest
 from operator import add, itemgetter
 from typing import TYPE_CHECKING, Generic, Literal, TypeVar
 
@@ -20,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sparseprune.errors import printable
-from sparseprune.report.wording import each_text, percent
+from sparseprune.report.wording import each_text, number_text, percent
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 
     from sparseprune.results import Removal, Report
+    from sparseprune.results.checking import CheckedRule
     from sparseprune.results.pruning import RuleResult
 
 
@@ -35,47 +37,49 @@ Row = TypeVar("Row")
 Row_contra = TypeVar("Row_contra", contravariant=True)
 
 
+def plain_table(names: Sequence[str], others: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """A table without lines: columns of names, which fold, and others to the right of them, which do not."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in names:
+        table.add_column(title, overflow="fold")
+    for title in others:
+        table.add_column(title, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(*map(Text, row))
+    return table
+
+
 def rules_table(found: Report | Removal) -> Table:
     """What each rule reached and pruned."""
+    titles = ("tensors", "scopes", "kept in each", "elements", "pruned", "of all")
     numel = found.totals.numel
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("rule", overflow="fold")
-    for name in ("tensors", "scopes", "kept in each", "elements", "pruned", "of all"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for rule in found.rules:
-        table.add_row(
-            rule.name,
-            f"{rule.tensors:,}",
-            f"{rule.scopes:,}",
-            _kept(rule),
-            f"{rule.numel:,}",
-            f"{rule.pruned:,}",
-            percent(rule.pruned / numel if numel else 0.0),
+    rows = (
+        (
+            *(rule.name, f"{rule.tensors:,}", f"{rule.scopes:,}", budget_text(rule, "norm")),
+            *(f"{rule.numel:,}", f"{rule.pruned:,}", percent(rule.pruned / numel if numel else 0.0)),
         )
-    return table
+        for rule in found.rules
+    )
+    return plain_table(("rule",), titles, rows)
 
 
 def outcome_table(report: Report) -> Table:
     """Each tensor that rules reached, after pruning."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("tensor", overflow="fold")
-    table.add_column("rule", overflow="fold")
-    for name in ("pruned", "sparsity", "energy kept"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for tensor in report.tensors:
-        table.add_row(
-            Text(printable(tensor.name), overflow="fold"),
-            tensor.rule,
-            f"{tensor.pruned:,}",
+    rows = (
+        (
+            *(printable(tensor.name), tensor.rule, f"{tensor.pruned:,}"),
             percent(tensor.zeros_after / tensor.numel if tensor.numel else 0.0),
-            "?" if tensor.energy_kept is None else f"{tensor.energy_kept:.4f}",
+            number_text(tensor.energy_kept, form=".4f"),
         )
-    return table
+        for tensor in report.tensors
+    )
+    return plain_table(("tensor", "rule"), ("pruned", "sparsity", "energy kept"), rows)
 
 
-def _kept(rule: RuleResult) -> str:
+def budget_text(rule: RuleResult | CheckedRule, score: str) -> str:
+    """How many blocks of each scope survive, or from which `score` on."""
     if rule.nnz is None:
-        return f"norm >= {each_text(rule.threshold)}"
+        return f"{score} >= {each_text(rule.threshold)}"
     return f"{each_text(rule.nnz)} of {each_text(rule.blocks_per_scope)}"
 
 
@@ -88,21 +92,24 @@ class Fact(Generic[Row_contra]):
     silent: frozenset[str] | None = None
 
 
-def told(facts: Iterable[Fact[Row]], entries: Sequence[Row]) -> tuple[list[Column], list[list[str]]]:
+def filled(facts: Iterable[Fact[Row]], entries: Sequence[Row]) -> tuple[list[Column], list[list[str]]]:
     """The columns that say something anywhere, and a row of them for each entry."""
-    columns: list[Column] = []
-    texts: list[list[str]] = []
-    for fact in facts:
-        cells = [fact.text(entry) for entry in entries]
-        if fact.silent is None or not fact.silent.issuperset(cells):
-            columns.append(fact.column)
-            texts.append(cells)
-    return columns, [[cells[row] for cells in texts] for row in range(len(entries))]
+    texts = [(fact, [fact.text(entry) for entry in entries]) for fact in facts]
+    used = [pair for pair in texts if pair[0].silent is None or not pair[0].silent.issuperset(pair[1])]
+    return [fact.column for fact, _ in used], [[cells[at] for _, cells in used] for at in range(len(entries))]
 
 
-def below(line: str) -> RenderableType:
-    """A line of its own below a table, that belongs to the one above it."""
-    return Padding(Text(line, overflow="fold"), (0, 0, 0, 2), expand=False)
+INDENT = 2
+
+
+def indented(part: RenderableType, indent: int = INDENT) -> RenderableType:
+    """Something that belongs to what is above it."""
+    return Padding(part, (0, 0, 0, indent), expand=False)
+
+
+def below(line: str, style: str = "", indent: int = INDENT) -> RenderableType:
+    """A line of its own that belongs to what is above it."""
+    return indented(Text(line, style, overflow="fold"), indent)
 
 
 _RAGGED = 12  # characters of a cut piece that are rather left out than shown
@@ -118,27 +125,24 @@ def shortened(names: Sequence[str], width: int, ellipsis: str = "…") -> list[s
     >>> shortened([f"model.layers.{layer}.self_attn.q_proj.weight" for layer in (9, 10)], 28)
     ['…9.self_attn.q_proj.weight', '…10.self_attn.q_proj.weight']
     """
-    unlike = dict.fromkeys(names)
-    short = {name: name for name in unlike if cell_len(name) <= width}
-    long = [name for name in unlike if name not in short]
-    ends = {name: ellipsis + _end(name, width - cell_len(ellipsis)) for name in long}
-    became = short | ends
+    room = width - cell_len(ellipsis)
+    long = {name for name in names if cell_len(name) > width}
+    became = {name: ellipsis + _end(name, room) if name in long else name for name in names}
     for group in _alike(became, long):
         spans = _unlike(group)
-        became |= {name: _told_apart(name, spans[name], width, ellipsis) for name in group if name in ends}
+        became |= {name: _told_apart(name, spans[name], width, ellipsis) for name in group if name in long}
     for group in _alike(became, long):
         # What was gained for one may be lost for another: then at least as much as fits is shown of each.
-        became |= {name: ellipsis + _tail(name, width - cell_len(ellipsis)) for name in group if name in ends}
+        became |= {name: ellipsis + _tail(name, room) for name in group if name in long}
     return [became[name] for name in names]
 
 
-def _alike(became: dict[str, str], long: Sequence[str]) -> list[list[str]]:
+def _alike(became: dict[str, str], long: set[str]) -> list[list[str]]:
     """Names that have become the same, if one of them was shortened."""
     groups: dict[str, list[str]] = {}
     for name, text in became.items():
         groups.setdefault(text, []).append(name)
-    cut = set(long)
-    return [group for group in groups.values() if len(group) > 1 and not cut.isdisjoint(group)]
+    return [group for group in groups.values() if len(group) > 1 and not long.isdisjoint(group)]
 
 
 def _unlike(names: Sequence[str]) -> dict[str, tuple[int, int]]:
@@ -147,6 +151,10 @@ def _unlike(names: Sequence[str]) -> dict[str, tuple[int, int]]:
     first = _alike_up_to(ranked[0], ranked[-1])
     alike = [0, *(_alike_up_to(*pair) for pair in pairwise(ranked)), 0]
     return {name: (first, max(pair)) for name, pair in zip(ranked, pairwise(alike), strict=True)}
+
+
+def _alike_up_to(one: str, other: str) -> int:
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
 def _told_apart(name: str, span: tuple[int, int], width: int, ellipsis: str) -> str:
@@ -168,11 +176,6 @@ def _told_apart(name: str, span: tuple[int, int], width: int, ellipsis: str) -> 
     return ellipsis + _end(name, width - cell_len(ellipsis))
 
 
-def _alike_up_to(one: str, other: str) -> int:
-    """How many characters both begin with."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
-
-
 def _end(name: str, width: int) -> str:
     """As much of its end as fits, without the rest of a piece that was cut, if that is short or a number."""
     tail = _tail(name, width)
@@ -184,7 +187,6 @@ def _end(name: str, width: int) -> str:
 
 
 def _tail(text: str, width: int) -> str:
-    """The longest end of a text that fits into `width` columns."""
     if text.isascii():
         return text[len(text) - width :] if 0 <= width < len(text) else text if width > 0 else ""
     at = len(text)
@@ -229,10 +231,22 @@ class FittedTable:
     stems: Sequence[str] = ()
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        drawing = _Drawing(self, options.max_width, "..." if options.ascii_only else "…")
-        for line, styles in drawing.lines():
-            yield from _segments(console, line, styles)
+        width, ellipsis = options.max_width, "..." if options.ascii_only else "…"
+        stems = self.stems or [""] * len(self.rows)
+        cells = [[printable(row[at]) for row in self.rows] for at in range(len(self.columns))]
+        cells[:1] = [list(map(add, stems, names)) for names in cells[:1]]
+        whole = [_fitted(column, texts) for column, texts in zip(self.columns, cells, strict=True)]
+        if _excess(whole, width) > 0:
+            whole = [_fitted(one.column, one.cells, broken=True) for one in whole]
+        kept = _without_spare(whole, width)
+        for texts, styles in _lines(_narrowed(kept, width, ellipsis, stems)):
+            yield from _segments(console, texts, styles)
             yield Segment.line()
+        left_out = [one.column.title for one in whole if one not in kept]
+        if left_out:
+            note = f"left out: {', '.join(left_out)}; a wider terminal{self.elsewhere} has them"
+            for line in textwrap.wrap(note, width):
+                yield from (Segment(line, console.get_style("dim")), Segment.line())
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,76 +260,50 @@ class _Fitted:
     width: int
 
 
-class _Drawing:
-    """A table at one width: which columns stand, how wide each one is."""
-
-    def __init__(self, table: FittedTable, width: int, ellipsis: str) -> None:
-        self._width = width
-        self._ellipsis = ellipsis
-        self._elsewhere = table.elsewhere
-        self._stems = table.stems or [""] * len(table.rows)
-        cells = [[printable(row[at]) for row in table.rows] for at in range(len(table.columns))]
-        cells[:1] = [list(map(add, self._stems, texts)) for texts in cells[:1]]
-        whole = [_fitted(column, texts) for column, texts in zip(table.columns, cells, strict=True)]
-        if self._excess(whole) > 0:
-            whole = [_fitted(one.column, one.cells, broken=True) for one in whole]
-        kept = self._without_spare(whole)
-        self._left_out = [one.column.title for one in whole if one not in kept]
-        self._columns = self._narrowed(kept)
-
-    def lines(self) -> Iterator[tuple[list[str], list[str]]]:
-        """Texts that stand side by side, spaces included, and the style of each."""
-        columns = self._columns
-        styles = [one.column.style for one in columns]
-        bold = [_BOLD] * len(columns)
-        for at in range(max((len(one.title) for one in columns), default=0)):
-            yield self._row([one.title[at] if at < len(one.title) else "" for one in columns]), bold
-        for at in range(len(columns[0].cells) if columns else 0):
-            yield self._row([one.cells[at] for one in columns]), styles
-        if any(one.footer for one in columns):
-            yield self._row([one.footer for one in columns]), bold
-        if self._left_out:
-            note = f"left out: {', '.join(self._left_out)}; a wider terminal{self._elsewhere} has them"
-            for line in textwrap.wrap(note, self._width):
-                yield [line], ["dim"]
-
-    def _row(self, texts: Sequence[str]) -> list[str]:
-        """Each text padded to its column; no spaces at the end of the line."""
-        padded = [_padded(text, one) for text, one in zip(texts, self._columns, strict=True)]
-        line = [text if at == 0 else " " * _GAP + text for at, text in enumerate(padded)]
+def _lines(columns: Sequence[_Fitted]) -> Iterator[tuple[list[str], list[str]]]:
+    """Texts that stand side by side, padded but for the end of the line, and the style of each."""
+    bold = [_BOLD] * len(columns)
+    lines = [(texts, bold) for texts in zip_longest(*(one.title for one in columns), fillvalue="")]
+    styles = [one.column.style for one in columns]
+    lines += [(texts, styles) for texts in zip(*(one.cells for one in columns), strict=True)]
+    if any(one.footer for one in columns):
+        lines.append((tuple(one.footer for one in columns), bold))
+    for texts, line_styles in lines:
+        pairs = zip(texts, columns, strict=True)
+        line = [
+            " " * _GAP * (at > 0) + _padded(text, one.width, one.column)
+            for at, (text, one) in enumerate(pairs)
+        ]
         while line and not line[-1].strip():
             line.pop()
-        return [*line[:-1], line[-1].rstrip()] if line else []
+        line[-1:] = [text.rstrip() for text in line[-1:]]
+        yield line, line_styles
 
-    def _excess(self, columns: Sequence[_Fitted]) -> int:
-        """By how much they are wider than there is room."""
-        return sum(one.width for one in columns) + _GAP * (len(columns) - 1) - self._width
 
-    def _without_spare(self, columns: list[_Fitted]) -> list[_Fitted]:
-        """Without the columns that the names need the room of: the largest `spare` first, from the right."""
-        kept = list(columns)
-        while (spare := max((one.column.spare for one in kept[1:]), default=0)) > 0:
-            names = kept[0].width
-            room = names - max(0, self._excess(kept))
-            if room >= min(names, int(self._width * _ROOM)):
-                break
-            last = max(at for at, one in enumerate(kept) if at and one.column.spare == spare)
-            del kept[last]
-        return kept
+def _excess(columns: Sequence[_Fitted], width: int) -> int:
+    return sum(one.width for one in columns) + _GAP * (len(columns) - 1) - width
 
-    def _narrowed(self, columns: list[_Fitted]) -> list[_Fitted]:
-        """With names as short as they have to be; where that is not enough, other cells end early."""
-        if not columns or self._excess(columns) <= 0:
-            return columns
-        names = columns[0]
-        room = max(_SHORTEST, names.width - self._excess(columns))
-        narrowed = [_cut(names, room, self._ellipsis, self._stems), *columns[1:]]
-        for at in sorted(range(1, len(narrowed)), key=lambda at: -narrowed[at].width):
-            excess = self._excess(narrowed)
-            if excess > 0:
-                room = max(_SHORTEST, narrowed[at].width - excess)
-                narrowed[at] = _cut(narrowed[at], room, self._ellipsis)
-        return narrowed
+
+def _without_spare(columns: Sequence[_Fitted], width: int) -> list[_Fitted]:
+    """Without the columns that the names need the room of: the largest `spare` first, from the right."""
+    kept = list(columns)
+    while (spare := max((one.column.spare for one in kept[1:]), default=0)) > 0:
+        names = kept[0].width
+        if names - max(0, _excess(kept, width)) >= min(names, int(width * _ROOM)):
+            break
+        del kept[max(at for at, one in enumerate(kept) if at and one.column.spare == spare)]
+    return kept
+
+
+def _narrowed(columns: list[_Fitted], width: int, ellipsis: str, stems: Sequence[str]) -> list[_Fitted]:
+    """With names as short as they have to be; where that is not enough, other cells end early."""
+    narrowed = list(columns)
+    for at in sorted(range(len(columns)), key=lambda at: -columns[at].width if at else -math.inf):
+        excess = _excess(narrowed, width)
+        if excess > 0:
+            room = max(_SHORTEST, narrowed[at].width - excess)
+            narrowed[at] = _cut(narrowed[at], room, ellipsis, () if at else stems)
+    return narrowed
 
 
 def _fitted(column: Column, cells: list[str], *, broken: bool = False) -> _Fitted:
@@ -326,33 +314,28 @@ def _fitted(column: Column, cells: list[str], *, broken: bool = False) -> _Fitte
     if broken and cell_len(title) > widest:
         words = title.replace("-", "- ").split()
         lines = textwrap.wrap(title, max(widest, *map(len, words), 1), break_long_words=False)
-    width = max([widest, *map(cell_len, lines)])
-    return _Fitted(column, lines, cells, footer, width)
+    return _Fitted(column, lines, cells, footer, max([widest, *map(cell_len, lines)]))
 
 
 def _cut(column: _Fitted, width: int, ellipsis: str, stems: Sequence[str] = ()) -> _Fitted:
-    """The same column with texts of at most `width` columns."""
+    """The same column with texts of at most `width` columns; `stems` before cells are not shortened.
+
+    A stem that leaves no room for a name is shortened with it.
+    """
     *title, footer = shortened([*column.title, column.footer], width, ellipsis)
-    cells = (
-        _behind(stems, column.cells, width, ellipsis) if stems else shortened(column.cells, width, ellipsis)
-    )
-    return _Fitted(column.column, title, cells, footer, max(map(cell_len, (*title, footer, *cells))))
-
-
-def _behind(stems: Sequence[str], cells: Sequence[str], width: int, ellipsis: str) -> list[str]:
-    """Cells shortened behind their stems; a stem that leaves no room for a name is shortened with it."""
-    became = dict(enumerate(cells))
-    lengths = [len(stem) if width - cell_len(stem) >= _SHORTEST else 0 for stem in stems]
+    cells = list(column.cells)
+    lengths = [len(stem) if width - cell_len(stem) >= _SHORTEST else 0 for stem in stems or [""] * len(cells)]
     for length in set(lengths):
         rows = [at for at, one in enumerate(lengths) if one == length]
         names = shortened([cells[at][length:] for at in rows], width - length, ellipsis)
-        became |= {at: cells[at][:length] + name for at, name in zip(rows, names, strict=True)}
-    return list(became.values())
+        for at, name in zip(rows, names, strict=True):
+            cells[at] = cells[at][:length] + name
+    return _Fitted(column.column, title, cells, footer, max(map(cell_len, (*title, footer, *cells))))
 
 
-def _padded(text: str, column: _Fitted) -> str:
-    spaces = " " * (column.width - cell_len(text))
-    return spaces + text if column.column.align == "right" else text + spaces
+def _padded(text: str, width: int, column: Column) -> str:
+    spaces = " " * (width - cell_len(text))
+    return spaces + text if column.align == "right" else text + spaces
 
 
 def _segments(console: Console, texts: Sequence[str], styles: Sequence[str]) -> Iterator[Segment]:
@@ -380,12 +363,11 @@ def csv_text(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     >>> csv_text(["name", "shape", "share"], [["a,b", [2, 3], 0.1], ["c", [], None]])
     'name,shape,share\n"a,b",2 3,0.1\nc,,\n'
     """
-    text = _Lines()
-    writer = csv.writer(text, lineterminator=_QUOTED_END)
+    lines: list[str] = []
+    writer = csv.writer(_Lines(lines), lineterminator=_QUOTED_END)
     writer.writerow(columns)
-    for row in rows:
-        writer.writerow([_cell(value) for value in row])
-    return "".join(text.lines)
+    writer.writerows([_cell(value) for value in row] for row in rows)
+    return "".join(lines)
 
 
 def markdown_text(columns: Sequence[Column], rows: Iterable[Sequence[str]]) -> str:
@@ -397,24 +379,25 @@ def markdown_text(columns: Sequence[Column], rows: Iterable[Sequence[str]]) -> s
     |:-------|------:|
     | a\|b   |     7 |
     """
-    cells = [[_escaped(cell) for cell in row] for row in rows]
+    lines = [[_escaped(column.title) for column in columns]]
+    lines += [[_escaped(cell) for cell in row] for row in rows]
     if any(column.footer for column in columns):
-        cells.append([f"**{_escaped(column.footer)}**" if column.footer else "" for column in columns])
-    header = [_escaped(column.title) for column in columns]
-    widths = [max(3, *(cell_len(row[at]) for row in (header, *cells))) for at in range(len(columns))]
-    lines = [_line([_padded_cell(*cell) for cell in zip(header, widths, columns, strict=True)])]
-    lines.append(f"|{'|'.join(_rule(*one) for one in zip(widths, columns, strict=True))}|")
-    lines += [
-        _line([_padded_cell(*cell) for cell in zip(row, widths, columns, strict=True)]) for row in cells
+        lines.append([f"**{_escaped(column.footer)}**" if column.footer else "" for column in columns])
+    widths = [max(3, *(cell_len(row[at]) for row in lines)) for at in range(len(columns))]
+    header, *others = ["| " + " | ".join(map(_padded, row, widths, columns)) + " |\n" for row in lines]
+    # The colon is on the side that cells stand at.
+    rules = [
+        f"{'-' * (width + 1)}:" if column.align == "right" else f":{'-' * (width + 1)}"
+        for width, column in zip(widths, columns, strict=True)
     ]
-    return "".join(f"{line}\n" for line in lines)
+    return "".join((header, f"|{'|'.join(rules)}|\n", *others))
 
 
+@dataclass(frozen=True, slots=True)
 class _Lines:
     """What a CSV writer writes its rows to, one at a time."""
 
-    def __init__(self) -> None:
-        self.lines: list[str] = []
+    lines: list[str]
 
     def write(self, text: str, /) -> None:
         self.lines.append(text.removesuffix(_QUOTED_END) + "\n")
@@ -433,17 +416,3 @@ def _cell(value: object) -> object:
 
 def _escaped(text: str) -> str:
     return _MARKS.sub(r"\\\g<0>", printable(text))
-
-
-def _padded_cell(text: str, width: int, column: Column) -> str:
-    spaces = " " * (width - cell_len(text))
-    return spaces + text if column.align == "right" else text + spaces
-
-
-def _rule(width: int, column: Column) -> str:
-    """The line under a title; the colon is on the side that cells stand at."""
-    return f"{'-' * (width + 1)}:" if column.align == "right" else f":{'-' * (width + 1)}"
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"

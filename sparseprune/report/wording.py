@@ -6,15 +6,16 @@ Plain text; no rich, so that whoever prints JSON does not wait for it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from sparseprune.results.fields import EachNumber
 
-_UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
-_PLURALS = {"matrix": "matrices"}
+SIZES = ("B", "kB", "MB", "GB", "TB", "PB")
+_PLURALS = {"matrix": "matrices", "entry": "entries"}
 
 
 def shape_text(shape: Sequence[int]) -> str:
@@ -35,6 +36,15 @@ def place_text(index: Sequence[int] | None) -> str:
     return "" if index is None else str(list(index))
 
 
+def number_text(number: float | None, unknown: str = "?", form: str = ",") -> str:
+    """A number in this form, or what stands for one that is not known.
+
+    >>> number_text(1200), number_text(None), number_text(0.5, form=".4f")
+    ('1,200', '?', '0.5000')
+    """
+    return unknown if number is None else format(number, form)
+
+
 def each_text(values: EachNumber, text: Callable[[float], str] = "{:,}".format) -> str:
     """One value, or the range of the values of all instances; nothing if there are none.
 
@@ -43,6 +53,16 @@ def each_text(values: EachNumber, text: Callable[[float], str] = "{:,}".format) 
     """
     known = [value for value in (values if isinstance(values, Sequence) else [values]) if value is not None]
     return " to ".join(map(text, sorted({min(known), max(known)}) if known else ()))
+
+
+def shared_beginning(names: Iterable[str]) -> str:
+    """The dotted pieces that all names begin with.
+
+    >>> shared_beginning(["model.layers.3.up", "model.layers.3.down"]), shared_beginning(["up", "down"])
+    ('model.layers.3', '')
+    """
+    pieces = zip(*[name.split(".") for name in names], strict=False)
+    return ".".join([column[0] for column in takewhile(lambda column: len(set(column)) == 1, pieces)])
 
 
 def many(count: int, what: str) -> str:
@@ -73,7 +93,17 @@ def size(nbytes: float) -> str:
     >>> size(999), size(2_200_000_000)
     ('999 B', '2.20 GB')
     """
-    step = 0
-    while nbytes >= 999.5 and step < len(_UNITS) - 1:
-        nbytes, step = nbytes / 1000, step + 1
-    return f"{nbytes:.0f} B" if step == 0 else f"{nbytes:.2f} {_UNITS[step]}"
+    unit, name = unit_of(nbytes)
+    return f"{nbytes / unit:.{2 if unit > 1 else 0}f} {name}"
+
+
+def unit_of(amount: float, names: Sequence[str] = SIZES) -> tuple[int, str]:
+    """The unit in which an amount has at most three digits before the point; each is 1000 of the last.
+
+    >>> unit_of(2_200_000_000)
+    (1000000000, 'GB')
+    """
+    power = 0
+    while amount >= 999.5 * 1000**power and power < len(names) - 1:
+        power += 1
+    return 1000**power, names[power]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from sparseprune.engine.grids import Shape, divide, permute, prod
+from sparseprune.engine.grids import Shape, divide, identity_order, permute, prod
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -79,7 +79,10 @@ class BoundBlockCoupling:
 
 @dataclass(frozen=True, slots=True)
 class BoundScope:
-    """Scopes of `shape` blocks each over one block grid; `grid_shape` counts scopes."""
+    """Scopes of `shape` blocks each over one block grid; `grid_shape` counts scopes.
+
+    As a coupling it is its only member.
+    """
 
     label: str
     block: BoundBlock | BoundBlockCoupling
@@ -88,6 +91,14 @@ class BoundScope:
     @property
     def grid_shape(self) -> Shape:
         return divide(self.block.grid_shape, self.shape, "scope", "block grid")
+
+    @property
+    def members(self) -> tuple[BoundScope, ...]:
+        return (self,)
+
+    @property
+    def orders(self) -> tuple[Shape, ...]:
+        return (identity_order(len(self.shape)),)
 
     @property
     def blocks_per_scope(self) -> int:

@@ -15,7 +15,9 @@ from sparseprune.checkpoint.header import lay_out
 from sparseprune.execution.passes import Outcomes
 from sparseprune.execution.reapply import make_reapplication, match_masks
 from sparseprune.execution.regions import INTERPRETER
-from sparseprune.report.pruning import Run, make_report
+from sparseprune.report.pruning import report_totals, rule_results, summed_up, tensor_result
+from sparseprune.results import Report
+from sparseprune.results.fields import Made, WrittenBytes
 from tests.commands import ok, refused, run
 
 PARTS = ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "mlp.gate", "mlp.up", "mlp.down")
@@ -93,9 +95,24 @@ def held_bytes(path: Path) -> int:
         outcomes = Outcomes()
         for number, stored in enumerate(prepared.plan.checkpoint.tensors.values()):
             outcomes.add([stored.name, "scope.proj", 16, 8, number, 16.0 * number, number + 8, 8.0 * number])
-        circumstances = Run("in", "out", "0", "cpu", 1.0, {})
         plan = prepared.plan
-        report = make_report(circumstances, plan.checkpoint, plan.bound, outcomes.of_plan(plan))
+        tensors = outcomes.of_plan(plan)
+        found = summed_up(tensors)
+        report = Report(
+            input="in",
+            output="out",
+            spec_sha256="0",
+            set={},
+            device="cpu",
+            seconds=1.0,
+            warnings=(),
+            notes=(),
+            files_left_out=(),
+            bytes=WrittenBytes(weights=0, masks=0),
+            totals=report_totals(plan.checkpoint, found, None),
+            rules=rule_results(plan.bound, found, {}),
+            tensors=Made(tensors, tensor_result),
+        )
         assert sum(map(len, report.json_pieces())) > 300 * len(plan.checkpoint.tensors)
         return tracemalloc.get_traced_memory()[1]
     finally:

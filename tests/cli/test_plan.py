@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import save_file
 
 from sparseprune.cli.demo import write_decoder
-from sparseprune.report.plan import make_plan_result
 from tests.commands import loaded, ok, python, refused, run, schema, silent, valid
 from tests.faults import failing
 from tests.samples import CHANNELS, TWO_OF_FOUR, mlp_tensors, write_spec
@@ -169,10 +168,7 @@ def test_a_wrong_document_does_not_pass_the_schema(folder: Path) -> None:
 
 def test_peak_memory_is_left_out_where_nobody_knows_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert document(folder, TWO_OF_FOUR)["bytes"]["peak"] > 0
-    monkeypatch.setattr(
-        "sparseprune.report.plan.make_plan_result",
-        lambda asked, bound, layout, presumed, _: make_plan_result(asked, bound, layout, presumed),
-    )
+    monkeypatch.setattr("sparseprune.execution.schedule.Schedule.peak_bytes", None)
     assert "peak" not in document(folder, TWO_OF_FOUR)["bytes"]
     assert "memory" not in facts(lines(folder, TWO_OF_FOUR))
 

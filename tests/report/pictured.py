@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from sparseprune.execution.inspect import Questions, TensorFacts
-from sparseprune.report.inspection import Telling, make_inspection
+from sparseprune.report.inspection import make_inspection
 from sparseprune.results import Inspection
 from sparseprune.results.measuring import ComparedTensor, CompareTotals, Comparison
 from tests.commands import as_data, schema
@@ -26,7 +26,7 @@ def facts(name: str, sparsity: float | None, shape: tuple[int, ...] = (10, 100))
 
 def inspected(tensors: Iterable[TensorFacts], path: str = "model") -> Inspection:
     """An inspection with these facts."""
-    found = make_inspection(path, tensors, Telling(Questions()))
+    found = make_inspection(path, tensors, Questions())
     jsonschema.validate(as_data(found), schema("inspect"))
     return found
 

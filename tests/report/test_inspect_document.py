@@ -11,7 +11,13 @@ from rich.console import Console
 
 from sparseprune.execution.inspect import BlockShape, Pattern, Questions, TensorFacts, Zeros
 from sparseprune.report.inspect_table import columns_and_rows, inspect_table
-from sparseprune.report.inspection import Grouping, Telling, fields_of, grouping_of, make_inspection, sheet_of
+from sparseprune.report.inspection import (
+    Grouping,
+    fields_of,
+    grouping_of,
+    make_inspection,
+    sheet_of,
+)
 from sparseprune.report.runtimes import runtimes_of
 from sparseprune.results import Inspection
 from tests.commands import as_data, schema
@@ -31,7 +37,7 @@ FACTS = (NORM, HALF, DENSE, PACKED)
 def inspected(*facts: TensorFacts, by: str | None = None, runtimes: str | None = None) -> Inspection:
     grouping: Grouping | None = None if by is None else grouping_of(by, [one.name for one in facts])
     asked = () if runtimes is None else runtimes_of(runtimes)
-    found = make_inspection("m", facts, Telling(QUESTIONS, asked, grouping))
+    found = make_inspection("m", facts, QUESTIONS, asked, grouping)
     jsonschema.validate(as_data(found), schema("inspect"))
     return found
 
@@ -175,7 +181,10 @@ def test_fields_for_requirements_are_flat_names_of_the_sheet() -> None:
 def test_the_table_leaves_out_what_it_has_nothing_to_say_of() -> None:
     columns, rows = columns_and_rows(inspected(NORM, PLAIN))
     assert [column.title for column in columns] == ["tensor", "dtype", "shape", "zeros", "sparsity"]
-    assert rows == [["norm.weight", "F32", "8", "0", "0.00%"], ["plain", "BF16", "64x64", "0", "0.00%"]]
+    assert rows == [
+        ["norm.weight", "F32", "8", "0", "0.00%"],
+        ["plain", "BF16", "64x64", "0", "0.00%"],
+    ]
     columns, rows = columns_and_rows(inspected(*FACTS, replace(NORM, name="bad", nonfinite=2)))
     assert [column.title for column in columns][5:] == [
         "patterns", "zero rows", "zero columns", "zero 4x4", "not finite",

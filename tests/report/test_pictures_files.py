@@ -13,8 +13,10 @@ import pytest
 from matplotlib.image import imread
 
 from sparseprune.errors import SparsepruneError
-from sparseprune.report.pictures import check_picture, files, plot_comparison, plot_inspection
+from sparseprune.report.pictures import files
 from sparseprune.report.pictures.charts import Survivors
+from sparseprune.report.pictures.files import check_picture
+from sparseprune.report.pictures.results import plot_comparison, plot_inspection
 from sparseprune.results import Inspection
 from tests.commands import imported
 from tests.faults import failing
@@ -74,7 +76,7 @@ def test_the_same_document_gives_the_same_bytes(tmp_path: Path, form: str) -> No
 def test_the_same_bytes_also_in_another_process(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from tests.report.pictured import decoder\n"
-        "from sparseprune.report.pictures import plot_inspection\n"
+        "from sparseprune.report.pictures.results import plot_inspection\n"
         "plot_inspection(decoder(2, lambda *_: 0.5), Path(sys.argv[1]))"
     )
     for name, seed in (("one", "1"), ("two", "2")):

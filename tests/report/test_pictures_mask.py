@@ -19,8 +19,18 @@ from safetensors.torch import save_file
 from sparseprune.checkpoint import TensorReader, lay_out, open_checkpoint, read_config
 from sparseprune.engine.dtypes import DTYPES
 from sparseprune.errors import SparsepruneError
-from sparseprune.report.pictures import CloseUp, close_up, plot_mask
-from sparseprune.report.pictures.mask import SIDE, TINTS, UNREACHED, Cells, edges, lies_apart, mask_page
+from sparseprune.report.pictures.mask import (
+    SIDE,
+    TINTS,
+    UNREACHED,
+    Cells,
+    CloseUp,
+    close_up,
+    edges,
+    lies_apart,
+    mask_page,
+    plot_mask,
+)
 from sparseprune.spec import TensorInfo, bind, parse_spec
 from tests.report.pictured import faults, texts
 

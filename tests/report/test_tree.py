@@ -6,14 +6,14 @@ from rich.console import Console
 
 from sparseprune.execution.inspect import Questions, TensorFacts
 from sparseprune.report.inspect_table import InspectTree
-from sparseprune.report.inspection import Telling, make_inspection
+from sparseprune.report.inspection import make_inspection
 
 
 def drawn(facts: list[TensorFacts], width: int = 100, encoding: str = "utf-8") -> list[str]:
     file = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
     console = Console(file=file, width=width, color_system=None, highlight=False)
     with console.capture() as captured:
-        console.print(InspectTree(make_inspection("m", facts, Telling(Questions()))))
+        console.print(InspectTree(make_inspection("m", facts, Questions())))
     return captured.get().splitlines()
 
 

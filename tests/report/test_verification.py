@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from sparseprune.execution.verify import Verification as Found
-from sparseprune.report.checks import AskedCheck, broken_line, failures, make_verification, verify_table
+from sparseprune.report.checks import broken_line, failures, verify_table, verify_totals
 from sparseprune.report.coverage import Coverage
 from sparseprune.results import Verification
 from sparseprune.results.checking import BrokenScope, CheckedRule, CheckedTensor
@@ -21,7 +21,6 @@ COVERED = Coverage("matrices", 0.75, 0.75, (Uncovered(name="layers.*.up", tensor
 CHECKED = (
     "checked 12 of 20 parameters, 75.00% of the layers' matrices; not reached: 4 parameters of layers.*.up"
 )
-ASKED = AskedCheck("ckpt", "spec.toml", {"n": "2"}, COVERED)
 
 
 def place_of(nonzero: int = 3, allowed: int | None = 2) -> BrokenScope:
@@ -59,7 +58,16 @@ SOFT = rule_of(
 
 
 def found_of(*tensors: CheckedTensor, rules: Sequence[CheckedRule] = (rule_of(),)) -> Verification:
-    return make_verification(ASKED, Found(tuple(rules), tensors))
+    return Verification(
+        input="ckpt",
+        spec="spec.toml",
+        set={"n": "2"},
+        warnings=(),
+        files_not_read=(),
+        totals=verify_totals(Found(tuple(rules), tensors), COVERED),
+        rules=tuple(rules),
+        tensors=tensors,
+    )
 
 
 def printed(found: Verification, width: int = 200) -> list[str]:

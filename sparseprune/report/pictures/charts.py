@@ -12,9 +12,10 @@ import numpy as np
 from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter
 
 from sparseprune.errors import printable
-from sparseprune.report.inspection import natural
+from sparseprune.report.inspection import is_number, natural
 from sparseprune.report.pictures.canvas import axes_at
 from sparseprune.report.tables import shortened
+from sparseprune.report.wording import shared_beginning
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
     Entry = InspectedTensor | ComparedTensor
     Value = Callable[[Sequence[Any]], float | None]
+    Values = np.ndarray[tuple[int, int], np.dtype[np.float64]]
 
 Tensor = TypeVar("Tensor", bound="Entry")
 # Okabe and Ito without their yellow, which is hardly seen on white; markers tell the same.
@@ -44,16 +46,12 @@ def curves(figure: Figure, top: float, grid: Grid[Any], fact: Fact) -> Axes:
     places, breaks = _places(grid)
     width = min(_WIDEST_CURVES, max(_NARROWEST, _STEP * (places[-1] + 1)))
     axes = axes_at(figure, 0, top, width, _CURVE_HEIGHT)
-    table = np.array(
-        [[np.nan if one is None else one for one in row] for row in grid.values(fact.value)], dtype=float
-    )
-    labels = shortened(grid.column_labels(), 60)
-    for number, label in enumerate(labels):
-        line = np.insert(table[:, number], breaks, np.nan)  # no line leads from one stack to the next
+    table = _array(grid.values(fact.value))
+    for number, label in enumerate(shortened(grid.column_labels(), 60)):
         axes.plot(
             np.insert(np.array(places, dtype=float), breaks, np.nan),
-            line,
-            label=_seen(label),
+            np.insert(table[:, number], breaks, np.nan),  # no line leads from one stack to the next
+            label=f"\u200b{label}" if label.startswith("_") else label,  # else matplotlib leaves it out
             color=COLOURS[number % MOST],
             marker=MARKERS[number % MOST],
             markersize=4.5,
@@ -77,9 +75,8 @@ def legend(axes: Axes) -> None:
     axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.02), borderaxespad=0)
 
 
-def _seen(label: str) -> str:
-    """A label that is not empty for matplotlib: it leaves out what begins with an underscore."""
-    return f"\u200b{label}" if label.startswith("_") else label
+def _array(values: Sequence[Sequence[float | None]]) -> Values:
+    return np.array([[np.nan if one is None else one for one in row] for row in values], dtype=float)
 
 
 def _places(grid: Grid[Any]) -> tuple[list[int], list[int]]:
@@ -94,13 +91,13 @@ def _label_layers(axes: Axes, grid: Grid[Any], places: Sequence[int], width: flo
     longest = max(map(len, labels)) * _LETTER
     upright = longest > 0.5
     wanted = _CURVE_LABEL if upright else longest + 0.1
-    step = next(step for step in (1, 2, 4, 5, 8, 10, 16, 20, 50, 100, 10**9) if step * room >= wanted)
+    step = _every(room, wanted)
     axes.set_xticks(list(places[::step]), labels=labels[::step], rotation=90 if upright else 0)
     if len(grid.stacks) == 1:
         axes.set_xlabel(shortened([printable(grid.stacks[0])], 60)[0] or "layer")
 
 
-def _label_values(axes: Axes, table: np.ndarray[tuple[int, int], np.dtype[np.float64]], scale: Scale) -> None:
+def _label_values(axes: Axes, table: Values, scale: Scale) -> None:
     """As far as there are values, never beyond what the scale allows."""
     known = table[np.isfinite(table)]
     low, high = (float(known.min()), float(known.max())) if known.size else (scale.low, scale.high)
@@ -174,9 +171,8 @@ def heatmap(figure: Figure, top: float, heat: Heat, scale: Scale) -> Axes:
     width = _sized(across, _CELL_WIDTH, _WIDEST)
     axes = axes_at(figure, 0, top, width * across, height * down)
     axes.set_facecolor(NOTHING)
-    values = np.array([[np.nan if one is None else one for one in row] for row in heat.values], dtype=float)
     axes.pcolormesh(
-        np.ma.masked_invalid(values),
+        np.ma.masked_invalid(_array(heat.values)),
         cmap=scale.colours,
         vmin=scale.low,
         vmax=scale.high,
@@ -212,7 +208,7 @@ def colour_bar(figure: Figure, beside: Axes, mesh: ScalarMappable, scale: Scale)
     if scale.percent and (scale.low, scale.high) == (0, 1):
         bar.set_ticks([0, 0.25, 0.5, 0.75, 1], labels=["0%", "25%", "50%", "75%", "100%"])
     elif scale.percent:
-        bar.ax.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")
+        bar.ax.yaxis.set_major_formatter(_percent)
     return axes
 
 
@@ -230,7 +226,7 @@ def bars(figure: Figure, top: float, heat: Heat, scale: Scale) -> Axes:
     axes.set_title(heat.title)
     axes.set_xlabel(scale.name)
     if scale.percent:
-        axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")
+        axes.xaxis.set_major_formatter(_percent)
     _label_rows(axes, heat.rows, height)
     axes.tick_params(axis="y", length=0)
     axes.spines[["top", "right"]].set_visible(False)
@@ -243,12 +239,11 @@ def bars(figure: Figure, top: float, heat: Heat, scale: Scale) -> Axes:
 
 
 def _sized(count: int, wanted: float, most: float) -> float:
-    """Inches of one cell where so many lie in a line."""
     return min(wanted, max(_LEAST, most / max(1, count)))
 
 
 def _label_rows(axes: Axes, labels: Sequence[str], height: float) -> None:
-    step = _every(height)
+    step = _every(height, _LABEL * 0.9)
     axes.set_yticks(np.arange(0, len(labels), step) + 0.5, labels=list(labels[::step]))
     axes.tick_params(axis="y", labelsize=8 if height * step >= 0.17 else 6.5)
 
@@ -257,22 +252,24 @@ def _label_columns(axes: Axes, labels: Sequence[str], width: float) -> None:
     if labels == ("",):
         axes.set_xticks([])
         return
-    step = _every(width)
-    shown = list(labels[::step])
+    step = _every(width, _LABEL * 0.9)
     upright = width * step < 2 * _LABEL
-    axes.set_xticks(np.arange(0, len(labels), step) + 0.5, labels=shown)
+    axes.set_xticks(np.arange(0, len(labels), step) + 0.5, labels=list(labels[::step]))
     for label in axes.get_xticklabels():
         label.set(rotation=90 if upright else 45, rotation_mode="anchor", ha="right", fontsize=8)
         label.set_verticalalignment("center" if upright else "top")
 
 
-def _every(size: float) -> int:
-    """Of how many lines of this size one is labelled, so that labels do not touch."""
-    return next(step for step in (1, 2, 4, 5, 8, 10, 16, 20, 50, 100, 10**9) if step * size >= _LABEL * 0.9)
+def _every(size: float, wanted: float) -> int:
+    """Of how many lines of this size one is labelled, so that labels of the `wanted` size do not touch."""
+    return next(step for step in (1, 2, 4, 5, 8, 10, 16, 20, 50, 100, 10**9) if step * size >= wanted)
+
+
+def _percent(value: float, _: object) -> str:
+    return f"{100 * value:g}%"
 
 
 def _number(axes: Axes, heat: Heat, scale: Scale, size: float) -> None:
-    """The value of every cell in it, dark on light and light on dark."""
     colours = mpl.colormaps[scale.colours]
     span = scale.high - scale.low or 1.0
     for i, row in enumerate(heat.values):
@@ -307,32 +304,23 @@ class Survivors:
     histogram: Sequence[tuple[int, int]]
 
 
-@dataclass(frozen=True, slots=True)
-class Bins:
-    """Bars from `edges[i]` up to and without `edges[i + 1]`: `counts[i]` scopes with so many survivors."""
-
-    edges: tuple[int, ...]
-    counts: tuple[int, ...]
-
-
-def binned(histogram: Sequence[Sequence[int]], bins: int = _BINS) -> Bins:
+def binned(histogram: Sequence[Sequence[int]], bins: int = _BINS) -> tuple[list[int], list[int]]:
     """Pairs of survivors and scopes as bars of one width, a whole number of survivors.
 
-    >>> binned([[0, 3], [2, 5]])
-    Bins(edges=(0, 1, 2, 3), counts=(3, 0, 5))
-    >>> binned([[10, 1], [1009, 2]], bins=2)
-    Bins(edges=(10, 510, 1010), counts=(1, 2))
+    Gives edges and counts: bar i goes from edge i up to and without the next one.
+
+    >>> binned([[0, 3], [2, 5]]), binned([[10, 1], [1009, 2]], bins=2)
+    (([0, 1, 2, 3], [3, 0, 5]), ([10, 510, 1010], [1, 2]))
     """
     known = [(survivors, scopes) for survivors, scopes in histogram if scopes]
     if not known:
-        return Bins((0, 1), (0,))
+        return [0, 1], [0]
     first, last = min(known)[0], max(known)[0]
     step = -(-(last + 1 - first) // bins)
-    number = -(-(last + 1 - first) // step)
-    counts = [0] * number
+    counts = [0] * -(-(last + 1 - first) // step)
     for survivors, scopes in known:
         counts[(survivors - first) // step] += scopes
-    return Bins(tuple(first + step * at for at in range(number + 1)), tuple(counts))
+    return [first + step * at for at in range(len(counts) + 1)], counts
 
 
 def budgets_of(nnz: EachCount) -> tuple[int, ...]:
@@ -343,38 +331,30 @@ def budgets_of(nnz: EachCount) -> tuple[int, ...]:
 
 def histograms(figure: Figure, top: float, survivors: Sequence[Survivors]) -> list[Axes]:
     """Draw a panel for each rule, two beside each other; gives their axes."""
+    across, down = _WIDTH + _ACROSS, _HEIGHT + _DOWN
     return [
-        _panel(
-            axes_at(
-                figure,
-                number % 2 * (_WIDTH + _ACROSS),
-                top + number // 2 * (_HEIGHT + _DOWN),
-                _WIDTH,
-                _HEIGHT,
-            ),
-            rule,
-        )
+        _panel(axes_at(figure, number % 2 * across, top + number // 2 * down, _WIDTH, _HEIGHT), rule)
         for number, rule in enumerate(survivors)
     ]
 
 
 def _panel(axes: Axes, rule: Survivors) -> Axes:
-    bins = binned(rule.histogram)
+    edges, counts = binned(rule.histogram)
     budgets = budgets_of(rule.nnz)
-    starts, widths = np.array(bins.edges[:-1]), np.diff(bins.edges)
+    starts, widths = np.array(edges[:-1]), np.diff(edges)
     allowed = budgets[-1] if budgets else math.inf
-    colours = [ABOVE if start > allowed else WITHIN for start in bins.edges[:-1]]
+    colours = [ABOVE if start > allowed else WITHIN for start in edges[:-1]]
     single = widths[0] == 1
     axes.bar(
         starts if single else starts + widths / 2 - 0.5,
-        bins.counts,
+        counts,
         width=widths * (0.82 if single and len(starts) < 40 else 1.0),
         color=colours,
         hatch=["////" if colour == ABOVE else "" for colour in colours],
         edgecolor=["white" if colour == ABOVE else colour for colour in colours],
         linewidth=0 if ABOVE in colours or single else 0.4,  # bars that touch have no seams then
     )
-    there = [count for count in bins.counts if count]
+    there = [count for count in counts if count]
     if there and max(there) > _UNLIKE * min(there):
         axes.set_yscale("log")
         axes.set_ylim(0.6, max(there) * 4)
@@ -383,7 +363,7 @@ def _panel(axes: Axes, rule: Survivors) -> Axes:
         axes.set_ylim(0, max(there, default=1) * 1.2)
         axes.yaxis.set_major_locator(MaxNLocator(5, steps=_STEPS, integer=True, min_n_ticks=1))
     axes.yaxis.set_major_formatter(lambda value, _: _short(value))
-    _frame(axes, bins, budgets)
+    _frame(axes, edges, budgets)
     _budgets(axes, budgets)
     axes.set_title(f"Survivors per scope of {_cut(printable(rule.rule), 26)}")
     axes.set_xlabel("blocks that are not zero")
@@ -392,16 +372,16 @@ def _panel(axes: Axes, rule: Survivors) -> Axes:
     return axes
 
 
-def _frame(axes: Axes, bins: Bins, budgets: Sequence[int]) -> None:
+def _frame(axes: Axes, edges: Sequence[int], budgets: Sequence[int]) -> None:
     """From zero where that is near, else from what there is to see; whole numbers below."""
-    first = min([bins.edges[0], *budgets])
-    last = max([bins.edges[-1] - 1, *budgets])
+    first = min([edges[0], *budgets])
+    last = max([edges[-1] - 1, *budgets])
     if first <= 2 * (last - first) or last <= _BINS:
         first = 0
     room = 2.5 if first == last else max(0.75, (last - first) * 0.05)
     axes.set_xlim(first - room, last + room)
     wide = last - first >= last / 100  # so that a few digits tell the numbers apart
-    shown = _short if wide else _exact
+    shown = _short if wide else "{:,.0f}".format
     ticks = 5 if wide or last < 10**6 else 2
     axes.xaxis.set_major_locator(MaxNLocator(ticks, steps=_STEPS, integer=True, min_n_ticks=1))
     axes.xaxis.set_major_formatter(lambda value, _: shown(value) if value >= 0 else "")
@@ -442,24 +422,11 @@ def _short(value: float) -> str:
     return f"{value:,.0f}"
 
 
-def _exact(value: float) -> str:
-    return f"{value:,.0f}"
-
-
 def _cut(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[: most // 2]}…{text[-(most // 2 - 1) :]}"
 
 
 _SUFFIX = ".weight"
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where a matrix belongs: the part of its name before the number of its layer, that number, the rest."""
-
-    stack: str
-    layer: str
-    matrix: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -484,7 +451,7 @@ class Grid(Generic[Tensor]):
         """Numbers of layers; with the name of their stack where there are several."""
         if len(self.stacks) == 1:
             return [printable(layer) for _, layer in self.rows]
-        shared = _shared_pieces(self.stacks)
+        shared = len(shared_beginning(self.stacks))
         return [printable(f"{stack[shared:]}.{layer}".lstrip(".")) for stack, layer in self.rows]
 
     def column_labels(self) -> list[str]:
@@ -495,28 +462,23 @@ class Grid(Generic[Tensor]):
     def values(self, value: Value) -> list[list[float | None]]:
         """One value for each cell, None where there is no matrix or nothing is known of it."""
         return [
-            [
-                value(self.cells[row, column]) if (row, column) in self.cells else None
-                for column in self.columns
-            ]
+            [value(found) if (found := self.cells.get((row, column))) else None for column in self.columns]
             for row in self.rows
         ]
 
 
-def place_of(name: str) -> Place | None:
+def place_of(name: str) -> tuple[str, str, str] | None:
     """A name taken apart at its first number; further numbers become *. None for a name without layers.
 
     >>> place_of("model.layers.3.mlp.experts.7.up_proj.weight")
-    Place(stack='model.layers', layer='3', matrix='mlp.experts.*.up_proj.weight')
+    ('model.layers', '3', 'mlp.experts.*.up_proj.weight')
     >>> place_of("lm_head.weight"), place_of("layers.3")
     (None, None)
     """
     pieces = name.split(".")
-    at = next((at for at, piece in enumerate(pieces) if _is_number(piece)), None)
-    if at is None or at + 1 == len(pieces):
-        return None
-    rest = ["*" if _is_number(piece) else piece for piece in pieces[at + 1 :]]
-    return Place(".".join(pieces[:at]), pieces[at], ".".join(rest))
+    at = next((at for at, piece in enumerate(pieces) if is_number(piece)), len(pieces))
+    rest = ["*" if is_number(piece) else piece for piece in pieces[at + 1 :]]
+    return (".".join(pieces[:at]), pieces[at], ".".join(rest)) if rest else None
 
 
 def grid_of(entries: Iterable[Tensor]) -> Grid[Tensor]:
@@ -528,13 +490,11 @@ def grid_of(entries: Iterable[Tensor]) -> Grid[Tensor]:
         if place is None:
             others.append(entry)
         else:
-            cells.setdefault(((place.stack, place.layer), place.matrix), []).append(entry)
+            cells.setdefault((place[:2], place[2]), []).append(entry)
     stacks = list(dict.fromkeys(stack for (stack, _), _ in cells))
     rows = sorted({row for row, _ in cells}, key=lambda row: (stacks.index(row[0]), natural(row[1])))
-    columns = dict.fromkeys(column for _, column in cells)
-    return Grid(
-        tuple(rows), tuple(columns), {key: tuple(found) for key, found in cells.items()}, tuple(others)
-    )
+    columns = tuple(dict.fromkeys(column for _, column in cells))
+    return Grid(tuple(rows), columns, {key: tuple(found) for key, found in cells.items()}, tuple(others))
 
 
 def mean_of(key: str, entries: Sequence[Any]) -> float | None:
@@ -553,18 +513,3 @@ def weighted_mean(values: Sequence[tuple[float, int]]) -> float | None:
 def matrices(entries: Iterable[Tensor]) -> list[Tensor]:
     """The tensors of two dimensions or more, which pictures are about."""
     return [entry for entry in entries if len(entry.shape) > 1]
-
-
-def _is_number(piece: str) -> bool:
-    return piece.isascii() and piece.isdigit()
-
-
-def _shared_pieces(names: Sequence[str]) -> int:
-    """How many characters of whole pieces all names begin with."""
-    pieces = [name.split(".") for name in names]
-    count = 0
-    for column in zip(*pieces, strict=False):
-        if len(set(column)) > 1:
-            break
-        count += len(column[0]) + 1
-    return count

@@ -20,17 +20,7 @@ from sparseprune.engine.grids import prod
 from sparseprune.engine.kernels.counting import mark_nonzero
 from sparseprune.errors import SparsepruneError, printable
 from sparseprune.report.drawings import cell_of, window_of
-from sparseprune.report.pictures.canvas import (
-    Numbers,
-    Page,
-    Picture,
-    axes_at,
-    blank,
-    fitted,
-    pixels,
-    settings,
-    write,
-)
+from sparseprune.report.pictures import canvas
 from sparseprune.report.pictures.results import add_notes
 from sparseprune.report.tables import shortened
 from sparseprune.report.wording import shape_text
@@ -47,7 +37,6 @@ if TYPE_CHECKING:
 
     from sparseprune.checkpoint import Source, StoredTensor
     from sparseprune.engine.grids import Shape
-    from sparseprune.report.drawings import AnyScope
     from sparseprune.spec import BoundInstance, BoundSpec
 
     Flags = NDArray[np.bool_]
@@ -93,8 +82,6 @@ class CloseUp:
 
 @dataclass(frozen=True, slots=True)
 class _Reach:
-    """A leaf of an instance that lies in the tensor."""
-
     rule: str
     instance: BoundInstance
     leaf: int
@@ -218,7 +205,6 @@ def _begin(plane: _Plane) -> tuple[int, int]:
 
 
 def _first_unlike(plane: _Plane, kind: bool, across: range, *, downwards: bool) -> int | None:  # noqa: FBT001
-    """The first column, or row, of a strip in which something is of the other kind."""
     size = plane.size[0 if downwards else 1]
     spent = 0
     for start in range(SIDE, size, _STRIP):
@@ -258,10 +244,8 @@ def _cells(plane: _Plane, rows: range, columns: range, reached: Sequence[_Reach]
 
 
 def _budget(instance: BoundInstance) -> str:
-    """What survives, in words."""
-    scope: AnyScope = instance.scope
     if instance.budget.nnz is not None:
-        return f"{instance.budget.nnz:,} of {scope.blocks_per_scope:,} blocks"
+        return f"{instance.budget.nnz:,} of {instance.scope.blocks_per_scope:,} blocks"
     return f"blocks from {instance.budget.threshold:g} on"
 
 
@@ -276,13 +260,13 @@ _NAME = 80  # characters
 
 def plot_mask(closeup: CloseUp, path: Path) -> None:
     """Write the picture of a close-up to a .png, .svg or .html file."""
-    with settings():
-        write(mask_page(closeup), path)
+    with canvas.settings():
+        canvas.write(mask_page(closeup), path)
 
 
-def mask_page(closeup: CloseUp) -> Page:
+def mask_page(closeup: CloseUp) -> canvas.Page:
     """The page, with its figure drawn; to be called under `settings`."""
-    figure = blank()
+    figure = canvas.blank()
     axes = _elements(figure, closeup)
     _legend(axes, closeup)
     add_notes(figure, _notes(closeup))
@@ -298,7 +282,9 @@ def mask_page(closeup: CloseUp) -> Page:
     caption = "Some elements of the tensor: dark ones are kept, light ones are zero." + (
         " Thin lines part blocks, thick ones scopes." if closeup.rules else ""
     )
-    return Page(closeup.name, (Picture(fitted(figure), caption, (_numbers(closeup),)),), totals)
+    return canvas.Page(
+        closeup.name, (canvas.Picture(canvas.fitted(figure), caption, (_numbers(closeup),)),), totals
+    )
 
 
 def edges(labels: Labels) -> list[tuple[tuple[int, int], tuple[int, int]]]:
@@ -317,40 +303,35 @@ def edges(labels: Labels) -> list[tuple[tuple[int, int], tuple[int, int]]]:
 
 def lies_apart(labels: Labels) -> bool:
     """Whether some label but -1 has elements that are not all joined by neighbours of the same label."""
-    return any(_pieces(labels == label) > 1 for label in np.unique(labels) if label != -1)
+    left = {place: label for place, label in np.ndenumerate(labels) if label != -1}
+    seen = set()
+    while left:
+        place, label = left.popitem()
+        if label in seen:
+            return True
+        seen.add(label)
+        edge = [place]
+        while edge:
+            row, column = edge.pop()
+            for beside in ((row + 1, column), (row - 1, column), (row, column + 1), (row, column - 1)):
+                if left.get(beside) == label:
+                    del left[beside]
+                    edge.append(beside)
+    return False
 
 
 def _runs(differs: NDArray[np.bool_]) -> list[tuple[int, int, int]]:
     """Runs of True down each column: (column, begin, end)."""
-    padded = np.pad(differs.astype(np.int8), ((1, 1), (0, 0)))
-    change = np.diff(padded, axis=0).T
+    change = np.diff(np.pad(differs.astype(np.int8), ((1, 1), (0, 0))), axis=0).T
     columns, begins = np.nonzero(change == 1)
     _, ends = np.nonzero(change == -1)
-    return [
-        (int(column), int(begin), int(end)) for column, begin, end in zip(columns, begins, ends, strict=True)
-    ]
-
-
-def _pieces(there: NDArray[np.bool_]) -> int:
-    """How many pieces an area has."""
-    left = {(int(row), int(column)) for row, column in zip(*np.nonzero(there), strict=True)}
-    count = 0
-    while left:
-        count += 1
-        edge = [left.pop()]
-        while edge:
-            row, column = edge.pop()
-            for place in ((row + 1, column), (row - 1, column), (row, column + 1), (row, column - 1)):
-                if place in left:
-                    left.remove(place)
-                    edge.append(place)
-    return count
+    return list(zip(columns.tolist(), begins.tolist(), ends.tolist(), strict=True))
 
 
 def _elements(figure: Figure, closeup: CloseUp) -> Axes:
     rows, columns = closeup.kept.shape
-    side = pixels(min(_LARGE, _SIZE / max(rows, columns)))
-    axes = axes_at(figure, 0, 0, side * columns, side * rows)
+    side = canvas.pixels(min(_LARGE, _SIZE / max(rows, columns)))
+    axes = canvas.axes_at(figure, 0, 0, side * columns, side * rows)
     colours = [colour for pair in (*TINTS, UNREACHED) for colour in pair]
     axes.pcolormesh(
         2 * _tints(closeup) + ~closeup.kept, cmap=ListedColormap(colours), vmin=-0.5, vmax=len(colours) - 0.5
@@ -399,46 +380,37 @@ def _name_axes(axes: Axes, closeup: CloseUp) -> None:
 
 def _title(closeup: CloseUp) -> str:
     name = shortened([printable(closeup.name)], _NAME)[0]
-    rules = [printable(rule) for rule in closeup.rules[:_RULES]]
-    more = len(closeup.rules) - len(rules)
-    facts = [
-        f"{shape_text(closeup.shape)} {closeup.dtype}",
-        *rules,
-        *([f"{more} more rules"] if more else []),
-    ]
+    more = [f"{len(closeup.rules) - _RULES} more rules"] if len(closeup.rules) > _RULES else []
+    facts = [f"{shape_text(closeup.shape)} {closeup.dtype}", *map(printable, closeup.rules[:_RULES]), *more]
     return f"{name}\n{', '.join(facts)}"
 
 
 def _legend(axes: Axes, closeup: CloseUp) -> None:
     tints = np.unique(_tints(closeup))
-    handles: list[Artist] = []
-    ordinary = [TINTS[tint] for tint in tints if tint < len(TINTS)]
-    if ordinary:
-        handles += [_swatch(ordinary[0][0], "kept"), _swatch(ordinary[0][1], "zero")]
-    if len(TINTS) in tints:
-        handles += [_swatch(UNREACHED[0], "kept, of no rule"), _swatch(UNREACHED[1], "zero, of no rule")]
+    swatches = [(TINTS[tint], "") for tint in tints[:1] if tint < len(TINTS)]
+    swatches += [(UNREACHED, ", of no rule")] if len(TINTS) in tints else []
+    handles: list[Artist] = [
+        Patch(facecolor=colour, edgecolor="#444444", linewidth=0.5, label=word + of)
+        for colours, of in swatches
+        for colour, word in zip(colours, ("kept", "zero"), strict=True)
+    ]
     if closeup.cells is not None:
         drawn = ((closeup.cells.block, BLOCKS, "block"), (closeup.cells.scope, SCOPES, "scope"))
-        handles += [_line(style, word) for labels, style, word in drawn if edges(labels)]
+        handles += [
+            Line2D([], [], color=colour, linewidth=width, label=word)
+            for labels, (colour, width), word in drawn
+            if edges(labels)
+        ]
     axes.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0)
 
 
-def _swatch(colour: str, label: str) -> Patch:
-    return Patch(facecolor=colour, edgecolor="#444444", linewidth=0.5, label=label)
-
-
-def _line(line: tuple[str, float], label: str) -> Line2D:
-    return Line2D([], [], color=line[0], linewidth=line[1], label=label)
-
-
 def _notes(closeup: CloseUp) -> list[str]:
-    """What part of the tensor this is, and what the colours say besides."""
     notes = []
     rank = len(closeup.shape)
     if rank > 2:
         others = [dim for dim in range(rank) if dim not in closeup.dims]
-        plural = "dimension" if len(others) == 1 else "dimensions"
-        notes.append(f"{plural.capitalize()} {', '.join(map(str, others))}: index 0.")
+        plural = "Dimension" if len(others) == 1 else "Dimensions"
+        notes.append(f"{plural} {', '.join(map(str, others))}: index 0.")
     sizes = [closeup.shape[dim] for dim in closeup.dims]
     shown = closeup.kept.shape[2 - len(sizes) :]
     if tuple(sizes) != shown:
@@ -452,9 +424,9 @@ def _notes(closeup: CloseUp) -> list[str]:
     return notes
 
 
-def _numbers(closeup: CloseUp) -> Numbers:
+def _numbers(closeup: CloseUp) -> canvas.Numbers:
     rows = tuple(
-        (str(closeup.begin[0] + at), str(int(row.sum())), "".join("1" if one else "0" for one in row))
+        (str(closeup.begin[0] + at), str(int(row.sum())), "".join(map(str, row.astype(int))))
         for at, row in enumerate(closeup.kept)
     )
-    return Numbers(("row", "not zero", f"elements from {closeup.begin[1]} on, 1 where not zero"), rows)
+    return canvas.Numbers(("row", "not zero", f"elements from {closeup.begin[1]} on, 1 where not zero"), rows)

@@ -12,34 +12,9 @@ from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 from sparseprune.errors import printable
-from sparseprune.report.pictures.canvas import (
-    Numbers,
-    Page,
-    Picture,
-    axes_at,
-    blank,
-    depth,
-    fitted,
-    settings,
-    write,
-)
-from sparseprune.report.pictures.charts import (
-    MOST,
-    Heat,
-    Scale,
-    bars,
-    budgets_of,
-    colour_bar,
-    curves,
-    grid_of,
-    heatmap,
-    histograms,
-    legend,
-    matrices,
-    mean_of,
-    weighted_mean,
-)
+from sparseprune.report.pictures import canvas, charts
 from sparseprune.report.tables import shortened
+from sparseprune.report.wording import many
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -48,14 +23,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from sparseprune.report.pictures.charts import Entry, Grid, Survivors, Value
-    from sparseprune.results.fields import EachCount
-    from sparseprune.results.measuring import (
-        ComparedTensor,
-        CompareTotals,
-        Comparison,
-        InspectedTensor,
-        Inspection,
-    )
+    from sparseprune.results import Comparison, Inspection
+    from sparseprune.results.measuring import ComparedTensor, CompareTotals, InspectedTensor
 
 
 _BESIDE_LAYERS, _ALONE = 12, 64  # tensors without a layer that there is room for
@@ -69,86 +38,69 @@ class Fact:
     """One number for each matrix: its title, its scale, and how it is found for one cell's entries."""
 
     title: str
-    scale: Scale
+    scale: charts.Scale
     value: Value
 
 
 def overview(figure: Figure, grid: Grid[Any], facts: Iterable[Fact], notes: Sequence[str]) -> None:
     """Draw every fact below the other, and the notes below all."""
+    shown = _largest(grid.others, _BESIDE_LAYERS if grid.rows else _ALONE)
     gaps = False
-    hidden = 0
     for number, fact in enumerate(facts):
-        top = depth(figure) + _GAP + 0.2 if number else 0.0
+        top = canvas.depth(figure) + _GAP + 0.2 if number else 0.0
         if grid.rows:
             values = grid.values(fact.value)
             gaps |= any(value is None for row in values for value in row)
             _layers(figure, top, grid, values, fact)
-            hidden = _other_rows(figure, grid, fact)
-        elif grid.others:
-            shown = _largest(grid.others, _ALONE)
-            hidden = len(grid.others) - len(shown)
-            bars(figure, top, _one_column(fact.title, shown, fact), fact.scale)
-    told = [*notes]
-    if hidden:
-        told.insert(0, f"Not shown: {hidden:,} smaller tensors that belong to no numbered layer.")
+            if shown:
+                heat = _one_column("Outside of numbered layers", shown, fact)
+                charts.heatmap(figure, canvas.depth(figure) + _GAP, heat, fact.scale)
+        elif shown:
+            charts.bars(figure, top, _one_column(fact.title, shown, fact), fact.scale)
+    hidden = len(grid.others) - len(shown)
+    below = [f"Not shown: {hidden:,} smaller tensors that belong to no numbered layer."] if hidden else []
+    below += notes
     if gaps:
-        told.append("Grey: there is no such matrix, or its elements cannot be looked at.")
-    add_notes(figure, told)
+        below.append("Grey: there is no such matrix, or its elements cannot be looked at.")
+    add_notes(figure, below)
 
 
 def add_notes(figure: Figure, notes: Sequence[str]) -> None:
     """Sentences below all that is drawn so far."""
     if not notes:
         return
-    top = depth(figure) + 0.12 if figure.axes else 0.0
-    axes = axes_at(figure, 0, top, 4, 0.1)
+    top = canvas.depth(figure) + 0.12 if figure.axes else 0.0
+    axes = canvas.axes_at(figure, 0, top, 4, 0.1)
     axes.set_axis_off()
     lines = [line for note in notes for line in wrap(note, _LINE, break_long_words=False)]
     axes.text(0, 1, "\n".join(lines), va="top", fontsize=7.5, color="#555555", linespacing=1.4)
 
 
-def numbers_of(grid: Grid[Any], facts: Sequence[Fact]) -> tuple[Numbers, ...]:
+def numbers_of(grid: Grid[Any], facts: Sequence[Fact]) -> tuple[canvas.Numbers, ...]:
     """What an overview shows, as tables: the layers, one for each fact, then the others."""
     tables = []
-    if grid.rows:
-        for fact in facts:
-            rows = zip(grid.row_labels(), grid.values(fact.value), strict=True)
-            tables.append(
-                Numbers(
-                    (f"{fact.scale.name}, layer", *grid.column_labels()),
-                    tuple((label, *map(_exact, row)) for label, row in rows),
-                )
-            )
+    for fact in facts if grid.rows else ():
+        titles = (f"{fact.scale.name}, layer", *grid.column_labels())
+        rows = zip(grid.row_labels(), grid.values(fact.value), strict=True)
+        tables.append(canvas.Numbers(titles, tuple((label, *map(_exact, row)) for label, row in rows)))
     if grid.others:
         titles = ("tensor", *(fact.scale.name for fact in facts))
-        rows_of_others = tuple(
-            (entry.name, *(_exact(fact.value((entry,))) for fact in facts)) for entry in grid.others
-        )
-        tables.append(Numbers(titles, rows_of_others))
+        alone = [(one.name, *(_exact(fact.value((one,))) for fact in facts)) for one in grid.others]
+        tables.append(canvas.Numbers(titles, tuple(alone)))
     return tuple(tables)
 
 
 def _layers(
     figure: Figure, top: float, grid: Grid[Any], values: Sequence[Sequence[float | None]], fact: Fact
 ) -> None:
-    columns = shortened(grid.column_labels(), _LONGEST)
-    rows = shortened(grid.row_labels(), _LONGEST)
-    single = len(grid.stacks) == 1
-    stack = shortened([printable(grid.stacks[0])], 24)[0] if single else ""
-    axes = heatmap(figure, top, Heat(fact.title, rows, columns, values, stack or "layer"), fact.scale)
+    rows, columns = (shortened(labels, _LONGEST) for labels in (grid.row_labels(), grid.column_labels()))
+    stack = shortened([printable(grid.stacks[0])], 24)[0] if len(grid.stacks) == 1 else ""
+    heat = charts.Heat(fact.title, rows, columns, values, stack or "layer")
+    axes = charts.heatmap(figure, top, heat, fact.scale)
     for at in range(1, len(grid.rows)):
         if grid.rows[at][0] != grid.rows[at - 1][0]:
             axes.axhline(at, color="white", linewidth=2.5)
-    colour_bar(figure, axes, axes.collections[0], fact.scale)
-
-
-def _other_rows(figure: Figure, grid: Grid[Any], fact: Fact) -> int:
-    """Draw the largest tensors that belong to no layer; gives how many more there are."""
-    shown = _largest(grid.others, _BESIDE_LAYERS)
-    if shown:
-        heat = _one_column("Outside of numbered layers", shown, fact)
-        heatmap(figure, depth(figure) + _GAP, heat, fact.scale)
-    return len(grid.others) - len(shown)
+    charts.colour_bar(figure, axes, axes.collections[0], fact.scale)
 
 
 def _largest(entries: Sequence[Entry], most: int) -> list[Entry]:
@@ -157,9 +109,9 @@ def _largest(entries: Sequence[Entry], most: int) -> list[Entry]:
     return [entries[at] for at in sorted(chosen)]
 
 
-def _one_column(title: str, entries: Sequence[Entry], fact: Fact) -> Heat:
+def _one_column(title: str, entries: Sequence[Entry], fact: Fact) -> charts.Heat:
     names = shortened([printable(entry.name) for entry in entries], _LONGEST)
-    return Heat(title, names, ("",), [[fact.value((entry,))] for entry in entries])
+    return charts.Heat(title, names, ("",), [[fact.value((entry,))] for entry in entries])
 
 
 def _exact(value: float | None) -> str:
@@ -178,46 +130,42 @@ _CAPTION = (
 
 def plot_comparison(found: Comparison, path: Path) -> None:
     """Write the picture of a comparison to a .png, .svg or .html file."""
-    with settings():
-        write(comparison_page(found), path)
+    with canvas.settings():
+        canvas.write(comparison_page(found), path)
 
 
-def comparison_page(found: Comparison) -> Page:
+def comparison_page(found: Comparison) -> canvas.Page:
     """The page, with its figures drawn; to be called under `settings`."""
     shown, notes = _shown(found.tensors)
-    grid = grid_of(shown)
+    grid = charts.grid_of(shown)
     facts = _facts(shown)
-    figure = blank()
-    if grid.rows and len(grid.columns) <= MOST:
+    figure = canvas.blank()
+    if grid.rows and len(grid.columns) <= charts.MOST:
         _lines(figure, grid, facts)
         add_notes(figure, [*_others(grid, facts), *notes])
     else:
         overview(figure, grid, facts, notes)
     title = f"{found.pruned} compared with {found.dense}"
-    picture = Picture(fitted(figure), _CAPTION, numbers_of(grid, facts))
-    return Page(title, (picture,), _totals(found.totals))
+    picture = canvas.Picture(canvas.fitted(figure), _CAPTION, numbers_of(grid, facts))
+    return canvas.Page(title, (picture,), _totals(found.totals))
 
 
 def _shown(entries: Sequence[ComparedTensor]) -> tuple[list[ComparedTensor], list[str]]:
     """The matrices that changed, or all where none did; and a note of the others."""
-    candidates = matrices(entries) or list(entries)
+    candidates = charts.matrices(entries) or list(entries)
     if not candidates:
         return [], ["There are no tensors that both checkpoints have."]
-    grid = grid_of(candidates)
+    grid = charts.grid_of(candidates)
     kinds: dict[str, list[ComparedTensor]] = {}
     for (_, column), found in grid.cells.items():
         kinds.setdefault(column, []).extend(found)
     kinds |= {entry.name: [entry] for entry in grid.others}
-    same = [kind for kind, found in kinds.items() if all(map(_is_unchanged, found))]
+    same = [kind for kind, found in kinds.items() if all(entry.differs is False for entry in found)]
     if len(same) == len(kinds):
         return candidates, ["None of these changed."]
     left_out = {entry.name for kind in same for entry in kinds[kind]}
     notes = [f"Unchanged and not shown: {_listed(same)}."] if same else []
     return [entry for entry in candidates if entry.name not in left_out], notes
-
-
-def _is_unchanged(entry: ComparedTensor) -> bool:
-    return entry.differs is False
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -227,39 +175,32 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _facts(entries: Sequence[ComparedTensor]) -> tuple[Fact, Fact]:
-    energy = Scale("retained energy")
+    energy = charts.Scale("retained energy")
     largest = max([entry.relative_error or 0.0 for entry in entries], default=0.0)
-    error = Scale("relative error", high=largest or 1.0, percent=False, colours="cividis_r")
+    error = charts.Scale("relative error", high=largest or 1.0, percent=False, colours="cividis_r")
     kept = [entry.energy_kept for entry in entries if entry.energy_kept is not None]
     if kept and max(kept) > 1:
         energy = replace(energy, high=max(kept))
     return (
-        Fact("Retained energy in percent", energy, partial(mean_of, "energy_kept")),
+        Fact("Retained energy in percent", energy, partial(charts.mean_of, "energy_kept")),
         Fact("Relative error", error, _error),
     )
 
 
 def _error(entries: Sequence[ComparedTensor]) -> float | None:
-    """The root of the mean square, weighted by the elements of each tensor."""
-    mean = weighted_mean(
-        [
-            (one.relative_error * one.relative_error, one.numel)
-            for one in entries
-            if one.relative_error is not None
-        ]
-    )
+    known = [(one.relative_error**2, one.numel) for one in entries if one.relative_error is not None]
+    mean = charts.weighted_mean(known)
     return sqrt(mean) if mean is not None and isfinite(mean) else None
 
 
 def _lines(figure: Figure, grid: Grid[Any], facts: Sequence[Fact]) -> None:
     for number, fact in enumerate(facts):
-        axes = curves(figure, depth(figure) + _APART if number else 0.0, grid, fact)
+        axes = charts.curves(figure, canvas.depth(figure) + _APART if number else 0.0, grid, fact)
         if not number:
-            legend(axes)
+            charts.legend(axes)
 
 
 def _others(grid: Grid[Any], facts: Sequence[Fact]) -> list[str]:
-    """What is not on the lines, as sentences."""
     told = []
     for entry in grid.others[:_NAMED]:
         values = [
@@ -272,26 +213,24 @@ def _others(grid: Grid[Any], facts: Sequence[Fact]) -> list[str]:
 
 
 def _totals(totals: CompareTotals) -> tuple[tuple[str, str], ...]:
-    """Every total that is one number."""
-    told = []
-    for key, value in vars(totals).items():
-        if isinstance(value, float) and key in _SHARES:
-            told.append((key.replace("_", " "), f"{value:.2%}"))
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            told.append((key.replace("_", " "), f"{value:,}" if isinstance(value, int) else f"{value:.4g}"))
-    return tuple(told)
+    numbers = {key: value for key, value in vars(totals).items() if isinstance(value, int | float)}
+    forms = {
+        key: "," if isinstance(value, int) else ".2%" if key in _SHARES else ".4g"
+        for key, value in numbers.items()
+    }
+    return tuple((key.replace("_", " "), f"{value:{forms[key]}}") for key, value in numbers.items())
 
 
-SPARSITY = Scale("share of zeros")
+SPARSITY = charts.Scale("share of zeros")
 
 
 def plot_inspection(found: Inspection, path: Path, survivors: Sequence[Survivors] | None = None) -> None:
     """Write the picture of an inspection to a .png, .svg or .html file."""
-    with settings():
-        write(inspection_page(found, survivors or ()), path)
+    with canvas.settings():
+        canvas.write(inspection_page(found, survivors or ()), path)
 
 
-def inspection_page(found: Inspection, survivors: Sequence[Survivors]) -> Page:
+def inspection_page(found: Inspection, survivors: Sequence[Survivors]) -> canvas.Page:
     """The page, with its figures drawn; to be called under `settings`."""
     totals = found.totals
     facts = (
@@ -304,40 +243,41 @@ def inspection_page(found: Inspection, survivors: Sequence[Survivors]) -> Page:
     pictures = [_sparsity(found.tensors)]
     if survivors:
         pictures.append(_survivors(survivors))
-    return Page(f"Sparsity of {found.input}", tuple(pictures), facts)
+    return canvas.Page(f"Sparsity of {found.input}", tuple(pictures), facts)
 
 
-def _sparsity(entries: Sequence[InspectedTensor]) -> Picture:
-    shown = matrices(entries) or list(entries)
-    grid = grid_of(shown)
-    fact = Fact("Sparsity in percent", SPARSITY, partial(mean_of, "sparsity"))
-    figure = blank()
+def _sparsity(entries: Sequence[InspectedTensor]) -> canvas.Picture:
+    shown = charts.matrices(entries) or list(entries)
+    grid = charts.grid_of(shown)
+    fact = Fact("Sparsity in percent", SPARSITY, partial(charts.mean_of, "sparsity"))
+    figure = canvas.blank()
     overview(figure, grid, (fact,), _left_out(entries, shown))
     caption = (
         "The share of zeros in every matrix. Matrices that a layer has several of, such as those of experts, "
         "count together."
     )
-    return Picture(fitted(figure), caption, numbers_of(grid, (fact,)))
+    return canvas.Picture(canvas.fitted(figure), caption, numbers_of(grid, (fact,)))
 
 
 def _left_out(entries: Sequence[InspectedTensor], shown: Sequence[InspectedTensor]) -> tuple[str, ...]:
-    """What the picture does not show, in a sentence."""
-    if not entries:
-        return ("There are no tensors.",)
     count = len(entries) - len(shown)
     if not count:
-        return ()
+        return () if entries else ("There are no tensors.",)
     zeros = sum(entry.zeros or 0 for entry in entries) - sum(entry.zeros or 0 for entry in shown)
-    plural = "tensor" if count == 1 else "tensors"
     having = f"with {zeros:,} zeros" if zeros else "without a zero"
-    return (f"Not shown: {count:,} {plural} of less than two dimensions, {having}.",)
+    return (f"Not shown: {many(count, 'tensor')} of less than two dimensions, {having}.",)
 
 
-def _survivors(survivors: Sequence[Survivors]) -> Picture:
-    figure = blank()
-    histograms(figure, 0, survivors)
+def _survivors(survivors: Sequence[Survivors]) -> canvas.Picture:
+    figure = canvas.blank()
+    charts.histograms(figure, 0, survivors)
     rows = tuple(
-        (rule.rule, _budget_text(rule.nnz), f"{blocks:,}", f"{scopes:,}")
+        (
+            rule.rule,
+            " ".join(map("{:,}".format, charts.budgets_of(rule.nnz))) or "-",
+            f"{blocks:,}",
+            f"{scopes:,}",
+        )
         for rule in survivors
         for blocks, scopes in rule.histogram
     )
@@ -345,9 +285,5 @@ def _survivors(survivors: Sequence[Survivors]) -> Picture:
         "For every rule how many of its scopes have so many blocks that are not zero. The dashed line is the "
         "budget nnz; hatched scopes are above it."
     )
-    numbers = Numbers(("rule", "nnz", "blocks that are not zero", "scopes"), rows)
-    return Picture(fitted(figure), caption, (numbers,))
-
-
-def _budget_text(nnz: EachCount) -> str:
-    return " ".join(f"{budget:,}" for budget in budgets_of(nnz)) or "-"
+    numbers = canvas.Numbers(("rule", "nnz", "blocks that are not zero", "scopes"), rows)
+    return canvas.Picture(canvas.fitted(figure), caption, (numbers,))
