@@ -6,7 +6,6 @@ Owns rich tables and how they shrink, quoting and escaping. Called by all that p
 from __future__ import annotations
 
 import csv
-import math
 import re
 import textwrap
 from dataclasses import dataclass
@@ -298,7 +297,8 @@ def _without_spare(columns: Sequence[_Fitted], width: int) -> list[_Fitted]:
 def _narrowed(columns: list[_Fitted], width: int, ellipsis: str, stems: Sequence[str]) -> list[_Fitted]:
     """With names as short as they have to be; where that is not enough, other cells end early."""
     narrowed = list(columns)
-    for at in sorted(range(len(columns)), key=lambda at: -columns[at].width if at else -math.inf):
+    others = sorted(range(1, len(columns)), key=lambda at: -columns[at].width)
+    for at in (0, *others) if columns else ():
         excess = _excess(narrowed, width)
         if excess > 0:
             room = max(_SHORTEST, narrowed[at].width - excess)

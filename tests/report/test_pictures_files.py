@@ -241,7 +241,7 @@ def test_a_link_stays_one(tmp_path: Path) -> None:
 
 
 def test_drawing_asks_for_no_display_and_no_torch() -> None:
-    code = "from sparseprune.report.pictures import check_picture, plot_inspection, plot_mask"
+    code = "from sparseprune.report.pictures import mask, results"
     assert imported(code).isdisjoint({"torch", "matplotlib.pyplot", "tkinter"})
 
 

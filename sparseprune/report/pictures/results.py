@@ -188,8 +188,9 @@ def _facts(entries: Sequence[ComparedTensor]) -> tuple[Fact, Fact]:
 
 
 def _error(entries: Sequence[ComparedTensor]) -> float | None:
-    known = [(one.relative_error**2, one.numel) for one in entries if one.relative_error is not None]
-    mean = charts.weighted_mean(known)
+    """The root of the mean square, weighted by the elements of each tensor."""
+    errors = [(one.relative_error, one.numel) for one in entries if one.relative_error is not None]
+    mean = charts.weighted_mean([(error * error, numel) for error, numel in errors])
     return sqrt(mean) if mean is not None and isfinite(mean) else None
 
 
