@@ -9,9 +9,10 @@ import hashlib
 import json
 import tempfile
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from msgspec import Struct
 
 from sparseprune import __version__
 from sparseprune.api.run import digest, output_shown
@@ -33,8 +34,7 @@ if TYPE_CHECKING:
 _CHARACTERS = 64  # of text that are read for each token that is asked for: some to choose from
 
 
-@dataclass(frozen=True, slots=True)
-class Collecting:
+class Collecting(Struct, frozen=True):
     """What text to run through which model, and where the statistics go.
 
     `length` None for what the model takes; `memory` is bytes for second moments; `scratch` is a folder for

@@ -7,8 +7,9 @@ functions.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from msgspec import Struct
 
 from sparseprune import __version__, results
 from sparseprune.api.applied import note_left_behind, read_spec
@@ -92,8 +93,7 @@ def verify_spec(run: Run, asked: Source, machine: Machine) -> results.Verificati
     return run.checked(result, failures(result))
 
 
-@dataclass(frozen=True, slots=True)
-class Masked:
+class Masked(Struct, frozen=True):
     """Tensors with their masks, what was asked for, and what is known of the run that made the masks."""
 
     checkpoint: Path

@@ -6,8 +6,11 @@ Called by the public functions.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import dataclasses
 from typing import TYPE_CHECKING, Literal, TypeVar
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from sparseprune.api.applied import applied_report, applied_spec, note_left_behind
 from sparseprune.api.options import default_memory
@@ -45,8 +48,7 @@ By = Literal["tensor", "layer", "module", "rule"]
 _OUTPUTS = "output_error"  # the field of a comparison that needs statistics
 
 
-@dataclass(frozen=True, slots=True)
-class Look:
+class Look(Struct, frozen=True):
     """What `inspect` looks at, and in which words it is asked; `plot` with `tensor` for a close-up."""
 
     checkpoint: Path
@@ -155,8 +157,8 @@ def _inspected(
     found = make_inspection(str(look.checkpoint), facts, asked, runtimes, grouping, checkpoint.left_out)
     listing = look.listing
     if found.groups is not None:
-        return replace(found, groups=ordered(found.groups, listing.sort, listing.reverse))
-    return replace(found, tensors=ordered(found.tensors, listing.sort, listing.reverse))
+        return dataclasses.replace(found, groups=ordered(found.groups, listing.sort, listing.reverse))
+    return dataclasses.replace(found, tensors=ordered(found.tensors, listing.sort, listing.reverse))
 
 
 def _rules(look: Look, checkpoint: Checkpoint) -> Mapping[str, str]:
@@ -227,8 +229,7 @@ def _survivors(run: Run, jobs: int, checkpoint: Checkpoint, spec: Spec) -> list[
     return [Survivors(rule.name, rule.nnz, rule.survivors) for rule in found.rules if rule.survivors]
 
 
-@dataclass(frozen=True, slots=True)
-class Comparing:
+class Comparing(Struct, frozen=True):
     """What `compare` compares; `stats` names what calibrate wrote, for the errors of outputs."""
 
     dense: Path
@@ -348,4 +349,6 @@ def _compared(
     read += [statistics.of[pair.before.name].stored.shard for pair in matrices] if statistics else []
     refuse_changed_shards(read)
     result = make_comparison(str(asked.dense), str(asked.pruned), found, sides, errors)
-    return replace(result, tensors=ordered(result.tensors, asked.listing.sort, asked.listing.reverse))
+    return dataclasses.replace(
+        result, tensors=ordered(result.tensors, asked.listing.sort, asked.listing.reverse)
+    )

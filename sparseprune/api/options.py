@@ -9,10 +9,11 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Annotated, Literal
+
+from msgspec import Struct
 
 from sparseprune.errors import SparsepruneError
 
@@ -207,8 +208,7 @@ MomentMemory = Annotated[
 ]
 
 
-@dataclass(frozen=True, slots=True)
-class Machine:
+class Machine(Struct, frozen=True):
     """What a run may use: a device as it was given, threads, and bytes of memory."""
 
     device: str
@@ -224,8 +224,7 @@ def machine(device: str = "cpu", jobs: int | None = None, memory: int | str | No
     return Machine(device, jobs or default_jobs(), nbytes)
 
 
-@dataclass(frozen=True, slots=True)
-class Source:
+class Source(Struct, frozen=True):
     """A checkpoint and the spec that it is pruned by, with other values for the spec's variables."""
 
     checkpoint: Path
@@ -246,8 +245,7 @@ def texts(variables: Mapping[str, object] | None) -> dict[str, str]:
     return {name: str(value) for name, value in (variables or {}).items()}
 
 
-@dataclass(frozen=True, slots=True)
-class Target:
+class Target(Struct, frozen=True):
     """Where a result goes: without a `mask_format` no masks, without `weights` masks alone.
 
     `resized`: slices are cut out of what is decided.
@@ -260,8 +258,7 @@ class Target:
     resized: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Listing:
+class Listing(Struct, frozen=True):
     """Which tensors a result has, and in which order: patterns, a column to sort by or None."""
 
     match: Sequence[str] = ()

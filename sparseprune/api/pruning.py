@@ -7,8 +7,9 @@ and by removing.py for what it decides by.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from msgspec import Struct
 
 from sparseprune import __version__, results
 from sparseprune.api.applied import read_spec, rebuilt_by, warn_of_broken, warn_of_earlier
@@ -32,8 +33,7 @@ if TYPE_CHECKING:
     from sparseprune.spec import SpecSource
 
 
-@dataclass(frozen=True, slots=True)
-class Prepared:
+class Prepared(Struct, frozen=True):
     """Everything that is known before the first byte of a tensor is read, and what was asked for."""
 
     asked: Source

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from sparseprune.api.applied import rebuilt_by, warn_of_broken, warn_of_earlier
 from sparseprune.api.checking import identity_of_masked, masked_by, refuse_contradictions
@@ -44,8 +46,7 @@ if TYPE_CHECKING:
     from sparseprune.report.pruning import RemovalRun
 
 
-@dataclass(frozen=True, slots=True)
-class Asked:
+class Asked(Struct, frozen=True):
     """What to remove from which checkpoint: by one of `spec` and `masks`; `partial` goes with masks."""
 
     checkpoint: Path
@@ -90,8 +91,7 @@ def planned_removal(run: Run, prepared: Prepared) -> results.Plan:
     return planned(run, prepared, expected, layout)
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
+class Choice(Struct, frozen=True):
     """What survives, from whichever source: kept indices, rebuilt tensors, and the report so far.
 
     Errors begin with `source`. `refuse_changed` raises where something that was read has changed since.
@@ -111,7 +111,7 @@ class Choice:
     left_out: str | None = None
     plan: Plan | None = None
     scratch: StagedOutput | None = None
-    rebuilt: Mapping[str, StoredTensor] = field(default_factory=dict)
+    rebuilt: Mapping[str, StoredTensor] = {}
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+from msgspec import Struct
 
 from sparseprune.calibration.watching import (
     EnoughError,
@@ -48,8 +49,7 @@ _PAUSE, _PAUSE_SHARE = 120.0, 20
 _CPU = torch.device("cpu")
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Unit:
+class Unit(Struct, frozen=True, eq=False):
     """The sums for one tensor of statistics, for a stack those of the matrices [begin, end).
 
     `last` is the number of the last product with the parameter in a forward pass.
@@ -72,8 +72,7 @@ class Unit:
         return (self.end - self.begin) * (4 * one * one if kind == "hessian" else 8 * one)
 
 
-@dataclass(frozen=True, slots=True)
-class Counted:
+class Counted(Struct, frozen=True):
     """Rows added up for a tensor of statistics, and the divisors of its sums, by matrix."""
 
     rows: list[int]

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import random
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from msgspec import Struct
 
 from sparseprune.errors import MachineError, SparsepruneError
 
@@ -31,8 +32,7 @@ _TYPES = {str: "text", bool: "true or false", int: "a number", float: "a number"
 _TYPES |= {list: "a list", dict: "an object", type(None): "nothing"}
 
 
-@dataclass(frozen=True, slots=True)
-class Chat:
+class Chat(Struct, frozen=True):
     """Messages, each with a `role` and a `content`; `where` names the file and the line."""
 
     where: str
@@ -195,8 +195,7 @@ def _kind(value: Any) -> str:
     return "an empty list" if value == [] else _TYPES[type(value)]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Sequences:
+class Sequences(Struct, frozen=True, eq=False):
     """Tokens (sequences, length) and which of them count; `available` counts the windows in the text."""
 
     ids: Tensor

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import sys
 from collections import defaultdict
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from msgspec import Struct
 
 from sparseprune.calibration.watching import as_saved
 from sparseprune.checkpoint import load_masks
@@ -136,8 +136,7 @@ class _Uncopied(torch.Tensor):
         return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Group:
+class _Group(Struct, frozen=True, eq=False):
     """Parameters, by their names in `owner`, that may be stored in separate or in common tensors."""
 
     owner: Any

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict, deque
-from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 import torch
+from msgspec import Struct
+from msgspec.structs import replace
 from torch.utils._python_dispatch import TorchDispatchMode
 
 if TYPE_CHECKING:
@@ -35,8 +36,7 @@ _PRODUCTS: Mapping[Any, tuple[int, int, bool]] = {
 _REMEMBERED = 8  # inputs that are kept alive, to recognize later products with the same input
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Product:
+class Product(Struct, frozen=True, eq=False):
     """Inputs (rows, features) of a product with a parameter, (matrices, rows, features) with a whole stack.
 
     `matrix` is the number of a matrix in a stack, None for all matrices or without a stack; `input_dim` is
@@ -205,8 +205,7 @@ _FLOATS = frozenset({"F64", "F32", "F16", "BF16", "F8_E5M2", "F8_E4M3"})
 _NUMBER = re.compile(r"\d+")
 
 
-@dataclass(frozen=True, slots=True)
-class StoredAs:
+class StoredAs(Struct, frozen=True):
     """A tensor of the checkpoint that is a parameter or a part of one, with the dimension of its inputs.
 
     `matrix` is its number in a stack, None for the whole stack or without one.

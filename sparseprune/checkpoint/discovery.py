@@ -8,9 +8,10 @@ from __future__ import annotations
 import os
 import re
 import stat
-from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
+
+from msgspec import Struct
 
 from sparseprune.checkpoint import not_safetensors
 from sparseprune.checkpoint.documents import leads_nowhere, read_json, read_object, shown, strict_json
@@ -45,8 +46,7 @@ _SMALLEST_COPY = 1 / 16  # share of the weights' bytes from which a pickle of an
 _DEPTH = 100  # levels of folders
 
 
-@dataclass(frozen=True, slots=True)
-class OtherFile:
+class OtherFile(Struct, frozen=True):
     """A file that is copied as it is; `path` is relative to the checkpoint, `mode` are its permissions."""
 
     path: PurePosixPath
@@ -55,8 +55,7 @@ class OtherFile:
     stamp: Stamp
 
 
-@dataclass(frozen=True, slots=True)
-class FoundFiles:
+class FoundFiles(Struct, frozen=True):
     """The shards by name, the index and its weight map, all other files, the permissions of all folders."""
 
     shards: tuple[PurePosixPath, ...]

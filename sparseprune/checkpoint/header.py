@@ -15,6 +15,8 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from msgspec import Struct
+
 from sparseprune.checkpoint.documents import MAX_DEPTH, nested_deeper_than, shown, strict_json
 from sparseprune.checkpoint.not_safetensors import foreign_format
 from sparseprune.engine.dtypes import DTYPES
@@ -32,8 +34,7 @@ _LARGEST = 2**64 - 1
 _HEAD = 512  # bytes of a file by which its format is recognised
 
 
-@dataclass(frozen=True, slots=True)
-class TensorEntry:
+class TensorEntry(Struct, frozen=True):
     """One tensor of a header; `begin` and `end` are bytes relative to the data section.
 
     >>> TensorEntry("w", "BF16", (4, 8), 0, 64).numel

@@ -6,12 +6,15 @@ out by output.py; copies are independent of each other and of the writing of wei
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Literal
+
+from msgspec import Struct
 
 from sparseprune.checkpoint.discovery import INDEX_SUFFIX, RESULTS, SUFFIX
 from sparseprune.checkpoint.header import MAX_HEADER, Header, lay_out
@@ -39,8 +42,7 @@ class OutputFile:
     mode: int = 0o600
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(Struct, frozen=True):
     """Where a tensor goes: `nbytes` from byte `offset` of a file on; `numel` elements of the weight."""
 
     file: PurePosixPath
@@ -49,8 +51,7 @@ class Place:
     numel: int
 
 
-@dataclass(frozen=True, slots=True)
-class CopyRange:
+class CopyRange(Struct, frozen=True):
     """`length` bytes that the output copies from `source` into `file`."""
 
     source: Path
@@ -147,7 +148,7 @@ def lay_out_apply(
         path = stored.shard.relative if is_directory else PurePosixPath(final.name)
         return Place(path, stored.offset, stored.nbytes, stored.numel)
 
-    return replace(
+    return dataclasses.replace(
         layout,
         files=(*files, *others, *layout.files),
         copies=(*copies, *copied),

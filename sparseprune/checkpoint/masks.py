@@ -14,6 +14,9 @@ from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeGuard
 
+from msgspec import Struct
+from msgspec import field as struct_field
+
 from sparseprune.checkpoint.discovery import INDEX_SUFFIX, RESULTS, SUFFIX, is_folder, read_weight_map
 from sparseprune.checkpoint.documents import LARGEST_DOCUMENT, read_object, shown, strict_json
 from sparseprune.checkpoint.file_io import machine_errors
@@ -40,8 +43,7 @@ _LARGEST = 2**63 - 1  # elements that torch can count
 _WANTED = "give a mask file, its folder or index, or the output of sparseprune that has masks"
 
 
-@dataclass(frozen=True, slots=True)
-class StoredMask:
+class StoredMask(Struct, frozen=True):
     """A mask of a weight of this shape, and the stored tensor: one bool or one bit for an element."""
 
     stored: StoredTensor
@@ -234,13 +236,12 @@ def _is_shape(shape: object) -> TypeGuard[list[int]]:
     return all(numel <= _LARGEST for numel in accumulate(shape, mul))
 
 
-@dataclass(frozen=True, slots=True)
-class Provenance:
+class Provenance(Struct, frozen=True):
     """The run that wrote masks: its report, the tensors listed there, its variables, the text of its spec."""
 
     report: Path
     tensors: frozenset[str]
-    overrides: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    overrides: Mapping[str, str] = struct_field(default_factory=lambda: MappingProxyType({}))
     spec: bytes | None = None
 
 

@@ -15,9 +15,10 @@ import stat
 import threading
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, Self
+
+from msgspec import Struct
 
 from sparseprune.checkpoint import file_io, publish
 from sparseprune.checkpoint.file_io import OpenFiles, machine_errors
@@ -64,8 +65,7 @@ class Notes(Mapping[str, Any]):
         self._lines.pop(key, None)
 
 
-@dataclass(frozen=True, slots=True)
-class JournalContent:
+class JournalContent(Struct, frozen=True):
     """The identity of the work, its records by key, and the end and the check sum of the last good line."""
 
     identity: Mapping[str, str]

@@ -6,11 +6,13 @@ meanwhile. Reads no data of tensors. Called by the command line; output.py write
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
+
+from msgspec import Struct
 
 from sparseprune.checkpoint.discovery import NUMBERED, RESULTS, SUFFIX
 from sparseprune.checkpoint.documents import read_object
@@ -43,8 +45,7 @@ if TYPE_CHECKING:
 CONFIG = PurePosixPath("config.json")
 
 
-@dataclass(frozen=True, slots=True)
-class ResizedTensor:
+class ResizedTensor(Struct, frozen=True):
     """A tensor of the smaller output: its new name and shape; `whole` if it keeps all of its bytes."""
 
     name: str
@@ -112,14 +113,16 @@ def lay_out_decisions(final: OutputLayout) -> OutputLayout:
     """The scratch output of a run that decides in memory: a journal alone."""
     # A journal without files beside it is not continued.
     files = (OutputFile(PurePosixPath("decisions"), 0),)
-    return replace(final, files=files, copies=(), weights={}, writes_weights=False, is_scratch=True)
+    return dataclasses.replace(
+        final, files=files, copies=(), weights={}, writes_weights=False, is_scratch=True
+    )
 
 
 def lay_out_choice(
     checkpoint: Checkpoint, final: OutputLayout, reached: Collection[str], *, rebuilt: bool
 ) -> OutputLayout:
     """The scratch output of a run on the way to its `final` one: packed masks, and weights if `rebuilt`."""
-    masks = replace(lay_out_masks(checkpoint, final.target, reached, "packed"), is_scratch=True)
+    masks = dataclasses.replace(lay_out_masks(checkpoint, final.target, reached, "packed"), is_scratch=True)
     if not rebuilt:
         return masks
     files: list[OutputFile] = []
@@ -130,7 +133,9 @@ def lay_out_choice(
         path = PurePosixPath(f"weights-{number:05d}{SUFFIX}")
         files.append(OutputFile(path, header.file_size, header.raw))
         places |= places_in(path, header)
-    return replace(masks, files=(*masks.files, *files), weights=MappingProxyType(places), writes_weights=True)
+    return dataclasses.replace(
+        masks, files=(*masks.files, *files), weights=MappingProxyType(places), writes_weights=True
+    )
 
 
 def open_choice(output: StagedOutput) -> tuple[list[StoredMask], dict[str, StoredTensor]]:

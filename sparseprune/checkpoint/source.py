@@ -13,6 +13,8 @@ from pathlib import PurePosixPath
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
+from msgspec import Struct
+
 from sparseprune.checkpoint import discovery, file_io
 from sparseprune.checkpoint.documents import leads_nowhere, read_object, read_object_if_any, shown
 from sparseprune.checkpoint.file_io import NO_STAMP, ChangedInputError, Stamp, machine_errors
@@ -52,8 +54,7 @@ class Shard:
         return self.path.name
 
 
-@dataclass(frozen=True, slots=True)
-class StoredTensor:
+class StoredTensor(Struct, frozen=True):
     """A tensor and the shard that holds it; `offset` counts from the beginning of the shard's file."""
 
     entry: TensorEntry

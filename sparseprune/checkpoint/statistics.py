@@ -14,6 +14,8 @@ from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
+from msgspec import Struct
+
 from sparseprune.checkpoint.discovery import INDEX_SUFFIX, RESULTS, SUFFIX
 from sparseprune.checkpoint.documents import read_object_if_any, strict_json
 from sparseprune.checkpoint.header import lay_out
@@ -43,8 +45,7 @@ _STEM = "statistics"
 _REPORT = PurePosixPath(RESULTS, "report.json")
 
 
-@dataclass(frozen=True, slots=True)
-class Collected:
+class Collected(Struct, frozen=True):
     """One tensor of statistics over `features` input features: one matrix, or one for each of `experts`.
 
     `weights` are the tensors that are multiplied with that input, each with the dimension of its input
@@ -65,8 +66,7 @@ class Collected:
         return features if self.experts is None else (self.experts, *features)
 
 
-@dataclass(frozen=True, slots=True)
-class Statistic:
+class Statistic(Struct, frozen=True):
     """The statistics of a weight; `kind` None is a ready tensor, of which only its name is known.
 
     "hessian" is the mean of x x^T over the rows x that the weight multiplied (for an expert, their sum

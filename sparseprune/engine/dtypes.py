@@ -6,9 +6,10 @@ be made without importing torch; `torch_dtype` resolves a name when tensors are 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING
+
+from msgspec import Struct
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -16,8 +17,7 @@ if TYPE_CHECKING:
     import torch
 
 
-@dataclass(frozen=True, slots=True)
-class Dtype:
+class Dtype(Struct, frozen=True):
     """One element type: `bits` per element, `torch_name` (None where torch has none), `prunable`.
 
     `zero_bits` are the bits that are all 0 just where an element is zero (all but the sign of a float);

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
 from math import floor, prod
 from typing import TYPE_CHECKING, Any, cast
+
+from msgspec import Struct
 
 from sparseprune.errors import CouplingError, ShapeMismatchError, SparsityError
 
@@ -147,8 +148,7 @@ def _spanned(what: str, whole: Shape, shape: Sequence[int]) -> Shape:
     return tuple(max(size, 1) if extent == -1 else extent for size, extent in zip(whole, shape, strict=True))
 
 
-@dataclass(frozen=True, slots=True)
-class Outline:
+class Outline(Struct, frozen=True):
     """Shape and strides of a tensor that is not there."""
 
     shape: Shape

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from msgspec import Struct
 from torch import Tensor
 
 from sparseprune.engine.scoring import round_to
@@ -100,8 +101,7 @@ class Matrix:
         return round_to(self.unrows(rows).clamp(-most, most), dtype).contiguous()
 
 
-@dataclass(frozen=True, slots=True)
-class Units:
+class Units(Struct, frozen=True):
     """Weights count in units of 2^`weight`, moments in units of 2^`moment`, an even number.
 
     In these no square or product of theirs leaves the range of a float, and powers of two round nothing.
@@ -123,8 +123,7 @@ def units_of(matrices: Sequence[Matrix]) -> Units:
     return Units(weight if abs(weight) > _USUAL else 0, moment + moment % 2)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Scaled:
+class Scaled(Struct, frozen=True, eq=False):
     """A damped problem in coordinates in which the diagonal of its Hessian is 1, or a little more.
 
     `hessian` (matrices, in, in) is positive definite in the precision of the work; `dense`
@@ -372,8 +371,7 @@ _CHECK = 3  # iterations between two looks at the support
 _GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Reconstructed:
+class Reconstructed(Struct, frozen=True, eq=False):
     """Weights of the shape and dtype of a matrix's, and the mask of those that survived."""
 
     weights: Tensor

@@ -12,6 +12,7 @@ from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from msgspec import Struct
 
 from sparseprune.engine.dtypes import DTYPES
 from sparseprune.engine.grids import prod
@@ -44,8 +45,7 @@ _ROUNDED = 1e-4  # with a unit diagonal: what sums of products in float32 may be
 _EPS = {"BF16": 2**-7, "F16": 2**-10}  # of dtypes that round by more
 
 
-@dataclass(frozen=True, slots=True)
-class Pair:
+class Pair(Struct, frozen=True):
     """A tensor that both checkpoints have, with one name and one shape."""
 
     before: StoredTensor
@@ -85,8 +85,7 @@ class Pair:
         return before, after
 
 
-@dataclass(frozen=True, slots=True)
-class TensorComparison:
+class TensorComparison(Struct, frozen=True):
     """What was found in one tensor. Of unlike dtypes values are compared, of one dtype bits.
 
     `differs` tells whether any element changed; None where that cannot be said, elements of less than a byte
@@ -103,8 +102,7 @@ class TensorComparison:
     energies: Energies | None
 
 
-@dataclass(frozen=True, slots=True)
-class Sides:
+class Sides(Struct, frozen=True):
     """Which tensors stand on one side alone, and which on both but in unlike shapes; in stored order."""
 
     pairs: tuple[Pair, ...]
@@ -150,8 +148,7 @@ def compare_jobs(pairs: Sequence[Pair], slab: int = SLAB) -> Iterator[Job]:
         yield Job(number, f"compare{number}", some[0].before.name, ComparePairs(some, slab))
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(Struct, frozen=True):
     """What was found in a part of a pair, from an element on; no counts where only bytes can be compared."""
 
     begin: int

@@ -7,11 +7,12 @@ of their bytes) and what became of them. Gives lines; called by the command line
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import dataclass, replace
 from itertools import product
 from typing import TYPE_CHECKING
 
 import numpy as np
+from msgspec import Struct
+from msgspec.structs import replace
 
 from sparseprune.checkpoint import TensorReader
 from sparseprune.engine.dtypes import DTYPES
@@ -44,8 +45,7 @@ _SIDE = 4  # blocks of zeros are looked for in pieces so long
 _WHOLE = 0.99  # of these pieces are all zero or have none, since a survivor may be zero too
 
 
-@dataclass(frozen=True, slots=True)
-class Touched:
+class Touched(Struct, frozen=True):
     """A tensor in which zeros may come back or move: its name in the output, and why.
 
     `rules` are those by which its weights are rebuilt; `cut` the dimensions in which something is cut out.
@@ -66,8 +66,7 @@ def rebuilt(plan: Plan) -> dict[str, Touched]:
     return {name: Touched(name, rules) for name, rules in found.items()}
 
 
-@dataclass(frozen=True, slots=True)
-class Earlier:
+class Earlier(Struct, frozen=True):
     """What is known of the patterns of `checkpoint` before a run that touches some of its tensors.
 
     `spec` was applied to it; `risks` are its rules and the tensors in which they may be broken, with what
@@ -224,8 +223,7 @@ def _extents(scope: AnyScope) -> Iterator[tuple[BoundBlock, Shape]]:
             yield leaf, tuple(extent)
 
 
-@dataclass(frozen=True, slots=True)
-class _Seen:
+class _Seen(Struct, frozen=True):
     """A pattern that was found in the first rows and columns of a matrix.
 
     Of each `of` neighbours along `axis` so many are `allowed`; where places are `empty` (their numbers among

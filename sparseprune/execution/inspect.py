@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from msgspec import Struct
+from msgspec import field as struct_field
 
 from sparseprune.engine.dtypes import DTYPES
 from sparseprune.engine.grids import prod
@@ -53,8 +55,7 @@ _PATTERN = re.compile(r"(?P<kept>[0-9]{1,9}):(?P<group>[0-9]{1,9})(@(?P<axis>-?[
 _BLOCK = re.compile(r"(?P<rows>[0-9]{1,9})x(?P<columns>[0-9]{1,9})")
 
 
-@dataclass(frozen=True, slots=True)
-class Pattern:
+class Pattern(Struct, frozen=True):
     """N:M sparsity: of M neighbours along a dimension at most N are not zero; by default along the last."""
 
     kept: int
@@ -65,8 +66,7 @@ class Pattern:
         return f"{self.kept}:{self.group}" + ("" if self.axis == -1 else f"@{self.axis}")
 
 
-@dataclass(frozen=True, slots=True)
-class BlockShape:
+class BlockShape(Struct, frozen=True):
     """Rows and columns of the blocks that a matrix is cut into; those at its edges may be smaller."""
 
     rows: int
@@ -80,24 +80,21 @@ PATTERNS = (Pattern(1, 2), Pattern(2, 4), Pattern(4, 8))
 BLOCKS = (BlockShape(4, 4), BlockShape(16, 16), BlockShape(32, 32))
 
 
-@dataclass(frozen=True, slots=True)
-class Questions:
+class Questions(Struct, frozen=True):
     """What is looked for in every tensor, besides its zeros."""
 
     patterns: tuple[Pattern, ...] = PATTERNS
     blocks: tuple[BlockShape, ...] = BLOCKS
 
 
-@dataclass(frozen=True, slots=True)
-class Zeros:
+class Zeros(Struct, frozen=True):
     """How many of some things are zero throughout."""
 
     zero: int
     of: int
 
 
-@dataclass(frozen=True, slots=True)
-class TensorFacts:
+class TensorFacts(Struct, frozen=True):
     """What was counted in one tensor.
 
     Elements that are no whole bytes cannot be looked at: `zeros`, `nonfinite` and all below are then None.
@@ -117,7 +114,7 @@ class TensorFacts:
     slices: tuple[Zeros, ...] | None = None
     rows: Zeros | None = None
     columns: Zeros | None = None
-    blocks: Mapping[str, Zeros] | None = field(default_factory=lambda: MappingProxyType({}))
+    blocks: Mapping[str, Zeros] | None = struct_field(default_factory=lambda: MappingProxyType({}))
 
 
 def matrices_of(shape: Shape) -> tuple[int, int, int] | None:
@@ -162,8 +159,7 @@ def block_of(text: str) -> BlockShape:
     raise SparsepruneError(f"--block {text}: wanted ROWSxCOLUMNS, such as 16x16")
 
 
-@dataclass(frozen=True, slots=True)
-class Found:
+class Found(Struct, frozen=True):
     """What was counted in the same part of some tensors of one form: arrays with a row for each tensor.
 
     `holding` (tensors, patterns) says which patterns hold. `zero` (tensors, sizes) counts zero blocks of each
@@ -178,8 +174,7 @@ class Found:
     rows: Marks
 
 
-@dataclass(frozen=True, slots=True)
-class Counted:
+class Counted(Struct, frozen=True):
     """Zeros and elements that are not finite, of a tensor or a part of it; `found` has the rest in row `at`.
 
     Without a zero, and below two dimensions, there is nothing to be found.
@@ -191,8 +186,7 @@ class Counted:
     at: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Form:
+class Form(Struct, frozen=True):
     """What is asked of every tensor of one dtype and shape; made by `form_of`.
 
     `stack` are its matrices, rows and columns. `sizes` are those of blocks, cut off at the edges of a matrix,

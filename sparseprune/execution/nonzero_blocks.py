@@ -14,6 +14,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from msgspec import Struct
 
 from sparseprune.engine.dtypes import DTYPES
 from sparseprune.engine.grids import Shape, permute, prod
@@ -57,16 +58,14 @@ _BATCHED = 8  # leaves of which so many fit into one chunk are small
 _NONZERO, _PARTLY, _PARTLY_IN = 0, 1, 2  # rows of counts; from the last one on there is a row for each leaf
 
 
-@dataclass(frozen=True, slots=True)
-class First:
+class First(Struct, frozen=True):
     """A broken scope: its place in the grid of scopes, and how many of its blocks are not zero."""
 
     scope: Shape
     nonzero: int
 
 
-@dataclass(frozen=True, slots=True)
-class Found:
+class Found(Struct, frozen=True):
     """What was found in some scopes.
 
     `scopes` counts the scopes by how many of their blocks are not zero; `first` is the first broken scope in
@@ -273,8 +272,7 @@ _PASSES: dict[str, type[_CountPass]] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class _Grid:
+class _Grid(Struct, frozen=True):
     """A grid of `numel` places in parts, and the regions of the leaves that belong to a part of it."""
 
     numel: int
@@ -303,8 +301,7 @@ def _grids(scope: AnyScope, strategy: CountNonzero) -> Iterator[_Grid]:
             )
 
 
-@dataclass(frozen=True, slots=True)
-class _Blocks:
+class _Blocks(Struct, frozen=True):
     """Blocks of one member, in whole scopes or in a part of one, flagged in every leaf where they are not 0.
 
     Flags are (instances, *common grid of blocks), of which a scope has `shape`; counts are on the common grid

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from array import array
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from msgspec import Struct
 
 from sparseprune.engine.kernels.counting import Tally, exact_sum, share_of_output, tally, totals_in_units
 from sparseprune.results.fields import Made
@@ -31,8 +31,7 @@ class GivenUpError(BaseException):
     """The run ends while a chunk is at work, and does not wait until that chunk is done."""
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(Struct, frozen=True):
     """A piece of a pass, done at one time; `about` has its content, in the form of its pass.
 
     `nbytes` of the input are done with it, for progress; it takes `memory` bytes meanwhile. A chunk that
@@ -48,8 +47,7 @@ class Chunk:
     files: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Decision:
+class Decision(Struct, frozen=True):
     """What the passes so far decided, for which `nbytes` of the input were read.
 
     The value is made of JSON's values and of one-dimensional numpy arrays of 0 and 1 (uint8).
@@ -135,16 +133,14 @@ def finish(rule: str, stored: StoredTensor, before: Tally, bits: Bits, mask: Mas
 _COUNTS = 5  # numbers of a row: the rule's, elements reached, pruned, zeros before, zeros after
 
 
-@dataclass(frozen=True, slots=True)
-class Reach:
+class Reach(Struct, frozen=True):
     """Elements of a tensor that a rule reached, and how many of them its masks drop, zero before or not."""
 
     numel: int = 0
     pruned: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class TensorOutcome:
+class TensorOutcome(Struct, frozen=True):
     """Counts of one tensor before and after; `reach` has for each rule what it reached and dropped of it.
 
     Where it was reconstructed, the root of the mean squared change of its outputs relative to the dense ones:

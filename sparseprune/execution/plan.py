@@ -7,9 +7,10 @@ no tensor data.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import reduce
 from typing import TYPE_CHECKING, Literal
+
+from msgspec import Struct
 
 from sparseprune.checkpoint import Statistic, open_statistics, read_config
 from sparseprune.engine.dtypes import DTYPES
@@ -38,8 +39,7 @@ _MOST_TOLD = 3  # weights without statistics; more of them mean another checkpoi
 _TABLE_OF: Mapping[Role, str] = {"moment": "reconstruct"}  # others belong to the score
 
 
-@dataclass(frozen=True, slots=True)
-class TaskInput:
+class TaskInput(Struct, frozen=True):
     """A stored tensor that a task reads: `key` is the weight, or for block scores the block, that it is for.
 
     `dim` is the dimension of the weight along which a vector lies, or the inputs of a second moment. `form`
@@ -258,8 +258,7 @@ def holds_rows(leaf: BoundBlock, shape: Shape, dim: int) -> bool:
     return len(np.unique(places // inner % features)) == features
 
 
-@dataclass(frozen=True, slots=True)
-class Task:
+class Task(Struct, frozen=True):
     """One instance of an outermost scope or coupling, its rule, and what it reads besides weights."""
 
     rule: str
@@ -277,8 +276,7 @@ class Task:
         return sum([numel * stored.nbytes // max(1, stored.numel) for numel, stored in each])
 
 
-@dataclass(frozen=True, slots=True)
-class WorkUnit:
+class WorkUnit(Struct, frozen=True):
     """Tasks that share tensors, and these tensors: nothing else is needed to do them.
 
     Almost always one task; several where rules reach disjoint parts of one tensor.
@@ -293,8 +291,7 @@ class WorkUnit:
         return sum(stored.nbytes for stored in self.tensors)
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
+class Plan(Struct, frozen=True):
     """A spec bound to a checkpoint, as units that may run in any order and side by side."""
 
     checkpoint: Checkpoint

@@ -7,11 +7,11 @@ the elements of a region, or scores for a part of a block grid; the engine choos
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
 from functools import reduce
 from typing import TYPE_CHECKING
 
 import numpy as np
+from msgspec import Struct
 
 from sparseprune.engine.grids import prod
 from sparseprune.engine.kernels.counting import first_nonfinite
@@ -34,8 +34,7 @@ if TYPE_CHECKING:
 _FILE_OF = {"values": "score", "vector": "score", "blocks": "score", "conditioners": "conditioner"}
 
 
-@dataclass(frozen=True, slots=True)
-class Elements:
+class Elements(Struct, frozen=True):
     """Numbers as the leaf sees them: patterns of a dtype that can be pruned.
 
     `may_be_infinite`: infinity is a number like others here, a score that is that high.

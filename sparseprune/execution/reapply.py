@@ -11,6 +11,7 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 import numpy as np
+from msgspec import Struct
 
 from sparseprune.checkpoint import read_kept
 from sparseprune.checkpoint.documents import shown
@@ -51,8 +52,7 @@ _LOOKED_AT = 2000  # names that one is compared with letter by letter
 _PRUNABLE = ", ".join(row.name for row in DTYPES.values() if row.prunable)
 
 
-@dataclass(frozen=True, slots=True)
-class Pair:
+class Pair(Struct, frozen=True):
     """A tensor and its mask, of one shape."""
 
     stored: StoredTensor
@@ -78,8 +78,7 @@ class Matched:
         return sum(pair.stored.nbytes for pair in self.pairs)
 
 
-@dataclass(frozen=True, slots=True)
-class Reapplication:
+class Reapplication(Struct, frozen=True):
     """All that has to be done to tensors with masks, by at most `workers` threads at one time."""
 
     matched: Matched
@@ -87,8 +86,7 @@ class Reapplication:
     workers: int
 
 
-@dataclass(frozen=True, slots=True)
-class Reapplied:
+class Reapplied(Struct, frozen=True):
     """A tensor: elements that its mask drops, and its counts before and after."""
 
     name: str
@@ -104,8 +102,7 @@ class Reapplied:
         return self.after.zeros - self.before.zeros
 
 
-@dataclass(frozen=True, slots=True)
-class LostZeros:
+class LostZeros(Struct, frozen=True):
     """What a mask drops of a tensor, how much of that is not zero, the index of the first such element."""
 
     name: str

@@ -6,10 +6,12 @@ how outputs change. Stacks are worked a matrix at a time. Imports torch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from msgspec import Struct
+from msgspec.structs import replace
 
 from sparseprune.engine import View
 from sparseprune.engine.block import zero_pruned
@@ -48,8 +50,7 @@ if TYPE_CHECKING:
     from sparseprune.spec import Reconstruct
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Side:
+class _Side(Struct, frozen=True, eq=False):
     """A tensor that takes part, or a matrix of it from element `first` on; `regions` are its leaves'."""
 
     name: str

@@ -8,10 +8,12 @@ large its pieces are. Pure arithmetic on bound shapes: reads nothing. Called by 
 from __future__ import annotations
 
 import heapq
-from dataclasses import dataclass, replace
 from itertools import product
 from operator import mul, sub
 from typing import TYPE_CHECKING
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from sparseprune.engine.grids import Shape, identity_order, inverse_order, permute, prod
 from sparseprune.errors import SparsepruneError
@@ -40,8 +42,7 @@ _READ, _KEPT, _REACHED, _SCOPE, _MASK, _TEXTS = 510, 160, 600, 600, 190, 3
 _RESIZED = 2700  # of each tensor where slices are cut out: masks that are read back, shapes, places and cuts
 
 
-@dataclass(frozen=True, slots=True)
-class Resident:
+class Resident(Struct, frozen=True):
     """What a run holds of all tensors from the beginning to the end: `nbytes` of so many."""
 
     tensors: int = 0
@@ -62,8 +63,7 @@ class Resident:
         return cls(tensors, _TEXTS * header_bytes + max(kept, _READ * tensors))
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
+class Limits(Struct, frozen=True):
     """`memory` bytes may be in flight, over all chunks and what jobs keep; a slab has about `slab` bytes.
 
     The interpreter is not counted, nor are the `resident` bytes that all tensors take from first to last.
@@ -85,8 +85,7 @@ class Limits:
         return self.memory // _HELD_SHARE
 
 
-@dataclass(frozen=True, slots=True)
-class Resources:
+class Resources(Struct, frozen=True):
     """How many `threads` share the work, and the bytes of `memory` that chunks and jobs may take."""
 
     threads: int
@@ -148,8 +147,7 @@ Run = tuple[int, int]
 """Neighbouring elements of a stored tensor: the number of the first one, and how many."""
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
+class Part(Struct, frozen=True):
     """`extent` places in each dimension of some grid, from `begin` on."""
 
     begin: Shape
@@ -178,8 +176,7 @@ class Part:
         return Part(tuple(map(sub, self.begin, outer)), self.extent)
 
 
-@dataclass(frozen=True, slots=True)
-class Region:
+class Region(Struct, frozen=True):
     """`extent` places in each dimension of a leaf's view, from `begin` on; the leaf names the tensor."""
 
     leaf: BoundBlock
@@ -323,7 +320,7 @@ def alone(scope: AnyScope) -> AnyScope:
     """The same blocks, each in a scope of its own: what a threshold asks about."""
     if isinstance(scope, BoundScope):
         return replace(scope, shape=(1,) * len(scope.shape))
-    return replace(scope, members=tuple(alone(member) for member in scope.members))  # type: ignore[misc]
+    return replace(scope, members=tuple(alone(member) for member in scope.members))
 
 
 def numel_per_scope(scope: AnyScope) -> int:
@@ -381,8 +378,7 @@ def grid_region(block: AnyBlock, part: Part) -> Region:
     return Region(leaf, part.begin, part.extent)
 
 
-@dataclass(frozen=True, slots=True)
-class Sweep:
+class Sweep(Struct, frozen=True):
     """One way through a leaf's elements, in the order of the storage, that sums them up block by block.
 
     The sum over each block still runs over the fixed tree of pairs: the last dimension of a block is summed

@@ -15,6 +15,7 @@ from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, Protocol, TypeGuard, TypeVar
 
 import numpy as np
+from msgspec import Struct
 
 from sparseprune.checkpoint import CopyRange
 from sparseprune.checkpoint.threads import Worker, side_by_side
@@ -38,8 +39,7 @@ _COPY_BYTES = 64 << 20  # that the kernel copies at one time
 _FLAGS = "flags"  # the key of an encoded array
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
+class Job(Struct, frozen=True):
     """Passes that follow each other: `order` among all jobs, a `key` for notes, a `label` for people.
 
     `held` bytes are taken from the beginning of the first pass to the end of the last one.
@@ -79,8 +79,7 @@ class _Running:
     total: Any = None
 
 
-@dataclass(frozen=True, slots=True)
-class _Taken:
+class _Taken(Struct, frozen=True):
     running: _Running
     number: int
     chunk: Chunk

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import ctypes
 import re
-from dataclasses import dataclass, replace
 from heapq import nlargest
 from typing import TYPE_CHECKING
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from sparseprune.engine.grids import prod
 from sparseprune.errors import SparsepruneError
@@ -40,8 +42,7 @@ _DRIVERS = ("libcuda.so.1", "nvcuda.dll")
 _AMPLE = 1 << 60  # memory that allows every strategy
 
 
-@dataclass(frozen=True, slots=True)
-class TaskGroup:
+class TaskGroup(Struct, frozen=True):
     """Tasks of one rule that are alike but for their tensors, and their strategy; `key` names it in notes.
 
     Most often one task; several where these are small, so that their tensors are worked together.
@@ -57,8 +58,7 @@ class TaskGroup:
         return self.tasks[0]
 
 
-@dataclass(frozen=True, slots=True)
-class Untouched:
+class Untouched(Struct, frozen=True):
     """A tensor of which its unit's tasks reach only a part: all but `leaves` is copied as it is."""
 
     key: str
@@ -72,8 +72,7 @@ class Untouched:
         return (numel - reached) * self.stored.nbytes // max(1, numel)
 
 
-@dataclass(frozen=True, slots=True)
-class Schedule:
+class Schedule(Struct, frozen=True):
     """All that has to be done for a plan, by at most `workers` threads at one time."""
 
     plan: Plan

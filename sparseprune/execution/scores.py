@@ -8,8 +8,9 @@ what needs numpy is imported late.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
+
+from msgspec import Struct
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -29,8 +30,7 @@ _FACTORS = (0xBF58_476D_1CE4_E5B9, 0x94D0_49BB_1331_11EB)
 _ALL_BITS = (1 << 64) - 1
 
 
-@dataclass(frozen=True, slots=True)
-class ScoreKind:
+class ScoreKind(Struct, frozen=True):
     """How one kind of score ranks the blocks of a rule.
 
     `reads` says what its file holds: "values", a number for each weight; "vector", statistics of the inputs

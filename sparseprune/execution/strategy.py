@@ -7,9 +7,10 @@ follow it are in tiles, two_pass, torch_tiles, reconstruct and nonzero_blocks. R
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
 from itertools import groupby
 from typing import TYPE_CHECKING, Literal
+
+from msgspec import Struct
 
 from sparseprune.engine.dtypes import DTYPES
 from sparseprune.engine.grids import prod
@@ -54,8 +55,7 @@ _COUNTER_BYTES = 8 << 16  # one histogram
 _SOLVER_BYTES, _MOMENT_BYTES = 40, 32
 
 
-@dataclass(frozen=True, slots=True)
-class Selection:
+class Selection(Struct, frozen=True):
     """What compiled loops decide: of `blocks` blocks of `extent` elements each `nnz` survive in every scope.
 
     Or those that reach `threshold`, if it is given.
@@ -74,8 +74,7 @@ class Selection:
         return prod(self.extent)
 
 
-@dataclass(frozen=True, slots=True)
-class Strategy:
+class Strategy(Struct, frozen=True):
     """How a task is worked: about so many `elements` at one time, which take `memory` bytes.
 
     `held` bytes are kept from the first of its `passes` over the tensors to the last.
@@ -87,29 +86,22 @@ class Strategy:
     passes: int = 1
 
 
-@dataclass(frozen=True, slots=True)
-class Compiled(Strategy):
+class Compiled(Strategy, frozen=True, kw_only=True):
     """Small scopes of one tensor, decided by compiled loops: `Contiguous` or `Strided`."""
 
-    selection: Selection = field(kw_only=True)
+    selection: Selection
 
 
-class Contiguous(Compiled):
+class Contiguous(Compiled, frozen=True):
     """Scopes that lie one after the other."""
 
-    __slots__ = ()
 
-
-class Strided(Compiled):
+class Strided(Compiled, frozen=True):
     """Scopes that do not lie together."""
 
-    __slots__ = ()
 
-
-class RadixSelect(Strategy):
+class RadixSelect(Strategy, frozen=True):
     """Single elements in scopes larger than a slab: a histogram for each digit of the keys, then one cut."""
-
-    __slots__ = ()
 
     @property
     def histograms(self) -> int:
@@ -117,44 +109,36 @@ class RadixSelect(Strategy):
         return self.held // _COUNTER_BYTES
 
 
-class BlockNorms(Strategy):
+class BlockNorms(Strategy, frozen=True):
     """Norms of blocks are summed up in one pass over the tensors and kept; then one pass cuts."""
 
-    __slots__ = ()
 
-
-class TorchInMemory(Strategy):
+class TorchInMemory(Strategy, frozen=True):
     """Whole scopes in the torch engine."""
 
-    __slots__ = ()
 
-
-class TorchOutOfCore(Strategy):
+class TorchOutOfCore(Strategy, frozen=True):
     """Whole blocks in the torch engine; ranks are found by digits."""
 
-    __slots__ = ()
 
-
-@dataclass(frozen=True, slots=True)
-class Rebuild(Strategy):
+class Rebuild(Strategy, frozen=True, kw_only=True):
     """Survivors make up for the pruned weights: whole matrices in the engine, those of a stack one by one.
 
     Not `stacked` where they are no stack, or compete with each other: all that a task reaches is in memory
     then. A search ends for all its matrices at once: how many these are must not depend on the memory.
     """
 
-    stacked: bool = field(kw_only=True)
+    stacked: bool
 
 
-@dataclass(frozen=True, slots=True)
-class CountNonzero(Strategy):
+class CountNonzero(Strategy, frozen=True, kw_only=True):
     """Blocks that are not zero are counted, in whole scopes, in whole blocks, or flagged by their elements.
 
     A chunk has instances of one form, up to `batch` small ones.
     """
 
-    kind: Literal["scopes", "blocks", "elements"] = field(kw_only=True)
-    batch: int = field(default=1, kw_only=True)
+    kind: Literal["scopes", "blocks", "elements"]
+    batch: int = 1
 
 
 ORDER = ("contiguous", "strided", "radix_select", "block_norms", "torch_in_memory", "torch_out_of_core")

@@ -6,11 +6,14 @@ the elements nor, beyond regions and runs, where they come from. The only way in
 
 from __future__ import annotations
 
+import dataclasses
 import threading
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
+from msgspec import Struct
+from msgspec.structs import replace
 
 from sparseprune.engine.dtypes import DTYPES
 
@@ -31,8 +34,7 @@ if TYPE_CHECKING:
 _ALIGNED = 8  # bytes: numbers begin at multiples of their size
 
 
-@dataclass(frozen=True, slots=True)
-class Loaded:
+class Loaded(Struct, frozen=True):
     """The elements of a region as patterns: `flat` in the order of the storage, `view` as the leaf sees them.
 
     Both share memory; so do `mask` (1 where an element is kept) and `mask_view`, once `masked` made them.
@@ -74,7 +76,7 @@ class TensorIO:
 
     def of_job(self) -> Self:
         """The same, with room for what the chunks of another job share."""
-        return replace(self, vectors={})
+        return dataclasses.replace(self, vectors={})
 
     def itemsize(self, leaf: BoundBlock) -> int:
         """Bytes of an element of the tensor that a leaf looks at."""

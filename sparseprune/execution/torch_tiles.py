@@ -7,15 +7,17 @@ Imports torch.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import threading
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice, pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from msgspec import Struct
 
 from sparseprune.engine import BlockCoupling, BlockSpec, ScopeCoupling, ScopeSpec
 from sparseprune.engine.block import zero_pruned
@@ -260,8 +262,7 @@ _CANDIDATE_BYTES = 48
 _GROUPS = 16  # of places whose digits are counted together
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(Struct, frozen=True):
     """Blocks of one scope that are read together: a part of a member's block grid.
 
     `origin` is where the scope begins on that grid; `before` counts the scope's blocks of earlier members.
@@ -386,12 +387,12 @@ class SearchRank(_OutOfCore):
         digit, k = digit_of(counts, self.k)
         known = self.prefix[part] | digit << shift
         prefix = (self.prefix[0], known) if part else (known, 0)
-        following = replace(self, k=k, prefix=prefix)
+        following = dataclasses.replace(self, k=k, prefix=prefix)
         if int(counts[digit]) <= self.strategy.held // _CANDIDATE_BYTES:
-            return replace(following, collect=True)
+            return dataclasses.replace(following, collect=True)
         if self.level + 1 == len(levels):
             return self._found(prefix, io)
-        return replace(following, level=self.level + 1)
+        return dataclasses.replace(following, level=self.level + 1)
 
     def decided(self, value: Any) -> Pass | None:  # noqa: ANN401
         if not _is_decision(value, soft=self.task.instance.soft is not None):

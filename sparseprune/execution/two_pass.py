@@ -6,8 +6,9 @@ read, over the same tree of pairs as engine.scoring. Compiled loops and numpy, n
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import reduce
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -278,9 +279,9 @@ class CountKeys(_Search):
 
     def merge(self, partials: list[Counts], io: TensorIO) -> Pass | Decision:
         digit, places = digit_of(reduce(np.add, partials), self.places)  # one by one: they are many and large
-        following = replace(self, prefix=self.prefix << DIGIT_BITS | digit, places=places)
+        following = dataclasses.replace(self, prefix=self.prefix << DIGIT_BITS | digit, places=places)
         if self.shift:
-            return replace(following, shift=self.shift - DIGIT_BITS)
+            return dataclasses.replace(following, shift=self.shift - DIGIT_BITS)
         alike = [int(counts[digit]) for counts in partials]
         if places == sum(alike):  # no tie is cut
             return following.decision(self.task.instance.scope.blocks_per_scope, io)
@@ -421,7 +422,9 @@ class ReduceBlocks(Pass):
             for top, block in zip(tops, blocks, strict=True)
             for leaf, order in leaves_of(block)
         }
-        return replace(self, kind="sums", exponents=tuple(exponents[leaf] for leaf in scope.leaves))
+        return dataclasses.replace(
+            self, kind="sums", exponents=tuple(exponents[leaf] for leaf in scope.leaves)
+        )
 
     def decided(self, value: Any) -> Pass | None:  # noqa: ANN401
         scope = self.task.instance.scope

@@ -6,10 +6,13 @@ api.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, replace
+import dataclasses
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from msgspec import Struct
+from msgspec.structs import replace
 
 from sparseprune.engine.dtypes import DTYPES
 from sparseprune.engine.kernels.counting import any_in, nonzero
@@ -40,16 +43,14 @@ if TYPE_CHECKING:
 UNCHECKED = "a survivor of a soft threshold may have any size"
 
 
-@dataclass(frozen=True, slots=True)
-class Verification:
+class Verification(Struct, frozen=True):
     """Every rule in the order of the spec, every tensor that was checked in the order of the checkpoint."""
 
     rules: tuple[CheckedRule, ...]
     tensors: tuple[CheckedTensor, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class _Reached:
+class _Reached(Struct, frozen=True):
     """A tensor and what was found in the scopes of a task that reach it; `partly` zero blocks are its own."""
 
     task: Task
@@ -138,8 +139,7 @@ def _first(part: _Reached, first: First) -> BrokenScope:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Check(Schedule):
+class Check(Schedule, frozen=True):
     """All that has to be counted, and under a threshold scored, to check a plan."""
 
     @property
@@ -299,7 +299,7 @@ class BelowThreshold(Pass):
             following = self.pruning.merge(partials, io)
             if isinstance(following, Decision):
                 following = self.pruning.decided(following.value)
-            return replace(self, pruning=following)
+            return dataclasses.replace(self, pruning=following)
         if not self.whole:
             block = _block(self.tasks[0])
             return [_found_in(block, partials[0], (0,) * len(block.grid_shape))]
@@ -328,8 +328,7 @@ class BelowThreshold(Pass):
                 yield number, _found_in_run(block, group[0])
 
 
-@dataclass(frozen=True, slots=True)
-class Cut:
+class Cut(Struct, frozen=True):
     """Elements of a region that would be cut and are not zero: 1 for each, as the leaf sees them."""
 
     region: Region

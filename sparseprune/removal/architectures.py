@@ -6,8 +6,10 @@ Data, one row an architecture; a new one is a new row. Called by the rest of rem
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from sparseprune.spec.patterns import parse_pattern
 
@@ -20,8 +22,7 @@ if TYPE_CHECKING:
 OTHER_TOWERS = re.compile("vision|visual|audio|image|speech|resampler|perceiver|connector|projector|qformer")
 
 
-@dataclass(frozen=True, slots=True)
-class DimPart:
+class DimPart(Struct, frozen=True):
     """Consecutive indices of a dimension: as many units as `key` of the config says, `unit` indices each.
 
     `unit` is an expression over the config. A unit stays or goes as a whole, unless `by_index`: then the key
@@ -33,8 +34,7 @@ class DimPart:
     by_index: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class TensorDims:
+class TensorDims(Struct, frozen=True):
     """The parts of the dimensions of some tensors; other dimensions must not change.
 
     Tensors whose captures agree, except {name} and {kind}, keep the same units. A tensor that `follows` is
@@ -51,16 +51,14 @@ class TensorDims:
         return frozenset(part.key for parts in self.dims.values() for part in parts)
 
 
-@dataclass(frozen=True, slots=True)
-class ModuleList:
+class ModuleList(Struct, frozen=True):
     """A numbered list of modules: the pattern of a member's name, and the key that counts the members."""
 
     pattern: TensorPattern
     key: str
 
 
-@dataclass(frozen=True, slots=True)
-class Routing:
+class Routing(Struct, frozen=True):
     """What a router needs of its experts: at least `chosen`, in `groups` of one size, `serving` at a time.
 
     Groups are ranked by the `best` of their members; each has at least that many.
@@ -73,8 +71,7 @@ class Routing:
     best: int = 1
 
 
-@dataclass(frozen=True, slots=True)
-class Heads:
+class Heads(Struct, frozen=True):
     """The key that counts query heads; `groups` counts key/value heads, which share them equally.
 
     `pinned` keys are written out when heads are removed, since the class would derive them from the number of
@@ -85,13 +82,12 @@ class Heads:
     key: str
     groups: str | None = None
     divides: str | None = None
-    pinned: Mapping[str, str] = field(default_factory=dict)
-    alike: Mapping[str, str] = field(default_factory=dict)
+    pinned: Mapping[str, str] = {}
+    alike: Mapping[str, str] = {}
     sized: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Layers:
+class Layers(Struct, frozen=True):
     """Where the config refers to layers by number, and must change with them.
 
     `by_place`: lists with an entry for each layer. `by_number`: lists of numbers of layers. `up_to`: counts
@@ -105,16 +101,15 @@ class Layers:
     members: ModuleList
     by_place: tuple[str, ...] = ("layer_types", "mlp_layer_types")
     by_number: tuple[str, ...] = ()
-    up_to: Mapping[str, int] = field(default_factory=dict)
-    implied: Mapping[str, str] = field(default_factory=dict)
+    up_to: Mapping[str, int] = {}
+    implied: Mapping[str, str] = {}
     beyond: str = ""
-    settled: Mapping[str, int] = field(default_factory=dict)
-    rules: Mapping[str, str] = field(default_factory=dict)
-    refused: Mapping[str, str] = field(default_factory=dict)
+    settled: Mapping[str, int] = {}
+    rules: Mapping[str, str] = {}
+    refused: Mapping[str, str] = {}
 
 
-@dataclass(frozen=True, slots=True)
-class Architecture:
+class Architecture(Struct, frozen=True):
     """Model types with the same names of tensors; the first of `tensors` that matches a name counts.
 
     `values` are expressions for keys that the config may omit, `aliases` are other spellings of keys.
@@ -125,11 +120,11 @@ class Architecture:
     layers: Layers
     tensors: tuple[TensorDims, ...]
     lists: tuple[ModuleList, ...] = ()
-    values: Mapping[str, str] = field(default_factory=dict)
-    aliases: Mapping[str, str] = field(default_factory=dict)
+    values: Mapping[str, str] = {}
+    aliases: Mapping[str, str] = {}
     heads: Heads | None = None
     routing: Routing | None = None
-    refused: Mapping[str, str] = field(default_factory=dict)
+    refused: Mapping[str, str] = {}
 
     @property
     def keys(self) -> frozenset[str]:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from sparseprune.errors import CheckpointError
 from sparseprune.removal.architectures import OTHER_TOWERS, architecture_of, model_types
@@ -99,8 +101,7 @@ def _settle_unlisted(
     return settled, outside, list(dict.fromkeys(remarks))
 
 
-@dataclass(frozen=True, slots=True)
-class _KeyReader:
+class _KeyReader(Struct, frozen=True):
     """What is looked for in keys: statements on `layers`, of which some stay, and copies of old `numbers`.
 
     `layers` is None if no layer is removed. `known` are the keys of the table.
@@ -238,8 +239,7 @@ _TEXT = "text_config"
 _NUMBERED_MODULE = re.compile(r"(?:^|\.)[0-9]+(?:\.|$)")
 
 
-@dataclass(frozen=True, slots=True)
-class ConfigSection:
+class ConfigSection(Struct, frozen=True):
     """An architecture and the object of a config that has its keys: the top level, or what `key` holds."""
 
     architecture: Architecture

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
+from msgspec import Struct
+from msgspec.structs import replace
 
 from sparseprune.engine.grids import prod
 from sparseprune.errors import CheckpointError
@@ -40,8 +42,7 @@ _WITHIN_GROUP = ("name", "kind", "member")  # captures that differ among tensors
 _MATRIX = (".weight", ".bias")
 
 
-@dataclass(frozen=True, slots=True)
-class CutModel:
+class CutModel(Struct, frozen=True):
     """The tensors of a checkpoint by name, and the `kept` indices of those that lose something.
 
     `gone` are the tensors of `removed` members of lists. `exact`: it is known which units survive, not only
@@ -140,8 +141,7 @@ def layer_lists(section: ConfigSection, model: CutModel) -> dict[str, int]:
 # -- which units tensors keep ------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _KeptUnits:
+class _KeptUnits(Struct, frozen=True, eq=False):
     """Which units of a key one tensor keeps, or one list of modules, with `dim` None.
 
     A unit has `unit` indices of the dimension. A tensor that `follows` loses units without being pruned.

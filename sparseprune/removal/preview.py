@@ -9,10 +9,11 @@ from __future__ import annotations
 import re
 from bisect import bisect_left
 from collections import Counter
-from dataclasses import dataclass
 from itertools import islice
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
+
+from msgspec import Struct
 
 from sparseprune.engine.grids import Shape, prod
 from sparseprune.errors import CheckpointError
@@ -36,8 +37,7 @@ _NUMBER = re.compile(r"(?<=\.)(?:0|[1-9][0-9]{0,17})(?=\.)")  # as a list of mod
 _DEEPEST = 16  # lists in lists: no model has so many
 
 
-@dataclass(frozen=True, slots=True)
-class RemovedMembers:
+class RemovedMembers(Struct, frozen=True):
     """By the name of each list the numbers of the members that it loses, in ascending order.
 
     `orphans` are tensors that keep nothing although other tensors of their member do, or belong to no list.
@@ -92,8 +92,7 @@ def removed_members(names: Iterable[str], empty: Collection[str]) -> RemovedMemb
     return RemovedMembers({before: tuple(sorted(found)) for before, found in numbers.items()}, tuple(orphans))
 
 
-@dataclass(frozen=True, slots=True)
-class _Axis:
+class _Axis(Struct, frozen=True):
     """A dimension of a view with more than one place: the stored dimension in which it lies, and its step."""
 
     view_dim: int
@@ -102,8 +101,7 @@ class _Axis:
     size: int
 
 
-@dataclass(frozen=True, slots=True)
-class Sliced:
+class Sliced(Struct, frozen=True):
     """Blocks of a leaf as slices along the dimension `dim` of its tensor, which has `size` indices there.
 
     The leaf reaches indices from `begin` on.
@@ -177,8 +175,7 @@ def _axis(view_dim: int, size: int, stride: int, shape: Shape, steps: Shape) -> 
 _LARGEST = 1 << 27  # indices of a dimension, for which a plan has memory
 
 
-@dataclass(frozen=True, slots=True)
-class Preview:
+class Preview(Struct, frozen=True):
     """What removing by a spec would leave, as far as shapes and budgets tell.
 
     `reasons` say why the blocks of a rule cannot be cut out, by its name; removable rules have none. `shapes`

@@ -5,11 +5,12 @@ Owns the smaller checkpoint as plain data, and the passes that write it. Called 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from msgspec import Struct
 
 from sparseprune.checkpoint import ResizedTensor
 from sparseprune.engine.grids import Shape, prod
@@ -36,8 +37,7 @@ if TYPE_CHECKING:
     Flags = NDArray[np.bool_]
 
 
-@dataclass(frozen=True, slots=True)
-class Removal:
+class Removal(Struct, frozen=True):
     """What is left of a checkpoint, by the old names of tensors; `kept` has the indices of cut ones.
 
     `config` is None where it stays as it is. `remarks` are lines about statements in other files that may no
@@ -45,7 +45,7 @@ class Removal:
     """
 
     left: Mapping[str, ResizedTensor]
-    kept: Mapping[str, KeptIndices] = field(default_factory=dict)
+    kept: Mapping[str, KeptIndices] = {}
     config: Mapping[str, Any] | None = None
     changes: tuple[ConfigChange, ...] = ()
     remarks: tuple[str, ...] = ()
@@ -115,8 +115,7 @@ def _orphans(names: tuple[str, ...], shapes: Mapping[str, Shape], empty: frozens
 _COPIES = 3  # of a slab in memory: what is read, and what numpy makes on the way to its survivors
 
 
-@dataclass(frozen=True, slots=True)
-class Cuts:
+class Cuts(Struct, frozen=True):
     """The tensors to cut and the kept indices of each, by the names in the layout; read from `tensors`."""
 
     kept: Mapping[str, KeptIndices]

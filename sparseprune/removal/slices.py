@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
+from msgspec import Struct
 
 from sparseprune.checkpoint import read_kept
 from sparseprune.engine.grids import Shape, prod
@@ -129,8 +130,7 @@ def _of_leaf(shape: Shape, found: Sliced, blocks: Flags) -> KeptIndices:
     return kept_slices(along)
 
 
-@dataclass(frozen=True, slots=True)
-class BlockDecisions:
+class BlockDecisions(Struct, frozen=True):
     """The tasks of a schedule, all of which decide over whole blocks, each with its strategy."""
 
     schedule: Schedule

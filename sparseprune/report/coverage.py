@@ -13,6 +13,8 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from msgspec import Struct
+
 from sparseprune.engine.grids import prod
 from sparseprune.report.wording import many, percent
 from sparseprune.results.fields import Uncovered
@@ -65,8 +67,7 @@ _WORDS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Coverage:
+class Coverage(Struct, frozen=True):
     """Shares of elements that rules reach, None where there are no such matrices.
 
     `layer_coverage` is of all matrices of layers, `declared_coverage` of those that the spec covers; without

@@ -8,6 +8,7 @@ from itertools import combinations, zip_longest
 from string import ascii_lowercase, ascii_uppercase
 from typing import TYPE_CHECKING
 
+from msgspec import Struct
 from rich.text import Text
 
 from sparseprune.engine.grids import Shape, inverse_order, permute, prod
@@ -31,8 +32,7 @@ _SHORT = 4  # cells alike that are all shown; of a longer run the first two and 
 _PATIENCE = 2048  # looks along an axis until a run is taken to end
 
 
-@dataclass(frozen=True, slots=True)
-class Cell:
+class Cell(Struct, frozen=True):
     """What an element belongs to: the number of its scope, and of its block within the scope.
 
     Both count in row-major order, blocks of a scope coupling member by member, as in the engine.
@@ -46,8 +46,7 @@ Line = tuple[int | None, ...]
 """Indices along a dimension that are shown, in order; None stands for some that are left out."""
 
 
-@dataclass(frozen=True, slots=True)
-class Window:
+class Window(Struct, frozen=True):
     """A part of two dimensions of a tensor, the others being fixed at `begin`.
 
     `cells[i][j]` is that of row `rows[i]` and column `columns[j]`, None outside the view or where either
@@ -188,8 +187,7 @@ def _window(
     return Window(leaf.tensor, shape, begin, dims, rows, columns, tuple(cells))
 
 
-@dataclass(frozen=True, slots=True)
-class _Axis:
+class _Axis(Struct, frozen=True):
     """A dimension from `begin` on; `stride` in elements of the tensor."""
 
     begin: int

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import count
 from typing import TYPE_CHECKING
 
+from msgspec import Struct
+from msgspec.structs import replace
 from rich.console import Group
 from rich.text import Text
 
@@ -141,8 +143,7 @@ _GUIDES = ("├─ ", "└─ ", "│  ", "   ")
 _PLAIN_GUIDES = ("|- ", "`- ", "|  ", "   ")
 
 
-@dataclass(frozen=True, slots=True)
-class InspectTree:
+class InspectTree(Struct, frozen=True):
     """The tree of the tensors: branches in the order of their first tensors, with sums.
 
     Numbered branches that are alike in shapes, zeros and patterns are one (`0..31`), with their sums.
@@ -174,8 +175,7 @@ class _Node(InspectedGroup):
     shapes: str
 
 
-@dataclass(frozen=True, slots=True)
-class _Branch:
+class _Branch(Struct, frozen=True):
     """The tensors whose names begin alike: those of its twigs, or the very tensors of this name."""
 
     label: str

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, is_dataclass
+from dataclasses import is_dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
+
+from msgspec import Struct
 
 from sparseprune.errors import SparsepruneError, printable
 from sparseprune.report.pruning import other_weights, share
@@ -181,8 +183,7 @@ _PARAMETER = re.compile(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Grouping:
+class Grouping(Struct, frozen=True):
     """What tensors are grouped by, and for each the name of its group, in the order of the groups."""
 
     by: str

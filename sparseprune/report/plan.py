@@ -5,9 +5,9 @@ from __future__ import annotations
 import heapq
 import math
 from collections import Counter
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from msgspec import Struct
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
@@ -172,8 +172,7 @@ def rule_plan(rule: BoundRule, tensors: Tensors, planned: Preview) -> results.Ru
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Counts:
+class _Counts(Struct, frozen=True):
     """Of one instance; `pruned` elements are None where only the data tells: thresholds, unlike blocks.
 
     `sparsity` is the share of a scope's blocks that goes, as it became a whole number of blocks.
@@ -367,8 +366,7 @@ def _facts(facts: Facts) -> RenderableType:
     return indented(table)
 
 
-@dataclass(frozen=True, slots=True)
-class _FormLines:
+class _FormLines(Struct, frozen=True):
     """The forms of a rule, one line each; example names stand below their lines where they do not fit."""
 
     forms: Sequence[results.TensorForm]

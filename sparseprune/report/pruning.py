@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+from msgspec import Struct
+from msgspec import field as struct_field
 
 from sparseprune.engine.grids import prod
 from sparseprune.errors import printable
@@ -62,14 +64,13 @@ def copies_line(became: str, files: Sequence[OtherWeights]) -> Iterator[str]:
         yield f"{became}: {names}{more} ({total}), {copies} of the weights"
 
 
-@dataclass(frozen=True, slots=True)
-class Sums:
+class Sums(Struct, frozen=True):
     """Elements that each rule reached and dropped, and the output errors of reconstructed tensors."""
 
-    numel: Counter[str] = field(default_factory=Counter)
-    pruned: Counter[str] = field(default_factory=Counter)
-    output_errors_masked: list[float | None] = field(default_factory=list)
-    output_errors: list[float | None] = field(default_factory=list)
+    numel: Counter[str] = struct_field(default_factory=Counter)
+    pruned: Counter[str] = struct_field(default_factory=Counter)
+    output_errors_masked: list[float | None] = []
+    output_errors: list[float | None] = []
 
 
 def summed_up(tensors: Iterable[TensorOutcome]) -> Sums:
@@ -123,8 +124,7 @@ def report_totals(checkpoint: Checkpoint, found: Sums, coverage: Coverage | None
     )
 
 
-@dataclass(frozen=True, slots=True)
-class RemovalRun:
+class RemovalRun(Struct, frozen=True):
     """The circumstances of `remove`, by a spec or by `masks`; the other one is None.
 
     `nbytes` are those of the weight files before and after, `tensors` what became of what rules reached.
@@ -137,13 +137,13 @@ class RemovalRun:
     device: str = "cpu"
     seconds: float = 0.0
     nbytes: tuple[int, int] = (0, 0)
-    overrides: Mapping[str, str] = field(default_factory=dict)
+    overrides: Mapping[str, str] = {}
     left_out: Sequence[OtherFile] = ()
     tensors: Sequence[TensorOutcome] = ()
     warnings: Sequence[str] = ()
     notes: Sequence[str] = ()
     coverage: Coverage | None = None
-    devices: Mapping[str, str] = field(default_factory=dict)
+    devices: Mapping[str, str] = {}
 
 
 def make_removal_result(

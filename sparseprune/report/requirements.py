@@ -10,11 +10,12 @@ from __future__ import annotations
 import math
 import operator as op
 import re
-from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeAlias
+
+from msgspec import Struct
 
 from sparseprune.errors import SparsepruneError, printable
 from sparseprune.execution.inspect import Pattern, pattern_of
@@ -44,8 +45,7 @@ _UNSEEN = "elements of {} are no whole bytes and were not looked at"
 _DIGITS = 17  # of a float64: as many tell it from every other one, some more its hundredfold
 
 
-@dataclass(frozen=True, slots=True)
-class Comparison:
+class Comparison(Struct, frozen=True):
     """A field against a number; `percent` where that was typed as one: 50% is the number 1/2."""
 
     field: str
@@ -54,8 +54,7 @@ class Comparison:
     percent: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Requirement:
+class Requirement(Struct, frozen=True):
     """One `--require`: `what` is asked, as it was typed, of the tensors that `names` match, or of all.
 
     Just one of `pattern`, `runtime` and `comparison` is there.
@@ -83,8 +82,7 @@ def parse_requirement(text: str, fields: Collection[str], runtimes: Collection[s
         raise SparsepruneError(f"--require {shown(text)}: {error}") from None
 
 
-@dataclass(frozen=True, slots=True)
-class Absent:
+class Absent(Struct, frozen=True):
     """A tensor that could not be looked at, and why."""
 
     name: str

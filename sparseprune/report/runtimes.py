@@ -7,9 +7,11 @@ output), which no file says. Called by `inspect --for` and by requirements.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING
+
+from msgspec import Struct
+from msgspec import field as struct_field
 
 from sparseprune.engine.grids import prod
 from sparseprune.errors import SparsepruneError
@@ -26,8 +28,7 @@ if TYPE_CHECKING:
 ALL = "all"
 
 
-@dataclass(frozen=True, slots=True)
-class Demand:
+class Demand(Struct, frozen=True):
     """What a runtime wants of a matrix of one dtype: N:M along its inputs, rows and columns in multiples."""
 
     kept: int
@@ -36,8 +37,7 @@ class Demand:
     columns: int
 
 
-@dataclass(frozen=True, slots=True)
-class Runtime:
+class Runtime(Struct, frozen=True):
     """What a runtime can run sparse; `demands` go by the dtype's name in the file.
 
     Rows are dimension 0, the outputs of a layer; columns are its inputs, dimension 1: the last one of a
@@ -53,7 +53,7 @@ class Runtime:
     device: str
     source: str
     gains_above: int = 0
-    devices: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    devices: Mapping[str, str] = struct_field(default_factory=lambda: MappingProxyType({}))
 
     def device_for(self, dtypes: Iterable[str]) -> str:
         """What matrices of these dtypes need to run sparse.

@@ -8,11 +8,11 @@ from __future__ import annotations
 import csv
 import re
 import textwrap
-from dataclasses import dataclass
 from itertools import groupby, pairwise, takewhile, zip_longest
 from operator import add, itemgetter
 from typing import TYPE_CHECKING, Generic, Literal, TypeVar
 
+from msgspec import Struct
 from rich.cells import cell_len
 from rich.padding import Padding
 from rich.segment import Segment
@@ -82,8 +82,7 @@ def budget_text(rule: RuleResult | CheckedRule, score: str) -> str:
     return f"{each_text(rule.nnz)} of {each_text(rule.blocks_per_scope)}"
 
 
-@dataclass(frozen=True, slots=True)
-class Fact(Generic[Row_contra]):
+class Fact(Struct, Generic[Row_contra], frozen=True):
     """A column and its text for a row; it is left out if all its texts are `silent`."""
 
     column: Column
@@ -201,8 +200,7 @@ _SHORTEST = 12  # columns that names keep, whatever else there is
 _BOLD = "bold"
 
 
-@dataclass(frozen=True, slots=True)
-class Column:
+class Column(Struct, frozen=True):
     """A column: its title, where its cells stand, what is under them, the style of its cells.
 
     Where the table is wider than the terminal, columns of the largest `spare` go first; 0 stays always.
@@ -215,8 +213,7 @@ class Column:
     style: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class FittedTable:
+class FittedTable(Struct, frozen=True):
     """Rows of text under columns; the first column has names, which are shortened in the middle at last.
 
     Too wide a table breaks its titles into words, then leaves columns out as long as names have not room
@@ -248,8 +245,7 @@ class FittedTable:
                 yield from (Segment(line, console.get_style("dim")), Segment.line())
 
 
-@dataclass(frozen=True, slots=True)
-class _Fitted:
+class _Fitted(Struct, frozen=True):
     """One column as it is drawn: lines of its title, cells, footer, none of them wider than `width`."""
 
     column: Column
@@ -393,8 +389,7 @@ def markdown_text(columns: Sequence[Column], rows: Iterable[Sequence[str]]) -> s
     return "".join((header, f"|{'|'.join(rules)}|\n", *others))
 
 
-@dataclass(frozen=True, slots=True)
-class _Lines:
+class _Lines(Struct, frozen=True):
     """What a CSV writer writes its rows to, one at a time."""
 
     lines: list[str]

@@ -9,9 +9,11 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from itertools import accumulate, chain, count
 from typing import TYPE_CHECKING, Any, TypeVar
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from sparseprune.engine.grids import (
     Shape,
@@ -67,8 +69,7 @@ if TYPE_CHECKING:
     from sparseprune.spec.schema import Spec
 
 
-@dataclass(frozen=True, slots=True)
-class Layout:
+class Layout(Struct, frozen=True):
     """The elements of a view: `stride` and `offset` count elements of the row-major tensor."""
 
     shape: Shape

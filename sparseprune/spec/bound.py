@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from msgspec import Struct
+
 from sparseprune.engine.grids import Shape, divide, identity_order, permute, prod
 
 if TYPE_CHECKING:
@@ -19,8 +21,7 @@ Captures = tuple[tuple[str, int | str], ...]
 """The captures of a pattern, in order of first appearance; text that is all digits is an int."""
 
 
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
+class TensorInfo(Struct, frozen=True):
     """One tensor of a checkpoint's header; `dtype` is the safetensors name."""
 
     name: str
@@ -28,8 +29,7 @@ class TensorInfo:
     shape: Shape
 
 
-@dataclass(frozen=True, slots=True)
-class BoundBlock:
+class BoundBlock(Struct, frozen=True):
     """A grid of blocks in a view of one tensor; every extent of `shape` divides that of the view.
 
     >>> BoundBlock("w", "w", (8, 6), (6, 1), 0, (4, 2)).grid_shape
@@ -56,8 +56,7 @@ class BoundBlock:
         return (self,)
 
 
-@dataclass(frozen=True, slots=True)
-class BoundBlockCoupling:
+class BoundBlockCoupling(Struct, frozen=True):
     """Blocks fused over tensors: `common[d] == members[i].grid_shape[orders[i][d]]` for every member."""
 
     label: str
@@ -77,8 +76,7 @@ class BoundBlockCoupling:
         return self.members
 
 
-@dataclass(frozen=True, slots=True)
-class BoundScope:
+class BoundScope(Struct, frozen=True):
     """Scopes of `shape` blocks each over one block grid; `grid_shape` counts scopes.
 
     As a coupling it is its only member.
@@ -109,8 +107,7 @@ class BoundScope:
         return self.block.leaves
 
 
-@dataclass(frozen=True, slots=True)
-class BoundScopeCoupling:
+class BoundScopeCoupling(Struct, frozen=True):
     """Scopes that compete: one scope of each member, aligned by `orders`, shares one budget."""
 
     label: str
@@ -142,8 +139,7 @@ class Budget:
     multiple_of: int = field(default=1, compare=False)
 
 
-@dataclass(frozen=True, slots=True)
-class Score:
+class Score(Struct, frozen=True):
     """The score that ranks the blocks of a rule; `file` is absolute.
 
     Keys that do not apply to the kind keep their defaults (the keys of each kind: SCORE_KEYS in schema.py).
@@ -160,8 +156,7 @@ class Score:
     nonfinite: Literal["error", "prune"] = "error"
 
 
-@dataclass(frozen=True, slots=True)
-class Soft:
+class Soft(Struct, frozen=True):
     """How blocks are shrunk towards zero; with a budget of `nnz`, the threshold is `kth_mid`."""
 
     k_weight: float = 1.0
@@ -172,8 +167,7 @@ class Soft:
     eps: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Reconstruct:
+class Reconstruct(Struct, frozen=True):
     """How surviving weights are reconstructed from the second moments in `file`, which is absolute.
 
     "refit": for the mask that the score gives; "admm": mask and weights together. `input_dim` is the
@@ -186,8 +180,7 @@ class Reconstruct:
     input_dim: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class BoundInstance:
+class BoundInstance(Struct, frozen=True):
     """One instance of a rule, an outermost scope or coupling; `sparsity` is the one that was asked for.
 
     Instances of one `form` differ only in captures, labels and tensor names: shapes, dtypes, views, orders,
@@ -202,11 +195,10 @@ class BoundInstance:
     score: Score = Score()
     soft: Soft | None = None
     reconstruct: Reconstruct | None = None
-    form: int = field(default=0, compare=False)
+    form: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class BoundRule:
+class BoundRule(Struct, frozen=True):
     """All instances of one outermost table, named as in the spec (`scope.proj`)."""
 
     name: str
@@ -220,8 +212,7 @@ class BoundRule:
         return members
 
 
-@dataclass(frozen=True, slots=True)
-class BoundSpec:
+class BoundSpec(Struct, frozen=True):
     """Every rule of a spec, bound; no element of any tensor belongs to two instances.
 
     `covers` says which matrices it is about: "matrices" (all), "mlp", "attention", "experts", "layers".

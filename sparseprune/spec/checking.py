@@ -7,8 +7,9 @@ and patterns of a table.
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from msgspec import Struct
 
 from sparseprune.spec.expressions import FACTS, RESERVED, expressions_of, unknown_name
 from sparseprune.spec.problems import Problems, listed, nearest, shown, suggestion
@@ -102,8 +103,7 @@ def check_spec(spec: Spec, declared: Mapping[str, Collection[str]], problems: Pr
     check.references()
 
 
-@dataclass(frozen=True, slots=True)
-class _Checker:
+class _Checker(Struct, frozen=True):
     """The checks of a spec; each adds problems. `declared` as for `check_spec`."""
 
     spec: Spec

@@ -16,6 +16,8 @@ from graphlib import CycleError, TopologicalSorter
 from math import isfinite, prod
 from typing import TYPE_CHECKING, Any
 
+from msgspec import Struct
+
 from sparseprune.spec.problems import Misfit, Problems, shown, suggestion
 
 if TYPE_CHECKING:
@@ -65,8 +67,7 @@ class Expression:
     names: frozenset[str] = field(compare=False, repr=False)
 
 
-@dataclass(frozen=True, slots=True)
-class SliceEntry:
+class SliceEntry(Struct, frozen=True):
     """One dimension of a slice: from `low` to before `high`, or only the index `low` if it is `single`."""
 
     text: str
@@ -409,8 +410,7 @@ FACTS = ("shape", "ndim", "numel", "dtype")
 RESERVED = ("config", *FACTS)
 
 
-@dataclass(frozen=True, slots=True)
-class Names:
+class Names(Struct, frozen=True):
     """The names that expressions may use for one instance: its captures and the facts of its tensor.
 
     All instances share config, which is None without a config.json, and the values of `[vars]`.

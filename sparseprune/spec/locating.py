@@ -6,10 +6,11 @@ Owns labels, the natural order, gathering by `across`, and missing members. Call
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from itertools import zip_longest
 from operator import itemgetter
 from typing import TYPE_CHECKING, Literal
+
+from msgspec import Struct
 
 from sparseprune.engine.dtypes import DTYPES
 from sparseprune.spec.bound import Captures
@@ -34,8 +35,7 @@ _DIGITS = re.compile(r"([0-9]+)")
 NaturalKey = tuple[tuple[int, str], ...]
 
 
-@dataclass(frozen=True, slots=True)
-class TensorSite:
+class TensorSite(Struct, frozen=True):
     """A tensor that a pattern matches; `tag` is unique in its table: the captures, or the tensor's name."""
 
     captures: Captures
@@ -43,8 +43,7 @@ class TensorSite:
     tensor: TensorInfo
 
 
-@dataclass(frozen=True, slots=True)
-class JoinedSite:
+class JoinedSite(Struct, frozen=True):
     """One instance of a coupling: for each member that it lists, the sites that take part."""
 
     captures: Captures

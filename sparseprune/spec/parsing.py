@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import re
 import tomllib
-from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from sparseprune.errors import SpecError
 from sparseprune.spec.checking import check_spec
@@ -37,8 +39,7 @@ LARGEST_SPEC = 1_000_000  # bytes: thousands of tables; a larger file is not mea
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 
-@dataclass(frozen=True, slots=True)
-class SpecSource:
+class SpecSource(Struct, frozen=True):
     """The text of a spec, the name under which its problems are reported, and its directory."""
 
     text: str

@@ -10,10 +10,11 @@ import importlib
 import math
 import re
 import warnings
-from dataclasses import dataclass
 from functools import lru_cache
 from keyword import iskeyword
 from typing import TYPE_CHECKING, Any, TypeGuard
+
+from msgspec import Struct
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,38 +22,33 @@ if TYPE_CHECKING:
     from sparseprune.spec.bound import Captures
 
 
-@dataclass(frozen=True, slots=True)
-class Literal:
+class Literal(Struct, frozen=True):
     """Text that stands for itself."""
 
     text: str
 
 
-@dataclass(frozen=True, slots=True)
-class Wildcard:
+class Wildcard(Struct, frozen=True):
     """Text inside a piece (between dots), or across pieces; a named one is a capture and never empty."""
 
     across: bool
     name: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Stem:
+class Stem(Struct, frozen=True):
     """Whole pieces at the beginning of a name with the dot behind, or nothing; a capture lacks the dot."""
 
     name: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Words:
+class Words(Struct, frozen=True):
     """One of several words, captured."""
 
     name: str
     words: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Again:
+class Again(Struct, frozen=True):
     """The same text that a capture matched before."""
 
     name: str
@@ -217,8 +213,7 @@ _MOST_TOKENS = 1000
 _LONGEST_INTEGER = 640  # digits; int() may be set to refuse longer ones
 
 
-@dataclass(frozen=True, slots=True)
-class TensorPattern:
+class TensorPattern(Struct, frozen=True):
     """A parsed pattern; `names` are its captures in order of first appearance.
 
     Every name that it matches contains `literal`: a cheap test that sorts out most names.
@@ -359,8 +354,7 @@ _END = "END"  # of the name
 _REPEATS = ("MAX_REPEAT", "MIN_REPEAT", "POSSESSIVE_REPEAT")
 
 
-@dataclass(frozen=True, slots=True)
-class RegexPattern:
+class RegexPattern(Struct, frozen=True):
     r"""A parsed regular expression; `names` are its named groups in order, `readings` bounds backtracking.
 
     >>> parse_regex(r"layers\.(?P<layer>\d+)\..*").match("layers.3.up.weight")

@@ -7,11 +7,12 @@ SCORE_KEYS. Called by parsing.
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
 from math import inf, ulp
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Never, TypeVar
+
+from msgspec import Struct
 
 from sparseprune.spec.bound import Reconstruct, Score, Soft
 from sparseprune.spec.expressions import (
@@ -461,8 +462,7 @@ KINDS: Mapping[str, type[SpecTable]] = MappingProxyType(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Spec:
+class Spec(Struct, frozen=True):
     """A spec without contradictions; problems with a checkpoint are reported under the name `source`.
 
     `tables` are named by their places, such as "scope.proj", in the order of KINDS. Paths are relative to

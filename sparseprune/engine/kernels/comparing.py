@@ -6,10 +6,10 @@ Owns the loops over pairs of elements and what is counted of them. Called by rep
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+from msgspec import Struct
 
 from sparseprune.engine.dtypes import DTYPES
 from sparseprune.engine.kernels.compiling import compiled, compiled_sum, inlined, value_of
@@ -22,8 +22,7 @@ _BLOCK = 4096  # elements that are counted in 16 bits
 _RUN = 512  # elements whose changes are kept to find the largest
 
 
-@dataclass(frozen=True, slots=True)
-class Counts:
+class Counts(Struct, frozen=True):
     """Counts of elements: `zeroed` are zero only after, `altered` are not zero after and differ from before.
 
     `first_altered` is the index of the first altered one, -1 for none.
@@ -45,8 +44,7 @@ class Counts:
         return self.zeroed + self.altered
 
 
-@dataclass(frozen=True, slots=True)
-class Energies:
+class Energies(Struct, frozen=True):
     """Sums of squares of all values before and after, and of their differences.
 
     `largest` is the largest difference by magnitude, infinite where a NaN or an infinity came or went;

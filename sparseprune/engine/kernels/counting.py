@@ -7,10 +7,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from msgspec import Struct
 
 from sparseprune.engine.grids import prod
 from sparseprune.engine.kernels.compiling import compiled, compiled_sum, value_of
@@ -152,8 +152,7 @@ def _count_equal(bits, size, magnitude, key):
     return count
 
 
-@dataclass(frozen=True, slots=True)
-class Tally:
+class Tally(Struct, frozen=True):
     """Counts of one tensor or a part of it; parts add up.
 
     `zeros` are elements equal to 0, of either sign; `energy` is the sum of squares, in float64.

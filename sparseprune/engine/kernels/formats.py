@@ -6,11 +6,11 @@ reports.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from msgspec import Struct
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -22,8 +22,7 @@ if TYPE_CHECKING:
     Values = NDArray[Any]
 
 
-@dataclass(frozen=True, slots=True)
-class Format:
+class Format(Struct, frozen=True):
     """One float dtype; `pattern` is the numpy dtype of its bits, a key is a pattern without its sign.
 
     `largest` is the last key that is not NaN, `infinity` the first that is no finite number. `shift` and

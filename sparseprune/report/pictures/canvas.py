@@ -15,6 +15,7 @@ from matplotlib import style
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.image import imsave
+from msgspec import Struct
 
 from sparseprune.errors import printable
 from sparseprune.report.pictures.files import form_of, put
@@ -202,8 +203,7 @@ th:first-child, td:first-child { text-align: left; }
 """
 
 
-@dataclass(frozen=True, slots=True)
-class Numbers:
+class Numbers(Struct, frozen=True):
     """A table: its titles, and rows of as many texts."""
 
     titles: tuple[str, ...]
@@ -219,8 +219,7 @@ class Picture:
     numbers: tuple[Numbers, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Page:
+class Page(Struct, frozen=True):
     """Pictures below each other under a title; `totals` are facts on a line of their own."""
 
     title: str

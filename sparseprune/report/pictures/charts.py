@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter
+from msgspec import Struct
 
 from sparseprune.errors import printable
 from sparseprune.report.inspection import is_number, natural
@@ -119,8 +119,7 @@ _MIDDLE = 0.179  # of luminance: as far from black as from white
 _BAR_HEIGHT, _BARS_WIDTH = 0.2, 4.5
 
 
-@dataclass(frozen=True, slots=True)
-class Scale:
+class Scale(Struct, frozen=True):
     """What colours stand for: values from `low` to `high`, by the colour map of this name.
 
     `percent` values are shares, shown as percentages.
@@ -150,8 +149,7 @@ class Scale:
         return ">99.9" if rounded == "100" and value < 1 else rounded
 
 
-@dataclass(frozen=True, slots=True)
-class Heat:
+class Heat(Struct, frozen=True):
     """Values by row and column, None where there is none; no label of columns where there is one unnamed."""
 
     title: str
@@ -295,8 +293,7 @@ _STEPS = (1, 2, 5, 10)
 _BUDGETS = 4  # lines; of more unlike budgets the first and the last
 
 
-@dataclass(frozen=True, slots=True)
-class Survivors:
+class Survivors(Struct, frozen=True):
     """Of a rule: the budgets of its instances; pairs of a number of non-zero blocks and scopes with it."""
 
     rule: str
@@ -429,8 +426,7 @@ def _cut(text: str, most: int) -> str:
 _SUFFIX = ".weight"
 
 
-@dataclass(frozen=True, slots=True)
-class Grid(Generic[Tensor]):
+class Grid(Struct, Generic[Tensor], frozen=True):
     """The entries that belong to numbered layers, by row and column, and those that do not.
 
     `rows` are layers in their natural order, stack by stack, `columns` matrices in the order in which they

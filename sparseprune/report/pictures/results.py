@@ -5,11 +5,13 @@ Owns the arrangement and what there is no room for.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from functools import partial
 from math import isfinite, sqrt
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from sparseprune.errors import printable
 from sparseprune.report.pictures import canvas, charts
@@ -33,8 +35,7 @@ _LINE = 90  # characters of a note
 _GAP = 0.4  # inches between two drawings
 
 
-@dataclass(frozen=True, slots=True)
-class Fact:
+class Fact(Struct, frozen=True):
     """One number for each matrix: its title, its scale, and how it is found for one cell's entries."""
 
     title: str
