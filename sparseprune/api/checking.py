@@ -29,7 +29,7 @@ from sparseprune.checkpoint.publish import refuse_replacing
 from sparseprune.errors import SparsepruneError
 from sparseprune.execution.reapply import match_masks
 from sparseprune.report.checks import left_out_text
-from sparseprune.report.pruning import other_weights
+from sparseprune.report.wording import other_weights
 from sparseprune.results.checking import LeftOut, MaskVerifyTotals
 from sparseprune.results.fields import Made, WrittenBytes
 

@@ -121,6 +121,7 @@ def prune(run: Run, prepared: Prepared) -> results.Report:
         from sparseprune.execution.schedule import device_text, devices_of_rules, resolve_device
         from sparseprune.report import pruning
         from sparseprune.report.coverage import unpruned_lines
+        from sparseprune.report.wording import other_weights
         from sparseprune.results.fields import Made, WrittenBytes
 
         device = resolve_device(machine.device, uses_torch=schedule.uses_torch)
@@ -141,7 +142,7 @@ def prune(run: Run, prepared: Prepared) -> results.Report:
             seconds=round(run.seconds, 3),
             warnings=tuple(run.warnings),
             notes=tuple(few_tokens(plan)),
-            files_left_out=pruning.other_weights(layout.left_out),
+            files_left_out=other_weights(layout.left_out),
             bytes=WrittenBytes(weights=nbytes, masks=mask_bytes),
             totals=pruning.report_totals(plan.checkpoint, found, prepared.coverage),
             rules=pruning.rule_results(plan.bound, found, devices_of_rules(schedule, device)),

@@ -28,9 +28,8 @@ mask = command(api.mask, show_pruned)
 
 def _summarize(call: "Call[results.Report]", report: "results.Report", *, verbose: bool) -> None:
     from sparseprune.report.coverage import coverage_text
-    from sparseprune.report.pruning import copies_line
     from sparseprune.report.tables import outcome_table, rules_table
-    from sparseprune.report.wording import percent, size
+    from sparseprune.report.wording import copies_line, percent, size
 
     console = stderr_console()
     if verbose:

@@ -21,8 +21,7 @@ reapply = command(api.reapply, show_reapplied)
 
 def _summarize(seconds: float, result: "results.Reapplication", *, verbose: bool) -> None:
     from sparseprune.report.checks import reapply_table
-    from sparseprune.report.pruning import copies_line
-    from sparseprune.report.wording import percent, size
+    from sparseprune.report.wording import copies_line, percent, size
 
     console = stderr_console()
     totals, tensors, sizes = result.totals, result.tensors, result.bytes

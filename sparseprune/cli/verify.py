@@ -31,8 +31,7 @@ verify = command(api.verify, show_verified)
 
 def _print_masks(result: "results.MaskVerification") -> None:
     from sparseprune.report.checks import verify_masks_table
-    from sparseprune.report.pruning import copies_line
-    from sparseprune.report.wording import many
+    from sparseprune.report.wording import copies_line, many
 
     print_table(verify_masks_table(result))
     if result.holds:

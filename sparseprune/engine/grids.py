@@ -232,3 +232,16 @@ def _strides(outline: Outline, shape: Shape) -> Shape | None:
             return None
     strides += [strides[-1] if strides else 1] * len(new)
     return tuple(reversed(strides)) if prod(new) == 1 else None
+
+
+def index_of(element: int, shape: Shape) -> Shape:
+    """The index of an element that is counted in row-major order.
+
+    >>> index_of(7, (2, 4))
+    (1, 3)
+    """
+    index = []
+    for extent in reversed(shape):
+        index.append(element % extent if extent else 0)
+        element = element // extent if extent else 0
+    return tuple(reversed(index))

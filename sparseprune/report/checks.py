@@ -10,9 +10,17 @@ from rich.text import Text
 from sparseprune.engine.grids import prod
 from sparseprune.errors import printable
 from sparseprune.report.coverage import coverage_text, coverage_totals
-from sparseprune.report.pruning import copies_line, energy_kept, share
 from sparseprune.report.tables import Column, Fact, FittedTable, budget_text, filled
-from sparseprune.report.wording import many, number_text, percent, place_text, shape_text
+from sparseprune.report.wording import (
+    copies_line,
+    energy_kept,
+    many,
+    number_text,
+    percent,
+    place_text,
+    shape_text,
+    share,
+)
 from sparseprune.results.checking import MaskCheckedTensor, MaskedTotals, ReappliedTensor, VerifyTotals
 
 if TYPE_CHECKING:

@@ -9,13 +9,21 @@ from typing import TYPE_CHECKING, TypeVar
 from rich.console import Group
 from rich.text import Text
 
+from sparseprune.engine.grids import index_of
 from sparseprune.engine.kernels.counting import exact_sum
 from sparseprune.errors import printable
 from sparseprune.execution.compare import TensorComparison
-from sparseprune.report.plan import index_of
-from sparseprune.report.pruning import LEAST_ENERGY, mean, share
 from sparseprune.report.tables import Column, Fact, FittedTable, below, filled
-from sparseprune.report.wording import many, number_text, percent, place_text, shape_text
+from sparseprune.report.wording import (
+    LEAST_ENERGY,
+    many,
+    mean,
+    number_text,
+    percent,
+    place_text,
+    shape_text,
+    share,
+)
 from sparseprune.results.fields import NamedTensor
 from sparseprune.results.measuring import ComparedTensor, CompareTotals, Comparison, ReshapedTensor
 

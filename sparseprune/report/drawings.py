@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING
 from msgspec import Struct
 from rich.text import Text
 
-from sparseprune.engine.grids import Shape, inverse_order, permute, prod
+from sparseprune.engine.grids import Shape, index_of, inverse_order, permute, prod
 from sparseprune.errors import printable
-from sparseprune.report.plan import index_of
 from sparseprune.report.wording import many, shape_text, shared_beginning
 from sparseprune.spec import BoundBlockCoupling
 

@@ -15,9 +15,8 @@ from rich.text import Text
 
 from sparseprune.errors import printable
 from sparseprune.report.inspection import summed
-from sparseprune.report.pruning import copies_line
 from sparseprune.report.tables import Column, Fact, FittedTable, below, filled
-from sparseprune.report.wording import many, number_text, percent, shape_text
+from sparseprune.report.wording import copies_line, many, number_text, percent, shape_text
 from sparseprune.results.measuring import InspectedGroup
 
 if TYPE_CHECKING:

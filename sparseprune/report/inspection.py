@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from msgspec import Struct
 
 from sparseprune.errors import SparsepruneError, printable
-from sparseprune.report.pruning import other_weights, share
 from sparseprune.report.runtimes import verdict
-from sparseprune.report.wording import many
+from sparseprune.report.wording import many, other_weights, share
 from sparseprune.results.fields import json_value
 from sparseprune.results.measuring import (
     InspectedGroup,

@@ -12,12 +12,12 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from sparseprune.engine.grids import Shape, prod
+from sparseprune.engine.grids import Shape, index_of, prod
 from sparseprune.errors import printable
 from sparseprune.report.coverage import coverage_text, coverage_totals
-from sparseprune.report.pruning import config_text, share
+from sparseprune.report.pruning import config_text
 from sparseprune.report.tables import INDENT, Column, Fact, below, filled, indented, plain_table
-from sparseprune.report.wording import each_text, many, percent, place_text, shape_text, size
+from sparseprune.report.wording import each_text, many, percent, place_text, shape_text, share, size
 from sparseprune.results import pruning as results
 from sparseprune.results.fields import one_or_all
 from sparseprune.spec import BoundBlock, BoundBlockCoupling, Score
@@ -241,19 +241,6 @@ def _form(member: BoundScope, leaf: BoundBlock, stored: StoredTensor, count: int
         grid=leaf.grid_shape,
         scope=member.shape,
     )
-
-
-def index_of(element: int, shape: Shape) -> Shape:
-    """The index of an element that is counted in row-major order.
-
-    >>> index_of(7, (2, 4))
-    (1, 3)
-    """
-    index = []
-    for extent in reversed(shape):
-        index.append(element % extent if extent else 0)
-        element = element // extent if extent else 0
-    return tuple(reversed(index))
 
 
 def unreached(tensors: Tensors, reached: Collection[str]) -> tuple[results.UnreachedTensor, ...]:

@@ -7,7 +7,6 @@ Owns sums and shares that other results need as well. Called by api and by other
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from typing import TYPE_CHECKING
 
@@ -15,11 +14,20 @@ from msgspec import Struct
 from msgspec import field as struct_field
 
 from sparseprune.engine.grids import prod
-from sparseprune.errors import printable
 from sparseprune.report.coverage import coverage_text, coverage_totals
 from sparseprune.report.tables import Column, FittedTable
-from sparseprune.report.wording import many, percent, shape_text, size
-from sparseprune.results.fields import ConfigChange, OtherWeights, one_or_all
+from sparseprune.report.wording import (
+    copies_line,
+    energy_kept,
+    many,
+    mean,
+    other_weights,
+    percent,
+    shape_text,
+    share,
+    size,
+)
+from sparseprune.results.fields import ConfigChange, one_or_all
 from sparseprune.results.pruning import (
     ChangedTensor,
     Removal,
@@ -33,35 +41,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from sparseprune.checkpoint import Checkpoint, OtherFile, ResizedTensor
-    from sparseprune.engine.kernels.counting import Tally
     from sparseprune.execution.passes import TensorOutcome
     from sparseprune.removal.shrink import Removal as Shrunk
     from sparseprune.report.coverage import Coverage
     from sparseprune.spec import BoundSpec
-
-
-_NAMED = 4  # files in one line
-# A sum of squares below this has lost digits to the lower end of float64.
-LEAST_ENERGY = 2.0**-960
-
-
-def other_weights(files: Iterable[OtherFile]) -> tuple[OtherWeights, ...]:
-    """Other copies of the weights in a checkpoint's folder."""
-    return tuple(OtherWeights(path=str(file.path), bytes=file.nbytes) for file in files)
-
-
-def copies_line(became: str, files: Sequence[OtherWeights]) -> Iterator[str]:
-    """A line with what became of other copies of the weights, the first by name; none for none.
-
-    >>> list(copies_line("left out", [OtherWeights(path="model.gguf", bytes=5_000_000)]))
-    ['left out: model.gguf (5.00 MB), another copy of the weights']
-    """
-    if files:
-        names = ", ".join(printable(file.path) for file in files[:_NAMED])
-        more = f" and {len(files) - _NAMED:,} more" if len(files) > _NAMED else ""
-        copies = "another copy" if len(files) == 1 else "other copies"
-        total = size(sum(file.bytes for file in files))
-        yield f"{became}: {names}{more} ({total}), {copies} of the weights"
 
 
 class Sums(Struct, frozen=True):
@@ -83,31 +66,6 @@ def summed_up(tensors: Iterable[TensorOutcome]) -> Sums:
         found.output_errors_masked.append(tensor.output_error_masked)
         found.output_errors.append(tensor.output_error)
     return found
-
-
-def share(part: float, whole: float) -> float:
-    """The share of a part in a whole; 0 of nothing is 0."""
-    return part / whole if whole else 0.0
-
-
-def mean(values: Iterable[float | None]) -> float | None:
-    """The mean of those that are there; None of none.
-
-    >>> mean([0.25, None, 0.75]), mean([None])
-    (0.5, None)
-    """
-    known = [value for value in values if value is not None]
-    return math.fsum(known) / len(known) if known else None
-
-
-def energy_kept(before: Tally, after: Tally) -> float | None:
-    """||pruned||^2 / ||dense||^2; 1 of nothing, None where squares have no place in float64."""
-    if not math.isfinite(before.energy) or not math.isfinite(after.energy):
-        return None
-    if before.energy < LEAST_ENERGY:
-        return 1.0 if before.zeros == before.numel else None
-    kept = after.energy / before.energy
-    return kept if math.isfinite(kept) else None
 
 
 def report_totals(checkpoint: Checkpoint, found: Sums, coverage: Coverage | None) -> ReportTotals:

@@ -5,16 +5,25 @@ Plain text; no rich, so that whoever prints JSON does not wait for it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import takewhile
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+from sparseprune.errors import printable
+from sparseprune.results.fields import OtherWeights
 
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    from sparseprune.checkpoint import OtherFile
+    from sparseprune.engine.kernels.counting import Tally
     from sparseprune.results.fields import EachNumber
 
 SIZES = ("B", "kB", "MB", "GB", "TB", "PB")
+_NAMED = 4  # files in one line
+# A sum of squares below this has lost digits to the lower end of float64.
+LEAST_ENERGY = 2.0**-960
 _PLURALS = {"matrix": "matrices", "entry": "entries"}
 
 
@@ -107,3 +116,47 @@ def unit_of(amount: float, names: Sequence[str] = SIZES) -> tuple[int, str]:
     while amount >= 999.5 * 1000**power and power < len(names) - 1:
         power += 1
     return 1000**power, names[power]
+
+
+def other_weights(files: Iterable[OtherFile]) -> tuple[OtherWeights, ...]:
+    """Other copies of the weights in a checkpoint's folder."""
+    return tuple(OtherWeights(path=str(file.path), bytes=file.nbytes) for file in files)
+
+
+def copies_line(became: str, files: Sequence[OtherWeights]) -> Iterator[str]:
+    """A line with what became of other copies of the weights, the first by name; none for none.
+
+    >>> list(copies_line("left out", [OtherWeights(path="model.gguf", bytes=5_000_000)]))
+    ['left out: model.gguf (5.00 MB), another copy of the weights']
+    """
+    if files:
+        names = ", ".join(printable(file.path) for file in files[:_NAMED])
+        more = f" and {len(files) - _NAMED:,} more" if len(files) > _NAMED else ""
+        copies = "another copy" if len(files) == 1 else "other copies"
+        total = size(sum(file.bytes for file in files))
+        yield f"{became}: {names}{more} ({total}), {copies} of the weights"
+
+
+def share(part: float, whole: float) -> float:
+    """The share of a part in a whole; 0 of nothing is 0."""
+    return part / whole if whole else 0.0
+
+
+def mean(values: Iterable[float | None]) -> float | None:
+    """The mean of those that are there; None of none.
+
+    >>> mean([0.25, None, 0.75]), mean([None])
+    (0.5, None)
+    """
+    known = [value for value in values if value is not None]
+    return math.fsum(known) / len(known) if known else None
+
+
+def energy_kept(before: Tally, after: Tally) -> float | None:
+    """||pruned||^2 / ||dense||^2; 1 of nothing, None where squares have no place in float64."""
+    if not math.isfinite(before.energy) or not math.isfinite(after.energy):
+        return None
+    if before.energy < LEAST_ENERGY:
+        return 1.0 if before.zeros == before.numel else None
+    kept = after.energy / before.energy
+    return kept if math.isfinite(kept) else None
