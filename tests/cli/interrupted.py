@@ -24,12 +24,13 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import IO, Any, NoReturn, Self
 
 import pytest
+from msgspec.structs import replace
 
 from sparseprune.checkpoint import StagedOutput, publish
 from sparseprune.cli import signals

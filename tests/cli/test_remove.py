@@ -5,13 +5,13 @@ import pickle
 import re
 import shutil
 import tracemalloc
-from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from msgspec.structs import replace
 from safetensors.torch import load_file, save_file
 
 from sparseprune import load_masks

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import torch
+from msgspec.structs import replace
 from safetensors.torch import load_file, save_file
 
 from sparseprune import load_masks
@@ -127,7 +129,9 @@ def scope_by_hand(
             torn += 1
             torn_in.update(leaf.tensor for leaf in alive if alive[leaf])
     broken = undercut > 0 if scope.allowed is None else nonzero > scope.allowed
-    return replace(scope, nonzero=nonzero, broken=broken, elements=elements, torn=torn, torn_in=torn_in)
+    return dataclasses.replace(
+        scope, nonzero=nonzero, broken=broken, elements=elements, torn=torn, torn_in=torn_in
+    )
 
 
 def facts(verification: Verification) -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """Verify in other processes: every chunk pickles, and gives there what it gives here."""
 
+import dataclasses
 import pickle
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from msgspec.structs import replace
 from safetensors.torch import save_file
 
 from sparseprune.checkpoint import TensorReader, open_checkpoint
@@ -51,11 +53,11 @@ class Elsewhere(Pass):
 
     def merge(self, partials: list[Any], io: TensorIO) -> Any:
         following = self.inner.merge(partials, io)
-        return replace(self, inner=following) if isinstance(following, Pass) else following
+        return dataclasses.replace(self, inner=following) if isinstance(following, Pass) else following
 
     def decided(self, value: Any) -> Pass | None:
         following = self.inner.decided(value)
-        return None if following is None else replace(self, inner=following)
+        return None if following is None else dataclasses.replace(self, inner=following)
 
 
 def work_here(pickled: bytes, checkpoint: Path) -> Any:

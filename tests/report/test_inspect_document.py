@@ -2,11 +2,11 @@
 
 import io
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from typing import Any
 
 import jsonschema
 import pytest
+from msgspec.structs import replace
 from rich.console import Console
 
 from sparseprune.execution.inspect import BlockShape, Pattern, Questions, TensorFacts, Zeros

@@ -3,7 +3,6 @@
 import re
 import subprocess
 import sys
-from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree as ET
@@ -11,6 +10,7 @@ from xml.etree import ElementTree as ET
 import numpy as np
 import pytest
 from matplotlib.image import imread
+from msgspec.structs import replace
 
 from sparseprune.errors import SparsepruneError
 from sparseprune.report.pictures import files
