@@ -38,8 +38,8 @@ def _refuse_masks(call: "Call[results.Removal]") -> None:
 
 
 def _summarize(seconds: float, result: "results.Removal", *, verbose: bool) -> None:
-    from sparseprune.report.pruning import changed_table, removal_lines
-    from sparseprune.report.tables import rules_table
+    from sparseprune.report.pruning import removal_lines
+    from sparseprune.report.tables import changed_table, rules_table
     from sparseprune.report.wording import size
 
     console = stderr_console()

@@ -15,7 +15,6 @@ from msgspec import field as struct_field
 
 from sparseprune.engine.grids import prod
 from sparseprune.report.coverage import coverage_text, coverage_totals
-from sparseprune.report.tables import Column, FittedTable
 from sparseprune.report.wording import (
     copies_line,
     energy_kept,
@@ -23,7 +22,6 @@ from sparseprune.report.wording import (
     mean,
     other_weights,
     percent,
-    shape_text,
     share,
     size,
 )
@@ -192,18 +190,6 @@ def _changed_tensors(checkpoint: Checkpoint, left: Mapping[str, ResizedTensor]) 
                 shape=stored.shape,
                 shape_after=shape_after,
             )
-
-
-def changed_table(removal: Removal) -> FittedTable:
-    """Every tensor that was removed, or has another shape or name."""
-    rows = []
-    for tensor in removal.tensors:
-        after, name = tensor.shape_after, tensor.name_after
-        renamed = "" if name in (None, tensor.name) else str(name)
-        became = "removed" if after is None else shape_text(after) if after != tensor.shape else "as it was"
-        rows.append((tensor.name, shape_text(tensor.shape), became, renamed))
-    columns = [Column(title, "left") for title in ("tensor", "shape", "becomes", "named")]
-    return FittedTable(columns, rows, ", --json")
 
 
 def config_text(one: ConfigChange) -> str:

@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sparseprune.errors import printable
-from sparseprune.report.wording import each_text, number_text, percent
+from sparseprune.report.wording import each_text, number_text, percent, shape_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -411,3 +411,15 @@ def _cell(value: object) -> object:
 
 def _escaped(text: str) -> str:
     return _MARKS.sub(r"\\\g<0>", printable(text))
+
+
+def changed_table(removal: Removal) -> FittedTable:
+    """Every tensor that was removed, or has another shape or name."""
+    rows = []
+    for tensor in removal.tensors:
+        after, name = tensor.shape_after, tensor.name_after
+        renamed = "" if name in (None, tensor.name) else str(name)
+        became = "removed" if after is None else shape_text(after) if after != tensor.shape else "as it was"
+        rows.append((tensor.name, shape_text(tensor.shape), became, renamed))
+    columns = [Column(title, "left") for title in ("tensor", "shape", "becomes", "named")]
+    return FittedTable(columns, rows, ", --json")
