@@ -69,7 +69,7 @@ def test_something_is_told_before_libraries_are_loaded(
 ) -> None:
 
     monkeypatch.setattr(
-        "sparseprune.execution.resolve_device", failing(SparsepruneError, "here torch is loaded")
+        "sparseprune.execution.schedule.resolve_device", failing(SparsepruneError, "here torch is loaded")
     )
     said = calibrate(home, "llama", tmp_path / "stats")
     assert said.err.splitlines() == [
