@@ -35,7 +35,7 @@ Role = Literal["values", "vector", "blocks", "conditioners", "moment"]
 _NUMBERS = frozenset(row.name for row in DTYPES.values() if row.prunable)
 _FLOATS = frozenset(name for name in _NUMBERS if not name.startswith("I"))
 _MOMENTS = frozenset({"F64", "F32", "F16", "BF16"})
-_MOST_TOLD = 3  # weights without statistics; more of them mean another checkpoint
+_MOST_NAMED = 3  # weights without statistics; more of them mean another checkpoint
 _TABLE_OF: Mapping[Role, str] = {"moment": "reconstruct"}  # others belong to the score
 
 
@@ -85,9 +85,9 @@ class InputFiles:
         """SpecError with every problem that was noted; where much is missing one line says so."""
         for (rule, role, path), names in self._missing.items():
             file = self._files[path]
-            told = names if len(names) <= _MOST_TOLD else names[:1]
-            for name in told:
-                what = name if len(told) > 1 or len(names) == 1 else f"{len(names)} weights, such as {name}"
+            named = names if len(names) <= _MOST_NAMED else names[:1]
+            for name in named:
+                what = name if len(named) > 1 or len(names) == 1 else f"{len(names)} weights, such as {name}"
                 near = "" if file is None else _nearest(name, list(file.of))
                 self._note(rule, f"{path}: has no statistics of {what}{near}", role)
         if self._problems:

@@ -237,7 +237,7 @@ def rules_of_spec(bound: BoundSpec) -> dict[str, str]:
 
 
 def rules_of_report(report: Mapping[str, Any]) -> dict[str, str]:
-    """For each tensor that a report.json tells of the rules that reached it; empty where it names none."""
+    """For each tensor in a report.json the rules that reached it; empty where it names none."""
     entries = report.get("tensors")
     return {
         entry["name"]: entry["rule"]

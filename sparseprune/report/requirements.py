@@ -293,8 +293,8 @@ def _number_text(value: float, wanted: float, *, percent: bool) -> str:
     scaled = float(Fraction(value) * scale)
     for digits in range(max(4, len(str(int(abs(scaled))))), _DIGITS + 1):
         text = f"{scaled:.{digits}g}"
-        told = float(Fraction(text) / scale)
-        if (told > wanted) - (told < wanted) == (value > wanted) - (value < wanted):
+        rounded = float(Fraction(text) / scale)
+        if (rounded > wanted) - (rounded < wanted) == (value > wanted) - (value < wanted):
             return text + sign
     return f"{Decimal(value) * scale:.20g}{sign}"
 

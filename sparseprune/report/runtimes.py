@@ -1,6 +1,6 @@
 """Which runtimes can run a tensor sparse: their rules as one table, each with its source.
 
-Owns what they want of dtype, rank, size and pattern, and how the first rule that fails is told. Judges what
+Owns what they want of dtype, rank, size and pattern, and how the first rule that fails is worded. Judges what
 was counted, sees no element, and knows no layer: GPT-2 stores its projections transposed (Conv1D, input by
 output), which no file says. Called by `inspect --for` and by requirements.
 """
@@ -43,8 +43,8 @@ class Runtime(Struct, frozen=True):
     Rows are dimension 0, the outputs of a layer; columns are its inputs, dimension 1: the last one of a
     matrix (out, in), the channels of a convolution (out, in, ...). `ranks` are the numbers of dimensions
     that it takes. `gains_above` is the number of outputs, and of inputs to each, up to which the dense
-    kernel is the faster one, 0 where none is told. `device` is what no file can show; `devices` are those of
-    dtypes that need another one.
+    kernel is the faster one, 0 where the source names none. `device` is what no file can show; `devices` are
+    those of dtypes that need another one.
     """
 
     name: str

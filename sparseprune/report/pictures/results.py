@@ -203,15 +203,15 @@ def _lines(figure: Figure, grid: Grid[Any], facts: Sequence[Fact]) -> None:
 
 
 def _others(grid: Grid[Any], facts: Sequence[Fact]) -> list[str]:
-    told = []
+    lines = []
     for entry in grid.others[:_NAMED]:
         values = [
             f"{fact.scale.name} {fact.scale.text(fact.value((entry,)))}{'%' if fact.scale.percent else ''}"
             for fact in facts
         ]
-        told.append(f"{shortened([printable(entry.name)], 50)[0]}: {', '.join(values)}")
-    more = len(grid.others) - len(told)
-    return [*told, f"and {more:,} more that belong to no numbered layer"] if more else told
+        lines.append(f"{shortened([printable(entry.name)], 50)[0]}: {', '.join(values)}")
+    more = len(grid.others) - len(lines)
+    return [*lines, f"and {more:,} more that belong to no numbered layer"] if more else lines
 
 
 def _totals(totals: CompareTotals) -> tuple[tuple[str, str], ...]:
