@@ -46,7 +46,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sparseprune.engine import SparseBlock, SparseScope, View
-    from sparseprune.execution.passes import Outcome
     from sparseprune.execution.plan import Task
     from sparseprune.execution.regions import AnyBlock, AnyScope
     from sparseprune.execution.strategy import TorchInMemory, TorchOutOfCore

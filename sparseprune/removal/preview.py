@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from sparseprune.checkpoint import StoredTensor
-    from sparseprune.engine.grids import Shape
     from sparseprune.execution.plan import Plan
     from sparseprune.removal.shrink import Removal
     from sparseprune.spec import BoundBlock, BoundInstance, BoundRule

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from sparseprune.checkpoint import Sink, Source, StoredTensor
-    from sparseprune.engine.grids import Shape
     from sparseprune.execution.regions import Limits
     from sparseprune.execution.runner import Progress
     from sparseprune.removal.slices import KeptIndices

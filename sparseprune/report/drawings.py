@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
     from rich.console import Console, ConsoleOptions, RenderResult
 
-    from sparseprune.engine.grids import Shape
     from sparseprune.spec import BoundBlock, BoundInstance, BoundRule, BoundScope, BoundScopeCoupling
 
     AnyScope = BoundScope | BoundScopeCoupling
