@@ -68,6 +68,7 @@ class Window(Struct, frozen=True):
 def view_index(leaf: BoundBlock, element: int) -> Shape | None:
     """The index in the view of an element of the tensor; None for an element outside of it.
 
+    >>> from sparseprune.spec import BoundBlock
     >>> pairs = BoundBlock("w", "w", (4, 8, 2), (16, 1, 8), 0, (1, 1, 2))
     >>> view_index(pairs, 16 + 8 + 3)
     (1, 3, 1)
