@@ -9,11 +9,10 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Annotated, Literal
-
-from msgspec import Struct
 
 from sparseprune.errors import SparsepruneError
 
@@ -208,7 +207,8 @@ MomentMemory = Annotated[
 ]
 
 
-class Machine(Struct, frozen=True):
+@dataclass(frozen=True, slots=True)
+class Machine:
     """What a run may use: a device as it was given, threads, and bytes of memory."""
 
     device: str
@@ -224,7 +224,8 @@ def machine(device: str = "cpu", jobs: int | None = None, memory: int | str | No
     return Machine(device, jobs or default_jobs(), nbytes)
 
 
-class Source(Struct, frozen=True):
+@dataclass(frozen=True, slots=True)
+class Source:
     """A checkpoint and the spec that it is pruned by, with other values for the spec's variables."""
 
     checkpoint: Path
@@ -245,7 +246,8 @@ def texts(variables: Mapping[str, object] | None) -> dict[str, str]:
     return {name: str(value) for name, value in (variables or {}).items()}
 
 
-class Target(Struct, frozen=True):
+@dataclass(frozen=True, slots=True)
+class Target:
     """Where a result goes: without a `mask_format` no masks, without `weights` masks alone.
 
     `resized`: slices are cut out of what is decided.
@@ -258,7 +260,8 @@ class Target(Struct, frozen=True):
     resized: bool = False
 
 
-class Listing(Struct, frozen=True):
+@dataclass(frozen=True, slots=True)
+class Listing:
     """Which tensors a result has, and in which order: patterns, a column to sort by or None."""
 
     match: Sequence[str] = ()

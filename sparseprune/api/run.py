@@ -12,10 +12,9 @@ import os
 import threading
 import time
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
-
-from msgspec import Struct
 
 from sparseprune.errors import CheckFailedError, SparsepruneError, printable
 
@@ -29,7 +28,8 @@ if TYPE_CHECKING:
 Made = TypeVar("Made", bound="Document")
 
 
-class Progress(Struct, frozen=True):
+@dataclass(frozen=True, slots=True)
+class Progress:
     """How far a step of a run is: `done` of `total` bytes, or of what else `counts` says.
 
     `what` names the step, such as "pruning"; `unit` what is at work, such as "proj[layer=7]"; `already` of
@@ -59,7 +59,8 @@ def _unheard(*_: object, **__: object) -> None:
     """What happens where nobody listens."""
 
 
-class Listener(Struct, frozen=True):
+@dataclass(frozen=True, slots=True)
+class Listener:
     """Functions that hear of a run while it goes on.
 
     `progress` is called from any thread, one call at a time. `warning` gets the lines that results have as
