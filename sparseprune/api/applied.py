@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from sparseprune.checkpoint import open_checkpoint
 from sparseprune.checkpoint.discovery import RESULTS, SUFFIX
-from sparseprune.checkpoint.documents import read_object
+from sparseprune.checkpoint.documents import read_object_if_any
 from sparseprune.checkpoint.publish import left_behind
-from sparseprune.errors import CheckpointError, SparsepruneError
+from sparseprune.errors import SparsepruneError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -64,13 +64,7 @@ def applied_spec(checkpoint: Checkpoint, named: str | None, overrides: Mapping[s
 
 def applied_report(checkpoint: Checkpoint) -> Mapping[str, Any] | None:
     """The report.json of the run that wrote the checkpoint, None where it has none."""
-    path = _report_path(checkpoint)
-    try:
-        return read_object(path)
-    except CheckpointError as error:
-        if isinstance(error.__cause__, FileNotFoundError):
-            return None
-        raise
+    return read_object_if_any(_report_path(checkpoint))
 
 
 def note_left_behind(run: Run, checkpoint: Path) -> None:
