@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from sparseprune.calibration import KeptMasks, keep_masked, parameter_masks
     from sparseprune.checkpoint import load_masks
     from sparseprune.engine.block import BlockCoupling, BlockSpec, SparseBlock
-    from sparseprune.engine.reconstruction import Matrix, Reconstructed, admm, keep_rows, projection, refit
+    from sparseprune.engine.matrices import Matrix, projection
+    from sparseprune.engine.reconstruction import Reconstructed, admm, keep_rows, refit
     from sparseprune.engine.scope import ScopeCoupling, ScopeSpec, SparseScope
     from sparseprune.engine.view import View
 

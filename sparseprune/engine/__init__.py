@@ -9,7 +9,8 @@ from sparseprune import on_first_use
 
 if TYPE_CHECKING:
     from sparseprune.engine.block import BlockCoupling, BlockSpec, SparseBlock
-    from sparseprune.engine.reconstruction import Matrix, Reconstructed, admm, keep_rows, projection, refit
+    from sparseprune.engine.matrices import Matrix, projection
+    from sparseprune.engine.reconstruction import Reconstructed, admm, keep_rows, refit
     from sparseprune.engine.scope import ScopeCoupling, ScopeSpec, SparseScope
     from sparseprune.engine.view import View
 
@@ -20,7 +21,8 @@ __getattr__, __dir__ = on_first_use(
     __name__,
     {
         "block": "BlockCoupling BlockSpec SparseBlock",
-        "reconstruction": "Matrix Reconstructed admm keep_rows projection refit",
+        "matrices": "Matrix projection",
+        "reconstruction": "Reconstructed admm keep_rows refit",
         "scope": "ScopeCoupling ScopeSpec SparseScope",
         "view": "View",
     },

@@ -1,367 +1,32 @@
 """Reconstruction: survivors that make up for what was pruned, by second moments of their inputs.
 
-Owns `Matrix`, output errors, `projection`, and the least squares: `refit` of given supports, and `admm`, with
-the support as an unknown. Knows scopes only as a projection. Sources are named at each function.
+Owns the least squares: `refit` of given supports, and `admm`, with the support as an unknown. Knows scopes
+only as a projection. Sources are named at each function. Called by execution and by users.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from msgspec import Struct
 from torch import Tensor
 
-from sparseprune.engine.scoring import round_to
-from sparseprune.errors import ShapeMismatchError, SparsityError
+from sparseprune.engine.matrices import (
+    Matrix,
+    Projection,
+    Scaled,
+    cholesky_in_place,
+    distances,
+    output_losses,
+    refuse_unlike,
+    scaled,
+    units_of,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Sequence
 
-    from sparseprune.engine.scope import SparseScope
-
-
-_UNSEEN = 1e-18  # the scale of weights without known inputs; its square is still a float32
-_USUAL = 30  # weights between 2^-30 and 2^30 are not scaled
-_ROUNDED = 1e-4  # the error of sums of products in float32, with a unit diagonal
-_SAFETY = 4  # smallest eigenvalue of a system, in units of the rounding of its entries
-_ROWS = 1 << 18  # elements to sum at one time
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Matrix:
-    """Weights (out, in), or (matrices, out, in) such as experts, and the second moment of what they multiply.
-
-    `moment` is E[x x^T] up to a factor: (in, in), for experts (matrices, in, in); `input_dim` says which
-    dimension of `dense` the inputs lie along, so that (in, out) is as good. Where `fixed` (bool, of the shape
-    of `dense`) is True weights stay as they are, whatever becomes of the others.
-
-    Raises:
-        ShapeMismatchError: shapes that do not go together.
-        SparsityError: weights that are no floats or not finite; a moment with NaN or infinity, or one that is
-            asymmetric or has directions of negative energy, by more than rounding.
-    """
-
-    dense: Tensor
-    moment: Tensor
-    input_dim: int = -1
-    fixed: Tensor | None = None
-
-    def __post_init__(self) -> None:
-        _check_shapes(self)
-        if not self.dense.dtype.is_floating_point:
-            raise SparsityError(f"weights of {self.dense.dtype} cannot be reconstructed: wanted floats")
-        if not bool(self.dense.to(self.work_dtype).isfinite().all()):
-            raise SparsityError("the weights hold NaN or infinity: nothing can make up for these")
-        diagonal = self.moment.diagonal(dim1=-2, dim2=-1)
-        if not bool(self.moment.isfinite().all()):
-            raise SparsityError("the second moment of the inputs holds NaN or infinity")
-        if bool((diagonal < 0).any()):
-            raise SparsityError("the second moment of the inputs has a negative diagonal: it is none")
-        for moment in self.moments:
-            _refuse_no_moment(moment)
-
-    @property
-    def moments(self) -> Tensor:
-        """The moments as (matrices, in, in), sharing their storage."""
-        return self.moment if self.moment.ndim == 3 else self.moment.unsqueeze(0)
-
-    @property
-    def unseen(self) -> list[int]:
-        """The indices of matrices whose moment is zero: nothing is known of their inputs."""
-        seen = (self.moment.diagonal(dim1=-2, dim2=-1) > 0).any(-1).reshape(-1)
-        return [int(number) for number in (~seen).nonzero()]
-
-    @property
-    def features(self) -> int:
-        """How many inputs a row has."""
-        return int(self.dense.shape[self.input_dim])
-
-    @property
-    def work_dtype(self) -> torch.dtype:
-        """The dtype of the computation: float32, for float64 weights float64."""
-        return torch.float64 if self.dense.dtype == torch.float64 else torch.float32
-
-    def rows(self, tensor: Tensor) -> Tensor:
-        """A tensor of the weights' shape as (matrices, out, in), sharing its storage."""
-        moved = tensor.movedim(self.input_dim, -1)
-        return moved if moved.ndim == 3 else moved.unsqueeze(0)
-
-    def unrows(self, rows: Tensor) -> Tensor:
-        """The inverse of `rows`."""
-        return (rows if self.dense.ndim == 3 else rows.squeeze(0)).movedim(-1, self.input_dim)
-
-    def rounded(self, rows: Tensor) -> Tensor:
-        """(matrices, out, in) in the weights' shape and dtype; its largest number where one is too large."""
-        dtype = self.dense.dtype
-        most = torch.finfo(dtype).max
-        return round_to(self.unrows(rows).clamp(-most, most), dtype).contiguous()
-
-
-class Units(Struct, frozen=True):
-    """Weights count in units of 2^`weight`, moments in units of 2^`moment`, an even number.
-
-    In these no square or product of theirs leaves the range of a float, and powers of two round nothing.
-    """
-
-    weight: int = 0
-    moment: int = 0
-
-    @property
-    def energy(self) -> int:
-        """The power of two that energies of outputs count in."""
-        return 2 * self.weight + self.moment
-
-
-def units_of(matrices: Sequence[Matrix]) -> Units:
-    """Units for matrices that are compared with each other: the largest moment is about 1."""
-    weight = _exponent([matrix.dense.to(matrix.work_dtype) for matrix in matrices])
-    moment = _exponent([matrix.moments.diagonal(dim1=-2, dim2=-1) for matrix in matrices])
-    return Units(weight if abs(weight) > _USUAL else 0, moment + moment % 2)
-
-
-class Scaled(Struct, frozen=True, eq=False):
-    """A damped problem in coordinates in which the diagonal of its Hessian is 1, or a little more.
-
-    `hessian` (matrices, in, in) is positive definite in the precision of the work; `dense`
-    (matrices, out, in) is the weights, in `units`, times `scale` (matrices, 1, in). What was added to each
-    diagonal of the moments, in `units`, is `damping` (matrices, 1), float64.
-    """
-
-    hessian: Tensor
-    dense: Tensor
-    scale: Tensor
-    units: Units
-    damping: Tensor
-
-    @property
-    def is_uncorrelated(self) -> bool:
-        """Whether inputs are uncorrelated, so that no weight can make up for another."""
-        off = self.hessian - torch.diag_embed(self.hessian.diagonal(dim1=-2, dim2=-1))
-        return not bool(off.any())
-
-    def scaled(self, rows: Tensor) -> Tensor:
-        """Weights, (matrices, out, in) in the dtype of the work, in these coordinates."""
-        return times_power(rows, -self.units.weight) * self.scale
-
-    def unscaled(self, rows: Tensor) -> Tensor:
-        """The inverse of `scaled`; infinite where a number is too large."""
-        return times_power(rows / self.scale, self.units.weight)
-
-
-def scaled(matrix: Matrix, damp: float, units: Units | None = None) -> Scaled:
-    """The problem of a matrix, its Hessian damped by `damp` times the mean of its diagonal.
-
-    A Hessian that is singular then, as far as the precision of the work can tell, is damped by more, as
-    little as it takes: see `_floor`. `units` are the matrix's own, unless it is compared with others.
-
-    Raises:
-        SparsityError: a negative damp.
-    """
-    if not damp >= 0:
-        raise SparsityError(f"damp {damp}: wanted a number of 0 or more")
-    units = units or units_of([matrix])
-    work = matrix.work_dtype
-    diagonal = times_power(matrix.moments.diagonal(dim1=-2, dim2=-1).to(torch.float64), -units.moment)
-    damping = damp * diagonal.mean(-1, keepdim=True)
-    roots = (diagonal + damping).sqrt()
-    # Weights without inputs and damping get a tiny scale, so that they count next to nothing.
-    roots = roots.clamp(_UNSEEN, 1 / _UNSEEN).to(work)
-    stored = times_power(roots.to(torch.promote_types(matrix.moment.dtype, work)), units.moment // 2)
-    hessian = matrix.moments.to(stored.dtype) / stored.unsqueeze(-1)
-    hessian /= stored.unsqueeze(-2)
-    hessian = (hessian + hessian.mT).mul_(0.5).to(work)
-    # Where a square was rounded to zero, products with it are rounding errors.
-    hessian.mul_((diagonal > 0).unsqueeze(-1)).mul_((diagonal > 0).unsqueeze(-2))
-    hessian.diagonal(dim1=-2, dim2=-1).fill_(1.0)
-    exact = work == matrix.moment.dtype == torch.float64
-    for one in hessian:
-        one.diagonal().add_(_floor(one, torch.finfo(torch.float64 if exact else torch.float32).eps))
-    scale = roots.unsqueeze(-2)
-    dense = times_power(matrix.rows(matrix.dense).to(work), -units.weight) * scale
-    return Scaled(hessian, dense, scale, units, damping)
-
-
-def output_losses(matrix: Matrix, weights: Sequence[Tensor | None], units: Units) -> list[Tensor]:
-    """tr(D H D^T) of every row, for D = W - W0 of each of some `weights` W, or the dense W0 itself for None.
-
-    `weights` have the shape of the matrix's, and H is its moment as it is. All in float64; gives
-    (matrices, out) tensors, in units of 2^`units.energy`.
-    """
-    lost = [_for_rows(matrix) for _ in weights]
-    for number, moment in enumerate(matrix.moments):
-        wide = moment.to(torch.float64, copy=True)
-        for half in (units.moment // 2, units.moment - units.moment // 2):
-            wide.mul_(2.0**-half)
-        for rows in _slabs(matrix, number):
-            for found, one in zip(lost, weights, strict=True):
-                away = _away(matrix, one, rows, units)
-                found[rows] = ((away @ wide) * away).sum(-1)
-    return lost
-
-
-def distances(matrix: Matrix, weights: Tensor, units: Units) -> Tensor:
-    """|W - W0|^2 of every row, (matrices, out) in float64, in units of 2^(2 `units.weight`)."""
-    found = _for_rows(matrix)
-    for number in range(len(found)):
-        for rows in _slabs(matrix, number):
-            found[rows] = _away(matrix, weights, rows, units).square().sum(-1)
-    return found
-
-
-def _for_rows(matrix: Matrix) -> Tensor:
-    dense = matrix.rows(matrix.dense)
-    return torch.zeros(dense.shape[:2], dtype=torch.float64, device=dense.device)
-
-
-def _slabs(matrix: Matrix, number: int) -> Iterator[tuple[int, slice]]:
-    """The rows of one matrix, a few at a time, so that float64 copies stay small."""
-    step = max(1, _ROWS // max(1, matrix.features))
-    for begin in range(0, matrix.rows(matrix.dense).shape[1], step):
-        yield number, slice(begin, begin + step)
-
-
-def times_power(tensor: Tensor, power: int) -> Tensor:
-    """Floats times 2^`power`: exact, unless the result is out of their dtype's range."""
-    if not power:
-        return tensor
-    # The whole power may be out of range itself.
-    return tensor * 2.0 ** (power // 2) * 2.0 ** (power - power // 2)
-
-
-def _away(matrix: Matrix, weights: Tensor | None, rows: tuple[int, slice], units: Units) -> Tensor:
-    """Some rows of weights minus the dense ones, or the dense ones for None, in float64."""
-    before = times_power(matrix.rows(matrix.dense)[rows].to(torch.float64), -units.weight)
-    if weights is None:
-        return before
-    return times_power(matrix.rows(weights)[rows].to(torch.float64), -units.weight) - before
-
-
-def _exponent(tensors: Sequence[Tensor]) -> int:
-    """Of the power of two above all magnitudes; 0 where all of them are 0."""
-    most = max((float(one.abs().max()) for one in tensors if one.numel()), default=0.0)
-    return math.frexp(most)[1]
-
-
-def _floor(hessian: Tensor, eps: float) -> float:
-    """The number to add to the unit diagonal of a Hessian (in, in) so that rounding its entries does no harm.
-
-    0 where the smallest eigenvalue is `_SAFETY` times the rounding error of all entries, which grows with the
-    root of their number. Else the first of 2, 8, 32... such errors of which half makes it positive definite,
-    so that the solution follows rounding errors in no direction.
-    """
-    margin = _SAFETY * eps * math.sqrt(len(hessian))
-    if _is_definite(hessian, -margin):
-        return 0.0
-    floor = 2 * margin
-    while not _is_definite(hessian, floor / 2):
-        floor *= 4
-    return floor
-
-
-def _is_definite(hessian: Tensor, added: float) -> bool:
-    """Whether a symmetric matrix (in, in) is positive definite with something `added` to its diagonal."""
-    wide = hessian.to(torch.float64, copy=True)
-    wide.diagonal().add_(added)
-    return not bool(cholesky_in_place(wide)[1])
-
-
-def cholesky_in_place(system: Tensor) -> tuple[Tensor, Tensor]:
-    """The lower factor of symmetric matrices, in their own memory, and where it failed: 0 for nowhere."""
-    factor = system.mT  # as LAPACK stores it
-    info = torch.empty(system.shape[:-2], dtype=torch.int32, device=system.device)
-    torch.linalg.cholesky_ex(factor, out=(factor, info))
-    return factor, info
-
-
-def _refuse_no_moment(moment: Tensor) -> None:
-    """SparsityError where (in, in) is no sum of x x^T, rounded to its dtype."""
-    size = len(moment)
-    if not size:
-        return
-    info = torch.finfo(moment.dtype)
-    power = _exponent([moment.diagonal()])
-    power += power % 2
-    diagonal = times_power(moment.diagonal().to(torch.float64), -power)
-    # A square that was rounded to 0 was below the smallest number of the dtype.
-    least = math.ldexp(info.smallest_normal * info.eps, -power)
-    roots = diagonal.clamp_min(max(least, torch.finfo(torch.float64).smallest_normal)).sqrt()
-    roots = times_power(roots, power // 2)
-    tolerance = max(_ROUNDED, 2 * info.eps)
-    unit = moment.to(torch.float64, copy=True).div_(roots.unsqueeze(-1)).div_(roots)
-    step = max(1, _ROWS // size)
-    for begin in range(0, size, step):
-        rows, columns = unit[begin : begin + step], unit[:, begin : begin + step].T
-        wrong = ((rows - columns).abs() > tolerance * rows.abs().clamp_min(1.0)).nonzero()
-        if len(wrong):
-            row, column = int(wrong[0, 0]) + begin, int(wrong[0, 1])
-            there, opposite = float(moment[row, column]), float(moment[column, row])
-            raise SparsityError(
-                f"the second moment of the inputs is none: it is not symmetric, {there:.6g} at "
-                f"[{row}, {column}], {opposite:.6g} at [{column}, {row}]; calibrate again"
-            )
-    unit.diagonal().fill_(1.0)
-    if not _is_definite(unit, max(_ROUNDED, 2 * info.eps * math.sqrt(size))):
-        raise SparsityError(
-            "the second moment of the inputs is none: it has directions of negative energy; calibrate again"
-        )
-
-
-def _check_shapes(matrix: Matrix) -> None:
-    dense, moment = matrix.dense, matrix.moment
-    if dense.ndim not in {2, 3} or not -dense.ndim <= matrix.input_dim < dense.ndim:
-        raise ShapeMismatchError(
-            f"weights of shape {list(dense.shape)} with inputs along dimension {matrix.input_dim}: wanted a "
-            "matrix, or a stack of them whose first dimension counts them"
-        )
-    if dense.ndim == 3 and matrix.input_dim in {0, -3}:
-        raise ShapeMismatchError("the first dimension of a stack counts its matrices: it has no inputs")
-    wanted = (*dense.shape[: dense.ndim - 2], matrix.features, matrix.features)
-    if tuple(moment.shape) != wanted:
-        raise ShapeMismatchError(
-            f"a second moment of shape {list(moment.shape)} for weights of shape {list(dense.shape)}, wanted "
-            f"{list(wanted)}"
-        )
-    _refuse_unlike(dense, fixed=matrix.fixed)
-
-
-def _refuse_unlike(dense: Tensor, **given: Tensor | None) -> None:
-    for what, one in given.items():
-        if one is not None and one.shape != dense.shape:
-            raise ShapeMismatchError(
-                f"{what} has shape {list(one.shape)}, the weights have {list(dense.shape)}"
-            )
-
-
-def projection(scope: SparseScope, nnz: int, params: Sequence[Tensor]) -> Projection:
-    """A Projection that keeps the `nnz` largest blocks of each scope, for tensors in the order of `params`.
-
-    The views of `scope` look at `params`, which each call overwrites. Elements outside of all views are kept.
-
-    Raises:
-        SparsityError: a view of the scope that looks at none of them.
-    """
-    places = {id(param): place for place, param in enumerate(params)}
-    for block in scope.blocks():
-        if id(block.view.param) not in places:
-            raise SparsityError(f"{block.name} looks at none of the tensors that the projection is for")
-
-    def keep(tensors: Sequence[Tensor]) -> list[Tensor]:
-        for param, tensor in zip(params, tensors, strict=True):
-            param.copy_(tensor)
-        masks = [torch.ones(param.shape, dtype=torch.bool, device=param.device) for param in params]
-        for block, mask in scope.get_masks(nnz).items():
-            masks[places[id(block.view.param)]] &= block.view.to_param(mask)
-        return masks
-
-    return keep
-
-
-Projection = Callable[[Sequence[Tensor]], Sequence[Tensor]]
-"""From tensors of the weights' shapes to masks of these shapes, True where the largest are kept."""
 _WINDOW = 8  # steps over which the objective has to go on falling
 _TOLERANCE = 1e-5  # of the objective of a row, that it has to fall in a window
 _EXACT_TOLERANCE = 1e-12  # the same in float64
@@ -405,7 +70,7 @@ def refit(
     Raises:
         ShapeMismatchError: a mask or a start of another shape.
     """
-    _refuse_unlike(matrix.dense, mask=mask, start=start)
+    refuse_unlike(matrix.dense, mask=mask, start=start)
     problem = scaled(matrix, damp)
     kept = matrix.rows(mask)
     begin = matrix.rows(matrix.dense if start is None else start)

@@ -16,16 +16,8 @@ from msgspec.structs import replace
 from sparseprune.engine import View
 from sparseprune.engine.block import zero_pruned
 from sparseprune.engine.grids import prod
-from sparseprune.engine.reconstruction import (
-    Matrix,
-    Reconstructed,
-    admm,
-    keep_rows,
-    output_losses,
-    projection,
-    refit,
-    units_of,
-)
+from sparseprune.engine.matrices import Matrix, output_losses, projection, units_of
+from sparseprune.engine.reconstruction import Reconstructed, admm, keep_rows, refit
 from sparseprune.errors import SparsityError
 from sparseprune.execution.passes import Chunk, Pass
 from sparseprune.execution.plan import holds_rows

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparseprune import Matrix, ShapeMismatchError, SparsityError, refit
-from sparseprune.engine.reconstruction import scaled
+from sparseprune.engine.matrices import scaled
 from tests.engine.devices import on_every_device
 from tests.engine.reconstruction.oracle import moments, objective, solved
 
