@@ -19,6 +19,7 @@ from sparseprune.engine.grids import prod
 from sparseprune.report.wording import many, percent
 from sparseprune.results.fields import Uncovered
 from sparseprune.spec import BoundBlockCoupling
+from sparseprune.spec.structures import is_layer_matrix, is_matrix_shape, routed_modules
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -36,11 +37,6 @@ _LISTED, _SHOWN = 10, 2  # kinds that are left out: so many in a document, so ma
 _NUMBER = re.compile(r"\.[0-9]+(?![^.])")  # a whole piece of a name that has a dot in front
 
 # Names that tell what a matrix of a layer is, by pieces between dots. The last piece that tells decides.
-_NO_MATRIX = re.compile(
-    r"embed|norm|bias|router|A_log|time_mix|expert_gate|rotary|relative_position|codebook|lora_|lm_head|shared_head"
-    r"|^wte$|^wpe$|^ln(_|\d|$)|^bn\d*$|_scale(_inv|s)?$|^scales$|zero_point|^qzeros$|^g_idx$|absmax|quant_map",
-    re.IGNORECASE,
-)
 _EXPERTS = re.compile(r"^experts$|moe$", re.IGNORECASE)
 _SHARED = re.compile(r"shared", re.IGNORECASE)
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
@@ -163,26 +159,15 @@ def _kinds(tensors: Tensors, shapes: Sequence[Shape], reached: Mapping[str, int]
     parts = [reached.get(name, 0) for name in tensors]
     kinds: dict[str, _Kind] = {}
     for (key, shape, part), count in Counter(zip(starred, shapes, parts, strict=True)).items():
-        if len(shape) < 2 or (len(shape) > 2 and shape[1] == 1):  # a convolution of one channel
+        if not is_matrix_shape(shape):
             continue
         kind = kinds.setdefault(key, _Kind(key[1:]))
         numel = prod(shape)
         kind.numel += numel * count
         kind.reached += part * count
         kind.missed += count if part < numel else 0
-    routed = {kind.name.partition(".experts.")[0] for kind in kinds.values() if ".experts." in kind.name}
-    return [kind for kind in kinds.values() if _is_layer_matrix(kind.name, routed)]
-
-
-def _is_layer_matrix(name: str, routed: set[str]) -> bool:
-    """Whether a kind is a matrix of layers; `routed` are the modules that have experts, whose gate routes."""
-    pieces = name.split(".")
-    if "*" not in pieces[:-1]:
-        return False
-    last = max(at for at, piece in enumerate(pieces[:-1]) if piece == "*")
-    if any(_NO_MATRIX.search(piece) for piece in pieces[max(0, last - 1) :]):
-        return False
-    return not any(name.startswith(f"{module}.gate.") for module in routed)
+    routed = routed_modules(kinds)
+    return [kind for kind in kinds.values() if is_layer_matrix(kind.name, routed)]
 
 
 def matrix_kind(name: str) -> str:

@@ -46,7 +46,7 @@ from sparseprune.spec.expressions import (
     misfit,
     resolve_variables,
 )
-from sparseprune.spec.locating import JoinedSite, TensorSite, label, locate
+from sparseprune.spec.locating import JoinedSite, Model, TensorSite, find_structures, label, locate
 from sparseprune.spec.problems import Misfit, Problems, shown
 from sparseprune.spec.schema import (
     BlockTable,
@@ -67,6 +67,7 @@ if TYPE_CHECKING:
     from sparseprune.spec.expressions import Expression, SliceEntry
     from sparseprune.spec.locating import Site
     from sparseprune.spec.schema import Spec
+    from sparseprune.spec.structures import Outlook
 
 
 class Layout(Struct, frozen=True):
@@ -88,9 +89,13 @@ def _placed(place: str, key: str, what: str) -> Iterator[None]:
         raise Misfit(place, key, f"{what}: {error}") from error
 
 
-def layout_of(place: str, table: TensorsTable, tensor: TensorInfo, names: Names) -> Layout:
-    """The view that a table has of one of its tensors; Misfit where it does not fit."""
+def layout_of(
+    place: str, table: TensorsTable, tensor: TensorInfo, names: Names, seen: Outlook | None = None
+) -> Layout:
+    """The view that a table has of a tensor, `seen` as part of a structure; Misfit where it does not fit."""
     layout = Layout(tensor.shape, _contiguous_stride(tensor.shape))
+    if seen is not None:
+        layout = Layout(seen.shape, seen.stride, seen.offset)
     if table.slice is not None:
         with _placed(place, "slice", tensor.name):
             layout = _sliced(layout, table.slice, names)
@@ -101,9 +106,28 @@ def layout_of(place: str, table: TensorsTable, tensor: TensorInfo, names: Names)
         with _placed(place, "axes", tensor.name):
             axes = {name: names.integer(size, 1, "1 or more") for name, size in table.axes}
         with _placed(place, "view", tensor.name):
-            seen = rearranged(layout.shape, layout.stride, table.view, axes)
-            layout = Layout(seen.shape, seen.stride, layout.offset)
+            pattern = table.view if seen is None else _with_leading(table.view, seen.leading)
+            outline = rearranged(layout.shape, layout.stride, pattern, axes)
+            layout = Layout(outline.shape, outline.stride, layout.offset)
     return layout
+
+
+def _with_leading(pattern: str, leading: int) -> str:
+    """An einops pattern of one matrix as that of a stack of them.
+
+    >>> _with_leading("m (k p) -> m k p", 1)
+    'stack0 m (k p) -> stack0 m k p'
+    """
+    names = "".join(f"stack{number} " for number in range(leading))
+    return " -> ".join(names + side.strip() for side in pattern.split("->"))
+
+
+def _padded(extents: Shape, rank: int, seen: Outlook | None) -> Shape:
+    """Extents of a block or scope of one matrix of a stack, or of units with all that belongs to them."""
+    if seen is None or not extents:
+        return extents
+    padded = (1,) * seen.leading + extents
+    return padded + (-1,) * (rank - len(padded))
 
 
 def _sliced(layout: Layout, entries: tuple[SliceEntry, ...], names: Names) -> Layout:
@@ -332,7 +356,10 @@ def bind(spec: Spec, tensors: Sequence[TensorInfo], config: Mapping[str, Any] | 
     """
     problems = Problems(spec.source)
     shared = resolve_variables(spec.variables, config, problems)
-    sites = locate(spec, tensors, shared, problems)
+    structures = [table.structure for table in spec.tables.values() if isinstance(table, TensorsTable)]
+    kinds = [kind for kind in structures if kind is not None]
+    model = Model(tensors, find_structures(kinds, tensors, config))
+    sites = locate(spec, model, shared, problems)
     binder = _Binder(spec, shared)
     coupled = spec.coupled_scopes()
     rules = tuple(
@@ -425,7 +452,9 @@ class _Binder:
         with _placed(place, "shape", label(place, site)):
             extents = Names(self._shared, site.captures).extents(table.shape)
         with _placed(place, "shape", _where(block)):
-            shape = scope_extents(block.grid_shape, extents)
+            shape = scope_extents(
+                block.grid_shape, _padded(extents, len(block.grid_shape), _outlook_of(site))
+            )
             divide(block.grid_shape, shape, "scope", "block grid")
         return BoundScope(label(place, site), block, shape)
 
@@ -445,18 +474,26 @@ class _Binder:
             raise TypeError(f"the instances of {place} are tensors, not couplings")
         tensor = site.tensor
         names = Names(self._shared, site.captures, tensor)
-        layout = layout_of(place, table, tensor, names)
+        layout = layout_of(place, table, tensor, names, site.outlook)
         with _placed(place, key, tensor.name):
-            extents = block_extents(layout.shape, names.extents(getattr(table, key)))
+            given = _padded(names.extents(getattr(table, key)), len(layout.shape), site.outlook)
+            extents = block_extents(layout.shape, given)
             divide(layout.shape, extents, "block", "tensor" if layout.shape == tensor.shape else "view")
         view = (layout.shape, layout.stride, layout.offset)
         return BoundBlock(label(place, site), tensor.name, *view, extents)
 
 
+def _outlook_of(site: Site) -> Outlook | None:
+    """The outlook of a site's tensor, or of the first of a coupling."""
+    while isinstance(site, JoinedSite):
+        site = next(each for sites in site.members for each in sites)
+    return site.outlook
+
+
 def _form(site: Site, used: frozenset[str]) -> Hashable:
     """What all sites share that are bound alike, up to their names."""
     if isinstance(site, TensorSite):
-        form: Hashable = site.tensor.shape, site.tensor.dtype
+        form: Hashable = site.tensor.shape, site.tensor.dtype, site.outlook
     else:
         form = tuple([tuple([_form(each, used) for each in sites]) for sites in site.members])
     return (form, *[pair for pair in site.captures if pair[0] in used]) if used else form

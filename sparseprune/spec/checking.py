@@ -49,7 +49,7 @@ def captures_of(spec: Spec, place: str) -> frozenset[frozenset[str]]:
     """
     table, parts = spec.tables.get(place), spec.parts(place)
     if isinstance(table, TensorsTable) and not parts:
-        return frozenset(frozenset(pattern.names) for pattern in table.patterns or ())
+        return table.variants
     members = [captures_of(spec, part) for part in parts]
     if not members or not all(members):
         return frozenset()
@@ -60,8 +60,8 @@ def captures_of(spec: Spec, place: str) -> frozenset[frozenset[str]]:
 
 
 def patterns_of(spec: Spec, place: str) -> tuple[str, ...]:
-    """The patterns, in quotes, of all tensors that a table consists of."""
-    return tuple(f'"{one.text}"' for leaf in spec.leaves(place).values() for one in leaf.patterns or ())
+    """The patterns, in quotes, or structures of all tensors that a table consists of."""
+    return tuple(text for leaf in spec.leaves(place).values() for text in leaf.sought)
 
 
 def expressions_by_key(table: Table) -> dict[str, tuple[Expression, ...]]:
@@ -119,14 +119,22 @@ class _Checker(Struct, frozen=True):
 
     def tensors(self, place: str, table: TensorsTable) -> None:
         """The keys of a table that names tensors: which tensors, and its view of them."""
-        if table.patterns is None and not self.problems.is_open(place, "regex"):
+        named = [key for key in ("tensors", "regex", "structure") if getattr(table, key) is not None]
+        if not named and not self.problems.is_open(place, "regex", "structure"):
             text = f"missing; wanted {TensorsTable.keys['tensors'].wanted}"
             if isinstance(table, ScopeTable):
                 text = "missing: a block given by its shape needs the tensors beside it"
                 text = f"{text}; or name a [block] or [block_coupling]"
             self.add(place, "tensors", text)
-        if table.tensors is not None and table.regex is not None:
-            self.add(place, "regex", "tensors are named by patterns already: give one of tensors and regex")
+        if len(named) > 1:
+            what = {"tensors": "by patterns", "regex": "by a regex", "structure": "by their structure"}
+            text = f"tensors are named {what[named[0]]} already: give one of {listed(named)}"
+            self.add(place, named[-1], text)
+        if table.structure is not None and (table.slice is not None or isinstance(table.view, ExplicitView)):
+            key = "slice" if table.slice is not None else "view"
+            self.add(
+                place, key, "a structure says which part of a tensor it is: name tensors to take another"
+            )
         if table.axes and not isinstance(table.view, str) and not self.problems.is_open(place, "view"):
             self.add(place, "axes", 'axes belong to an einops pattern: give one as view = "..."')
         if isinstance(table.view, ExplicitView) and table.slice is not None:
@@ -311,7 +319,7 @@ class _Checker(Struct, frozen=True):
         for place, table in spec.tables.items():
             own = _captures(spec, place)
             lent = _lent(spec, memberships[place]) if are_known else None
-            if isinstance(table, TensorsTable) and table.patterns is not None:
+            if isinstance(table, TensorsTable) and table.variants:
                 self._check_leaf(place, table, own or frozenset(), lent)
             elif isinstance(table, ScopeTable) and own is not None and lent is not None:
                 self._check_names(place, {"shape": table.shape}, {*own, *lent, *common})

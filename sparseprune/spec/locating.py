@@ -6,24 +6,26 @@ Owns labels, the natural order, gathering by `across`, and missing members. Call
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from itertools import zip_longest
 from operator import itemgetter
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from sparseprune.engine.dtypes import DTYPES
-from sparseprune.spec.bound import Captures
+from sparseprune.spec.bound import Captures, TensorInfo
 from sparseprune.spec.checking import borrowed_names, patterns_of
 from sparseprune.spec.expressions import ExpressionError, Names, came_to, misfit
 from sparseprune.spec.patterns import PatternError
 from sparseprune.spec.problems import Problems, listed, nearest, shown
 from sparseprune.spec.schema import CouplingTable
+from sparseprune.spec.structures import NAMES, Index, Kind, Outlook, captures_of, find, matrices, outlook
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
-    from sparseprune.spec.bound import TensorInfo
     from sparseprune.spec.patterns import RegexPattern, TensorPattern
     from sparseprune.spec.schema import Spec, TensorsTable
 
@@ -36,11 +38,15 @@ NaturalKey = tuple[tuple[int, str], ...]
 
 
 class TensorSite(Struct, frozen=True):
-    """A tensor that a pattern matches; `tag` is unique in its table: the captures, or the tensor's name."""
+    """A tensor that a pattern matches; `tag` is unique in its table: the captures, or the tensor's name.
+
+    Of a structure the tensor has the shape of the `outlook` on its units.
+    """
 
     captures: Captures
     tag: str
     tensor: TensorInfo
+    outlook: Outlook | None = None
 
 
 class JoinedSite(Struct, frozen=True):
@@ -52,6 +58,34 @@ class JoinedSite(Struct, frozen=True):
 
 
 Site = TensorSite | JoinedSite
+Found = Mapping[Kind, "Sequence[tuple[Captures, TensorInfo, Outlook]]"]
+
+
+def find_structures(
+    kinds: Iterable[Kind], tensors: Iterable[TensorInfo], config: Mapping[str, Any] | None
+) -> Found:
+    """The tensors of all structures of these kinds, with captures and outlooks, of the outlooks' shapes."""
+    wanted = list(dict.fromkeys(kinds))
+    index = Index.of(tensors, config) if wanted else None
+    return {kind: list(_of_kind(kind, index)) for kind in wanted if index is not None}
+
+
+def _of_kind(kind: Kind, index: Index) -> Iterator[tuple[Captures, TensorInfo, Outlook]]:
+    if kind == "matrices":
+        for captures, tensor, seen in matrices(index):
+            yield captures, TensorInfo(tensor.name, tensor.dtype, seen.shape), seen
+        return
+    tensors = {tensor.name: tensor for members in index.forms.values() for tensor in members.values()}
+    known: dict[tuple[object, ...], Outlook] = {}
+    for structure in find(kind, index):
+        for part in structure.parts:
+            if not part.follows:
+                tensor = tensors[part.tensor]
+                key = tensor.shape, part.dim, part.count, part.size, part.begin, part.stacked, part.flat
+                if key not in known:
+                    known[key] = outlook(part, tensor.shape)
+                seen = known[key]
+                yield captures_of(structure, part), TensorInfo(tensor.name, tensor.dtype, seen.shape), seen
 
 
 def label(place: str, site: Site) -> str:
@@ -87,10 +121,16 @@ def find_tensors(
                     captures = _reordered(captures, patterns[0].names)
                 found.append((captures, tensor))
                 break
+    return without(found, exclude)
+
+
+def without(found: Sequence[Match], exclude: Sequence[Pattern]) -> list[Match]:
+    """Those whose tensors no pattern matches."""
+    left = list(found)
     for pattern in exclude:
         literal, match = pattern.literal, pattern.match
-        found = [one for one in found if literal not in one[1].name or match(one[1].name) is None]
-    return found
+        left = [one for one in left if literal not in one[1].name or match(one[1].name) is None]
+    return left
 
 
 def sites_of(matches: Iterable[Match]) -> tuple[TensorSite, ...]:
@@ -270,9 +310,14 @@ _MOST_COMPARED = 2000  # names that differ in more than numbers, among which the
 _PRUNABLE = tuple(dtype.name for dtype in DTYPES.values() if dtype.prunable)
 
 
-def locate(
-    spec: Spec, tensors: Sequence[TensorInfo], shared: Mapping[str, object], problems: Problems
-) -> Sites:
+class Model(Struct, frozen=True):
+    """What a spec is located in: all tensors of a checkpoint, and those of its structures."""
+
+    tensors: Sequence[TensorInfo]
+    structures: Found
+
+
+def locate(spec: Spec, model: Model, shared: Mapping[str, object], problems: Problems) -> Sites:
     """The sites of every table by its place; none where tensors or members are missing."""
     sites: Sites = {}
     for place, table in spec.tables.items():
@@ -280,17 +325,13 @@ def locate(
         if isinstance(table, CouplingTable):
             sites[place] = _join(spec, sites, place, table, problems)
         else:
-            sites[place] = sites[parts[0]] if parts else _find(place, table, tensors, shared, problems)
-    _check_found(spec, sites, tensors, problems)
+            sites[place] = sites[parts[0]] if parts else _find(place, table, model, shared, problems)
+    _check_found(spec, sites, model, problems)
     return sites
 
 
 def _find(
-    place: str,
-    table: TensorsTable,
-    tensors: Sequence[TensorInfo],
-    shared: Mapping[str, object],
-    problems: Problems,
+    place: str, table: TensorsTable, model: Model, shared: Mapping[str, object], problems: Problems
 ) -> tuple[TensorSite, ...]:
     def fits(match: Match) -> bool:
         """Whether `where` is true; an expression without such a value is a problem, and keeps the tensor."""
@@ -304,12 +345,20 @@ def _find(
             return True
         return holds
 
+    seen: Mapping[tuple[str, Captures], Outlook] = {}
     try:
-        found = find_tensors(table.patterns or (), tensors, table.exclude)
+        if table.structure is None:
+            found = find_tensors(table.patterns or (), model.tensors, table.exclude)
+        else:
+            structures = model.structures[table.structure]
+            found = without([(captures, tensor) for captures, tensor, _ in structures], table.exclude)
+            seen = {(tensor.name, captures): one for captures, tensor, one in structures}
     except PatternError as error:
         problems.add(place, table.patterns_key, str(error))
         return ()
     sites = sites_of(found if table.where is None else filter(fits, found))
+    if seen:
+        sites = tuple([replace(one, outlook=seen[one.tensor.name, one.captures]) for one in sites])
     for tensor in (site.tensor for site in sites):
         if tensor.dtype not in _PRUNABLE:
             text = f"narrow the pattern to tensors of {listed(_PRUNABLE, 'or')}"
@@ -318,7 +367,7 @@ def _find(
     return sites
 
 
-def _check_found(spec: Spec, sites: Sites, tensors: Sequence[TensorInfo], problems: Problems) -> None:
+def _check_found(spec: Spec, sites: Sites, model: Model, problems: Problems) -> None:
     """A problem for every table without tensors, unless it or a table above it is optional and has none."""
     forgiven: set[str] = set()
     for place, table in spec.tables.items():
@@ -328,11 +377,13 @@ def _check_found(spec: Spec, sites: Sites, tensors: Sequence[TensorInfo], proble
     for place in spec.tables:
         leaf = spec.leaves(place).get(place)
         if leaf is not None and not sites[place] and place not in forgiven:
-            problems.add(place, leaf.patterns_key, _nothing_found(leaf, tensors))
+            problems.add(place, leaf.patterns_key, _nothing_found(leaf, model))
 
 
-def _nothing_found(table: TensorsTable, tensors: Sequence[TensorInfo]) -> str:
-    patterns = table.patterns or ()
+def _nothing_found(table: TensorsTable, model: Model) -> str:
+    if table.structure is not None:
+        return _no_structure(table, table.structure, model)
+    patterns, tensors = table.patterns or (), model.tensors
     texts = listed((f'"{pattern.text}"' for pattern in patterns), "or")
     try:
         count = len(find_tensors(patterns, tensors))
@@ -343,6 +394,20 @@ def _nothing_found(table: TensorsTable, tensors: Sequence[TensorInfo]) -> str:
         matches = f"{texts} matches {count} {'tensors' if count > 1 else 'tensor'}"
         return f"{matches}, of which {listed(names)} {'leave' if len(names) > 1 else 'leaves'} none"
     return f"no tensor matches {texts}{_nearest_tensors(patterns, tensors)}"
+
+
+def _no_structure(table: TensorsTable, kind: Kind, model: Model) -> str:
+    count = len(model.structures[kind])
+    if count:
+        names = [key for key in ("exclude", "where") if getattr(table, key)]
+        found = f"the checkpoint has {count} {'tensors' if count > 1 else 'tensor'} of {NAMES[kind]}"
+        return f"{found}, of which {listed(names)} {'leave' if len(names) > 1 else 'leaves'} none"
+    some = (
+        f"; the first names are {listed(tensor.name for tensor in model.tensors[:3])}"
+        if model.tensors
+        else ""
+    )
+    return f"the checkpoint has no {NAMES[kind]} under names that are known{some}"
 
 
 def _nearest_tensors(patterns: Sequence[Pattern], tensors: Sequence[TensorInfo]) -> str:

@@ -34,9 +34,26 @@ from sparseprune.spec.schema import (
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-
 LARGEST_SPEC = 1_000_000  # bytes: thousands of tables; a larger file is not meant as a spec
 _PACKAGE = Path(__file__).resolve().parents[1]
+# Earlier names of shipped specs, by family; a name by structure binds all of them.
+ALIASES: Mapping[str, str] = MappingProxyType(
+    {
+        "2:4": "2of4",
+        "4:8": "4of8",
+        "unstructured-row": "unstructured",
+        **dict.fromkeys(("bert-2of4", "vit-2of4"), "2of4"),
+        **dict.fromkeys(
+            ("bert-heads", "vit-heads", "gpt2-heads", "decoder-gqa-heads", "phi3-gqa-heads"), "heads"
+        ),
+        "decoder-gqa-heads-global": "heads-global",
+        **{f"{family}-mlp-channels": "mlp-channels" for family in ("bert", "vit", "gpt2", "phi3", "decoder")},
+        "decoder-mlp-channels-global": "mlp-channels-global",
+        **dict.fromkeys(("moe-experts", "gpt-oss-experts", "llama4-experts"), "experts"),
+        "moe-expert-channels": "expert-channels",
+        "decoder-layers": "layers",
+    }
+)
 
 
 class SpecSource(Struct, frozen=True):
@@ -48,8 +65,9 @@ class SpecSource(Struct, frozen=True):
 
 
 def find_spec(name_or_path: str | Path) -> SpecSource:
-    """The spec at a path, else the shipped spec of that name; SpecError if there is neither."""
-    path, shipped = Path(name_or_path), _shipped().get(str(name_or_path))
+    """The spec at a path, else the shipped spec of that name or alias; SpecError if there is neither."""
+    name = str(name_or_path)
+    path, shipped = Path(name_or_path), _shipped().get(ALIASES.get(name, name))
     if _exists(path) and not (shipped and path.is_dir()):
         return _read(path, str(path))
     if shipped:

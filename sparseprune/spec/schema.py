@@ -25,7 +25,9 @@ from sparseprune.spec.expressions import (
     parse_slice,
 )
 from sparseprune.spec.patterns import PatternError, RegexPattern, TensorPattern, parse_pattern, parse_regex
-from sparseprune.spec.problems import listed
+from sparseprune.spec.problems import listed, shown
+from sparseprune.spec.structures import CAPTURES, Kind
+from sparseprune.spec.structures import KINDS as STRUCTURES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -367,6 +369,9 @@ class TensorsTable(Table):
     regex: RegexPattern | None = _key(
         _parsed(parse_regex), r"a regular expression such as 'layers\.(?P<layer>\d+)\.up\.weight'"
     )
+    structure: Kind | None = _key(
+        _one_of(*STRUCTURES), f"one of {listed(map(shown, STRUCTURES), 'or')}: tensors by what they are"
+    )
     exclude: tuple[TensorPattern, ...] = _key(_patterns, "a pattern, or a list of patterns", ())
     where: Expression | None = _key(
         _expression, 'an expression such as "layer >= 2 and ndim == 2", which is true or false'
@@ -390,7 +395,23 @@ class TensorsTable(Table):
 
     @property
     def patterns_key(self) -> str:
+        if self.structure is not None:
+            return "structure"
         return "tensors" if self.regex is None else "regex"
+
+    @property
+    def variants(self) -> frozenset[frozenset[str]]:
+        """The sets of captures that its tensors may have; none where it names no tensors."""
+        if self.structure is not None:
+            return frozenset({frozenset(CAPTURES)})
+        return frozenset(frozenset(pattern.names) for pattern in self.patterns or ())
+
+    @property
+    def sought(self) -> tuple[str, ...]:
+        """Its patterns or its structure, as problems name them."""
+        if self.structure is not None:
+            return (f'structure "{self.structure}"',)
+        return tuple(f'"{pattern.text}"' for pattern in self.patterns or ())
 
 
 class BlockTable(TensorsTable):

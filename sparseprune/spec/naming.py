@@ -1,0 +1,203 @@
+"""How checkpoints name the parts of a layer: the naming schemes of MLPs, attention, experts and layers.
+
+Data, one row a scheme, of whichever model; a new one is a new row. Knows no shapes and no config. Read by
+structures, and through it by shipped specs, coverage, calibration and removal.
+"""
+
+from __future__ import annotations
+
+import re
+
+from msgspec import Struct
+
+
+class MlpNames(Struct, frozen=True):
+    """Modules of one MLP: `writes` have its channels as outputs, `reads` has them as inputs.
+
+    A fused matrix writes twice as many, gate and up. `beside` are modules with a row for each channel between
+    them, such as depthwise convolutions. `flat`: all matrices have the channels of all experts as rows.
+    """
+
+    writes: tuple[str, ...]
+    reads: str
+    beside: tuple[str, ...] = ()
+    flat: bool = False
+
+
+class AttentionNames(Struct, frozen=True):
+    """Modules of one attention: queries, keys and values, separate or one `fused`, and what reads heads.
+
+    `latent`: keys and values come from one matrix with the same heads as the queries.
+    """
+
+    queries: tuple[str, ...] = ()
+    fused: str = ""
+    output: str = "o_proj"
+    latent: bool = False
+
+
+def _mlp(writes: str, reads: str, beside: str = "") -> MlpNames:
+    return MlpNames(tuple(writes.split()), reads, tuple(beside.split()))
+
+
+MLPS: tuple[MlpNames, ...] = (
+    _mlp("gate_proj up_proj", "down_proj"),  # Llama and most decoders since
+    _mlp("gate_up_proj", "down_proj"),  # Phi-3, GLM-4, stacks of experts
+    _mlp("up_proj", "down_proj"),  # Nemotron, MPT, Arcee, DINOv3
+    _mlp("w1 w3", "w2"),  # Mixtral, LFM2
+    _mlp("w1 v1", "w2"),
+    MlpNames(("w1", "v1"), "w2", flat=True),  # DBRX
+    _mlp("w12", "w3"),  # DINOv2 with SwiGLU
+    _mlp("weights_in", "weights_out"),
+    _mlp("w1", "w2"),
+    _mlp("fc11 fc12", "fc2"),  # Nomic
+    _mlp("fc1_g fc1_x", "fc2"),
+    _mlp("fc1", "fc2", "dwconv.dwconv"),  # OPT, BART, Whisper, CLIP, SigLIP, Phi; PVT
+    _mlp("fc_in", "fc_out"),  # GPT-J, CodeGen
+    _mlp("dense_h_to_4h", "dense_4h_to_h"),  # GPT-NeoX, BLOOM, Falcon, Persimmon
+    _mlp("c_fc", "c_proj"),  # GPT-2 (inputs first), GPT-Neo, Starcoder2
+    _mlp("c_fc_0 c_fc_1", "c_proj"),  # EXAONE
+    _mlp("w1 w2", "c_proj"),
+    _mlp("lin1", "lin2"),  # DistilBERT, XLM, SAM
+    _mlp("wi_0 wi_1", "wo"),  # T5 1.1, mT5, UMT5
+    _mlp("wi", "wo"),  # T5, Switch
+    _mlp("Wi", "Wo"),  # ModernBERT
+    _mlp("intermediate.dense", "output.dense"),  # BERT and its kin, ViT, BEiT, Swin
+    _mlp("intermediate_dense", "output_dense"),  # wav2vec 2.0
+    _mlp("ffn", "ffn_output"),  # ALBERT
+    _mlp("linear_fc1", "linear_fc2"),  # Qwen3-VL's tower
+    _mlp("linear1", "linear2"),  # Parakeet and other conformers
+    _mlp("linear_1", "linear_2"),
+    _mlp("layer_1", "layer_2"),  # XLNet
+    _mlp("pwconv1", "pwconv2"),  # ConvNeXt
+    _mlp("dense1", "dense2", "dwconv.dwconv"),  # SegFormer
+    _mlp("input_linear", "output_linear"),  # Granite's mixtures, JetMoE
+    _mlp("proj_1", "proj_2"),  # OpenELM
+    _mlp("proj_in", "proj_out"),
+    _mlp("up", "down"),
+    _mlp("key", "value"),  # RWKV, only where MLP_KEY_VALUE matches
+    _mlp("ffn_layer_1", "ffn_layer_2"),
+)
+MLP_KEY_VALUE = re.compile(r"feed_forward$")  # elsewhere key and value are parts of attention
+
+ATTENTIONS: tuple[AttentionNames, ...] = (
+    AttentionNames(("q_b_proj", "kv_b_proj"), latent=True),  # DeepSeek
+    AttentionNames(("q_proj", "kv_b_proj"), latent=True),
+    *(
+        AttentionNames(("q_proj", "k_proj", "v_proj"), output=name)
+        for name in ("o_proj", "out_proj", "dense", "proj")
+    ),
+    AttentionNames(("q_proj", "k_proj", "v_proj"), output="projection_layer"),
+    AttentionNames(("self.query", "self.key", "self.value"), output="output.dense"),  # BERT
+    AttentionNames(("self.query_proj", "self.key_proj", "self.value_proj"), output="output.dense"),  # DeBERTa
+    AttentionNames(("attention.query", "attention.key", "attention.value"), output="output.dense"),  # ViT
+    AttentionNames(("attention.query", "attention.key", "attention.value"), output="attention.dense"),
+    AttentionNames(("query", "key", "value"), output="dense"),  # ALBERT
+    AttentionNames(("query", "key", "value"), output="projection"),
+    AttentionNames(("q_lin", "k_lin", "v_lin"), output="out_lin"),  # DistilBERT, XLM
+    AttentionNames(("q", "k", "v"), output="o"),  # T5, MPNet
+    AttentionNames(("attn.q", "attn.k", "attn.v"), output="attn.o"),
+    AttentionNames(("linear_q", "linear_k", "linear_v"), output="linear_out"),  # conformers
+    AttentionNames(("wq", "wk", "wv"), output="wo"),
+    AttentionNames(("to_q", "to_k", "to_v"), output="to_out.0"),
+    *(AttentionNames(fused="qkv_proj", output=name) for name in ("o_proj", "out_proj", "proj")),  # Phi-3
+    AttentionNames(fused="c_attn", output="c_proj"),  # GPT-2, GPT-BigCode
+    AttentionNames(fused="query_key_value", output="dense"),  # GPT-NeoX, BLOOM, Falcon, Persimmon
+    AttentionNames(fused="Wqkv", output="out_proj"),  # MPT, DBRX, Nomic
+    AttentionNames(fused="Wqkv", output="Wo"),  # ModernBERT
+    AttentionNames(fused="qkv", output="proj"),  # towers of Qwen-VL
+    AttentionNames(fused="qkv", output="projection"),
+)
+
+# Where a fused matrix holds queries, keys and values: "parts" one behind the other, "heads" each head's three
+# side by side, "groups" each key/value head's queries with its key and value. By the model type where the
+# names do not tell; None: in an order of its own.
+FUSED_LAYOUTS: dict[str, str | None] = {
+    "gpt_neox": "heads",
+    "gpt_neox_japanese": "heads",
+    "bloom": "heads",
+    "persimmon": "heads",
+    "fuyu": "heads",
+    "falcon": "groups",
+    "gpt_bigcode": "groups",
+    "codegen": None,
+}
+NAMED_LAYOUTS = {"query_key_value": "heads"}  # of model types that are not in the table; others are parts
+
+# Model types whose matrices have their inputs first, unlike torch's linear layers, where shapes do not tell.
+INPUTS_FIRST = frozenset(
+    [
+        "gpt2",
+        "openai-gpt",
+        "imagegpt",
+        "decision_transformer",
+        "clvp",
+        "gpt_oss",
+        "llama4",
+        "llama4_text",
+        "qwen3_vl_moe",
+    ]
+) | {"qwen3_vl_moe_text"}
+INTERLEAVED = frozenset({"gpt_oss"})  # rows of gate and up take turns in a fused matrix
+
+# Vectors with as many elements as all heads together, and vectors or matrices with one for each head.
+HEAD_VECTORS = ("q_norm", "k_norm")
+HEAD_NORMS = ("q_norm", "query_norm", "q_layernorm", "query_layernorm", "k_norm", "k_layernorm")
+
+# Keys of a config that count heads, or tell the size of one, in the order in which they are believed.
+HEAD_COUNTS = (
+    "num_attention_heads",
+    "n_head",
+    "num_heads",
+    "n_heads",
+    "attention_heads",
+    "encoder_attention_heads",
+)
+HEAD_SIZES = (
+    "head_dim",
+    "global_head_dim",
+    "d_kv",
+    "kv_channels",
+    "attention_head_dim",
+    "attention_head_size",
+)
+
+EXPERTS = "experts"  # the module that holds a layer's experts, as a list or as stacks
+# Modules of stacks of experts that have no module of that name.
+STACKS = re.compile(
+    r"(?:^|\.)(?:block_sparse_moe|moe|mlp)\.(?:input_linear|output_linear)(?:\.weight|\.bias)?$"
+)
+ROUTER = re.compile(
+    r"^(?:gate|router|mlp\.router|moe_statics)(?:\.(?:weight|bias|layer\.weight|linear\.weight|classifier\.weight"
+    r"|proj\.weight|wg\.weight|e_score_correction_bias|per_expert_scale))?$|^(?:expert_bias|e_score_correction_bias)$"
+)
+
+LAYER_LISTS = re.compile(r"^(?!conv)(?:\w+_)?(?:layers|layer|h|blocks|block|resblocks)$")
+STAGES = re.compile(r"^(?:stages|layers)\.(?:layers|blocks)$")  # lists of layers in a list of stages
+
+# -- what is no matrix of a layer --------------------------------------------------------------------
+
+# Names that tell what a matrix of a layer is, by pieces between dots. The last piece that tells decides.
+NO_MATRIX = re.compile(
+    r"embed|norm|bias|router|A_log|time_mix|expert_gate|rotary|relative_position|codebook|lora_|lm_head|shared_head"
+    r"|^wte$|^wpe$|^ln(_|\d|$)|^bn\d*$|_scale(_inv|s)?$|^scales$|zero_point|^qzeros$|^g_idx$|absmax|quant_map",
+    re.IGNORECASE,
+)
+
+# -- towers ------------------------------------------------------------------------------------------
+
+# Words of a tensor's name, and those of the nested config that speaks of it.
+TOWERS: tuple[tuple[re.Pattern[str], re.Pattern[str]], ...] = tuple(
+    (re.compile(names), re.compile(keys))
+    for names, keys in (
+        (r"vision|visual|image|pixel|vit(_|\.|$)|siglip", r"vision|visual|image|vit"),
+        (r"audio|speech|sound|whisper", r"audio|speech|sound"),
+        (r"qformer", r"qformer"),
+        (r"perceiver|resampler|connector|projector", r"perceiver|resampler|connector|projector"),
+        (r"talker", r"talker"),
+        (r"code_predictor", r"code_predictor"),
+        (r"token2wav|code2wav", r"token2wav|code2wav"),
+    )
+)
+TEXT_CONFIGS = ("thinker_config", "text_config", "llm_config", "language_config", "text_model_config")
+OTHER_TOWERS = re.compile("vision|visual|audio|image|speech|resampler|perceiver|connector|projector|qformer")
