@@ -64,7 +64,8 @@ class Units(Struct, frozen=True):
 
     `stacked`: the first dimension counts modules, each of which has its own units; `flat` modules lie behind
     each other in the dimension of the units. A tensor that `follows` loses units without being pruned. `part`
-    is its name inside the structure.
+    is its name inside the structure. Of attention a unit has so many `queries`, query heads, and a key/value
+    head where it has `keys`.
     """
 
     tensor: str
@@ -76,18 +77,22 @@ class Units(Struct, frozen=True):
     stacked: bool = False
     flat: int = 1
     follows: bool = False
+    queries: int = 0
+    keys: bool = False
 
 
 class Structure(Struct, frozen=True):
     """One MLP, attention, set of experts, or list of layers: where it stands, and its units in each tensor.
 
-    `units` counts them. `alone`: experts that are modules of their own, of which `place` names one.
+    `units` counts them, `heads` the query heads of attention. Of experts that are modules of their own each
+    is a structure.
     """
 
     kind: Kind
     place: Captures
     units: int
     parts: tuple[Units, ...]
+    heads: int = 0
 
 
 class Outlook(Struct, frozen=True):
@@ -445,7 +450,9 @@ def _attention(
         bias = at.tensor(f"{each.part}.bias")
         if bias is not None and each.dim == at.out:
             biases.append(replace(each, tensor=bias.name, part=f"{each.part}.bias", dim=0))
-    return Structure("heads", place_of(base, numbers), parts[0].count, _numbered_parts([*parts, *biases]))
+    heads = parts[0].count * max(each.queries for each in parts)
+    named = _numbered_parts([*parts, *biases])
+    return Structure("heads", place_of(base, numbers), parts[0].count, named, heads)
 
 
 def _numbered_parts(parts: Sequence[Units]) -> tuple[Units, ...]:
@@ -505,33 +512,42 @@ def _separate(at: _Attention, names: AttentionNames) -> list[Units]:
     if groups == 1 < heads:
         if output.shape[at.into] % heads:
             return []
-        parts = [Units(query.name, names.queries[0], at.out, heads, size)]
-        parts.append(Units(output.name, names.output, at.into, heads, output.shape[at.into] // heads))
+        parts = [Units(query.name, names.queries[0], at.out, heads, size, queries=1)]
+        read = output.shape[at.into] // heads
+        parts.append(Units(output.name, names.output, at.into, heads, read, queries=1))
     else:
+        each = heads // groups
+        counts = ((query, each), (key, 0), (value, 0), (output, each))
         parts = [
-            Units(each.name, name, at.out, groups, each.shape[at.out] // groups)
-            for name, each in zip(names.queries, (query, key, value), strict=True)
+            Units(one.name, name, dim, groups, one.shape[dim] // groups, queries=queries, keys=not queries)
+            for name, (one, queries), dim in zip(
+                (*names.queries, names.output), counts, (at.out, at.out, at.out, at.into), strict=True
+            )
         ]
-        parts.append(Units(output.name, names.output, at.into, groups, output.shape[at.into] // groups))
-    parts += _head_vectors(at, heads, parts[0].count, sizes)
-    return parts
+    return parts + _head_vectors(at, heads, parts[0].count, sizes)
 
 
 def _head_vectors(at: _Attention, heads: int, units: int, sizes: Sequence[int]) -> list[Units]:
     """Norms over all heads together, and what there is one of for each head; they follow."""
-    found = []
-    for name, size in zip(HEAD_VECTORS, sizes, strict=False):
+    found, each = [], heads // units
+    for name, size, queries in zip(HEAD_VECTORS, sizes, (each, 0), strict=False):
         norm = at.tensor(f"{name}{_MATRIX}")
-        if norm is not None and len(norm.shape) == 1 and norm.shape[0] == size and size % units == 0:
-            found.append(Units(norm.name, name, 0, units, size // units, follows=True))
-        elif norm is not None and len(norm.shape) == 2 and norm.shape[0] % units == 0:
-            found.append(Units(norm.name, name, 0, units, norm.shape[0] // units, follows=True))
-    sinks = at.tensor("sinks")
-    if sinks is not None and sinks.shape == (heads,) and heads % units == 0:
-        found.append(Units(sinks.name, "sinks", 0, units, heads // units, follows=True))
-    bias = at.tensor(f"relative_attention_bias{_MATRIX}")
-    if bias is not None and len(bias.shape) == 2 and bias.shape[1] == heads:
-        found.append(Units(bias.name, "relative_attention_bias", 1, units, heads // units, follows=True))
+        rows = 0 if norm is None else norm.shape[0]
+        if (
+            norm is not None
+            and rows % units == 0
+            and (len(norm.shape) == 2 or (rows,) == norm.shape == (size,))
+        ):
+            found.append(
+                Units(
+                    norm.name, name, 0, units, rows // units, follows=True, queries=queries, keys=not queries
+                )
+            )
+    for name, dim in (("sinks", 0), (f"relative_attention_bias{_MATRIX}", 1)):
+        one = at.tensor(name)
+        if one is not None and one.shape[dim:] == (heads,):
+            part = name.removesuffix(_MATRIX)
+            found.append(Units(one.name, part, dim, units, each, follows=True, queries=each))
     return found
 
 
@@ -544,7 +560,10 @@ def _latent(at: _Attention, names: AttentionNames) -> list[Units]:
     if any(size % heads for size in sizes):
         return []
     matrices = zip((*names.queries, names.output), (query, latent, output), sizes, (0, 0, 1), strict=True)
-    return [Units(each.name, name, dim, heads, size // heads) for name, each, size, dim in matrices]
+    return [
+        Units(each.name, name, dim, heads, size // heads, queries=1, keys=name == names.queries[1])
+        for name, each, size, dim in matrices
+    ]
 
 
 def _fused(at: _Attention, names: AttentionNames) -> list[Units]:
@@ -560,18 +579,22 @@ def _fused(at: _Attention, names: AttentionNames) -> list[Units]:
     if rows % size or (heads + 2 * groups) * size != rows or not groups or heads % groups:
         return []
     layout = fused_layout(at.index, names.fused)
-    read = Units(output.name, names.output, at.into, groups, width // groups)
+    each = heads // groups
+    read = Units(output.name, names.output, at.into, groups, width // groups, queries=each)
     if layout is None:
         return []
     if groups == 1 < heads:
-        whole = Units(fused.name, names.fused, at.out, heads, size)
-        return [whole, replace(read, count=heads, size=size)]
+        whole = Units(fused.name, names.fused, at.out, heads, size, queries=1)
+        return [whole, replace(read, count=heads, size=size, queries=1)]
     if layout == "parts":
-        queries = Units(fused.name, names.fused, at.out, groups, width // groups)
-        keys = replace(queries, size=size, begin=width)
+        queries = Units(fused.name, names.fused, at.out, groups, width // groups, queries=each)
+        keys = replace(queries, size=size, begin=width, queries=0, keys=True)
         parts = [queries, keys, replace(keys, begin=width + groups * size), read]
     else:
-        parts = [Units(fused.name, names.fused, at.out, groups, rows // groups), read]
+        parts = [
+            Units(fused.name, names.fused, at.out, groups, rows // groups, queries=each, keys=True),
+            read,
+        ]
     return parts + _head_vectors(at, heads, groups, (width, groups * size))
 
 
