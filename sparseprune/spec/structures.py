@@ -30,6 +30,7 @@ from sparseprune.spec.naming import (
     NAMED_LAYOUTS,
     NO_MATRIX,
     STACKS,
+    STACKS_INPUTS_FIRST,
     STAGES,
     TEXT_CONFIGS,
     TOWERS,
@@ -281,7 +282,7 @@ def inputs_first(index: Index, form: str, numbers: Numbers, shape: Shape) -> boo
             as_inputs_first = up[1] == down[2] and up[2] == 2 * down[1]
             if as_linear != as_inputs_first:
                 return as_inputs_first
-    return index.is_one_of(INPUTS_FIRST)
+    return index.is_one_of(STACKS_INPUTS_FIRST if len(shape) == 3 else INPUTS_FIRST)
 
 
 # -- MLPs --------------------------------------------------------------------------------------------
@@ -316,7 +317,8 @@ def _mlp(index: Index, names: MlpNames, where: tuple[str, str], numbers: Numbers
         return None
     if any(len(each.shape) != len(reads.shape) for each in writes):
         return None
-    sides = _flat_sides(index, names, base, numbers) if names.flat else _sides(writes, reads, index)
+    flipped = inputs_first(index, f"{base}.{names.writes[0]}{suffix}", numbers, writes[0].shape)
+    sides = _flat_sides(index, names, base, numbers) if names.flat else _sides(writes, reads, flipped=flipped)
     if sides is None:
         return None
     out, into, channels, flat = sides
@@ -341,19 +343,16 @@ def _mlp(index: Index, names: MlpNames, where: tuple[str, str], numbers: Numbers
     return Structure("mlp", _of_all(place) if stacked or flat > 1 else place, channels, tuple(parts))
 
 
-def _sides(writes: Sequence[TensorInfo], reads: TensorInfo, index: Index) -> tuple[int, int, int, int] | None:
-    """The dimensions of the channels in what writes and in what reads, and how many there are."""
+def _sides(
+    writes: Sequence[TensorInfo], reads: TensorInfo, *, flipped: bool
+) -> tuple[int, int, int, int] | None:
+    """The dimensions of the channels in what writes and in what reads, how many of them, in how many MLPs."""
     last = len(reads.shape) - 1
-    found = []
-    for out, into in ((last - 1, last), (last, last - 1)):  # outputs first, as torch has it; inputs first
-        channels = reads.shape[into]
-        if all(each.shape[out] in (channels, 2 * channels) for each in writes):
-            same = all(each.shape[into] == reads.shape[out] for each in writes)
-            found.append((same, out, into, channels))
-    found = [each for each in found if each[0]] or found
-    if len(found) > 1 and index.is_one_of(INPUTS_FIRST):
-        found = found[1:]
-    return (*found[0][1:], 1) if found else None
+    out, into = (last, last - 1) if flipped else (last - 1, last)
+    channels = reads.shape[into]
+    if all(each.shape[out] in (channels, 2 * channels) for each in writes):
+        return out, into, channels, 1
+    return None
 
 
 def _flat_sides(
