@@ -1,106 +1,87 @@
-"""The table of architectures: which key of config.json counts which dimension of which tensors.
+"""The table of architectures: which keys of config.json count the units of structures, by model type.
 
-Data, one row an architecture; a new one is a new row. Called by the rest of removal.
+Data: the keys that mean the same in most configs, and one row for model types that need more, or refuse. A
+model type is in a row only if removal was shown to load. Called by the rest of removal.
 """
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING
 
 from msgspec import Struct
-from msgspec.structs import replace
 
-from sparseprune.spec.patterns import parse_pattern
+from sparseprune.spec.naming import HEAD_COUNTS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from sparseprune.spec.patterns import TensorPattern
+# -- keys that mean the same wherever they are -------------------------------------------------------
 
-# Names of parts of a model that have a config of their own.
-OTHER_TOWERS = re.compile("vision|visual|audio|image|speech|resampler|perceiver|connector|projector|qformer")
+# Keys that may count the channels of an MLP, the likeliest first; the first counts whose value fits.
+EXPERT_WIDTHS = (
+    *("moe_intermediate_size", "expert_ffn_hidden_size", "moe_ffn_hidden_size", "ffn_config.ffn_hidden_size"),
+    *("expert_ffn_dim", "intermediate_size", "d_ff"),
+)
+SHARED_WIDTHS = (
+    *("shared_expert_intermediate_size", "moe_shared_expert_intermediate_size", "shared_intermediate_size"),
+    *("moe_intermediate_size", "intermediate_size"),
+)
+WIDTHS = (
+    *(
+        "intermediate_size_mlp",
+        "intermediate_size",
+        "ffn_hidden_size",
+        "ffn_dim",
+        "n_inner",
+        "d_ff",
+        "d_inner",
+    ),
+    *("hidden_dim", "dim_feedforward"),
+)
+SIDED_WIDTHS = ("{side}_ffn_dim", "{side}_intermediate_size")  # of encoders and decoders
+RATIOS = ("mlp_ratio", "expansion_ratio")  # of the channels to the hidden size
+KV_COUNTS = ("num_key_value_heads", "num_kv_heads", "attn_config.kv_n_heads")
+SIDED_KV_COUNTS = ("{side}_num_key_value_heads",)
+SIDED_HEADS = ("{side}_attention_heads", "{side}_num_attention_heads")
+EXPERT_COUNTS = (
+    *(
+        "num_experts",
+        "num_local_experts",
+        "n_routed_experts",
+        "moe_num_experts",
+        "ffn_config.moe_num_experts",
+    ),
+)
+CHOSEN = (
+    *("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "top_k_experts", "moe_k"),
+    *("ffn_config.moe_top_k", "num_selected_experts"),
+)
+LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth")
+SIDED_LAYERS = ("{side}_layers", "num_{side}_layers", "{side}_num_hidden_layers")
+HEADS = HEAD_COUNTS
 
-
-class DimPart(Struct, frozen=True):
-    """Consecutive indices of a dimension: as many units as `key` of the config says, `unit` indices each.
-
-    `unit` is an expression over the config. A unit stays or goes as a whole, unless `by_index`: then the key
-    counts indices, whichever they are.
-    """
-
-    key: str
-    unit: str = "1"
-    by_index: bool = False
-
-
-class TensorDims(Struct, frozen=True):
-    """The parts of the dimensions of some tensors; other dimensions must not change.
-
-    Tensors whose captures agree, except {name} and {kind}, keep the same units. A tensor that `follows` is
-    not pruned itself: it loses the units that the others lose.
-    """
-
-    pattern: TensorPattern
-    dims: Mapping[int, tuple[DimPart, ...]]
-    follows: bool = False
-
-    @property
-    def keys(self) -> frozenset[str]:
-        """The config keys of all parts."""
-        return frozenset(part.key for parts in self.dims.values() for part in parts)
-
-
-class ModuleList(Struct, frozen=True):
-    """A numbered list of modules: the pattern of a member's name, and the key that counts the members."""
-
-    pattern: TensorPattern
-    key: str
-
-
-class Routing(Struct, frozen=True):
-    """What a router needs of its experts: at least `chosen`, in `groups` of one size, `serving` at a time.
-
-    Groups are ranked by the `best` of their members; each has at least that many.
-    """
-
-    experts: str
-    chosen: str
-    groups: str | None = None
-    serving: str | None = None
-    best: int = 1
-
-
-class Heads(Struct, frozen=True):
-    """The key that counts query heads; `groups` counts key/value heads, which share them equally.
-
-    `pinned` keys are written out when heads are removed, since the class would derive them from the number of
-    heads. `alike` keys take the value of another. The number of heads must divide the key `divides`. The
-    class checks the length of lists in `sized` keys by the number of heads, whatever is pinned.
-    """
-
-    key: str
-    groups: str | None = None
-    divides: str | None = None
-    pinned: Mapping[str, str] = {}
-    alike: Mapping[str, str] = {}
-    sized: tuple[str, ...] = ()
+# Lists with an entry for each layer.
+BY_PLACE = (
+    *("layer_types", "mlp_layer_types", "layers_block_type", "no_rope_layers", "activation_sparsity_pattern"),
+    *("intermediate_size", "attention_layers", "hybrid_layer_pattern"),
+)
 
 
 class Layers(Struct, frozen=True):
-    """Where the config refers to layers by number, and must change with them.
+    """Where a config refers to layers by number, and must change with them.
 
     `by_place`: lists with an entry for each layer. `by_number`: lists of numbers of layers. `up_to`: counts
     of the first layers, with the default. `beyond`: the count of layers behind those that the key counts.
     `implied`: what the class derives where there is no list, an expression over `layer`; for a list of
     numbers it says whether the layer is in it. `settled`: a rule besides the list puts layers into it, and
     these values turn the rule off. `rules`: keys from which the class derives a list; they get a value that
-    still derives it, or are removed. No layer can be removed where a `refused` key is set, with the reason.
+    still derives it, or are removed. `by_key`: objects with an entry for numbers of layers. No layer can be
+    removed where a `refused` key is set, with the reason.
     """
 
-    members: ModuleList
-    by_place: tuple[str, ...] = ("layer_types", "mlp_layer_types")
+    by_place: tuple[str, ...] = BY_PLACE
     by_number: tuple[str, ...] = ()
+    by_key: tuple[str, ...] = ("per_layer_config",)
     up_to: Mapping[str, int] = {}
     implied: Mapping[str, str] = {}
     beyond: str = ""
@@ -110,306 +91,126 @@ class Layers(Struct, frozen=True):
 
 
 class Architecture(Struct, frozen=True):
-    """Model types with the same names of tensors; the first of `tensors` that matches a name counts.
+    """Model types whose configs are alike, and what is particular about them.
 
-    `values` are expressions for keys that the config may omit, `aliases` are other spellings of keys.
-    `refused` keys cannot change, with the reason.
+    `refused` says why a structure ("mlp", "heads", "experts", "layers") cannot change. `pinned`: keys that
+    are written out when heads go, expressions for what the class would else derive from the number of heads.
+    The number of heads must divide the key `divides`; the class checks lists in `sized` by it. `alike` keys
+    take the value of another. `values` are expressions for keys that a config may omit. `widths` name the
+    key for modules whose names hold a text. `groups`: a router's groups of experts of one size, of which
+    `serving` serve and each needs the `best`. `settled` keys get a value when channels go.
     """
 
     models: tuple[str, ...]
-    layers: Layers
-    tensors: tuple[TensorDims, ...]
-    lists: tuple[ModuleList, ...] = ()
-    values: Mapping[str, str] = {}
-    aliases: Mapping[str, str] = {}
-    heads: Heads | None = None
-    routing: Routing | None = None
+    layers: Layers = Layers()
     refused: Mapping[str, str] = {}
-
-    @property
-    def keys(self) -> frozenset[str]:
-        """All config keys that the table has of this architecture."""
-        layers, heads, routing = self.layers, self.heads, self.routing
-        keys: set[str | None] = {layers.members.key, layers.beyond, *layers.by_place, *layers.by_number}
-        keys.update(layers.up_to, layers.settled, layers.rules, layers.refused, self.values, self.aliases)
-        keys.update((f"_{rule}" for rule in layers.rules), self.aliases.values())
-        keys.update((members.key for members in self.lists), *(dims.keys for dims in self.tensors))
-        if heads is not None:
-            keys.update((heads.key, heads.groups, heads.divides), heads.pinned, heads.alike)
-        if routing is not None:
-            keys.update((routing.experts, routing.chosen, routing.groups, routing.serving))
-        return frozenset(key for key in keys if key)
+    pinned: Mapping[str, str] = {}
+    divides: str | None = None
+    sized: tuple[str, ...] = ()
+    alike: Mapping[str, str] = {}
+    values: Mapping[str, str] = {}
+    widths: Mapping[str, str] = {}
+    groups: str | None = None
+    serving: str | None = None
+    best: int = 1
+    settled: Mapping[str, bool] = {}
 
 
-def _dims(
-    name: str, dims: Mapping[int, str | DimPart | tuple[str | DimPart, ...]], *, follows: bool = False
-) -> TensorDims:
-    """A row of the table for names that end so; a key alone stands for units of one index."""
-    parts = {dim: each if isinstance(each, tuple) else (each,) for dim, each in dims.items()}
-    made = {
-        dim: tuple(DimPart(one) if isinstance(one, str) else one for one in each)
-        for dim, each in parts.items()
-    }
-    return TensorDims(parse_pattern(f"{{at:**}}.{name}"), made, follows)
-
-
-def _writes(module: str, part: str | DimPart, *, follows: bool = False) -> TensorDims:
-    """A linear layer whose outputs are the units, as torch stores it: outputs first."""
-    return _dims(f"{module}.{{kind:weight|bias}}", {0: part}, follows=follows)
-
-
-def _reads(module: str, part: str | DimPart) -> tuple[TensorDims, ...]:
-    """A linear layer whose inputs are the units."""
-    return _dims(f"{module}.weight", {1: part}), _dims(f"{module}.bias", {})
-
-
-def _gated(
-    module: str, width: str | DimPart, names: tuple[str, str] = ("{name:gate|up}_proj", "down_proj")
-) -> tuple[TensorDims, ...]:
-    """Two matrices that write channels and one that reads them."""
-    writes, reads = names
-    return _writes(f"{module}.{writes}", width), *_reads(f"{module}.{reads}", width)
-
-
-def _router(module: str, experts: str) -> tuple[TensorDims, ...]:
-    return (
-        _writes(module, experts, follows=True),
-        _dims(f"{module}.e_score_correction_bias", {0: experts}, follows=True),
-    )
-
-
-def _list(module: str, key: str) -> ModuleList:
-    return ModuleList(parse_pattern(f"{{at:**}}.{module}.{{member}}"), key)
-
-
-_LAYERS = _list("layers", "num_hidden_layers")
-HEADS, KV_HEADS = "num_attention_heads", "num_key_value_heads"
 _HEAD_DIM = "config.head_dim or config.hidden_size // config.num_attention_heads"
-_HEAD, _KV_HEAD = DimPart(HEADS, _HEAD_DIM), DimPart(KV_HEADS, _HEAD_DIM)
-_WIDTH, _EXPERT_WIDTH = "intermediate_size", "moe_intermediate_size"
-_EXPERTS, _LOCAL_EXPERTS = "num_experts", "num_local_experts"
 _PINNED = {"head_dim": _HEAD_DIM}
-_GROUPED = Heads(HEADS, KV_HEADS, pinned=_PINNED)
-_EVEN = Heads(HEADS, KV_HEADS, "hidden_size", _PINNED)  # the config's class refuses others
 _SLIDING = "'sliding_attention' if {} else 'full_attention'"
 _QWEN_WINDOW = "(config.use_sliding_window or 0) and not (config.sliding_window == None or 0) and "
 # A key that may be 0, or 28 where there is none.
 _FULL_ONES = "(config.max_window_layers if (config.max_window_layers >= 0 or 0) else 28)"
-_ATTENTION = (
-    _writes("self_attn.q_proj", _HEAD),
-    _writes("self_attn.{name:k|v}_proj", _KV_HEAD),
-    *_reads("self_attn.o_proj", _HEAD),
-    _dims("self_attn.sinks", {0: HEADS}, follows=True),
-)
+_BERT_LAYERS = "a layer ends in a norm, so that without anything of it zeros are passed on, not its input"
+_DERIVED = "the class derives the size of a head from {} // {}, so that fewer are larger"
 
 
-def _decoder(
-    *models: str,
-    layers: Layers = Layers(_LAYERS),
-    tensors: tuple[TensorDims, ...] = (*_gated("mlp", _WIDTH), *_ATTENTION),
-    heads: Heads = _GROUPED,
-    experts: tuple[str, str] | None = None,
-    aliases: Mapping[str, str] | None = None,
-) -> Architecture:
-    """Grouped query attention with an own head_dim; `experts` are a list of modules or "", and its key."""
-    module, key = experts or ("", "")
-    return Architecture(
-        models,
-        layers,
-        tensors,
-        (_list(module, key),) if module else (),
-        {KV_HEADS: "config.num_key_value_heads or config.num_attention_heads"},
-        aliases or {},
-        heads,
-        Routing(key, "num_experts_per_tok") if experts else None,
-    )
+def _row(*models: str, **particular: object) -> Architecture:
+    """A row of model types in one text."""
+    names = tuple(name for text in models for name in text.split())
+    return Architecture(names, **particular)  # type: ignore[arg-type]
 
 
 def _typed(layer_type: str, rule: str | None = None) -> Layers:
     """Layers whose types the class derives by an expression, from the key `rule` if any."""
     implied = {"layer_types": _SLIDING.format(layer_type)}
-    return Layers(_LAYERS, implied=implied, rules={} if rule is None else {rule: "layer_types"})
+    return Layers(implied=implied, rules={} if rule is None else {rule: "layer_types"})
 
 
-def _qwen_moe(model: str, layers: Layers, *more: TensorDims) -> Architecture:
-    sparse = {"mlp_only_layers": "(layer + 1) % (config.decoder_sparse_step or 1) != 0"}
-    return _decoder(
-        model,
-        layers=replace(
-            layers,
-            by_number=("mlp_only_layers",),
-            implied={**sparse, **layers.implied},
-            settled={"decoder_sparse_step": 1},
-        ),
-        tensors=(
-            *_gated("mlp.experts.{expert}", _EXPERT_WIDTH),
-            *_router("mlp.gate", _EXPERTS),
-            *more,
-            *_gated("mlp", _WIDTH),
-            *_ATTENTION,
-        ),
-        experts=("mlp.experts", _EXPERTS),
-        aliases={_EXPERTS: _LOCAL_EXPERTS},
-    )
-
-
-_GPT2_HEAD = DimPart("n_head", "config.n_embd // config.n_head")
-_GPT2 = Architecture(
-    ("gpt2",),
-    Layers(
-        _list("h", "n_layer"),
-        refused={"scale_attn_by_inverse_layer_idx": "the scale of attention depends on a layer's number"},
-    ),
-    (
-        _dims("mlp.c_fc.weight", {1: "n_inner"}),
-        _dims("mlp.c_fc.bias", {0: "n_inner"}),
-        _dims("mlp.c_proj.weight", {0: "n_inner"}),
-        _dims("mlp.c_proj.bias", {}),
-        _dims("attn.c_attn.weight", {1: (_GPT2_HEAD,) * 3}),
-        _dims("attn.c_attn.bias", {0: (_GPT2_HEAD,) * 3}),
-        _dims("attn.c_proj.weight", {0: _GPT2_HEAD}),
-        _dims("attn.c_proj.bias", {}),
-    ),
-    values={"n_inner": "config.n_inner or 4 * config.n_embd"},
-    heads=Heads("n_head"),
-    refused={
-        "n_head": "GPT2Attention derives the size of a head from n_embd // n_head, so that fewer are larger"
-    },
+_SPARSE = Layers(
+    by_number=("mlp_only_layers",),
+    implied={"mlp_only_layers": "(layer + 1) % (config.decoder_sparse_step or 1) != 0"},
+    settled={"decoder_sparse_step": 1},
 )
-
-_DEEPSEEK = Architecture(
-    ("deepseek_v3",),
-    Layers(_LAYERS, beyond="num_nextn_predict_layers", up_to={"first_k_dense_replace": 3}),
-    (
-        *_gated("mlp.experts.{expert}", _EXPERT_WIDTH),
-        *_gated("mlp.shared_experts", DimPart(_EXPERT_WIDTH, "config.n_shared_experts or 1", by_index=True)),
-        *_router("mlp.gate", "n_routed_experts"),
-        *_gated("mlp", _WIDTH),
-        _dims(
-            "self_attn.{name:q|q_b}_proj.weight",
-            {0: DimPart(HEADS, "config.qk_nope_head_dim + config.qk_rope_head_dim")},
-        ),
-        _dims(
-            "self_attn.kv_b_proj.weight", {0: DimPart(HEADS, "config.qk_nope_head_dim + config.v_head_dim")}
-        ),
-        *_reads("self_attn.o_proj", DimPart(HEADS, "config.v_head_dim")),
-    ),
-    lists=(_list("mlp.experts", "n_routed_experts"),),
-    heads=Heads(HEADS, alike={KV_HEADS: HEADS}),
-    aliases={"n_routed_experts": _LOCAL_EXPERTS},
-    routing=Routing("n_routed_experts", "num_experts_per_tok", "n_group", "topk_group", best=2),
+_QWEN2_MOE_TYPES = _typed(
+    f"(config.use_sliding_window or 0) and (layer + 1) % 2 and layer < {_FULL_ONES}", "max_window_layers"
 )
-
-_LLAMA4 = _decoder(
-    "llama4_text",
-    layers=Layers(
-        _LAYERS,
-        by_place=("no_rope_layers", "layer_types", "mlp_layer_types"),
-        by_number=("moe_layers",),
-        implied={
-            "no_rope_layers": "1 if (layer + 1) % (config.no_rope_layer_interval or 4) else 0",
-            "moe_layers": "(layer + 1) % (config.interleave_moe_layer_step or 1) == 0",
-        },
-        rules={"no_rope_layer_interval": "no_rope_layers", "interleave_moe_layer_step": "moe_layers"},
-    ),
-    tensors=(
-        _dims("feed_forward.experts.gate_up_proj", {0: _LOCAL_EXPERTS, 2: (_WIDTH, _WIDTH)}),
-        _dims("feed_forward.experts.down_proj", {0: _LOCAL_EXPERTS, 1: _WIDTH}),
-        *_router("feed_forward.router", _LOCAL_EXPERTS),
-        *_gated("feed_forward.{module:shared_expert}", _WIDTH),
-        *_gated("feed_forward", "intermediate_size_mlp"),
-        *_ATTENTION,
-    ),
-    experts=("", _LOCAL_EXPERTS),
-)
-
-
-def _encoder(
-    *models: str, attention: str, heads: Heads, refused: Mapping[str, str], layers: Layers
-) -> Architecture:
-    tensors = (
-        _dims("crossattention.output.dense.{kind:weight|bias}", {}),
-        _writes(f"attention.{attention}.{{name:query|key|value}}", _HEAD),
-        *_reads("attention.output.dense", _HEAD),
-        _writes("intermediate.dense", _WIDTH),
-        *_reads("output.dense", _WIDTH),
-    )
-    return Architecture(models, layers, tensors, heads=heads, refused=refused)
-
-
-_ENCODER_LAYERS = Layers(_list("encoder.layer", "num_hidden_layers"))
-_BERT_LAYERS = (
-    "a BertLayer ends in a LayerNorm, so that without anything of it zeros are passed on, not its input"
-)
-_BERT_HEADS = (
-    "BertSelfAttention derives the size of a head from hidden_size // num_attention_heads, so that fewer are "
-    "larger"
-)
+_POST_NORM = {
+    "heads": _DERIVED.format("hidden_size", "num_attention_heads"),
+    "layers": _BERT_LAYERS,
+}
 
 ARCHITECTURES: tuple[Architecture, ...] = (
-    _decoder("mistral", "gemma"),
-    _decoder("llama", heads=_EVEN),
-    _decoder("qwen2", "qwen3", layers=_typed(f"{_QWEN_WINDOW}layer >= {_FULL_ONES}", "max_window_layers")),
-    _decoder("gemma2", layers=_typed("(layer + 1) % 2"), heads=_EVEN),
-    _decoder(
+    _row("mistral gemma", pinned=_PINNED),
+    _row("llama", pinned=_PINNED, divides="hidden_size"),
+    _row(
+        "qwen2 qwen3",
+        layers=_typed(f"{_QWEN_WINDOW}layer >= {_FULL_ONES}", "max_window_layers"),
+        pinned=_PINNED,
+    ),
+    _row("gemma2", layers=_typed("(layer + 1) % 2"), pinned=_PINNED, divides="hidden_size"),
+    _row(
         "gemma3_text",
         layers=_typed("(layer + 1) % (config.sliding_window_pattern or 6)", "sliding_window_pattern"),
-        heads=_EVEN,
+        pinned=_PINNED,
+        divides="hidden_size",
     ),
-    _decoder(
-        "phi3",
-        tensors=(
-            _dims("mlp.gate_up_proj.weight", {0: (_WIDTH, _WIDTH)}),
-            _dims("mlp.down_proj.weight", {1: _WIDTH}),
-            _dims("self_attn.qkv_proj.weight", {0: (_HEAD, _KV_HEAD, _KV_HEAD)}),
-            _dims("self_attn.o_proj.weight", {1: _HEAD}),
+    _row("phi3", pinned=_PINNED, sized=("rope_scaling", "rope_parameters")),
+    _row(
+        "gpt2",
+        layers=Layers(
+            refused={"scale_attn_by_inverse_layer_idx": "the scale of attention depends on a layer's number"}
         ),
-        heads=Heads(HEADS, KV_HEADS, pinned=_PINNED, sized=("rope_scaling", "rope_parameters")),
+        values={"n_inner": "config.n_inner or 4 * config.n_embd"},
+        refused={"heads": _DERIVED.format("n_embd", "n_head")},
     ),
-    _GPT2,
-    _decoder(
-        "mixtral",
-        tensors=(
-            *_gated("block_sparse_moe.experts.{expert}", _WIDTH, ("{name:w1|w3}", "w2")),
-            *_router("block_sparse_moe.gate", _LOCAL_EXPERTS),
-            *_ATTENTION,
-        ),
-        experts=("block_sparse_moe.experts", _LOCAL_EXPERTS),
-    ),
-    _qwen_moe(
+    _row("mixtral", pinned=_PINNED),
+    _row(
         "qwen2_moe",
-        _typed(
-            f"(config.use_sliding_window or 0) and (layer + 1) % 2 and layer < {_FULL_ONES}",
-            "max_window_layers",
+        layers=Layers(
+            by_number=_SPARSE.by_number,
+            implied={**_SPARSE.implied, **_QWEN2_MOE_TYPES.implied},
+            settled=_SPARSE.settled,
+            rules=_QWEN2_MOE_TYPES.rules,
         ),
-        *_gated("mlp.shared_expert", "shared_expert_intermediate_size"),
+        pinned=_PINNED,
     ),
-    _qwen_moe("qwen3_moe", Layers(_LAYERS)),
-    _DEEPSEEK,
-    _decoder(
-        "gpt_oss",
-        layers=_typed("(layer + 1) % 2"),
-        tensors=(
-            _dims("mlp.experts.gate_up_proj", {0: _LOCAL_EXPERTS, 2: DimPart(_WIDTH, "2")}),
-            _dims("mlp.experts.gate_up_proj_bias", {0: _LOCAL_EXPERTS, 1: DimPart(_WIDTH, "2")}),
-            _dims("mlp.experts.down_proj", {0: _LOCAL_EXPERTS, 1: _WIDTH}),
-            _dims("mlp.experts.down_proj_bias", {0: _LOCAL_EXPERTS}),
-            *_router("mlp.router", _LOCAL_EXPERTS),
-            *_ATTENTION,
+    _row("qwen3_moe", layers=_SPARSE, pinned=_PINNED),
+    _row(
+        "deepseek_v3",
+        layers=Layers(beyond="num_nextn_predict_layers", up_to={"first_k_dense_replace": 3}),
+        alike={"num_key_value_heads": "num_attention_heads"},
+        groups="n_group",
+        serving="topk_group",
+        best=2,
+    ),
+    _row("gpt_oss", layers=_typed("(layer + 1) % 2"), pinned=_PINNED),
+    _row(
+        "llama4_text",
+        layers=Layers(
+            by_number=("moe_layers",),
+            implied={
+                "no_rope_layers": "1 if (layer + 1) % (config.no_rope_layer_interval or 4) else 0",
+                "moe_layers": "(layer + 1) % (config.interleave_moe_layer_step or 1) == 0",
+            },
+            rules={"no_rope_layer_interval": "no_rope_layers", "interleave_moe_layer_step": "moe_layers"},
         ),
-        experts=("", _LOCAL_EXPERTS),
+        pinned=_PINNED,
+        widths={"expert": "intermediate_size", "feed_forward": "intermediate_size_mlp"},
     ),
-    _LLAMA4,
-    _encoder(
-        *("bert", "roberta", "xlm-roberta"),
-        attention="self",
-        heads=Heads(HEADS),
-        refused={HEADS: _BERT_HEADS},
-        layers=replace(_ENCODER_LAYERS, refused={"num_hidden_layers": _BERT_LAYERS}),
-    ),
-    _encoder(
-        "vit", attention="attention", heads=Heads(HEADS, pinned=_PINNED), refused={}, layers=_ENCODER_LAYERS
-    ),
+    _row("bert roberta xlm-roberta", refused=_POST_NORM),
+    _row("vit", pinned=_PINNED),
 )
 
 
@@ -421,3 +222,15 @@ def model_types() -> tuple[str, ...]:
 def architecture_of(model_type: object) -> Architecture | None:
     """The architecture of a model type, None for an unknown one."""
     return next((each for each in ARCHITECTURES if model_type in each.models), None)
+
+
+def known_keys(architecture: Architecture) -> frozenset[str]:
+    """All config keys that the table has for an architecture."""
+    layers = architecture.layers
+    keys: set[str | None] = {layers.beyond, *layers.by_place, *layers.by_number, *layers.by_key}
+    keys.update(layers.up_to, layers.settled, layers.rules, layers.refused, layers.implied)
+    keys.update((f"_{rule}" for rule in layers.rules), architecture.values, architecture.pinned)
+    keys.update(architecture.alike, architecture.widths.values(), architecture.settled)
+    keys.update((architecture.divides, architecture.groups, architecture.serving))
+    keys.update((*EXPERT_WIDTHS, *SHARED_WIDTHS, *WIDTHS, *HEADS, *KV_COUNTS, *EXPERT_COUNTS, *CHOSEN))
+    return frozenset(key for key in (*keys, *LAYER_COUNTS) if key)

@@ -7,28 +7,26 @@ far as names and values tell, and gives a line for what may no longer be true. C
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from msgspec import Struct
-from msgspec.structs import replace
 
 from sparseprune.errors import CheckpointError
-from sparseprune.removal.architectures import OTHER_TOWERS, architecture_of, model_types
-from sparseprune.removal.dim_constraints import agree, dims_lookup, layer_lists, refuse
+from sparseprune.removal.architectures import known_keys
+from sparseprune.removal.dim_constraints import agree, refuse
+from sparseprune.removal.layers import Stacks, lost_rules, without_layers
+from sparseprune.removal.sections import Sections, path_shown, value_at, with_value
 from sparseprune.results.fields import ConfigChange
-from sparseprune.spec.expressions import ExpressionError, Names, parse_expression
-from sparseprune.spec.problems import listed, shown
+from sparseprune.spec.naming import OTHER_TOWERS
+from sparseprune.spec.problems import shown
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from sparseprune.engine.grids import Shape
-    from sparseprune.removal.architectures import Architecture, DimPart
-    from sparseprune.removal.dim_constraints import CutModel
-    from sparseprune.removal.slices import KeptIndices
-    from sparseprune.spec import Captures
+    from sparseprune.removal.dim_constraints import Agreed, CutModel
+    from sparseprune.removal.layers import Stack
+    from sparseprune.removal.sections import Path, Section
 
 
 _CONFIG = "config.json"
@@ -69,38 +67,6 @@ _DEEPEST = 8
 _LONGEST = 9  # digits of a layer's number
 
 
-def _settle_unlisted(
-    section: ConfigSection,
-    config: Mapping[str, Any],
-    beside: Mapping[str, Mapping[str, Any]],
-    reader: _KeyReader,
-    values: Mapping[str, Any],
-) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
-    """What becomes of keys that the table lacks, in a config and in the documents `beside` it.
-
-    Returns the new `values` of the section with theirs, new values of keys outside of it, and lines about
-    statements that stay.
-    """
-    settled, outside, remarks = {**values}, dict[str, Any](), list[str]()
-    for key, value in section.values.items():
-        if key in settled or (key in reader.known and type(value) is int):
-            continue
-        after = reader.cut(key, value)
-        if after is None:
-            remarks += reader.remarks(f"{_CONFIG}: {section.prefix}{key}", key, value, by_length=True)
-        else:
-            settled[key] = after
-    for key, value in config.items() if section.key is not None else ():
-        if settled.get(key) is not None and value == section.values.get(key):
-            outside[key] = settled[key]
-        elif key != section.key:
-            remarks += reader.remarks(f"{_CONFIG}: {key}", key, value, by_length=True)
-    for file, document in beside.items():
-        for key, value in document.items():
-            remarks += reader.remarks(f"{file}: {key}", key, value, by_length=False)
-    return settled, outside, list(dict.fromkeys(remarks))
-
-
 class _KeyReader(Struct, frozen=True):
     """What is looked for in keys: statements on `layers`, of which some stay, and copies of old `numbers`.
 
@@ -113,13 +79,20 @@ class _KeyReader(Struct, frozen=True):
     known: frozenset[str]
 
     @staticmethod
-    def of(section: ConfigSection, removed: Sequence[int], numbers: Mapping[str, int]) -> _KeyReader:
-        key, known = section.architecture.layers.members.key, section.architecture.keys
-        layers = section.value(key) if removed else 0
-        stays = [layer for layer in range(layers) if layer not in frozenset(removed)]
-        if len(stays) == layers:
+    def of(section: Section, stacks: Sequence[Stack], agreed: Agreed) -> _KeyReader:
+        """What to look for in a section of which these lists of layers lose some."""
+        numbers = {
+            path_shown(key[len(section.path) :]): value
+            for key in agreed.values
+            if agreed.counts.sections[key].path == section.path
+            and type(value := section.value(path_shown(key[len(section.path) :]))) is int
+        }
+        known = known_keys(section.architecture)
+        if not stacks:
             return _KeyReader(None, (), numbers, known)
-        return _KeyReader(layers, stays, {**numbers, key: layers}, known)
+        stack = stacks[0]
+        counted = {path_shown(one.key[len(section.path) :]): one.count for one in stacks}
+        return _KeyReader(stack.count, stack.stays, {**numbers, **counted}, known)
 
     def cut(self, key: str, value: object) -> object:
         """The new value of a key that surely speaks of layers; None for other keys."""
@@ -235,173 +208,178 @@ def _layer_keys(value: Mapping[str, Any], layers: int) -> frozenset[int]:
     return numbers if all(number < layers for number in numbers) else frozenset()
 
 
-_TEXT = "text_config"
-_NUMBERED_MODULE = re.compile(r"(?:^|\.)[0-9]+(?:\.|$)")
-
-
-class ConfigSection(Struct, frozen=True):
-    """An architecture and the object of a config that has its keys: the top level, or what `key` holds."""
-
-    architecture: Architecture
-    key: str | None
-    values: Mapping[str, Any]
-
-    @property
-    def prefix(self) -> str:
-        """The path of a key of the section before its name."""
-        return "" if self.key is None else f"{self.key}."
-
-    def reaches(self, name: str) -> bool:
-        """Whether a tensor may belong to the section: towers of other kinds have configs of their own."""
-        return self.key is None or OTHER_TOWERS.search(name) is None
-
-    def spellings(self, key: str) -> tuple[str, ...]:
-        """All spellings of a key that this config has, since the class takes either of two."""
-        alias = self.architecture.aliases.get(key)
-        found = tuple(each for each in (key, alias) if each is not None and each in self.values)
-        return found or (key,)
-
-    def value(self, key: str) -> int:
-        """The number that a key stands for; CheckpointError where it is none."""
-        return self.number(self.architecture.values.get(key, f"config.{self.spellings(key)[0]}"))
-
-    def unit(self, part: DimPart) -> int:
-        """How many indices one unit of a part has; CheckpointError where that is no number from 1 on."""
-        return self.number(part.unit, least=1)
-
-    def number(self, text: str, least: int = 0) -> int:
-        """The value of an expression; CheckpointError where it is no integer, or less than `least`."""
-        found = self._value_of(text)
-        if isinstance(found, bool) or not isinstance(found, int):
-            raise CheckpointError(f"config.json: {text} comes to {shown(found)}, wanted an integer")
-        if found < least:
-            raise CheckpointError(f"config.json: {text} comes to {shown(found)}, wanted {least} or more")
-        return found
-
-    def of_layer(self, text: str, layer: int) -> object:
-        """The value of an expression over the number of a layer; CheckpointError where it has none."""
-        return self._value_of(text, (("layer", layer),))
-
-    def _value_of(self, text: str, captures: Captures = ()) -> object:
-        try:
-            return Names({"config": self.values}, captures).value(_parsed(text))
-        except ExpressionError as error:
-            raise CheckpointError(f"config.json: {error}") from error
-
-
-_parsed = lru_cache(maxsize=256)(parse_expression)
-
-
-def section_of(config: Mapping[str, Any] | None) -> ConfigSection:
-    """The section of a config that counts layers and their parts; CheckpointError for unknown models."""
-    if config is None:
-        text = "give the directory of a checkpoint that has one, or use apply, which keeps all shapes"
-        raise CheckpointError(f"there is no config.json, which has to say what becomes smaller; {text}")
-    nested = config.get(_TEXT)
-    for key, values in ((None, config), (_TEXT, nested)):
-        architecture = architecture_of(values.get("model_type")) if isinstance(values, Mapping) else None
-        if architecture is not None and values is not None:
-            return ConfigSection(architecture, key, values)
-    found = shown(nested.get("model_type") if isinstance(nested, dict) else config.get("model_type"))
-    known = f"so that no key can carry the smaller shapes; known are {listed(model_types())}"
-    raise CheckpointError(
-        f"config.json: nothing is known of the model_type {found}, {known}; apply keeps all shapes"
-    )
-
-
 # -- the new config ----------------------------------------------------------------------------------
+
+
+class Configured(Struct, frozen=True):
+    """The config of a smaller checkpoint, its changes, what tensors keep, and remarks."""
+
+    config: dict[str, Any]
+    changes: tuple[ConfigChange, ...]
+    agreed: Agreed
+    remarks: tuple[str, ...]
 
 
 def configure(
     config: Mapping[str, Any] | None, model: CutModel, beside: Mapping[str, Mapping[str, Any]]
-) -> tuple[dict[str, Any], tuple[ConfigChange, ...], dict[str, KeptIndices], tuple[str, ...]]:
+) -> Configured:
     """The config of a checkpoint that is cut like `model`; `beside` as for `make_removal`.
-
-    Returns the config, its changes, the kept indices of tensors that follow others, and remarks.
 
     Raises:
         CheckpointError: what the model's classes cannot express, line by line.
     """
-    section = section_of(config)
-    config = config or {}
-    agreed, followers, problems = agree(section, model)
-    removed = _removed_layers(section, model)
-    problems += _last_layers(section, removed)
-    for quantization in (values.get("quantization_config") for values in (section.values, config)):
+    sections = Sections.of(config)
+    stacks = Stacks.find(model.shapes, model.removed, sections)
+    agreed = agree(sections, model, stacks)
+    problems = [*agreed.problems, *stacks.problems]
+    touched = {**agreed.counts.sections, **{stack.key: stack.section for stack in stacks.of.values()}}
+    used = {section.path: section for key, section in touched.items() if key in agreed.values}
+    used |= {stack.section.path: stack.section for stack in stacks.of.values()}
+    quantizations = [sections.config, *(section.values for section in used.values())]
+    for quantization in (values.get("quantization_config") for values in quantizations):
         problems += [] if quantization is None else _quantized(model, quantization)
     refuse(dict.fromkeys(problems))
-    values: dict[str, Any] = {
-        spelling: value
-        for key, value in {**agreed, **_derived(section, agreed)}.items()
-        for spelling in section.spellings(key)
-    }
+    written: dict[str, Any] = dict(sections.config)
+    for path, value in _values(agreed).items():
+        written = with_value(written, path, value)
     remarks: list[str] = []
-    if removed:
-        values |= _without_layers(section, removed)
-        remarks += _lost_rules(section, values)
-    reader = _KeyReader.of(section, removed, {key: section.value(key) for key in agreed})
-    outside: dict[str, Any] = {}
-    if reader.numbers:
-        values, outside, lines = _settle_unlisted(section, config, beside, reader, values)
+    for section in used.values():
+        inner, lines = _with_layers(section, stacks, written, agreed)
         remarks += lines
-    written = _with_values(section.values, values)
-    if section.key is not None:
-        written = {**_with_values(config, outside), section.key: written}
-    changes = (*_changes(section.values, values, section.prefix), *_changes(config, outside, ""))
-    return written, changes, followers, tuple(remarks)
+        written = with_value(written, section.path, inner)
+    if used:
+        outside, lines = _settle_outside(sections.config, used, written, (agreed, stacks), beside)
+        written = outside
+        remarks += lines
+    changes = tuple(_changes(sections.config, written, frozenset(used)))
+    return Configured(written, changes, agreed, tuple(dict.fromkeys(remarks)))
 
 
-def _with_values(before: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """An object of a config with new values; keys whose new value is None are removed."""
-    return {key: value for key, value in {**before, **values}.items() if values.get(key, 0) is not None}
+def _values(agreed: Agreed) -> dict[Path, object]:
+    """New values of all keys that count units, and of those that follow from them, by their paths."""
+    values: dict[Path, object] = {}
+    for key, value in agreed.values.items():
+        section = agreed.counts.sections[key]
+        hidden = agreed.counts.ratios.get(key)
+        values[key] = value if hidden is None else _ratio(value, hidden)
+        if key not in agreed.counts.heads and key not in agreed.counts.routing:
+            values |= {
+                section.path_of(name): settled for name, settled in section.architecture.settled.items()
+            }
+    for keys in agreed.counts.heads.values():
+        section, row = keys.section, keys.section.architecture
+        if {keys.heads, keys.groups} & agreed.values.keys():
+            values |= {section.path_of(name): section.number(text) for name, text in row.pinned.items()}
+            if keys.groups is not None and keys.groups not in agreed.values:
+                values[keys.groups] = value_at(section.values, keys.groups[len(section.path) :])
+            for name, of in row.alike.items():
+                if section.path_of(of) in agreed.values:
+                    values[section.path_of(name)] = agreed.values[section.path_of(of)]
+    return {key: value for key, value in values.items() if value is not None}
 
 
-def _changes(before: Mapping[str, Any], values: Mapping[str, Any], prefix: str) -> Iterator[ConfigChange]:
-    for key, after in values.items():
-        if key not in before or before[key] != after:
-            yield ConfigChange(key=prefix + key, before=before.get(key), after=after)
+def _ratio(units: int, hidden: int) -> float:
+    """The ratio that stands for a number of units; CheckpointError where no number does."""
+    ratio = units / hidden
+    if int(hidden * ratio) != units:
+        raise CheckpointError(f"config.json: no ratio times {hidden} is exactly {units}: take another number")
+    return int(ratio) if ratio.is_integer() else ratio
 
 
-def _lost_rules(section: ConfigSection, values: Mapping[str, Any]) -> Iterator[str]:
-    """A line for each rule that no value of its key makes true for the layers that stay."""
-    for key, made in section.architecture.layers.rules.items():
-        for spelling in (key, f"_{key}"):
-            if spelling in values and values[spelling] is None:
-                text = f"it is taken out, and {made} has them"
-                yield f"config.json: no {spelling} makes the layers that stay: {text}"
+def _with_layers(
+    section: Section, stacks: Stacks, written: Mapping[str, Any], agreed: Agreed
+) -> tuple[dict[str, Any], list[str]]:
+    """The new values of a section, with those that its lost layers and its unlisted keys change."""
+    inner: dict[str, Any] = dict(value_at(written, section.path))
+    remarks: list[str] = []
+    own = [stack for stack in stacks.of.values() if stack.section.path == section.path]
+    for stack in own:
+        inner = with_value(inner, stack.key[len(section.path) :], len(stack.stays))
+        values = without_layers(stack)
+        remarks += lost_rules(stack, values)
+        inner = {key: each for key, each in {**inner, **values}.items() if values.get(key, 0) is not None}
+    reader = _KeyReader.of(section, own, agreed)
+    if reader.numbers:
+        changed = {key for key in inner if inner[key] != section.values.get(key)}
+        changed |= {key for key in section.values if key not in inner}
+        for key, value in section.values.items():
+            if key in changed or (key in reader.known and type(value) is int):
+                continue
+            after = reader.cut(key, value)
+            if after is None:
+                remarks += reader.remarks(f"{_CONFIG}: {section.prefix}{key}", key, value, by_length=True)
+            else:
+                inner[key] = after
+    return inner, remarks
 
 
-def check_shapes(config: Mapping[str, Any], changed: Sequence[str], shapes: Mapping[str, Shape]) -> None:
-    """Check that each dimension that changed keys count has the size that the config says; CheckpointError.
+def _settle_outside(
+    config: Mapping[str, Any],
+    used: Mapping[Path, Section],
+    written: dict[str, Any],
+    found: tuple[Agreed, Stacks],
+    beside: Mapping[str, Mapping[str, Any]],
+) -> tuple[dict[str, Any], list[str]]:
+    """Copies of changed keys beside a section, and lines about statements in this and other documents."""
+    agreed, stacks = found
+    remarks: list[str] = []
+    for path, section in used.items():
+        own = [stack for stack in stacks.of.values() if stack.section.path == path]
+        reader = _KeyReader.of(section, own, agreed)
+        after = value_at(written, path)
+        for key, value in config.items() if path else ():
+            if key in after and after[key] != section.values.get(key) and value == section.values.get(key):
+                written[key] = after[key]
+            elif key not in {one[0] for one in used if one}:
+                remarks += reader.remarks(f"{_CONFIG}: {key}", key, value, by_length=True)
+        for file, document in beside.items():
+            for key, value in document.items():
+                remarks += reader.remarks(f"{file}: {key}", key, value, by_length=False)
+    return written, remarks
 
-    `shapes` are those of the smaller checkpoint, by new names.
+
+def _changes(
+    before: Mapping[str, Any], after: Mapping[str, Any], inside: frozenset[Path], path: Path = ()
+) -> Iterator[ConfigChange]:
+    """What differs between two configs, key by key; sections are looked into."""
+    for key in dict.fromkeys((*after, *before)):
+        one, other = before.get(key), after.get(key)
+        here = (*path, key)
+        if one == other:
+            continue
+        if any(each[: len(here)] == here for each in inside) or _is_nested(one, other):
+            yield from _changes(one or {}, other or {}, inside, here)
+        else:
+            yield ConfigChange(key=path_shown(here), before=one, after=other)
+
+
+def _is_nested(one: object, other: object) -> bool:
+    """Whether two objects hold counts of their own, and not one entry for each layer."""
+    both = isinstance(one, dict) and isinstance(other, dict)
+    return both and not any(key.isdecimal() for key in (*one, *other))  # type: ignore[misc]
+
+
+def check_shapes(agreed: Agreed, before: Mapping[str, Shape], after: Mapping[str, Shape]) -> None:
+    """Check that each dimension has the size that the new values of keys say; CheckpointError.
+
+    `before` and `after` are the shapes of tensors by their old names.
     """
-    section = section_of(config)
-    aliases = {section.spellings(key)[0]: key for key in section.architecture.aliases}
-    names = [key.rpartition(".")[2] for key in changed]
-    keys = {aliases.get(name, name) for name in names}
-    dims_of = dims_lookup(section)
     problems = []
-    for name, shape in shapes.items():
-        found = dims_of(name)
-        for dim, parts in found.dims.items() if found is not None else ():
-            if not keys.isdisjoint(part.key for part in parts):
-                wanted = sum(section.value(part.key) * section.unit(part) for part in parts)
-                if shape[dim] != wanted:
-                    text = f"{shape[dim]} along dimension {dim}, config.json says {wanted}"
-                    problems.append(f"{name} would have {text}")
+    for name, shape in after.items():
+        lost: dict[int, int] = {}
+        for each in agreed.counts.of.get(name, ()):
+            if each.dim is not None and each.key in agreed.values:
+                left = agreed.values[each.key] * each.by_index
+                lost[each.dim] = lost.get(each.dim, 0) + (each.count - left) * each.size
+        for dim, gone in lost.items():
+            wanted = before[name][dim] - gone
+            if shape[dim] != wanted:
+                text = f"{shape[dim]} along dimension {dim}, config.json says {wanted}"
+                problems.append(f"{name} would have {text}")
     refuse(problems)
 
 
-def _derived(section: ConfigSection, values: Mapping[str, int]) -> dict[str, int]:
-    """Keys that the class would derive from changed ones, and keys that must equal changed ones."""
-    heads = section.architecture.heads
-    if heads is None or not {heads.key, heads.groups} & values.keys():
-        return {}
-    derived = {key: section.number(text) for key, text in heads.pinned.items()}
-    if heads.groups is not None and heads.groups not in values:
-        derived[heads.groups] = section.value(heads.groups)
-    return derived | {key: values[of] for key, of in heads.alike.items() if of in values}
+_NUMBERED_MODULE = re.compile(r"(?:^|\.)[0-9]+(?:\.|$)")
 
 
 def _quantized(model: CutModel, quantization: object) -> list[str]:
@@ -424,116 +402,3 @@ def _texts(value: object, depth: int = 8) -> Iterator[str]:
     elif depth and isinstance(value, dict | list):
         for part in (*value, *value.values()) if isinstance(value, dict) else value:
             yield from _texts(part, depth - 1)
-
-
-# -- layers ------------------------------------------------------------------------------------------
-
-
-def _removed_layers(section: ConfigSection, model: CutModel) -> tuple[int, ...]:
-    """The removed layers of the list that the config counts; CheckpointError if several lists lose some."""
-    lists = layer_lists(section, model)
-    losing = [before for before in model.removed.numbers if before in lists]
-    if not losing:
-        return ()
-    key, first = section.architecture.layers.members.key, losing[0]
-    count = section.value(key)
-    for before in losing:
-        if lists[before] < count:
-            refuse([f"config.json: {key} is {shown(count)}, and {before} has {lists[before]} members"])
-    others = [before for before, members in lists.items() if members >= count and before != first]
-    if len(losing) > 1:
-        refuse([f"{losing[1]} loses layers, as another list of layers does: config.json counts one"])
-    if others:
-        refuse([f"{first} loses layers, and config.json counts those of {others[0]} by the same number"])
-    return model.removed.numbers[first]
-
-
-def _last_layers(section: ConfigSection, removed: Sequence[int]) -> Iterator[str]:
-    """Why these layers cannot be removed."""
-    layers = section.architecture.layers
-    if removed:
-        reasons = [why for key, why in layers.refused.items() if section.values.get(key)]
-        yield from (f"layers cannot go: {why}" for why in reasons)
-        count = section.value(layers.members.key)
-        if sum(number < count for number in removed) >= count:
-            yield f"config.json: {layers.members.key} would be 0: nothing is left"
-
-
-def _without_layers(section: ConfigSection, removed: Sequence[int]) -> dict[str, Any]:
-    """New values of all keys that refer to layers by number; None for a key to remove."""
-    layers = section.architecture.layers
-    number = section.value(layers.members.key)
-    gone = frozenset(removed)
-    stays = [layer for layer in range(number) if layer not in gone]
-    values: dict[str, Any] = {layers.members.key: len(stays)}
-    for key in layers.by_place:
-        entries = _by_place(section, key, number)
-        if entries is not None:
-            values[key] = [entries[layer] for layer in stays]
-    for key in layers.by_number:
-        chosen = _by_number(section, key, number)
-        values[key] = [place for place, layer in enumerate(stays) if layer in chosen]
-        values |= layers.settled
-    if layers.beyond and layers.beyond in section.values:
-        behind = sum(layer >= number for layer in removed)
-        values[layers.beyond] = max(0, section.value(layers.beyond) - behind)
-    for key, usual in layers.up_to.items():
-        first = section.value(key) if key in section.values else usual
-        values[key] = sum(layer < first for layer in stays)
-    for key, made in layers.rules.items():
-        for spelling in {key, f"_{key}"} & section.values.keys():  # transformers keeps some as private names
-            value = _settled(section, key, section.values[spelling], (made, values))
-            if value != section.values[spelling]:
-                values[spelling] = value
-    return values
-
-
-def _settled(section: ConfigSection, key: str, found: object, lists: tuple[str, Mapping[str, Any]]) -> object:
-    """A value with which a rule derives the list for the layers that stay; None if no value does.
-
-    The `found` value stays where it does, and where there is no list.
-    """
-    made, values = lists
-    layers = section.architecture.layers
-    number = values[layers.members.key]
-
-    def makes(value: object) -> list[object]:
-        ruled = replace(section, values={**section.values, key: value})
-        return [ruled.of_layer(layers.implied[made], layer) for layer in range(number)]
-
-    wanted = values.get(made)
-    if made in layers.by_number and wanted is not None:
-        wanted = [layer in wanted for layer in range(number)]
-    if wanted is None or type(found) is not int or makes(found) == wanted:
-        return found
-    # 0 comes last: it is no distance between layers, but may be a number of first layers.
-    return next((value for value in (*range(1, number + 2), 0) if makes(value) == wanted), None)
-
-
-def _by_place(section: ConfigSection, key: str, number: int) -> Sequence[object] | None:
-    """A list with an entry for each layer, from the config or as the class derives it.
-
-    None where there is no list, and where the class derives the same for every layer, as for fewer layers.
-    """
-    entries = section.values.get(key)
-    if entries:
-        if not isinstance(entries, list) or len(entries) < number:
-            raise CheckpointError(f"config.json: {key} has no entry for each of {number} layers")
-        return entries
-    implied = section.architecture.layers.implied.get(key)
-    if implied is None:
-        return None
-    made = [section.of_layer(implied, layer) for layer in range(number)]
-    return made if any(entry != made[0] for entry in made) else None
-
-
-def _by_number(section: ConfigSection, key: str, number: int) -> set[int]:
-    """The layers in a list of numbers, or those that the class puts into it."""
-    layers = section.architecture.layers
-    entries, implied = section.values.get(key), layers.implied[key]
-    named = {layer for layer in range(number) if section.of_layer(implied, layer)}
-    if entries is None:
-        return named
-    if not isinstance(entries, list) or not all(type(entry) is int for entry in entries):
-        raise CheckpointError(f"config.json: {key} is {shown(entries)}, wanted a list of numbers of layers")
-    return {*entries, *named} if layers.settled else set(entries)

@@ -6,7 +6,6 @@ and refusals. Reads no data. Called by config.
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -15,30 +14,28 @@ import numpy as np
 from msgspec import Struct
 from msgspec.structs import replace
 
-from sparseprune.engine.grids import prod
 from sparseprune.errors import CheckpointError
+from sparseprune.removal.counting import Counts, count_dims
 from sparseprune.removal.preview import numbered
+from sparseprune.removal.sections import path_shown
 from sparseprune.removal.slices import kept_slices, kept_whole
 from sparseprune.spec.problems import shown
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from numpy.typing import NDArray
 
     from sparseprune.engine.grids import Shape
-    from sparseprune.removal.architectures import DimPart, Routing, TensorDims
-    from sparseprune.removal.config import ConfigSection
+    from sparseprune.removal.counting import Counted, HeadKeys, Routing
+    from sparseprune.removal.layers import Stacks
     from sparseprune.removal.preview import RemovedMembers
+    from sparseprune.removal.sections import Path, Sections
     from sparseprune.removal.slices import KeptIndices
-    from sparseprune.spec import Captures
 
     Flags = NDArray[np.bool_]
-    Group = Captures  # what tensors share that must keep the same units: most captures of their names
-    UnitsByKey = Mapping[str, Mapping[Group, Flags]]
+    UnitsByKey = Mapping[Path, Mapping[str, Flags]]  # by key and group
 
-_NUMBER = re.compile(r"(?:^|(?<=\.))[0-9]+(?=\.)")  # a piece of a name that is a number
-_WITHIN_GROUP = ("name", "kind", "member")  # captures that differ among tensors with the same units
 _MATRIX = (".weight", ".bias")
 
 
@@ -56,15 +53,23 @@ class CutModel(Struct, frozen=True):
     exact: bool = True
 
 
-def agree(
-    section: ConfigSection, model: CutModel
-) -> tuple[dict[str, int], dict[str, KeptIndices], list[str]]:
-    """What all tensors keep: new values of config keys, kept indices of followers of others, problems."""
-    found = _Constraints(section, model)
+class Agreed(Struct, frozen=True):
+    """What all tensors keep: new values of keys, kept indices of followers, and what is in the way."""
+
+    values: dict[Path, int]
+    followers: dict[str, KeptIndices]
+    problems: list[str]
+    counts: Counts
+
+
+def agree(sections: Sections, model: CutModel, stacks: Stacks) -> Agreed:
+    """What all tensors keep, as keys of the config count their units; CheckpointError for unknown models."""
+    counts = count_dims(model.shapes, sections, _touches(model), model.removed.numbers)
+    found = _Constraints(model, counts, stacks)
     problems = [*found.problems, *_unknown_neighbours(found)]
     for (key, _), kept in found.by_index.items():
         problems += _shared_units(key, kept)[1]
-    values: dict[str, int] = {}
+    values: dict[Path, int] = {}
     followers: dict[str, dict[int, Flags]] = {}
     units = {
         key: {group: kept[0].units for group, kept in groups.items()} for key, groups in found.of.items()
@@ -77,19 +82,32 @@ def agree(
             units[key][group], wrong = _shared_units(key, kept)
             problems += wrong
             example[int(np.count_nonzero(units[key][group]))] = kept[0].name.rpartition(".")[0]
-            left = units[key][group]
-            for each in kept:
-                if each.follows and each.dim is not None and each.units.all() and not left.all():
-                    followers.setdefault(each.name, {})[each.dim] = np.repeat(left, each.unit)
+            for name, dim, flags in _followers(kept, units[key][group]):
+                followers.setdefault(name, {})[dim] = flags
         values[key] = next(iter(example))
         if len(example) > 1:
-            counts = " and ".join(f"{count} in {module}" for count, module in list(example.items())[:2])
+            said = " and ".join(f"{count} in {module}" for count, module in list(example.items())[:2])
             advice = "give all of these the same nnz or sparsity"
-            problems.append(f"{key} would be {counts}, and config.json has one for all: {advice}")
-    problems += [text for keys, text in found.misfits if not values.keys().isdisjoint(keys)]
-    problems += _impossible(section, model, units, values)
+            text = f"{path_shown(key)} would be {said}, and config.json has one for all: {advice}"
+            problems.append(text)
+    problems += _impossible(counts, model, units, values)
     kept_followers = {name: _with(model, name, along) for name, along in followers.items()}
-    return values, kept_followers, problems
+    return Agreed(values, kept_followers, problems, counts)
+
+
+def _followers(kept: list[_KeptUnits], left: Flags) -> Iterator[tuple[str, int, Flags]]:
+    """The dimensions of tensors that follow, with flags of the indices that they keep."""
+    for each in kept:
+        if each.counted.follows and each.dim is not None and each.units.all() and not left.all():
+            flags = np.ones(each.length, dtype=np.bool_)
+            counted = each.counted
+            flags[counted.begin : counted.begin + left.size * counted.size] = np.repeat(left, counted.size)
+            yield each.name, each.dim, flags
+
+
+def _touches(model: CutModel) -> Callable[[str], bool]:
+    """Whether a tensor loses something and stays."""
+    return lambda name: name in model.kept and name not in model.gone
 
 
 def refuse(problems: Iterable[str], most: int = 10) -> None:
@@ -101,57 +119,23 @@ def refuse(problems: Iterable[str], most: int = 10) -> None:
         raise CheckpointError(*lines)
 
 
-def dims_lookup(section: ConfigSection) -> Callable[[str], TensorDims | None]:
-    """A function from a tensor's name to its dimensions in the table, None for an unknown tensor.
-
-    Names that differ only in numbers have the same entry, which is looked for once.
-    """
-    known: dict[str, TensorDims | None] = {}
-
-    def dims_of(name: str) -> TensorDims | None:
-        form = _NUMBER.sub("0", name)
-        if form not in known:
-            matching = (dims for dims in section.architecture.tensors if dims.pattern.match(name) is not None)
-            known[form] = next(matching, None) if section.reaches(name) else None
-        return known[form]
-
-    return dims_of
-
-
-def layer_lists(section: ConfigSection, model: CutModel) -> dict[str, int]:
-    """The lists of layers that the config counts, with their number of members; none if none loses any.
-
-    Of several lists with a matching name those count that have tensors in the table.
-    """
-    pattern = section.architecture.layers.members.pattern
-    if not any(pattern.match(f"{before}.0") is not None for before in model.removed.numbers):
-        return {}
-    dims_of = dims_lookup(section)
-    found: dict[str, set[int]] = defaultdict(set)
-    known = set()
-    for name in model.shapes:
-        for before, number, _ in numbered(name) if section.reaches(name) else ():
-            if pattern.match(f"{before}.0") is not None:
-                found[before].add(number)
-                if dims_of(name) is not None:
-                    known.add(before)
-    return {before: len(numbers) for before, numbers in found.items() if before in (known or found)}
-
-
 # -- which units tensors keep ------------------------------------------------------------------------
 
 
 class _KeptUnits(Struct, frozen=True, eq=False):
-    """Which units of a key one tensor keeps, or one list of modules, with `dim` None.
+    """Which units of a key one tensor keeps along a dimension of a `length`, or one list of modules."""
 
-    A unit has `unit` indices of the dimension. A tensor that `follows` loses units without being pruned.
-    """
-
-    name: str
-    dim: int | None
-    follows: bool
+    counted: Counted
     units: Flags
-    unit: int = 1
+    length: int = 0
+
+    @property
+    def name(self) -> str:
+        return self.counted.tensor
+
+    @property
+    def dim(self) -> int | None:
+        return self.counted.dim
 
     @property
     def count(self) -> int:
@@ -167,94 +151,89 @@ class _Constraints:
     """The kept units of all tensors, `of` each key and group, where any tensor loses units of the key.
 
     `by_index` has dimensions whose key counts indices, not whole units; tensors of one group must still keep
-    the same ones. `misfits` are dimensions that the config does not describe, with their keys. `stays` are
-    the tensors that stay, `dims` their entries in the table.
+    the same ones. `stays` are the tensors that stay.
     """
 
-    section: ConfigSection
     model: CutModel
-    of: dict[str, dict[Group, list[_KeptUnits]]] = field(default_factory=dict)
-    by_index: dict[tuple[str, Group], list[_KeptUnits]] = field(default_factory=dict)
-    misfits: list[tuple[tuple[str, ...], str]] = field(default_factory=list)
+    counts: Counts
+    stacks: Stacks
+    of: dict[Path, dict[str, list[_KeptUnits]]] = field(default_factory=dict)
+    by_index: dict[tuple[Path, str], list[_KeptUnits]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     stays: list[str] = field(init=False)
-    dims: dict[str, TensorDims] = field(init=False)
-    _sizes: dict[DimPart, tuple[int, int]] = field(default_factory=dict)  # units, and indices of each
 
     def __post_init__(self) -> None:
-        dims_of = dims_lookup(self.section)
         self.stays = [name for name in self.model.shapes if name not in self.model.gone]
-        self.dims = {name: dims for name in self.stays if (dims := dims_of(name)) is not None}
         self._add_lists()
-        touched = self._touched_keys()
         for name in self.stays:
             if name in self.model.kept:
                 self._refuse_uncounted(name)
-            dims = self.dims.get(name)
-            if dims is not None and (name in self.model.kept or not touched.isdisjoint(dims.keys)):
-                self._add_tensor(name, dims)
+        touched = self._touched_keys()
+        for name in self.stays:
+            for counted in self.counts.of.get(name, ()):
+                if counted.key in touched:
+                    self._add_tensor(counted)
 
-    def _touched_keys(self) -> set[str]:
+    def _touched_keys(self) -> set[Path]:
         """The keys of which some tensor or list loses units, and those that depend on them."""
         touched = {
             key for key, groups in self.of.items() for kept in groups.values() if not kept[0].units.all()
         }
         for name, kept in self.model.kept.items():
-            dims = self.dims[name].dims if name in self.dims else {}
-            touched |= {part.key for dim in kept.cut for part in dims.get(dim, ())}
-        heads = self.section.architecture.heads
-        if heads is not None and heads.groups is not None and touched & {heads.key, heads.groups}:
-            touched |= {heads.key, heads.groups}
+            if name not in self.model.gone:
+                touched |= {each.key for each in self.counts.of.get(name, ()) if each.dim in kept.cut}
+        for keys in self.counts.heads.values():
+            pair = {keys.heads, keys.groups} - {None}
+            if touched & pair:
+                touched |= pair  # type: ignore[arg-type]
         return touched
 
     def _refuse_uncounted(self, name: str) -> None:
-        """A problem for each cut dimension that no key counts."""
+        """A problem for each cut dimension that no key counts, or cuts outside of what one counts."""
         shape, kept = self.model.shapes[name], self.model.kept[name]
+        found = self.counts.of.get(name, ())
         for dim in kept.cut:
-            if name not in self.dims or dim not in self.dims[name].dims:
-                lost = f"loses {shape[dim] - kept.shape[dim]} of {shape[dim]} along dimension {dim}"
-                self.problems.append(f"{name} {lost}, which no key of config.json carries")
+            lost = kept.along[dim].size - int(np.count_nonzero(kept.along[dim]))
+            rest = kept.along[dim].copy()
+            for each in found:
+                if each.dim == dim:
+                    rest[each.begin : each.begin + each.count * each.size] = True
+            if name in self.counts.misfits and not rest.all():
+                self.problems.append(self._reason(name))
+            elif not rest.all():
+                text = f"loses {lost} of {shape[dim]} along dimension {dim}"
+                self.problems.append(f"{name} {text}, which no key of config.json carries")
 
-    def _add_tensor(self, name: str, dims: TensorDims) -> None:
-        shape, kept = self.model.shapes[name], self.model.kept.get(name)
-        group = _group(dims.pattern.match(name) or ())
-        for dim, parts in dims.dims.items():
-            size = shape[dim] if dim < len(shape) else 0
-            flags = np.ones(size, dtype=np.bool_) if kept is None or not size else kept.along[dim]
-            sizes = [prod(self._size_of(part)) for part in parts]
-            if sum(sizes) != size:
-                said = " + ".join(f"{each} for {part.key}" for part, each in zip(parts, sizes, strict=True))
-                text = f"{name} has {size} along dimension {dim}, config.json says {said}"
-                self.misfits.append((tuple(part.key for part in parts), text))
-                if not flags.all():
-                    self.problems.append(text)
-                continue
-            begin = 0
-            for part, each in zip(parts, sizes, strict=True):
-                indices = flags[begin : begin + each]
-                self._add(_KeptUnits(name, dim, dims.follows, indices, self._size_of(part)[1]), part, group)
-                begin += each
+    def _reason(self, name: str) -> str:
+        said = self.counts.misfits[name]
+        return said if said.startswith(name) else f"{name} cannot be cut: {said}"
 
-    def _size_of(self, part: DimPart) -> tuple[int, int]:
-        if part not in self._sizes:
-            self._sizes[part] = (self.section.value(part.key), self.section.unit(part))
-        return self._sizes[part]
-
-    def _add(self, kept: _KeptUnits, part: DimPart, group: Group) -> None:
-        """One part of a dimension, given as indices, as units of its key."""
-        unit = kept.unit
-        if part.by_index:
-            self.by_index.setdefault((part.key, group), []).append(kept)
-            count, rest = divmod(kept.count, unit)
+    def _add_tensor(self, counted: Counted) -> None:
+        kept, dim = self.model.kept.get(counted.tensor), counted.dim
+        if dim is None:
+            return
+        shape = self.model.shapes[counted.tensor]
+        flags = np.ones(shape[dim], dtype=np.bool_) if kept is None else kept.along[dim]
+        indices = flags[counted.begin : counted.begin + counted.count * counted.size]
+        one = _KeptUnits(counted, indices, shape[dim])
+        if counted.by_index > 1:
+            self.by_index.setdefault((counted.key, counted.group), []).append(one)
+            count, rest = divmod(one.count, counted.by_index * counted.size)
             if rest:
-                self.problems.append(f"{kept}, wanted a multiple of {unit}, as {part.key} counts them")
-            units = np.arange(kept.units.size // unit) < count
+                text = f"wanted a multiple of {counted.by_index}, as {path_shown(counted.key)} counts them"
+                self.problems.append(f"{one}, {text}")
+            units = np.arange(counted.count // counted.by_index) < count
         else:
-            rows = kept.units.reshape(-1, unit)
+            rows = indices.reshape(-1, counted.size)
             units = np.logical_and.reduce(rows, axis=1)
             if not np.array_equal(units, np.logical_or.reduce(rows, axis=1)):
-                self.problems.append(f"{kept}, wanted whole units of {unit}, as {part.key} counts them")
-        self.of.setdefault(part.key, {}).setdefault(group, []).append(replace(kept, units=units))
+                text = f"wanted whole units of {counted.size}, as {path_shown(counted.key)} counts them"
+                self.problems.append(f"{one}, {text}")
+        self._note(replace(one, units=units))
+
+    def _note(self, kept: _KeptUnits) -> None:
+        counted = kept.counted
+        self.of.setdefault(counted.key, {}).setdefault(counted.group, []).append(kept)
 
     def _add_lists(self) -> None:
         """The members that each list of modules keeps; lists in removed members are left out."""
@@ -262,49 +241,31 @@ class _Constraints:
         for name in self.model.shapes:
             for before, number, _ in numbered(name):
                 members[before].add(number)
-        layers = layer_lists(self.section, self.model)
         for before, numbers in members.items():
             if self.model.removed.has(f"{before}.x"):
                 continue
             gone = self.model.removed.numbers.get(before, ())
-            lists = self.section.architecture.lists if self.section.reaches(before) else ()
-            found = [(each.key, each.pattern.match(f"{before}.0")) for each in lists]
-            counted = next(((key, captures) for key, captures in found if captures is not None), None)
+            counted = next((one for one in self.counts.of.get(before, ()) if one.dim is None), None)
             if counted is not None:
-                self._add_list(before, counted, numbers, gone)
-            elif gone and before not in layers:
+                units = ~np.isin(np.arange(counted.count), list(gone))
+                if max(numbers) < counted.count:
+                    self._note(_KeptUnits(counted, units))
+            elif gone and before not in self.stacks.of:
                 lost = f"loses {len(gone)} of {len(numbers)} members"
-                self.problems.append(f"{before} {lost}, which no key of config.json counts")
-
-    def _add_list(
-        self, before: str, counted: tuple[str, Captures], numbers: Collection[int], gone: Collection[int]
-    ) -> None:
-        key, group = counted[0], _group(counted[1])
-        if len(numbers) != self.section.value(key) or max(numbers) >= len(numbers):
-            text = f"{before} has {len(numbers)} members, config.json says {self.section.value(key)}"
-            self.misfits.append(((key,), text))
-            if gone:
-                self.problems.append(text)
-            return
-        units = ~np.isin(np.arange(len(numbers)), list(gone))
-        kept = _KeptUnits(before, None, follows=False, units=units)
-        self.of.setdefault(key, {}).setdefault(group, []).append(kept)
+                text = f"{before} {lost}, which no key of config.json counts"
+                self.problems.append(self.counts.misfits.get(before, text))
 
 
-def _group(captures: Captures) -> Group:
-    return tuple(pair for pair in captures if pair[0] not in _WITHIN_GROUP)
-
-
-def _shared_units(key: str, kept: list[_KeptUnits]) -> tuple[Flags, list[str]]:
+def _shared_units(key: Path, kept: list[_KeptUnits]) -> tuple[Flags, list[str]]:
     """The units that the tensors of a group keep, and a problem for each tensor that keeps others."""
-    leaders = [each for each in kept if not each.follows] or kept
+    leaders = [each for each in kept if not each.counted.follows] or kept
     leader = min(leaders, key=lambda each: each.count)
     wrong = []
     for each in kept:
-        if np.array_equal(each.units, leader.units) or (each.follows and each.units.all()):
+        if np.array_equal(each.units, leader.units) or (each.counted.follows and each.units.all()):
             continue
         what = f"{each.name} as many others" if each.count == leader.count else str(each)
-        wrong.append(f"{leader}, {what} ({key}): couple them in the spec")
+        wrong.append(f"{leader}, {what} ({path_shown(key)}): couple them in the spec")
     return leader.units, wrong
 
 
@@ -320,7 +281,7 @@ def _unknown_neighbours(found: _Constraints) -> Iterator[str]:
         if kept.cut and name not in found.model.gone:
             modules.setdefault(name.rpartition(".")[0], name)
     for name in found.stays if modules else ():
-        if name in found.model.kept or name in found.dims:
+        if name in found.model.kept or name in found.counts.of:
             continue
         parent = name.rpartition(".")[0]
         above = (".".join(parent.split(".")[:depth]) for depth in range(parent.count(".") + 1))
@@ -336,108 +297,106 @@ def _unknown_neighbours(found: _Constraints) -> Iterator[str]:
 # -- what the model's classes need -------------------------------------------------------------------
 
 
-def _impossible(
-    section: ConfigSection, model: CutModel, units: UnitsByKey, values: dict[str, int]
-) -> Iterator[str]:
+def _impossible(counts: Counts, model: CutModel, units: UnitsByKey, values: dict[Path, int]) -> Iterator[str]:
     """What the model's classes cannot express, though all tensors agree."""
-    if model.exact:
-        yield from _uneven_heads(section, units, values)
-    yield from _unfit_heads(section, values)
-    yield from _unfit_routing(section, units, values, exact=model.exact)
+    for keys in counts.heads.values():
+        if model.exact:
+            yield from _uneven_heads(keys, units, values)
+        yield from _unfit_heads(keys, values)
+    for experts, routing in counts.routing.items():
+        if experts in values:
+            yield from _unfit_routing(experts, routing, units, values, exact=model.exact)
     for key, value in values.items():
         if not value:
-            yield f"config.json: {key} would be 0: nothing is left"
-        if key in section.architecture.refused:
-            yield f"{key} cannot change: {section.architecture.refused[key]}"
+            yield f"config.json: {path_shown(key)} would be 0: nothing is left"
 
 
-def _uneven_heads(section: ConfigSection, units: UnitsByKey, values: Mapping[str, int]) -> Iterator[str]:
+def _uneven_heads(keys: HeadKeys, units: UnitsByKey, values: Mapping[Path, int]) -> Iterator[str]:
     """Key/value heads that stay with unlike numbers of query heads, or are dropped with any left."""
-    heads = section.architecture.heads
-    if heads is None or heads.groups is None or not {heads.key, heads.groups} & values.keys():
+    if keys.groups is None or not {keys.heads, keys.groups} & values.keys():
         return
-    for group, stay in units.get(heads.groups, {}).items():
-        queries = units.get(heads.key, {}).get(group)
+    for group, stay in units.get(keys.groups, {}).items():
+        queries = units.get(keys.heads, {}).get(group)
         if queries is None or queries.size % stay.size:
             continue
         counts = queries.reshape(stay.size, -1).sum(axis=1)
         if counts[~stay].any() or len(set(counts[stay].tolist())) > 1:
             found = f"of its {stay.size} key/value heads {int(np.count_nonzero(stay))} stay"
             found = f"{found}, and they have {shown(counts.tolist())} query heads"
-            yield f"{_module_of(group)}: {found}: each that stays must keep as many, the others none"
+            yield f"{group}: {found}: each that stays must keep as many, the others none"
 
 
-def _unfit_heads(section: ConfigSection, values: Mapping[str, int]) -> Iterator[str]:
+def _unfit_heads(keys: HeadKeys, values: Mapping[Path, int]) -> Iterator[str]:
     """Numbers of heads that the config's class refuses."""
-    heads = section.architecture.heads
-    if heads is None or heads.key not in values:
+    if keys.heads not in values:
         return
-    number = values[heads.key]
-    if heads.divides is not None:
-        whole = section.value(heads.divides)
-        if number and whole % number:
-            text = f"the config's class wants a divisor of {heads.divides}, {whole}"
-            yield f"{heads.key} would be {number}, and {text}"
-    for key in heads.sized:
+    row, section, number = keys.section.architecture, keys.section, values[keys.heads]
+    whole = None if row.divides is None else section.value(row.divides)
+    if isinstance(whole, int) and number and whole % number:
+        fitting = [count for count in range(1, whole + 1) if whole % count == 0]
+        below = max((count for count in fitting if count < number), default=None)
+        above = min((count for count in fitting if count > number), default=None)
+        near = " or ".join(str(count) for count in (below, above) if count is not None)
+        text = f"the config's class wants a divisor of {row.divides}, {whole}, such as {near}"
+        yield f"{path_shown(keys.heads)} would be {number}, and {text}"
+    for key in row.sized:
         found = section.values.get(key)
         if isinstance(found, dict) and any(found.get(each) for each in ("short_factor", "long_factor")):
-            why = f"the config's class checks the length of factors in {key} by hidden_size // {heads.key}"
-            yield f"{heads.key} cannot change: {why}"
+            name = path_shown(keys.heads)
+            why = f"the config's class checks the length of factors in {key} by hidden_size // {name}"
+            yield f"{name} cannot change: {why}"
 
 
 def _unfit_routing(
-    section: ConfigSection, units: UnitsByKey, values: dict[str, int], *, exact: bool
+    experts: Path, routing: Routing, units: UnitsByKey, values: dict[Path, int], *, exact: bool
 ) -> Iterator[str]:
     """What a router needs of the experts that stay; a new number of groups goes into `values`.
 
     Groups are looked at only where it is `exact`ly known which experts stay.
     """
-    routing = section.architecture.routing
-    if routing is None or routing.experts not in values:
+    section, count, name = routing.section, values[experts], path_shown(experts)
+    row = section.architecture
+    chosen = 0 if routing.chosen is None else section.value(path_shown(routing.chosen[len(section.path) :]))
+    chosen = chosen if isinstance(chosen, int) else 0
+    chosen_name = "" if routing.chosen is None else path_shown(routing.chosen)
+    if count < chosen:
+        yield f"{name} would be {count}, fewer than the {chosen} of {chosen_name}"
         return
-    experts, chosen = values[routing.experts], section.value(routing.chosen)
-    if experts < chosen:
-        yield f"{routing.experts} would be {experts}, fewer than the {chosen} of {routing.chosen}"
-        return
-    if routing.groups is None or not experts or not exact:
-        return
-    groups, whole = section.value(routing.groups), section.value(routing.experts)
-    if not groups or whole % groups:
-        yield f"config.json: {routing.groups} is {groups}, wanted a divisor of {whole} {routing.experts}"
-        return
-    counts = {group: kept.reshape(groups, -1).sum(axis=1) for group, kept in units[routing.experts].items()}
-    for group, count in counts.items():
-        if len(set(count[count > 0].tolist())) > 1:
-            found = f"its groups of experts would have {shown(count.tolist())} members"
-            why = f"{routing.groups} counts groups of one size: prune the same number in each"
-            yield f"{_module_of(group)}: {found}, and {why}"
-    left = sorted({int(np.count_nonzero(count)) for count in counts.values()})
-    if len(left) > 1:
-        yield f"{routing.groups} would be {left[0]} and {left[-1]}, and config.json has one for all"
-    if not left[0]:  # some router has no experts any more
-        return
-    if left[0] != groups:
-        values[routing.groups] = left[0]
-    sizes = experts // left[0], whole // groups
-    yield from _unfit_groups(section, routing, left[0], sizes, _module_of(next(iter(counts))))
+    if row.groups is not None and section.value(row.groups) is not None and count and exact:
+        yield from _unfit_groups(experts, routing, units, values, chosen)
 
 
 def _unfit_groups(
-    section: ConfigSection, routing: Routing, groups: int, sizes: tuple[int, int], module: str
+    experts: Path, routing: Routing, units: UnitsByKey, values: dict[Path, int], chosen: int
 ) -> Iterator[str]:
-    """What a router needs of so many groups of experts; `sizes` are those of a group after and before."""
-    after, before = sizes
-    serving = 1 if routing.serving is None else section.value(routing.serving)
-    chosen = section.value(routing.chosen)
-    if groups < serving:
-        yield f"{routing.groups} would be {groups}, fewer than the {serving} of {routing.serving}"
-    elif after < routing.best:
-        taken = f"the router takes the best {routing.best} of each"
-        yield f"{module}: its groups of experts would have {after} of {before} members each, and {taken}"
+    """What a router needs of the groups of experts that stay."""
+    section, count, name = routing.section, values[experts], path_shown(experts)
+    row = section.architecture
+    groups, whole = section.number(f"config.{row.groups}"), next(iter(units[experts].values())).size
+    if not groups or whole % groups:
+        yield f"config.json: {row.groups} is {groups}, wanted a divisor of {whole} {name}"
+        return
+    counts = {group: kept.reshape(groups, -1).sum(axis=1) for group, kept in units[experts].items()}
+    for group, each in counts.items():
+        if len(set(each[each > 0].tolist())) > 1:
+            found = f"its groups of experts would have {shown(each.tolist())} members"
+            why = f"{row.groups} counts groups of one size: prune the same number in each"
+            yield f"{group}: {found}, and {why}"
+    left = sorted({int(np.count_nonzero(each)) for each in counts.values()})
+    if len(left) > 1:
+        yield f"{row.groups} would be {left[0]} and {left[-1]}, and config.json has one for all"
+    if not left[0]:  # some router has no experts any more
+        return
+    if left[0] != groups:
+        values[section.path_of(str(row.groups))] = left[0]
+    serving = 1 if row.serving is None else section.number(f"config.{row.serving}")
+    after, before = count // left[0], whole // groups
+    if left[0] < serving:
+        yield f"{row.groups} would be {left[0]}, fewer than the {serving} of {row.serving}"
+    elif after < row.best:
+        taken = f"the router takes the best {row.best} of each"
+        found = f"its groups of experts would have {after} of {before} members each"
+        yield f"{next(iter(counts))}: {found}, and {taken}"
     elif after * serving < chosen:
-        yield f"{serving} groups would have fewer experts than the {chosen} of {routing.chosen}"
-
-
-def _module_of(group: Group) -> str:
-    """A group as words: the names of its modules."""
-    return ".".join(str(value) for _, value in group if value != "") or "the model"
+        key = "" if routing.chosen is None else path_shown(routing.chosen)
+        yield f"{serving} groups would have fewer experts than the {chosen} of {key}"

@@ -75,16 +75,19 @@ def make_removal(
     # Tensors without elements have no mask; they go with the layer or expert that they belong to.
     gone = empty | {name for name, shape in shapes.items() if not prod(shape) and removed.has(name)}
     model = CutModel(shapes, cut, removed, gone, exact)
-    smaller, changes, followers, remarks = configure(config, model, beside)
-    left_of = {name: each for name, each in {**cut, **followers}.items() if name not in gone}
+    configured = configure(config, model, beside)
+    smaller, changes = configured.config, configured.changes
+    left_of = {
+        name: each for name, each in {**cut, **configured.agreed.followers}.items() if name not in gone
+    }
     after = {name: shape for name, shape in shapes.items() if name not in gone}
     after |= {name: each.shape for name, each in left_of.items()}
     left = {
         name: ResizedTensor(removed.renamed(name), shape, whole=name not in left_of)
         for name, shape in after.items()
     }
-    check_shapes(smaller, [one.key for one in changes], {each.name: each.shape for each in left.values()})
-    return Removal(left, left_of, smaller, changes, remarks)
+    check_shapes(configured.agreed, shapes, after)
+    return Removal(left, left_of, smaller, changes, configured.remarks)
 
 
 def _not_sliced(cut: Mapping[str, KeptIndices]) -> Iterator[str]:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from sparseprune.errors import CheckpointError
-from sparseprune.removal.config import check_shapes, section_of
+from sparseprune.removal.sections import Sections
 from sparseprune.removal.shrink import Removal, make_removal
 from sparseprune.removal.slices import KeptIndices, kept_whole
 from tests.removal.models import (
@@ -344,17 +344,6 @@ def test_a_tensor_without_elements_goes_with_its_layer() -> None:
     assert removal.left["model.layers.2.empty"].name == f"{L1}.empty"
 
 
-def test_shapes_that_the_config_contradicts_are_refused() -> None:
-    shapes = {**decoder(LLAMA), f"{L0}.mlp.down_proj.weight": (24, 8)}
-    with pytest.raises(CheckpointError, match=r"would have 8 along dimension 1, config\.json says 10"):
-        check_shapes(LLAMA, ["intermediate_size"], shapes)
-    check_shapes(LLAMA, ["num_attention_heads", "num_key_value_heads"], shapes)
-    check_shapes(LLAMA, ["intermediate_size"], decoder(LLAMA))
-    other = {**without(QWEN3_MOE, "num_experts"), "num_local_experts": 3}
-    with pytest.raises(CheckpointError, match=r"would have 4 along dimension 0, config\.json says 3"):
-        check_shapes(other, ["num_local_experts"], mixture(QWEN3_MOE))
-
-
 @pytest.mark.parametrize(
     ("name", "reached"),
     [
@@ -366,6 +355,7 @@ def test_shapes_that_the_config_contradicts_are_refused() -> None:
     ],
 )
 def test_a_nested_config_speaks_of_the_text_alone(name: str, reached: bool) -> None:
-    nested = section_of({"model_type": "llava", "text_config": {**LLAMA, "model_type": "llama"}})
-    assert nested.reaches(name) == reached
-    assert section_of(LLAMA).reaches(name)
+    tower = {"model_type": "clip_vision_model"}
+    nested = Sections.of({"model_type": "llava", "text_config": LLAMA, "vision_config": tower})
+    assert (nested.path_at(name) == ("text_config",)) == reached
+    assert Sections.of(LLAMA).path_at(name) == ()

@@ -1,0 +1,350 @@
+"""Counting: which key of the config counts the units of which dimension of which tensor.
+
+Owns the choice of a key by its value, and what has no key. Reads names, shapes and the config. Called by
+dim_constraints and config.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from msgspec import Struct
+from msgspec.structs import replace
+
+from sparseprune.errors import CheckpointError
+from sparseprune.removal.architectures import (
+    CHOSEN,
+    EXPERT_COUNTS,
+    EXPERT_WIDTHS,
+    HEADS,
+    KV_COUNTS,
+    RATIOS,
+    SHARED_WIDTHS,
+    SIDED_HEADS,
+    SIDED_KV_COUNTS,
+    SIDED_WIDTHS,
+    WIDTHS,
+)
+from sparseprune.spec import TensorInfo
+from sparseprune.spec.naming import EXPERTS
+from sparseprune.spec.structures import Index, find_attentions, find_experts, find_mlps
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+    from sparseprune.engine.grids import Shape
+    from sparseprune.removal.sections import Path, Section, Sections
+    from sparseprune.spec.structures import Structure, Units
+
+_ROUTER = re.compile(r"^(?:.*\.)?(?:gate|router|moe_statics)(?:\.|$)|^(?:expert_bias|\w*correction_bias)$")
+_SHARED = re.compile("shared")
+_HIDDEN = "hidden_size"
+
+
+class Counted(Struct, frozen=True):
+    """Consecutive indices of a dimension: `count` units of `size` indices each from `begin`, as `key` says.
+
+    Tensors of one `group` keep the same units. `by_index`: the key counts `by_index` indices as one,
+    whichever they are. A tensor that `follows` is not pruned itself: it loses the units that the others lose.
+    Of a list of modules `tensor` is its name and `dim` None.
+    """
+
+    tensor: str
+    dim: int | None
+    key: Path
+    group: str
+    count: int
+    size: int = 1
+    begin: int = 0
+    by_index: int = 1
+    follows: bool = False
+
+
+class HeadKeys(Struct, frozen=True):
+    """The keys that count query heads and key/value heads, None where one counts both; and their section."""
+
+    heads: Path
+    groups: Path | None
+    section: Section
+
+
+class Routing(Struct, frozen=True):
+    """The keys of a router: how many experts it chooses, and groups of them; with its section."""
+
+    chosen: Path | None
+    section: Section
+
+
+@dataclass(slots=True)
+class Counts:
+    """What keys count, by the names of tensors and of lists of modules.
+
+    `misfits` are tensors whose structure no key counts, each with a line that says so. `ratios` are keys
+    whose value is the number of units by another number.
+    """
+
+    of: dict[str, list[Counted]] = field(default_factory=lambda: defaultdict(list))
+    misfits: dict[str, str] = field(default_factory=dict)
+    heads: dict[Path, HeadKeys] = field(default_factory=dict)
+    routing: dict[Path, Routing] = field(default_factory=dict)
+    ratios: dict[Path, int] = field(default_factory=dict)
+    sections: dict[Path, Section] = field(default_factory=dict)  # by the key
+
+    def add(self, counted: Iterable[Counted], section: Section) -> None:
+        for each in counted:
+            self.of[each.tensor].append(each)
+            self.sections[each.key] = section
+
+
+def count_dims(
+    shapes: Mapping[str, Shape], sections: Sections, touched: Callable[[str], bool], lists: Iterable[str]
+) -> Counts:
+    """What the keys of a config count in tensors of these shapes.
+
+    Structures of which no tensor is `touched` are counted where their section is known. `lists` are lists of
+    modules that lose members.
+
+    Raises:
+        CheckpointError: a touched structure is of a model that the table does not know, or refuses.
+    """
+    counts = Counts()
+    index = Index.of((TensorInfo(name, "", shape) for name, shape in shapes.items()), sections.config)
+    losing = frozenset(lists)
+    for kind, found, count in (
+        ("mlp", find_mlps(index), _count_mlp),
+        ("heads", find_attentions(index), _count_heads),
+        ("experts", _joined(find_experts(index)), _count_experts),
+    ):
+        for structure in found:
+            is_touched = any(touched(part.tensor) for part in structure.parts)
+            is_touched = is_touched or (kind == "experts" and _module(structure) in losing)
+            try:
+                section = sections.at(_module(structure))
+            except CheckpointError:
+                if is_touched:
+                    raise
+                continue
+            why = section.architecture.refused.get(kind)
+            if why is not None and is_touched:
+                counts.misfits.update(dict.fromkeys((part.tensor for part in structure.parts), why))
+            count(structure, section, counts)
+    _count_routers(index, counts)
+    return counts
+
+
+def _module(structure: Structure) -> str:
+    """The name of the module of a structure."""
+    place = dict(structure.place)
+    pieces = [place["stack"], place["layer"], place["module"]]
+    if isinstance(place["expert"], int):
+        pieces.append(place["expert"])
+    return ".".join(str(piece) for piece in pieces if piece != "")
+
+
+def _layer(structure: Structure) -> int | None:
+    layer = dict(structure.place)["layer"]
+    return layer if isinstance(layer, int) else None
+
+
+def _side(name: str) -> str:
+    """Of encoder and decoder the one that a module belongs to."""
+    return next((side for side in ("decoder", "encoder") if side in name), "")
+
+
+def _sided(keys: Sequence[str], side: str) -> tuple[str, ...]:
+    return tuple(key.format(side=side) for key in keys) if side else ()
+
+
+def _fitting(section: Section, keys: Iterable[str], layer: int | None, units: int) -> Path | None:
+    """The path of the first key whose value is the number of units."""
+    for key in keys:
+        if section.value(key, layer) == units and not isinstance(section.value(key, layer), bool):
+            return section.path_of(key, layer)
+    return None
+
+
+def _said(section: Section, keys: Iterable[str], layer: int | None) -> str:
+    """What a config says under keys of which none fits."""
+    said = [f"{key} {value}" for key in keys if (value := section.value(key, layer)) is not None]
+    return (
+        f"config.json says {section.prefix}{' and '.join(said[:2])}"
+        if said
+        else "no key of config.json counts them"
+    )
+
+
+# -- channels ----------------------------------------------------------------------------------------
+
+
+def _count_mlp(structure: Structure, section: Section, counts: Counts) -> None:
+    module, layer, units = _module(structure), _layer(structure), structure.units
+    if any(part.flat > 1 for part in structure.parts):
+        return
+    keys = _width_keys(structure, section, module)
+    path, by_index = _fitting(section, keys, layer, units), 1
+    if path is None and _SHARED.search(module):  # several shared experts are one wide one
+        values = {key: section.value(key, layer) for key in keys}
+        whole = ((key, value) for key, value in values.items() if isinstance(value, int) and value > 0)
+        key, value = next((pair for pair in whole if units % pair[1] == 0), ("", 1))
+        if key:
+            path, by_index = section.path_of(key, layer), units // value
+    if path is None:
+        path = _ratio(section, units, counts)
+    if path is None and all(section.value(key, layer) is None for key in keys):
+        path = section.path_of(
+            section.architecture.widths.get("", keys[-1] if _side(module) else "intermediate_size")
+        )
+    if path is None:
+        _misfit(structure, counts, _said(section, keys, layer))
+        return
+    counts.add(
+        (
+            Counted(one.tensor, one.dim, path, module, one.count, one.size, one.begin, by_index, one.follows)
+            for one in structure.parts
+        ),
+        section,
+    )
+
+
+def _width_keys(structure: Structure, section: Section, module: str) -> tuple[str, ...]:
+    """The keys that may count the channels of an MLP, the likeliest first."""
+    own = tuple(key for text, key in section.architecture.widths.items() if text and text in module)
+    if dict(structure.place)["expert"] != "":
+        return (*own, *EXPERT_WIDTHS)
+    if _SHARED.search(module):
+        return (*own, *SHARED_WIDTHS)
+    return (*own, *_sided(SIDED_WIDTHS, _side(module)), *WIDTHS)
+
+
+def _ratio(section: Section, units: int, counts: Counts) -> Path | None:
+    """The path of a key whose value times the hidden size is the number of units."""
+    hidden = next(
+        (found for key in (_HIDDEN, "embed_dim", "d_model") if isinstance(found := section.value(key), int)),
+        0,
+    )
+    for key in RATIOS:
+        ratio = section.value(key)
+        if isinstance(ratio, int | float) and hidden and int(hidden * ratio) == units:
+            path = section.path_of(key)
+            counts.ratios[path] = hidden
+            return path
+    return None
+
+
+def _misfit(structure: Structure, counts: Counts, said: str) -> None:
+    for part in structure.parts:
+        shape = f"{part.count * part.size}"
+        text = f"{part.tensor} has {shape} along dimension {part.dim}, {said}"
+        counts.misfits.setdefault(part.tensor, text)
+
+
+# -- heads -------------------------------------------------------------------------------------------
+
+
+def _count_heads(structure: Structure, section: Section, counts: Counts) -> None:
+    module, layer = _module(structure), _layer(structure)
+    side = _side(module)
+    heads = structure.heads
+    grouped = any(part.keys for part in structure.parts)
+    groups = structure.units if grouped else 1
+    keys = (*_sided(SIDED_HEADS, side), *HEADS)
+    path = _fitting(section, keys, layer, heads)
+    if path is None and all(section.value(key, layer) is None for key in keys):
+        path = section.path_of("num_attention_heads")  # a class has a default for what a config leaves out
+    if path is None:
+        _misfit(structure, counts, _said(section, keys, layer))
+        return
+    kv_keys = (*_sided(SIDED_KV_COUNTS, side), *KV_COUNTS)
+    kv_path = _fitting(section, kv_keys, layer, groups)
+    if kv_path is None and grouped and groups != heads:
+        if any(section.value(key, layer) is not None for key in kv_keys):
+            _misfit(structure, counts, _said(section, kv_keys, layer))
+            return
+        kv_path = section.path_of("num_key_value_heads")
+    counts.heads.setdefault(path, HeadKeys(path, kv_path if grouped else None, section))
+    # Where each query head has a key/value head of its own, a matrix that holds both is counted by the first.
+    of_both = path if kv_path is None or groups == heads else kv_path
+    parts = (_elementary(one, (path, kv_path or path, of_both), module) for one in structure.parts)
+    counts.add(parts, section)
+
+
+def _elementary(part: Units, keys: tuple[Path, Path, Path], group: str) -> Counted:
+    """The units of a tensor of attention as single heads, as far as its rows tell them apart.
+
+    `keys` count query heads, key/value heads, and units of both.
+    """
+    of_queries, of_keys, of_both = keys
+    count, size = part.count, part.size
+    if part.keys:
+        key = of_both if part.queries else of_keys
+    else:
+        key, count, size = of_queries, count * part.queries, size // part.queries
+    return Counted(part.tensor, part.dim, key, group, count, size, part.begin, follows=part.follows)
+
+
+# -- experts -----------------------------------------------------------------------------------------
+
+
+def _joined(found: Iterable[Structure]) -> list[Structure]:
+    """Experts with one structure for each module: of a list the one with the number of its members."""
+    lists: dict[str, list[Structure]] = defaultdict(list)
+    joined = []
+    for structure in found:
+        whole = replace(structure, place=(*structure.place[:3], ("expert", "")))
+        if isinstance(dict(structure.place)["expert"], int):
+            lists[_module(whole)].append(structure)
+        else:
+            joined.append(structure)
+    for members in lists.values():
+        parts = tuple(part for each in members for part in each.parts)
+        place = (*members[0].place[:3], ("expert", ""))
+        joined.append(replace(members[0], place=place, units=len(members), parts=parts))
+    return joined
+
+
+def _count_experts(structure: Structure, section: Section, counts: Counts) -> None:
+    module, layer, units = _module(structure), _layer(structure), structure.units
+    path = _fitting(section, EXPERT_COUNTS, layer, units)
+    if path is None:
+        _misfit(structure, counts, _said(section, EXPERT_COUNTS, layer))
+        counts.misfits[module] = f"{module} has {units} members, {_said(section, EXPERT_COUNTS, layer)}"
+        return
+    chosen = next(
+        (section.path_of(key, layer) for key in CHOSEN if section.value(key, layer) is not None), None
+    )
+    counts.routing.setdefault(path, Routing(chosen, section))
+    if dict(structure.place)["expert"] == "*":
+        parts = [Counted(one.tensor, one.dim, path, module, one.count, one.size) for one in structure.parts]
+    else:
+        parts = [Counted(module, None, path, module, units)]
+    counts.add(parts, section)
+
+
+def _count_routers(index: Index, counts: Counts) -> None:
+    """What of a module with experts has a row or an element for each of them: it follows."""
+    parents: dict[str, Counted] = {}
+    for each in [one for listed in counts.of.values() for one in listed if one.key in counts.routing]:
+        parents.setdefault(each.group.removesuffix(f".{EXPERTS}"), each)
+    for form, members in index.forms.items():
+        if not any(word in form for word in ("gate", "router", "bias", "moe_statics")):
+            continue
+        for tensor in members.values():
+            for counted in _router(tensor, parents):
+                counts.add([counted], counts.sections[counted.key])
+
+
+def _router(tensor: TensorInfo, parents: Mapping[str, Counted]) -> Iterator[Counted]:
+    pieces = tensor.name.split(".")
+    for depth in range(len(pieces) - 1, 0, -1):
+        parent = parents.get(".".join(pieces[:depth]))
+        if parent is None:
+            continue
+        rest = ".".join(pieces[depth:])
+        if _ROUTER.match(rest) and not rest.startswith(EXPERTS) and not _SHARED.search(rest):
+            dim = next((dim for dim, size in enumerate(tensor.shape[:2]) if size == parent.count), None)
+            if dim is not None:
+                yield Counted(tensor.name, dim, parent.key, parent.group, parent.count, follows=True)
+        return

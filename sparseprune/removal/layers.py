@@ -1,0 +1,234 @@
+"""Lists of layers that lose members, and what a config says of layers by their number.
+
+Owns which key counts a list, and the new values of lists, objects and rules that refer to layers. Called by
+config and dim_constraints.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from typing import TYPE_CHECKING, Any
+
+from msgspec import Struct
+from msgspec.structs import replace
+
+from sparseprune.errors import CheckpointError
+from sparseprune.removal.architectures import LAYER_COUNTS, SIDED_LAYERS
+from sparseprune.removal.preview import numbered
+from sparseprune.removal.sections import path_shown
+from sparseprune.spec.naming import LAYER_LISTS
+from sparseprune.spec.problems import shown
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from sparseprune.removal.preview import RemovedMembers
+    from sparseprune.removal.sections import Path, Section, Sections
+
+    Shapes = Mapping[str, tuple[int, ...]]
+
+_STAGE = re.compile(r"\.([0-9]+)\.")
+
+
+class Stack(Struct, frozen=True):
+    """A list of layers: its name, section and the key that counts `count` of its `members`; those `gone`."""
+
+    name: str
+    section: Section
+    key: Path
+    count: int
+    members: int
+    gone: tuple[int, ...]
+
+    @property
+    def stays(self) -> list[int]:
+        """The layers that the key counts and that stay."""
+        gone = frozenset(self.gone)
+        return [layer for layer in range(self.count) if layer not in gone]
+
+
+class Stacks(Struct, frozen=True):
+    """The lists of layers that lose members, by name, and what is in the way."""
+
+    of: Mapping[str, Stack]
+    problems: tuple[str, ...] = ()
+
+    @staticmethod
+    def find(shapes: Shapes, removed: RemovedMembers, sections: Sections) -> Stacks:
+        """The lists of a checkpoint that lose layers; CheckpointError for unknown models."""
+        losing = {before: gone for before, gone in removed.numbers.items() if _is_list(before)}
+        if not losing:
+            return Stacks({})
+        members: dict[str, set[int]] = defaultdict(set)
+        for name in shapes:
+            for before, number, _ in numbered(name):
+                if _is_list(before):
+                    members[before].add(number)
+        stacks: dict[str, Stack] = {}
+        problems: list[str] = []
+        for before, gone in losing.items():
+            stack = _stack(before, sections.at(before), len(members[before]), gone)
+            stacks[before] = stack
+            problems += _refused(stack)
+        problems += _twins(stacks, {name: len(numbers) for name, numbers in members.items()}, sections)
+        return Stacks(stacks, tuple(problems))
+
+
+def _is_list(before: str) -> bool:
+    return LAYER_LISTS.search(before.rpartition(".")[2]) is not None
+
+
+def _stack(before: str, section: Section, members: int, gone: tuple[int, ...]) -> Stack:
+    """A list of layers with the key that counts it."""
+    side = next((side for side in ("decoder", "encoder") if side in before), "")
+    sided = tuple(key.format(side=side) for key in SIDED_LAYERS) if side else ()
+    stage = _STAGE.search(f".{before}.")
+    depths = section.value("depths")
+    if stage is not None and isinstance(depths, list) and int(stage[1]) < len(depths):
+        return Stack(before, section, section.path_of("depths", int(stage[1])), members, members, gone)
+    found = {key: value for key in (*sided, *LAYER_COUNTS) if type(value := section.value(key)) is int}
+    key = next((key for key, value in found.items() if value == members), None)
+    if key is None:
+        key = next(iter(found), LAYER_COUNTS[0])
+    count = found.get(key, members)
+    return Stack(before, section, section.path_of(key), int(count), members, gone)
+
+
+def _refused(stack: Stack) -> Iterator[str]:
+    """Why these layers cannot be removed."""
+    row, section = stack.section.architecture, stack.section
+    if stack.members < stack.count:
+        key = path_shown(stack.key)
+        yield f"config.json: {key} is {stack.count}, and {stack.name} has {stack.members} members"
+        return
+    if "layers" in row.refused:
+        yield f"layers cannot go: {row.refused['layers']}"
+    yield from (
+        f"layers cannot go: {why}" for key, why in row.layers.refused.items() if section.values.get(key)
+    )
+    if not stack.stays:
+        yield f"config.json: {path_shown(stack.key)} would be 0: nothing is left"
+
+
+def _twins(stacks: Mapping[str, Stack], members: Mapping[str, int], sections: Sections) -> Iterator[str]:
+    """Lists that one key counts and that do not lose the same layers."""
+    for name, stack in stacks.items():
+        for other, count in members.items():
+            if other == name or count != stack.members or numbered_inside(other):
+                continue
+            try:
+                beside = stacks.get(other) or _stack(other, sections.at(other), count, ())
+            except CheckpointError:
+                continue
+            if beside.key == stack.key and beside.gone != stack.gone:
+                key = path_shown(stack.key)
+                what = "loses others" if beside.gone else "loses none"
+                yield f"{name} loses layers and {other} {what}, and {key} counts both"
+                return
+
+
+def numbered_inside(name: str) -> bool:
+    """Whether a list of modules lies in a member of another list."""
+    return next(numbered(f"{name}.x"), None) is not None
+
+
+# -- what the config says of layers ------------------------------------------------------------------
+
+
+def without_layers(stack: Stack) -> dict[str, Any]:
+    """New values of all keys of a stack's section that refer to layers; None for a key to remove."""
+    section, stays, number = stack.section, stack.stays, stack.count
+    layers = section.architecture.layers
+    values = _entries(stack)
+    for key in layers.by_number:
+        chosen = _by_number(section, key, number)
+        values[key] = [place for place, layer in enumerate(stays) if layer in chosen]
+        values |= layers.settled
+    if layers.beyond and layers.beyond in section.values:
+        behind = sum(layer >= number for layer in stack.gone)
+        values[layers.beyond] = max(0, section.number(f"config.{layers.beyond}") - behind)
+    for key, usual in layers.up_to.items():
+        first = section.number(f"config.{key}") if key in section.values else usual
+        values[key] = sum(layer < first for layer in stays)
+    for key, made in layers.rules.items():
+        for spelling in {key, f"_{key}"} & section.values.keys():  # transformers keeps some as private names
+            value = _settled(stack, key, section.values[spelling], (made, values))
+            if value != section.values[spelling]:
+                values[spelling] = value
+    return values
+
+
+def _entries(stack: Stack) -> dict[str, Any]:
+    """Lists and objects with an entry for each layer, of which those stay whose layers do."""
+    section, layers, stays = stack.section, stack.section.architecture.layers, stack.stays
+    values: dict[str, Any] = {}
+    for key in dict.fromkeys((*layers.by_place, *layers.implied)):
+        entries = None if key in layers.by_number else _by_place(section, key, stack.count)
+        if entries is not None:
+            values[key] = [entries[layer] for layer in stays]
+    for key in layers.by_key:
+        entry = section.values.get(key)
+        if isinstance(entry, dict):
+            pairs = ((str(place), entry.get(str(layer))) for place, layer in enumerate(stays))
+            values[key] = {place: each for place, each in pairs if each is not None}
+    return values
+
+
+def lost_rules(stack: Stack, values: Mapping[str, Any]) -> Iterator[str]:
+    """A line for each rule that no value of its key makes true for the layers that stay."""
+    for key, made in stack.section.architecture.layers.rules.items():
+        for spelling in (key, f"_{key}"):
+            if spelling in values and values[spelling] is None:
+                text = f"it is taken out, and {made} has them"
+                yield f"config.json: no {spelling} makes the layers that stay: {text}"
+
+
+def _settled(stack: Stack, key: str, found: object, lists: tuple[str, Mapping[str, Any]]) -> object:
+    """A value with which a rule derives the list for the layers that stay; None if no value does.
+
+    The `found` value stays where it does, and where there is no list.
+    """
+    made, values = lists
+    section, layers, number = stack.section, stack.section.architecture.layers, len(stack.stays)
+
+    def makes(value: object) -> list[object]:
+        ruled = replace(section, values={**section.values, key: value})
+        return [ruled.evaluated(layers.implied[made], (("layer", layer),)) for layer in range(number)]
+
+    wanted = values.get(made)
+    if made in layers.by_number and wanted is not None:
+        wanted = [layer in wanted for layer in range(number)]
+    if wanted is None or type(found) is not int or makes(found) == wanted:
+        return found
+    # 0 comes last: it is no distance between layers, but may be a number of first layers.
+    return next((value for value in (*range(1, number + 2), 0) if makes(value) == wanted), None)
+
+
+def _by_place(section: Section, key: str, number: int) -> Sequence[object] | None:
+    """A list with an entry for each layer, from the config or as the class derives it.
+
+    None where there is no list, and where the class derives the same for every layer, as for fewer layers.
+    """
+    entries = section.values.get(key)
+    if isinstance(entries, list) and entries:
+        if len(entries) < number:
+            raise CheckpointError(f"config.json: {key} has no entry for each of {number} layers")
+        return entries
+    implied = section.architecture.layers.implied.get(key)
+    if implied is None or (entries and not isinstance(entries, list)):
+        return None
+    made = [section.evaluated(implied, (("layer", layer),)) for layer in range(number)]
+    return made if any(entry != made[0] for entry in made) else None
+
+
+def _by_number(section: Section, key: str, number: int) -> set[int]:
+    """The layers in a list of numbers, or those that the class puts into it."""
+    layers = section.architecture.layers
+    entries, implied = section.values.get(key), layers.implied.get(key, "False")
+    named = {layer for layer in range(number) if section.evaluated(implied, (("layer", layer),))}
+    if entries is None:
+        return named
+    if not isinstance(entries, list) or not all(type(entry) is int for entry in entries):
+        raise CheckpointError(f"config.json: {key} is {shown(entries)}, wanted a list of numbers of layers")
+    return {*entries, *named} if layers.settled else set(entries)
