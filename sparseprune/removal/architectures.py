@@ -6,7 +6,7 @@ model type is in a row only if removal was shown to load. Called by the rest of 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from msgspec import Struct
 
@@ -118,6 +118,7 @@ class Architecture(Struct, frozen=True):
 
 _HEAD_DIM = "config.head_dim or config.hidden_size // config.num_attention_heads"
 _PINNED = {"head_dim": _HEAD_DIM}
+_KV = {"num_key_value_heads": "config.num_key_value_heads or config.num_attention_heads"}
 _SLIDING = "'sliding_attention' if {} else 'full_attention'"
 _QWEN_WINDOW = "(config.use_sliding_window or 0) and not (config.sliding_window == None or 0) and "
 # A key that may be 0, or 28 where there is none.
@@ -126,10 +127,16 @@ _BERT_LAYERS = "a layer ends in a norm, so that without anything of it zeros are
 _DERIVED = "the class derives the size of a head from {} // {}, so that fewer are larger"
 
 
-def _row(*models: str, **particular: object) -> Architecture:
-    """A row of model types in one text."""
+def _row(*models: str, **particular: Any) -> Architecture:  # noqa: ANN401  (the fields of the class)
+    """A row of model types, several in a text."""
     names = tuple(name for text in models for name in text.split())
-    return Architecture(names, **particular)  # type: ignore[arg-type]
+    return Architecture(names, **particular)
+
+
+def _grouped(*models: str, **particular: Any) -> Architecture:  # noqa: ANN401
+    """Model types whose heads have a size of their own, in groups of one number of key/value heads."""
+    grouped: dict[str, Any] = {"pinned": _PINNED, "values": _KV}
+    return _row(*models, **{**grouped, **particular})
 
 
 def _typed(layer_type: str, rule: str | None = None) -> Layers:
@@ -152,21 +159,16 @@ _POST_NORM = {
 }
 
 ARCHITECTURES: tuple[Architecture, ...] = (
-    _row("mistral gemma", pinned=_PINNED),
-    _row("llama", pinned=_PINNED, divides="hidden_size"),
-    _row(
-        "qwen2 qwen3",
-        layers=_typed(f"{_QWEN_WINDOW}layer >= {_FULL_ONES}", "max_window_layers"),
-        pinned=_PINNED,
-    ),
-    _row("gemma2", layers=_typed("(layer + 1) % 2"), pinned=_PINNED, divides="hidden_size"),
-    _row(
+    _grouped("mistral gemma"),
+    _grouped("llama", divides="hidden_size"),
+    _grouped("qwen2 qwen3", layers=_typed(f"{_QWEN_WINDOW}layer >= {_FULL_ONES}", "max_window_layers")),
+    _grouped("gemma2", layers=_typed("(layer + 1) % 2"), divides="hidden_size"),
+    _grouped(
         "gemma3_text",
         layers=_typed("(layer + 1) % (config.sliding_window_pattern or 6)", "sliding_window_pattern"),
-        pinned=_PINNED,
         divides="hidden_size",
     ),
-    _row("phi3", pinned=_PINNED, sized=("rope_scaling", "rope_parameters")),
+    _grouped("phi3", sized=("rope_scaling", "rope_parameters")),
     _row(
         "gpt2",
         layers=Layers(
@@ -175,8 +177,8 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         values={"n_inner": "config.n_inner or 4 * config.n_embd"},
         refused={"heads": _DERIVED.format("n_embd", "n_head")},
     ),
-    _row("mixtral", pinned=_PINNED),
-    _row(
+    _grouped("mixtral"),
+    _grouped(
         "qwen2_moe",
         layers=Layers(
             by_number=_SPARSE.by_number,
@@ -184,9 +186,8 @@ ARCHITECTURES: tuple[Architecture, ...] = (
             settled=_SPARSE.settled,
             rules=_QWEN2_MOE_TYPES.rules,
         ),
-        pinned=_PINNED,
     ),
-    _row("qwen3_moe", layers=_SPARSE, pinned=_PINNED),
+    _grouped("qwen3_moe", layers=_SPARSE),
     _row(
         "deepseek_v3",
         layers=Layers(beyond="num_nextn_predict_layers", up_to={"first_k_dense_replace": 3}),
@@ -195,8 +196,8 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         serving="topk_group",
         best=2,
     ),
-    _row("gpt_oss", layers=_typed("(layer + 1) % 2"), pinned=_PINNED),
-    _row(
+    _grouped("gpt_oss", layers=_typed("(layer + 1) % 2")),
+    _grouped(
         "llama4_text",
         layers=Layers(
             by_number=("moe_layers",),
@@ -206,7 +207,6 @@ ARCHITECTURES: tuple[Architecture, ...] = (
             },
             rules={"no_rope_layer_interval": "no_rope_layers", "interleave_moe_layer_step": "moe_layers"},
         ),
-        pinned=_PINNED,
         widths={"expert": "intermediate_size", "feed_forward": "intermediate_size_mlp"},
     ),
     _row("bert roberta xlm-roberta", refused=_POST_NORM),

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from msgspec import Struct
 
 from sparseprune.errors import CheckpointError
-from sparseprune.removal.architectures import known_keys
+from sparseprune.removal.architectures import EXPERT_COUNTS, known_keys
 from sparseprune.removal.dim_constraints import agree, refuse
 from sparseprune.removal.layers import Stacks, lost_rules, without_layers
 from sparseprune.removal.sections import Sections, path_shown, value_at, with_value
@@ -262,7 +262,10 @@ def _values(agreed: Agreed) -> dict[Path, object]:
         section = agreed.counts.sections[key]
         hidden = agreed.counts.ratios.get(key)
         values[key] = value if hidden is None else _ratio(value, hidden)
-        if key not in agreed.counts.heads and key not in agreed.counts.routing:
+        if key in agreed.counts.routing:  # the class takes any of these names
+            old = section.value(path_shown(key[len(section.path) :]))
+            values |= {section.path_of(name): value for name in EXPERT_COUNTS if section.value(name) == old}
+        elif key not in agreed.counts.heads:
             values |= {
                 section.path_of(name): settled for name, settled in section.architecture.settled.items()
             }
@@ -271,7 +274,7 @@ def _values(agreed: Agreed) -> dict[Path, object]:
         if {keys.heads, keys.groups} & agreed.values.keys():
             values |= {section.path_of(name): section.number(text) for name, text in row.pinned.items()}
             if keys.groups is not None and keys.groups not in agreed.values:
-                values[keys.groups] = value_at(section.values, keys.groups[len(section.path) :])
+                values[keys.groups] = section.value(path_shown(keys.groups[len(section.path) :]))
             for name, of in row.alike.items():
                 if section.path_of(of) in agreed.values:
                     values[section.path_of(name)] = agreed.values[section.path_of(of)]

@@ -82,11 +82,13 @@ class Routing(Struct, frozen=True):
 class Counts:
     """What keys count, by the names of tensors and of lists of modules.
 
+    Biases `beside` matrices that read units are as wide as what they write to, and stay whole.
     `misfits` are tensors whose structure no key counts, each with a line that says so. `ratios` are keys
     whose value is the number of units by another number.
     """
 
     of: dict[str, list[Counted]] = field(default_factory=lambda: defaultdict(list))
+    beside: set[str] = field(default_factory=set)
     misfits: dict[str, str] = field(default_factory=dict)
     heads: dict[Path, HeadKeys] = field(default_factory=dict)
     routing: dict[Path, Routing] = field(default_factory=dict)
@@ -97,6 +99,7 @@ class Counts:
         for each in counted:
             self.of[each.tensor].append(each)
             self.sections[each.key] = section
+            self.beside.update((f"{each.tensor.removesuffix('.weight')}.bias", f"{each.tensor}_bias"))
 
 
 def count_dims(

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from sparseprune.engine.grids import Shape
-    from sparseprune.removal.counting import Counted, HeadKeys, Routing
+    from sparseprune.removal.counting import Counted, HeadKeys
     from sparseprune.removal.layers import Stacks
     from sparseprune.removal.preview import RemovedMembers
     from sparseprune.removal.sections import Path, Sections
@@ -281,7 +281,7 @@ def _unknown_neighbours(found: _Constraints) -> Iterator[str]:
         if kept.cut and name not in found.model.gone:
             modules.setdefault(name.rpartition(".")[0], name)
     for name in found.stays if modules else ():
-        if name in found.model.kept or name in found.counts.of:
+        if name in found.model.kept or name in found.counts.of or name in found.counts.beside:
             continue
         parent = name.rpartition(".")[0]
         above = (".".join(parent.split(".")[:depth]) for depth in range(parent.count(".") + 1))
@@ -303,9 +303,8 @@ def _impossible(counts: Counts, model: CutModel, units: UnitsByKey, values: dict
         if model.exact:
             yield from _uneven_heads(keys, units, values)
         yield from _unfit_heads(keys, values)
-    for experts, routing in counts.routing.items():
-        if experts in values:
-            yield from _unfit_routing(experts, routing, units, values, exact=model.exact)
+    for experts in [key for key in counts.routing if key in values]:
+        yield from _unfit_routing(experts, counts, units, values, exact=model.exact)
     for key, value in values.items():
         if not value:
             yield f"config.json: {path_shown(key)} would be 0: nothing is left"
@@ -348,12 +347,13 @@ def _unfit_heads(keys: HeadKeys, values: Mapping[Path, int]) -> Iterator[str]:
 
 
 def _unfit_routing(
-    experts: Path, routing: Routing, units: UnitsByKey, values: dict[Path, int], *, exact: bool
+    experts: Path, found: Counts, units: UnitsByKey, values: dict[Path, int], *, exact: bool
 ) -> Iterator[str]:
     """What a router needs of the experts that stay; a new number of groups goes into `values`.
 
     Groups are looked at only where it is `exact`ly known which experts stay.
     """
+    routing = found.routing[experts]
     section, count, name = routing.section, values[experts], path_shown(experts)
     row = section.architecture
     chosen = 0 if routing.chosen is None else section.value(path_shown(routing.chosen[len(section.path) :]))
@@ -363,13 +363,15 @@ def _unfit_routing(
         yield f"{name} would be {count}, fewer than the {chosen} of {chosen_name}"
         return
     if row.groups is not None and section.value(row.groups) is not None and count and exact:
-        yield from _unfit_groups(experts, routing, units, values, chosen)
+        yield from _unfit_groups(experts, found, units, values, chosen)
 
 
 def _unfit_groups(
-    experts: Path, routing: Routing, units: UnitsByKey, values: dict[Path, int], chosen: int
+    experts: Path, found: Counts, units: UnitsByKey, values: dict[Path, int], chosen: int
 ) -> Iterator[str]:
     """What a router needs of the groups of experts that stay."""
+    routing = found.routing[experts]
+    routing = found.routing[experts]
     section, count, name = routing.section, values[experts], path_shown(experts)
     row = section.architecture
     groups, whole = section.number(f"config.{row.groups}"), next(iter(units[experts].values())).size
@@ -379,24 +381,25 @@ def _unfit_groups(
     counts = {group: kept.reshape(groups, -1).sum(axis=1) for group, kept in units[experts].items()}
     for group, each in counts.items():
         if len(set(each[each > 0].tolist())) > 1:
-            found = f"its groups of experts would have {shown(each.tolist())} members"
+            members = f"its groups of experts would have {shown(each.tolist())} members"
             why = f"{row.groups} counts groups of one size: prune the same number in each"
-            yield f"{group}: {found}, and {why}"
+            yield f"{group}: {members}, and {why}"
     left = sorted({int(np.count_nonzero(each)) for each in counts.values()})
     if len(left) > 1:
         yield f"{row.groups} would be {left[0]} and {left[-1]}, and config.json has one for all"
     if not left[0]:  # some router has no experts any more
         return
     if left[0] != groups:
-        values[section.path_of(str(row.groups))] = left[0]
+        path = section.path_of(str(row.groups))
+        values[path], found.sections[path] = left[0], section
     serving = 1 if row.serving is None else section.number(f"config.{row.serving}")
     after, before = count // left[0], whole // groups
     if left[0] < serving:
         yield f"{row.groups} would be {left[0]}, fewer than the {serving} of {row.serving}"
     elif after < row.best:
         taken = f"the router takes the best {row.best} of each"
-        found = f"its groups of experts would have {after} of {before} members each"
-        yield f"{next(iter(counts))}: {found}, and {taken}"
+        members = f"its groups of experts would have {after} of {before} members each"
+        yield f"{next(iter(counts))}: {members}, and {taken}"
     elif after * serving < chosen:
         key = "" if routing.chosen is None else path_shown(routing.chosen)
         yield f"{serving} groups would have fewer experts than the {chosen} of {key}"

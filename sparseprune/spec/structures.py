@@ -620,9 +620,7 @@ def nested_key(config: Mapping[str, Any], name: str) -> str | None:
     nested = [key for key, value in config.items() if isinstance(value, dict) and "model_type" in value]
     for names, keys in TOWERS:
         if names.search(name):
-            key = next((key for key in nested if keys.search(key)), None)
-            if key is not None:
-                return key
+            return next((key for key in nested if keys.search(key)), None)
     for side in ("encoder", "decoder"):
         if side in nested and side in name.split(".")[:2]:
             return side
