@@ -232,5 +232,4 @@ def known_keys(architecture: Architecture) -> frozenset[str]:
     keys.update((f"_{rule}" for rule in layers.rules), architecture.values, architecture.pinned)
     keys.update(architecture.alike, architecture.widths.values(), architecture.settled)
     keys.update((architecture.divides, architecture.groups, architecture.serving))
-    keys.update((*EXPERT_WIDTHS, *SHARED_WIDTHS, *WIDTHS, *HEADS, *KV_COUNTS, *EXPERT_COUNTS, *CHOSEN))
-    return frozenset(key for key in (*keys, *LAYER_COUNTS) if key)
+    return frozenset(key for key in keys if key)

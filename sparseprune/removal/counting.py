@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 _ROUTER = re.compile(r"^(?:.*\.)?(?:gate|router|moe_statics)(?:\.|$)|^(?:expert_bias|\w*correction_bias)$")
 _SHARED = re.compile("shared")
 _HIDDEN = "hidden_size"
+_WHAT = {"mlp": "channels", "heads": "heads", "experts": "experts"}
 
 
 class Counted(Struct, frozen=True):
@@ -83,13 +84,14 @@ class Counts:
     """What keys count, by the names of tensors and of lists of modules.
 
     Biases `beside` matrices that read units are as wide as what they write to, and stay whole.
-    `misfits` are tensors whose structure no key counts, each with a line that says so. `ratios` are keys
-    whose value is the number of units by another number.
+    `misfits` are tensors whose structure no key counts, each with a line that says so; `refused` lines say
+    what the table refuses. `ratios` are keys whose value is the number of units by another number.
     """
 
     of: dict[str, list[Counted]] = field(default_factory=lambda: defaultdict(list))
     beside: set[str] = field(default_factory=set)
     misfits: dict[str, str] = field(default_factory=dict)
+    refused: dict[str, None] = field(default_factory=dict)
     heads: dict[Path, HeadKeys] = field(default_factory=dict)
     routing: dict[Path, Routing] = field(default_factory=dict)
     ratios: dict[Path, int] = field(default_factory=dict)
@@ -131,9 +133,10 @@ def count_dims(
                     raise
                 continue
             why = section.architecture.refused.get(kind)
-            if why is not None and is_touched:
-                counts.misfits.update(dict.fromkeys((part.tensor for part in structure.parts), why))
-            count(structure, section, counts)
+            if why is None:
+                count(structure, section, counts)
+            elif is_touched:
+                counts.refused[f"{_WHAT[kind]} cannot go: {why}"] = None
     _count_routers(index, counts)
     return counts
 
@@ -238,9 +241,9 @@ def _ratio(section: Section, units: int, counts: Counts) -> Path | None:
 
 
 def _misfit(structure: Structure, counts: Counts, said: str) -> None:
+    first = structure.parts[0]
+    text = f"{first.tensor} has {first.count * first.size} along dimension {first.dim}, {said}"
     for part in structure.parts:
-        shape = f"{part.count * part.size}"
-        text = f"{part.tensor} has {shape} along dimension {part.dim}, {said}"
         counts.misfits.setdefault(part.tensor, text)
 
 

@@ -65,6 +65,7 @@ class Agreed(Struct, frozen=True):
 def agree(sections: Sections, model: CutModel, stacks: Stacks) -> Agreed:
     """What all tensors keep, as keys of the config count their units; CheckpointError for unknown models."""
     counts = count_dims(model.shapes, sections, _touches(model), model.removed.numbers)
+    refuse(counts.refused)
     found = _Constraints(model, counts, stacks)
     problems = [*found.problems, *_unknown_neighbours(found)]
     for (key, _), kept in found.by_index.items():
@@ -198,15 +199,13 @@ class _Constraints:
             for each in found:
                 if each.dim == dim:
                     rest[each.begin : each.begin + each.count * each.size] = True
-            if name in self.counts.misfits and not rest.all():
-                self.problems.append(self._reason(name))
-            elif not rest.all():
+            if rest.all():
+                continue
+            if name in self.counts.misfits:
+                self.problems.append(self.counts.misfits[name])
+            else:
                 text = f"loses {lost} of {shape[dim]} along dimension {dim}"
                 self.problems.append(f"{name} {text}, which no key of config.json carries")
-
-    def _reason(self, name: str) -> str:
-        said = self.counts.misfits[name]
-        return said if said.startswith(name) else f"{name} cannot be cut: {said}"
 
     def _add_tensor(self, counted: Counted) -> None:
         kept, dim = self.model.kept.get(counted.tensor), counted.dim
@@ -362,7 +361,7 @@ def _unfit_routing(
     if count < chosen:
         yield f"{name} would be {count}, fewer than the {chosen} of {chosen_name}"
         return
-    if row.groups is not None and section.value(row.groups) is not None and count and exact:
+    if row.groups is not None and count and exact:
         yield from _unfit_groups(experts, found, units, values, chosen)
 
 

@@ -14,10 +14,10 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from sparseprune.errors import CheckpointError
-from sparseprune.removal.architectures import LAYER_COUNTS, SIDED_LAYERS
+from sparseprune.removal.architectures import BY_PLACE, LAYER_COUNTS, SIDED_LAYERS
 from sparseprune.removal.preview import numbered
 from sparseprune.removal.sections import path_shown
-from sparseprune.spec.naming import LAYER_LISTS
+from sparseprune.spec.naming import LAYER_LISTS, OTHER_TOWERS
 from sparseprune.spec.problems import shown
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     Shapes = Mapping[str, tuple[int, ...]]
 
+_STRICT = ("layer_types", "mlp_layer_types")  # lists that no class takes with another length
 _STAGE = re.compile(r"\.([0-9]+)\.")
 
 
@@ -115,7 +116,12 @@ def _twins(stacks: Mapping[str, Stack], members: Mapping[str, int], sections: Se
     """Lists that one key counts and that do not lose the same layers."""
     for name, stack in stacks.items():
         for other, count in members.items():
-            if other == name or count != stack.members or numbered_inside(other):
+            if (
+                other == name
+                or count != stack.members
+                or numbered_inside(other)
+                or OTHER_TOWERS.search(other)
+            ):
                 continue
             try:
                 beside = stacks.get(other) or _stack(other, sections.at(other), count, ())
@@ -212,6 +218,8 @@ def _by_place(section: Section, key: str, number: int) -> Sequence[object] | Non
     """
     entries = section.values.get(key)
     if isinstance(entries, list) and entries:
+        if len(entries) < number and key in BY_PLACE and key not in _STRICT:
+            return None  # a list of something else
         if len(entries) < number:
             raise CheckpointError(f"config.json: {key} has no entry for each of {number} layers")
         return entries
