@@ -18,7 +18,7 @@ from sparseprune.errors import CheckpointError
 from sparseprune.removal.counting import Counts, count_dims
 from sparseprune.removal.preview import numbered
 from sparseprune.removal.sections import path_shown
-from sparseprune.removal.slices import kept_slices, kept_whole
+from sparseprune.removal.slices import kept_slices, kept_whole, number_of
 from sparseprune.spec.problems import shown
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def agree(sections: Sections, model: CutModel, stacks: Stacks) -> Agreed:
         for group, kept in groups.items():
             units[key][group], wrong = _shared_units(key, kept)
             problems += wrong
-            example[int(np.count_nonzero(units[key][group]))] = kept[0].name.rpartition(".")[0]
+            example[number_of(units[key][group])] = kept[0].name.rpartition(".")[0]
             for name, dim, flags in _followers(kept, units[key][group]):
                 followers.setdefault(name, {})[dim] = flags
         values[key] = next(iter(example))
@@ -140,10 +140,10 @@ class _KeptUnits(Struct, frozen=True, eq=False):
 
     @property
     def count(self) -> int:
-        return int(np.count_nonzero(self.units))
+        return number_of(self.units)
 
     def __str__(self) -> str:
-        what = f"{self.count} of {self.units.size}"
+        what = f"{self.count} of {self.units.shape[-1]}"
         return f"{self.name} keeps {what}" + ("" if self.dim is None else f" along dimension {self.dim}")
 
 
@@ -194,11 +194,11 @@ class _Constraints:
         shape, kept = self.model.shapes[name], self.model.kept[name]
         found = self.counts.of.get(name, ())
         for dim in kept.cut:
-            lost = kept.along[dim].size - int(np.count_nonzero(kept.along[dim]))
+            lost = shape[dim] - number_of(kept.along[dim])
             rest = kept.along[dim].copy()
             for each in found:
                 if each.dim == dim:
-                    rest[each.begin : each.begin + each.count * each.size] = True
+                    rest[..., each.begin : each.begin + each.count * each.size] = True
             if rest.all():
                 continue
             if name in self.counts.misfits:
@@ -213,7 +213,7 @@ class _Constraints:
             return
         shape = self.model.shapes[counted.tensor]
         flags = np.ones(shape[dim], dtype=np.bool_) if kept is None else kept.along[dim]
-        indices = flags[counted.begin : counted.begin + counted.count * counted.size]
+        indices = flags[..., counted.begin : counted.begin + counted.count * counted.size]
         one = _KeptUnits(counted, indices, shape[dim])
         if counted.by_index > 1:
             self.by_index.setdefault((counted.key, counted.group), []).append(one)
@@ -223,9 +223,9 @@ class _Constraints:
                 self.problems.append(f"{one}, {text}")
             units = np.arange(counted.count // counted.by_index) < count
         else:
-            rows = indices.reshape(-1, counted.size)
-            units = np.logical_and.reduce(rows, axis=1)
-            if not np.array_equal(units, np.logical_or.reduce(rows, axis=1)):
+            rows = indices.reshape(*indices.shape[:-1], -1, counted.size)
+            units = np.logical_and.reduce(rows, axis=-1)
+            if not np.array_equal(units, np.logical_or.reduce(rows, axis=-1)):
                 text = f"wanted whole units of {counted.size}, as {path_shown(counted.key)} counts them"
                 self.problems.append(f"{one}, {text}")
         self._note(replace(one, units=units))

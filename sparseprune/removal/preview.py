@@ -103,7 +103,8 @@ class _Axis(Struct, frozen=True):
 class Sliced(Struct, frozen=True):
     """Blocks of a leaf as slices along the dimension `dim` of its tensor, which has `size` indices there.
 
-    The leaf reaches indices from `begin` on.
+    The leaf reaches indices from `begin` on. `stacked`: each index of the first dimension, a member of a
+    stack, has blocks of its own.
     """
 
     leaf: BoundBlock
@@ -111,9 +112,13 @@ class Sliced(Struct, frozen=True):
     size: int
     begin: int
     axes: tuple[_Axis, ...]
+    stacked: bool = False
 
     def kept(self, blocks: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        """Flags of the indices that survive with these blocks (flat); indices out of reach survive."""
+        """Flags of the indices that survive with these blocks (flat); indices out of reach survive.
+
+        Of a stack whose members keep unlike ones there is a row of flags for each member.
+        """
         import numpy as np  # noqa: PLC0415  (a plan of what cannot be removed does without)
 
         index, block = np.full(1, self.begin), np.zeros(1, dtype=np.int64)
@@ -124,10 +129,16 @@ class Sliced(Struct, frozen=True):
                 within = places // self.leaf.shape[axis.view_dim] * prod(grid[axis.view_dim + 1 :])
                 index = (index[:, None] + places * axis.step).reshape(-1)
                 block = (block[:, None] + within).reshape(-1)
-        flags = np.ones(self.size, dtype=np.bool_)
-        if blocks.size:
-            flags[index] = blocks[block]
-        return flags
+        if not self.stacked:
+            flags = np.ones(self.size, dtype=np.bool_)
+            if blocks.size:
+                flags[index] = blocks[block]
+            return flags
+        (members,) = (axis for axis in self.axes if axis.dim == 0)
+        first = np.arange(members.size) * prod(grid[members.view_dim + 1 :])
+        flags = np.ones((members.size, self.size), dtype=np.bool_)
+        flags[:, index] = blocks[first[:, None] + block]
+        return flags[0] if bool((flags == flags[0]).all()) else flags
 
 
 def sliced(leaf: BoundBlock, shape: Shape) -> Sliced | None:
@@ -157,10 +168,13 @@ def sliced(leaf: BoundBlock, shape: Shape) -> Sliced | None:
     grid = leaf.grid_shape
     cut = {dim for dim, (size, whole) in enumerate(zip(reach, shape, strict=True)) if size < whole}
     cut |= {axis.dim for axis in axes if grid[axis.view_dim] > 1}
+    members = [axis for axis in axes if axis.dim == 0]
     if len(cut) > 1:
-        return None
-    dim = cut.pop() if cut else 0
-    return Sliced(leaf, dim, shape[dim], begin[dim], tuple(axes))
+        one = len(members) == 1 and members[0].size == shape[0] and leaf.shape[members[0].view_dim] == 1
+        if len(cut) > 2 or 0 not in cut or not one:
+            return None
+    dim = max(cut) if cut else 0
+    return Sliced(leaf, dim, shape[dim], begin[dim], tuple(axes), stacked=len(cut) > 1)
 
 
 def _axis(view_dim: int, size: int, stride: int, shape: Shape, steps: Shape) -> _Axis | None:

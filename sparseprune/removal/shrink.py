@@ -141,7 +141,11 @@ class Cuts(Struct, frozen=True):
         write_through(jobs, io, record, Resources(workers, self.limits.memory))
 
     def _passes(self) -> list[CutTensor]:
-        return [CutTensor(name, kept, self.limits.slab) for name, kept in self.kept.items()]
+        return [
+            CutTensor(name, kept, self.limits.slab, member)
+            for name, kept in self.kept.items()
+            for member in (np.flatnonzero(kept.along[0]).tolist() if kept.by_member else [None])
+        ]
 
 
 class Slab(NamedTuple):
@@ -158,12 +162,13 @@ class CutTensor(Pass):
     """Reads a tensor in slabs of neighbouring rows and writes what is kept of each.
 
     A row is as many of the last dimensions as fit into a slab, but at least the last one; of a vector, an
-    element.
+    element. Of a stack whose members keep unlike indices it is about one `member`.
     """
 
     name: str
     kept: KeptIndices
     slab: int
+    member: int | None = None
 
     def chunks(self, io: TensorIO) -> Iterator[Chunk]:
         """The slabs of which anything is kept."""
@@ -176,12 +181,13 @@ class CutTensor(Pass):
         for flags in outer:
             rows = np.logical_and.outer(rows, flags).reshape(-1)
         step = max(1, self.slab // max(1, numel * itemsize))
-        done = 0
+        before, done = self._before(rows.size * numel, int(np.count_nonzero(rows)) * kept_numel), 0
         for begin in range(0, rows.size, step):
             kept = np.flatnonzero(rows[begin : begin + step])
             if kept.size:
                 first, end = begin + int(kept[0]), begin + int(kept[-1]) + 1
-                slab = Slab(first * numel, (end - first) * numel, done * kept_numel, rows[first:end])
+                to = before[1] + done * kept_numel
+                slab = Slab(before[0] + first * numel, (end - first) * numel, to, rows[first:end])
                 nbytes = slab.size * itemsize
                 yield Chunk(slab, nbytes, _COPIES * nbytes, key=str(begin // step), files=files)
                 done += kept.size
@@ -200,10 +206,18 @@ class CutTensor(Pass):
         io.output.write_weight(self.name, slab.to * bits.itemsize, left.data)
         return []
 
+    def _before(self, numel: int, kept_numel: int) -> tuple[int, int]:
+        """Elements of the members in front, before and after the cut; each member has so many."""
+        if self.member is None:
+            return 0, 0
+        return self.member * numel, int(np.count_nonzero(self.kept.along[0][: self.member])) * kept_numel
+
     def _rows(self, io: TensorIO) -> tuple[Shape, tuple[Flags, ...], tuple[Flags, ...]]:
         """The shape of a row, and the kept indices along the dimensions before a row and in it."""
         stored = io.tensors[self.name]
         shape, along = stored.shape, self.kept.along
+        if self.member is not None:
+            shape, along = shape[1:], self.kept.of_member(self.member)
         if len(shape) == 1:
             shape, along = (*shape, 1), (*along, np.ones(1, dtype=np.bool_))
         itemsize, split = pattern_of(stored).itemsize, max(0, len(shape) - 1)

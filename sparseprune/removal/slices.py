@@ -45,7 +45,8 @@ class KeptIndices:
     """What survives of a tensor: for each dimension a flag for every index, and the number of elements.
 
     An index is kept where any element of its slice is. `shape` is the shape after the other slices are cut
-    out; `cut` lists the dimensions in which something is dropped.
+    out; `cut` lists the dimensions in which something is dropped. Where the members of a stack keep unlike
+    indices of a dimension, its flags have a row for each member, which is an index of the first dimension.
     """
 
     along: tuple[Flags, ...]
@@ -54,8 +55,8 @@ class KeptIndices:
     cut: tuple[int, ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        shape = tuple(int(np.count_nonzero(flags)) for flags in self.along)
-        cut = tuple(dim for dim, flags in enumerate(self.along) if shape[dim] < flags.size)
+        shape = tuple(number_of(flags) for flags in self.along)
+        cut = tuple(dim for dim, flags in enumerate(self.along) if shape[dim] < flags.shape[-1])
         object.__setattr__(self, "shape", shape)
         object.__setattr__(self, "cut", cut)
 
@@ -67,12 +68,26 @@ class KeptIndices:
     @property
     def is_whole(self) -> bool:
         """Whether nothing is dropped."""
-        return self.elements == prod([flags.size for flags in self.along])
+        return self.elements == prod([flags.shape[-1] for flags in self.along])
 
     @property
     def is_empty(self) -> bool:
         """Whether nothing survives."""
         return self.elements == 0
+
+    @property
+    def by_member(self) -> bool:
+        """Whether members of a stack keep unlike indices."""
+        return max((flags.ndim for flags in self.along), default=1) > 1
+
+    def of_member(self, member: int) -> tuple[Flags, ...]:
+        """What a member of a stack keeps along the dimensions behind the first."""
+        return tuple(flags[member] if flags.ndim > 1 else flags for flags in self.along[1:])
+
+
+def number_of(flags: Flags) -> int:
+    """How many are kept; where members keep unlike ones, the largest number of one."""
+    return int(np.count_nonzero(flags, axis=-1).max()) if flags.ndim > 1 else int(np.count_nonzero(flags))
 
 
 def kept_whole(shape: Shape) -> KeptIndices:
@@ -82,7 +97,16 @@ def kept_whole(shape: Shape) -> KeptIndices:
 
 def kept_slices(along: Sequence[Flags]) -> KeptIndices:
     """What survives where every element is kept whose index is kept along each dimension."""
-    return KeptIndices(tuple(along), prod([int(np.count_nonzero(flags)) for flags in along]))
+    members, found = np.ones(1, dtype=np.int64), []
+    for flags in along:
+        alike = flags.ndim == 1 or bool((flags == flags[0]).all())
+        found.append(flags if flags.ndim == 1 or not alike else np.ascontiguousarray(flags[0]))
+    if any(flags.ndim > 1 for flags in found):
+        members = found[0].astype(np.int64)
+        for flags in found[1:]:
+            members = members * np.count_nonzero(flags, axis=-1)
+        return KeptIndices(tuple(found), int(members.sum()))
+    return KeptIndices(tuple(found), prod([int(np.count_nonzero(flags)) for flags in found]))
 
 
 def summed_up(kept: Mapping[str, KeptIndices]) -> str:
@@ -127,6 +151,8 @@ def _of_leaf(shape: Shape, found: Sliced, blocks: Flags) -> KeptIndices:
     along = [np.ones(size, dtype=np.bool_) for size in shape]
     if along[found.dim].size:
         along[found.dim] = found.kept(blocks)
+        if along[found.dim].ndim > 1:  # a member of which nothing is kept goes
+            along[0] = np.logical_or.reduce(along[found.dim], axis=1)
     return kept_slices(along)
 
 
