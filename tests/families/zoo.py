@@ -217,6 +217,7 @@ _CONVOLVED = {
     "num_conv_pos_embedding_groups": 2,
 }
 
+_HEARD = {"audio_config": {"output_dim": HIDDEN, "downsample_hidden_size": 12}, "audio_token_index": 94}
 # fmt: off
 ZOO: tuple[Species, ...] = (
     _text("llama", "Llama"),
@@ -252,7 +253,11 @@ ZOO: tuple[Species, ...] = (
         "gemma4_text", "Gemma4", "Gemma4TextConfig", num_hidden_layers=6, vocab_size_per_layer_input=99,
         hidden_size_per_layer_input=12, global_head_dim=14, num_global_key_value_heads=2,
         attention_k_eq_v=True, layer_types=["sliding_attention", "full_attention", "sliding_attention",
-        "sliding_attention", "full_attention", "full_attention"],
+        "sliding_attention", "full_attention", "full_attention"], num_experts=None,
+    ),
+    _text(
+        "gemma4_moe", "Gemma4", "Gemma4TextConfig", num_hidden_layers=6, vocab_size_per_layer_input=99,
+        hidden_size_per_layer_input=12, enable_moe_block=True, global_head_dim=14,
     ),
     _text("vaultgemma", "VaultGemma"),
     _text("phi", "Phi", hidden_size=64),
@@ -291,7 +296,7 @@ ZOO: tuple[Species, ...] = (
     _text("cohere2", "Cohere2"),
     _text("glm", "Glm"),
     _text("glm4", "Glm4"),
-    _text("glm4_moe", "Glm4Moe"),
+    _text("glm4_moe", "Glm4Moe", head_dim=12),
     _text("smollm3", "SmolLM3"),
     _text("exaone4", "Exaone4"),
     _text("seed_oss", "SeedOss"),
@@ -340,7 +345,7 @@ ZOO: tuple[Species, ...] = (
     _text("minimax_m2", "MiniMaxM2", intermediate_size=EXPERT_WIDTH),
     _text("mixtral", "Mixtral", intermediate_size=EXPERT_WIDTH),
     _text("qwen2_moe", "Qwen2Moe"),
-    _text("qwen3_moe", "Qwen3Moe", num_experts=EXPERTS),
+    _text("qwen3_moe", "Qwen3Moe", num_experts=EXPERTS, head_dim=HEAD_SIZE),
     _text("deepseek_v2", "DeepseekV2", num_key_value_heads=HEADS),
     _text("deepseek_v3", "DeepseekV3", num_key_value_heads=HEADS),
     _text("dots1", "Dots1"),
@@ -509,6 +514,14 @@ ZOO: tuple[Species, ...] = (
     _seen(
         "glm4v", "Glm4v", "", "", given="text patches", shown=1, text=_TURNED,
         vision={"out_hidden_size": HIDDEN, "intermediate_size": 56},
+    ),
+    _seen(
+        "qwen2_5_omni_thinker", "Qwen2_5OmniThinker", "", "", given="text patches", shown=1, text=_TURNED,
+        vision={"out_hidden_size": HIDDEN, "window_size": 16, "fullatt_block_indexes": [1]}, **_HEARD,
+    ),
+    _seen(
+        "qwen3_omni_moe_thinker", "Qwen3OmniMoeThinker", "", "", given="text patches", shown=1, text=_TURNED,
+        vision=_QWEN3_VISION, **_HEARD,
     ),
     _seen(
         "mllama", "Mllama", "", "", given="text tiles", text={"num_hidden_layers": 6,

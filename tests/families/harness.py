@@ -1,0 +1,316 @@
+"""Every action on every model of the zoo: what comes of it, told by the model's own class.
+
+`python -m tests.families.harness [--json FILE] [NAME...]` prints a table, types by actions, and the totals.
+"""
+
+import argparse
+import json
+import random
+import re
+import sys
+import tempfile
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, Literal
+from unittest.mock import patch
+
+import torch
+import transformers
+from msgspec import Struct, to_builtins
+from safetensors.torch import load_file
+
+import sparseprune
+from sparseprune.checkpoint import open_statistics
+from sparseprune.errors import SparsepruneError
+from tests.calibration.models import BEGIN, END, text, tokenizer
+from tests.families.zoo import SPECIES, Species, output, save
+
+Kind = Literal["right", "refused", "none", "unbound", "wrong"]
+REMOVALS = ("mlp-channels", "heads", "experts", "expert-channels", "layers")
+ACTIONS = ("2of4", *REMOVALS, "calibrate")
+SETTINGS = {"layers": {"sparsity": "0.5"}}  # of few layers a quarter is none
+CLOSE, APART = 1e-5, 1e-3
+TOKENS, SEQUENCES = 14, 6
+
+_RECURRENT = {"mamba", "mamba2", "falcon_mamba"}
+_CONVOLUTIONS = {"resnet", "resnet_bottleneck", "mobilenet_v2"}
+WITHOUT: Mapping[str, set[str]] = {
+    "mlp-channels": _RECURRENT | _CONVOLUTIONS,
+    "heads": _RECURRENT | _CONVOLUTIONS | {"convnext", "convnextv2", "rwkv"},
+    "layers": _CONVOLUTIONS | {"albert"},
+    "experts": {"doge"},
+    "expert-channels": {"doge"},
+}
+"""Types that have no such structure; others have experts where a config counts them."""
+_COUNTS_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
+
+class Outcome(Struct, frozen=True):
+    """What came of an action: `detail` is the reason, or the share that was reached."""
+
+    kind: Kind
+    detail: str = ""
+
+
+class Zoo(Struct, frozen=True):
+    """One model of the zoo on disk, and what it computes; its class leaves tensors `beside` alone."""
+
+    species: Species
+    folder: Path
+    dense: torch.Tensor
+    beside: str = ""
+
+    def load(self, folder: Path) -> Any:
+        """The model by its own class; ValueError where a tensor does not find its place."""
+        kind = getattr(transformers, self.species.model)
+        model, report = kind.from_pretrained(folder, output_loading_info=True)
+        report["unexpected_keys"] = [
+            name for name in report["unexpected_keys"] if not (self.beside and re.match(self.beside, name))
+        ]
+        amiss = {key: sorted(map(str, report[key]))[:3] for key in _AMISS if report[key]}
+        if amiss:
+            raise ValueError(f"does not load: {amiss}")
+        return model.eval()
+
+
+_AMISS = ("missing_keys", "unexpected_keys", "mismatched_keys")
+
+
+def settle(species: Species, folder: Path) -> Zoo:
+    """Its checkpoint, with a tokenizer, below a folder."""
+    path = save(species, folder)
+    tokenizer().save_pretrained(path)
+    one = Zoo(species, path, torch.empty(0))
+    return Zoo(species, path, output(species, one.load(path)))
+
+
+def examine(one: Zoo, action: str) -> Outcome:
+    """Do it beside the checkpoint, and judge what comes of it."""
+    try:
+        with tempfile.TemporaryDirectory(dir=one.folder.parent) as place:
+            return _ACT[action](one, action, Path(place))
+    except Exception as error:  # noqa: BLE001 - a traceback is an outcome, too
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        return Outcome("wrong", f"{type(error).__name__} at {where.name}:{where.lineno}: {error}")
+
+
+def _prune(one: Zoo, action: str, place: Path) -> Outcome:
+    try:
+        report = sparseprune.apply(one.folder, action, place / "pruned", mask_format=None)
+    except SparsepruneError as error:
+        return Outcome("unbound" if _binds_nothing(error) else "refused", str(error))
+    output(one.species, one.load(place / "pruned"))
+    left = ", ".join(each.name for each in report.totals.uncovered)
+    share = report.totals.layer_coverage
+    return Outcome("right", "" if share == 1 else f"{share:.1%}, without {left}")
+
+
+def _binds_nothing(error: SparsepruneError) -> bool:
+    return "under names that are known" in str(error) or "of which where leaves none" in str(error)
+
+
+def _remove(one: Zoo, action: str, place: Path) -> Outcome:
+    settings = SETTINGS.get(action, {})
+    there = has(one, action)
+    try:
+        removal = sparseprune.remove(one.folder, action, output=place / "smaller", set=settings)
+    except SparsepruneError as error:
+        if error.exit_code != 2:
+            raise
+        if not _binds_nothing(error):
+            return Outcome("refused", str(error))
+        return Outcome("unbound" if there else "none", str(error))
+    if not there:
+        return Outcome("wrong", "there is no such structure")
+    sparseprune.apply(one.folder, action, place / "masked", set=settings, mask_format=None)
+    if wrong := _difference(one, action, place):
+        return Outcome("wrong", wrong)
+    share = removal.totals.declared_coverage
+    return Outcome("right", "" if share == 1 else f"{share:.1%} of {removal.totals.covers}")
+
+
+def _difference(one: Zoo, action: str, place: Path) -> str:
+    """How the outputs of the smaller model are not those of the masked one; empty where they are."""
+    smaller, masked = one.load(place / "smaller"), one.load(place / "masked")
+    found = output(one.species, smaller)
+    with never_chosen(masked, smaller) if action == "experts" else nullcontext():
+        expected = output(one.species, masked)
+    if not found.isfinite().all() or found.shape != expected.shape:
+        return f"outputs are {list(found.shape)}, finite: {bool(found.isfinite().all())}"
+    scale = max(1.0, float(expected.abs().max()))
+    if (apart := float((found - expected).abs().max()) / scale) > CLOSE:
+        return f"outputs differ by {apart:.2g} of the largest"
+    if float((found - one.dense).abs().max()) / scale < APART:
+        return "computes what the dense model does"
+    return ""
+
+
+def has(one: Zoo, action: str) -> bool:
+    """Whether the model has the structure at all."""
+    if one.species.name in WITHOUT[action]:
+        return False
+    if "expert" not in action:
+        return True
+    config = json.loads((one.folder / "config.json").read_text())
+    parts = [part for part in (config, *config.values()) if isinstance(part, dict)]
+    return any((part.get(key) or 0) > 1 for part in parts for key in _COUNTS_EXPERTS)
+
+
+@contextmanager
+def never_chosen(masked: Any, smaller: Any) -> Iterator[None]:
+    """What it means that a router has lost experts: in the masked model their logits are -inf.
+
+    Routers are told by their weights, which have fewer rows in the smaller model; which rows these are, by
+    their values. What corrects the choice of experts is -inf as well.
+    """
+    left = {**dict(smaller.named_parameters()), **dict(smaller.named_buffers())}
+    lost: dict[tuple[int, tuple[int, ...]], torch.Tensor] = {}
+    for name, mine in [*masked.named_parameters(), *masked.named_buffers()]:
+        if name not in left or left[name].shape == mine.shape:
+            continue
+        ours, theirs = mine.detach(), left[name].detach()
+        if ours.ndim == 2 and ours.shape[1] == theirs.shape[1]:
+            gone = ~(ours[:, None] == theirs).all(-1).any(-1)
+            lost[mine.data_ptr(), tuple(mine.shape)] = gone
+        elif "correction" in name or name.endswith("expert_bias"):
+            ours.view(-1)[~torch.isin(ours.view(-1), theirs.view(-1))] = float("-inf")
+    if not lost:
+        raise ValueError("no router has lost rows")
+    own = torch.nn.functional.linear
+
+    def linear(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        result = own(states, weight, bias)
+        gone = lost.get((weight.data_ptr(), tuple(weight.shape)))
+        return result if gone is None else result.masked_fill(gone, float("-inf"))
+
+    with patch.object(torch.nn.functional, "linear", linear):
+        yield
+
+
+def _calibrate(one: Zoo, action: str, place: Path) -> Outcome:
+    (place / "words.txt").write_text(text())
+    try:
+        sparseprune.calibrate(
+            one.folder,
+            [place / "words.txt"],
+            place / "stats",
+            length=TOKENS,
+            sequences=SEQUENCES,
+            special=False,
+        )
+    except SparsepruneError as error:
+        return Outcome("refused", str(error))
+    model = one.load(one.folder)
+    seen = _seen_by_hooks(model, _sequences())
+    stored = {
+        name: each for file in one.folder.glob("*.safetensors") for name, each in load_file(file).items()
+    }
+    moments = load_file(place / "stats" / "statistics.safetensors")
+    compared = set()
+    for name, statistic in open_statistics(place / "stats").of.items():
+        for weight, inputs in seen.items():
+            rows = stored[name].mT if statistic.input_dim == 0 else stored[name]
+            if rows.ndim != 2 or not _is_part(rows, weight.detach()):
+                continue
+            wanted = inputs.T @ inputs / len(inputs)
+            mine = moments[statistic.stored.name].double().reshape(wanted.shape)
+            apart = float((mine - wanted).norm() / wanted.norm())
+            if apart > 1e-4:
+                return Outcome("wrong", f"{name}: the moment differs by {apart:.2g}")
+            compared.add(weight)
+    missing = len(seen) - len(compared)
+    return Outcome("right", f"without {missing} of {len(seen)} linear layers" if missing else "")
+
+
+def _sequences() -> torch.Tensor:
+    """The sequences that a run with these sizes draws, from the words and the same seed alone."""
+    own, inside = tokenizer(), TOKENS - 2
+    ids = [own.convert_tokens_to_ids(word) for word in text().split()]
+    drawn = sorted(random.Random(0).sample(range(len(ids) // inside), SEQUENCES))
+    return torch.tensor([[BEGIN, *ids[inside * at : inside * (at + 1)], END] for at in drawn])
+
+
+def _seen_by_hooks(model: Any, ids: torch.Tensor) -> dict[torch.Tensor, torch.Tensor]:
+    """The inputs of every linear layer that the text meets, of the tokens that are its own, by its weight."""
+    seen: dict[torch.Tensor, torch.Tensor] = {}
+
+    def keep(module: Any, given: tuple[torch.Tensor, ...]) -> None:
+        states = given[0].detach().double()
+        rows = states[:, 1:-1] if states.shape[:2] == ids.shape else states[:0]
+        rows = rows.reshape(-1, rows.shape[-1])
+        seen[module.weight] = torch.cat([seen[module.weight], rows]) if module.weight in seen else rows
+
+    hooks = [
+        module.register_forward_pre_hook(keep)
+        for module in model.modules()
+        if type(module) is torch.nn.Linear
+    ]
+    with torch.no_grad():
+        model(input_ids=ids)
+    for hook in hooks:
+        hook.remove()
+    return {weight: inputs for weight, inputs in seen.items() if len(inputs)}
+
+
+def _is_part(rows: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether some rows of a weight, all together, are these."""
+    places = max(1, len(weight) - len(rows) + 1)
+    return weight.shape[1] == rows.shape[1] and any(
+        torch.equal(weight[begin : begin + len(rows)], rows) for begin in range(places)
+    )
+
+
+_ACT: Mapping[str, Callable[[Zoo, str, Path], Outcome]] = {
+    "2of4": _prune,
+    **dict.fromkeys(REMOVALS, _remove),
+    "calibrate": _calibrate,
+}
+CALIBRATED = frozenset([one.name for one in SPECIES.values() if one.given == "text"][::3])
+
+
+def results(names: Sequence[str]) -> Iterator[tuple[str, dict[str, Outcome]]]:
+    """The outcomes of all actions, a model at a time."""
+    for name in names:
+        with tempfile.TemporaryDirectory() as folder:
+            one = settle(SPECIES[name], Path(folder))
+            actions = ACTIONS if name in CALIBRATED else ACTIONS[:-1]
+            yield name, {action: examine(one, action) for action in actions}
+
+
+def main() -> None:
+    """Print the table as it grows."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME")
+    parser.add_argument("--json", type=Path)
+    asked = parser.parse_args()
+    logging: Any = transformers.utils.logging
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    found: dict[str, dict[str, Outcome]] = {}
+    totals: dict[str, Counter[str]] = {action: Counter() for action in ACTIONS}
+    sys.stdout.write("".join([" " * 26, *(f"{action:17}" for action in ACTIONS)]).rstrip() + "\n")
+    for name, outcomes in results(asked.names or list(SPECIES)):
+        found[name] = outcomes
+        cells = [f"{name:26}"]
+        for action in ACTIONS:
+            outcome = outcomes.get(action)
+            cells.append(f"{outcome.kind.replace('wrong', 'WRONG') if outcome else '':17}")
+            totals[action].update([outcome.kind] if outcome else [])
+        sys.stdout.write("".join(cells).rstrip() + "\n")
+        sys.stdout.flush()
+    for action, counts in totals.items():
+        kinds = ", ".join(f"{number} {kind}" for kind, number in counts.most_common())
+        sys.stdout.write(f"{action}: {kinds}\n")
+    for name, outcomes in found.items():
+        for action, outcome in outcomes.items():
+            if outcome.detail and outcome.kind not in {"refused", "none"}:
+                sys.stdout.write(f"{name}, {action}: {outcome.kind}: {outcome.detail.splitlines()[0]}\n")
+    if asked.json:
+        asked.json.write_text(json.dumps(to_builtins(found), indent=1))
+
+
+if __name__ == "__main__":
+    main()
