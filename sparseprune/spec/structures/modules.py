@@ -1,0 +1,123 @@
+"""Whole modules that can go: routed experts and layers, with every tensor that belongs to them.
+
+Experts are modules of a list or slices of stacks; layers are modules of a list.
+"""
+
+from __future__ import annotations
+
+from math import prod
+from typing import TYPE_CHECKING
+
+from sparseprune.spec.naming import EXPERTS, LAYER_LISTS, STACKS, STAGES
+from sparseprune.spec.structures.index import (
+    MATRIX,
+    Structure,
+    Units,
+    filled,
+    layer_count,
+    of_all_experts,
+    place_of,
+    section_of,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from sparseprune.spec.bound import TensorInfo
+    from sparseprune.spec.structures.index import Index, Numbers
+
+
+def find_experts(index: Index) -> list[Structure]:
+    """Routed experts: of each list one structure an expert, of each stack one with all experts as units."""
+    return [*_listed_experts(index), *_stacked_experts(index)]
+
+
+def _listed_experts(index: Index) -> Iterator[Structure]:
+    found: dict[tuple[str, Numbers], list[Units]] = {}
+    for form, members in index.forms.items():
+        base, star, rest = form.rpartition(f".{EXPERTS}.*.")
+        if star and "*" in base:
+            module, depth = f"{base}{star}"[:-1], base.count("*") + 1
+            for numbers, tensor in members.items():
+                units = Units(tensor.name, filled(rest, numbers[depth:]), 0, 1, max(1, (*tensor.shape, 1)[0]))
+                found.setdefault((module, numbers[:depth]), []).append(units)
+    for (module, numbers), parts in found.items():
+        yield Structure("experts", place_of(module, numbers), 1, tuple(parts))
+
+
+def _stacked_experts(index: Index) -> Iterator[Structure]:
+    found: dict[tuple[str, Numbers], list[tuple[str, TensorInfo]]] = {}
+    for form, members in index.forms.items():
+        base, star, rest = form.rpartition(f".{EXPERTS}.")
+        is_stack = bool(star) and not rest.startswith("*") and "*" not in rest
+        if not is_stack and STACKS.search(form):
+            base, rest = (
+                form.rsplit(".", 2)[0] if form.endswith((MATRIX, ".bias")) else form.rpartition(".")[0],
+                "",
+            )
+            rest, is_stack = form[len(base) + 1 :], True
+        if is_stack and "*" in base:
+            for numbers, tensor in members.items():
+                module = f"{base}{star}".rstrip(".") if star else base
+                found.setdefault((module, numbers), []).append((rest, tensor))
+    for (module, numbers), tensors in found.items():
+        deepest = max(len(tensor.shape) for _, tensor in tensors)
+        if deepest == 2:
+            yield from _flat_experts(index, module, numbers, tensors)
+        elif deepest > 2:
+            count = next(tensor.shape[0] for _, tensor in tensors if len(tensor.shape) == deepest)
+            parts = [
+                Units(tensor.name, rest.removesuffix(MATRIX), 0, count)
+                for rest, tensor in tensors
+                if tensor.shape and tensor.shape[0] == count
+            ]
+            yield Structure("experts", of_all_experts(place_of(module, numbers)), count, tuple(parts))
+
+
+def _flat_experts(
+    index: Index, module: str, numbers: Numbers, tensors: Sequence[tuple[str, TensorInfo]]
+) -> Iterator[Structure]:
+    """Experts whose rows lie behind each other in matrices; the router tells how many there are."""
+    router = index.shape(f"{module.removesuffix(f'.{EXPERTS}')}.router.layer.weight", numbers)
+    if router is None or not all(tensor.shape[0] % router[0] == 0 for _, tensor in tensors):
+        return
+    count = router[0]
+    parts = [Units(tensor.name, rest, 0, count, tensor.shape[0] // count) for rest, tensor in tensors]
+    yield Structure("experts", of_all_experts(place_of(module, numbers)), count, tuple(parts))
+
+
+# -- layers ------------------------------------------------------------------------------------------
+
+
+def find_layers(index: Index) -> list[Structure]:
+    """Layers of every list of them, each one structure; layers behind those that the config counts are none.
+
+    Lists inside other lists are those of the innermost level that is called so, such as stages with blocks.
+    """
+    found: dict[tuple[str, int], list[Units]] = {}
+    for form, members in index.forms.items():
+        pieces = form.split(".")
+        stars = [at for at, piece in enumerate(pieces) if piece == "*"]
+        lists = [at for at in stars if at and LAYER_LISTS.search(pieces[at - 1])]
+        if not lists:
+            continue
+        at = (
+            lists[1]
+            if len(lists) > 1 and STAGES.search(f"{pieces[lists[0] - 1]}.{pieces[lists[1] - 1]}")
+            else lists[0]
+        )
+        before = stars.index(at)
+        for numbers, tensor in members.items():
+            stack = filled(".".join(pieces[:at]), numbers)
+            rest = filled(".".join(pieces[at + 1 :]), numbers[before + 1 :])
+            numel = max(1, prod(tensor.shape))
+            units = Units(tensor.name, rest.removesuffix(MATRIX), 0, 1, max(1, (*tensor.shape, 1)[0]))
+            if numel and prod(tensor.shape):
+                found.setdefault((stack, numbers[before]), []).append(units)
+    structures = []
+    for (stack, layer), parts in found.items():
+        count = layer_count(section_of(index.config, stack))
+        if count is None or layer < count:
+            place = (("stack", stack), ("layer", layer), ("module", ""), ("expert", ""))
+            structures.append(Structure("layers", place, 1, tuple(parts)))
+    return structures
