@@ -166,7 +166,7 @@ def _kinds(tensors: Tensors, shapes: Sequence[Shape], reached: Mapping[str, int]
         kind.numel += numel * count
         kind.reached += part * count
         kind.missed += count if part < numel else 0
-    routed = routed_modules(kinds)
+    routed = routed_modules(kind.name for kind in kinds.values())
     return [kind for kind in kinds.values() if is_layer_matrix(kind.name, routed)]
 
 

@@ -117,8 +117,8 @@ def _read(path: Path, source: str) -> SpecSource:
 
 def _unknown(name: str) -> str:
     """The error for a name that is neither a file nor a shipped spec, with the nearest shipped specs."""
-    names = list_specs()
-    close = nearest(Path(name).name.removesuffix(".toml"), names, 3)
+    close = nearest(Path(name).name.removesuffix(".toml"), (*list_specs(), *ALIASES), 3)
+    close = list(dict.fromkeys(ALIASES.get(each, each) for each in close))
     there = f"did you mean {listed(close, 'or')}?" if close else "`sparseprune specs` lists those that do."
     return (
         f"{shown(name)} is neither a file nor a spec that ships with sparseprune; {there} "

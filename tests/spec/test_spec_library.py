@@ -7,6 +7,7 @@ import pytest
 
 from sparseprune.errors import SpecError
 from sparseprune.spec import BoundSpec, SpecSource, TensorInfo, bind, find_spec, list_specs, parse_spec
+from sparseprune.spec.parsing import ALIASES
 
 SPECS = Path(__file__).parents[2] / "specs"
 HIDDEN, WIDTH = 32, 96
@@ -57,16 +58,6 @@ def bert(prefix: str = "") -> list[TensorInfo]:
     return [TensorInfo(prefix + each.name, each.dtype, each.shape) for each in found]
 
 
-def experts() -> list[TensorInfo]:
-    shapes = {"gate": (WIDTH, HIDDEN), "up": (WIDTH, HIDDEN), "down": (HIDDEN, WIDTH)}
-    return [
-        TensorInfo(f"model.layers.{layer}.mlp.experts.{expert}.{name}_proj.weight", "BF16", shape)
-        for layer in range(12)
-        for expert in range(12)
-        for name, shape in shapes.items()
-    ]
-
-
 def shipped(name: str, tensors: list[TensorInfo]) -> BoundSpec:
     found = find_spec(name)
     return bind(parse_spec(found.text, found.source), tensors)
@@ -84,8 +75,8 @@ def test_2of4_reaches_all_projections_of_a_decoder(prefix: str) -> None:
 
 
 @pytest.mark.parametrize("prefix", ["", "bert."])
-def test_bert_2of4_reaches_the_36_matrices_of_minilm(prefix: str) -> None:
-    bound = shipped("bert-2of4", bert(prefix))
+def test_2of4_reaches_the_36_matrices_of_minilm(prefix: str) -> None:
+    bound = shipped("2of4", bert(prefix))
     assert len(bound.covered) == 36
     assert all(
         re.search(r"encoder\.layer\.\d\..*(query|key|value|dense)\.weight", name) for name in bound.covered
@@ -93,24 +84,25 @@ def test_bert_2of4_reaches_the_36_matrices_of_minilm(prefix: str) -> None:
 
 
 @pytest.mark.parametrize("prefix", ["model.", ""])
-def test_decoder_mlp_channels_couples_three_matrices_in_each_layer(prefix: str) -> None:
-    bound = shipped("decoder-mlp-channels", llama(prefix))
-    assert [instance.label for _, instance in bound.instances()] == [f"mlp[layer={at}]" for at in range(12)]
+def test_mlp_channels_couple_three_matrices_in_each_layer_of_a_decoder(prefix: str) -> None:
+    bound = shipped("mlp-channels", llama(prefix))
+    labels = [instance.label for _, instance in bound.instances()]
+    assert labels == [f"mlp[stack={prefix}layers,layer={at},module=mlp]" for at in range(12)]
     assert {instance.budget.nnz for _, instance in bound.instances()} == {WIDTH - WIDTH // 4}
     assert bound.covered[:3] == tuple(
-        f"{prefix}layers.0.mlp.{name}_proj.weight" for name in ("gate", "up", "down")
+        f"{prefix}layers.0.mlp.{name}_proj.weight" for name in ("down", "gate", "up")
     )
 
 
 @pytest.mark.parametrize("prefix", ["", "bert."])
-def test_bert_mlp_channels_leaves_the_attention_output_alone(prefix: str) -> None:
-    bound = shipped("bert-mlp-channels", bert(prefix))
+def test_mlp_channels_take_biases_along_and_leave_attention_alone(prefix: str) -> None:
+    bound = shipped("mlp-channels", bert(prefix))
     assert len(bound.rules[0].instances) == 6
-    assert bound.covered[:3] == (
+    assert set(bound.covered[:3]) == {
         f"{prefix}encoder.layer.0.intermediate.dense.weight",
         f"{prefix}encoder.layer.0.intermediate.dense.bias",
         f"{prefix}encoder.layer.0.output.dense.weight",
-    )
+    }
     assert not [name for name in bound.covered if "attention" in name]
     assert {instance.budget.nnz for _, instance in bound.instances()} == {WIDTH - WIDTH // 4}
 
@@ -121,6 +113,13 @@ def test_unstructured_global_is_one_scope_over_all_projections() -> None:
     numel = sum(each.shape[0] * each.shape[1] for each in llama() if "_proj." in each.name)
     assert (instance.scope.blocks_per_scope, instance.budget.nnz) == (numel, numel // 2)
     assert instance.label == "everything"
+
+
+@pytest.mark.parametrize("alias", ALIASES)
+def test_an_earlier_name_is_the_spec_that_took_its_place(alias: str) -> None:
+    assert alias not in list_specs()
+    assert ALIASES[alias] in list_specs()
+    assert find_spec(alias) == find_spec(ALIASES[alias])
 
 
 def test_every_shipped_spec_is_in_the_reference_and_says_what_it_does() -> None:
@@ -160,7 +159,7 @@ def test_an_existing_file_wins_over_a_shipped_name_and_a_directory_does_not(
 
 def test_specs_are_listed_by_name() -> None:
     assert list_specs() == tuple(sorted(path.stem for path in SPECS.glob("*.toml")))
-    assert {"2of4", "bert-2of4", "decoder-mlp-channels", "nofm", "unstructured-global"} <= {*list_specs()}
+    assert {"2of4", "heads", "mlp-channels", "nofm", "unstructured-global"} <= {*list_specs()}
 
 
 @pytest.mark.parametrize(
@@ -168,7 +167,8 @@ def test_specs_are_listed_by_name() -> None:
     [
         ("2of44", "did you mean 2of4"),
         ("2of4.toml", "did you mean 2of4"),
-        ("specs/bert-mlp-chanels.toml", "did you mean bert-mlp-channels"),
+        ("specs/bert-mlp-chanels.toml", "did you mean mlp-channels?"),
+        ("decoder-gqa-head-global", "did you mean heads-global"),
         ("qqqq", "with sparseprune; `sparseprune specs` lists those that do."),
         ("", "is a directory"),
         ("a\0b", "neither a file nor a spec"),
