@@ -23,7 +23,7 @@ GATE, DOWN = "model.layers.0.mlp.gate_proj.weight", "model.layers.0.mlp.down_pro
 @pytest.fixture
 def pruned(dense: Checkpoint, tmp_path: Path) -> Path:
     """A pruned checkpoint of which one test makes a wrong one."""
-    return prune(dense, "decoder-mlp-channels").rename(tmp_path / "pruned")
+    return prune(dense, "mlp-channels").rename(tmp_path / "pruned")
 
 
 def overwrite(pruned: Path, tensors: dict[str, torch.Tensor]) -> None:

@@ -21,13 +21,12 @@ from tests.families.models import HEADS, LAYERS, WIDTH
 
 @dataclass(frozen=True)
 class Encoder:
-    """A checkpoint and the names it goes by: of its specs, of a stored layer and of its attention.
+    """A checkpoint and the names it goes by: of a stored layer and of its attention.
 
     `mlp` and `output` are the modules that read the channels and the heads.
     """
 
     dense: Checkpoint
-    family: str
     layer: str
     attention: str
     mlp: str
@@ -43,13 +42,13 @@ def encoder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     layer, module = f"{prefix}encoder.layer.{{}}", f"{prefix}layers.{{}}"
     if model == "bert":
         mlp, output = f"{layer}.output.dense", f"{layer}.attention.output.dense"
-        return Encoder(dense, "bert", layer, "self", mlp, output)
+        return Encoder(dense, layer, "self", mlp, output)
     mlp, output = f"{module}.mlp.fc2", f"{module}.attention.o_proj"
-    return Encoder(dense, "vit", layer, "attention", mlp, output)
+    return Encoder(dense, layer, "attention", mlp, output)
 
 
 def test_2of4_leaves_embeddings_norms_and_poolers_alone(encoder: Encoder) -> None:
-    pruned = prune(encoder.dense, f"{encoder.family}-2of4")
+    pruned = prune(encoder.dense, "2of4")
     names = changed(encoder.dense, pruned)
     parts = [f"attention.{encoder.attention}.{name}" for name in ("query", "key", "value")]
     parts += ["attention.output.dense", "intermediate.dense", "output.dense"]
@@ -62,7 +61,7 @@ def test_2of4_leaves_embeddings_norms_and_poolers_alone(encoder: Encoder) -> Non
 
 def test_lost_channels_add_nothing(encoder: Encoder) -> None:
     dense = encoder.dense
-    pruned = prune(dense, f"{encoder.family}-mlp-channels")
+    pruned = prune(dense, "mlp-channels")
     before, after = dense.tensors(), read(pruned)
     kept, names = {}, set()
     for layer in range(LAYERS):
@@ -80,7 +79,7 @@ def test_lost_channels_add_nothing(encoder: Encoder) -> None:
 
 def test_lost_heads_add_nothing(encoder: Encoder) -> None:
     dense = encoder.dense
-    pruned = prune(dense, f"{encoder.family}-heads")
+    pruned = prune(dense, "heads")
     before, after = dense.tensors(), read(pruned)
     kept, names = {}, set()
     for layer in range(LAYERS):

@@ -115,7 +115,7 @@ def one_by_one(
 
 def test_lost_experts_add_nothing_and_routers_stay(separate: tuple[Family, Checkpoint]) -> None:
     family, dense = separate
-    pruned = prune(dense, "moe-experts")
+    pruned = prune(dense, "experts")
     assert changed(dense, pruned) == family.names()
     before, after = dense.tensors(), read(pruned)
     kept = {}
@@ -133,7 +133,7 @@ def channels(whole: list[torch.Tensor], expert: int) -> list[torch.Tensor]:
 
 def test_lost_channels_of_each_expert_add_nothing(separate: tuple[Family, Checkpoint]) -> None:
     family, dense = separate
-    pruned = prune(dense, "moe-expert-channels")
+    pruned = prune(dense, "expert-channels")
     assert changed(dense, pruned) == family.names()
     kept = {}
     before, after = dense.tensors(), read(pruned)
@@ -152,7 +152,7 @@ def test_lost_channels_of_each_expert_add_nothing(separate: tuple[Family, Checkp
 
 def test_lost_experts_of_gpt_oss_add_nothing(tmp_path: Path) -> None:
     dense = make("gpt_oss", tmp_path)
-    pruned = prune(dense, "gpt-oss-experts")
+    pruned = prune(dense, "experts")
     before, after = dense.tensors(), read(pruned)
     parts = ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
     modules = [f"model.layers.{layer}.mlp.experts" for layer in range(2)]
@@ -167,7 +167,7 @@ def test_lost_experts_of_gpt_oss_add_nothing(tmp_path: Path) -> None:
 
 def test_lost_experts_of_llama4_add_nothing(tmp_path: Path) -> None:
     dense = make("llama4", tmp_path)
-    pruned = prune(dense, "llama4-experts")
+    pruned = prune(dense, "experts")
     module = "model.layers.1.feed_forward.experts"
     names = [f"{module}.gate_up_proj", f"{module}.down_proj"]
     assert changed(dense, pruned) == set(names)

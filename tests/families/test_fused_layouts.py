@@ -61,7 +61,7 @@ def gpt2_heads(tensors: Tensors, layer: int) -> list[torch.Tensor]:
 
 
 def test_channels_of_phi3_lie_in_both_halves_of_gate_up(phi3: Checkpoint) -> None:
-    pruned = prune(phi3, "phi3-mlp-channels")
+    pruned = prune(phi3, "mlp-channels")
     assert changed(phi3, pruned) == {
         f"model.layers.{layer}.mlp.{name}_proj.weight"
         for layer in range(LAYERS)
@@ -86,7 +86,7 @@ def test_channels_that_are_rebuilt_lie_in_both_halves_of_gate_up(
 
 
 def test_a_key_head_of_phi3_lies_in_all_three_parts_of_qkv(phi3: Checkpoint) -> None:
-    pruned = prune(phi3, "phi3-gqa-heads")
+    pruned = prune(phi3, "heads")
     assert changed(phi3, pruned) == {
         f"model.layers.{layer}.self_attn.{name}_proj.weight"
         for layer in range(LAYERS)
@@ -96,7 +96,7 @@ def test_a_key_head_of_phi3_lies_in_all_three_parts_of_qkv(phi3: Checkpoint) -> 
 
 
 def test_channels_of_gpt2_are_columns_then_rows(gpt2: Checkpoint) -> None:
-    pruned = prune(gpt2, "gpt2-mlp-channels")
+    pruned = prune(gpt2, "mlp-channels")
     assert changed(gpt2, pruned) == {
         f"transformer.h.{layer}.mlp.{name}"
         for layer in range(LAYERS)
@@ -106,7 +106,7 @@ def test_channels_of_gpt2_are_columns_then_rows(gpt2: Checkpoint) -> None:
 
 
 def test_a_head_of_gpt2_has_columns_and_biases_in_three_parts_of_c_attn(gpt2: Checkpoint) -> None:
-    pruned = prune(gpt2, "gpt2-heads")
+    pruned = prune(gpt2, "heads")
     assert changed(gpt2, pruned) == {
         f"transformer.h.{layer}.attn.{name}"
         for layer in range(LAYERS)
