@@ -139,7 +139,8 @@ def lay_out_apply(
         path = shard.relative if is_directory else PurePosixPath(final.name)
         files.append(OutputFile(path, shard.size, header.raw, shard.mode))
         at = header.data_begin
-        untouched = (entry for entry in header.entries if entry.name not in chosen)
+        written = {entry.name for entry in checkpoint.counted(shard) if entry.name in chosen}
+        untouched = (entry for entry in header.entries if entry.name not in written)
         pieces = ((at + one.begin, at + one.begin, one.nbytes) for one in untouched)
         copies += merge_copies(shard.path, path, pieces)
     others, copied = other_files(checkpoint, {})
@@ -301,8 +302,8 @@ def _mask_files(
 ) -> tuple[list[OutputFile], Mapping[str, Place]]:
     """Mask files like the weight files: one for an unsharded checkpoint, else one a shard, with an index."""
     groups = [
-        [masked[entry.name] for entry in header.entries if entry.name in masked]
-        for header in checkpoint.headers.values()
+        [masked[entry.name] for entry in checkpoint.counted(shard) if entry.name in masked]
+        for shard in checkpoint.shards
     ]
     groups = [group for group in groups if group]
     is_sharded = len(checkpoint.shards) > 1 and len(groups) > 0

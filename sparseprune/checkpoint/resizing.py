@@ -62,7 +62,8 @@ def lay_out_removal(
     """The output with these tensors of a directory, in the order of the input; None keeps all as they are.
 
     `tensors` and the layout's `weights`, which has those that are not whole, go by the old names. Shards that
-    lose all their tensors are left out. `config` None keeps config.json as it is.
+    lose all their tensors are left out, and so are tensors that the index has in another shard: their shapes
+    would be the old ones. `config` None keeps config.json as it is.
 
     Raises:
         CheckpointError: the checkpoint is a single file.
@@ -78,14 +79,14 @@ def lay_out_removal(
     shards = [
         shard
         for shard, header in checkpoint.headers.items()
-        if not header.entries or any(entry.name in tensors for entry in header.entries)
+        if not header.entries or any(entry.name in tensors for entry in checkpoint.counted(shard))
     ]
     names = _names(checkpoint, shards)
     files: list[OutputFile] = []
     copies: list[CopyRange] = []
     places: dict[str, Place] = {}
     for shard, path in names.items():
-        left = [entry for entry in checkpoint.headers[shard].entries if entry.name in tensors]
+        left = [entry for entry in checkpoint.counted(shard) if entry.name in tensors]
         header = _header(checkpoint.headers[shard], left, tensors)
         files.append(OutputFile(path, header.file_size, header.raw, shard.mode))
         new = dict(zip([entry.name for entry in left], places_in(path, header).values(), strict=True))
@@ -127,8 +128,8 @@ def lay_out_choice(
         return masks
     files: list[OutputFile] = []
     places: dict[str, Place] = {}
-    for number, old in enumerate(checkpoint.headers.values()):
-        entries = [entry for entry in old.entries if entry.name in reached]
+    for number, shard in enumerate(checkpoint.shards):
+        entries = [entry for entry in checkpoint.counted(shard) if entry.name in reached]
         header = lay_out(((entry.name, entry.dtype, entry.shape) for entry in entries), {"format": "pt"})
         path = PurePosixPath(f"weights-{number:05d}{SUFFIX}")
         files.append(OutputFile(path, header.file_size, header.raw))
@@ -175,6 +176,7 @@ def _index(
     """The new index: the tensors that stay in the old order, new sizes; None where it stays as it is."""
     stored = checkpoint.tensors
     same = all(one.name == name and one.shape == stored[name].shape for name, one in tensors.items())
+    same = same and all(shard.relative == path for shard, path in names.items())
     if checkpoint.index is None or (same and len(tensors) == len(stored)):
         return None
     document = read_object(checkpoint.path / checkpoint.index)

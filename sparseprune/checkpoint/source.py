@@ -22,7 +22,7 @@ from sparseprune.checkpoint.header import Header, TensorEntry, read_header
 from sparseprune.errors import CheckpointError, SparsepruneError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
     from sparseprune.checkpoint.discovery import OtherFile
@@ -87,9 +87,10 @@ class StoredTensor(Struct, frozen=True):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint of which all headers were read and no data; every tensor is in exactly one shard.
+    """A checkpoint of which all headers were read and no data; every tensor counts in exactly one shard.
 
-    `tensors` are in the order in which their data is read best: shard by shard, by offset. An output copies
+    `tensors` are in the order in which their data is read best: shard by shard, by offset. Where several
+    shards hold a tensor, the one counts that the index names (see `counted`). An output copies
     `others`, the `index` among them where there is one, but not `left_out`, which hold the same weights in
     another form. `folders` has the permissions of every folder with files in it, and of the checkpoint's own.
     """
@@ -108,6 +109,11 @@ class Checkpoint:
         """Its safetensors files, by name."""
         return tuple(self.headers)
 
+    def counted(self, shard: Shard) -> Iterator[TensorEntry]:
+        """The tensors of a shard, by offset, without those that the index has in another one."""
+        tensors = self.tensors
+        return (entry for entry in self.headers[shard].entries if tensors[entry.name].shard == shard)
+
 
 def open_checkpoint(path: Path) -> Checkpoint:
     """The checkpoint in a safetensors file or a directory: a single file, or shards with their index.
@@ -116,10 +122,10 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """
     if not discovery.is_folder(path):
         headers = dict([open_shard(path)])
-        return Checkpoint(path, headers, is_directory=False, others=(), tensors=_tensors(headers))
+        return Checkpoint(path, headers, is_directory=False, others=(), tensors=_tensors(headers, {}))
     found = discovery.find_files(path)
     headers = dict(open_shard(path / place, place) for place in found.shards)
-    tensors = _tensors(headers)
+    tensors = _tensors(headers, found.weight_map)
     _check_index(path, found, tensors)
     with machine_errors(path, "cannot be read"):
         copies = discovery.copies_of_weights(path, found, lambda file: _has_same(path / file, tensors))
@@ -265,16 +271,22 @@ def _truncated(path: Path, size: int, wanted: int) -> ChangedInputError:
     )
 
 
-def _tensors(headers: Mapping[Shard, Header]) -> Mapping[str, StoredTensor]:
+def _tensors(
+    headers: Mapping[Shard, Header], weight_map: Mapping[str, PurePosixPath]
+) -> Mapping[str, StoredTensor]:
+    """Every tensor once: of those in several shards the one where the index has it."""
     tensors: dict[str, StoredTensor] = {}
     for shard, header in headers.items():
         for entry in header.entries:
-            if entry.name in tensors:
+            other, place = tensors.get(entry.name), weight_map.get(entry.name)
+            if other is not None and place is None:
                 raise CheckpointError(
-                    f"{shard.path}: tensor {shown(entry.name)} is also in {tensors[entry.name].shard.name}; "
-                    "a tensor may stand in one shard only"
+                    f"{shard.path}: tensor {shown(entry.name)} is also in {other.shard.name}; a tensor may "
+                    "stand in one shard only, unless an index says in which one it counts"
                 )
-            tensors[entry.name] = StoredTensor(entry, shard)
+            if other is None or place == shard.relative:
+                tensors.pop(entry.name, None)  # so that it comes in the order of its shard
+                tensors[entry.name] = StoredTensor(entry, shard)
     return MappingProxyType(tensors)
 
 

@@ -95,7 +95,7 @@ def open_statistics(path: Path) -> Statistics:
     found: dict[str, Statistic] = {}
     for shard, header in checkpoint.headers.items():
         kind, tensors = _described(shard, header) or (None, {})
-        for entry in header.entries:
+        for entry in checkpoint.counted(shard):
             stored = checkpoint.tensors[entry.name]
             weights = tensors.get(entry.name) if kind else {entry.name: None}
             for weight, dim in (weights or {}).items():

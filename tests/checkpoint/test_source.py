@@ -219,13 +219,22 @@ REFUSED: dict[str, tuple[Files, str]] = {
         "names tensor 'd' in model-00002.*does not hold it"),
     "a tensor in another shard": ({**SHARDS, INDEX: index({**MAP, "a": MAP["c"]})},
         "but it is in model-00001"),
-    "a tensor in two shards": (
+    "a tensor in two shards that the index does not list": (
         {
-            "x.safetensors": weights("a"),
-            "y.safetensors": weights("a"),
-            INDEX: index({"a": "x.safetensors", "b": "y.safetensors"}),
+            "x.safetensors": weights("a", "b"),
+            "y.safetensors": weights("a", "c"),
+            INDEX: index({"b": "x.safetensors", "c": "y.safetensors"}),
         },
-        r"y.safetensors: tensor 'a' is also in x.safetensors",
+        r"y.safetensors: tensor 'a' is also in x.safetensors; .* unless an index says in which one it counts",
+    ),
+    "a tensor in two shards of which the index means a third": (
+        {
+            "x.safetensors": weights("a", "b"),
+            "y.safetensors": weights("a", "c"),
+            "z.safetensors": weights("d"),
+            INDEX: index({"b": "x.safetensors", "c": "y.safetensors", "a": "z.safetensors"}),
+        },
+        "names tensor 'a' in z.safetensors, but it is in x.safetensors",
     ),
     "a parent folder": ({INDEX: index({"a": "../out.safetensors"})}, "no file in its own folder"),
     "a parent further in": ({INDEX: index({"a": "x/../../out.safetensors"})}, "no file in its own folder"),
