@@ -189,7 +189,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     ),
     _grouped("qwen3_moe", layers=_SPARSE),
     _row(
-        "deepseek_v3",
+        "deepseek_v3 glm4_moe dots1 exaone_moe solar_open glm4_moe_lite",
         layers=Layers(beyond="num_nextn_predict_layers", up_to={"first_k_dense_replace": 3}),
         alike={"num_key_value_heads": "num_attention_heads"},
         groups="n_group",

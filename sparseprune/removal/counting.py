@@ -30,7 +30,7 @@ from sparseprune.removal.architectures import (
 )
 from sparseprune.spec import TensorInfo
 from sparseprune.spec.naming import EXPERTS
-from sparseprune.spec.structures import Index, find_attentions, find_experts, find_mlps
+from sparseprune.spec.structures import Index, find_attentions, find_experts, find_mlps, with_expert
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -299,14 +299,14 @@ def _joined(found: Iterable[Structure]) -> list[Structure]:
     lists: dict[str, list[Structure]] = defaultdict(list)
     joined = []
     for structure in found:
-        whole = replace(structure, place=(*structure.place[:3], ("expert", "")))
+        whole = replace(structure, place=with_expert(structure.place, ""))
         if isinstance(dict(structure.place)["expert"], int):
             lists[_module(whole)].append(structure)
         else:
             joined.append(structure)
     for members in lists.values():
         parts = tuple(part for each in members for part in each.parts)
-        place = (*members[0].place[:3], ("expert", ""))
+        place = with_expert(members[0].place, "")
         joined.append(replace(members[0], place=place, units=len(members), parts=parts))
     return joined
 
@@ -323,7 +323,10 @@ def _count_experts(structure: Structure, section: Section, counts: Counts) -> No
     )
     counts.routing.setdefault(path, Routing(chosen, section))
     if dict(structure.place)["expert"] == "*":
-        parts = [Counted(one.tensor, one.dim, path, module, one.count, one.size) for one in structure.parts]
+        parts = [
+            Counted(one.tensor, one.dim, path, module, one.count * one.flat, one.size)
+            for one in structure.parts
+        ]
     else:
         parts = [Counted(module, None, path, module, units)]
     counts.add(parts, section)

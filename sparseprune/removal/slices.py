@@ -78,7 +78,7 @@ class KeptIndices:
     @property
     def by_member(self) -> bool:
         """Whether members of a stack keep unlike indices."""
-        return max((flags.ndim for flags in self.along), default=1) > 1
+        return bool(max((flags.ndim for flags in self.along), default=1) > 1)
 
     def of_member(self, member: int) -> tuple[Flags, ...]:
         """What a member of a stack keeps along the dimensions behind the first."""

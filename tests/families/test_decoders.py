@@ -59,9 +59,7 @@ class Decoder:
         return {name for name in self.dense.tensors() if pattern.search(name)}
 
 
-@pytest.fixture(
-    scope="module", params=["llama", "qwen2", "qwen3", "gemma3_with_pictures"]
-)
+@pytest.fixture(scope="module", params=["llama", "qwen2", "qwen3", "gemma3_with_pictures"])
 def decoder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Decoder:
     family: str = request.param
     dense = make(family, tmp_path_factory.mktemp("dense"))

@@ -31,7 +31,7 @@ NAMES: Mapping[Kind, str] = {
     "experts": "routed experts",
     "layers": "lists of layers",
 }
-CAPTURES = ("stack", "layer", "module", "expert", "part")
+CAPTURES = ("stack", "layer", "module", "group", "expert", "part")
 _NUMBER = re.compile(r"(?:^|(?<=\.))[0-9]{1,9}(?=\.|$)")
 MATRIX = ".weight"  # what the name of a module's matrix ends with
 
@@ -127,7 +127,7 @@ def place_of(module: str, numbers: Sequence[int]) -> Captures:
     """Where a module stands: the list of layers, the layer, the module in it, and the expert.
 
     >>> dict(place_of("model.layers.*.mlp.experts.*", (3, 7)))
-    {'stack': 'model.layers', 'layer': 3, 'module': 'mlp.experts', 'expert': 7}
+    {'stack': 'model.layers', 'layer': 3, 'module': 'mlp.experts', 'group': '', 'expert': 7}
     """
     stack, star, within = module.partition("*")
     layer: int | str = numbers[0] if star else ""
@@ -141,7 +141,8 @@ def place_of(module: str, numbers: Sequence[int]) -> Captures:
         else:
             pieces.append(str(rest.pop(0)))
     inside = ".".join(filter(None, pieces))
-    return (("stack", stack.rstrip(".")), ("layer", layer), ("module", inside), ("expert", found))
+    where = (("stack", stack.rstrip(".")), ("layer", layer), ("module", inside))
+    return (*where, ("group", ""), ("expert", found))
 
 
 def captures_of(structure: Structure, part: Units) -> Captures:
@@ -172,7 +173,12 @@ def steps_of(shape: Shape) -> Shape:
 
 def of_all_experts(place: Captures) -> Captures:
     """The place of what holds all experts of a layer."""
-    return (*place[:3], ("expert", "*"))
+    return with_expert(place, "*")
+
+
+def with_expert(place: Captures, expert: int | str, group: int | str = "") -> Captures:
+    """A place with another expert, and the group that it belongs to."""
+    return (*place[:3], ("group", group), ("expert", expert))
 
 
 def filled(form: str, numbers: Sequence[int]) -> str:

@@ -5,6 +5,7 @@ Experts are modules of a list or slices of stacks; layers are modules of a list.
 
 from __future__ import annotations
 
+from collections import Counter
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,8 @@ from sparseprune.spec.structures.index import (
     of_all_experts,
     place_of,
     section_of,
+    whole,
+    with_expert,
 )
 
 if TYPE_CHECKING:
@@ -41,8 +44,20 @@ def _listed_experts(index: Index) -> Iterator[Structure]:
             for numbers, tensor in members.items():
                 units = Units(tensor.name, filled(rest, numbers[depth:]), 0, 1, max(1, (*tensor.shape, 1)[0]))
                 found.setdefault((module, numbers[:depth]), []).append(units)
+    counts = Counter((module, numbers[:-1]) for module, numbers in found)
     for (module, numbers), parts in found.items():
-        yield Structure("experts", place_of(module, numbers), 1, tuple(parts))
+        place = place_of(module, numbers)
+        groups = _groups(index, module, counts[module, numbers[:-1]])
+        if groups > 1:
+            size = counts[module, numbers[:-1]] // groups
+            place = with_expert(place, numbers[-1], min(numbers[-1] // size, groups - 1))
+        yield Structure("experts", place, 1, tuple(parts))
+
+
+def _groups(index: Index, module: str, experts: int) -> int:
+    """How many groups of experts a router chooses from before it chooses experts; those of one compete."""
+    groups = whole(section_of(index.config, module).get("n_group")) or 1
+    return groups if experts % groups == 0 else 1
 
 
 def _stacked_experts(index: Index) -> Iterator[Structure]:
@@ -51,10 +66,7 @@ def _stacked_experts(index: Index) -> Iterator[Structure]:
         base, star, rest = form.rpartition(f".{EXPERTS}.")
         is_stack = bool(star) and not rest.startswith("*") and "*" not in rest
         if not is_stack and STACKS.search(form):
-            base, rest = (
-                form.rsplit(".", 2)[0] if form.endswith((MATRIX, ".bias")) else form.rpartition(".")[0],
-                "",
-            )
+            base = form.rsplit(".", 2)[0] if form.endswith((MATRIX, ".bias")) else form.rpartition(".")[0]
             rest, is_stack = form[len(base) + 1 :], True
         if is_stack and "*" in base:
             for numbers, tensor in members.items():
@@ -66,8 +78,9 @@ def _stacked_experts(index: Index) -> Iterator[Structure]:
             yield from _flat_experts(index, module, numbers, tensors)
         elif deepest > 2:
             count = next(tensor.shape[0] for _, tensor in tensors if len(tensor.shape) == deepest)
+            groups = _groups(index, module, count)
             parts = [
-                Units(tensor.name, rest.removesuffix(MATRIX), 0, count)
+                Units(tensor.name, rest.removesuffix(MATRIX), 0, count // groups, flat=groups)
                 for rest, tensor in tensors
                 if tensor.shape and tensor.shape[0] == count
             ]
@@ -118,6 +131,6 @@ def find_layers(index: Index) -> list[Structure]:
     for (stack, layer), parts in found.items():
         count = layer_count(section_of(index.config, stack))
         if count is None or layer < count:
-            place = (("stack", stack), ("layer", layer), ("module", ""), ("expert", ""))
+            place = with_expert((("stack", stack), ("layer", layer), ("module", "")), "")
             structures.append(Structure("layers", place, 1, tuple(parts)))
     return structures
