@@ -30,7 +30,7 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def two_of_four(dense: Path) -> Path:
     output = dense.with_name("minilm-2of4")
-    said = run("apply", dense, "bert-2of4", "-o", output, "-q")
+    said = run("apply", dense, "2of4", "-o", output, "-q")
     assert (said.code, said.out) == (0, f"{output}\n")
     return output
 
@@ -38,7 +38,7 @@ def two_of_four(dense: Path) -> Path:
 @pytest.fixture(scope="module")
 def channels(dense: Path) -> Path:
     output = dense.with_name("minilm-channels")
-    said = run("apply", dense, "bert-mlp-channels", "-o", output, "-q")
+    said = run("apply", dense, "mlp-channels", "-o", output, "-q")
     assert (said.code, said.out) == (0, f"{output}\n")
     return output
 

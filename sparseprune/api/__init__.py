@@ -147,7 +147,7 @@ def remove(
     The config is rewritten, so that the model's own class loads it; it computes what the zeroed checkpoint
     does. The output is CKPT-smaller beside the directory unless --output says otherwise.
 
-    Example: sparseprune remove ./llama decoder-mlp-channels -o ./llama-smaller
+    Example: sparseprune remove ./llama mlp-channels -o ./llama-smaller
 
     Raises what `apply` raises, and SpecError or CheckpointError where no model class has what would be left.
     """

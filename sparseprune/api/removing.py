@@ -62,7 +62,7 @@ def refuse_unclear(
     spec: str | None, masks: Path | None, given: Mapping[str, object], *, partial: bool
 ) -> None:
     """SparsepruneError where it is not clear what to remove."""
-    nothing = "nothing says what to remove; give a SPEC, such as decoder-mlp-channels, or --masks MASKS"
+    nothing = "nothing says what to remove; give a SPEC, such as mlp-channels, or --masks MASKS"
     refuse_contradictions(spec, masks, given, partial=partial, nothing=nothing)
 
 

@@ -84,7 +84,7 @@ def _config() -> dict[str, object]:
 _DENSE = Path("decoder")
 _STEPS = (
     ("Keep 2 of every 4 neighbours in every projection:", "2of4", "half"),
-    ("Prune a quarter of the MLP channels, fused over three matrices:", "decoder-mlp-channels", "channels"),
+    ("Prune a quarter of the MLP channels, fused over three matrices:", "mlp-channels", "channels"),
 )
 
 

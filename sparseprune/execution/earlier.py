@@ -112,14 +112,16 @@ class Earlier(Struct, frozen=True):
             now = self._verdicts(output, spec, names)
         except SpecError as error:
             return [f"{self._rules()} no longer fits, {error.args[0]}"]
+        lost = sorted(name for _, name in names.difference((one.rule, one.name) for one in now))
+        gone = [f"{self._rules()} no longer fits {_many(dict.fromkeys(lost))}"] if lost else []
         broken, scopes = sum(one.broken for one in now), sum(one.scopes for one in now)
         if not broken:
-            return []
+            return gone
         before = self._verdicts(self.checkpoint, spec, set(self.risks))
         if broken <= sum(one.broken for one in before):
-            return []
+            return gone
         where = _many(dict.fromkeys(one.name for one in now if one.broken))
-        return [f"{self._rules()} in {broken} of {scopes} scopes, in {where}"]
+        return [*gone, f"{self._rules()} in {broken} of {scopes} scopes, in {where}"]
 
     def _rules(self) -> str:
         """The rules at risk and what they allow: each once, as most have one budget for all instances."""

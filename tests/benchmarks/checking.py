@@ -14,7 +14,7 @@ from statistics import median
 from tests.benchmarks.inspecting import pruned
 from tests.benchmarks.pipeline import SPARSEPRUNE, Bench, Row, cells, table
 
-SPECS = ("2of4", "decoder-mlp-channels", "unstructured-global")
+SPECS = ("2of4", "mlp-channels", "unstructured-global")
 FORMATS = ("bool", "packed")
 
 

@@ -17,8 +17,8 @@ from tests.benchmarks.pipeline import SPARSEPRUNE, Bench, Row, cells, table
 KINDS = {
     "dense": "",
     "2:4": "2of4",
-    "half of each row": "unstructured-row",
-    "a quarter of the MLP channels": "decoder-mlp-channels",
+    "half of each row": "unstructured",
+    "a quarter of the MLP channels": "mlp-channels",
     "half of the 16x16 blocks": "block16x16",
 }
 RARELY = {

@@ -59,13 +59,13 @@ ROWS = (
         (*SPARSEPRUNE, "mask", "{source}", "unstructured-global", "-o", "{out}"),
         ("unstructured-global",),
     ),
-    applied("channels", "decoder-mlp-channels", "--mask-format", "bool"),
-    applied("channels-global", "decoder-mlp-channels-global", "--no-masks"),
+    applied("channels", "mlp-channels", "--mask-format", "bool"),
+    applied("channels-global", "mlp-channels-global", "--no-masks"),
     Row(
         "remove-channels",
-        "remove decoder-mlp-channels",
-        (*SPARSEPRUNE, "remove", "{source}", "decoder-mlp-channels", "-o", "{out}"),
-        ("decoder-mlp-channels", "--no-masks"),
+        "remove mlp-channels",
+        (*SPARSEPRUNE, "remove", "{source}", "mlp-channels", "-o", "{out}"),
+        ("mlp-channels", "--no-masks"),
     ),
     Row("inspect", "inspect", (*SPARSEPRUNE, "inspect", "{source}"), reach={2.2: 1.0}),
     Row("loop", "2:4 by safe_open, torch.topk, save_file", (*PEERS, "loop", "{source}", "{out}")),
@@ -78,9 +78,7 @@ ROWS = (
 )
 STARTING = (
     Row("plan-2of4", "plan 2of4", (*SPARSEPRUNE, "plan", "{source}", "2of4"), reach={0: 2.0}),
-    Row(
-        "plan-experts", "plan moe-experts", (*SPARSEPRUNE, "plan", "{source}", "moe-experts"), reach={0: 2.0}
-    ),
+    Row("plan-experts", "plan experts", (*SPARSEPRUNE, "plan", "{source}", "experts"), reach={0: 2.0}),
     Row("help", "--help", (*SPARSEPRUNE, "--help"), reach={0: 0.25}),
     Row("version", "--version", (*SPARSEPRUNE, "--version"), reach={0: 0.25}),
 )

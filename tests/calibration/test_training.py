@@ -37,10 +37,10 @@ def train(model: Any, optimizer: torch.optim.Optimizer, steps: int = 3) -> None:
     ("family", "spec", "renamed"),
     [
         ("llama", "2of4", 0),
-        ("gpt2", "gpt2-mlp-channels", 0),  # matrices lie the other way round
+        ("gpt2", "mlp-channels", 0),  # matrices lie the other way round
         ("qwen3_moe", "2of4", 24),  # experts are fused into stacks
-        ("mixtral", "moe-expert-channels", 24),
-        ("gemma3_with_pictures", "2of4", 14),  # the prefix of the language model is another one
+        ("mixtral", "expert-channels", 24),
+        ("gemma3_with_pictures", "2of4", 26),  # the prefix of the language model is another one
     ],
 )
 def test_a_trained_model_is_as_sparse_as_its_checkpoint(
@@ -65,7 +65,8 @@ def test_a_trained_model_is_as_sparse_as_its_checkpoint(
     train(model, optimizer)
     for name, mask in found.items():
         assert bits_where_pruned(parameters[name], mask) == 0
-        assert not torch.equal(parameters[name].detach()[mask], before[name][mask])
+        seen_no_picture = "vision_tower" in name
+        assert torch.equal(parameters[name].detach()[mask], before[name][mask]) == seen_no_picture
     model.save_pretrained(tmp_path / "tuned")
     ok("verify", tmp_path / "tuned", spec, "-q")
     ok("verify", tmp_path / "tuned", "--masks", tmp_path / "masks", "-q")

@@ -18,7 +18,7 @@ def test_demo_shows_its_commands_and_leaves_nothing(tmp_path: Path, monkeypatch:
     assert commands == [
         "$ sparseprune apply decoder 2of4 -o decoder-half",
         "$ sparseprune inspect decoder-half",
-        "$ sparseprune apply decoder decoder-mlp-channels -o decoder-channels",
+        "$ sparseprune apply decoder mlp-channels -o decoder-channels",
         "$ sparseprune inspect decoder-channels",
     ]
     assert "satisfied: 2:4 by 14 tensors, 4:8 by 14 tensors" in said.out

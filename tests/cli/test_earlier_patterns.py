@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from sparseprune.spec import find_spec
 from tests.cli.removal import LLAMA, decoder, write
 from tests.commands import ok, run, valid
 from tests.engine.reconstruction.oracle import moments
@@ -149,12 +150,12 @@ def test_removing_columns_of_two_of_four_counts_what_broke_and_removing_rows_is_
     folder = write(tmp_path / "dense", decoder(), LLAMA)
     pruned = tmp_path / "pruned"
     ok("apply", folder, "2of4", "-o", pruned, "-q")
-    told = "was pruned by its sparseprune/spec.toml (scope.proj: 2 of 4)"
+    told = "was pruned by its sparseprune/spec.toml (scope.matrix: 2 of 4)"
     if not spec_left:
         shutil.rmtree(pruned / "sparseprune")
         told = "has 2:4 zeros"
     out = tmp_path / "out"
-    said = ok("remove", pruned, "decoder-mlp-channels", "-o", out, "--json")
+    said = ok("remove", pruned, "mlp-channels", "-o", out, "--json")
     before, after = (line for line in said.err.splitlines() if "warning: " in line)
     downs = [tensor for name, tensor in load_file(out / "model.safetensors").items() if "down" in name]
     broken = sum(int((down.reshape(-1, 4).ne(0).sum(1) > 2).sum()) for down in downs)
@@ -164,24 +165,30 @@ def test_removing_columns_of_two_of_four_counts_what_broke_and_removing_rows_is_
     assert f"pruned {told} in 2 tensors, such as {name}: this run cuts slices out there" in before
     assert f"in {broken} of {groups} " in after
     assert len([line for line in json.loads(said.out)["warnings"] if "break" in line]) == 2
-    layers = run("remove", pruned, "decoder-layers", "--set", "sparsity=0.5", "-o", tmp_path / "layers")
+    layers = run("remove", pruned, "layers", "--set", "sparsity=0.5", "-o", tmp_path / "layers")
     assert (layers.code, "may break" in layers.err) == (0, False)
 
 
 def test_removing_what_was_zeroed_is_silent(tmp_path: Path) -> None:
     folder = write(tmp_path / "dense", decoder(), LLAMA)
     zeroed = tmp_path / "zeroed"
-    ok("apply", folder, "decoder-mlp-channels", "-o", zeroed, "-q")
-    said = run("remove", zeroed, "decoder-mlp-channels", "-o", tmp_path / "out")
+    ok("apply", folder, "mlp-channels", "-o", zeroed, "-q")
+    said = run("remove", zeroed, "mlp-channels", "-o", tmp_path / "out")
     assert (said.code, "warning: " in said.err) == (0, False)
 
 
-def test_a_width_that_scopes_do_not_divide_any_more_is_told(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_asked", [True, False])
+def test_a_width_that_scopes_do_not_divide_any_more_is_told(tmp_path: Path, is_asked: bool) -> None:
+    """Whether the spec asks for it and leaves such tensors out, or does not and fits no more."""
     folder = write(tmp_path / "dense", decoder(), LLAMA)
+    text = find_spec("2of4").text
+    (line,) = (line for line in text.splitlines() if line.startswith("where"))
+    (tmp_path / "first.toml").write_text(text if is_asked else text.replace(line, ""))
     pruned = tmp_path / "pruned"
-    ok("apply", folder, "2of4", "-o", pruned, "-q")
+    ok("apply", folder, tmp_path / "first.toml", "-o", pruned, "-q")
     said = ok(
-        "remove", pruned, "decoder-mlp-channels", "--set", "sparsity=0.1", "--set", "multiple=1", "-o",
+        "remove", pruned, "mlp-channels", "--set", "sparsity=0.1", "--set", "multiple=1", "-o",
         tmp_path / "out",
     )  # fmt: skip
-    assert "scope.proj: 2 of 4 no longer fits" in said.err
+    downs = "2 tensors, such as model.layers.0.mlp.down_proj.weight"
+    assert f"scope.matrix: 2 of 4 no longer fits{f' {downs}' if is_asked else ', '}" in said.err

@@ -71,7 +71,7 @@ def test_remove_counts_what_it_holds_of_every_tensor_beside(tmp_path: Path) -> N
     (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": MANY // 7}))
     least = {}
     for command in ("apply", "remove"):
-        said = run(command, folder, "decoder-mlp-channels", "-o", tmp_path / "out", "-q", "--memory", "110MB")
+        said = run(command, folder, "mlp-channels", "-o", tmp_path / "out", "-q", "--memory", "110MB")
         told = re.search(r"needs (\d+) bytes at least|; give (\d+)(MB) or more\n", said.err)
         assert told is not None, said.err
         assert (said.code, [*tmp_path.iterdir()]) == (2, [folder])

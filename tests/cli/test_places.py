@@ -50,7 +50,7 @@ def test_no_output_of_a_private_checkpoint_is_for_others(tmp_path: Path) -> None
     source.chmod(0o700)
     for path in source.rglob("*"):
         path.chmod(0o700 if path.is_dir() else 0o600)
-    spec = "decoder-mlp-channels"
+    spec = "mlp-channels"
     for number, words in enumerate(
         (
             ("apply", source, spec),

@@ -296,7 +296,7 @@ def test_set_changes_a_variable_of_the_spec(folder: Path, command: str) -> None:
 
 
 @pytest.mark.parametrize("width", [60, 80, 120, 200])
-@pytest.mark.parametrize("spec", ["2of4", "decoder-mlp-channels", "unstructured-global"])
+@pytest.mark.parametrize("spec", ["2of4", "mlp-channels", "unstructured-global"])
 def test_plan_fits_the_width_that_it_is_given(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, width: int, spec: str
 ) -> None:
@@ -316,7 +316,7 @@ def test_plan_fits_the_width_that_it_is_given(
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 def test_other_encodings_can_show_it(tmp_path: Path, encoding: str) -> None:
     write_decoder(tmp_path / "decoder")
-    words = ("-m", "sparseprune", "plan", "decoder", "decoder-mlp-channels", "--draw", "all")
+    words = ("-m", "sparseprune", "plan", "decoder", "mlp-channels", "--draw", "all")
     done = python(*words, env=os.environ | {"PYTHONIOENCODING": encoding}, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert "a0 a0 .. a0" in done.stdout

@@ -177,7 +177,7 @@ threshold = 1e-30
 
 def test_a_removal_by_a_threshold_that_removes_nothing_is_an_error_after_the_decision(tmp_path: Path) -> None:
     source = write(tmp_path / "in", decoder(), LLAMA)
-    channels = run("specs", "decoder-mlp-channels").out
+    channels = run("specs", "mlp-channels").out
     text = channels.replace('sparsity = "sparsity"\nmultiple_of = "multiple"', "threshold = 1e-30")
     said = run("remove", source, write_spec(tmp_path, text.replace("multiple = 1\n", "")), "-q")
     line = "scope.mlp prunes nothing: no block scores less than the threshold 1e-30"
@@ -188,7 +188,7 @@ def test_a_removal_by_a_threshold_that_removes_nothing_is_an_error_after_the_dec
 
 def test_a_removal_with_one_rule_that_removes_nothing_warns(tmp_path: Path) -> None:
     source = write(tmp_path / "in", decoder(), LLAMA)
-    spec = write_spec(tmp_path, run("specs", "decoder-mlp-channels").out + MORE)
+    spec = write_spec(tmp_path, run("specs", "mlp-channels").out + MORE)
     line = "scope.q prunes nothing: no block scores less than the threshold 1e-30"
     strict = run("remove", source, spec, "--strict", "-q")
     assert (strict.code, strict.err.splitlines()[0]) == (2, f"sparseprune: --strict: {line}")
@@ -201,7 +201,7 @@ def test_a_removal_with_one_rule_that_removes_nothing_warns(tmp_path: Path) -> N
 
 def test_a_plan_of_a_removal_of_nothing_is_refused(tmp_path: Path) -> None:
     source = write(tmp_path / "in", decoder(), LLAMA)
-    words = (source, "decoder-mlp-channels", "--set", "sparsity=0.01")
+    words = (source, "mlp-channels", "--set", "sparsity=0.01")
     said = refused("remove", *words, "--dry-run")
     assert said.err.endswith("sparsity 0.01 of 16 rounds to none; 0.0625 or more prunes\n")
     planned = ok("plan", *words)

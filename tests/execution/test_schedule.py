@@ -30,8 +30,8 @@ LAYERS = {10: 2, 100: 24}
 HIDDEN, HEADS, GROUPS, INNER = 16384, 128, 8, 32768
 
 SHIPPED = (
-    "2of4", "4of8", "block16", "block16x16", "coupled-2of4", "unstructured-row", "unstructured-global",
-    "decoder-mlp-channels", "decoder-mlp-channels-global", "decoder-gqa-heads", "decoder-gqa-heads-global",
+    "2of4", "4of8", "block16", "block16x16", "coupled-2of4", "unstructured", "unstructured-global",
+    "mlp-channels", "mlp-channels-global", "heads", "heads-global",
 )  # fmt: skip
 PROJECTIONS = """
 version = 1
@@ -146,7 +146,7 @@ def test_100_gigabytes_are_worked_within_a_gibibyte(decoders: Mapping[int, Path]
     assert_bounded(schedule, GIB)
 
 
-HOLD_ALL = {"decoder-mlp-channels-global", "decoder-gqa-heads-global"}
+HOLD_ALL = {"mlp-channels-global", "heads-global"}
 """Specs whose one task holds a number for each block of the model: within the share that it may hold."""
 
 
@@ -205,7 +205,7 @@ def test_threads_of_torch_have_their_share_and_leave_room_for_the_largest_item(
     assert name == "2of4" or threads[-1] <= 1 + schedule.limits.memory // TORCH_THREAD
 
 
-WITHOUT_TORCH = ("2of4", "unstructured-row", "unstructured-global", "rows", "whole tensors", "a threshold")
+WITHOUT_TORCH = ("2of4", "unstructured", "unstructured-global", "rows", "whole tensors", "a threshold")
 
 
 @pytest.mark.parametrize("name", [*WITHOUT_TORCH, "soft columns", "soft elements"])
@@ -261,7 +261,7 @@ def test_a_tensor_as_one_block_is_bounded_where_nobody_competes(
 
 
 def test_blocks_that_are_summed_are_bounded_by_the_least_memory(decoders: Mapping[int, Path]) -> None:
-    plan = plan_of(decoders[10], "decoder-gqa-heads")
+    plan = plan_of(decoders[10], "heads")
     least = least_memory(uses_torch=False) + resident_of(plan, masks=True).nbytes
     assert_bounded(make_schedule(plan, least, 2), least)
 

@@ -1,4 +1,4 @@
-"""Decoders with separate projections, and one with a tower for pictures: channels and heads that go add nothing."""
+"""Decoders with separate projections, one with a tower for pictures: lost channels and heads add nothing."""
 
 import re
 from collections.abc import Iterable

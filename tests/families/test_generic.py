@@ -1,4 +1,4 @@
-"""Patterns for every projection of a decoder: what survives is checked in the weights that were written."""
+"""Patterns for every matrix of layers: what survives is checked in the weights that were written."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +21,11 @@ def projections() -> set[str]:
 def of_neighbours(size: int) -> Callable[[torch.Tensor], torch.Tensor]:
     """Single weights, `size` side by side in a row."""
     return lambda matrix: matrix.reshape(-1, size, 1)
+
+
+def of_pairs(size: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Two neighbours as one, `size` side by side in a row."""
+    return lambda matrix: matrix.reshape(-1, size, 2)
 
 
 def of_rows(matrix: torch.Tensor) -> torch.Tensor:
@@ -62,14 +67,15 @@ def of_tiles(matrix: torch.Tensor) -> torch.Tensor:
     [
         ("2of4", (), of_neighbours(4), 0.5),
         ("4of8", (), of_neighbours(8), 0.5),
+        ("pairs-4of8", (), of_pairs(4), 0.5),
         ("nofm", (), of_neighbours(4), 0.75),
         ("nofm", ("--set=n=3", "--set=m=8"), of_neighbours(8), 0.625),
         ("coupled-2of4", (), of_column_pairs, 0.5),
         ("block16", (), of_runs_8_rows_apart, 0.5),
         ("block16x16", (), of_tiles, 0.5),
         ("block16x16", ("--set=sparsity=0.25",), of_tiles, 0.25),
-        ("unstructured-row", (), of_rows, 0.5),
-        ("unstructured-row", ("--set=sparsity=0.9",), of_rows, 0.9),
+        ("unstructured", (), of_rows, 0.5),
+        ("unstructured", ("--set=sparsity=0.9",), of_rows, 0.9),
     ],
 )
 def test_in_every_scope_the_largest_blocks_survive(
