@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import sparseprune
 from sparseprune.checkpoint import open_checkpoint
 from sparseprune.cli.app import app
 from sparseprune.cli.demo import write_decoder
@@ -124,7 +125,7 @@ def test_the_pipeline_ends_in_the_output_that_is_shown(tmp_path: Path) -> None:
         program.parent.mkdir(exist_ok=True)
         program.write_text(f"#!/bin/sh\n{script}\n" if name == "sparseprune" else script)
         program.chmod(0o755)
-    (script,) = blocks("sh")
+    script = blocks("sh")[0]
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", script],
         capture_output=True,
@@ -137,6 +138,13 @@ def test_the_pipeline_ends_in_the_output_that_is_shown(tmp_path: Path) -> None:
     assert done.stderr == ""
     assert done.stdout == blocks("text")[1]
     assert "more than 2 non-zero blocks" in (tmp_path / "broken.txt").read_text()
+
+
+def test_the_zeros_of_another_checkpoint_are_put_back_as_shown(tmp_path: Path) -> None:
+    write_decoder(tmp_path / "decoder")
+    for command in blocks("sh")[1].splitlines():
+        real_output(shlex.split(command), tmp_path)
+    assert len(sparseprune.load_masks(tmp_path / "again")) == 14
 
 
 def test_the_stand_in_for_jq_finds_what_jq_would(tmp_path: Path) -> None:

@@ -132,7 +132,11 @@ def remove(
     spec: options.SpecOrNone = None,
     *,
     masks: options.MasksToCut = None,
+    zeros_of: options.ZerosOf = None,
     output: options.Output = None,
+    match: options.Match = (),
+    exclude: options.Exclude = (),
+    rename: options.Rename = None,
     partial: options.Partial = False,
     device: options.Device = "auto",
     jobs: options.Jobs = None,
@@ -151,14 +155,14 @@ def remove(
 
     Raises what `apply` raises, and SpecError or CheckpointError where no model class has what would be left.
     """
+    from sparseprune.api.masked import mask_source
     from sparseprune.api.removing import Asked
     from sparseprune.api.removing import remove as cut_out
 
     asked = Asked(
         checkpoint=Path(checkpoint),
         spec=None if spec is None else fspath(spec),
-        masks=path_or_none(masks),
-        partial=partial,
+        source=mask_source(masks, zeros_of, (match, exclude, rename), partial=partial),
         overrides=texts(set),
         target=Target(path_or_none(output), None, force, resized=True),
         machine=machine(device, jobs, memory),
@@ -283,6 +287,10 @@ def verify(
     spec: options.SpecOrNone = None,
     *,
     masks: options.MasksOrNone = None,
+    zeros_of: options.ZerosOf = None,
+    match: options.Match = (),
+    exclude: options.Exclude = (),
+    rename: options.Rename = None,
     partial: options.Partial = False,
     set: options.Set = None,
     jobs: options.Jobs = None,
@@ -303,21 +311,27 @@ def verify(
         CheckpointError: the checkpoint or the masks cannot be read, or do not fit each other.
     """
     from sparseprune.api import checking
+    from sparseprune.api.masked import mask_source, refuse_contradictions
 
-    named, found = None if spec is None else fspath(spec), path_or_none(masks)
+    named = None if spec is None else fspath(spec)
+    found = mask_source(masks, zeros_of, (match, exclude, rename), partial=partial)
     nothing = "there is nothing to check against; give a SPEC, such as 2of4, or --masks MASKS"
-    checking.refuse_contradictions(named, found, set, partial=partial, nothing=nothing)
+    refuse_contradictions(named, found, set, nothing=nothing)
     run, limits = Run(progress, strict=strict), machine(jobs=jobs, memory=memory)
-    if found is not None:
-        return checking.verify_masks(run, Path(checkpoint), found, limits, partial=partial)
+    if found.path is not None:
+        return checking.verify_masks(run, Path(checkpoint), found, limits)
     return checking.verify_spec(run, source(checkpoint, named or "", set), limits)
 
 
 def reapply(
     checkpoint: options.Checkpoint,
-    masks: options.Masks,
+    masks: options.Masks = None,
     output: options.Output = None,
     *,
+    zeros_of: options.ZerosOf = None,
+    match: options.Match = (),
+    exclude: options.Exclude = (),
+    rename: options.Rename = None,
     partial: options.Partial = False,
     jobs: options.Jobs = None,
     memory: options.Memory = None,
@@ -329,17 +343,22 @@ def reapply(
     """Put the zeros of masks back, after fine-tuning, merging or quantization; tell how many were lost.
 
     The output is CKPT-pruned beside a directory, or m.pruned.safetensors beside m.safetensors, unless
-    --output says otherwise.
+    --output says otherwise. With --zeros-of the zeros of a sparse checkpoint are the masks. Where CKPT itself
+    holds masks as torch.nn.utils.prune does, giving it twice makes one weight of X_orig and X_mask.
 
     Example: sparseprune reapply ./llama-tuned ./llama-2of4 -o ./llama-tuned-2of4
 
     Raises CheckpointError where the masks do not fit the checkpoint, and MachineError as `apply` does.
     """
     from sparseprune.api import checking
+    from sparseprune.api.masked import mask_source, refuse_contradictions
 
+    source = mask_source(masks, zeros_of, (match, exclude, rename), partial=partial, flag="MASKS")
+    nothing = "there are no zeros to put back; give MASKS, or --zeros-of SPARSE"
+    refuse_contradictions(None, source, None, nothing=nothing)
     run, target = Run(progress, strict=strict), Target(path_or_none(output), mask_format, force)
     limits = machine(jobs=jobs, memory=memory)
-    return checking.reapply(run, Path(checkpoint), Path(masks), target, limits, partial=partial)
+    return checking.reapply(run, Path(checkpoint), source, target, limits)
 
 
 def compare(

@@ -18,6 +18,7 @@ from sparseprune import __version__
 from sparseprune.api.run import digest, output_shown
 from sparseprune.checkpoint import StagedOutput, open_checkpoint
 from sparseprune.checkpoint.file_io import checkpoint_identity, refuse_changed
+from sparseprune.checkpoint.folding import refuse_split
 from sparseprune.checkpoint.publish import free_bytes
 from sparseprune.checkpoint.statistics import lay_out_statistics
 from sparseprune.errors import SparsepruneError
@@ -61,6 +62,7 @@ def calibrate(run: Run, asked: Collecting) -> Statistics:
     from sparseprune.calibration import Chat, read_documents
 
     checkpoint = open_checkpoint(asked.checkpoint)
+    refuse_split(checkpoint)
     source = checkpoint.path.absolute()
     target = asked.output or source.with_name(f"{source.name}-stats")
     # Before minutes are spent on a model.

@@ -22,6 +22,7 @@ from sparseprune.checkpoint import (
     read_config,
     refuse_changed_shards,
 )
+from sparseprune.checkpoint.folding import split_line
 from sparseprune.errors import CheckpointError, SparsepruneError, printable
 from sparseprune.report.inspection import ordered, selected
 from sparseprune.spec.problems import shown, suggestion
@@ -71,6 +72,7 @@ def inspect(run: Run, look: Look) -> results.Inspection:
     questions, runtimes, requirements = _asked(look)
     checkpoint = open_checkpoint(look.checkpoint)
     note_left_behind(run, look.checkpoint)
+    run.note(split_line(checkpoint))
     if look.tensor is not None and look.tensor not in checkpoint.tensors:
         absent = f"--tensor {printable(look.tensor)}: {checkpoint.path} has no such tensor"
         raise SparsepruneError(f"{absent}{suggestion(look.tensor, checkpoint.tensors)}")

@@ -29,7 +29,8 @@ class Option:
     """How a parameter is given on the command line: `usage` has its flags, if any, and its metavar.
 
     `shown` is the default in words, `minimum` the least number, `typed` the type on the command line where it
-    is not that of the parameter, and `unless` a flag that gives None, with its help.
+    is not that of the parameter, and `unless` a flag that gives None, with its help. An option of pairs has
+    an `example`; what stands before the equals sign `may_be_empty`.
     """
 
     def __init__(
@@ -41,11 +42,14 @@ class Option:
         minimum: int | None = None,
         typed: object = None,
         unless: tuple[str, str] | None = None,
+        example: str | None = None,
+        may_be_empty: bool = False,
     ) -> None:
         words = usage.split()
         self.flags = [word for word in words if word.startswith("-")]
         self.metavar = words[-1] if len(words) > len(self.flags) else None
         self.help, self.shown, self.minimum, self.typed, self.unless = help, shown, minimum, typed, unless
+        self.example, self.may_be_empty = example, may_be_empty
 
 
 Place = str | PathLike[str]
@@ -86,12 +90,26 @@ MaskFormatOrNone = Annotated[
 ]
 Set = Annotated[
     Mapping[str, object] | None,
-    Option("--set NAME=VALUE", "Another value for one of the spec's [vars].", typed=list[str]),
+    Option("--set NAME=VALUE", "Another value for one of the spec's [vars].", typed=list[str], example="n=2"),
 ]
 Strict = Annotated[
     bool, Option("--strict", "Make every warning an error, before any work where that can be.")
 ]
 Force = Annotated[bool, Option("--force", "Replace an output that exists.")]
+ZerosOf = Annotated[
+    Place | None,
+    Option("--zeros-of SPARSE", "Masks are the zeros of this checkpoint's matrices.", typed=Path),
+]
+Rename = Annotated[
+    Mapping[str, str] | None,
+    Option(
+        "--rename OLD=NEW",
+        "Replace a text in the names of masks; NEW stands in front of all where OLD is empty.",
+        typed=list[str],
+        example="transformer.=model.",
+        may_be_empty=True,
+    ),
+]
 Partial = Annotated[bool, Option("--partial", "Ignore masks without a tensor and tensors without a mask.")]
 Match = Annotated[
     _Words,
@@ -155,9 +173,9 @@ Stats = Annotated[
     Option("--stats STATS", "What calibrate wrote: tells the output error of each matrix.", typed=Path),
 ]
 Masks = Annotated[
-    Place,
+    Place | None,
     Option(
-        "MASKS",
+        "[MASKS]",
         "A mask file, a folder or an index of some, or an output of sparseprune that has masks.",
         typed=Path,
     ),

@@ -16,6 +16,7 @@ from sparseprune.api.applied import read_spec, rebuilt_by, warn_of_broken, warn_
 from sparseprune.api.run import collector_paused, digest, output_shown, sizes_of
 from sparseprune.checkpoint import StagedOutput, lay_out_apply, lay_out_masks, open_checkpoint, read_config
 from sparseprune.checkpoint.file_io import checkpoint_identity, refuse_changed, shards_identity
+from sparseprune.checkpoint.folding import refuse_split
 from sparseprune.execution.plan import make_plan
 from sparseprune.execution.schedule import cpu_lines, make_schedule
 from sparseprune.report.coverage import coverage_of
@@ -50,7 +51,9 @@ def prepare(asked: Source, target: Target, machine: Machine) -> Prepared:
     """Find and read the spec, read the headers, bind one to the other, lay out the output."""
     with collector_paused():
         source, spec = read_spec(asked.spec, asked.overrides)
-        plan = make_plan(open_checkpoint(asked.checkpoint), spec)
+        checkpoint = open_checkpoint(asked.checkpoint)
+        refuse_split(checkpoint)
+        plan = make_plan(checkpoint, spec)
         schedule = make_schedule(
             plan,
             machine.memory,

@@ -14,12 +14,13 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from sparseprune.api.applied import rebuilt_by, warn_of_broken, warn_of_earlier
-from sparseprune.api.checking import identity_of_masked, masked_by, refuse_contradictions
+from sparseprune.api.masked import MaskSource, masked_by, refuse_contradictions
 from sparseprune.api.options import Source
 from sparseprune.api.pruning import as_applied, few_tokens, identity_of, planned, prepare, score_shards, warn
 from sparseprune.api.run import collector_paused, digest, output_shown
 from sparseprune.checkpoint import OutputLayout, StagedOutput, TensorReader, read_config
 from sparseprune.checkpoint.file_io import refuse_changed
+from sparseprune.checkpoint.folding import refuse_split
 from sparseprune.checkpoint.not_safetensors import PICKLE_SUFFIXES, names_training_state
 from sparseprune.checkpoint.publish import refuse_replacing
 from sparseprune.checkpoint.resizing import lay_out_choice, lay_out_decisions, lay_out_removal, open_choice
@@ -47,28 +48,25 @@ if TYPE_CHECKING:
 
 
 class Asked(Struct, frozen=True):
-    """What to remove from which checkpoint: by one of `spec` and `masks`; `partial` goes with masks."""
+    """What to remove from which checkpoint: by a `spec`, or by the masks of a source that has a path."""
 
     checkpoint: Path
     spec: str | None
-    masks: Path | None
-    partial: bool
+    source: MaskSource
     overrides: Mapping[str, str]
     target: Target
     machine: Machine
 
 
-def refuse_unclear(
-    spec: str | None, masks: Path | None, given: Mapping[str, object], *, partial: bool
-) -> None:
+def refuse_unclear(spec: str | None, source: MaskSource, given: Mapping[str, object]) -> None:
     """SparsepruneError where it is not clear what to remove."""
     nothing = "nothing says what to remove; give a SPEC, such as mlp-channels, or --masks MASKS"
-    refuse_contradictions(spec, masks, given, partial=partial, nothing=nothing)
+    refuse_contradictions(spec, source, given, nothing=nothing)
 
 
 def remove(run: Run, asked: Asked) -> results.Removal:
     """Decide, cut, write the report, and give the output its name."""
-    refuse_unclear(asked.spec, asked.masks, asked.overrides, partial=asked.partial)
+    refuse_unclear(asked.spec, asked.source, asked.overrides)
     run.listener.output(_Undecided())
     with _chosen(run, asked) as choice:
         return _cut(run, asked, choice)
@@ -117,9 +115,9 @@ class Choice(Struct, frozen=True):
 @contextmanager
 def _chosen(run: Run, asked: Asked) -> Iterator[Choice]:
     """What survives, as long as the context lasts."""
-    if asked.masks is not None:
+    if asked.source.path is not None:
         with TensorReader() as reader:
-            choice = _by_masks(run, asked, asked.masks, reader)
+            choice = _by_masks(run, asked, reader)
         yield choice
         return
     from sparseprune.removal.slices import block_decisions
@@ -139,9 +137,11 @@ def _chosen(run: Run, asked: Asked) -> Iterator[Choice]:
         yield _by_spec(run, prepared, output, decisions)
 
 
-def _by_masks(run: Run, asked: Asked, path: Path, reader: TensorReader) -> Choice:
-    masked = masked_by(asked.checkpoint, path, partial=asked.partial)
-    matched, origin = masked.matched, masked.origin
+def _by_masks(run: Run, asked: Asked, reader: TensorReader) -> Choice:
+    path = str(asked.source.path)
+    masked = masked_by(run, asked.checkpoint, asked.source, asked.machine)
+    matched = masked.matched
+    refuse_split(matched.checkpoint)
     refuse_replacing(_target(asked, matched.checkpoint), [one.path for one in matched.masks.shards], "masks")
     from sparseprune.execution.reapply import resident_of
     from sparseprune.execution.regions import limits_of
@@ -150,16 +150,16 @@ def _by_masks(run: Run, asked: Asked, path: Path, reader: TensorReader) -> Choic
 
     limits = limits_of(asked.machine.memory, uses_torch=False, resident=resident_of(matched, resized=True))
     masks = [pair.mask for pair in matched.pairs]
-    options = json.dumps(["remove", asked.partial, limits.slab])
+    options = json.dumps(["remove", asked.source.identity, limits.slab])
     return Choice(
-        source=str(path),
+        source=path,
         checkpoint=matched.checkpoint,
         kept=_kept_by(run, asked.machine.jobs, masks, reader, limits),
         limits=limits,
-        identity={**identity_of_masked(masked), "the options": options},
+        identity={**masked.identity, "the options": options},
         refuse_changed=lambda: refuse_changed(matched.checkpoint, matched.masks.shards),
-        report=RemovalRun(str(asked.checkpoint), masks=str(path), overrides=masked.overrides),
-        spec=None if origin is None else origin.spec,
+        report=RemovalRun(str(asked.checkpoint), masks=path, overrides=masked.overrides),
+        spec=masked.spec,
         left_out=left_out_text(masked.left_out),
     )
 

@@ -1,7 +1,7 @@
-"""Mask files: tensors of the names and shapes of weights, True where one is kept; packed bits or bytes.
+"""Masks: tensors of the shapes of weights that say where one is kept, in the forms in which they are stored.
 
-Owns both forms, how masks are found beside an output, and the report of the run that wrote them. Imports
-numpy when masks are read, torch in `load_masks` alone. Called by execution and by users.
+Owns these forms, how masks are found beside an output or in files of others, and the report of the run that
+wrote them. Imports numpy when masks are read, torch in `load_masks` alone. Called by execution and by users.
 """
 
 from __future__ import annotations
@@ -12,27 +12,30 @@ from math import prod
 from operator import mul
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
 from msgspec import Struct
 from msgspec import field as struct_field
+from msgspec.structs import replace
 
 from sparseprune.checkpoint.discovery import INDEX_SUFFIX, RESULTS, SUFFIX, is_folder, read_weight_map
 from sparseprune.checkpoint.documents import LARGEST_DOCUMENT, read_object, shown, strict_json
 from sparseprune.checkpoint.file_io import machine_errors
 from sparseprune.checkpoint.layout import FORMAT_KEY, SHAPES_KEY, packed_bytes
+from sparseprune.checkpoint.mask_names import ORIGINAL, masked_name, renamed
 from sparseprune.checkpoint.source import StoredTensor, TensorReader, open_shard
+from sparseprune.engine.dtypes import DTYPES
 from sparseprune.errors import CheckpointError, MachineError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     import numpy as np
     import torch
     from numpy.typing import NDArray
 
     from sparseprune.checkpoint.header import Header
-    from sparseprune.checkpoint.source import Shard, Source
+    from sparseprune.checkpoint.source import Checkpoint, Shard, Source
 
     _Files = tuple[Mapping[Shard, Header], Mapping[str, PurePosixPath]]  # headers, and the weight map if any
 
@@ -40,19 +43,25 @@ _INDEX = "masks" + INDEX_SUFFIX
 _SINGLE = "masks" + SUFFIX
 _REPORT = "report.json"
 _LARGEST = 2**63 - 1  # elements that torch can count
-_WANTED = "give a mask file, its folder or index, or the output of sparseprune that has masks"
+_PIECE = 1 << 16  # numbers that are read at one time
+_LOOKED_INTO = 4  # masks of which some numbers are read before any work
+_WANTED = (
+    "give a mask file, its folder or index, or the output of sparseprune that has masks; the zeros of a "
+    "sparse checkpoint are masks by --zeros-of"
+)
+
+
+Form = Literal["bool", "packed", "numbers", "weights"]
+"""What stands for an element: a byte, 0 where it is dropped; a bit; a number, 0 or 1; a weight, or zero."""
 
 
 class StoredMask(Struct, frozen=True):
-    """A mask of a weight of this shape, and the stored tensor: one bool or one bit for an element."""
+    """A mask of the weight `name`, which has this shape, and the stored tensor."""
 
+    name: str
     stored: StoredTensor
     shape: tuple[int, ...]
-    packed: bool
-
-    @property
-    def name(self) -> str:
-        return self.stored.name
+    form: Form
 
     @property
     def numel(self) -> int:
@@ -63,42 +72,98 @@ class StoredMask(Struct, frozen=True):
 class MaskSet:
     """The masks of some files, of which all headers were read and no data; each is in one file.
 
-    `missing` has names that an index lists and the file that should hold them.
+    `missing` has names that an index lists and the file that should hold them, `whole` the names of weights
+    that are known to be kept whole, without a mask.
     """
 
     path: Path
     shards: tuple[Shard, ...]
     masks: Mapping[str, StoredMask] = field(repr=False)
     missing: Mapping[str, PurePosixPath] = field(repr=False)
+    whole: frozenset[str] = field(default=frozenset(), repr=False)
 
 
 def open_masks(path: Path) -> MaskSet:
-    """The masks under a path; reads headers alone.
+    """The masks under a path; reads headers, and of masks that are numbers the first few.
 
-    `path` is a mask file (bool or packed), an index of mask files, a folder with either or with mask files
-    and no index, a pruned directory, or a pruned file with its masks beside it.
+    `path` is a mask file, an index of mask files, a folder with either or with mask files and no index, a
+    pruned directory, or a pruned file with its masks beside it. Masks are packed bits as sparseprune writes
+    them, bools, or numbers that are 0 or 1. They have the names of their weights, or all of them end as names
+    of masks do; beside weights those count that are named after one, as torch.nn.utils.prune has them.
 
     Raises:
         CheckpointError: there are no masks, or they contradict themselves.
     """
     headers, weight_map = _find(path)
+    weights = _weights_of(headers.values())
     masks: dict[str, StoredMask] = {}
     for shard, header in headers.items():
+        for mask in _masks_in(shard, header, weights):
+            other = masks.get(mask.name)
+            if other is not None:
+                one = f"mask {shown(mask.name)} is also in {other.stored.shard.path}"
+                if other.stored.name != mask.stored.name:
+                    both = f"{shown(other.stored.name)} and {shown(mask.stored.name)}"
+                    one = f"masks {both} are both for {shown(mask.name)}"
+                raise CheckpointError(f"{shard.path}: {one}; a mask may stand in one file only")
+            masks[mask.name] = mask
+    if not masks and all(FORMAT_KEY not in header.metadata for header in headers.values()):
+        raise CheckpointError(f"{path}: holds no masks; {_WANTED}")
+    _refuse_weights(masks.values())
+    there = {entry.name for header in headers.values() for entry in header.entries}
+    missing = MappingProxyType({name: place for name, place in weight_map.items() if name not in there})
+    masked = {each for name in masks for each in (name, name + ORIGINAL)}
+    stored = {mask.stored.name for mask in masks.values()}
+    return MaskSet(path, tuple(headers), MappingProxyType(masks), missing, frozenset(there - stored - masked))
+
+
+def _masks_in(shard: Shard, header: Header, weights: Mapping[str, str]) -> Iterator[StoredMask]:
+    """The masks in a file, in its order; `weights` has those that others wrote, by their stored names."""
+    if FORMAT_KEY in header.metadata:
+        form: Form = "packed" if header.metadata[FORMAT_KEY] == "packed" else "bool"
         shapes = _mask_shapes(shard.path, header)
-        packed = header.metadata.get(FORMAT_KEY) == "packed"
         for entry in header.entries:
-            if entry.name in masks:
-                twice = f"mask {shown(entry.name)} is also in {masks[entry.name].stored.shard.path}"
-                raise CheckpointError(f"{shard.path}: {twice}; a mask may stand in one file only")
-            masks[entry.name] = StoredMask(StoredTensor(entry, shard), shapes[entry.name], packed)
-    missing = {name: place for name, place in weight_map.items() if name not in masks}
-    return MaskSet(path, tuple(headers), MappingProxyType(masks), MappingProxyType(missing))
+            yield StoredMask(entry.name, StoredTensor(entry, shard), shapes[entry.name], form)
+        return
+    for entry in header.entries:
+        if entry.name not in weights:
+            continue  # a weight beside masks
+        row = DTYPES[entry.dtype]
+        if not row.zero_bits or row.parts > 1:
+            raise CheckpointError(
+                f"{shard.path}: {shown(entry.name)} is {entry.dtype}, wanted a mask of bools or of numbers "
+                f"that are 0 or 1; {_WANTED}"
+            )
+        form = "bool" if entry.dtype == "BOOL" else "numbers"
+        yield StoredMask(weights[entry.name], StoredTensor(entry, shard), entry.shape, form)
+
+
+def zeros_as_masks(checkpoint: Checkpoint, names: Iterable[str]) -> MaskSet:
+    """Tensors as masks of themselves: what is zero in them is dropped."""
+    stored = {name: checkpoint.tensors[name] for name in names}
+    masks = {name: StoredMask(name, one, one.shape, "weights") for name, one in stored.items()}
+    return MaskSet(checkpoint.path, checkpoint.shards, MappingProxyType(masks), MappingProxyType({}))
+
+
+def renamed_masks(opened: MaskSet, changes: Mapping[str, str]) -> MaskSet:
+    """The masks under the names that `mask_names.renamed` gives; CheckpointError where two become one."""
+    names = renamed(opened.masks, changes)
+    masks: dict[str, StoredMask] = {}
+    for old, new in names.items():
+        if new in masks:
+            both = f"masks {shown(masks[new].name)} and {shown(old)} both become {shown(new)}"
+            raise CheckpointError(f"{opened.path}: {both} by --rename; name them apart")
+        masks[new] = opened.masks[old]
+    masks = {new: replace(mask, name=new) for new, mask in masks.items()}
+    missing = {renamed([name], changes)[name]: place for name, place in opened.missing.items()}
+    whole = frozenset(renamed(opened.whole, changes).values())
+    return MaskSet(opened.path, opened.shards, MappingProxyType(masks), MappingProxyType(missing), whole)
 
 
 def read_kept(reader: Source, mask: StoredMask, first: int, count: int) -> NDArray[np.uint8]:
     """One byte for each of the elements [first, first + count), row-major: 1 where it is kept, else 0.
 
-    ValueError outside of the mask.
+    ValueError outside of the mask, CheckpointError where a number is neither 0 nor 1.
     """
     import numpy as np  # noqa: PLC0415  (headers are read without numpy)
 
@@ -107,10 +172,15 @@ def read_kept(reader: Source, mask: StoredMask, first: int, count: int) -> NDArr
     if not 0 <= first <= first + count <= mask.numel:
         raise ValueError(f"elements {first} to {first + count} of mask {mask.name!r}, which has {mask.numel}")
     kept = np.empty(count, dtype=np.uint8)
-    if not mask.packed:
+    if mask.form == "bool":
         reader.read_into(mask.stored, first, kept)
         # Any byte but 0 means kept; read as a bool, a byte other than 0 and 1 would be invalid.
         np.not_equal(kept, 0, out=kept.view(np.bool_))
+        return kept
+    if mask.form != "packed":
+        for begin in range(0, count, _PIECE):
+            part = kept[begin : begin + _PIECE]
+            _read_nonzero(reader, mask, first + begin, part)
         return kept
     begin, end = first // 8, -(-(first + count) // 8)
     packed = np.empty(end - begin, dtype=np.uint8)
@@ -120,6 +190,30 @@ def read_kept(reader: Source, mask: StoredMask, first: int, count: int) -> NDArr
     else:
         unpack(packed, kept)
     return kept
+
+
+def _read_nonzero(reader: Source, mask: StoredMask, first: int, kept: NDArray[np.uint8]) -> None:
+    """Fill `kept` with 1 where elements from `first` on are not zero; numbers of a mask must be 1 there."""
+    import numpy as np  # noqa: PLC0415
+
+    row = DTYPES[mask.stored.dtype]
+    bits = np.empty(kept.size, dtype=f"uint{row.bits}")
+    reader.read_into(mask.stored, first * row.itemsize, bits)
+    magnitude = bits & bits.dtype.type(row.zero_bits or 0)
+    np.not_equal(magnitude, 0, out=kept.view(np.bool_))
+    if mask.form == "weights":
+        return
+    from sparseprune.engine.kernels.formats import values_of  # noqa: PLC0415
+
+    values = values_of(bits, mask.stored.dtype)
+    wrong = kept.view(np.bool_) & (values != 1)
+    if wrong.any():
+        at = int(np.argmax(wrong))
+        place = [int(one) for one in np.unravel_index(first + at, mask.shape)]
+        raise CheckpointError(
+            f"{mask.stored.shard.path}: {shown(mask.stored.name)} has {values[at]:g} at {place}, wanted a "
+            f"mask of 0 and 1 alone; {_WANTED}"
+        )
 
 
 def load_masks(path: str | Path) -> dict[str, torch.Tensor]:
@@ -156,15 +250,18 @@ def _others(path: Path) -> _Files:
     except OSError as error:
         raise MachineError(f"{path}: cannot be read: {error.strerror}") from error
     indexes = [name for name in names if name.endswith(INDEX_SUFFIX)]
-    if len(indexes) == 1:
-        files = _listed(path / indexes[0])
-        if all(map(_holds_masks, files[0].values())):
-            return files
-    found = (open_shard(path / name) for name in names if name.endswith(SUFFIX))
-    headers = {shard: header for shard, header in found if _holds_masks(header)}
+    listed = _listed(path / indexes[0]) if len(indexes) == 1 else None
+    if listed is not None and all(map(_holds_masks, listed[0].values())):
+        return listed
+    headers = dict(open_shard(path / name) for name in names if name.endswith(SUFFIX))
+    if _beside_weights(headers.values()):
+        return headers, {}
+    found = {shard: header for shard, header in headers.items() if _holds_masks(header)}
+    if found:
+        return found, {}
     if not headers:
         raise CheckpointError(f"{path}: holds no masks; {_WANTED}")
-    return headers, {}
+    return listed or (headers, {})  # of numbers, perhaps
 
 
 def _listed(index: Path) -> _Files:
@@ -173,27 +270,55 @@ def _listed(index: Path) -> _Files:
 
 
 def _beside(path: Path) -> tuple[Shard, Header]:
-    """The file itself if it holds masks, else the masks that were written with it."""
+    """The file itself if it holds masks, else the masks that were written with it; else it again."""
     found = open_shard(path)
-    if _holds_masks(found[1]):
-        return found
     masks = path.with_name(f"{path.name.removesuffix(SUFFIX)}.masks{SUFFIX}")
-    if masks.is_file():
-        return open_shard(masks)
-    raise CheckpointError(f"{path}: is no mask file, and there is no {masks.name} beside it; {_WANTED}")
+    if _holds_masks(found[1]) or _beside_weights([found[1]]) or not masks.is_file():
+        return found
+    return open_shard(masks)
 
 
 def _holds_masks(header: Header) -> bool:
-    """Whether sparseprune wrote a file, or all its tensors are bools, which mean the same."""
+    """Whether sparseprune wrote a file, or all its tensors are bools, which mean the same, or named so."""
     entries = header.entries
-    return FORMAT_KEY in header.metadata or (bool(entries) and all(one.dtype == "BOOL" for one in entries))
+    if FORMAT_KEY in header.metadata or not entries:
+        return FORMAT_KEY in header.metadata
+    return all(one.dtype == "BOOL" for one in entries) or all(masked_name(one.name) for one in entries)
+
+
+def _beside_weights(headers: Iterable[Header]) -> dict[str, str]:
+    """The masks that are named after weights of their shape beside them, and these weights."""
+    shapes = {entry.name: entry.shape for header in headers for entry in header.entries}
+    found = {}
+    for name, shape in shapes.items():
+        weight = masked_name(name)
+        if weight is not None and shape in (shapes.get(weight + ORIGINAL), shapes.get(weight)):
+            found[name] = weight
+    return found
+
+
+def _weights_of(headers: Iterable[Header]) -> Mapping[str, str]:
+    """The stored names of masks in files that others wrote, and the weights that they are for."""
+    headers = [header for header in headers if FORMAT_KEY not in header.metadata]
+    names = [entry.name for header in headers for entry in header.entries]
+    spoken = {name: weight for name in names if (weight := masked_name(name)) is not None}
+    return _beside_weights(headers) or (
+        spoken if len(spoken) == len(set(names)) else {one: one for one in names}
+    )
+
+
+def _refuse_weights(masks: Iterable[StoredMask]) -> None:
+    """CheckpointError if numbers that may be masks are others than 0 and 1: some of the largest are read."""
+    numbers = sorted((one for one in masks if one.form == "numbers"), key=lambda one: -one.numel)
+    with TensorReader() as reader:
+        for mask in numbers[:_LOOKED_INTO]:
+            first = max(0, mask.numel - _PIECE) // 2
+            read_kept(reader, mask, first, min(_PIECE, mask.numel - first))
 
 
 def _mask_shapes(path: Path, header: Header) -> dict[str, tuple[int, ...]]:
-    """The shape of every mask in a file; CheckpointError where header and metadata disagree."""
-    if not _holds_masks(header):
-        raise CheckpointError(f"{path}: is no mask file; {_WANTED}")
-    form = header.metadata.get(FORMAT_KEY, "bool")
+    """The shape of every mask in a file that we wrote; CheckpointError where header and metadata disagree."""
+    form = header.metadata[FORMAT_KEY]
     if form not in ("bool", "packed"):
         raise CheckpointError(f"{path}: unknown mask format {shown(form)}, wanted bool or packed")
     if form == "packed":

@@ -76,24 +76,8 @@ def lay_out_removal(
     if tensors is None:
         whole = checkpoint.tensors.items()
         tensors = {name: ResizedTensor(name, stored.shape, whole=True) for name, stored in whole}
-    shards = [
-        shard
-        for shard, header in checkpoint.headers.items()
-        if not header.entries or any(entry.name in tensors for entry in checkpoint.counted(shard))
-    ]
-    names = _names(checkpoint, shards)
-    files: list[OutputFile] = []
-    copies: list[CopyRange] = []
-    places: dict[str, Place] = {}
-    for shard, path in names.items():
-        left = [entry for entry in checkpoint.counted(shard) if entry.name in tensors]
-        header = _header(checkpoint.headers[shard], left, tensors)
-        files.append(OutputFile(path, header.file_size, header.raw, shard.mode))
-        new = dict(zip([entry.name for entry in left], places_in(path, header).values(), strict=True))
-        places |= {name: place for name, place in new.items() if not tensors[name].whole}
-        kept = (entry for entry in left if tensors[entry.name].whole)
-        pieces = ((shard.data_begin + one.begin, new[one.name].offset, one.nbytes) for one in kept)
-        copies += merge_copies(shard.path, path, pieces)
+    names = _names(checkpoint, tensors)
+    files, copies, places = _resized(checkpoint, tensors, names)
     new_config = None if config is None else _document(config)
     written = {CONFIG: new_config, checkpoint.index: _index(checkpoint, tensors, names)}
     others, copied = other_files(checkpoint, written)
@@ -107,6 +91,37 @@ def lay_out_removal(
         report_file=PurePosixPath(RESULTS, "report.json"),
         spec_file=PurePosixPath(RESULTS, "spec.toml"),
         results_mode=results_mode(checkpoint),
+    )
+
+
+def lay_out_folded(
+    checkpoint: Checkpoint,
+    folded: Checkpoint,
+    weights: Mapping[str, str],
+    layout: OutputLayout,
+) -> OutputLayout:
+    """The `layout` that prunes a folded checkpoint, with its tensors alone and under their names.
+
+    `weights` has the new names by those in the checkpoint; what the folded one lacks is left out.
+    """
+    named = {name: weights.get(name, name) for name in checkpoint.tensors}
+    tensors = {
+        name: ResizedTensor(new, checkpoint.tensors[name].shape, whole=new not in layout.weights)
+        for name, new in named.items()
+        if new in folded.tensors
+    }
+    names = _names(checkpoint, tensors)
+    if not checkpoint.is_directory:
+        names = dict.fromkeys(names, PurePosixPath(layout.target.name))
+    files, copies, places = _resized(checkpoint, tensors, names)
+    others, copied = other_files(checkpoint, {checkpoint.index: _index(checkpoint, tensors, names)})
+    masks = frozenset(layout.mask_files)
+    return dataclasses.replace(
+        layout,
+        checkpoint=checkpoint,
+        files=(*files, *others, *(file for file in layout.files if file.path in masks)),
+        copies=(*copies, *copied),
+        weights=MappingProxyType({tensors[name].name: place for name, place in places.items()}),
     )
 
 
@@ -148,8 +163,35 @@ def open_choice(output: StagedOutput) -> tuple[list[StoredMask], dict[str, Store
     return masks, weights
 
 
-def _names(checkpoint: Checkpoint, shards: Sequence[Shard]) -> dict[Shard, PurePosixPath]:
-    """The names of shards: the old ones, but numbered anew where some of a numbered series are gone."""
+def _resized(
+    checkpoint: Checkpoint, tensors: Mapping[str, ResizedTensor], names: Mapping[Shard, PurePosixPath]
+) -> tuple[list[OutputFile], list[CopyRange], dict[str, Place]]:
+    """Files of shards with these tensors, copies of what is whole, places of the rest by their old names."""
+    files: list[OutputFile] = []
+    copies: list[CopyRange] = []
+    places: dict[str, Place] = {}
+    for shard, path in names.items():
+        left = [entry for entry in checkpoint.counted(shard) if entry.name in tensors]
+        header = _header(checkpoint.headers[shard], left, tensors)
+        files.append(OutputFile(path, header.file_size, header.raw, shard.mode))
+        new = dict(zip([entry.name for entry in left], places_in(path, header).values(), strict=True))
+        places |= {name: place for name, place in new.items() if not tensors[name].whole}
+        kept = (entry for entry in left if tensors[entry.name].whole)
+        pieces = ((shard.data_begin + one.begin, new[one.name].offset, one.nbytes) for one in kept)
+        copies += merge_copies(shard.path, path, pieces)
+    return files, copies, places
+
+
+def _names(checkpoint: Checkpoint, tensors: Collection[str]) -> dict[Shard, PurePosixPath]:
+    """The names of shards that keep some of their tensors, if they had any.
+
+    They are the old ones, but numbered anew where some of a numbered series are gone.
+    """
+    shards = [
+        shard
+        for shard, header in checkpoint.headers.items()
+        if not header.entries or any(entry.name in tensors for entry in checkpoint.counted(shard))
+    ]
     old = {shard: shard.relative for shard in shards}
     found = [NUMBERED.fullmatch(str(shard.relative)) for shard in checkpoint.shards]
     rows = {match and (match["stem"], len(match["count"]), int(match["count"])) for match in found}

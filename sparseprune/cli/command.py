@@ -141,19 +141,20 @@ def form_of(*, json: bool, csv: bool, markdown: bool) -> Form:
     return chosen[0] if chosen else "table"
 
 
-def overrides_of(words: Sequence[str]) -> dict[str, str]:
-    """`--set` words as names and values; the last one of a name counts.
+def pairs_of(option: Option, words: Sequence[str]) -> dict[str, str]:
+    """Words with an equals sign as what stands before and behind it; the last one of a name counts.
 
-    >>> overrides_of(["n=2", "keep = [1, 2]"])
+    >>> pairs_of(Option("--set NAME=VALUE", "", example="n=2"), ["n=2", "keep = [1, 2]"])
     {'n': '2', 'keep': '[1, 2]'}
     """
-    overrides = {}
+    pairs = {}
     for word in words:
         name, equals, value = word.partition("=")
-        if not equals or not name.strip():
-            raise SparsepruneError(f"--set {word}: wanted NAME=VALUE, such as --set n=2")
-        overrides[name.strip()] = value.strip()
-    return overrides
+        if not equals or not (name.strip() or (option.may_be_empty and value.strip())):
+            flag, example = option.flags[0], option.example
+            raise SparsepruneError(f"{flag} {word}: wanted {option.metavar}, such as {flag} {example}")
+        pairs[name.strip()] = value.strip()
+    return pairs
 
 
 def _annotated(function: Callable[..., object]) -> dict[str, tuple[inspect.Parameter, Option]]:
@@ -172,8 +173,8 @@ def _read(parameter: inspect.Parameter, option: Option, typed: dict[str, Any]) -
     if option.unless is not None and typed[_name(option.unless[0])]:
         return None
     value = typed[parameter.name]
-    if "--set" in option.flags:
-        return overrides_of(value or ())
+    if option.example is not None:
+        return pairs_of(option, value or ())
     return parameter.default if value is None else value
 
 

@@ -39,7 +39,11 @@ def _summarize(seconds: float, result: "results.Reapplication", *, verbose: bool
         f"masks drop {totals.pruned:,} of {totals.numel:,} parameters ({percent(totals.sparsity)})",
         f"left alone {totals.tensors - len(tensors):,} of {totals.tensors:,} tensors, "
         f"{totals.numel - totals.masked:,} parameters",
-        f"weights {size(sizes.weights)} before and after (zeros do not shrink a file)"
+        (
+            f"folded {result.folded:,} weights with their masks: weights {size(sizes.weights)} after"
+            if result.folded
+            else f"weights {size(sizes.weights)} before and after (zeros do not shrink a file)"
+        )
         + (f", masks {size(sizes.masks)}" if sizes.masks else ", no masks"),
         *copies_line("left out", result.files_left_out),
         f"{seconds:.1f} s, {size(sizes.weights / seconds)}/s",

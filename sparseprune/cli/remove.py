@@ -29,11 +29,14 @@ remove = command(api.remove, show_removed)
 
 def _refuse_masks(call: "Call[results.Removal]") -> None:
     """SparsepruneError unless there is a spec, which a plan is made by."""
+    from sparseprune.api.masked import mask_source
     from sparseprune.api.removing import refuse_unclear
 
-    spec, masks = call.options["spec"], call.options["masks"]
-    refuse_unclear(spec, masks, call.options["set"], partial=call.options["partial"])
-    if spec is None:
+    given = call.options
+    names = (given["match"], given["exclude"], given["rename"])
+    source = mask_source(given["masks"], given["zeros_of"], names, partial=given["partial"])
+    refuse_unclear(given["spec"], source, given["set"])
+    if given["spec"] is None:
         raise SparsepruneError("--dry-run: goes with a SPEC, whose plan it shows")
 
 

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from msgspec import Struct
+from msgspec.structs import replace
 
 from sparseprune.checkpoint import read_kept
 from sparseprune.checkpoint.documents import shown
+from sparseprune.checkpoint.mask_names import counterparts
 from sparseprune.engine.dtypes import DTYPES
 from sparseprune.engine.kernels.formats import FORMATS
 from sparseprune.engine.kernels.selecting import count_lost, drop
@@ -37,7 +39,7 @@ from sparseprune.spec import BoundBlock
 from sparseprune.spec.problems import nearest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from sparseprune.checkpoint import Checkpoint, MaskSet, Provenance, Sink, Source, StoredMask, StoredTensor
@@ -63,7 +65,8 @@ class Pair(Struct, frozen=True):
 class Matched:
     """Tensors with their masks, in the order of the checkpoint; names without a counterpart are ignored.
 
-    `unused` are masks whose tensor is not there, `unmasked` tensors that should have a mask and have none.
+    Masks have the names of their tensors, whatever they are stored under. `unused` are masks whose tensor is
+    not there, `unmasked` tensors that should have a mask and have none.
     """
 
     checkpoint: Checkpoint = field(repr=False)
@@ -114,25 +117,40 @@ class LostZeros(Struct, frozen=True):
 
 
 def match_masks(
-    checkpoint: Checkpoint, masks: MaskSet, origin: Provenance | None, *, partial: bool
+    checkpoint: Checkpoint,
+    masks: MaskSet,
+    origin: Provenance | None,
+    *,
+    partial: bool,
+    chosen: Collection[str] | None = None,
 ) -> Matched:
-    """Give every tensor its mask.
+    """Give every tensor its mask; names may differ by what wrappers add (`mask_names.counterparts`).
 
     A tensor must have one if the report of the run that made the masks lists it; where there is no such
     report, if its like in another layer has one: their names differ in pieces that are numbers. So must a
     name that an index of masks lists. `partial` ignores names without a counterpart, but not what does not
-    fit.
+    fit. Where tensors are `chosen` by name, no other ones count.
 
     Raises:
-        CheckpointError: names without a counterpart, other shapes, dtypes that cannot be pruned; all of them.
+        CheckpointError: names without a counterpart, or with several, other shapes, dtypes that cannot be
+            pruned; all of them.
     """
     here, there, tensors = checkpoint.path, masks.path, checkpoint.tensors
-    pairs = [Pair(tensors[name], masks.masks[name]) for name in tensors if name in masks.masks]
-    unused = [name for name in masks.masks if name not in tensors]
-    why_missing = _missing(checkpoint, masks, origin)
+    named = _named(checkpoint, masks)
+    wanted = tensors if chosen is None else frozenset(chosen)
+    pairs = [
+        Pair(tensors[name], _as(masks.masks[named[name]], name))
+        for name in tensors
+        if name in wanted and named.get(name) in masks.masks
+    ]
+    used = frozenset(named.values())
+    unused = [name for name in masks.masks if name not in used] if chosen is None else []
+    why_missing = _missing(checkpoint, masks, origin, named)
+    if chosen is not None:
+        why_missing = {name: why for name, why in why_missing.items() if name in wanted}
     lines = [*_unfit(here, there, pairs)]
     if not partial:
-        free = [name for name in tensors if name not in masks.masks]
+        free = [name for name in tensors if name not in named]
         lines += _first_ten(
             unused,
             lambda name: f"{there}: mask {shown(name)} is for no tensor of {here}{_near(name, free)}",
@@ -146,13 +164,16 @@ def match_masks(
             f"{here}: {{}} more tensors have no mask",
         )
         if unused or why_missing:
-            lines.append("give the masks of this checkpoint, or --partial to ignore what has no counterpart")
+            lines.append(
+                "give the masks of this checkpoint, --rename OLD=NEW where only names differ, or --partial "
+                "to ignore what has no counterpart"
+            )
     elif masks.masks and not pairs:
         some = next(iter(masks.masks))
         near = _near(some, list(tensors))
         lines.append(
             f"{there}: no mask is for any tensor of {here}, such as {shown(some)}{near}; "
-            "give the masks of this checkpoint"
+            "give the masks of this checkpoint, or --rename OLD=NEW where only names differ"
         )
     if lines:
         raise CheckpointError(*lines)
@@ -295,7 +316,8 @@ def _unfit(here: Path, there: Path, pairs: Sequence[Pair]) -> Iterator[str]:
         list(reshaped),
         lambda name: (
             f"{there}: mask {shown(name)} has the shape {shown(list(reshaped[name].mask.shape))}, the tensor "
-            f"in {here} {shown(list(reshaped[name].stored.shape))}; give the masks of this checkpoint"
+            f"in {here} {shown(list(reshaped[name].stored.shape))}; give the masks of this checkpoint, or "
+            "leave this one out by --exclude"
         ),
         f"{there}: {{}} more masks have another shape than their tensors",
     )
@@ -310,16 +332,36 @@ def _unfit(here: Path, there: Path, pairs: Sequence[Pair]) -> Iterator[str]:
     )
 
 
-def _missing(checkpoint: Checkpoint, masks: MaskSet, origin: Provenance | None) -> dict[str, str]:
+def _named(checkpoint: Checkpoint, masks: MaskSet) -> dict[str, str]:
+    """The name of the mask of each tensor that has one, or is known to be kept whole."""
+    try:
+        return counterparts(checkpoint.tensors, (*masks.masks, *masks.whole))
+    except CheckpointError as error:
+        raise CheckpointError(*(f"{masks.path}: {line}" for line in error.args)) from error
+
+
+def _as(mask: StoredMask, name: str) -> StoredMask:
+    """The mask of a weight of this name."""
+    return mask if mask.name == name else replace(mask, name=name)
+
+
+def _missing(
+    checkpoint: Checkpoint, masks: MaskSet, origin: Provenance | None, named: Mapping[str, str]
+) -> dict[str, str]:
     """The names that should have a mask and have none, and why; tensors of the checkpoint come first."""
     why: dict[str, str] = {}
     if origin is not None:
-        why = {name: f"but {origin.report} lists it" for name in origin.tensors if name not in masks.masks}
+        there = {mask.stored.name for mask in masks.masks.values()}
+        why = {name: f"but {origin.report} lists it" for name in origin.tensors if name not in there}
     else:
-        alike = {_kind(name, len(mask.shape)): name for name, mask in reversed(list(masks.masks.items()))}
+        alike = {
+            _kind(name, len(masks.masks[mask].shape)): name
+            for name, mask in reversed(list(named.items()))
+            if mask in masks.masks
+        }
         for name, stored in checkpoint.tensors.items():
             like = alike.get(_kind(name, len(stored.shape)))
-            if like is not None and name not in masks.masks:
+            if like is not None and name not in named:
                 why[name] = f"but {shown(like)} has one"
     for name, place in masks.missing.items():
         why[name] = f"but the index of {masks.path} lists one in {place}"

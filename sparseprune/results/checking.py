@@ -145,13 +145,14 @@ class Reapplication(Document):
 
     schema: Literal["sparseprune.reapply.v1"] = "sparseprune.reapply.v1"
     input: str
-    masks: str
+    masks: Annotated[str, Doc("the masks, or the sparse checkpoint whose zeros are the masks")]
     output: str
     set: Annotated[Settings, Doc("variables set by --set when the masks were made, as they were typed")]
     seconds: Seconds
     warnings: Warned
     files_left_out: FilesLeftOut
     left_out: LeftOut
+    folded: Annotated[Count, Doc("weights that torch.nn.utils.prune kept in two, and that are one now")]
     bytes: WrittenBytes
     totals: MaskedTotals
     tensors: Annotated[
@@ -176,7 +177,7 @@ class MaskVerification(Document):
 
     schema: Literal["sparseprune.verify-masks.v1"] = "sparseprune.verify-masks.v1"
     input: str
-    masks: str
+    masks: Annotated[str, Doc("the masks, or the sparse checkpoint whose zeros are the masks")]
     holds: Annotated[bool, Doc("whether everything that masks drop is zero")]
     warnings: Warned
     files_not_read: FilesNotRead

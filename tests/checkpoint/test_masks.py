@@ -154,7 +154,12 @@ def test_loaded_masks_are_writable_and_independent(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("tensor", "metadata", "fragment"),
     [
-        (torch.ones(2), {}, r"is no mask file, and there is no m\.masks\.safetensors beside it"),
+        (
+            torch.full((2, 3), 0.5),
+            {},
+            r"'a' has 0\.5 at \[0, 0\], wanted a mask of 0 and 1 alone; give",
+        ),
+        (torch.ones(2, dtype=torch.complex64), {}, "'a' is C64, wanted a mask of bools or of numbers"),
         (torch.ones(2), {"sparseprune.mask_format": "bool"}, "mask 'a' has dtype F32, wanted BOOL"),
         (torch.ones(2), {"sparseprune.mask_format": "sparse"}, "unknown mask format 'sparse'"),
         (torch.ones(2).byte(), {"sparseprune.mask_format": "packed"}, "has the shape None"),
@@ -192,10 +197,10 @@ def test_refuses_places_without_masks(tmp_path: Path) -> None:
 
 
 def test_refuses_an_index_of_files_that_are_no_masks(tmp_path: Path) -> None:
-    save_file({"a": torch.ones(2)}, tmp_path / "x.safetensors")
+    save_file({"a": torch.tensor([1.0, 0.25])}, tmp_path / "x.safetensors")
     index = tmp_path / "masks.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": "x.safetensors"}}))
-    with pytest.raises(CheckpointError, match=r"x\.safetensors: is no mask file; give a mask file"):
+    with pytest.raises(CheckpointError, match=r"x\.safetensors: 'a' has 0\.25 at \[1\], wanted a mask"):
         load_masks(tmp_path)
 
 
@@ -207,7 +212,7 @@ def test_opening_tells_names_shapes_and_forms_in_the_order_of_the_file(
     opened = open_masks(path)
     assert {name: mask.shape for name, mask in opened.masks.items()} == SHAPES
     assert [mask.numel for mask in opened.masks.values()] == [torch.Size(s).numel() for s in SHAPES.values()]
-    assert {mask.packed for mask in opened.masks.values()} == {mask_format == "packed"}
+    assert {mask.form for mask in opened.masks.values()} == {mask_format}
     assert [shard.path for shard in opened.shards] == [path]
     assert opened.shards[0].stamp.mtime_ns == path.stat().st_mtime_ns
     assert not opened.missing
@@ -270,9 +275,9 @@ def test_an_index_says_which_names_are_missing(tmp_path: Path, name: str) -> Non
 
 def test_an_index_of_weights_does_not_hide_masks(tmp_path: Path) -> None:
     masks = masks_of(SHAPES)
-    save_file({"a": torch.ones(2)}, tmp_path / "w.safetensors")
+    save_file({"a": torch.full((2,), -1.0)}, tmp_path / "w.safetensors")
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "w.safetensors"}}')
-    with pytest.raises(CheckpointError, match="holds no masks"):
+    with pytest.raises(CheckpointError, match=r"'a' has -1 at \[0\], wanted a mask of 0 and 1 alone"):
         open_masks(tmp_path)
     save_file(masks, tmp_path / "mine.safetensors")
     check_equal(load_masks(tmp_path), masks)

@@ -204,7 +204,10 @@ def test_names_without_a_counterpart_are_refused_and_let_be_with_partial(folder:
             f"sparseprune: {folder / 'pruned'}: mask '0.up.weight' is for no tensor of {folder / 'tuned'}; "
             "the nearest name is 'model.0.up.weight'"
         ),
-        "sparseprune: give the masks of this checkpoint, or --partial to ignore what has no counterpart",
+        (
+            "sparseprune: give the masks of this checkpoint, --rename OLD=NEW where only names differ, or "
+            "--partial to ignore what has no counterpart"
+        ),
     ]
     assert not (folder / "out").exists()
     part = ok(*words, "--partial", "--json")

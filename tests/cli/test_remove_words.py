@@ -244,6 +244,7 @@ ONE_FILE = (
     "in/model.safetensors: what becomes smaller is said in config.json; give the directory of a checkpoint, "
     "or use apply, which keeps all shapes"
 )
+DOWN = "model.layers.0.mlp.down_proj.weight"
 TAKEN = "HOME/taken: already exists; give another name with -o, or --force to replace it"
 UNEVEN = Path("specs/decoder-mlp-channels.toml").read_text().replace('"sparsity"', '"0.25 + 0.25 * layer"')
 # What is typed after `remove` -> what is said of it, line by line.
@@ -254,7 +255,7 @@ WRONG: dict[str, str] = {
     ),
     "in --masks rows.masks --set sparsity=0.5": "--set: goes with a SPEC, whose [vars] it sets",
     "in --masks rows.masks --dry-run": "--dry-run: goes with a SPEC, whose plan it shows",
-    "in 2of4 --partial": "--partial: goes with --masks MASKS, of which it forgives those without a tensor",
+    "in 2of4 --partial": "--partial: goes with --masks MASKS or --zeros-of SPARSE, not with a spec",
     "in/model.safetensors decoder-mlp-channels": ONE_FILE,
     "in/model.safetensors --masks rows.masks --partial": ONE_FILE,
     "in decoder-mlp-channels -o taken": TAKEN,
@@ -314,19 +315,21 @@ WRONG: dict[str, str] = {
         "moe-experts.toml: num_local_experts would be 1, fewer than the 2 of num_experts_per_tok"
     ),
     "in --masks in": (
-        "in: holds no masks; give a mask file, its folder or index, or the output of sparseprune that has "
-        "masks"
+        f"in/model.safetensors: {DOWN!r} has {float(decoder()[DOWN][0, 0]):g} at [0, 0], wanted a mask of 0 "
+        "and 1 alone; give a mask file, its folder or index, or the output of sparseprune that has masks; "
+        "the zeros of a sparse checkpoint are masks by --zeros-of"
     ),
     "in --masks absent.masks": "absent.masks: no such file",
     "in --masks sizes.masks --partial": (
         f"sizes.masks: mask '{UP}' has the shape [3, 8], the tensor in in [16, 8]; give the masks of this "
-        "checkpoint"
+        "checkpoint, or leave this one out by --exclude"
     ),
     "in --masks strange.masks": "strange.masks: mask 'x.weight' is for no tensor of in\n"
-    "give the masks of this checkpoint, or --partial to ignore what has no counterpart",
+    "give the masks of this checkpoint, --rename OLD=NEW where only names differ, or --partial to ignore "
+    "what has no counterpart",
     "in --masks strange.masks --partial": (
         "strange.masks: no mask is for any tensor of in, such as 'x.weight'; give the masks of this "
-        "checkpoint"
+        "checkpoint, or --rename OLD=NEW where only names differ"
     ),
     "in --masks torn.masks --partial": (
         f"torn.masks: {UP}: its mask is not made of whole slices along its dimensions, so that nothing can "

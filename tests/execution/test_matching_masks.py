@@ -1,6 +1,6 @@
 """Matching: which mask is for which tensor, what is missing, and how all of it is told at once."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 
 import pytest
@@ -12,6 +12,10 @@ from sparseprune.execution.reapply import Matched, match_masks
 
 Shapes = dict[str, tuple[int, ...]]
 REPORT = Path("masks/report.json")
+WANTED = (
+    "give the masks of this checkpoint, --rename OLD=NEW where only names differ, or --partial to ignore "
+    "what has no counterpart"
+)
 
 
 def write(path: Path, shapes: Shapes, dtype: str) -> Path:
@@ -27,15 +31,19 @@ def match(
     *,
     listed: set[str] | None = None,
     missing: Mapping[str, PurePosixPath] | None = None,
+    whole: Iterable[str] = (),
+    chosen: Iterable[str] | None = None,
     partial: bool = False,
     dtype: str = "F32",
 ) -> Matched:
     """The match of a checkpoint and masks of these shapes; `listed` by a report of ours, if there is one."""
     checkpoint = open_checkpoint(write(folder / "c.safetensors", tensors, dtype))
     opened = open_masks(write(folder / "m.safetensors", masks, "BOOL"))
-    opened = MaskSet(Path("masks"), opened.shards, opened.masks, missing or {})
+    opened = MaskSet(Path("masks"), opened.shards, opened.masks, missing or {}, frozenset(whole))
     origin = None if listed is None else Provenance(REPORT, frozenset(listed))
-    return match_masks(checkpoint, opened, origin, partial=partial)
+    return match_masks(
+        checkpoint, opened, origin, partial=partial, chosen=None if chosen is None else [*chosen]
+    )
 
 
 def lines_of(folder: Path, *arguments: Shapes, **keywords: object) -> list[str]:
@@ -68,7 +76,7 @@ def test_a_mask_without_a_tensor_is_told_with_the_nearest_name(tmp_path: Path) -
             "'model.layers.0.k'"
         ),
         "masks: mask 'else' is for no tensor of /c.safetensors",
-        "give the masks of this checkpoint, or --partial to ignore what has no counterpart",
+        WANTED,
     ]
 
 
@@ -95,7 +103,7 @@ def test_a_tensor_that_the_report_lists_must_have_a_mask(tmp_path: Path) -> None
     assert lines_of(tmp_path, tensors, {"0.q": (2, 4)}, listed={"1.k", "0.q", "gone"}) == [
         "/c.safetensors: tensor '1.k' has no mask, but masks/report.json lists it",
         "/c.safetensors: tensor 'gone' has no mask, but masks/report.json lists it",
-        "give the masks of this checkpoint, or --partial to ignore what has no counterpart",
+        WANTED,
     ]
 
 
@@ -107,7 +115,7 @@ def test_without_a_report_a_tensor_needs_a_mask_if_its_like_in_another_layer_has
     tensors = layers(2, "q", "k") | {"norm": (4,), "1.q.bias": (4,)}
     assert lines_of(tmp_path, tensors, {"0.q": (2, 4), "norm": (4,)}) == [
         "/c.safetensors: tensor '1.q' has no mask, but '0.q' has one",
-        "give the masks of this checkpoint, or --partial to ignore what has no counterpart",
+        WANTED,
     ]
 
 
@@ -150,7 +158,7 @@ def test_another_shape_is_an_error_always(tmp_path: Path, partial: bool) -> None
     assert told == [
         (
             "masks: mask 'w' has the shape [4, 2], the tensor in /c.safetensors [2, 4]; give the masks of "
-            "this checkpoint"
+            "this checkpoint, or leave this one out by --exclude"
         )
     ]
 
@@ -168,9 +176,52 @@ def test_partial_with_no_mask_for_any_tensor_is_an_error(tmp_path: Path) -> None
     assert told == [
         (
             "masks: no mask is for any tensor of /c.safetensors, such as 'model.0.q'; the nearest name is "
-            "'0.q'; give the masks of this checkpoint"
+            "'0.q'; give the masks of this checkpoint, or --rename OLD=NEW where only names differ"
         )
     ]
+
+
+def test_masks_get_the_names_of_their_tensors_where_wrappers_made_others(tmp_path: Path) -> None:
+    tensors = layers(2, "q.base_layer.weight", before="base_model.model.model.")
+    matched = match(tmp_path, tensors, layers(2, "q.weight", before="model."))
+    assert [pair.stored.name for pair in matched.pairs] == list(tensors)
+    assert [pair.mask.name for pair in matched.pairs] == list(tensors)
+    assert [pair.mask.stored.name for pair in matched.pairs] == ["model.0.q.weight", "model.1.q.weight"]
+    assert (matched.unused, matched.unmasked) == ((), ())
+
+
+@pytest.mark.parametrize("partial", [False, True])
+def test_two_masks_for_one_tensor_are_an_error_always(tmp_path: Path, partial: bool) -> None:
+    masks: Shapes = {"module.w": (2,), "w": (2,)}
+    (line,) = lines_of(tmp_path, {"w": (2,)}, masks, partial=partial)
+    assert line == "masks: masks 'w' and 'module.w' are both for tensor 'w'; leave one of them out"
+
+
+def test_a_report_lists_the_names_that_masks_are_stored_under(tmp_path: Path) -> None:
+    tensors = layers(2, "q", before="module.")
+    assert len(match(tmp_path, tensors, layers(2, "q"), listed={"0.q", "1.q"}).pairs) == 2
+    told = lines_of(tmp_path, tensors, layers(1, "q"), listed={"0.q", "1.q"})
+    assert told == [
+        ("/c.safetensors: tensor '1.q' has no mask, but masks/report.json lists it"),
+        WANTED,
+    ]
+
+
+def test_what_is_known_to_be_kept_whole_needs_no_mask(tmp_path: Path) -> None:
+    masks: Shapes = {"0.q": (2, 4)}
+    matched = match(tmp_path, layers(3, "q", before="module."), masks, whole=["1.q", "2.q"])
+    assert [pair.stored.name for pair in matched.pairs] == ["module.0.q"]
+    told = lines_of(tmp_path, layers(3, "q"), masks, whole=["1.q"])
+    assert told == ["/c.safetensors: tensor '2.q' has no mask, but '0.q' has one", WANTED]
+
+
+def test_of_chosen_tensors_alone_masks_are_wanted(tmp_path: Path) -> None:
+    masks: Shapes = {"0.q": (2, 4), "1.k": (2, 4), "1.q": (9,), "gone": (1,)}
+    matched = match(tmp_path, layers(2, "q", "k"), masks, chosen=["0.q", "0.k"], partial=True)
+    assert [pair.stored.name for pair in matched.pairs] == ["0.q"]
+    assert (matched.unused, matched.unmasked) == ((), ("0.k",))
+    told = lines_of(tmp_path, layers(2, "q", "k"), masks, chosen=["0.q", "0.k"])
+    assert told == ["/c.safetensors: tensor '0.k' has no mask, but '1.k' has one", WANTED]
 
 
 def test_everything_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:
