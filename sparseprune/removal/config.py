@@ -286,7 +286,7 @@ def _ratio(units: int, hidden: int) -> float:
     ratio = units / hidden
     if int(hidden * ratio) != units:
         raise CheckpointError(f"config.json: no ratio times {hidden} is exactly {units}: take another number")
-    return int(ratio) if ratio.is_integer() else ratio
+    return ratio
 
 
 def _with_layers(

@@ -198,7 +198,7 @@ def _count_mlp(structure: Structure, section: Section, counts: Counts) -> None:
         if key:
             path, by_index = section.path_of(key, layer), units // value
     if path is None:
-        path = _ratio(section, units, counts)
+        path, by_index = _ratio(section, units, counts)
     if path is None and all(section.value(key, layer) is None for key in keys):
         path = section.path_of(
             section.architecture.widths.get("", keys[-1] if _side(module) else "intermediate_size")
@@ -225,8 +225,11 @@ def _width_keys(structure: Structure, section: Section, module: str) -> tuple[st
     return (*own, *_sided(SIDED_WIDTHS, _side(module)), *WIDTHS)
 
 
-def _ratio(section: Section, units: int, counts: Counts) -> Path | None:
-    """The path of a key whose value times the hidden size is the number of units."""
+def _ratio(section: Section, units: int, counts: Counts) -> tuple[Path | None, int]:
+    """The path of a key whose value times the hidden size is the number of units, and what it counts as one.
+
+    An integer counts the hidden size as one, any other number no whole units.
+    """
     hidden = next(
         (found for key in (_HIDDEN, "embed_dim", "d_model") if isinstance(found := section.value(key), int)),
         0,
@@ -234,10 +237,11 @@ def _ratio(section: Section, units: int, counts: Counts) -> Path | None:
     for key in RATIOS:
         ratio = section.value(key)
         if isinstance(ratio, int | float) and hidden and int(hidden * ratio) == units:
-            path = section.path_of(key)
-            counts.ratios[path] = hidden
-            return path
-    return None
+            if isinstance(ratio, int):
+                return section.path_of(key), hidden
+            counts.ratios[section.path_of(key)] = hidden
+            return section.path_of(key), 1
+    return None, 1
 
 
 def _misfit(structure: Structure, counts: Counts, said: str) -> None:

@@ -68,7 +68,7 @@ class KeptIndices:
     @property
     def is_whole(self) -> bool:
         """Whether nothing is dropped."""
-        return self.elements == prod([flags.shape[-1] for flags in self.along])
+        return bool(self.elements == prod([flags.shape[-1] for flags in self.along]))
 
     @property
     def is_empty(self) -> bool:

@@ -142,13 +142,17 @@ def _separate(at: _Attention, names: AttentionNames) -> list[Units]:
     size = _head_size(at, sizes[0], sizes[1])
     if size is None:
         return []
-    heads, groups = sizes[0] // size, sizes[1] // size
-    if not groups or heads % groups or sizes[2] % groups or output.shape[at.into] % groups:
+    groups, width = sizes[1] // size, output.shape[at.into]
+    if not groups or sizes[2] % groups or width % (sizes[2] // groups):
+        return []
+    # What is read tells the heads: rows of queries may have a gate for each besides (Qwen3.5).
+    heads = width // (sizes[2] // groups)
+    if heads % groups or sizes[0] % heads:
         return []
     if groups == 1 < heads:
         if output.shape[at.into] % heads:
             return []
-        parts = [Units(query.name, names.queries[0], at.out, heads, size, queries=1)]
+        parts = [Units(query.name, names.queries[0], at.out, heads, sizes[0] // heads, queries=1)]
         read = output.shape[at.into] // heads
         parts.append(Units(output.name, names.output, at.into, heads, read, queries=1))
     else:
