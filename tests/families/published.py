@@ -176,6 +176,18 @@ _GEMMA3 = replace(
     SPECIES["gemma3"],
     sizes={**SPECIES["gemma3"].sizes, "text_config": {"num_hidden_layers": 6, "head_dim": 256}},
 )
+_LLAVA = replace(
+    SPECIES["llava"],
+    sizes={
+        **SPECIES["llava"].sizes,
+        "text_config": {
+            "model_type": "llama", "hidden_size": 64, "num_attention_heads": 32, "num_key_value_heads": 32,
+            "head_dim": 2,
+        },
+    },
+)  # fmt: skip
+llava_of_few_keys = with_few_keys(_LLAVA, "max_position_embeddings", "rms_norm_eps", "vocab_size")
+"""LLaVA-1.5: even its widths are the defaults of Llama, which are larger than these."""
 _GEMMA3_KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "sliding_window", "vocab_size")
 PUBLISHED: Mapping[str, Callable[[Path], Zoo]] = {
     "qwen3_5 with a head": head_beside_trunk("qwen3_5_text", "model.layers"),
@@ -188,9 +200,5 @@ PUBLISHED: Mapping[str, Callable[[Path], Zoo]] = {
     "qwen2_moe in memory": experts_fused("qwen2_moe"),
     "llama in shards": shards("llama"),
     "qwen3_moe in shards": shards("qwen3_moe"),
-    "llava of few keys": with_few_keys(
-        SPECIES["llava"], "max_position_embeddings", "rms_norm_eps", "vocab_size"
-    ),
     "gemma3 of few keys": with_few_keys(_GEMMA3, *_GEMMA3_KEYS),
-    "qwen2_5_omni": thinker_and_talker,
 }
