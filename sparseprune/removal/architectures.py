@@ -75,8 +75,9 @@ class Layers(Struct, frozen=True):
     `implied`: what the class derives where there is no list, an expression over `layer`; for a list of
     numbers it says whether the layer is in it. `settled`: a rule besides the list puts layers into it, and
     these values turn the rule off. `rules`: keys from which the class derives a list; they get a value that
-    still derives it, or are removed. `by_key`: objects with an entry for numbers of layers. No layer can be
-    removed where a `refused` key is set, with the reason.
+    still derives it, or are removed. `by_key`: objects with an entry for numbers of layers. Of a list in
+    `needs` some layer has this entry, of one in `last` the last layer. `derived` keys are taken out, since
+    the class makes them anew. No layer can be removed where a `refused` key is set, with the reason.
     """
 
     by_place: tuple[str, ...] = BY_PLACE
@@ -87,13 +88,17 @@ class Layers(Struct, frozen=True):
     beyond: str = ""
     settled: Mapping[str, int] = {}
     rules: Mapping[str, str] = {}
+    needs: Mapping[str, str] = {}
+    last: Mapping[str, str] = {}
+    derived: tuple[str, ...] = ()
     refused: Mapping[str, str] = {}
 
 
 class Architecture(Struct, frozen=True):
     """Model types whose configs are alike, and what is particular about them.
 
-    `refused` says why a structure ("mlp", "heads", "experts", "layers") cannot change. `pinned`: keys that
+    `refused` says why a structure ("mlp", "heads", "experts", "layers") cannot change; `refused_where` a key
+    is set. `pinned`: keys that
     are written out when heads go, expressions for what the class would else derive from the number of heads.
     The number of heads must divide the key `divides`; the class checks lists in `sized` by it. `alike` keys
     take the value of another. `values` are expressions for keys that a config may omit. `widths` name the
@@ -104,6 +109,7 @@ class Architecture(Struct, frozen=True):
     models: tuple[str, ...]
     layers: Layers = Layers()
     refused: Mapping[str, str] = {}
+    refused_where: Mapping[str, tuple[str, str]] = {}
     pinned: Mapping[str, str] = {}
     divides: str | None = None
     sized: tuple[str, ...] = ()
@@ -123,8 +129,19 @@ _SLIDING = "'sliding_attention' if {} else 'full_attention'"
 _QWEN_WINDOW = "(config.use_sliding_window or 0) and not (config.sliding_window == None or 0) and "
 # A key that may be 0, or 28 where there is none.
 _FULL_ONES = "(config.max_window_layers if (config.max_window_layers >= 0 or 0) else 28)"
-_BERT_LAYERS = "a layer ends in a norm, so that without anything of it zeros are passed on, not its input"
-_DERIVED = "the class derives the size of a head from {} // {}, so that fewer are larger"
+
+# -- reasons -----------------------------------------------------------------------------------------
+
+_DERIVED = "the class derives the size of a head from the hidden size, so that fewer heads are larger"
+_POST_NORM = "a layer ends in a norm, so that without anything of it zeros are passed on, not its input"
+_WIDE_NORM = "a norm spans all heads, and would average over fewer"
+_BIASES = "the position biases of the first layer are those of all, head by head"
+_FOURFOLD = "the class makes them four times as many as hidden channels, whatever the config says"
+_BY_RULE = "a rule says by the number of a layer what it consists of"
+_WINDOWS = "windows shift in every other layer of a stage"
+_PICTURES = "layers of one tower feed numbered layers of the other"
+_STAGES = "they differ from stage to stage, and one ratio or the class itself counts them"
+_SCALED = "a layer scales what it passes on, so that without anything of it no input is passed on"
 
 
 def _row(*models: str, **particular: Any) -> Architecture:  # noqa: ANN401  (the fields of the class)
@@ -149,19 +166,29 @@ _SPARSE = Layers(
     by_number=("mlp_only_layers",),
     implied={"mlp_only_layers": "(layer + 1) % (config.decoder_sparse_step or 1) != 0"},
     settled={"decoder_sparse_step": 1},
+    needs={"layer_types": "full_attention"},
 )
 _QWEN2_MOE_TYPES = _typed(
     f"(config.use_sliding_window or 0) and (layer + 1) % 2 and layer < {_FULL_ONES}", "max_window_layers"
 )
-_POST_NORM = {
-    "heads": _DERIVED.format("hidden_size", "num_attention_heads"),
-    "layers": _BERT_LAYERS,
-}
+_HYBRID = Layers(needs={"layer_types": "full_attention"})
+_BACKBONE = Layers(derived=("stage_names", "out_features", "out_indices"))
+_ENCODER = {"heads": _DERIVED, "layers": _POST_NORM}
+_HEADS = {"heads": _DERIVED}
 
 ARCHITECTURES: tuple[Architecture, ...] = (
-    _grouped("mistral gemma"),
+    # Decoders with grouped heads of a size of their own.
+    _grouped(
+        "mistral gemma ministral ministral3 qwen3_5_text glm glm4 cohere cohere2 seed_oss arcee apertus cwm",
+        "jais2 nanochat nemotron granite granitemoe granitemoeshared eurobert ernie4_5 hunyuan_v1_dense",
+        "phi olmo vaultgemma hunyuan_v1_moe phimoe starcoder2 t5_gemma_module lfm2_moe falcon_h1",
+        "aria_text mixtral qwen2_5_omni_text",
+        layers=_HYBRID,
+    ),
     _grouped("llama", divides="hidden_size"),
     _grouped("qwen2 qwen3", layers=_typed(f"{_QWEN_WINDOW}layer >= {_FULL_ONES}", "max_window_layers")),
+    _grouped("qwen2_vl_text qwen2_5_vl_text glm4v_text"),
+    _grouped("qwen3_vl_text qwen3_vl_moe_text", refused={"layers": _PICTURES}),
     _grouped("gemma2", layers=_typed("(layer + 1) % 2"), divides="hidden_size"),
     _grouped(
         "gemma3_text",
@@ -169,32 +196,20 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         divides="hidden_size",
     ),
     _grouped("phi3", sized=("rope_scaling", "rope_parameters")),
-    _row(
-        "gpt2",
-        layers=Layers(
-            refused={"scale_attn_by_inverse_layer_idx": "the scale of attention depends on a layer's number"}
-        ),
-        values={"n_inner": "config.n_inner or 4 * config.n_embd"},
-        refused={"heads": _DERIVED.format("n_embd", "n_head")},
-    ),
-    _grouped("mixtral"),
     _grouped(
-        "qwen2_moe",
+        "smollm3",
         layers=Layers(
-            by_number=_SPARSE.by_number,
-            implied={**_SPARSE.implied, **_QWEN2_MOE_TYPES.implied},
-            settled=_SPARSE.settled,
-            rules=_QWEN2_MOE_TYPES.rules,
+            implied={"no_rope_layers": "(layer + 1) % (config.no_rope_layer_interval or 4) != 0"},
+            rules={"no_rope_layer_interval": "no_rope_layers"},
         ),
     ),
-    _grouped("qwen3_moe", layers=_SPARSE),
-    _row(
-        "deepseek_v3 glm4_moe dots1 exaone_moe solar_open glm4_moe_lite",
-        layers=Layers(beyond="num_nextn_predict_layers", up_to={"first_k_dense_replace": 3}),
-        alike={"num_key_value_heads": "num_attention_heads"},
-        groups="n_group",
-        serving="topk_group",
-        best=2,
+    _grouped("exaone4", layers=Layers(rules={"sliding_window_pattern": "layer_types"})),
+    _grouped("ernie4_5_moe", layers=Layers(refused={"moe_layer_interval": _BY_RULE})),
+    _grouped("granitemoehybrid bamba", layers=_HYBRID),
+    _grouped(
+        "lfm2",
+        settled={"block_auto_adjust_ff_dim": False},
+        layers=Layers(by_number=("full_attn_idxs",), needs={"layer_types": "full_attention"}),
     ),
     _grouped("gpt_oss", layers=_typed("(layer + 1) % 2")),
     _grouped(
@@ -209,8 +224,168 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         ),
         widths={"expert": "intermediate_size", "feed_forward": "intermediate_size_mlp"},
     ),
-    _row("bert roberta xlm-roberta", refused=_POST_NORM),
-    _row("vit", pinned=_PINNED),
+    _grouped(
+        "qwen2_moe",
+        layers=Layers(
+            by_number=_SPARSE.by_number,
+            implied={**_SPARSE.implied, **_QWEN2_MOE_TYPES.implied},
+            settled=_SPARSE.settled,
+            rules=_QWEN2_MOE_TYPES.rules,
+        ),
+    ),
+    _grouped("qwen3_moe qwen3_next qwen3_5_moe_text", layers=_SPARSE),
+    _grouped("qwen3_omni_moe_text", layers=_SPARSE, refused={"layers": _PICTURES}),
+    _grouped(
+        "glm4_moe dots1 exaone_moe solar_open",
+        layers=Layers(beyond="num_nextn_predict_layers", up_to={"first_k_dense_replace": 3}),
+        groups="n_group",
+        serving="topk_group",
+        best=2,
+    ),
+    _grouped(
+        "gemma4_text",
+        layers=Layers(
+            last={"layer_types": "full_attention"},
+            refused={"num_kv_shared_layers": "the last layers share keys and values of earlier ones"},
+        ),
+    ),
+    _grouped(
+        "gemma3n_text",
+        refused={
+            "mlp": "the activation keeps a share of all channels of a layer",
+            "heads": "the last layers share keys and values of earlier ones",
+            "layers": "the last layers share keys and values of earlier ones",
+        },
+    ),
+    _grouped(
+        "afmoe",
+        refused={"heads": "a gate has a row for each number of the heads"},
+        layers=Layers(up_to={"num_dense_layers": 1}),
+    ),
+    _grouped("doge", refused={"heads": "a state of each head decides what it attends to", "layers": _SCALED}),
+    _grouped(
+        "minimax",
+        refused={
+            "heads": "layers of linear attention have decays of each head",
+            "layers": "the decay of attention depends on a layer's number",
+        },
+    ),
+    _grouped("minimax_m2 olmo2 olmo3 olmoe flex_olmo", refused={"heads": _WIDE_NORM}),
+    _grouped("jamba", refused={"layers": _BY_RULE}),
+    _grouped("nemotron_h", layers=Layers(needs={"layers_block_type": "full_attention"})),
+    _grouped(
+        "recurrent_gemma",
+        refused={
+            "mlp": "intermediate_size counts gate and up together",
+            "heads": "states of the recurrence are as wide as all heads",
+            "layers": _BY_RULE,
+        },
+    ),
+    _grouped("diffllama", refused={"heads": "pairs of heads are subtracted from each other"}),
+    # Latent keys and values.
+    _row(
+        "deepseek_v3 glm4_moe_lite",
+        layers=Layers(beyond="num_nextn_predict_layers", up_to={"first_k_dense_replace": 3}),
+        alike={"num_key_value_heads": "num_attention_heads"},
+        groups="n_group",
+        serving="topk_group",
+        best=2,
+    ),
+    _row(
+        "deepseek_v2",
+        layers=Layers(up_to={"first_k_dense_replace": 0}),
+        alike={"num_key_value_heads": "num_attention_heads"},
+        groups="n_group",
+        serving="topk_group",
+    ),
+    _row(
+        "minicpm3",
+        alike={"num_key_value_heads": "num_attention_heads"},
+        refused={"layers": "the scale of residuals depends on the number of layers"},
+    ),
+    _row(
+        "longcat_flash",
+        alike={"num_key_value_heads": "num_attention_heads"},
+        refused={
+            "mlp": "experts that do nothing stand in the list of experts",
+            "experts": "experts that do nothing are counted besides",
+        },
+    ),
+    # Decoders whose heads are as large as the hidden size and their number say.
+    _row(
+        "gpt2",
+        refused=_HEADS,
+        values={"n_inner": "config.n_inner or 4 * config.n_embd"},
+        layers=Layers(
+            refused={"scale_attn_by_inverse_layer_idx": "the scale of attention depends on a layer's number"}
+        ),
+    ),
+    _row(
+        "gptj codegen gpt_bigcode", refused=_HEADS, values={"n_inner": "config.n_inner or 4 * config.n_embd"}
+    ),
+    _row(
+        "gpt_neo", refused=_HEADS, layers=Layers(by_place=("attention_layers",), derived=("attention_types",))
+    ),
+    _row("gpt_neox persimmon stablelm helium falcon opt biogpt xglm", refused=_HEADS),
+    _row("bloom mpt", refused={"mlp": _FOURFOLD, "heads": _DERIVED}),
+    _row("openai-gpt", refused={"mlp": _FOURFOLD, "heads": _DERIVED, "layers": _POST_NORM}),
+    _row("dbrx", refused=_HEADS),
+    _row("bitnet", refused={"mlp": "a norm spans all channels", "heads": _WIDE_NORM}),
+    _row("jetmoe", refused={"heads": "experts of attention share keys and values"}),
+    _row("ctrl rwkv mamba mamba2 falcon_mamba"),
+    _row(
+        "zamba2",
+        refused={
+            "mlp": "layers share it, with adapters of their own",
+            "heads": "layers share them, with adapters of their own",
+            "layers": "layers share attention, and lists say by number where it stands",
+        },
+    ),
+    # Encoders.
+    _row("bert roberta xlm-roberta camembert electra ernie rembert roformer mpnet albert", refused=_ENCODER),
+    _row("distilbert deberta deberta-v2 mobilebert xlnet longformer blip_text_model", refused=_ENCODER),
+    _grouped("nomic_bert", refused={"layers": _POST_NORM}),
+    _row(
+        "esm",
+        refused={"heads": _DERIVED, "layers": "the head for contacts reads the attention of all layers"},
+    ),
+    _row("modernbert", refused={"heads": _DERIVED, "layers": _BY_RULE}),
+    # Encoders and decoders.
+    _row("t5 mt5", refused={"heads": _BIASES}),
+    _row("umt5"),
+    _row("switch_transformers", refused={"heads": _BIASES, "layers": _BY_RULE}),
+    _row("mbart pegasus blenderbot m2m_100 whisper moonshine speech_to_text", refused=_HEADS),
+    _row("bart marian led", refused=_ENCODER),
+    _row("nllb-moe", refused={"heads": _DERIVED, "layers": _BY_RULE}),
+    # Pictures and sound.
+    _row("vit deit ijepa vit_msn", pinned=_PINNED),
+    _row("beit", pinned=_PINNED, layers=_BACKBONE),
+    _row(
+        "dinov2",
+        pinned=_PINNED,
+        layers=_BACKBONE,
+        refused_where={
+            "use_swiglu_ffn": ("mlp", "the class makes them two thirds of what the ratio says, in eights")
+        },
+    ),
+    _row("dinov3_vit", refused=_HEADS, layers=_BACKBONE),
+    _row("siglip_vision_model clip_vision_model clip_text_model siglip_text_model", refused=_HEADS),
+    _row("idefics3_vision smolvlm_vision internvl_vision pixtral blip_vision_model", refused=_HEADS),
+    _row("llama4_vision_model", refused=_HEADS),
+    _row("qwen2_vl_vision qwen2_5_vl_vision qwen2_5_omni_vision_encoder", refused=_HEADS),
+    _row("qwen3_5_vision qwen3_5_moe_vision", refused=_HEADS),
+    _row(
+        "qwen3_vl_vision qwen3_vl_moe_vision qwen3_omni_moe_vision_encoder",
+        refused={"heads": _DERIVED, "layers": _PICTURES},
+    ),
+    _row("mllama_text_model", refused=_HEADS, layers=Layers(by_number=("cross_attention_layers",))),
+    _row("mllama_vision_model", refused={"heads": _DERIVED, "layers": "outputs of numbered layers are used"}),
+    _row("glm4v_vision", refused={"mlp": "they are as many as the text model is wide", "heads": _DERIVED}),
+    _row("swin swinv2", refused={"heads": _DERIVED, "layers": _WINDOWS}),
+    _row("segformer pvt_v2 hiera", refused={"mlp": _STAGES, "heads": _DERIVED, "layers": _STAGES}),
+    _row("convnext convnextv2", refused={"mlp": _STAGES, "layers": _STAGES}),
+    _row("wav2vec2 hubert wavlm wav2vec2-bert wav2vec2-conformer", refused=_ENCODER),
+    _row("qwen2_5_omni_audio_encoder qwen3_omni_moe_audio_encoder", refused=_HEADS),
 )
 
 

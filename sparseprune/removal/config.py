@@ -372,7 +372,7 @@ def check_shapes(agreed: Agreed, before: Mapping[str, Shape], after: Mapping[str
         lost: dict[int, int] = {}
         for each in agreed.counts.of.get(name, ()):
             if each.dim is not None and each.key in agreed.values:
-                left = agreed.values[each.key] * each.by_index
+                left = agreed.values[each.key] * each.by_index * each.flat
                 lost[each.dim] = lost.get(each.dim, 0) + (each.count - left) * each.size
         for dim, gone in lost.items():
             wanted = before[name][dim] - gone

@@ -41,7 +41,6 @@ if TYPE_CHECKING:
 
 _ROUTER = re.compile(r"^(?:.*\.)?(?:gate|router|moe_statics)(?:\.|$)|^(?:expert_bias|\w*correction_bias)$")
 _SHARED = re.compile("shared")
-_HIDDEN = "hidden_size"
 _WHAT = {"mlp": "channels", "heads": "heads", "experts": "experts"}
 
 
@@ -49,7 +48,8 @@ class Counted(Struct, frozen=True):
     """Consecutive indices of a dimension: `count` units of `size` indices each from `begin`, as `key` says.
 
     Tensors of one `group` keep the same units. `by_index`: the key counts `by_index` indices as one,
-    whichever they are. A tensor that `follows` is not pruned itself: it loses the units that the others lose.
+    whichever they are. `flat` modules lie behind each other in the dimension, and each keeps as many. A
+    tensor that `follows` is not pruned itself: it loses the units that the others lose.
     Of a list of modules `tensor` is its name and `dim` None.
     """
 
@@ -61,6 +61,7 @@ class Counted(Struct, frozen=True):
     size: int = 1
     begin: int = 0
     by_index: int = 1
+    flat: int = 1
     follows: bool = False
 
 
@@ -132,13 +133,22 @@ def count_dims(
                 if is_touched:
                     raise
                 continue
-            why = section.architecture.refused.get(kind)
+            why = _why_refused(section, kind)
             if why is None:
                 count(structure, section, counts)
             elif is_touched:
-                counts.refused[f"{_WHAT[kind]} cannot go: {why}"] = None
+                counts.refused[f"{_WHAT[kind]} of {dict(structure.place)['stack']} cannot go: {why}"] = None
     _count_routers(index, counts)
     return counts
+
+
+def _why_refused(section: Section, kind: str) -> str | None:
+    """Why the table lets no units of a structure go."""
+    row = section.architecture
+    by_key = (
+        why for key, (what, why) in row.refused_where.items() if what == kind and section.values.get(key)
+    )
+    return row.refused.get(kind) or next(by_key, None)
 
 
 def _module(structure: Structure) -> str:
@@ -186,33 +196,45 @@ def _said(section: Section, keys: Iterable[str], layer: int | None) -> str:
 
 
 def _count_mlp(structure: Structure, section: Section, counts: Counts) -> None:
-    module, layer, units = _module(structure), _layer(structure), structure.units
-    if any(part.flat > 1 for part in structure.parts):
-        return
+    module, layer = _module(structure), _layer(structure)
     keys = _width_keys(structure, section, module)
-    path, by_index = _fitting(section, keys, layer, units), 1
+    path, by_index = _width(structure, section, counts, keys)
+    if path is None:
+        _misfit(structure, counts, _said(section, keys, layer))
+        return
+    parts = (
+        Counted(
+            *(one.tensor, one.dim, path, module, one.count * one.flat, one.size, one.begin),
+            by_index=by_index,
+            flat=one.flat,
+            follows=one.follows,
+        )
+        for one in structure.parts
+    )
+    counts.add(parts, section)
+
+
+def _width(
+    structure: Structure, section: Section, counts: Counts, keys: Sequence[str]
+) -> tuple[Path | None, int]:
+    """The path of the key that counts the channels of an MLP, and how many channels it counts as one."""
+    module, layer, units = _module(structure), _layer(structure), structure.units
+    path = _fitting(section, keys, layer, units)
+    if path is not None:
+        return path, 1
     if path is None and _SHARED.search(module):  # several shared experts are one wide one
         values = {key: section.value(key, layer) for key in keys}
         whole = ((key, value) for key, value in values.items() if isinstance(value, int) and value > 0)
         key, value = next((pair for pair in whole if units % pair[1] == 0), ("", 1))
         if key:
-            path, by_index = section.path_of(key, layer), units // value
-    if path is None:
-        path, by_index = _ratio(section, units, counts)
-    if path is None and all(section.value(key, layer) is None for key in keys):
-        path = section.path_of(
-            section.architecture.widths.get("", keys[-1] if _side(module) else "intermediate_size")
-        )
-    if path is None:
-        _misfit(structure, counts, _said(section, keys, layer))
-        return
-    counts.add(
-        (
-            Counted(one.tensor, one.dim, path, module, one.count, one.size, one.begin, by_index, one.follows)
-            for one in structure.parts
-        ),
-        section,
-    )
+            return section.path_of(key, layer), units // value
+    path, by_index = _ratio(section, units, counts)
+    # A rule of the class makes them from the key, or a config leaves out what the class has by default.
+    left_out = all(section.value(key, layer) is None for key in keys)
+    if path is None and (section.architecture.settled or left_out):
+        default = "intermediate_size" if not _side(module) or _side(module) in section.prefix else keys[0]
+        path = section.path_of(default)
+    return path, by_index
 
 
 def _width_keys(structure: Structure, section: Section, module: str) -> tuple[str, ...]:
@@ -231,7 +253,11 @@ def _ratio(section: Section, units: int, counts: Counts) -> tuple[Path | None, i
     An integer counts the hidden size as one, any other number no whole units.
     """
     hidden = next(
-        (found for key in (_HIDDEN, "embed_dim", "d_model") if isinstance(found := section.value(key), int)),
+        (
+            found
+            for key in ("embed_dim", "hidden_size", "d_model")
+            if isinstance(found := section.value(key), int)
+        ),
         0,
     )
     for key in RATIOS:
@@ -262,6 +288,8 @@ def _count_heads(structure: Structure, section: Section, counts: Counts) -> None
     groups = structure.units if grouped else 1
     keys = (*_sided(SIDED_HEADS, side), *HEADS)
     path = _fitting(section, keys, layer, heads)
+    if path is None and section.architecture.settled:  # a rule of the class makes them from the key
+        path = section.path_of("intermediate_size")
     if path is None and all(section.value(key, layer) is None for key in keys):
         path = section.path_of("num_attention_heads")  # a class has a default for what a config leaves out
     if path is None:

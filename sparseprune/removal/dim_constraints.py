@@ -22,7 +22,7 @@ from sparseprune.removal.slices import kept_slices, kept_whole, number_of
 from sparseprune.spec.problems import shown
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -162,18 +162,31 @@ class _Constraints:
     by_index: dict[tuple[Path, str], list[_KeptUnits]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     stays: list[str] = field(init=False)
+    counted: Mapping[str, Sequence[Counted]] = field(init=False)
 
     def __post_init__(self) -> None:
         self.stays = [name for name in self.model.shapes if name not in self.model.gone]
+        self.counted = {name: self._meant(name) for name in self.stays if name in self.counts.of}
         self._add_lists()
         for name in self.stays:
             if name in self.model.kept:
                 self._refuse_uncounted(name)
         touched = self._touched_keys()
         for name in self.stays:
-            for counted in self.counts.of.get(name, ()):
+            for counted in self.counted.get(name, ()):
                 if counted.key in touched:
                     self._add_tensor(counted)
+
+    def _meant(self, name: str) -> Sequence[Counted]:
+        """What is counted in a tensor; of modules that lie behind each other, these or the units in them."""
+        found = self.counts.of[name]
+        inner = next((each for each in found if each.flat > 1), None)
+        if inner is None:
+            return found
+        kept = self.model.kept.get(name)
+        members = np.ones((1, 1)) if kept is None else kept.along[0].reshape(inner.flat, -1)
+        is_whole = bool((members == members[:, :1]).all())
+        return [each for each in found if (each.flat == 1) == is_whole]
 
     def _touched_keys(self) -> set[Path]:
         """The keys of which some tensor or list loses units, and those that depend on them."""
@@ -182,7 +195,7 @@ class _Constraints:
         }
         for name, kept in self.model.kept.items():
             if name not in self.model.gone:
-                touched |= {each.key for each in self.counts.of.get(name, ()) if each.dim in kept.cut}
+                touched |= {each.key for each in self.counted.get(name, ()) if each.dim in kept.cut}
         for keys in self.counts.heads.values():
             pair = {keys.heads, keys.groups} - {None}
             if touched & pair:
@@ -192,7 +205,7 @@ class _Constraints:
     def _refuse_uncounted(self, name: str) -> None:
         """A problem for each cut dimension that no key counts, or cuts outside of what one counts."""
         shape, kept = self.model.shapes[name], self.model.kept[name]
-        found = self.counts.of.get(name, ())
+        found = self.counted.get(name, ())
         for dim in kept.cut:
             lost = shape[dim] - number_of(kept.along[dim])
             rest = kept.along[dim].copy()
@@ -215,7 +228,14 @@ class _Constraints:
         flags = np.ones(shape[dim], dtype=np.bool_) if kept is None else kept.along[dim]
         indices = flags[..., counted.begin : counted.begin + counted.count * counted.size]
         one = _KeptUnits(counted, indices, shape[dim])
-        if counted.by_index > 1:
+        if counted.flat > 1:
+            each = np.count_nonzero(indices.reshape(counted.flat, -1), axis=1)
+            if len(set(each.tolist())) > 1:
+                text = f"wanted as many in each of {counted.flat}, as {path_shown(counted.key)} counts them"
+                self.problems.append(f"{one}, {text}")
+            units = np.arange(counted.count // counted.flat) < int(each.max())
+            self.by_index.setdefault((counted.key, counted.group), []).append(one)
+        elif counted.by_index > 1:
             self.by_index.setdefault((counted.key, counted.group), []).append(one)
             count, rest = divmod(one.count, counted.by_index * counted.size)
             if rest:

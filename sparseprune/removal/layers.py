@@ -104,12 +104,30 @@ def _refused(stack: Stack) -> Iterator[str]:
         yield f"config.json: {key} is {stack.count}, and {stack.name} has {stack.members} members"
         return
     if "layers" in row.refused:
-        yield f"layers cannot go: {row.refused['layers']}"
+        yield f"layers of {stack.name} cannot go: {row.refused['layers']}"
     yield from (
-        f"layers cannot go: {why}" for key, why in row.layers.refused.items() if section.values.get(key)
+        f"layers of {stack.name} cannot go: {why}"
+        for key, why in row.layers.refused.items()
+        if section.values.get(key)
     )
     if not stack.stays:
         yield f"config.json: {path_shown(stack.key)} would be 0: nothing is left"
+        return
+    yield from _unfit_types(stack)
+
+
+def _unfit_types(stack: Stack) -> Iterator[str]:
+    """Lists of kinds of layers in which one is missing that the class needs."""
+    section, layers = stack.section, stack.section.architecture.layers
+    for key, needed in (*layers.needs.items(), *layers.last.items()):
+        entries = _by_place(section, key, stack.count)
+        left = [] if entries is None else [entries[layer] for layer in stack.stays]
+        if entries is None or needed not in entries:
+            continue
+        if needed not in left:
+            yield f"layers of {stack.name} cannot go: no layer of {key} {shown(needed)} would be left"
+        elif key in layers.last and left[-1] != needed:
+            yield f"layers of {stack.name} cannot go: the last one of {key} must be {shown(needed)}"
 
 
 def _twins(stacks: Mapping[str, Stack], members: Mapping[str, int], sections: Sections) -> Iterator[str]:
@@ -146,7 +164,7 @@ def without_layers(stack: Stack) -> dict[str, Any]:
     """New values of all keys of a stack's section that refer to layers; None for a key to remove."""
     section, stays, number = stack.section, stack.stays, stack.count
     layers = section.architecture.layers
-    values = _entries(stack)
+    values: dict[str, Any] = {**_entries(stack), **dict.fromkeys(layers.derived)}
     for key in layers.by_number:
         chosen = _by_number(section, key, number)
         values[key] = [place for place, layer in enumerate(stays) if layer in chosen]

@@ -524,7 +524,9 @@ def _wrong_name(name: str) -> str:
 
 
 def _overriding(text: str) -> object:
-    """The value of a `--set`: read as TOML if that works, else as an expression."""
+    """The value of a `--set`: read as TOML if that works, else as an expression, such as a text in quotes."""
+    if text.startswith(("'", '"')):
+        return text
     try:
         document = tomllib.loads(f"value = {text}")
     except (ValueError, RecursionError):

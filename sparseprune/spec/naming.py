@@ -80,6 +80,9 @@ MLPS: tuple[MlpNames, ...] = (
 )
 MLP_KEY_VALUE = re.compile(r"feed_forward$")  # elsewhere key and value are parts of attention
 
+MERGERS = re.compile(r"merger|projector|connector|resampler")  # what joins towers is no layer
+ATTACHED = re.compile(r"(?:^|\.)head\.mlp$")  # behind the layers of SigLIP, with as many channels
+
 ATTENTIONS: tuple[AttentionNames, ...] = (
     AttentionNames(("q_b_proj", "kv_b_proj"), latent=True),  # DeepSeek
     AttentionNames(("q_proj", "kv_b_proj"), latent=True),
@@ -161,7 +164,7 @@ ROUTER = re.compile(
     r"|proj\.weight|wg\.weight|e_score_correction_bias|per_expert_scale))?$|^(?:expert_bias|e_score_correction_bias)$"
 )
 
-LAYER_LISTS = re.compile(r"^(?!conv)(?:\w+_)?(?:layers|layer|h|blocks|block|resblocks)$")
+LAYER_LISTS = re.compile(r"^(?!conv|downsampl)(?:\w+_)?(?:layers|layer|h|blocks|block|resblocks)$")
 STAGES = re.compile(r"^(?:stages|layers)\.(?:layers|blocks)$")  # lists of layers in a list of stages
 
 # -- what is no matrix of a layer --------------------------------------------------------------------

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
-from sparseprune.spec.naming import EXPERTS, INTERLEAVED, MLP_KEY_VALUE, MLPS
+from sparseprune.spec.naming import ATTACHED, EXPERTS, INTERLEAVED, MERGERS, MLPS, MLP_KEY_VALUE
 from sparseprune.spec.structures.index import MATRIX, Structure, Units, of_all_experts, place_of
 from sparseprune.spec.structures.matrices import inputs_first
 
@@ -30,7 +30,7 @@ def find_mlps(index: Index) -> list[Structure]:
             ending = f".{names.reads}{suffix}"
             for form in [each for each in index.forms if each.endswith(ending)]:
                 base = form[: -len(ending)]
-                if "*" not in base or (names.reads == "value" and not MLP_KEY_VALUE.search(base)):
+                if not _may_hold(base) or (names.reads == "value" and not MLP_KEY_VALUE.search(base)):
                     continue
                 for numbers, reads in index.forms[form].items():
                     mlp = None if reads.name in taken else _mlp(index, names, (base, suffix), numbers)
@@ -38,6 +38,11 @@ def find_mlps(index: Index) -> list[Structure]:
                         found[reads.name] = mlp
                         taken.update(each.tensor for each in mlp.parts)
     return list(found.values())
+
+
+def _may_hold(base: str) -> bool:
+    """Whether an MLP of this module is one of layers, or stands behind them with the same number of channels."""
+    return ATTACHED.search(base) is not None if "*" not in base else MERGERS.search(base) is None
 
 
 def _mlp(index: Index, names: MlpNames, where: tuple[str, str], numbers: Numbers) -> Structure | None:
