@@ -1,0 +1,129 @@
+"""Every action on a spread of the zoo: each naming scheme and each kind of model; all others by hand."""
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from msgspec.structs import replace
+from safetensors.torch import save_file
+
+import sparseprune
+from tests.families.checkpoints import read
+from tests.families.harness import ACTIONS, CALIBRATED, Outcome, Zoo, examine, has, settle
+from tests.families.zoo import SPECIES, output
+
+pytestmark = pytest.mark.usefixtures("untraced")
+DERIVED = "derives the size of a head"
+POST_NORM = "a layer ends in a norm"
+SPREAD: dict[str, dict[str, str]] = {
+    "llama_mlp_bias": {},
+    "gpt2": {"heads": DERIVED},
+    "mixtral": {},
+    "bert": {"heads": DERIVED, "layers": POST_NORM},
+    "vit": {},
+}
+"""Why an action is refused for a type. All others are right, or the type has no such structure."""
+
+
+@pytest.fixture(scope="module")
+def settled(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Zoo]:
+    """The checkpoint of a type, made when it is first asked for."""
+    return cache(lambda name: settle(SPECIES[name], tmp_path_factory.mktemp("zoo")))
+
+
+@pytest.mark.parametrize(
+    ("name", "action"),
+    [(name, action) for name in SPREAD for action in ACTIONS if action != "calibrate" or name in CALIBRATED],
+)
+def test_an_action_is_right_or_refused_with_its_reason(
+    name: str, action: str, settled: Callable[[str], Zoo]
+) -> None:
+    one = settled(name)
+    outcome = examine(one, action)
+    if reason := SPREAD[name].get(action):
+        assert outcome.kind == "refused"
+        assert reason in outcome.detail
+    elif action in {"2of4", "calibrate"}:
+        assert outcome == Outcome("right")
+    else:
+        assert outcome.kind == ("right" if has(one, action) else "none"), outcome.detail
+
+
+def tampered(monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], None]) -> None:
+    """From now on removal writes something else."""
+    own = sparseprune.remove
+
+    def remove(checkpoint: Path, spec: str, *, output: Path, **options: object) -> object:
+        removal = own(checkpoint, spec, output=output, **options)  # type: ignore[arg-type]
+        change(output)
+        return removal
+
+    monkeypatch.setattr(sparseprune, "remove", remove)
+
+
+def overwrite(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    save_file(read(folder) | tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_a_smaller_model_that_computes_something_else_is_wrong(
+    settled: Callable[[str], Zoo], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "model.layers.1.mlp.down_proj.weight"
+    tampered(monkeypatch, lambda folder: overwrite(folder, {name: read(folder)[name].flip(1)}))
+    found = examine(settled("llama_mlp_bias"), "mlp-channels")
+    assert (found.kind, found.detail[:16]) == ("wrong", "outputs differ b")
+
+
+def test_a_router_with_the_rows_of_other_experts_is_wrong(
+    settled: Callable[[str], Zoo], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "model.layers.1.block_sparse_moe.gate.weight"
+    tampered(monkeypatch, lambda folder: overwrite(folder, {name: read(folder)[name].flip(0)}))
+    found = examine(settled("mixtral"), "experts")
+    assert (found.kind, found.detail[:16]) == ("wrong", "outputs differ b")
+
+
+def test_a_config_that_does_not_fit_is_wrong(
+    settled: Callable[[str], Zoo], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = settled("llama_mlp_bias")
+    config = (one.folder / "config.json").read_text()
+
+    def as_before(folder: Path) -> None:
+        (folder / "config.json").write_text(config)
+
+    tampered(monkeypatch, as_before)
+    assert examine(one, "mlp-channels").kind == "wrong"
+
+
+def test_a_tensor_that_the_class_does_not_know_is_wrong(
+    settled: Callable[[str], Zoo], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tampered(monkeypatch, lambda folder: overwrite(folder, {"model.more": torch.ones(2)}))
+    found = examine(settled("llama_mlp_bias"), "layers")
+    assert found == Outcome("wrong", found.detail)
+    assert "unexpected_keys" in found.detail
+
+
+def test_what_computes_what_the_dense_model_does_is_wrong(
+    settled: Callable[[str], Zoo], tmp_path: Path
+) -> None:
+    one = settled("llama_mlp_bias")
+    sparseprune.remove(one.folder, "mlp-channels", output=tmp_path / "smaller")
+    same = replace(one, dense=output(one.species, one.load(tmp_path / "smaller")))
+    assert examine(same, "mlp-channels") == Outcome("wrong", "computes what the dense model does")
+
+
+def test_moments_of_other_inputs_are_wrong(
+    settled: Callable[[str], Zoo], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = sparseprune.calibrate
+
+    def calibrate(*given: object, **options: object) -> object:
+        return own(*given, **{**options, "seed": 1})  # type: ignore[arg-type]
+
+    monkeypatch.setattr(sparseprune, "calibrate", calibrate)
+    found = examine(settled("llama"), "calibrate")
+    assert (found.kind, found.detail.split(": ")[1][:18]) == ("wrong", "the moment differs")
