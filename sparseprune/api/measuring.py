@@ -214,10 +214,10 @@ def _by_spec(
 
 
 def _bound(checkpoint: Checkpoint, spec: Spec) -> BoundSpec:
-    from sparseprune.spec import TensorInfo, bind
+    from sparseprune.execution.plan import tensor_infos
+    from sparseprune.spec import bind
 
-    tensors = [TensorInfo(one.name, one.dtype, one.shape) for one in checkpoint.tensors.values()]
-    return bind(spec, tensors, read_config(checkpoint))
+    return bind(spec, tensor_infos(checkpoint), read_config(checkpoint))
 
 
 def _survivors(run: Run, jobs: int, checkpoint: Checkpoint, spec: Spec) -> list[Survivors]:

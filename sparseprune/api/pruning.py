@@ -53,7 +53,7 @@ def prepare(asked: Source, target: Target, machine: Machine) -> Prepared:
         source, spec = read_spec(asked.spec, asked.overrides)
         checkpoint = open_checkpoint(asked.checkpoint)
         refuse_split(checkpoint)
-        plan = make_plan(checkpoint, spec)
+        plan = make_plan(checkpoint, spec, writes=target.weights and not target.resized)
         schedule = make_schedule(
             plan,
             machine.memory,

@@ -21,6 +21,7 @@ import torch
 
 from sparseprune.calibration.watching import EnoughError
 from sparseprune.checkpoint import read_config
+from sparseprune.checkpoint.codes import QUANTIZED_FILES, quantization_of
 from sparseprune.checkpoint.documents import shown
 from sparseprune.errors import CheckpointError, SparsepruneError, is_out_of_memory
 
@@ -42,9 +43,6 @@ _FEW_MODULES, _MOST_POSITIONS = 1024, 1 << 27  # numbers up to these are always 
 # Classifiers need a padding token to run two sequences; no token has this number.
 _NO_PADDING = -1
 _FEW_WEIGHTS = 50_000_000  # that a model may have beyond four times those of its checkpoint
-# Ends of tensor names in quantized checkpoints: codes and their scales.
-_CODES = (".qweight", ".weight_packed", ".weight_scale", ".weight_scale_inv", "_blocks", ".absmax")
-_QUANTIZED_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -189,29 +187,15 @@ def _transformers() -> Any:
 
 def _refuse_quantized(checkpoint: Checkpoint, document: Mapping[str, Any]) -> None:
     """CheckpointError if the tensors are quantized codes: they are not the matrices of the model."""
-    found = ""
-    for key, part in (("", document), *((key, part) for key, part in document.items())):
-        if isinstance(part, dict | MappingProxyType) and part.get("quantization_config"):
-            method = _quantization(part["quantization_config"])
-            place = f"{key}.quantization_config" if key else "quantization_config"
-            found = found or (f"{method}, says {place} of config.json" if method else "")
-    files = [name for name in _QUANTIZED_FILES if (checkpoint.path / name).is_file()]
-    codes = [name for name in checkpoint.tensors if name.endswith(_CODES)]
+    files = [name for name in QUANTIZED_FILES if (checkpoint.path / name).is_file()]
+    codes = [name for name, stored in checkpoint.tensors.items() if stored.codes is not None]
+    found = quantization_of(document)
     found = found or (f"{files[0]} lies beside it" if files else f"it has {codes[0]}" if codes else "")
     if found:
         raise CheckpointError(
             f"{checkpoint.path}: the checkpoint is quantized ({found}); calibrate the unquantized one that "
             "it was made from"
         )
-
-
-def _quantization(stated: Any) -> str:
-    """The method of a quantization_config; "" if it only describes sparsity."""
-    if not isinstance(stated, dict):
-        return shown(stated)
-    method = str(stated.get("quant_method") or stated.get("quant_algo") or "of an unknown method")
-    sparse_alone = bool(stated.get("sparsity_config")) and not stated.get("config_groups")
-    return "" if sparse_alone and method in {"compressed-tensors", "of an unknown method"} else method
 
 
 def _refuse_huge(checkpoint: Checkpoint, document: Mapping[str, Any]) -> None:

@@ -8,23 +8,27 @@ from __future__ import annotations
 
 import hashlib
 import os
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 
 from msgspec import Struct
 
 from sparseprune.checkpoint import discovery, file_io
+from sparseprune.checkpoint.codes import with_codes
 from sparseprune.checkpoint.documents import leads_nowhere, read_object, read_object_if_any, shown
 from sparseprune.checkpoint.file_io import NO_STAMP, ChangedInputError, Stamp, machine_errors
 from sparseprune.checkpoint.header import Header, TensorEntry, read_header
+from sparseprune.engine.dtypes import DTYPES
 from sparseprune.errors import CheckpointError, SparsepruneError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
+    from sparseprune.checkpoint.codes import Codes
     from sparseprune.checkpoint.discovery import OtherFile
     from sparseprune.checkpoint.file_io import WritableBytes
 
@@ -55,10 +59,14 @@ class Shard:
 
 
 class StoredTensor(Struct, frozen=True):
-    """A tensor and the shard that holds it; `offset` counts from the beginning of the shard's file."""
+    """A tensor and the shard that holds it; `offset` counts from the beginning of the shard's file.
+
+    `codes` tells what its elements mean where they are no weights.
+    """
 
     entry: TensorEntry
     shard: Shard
+    codes: Codes | None = None
 
     @property
     def name(self) -> str:
@@ -79,6 +87,17 @@ class StoredTensor(Struct, frozen=True):
     @property
     def nbytes(self) -> int:
         return self.entry.nbytes
+
+    @property
+    def holds(self) -> Literal["weights", "codes", "packed"]:
+        """What its elements are; "packed" where one is not one code."""
+        return "weights" if self.codes is None else "packed" if self.codes.packed else "codes"
+
+    @property
+    def is_counted(self) -> bool:
+        """Whether it is known of each element whether it is zero: whole bytes, and no packed codes."""
+        is_whole = DTYPES[self.entry.dtype].zero_bits is not None
+        return is_whole and (self.codes is None or self.codes.is_counted)
 
     @property
     def offset(self) -> int:
@@ -122,10 +141,11 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """
     if not discovery.is_folder(path):
         headers = dict([open_shard(path)])
-        return Checkpoint(path, headers, is_directory=False, others=(), tensors=_tensors(headers, {}))
+        tensors = _coded(_tensors(headers, {}), path.parent)
+        return Checkpoint(path, headers, is_directory=False, others=(), tensors=tensors)
     found = discovery.find_files(path)
     headers = dict(open_shard(path / place, place) for place in found.shards)
-    tensors = _tensors(headers, found.weight_map)
+    tensors = _coded(_tensors(headers, found.weight_map), path)
     _check_index(path, found, tensors)
     with machine_errors(path, "cannot be read"):
         copies = discovery.copies_of_weights(path, found, lambda file: _has_same(path / file, tensors))
@@ -273,7 +293,7 @@ def _truncated(path: Path, size: int, wanted: int) -> ChangedInputError:
 
 def _tensors(
     headers: Mapping[Shard, Header], weight_map: Mapping[str, PurePosixPath]
-) -> Mapping[str, StoredTensor]:
+) -> dict[str, StoredTensor]:
     """Every tensor once: of those in several shards the one where the index has it."""
     tensors: dict[str, StoredTensor] = {}
     for shard, header in headers.items():
@@ -287,7 +307,18 @@ def _tensors(
             if other is None or place == shard.relative:
                 tensors.pop(entry.name, None)  # so that it comes in the order of its shard
                 tensors[entry.name] = StoredTensor(entry, shard)
-    return MappingProxyType(tensors)
+    return tensors
+
+
+def _coded(tensors: Mapping[str, StoredTensor], home: Path) -> Mapping[str, StoredTensor]:
+    """The tensors with what their codes mean; a config.json that cannot be read says nothing of that."""
+
+    def config() -> Mapping[str, Any] | None:
+        with suppress(SparsepruneError):
+            return read_object_if_any(home / "config.json")
+        return None
+
+    return MappingProxyType(with_codes(tensors, config))
 
 
 def _check_index(path: Path, found: discovery.FoundFiles, tensors: Mapping[str, StoredTensor]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import repeat
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from msgspec import Struct
@@ -32,12 +32,14 @@ if TYPE_CHECKING:
 
     from sparseprune.checkpoint import Source, Statistic, Statistics, StoredTensor
     from sparseprune.engine.grids import Shape
+    from sparseprune.execution.regions import Run
 
     Floats = NDArray[np.float64]
     Bytes = NDArray[np.uint8]
     Progress = Callable[[int, str], None]
 
 SLAB = 1 << 20  # bytes of each checkpoint read at a time: both stay in the cache until they are compared
+_CODED = 80  # bytes that an element takes where codes are made weights, of both sides together
 _WIDEST = 16  # bytes that an element may take where it is compared by its value
 _WORKED_ON = 1 << 22  # elements of a matrix whose outputs are computed together
 _MOMENTS = frozenset({"F64", "F32", "F16", "BF16"})
@@ -61,9 +63,15 @@ class Pair(Struct, frozen=True):
         return self.before.dtype == self.after.dtype
 
     @property
+    def coded(self) -> bool:
+        """Whether elements are codes on a side, so that weights are compared in place of patterns."""
+        return self.before.codes is not None or self.after.codes is not None
+
+    @property
     def known(self) -> bool:
-        """Whether elements are whole bytes on both sides, so that each can be looked at."""
-        return None not in (DTYPES[self.before.dtype].zero_bits, DTYPES[self.after.dtype].zero_bits)
+        """Whether elements are whole bytes on both sides, and known as numbers: each can be looked at."""
+        sides = self.before, self.after
+        return all(one.is_counted and not (one.codes and one.codes.no_values) for one in sides)
 
     @property
     def is_read(self) -> bool:
@@ -75,7 +83,7 @@ class Pair(Struct, frozen=True):
         if not self.known:
             size = max(self.before.nbytes, self.after.nbytes)
             return size, max(1, slab if self.by_bits else size)
-        direct = self.by_bits and self.before.dtype in FORMATS
+        direct = self.by_bits and self.before.dtype in FORMATS and not self.coded
         return self.before.numel, max(1, slab // (DTYPES[self.before.dtype].itemsize if direct else _WIDEST))
 
     def bytes_of(self, count: int) -> tuple[int, int]:
@@ -86,10 +94,11 @@ class Pair(Struct, frozen=True):
 
 
 class TensorComparison(Struct, frozen=True):
-    """What was found in one tensor. Of unlike dtypes values are compared, of one dtype bits.
+    """What was found in one tensor. Of unlike dtypes and of codes values are compared, of one dtype bits.
 
     `differs` tells whether any element changed; None where that cannot be said, elements of less than a byte
-    beside another dtype. These have no `counts` and no `energies` either. Places in them are flat.
+    beside another dtype. These have no `counts` and no `energies` either. Places in them are flat. `holds`
+    says what elements are: codes where they are on either side.
     """
 
     name: str
@@ -100,6 +109,7 @@ class TensorComparison(Struct, frozen=True):
     differs: bool | None
     counts: Counts | None
     energies: Energies | None
+    holds: Literal["weights", "codes", "packed"] = "weights"
 
 
 class Sides(Struct, frozen=True):
@@ -167,27 +177,37 @@ class ComparePairs(Pass):
     def chunks(self, io: TensorIO) -> Iterator[Chunk]:  # noqa: ARG002
         if len(self.pairs) > 1:
             nbytes = sum(pair.nbytes for pair in self.pairs)
-            yield Chunk(None, nbytes, 2 * nbytes)
+            yield Chunk(None, nbytes, 2 * nbytes + max(map(_value_bytes, self.pairs)))
             return
         pair = self.pairs[0]
         size, step = pair.cut(self.slab)
         for begin in range(0, size, step):
             end = min(begin + step, size)
             nbytes = sum(pair.bytes_of(end - begin)) if pair.is_read else pair.nbytes
-            yield Chunk((begin, end), nbytes, 2 * nbytes)
+            memory = _CODED * (end - begin) if _by_value(pair) else 2 * nbytes
+            yield Chunk((begin, end), nbytes, memory)
 
     def work(self, chunk: Chunk, io: TensorIO) -> list[Piece]:
         if chunk.about is None:
-            read = [pair for pair in self.pairs if pair.is_read]
+            read = [pair for pair in self.pairs if pair.is_read and not _by_value(pair)]
             before, after = (
                 io.read_whole([pair.before for pair in read]),
                 io.read_whole([pair.after for pair in read]),
             )
             found = map(_compared, read, repeat(0), before, after)
-            return [next(found) if pair.is_read else Piece(0) for pair in self.pairs]
+            return [
+                _compared_values(pair, (0, pair.before.numel), io)
+                if _by_value(pair)
+                else next(found)
+                if pair.is_read
+                else Piece(0)
+                for pair in self.pairs
+            ]
         pair, (begin, end) = self.pairs[0], chunk.about
         if not pair.is_read:
             return [Piece(begin)]
+        if _by_value(pair):
+            return [_compared_values(pair, (begin, end - begin), io)]
         sides: list[Bytes] = []
         for stored, first, nbytes in zip(
             (pair.before, pair.after), pair.bytes_of(begin), pair.bytes_of(end - begin), strict=True
@@ -221,6 +241,22 @@ def _compared(pair: Pair, begin: int, before: Bytes, after: Bytes) -> Piece:
     return Piece(begin, counts.changed > 0, counts, energies)
 
 
+def _by_value(pair: Pair) -> bool:
+    """Whether codes are made weights to be compared."""
+    return pair.is_read and pair.known and pair.coded
+
+
+def _value_bytes(pair: Pair) -> int:
+    """What the weights of both sides take, where they are made of codes."""
+    return _CODED * pair.before.numel if _by_value(pair) else 0
+
+
+def _compared_values(pair: Pair, run: Run, io: TensorIO) -> Piece:
+    """The weights that elements are or stand for, on both sides."""
+    counts, energies = compare_values(io.load_values(pair.before, run), io.load_values(pair.after, run))
+    return Piece(run[0], counts.changed > 0, counts, energies)
+
+
 def _comparison(pair: Pair, pieces: Sequence[Piece]) -> TensorComparison:
     before, after = pair.before, pair.after
     differs = None
@@ -235,7 +271,14 @@ def _comparison(pair: Pair, pieces: Sequence[Piece]) -> TensorComparison:
         differs,
         _counts_of(pieces) if pair.known else None,
         _energies_of(pieces) if pair.known else None,
+        _holds(pair),
     )
+
+
+def _holds(pair: Pair) -> Literal["weights", "codes", "packed"]:
+    """What both sides hold together: packed codes or codes where one side does."""
+    sides = {pair.before.holds, pair.after.holds}
+    return "packed" if "packed" in sides else "codes" if "codes" in sides else "weights"
 
 
 def _counts_of(pieces: Sequence[Piece]) -> Counts:
@@ -275,7 +318,8 @@ def with_statistics(pairs: Sequence[Pair], statistics: Statistics) -> tuple[Pair
         pair
         for pair in pairs
         if pair.before.name in statistics.of
-        and all(DTYPES[stored.dtype].prunable for stored in (pair.before, pair.after))
+        and pair.known
+        and all(DTYPES[one.dtype].prunable or one.codes for one in (pair.before, pair.after))
         and len(pair.before.shape) in {2, 3}
     )
     path = statistics.checkpoint.path
@@ -371,18 +415,25 @@ class OutputError(Pass):
         first = matrix * rows * columns
         step = max(1, _WORKED_ON // max(1, rows if self._turned else columns))
         if self._turned:
-            both = [io.load_run(stored, (first, rows * columns)).reshape(rows, columns) for stored in sides]
+            both = [self._numbers(stored, (first, rows * columns), io) for stored in sides]
             for begin in range(0, columns, step):
                 dense, after = (
-                    _wide(bits[:, begin : begin + step], stored).T
-                    for bits, stored in zip(both, sides, strict=True)
+                    _wide(numbers.reshape(rows, columns)[:, begin : begin + step], dtype).T
+                    for numbers, dtype in both
                 )
                 yield dense, after
             return
         for begin in range(0, rows, step):
             run = first + begin * columns, min(step, rows - begin) * columns
-            dense, after = (_wide(io.load_run(stored, run), stored).reshape(-1, columns) for stored in sides)
+            dense, after = (io.load_values(stored, run).reshape(-1, columns) for stored in sides)
             yield dense, after
+
+    @staticmethod
+    def _numbers(stored: StoredTensor, run: Run, io: TensorIO) -> tuple[NDArray[Any], str]:
+        """Elements in the patterns of a dtype; codes become weights in F64."""
+        if stored.codes is None:
+            return io.load_run(stored, run), stored.dtype
+        return io.load_values(stored, run).view(np.uint64), "F64"
 
 
 def _input_dim(statistic: Statistic, rank: int) -> int:
@@ -393,7 +444,7 @@ def _input_dim(statistic: Statistic, rank: int) -> int:
 def _moment(stored: StoredTensor, matrix: int, io: TensorIO) -> tuple[Floats, int]:
     """One moment, in float64 and in units of a power of two; and which."""
     size = stored.shape[-1]
-    moment = _wide(io.load_run(stored, (matrix * size * size, size * size)), stored).reshape(size, size)
+    moment = io.load_values(stored, (matrix * size * size, size * size)).reshape(size, size)
     if not np.isfinite(moment).all():
         raise CheckpointError(f"{stored.shard.path}: {stored.name} holds NaN or infinity; calibrate again")
     if (moment.diagonal() < 0).any():
@@ -402,9 +453,9 @@ def _moment(stored: StoredTensor, matrix: int, io: TensorIO) -> tuple[Floats, in
     return np.ldexp(moment, -power), power
 
 
-def _wide(bits: NDArray[Any], stored: StoredTensor) -> Floats:
+def _wide(bits: NDArray[Any], dtype: str) -> Floats:
     flat = np.ascontiguousarray(bits).reshape(-1)
-    return values_of(flat, stored.dtype).astype(np.float64, copy=False).reshape(bits.shape)
+    return values_of(flat, dtype).astype(np.float64, copy=False).reshape(bits.shape)
 
 
 def _energies(

@@ -319,6 +319,8 @@ def _counts(flags: Flags, of: int, axis: int) -> NDArray[np.int64]:
 def _nonzero(stored: StoredTensor, reader: Source) -> Flags | None:
     """Which of the first rows and columns of the first matrix are not zero; None where nobody can tell."""
     dtype = DTYPES[stored.dtype]
+    if stored.codes is not None and (not stored.is_counted or stored.codes.zero_point is not None):
+        return None
     if len(stored.shape) not in {2, 3} or not stored.numel or not dtype.zero_bits or dtype.bits % 8:
         return None
     rows, columns = min(stored.shape[-2], _ROWS), stored.shape[-1]

@@ -11,11 +11,12 @@ import re
 from dataclasses import dataclass
 from functools import lru_cache
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from msgspec import Struct
 from msgspec import field as struct_field
+from msgspec.structs import replace
 
 from sparseprune.engine.dtypes import DTYPES
 from sparseprune.engine.grids import prod
@@ -97,8 +98,9 @@ class Zeros(Struct, frozen=True):
 class TensorFacts(Struct, frozen=True):
     """What was counted in one tensor.
 
-    Elements that are no whole bytes cannot be looked at: `zeros`, `nonfinite` and all below are then None.
-    `patterns` are those of the questions that it satisfies, for tensors of two dimensions or more.
+    Elements that are no whole bytes, and packed codes, cannot be looked at: `zeros`, `nonfinite` and all
+    below are then None, but for `holds`, which says what elements are, as `StoredTensor` does. `patterns` are
+    those of the questions that it satisfies, for tensors of two dimensions or more.
     `slices` has one entry for each dimension: of the slices at one index of it, those that are all zero.
     `rows`, `columns` and `blocks` (by their shape, "4x4") are those of its matrices (`matrices_of`), None
     where it has none. `nonfinite` counts NaN and infinities.
@@ -115,6 +117,7 @@ class TensorFacts(Struct, frozen=True):
     rows: Zeros | None = None
     columns: Zeros | None = None
     blocks: Mapping[str, Zeros] | None = struct_field(default_factory=lambda: MappingProxyType({}))
+    holds: Literal["weights", "codes", "packed"] = "weights"
 
 
 def matrices_of(shape: Shape) -> tuple[int, int, int] | None:
@@ -189,9 +192,10 @@ class Counted(Struct, frozen=True):
 class Form(Struct, frozen=True):
     """What is asked of every tensor of one dtype and shape; made by `form_of`.
 
-    `stack` are its matrices, rows and columns. `sizes` are those of blocks, cut off at the edges of a matrix,
-    the lowest first; a row has the height 1, a column the width 1; none below two dimensions. Parts that are
-    multiples of `unit`, (matrices, rows), cut no block and no group of a pattern.
+    `is_read`: elements can be looked at, as they are whole bytes and no packed codes. `stack` are its
+    matrices, rows and columns. `sizes` are those of blocks, cut off at the edges of a matrix, the lowest
+    first; a row has the height 1, a column the width 1; none below two dimensions. Parts that are multiples
+    of `unit`, (matrices, rows), cut no block and no group of a pattern.
     """
 
     dtype: str
@@ -201,11 +205,7 @@ class Form(Struct, frozen=True):
     sizes: tuple[Size, ...]
     patterns: tuple[Pattern, ...]
     unit: tuple[int, int]
-
-    @property
-    def is_read(self) -> bool:
-        """Whether its elements are whole bytes, and so can be looked at."""
-        return DTYPES[self.dtype].zero_bits is not None
+    is_read: bool = True
 
     @property
     def itemsize(self) -> int:
@@ -365,11 +365,11 @@ class Form(Struct, frozen=True):
 
 
 @lru_cache(maxsize=256)
-def form_of(dtype: str, shape: Shape, questions: Questions) -> Form:
+def form_of(dtype: str, shape: Shape, questions: Questions, *, is_read: bool = True) -> Form:
     """What these questions ask of a tensor."""
     stack = matrices_of(shape)
-    if stack is None or DTYPES[dtype].zero_bits is None:
-        return Form(dtype, shape, questions, (1, prod(shape), 1), (), (), (1, 1))
+    if stack is None or not is_read:
+        return Form(dtype, shape, questions, (1, prod(shape), 1), (), (), (1, 1), is_read)
     matrices, rows, columns = stack
     asked = {(1, columns), (rows, 1), *((one.rows, one.columns) for one in questions.blocks)}
     sizes = tuple(sorted({_cut_off(size, stack) for size in asked}))
@@ -446,7 +446,7 @@ def inspect_jobs(tensors: Sequence[StoredTensor], questions: Questions, slab: in
     """A job for each large tensor, and one for neighbouring small tensors of about `slab` bytes in all."""
 
     def size(stored: StoredTensor) -> int:
-        form = form_of(stored.dtype, stored.shape, questions)
+        form = _form(stored, questions)
         return max(stored.nbytes, prod(form.stack[:2]) * form.row_bytes if form.is_read else 0)
 
     for number, some in batches(tensors, size, slab):
@@ -479,10 +479,10 @@ class InspectTogether(Pass):
 
     def merge(self, partials: list[Any], io: TensorIO) -> tuple[TensorFacts, ...]:  # noqa: ARG002
         each = zip(self.tensors, self._forms(), partials[0], strict=True)
-        return tuple(form.facts(stored.name, counted) for stored, form, counted in each)
+        return tuple(_facts(stored, form, counted) for stored, form, counted in each)
 
     def _forms(self) -> list[Form]:
-        return [form_of(stored.dtype, stored.shape, self.questions) for stored in self.tensors]
+        return [_form(stored, self.questions) for stored in self.tensors]
 
 
 @dataclass(frozen=True, slots=True)
@@ -495,7 +495,7 @@ class InspectParts(Pass):
 
     @property
     def form(self) -> Form:
-        return form_of(self.stored.dtype, self.stored.shape, self.questions)
+        return _form(self.stored, self.questions)
 
     def chunks(self, io: TensorIO) -> Iterator[Chunk]:  # noqa: ARG002
         form = self.form
@@ -519,7 +519,7 @@ class InspectParts(Pass):
             (row, word), (height, width) = piece.begin, piece.extent
             width = min(width * WORD, columns - word * WORD)
             bits = io.scratch("bits", height * width, f"u{form.itemsize}")
-            io.reader.read_into(self.stored, (first + row * columns + word * WORD) * form.itemsize, bits)
+            io.read_run(self.stored, first + row * columns + word * WORD, bits)
             marks = io.scratch("marks", bits.size, "?")
             found = mark_nonzero(bits, DTYPES[form.dtype], marks)
             zeros, nonfinite = zeros + found[0], nonfinite + found[1]
@@ -544,13 +544,22 @@ class InspectParts(Pass):
     def merge(self, partials: list[Any], io: TensorIO) -> tuple[TensorFacts]:  # noqa: ARG002
         form = self.form
         if not form.is_read:
-            return (form.facts(self.stored.name, None),)
+            return (_facts(self.stored, form, None),)
         zeros, nonfinite = sum(one.zeros for one in partials), sum(one.nonfinite for one in partials)
         found = None
         if zeros and form.sizes:
             parts = zip(form.parts(self.slab), partials, strict=True)
             found = form.joined([one.found or form.filled(part) for part, one in parts])
-        return (form.facts(self.stored.name, Counted(zeros, nonfinite, found)),)
+        return (_facts(self.stored, form, Counted(zeros, nonfinite, found)),)
+
+
+def _form(stored: StoredTensor, questions: Questions) -> Form:
+    return form_of(stored.dtype, stored.shape, questions, is_read=stored.is_counted)
+
+
+def _facts(stored: StoredTensor, form: Form, counted: Counted | None) -> TensorFacts:
+    facts = form.facts(stored.name, counted)
+    return facts if stored.codes is None else replace(facts, holds=stored.holds)
 
 
 def _counted_together(form: Form, data: Sequence[NDArray[np.uint8]]) -> list[Counted]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from msgspec import Struct
 
-from sparseprune.engine.kernels.counting import Tally, exact_sum, share_of_output, tally, totals_in_units
+from sparseprune.engine.kernels.counting import Tally, exact_sum, share_of_output, totals_in_units
 from sparseprune.results.fields import Made
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from sparseprune.checkpoint import StoredTensor
     from sparseprune.execution.plan import Plan, Task
-    from sparseprune.execution.tensor_io import Bits, Mask, TensorIO
+    from sparseprune.execution.tensor_io import Mask, TensorIO
 
 
 class GivenUpError(BaseException):
@@ -122,10 +122,9 @@ def is_outcome(value: object) -> bool:
     )
 
 
-def finish(rule: str, stored: StoredTensor, before: Tally, bits: Bits, mask: Mask) -> Outcome:
-    """The outcome of elements (flat) that a rule has pruned by a mask: `before` was counted before."""
+def finish(rule: str, stored: StoredTensor, before: Tally, after: Tally, mask: Mask) -> Outcome:
+    """The outcome of elements that a rule has pruned by a mask, with what was counted before and after."""
     pruned = mask.size - int(np.count_nonzero(mask.view(np.bool_)))
-    after = tally(bits, stored.dtype)
     counts = [before.zeros, before.energy, after.zeros, after.energy]
     return [stored.name, rule, before.numel, pruned, *counts]
 

@@ -11,11 +11,14 @@ from functools import reduce
 from typing import TYPE_CHECKING, Literal
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from sparseprune.checkpoint import Statistic, open_statistics, read_config
+from sparseprune.checkpoint.codes import codes_in, names_beside
 from sparseprune.engine.dtypes import DTYPES
 from sparseprune.engine.grids import prod
 from sparseprune.errors import CheckpointError, SpecError
+from sparseprune.execution.coded import rank_of_codes, refusals
 from sparseprune.execution.scores import kind_of
 from sparseprune.results.fields import Made
 from sparseprune.spec import BoundBlock, BoundScope, TensorInfo, bind
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
 
     from sparseprune.checkpoint import Checkpoint, Statistics, StatisticsKind, StoredTensor
     from sparseprune.engine.grids import Shape
+    from sparseprune.execution.coded import CodesRank
     from sparseprune.execution.regions import AnyBlock, AnyScope
     from sparseprune.execution.scores import ScoreKind
     from sparseprune.spec import BoundInstance, BoundSpec, Reconstruct, Score, Spec
@@ -259,16 +263,25 @@ def holds_rows(leaf: BoundBlock, shape: Shape, dim: int) -> bool:
 
 
 class Task(Struct, frozen=True):
-    """One instance of an outermost scope or coupling, its rule, and what it reads besides weights."""
+    """One instance of an outermost scope or coupling, its rule, and what it reads besides weights.
+
+    `codes`: how elements are ranked where some are codes; None where all are weights.
+    """
 
     rule: str
     instance: BoundInstance
     inputs: tuple[TaskInput, ...] = ()
+    codes: CodesRank | None = None
 
     @property
     def score_kind(self) -> ScoreKind:
         """The row of its score in the table of kinds."""
         return kind_of(self.instance.score)
+
+    @property
+    def ranks_patterns(self) -> bool:
+        """Whether the magnitudes of what is stored are the scores: weights, or codes of one scale."""
+        return self.score_kind.ranks_weights and self.codes != "values"
 
     def nbytes(self, tensors: Mapping[str, StoredTensor]) -> int:
         """Bytes of what it reaches: what one pass reads."""
@@ -306,26 +319,72 @@ class Plan(Struct, frozen=True):
 
 
 def make_plan(
-    checkpoint: Checkpoint, spec: Spec, needs_inputs: Callable[[BoundInstance], bool] = lambda _: True
+    checkpoint: Checkpoint,
+    spec: Spec,
+    needs_inputs: Callable[[BoundInstance], bool] = lambda _: True,
+    *,
+    writes: bool = True,
 ) -> Plan:
     """Bind a spec to the headers of a checkpoint and cut the work into units.
 
     `needs_inputs` says for which instances the files of scores and conditioners are looked for, by default
-    for all; the tasks of the others have no inputs, and their files may be gone.
+    for all; the tasks of the others have no inputs, and their files may be gone. `writes`: zeros are written
+    or looked for, so that it must be known of codes which of them are zero.
 
     Raises:
         SpecError: the spec does not fit the checkpoint, with every problem at once.
     """
-    entries = [stored.entry for stored in checkpoint.tensors.values()]
-    tensors = [TensorInfo(entry.name, entry.dtype, entry.shape) for entry in entries]
-    bound = bind(spec, tensors, read_config(checkpoint))
+    bound = bind(spec, tensor_infos(checkpoint), read_config(checkpoint))
     files = InputFiles(checkpoint)
+    ranks = _ranks_of_codes(bound, checkpoint, needs_inputs, writes=writes)
     tasks = [
         Task(rule.name, instance, files.of_instance(rule.name, instance) if needs_inputs(instance) else ())
         for rule, instance in bound.instances()
     ]
     files.raise_if_any()
+    if ranks:
+        tasks = [replace(task, codes=rank) for task, rank in zip(tasks, ranks, strict=True)]
     return Plan(checkpoint, bound, _units(checkpoint, tasks))
+
+
+def tensor_infos(checkpoint: Checkpoint) -> list[TensorInfo]:
+    """The tensors that rules may reach: scales and zero points go with their codes, and are none."""
+    stored = checkpoint.tensors.values()
+    if not codes_in(checkpoint.tensors):
+        return [TensorInfo(entry.name, entry.dtype, entry.shape) for entry in [one.entry for one in stored]]
+    beside = names_beside(checkpoint.tensors)
+    return [
+        TensorInfo(one.name, one.dtype, one.shape, codes=_has_other_elements(one))
+        for one in stored
+        if one.name not in beside
+    ]
+
+
+def _has_other_elements(stored: StoredTensor) -> bool:
+    """Whether codes are more than their dtype says: several in a byte, or above a zero point."""
+    codes, dtype = stored.codes, DTYPES[stored.dtype]
+    return codes is not None and dtype.bits >= 8 and (bool(codes.packed) or stored.dtype == "U8")
+
+
+def _ranks_of_codes(
+    bound: BoundSpec, checkpoint: Checkpoint, is_scored: Callable[[BoundInstance], bool], *, writes: bool
+) -> list[CodesRank | None]:
+    """How each instance ranks codes; none where no tensor holds any.
+
+    SpecError for all with which a rule cannot do what it should; one that is not scored needs no weights.
+    """
+    tensors = checkpoint.tensors
+    if not codes_in(tensors):
+        return []
+    problems: dict[str, list[str]] = {}
+    for rule, instance in bound.instances():
+        lines = refusals(instance, tensors, scored=is_scored(instance), writes=writes)
+        problems.setdefault(rule.name, []).extend(f"[{rule.name}] {line}" for line in lines)
+    told = [line for lines in problems.values() for line in dict.fromkeys(lines[:_MOST_NAMED])]
+    if told:
+        more = sum(map(len, problems.values())) - len(told)
+        raise SpecError(*told, *([f"and {more:,} more tensors hold codes"] if more else []))
+    return [rank_of_codes(instance, tensors) for _, instance in bound.instances()]
 
 
 def _units(checkpoint: Checkpoint, tasks: Iterable[Task]) -> Sequence[WorkUnit]:

@@ -37,12 +37,14 @@ _FILE_OF = {"values": "score", "vector": "score", "blocks": "score", "conditione
 class Elements(Struct, frozen=True):
     """Numbers as the leaf sees them: patterns of a dtype that can be pruned.
 
-    `may_be_infinite`: infinity is a number like others here, a score that is that high.
+    `may_be_infinite`: infinity is a number like others here, a score that is that high. `weights`: they are
+    those of the tensor and of nothing else.
     """
 
     bits: Bits
     dtype: str
     may_be_infinite: bool = False
+    weights: bool = False
 
     def magnitudes(self) -> Floats:
         """Their magnitudes in float64; NaN stays NaN."""
@@ -67,6 +69,7 @@ class Ranking:
     def __init__(self, task: Task, io: TensorIO) -> None:
         self._score = task.instance.score
         self._kind = task.score_kind
+        self._task = task
         self._io = io
         self._inputs: dict[tuple[Role, str], TaskInput] = {(one.role, one.key): one for one in task.inputs}
 
@@ -86,17 +89,19 @@ class Ranking:
         return self._score.normalize
 
     def elements(self, loaded: Loaded) -> Elements | None:
-        """What the elements of a region count in place of the weights; None where the weights count.
+        """What the elements of a region count in place of their patterns; None where these count.
 
         Raises:
             SparsityError: NaN in a score file that may have none, a negative norm or Hessian diagonal.
         """
         kind = self._kind
-        if kind.ranks_blocks or kind.ranks_weights:
+        if kind.ranks_blocks or self._task.ranks_patterns:
             return None
-        if kind.elements is None:
+        if kind.elements is None and kind.reads is not None:
             return self._file_elements("values", loaded.region)
-        scores = Elements(loaded.view, loaded.dtype).magnitudes()
+        scores = self._magnitudes(loaded)
+        if kind.elements is None:
+            return Elements(scores.view(np.uint64), "F64", weights=True)
         with np.errstate(over="ignore", invalid="ignore"):  # who ranks the result checks it
             if kind.reads is None:
                 scores = kind.elements(scores)
@@ -107,6 +112,13 @@ class Ranking:
             else:
                 scores = kind.elements(scores, self._file_elements("values", loaded.region).magnitudes())
         return Elements(scores.view(np.uint64), "F64")
+
+    def _magnitudes(self, loaded: Loaded) -> Floats:
+        """Of the weights of a region, or of those that its codes stand for."""
+        if loaded.stored.codes is None or self._task.codes != "values":
+            return Elements(loaded.view, loaded.dtype).magnitudes()
+        values = self._io.values(loaded)
+        return np.abs(values, out=values)
 
     def conditioners(self, region: Region) -> Elements | None:
         """The diagonal that soft thresholding is conditioned by, None where no file was given."""
@@ -223,7 +235,8 @@ def refuse_nonfinite(loaded: Loaded, elements: Elements | None = None) -> None:
         if wrong.any():
             place = tuple(int(index) for index in np.unravel_index(int(np.argmax(wrong)), wrong.shape))
             element = Elements(ranked.bits[place], ranked.dtype)
-            raise _nonfinite_error(loaded, place, element, scored=elements is not None)
+            scored = elements is not None and not elements.weights
+            raise _nonfinite_error(loaded, place, element, scored=scored)
 
 
 def refuse_nonfinite_bits(loaded: Loaded, form: Format) -> None:

@@ -20,9 +20,9 @@ from sparseprune.checkpoint.mask_names import counterparts
 from sparseprune.engine.dtypes import DTYPES
 from sparseprune.engine.kernels.formats import FORMATS
 from sparseprune.engine.kernels.selecting import count_lost, drop
-from sparseprune.errors import CheckpointError
+from sparseprune.errors import CheckpointError, printable
 from sparseprune.execution.passes import Chunk, Outcomes, Pass
-from sparseprune.execution.regions import Resident, Resources, limits_of, regions_in
+from sparseprune.execution.regions import Resident, Resources, limits_of, regions_in, whole_run
 from sparseprune.execution.runner import (
     Job,
     Record,
@@ -35,7 +35,6 @@ from sparseprune.execution.runner import (
 from sparseprune.execution.tensor_io import TensorIO, pattern_of
 from sparseprune.execution.tiles import RegionPass, region_chunks
 from sparseprune.results.fields import Made
-from sparseprune.spec import BoundBlock
 from sparseprune.spec.problems import nearest
 
 if TYPE_CHECKING:
@@ -50,6 +49,7 @@ if TYPE_CHECKING:
 
 _RULE = "masks"
 _TOLD = 10  # names of one kind, then how many more there are
+_DECODED = 64  # bytes of an element of codes while it is made a weight
 _LOOKED_AT = 2000  # names that one is compared with letter by letter
 _PRUNABLE = ", ".join(row.name for row in DTYPES.values() if row.prunable)
 
@@ -297,16 +297,14 @@ def _sizes(pair: Pair, limits: Limits) -> tuple[int, int]:
     size = pattern_of(pair.stored).itemsize
     elements = max(1, limits.slab // size)
     elements -= elements % 8 if elements > 8 else 0
-    # A slab, its mask twice; integers are counted as float64.
-    held = size + 2 + (0 if pair.stored.dtype in FORMATS else 16)
+    # A slab, its mask twice; integers are counted as float64, codes as the weights that they stand for.
+    held = size + 2 + (0 if pair.stored.dtype in FORMATS else 16) + (_DECODED if pair.stored.codes else 0)
     return elements, held * min(elements, pair.stored.numel)
 
 
 def _regions(pair: Pair, elements: int) -> Iterator[Region]:
     """All elements of a tensor, as they lie in the storage."""
-    name, numel = pair.stored.name, pair.stored.numel
-    leaf = BoundBlock(name, name, (numel,), (1,), 0, (1,))
-    return regions_in(leaf, elements)
+    return regions_in(whole_run(pair.stored), elements)
 
 
 def _unfit(here: Path, there: Path, pairs: Sequence[Pair]) -> Iterator[str]:
@@ -321,7 +319,16 @@ def _unfit(here: Path, there: Path, pairs: Sequence[Pair]) -> Iterator[str]:
         ),
         f"{there}: {{}} more masks have another shape than their tensors",
     )
-    other = {pair.stored.name: pair.stored for pair in pairs if not DTYPES[pair.stored.dtype].prunable}
+    coded = [pair.stored for pair in pairs if pair.stored.codes is not None]
+    refused = {
+        one.name: line for one in coded if one.codes and (line := one.codes.refusal(one.name, values=False))
+    }
+    yield from _first_ten(
+        list(refused),
+        lambda name: f"{here}: {printable(refused[name])}; or leave its mask out",
+        f"{here}: {{}} more tensors with masks hold codes",
+    )
+    other = {pair.stored.name: pair.stored for pair in pairs if not _may_be_zero(pair.stored)}
     yield from _first_ten(
         list(other),
         lambda name: (
@@ -330,6 +337,11 @@ def _unfit(here: Path, there: Path, pairs: Sequence[Pair]) -> Iterator[str]:
         ),
         f"{here}: {{}} more tensors with masks cannot be pruned",
     )
+
+
+def _may_be_zero(stored: StoredTensor) -> bool:
+    """Whether zeros can be put into it; what is wrong with codes is told by themselves."""
+    return DTYPES[stored.dtype].prunable or stored.codes is not None
 
 
 def _named(checkpoint: Checkpoint, masks: MaskSet) -> dict[str, str]:

@@ -22,6 +22,7 @@ from sparseprune.spec import BoundBlock, BoundScope
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
+    from sparseprune.checkpoint import StoredTensor
     from sparseprune.spec import BoundBlockCoupling, BoundScopeCoupling
 
     AnyBlock = BoundBlock | BoundBlockCoupling
@@ -269,6 +270,11 @@ def storage_order(leaf: BoundBlock) -> Shape:
 def flat_leaf(leaf: BoundBlock) -> BoundBlock:
     """A view that is a row-major look at neighbouring elements, seen as one dimension."""
     return replace(leaf, view_shape=(prod(leaf.view_shape),), view_stride=(1,), shape=(1,))
+
+
+def whole_run(stored: StoredTensor) -> BoundBlock:
+    """All elements of a tensor, seen as one dimension."""
+    return BoundBlock(stored.name, stored.name, (stored.numel,), (1,), 0, (1,))
 
 
 def is_row_major_run(leaf: BoundBlock) -> bool:

@@ -228,7 +228,7 @@ def _schedule(plan: Plan, limits: Limits, workers: int, *, compiled: bool) -> Sc
     for number, unit in enumerate(plan.units):
         for part, (task, member) in enumerate(_tasks(unit)):
             inputs = [(one.role, one.stored.dtype, one.stored.shape, one.tokens) for one in task.inputs]
-            form = (task.instance.form, member, *inputs)
+            form = (task.instance.form, member, task.codes, *inputs)
             strategy = known.get(form)
             if strategy is None:
                 strategy = known[form] = choose(task, tensors, limits, compiled=compiled)

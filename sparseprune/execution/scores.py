@@ -68,7 +68,7 @@ class ScoreKind(Struct, frozen=True):
 
     def dtypes(self, task: Task, tensors: Mapping[str, StoredTensor]) -> set[str]:
         """The dtypes of the numbers that rank the elements of a task."""
-        if self.elements is not None:
+        if self.elements is not None or task.codes == "values":
             return {"F64"}
         if self.reads == "values":
             return {one.stored.dtype for one in task.inputs if one.role == "values"}

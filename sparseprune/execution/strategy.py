@@ -241,7 +241,7 @@ def _selection_of(task: Task, scope: BoundScope) -> Selection:
 
 def _loop_bytes(task: Task, size: int, selection: Selection) -> int:
     """Memory for each element that compiled loops work on: its pattern, mask, score, and float64 of norms."""
-    scores = 0 if task.score_kind.ranks_weights else 40
+    scores = 0 if task.ranks_patterns and task.codes is None else 40
     return size + 1 + scores + (1 if selection.block == 1 else -(-16 // selection.extent[-1]))
 
 
@@ -253,7 +253,7 @@ def _has_loop(task: Task, tensors: Mapping[str, StoredTensor]) -> bool:
     leaf = scope.block
     dtype = tensors[leaf.tensor].dtype
     single = leaf.numel_per_block == 1
-    if kind.ranks_weights:
+    if task.ranks_patterns:
         return dtype in _FLOATS and (single or (dtype != "F64" and score.norm in {1, 2}))
     return single and not kind.ranks_blocks and all(one.stored.dtype != "I64" for one in task.inputs)
 
@@ -274,22 +274,23 @@ def _radix_select(task: Task, tensors: Mapping[str, StoredTensor], limits: Limit
         for (*_, shape), leaf in unlike.items()
     )
     (dtype,) = dtypes
-    if not whole or not together or dtype not in _FLOATS or not task.score_kind.ranks_weights:
+    if not whole or not together or dtype not in _FLOATS or not task.ranks_patterns:
         return None
     size = DTYPES[dtype].itemsize
     slab = max(_PACKED, limits.slab // size // _PACKED * _PACKED)
     counted = max(1, min(_GROUPS, limits.held // _COUNTER_BYTES))
     passes = 1 + max(1, size // 2)  # one for each digit of 16 bits, one that cuts
     sizes = [member.blocks_per_scope for member, _ in members_of(scope)]
-    memory = 2 * min(slab, max(sizes)) * (size + 1) + _COUNTER_BYTES
+    each = 2 * (size + 1) + (_SUMMED_BYTES if task.codes else 0)
+    memory = min(slab, max(sizes)) * each + _COUNTER_BYTES
     counters = min(counted, sum(-(-each // slab) for each in sizes))
     return RadixSelect(memory, slab, counters * _COUNTER_BYTES, passes)
 
 
 def _block_norms(task: Task, tensors: Mapping[str, StoredTensor], limits: Limits) -> BlockNorms | None:
     scope, score, kind = task.instance.scope, task.instance.score, task.score_kind
-    by_elements = not kind.ranks_blocks
-    if by_elements and not {tensors[leaf.tensor].dtype for leaf in scope.leaves} <= _FLOATS:
+    by_elements, by_value = not kind.ranks_blocks, task.codes == "values"
+    if by_elements and not by_value and not {tensors[leaf.tensor].dtype for leaf in scope.leaves} <= _FLOATS:
         return None
     chunk = max(1, min(limits.slab // _CHUNKS_A_SLAB, limits.memory // (2 * _SUMMED_BYTES)))
     sweeps = [sweep_of(leaf, chunk) for leaf in scope.leaves] if by_elements else []
@@ -298,14 +299,14 @@ def _block_norms(task: Task, tensors: Mapping[str, StoredTensor], limits: Limits
     if None in sweeps or held > limits.held:
         return None
     scaled = by_elements and needs_scaling(task, tensors)
-    looped = kind.ranks_weights and not scaled and score.norm != math.inf
+    looped = task.ranks_patterns and not scaled and score.norm != math.inf
     each = []
     for leaf in {(leaf.view_shape, leaf.view_stride, leaf.shape): leaf for leaf in scope.leaves}.values():
         sweep = sweep_of(leaf, chunk)
         inner = sweep is not None and is_row_major_run(leaf) and (leaf.shape[-1] > 1 or sweep.inside)
         beside = _LOOPED_BYTES if looped and inner else _PLAIN_BYTES
         size = DTYPES[tensors[leaf.tensor].dtype].itemsize
-        each.append(size + beside if kind.ranks_weights else _SUMMED_BYTES)
+        each.append(size + beside if task.ranks_patterns and task.codes is None else _SUMMED_BYTES)
     elements = max(prod(leaf.view_shape) for leaf in scope.leaves)
     passes = 1 + by_elements + scaled  # the cut, sums before it, maxima before these
     return BlockNorms(max(each) * min(chunk, elements), chunk, held, passes)

@@ -7,6 +7,7 @@ the elements nor, beyond regions and runs, where they come from. The only way in
 from __future__ import annotations
 
 import dataclasses
+import math
 import threading
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
@@ -15,7 +16,10 @@ import numpy as np
 from msgspec import Struct
 from msgspec.structs import replace
 
+from sparseprune.checkpoint.decoding import decoded, zero_patterns
 from sparseprune.engine.dtypes import DTYPES
+from sparseprune.engine.kernels.counting import Tally, tally
+from sparseprune.engine.kernels.formats import values_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -38,13 +42,15 @@ class Loaded(Struct, frozen=True):
     """The elements of a region as patterns: `flat` in the order of the storage, `view` as the leaf sees them.
 
     Both share memory; so do `mask` (1 where an element is kept) and `mask_view`, once `masked` made them.
-    `stored` is the tensor that was read.
+    `stored` is the tensor that was read. Of codes the patterns are those above `zeros`, in the order of the
+    storage, so that 0 is zero in every tensor; None where it is so in the file.
     """
 
     region: Region
     stored: StoredTensor
     flat: Bits
     view: Bits
+    zeros: Bits | None = None
 
     @property
     def dtype(self) -> str:
@@ -103,7 +109,38 @@ class TensorIO:
         for first, count in region.runs():
             self.reader.read_into(stored, first * size, data[done * size : (done + count) * size])
             done += count
-        return Loaded(region, stored, flat, _as_view(flat, region))
+        zeros = zero_patterns(self.reader, stored, list(region.runs())) if stored.codes else None
+        if zeros is not None:
+            flat -= zeros
+        return Loaded(region, stored, flat, _as_view(flat, region), zeros)
+
+    def values(self, loaded: Loaded) -> NDArray[np.float64]:
+        """The weights that the elements of a region stand for, as the leaf sees them."""
+        return _as_view(self._decoded(loaded), loaded.region)
+
+    def tally(self, loaded: Loaded) -> Tally:
+        """Zeros and energy of a region: of the weights that codes stand for, where that is known."""
+        codes, stored = loaded.stored.codes, loaded.stored
+        if codes is None:
+            return tally(loaded.flat, stored.dtype)
+        if codes.packed:
+            return Tally(loaded.flat.size)
+        zero_bits = loaded.flat.dtype.type(DTYPES[stored.dtype].zero_bits or 0)
+        zeros = loaded.flat.size - int(np.count_nonzero(loaded.flat & zero_bits))
+        if codes.no_values:
+            return Tally(loaded.flat.size, zeros, math.nan)
+        return Tally(loaded.flat.size, zeros, tally(self._decoded(loaded).view(np.uint64), "F64").energy)
+
+    def _decoded(self, loaded: Loaded) -> NDArray[np.float64]:
+        return decoded(self.reader, loaded.stored, loaded.flat, list(loaded.region.runs()))
+
+    def load_values(self, stored: StoredTensor, run: Run) -> NDArray[np.float64]:
+        """The weights that neighbouring elements of a tensor are, or stand for."""
+        flat = np.empty(run[1], dtype=pattern_of(stored))
+        self.read_run(stored, run[0], flat)
+        if stored.codes is None:
+            return values_of(flat, stored.dtype).astype(np.float64, copy=False)
+        return decoded(self.reader, stored, flat, [run])
 
     def load_alike(self, region: Region, leaves: Sequence[BoundBlock]) -> Bits:
         """The region of one leaf, and the same region of others that look alike: (leaves, *extent)."""
@@ -115,14 +152,19 @@ class TensorIO:
                 part = data[done * size : (done + count) * size]
                 self.reader.read_into(self.tensors[leaf.tensor], (first + shift) * size, part)
                 done += count
+            self._above_zero(
+                self.tensors[leaf.tensor],
+                row.view(bits.dtype),
+                [(first + shift, count) for first, count in runs],
+            )
         order = region.storage_order
         shaped = bits.reshape(len(leaves), *(region.extent[dim] for dim in order))
         return shaped.transpose(0, *(1 + place for place in sorted(range(len(order)), key=order.__getitem__)))
 
     def load_run(self, stored: StoredTensor, run: Run) -> Bits:
-        """Neighbouring elements of a tensor."""
+        """Neighbouring elements of a tensor, as they are in the file."""
         flat = np.empty(run[1], dtype=pattern_of(stored))
-        self.read_run(stored, run[0], flat)
+        self.reader.read_into(stored, run[0] * flat.itemsize, flat)
         return flat
 
     def scratch(self, name: str, count: int, dtype: str) -> Bits:
@@ -135,7 +177,7 @@ class TensorIO:
         return buffer[:nbytes].view(dtype)
 
     def read_whole(self, tensors: Sequence[StoredTensor]) -> Iterator[NDArray[np.uint8]]:
-        """The bytes of several small tensors; neighbours in a file are read at one time."""
+        """The bytes of several small tensors, of which 0 is zero; neighbours in a file are read together."""
         for together in _neighbours(tensors):
             first, last = together[0].entry, together[-1].entry
             nbytes = last.end - first.begin
@@ -145,18 +187,28 @@ class TensorIO:
             for stored in together:
                 begin = stored.entry.begin - first.begin
                 own = data[begin : begin + stored.nbytes]
-                yield own if begin % _ALIGNED == 0 else own.copy()
+                own = own if begin % _ALIGNED == 0 else own.copy()
+                if stored.codes is not None and stored.codes.zero_point is not None:
+                    self._above_zero(stored, own.view(pattern_of(stored)), [(0, stored.numel)])
+                yield own
 
     def read_run(self, stored: StoredTensor, first: int, flat: Bits) -> None:
-        """Fill an array with neighbouring elements of a tensor, from element `first` on."""
+        """Fill an array with neighbouring elements of a tensor, from `first` on; 0 is zero in it."""
         self.reader.read_into(stored, first * flat.itemsize, flat)
+        self._above_zero(stored, flat, [(first, flat.size)])
+
+    def _above_zero(self, stored: StoredTensor, flat: Bits, runs: Sequence[Run]) -> None:
+        """Make patterns of the elements of some runs those of which 0 is zero."""
+        zeros = zero_patterns(self.reader, stored, runs) if stored.codes else None
+        if zeros is not None:
+            flat -= zeros
 
     def store(self, loaded: Loaded, mask: Mask) -> None:
         """Write the elements of a region, and its mask, both as they lie in the order of the storage."""
-        done = 0
+        done, flat = 0, loaded.flat if loaded.zeros is None else loaded.flat + loaded.zeros
         for first, count in loaded.region.runs():
             part = slice(done, done + count)
-            self.store_run(loaded.stored, first, loaded.flat[part], mask[part])
+            self.store_run(loaded.stored, first, flat[part], mask[part])
             done += count
 
     def store_run(self, stored: StoredTensor, first: int, bits: Bits, mask: Mask) -> None:

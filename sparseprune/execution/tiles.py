@@ -13,13 +13,22 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sparseprune.engine.kernels.counting import Tally, tally
+from sparseprune.engine.kernels.counting import Tally
 from sparseprune.engine.kernels.formats import FORMATS
 from sparseprune.engine.kernels.selecting import cut_below, cut_blocks, select_keys
 from sparseprune.engine.kernels.sums import run_sums, tree_sum
 from sparseprune.execution.passes import Chunk, Pass, finish
 from sparseprune.execution.ranking import Ranking, refuse_nonfinite, refuse_nonfinite_bits
-from sparseprune.execution.regions import cells, flat_leaf, gaps, members_of, regions_at, regions_in
+from sparseprune.execution.regions import (
+    Region,
+    cells,
+    flat_leaf,
+    gaps,
+    members_of,
+    regions_at,
+    regions_in,
+    whole_run,
+)
 from sparseprune.execution.strategy import Contiguous
 
 if TYPE_CHECKING:
@@ -30,7 +39,7 @@ if TYPE_CHECKING:
     from sparseprune.engine.kernels.formats import Bits, Format
     from sparseprune.execution.passes import Outcome
     from sparseprune.execution.plan import Task
-    from sparseprune.execution.regions import AnyScope, Region, Run
+    from sparseprune.execution.regions import AnyScope, Run
     from sparseprune.execution.strategy import Compiled, Selection
     from sparseprune.execution.tensor_io import Loaded, Mask, TensorIO
     from sparseprune.spec import BoundBlock
@@ -59,10 +68,10 @@ class RegionPass(Pass):
 
     def _cut(self, member: Any, region: Region, io: TensorIO) -> Outcome:  # noqa: ANN401
         loaded = io.load(region)
-        before = tally(loaded.flat, loaded.dtype)
+        before = io.tally(loaded)
         mask = self.cut(member, loaded, io)
         io.store(loaded, mask)
-        return finish(self.rule(member), loaded.stored, before, loaded.flat, mask)
+        return finish(self.rule(member), loaded.stored, before, io.tally(loaded), mask)
 
 
 def region_chunks(
@@ -135,11 +144,11 @@ class CopyUntouched(Pass):
             yield Chunk(runs, elements * size, memory, str(number), io.files(self.leaves[:1]))
 
     def work(self, chunk: Chunk, io: TensorIO) -> list[Outcome]:
-        stored, total = io.tensors[self.name], Tally()
+        total, whole = Tally(), whole_run(io.tensors[self.name])
         for run in chunk.about:
-            bits = io.load_run(stored, run)
-            total += tally(bits, stored.dtype)
-            io.store_run(stored, run[0], bits, np.ones(run[1], dtype=np.uint8))
+            loaded = io.load(Region(whole, (run[0],), (run[1],)))
+            total += io.tally(loaded)
+            io.store(loaded, np.ones(run[1], dtype=np.uint8))
         counted = [total.zeros, total.energy]
         return [[self.name, "", total.numel, 0, *counted, *counted]]
 

@@ -23,7 +23,7 @@ from sparseprune.engine import BlockCoupling, BlockSpec, ScopeCoupling, ScopeSpe
 from sparseprune.engine.block import zero_pruned
 from sparseprune.engine.dtypes import DTYPES, torch_dtype
 from sparseprune.engine.grids import inverse_order, permute, prod
-from sparseprune.engine.kernels.counting import DIGIT_BITS, tally
+from sparseprune.engine.kernels.counting import DIGIT_BITS
 from sparseprune.execution.passes import Chunk, Decision, Outcome, Pass, finish
 from sparseprune.execution.ranking import Elements, Ranking, numbers_in, refuse_nonfinite
 from sparseprune.execution.regions import (
@@ -76,7 +76,7 @@ class Tile:
         self.loaded = {region.leaf: io.load(region, allocate=allocate) for region in regions}
         self._flat = {leaf: _on_device(one, io.device) for leaf, one in self.loaded.items()}
         self.views = {leaf: _as_view(self._flat[leaf], one) for leaf, one in self.loaded.items()}
-        self._before = {leaf: tally(one.flat, one.dtype) for leaf, one in self.loaded.items()}
+        self._before = {leaf: io.tally(one) for leaf, one in self.loaded.items()}
         self.engine = build_scope(scope, self.views)
 
     def leaves(self) -> Iterator[tuple[BlockSpec, Loaded]]:
@@ -143,7 +143,8 @@ class Tile:
                 torch.cuda.current_stream(device).synchronize()
             kept = mask.cpu().numpy()
             self._io.store(one, kept)
-            outcomes.append(finish(self.task.rule, one.stored, self._before[leaf], one.flat, kept))
+            after = self._io.tally(one)
+            outcomes.append(finish(self.task.rule, one.stored, self._before[leaf], after, kept))
         return outcomes
 
     def _rescued_scores(self) -> Tensor:
@@ -241,7 +242,8 @@ def _pinned(numel: int, dtype: np.dtype[np.generic]) -> np.ndarray[tuple[int], n
 
 
 def _on_device(loaded: Loaded, device: str) -> Tensor:
-    dtype = torch_dtype(loaded.dtype)
+    # The engine knows no unsigned integers; those are ranked by what they stand for, and 0 is zero.
+    dtype = torch_dtype("I8" if loaded.dtype == "U8" else loaded.dtype)
     return torch.from_numpy(_signed(loaded.flat)).view(dtype).to(device, non_blocking=True)
 
 

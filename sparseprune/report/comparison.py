@@ -104,6 +104,7 @@ def _compared(one: TensorComparison, output_error: float | None = None) -> Compa
         output_error=output_error,
         largest_change=_finite(energies.largest) if energies else None,
         largest_change_at=index_of(energies.place, one.shape) if energies and energies.place >= 0 else None,
+        holds=one.holds,
     )
 
 
@@ -147,7 +148,7 @@ def _totals(
         [
             (one, one.energies)
             for one in comparisons
-            if all(dtype.startswith(("F", "BF", "C")) for dtype in (one.dtype, one.dtype_after))
+            if _counts_as_weights(one)
             and one.energies is not None
             and (one.differs or math.isfinite(one.energies.before))
         ]
@@ -167,6 +168,12 @@ def _totals(
         removed=len(sides.removed),
         reshaped=len(sides.reshaped),
     )
+
+
+def _counts_as_weights(one: TensorComparison) -> bool:
+    """Whether energies are those of weights: integers may be anything, unless they are codes."""
+    floats = all(dtype.startswith(("F", "BF", "C")) for dtype in (one.dtype, one.dtype_after))
+    return floats or one.holds == "codes"
 
 
 def _stored(stored: StoredTensor) -> NamedTensor:
@@ -219,9 +226,11 @@ def notes(found: Comparison, *, all_tensors: bool) -> Iterator[RenderableType]:
     )
     unlike = [one for one in tensors if one.dtype != one.dtype_after and one.differs is not None]
     yield from _named("other dtype, values compared", unlike, _dtype)
-    bytewise = [one for one in tensors if one.differs and one.changed is None]
+    bytewise = [one for one in tensors if one.differs and one.changed is None and one.holds != "packed"]
     yield from _named("differ, bytes compared", bytewise, lambda one: one.dtype)
-    unknown = [one for one in tensors if one.differs is None]
+    packed = [one for one in tensors if one.holds == "packed" and one.differs is not False]
+    yield from _named("packed, not counted", packed, _dtype)
+    unknown = [one for one in tensors if one.differs is None and one.holds != "packed"]
     yield from _named("not compared", unknown, lambda one: f"{one.dtype} and {one.dtype_after}")
     yield from _named(
         "reshaped", found.reshaped, lambda one: f"{shape_text(one.shape)} to {shape_text(one.shape_after)}"

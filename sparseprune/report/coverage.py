@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from msgspec import Struct
 
+from sparseprune.checkpoint.codes import names_beside
 from sparseprune.engine.grids import prod
 from sparseprune.report.wording import many, percent
 from sparseprune.results.fields import Uncovered
@@ -102,7 +103,9 @@ def coverage_of(tensors: Tensors, bound: BoundSpec, config: Mapping[str, Any] | 
     """What the rules of a spec reach in a checkpoint with this config.json."""
     reached = _reached(bound.rules)
     shapes = [stored.entry.shape for stored in tensors.values()]
-    kinds = _kinds(tensors, shapes, reached)
+    beside = names_beside(tensors)
+    names = [name for name in tensors if name not in beside] if beside else list(tensors)
+    kinds = _kinds(names, [tensors[name].entry.shape for name in names] if beside else shapes, reached)
     about = {kind.name for kind in _about(kinds, bound.covers)}
     missed = [kind for kind in kinds if kind.missed]
     missed.sort(key=lambda kind: (kind.name not in about, kind.reached - kind.numel))
@@ -152,11 +155,11 @@ def _reached(rules: Iterable[BoundRule]) -> dict[str, int]:
     return found
 
 
-def _kinds(tensors: Tensors, shapes: Sequence[Shape], reached: Mapping[str, int]) -> list[_Kind]:
+def _kinds(names: Sequence[str], shapes: Sequence[Shape], reached: Mapping[str, int]) -> list[_Kind]:
     """The matrices of layers, kind by kind; of tens of thousands of tensors those that are alike are one."""
     star = _NUMBER.sub
-    starred = [star(".*", f".{name}") for name in tensors]
-    parts = [reached.get(name, 0) for name in tensors]
+    starred = [star(".*", f".{name}") for name in names]
+    parts = [reached.get(name, 0) for name in names]
     kinds: dict[str, _Kind] = {}
     for (key, shape, part), count in Counter(zip(starred, shapes, parts, strict=True)).items():
         if not is_matrix_shape(shape):

@@ -28,6 +28,11 @@ if TYPE_CHECKING:
 
     Row = InspectedTensor | InspectedGroup
 
+_UNCOUNTED = {
+    "weights": "not looked at: {}, whose elements are no whole bytes",
+    "codes": "not looked at: {}, of whose codes it is not known which stand for zero",
+    "packed": "packed, not counted: {}, whose elements hold several codes",
+}
 _REASONS = 6  # that are listed for one runtime
 
 
@@ -58,10 +63,12 @@ def notes(found: Inspection) -> Iterator[RenderableType]:
         f"{pattern} by {many(number, 'tensor')}" for pattern, number in totals.patterns.items() if number
     )
     yield Text(f"satisfied: {satisfied or 'no pattern by any tensor'}")
-    if totals.uncounted:
-        dtypes = sorted({one.dtype for one in found.tensors if one.zeros is None})
-        uncounted = many(totals.uncounted, "tensor")
-        yield Text(f"not looked at: {uncounted} of {', '.join(dtypes)}, whose elements are no whole bytes")
+    unknown = [one for one in found.tensors if one.zeros is None]
+    for holds, why in _UNCOUNTED.items():
+        some = [one for one in unknown if one.holds == holds]
+        if some:
+            dtypes = ", ".join(sorted({one.dtype for one in some}))
+            yield Text(why.format(f"{many(len(some), 'tensor')} of {dtypes}"))
     yield from map(Text, copies_line("not looked at", found.files_not_read))
     for name, found_of in (totals.runtimes or {}).items():
         yield from _runtime_notes(name, found_of, found.tensors)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from msgspec import Struct
 
+from sparseprune.checkpoint.codes import PARAMETERS
 from sparseprune.errors import SparsepruneError, printable
 from sparseprune.report.runtimes import verdict
 from sparseprune.report.wording import many, other_weights, share
@@ -176,10 +177,7 @@ def _rank(value: object) -> tuple[int, Any]:
 
 NO_RULE = "no rule"
 # Last pieces of names that tell which parameter of its module a tensor is, not which module.
-_PARAMETER = re.compile(
-    "bias|g_idx|input_scale|num_batches_tracked|qweight|qzeros|running_(mean|var)|scales"
-    "|weight(_packed|_scale|_scale_inv|_shape|_zero_point)?"
-)
+_PARAMETER = frozenset({"bias", "num_batches_tracked", "running_mean", "running_var", "weight", *PARAMETERS})
 
 
 class Grouping(Struct, frozen=True):
@@ -312,7 +310,7 @@ def _runtimes_total(
 
 def _module(name: str) -> str:
     module, dot, parameter = name.rpartition(".")
-    return module if dot and module and _PARAMETER.fullmatch(parameter) else name
+    return module if dot and module and parameter in _PARAMETER else name
 
 
 def is_number(piece: str) -> bool:
@@ -406,6 +404,7 @@ def _inspected(
         zero_slices=None if one.slices is None else tuple(index.zero for index in one.slices),
         zero_blocks={shape: ZeroBlocks(zero=counts[shape].zero, of=counts[shape].of) for shape in there},
         runtimes=verdicts or None,
+        holds=one.holds,
     )
 
 
@@ -415,10 +414,11 @@ def _totals(
     blocks: Sequence[str],
     runtimes: Sequence[Runtime],
 ) -> InspectTotals:
-    """Sums over all tensors; elements that cannot be counted are taken as not zero."""
+    """Sums over all tensors; elements less than a byte are taken as not zero, packed codes are left out."""
     whole = summed("", tensors, patterns)
     sums = {key: getattr(whole, key) or 0 for key in _SUMMED}
     pruned = sums.pop("zeros")
+    numel = whole.numel - sum(one.numel for one in tensors if one.holds == "packed")
     dtypes = [one.dtype for one in tensors if len(one.shape) > 1]
     none = RuntimeCount(eligible=0, of=0)
     eligible = {
@@ -433,9 +433,9 @@ def _totals(
         tensors=len(tensors),
         matrices=whole.matrices,
         uncounted=sum(one.zeros is None for one in tensors),
-        numel=whole.numel,
+        numel=numel,
         pruned=pruned,
-        sparsity=share(pruned, whole.numel),
+        sparsity=share(pruned, numel),
         patterns={pattern: sum(pattern in one.patterns for one in tensors) for pattern in patterns},
         **sums,
         zero_blocks={shape: whole.zero_blocks.get(shape, ZeroBlocks(zero=0, of=0)) for shape in blocks},

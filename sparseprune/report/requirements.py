@@ -41,7 +41,6 @@ _SIGNS: Mapping[str, Callable[[Any, Any], bool]] = MappingProxyType(
 _FORMS = (
     "wanted N:M, such as 2:4, or a comparison, such as sparsity>=0.5, and perhaps the names, in **.weight"
 )
-_UNSEEN = "elements of {} are no whole bytes and were not looked at"
 _DIGITS = 17  # of a float64: as many tell it from every other one, some more its hundredfold
 
 
@@ -228,8 +227,16 @@ def _nearest_names(pattern: TensorPattern, names: Sequence[str]) -> str:
 
 
 def _is_unseen(tensor: InspectedTensor | ComparedTensor) -> bool:
-    """Whether nothing is known of the elements: they are no whole bytes."""
+    """Whether nothing is known of the elements."""
     return isinstance(tensor, InspectedTensor) and tensor.zeros is None
+
+
+def _unseen_text(tensor: InspectedTensor | ComparedTensor) -> str:
+    """Why nothing is known of the elements."""
+    if tensor.holds == "weights":
+        return f"elements of {tensor.dtype} are no whole bytes and were not looked at"
+    what = "packed codes" if tensor.holds == "packed" else "codes without a known zero"
+    return f"its elements are {what} and were not looked at"
 
 
 def _lacks_pattern(
@@ -239,7 +246,7 @@ def _lacks_pattern(
         raise _error(requirement, "N:M patterns are not looked for here; ask sparseprune inspect")
     rank = len(tensor.shape)
     if _is_unseen(tensor):
-        found = _UNSEEN.format(tensor.dtype)
+        found = _unseen_text(tensor)
     elif rank < 2:
         found = f"is {rank}-D"
     elif not -rank <= pattern.axis < rank:
@@ -269,7 +276,7 @@ def _lacks_value(
     value = flat(tensor).get(comparison.field)
     if value is None:
         unseen = _is_unseen(tensor)
-        found = _UNSEEN.format(tensor.dtype) if unseen else f"{comparison.field} is not known"
+        found = _unseen_text(tensor) if unseen else f"{comparison.field} is not known"
         return f"wanted {requirement.what}, {found}"
     if not isinstance(value, int | float):
         raise _error(requirement, f"{comparison.field} is no number")

@@ -198,6 +198,8 @@ def _rank(runtime: Runtime, facts: TensorFacts) -> str | None:
 
 
 def _dtype(runtime: Runtime, facts: TensorFacts) -> str | None:
+    if facts.holds == "packed":
+        return f"packed codes in {facts.dtype} are not supported"
     if facts.dtype in runtime.demands:
         return None
     return f"{facts.dtype} is not supported, wanted {listed(runtime.demands, 'or')}"

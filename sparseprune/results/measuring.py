@@ -38,6 +38,13 @@ BlockZeros = Annotated[
         propertyNames={"pattern": "^[0-9]+x[0-9]+$"},
     ),
 ]
+Holds = Annotated[
+    Literal["weights", "codes", "packed"],
+    Doc(
+        "weights; codes, each of which scales and zero points beside the tensor make a weight; or packed "
+        "codes, which are not counted"
+    ),
+]
 NonFinite = Annotated[Count | None, Doc("NaN and infinities")]
 ZeroRows = Annotated[Count | None, Doc("rows that are all zero")]
 ZeroColumns = Annotated[Count | None, Doc("columns that are all zero")]
@@ -68,7 +75,10 @@ class InspectedTensor(NamedTensor):
 
     zeros: Annotated[
         Count | None,
-        Doc("of either sign; this and all counts below are null if elements are smaller than a byte"),
+        Doc(
+            "of either sign, of codes those that stand for zero; this and all counts below are null if "
+            "elements are smaller than a byte, or hold several codes"
+        ),
     ]
     sparsity: Annotated[Share | None, Doc("zeros / numel; 0 if it has no element")]
     nonfinite: NonFinite
@@ -93,6 +103,7 @@ class InspectedTensor(NamedTensor):
     runtimes: Annotated[
         Mapping[str, RuntimeVerdict] | None, Doc("whether each runtime of --for can run it sparse")
     ] = None
+    holds: Holds = "weights"
 
 
 class InspectedGroup(Record):
@@ -128,9 +139,13 @@ class InspectTotals(Record):
     tensors: Annotated[Count, Doc("all that were asked for")]
     matrices: Annotated[Count, Doc("tensors of two dimensions or more")]
     uncounted: Annotated[
-        Count, Doc("tensors with elements smaller than a byte, which are not counted and taken as not zero")
+        Count,
+        Doc(
+            "tensors that are not counted: elements smaller than a byte are taken as not zero, packed codes "
+            "are left out of numel and sparsity"
+        ),
     ]
-    numel: Annotated[Count, Doc("elements of all tensors")]
+    numel: Annotated[Count, Doc("elements of all tensors but packed codes")]
     pruned: Annotated[Count, Doc("elements that are zero, of either sign")]
     sparsity: Annotated[Share, Doc("pruned / numel; 0 if there is no element")]
     nonfinite: Annotated[Count, Doc("NaN and infinities")]
@@ -180,14 +195,19 @@ class ComparedTensor(Record):
 
     name: Name
     dtype: Dtype
-    dtype_after: Annotated[str, Doc("if it differs from dtype, values are compared in place of bits")]
+    dtype_after: Annotated[
+        str, Doc("if it differs from dtype, or one holds codes, values are compared in place of bits")
+    ]
     shape: Dimensions
     numel: Numel
     differs: Annotated[bool | None, Doc("whether any element changed; null if that is unknown")]
     sparsity: Annotated[Share | None, Doc("after")]
     zeros_before: Annotated[
         Count | None,
-        Doc("of either sign; this and all that follows is null if elements are smaller than a byte"),
+        Doc(
+            "of either sign; this and all that follows is null if elements are smaller than a byte, or hold "
+            "several codes"
+        ),
     ]
     zeros_after: Annotated[Count | None, Doc("of either sign")]
     changed: Annotated[
@@ -214,6 +234,7 @@ class ComparedTensor(Record):
     largest_change_at: Annotated[
         Shape | None, Doc("index of the first such element; null if no value changed")
     ]
+    holds: Holds = "weights"
 
 
 class ReshapedTensor(Record):
@@ -238,7 +259,8 @@ class CompareTotals(Record):
     numel: Annotated[Count, Doc("elements of these tensors")]
     differing: Annotated[Count, Doc("tensors of which an element changed")]
     uncompared: Annotated[
-        Count, Doc("tensors of different dtypes, one of which has elements smaller than a byte")
+        Count,
+        Doc("tensors of different dtypes, one of which has elements smaller than a byte or packed codes"),
     ]
     sparsity_before: Annotated[Share, Doc("zeros_before as a share of the elements that could be compared")]
     sparsity: Annotated[Share, Doc("zeros_after as a share of the elements that could be compared")]
@@ -248,7 +270,9 @@ class CompareTotals(Record):
     zeroed: Annotated[Count, Doc("elements that are zero only after")]
     revived: Annotated[Count, Doc("elements that are zero only before: a part of the altered ones")]
     altered: Annotated[Count, Doc("elements that are not zero after, and other than before")]
-    energy_kept: Annotated[_EnergyKept, Doc("over tensors of floats or complex numbers; null if not finite")]
+    energy_kept: Annotated[
+        _EnergyKept, Doc("over tensors of floats, complex numbers or codes; null if not finite")
+    ]
     relative_error: Annotated[_RelativeError, Doc("over the same tensors; null if not finite")]
     added: Annotated[Count, Doc("tensors that only the pruned checkpoint has")]
     removed: Annotated[Count, Doc("tensors that only the dense checkpoint has")]

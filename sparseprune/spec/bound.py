@@ -22,11 +22,15 @@ Captures = tuple[tuple[str, int | str], ...]
 
 
 class TensorInfo(Struct, frozen=True):
-    """One tensor of a checkpoint's header; `dtype` is the safetensors name."""
+    """One tensor of a checkpoint's header; `dtype` is the safetensors name.
+
+    `codes`: elements are codes of which the dtype does not say what can be done with them.
+    """
 
     name: str
     dtype: str
     shape: Shape
+    codes: bool = False
 
 
 class BoundBlock(Struct, frozen=True):

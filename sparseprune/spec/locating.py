@@ -360,7 +360,7 @@ def _find(
     if seen:
         sites = tuple([replace(one, outlook=seen[one.tensor.name, one.captures]) for one in sites])
     for tensor in (site.tensor for site in sites):
-        if tensor.dtype not in _PRUNABLE:
+        if tensor.dtype not in _PRUNABLE and not tensor.codes:
             text = f"narrow the pattern to tensors of {listed(_PRUNABLE, 'or')}"
             what = f"{tensor.name} is {tensor.dtype}, which cannot be pruned"
             problems.add(place, table.patterns_key, f"{what}: {text}")

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from sparseprune.checkpoint import Shard, StoredTensor
+from sparseprune.checkpoint.codes import with_codes
 from sparseprune.checkpoint.header import TensorEntry
 from sparseprune.report.coverage import (
     Coverage,
@@ -113,7 +114,6 @@ model.layers.0.feed_forward.router.weight
 model.layers.0.block_sparse_moe.router.layer.weight
 model.layers.0.mlp.shared_expert_gate.weight
 model.layers.0.mlp.experts.gate_up_proj_bias
-model.layers.0.mlp.down_proj.weight_scale_inv
 model.layers.0.self_attn.q_proj.lora_A.default.weight
 encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight
 encoder.layers.0.blocks.0.attn.relative_position_bias_table
@@ -130,6 +130,17 @@ def test_matrices_of_layers_are_told_by_their_names(names: list[str], kind: str)
     for name in names:
         assert covered({name: (4, 4)}, rule("**")).layer_coverage == 1, name
         assert matrix_kind(re.sub(r"\b\d+\b", "*", f"a_moe.{name}")) == kind, name
+
+
+def test_scales_beside_codes_do_not_count() -> None:
+    forms = {"layers.0.up.weight": ("F8_E4M3", (8, 8)), "layers.0.up.weight_scale_inv": ("F32", (8, 2))}
+    entries = [TensorEntry(name, *form, 0, 0) for name, form in forms.items()]
+    tensors = with_codes({entry.name: StoredTensor(entry, SHARD) for entry in entries}, lambda: None)
+    bound = bind(
+        parse_spec(rule("layers.0.up.weight")), [TensorInfo("layers.0.up.weight", "F8_E4M3", (8, 8))]
+    )
+    found = coverage_of(tensors, bound)
+    assert (found.layer_coverage, found.uncovered) == (1, ())
 
 
 @pytest.mark.parametrize("name", NONE)

@@ -16,6 +16,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from msgspec import Struct
 
+from sparseprune.checkpoint.decoding import zero_patterns
 from sparseprune.engine.dtypes import DTYPES
 from sparseprune.engine.grids import prod
 from sparseprune.engine.kernels.counting import mark_nonzero
@@ -90,8 +91,11 @@ class _Reach(Struct, frozen=True):
 def close_up(stored: StoredTensor, reader: Source, bound: BoundSpec | None = None) -> CloseUp:
     """Look at a tensor where kept and pruned elements both are seen, or at its beginning.
 
-    SparsepruneError for a tensor without elements, or with elements of less than a byte.
+    SparsepruneError for a tensor without elements, with elements of less than a byte, or with packed codes.
     """
+    line = "" if stored.codes is None else stored.codes.refusal(stored.name, values=False)
+    if line:
+        raise SparsepruneError(f"--tensor: {printable(line)}")
     if DTYPES[stored.dtype].zero_bits is None:
         raise SparsepruneError(
             f"--tensor {printable(stored.name)}: {stored.dtype} elements are less than a byte and cannot be "
@@ -162,6 +166,9 @@ class _Plane:
         begin = self.element(row, columns.start) * self.itemsize
         data = self._reader.read(self._stored, begin, begin + self._span(columns))
         bits = np.frombuffer(data, dtype=f"<u{self.itemsize}")[:: max(1, self._strides[1])].copy()
+        if self._stored.codes is not None:
+            zeros = zero_patterns(self._reader, self._stored, [(self.element(row, at), 1) for at in columns])
+            bits -= zeros if zeros is not None else bits.dtype.type(0)
         marks = np.empty(bits.size, dtype=np.bool_)
         mark_nonzero(bits, self._dtype, marks)
         return marks
