@@ -17,6 +17,7 @@ from sparseprune import __version__
 from sparseprune.api.options import path_or_none
 from sparseprune.api.run import collector_paused, digest
 from sparseprune.checkpoint import TensorReader, open_checkpoint, open_masks
+from sparseprune.checkpoint.codes import names_beside
 from sparseprune.checkpoint.documents import shown
 from sparseprune.checkpoint.file_io import checkpoint_identity, shards_identity
 from sparseprune.checkpoint.folding import folded, refuse_split, split_weights
@@ -179,10 +180,15 @@ def _under_names(run: Run, masks: MaskSet, changes: Mapping[str, str]) -> MaskSe
 
 
 def _zeros_of(path: Path) -> MaskSet:
-    """All tensors of a sparse checkpoint that could be pruned."""
+    """All tensors of a sparse checkpoint that could be pruned; what lies beside codes goes with these."""
     sparse = open_checkpoint(path)
     refuse_split(sparse)
-    prunable = [name for name, stored in sparse.tensors.items() if DTYPES[stored.dtype].prunable]
+    beside = names_beside(sparse.tensors)
+    prunable = [
+        name
+        for name, stored in sparse.tensors.items()
+        if stored.is_counted and (DTYPES[stored.dtype].prunable or stored.codes) and name not in beside
+    ]
     return zeros_as_masks(sparse, prunable)
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
+from sparseprune.checkpoint.codes import codes_in
 from sparseprune.checkpoint.documents import shown
 from sparseprune.checkpoint.header import Header
 from sparseprune.checkpoint.mask_names import ORIGINAL
@@ -53,7 +54,8 @@ def folded(checkpoint: Checkpoint, weights: Mapping[str, str]) -> Checkpoint:
         ]
         headers[shard] = Header(tuple(entries), header.metadata, header.raw)
     entries_of = ((entry, shard) for shard, header in headers.items() for entry in header.entries)
-    tensors = {entry.name: StoredTensor(entry, shard) for entry, shard in entries_of}
+    codes = codes_in(checkpoint.tensors)
+    tensors = {entry.name: StoredTensor(entry, shard, codes.get(entry.name)) for entry, shard in entries_of}
     return dataclasses.replace(checkpoint, headers=headers, tensors=MappingProxyType(tensors))
 
 

@@ -199,6 +199,11 @@ def _read_nonzero(reader: Source, mask: StoredMask, first: int, kept: NDArray[np
     row = DTYPES[mask.stored.dtype]
     bits = np.empty(kept.size, dtype=f"uint{row.bits}")
     reader.read_into(mask.stored, first * row.itemsize, bits)
+    if mask.stored.codes is not None:
+        from sparseprune.checkpoint.decoding import zero_patterns  # noqa: PLC0415
+
+        zeros = zero_patterns(reader, mask.stored, [(first, kept.size)])
+        bits -= bits.dtype.type(0) if zeros is None else zeros
     magnitude = bits & bits.dtype.type(row.zero_bits or 0)
     np.not_equal(magnitude, 0, out=kept.view(np.bool_))
     if mask.form == "weights":

@@ -205,6 +205,16 @@ def test_reapply_puts_the_code_of_zero_back_where_masks_drop(tmp_path: Path, lay
     ok("verify", tmp_path / "again", "--masks", tmp_path / "m-pruned", "-q")
 
 
+@pytest.mark.parametrize("layout", ["int8, zero points of groups", "uint8, zero points of rows", "mxfp8"])
+def test_reapply_takes_the_zeros_of_codes_for_masks(tmp_path: Path, layout: str) -> None:
+    found = LAYOUTS[layout]()
+    mask = kept_by_loops(found.weights["a.weight"], "2:4")
+    path = write(tmp_path / "m", found)
+    sparse = write(tmp_path / "s", Coded(as_stored(expected(found, mask), found)))
+    ok("reapply", path, "--zeros-of", sparse, "-o", tmp_path / "again", "-q")
+    assert same(load_file(tmp_path / "again" / "model.safetensors"), expected(found, mask))
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_compare_tells_energies_of_weights(tmp_path: Path, layout: str) -> None:
     found = LAYOUTS[layout]()
