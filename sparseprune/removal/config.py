@@ -10,9 +10,18 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from sparseprune.errors import CheckpointError
-from sparseprune.removal.architectures import EXPERT_COUNTS, known_keys
+from sparseprune.removal.architectures import (
+    EXPERT_COUNTS,
+    EXPERT_WIDTHS,
+    HEADS,
+    KV_COUNTS,
+    SHARED_WIDTHS,
+    WIDTHS,
+    known_keys,
+)
 from sparseprune.removal.dim_constraints import agree, refuse
 from sparseprune.removal.layers import Stacks, lost_rules, without_layers
 from sparseprune.removal.sections import Sections, path_shown, value_at, with_value
@@ -39,6 +48,7 @@ def _set(words: str) -> frozenset[str]:
 
 
 _LAYERS = _set("layer layers block blocks")
+_UNITS = {*WIDTHS, *EXPERT_WIDTHS, *SHARED_WIDTHS, *HEADS, *KV_COUNTS, *EXPERT_COUNTS}
 _COUNTS = _set("n_layer n_layers num_layers num_hidden_layers")
 _NUMBERS = _set("id ids idx idxs index indices indexes numbers")
 # Kinds of layers: a list of numbers under such a name says which layers are of a kind.
@@ -121,7 +131,7 @@ class _KeyReader(Struct, frozen=True):
         if len(entries) != self.layers or words[-1] in _NUMBERS or entries == list(range(self.layers)):
             return None
         sure = self.layers >= _SURE and _OTHERS.isdisjoint(words)
-        if sure or key in self.known or not _LAYERS.isdisjoint(words):
+        if sure or key in self.known or key in _UNITS or not _LAYERS.isdisjoint(words):
             return [entries[layer] for layer in self.stays]
         return None
 
@@ -296,17 +306,22 @@ def _with_layers(
     inner: dict[str, Any] = dict(value_at(written, section.path))
     remarks: list[str] = []
     own = [stack for stack in stacks.of.values() if stack.section.path == section.path]
+    # Lists and objects with an entry for each layer may have changed entries; other keys are as they were.
+    entries = {key: value for key, value in inner.items() if isinstance(value, list | dict)}
+    settled: set[str] = set()
     for stack in own:
         inner = with_value(inner, stack.key[len(section.path) :], len(stack.stays))
-        values = without_layers(stack)
+        values = without_layers(
+            replace(stack, section=replace(section, values={**section.values, **entries}))
+        )
+        settled |= values.keys()
         remarks += lost_rules(stack, values)
         inner = {key: each for key, each in {**inner, **values}.items() if values.get(key, 0) is not None}
     reader = _KeyReader.of(section, own, agreed)
     if reader.numbers:
-        changed = {key for key in inner if inner[key] != section.values.get(key)}
-        changed |= {key for key in section.values if key not in inner}
-        for key, value in section.values.items():
-            if key in changed or (key in reader.known and type(value) is int):
+        changed = {key for key in section.values if inner.get(key) != section.values[key]} - entries.keys()
+        for key, value in {**section.values, **entries}.items():
+            if key in changed | settled or (key in reader.known and type(value) is int):
                 continue
             after = reader.cut(key, value)
             if after is None:

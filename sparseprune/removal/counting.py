@@ -28,8 +28,10 @@ from sparseprune.removal.architectures import (
     SIDED_WIDTHS,
     WIDTHS,
 )
+from sparseprune.removal.sections import path_shown
 from sparseprune.spec import TensorInfo
-from sparseprune.spec.naming import EXPERTS
+from sparseprune.spec.naming import EXPERTS, OTHER_TOWERS
+from sparseprune.spec.problems import shown
 from sparseprune.spec.structures import Index, find_attentions, find_experts, find_mlps, with_expert
 
 if TYPE_CHECKING:
@@ -85,13 +87,15 @@ class Counts:
     """What keys count, by the names of tensors and of lists of modules.
 
     Biases `beside` matrices that read units are as wide as what they write to, and stay whole.
-    `misfits` are tensors whose structure no key counts, each with a line that says so; `refused` lines say
-    what the table refuses. `ratios` are keys whose value is the number of units by another number.
+    `misfits` are tensors whose structure no key counts, each with a line that says so; `contested` has the
+    lines by the keys that should count them. `refused` lines say what the table refuses. `ratios` are keys
+    whose value is the number of units by another number.
     """
 
     of: dict[str, list[Counted]] = field(default_factory=lambda: defaultdict(list))
     beside: set[str] = field(default_factory=set)
     misfits: dict[str, str] = field(default_factory=dict)
+    contested: dict[Path, dict[str, None]] = field(default_factory=lambda: defaultdict(dict))
     refused: dict[str, None] = field(default_factory=dict)
     heads: dict[Path, HeadKeys] = field(default_factory=dict)
     routing: dict[Path, Routing] = field(default_factory=dict)
@@ -177,30 +181,30 @@ def _sided(keys: Sequence[str], side: str) -> tuple[str, ...]:
 def _fitting(section: Section, keys: Iterable[str], layer: int | None, units: int) -> Path | None:
     """The path of the first key whose value is the number of units."""
     for key in keys:
-        if section.value(key, layer) == units and not isinstance(section.value(key, layer), bool):
+        value = section.value(key, layer)
+        if type(value) is int and value == units:
             return section.path_of(key, layer)
     return None
 
 
-def _said(section: Section, keys: Iterable[str], layer: int | None) -> str:
-    """What a config says under keys of which none fits."""
-    said = [f"{key} {value}" for key in keys if (value := section.value(key, layer)) is not None]
-    return (
-        f"config.json says {section.prefix}{' and '.join(said[:2])}"
-        if said
-        else "no key of config.json counts them"
-    )
+def said(section: Section, keys: Iterable[str], layer: int | None, most: int = 2) -> str:
+    """What a config says under keys of which none fits, with the first ones that it has."""
+    found = {key: value for key in keys if (value := section.value(key, layer)) is not None}
+    texts = [f"{shown(value)} for {path_shown(section.path_of(key, layer))}" for key, value in found.items()]
+    return f"config.json says {' and '.join(texts[:most])}" if texts else "no key of config.json counts them"
 
 
 # -- channels ----------------------------------------------------------------------------------------
 
 
 def _count_mlp(structure: Structure, section: Section, counts: Counts) -> None:
-    module, layer = _module(structure), _layer(structure)
-    keys = _width_keys(structure, section, module)
+    module = _module(structure)
+    keys = width_keys(section, module, expert=dict(structure.place)["expert"] != "")
     path, by_index = _width(structure, section, counts, keys)
     if path is None:
-        _misfit(structure, counts, _said(section, keys, layer))
+        first = structure.parts[0]
+        text = f"{first.tensor} has {structure.units} channels along dimension {first.dim}"
+        _misfit(structure, counts, text, (section, keys))
         return
     parts = (
         Counted(
@@ -237,10 +241,10 @@ def _width(
     return path, by_index
 
 
-def _width_keys(structure: Structure, section: Section, module: str) -> tuple[str, ...]:
+def width_keys(section: Section, module: str, *, expert: bool) -> tuple[str, ...]:
     """The keys that may count the channels of an MLP, the likeliest first."""
     own = tuple(key for text, key in section.architecture.widths.items() if text and text in module)
-    if dict(structure.place)["expert"] != "":
+    if expert:
         return (*own, *EXPERT_WIDTHS)
     if _SHARED.search(module):
         return (*own, *SHARED_WIDTHS)
@@ -270,9 +274,19 @@ def _ratio(section: Section, units: int, counts: Counts) -> tuple[Path | None, i
     return None, 1
 
 
-def _misfit(structure: Structure, counts: Counts, said: str) -> None:
-    first = structure.parts[0]
-    text = f"{first.tensor} has {first.count * first.size} along dimension {first.dim}, {said}"
+def _misfit(structure: Structure, counts: Counts, found: str, asked: tuple[Section, Sequence[str]]) -> None:
+    """Note what was `found` of a structure, and what the keys of a section say instead."""
+    section, keys = asked
+    module, layer = _module(structure), _layer(structure)
+    first = next((key for key in keys if section.value(key, layer) is not None), None)
+    text = f"{found}, {said(section, keys, layer)}"
+    if first is not None:
+        path, value = section.path_of(first, layer), section.value(first, layer)
+        if type(value) is not int:
+            text = f"config.json: {path_shown(path)} is {shown(value)}, wanted an integer"
+        if not OTHER_TOWERS.search(module):  # a tower may lack a section, and then is not spoken of
+            counts.contested[path][text] = None
+    counts.misfits.setdefault(module, text)
     for part in structure.parts:
         counts.misfits.setdefault(part.tensor, text)
 
@@ -288,18 +302,20 @@ def _count_heads(structure: Structure, section: Section, counts: Counts) -> None
     groups = structure.units if grouped else 1
     keys = (*_sided(SIDED_HEADS, side), *HEADS)
     path = _fitting(section, keys, layer, heads)
-    if path is None and section.architecture.settled:  # a rule of the class makes them from the key
-        path = section.path_of("intermediate_size")
     if path is None and all(section.value(key, layer) is None for key in keys):
         path = section.path_of("num_attention_heads")  # a class has a default for what a config leaves out
+    first = structure.parts[0]
     if path is None:
-        _misfit(structure, counts, _said(section, keys, layer))
+        text = f"{first.tensor} has {heads} heads along dimension {first.dim}"
+        _misfit(structure, counts, text, (section, keys))
         return
     kv_keys = (*_sided(SIDED_KV_COUNTS, side), *KV_COUNTS)
     kv_path = _fitting(section, kv_keys, layer, groups)
     if kv_path is None and grouped and groups != heads:
         if any(section.value(key, layer) is not None for key in kv_keys):
-            _misfit(structure, counts, _said(section, kv_keys, layer))
+            first = next(part for part in structure.parts if part.keys)
+            text = f"{first.tensor} has {groups} key/value heads along dimension {first.dim}"
+            _misfit(structure, counts, text, (section, kv_keys))
             return
         kv_path = section.path_of("num_key_value_heads")
     counts.heads.setdefault(path, HeadKeys(path, kv_path if grouped else None, section))
@@ -345,16 +361,22 @@ def _joined(found: Iterable[Structure]) -> list[Structure]:
 
 def _count_experts(structure: Structure, section: Section, counts: Counts) -> None:
     module, layer, units = _module(structure), _layer(structure), structure.units
-    path = _fitting(section, EXPERT_COUNTS, layer, units)
+    is_list = dict(structure.place)["expert"] == ""
+    numbers = {int(one.tensor[len(module) + 1 :].partition(".")[0]) for one in structure.parts if is_list}
+    missing = next((number for number in range(max(numbers, default=-1)) if number not in numbers), None)
+    path = None if missing is not None else _fitting(section, EXPERT_COUNTS, layer, units)
     if path is None:
-        _misfit(structure, counts, _said(section, EXPERT_COUNTS, layer))
-        counts.misfits[module] = f"{module} has {units} members, {_said(section, EXPERT_COUNTS, layer)}"
+        text = f"{module} has {units} members"
+        if missing is not None:
+            text = f"{module} has a member {max(numbers)} and none with the number {missing}"
+        whole = replace(structure, parts=() if is_list else structure.parts)
+        _misfit(whole, counts, text, (section, EXPERT_COUNTS))
         return
     chosen = next(
         (section.path_of(key, layer) for key in CHOSEN if section.value(key, layer) is not None), None
     )
     counts.routing.setdefault(path, Routing(chosen, section))
-    if dict(structure.place)["expert"] == "*":
+    if not is_list:
         parts = [
             Counted(one.tensor, one.dim, path, module, one.count * one.flat, one.size)
             for one in structure.parts

@@ -19,6 +19,7 @@ from sparseprune.removal.counting import Counts, count_dims
 from sparseprune.removal.preview import numbered
 from sparseprune.removal.sections import path_shown
 from sparseprune.removal.slices import kept_slices, kept_whole, number_of
+from sparseprune.removal.unfit import unfit_modules
 from sparseprune.spec.problems import shown
 
 if TYPE_CHECKING:
@@ -66,6 +67,8 @@ def agree(sections: Sections, model: CutModel, stacks: Stacks) -> Agreed:
     """What all tensors keep, as keys of the config count their units; CheckpointError for unknown models."""
     counts = count_dims(model.shapes, sections, _touches(model), model.removed.numbers)
     refuse(counts.refused)
+    lost = (name for name in model.kept if name not in model.gone and name not in counts.of)
+    counts.misfits |= unfit_modules(model.shapes, sections, frozenset(lost) - counts.misfits.keys())
     found = _Constraints(model, counts, stacks)
     problems = [*found.problems, *_unknown_neighbours(found)]
     for (key, _), kept in found.by_index.items():
@@ -92,6 +95,7 @@ def agree(sections: Sections, model: CutModel, stacks: Stacks) -> Agreed:
             text = f"{path_shown(key)} would be {said}, and config.json has one for all: {advice}"
             problems.append(text)
     problems += _impossible(counts, model, units, values)
+    problems += [line for key in values for line in counts.contested.get(key, ())]
     kept_followers = {name: _with(model, name, along) for name, along in followers.items()}
     return Agreed(values, kept_followers, problems, counts)
 
@@ -389,7 +393,6 @@ def _unfit_groups(
     experts: Path, found: Counts, units: UnitsByKey, values: dict[Path, int], chosen: int
 ) -> Iterator[str]:
     """What a router needs of the groups of experts that stay."""
-    routing = found.routing[experts]
     routing = found.routing[experts]
     section, count, name = routing.section, values[experts], path_shown(experts)
     row = section.architecture

@@ -88,12 +88,15 @@ def _stack(before: str, section: Section, members: int, gone: tuple[int, ...]) -
     depths = section.value("depths")
     if stage is not None and isinstance(depths, list) and int(stage[1]) < len(depths):
         return Stack(before, section, section.path_of("depths", int(stage[1])), members, members, gone)
-    found = {key: value for key in (*sided, *LAYER_COUNTS) if type(value := section.value(key)) is int}
+    told = {key: value for key in (*sided, *LAYER_COUNTS) if (value := section.value(key)) is not None}
+    found = {key: value for key, value in told.items() if type(value) is int}
+    if told and not found:
+        first, value = next(iter(told.items()))
+        raise CheckpointError(f"config.json: {section.prefix}{first} is {shown(value)}, wanted an integer")
     key = next((key for key, value in found.items() if value == members), None)
     if key is None:
         key = next(iter(found), LAYER_COUNTS[0])
-    count = found.get(key, members)
-    return Stack(before, section, section.path_of(key), int(count), members, gone)
+    return Stack(before, section, section.path_of(key), found.get(key, members), members, gone)
 
 
 def _refused(stack: Stack) -> Iterator[str]:
@@ -235,11 +238,16 @@ def _by_place(section: Section, key: str, number: int) -> Sequence[object] | Non
     None where there is no list, and where the class derives the same for every layer, as for fewer layers.
     """
     entries = section.values.get(key)
+    if key in _STRICT and entries is not None and not isinstance(entries, list):
+        wanted = f"wanted a list with an entry for each of {number} layers"
+        raise CheckpointError(f"config.json: {section.prefix}{key} is {shown(entries)}, {wanted}")
     if isinstance(entries, list) and entries:
         if len(entries) < number and key in BY_PLACE and key not in _STRICT:
             return None  # a list of something else
         if len(entries) < number:
-            raise CheckpointError(f"config.json: {key} has no entry for each of {number} layers")
+            raise CheckpointError(
+                f"config.json: {section.prefix}{key} has no entry for each of {number} layers"
+            )
         return entries
     implied = section.architecture.layers.implied.get(key)
     if implied is None or (entries and not isinstance(entries, list)):
@@ -256,5 +264,6 @@ def _by_number(section: Section, key: str, number: int) -> set[int]:
     if entries is None:
         return named
     if not isinstance(entries, list) or not all(type(entry) is int for entry in entries):
-        raise CheckpointError(f"config.json: {key} is {shown(entries)}, wanted a list of numbers of layers")
+        found = f"{section.prefix}{key} is {shown(entries)}"
+        raise CheckpointError(f"config.json: {found}, wanted a list of numbers of layers")
     return {*entries, *named} if layers.settled else set(entries)

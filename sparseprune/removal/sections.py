@@ -133,7 +133,7 @@ class Sections(Struct, frozen=True):
             values = value_at(self.config, path)
             architecture = architecture_of(values.get("model_type"))
             if architecture is None:
-                raise CheckpointError(_unknown(values.get("model_type")))
+                raise CheckpointError(_unknown(path, values.get("model_type")))
             self.known[path] = Section(path, values, architecture)
         return self.known[path]
 
@@ -142,15 +142,17 @@ class Sections(Struct, frozen=True):
         path: list[str] = []
         values: Any = self.config
         while (key := nested_key(values, name)) is not None and len(path) < 4:
+            if "model_type" not in values[key] and architecture_of(values.get("model_type")) is not None:
+                break  # no config of its own: the one around it speaks of the model
             path.append(key)
             values = values[key]
         return tuple(path)
 
 
-def _unknown(model_type: object) -> str:
+def _unknown(path: Path, model_type: object) -> str:
     known = f"so that no key can carry the smaller shapes; known are {listed(_some(model_types()))}"
-    found = shown(model_type)
-    return f"config.json: nothing is known of the model_type {found}, {known}; apply keeps all shapes"
+    found = f"{path_shown((*path, 'model_type'))} {shown(model_type)}"
+    return f"config.json: nothing is known of the {found}, {known}; apply keeps all shapes"
 
 
 def _some(names: Sequence[str], most: int = 20) -> list[str]:

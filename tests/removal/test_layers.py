@@ -261,8 +261,8 @@ BROKEN: dict[str, tuple[Config, str]] = {
         'config.json: moe_layers is "012", wanted a list of numbers of layers'),
     "more layers than there are": ({"model_type": "llama", "num_hidden_layers": 10**15},
         "config.json: num_hidden_layers is 1000000000000000, and model.layers has 6 members"),
-    "layers that are no number": ({"model_type": "llama", "num_hidden_layers": None},
-        "config.json: config.num_hidden_layers comes to null, wanted an integer"),
+    "layers that are no number": ({"model_type": "llama", "num_hidden_layers": 6.0},
+        "config.json: num_hidden_layers is 6.0, wanted an integer"),
     "first layers that are no number": ({"model_type": "deepseek_v3", "first_k_dense_replace": None},
         "config.json: config.first_k_dense_replace comes to null, wanted an integer"),
 }  # fmt: skip
