@@ -128,13 +128,11 @@ class Case:
 
 
 CASES = {
-    "channels": Case("decoder-mlp-channels", (), {"intermediate_size": 12}),
-    "heads": Case(
-        "decoder-gqa-heads", HALF, {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 2}
-    ),
-    "layers": Case("decoder-layers", HALF, {"num_hidden_layers": 1}),
-    "experts": Case("moe-experts", HALF, {"num_local_experts": 2}, mixed=True),
-    "channels of experts": Case("moe-expert-channels", (), {"intermediate_size": 12}, mixed=True),
+    "channels": Case("mlp-channels", (), {"intermediate_size": 12}),
+    "heads": Case("heads", HALF, {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 2}),
+    "layers": Case("layers", HALF, {"num_hidden_layers": 1}),
+    "experts": Case("experts", HALF, {"num_local_experts": 2}, mixed=True),
+    "channels of experts": Case("expert-channels", (), {"intermediate_size": 12}, mixed=True),
 }
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,

@@ -115,8 +115,8 @@ def test_passes_of_a_removal_are_plain_data_that_another_process_could_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, masks: bool
 ) -> None:
     source = write(tmp_path / "in", decoder(), LLAMA, 2)
-    ok("mask", source, "decoder-mlp-channels", "-o", tmp_path / "masks", "-q")
-    words = (source, "--masks", tmp_path / "masks") if masks else (source, "decoder-mlp-channels")
+    ok("mask", source, "mlp-channels", "-o", tmp_path / "masks", "-q")
+    words = (source, "--masks", tmp_path / "masks") if masks else (source, "mlp-channels")
     removed(*words, "-o", tmp_path / "usual", "-q")
     done = []
     for kind in (ReduceBlocks, ReadSlices, CutTensor):
@@ -176,7 +176,7 @@ def test_rebuilt_weights_are_cut_like_others(tmp_path: Path, head: str) -> None:
         if name.endswith("_proj.weight")
     }
     save_file(stats, tmp_path / "stats.safetensors")
-    text = Path("specs/decoder-mlp-channels.toml").read_text()
+    text = Path("specs/mlp-channels.toml").read_text()
     if head.startswith("mode"):
         text = text.replace("[scope.mlp]\n", f"[scope.mlp]\n{head}")
     else:
@@ -201,7 +201,7 @@ def test_a_removal_of_nothing_is_an_error_that_says_what_would_remove(
     tmp_path: Path, shards: int, masks: bool
 ) -> None:
     source = write(tmp_path / "in", decoder(), LLAMA, shards)
-    words: tuple[object, ...] = ("decoder-mlp-channels", "--set", "sparsity=0")
+    words: tuple[object, ...] = ("mlp-channels", "--set", "sparsity=0")
     if masks:
         save_file({"lm_head.weight": torch.ones(VOCABULARY, HIDDEN) > 0}, tmp_path / "m.safetensors")
         words = ("--masks", tmp_path / "m.safetensors")
@@ -210,7 +210,7 @@ def test_a_removal_of_nothing_is_an_error_that_says_what_would_remove(
     why = f"{tmp_path / 'm.safetensors'}: nothing to remove: every mask keeps all of its tensor"
     if not masks:
         why = (
-            "decoder-mlp-channels.toml: nothing to remove: scope.mlp prunes nothing: it keeps 16 of 16 "
+            "mlp-channels.toml: nothing to remove: scope.mlp prunes nothing: it keeps 16 of 16 "
             "blocks in each scope: sparsity 0 of 16 rounds to none; 0.0625 or more prunes"
         )
     assert (said.code, said.err.splitlines()[-1]) == (2, f"sparseprune: {why}")
@@ -221,8 +221,8 @@ def test_a_removal_of_nothing_is_an_error_that_says_what_would_remove(
 @pytest.mark.parametrize("masks", [False, True])
 def test_an_output_that_exists_is_replaced_with_force_alone(tmp_path: Path, masks: bool) -> None:
     source, out = write(tmp_path / "in", decoder(), LLAMA, 2), tmp_path / "out"
-    ok("mask", source, "decoder-mlp-channels", "-o", tmp_path / "masks", "-q")
-    words = ("--masks", tmp_path / "masks") if masks else ("decoder-mlp-channels",)
+    ok("mask", source, "mlp-channels", "-o", tmp_path / "masks", "-q")
+    words = ("--masks", tmp_path / "masks") if masks else ("mlp-channels",)
     removed(source, *words, "-o", out, "-q")
     wanted = weights(out)
     shutil.rmtree(out)
@@ -240,7 +240,7 @@ def test_what_lies_beside_the_output_is_neither_in_the_way_nor_touched(tmp_path:
     source = write(tmp_path / "in", decoder(), LLAMA)
     (tmp_path / name).mkdir()
     (tmp_path / name / "work.txt").write_text("of hours")
-    removed(source, "decoder-mlp-channels", "-o", tmp_path / "out", "-q")
+    removed(source, "mlp-channels", "-o", tmp_path / "out", "-q")
     assert content(tmp_path / name) == {"work.txt": b"of hours"}
 
 
@@ -253,7 +253,7 @@ def test_the_config_keeps_what_is_not_of_the_removal(tmp_path: Path) -> None:
     }
     source = write(tmp_path / "in", decoder(), config)
     (source / "config.json").chmod(0o755)
-    removed(source, "decoder-mlp-channels", "-o", tmp_path / "out", "-q")
+    removed(source, "mlp-channels", "-o", tmp_path / "out", "-q")
     path = tmp_path / "out" / "config.json"
     assert json.loads(path.read_text()) == {**config, "intermediate_size": 12}
     assert list(json.loads(path.read_text())) == list(config)
@@ -263,14 +263,14 @@ def test_the_config_keeps_what_is_not_of_the_removal(tmp_path: Path) -> None:
 def test_shards_that_are_links_become_files(tmp_path: Path) -> None:
     """A snapshot of a download cache."""
     source = write(tmp_path / "in", decoder(), LLAMA, 2)
-    removed(source, "decoder-mlp-channels", "-o", tmp_path / "wanted", "-q")
+    removed(source, "mlp-channels", "-o", tmp_path / "wanted", "-q")
     blobs = tmp_path / "blobs"
     source.rename(blobs)
     source.mkdir()
     for number, path in enumerate(sorted(blobs.iterdir())):
         (source / path.name).symlink_to(path.rename(blobs / f"blob{number}"))
     before = content(blobs)
-    removed(source, "decoder-mlp-channels", "-o", tmp_path / "out", "-q")
+    removed(source, "mlp-channels", "-o", tmp_path / "out", "-q")
     assert weights(tmp_path / "out") == weights(tmp_path / "wanted")
     assert not any(path.is_symlink() for path in (tmp_path / "out").rglob("*"))
     assert content(blobs) == before
@@ -314,8 +314,8 @@ def test_a_run_needs_no_thread_but_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int, masks: bool
 ) -> None:
     source = write(tmp_path / "in", decoder(), LLAMA, 2)
-    ok("mask", source, "decoder-mlp-channels", "-o", tmp_path / "masks", "-q")
-    words = ("--masks", tmp_path / "masks") if masks else ("decoder-mlp-channels",)
+    ok("mask", source, "mlp-channels", "-o", tmp_path / "masks", "-q")
+    words = ("--masks", tmp_path / "masks") if masks else ("mlp-channels",)
     removed(source, *words, "-o", tmp_path / "whole", "-q")
     thread_limit(monkeypatch, limit)
     removed(source, *words, "-o", tmp_path / "out", "--jobs", 3)
@@ -327,7 +327,7 @@ def test_an_input_may_be_called_anything(tmp_path: Path) -> None:
     wanted = None
     for name in ("out.choice", "out-choice", "out.sparseprune-choice", ".out", "out.partial"):
         source = write(tmp_path / name, decoder(), LLAMA)
-        removed(source, "decoder-mlp-channels", "-o", tmp_path / "out", "-q")
+        removed(source, "mlp-channels", "-o", tmp_path / "out", "-q")
         wanted = wanted or weights(tmp_path / "out")
         assert weights(tmp_path / "out") == wanted
         shutil.rmtree(source)
@@ -339,7 +339,7 @@ def test_a_name_of_the_output_may_be_as_long_as_the_system_lets_it(tmp_path: Pat
     source = write(tmp_path / "in", decoder(), LLAMA)
     for command in ("apply", "remove"):
         out = tmp_path / ("o" * 230 + command)[-230:]
-        ok(command, source, "decoder-mlp-channels", "-o", out, "-q")
+        ok(command, source, "mlp-channels", "-o", out, "-q")
         assert (out / "config.json").is_file()
 
 
@@ -349,8 +349,8 @@ def test_another_run_that_writes_the_same_output_is_told_by_its_name(
     tmp_path: Path, kind: str, masks: bool
 ) -> None:
     source = write(tmp_path / "in", decoder(), LLAMA)
-    ok("mask", source, "decoder-mlp-channels", "-o", tmp_path / "masks", "-q")
-    words = ("--masks", tmp_path / "masks") if masks else ("decoder-mlp-channels",)
+    ok("mask", source, "mlp-channels", "-o", tmp_path / "masks", "-q")
+    words = ("--masks", tmp_path / "masks") if masks else ("mlp-channels",)
     other = StagingDir(tmp_path / "out", kind)
     other.acquire()
     try:

@@ -72,26 +72,26 @@ model.layers.1.mlp.up_proj.weight    16x8   12x8
 def test_what_is_told_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     source = write(Path("in"), decoder(), LLAMA)
-    said = removed(source, "decoder-mlp-channels")
+    said = removed(source, "mlp-channels")
     assert (said.out, told(said)) == ("in-smaller\n", (RULES + REACHED + SIZES).splitlines())
-    said = removed(source, "decoder-mlp-channels", "-o", "out", "-v")
+    said = removed(source, "mlp-channels", "-o", "out", "-v")
     assert (said.out, [line.rstrip() for line in told(said)]) == (
         "out\n",
         (CHANGED + RULES + REACHED + SIZES).splitlines(),
     )
-    ok("mask", source, "decoder-mlp-channels", "-o", "masks", "-q")
+    ok("mask", source, "mlp-channels", "-o", "masks", "-q")
     said = removed(source, "--masks", "masks", "-o", "out", "--force")
     assert (said.out, told(said)) == ("out\n", SIZES.splitlines())
     for options in (["-q"], ["-q", "-v"]):
-        said = removed(source, "decoder-mlp-channels", "-o", "out", "--force", *options)
+        said = removed(source, "mlp-channels", "-o", "out", "--force", *options)
         assert (said.out, said.err) == ("out\n", "")
-    said = removed(source, "decoder-mlp-channels", "-o", "out", "--force", "-q", "--json")
+    said = removed(source, "mlp-channels", "-o", "out", "--force", "-q", "--json")
     assert (json.loads(said.out)["output"], said.err) == ("out", "")
 
 
 def test_what_partial_masks_leave_out_is_told(tmp_path: Path) -> None:
     source = write(tmp_path / "in", decoder(), LLAMA)
-    ok("mask", source, "decoder-mlp-channels", "-o", tmp_path / "masks", "-q")
+    ok("mask", source, "mlp-channels", "-o", tmp_path / "masks", "-q")
     full = load_masks(tmp_path / "masks")
     for more, lines in (
         ({}, []),
@@ -181,7 +181,7 @@ def test_the_report_tells_what_became_of_everything(tmp_path: Path, name: str) -
 
 def test_the_report_of_masks_names_them_and_has_no_rules(tmp_path: Path) -> None:
     source = write(tmp_path / "in", decoder(), LLAMA)
-    ok("apply", source, "decoder-mlp-channels", "-o", tmp_path / "zeros", "-q")
+    ok("apply", source, "mlp-channels", "-o", tmp_path / "zeros", "-q")
     said = removed(tmp_path / "zeros", "--masks", tmp_path / "zeros", "-o", tmp_path / "out", "--json", "-q")
     report = valid(said.out, "remove")
     assert (report["masks"], report["spec_sha256"], report["rules"]) == (str(tmp_path / "zeros"), None, [])
@@ -197,17 +197,17 @@ def test_the_report_of_masks_names_them_and_has_no_rules(tmp_path: Path) -> None
 def test_a_dry_run_shows_the_plan_and_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write(Path("in"), decoder(), LLAMA)
-    said = removed("in", "decoder-mlp-channels", "--dry-run")
+    said = removed("in", "mlp-channels", "--dry-run")
     lines = [line.strip() for line in said.out.splitlines()]
     for line in (
-        "removes   16x8 becomes 12x8, 8x16 becomes 8x12",
+        "removes   8x16 becomes 8x12, 16x8 becomes 12x8",
         "masks     none",
         "removal   1,196 parameters (13.83% fewer) in 4.78 kB: intermediate_size 16 -> 12",
     ):
         assert line in lines
     assert (said.err, names_in(tmp_path)) == ("", ["in"])
     assert any(re.fullmatch(r"output +[\d.]+ kB in in-smaller", line) for line in lines)
-    said = removed("in", "decoder-mlp-channels", "--dry-run", "--json")
+    said = removed("in", "mlp-channels", "--dry-run", "--json")
     plan = valid(said.out, "plan")
     assert plan["removal"] == {
         "problems": [],
@@ -218,7 +218,7 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(tmp_path: Path, monkeypatch
     assert plan["rules"][0]["removal"]["removable"]
     assert (said.err, names_in(tmp_path)) == ("", ["in"])
     # What the run itself then comes to.
-    report = json.loads(removed("in", "decoder-mlp-channels", "--json", "-q").out)
+    report = json.loads(removed("in", "mlp-channels", "--json", "-q").out)
     assert report["config"] == plan["removal"]["config"]
     assert report["totals"]["numel_after"] == plan["removal"]["numel"]
     said = run("remove", "in", "2of4", "--dry-run", "-o", "x")
@@ -226,7 +226,7 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(tmp_path: Path, monkeypatch
 
 
 UNREMOVABLE = (
-    "2of4.toml: scope.proj cannot be removed: its blocks [1, 1] are no whole slices of "
+    "2of4.toml: scope.matrix cannot be removed: its blocks [1, 1] are no whole slices of "
     "model.layers.0.mlp.down_proj.weight, [8, 16]; apply writes zeros"
 )
 ORPHAN = "and it belongs to no layer or expert that is dropped as a whole"
@@ -236,9 +236,11 @@ NO_CONFIG = (
     "there is no config.json, which has to say what becomes smaller; give the directory of a checkpoint that "
     "has one, or use apply, which keeps all shapes"
 )
+TYPES = model_types()
+MORE = [f"{len(TYPES) - 20} more"] if len(TYPES) > 20 else []
 UNKNOWN = (
     'config.json: nothing is known of the model_type "mamba", so that no key can carry the smaller shapes; '
-    f"known are {listed(model_types())}; apply keeps all shapes"
+    f"known are {listed([*TYPES[:20], *MORE])}; apply keeps all shapes"
 )
 ONE_FILE = (
     "in/model.safetensors: what becomes smaller is said in config.json; give the directory of a checkpoint, "
@@ -246,73 +248,68 @@ ONE_FILE = (
 )
 DOWN = "model.layers.0.mlp.down_proj.weight"
 TAKEN = "HOME/taken: already exists; give another name with -o, or --force to replace it"
-UNEVEN = Path("specs/decoder-mlp-channels.toml").read_text().replace('"sparsity"', '"0.25 + 0.25 * layer"')
+UNEVEN = Path("specs/mlp-channels.toml").read_text().replace('"sparsity"', '"0.25 + 0.25 * layer"')
 # What is typed after `remove` -> what is said of it, line by line.
 WRONG: dict[str, str] = {
-    "in": "nothing says what to remove; give a SPEC, such as decoder-mlp-channels, or --masks MASKS",
-    "in decoder-mlp-channels --masks rows.masks --partial": (
-        "decoder-mlp-channels and --masks exclude each other; give one of them"
+    "in": "nothing says what to remove; give a SPEC, such as mlp-channels, or --masks MASKS",
+    "in mlp-channels --masks rows.masks --partial": (
+        "mlp-channels and --masks exclude each other; give one of them"
     ),
     "in --masks rows.masks --set sparsity=0.5": "--set: goes with a SPEC, whose [vars] it sets",
     "in --masks rows.masks --dry-run": "--dry-run: goes with a SPEC, whose plan it shows",
     "in 2of4 --partial": "--partial: goes with --masks MASKS or --zeros-of SPARSE, not with a spec",
-    "in/model.safetensors decoder-mlp-channels": ONE_FILE,
+    "in/model.safetensors mlp-channels": ONE_FILE,
     "in/model.safetensors --masks rows.masks --partial": ONE_FILE,
-    "in decoder-mlp-channels -o taken": TAKEN,
+    "in mlp-channels -o taken": TAKEN,
     "in --masks rows.masks --partial -o taken": TAKEN,
-    "in decoder-mlp-channels -o taken --force": (
+    "in mlp-channels -o taken --force": (
         "HOME/taken: --force replaces what sparseprune wrote, and this directory has no report of it; remove "
         "it yourself, or give another name with -o"
     ),
-    "in decoder-mlp-channels -o in --force": (
-        "HOME/in: output and input are the same; give another name with -o"
-    ),
-    "in decoder-mlp-channels -o in/out": (
+    "in mlp-channels -o in --force": ("HOME/in: output and input are the same; give another name with -o"),
+    "in mlp-channels -o in/out": (
         "HOME/in/out: the output lies inside the input in; give another place with -o"
     ),
-    "in decoder-mlp-channels -o no/out": "HOME/no/out: the folder HOME/no does not exist; make it first",
-    "in decoder-mlp-channels -o out.safetensors": (
+    "in mlp-channels -o no/out": "HOME/no/out: the folder HOME/no does not exist; make it first",
+    "in mlp-channels -o out.safetensors": (
         "out.safetensors: the output of the directory in is a directory; give a name without .safetensors"
     ),
     "in --masks all --partial -o all --force": (
         "HOME/all: the output would replace the masks in all/masks.safetensors; give another name with -o"
     ),
-    "in decoder-mlp-channels --memory 1MB": (
+    "in mlp-channels --memory 1MB": (
         "--memory 1000000: this run needs 121714928 bytes at least, of which Python takes 104857600"
     ),
     "in --masks even.masks --partial --memory 1MB": (
         "--memory 1000000: this run needs 121714783 bytes at least, of which Python takes 104857600"
     ),
     "in 2of4": UNREMOVABLE,
-    "unknown decoder-mlp-channels": f"decoder-mlp-channels.toml: {UNKNOWN}",
+    "unknown mlp-channels": f"mlp-channels.toml: {UNKNOWN}",
     "unknown --masks rows.masks --partial": f"rows.masks: {UNKNOWN}",
-    "nothing decoder-mlp-channels": f"decoder-mlp-channels.toml: {NO_CONFIG}",
+    "nothing mlp-channels": f"mlp-channels.toml: {NO_CONFIG}",
     "nothing --masks rows.masks --partial": f"rows.masks: {NO_CONFIG}",
-    "broken decoder-mlp-channels": (
+    "broken mlp-channels": (
         "broken/config.json: cannot be read as JSON: Expecting property name enclosed in double quotes: line "
         "1 column 25 (char 24)"
     ),
-    "strings decoder-mlp-channels": (
-        'decoder-mlp-channels.toml: config.json: config.intermediate_size comes to "16", wanted an integer'
-    ),
-    "wrong decoder-mlp-channels": "\n".join(
-        f"decoder-mlp-channels.toml: model.layers.{layer}.mlp.{name}_proj.weight has 16 along dimension "
-        f"{dim}, config.json says 17 for intermediate_size"
+    "strings mlp-channels": ('mlp-channels.toml: config.json: intermediate_size is "16", wanted an integer'),
+    "wrong mlp-channels": "\n".join(
+        f"mlp-channels.toml: model.layers.{layer}.mlp.gate_proj.weight has 16 channels along dimension 0, "
+        "config.json says 17 for intermediate_size"
         for layer in range(2)
-        for name, dim in (("down", 1), ("gate", 0), ("up", 0))
     ),
     "in uneven.toml": (
         "uneven.toml: intermediate_size would be 12 in model.layers.0.mlp.down_proj and 8 in "
         "model.layers.1.mlp.down_proj, and config.json has one for all: give all of these the same nnz or "
         "sparsity"
     ),
-    "in decoder-mlp-channels-global": (
-        "decoder-mlp-channels-global.toml: intermediate_size would be 15 in model.layers.0.mlp.down_proj "
+    "in mlp-channels-global": (
+        "mlp-channels-global.toml: intermediate_size would be 15 in model.layers.0.mlp.down_proj "
         "and 9 in model.layers.1.mlp.down_proj, and config.json has one for all: give all of these the same "
         "nnz or sparsity"
     ),
-    "mix moe-experts --set sparsity=0.75": (
-        "moe-experts.toml: num_local_experts would be 1, fewer than the 2 of num_experts_per_tok"
+    "mix experts --set sparsity=0.75": (
+        "experts.toml: num_local_experts would be 1, fewer than the 2 of num_experts_per_tok"
     ),
     "in --masks in": (
         f"in/model.safetensors: {DOWN!r} has {float(decoder()[DOWN][0, 0]):g} at [0, 0], wanted a mask of 0 "
@@ -350,7 +347,7 @@ WRONG: dict[str, str] = {
         "broken/config.json: cannot be read as JSON: Expecting property name enclosed in double quotes: line "
         "1 column 25 (char 24)"
     ),
-    "absent decoder-mlp-channels": "absent: no such file",
+    "absent mlp-channels": "absent: no such file",
     "in absent.toml": (
         '"absent.toml" is neither a file nor a spec that ships with sparseprune; `sparseprune specs` lists '
         "those that do. A spec of your own is named by its path, such as path/to/spec.toml"
@@ -422,11 +419,7 @@ def test_wrong_use_is_told_in_whole_lines_and_leaves_nothing(
 FULL = "sparseprune: out of memory; give a smaller --memory, or fewer --jobs"
 
 
-SOFT = (
-    Path("specs/decoder-mlp-channels.toml")
-    .read_text()
-    .replace("[scope.mlp]\n", '[scope.mlp]\nmode = "soft"\n')
-)
+SOFT = Path("specs/mlp-channels.toml").read_text().replace("[scope.mlp]\n", '[scope.mlp]\nmode = "soft"\n')
 
 
 @pytest.mark.parametrize(
@@ -450,7 +443,7 @@ def test_memory_that_is_not_there_is_told_with_what_to_do_and_the_run_goes_on_la
 ) -> None:
 
     source = write(tmp_path / "in", decoder(), LLAMA, 2)
-    named = "decoder-mlp-channels" if spec is None else write_spec(tmp_path, spec)
+    named = "mlp-channels" if spec is None else write_spec(tmp_path, spec)
     before = names_in(tmp_path)
     words = (source, named, "-o", tmp_path / "out", *(["-q"] if quiet else []))
     removed(*words)
@@ -489,8 +482,8 @@ def test_a_disk_without_room_is_told_and_the_run_goes_on_when_there_is_some(
     }
     config = {**LLAMA, "hidden_size": 4, "intermediate_size": wide, "num_hidden_layers": 1}
     source = write(tmp_path / "in", tensors, config)
-    removed(source, "decoder-mlp-channels", "-o", tmp_path / "wanted", "-q")
-    words = ("remove", source, "decoder-mlp-channels", "-o", disk / "out", "-q")
+    removed(source, "mlp-channels", "-o", tmp_path / "wanted", "-q")
+    words = ("remove", source, "mlp-channels", "-o", disk / "out", "-q")
     size = 4 * 3 * 4 * wide * 3 // 4
     fill(disk, 2 << 20)  # enough for the decisions, and for what is kept free beside
     for _ in range(2):
@@ -524,7 +517,7 @@ def test_other_copies_of_the_weights_are_left_out_and_what_a_trainer_wrote_is_na
     (source / "2_Dense").mkdir()
     save_file({"linear.weight": torch.ones(2, HIDDEN)}, source / "2_Dense" / "model.safetensors")
     (source / "modules.json").write_text('[{"path": ""}, {"path": "2_Dense"}]')
-    said = removed(source, "decoder-mlp-channels", "-o", tmp_path / "out")
+    said = removed(source, "mlp-channels", "-o", tmp_path / "out")
     lines = [line for line in said.err.splitlines() if "left out" in line or "copied" in line]
     assert lines == [
         "left out: model.gguf, pytorch_model.bin (6 B), other copies of the weights",
@@ -546,15 +539,15 @@ def test_what_a_config_says_of_layers_without_the_table_is_warned_of(tmp_path: P
         "config.json: attn_layer_period 8 looks like a statement about layers, and stays as it is",
         "params.json: n_layers is 2, as num_hidden_layers was, and stays as it is",
     ]
-    said = removed(source, "decoder-layers", *HALF, "-o", tmp_path / "out")
+    said = removed(source, "layers", *HALF, "-o", tmp_path / "out")
     warned = [line for line in said.err.splitlines() if "warning" in line]
     assert warned == [f"sparseprune: warning: {line}" for line in lines]
     report = json.loads((tmp_path / "out" / "sparseprune" / "report.json").read_text())
     assert report["warnings"] == lines
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert len(written["per_layer_window"]) == 1
-    said = removed(source, "decoder-layers", *HALF, "-o", tmp_path / "dry", "--dry-run")
+    said = removed(source, "layers", *HALF, "-o", tmp_path / "dry", "--dry-run")
     assert [line.removeprefix("sparseprune: warning: ") for line in said.err.splitlines()] == lines
-    said = run("remove", source, "decoder-layers", *HALF, "-o", tmp_path / "strict", "--strict")
+    said = run("remove", source, "layers", *HALF, "-o", tmp_path / "strict", "--strict")
     assert (said.code, len(said.err.splitlines())) == (2, 2)
     assert not (tmp_path / "strict").exists()

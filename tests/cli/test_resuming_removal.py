@@ -24,9 +24,9 @@ from tests.samples import write_spec
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="there is no /proc")
 CONTINUED = "sparseprune: an unfinished run is continued"
-SPEC = Path("specs/decoder-mlp-channels.toml").read_text()
+SPEC = Path("specs/mlp-channels.toml").read_text()
 SOFT = SPEC.replace("[scope.mlp]\n", '[scope.mlp]\nmode = "soft"\n')
-EXPERTS = Path("specs/moe-experts.toml").read_text()
+EXPERTS = Path("specs/experts.toml").read_text()
 CHOICE, PARTIAL = ".out.sparseprune-choice", ".out.sparseprune-partial"
 
 
@@ -102,9 +102,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     start.mkdir()
     write(start / "in", decoder(), LLAMA, 2)
     write(start / "mix", mixture(), MIXTRAL, 2)
-    mask = ("mask", start / "in", "decoder-mlp-channels", "-o", start / "masks", "-q")
+    mask = ("mask", start / "in", "mlp-channels", "-o", start / "masks", "-q")
     ok(*mask)
-    removed(start / "in", "decoder-mlp-channels", "--set", "sparsity=0.5", "-o", start / "out", "-q")
+    removed(start / "in", "mlp-channels", "--set", "sparsity=0.5", "-o", start / "out", "-q")
     with Commands() as commands:
         yield World(commands, start, {})
 
