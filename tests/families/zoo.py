@@ -138,10 +138,14 @@ def inputs(species: Species) -> dict[str, torch.Tensor]:
 
 
 def output(species: Species, model: Any) -> torch.Tensor:
-    """What the model computes: the first of its outputs, logits or hidden states."""
+    """What the model computes, in its precision: the first of its outputs, logits or hidden states."""
     missing = patch.object(MoeCausalLMOutputWithPast, "image_outputs", None, create=True)  # Llama 4 wants it
+    given = {
+        name: tensor.to(model.dtype) if tensor.is_floating_point() else tensor
+        for name, tensor in inputs(species).items()
+    }
     with torch.inference_mode(), missing:
-        result: torch.Tensor = model(**inputs(species), return_dict=True)[0]
+        result: torch.Tensor = model(**given, return_dict=True)[0]
     return result
 
 
@@ -204,9 +208,10 @@ def _seen(
 
 
 _TURNED = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 1]}}
-_LINEAR = {
+_LINEAR: dict[str, Any] = {
     "num_hidden_layers": 6, "linear_key_head_dim": 6, "linear_value_head_dim": 8, "linear_num_key_heads": 4,
     "linear_num_value_heads": 8, "head_dim": 20,
+    "layer_types": [f"{kind}_attention" for kind in "linear full linear full full linear".split()],
 }  # fmt: skip
 _QWEN3_VISION = {"out_hidden_size": HIDDEN, "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]}
 _CONVOLVED = {
@@ -227,19 +232,9 @@ ZOO: tuple[Species, ...] = (
     _text("ministral3", "Ministral3"),
     _text("qwen2", "Qwen2"),
     _text("qwen3", "Qwen3"),
-    _text(
-        "qwen3_5_text", "Qwen3_5", "Qwen3_5TextConfig", num_hidden_layers=6, linear_key_head_dim=6,
-        linear_value_head_dim=8, linear_num_key_heads=4, linear_num_value_heads=8, head_dim=20,
-    ),
-    _text(
-        "qwen3_5_moe_text", "Qwen3_5Moe", "Qwen3_5MoeTextConfig", num_hidden_layers=6,
-        linear_key_head_dim=6, linear_value_head_dim=8, linear_num_key_heads=4, linear_num_value_heads=8,
-        head_dim=20,
-    ),
-    _text(
-        "qwen3_next", "Qwen3Next", num_hidden_layers=6, linear_key_head_dim=6, linear_value_head_dim=8,
-        linear_num_key_heads=4, linear_num_value_heads=8, head_dim=20,
-    ),
+    _text("qwen3_5_text", "Qwen3_5", "Qwen3_5TextConfig", **_LINEAR),
+    _text("qwen3_5_moe_text", "Qwen3_5Moe", "Qwen3_5MoeTextConfig", **_LINEAR),
+    _text("qwen3_next", "Qwen3Next", **_LINEAR),
     _text("gemma", "Gemma"),
     _text("gemma2", "Gemma2"),
     _text("gemma3_text", "Gemma3", "Gemma3TextConfig", num_hidden_layers=6),
