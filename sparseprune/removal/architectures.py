@@ -76,8 +76,7 @@ class Layers(Struct, frozen=True):
     numbers it says whether the layer is in it. `settled`: a rule besides the list puts layers into it, and
     these values turn the rule off. `rules`: keys from which the class derives a list; they get a value that
     still derives it, or are removed. `by_key`: objects with an entry for numbers of layers. Of a list in
-    `needs` some layer has this entry, of one in `last` the last layer. `derived` keys are taken out, since
-    the class makes them anew. No layer can be removed where a `refused` key is set, with the reason.
+    `needs` some layer has this entry. `derived` keys are taken out, since the class makes them anew. No layer can be removed where a `refused` key is set, with the reason.
     """
 
     by_place: tuple[str, ...] = BY_PLACE
@@ -89,7 +88,6 @@ class Layers(Struct, frozen=True):
     settled: Mapping[str, int] = {}
     rules: Mapping[str, str] = {}
     needs: Mapping[str, str] = {}
-    last: Mapping[str, str] = {}
     derived: tuple[str, ...] = ()
     refused: Mapping[str, str] = {}
 
@@ -141,6 +139,7 @@ _BY_RULE = "a rule says by the number of a layer what it consists of"
 _WINDOWS = "windows shift in every other layer of a stage"
 _PICTURES = "layers of one tower feed numbered layers of the other"
 _STAGES = "they differ from stage to stage, and one ratio or the class itself counts them"
+_SHARED = "the last layers share keys and values of earlier ones"
 _SCALED = "a layer scales what it passes on, so that without anything of it no input is passed on"
 
 
@@ -244,17 +243,15 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     ),
     _grouped(
         "gemma4_text",
-        layers=Layers(
-            last={"layer_types": "full_attention"},
-            refused={"num_kv_shared_layers": "the last layers share keys and values of earlier ones"},
-        ),
+        refused={"layers": _SCALED},
+        refused_where={"num_kv_shared_layers": ("heads", _SHARED)},
     ),
     _grouped(
         "gemma3n_text",
         refused={
             "mlp": "the activation keeps a share of all channels of a layer",
-            "heads": "the last layers share keys and values of earlier ones",
-            "layers": "the last layers share keys and values of earlier ones",
+            "heads": _SHARED,
+            "layers": _SHARED,
         },
     ),
     _grouped(

@@ -142,8 +142,24 @@ def count_dims(
                 count(structure, section, counts)
             elif is_touched:
                 counts.refused[f"{_WHAT[kind]} of {dict(structure.place)['stack']} cannot go: {why}"] = None
+    _contest_strangers(index, counts)
     _count_routers(index, counts)
     return counts
+
+
+def _contest_strangers(index: Index, counts: Counts) -> None:
+    """Contest keys that count tensors of which others, of the same names but for numbers, are not counted."""
+    for members in index.forms.values():
+        keys = {each.key for tensor in members.values() for each in counts.of.get(tensor.name, ())}
+        stranger = (
+            next((one for one in members.values() if one.name not in counts.of), None) if keys else None
+        )
+        if stranger is not None and stranger.name not in counts.misfits:
+            text = (
+                f"{stranger.name} is named as what {{}} counts in other layers, and nothing tells what it has"
+            )
+            for key in keys:
+                counts.contested[key][text.format(path_shown(key))] = None
 
 
 def _why_refused(section: Section, kind: str) -> str | None:

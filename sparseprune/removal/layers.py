@@ -122,15 +122,11 @@ def _refused(stack: Stack) -> Iterator[str]:
 def _unfit_types(stack: Stack) -> Iterator[str]:
     """Lists of kinds of layers in which one is missing that the class needs."""
     section, layers = stack.section, stack.section.architecture.layers
-    for key, needed in (*layers.needs.items(), *layers.last.items()):
+    for key, needed in layers.needs.items():
         entries = _by_place(section, key, stack.count)
         left = [] if entries is None else [entries[layer] for layer in stack.stays]
-        if entries is None or needed not in entries:
-            continue
-        if needed not in left:
+        if entries is not None and needed in entries and needed not in left:
             yield f"layers of {stack.name} cannot go: no layer of {key} {shown(needed)} would be left"
-        elif key in layers.last and left[-1] != needed:
-            yield f"layers of {stack.name} cannot go: the last one of {key} must be {shown(needed)}"
 
 
 def _twins(stacks: Mapping[str, Stack], members: Mapping[str, int], sections: Sections) -> Iterator[str]:
