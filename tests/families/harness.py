@@ -66,7 +66,8 @@ class Zoo(Struct, frozen=True):
     def load(self, folder: Path) -> Any:
         """The model by its own class; ValueError where a tensor does not find its place."""
         kind = getattr(transformers, self.species.model)
-        model, report = kind.from_pretrained(folder, output_loading_info=True)
+        told = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        model, report = kind.from_pretrained(folder, **told)
         report["unexpected_keys"] = [
             name for name in report["unexpected_keys"] if not (self.beside and re.match(self.beside, name))
         ]
@@ -129,7 +130,7 @@ def _remove(one: Zoo, action: str, place: Path) -> Outcome:
     if wrong := _difference(one, action, place):
         return Outcome("wrong", wrong)
     share = removal.totals.declared_coverage
-    return Outcome("right", "" if share == 1 else f"{share:.1%} of {removal.totals.covers}")
+    return Outcome("right", "" if share in {1, None} else f"{share:.1%} of {removal.totals.covers}")
 
 
 def _difference(one: Zoo, action: str, place: Path) -> str:

@@ -284,8 +284,9 @@ ZOO: tuple[Species, ...] = (
     _text("granitemoe", "GraniteMoe", intermediate_size=EXPERT_WIDTH),
     _text("granitemoeshared", "GraniteMoeShared", intermediate_size=EXPERT_WIDTH),
     _text(
-        "granitemoehybrid", "GraniteMoeHybrid", intermediate_size=EXPERT_WIDTH, mamba_n_heads=8, mamba_d_head=12,
-        mamba_d_state=16, mamba_chunk_size=8, layer_types=["mamba", "attention", "mamba", "attention"],
+        "granitemoehybrid", "GraniteMoeHybrid", intermediate_size=EXPERT_WIDTH, mamba_n_heads=8,
+        mamba_d_head=12, mamba_d_state=16, mamba_chunk_size=8,
+        layer_types=["mamba", "attention", "mamba", "attention"],
     ),
     _text("cohere", "Cohere"),
     _text("cohere2", "Cohere2"),
