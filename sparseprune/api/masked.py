@@ -146,12 +146,18 @@ def refuse_contradictions(
 
 
 def masked_by(
-    run: Run, checkpoint: Path, source: MaskSource, machine: Machine, *, folds: bool = False
+    run: Run,
+    checkpoint: Path,
+    source: MaskSource,
+    machine: Machine,
+    *,
+    folds: bool = False,
+    cuts: bool = False,
 ) -> Masked:
     """Open both, and give each tensor its mask; CheckpointError with all that does not fit.
 
     A sparse checkpoint is read once, to find the tensors that have zeros. Where it `folds`, weights that
-    torch.nn.utils.prune keeps in two become one, if the masks are theirs.
+    torch.nn.utils.prune keeps in two become one, if the masks are theirs. `cuts` as for `match_masks`.
     """
     path = source.path or checkpoint
     with collector_paused():
@@ -165,7 +171,7 @@ def masked_by(
     if source.zeros:
         masks = _with_zeros(run, masks, _looked_at(opened, masks, source, chosen), machine)
     with collector_paused():
-        matched = match_masks(opened, masks, origin, partial=source.partial, chosen=chosen)
+        matched = match_masks(opened, masks, origin, partial=source.partial, chosen=chosen, cuts=cuts)
     run.note(_other_names(matched))
     return Masked(checkpoint, source, matched, origin, split)
 

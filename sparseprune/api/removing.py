@@ -19,6 +19,7 @@ from sparseprune.api.options import Source
 from sparseprune.api.pruning import as_applied, few_tokens, identity_of, planned, prepare, score_shards, warn
 from sparseprune.api.run import collector_paused, digest, output_shown
 from sparseprune.checkpoint import OutputLayout, StagedOutput, TensorReader, read_config
+from sparseprune.checkpoint.codes import codes_in
 from sparseprune.checkpoint.file_io import refuse_changed
 from sparseprune.checkpoint.folding import refuse_split
 from sparseprune.checkpoint.not_safetensors import PICKLE_SUFFIXES, names_training_state
@@ -139,7 +140,7 @@ def _chosen(run: Run, asked: Asked) -> Iterator[Choice]:
 
 def _by_masks(run: Run, asked: Asked, reader: TensorReader) -> Choice:
     path = str(asked.source.path)
-    masked = masked_by(run, asked.checkpoint, asked.source, asked.machine)
+    masked = masked_by(run, asked.checkpoint, asked.source, asked.machine, cuts=True)
     matched = masked.matched
     refuse_split(matched.checkpoint)
     refuse_replacing(_target(asked, matched.checkpoint), [one.path for one in matched.masks.shards], "masks")
@@ -272,7 +273,8 @@ def _cut(run: Run, asked: Asked, choice: Choice) -> results.Removal:
     shapes = {name: stored.shape for name, stored in checkpoint.tensors.items()}
     config = read_config(checkpoint)
     try:
-        removal = make_removal(shapes, choice.kept, config, beside=read_beside(checkpoint))
+        codes = codes_in(checkpoint.tensors)
+        removal = make_removal(shapes, choice.kept, config, codes=codes, beside=read_beside(checkpoint))
     except CheckpointError as error:
         raise CheckpointError(*(f"{choice.source}: {line}" for line in error.args)) from error
     _refuse_nothing(run, choice, removal)

@@ -123,13 +123,15 @@ def match_masks(
     *,
     partial: bool,
     chosen: Collection[str] | None = None,
+    cuts: bool = False,
 ) -> Matched:
     """Give every tensor its mask; names may differ by what wrappers add (`mask_names.counterparts`).
 
     A tensor must have one if the report of the run that made the masks lists it; where there is no such
     report, if its like in another layer has one: their names differ in pieces that are numbers. So must a
     name that an index of masks lists. `partial` ignores names without a counterpart, but not what does not
-    fit. Where tensors are `chosen` by name, no other ones count.
+    fit. Where tensors are `chosen` by name, no other ones count. `cuts`: slices are cut out, of any bytes;
+    else zeros are put in or looked for.
 
     Raises:
         CheckpointError: names without a counterpart, or with several, other shapes, dtypes that cannot be
@@ -148,7 +150,7 @@ def match_masks(
     why_missing = _missing(checkpoint, masks, origin, named)
     if chosen is not None:
         why_missing = {name: why for name, why in why_missing.items() if name in wanted}
-    lines = [*_unfit(here, there, pairs)]
+    lines = [*_reshaped(here, there, pairs), *(() if cuts else _unfit(here, pairs))]
     if not partial:
         free = [name for name in tensors if name not in named]
         lines += _first_ten(
@@ -307,8 +309,8 @@ def _regions(pair: Pair, elements: int) -> Iterator[Region]:
     return regions_in(whole_run(pair.stored), elements)
 
 
-def _unfit(here: Path, there: Path, pairs: Sequence[Pair]) -> Iterator[str]:
-    """What can never be done: a mask of another shape, elements of which no pattern need be zero."""
+def _reshaped(here: Path, there: Path, pairs: Sequence[Pair]) -> Iterator[str]:
+    """Masks of another shape."""
     reshaped = {pair.stored.name: pair for pair in pairs if pair.mask.shape != pair.stored.shape}
     yield from _first_ten(
         list(reshaped),
@@ -319,6 +321,10 @@ def _unfit(here: Path, there: Path, pairs: Sequence[Pair]) -> Iterator[str]:
         ),
         f"{there}: {{}} more masks have another shape than their tensors",
     )
+
+
+def _unfit(here: Path, pairs: Sequence[Pair]) -> Iterator[str]:
+    """Elements of which no pattern need be zero, or nobody knows which."""
     coded = [pair.stored for pair in pairs if pair.stored.codes is not None]
     refused = {
         one.name: line for one in coded if one.codes and (line := one.codes.refusal(one.name, values=False))

@@ -24,21 +24,24 @@ from sparseprune.removal.architectures import (
 )
 from sparseprune.removal.dim_constraints import agree, refuse
 from sparseprune.removal.layers import Stacks, lost_rules, without_layers
+from sparseprune.removal.quantized import settle_modules
 from sparseprune.removal.sections import Sections, path_shown, value_at, with_value
 from sparseprune.results.fields import ConfigChange
 from sparseprune.spec.naming import OTHER_TOWERS
-from sparseprune.spec.problems import shown
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from sparseprune.engine.grids import Shape
+    from sparseprune.removal.counting import Counts
     from sparseprune.removal.dim_constraints import Agreed, CutModel
     from sparseprune.removal.layers import Stack
     from sparseprune.removal.sections import Path, Section
+    from sparseprune.removal.slices import KeptIndices
 
 
 _CONFIG = "config.json"
+_QUANTIZATION = "quantization_config"
 _LAYER = re.compile(r"(?:^|\.)(?:layers?|blocks?|h)\.[0-9]+(?:\.|$)")
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+|[0-9]+")
 
@@ -154,7 +157,7 @@ class _KeyReader(Struct, frozen=True):
         `by_length`: a list with an entry for each layer is enough.
         """
         words = _words(key)
-        if key == "quantization_config" or OTHER_TOWERS.search(key) or not _OTHERS.isdisjoint(words):
+        if key == _QUANTIZATION or OTHER_TOWERS.search(key) or not _OTHERS.isdisjoint(words):
             return
         if self.layers is not None and isinstance(value, list | dict) and any(map(_names_layer, value)):
             yield f"{place} names layers by their numbers, and stays as it is"
@@ -245,9 +248,14 @@ def configure(
     touched = {**agreed.counts.sections, **{stack.key: stack.section for stack in stacks.of.values()}}
     used = {section.path: section for key, section in touched.items() if key in agreed.values}
     used |= {stack.section.path: stack.section for stack in stacks.of.values()}
-    quantizations = [sections.config, *(section.values for section in used.values())]
-    for quantization in (values.get("quantization_config") for values in quantizations):
-        problems += [] if quantization is None else _quantized(model, quantization)
+    quantizations = {
+        (*path, _QUANTIZATION): values[_QUANTIZATION]
+        for path, values in {(): sections.config, **{path: one.values for path, one in used.items()}}.items()
+        if values.get(_QUANTIZATION) is not None
+    }
+    modules = {path: settle_modules(stated, model.removed) for path, stated in quantizations.items()}
+    problems += _quantized(model, agreed.counts) if quantizations else []
+    problems += [problem for _, wrong in modules.values() for problem in wrong]
     refuse(dict.fromkeys(problems))
     written: dict[str, Any] = dict(sections.config)
     for path, value in _values(agreed).items():
@@ -261,6 +269,8 @@ def configure(
         outside, lines = _settle_outside(sections.config, used, written, (agreed, stacks), beside)
         written = outside
         remarks += lines
+    for path, (settled, _) in modules.items():
+        written = with_value(written, path, settled)
     changes = tuple(_changes(sections.config, written, frozenset(used)))
     return Configured(written, changes, agreed, tuple(dict.fromkeys(remarks)))
 
@@ -397,26 +407,15 @@ def check_shapes(agreed: Agreed, before: Mapping[str, Shape], after: Mapping[str
     refuse(problems)
 
 
-_NUMBERED_MODULE = re.compile(r"(?:^|\.)[0-9]+(?:\.|$)")
+def _quantized(model: CutModel, counts: Counts) -> list[str]:
+    """Problems of quantized weights: scales belong to whole modules, of which experts and layers are some."""
 
+    def has_whole_experts(name: str, kept: KeptIndices) -> bool:
+        found = counts.of.get(name, ())
+        return all(any(one.dim == dim and one.key in counts.routing for one in found) for dim in kept.cut)
 
-def _quantized(model: CutModel, quantization: object) -> list[str]:
-    """Problems of quantized weights: scales belong to whole modules, which the config may name by number."""
-    cut = [name for name, kept in model.kept.items() if kept.cut and name not in model.gone]
-    if cut:
-        text = "is quantized, and its scales are those of the whole: dequantize the checkpoint first"
-        return [f"{cut[0]} {text}"]
-    named = next((text for text in _texts(quantization) if _NUMBERED_MODULE.search(text)), None)
-    if model.removed.numbers and named is not None:
-        number = "by a number, which may change: dequantize the checkpoint first"
-        return [f"config.json: quantization_config names {shown(named)} {number}"]
+    for name, kept in model.kept.items():
+        if kept.cut and name not in model.gone and not has_whole_experts(name, kept):
+            text = "is quantized, and its scales are those of the whole: dequantize the checkpoint first"
+            return [f"{name} {text}"]
     return []
-
-
-def _texts(value: object, depth: int = 8) -> Iterator[str]:
-    """All strings in a JSON value, down to this depth."""
-    if isinstance(value, str):
-        yield value
-    elif depth and isinstance(value, dict | list):
-        for part in (*value, *value.values()) if isinstance(value, dict) else value:
-            yield from _texts(part, depth - 1)

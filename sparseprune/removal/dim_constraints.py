@@ -44,7 +44,7 @@ class CutModel(Struct, frozen=True):
     """The tensors of a checkpoint by name, and the `kept` indices of those that lose something.
 
     `gone` are the tensors of `removed` members of lists. `exact`: it is known which units survive, not only
-    how many.
+    how many. Those `beside` codes stay whole.
     """
 
     shapes: Mapping[str, Shape]
@@ -52,6 +52,7 @@ class CutModel(Struct, frozen=True):
     removed: RemovedMembers
     gone: frozenset[str] = frozenset()
     exact: bool = True
+    beside: frozenset[str] = frozenset()
 
 
 class Agreed(Struct, frozen=True):
@@ -305,6 +306,8 @@ def _unknown_neighbours(found: _Constraints) -> Iterator[str]:
             modules.setdefault(name.rpartition(".")[0], name)
     for name in found.stays if modules else ():
         if name in found.model.kept or name in found.counts.of or name in found.counts.beside:
+            continue
+        if name in found.model.beside:
             continue
         parent = name.rpartition(".")[0]
         above = (".".join(parent.split(".")[:depth]) for depth in range(parent.count(".") + 1))

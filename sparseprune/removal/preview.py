@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from msgspec import Struct
 
+from sparseprune.checkpoint.codes import codes_in
 from sparseprune.engine.grids import Shape, prod
 from sparseprune.errors import CheckpointError
 from sparseprune.spec import BoundScope
@@ -232,7 +233,7 @@ def preview(
     if reasons:
         return Preview(reasons, after)
     try:
-        removal = make_removal(shapes, kept, config, exact=False, beside=beside)
+        removal = make_removal(shapes, kept, config, codes=codes_in(tensors), exact=False, beside=beside)
     except CheckpointError as error:
         return Preview(reasons, after, problems=error.args)
     numel = {name: prod(left.shape) for name, left in removal.left.items()}

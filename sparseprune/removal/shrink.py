@@ -21,6 +21,7 @@ from sparseprune.execution.tensor_io import TensorIO, pattern_of
 from sparseprune.removal.config import check_shapes, configure
 from sparseprune.removal.dim_constraints import CutModel, refuse
 from sparseprune.removal.preview import numbered, removed_members
+from sparseprune.removal.quantized import carry
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from sparseprune.checkpoint import Sink, Source, StoredTensor
+    from sparseprune.checkpoint.codes import Codes
     from sparseprune.execution.regions import Limits
     from sparseprune.execution.runner import Progress
     from sparseprune.removal.slices import KeptIndices
@@ -55,18 +57,22 @@ def make_removal(
     kept: Mapping[str, KeptIndices],
     config: Mapping[str, Any] | None,
     *,
+    codes: Mapping[str, Codes] = MappingProxyType({}),
     exact: bool = True,
     beside: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
 ) -> Removal:
     """What is left of tensors of these shapes where masks keep the indices in `kept`; others are kept whole.
 
-    `exact` False: only the numbers of kept units are known, not which they are. `beside` are other documents
-    about the model, by the names of their files.
+    `codes` tells which tensors hold codes: what lies beside them goes with them. `exact` False: only the
+    numbers of kept units are known, not which they are. `beside` are other documents about the model, by the
+    names of their files.
 
     Raises:
         CheckpointError: masks that are not made of whole slices, or a model that no class can express.
     """
-    cut = {name: each for name, each in kept.items() if not each.is_whole}
+    carried = carry(shapes, kept, codes)
+    refuse(carried.problems[:1])
+    cut = {name: each for name, each in carried.kept.items() if not each.is_whole}
     empty = frozenset(name for name, each in cut.items() if each.is_empty)
     removed = removed_members((name for name, shape in shapes.items() if prod(shape)), empty)
     refuse([*_not_sliced(cut), *_orphans(removed.orphans, shapes, empty)])
@@ -74,7 +80,7 @@ def make_removal(
         return Removal({name: ResizedTensor(name, shape, whole=True) for name, shape in shapes.items()})
     # Tensors without elements have no mask; they go with the layer or expert that they belong to.
     gone = empty | {name for name, shape in shapes.items() if not prod(shape) and removed.has(name)}
-    model = CutModel(shapes, cut, removed, gone, exact)
+    model = CutModel(shapes, cut, removed, gone, exact, carried.whole)
     configured = configure(config, model, beside)
     smaller, changes = configured.config, configured.changes
     left_of = {

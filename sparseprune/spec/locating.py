@@ -73,7 +73,7 @@ def find_structures(
 def _of_kind(kind: Kind, index: Index) -> Iterator[tuple[Captures, TensorInfo, Outlook]]:
     if kind == "matrices":
         for captures, tensor, seen in matrices(index):
-            yield captures, TensorInfo(tensor.name, tensor.dtype, seen.shape), seen
+            yield captures, TensorInfo(tensor.name, tensor.dtype, seen.shape, tensor.codes), seen
         return
     tensors = {tensor.name: tensor for members in index.forms.values() for tensor in members.values()}
     known: dict[tuple[object, ...], Outlook] = {}
@@ -85,7 +85,11 @@ def _of_kind(kind: Kind, index: Index) -> Iterator[tuple[Captures, TensorInfo, O
                 if key not in known:
                     known[key] = outlook(part, tensor.shape)
                 seen = known[key]
-                yield captures_of(structure, part), TensorInfo(tensor.name, tensor.dtype, seen.shape), seen
+                yield (
+                    captures_of(structure, part),
+                    TensorInfo(tensor.name, tensor.dtype, seen.shape, tensor.codes),
+                    seen,
+                )
 
 
 def label(place: str, site: Site) -> str:

@@ -285,9 +285,25 @@ def test_layers_behind_the_others_are_counted_by_a_key_of_their_own() -> None:
 
 
 @pytest.mark.parametrize("key", ["modules_to_not_convert", "ignore"])
-def test_layers_stay_where_a_quantizer_has_written_their_numbers_down(key: str) -> None:
+def test_names_that_a_quantizer_has_written_down_get_new_numbers(key: str) -> None:
     config = {**SIZES, "model_type": "llama"}
-    for name in ("model.layers.3.mlp", "model.layers.3"):
-        with pytest.raises(CheckpointError, match=f'quantization_config names "{name}" by a number'):
-            without_layers({**config, "quantization_config": {key: ["lm_head", name]}}, [1])
-    assert without_layers({**config, "quantization_config": {key: ["lm_head", "re:.*mlp"]}}, [1]).changes
+    for name in ("model.layers.{}.mlp", "model.layers.{}", "model.layers.{}.*"):
+        names = ["lm_head", "re:.*mlp", *(name.format(layer) for layer in (0, 1, 3))]
+        removal = without_layers({**config, "quantization_config": {key: names}}, [1])
+        assert removal.config is not None
+        found = removal.config["quantization_config"][key]
+        assert found == ["lm_head", "re:.*mlp", name.format(0), name.format(2)]
+
+
+@pytest.mark.parametrize(
+    ("stated", "name"),
+    [
+        ({"ignore": ["re:model\\.layers\\.3\\..*"]}, "re:model"),
+        ({"dynamic": {"model.layers.3.mlp": {"bits": 8}}}, "model.layers.3.mlp"),
+        ({"ignore": ["language_model.layers.3.mlp"]}, "language_model.layers.3.mlp"),
+    ],
+)
+def test_layers_stay_where_a_quantizer_names_them_otherwise(stated: dict[str, Any], name: str) -> None:
+    config = {**SIZES, "model_type": "llama", "quantization_config": stated}
+    with pytest.raises(CheckpointError, match=f'quantization_config names "{name}.*" by a number'):
+        without_layers(config, [1])
