@@ -93,6 +93,11 @@ def calibrate(run: Run, asked: Collecting) -> Statistics:
         loaded.refuse_strange(sequences.ids)
         run.note("finding out which matrices meet text")
         plan = plan_calibration(loaded, sequences, checkpoint, asked.kind, asked.memory)
+        if loaded.others and plan.without:
+            others = " and ".join(loaded.others)
+            run.note(
+                f"text alone is fed: what takes {others} gets no statistics, such as {plan.without[-1][0]}"
+            )
         layout = lay_out_statistics(checkpoint, target, asked.kind, plan.tensors)
         output = StagedOutput(layout, asked.force, _identity(asked, loaded, sequences, plan, checkpoint))
         _warn_of_little_room(run, asked.kind, plan, output)

@@ -13,6 +13,7 @@ import zlib
 from collections import defaultdict
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -115,7 +116,7 @@ def plan_calibration(
     for name, like in siblings(shared.last, loaded.model).items():
         groups[name] = renumbered(groups[like], name, like)
         dims[name], last[name] = dims[like], last[like]
-    stored = stored_as(loaded.model, dims, checkpoint)
+    stored = stored_as(loaded.model, dims, groups, checkpoint)
     units = sorted(_units(loaded, groups, dims, last, stored), key=lambda unit: unit.last)
     if not units:
         raise SparsepruneError(
@@ -396,9 +397,14 @@ def _counted_rows(product: Product, place: int) -> Tensor:
 
 
 def _batches(sequences: Sequences) -> Iterator[tuple[Tensor, Tensor]]:
-    step = max(1, _BATCH_TOKENS // sequences.ids.shape[1])
+    length = sequences.ids.shape[1]
+    step = max(1, _BATCH_TOKENS // length)
     for begin in range(0, len(sequences.ids), step):
-        yield sequences.ids[begin : begin + step], sequences.counted[begin : begin + step]
+        end = min(begin + step, len(sequences.ids))
+        # As many sequences as tokens in each would not tell which of the two dimensions is which.
+        cuts = (begin, end - 1, end) if end - begin == length > 1 else (begin, end)
+        for first, last in pairwise(cuts):
+            yield sequences.ids[first:last], sequences.counted[first:last]
 
 
 def _write(unit: Unit, place: int, moment: Tensor, output: Sink) -> None:

@@ -43,17 +43,25 @@ _FEW_MODULES, _MOST_POSITIONS = 1024, 1 << 27  # numbers up to these are always 
 # Classifiers need a padding token to run two sequences; no token has this number.
 _NO_PADDING = -1
 _FEW_WEIGHTS = 50_000_000  # that a model may have beyond four times those of its checkpoint
+# Inputs beside text, in the words of transformers and in ours.
+_MODALITIES = MappingProxyType(
+    {"image": "images", "video": "videos", "audio": "sound", "time": "time series"}
+)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoadedModel:
-    """A model with its tokenizer; `missing` are weights that the checkpoint lacks."""
+    """A model with its tokenizer; `missing` are weights that the checkpoint lacks.
+
+    `others` names what it takes beside text, such as images.
+    """
 
     model: Any = field(repr=False)
     tokenizer: Any = field(repr=False)
     longest: int | None
     device: torch.device
     missing: tuple[str, ...]
+    others: tuple[str, ...] = ()
 
     @property
     def length(self) -> int:
@@ -78,14 +86,14 @@ class LoadedModel:
         Raises:
             SparsepruneError: the model does not take this many tokens.
         """
-        # Models of text and images (CLIP, SigLIP) take both; this method takes text alone.
-        forward = getattr(self.model, "get_text_features", None) or self.model.forward
+        forward = _of_text(self.model)
         words = inspect.signature(forward).parameters
         given = ids.to(self.device)
         offered = {
             "input_ids": given,
             "attention_mask": torch.ones_like(given),
             "use_cache": False,
+            "global_attention_mask": torch.zeros_like(given).index_fill_(1, given.new_zeros(1), 1),
             "decoder_input_ids": given if self.model.config.is_encoder_decoder else None,
         }
         try:
@@ -141,9 +149,10 @@ def load_model(
     refuses = "refuses this config" if known else "does not know this model"
     with _one_line(f"{path / 'config.json'}: {version} {refuses}"):
         config = _plain(transformers.AutoConfig.from_pretrained(path, **own))
+    kind = _model_class(transformers, config)
+    _refuse_other_inputs(path, kind)
     with _one_line(f"{path}: there is no tokenizer that transformers can read"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, **own)
-    kind = _model_class(transformers, config)
     with _one_line(f"{path}: {version} cannot build the model that config.json describes"):
         _refuse_larger(kind, config, checkpoint)
     placed = _placement(checkpoint, device, folder, max_memory)
@@ -164,7 +173,25 @@ def load_model(
         if getattr(part, "pad_token_id", None) is None:
             part.pad_token_id = _NO_PADDING
     missing = tuple(sorted(info["missing_keys"]))
-    return LoadedModel(model, tokenizer, _longest(model, tokenizer), torch.device(device), missing)
+    others = tuple(_MODALITIES[one] for one in _modalities(model) if one in _MODALITIES)
+    return LoadedModel(model, tokenizer, _longest(model, tokenizer), torch.device(device), missing, others)
+
+
+def _refuse_other_inputs(path: Path, kind: Any) -> None:
+    """SparsepruneError if the model takes images or sound in the first place."""
+    taken = getattr(kind, "main_input_name", "input_ids")
+    if taken != "input_ids":
+        what = " and ".join(_MODALITIES[one] for one in _modalities(kind) if one in _MODALITIES)
+        raise SparsepruneError(
+            f"{path}: {kind.__name__} takes {what or 'no text'} ({taken}), and calibrate feeds text alone: "
+            "use a spec that reads no statistics, or one that reads yours"
+        )
+
+
+def _modalities(kind: Any) -> tuple[str, ...]:
+    """What a model or its class takes, in the words of transformers."""
+    found = getattr(kind, "input_modalities", None) or ()
+    return (found,) if isinstance(found, str) else tuple(found)
 
 
 def _transformers() -> Any:
@@ -248,6 +275,15 @@ def _refuse_larger(kind: Any, config: Any, checkpoint: Checkpoint) -> None:
         )
 
 
+def _of_text(model: Any) -> Any:
+    """What takes text alone: models of text and images have a method (CLIP) or a model (Llama 4) for it."""
+    if hasattr(model, "get_text_features"):
+        return model.get_text_features
+    inner: Any = getattr(model, "language_model", None)
+    has_head = hasattr(inner, "get_output_embeddings") and inner.get_output_embeddings() is not None
+    return inner.forward if has_head else model.forward
+
+
 def _plain(config: Any) -> Any:
     """A config that runs only the code of transformers itself, without the kernels that it names."""
     for part in _configs(config):
@@ -275,7 +311,7 @@ def _model_class(transformers: Any, config: Any) -> Any:
         found = getattr(transformers, name, None) if isinstance(name, str) else None
         if inspect.isclass(found) and issubclass(found, transformers.PreTrainedModel):
             return found
-    return transformers.AutoModel
+    return transformers.MODEL_MAPPING.get(type(config), None) or transformers.AutoModel
 
 
 def _placement(

@@ -65,18 +65,20 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, model: torch.nn.Module, seen: Callable[[Product], None]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._seen = seen
-        self._known = {
-            parameter.untyped_storage().data_ptr(): (name, parameter)
-            for name, parameter in model.named_parameters()
-            if parameter.ndim in {2, 3} and parameter.device.type != "meta"
-        }
+        # transformers may load parts of one tensor as parameters that share its storage.
+        self._known: defaultdict[int, list[tuple[str, Tensor]]] = defaultdict(list)
+        for name, parameter in model.named_parameters():
+            if parameter.ndim in {2, 3} and parameter.device.type != "meta":
+                self._known[parameter.untyped_storage().data_ptr()].append((name, parameter))
         self._names = {id(module): name for name, module in model.named_modules()}
-        self._running: list[torch.nn.Module] = []
+        self._running: list[tuple[torch.nn.Module, bool]] = []
         self._hooks = [
             torch.nn.modules.module.register_module_forward_pre_hook(self._enter_module),
             torch.nn.modules.module.register_module_forward_hook(self._leave_module, always_call=True),
         ]
         self.counted = torch.empty(0, dtype=torch.bool)
+        self._by_place = self.counted  # in the other order, the first tokens of all sequences first
+        self._turned = (0, 0)
         self._gathered: Tensor | None = None
         self._gatherer: torch.nn.Module | None = None
 
@@ -87,7 +89,8 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def begin(self, counted: Tensor) -> None:
         """Begin a forward pass; `counted` says which tokens count, (sequences, length)."""
-        self.counted = counted.reshape(-1)
+        self.counted, self._by_place = counted.reshape(-1), counted.T.reshape(-1)
+        self._turned = (counted.shape[1], counted.shape[0])
         self._gathered = None
         self._running.clear()
 
@@ -129,11 +132,10 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _parameter(self, weight: Tensor) -> tuple[str, Tensor] | None:
         """The parameter of which an operand is a view, and its name."""
         address = weight.untyped_storage().data_ptr()
-        found = self._known.get(address)
-        if found is not None:
-            return found
+        if address in self._known:
+            return next((pair for pair in self._known[address] if _holds(pair[1], weight)), None)
         # Offloaded parameters are loaded while their module runs.
-        for module in reversed(self._running):
+        for module, _ in reversed(self._running):
             for name, parameter in module.named_parameters(recurse=False):
                 if parameter.ndim in {2, 3} and parameter.untyped_storage().data_ptr() == address:
                     prefix = self._names[id(module)]
@@ -143,24 +145,36 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _rows_that_count(self, rows: int) -> Tensor | None:
         if self._gathered is not None and self._gathered.numel() == rows:
             return self.counted.to(self._gathered.device)[self._gathered]
-        return self.counted if rows == self.counted.numel() else None
+        if rows != self.counted.numel():
+            return None
+        return self._by_place if self._running and self._running[-1][1] else self.counted
 
     def _gather(self, index: Tensor) -> None:
         """Rows were selected by index; products with them happen while this module runs."""
-        self._gathered, self._gatherer = index, self._running[-1] if self._running else None
+        self._gathered, self._gatherer = index, self._running[-1][0] if self._running else None
 
     def _has_all_rows(self, source: Tensor) -> bool:
         return source.ndim > 0 and source.shape[0] == self.counted.numel()
 
-    def _enter_module(self, module: torch.nn.Module, inputs: Any) -> None:  # noqa: ARG002
+    def _enter_module(self, module: torch.nn.Module, inputs: Any) -> None:
         if id(module) in self._names:
-            self._running.append(module)
+            # Some models (Longformer, XLNet) have the places in front, and the sequences behind them.
+            first = inputs[0] if inputs and isinstance(inputs[0], torch.Tensor) else None
+            turned = first is not None and first.ndim > 2 and tuple(first.shape[:2]) == self._turned
+            self._running.append((module, turned and self._turned[0] != self._turned[1]))
 
     def _leave_module(self, module: torch.nn.Module, inputs: Any, outputs: Any) -> None:  # noqa: ARG002
-        if self._running and self._running[-1] is module:
+        if self._running and self._running[-1][0] is module:
             self._running.pop()
         if module is self._gatherer:
             self._gathered = self._gatherer = None
+
+
+def _holds(parameter: Tensor, weight: Tensor) -> bool:
+    """Whether the first element of a weight, of the same storage, is one of a parameter's."""
+    place = weight.storage_offset() - parameter.storage_offset()
+    sizes = zip(parameter.shape, parameter.stride(), strict=True)
+    return 0 <= place <= sum((size - 1) * stride for size, stride in sizes)
 
 
 class SharedInputs:
@@ -202,7 +216,8 @@ class SharedInputs:
 
 
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16", "F8_E5M2", "F8_E4M3"})
-_NUMBER = re.compile(r"\d+")
+# Of layers and experts; those of w1 and w2 or fc1 and fc2 tell matrices of different inputs apart.
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)|(?<=expert_)\d+")
 
 
 class StoredAs(Struct, frozen=True):
@@ -216,8 +231,13 @@ class StoredAs(Struct, frozen=True):
     matrix: int | None
 
 
-def stored_as(model: Any, parameters: Mapping[str, int], checkpoint: Checkpoint) -> dict[str, list[StoredAs]]:
-    """The tensors that store each parameter, given its input dimension; an empty list if none is found."""
+def stored_as(
+    model: Any, parameters: Mapping[str, int], groups: Mapping[str, str], checkpoint: Checkpoint
+) -> dict[str, list[StoredAs]]:
+    """The tensors that store each parameter, given its input dimension; an empty list if none is found.
+
+    Of parameters that are stored together those in one of the `groups` count, which have the same inputs.
+    """
     shapes: dict[str, tuple[int, ...]] = {}
     same: defaultdict[int, list[str]] = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -232,7 +252,46 @@ def stored_as(model: Any, parameters: Mapping[str, int], checkpoint: Checkpoint)
             for stored in _one(model, alias, shapes[alias], dim, checkpoint)
         ]
         found[name] = list({stored.name: stored for stored in ways}.values())
+    lost: defaultdict[str, list[str]] = defaultdict(list)
+    for name, stored_in in found.items():
+        if not stored_in and len(shapes.get(name, ())) == 2:
+            lost[name.rpartition(".")[0].rpartition(".")[0]].append(name)  # transformers fuses such ones
+    for names in lost.values():
+        for one, owners in _together(model, {name: (shapes[name], parameters[name]) for name in names}):
+            stored = _stored_name(one.name, one.shape, checkpoint)
+            if stored is not None and len({groups.get(name, name) for name in owners}) == 1:
+                for name in owners:
+                    found[name].append(StoredAs(stored, one.input_dim, None))
     return found
+
+
+class _Fused(Struct, frozen=True):
+    """A tensor that transformers would save, made of whole matrices with this dimension for their inputs."""
+
+    name: str
+    shape: tuple[int, ...]
+    input_dim: int
+
+
+def _together(
+    model: Any, matrices: Mapping[str, tuple[tuple[int, ...], int]]
+) -> Iterator[tuple[_Fused, list[str]]]:
+    """The tensors in which matrices of these shapes and input dimensions are saved, each with its own."""
+    if len(matrices) < 2:
+        return
+    most = 1 + max(shape[dim] for shape, dim in matrices.values())
+    names = list(matrices)
+    tags = {name: _tags(*matrices[name]) + most * number for number, name in enumerate(names)}
+    for key, tensor in as_saved(model, tags).items():
+        if tensor.ndim != 2 or key in matrices:
+            continue
+        owners, inputs = tensor // most, tensor % most
+        for dim in (1, 0):
+            line = torch.arange(tensor.shape[dim]).reshape([-1 if one == dim else 1 for one in range(2)])
+            if bool((inputs == line).all()) and bool((owners == owners.select(dim, 0).unsqueeze(dim)).all()):
+                within = [names[number] for number in sorted(set(owners.select(dim, 0).tolist()))]
+                yield _Fused(key, tuple(tensor.shape), dim), within
+                break
 
 
 def without_statistics(
@@ -242,6 +301,9 @@ def without_statistics(
     modules = model.named_modules()
     embeddings = {f"{path}.weight" for path, module in modules if isinstance(module, torch.nn.Embedding)}
     known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    # Both by the names that they are saved under as well.
+    embeddings |= {each for name in embeddings for each in as_saved(model, {name: torch.empty(1, 1)})}
+    known |= {each for name in known for each in as_saved(model, {name: torch.empty(1, 1)})}
     for name, stored in checkpoint.tensors.items():
         if name in named or len(stored.shape) not in {2, 3} or stored.dtype not in _FLOATS:
             continue

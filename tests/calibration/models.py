@@ -40,7 +40,9 @@ def save(model: Any, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
                 noise = torch.randn(tensor.shape, generator=generator)
                 norm = tensor.ndim == 1 and name.endswith("weight")
                 tensor.copy_(1 + 0.2 * noise if norm else 0.3 * noise)
-    model.to(dtype).save_pretrained(folder)
+    if dtype != torch.float32:  # buffers may be complex
+        model.to(dtype)
+    model.save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder
 
@@ -84,6 +86,57 @@ def albert() -> Any:
     kind: Any = transformers.AlbertConfig
     small = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
     return transformers.AlbertModel(kind(**small, num_attention_heads=4, embedding_size=16))
+
+
+def nomic_bert() -> Any:
+    """Stored with queries, keys and values in one tensor, which the model has apart."""
+    import transformers
+
+    kind: Any = transformers.NomicBertConfig
+    small = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    return transformers.NomicBertModel(kind(**small, num_attention_heads=4))
+
+
+def longformer() -> Any:
+    """Its attention has the places of a text in front, the sequences behind them."""
+    import transformers
+
+    kind: Any = transformers.LongformerConfig
+    small = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    return transformers.LongformerModel(
+        kind(**small, num_attention_heads=4, attention_window=8, pad_token_id=3, max_position_embeddings=70)
+    )
+
+
+def llama4_with_pictures() -> Any:
+    """A whole model of text inside one of text and images."""
+    import transformers
+
+    from tests.families.models import DECODER, EXPERTS
+
+    tower = {
+        "hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4,
+        "image_size": 16, "patch_size": 8, "projector_input_dim": 24, "projector_output_dim": 24,
+        "vision_output_dim": 24,
+    }  # fmt: skip
+    words = {**DECODER, "head_dim": 8, "intermediate_size_mlp": 64, "num_local_experts": EXPERTS}
+    words |= {"num_experts_per_tok": 1, "moe_layers": [1], "pad_token_id": 3}
+    kind: Any = transformers.Llama4Config
+    config = kind(text_config=words, vision_config=tower, image_token_index=60, boi_token_index=61)
+    return transformers.Llama4ForConditionalGeneration(config)
+
+
+def whisper() -> Any:
+    """Takes sound."""
+    import transformers
+
+    kind: Any = transformers.WhisperConfig
+    small = {"vocab_size": 64, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "num_mel_bins": 8}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    wide = {"encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "pad_token_id": 3, "decoder_start_token_id": 1}
+    return transformers.WhisperForConditionalGeneration(
+        kind(**small, **heads, **wide, max_source_positions=20, max_target_positions=32)
+    )
 
 
 def t5() -> Any:

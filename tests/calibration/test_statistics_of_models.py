@@ -1,6 +1,7 @@
 """What calibrate writes, against inputs that hooks and plain products gather from the same model."""
 
 import json
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,23 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from sparseprune.calibration import Sequences
+from sparseprune.calibration.collecting import _batches
+from sparseprune.calibration.watching import Product, Watch, siblings
 from sparseprune.checkpoint import open_statistics
-from tests.calibration.models import BEGIN, END, albert, deberta, save, save_family, t5, text
+from tests.calibration.models import (
+    BEGIN,
+    END,
+    albert,
+    deberta,
+    llama4_with_pictures,
+    longformer,
+    nomic_bert,
+    save,
+    save_family,
+    t5,
+    text,
+)
 from tests.commands import ok
 
 pytestmark = pytest.mark.usefixtures("quiet_transformers")
@@ -18,7 +34,8 @@ LENGTH, SEQUENCES = 14, 6
 FAMILIES = [
     "llama", "llama_without_head", "qwen3", "gemma", "gemma3_with_pictures", "phi3", "gpt2", "mixtral",
     "mixtral_of_two", "deberta_v2", "deberta_v2_with_keys_of_positions", "albert", "t5", "qwen3_moe",
-    "deepseek_v3", "gpt_oss", "llama4", "bert", "bert_for_masked_lm",
+    "deepseek_v3", "gpt_oss", "llama4", "llama4_with_pictures", "bert", "bert_for_masked_lm", "nomic_bert",
+    "longformer",
 ]  # fmt: skip
 
 
@@ -51,6 +68,8 @@ def inputs_by_hooks(model: Any, ids: torch.Tensor) -> dict[str, tuple[torch.Tens
     found: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def keep(name: str, weight: torch.Tensor, given: torch.Tensor) -> None:
+        if given.shape[:2] == (LENGTH, SEQUENCES):
+            given = given.transpose(0, 1)
         rows = given.reshape(-1, given.shape[-1]).double()
         if len(rows) == len(rows_that_count):
             rows = rows[rows_that_count]
@@ -68,9 +87,12 @@ def inputs_by_hooks(model: Any, ids: torch.Tensor) -> dict[str, tuple[torch.Tens
         elif kind.endswith("Experts") and hasattr(module, "gate_up_proj") and kind != "Llama4TextExperts":
             hook = of_experts(name, module, rows_that_count, keep)
             hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-    decoded = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+    more = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+    if model.config.model_type == "longformer":  # its first token sees all others
+        more = {"attention_mask": torch.ones_like(ids), "global_attention_mask": torch.zeros_like(ids)}
+        more["global_attention_mask"][:, 0] = 1
     with torch.no_grad():
-        model(input_ids=ids, **decoded)
+        (model.language_model if model.config.model_type == "llama4" else model)(input_ids=ids, **more)
     for hook in hooks:
         hook.remove()
     return found
@@ -125,7 +147,7 @@ def expected(
             for weight, inputs in found.values()
             if weight.shape[1] == rows.shape[1]
             and any(
-                torch.equal(weight[begin : begin + len(rows)], rows)
+                torch.equal(weight[begin : begin + len(rows)], rows[: len(weight)])
                 for begin in range(max(1, len(weight) - len(rows) + 1))
             )
         ]
@@ -141,6 +163,9 @@ BUILT = {
     "deberta_v2_with_keys_of_positions": lambda: deberta(share_att_key=False),
     "albert": albert,
     "t5": t5,
+    "nomic_bert": nomic_bert,
+    "longformer": longformer,
+    "llama4_with_pictures": llama4_with_pictures,
 }
 
 
@@ -166,13 +191,15 @@ def test_moments_are_those_of_the_inputs_that_hooks_see(family: str, tmp_path: P
     statistics = open_statistics(tmp_path / "stats")
     written = load_file(tmp_path / "stats" / "statistics.safetensors")
     assert statistics.of.keys() <= dense.keys()
-    linear = sum(not {"router", "gate", "experts"} & set(name.split(".")) for name in found)
+    apart = {"router", "gate", "experts", "k_proj", "v_proj"} if family == "nomic_bert" else set()
+    apart |= {"router", "gate", "experts"}
+    linear = sum(not apart & set(name.split(".")) for name in found)
     assert len(statistics.of) >= linear
     compared = 0
     for name, one in statistics.of.items():
         if "router" in name or name.endswith(("mlp.gate.weight", "block_sparse_moe.gate.weight")):
             continue  # no linear layer of torch's: its input is that of the layer's experts
-        if family == "llama4" and ".experts." in name:
+        if family.startswith("llama4") and ".experts." in name:
             continue
         assert one.input_dim is not None
         moment = written[one.stored.name]
@@ -184,3 +211,41 @@ def test_moments_are_those_of_the_inputs_that_hooks_see(family: str, tmp_path: P
             compared += 1
     assert compared >= linear
     assert report["tokens"] == SEQUENCES * (LENGTH - 2)
+
+
+def test_parameters_that_share_a_storage_are_told_apart() -> None:
+    """As transformers loads parts of one stored tensor."""
+    fused = torch.arange(48.0).reshape(12, 4)
+    model = torch.nn.ModuleDict({name: torch.nn.Linear(4, 4, bias=False) for name in "qkv"})
+    for module, part in zip(model.values(), fused.chunk(3), strict=True):
+        module.weight = torch.nn.Parameter(part, requires_grad=False)
+    assert len({one.untyped_storage().data_ptr() for one in model.parameters()}) == 1
+    seen: list[Product] = []
+    inputs = torch.ones(3, 4)
+    with closing(Watch(model, seen.append)) as watch:
+        watch.begin(torch.ones(1, 3, dtype=torch.bool))
+        with watch:
+            for name in "qvk":
+                model[name](inputs)
+    assert [one.parameter for one in seen] == ["q.weight", "v.weight", "k.weight"]
+
+
+def test_matrices_of_other_inputs_are_no_siblings_though_their_names_differ_in_a_number() -> None:
+    model = torch.nn.ModuleDict({name: torch.nn.Linear(4, 4) for name in ("w1", "w2", "fc1", "fc2")})
+    assert siblings({"w1.weight": 0, "fc1.weight": 0}, model) == {}
+    experts = torch.nn.ModuleDict({"experts": torch.nn.ModuleList([torch.nn.Linear(4, 4) for _ in "ab"])})
+    assert siblings({"experts.0.weight": 0}, experts) == {"experts.1.weight": "experts.0.weight"}
+    named = torch.nn.ModuleDict({f"expert_{number}": torch.nn.Linear(4, 4) for number in range(2)})
+    assert siblings({"expert_1.weight": 0}, named) == {"expert_0.weight": "expert_1.weight"}
+
+
+@pytest.mark.parametrize(
+    ("count", "length", "sizes"),
+    [(5, 14, [5]), (14, 14, [13, 1]), (1, 1, [1]), (70, 64, [63, 1, 6]), (3, 5000, [1, 1, 1])],
+)
+def test_a_batch_has_no_square_shape(count: int, length: int, sizes: list[int]) -> None:
+    ids = torch.arange(count * length).reshape(count, length)
+    parts = list(_batches(Sequences(ids, ids >= 0, count)))
+    assert [len(part) for part, _ in parts] == sizes
+    assert torch.equal(torch.cat([part for part, _ in parts]), ids)
+    assert all(part.shape == counted.shape for part, counted in parts)

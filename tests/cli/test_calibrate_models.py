@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.calibration.models import WORDS, made, save, text, tokenizer
+from tests.calibration.models import WORDS, made, save, text, tokenizer, whisper
 from tests.commands import Said, ok, run
+from tests.families.models import build
 
 TEMPLATE = "{% for one in messages %}{{ one.role }} {{ one.content }} w9 {% endfor %}"
 
@@ -158,6 +159,45 @@ def test_classifiers_without_a_token_for_padding_are_run_as_others_are(tmp_path:
     assert said.code == 0, said.err
     counted = {one["name"]: one["tokens"] for one in json.loads(said.out)["matrices"]}
     assert counted["score.weight"] == 5 * 16
+
+
+@pytest.mark.parametrize(
+    ("made_by", "kind", "takes"),
+    [
+        (lambda: build("vit_for_classification"), "ViTForImageClassification", "images (pixel_values)"),
+        (lambda: build("resnet"), "ResNetModel", "images (pixel_values)"),
+        (whisper, "WhisperForConditionalGeneration", "sound (input_features)"),
+    ],
+)
+@pytest.mark.parametrize("named", [True, False])
+def test_a_model_of_images_or_sound_is_refused_before_it_is_loaded(
+    made_by: Any, kind: str, takes: str, named: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = save(made_by(), tmp_path / "model")
+    (tmp_path / "words.txt").write_text(text())
+    for file in model.glob("*token*"):
+        file.unlink()  # there is no tokenizer in most of them
+    config = json.loads((model / "config.json").read_text())
+    if not named:
+        del config["architectures"]
+        kind = kind.replace("ForImageClassification", "Model").replace("ForConditionalGeneration", "Model")
+    (model / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", None)
+    said = calibrate(model)
+    wanted = (
+        f"sparseprune: {model}: {kind} takes {takes}, and calibrate feeds text alone: use a spec that reads "
+        "no statistics, or one that reads yours\n"
+    )
+    assert (said.code, said.out, said.err) == (2, "", wanted)
+
+
+def test_of_a_model_of_text_and_images_it_is_told_that_text_alone_is_fed(tmp_path: Path) -> None:
+    made(tmp_path, "gemma3_with_pictures", "llama")
+    words = ("--text", tmp_path / "words.txt", "--length", 16, "--sequences", 5)
+    for family, told in (("gemma3_with_pictures", True), ("llama", False)):
+        said = ok("calibrate", tmp_path / family, *words, "-o", tmp_path / f"{family}-out")
+        line = "sparseprune: text alone is fed: what takes images gets no statistics, such as "
+        assert any(one.startswith(line) and "vision_tower" in one for one in said.err.splitlines()) == told
 
 
 def models_with_positions() -> dict[str, Any]:
