@@ -76,7 +76,8 @@ class Layers(Struct, frozen=True):
     numbers it says whether the layer is in it. `settled`: a rule besides the list puts layers into it, and
     these values turn the rule off. `rules`: keys from which the class derives a list; they get a value that
     still derives it, or are removed. `by_key`: objects with an entry for numbers of layers. Of a list in
-    `needs` some layer has this entry. `derived` keys are taken out, since the class makes them anew. No layer can be removed where a `refused` key is set, with the reason.
+    `needs` some layer has this entry, one in `needs_any` names some layer. `derived` keys are taken out,
+    since the class makes them anew. No layer can be removed where a `refused` key is set, with the reason.
     """
 
     by_place: tuple[str, ...] = BY_PLACE
@@ -88,6 +89,7 @@ class Layers(Struct, frozen=True):
     settled: Mapping[str, int] = {}
     rules: Mapping[str, str] = {}
     needs: Mapping[str, str] = {}
+    needs_any: tuple[str, ...] = ()
     derived: tuple[str, ...] = ()
     refused: Mapping[str, str] = {}
 
@@ -202,9 +204,10 @@ ARCHITECTURES: tuple[Architecture, ...] = (
             rules={"no_rope_layer_interval": "no_rope_layers"},
         ),
     ),
-    _grouped("exaone4", layers=Layers(rules={"sliding_window_pattern": "layer_types"})),
+    _grouped("exaone4", layers=Layers(derived=("sliding_window_pattern",))),
     _grouped("ernie4_5_moe", layers=Layers(refused={"moe_layer_interval": _BY_RULE})),
-    _grouped("granitemoehybrid bamba", layers=_HYBRID),
+    _grouped("granitemoehybrid", layers=_HYBRID),
+    _grouped("bamba", layers=Layers(by_number=("attn_layer_indices",), needs_any=("attn_layer_indices",))),
     _grouped(
         "lfm2",
         settled={"block_auto_adjust_ff_dim": False},

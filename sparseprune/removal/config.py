@@ -285,7 +285,7 @@ def _values(agreed: Agreed) -> dict[Path, object]:
         if key in agreed.counts.routing:  # the class takes any of these names
             old = section.value(path_shown(key[len(section.path) :]))
             values |= {section.path_of(name): value for name in EXPERT_COUNTS if section.value(name) == old}
-        elif key not in agreed.counts.heads:
+        elif key in agreed.counts.widths:
             values |= {
                 section.path_of(name): settled for name, settled in section.architecture.settled.items()
             }

@@ -100,6 +100,7 @@ class Counts:
     heads: dict[Path, HeadKeys] = field(default_factory=dict)
     routing: dict[Path, Routing] = field(default_factory=dict)
     ratios: dict[Path, int] = field(default_factory=dict)
+    widths: set[Path] = field(default_factory=set)  # keys that count channels
     sections: dict[Path, Section] = field(default_factory=dict)  # by the key
 
     def add(self, counted: Iterable[Counted], section: Section) -> None:
@@ -231,6 +232,7 @@ def _count_mlp(structure: Structure, section: Section, counts: Counts) -> None:
         )
         for one in structure.parts
     )
+    counts.widths.add(path)
     counts.add(parts, section)
 
 

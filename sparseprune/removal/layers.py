@@ -127,6 +127,10 @@ def _unfit_types(stack: Stack) -> Iterator[str]:
         left = [] if entries is None else [entries[layer] for layer in stack.stays]
         if entries is not None and needed in entries and needed not in left:
             yield f"layers of {stack.name} cannot go: no layer of {key} {shown(needed)} would be left"
+    for key in layers.needs_any:
+        named = _by_number(section, key, stack.count)
+        if named and named.isdisjoint(stack.stays):
+            yield f"layers of {stack.name} cannot go: no layer of {key} would be left"
 
 
 def _twins(stacks: Mapping[str, Stack], members: Mapping[str, int], sections: Sections) -> Iterator[str]:

@@ -80,7 +80,8 @@ MLPS: tuple[MlpNames, ...] = (
 )
 MLP_KEY_VALUE = re.compile(r"feed_forward$")  # elsewhere key and value are parts of attention
 
-MERGERS = re.compile(r"merger|projector|connector|resampler")  # what joins towers is no layer
+# What joins towers, and experts of attention, are no MLPs.
+MERGERS = re.compile(r"merger|projector|connector|resampler|attention\.experts$")
 ATTACHED = re.compile(r"(?:^|\.)head\.mlp$")  # behind the layers of SigLIP, with as many channels
 
 ATTENTIONS: tuple[AttentionNames, ...] = (
