@@ -171,8 +171,10 @@ def sliced(leaf: BoundBlock, shape: Shape) -> Sliced | None:
     cut |= {axis.dim for axis in axes if grid[axis.view_dim] > 1}
     members = [axis for axis in axes if axis.dim == 0]
     if len(cut) > 1:
+        # A matrix is no stack of its rows; of two dimensions is the stack of biases.
+        stack = len(shape) > 2 or leaf.tensor.endswith("bias")
         one = len(members) == 1 and members[0].size == shape[0] and leaf.shape[members[0].view_dim] == 1
-        if len(cut) > 2 or 0 not in cut or not one:
+        if not stack or len(cut) > 2 or 0 not in cut or not one:
             return None
     dim = max(cut) if cut else 0
     return Sliced(leaf, dim, shape[dim], begin[dim], tuple(axes), stacked=len(cut) > 1)

@@ -239,7 +239,7 @@ NO_CONFIG = (
 TYPES = model_types()
 MORE = [f"{len(TYPES) - 20} more"] if len(TYPES) > 20 else []
 UNKNOWN = (
-    'config.json: nothing is known of the model_type "mamba", so that no key can carry the smaller shapes; '
+    'config.json: nothing is known of the model_type "strange", so that no key can carry the smaller shapes; '
     f"known are {listed([*TYPES[:20], *MORE])}; apply keeps all shapes"
 )
 ONE_FILE = (
@@ -383,7 +383,7 @@ def make_home(home: Path) -> Path:
     write(home / "mix", mixture(), MIXTRAL)
     configs = {
         "in": LLAMA,
-        "unknown": {**LLAMA, "model_type": "mamba"},
+        "unknown": {**LLAMA, "model_type": "strange"},
         "nothing": None,
         "broken": {},
         "strings": {**LLAMA, "intermediate_size": "16"},

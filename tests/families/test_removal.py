@@ -19,25 +19,14 @@ from tests.samples import write_spec
 
 pytestmark = pytest.mark.usefixtures("untraced")
 
-CHANNELS = {
-    "llama": "decoder-mlp-channels", "llama_without_head": "decoder-mlp-channels",
-    "qwen2": "decoder-mlp-channels", "qwen3": "decoder-mlp-channels", "mistral": "decoder-mlp-channels",
-    "gemma": "decoder-mlp-channels", "gemma2": "decoder-mlp-channels", "gemma3": "decoder-mlp-channels",
-    "deepseek_v3": "decoder-mlp-channels", "gemma3_with_pictures": "decoder-mlp-channels",
-    "phi3": "phi3-mlp-channels", "gpt2": "gpt2-mlp-channels", "gpt2_without_head": "gpt2-mlp-channels",
-    "mixtral": "moe-expert-channels", "qwen3_moe": "moe-expert-channels", "bert": "bert-mlp-channels",
-    "bert_for_masked_lm": "bert-mlp-channels", "roberta": "bert-mlp-channels",
-    "xlm_roberta": "bert-mlp-channels", "vit": "vit-mlp-channels",
-    "vit_for_classification": "vit-mlp-channels",
-}  # fmt: skip
-HEADS = {
-    **dict.fromkeys(("llama", "llama_without_head", "gemma2", "gemma3"), "decoder-gqa-heads"),
-    **dict.fromkeys(("qwen2", "qwen3", "mistral", "gemma", "gemma3_with_pictures"), "decoder-gqa-heads"),
-    **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "llama4"), "decoder-gqa-heads"),
-    "phi3": "phi3-gqa-heads",
-    "vit": "vit-heads",
-    "vit_for_classification": "vit-heads",
-}
+DECODERS = ("llama", "llama_without_head", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3", "phi3")
+MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "llama4", "deepseek_v3")
+ENCODERS = ("bert", "bert_for_masked_lm", "roberta", "xlm_roberta", "vit", "vit_for_classification")
+CHANNELS = (*DECODERS, *MIXTURES, *ENCODERS, "gemma3_with_pictures", "gpt2", "gpt2_without_head")
+HEADS = (*DECODERS, *MIXTURES, "gemma3_with_pictures", "vit", "vit_for_classification")
+LAYERS = (*DECODERS, *MIXTURES, "gemma3_with_pictures", "gpt2", "vit")
+EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "llama4")
+FOURS = ("--set", "multiple=4")  # grouped products of torch take rows of 16 bytes
 
 
 def removed(dense: Checkpoint, spec: object, *options: object) -> Path:
@@ -62,101 +51,65 @@ def config_of(folder: Path) -> Any:
 
 @pytest.mark.parametrize("family", CHANNELS)
 def test_channels_are_cut_out(family: str, tmp_path: Path) -> None:
+    """Of layers, of experts, shared ones and stacks of them, and of a vision tower."""
     dense = make(family, tmp_path)
-    # Grouped products of torch take rows of 16 bytes.
-    options = ("--set", "multiple=4") if CHANNELS[family].startswith("moe") else ()
-    pruned = prune(dense, CHANNELS[family], "--no-masks", *options)
-    smaller = removed(dense, CHANNELS[family], *options)
+    options = FOURS if family in MIXTURES else ()
+    pruned = prune(dense, "mlp-channels", "--no-masks", *options)
+    smaller = removed(dense, "mlp-channels", *options)
     check_same_outputs(dense, pruned, smaller)
-    assert sum(tensor.numel() for tensor in read(smaller).values()) < sum(
-        tensor.numel() for tensor in dense.tensors().values()
-    )
+    before, after = dense.tensors(), read(smaller)
+    assert {name for name in before if before[name].shape != after[name].shape} == {
+        name for name in before if name.endswith(MLP_ENDINGS) and ".attention." not in name
+    }
+
+
+MLP_ENDINGS = (
+    *(f"{name}.weight" for name in ("gate_proj", "up_proj", "down_proj", "gate_up_proj", "w1", "w2", "w3")),
+    *(f"intermediate.dense.{end}" for end in ("weight", "bias")),
+    *("output.dense.weight", "mlp.c_fc.weight", "mlp.c_fc.bias", "mlp.c_proj.weight"),
+    *("fc1.weight", "fc1.bias", "fc2.weight", "gate_up_proj", "gate_up_proj_bias", "experts.down_proj"),
+)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_channels_of_routed_experts_are_cut_out(family: str, tmp_path: Path) -> None:
+    dense = make(family, tmp_path)
+    pruned = prune(dense, "expert-channels", "--no-masks", *FOURS)
+    check_same_outputs(dense, pruned, removed(dense, "expert-channels", *FOURS))
+
+
+def test_channels_of_a_tower_and_of_its_language_model_are_counted_by_their_own_configs(
+    tmp_path: Path,
+) -> None:
+    dense = make("gemma3_with_pictures", tmp_path)
+    smaller = removed(dense, "mlp-channels")
+    for folder, width in ((dense.folder, 48), (smaller, 36)):
+        config = json.loads((folder / "config.json").read_text())
+        assert [config[each]["intermediate_size"] for each in ("text_config", "vision_config")] == [width] * 2
+    dense.load(smaller)
+    removed(dense, "mlp-channels", "--set", "only='vision'")
+    config = json.loads((smaller / "config.json").read_text())
+    assert config["text_config"]["intermediate_size"] == 48
+    assert config["vision_config"]["intermediate_size"] == 36
+    dense.load(smaller)
 
 
 @pytest.mark.parametrize("family", HEADS)
 def test_heads_are_cut_out(family: str, tmp_path: Path) -> None:
     dense = make(family, tmp_path)
-    # Some classes want a divisor of the hidden size: 4 heads of 8, in place of 6.
-    options = ("--set", "sparsity=0.5") if family.startswith(("llama", "gemma2", "gemma3")) else ()
-    pruned = prune(dense, HEADS[family], "--no-masks", *options)
-    smaller = removed(dense, HEADS[family], *options)
+    options = ["--set", "sparsity=0.5"]  # some classes want a divisor of the hidden size
+    if family == "gemma3_with_pictures":
+        options += ["--set", "only='language_model'"]
+    pruned = prune(dense, "heads", "--no-masks", *options)
+    smaller = removed(dense, "heads", *options)
     check_same_outputs(dense, pruned, smaller)
-    assert config_of(smaller)["head_dim"] == (config_of(dense.folder).get("head_dim") or 4)
+    assert config_of(smaller)["num_attention_heads"] == 4
 
 
-STACKED = {
-    "gpt_oss": """
-        version = 1
-        [block.pair]                  # gate and up lie side by side
-        tensors = "**.experts.gate_up_proj"
-        view = "e h (c two) -> e c h two"
-        axes = { two = 2 }
-        shape = [-1, 1, -1, -1]
-        [block.bias]
-        tensors = "**.experts.gate_up_proj_bias"
-        view = "e (c two) -> e c two"
-        axes = { two = 2 }
-        shape = [-1, 1, -1]
-        [block.row]
-        tensors = "**.experts.down_proj"
-        shape = [-1, 1, -1]
-        [block_coupling.channel]
-        blocks = ["pair", "bias", "row"]
-        [scope.channels]
-        block = "channel"
-        shape = []
-        nnz = 36
-        """,
-    "llama4": """
-        version = 1
-        [vars]
-        width = "config.intermediate_size"
-        [block.gate]                  # one after the other
-        tensors = "**.layers.{layer}.feed_forward.experts.gate_up_proj"
-        slice = [":", ":", "0:width"]
-        shape = [-1, -1, 1]
-        [block.up]
-        tensors = "**.layers.{layer}.feed_forward.experts.gate_up_proj"
-        slice = [":", ":", "width:2*width"]
-        shape = [-1, -1, 1]
-        [block.row]
-        tensors = "**.layers.{layer}.feed_forward.experts.down_proj"
-        shape = [-1, 1, -1]
-        [block_coupling.channel]
-        blocks = ["gate", "up", "row"]
-        orders = [[0, 2, 1], [0, 2, 1], [0, 1, 2]]
-        [scope.channels]
-        block = "channel"
-        shape = []
-        nnz = 36
-        [block.shared]
-        tensors = "**.layers.{layer}.feed_forward.shared_expert.{name:gate|up}_proj.weight"
-        shape = [1, -1]
-        [block.column]
-        tensors = "**.layers.{layer}.feed_forward.shared_expert.down_proj.weight"
-        shape = [-1, 1]
-        [block_coupling.unit]
-        blocks = ["shared", "column"]
-        orders = [[0, 1], [1, 0]]
-        across = ["name"]
-        [scope.units]                 # as wide as the others
-        block = "unit"
-        shape = []
-        nnz = 36
-        """,
-}
-
-
-@pytest.mark.parametrize("family", STACKED)
-def test_channels_of_experts_in_one_tensor_are_cut_out(family: str, tmp_path: Path) -> None:
-    dense, text = make(family, tmp_path), STACKED[family]
-    if family == "gpt_oss":  # a scope for each layer
-        text = text.replace("**.experts", "**.layers.{layer}.mlp.experts")
-    spec = write_spec(tmp_path, text)
-    pruned = prune(dense, str(spec), "--no-masks", output="pruned")
-    smaller = removed(dense, spec)
-    check_same_outputs(dense, pruned, smaller)
-    assert config_of(smaller)["intermediate_size"] == 36
+def test_heads_of_a_tower_of_which_the_class_derives_the_size_are_refused(tmp_path: Path) -> None:
+    dense = make("gemma3_with_pictures", tmp_path)
+    said = refused("remove", dense.folder, "heads", "--set", "sparsity=0.5", "-o", tmp_path / "o")
+    assert "heads of vision_tower.encoder.layers cannot go: the class derives" in said.err
 
 
 QUERIES = """
@@ -191,12 +144,6 @@ def test_as_many_query_heads_of_every_key_value_head_are_cut_out(family: str, tm
     check_same_outputs(dense, pruned, smaller)
     config = config_of(smaller)
     assert (config["num_attention_heads"], config["num_key_value_heads"]) == (4, 4)
-
-
-EXPERTS = {
-    "mixtral": "moe-experts", "qwen2_moe": "moe-experts", "qwen3_moe": "moe-experts",
-    "gpt_oss": "gpt-oss-experts", "llama4": "llama4-experts",
-}  # fmt: skip
 
 
 @contextmanager
@@ -248,8 +195,8 @@ def check_experts(dense: Checkpoint, pruned: Path, smaller: Path) -> dict[str, t
 @pytest.mark.parametrize("family", EXPERTS)
 def test_experts_are_cut_out_with_the_rows_of_their_routers(family: str, tmp_path: Path) -> None:
     dense = make(family, tmp_path)
-    pruned = prune(dense, EXPERTS[family], "--no-masks")
-    smaller = removed(dense, EXPERTS[family])
+    pruned = prune(dense, "experts", "--no-masks")
+    smaller = removed(dense, "experts")
     kept = check_experts(dense, pruned, smaller)
     assert {int(rows.sum()) for rows in kept.values()} == {3}
     assert 3 in [config_of(smaller).get(key) for key in ("num_experts", "num_local_experts")]
@@ -353,60 +300,41 @@ def test_groups_that_no_router_can_have_are_refused(kept: str, why: str, tmp_pat
     dense, spec = deepseek_with_groups(tmp_path), write_spec(tmp_path, GROUPED)
     options = ("--set", f"kept={kept}", "-o", tmp_path / "o")
     said = refused("remove", dense.folder, spec, *options, "-q")
-    assert said.err.startswith(f"sparseprune: {spec}: model.layers.1: its groups of experts {why}")
+    assert said.err.startswith(
+        f"sparseprune: {spec}: model.layers.1.mlp.experts: its groups of experts {why}"
+    )
     assert sorted(tmp_path.iterdir()) == sorted([dense.folder, spec])
 
 
 def test_fewer_experts_than_are_chosen_are_refused(tmp_path: Path) -> None:
     dense = make("qwen3_moe", tmp_path)
-    said = run("remove", dense.folder, "moe-experts", "--set", "sparsity=0.75", "-o", tmp_path / "o")
+    said = run("remove", dense.folder, "experts", "--set", "sparsity=0.75", "-o", tmp_path / "o")
     assert (said.code, said.err) == (
         2,
-        "sparseprune: moe-experts.toml: num_experts would be 1, fewer than the 2 of num_experts_per_tok\n",
+        "sparseprune: experts.toml: num_local_experts would be 1, fewer than the 2 of num_experts_per_tok\n",
     )
 
 
-LAYERS = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "gemma3_with_pictures")
-OTHER_LAYERS = ("phi3", "gpt2")
-MOE_LAYERS = ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "llama4", "deepseek_v3")
-
-
-@pytest.mark.parametrize("family", [*LAYERS, *OTHER_LAYERS, *MOE_LAYERS])
+@pytest.mark.parametrize("family", LAYERS)
 def test_whole_layers_are_cut_out(family: str, tmp_path: Path) -> None:
     """Without anything of it a layer passes its input on."""
     dense = make(family, tmp_path)
-    pruned = prune(dense, "decoder-layers", "--no-masks", "--set", "sparsity=0.5")
-    smaller = removed(dense, "decoder-layers", "--set", "sparsity=0.5")
+    pruned = prune(dense, "layers", "--no-masks", "--set", "sparsity=0.5")
+    smaller = removed(dense, "layers", "--set", "sparsity=0.5")
     check_same_outputs(dense, pruned, smaller)
     assert config_of(smaller).get("num_hidden_layers", config_of(smaller).get("n_layer")) == 1
 
 
-def encoder_layers(folder: Path) -> Path:
-    """`decoder-layers` for encoders, whose layers have another name."""
-    text = find_spec("decoder-layers").text
-    for name in ("layers", "h"):
-        text = text.replace(f'"{name}.{{layer}}', '"encoder.layer.{layer}').replace(
-            f"**.{name}.{{", "**.layer.{"
-        )
-    return write_spec(folder, text)
-
-
-def test_layers_of_an_encoder_are_cut_out(tmp_path: Path) -> None:
-    dense, spec = make("vit", tmp_path), encoder_layers(tmp_path)
-    pruned = prune(dense, str(spec), "--no-masks", "--set", "sparsity=0.5", output="pruned")
-    check_same_outputs(dense, pruned, removed(dense, spec, "--set", "sparsity=0.5"))
-
-
 def test_layers_that_end_in_a_norm_are_refused(tmp_path: Path) -> None:
-    dense, spec = make("bert", tmp_path), encoder_layers(tmp_path)
-    said = refused("remove", dense.folder, spec, "--set", "sparsity=0.5", "-o", tmp_path / "o")
-    assert "layers cannot go: a BertLayer ends in a LayerNorm" in said.err
+    dense = make("bert", tmp_path)
+    said = refused("remove", dense.folder, "layers", "--set", "sparsity=0.5", "-o", tmp_path / "o")
+    assert "layers of encoder.layer cannot go: a layer ends in a norm" in said.err
 
 
 @pytest.mark.parametrize("family", ["bert", "gpt2"])
 def test_heads_of_which_the_class_derives_the_size_are_refused(family: str, tmp_path: Path) -> None:
     dense = make(family, tmp_path)
-    said = refused("remove", dense.folder, f"{family}-heads", "-o", tmp_path / "o")
+    said = refused("remove", dense.folder, "heads", "-o", tmp_path / "o")
     assert "derives the size of a head from" in said.err
     assert len(said.err.splitlines()) == 1
     assert not (tmp_path / "o").exists()
@@ -414,12 +342,12 @@ def test_heads_of_which_the_class_derives_the_size_are_refused(family: str, tmp_
 
 def test_a_number_of_heads_that_the_class_refuses_is_refused(tmp_path: Path) -> None:
     dense = make("llama", tmp_path)
-    said = run("remove", dense.folder, "decoder-gqa-heads", "-o", tmp_path / "o")
+    said = run("remove", dense.folder, "heads", "-o", tmp_path / "o")
     assert (said.code, said.err) == (
         2,
         (
-            "sparseprune: decoder-gqa-heads.toml: num_attention_heads would be 6, and the config's class "
-            "wants a divisor of hidden_size, 32\n"
+            "sparseprune: heads.toml: num_attention_heads would be 6, and the config's class wants a divisor "
+            "of hidden_size, 32, such as 4 or 8\n"
         ),
     )
 
@@ -436,7 +364,10 @@ def moments(tensors: Mapping[str, torch.Tensor], dim: int, folder: Path) -> None
 
 
 REFITTED = ("llama", "phi3", "gpt2", "mixtral", "bert")
-REBUILT = [*((family, "admm") for family in CHANNELS), *((family, "refit") for family in REFITTED)]
+REBUILT = [
+    *((family, "admm") for family in (*REFITTED, "vit", "deepseek_v3", "gemma3_with_pictures")),
+    *((family, "refit") for family in REFITTED),
+]
 
 
 @pytest.mark.parametrize(("family", "method"), REBUILT)
@@ -446,8 +377,8 @@ def test_rebuilt_channels_are_cut_out_as_they_are(family: str, method: str, tmp_
     dim = 0 if family.startswith("gpt2") else -1  # its matrices are input-first
     moments(dense.tensors(), dim, tmp_path)
     rebuilt = f'[reconstruct]\nfile = "stats"\nmethod = "{method}"\ninput_dim = {dim}\n'
-    spec = write_spec(tmp_path, f"{find_spec(CHANNELS[family]).text}\n{rebuilt}")
-    options = ("--set", "multiple=4") if CHANNELS[family].startswith("moe") else ()
+    spec = write_spec(tmp_path, f"{find_spec('mlp-channels').text}\n{rebuilt}")
+    options = FOURS if family in MIXTURES else ()
     pruned = prune(dense, str(spec), *options, output="pruned")
     smaller = removed(dense, spec, *options)
     check_same_outputs(dense, pruned, smaller)

@@ -450,7 +450,7 @@ CASES: dict[str, Case] = {
     "layers of which the number has a say": Case(
         (gpt2(), {**GPT2, "scale_attn_by_inverse_layer_idx": True}),
         whole("h.1.*"),
-        "layers cannot go: the scale of attention depends on a layer's number",
+        "layers of h cannot go: the scale of attention depends on a layer's number",
         (
             [("*.c_fc.weight", 1, FOUR), ("*.c_fc.bias", 0, FOUR), ("*.mlp.c_proj.weight", 0, FOUR)],
             {"n_inner": (None, 28)},
@@ -459,15 +459,15 @@ CASES: dict[str, Case] = {
     "layers that end in a norm": Case(
         (encoder(), BERT),
         whole("*.layer.1.*"),
-        "layers cannot go: a layer ends in a norm, so that without anything of it zeros are passed on, not "
-        "its input",
+        "layers of bert.encoder.layer cannot go: a layer ends in a norm, so that without anything of it "
+        "zeros are passed on, not its input",
         ([("*.intermediate.dense.*", 0, FOUR), ("*.layer.?.output.dense.weight", 1, FOUR)], NARROW),
     ),
     "heads of which the class derives the size": Case(
         (encoder(), BERT),
         [("*.self.*", 0, [0, 1]), ("*.attention.output.dense.weight", 1, [0, 1])],
-        "heads cannot go: the class derives the size of a head from hidden_size // num_attention_heads, so "
-        "that fewer are larger",
+        "heads of bert.encoder.layer cannot go: the class derives the size of a head from the hidden size, "
+        "so that fewer heads are larger",
         ([("*.intermediate.dense.*", 0, FOUR), ("*.layer.?.output.dense.weight", 1, FOUR)], NARROW),
     ),
     "heads in one matrix, of which the class derives the size": Case(
@@ -477,8 +477,8 @@ CASES: dict[str, Case] = {
             ("*.c_attn.bias", 0, [0, 1, 8, 9, 16, 17]),
             ("*.attn.c_proj.weight", 0, [0, 1]),
         ],
-        "heads cannot go: the class derives the size of a head from n_embd // n_head, so that fewer are "
-        "larger",
+        "heads of h cannot go: the class derives the size of a head from the hidden size, so that fewer "
+        "heads are larger",
         (whole("h.0.*"), {"n_layer": (2, 1)}),
     ),
     "scales beside what is cut": Case(
@@ -578,9 +578,9 @@ CASES: dict[str, Case] = {
         ([], {}),
     ),
     "a type of model that is not known": Case(
-        (decoder(LLAMA), {**LLAMA, "model_type": "mamba"}),
+        (decoder(LLAMA), {**LLAMA, "model_type": "strange"}),
         channels(FOUR),
-        f'config.json: nothing is known of the model_type "mamba", {UNKNOWN}',
+        f'config.json: nothing is known of the model_type "strange", {UNKNOWN}',
         ([], {}),
     ),
     "no type of model": Case(

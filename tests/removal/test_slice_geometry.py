@@ -134,9 +134,12 @@ def runs_on(leaf: BoundBlock, shape: Shape) -> bool:
 def check_kept(found: Sliced, numbers: NDArray[Any], blocks: NDArray[np.bool_]) -> None:
     """The flags, spread over the other dimensions, are the elements that survive or are out of reach."""
     flags = found.kept(blocks)
-    assert flags.shape == (found.size,) == (numbers.shape[found.dim],)
+    assert flags.shape[-1] == found.size == numbers.shape[found.dim]
     spread = [1] * numbers.ndim
     spread[found.dim] = found.size
+    if flags.ndim > 1:  # of a stack
+        spread[0] = len(flags)
+    assert flags.ndim == 1 or found.stacked
     expected = np.array([number < 0 or blocks[number] for number in numbers.flat]).reshape(numbers.shape)
     assert np.array_equal(np.broadcast_to(flags.reshape(spread), numbers.shape), expected)
 
@@ -153,7 +156,12 @@ def test_blocks_are_slices_where_all_elements_of_an_index_share_one_and_keep_wha
     if found is None:
         assert not dims or runs_on(leaf, shape or (1,))
         return
-    assert found.dim in dims
+    if found.stacked:
+        assert len(shape) > 2
+        assert not dims
+        assert all(found.dim - 1 in slice_dims(member) for member in numbers)
+    else:
+        assert found.dim in dims
     count = math.prod(leaf.grid_shape)
     for keep in ([True] * count, [False] * count, [random.random() < 0.5 for _ in range(count)]):
         check_kept(found, numbers, np.array(keep, dtype=np.bool_))
@@ -183,7 +191,11 @@ CASES: dict[str, tuple[Shape, Shape, Shape, int, Shape, int | None]] = {
     "one place in every head": ((4, 6), (4, 3, 2), (6, 2, 1), 0, (4, 3, 1), 1),
     "experts": ((3, 2, 4), (3, 2, 4), (8, 4, 1), 0, (1, 2, 4), 0),
     "channels of all experts": ((3, 2, 4), (3, 2, 4), (8, 4, 1), 0, (3, 1, 4), 1),
-    "channels of an expert": ((3, 2, 4), (3, 2, 4), (8, 4, 1), 0, (1, 1, 4), None),
+    "channels of each expert": ((3, 2, 4), (3, 2, 4), (8, 4, 1), 0, (1, 1, 4), 1),
+    "inputs of each expert": ((3, 2, 4), (3, 2, 4), (8, 4, 1), 0, (1, 2, 1), 2),
+    "channels of two experts of three": ((3, 2, 4), (2, 2, 4), (8, 4, 1), 0, (1, 1, 4), None),
+    "channels of pairs of experts": ((4, 2, 4), (4, 2, 4), (8, 4, 1), 0, (2, 1, 4), None),
+    "single elements of experts": ((3, 2, 4), (3, 2, 4), (8, 4, 1), 0, (1, 1, 1), None),
     "gate and up interleaved": ((2, 3, 8), (2, 3, 4, 2), (24, 8, 2, 1), 0, (2, 3, 1, 2), 2),
     "a view without its places of one": ((1, 6, 1, 4), (6, 4), (4, 1), 0, (1, 4), 1),
     "a diagonal": ((4, 4), (4,), (5,), 0, (1,), None),
@@ -202,6 +214,15 @@ def test_the_dimension_of_the_slices_is_told(case: str) -> None:
         assert leaf == found.leaf
         blocks = np.arange(math.prod(leaf.grid_shape)) % 2 == 0
         check_kept(found, labelled(leaf, shape or (1,)), blocks)
+
+
+def test_a_stack_of_biases_has_channels_of_each_expert_and_a_matrix_has_none() -> None:
+    for name, is_stack in (("experts.down_proj_bias", True), ("experts.bias", True), ("up.weight", False)):
+        found = sliced(BoundBlock(name, name, (3, 4), (4, 1), 0, (1, 1)), (3, 4))
+        assert (found is not None) == is_stack
+        if found is not None:
+            blocks = np.arange(12) % 5 == 0
+            assert np.array_equal(found.kept(blocks), blocks.reshape(3, 4))
 
 
 @pytest.mark.parametrize("case", ["all, seen as rows of another length", "rows, seen as one run"])
