@@ -60,6 +60,8 @@ LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth
 SIDED_LAYERS = ("{side}_layers", "num_{side}_layers", "{side}_num_hidden_layers")
 HEADS = HEAD_COUNTS
 
+# Keys beside a tower's config that name the layer whose output is used.
+TAPS = ("vision_feature_layer", "vision_feature_layers")
 # Lists with an entry for each layer.
 BY_PLACE = (
     *("layer_types", "mlp_layer_types", "layers_block_type", "no_rope_layers", "activation_sparsity_pattern"),
@@ -371,7 +373,10 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     _row("dinov3_vit", refused=_HEADS, layers=_BACKBONE),
     _row("siglip_vision_model clip_vision_model clip_text_model siglip_text_model", refused=_HEADS),
     _row("idefics3_vision smolvlm_vision internvl_vision pixtral blip_vision_model", refused=_HEADS),
-    _row("llama4_vision_model", refused=_HEADS),
+    _row(
+        "llama4_vision_model",
+        refused={"mlp": "what joins the tower to the text model is as wide", "heads": _DERIVED},
+    ),
     _row("qwen2_vl_vision qwen2_5_vl_vision qwen2_5_omni_vision_encoder", refused=_HEADS),
     _row("qwen3_5_vision qwen3_5_moe_vision", refused=_HEADS),
     _row(

@@ -14,9 +14,9 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from sparseprune.errors import CheckpointError
-from sparseprune.removal.architectures import BY_PLACE, LAYER_COUNTS, SIDED_LAYERS
+from sparseprune.removal.architectures import BY_PLACE, LAYER_COUNTS, SIDED_LAYERS, TAPS
 from sparseprune.removal.preview import numbered
-from sparseprune.removal.sections import path_shown
+from sparseprune.removal.sections import path_shown, value_at
 from sparseprune.spec.naming import LAYER_LISTS, OTHER_TOWERS
 from sparseprune.spec.problems import shown
 
@@ -71,7 +71,7 @@ class Stacks(Struct, frozen=True):
         for before, gone in losing.items():
             stack = _stack(before, sections.at(before), len(members[before]), gone)
             stacks[before] = stack
-            problems += _refused(stack)
+            problems += [*_refused(stack), *_tapped(stack, sections)]
         problems += _twins(stacks, {name: len(numbers) for name, numbers in members.items()}, sections)
         return Stacks(stacks, tuple(problems))
 
@@ -117,6 +117,14 @@ def _refused(stack: Stack) -> Iterator[str]:
         yield f"config.json: {path_shown(stack.key)} would be 0: nothing is left"
         return
     yield from _unfit_types(stack)
+
+
+def _tapped(stack: Stack, sections: Sections) -> Iterator[str]:
+    """Keys beside a tower's config that name one of its layers."""
+    for key in TAPS if stack.section.path and "vision" in str(stack.section.path[-1]) else ():
+        value = value_at(sections.config, (*stack.section.path[:-1], key))
+        if value not in (None, -1):
+            yield f"layers of {stack.name} cannot go: {key} {shown(value)} names the layer whose output is used"
 
 
 def _unfit_types(stack: Stack) -> Iterator[str]:

@@ -130,7 +130,7 @@ NAMED_LAYOUTS = {"query_key_value": "heads"}  # of model types that are not in t
 
 # Model types whose matrices have their inputs first, unlike torch's linear layers, where shapes do not tell.
 INPUTS_FIRST = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
-STACKS_INPUTS_FIRST = ("gpt_oss", "llama4", "llama4_text", "qwen3_vl_moe", "qwen3_vl_moe_text")
+STACKS_INPUTS_FIRST = ("gpt_oss", "llama4", "llama4_text", "qwen3_vl_moe", "qwen3_vl_moe_text", "aria_text")
 INTERLEAVED = frozenset({"gpt_oss"})  # rows of gate and up take turns in a fused matrix
 
 # Vectors with as many elements as all heads together, and vectors or matrices with one for each head.
