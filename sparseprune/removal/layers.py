@@ -124,7 +124,8 @@ def _tapped(stack: Stack, sections: Sections) -> Iterator[str]:
     for key in TAPS if stack.section.path and "vision" in str(stack.section.path[-1]) else ():
         value = value_at(sections.config, (*stack.section.path[:-1], key))
         if value not in (None, -1):
-            yield f"layers of {stack.name} cannot go: {key} {shown(value)} names the layer whose output is used"
+            why = f"{key} {shown(value)} names the layer whose output is used"
+            yield f"layers of {stack.name} cannot go: {why}"
 
 
 def _unfit_types(stack: Stack) -> Iterator[str]:
