@@ -102,14 +102,13 @@ def examine(one: Zoo, action: str) -> Outcome:
         return Outcome("wrong", f"{type(error).__name__} at {where.name}:{where.lineno}: {error}")
 
 
-def _prune(one: Zoo, action: str, place: Path) -> Outcome:
+def _plan(one: Zoo, action: str, place: Path) -> Outcome:
     try:
-        report = sparseprune.apply(one.folder, action, place / "pruned", mask_format=None)
+        totals = sparseprune.plan(one.folder, action, place / "pruned").totals
     except SparsepruneError as error:
         return Outcome("unbound" if _binds_nothing(error) else "refused", str(error))
-    output(one.species, one.load(place / "pruned"))
-    left = ", ".join(each.name for each in report.totals.uncovered)
-    share = report.totals.layer_coverage
+    left = ", ".join(each.name for each in totals.uncovered)
+    share = totals.layer_coverage
     return Outcome("right", "" if share == 1 else f"{share:.1%}, without {left}")
 
 
@@ -299,7 +298,7 @@ def _is_part(rows: torch.Tensor, weight: torch.Tensor) -> bool:
 
 
 _ACT: Mapping[str, Callable[[Zoo, str, Path], Outcome]] = {
-    "2of4": _prune,
+    "2of4": _plan,
     **dict.fromkeys(REMOVALS, _remove),
     "calibrate": _calibrate,
 }
