@@ -27,13 +27,15 @@ class MlpNames(Struct, frozen=True):
 class AttentionNames(Struct, frozen=True):
     """Modules of one attention: queries, keys and values, separate or one `fused`, and what reads heads.
 
-    `latent`: keys and values come from one matrix with the same heads as the queries.
+    `latent`: keys and values come from one matrix with the same heads as the queries. Without the module
+    `missing` keys are values, too.
     """
 
     queries: tuple[str, ...] = ()
     fused: str = ""
     output: str = "o_proj"
     latent: bool = False
+    missing: str = ""
 
 
 def _mlp(writes: str, reads: str, beside: str = "") -> MlpNames:
@@ -78,10 +80,10 @@ MLPS: tuple[MlpNames, ...] = (
     _mlp("key", "value"),  # RWKV, only where MLP_KEY_VALUE matches
     _mlp("ffn_layer_1", "ffn_layer_2"),
 )
+ATTENTION_EXPERTS = re.compile(r"(?:attn|attention)\.experts$")  # of JetMoE, whose experts are heads
 MLP_KEY_VALUE = re.compile(r"feed_forward$")  # elsewhere key and value are parts of attention
 
-# What joins towers, and experts of attention, are no MLPs.
-MERGERS = re.compile(r"merger|projector|connector|resampler|attention\.experts$")
+MERGERS = re.compile(r"merger|projector|connector|resampler")  # what joins towers is no layer
 ATTACHED = re.compile(r"(?:^|\.)head\.mlp$")  # behind the layers of SigLIP, with as many channels
 
 ATTENTIONS: tuple[AttentionNames, ...] = (
@@ -92,12 +94,19 @@ ATTENTIONS: tuple[AttentionNames, ...] = (
         for name in ("o_proj", "out_proj", "dense", "proj")
     ),
     AttentionNames(("q_proj", "k_proj", "v_proj"), output="projection_layer"),
+    AttentionNames(("q_proj", "k_proj"), missing="v_proj"),  # full attention of Gemma 4
     AttentionNames(("self.query", "self.key", "self.value"), output="output.dense"),  # BERT
     AttentionNames(("self.query_proj", "self.key_proj", "self.value_proj"), output="output.dense"),  # DeBERTa
     AttentionNames(("attention.query", "attention.key", "attention.value"), output="output.dense"),  # ViT
     AttentionNames(("attention.query", "attention.key", "attention.value"), output="attention.dense"),
     AttentionNames(("query", "key", "value"), output="dense"),  # ALBERT
     AttentionNames(("query", "key", "value"), output="projection"),
+    AttentionNames(("query", "key", "value"), output="proj"),  # PVT
+    AttentionNames(
+        ("longformer_self_attn.query", "longformer_self_attn.key", "longformer_self_attn.value"),
+        output="output",
+    ),
+    AttentionNames(("Wq", "Wk", "Wv"), output="dense"),  # CTRL
     AttentionNames(("q_lin", "k_lin", "v_lin"), output="out_lin"),  # DistilBERT, XLM
     AttentionNames(("q", "k", "v"), output="o"),  # T5, MPNet
     AttentionNames(("attn.q", "attn.k", "attn.v"), output="attn.o"),
@@ -111,7 +120,16 @@ ATTENTIONS: tuple[AttentionNames, ...] = (
     AttentionNames(fused="Wqkv", output="Wo"),  # ModernBERT
     AttentionNames(fused="qkv", output="proj"),  # towers of Qwen-VL
     AttentionNames(fused="qkv", output="projection"),
+    AttentionNames(fused="self.in_proj", output="output.dense"),  # DeBERTa 1
 )
+# Modules beside them whose outputs are all query heads: gates, positions, attention to the whole text.
+HEAD_ROWS = (
+    *("gate_proj", "output_gate", "relative_k_proj", "linear_pos", "self.pos_proj", "self.pos_q_proj"),
+    *("self.query_global", "self.key_global", "self.value_global"),
+    *(f"longformer_self_attn.{name}_global" for name in ("query", "key", "value")),
+)
+# Model types whose heads depend on each other, so that none can go alone.
+ENTANGLED_HEADS = frozenset({"diffllama"})
 
 # Where a fused matrix holds queries, keys and values: "parts" one behind the other, "heads" each head's three
 # side by side, "groups" each key/value head's queries with its key and value. By the model type where the
@@ -122,6 +140,8 @@ FUSED_LAYOUTS: dict[str, str | None] = {
     "bloom": "heads",
     "persimmon": "heads",
     "fuyu": "heads",
+    "deberta": "heads",
+    "minimax": "heads",
     "falcon": "groups",
     "gpt_bigcode": "groups",
     "codegen": None,
@@ -133,8 +153,14 @@ INPUTS_FIRST = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"
 STACKS_INPUTS_FIRST = ("gpt_oss", "llama4", "llama4_text", "qwen3_vl_moe", "qwen3_vl_moe_text", "aria_text")
 INTERLEAVED = frozenset({"gpt_oss"})  # rows of gate and up take turns in a fused matrix
 
-# Vectors with as many elements as all heads together, and vectors or matrices with one for each head.
-HEAD_VECTORS = ("q_norm", "k_norm")
+# Vectors with as many elements as all query heads, or as all key/value heads; or with a row for each head.
+QUERY_VECTORS = ("q_norm.weight", "self.q_bias")
+KEY_VECTORS = ("k_norm.weight", "self.v_bias")
+# What has one element or row for each query head, in this dimension.
+EACH_HEAD = (
+    *(("sinks", 0), ("bias_u", 0), ("bias_v", 0), ("pos_bias_u", 0), ("pos_bias_v", 0)),
+    *(("relative_attention_bias.weight", 1), ("self.relative_position_bias_table", 1)),
+)
 HEAD_NORMS = ("q_norm", "query_norm", "q_layernorm", "query_layernorm", "k_norm", "k_layernorm")
 
 # Keys of a config that count heads, or tell the size of one, in the order in which they are believed.
@@ -159,10 +185,6 @@ EXPERTS = "experts"  # the module that holds a layer's experts, as a list or as 
 # Modules of stacks of experts that have no module of that name.
 STACKS = re.compile(
     r"(?:^|\.)(?:block_sparse_moe|moe|mlp)\.(?:input_linear|output_linear)(?:\.weight|\.bias)?$"
-)
-ROUTER = re.compile(
-    r"^(?:gate|router|mlp\.router|moe_statics)(?:\.(?:weight|bias|layer\.weight|linear\.weight|classifier\.weight"
-    r"|proj\.weight|wg\.weight|e_score_correction_bias|per_expert_scale))?$|^(?:expert_bias|e_score_correction_bias)$"
 )
 
 LAYER_LISTS = re.compile(r"^(?!conv|downsampl)(?:\w+_)?(?:layers|layer|h|blocks|block|resblocks)$")

@@ -29,6 +29,7 @@ class Family:
     parts: tuple[str, ...]  # gate, up and down
     module: str
     layers: tuple[int, ...]
+    groups: int = 1  # of experts, from which the router chooses first
 
     def names(self) -> set[str]:
         return {
@@ -53,7 +54,7 @@ FAMILIES = {
     "mixtral": Family("model.layers.{}.block_sparse_moe.experts", ("w1", "w3", "w2"), INSIDE, (0, 1)),
     "qwen2_moe": Family(INSIDE, LLAMA_LIKE, INSIDE, (0, 1)),
     "qwen3_moe": Family(INSIDE, LLAMA_LIKE, INSIDE, (0, 1)),
-    "deepseek_v3": Family(INSIDE, LLAMA_LIKE, INSIDE, (1,)),
+    "deepseek_v3": Family(INSIDE, LLAMA_LIKE, INSIDE, (1,), groups=2),
 }
 
 
@@ -114,14 +115,17 @@ def one_by_one(
 
 
 def test_lost_experts_add_nothing_and_routers_stay(separate: tuple[Family, Checkpoint]) -> None:
+    """Experts compete in their group, so that each group keeps as many."""
     family, dense = separate
-    pruned = prune(dense, "experts")
+    pruned = prune(dense, "experts", "--set=sparsity=0.5")
     assert changed(dense, pruned) == family.names()
     before, after = dense.tensors(), read(pruned)
     kept = {}
     for layer in family.layers:
-        experts = family.whole(before, layer), family.whole(after, layer)
-        kept[family.module.format(layer)] = surviving(experts, EXPERTS - EXPERTS // 4)
+        parts = [[each.chunk(family.groups) for each in family.whole(of, layer)] for of in (before, after)]
+        groups = [[[part[at] for part in of] for of in parts] for at in range(family.groups)]
+        keeps = [surviving(group, EXPERTS // family.groups // 2) for group in groups]
+        kept[family.module.format(layer)] = torch.cat(keeps)
     check_ablation(dense, pruned, without_experts(dense.load(), kept))
 
 

@@ -44,7 +44,7 @@ LEFT_ALONE = re.compile(
     r"|router|\.gate\.|expert_gate|sinks"
 )
 OF_NO_LAYER = re.compile(r"^(?!.*\.layers\.\d|layers\.\d|.*\.?h\.\d)")
-OPTIONS = {"layers": ("--set", "sparsity=0.5")}  # a quarter of two layers is none
+OPTIONS = dict.fromkeys(("layers", "experts"), ("--set", "sparsity=0.5"))  # a quarter of two is none
 
 
 @pytest.mark.parametrize(("spec", "family"), [(spec, family) for spec in SERVED for family in SERVED[spec]])

@@ -13,18 +13,30 @@ from msgspec.structs import replace
 
 from sparseprune.spec.naming import (
     ATTENTIONS,
+    EACH_HEAD,
+    ENTANGLED_HEADS,
     FUSED_LAYOUTS,
     HEAD_COUNTS,
     HEAD_NORMS,
+    HEAD_ROWS,
     HEAD_SIZES,
-    HEAD_VECTORS,
+    KEY_VECTORS,
     NAMED_LAYOUTS,
+    QUERY_VECTORS,
 )
-from sparseprune.spec.structures.index import MATRIX, Structure, Units, place_of, section_of, whole
+from sparseprune.spec.structures.index import (
+    MATRIX,
+    Structure,
+    Units,
+    layer_count,
+    place_of,
+    section_of,
+    whole,
+)
 from sparseprune.spec.structures.matrices import inputs_first
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from sparseprune.spec.bound import TensorInfo
     from sparseprune.spec.naming import AttentionNames
@@ -34,10 +46,11 @@ if TYPE_CHECKING:
 def find_attentions(index: Index) -> list[Structure]:
     """Attentions inside numbered modules; units are key/value heads with their queries, or query heads.
 
-    Attention without as many key/value heads as two has its query heads as units.
+    Attention without as many key/value heads as two has its query heads as units. Layers that read the keys
+    and values of another layer are parts of that layer's attention.
     """
     found: dict[str, Structure] = {}
-    for names in ATTENTIONS:
+    for names in () if index.is_one_of(ENTANGLED_HEADS) else ATTENTIONS:
         ending = f".{names.output}{MATRIX}"
         for form in [each for each in index.forms if each.endswith(ending)]:
             base = form[: -len(ending)]
@@ -49,7 +62,7 @@ def find_attentions(index: Index) -> list[Structure]:
                     heads = _attention(index, names, (base, section), numbers)
                     if heads is not None:
                         found[output.name] = heads
-    return list(found.values())
+    return _with_sharing_layers(index, list(found.values()))
 
 
 class _Attention(Struct, frozen=True):
@@ -65,6 +78,26 @@ class _Attention(Struct, frozen=True):
     def tensor(self, name: str) -> TensorInfo | None:
         return self.index.forms.get(f"{self.base}.{name}", {}).get(self.numbers)
 
+    def matrix(self, name: str) -> TensorInfo:
+        return self.index.forms[f"{self.base}.{name}{MATRIX}"][self.numbers]
+
+
+class _Heads(Struct, frozen=True):
+    """Units of matrices, and how many rows all query heads and all key/value heads that are units have."""
+
+    parts: list[Units]
+    query_rows: int
+    key_rows: int = 0
+
+    @property
+    def units(self) -> int:
+        return self.parts[0].count
+
+    @property
+    def queries(self) -> int:
+        """How many query heads a unit has."""
+        return max(each.queries for each in self.parts)
+
 
 def _attention(
     index: Index, names: AttentionNames, where: tuple[str, Mapping[str, Any]], numbers: Numbers
@@ -72,28 +105,24 @@ def _attention(
     base, section = where
     matrices = [*names.queries, *([names.fused] if names.fused else []), names.output]
     forms = [f"{base}.{each}{MATRIX}" for each in matrices]
-    tensors = [index.forms.get(form, {}).get(numbers) for form in forms]
-    if any(each is None or len(each.shape) != 2 for each in tensors):
+    shapes = [shape for form in forms if (shape := index.shape(form, numbers)) is not None]
+    if len(shapes) < len(forms) or any(len(shape) != 2 for shape in shapes):
         return None
-    output = tensors[-1]
-    flipped = output is not None and inputs_first(index, forms[0], numbers, tensors[0].shape)  # type: ignore[union-attr]
+    if names.missing and index.shape(f"{base}.{names.missing}{MATRIX}", numbers) is not None:
+        return None
+    flipped = inputs_first(index, forms[0], numbers, shapes[0])
     at = _Attention(index, base, section, numbers, int(flipped), int(not flipped))
-    if names.fused:
-        parts = _fused(at, names)
-    elif names.latent:
-        parts = _latent(at, names)
-    else:
-        parts = _separate(at, names)
-    if not parts:
+    heads = (_fused if names.fused else _latent if names.latent else _separate)(at, names)
+    if heads is None:
         return None
-    biases = []
-    for each in parts:
+    parts = [*heads.parts, *_matrices_beside(at, heads)]
+    for each in list(parts):
         bias = at.tensor(f"{each.part}.bias")
         if bias is not None and each.dim == at.out:
-            biases.append(replace(each, tensor=bias.name, part=f"{each.part}.bias", dim=0))
-    heads = parts[0].count * max(each.queries for each in parts)
-    named = _numbered_parts([*parts, *biases])
-    return Structure("heads", place_of(base, numbers), parts[0].count, named, heads)
+            parts.append(replace(each, tensor=bias.name, part=f"{each.part}.bias", dim=0))
+    parts += _vectors_beside(at, heads)
+    place = place_of(base, numbers)
+    return Structure("heads", place, heads.units, _numbered_parts(parts), heads.units * heads.queries)
 
 
 def _numbered_parts(parts: Sequence[Units]) -> tuple[Units, ...]:
@@ -109,133 +138,104 @@ def _numbered_parts(parts: Sequence[Units]) -> tuple[Units, ...]:
     return tuple(named)
 
 
+# -- how many heads ----------------------------------------------------------------------------------
+
+
 def _head_size(at: _Attention, queries: int, keys: int) -> int | None:
     """How many rows of queries a head has: by a norm of heads, or by the config."""
     for name in HEAD_NORMS:
         norm = at.tensor(f"{name}{MATRIX}")
         if norm is not None and len(norm.shape) == 1 and norm.shape[0] < keys and keys % norm.shape[0] == 0:
             return norm.shape[0]
-    for key in HEAD_SIZES:
-        size = whole(at.section.get(key))
-        if size is not None and queries % size == 0 == keys % size:
-            return size
-    count = head_count(at.section, at.base)
-    if count is None or queries % count:
-        return None
-    size = queries // count
-    return size if keys % size == 0 else None
+    count = head_count(at.section, at.base, at.numbers)
+    told = [size for key in HEAD_SIZES if (size := whole(at.section.get(key))) is not None]
+    if count is not None and queries % count == 0:
+        told.sort(key=lambda size: size * count != queries)
+        told.append(queries // count)
+    return next((size for size in told if queries % size == 0 == keys % size), None)
 
 
-def head_count(section: Mapping[str, Any], base: str) -> int | None:
-    """The number of query heads that a section of a config tells of an attention."""
+def head_count(section: Mapping[str, Any], base: str, numbers: Sequence[int] = ()) -> int | None:
+    """The number of query heads that a section of a config tells of an attention.
+
+    A list has a number for each stage, which the first of two numbers in a name counts.
+    """
     side = next((side for side in ("decoder", "encoder") if side in base), "")
     sided = (f"{side}_attention_heads", f"{side}_num_attention_heads") if side else ()
-    return next((count for key in (*sided, *HEAD_COUNTS) if (count := whole(section.get(key)))), None)
+    for key in (*sided, *HEAD_COUNTS):
+        value = section.get(key)
+        if isinstance(value, list) and len(numbers) > 1 and numbers[0] < len(value):
+            value = value[numbers[0]]
+        if (count := whole(value)) is not None:
+            return count
+    return None
 
 
-def _separate(at: _Attention, names: AttentionNames) -> list[Units]:
-    query, key, value = [at.tensor(f"{each}{MATRIX}") for each in names.queries]
-    output = at.tensor(f"{names.output}{MATRIX}")
-    if query is None or key is None or value is None or output is None:
-        return []
-    sizes = [each.shape[at.out] for each in (query, key, value)]
-    size = _head_size(at, sizes[0], sizes[1])
+# -- where they lie ----------------------------------------------------------------------------------
+
+
+def _separate(at: _Attention, names: AttentionNames) -> _Heads | None:
+    written, output = [at.matrix(name) for name in names.queries], at.matrix(names.output)
+    rows, width = [each.shape[at.out] for each in written], output.shape[at.into]
+    size = _head_size(at, rows[0], rows[1])
     if size is None:
-        return []
-    groups, width = sizes[1] // size, output.shape[at.into]
-    if not groups or sizes[2] % groups or width % (sizes[2] // groups):
-        return []
+        return None
+    groups = rows[1] // size
+    if not groups or rows[-1] % groups or width % (rows[-1] // groups):
+        return None
     # What is read tells the heads: rows of queries may have a gate for each besides (Qwen3.5).
-    heads = width // (sizes[2] // groups)
-    if heads % groups or sizes[0] % heads:
-        return []
+    heads = width // (rows[-1] // groups)
+    if heads % groups or rows[0] % heads:
+        return None
     if groups == 1 < heads:
-        if output.shape[at.into] % heads:
-            return []
-        parts = [Units(query.name, names.queries[0], at.out, heads, sizes[0] // heads, queries=1)]
-        read = output.shape[at.into] // heads
-        parts.append(Units(output.name, names.output, at.into, heads, read, queries=1))
-    else:
-        each = heads // groups
-        counts = ((query, each), (key, 0), (value, 0), (output, each))
-        parts = [
-            Units(one.name, name, dim, groups, one.shape[dim] // groups, queries=queries, keys=not queries)
-            for name, (one, queries), dim in zip(
-                (*names.queries, names.output), counts, (at.out, at.out, at.out, at.into), strict=True
-            )
-        ]
-    return parts + _head_vectors(at, heads, parts[0].count, sizes)
+        query = Units(written[0].name, names.queries[0], at.out, heads, rows[0] // heads, queries=1)
+        read = Units(output.name, names.output, at.into, heads, width // heads, queries=1)
+        return _Heads([query, read], rows[0])
+    each = heads // groups
+    parts = [
+        Units(one.name, name, at.out, groups, one.shape[at.out] // groups, keys=True)
+        for name, one in zip(names.queries, written, strict=True)
+    ]
+    parts[0] = replace(parts[0], queries=each, keys=False)
+    parts.append(Units(output.name, names.output, at.into, groups, width // groups, queries=each))
+    return _Heads(parts, rows[0], rows[1])
 
 
-def _head_vectors(at: _Attention, heads: int, units: int, sizes: Sequence[int]) -> list[Units]:
-    """Norms over all heads together, and what there is one of for each head; they follow."""
-    found, each = [], heads // units
-    for name, size, queries in zip(HEAD_VECTORS, sizes, (each, 0), strict=False):
-        norm = at.tensor(f"{name}{MATRIX}")
-        rows = 0 if norm is None else norm.shape[0]
-        if (
-            norm is not None
-            and rows % units == 0
-            and (len(norm.shape) == 2 or (rows,) == norm.shape == (size,))
-        ):
-            found.append(
-                Units(
-                    norm.name, name, 0, units, rows // units, follows=True, queries=queries, keys=not queries
-                )
-            )
-    for name, dim in (("sinks", 0), (f"relative_attention_bias{MATRIX}", 1)):
-        one = at.tensor(name)
-        if one is not None and one.shape[dim:] == (heads,):
-            part = name.removesuffix(MATRIX)
-            found.append(Units(one.name, part, dim, units, each, follows=True, queries=each))
-    return found
-
-
-def _latent(at: _Attention, names: AttentionNames) -> list[Units]:
-    query, latent = [at.tensor(f"{each}{MATRIX}") for each in names.queries]
-    output, heads = at.tensor(f"{names.output}{MATRIX}"), head_count(at.section, at.base)
-    if query is None or latent is None or output is None or heads is None:
-        return []
+def _latent(at: _Attention, names: AttentionNames) -> _Heads | None:
+    query, latent, output = [at.matrix(name) for name in (*names.queries, names.output)]
+    heads = head_count(at.section, at.base)
     sizes = (query.shape[0], latent.shape[0], output.shape[1])
-    if any(size % heads for size in sizes):
-        return []
+    if heads is None or any(size % heads for size in sizes):
+        return None
     matrices = zip((*names.queries, names.output), (query, latent, output), sizes, (0, 0, 1), strict=True)
-    return [
+    parts = [
         Units(each.name, name, dim, heads, size // heads, queries=1, keys=name == names.queries[1])
         for name, each, size, dim in matrices
     ]
+    return _Heads(parts, sizes[0], sizes[1])
 
 
-def _fused(at: _Attention, names: AttentionNames) -> list[Units]:
-    fused, output = at.tensor(f"{names.fused}{MATRIX}"), at.tensor(f"{names.output}{MATRIX}")
-    if fused is None or output is None:
-        return []
+def _fused(at: _Attention, names: AttentionNames) -> _Heads | None:
+    fused, output = at.matrix(names.fused), at.matrix(names.output)
     rows, width = fused.shape[at.out], output.shape[at.into]
-    size = _head_size(at, width, width)
-    if size is None:
-        return []
+    size, layout = _head_size(at, width, width), fused_layout(at.index, names.fused)
+    if size is None or layout is None:
+        return None
     heads = width // size
     groups = (rows // size - heads) // 2
     if rows % size or (heads + 2 * groups) * size != rows or not groups or heads % groups:
-        return []
-    layout = fused_layout(at.index, names.fused)
+        return None
     each = heads // groups
+    whole = Units(fused.name, names.fused, at.out, groups, rows // groups, queries=each, keys=True)
     read = Units(output.name, names.output, at.into, groups, width // groups, queries=each)
-    if layout is None:
-        return []
     if groups == 1 < heads:
-        whole = Units(fused.name, names.fused, at.out, heads, size, queries=1)
-        return [whole, replace(read, count=heads, size=size, queries=1)]
-    if layout == "parts":
-        queries = Units(fused.name, names.fused, at.out, groups, width // groups, queries=each)
-        keys = replace(queries, size=size, begin=width, queries=0, keys=True)
-        parts = [queries, keys, replace(keys, begin=width + groups * size), read]
-    else:
-        parts = [
-            Units(fused.name, names.fused, at.out, groups, rows // groups, queries=each, keys=True),
-            read,
-        ]
-    return parts + _head_vectors(at, heads, groups, (width, groups * size))
+        alone = {"count": heads, "size": size, "queries": 1, "keys": False}
+        return _Heads([replace(whole, **alone), replace(read, **alone)], width)
+    if layout != "parts":
+        return _Heads([whole, read], width, groups * size)
+    query = replace(whole, size=width // groups, keys=False)
+    key = replace(whole, size=size, begin=width, queries=0)
+    return _Heads([query, key, replace(key, begin=width + groups * size), read], width, groups * size)
 
 
 def fused_layout(index: Index, name: str) -> str | None:
@@ -243,3 +243,77 @@ def fused_layout(index: Index, name: str) -> str | None:
     for model_type in index.types & FUSED_LAYOUTS.keys():
         return FUSED_LAYOUTS[model_type]
     return NAMED_LAYOUTS.get(name, "parts") if index.types or name not in NAMED_LAYOUTS else None
+
+
+def _matrices_beside(at: _Attention, heads: _Heads) -> Iterator[Units]:
+    """Other matrices that write all query heads, in a module that has attention alone."""
+    for name in HEAD_ROWS if "att" in at.base.rpartition(".")[2] else ():
+        one = at.tensor(f"{name}{MATRIX}")
+        if one is not None and len(one.shape) == 2 and one.shape[at.out] == heads.query_rows:
+            size = heads.query_rows // heads.units
+            yield Units(one.name, name, at.out, heads.units, size, queries=heads.queries)
+
+
+def _vectors_beside(at: _Attention, heads: _Heads) -> Iterator[Units]:
+    """Norms and biases over all heads together, and what there is one of for each head; they follow."""
+    for names, rows, of_queries in (
+        (QUERY_VECTORS, heads.query_rows, True),
+        (KEY_VECTORS, heads.key_rows, False),
+    ):
+        for name in names:
+            one = at.tensor(name)
+            if one is None or one.shape[0] % heads.units or not rows:
+                continue
+            if len(one.shape) == 2 or one.shape == (rows,):
+                part, size = name.removesuffix(MATRIX), one.shape[0] // heads.units
+                queries = heads.queries if of_queries else 0
+                yield Units(
+                    one.name, part, 0, heads.units, size, follows=True, queries=queries, keys=not queries
+                )
+    for name, dim in EACH_HEAD:
+        one = at.tensor(name)
+        if one is not None and len(one.shape) <= 2 and one.shape[dim:][:1] == (heads.units * heads.queries,):
+            part, each = name.removesuffix(MATRIX), heads.queries
+            yield Units(one.name, part, dim, heads.units, each, follows=True, queries=each)
+
+
+# -- layers that share keys and values ---------------------------------------------------------------
+
+
+def _with_sharing_layers(index: Index, found: list[Structure]) -> list[Structure]:
+    """Queries of layers that read the keys and values of an earlier one are parts of its attention."""
+    by_place = {structure.place: structure for structure in found}
+    for stack in {dict(place)["stack"] for place in by_place}:
+        for layer, source in _sharing_layers(section_of(index.config, str(stack))):
+            for place, structure in list(by_place.items()):
+                if place[:2] != (("stack", stack), ("layer", source)):
+                    continue
+                own = by_place.pop((place[0], ("layer", layer), *place[2:]), None)
+                parts = own.parts if own else _queries_of(index, structure, layer)
+                parts = tuple([replace(each, part=f"{layer}.{each.part}") for each in parts])
+                by_place[place] = replace(structure, parts=(*structure.parts, *parts))
+    return list(by_place.values())
+
+
+def _sharing_layers(section: Mapping[str, Any]) -> Iterator[tuple[int, int]]:
+    """Layers that a config lets share keys and values, each with the last one of its type that has some."""
+    count, shared = layer_count(section), whole(section.get("num_kv_shared_layers"))
+    types = section.get("layer_types")
+    if count is None or shared is None or not isinstance(types, list) or len(types) != count:
+        return
+    for layer in range(max(0, count - shared), count):
+        sources = [at for at in range(count - shared) if types[at] == types[layer]]
+        if sources:
+            yield layer, sources[-1]
+
+
+def _queries_of(index: Index, source: Structure, layer: int) -> tuple[Units, ...]:
+    """The units of a layer that has only queries, and what reads the heads: those of the layer it shares."""
+    place = dict(source.place)
+    found = []
+    for each in source.parts:
+        members = index.forms.get(f"{place['stack']}.*.{place['module']}.{each.part}{MATRIX}", {})
+        own = {numbers[0]: tensor for numbers, tensor in members.items()}
+        if not each.keys and layer in own and own[layer].shape == own[int(place["layer"])].shape:
+            found.append(replace(each, tensor=own[layer].name))
+    return tuple(found)

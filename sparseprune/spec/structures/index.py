@@ -32,7 +32,7 @@ NAMES: Mapping[Kind, str] = {
     "layers": "lists of layers",
 }
 CAPTURES = ("stack", "layer", "module", "group", "expert", "part")
-_NUMBER = re.compile(r"(?:^|(?<=\.))[0-9]{1,9}(?=\.|$)")
+_NUMBER = re.compile(r"(?:^|(?<=\.))(?:expert_)?([0-9]{1,9})(?=\.|$)")
 MATRIX = ".weight"  # what the name of a module's matrix ends with
 
 
@@ -212,8 +212,9 @@ def nested_key(config: Mapping[str, Any], name: str) -> str | None:
         if names.search(name):
             return next((key for key in nested if keys.search(key)), None)
     for side in ("encoder", "decoder"):
-        if side in nested and side in name.split(".")[:2]:
-            return side
+        key = next((key for key in (side, f"{side}_config") if key in nested), None)
+        if key is not None and side in name.split(".")[:2]:
+            return key
     nested = [key for key, value in config.items() if isinstance(value, dict)]
     return next((key for key in TEXT_CONFIGS if key in nested), None)
 

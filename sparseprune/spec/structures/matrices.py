@@ -9,7 +9,7 @@ from __future__ import annotations
 from math import prod
 from typing import TYPE_CHECKING
 
-from sparseprune.spec.naming import EXPERTS, INPUTS_FIRST, NO_MATRIX, STACKS_INPUTS_FIRST
+from sparseprune.spec.naming import EXPERTS, INPUTS_FIRST, MLPS, NO_MATRIX, STACKS_INPUTS_FIRST
 from sparseprune.spec.structures.index import MATRIX, Outlook, place_of, steps_of
 
 if TYPE_CHECKING:
@@ -88,12 +88,22 @@ def inputs_first(index: Index, form: str, numbers: Numbers, shape: Shape) -> boo
     rows, columns = shape[-2:]
     if rows != columns and bias is not None and len(bias) == len(shape) - 1:
         return bias[-1] == columns
-    if len(shape) == 3 and form.endswith(("gate_up_proj", "down_proj")):
-        base = form.rpartition(".")[0]
-        up, down = index.shape(f"{base}.gate_up_proj", numbers), index.shape(f"{base}.down_proj", numbers)
-        if up is not None and down is not None and len(up) == len(down) == 3:
-            as_linear = up[2] == down[1] and up[1] == 2 * down[2]
-            as_inputs_first = up[1] == down[2] and up[2] == 2 * down[1]
+    if len(shape) == 3:
+        for up, down in _stacks(index, form, numbers):
+            as_linear = up[2] == down[1] and up[1] in {down[2], 2 * down[2]}
+            as_inputs_first = up[1] == down[2] and up[2] in {down[1], 2 * down[1]}
             if as_linear != as_inputs_first:
                 return as_inputs_first
     return index.is_one_of(STACKS_INPUTS_FIRST if len(shape) == 3 else INPUTS_FIRST)
+
+
+def _stacks(index: Index, form: str, numbers: Numbers) -> Iterator[tuple[Shape, Shape]]:
+    """The shapes of stacks that write and read the channels of experts, of which this form is one."""
+    suffix = MATRIX if form.endswith(MATRIX) else ""
+    base, _, own = form.removesuffix(suffix).rpartition(".")
+    for names in MLPS:
+        if own in {*names.writes, names.reads}:
+            up = index.shape(f"{base}.{names.writes[0]}{suffix}", numbers)
+            down = index.shape(f"{base}.{names.reads}{suffix}", numbers)
+            if up is not None and down is not None and len(up) == len(down) == 3:
+                yield up, down

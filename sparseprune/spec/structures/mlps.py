@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
-from sparseprune.spec.naming import ATTACHED, EXPERTS, INTERLEAVED, MERGERS, MLP_KEY_VALUE, MLPS
+from sparseprune.spec.naming import (
+    ATTACHED,
+    ATTENTION_EXPERTS,
+    EXPERTS,
+    INTERLEAVED,
+    MERGERS,
+    MLP_KEY_VALUE,
+    MLPS,
+)
 from sparseprune.spec.structures.index import MATRIX, Structure, Units, of_all_experts, place_of
 from sparseprune.spec.structures.matrices import inputs_first
 
@@ -42,7 +50,9 @@ def find_mlps(index: Index) -> list[Structure]:
 
 def _may_hold(base: str) -> bool:
     """Whether an MLP of this module is one of layers, or stands behind them with as many channels."""
-    return ATTACHED.search(base) is not None if "*" not in base else MERGERS.search(base) is None
+    if "*" not in base:
+        return ATTACHED.search(base) is not None
+    return MERGERS.search(base) is None and ATTENTION_EXPERTS.search(base) is None
 
 
 def _mlp(index: Index, names: MlpNames, where: tuple[str, str], numbers: Numbers) -> Structure | None:

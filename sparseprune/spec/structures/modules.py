@@ -9,7 +9,7 @@ from collections import Counter
 from math import prod
 from typing import TYPE_CHECKING
 
-from sparseprune.spec.naming import EXPERTS, LAYER_LISTS, STACKS, STAGES
+from sparseprune.spec.naming import ATTENTION_EXPERTS, EXPERTS, LAYER_LISTS, STACKS, STAGES
 from sparseprune.spec.structures.index import (
     MATRIX,
     Structure,
@@ -73,6 +73,8 @@ def _stacked_experts(index: Index) -> Iterator[Structure]:
                 module = f"{base}{star}".rstrip(".") if star else base
                 found.setdefault((module, numbers), []).append((rest, tensor))
     for (module, numbers), tensors in found.items():
+        if ATTENTION_EXPERTS.search(module):
+            continue
         deepest = max(len(tensor.shape) for _, tensor in tensors)
         if deepest == 2:
             yield from _flat_experts(index, module, numbers, tensors)
