@@ -133,6 +133,7 @@ def remove(
     *,
     masks: options.MasksToCut = None,
     zeros_of: options.ZerosOf = None,
+    experts: options.ExpertsToKeep = None,
     output: options.Output = None,
     match: options.Match = (),
     exclude: options.Exclude = (),
@@ -144,6 +145,7 @@ def remove(
     set: options.Set = None,
     strict: options.Strict = False,
     force: options.Force = False,
+    dry_run: bool = False,
     progress: Listen = None,
 ) -> "results.Removal":
     """Write a smaller dense checkpoint: channels, heads, experts or layers that lose are cut out.
@@ -153,7 +155,9 @@ def remove(
 
     Example: sparseprune remove ./llama mlp-channels -o ./llama-smaller
 
-    Raises what `apply` raises, and SpecError or CheckpointError where no model class has what would be left.
+    `experts` may be the list itself. A `dry_run`, which goes with a list, tells what would be left and writes
+    nothing. Raises what `apply` raises, and SpecError or CheckpointError where no model class has what would
+    be left.
     """
     from sparseprune.api.masked import mask_source
     from sparseprune.api.removing import Asked
@@ -163,6 +167,8 @@ def remove(
         checkpoint=Path(checkpoint),
         spec=None if spec is None else fspath(spec),
         source=mask_source(masks, zeros_of, (match, exclude, rename), partial=partial),
+        lists={} if experts is None else {"--experts": experts},
+        dry_run=dry_run,
         overrides=texts(set),
         target=Target(path_or_none(output), None, force, resized=True),
         machine=machine(device, jobs, memory),

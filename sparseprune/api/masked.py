@@ -130,13 +130,16 @@ def mask_source(
 
 
 def refuse_contradictions(
-    spec: str | None, source: MaskSource, variables: Mapping[str, object] | None, *, nothing: str
+    spec: str | None, source: MaskSource, variables: Mapping[str, object] | None, *, nothing: str | None
 ) -> None:
-    """SparsepruneError unless one of a spec and masks is given, with what goes with it."""
+    """SparsepruneError unless one of a spec and masks is given, with what goes with it.
+
+    `nothing` says what is wrong where there is neither; None where something else is given.
+    """
     if spec is not None and source.path is not None:
         flag = "--zeros-of" if source.zeros else "--masks"
         raise SparsepruneError(f"{spec} and {flag} exclude each other; give one of them")
-    if spec is None and source.path is None:
+    if spec is None and source.path is None and nothing is not None:
         raise SparsepruneError(nothing)
     stray = None if source.path is not None else next(source.options, None)
     if stray is not None:

@@ -186,6 +186,15 @@ MasksOrNone = Annotated[
 MasksToCut = Annotated[
     Place | None, Option("--masks MASKS", "Cut out what these drop, instead of what a spec does.", typed=Path)
 ]
+ExpertsToKeep = Annotated[
+    Place | Sequence[object] | Mapping[str, Sequence[int]] | None,
+    Option(
+        "--experts KEEP.json",
+        "The numbers of the experts that stay, instead of a spec: one list, a list with one for each layer "
+        'that has experts, or an object such as {"3": [0, 1, 5]}.',
+        typed=Path,
+    ),
+]
 Text = Annotated[
     Sequence[Place],
     Option(

@@ -13,14 +13,15 @@ from typing import TYPE_CHECKING
 from msgspec import Struct
 from msgspec.structs import replace
 
+from sparseprune import __version__
 from sparseprune.api.applied import rebuilt_by, warn_of_broken, warn_of_earlier
 from sparseprune.api.masked import MaskSource, masked_by, refuse_contradictions
 from sparseprune.api.options import Source
 from sparseprune.api.pruning import as_applied, few_tokens, identity_of, planned, prepare, score_shards, warn
 from sparseprune.api.run import collector_paused, digest, output_shown
-from sparseprune.checkpoint import OutputLayout, StagedOutput, TensorReader, read_config
+from sparseprune.checkpoint import OutputLayout, StagedOutput, TensorReader, open_checkpoint, read_config
 from sparseprune.checkpoint.codes import codes_in
-from sparseprune.checkpoint.file_io import refuse_changed
+from sparseprune.checkpoint.file_io import checkpoint_identity, refuse_changed
 from sparseprune.checkpoint.folding import refuse_split
 from sparseprune.checkpoint.not_safetensors import PICKLE_SUFFIXES, names_training_state
 from sparseprune.checkpoint.publish import refuse_replacing
@@ -30,7 +31,7 @@ from sparseprune.errors import CheckpointError, SparsepruneError, SpecError
 from sparseprune.report.coverage import idle_lines
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from sparseprune import results
@@ -49,25 +50,44 @@ if TYPE_CHECKING:
 
 
 class Asked(Struct, frozen=True):
-    """What to remove from which checkpoint: by a `spec`, or by the masks of a source that has a path."""
+    """What to remove from which checkpoint: by a `spec`, by the masks of a `source`, or by `lists`.
+
+    `lists` have by their options a path or what would be in a file there. A `dry_run`, which writes nothing,
+    goes with lists.
+    """
 
     checkpoint: Path
     spec: str | None
     source: MaskSource
+    lists: Mapping[str, object]
+    dry_run: bool
     overrides: Mapping[str, str]
     target: Target
     machine: Machine
 
 
-def refuse_unclear(spec: str | None, source: MaskSource, given: Mapping[str, object]) -> None:
-    """SparsepruneError where it is not clear what to remove."""
-    nothing = "nothing says what to remove; give a SPEC, such as mlp-channels, or --masks MASKS"
-    refuse_contradictions(spec, source, given, nothing=nothing)
+def refuse_unclear(
+    spec: str | None,
+    source: MaskSource,
+    lists: Iterable[str],
+    overrides: Mapping[str, object],
+    *,
+    dry_run: bool = False,
+) -> None:
+    """SparsepruneError where it is not clear what to remove: by a spec, by masks, or by lists."""
+    masks = "--zeros-of" if source.zeros else "--masks"
+    for option in lists:
+        if spec is not None or source.path is not None:
+            raise SparsepruneError(f"{spec or masks} and {option} exclude each other; give one of them")
+    nothing = "nothing says what to remove; give a SPEC, such as mlp-channels, --masks or --experts"
+    refuse_contradictions(spec, source, overrides, nothing=None if lists else nothing)
+    if dry_run and not lists:
+        raise SparsepruneError("--dry-run: goes with a SPEC, whose plan it shows, or with a list")
 
 
 def remove(run: Run, asked: Asked) -> results.Removal:
     """Decide, cut, write the report, and give the output its name."""
-    refuse_unclear(asked.spec, asked.source, asked.overrides)
+    refuse_unclear(asked.spec, asked.source, asked.lists, asked.overrides, dry_run=asked.dry_run)
     run.listener.output(_Undecided())
     with _chosen(run, asked) as choice:
         return _cut(run, asked, choice)
@@ -121,6 +141,9 @@ def _chosen(run: Run, asked: Asked) -> Iterator[Choice]:
             choice = _by_masks(run, asked, reader)
         yield choice
         return
+    if asked.lists:
+        yield _by_lists(asked)
+        return
     from sparseprune.removal.slices import block_decisions
 
     source = Source(asked.checkpoint, asked.spec or "", asked.overrides)
@@ -162,6 +185,46 @@ def _by_masks(run: Run, asked: Asked, reader: TensorReader) -> Choice:
         report=RemovalRun(str(asked.checkpoint), masks=path, overrides=masked.overrides),
         spec=masked.spec,
         left_out=left_out_text(masked.left_out),
+    )
+
+
+def _by_lists(asked: Asked) -> Choice:
+    """Kept indices that lists say."""
+    from sparseprune.execution.regions import Resident, limits_of
+    from sparseprune.removal.lists import Listed, kept_experts
+    from sparseprune.report.pruning import RemovalRun
+
+    with collector_paused():
+        checkpoint = open_checkpoint(asked.checkpoint)
+        if asked.dry_run:
+            lay_out_removal(checkpoint, asked.target.output, None, None)
+        else:
+            _target(asked, checkpoint)
+        lists = {option: Listed.of(given, option) for option, given in asked.lists.items()}
+        shapes = {name: stored.shape for name, stored in checkpoint.tensors.items()}
+        kept: dict[str, KeptIndices] = {}
+        for listed in lists.values():
+            try:
+                kept |= kept_experts(listed.value, shapes, read_config(checkpoint))
+            except CheckpointError as error:
+                raise CheckpointError(*(f"{listed.source}: {line}" for line in error.args)) from error
+    header_bytes = sum(shard.data_begin for shard in checkpoint.shards)
+    resident = Resident.of(len(shapes), header_bytes, reached=len(kept), scopes=0, masks=False, resized=True)
+    limits = limits_of(asked.machine.memory, uses_torch=False, resident=resident)
+    sources = {option.strip("-"): listed.source for option, listed in lists.items()}
+    return Choice(
+        source=" and ".join(sources.values()),
+        checkpoint=checkpoint,
+        kept=kept,
+        limits=limits,
+        identity={
+            "the version": __version__,
+            "the input": checkpoint_identity(checkpoint),
+            "the options": json.dumps(["remove", sorted(sources), limits.slab]),
+        },
+        refuse_changed=lambda: refuse_changed(checkpoint, ()),
+        report=RemovalRun(str(asked.checkpoint), lists=sources),
+        spec=None,
     )
 
 
@@ -284,6 +347,8 @@ def _cut(run: Run, asked: Asked, choice: Choice) -> results.Removal:
         for name, left in removal.left.items()
     }
     layout = lay_out_removal(checkpoint, asked.target.output, tensors, removal.config)
+    if asked.dry_run:
+        return _result(run, asked, choice, removal, layout)
     identity = {**choice.identity, "what survives": digest(summed_up(choice.kept))}
     output = StagedOutput(layout, asked.target.force, identity=identity)
 
@@ -313,7 +378,7 @@ def _refuse_nothing(run: Run, choice: Choice, removal: Removal) -> None:
     rules = () if choice.plan is None else choice.plan.bound.rules
     idle = list(unpruned_lines(rules, summed_up(choice.report.tensors).pruned))
     if not removal.kept and len(removal.left) == len(choice.checkpoint.tensors):
-        why = idle or ["every mask keeps all of its tensor"]
+        why = idle or ["all of it stays" if choice.report.lists else "every mask keeps all of its tensor"]
         raise SparsepruneError(*(f"{choice.source}: nothing to remove: {line}" for line in why))
     run.warn(*idle)
 
@@ -324,7 +389,6 @@ def _removed(
     """Move the survivors."""
     from sparseprune.removal.shrink import Cuts
     from sparseprune.removal.slices import kept_whole
-    from sparseprune.report.pruning import make_removal_result
 
     layout = output.layout
     run.note(choice.left_out)
@@ -336,6 +400,15 @@ def _removed(
     with run.progress("removing", total, already) as advance:
         cuts.write(reader, output, asked.machine.jobs, advance)
     warn_of_broken(run, earlier, output)
+    return _result(run, asked, choice, removal, layout)
+
+
+def _result(
+    run: Run, asked: Asked, choice: Choice, removal: Removal, layout: OutputLayout
+) -> results.Removal:
+    """What was cut out, or would be."""
+    from sparseprune.report.pruning import make_removal_result
+
     others = {other.path for other in choice.checkpoint.others}
     circumstances = replace(
         choice.report,

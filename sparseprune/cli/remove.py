@@ -2,9 +2,8 @@
 
 from sparseprune import api, results
 from sparseprune.cli.command import Call, DryRun, Json, Quiet, Verbose, command
-from sparseprune.cli.console import print_outcome, stderr_console, tell_lines
+from sparseprune.cli.console import print_json, print_outcome, print_table, stderr_console, tell_lines
 from sparseprune.cli.plan import show_plan
-from sparseprune.errors import SparsepruneError
 
 
 def show_removed(
@@ -14,9 +13,14 @@ def show_removed(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
+    lists = [f"--{option}" for option in ("experts",) if call.options[option] is not None]
     if dry_run:
-        _refuse_masks(call)
+        _refuse_masks(call, lists)
+    if dry_run and not lists:
         show_plan(call, json=json)
+        return
+    if dry_run:
+        _show_expected(call(dry_run=True), json=json)
         return
     result = call()
     if not quiet:
@@ -27,17 +31,28 @@ def show_removed(
 remove = command(api.remove, show_removed)
 
 
-def _refuse_masks(call: "Call[results.Removal]") -> None:
-    """SparsepruneError unless there is a spec, which a plan is made by."""
+def _refuse_masks(call: "Call[results.Removal]", lists: list[str]) -> None:
+    """SparsepruneError unless there is a spec, which a plan is made by, or a list."""
     from sparseprune.api.masked import mask_source
     from sparseprune.api.removing import refuse_unclear
 
     given = call.options
     names = (given["match"], given["exclude"], given["rename"])
     source = mask_source(given["masks"], given["zeros_of"], names, partial=given["partial"])
-    refuse_unclear(given["spec"], source, given["set"])
-    if given["spec"] is None:
-        raise SparsepruneError("--dry-run: goes with a SPEC, whose plan it shows")
+    refuse_unclear(given["spec"], source, lists, given["set"], dry_run=given["spec"] is None)
+
+
+def _show_expected(result: "results.Removal", *, json: bool) -> None:
+    """What would be left, on stdout."""
+    from rich.text import Text
+
+    from sparseprune.errors import printable
+    from sparseprune.report.pruning import removal_lines
+
+    if json:
+        print_json(result)
+        return
+    print_table(Text("\n".join(map(printable, removal_lines(result)))))
 
 
 def _summarize(seconds: float, result: "results.Removal", *, verbose: bool) -> None:

@@ -131,9 +131,9 @@ def count_dims(
     ):
         for structure in found:
             is_touched = any(touched(part.tensor) for part in structure.parts)
-            is_touched = is_touched or (kind == "experts" and _module(structure) in losing)
+            is_touched = is_touched or (kind == "experts" and module_of(structure) in losing)
             try:
-                section = sections.at(_module(structure))
+                section = sections.at(module_of(structure))
             except CheckpointError:
                 if is_touched:
                     raise
@@ -172,7 +172,7 @@ def _why_refused(section: Section, kind: str) -> str | None:
     return row.refused.get(kind) or next(by_key, None)
 
 
-def _module(structure: Structure) -> str:
+def module_of(structure: Structure) -> str:
     """The name of the module of a structure."""
     place = dict(structure.place)
     pieces = [place["stack"], place["layer"], place["module"]]
@@ -215,7 +215,7 @@ def said(section: Section, keys: Iterable[str], layer: int | None, most: int = 2
 
 
 def _count_mlp(structure: Structure, section: Section, counts: Counts) -> None:
-    module = _module(structure)
+    module = module_of(structure)
     keys = width_keys(section, module, expert=dict(structure.place)["expert"] != "")
     path, by_index = _width(structure, section, counts, keys)
     if path is None:
@@ -240,7 +240,7 @@ def _width(
     structure: Structure, section: Section, counts: Counts, keys: Sequence[str]
 ) -> tuple[Path | None, int]:
     """The path of the key that counts the channels of an MLP, and how many channels it counts as one."""
-    module, layer, units = _module(structure), _layer(structure), structure.units
+    module, layer, units = module_of(structure), _layer(structure), structure.units
     path = _fitting(section, keys, layer, units)
     if path is not None:
         return path, 1
@@ -295,7 +295,7 @@ def _ratio(section: Section, units: int, counts: Counts) -> tuple[Path | None, i
 def _misfit(structure: Structure, counts: Counts, found: str, asked: tuple[Section, Sequence[str]]) -> None:
     """Note what was `found` of a structure, and what the keys of a section say instead."""
     section, keys = asked
-    module, layer = _module(structure), _layer(structure)
+    module, layer = module_of(structure), _layer(structure)
     first = next((key for key in keys if section.value(key, layer) is not None), None)
     text = f"{found}, {said(section, keys, layer)}"
     if first is not None:
@@ -313,7 +313,7 @@ def _misfit(structure: Structure, counts: Counts, found: str, asked: tuple[Secti
 
 
 def _count_heads(structure: Structure, section: Section, counts: Counts) -> None:
-    module, layer = _module(structure), _layer(structure)
+    module, layer = module_of(structure), _layer(structure)
     side = _side(module)
     heads = structure.heads
     grouped = any(part.keys for part in structure.parts)
@@ -367,7 +367,7 @@ def _joined(found: Iterable[Structure]) -> list[Structure]:
     for structure in found:
         whole = replace(structure, place=with_expert(structure.place, ""))
         if isinstance(dict(structure.place)["expert"], int):
-            lists[_module(whole)].append(structure)
+            lists[module_of(whole)].append(structure)
         else:
             joined.append(structure)
     for members in lists.values():
@@ -378,7 +378,7 @@ def _joined(found: Iterable[Structure]) -> list[Structure]:
 
 
 def _count_experts(structure: Structure, section: Section, counts: Counts) -> None:
-    module, layer, units = _module(structure), _layer(structure), structure.units
+    module, layer, units = module_of(structure), _layer(structure), structure.units
     is_list = dict(structure.place)["expert"] == ""
     numbers = {int(one.tensor[len(module) + 1 :].partition(".")[0]) for one in structure.parts if is_list}
     missing = next((number for number in range(max(numbers, default=-1)) if number not in numbers), None)

@@ -92,7 +92,7 @@ def agree(sections: Sections, model: CutModel, stacks: Stacks) -> Agreed:
         values[key] = next(iter(example))
         if len(example) > 1:
             said = " and ".join(f"{count} in {module}" for count, module in list(example.items())[:2])
-            advice = "give all of these the same nnz or sparsity"
+            advice = "keep as many in all of these"
             text = f"{path_shown(key)} would be {said}, and config.json has one for all: {advice}"
             problems.append(text)
     problems += _impossible(counts, model, units, values)

@@ -81,7 +81,7 @@ def report_totals(checkpoint: Checkpoint, found: Sums, coverage: Coverage | None
 
 
 class RemovalRun(Struct, frozen=True):
-    """The circumstances of `remove`, by a spec or by `masks`; the other one is None.
+    """The circumstances of `remove`, by a spec, by `masks` or by `lists`, which stand by what they list.
 
     `nbytes` are those of the weight files before and after, `tensors` what became of what rules reached.
     """
@@ -90,6 +90,7 @@ class RemovalRun(Struct, frozen=True):
     output: str = ""
     spec_sha256: str | None = None
     masks: str | None = None
+    lists: Mapping[str, str] = {}
     device: str = "cpu"
     seconds: float = 0.0
     nbytes: tuple[int, int] = (0, 0)
@@ -112,6 +113,7 @@ def make_removal_result(
         output=run.output,
         spec_sha256=run.spec_sha256,
         masks=run.masks,
+        experts=run.lists.get("experts"),
         set=dict(run.overrides),
         device=run.device,
         seconds=round(run.seconds, 3),

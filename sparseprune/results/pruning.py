@@ -285,9 +285,10 @@ class Removal(Document):
     input: str
     output: str
     spec_sha256: Annotated[
-        str | None, Doc("of the spec's bytes; null if masks decided", pattern="^[0-9a-f]{64}$")
+        str | None, Doc("of the spec's bytes; null if none decided", pattern="^[0-9a-f]{64}$")
     ]
-    masks: Annotated[str | None, Doc("as they were typed; null if a spec decided")]
+    masks: Annotated[str | None, Doc("as they were typed; null if others decided")]
+    experts: Annotated[str | None, Doc("the list of those that stay, as typed; null if others decided")]
     set: Settings
     device: Device
     seconds: Seconds
@@ -296,7 +297,7 @@ class Removal(Document):
     files_left_out: FilesLeftOut
     totals: RemovalTotals
     config: tuple[ConfigChange, ...]
-    rules: Annotated[Sequence[RuleResult], Doc("as in report.json of apply; empty if masks decided")]
+    rules: Annotated[Sequence[RuleResult], Doc("as in report.json of apply; empty if no spec decided")]
     tensors: Annotated[
         Sequence[ChangedTensor],
         Doc("the tensors that were removed, or have another shape or name, in the order of the input"),

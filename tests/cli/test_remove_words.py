@@ -251,12 +251,12 @@ TAKEN = "HOME/taken: already exists; give another name with -o, or --force to re
 UNEVEN = Path("specs/mlp-channels.toml").read_text().replace('"sparsity"', '"0.25 + 0.25 * layer"')
 # What is typed after `remove` -> what is said of it, line by line.
 WRONG: dict[str, str] = {
-    "in": "nothing says what to remove; give a SPEC, such as mlp-channels, or --masks MASKS",
+    "in": "nothing says what to remove; give a SPEC, such as mlp-channels, --masks or --experts",
     "in mlp-channels --masks rows.masks --partial": (
         "mlp-channels and --masks exclude each other; give one of them"
     ),
     "in --masks rows.masks --set sparsity=0.5": "--set: goes with a SPEC, whose [vars] it sets",
-    "in --masks rows.masks --dry-run": "--dry-run: goes with a SPEC, whose plan it shows",
+    "in --masks rows.masks --dry-run": "--dry-run: goes with a SPEC, whose plan it shows, or with a list",
     "in 2of4 --partial": "--partial: goes with --masks MASKS or --zeros-of SPARSE, not with a spec",
     "in/model.safetensors mlp-channels": ONE_FILE,
     "in/model.safetensors --masks rows.masks --partial": ONE_FILE,

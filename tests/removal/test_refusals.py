@@ -95,8 +95,8 @@ def unlike(one: str, other: str, key: str) -> str:
 
 def one_for_all(key: str, one: int, at: str, other: int, beside: str) -> str:
     return (
-        f"{key} would be {one} in {at} and {other} in {beside}, and config.json has one for all: give all of "
-        "these the same nnz or sparsity"
+        f"{key} would be {one} in {at} and {other} in {beside}, and config.json has one for all: keep as "
+        "many in all of these"
     )
 
 

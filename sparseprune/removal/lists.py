@@ -1,0 +1,209 @@
+"""Lists of what stays: experts by their numbers, as a JSON file or a value says, without a spec.
+
+Owns the layouts that such a list may have, and what is wrong with one. Reads no data of tensors: gives kept
+indices. Called by api.
+"""
+
+from __future__ import annotations
+
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from msgspec import Struct
+from msgspec.structs import replace
+
+from sparseprune.checkpoint.documents import read_json, strict_json
+from sparseprune.errors import CheckpointError
+from sparseprune.removal.counting import module_of
+from sparseprune.removal.dim_constraints import refuse
+from sparseprune.removal.slices import KeptIndices, kept_slices
+from sparseprune.spec import TensorInfo
+from sparseprune.spec.locating import natural_key
+from sparseprune.spec.problems import nearest, shown
+from sparseprune.spec.structures import Index, find_experts, with_expert
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from typing import Any
+
+    from sparseprune.engine.grids import Shape
+    from sparseprune.spec.structures import Structure
+
+
+class Listed(Struct, frozen=True):
+    """What stays, as a file or a value says it; `source` is the file, or the name of the option."""
+
+    source: str
+    value: Any
+
+    @staticmethod
+    def of(given: object, option: str) -> Listed:
+        """The value, or what is in the file at a path; CheckpointError where that is no JSON."""
+        if isinstance(given, str | PathLike):
+            return Listed(str(given), read_json(Path(given), strict_json))
+        return Listed(option, given)
+
+
+# -- experts -----------------------------------------------------------------------------------------
+
+
+def kept_experts(
+    listed: object, shapes: Mapping[str, Shape], config: Mapping[str, Any] | None
+) -> dict[str, KeptIndices]:
+    """What the tensors of experts keep if these stay, of every module that has some.
+
+    `listed` is one list of numbers for all modules, a list with one for each of them in their natural order,
+    or an object by the name of the module or the number of its layer.
+
+    Raises:
+        CheckpointError: what is listed is not what there is, line by line.
+    """
+    index = Index.of((TensorInfo(name, "", shape) for name, shape in shapes.items()), config)
+    modules = _modules(find_experts(index))
+    if not modules:
+        raise CheckpointError("the checkpoint has no routed experts under names that are known")
+    stays: dict[str, frozenset[int]] = {}
+    problems: list[str] = []
+    for module, numbers in _by_module(listed, modules, problems).items():
+        problems += _wrong_numbers(module, numbers, modules[module])
+        stays[module] = frozenset(each for each in numbers if type(each) is int)
+    refuse(problems)
+    return {
+        name: kept
+        for module, members in modules.items()
+        for name, kept in _kept(members, stays[module], shapes)
+    }
+
+
+class _Module(Struct, frozen=True):
+    """A module with experts: its layer, and the structures of each expert or of all of them."""
+
+    layer: int | str
+    structures: Mapping[int | str, Structure]
+
+    @property
+    def experts(self) -> Sequence[int]:
+        """The numbers of its experts."""
+        numbers = [number for number in self.structures if isinstance(number, int)]
+        return sorted(numbers) or range(next(iter(self.structures.values())).units)
+
+
+def _modules(found: Iterable[Structure]) -> dict[str, _Module]:
+    """All modules with experts, in the natural order of their names."""
+    structures: dict[str, dict[int | str, Structure]] = {}
+    layers: dict[str, int | str] = {}
+    for one in found:
+        place = dict(one.place)
+        module = module_of(replace(one, place=with_expert(one.place, "")))
+        structures.setdefault(module, {})[place["expert"]] = one
+        layers[module] = place["layer"]
+    return {
+        module: _Module(layers[module], structures[module]) for module in sorted(structures, key=natural_key)
+    }
+
+
+def _by_module(
+    listed: object, modules: Mapping[str, _Module], problems: list[str]
+) -> dict[str, list[object]]:
+    """The list of each module; none where something is wrong, which goes into the problems."""
+    if isinstance(listed, dict):
+        return _by_name(listed, modules, problems)
+    entries = list(listed) if isinstance(listed, list | tuple) else []
+    if entries and all(type(each) is int for each in entries):
+        return dict.fromkeys(modules, entries)
+    if not entries or not all(isinstance(each, list | tuple) for each in entries):
+        problems.append(
+            f"holds {shown(listed)}, wanted the numbers of experts that stay: one list for all layers, a "
+            'list with one for each layer that has experts, or an object such as {"3": [0, 1, 5]}'
+        )
+    elif len(entries) != len(modules):
+        names = list(modules)
+        span = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
+        problems.append(f"wanted a list for each of {span}, {len(modules)} in all; found {len(entries)}")
+    else:
+        return {name: list(each) for name, each in zip(modules, entries, strict=True)}
+    return {}
+
+
+def _by_name(
+    listed: Mapping[object, object], modules: Mapping[str, _Module], problems: list[str]
+) -> dict[str, list[object]]:
+    found: dict[str, list[object]] = {}
+    for key, entries in listed.items():
+        name = _named(str(key), modules, problems)
+        if name is None:
+            continue
+        if name in found:
+            problems.append(f"{name} stands twice, by its name and by the number of its layer")
+        elif isinstance(entries, list | tuple):
+            found[name] = list(entries)
+        else:
+            problems.append(f"{key}: holds {shown(entries)}, wanted a list of numbers of experts")
+    if not problems:
+        problems += [
+            f"there is no list for {name}, which has experts" for name in modules if name not in found
+        ]
+    return found
+
+
+def _named(key: str, modules: Mapping[str, _Module], problems: list[str]) -> str | None:
+    """The module of a name or of a layer's number."""
+    if key in modules:
+        return key
+    if key.isdecimal() and key.isascii():
+        names = [name for name, module in modules.items() if str(module.layer) == key]
+        if len(names) == 1:
+            return names[0]
+        if names:
+            problems.append(f"layer {key} is {' and '.join(names)}: give their names in place of the number")
+        else:
+            layers = ", ".join(str(module.layer) for module in modules.values())
+            problems.append(f"layer {key} has no experts; those with experts are {_shortened(layers)}")
+        return None
+    close = nearest(key, list(modules))
+    near = close[0] if close else next(iter(modules))
+    problems.append(f"{key} is no module with experts; the nearest name is {near}")
+    return None
+
+
+def _shortened(text: str, most: int = 100) -> str:
+    return text if len(text) <= most else f"{text[:most].rpartition(',')[0]}, ..."
+
+
+def _wrong_numbers(module: str, numbers: Sequence[object], there: _Module) -> Iterator[str]:
+    experts, seen = there.experts, set[object]()
+    known = frozenset(experts)
+    for number in numbers:
+        if type(number) is not int or number not in known:
+            text = f"it has {len(known)} experts, {experts[0]} to {experts[-1]}"
+            yield f"{module}: {shown(number)} is no expert: {text}"
+        elif number in seen:
+            yield f"{module}: {number} stands twice"
+        seen.add(number if isinstance(number, int) else None)
+
+
+def _kept(
+    module: _Module, stays: frozenset[int], shapes: Mapping[str, Shape]
+) -> Iterator[tuple[str, KeptIndices]]:
+    """What is kept of each tensor that loses something."""
+    nothing: dict[Shape, KeptIndices] = {}  # thousands of tensors lose the same
+    for number, structure in module.structures.items():
+        if number in stays:
+            continue
+        for part in structure.parts:
+            shape = shapes[part.tensor]
+            if isinstance(number, int):
+                if shape not in nothing:
+                    gone = [np.zeros(size, dtype=np.bool_) for size in shape]
+                    nothing[shape] = kept_slices(gone) if shape else KeptIndices((), 0)
+                yield part.tensor, nothing[shape]
+            else:
+                units = np.isin(np.arange(structure.units), list(stays))
+                along = [np.ones(size, dtype=np.bool_) for size in shape]
+                along[part.dim][part.begin : part.begin + part.size * units.size] = np.repeat(
+                    units, part.size
+                )
+                if not units.all():
+                    yield part.tensor, kept_slices(along)
