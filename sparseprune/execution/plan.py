@@ -19,6 +19,7 @@ from sparseprune.engine.dtypes import DTYPES
 from sparseprune.engine.grids import prod
 from sparseprune.errors import CheckpointError, SpecError
 from sparseprune.execution.coded import rank_of_codes, refusals
+from sparseprune.execution.experts import Routed
 from sparseprune.execution.scores import kind_of
 from sparseprune.results.fields import Made
 from sparseprune.spec import BoundBlock, BoundScope, TensorInfo, bind
@@ -48,7 +49,8 @@ class TaskInput(Struct, frozen=True):
 
     `dim` is the dimension of the weight along which a vector lies, or the inputs of a second moment. `form`
     tells what a vector is made from: second moments, or the roots of their diagonal; None where it is ready.
-    `tokens` were counted, a number for each matrix; () where nothing did.
+    `tokens` were counted, a number for each matrix; () where nothing did. Of a tensor with a number or, along
+    `dim`, a row for each expert of a layer, the blocks are `experts`: the first one, and how many.
     """
 
     role: Role
@@ -57,6 +59,7 @@ class TaskInput(Struct, frozen=True):
     dim: int = -1
     form: StatisticsKind | None = None
     tokens: tuple[int, ...] = ()
+    experts: tuple[int, int] | None = None
 
 
 class InputFiles:
@@ -64,6 +67,7 @@ class InputFiles:
 
     def __init__(self, weights: Checkpoint) -> None:
         self._weights = weights
+        self._routed: Routed | None = None
         self._files: dict[Path, Statistics | None] = {}
         self._problems: dict[str, None] = {}
         self._missing: dict[tuple[str, Role, Path], list[str]] = {}
@@ -74,6 +78,8 @@ class InputFiles:
         found: list[TaskInput] = []
         if kind.reads == "vector":
             found += self._statistics(rule, score, scope, "vector")
+        elif kind.reads == "router":
+            found += self._routers(rule, scope)
         elif kind.reads is not None and score.file is not None:
             found += self._ready(rule, score.file, scope, kind.reads)
         if instance.reconstruct is not None:
@@ -101,11 +107,51 @@ class InputFiles:
         """Tensors of the weights' shapes, or for "blocks" of those of the block grids."""
         if role == "blocks":
             for block in _blocks(scope):
-                names = (block.label, block.tensor) if isinstance(block, BoundBlock) else (block.label,)
-                yield from self._get(rule, path, role, names, block.grid_shape)
+                yield from self._of_blocks(rule, path, block)
         else:
             for name in dict.fromkeys(leaf.tensor for leaf in scope.leaves):
                 yield from self._get(rule, path, role, (name,), self._weights.tensors[name].shape)
+
+    def _of_blocks(self, rule: str, path: Path, block: AnyBlock) -> Iterator[TaskInput]:
+        """A tensor for the blocks of a grid; that of experts may be one for all experts of a layer."""
+        names = (block.label, block.tensor) if isinstance(block, BoundBlock) else (block.label,)
+        file = self._open(rule, path, "values")
+        there = () if file is None else file.checkpoint.tensors
+        experts = None if any(name in there for name in names) else self._experts().of(block)
+        if experts is None:
+            yield from self._get(rule, path, "blocks", names, block.grid_shape)
+        elif experts.module in there:
+            for one in self._get(rule, path, "blocks", (experts.module,), (experts.count,)):
+                yield replace(one, key=block.label, experts=(experts.first, experts.number))
+        elif file is not None:
+            grid, near = list(block.grid_shape), _nearest(experts.module, list(there))
+            what = f"{experts.module} of shape [{experts.count}], nor {block.label} of shape {grid}"
+            self._note(rule, f"{path}: there is no tensor {what}{near}")
+
+    def _experts(self) -> Routed:
+        """The routed experts of the checkpoint, looked for once."""
+        if self._routed is None:
+            self._routed = Routed.find(self._weights)
+        return self._routed
+
+    def _routers(self, rule: str, scope: AnyScope) -> Iterator[TaskInput]:
+        """The router of the experts that are blocks, a matrix of the checkpoint itself."""
+        for block in _blocks(scope):
+            experts = self._experts().of(block)
+            router = None if experts is None else self._experts().router(experts)
+            if experts is None:
+                wanted = 'kind router ranks experts: wanted structure = "experts" and blocks of shape [1]'
+                self._note(rule, f"{block.label} is no expert, and {wanted}")
+            elif router is None:
+                where = experts.module.rpartition(".")[0]
+                self._note(rule, f"no matrix beside {experts.module} has a row for each expert, in {where}")
+            elif self._weights.tensors[router[0]].dtype not in _FLOATS:
+                stored = self._weights.tensors[router[0]]
+                wanted = ", ".join(sorted(_FLOATS))
+                self._note(rule, f"{stored.name} is {stored.dtype}, wanted one of {wanted}")
+            else:
+                stored, these = self._weights.tensors[router[0]], (experts.first, experts.number)
+                yield TaskInput("blocks", block.label, stored, router[1], experts=these)
 
     def _statistics(
         self, rule: str, method: Score | Reconstruct, scope: AnyScope, role: Role

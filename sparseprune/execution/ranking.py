@@ -131,12 +131,42 @@ class Ranking:
         if self._kind.blocks is not None:
             numbers = numbers_in(block.grid_shape, part).astype(np.uint64)
             return self._kind.blocks(self._score, block.label, numbers)
-        if self._kind.reads != "blocks":
+        if self._kind.reads not in {"blocks", "router"}:
             return None
-        stored = self._inputs["blocks", block.label].stored
+        one = self._inputs["blocks", block.label]
+        stored = one.stored
+        if one.experts is not None:
+            scores = self._row_norms(one) if self._kind.reads == "router" else self._of_experts(one)
+            return scores[numbers_in(block.grid_shape, part)]
         loaded = self._io.load(grid_region(block, part), stored)
         self._refuse_nan(loaded.view, stored, block.label, "blocks")
         return values_of(loaded.view, stored.dtype).astype(np.float64)
+
+    def _of_experts(self, one: TaskInput) -> Floats:
+        """The scores of some experts, from a vector with one for each of a layer."""
+        bits = self._io.load_run(one.stored, one.experts or (0, one.stored.numel))
+        self._refuse_nan(bits, one.stored, one.key, "blocks")
+        return values_of(bits, one.stored.dtype).astype(np.float64)
+
+    def _row_norms(self, one: TaskInput) -> Floats:
+        """The norms of the rows that a router has for some experts, which lie along dimension `dim`."""
+        first, number = one.experts or (0, one.stored.shape[one.dim])
+        norms = np.empty(number, dtype=np.float64)
+        for place, expert in enumerate(range(first, first + number)):
+            bits = self._row(one, expert)
+            if Elements(bits, one.stored.dtype).without_rank().any():
+                text = f"NaN or infinity in the row of expert {expert}, which has no rank: repair the tensor"
+                raise SparsityError(f"{one.stored.name}: {text}")
+            row = values_of(bits, one.stored.dtype).astype(np.float64)
+            norms[place] = np.linalg.norm(row, self.norm)
+        return norms
+
+    def _row(self, one: TaskInput, expert: int) -> Bits:
+        """The numbers that a router has for an expert."""
+        experts, width = one.stored.shape[one.dim], one.stored.shape[1 - one.dim]
+        if one.dim == 0:
+            return self._io.load_run(one.stored, (expert * width, width))
+        return np.ascontiguousarray(self._io.load_run(one.stored, (0, one.stored.numel))[expert::experts])
 
     def _file_elements(self, role: Role, region: Region) -> Elements:
         stored = self._inputs[role, region.leaf.tensor].stored

@@ -34,7 +34,8 @@ class ScoreKind(Struct, frozen=True):
     """How one kind of score ranks the blocks of a rule.
 
     `reads` says what its file holds: "values", a number for each weight; "vector", statistics of the inputs
-    of each matrix, used as `statistic`; "blocks", a number for each block; None, there is no file.
+    of each matrix, used as `statistic`; "blocks", a number for each block; None, there is no file. "router":
+    there is none either, the rows of a router rank the experts that they belong to.
 
     `elements` makes the scores of elements from their magnitudes, which it may overwrite, and from the
     magnitudes of the file's numbers, if it reads any: float64, which broadcast to the shape of a region.
@@ -46,7 +47,7 @@ class ScoreKind(Struct, frozen=True):
     `norm` is the order of the norm over a block's elements; None: as the spec says.
     """
 
-    reads: Literal["values", "vector", "blocks"] | None = None
+    reads: Literal["values", "vector", "blocks", "router"] | None = None
     statistic: StatisticsKind = "norm"
     elements: Callable[..., Floats] | None = None
     blocks: Callable[[Score, str, NDArray[np.uint64]], Floats] | None = None
@@ -55,7 +56,7 @@ class ScoreKind(Struct, frozen=True):
     @property
     def ranks_blocks(self) -> bool:
         """Whether blocks have scores of their own, whatever their elements are."""
-        return self.reads == "blocks" or self.blocks is not None
+        return self.reads in {"blocks", "router"} or self.blocks is not None
 
     @property
     def ranks_weights(self) -> bool:
@@ -125,4 +126,5 @@ SCORE_KINDS: Mapping[str, ScoreKind] = {
     "wanda": ScoreKind("vector", "norm", elements=_wanda),
     "obd": ScoreKind("vector", "hessian", elements=_obd, norm=1.0),
     "blocks": ScoreKind("blocks"),
+    "router": ScoreKind("router"),
 }

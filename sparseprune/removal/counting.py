@@ -32,7 +32,14 @@ from sparseprune.removal.sections import path_shown
 from sparseprune.spec import TensorInfo
 from sparseprune.spec.naming import EXPERTS, OTHER_TOWERS
 from sparseprune.spec.problems import shown
-from sparseprune.spec.structures import Index, find_attentions, find_experts, find_mlps, with_expert
+from sparseprune.spec.structures import (
+    Index,
+    find_attentions,
+    find_experts,
+    find_mlps,
+    module_of,
+    with_expert,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -170,15 +177,6 @@ def _why_refused(section: Section, kind: str) -> str | None:
         why for key, (what, why) in row.refused_where.items() if what == kind and section.values.get(key)
     )
     return row.refused.get(kind) or next(by_key, None)
-
-
-def module_of(structure: Structure) -> str:
-    """The name of the module of a structure."""
-    place = dict(structure.place)
-    pieces = [place["stack"], place["layer"], place["module"]]
-    if isinstance(place["expert"], int):
-        pieces.append(place["expert"])
-    return ".".join(str(piece) for piece in pieces if piece != "")
 
 
 def _layer(structure: Structure) -> int | None:

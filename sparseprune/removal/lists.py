@@ -12,20 +12,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from msgspec import Struct
-from msgspec.structs import replace
 
 from sparseprune.checkpoint.documents import read_json, strict_json
 from sparseprune.errors import CheckpointError
-from sparseprune.removal.counting import module_of
 from sparseprune.removal.dim_constraints import refuse
 from sparseprune.removal.slices import KeptIndices, kept_slices
 from sparseprune.spec import TensorInfo
 from sparseprune.spec.locating import natural_key
 from sparseprune.spec.problems import nearest, shown
-from sparseprune.spec.structures import Index, find_experts, with_expert
+from sparseprune.spec.structures import Index, expert_modules
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from typing import Any
 
     from sparseprune.engine.grids import Shape
@@ -61,7 +59,7 @@ def kept_experts(
         CheckpointError: what is listed is not what there is, line by line.
     """
     index = Index.of((TensorInfo(name, "", shape) for name, shape in shapes.items()), config)
-    modules = _modules(find_experts(index))
+    modules = _modules(index)
     if not modules:
         raise CheckpointError("the checkpoint has no routed experts under names that are known")
     stays: dict[str, frozenset[int]] = {}
@@ -90,18 +88,11 @@ class _Module(Struct, frozen=True):
         return sorted(numbers) or range(next(iter(self.structures.values())).units)
 
 
-def _modules(found: Iterable[Structure]) -> dict[str, _Module]:
+def _modules(index: Index) -> dict[str, _Module]:
     """All modules with experts, in the natural order of their names."""
-    structures: dict[str, dict[int | str, Structure]] = {}
-    layers: dict[str, int | str] = {}
-    for one in found:
-        place = dict(one.place)
-        module = module_of(replace(one, place=with_expert(one.place, "")))
-        structures.setdefault(module, {})[place["expert"]] = one
-        layers[module] = place["layer"]
-    return {
-        module: _Module(layers[module], structures[module]) for module in sorted(structures, key=natural_key)
-    }
+    found = expert_modules(index)
+    layers = {module: dict(next(iter(each.values())).place)["layer"] for module, each in found.items()}
+    return {module: _Module(layers[module], found[module]) for module in sorted(found, key=natural_key)}
 
 
 def _by_module(

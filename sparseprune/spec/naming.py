@@ -186,6 +186,10 @@ EXPERTS = "experts"  # the module that holds a layer's experts, as a list or as 
 STACKS = re.compile(
     r"(?:^|\.)(?:block_sparse_moe|moe|mlp)\.(?:input_linear|output_linear)(?:\.weight|\.bias)?$"
 )
+ROUTER = re.compile(
+    r"^(?:gate|router|mlp\.router|moe_statics)(?:\.(?:weight|bias|layer\.weight|linear\.weight|classifier\.weight"
+    r"|proj\.weight|wg\.weight|gate\.weight|e_score_correction_bias|per_expert_scale))?$|^(?:expert_bias|e_score_correction_bias)$"
+)
 
 LAYER_LISTS = re.compile(r"^(?!conv|downsampl)(?:\w+_)?(?:layers|layer|h|blocks|block|resblocks)$")
 STAGES = re.compile(r"^(?:stages|layers)\.(?:layers|blocks)$")  # lists of layers in a list of stages

@@ -160,6 +160,7 @@ SCORE_KEYS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "wanda": ("file", "input_dim", "nonfinite"),
         "obd": ("file", "input_dim", "nonfinite"),
         "blocks": ("file",),
+        "router": ("norm",),
     }
 )
 

@@ -37,6 +37,7 @@ SERVED = {
     "experts": ("mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3", "gpt_oss", "llama4"),
     "expert-channels": ("mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3", "gpt_oss", "llama4"),
     "layers": ("llama", "llama_without_head", "gpt2", "gpt_oss", "deepseek_v3", "gemma3_with_pictures"),
+    "experts-by-router": ("mixtral", "gpt_oss", "llama4", "qwen2_moe"),
     "resnet-filters": ("resnet", "resnet_with_bottlenecks", "mobilenet"),
 }  # fmt: skip
 LEFT_ALONE = re.compile(

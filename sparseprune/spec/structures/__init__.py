@@ -19,6 +19,7 @@ from sparseprune.spec.structures.index import Structure as Structure
 from sparseprune.spec.structures.index import Units as Units
 from sparseprune.spec.structures.index import captures_of as captures_of
 from sparseprune.spec.structures.index import layer_count as layer_count
+from sparseprune.spec.structures.index import module_of as module_of
 from sparseprune.spec.structures.index import nested_key as nested_key
 from sparseprune.spec.structures.index import outlook as outlook
 from sparseprune.spec.structures.index import place_of as place_of
@@ -30,8 +31,10 @@ from sparseprune.spec.structures.matrices import is_matrix_shape as is_matrix_sh
 from sparseprune.spec.structures.matrices import matrices as matrices
 from sparseprune.spec.structures.matrices import routed_modules as routed_modules
 from sparseprune.spec.structures.mlps import find_mlps as find_mlps
+from sparseprune.spec.structures.modules import expert_modules as expert_modules
 from sparseprune.spec.structures.modules import find_experts as find_experts
 from sparseprune.spec.structures.modules import find_layers as find_layers
+from sparseprune.spec.structures.modules import find_routers as find_routers
 
 _FINDERS: Mapping[Kind, Callable[[Index], list[Structure]]] = {
     "mlp": find_mlps,

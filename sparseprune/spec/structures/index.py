@@ -145,6 +145,15 @@ def place_of(module: str, numbers: Sequence[int]) -> Captures:
     return (*where, ("group", ""), ("expert", found))
 
 
+def module_of(structure: Structure) -> str:
+    """The name of the module of a structure."""
+    place = dict(structure.place)
+    pieces = [place["stack"], place["layer"], place["module"]]
+    if isinstance(place["expert"], int):
+        pieces.append(place["expert"])
+    return ".".join(str(piece) for piece in pieces if piece != "")
+
+
 def captures_of(structure: Structure, part: Units) -> Captures:
     """The captures of a tensor of a structure."""
     return (*structure.place, ("part", part.part))

@@ -9,13 +9,16 @@ from collections import Counter
 from math import prod
 from typing import TYPE_CHECKING
 
-from sparseprune.spec.naming import ATTENTION_EXPERTS, EXPERTS, LAYER_LISTS, STACKS, STAGES
+from msgspec.structs import replace
+
+from sparseprune.spec.naming import ATTENTION_EXPERTS, EXPERTS, LAYER_LISTS, ROUTER, STACKS, STAGES
 from sparseprune.spec.structures.index import (
     MATRIX,
     Structure,
     Units,
     filled,
     layer_count,
+    module_of,
     of_all_experts,
     place_of,
     section_of,
@@ -24,7 +27,7 @@ from sparseprune.spec.structures.index import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from sparseprune.spec.bound import TensorInfo
     from sparseprune.spec.structures.index import Index, Numbers
@@ -33,6 +36,37 @@ if TYPE_CHECKING:
 def find_experts(index: Index) -> list[Structure]:
     """Routed experts: of each list one structure an expert, of each stack one with all experts as units."""
     return [*_listed_experts(index), *_stacked_experts(index)]
+
+
+def expert_modules(index: Index) -> dict[str, dict[int | str, Structure]]:
+    """All modules with routed experts by name: the structures of each expert by number, or of all by "*"."""
+    modules: dict[str, dict[int | str, Structure]] = {}
+    for one in find_experts(index):
+        module = module_of(replace(one, place=with_expert(one.place, "")))
+        modules.setdefault(module, {})[dict(one.place)["expert"]] = one
+    return modules
+
+
+def find_routers(index: Index, experts: Mapping[str, int]) -> dict[str, tuple[TensorInfo, int]]:
+    """The matrix of each module's router, by the module of its experts, with its dimension of the experts.
+
+    `experts` says how many there are in each module. A module with several such matrices, or none, is left
+    out.
+    """
+    parents = {module.removesuffix(f".{EXPERTS}"): module for module in experts}
+    found: dict[str, list[tuple[TensorInfo, int]]] = {}
+    for form, members in index.forms.items():
+        if not form.endswith(MATRIX) or not any(word in form for word in ("gate", "router")):
+            continue
+        for tensor in members.values():
+            parts = tensor.name.split(".")
+            splits = ((".".join(parts[:at]), ".".join(parts[at:])) for at in range(len(parts) - 1, 0, -1))
+            parent, rest = next((each for each in splits if each[0] in parents), ("", ""))
+            if parent and ROUTER.match(rest) and len(tensor.shape) == 2:
+                module = parents[parent]
+                dims = [dim for dim in (0, 1) if tensor.shape[dim] == experts[module]]
+                found.setdefault(module, []).extend((tensor, dim) for dim in dims[:1])
+    return {module: each[0] for module, each in found.items() if len(each) == 1}
 
 
 def _listed_experts(index: Index) -> Iterator[Structure]:
