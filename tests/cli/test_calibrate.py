@@ -279,12 +279,10 @@ def test_a_signal_while_the_model_runs_leaves_no_output_and_no_folder(
 def test_a_model_that_takes_more_than_text_is_told(home: Path, tmp_path: Path) -> None:
     import transformers
 
-    config: Any = transformers.WhisperConfig
-    small = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "vocab_size": 64, "num_mel_bins": 8}
-    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "pad_token_id": 3}
-    ends = {"decoder_start_token_id": 1, "bos_token_id": 1, "eos_token_id": 2}
-    kind: Any = transformers.WhisperForConditionalGeneration
-    save(kind(config(**small, **heads, **ends)), tmp_path / "model")
+    config: Any = transformers.BrosConfig  # takes boxes around words
+    small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    kind: Any = transformers.BrosModel
+    save(kind(config(**small, vocab_size=64)), tmp_path / "model")
     said = calibrate(home, tmp_path / "model", tmp_path / "stats")
     assert (said.code, said.out) == (2, "")
     assert "the model cannot be run over 16 tokens of text alone: " in said.err

@@ -122,7 +122,7 @@ def test_code_beside_a_checkpoint_is_not_run(known: bool, home: Path, tmp_path: 
         ),
         ({"quantization_config": {"quant_algo": "NVFP4"}}, "NVFP4, says quantization_config of config.json"),
         ("hf_quant_config.json", "hf_quant_config.json lies beside it"),
-        ("model.layers.0.mlp.up_proj.weight_scale", "it has model.layers.0.mlp.up_proj.weight_scale"),
+        ("model.layers.0.mlp.up_proj.weight", "it has model.layers.0.mlp.up_proj.weight"),
     ],
 )
 def test_of_a_quantized_checkpoint_quantization_is_told(
@@ -132,7 +132,8 @@ def test_of_a_quantized_checkpoint_quantization_is_told(
     if isinstance(stated, str) and stated.endswith(".json"):
         (model / stated).write_text("{}")
     elif isinstance(stated, str):
-        tensors = load_file(model / "model.safetensors") | {stated: torch.ones(48, 1)}
+        tensors = load_file(model / "model.safetensors") | {f"{stated}_scale": torch.ones(48, 1)}
+        tensors[stated] = tensors[stated].to(torch.float8_e4m3fn)
         (model / "model.safetensors").unlink()
         save_file(tensors, model / "model.safetensors")
     refused = calibrate(model)
