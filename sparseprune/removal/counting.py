@@ -95,14 +95,16 @@ class Counts:
 
     Biases `beside` matrices that read units are as wide as what they write to, and stay whole.
     `misfits` are tensors whose structure no key counts, each with a line that says so; `contested` has the
-    lines by the keys that should count them. `refused` lines say what the table refuses. `ratios` are keys
-    whose value is the number of units by another number.
+    lines by the keys that should count them. `strangers` are uncounted tensors with the keys that count
+    their like. `refused` lines say what the table refuses. `ratios` are keys whose value is the number of
+    units by another number.
     """
 
     of: dict[str, list[Counted]] = field(default_factory=lambda: defaultdict(list))
     beside: set[str] = field(default_factory=set)
     misfits: dict[str, str] = field(default_factory=dict)
     contested: dict[Path, dict[str, None]] = field(default_factory=lambda: defaultdict(dict))
+    strangers: dict[str, set[Path]] = field(default_factory=dict)
     refused: dict[str, None] = field(default_factory=dict)
     heads: dict[Path, HeadKeys] = field(default_factory=dict)
     routing: dict[Path, Routing] = field(default_factory=dict)
@@ -150,24 +152,19 @@ def count_dims(
                 count(structure, section, counts)
             elif is_touched:
                 counts.refused[f"{_WHAT[kind]} of {dict(structure.place)['stack']} cannot go: {why}"] = None
-    _contest_strangers(index, counts)
+    _note_strangers(index, counts)
     _count_routers(index, counts)
     return counts
 
 
-def _contest_strangers(index: Index, counts: Counts) -> None:
-    """Contest keys that count tensors of which others, of the same names but for numbers, are not counted."""
+def _note_strangers(index: Index, counts: Counts) -> None:
+    """Note tensors that no key counts, though it counts others of the same names but for numbers."""
     for members in index.forms.values():
         keys = {each.key for tensor in members.values() for each in counts.of.get(tensor.name, ())}
-        stranger = (
-            next((one for one in members.values() if one.name not in counts.of), None) if keys else None
-        )
-        if stranger is not None and stranger.name not in counts.misfits:
-            text = (
-                f"{stranger.name} is named as what {{}} counts in other layers, and nothing tells what it has"
-            )
-            for key in keys:
-                counts.contested[key][text.format(path_shown(key))] = None
+        strangers = (one.name for one in members.values() if keys and one.name not in counts.of)
+        stranger = next(strangers, None)
+        if stranger is not None and stranger not in counts.misfits:
+            counts.strangers[stranger] = keys
 
 
 def _why_refused(section: Section, kind: str) -> str | None:

@@ -69,7 +69,8 @@ def agree(sections: Sections, model: CutModel, stacks: Stacks) -> Agreed:
     counts = count_dims(model.shapes, sections, _touches(model), model.removed.numbers)
     refuse(counts.refused)
     lost = (name for name in model.kept if name not in model.gone and name not in counts.of)
-    counts.misfits |= unfit_modules(model.shapes, sections, frozenset(lost) - counts.misfits.keys())
+    unknown = frozenset((*lost, *counts.strangers)) - counts.misfits.keys()
+    counts.misfits |= unfit_modules(model.shapes, sections, unknown)
     found = _Constraints(model, counts, stacks)
     problems = [*found.problems, *_unknown_neighbours(found)]
     for (key, _), kept in found.by_index.items():
@@ -97,8 +98,18 @@ def agree(sections: Sections, model: CutModel, stacks: Stacks) -> Agreed:
             problems.append(text)
     problems += _impossible(counts, model, units, values)
     problems += [line for key in values for line in counts.contested.get(key, ())]
+    problems += _strangers(counts, values)
     kept_followers = {name: _with(model, name, along) for name, along in followers.items()}
     return Agreed(values, kept_followers, problems, counts)
+
+
+def _strangers(counts: Counts, values: Mapping[Path, int]) -> Iterator[str]:
+    """A line for each tensor that looks like what a changed key counts, and is not understood."""
+    for name, keys in counts.strangers.items():
+        changed = next((key for key in keys if key in values), None)
+        if changed is not None:
+            like = f"is named as what {path_shown(changed)} counts in other layers"
+            yield counts.misfits.get(name, f"{name} {like}, and nothing tells what it has")
 
 
 def _followers(kept: list[_KeptUnits], left: Flags) -> Iterator[tuple[str, int, Flags]]:

@@ -436,7 +436,7 @@ CASES: dict[str, Case] = {
         ({**mixture(QWEN3_MOE), f"{L1}.mlp.experts.4.gate_proj.weight": (7, 24)}, QWEN3_MOE),
         whole(f"{L0}.mlp.experts.0.*"),
         f"{L1}.mlp.experts has 5 members, config.json says 4 for num_experts",
-        (channels([0, 1], "*.layers.?.mlp.experts.[0-3]"), {"moe_intermediate_size": (7, 5)}),
+        (heads([0, 1], [0]), FEWER_HEADS),
     ),
     "layers of another list": Case(
         ({**decoder(LLAMA), **decoder(LLAMA, "draft.")}, LLAMA),
