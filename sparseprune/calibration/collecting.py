@@ -111,13 +111,15 @@ def plan_calibration(
         with watch:
             loaded.run(sequences.ids[:1])
     groups = shared.groups
-    dims = dict(shared.input_dims)
+    dims, below = dict(shared.input_dims), dict(shared.below)
     last = dict(shared.last)
     for name, like in siblings(shared.last, loaded.model).items():
         groups[name] = renumbered(groups[like], name, like)
         dims[name], last[name] = dims[like], last[like]
+        below |= {name: below[like]} if like in below else {}
     stored = stored_as(loaded.model, dims, groups, checkpoint)
-    units = sorted(_units(loaded, groups, dims, last, stored), key=lambda unit: unit.last)
+    inputs = _inputs_of(loaded, dims, below)
+    units = sorted(_units(groups, inputs, last, stored), key=lambda unit: unit.last)
     if not units:
         raise SparsepruneError(
             f"{checkpoint.path}: the model that transformers builds multiplies none of its matrices with text"
@@ -419,27 +421,37 @@ def _write(unit: Unit, place: int, moment: Tensor, output: Sink) -> None:
     output.write_weight(unit.collected.name, begin, values.numpy().reshape(-1).data)
 
 
+def _inputs_of(
+    loaded: LoadedModel, dims: dict[str, int], below: dict[str, int]
+) -> dict[str, tuple[int, int | None]]:
+    """The inputs of a row of each parameter, and how many matrices it is a stack of, None for one matrix."""
+    found: dict[str, tuple[int, int | None]] = {}
+    for name, parameter in loaded.model.named_parameters():
+        if name in dims:
+            matrices = int(parameter.shape[0]) if parameter.ndim == 3 else below.get(name)
+            features = int(parameter.shape[dims[name]])
+            apart = below.get(name, 1) if dims[name] == 0 else 1
+            found[name] = (features // apart, matrices)
+    return found
+
+
 def _units(
-    loaded: LoadedModel,
     groups: dict[str, str],
-    dims: dict[str, int],
+    inputs: dict[str, tuple[int, int | None]],
     last: dict[str, int],
     stored: dict[str, list[StoredAs]],
 ) -> Iterator[Unit]:
     """One unit for each tensor of statistics, one for a whole stack."""
-    parameters = dict(loaded.model.named_parameters())
     members: defaultdict[str, list[str]] = defaultdict(list)
     for name, leader in groups.items():
         members[leader].append(name)
     for leader, names in members.items():
-        if leader not in parameters:
+        if leader not in inputs:
             continue
-        parameter = parameters[leader]
-        features = int(parameter.shape[dims[leader]])
+        features, experts = inputs[leader]
         found = [one for name in names for one in stored[name]]
         whole = {one.name: one.input_dim for one in found if one.matrix is None}
         if whole:
-            experts = int(parameter.shape[0]) if parameter.ndim == 3 else None
             yield Unit(Collected(features, experts, whole), leader, 0, experts or 1, last[leader])
         for matrix in sorted({one.matrix for one in found if one.matrix is not None}):
             weights = {one.name: one.input_dim for one in found if one.matrix == matrix}

@@ -41,7 +41,8 @@ class Product(Struct, frozen=True, eq=False):
 
     `matrix` is the number of a matrix in a stack, None for all matrices or without a stack; `input_dim` is
     the dimension of the parameter along which inputs lie; `counted` says which rows are tokens that count,
-    None for all; `routed` whether a router chose the rows for this matrix.
+    None for all; `routed` whether a router chose the rows for this matrix. `below` counts the matrices that
+    lie one below another in a parameter of two dimensions; else it is 0.
     """
 
     parameter: str
@@ -50,6 +51,7 @@ class Product(Struct, frozen=True, eq=False):
     inputs: Tensor
     counted: Tensor | None
     routed: bool
+    below: int = 0
 
 
 class EnoughError(Exception):
@@ -113,6 +115,13 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         name, parameter = found
         contracted = weight.ndim - 1 if outer else weight.ndim - 2
         features = weight.shape[contracted]
+        rows = inputs if weight.ndim == 3 else inputs.reshape(-1, features)
+        gathered = self._gathered is not None and self._gathered.numel() == rows.shape[-2]
+        counted = self._rows_that_count(rows.shape[-2])
+        part = _part_below(parameter, weight, contracted) if gathered else None
+        if part is not None:
+            self._seen(Product(name, part.number, part.input_dim, rows, counted, routed=True, below=part.of))
+            return
         dims = [
             dim
             for dim in range(parameter.ndim - 2, parameter.ndim)
@@ -124,9 +133,6 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if parameter.ndim == 3 and weight.ndim == 2:
             begin = (weight.data_ptr() - parameter.data_ptr()) // parameter.element_size()
             matrix = begin // parameter.stride(0)
-        rows = inputs if weight.ndim == 3 else inputs.reshape(-1, features)
-        gathered = self._gathered is not None and self._gathered.numel() == rows.shape[-2]
-        counted = self._rows_that_count(rows.shape[-2])
         self._seen(Product(name, matrix, dims[-1], rows, counted, gathered or parameter.ndim == 3))
 
     def _parameter(self, weight: Tensor) -> tuple[str, Tensor] | None:
@@ -170,6 +176,31 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._gathered = self._gatherer = None
 
 
+class _Part(Struct, frozen=True):
+    """One of several matrices that lie one below another in a parameter, and the dimension of its inputs."""
+
+    number: int
+    of: int
+    input_dim: int
+
+
+def _part_below(parameter: Tensor, weight: Tensor, contracted: int) -> _Part | None:
+    """The part of a matrix that a weight is, if it is one of several equal ones, one below another."""
+    if parameter.ndim != 2 or weight.ndim != 2 or not parameter.is_contiguous():
+        return None
+    outputs = 1 - contracted
+    turned = weight.stride(contracted) != 1  # the inputs lie one below another
+    down, across = (contracted, outputs) if turned else (outputs, contracted)
+    height, width = weight.shape[down], parameter.shape[1]
+    strides = (weight.stride(down), weight.stride(across))
+    if strides != (width, 1) or weight.shape[across] != width or not height < parameter.shape[0]:
+        return None
+    row, beside = divmod(int(weight.storage_offset() - parameter.storage_offset()), width)
+    if beside or row % height or parameter.shape[0] % height:
+        return None
+    return _Part(row // height, parameter.shape[0] // height, 0 if turned else 1)
+
+
 def _holds(parameter: Tensor, weight: Tensor) -> bool:
     """Whether the first element of a weight, of the same storage, is one of a parameter's."""
     place = weight.storage_offset() - parameter.storage_offset()
@@ -181,13 +212,15 @@ class SharedInputs:
     """The parameters that have the same inputs in every product of a forward pass.
 
     By parameter: `groups` has the first parameter with the same inputs, `input_dims` the dimension along
-    which inputs lie, `first` and `last` the numbers of its first and last product.
+    which inputs lie, `first` and `last` the numbers of its first and last product, `below` the matrices that
+    lie one below another in it.
     """
 
     def __init__(self) -> None:
         self.input_dims: dict[str, int] = {}
         self.first: dict[str, int] = {}
         self.last: dict[str, int] = {}
+        self.below: dict[str, int] = {}
         self._met: dict[str, list[int]] = {}
         self._previous = ("", 0)
         self._recent: deque[tuple[tuple[Any, ...], Tensor, int]] = deque(maxlen=_REMEMBERED)
@@ -206,6 +239,8 @@ class SharedInputs:
         self.input_dims.setdefault(name, product.input_dim)
         self.first.setdefault(name, self._products)
         self.last[name] = self._products
+        if product.below:
+            self.below[name] = product.below
         self._recent.append((key, inputs, number))
 
     @property

@@ -79,6 +79,18 @@ class Statistic(Struct, frozen=True):
     input_dim: int | None = None
     tokens: tuple[int, ...] = ()
 
+    def stacked(self, shape: tuple[int, ...], dim: int) -> tuple[tuple[int, ...], int]:
+        """The shape of the weight as a stack and the dimension of its inputs there, where it is one.
+
+        Experts may lie one below another in a matrix (DBRX): then there are statistics of each. Other shapes
+        stay as they are.
+        """
+        own = self.stored.shape
+        apart = len(shape) == 2 and len(own) == {"hessian": 3, "norm": 2}.get(self.kind or "", 0)
+        if not apart or not own[0] or shape[0] % own[0]:
+            return shape, dim
+        return (own[0], shape[0] // own[0], shape[1]), dim % 2 + 1
+
 
 @dataclass(frozen=True)
 class Statistics:

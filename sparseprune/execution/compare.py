@@ -327,7 +327,7 @@ def with_statistics(pairs: Sequence[Pair], statistics: Statistics) -> tuple[Pair
         statistic, shape = statistics.of[pair.before.name], pair.before.shape
         if statistic.kind == "norm" or len(statistic.stored.shape) == 1:
             raise CheckpointError(f"{path}: has norms of inputs alone; calibrate with --stats hessian")
-        dim = _input_dim(statistic, len(shape))
+        shape, dim = statistic.stacked(shape, _input_dim(statistic, len(shape)))
         if dim not in {len(shape) - 2, len(shape) - 1}:
             raise CheckpointError(f"{path}: {pair.before.name} cannot have its inputs along dimension {dim}")
         wanted = (*shape[: len(shape) - 2], shape[dim], shape[dim])
@@ -366,7 +366,7 @@ class OutputError(Pass):
 
     def chunks(self, io: TensorIO) -> Iterator[Chunk]:  # noqa: ARG002
         """Numbers of matrices; they report their bytes as they are read."""
-        shape, inputs = self.pair.before.shape, self.statistic.stored.shape[-1]
+        shape, inputs = self._stack[0], self.statistic.stored.shape[-1]
         worked_on = min(prod(shape[-2:]), max(_WORKED_ON, inputs))
         whole = self.pair.nbytes // max(1, prod(shape[:-2])) if self._turned else 0
         for matrix in range(prod(shape[:-2])):
@@ -402,8 +402,14 @@ class OutputError(Pass):
     @property
     def _turned(self) -> bool:
         """Whether the inputs are the rows of a matrix, not its columns."""
-        rank = len(self.pair.before.shape)
-        return _input_dim(self.statistic, rank) != rank - 1
+        shape, dim = self._stack
+        return dim != len(shape) - 1
+
+    @property
+    def _stack(self) -> tuple[Shape, int]:
+        """The shape of the matrix, or of the stack that it is, and the dimension of its inputs."""
+        shape = self.pair.before.shape
+        return self.statistic.stacked(shape, _input_dim(self.statistic, len(shape)))
 
     def _slabs(self, matrix: int, io: TensorIO) -> Iterator[tuple[Floats, Floats]]:
         """Some rows at a time of a matrix before and after, (rows, inputs) in float64.
@@ -411,7 +417,7 @@ class OutputError(Pass):
         A matrix whose inputs come first is read whole, in its own dtype, and widened some columns at a time.
         """
         sides = self.pair.before, self.pair.after
-        rows, columns = self.pair.before.shape[-2:]
+        rows, columns = self._stack[0][-2:]
         first = matrix * rows * columns
         step = max(1, _WORKED_ON // max(1, rows if self._turned else columns))
         if self._turned:

@@ -184,8 +184,12 @@ class InputFiles:
             dims[name] = dim % len(weight.shape)
         # Whoever made vectors chose which weights take part; every weight has moments.
         if any(file.of[leaf.tensor].kind or len(file.of[leaf.tensor].stored.shape) > 1 for leaf in known):
-            shapes = {name: self._weights.tensors[name].shape for name in dims}
-            known = taking_part(known, shapes, dims)
+            seen = {
+                name: file.of[name].stacked(self._weights.tensors[name].shape, dim)
+                for name, dim in dims.items()
+            }
+            shapes = {name: shape for name, (shape, _) in seen.items()}
+            known = taking_part(known, shapes, {name: dim for name, (_, dim) in seen.items()})
         found = []
         for name in dict.fromkeys(leaf.tensor for leaf in known):
             one = self._checked(rule, path, role, name, file.of[name], dims[name])
@@ -199,7 +203,7 @@ class InputFiles:
     ) -> TaskInput | None:
         """A statistic as the input of a weight; None, with a note, where it does not fit."""
         weight, stored = self._weights.tensors[name], statistic.stored
-        forms = _shapes(weight.shape, dim, role, statistic.kind)
+        forms = _shapes(*statistic.stacked(weight.shape, dim), role, statistic.kind)
         form = forms.get(stored.shape)
         allowed = _NUMBERS if role == "vector" and form is None else _MOMENTS
         problem = ""

@@ -190,6 +190,8 @@ class Ranking:
         if numbers is None:  # as often as there are threads at the most
             numbers = self._io.vectors[one.key] = self._vector(one)
         dim = one.dim % len(shape)
+        if numbers.ndim == len(shape) == 2:  # of matrices that lie one below another
+            shape, dim = (len(numbers), shape[0] // len(numbers), shape[1]), dim + 1
         inner = prod(shape[dim + 1 :])
         if numbers.ndim == 1 and region.leaf.view_shape == shape:
             own = numbers[region.begin[dim] : region.begin[dim] + region.extent[dim]]

@@ -154,11 +154,18 @@ class _Piece:
     def _holds_rows(self) -> bool:
         """Whether all blocks hold whole rows of matrices."""
         return all(
-            holds_rows(region.leaf, shape, self._inputs[side.name].dim % len(shape))
+            holds_rows(region.leaf, shape, dim)
             for side in self._sides
-            for shape in [self._io.tensors[side.name].shape]
+            for shape, dim in [self._seen(side)]
             for region in side.regions
         )
+
+    def _seen(self, side: _Side) -> tuple[tuple[int, ...], int]:
+        """The shape of a tensor, in matrices if it has some, and the dimension of its inputs."""
+        shape = self._io.tensors[side.name].shape
+        if len(shape) == 2 and side.matrix.dense.ndim == 3:
+            shape = tuple(side.matrix.dense.shape)
+        return shape, side.matrix.input_dim % len(shape)
 
     def _refuse_unseen(self) -> None:
         """SparsityError for a matrix whose inputs were not seen; one that competes ranks last instead."""
@@ -177,12 +184,15 @@ class _Piece:
         """A tensor that has second moments."""
         dense, first = self._matrices(self._io.tensors[one.key])
         moment, _ = self._matrices(one.stored)
+        dim = one.dim
+        if dense.ndim == 2 and moment.ndim == 3:  # of matrices that lie one below another
+            dense, dim = dense.reshape(len(moment), -1, dense.shape[1]), dim % 2 + 1
         regions = [loaded.region for leaf, loaded in self._tile.loaded.items() if leaf.tensor == one.key]
         fixed = torch.ones_like(dense, dtype=torch.bool)
         for region in regions:
             fixed.as_strided(region.extent, region.leaf.view_stride, region.first - first).fill_(value=False)
         try:
-            matrix = Matrix(dense, moment, one.dim, fixed if bool(fixed.any()) else None)
+            matrix = Matrix(dense, moment, dim, fixed if bool(fixed.any()) else None)
         except SparsityError as error:
             raise SparsityError(f"{one.key}: {error} ({one.stored.shard.path})") from error
         return _Side(one.key, matrix, tuple(regions), first)

@@ -97,6 +97,18 @@ def nomic_bert() -> Any:
     return transformers.NomicBertModel(kind(**small, num_attention_heads=4))
 
 
+def dbrx() -> Any:
+    """Its experts lie one below another in matrices."""
+    import transformers
+
+    kind: Any = transformers.DbrxConfig
+    small = {"vocab_size": 64, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64}
+    experts = {"ffn_hidden_size": 24, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 32}
+    return transformers.DbrxForCausalLM(
+        kind(**small, ffn_config=experts, attn_config={"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4})
+    )
+
+
 def longformer() -> Any:
     """Its attention has the places of a text in front, the sequences behind them."""
     import transformers

@@ -17,6 +17,7 @@ from tests.calibration.models import (
     BEGIN,
     END,
     albert,
+    dbrx,
     deberta,
     llama4_with_pictures,
     longformer,
@@ -35,7 +36,7 @@ FAMILIES = [
     "llama", "llama_without_head", "qwen3", "gemma", "gemma3_with_pictures", "phi3", "gpt2", "mixtral",
     "mixtral_of_two", "deberta_v2", "deberta_v2_with_keys_of_positions", "albert", "t5", "qwen3_moe",
     "deepseek_v3", "gpt_oss", "llama4", "llama4_with_pictures", "bert", "bert_for_masked_lm", "nomic_bert",
-    "longformer",
+    "longformer", "dbrx",
 ]  # fmt: skip
 
 
@@ -87,15 +88,22 @@ def inputs_by_hooks(model: Any, ids: torch.Tensor) -> dict[str, tuple[torch.Tens
         elif kind.endswith("Experts") and hasattr(module, "gate_up_proj") and kind != "Llama4TextExperts":
             hook = of_experts(name, module, rows_that_count, keep)
             hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        elif kind == "DbrxExperts":
+            hooks.append(module.register_forward_pre_hook(of_dbrx(name, module, rows_that_count, keep)))
+    run(model, ids)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def run(model: Any, ids: torch.Tensor) -> None:
+    """A forward pass over text alone."""
     more = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
     if model.config.model_type == "longformer":  # its first token sees all others
         more = {"attention_mask": torch.ones_like(ids), "global_attention_mask": torch.zeros_like(ids)}
         more["global_attention_mask"][:, 0] = 1
     with torch.no_grad():
         (model.language_model if model.config.model_type == "llama4" else model)(input_ids=ids, **more)
-    for hook in hooks:
-        hook.remove()
-    return found
 
 
 def of_experts(name: str, module: Any, rows_that_count: torch.Tensor, keep: Any) -> Any:
@@ -117,6 +125,22 @@ def of_experts(name: str, module: Any, rows_that_count: torch.Tensor, keep: Any)
                 middle = module.act_fn(gate) * value
             keep(f"{name}.{expert}.up", wide, hidden[here])
             keep(f"{name}.{expert}.down", narrow, middle)
+
+    return hook
+
+
+def of_dbrx(name: str, module: Any, rows_that_count: torch.Tensor, keep: Any) -> Any:
+    """As `of_experts`, of experts that lie one below another."""
+
+    def hook(_: Any, given: Any) -> None:
+        hidden, chosen = given[0].reshape(-1, given[0].shape[-1]), given[1]
+        stacks = [one.unflatten(0, (module.num_experts, -1)) for one in module.mlp.parameters()]
+        for expert, (gate, up, down) in enumerate(zip(*stacks, strict=True)):
+            here = hidden[(chosen == expert).any(-1) & rows_that_count]
+            keep(f"{name}.{expert}.gate", gate, here)
+            keep(f"{name}.{expert}.up", up, here)
+            middle = module.mlp.activation_fn(here @ gate.T) * (here @ up.T)
+            keep(f"{name}.{expert}.down", down.T, middle)
 
     return hook
 
@@ -164,6 +188,7 @@ BUILT = {
     "albert": albert,
     "t5": t5,
     "nomic_bert": nomic_bert,
+    "dbrx": dbrx,
     "longformer": longformer,
     "llama4_with_pictures": llama4_with_pictures,
 }
@@ -204,7 +229,8 @@ def test_moments_are_those_of_the_inputs_that_hooks_see(family: str, tmp_path: P
         assert one.input_dim is not None
         moment = written[one.stored.name]
         routed = ".experts." in name and "shared" not in name
-        wanted = expected(dense[name], one.input_dim, found, routed=routed)
+        shape, dim = one.stacked(tuple(dense[name].shape), one.input_dim)
+        wanted = expected(dense[name].reshape(shape), dim, found, routed=routed)
         assert one.tokens == tuple(count for count, _ in wanted)
         for mine, (_, theirs) in zip(moment if moment.ndim == 3 else moment[None], wanted, strict=True):
             torch.testing.assert_close(mine.double(), theirs, rtol=1e-4, atol=1e-5)
