@@ -97,6 +97,7 @@ def plan(
     set: options.Set = None,
     strict: options.Strict = False,
     device: str = "cpu",
+    as_model: str | None = None,
     command: Literal["apply", "mask", "remove"] = "apply",
     look: "Callable[[Plan], None] | None" = None,
     progress: Listen = None,
@@ -108,15 +109,16 @@ def plan(
 
     Example: sparseprune plan ./llama 2of4
 
-    `command` is what is planned for, on `device`; `look` gets the bound rules with every shape, and the
-    checkpoint. Raises SpecError and CheckpointError as `apply` does.
+    `command` is what is planned for, on `device`, `as_model` another model type of what would be left; `look`
+    gets the bound rules with every shape, and the checkpoint. Raises SpecError and CheckpointError as `apply`
+    does.
     """
     from sparseprune.api.pruning import planned, prepare
 
     run = Run(progress, strict=strict)
     target = Target(path_or_none(output), mask_format, weights=command != "mask")
     if command == "remove":
-        target = Target(target.output, resized=True)
+        target = Target(target.output, resized=True, model_type=as_model)
     prepared = prepare(source(checkpoint, spec, set), target, machine(device, jobs, memory))
     if look is not None:
         look(prepared.plan)
@@ -139,6 +141,7 @@ def remove(
     exclude: options.Exclude = (),
     rename: options.Rename = None,
     partial: options.Partial = False,
+    as_model: options.AsModel = None,
     device: options.Device = "auto",
     jobs: options.Jobs = None,
     memory: options.Memory = None,
@@ -170,7 +173,7 @@ def remove(
         lists={} if experts is None else {"--experts": experts},
         dry_run=dry_run,
         overrides=texts(set),
-        target=Target(path_or_none(output), None, force, resized=True),
+        target=Target(path_or_none(output), None, force, resized=True, model_type=as_model),
         machine=machine(device, jobs, memory),
     )
     return cut_out(Run(progress, strict=strict), asked)

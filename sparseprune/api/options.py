@@ -110,6 +110,13 @@ Rename = Annotated[
         may_be_empty=True,
     ),
 ]
+AsModel = Annotated[
+    str | None,
+    Option(
+        "--as MODEL_TYPE",
+        "Write the config of another model type whose class computes the same, such as mistral for llama.",
+    ),
+]
 Partial = Annotated[bool, Option("--partial", "Ignore masks without a tensor and tensors without a mask.")]
 Match = Annotated[
     _Words,
@@ -277,7 +284,7 @@ def texts(variables: Mapping[str, object] | None) -> dict[str, str]:
 class Target:
     """Where a result goes: without a `mask_format` no masks, without `weights` masks alone.
 
-    `resized`: slices are cut out of what is decided.
+    `resized`: slices are cut out of what is decided, and the config is one of another `model_type` if given.
     """
 
     output: Path | None
@@ -285,6 +292,7 @@ class Target:
     force: bool = False
     weights: bool = True
     resized: bool = False
+    model_type: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -243,9 +243,11 @@ def _removable(run: Run, prepared: Prepared) -> Preview:
         SpecError: a rule cannot be removed, no class has such a model, or every block survives.
     """
     from sparseprune.removal.preview import preview
+    from sparseprune.removal.sections import as_model
 
     checkpoint = prepared.plan.checkpoint
-    expected = preview(prepared.plan, read_config(checkpoint), read_beside(checkpoint))
+    config, turned = as_model(read_config(checkpoint), prepared.target.model_type)
+    expected = preview(prepared.plan, config, read_beside(checkpoint))
     if expected.reasons:
         raise SpecError(
             *(
@@ -258,9 +260,11 @@ def _removable(run: Run, prepared: Prepared) -> Preview:
     idle, rules = list(idle_lines(prepared.plan.bound.rules)), prepared.plan.bound.rules
     if idle and len(idle) == sum(bool(rule.instances) for rule in rules):
         raise SpecError(*(f"{prepared.source.source}: nothing to remove: {line}" for line in idle))
-    if expected.removal is not None:
-        run.warn(*expected.removal.remarks)
-    return expected
+    if expected.removal is None:
+        return expected
+    run.warn(*expected.removal.remarks)
+    changes = (*turned, *expected.removal.changes)
+    return replace(expected, removal=replace(expected.removal, changes=changes))
 
 
 def _target(asked: Asked, checkpoint: Checkpoint) -> OutputLayout:
@@ -329,15 +333,17 @@ def _kept_by(
 
 def _cut(run: Run, asked: Asked, choice: Choice) -> results.Removal:
     """Everything from kept indices to the output's name."""
+    from sparseprune.removal.sections import as_model
     from sparseprune.removal.shrink import make_removal
     from sparseprune.removal.slices import summed_up
 
     checkpoint = choice.checkpoint
     shapes = {name: stored.shape for name, stored in checkpoint.tensors.items()}
-    config = read_config(checkpoint)
     try:
+        config, turned = as_model(read_config(checkpoint), asked.target.model_type)
         codes = codes_in(checkpoint.tensors)
         removal = make_removal(shapes, choice.kept, config, codes=codes, beside=read_beside(checkpoint))
+        removal = replace(removal, changes=(*turned, *removal.changes))
     except CheckpointError as error:
         raise CheckpointError(*(f"{choice.source}: {line}" for line in error.args)) from error
     _refuse_nothing(run, choice, removal)

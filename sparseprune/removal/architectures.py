@@ -100,12 +100,13 @@ class Architecture(Struct, frozen=True):
     """Model types whose configs are alike, and what is particular about them.
 
     `refused` says why a structure ("mlp", "heads", "experts", "layers") cannot change; `refused_where` a key
-    is set. `pinned`: keys that
-    are written out when heads go, expressions for what the class would else derive from the number of heads.
-    The number of heads must divide the key `divides`; the class checks lists in `sized` by it. `alike` keys
-    take the value of another. `values` are expressions for keys that a config may omit. `widths` name the
-    key for modules whose names hold a text. `groups`: a router's groups of experts of one size, of which
-    `serving` serve and each needs the `best`. `settled` keys get a value when channels go.
+    is set. `pinned`: keys that are written out when heads go, expressions for what the class would else
+    derive from the number of heads. The number of heads must divide the key `divides`; the class checks lists
+    in `sized` by it. `alike` keys take the value of another. `values` are expressions for keys that a config
+    may omit. `widths` name the key for modules whose names hold a text. `groups`: a router's groups of
+    experts of one size, of which `serving` serve and each needs the `best`. Classes of `kin` compute the same
+    with these values of their own keys, unless one of `unlike` is set. `settled` keys get a value when
+    channels go.
     """
 
     models: tuple[str, ...]
@@ -121,6 +122,8 @@ class Architecture(Struct, frozen=True):
     groups: str | None = None
     serving: str | None = None
     best: int = 1
+    kin: Mapping[str, Mapping[str, object]] = {}
+    unlike: tuple[str, ...] = ()
     settled: Mapping[str, bool] = {}
 
 
@@ -188,7 +191,12 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         "aria_text mixtral qwen2_5_omni_text",
         layers=_HYBRID,
     ),
-    _grouped("llama", divides="hidden_size"),
+    _grouped(
+        "llama",
+        divides="hidden_size",
+        kin={"mistral": {"sliding_window": None}},
+        unlike=("attention_bias", "mlp_bias"),
+    ),
     _grouped("qwen2 qwen3", layers=_typed(f"{_QWEN_WINDOW}layer >= {_FULL_ONES}", "max_window_layers")),
     _grouped("qwen2_vl_text qwen2_5_vl_text glm4v_text"),
     _grouped("qwen3_vl_text qwen3_vl_moe_text", refused={"layers": _PICTURES}),

@@ -374,7 +374,8 @@ def _unfit_heads(keys: HeadKeys, values: Mapping[Path, int]) -> Iterator[str]:
         above = min((count for count in fitting if count > number), default=None)
         near = " or ".join(str(count) for count in (below, above) if count is not None)
         text = f"the config's class wants a divisor of {row.divides}, {whole}, such as {near}"
-        yield f"{path_shown(keys.heads)} would be {number}, and {text}"
+        way = next((f"; or --as {kin}, whose class takes any" for kin in row.kin), "")
+        yield f"{path_shown(keys.heads)} would be {number}, and {text}{way}"
     for key in row.sized:
         found = section.values.get(key)
         if isinstance(found, dict) and any(found.get(each) for each in ("short_factor", "long_factor")):

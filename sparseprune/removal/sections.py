@@ -13,6 +13,7 @@ from msgspec import Struct
 
 from sparseprune.errors import CheckpointError
 from sparseprune.removal.architectures import architecture_of, model_types
+from sparseprune.results.fields import ConfigChange
 from sparseprune.spec.expressions import ExpressionError, Names, parse_expression
 from sparseprune.spec.problems import listed, shown
 from sparseprune.spec.structures import nested_key
@@ -158,3 +159,36 @@ def _unknown(path: Path, model_type: object) -> str:
 def _some(names: Sequence[str], most: int = 20) -> list[str]:
     """The first names, and how many there are besides."""
     return [*names[:most], *([f"{len(names) - most} more"] if len(names) > most else [])]
+
+
+def as_model(
+    config: Mapping[str, Any] | None, model_type: str | None
+) -> tuple[Mapping[str, Any] | None, tuple[ConfigChange, ...]]:
+    """The config as one of another model type whose class computes the same, and what changes by that.
+
+    Raises:
+        CheckpointError: no class of that type is known to compute the same.
+    """
+    if config is None or model_type is None:
+        return config, ()
+    path = Sections(config, {}).path_at("model.layers.0")
+    values = value_at(config, path)
+    row, own = architecture_of(values.get("model_type")), shown(values.get("model_type"))
+    if row is None or model_type not in row.kin:
+        known = listed(row.kin) if row is not None and row.kin else "none"
+        text = f"wanted a model type whose class computes the same as that of {own}; known are {known}"
+        raise CheckpointError(f"--as {model_type}: {text}")
+    for key in row.unlike:
+        if values.get(key):
+            raise CheckpointError(f"--as {model_type}: config.json has {key}, which that class lacks")
+    turned: dict[str, Any] = {"model_type": model_type, **row.kin[model_type]}
+    names = values.get("architectures")
+    if isinstance(names, list):
+        old, new = str(values["model_type"]).capitalize(), model_type.capitalize()
+        turned["architectures"] = [str(name).replace(old, new, 1) for name in names]
+    changes = [
+        ConfigChange(key=path_shown((*path, key)), before=values.get(key), after=value)
+        for key, value in turned.items()
+        if key not in values or values[key] != value
+    ]
+    return with_value(config, path, {**values, **turned}), tuple(changes)
