@@ -76,6 +76,10 @@ class SpecError(SparsepruneError):
         self.problems: tuple[str, ...] = self.args
 
 
+class UnboundError(SpecError):
+    """A spec that names tensors, or a structure, of which the checkpoint has none."""
+
+
 class CheckFailedError(SparsepruneError):
     """What was to be checked does not hold; a line names every tensor that fails.
 

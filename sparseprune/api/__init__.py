@@ -228,17 +228,22 @@ def calibrate(
     return collect(Run(progress), asked)
 
 
-def specs(name: options.SpecName = None) -> dict[str, str]:
-    """List the specs that ship with sparseprune, or print one.
+def specs(
+    name: options.SpecName = None, *, checkpoint: options.CheckpointToFit = None
+) -> "dict[str, results.ShippedSpec]":
+    """List the specs that ship with sparseprune, or print one; with --for those that fit a checkpoint.
+
+    Of those that fit: the share of the checkpoint that they reach, what --set may change, and what remove
+    would make of it.
 
     Example: sparseprune specs 2of4
 
-    Texts by names: of one alone if it is named, by its path where it is your own. SpecError if there is none.
+    By their names; of one alone if it is named, by its path where it is your own. SpecError if there is none,
+    or where the one that is named does not fit.
     """
-    from sparseprune.spec import find_spec, list_specs
+    from sparseprune.api.shipped import shipped
 
-    names = list_specs() if name is None else (fspath(name),)
-    return {one: find_spec(one).text for one in names}
+    return shipped(None if name is None else fspath(name), path_or_none(checkpoint))
 
 
 def inspect(

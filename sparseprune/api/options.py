@@ -142,6 +142,9 @@ Plot = Annotated[Place | None, Option("--plot FILE", "Draw it, as .png, .svg or 
 SpecName = Annotated[
     Place | None, Option("NAME", "The spec to print; all of them are listed without.", typed=str)
 ]
+CheckpointToFit = Annotated[
+    Place | None, Option("--for CKPT", "List the specs that fit this checkpoint.", typed=Path)
+]
 By = Annotated[
     Literal["tensor", "layer", "module", "rule"],
     Option("--by", "One line for each; module: what is alike in all layers."),

@@ -1,15 +1,22 @@
-"""`specs`: the specs that ship with the package, by name and first line, or one of them whole."""
+"""`specs`: the specs that ship with the package, those that fit a checkpoint, or one of them whole."""
+
+import textwrap
+from collections.abc import Iterator
 
 from sparseprune import api
-from sparseprune.cli.command import Call, command
+from sparseprune.cli.command import Call, Json, command
 from sparseprune.cli.console import print_result, print_table
+from sparseprune.results import ShippedSpec
 
 
-def show_specs(call: "Call[dict[str, str]]") -> None:
-    texts = call.function(**call.options)
-    if call.options["name"] is not None:
-        (text,) = texts.values()
-        print_result(text.rstrip("\n"))
+def show_specs(call: "Call[dict[str, ShippedSpec]]", json: Json = False) -> None:
+    found = call.function(**call.options).values()
+    if json:
+        documents = ",\n".join(one.to_json() for one in found)
+        print_result(f"[\n{textwrap.indent(documents, '  ')}\n]" if documents else "[]")
+        return
+    if call.options["name"] is not None and call.options["checkpoint"] is None:
+        print_result("".join(one.text for one in found).rstrip("\n"))
         return
     from rich.table import Table
     from rich.text import Text
@@ -17,19 +24,31 @@ def show_specs(call: "Call[dict[str, str]]") -> None:
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True, style="bold")
     table.add_column(overflow="fold")
-    for name, text in texts.items():
-        table.add_row(name, Text(_first_comment(text)))
+    for one in found:
+        table.add_row(one.name, Text("\n".join([one.summary, *_fit_lines(one)])))
     print_table(table)
 
 
 specs = command(api.specs, show_specs)
 
 
-def _first_comment(text: str) -> str:
-    r"""What the first comment of a spec says, on its first line.
+def _fit_lines(found: ShippedSpec) -> Iterator[str]:
+    """What a spec would do to the checkpoint that was looked at."""
+    if found.coverage is None or found.removal is None:
+        return
+    from sparseprune.report.coverage import coverage_text
+    from sparseprune.report.pruning import config_text
 
-    >>> _first_comment("# 2:4.\n# More.\nversion = 1")
-    '2:4.'
-    """
-    comments = (line.lstrip("# ") for line in text.splitlines() if line.startswith("#"))
-    return next(comments, "")
+    reached = coverage_text(found.coverage)
+    if reached is not None:
+        yield f"reaches {reached.partition(';')[0]}"
+    if found.variables:
+        yield " ".join(["--set", *(f"{name}={value}" for name, value in found.variables.items())])
+    removal = found.removal
+    if removal.reason is not None:
+        yield f"remove: nothing: {removal.reason}"
+    elif removal.numel is None:
+        yield "remove: whole slices, as many as the data tells"
+    else:
+        changes = [config_text(one) for one in removal.config or ()]
+        yield f"remove: {', '.join([*changes, f'{removal.numel:,} parameters left'])}"

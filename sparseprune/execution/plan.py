@@ -7,6 +7,7 @@ no tensor data.
 
 from __future__ import annotations
 
+import shlex
 from functools import reduce
 from typing import TYPE_CHECKING, Literal
 
@@ -17,7 +18,7 @@ from sparseprune.checkpoint import Statistic, open_statistics, read_config
 from sparseprune.checkpoint.codes import codes_in, names_beside
 from sparseprune.engine.dtypes import DTYPES
 from sparseprune.engine.grids import prod
-from sparseprune.errors import CheckpointError, SpecError
+from sparseprune.errors import CheckpointError, SpecError, UnboundError
 from sparseprune.execution.coded import rank_of_codes, refusals
 from sparseprune.execution.experts import Routed
 from sparseprune.execution.scores import kind_of
@@ -384,7 +385,12 @@ def make_plan(
     Raises:
         SpecError: the spec does not fit the checkpoint, with every problem at once.
     """
-    bound = bind(spec, tensor_infos(checkpoint), read_config(checkpoint))
+    try:
+        bound = bind(spec, tensor_infos(checkpoint), read_config(checkpoint))
+    except UnboundError as error:
+        *lines, last = error.args
+        there = f"`sparseprune specs --for {shlex.quote(str(checkpoint.path))}` lists the specs that fit"
+        raise UnboundError(*lines, f"{last}; {there}") from error
     files = InputFiles(checkpoint)
     ranks = _ranks_of_codes(bound, checkpoint, needs_inputs, writes=writes)
     tasks = [

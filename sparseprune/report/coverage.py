@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from sparseprune.checkpoint import StoredTensor
     from sparseprune.engine.grids import Shape
     from sparseprune.results.checking import VerifyTotals
+    from sparseprune.results.listing import SpecCoverage
     from sparseprune.results.pruning import PlanTotals, RemovalTotals, ReportTotals
     from sparseprune.spec import BoundBlock, BoundInstance, BoundRule, BoundSpec
 
@@ -130,7 +131,9 @@ def coverage_totals(coverage: Coverage | None) -> dict[str, Any]:
     }
 
 
-def coverage_text(found: Coverage | ReportTotals | RemovalTotals | PlanTotals | VerifyTotals) -> str | None:
+def coverage_text(
+    found: Coverage | ReportTotals | RemovalTotals | PlanTotals | VerifyTotals | SpecCoverage,
+) -> str | None:
     """The shares and the largest kinds that rules miss; None where there are no matrices."""
     if found.layer_coverage is None:
         return None

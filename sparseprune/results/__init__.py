@@ -10,16 +10,18 @@ from sparseprune import on_first_use
 
 if TYPE_CHECKING:
     from sparseprune.results.checking import MaskVerification, Reapplication, Verification
+    from sparseprune.results.listing import ShippedSpec
     from sparseprune.results.measuring import Comparison, Inspection, Statistics
     from sparseprune.results.pruning import Plan, Removal, Report
 
 __all__ = ["Comparison", "Inspection", "MaskVerification", "Plan", "Reapplication", "Removal", "Report"]
-__all__ += ["Statistics", "Verification"]
+__all__ += ["ShippedSpec", "Statistics", "Verification"]
 
 __getattr__, __dir__ = on_first_use(
     __name__,
     {
         "checking": "MaskVerification Reapplication Verification",
+        "listing": "ShippedSpec",
         "measuring": "Comparison Inspection Statistics",
         "pruning": "Plan Removal Report",
     },

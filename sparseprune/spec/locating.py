@@ -381,7 +381,7 @@ def _check_found(spec: Spec, sites: Sites, model: Model, problems: Problems) -> 
     for place in spec.tables:
         leaf = spec.leaves(place).get(place)
         if leaf is not None and not sites[place] and place not in forgiven:
-            problems.add(place, leaf.patterns_key, _nothing_found(leaf, model))
+            problems.add_unbound(place, leaf.patterns_key, _nothing_found(leaf, model))
 
 
 def _nothing_found(table: TensorsTable, model: Model) -> str:

@@ -11,7 +11,7 @@ from difflib import get_close_matches
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from sparseprune.errors import SpecError
+from sparseprune.errors import SpecError, UnboundError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -37,10 +37,16 @@ class Problems:
         self._source = source
         self._found: dict[str, dict[str, None]] = {}
         self._unknown: dict[str, set[str]] = {}
+        self._unbound = False
 
     def add(self, table: str, key: str, text: str) -> None:
         """Note a problem of `[table] key`; either may be empty, and the same text counts once."""
         self._found.setdefault(_place(table, key), {})[text] = None
+
+    def add_unbound(self, table: str, key: str, text: str) -> None:
+        """As `add`, of a table that finds no tensor."""
+        self.add(table, key, text)
+        self._unbound = True
 
     def has(self, table: str, key: str) -> bool:
         """Whether a problem of `[table] key` was noted."""
@@ -65,7 +71,7 @@ class Problems:
             *lines, last = islice(self._lines(), _MOST_LINES + 1)
             if len(lines) == _MOST_LINES:
                 last = f"{self._source}: there are more problems than these"
-            raise SpecError(*lines, last)
+            raise (UnboundError if self._unbound else SpecError)(*lines, last)
 
     def _lines(self) -> Iterable[str]:
         for place, texts in self._found.items():
