@@ -152,7 +152,8 @@ def find_layers(index: Index) -> list[Structure]:
             continue
         at = (
             lists[1]
-            if len(lists) > 1 and STAGES.search(f"{pieces[lists[0] - 1]}.{pieces[lists[1] - 1]}")
+            if lists[1:2] == [lists[0] + 2]
+            and STAGES.search(f"{pieces[lists[0] - 1]}.{pieces[lists[1] - 1]}")
             else lists[0]
         )
         before = stars.index(at)
