@@ -9,8 +9,11 @@ import pytest
 import transformers
 
 from sparseprune.errors import CheckpointError
+from sparseprune.removal.layers import Stacks
+from sparseprune.removal.preview import removed_members
+from sparseprune.removal.sections import Sections, path_shown
 from sparseprune.removal.shrink import Removal, make_removal
-from tests.removal.models import LLAMA, Config, Shapes, cut, whole
+from tests.removal.models import LLAMA, PICTURES, Config, Shapes, cut, whole
 
 LAYERS = 6
 SIZES = {**LLAMA, "num_hidden_layers": LAYERS, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -55,8 +58,7 @@ WINDOW = {"use_sliding_window": True, "sliding_window": 8}
 CONFIGS: list[tuple[str, dict[str, Any]]] = [
     *((model, {}) for model in CLASSES),
     *(
-        (model, keys)
-        for model in ("qwen2", "qwen3")
+        ("qwen2", keys)
         for keys in (
             {**WINDOW, "max_window_layers": 3},
             {**WINDOW, "max_window_layers": 0},
@@ -250,6 +252,53 @@ def test_layers_behind_those_that_the_config_counts_are_renumbered_and_not_count
     assert list(removal.left) == list(norms(4))
     removal = without_layers(config, [1, 2, 3, 4])
     assert {change.key: change.after for change in removal.changes} == {"num_hidden_layers": 1}
+
+
+COUNTED: dict[str, tuple[Config, str, str, int]] = {
+    # A config, a list of layers with three members -> the key that counts it, and its value.
+    "all layers": ({"model_type": "llama", "num_hidden_layers": 3}, "model.layers", "num_hidden_layers", 3),
+    "another name": ({"model_type": "gpt2", "n_layer": 3}, "transformer.h", "n_layer", 3),
+    "the key of the right value": ({"model_type": "llama", "num_hidden_layers": 4, "num_layers": 3},
+        "model.layers", "num_layers", 3),
+    "a key that the config leaves out": ({"model_type": "llama"}, "model.layers", "num_hidden_layers", 3),
+    "more than the key counts": ({"model_type": "llama", "num_hidden_layers": 2}, "model.layers",
+        "num_hidden_layers", 2),
+    "an encoder": ({"model_type": "bart", "encoder_layers": 3, "decoder_layers": 2, "num_hidden_layers": 3},
+        "model.encoder.layers", "encoder_layers", 3),
+    "a decoder": ({"model_type": "bart", "encoder_layers": 3, "decoder_layers": 3}, "model.decoder.layers",
+        "decoder_layers", 3),
+    "a stage": ({"model_type": "convnext", "depths": [2, 3], "num_hidden_layers": 2},
+        "encoder.stages.1.layers", "depths[1]", 3),
+    "a stage that the config does not have": ({"model_type": "convnext", "depths": [2], "num_layers": 3},
+        "encoder.stages.1.layers", "num_layers", 3),
+    "layers of a tower": (PICTURES, "vision_tower.encoder.layers", "vision_config.num_hidden_layers", 2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", COUNTED)
+def test_the_key_that_counts_a_list_of_layers_is_told_by_its_names_and_value(case: str) -> None:
+    config, stack, key, count = COUNTED[case]
+    shapes = {f"{stack}.{layer}.norm.weight": (4,) for layer in range(3)}
+    removed = removed_members(shapes, [f"{stack}.1.norm.weight"])
+    found = Stacks.find(shapes, removed, Sections.of(config)).of[stack]
+    assert (path_shown(found.key), found.count, found.members) == (key, count, 3)
+    assert found.stays == [layer for layer in range(count) if layer != 1]
+
+
+def test_an_encoder_and_a_decoder_lose_layers_of_their_own() -> None:
+    config = {"model_type": "whisper", "encoder_layers": 3, "decoder_layers": 3, "num_hidden_layers": 3}
+    shapes = {
+        f"model.{side}.layers.{layer}.fc1.weight": (4, 2)
+        for side in ("encoder", "decoder")
+        for layer in range(3)
+    }
+    cuts = whole("*.encoder.layers.0.*", "*.decoder.layers.[12].*")
+    removal = make_removal(shapes, cut(shapes, cuts), config)
+    assert removal.config is not None
+    assert (removal.config["encoder_layers"], removal.config["decoder_layers"]) == (2, 1)
+    removal = make_removal(shapes, cut(shapes, whole("*.encoder.layers.0.*")), config)
+    assert removal.config is not None
+    assert (removal.config["encoder_layers"], removal.config["decoder_layers"]) == (2, 3)
 
 
 BROKEN: dict[str, tuple[Config, str]] = {

@@ -195,6 +195,17 @@ CASES: dict[str, Case] = {
     ),
     "heads under a nested config": Case((pictures(), PICTURES), heads([0, 1], [0], "language*.self_attn"),
         {f"text_config.{key}": change for key, change in FEWER.items()}),
+    "channels of a tower": Case((pictures(), PICTURES),
+        [("vision*.fc1.weight", 0, [1, 7]), ("vision*.fc2.weight", 1, [1, 7])],
+        {"vision_config.intermediate_size": (12, 10)}),
+    "channels of a tower and of the text model": Case((pictures(), PICTURES),
+        [("vision*.fc1.weight", 0, [1]), ("vision*.fc2.weight", 1, [1]), *channels([0, 9], "language*.mlp")],
+        {"vision_config.intermediate_size": (12, 11), "text_config.intermediate_size": (10, 8)}),
+    "a layer of a tower": Case((pictures(), PICTURES), whole("vision*.layers.0.*"),
+        {"vision_config.num_hidden_layers": (2, 1)}),
+    "a layer of a tower, and another of the text model": Case((pictures(), PICTURES),
+        whole("vision*.layers.0.*", "language*.layers.1.*"),
+        {"vision_config.num_hidden_layers": (2, 1), "text_config.num_hidden_layers": (2, 1)}),
     "a layer": Case((decoder(LLAMA), LLAMA), whole(f"{L1}.*"), {"num_hidden_layers": (3, 2)}),
     "layers whose names begin with them": Case(
         (decoder(LLAMA, ""), LLAMA), whole("layers.0.*", "layers.2.*"), {"num_hidden_layers": (3, 1)}
