@@ -168,7 +168,7 @@ class _Table:
     def entries(self, places: Places) -> Bits:
         """Entries by their numbers in the tensor that holds them."""
         if not places.size:
-            return self._numbers(self._read(0, 0))
+            return self._numbers(np.empty(0, dtype=f"u{DTYPES[self._beside.stored.dtype].itemsize}"))
         low, high = int(places.min()), int(places.max()) + 1
         if high - low <= 2 * places.size + _FEW:
             return self._numbers(self._read(low, high)).take(places - low)
