@@ -375,3 +375,24 @@ def test_a_page_holds_the_marks(tmp_path: Path) -> None:
     text = (tmp_path / "out.html").read_text()
     assert "<td>0</td><td>1</td><td>10</td>" in text
     assert "<td>1</td><td>0</td><td>00</td>" in text
+
+
+def test_codes_that_stand_for_zero_are_seen_as_zero(tmp_path: Path) -> None:
+    zero = torch.tensor([[3], [-5]], dtype=torch.int8)
+    codes = torch.tensor([[3, 0, 3, 1], [0, -5, 2, -5]], dtype=torch.int8)
+    found = {"w": codes, "w_scale": torch.ones(2, 1), "w_zero_point": zero}
+    save_file(found, tmp_path / "m.safetensors")
+    with TensorReader() as reader:
+        seen = close_up(open_checkpoint(tmp_path / "m.safetensors").tensors["w"], reader)
+    assert torch.equal(torch.from_numpy(seen.kept), codes != zero)
+
+
+def test_packed_codes_are_not_drawn(tmp_path: Path) -> None:
+    found = {"a.qweight": torch.ones(2, 4, dtype=torch.int32), "a.scales": torch.ones(1, 4)}
+    save_file(found, tmp_path / "m.safetensors")
+    stored = open_checkpoint(tmp_path / "m.safetensors").tensors["a.qweight"]
+    with (
+        TensorReader() as reader,
+        pytest.raises(SparsepruneError, match=r"a\.qweight holds integer codes, several"),
+    ):
+        close_up(stored, reader)
