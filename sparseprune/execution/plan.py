@@ -146,10 +146,8 @@ class InputFiles:
             elif router is None:
                 where = experts.module.rpartition(".")[0]
                 self._note(rule, f"no matrix beside {experts.module} has a row for each expert, in {where}")
-            elif self._weights.tensors[router[0]].dtype not in _FLOATS:
-                stored = self._weights.tensors[router[0]]
-                wanted = ", ".join(sorted(_FLOATS))
-                self._note(rule, f"{stored.name} is {stored.dtype}, wanted one of {wanted}")
+            elif (line := _unreadable(self._weights.tensors[router[0]])) is not None:
+                self._note(rule, line)
             else:
                 stored, these = self._weights.tensors[router[0]], (experts.first, experts.number)
                 yield TaskInput("blocks", block.label, stored, router[1], experts=these)
@@ -267,6 +265,14 @@ def _shapes(
     if kind == "norm":
         return {(*stack, features): "norm"}
     return {(features,): None, (*stack, features): None, **moments}
+
+
+def _unreadable(stored: StoredTensor) -> str | None:
+    """Why a tensor has no weights that can be read; None where it has."""
+    if stored.codes is not None:
+        return stored.codes.refusal(stored.name) or None
+    wanted = ", ".join(sorted(_FLOATS))
+    return None if stored.dtype in _FLOATS else f"{stored.name} is {stored.dtype}, wanted one of {wanted}"
 
 
 def _nearest(name: str, names: list[str]) -> str:

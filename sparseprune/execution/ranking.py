@@ -153,20 +153,19 @@ class Ranking:
         first, number = one.experts or (0, one.stored.shape[one.dim])
         norms = np.empty(number, dtype=np.float64)
         for place, expert in enumerate(range(first, first + number)):
-            bits = self._row(one, expert)
-            if Elements(bits, one.stored.dtype).without_rank().any():
+            row = self._row(one, expert)
+            if not np.isfinite(row).all():
                 text = f"NaN or infinity in the row of expert {expert}, which has no rank: repair the tensor"
                 raise SparsityError(f"{one.stored.name}: {text}")
-            row = values_of(bits, one.stored.dtype).astype(np.float64)
             norms[place] = np.linalg.norm(row, self.norm)
         return norms
 
-    def _row(self, one: TaskInput, expert: int) -> Bits:
-        """The numbers that a router has for an expert."""
+    def _row(self, one: TaskInput, expert: int) -> Floats:
+        """The weights that a router has for an expert."""
         experts, width = one.stored.shape[one.dim], one.stored.shape[1 - one.dim]
         if one.dim == 0:
-            return self._io.load_run(one.stored, (expert * width, width))
-        return np.ascontiguousarray(self._io.load_run(one.stored, (0, one.stored.numel))[expert::experts])
+            return self._io.load_values(one.stored, (expert * width, width))
+        return np.ascontiguousarray(self._io.load_values(one.stored, (0, one.stored.numel))[expert::experts])
 
     def _file_elements(self, role: Role, region: Region) -> Elements:
         stored = self._inputs[role, region.leaf.tensor].stored

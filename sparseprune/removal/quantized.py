@@ -51,9 +51,10 @@ def carry(shapes: Shapes, kept: Mapping[str, KeptIndices], codes: Mapping[str, C
             found |= {other: _nothing(shapes[other]) for other in coded.beside if prod(shapes[other])}
             continue
         members = shapes[name][0]
-        is_stack = len(shapes[name]) > 2 and one.cut == (0,)
-        if not is_stack or any(
-            prod(shapes[other]) > 1 and shapes[other][0] != members for other in coded.beside
+        if (
+            one.cut != (0,)
+            or one.by_member
+            or any(prod(shapes[other]) > 1 and shapes[other][0] != members for other in coded.beside)
         ):
             lies = f" ({coded.beside[0]} lies beside it)" if coded.beside else ""
             what = f"{name} holds {coded.what}{lies}, of which only whole experts and layers can be cut out"

@@ -294,6 +294,18 @@ def test_members_of_stacks_go_with_their_scales_and_biases(tmp_path: Path) -> No
     assert config["quantization_config"] == GPT_OSS["quantization_config"]
 
 
+def test_packed_experts_go_by_the_rows_of_a_router_that_holds_codes(tmp_path: Path) -> None:
+    found = gptq_mixture()
+    kept = {0: [0, 1, 3], 1: [1, 2, 3], 2: [0, 1, 2]}
+    for layer, stays in kept.items():
+        grid = torch.tensor([[1.0] if expert in stays else [1e-3] for expert in range(EXPERTS)])
+        found.stored[f"model.layers.{layer}.mlp.gate.weight"] = floats((EXPERTS, HIDDEN), layer)
+        found.stored[f"model.layers.{layer}.mlp.gate.weight_scale"] = grid
+    text = RANDOM_EXPERTS.replace('"random", seed = 3', '"router"')
+    tensors, _, _ = removed(tmp_path, found, spec_at(tmp_path, text))
+    assert same(tensors, without_experts(found, kept))
+
+
 def test_masks_of_packed_codes_cut_what_a_spec_would(tmp_path: Path) -> None:
     found = gpt_oss()
     tensors, _, _ = removed(tmp_path, found, spec_at(tmp_path, RANDOM_EXPERTS))
