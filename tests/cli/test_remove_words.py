@@ -300,13 +300,13 @@ WRONG: dict[str, str] = {
     ),
     "in uneven.toml": (
         "uneven.toml: intermediate_size would be 12 in model.layers.0.mlp.down_proj and 8 in "
-        "model.layers.1.mlp.down_proj, and config.json has one for all: give all of these the same nnz or "
-        "sparsity"
+        "model.layers.1.mlp.down_proj, and config.json has one for all: keep as many in all "
+        "of these"
     ),
     "in mlp-channels-global": (
         "mlp-channels-global.toml: intermediate_size would be 15 in model.layers.0.mlp.down_proj "
-        "and 9 in model.layers.1.mlp.down_proj, and config.json has one for all: give all of these the same "
-        "nnz or sparsity"
+        "and 9 in model.layers.1.mlp.down_proj, and config.json has one for all: keep as many in "
+        "all of these"
     ),
     "mix experts --set sparsity=0.75": (
         "experts.toml: num_local_experts would be 1, fewer than the 2 of num_experts_per_tok"

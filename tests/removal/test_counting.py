@@ -154,7 +154,7 @@ def test_a_router_and_its_correction_follow_the_experts_and_a_shared_gate_does_n
     assert not counted(counts_of(mixture(QWEN2_MOE), QWEN2_MOE), f"{L0}.mlp.shared_expert_gate.weight")
 
 
-RATIOS: dict[str, tuple[object, list[int], str, object]] = {
+RATIOS: dict[str, tuple[float, list[int], str, float]] = {
     # A ratio of hidden channels, channels that go, what is refused or "", the ratio that stays.
     "whole": (4, [*range(3, 11)], "", 3),
     "whole, and not as many": (4, [3, 4], "wanted a multiple of 8, as mlp_ratio counts them", 4),
@@ -166,7 +166,7 @@ RATIOS: dict[str, tuple[object, list[int], str, object]] = {
 @pytest.mark.parametrize("case", RATIOS)
 def test_a_ratio_counts_channels_by_the_hidden_size(case: str) -> None:
     ratio, gone, why, after = RATIOS[case]
-    width = int(8 * ratio)  # type: ignore[call-overload]
+    width = int(8 * ratio)
     shapes = two_layers("model", 8, width)
     config: Config = {"model_type": "dinov2", "hidden_size": 8, "mlp_ratio": ratio, "num_hidden_layers": 2}
     cuts: list[Cut] = [("*.fc1.*", 0, gone), ("*.fc2.weight", 1, gone)]

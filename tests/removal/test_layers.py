@@ -287,7 +287,7 @@ def test_the_key_that_counts_a_list_of_layers_is_told_by_its_names_and_value(cas
 
 def test_an_encoder_and_a_decoder_lose_layers_of_their_own() -> None:
     config = {"model_type": "whisper", "encoder_layers": 3, "decoder_layers": 3, "num_hidden_layers": 3}
-    shapes = {
+    shapes: Shapes = {
         f"model.{side}.layers.{layer}.fc1.weight": (4, 2)
         for side in ("encoder", "decoder")
         for layer in range(3)

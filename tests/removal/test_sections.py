@@ -57,8 +57,8 @@ def test_another_value_at_a_path_leaves_the_config_as_it_was(
         assert list(found)[:1] == list(after)[:1]  # type: ignore[call-overload]
 
 
-def section(name: str = "model.layers", **keys: Any) -> Section:
-    return Sections.of({**LLAMA, **keys}).at(name)
+def section(**keys: Any) -> Section:
+    return Sections.of({**LLAMA, **keys}).at("model.layers")
 
 
 def test_a_key_has_one_value_or_one_for_each_layer() -> None:
