@@ -21,6 +21,7 @@ SHARED = "config.json has one for all"
 SPREAD: dict[str, dict[str, str]] = {
     # decoders: two or three matrices, fused ones, inputs first, a state instead of attention
     "llama_mlp_bias": {},
+    "gemma2": {},
     "phi3": {},
     "gemma4_text": {},
     "starcoder2": {},
@@ -30,6 +31,8 @@ SPREAD: dict[str, dict[str, str]] = {
     "mamba2": {},
     # mixtures: lists of experts, stacks, interleaved ones, groups, shared experts, some layers only
     "mixtral": {},
+    "qwen2_moe": {},
+    "qwen3_moe": {},
     "qwen3_next": {},
     "deepseek_v3": {"expert-channels": SHARED},
     "gpt_oss": {},
@@ -43,7 +46,7 @@ SPREAD: dict[str, dict[str, str]] = {
     "modernbert": {"heads": DERIVED, "layers": "a rule says by the number of a layer"},
     "t5_gated": {"heads": "the position biases of the first layer are those of all"},
     # pictures and sound
-    "vit": {},
+    "beit": {},
     "swin": {"heads": DERIVED, "layers": "windows shift"},
     "clip": {"heads": DERIVED},
     "gemma3": {"heads": DERIVED},
