@@ -22,6 +22,7 @@ from sparseprune.checkpoint import (
     read_config,
     refuse_changed_shards,
 )
+from sparseprune.checkpoint.codes import names_beside
 from sparseprune.checkpoint.folding import split_line
 from sparseprune.errors import CheckpointError, SparsepruneError, printable
 from sparseprune.report.inspection import ordered, selected
@@ -89,7 +90,8 @@ def inspect(run: Run, look: Look) -> results.Inspection:
         return result
     from sparseprune.report.requirements import failures
 
-    return run.checked(result, failures(requirements, result.tensors))
+    weights = [one for one in result.tensors if one.holds != "beside"]
+    return run.checked(result, failures(requirements, weights))
 
 
 def _refuse_contradictions(look: Look) -> None:
@@ -155,6 +157,9 @@ def _inspected(
     total = sum(one.nbytes for one in tensors)
     with TensorReader() as reader, run.progress("reading", total) as advance:
         facts = inspect_checkpoint(tensors, reader, questions, look.jobs, advance)
+    beside = names_beside(checkpoint.tensors)
+    if beside:
+        facts = tuple(replace(one, holds="beside") if one.name in beside else one for one in facts)
     refuse_changed_shards(one.shard for one in tensors)
     found = make_inspection(str(look.checkpoint), facts, asked, runtimes, grouping, checkpoint.left_out)
     listing = look.listing

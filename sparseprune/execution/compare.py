@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from msgspec import Struct
 
+from sparseprune.checkpoint.codes import names_beside
 from sparseprune.engine.dtypes import DTYPES
 from sparseprune.engine.grids import prod
 from sparseprune.engine.kernels.comparing import Counts, Energies, compare, compare_values
@@ -48,10 +49,11 @@ _EPS = {"BF16": 2**-7, "F16": 2**-10}  # of dtypes that round by more
 
 
 class Pair(Struct, frozen=True):
-    """A tensor that both checkpoints have, with one name and one shape."""
+    """A tensor that both checkpoints have, with one name and one shape; `beside` codes or not."""
 
     before: StoredTensor
     after: StoredTensor
+    beside: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -109,7 +111,7 @@ class TensorComparison(Struct, frozen=True):
     differs: bool | None
     counts: Counts | None
     energies: Energies | None
-    holds: Literal["weights", "codes", "packed"] = "weights"
+    holds: Literal["weights", "codes", "packed", "beside"] = "weights"
 
 
 class Sides(Struct, frozen=True):
@@ -125,7 +127,9 @@ def sides_of(
     before: Mapping[str, StoredTensor], after: Mapping[str, StoredTensor], names: Sequence[str]
 ) -> Sides:
     """What is to be compared of these tensors, as the headers say; one of the two has each at least."""
-    both = [Pair(before[name], after[name]) for name in names if name in before and name in after]
+    beside = names_beside(before) | names_beside(after)
+    there = (name for name in names if name in before and name in after)
+    both = [Pair(before[name], after[name], name in beside) for name in there]
     return Sides(
         tuple(pair for pair in both if pair.before.shape == pair.after.shape),
         tuple(after[name] for name in names if name not in before),
@@ -275,8 +279,10 @@ def _comparison(pair: Pair, pieces: Sequence[Piece]) -> TensorComparison:
     )
 
 
-def _holds(pair: Pair) -> Literal["weights", "codes", "packed"]:
+def _holds(pair: Pair) -> Literal["weights", "codes", "packed", "beside"]:
     """What both sides hold together: packed codes or codes where one side does."""
+    if pair.beside:
+        return "beside"
     sides = {pair.before.holds, pair.after.holds}
     return "packed" if "packed" in sides else "codes" if "codes" in sides else "weights"
 

@@ -117,7 +117,7 @@ class TensorFacts(Struct, frozen=True):
     rows: Zeros | None = None
     columns: Zeros | None = None
     blocks: Mapping[str, Zeros] | None = struct_field(default_factory=lambda: MappingProxyType({}))
-    holds: Literal["weights", "codes", "packed"] = "weights"
+    holds: Literal["weights", "codes", "packed", "beside"] = "weights"
 
 
 def matrices_of(shape: Shape) -> tuple[int, int, int] | None:

@@ -140,7 +140,7 @@ def _finite(number: float) -> float | None:
 def _totals(
     comparisons: Sequence[TensorComparison], sides: Sides, output_error: float | None
 ) -> CompareTotals:
-    known = [one for one in comparisons if one.counts is not None]
+    known = [one for one in comparisons if one.counts is not None and one.holds != "beside"]
     counts = {key: sum(getattr(one.counts, key) for one in known) for key in COUNTS}
     numel = sum(one.numel for one in known)
     # Integers would outweigh all weights. Tensors that did not change and are not finite say nothing.
@@ -172,6 +172,8 @@ def _totals(
 
 def _counts_as_weights(one: TensorComparison) -> bool:
     """Whether energies are those of weights: integers may be anything, unless they are codes."""
+    if one.holds == "beside":
+        return False
     floats = all(dtype.startswith(("F", "BF", "C")) for dtype in (one.dtype, one.dtype_after))
     return floats or one.holds == "codes"
 

@@ -130,7 +130,7 @@ def _runtime_notes(
     reasons: dict[str, list[str]] = {}
     for one in tensors:
         verdict = (one.runtimes or {})[name]
-        if not verdict.eligible and len(one.shape) > 1:
+        if not verdict.eligible and len(one.shape) > 1 and one.holds != "beside":
             reasons.setdefault(verdict.reason or "", []).append(one.name)
     ranked = sorted(reasons.items(), key=lambda item: -len(item[1]))
     for reason, (first, *others) in ranked[:_REASONS]:

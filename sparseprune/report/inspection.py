@@ -259,16 +259,18 @@ def grouped(
 def summed(name: str, tensors: Sequence[InspectedTensor], patterns: Sequence[str]) -> InspectedGroup:
     """A group of tensors.
 
-    Sums are over the tensors whose elements could be counted, None if there is none. Of `patterns` it has
-    those that all its matrices satisfy, if there is one that has elements.
+    Sums are over the tensors whose elements could be counted, None if there is none, and leave out what lies
+    beside codes. Of `patterns` it has those that all its matrices satisfy, if there is one that has elements.
     """
+    number = len(tensors)
+    tensors = [tensor for tensor in tensors if tensor.holds != "beside"]
     matrices = [tensor for tensor in tensors if len(tensor.shape) > 1]
     satisfied = [tensor.patterns for tensor in matrices if tensor.numel]
     sums = {key: total(getattr(tensor, key) for tensor in tensors) for key in _SUMMED}
     known = sum(tensor.numel for tensor in tensors if tensor.zeros is not None)
     return InspectedGroup(
         name=name,
-        tensors=len(tensors),
+        tensors=number,
         matrices=len(matrices),
         numel=sum(tensor.numel for tensor in tensors),
         **sums,
@@ -416,10 +418,11 @@ def _totals(
 ) -> InspectTotals:
     """Sums over all tensors; elements less than a byte are taken as not zero, packed codes are left out."""
     whole = summed("", tensors, patterns)
+    weights = [one for one in tensors if one.holds != "beside"]
     sums = {key: getattr(whole, key) or 0 for key in _SUMMED}
     pruned = sums.pop("zeros")
     numel = whole.numel - sum(one.numel for one in tensors if one.holds == "packed")
-    dtypes = [one.dtype for one in tensors if len(one.shape) > 1]
+    dtypes = [one.dtype for one in weights if len(one.shape) > 1]
     none = RuntimeCount(eligible=0, of=0)
     eligible = {
         one.name: RuntimeTotals(
@@ -436,7 +439,7 @@ def _totals(
         numel=numel,
         pruned=pruned,
         sparsity=share(pruned, numel),
-        patterns={pattern: sum(pattern in one.patterns for one in tensors) for pattern in patterns},
+        patterns={pattern: sum(pattern in one.patterns for one in weights) for pattern in patterns},
         **sums,
         zero_blocks={shape: whole.zero_blocks.get(shape, ZeroBlocks(zero=0, of=0)) for shape in blocks},
         runtimes=eligible or None,

@@ -39,10 +39,10 @@ BlockZeros = Annotated[
     ),
 ]
 Holds = Annotated[
-    Literal["weights", "codes", "packed"],
+    Literal["weights", "codes", "packed", "beside"],
     Doc(
-        "weights; codes, each of which scales and zero points beside the tensor make a weight; or packed "
-        "codes, which are not counted"
+        "weights; codes, each of which scales and zero points beside the tensor make a weight; packed codes, "
+        "which are not counted; or what lies beside codes, which no sum has"
     ),
 ]
 NonFinite = Annotated[Count | None, Doc("NaN and infinities")]
@@ -145,7 +145,7 @@ class InspectTotals(Record):
             "are left out of numel and sparsity"
         ),
     ]
-    numel: Annotated[Count, Doc("elements of all tensors but packed codes")]
+    numel: Annotated[Count, Doc("elements of all tensors but packed codes and what lies beside codes")]
     pruned: Annotated[Count, Doc("elements that are zero, of either sign")]
     sparsity: Annotated[Share, Doc("pruned / numel; 0 if there is no element")]
     nonfinite: Annotated[Count, Doc("NaN and infinities")]

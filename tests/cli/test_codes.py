@@ -189,6 +189,22 @@ def test_inspect_counts_zero_points_in_pieces_of_large_tensors_too(
     assert json.loads(ok("inspect", path, "--json").out)["tensors"] == whole
 
 
+def test_totals_groups_and_requirements_leave_out_what_lies_beside_codes(tmp_path: Path) -> None:
+    found = LAYOUTS["int8, zero points of groups"]()
+    mask = kept_by_loops(found.weights["a.weight"], "2:4")
+    tensors = as_stored(expected(found, mask), found)
+    path = write(tmp_path / "m", Coded({**tensors, "b.weight": torch.ones(8, 16)}))
+    document = json.loads(ok("inspect", path, "--json", "--by", "module", "--for", "torch-cutlass").out)
+    zeros = int(((found.weights["a.weight"] == 0) | ~mask).sum())
+    totals = document["totals"]
+    assert (totals["tensors"], totals["numel"], totals["pruned"]) == (4, 256, zeros)
+    assert (totals["matrices"], totals["runtimes"]["torch-cutlass"]["of"]) == (2, 2)
+    (group,) = [one for one in document["groups"] if one["name"] == "a"]
+    assert (group["tensors"], group["numel"], group["zeros"]) == (3, 128, zeros)
+    ok("inspect", path, "--require", "2:4 in a.*")
+    assert run("inspect", path, "--require", "2:4").code == 1
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_reapply_puts_the_code_of_zero_back_where_masks_drop(tmp_path: Path, layout: str) -> None:
     found = LAYOUTS[layout]()
@@ -421,7 +437,11 @@ def test_packed_codes_are_not_counted(tmp_path: Path, layout: str) -> None:
     document = valid(ok("inspect", path, "--json").out, "inspect")
     (told,) = [one for one in document["tensors"] if one["name"] == name]
     assert (told["zeros"], told["holds"]) == (None, "packed")
-    assert document["totals"]["numel"] == sum(t.numel() for at, t in found.stored.items() if at != name)
+    assert (document["totals"]["numel"], document["totals"]["pruned"]) == (2, 1)
+    assert {one["name"] for one in document["tensors"] if one["holds"] == "beside"} == {*found.stored} - {
+        name,
+        "norm",
+    }
     assert "packed, not counted: 1 tensor of" in ok("inspect", path).out
     changed = found.stored[name].clone()
     changed.view(torch.uint8).view(-1)[0] += 1
@@ -432,6 +452,7 @@ def test_packed_codes_are_not_counted(tmp_path: Path, layout: str) -> None:
     compared = valid(ok("compare", path, other, "--json").out, "compare")
     (told,) = [one for one in compared["tensors"] if one["name"] == name]
     assert (told["differs"], told["changed"], told["holds"]) == (True, None, "packed")
+    assert compared["totals"]["zeros_after"] == 1
     assert "packed, not counted: 1 tensor" in ok("compare", path, other).out
 
 

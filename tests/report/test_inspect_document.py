@@ -70,6 +70,7 @@ def test_entries_tell_all_facts_and_only_the_patterns_that_were_asked_for() -> N
         "zero_columns": 2,
         "zero_slices": [1, 2],
         "zero_blocks": {"4x4": {"zero": 3, "of": 256}},
+        "holds": "weights",
     }
     assert (norm["rows"], norm["zero_slices"], norm["zero_blocks"]) == (None, [0], {})
     assert {key: packed[key] for key in ("zeros", "sparsity", "nonfinite", "zero_slices", "zero_blocks")} == {
