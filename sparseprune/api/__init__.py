@@ -136,6 +136,7 @@ def remove(
     masks: options.MasksToCut = None,
     zeros_of: options.ZerosOf = None,
     experts: options.ExpertsToKeep = None,
+    vocabulary: options.TokensToKeep = None,
     output: options.Output = None,
     match: options.Match = (),
     exclude: options.Exclude = (),
@@ -158,19 +159,20 @@ def remove(
 
     Example: sparseprune remove ./llama mlp-channels -o ./llama-smaller
 
-    `experts` may be the list itself. A `dry_run`, which goes with a list, tells what would be left and writes
-    nothing. Raises what `apply` raises, and SpecError or CheckpointError where no model class has what would
-    be left.
+    `experts` and `vocabulary` may be the list itself. A `dry_run`, which goes with a list, tells what would
+    be left and writes nothing. Raises what `apply` raises, and SpecError or CheckpointError where no class of
+    a model has what would be left.
     """
     from sparseprune.api.masked import mask_source
     from sparseprune.api.removing import Asked
     from sparseprune.api.removing import remove as cut_out
 
+    lists: dict[str, object] = {"--experts": experts, "--vocabulary": vocabulary}
     asked = Asked(
         checkpoint=Path(checkpoint),
         spec=None if spec is None else fspath(spec),
         source=mask_source(masks, zeros_of, (match, exclude, rename), partial=partial),
-        lists={} if experts is None else {"--experts": experts},
+        lists={name: each for name, each in lists.items() if each is not None},
         dry_run=dry_run,
         overrides=texts(set),
         target=Target(path_or_none(output), None, force, resized=True, model_type=as_model),

@@ -205,6 +205,14 @@ ExpertsToKeep = Annotated[
         typed=Path,
     ),
 ]
+TokensToKeep = Annotated[
+    Place | Sequence[int] | None,
+    Option(
+        "--vocabulary ROWS.json",
+        "The ids of the tokens that stay, in ascending order: cuts embeddings and output heads.",
+        typed=Path,
+    ),
+]
 Text = Annotated[
     Sequence[Place],
     Option(

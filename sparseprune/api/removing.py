@@ -79,7 +79,9 @@ def refuse_unclear(
     for option in lists:
         if spec is not None or source.path is not None:
             raise SparsepruneError(f"{spec or masks} and {option} exclude each other; give one of them")
-    nothing = "nothing says what to remove; give a SPEC, such as mlp-channels, --masks or --experts"
+    nothing = (
+        "nothing says what to remove; give a SPEC, such as mlp-channels, --masks, --experts or --vocabulary"
+    )
     refuse_contradictions(spec, source, overrides, nothing=None if lists else nothing)
     if dry_run and not lists:
         raise SparsepruneError("--dry-run: goes with a SPEC, whose plan it shows, or with a list")
@@ -106,7 +108,8 @@ def planned_removal(run: Run, prepared: Prepared) -> results.Plan:
         expected = _removable(run, prepared)
         removal = expected.removal
         tensors, config = (None, None) if removal is None else (removal.left, removal.config)
-        layout = lay_out_removal(prepared.plan.checkpoint, prepared.target.output, tensors, config)
+        beside = {} if removal is None else removal.beside
+        layout = lay_out_removal(prepared.plan.checkpoint, prepared.target.output, tensors, config, beside)
     return planned(run, prepared, expected, layout)
 
 
@@ -191,7 +194,7 @@ def _by_masks(run: Run, asked: Asked, reader: TensorReader) -> Choice:
 def _by_lists(asked: Asked) -> Choice:
     """Kept indices that lists say."""
     from sparseprune.execution.regions import Resident, limits_of
-    from sparseprune.removal.lists import Listed, kept_experts
+    from sparseprune.removal.lists import KEPT, Listed
     from sparseprune.report.pruning import RemovalRun
 
     with collector_paused():
@@ -203,9 +206,9 @@ def _by_lists(asked: Asked) -> Choice:
         lists = {option: Listed.of(given, option) for option, given in asked.lists.items()}
         shapes = {name: stored.shape for name, stored in checkpoint.tensors.items()}
         kept: dict[str, KeptIndices] = {}
-        for listed in lists.values():
+        for option, listed in lists.items():
             try:
-                kept |= kept_experts(listed.value, shapes, read_config(checkpoint))
+                kept |= KEPT[option](listed.value, shapes, read_config(checkpoint))
             except CheckpointError as error:
                 raise CheckpointError(*(f"{listed.source}: {line}" for line in error.args)) from error
     header_bytes = sum(shard.data_begin for shard in checkpoint.shards)
@@ -352,7 +355,7 @@ def _cut(run: Run, asked: Asked, choice: Choice) -> results.Removal:
         name: replace(left, whole=left.whole and name not in choice.rebuilt)
         for name, left in removal.left.items()
     }
-    layout = lay_out_removal(checkpoint, asked.target.output, tensors, removal.config)
+    layout = lay_out_removal(checkpoint, asked.target.output, tensors, removal.config, removal.beside)
     if asked.dry_run:
         return _result(run, asked, choice, removal, layout)
     identity = {**choice.identity, "what survives": digest(summed_up(choice.kept))}
@@ -423,7 +426,11 @@ def _result(
         nbytes=(layout.input_bytes, sum(file.size for file in layout.files if file.path not in others)),
         left_out=layout.left_out,
         warnings=run.warnings,
-        notes=(*choice.report.notes, *_training_state(choice.checkpoint)),
+        notes=(
+            *choice.report.notes,
+            *(f"{file}: ids of tokens are the new ones" for file in removal.beside),
+            *_training_state(choice.checkpoint),
+        ),
     )
     bound = None if choice.plan is None else choice.plan.bound
     return make_removal_result(circumstances, choice.checkpoint, bound, removal)

@@ -58,12 +58,13 @@ def lay_out_removal(
     target: Path | None,
     tensors: Mapping[str, ResizedTensor] | None,
     config: Mapping[str, Any] | None,
+    beside: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
 ) -> OutputLayout:
     """The output with these tensors of a directory, in the order of the input; None keeps all as they are.
 
     `tensors` and the layout's `weights`, which has those that are not whole, go by the old names. Shards that
     lose all their tensors are left out, and so are tensors that the index has in another shard: their shapes
-    would be the old ones. `config` None keeps config.json as it is.
+    would be the old ones. `config` None keeps config.json as it is; `beside` are new texts of other files.
 
     Raises:
         CheckpointError: the checkpoint is a single file.
@@ -79,7 +80,11 @@ def lay_out_removal(
     names = _names(checkpoint, tensors)
     files, copies, places = _resized(checkpoint, tensors, names)
     new_config = None if config is None else _document(config)
-    written = {CONFIG: new_config, checkpoint.index: _index(checkpoint, tensors, names)}
+    written: dict[PurePosixPath | None, bytes | None] = {
+        **{PurePosixPath(file): _document(each) for file, each in beside.items()},
+        CONFIG: new_config,
+        checkpoint.index: _index(checkpoint, tensors, names),
+    }
     others, copied = other_files(checkpoint, written)
     return OutputLayout(
         checkpoint=checkpoint,

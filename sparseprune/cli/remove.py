@@ -13,7 +13,7 @@ def show_removed(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    lists = [f"--{option}" for option in ("experts",) if call.options[option] is not None]
+    lists = [f"--{option}" for option in ("experts", "vocabulary") if call.options[option] is not None]
     if dry_run:
         _refuse_masks(call, lists)
     if dry_run and not lists:

@@ -26,8 +26,9 @@ from sparseprune.removal.dim_constraints import agree, refuse
 from sparseprune.removal.layers import Stacks, lost_rules, without_layers
 from sparseprune.removal.quantized import settle_modules
 from sparseprune.removal.sections import Sections, path_shown, value_at, with_value
+from sparseprune.removal.tokens import renumber
 from sparseprune.results.fields import ConfigChange
-from sparseprune.spec.naming import OTHER_TOWERS
+from sparseprune.spec.naming import OTHER_TOWERS, VOCABULARY_SIZE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     from sparseprune.removal.slices import KeptIndices
 
 
-_CONFIG = "config.json"
+_CONFIG, _GENERATION = "config.json", "generation_config.json"
 _QUANTIZATION = "quantization_config"
 _LAYER = re.compile(r"(?:^|\.)(?:layers?|blocks?|h)\.[0-9]+(?:\.|$)")
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+|[0-9]+")
@@ -225,12 +226,16 @@ def _layer_keys(value: Mapping[str, Any], layers: int) -> frozenset[int]:
 
 
 class Configured(Struct, frozen=True):
-    """The config of a smaller checkpoint, its changes, what tensors keep, and remarks."""
+    """The config of a smaller checkpoint, its changes, what tensors keep, and remarks.
+
+    `beside` are the documents beside it that change as well.
+    """
 
     config: dict[str, Any]
     changes: tuple[ConfigChange, ...]
     agreed: Agreed
     remarks: tuple[str, ...]
+    beside: Mapping[str, Mapping[str, Any]] = {}
 
 
 def configure(
@@ -256,11 +261,22 @@ def configure(
     modules = {path: settle_modules(stated, model.removed) for path, stated in quantizations.items()}
     problems += _quantized(model, agreed.counts) if quantizations else []
     problems += [problem for _, wrong in modules.values() for problem in wrong]
+    documents: dict[str, Mapping[str, Any]] = {
+        _CONFIG: sections.config,
+        _GENERATION: beside.get(_GENERATION) or {},
+    }
+    remarks: list[str] = []
+    for key, section in agreed.counts.sections.items():
+        if key[-1] == VOCABULARY_SIZE and key in agreed.values and model.exact:
+            (kept,) = agreed.units[key].values()
+            renumbered = renumber(documents, section, kept)
+            documents = {**renumbered.documents}
+            problems += renumbered.problems
+            remarks += renumbered.remarks
     refuse(dict.fromkeys(problems))
-    written: dict[str, Any] = dict(sections.config)
+    written: dict[str, Any] = dict(documents[_CONFIG])
     for path, value in _values(agreed).items():
         written = with_value(written, path, value)
-    remarks: list[str] = []
     for section in used.values():
         inner, lines = _with_layers(section, stacks, written, agreed)
         remarks += lines
@@ -272,7 +288,9 @@ def configure(
     for path, (settled, _) in modules.items():
         written = with_value(written, path, settled)
     changes = tuple(_changes(sections.config, written, frozenset(used)))
-    return Configured(written, changes, agreed, tuple(dict.fromkeys(remarks)))
+    del documents[_CONFIG]
+    changed = {file: each for file, each in documents.items() if each != (beside.get(file) or {})}
+    return Configured(written, changes, agreed, tuple(dict.fromkeys(remarks)), changed)
 
 
 def _values(agreed: Agreed) -> dict[Path, object]:
@@ -285,6 +303,10 @@ def _values(agreed: Agreed) -> dict[Path, object]:
         if key in agreed.counts.routing:  # the class takes any of these names
             old = section.value(path_shown(key[len(section.path) :]))
             values |= {section.path_of(name): value for name in EXPERT_COUNTS if section.value(name) == old}
+        elif key[-1] == VOCABULARY_SIZE:  # of encoder and decoder
+            old = section.values[VOCABULARY_SIZE]
+            alike = [name for name in section.values if name.endswith(VOCABULARY_SIZE)]
+            values |= {section.path_of(name): value for name in alike if section.values[name] == old}
         elif key in agreed.counts.widths:
             values |= {
                 section.path_of(name): settled for name, settled in section.architecture.settled.items()

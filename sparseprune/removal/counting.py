@@ -30,7 +30,7 @@ from sparseprune.removal.architectures import (
 )
 from sparseprune.removal.sections import path_shown
 from sparseprune.spec import TensorInfo
-from sparseprune.spec.naming import EXPERTS, OTHER_TOWERS
+from sparseprune.spec.naming import EXPERTS, LOGIT_BIASES, OTHER_TOWERS, VOCABULARIES, VOCABULARY_SIZE
 from sparseprune.spec.problems import shown
 from sparseprune.spec.structures import (
     Index,
@@ -154,6 +154,8 @@ def count_dims(
                 counts.refused[f"{_WHAT[kind]} of {dict(structure.place)['stack']} cannot go: {why}"] = None
     _note_strangers(index, counts)
     _count_routers(index, counts)
+    for section, counted in find_vocabularies(shapes, sections):
+        counts.add(counted, section)
     return counts
 
 
@@ -424,3 +426,25 @@ def _router(tensor: TensorInfo, parents: Mapping[str, Counted]) -> Iterator[Coun
             if dim is not None:
                 yield Counted(tensor.name, dim, parent.key, parent.group, parent.count, follows=True)
         return
+
+
+# -- vocabularies ------------------------------------------------------------------------------------
+
+
+def find_vocabularies(shapes: Mapping[str, Shape], sections: Sections) -> list[tuple[Section, list[Counted]]]:
+    """The dimensions that count tokens, by the sections of the config that say how many there are."""
+    found: dict[Path, tuple[Section, list[Counted]]] = {}
+    for name, shape in shapes.items():
+        module = name.removesuffix(".weight").removesuffix(".bias")
+        if not LOGIT_BIASES.search(name) and (module == name or not VOCABULARIES.search(module)):
+            continue
+        path = sections.path_at(name)
+        if path not in found:
+            found[path] = sections.even_unknown(path), []
+        section, counted = found[path]
+        tokens = section.values.get(VOCABULARY_SIZE)
+        dim = next((dim for dim, size in enumerate(shape[:2]) if size == tokens), None)
+        if type(tokens) is int and dim is not None:
+            key = section.path_of(VOCABULARY_SIZE)
+            counted.append(Counted(name, dim, key, "the vocabulary", tokens))
+    return [each for each in found.values() if each[1]]

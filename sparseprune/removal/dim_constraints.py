@@ -20,6 +20,7 @@ from sparseprune.removal.preview import numbered
 from sparseprune.removal.sections import path_shown
 from sparseprune.removal.slices import kept_slices, kept_whole, number_of
 from sparseprune.removal.unfit import unfit_modules
+from sparseprune.spec.naming import VOCABULARY_SIZE
 from sparseprune.spec.problems import shown
 
 if TYPE_CHECKING:
@@ -56,12 +57,16 @@ class CutModel(Struct, frozen=True):
 
 
 class Agreed(Struct, frozen=True):
-    """What all tensors keep: new values of keys, kept indices of followers, and what is in the way."""
+    """What all tensors keep: new values of keys, kept indices of followers, and what is in the way.
+
+    `units` has flags of the units that stay, by key and group.
+    """
 
     values: dict[Path, int]
     followers: dict[str, KeptIndices]
     problems: list[str]
     counts: Counts
+    units: UnitsByKey
 
 
 def agree(sections: Sections, model: CutModel, stacks: Stacks) -> Agreed:
@@ -100,7 +105,7 @@ def agree(sections: Sections, model: CutModel, stacks: Stacks) -> Agreed:
     problems += [line for key in values for line in counts.contested.get(key, ())]
     problems += _strangers(counts, values)
     kept_followers = {name: _with(model, name, along) for name, along in followers.items()}
-    return Agreed(values, kept_followers, problems, counts)
+    return Agreed(values, kept_followers, problems, counts, units)
 
 
 def _strangers(counts: Counts, values: Mapping[Path, int]) -> Iterator[str]:
@@ -313,7 +318,7 @@ def _unknown_neighbours(found: _Constraints) -> Iterator[str]:
     """Tensors beside a cut one that the table does not know: scales, adapters and the like."""
     modules: dict[str, str] = {}
     for name, kept in found.model.kept.items():
-        if kept.cut and name not in found.model.gone:
+        if kept.cut and name not in found.model.gone and not _is_logit_bias(found, name):
             modules.setdefault(name.rpartition(".")[0], name)
     for name in found.stays if modules else ():
         if name in found.model.kept or name in found.counts.of or name in found.counts.beside:
@@ -329,6 +334,12 @@ def _unknown_neighbours(found: _Constraints) -> Iterator[str]:
         if cut is not None:
             text = "nothing tells how to cut it: merge it, or take it out"
             yield f"{name} lies beside {cut}, which is cut, and {text}"
+
+
+def _is_logit_bias(found: _Constraints, name: str) -> bool:
+    """Whether a vector is all that a module has of the vocabulary, so that others in it are no part of it."""
+    key = next((each.key for each in found.counts.of.get(name, ())), ("",))
+    return key[-1] == VOCABULARY_SIZE and f"{name.removesuffix('.bias')}.weight" not in found.model.shapes
 
 
 # -- what the model's classes need -------------------------------------------------------------------

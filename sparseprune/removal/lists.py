@@ -1,4 +1,4 @@
-"""Lists of what stays: experts by their numbers, as a JSON file or a value says, without a spec.
+"""Lists of what stays: experts and tokens by their numbers, as a JSON file or a value says, without a spec.
 
 Owns the layouts that such a list may have, and what is wrong with one. Reads no data of tensors: gives kept
 indices. Called by api.
@@ -15,18 +15,23 @@ from msgspec import Struct
 
 from sparseprune.checkpoint.documents import read_json, strict_json
 from sparseprune.errors import CheckpointError
+from sparseprune.removal.counting import find_vocabularies
 from sparseprune.removal.dim_constraints import refuse
+from sparseprune.removal.preview import numbered
+from sparseprune.removal.sections import Sections
 from sparseprune.removal.slices import KeptIndices, kept_slices
 from sparseprune.spec import TensorInfo
 from sparseprune.spec.locating import natural_key
+from sparseprune.spec.naming import EMBEDDINGS, VOCABULARY_SIZE
 from sparseprune.spec.problems import nearest, shown
 from sparseprune.spec.structures import Index, expert_modules
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from typing import Any
 
     from sparseprune.engine.grids import Shape
+    from sparseprune.removal.counting import Counted
     from sparseprune.spec.structures import Structure
 
 
@@ -198,3 +203,66 @@ def _kept(
                 )
                 if not units.all():
                     yield part.tensor, kept_slices(along)
+
+
+# -- tokens ------------------------------------------------------------------------------------------
+
+
+def kept_tokens(
+    listed: object, shapes: Mapping[str, Shape], config: Mapping[str, Any] | None
+) -> dict[str, KeptIndices]:
+    """What embeddings and heads keep if the tokens of these ids stay, which are in ascending order.
+
+    CheckpointError where the list is wrong, or nobody knows which tensors have a row for each token.
+    """
+    counted = _vocabulary(shapes, Sections.of(config))
+    tokens = counted[0].count
+    ids = list(listed) if isinstance(listed, list | tuple | range) else []
+    if not ids or not all(type(each) is int for each in ids):
+        raise CheckpointError(f"holds {shown(listed)}, wanted a list of the ids of the tokens that stay")
+    for one, following in zip(ids, [*ids[1:], tokens], strict=True):
+        if not 0 <= one < tokens:
+            raise CheckpointError(f"{one} is no token: there are {tokens}, 0 to {tokens - 1}")
+        if following <= one:
+            text = "stands twice" if following == one else f"stands before {following}"
+            raise CheckpointError(f"{one} {text}: wanted ids in ascending order, each once")
+    flags = np.isin(np.arange(tokens), ids)
+    if flags.all():
+        return {}
+    kept = {}
+    for each in counted:
+        along = [np.ones(size, dtype=np.bool_) for size in shapes[each.tensor]]
+        along[each.dim or 0] = flags
+        kept[each.tensor] = kept_slices(along)
+    return kept
+
+
+def _vocabulary(shapes: Mapping[str, Shape], sections: Sections) -> list[Counted]:
+    """The dimensions that count the tokens of the model itself, not those of a tower."""
+    found = {section.path: (section, counted) for section, counted in find_vocabularies(shapes, sections)}
+    if not found:
+        raise CheckpointError("config.json says no vocab_size that a known embedding has as many rows as")
+    own = sections.path_at("")
+    if own not in found and len(found) > 1:
+        named = [f"{section.prefix}{VOCABULARY_SIZE}" for section, _ in found.values()]
+        raise CheckpointError(f"there is not one vocabulary: {' and '.join(named)} have tensors each")
+    section, counted = found.get(own) or next(iter(found.values()))
+    names, tokens = {each.tensor for each in counted}, counted[0].count
+    for name, shape in shapes.items():
+        outside = next(numbered(name), None) is None and sections.path_at(name) == section.path
+        if not outside or name in names:
+            continue
+        if EMBEDDINGS.search(name.removesuffix(".weight")):
+            said = f"config.json says {tokens} for {section.prefix}{VOCABULARY_SIZE}"
+            raise CheckpointError(f"{name} has {shape[0]} rows, {said}")
+        if tokens in shape:
+            what = f"{name} has {tokens} along dimension {shape.index(tokens)}"
+            raise CheckpointError(f"{what}, and nothing tells whether these are tokens")
+    return counted
+
+
+KEPT: Mapping[str, Callable[..., dict[str, KeptIndices]]] = {
+    "--experts": kept_experts,
+    "--vocabulary": kept_tokens,
+}
+"""By the options of the command what a list keeps of tensors of some shapes, with a config."""

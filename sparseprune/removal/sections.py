@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from msgspec import Struct
 
 from sparseprune.errors import CheckpointError
-from sparseprune.removal.architectures import architecture_of, model_types
+from sparseprune.removal.architectures import Architecture, architecture_of, model_types
 from sparseprune.results.fields import ConfigChange
 from sparseprune.spec.expressions import ExpressionError, Names, parse_expression
 from sparseprune.spec.problems import listed, shown
@@ -21,7 +21,6 @@ from sparseprune.spec.structures import nested_key
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from sparseprune.removal.architectures import Architecture
     from sparseprune.spec import Captures
 
 Path = tuple[str | int, ...]
@@ -137,6 +136,12 @@ class Sections(Struct, frozen=True):
                 raise CheckpointError(_unknown(path, values.get("model_type")))
             self.known[path] = Section(path, values, architecture)
         return self.known[path]
+
+    def even_unknown(self, path: Path) -> Section:
+        """The section at a path, whether or not the table knows its model."""
+        values = value_at(self.config, path)
+        known = architecture_of(values.get("model_type"))
+        return Section(path, values, Architecture(()) if known is None else known)
 
     def path_at(self, name: str) -> Path:
         """The path of the section that speaks of a tensor or module."""

@@ -41,8 +41,8 @@ if TYPE_CHECKING:
 class Removal(Struct, frozen=True):
     """What is left of a checkpoint, by the old names of tensors; `kept` has the indices of cut ones.
 
-    `config` is None where it stays as it is. `remarks` are lines about statements in other files that may no
-    longer be true.
+    `config` is None where it stays as it is, `beside` are documents beside it that change. `remarks` are
+    lines about statements in files that may no longer be true.
     """
 
     left: Mapping[str, ResizedTensor]
@@ -50,6 +50,7 @@ class Removal(Struct, frozen=True):
     config: Mapping[str, Any] | None = None
     changes: tuple[ConfigChange, ...] = ()
     remarks: tuple[str, ...] = ()
+    beside: Mapping[str, Mapping[str, Any]] = {}
 
 
 def make_removal(
@@ -93,7 +94,7 @@ def make_removal(
         for name, shape in after.items()
     }
     check_shapes(configured.agreed, shapes, after)
-    return Removal(left, left_of, smaller, changes, configured.remarks)
+    return Removal(left, left_of, smaller, changes, configured.remarks, configured.beside)
 
 
 def _not_sliced(cut: Mapping[str, KeptIndices]) -> Iterator[str]:

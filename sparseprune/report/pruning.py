@@ -114,6 +114,7 @@ def make_removal_result(
         spec_sha256=run.spec_sha256,
         masks=run.masks,
         experts=run.lists.get("experts"),
+        vocabulary=run.lists.get("vocabulary"),
         set=dict(run.overrides),
         device=run.device,
         seconds=round(run.seconds, 3),

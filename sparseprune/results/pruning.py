@@ -289,6 +289,7 @@ class Removal(Document):
     ]
     masks: Annotated[str | None, Doc("as they were typed; null if others decided")]
     experts: Annotated[str | None, Doc("the list of those that stay, as typed; null if others decided")]
+    vocabulary: Annotated[str | None, Doc("the list of tokens that stay, as typed; null if others decided")]
     set: Settings
     device: Device
     seconds: Seconds

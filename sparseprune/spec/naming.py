@@ -191,6 +191,27 @@ ROUTER = re.compile(
     r"|proj\.weight|wg\.weight|gate\.weight|e_score_correction_bias|per_expert_scale))?$|^(?:expert_bias|e_score_correction_bias)$"
 )
 
+# Modules with a row for each token, or an element of a bias: embeddings, and the heads that write logits.
+VOCABULARIES = re.compile(
+    r"(?:^|\.)(?:embed_tokens|word_embeddings?|(?:tok|token)_embeddings?|tok_embed|embed_in|tokens_embed|wte|shared|embeddings"
+    r"|lm_head|lm_head\.decoder|generator_lm_head|embed_out|output_projection|vocab_projector|lm_loss|decoder"
+    r"|predictions|predictions\.decoder|pred_layer\.proj|shared_head\.head|head|proj_out|lm_head\.out_proj"
+    r"|transformer\.w)$"
+)
+EMBEDDINGS = re.compile(
+    r"(?:^|\.)(?:embed_tokens|word_embeddings?|(?:tok|token)_embeddings?|embed_in|wte|shared)$"
+)
+LOGIT_BIASES = re.compile(r"(?:^|\.)final_logits_bias$")
+VOCABULARY_SIZE = "vocab_size"
+# Model types whose positions are counted from the id of padding on.
+POSITIONS_FROM_PADDING = frozenset(
+    (
+        *("roberta", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm", "camembert", "data2vec-text"),
+        *("longformer", "ibert", "esm", "mpnet", "luke", "lilt", "layoutlmv3", "xmod", "markuplm"),
+        *("clap_text_model", "speech_to_text", "m2m_100", "nllb-moe", "xglm", "fsmt"),
+    )
+)
+
 LAYER_LISTS = re.compile(r"^(?!conv|downsampl)(?:\w+_)?(?:layers|layer|h|blocks|block|resblocks)$")
 STAGES = re.compile(r"^(?:stages|layers)\.(?:layers|blocks)$")  # lists of layers in a list of stages
 

@@ -151,6 +151,44 @@ def test_a_dry_run_in_python_goes_with_a_list(tmp_path: Path) -> None:
         sparseprune.remove(source, masks=tmp_path / "masks", dry_run=True)
 
 
+def test_tokens_that_stay_keep_their_rows_and_ids_follow(tmp_path: Path) -> None:
+    dense, config = decoder(torch.bfloat16), {**LLAMA, "bos_token_id": 3, "eos_token_id": [5, 11]}
+    source = write(tmp_path / "in", dense, config, 2)
+    (source / "generation_config.json").write_text(json.dumps({"bos_token_id": 3, "max_length": 7}))
+    ids = [3, 4, 5, 11]
+    said = removed(source, "--vocabulary", listed(tmp_path, ids), "-o", tmp_path / "out")
+    assert "warning: the tokenizer's files give the old ids: token 3 is 0 now; give each" in said.err
+    assert "generation_config.json: ids of tokens are the new ones" in said.err
+    left = read(tmp_path / "out")
+    cut = ("model.embed_tokens.weight", "lm_head.weight")
+    wanted = {name: one[ids] if name in cut else one for name, one in dense.items()}
+    assert {name: as_bytes(one) for name, one in left.items()} == {
+        name: as_bytes(one) for name, one in wanted.items()
+    }
+    found = json.loads((tmp_path / "out/config.json").read_text())
+    assert found == {**config, "vocab_size": 4, "bos_token_id": 0, "eos_token_id": [2, 3]}
+    generation = json.loads((tmp_path / "out/generation_config.json").read_text())
+    assert generation == {"bos_token_id": 0, "max_length": 7}
+    report = valid((tmp_path / "out/sparseprune/report.json").read_text(), "remove")
+    assert (report["vocabulary"], report["experts"]) == (str(tmp_path / "keep.json"), None)
+
+
+def test_a_special_token_stays(tmp_path: Path) -> None:
+    source = write(tmp_path / "in", decoder(), {**LLAMA, "eos_token_id": 2})
+    path = listed(tmp_path, [0, 1, 3])
+    said = refused("remove", source, "--vocabulary", path, "-o", tmp_path / "out")
+    line = "config.json: eos_token_id is 2, which is not among the tokens that stay"
+    assert said.err == f"sparseprune: {path}: {line}\n"
+
+
+def test_experts_and_tokens_go_in_one_run(tmp_path: Path) -> None:
+    source = write(tmp_path / "in", mixture(), MIXTRAL)
+    sparseprune.remove(source, experts=KEPT, vocabulary=[0, 1, 2], output=tmp_path / "both")
+    removed(source, "--experts", listed(tmp_path, KEPT), "-o", tmp_path / "one", "-q")
+    removed(tmp_path / "one", "--vocabulary", listed(tmp_path, [0, 1, 2]), "-o", tmp_path / "two", "-q")
+    assert weights(tmp_path / "both") == weights(tmp_path / "two")
+
+
 def test_an_output_that_exists_is_refused_but_shown(tmp_path: Path) -> None:
     source = write(tmp_path / "in", mixture(), MIXTRAL)
     words = ("remove", source, "--experts", listed(tmp_path, KEPT), "-o", tmp_path / "out")

@@ -251,7 +251,9 @@ TAKEN = "HOME/taken: already exists; give another name with -o, or --force to re
 UNEVEN = Path("specs/mlp-channels.toml").read_text().replace('"sparsity"', '"0.25 + 0.25 * layer"')
 # What is typed after `remove` -> what is said of it, line by line.
 WRONG: dict[str, str] = {
-    "in": "nothing says what to remove; give a SPEC, such as mlp-channels, --masks or --experts",
+    "in": (
+        "nothing says what to remove; give a SPEC, such as mlp-channels, --masks, --experts or --vocabulary"
+    ),
     "in mlp-channels --masks rows.masks --partial": (
         "mlp-channels and --masks exclude each other; give one of them"
     ),

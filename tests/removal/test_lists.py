@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sparseprune.errors import CheckpointError
-from sparseprune.removal.lists import kept_experts
+from sparseprune.removal.lists import kept_experts, kept_tokens
 from sparseprune.removal.slices import KeptIndices
 from tests.removal import models
 from tests.removal.models import DEEPSEEK, GPT_OSS, QWEN3_MOE, Shapes
@@ -131,3 +131,58 @@ def test_a_number_that_is_a_layer_of_two_lists_is_no_name() -> None:
 def test_a_model_without_experts_is_refused() -> None:
     with pytest.raises(CheckpointError, match="no routed experts under names that are known"):
         kept_experts([0], models.decoder(models.LLAMA), models.LLAMA)
+
+
+# -- tokens
+
+
+HEADED = {**models.decoder(models.LLAMA), "lm_head.weight": (50, 24), "lm_head.bias": (50,)}
+SAID = "wanted a list of the ids of the tokens that stay"
+WRONG_TOKENS: list[tuple[Any, str]] = [
+    ([], f"holds [], {SAID}"),
+    ({"0": 1}, f"holds a table, {SAID}"),
+    ([0, True], f"holds [0, true], {SAID}"),
+    ([0, 1.5], f"holds [0, 1.5], {SAID}"),
+    ([0, 50], "50 is no token: there are 50, 0 to 49"),
+    ([-1, 0], "-1 is no token: there are 50, 0 to 49"),
+    ([3, 3], "3 stands twice: wanted ids in ascending order, each once"),
+    ([3, 2], "3 stands before 2: wanted ids in ascending order, each once"),
+]
+
+
+@pytest.mark.parametrize(("listed", "line"), WRONG_TOKENS, ids=lambda value: str(value)[:30])
+def test_a_wrong_list_of_tokens_is_refused(listed: object, line: str) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        kept_tokens(listed, HEADED, models.LLAMA)
+    assert caught.value.args == (line,)
+
+
+@pytest.mark.parametrize("ids", [[0], [49], [0, 7, 49], list(range(49))])
+def test_embeddings_and_heads_keep_the_listed_rows(ids: list[int]) -> None:
+    kept = kept_tokens(ids, HEADED, models.LLAMA)
+    assert sorted(kept) == ["lm_head.bias", "lm_head.weight", "model.embed_tokens.weight"]
+    for each in kept.values():
+        assert np.flatnonzero(each.along[0]).tolist() == ids
+        assert each.cut == (0,)
+
+
+def test_no_row_goes_where_all_tokens_stay() -> None:
+    assert kept_tokens(list(range(50)), HEADED, models.LLAMA) == {}
+
+
+def test_heads_of_speculative_layers_are_cut_too() -> None:
+    more = {
+        "model.layers.3.embed_tokens.weight": (50, 24),
+        "model.layers.3.shared_head.head.weight": (50, 24),
+        "final_logits_bias": (1, 50),
+    }
+    kept = kept_tokens([1, 2], HEADED | more, models.LLAMA)
+    assert more.keys() < kept.keys()
+    assert kept["final_logits_bias"].shape == (1, 2)
+
+
+def test_a_row_of_another_count_is_refused() -> None:
+    shapes = HEADED | {"model.embed_tokens.weight": (64, 24)}
+    line = "model.embed_tokens.weight has 64 rows, config.json says 50 for vocab_size"
+    with pytest.raises(CheckpointError, match=line):
+        kept_tokens([0, 1], shapes, models.LLAMA)
