@@ -42,10 +42,11 @@ from sparseprune.spec.structures import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
     from sparseprune.engine.grids import Shape
     from sparseprune.removal.sections import Path, Section, Sections
+    from sparseprune.spec import Captures
     from sparseprune.spec.structures import Structure, Units
 
 _ROUTER = re.compile(r"^(?:.*\.)?(?:gate|router|moe_statics)(?:\.|$)|^(?:expert_bias|\w*correction_bias)$")
@@ -120,12 +121,12 @@ class Counts:
 
 
 def count_dims(
-    shapes: Mapping[str, Shape], sections: Sections, touched: Callable[[str], bool], lists: Iterable[str]
+    shapes: Mapping[str, Shape], sections: Sections, touched: Collection[str], lists: Iterable[str]
 ) -> Counts:
     """What the keys of a config count in tensors of these shapes.
 
-    Structures of which no tensor is `touched` are counted where their section is known. `lists` are lists of
-    modules that lose members.
+    Structures of which no tensor is `touched` are counted where their section is known; none where nothing
+    is. `lists` are lists of modules that lose members.
 
     Raises:
         CheckpointError: a touched structure is of a model that the table does not know, or refuses.
@@ -133,13 +134,13 @@ def count_dims(
     counts = Counts()
     index = Index.of((TensorInfo(name, "", shape) for name, shape in shapes.items()), sections.config)
     losing = frozenset(lists)
-    for kind, found, count in (
-        ("mlp", find_mlps(index), _count_mlp),
-        ("heads", find_attentions(index), _count_heads),
-        ("experts", _joined(find_experts(index)), _count_experts),
+    for kind, find, count in (
+        ("mlp", find_mlps, _count_mlp),
+        ("heads", find_attentions, _count_heads),
+        ("experts", _find_joined, _count_experts),
     ):
-        for structure in found:
-            is_touched = any(touched(part.tensor) for part in structure.parts)
+        for structure in find(index) if touched or (kind == "experts" and losing) else ():
+            is_touched = any(part.tensor in touched for part in structure.parts)
             is_touched = is_touched or (kind == "experts" and module_of(structure) in losing)
             try:
                 section = sections.at(module_of(structure))
@@ -154,7 +155,7 @@ def count_dims(
                 counts.refused[f"{_WHAT[kind]} of {dict(structure.place)['stack']} cannot go: {why}"] = None
     _note_strangers(index, counts)
     _count_routers(index, counts)
-    for section, counted in find_vocabularies(shapes, sections):
+    for section, counted in find_vocabularies(shapes, sections) if touched else ():
         counts.add(counted, section)
     return counts
 
@@ -357,14 +358,13 @@ def _elementary(part: Units, keys: tuple[Path, Path, Path], group: str) -> Count
 # -- experts -----------------------------------------------------------------------------------------
 
 
-def _joined(found: Iterable[Structure]) -> list[Structure]:
+def _find_joined(index: Index) -> list[Structure]:
     """Experts with one structure for each module: of a list the one with the number of its members."""
-    lists: dict[str, list[Structure]] = defaultdict(list)
+    lists: dict[Captures, list[Structure]] = defaultdict(list)
     joined = []
-    for structure in found:
-        whole = replace(structure, place=with_expert(structure.place, ""))
-        if isinstance(dict(structure.place)["expert"], int):
-            lists[module_of(whole)].append(structure)
+    for structure in find_experts(index):
+        if isinstance(structure.place[-1][1], int):
+            lists[structure.place[:3]].append(structure)
         else:
             joined.append(structure)
     for members in lists.values():

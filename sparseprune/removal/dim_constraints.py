@@ -24,7 +24,7 @@ from sparseprune.spec.naming import VOCABULARY_SIZE
 from sparseprune.spec.problems import shown
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -71,7 +71,7 @@ class Agreed(Struct, frozen=True):
 
 def agree(sections: Sections, model: CutModel, stacks: Stacks) -> Agreed:
     """What all tensors keep, as keys of the config count their units; CheckpointError for unknown models."""
-    counts = count_dims(model.shapes, sections, _touches(model), model.removed.numbers)
+    counts = count_dims(model.shapes, sections, model.kept.keys() - model.gone, model.removed.numbers)
     refuse(counts.refused)
     lost = (name for name in model.kept if name not in model.gone and name not in counts.of)
     unknown = frozenset((*lost, *counts.strangers)) - counts.misfits.keys()
@@ -125,11 +125,6 @@ def _followers(kept: list[_KeptUnits], left: Flags) -> Iterator[tuple[str, int, 
             counted = each.counted
             flags[counted.begin : counted.begin + left.size * counted.size] = np.repeat(left, counted.size)
             yield each.name, each.dim, flags
-
-
-def _touches(model: CutModel) -> Callable[[str], bool]:
-    """Whether a tensor loses something and stays."""
-    return lambda name: name in model.kept and name not in model.gone
 
 
 def refuse(problems: Iterable[str], most: int = 10) -> None:

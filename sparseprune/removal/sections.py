@@ -5,6 +5,7 @@ Owns values by layer: lists, and objects with other values for single layers. Ca
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 Path = tuple[str | int, ...]
 """The keys on the way to a value of a config, and places in lists."""
+_DIGITS = re.compile("[0-9]+")
 PER_LAYER = "per_layer_config"  # objects with the values of single layers that are unlike
 
 
@@ -116,7 +118,8 @@ class Sections(Struct, frozen=True):
     """All sections of a config, found by the names of tensors."""
 
     config: Mapping[str, Any]
-    known: dict[Path, Section]
+    known: dict[Path, Section] = {}
+    paths: dict[str, Path] = {}  # by names without their digits
 
     @staticmethod
     def of(config: Mapping[str, Any] | None) -> Sections:
@@ -124,7 +127,7 @@ class Sections(Struct, frozen=True):
         if config is None:
             text = "give the directory of a checkpoint that has one, or use apply, which keeps all shapes"
             raise CheckpointError(f"there is no config.json, which has to say what becomes smaller; {text}")
-        return Sections(config, {})
+        return Sections(config)
 
     def at(self, name: str) -> Section:
         """The section that speaks of a tensor or module; CheckpointError for unknown models."""
@@ -145,6 +148,12 @@ class Sections(Struct, frozen=True):
 
     def path_at(self, name: str) -> Path:
         """The path of the section that speaks of a tensor or module."""
+        form = _DIGITS.sub("", name)
+        if form not in self.paths:
+            self.paths[form] = self._path_of(form)
+        return self.paths[form]
+
+    def _path_of(self, name: str) -> Path:
         path: list[str] = []
         values: Any = self.config
         while (key := nested_key(values, name)) is not None and len(path) < 4:
@@ -176,7 +185,7 @@ def as_model(
     """
     if config is None or model_type is None:
         return config, ()
-    path = Sections(config, {}).path_at("model.layers.0")
+    path = Sections(config).path_at("model.layers.0")
     values = value_at(config, path)
     row, own = architecture_of(values.get("model_type")), shown(values.get("model_type"))
     if row is None or model_type not in row.kin:

@@ -38,7 +38,7 @@ L0, L1 = "model.layers.0", "model.layers.1"
 
 
 def counts_of(shapes: Shapes, config: Config) -> Counts:
-    return count_dims(shapes, Sections.of(config), lambda name: False, ())
+    return count_dims(shapes, Sections.of(config), shapes.keys(), ())
 
 
 def counted(counts: Counts, name: str) -> list[tuple[int | None, str, int, int, int]]:

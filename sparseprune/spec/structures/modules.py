@@ -79,12 +79,12 @@ def _listed_experts(index: Index) -> Iterator[Structure]:
                 units = Units(tensor.name, filled(rest, numbers[depth:]), 0, 1, max(1, (*tensor.shape, 1)[0]))
                 found.setdefault((module, numbers[:depth]), []).append(units)
     counts = Counter((module, numbers[:-1]) for module, numbers in found)
+    groups = {key: _groups(index, key[0], count) for key, count in counts.items()}
     for (module, numbers), parts in found.items():
-        place = place_of(module, numbers)
-        groups = _groups(index, module, counts[module, numbers[:-1]])
-        if groups > 1:
-            size = counts[module, numbers[:-1]] // groups
-            place = with_expert(place, numbers[-1], min(numbers[-1] // size, groups - 1))
+        place, key = place_of(module, numbers), (module, numbers[:-1])
+        if groups[key] > 1:
+            size = counts[key] // groups[key]
+            place = with_expert(place, numbers[-1], min(numbers[-1] // size, groups[key] - 1))
         yield Structure("experts", place, 1, tuple(parts))
 
 
