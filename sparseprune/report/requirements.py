@@ -233,10 +233,10 @@ def _is_unseen(tensor: InspectedTensor | ComparedTensor) -> bool:
 
 def _unseen_text(tensor: InspectedTensor | ComparedTensor) -> str:
     """Why nothing is known of the elements."""
-    if tensor.holds == "weights":
-        return f"elements of {tensor.dtype} are no whole bytes and were not looked at"
-    what = "packed codes" if tensor.holds == "packed" else "codes without a known zero"
-    return f"its elements are {what} and were not looked at"
+    codes = {"packed": "packed codes", "codes": "codes without a known zero"}
+    if tensor.holds in codes:
+        return f"its elements are {codes[tensor.holds]} and were not looked at"
+    return f"elements of {tensor.dtype} are no whole bytes and were not looked at"
 
 
 def _lacks_pattern(
