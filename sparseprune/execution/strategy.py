@@ -315,7 +315,19 @@ def _block_norms(task: Task, tensors: Mapping[str, StoredTensor], limits: Limits
 def needs_scaling(task: Task, tensors: Mapping[str, StoredTensor]) -> bool:
     """Whether powers of what is summed may leave the range of float64, as the engine sees it: F64 values."""
     kind = task.score_kind
-    return not math.isinf(kind.norm_of(task.instance.score)) and "F64" in kind.dtypes(task, tensors)
+    if math.isinf(kind.norm_of(task.instance.score)):
+        return False
+    if (
+        task.codes == "values" and kind.elements is None
+    ):  # codes of a byte or two by scales of F32 fit twice over
+        return any(_is_wide(tensors[leaf.tensor]) for leaf in task.instance.scope.leaves)
+    return "F64" in kind.dtypes(task, tensors)
+
+
+def _is_wide(stored: StoredTensor) -> bool:
+    """Whether weights may be as large as float64 has them."""
+    scale = None if stored.codes is None else stored.codes.scale
+    return "F64" in {stored.dtype, None if scale is None else scale.dtype}
 
 
 def elements_together(task: Task) -> int:

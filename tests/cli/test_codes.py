@@ -24,6 +24,7 @@ from tests.quantized import (
     draw,
     floats,
     integers,
+    scales,
     write,
 )
 
@@ -303,6 +304,19 @@ def test_an_expert_of_a_large_scale_is_not_dropped(tmp_path: Path) -> None:
     ok("apply", path, spec, "-q")
     written = load_file(tmp_path / "m-pruned" / "model.safetensors")["l.gate_up_proj"].float()
     assert [bool(expert.any()) for expert in written] == [False, True, False, False]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("exponent", [-120, 120])
+def test_norms_of_very_large_and_small_scales_neither_vanish_nor_overflow(
+    tmp_path: Path, dtype: torch.dtype, exponent: int
+) -> None:
+    grid = (scales((8, 1)).double() * 2.0 ** (exponent * (1 if dtype == torch.float32 else 7))).to(dtype)
+    found = coded("a.weight", floats((8, 16)), grid, (1, 16))
+    path, spec = write(tmp_path / "m", found), spec_at(tmp_path, spec_of(found, "rows"))
+    ok("apply", path, spec, "-q")
+    written = load_file(tmp_path / "m-pruned" / "model.safetensors")
+    assert same(written, expected(found, kept_by_loops(found.weights["a.weight"], "rows")))
 
 
 def test_ties_of_weights_go_to_the_lower_index(tmp_path: Path) -> None:
