@@ -198,7 +198,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         unlike=("attention_bias", "mlp_bias"),
     ),
     _grouped("qwen2 qwen3", layers=_typed(f"{_QWEN_WINDOW}layer >= {_FULL_ONES}", "max_window_layers")),
-    _grouped("qwen2_vl_text qwen2_5_vl_text glm4v_text"),
+    _row("qwen2_vl_text qwen2_5_vl_text glm4v_text", refused=_HEADS),
     _grouped("qwen3_vl_text qwen3_vl_moe_text", refused={"layers": _PICTURES}),
     _grouped("gemma2", layers=_typed("(layer + 1) % 2"), divides="hidden_size"),
     _grouped(
@@ -291,7 +291,13 @@ ARCHITECTURES: tuple[Architecture, ...] = (
             "layers": _BY_RULE,
         },
     ),
-    _grouped("diffllama", refused={"heads": "pairs of heads are subtracted from each other"}),
+    _grouped(
+        "diffllama",
+        refused={
+            "heads": "pairs of heads are subtracted from each other",
+            "layers": "the scale of attention depends on a layer's number",
+        },
+    ),
     # Latent keys and values.
     _row(
         "deepseek_v3 glm4_moe_lite",
@@ -341,8 +347,15 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     _row("openai-gpt", refused={"mlp": _FOURFOLD, "heads": _DERIVED, "layers": _POST_NORM}),
     _row("dbrx", refused=_HEADS),
     _row("bitnet", refused={"mlp": "a norm spans all channels", "heads": _WIDE_NORM}),
-    _row("jetmoe", refused={"heads": "experts of attention share keys and values"}),
-    _row("ctrl rwkv mamba mamba2 falcon_mamba"),
+    _row(
+        "jetmoe",
+        refused={
+            "heads": "experts of attention share keys and values",
+            "experts": "experts of attention are counted by the same key",
+        },
+    ),
+    _row("ctrl", refused=_HEADS),
+    _row("rwkv mamba mamba2 falcon_mamba"),
     _row(
         "zamba2",
         refused={

@@ -377,7 +377,8 @@ def _find_joined(index: Index) -> list[Structure]:
 def _count_experts(structure: Structure, section: Section, counts: Counts) -> None:
     module, layer, units = module_of(structure), _layer(structure), structure.units
     is_list = dict(structure.place)["expert"] == ""
-    numbers = {int(one.tensor[len(module) + 1 :].partition(".")[0]) for one in structure.parts if is_list}
+    members = {one.tensor[len(module) + 1 :].partition(".")[0] for one in structure.parts if is_list}
+    numbers = {int(name.rpartition("_")[2]) for name in members}
     missing = next((number for number in range(max(numbers, default=-1)) if number not in numbers), None)
     path = None if missing is not None else _fitting(section, EXPERT_COUNTS, layer, units)
     if path is None:
