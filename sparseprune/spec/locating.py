@@ -337,9 +337,15 @@ def locate(spec: Spec, model: Model, shared: Mapping[str, object], problems: Pro
 def _find(
     place: str, table: TensorsTable, model: Model, shared: Mapping[str, object], problems: Problems
 ) -> tuple[TensorSite, ...]:
+    used = frozenset() if table.where is None else table.where.names
+    known: dict[tuple[object, ...], bool] = {}  # thousands of tensors are alike in all that `where` names
+
     def fits(match: Match) -> bool:
         """Whether `where` is true; an expression without such a value is a problem, and keeps the tensor."""
         captures, tensor = match
+        alike = (tensor.shape, tensor.dtype, *[pair for pair in captures if pair[0] in used])
+        if alike in known:
+            return known[alike]
         try:
             holds = Names(shared, captures, tensor).value(table.where)
             if not isinstance(holds, bool):
@@ -347,6 +353,7 @@ def _find(
         except ExpressionError as error:
             problems.note(misfit(place, "where", error, tensor.name))
             return True
+        known[alike] = holds
         return holds
 
     seen: Mapping[tuple[str, Captures], Outlook] = {}
