@@ -30,7 +30,7 @@ from sparseprune.spec.naming import OTHER_TOWERS
 from sparseprune.spec.structures import Index, find_layers
 from tests.calibration.models import BEGIN, END, text, tokenizer
 from tests.families.checkpoints import read
-from tests.families.zoo import SPECIES, Species, output, save
+from tests.families.zoo import SPECIES, Species, output, run, save
 
 Kind = Literal["right", "refused", "none", "unbound", "wrong"]
 REMOVALS = ("mlp-channels", "heads", "experts", "expert-channels", "layers")
@@ -123,6 +123,8 @@ def _remove(one: Zoo, action: str, place: Path) -> Outcome:
     if whole.kind != "refused" or not text or "expert" in action:
         return whole
     alone = _remove_from(one, action, place, text)
+    if alone.kind == "wrong":
+        return alone
     return Outcome("right", f"of {text} alone") if alone.kind == "right" else whole
 
 
@@ -278,8 +280,7 @@ def _seen_by_hooks(model: Any, ids: torch.Tensor) -> dict[torch.Tensor, torch.Te
         for module in model.modules()
         if type(module) is torch.nn.Linear
     ]
-    with torch.no_grad():
-        model(input_ids=ids)
+    run(model, {"input_ids": ids})
     for hook in hooks:
         hook.remove()
     return {weight: inputs for weight, inputs in seen.items() if len(inputs)}

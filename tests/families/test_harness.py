@@ -23,7 +23,7 @@ SPREAD: dict[str, dict[str, str]] = {
     "llama_mlp_bias": {},
     "gemma2": {},
     "phi3": {},
-    "gemma4_text": {},
+    "gemma4_text": {"heads": SHARED, "layers": "a layer scales what it passes on"},
     "starcoder2": {},
     "opt": {"heads": DERIVED},
     "gpt2": {"heads": DERIVED},
@@ -47,9 +47,9 @@ SPREAD: dict[str, dict[str, str]] = {
     "t5_gated": {"heads": "the position biases of the first layer are those of all"},
     # pictures and sound
     "beit": {},
-    "swin": {"heads": DERIVED, "layers": "windows shift"},
+    "swin": {"heads": DERIVED, "layers": "prunes nothing"},
     "clip": {"heads": DERIVED},
-    "gemma3": {"heads": DERIVED},
+    "gemma3": {},
     "qwen2_5_vl": {"heads": DERIVED},
     "whisper": {"heads": DERIVED},
 }

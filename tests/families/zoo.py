@@ -139,11 +139,16 @@ def inputs(species: Species) -> dict[str, torch.Tensor]:
 
 def output(species: Species, model: Any) -> torch.Tensor:
     """What the model computes, in its precision: the first of its outputs, logits or hidden states."""
-    missing = patch.object(MoeCausalLMOutputWithPast, "image_outputs", None, create=True)  # Llama 4 wants it
     given = {
         name: tensor.to(model.dtype) if tensor.is_floating_point() else tensor
         for name, tensor in inputs(species).items()
     }
+    return run(model, given)
+
+
+def run(model: Any, given: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The first output of a model for what it is given."""
+    missing = patch.object(MoeCausalLMOutputWithPast, "image_outputs", None, create=True)  # Llama 4 wants it
     with torch.inference_mode(), missing:
         result: torch.Tensor = model(**given, return_dict=True)[0]
     return result
