@@ -20,6 +20,7 @@ from sparseprune.engine.grids import prod
 from sparseprune.report.wording import many, percent
 from sparseprune.results.fields import Uncovered
 from sparseprune.spec import BoundBlockCoupling
+from sparseprune.spec.naming import HEAD_NORMS, SPECULATIVE
 from sparseprune.spec.structures import is_layer_matrix, is_matrix_shape, routed_modules
 
 if TYPE_CHECKING:
@@ -38,12 +39,13 @@ ENOUGH = 0.9  # the share of what a spec is about under which a run is warned of
 _LISTED, _SHOWN = 10, 2  # kinds that are left out: so many in a document, so many in a line
 _NUMBER = re.compile(r"\.[0-9]+(?![^.])")  # a whole piece of a name that has a dot in front
 
-# Names that tell what a matrix of a layer is, by pieces between dots. The last piece that tells decides.
+# Words that tell what a matrix of a layer is, by pieces between dots. The last piece that tells decides. They
+# are not the naming schemes by which structures are found, so that they can tell what these miss.
 _EXPERTS = re.compile(r"^experts$|moe$", re.IGNORECASE)
 _SHARED = re.compile(r"shared", re.IGNORECASE)
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 _MLP = re.compile(r"mlp|ffn|feed_?forward|expert|moe$|DenseReluDense|^ff\d*$", re.IGNORECASE)
-_OTHER = re.compile(r"mixer|mamba|ssm", re.IGNORECASE)
+_OTHER = re.compile(r"mixer|mamba|ssm|^conv$", re.IGNORECASE)
 # Of layers that have their matrices without a module for MLP or attention.
 _ATTENTION_MATRIX = re.compile(
     r"^([qkvo]|out|qkv|kv)_proj$|^[qkvo]_lin$|^Wqkv$|^c_attn$|^query_key_value$|^(query|key|value)$"
@@ -52,9 +54,7 @@ _MLP_MATRIX = re.compile(
     r"^(gate|up|down|gate_up)(_proj)?$|^fc\d*$|^fc_(in|out)$|^c_fc$|^w[123]$|^wi(_\d)?$|^wo$|^lin[12]$"
     r"|^dense_(h_to_4h|4h_to_h)$|^intermediate$|^output$"
 )
-_SPECULATIVE = re.compile(r"(^|[._])(mtp|eagle\d*|medusa|nextn|speculator|draft)([._]|$)", re.IGNORECASE)
 _NUMBERED_LAYER = re.compile(r"(?:(?:model|language_model|transformer)\.)*(?:layers|h)\.([0-9]+)\.")
-_HEAD_NORMS = ("q_norm", "query_norm", "q_layernorm", "query_layernorm", "k_norm", "k_layernorm")
 
 _WORDS = {
     "matrices": "the layers' matrices",
@@ -221,7 +221,7 @@ def _flaws(
     """What a user would call wrong in what rules bind, a line for each rule and flaw."""
     for rule in rules:
         yield from _half_structures(rule, tensors)
-    has_layers = any(not _SPECULATIVE.search(kind.name) for kind in kinds)
+    has_layers = any(not SPECULATIVE.search(kind.name) for kind in kinds)
     count = _layer_count(config)
     for rule in rules if has_layers else ():
         names = (leaf.tensor for instance in rule.instances for leaf in instance.scope.leaves)
@@ -243,7 +243,7 @@ def _is_speculative(name: str, count: int | None) -> bool:
     """Whether a tensor is of a head that guesses tokens ahead: by its name, or of a layer beyond `count`."""
     numbered = None if count is None else _NUMBERED_LAYER.match(name)
     beyond = count is not None and numbered is not None and int(numbered[1]) >= count
-    return beyond or _SPECULATIVE.search(name) is not None
+    return beyond or SPECULATIVE.search(name) is not None
 
 
 def _half_structures(rule: BoundRule, tensors: Tensors) -> Iterator[str]:
@@ -302,7 +302,7 @@ def _head_size(leaf: BoundBlock, side: str, tensors: Tensors) -> int | None:
     module = leaf.tensor.rpartition(".")[0].rpartition(".")[0]
     if not side or not _ATTENTION.search(module.rpartition(".")[2]):
         return None
-    for name in _HEAD_NORMS:
+    for name in HEAD_NORMS:
         norm, query = tensors.get(f"{module}.{name}.weight"), tensors.get(f"{module}.q_proj.weight")
         if norm is not None and len(norm.shape) == 1:
             # A norm that is as wide as all heads together says nothing of one.

@@ -215,6 +215,9 @@ POSITIONS_FROM_PADDING = frozenset(
 LAYER_LISTS = re.compile(r"^(?!conv|downsampl)(?:\w+_)?(?:layers|layer|h|blocks|block|resblocks)$")
 STAGES = re.compile(r"^(?:stages|layers)\.(?:layers|blocks)$")  # lists of layers in a list of stages
 
+# Heads that guess tokens ahead.
+SPECULATIVE = re.compile(r"(^|[._])(mtp|eagle\d*|medusa|nextn|speculator|draft)([._]|$)", re.IGNORECASE)
+
 # -- what is no matrix of a layer --------------------------------------------------------------------
 
 # Names that tell what a matrix of a layer is, by pieces between dots. The last piece that tells decides.

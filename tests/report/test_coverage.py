@@ -152,6 +152,11 @@ def test_embeddings_routers_norms_and_the_like_do_not_count(name: str) -> None:
     assert alone.warnings() == ()
 
 
+def test_a_convolution_between_layers_of_attention_is_none_of_it() -> None:
+    assert matrix_kind("model.layers.*.conv.out_proj.weight") == "other"
+    assert matrix_kind("model.layers.*.conv_module.attn.out_proj.weight") == "attention"
+
+
 def test_a_gate_is_a_router_beside_experts_and_a_matrix_elsewhere() -> None:
     experts: Shapes = {"layers.0.mlp.experts.0.up.weight": (4, 4), "layers.0.mlp.gate.weight": (2, 4)}
     assert covered(experts, rule("**.experts.**")).layer_coverage == 1
