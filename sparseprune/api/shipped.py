@@ -65,7 +65,9 @@ def summary(text: str) -> str:
     return next(comments, "")
 
 
-def _looked_at(checkpoint: Checkpoint, source: SpecSource) -> dict[str, SpecCoverage | SpecRemoval]:
+def _looked_at(
+    checkpoint: Checkpoint, source: SpecSource
+) -> dict[str, float | SpecCoverage | SpecRemoval | None]:
     """What a spec would do to a checkpoint; SpecError where it does not fit. Statistics need not be there."""
     from sparseprune.execution.plan import make_plan
     from sparseprune.report.coverage import coverage_of, coverage_totals
@@ -74,7 +76,8 @@ def _looked_at(checkpoint: Checkpoint, source: SpecSource) -> dict[str, SpecCove
     plan = make_plan(checkpoint, spec, lambda _: False)
     coverage = coverage_of(checkpoint.tensors, plan.bound, read_config(checkpoint))
     return {
-        "coverage": SpecCoverage(**coverage_totals(coverage)),
+        "coverage": coverage.share,
+        "reached": SpecCoverage(**coverage_totals(coverage)),
         "removal": _removal(plan, coverage),
     }
 

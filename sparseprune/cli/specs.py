@@ -34,12 +34,12 @@ specs = command(api.specs, show_specs)
 
 def _fit_lines(found: ShippedSpec) -> Iterator[str]:
     """What a spec would do to the checkpoint that was looked at."""
-    if found.coverage is None or found.removal is None:
+    if found.reached is None or found.removal is None:
         return
     from sparseprune.report.coverage import coverage_text
     from sparseprune.report.pruning import config_text
 
-    reached = coverage_text(found.coverage)
+    reached = coverage_text(found.reached)
     if reached is not None:
         yield f"reaches {reached.partition(';')[0]}"
     if found.variables:

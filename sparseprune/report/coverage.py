@@ -82,10 +82,14 @@ class Coverage(Struct, frozen=True):
     numel: int
     flaws: tuple[str, ...] = ()
 
+    @property
+    def share(self) -> float | None:
+        """Of what the spec covers, or else of all matrices."""
+        return self.layer_coverage if self.declared_coverage is None else self.declared_coverage
+
     def warnings(self, what: str = "the rules reach") -> tuple[str, ...]:
         """What a user should know before a run: that rules reach too little, and the flaws."""
-        share = self.layer_coverage if self.declared_coverage is None else self.declared_coverage
-        if share is None or share >= ENOUGH:
+        if self.share is None or self.share >= ENOUGH:
             return self.flaws
         return f"{what} only {coverage_text(self)}", *self.flaws
 

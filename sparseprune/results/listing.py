@@ -11,6 +11,7 @@ from sparseprune.results.fields import (
     Document,
     LayerCoverage,
     Record,
+    Share,
     UncoveredKinds,
 )
 
@@ -41,5 +42,8 @@ class ShippedSpec(Document):
     aliases: Annotated[tuple[str, ...], Doc("earlier names, which still name it")]
     variables: Annotated[dict[str, Any], Doc("what --set may change: numbers, lists, or expressions")]
     text: Annotated[str, Doc("the TOML")]
-    coverage: SpecCoverage | None = None
+    coverage: Annotated[
+        Share | None, Doc("share of what it covers that it reaches, else of all matrices")
+    ] = None
+    reached: SpecCoverage | None = None
     removal: SpecRemoval | None = None

@@ -64,20 +64,20 @@ def test_json_is_a_list_of_specs_with_their_variables_and_earlier_names() -> Non
     assert found["nofm"]["variables"] == {"n": 1, "m": 4}
     assert "bert-heads" in str(found["heads"]["aliases"])
     assert found["heads"]["text"] == (SPECS / "heads.toml").read_text()
-    assert not any({"coverage", "removal"} & one.keys() for one in found.values())
+    assert not any({"coverage", "reached", "removal"} & one.keys() for one in found.values())
 
 
 def test_specs_that_fit_a_checkpoint_say_what_they_reach_and_what_remove_would_make(folder: Path) -> None:
     found = {str(one["name"]): one for one in listed("--for", folder)}
     assert found.keys() == FIT
     channels = json.loads(json.dumps(found["mlp-channels"]))
-    assert (channels["coverage"]["covers"], channels["coverage"]["declared_coverage"]) == ("mlp", 1)
-    assert 0 < channels["coverage"]["layer_coverage"] < 1
+    assert (channels["reached"]["covers"], channels["coverage"]) == ("mlp", 1)
+    assert 0 < channels["reached"]["layer_coverage"] < 1
     change = {"key": "intermediate_size", "before": 16, "after": 12}
     plan = json.loads(ok("plan", folder, "mlp-channels", "--json").out)
     assert channels["removal"] == {"config": [change], "numel": plan["removal"]["numel"], "reason": None}
     pairs = json.loads(json.dumps(found["pairs-4of8"]))
-    assert pairs["coverage"]["layer_coverage"] > 0
+    assert pairs["coverage"] > 0
     assert pairs["removal"]["config"] is None
     assert pairs["removal"]["reason"]
 
@@ -123,7 +123,7 @@ def test_specs_are_records_in_python(folder: Path) -> None:
     assert every["2of4"].coverage is None
     fit = sparseprune.specs(checkpoint=folder)
     assert fit.keys() == FIT
-    found = sparseprune.specs("decoder-gqa-heads", checkpoint=folder)["heads"].coverage
+    found = sparseprune.specs("decoder-gqa-heads", checkpoint=folder)["heads"].reached
     assert found is not None
     assert found.declared_coverage == 1
     with pytest.raises(SpecError, match="no routed experts"):
