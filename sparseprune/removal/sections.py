@@ -17,7 +17,7 @@ from sparseprune.removal.architectures import Architecture, architecture_of, mod
 from sparseprune.results.fields import ConfigChange
 from sparseprune.spec.expressions import ExpressionError, Names, parse_expression
 from sparseprune.spec.problems import listed, shown
-from sparseprune.spec.structures import nested_key
+from sparseprune.spec.structures import nested_key, with_defaults
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -133,7 +133,7 @@ class Sections(Struct, frozen=True):
         """The section that speaks of a tensor or module; CheckpointError for unknown models."""
         path = self.path_at(name)
         if path not in self.known:
-            values = value_at(self.config, path)
+            values = with_defaults(value_at(self.config, path)) if path else self.config
             architecture = architecture_of(values.get("model_type"))
             if architecture is None:
                 raise CheckpointError(_unknown(path, values.get("model_type")))

@@ -242,5 +242,12 @@ TOWERS: tuple[tuple[re.Pattern[str], re.Pattern[str]], ...] = tuple(
         (r"token2wav|code2wav", r"token2wav|code2wav"),
     )
 )
+# What the classes of text models take for keys that published configs of models with towers leave out.
+CLASS_DEFAULTS: dict[str, dict[str, int]] = {
+    "llama": {"hidden_size": 4096, "num_attention_heads": 32},
+    "mistral": {"hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8},
+    "gemma": {"head_dim": 256},
+    "gemma3_text": {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256},
+}
 TEXT_CONFIGS = ("thinker_config", "text_config", "llm_config", "language_config", "text_model_config")
 OTHER_TOWERS = re.compile("vision|visual|audio|image|speech|resampler|perceiver|connector|projector|qformer")

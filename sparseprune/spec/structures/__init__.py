@@ -24,6 +24,7 @@ from sparseprune.spec.structures.index import nested_key as nested_key
 from sparseprune.spec.structures.index import outlook as outlook
 from sparseprune.spec.structures.index import place_of as place_of
 from sparseprune.spec.structures.index import section_of as section_of
+from sparseprune.spec.structures.index import with_defaults as with_defaults
 from sparseprune.spec.structures.index import with_expert as with_expert
 from sparseprune.spec.structures.matrices import inputs_first as inputs_first
 from sparseprune.spec.structures.matrices import is_layer_matrix as is_layer_matrix

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from msgspec import Struct
 
-from sparseprune.spec.naming import EXPERTS, TEXT_CONFIGS, TOWERS
+from sparseprune.spec.naming import CLASS_DEFAULTS, EXPERTS, TEXT_CONFIGS, TOWERS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -204,14 +204,20 @@ def filled(form: str, numbers: Sequence[int]) -> str:
 
 
 def section_of(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """The part of a config that speaks of a tensor: the config of its tower, or of the text model."""
+    """What a config says of a tensor, of its tower or of the text model, with defaults of the class."""
     found = config
     for _ in range(4):
         key = nested_key(found, name)
         if key is None:
-            return found
+            break
         found = found[key]
-    return found
+    return found if found is config else with_defaults(found)
+
+
+def with_defaults(section: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A section of a config with what its class takes for keys that it leaves out."""
+    defaults = CLASS_DEFAULTS.get(str(section.get("model_type")), {})
+    return {**defaults, **section} if defaults.keys() - section.keys() else section
 
 
 def nested_key(config: Mapping[str, Any], name: str) -> str | None:
