@@ -121,15 +121,15 @@ class Counts:
 
 
 def count_dims(
-    shapes: Mapping[str, Shape], sections: Sections, touched: Collection[str], lists: Iterable[str]
+    shapes: Mapping[str, Shape], sections: Sections, cut: Mapping[str, Collection[int]], lists: Iterable[str]
 ) -> Counts:
     """What the keys of a config count in tensors of these shapes.
 
-    Structures of which no tensor is `touched` are counted where their section is known; none where nothing
-    is. `lists` are lists of modules that lose members.
+    `cut` are the dimensions of tensors along which something goes; structures that lose nothing are counted
+    where their section is known. `lists` are lists of modules that lose members.
 
     Raises:
-        CheckpointError: a touched structure is of a model that the table does not know, or refuses.
+        CheckpointError: a structure that loses units is of a model that the table does not know, or refuses.
     """
     counts = Counts()
     index = Index.of((TensorInfo(name, "", shape) for name, shape in shapes.items()), sections.config)
@@ -139,8 +139,8 @@ def count_dims(
         ("heads", find_attentions, _count_heads),
         ("experts", _find_joined, _count_experts),
     ):
-        for structure in find(index) if touched or (kind == "experts" and losing) else ():
-            is_touched = any(part.tensor in touched for part in structure.parts)
+        for structure in find(index) if cut or (kind == "experts" and losing) else ():
+            is_touched = any(part.dim in cut.get(part.tensor, ()) for part in structure.parts)
             is_touched = is_touched or (kind == "experts" and module_of(structure) in losing)
             try:
                 section = sections.at(module_of(structure))
@@ -155,7 +155,7 @@ def count_dims(
                 counts.refused[f"{_WHAT[kind]} of {dict(structure.place)['stack']} cannot go: {why}"] = None
     _note_strangers(index, counts)
     _count_routers(index, counts)
-    for section, counted in find_vocabularies(shapes, sections) if touched else ():
+    for section, counted in find_vocabularies(shapes, sections) if cut else ():
         counts.add(counted, section)
     return counts
 
@@ -261,7 +261,7 @@ def width_keys(section: Section, module: str, *, expert: bool) -> tuple[str, ...
     """The keys that may count the channels of an MLP, the likeliest first."""
     own = tuple(key for text, key in section.architecture.widths.items() if text and text in module)
     if expert:
-        return (*own, *EXPERT_WIDTHS)
+        return (*own, *EXPERT_WIDTHS, *_sided(SIDED_WIDTHS, _side(module)))
     if _SHARED.search(module):
         return (*own, *SHARED_WIDTHS)
     return (*own, *_sided(SIDED_WIDTHS, _side(module)), *WIDTHS)

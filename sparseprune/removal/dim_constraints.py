@@ -71,7 +71,8 @@ class Agreed(Struct, frozen=True):
 
 def agree(sections: Sections, model: CutModel, stacks: Stacks) -> Agreed:
     """What all tensors keep, as keys of the config count their units; CheckpointError for unknown models."""
-    counts = count_dims(model.shapes, sections, model.kept.keys() - model.gone, model.removed.numbers)
+    cut = {name: kept.cut for name, kept in model.kept.items() if name not in model.gone}
+    counts = count_dims(model.shapes, sections, cut, model.removed.numbers)
     refuse(counts.refused)
     lost = (name for name in model.kept if name not in model.gone and name not in counts.of)
     unknown = frozenset((*lost, *counts.strangers)) - counts.misfits.keys()

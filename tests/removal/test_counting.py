@@ -38,7 +38,9 @@ L0, L1 = "model.layers.0", "model.layers.1"
 
 
 def counts_of(shapes: Shapes, config: Config) -> Counts:
-    return count_dims(shapes, Sections.of(config), shapes.keys(), ())
+    return count_dims(
+        shapes, Sections.of(config), {name: range(len(shape)) for name, shape in shapes.items()}, ()
+    )
 
 
 def counted(counts: Counts, name: str) -> list[tuple[int | None, str, int, int, int]]:
@@ -106,7 +108,7 @@ WIDTHS: dict[str, tuple[Shapes, Config, dict[str, str]]] = {
          "vision_tower.encoder.layers.0.mlp.fc1.weight": "vision_config.intermediate_size"}),
     "experts of a router": (mixture(QWEN3_MOE), QWEN3_MOE, {f"{L0}.mlp.gate.weight": "num_experts"}),
     "what reads as many inputs as a layer has": (decoder(LLAMA), LLAMA,
-        {f"{L0}.input_layernorm.weight": "", "model.embed_tokens.weight": ""}),
+        {f"{L0}.input_layernorm.weight": "", "model.embed_tokens.weight": "vocab_size"}),
 }  # fmt: skip
 
 

@@ -515,7 +515,7 @@ CASES: dict[str, Case] = {
         (decoder({**LLAMA, "hidden_size": 18}), {**LLAMA, "hidden_size": 18}),
         heads([0, 1], [0]),
         "num_attention_heads would be 4, and the config's class wants a divisor of hidden_size, 18, "
-        "such as 3 or 6",
+        "such as 3 or 6; or --as mistral, whose class takes any",
         (heads(range(4), [0, 1]), {"num_attention_heads": (6, 2), "num_key_value_heads": (3, 1)}),
     ),
     "fewer experts than are chosen": Case((mixture(QWEN3_MOE), QWEN3_MOE), whole("*.experts.[013].*"),
