@@ -143,7 +143,7 @@ def refuse_contradictions(
         raise SparsepruneError(nothing)
     stray = None if source.path is not None else next(source.options, None)
     if stray is not None:
-        raise SparsepruneError(f"{stray}: goes with --masks MASKS or --zeros-of SPARSE, not with a spec")
+        raise SparsepruneError(f"{stray}: goes with --masks MASKS or --zeros-of SPARSE")
     if spec is None and variables:
         raise SparsepruneError("--set: goes with a SPEC, whose [vars] it sets")
 

@@ -342,8 +342,8 @@ def _cut(run: Run, asked: Asked, choice: Choice) -> results.Removal:
 
     checkpoint = choice.checkpoint
     shapes = {name: stored.shape for name, stored in checkpoint.tensors.items()}
+    config, turned = as_model(read_config(checkpoint), asked.target.model_type)
     try:
-        config, turned = as_model(read_config(checkpoint), asked.target.model_type)
         codes = codes_in(checkpoint.tensors)
         removal = make_removal(shapes, choice.kept, config, codes=codes, beside=read_beside(checkpoint))
         removal = replace(removal, changes=(*turned, *removal.changes))

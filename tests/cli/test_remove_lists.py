@@ -133,7 +133,7 @@ CONTRADICTIONS = {
     ("experts",): "experts and --experts exclude each other; give one of them",
     ("--masks", "x"): "--masks and --experts exclude each other; give one of them",
     ("--set", "sparsity=0.5"): "--set: goes with a SPEC, whose [vars] it sets",
-    ("--partial",): "--partial: goes with --masks MASKS, of which it forgives those without a tensor",
+    ("--partial",): "--partial: goes with --masks MASKS or --zeros-of SPARSE",
 }
 
 

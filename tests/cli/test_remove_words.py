@@ -259,7 +259,7 @@ WRONG: dict[str, str] = {
     ),
     "in --masks rows.masks --set sparsity=0.5": "--set: goes with a SPEC, whose [vars] it sets",
     "in --masks rows.masks --dry-run": "--dry-run: goes with a SPEC, whose plan it shows, or with a list",
-    "in 2of4 --partial": "--partial: goes with --masks MASKS or --zeros-of SPARSE, not with a spec",
+    "in 2of4 --partial": "--partial: goes with --masks MASKS or --zeros-of SPARSE",
     "in/model.safetensors mlp-channels": ONE_FILE,
     "in/model.safetensors --masks rows.masks --partial": ONE_FILE,
     "in mlp-channels -o taken": TAKEN,
@@ -338,8 +338,8 @@ WRONG: dict[str, str] = {
         f"even.masks: {UP} loses 4 of 8 along dimension 1, which no key of config.json carries"
     ),
     "in --masks embedding.masks": (
-        "embedding.masks: model.embed_tokens.weight loses 4 of 12 along dimension 0, which no key of "
-        "config.json carries"
+        "embedding.masks: model.embed_tokens.weight keeps 8 of 12 along dimension 0, lm_head.weight keeps "
+        "12 of 12 along dimension 0 (vocab_size): couple them in the spec"
     ),
     "in --masks layer.masks --partial": "\n".join(
         f"layer.masks: model.layers.1.mlp.{name}_proj.weight: nothing of its {shape} is kept, {SINCE}"

@@ -148,10 +148,7 @@ def test_scores_that_are_gone_are_not_missed(tmp_path: Path) -> None:
     [
         ([], "there is nothing to check against; give a SPEC, such as 2of4, or --masks MASKS"),
         (["2of4", "--masks", "x"], "2of4 and --masks exclude each other; give one of them"),
-        (
-            ["2of4", "--partial"],
-            "--partial: goes with --masks MASKS, of which it forgives those without a tensor",
-        ),
+        (["2of4", "--partial"], "--partial: goes with --masks MASKS or --zeros-of SPARSE"),
         (["--masks", "x", "--set", "n=2"], "--set: goes with a SPEC, whose [vars] it sets"),
     ],
 )

@@ -49,8 +49,10 @@ class Decoder:
         return [*parts, by_column(tensors[f"{stem}.o_proj.weight"], KV_HEADS).flatten(1)]
 
     def mlp_names(self) -> set[str]:
-        """The matrices of every layer, of a tower too, and the biases of those that write channels."""
-        pattern = re.compile(r"\.layers\.\d\.mlp\.(?:(?:gate|up)_proj|fc1|(?:down_proj|fc2)(?=\.weight))\.")
+        """The matrices of every layer, of a tower and its head too, and biases of what writes channels."""
+        pattern = re.compile(
+            r"\.(?:layers\.\d|head)\.mlp\.(?:(?:gate|up)_proj|fc1|(?:down_proj|fc2)(?=\.weight))\."
+        )
         return {name for name in self.dense.tensors() if pattern.search(name)}
 
     def attention_names(self) -> set[str]:
