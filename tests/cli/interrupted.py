@@ -311,7 +311,7 @@ def _prepare(command: Command) -> None:
     if command.way:
         force(patch, command.way)
     if command.version:
-        for module in ("api.pruning", "api.checking"):
+        for module in ("api.pruning", "api.masked", "api.removing"):
             patch.setattr(f"sparseprune.{module}.__version__", command.version)
     if command.powerless:
         _give_up_powers()

@@ -184,8 +184,8 @@ def test_verify_against_the_zeros_of_a_sparse_checkpoint(folder: Path) -> None:
 
 def test_remove_by_the_zeros_of_a_sparse_checkpoint(tmp_path: Path) -> None:
     write(tmp_path / "in", decoder(), LLAMA)
-    ok("apply", tmp_path / "in", "decoder-mlp-channels", "-o", tmp_path / "sparse")
-    ok("remove", tmp_path / "in", "decoder-mlp-channels", "-o", tmp_path / "by-spec")
+    ok("apply", tmp_path / "in", "mlp-channels", "-o", tmp_path / "sparse")
+    ok("remove", tmp_path / "in", "mlp-channels", "-o", tmp_path / "by-spec")
     ok("remove", tmp_path / "in", "--zeros-of", tmp_path / "sparse", "-o", tmp_path / "by-zeros")
     one, other = read(tmp_path / "by-spec"), read(tmp_path / "by-zeros")
     assert one.keys() == other.keys()
@@ -449,10 +449,10 @@ def test_masks_may_be_numbers_under_names_of_masks(folder: Path, dtype: torch.dt
 
 def test_remove_takes_masks_of_numbers_under_wrapped_names(tmp_path: Path) -> None:
     write(tmp_path / "in", decoder(), LLAMA)
-    ok("mask", tmp_path / "in", "decoder-mlp-channels", "-o", tmp_path / "masks")
+    ok("mask", tmp_path / "in", "mlp-channels", "-o", tmp_path / "masks")
     masks = {f"module.{name}_mask": one.float() for name, one in load_masks(tmp_path / "masks").items()}
     save_file(masks, tmp_path / "k.safetensors")
-    ok("remove", tmp_path / "in", "decoder-mlp-channels", "-o", tmp_path / "by-spec")
+    ok("remove", tmp_path / "in", "mlp-channels", "-o", tmp_path / "by-spec")
     ok("remove", tmp_path / "in", "--masks", tmp_path / "k.safetensors", "-o", tmp_path / "by-masks")
     one, other = read(tmp_path / "by-spec"), read(tmp_path / "by-masks")
     assert all(as_bytes(one[name]) == as_bytes(other[name]) for name in one.keys() | other.keys())
