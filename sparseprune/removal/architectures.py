@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from msgspec import Struct
 
-from sparseprune.spec.naming import HEAD_COUNTS
-
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -58,7 +56,6 @@ CHOSEN = (
 )
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth")
 SIDED_LAYERS = ("{side}_layers", "num_{side}_layers", "{side}_num_hidden_layers")
-HEADS = HEAD_COUNTS
 
 # Keys beside a tower's config that name the layer whose output is used.
 TAPS = ("vision_feature_layer", "vision_feature_layers")

@@ -16,7 +16,6 @@ from sparseprune.errors import CheckpointError
 from sparseprune.removal.architectures import (
     EXPERT_COUNTS,
     EXPERT_WIDTHS,
-    HEADS,
     KV_COUNTS,
     SHARED_WIDTHS,
     WIDTHS,
@@ -28,7 +27,7 @@ from sparseprune.removal.quantized import settle_modules
 from sparseprune.removal.sections import Sections, path_shown, value_at, with_value
 from sparseprune.removal.tokens import renumber
 from sparseprune.results.fields import ConfigChange
-from sparseprune.spec.naming import OTHER_TOWERS, VOCABULARY_SIZE
+from sparseprune.spec.naming import HEAD_COUNTS, OTHER_TOWERS, VOCABULARY_SIZE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -52,7 +51,7 @@ def _set(words: str) -> frozenset[str]:
 
 
 _LAYERS = _set("layer layers block blocks")
-_UNITS = {*WIDTHS, *EXPERT_WIDTHS, *SHARED_WIDTHS, *HEADS, *KV_COUNTS, *EXPERT_COUNTS}
+_UNITS = {*WIDTHS, *EXPERT_WIDTHS, *SHARED_WIDTHS, *HEAD_COUNTS, *KV_COUNTS, *EXPERT_COUNTS}
 _COUNTS = _set("n_layer n_layers num_layers num_hidden_layers")
 _NUMBERS = _set("id ids idx idxs index indices indexes numbers")
 # Kinds of layers: a list of numbers under such a name says which layers are of a kind.

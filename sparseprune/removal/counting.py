@@ -19,7 +19,6 @@ from sparseprune.removal.architectures import (
     CHOSEN,
     EXPERT_COUNTS,
     EXPERT_WIDTHS,
-    HEADS,
     KV_COUNTS,
     RATIOS,
     SHARED_WIDTHS,
@@ -30,7 +29,14 @@ from sparseprune.removal.architectures import (
 )
 from sparseprune.removal.sections import path_shown
 from sparseprune.spec import TensorInfo
-from sparseprune.spec.naming import EXPERTS, LOGIT_BIASES, OTHER_TOWERS, VOCABULARIES, VOCABULARY_SIZE
+from sparseprune.spec.naming import (
+    EXPERTS,
+    HEAD_COUNTS,
+    LOGIT_BIASES,
+    OTHER_TOWERS,
+    VOCABULARIES,
+    VOCABULARY_SIZE,
+)
 from sparseprune.spec.problems import shown
 from sparseprune.spec.structures import (
     Index,
@@ -316,7 +322,7 @@ def _count_heads(structure: Structure, section: Section, counts: Counts) -> None
     heads = structure.heads
     grouped = any(part.keys for part in structure.parts)
     groups = structure.units if grouped else 1
-    keys = (*_sided(SIDED_HEADS, side), *HEADS)
+    keys = (*_sided(SIDED_HEADS, side), *HEAD_COUNTS)
     path = _fitting(section, keys, layer, heads)
     if path is None and all(section.value(key, layer) is None for key in keys):
         path = section.path_of("num_attention_heads")  # a class has a default for what a config leaves out

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 from msgspec import Struct
 
 from sparseprune.errors import CheckpointError
-from sparseprune.removal.architectures import HEADS, KV_COUNTS
+from sparseprune.removal.architectures import KV_COUNTS
 from sparseprune.removal.counting import said, width_keys
 from sparseprune.removal.sections import path_shown
 from sparseprune.spec import TensorInfo
-from sparseprune.spec.naming import ATTENTIONS, EXPERTS, HEAD_SIZES, MLP_KEY_VALUE, MLPS
+from sparseprune.spec.naming import ATTENTIONS, EXPERTS, HEAD_COUNTS, HEAD_SIZES, MLP_KEY_VALUE, MLPS
 from sparseprune.spec.structures import Index, inputs_first, place_of
 
 if TYPE_CHECKING:
@@ -112,5 +112,5 @@ def _unfit_mlp(module: _Module, section: Section) -> str:
 def _unfit_attention(module: _Module, section: Section) -> str:
     """All shapes, and what the config says of heads."""
     texts = (f"{each.name.removeprefix(f'{module.name}.')} {list(each.shape)}" for each in module.matrices)
-    keys = (*HEADS, *KV_COUNTS, *HEAD_SIZES)
+    keys = (*HEAD_COUNTS, *KV_COUNTS, *HEAD_SIZES)
     return f"{module.name} has no whole heads: {', '.join(texts)}, and {said(section, keys, module.layer, 3)}"

@@ -56,9 +56,8 @@ def make(family: str, folder: Path) -> Checkpoint:
     return save(build(family), family, folder)
 
 
-def save(model: Any, family: str, folder: Path) -> Checkpoint:
-    """As `make`, of a model of one's own."""
-    generator = torch.Generator().manual_seed(11)
+def fill(model: Any, generator: torch.Generator) -> Any:
+    """Random numbers everywhere, norms near one and biases too: nothing is zero, nothing alike."""
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
             if not tensor.is_floating_point():
@@ -66,11 +65,17 @@ def save(model: Any, family: str, folder: Path) -> Checkpoint:
             noise = torch.randn(tensor.shape, generator=generator)
             if name.endswith("running_var"):
                 tensor.copy_(0.5 + noise.abs())
-            elif tensor.ndim == 1 and name.endswith("weight"):  # a norm
+            elif tensor.ndim <= 1 and name.endswith("weight"):  # a norm
                 tensor.copy_(1 + 0.2 * noise)
             else:
                 tensor.copy_(0.3 * noise)
-    model.save_pretrained(folder / family)
+    return model
+
+
+def save(model: Any, family: str, folder: Path) -> Checkpoint:
+    """As `make`, of a model of one's own."""
+    generator = torch.Generator().manual_seed(11)
+    fill(model, generator).save_pretrained(folder / family)
     if family in PICTURES:
         inputs = {"pixel_values": torch.randn(2, 3, 32, 32, generator=generator)}
     else:

@@ -37,6 +37,7 @@ REMOVALS = ("mlp-channels", "heads", "experts", "expert-channels", "layers")
 ACTIONS = ("2of4", *REMOVALS, "calibrate")
 SETTINGS = {"layers": {"sparsity": "0.34"}}  # of few layers a quarter is none
 CLOSE, APART = 1e-5, 1e-3
+REACHED = 0.95  # of the layers' matrices
 TOKENS, SEQUENCES = 14, 6
 
 _RECURRENT = {"mamba", "mamba2", "falcon_mamba"}
@@ -108,8 +109,9 @@ def _plan(one: Zoo, action: str, place: Path) -> Outcome:
     except SparsepruneError as error:
         return Outcome("unbound" if _binds_nothing(error) else "refused", str(error))
     left = ", ".join(each.name for each in totals.uncovered)
-    share = totals.layer_coverage
-    return Outcome("right", "" if share == 1 else f"{share:.1%}, without {left}")
+    share = totals.layer_coverage or 0.0
+    detail = "" if share == 1 else f"{share:.1%}, without {left}"
+    return Outcome("right" if share >= REACHED else "unbound", detail)
 
 
 def _binds_nothing(error: SparsepruneError) -> bool:

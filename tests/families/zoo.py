@@ -18,7 +18,7 @@ from transformers import AutoConfig
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from tests.families.checkpoints import read
+from tests.families.checkpoints import fill, read
 
 LAYERS, HIDDEN, HEADS, KV_HEADS, HEAD_SIZE, WIDTH = 4, 48, 8, 4, 10, 72
 EXPERTS, CHOSEN, EXPERT_WIDTH, SHARED_WIDTH, VOCABULARY, PLACES = 8, 2, 32, 24, 99, 64
@@ -154,26 +154,9 @@ def run(model: Any, given: Mapping[str, torch.Tensor]) -> torch.Tensor:
     return result
 
 
-def fill(model: Any) -> Any:
-    """Random numbers everywhere, norms near one and biases too: nothing is zero, nothing alike."""
-    generator = torch.Generator().manual_seed(11)
-    with torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            if not tensor.is_floating_point():
-                continue
-            noise = torch.randn(tensor.shape, generator=generator)
-            if name.endswith("running_var"):
-                tensor.copy_(0.5 + noise.abs())
-            elif tensor.ndim <= 1 and name.endswith("weight"):  # a norm
-                tensor.copy_(1 + 0.2 * noise)
-            else:
-                tensor.copy_(0.3 * noise)
-    return model
-
-
 def save(species: Species, folder: Path) -> Path:
     """Its checkpoint, below a folder."""
-    fill(build(species)).save_pretrained(folder / species.name)
+    fill(build(species), torch.Generator().manual_seed(11)).save_pretrained(folder / species.name)
     return folder / species.name
 
 
