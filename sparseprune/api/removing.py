@@ -336,6 +336,8 @@ def _kept_by(
 
 def _cut(run: Run, asked: Asked, choice: Choice) -> results.Removal:
     """Everything from kept indices to the output's name."""
+    from sparseprune.removal.dim_constraints import refuse
+    from sparseprune.removal.scales import unscalable
     from sparseprune.removal.sections import as_model
     from sparseprune.removal.shrink import make_removal
     from sparseprune.removal.slices import summed_up
@@ -347,6 +349,7 @@ def _cut(run: Run, asked: Asked, choice: Choice) -> results.Removal:
         codes = codes_in(checkpoint.tensors)
         removal = make_removal(shapes, choice.kept, config, codes=codes, beside=read_beside(checkpoint))
         removal = replace(removal, changes=(*turned, *removal.changes))
+        refuse(unscalable(removal.scales, checkpoint.tensors))
     except CheckpointError as error:
         raise CheckpointError(*(f"{choice.source}: {line}" for line in error.args)) from error
     _refuse_nothing(run, choice, removal)
@@ -404,7 +407,7 @@ def _removed(
     earlier = warn_of_earlier(run, choice.checkpoint, _touched(choice, removal), asked.machine)
     tensors = {**choice.checkpoint.tensors, **choice.rebuilt}
     kept = {name: removal.kept.get(name) or kept_whole(tensors[name].shape) for name in layout.weights}
-    cuts = Cuts(kept, tensors, choice.limits)
+    cuts = Cuts(kept, tensors, choice.limits, removal.scales)
     total, already = cuts.work_bytes(reader, output)
     with run.progress("removing", total, already) as advance:
         cuts.write(reader, output, asked.machine.jobs, advance)

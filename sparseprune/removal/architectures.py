@@ -93,17 +93,35 @@ class Layers(Struct, frozen=True):
     refused: Mapping[str, str] = {}
 
 
+class Hidden(Struct, frozen=True):
+    """What a class computes from the hidden size, or adds to the weights of norms.
+
+    Norms multiply by their weights plus `offset`. Embeddings are multiplied by the root of the hidden size
+    where the expression `embeddings` is true, and what the head reads is divided by it where `divided` is:
+    the `last` norm makes up for it. `keys` change in proportion. `shared`: norms of small values elsewhere
+    have the same epsilon, which stays.
+    """
+
+    offset: float = 0.0
+    embeddings: str = "False"
+    divided: str = "False"
+    last: str = "model.norm.weight"
+    keys: tuple[str, ...] = ()
+    shared: bool = False
+
+
 class Architecture(Struct, frozen=True):
     """Model types whose configs are alike, and what is particular about them.
 
-    `refused` says why a structure ("mlp", "heads", "experts", "layers") cannot change; `refused_where` a key
-    is set. `pinned`: keys that are written out when heads go, expressions for what the class would else
-    derive from the number of heads. The number of heads must divide the key `divides`; the class checks lists
-    in `sized` by it. `alike` keys take the value of another. `values` are expressions for keys that a config
-    may omit. `widths` name the key for modules whose names hold a text. `groups`: a router's groups of
-    experts of one size, of which `serving` serve and each needs the `best`. Classes of `kin` compute the same
-    with these values of their own keys, unless one of `unlike` is set. `settled` keys get a value when
-    channels go.
+    `refused` says why a structure ("mlp", "heads", "experts", "layers", "hidden") cannot change;
+    `refused_where` a key is set. `pinned`: keys that are written out when heads or the hidden size change,
+    expressions for what the class would else derive from them. The number of heads must divide the key
+    `divides`; the class checks lists in `sized` by it. `alike` keys take the value of another. `values` are
+    expressions for keys that a config may omit. `widths` name the key for modules whose names hold a text.
+    `groups`: a router's groups of experts of one size, of which `serving` serve and each needs the `best`.
+    Classes of `kin` compute the same with these values of their own keys, unless one of `unlike` is set.
+    `settled` keys get a value when channels go. `wide_norms` are modules of norms over all heads of a layer
+    or all channels of an MLP.
     """
 
     models: tuple[str, ...]
@@ -122,6 +140,8 @@ class Architecture(Struct, frozen=True):
     kin: Mapping[str, Mapping[str, object]] = {}
     unlike: tuple[str, ...] = ()
     settled: Mapping[str, bool] = {}
+    hidden: Hidden = Hidden()
+    wide_norms: tuple[str, ...] = ()
 
 
 _HEAD_DIM = "config.head_dim or config.hidden_size // config.num_attention_heads"
@@ -134,9 +154,12 @@ _FULL_ONES = "(config.max_window_layers if (config.max_window_layers >= 0 or 0) 
 
 # -- reasons -----------------------------------------------------------------------------------------
 
-_DERIVED = "the class derives the size of a head from the hidden size, so that fewer heads are larger"
+SUBTRACTED = "its norms subtract the mean of all hidden channels, which is another one of fewer"
+_BARE_NORM = "its norms have no weights that could make up for fewer channels"
+_EXPANDED = "the class derives the width of state space layers from the hidden size"
+_AS_SCALE = "the class scales other weights by the hidden size"
+DERIVED = "the class derives the size of a head from the hidden size, so that fewer heads are larger"
 _POST_NORM = "a layer ends in a norm, so that without anything of it zeros are passed on, not its input"
-_WIDE_NORM = "a norm spans all heads, and would average over fewer"
 _BIASES = "the position biases of the first layer are those of all, head by head"
 _FOURFOLD = "the class makes them four times as many as hidden channels, whatever the config says"
 _BY_RULE = "a rule says by the number of a layer what it consists of"
@@ -176,15 +199,18 @@ _QWEN2_MOE_TYPES = _typed(
 )
 _HYBRID = Layers(needs={"layer_types": "full_attention"})
 _BACKBONE = Layers(derived=("stage_names", "out_features", "out_indices"))
-_ENCODER = {"heads": _DERIVED, "layers": _POST_NORM}
-_HEADS = {"heads": _DERIVED}
+_ENCODER = {"heads": DERIVED, "layers": _POST_NORM}
+_HEADS = {"heads": DERIVED}
+_PLUS_ONE = Hidden(offset=1.0, shared=True)
+_GEMMA = Hidden(offset=1.0, embeddings="True")
+_T5 = Hidden(divided="True", last="decoder.final_layer_norm.weight")
 
 ARCHITECTURES: tuple[Architecture, ...] = (
     # Decoders with grouped heads of a size of their own.
     _grouped(
-        "mistral gemma ministral ministral3 qwen3_5_text glm glm4 cohere cohere2 seed_oss arcee apertus cwm",
-        "jais2 nanochat nemotron granite granitemoe granitemoeshared eurobert ernie4_5 hunyuan_v1_dense",
-        "phi olmo vaultgemma hunyuan_v1_moe phimoe starcoder2 t5_gemma_module lfm2_moe falcon_h1",
+        "mistral ministral ministral3 glm glm4 seed_oss arcee apertus cwm",
+        "jais2 nemotron granite granitemoe granitemoeshared eurobert ernie4_5 hunyuan_v1_dense",
+        "phi hunyuan_v1_moe phimoe starcoder2 t5_gemma_module lfm2_moe falcon_h1",
         "aria_text mixtral qwen2_5_omni_text",
         layers=_HYBRID,
     ),
@@ -194,14 +220,19 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         kin={"mistral": {"sliding_window": None}},
         unlike=("attention_bias", "mlp_bias"),
     ),
+    _grouped("cohere cohere2", layers=_HYBRID, refused={"hidden": SUBTRACTED}),
+    _grouped("olmo nanochat", refused={"hidden": _BARE_NORM}),
+    _grouped("qwen3_5_text", layers=_HYBRID, hidden=_PLUS_ONE),
+    _grouped("gemma vaultgemma", layers=_HYBRID, hidden=_GEMMA),
     _grouped("qwen2 qwen3", layers=_typed(f"{_QWEN_WINDOW}layer >= {_FULL_ONES}", "max_window_layers")),
     _row("qwen2_vl_text qwen2_5_vl_text glm4v_text", refused=_HEADS),
     _grouped("qwen3_vl_text qwen3_vl_moe_text", refused={"layers": _PICTURES}),
-    _grouped("gemma2", layers=_typed("(layer + 1) % 2"), divides="hidden_size"),
+    _grouped("gemma2", layers=_typed("(layer + 1) % 2"), divides="hidden_size", hidden=_GEMMA),
     _grouped(
         "gemma3_text",
         layers=_typed("(layer + 1) % (config.sliding_window_pattern or 6)", "sliding_window_pattern"),
         divides="hidden_size",
+        hidden=_GEMMA,
     ),
     _grouped("phi3", sized=("rope_scaling", "rope_parameters")),
     _grouped(
@@ -213,8 +244,12 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     ),
     _grouped("exaone4", layers=Layers(derived=("sliding_window_pattern",))),
     _grouped("ernie4_5_moe", layers=Layers(refused={"moe_layer_interval": _BY_RULE})),
-    _grouped("granitemoehybrid", layers=_HYBRID),
-    _grouped("bamba", layers=Layers(by_number=("attn_layer_indices",), needs_any=("attn_layer_indices",))),
+    _grouped("granitemoehybrid", layers=_HYBRID, refused={"hidden": _EXPANDED}),
+    _grouped(
+        "bamba",
+        layers=Layers(by_number=("attn_layer_indices",), needs_any=("attn_layer_indices",)),
+        refused={"hidden": _EXPANDED},
+    ),
     _grouped(
         "lfm2",
         settled={"block_auto_adjust_ff_dim": False},
@@ -242,7 +277,8 @@ ARCHITECTURES: tuple[Architecture, ...] = (
             rules=_QWEN2_MOE_TYPES.rules,
         ),
     ),
-    _grouped("qwen3_moe qwen3_next qwen3_5_moe_text", layers=_SPARSE),
+    _grouped("qwen3_moe", layers=_SPARSE),
+    _grouped("qwen3_next qwen3_5_moe_text", layers=_SPARSE, hidden=_PLUS_ONE),
     _grouped("qwen3_omni_moe_text", layers=_SPARSE, refused={"layers": _PICTURES}),
     _grouped(
         "glm4_moe dots1 exaone_moe solar_open",
@@ -253,7 +289,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     ),
     _grouped(
         "gemma4_text",
-        refused={"layers": _SCALED},
+        refused={"layers": _SCALED, "hidden": _AS_SCALE},
         refused_where={"num_kv_shared_layers": ("heads", _SHARED)},
     ),
     _grouped(
@@ -267,6 +303,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     _grouped(
         "afmoe",
         refused={"heads": "a gate has a row for each number of the heads"},
+        hidden=Hidden(embeddings="config.mup_enabled or False"),
         layers=Layers(up_to={"num_dense_layers": 1}),
     ),
     _grouped("doge", refused={"heads": "a state of each head decides what it attends to", "layers": _SCALED}),
@@ -277,9 +314,14 @@ ARCHITECTURES: tuple[Architecture, ...] = (
             "layers": "the decay of attention depends on a layer's number",
         },
     ),
-    _grouped("minimax_m2 olmo2 olmo3 olmoe flex_olmo", refused={"heads": _WIDE_NORM}),
-    _grouped("jamba", refused={"layers": _BY_RULE}),
-    _grouped("nemotron_h", layers=Layers(needs={"layers_block_type": "full_attention"})),
+    _grouped("minimax_m2 olmo2 olmo3 flex_olmo", wide_norms=("q_norm", "k_norm")),
+    _grouped("olmoe", refused=_HEADS),
+    _grouped("jamba", refused={"layers": _BY_RULE, "hidden": _EXPANDED}),
+    _grouped(
+        "nemotron_h",
+        hidden=Hidden(shared=True),
+        layers=Layers(needs={"layers_block_type": "full_attention"}),
+    ),
     _grouped(
         "recurrent_gemma",
         refused={
@@ -313,6 +355,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     ),
     _row(
         "minicpm3",
+        hidden=Hidden(keys=("dim_model_base",)),
         alike={"num_key_value_heads": "num_attention_heads"},
         refused={"layers": "the scale of residuals depends on the number of layers"},
     ),
@@ -322,6 +365,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         refused={
             "mlp": "experts that do nothing stand in the list of experts",
             "experts": "experts that do nothing are counted besides",
+            "hidden": _AS_SCALE,
         },
     ),
     # Decoders whose heads are as large as the hidden size and their number say.
@@ -340,10 +384,14 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         "gpt_neo", refused=_HEADS, layers=Layers(by_place=("attention_layers",), derived=("attention_types",))
     ),
     _row("gpt_neox persimmon stablelm helium falcon opt biogpt xglm", refused=_HEADS),
-    _row("bloom mpt", refused={"mlp": _FOURFOLD, "heads": _DERIVED}),
-    _row("openai-gpt", refused={"mlp": _FOURFOLD, "heads": _DERIVED, "layers": _POST_NORM}),
+    _row("bloom mpt", refused={"mlp": _FOURFOLD, "heads": DERIVED}),
+    _row("openai-gpt", refused={"mlp": _FOURFOLD, "heads": DERIVED, "layers": _POST_NORM}),
     _row("dbrx", refused=_HEADS),
-    _row("bitnet", refused={"mlp": "a norm spans all channels", "heads": _WIDE_NORM}),
+    _grouped(
+        "bitnet",
+        wide_norms=("ffn_sub_norm",),
+        refused=dict.fromkeys(("heads", "hidden"), "a norm of all heads is as wide as the hidden size"),
+    ),
     _row(
         "jetmoe",
         refused={
@@ -352,7 +400,8 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         },
     ),
     _row("ctrl", refused=_HEADS),
-    _row("rwkv mamba mamba2 falcon_mamba"),
+    _row("rwkv mamba falcon_mamba"),
+    _row("mamba2", refused={"hidden": _EXPANDED}),
     _row(
         "zamba2",
         refused={
@@ -367,16 +416,17 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     _grouped("nomic_bert", refused={"layers": _POST_NORM}),
     _row(
         "esm",
-        refused={"heads": _DERIVED, "layers": "the head for contacts reads the attention of all layers"},
+        refused={"heads": DERIVED, "layers": "the head for contacts reads the attention of all layers"},
     ),
-    _row("modernbert", refused={"heads": _DERIVED, "layers": _BY_RULE}),
+    _row("modernbert", refused={"heads": DERIVED, "layers": _BY_RULE}),
     # Encoders and decoders.
-    _row("t5 mt5", refused={"heads": _BIASES}),
-    _row("umt5"),
-    _row("switch_transformers", refused={"heads": _BIASES, "layers": _BY_RULE}),
+    _row("t5", refused={"heads": _BIASES}, hidden=_T5),
+    _row("mt5", refused={"heads": _BIASES}),
+    _row("umt5", hidden=_T5),
+    _row("switch_transformers", refused={"heads": _BIASES, "layers": _BY_RULE}, hidden=_T5),
     _row("mbart pegasus blenderbot m2m_100 whisper moonshine speech_to_text", refused=_HEADS),
     _row("bart marian led", refused=_ENCODER),
-    _row("nllb-moe", refused={"heads": _DERIVED, "layers": _BY_RULE}),
+    _row("nllb-moe", refused={"heads": DERIVED, "layers": _BY_RULE}),
     # Pictures and sound.
     _row("vit deit ijepa vit_msn", pinned=_PINNED),
     _row("beit", pinned=_PINNED, layers=_BACKBONE),
@@ -393,19 +443,19 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     _row("idefics3_vision smolvlm_vision internvl_vision pixtral blip_vision_model", refused=_HEADS),
     _row(
         "llama4_vision_model",
-        refused={"mlp": "what joins the tower to the text model is as wide", "heads": _DERIVED},
+        refused={"mlp": "what joins the tower to the text model is as wide", "heads": DERIVED},
     ),
     _row("qwen2_vl_vision qwen2_5_vl_vision qwen2_5_omni_vision_encoder", refused=_HEADS),
     _row("qwen3_5_vision qwen3_5_moe_vision", refused=_HEADS),
     _row(
         "qwen3_vl_vision qwen3_vl_moe_vision qwen3_omni_moe_vision_encoder",
-        refused={"heads": _DERIVED, "layers": _PICTURES},
+        refused={"heads": DERIVED, "layers": _PICTURES},
     ),
     _row("mllama_text_model", refused=_HEADS, layers=Layers(by_number=("cross_attention_layers",))),
-    _row("mllama_vision_model", refused={"heads": _DERIVED, "layers": "outputs of numbered layers are used"}),
-    _row("glm4v_vision", refused={"mlp": "they are as many as the text model is wide", "heads": _DERIVED}),
-    _row("swin swinv2", refused={"heads": _DERIVED, "layers": _WINDOWS}),
-    _row("segformer pvt_v2 hiera", refused={"mlp": _STAGES, "heads": _DERIVED, "layers": _STAGES}),
+    _row("mllama_vision_model", refused={"heads": DERIVED, "layers": "outputs of numbered layers are used"}),
+    _row("glm4v_vision", refused={"mlp": "they are as many as the text model is wide", "heads": DERIVED}),
+    _row("swin swinv2", refused={"heads": DERIVED, "layers": _WINDOWS}),
+    _row("segformer pvt_v2 hiera", refused={"mlp": _STAGES, "heads": DERIVED, "layers": _STAGES}),
     _row("convnext convnextv2", refused={"mlp": _STAGES, "layers": _STAGES}),
     _row("wav2vec2 hubert wavlm wav2vec2-bert wav2vec2-conformer", refused=_ENCODER),
     _row("qwen2_5_omni_audio_encoder qwen3_omni_moe_audio_encoder", refused=_HEADS),

@@ -24,6 +24,7 @@ from sparseprune.removal.architectures import (
 from sparseprune.removal.dim_constraints import agree, refuse
 from sparseprune.removal.layers import Stacks, lost_rules, without_layers
 from sparseprune.removal.quantized import settle_modules
+from sparseprune.removal.scales import scaled_keys
 from sparseprune.removal.sections import Sections, path_shown, value_at, with_value
 from sparseprune.removal.tokens import renumber
 from sparseprune.results.fields import ConfigChange
@@ -319,6 +320,7 @@ def _values(agreed: Agreed) -> dict[Path, object]:
             for name, of in row.alike.items():
                 if section.path_of(of) in agreed.values:
                     values[section.path_of(name)] = agreed.values[section.path_of(of)]
+    values |= scaled_keys(agreed.counts, agreed.values)
     return {key: value for key, value in values.items() if value is not None}
 
 

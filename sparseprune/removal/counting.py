@@ -17,6 +17,7 @@ from msgspec.structs import replace
 from sparseprune.errors import CheckpointError
 from sparseprune.removal.architectures import (
     CHOSEN,
+    DERIVED,
     EXPERT_COUNTS,
     EXPERT_WIDTHS,
     KV_COUNTS,
@@ -25,14 +26,18 @@ from sparseprune.removal.architectures import (
     SIDED_HEADS,
     SIDED_KV_COUNTS,
     SIDED_WIDTHS,
+    SUBTRACTED,
     WIDTHS,
 )
 from sparseprune.removal.sections import path_shown
 from sparseprune.spec import TensorInfo
 from sparseprune.spec.naming import (
+    EMBEDDINGS,
     EXPERTS,
     HEAD_COUNTS,
+    HIDDEN_SIZES,
     LOGIT_BIASES,
+    NORMS,
     OTHER_TOWERS,
     VOCABULARIES,
     VOCABULARY_SIZE,
@@ -43,6 +48,7 @@ from sparseprune.spec.structures import (
     find_attentions,
     find_experts,
     find_mlps,
+    hidden_size,
     module_of,
     with_expert,
 )
@@ -57,6 +63,7 @@ if TYPE_CHECKING:
 
 _ROUTER = re.compile(r"^(?:.*\.)?(?:gate|router|moe_statics)(?:\.|$)|^(?:expert_bias|\w*correction_bias)$")
 _SHARED = re.compile("shared")
+_LAYERS = "model.layers"  # a name of the text model
 _WHAT = {"mlp": "channels", "heads": "heads", "experts": "experts"}
 
 
@@ -65,8 +72,8 @@ class Counted(Struct, frozen=True):
 
     Tensors of one `group` keep the same units. `by_index`: the key counts `by_index` indices as one,
     whichever they are. `flat` modules lie behind each other in the dimension, and each keeps as many. A
-    tensor that `follows` is not pruned itself: it loses the units that the others lose.
-    Of a list of modules `tensor` is its name and `dim` None.
+    tensor that `follows` is not pruned itself: it loses the units that the others lose. `averaged`: a norm
+    divides by the root mean square of these units. Of a list of modules `tensor` is its name and `dim` None.
     """
 
     tensor: str
@@ -79,6 +86,7 @@ class Counted(Struct, frozen=True):
     by_index: int = 1
     flat: int = 1
     follows: bool = False
+    averaged: bool = False
 
 
 class HeadKeys(Struct, frozen=True):
@@ -104,7 +112,7 @@ class Counts:
     `misfits` are tensors whose structure no key counts, each with a line that says so; `contested` has the
     lines by the keys that should count them. `strangers` are uncounted tensors with the keys that count
     their like. `refused` lines say what the table refuses. `ratios` are keys whose value is the number of
-    units by another number.
+    units by another number. `hidden` is the key of the hidden size where that changes.
     """
 
     of: dict[str, list[Counted]] = field(default_factory=lambda: defaultdict(list))
@@ -117,6 +125,7 @@ class Counts:
     routing: dict[Path, Routing] = field(default_factory=dict)
     ratios: dict[Path, int] = field(default_factory=dict)
     widths: set[Path] = field(default_factory=set)  # keys that count channels
+    hidden: Path | None = None
     sections: dict[Path, Section] = field(default_factory=dict)  # by the key
 
     def add(self, counted: Iterable[Counted], section: Section) -> None:
@@ -140,14 +149,19 @@ def count_dims(
     counts = Counts()
     index = Index.of((TensorInfo(name, "", shape) for name, shape in shapes.items()), sections.config)
     losing = frozenset(lists)
+    others: list[Structure] = []
     for kind, find, count in (
         ("mlp", find_mlps, _count_mlp),
         ("heads", find_attentions, _count_heads),
         ("experts", _find_joined, _count_experts),
     ):
         for structure in find(index) if cut or (kind == "experts" and losing) else ():
-            is_touched = any(part.dim in cut.get(part.tensor, ()) for part in structure.parts)
-            is_touched = is_touched or (kind == "experts" and module_of(structure) in losing)
+            others.append(structure)
+            is_list = kind == "experts" and dict(structure.place)["expert"] == ""
+            is_touched = module_of(structure) in losing if kind == "experts" else False
+            is_touched |= not is_list and any(
+                part.dim in cut.get(part.tensor, ()) for part in structure.parts
+            )
             try:
                 section = sections.at(module_of(structure))
             except CheckpointError:
@@ -159,6 +173,9 @@ def count_dims(
                 count(structure, section, counts)
             elif is_touched:
                 counts.refused[f"{_WHAT[kind]} of {dict(structure.place)['stack']} cannot go: {why}"] = None
+    hidden = hidden_size(index, others) if cut else ""
+    if not isinstance(hidden, str) and _loses_hidden(hidden, cut):
+        _count_hidden(hidden, sections, counts)
     _note_strangers(index, counts)
     _count_routers(index, counts)
     for section, counted in find_vocabularies(shapes, sections) if cut else ():
@@ -233,6 +250,7 @@ def _count_mlp(structure: Structure, section: Section, counts: Counts) -> None:
             by_index=by_index,
             flat=one.flat,
             follows=one.follows,
+            averaged=_is_averaged(one, section),
         )
         for one in structure.parts
     )
@@ -344,7 +362,8 @@ def _count_heads(structure: Structure, section: Section, counts: Counts) -> None
     # Where each query head has a key/value head of its own, a matrix that holds both is counted by the first.
     of_both = path if kv_path is None or groups == heads else kv_path
     parts = (_elementary(one, (path, kv_path or path, of_both), module) for one in structure.parts)
-    counts.add(parts, section)
+    averaged = {one.tensor for one in structure.parts if _is_averaged(one, section)}
+    counts.add((replace(one, averaged=one.tensor in averaged) for one in parts), section)
 
 
 def _elementary(part: Units, keys: tuple[Path, Path, Path], group: str) -> Counted:
@@ -359,6 +378,46 @@ def _elementary(part: Units, keys: tuple[Path, Path, Path], group: str) -> Count
     else:
         key, count, size = of_queries, count * part.queries, size // part.queries
     return Counted(part.tensor, part.dim, key, group, count, size, part.begin, follows=part.follows)
+
+
+def _is_averaged(part: Units, section: Section) -> bool:
+    """Whether a vector is the weight of a norm over all units of a module."""
+    return part.tensor.rpartition(".")[0].rpartition(".")[2] in section.architecture.wide_norms
+
+
+# -- the hidden size ---------------------------------------------------------------------------------
+
+
+def _loses_hidden(structure: Structure, cut: Mapping[str, Collection[int]]) -> bool:
+    """Whether hidden channels are cut, and not only inputs or outputs of single matrices."""
+    of_all = [part for part in structure.parts if NORMS.search(part.part) or EMBEDDINGS.search(part.part)]
+    return any(part.dim in cut.get(part.tensor, ()) for part in of_all)
+
+
+def _count_hidden(structure: Structure, sections: Sections, counts: Counts) -> None:
+    section = sections.at(_LAYERS)
+    row, path = section.architecture, _fitting(section, HIDDEN_SIZES, None, structure.units)
+    norms = {part.tensor for part in structure.parts if NORMS.search(part.part)}
+    why = row.refused.get("hidden") or row.refused.get("heads" if row.refused.get("heads") == DERIVED else "")
+    if any(name.endswith(".bias") for name in norms):
+        why = SUBTRACTED
+    if why is not None:
+        counts.refused[f"hidden channels cannot go: {why}"] = None
+        return
+    if path is None:
+        text = f"its tensors have {structure.units} hidden channels"
+        counts.refused[f"hidden channels cannot go: {text}, {said(section, HIDDEN_SIZES, None)}"] = None
+        return
+    parts = (
+        Counted(
+            *(one.tensor, one.dim, path, "the hidden size", one.count, one.size, one.begin),
+            follows=one.tensor in norms or one.tensor.endswith("bias"),  # masks may be of matrices alone
+            averaged=one.tensor in norms,
+        )
+        for one in structure.parts
+    )
+    counts.hidden = path
+    counts.add(parts, section)
 
 
 # -- experts -----------------------------------------------------------------------------------------

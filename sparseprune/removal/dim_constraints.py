@@ -346,7 +346,7 @@ def _impossible(counts: Counts, model: CutModel, units: UnitsByKey, values: dict
     for keys in counts.heads.values():
         if model.exact:
             yield from _uneven_heads(keys, units, values)
-        yield from _unfit_heads(keys, values)
+        yield from _unfit_heads(keys, counts, values)
     for experts in [key for key in counts.routing if key in values]:
         yield from _unfit_routing(experts, counts, units, values, exact=model.exact)
     for key, value in values.items():
@@ -369,26 +369,36 @@ def _uneven_heads(keys: HeadKeys, units: UnitsByKey, values: Mapping[Path, int])
             yield f"{group}: {found}: each that stays must keep as many, the others none"
 
 
-def _unfit_heads(keys: HeadKeys, values: Mapping[Path, int]) -> Iterator[str]:
-    """Numbers of heads that the config's class refuses."""
-    if keys.heads not in values:
+def _unfit_heads(keys: HeadKeys, counts: Counts, values: Mapping[Path, int]) -> Iterator[str]:
+    """Numbers of heads, or of hidden channels for them, that the config's class refuses."""
+    hidden = counts.hidden if counts.hidden in values else None
+    if keys.heads not in values and hidden is None:
         return
-    row, section, number = keys.section.architecture, keys.section, values[keys.heads]
-    whole = None if row.divides is None else section.value(row.divides)
-    if isinstance(whole, int) and number and whole % number:
-        fitting = [count for count in range(1, whole + 1) if whole % count == 0]
-        below = max((count for count in fitting if count < number), default=None)
-        above = min((count for count in fitting if count > number), default=None)
-        near = " or ".join(str(count) for count in (below, above) if count is not None)
-        text = f"the config's class wants a divisor of {row.divides}, {whole}, such as {near}"
+    row, section = keys.section.architecture, keys.section
+    whole = section.value(row.divides) if row.divides else None
+    heads = values.get(keys.heads) or section.value(path_shown(keys.heads[len(section.path) :]))
+    left = whole if hidden is None else values[hidden]
+    if isinstance(whole, int) and isinstance(heads, int) and isinstance(left, int) and left % heads:
+        found, wanted, fitting = path_shown(keys.heads), f"divisor of {row.divides}, {left}", _divisors(left)
+        number = heads
+        if hidden is not None:
+            found, wanted, number = path_shown(hidden), f"multiple of {path_shown(keys.heads)}, {heads}", left
+            fitting = [left // heads * heads, left // heads * heads + heads]
+        below = [count for count in fitting if 0 < count < number][-1:]
+        above = [count for count in fitting if count > number][:1]
+        near = " or ".join(map(str, (*below, *above)))
         way = next((f"; or --as {kin}, whose class takes any" for kin in row.kin), "")
-        yield f"{path_shown(keys.heads)} would be {number}, and {text}{way}"
+        yield f"{found} would be {number}, and the config's class wants a {wanted}, such as {near}{way}"
     for key in row.sized:
-        found = section.values.get(key)
-        if isinstance(found, dict) and any(found.get(each) for each in ("short_factor", "long_factor")):
+        factors = section.values.get(key)
+        if isinstance(factors, dict) and any(factors.get(each) for each in ("short_factor", "long_factor")):
             name = path_shown(keys.heads)
             why = f"the config's class checks the length of factors in {key} by hidden_size // {name}"
             yield f"{name} cannot change: {why}"
+
+
+def _divisors(whole: int) -> list[int]:
+    return [count for count in range(1, whole + 1) if whole % count == 0]
 
 
 def _unfit_routing(

@@ -22,6 +22,7 @@ from sparseprune.removal.config import check_shapes, configure
 from sparseprune.removal.dim_constraints import CutModel, refuse
 from sparseprune.removal.preview import numbered, removed_members
 from sparseprune.removal.quantized import carry
+from sparseprune.removal.scales import Scale, remarks_on, scales_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -42,7 +43,8 @@ class Removal(Struct, frozen=True):
     """What is left of a checkpoint, by the old names of tensors; `kept` has the indices of cut ones.
 
     `config` is None where it stays as it is, `beside` are documents beside it that change. `remarks` are
-    lines about statements in files that may no longer be true.
+    lines about statements in files that may no longer be true, and about weights that get other values, by
+    `scales`.
     """
 
     left: Mapping[str, ResizedTensor]
@@ -51,6 +53,7 @@ class Removal(Struct, frozen=True):
     changes: tuple[ConfigChange, ...] = ()
     remarks: tuple[str, ...] = ()
     beside: Mapping[str, Mapping[str, Any]] = {}
+    scales: Mapping[str, Scale] = {}
 
 
 def make_removal(
@@ -94,7 +97,9 @@ def make_removal(
         for name, shape in after.items()
     }
     check_shapes(configured.agreed, shapes, after)
-    return Removal(left, left_of, smaller, changes, configured.remarks, configured.beside)
+    scales = scales_of(configured.agreed.counts, left_of, shapes)
+    remarks = (*configured.remarks, *remarks_on(scales))
+    return Removal(left, left_of, smaller, changes, remarks, configured.beside, scales)
 
 
 def _not_sliced(cut: Mapping[str, KeptIndices]) -> Iterator[str]:
@@ -130,6 +135,7 @@ class Cuts(Struct, frozen=True):
     kept: Mapping[str, KeptIndices]
     tensors: Mapping[str, StoredTensor]
     limits: Limits
+    scales: Mapping[str, Scale] = {}
 
     def work_bytes(self, reader: Source, output: Sink) -> tuple[int, int]:
         """Bytes that a whole run reads or copies, and how many of them an earlier run did."""
@@ -149,7 +155,7 @@ class Cuts(Struct, frozen=True):
 
     def _passes(self) -> list[CutTensor]:
         return [
-            CutTensor(name, kept, self.limits.slab, member)
+            CutTensor(name, kept, self.limits.slab, member, self.scales.get(name))
             for name, kept in self.kept.items()
             for member in (np.flatnonzero(kept.along[0]).tolist() if kept.by_member else [None])
         ]
@@ -169,13 +175,15 @@ class CutTensor(Pass):
     """Reads a tensor in slabs of neighbouring rows and writes what is kept of each.
 
     A row is as many of the last dimensions as fit into a slab, but at least the last one; of a vector, an
-    element. Of a stack whose members keep unlike indices it is about one `member`.
+    element. Of a stack whose members keep unlike indices it is about one `member`. Survivors are scaled if
+    there is a `scale`.
     """
 
     name: str
     kept: KeptIndices
     slab: int
     member: int | None = None
+    scale: Scale | None = None
 
     def chunks(self, io: TensorIO) -> Iterator[Chunk]:
         """The slabs of which anything is kept."""
@@ -210,6 +218,8 @@ class CutTensor(Pass):
             if not flags.all():
                 grid = grid.compress(flags, axis=dim)
         left = np.ascontiguousarray(grid).reshape(-1)
+        if self.scale is not None:
+            left = self.scale.applied(left, io.tensors[self.name].dtype)
         io.output.write_weight(self.name, slab.to * bits.itemsize, left.data)
         return []
 

@@ -301,13 +301,18 @@ def side_of(leaf: BoundBlock, shape: Shape) -> tuple[str, int]:
     return "", 0
 
 
+_OF_HEADS = ("q_proj", "k_proj", "v_proj")  # they write heads: of a hidden channel they have a column
+
+
 def _head_size(leaf: BoundBlock, side: str, tensors: Tensors) -> int | None:
     """How many rows or columns of a matrix a head has, as the width of a norm of heads beside it tells."""
-    module = leaf.tensor.rpartition(".")[0].rpartition(".")[0]
-    if not side or not _ATTENTION.search(module.rpartition(".")[2]):
+    module, _, name = leaf.tensor.rpartition(".")[0].rpartition(".")
+    if side != ("rows" if name in _OF_HEADS else "columns") or not _ATTENTION.search(
+        module.rpartition(".")[2]
+    ):
         return None
-    for name in HEAD_NORMS:
-        norm, query = tensors.get(f"{module}.{name}.weight"), tensors.get(f"{module}.q_proj.weight")
+    for each in HEAD_NORMS:
+        norm, query = tensors.get(f"{module}.{each}.weight"), tensors.get(f"{module}.q_proj.weight")
         if norm is not None and len(norm.shape) == 1:
             # A norm that is as wide as all heads together says nothing of one.
             return norm.shape[0] if query is None or norm.shape[0] < query.shape[0] else None

@@ -46,7 +46,7 @@ from sparseprune.spec.expressions import (
     misfit,
     resolve_variables,
 )
-from sparseprune.spec.locating import JoinedSite, Model, TensorSite, find_structures, label, locate
+from sparseprune.spec.locating import JoinedSite, Model, TensorSite, label, locate
 from sparseprune.spec.problems import Misfit, Problems, shown
 from sparseprune.spec.schema import (
     BlockTable,
@@ -358,7 +358,7 @@ def bind(spec: Spec, tensors: Sequence[TensorInfo], config: Mapping[str, Any] | 
     shared = resolve_variables(spec.variables, config, problems)
     structures = [table.structure for table in spec.tables.values() if isinstance(table, TensorsTable)]
     kinds = [kind for kind in structures if kind is not None]
-    model = Model(tensors, find_structures(kinds, tensors, config))
+    model = Model.of(tensors, config, kinds)
     sites = locate(spec, model, shared, problems)
     binder = _Binder(spec, shared)
     coupled = spec.coupled_scopes()

@@ -21,7 +21,17 @@ from sparseprune.spec.expressions import ExpressionError, Names, came_to, misfit
 from sparseprune.spec.patterns import PatternError
 from sparseprune.spec.problems import Problems, listed, nearest, shown
 from sparseprune.spec.schema import CouplingTable
-from sparseprune.spec.structures import NAMES, Index, Kind, Outlook, captures_of, find, matrices, outlook
+from sparseprune.spec.structures import (
+    NAMES,
+    Index,
+    Kind,
+    Outlook,
+    captures_of,
+    find,
+    hidden_size,
+    matrices,
+    outlook,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -59,15 +69,6 @@ class JoinedSite(Struct, frozen=True):
 
 Site = TensorSite | JoinedSite
 Found = Mapping[Kind, "Sequence[tuple[Captures, TensorInfo, Outlook]]"]
-
-
-def find_structures(
-    kinds: Iterable[Kind], tensors: Iterable[TensorInfo], config: Mapping[str, Any] | None
-) -> Found:
-    """The tensors of all structures of these kinds, with captures and outlooks, of the outlooks' shapes."""
-    wanted = list(dict.fromkeys(kinds))
-    index = Index.of(tensors, config) if wanted else None
-    return {kind: list(_of_kind(kind, index)) for kind in wanted if index is not None}
 
 
 def _of_kind(kind: Kind, index: Index) -> Iterator[tuple[Captures, TensorInfo, Outlook]]:
@@ -315,10 +316,21 @@ _PRUNABLE = tuple(dtype.name for dtype in DTYPES.values() if dtype.prunable)
 
 
 class Model(Struct, frozen=True):
-    """What a spec is located in: all tensors of a checkpoint, and those of its structures."""
+    """What a spec is located in: all tensors of a checkpoint, and those of its structures.
+
+    These have captures and outlooks, and the shapes of the outlooks.
+    """
 
     tensors: Sequence[TensorInfo]
+    index: Index
     structures: Found
+
+    @staticmethod
+    def of(tensors: Sequence[TensorInfo], config: Mapping[str, Any] | None, kinds: Iterable[Kind]) -> Model:
+        """All tensors, and those of structures of these kinds."""
+        wanted = list(dict.fromkeys(kinds))
+        index = Index.of(tensors if wanted else (), config)
+        return Model(tensors, index, {kind: list(_of_kind(kind, index)) for kind in wanted})
 
 
 def locate(spec: Spec, model: Model, shared: Mapping[str, object], problems: Problems) -> Sites:
@@ -413,6 +425,8 @@ def _no_structure(table: TensorsTable, kind: Kind, model: Model) -> str:
         names = [key for key in ("exclude", "where") if getattr(table, key)]
         found = f"the checkpoint has {count} {'tensors' if count > 1 else 'tensor'} of {NAMES[kind]}"
         return f"{found}, of which {listed(names)} {'leave' if len(names) > 1 else 'leaves'} none"
+    if kind == "hidden":
+        return f"the checkpoint has no {NAMES[kind]} that can be told: {hidden_size(model.index)}"
     some = (
         f"; the first names are {listed(tensor.name for tensor in model.tensors[:3])}"
         if model.tensors

@@ -43,7 +43,7 @@ def _mlp(writes: str, reads: str, beside: str = "") -> MlpNames:
 
 
 MLPS: tuple[MlpNames, ...] = (
-    _mlp("gate_proj up_proj", "down_proj"),  # Llama and most decoders since
+    _mlp("gate_proj up_proj", "down_proj", "ffn_sub_norm"),  # Llama and most decoders since; BitNet
     _mlp("gate_up_proj", "down_proj"),  # Phi-3, GLM-4, stacks of experts
     _mlp("up_proj", "down_proj"),  # Nemotron, MPT, Arcee, DINOv3
     _mlp("w1 w3", "w2"),  # Mixtral, LFM2
@@ -154,7 +154,7 @@ STACKS_INPUTS_FIRST = ("gpt_oss", "llama4", "llama4_text", "qwen3_vl_moe", "qwen
 INTERLEAVED = frozenset({"gpt_oss"})  # rows of gate and up take turns in a fused matrix
 
 # Vectors with as many elements as all query heads, or as all key/value heads; or with a row for each head.
-QUERY_VECTORS = ("q_norm.weight", "self.q_bias")
+QUERY_VECTORS = ("q_norm.weight", "self.q_bias", "attn_sub_norm.weight")
 KEY_VECTORS = ("k_norm.weight", "self.v_bias")
 # What has one element or row for each query head, in this dimension.
 EACH_HEAD = (
@@ -211,6 +211,11 @@ POSITIONS_FROM_PADDING = frozenset(
         *("clap_text_model", "speech_to_text", "m2m_100", "nllb-moe", "xglm", "fsmt"),
     )
 )
+
+# Keys of a config that say how wide is what layers pass on.
+HIDDEN_SIZES = ("hidden_size", "n_embd", "d_model", "model_dim", "dim")
+NORMS = re.compile(r"norm|(?:^|[._])ln(?:_|\d|\.|$)")  # what is scaled to one length
+JOINED = re.compile(r"(?:^|\.)(?:eh_proj|mtp\.fc)$")  # speculative heads read a token beside hidden states
 
 LAYER_LISTS = re.compile(r"^(?!conv|downsampl)(?:\w+_)?(?:layers|layer|h|blocks|block|resblocks)$")
 STAGES = re.compile(r"^(?:stages|layers)\.(?:layers|blocks)$")  # lists of layers in a list of stages

@@ -434,3 +434,63 @@ def test_masks_are_looked_at_in_memory_that_does_not_grow_with_their_rows(tmp_pa
         assert kept["x"].is_whole
         peaks.append(peak)
     assert peaks[1] < 1.5 * peaks[0]
+
+
+# -- the hidden size ---------------------------------------------------------------------------------
+
+ANY_WIDTH = {**LLAMA, "model_type": "mistral", "head_dim": 2}  # Llama wants a multiple of the heads
+
+
+@pytest.mark.parametrize("dtype", ["F64", "F32", "F16", "BF16"])
+@pytest.mark.parametrize("jobs", ["1", "3"])
+def test_hidden_channels_go_from_every_tensor_and_norms_are_scaled(
+    tmp_path: Path, dtype: str, jobs: str
+) -> None:
+    dense = decoder(DTYPES[dtype])
+    source = write(tmp_path / "in", dense, {**LLAMA, "head_dim": 2}, 2)
+    ok("apply", source, "hidden", "--set", "sparsity=0.5", "-o", tmp_path / "masked")
+    norm = load_masks(tmp_path / "masked")["model.norm.weight"]
+    stays = [channel for channel in range(HIDDEN) if norm[channel]]
+    said = run("remove", source, "hidden", "--set", "sparsity=0.5", "-o", tmp_path / "out", "--jobs", jobs)
+    assert said.code == 0
+    assert "5 weights, such as model.layers.0.input_layernorm.weight, are multiplied by 1.41421" in said.err
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["hidden_size"], config["rms_norm_eps"], config["head_dim"]) == (4, 2e-5, 2)
+    left = read(tmp_path / "out")
+    assert set(left) == set(dense)
+    for name, tensor in dense.items():
+        wanted = tensor
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            wanted = tensor[stays]
+        elif "_proj" in name or "embed" in name or "lm_head" in name:
+            wanted = tensor[:, stays]
+        elif "norm" in name:
+            wanted = (tensor[stays].double() * 2**0.5).to(tensor.dtype)
+        assert left[name].shape == wanted.shape, name
+        close = 2**-52 if dtype == "F64" else 0.0
+        assert torch.equal(left[name], wanted) or torch.allclose(left[name], wanted, rtol=close, atol=0), name
+
+
+def test_hidden_channels_go_by_masks_to_the_same_bytes(tmp_path: Path) -> None:
+    source = write(tmp_path / "in", decoder(), ANY_WIDTH)
+    ok("apply", source, "hidden", "-o", tmp_path / "masked")
+    run("remove", source, "hidden", "-o", tmp_path / "one")
+    said = run("remove", source, "--masks", tmp_path / "masked", "-o", tmp_path / "other")
+    assert said.code == 0
+    assert content(tmp_path / "one" / "model.safetensors") == content(
+        tmp_path / "other" / "model.safetensors"
+    )
+    said = run("remove", tmp_path / "masked", "--zeros-of", tmp_path / "masked", "-o", tmp_path / "third")
+    assert said.code == 0, said.err
+    assert content(tmp_path / "one" / "model.safetensors") == content(
+        tmp_path / "third" / "model.safetensors"
+    )
+
+
+def test_a_norm_whose_dtype_holds_no_scaled_weights_is_refused(tmp_path: Path) -> None:
+    dense = decoder()
+    dense["model.norm.weight"] = dense["model.norm.weight"].to(torch.float8_e4m3fn)
+    source = write(tmp_path / "in", dense, ANY_WIDTH)
+    said = run("remove", source, "hidden", "-o", tmp_path / "out")
+    assert (said.code, (tmp_path / "out").exists()) == (2, False)
+    assert "model.norm.weight is F8_E4M3, and its weights would have to be scaled" in said.err

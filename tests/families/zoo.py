@@ -196,8 +196,10 @@ def _seen(
 
 
 _TURNED = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 1]}}
+_TINY = 1e-10  # norms over other numbers of channels share it, so that it cannot be right for all
 _LINEAR: dict[str, Any] = {
-    "num_hidden_layers": 6, "linear_key_head_dim": 6, "linear_value_head_dim": 8, "linear_num_key_heads": 4,
+    "rms_norm_eps": _TINY, "num_hidden_layers": 6,
+    "linear_key_head_dim": 6, "linear_value_head_dim": 8, "linear_num_key_heads": 4,
     "linear_num_value_heads": 8, "head_dim": 20,
     "layer_types": [f"{kind}_attention" for kind in "linear full linear full full linear".split()],
 }  # fmt: skip
@@ -264,10 +266,10 @@ ZOO: tuple[Species, ...] = (
     _text("starcoder2", "Starcoder2"),
     _text("stablelm", "StableLm"),
     _text("olmo", "Olmo"),
-    _text("olmo2", "Olmo2"),
-    _text("olmo3", "Olmo3"),
+    _text("olmo2", "Olmo2", rms_norm_eps=_TINY),
+    _text("olmo3", "Olmo3", rms_norm_eps=_TINY),
     _text("olmoe", "Olmoe", intermediate_size=EXPERT_WIDTH),
-    _text("flex_olmo", "FlexOlmo", intermediate_size=EXPERT_WIDTH),
+    _text("flex_olmo", "FlexOlmo", intermediate_size=EXPERT_WIDTH, rms_norm_eps=_TINY),
     _text("granite", "Granite"),
     _text("granitemoe", "GraniteMoe", intermediate_size=EXPERT_WIDTH),
     _text("granitemoeshared", "GraniteMoeShared", intermediate_size=EXPERT_WIDTH),
@@ -282,7 +284,7 @@ ZOO: tuple[Species, ...] = (
     _text("glm4", "Glm4"),
     _text("glm4_moe", "Glm4Moe", head_dim=12),
     _text("smollm3", "SmolLM3"),
-    _text("exaone4", "Exaone4"),
+    _text("exaone4", "Exaone4", rms_norm_eps=_TINY),
     _text("seed_oss", "SeedOss"),
     _text("hunyuan_v1_dense", "HunYuanDenseV1"),
     _text("hunyuan_v1_moe", "HunYuanMoEV1", intermediate_size=EXPERT_WIDTH),
@@ -325,8 +327,8 @@ ZOO: tuple[Species, ...] = (
         "full_attention", "conv"],
     ),
     _text("afmoe", "Afmoe"),
-    _text("minimax", "MiniMax", intermediate_size=EXPERT_WIDTH, block_size=8),
-    _text("minimax_m2", "MiniMaxM2", intermediate_size=EXPERT_WIDTH),
+    _text("minimax", "MiniMax", intermediate_size=EXPERT_WIDTH, block_size=8, rms_norm_eps=_TINY),
+    _text("minimax_m2", "MiniMaxM2", intermediate_size=EXPERT_WIDTH, rms_norm_eps=_TINY),
     _text("mixtral", "Mixtral", intermediate_size=EXPERT_WIDTH),
     _text("qwen2_moe", "Qwen2Moe"),
     _text("qwen3_moe", "Qwen3Moe", num_experts=EXPERTS, head_dim=HEAD_SIZE),
@@ -355,9 +357,9 @@ ZOO: tuple[Species, ...] = (
     _text(
         "nemotron_h", "NemotronH", layers_block_type=["mamba", "moe", "attention", "mlp", "mamba", "moe"],
         mamba_num_heads=8, mamba_head_dim=12, n_groups=2, ssm_state_size=16, chunk_size=8,
-        moe_shared_expert_intermediate_size=SHARED_WIDTH,
+        moe_shared_expert_intermediate_size=SHARED_WIDTH, layer_norm_epsilon=_TINY,
     ),
-    _text("minicpm3", "MiniCPM3", num_key_value_heads=HEADS),
+    _text("minicpm3", "MiniCPM3", num_key_value_heads=HEADS, dim_model_base=12),
     _text("cwm", "Cwm"),
     _text("jais2", "Jais2"),
     _text("solar_open", "SolarOpen"),

@@ -131,7 +131,13 @@ def test_what_does_not_go_with_it_is_refused(more: str, says: str) -> None:
 
 def test_an_unknown_structure_is_answered_with_those_there_are() -> None:
     text = refused(f"[scope.m]\n{MATRIX.replace('matrices', 'mlps')}")
-    assert '"matrices", "mlp", "heads", "experts" or "layers"' in text
+    assert '"matrices", "mlp", "heads", "experts", "layers" or "hidden"' in text
+
+
+def test_a_hidden_size_that_is_not_there_is_told_with_the_reason() -> None:
+    text = r"the checkpoint has no hidden size of a text model that can be told: no layers and no embeddings"
+    with pytest.raises(UnboundError, match=text):
+        bound(f"[scope.m]\n{MATRIX.replace('matrices', 'hidden')}", {"w": (4, 4), "x": (4,)})
 
 
 @pytest.mark.parametrize("kind", ["heads", "experts", "layers"])

@@ -14,6 +14,7 @@ from sparseprune.spec.structures import (
     Structure,
     captures_of,
     find,
+    hidden_size,
     matrices,
     outlook,
 )
@@ -644,6 +645,76 @@ def test_lists_of_layers_are_known_by_their_names_and_end_where_the_config_says(
         stack = str(dict(one.place)["stack"])
         counts[stack] = counts.get(stack, 0) + 1
     assert counts == found
+
+
+# -- the hidden size ---------------------------------------------------------------------------------
+
+HIDDEN: Shapes = {
+    "model.embed_tokens.weight": (9, 6),
+    "model.layers.0.input_layernorm.weight": (6,),
+    "model.layers.0.self_attn.q_proj.weight": (6, 6),  # of heads that are as many as hidden channels
+    "model.layers.0.self_attn.k_proj.weight": (6, 6),
+    "model.layers.0.self_attn.v_proj.weight": (6, 6),
+    "model.layers.0.self_attn.o_proj.weight": (6, 6),
+    "model.layers.0.self_attn.q_norm.weight": (2,),
+    "model.layers.0.mlp.gate.weight": (4, 6),
+    "model.layers.0.mlp.experts.gate_up_proj": (4, 10, 6),
+    "model.layers.0.mlp.experts.down_proj": (4, 6, 5),
+    "lm_head.weight": (6, 6),  # as many tokens, too
+}
+SIX = {"hidden_size": 6, "num_attention_heads": 3, "head_dim": 2}
+
+
+def test_a_hidden_channel_is_what_reads_writes_or_scales_it_in_every_tensor() -> None:
+    (found,) = find("hidden", index_of(HIDDEN, SIX))
+    inputs: dict[str, Callable[[int], Any]] = {
+        name: lambda unit, shape=shape: numbered(shape)[..., unit]  # type: ignore[misc]
+        for name, shape in HIDDEN.items()
+        if "q_norm" not in name
+    }
+    inputs["model.layers.0.self_attn.o_proj.weight"] = lambda unit: numbered((6, 6))[unit]
+    inputs["model.layers.0.mlp.experts.down_proj"] = lambda unit: numbered((4, 6, 5))[:, unit]
+    elements = seen(HIDDEN, found)
+    assert len(elements) == 6
+    for (_, unit), each in elements.items():
+        assert each == {name: of(unit).reshape(-1).tolist() for name, of in inputs.items()}
+
+
+def test_without_a_config_embeddings_tell_the_hidden_size() -> None:
+    shapes: Shapes = {"model.embed_tokens.weight": (9, 4), "model.layers.0.norm.weight": (4,)}
+    (found,) = find("hidden", index_of(shapes))
+    assert (found.units, len(found.parts)) == (4, 2)
+
+
+def test_what_a_speculative_head_reads_has_hidden_channels_twice() -> None:
+    shapes: Shapes = {"model.embed_tokens.weight": (9, 4), "model.layers.1.eh_proj.weight": (4, 8)}
+    (found,) = find("hidden", index_of(shapes, {"hidden_size": 4}))
+    each = [(one.dim, one.begin) for one in found.parts if "eh_proj" in one.tensor]
+    assert each == [(1, 0), (1, 4), (0, 0)]
+
+
+@pytest.mark.parametrize(
+    ("more", "why"),
+    [
+        (
+            {"model.layers.0.mix.weight": (6, 6)},
+            "nothing tells which dimension of model.layers.0.mix.weight, [6, 6], it is",
+        ),
+        (
+            {"vision_tower.layers.0.fc.weight": (8, 3)},
+            "towers are joined by it, as vision_tower.layers.0.fc.weight tells",
+        ),
+    ],
+)
+def test_a_hidden_size_that_cannot_be_told_is_none_with_a_reason(more: Shapes, why: str) -> None:
+    index = index_of({**HIDDEN, **more}, SIX)
+    assert (find("hidden", index), hidden_size(index)) == ([], why)
+
+
+def test_what_has_no_layers_or_no_such_width_has_no_hidden_size() -> None:
+    assert hidden_size(index_of({"w": (4, 4)})) == "no layers and no embeddings tell one"
+    index = index_of({"model.layers.0.fc.weight": (8, 3)}, {"hidden_size": 6})
+    assert hidden_size(index) == "no tensor has 6 channels"
 
 
 # -- matrices ----------------------------------------------------------------------------------------

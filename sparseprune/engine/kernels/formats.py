@@ -111,6 +111,29 @@ def values_of(bits: Bits, dtype: str) -> Values:
     return bits.view(_INTEGERS[dtype]).astype(np.float64 if bits.itemsize > 2 else np.float32)
 
 
+def bits_of(values: NDArray[np.float64], dtype: str) -> Bits:
+    """The patterns of float64 values as F64, F32, BF16 or F16, rounded once, to even; KeyError for others.
+
+    >>> [hex(bits) for bits in bits_of(np.array([-1.0, 1 + 2**-8 + 2**-40]), "BF16")]
+    ['0xbf80', '0x3f81']
+    """
+    with np.errstate(over="ignore"):  # beyond the largest is infinity
+        if dtype == "F16":
+            return values.astype(np.float16).view(np.uint16)
+        singles = values.astype(_AS_THEY_ARE.get(dtype, np.float32))
+    bits: Bits = singles.view(FORMATS["F32" if dtype == "BF16" else dtype].pattern)
+    if dtype != "BF16":
+        return bits
+    # What lies halfway in float32 may have been rounded to there, from above or from below.
+    wide, rounded = np.abs(values), np.abs(singles)
+    halfway = (bits & np.uint32(0xFFFF)) == 0x8000
+    bits = bits + (halfway & (wide > rounded)) - (halfway & (wide < rounded))
+    even = (bits >> np.uint32(16)) & np.uint32(1)
+    return np.where(np.isnan(values), 0x7FC0, (bits + np.uint32(0x7FFF) + even) >> np.uint32(16)).astype(
+        np.uint16
+    )
+
+
 _AS_THEY_ARE: Mapping[str, Any] = MappingProxyType(
     {"F32": np.float32, "F64": np.float64, "C64": np.complex64}
 )

@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from sparseprune.spec.structures.attentions import find_attentions as find_attentions
 from sparseprune.spec.structures.attentions import fused_layout as fused_layout
 from sparseprune.spec.structures.attentions import head_count as head_count
+from sparseprune.spec.structures.hidden import find_hidden as find_hidden
+from sparseprune.spec.structures.hidden import hidden_size as hidden_size
 from sparseprune.spec.structures.index import CAPTURES as CAPTURES
 from sparseprune.spec.structures.index import KINDS as KINDS
 from sparseprune.spec.structures.index import NAMES as NAMES
@@ -42,6 +44,7 @@ _FINDERS: Mapping[Kind, Callable[[Index], list[Structure]]] = {
     "heads": find_attentions,
     "experts": find_experts,
     "layers": find_layers,
+    "hidden": find_hidden,
 }
 
 

@@ -22,14 +22,15 @@ if TYPE_CHECKING:
 
     Numbers = tuple[int, ...]
 
-Kind = Literal["matrices", "mlp", "heads", "experts", "layers"]
-KINDS: tuple[Kind, ...] = ("matrices", "mlp", "heads", "experts", "layers")
+Kind = Literal["matrices", "mlp", "heads", "experts", "layers", "hidden"]
+KINDS: tuple[Kind, ...] = ("matrices", "mlp", "heads", "experts", "layers", "hidden")
 NAMES: Mapping[Kind, str] = {
     "matrices": "matrices of layers",
     "mlp": "MLPs of layers",
     "heads": "attention of layers with heads that are counted",
     "experts": "routed experts",
     "layers": "lists of layers",
+    "hidden": "hidden size of a text model",
 }
 CAPTURES = ("stack", "layer", "module", "group", "expert", "part")
 _NUMBER = re.compile(r"(?:^|(?<=\.))(?:expert_)?([0-9]{1,9})(?=\.|$)")
