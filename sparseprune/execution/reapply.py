@@ -35,6 +35,7 @@ from sparseprune.execution.runner import (
 from sparseprune.execution.tensor_io import TensorIO, pattern_of
 from sparseprune.execution.tiles import RegionPass, region_chunks
 from sparseprune.results.fields import Made
+from sparseprune.spec.naming import MEMBER
 from sparseprune.spec.problems import nearest
 
 if TYPE_CHECKING:
@@ -389,7 +390,7 @@ def _missing(
 
 def _kind(name: str, rank: int) -> tuple[str, int]:
     """What is alike in all layers of a name: pieces that are numbers count as one."""
-    return ".".join("*" if piece.isdigit() else piece for piece in name.split(".")), rank
+    return MEMBER.sub("*", name), rank
 
 
 def _first_ten(names: Sequence[str], line: Callable[[str], str], more: str) -> list[str]:

@@ -39,6 +39,7 @@ from sparseprune.spec.naming import (
     LOGIT_BIASES,
     NORMS,
     OTHER_TOWERS,
+    ROUTER,
     VOCABULARIES,
     VOCABULARY_SIZE,
 )
@@ -61,7 +62,6 @@ if TYPE_CHECKING:
     from sparseprune.spec import Captures
     from sparseprune.spec.structures import Structure, Units
 
-_ROUTER = re.compile(r"^(?:.*\.)?(?:gate|router|moe_statics)(?:\.|$)|^(?:expert_bias|\w*correction_bias)$")
 _SHARED = re.compile("shared")
 _LAYERS = "model.layers"  # a name of the text model
 _WHAT = {"mlp": "channels", "heads": "heads", "experts": "experts"}
@@ -487,7 +487,7 @@ def _router(tensor: TensorInfo, parents: Mapping[str, Counted]) -> Iterator[Coun
         if parent is None:
             continue
         rest = ".".join(pieces[depth:])
-        if _ROUTER.match(rest) and not rest.startswith(EXPERTS) and not _SHARED.search(rest):
+        if ROUTER.match(rest):
             dim = next((dim for dim, size in enumerate(tensor.shape[:2]) if size == parent.count), None)
             if dim is not None:
                 yield Counted(tensor.name, dim, parent.key, parent.group, parent.count, follows=True)

@@ -6,7 +6,6 @@ Called by `plan`, and by `remove` before it works.
 
 from __future__ import annotations
 
-import re
 from bisect import bisect_left
 from collections import Counter
 from itertools import islice
@@ -19,6 +18,7 @@ from sparseprune.checkpoint.codes import codes_in
 from sparseprune.engine.grids import Shape, prod
 from sparseprune.errors import CheckpointError
 from sparseprune.spec import BoundScope
+from sparseprune.spec.naming import MEMBER
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
     Look = Callable[[BoundBlock], "Sliced | None"]
 
-_NUMBER = re.compile(r"(?<=\.)(?:0|[1-9][0-9]{0,17})(?=\.)")  # as a list of modules writes it
 _DEEPEST = 16  # lists in lists: no model has so many
 
 
@@ -60,7 +59,8 @@ class RemovedMembers(Struct, frozen=True):
         for before, number, place in numbered(name):
             gone = self.numbers.get(before, ())
             if gone:
-                pieces[place] = str(number - bisect_left(gone, number))
+                kind = pieces[place].removesuffix(str(number))
+                pieces[place] = f"{kind}{number - bisect_left(gone, number)}"
         return ".".join(pieces)
 
 
@@ -70,9 +70,10 @@ def numbered(name: str) -> Iterator[tuple[str, int, int]]:
     >>> list(numbered("layers.3.experts.10.up"))
     [('layers', 3, 1), ('layers.3.experts', 10, 3)]
     """
-    for found in islice(_NUMBER.finditer(name), _DEEPEST):
+    modules = (found for found in MEMBER.finditer(name) if found.start() > 0 and found.end() < len(name))
+    for found in islice(modules, _DEEPEST):
         before = name[: found.start() - 1]
-        yield before, int(found[0]), before.count(".") + 1
+        yield before, int(found[1]), before.count(".") + 1
 
 
 def removed_members(names: Iterable[str], empty: Collection[str]) -> RemovedMembers:

@@ -20,7 +20,7 @@ from sparseprune.engine.grids import prod
 from sparseprune.report.wording import many, percent
 from sparseprune.results.fields import Uncovered
 from sparseprune.spec import BoundBlockCoupling
-from sparseprune.spec.naming import HEAD_NORMS, SPECULATIVE
+from sparseprune.spec.naming import HEAD_NORMS, MEMBER, SPECULATIVE
 from sparseprune.spec.structures import is_layer_matrix, is_matrix_shape, routed_modules
 
 if TYPE_CHECKING:
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 
 ENOUGH = 0.9  # the share of what a spec is about under which a run is warned of
 _LISTED, _SHOWN = 10, 2  # kinds that are left out: so many in a document, so many in a line
-_NUMBER = re.compile(r"\.[0-9]+(?![^.])")  # a whole piece of a name that has a dot in front
 
 # Words that tell what a matrix of a layer is, by pieces between dots. The last piece that tells decides. They
 # are not the naming schemes by which structures are found, so that they can tell what these miss.
@@ -164,14 +163,13 @@ def _reached(rules: Iterable[BoundRule]) -> dict[str, int]:
 
 def _kinds(names: Sequence[str], shapes: Sequence[Shape], reached: Mapping[str, int]) -> list[_Kind]:
     """The matrices of layers, kind by kind; of tens of thousands of tensors those that are alike are one."""
-    star = _NUMBER.sub
-    starred = [star(".*", f".{name}") for name in names]
+    starred = [MEMBER.sub("*", name) for name in names]
     parts = [reached.get(name, 0) for name in names]
     kinds: dict[str, _Kind] = {}
     for (key, shape, part), count in Counter(zip(starred, shapes, parts, strict=True)).items():
         if not is_matrix_shape(shape):
             continue
-        kind = kinds.setdefault(key, _Kind(key[1:]))
+        kind = kinds.setdefault(key, _Kind(key))
         numel = prod(shape)
         kind.numel += numel * count
         kind.reached += part * count

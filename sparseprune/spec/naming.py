@@ -186,9 +186,9 @@ EXPERTS = "experts"  # the module that holds a layer's experts, as a list or as 
 STACKS = re.compile(
     r"(?:^|\.)(?:block_sparse_moe|moe|mlp)\.(?:input_linear|output_linear)(?:\.weight|\.bias)?$"
 )
+# What a router has, beside the module of the experts; a scale of its inputs has nothing for each expert.
 ROUTER = re.compile(
-    r"^(?:gate|router|mlp\.router|moe_statics)(?:\.(?:weight|bias|layer\.weight|linear\.weight|classifier\.weight"
-    r"|proj\.weight|wg\.weight|gate\.weight|e_score_correction_bias|per_expert_scale))?$|^(?:expert_bias|e_score_correction_bias)$"
+    r"^(?:mlp\.)?(?:gate|router|moe_statics)(?:\.(?!scale$)|$)|^(?:expert_bias|\w*correction_bias)$"
 )
 
 # Modules with a row for each token, or an element of a bias: embeddings, and the heads that write logits.
@@ -217,6 +217,8 @@ HIDDEN_SIZES = ("hidden_size", "n_embd", "d_model", "model_dim", "dim")
 NORMS = re.compile(r"norm|(?:^|[._])ln(?:_|\d|\.|$)")  # what is scaled to one length
 JOINED = re.compile(r"(?:^|\.)(?:eh_proj|mtp\.fc)$")  # speculative heads read a token beside hidden states
 
+# A whole piece of a name that numbers a member of a list, as in `layers.3` or in `experts.expert_3` (Switch).
+MEMBER = re.compile(r"(?:^|(?<=\.))(?:expert_)?(0|[1-9][0-9]{0,17})(?=\.|$)")
 LAYER_LISTS = re.compile(r"^(?!conv|downsampl)(?:\w+_)?(?:layers|layer|h|blocks|block|resblocks)$")
 STAGES = re.compile(r"^(?:stages|layers)\.(?:layers|blocks)$")  # lists of layers in a list of stages
 

@@ -17,6 +17,7 @@ from msgspec import Struct
 from transformers import AutoConfig
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.nllb_moe.modeling_nllb_moe import NllbMoeExperts
 
 from tests.families.checkpoints import fill, read
 
@@ -149,9 +150,23 @@ def output(species: Species, model: Any) -> torch.Tensor:
 def run(model: Any, given: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """The first output of a model for what it is given."""
     missing = patch.object(MoeCausalLMOutputWithPast, "image_outputs", None, create=True)  # Llama 4 wants it
-    with torch.inference_mode(), missing:
+    chosen = patch.object(NllbMoeExperts, "forward", _chosen_experts)
+    with torch.inference_mode(), missing, chosen:
         result: torch.Tensor = model(**given, return_dict=True)[0]
     return result
+
+
+def _chosen_experts(
+    experts: NllbMoeExperts, states: torch.Tensor, _mask: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    """What the experts of NLLB make of states (tokens, hidden), with weights (tokens, experts) by its router.
+
+    The class runs the first two experts in place of those that the router chose.
+    """
+    return sum(
+        (experts[f"expert_{at}"](states) * weight[:, None] for at, weight in enumerate(weights.T)),
+        torch.zeros_like(states),
+    )
 
 
 def save(species: Species, folder: Path) -> Path:

@@ -73,6 +73,8 @@ def test_the_outermost_members_that_are_empty_vanish_and_the_others_move_up(
         ("layers.3.experts.10.up", [("layers", 3, 1), ("layers.3.experts", 10, 3)]),
         ("model.layers.0.mlp.up.weight", [("model.layers", 0, 2)]),
         ("blocks.1.2.weight", [("blocks", 1, 1), ("blocks.1", 2, 2)]),
+        ("layers.1.experts.expert_0.wi", [("layers", 1, 1), ("layers.1.experts", 0, 3)]),
+        ("layers.01.up", []),
         ("layers.3", []),  # a parameter in a list, not a module
         ("0.weight", []),  # a list without a name
         ("0.1.weight", [("0", 1, 1)]),
@@ -127,6 +129,13 @@ def test_gaps_between_numbers_stay() -> None:
     found = removed_members(every, frozenset({"layers.5.w"}))
     stays = [found.renamed(name) for name in every if not found.has(name)]
     assert stays == ["layers.2.w", "layers.8.w", "layers.9.w"]
+
+
+def test_members_whose_names_have_a_word_before_the_number_keep_it() -> None:
+    found = RemovedMembers({"h.2.experts": (1,)})
+    assert found.has("h.2.experts.expert_1.wi")
+    assert found.renamed("h.2.experts.expert_3.wi") == "h.2.experts.expert_2.wi"
+    assert found.renamed("h.1.experts.expert_3.wi") == "h.1.experts.expert_3.wi"
 
 
 def test_lists_of_one_name_in_other_places_are_others() -> None:

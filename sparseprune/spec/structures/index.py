@@ -6,13 +6,12 @@ Called by the finders beside it, by locating, and by removal.
 
 from __future__ import annotations
 
-import re
 from math import prod
 from typing import TYPE_CHECKING, Any, Literal
 
 from msgspec import Struct
 
-from sparseprune.spec.naming import CLASS_DEFAULTS, EXPERTS, TEXT_CONFIGS, TOWERS
+from sparseprune.spec.naming import CLASS_DEFAULTS, EXPERTS, MEMBER, TEXT_CONFIGS, TOWERS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -33,7 +32,6 @@ NAMES: Mapping[Kind, str] = {
     "hidden": "hidden size of a text model",
 }
 CAPTURES = ("stack", "layer", "module", "group", "expert", "part")
-_NUMBER = re.compile(r"(?:^|(?<=\.))(?:expert_)?([0-9]{1,9})(?=\.|$)")
 MATRIX = ".weight"  # what the name of a module's matrix ends with
 
 
@@ -100,7 +98,7 @@ class Index(Struct, frozen=True):
     @staticmethod
     def of(tensors: Iterable[TensorInfo], config: Mapping[str, Any] | None = None) -> Index:
         forms: dict[str, dict[Numbers, TensorInfo]] = {}
-        star, numbers = _NUMBER.sub, _NUMBER.findall
+        star, numbers = MEMBER.sub, MEMBER.findall
         for tensor in tensors:
             name = tensor.name
             forms.setdefault(star("*", name), {})[tuple(map(int, numbers(name)))] = tensor
