@@ -114,7 +114,8 @@ class Architecture(Struct, frozen=True):
     """Model types whose configs are alike, and what is particular about them.
 
     `refused` says why a structure ("mlp", "heads", "experts", "layers", "hidden") cannot change;
-    `refused_where` a key is set. `pinned`: keys that are written out when heads or the hidden size change,
+    `refused_where` a key is set. `tied` says why attentions whose names hold a text keep the same heads in
+    all layers of a stack. `pinned`: keys that are written out when heads or the hidden size change,
     expressions for what the class would else derive from them. The number of heads must divide the key
     `divides`; the class checks lists in `sized` by it. `alike` keys take the value of another. `values` are
     expressions for keys that a config may omit. `widths` name the key for modules whose names hold a text.
@@ -128,6 +129,7 @@ class Architecture(Struct, frozen=True):
     layers: Layers = Layers()
     refused: Mapping[str, str] = {}
     refused_where: Mapping[str, tuple[str, str]] = {}
+    tied: Mapping[str, str] = {}
     pinned: Mapping[str, str] = {}
     divides: str | None = None
     sized: tuple[str, ...] = ()
@@ -146,6 +148,10 @@ class Architecture(Struct, frozen=True):
 
 _HEAD_DIM = "config.head_dim or config.hidden_size // config.num_attention_heads"
 _PINNED = {"head_dim": _HEAD_DIM}
+_SIDED_HEAD_DIM = {
+    "head_dim": "config.head_dim or (config.hidden_size // config.encoder_num_attention_heads"
+    " if config.encoder_num_attention_heads == config.decoder_num_attention_heads else None)"
+}
 _KV = {"num_key_value_heads": "config.num_key_value_heads or config.num_attention_heads"}
 _SLIDING = "'sliding_attention' if {} else 'full_attention'"
 _QWEN_WINDOW = "(config.use_sliding_window or 0) and not (config.sliding_window == None or 0) and "
@@ -160,7 +166,7 @@ _EXPANDED = "the class derives the width of state space layers from the hidden s
 _AS_SCALE = "the class scales other weights by the hidden size"
 DERIVED = "the class derives the size of a head from the hidden size, so that fewer heads are larger"
 _POST_NORM = "a layer ends in a norm, so that without anything of it zeros are passed on, not its input"
-_BIASES = "the position biases of the first layer are those of all, head by head"
+_BIASES = {"SelfAttention": "the position biases of the first layer are those of all, head by head"}
 _FOURFOLD = "the class makes them four times as many as hidden channels, whatever the config says"
 _BY_RULE = "a rule says by the number of a layer what it consists of"
 _WINDOWS = "windows shift in every other layer of a stage"
@@ -287,22 +293,16 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         serving="topk_group",
         best=2,
     ),
-    _grouped(
-        "gemma4_text",
-        refused={"layers": _SCALED, "hidden": _AS_SCALE},
-        refused_where={"num_kv_shared_layers": ("heads", _SHARED)},
-    ),
+    _grouped("gemma4_text", refused={"layers": _SCALED, "hidden": _AS_SCALE}),
     _grouped(
         "gemma3n_text",
         refused={
             "mlp": "the activation keeps a share of all channels of a layer",
-            "heads": _SHARED,
             "layers": _SHARED,
         },
     ),
     _grouped(
         "afmoe",
-        refused={"heads": "a gate has a row for each number of the heads"},
         hidden=Hidden(embeddings="config.mup_enabled or False"),
         layers=Layers(up_to={"num_dense_layers": 1}),
     ),
@@ -420,11 +420,12 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     ),
     _row("modernbert", refused={"heads": DERIVED, "layers": _BY_RULE}),
     # Encoders and decoders.
-    _row("t5", refused={"heads": _BIASES}, hidden=_T5),
-    _row("mt5", refused={"heads": _BIASES}),
+    _row("t5", tied=_BIASES, hidden=_T5),
+    _row("mt5", tied=_BIASES),
     _row("umt5", hidden=_T5),
-    _row("switch_transformers", refused={"heads": _BIASES, "layers": _BY_RULE}, hidden=_T5),
-    _row("mbart pegasus blenderbot m2m_100 whisper moonshine speech_to_text", refused=_HEADS),
+    _row("switch_transformers", tied=_BIASES, refused={"layers": _BY_RULE}, hidden=_T5),
+    _row("mbart pegasus blenderbot m2m_100 whisper speech_to_text", refused=_HEADS),
+    _grouped("moonshine", pinned=_SIDED_HEAD_DIM),
     _row("bart marian led", refused=_ENCODER),
     _row("nllb-moe", refused={"heads": DERIVED, "layers": _BY_RULE}),
     # Pictures and sound.
@@ -458,6 +459,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     _row("segformer pvt_v2 hiera", refused={"mlp": _STAGES, "heads": DERIVED, "layers": _STAGES}),
     _row("convnext convnextv2", refused={"mlp": _STAGES, "layers": _STAGES}),
     _row("wav2vec2 hubert wavlm wav2vec2-bert wav2vec2-conformer", refused=_ENCODER),
+    _grouped("parakeet_encoder"),
     _row("qwen2_5_omni_audio_encoder qwen3_omni_moe_audio_encoder", refused=_HEADS),
 )
 

@@ -300,6 +300,7 @@ def _values(agreed: Agreed) -> dict[Path, object]:
         section = agreed.counts.sections[key]
         hidden = agreed.counts.ratios.get(key)
         values[key] = value if hidden is None else _ratio(value, hidden)
+        values |= dict.fromkeys(agreed.counts.copies.get(key, ()), values[key])
         if key in agreed.counts.routing:  # the class takes any of these names
             old = section.value(path_shown(key[len(section.path) :]))
             values |= {section.path_of(name): value for name in EXPERT_COUNTS if section.value(name) == old}

@@ -112,7 +112,9 @@ class Counts:
     `misfits` are tensors whose structure no key counts, each with a line that says so; `contested` has the
     lines by the keys that should count them. `strangers` are uncounted tensors with the keys that count
     their like. `refused` lines say what the table refuses. `ratios` are keys whose value is the number of
-    units by another number. `hidden` is the key of the hidden size where that changes.
+    units by another number. `hidden` is the key of the hidden size where that changes. `copies` are keys of
+    other layers that count the same units as one. `tied` has why the layers of a stack keep the same heads,
+    by their group.
     """
 
     of: dict[str, list[Counted]] = field(default_factory=lambda: defaultdict(list))
@@ -124,6 +126,8 @@ class Counts:
     heads: dict[Path, HeadKeys] = field(default_factory=dict)
     routing: dict[Path, Routing] = field(default_factory=dict)
     ratios: dict[Path, int] = field(default_factory=dict)
+    tied: dict[str, str] = field(default_factory=dict)
+    copies: dict[Path, set[Path]] = field(default_factory=lambda: defaultdict(set))
     widths: set[Path] = field(default_factory=set)  # keys that count channels
     hidden: Path | None = None
     sections: dict[Path, Section] = field(default_factory=dict)  # by the key
@@ -205,6 +209,13 @@ def _why_refused(section: Section, kind: str) -> str | None:
 def _layer(structure: Structure) -> int | None:
     layer = dict(structure.place)["layer"]
     return layer if isinstance(layer, int) else None
+
+
+def _layers(structure: Structure) -> set[int]:
+    """The numbers of all layers that a structure has parts of."""
+    begin = len(f"{dict(structure.place)['stack']}.")
+    pieces = {part.tensor[begin:].partition(".")[0] for part in structure.parts}
+    return {int(piece) for piece in pieces}
 
 
 def _side(name: str) -> str:
@@ -359,11 +370,27 @@ def _count_heads(structure: Structure, section: Section, counts: Counts) -> None
             return
         kv_path = section.path_of("num_key_value_heads")
     counts.heads.setdefault(path, HeadKeys(path, kv_path if grouped else None, section))
+    for key in kv_keys if kv_path is not None else ():
+        if section.path_of(key, layer) == kv_path:  # of the layers that read these keys and values
+            sharing = _layers(structure) - {layer}
+            counts.copies[kv_path] |= {section.path_of(key, other) for other in sharing} - {kv_path}
     # Where each query head has a key/value head of its own, a matrix that holds both is counted by the first.
     of_both = path if kv_path is None or groups == heads else kv_path
-    parts = (_elementary(one, (path, kv_path or path, of_both), module) for one in structure.parts)
+    group = _tied_group(structure, section, counts)
+    parts = (_elementary(one, (path, kv_path or path, of_both), group) for one in structure.parts)
     averaged = {one.tensor for one in structure.parts if _is_averaged(one, section)}
     counts.add((replace(one, averaged=one.tensor in averaged) for one in parts), section)
+
+
+def _tied_group(structure: Structure, section: Section, counts: Counts) -> str:
+    """The name that all attentions share which must keep the same heads as this one."""
+    module, place = module_of(structure), dict(structure.place)
+    for text, why in section.architecture.tied.items():
+        if text in module:
+            group = f"{place['stack']}.*.{place['module']}"
+            counts.tied[group] = why
+            return group
+    return module
 
 
 def _elementary(part: Units, keys: tuple[Path, Path, Path], group: str) -> Counted:

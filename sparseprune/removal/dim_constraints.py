@@ -92,7 +92,7 @@ def agree(sections: Sections, model: CutModel, stacks: Stacks) -> Agreed:
         example: dict[int, str] = {}
         for group, kept in groups.items():
             units[key][group], wrong = _shared_units(key, kept)
-            problems += wrong
+            problems += _untied(group, counts.tied[group]) if wrong and group in counts.tied else wrong
             example[number_of(units[key][group])] = kept[0].name.rpartition(".")[0]
             for name, dim, flags in _followers(kept, units[key][group]):
                 followers.setdefault(name, {})[dim] = flags
@@ -107,6 +107,11 @@ def agree(sections: Sections, model: CutModel, stacks: Stacks) -> Agreed:
     problems += _strangers(counts, values)
     kept_followers = {name: _with(model, name, along) for name, along in followers.items()}
     return Agreed(values, kept_followers, problems, counts, units)
+
+
+def _untied(group: str, why: str) -> list[str]:
+    text = "keeps other heads in one layer than in another"
+    return [f"{group} {text}, and {why}: prune by heads-aligned, or couple the heads of all layers"]
 
 
 def _strangers(counts: Counts, values: Mapping[Path, int]) -> Iterator[str]:

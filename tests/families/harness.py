@@ -36,6 +36,11 @@ Kind = Literal["right", "refused", "none", "unbound", "wrong"]
 REMOVALS = ("mlp-channels", "heads", "experts", "expert-channels", "layers", "hidden")
 ACTIONS = ("2of4", *REMOVALS, "calibrate")
 SETTINGS = {"layers": {"sparsity": "0.34"}, "hidden": {"multiple": "8"}}  # of few layers a quarter is none
+OWN_SETTINGS = {  # of two heads, which some layers have
+    (name, "heads"): {"sparsity": "0.5"} for name in ("gemma4_text", "gemma4_shared")
+}
+# Types whose layers share biases of heads, so that the same heads go in all of them.
+ALIGNED = {"t5", "t5_gated", "mt5", "switch_transformers"}
 CLOSE, APART = 1e-5, 1e-3
 ROUNDED = 2e-4  # where weights are scaled, and rounded once more
 REACHED = 0.95  # of the layers' matrices
@@ -142,10 +147,12 @@ def text_stack(folder: Path) -> str:
 
 
 def _remove_from(one: Zoo, action: str, place: Path, stack: str) -> Outcome:
-    settings = {**SETTINGS.get(action, {}), **({"only": f"'{stack}'"} if stack else {})}
+    settings = {**SETTINGS.get(action, {}), **OWN_SETTINGS.get((one.species.name, action), {})}
+    settings |= {"only": f"'{stack}'"} if stack else {}
     there = has(one, action)
+    spec = "heads-aligned" if action == "heads" and one.species.name in ALIGNED else action
     try:
-        removal = sparseprune.remove(one.folder, action, output=place / "smaller", set=settings)
+        removal = sparseprune.remove(one.folder, spec, output=place / "smaller", set=settings)
     except SparsepruneError as error:
         if error.exit_code != 2:
             raise
@@ -154,7 +161,7 @@ def _remove_from(one: Zoo, action: str, place: Path, stack: str) -> Outcome:
         return Outcome("unbound" if there else "none", str(error))
     if not there:
         return Outcome("wrong", "there is no such structure")
-    sparseprune.apply(one.folder, action, place / "masked", set=settings, mask_format=None)
+    sparseprune.apply(one.folder, spec, place / "masked", set=settings, mask_format=None)
     if wrong := _difference(one, action, place):
         return Outcome("wrong", wrong)
     share = removal.totals.declared_coverage

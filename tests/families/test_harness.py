@@ -23,7 +23,7 @@ SPREAD: dict[str, dict[str, str]] = {
     "llama_mlp_bias": {},
     "gemma2": {},
     "phi3": {},
-    "gemma4_text": {"heads": SHARED, "layers": "a layer scales what it passes on"},
+    "gemma4_shared": {"layers": "a layer scales what it passes on"},
     "starcoder2": {},
     "opt": {"heads": DERIVED},
     "gpt2": {"heads": DERIVED},
@@ -44,7 +44,7 @@ SPREAD: dict[str, dict[str, str]] = {
     "bert": {"heads": DERIVED, "layers": POST_NORM},
     "distilbert": {"heads": DERIVED, "layers": POST_NORM},
     "modernbert": {"heads": DERIVED, "layers": "a rule says by the number of a layer"},
-    "t5_gated": {"heads": "the position biases of the first layer are those of all"},
+    "t5_gated": {},
     # pictures and sound
     "beit": {},
     "swin": {"heads": DERIVED, "layers": "prunes nothing"},

@@ -33,6 +33,7 @@ SERVED = {
     "mlp-channels-admm": ("llama", "llama_without_head", "qwen2", "phi3", "bert", "bert_for_masked_lm"),
     "heads": ("llama", "llama_without_head", "qwen2", "phi3", "gpt2", "gpt2_without_head", "mixtral",
         "gpt_oss", "llama4", "bert_for_masked_lm", "vit"),
+    "heads-aligned": ("llama", "phi3"),
     "heads-global": ("llama", "gemma3_with_pictures"),
     "experts": ("mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3", "gpt_oss", "llama4"),
     "expert-channels": ("mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3", "gpt_oss", "llama4"),

@@ -256,6 +256,12 @@ ZOO: tuple[Species, ...] = (
         "sliding_attention", "full_attention", "full_attention"], num_experts=None,
     ),
     _text(
+        "gemma4_shared", "Gemma4", "Gemma4TextConfig", num_hidden_layers=6, vocab_size_per_layer_input=99,
+        hidden_size_per_layer_input=12, global_head_dim=14, num_global_key_value_heads=2,
+        num_kv_shared_layers=2, layer_types=["sliding_attention", "full_attention", "sliding_attention",
+        "sliding_attention", "full_attention", "full_attention"], num_experts=None,
+    ),
+    _text(
         "gemma4_moe", "Gemma4", "Gemma4TextConfig", num_hidden_layers=6, vocab_size_per_layer_input=99,
         hidden_size_per_layer_input=12, enable_moe_block=True, global_head_dim=14,
     ),

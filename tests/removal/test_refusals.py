@@ -36,6 +36,7 @@ from tests.removal.models import (
     mixture,
     phi3,
     pictures,
+    places,
     whole,
     without,
 )
@@ -104,7 +105,32 @@ FOUR = [0, 3, 4, 9]
 HEADS = "num_attention_heads"
 NARROW = {"intermediate_size": (10, 6)}
 FEWER_HEADS = {"num_attention_heads": (6, 4), "num_key_value_heads": (3, 2)}
+T5: Config = {"model_type": "t5", "num_layers": 2, "num_heads": 4, "d_kv": 2, "d_model": 12}
+BIASES = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+
+
+def biased() -> Shapes:
+    """Two layers of heads, of which the first has biases for all."""
+    matrices = {
+        f"encoder.block.{layer}.layer.0.SelfAttention.{name}.weight": (12, 8) if name == "o" else (8, 12)
+        for layer in range(2)
+        for name in "qkvo"
+    }
+    return {**matrices, BIASES: (32, 4)}
+
+
+def biased_heads(gone: list[int], layer: str = "*") -> list[Cut]:
+    at = f"encoder.block.{layer}.*.SelfAttention"
+    return [(f"{at}.[qkv].weight", 0, places(gone, 2)), (f"{at}.o.weight", 1, places(gone, 2))]
+
+
 CASES: dict[str, Case] = {
+    "other heads in layers that share biases": Case((biased(), T5),
+        [*biased_heads([0, 2], "0"), *biased_heads([0, 3], "1")],
+        "encoder.block.*.layer.0.SelfAttention keeps other heads in one layer than in another, and the "
+        "position biases of the first layer are those of all, head by head: prune by heads-aligned, or "
+        "couple the heads of all layers",
+        (biased_heads([0, 3]), {"num_heads": (4, 2)})),
     "a dimension that no key carries": Case((decoder(LLAMA), LLAMA),
         [(f"{L0}.mlp.gate_proj.weight", 1, [3, 5])], loses(f"{L0}.mlp.gate_proj.weight", 2, 24, 1),
         (channels(FOUR), NARROW)),
