@@ -203,6 +203,8 @@ def _are_alike(words: Sequence[str], others: Sequence[str]) -> bool:
         return False
     if not _LAYERS.isdisjoint(words) and not _SIZES.isdisjoint(words):
         return False  # such as `layer_norm_size`
+    if "head" in words and words[-1] in {"dim", "size"}:
+        return False  # of one head
     return any(not alike.isdisjoint(words) and not alike.isdisjoint(others) for alike in _ALIKE)
 
 

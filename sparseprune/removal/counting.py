@@ -32,6 +32,9 @@ from sparseprune.removal.architectures import (
 from sparseprune.removal.sections import path_shown
 from sparseprune.spec import TensorInfo
 from sparseprune.spec.naming import (
+    DELTA_KEYS,
+    DELTA_NETS,
+    DELTA_VALUES,
     EMBEDDINGS,
     EXPERTS,
     HEAD_COUNTS,
@@ -351,16 +354,17 @@ def _count_heads(structure: Structure, section: Section, counts: Counts) -> None
     heads = structure.heads
     grouped = any(part.keys for part in structure.parts)
     groups = structure.units if grouped else 1
-    keys = (*_sided(SIDED_HEADS, side), *HEAD_COUNTS)
+    is_delta = DELTA_NETS.search(module) is not None
+    keys = DELTA_VALUES[:1] if is_delta else (*_sided(SIDED_HEADS, side), *HEAD_COUNTS)
     path = _fitting(section, keys, layer, heads)
     if path is None and all(section.value(key, layer) is None for key in keys):
-        path = section.path_of("num_attention_heads")  # a class has a default for what a config leaves out
+        path = section.path_of(HEAD_COUNTS[0])  # a class has a default for what a config leaves out
     first = structure.parts[0]
     if path is None:
         text = f"{first.tensor} has {heads} heads along dimension {first.dim}"
         _misfit(structure, counts, text, (section, keys))
         return
-    kv_keys = (*_sided(SIDED_KV_COUNTS, side), *KV_COUNTS)
+    kv_keys = DELTA_KEYS[:1] if is_delta else (*_sided(SIDED_KV_COUNTS, side), *KV_COUNTS)
     kv_path = _fitting(section, kv_keys, layer, groups)
     if kv_path is None and grouped and groups != heads:
         if any(section.value(key, layer) is not None for key in kv_keys):

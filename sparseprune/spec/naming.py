@@ -153,6 +153,32 @@ INPUTS_FIRST = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"
 STACKS_INPUTS_FIRST = ("gpt_oss", "llama4", "llama4_text", "qwen3_vl_moe", "qwen3_vl_moe_text", "aria_text")
 INTERLEAVED = frozenset({"gpt_oss"})  # rows of gate and up take turns in a fused matrix
 
+# Gated delta nets (Qwen3-Next, Qwen3.5): what a tensor has of each key head and of its own value heads: rows
+# of keys (k), of values (v), or one of each value head (n). Parts lie one behind the other; what is written
+# together lies side by side, head by head.
+DELTA_NETS = re.compile(r"(?:^|\.)linear_attn$")
+DELTA_INPUTS: dict[str, str] = {
+    "in_proj_qkvz.weight": "kkvv",
+    "in_proj_ba.weight": "nn",
+    "in_proj_qkv.weight": "k k v",
+    "in_proj_z.weight": "v",
+    "in_proj_b.weight": "n",
+    "in_proj_a.weight": "n",
+    "q_proj.weight": "k",
+    "k_proj.weight": "k",
+    "v_proj.weight": "v",
+    "g_proj.weight": "v",
+    "b_proj.weight": "n",
+    "a_proj.weight": "n",
+    "conv1d.weight": "k k v",
+    "A_log": "n",
+    "dt_bias": "n",
+}
+DELTA_READS = ("out_proj", "o_proj")
+# Keys of the config that count the heads, and that tell the size of one.
+DELTA_KEYS = ("linear_num_key_heads", "linear_key_head_dim")
+DELTA_VALUES = ("linear_num_value_heads", "linear_value_head_dim")
+
 # Vectors with as many elements as all query heads, or as all key/value heads; or with a row for each head.
 QUERY_VECTORS = ("q_norm.weight", "self.q_bias", "attn_sub_norm.weight")
 KEY_VECTORS = ("k_norm.weight", "self.v_bias")

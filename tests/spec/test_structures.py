@@ -291,6 +291,20 @@ GROUPED = {
     f"{ATT}.o_proj.weight": columns(4),
 }
 NEOX, GPT2, BERT = "gpt_neox.layers.0.attention", "transformer.h.0.attn", "bert.encoder.layer.0.attention"
+DELTA = "model.layers.0.linear_attn"
+DELTA_SIZES = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 2,
+    "linear_value_head_dim": 3,
+}
+
+
+def delta_parts(_: int, unit: int) -> Any:
+    """Queries and keys of a head, and the values of the two that are its own."""
+    return np.s_[[*pairs(unit, 0, 4), *range(8 + 6 * unit, 14 + 6 * unit)]]
+
+
 HEADS = {
     "key/value heads with their queries": Case(
         below(ATT, **SEPARATE), GROUPED, {"num_attention_heads": 8}, units=4
@@ -434,6 +448,32 @@ HEADS = {
         {"num_attention_heads": 8},
         units=4,
     ),
+    "key heads of a delta net with their value heads, side by side": Case(
+        {
+            **below(DELTA, in_proj_qkvz=(32, 8), in_proj_ba=(8, 8), conv1d=(20, 1, 4), out_proj=(8, 12)),
+            f"{DELTA}.A_log": (4,),
+            f"{DELTA}.norm.weight": (3,),
+        },
+        {
+            f"{DELTA}.in_proj_qkvz.weight": rows(16),
+            f"{DELTA}.in_proj_ba.weight": rows(4),
+            f"{DELTA}.conv1d.weight": delta_parts,
+            f"{DELTA}.out_proj.weight": columns(6),
+        },
+        DELTA_SIZES,
+        units=2,
+    ),
+    "a delta net in parts": Case(
+        below(DELTA, in_proj_qkv=(20, 8), in_proj_z=(12, 8), in_proj_a=(4, 8), out_proj=(8, 12)),
+        {
+            f"{DELTA}.in_proj_qkv.weight": delta_parts,
+            f"{DELTA}.in_proj_z.weight": rows(6),
+            f"{DELTA}.in_proj_a.weight": rows(2),
+            f"{DELTA}.out_proj.weight": columns(6),
+        },
+        DELTA_SIZES,
+        units=2,
+    ),
     "heads of a stage": Case(
         below(
             "swin.encoder.layers.1.blocks.0.attention",
@@ -455,6 +495,12 @@ HEADS = {
 @pytest.mark.parametrize("case", HEADS.values(), ids=list(HEADS))
 def test_a_head_is_all_that_writes_it_and_what_reads_it(case: Case) -> None:
     check("heads", case)
+
+
+def test_a_delta_net_of_other_sizes_than_the_config_says_is_none() -> None:
+    shapes = below(DELTA, in_proj_qkv=(21, 8), in_proj_z=(12, 8), out_proj=(8, 12))
+    assert find("heads", index_of(shapes, DELTA_SIZES)) == []
+    assert find("heads", index_of(shapes, {**DELTA_SIZES, "linear_num_value_heads": 3})) == []
 
 
 def test_layers_that_share_keys_and_values_lose_the_same_heads() -> None:

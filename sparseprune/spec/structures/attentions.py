@@ -13,6 +13,7 @@ from msgspec.structs import replace
 
 from sparseprune.spec.naming import (
     ATTENTIONS,
+    DELTA_NETS,
     EACH_HEAD,
     ENTANGLED_HEADS,
     FUSED_LAYOUTS,
@@ -24,6 +25,7 @@ from sparseprune.spec.naming import (
     NAMED_LAYOUTS,
     QUERY_VECTORS,
 )
+from sparseprune.spec.structures.delta_nets import find_delta_nets
 from sparseprune.spec.structures.index import (
     MATRIX,
     Structure,
@@ -47,14 +49,14 @@ def find_attentions(index: Index) -> list[Structure]:
     """Attentions inside numbered modules; units are key/value heads with their queries, or query heads.
 
     Attention without as many key/value heads as two has its query heads as units. Layers that read the keys
-    and values of another layer are parts of that layer's attention.
+    and values of another layer are parts of that layer's attention. Delta nets are attentions, too.
     """
     found: dict[str, Structure] = {}
     for names in () if index.is_one_of(ENTANGLED_HEADS) else ATTENTIONS:
         ending = f".{names.output}{MATRIX}"
         for form in [each for each in index.forms if each.endswith(ending)]:
             base = form[: -len(ending)]
-            if "*" not in base:
+            if "*" not in base or DELTA_NETS.search(base):
                 continue
             section = section_of(index.config, base)
             for numbers, output in index.forms[form].items():
@@ -62,7 +64,7 @@ def find_attentions(index: Index) -> list[Structure]:
                     heads = _attention(index, names, (base, section), numbers)
                     if heads is not None:
                         found[output.name] = heads
-    return _with_sharing_layers(index, list(found.values()))
+    return [*_with_sharing_layers(index, list(found.values())), *find_delta_nets(index)]
 
 
 class _Attention(Struct, frozen=True):
