@@ -55,7 +55,7 @@ def test_every_path_of_selection_gives_the_masks_of_a_stable_sort(
     info = torch.iinfo(dtype)
     wild = torch.randint(info.min, info.max, (3, 5, blocks), dtype=dtype, generator=generator)
     for keys in (ties, wild, ties.transpose(0, 1), torch.zeros_like(ties)):
-        for nnz in range(blocks + 1):
+        for nnz in sorted({0, 1, min(2, blocks), blocks // 2, blocks - 1, blocks}):
             expected = scope._select_by_sort(keys, nnz)
             assert bool((expected.sum(-1) == nnz).all())
             for pairwise, histogram, chunk in ((64, 100, 4), (0, 100, 4), (0, 0, 4), (64, 100, 100)):

@@ -86,8 +86,8 @@ def test_the_limit_of_a_threshold_is_the_first_key_that_reaches_it(form: Format)
         for near in (value, np.nextafter(value, -np.inf), np.nextafter(value, np.inf))
     }
     for threshold in thresholds | {-1.0, -0.0, 5e-324, 1e300, math.inf, -math.inf}:
-        first = next((key for key, value in enumerate(values) if value >= threshold), form.largest + 1)
-        assert form.limit(threshold) == first, threshold
+        reached = np.flatnonzero(values >= threshold)
+        assert form.limit(threshold) == (reached[0] if reached.size else form.largest + 1), threshold
 
 
 @given(st.sampled_from(list(FORMATS.values())), st.floats(allow_nan=False))
