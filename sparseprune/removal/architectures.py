@@ -165,6 +165,7 @@ _BARE_NORM = "its norms have no weights that could make up for fewer channels"
 _EXPANDED = "the class derives the width of state space layers from the hidden size"
 _AS_SCALE = "the class scales other weights by the hidden size"
 DERIVED = "the class derives the size of a head from the hidden size, so that fewer heads are larger"
+_SQUARE = "what reads heads is as wide as the hidden size, whatever the config says of heads"
 _POST_NORM = "a layer ends in a norm, so that without anything of it zeros are passed on, not its input"
 _BIASES = {"SelfAttention": "the position biases of the first layer are those of all, head by head"}
 _FOURFOLD = "the class makes them four times as many as hidden channels, whatever the config says"
@@ -383,7 +384,8 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     _row(
         "gpt_neo", refused=_HEADS, layers=Layers(by_place=("attention_layers",), derived=("attention_types",))
     ),
-    _row("gpt_neox persimmon stablelm helium falcon opt biogpt xglm", refused=_HEADS),
+    _row("gpt_neox persimmon stablelm falcon opt biogpt xglm", refused=_HEADS),
+    _row("helium", refused=dict.fromkeys(("heads", "hidden"), _SQUARE)),
     _row("bloom mpt", refused={"mlp": _FOURFOLD, "heads": DERIVED}),
     _row("openai-gpt", refused={"mlp": _FOURFOLD, "heads": DERIVED, "layers": _POST_NORM}),
     _row("dbrx", refused=_HEADS),
@@ -399,7 +401,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
             "experts": "experts of attention are counted by the same key",
         },
     ),
-    _row("ctrl", refused=_HEADS),
+    _row("ctrl", refused=_HEADS, widths={"h.": "dff"}),
     _row("rwkv mamba falcon_mamba"),
     _row("mamba2", refused={"hidden": _EXPANDED}),
     _row(
@@ -412,7 +414,8 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     ),
     # Encoders.
     _row("bert roberta xlm-roberta camembert electra ernie rembert roformer mpnet albert", refused=_ENCODER),
-    _row("distilbert deberta deberta-v2 mobilebert xlnet longformer blip_text_model", refused=_ENCODER),
+    _row("distilbert deberta mobilebert xlnet longformer blip_text_model", refused=_ENCODER),
+    _row("deberta-v2", refused={"heads": _SQUARE, "layers": _POST_NORM}),
     _grouped("nomic_bert", refused={"layers": _POST_NORM}),
     _row(
         "esm",

@@ -5,7 +5,6 @@ Owns values by layer: lists, and objects with other values for single layers. Ca
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ from sparseprune.errors import CheckpointError
 from sparseprune.removal.architectures import Architecture, architecture_of, model_types
 from sparseprune.results.fields import ConfigChange
 from sparseprune.spec.expressions import ExpressionError, Names, parse_expression
+from sparseprune.spec.naming import MEMBER
 from sparseprune.spec.problems import listed, shown
 from sparseprune.spec.structures import nested_key, with_defaults
 
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 Path = tuple[str | int, ...]
 """The keys on the way to a value of a config, and places in lists."""
-_DIGITS = re.compile("[0-9]+")
 PER_LAYER = "per_layer_config"  # objects with the values of single layers that are unlike
 
 
@@ -119,7 +118,7 @@ class Sections(Struct, frozen=True):
 
     config: Mapping[str, Any]
     known: dict[Path, Section] = {}
-    paths: dict[str, Path] = {}  # by names without their digits
+    paths: dict[str, Path] = {}  # by names with stars for numbers
 
     @staticmethod
     def of(config: Mapping[str, Any] | None) -> Sections:
@@ -148,7 +147,7 @@ class Sections(Struct, frozen=True):
 
     def path_at(self, name: str) -> Path:
         """The path of the section that speaks of a tensor or module."""
-        form = _DIGITS.sub("", name)
+        form = MEMBER.sub("*", name)
         if form not in self.paths:
             self.paths[form] = self._path_of(form)
         return self.paths[form]

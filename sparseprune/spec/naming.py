@@ -67,6 +67,7 @@ MLPS: tuple[MlpNames, ...] = (
     _mlp("intermediate.dense", "output.dense"),  # BERT and its kin, ViT, BEiT, Swin
     _mlp("intermediate_dense", "output_dense"),  # wav2vec 2.0
     _mlp("ffn", "ffn_output"),  # ALBERT
+    _mlp("ffn.0", "ffn.2"),  # CTRL
     _mlp("linear_fc1", "linear_fc2"),  # Qwen3-VL's tower
     _mlp("linear1", "linear2"),  # Parakeet and other conformers
     _mlp("linear_1", "linear_2"),
@@ -244,7 +245,11 @@ NORMS = re.compile(r"norm|(?:^|[._])ln(?:_|\d|\.|$)")  # what is scaled to one l
 JOINED = re.compile(r"(?:^|\.)(?:eh_proj|mtp\.fc)$")  # speculative heads read a token beside hidden states
 
 # A whole piece of a name that numbers a member of a list, as in `layers.3` or in `experts.expert_3` (Switch).
-MEMBER = re.compile(r"(?:^|(?<=\.))(?:expert_)?(0|[1-9][0-9]{0,17})(?=\.|$)")
+# Matrices of a sequence of modules are no such members: `ffn.0` and `ffn.2` of CTRL, `to_out.0` of diffusers.
+MEMBER = re.compile(
+    r"(?:^|(?<=\.))(?:expert_)?(0|[1-9][0-9]{0,17})(?=\.|$)"
+    r"(?!(?:(?<=\.ffn\.[0-9])|(?<=\.to_out\.[0-9]))\.(?:weight|bias)$)"
+)
 LAYER_LISTS = re.compile(r"^(?!conv|downsampl)(?:\w+_)?(?:layers|layer|h|blocks|block|resblocks)$")
 STAGES = re.compile(r"^(?:stages|layers)\.(?:layers|blocks)$")  # lists of layers in a list of stages
 
@@ -262,6 +267,11 @@ NO_MATRIX = re.compile(
 
 # -- towers ------------------------------------------------------------------------------------------
 
+# Models inside a model, each with a config of its own, and towers in it.
+MODELS_INSIDE: tuple[tuple[re.Pattern[str], str], ...] = tuple(
+    (re.compile(rf"(?:^|\.){name}\."), f"{name}_config")
+    for name in ("thinker", "talker", "token2wav", "code2wav")
+)
 # Words of a tensor's name, and those of the nested config that speaks of it.
 TOWERS: tuple[tuple[re.Pattern[str], re.Pattern[str]], ...] = tuple(
     (re.compile(names), re.compile(keys))
@@ -270,9 +280,7 @@ TOWERS: tuple[tuple[re.Pattern[str], re.Pattern[str]], ...] = tuple(
         (r"audio|speech|sound|whisper", r"audio|speech|sound"),
         (r"qformer", r"qformer"),
         (r"perceiver|resampler|connector|projector", r"perceiver|resampler|connector|projector"),
-        (r"talker", r"talker"),
         (r"code_predictor", r"code_predictor"),
-        (r"token2wav|code2wav", r"token2wav|code2wav"),
     )
 )
 # What the classes of text models take for keys that published configs of models with towers leave out.

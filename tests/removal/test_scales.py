@@ -163,7 +163,7 @@ def test_both_halves_of_what_a_speculative_head_reads_lose_the_same_channels() -
         ),
         (
             decoder(MISTRAL),
-            {**MISTRAL, "model_type": "helium"},
+            {**MISTRAL, "model_type": "gpt_neox"},
             "hidden channels cannot go: the class derives the size of a head from the hidden size",
         ),
         (

@@ -121,6 +121,11 @@ SPEAKING: Config = {
     "model_type": "x",
     "thinker_config": {**PICTURES, "model_type": "y"},
     "talker_config": {"model_type": "z"},
+    "token2wav_config": {"model_type": "w"},
+}
+TALKING: Config = {
+    **SPEAKING,
+    "talker_config": {"text_config": LLAMA, "code_predictor_config": {"model_type": "p"}},
 }
 PLACES: dict[str, tuple[Config, str, Path]] = {
     # A config, the name of a tensor -> where the section is that speaks of it.
@@ -141,6 +146,22 @@ PLACES: dict[str, tuple[Config, str, Path]] = {
         SPEAKING,
         "talker.model.layers.0.mlp.up_proj.weight",
         ("talker_config",),
+    ),
+    "a model that makes sound": (SPEAKING, "token2wav.layers.0.up.weight", ("token2wav_config",)),
+    "a tower inside another model": (
+        SPEAKING,
+        "thinker.visual.blocks.0.mlp.up_proj.weight",
+        ("thinker_config", "vision_config"),
+    ),
+    "a text model of the one that talks": (
+        TALKING,
+        "talker.model.layers.0.mlp.up_proj.weight",
+        ("talker_config", "text_config"),
+    ),
+    "what predicts codes of the one that talks": (
+        TALKING,
+        "talker.code_predictor.model.layers.0.mlp.up_proj.weight",
+        ("talker_config", "code_predictor_config"),
     ),
     "a tower of which the config does not speak": (LLAMA, "vision_tower.layers.0.fc1.weight", ()),
     "an encoder": (TWO_SIDES, "encoder.layers.0.fc1.weight", ("encoder",)),

@@ -241,6 +241,14 @@ MLPS = {
         },
         modules=3,
     ),
+    "CTRL has a sequence of modules": Case(
+        below("transformer.h.0.ffn", **{"0": (6, 4), "0__bias": (6,), "2": (4, 6), "2__bias": (4,)}),
+        {
+            "transformer.h.0.ffn.0.weight": row,
+            "transformer.h.0.ffn.0.bias": row,
+            "transformer.h.0.ffn.2.weight": column,
+        },
+    ),
     "a convolution of channels between them": Case(
         below(
             "s.block.0.1.mlp", dense1=(6, 4), dense1__bias=(6,), dwconv__dwconv=(6, 1, 3, 3), dense2=(4, 6)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from msgspec import Struct
 
-from sparseprune.spec.naming import CLASS_DEFAULTS, EXPERTS, MEMBER, TEXT_CONFIGS, TOWERS
+from sparseprune.spec.naming import CLASS_DEFAULTS, EXPERTS, MEMBER, MODELS_INSIDE, TEXT_CONFIGS, TOWERS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -221,6 +221,9 @@ def with_defaults(section: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def nested_key(config: Mapping[str, Any], name: str) -> str | None:
     """The key under which a config has the one of a tensor's tower; None where it speaks of it itself."""
+    for names, inside in MODELS_INSIDE:
+        if isinstance(config.get(inside), dict) and names.search(f"{name}."):
+            return inside
     nested = [key for key, value in config.items() if isinstance(value, dict) and "model_type" in value]
     for names, keys in TOWERS:
         if names.search(name):
