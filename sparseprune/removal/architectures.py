@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -55,6 +56,7 @@ CHOSEN = (
     *("ffn_config.moe_top_k", "num_selected_experts"),
 )
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth")
+SIDES = ("decoder", "encoder")
 SIDED_LAYERS = ("{side}_layers", "num_{side}_layers", "{side}_num_hidden_layers")
 
 # Keys beside a tower's config that name the layer whose output is used.
@@ -67,19 +69,31 @@ BY_PLACE = (
 
 
 class Layers(Struct, frozen=True):
-    """Where a config refers to layers by number, and must change with them.
+    """What is particular about layers that go; where a config refers to layers by number, and must change.
 
-    `by_place`: lists with an entry for each layer. `by_number`: lists of numbers of layers. `up_to`: counts
-    of the first layers, with the default. `beyond`: the count of layers behind those that the key counts.
-    `implied`: what the class derives where there is no list, an expression over `layer`; for a list of
-    numbers it says whether the layer is in it. `settled`: a rule besides the list puts layers into it, and
-    these values turn the rule off. `rules`: keys from which the class derives a list; they get a value that
-    still derives it, or are removed. `by_key`: objects with an entry for numbers of layers. Of a list in
-    `needs` some layer has this entry, one in `needs_any` names some layer. `derived` keys are taken out,
-    since the class makes them anew. No layer can be removed where a `refused` key is set, with the reason.
+    A removed layer is skipped. `skipped` says what else than adding to its input a layer does, if
+    `skipped_where` is true, so that a masked layer is not skipped.
+
+    `by_place`: lists with an entry for each layer, of encoders and decoders those of one `side`.
+    `by_number`: lists of numbers of layers. `up_to`: counts of the first layers, with the default. `beyond`:
+    the count of layers behind those that the key counts. `implied`: what the class derives where there is no
+    list, an expression over `layer`; for a list of numbers it says whether the layer is in it. `settled`: a
+    rule besides the list puts layers into it, and these values turn the rule off. `rules`: keys from which
+    the class derives a list; they get a value that still derives it, or are removed. `by_key`: objects with
+    an entry for numbers of layers. `derived` keys are taken out, since the class makes them anew. `kinds`:
+    what the class derives of a layer without any list, an expression over `layer` and `layers`, and the keys
+    that may get other values for it. `cycled`: lists of kinds that begin anew where layers are left, with the
+    default. `by_root`: keys that the class divides by the root of the number of layers, with the default.
+    `packed`: modules beside the list of which a dimension has a part for each layer.
+
+    Of a list in `needs`, or of kinds, some layer has this entry, in `last` the last one; one in `needs_any`
+    names some layer. `first` says why the first layer has to stay. Layers that lists in `taken` name have to
+    stay, and as many first ones as a list `feeding` beside the section has entries. No layer can be removed
+    where a `refused` key is set, with the reason.
     """
 
     by_place: tuple[str, ...] = BY_PLACE
+    side: str = ""
     by_number: tuple[str, ...] = ()
     by_key: tuple[str, ...] = ("per_layer_config",)
     up_to: Mapping[str, int] = {}
@@ -91,6 +105,16 @@ class Layers(Struct, frozen=True):
     needs_any: tuple[str, ...] = ()
     derived: tuple[str, ...] = ()
     refused: Mapping[str, str] = {}
+    skipped: str = ""
+    skipped_where: str = "True"
+    kinds: Mapping[str, tuple[str, ...]] = {}
+    last: Mapping[str, str] = {}
+    first: str = ""
+    taken: tuple[str, ...] = ()
+    feeding: str = ""
+    by_root: Mapping[str, float] = {}
+    cycled: Mapping[str, tuple[str, ...]] = {}
+    packed: Mapping[str, int] = {}
 
 
 class Hidden(Struct, frozen=True):
@@ -166,15 +190,13 @@ _EXPANDED = "the class derives the width of state space layers from the hidden s
 _AS_SCALE = "the class scales other weights by the hidden size"
 DERIVED = "the class derives the size of a head from the hidden size, so that fewer heads are larger"
 _SQUARE = "what reads heads is as wide as the hidden size, whatever the config says of heads"
-_POST_NORM = "a layer ends in a norm, so that without anything of it zeros are passed on, not its input"
+_POST_NORM = "end in a norm"
 _BIASES = {"SelfAttention": "the position biases of the first layer are those of all, head by head"}
 _FOURFOLD = "the class makes them four times as many as hidden channels, whatever the config says"
-_BY_RULE = "a rule says by the number of a layer what it consists of"
-_WINDOWS = "windows shift in every other layer of a stage"
-_PICTURES = "layers of one tower feed numbered layers of the other"
 _STAGES = "they differ from stage to stage, and one ratio or the class itself counts them"
 _SHARED = "the last layers share keys and values of earlier ones"
-_SCALED = "a layer scales what it passes on, so that without anything of it no input is passed on"
+_FIRST_WIDENS = "the first layer of a stage changes its size"
+_FIRST_BIASES = "the first layer has the position biases of all"
 
 
 def _row(*models: str, **particular: Any) -> Architecture:  # noqa: ANN401  (the fields of the class)
@@ -206,20 +228,55 @@ _QWEN2_MOE_TYPES = _typed(
 )
 _HYBRID = Layers(needs={"layer_types": "full_attention"})
 _BACKBONE = Layers(derived=("stage_names", "out_features", "out_indices"))
-_ENCODER = {"heads": DERIVED, "layers": _POST_NORM}
+_SCALED = Layers(skipped="scale what they pass on")
+_POST_NORMED = Layers(skipped=_POST_NORM)
+_STABLE = Layers(skipped=_POST_NORM, skipped_where="not (config.do_stable_layer_norm or 0)")
+_WINDOWED = Layers(skipped=_POST_NORM, by_place=("attention_window",))
+_PAIRS = Layers(kinds={"layer % 2": ()})  # windows shift in every other layer of a stage
+_BIASED = Layers(first=_FIRST_BIASES)
 _HEADS = {"heads": DERIVED}
 _PLUS_ONE = Hidden(offset=1.0, shared=True)
 _GEMMA = Hidden(offset=1.0, embeddings="True")
 _T5 = Hidden(divided="True", last="decoder.final_layer_norm.weight")
+
+# -- what is derived from the number of a layer ------------------------------------------------------
+
+_FED = Layers(feeding="vision_config.deepstack_visual_indexes")
+_ERNIE_EXPERTS = {
+    "(layer + 1) % (config.moe_layer_interval or 1) == 0"
+    " and layer >= (config.moe_layer_start_index if (config.moe_layer_start_index >= 0 or 0) else 1)"
+    " and layer <= (config.moe_layer_end_index if (config.moe_layer_end_index >= 0 or 0) else layers - 1)": (
+        *("moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval"),
+    )
+}
+_AT = "('{}' if layer % {period} == {offset} else 'other') if {offset} < {period} else 'refused'"
+_JAMBA_ATTENTION = _AT.format(
+    "full_attention",
+    period="(config.attn_layer_period or 8)",
+    offset="(config.attn_layer_offset if (config.attn_layer_offset >= 0 or 0) else 4)",
+)
+_JAMBA_EXPERTS = _AT.format(
+    "experts",
+    period="(config.expert_layer_period or 2)",
+    offset="(config.expert_layer_offset if (config.expert_layer_offset >= 0 or 0) else 1)",
+)
+_SWITCH_STEP = (
+    "(config.{side}_sparse_step if (config.{side}_sparse_step >= 0 or 0)"
+    " else layers // config.num_sparse_{side}_layers if (config.num_sparse_{side}_layers or 0) else layers)"
+)
+_SWITCH_EXPERTS = {
+    f"{_SWITCH_STEP} > 0 and ({_SWITCH_STEP} == 1 or layer % {_SWITCH_STEP} == 1)": ("{side}_sparse_step",)
+}
+_NLLB_STEP = "(config.{side}_sparse_step if (config.{side}_sparse_step >= 0 or 0) else 4)"
+_NLLB_EXPERTS = {f"{_NLLB_STEP} > 0 and (layer + 1) % {_NLLB_STEP} == 0": ("{side}_sparse_step",)}
 
 ARCHITECTURES: tuple[Architecture, ...] = (
     # Decoders with grouped heads of a size of their own.
     _grouped(
         "mistral ministral ministral3 glm glm4 seed_oss arcee apertus cwm",
         "jais2 nemotron granite granitemoe granitemoeshared eurobert ernie4_5 hunyuan_v1_dense",
-        "phi hunyuan_v1_moe phimoe starcoder2 t5_gemma_module lfm2_moe falcon_h1",
+        "phi hunyuan_v1_moe phimoe starcoder2 t5_gemma_module falcon_h1",
         "aria_text mixtral qwen2_5_omni_text",
-        layers=_HYBRID,
     ),
     _grouped(
         "llama",
@@ -227,13 +284,13 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         kin={"mistral": {"sliding_window": None}},
         unlike=("attention_bias", "mlp_bias"),
     ),
-    _grouped("cohere cohere2", layers=_HYBRID, refused={"hidden": SUBTRACTED}),
+    _grouped("cohere cohere2", refused={"hidden": SUBTRACTED}),
     _grouped("olmo nanochat", refused={"hidden": _BARE_NORM}),
     _grouped("qwen3_5_text", layers=_HYBRID, hidden=_PLUS_ONE),
-    _grouped("gemma vaultgemma", layers=_HYBRID, hidden=_GEMMA),
+    _grouped("gemma vaultgemma", hidden=_GEMMA),
     _grouped("qwen2 qwen3", layers=_typed(f"{_QWEN_WINDOW}layer >= {_FULL_ONES}", "max_window_layers")),
     _row("qwen2_vl_text qwen2_5_vl_text glm4v_text", refused=_HEADS),
-    _grouped("qwen3_vl_text qwen3_vl_moe_text", refused={"layers": _PICTURES}),
+    _grouped("qwen3_vl_text qwen3_vl_moe_text", layers=_FED),
     _grouped("gemma2", layers=_typed("(layer + 1) % 2"), divides="hidden_size", hidden=_GEMMA),
     _grouped(
         "gemma3_text",
@@ -250,7 +307,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         ),
     ),
     _grouped("exaone4", layers=Layers(derived=("sliding_window_pattern",))),
-    _grouped("ernie4_5_moe", layers=Layers(refused={"moe_layer_interval": _BY_RULE})),
+    _grouped("ernie4_5_moe", layers=Layers(kinds=_ERNIE_EXPERTS)),
     _grouped("granitemoehybrid", layers=_HYBRID, refused={"hidden": _EXPANDED}),
     _grouped(
         "bamba",
@@ -262,6 +319,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         settled={"block_auto_adjust_ff_dim": False},
         layers=Layers(by_number=("full_attn_idxs",), needs={"layer_types": "full_attention"}),
     ),
+    _grouped("lfm2_moe", layers=replace(_HYBRID, up_to={"num_dense_layers": 2})),
     _grouped("gpt_oss", layers=_typed("(layer + 1) % 2")),
     _grouped(
         "llama4_text",
@@ -286,7 +344,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     ),
     _grouped("qwen3_moe", layers=_SPARSE),
     _grouped("qwen3_next qwen3_5_moe_text", layers=_SPARSE, hidden=_PLUS_ONE),
-    _grouped("qwen3_omni_moe_text", layers=_SPARSE, refused={"layers": _PICTURES}),
+    _grouped("qwen3_omni_moe_text", layers=replace(_SPARSE, feeding=_FED.feeding)),
     _grouped(
         "glm4_moe dots1 exaone_moe solar_open",
         layers=Layers(beyond="num_nextn_predict_layers", up_to={"first_k_dense_replace": 3}),
@@ -294,7 +352,17 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         serving="topk_group",
         best=2,
     ),
-    _grouped("gemma4_text", refused={"layers": _SCALED, "hidden": _AS_SCALE}),
+    _grouped(
+        "gemma4_text",
+        layers=Layers(
+            skipped=_SCALED.skipped,
+            refused={"num_kv_shared_layers": _SHARED},
+            implied={"layer_types": _SLIDING.format("(layer + 1) % 6")},
+            last={"layer_types": "full_attention"},
+            packed={"embed_tokens_per_layer": 1, "per_layer_model_projection": 0},
+        ),
+        refused={"hidden": _AS_SCALE},
+    ),
     _grouped(
         "gemma3n_text",
         refused={
@@ -307,7 +375,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         hidden=Hidden(embeddings="config.mup_enabled or False"),
         layers=Layers(up_to={"num_dense_layers": 1}),
     ),
-    _grouped("doge", refused={"heads": "a state of each head decides what it attends to", "layers": _SCALED}),
+    _grouped("doge", refused={"heads": "a state of each head decides what it attends to"}, layers=_SCALED),
     _grouped(
         "minimax",
         refused={
@@ -317,7 +385,17 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     ),
     _grouped("minimax_m2 olmo2 olmo3 flex_olmo", wide_norms=("q_norm", "k_norm")),
     _grouped("olmoe", refused=_HEADS),
-    _grouped("jamba", refused={"layers": _BY_RULE, "hidden": _EXPANDED}),
+    _grouped(
+        "jamba",
+        layers=Layers(
+            kinds={
+                _JAMBA_ATTENTION: ("attn_layer_offset", "attn_layer_period"),
+                _JAMBA_EXPERTS: ("expert_layer_offset", "expert_layer_period"),
+            },
+            needs={_JAMBA_ATTENTION: "full_attention"},
+        ),
+        refused={"hidden": _EXPANDED},
+    ),
     _grouped(
         "nemotron_h",
         hidden=Hidden(shared=True),
@@ -328,8 +406,11 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         refused={
             "mlp": "intermediate_size counts gate and up together",
             "heads": "states of the recurrence are as wide as all heads",
-            "layers": _BY_RULE,
         },
+        layers=Layers(
+            cycled={"block_types": ("recurrent", "recurrent", "attention")},
+            needs={"block_types": "attention"},
+        ),
     ),
     _grouped(
         "diffllama",
@@ -358,7 +439,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         "minicpm3",
         hidden=Hidden(keys=("dim_model_base",)),
         alike={"num_key_value_heads": "num_attention_heads"},
-        refused={"layers": "the scale of residuals depends on the number of layers"},
+        layers=Layers(by_root={"scale_depth": 1.4}),
     ),
     _row(
         "longcat_flash",
@@ -384,10 +465,15 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     _row(
         "gpt_neo", refused=_HEADS, layers=Layers(by_place=("attention_layers",), derived=("attention_types",))
     ),
-    _row("gpt_neox persimmon stablelm falcon opt biogpt xglm", refused=_HEADS),
+    _row("gpt_neox persimmon stablelm falcon biogpt xglm", refused=_HEADS),
     _row("helium", refused=dict.fromkeys(("heads", "hidden"), _SQUARE)),
+    _row(
+        "opt",
+        refused=_HEADS,
+        layers=Layers(skipped=_POST_NORM, skipped_where="(config.do_layer_norm_before == 0 or 0)"),
+    ),
     _row("bloom mpt", refused={"mlp": _FOURFOLD, "heads": DERIVED}),
-    _row("openai-gpt", refused={"mlp": _FOURFOLD, "heads": DERIVED, "layers": _POST_NORM}),
+    _row("openai-gpt", refused={"mlp": _FOURFOLD, "heads": DERIVED}, layers=_POST_NORMED),
     _row("dbrx", refused=_HEADS),
     _grouped(
         "bitnet",
@@ -402,8 +488,9 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         },
     ),
     _row("ctrl", refused=_HEADS, widths={"h.": "dff"}),
-    _row("rwkv mamba falcon_mamba"),
+    _row("mamba falcon_mamba"),
     _row("mamba2", refused={"hidden": _EXPANDED}),
+    _row("rwkv", layers=Layers(first="the first layer has the norm behind the embeddings")),
     _row(
         "zamba2",
         refused={
@@ -413,24 +500,43 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         },
     ),
     # Encoders.
-    _row("bert roberta xlm-roberta camembert electra ernie rembert roformer mpnet albert", refused=_ENCODER),
-    _row("distilbert deberta mobilebert xlnet longformer blip_text_model", refused=_ENCODER),
-    _row("deberta-v2", refused={"heads": _SQUARE, "layers": _POST_NORM}),
-    _grouped("nomic_bert", refused={"layers": _POST_NORM}),
     _row(
-        "esm",
-        refused={"heads": DERIVED, "layers": "the head for contacts reads the attention of all layers"},
+        "bert roberta xlm-roberta camembert electra ernie rembert roformer mpnet distilbert deberta",
+        "mobilebert xlnet blip_text_model",
+        refused=_HEADS,
+        layers=_POST_NORMED,
     ),
-    _row("modernbert", refused={"heads": DERIVED, "layers": _BY_RULE}),
+    _row("deberta-v2", refused={"heads": _SQUARE}, layers=_POST_NORMED),
+    _row("longformer", refused=_HEADS, layers=_WINDOWED),
+    _row(
+        "albert", refused={"heads": DERIVED, "layers": "they share the weights of one, or of one in a group"}
+    ),
+    _grouped("nomic_bert", layers=_POST_NORMED),
+    _row("esm", refused=_HEADS, layers=Layers(packed={"contact_head.regression": 1})),
+    _row(
+        "modernbert",
+        refused=_HEADS,
+        layers=Layers(
+            implied={"layer_types": _SLIDING.format("layer % (config.global_attn_every_n_layers or 3)")},
+            rules={"global_attn_every_n_layers": "layer_types"},
+            first="the first layer alone has no norm before attention",
+        ),
+    ),
     # Encoders and decoders.
-    _row("t5", tied=_BIASES, hidden=_T5),
-    _row("mt5", tied=_BIASES),
+    _row("t5", tied=_BIASES, layers=_BIASED, hidden=_T5),
+    _row("mt5", tied=_BIASES, layers=_BIASED),
     _row("umt5", hidden=_T5),
-    _row("switch_transformers", tied=_BIASES, refused={"layers": _BY_RULE}, hidden=_T5),
+    _row(
+        "switch_transformers",
+        tied=_BIASES,
+        layers=Layers(kinds=_SWITCH_EXPERTS, first=_FIRST_BIASES),
+        hidden=_T5,
+    ),
     _row("mbart pegasus blenderbot m2m_100 whisper speech_to_text", refused=_HEADS),
     _grouped("moonshine", pinned=_SIDED_HEAD_DIM),
-    _row("bart marian led", refused=_ENCODER),
-    _row("nllb-moe", refused={"heads": DERIVED, "layers": _BY_RULE}),
+    _row("bart marian", refused=_HEADS, layers=_POST_NORMED),
+    _row("led", refused=_HEADS, layers=replace(_WINDOWED, side="encoder")),
+    _row("nllb-moe", refused=_HEADS, layers=Layers(kinds=_NLLB_EXPERTS)),
     # Pictures and sound.
     _row("vit deit ijepa vit_msn", pinned=_PINNED),
     _row("beit", pinned=_PINNED, layers=_BACKBONE),
@@ -453,16 +559,20 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     _row("qwen3_5_vision qwen3_5_moe_vision", refused=_HEADS),
     _row(
         "qwen3_vl_vision qwen3_vl_moe_vision qwen3_omni_moe_vision_encoder",
-        refused={"heads": DERIVED, "layers": _PICTURES},
+        refused=_HEADS,
+        layers=Layers(taken=("deepstack_visual_indexes",)),
     ),
     _row("mllama_text_model", refused=_HEADS, layers=Layers(by_number=("cross_attention_layers",))),
     _row("mllama_vision_model", refused={"heads": DERIVED, "layers": "outputs of numbered layers are used"}),
     _row("glm4v_vision", refused={"mlp": "they are as many as the text model is wide", "heads": DERIVED}),
-    _row("swin swinv2", refused={"heads": DERIVED, "layers": _WINDOWS}),
-    _row("segformer pvt_v2 hiera", refused={"mlp": _STAGES, "heads": DERIVED, "layers": _STAGES}),
-    _row("convnext convnextv2", refused={"mlp": _STAGES, "layers": _STAGES}),
-    _row("wav2vec2 hubert wavlm wav2vec2-bert wav2vec2-conformer", refused=_ENCODER),
-    _grouped("parakeet_encoder"),
+    _row("swin swinv2", refused=_HEADS, layers=_PAIRS),
+    _row("segformer pvt_v2", refused={"mlp": _STAGES, "heads": DERIVED}),
+    _row("hiera", refused={"mlp": _STAGES, "heads": DERIVED}, layers=Layers(first=_FIRST_WIDENS)),
+    _row("convnext convnextv2", refused={"mlp": _STAGES}),
+    _row("resnet", layers=Layers(first=_FIRST_WIDENS)),
+    _row("wav2vec2 hubert wavlm", refused=_HEADS, layers=_STABLE),
+    _row("wav2vec2-bert wav2vec2-conformer", refused=_HEADS, layers=_POST_NORMED),
+    _grouped("parakeet_encoder", layers=_POST_NORMED),
     _row("qwen2_5_omni_audio_encoder qwen3_omni_moe_audio_encoder", refused=_HEADS),
 )
 
@@ -480,8 +590,16 @@ def architecture_of(model_type: object) -> Architecture | None:
 def known_keys(architecture: Architecture) -> frozenset[str]:
     """All config keys that the table has for an architecture."""
     layers = architecture.layers
-    keys: set[str | None] = {layers.beyond, *layers.by_place, *layers.by_number, *layers.by_key}
-    keys.update(layers.up_to, layers.settled, layers.rules, layers.refused, layers.implied)
+    keys: set[str | None] = {
+        layers.beyond,
+        *layers.by_place,
+        *layers.by_number,
+        *layers.by_key,
+        *layers.taken,
+    }
+    keys.update(layers.up_to, layers.settled, layers.rules, layers.refused, layers.implied, layers.by_root)
+    keys.update(layers.cycled)
+    keys.update(key.format(side=side) for of in layers.kinds.values() for key in of for side in SIDES)
     keys.update((f"_{rule}" for rule in layers.rules), architecture.values, architecture.pinned)
     keys.update(architecture.alike, architecture.widths.values(), architecture.settled)
     keys.update((architecture.divides, architecture.groups, architecture.serving))

@@ -22,7 +22,7 @@ from sparseprune.removal.architectures import (
     known_keys,
 )
 from sparseprune.removal.dim_constraints import agree, refuse
-from sparseprune.removal.layers import Stacks, lost_rules, without_layers
+from sparseprune.removal.layers import Stacks, lost_rules, skipped, without_layers
 from sparseprune.removal.quantized import settle_modules
 from sparseprune.removal.scales import scaled_keys
 from sparseprune.removal.sections import Sections, path_shown, value_at, with_value
@@ -351,7 +351,7 @@ def _with_layers(
             replace(stack, section=replace(section, values={**section.values, **entries}))
         )
         settled |= values.keys()
-        remarks += lost_rules(stack, values)
+        remarks += [*skipped(stack), *lost_rules(stack, values)]
         inner = {key: each for key, each in {**inner, **values}.items() if values.get(key, 0) is not None}
     reader = _KeyReader.of(section, own, agreed)
     if reader.numbers:

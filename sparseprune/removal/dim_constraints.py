@@ -16,6 +16,7 @@ from msgspec.structs import replace
 
 from sparseprune.errors import CheckpointError
 from sparseprune.removal.counting import Counts, count_dims
+from sparseprune.removal.layers import packed_parts
 from sparseprune.removal.preview import numbered
 from sparseprune.removal.sections import path_shown
 from sparseprune.removal.slices import kept_slices, kept_whole, number_of
@@ -105,6 +106,12 @@ def agree(sections: Sections, model: CutModel, stacks: Stacks) -> Agreed:
     problems += _impossible(counts, model, units, values)
     problems += [line for key in values for line in counts.contested.get(key, ())]
     problems += _strangers(counts, values)
+    for name, dim, indices in (
+        part for one in stacks.of.values() for part in packed_parts(one, model.shapes)
+    ):
+        flags = np.zeros(model.shapes[name][dim], dtype=np.bool_)
+        flags[indices] = True
+        followers.setdefault(name, {})[dim] = flags
     kept_followers = {name: _with(model, name, along) for name, along in followers.items()}
     return Agreed(values, kept_followers, problems, counts, units)
 

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from itertools import combinations, product
+from math import sqrt
 from typing import TYPE_CHECKING, Any
 
 from msgspec import Struct
 from msgspec.structs import replace
 
 from sparseprune.errors import CheckpointError
-from sparseprune.removal.architectures import BY_PLACE, LAYER_COUNTS, SIDED_LAYERS, TAPS
+from sparseprune.removal.architectures import BY_PLACE, LAYER_COUNTS, SIDED_LAYERS, SIDES, TAPS
 from sparseprune.removal.preview import numbered
 from sparseprune.removal.sections import path_shown, value_at
 from sparseprune.spec.naming import LAYER_LISTS, OTHER_TOWERS
@@ -48,6 +50,11 @@ class Stack(Struct, frozen=True):
         gone = frozenset(self.gone)
         return [layer for layer in range(self.count) if layer not in gone]
 
+    @property
+    def side(self) -> str:
+        """Whether it is of an encoder or a decoder; empty where its name does not say."""
+        return next((side for side in SIDES if side in self.name), "")
+
 
 class Stacks(Struct, frozen=True):
     """The lists of layers that lose members, by name, and what is in the way."""
@@ -58,31 +65,35 @@ class Stacks(Struct, frozen=True):
     @staticmethod
     def find(shapes: Shapes, removed: RemovedMembers, sections: Sections) -> Stacks:
         """The lists of a checkpoint that lose layers; CheckpointError for unknown models."""
-        losing = {before: gone for before, gone in removed.numbers.items() if _is_list(before)}
+        losing = {before: gone for before, gone in removed.numbers.items() if _is_list(before, sections)}
         if not losing:
             return Stacks({})
         members: dict[str, set[int]] = defaultdict(set)
         for name in shapes:
             for before, number, _ in numbered(name):
-                if _is_list(before):
+                if _is_list(before, sections):
                     members[before].add(number)
         stacks: dict[str, Stack] = {}
         problems: list[str] = []
         for before, gone in losing.items():
             stack = _stack(before, sections.at(before), len(members[before]), gone)
             stacks[before] = stack
-            problems += [*_refused(stack), *_tapped(stack, sections)]
+            problems += [*_refused(stack), *_tapped(stack, sections), *_fed(stack, sections)]
         problems += _twins(stacks, {name: len(numbers) for name, numbers in members.items()}, sections)
         return Stacks(stacks, tuple(problems))
 
 
-def _is_list(before: str) -> bool:
-    return LAYER_LISTS.search(before.rpartition(".")[2]) is not None
+def _is_list(before: str, sections: Sections) -> bool:
+    """Whether a name is that of a list of layers, or of a stage in one whose layers have no other name."""
+    parent, _, last = before.rpartition(".")
+    if last.isdecimal() and LAYER_LISTS.search(parent.rpartition(".")[2]):
+        return isinstance(sections.even_unknown(sections.path_at(before)).value("depths"), list)
+    return LAYER_LISTS.search(last) is not None
 
 
 def _stack(before: str, section: Section, members: int, gone: tuple[int, ...]) -> Stack:
     """A list of layers with the key that counts it."""
-    side = next((side for side in ("decoder", "encoder") if side in before), "")
+    side = next((side for side in SIDES if side in before), "")
     sided = tuple(key.format(side=side) for key in SIDED_LAYERS) if side else ()
     stage = _STAGE.search(f".{before}.")
     depths = section.value("depths")
@@ -102,12 +113,13 @@ def _stack(before: str, section: Section, members: int, gone: tuple[int, ...]) -
 def _refused(stack: Stack) -> Iterator[str]:
     """Why these layers cannot be removed."""
     row, section = stack.section.architecture, stack.section
+    if "layers" in row.refused:
+        yield f"layers of {stack.name} cannot go: {row.refused['layers']}"
+        return
     if stack.members < stack.count:
         key = path_shown(stack.key)
         yield f"config.json: {key} is {stack.count}, and {stack.name} has {stack.members} members"
         return
-    if "layers" in row.refused:
-        yield f"layers of {stack.name} cannot go: {row.refused['layers']}"
     yield from (
         f"layers of {stack.name} cannot go: {why}"
         for key, why in row.layers.refused.items()
@@ -117,6 +129,7 @@ def _refused(stack: Stack) -> Iterator[str]:
         yield f"config.json: {path_shown(stack.key)} would be 0: nothing is left"
         return
     yield from _unfit_types(stack)
+    yield from _at_fault(stack)
 
 
 def _tapped(stack: Stack, sections: Sections) -> Iterator[str]:
@@ -132,14 +145,78 @@ def _unfit_types(stack: Stack) -> Iterator[str]:
     """Lists of kinds of layers in which one is missing that the class needs."""
     section, layers = stack.section, stack.section.architecture.layers
     for key, needed in layers.needs.items():
-        entries = _by_place(section, key, stack.count)
+        entries = _told(stack, key)
         left = [] if entries is None else [entries[layer] for layer in stack.stays]
         if entries is not None and needed in entries and needed not in left:
-            yield f"layers of {stack.name} cannot go: no layer of {key} {shown(needed)} would be left"
+            name = " and ".join(layers.kinds.get(key, (key,)))
+            yield f"layers of {stack.name} cannot go: no layer of {name} {shown(needed)} would be left"
+    for key, needed in layers.last.items():
+        entries, last = _by_place(section, key, stack.count), stack.stays[-1]
+        if entries is not None and entries[last] != needed:
+            wanted = f"and the class makes the last {shown(needed)}"
+            yield f"layers of {stack.name} cannot go: layer {last} would be the last, {wanted}"
     for key in layers.needs_any:
         named = _by_number(section, key, stack.count)
         if named and named.isdisjoint(stack.stays):
             yield f"layers of {stack.name} cannot go: no layer of {key} would be left"
+
+
+def _told(stack: Stack, key: str) -> Sequence[object] | None:
+    """What a list, a cycle or an expression says of each layer; None where nothing tells them apart."""
+    section, layers = stack.section, stack.section.architecture.layers
+    if key in layers.kinds:
+        return list(_kinds(stack, key, {}, stack.count))
+    if key in layers.cycled:
+        cycle = _cycle(section, key)
+        return [cycle[layer % len(cycle)] for layer in range(stack.count)]
+    return _by_place(section, key, stack.count)
+
+
+def _fed(stack: Stack, sections: Sections) -> Iterator[str]:
+    """The first layers of a text model, to each of which a tower adds something."""
+    feeding = stack.section.architecture.layers.feeding
+    if not feeding or not stack.section.path:
+        return
+    path = (*stack.section.path[:-1], *feeding.split("."))
+    entries = value_at(sections.config, path)
+    if not isinstance(entries, list):
+        found = f"config.json: {path_shown(path)} is {shown(entries)}"
+        yield f"{found}, wanted a list: its length says which layers of {stack.name} are fed by it"
+    elif first := [layer for layer in stack.gone if layer < len(entries)]:
+        why = f"the first {len(entries)} take what {path_shown(path)} sends"
+        yield f"layers of {stack.name} cannot go: {why}: keep {_listed(first)}"
+
+
+def _at_fault(stack: Stack) -> Iterator[str]:
+    """Layers that have to stay, and those whose kind no key can say any more."""
+    section, layers = stack.section, stack.section.architecture.layers
+    cannot = f"layers of {stack.name} cannot go"
+    if layers.first and 0 in stack.gone:
+        yield f"{cannot}: {layers.first}: keep layer 0"
+    for key in layers.taken:
+        if section.values.get(key) is None:
+            yield f"{cannot}: config.json has no {section.prefix}{key}, which names those that feed others"
+        elif taken := sorted(_by_number(section, key, stack.count) & {*stack.gone}):
+            yield f"{cannot}: {section.prefix}{key} names {_listed(taken)}, whose outputs are used: keep them"
+    for kind in layers.kinds:
+        if _new_kinds(stack, kind) is None:
+            keys = [section.prefix + key.format(side=stack.side) for key in layers.kinds[kind]]
+            by = f"no {' and '.join(keys)} make" if keys else "their numbers do not make"
+            wrong = _listed(_misplaced(stack, kind))
+            yield f"{cannot}: {by} {wrong} what they are at their new places: remove whole periods"
+
+
+def _listed(layers: Sequence[int], most: int = 8) -> str:
+    """Layers by their numbers, as people write them.
+
+    >>> _listed([3]), _listed([1, 2, 5])
+    ('layer 3', 'layers 1, 2 and 5')
+    """
+    if len(layers) == 1:
+        return f"layer {layers[0]}"
+    if len(layers) > most:
+        return f"layers {', '.join(map(str, layers[:most]))} and {len(layers) - most} more"
+    return f"layers {', '.join(map(str, layers[:-1]))} and {layers[-1]}"
 
 
 def _twins(stacks: Mapping[str, Stack], members: Mapping[str, int], sections: Sections) -> Iterator[str]:
@@ -181,12 +258,15 @@ def without_layers(stack: Stack) -> dict[str, Any]:
         chosen = _by_number(section, key, number)
         values[key] = [place for place, layer in enumerate(stays) if layer in chosen]
         values |= layers.settled
+    for key in layers.taken:  # each has a module of its own, in the order of the list
+        values[key] = [stays.index(layer) for layer in section.values[key]]
     if layers.beyond and layers.beyond in section.values:
         behind = sum(layer >= number for layer in stack.gone)
         values[layers.beyond] = max(0, section.number(f"config.{layers.beyond}") - behind)
     for key, usual in layers.up_to.items():
         first = section.number(f"config.{key}") if key in section.values else usual
         values[key] = sum(layer < first for layer in stays)
+    values |= _by_rule(stack)
     for key, made in layers.rules.items():
         for spelling in {key, f"_{key}"} & section.values.keys():  # transformers keeps some as private names
             value = _settled(stack, key, section.values[spelling], (made, values))
@@ -195,20 +275,92 @@ def without_layers(stack: Stack) -> dict[str, Any]:
     return values
 
 
+def _by_rule(stack: Stack) -> dict[str, Any]:
+    """New values of keys from which the class derives something by the number of a layer, or of all."""
+    section, layers = stack.section, stack.section.architecture.layers
+    values: dict[str, Any] = {}
+    for kind in layers.kinds:
+        values |= _new_kinds(stack, kind) or {}
+    for key, usual in layers.by_root.items():
+        scale = section.values.get(key, usual)
+        if isinstance(scale, int | float):
+            values[key] = scale * sqrt(len(stack.stays) / stack.count)
+    return values
+
+
 def _entries(stack: Stack) -> dict[str, Any]:
     """Lists and objects with an entry for each layer, of which those stay whose layers do."""
     section, layers, stays = stack.section, stack.section.architecture.layers, stack.stays
     values: dict[str, Any] = {}
     for key in dict.fromkeys((*layers.by_place, *layers.implied)):
+        if layers.side not in {"", stack.side}:
+            values |= {key: section.values[key]} if key in section.values else {}
+            continue
         entries = None if key in layers.by_number else _by_place(section, key, stack.count)
         if entries is not None:
             values[key] = [entries[layer] for layer in stays]
+    for key in layers.cycled:
+        cycle = _cycle(section, key)
+        kinds = [cycle[layer % len(cycle)] for layer in stays]
+        if kinds != [cycle[place % len(cycle)] for place in range(len(stays))]:
+            values[key] = kinds
     for key in layers.by_key:
         entry = section.values.get(key)
         if isinstance(entry, dict):
             pairs = ((str(place), entry.get(str(layer))) for place, layer in enumerate(stays))
             values[key] = {place: each for place, each in pairs if each is not None}
     return values
+
+
+def skipped(stack: Stack) -> Iterator[str]:
+    """A line where a removed layer is not what a masked one is."""
+    layers = stack.section.architecture.layers
+    if layers.skipped and stack.section.evaluated(layers.skipped_where):
+        what = "removed ones are skipped, while masked ones would pass on zeros"
+        yield f"layers of {stack.name} {layers.skipped}: {what}"
+
+
+def packed_parts(stack: Stack, shapes: Shapes) -> Iterator[tuple[str, int, list[int]]]:
+    """Tensors beside a list that have parts for each of its layers: name, dimension, indices of each part."""
+    pieces = stack.name.split(".")
+    above = [".".join(pieces[:depth]) for depth in range(len(pieces))]
+    for module, dim in stack.section.architecture.layers.packed.items():
+        names = (f"{each}.{module}.weight".removeprefix(".") for each in above)
+        for name in (name for name in names if name in shapes):
+            size, rest = divmod(shapes[name][dim], stack.count)
+            if rest:
+                wanted = f"wanted a multiple of the {stack.count} layers"
+                raise CheckpointError(f"{name} has {shapes[name][dim]} along dimension {dim}, {wanted}")
+            yield name, dim, [layer * size + at for layer in stack.stays for at in range(size)]
+
+
+def _kinds(stack: Stack, kind: str, values: Mapping[str, object], layers: int) -> Iterator[object]:
+    """What the class makes of each layer by its number, with these values of keys."""
+    ruled = replace(stack.section, values={**stack.section.values, **values})
+    text = kind.format(side=stack.side)
+    return (ruled.evaluated(text, (("layer", layer), ("layers", layers))) for layer in range(layers))
+
+
+def _misplaced(stack: Stack, kind: str) -> list[int]:
+    """Layers that stay, and that would be of another kind at their new places with the values there are."""
+    before, stays = list(_kinds(stack, kind, {}, stack.count)), stack.stays
+    after = _kinds(stack, kind, {}, len(stays))
+    return [layer for layer, new in zip(stays, after, strict=True) if before[layer] != new]
+
+
+def _new_kinds(stack: Stack, kind: str) -> dict[str, int] | None:
+    """New values of as few keys as can be, with which layers that stay are of their kinds; None without."""
+    keys = [key.format(side=stack.side) for key in stack.section.architecture.layers.kinds[kind]]
+    before, stays = list(_kinds(stack, kind, {}, stack.count)), stack.stays
+    wanted = [before[layer] for layer in stays]
+    for many in range(len(keys) + 1):
+        for changed in combinations(keys, many):
+            for each in product((*range(1, len(stays) + 2), 0), repeat=many):
+                values = dict(zip(changed, each, strict=True))
+                found = _kinds(stack, kind, values, len(stays))
+                if all(one == other for one, other in zip(wanted, found, strict=True)):
+                    return values
+    return None
 
 
 def lost_rules(stack: Stack, values: Mapping[str, Any]) -> Iterator[str]:
@@ -263,6 +415,14 @@ def _by_place(section: Section, key: str, number: int) -> Sequence[object] | Non
         return None
     made = [section.evaluated(implied, (("layer", layer),)) for layer in range(number)]
     return made if any(entry != made[0] for entry in made) else None
+
+
+def _cycle(section: Section, key: str) -> Sequence[object]:
+    """A list that begins anew where layers are left."""
+    cycle = section.values.get(key) or section.architecture.layers.cycled[key]
+    if not isinstance(cycle, list | tuple):
+        raise CheckpointError(f"config.json: {section.prefix}{key} is {shown(cycle)}, wanted a list")
+    return cycle
 
 
 def _by_number(section: Section, key: str, number: int) -> set[int]:

@@ -56,6 +56,7 @@ def planned_removal(planned: Preview) -> results.PlannedRemoval:
         config=None if removal is None else removal.changes,
         numel=planned.numel,
         bytes=planned.nbytes,
+        remarks=() if removal is None else removal.remarks,
     )
 
 
@@ -299,6 +300,8 @@ def _removal_facts(plan: results.Plan) -> Iterator[tuple[str, str]]:
         fewer = percent((numel - removal.numel) / max(1, numel))
         left = f"{removal.numel:,} parameters ({fewer} fewer) in {size(removal.bytes)}"
         yield "removal", left + (f": {changes}" if changes else "")
+    for remark in removal.remarks:
+        yield "removal", remark
 
 
 UNREACHED = 5

@@ -140,6 +140,7 @@ class PlannedRemoval(Record):
     config: tuple[ConfigChange, ...] | None
     numel: Count | None
     bytes: Count | None
+    remarks: Annotated[tuple[str, ...], Doc("what remove would warn of")] = ()
 
 
 class UnreachedTensor(NamedTensor):

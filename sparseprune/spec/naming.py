@@ -250,7 +250,9 @@ MEMBER = re.compile(
     r"(?:^|(?<=\.))(?:expert_)?(0|[1-9][0-9]{0,17})(?=\.|$)"
     r"(?!(?:(?<=\.ffn\.[0-9])|(?<=\.to_out\.[0-9]))\.(?:weight|bias)$)"
 )
-LAYER_LISTS = re.compile(r"^(?!conv|downsampl)(?:\w+_)?(?:layers|layer|h|blocks|block|resblocks)$")
+LAYER_LISTS = re.compile(
+    r"^(?!conv|downsampl)(?:\w+_)?(?:layers|layer|layer_groups|h|blocks|block|resblocks)$"
+)
 STAGES = re.compile(r"^(?:stages|layers)\.(?:layers|blocks)$")  # lists of layers in a list of stages
 
 # Heads that guess tokens ahead.

@@ -214,6 +214,7 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(tmp_path: Path, monkeypatch
         "config": [{"key": "intermediate_size", "before": 16, "after": 12}],
         "numel": 1_196,
         "bytes": 4_775,
+        "remarks": [],
     }
     assert plan["rules"][0]["removal"]["removable"]
     assert (said.err, names_in(tmp_path)) == ("", ["in"])

@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 import sparseprune
 from sparseprune.checkpoint import open_statistics
 from sparseprune.errors import SparsepruneError
-from sparseprune.spec import TensorInfo
+from sparseprune.spec import TensorInfo, find_spec
 from sparseprune.spec.naming import OTHER_TOWERS
 from sparseprune.spec.structures import Index, find_layers
 from tests.calibration.models import BEGIN, END, text, tokenizer
@@ -41,6 +41,15 @@ OWN_SETTINGS = {  # of two heads, which some layers have
 }
 # Types whose layers share biases of heads, so that the same heads go in all of them.
 ALIGNED = {"t5", "t5_gated", "mt5", "switch_transformers"}
+_UNFED = "layer == 0 if 'visual' in stack else layer >= 2"
+CHOSEN_LAYERS: Mapping[str, str] = {
+    **dict.fromkeys(("swin", "swinv2"), "layer >= 2"),
+    **dict.fromkeys(("hiera", "resnet", "resnet_bottleneck"), "layer == 1"),
+    **dict.fromkeys(("qwen3_vl", "qwen3_vl_moe", "qwen3_omni_moe_thinker"), _UNFED),
+    "modernbert": "layer == 1",
+    "albert": "layer == 0",
+}
+"""Of types in which not every layer can go: what holds for those that do."""
 CLOSE, APART = 1e-5, 1e-3
 ROUNDED = 2e-4  # where weights are scaled, and rounded once more
 REACHED = 0.95  # of the layers' matrices
@@ -51,7 +60,7 @@ _CONVOLUTIONS = {"resnet", "resnet_bottleneck", "mobilenet_v2"}
 WITHOUT: Mapping[str, set[str]] = {
     "mlp-channels": _RECURRENT | _CONVOLUTIONS,
     "heads": _RECURRENT | _CONVOLUTIONS | {"convnext", "convnextv2", "rwkv"},
-    "layers": _CONVOLUTIONS | {"albert"},
+    "layers": {"albert", "mobilenet_v2"},
     "hidden": _CONVOLUTIONS,
     "experts": {"doge"},
     "expert-channels": {"doge"},
@@ -150,7 +159,11 @@ def _remove_from(one: Zoo, action: str, place: Path, stack: str) -> Outcome:
     settings = {**SETTINGS.get(action, {}), **OWN_SETTINGS.get((one.species.name, action), {})}
     settings |= {"only": f"'{stack}'"} if stack else {}
     there = has(one, action)
-    spec = "heads-aligned" if action == "heads" and one.species.name in ALIGNED else action
+    spec: str | Path = "heads-aligned" if action == "heads" and one.species.name in ALIGNED else action
+    if action == "layers" and one.species.name in CHOSEN_LAYERS:
+        spec, settings["sparsity"] = place / "layers.toml", "1"
+        chosen = f'"only in stack and ({CHOSEN_LAYERS[one.species.name]})"'
+        spec.write_text(find_spec("layers").text.replace('"only in stack"', chosen))
     try:
         removal = sparseprune.remove(one.folder, spec, output=place / "smaller", set=settings)
     except SparsepruneError as error:
@@ -162,18 +175,23 @@ def _remove_from(one: Zoo, action: str, place: Path, stack: str) -> Outcome:
     if not there:
         return Outcome("wrong", "there is no such structure")
     sparseprune.apply(one.folder, spec, place / "masked", set=settings, mask_format=None)
-    if wrong := _difference(one, action, place):
-        return Outcome("wrong", wrong)
+    skips = any("are skipped" in line for line in removal.warnings)
+    for skipped in {action == "layers", skips}:
+        if wrong := _difference(one, action, place, skipped=skipped):
+            return Outcome("wrong", wrong)
     share = removal.totals.declared_coverage
     return Outcome("right", "" if share in {1, None} else f"{share:.1%} of {removal.totals.covers}")
 
 
-def _difference(one: Zoo, action: str, place: Path) -> str:
+def _difference(one: Zoo, action: str, place: Path, *, skipped: bool) -> str:
     """How the outputs of the smaller model are not those of the masked one; empty where they are.
 
+    `skipped`: not those of the dense one whose modules are skipped that the masked one has without weights.
     Some models make large what is a rounding error at first: these are compared in double precision.
     """
     smaller, masked = one.load(place / "smaller"), one.load(place / "masked")
+    if skipped:
+        masked = skip(one.load(one.folder), empty_members(masked))
     apart = close = ROUNDED if action == "hidden" else CLOSE
     for precise in (False, True):
         for model in (smaller, masked) if precise else ():
@@ -189,6 +207,33 @@ def _difference(one: Zoo, action: str, place: Path) -> str:
             same = float((found - one.dense).abs().max()) / scale < APART
             return "computes what the dense model does" if same else ""
     return f"outputs differ by {apart:.2g} of the largest"
+
+
+def empty_members(model: Any) -> list[str]:
+    """The members of lists that have weights, and none but zeros; of nested ones the outermost."""
+    lists = [
+        name
+        for name, each in model.named_modules()
+        if isinstance(each, torch.nn.ModuleList | torch.nn.Sequential)
+    ]
+    members = [
+        f"{name}.{number}" for name in lists for number, _ in model.get_submodule(name).named_children()
+    ]
+    weights = {name: [*model.get_submodule(name).parameters()] for name in members}
+    empty = [name for name in members if weights[name] and not any(each.any() for each in weights[name])]
+    return [name for name in empty if not any(name.startswith(f"{other}.") for other in empty)]
+
+
+def skip(model: Any, members: Sequence[str]) -> Any:
+    """The model in which these modules pass on what they get."""
+
+    def passed(_module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], made: Any) -> Any:
+        given = args[0] if args else kwargs["hidden_states"]
+        return (given, *made[1:]) if isinstance(made, tuple | list) else given
+
+    for name in members:
+        model.get_submodule(name).register_forward_hook(passed, with_kwargs=True)
+    return model
 
 
 def has(one: Zoo, action: str) -> bool:

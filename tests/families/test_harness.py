@@ -11,19 +11,28 @@ from safetensors.torch import save_file
 
 import sparseprune
 from tests.families.checkpoints import read
-from tests.families.harness import ACTIONS, CALIBRATED, Outcome, Zoo, examine, has, settle
+from tests.families.harness import (
+    ACTIONS,
+    CALIBRATED,
+    Outcome,
+    Zoo,
+    empty_members,
+    examine,
+    has,
+    settle,
+    skip,
+)
 from tests.families.zoo import SPECIES, output
 
 pytestmark = pytest.mark.usefixtures("untraced")
 DERIVED = "the class derives the size of a head"
-POST_NORM = "a layer ends in a norm"
 SHARED = "config.json has one for all"
 SPREAD: dict[str, dict[str, str]] = {
     # decoders: two or three matrices, fused ones, inputs first, a state instead of attention
     "llama_mlp_bias": {},
     "gemma2": {},
     "phi3": {},
-    "gemma4_shared": {"layers": "a layer scales what it passes on"},
+    "gemma4_shared": {"layers": "the last layers share keys and values"},
     "starcoder2": {},
     "opt": {"heads": DERIVED},
     "gpt2": {"heads": DERIVED},
@@ -39,15 +48,15 @@ SPREAD: dict[str, dict[str, str]] = {
     "llama4_text": {"expert-channels": SHARED},
     "granitemoeshared": {},
     "dbrx": {"heads": DERIVED},
-    "jamba": {"expert-channels": SHARED, "layers": "a rule says by the number of a layer"},
+    "jamba": {"expert-channels": SHARED},
     # encoders, and with decoders
-    "bert": {"heads": DERIVED, "layers": POST_NORM},
-    "distilbert": {"heads": DERIVED, "layers": POST_NORM},
-    "modernbert": {"heads": DERIVED, "layers": "a rule says by the number of a layer"},
+    "bert": {"heads": DERIVED},
+    "distilbert": {"heads": DERIVED},
+    "modernbert": {"heads": DERIVED},
     "t5_gated": {},
     # pictures and sound
     "beit": {},
-    "swin": {"heads": DERIVED, "layers": "prunes nothing"},
+    "swin": {"heads": DERIVED},
     "clip": {"heads": DERIVED},
     "gemma3": {},
     "qwen2_5_vl": {"heads": DERIVED},
@@ -59,7 +68,7 @@ HIDDEN = {
     **dict.fromkeys(("starcoder2", "opt", "gpt2", "gpt_neox", "beit", "swin"), MEAN),
     **dict.fromkeys(("clip", "gemma3", "qwen2_5_vl"), JOINED),
     **dict.fromkeys(("bert", "distilbert", "modernbert", "whisper"), UNTOLD),
-    "gemma4_text": "other weights by the hidden size",
+    "gemma4_shared": "other weights by the hidden size",
     **dict.fromkeys(("mamba2", "jamba"), "state space layers"),
     "dbrx": DERIVED,
 }
@@ -146,6 +155,33 @@ def test_a_tensor_that_the_class_does_not_know_is_wrong(
     found = examine(settled("llama_mlp_bias"), "layers")
     assert found == Outcome("wrong", found.detail)
     assert "unexpected_keys" in found.detail
+
+
+def test_layers_that_end_in_a_norm_are_compared_with_a_model_that_skips_them(
+    settled: Callable[[str], Zoo], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "bert.encoder.layer.1.output.dense.weight"
+    tampered(monkeypatch, lambda folder: overwrite(folder, {name: read(folder)[name].flip(1)}))
+    found = examine(settled("bert"), "layers")
+    assert (found.kind, found.detail[:16]) == ("wrong", "outputs differ b")
+
+
+def test_a_model_that_skips_a_layer_computes_what_one_without_it_does(settled: Callable[[str], Zoo]) -> None:
+    one = settled("bert")
+    skipping, shorter = skip(one.load(one.folder), ["bert.encoder.layer.2"]), one.load(one.folder)
+    del shorter.bert.encoder.layer[2]
+    assert torch.equal(output(one.species, skipping), output(one.species, shorter))
+    assert not torch.allclose(output(one.species, skipping), one.dense, atol=1e-2)
+
+
+def test_empty_members_are_the_outermost_of_which_every_weight_is_zero(settled: Callable[[str], Zoo]) -> None:
+    one = settled("swin")
+    model = one.load(one.folder)
+    with torch.no_grad():
+        for each in model.swin.encoder.layers[1].blocks[2].parameters():
+            each.zero_()
+        model.swin.encoder.layers[1].blocks[3].intermediate.dense.weight.zero_()
+    assert empty_members(model) == ["swin.encoder.layers.1.blocks.2"]
 
 
 def test_what_computes_what_the_dense_model_does_is_wrong(

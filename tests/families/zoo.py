@@ -218,7 +218,7 @@ _LINEAR: dict[str, Any] = {
     "linear_num_value_heads": 8, "head_dim": 20,
     "layer_types": [f"{kind}_attention" for kind in "linear full linear full full linear".split()],
 }  # fmt: skip
-_QWEN3_VISION = {"out_hidden_size": HIDDEN, "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]}
+_QWEN3_VISION = {"out_hidden_size": HIDDEN, "num_position_embeddings": 16, "deepstack_visual_indexes": [1, 2]}
 _CONVOLVED = {
     "conv_dim": [12, 20],
     "conv_stride": [5, 4],
@@ -390,7 +390,7 @@ ZOO: tuple[Species, ...] = (
     _text("xlm_roberta", "XLMRoberta", model="ForMaskedLM"),
     _text("camembert", "Camembert", model="ForMaskedLM"),
     _text("distilbert", "DistilBert", model="ForMaskedLM", hidden_dim=WIDTH),
-    _text("albert", "Albert", model="ForMaskedLM"),
+    _text("albert", "Albert", model="ForMaskedLM", num_hidden_groups=2),
     _text("electra", "Electra", model="ForMaskedLM"),
     _text("deberta", "Deberta", model="ForMaskedLM"),
     _text("deberta_v2", "DebertaV2", model="ForMaskedLM"),
@@ -439,27 +439,27 @@ ZOO: tuple[Species, ...] = (
     _picture("vit_msn", "ViTMSN"),
     _picture("siglip_vision_model", "Siglip", "SiglipVisionConfig", model="VisionModel"),
     _picture("clip_vision_model", "CLIP", "CLIPVisionConfig", model="VisionModel"),
-    _picture("swin", "Swin", embed_dim=16, depths=[2, 2], num_heads=[2, 4], window_size=2, patch_size=2),
+    _picture("swin", "Swin", embed_dim=16, depths=[2, 4], num_heads=[2, 4], window_size=2, patch_size=2),
     _picture(
-        "swinv2", "Swinv2", embed_dim=16, depths=[2, 2], num_heads=[2, 4], window_size=2, patch_size=2,
+        "swinv2", "Swinv2", embed_dim=16, depths=[4, 2], num_heads=[2, 4], window_size=2, patch_size=2,
         pretrained_window_sizes=[0, 0],
     ),
     _picture(
-        "segformer", "Segformer", model="ForSemanticSegmentation", num_encoder_blocks=2, depths=[2, 2],
+        "segformer", "Segformer", model="ForSemanticSegmentation", num_encoder_blocks=2, depths=[2, 3],
         hidden_sizes=[16, 24], num_attention_heads=[2, 4], sr_ratios=[2, 1], patch_sizes=[7, 3],
         strides=[4, 2], mlp_ratios=[2, 3], decoder_hidden_size=20,
     ),
-    _picture("convnext", "ConvNext", patch_size=4, num_stages=2, hidden_sizes=[16, 24], depths=[2, 2]),
-    _picture("convnextv2", "ConvNextV2", patch_size=4, num_stages=2, hidden_sizes=[16, 24], depths=[2, 2]),
-    _picture("resnet", "ResNet", embedding_size=8, hidden_sizes=[16, 24], depths=[1, 2], layer_type="basic"),
-    _picture("resnet_bottleneck", "ResNet", embedding_size=8, hidden_sizes=[16, 32], depths=[1, 2]),
+    _picture("convnext", "ConvNext", patch_size=4, num_stages=2, hidden_sizes=[16, 24], depths=[2, 3]),
+    _picture("convnextv2", "ConvNextV2", patch_size=4, num_stages=2, hidden_sizes=[16, 24], depths=[2, 3]),
+    _picture("resnet", "ResNet", embedding_size=8, hidden_sizes=[16, 24], depths=[1, 3], layer_type="basic"),
+    _picture("resnet_bottleneck", "ResNet", embedding_size=8, hidden_sizes=[16, 32], depths=[1, 3]),
     _picture("mobilenet_v2", "MobileNetV2", depth_multiplier=0.25),
     _picture(
-        "pvt_v2", "PvtV2", hidden_sizes=[16, 24, 32, 40], depths=[1, 1, 1, 1], num_attention_heads=[1, 2,
+        "pvt_v2", "PvtV2", hidden_sizes=[16, 24, 32, 40], depths=[1, 3, 1, 1], num_attention_heads=[1, 2,
         4, 4], strides=[2, 1, 2, 2], sr_ratios=[2, 2, 1, 1],
     ),
     _picture(
-        "hiera", "Hiera", embed_dim=16, depths=[1, 2], num_heads=[2, 4], patch_size=[3, 3],
+        "hiera", "Hiera", embed_dim=16, depths=[1, 3], num_heads=[2, 4], patch_size=[3, 3],
         patch_stride=[2, 2], patch_padding=[1, 1], num_query_pool=1, masked_unit_size=[4, 4],
         masked_unit_attention=[True, False], image_size=[16, 16],
     ),

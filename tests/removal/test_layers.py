@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from copy import deepcopy
-from itertools import combinations
+from itertools import combinations, product
 from typing import Any
 
 import pytest
@@ -356,3 +356,268 @@ def test_layers_stay_where_a_quantizer_names_them_otherwise(stated: dict[str, An
     config = {**SIZES, "model_type": "llama", "quantization_config": stated}
     with pytest.raises(CheckpointError, match=f'quantization_config names "{name}.*" by a number'):
         without_layers(config, [1])
+
+
+# -- what a skipped layer is -------------------------------------------------------------------------
+
+SKIPPED: dict[str, tuple[Config, str]] = {
+    # A config -> what the line says of its layers; nothing where a masked layer passes its input on.
+    "a norm at the end": ({"model_type": "bert"}, "end in a norm"),
+    "a scale": ({"model_type": "doge"}, "scale what they pass on"),
+    "sums alone": ({"model_type": "llama"}, ""),
+    "a norm by a key": ({"model_type": "opt", "do_layer_norm_before": False}, "end in a norm"),
+    "no norm by a key": ({"model_type": "opt", "do_layer_norm_before": True}, ""),
+    "no norm by default": ({"model_type": "opt"}, ""),
+    "a norm by default": ({"model_type": "wav2vec2"}, "end in a norm"),
+    "a stable norm": ({"model_type": "wav2vec2", "do_stable_layer_norm": True}, ""),
+}
+
+
+@pytest.mark.parametrize("case", SKIPPED)
+def test_a_line_says_where_a_removed_layer_is_not_what_a_masked_one_is(case: str) -> None:
+    config, what = SKIPPED[case]
+    removal = without_layers({**SIZES, **config}, [1])
+    text = "removed ones are skipped, while masked ones would pass on zeros"
+    assert removal.remarks == ((f"layers of model.layers {what}: {text}",) if what else ())
+
+
+# -- kinds by the number of a layer ------------------------------------------------------------------
+
+
+def jamba(config: Config, layer: int, _layers: int) -> Any:
+    """As JambaConfig asks, and refuses."""
+    kinds = ("attn_layer", "expert_layer")
+    pairs = [(config[f"{kind}_period"], config[f"{kind}_offset"]) for kind in kinds]
+    return tuple(period > offset and layer % period == offset for period, offset in pairs)
+
+
+def ernie(config: Config, layer: int, layers: int) -> object:
+    """As Ernie4_5_MoeDecoderLayer asks."""
+    end = config["moe_layer_end_index"]
+    last = layers - 1 if end == -1 else end
+    first, every = config["moe_layer_start_index"], config["moe_layer_interval"]
+    return every > 0 and (layer + 1) % every == 0 and first <= layer <= last
+
+
+def switch(config: Config, layer: int, _layers: int) -> object:
+    """As SwitchTransformersStack asks."""
+    step = config["encoder_sparse_step"]
+    return step > 0 and (layer % step == 1 or step == 1)
+
+
+def nllb(config: Config, layer: int, _layers: int) -> object:
+    """As NllbMoeEncoder asks."""
+    step = config["encoder_sparse_step"]
+    return step > 0 and (layer + 1) % step == 0
+
+
+ASKS: dict[str, Callable[[Config, int, int], object]] = {
+    "jamba": jamba, "ernie4_5_moe": ernie, "switch_transformers": switch, "nllb-moe": nllb,
+}  # fmt: skip
+EXPERT_LAYERS = {"expert_layer_period": 2, "expert_layer_offset": 1}
+ERNIE = ("moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval")
+NUMBERED: list[tuple[str, dict[str, int]]] = [
+    ("jamba", {"attn_layer_period": 3, "attn_layer_offset": 0, **EXPERT_LAYERS}),
+    ("jamba", {"attn_layer_period": 3, "attn_layer_offset": 1, **EXPERT_LAYERS}),
+    *(
+        ("ernie4_5_moe", dict(zip(ERNIE, numbers, strict=True)))
+        for numbers in ((0, -1, 1), (1, -1, 1), (2, 4, 1), (0, 5, 2), (1, -1, 3))
+    ),
+    *(("switch_transformers", {"encoder_sparse_step": step}) for step in (0, 1, 2, 4)),
+    *(("nllb-moe", {"encoder_sparse_step": step}) for step in (0, 1, 2, 4)),
+]
+
+
+def of_kinds(model: str, keys: dict[str, int], count: int) -> list[Any]:
+    """What the class makes of each of so many layers."""
+    return [ASKS[model](keys, layer, count) for layer in range(count)]
+
+
+def encoder_without(config: Config, removed: Iterable[int]) -> Removal:
+    shapes: Shapes = {f"model.encoder.layers.{layer}.norm.weight": (24,) for layer in range(LAYERS)}
+    gone = whole(*(f"model.encoder.layers.{layer}.*" for layer in removed))
+    return make_removal(shapes, cut(shapes, gone), config)
+
+
+@pytest.mark.parametrize(("model", "keys"), NUMBERED, ids=str)
+def test_a_rule_of_numbers_makes_the_layers_that_stay_or_they_are_refused(
+    model: str, keys: dict[str, int]
+) -> None:
+    """They are refused only where no values of the keys make them."""
+    config = {**SIZES, **keys, "encoder_layers": LAYERS, "model_type": model}
+    before = of_kinds(model, keys, LAYERS)
+    known = {
+        tuple(of_kinds(model, dict(zip(keys, values, strict=True)), count))
+        for count in range(1, LAYERS)
+        for values in product(range(count + 2), repeat=len(keys))
+    }
+    removed_any = False
+    for removed in (one for one in REMOVED if model != "switch_transformers" or 0 not in one):
+        wanted = [kind for layer, kind in enumerate(before) if layer not in removed]
+        if model == "jamba" and not any(attends for attends, _ in wanted):
+            continue  # of attention something has to stay
+        if tuple(wanted) not in known:
+            with pytest.raises(CheckpointError, match="what they are at their new places: remove whole"):
+                encoder_without(config, removed)
+            continue
+        written = dict(encoder_without(config, removed).config or {})
+        assert of_kinds(model, {key: written[key] for key in keys}, len(wanted)) == wanted, removed
+        removed_any = True
+    assert removed_any
+
+
+FAULTS: dict[str, tuple[Config, tuple[int, ...], str]] = {
+    # A config, layers that go -> what is in the way.
+    "a kind that no key can say": (
+        {"model_type": "jamba", "attn_layer_period": 3, "attn_layer_offset": 1},
+        (1,),
+        (
+            "no expert_layer_offset and expert_layer_period make layers 2, 3, 4 and 5 what they are at their "
+            "new places: remove whole periods"
+        ),
+    ),
+    "a number that is even or odd": (
+        {"model_type": "swin", "depths": [6]},
+        (0, 3),
+        "their numbers do not make layers 1 and 2 what they are at their new places: remove whole periods",
+    ),
+    "the last layers of a kind": (
+        {"model_type": "jamba", "attn_layer_period": 3, "attn_layer_offset": 1, "expert_layer_offset": 0},
+        (0, 1, 4, 5),
+        'no layer of attn_layer_offset and attn_layer_period "full_attention" would be left',
+    ),
+    "the last layers of a kind in a cycle": (
+        {"model_type": "recurrent_gemma"},
+        (2, 5),
+        'no layer of block_types "attention" would be left',
+    ),
+    "a last layer that the class makes another": (
+        {"model_type": "gemma4_text"},
+        (5,),
+        'layer 4 would be the last, and the class makes the last "full_attention"',
+    ),
+    "a first layer that is unlike": (
+        {"model_type": "t5"},
+        (0, 2),
+        "the first layer has the position biases of all: keep layer 0",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FAULTS)
+def test_layers_that_have_to_stay_are_named(case: str) -> None:
+    config, removed, why = FAULTS[case]
+    with pytest.raises(CheckpointError) as error:
+        without_layers({**SIZES, **config}, removed)
+    assert error.value.args == (f"layers of model.layers cannot go: {why}",)
+
+
+def test_pairs_of_layers_of_a_stage_whose_windows_shift_can_go() -> None:
+    names = [f"encoder.layers.{stage}.blocks.{layer}.norm.weight" for stage in (0, 1) for layer in range(4)]
+    shapes: Shapes = dict.fromkeys(names, (4,))
+    config = {"model_type": "swin", "depths": [4, 4]}
+    removal = make_removal(shapes, cut(shapes, whole("*.1.blocks.[12].*")), config)
+    assert [(one.key, one.after) for one in removal.changes] == [("depths", [4, 2])]
+
+
+# -- scales, cycles, parts ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("scale", "after"), [({"scale_depth": 2}, 1.0), ({}, 0.7), ({"scale_depth": None}, None)]
+)
+def test_a_scale_by_the_root_of_the_number_of_layers_stays_what_it_is(scale: Config, after: object) -> None:
+    removal = without_layers(
+        {**SIZES, "model_type": "minicpm3", "num_hidden_layers": 4, **scale}, [0, 1, 3], 4
+    )
+    assert removal.config is not None
+    assert removal.config.get("scale_depth") == after
+
+
+def test_kinds_that_are_cycled_through_are_those_of_the_layers_that_stay() -> None:
+    config = {**SIZES, "model_type": "recurrent_gemma"}
+    kinds = ["recurrent", "recurrent", "attention"] * 2
+    for own in ({}, {"block_types": kinds[:3]}, {"block_types": kinds}):
+        removal = without_layers({**config, **own}, [0, 5])
+        assert removal.config is not None
+        assert removal.config["block_types"] == kinds[1:5]
+    removal = without_layers({**config, "block_types": kinds[:3]}, [3, 4, 5])
+    assert {change.key for change in removal.changes} == {"num_hidden_layers"}
+
+
+def test_what_has_a_part_for_each_layer_loses_those_of_removed_ones() -> None:
+    shapes = norms(LAYERS) | {"model.contact_head.regression.weight": (1, 4 * LAYERS)}
+    removal = make_removal(shapes, cut(shapes, whole("model.layers.[14].*")), {**SIZES, "model_type": "esm"})
+    assert removal.left["model.contact_head.regression.weight"].shape == (1, 16)
+    along = removal.kept["model.contact_head.regression.weight"].along[1]
+    assert along.reshape(LAYERS, 4).all(1).tolist() == [True, False, True, True, False, True]
+    odd = shapes | {"model.contact_head.regression.weight": (1, 25)}
+    with pytest.raises(CheckpointError, match=r"has 25 along dimension 1, wanted a multiple of the 6 layers"):
+        make_removal(odd, cut(odd, whole("model.layers.1.*")), {**SIZES, "model_type": "esm"})
+
+
+def test_windows_of_an_encoder_are_cut_with_its_layers_alone() -> None:
+    shapes: Shapes = {
+        f"led.{side}.layers.{layer}.norm.weight": (4,)
+        for side in ("encoder", "decoder")
+        for layer in range(3)
+    }
+    config = {"model_type": "led", "encoder_layers": 3, "decoder_layers": 3, "attention_window": [2, 4, 6]}
+    for side, after in (("encoder", [2, 6]), ("decoder", [2, 4, 6])):
+        removal = make_removal(shapes, cut(shapes, whole(f"led.{side}.layers.1.*")), config)
+        assert removal.config is not None
+        assert removal.config["attention_window"] == after
+
+
+# -- towers that feed numbered layers ----------------------------------------------------------------
+
+FED: Config = {
+    "model_type": "qwen3_vl",
+    "text_config": {"model_type": "qwen3_vl_text", "num_hidden_layers": 4},
+    "vision_config": {"model_type": "qwen3_vl_vision", "depth": 4, "deepstack_visual_indexes": [3, 1]},
+}
+FED_SHAPES: Shapes = {
+    f"model.{stack}.{layer}.norm.weight": (4,)
+    for stack in ("language_model.layers", "visual.blocks")
+    for layer in range(4)
+}
+
+
+def test_blocks_of_a_tower_that_feed_nothing_can_go_and_the_others_are_numbered_anew() -> None:
+    cuts = whole("*.visual.blocks.[02].*", "*.language_model.layers.2.*")
+    removal = make_removal(FED_SHAPES, cut(FED_SHAPES, cuts), FED)
+    assert {change.key: change.after for change in removal.changes} == {
+        "text_config.num_hidden_layers": 3,
+        "vision_config.depth": 2,
+        "vision_config.deepstack_visual_indexes": [1, 0],
+    }
+
+
+@pytest.mark.parametrize(
+    ("stack", "removed", "indexes", "why"),
+    [
+        (
+            "visual.blocks",
+            "[123]",
+            [3, 1],
+            "vision_config.deepstack_visual_indexes names layers 1 and 3, whose outputs are used: keep them",
+        ),
+        (
+            "visual.blocks",
+            "0",
+            None,
+            "config.json has no vision_config.deepstack_visual_indexes, which names those that feed others",
+        ),
+        (
+            "language_model.layers",
+            "[12]",
+            [3, 1],
+            "the first 2 take what vision_config.deepstack_visual_indexes sends: keep layer 1",
+        ),
+    ],
+)
+def test_layers_that_feed_or_are_fed_stay(stack: str, removed: str, indexes: object, why: str) -> None:
+    config = {**FED, "vision_config": {**FED["vision_config"], "deepstack_visual_indexes": indexes}}
+    with pytest.raises(CheckpointError) as error:
+        make_removal(FED_SHAPES, cut(FED_SHAPES, whole(f"*.{stack}.{removed}.*")), config)
+    assert error.value.args == (f"layers of model.{stack} cannot go: {why}",)

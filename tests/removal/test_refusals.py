@@ -482,13 +482,6 @@ CASES: dict[str, Case] = {
             {"n_inner": (None, 28)},
         ),
     ),
-    "layers that end in a norm": Case(
-        (encoder(), BERT),
-        whole("*.layer.1.*"),
-        "layers of bert.encoder.layer cannot go: a layer ends in a norm, so that without anything of it "
-        "zeros are passed on, not its input",
-        ([("*.intermediate.dense.*", 0, FOUR), ("*.layer.?.output.dense.weight", 1, FOUR)], NARROW),
-    ),
     "heads of which the class derives the size": Case(
         (encoder(), BERT),
         [("*.self.*", 0, [0, 1]), ("*.attention.output.dense.weight", 1, [0, 1])],

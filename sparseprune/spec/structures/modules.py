@@ -138,24 +138,32 @@ def _flat_experts(
 # -- layers ------------------------------------------------------------------------------------------
 
 
+def _list_in_stage(index: Index, pieces: Sequence[str], at: int) -> int | None:
+    """Where the numbers of the layers of a stage are, whose own number is piece `at`; None of no stage."""
+    if pieces[at + 2 : at + 3] == ["*"] and STAGES.search(f"{pieces[at - 1]}.{pieces[at + 1]}"):
+        return at + 2
+    nested = pieces[at + 1 : at + 2] == ["*"]  # no name between them
+    depths = section_of(index.config, ".".join(pieces[:at])).get("depths") if nested else None
+    return at + 1 if isinstance(depths, list) else None
+
+
 def find_layers(index: Index) -> list[Structure]:
     """Layers of every list of them, each one structure; layers behind those that the config counts are none.
 
     Lists inside other lists are those of the innermost level that is called so, such as stages with blocks.
     """
     found: dict[tuple[str, int], list[Units]] = {}
+    stages: set[str] = set()  # lists whose members have lists of layers, and parts beside them
     for form, members in index.forms.items():
         pieces = form.split(".")
         stars = [at for at, piece in enumerate(pieces) if piece == "*"]
         lists = [at for at in stars if at and LAYER_LISTS.search(pieces[at - 1])]
         if not lists:
             continue
-        at = (
-            lists[1]
-            if lists[1:2] == [lists[0] + 2]
-            and STAGES.search(f"{pieces[lists[0] - 1]}.{pieces[lists[1] - 1]}")
-            else lists[0]
-        )
+        at, inner = lists[0], _list_in_stage(index, pieces, lists[0])
+        if inner is not None:
+            stages.add(".".join(pieces[:at]))
+            at = inner
         before = stars.index(at)
         for numbers, tensor in members.items():
             stack = filled(".".join(pieces[:at]), numbers)
@@ -166,6 +174,8 @@ def find_layers(index: Index) -> list[Structure]:
                 found.setdefault((stack, numbers[before]), []).append(units)
     structures = []
     for (stack, layer), parts in found.items():
+        if stack in stages:
+            continue
         count = layer_count(section_of(index.config, stack))
         if count is None or layer < count:
             place = with_expert((("stack", stack), ("layer", layer), ("module", "")), "")
