@@ -102,7 +102,7 @@ class _KeyReader(Struct, frozen=True):
             and type(value := section.value(path_shown(key[len(section.path) :]))) is int
         }
         known = known_keys(section.architecture)
-        if not stacks:
+        if not stacks or stacks[0].is_stage:  # lists beside `depths` have entries for stages
             return _KeyReader(None, (), numbers, known)
         stack = stacks[0]
         counted = {path_shown(one.key[len(section.path) :]): one.count for one in stacks}

@@ -19,7 +19,7 @@ from sparseprune.errors import CheckpointError
 from sparseprune.removal.architectures import BY_PLACE, LAYER_COUNTS, SIDED_LAYERS, SIDES, TAPS
 from sparseprune.removal.preview import numbered
 from sparseprune.removal.sections import path_shown, value_at
-from sparseprune.spec.naming import LAYER_LISTS, OTHER_TOWERS
+from sparseprune.spec.naming import LAYER_LISTS, NO_LAYERS, OTHER_TOWERS
 from sparseprune.spec.problems import shown
 
 if TYPE_CHECKING:
@@ -49,6 +49,11 @@ class Stack(Struct, frozen=True):
         """The layers that the key counts and that stay."""
         gone = frozenset(self.gone)
         return [layer for layer in range(self.count) if layer not in gone]
+
+    @property
+    def is_stage(self) -> bool:
+        """Whether it is one of several stages, each with an entry in `depths`."""
+        return type(self.key[-1]) is int
 
     @property
     def side(self) -> str:
@@ -85,6 +90,8 @@ class Stacks(Struct, frozen=True):
 
 def _is_list(before: str, sections: Sections) -> bool:
     """Whether a name is that of a list of layers, or of a stage in one whose layers have no other name."""
+    if NO_LAYERS.search(before):
+        return False
     parent, _, last = before.rpartition(".")
     if last.isdecimal() and LAYER_LISTS.search(parent.rpartition(".")[2]):
         return isinstance(sections.even_unknown(sections.path_at(before)).value("depths"), list)

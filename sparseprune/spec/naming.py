@@ -253,6 +253,7 @@ MEMBER = re.compile(
 LAYER_LISTS = re.compile(
     r"^(?!conv|downsampl)(?:\w+_)?(?:layers|layer|layer_groups|h|blocks|block|resblocks)$"
 )
+NO_LAYERS = re.compile(r"(?:^|[._])(?:sub|down)sampl")  # lists that convolve the input
 STAGES = re.compile(r"^(?:stages|layers)\.(?:layers|blocks)$")  # lists of layers in a list of stages
 
 # Heads that guess tokens ahead.

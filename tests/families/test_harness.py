@@ -180,7 +180,7 @@ def test_empty_members_are_the_outermost_of_which_every_weight_is_zero(settled: 
     with torch.no_grad():
         for each in model.swin.encoder.layers[1].blocks[2].parameters():
             each.zero_()
-        model.swin.encoder.layers[1].blocks[3].intermediate.dense.weight.zero_()
+        model.swin.encoder.layers[1].blocks[3].layernorm_before.weight.zero_()
     assert empty_members(model) == ["swin.encoder.layers.1.blocks.2"]
 
 

@@ -520,6 +520,21 @@ def test_pairs_of_layers_of_a_stage_whose_windows_shift_can_go() -> None:
     assert [(one.key, one.after) for one in removal.changes] == [("depths", [4, 2])]
 
 
+def test_lists_with_entries_for_stages_stay_where_a_stage_has_as_many_layers() -> None:
+    names = [f"encoder.block.{stage}.{layer}.norm.weight" for stage in (0, 1) for layer in range(2)]
+    shapes: Shapes = dict.fromkeys(names, (4,))
+    config = {
+        "model_type": "segformer",
+        "depths": [2, 2],
+        "num_attention_heads": [2, 4],
+        "mlp_ratios": [2, 3],
+    }
+    removal = make_removal(shapes, cut(shapes, whole("*.block.[01].0.*")), config)
+    assert [(one.key, one.after) for one in removal.changes] == [("depths", [1, 1])]
+    assert removal.remarks == ()
+    assert [left.name for left in removal.left.values()] == [names[0], names[2]]
+
+
 # -- scales, cycles, parts ---------------------------------------------------------------------------
 
 

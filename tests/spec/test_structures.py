@@ -702,6 +702,7 @@ def test_a_layer_is_every_tensor_of_it_whatever_its_shape() -> None:
             {"depths": [1, 2]},
             {"encoder.block.0": 1, "encoder.block.1": 2},
         ),
+        (["encoder.layers.0.w", "encoder.subsampling.layers.0.w"], {}, {"encoder.layers": 1}),
         (["encoder.albert_layer_groups.0.albert_layers.0.w"], {}, {"encoder.albert_layer_groups": 1}),
         (["blocks.0.0.w", "blocks.0.1.w", "blocks.1.0.w"], {}, {"blocks": 2}),
         (["model.layers.3.mlp.experts.0.layers.1.w"], {}, {"model.layers": 1}),

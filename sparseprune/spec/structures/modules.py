@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
-from sparseprune.spec.naming import ATTENTION_EXPERTS, EXPERTS, LAYER_LISTS, ROUTER, STACKS, STAGES
+from sparseprune.spec.naming import ATTENTION_EXPERTS, EXPERTS, LAYER_LISTS, NO_LAYERS, ROUTER, STACKS, STAGES
 from sparseprune.spec.structures.index import (
     MATRIX,
     Structure,
@@ -174,7 +174,7 @@ def find_layers(index: Index) -> list[Structure]:
                 found.setdefault((stack, numbers[before]), []).append(units)
     structures = []
     for (stack, layer), parts in found.items():
-        if stack in stages:
+        if stack in stages or NO_LAYERS.search(stack):
             continue
         count = layer_count(section_of(index.config, stack))
         if count is None or layer < count:
