@@ -375,7 +375,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         hidden=Hidden(embeddings="config.mup_enabled or False"),
         layers=Layers(up_to={"num_dense_layers": 1}),
     ),
-    _grouped("doge", refused={"heads": "a state of each head decides what it attends to"}, layers=_SCALED),
+    _grouped("doge", layers=_SCALED),
     _grouped(
         "minimax",
         refused={
@@ -415,7 +415,6 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     _grouped(
         "diffllama",
         refused={
-            "heads": "pairs of heads are subtracted from each other",
             "layers": "the scale of attention depends on a layer's number",
         },
     ),
@@ -480,13 +479,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         wide_norms=("ffn_sub_norm",),
         refused=dict.fromkeys(("heads", "hidden"), "a norm of all heads is as wide as the hidden size"),
     ),
-    _row(
-        "jetmoe",
-        refused={
-            "heads": "experts of attention share keys and values",
-            "experts": "experts of attention are counted by the same key",
-        },
-    ),
+    _row("jetmoe"),
     _row("ctrl", refused=_HEADS, widths={"h.": "dff"}),
     _row("mamba falcon_mamba"),
     _row("mamba2", refused={"hidden": _EXPANDED}),

@@ -74,9 +74,10 @@ class Counted(Struct, frozen=True):
     """Consecutive indices of a dimension: `count` units of `size` indices each from `begin`, as `key` says.
 
     Tensors of one `group` keep the same units. `by_index`: the key counts `by_index` indices as one,
-    whichever they are. `flat` modules lie behind each other in the dimension, and each keeps as many. A
-    tensor that `follows` is not pruned itself: it loses the units that the others lose. `averaged`: a norm
-    divides by the root mean square of these units. Of a list of modules `tensor` is its name and `dim` None.
+    whichever they are. `flat` modules lie behind each other in the dimension, and each keeps as many. Where
+    units are `paired`, each of the first half has its counterpart of the second half beside it. A tensor that
+    `follows` is not pruned itself: it loses the units that the others lose. `averaged`: a norm divides by the
+    root mean square of these units. Of a list of modules `tensor` is its name and `dim` None.
     """
 
     tensor: str
@@ -88,6 +89,7 @@ class Counted(Struct, frozen=True):
     begin: int = 0
     by_index: int = 1
     flat: int = 1
+    paired: bool = False
     follows: bool = False
     averaged: bool = False
 
@@ -353,7 +355,8 @@ def _count_heads(structure: Structure, section: Section, counts: Counts) -> None
     side = _side(module)
     heads = structure.heads
     grouped = any(part.keys for part in structure.parts)
-    groups = structure.units if grouped else 1
+    runs = max(part.runs for part in structure.parts)
+    groups = structure.units * runs if grouped else 1
     is_delta = DELTA_NETS.search(module) is not None
     keys = DELTA_VALUES[:1] if is_delta else (*_sided(SIDED_HEADS, side), *HEAD_COUNTS)
     path = _fitting(section, keys, layer, heads)
@@ -381,9 +384,10 @@ def _count_heads(structure: Structure, section: Section, counts: Counts) -> None
     # Where each query head has a key/value head of its own, a matrix that holds both is counted by the first.
     of_both = path if kv_path is None or groups == heads else kv_path
     group = _tied_group(structure, section, counts)
-    parts = (_elementary(one, (path, kv_path or path, of_both), group) for one in structure.parts)
-    averaged = {one.tensor for one in structure.parts if _is_averaged(one, section)}
-    counts.add((replace(one, averaged=one.tensor in averaged) for one in parts), section)
+    for part in structure.parts:
+        one = _elementary(part, (path, kv_path or path, of_both), group)
+        averaged = _is_averaged(part, section)
+        counts.add([replace(one, paired=part.runs < runs, averaged=averaged)], section)
 
 
 def _tied_group(structure: Structure, section: Section, counts: Counts) -> str:
@@ -403,7 +407,7 @@ def _elementary(part: Units, keys: tuple[Path, Path, Path], group: str) -> Count
     `keys` count query heads, key/value heads, and units of both.
     """
     of_queries, of_keys, of_both = keys
-    count, size = part.count, part.size
+    count, size = part.count * part.runs, part.size
     if part.keys:
         key = of_both if part.queries else of_keys
     else:

@@ -273,6 +273,8 @@ class _Constraints:
             units = np.arange(counted.count // counted.by_index) < count
         else:
             rows = indices.reshape(*indices.shape[:-1], -1, counted.size)
+            if counted.paired:
+                rows = rows.reshape(-1, 2, counted.size).swapaxes(0, 1).reshape(-1, counted.size)
             units = np.logical_and.reduce(rows, axis=-1)
             if not np.array_equal(units, np.logical_or.reduce(rows, axis=-1)):
                 text = f"wanted whole units of {counted.size}, as {path_shown(counted.key)} counts them"

@@ -82,7 +82,7 @@ def _of_kind(kind: Kind, index: Index) -> Iterator[tuple[Captures, TensorInfo, O
         for part in structure.parts:
             if not part.follows:
                 tensor = tensors[part.tensor]
-                key = tensor.shape, part.dim, part.count, part.size, part.begin, part.stacked, part.flat
+                key = tensor.shape, replace(part, tensor="", part="")
                 if key not in known:
                     known[key] = outlook(part, tensor.shape)
                 seen = known[key]

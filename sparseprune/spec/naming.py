@@ -129,8 +129,6 @@ HEAD_ROWS = (
     *("self.query_global", "self.key_global", "self.value_global"),
     *(f"longformer_self_attn.{name}_global" for name in ("query", "key", "value")),
 )
-# Model types whose heads depend on each other, so that none can go alone.
-ENTANGLED_HEADS = frozenset({"diffllama"})
 
 # Where a fused matrix holds queries, keys and values: "parts" one behind the other, "heads" each head's three
 # side by side, "groups" each key/value head's queries with its key and value. By the model type where the
@@ -183,6 +181,8 @@ DELTA_VALUES = ("linear_num_value_heads", "linear_value_head_dim")
 # Vectors with as many elements as all query heads, or as all key/value heads; or with a row for each head.
 QUERY_VECTORS = ("q_norm.weight", "self.q_bias", "attn_sub_norm.weight")
 KEY_VECTORS = ("k_norm.weight", "self.v_bias")
+# What has one element, row or column for each key/value head, or the rows of its values.
+EACH_KEY_HEAD = (("A", 0), ("dt_proj.weight", 0), ("dt_proj.weight", 1), ("dt_proj.bias", 0))  # Doge
 # What has one element or row for each query head, in this dimension.
 EACH_HEAD = (
     *(("sinks", 0), ("bias_u", 0), ("bias_v", 0), ("pos_bias_u", 0), ("pos_bias_v", 0)),
@@ -215,7 +215,8 @@ STACKS = re.compile(
 )
 # What a router has, beside the module of the experts; a scale of its inputs has nothing for each expert.
 ROUTER = re.compile(
-    r"^(?:mlp\.)?(?:gate|router|moe_statics)(?:\.(?!scale$)|$)|^(?:expert_bias|\w*correction_bias)$"
+    r"^(?:(?:mlp\.)?(?:gate|router|moe_statics)|experts\.router)(?:\.(?!scale$)|$)"
+    r"|^(?:expert_bias|\w*correction_bias)$"
 )
 
 # Modules with a row for each token, or an element of a bias: embeddings, and the heads that write logits.

@@ -36,8 +36,8 @@ Kind = Literal["right", "refused", "none", "unbound", "wrong"]
 REMOVALS = ("mlp-channels", "heads", "experts", "expert-channels", "layers", "hidden")
 ACTIONS = ("2of4", *REMOVALS, "calibrate")
 SETTINGS = {"layers": {"sparsity": "0.34"}, "hidden": {"multiple": "8"}}  # of few layers a quarter is none
-OWN_SETTINGS = {  # of two heads, which some layers have
-    (name, "heads"): {"sparsity": "0.5"} for name in ("gemma4_text", "gemma4_shared")
+OWN_SETTINGS = {  # of two heads, which some layers or blocks have
+    (name, "heads"): {"sparsity": "0.5"} for name in ("gemma4_text", "gemma4_shared", "codegen", "diffllama")
 }
 # Types whose layers share biases of heads, so that the same heads go in all of them.
 ALIGNED = {"t5", "t5_gated", "mt5", "switch_transformers"}

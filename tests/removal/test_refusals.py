@@ -105,6 +105,18 @@ FOUR = [0, 3, 4, 9]
 HEADS = "num_attention_heads"
 NARROW = {"intermediate_size": (10, 6)}
 FEWER_HEADS = {"num_attention_heads": (6, 4), "num_key_value_heads": (3, 2)}
+PAIRED: Config = {
+    "model_type": "diffllama", "hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4,
+    "num_key_value_heads": 4, "head_dim": 2,
+}  # fmt: skip
+
+
+def paired_heads(outputs: list[int]) -> list[Cut]:
+    """Of four heads the first, and the third, which is subtracted from it; and some columns of outputs."""
+    gone = places([0, 2], 2)
+    return [(f"{L0}.self_attn.[qkv]_proj.weight", 0, gone), (f"{L0}.self_attn.o_proj.weight", 1, outputs)]
+
+
 T5: Config = {"model_type": "t5", "num_layers": 2, "num_heads": 4, "d_kv": 2, "d_model": 12}
 BIASES = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
 
@@ -125,6 +137,13 @@ def biased_heads(gone: list[int], layer: str = "*") -> list[Cut]:
 
 
 CASES: dict[str, Case] = {
+    "heads of which others are read": Case(
+        ({f"{L0}.self_attn.{name}_proj.weight": (8, 24) for name in "qkv"}
+            | {f"{L0}.self_attn.o_proj.weight": (24, 8)}, PAIRED),
+        paired_heads([4, 5, 6, 7]),
+        unlike(kept(f"{L0}.self_attn.q_proj.weight", 2, 4, 0), f"{L0}.self_attn.o_proj.weight as many others",
+            "num_attention_heads"),
+        (paired_heads([0, 1, 2, 3]), {"num_attention_heads": (4, 2), "num_key_value_heads": (4, 2)})),
     "other heads in layers that share biases": Case((biased(), T5),
         [*biased_heads([0, 2], "0"), *biased_heads([0, 3], "1")],
         "encoder.block.*.layer.0.SelfAttention keeps other heads in one layer than in another, and the "

@@ -299,6 +299,7 @@ GROUPED = {
     f"{ATT}.o_proj.weight": columns(4),
 }
 NEOX, GPT2, BERT = "gpt_neox.layers.0.attention", "transformer.h.0.attn", "bert.encoder.layer.0.attention"
+XLNET, JETMOE = "transformer.layer.0.rel_attn", "model.layers.0.self_attention"
 DELTA = "model.layers.0.linear_attn"
 DELTA_SIZES = {
     "linear_num_key_heads": 2,
@@ -456,6 +457,45 @@ HEADS = {
         {"num_attention_heads": 8},
         units=4,
     ),
+    "DiffLlama subtracts the heads of the second half": Case(
+        below(ATT, **SEPARATE, k_proj__bias=(8,)),
+        {
+            f"{ATT}.q_proj.weight": lambda _, unit: np.s_[
+                [*range(4 * unit, 4 * unit + 4), *range(8 + 4 * unit, 12 + 4 * unit)]
+            ],
+            f"{ATT}.k_proj.weight": lambda _, unit: np.s_[pairs(unit, 0, 4)],
+            f"{ATT}.k_proj.bias": lambda _, unit: np.s_[pairs(unit, 0, 4)],
+            f"{ATT}.v_proj.weight": lambda _, unit: np.s_[pairs(unit, 0, 4)],
+            f"{ATT}.o_proj.weight": columns(8),
+        },
+        {"num_attention_heads": 8, "model_type": "diffllama"},
+        units=2,
+    ),
+    "XLNet has a dimension of heads": Case(
+        {
+            **{f"{XLNET}.{name}": (8, 4, 2) for name in "qkvor"},
+            f"{XLNET}.r_w_bias": (4, 2),
+            f"{XLNET}.seg_embed": (2, 4, 2),
+        },
+        {f"{XLNET}.{name}": column for name in "qkvor"},
+        {"n_head": 4, "model_type": "xlnet"},
+        units=4,
+    ),
+    "JetMoE has queries in experts": Case(
+        below(
+            "model.layers.0.self_attention",
+            kv_proj=(12, 8),
+            experts__input_linear=(5, 6, 8),
+            experts__output_linear=(5, 8, 6),
+        ),
+        {
+            f"{JETMOE}.kv_proj.weight": lambda _, unit: np.s_[pairs(unit, 0, 6)],
+            f"{JETMOE}.experts.input_linear.weight": columns(2),
+            f"{JETMOE}.experts.output_linear.weight": lambda _, unit: np.s_[..., 2 * unit : 2 * unit + 2],
+        },
+        {"num_key_value_heads": 3, "kv_channels": 2, "num_experts_per_tok": 2, "model_type": "jetmoe"},
+        units=3,
+    ),
     "key heads of a delta net with their value heads, side by side": Case(
         {
             **below(DELTA, in_proj_qkvz=(32, 8), in_proj_ba=(8, 8), conv1d=(20, 1, 4), out_proj=(8, 12)),
@@ -503,6 +543,41 @@ HEADS = {
 @pytest.mark.parametrize("case", HEADS.values(), ids=list(HEADS))
 def test_a_head_is_all_that_writes_it_and_what_reads_it(case: Case) -> None:
     check("heads", case)
+
+
+def test_codegen_has_a_quarter_of_the_heads_behind_another_and_these_compete() -> None:
+    shapes = below(GPT2, qkv_proj=(48, 16), out_proj=(16, 16))
+    blocks = find("heads", index_of(shapes, {"n_head": 8, "model_type": "codegen"}))
+    assert [(dict(one.place)["group"], one.units, one.heads) for one in blocks] == [
+        (block, 2, 2) for block in range(4)
+    ]
+    for block, structure in enumerate(blocks):
+        for (_, unit), elements in seen(shapes, structure).items():
+            whole = {name: numbered(shape) for name, shape in shapes.items()}
+            begins = [12 * block + part for part in (0, 4, 8)]
+            wanted = whole[f"{GPT2}.qkv_proj.weight"][pairs(unit, *begins)]
+            assert sorted(elements[f"{GPT2}.qkv_proj.weight"]) == wanted.reshape(-1).tolist()
+            wanted = whole[f"{GPT2}.out_proj.weight"][:, pairs(unit, 4 * block)]
+            assert sorted(elements[f"{GPT2}.out_proj.weight"]) == sorted(wanted.reshape(-1).tolist())
+
+
+def test_what_each_key_head_has_of_a_state_follows_by_rows_and_by_columns() -> None:
+    more = {f"{ATT}.A": (4,), f"{ATT}.dt_proj.weight": (4, 8), f"{ATT}.dt_proj.bias": (4,)}
+    (structure,) = find("heads", index_of({**below(ATT, **SEPARATE), **more}, {"num_attention_heads": 8}))
+    follows = [(one.tensor, one.dim, one.count, one.size) for one in structure.parts if one.follows]
+    assert follows == [
+        (f"{ATT}.A", 0, 4, 1),
+        (f"{ATT}.dt_proj.weight", 0, 4, 1),
+        (f"{ATT}.dt_proj.weight", 1, 4, 2),
+        (f"{ATT}.dt_proj.bias", 0, 4, 1),
+    ]
+
+
+def test_routed_experts_of_attention_are_experts_without_their_router() -> None:
+    at = "model.layers.0.self_attention.experts"
+    own = below(at, input_linear=(3, 6, 4), output_linear=(3, 4, 6))
+    (found,) = find("experts", index_of({**own, f"{at}.router.layer.weight": (3, 4), f"{at}.bias": (4,)}))
+    assert (found.units, {part.tensor for part in found.parts}) == (3, {*own})
 
 
 def test_a_delta_net_of_other_sizes_than_the_config_says_is_none() -> None:
@@ -557,11 +632,11 @@ def test_what_each_head_has_of_a_vector_follows(more: Shapes, dim: int, size: in
     [
         (below(ATT, **SEPARATE), {}),  # nothing counts heads
         (below(ATT, **SEPARATE), {"num_attention_heads": 7}),
-        (below(ATT, **SEPARATE), {"num_attention_heads": 8, "model_type": "diffllama"}),  # heads in pairs
+        (below(ATT, **SEPARATE), {"num_attention_heads": 5, "model_type": "diffllama"}),
         (below(ATT, **{**SEPARATE, "v_proj": (7, 8)}), {"num_attention_heads": 8}),
         (below(ATT, **{**SEPARATE, "o_proj": (8, 15)}), {"num_attention_heads": 8}),
         (below("visual.attn", **SEPARATE), {"num_attention_heads": 8}),  # in no layer
-        (below(GPT2, qkv_proj=(24, 8), out_proj=(8, 8)), {"n_head": 4, "model_type": "codegen"}),
+        (below(GPT2, qkv_proj=(24, 8), out_proj=(8, 8)), {"n_head": 2, "model_type": "codegen"}),
         (
             below(NEOX, query_key_value=(24, 8), dense=(8, 8)),
             {"num_attention_heads": 4, "model_type": "falcon"},

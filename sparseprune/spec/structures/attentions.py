@@ -15,7 +15,7 @@ from sparseprune.spec.naming import (
     ATTENTIONS,
     DELTA_NETS,
     EACH_HEAD,
-    ENTANGLED_HEADS,
+    EACH_KEY_HEAD,
     FUSED_LAYOUTS,
     HEAD_COUNTS,
     HEAD_NORMS,
@@ -36,6 +36,7 @@ from sparseprune.spec.structures.index import (
     whole,
 )
 from sparseprune.spec.structures.matrices import inputs_first
+from sparseprune.spec.structures.unlike_attentions import UNLIKE, find_unlike
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -52,7 +53,7 @@ def find_attentions(index: Index) -> list[Structure]:
     and values of another layer are parts of that layer's attention. Delta nets are attentions, too.
     """
     found: dict[str, Structure] = {}
-    for names in () if index.is_one_of(ENTANGLED_HEADS) else ATTENTIONS:
+    for names in () if index.is_one_of(UNLIKE) else ATTENTIONS:
         ending = f".{names.output}{MATRIX}"
         for form in [each for each in index.forms if each.endswith(ending)]:
             base = form[: -len(ending)]
@@ -64,7 +65,8 @@ def find_attentions(index: Index) -> list[Structure]:
                     heads = _attention(index, names, (base, section), numbers)
                     if heads is not None:
                         found[output.name] = heads
-    return [*_with_sharing_layers(index, list(found.values())), *find_delta_nets(index)]
+    usual = _with_sharing_layers(index, list(found.values()))
+    return [*usual, *find_delta_nets(index), *find_unlike(index)]
 
 
 class _Attention(Struct, frozen=True):
@@ -277,6 +279,12 @@ def _vectors_beside(at: _Attention, heads: _Heads) -> Iterator[Units]:
         if one is not None and len(one.shape) <= 2 and one.shape[dim:][:1] == (heads.units * heads.queries,):
             part, each = name.removesuffix(MATRIX), heads.queries
             yield Units(one.name, part, dim, heads.units, each, follows=True, queries=each)
+    for name, dim in EACH_KEY_HEAD if heads.key_rows else ():
+        one = at.tensor(name)
+        rows = 0 if one is None or dim >= len(one.shape) else one.shape[dim]
+        if one is not None and rows in {heads.units, heads.key_rows}:
+            part, size = name.removesuffix(MATRIX), rows // heads.units
+            yield Units(one.name, part, dim, heads.units, size, follows=True, keys=True)
 
 
 # -- layers that share keys and values ---------------------------------------------------------------

@@ -39,9 +39,10 @@ class Units(Struct, frozen=True):
     """Units along the dimension `dim` of a tensor: `count` of them, each `size` indices, from `begin` on.
 
     `stacked`: the first dimension counts modules, each of which has its own units; `flat` modules lie behind
-    each other in the dimension of the units. A tensor that `follows` loses units without being pruned. `part`
-    is its name inside the structure. Of attention a unit has so many `queries`, query heads, and a key/value
-    head where it has `keys`.
+    each other in the dimension of the units. A unit of several `runs` has its indices as many times, each run
+    behind those of all units. A tensor that `follows` loses units without being pruned. `part` is its name
+    inside the structure. Of attention a unit has so many `queries`, query heads, and a key/value head where
+    it has `keys`.
     """
 
     tensor: str
@@ -52,6 +53,7 @@ class Units(Struct, frozen=True):
     begin: int = 0
     stacked: bool = False
     flat: int = 1
+    runs: int = 1
     follows: bool = False
     queries: int = 0
     keys: bool = False
@@ -170,8 +172,9 @@ def outlook(part: Units, shape: Shape) -> Outlook:
         lead = [(part.flat, shape[dim] // part.flat * steps[dim])]
     dims = [*zip(shape, steps, strict=True)]
     dims[dim] = (part.size, steps[dim])
+    runs = [(part.runs, part.count * part.size * steps[dim])] if part.runs > 1 else []
     inner = [each for at, each in enumerate(dims) if at >= part.stacked and (at != dim or part.size > 1)]
-    extents, stride = zip(*lead, (part.count, part.size * steps[dim]), *inner, strict=True)
+    extents, stride = zip(*lead, (part.count, part.size * steps[dim]), *runs, *inner, strict=True)
     return Outlook(extents, stride, part.begin * steps[dim], len(lead))
 
 

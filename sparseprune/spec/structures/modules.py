@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
-from sparseprune.spec.naming import ATTENTION_EXPERTS, EXPERTS, LAYER_LISTS, NO_LAYERS, ROUTER, STACKS, STAGES
+from sparseprune.spec.naming import EXPERTS, LAYER_LISTS, NO_LAYERS, ROUTER, STACKS, STAGES
 from sparseprune.spec.structures.index import (
     MATRIX,
     Structure,
@@ -107,8 +107,6 @@ def _stacked_experts(index: Index) -> Iterator[Structure]:
                 module = f"{base}{star}".rstrip(".") if star else base
                 found.setdefault((module, numbers), []).append((rest, tensor))
     for (module, numbers), tensors in found.items():
-        if ATTENTION_EXPERTS.search(module):
-            continue
         deepest = max(len(tensor.shape) for _, tensor in tensors)
         if deepest == 2:
             yield from _flat_experts(index, module, numbers, tensors)
@@ -118,7 +116,7 @@ def _stacked_experts(index: Index) -> Iterator[Structure]:
             parts = [
                 Units(tensor.name, rest.removesuffix(MATRIX), 0, count // groups, flat=groups)
                 for rest, tensor in tensors
-                if tensor.shape and tensor.shape[0] == count
+                if tensor.shape and tensor.shape[0] == count and not ROUTER.match(f"{EXPERTS}.{rest}")
             ]
             yield Structure("experts", of_all_experts(place_of(module, numbers)), count, tuple(parts))
 
