@@ -111,6 +111,12 @@ PAIRED: Config = {
 }  # fmt: skip
 
 
+def paired() -> Shapes:
+    """One layer with four heads of two rows."""
+    at = f"{L0}.self_attn"
+    return {**{f"{at}.{name}_proj.weight": (8, 24) for name in "qkv"}, f"{at}.o_proj.weight": (24, 8)}
+
+
 def paired_heads(outputs: list[int]) -> list[Cut]:
     """Of four heads the first, and the third, which is subtracted from it; and some columns of outputs."""
     gone = places([0, 2], 2)
@@ -138,8 +144,7 @@ def biased_heads(gone: list[int], layer: str = "*") -> list[Cut]:
 
 CASES: dict[str, Case] = {
     "heads of which others are read": Case(
-        ({f"{L0}.self_attn.{name}_proj.weight": (8, 24) for name in "qkv"}
-            | {f"{L0}.self_attn.o_proj.weight": (24, 8)}, PAIRED),
+        (paired(), PAIRED),
         paired_heads([4, 5, 6, 7]),
         unlike(kept(f"{L0}.self_attn.q_proj.weight", 2, 4, 0), f"{L0}.self_attn.o_proj.weight as many others",
             "num_attention_heads"),
