@@ -554,3 +554,19 @@ def test_what_a_config_says_of_layers_without_the_table_is_warned_of(tmp_path: P
     said = run("remove", source, "layers", *HALF, "-o", tmp_path / "strict", "--strict")
     assert (said.code, len(said.err.splitlines())) == (2, 2)
     assert not (tmp_path / "strict").exists()
+
+
+def test_a_removed_layer_is_said_to_be_skipped_where_a_masked_one_is_not(tmp_path: Path) -> None:
+    folder = write(tmp_path / "in", decoder(), {**LLAMA, "model_type": "doge"})
+    line = (
+        "layers of model.layers scale what they pass on: removed ones are skipped, while masked ones would "
+        "pass on zeros"
+    )
+    said = ok("plan", folder, "layers", *HALF)
+    assert f"removal   {line}" in [" ".join(one.split("\n")).strip() for one in said.out.splitlines()]
+    assert line not in said.err
+    assert valid(ok("plan", folder, "layers", *HALF, "--json").out, "plan")["removal"]["remarks"] == [line]
+    report = json.loads(removed(folder, "layers", *HALF, "--json", "-q", "-o", tmp_path / "out").out)
+    assert report["warnings"] == [line]
+    said = removed(folder, "layers", *HALF, "-o", tmp_path / "again")
+    assert f"sparseprune: warning: {line}\n" in said.err
