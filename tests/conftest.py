@@ -3,11 +3,14 @@
 Property tests draw the same examples on every machine and at any speed. The width of a terminal is that of
 none, whoever runs the tests. Torch computes in one thread, since several tests run side by side: threads that
 spin while they wait for a core made some of them ten times slower. OMP_NUM_THREADS overrides it. Tests hear
-signals also where whoever started them lets them ignore some, as a shell does in the background.
+signals also where whoever started them lets them ignore some, as a shell does in the background. Nobody
+waits for the disk: no machine fails while tests run, and a sync may take longer than all the work before it.
 """
 
 import os
 import signal
+import sys
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -34,15 +37,27 @@ settings.register_profile(
 settings.load_profile("fixed")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session", autouse=True)
+def _quick_syncs() -> Iterator[None]:
+    """In this process; those that tests start write through to the disk."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in {"fsync", "fdatasync"} & {*dir(os)}:
+            patch.setattr(os, name, lambda descriptor: os.fstat(descriptor) and None)
+        yield
+
+
+@pytest.fixture
 def untraced() -> Iterator[None]:
     """For sweeps over what other tests reach as well: to trace their lines takes as long as they do."""
-    measuring = coverage.Coverage.current()
-    if measuring is not None:
-        measuring.stop()
+    if coverage.Coverage.current() is None:
+        yield
+        return
+    own, of_threads = sys.gettrace(), threading.gettrace()
+    sys.settrace(None)
+    threading.settrace(None)
     yield
-    if measuring is not None:
-        measuring.start()
+    threading.settrace(of_threads)
+    sys.settrace(own)
 
 
 @pytest.fixture(scope="module")

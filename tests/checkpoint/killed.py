@@ -1,9 +1,10 @@
 """Runs that die by SIGKILL at every call of the system, one after another, each in a process of its own.
 
-    python -m tests.checkpoint.killed HOME INPUT [force] ["without exchange"]
+    python -m tests.checkpoint.killed HOME INPUT [force] ["without exchange"] [seldom]
 
 HOME/start is copied to HOME/1, HOME/2, ...: there a run that prunes INPUT dies at its first, second, ...
-call, before it or, where it writes, in its middle. Ends with the first run that reaches its end.
+call, before it or, where it writes, in its middle; at one of three `seldom`. Ends with the first run that
+reaches its end.
 """
 
 import os
@@ -11,6 +12,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +53,8 @@ def prune(home: Path, source: str, *, force: bool) -> tuple[list[str], list[str]
     return finish(layout_of(home / source, masked="bs", form="packed"), force=force)
 
 
-def main(home: Path, source: str, *, force: bool) -> None:
-    moment = 0
-    while True:
-        moment += 1
+def main(home: Path, source: str, *, force: bool, step: int) -> None:
+    for moment in count(1, step):
         shutil.copytree(home / "start", home / str(moment))
         child = os.fork()
         if child == 0:
@@ -69,4 +69,4 @@ def main(home: Path, source: str, *, force: bool) -> None:
 if __name__ == "__main__":
     if "without exchange" in sys.argv[3:]:
         publish.swap = lambda one, other: False
-    main(Path(sys.argv[1]), sys.argv[2], force="force" in sys.argv[3:])
+    main(Path(sys.argv[1]), sys.argv[2], force="force" in sys.argv[3:], step=3 if "seldom" in sys.argv else 1)
