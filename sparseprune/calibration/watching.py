@@ -5,9 +5,8 @@ Owns what is seen of torch's dispatch, and names on disk. Knows no sums. Called 
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict, deque
-from itertools import zip_longest
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +14,10 @@ from msgspec import Struct
 from msgspec.structs import replace
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sparseprune.spec.naming import MEMBER
+
 if TYPE_CHECKING:
+    import re
     from collections.abc import Callable, Iterator, Mapping
 
     from torch import Tensor
@@ -251,8 +253,6 @@ class SharedInputs:
 
 
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16", "F8_E5M2", "F8_E4M3"})
-# Of layers and experts; those of w1 and w2 or fc1 and fc2 tell matrices of different inputs apart.
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)|(?<=expert_)\d+")
 
 
 class StoredAs(Struct, frozen=True):
@@ -375,19 +375,24 @@ def renumbered(name: str, one: str, like: str) -> str:
     >>> renumbered("mlp.experts.0.up", "mlp.experts.7.gate", "mlp.experts.0.gate")
     'mlp.experts.7.up'
     """
-    mine, theirs = _NUMBER.findall(one), _NUMBER.findall(like)
-    pieces = _NUMBER.split(name)
-    numbers = [
-        mine[place] if place < len(mine) and mine[place] != theirs[place] else number
-        for place, number in enumerate(_NUMBER.findall(name))
-    ]
-    return "".join(piece for pair in zip_longest(pieces, numbers, fillvalue="") for piece in pair)
+    pairs = zip(MEMBER.findall(one), MEMBER.findall(like), strict=False)
+    other = {place: mine for place, (mine, theirs) in enumerate(pairs) if mine != theirs}
+    places = count()
+
+    def number(found: re.Match[str]) -> str:
+        kind = found[0].removesuffix(found[1])  # such as `expert_`
+        return f"{kind}{other.get(next(places), found[1])}"
+
+    return MEMBER.sub(number, name)
 
 
 def _forms(name: str) -> Iterator[str]:
-    """The name with one of its numbers replaced by *, beginning with the last."""
-    for found in reversed(list(_NUMBER.finditer(name))):
-        yield f"{name[: found.start()]}*{name[found.end() :]}"
+    """The name with one of its numbers replaced by *, beginning with the last.
+
+    Numbers of layers and experts: those of w1 and w2 or fc1 and fc2 tell matrices of different inputs apart.
+    """
+    for found in reversed(list(MEMBER.finditer(name))):
+        yield f"{name[: found.start(1)]}*{name[found.end(1) :]}"
 
 
 def _one(model: Any, name: str, shape: tuple[int, ...], dim: int, checkpoint: Checkpoint) -> list[StoredAs]:

@@ -147,6 +147,10 @@ FUSED_LAYOUTS: dict[str, str | None] = {
 }
 NAMED_LAYOUTS = {"query_key_value": "heads"}  # of model types that are not in the table; others are parts
 
+# Matrices with a dimension of heads in the middle, of inputs and outputs, or of outputs and inputs (XLNet).
+HEADS_WRITTEN = re.compile(r"\.rel_attn\.[qkvr]$")
+HEADS_READ = re.compile(r"\.rel_attn\.o$")
+
 # Model types whose matrices have their inputs first, unlike torch's linear layers, where shapes do not tell.
 INPUTS_FIRST = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
 STACKS_INPUTS_FIRST = ("gpt_oss", "llama4", "llama4_text", "qwen3_vl_moe", "qwen3_vl_moe_text", "aria_text")

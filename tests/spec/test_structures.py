@@ -887,6 +887,8 @@ def test_what_has_no_layers_or_no_such_width_has_no_hidden_size() -> None:
             lambda tensor: tensor.transpose(2, 3, 0, 1).reshape(9, 6, 4),
         ),
         ("layers.0.conv.weight", (6, 4, 3), {}, lambda tensor: tensor.transpose(2, 0, 1)),
+        (f"{XLNET}.q", (4, 3, 2), {}, lambda tensor: tensor.reshape(4, 6).T),
+        (f"{XLNET}.o", (4, 3, 2), {}, lambda tensor: tensor.reshape(4, 6)),
     ],
 )
 def test_matrices_are_seen_outputs_first_and_inputs_last(

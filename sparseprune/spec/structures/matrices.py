@@ -9,7 +9,15 @@ from __future__ import annotations
 from math import prod
 from typing import TYPE_CHECKING
 
-from sparseprune.spec.naming import EXPERTS, INPUTS_FIRST, MLPS, NO_MATRIX, STACKS_INPUTS_FIRST
+from sparseprune.spec.naming import (
+    EXPERTS,
+    HEADS_READ,
+    HEADS_WRITTEN,
+    INPUTS_FIRST,
+    MLPS,
+    NO_MATRIX,
+    STACKS_INPUTS_FIRST,
+)
 from sparseprune.spec.structures.index import MATRIX, Outlook, place_of, steps_of
 
 if TYPE_CHECKING:
@@ -75,6 +83,11 @@ def _matrix_outlook(index: Index, form: str, numbers: Numbers, shape: Shape) -> 
         if places == 1:
             return Outlook(shape[:2], (shape[1], 1))
         return Outlook((places, *shape[:2]), (1, shape[1] * places, places), leading=1)
+    heads = prod(shape[1:])
+    if len(shape) == 3 and HEADS_WRITTEN.search(form):
+        return Outlook((heads, shape[0]), (1, heads))
+    if len(shape) == 3 and HEADS_READ.search(form):
+        shape = shape[0], heads
     outputs, inputs = shape[-2:]
     lead, step = (shape[:1], (outputs * inputs,)) if len(shape) == 3 else ((), ())
     if inputs_first(index, form, numbers, shape):
