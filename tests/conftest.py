@@ -47,11 +47,15 @@ def _quick_syncs() -> Iterator[None]:
 
 
 @pytest.fixture
-def untraced() -> Iterator[None]:
-    """For sweeps over what other tests reach as well: to trace their lines takes as long as they do."""
+def untraced(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """For sweeps over what other tests reach as well: to trace their lines takes as long as they do.
+
+    Processes that they start are not traced either.
+    """
     if coverage.Coverage.current() is None:
         yield
         return
+    monkeypatch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)
     own, of_threads = sys.gettrace(), threading.gettrace()
     sys.settrace(None)
     threading.settrace(None)
