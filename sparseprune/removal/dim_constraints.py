@@ -45,16 +45,21 @@ _MATRIX = (".weight", ".bias")
 class CutModel(Struct, frozen=True):
     """The tensors of a checkpoint by name, and the `kept` indices of those that lose something.
 
-    `gone` are the tensors of `removed` members of lists. `exact`: it is known which units survive, not only
-    how many. Those `beside` codes stay whole.
+    `gone` are the tensors of `removed` members of lists. Those `beside` codes stay whole. `decisions` number
+    what decides over each tensor, where only the numbers of units are known that survive.
     """
 
     shapes: Mapping[str, Shape]
     kept: Mapping[str, KeptIndices]
     removed: RemovedMembers
     gone: frozenset[str] = frozenset()
-    exact: bool = True
     beside: frozenset[str] = frozenset()
+    decisions: Mapping[str, int] | None = None
+
+    @property
+    def exact(self) -> bool:
+        """Whether it is known which units survive, not only how many."""
+        return self.decisions is None
 
 
 class Agreed(Struct, frozen=True):
@@ -93,7 +98,9 @@ def agree(sections: Sections, model: CutModel, stacks: Stacks) -> Agreed:
         example: dict[int, str] = {}
         for group, kept in groups.items():
             units[key][group], wrong = _shared_units(key, kept)
-            problems += _untied(group, counts.tied[group]) if wrong and group in counts.tied else wrong
+            if group in counts.tied and (wrong or _decided_apart(kept, model)):
+                wrong = _untied(group, counts.tied[group])
+            problems += wrong
             example[number_of(units[key][group])] = kept[0].name.rpartition(".")[0]
             for name, dim, flags in _followers(kept, units[key][group]):
                 followers.setdefault(name, {})[dim] = flags
@@ -116,8 +123,14 @@ def agree(sections: Sections, model: CutModel, stacks: Stacks) -> Agreed:
     return Agreed(values, kept_followers, problems, counts, units)
 
 
+def _decided_apart(kept: list[_KeptUnits], model: CutModel) -> bool:
+    """Whether several decisions say which units these tensors lose, so that they may not lose the same."""
+    decisions = model.decisions or {}
+    return len({decisions.get(each.name) for each in kept if not each.units.all()}) > 1
+
+
 def _untied(group: str, why: str) -> list[str]:
-    text = "keeps other heads in one layer than in another"
+    text = "may keep other heads in one layer than in another"
     return [f"{group} {text}, and {why}: prune by heads-aligned, or couple the heads of all layers"]
 
 

@@ -236,7 +236,9 @@ def preview(
     if reasons:
         return Preview(reasons, after)
     try:
-        removal = make_removal(shapes, kept, config, codes=codes_in(tensors), exact=False, beside=beside)
+        decisions = {leaf.tensor: number for number, one in enumerate(instances) for leaf in one.scope.leaves}
+        codes = codes_in(tensors)
+        removal = make_removal(shapes, kept, config, codes=codes, decisions=decisions, beside=beside)
     except CheckpointError as error:
         return Preview(reasons, after, problems=error.args)
     numel = {name: prod(left.shape) for name, left in removal.left.items()}

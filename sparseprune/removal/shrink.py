@@ -62,14 +62,14 @@ def make_removal(
     config: Mapping[str, Any] | None,
     *,
     codes: Mapping[str, Codes] = MappingProxyType({}),
-    exact: bool = True,
+    decisions: Mapping[str, int] | None = None,
     beside: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
 ) -> Removal:
     """What is left of tensors of these shapes where masks keep the indices in `kept`; others are kept whole.
 
-    `codes` tells which tensors hold codes: what lies beside them goes with them. `exact` False: only the
-    numbers of kept units are known, not which they are. `beside` are other documents about the model, by the
-    names of their files.
+    `codes` tells which tensors hold codes: what lies beside them goes with them. With `decisions`, numbers of
+    what decides over each tensor, only the numbers of kept units are known, not which they are. `beside` are
+    other documents about the model, by the names of their files.
 
     Raises:
         CheckpointError: masks that are not made of whole slices, or a model that no class can express.
@@ -84,7 +84,7 @@ def make_removal(
         return Removal({name: ResizedTensor(name, shape, whole=True) for name, shape in shapes.items()})
     # Tensors without elements have no mask; they go with the layer or expert that they belong to.
     gone = empty | {name for name, shape in shapes.items() if not prod(shape) and removed.has(name)}
-    model = CutModel(shapes, cut, removed, gone, exact, carried.whole)
+    model = CutModel(shapes, cut, removed, gone, carried.whole, decisions)
     configured = configure(config, model, beside)
     smaller, changes = configured.config, configured.changes
     left_of = {

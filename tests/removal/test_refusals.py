@@ -151,7 +151,7 @@ CASES: dict[str, Case] = {
         (paired_heads([0, 1, 2, 3]), {"num_attention_heads": (4, 2), "num_key_value_heads": (4, 2)})),
     "other heads in layers that share biases": Case((biased(), T5),
         [*biased_heads([0, 2], "0"), *biased_heads([0, 3], "1")],
-        "encoder.block.*.layer.0.SelfAttention keeps other heads in one layer than in another, and the "
+        "encoder.block.*.layer.0.SelfAttention may keep other heads in one layer than in another, and the "
         "position biases of the first layer are those of all, head by head: prune by heads-aligned, or "
         "couple the heads of all layers",
         (biased_heads([0, 3]), {"num_heads": (4, 2)})),
@@ -700,6 +700,15 @@ def test_what_no_class_can_express_is_refused_line_by_line(case: str) -> None:
     assert error.value.args == ((lines,) if isinstance(lines, str) else lines)
     assert (shapes, config) == before
     check_untouched(kept, cut(shapes, refused))
+
+
+def test_heads_of_layers_that_share_biases_are_decided_together() -> None:
+    """Where it is not yet known which heads stay, but that each layer has its own."""
+    shapes = biased()
+    kept = cut(shapes, biased_heads([0, 3]))
+    assert make_removal(shapes, kept, T5, decisions=dict.fromkeys(shapes, 0)).changes
+    with pytest.raises(CheckpointError, match="SelfAttention may keep other heads in one layer"):
+        make_removal(shapes, kept, T5, decisions={name: int(".block.1." in name) for name in shapes})
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if CASES[case].legal[0]])
