@@ -144,9 +144,10 @@ class Architecture(Struct, frozen=True):
     `divides`; the class checks lists in `sized` by it. `alike` keys take the value of another. `values` are
     expressions for keys that a config may omit. `widths` name the key for modules whose names hold a text.
     `groups`: a router's groups of experts of one size, of which `serving` serve and each needs the `best`.
-    Classes of `kin` compute the same with these values of their own keys, unless one of `unlike` is set.
-    `settled` keys get a value when channels go. `wide_norms` are modules of norms over all heads of a layer
-    or all channels of an MLP.
+    Classes of `kin` compute the same with these values of their own keys, unless one of `unlike` is set, or
+    the config has none of some keys in `told`, for which the classes have unlike defaults. `settled` keys get
+    a value when channels go. `wide_norms` are modules of norms over all heads of a layer or all channels of
+    an MLP.
     """
 
     models: tuple[str, ...]
@@ -165,6 +166,7 @@ class Architecture(Struct, frozen=True):
     best: int = 1
     kin: Mapping[str, Mapping[str, object]] = {}
     unlike: tuple[str, ...] = ()
+    told: tuple[tuple[str, ...], ...] = ()
     settled: Mapping[str, bool] = {}
     hidden: Hidden = Hidden()
     wide_norms: tuple[str, ...] = ()
@@ -465,7 +467,16 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         "gpt_neo", refused=_HEADS, layers=Layers(by_place=("attention_layers",), derived=("attention_types",))
     ),
     _row("gpt_neox persimmon stablelm falcon biogpt xglm", refused=_HEADS),
-    _row("helium", refused=dict.fromkeys(("heads", "hidden"), _SQUARE)),
+    _grouped(
+        "helium",
+        refused=dict.fromkeys(("heads", "hidden"), _SQUARE),
+        kin={"ernie4_5": {"use_bias": False}},
+        unlike=("attention_bias", "mlp_bias"),
+        told=(
+            *(("head_dim",), ("num_key_value_heads",), ("rms_norm_eps",), ("tie_word_embeddings",)),
+            ("rope_parameters", "rope_theta"),
+        ),
+    ),
     _row(
         "opt",
         refused=_HEADS,

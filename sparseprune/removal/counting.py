@@ -28,6 +28,7 @@ from sparseprune.removal.architectures import (
     SIDED_WIDTHS,
     SUBTRACTED,
     WIDTHS,
+    architecture_of,
 )
 from sparseprune.removal.sections import path_shown
 from sparseprune.spec import TensorInfo
@@ -181,7 +182,8 @@ def count_dims(
             if why is None:
                 count(structure, section, counts)
             elif is_touched:
-                counts.refused[f"{_WHAT[kind]} of {dict(structure.place)['stack']} cannot go: {why}"] = None
+                stack = dict(structure.place)["stack"]
+                counts.refused[f"{_WHAT[kind]} of {stack} cannot go: {why}{_way_out(section, kind)}"] = None
     hidden = hidden_size(index, others) if cut else ""
     if not isinstance(hidden, str) and _loses_hidden(hidden, cut):
         _count_hidden(hidden, sections, counts)
@@ -209,6 +211,13 @@ def _why_refused(section: Section, kind: str) -> str | None:
         why for key, (what, why) in row.refused_where.items() if what == kind and section.values.get(key)
     )
     return row.refused.get(kind) or next(by_key, None)
+
+
+def _way_out(section: Section, kind: str) -> str:
+    """That another class, which computes the same, lets units of a structure go."""
+    rows = {kin: architecture_of(kin) for kin in section.architecture.kin}
+    taking = (kin for kin, row in rows.items() if row is not None and kind not in row.refused)
+    return next((f"; or --as {kin}, whose class takes any" for kin in taking), "")
 
 
 def _layer(structure: Structure) -> int | None:

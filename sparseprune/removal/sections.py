@@ -194,6 +194,10 @@ def as_model(
     for key in row.unlike:
         if values.get(key):
             raise CheckpointError(f"--as {model_type}: config.json has {key}, which that class lacks")
+    for keys in row.told:
+        if all(values.get(key) is None for key in keys):
+            text = f"config.json has no {keys[0]}, for which that class has another default"
+            raise CheckpointError(f"--as {model_type}: {text}")
     turned: dict[str, Any] = {"model_type": model_type, **row.kin[model_type]}
     names = values.get("architectures")
     if isinstance(names, list):

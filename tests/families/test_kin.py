@@ -39,6 +39,38 @@ def test_a_number_of_heads_that_llama_refuses_is_taken_as_mistral(dense: Path, t
         torch.testing.assert_close(small(ids).logits, zeros(ids).logits, rtol=1e-5, atol=1e-5)
 
 
+def helium(folder: Path, **own: object) -> Path:
+    """A Helium with four heads, of which none can go."""
+    sizes = {**DECODER, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 8}
+    model = transformers.HeliumForCausalLM(transformers.HeliumConfig(**sizes))
+    dense = save(model, "helium", folder).folder
+    config = json.loads((dense / "config.json").read_text())
+    left = {key: value for key, value in {**config, **own}.items() if value is not None}
+    (dense / "config.json").write_text(json.dumps(left))
+    return dense
+
+
+def test_heads_that_helium_refuses_go_as_ernie(tmp_path: Path) -> None:
+    dense = helium(tmp_path)
+    with pytest.raises(SparsepruneError, match=r"; or --as ernie4_5, whose class takes any$"):
+        sparseprune.remove(dense, "heads", output=tmp_path / "small")
+    sparseprune.remove(dense, "heads", output=tmp_path / "small", as_model="ernie4_5")
+    sparseprune.apply(dense, "heads", tmp_path / "zeros")
+    small = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    zeros = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "zeros")
+    assert (type(small).__name__, small.config.num_attention_heads) == ("Ernie4_5ForCausalLM", 3)
+    assert type(zeros).__name__ == "HeliumForCausalLM"
+    ids = torch.arange(24).reshape(2, 12)
+    with torch.inference_mode():
+        torch.testing.assert_close(small(ids).logits, zeros(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_what_another_class_takes_otherwise_by_default_must_be_told(tmp_path: Path) -> None:
+    dense = helium(tmp_path, rms_norm_eps=None)
+    with pytest.raises(SparsepruneError, match=r"^--as ernie4_5: config.json has no rms_norm_eps, for which"):
+        sparseprune.remove(dense, "heads", output=tmp_path / "small", as_model="ernie4_5")
+
+
 @pytest.mark.parametrize(
     ("values", "kin", "says"),
     [
