@@ -46,6 +46,28 @@ def _quick_syncs() -> Iterator[None]:
         yield
 
 
+TRACED = 12
+"""Cases of one test that are traced, at most; to trace the lines of all takes longer than to run them."""
+_UNTRACED = pytest.StashKey[bool]()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of a test with many cases a spread is traced: branches that only others take count as missed."""
+    tests: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        tests.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for cases in tests.values():
+        step = -(-len(cases) // TRACED)
+        for number, case in enumerate(cases):
+            case.stash[_UNTRACED] = number % step != 0
+
+
+@pytest.fixture(autouse=True)
+def _traced_or_not(request: pytest.FixtureRequest) -> None:
+    if request.node.stash[_UNTRACED]:
+        request.getfixturevalue("untraced")
+
+
 @pytest.fixture
 def untraced(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """For sweeps over what other tests reach as well: to trace their lines takes as long as they do.

@@ -7,7 +7,7 @@ import pytest
 from tests.cli.interrupted import Commands
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def commands() -> Iterator[Commands]:
     with Commands() as server:
         yield server

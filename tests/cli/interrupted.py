@@ -109,10 +109,12 @@ class Commands:
     """The server, from the side of a test; a context manager."""
 
     def __enter__(self) -> Self:
+        # What a tracer saw is lost where a fork ends: none is there.
+        plain = {name: value for name, value in os.environ.items() if name != "COVERAGE_PROCESS_CONFIG"}
         self._server = subprocess.Popen(
             [sys.executable, "-m", "tests.cli.interrupted"],
             cwd=ROOT,
-            env=os.environ | _ONE_THREAD,
+            env=plain | _ONE_THREAD,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -26,6 +26,8 @@ from tests.families.checkpoints import make
 from tests.families.test_library import SERVED
 from tests.limits import AMPLE, narrow
 
+pytestmark = pytest.mark.usefixtures("untraced")
+
 
 @dataclass(frozen=True, eq=False)
 class Elsewhere(Pass):

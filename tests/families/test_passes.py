@@ -14,6 +14,8 @@ from tests.families.checkpoints import Checkpoint, write_statistics
 from tests.families.test_library import OPTIONS, SERVED
 from tests.limits import narrow
 
+pytestmark = pytest.mark.usefixtures("untraced")
+
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[ProcessPoolExecutor]:
