@@ -243,18 +243,20 @@ def test_a_library_that_takes_long_to_load_is_not_waited_for_after_a_signal(tmp_
     assert done.stderr == "sparseprune: hung up: nothing was written\n"
 
 
-def test_a_signal_from_outside_interrupts_a_process_that_then_continues(tmp_path: Path) -> None:
+def test_a_signal_from_outside_interrupts_a_process_that_then_continues(
+    tmp_path: Path, commands: Commands
+) -> None:
     case = CASES["radix_select"]
     home, whole = case.home(tmp_path / "home"), case.home(tmp_path / "whole")
     before = content(home)
-    assert ended(started(case.command(whole))).code == 0
+    assert commands.run(case.command(whole)).code == 0
     process = started(replace(case.command(home), slow=0.02, prompt=False))
     wait_for_notes(home, case.target)
     process.send_signal(signal.SIGINT)
     said = ended(process)
     check_told(said, 130, re.escape(INTERRUPTED.removeprefix("sparseprune: ")), kept=True)
     assert content(home) == before
-    again = ended(started(case.command(home)))
+    again = commands.run(case.command(home))
     assert again.code == 0
     assert again.err.splitlines()[0] == CONTINUED
     assert content(home) == content(whole)

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from sparseprune.checkpoint import lay_out
 from sparseprune.cli.demo import write_decoder
-from tests.cli.interrupted import ended, started
+from tests.cli.interrupted import Commands, ended, started
 from tests.cli.test_interruptions import wait_for_notes
 from tests.cli.test_resuming_runs import CASES, CONTINUED, content
 from tests.commands import python
@@ -90,12 +90,12 @@ def test_whoever_reads_no_further_is_no_failure(folder: Path) -> None:
 )
 @pytest.mark.parametrize("name", ["radix_select", "contiguous"])
 def test_a_signal_ends_a_run_that_then_continues(
-    tmp_path: Path, number: signal.Signals, word: str, name: str
+    tmp_path: Path, commands: Commands, number: signal.Signals, word: str, name: str
 ) -> None:
     case = CASES[name]
     home, whole = case.home(tmp_path / "home"), case.home(tmp_path / "whole")
     before = content(home)
-    assert ended(started(case.command(whole))).code == 0
+    assert commands.run(case.command(whole)).code == 0
     process = started(replace(case.command(home), slow=0.02, prompt=False))
     wait_for_notes(home, case.target)
     process.send_signal(number)
@@ -105,7 +105,7 @@ def test_a_signal_ends_a_run_that_then_continues(
     wanted = f"sparseprune: {word}: there is no output; run the same command again to continue"
     assert wanted in said.err.splitlines()
     assert content(home) == before
-    again = ended(started(case.command(home)))
+    again = commands.run(case.command(home))
     assert (again.code, again.err.splitlines()[0]) == (0, CONTINUED)
     assert content(home) == content(whole)
 
