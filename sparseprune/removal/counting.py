@@ -446,7 +446,7 @@ def _count_hidden(structure: Structure, sections: Sections, counts: Counts) -> N
     if any(name.endswith(".bias") for name in norms):
         why = SUBTRACTED
     if why is not None:
-        counts.refused[f"hidden channels cannot go: {why}"] = None
+        counts.refused[f"hidden channels cannot go: {why}{_way_out(section, 'hidden')}"] = None
         return
     if path is None:
         text = f"its tensors have {structure.units} hidden channels"

@@ -197,7 +197,8 @@ def _changed_tensors(checkpoint: Checkpoint, left: Mapping[str, ResizedTensor]) 
 
 def config_text(one: ConfigChange) -> str:
     """The change of a key of config.json; long lists by their lengths."""
-    return f"{one.key} {_value(one.before)} -> {_value(one.after)}"
+    after = "null" if one.before is None and one.after is None else _value(one.after)
+    return f"{one.key} {_value(one.before)} -> {after}"
 
 
 def _value(value: object) -> str:

@@ -494,3 +494,14 @@ def test_a_norm_whose_dtype_holds_no_scaled_weights_is_refused(tmp_path: Path) -
     said = run("remove", source, "hidden", "-o", tmp_path / "out")
     assert (said.code, (tmp_path / "out").exists()) == (2, False)
     assert "model.norm.weight is F8_E4M3, and its weights would have to be scaled" in said.err
+
+
+def test_a_llama_takes_any_hidden_size_as_a_mistral(tmp_path: Path) -> None:
+    source = write(tmp_path / "in", decoder(), {**LLAMA, "head_dim": 2})
+    said = run("remove", source, "hidden", "-o", tmp_path / "out")
+    assert (said.code, said.err.count("\n")) == (2, 1)
+    assert "num_attention_heads, 4, such as 4 or 8; or --as mistral, whose class takes any" in said.err
+    said = run("remove", source, "hidden", "--as", "mistral", "-o", tmp_path / "out")
+    assert said.code == 0
+    assert "config.json: sliding_window absent -> null\nconfig.json: architectures" in said.err
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["hidden_size"] == 6

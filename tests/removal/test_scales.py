@@ -168,11 +168,17 @@ def test_both_halves_of_what_a_speculative_head_reads_lose_the_same_channels() -
         ),
         (
             decoder(MISTRAL),
+            {**MISTRAL, "model_type": "helium"},
+            "hidden channels cannot go: what reads heads is as wide as the hidden size, whatever the config says "
+            "of heads; or --as ernie4_5",
+        ),
+        (
+            decoder(MISTRAL),
             without(MISTRAL, "hidden_size"),
             "hidden channels cannot go: its tensors have 24 hidden channels, no key of config.json",
         ),
     ],
-    ids=["a mean", "a mean, as a bias tells", "sizes of heads", "no key"],
+    ids=["a mean", "a mean, as a bias tells", "sizes of heads", "a way out", "no key"],
 )
 def test_a_hidden_size_that_cannot_change_is_refused_in_a_line(
     shapes: Shapes, config: Config, line: str
