@@ -36,8 +36,10 @@ Kind = Literal["right", "refused", "none", "unbound", "wrong"]
 REMOVALS = ("mlp-channels", "heads", "experts", "expert-channels", "layers", "hidden")
 ACTIONS = ("2of4", *REMOVALS, "calibrate")
 SETTINGS = {"layers": {"sparsity": "0.34"}, "hidden": {"multiple": "8"}}  # of few layers a quarter is none
-OWN_SETTINGS = {  # of two heads, which some layers or blocks have
-    (name, "heads"): {"sparsity": "0.5"} for name in ("gemma4_text", "gemma4_shared", "codegen", "diffllama")
+_OF_TWO = ("gemma4_text", "gemma4_shared", "codegen", "diffllama")  # heads, in some layers or blocks
+OWN_SETTINGS = {
+    **{(name, "heads"): {"sparsity": "0.5"} for name in _OF_TWO},
+    ("dinov2", "mlp-channels"): {"sparsity": "0.5"},  # an integer ratio counts them in halves
 }
 # Types whose layers share biases of heads, so that the same heads go in all of them.
 ALIGNED = {"t5", "t5_gated", "mt5", "switch_transformers"}
