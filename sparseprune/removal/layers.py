@@ -328,12 +328,24 @@ def skipped(stack: Stack) -> Iterator[str]:
 
 
 def packed_parts(stack: Stack, shapes: Shapes) -> Iterator[tuple[str, int, list[int]]]:
-    """Tensors beside a list that have parts for each of its layers: name, dimension, indices of each part."""
+    """Tensors beside a list that have parts for each of its layers: name, dimension, indices of each part.
+
+    Raises:
+        CheckpointError: a tensor that is not as long as its parts, or has scales beside it.
+    """
     pieces = stack.name.split(".")
     above = [".".join(pieces[:depth]) for depth in range(len(pieces))]
     for module, dim in stack.section.architecture.layers.packed.items():
         names = (f"{each}.{module}.weight".removeprefix(".") for each in above)
         for name in (name for name in names if name in shapes):
+            plain = {name, f"{name.removesuffix('weight')}bias"}
+            beside = next(
+                (one for one in shapes if one.startswith(name.removesuffix("weight")) and one not in plain),
+                None,
+            )
+            if beside is not None:
+                found = f"{name} has a part for each layer, and {beside} beside it"
+                raise CheckpointError(f"{found}: dequantize the checkpoint first")
             size, rest = divmod(shapes[name][dim], stack.count)
             if rest:
                 wanted = f"wanted a multiple of the {stack.count} layers"

@@ -569,6 +569,11 @@ def test_what_has_a_part_for_each_layer_loses_those_of_removed_ones() -> None:
     odd = shapes | {"model.contact_head.regression.weight": (1, 25)}
     with pytest.raises(CheckpointError, match=r"has 25 along dimension 1, wanted a multiple of the 6 layers"):
         make_removal(odd, cut(odd, whole("model.layers.1.*")), {**SIZES, "model_type": "esm"})
+    coded = shapes | {"model.contact_head.regression.weight_scale": (1,)}
+    with pytest.raises(
+        CheckpointError, match=r"regression\.weight_scale beside it: dequantize the checkpoint"
+    ):
+        make_removal(coded, cut(coded, whole("model.layers.1.*")), {**SIZES, "model_type": "esm"})
 
 
 def test_windows_of_an_encoder_are_cut_with_its_layers_alone() -> None:
