@@ -46,16 +46,17 @@ def _quick_syncs() -> Iterator[None]:
         yield
 
 
-TRACED = 12
-"""Cases of one test that are traced, at most; to trace the lines of all takes longer than to run them."""
+SWEEPING, TRACED = {"cli", "engine", "execution"}, 24
+"""Of one test in these rooms so many cases are traced at most, which takes longer than to run them."""
 _UNTRACED = pytest.StashKey[bool]()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of a test with many cases a spread is traced: branches that only others take count as missed."""
+    """Of a test with more cases a spread is traced: branches that only others take count as missed."""
     tests: dict[str, list[pytest.Item]] = {}
     for item in items:
-        tests.setdefault(item.nodeid.partition("[")[0], []).append(item)
+        if SWEEPING & {*item.path.parts}:
+            tests.setdefault(item.nodeid.partition("[")[0], []).append(item)
     for cases in tests.values():
         step = -(-len(cases) // TRACED)
         for number, case in enumerate(cases):
@@ -64,7 +65,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def _traced_or_not(request: pytest.FixtureRequest) -> None:
-    if request.node.stash[_UNTRACED]:
+    if request.node.stash.get(_UNTRACED, False):
         request.getfixturevalue("untraced")
 
 

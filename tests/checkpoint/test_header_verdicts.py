@@ -15,7 +15,7 @@ from tests.checkpoint.headers import STRICTER, file_of, loaded, refusal, tensor,
 from tests.fuzzing import headers as fuzzing
 
 PER_EXAMPLE = settings(
-    max_examples=300,
+    max_examples=150,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],

@@ -21,7 +21,7 @@ def budget(data: st.DataObject, most: int) -> int:
 
 
 @on_every_device
-@settings(max_examples=250)
+@settings(max_examples=120)
 @given(data=st.data())
 def test_exactly_nnz_survive_and_the_lower_index_wins_ties(device: str, data: st.DataObject) -> None:
     case = data.draw(cases(device))
@@ -39,7 +39,7 @@ def test_exactly_nnz_survive_and_the_lower_index_wins_ties(device: str, data: st
 
 
 @on_every_device
-@settings(max_examples=100)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_empty_tensors_pass_every_path(device: str, data: st.DataObject) -> None:
     case = data.draw(cases(device, empty=True))
@@ -57,7 +57,7 @@ def test_empty_tensors_pass_every_path(device: str, data: st.DataObject) -> None
 
 
 @on_every_device
-@settings(max_examples=150)
+@settings(max_examples=80)
 @given(data=st.data())
 def test_values_decide_in_every_form_and_in_every_member(device: str, data: st.DataObject) -> None:
     case = data.draw(cases(device))
@@ -71,7 +71,7 @@ def test_values_decide_in_every_form_and_in_every_member(device: str, data: st.D
 
 
 @on_every_device
-@settings(max_examples=100)
+@settings(max_examples=60)
 @given(data=st.data(), dtype=st.sampled_from([torch.float64, torch.float16, torch.float8_e5m2, torch.int64]))
 def test_block_scores_of_either_sign_rank_instead_of_norms(
     device: str, data: st.DataObject, dtype: torch.dtype
@@ -90,7 +90,7 @@ def test_block_scores_of_either_sign_rank_instead_of_norms(
 
 
 @on_every_device
-@settings(max_examples=100)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_block_mask_is_laid_out_as_it_stands(device: str, data: st.DataObject) -> None:
     case = data.draw(cases(device, empty=data.draw(st.booleans())))
@@ -103,7 +103,7 @@ def test_block_mask_is_laid_out_as_it_stands(device: str, data: st.DataObject) -
 
 
 @on_every_device
-@settings(max_examples=150)
+@settings(max_examples=80)
 @given(data=st.data())
 def test_an_explicit_threshold_keeps_what_reaches_it(device: str, data: st.DataObject) -> None:
     case = data.draw(cases(device, kinds=("few", "any")))
@@ -131,7 +131,7 @@ def kth(scope: ScopeSpec | ScopeCoupling, k: int) -> torch.Tensor:
 
 
 @on_every_device
-@settings(max_examples=100)
+@settings(max_examples=60)
 @given(data=st.data(), weight=st.sampled_from([0.0, 0.25, 1.0, 3.0]))
 def test_kth_largest_and_kth_mid_are_ranks_of_sorted_norms(
     device: str, data: st.DataObject, weight: float

@@ -58,7 +58,7 @@ def assert_solution(case: Case, before: list[list[int]], wanted: list[dict[oracl
 
 
 @on_every_device
-@settings(max_examples=150)
+@settings(max_examples=80)
 @given(data=st.data(), scale=st.booleans(), seed=st.integers(0, 2**32))
 def test_euclidean_shrinking_is_the_oracles(device: str, data: st.DataObject, scale: bool, seed: int) -> None:
     case = data.draw(cases(device, dtypes=FLOATS, kinds=("few",), empty=data.draw(st.booleans())))
@@ -70,7 +70,7 @@ def test_euclidean_shrinking_is_the_oracles(device: str, data: st.DataObject, sc
 
 
 @on_every_device
-@settings(max_examples=150)
+@settings(max_examples=80)
 @given(data=st.data(), scale=st.booleans(), seed=st.integers(0, 2**32))
 def test_conditioned_shrinking_is_the_oracles_in_every_form_of_conditioners(
     device: str, data: st.DataObject, scale: bool, seed: int

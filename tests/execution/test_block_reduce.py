@@ -132,7 +132,7 @@ def assert_same_bits(found: Floats, expected: Floats) -> None:
     assert np.ascontiguousarray(found).tobytes() == np.ascontiguousarray(expected).tobytes()
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(passings(NARROW), st.sampled_from([1, 2]), st.booleans())
 def test_sums_of_chunks_are_those_of_the_engine(case: tuple[Passing, int], power: int, ranked: bool) -> None:
     passing, elements = case

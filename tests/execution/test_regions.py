@@ -125,7 +125,7 @@ def joined(elements: Iterable[int]) -> list[tuple[int, int]]:
     return runs
 
 
-@settings(max_examples=400)
+@settings(max_examples=200)
 @given(regions())
 def test_runs_are_the_elements_in_the_order_of_the_storage_with_neighbours_joined(region: Region) -> None:
     elements = elements_of(region)
@@ -467,7 +467,7 @@ def test_tiles_are_all_blocks_of_a_part_within_the_limit(
                 assert tile.numel * member.block.numel_per_block <= limit or tile.numel == 1
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(scopes(), st.integers(1, 9))
 def test_cells_are_cut_first_where_the_first_leaf_lies_outermost(
     case: tuple[AnyScope, oracle.Coupled], count: int
@@ -515,7 +515,7 @@ def row_major(
     return BoundBlock("w", "w", view, tuple(stride), 0, block)
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(leaves(least=1), sizes)
 @example((stored_tensor("w", 48), row_major((12, 4), (6, 1))), 16)  # chunks of four rows and of two
 @example((stored_tensor("w", 96), row_major((4, 6, 4), (2, 6, 4))), 30)
@@ -532,7 +532,7 @@ def test_chunks_have_every_element_once_in_the_order_of_the_storage(case: Case, 
     assert all(chunk.leaf is leaf for chunk in chunks)
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(leaves(least=1), sizes)
 @example((stored_tensor("w", 48), row_major((12, 4), (6, 1))), 16)  # chunks of four rows and of two
 @example((stored_tensor("w", 96), row_major((4, 6, 4), (2, 6, 4))), 30)
@@ -546,7 +546,7 @@ def test_chunks_are_about_as_large_as_they_may_be(case: Case, elements: int) -> 
     assert len(chunks) == 1 or 4 * chunks[0].numel > elements
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(leaves(least=1), sizes)
 @example((stored_tensor("w", 48), row_major((12, 4), (6, 1))), 16)  # chunks of four rows and of two
 @example((stored_tensor("w", 96), row_major((4, 6, 4), (2, 6, 4))), 30)
@@ -567,7 +567,7 @@ def test_chunks_end_inside_blocks_only_along_outer_dimensions_and_the_one_that_i
                 assert begin % extent == size % extent == 0
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(leaves(least=1), sizes)
 @example((stored_tensor("w", 48), row_major((12, 4), (6, 1))), 16)  # chunks of four rows and of two
 @example((stored_tensor("w", 96), row_major((4, 6, 4), (2, 6, 4))), 30)

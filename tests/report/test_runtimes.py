@@ -70,7 +70,7 @@ def test_dtypes_and_sizes_are_those_of_the_installed_torch(name: str) -> None:
     assert ours == {dtype: (row.sparse_min_rows, row.sparse_min_cols) for dtype, row in table.items()}
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.sampled_from(sorted(TORCH)), st.sampled_from(EVERY_DTYPE), st.lists(SIZES, min_size=0, max_size=4))
 @example("torch-cutlass", "F16", [32, 64])
 @example("torch-cutlass", "F16", [0, 64])
@@ -128,7 +128,7 @@ def matrices(draw: st.DrawFn) -> tuple[str, torch.Tensor]:
     return dtype, tensor.to(torch_dtype(dtype))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(matrices())
 def test_eligible_for_cutlass_is_what_comes_back_from_packing(made: tuple[str, torch.Tensor]) -> None:
     dtype, dense = made
@@ -203,7 +203,7 @@ def oracle_tensorrt(tensor: torch.Tensor) -> bool:
     return True
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     st.sampled_from(["asp", "modelopt"]),
     st.sampled_from(EVERY_DTYPE),

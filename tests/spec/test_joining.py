@@ -41,7 +41,7 @@ def combinations(relations: list[Member]) -> list[tuple[Captures, ...]]:
     return [rows for rows in product(*relations) if agree(rows)]
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(members())
 def test_a_join_is_every_combination_that_agrees(relations: list[Member]) -> None:
     wanted = combinations(relations)
@@ -56,7 +56,7 @@ def test_a_join_is_every_combination_that_agrees(relations: list[Member]) -> Non
         assert dict(captures) == {name: value for row in rows for name, value in row or ()}
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(members())
 def test_what_is_missing_is_what_has_no_partner(relations: list[Member]) -> None:
     wanted = {
