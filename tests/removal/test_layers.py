@@ -512,6 +512,14 @@ def test_layers_that_have_to_stay_are_named(case: str) -> None:
     assert error.value.args == (f"layers of model.layers cannot go: {why}",)
 
 
+def test_a_late_first_layer_with_experts_is_named_by_its_new_number() -> None:
+    config = {"model_type": "ernie4_5_moe", "num_hidden_layers": 30, "moe_layer_start_index": 20}
+    removal = without_layers(config, range(5), 30)
+    assert {one.key: one.after for one in removal.changes} == {
+        "num_hidden_layers": 25, "moe_layer_start_index": 15,
+    }  # fmt: skip
+
+
 def test_pairs_of_layers_of_a_stage_whose_windows_shift_can_go() -> None:
     names = [f"encoder.layers.{stage}.blocks.{layer}.norm.weight" for stage in (0, 1) for layer in range(4)]
     shapes: Shapes = dict.fromkeys(names, (4,))
