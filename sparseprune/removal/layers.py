@@ -374,22 +374,12 @@ def _new_kinds(stack: Stack, kind: str) -> dict[str, int] | None:
     wanted = [before[layer] for layer in stays]
     for many in range(len(keys) + 1):
         for changed in combinations(keys, many):
-            for each in product(*(_candidates(stack, key) for key in changed)):
+            for each in product((*range(1, len(stays) + 2), 0), repeat=many):
                 values = dict(zip(changed, each, strict=True))
                 found = _kinds(stack, kind, values, len(stays))
                 if all(one == other for one, other in zip(wanted, found, strict=True)):
                     return values
     return None
-
-
-_SMALL = 12  # periods and offsets that a search tries
-
-
-def _candidates(stack: Stack, key: str) -> tuple[int, ...]:
-    """Values that a key may need: small ones, and the new number of the layer that it names, if it does."""
-    found, stays = stack.section.values.get(key), stack.stays
-    below = sum(layer < found for layer in stays) if type(found) is int else 0
-    return tuple(dict.fromkeys((*range(1, min(len(stays) + 1, _SMALL) + 1), 0, below, max(0, below - 1))))
 
 
 def lost_rules(stack: Stack, values: Mapping[str, Any]) -> Iterator[str]:
