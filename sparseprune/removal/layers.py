@@ -20,7 +20,7 @@ from sparseprune.removal.architectures import BY_PLACE, LAYER_COUNTS, SIDED_LAYE
 from sparseprune.removal.preview import numbered
 from sparseprune.removal.sections import path_shown, value_at
 from sparseprune.spec.naming import LAYER_LISTS, NO_LAYERS, OTHER_TOWERS
-from sparseprune.spec.problems import shown
+from sparseprune.spec.problems import listed, shown
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -155,7 +155,7 @@ def _unfit_types(stack: Stack) -> Iterator[str]:
         entries = _told(stack, key)
         left = [] if entries is None else [entries[layer] for layer in stack.stays]
         if entries is not None and needed in entries and needed not in left:
-            name = " and ".join(layers.kinds.get(key, (key,)))
+            name = listed(layers.kinds.get(key, (key,)))
             yield f"layers of {stack.name} cannot go: no layer of {name} {shown(needed)} would be left"
     for key, needed in layers.last.items():
         entries, last = _by_place(section, key, stack.count), stack.stays[-1]
@@ -208,7 +208,7 @@ def _at_fault(stack: Stack) -> Iterator[str]:
     for kind in layers.kinds:
         if _new_kinds(stack, kind) is None:
             keys = [section.prefix + key.format(side=stack.side) for key in layers.kinds[kind]]
-            by = f"no {' and '.join(keys)} make" if keys else "their numbers do not make"
+            by = f"no {listed(keys)} make" if keys else "their numbers do not make"
             wrong = _listed(_misplaced(stack, kind))
             yield f"{cannot}: {by} {wrong} what they are at their new places: remove whole periods"
 
@@ -372,14 +372,28 @@ def _new_kinds(stack: Stack, kind: str) -> dict[str, int] | None:
     keys = [key.format(side=stack.side) for key in stack.section.architecture.layers.kinds[kind]]
     before, stays = list(_kinds(stack, kind, {}, stack.count)), stack.stays
     wanted = [before[layer] for layer in stays]
+    numbers = _candidates(wanted)
     for many in range(len(keys) + 1):
         for changed in combinations(keys, many):
-            for each in product((*range(1, len(stays) + 2), 0), repeat=many):
+            for each in product(numbers, repeat=many):
                 values = dict(zip(changed, each, strict=True))
                 found = _kinds(stack, kind, values, len(stays))
                 if all(one == other for one, other in zip(wanted, found, strict=True)):
                     return values
     return None
+
+
+def _candidates(kinds: Sequence[object]) -> list[int]:
+    """Numbers that a rule may have: where kinds begin and end, how far these are apart, more than there are.
+
+    >>> _candidates(list("aabbbb"))
+    [1, 2, 3, 6, 7, 0]
+    """
+    changes = [at for at in range(1, len(kinds)) if kinds[at] != kinds[at - 1]]
+    near = {at + by for at in (*changes[:4], *changes[-2:]) for by in (-1, 0, 1)}
+    gaps = {end - begin for begin, end in combinations(changes[:4], 2)}
+    # 0 comes last: it is no distance between layers, but may be a number of first layers.
+    return [*sorted({1, len(kinds), len(kinds) + 1, *near, *gaps} - {0}), 0]
 
 
 def lost_rules(stack: Stack, values: Mapping[str, Any]) -> Iterator[str]:
