@@ -99,6 +99,7 @@ def test_inspect_shows_its_real_output(tmp_path: Path) -> None:
     assert shows(shown, real), "\n".join(real)
 
 
+@pytest.mark.usefixtures("untraced")
 def test_a_real_model_is_calibrated_and_rebuilt_as_shown(tmp_path: Path) -> None:
     import pydoc_data.topics
 
