@@ -9,19 +9,19 @@ from sparseprune import on_first_use
 
 if TYPE_CHECKING:
     from sparseprune.engine.block import BlockCoupling, BlockSpec, SparseBlock
-    from sparseprune.engine.matrices import Matrix, projection
+    from sparseprune.engine.matrices import Errors, Matrix, errors_of, projection
     from sparseprune.engine.reconstruction import Reconstructed, admm, keep_rows, refit
     from sparseprune.engine.scope import ScopeCoupling, ScopeSpec, SparseScope
     from sparseprune.engine.view import View
 
 __all__ = ["BlockCoupling", "BlockSpec", "ScopeCoupling", "ScopeSpec", "SparseBlock", "SparseScope", "View"]
-__all__ += ["Matrix", "Reconstructed", "admm", "keep_rows", "projection", "refit"]
+__all__ += ["Errors", "Matrix", "Reconstructed", "admm", "errors_of", "keep_rows", "projection", "refit"]
 
 __getattr__, __dir__ = on_first_use(
     __name__,
     {
         "block": "BlockCoupling BlockSpec SparseBlock",
-        "matrices": "Matrix projection",
+        "matrices": "Errors Matrix errors_of projection",
         "reconstruction": "Reconstructed admm keep_rows refit",
         "scope": "ScopeCoupling ScopeSpec SparseScope",
         "view": "View",

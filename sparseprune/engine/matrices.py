@@ -1,6 +1,7 @@
 """Matrices to reconstruct: dense weights, second moments, output errors, and projections onto scopes.
 
-Owns `Matrix`, how its moments are checked and scaled, and `projection`. Reconstruction calls it, and users.
+Owns `Matrix`, how its moments are checked and scaled, what changes cost, and `projection`. Called by
+reconstruction and by users.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from msgspec import Struct
@@ -22,9 +23,13 @@ if TYPE_CHECKING:
 
     from sparseprune.engine.scope import SparseScope
 
+Metric = Literal["outputs", "loss"]
 Projection = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 """From tensors of the weights' shapes to masks of these shapes, True where the largest are kept."""
 _UNSEEN = 1e-18  # the scale of weights without known inputs; its square is still a float32
+_UNMOVED = 1e-9  # the scale of rows to which the loss does not answer: a product with `_UNSEEN` is a float32
+_GRADIENT_DAMP = 0.1  # of the gradients, of which few are seen; measured in tests/benchmarks/README.md
+_FAINT = 64  # units of rounding below which an input says nothing beside the loudest one
 _USUAL = 30  # weights between 2^-30 and 2^30 are not scaled
 _ROUNDED = 1e-4  # the error of sums of products in float32, with a unit diagonal
 _SAFETY = 4  # smallest eigenvalue of a system, in units of the rounding of its entries
@@ -39,6 +44,17 @@ class Matrix:
     dimension of `dense` the inputs lie along, so that (in, out) is as good. Where `fixed` (bool, of the shape
     of `dense`) is True weights stay as they are, whatever becomes of the others.
 
+    `gradients` is E[g g^T] up to a factor, g the gradient of a loss at the outputs: (out, out), for experts
+    (matrices, out, out). With them what a change D of the weights costs is tr(G D H D^T), to second order
+    what the loss becomes worse by (the Fisher information, as a Kronecker product: Martens & Grosse 2015,
+    arXiv 1503.05671); without them it is tr(D H D^T), what outputs change by.
+
+    >>> import torch
+    >>> Matrix(torch.ones(2, 3), torch.eye(3), gradients=torch.eye(2)).metric
+    'loss'
+    >>> Matrix(torch.ones(2, 3), torch.eye(3)).metric
+    'outputs'
+
     Raises:
         ShapeMismatchError: shapes that do not go together.
         SparsityError: weights that are no floats or not finite; a moment with NaN or infinity, or one that is
@@ -49,6 +65,7 @@ class Matrix:
     moment: Tensor
     input_dim: int = -1
     fixed: Tensor | None = None
+    gradients: Tensor | None = None
 
     def __post_init__(self) -> None:
         _check_shapes(self)
@@ -56,18 +73,26 @@ class Matrix:
             raise SparsityError(f"weights of {self.dense.dtype} cannot be reconstructed: wanted floats")
         if not bool(self.dense.to(self.work_dtype).isfinite().all()):
             raise SparsityError("the weights hold NaN or infinity: nothing can make up for these")
-        diagonal = self.moment.diagonal(dim1=-2, dim2=-1)
-        if not bool(self.moment.isfinite().all()):
-            raise SparsityError("the second moment of the inputs holds NaN or infinity")
-        if bool((diagonal < 0).any()):
-            raise SparsityError("the second moment of the inputs has a negative diagonal: it is none")
-        for moment in self.moments:
-            _refuse_no_moment(moment)
+        _refuse_no_moments(self.moments, "inputs")
+        if self.gradient_moments is not None:
+            _refuse_no_moments(self.gradient_moments, "gradients")
 
     @property
     def moments(self) -> Tensor:
         """The moments as (matrices, in, in), sharing their storage."""
         return self.moment if self.moment.ndim == 3 else self.moment.unsqueeze(0)
+
+    @property
+    def gradient_moments(self) -> Tensor | None:
+        """The moments of the gradients as (matrices, out, out), sharing their storage."""
+        if self.gradients is None or self.gradients.ndim == 3:
+            return self.gradients
+        return self.gradients.unsqueeze(0)
+
+    @property
+    def metric(self) -> Metric:
+        """In what a change of the weights is measured."""
+        return "outputs" if self.gradients is None else "loss"
 
     @property
     def unseen(self) -> list[int]:
@@ -102,25 +127,56 @@ class Matrix:
 
 
 class Units(Struct, frozen=True):
-    """Weights count in units of 2^`weight`, moments in units of 2^`moment`, an even number.
+    """Weights count in units of 2^`weight`, moments of inputs and of gradients in units of 2^ an even number.
 
     In these no square or product of theirs leaves the range of a float, and powers of two round nothing.
     """
 
     weight: int = 0
     moment: int = 0
+    gradients: int = 0
 
     @property
     def energy(self) -> int:
         """The power of two that energies of outputs count in."""
         return 2 * self.weight + self.moment
 
+    @property
+    def loss(self) -> int:
+        """The power of two that changes of the loss count in."""
+        return self.energy + self.gradients
+
 
 def units_of(matrices: Sequence[Matrix]) -> Units:
-    """Units for matrices that are compared with each other: the largest moment is about 1."""
+    """Units for matrices that are compared with each other: the largest moment is about 1.
+
+    Raises:
+        SparsityError: some have gradients, and others have none.
+    """
+    gradients = [matrix.gradients for matrix in matrices if matrix.gradients is not None]
+    if gradients and len(gradients) < len(matrices):
+        raise SparsityError(
+            f"{len(gradients)} of {len(matrices)} matrices that compete have gradients: wanted all or none, "
+            "since changes of outputs and of the loss cannot be compared"
+        )
     weight = _exponent([matrix.dense.to(matrix.work_dtype) for matrix in matrices])
-    moment = _exponent([matrix.moments.diagonal(dim1=-2, dim2=-1) for matrix in matrices])
-    return Units(weight if abs(weight) > _USUAL else 0, moment + moment % 2)
+    moment, gradient = (
+        _exponent([one.diagonal(dim1=-2, dim2=-1) for one in moments])
+        for moments in ([matrix.moment for matrix in matrices], gradients)
+    )
+    return Units(weight if abs(weight) > _USUAL else 0, moment + moment % 2, gradient + gradient % 2)
+
+
+class ScaledGradients(Struct, frozen=True, eq=False):
+    """What `Scaled` has of the gradients.
+
+    `hessian` (matrices, out, out) has a diagonal of 1 or a little more and is positive definite, `scale` is
+    (matrices, out, 1), `damping` (matrices, 1) in float64.
+    """
+
+    hessian: Tensor
+    scale: Tensor
+    damping: Tensor
 
 
 class Scaled(Struct, frozen=True, eq=False):
@@ -128,7 +184,8 @@ class Scaled(Struct, frozen=True, eq=False):
 
     `hessian` (matrices, in, in) is positive definite in the precision of the work; `dense`
     (matrices, out, in) is the weights, in `units`, times `scale` (matrices, 1, in). What was added to each
-    diagonal of the moments, in `units`, is `damping` (matrices, 1), float64.
+    diagonal of the moments, in `units`, is `damping` (matrices, 1), float64. `gradients` is None
+    where a change is measured by the outputs alone.
     """
 
     hessian: Tensor
@@ -136,20 +193,44 @@ class Scaled(Struct, frozen=True, eq=False):
     scale: Tensor
     units: Units
     damping: Tensor
+    gradients: ScaledGradients | None = None
 
     @property
     def is_uncorrelated(self) -> bool:
-        """Whether inputs are uncorrelated, so that no weight can make up for another."""
-        off = self.hessian - torch.diag_embed(self.hessian.diagonal(dim1=-2, dim2=-1))
-        return not bool(off.any())
+        """Whether inputs and gradients are uncorrelated, so that no weight can make up for another."""
+        sides = [self.hessian, *([] if self.gradients is None else [self.gradients.hessian])]
+        return not any(bool((one - torch.diag_embed(_diagonal(one))).any()) for one in sides)
+
+    @property
+    def unheard(self) -> Tensor:
+        """Whether inputs say nothing, (matrices, 1, in), where rows make up for each other.
+
+        With gradients weights of all inputs are mixed, and what is rounded of the others would move these.
+        """
+        if self.gradients is None:
+            return torch.zeros_like(self.scale, dtype=torch.bool)
+        loudest = self.scale.amax(-1, keepdim=True) if self.scale.numel() else 1.0
+        return self.scale <= _FAINT * torch.finfo(self.scale.dtype).eps * loudest
+
+    @property
+    def summed(self) -> int | tuple[int, int]:
+        """Dimensions of what is one problem: rows by themselves, with gradients all of a matrix."""
+        return -1 if self.gradients is None else (-2, -1)
+
+    def pushed(self, rows: Tensor) -> Tensor:
+        """D H of some D in these coordinates, or G D H."""
+        pushed = rows @ self.hessian
+        return pushed if self.gradients is None else self.gradients.hessian @ pushed
 
     def scaled(self, rows: Tensor) -> Tensor:
         """Weights, (matrices, out, in) in the dtype of the work, in these coordinates."""
-        return times_power(rows, -self.units.weight) * self.scale
+        found = times_power(rows, -self.units.weight) * self.scale
+        return found if self.gradients is None else found * self.gradients.scale
 
     def unscaled(self, rows: Tensor) -> Tensor:
         """The inverse of `scaled`; infinite where a number is too large."""
-        return times_power(rows / self.scale, self.units.weight)
+        found = rows if self.gradients is None else rows / self.gradients.scale
+        return times_power(found / self.scale, self.units.weight)
 
 
 def scaled(matrix: Matrix, damp: float, units: Units | None = None) -> Scaled:
@@ -164,25 +245,116 @@ def scaled(matrix: Matrix, damp: float, units: Units | None = None) -> Scaled:
     if not damp >= 0:
         raise SparsityError(f"damp {damp}: wanted a number of 0 or more")
     units = units or units_of([matrix])
-    work = matrix.work_dtype
-    diagonal = times_power(matrix.moments.diagonal(dim1=-2, dim2=-1).to(torch.float64), -units.moment)
-    damping = damp * diagonal.mean(-1, keepdim=True)
-    roots = (diagonal + damping).sqrt()
+    hessian, roots, damping = _unit_diagonal(matrix.moments, damp, units.moment, matrix.work_dtype)
     # Weights without inputs and damping get a tiny scale, so that they count next to nothing.
-    roots = roots.clamp(_UNSEEN, 1 / _UNSEEN).to(work)
-    stored = times_power(roots.to(torch.promote_types(matrix.moment.dtype, work)), units.moment // 2)
-    hessian = matrix.moments.to(stored.dtype) / stored.unsqueeze(-1)
+    scale = roots.unsqueeze(-2)
+    dense = times_power(matrix.rows(matrix.dense).to(matrix.work_dtype), -units.weight) * scale
+    if matrix.gradient_moments is None:
+        return Scaled(hessian, dense, scale, units, damping)
+    outer, outer_roots, outer_damping = _unit_diagonal(
+        matrix.gradient_moments, _GRADIENT_DAMP, units.gradients, matrix.work_dtype
+    )
+    seen = (_diagonal(matrix.moments) > 0).any(-1, keepdim=True)
+    row_scale = torch.where(seen, outer_roots.clamp_min(_UNMOVED), 1.0).unsqueeze(-1)
+    gradients = ScaledGradients(outer, row_scale, outer_damping)
+    return Scaled(hessian, dense * row_scale, scale, units, damping, gradients)
+
+
+def _unit_diagonal(
+    moments: Tensor, damp: float, power: int, work: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Damped moments over the roots of their diagonal, these roots, and the damping, in units of 2^`power`.
+
+    The first (matrices, size, size) and the second (matrices, size) are of the dtype `work`, the third
+    (matrices, 1) is float64.
+    """
+    diagonal = times_power(_diagonal(moments).to(torch.float64), -power)
+    damping = damp * diagonal.mean(-1, keepdim=True)
+    roots = (diagonal + damping).sqrt().clamp(_UNSEEN, 1 / _UNSEEN).to(work)
+    stored = times_power(roots.to(torch.promote_types(moments.dtype, work)), power // 2)
+    hessian = moments.to(stored.dtype) / stored.unsqueeze(-1)
     hessian /= stored.unsqueeze(-2)
     hessian = (hessian + hessian.mT).mul_(0.5).to(work)
     # Where a square was rounded to zero, products with it are rounding errors.
     hessian.mul_((diagonal > 0).unsqueeze(-1)).mul_((diagonal > 0).unsqueeze(-2))
     hessian.diagonal(dim1=-2, dim2=-1).fill_(1.0)
-    exact = work == matrix.moment.dtype == torch.float64
+    exact = work == moments.dtype == torch.float64
     for one in hessian:
         one.diagonal().add_(_floor(one, torch.finfo(torch.float64 if exact else torch.float32).eps))
-    scale = roots.unsqueeze(-2)
-    dense = times_power(matrix.rows(matrix.dense).to(work), -units.weight) * scale
-    return Scaled(hessian, dense, scale, units, damping)
+    return hessian, roots, damping
+
+
+class Energies(Struct, frozen=True, eq=False):
+    """What changes D of the weights of a matrix with gradients cost, (matrices,) tensors in float64.
+
+    `loss` is tr(G D H D^T), `outputs` tr(D H D^T), `gradients` tr(G D D^T), `distance` |D|^2, of moments as
+    they are, in the powers of two of some `Units`.
+    """
+
+    loss: Tensor
+    outputs: Tensor
+    gradients: Tensor
+    distance: Tensor
+
+    def damped(self, problem: Scaled) -> Tensor:
+        """tr(G D H D^T) of moments that are damped as those of a problem."""
+        if problem.gradients is None:
+            raise TypeError("a problem without gradients has no loss")
+        inputs, outputs = problem.damping.squeeze(-1), problem.gradients.damping.squeeze(-1)
+        return self.loss + inputs * self.gradients + outputs * self.outputs + inputs * outputs * self.distance
+
+    def decisive(self, problem: Scaled) -> Tensor:
+        """The loss, or where no gradients were seen the outputs."""
+        if problem.gradients is None:
+            raise TypeError("a problem without gradients has no loss")
+        return torch.where(problem.gradients.damping.squeeze(-1) > 0, self.loss, self.outputs)
+
+
+def energies(matrix: Matrix, weights: Tensor | None, units: Units) -> Energies:
+    """Of D = W - W0 for `weights` W of the shape of the matrix's, or of the dense W0 itself for None."""
+    if matrix.gradient_moments is None:
+        raise TypeError("a matrix without gradients has no loss")
+    found = torch.zeros(4, len(matrix.moments), dtype=torch.float64, device=matrix.dense.device)
+    for number, (moment, gradients) in enumerate(zip(matrix.moments, matrix.gradient_moments, strict=True)):
+        hessian, outer = _wide(moment, units.moment), _wide(gradients, units.gradients)
+        away = _away(matrix, weights, (number, slice(None)), units)
+        for _, rows in _slabs(matrix, number):
+            pushed, turned = away[rows] @ hessian, outer[rows] @ away
+            pairs = (turned, pushed), (pushed, away[rows]), (turned, away[rows]), (away[rows], away[rows])
+            found[:, number] += torch.stack([(one * other).sum() for one, other in pairs])
+    return Energies(*found)
+
+
+class Errors(Struct, frozen=True):
+    """What is lost of every matrix, as a share, in both metrics; `metric` is the one that is minimized.
+
+    `outputs` is sqrt(tr(D H D^T) / tr(W0 H W0^T)), `loss` sqrt(tr(G D H D^T) / tr(G W0 H W0^T)), None without
+    gradients; 0 where there is nothing to lose.
+    """
+
+    metric: Metric
+    outputs: tuple[float, ...]
+    loss: tuple[float, ...] | None = None
+
+
+def errors_of(matrix: Matrix, weights: Tensor) -> Errors:
+    """How far `weights`, of the shape of the matrix's, are from the dense ones. Of moments as they are.
+
+    >>> import torch
+    >>> errors_of(Matrix(torch.ones(2, 2), torch.eye(2)), torch.eye(2)).outputs
+    (0.707...,)
+    """
+    units = units_of([matrix])
+    if matrix.gradients is None:
+        lost, whole = (one.sum(-1) for one in output_losses(matrix, [weights, None], units))
+        return Errors("outputs", _shares(lost, whole))
+    found, dense = energies(matrix, weights, units), energies(matrix, None, units)
+    return Errors("loss", _shares(found.outputs, dense.outputs), _shares(found.loss, dense.loss))
+
+
+def _shares(lost: Tensor, whole: Tensor) -> tuple[float, ...]:
+    ratio = torch.where(whole > 0, lost.clamp_min(0) / whole.clamp_min(torch.finfo(whole.dtype).tiny), 0.0)
+    return tuple(float(one) for one in ratio.sqrt())
 
 
 def output_losses(matrix: Matrix, weights: Sequence[Tensor | None], units: Units) -> list[Tensor]:
@@ -193,9 +365,7 @@ def output_losses(matrix: Matrix, weights: Sequence[Tensor | None], units: Units
     """
     lost = [_for_rows(matrix) for _ in weights]
     for number, moment in enumerate(matrix.moments):
-        wide = moment.to(torch.float64, copy=True)
-        for half in (units.moment // 2, units.moment - units.moment // 2):
-            wide.mul_(2.0**-half)
+        wide = _wide(moment, units.moment)
         for rows in _slabs(matrix, number):
             for found, one in zip(lost, weights, strict=True):
                 away = _away(matrix, one, rows, units)
@@ -210,6 +380,18 @@ def distances(matrix: Matrix, weights: Tensor, units: Units) -> Tensor:
         for rows in _slabs(matrix, number):
             found[rows] = _away(matrix, weights, rows, units).square().sum(-1)
     return found
+
+
+def _wide(moment: Tensor, power: int) -> Tensor:
+    """A copy in float64, in units of 2^`power`."""
+    wide = moment.to(torch.float64, copy=True)
+    for half in (power // 2, power - power // 2):
+        wide.mul_(2.0**-half)
+    return wide
+
+
+def _diagonal(moments: Tensor) -> Tensor:
+    return moments.diagonal(dim1=-2, dim2=-1)
 
 
 def _for_rows(matrix: Matrix) -> Tensor:
@@ -277,8 +459,17 @@ def cholesky_in_place(system: Tensor) -> tuple[Tensor, Tensor]:
     return factor, info
 
 
-def _refuse_no_moment(moment: Tensor) -> None:
-    """SparsityError where (in, in) is no sum of x x^T, rounded to its dtype."""
+def _refuse_no_moments(moments: Tensor, what: str) -> None:
+    """SparsityError where one of (matrices, size, size) is no sum of x x^T, rounded to its dtype."""
+    if not bool(moments.isfinite().all()):
+        raise SparsityError(f"the second moment of the {what} holds NaN or infinity")
+    if bool((_diagonal(moments) < 0).any()):
+        raise SparsityError(f"the second moment of the {what} has a negative diagonal: it is none")
+    for moment in moments:
+        _refuse_no_moment(moment, what)
+
+
+def _refuse_no_moment(moment: Tensor, what: str) -> None:
     size = len(moment)
     if not size:
         return
@@ -300,13 +491,13 @@ def _refuse_no_moment(moment: Tensor) -> None:
             row, column = int(wrong[0, 0]) + begin, int(wrong[0, 1])
             there, opposite = float(moment[row, column]), float(moment[column, row])
             raise SparsityError(
-                f"the second moment of the inputs is none: it is not symmetric, {there:.6g} at "
+                f"the second moment of the {what} is none: it is not symmetric, {there:.6g} at "
                 f"[{row}, {column}], {opposite:.6g} at [{column}, {row}]; calibrate again"
             )
     unit.diagonal().fill_(1.0)
     if not _is_definite(unit, max(_ROUNDED, 2 * info.eps * math.sqrt(size))):
         raise SparsityError(
-            "the second moment of the inputs is none: it has directions of negative energy; calibrate again"
+            f"the second moment of the {what} is none: it has directions of negative energy; calibrate again"
         )
 
 
@@ -324,6 +515,14 @@ def _check_shapes(matrix: Matrix) -> None:
         raise ShapeMismatchError(
             f"a second moment of shape {list(moment.shape)} for weights of shape {list(dense.shape)}, wanted "
             f"{list(wanted)}"
+        )
+    gradients = matrix.gradients
+    outputs = tuple(matrix.rows(dense).shape)[-2]
+    wanted = (*dense.shape[: dense.ndim - 2], outputs, outputs)
+    if gradients is not None and tuple(gradients.shape) != wanted:
+        raise ShapeMismatchError(
+            f"a second moment of gradients of shape {list(gradients.shape)} for weights of shape "
+            f"{list(dense.shape)}, wanted {list(wanted)}"
         )
     refuse_unlike(dense, fixed=matrix.fixed)
 

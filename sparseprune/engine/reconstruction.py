@@ -16,8 +16,10 @@ from sparseprune.engine.matrices import (
     Matrix,
     Projection,
     Scaled,
+    ScaledGradients,
     cholesky_in_place,
     distances,
+    energies,
     output_losses,
     refuse_unlike,
     scaled,
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
 _WINDOW = 8  # steps over which the objective has to go on falling
 _TOLERANCE = 1e-5  # of the objective of a row, that it has to fall in a window
+_LOSS_TOLERANCE = 1e-4  # of that of a matrix: 1e-5 takes twice the steps and changes the fifth digit
 _EXACT_TOLERANCE = 1e-12  # the same in float64
 _PENALTY = 0.03  # with a unit diagonal; measured in tests/benchmarks/README.md
 _CHECK = 3  # iterations between two looks at the support
@@ -52,20 +55,23 @@ def refit(
     max_iter: int = 1000,
     between: Callable[[], None] | None = None,
 ) -> Tensor:
-    """The weights on the support of `mask` that minimize tr((W - W0) H (W - W0)^T), zero elsewhere.
+    """The weights on the support of `mask` that minimize tr(G (W - W0) H (W - W0)^T), zero elsewhere.
 
     `mask` is bool and of the shape of the weights, True where one survives; H is the moment, damped by `damp`
-    times the mean of its diagonal. `start` (the dense weights) is where the search starts; the result has its
-    objective in no row above that of `start` under the mask. For the moment as it is, without damping, it is
-    in no row above that of the dense weights under the mask: a row that would be keeps those, or `start`
-    where that is better. Both hold in float64, after rounding to the weights' dtype. Rows that lost nothing
-    keep their bits, what is pruned becomes +0.0. `between` is called between iterations; what it raises ends
-    the search.
+    times the mean of its diagonal, and G the gradients, damped by a tenth of the mean of theirs; without
+    gradients G is 1. `start` (the dense weights) is where the search starts; the result has its objective in
+    no row above that of `start` under the mask. For the moment as it is, without damping, it is in no row
+    above that of the dense weights under the mask: a row that would be keeps those, or `start` where that is
+    better. Both hold in float64, after rounding to the weights' dtype. Rows that lost nothing keep their
+    bits, what is pruned becomes +0.0. With gradients rows make up for each other, and all of this holds for
+    whole matrices in place of rows; where a matrix has no gradients but zeros its outputs decide. `between`
+    is called between iterations; what it raises ends the search.
 
-    Preconditioned by the diagonal of H, in float32 (float64 for such weights); where all rows of a matrix
-    share their support it is solved by one Cholesky factor in float64. How far weights move is bounded: with
-    a Hessian of unit diagonal and an eigenvalue of at least e, a row moves by no more than the root of what
-    the mask alone loses / e. Where damping leaves e below what rounding does to it (some 1e-5) it is raised.
+    Preconditioned by the diagonals of H and G, in float32 (float64 for such weights); where all rows of a
+    matrix share their support it is solved by one Cholesky factor in float64, and G changes nothing. How far
+    weights move is bounded: with a Hessian of unit diagonal and an eigenvalue of at least e, a row moves by
+    no more than the root of what the mask alone loses / e. Where damping leaves e below what rounding does to
+    it (some 1e-5) it is raised.
 
     Raises:
         ShapeMismatchError: a mask or a start of another shape.
@@ -75,8 +81,8 @@ def refit(
     kept = matrix.rows(mask)
     begin = matrix.rows(matrix.dense if start is None else start)
     free = kept
-    if matrix.fixed is not None:
-        fixed = matrix.rows(matrix.fixed)
+    fixed = problem.unheard if matrix.fixed is None else matrix.rows(matrix.fixed) | problem.unheard
+    if bool(fixed.any()):
         begin = torch.where(fixed, matrix.rows(matrix.dense), begin)
         free = kept & ~fixed
     begin = torch.where(kept, begin.to(matrix.work_dtype), 0.0)
@@ -96,12 +102,13 @@ def admm(
     joint: bool = True,
     between: Callable[[], None] | None = None,
 ) -> list[Reconstructed]:
-    """Minimize the sum of tr((W - W0) H (W - W0)^T) over all matrices, on supports that `project` allows.
+    """Minimize the sum of tr(G (W - W0) H (W - W0)^T) over all matrices, on supports that `project` allows.
 
+    G is what matrices have of gradients, without them it is 1: all have them or none.
     `project` is asked which weights survive given others of the same shapes, in coordinates in which the
-    diagonal of H is 1; it decides for all matrices at once, so that blocks may compete across them. What it
-    keeps at last is refitted, and loses in no row more than the dense weights do on the same support. Where
-    inputs are uncorrelated its first answer, for the dense weights, is best.
+    diagonals of H and G are 1; it decides for all matrices at once, so that blocks may compete across them.
+    What it keeps at last is refitted, and loses no more than the dense weights do on the same support, see
+    `refit`. Where inputs and gradients are uncorrelated its first answer, for the dense weights, is best.
     `joint` False tells that the matrices of a stack (experts) do not compete with each other: each gets a
     penalty of its own. H is damped as in `refit`; weights that are `fixed` stay. `between` is called between
     iterations; what it raises ends the search.
@@ -128,8 +135,8 @@ def admm(
 def keep_rows(matrices: Sequence[Matrix], project: Projection, *, damp: float = 0.01) -> list[Reconstructed]:
     """As `admm` where blocks hold whole rows: nothing can make up for these, so that the choice is exact.
 
-    `project` is asked in coordinates in which the norm of rows is that of their outputs. Survivors keep their
-    bits.
+    `project` is asked in coordinates in which the norm of rows is that of their outputs, or with gradients
+    the root of what the loss changes by where that row alone goes. Survivors keep their bits.
     """
     units = units_of(matrices)
     outputs = []
@@ -173,24 +180,29 @@ def _solved_together(problem: Scaled, begin: Tensor, free: Tensor) -> Tensor:
 def _conjugate_gradients(
     problem: Scaled, begin: Tensor, free: Tensor, max_iter: int, between: Callable[[], None]
 ) -> Tensor:
-    """Every row on its own support, all rows at once; to scale the diagonal to 1 was to precondition it."""
+    """Every row, or with gradients every matrix, on its own support, all at once.
+
+    To scale the diagonals to 1 was to precondition it.
+    """
     inside = free.to(begin.dtype)
-    tolerance = _EXACT_TOLERANCE if begin.dtype == torch.float64 else _TOLERANCE
-    info = torch.finfo(begin.dtype)
-    # Below what rounding makes of a row's output nothing can be told.
-    noise = info.eps * ((problem.dense @ problem.hessian) * problem.dense).sum(-1, keepdim=True).abs()
+    tolerance = _TOLERANCE if problem.gradients is None else _LOSS_TOLERANCE
+    if begin.dtype == torch.float64:
+        tolerance = _EXACT_TOLERANCE
+    info, one = torch.finfo(begin.dtype), problem.summed
+    # Below what rounding makes of an output nothing can be told.
+    noise = info.eps * (problem.pushed(problem.dense) * problem.dense).sum(one, keepdim=True).abs()
     away = begin - problem.dense
-    pushed = away @ problem.hessian
-    objective = (pushed * away).sum(-1, keepdim=True)
+    pushed = problem.pushed(away)
+    objective = (pushed * away).sum(one, keepdim=True)
     step = torch.zeros_like(begin)
     residual = -pushed * inside
     direction = residual.clone()
-    square = (residual * residual).sum(-1, keepdim=True)
+    square = (residual * residual).sum(one, keepdim=True)
     fallen = torch.zeros_like(objective)
     for number in range(1, max_iter + 1):
         between()
-        along = (direction @ problem.hessian).mul_(inside)
-        curvature = (direction * along).sum(-1, keepdim=True)
+        along = problem.pushed(direction).mul_(inside)
+        curvature = (direction * along).sum(one, keepdim=True)
         length = torch.where(curvature > 0, square / curvature.clamp_min(info.tiny), 0.0)
         step.addcmul_(length, direction)
         residual.addcmul_(length, along, value=-1)
@@ -200,31 +212,52 @@ def _conjugate_gradients(
             if bool((fallen <= tolerance * objective.clamp_min(0) + noise).all()):
                 break
             fallen.zero_()
-        before, square = square, (residual * residual).sum(-1, keepdim=True)
+        before, square = square, (residual * residual).sum(one, keepdim=True)
         ratio = torch.where(before > 0, square / before.clamp_min(info.tiny), 0.0)
         direction.mul_(ratio).add_(residual)
     return step
 
 
 def _best(matrix: Matrix, problem: Scaled, masked: Tensor, start: Tensor | None, moved: Tensor) -> Tensor:
-    """Row by row what loses least of a mask alone, a start and where that moved to, rounded.
+    """What loses least of a mask alone, a start and where that moved to, rounded.
 
-    Between the latter two the damped objective decides. Of the matrix's shape and dtype.
+    It is chosen row by row, with gradients matrix by matrix. Between the latter two the damped objective
+    decides. Of the matrix's shape and dtype.
     """
     found = [matrix.rounded(one) for one in (masked, start, moved) if one is not None]
-    losses = output_losses(matrix, found, problem.units)
+    costs = _costs_of_rows if matrix.gradients is None else _costs_of_matrices
+    losses, damped = costs(matrix, problem, found)
     rows = [matrix.rows(one) for one in found]
     if start is not None:
-        of_start, of_moved = (
-            lost + problem.damping * distances(matrix, one, problem.units)
-            for one, lost in zip(found[1:], losses[1:], strict=True)
-        )
+        of_start, of_moved = damped
         losses[2] = torch.where(of_moved > of_start, losses[1], losses[2])
         rows[2] = torch.where((of_moved > of_start).unsqueeze(-1), rows[1], rows[2])
     best = rows[0]
     for one, lost in zip(rows[1:], losses[1:], strict=True):
         best = torch.where((lost < losses[0]).unsqueeze(-1), one, best)
     return matrix.unrows(best).contiguous()
+
+
+_Costs = tuple[list[Tensor], list[Tensor]]
+"""What weights cost by the moments as they are; of three also what the latter two cost by damped ones."""
+
+
+def _costs_of_rows(matrix: Matrix, problem: Scaled, found: Sequence[Tensor]) -> _Costs:
+    """By the outputs, (matrices, out) tensors."""
+    losses = output_losses(matrix, found, problem.units)
+    if len(found) < 3:
+        return losses, []
+    return losses, [
+        lost + problem.damping * distances(matrix, one, problem.units)
+        for one, lost in zip(found[1:], losses[1:], strict=True)
+    ]
+
+
+def _costs_of_matrices(matrix: Matrix, problem: Scaled, found: Sequence[Tensor]) -> _Costs:
+    """By the loss, (matrices, 1) tensors."""
+    each = [energies(matrix, one, problem.units) for one in found]
+    losses = [one.decisive(problem).unsqueeze(-1) for one in each]
+    return losses, [one.damped(problem).unsqueeze(-1) for one in each[1:] if len(found) == 3]
 
 
 # Alternating directions.
@@ -240,28 +273,19 @@ class _Side:
         self.sparse = problem.dense
         self.dual = torch.zeros_like(problem.dense)
         self.keep = self.seen = torch.ones_like(problem.dense, dtype=torch.bool)
-        self._explicit = problem.dense.shape[-2] >= problem.dense.shape[-1]
-        self._penalty = self._operator = torch.empty(0)
+        self.pull: _Inverse | _Eigenbases = (
+            _Inverse(problem) if problem.gradients is None else _Eigenbases(problem, problem.gradients)
+        )
 
     def set_out(self, keep: Tensor) -> None:
         """The first support, and the dense weights on it."""
         self.keep = self.seen = self._with_fixed(keep)
         self.sparse = torch.where(self.keep, self.problem.dense, 0.0)
 
-    def prepare(self, penalty: Tensor) -> None:
-        """The operator rho (H + rho I)^-1 for a penalty (matrices, 1, 1), as a factor or multiplied out."""
-        damped = self.problem.hessian.clone()
-        damped.diagonal(dim1=-2, dim2=-1).add_(penalty.squeeze(-1))
-        factor = torch.linalg.cholesky(damped)
-        self._penalty = penalty
-        self._operator = torch.cholesky_inverse(factor) if self._explicit else factor
-
     def proposal(self) -> Tensor:
         """The dense weights that this penalty pulls towards the sparse ones, plus the dual."""
         pulled = self.sparse - self.problem.dense - self.dual
-        solve = torch.cholesky_solve
-        moved = pulled @ self._operator if self._explicit else solve(pulled.mT, self._operator).mT
-        return moved.mul_(self._penalty).add_(self.problem.dense).add_(self.dual)
+        return self.pull(pulled).add_(self.problem.dense).add_(self.dual)
 
     def take(self, proposal: Tensor, keep: Tensor, active: Tensor) -> None:
         """The sparse weights and the dual that follow, where matrices are `active`, (matrices, 1, 1)."""
@@ -283,6 +307,51 @@ class _Side:
         return keep if self.fixed is None else keep | self.fixed
 
 
+class _Inverse:
+    """The operator rho (H + rho I)^-1 for a penalty rho, as a factor or multiplied out."""
+
+    def __init__(self, problem: Scaled) -> None:
+        self._hessian = problem.hessian
+        self._explicit = problem.dense.shape[-2] >= problem.dense.shape[-1]
+        self._penalty = self._operator = torch.empty(0)
+
+    def prepare(self, penalty: Tensor) -> None:
+        """For a penalty (matrices, 1, 1)."""
+        damped = self._hessian.clone()
+        damped.diagonal(dim1=-2, dim2=-1).add_(penalty.squeeze(-1))
+        factor = torch.linalg.cholesky(damped)
+        self._penalty = penalty
+        self._operator = torch.cholesky_inverse(factor) if self._explicit else factor
+
+    def __call__(self, pulled: Tensor) -> Tensor:
+        solve = torch.cholesky_solve
+        moved = pulled @ self._operator if self._explicit else solve(pulled.mT, self._operator).mT
+        return moved.mul_(self._penalty)
+
+
+class _Eigenbases:
+    """The operator rho (G X H + rho I)^-1, X the Kronecker product, in the eigenbases of G and H.
+
+    There it is rho / (m_i l_j + rho): another penalty costs nothing.
+    """
+
+    def __init__(self, problem: Scaled, gradients: ScaledGradients) -> None:
+        outer, self._outer = torch.linalg.eigh(gradients.hessian)
+        inner, self._inner = torch.linalg.eigh(problem.hessian)
+        # All are positive, but for rounding.
+        self._energy = outer.clamp_min(0).unsqueeze(-1) * inner.clamp_min(0).unsqueeze(-2)
+        self._share = torch.empty(0)
+
+    def prepare(self, penalty: Tensor) -> None:
+        """For a penalty (matrices, 1, 1)."""
+        self._share = penalty / (self._energy + penalty)
+
+    def __call__(self, pulled: Tensor) -> Tensor:
+        turned = (self._outer.mT @ pulled @ self._inner).mul_(self._share)
+        moved: Tensor = self._outer @ turned @ self._inner.mT
+        return moved
+
+
 def _projected(sides: Sequence[_Side], project: Projection, rows: Sequence[Tensor]) -> list[Tensor]:
     given = [side.matrix.unrows(one) for side, one in zip(sides, rows, strict=True)]
     return [side.matrix.rows(mask) for side, mask in zip(sides, project(given), strict=True)]
@@ -297,7 +366,7 @@ def _alternate(
     penalty = torch.full((penalties, 1, 1), _PENALTY, dtype=first.dtype, device=first.device)
     active = torch.ones_like(penalty, dtype=torch.bool)
     for side in sides:
-        side.prepare(penalty)
+        side.pull.prepare(penalty)
     for number in range(1, max_iter + 1):
         between()
         proposals = [side.proposal() for side in sides]
@@ -316,7 +385,7 @@ def _alternate(
         penalty = penalty * growth
         for side in sides:
             side.dual = side.dual / growth
-            side.prepare(penalty)
+            side.pull.prepare(penalty)
 
 
 def _changed_share(sides: Sequence[_Side], *, joint: bool) -> Tensor:

@@ -7,6 +7,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sparseprune import Matrix
+
 
 def damped(moment: Tensor, damp: float) -> NDArray[np.float64]:
     wide = moment.double().numpy()
@@ -38,6 +40,40 @@ def solved(
         rows.append(result)
     found: Tensor = torch.from_numpy(np.array(rows).reshape(dense.shape))
     return found
+
+
+def loss_objective(weights: Tensor, matrix: Matrix, damps: tuple[float, float] = (0.01, 0.1)) -> float:
+    """tr(G D H D^T) of an (out, in) matrix by pairs of rows; `damps` are of inputs and gradients."""
+    hessian, outer = damped(matrix.moment, damps[0]), damped(gradients_of(matrix), damps[1])
+    away = (weights.double() - matrix.dense.double()).numpy()
+    return float(
+        sum(
+            outer[one, other] * (away[one] @ hessian @ away[other])
+            for one in range(len(away))
+            for other in range(len(away))
+        )
+    )
+
+
+def loss_solved(matrix: Matrix, mask: Tensor, damps: tuple[float, float] = (0.01, 0.1)) -> Tensor:
+    """The least squares of an (out, in) matrix on its support: one system of all weights that may move."""
+    system = np.kron(damped(gradients_of(matrix), damps[1]), damped(matrix.moment, damps[0]))
+    dense = matrix.dense.double().numpy().reshape(-1)
+    kept = mask.numpy().reshape(-1)
+    free = kept if matrix.fixed is None else kept & ~matrix.fixed.numpy().reshape(-1)
+    result = np.where(kept, dense, 0.0)
+    if free.any():
+        pull = (system @ (dense - result))[free]
+        step, *_ = np.linalg.lstsq(system[np.ix_(free, free)], pull, rcond=None)
+        result[free] += step
+    found: Tensor = torch.from_numpy(result.reshape(tuple(matrix.dense.shape)))
+    return found
+
+
+def gradients_of(matrix: Matrix) -> Tensor:
+    if matrix.gradients is None:
+        raise TypeError("a matrix without gradients has no loss")
+    return matrix.gradients
 
 
 def best_support(dense: Tensor, moment: Tensor, nnz: int, damp: float = 0.01) -> float:
