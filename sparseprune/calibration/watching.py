@@ -80,9 +80,11 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             torch.nn.modules.module.register_module_forward_pre_hook(self._enter_module),
             torch.nn.modules.module.register_module_forward_hook(self._leave_module, always_call=True),
         ]
+        self._window = _window(model)
         self.counted = torch.empty(0, dtype=torch.bool)
-        self._by_place = self.counted  # in the other order, the first tokens of all sequences first
-        self._turned = (0, 0)
+        # By the number of rows: which count, as they are and with the first tokens of all sequences first.
+        self._counts: dict[int, tuple[Tensor, Tensor]] = {}
+        self._turned: set[tuple[int, int]] = set()
         self._gathered: Tensor | None = None
         self._gatherer: torch.nn.Module | None = None
 
@@ -93,8 +95,12 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def begin(self, counted: Tensor) -> None:
         """Begin a forward pass; `counted` says which tokens count, (sequences, length)."""
-        self.counted, self._by_place = counted.reshape(-1), counted.T.reshape(-1)
-        self._turned = (counted.shape[1], counted.shape[0])
+        padding = -counted.shape[1] % self._window
+        padded = torch.nn.functional.pad(counted, (0, padding))  # by the model: none of these counts
+        self.counted = counted.reshape(-1)
+        self._counts = {one.numel(): (one.reshape(-1), one.T.reshape(-1)) for one in (padded, counted)}
+        sizes = [(one.shape[1], one.shape[0]) for one in (padded, counted)]
+        self._turned = {(places, sequences) for places, sequences in sizes if places != sequences}
         self._gathered = None
         self._running.clear()
 
@@ -153,9 +159,10 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _rows_that_count(self, rows: int) -> Tensor | None:
         if self._gathered is not None and self._gathered.numel() == rows:
             return self.counted.to(self._gathered.device)[self._gathered]
-        if rows != self.counted.numel():
+        if rows not in self._counts:
             return None
-        return self._by_place if self._running and self._running[-1][1] else self.counted
+        as_they_are, by_place = self._counts[rows]
+        return by_place if self._running and self._running[-1][1] else as_they_are
 
     def _gather(self, index: Tensor) -> None:
         """Rows were selected by index; products with them happen while this module runs."""
@@ -168,14 +175,20 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if id(module) in self._names:
             # Some models (Longformer, XLNet) have the places in front, and the sequences behind them.
             first = inputs[0] if inputs and isinstance(inputs[0], torch.Tensor) else None
-            turned = first is not None and first.ndim > 2 and tuple(first.shape[:2]) == self._turned
-            self._running.append((module, turned and self._turned[0] != self._turned[1]))
+            turned = first is not None and first.ndim > 2 and tuple(first.shape[:2]) in self._turned
+            self._running.append((module, turned))
 
     def _leave_module(self, module: torch.nn.Module, inputs: Any, outputs: Any) -> None:  # noqa: ARG002
         if self._running and self._running[-1][0] is module:
             self._running.pop()
         if module is self._gatherer:
             self._gathered = self._gatherer = None
+
+
+def _window(model: torch.nn.Module) -> int:
+    """Of how many tokens a model makes its texts a multiple (Longformer, LED), 1 where it does not."""
+    found = getattr(getattr(model, "config", None), "attention_window", None)
+    return max(found if isinstance(found, list) and found else [found if isinstance(found, int) else 1])
 
 
 class _Part(Struct, frozen=True):

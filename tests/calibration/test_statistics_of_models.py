@@ -32,6 +32,7 @@ from tests.commands import ok
 pytestmark = pytest.mark.usefixtures("quiet_transformers")
 
 LENGTH, SEQUENCES = 14, 6
+PADDED = 16  # by models that read eight tokens at a time
 FAMILIES = [
     "llama", "llama_without_head", "qwen3", "gemma", "gemma3_with_pictures", "phi3", "gpt2", "mixtral",
     "mixtral_of_two", "deberta_v2", "deberta_v2_with_keys_of_positions", "albert", "t5", "qwen3_moe",
@@ -69,8 +70,10 @@ def inputs_by_hooks(model: Any, ids: torch.Tensor) -> dict[str, tuple[torch.Tens
     found: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def keep(name: str, weight: torch.Tensor, given: torch.Tensor) -> None:
-        if given.shape[:2] == (LENGTH, SEQUENCES):
+        if given.shape[:2] in {(LENGTH, SEQUENCES), (PADDED, SEQUENCES)}:
             given = given.transpose(0, 1)
+        if given.shape[:2] == (SEQUENCES, PADDED):
+            given = given[:, :LENGTH]
         rows = given.reshape(-1, given.shape[-1]).double()
         if len(rows) == len(rows_that_count):
             rows = rows[rows_that_count]
@@ -275,3 +278,22 @@ def test_a_batch_has_no_square_shape(count: int, length: int, sizes: list[int]) 
     assert [len(part) for part, _ in parts] == sizes
     assert torch.equal(torch.cat([part for part, _ in parts]), ids)
     assert all(part.shape == counted.shape for part, counted in parts)
+
+
+def test_padding_that_a_model_adds_itself_counts_for_no_matrix() -> None:
+    model = longformer().eval()
+    ids = torch.randint(4, 60, (3, 13), generator=torch.Generator().manual_seed(1))
+    counted = torch.ones(3, 13, dtype=torch.bool)
+    counted[:, 0] = False
+    seen: dict[str, Product] = {}
+    with closing(Watch(model, lambda product: seen.update({product.parameter: product}))) as watch:
+        watch.begin(counted)
+        with watch, torch.no_grad():
+            model(input_ids=ids)
+    of_layer = {name.partition(".0.")[2]: product for name, product in seen.items() if ".0." in name}
+    for name, places_first in (("intermediate.dense.weight", False), ("attention.self.query.weight", True)):
+        product = of_layer[name]
+        assert product.counted is not None
+        rows = product.inputs.reshape(*((16, 3) if places_first else (3, 16)), 32)  # eight at a time
+        own = rows[1:13] if places_first else rows[:, 1:13]
+        assert torch.equal(product.inputs[product.counted], own.reshape(-1, 32))

@@ -4,6 +4,7 @@
 """
 
 import argparse
+import inspect
 import json
 import random
 import re
@@ -327,9 +328,13 @@ def _seen_by_hooks(model: Any, ids: torch.Tensor) -> dict[torch.Tensor, torch.Te
     """The inputs of every linear layer that the text meets, of the tokens that are its own, by its weight."""
     seen: dict[torch.Tensor, torch.Tensor] = {}
 
+    length = ids.shape[1]
+    padded = hasattr(model.config, "attention_window")  # its own padding lies behind the text
+
     def keep(module: Any, given: tuple[torch.Tensor, ...]) -> None:
         states = given[0].detach().double()
-        rows = states[:, 1:-1] if states.shape[:2] == ids.shape else states[:0]
+        behind = padded and states.ndim == 3 and len(states) == len(ids) and states.shape[1] > length
+        rows = states[:, 1 : length - 1] if behind or states.shape[:2] == ids.shape else states[:0]
         rows = rows.reshape(-1, rows.shape[-1])
         seen[module.weight] = torch.cat([seen[module.weight], rows]) if module.weight in seen else rows
 
@@ -338,7 +343,10 @@ def _seen_by_hooks(model: Any, ids: torch.Tensor) -> dict[torch.Tensor, torch.Te
         for module in model.modules()
         if type(module) is torch.nn.Linear
     ]
-    run(model, {"input_ids": ids})
+    given = {"input_ids": ids}
+    if "global_attention_mask" in inspect.signature(model.forward).parameters:  # the first token sees all
+        given["global_attention_mask"] = torch.zeros_like(ids).index_fill_(1, ids.new_zeros(1), 1)
+    run(model, given)
     for hook in hooks:
         hook.remove()
     return {weight: inputs for weight, inputs in seen.items() if len(inputs)}

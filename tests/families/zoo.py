@@ -213,9 +213,8 @@ def _seen(
 _TURNED = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 1]}}
 _TINY = 1e-10  # norms over other numbers of channels share it, so that it cannot be right for all
 _LINEAR: dict[str, Any] = {
-    "rms_norm_eps": _TINY, "num_hidden_layers": 6,
-    "linear_key_head_dim": 6, "linear_value_head_dim": 8, "linear_num_key_heads": 4,
-    "linear_num_value_heads": 8, "head_dim": 20,
+    "rms_norm_eps": 1e-8, "num_hidden_layers": 6, "linear_key_head_dim": 6, "linear_value_head_dim": 8,
+    "linear_num_key_heads": 4, "linear_num_value_heads": 8, "head_dim": 20,
     "layer_types": [f"{kind}_attention" for kind in "linear full linear full full linear".split()],
 }  # fmt: skip
 _QWEN3_VISION = {"out_hidden_size": HIDDEN, "num_position_embeddings": 16, "deepstack_visual_indexes": [1, 2]}

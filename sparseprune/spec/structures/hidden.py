@@ -6,6 +6,7 @@ which of its dimensions it is, or towers are joined at this width, nothing is fo
 
 from __future__ import annotations
 
+from math import prod
 from typing import TYPE_CHECKING
 
 from sparseprune.spec.naming import EMBEDDINGS, HIDDEN_SIZES, JOINED, OTHER_TOWERS, VOCABULARIES
@@ -47,7 +48,7 @@ def hidden_size(index: Index, others: Iterable[Structure] | None = None) -> Stru
             if part.count > 1:
                 claimed.setdefault(part.tensor, set()).add(part.dim)
     parts: list[Units] = []
-    for tensor in tensors:
+    for tensor in (tensor for tensor in tensors if prod(tensor.shape)):
         units = _units(tensor, width, claimed.get(tensor.name, ()))
         if units is None:
             return f"nothing tells which dimension of {tensor.name}, {list(tensor.shape)}, it is"
