@@ -62,6 +62,13 @@ def sequences(folder: Path, out: Path) -> torch.Tensor:
     return torch.tensor([[BEGIN, *ids[inside * one : inside * (one + 1)], END] for one in drawn])
 
 
+def without_padding(given: torch.Tensor) -> torch.Tensor:
+    """Inputs of a module, sequences first, without what the model adds behind them."""
+    if given.shape[:2] in {(LENGTH, SEQUENCES), (PADDED, SEQUENCES)}:
+        given = given.transpose(0, 1)
+    return given[:, :LENGTH] if given.shape[:2] == (SEQUENCES, PADDED) else given
+
+
 def inputs_by_hooks(model: Any, ids: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """For each weight of a linear layer, seen (out, in), its inputs of tokens that count; experts by hand."""
     counts = torch.ones_like(ids, dtype=torch.bool)
@@ -70,10 +77,7 @@ def inputs_by_hooks(model: Any, ids: torch.Tensor) -> dict[str, tuple[torch.Tens
     found: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def keep(name: str, weight: torch.Tensor, given: torch.Tensor) -> None:
-        if given.shape[:2] in {(LENGTH, SEQUENCES), (PADDED, SEQUENCES)}:
-            given = given.transpose(0, 1)
-        if given.shape[:2] == (SEQUENCES, PADDED):
-            given = given[:, :LENGTH]
+        given = without_padding(given)
         rows = given.reshape(-1, given.shape[-1]).double()
         if len(rows) == len(rows_that_count):
             rows = rows[rows_that_count]
