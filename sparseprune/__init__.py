@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from sparseprune.calibration import KeptMasks, keep_masked, parameter_masks
     from sparseprune.checkpoint import load_masks
     from sparseprune.engine.block import BlockCoupling, BlockSpec, SparseBlock
-    from sparseprune.engine.matrices import Matrix, projection
+    from sparseprune.engine.matrices import Errors, Matrix, errors_of, projection
     from sparseprune.engine.reconstruction import Reconstructed, admm, keep_rows, refit
     from sparseprune.engine.scope import ScopeCoupling, ScopeSpec, SparseScope
     from sparseprune.engine.view import View
@@ -38,7 +38,7 @@ __all__ += ["SparsepruneError", "SparsityError", "SpecError"]
 __all__ += ["Listener", "Progress", "apply", "calibrate", "compare", "inspect", "mask", "plan", "reapply"]
 __all__ += ["KeptMasks", "keep_masked", "load_masks", "parameter_masks", "remove", "specs", "verify"]
 __all__ += ["BlockCoupling", "BlockSpec", "ScopeCoupling", "ScopeSpec", "SparseBlock", "SparseScope", "View"]
-__all__ += ["Matrix", "Reconstructed", "admm", "keep_rows", "projection", "refit"]
+__all__ += ["Errors", "Matrix", "Reconstructed", "admm", "errors_of", "keep_rows", "projection", "refit"]
 
 
 def on_first_use(
@@ -62,6 +62,6 @@ __getattr__, __dir__ = on_first_use(
         "calibration": "KeptMasks keep_masked parameter_masks",
         "checkpoint": "load_masks",
         "engine": "BlockCoupling BlockSpec ScopeCoupling ScopeSpec SparseBlock SparseScope View "
-        "Matrix Reconstructed admm keep_rows projection refit",
+        "Errors Matrix Reconstructed admm errors_of keep_rows projection refit",
     },
 )
