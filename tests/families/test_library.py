@@ -38,6 +38,7 @@ SERVED = {
     "experts": ("mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3", "gpt_oss", "llama4"),
     "expert-channels": ("mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3", "gpt_oss", "llama4"),
     "layers": ("llama", "llama_without_head", "gpt2", "gpt_oss", "deepseek_v3", "gemma3_with_pictures"),
+    "hidden": ("qwen3_moe", "gpt_oss"),
     "experts-by-router": ("mixtral", "gpt_oss", "llama4", "qwen2_moe"),
     "resnet-filters": ("resnet", "resnet_with_bottlenecks", "mobilenet"),
 }  # fmt: skip
@@ -45,7 +46,10 @@ LEFT_ALONE = re.compile(
     r"embed_|embeddings|wte|wpe|lm_head|pooler|norm\.|layernorm|LayerNorm|ln_|running_"
     r"|router|\.gate\.|expert_gate|sinks"
 )
-OF_NO_LAYER = re.compile(r"^(?!.*\.layers\.\d|layers\.\d|.*\.?h\.\d)")
+OTHERS_ALONE = {
+    "layers": re.compile(r"^(?!.*\.layers\.\d|layers\.\d|.*\.?h\.\d)"),
+    "hidden": re.compile(r"[qkv]_(norm|proj\.bias)|sinks|router\.bias"),
+}
 OPTIONS = dict.fromkeys(("layers", "experts"), ("--set", "sparsity=0.5"))  # a quarter of two is none
 
 
@@ -63,7 +67,7 @@ def test_a_spec_reaches_what_it_is_for_and_leaves_the_rest_alone(
     said = ok("mask", dense.folder, spec, "-o", tmp_path / "masks", "-q", "--json", *OPTIONS.get(spec, ()))
     masks = sparseprune.load_masks(tmp_path / "masks")
     assert masks
-    left_alone = OF_NO_LAYER if spec == "layers" else LEFT_ALONE
+    left_alone = OTHERS_ALONE.get(spec, LEFT_ALONE)
     assert not [name for name in masks if left_alone.search(name)]
     assert [name for name in dense.tensors() if name not in masks and left_alone.search(name)]
     assert any(not mask.all() for mask in masks.values())
