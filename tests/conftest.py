@@ -46,7 +46,7 @@ def _quick_syncs() -> Iterator[None]:
         yield
 
 
-SWEEPING, TRACED = {"cli", "engine", "execution"}, 24
+SWEEPING, TRACED = {"cli", "engine", "execution", "report"}, 24
 """Of one test in these rooms so many cases are traced at most, which takes longer than to run them."""
 _UNTRACED = pytest.StashKey[bool]()
 
