@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from sparseprune.removal.sections import Path
     from sparseprune.removal.slices import KeptIndices
 
+_PIECE = 1 << 14  # elements, some 50 bytes each while they are scaled
 _SCALABLE = ("F64", "F32", "BF16", "F16")
 _EPSILONS = ("rms_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon", "layernorm_epsilon")
 
@@ -39,9 +40,13 @@ class Scale(Struct, frozen=True):
     offset: float = 0.0
 
     def applied(self, bits: NDArray[np.generic], dtype: str) -> NDArray[np.generic]:
-        """The patterns of the scaled weights, each rounded once to its dtype."""
-        values = values_of(bits, dtype).astype(np.float64)
-        return bits_of((values + self.offset) * self.factor - self.offset, dtype)
+        """The patterns of the scaled weights, each rounded once to its dtype; widened a piece at a time."""
+        found = np.empty_like(bits)
+        for begin in range(0, bits.size, _PIECE):
+            piece = slice(begin, begin + _PIECE)
+            values = values_of(bits[piece], dtype).astype(np.float64)
+            found[piece] = bits_of((values + self.offset) * self.factor - self.offset, dtype)
+        return found
 
 
 def scales_of(

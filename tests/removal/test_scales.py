@@ -114,6 +114,17 @@ def test_a_scale_is_for_the_weight_with_its_offset() -> None:
     assert Scale(2.0, 1.0).applied(bits, "F64").view(np.float64).tolist() == [2.0, -1.0]
 
 
+@pytest.mark.parametrize("dtype", ["BF16", "F32"])
+def test_many_weights_are_scaled_as_each_by_itself(dtype: str) -> None:
+    bits = bits_of(np.random.default_rng(2).standard_normal(40_000), dtype)
+    found = Scale(FACTOR, 1.0).applied(bits, dtype)
+    places = [0, 1, 16_383, 16_384, 16_385, 32_767, 32_768, 39_999]
+    assert found.shape == bits.shape
+    assert found[places].tolist() == [
+        int(Scale(FACTOR, 1.0).applied(bits[place : place + 1], dtype)[0]) for place in places
+    ]
+
+
 def test_an_epsilon_that_other_norms_share_stays() -> None:
     config = {**MISTRAL, "model_type": "qwen3_next"}
     assert "rms_norm_eps" not in changed(removal_of(decoder(config), config))
