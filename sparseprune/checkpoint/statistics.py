@@ -1,8 +1,8 @@
-"""Statistics files: second moments of the inputs of matrices, in safetensors files.
+"""Statistics files: second moments of inputs and gradients, and what experts do, in safetensors files.
 
-Owns their names, metadata and layout, and which tensor belongs to a weight: matrices with a common input
-share one tensor. A file without our metadata holds ready tensors, named by the weights. Knows no models;
-written by calibration, read by execution and the reports.
+Owns their names, metadata and layout, and which tensors belong to a weight: matrices with a common input
+share that of their inputs. A file without our metadata holds ready tensors, named by the weights. Knows no
+models; written by calibration, read by execution and the reports.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from sparseprune.checkpoint.discovery import INDEX_SUFFIX, RESULTS, SUFFIX
 from sparseprune.checkpoint.documents import read_object_if_any, strict_json
@@ -29,6 +30,7 @@ from sparseprune.checkpoint.layout import (
     results_mode,
 )
 from sparseprune.checkpoint.source import open_checkpoint
+from sparseprune.engine.dtypes import DTYPES
 from sparseprune.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -40,30 +42,51 @@ if TYPE_CHECKING:
 
 StatisticsKind = Literal["hessian", "norm"]
 STATISTICS_KEY = "sparseprune.statistics"
+# What is kept of each expert, in this order: how many tokens were routed to it, and the sums over these
+# of its gate and of its gate times the norm of its output.
+ROUTING = ("tokens", "gate", "gated_norm")
 SHARD_BYTES = 5_000_000_000  # a file of this size is full
 _STEM = "statistics"
+_BESIDE = ("gradients", "routing")  # what there may be beside the moments of inputs
 _REPORT = PurePosixPath(RESULTS, "report.json")
 
 
 class Collected(Struct, frozen=True):
-    """One tensor of statistics over `features` input features: one matrix, or one for each of `experts`.
+    """One tensor of statistics over `features`: of one matrix, or of each of `experts`.
 
-    `weights` are the tensors that are multiplied with that input, each with the dimension of its input
-    features; the first one gives the tensor its name.
+    Of "inputs": `weights` are the tensors that are multiplied with one input, each with the dimension of its
+    input features; the first one gives the tensor its name. Of "gradients": one weight, with the dimension
+    of its outputs, in `groups` of consecutive ones. Of "routing": one weight, the last of each expert.
     """
 
     features: int
     experts: int | None
     weights: Mapping[str, int]
+    about: Literal["inputs", "gradients", "routing"] = "inputs"
+    groups: int = 1
 
     @property
     def name(self) -> str:
-        return next(iter(self.weights))
+        first = next(iter(self.weights))
+        return first if self.about == "inputs" else f"{first}.{self.about}"
 
     def shape(self, kind: StatisticsKind) -> tuple[int, ...]:
-        """(features, features) or (features,), with the experts in front where there are some."""
-        features = (self.features,) * (2 if kind == "hessian" else 1)
-        return features if self.experts is None else (self.experts, *features)
+        """(features, features) or (features,), with the experts in front where there are some.
+
+        Groups of gradients are (groups, features / groups, features / groups), routing is `ROUTING` numbers.
+        """
+        size = self.features // self.groups
+        if self.about == "routing":
+            one: tuple[int, ...] = (len(ROUTING),)
+        elif self.about == "gradients":
+            one = (size, size) if self.groups == 1 else (self.groups, size, size)
+        else:
+            one = (size, size) if kind == "hessian" else (size,)
+        return one if self.experts is None else (self.experts, *one)
+
+    @property
+    def dtype(self) -> str:
+        return "F64" if self.about == "routing" else "F32"
 
 
 class Statistic(Struct, frozen=True):
@@ -72,12 +95,16 @@ class Statistic(Struct, frozen=True):
     "hessian" is the mean of x x^T over the rows x that the weight multiplied (for an expert, their sum
     divided by all tokens of the text), "norm" the root of its diagonal; `input_dim` is None where the file
     does not have it. `tokens` counts these rows, one number for each matrix; () where it is not known.
+    `gradients` is the mean of g g^T over the same rows (for an expert, those that were routed to it), g the
+    gradient of the loss at the outputs; `routing` is what its experts did, see `ROUTING`.
     """
 
     stored: StoredTensor
     kind: StatisticsKind | None = None
     input_dim: int | None = None
     tokens: tuple[int, ...] = ()
+    gradients: StoredTensor | None = None
+    routing: StoredTensor | None = None
 
     def stacked(self, shape: tuple[int, ...], dim: int) -> tuple[tuple[int, ...], int]:
         """The shape of the weight as a stack and the dimension of its inputs there, where it is one.
@@ -105,16 +132,29 @@ def open_statistics(path: Path) -> Statistics:
     checkpoint = open_checkpoint(path)
     counts = _counts(path) if checkpoint.is_directory else {}
     found: dict[str, Statistic] = {}
+    beside: dict[str, dict[str, StoredTensor]] = {about: {} for about in _BESIDE}
     for shard, header in checkpoint.headers.items():
-        kind, tensors = _described(shard, header) or (None, {})
+        described = _described(shard, header)
         for entry in checkpoint.counted(shard):
             stored = checkpoint.tensors[entry.name]
-            weights = tensors.get(entry.name) if kind else {entry.name: None}
-            for weight, dim in (weights or {}).items():
-                if weight in found:
-                    raise CheckpointError(f"{shard.path}: has statistics of {weight} twice; calibrate again")
-                found[weight] = Statistic(stored, kind, dim, counts.get(entry.name, ()) if kind else ())
+            if described is None:
+                found[entry.name] = Statistic(stored)
+                continue
+            for about, tensors in beside.items():
+                tensors.update(dict.fromkeys(_new(described.of(about, entry.name), tensors, shard), stored))
+            for weight, dim in _new(described.of("weights", entry.name), found, shard).items():
+                found[weight] = Statistic(stored, described.kind, dim, counts.get(entry.name, ()))
+    for about, tensors in beside.items():
+        for weight in tensors.keys() & found.keys():
+            found[weight] = replace(found[weight], **{about: tensors[weight]})
     return Statistics(checkpoint, MappingProxyType(found))
+
+
+def _new(weights: Mapping[str, int], found: Mapping[str, Any], shard: Shard) -> Mapping[str, int]:
+    """CheckpointError if some of these weights were met before."""
+    for weight in weights.keys() & found.keys():
+        raise CheckpointError(f"{shard.path}: has statistics of {weight} twice; calibrate again")
+    return weights
 
 
 def lay_out_statistics(
@@ -131,7 +171,7 @@ def lay_out_statistics(
     files: list[OutputFile] = []
     places: dict[str, Place] = {}
     for path, group in zip(paths, groups, strict=True):
-        header = lay_out(((one.name, "F32", one.shape(kind)) for one in group), _metadata(kind, group))
+        header = lay_out(((one.name, one.dtype, one.shape(kind)) for one in group), _metadata(kind, group))
         files.append(OutputFile(path, header.file_size, header.raw, mode))
         places |= places_in(path, header)
     if len(groups) > 1:
@@ -152,7 +192,7 @@ def _shards(kind: StatisticsKind, tensors: Sequence[Collected], limit: int) -> I
     group: list[Collected] = []
     held = 0
     for one in tensors:
-        nbytes = 4 * prod(one.shape(kind))
+        nbytes = DTYPES[one.dtype].itemsize * prod(one.shape(kind))
         if group and held + nbytes > limit:
             yield group
             group, held = [], 0
@@ -162,20 +202,39 @@ def _shards(kind: StatisticsKind, tensors: Sequence[Collected], limit: int) -> I
 
 
 def _metadata(kind: StatisticsKind, group: Sequence[Collected]) -> dict[str, str]:
-    document = {"kind": kind, "weights": {one.name: dict(one.weights) for one in group}}
+    weights = {
+        key: {one.name: dict(one.weights) for one in group if one.about == about}
+        for key, about in (("weights", "inputs"), *((about, about) for about in _BESIDE))
+    }
+    # Files without gradients have the bytes that they had before there were any.
+    document = {"kind": kind, **{key: some for key, some in weights.items() if some or key == "weights"}}
     return {"format": "pt", STATISTICS_KEY: json.dumps(document, ensure_ascii=False, separators=(",", ":"))}
 
 
-def _described(shard: Shard, header: Header) -> tuple[StatisticsKind, Mapping[str, Mapping[str, int]]] | None:
+class _Described(Struct, frozen=True):
+    """What our metadata says: by tensor its weights, each with a dimension."""
+
+    kind: StatisticsKind
+    tensors: Mapping[str, Mapping[str, Mapping[str, int]]]
+
+    def of(self, about: str, tensor: str) -> Mapping[str, int]:
+        return self.tensors[about].get(tensor, {})
+
+
+def _described(shard: Shard, header: Header) -> _Described | None:
     """Kind and weights by tensor from our metadata; None for a shard without it."""
     text = header.metadata.get(STATISTICS_KEY)
     if text is None:
         return None
     try:
         document = strict_json(text)
-        kind, tensors = document["kind"], document["weights"]
+        kind = document["kind"]
+        tensors = {"weights": document["weights"], **{about: document.get(about, {}) for about in _BESIDE}}
         right = kind in {"hessian", "norm"} and all(
-            isinstance(dim, int) and dim >= 0 for weights in tensors.values() for dim in weights.values()
+            isinstance(dim, int) and dim >= 0
+            for named in tensors.values()
+            for weights in named.values()
+            for dim in weights.values()
         )
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         right = False
@@ -183,7 +242,7 @@ def _described(shard: Shard, header: Header) -> tuple[StatisticsKind, Mapping[st
         raise CheckpointError(
             f"{shard.path}: its metadata {STATISTICS_KEY} is not that of a statistics file; calibrate again"
         )
-    return kind, tensors
+    return _Described(kind, tensors)
 
 
 def _counts(path: Path) -> dict[str, tuple[int, ...]]:

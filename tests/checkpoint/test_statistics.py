@@ -14,7 +14,7 @@ from sparseprune.checkpoint import (
     open_checkpoint,
     open_statistics,
 )
-from sparseprune.checkpoint.statistics import STATISTICS_KEY, lay_out_statistics
+from sparseprune.checkpoint.statistics import ROUTING, STATISTICS_KEY, lay_out_statistics
 from sparseprune.errors import CheckpointError
 
 TENSORS = (
@@ -24,17 +24,28 @@ TENSORS = (
 )
 
 
-def write(folder: Path, kind: StatisticsKind, shard_bytes: int) -> dict[str, torch.Tensor]:
+BESIDE = (
+    Collected(6, None, {"q": 0}, "gradients"),
+    Collected(8, None, {"k": 0}, "gradients", groups=2),
+    Collected(8, 3, {"experts": 1}, "gradients", groups=4),
+    Collected(5, 3, {"experts": 1}, "routing"),
+)
+
+
+def write(
+    folder: Path, kind: StatisticsKind, shard_bytes: int, tensors: tuple[Collected, ...] = TENSORS
+) -> dict[str, torch.Tensor]:
     """Numbers in every place, and a report."""
     save_file({"q": torch.zeros(3, 4)}, folder / "m.safetensors")
     layout = lay_out_statistics(
-        open_checkpoint(folder / "m.safetensors"), folder / "stats", kind, TENSORS, shard_bytes
+        open_checkpoint(folder / "m.safetensors"), folder / "stats", kind, tensors, shard_bytes
     )
+    dtypes = {"F32": torch.float32, "F64": torch.float64}
     values = {
-        one.name: torch.arange(torch.Size(one.shape(kind)).numel(), dtype=torch.float32).reshape(
+        one.name: torch.arange(torch.Size(one.shape(kind)).numel(), dtype=dtypes[one.dtype]).reshape(
             one.shape(kind)
         )
-        for one in TENSORS
+        for one in tensors
     }
     with StagedOutput(layout) as output:
         for name, value in values.items():
@@ -71,6 +82,25 @@ def test_what_is_written_is_found_by_every_weight(
         ]
 
 
+@pytest.mark.parametrize("shard_bytes", [1 << 30, 1])
+def test_gradients_and_what_experts_do_belong_to_their_weights(tmp_path: Path, shard_bytes: int) -> None:
+    values = write(tmp_path, "hessian", shard_bytes, TENSORS + BESIDE)
+    found = open_statistics(tmp_path / "stats").of
+    assert sorted(found) == ["experts", "k", "last", "q", "turned"]
+    gradients = {name: one.gradients for name, one in found.items() if one.gradients}
+    assert {name: one.shape for name, one in gradients.items()} == {
+        "q": (6, 6),
+        "k": (2, 4, 4),
+        "experts": (3, 4, 2, 2),
+    }
+    routing = found["experts"].routing
+    assert routing is not None
+    assert (routing.dtype, routing.shape) == ("F64", (3, len(ROUTING)))
+    assert [name for name, one in found.items() if one.routing] == ["experts"]
+    stored = load_file(gradients["q"].shard.path)
+    assert torch.equal(stored["q.gradients"], values["q.gradients"])
+
+
 def test_a_file_without_our_word_has_tensors_by_the_names_of_weights(tmp_path: Path) -> None:
     save_file({"w": torch.eye(3)}, tmp_path / "s.safetensors")
     (one,) = open_statistics(tmp_path / "s.safetensors").of.values()
@@ -88,6 +118,8 @@ def test_a_file_without_our_word_has_tensors_by_the_names_of_weights(tmp_path: P
         '{"kind": "hessian", "weights": {"w": {"w": -1}}}',
         '{"kind": "hessian", "weights": {"w": {"w": "1"}}}',
         '{"kind": "hessian", "weights": {"w": 3}}',
+        '{"kind": "hessian", "weights": {}, "gradients": {"w": 3}}',
+        '{"kind": "hessian", "weights": {}, "routing": []}',
     ],
 )
 def test_metadata_that_is_not_ours_is_told(tmp_path: Path, text: str) -> None:
@@ -96,8 +128,14 @@ def test_metadata_that_is_not_ours_is_told(tmp_path: Path, text: str) -> None:
         open_statistics(tmp_path / "s.safetensors")
 
 
-def test_a_weight_that_has_two_is_told(tmp_path: Path) -> None:
-    text = '{"kind": "hessian", "weights": {"w": {"w": 1}, "v": {"w": 1}}}'
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"kind": "hessian", "weights": {"w": {"w": 1}, "v": {"w": 1}}}',
+        '{"kind": "hessian", "weights": {}, "gradients": {"w": {"w": 1}, "v": {"w": 1}}}',
+    ],
+)
+def test_a_weight_that_has_two_is_told(tmp_path: Path, text: str) -> None:
     save_file(
         {"w": torch.eye(3), "v": torch.eye(3)}, tmp_path / "s.safetensors", metadata={STATISTICS_KEY: text}
     )
