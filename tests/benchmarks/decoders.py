@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 LENGTH = 128
-_STEPS = 1000  # of training: a minute
+STEPS = 1000  # of training: a minute
 _BATCH = 16
 _RATE = 5e-3
 
@@ -129,8 +129,8 @@ def quiet() -> None:
     logging.disable_progress_bar()
 
 
-def trained(folder: Path, text: Path) -> Path:
-    """A Llama of characters, trained for a minute or so; made once."""
+def trained(folder: Path, text: Path, *, hidden: int = 96, layers: int = 3, steps: int = STEPS) -> Path:
+    """A Llama of characters, trained for a minute or so by default; made once."""
     if (folder / "model.safetensors").is_file():
         return folder
     import transformers
@@ -141,25 +141,25 @@ def trained(folder: Path, text: Path) -> Path:
     model = own.LlamaForCausalLM(
         own.LlamaConfig(
             vocab_size=len(tokenizer),
-            hidden_size=96,
-            intermediate_size=256,
-            num_hidden_layers=3,
-            num_attention_heads=3,
+            hidden_size=hidden,
+            intermediate_size=hidden * 8 // 3,
+            num_hidden_layers=layers,
+            num_attention_heads=hidden // 32,
             num_key_value_heads=1,
             max_position_embeddings=LENGTH,
         )
     )
-    train(model, torch.tensor(tokenizer(text.read_text())["input_ids"]))
+    train(model, torch.tensor(tokenizer(text.read_text())["input_ids"]), steps)
     return saved(model, tokenizer, folder)
 
 
-def train(model: Any, ids: torch.Tensor) -> None:
+def train(model: Any, ids: torch.Tensor, steps: int = STEPS) -> None:
     """Next characters, by AdamW with a warm-up and a linear end."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=_RATE, betas=(0.9, 0.95), weight_decay=0.1)
     generator = torch.Generator().manual_seed(0)
-    for step in range(_STEPS):
+    for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = _RATE * min((step + 1) / 30, 1 - 0.95 * step / _STEPS)
+            group["lr"] = _RATE * min((step + 1) / 30, 1 - 0.95 * step / steps)
         starts = torch.randint(len(ids) - LENGTH, (_BATCH,), generator=generator)
         batch = torch.stack([ids[start : start + LENGTH] for start in starts])
         loss = model(input_ids=batch, labels=batch).loss
