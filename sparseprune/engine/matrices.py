@@ -47,11 +47,15 @@ class Matrix:
     `gradients` is E[g g^T] up to a factor, g the gradient of a loss at the outputs: (out, out), for experts
     (matrices, out, out). With them what a change D of the weights costs is tr(G D H D^T), to second order
     what the loss becomes worse by (the Fisher information, as a Kronecker product: Martens & Grosse 2015,
-    arXiv 1503.05671); without them it is tr(D H D^T), what outputs change by.
+    arXiv 1503.05671); without them it is tr(D H D^T), what outputs change by. Where (out, out) is too large,
+    (groups, size, size) holds its diagonal blocks, for experts (matrices, groups, size, size): those of
+    consecutive groups of `size` outputs, between which G counts as zero.
 
     >>> import torch
     >>> Matrix(torch.ones(2, 3), torch.eye(3), gradients=torch.eye(2)).metric
     'loss'
+    >>> Matrix(torch.ones(4, 3), torch.eye(3), gradients=torch.eye(2).expand(2, 2, 2)).gradient_moments.shape
+    torch.Size([1, 2, 2, 2])
     >>> Matrix(torch.ones(2, 3), torch.eye(3)).metric
     'outputs'
 
@@ -75,7 +79,7 @@ class Matrix:
             raise SparsityError("the weights hold NaN or infinity: nothing can make up for these")
         _refuse_no_moments(self.moments, "inputs")
         if self.gradient_moments is not None:
-            _refuse_no_moments(self.gradient_moments, "gradients")
+            _refuse_no_moments(self.gradient_moments.flatten(0, 1), "gradients")
 
     @property
     def moments(self) -> Tensor:
@@ -84,10 +88,11 @@ class Matrix:
 
     @property
     def gradient_moments(self) -> Tensor | None:
-        """The moments of the gradients as (matrices, out, out), sharing their storage."""
-        if self.gradients is None or self.gradients.ndim == 3:
-            return self.gradients
-        return self.gradients.unsqueeze(0)
+        """The moments of the gradients as (matrices, groups, size, size), sharing their storage."""
+        if self.gradients is None:
+            return None
+        grouped = self.gradients if self.gradients.ndim > self.dense.ndim else self.gradients.unsqueeze(-3)
+        return grouped if grouped.ndim == 4 else grouped.unsqueeze(0)
 
     @property
     def metric(self) -> Metric:
@@ -170,13 +175,22 @@ def units_of(matrices: Sequence[Matrix]) -> Units:
 class ScaledGradients(Struct, frozen=True, eq=False):
     """What `Scaled` has of the gradients.
 
-    `hessian` (matrices, out, out) has a diagonal of 1 or a little more and is positive definite, `scale` is
-    (matrices, out, 1), `damping` (matrices, 1) in float64.
+    `hessian` (matrices, groups, size, size) has a diagonal of 1 or a little more and is positive definite,
+    `scale` is (matrices, out, 1), `damping` (matrices, 1) in float64.
     """
 
     hessian: Tensor
     scale: Tensor
     damping: Tensor
+
+    def pushed(self, rows: Tensor) -> Tensor:
+        """G D of some D (matrices, out, in)."""
+        return by_blocks(self.hessian, rows)
+
+
+def by_blocks(blocks: Tensor, rows: Tensor) -> Tensor:
+    """The product of diagonal blocks (matrices, groups, size, size) with (matrices, groups * size, in)."""
+    return (blocks @ rows.reshape(*blocks.shape[:3], rows.shape[-1])).flatten(1, 2)
 
 
 class Scaled(Struct, frozen=True, eq=False):
@@ -220,7 +234,7 @@ class Scaled(Struct, frozen=True, eq=False):
     def pushed(self, rows: Tensor) -> Tensor:
         """D H of some D in these coordinates, or G D H."""
         pushed = rows @ self.hessian
-        return pushed if self.gradients is None else self.gradients.hessian @ pushed
+        return pushed if self.gradients is None else self.gradients.pushed(pushed)
 
     def scaled(self, rows: Tensor) -> Tensor:
         """Weights, (matrices, out, in) in the dtype of the work, in these coordinates."""
@@ -245,7 +259,10 @@ def scaled(matrix: Matrix, damp: float, units: Units | None = None) -> Scaled:
     if not damp >= 0:
         raise SparsityError(f"damp {damp}: wanted a number of 0 or more")
     units = units or units_of([matrix])
-    hessian, roots, damping = _unit_diagonal(matrix.moments, damp, units.moment, matrix.work_dtype)
+    hessian, roots, damping = _unit_diagonal(
+        matrix.moments.unsqueeze(1), damp, units.moment, matrix.work_dtype
+    )
+    hessian = hessian.squeeze(1)
     # Weights without inputs and damping get a tiny scale, so that they count next to nothing.
     scale = roots.unsqueeze(-2)
     dense = times_power(matrix.rows(matrix.dense).to(matrix.work_dtype), -units.weight) * scale
@@ -265,11 +282,11 @@ def _unit_diagonal(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Damped moments over the roots of their diagonal, these roots, and the damping, in units of 2^`power`.
 
-    The first (matrices, size, size) and the second (matrices, size) are of the dtype `work`, the third
-    (matrices, 1) is float64.
+    The first (matrices, groups, size, size) and the second (matrices, groups * size) are of the dtype `work`,
+    the third (matrices, 1) is float64.
     """
     diagonal = times_power(_diagonal(moments).to(torch.float64), -power)
-    damping = damp * diagonal.mean(-1, keepdim=True)
+    damping = damp * diagonal.mean((-2, -1), keepdim=True)
     roots = (diagonal + damping).sqrt().clamp(_UNSEEN, 1 / _UNSEEN).to(work)
     stored = times_power(roots.to(torch.promote_types(moments.dtype, work)), power // 2)
     hessian = moments.to(stored.dtype) / stored.unsqueeze(-1)
@@ -279,9 +296,9 @@ def _unit_diagonal(
     hessian.mul_((diagonal > 0).unsqueeze(-1)).mul_((diagonal > 0).unsqueeze(-2))
     hessian.diagonal(dim1=-2, dim2=-1).fill_(1.0)
     exact = work == moments.dtype == torch.float64
-    for one in hessian:
+    for one in hessian.flatten(0, 1):
         one.diagonal().add_(_floor(one, torch.finfo(torch.float64 if exact else torch.float32).eps))
-    return hessian, roots, damping
+    return hessian, roots.flatten(1), damping.squeeze(-1)
 
 
 class Energies(Struct, frozen=True, eq=False):
@@ -315,13 +332,15 @@ def energies(matrix: Matrix, weights: Tensor | None, units: Units) -> Energies:
     if matrix.gradient_moments is None:
         raise TypeError("a matrix without gradients has no loss")
     found = torch.zeros(4, len(matrix.moments), dtype=torch.float64, device=matrix.dense.device)
-    for number, (moment, gradients) in enumerate(zip(matrix.moments, matrix.gradient_moments, strict=True)):
-        hessian, outer = _wide(moment, units.moment), _wide(gradients, units.gradients)
-        away = _away(matrix, weights, (number, slice(None)), units)
-        for _, rows in _slabs(matrix, number):
-            pushed, turned = away[rows] @ hessian, outer[rows] @ away
-            pairs = (turned, pushed), (pushed, away[rows]), (turned, away[rows]), (away[rows], away[rows])
-            found[:, number] += torch.stack([(one * other).sum() for one, other in pairs])
+    for number, (moment, groups) in enumerate(zip(matrix.moments, matrix.gradient_moments, strict=True)):
+        hessian, size = _wide(moment, units.moment), groups.shape[-1]
+        for group, gradients in enumerate(groups):
+            outer = _wide(gradients, units.gradients)
+            away = _away(matrix, weights, (number, slice(group * size, (group + 1) * size)), units)
+            for rows in _slabs(size, matrix.features):
+                pushed, turned = away[rows] @ hessian, outer[rows] @ away
+                pairs = (turned, pushed), (pushed, away[rows]), (turned, away[rows]), (away[rows], away[rows])
+                found[:, number] += torch.stack([(one * other).sum() for one, other in pairs])
     return Energies(*found)
 
 
@@ -366,10 +385,10 @@ def output_losses(matrix: Matrix, weights: Sequence[Tensor | None], units: Units
     lost = [_for_rows(matrix) for _ in weights]
     for number, moment in enumerate(matrix.moments):
         wide = _wide(moment, units.moment)
-        for rows in _slabs(matrix, number):
+        for rows in _slabs(lost[0].shape[1], matrix.features):
             for found, one in zip(lost, weights, strict=True):
-                away = _away(matrix, one, rows, units)
-                found[rows] = ((away @ wide) * away).sum(-1)
+                away = _away(matrix, one, (number, rows), units)
+                found[number, rows] = ((away @ wide) * away).sum(-1)
     return lost
 
 
@@ -377,8 +396,8 @@ def distances(matrix: Matrix, weights: Tensor, units: Units) -> Tensor:
     """|W - W0|^2 of every row, (matrices, out) in float64, in units of 2^(2 `units.weight`)."""
     found = _for_rows(matrix)
     for number in range(len(found)):
-        for rows in _slabs(matrix, number):
-            found[rows] = _away(matrix, weights, rows, units).square().sum(-1)
+        for rows in _slabs(found.shape[1], matrix.features):
+            found[number, rows] = _away(matrix, weights, (number, rows), units).square().sum(-1)
     return found
 
 
@@ -399,11 +418,11 @@ def _for_rows(matrix: Matrix) -> Tensor:
     return torch.zeros(dense.shape[:2], dtype=torch.float64, device=dense.device)
 
 
-def _slabs(matrix: Matrix, number: int) -> Iterator[tuple[int, slice]]:
-    """The rows of one matrix, a few at a time, so that float64 copies stay small."""
-    step = max(1, _ROWS // max(1, matrix.features))
-    for begin in range(0, matrix.rows(matrix.dense).shape[1], step):
-        yield number, slice(begin, begin + step)
+def _slabs(rows: int, features: int) -> Iterator[slice]:
+    """So many rows, a few at a time, so that float64 copies stay small."""
+    step = max(1, _ROWS // max(1, features))
+    for begin in range(0, rows, step):
+        yield slice(begin, min(begin + step, rows))
 
 
 def times_power(tensor: Tensor, power: int) -> Tensor:
@@ -516,15 +535,26 @@ def _check_shapes(matrix: Matrix) -> None:
             f"a second moment of shape {list(moment.shape)} for weights of shape {list(dense.shape)}, wanted "
             f"{list(wanted)}"
         )
-    gradients = matrix.gradients
-    outputs = tuple(matrix.rows(dense).shape)[-2]
-    wanted = (*dense.shape[: dense.ndim - 2], outputs, outputs)
-    if gradients is not None and tuple(gradients.shape) != wanted:
-        raise ShapeMismatchError(
-            f"a second moment of gradients of shape {list(gradients.shape)} for weights of shape "
-            f"{list(dense.shape)}, wanted {list(wanted)}"
-        )
+    if matrix.gradients is not None:
+        _check_gradients(matrix, tuple(matrix.gradients.shape))
     refuse_unlike(dense, fixed=matrix.fixed)
+
+
+def _check_gradients(matrix: Matrix, found: tuple[int, ...]) -> None:
+    """That they are (out, out) or diagonal blocks of it, with the matrices of a stack in front."""
+    dense = matrix.dense
+    outputs = matrix.rows(dense).shape[-2]
+    stack = tuple(dense.shape[: dense.ndim - 2])
+    groups = found[len(stack)] if len(found) == dense.ndim + 1 else 0
+    allowed = [(*stack, outputs, outputs)]
+    if groups and outputs % groups == 0:
+        allowed.append((*stack, groups, outputs // groups, outputs // groups))
+    if found not in allowed:
+        raise ShapeMismatchError(
+            f"a second moment of gradients of shape {list(found)} for weights of shape {list(dense.shape)}, "
+            f"wanted {[*stack, outputs, outputs]}, or {[*stack, 'groups', 'size', 'size']} with "
+            f"groups * size = {outputs}"
+        )
 
 
 def refuse_unlike(dense: Tensor, **given: Tensor | None) -> None:

@@ -17,6 +17,7 @@ from sparseprune.engine.matrices import (
     Projection,
     Scaled,
     ScaledGradients,
+    by_blocks,
     cholesky_in_place,
     distances,
     energies,
@@ -332,14 +333,14 @@ class _Inverse:
 class _Eigenbases:
     """The operator rho (G X H + rho I)^-1, X the Kronecker product, in the eigenbases of G and H.
 
-    There it is rho / (m_i l_j + rho): another penalty costs nothing.
+    There it is rho / (m_i l_j + rho): another penalty costs nothing. G has a basis for each of its blocks.
     """
 
     def __init__(self, problem: Scaled, gradients: ScaledGradients) -> None:
         outer, self._outer = torch.linalg.eigh(gradients.hessian)
         inner, self._inner = torch.linalg.eigh(problem.hessian)
         # All are positive, but for rounding.
-        self._energy = outer.clamp_min(0).unsqueeze(-1) * inner.clamp_min(0).unsqueeze(-2)
+        self._energy = outer.clamp_min(0).flatten(1).unsqueeze(-1) * inner.clamp_min(0).unsqueeze(-2)
         self._share = torch.empty(0)
 
     def prepare(self, penalty: Tensor) -> None:
@@ -347,9 +348,8 @@ class _Eigenbases:
         self._share = penalty / (self._energy + penalty)
 
     def __call__(self, pulled: Tensor) -> Tensor:
-        turned = (self._outer.mT @ pulled @ self._inner).mul_(self._share)
-        moved: Tensor = self._outer @ turned @ self._inner.mT
-        return moved
+        turned = (by_blocks(self._outer.mT, pulled) @ self._inner).mul_(self._share)
+        return by_blocks(self._outer, turned @ self._inner.mT)
 
 
 def _projected(sides: Sequence[_Side], project: Projection, rows: Sequence[Tensor]) -> list[Tensor]:

@@ -71,9 +71,21 @@ def loss_solved(matrix: Matrix, mask: Tensor, damps: tuple[float, float] = (0.01
 
 
 def gradients_of(matrix: Matrix) -> Tensor:
+    """(out, out), of a matrix also where it has diagonal blocks of it."""
     if matrix.gradients is None:
         raise TypeError("a matrix without gradients has no loss")
-    return matrix.gradients
+    if matrix.gradients.ndim == matrix.dense.ndim:
+        return matrix.gradients
+    return among_zeros(matrix.gradients)
+
+
+def among_zeros(blocks: Tensor) -> Tensor:
+    """Diagonal blocks (groups, size, size) as one matrix."""
+    groups, size = blocks.shape[:2]
+    found = torch.zeros(groups * size, groups * size, dtype=blocks.dtype)
+    for number, block in enumerate(blocks):
+        found[number * size : (number + 1) * size, number * size : (number + 1) * size] = block
+    return found
 
 
 def best_support(dense: Tensor, moment: Tensor, nnz: int, damp: float = 0.01) -> float:

@@ -26,7 +26,14 @@ from sparseprune.engine import errors_of
 from sparseprune.engine.matrices import scaled
 from sparseprune.engine.reconstruction import _Eigenbases
 from tests.engine.devices import on_every_device
-from tests.engine.reconstruction.oracle import gradients_of, loss_objective, loss_solved, moments, objective
+from tests.engine.reconstruction.oracle import (
+    among_zeros,
+    gradients_of,
+    loss_objective,
+    loss_solved,
+    moments,
+    objective,
+)
 from tests.engine.reconstruction.test_alternating import (
     SIZE,
     STRUCTURES,
@@ -241,6 +248,75 @@ def test_a_stack_is_solved_as_its_matrices_one_by_one(input_dim: int) -> None:
         torch.testing.assert_close(found[number], refit(one, mask), rtol=1e-5, atol=1e-6)
 
 
+# Gradients in groups of outputs.
+
+
+def grouped(matrix: Matrix, groups: int) -> tuple[Matrix, Matrix]:
+    """The matrix with diagonal blocks of its gradients, and with the same among zeros."""
+    full = gradients_of(matrix)
+    size = len(full) // groups
+    blocks = torch.stack([full[at : at + size, at : at + size] for at in range(0, len(full), size)])
+    mine = Matrix(matrix.dense, matrix.moment, fixed=matrix.fixed, gradients=blocks)
+    return mine, Matrix(matrix.dense, matrix.moment, fixed=matrix.fixed, gradients=among_zeros(blocks))
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4, 8])
+@pytest.mark.parametrize("fix", [False, True])
+def test_diagonal_blocks_are_the_same_problem_as_all_of_the_gradients_with_zeros_between(
+    groups: int, fix: bool
+) -> None:
+    matrix, mask = drawn(8, 16, groups, dtype=torch.float64)
+    if fix:
+        fixed = torch.arange(16).expand(8, 16) < 4
+        matrix = Matrix(matrix.dense, matrix.moment, fixed=fixed, gradients=matrix.gradients)
+        mask = mask | fixed
+    blocks, full = grouped(matrix, groups)
+    found = refit(blocks, mask)
+    torch.testing.assert_close(found, refit(full, mask), rtol=1e-9, atol=1e-9)
+    least = loss_objective(loss_solved(full, mask), full)
+    assert loss_objective(found, blocks) == pytest.approx(least, rel=1e-6)
+    mine, wanted = (searched([one], two_of_four)[0] for one in (blocks, full))
+    torch.testing.assert_close(mine, wanted, rtol=1e-6, atol=1e-6)
+    for one in (found, mine):
+        mine_told, wanted_told = errors_of(blocks, one), errors_of(full, one)
+        assert mine_told.loss == pytest.approx(wanted_told.loss)
+        assert mine_told.outputs == pytest.approx(wanted_told.outputs)
+    params = [torch.empty(8, 16, dtype=torch.float64)]
+    rows = projection(ScopeSpec(BlockSpec(params[0], (1, -1)), ()), 5, params)
+    (kept,), (kept_of_full,) = keep_rows([blocks], rows), keep_rows([full], rows)
+    assert torch.equal(kept.mask, kept_of_full.mask)
+
+
+@pytest.mark.parametrize("input_dim", [-1, 1])
+def test_diagonal_blocks_of_a_stack_are_solved_as_those_of_its_matrices_one_by_one(input_dim: int) -> None:
+    each = [(grouped(matrix, 3)[0], mask) for matrix, mask in (drawn(12, 8, seed) for seed in range(3))]
+    stack, moment, gradients = (
+        torch.stack([getattr(one, name).double() for one, _ in each])
+        for name in ("dense", "moment", "gradients")
+    )
+    masks = torch.stack([mask for _, mask in each])
+    if input_dim == 1:
+        found = refit(Matrix(stack.mT, moment, 1, gradients=gradients), masks.mT).mT
+    else:
+        found = refit(Matrix(stack, moment, gradients=gradients), masks)
+    for number, (one, mask) in enumerate(each):
+        alone = refit(Matrix(stack[number], one.moment.double(), gradients=gradients[number]), mask)
+        torch.testing.assert_close(found[number], alone, rtol=1e-5, atol=1e-6)
+
+
+def test_groups_of_which_one_has_no_gradients_share_the_damping_of_the_whole_matrix() -> None:
+    matrix, mask = drawn(8, 16, 5, dtype=torch.float64)
+    blocks, _ = grouped(matrix, 2)
+    silent = (blocks.gradients if blocks.gradients is not None else torch.empty(0)).clone()
+    silent[1] = 0
+    given = Matrix(matrix.dense, matrix.moment, gradients=silent)
+    full = Matrix(matrix.dense, matrix.moment, gradients=among_zeros(silent))
+    torch.testing.assert_close(refit(given, mask), refit(full, mask), rtol=1e-6, atol=1e-6)
+    assert errors_of(given, masked(matrix, mask)).loss == pytest.approx(
+        errors_of(full, masked(matrix, mask)).loss
+    )
+
+
 # The support as an unknown.
 
 
@@ -334,7 +410,7 @@ def test_the_proposal_is_that_of_one_system_of_the_whole_matrix() -> None:
         raise TypeError("the matrix has gradients")
     pulled = torch.randn(1, 5, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     pull = _Eigenbases(problem, problem.gradients)
-    system = torch.kron(problem.gradients.hessian[0], problem.hessian[0])
+    system = torch.kron(problem.gradients.hessian[0, 0], problem.hessian[0])
     for penalty in (0.03, 1.0, 50.0):
         pull.prepare(torch.full((1, 1, 1), penalty, dtype=torch.float64))
         damped = system + penalty * torch.eye(35, dtype=torch.float64)
@@ -507,6 +583,9 @@ def test_what_is_no_second_moment_of_gradients_is_refused(text: str) -> None:
         Matrix(dense, inputs, gradients=no_gradients()[text])
     with pytest.raises(SparsityError, match=text):
         Matrix(dense.expand(2, 6, 4), inputs.expand(2, 4, 4), gradients=no_gradients()[text].expand(2, 6, 6))
+    groups = torch.stack([torch.eye(6), no_gradients()[text]])
+    with pytest.raises(SparsityError, match=text):
+        Matrix(torch.ones(12, 4), inputs, gradients=groups)
 
 
 @pytest.mark.parametrize(
@@ -516,6 +595,11 @@ def test_what_is_no_second_moment_of_gradients_is_refused(text: str) -> None:
         ((3, 4), 0, (4, 4), (3, 3)),
         ((2, 3, 4), -1, (2, 3, 3), (3, 3)),
         ((2, 3, 4), 1, (2, 4, 4), (2, 3, 3)),
+        ((6, 4), -1, (2, 3, 3), (3, 3, 3)),
+        ((6, 4), 0, (2, 2, 2), (2, 3, 3)),
+        ((7, 4), -1, (7, 1, 1), (2, 3, 3)),
+        ((2, 6, 4), -1, (2, 2, 3, 3), (2, 3, 3)),
+        ((2, 6, 4), 1, (2, 1, 4, 4), (2, 0, 4, 4)),
     ],
 )
 def test_gradients_lie_along_the_outputs(
