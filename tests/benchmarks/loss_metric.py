@@ -27,6 +27,7 @@ KEPT = {"2:4": 2, "1:4": 1}
 METHODS = ("SparseGPT", "ADMM", "ADMM, loss metric")
 FEW = "ADMM, loss metric, gradients of 8 sequences"
 SEQUENCES = 128
+COLUMNS = ["perplexity", "KL to dense", "error of outputs", "of the loss", "CPU seconds"]
 _BATCH = 16
 
 
@@ -73,46 +74,41 @@ def matrices(_: Path) -> None:
 
 def decoder(scratch: Path) -> None:
     """A small Llama of characters: perplexity and KL to the dense model on held-out text."""
+    model, windows, tokens = taught(scratch)
+    given = statistics(model, windows)
+    few = statistics(model, windows[:8])
+    eight = {
+        name: Matrix(one.dense, one.moment, gradients=few[name].gradients) for name, one in given.items()
+    }
+    lines = [["dense", "", *quality(model, model, tokens), "", "", ""]]
+    for pattern, kept in KEPT.items():
+        lines += [
+            [method, pattern, *rebuilt(model, given, given, kept, method, tokens)] for method in METHODS
+        ]
+        lines.append([FEW, pattern, *rebuilt(model, given, eight, kept, METHODS[-1], tokens)])
+    table("2:4 and 1:4", ["method", "pattern", *COLUMNS], lines)
+
+
+def taught(scratch: Path) -> tuple[Any, Tensor, Tensor]:
+    """The decoder, windows of the text for calibration, and of the text held out."""
     folder = made(scratch / "llama")
     calibration, held = texts(folder)
     model, tokenizer = loaded(decoders.trained(folder / "dense", calibration))
-    windows = ids_of(tokenizer, calibration, SEQUENCES)
-    tokens = ids_of(tokenizer, held, 400)
-    given = statistics(model, windows)
-    few = statistics(model, windows[:8])
-    lines = [["dense", "", *quality(model, model, tokens), "", "", ""]]
-    lines += [
-        [method, pattern, *rebuilt(model, given, few, kept, method, tokens)]
-        for pattern, kept in KEPT.items()
-        for method in (*METHODS, FEW)
-    ]
-    columns = [
-        "method",
-        "pattern",
-        "perplexity",
-        "KL to dense",
-        "error of outputs",
-        "of the loss",
-        "CPU seconds",
-    ]
-    table("2:4 and 1:4", columns, lines)
+    return model, ids_of(tokenizer, calibration, SEQUENCES), ids_of(tokenizer, held, 400)
 
 
 def rebuilt(
-    model: Any, given: dict[str, Matrix], few: dict[str, Matrix], kept: int, method: str, tokens: Tensor
+    model: Any, given: dict[str, Matrix], used: dict[str, Matrix], kept: int, method: str, tokens: Tensor
 ) -> list[str]:
-    """The cells of a row: all matrices pruned by a method."""
+    """The cells of a row: all matrices pruned with the moments `used`, errors by those `given`."""
     other = copy.deepcopy(model)
     weights = dict(other.named_parameters())
     outputs: list[float] = []
     loss: list[float] = []
     seconds = 0.0
     for name, matrix in given.items():
-        used = matrix
-        if method == FEW:
-            used = Matrix(matrix.dense, matrix.moment, gradients=few[name].gradients)
         began = time.process_time()
-        found = pruned(used, kept, METHODS[-1] if method == FEW else method)
+        found = pruned(used[name], kept, method)
         seconds += time.process_time() - began
         errors = errors_of(matrix, found)
         outputs += errors.outputs
@@ -120,6 +116,63 @@ def rebuilt(
         weights[name].data.copy_(found)
     means = [f"{sum(one) / len(one):.4f}" for one in (outputs, loss)]
     return [*quality(other, model, tokens), *means, f"{seconds:.1f}"]
+
+
+# Large gradients in less memory.
+
+
+def forms(scratch: Path) -> None:
+    """The same decoder with gradients in groups of rows, or of low rank beside their diagonal."""
+    model, windows, tokens = taught(scratch)
+    given = statistics(model, windows)
+    lines = []
+    for pattern, kept in KEPT.items():
+        for form, gradients in FORMS.items():
+            used = {
+                name: Matrix(one.dense, one.moment, gradients=gradients(full))
+                for name, one in given.items()
+                if (full := one.gradients) is not None
+            }
+            lines.append([form, pattern, *rebuilt(model, given, used, kept, METHODS[-1], tokens)])
+    table("2:4 and 1:4", ["gradients", "pattern", *COLUMNS], lines)
+
+
+def in_groups(groups: int) -> Callable[[Tensor], Tensor]:
+    def take(full: Tensor) -> Tensor:
+        size = len(full) // groups
+        return torch.stack([full[at : at + size, at : at + size] for at in range(0, len(full), size)])
+
+    return take
+
+
+def of_rank(share: int) -> Callable[[Tensor], Tensor]:
+    """Of rank `out // share`, and a diagonal so that the moment keeps its own: in turn, until both stand."""
+
+    def take(full: Tensor) -> Tensor:
+        wide, rank = full.double(), len(full) // share
+        scale = wide.diagonal().sqrt().clamp_min(1e-30)
+        unit = wide / scale / scale.unsqueeze(-1)
+        rest = torch.zeros(len(full), dtype=torch.float64)
+        for _ in range(20):
+            values, vectors = torch.linalg.eigh(unit - rest.diag())
+            low = vectors[:, -rank:] * values[-rank:].clamp_min(0) @ vectors[:, -rank:].T
+            rest = (1 - low.diagonal()).clamp_min(0)
+        found: Tensor = (low + rest.diag()) * scale * scale.unsqueeze(-1)
+        return ((found + found.T) / 2).to(full.dtype)
+
+    return take
+
+
+FORMS: dict[str, Callable[[Tensor], Tensor]] = {
+    "all": lambda full: full,
+    "2 groups": in_groups(2),
+    "4 groups": in_groups(4),
+    "8 groups": in_groups(8),
+    "the diagonal": lambda full: full.diag().diag(),
+    "rank out / 4 and diagonal": of_rank(4),
+    "rank out / 8 and diagonal": of_rank(8),
+    "rank out / 16 and diagonal": of_rank(16),
+}
 
 
 def loaded(folder: Path) -> tuple[Any, Any]:
@@ -189,7 +242,7 @@ def mean(values: Iterable[Tensor]) -> float:
     return float(torch.stack(list(values)).mean())
 
 
-PARTS: dict[str, Callable[[Path], None]] = {"matrices": matrices, "decoder": decoder}
+PARTS: dict[str, Callable[[Path], None]] = {"matrices": matrices, "decoder": decoder, "forms": forms}
 
 
 def main() -> None:
