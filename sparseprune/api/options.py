@@ -90,7 +90,12 @@ MaskFormatOrNone = Annotated[
 ]
 Set = Annotated[
     Mapping[str, object] | None,
-    Option("--set NAME=VALUE", "Another value for one of the spec's [vars].", typed=list[str], example="n=2"),
+    Option(
+        "--set NAME=VALUE",
+        "Another value for one of the spec's [vars], or for a budget, such as scope.proj.nnz=1.",
+        typed=list[str],
+        example="n=2",
+    ),
 ]
 Strict = Annotated[
     bool, Option("--strict", "Make every warning an error, before any work where that can be.")

@@ -79,7 +79,7 @@ EachCount = Annotated[Count | Sequence[Count | None] | None, _EACH]
 EachNumber = Annotated[float | Sequence[float | None] | None, _EACH]
 
 Seconds = Annotated[float, Doc("wall time", minimum=0)]
-Settings = Annotated[dict[str, str], Doc("variables of the spec set by --set, as they were typed")]
+Settings = Annotated[dict[str, str], Doc("variables and budgets of the spec set by --set, as typed")]
 Warned = Annotated[tuple[str, ...], Doc("what a user should know, one line each; also on stderr unless -q")]
 Noted = Annotated[tuple[str, ...], Doc("further remarks, one line each")]
 Name = Annotated[str, Doc("as in the file")]

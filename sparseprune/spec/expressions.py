@@ -488,7 +488,7 @@ def read_variables(value: object, overrides: Mapping[str, str], problems: Proble
             problems.add("", f"--set {name}", f"[vars] has no {shown(name)}{known}")
     variables: dict[str, Variable] = {}
     for name, given in declared.items():
-        found = _overriding(overrides[name]) if name in overrides else given
+        found = typed_value(overrides[name]) if name in overrides else given
         wrong = _wrong_name(name)
         try:
             if not wrong:
@@ -523,7 +523,7 @@ def _wrong_name(name: str) -> str:
     return f"{name} is a reserved name in expressions: take another one" if name in RESERVED else ""
 
 
-def _overriding(text: str) -> object:
+def typed_value(text: str) -> object:
     """The value of a `--set`: read as TOML if that works, else as an expression, such as a text in quotes."""
     if text.startswith(("'", '"')):
         return text

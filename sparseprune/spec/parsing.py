@@ -17,9 +17,10 @@ from msgspec.structs import replace
 
 from sparseprune.errors import SpecError
 from sparseprune.spec.checking import check_spec
-from sparseprune.spec.expressions import read_variables
+from sparseprune.spec.expressions import read_variables, typed_value
 from sparseprune.spec.problems import Problems, listed, nearest, shown, suggestion
 from sparseprune.spec.schema import (
+    BUDGETS,
     COVERS,
     KINDS,
     VERSION,
@@ -144,8 +145,8 @@ def parse_spec(
 ) -> Spec:
     """Parse the text of a spec; SpecError with every problem, each named by `source`, table and key.
 
-    Paths in the spec are relative to `directory`. `overrides` are values for names in `[vars]`, each typed as
-    TOML or as an expression.
+    Paths in the spec are relative to `directory`. `overrides` are values for names in `[vars]` and for
+    budgets such as `scope.proj.nnz`, each typed as TOML or as an expression.
     """
     document = _load(text, source)
     problems = Problems(source)
@@ -154,10 +155,11 @@ def parse_spec(
         problems.raise_if_any()  # the rest may have another meaning in another version
     _check_top_level(document, problems)
     declared = {kind: _object(document.get(kind)) for kind in KINDS}
+    declared, of_variables = _with_budgets(declared, overrides, problems)
     spec = Spec(
         source,
         directory,
-        read_variables(document.get("vars"), overrides, problems),
+        read_variables(document.get("vars"), of_variables, problems),
         _read_common("score", ScoreTable, document, problems),
         _read_common("reconstruct", ReconstructTable, document, problems),
         _read_tables(declared, problems),
@@ -234,6 +236,28 @@ def _read_common(
 
 def _object(value: object) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
+
+
+def _with_budgets(
+    declared: dict[str, dict[str, Any]], overrides: Mapping[str, str], problems: Problems
+) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """The tables with other values for budgets that they have, and overrides without a dot in the name."""
+    tables, others = {kind: {**named} for kind, named in declared.items()}, {}
+    budgets = {
+        f"{kind}.{name}.{key}": (kind, name, key)
+        for kind, named in declared.items()
+        for name, table in named.items()
+        for key in _object(table).keys() & BUDGETS
+    }
+    for name, text in overrides.items():
+        if name in budgets:
+            kind, table, key = budgets[name]
+            tables[kind][table] = {**tables[kind][table], key: typed_value(text)}
+        elif "." in name:
+            problems.add("", f"--set {name}", f"the spec has no such budget{suggestion(name, budgets)}")
+        else:
+            others[name] = text
+    return tables, others
 
 
 def _read_tables(declared: dict[str, dict[str, Any]], problems: Problems) -> dict[str, SpecTable]:

@@ -138,6 +138,24 @@ def test_setting_a_var_of_a_spec_without_vars_says_so() -> None:
     ]
 
 
+def test_a_budget_is_set_by_its_table_and_key() -> None:
+    for text, nnz in (("3", 3), ("config.num_attention_heads", 4)):
+        found = bound(ROWS, layers("a", count=1), CONFIG, overrides={"scope.rows.nnz": text})
+        assert budgets(found) == [("rows[layer=0,name=a]", nnz)]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "line"),
+    [
+        ("scope.rows.nz", "1", 's: --set scope.rows.nz: the spec has no such budget; did you mean "scope.rows.nnz"?'),
+        ("scope.rows.sparsity", "1", 's: --set scope.rows.sparsity: the spec has no such budget; did you mean "scope.rows.nnz"?'),
+        ("scope.rows.nnz", "-1", "s: [scope.rows] nnz: found -1, wanted an integer of 0 or more, or an expression: how many blocks survive in each scope"),
+    ],
+)  # fmt: skip
+def test_what_is_no_budget_is_not_set(name: str, text: str, line: str) -> None:
+    assert problems(ROWS, layers("a"), CONFIG, overrides={name: text}) == [line]
+
+
 def test_a_long_chain_of_vars_is_no_matter_and_lists_cannot_double_without_end() -> None:
     chain = "\n".join(f'v{at} = "v{at + 1} + 1"' for at in range(2000)) + "\nv2000 = 0"
     assert bound(f"[vars]\n{chain}\n{ROWS}", layers("a"))
