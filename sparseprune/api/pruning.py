@@ -17,7 +17,7 @@ from sparseprune.api.run import collector_paused, digest, output_shown, sizes_of
 from sparseprune.checkpoint import StagedOutput, lay_out_apply, lay_out_masks, open_checkpoint, read_config
 from sparseprune.checkpoint.file_io import checkpoint_identity, refuse_changed, shards_identity
 from sparseprune.checkpoint.folding import refuse_split
-from sparseprune.execution.plan import make_plan
+from sparseprune.execution.plan import make_plan, metrics_of_rules
 from sparseprune.execution.schedule import cpu_lines, make_schedule
 from sparseprune.report.coverage import coverage_of
 
@@ -86,7 +86,7 @@ def planned(
     from sparseprune.results.pruning import PlannedBytes
 
     plan, asked, layout = prepared.plan, prepared.asked, layout or prepared.layout
-    bound, tensors = plan.bound, plan.checkpoint.tensors
+    bound, tensors, metrics = plan.bound, plan.checkpoint.tensors, metrics_of_rules(plan)
     with collector_paused():
         if expected is None:
             expected = preview(plan, read_config(plan.checkpoint))
@@ -99,7 +99,7 @@ def planned(
             output_exists=layout.target.exists(),
             warnings=tuple(run.warnings),
             totals=plan_totals(plan.checkpoint, bound, prepared.coverage),
-            rules=tuple(rule_plan(rule, tensors, expected) for rule in bound.rules),
+            rules=tuple(rule_plan(rule, tensors, expected, metrics.get(rule.name)) for rule in bound.rules),
             removal=planned_removal(expected),
             unreached=unreached(tensors, set(bound.covered)),
             bytes=PlannedBytes(
@@ -148,7 +148,9 @@ def prune(run: Run, prepared: Prepared) -> results.Report:
             files_left_out=other_weights(layout.left_out),
             bytes=WrittenBytes(weights=nbytes, masks=mask_bytes),
             totals=pruning.report_totals(plan.checkpoint, found, prepared.coverage),
-            rules=pruning.rule_results(plan.bound, found, devices_of_rules(schedule, device)),
+            rules=pruning.rule_results(
+                plan.bound, found, devices_of_rules(schedule, device), metrics_of_rules(plan)
+            ),
             tensors=Made(outcomes, pruning.tensor_result),
         )
 

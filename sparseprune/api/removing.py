@@ -28,6 +28,7 @@ from sparseprune.checkpoint.publish import refuse_replacing
 from sparseprune.checkpoint.resizing import lay_out_choice, lay_out_decisions, lay_out_removal, open_choice
 from sparseprune.checkpoint.source import read_beside
 from sparseprune.errors import CheckpointError, SparsepruneError, SpecError
+from sparseprune.execution.plan import metrics_of_rules
 from sparseprune.report.coverage import idle_lines
 
 if TYPE_CHECKING:
@@ -304,6 +305,7 @@ def _by_spec(run: Run, prepared: Prepared, output: StagedOutput, decisions: Bloc
         spec_sha256=digest(prepared.source.text),
         device=device_text(schedule.groups, device),
         devices=devices_of_rules(schedule, device),
+        metrics=metrics_of_rules(plan),
         overrides=asked.overrides,
         tensors=outcomes,
         notes=few_tokens(plan),

@@ -28,8 +28,9 @@ mask = command(api.mask, show_pruned)
 
 def _summarize(call: "Call[results.Report]", report: "results.Report", *, verbose: bool) -> None:
     from sparseprune.report.coverage import coverage_text
+    from sparseprune.report.pruning import errors_text
     from sparseprune.report.tables import outcome_table, rules_table
-    from sparseprune.report.wording import copies_line, percent, size
+    from sparseprune.report.wording import copies_line, many, percent, size
 
     console = stderr_console()
     if verbose:
@@ -54,10 +55,7 @@ def _summarize(call: "Call[results.Report]", report: "results.Report", *, verbos
         lines.append(f"weights {size(sizes.weights)}, masks {size(sizes.masks)}")
     if totals.output_error is not None:
         matrices = sum(tensor.output_error is not None for tensor in report.tensors)
-        lines.append(
-            f"reconstructed {matrices} matrices: output error {totals.output_error:.3f} on average, "
-            f"{totals.output_error_masked:.3f} by the masks alone"
-        )
+        lines.append(f"reconstructed {many(matrices, 'matrix')}: {errors_text(totals)}")
     lines += [*report.notes, *copies_line("left out", report.files_left_out)]
     lines.append(f"{call.seconds:.1f} s, {size(sizes.weights / call.seconds)}/s, on {report.device}")
     tell_lines(*lines)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from msgspec import Struct
+from msgspec.structs import replace
 
 from sparseprune.engine.kernels.counting import Tally, exact_sum, share_of_output, totals_in_units
 from sparseprune.results.fields import Made
@@ -103,7 +104,8 @@ Outcome = list[Any]
 """[tensor, rule, elements reached, pruned, zeros before, energy before, zeros after, energy after].
 
 For a matrix that was reconstructed there follow its output energies: a list of what is lost by the mask
-alone, what is lost now, and that of the dense matrix, and the power of two that these three count in.
+alone, what is lost now, and that of the dense matrix, and the power of two that these three count in. Where
+it has gradients another list has the same in units of the loss.
 """
 _FORM: tuple[type | UnionType, ...] = (str, str, int, int, int, int | float, int, int | float)
 
@@ -143,7 +145,8 @@ class TensorOutcome(Struct, frozen=True):
     """Counts of one tensor before and after; `reach` has for each rule what it reached and dropped of it.
 
     Where it was reconstructed, the root of the mean squared change of its outputs relative to the dense ones:
-    by its mask alone, and as it is.
+    by its mask alone, and as it is; where it has gradients, the same in units of the loss. `metric` is the
+    one that was minimized, "loss and outputs" where rules that reached it differ.
     """
 
     name: str
@@ -155,6 +158,9 @@ class TensorOutcome(Struct, frozen=True):
     after: Tally
     output_error_masked: float | None = None
     output_error: float | None = None
+    loss_error_masked: float | None = None
+    loss_error: float | None = None
+    metric: str | None = None
 
 
 class Outcomes:
@@ -170,18 +176,18 @@ class Outcomes:
         self._counts = array("q")  # for each row, what `_COUNTS` says
         self._energies = array("d")  # for each row, before and after
         self._rules: dict[str, int] = {}
-        self._outputs: dict[str, list[list[float]]] = {}
+        self._changes: dict[str, list[list[list[float]]]] = {}
 
     def add(self, outcome: Outcome) -> None:
         """One Outcome; a rule without a name reaches nothing."""
-        name, rule, numel, pruned, zeros_before, energy_before, zeros_after, energy_after, *output = outcome
+        name, rule, numel, pruned, zeros_before, energy_before, zeros_after, energy_after, *changes = outcome
         number = self._rules.setdefault(rule, len(self._rules))
         self._before.append(self._last.get(name, -1))
         self._last[name] = len(self._before) - 1
         self._counts.extend((number, numel, pruned, zeros_before, zeros_after))
         self._energies.extend((energy_before, energy_after))
-        if output:
-            self._outputs.setdefault(name, []).extend(output)
+        if changes:
+            self._changes.setdefault(name, []).append(changes)
 
     def of_plan(self, plan: Plan) -> Sequence[TensorOutcome]:
         """Every tensor that the plan reaches, in the order of the checkpoint; made when it is asked for."""
@@ -195,7 +201,9 @@ class Outcomes:
         def outcome(name: str) -> TensorOutcome:
             tasks = tasks_of[name]
             label = ", ".join(dict.fromkeys([task.instance.label for task in tasks]))
-            return self.of_tensor(plan.checkpoint.tensors[name], [task.rule for task in tasks], label)
+            metrics = {task.metric for task in tasks if name in task.with_role("moment")} - {None}
+            found = self.of_tensor(plan.checkpoint.tensors[name], [task.rule for task in tasks], label)
+            return replace(found, metric=" and ".join(sorted(filter(None, metrics)))) if metrics else found
 
         return Made(plan.reached, outcome)
 
@@ -223,13 +231,24 @@ class Outcomes:
             parts,
             Tally(stored.numel, zeros_before, exact_sum(energies[0])),
             Tally(stored.numel, zeros_after, exact_sum(energies[1])),
-            *_output_errors(self._outputs.get(stored.name, [])),
+            *_errors(self._changes.get(stored.name, [])),
         )
 
 
-def _output_errors(outputs: list[list[float]]) -> tuple[float | None, float | None]:
-    """sqrt(tr(D H D^T) / tr(W0 H W0^T)) over all pieces, by the mask alone and as it is; None of none."""
-    if not outputs:
+_Errors = tuple[float | None, float | None, float | None, float | None]
+
+
+def _errors(changes: list[list[list[float]]]) -> _Errors:
+    """sqrt(tr(D H D^T) / tr(W0 H W0^T)) over all pieces, by the mask alone and as it is; None of none.
+
+    Then the same with gradients, None unless all pieces have some.
+    """
+    return (*_shares(changes, 0), *_shares(changes, 1))
+
+
+def _shares(changes: list[list[list[float]]], place: int) -> tuple[float | None, float | None]:
+    pieces = [piece[place] for piece in changes if place < len(piece)]
+    if not pieces or len(pieces) < len(changes):
         return None, None
-    masked, now, dense = totals_in_units((energies, int(power)) for *energies, power in outputs)
+    masked, now, dense = totals_in_units((energies, int(power)) for *energies, power in pieces)
     return share_of_output(masked, dense), share_of_output(now, dense)

@@ -35,20 +35,22 @@ if TYPE_CHECKING:
     from sparseprune.execution.coded import CodesRank
     from sparseprune.execution.regions import AnyBlock, AnyScope
     from sparseprune.execution.scores import ScoreKind
-    from sparseprune.spec import BoundInstance, BoundSpec, Reconstruct, Score, Spec
+    from sparseprune.spec import BoundInstance, BoundSpec, Metric, Reconstruct, Score, Spec
 
-Role = Literal["values", "vector", "blocks", "conditioners", "moment"]
+Role = Literal["values", "vector", "blocks", "conditioners", "moment", "gradients"]
 _NUMBERS = frozenset(row.name for row in DTYPES.values() if row.prunable)
 _FLOATS = frozenset(name for name in _NUMBERS if not name.startswith("I"))
 _MOMENTS = frozenset({"F64", "F32", "F16", "BF16"})
 _MOST_NAMED = 3  # weights without statistics; more of them mean another checkpoint
-_TABLE_OF: Mapping[Role, str] = {"moment": "reconstruct"}  # others belong to the score
+# Others belong to the score.
+_TABLE_OF: Mapping[Role, str] = {"moment": "reconstruct", "gradients": "reconstruct"}
 
 
 class TaskInput(Struct, frozen=True):
     """A stored tensor that a task reads: `key` is the weight, or for block scores the block, that it is for.
 
-    `dim` is the dimension of the weight along which a vector lies, or the inputs of a second moment. `form`
+    `dim` is the dimension of the weight along which a vector lies, or the inputs of a second moment, or the
+    outputs of one of gradients. `form`
     tells what a vector is made from: second moments, or the roots of their diagonal; None where it is ready.
     `tokens` were counted, a number for each matrix; () where nothing did. Of a tensor with a number or, along
     `dim`, a row for each expert of a layer, the blocks are `experts`: the first one, and how many.
@@ -84,7 +86,7 @@ class InputFiles:
         elif kind.reads is not None and score.file is not None:
             found += self._ready(rule, score.file, scope, kind.reads)
         if instance.reconstruct is not None:
-            found += self._statistics(rule, instance.reconstruct, scope, "moment")
+            found += self._moments(rule, instance.reconstruct, scope)
         if soft is not None and not kind.ranks_weights:
             text = f"mode soft shrinks the norms of the weights themselves; kind {score.kind} has no part"
             self._note(rule, text)
@@ -99,8 +101,12 @@ class InputFiles:
             named = names if len(names) <= _MOST_NAMED else names[:1]
             for name in named:
                 what = name if len(named) > 1 or len(names) == 1 else f"{len(names)} weights, such as {name}"
-                near = "" if file is None else _nearest(name, list(file.of))
-                self._note(rule, f"{path}: has no statistics of {what}{near}", role)
+                if role == "gradients":
+                    text = f'has no gradients of {what}, which metric = "loss" needs: calibrate --gradients'
+                else:
+                    near = "" if file is None else _nearest(name, list(file.of))
+                    text = f"has no statistics of {what}{near}"
+                self._note(rule, f"{path}: {text}", role)
         if self._problems:
             raise SpecError(*self._problems)
 
@@ -151,6 +157,39 @@ class InputFiles:
             else:
                 stored, these = self._weights.tensors[router[0]], (experts.first, experts.number)
                 yield TaskInput("blocks", block.label, stored, router[1], experts=these)
+
+    def _moments(self, rule: str, method: Reconstruct, scope: AnyScope) -> Iterator[TaskInput]:
+        """The second moments that weights are rebuilt by, and those of gradients where there are some.
+
+        It is noted where the loss was asked for and a weight has no gradients.
+        """
+        file = self._open(rule, method.file, "moment")
+        for one in self._statistics(rule, method, scope, "moment"):
+            yield one
+            statistic = None if file is None else file.of[one.key]
+            if statistic is not None and statistic.gradients is not None:
+                yield from self._gradients(rule, method.file, one, statistic)
+            elif method.metric == "loss":
+                self._missing.setdefault((rule, "gradients", method.file), []).append(one.key)
+
+    def _gradients(
+        self, rule: str, path: Path, moment: TaskInput, statistic: Statistic
+    ) -> Iterator[TaskInput]:
+        """The second moments of the gradients of a weight that has those of inputs; none that do not fit."""
+        weight, stored = self._weights.tensors[moment.key], statistic.gradients
+        if stored is None:
+            return
+        shape, dim = statistic.stacked(weight.shape, moment.dim)
+        if not is_gradients(stored.shape, shape, dim):
+            outputs = shape[output_dim(shape, dim)]
+            wanted = [*shape[:-2], outputs, outputs]
+            text = f"{stored.name} has shape {list(stored.shape)}, wanted {wanted}, or groups of its rows"
+        elif stored.dtype not in _MOMENTS:
+            text = f"{stored.name} is {stored.dtype}, wanted one of {', '.join(sorted(_MOMENTS))}"
+        else:
+            yield TaskInput("gradients", moment.key, stored, output_dim(shape, dim))
+            return
+        self._note(rule, f"{path}: {text}", "gradients")
 
     def _statistics(
         self, rule: str, method: Score | Reconstruct, scope: AnyScope, role: Role
@@ -267,6 +306,26 @@ def _shapes(
     return {(features,): None, (*stack, features): None, **moments}
 
 
+def output_dim(shape: Shape, dim: int) -> int:
+    """The dimension of a matrix, or of a stack, along which its outputs lie, where inputs lie along `dim`."""
+    return 2 * len(shape) - 3 - dim
+
+
+def is_gradients(found: Shape, weight: Shape, dim: int) -> bool:
+    """Whether a tensor may be the second moments of gradients of a weight with inputs along `dim`.
+
+    They are (outputs, outputs), or (groups, size, size) of equal groups; stacks have matrices in front.
+
+    >>> is_gradients((3, 4, 4), (12, 8), 1), is_gradients((3, 4, 4), (3, 8, 4), 1)
+    (True, True)
+    """
+    outputs, stack = weight[output_dim(weight, dim)], weight[:-2]
+    own = found[len(stack) :]
+    if found[: len(stack)] != stack or len(own) not in {2, 3} or own[-1] != own[-2]:
+        return False
+    return prod(own[:-1]) == outputs
+
+
 def _unreadable(stored: StoredTensor) -> str | None:
     """Why a tensor has no weights that can be read; None where it has."""
     if stored.codes is not None:
@@ -340,6 +399,22 @@ class Task(Struct, frozen=True):
         """Whether the magnitudes of what is stored are the scores: weights, or codes of one scale."""
         return self.score_kind.ranks_weights and self.codes != "values"
 
+    @property
+    def metric(self) -> Metric | None:
+        """In what its change is minimized; None where survivors keep their bits.
+
+        Matrices of which some have gradients and others have not cannot compete in units of the loss.
+        """
+        method = self.instance.reconstruct
+        moments, gradients = (self.with_role(role) for role in ("moment", "gradients"))
+        if method is None or not moments:
+            return None
+        return method.metric or ("loss" if len(gradients) == len(moments) else "outputs")
+
+    def with_role(self, role: Role) -> dict[str, TaskInput]:
+        """Its inputs of one role, by what they are for."""
+        return {one.key: one for one in self.inputs if one.role == role}
+
     def nbytes(self, tensors: Mapping[str, StoredTensor]) -> int:
         """Bytes of what it reaches: what one pass reads."""
         each = [(prod(leaf.view_shape), tensors[leaf.tensor]) for leaf in self.instance.scope.leaves]
@@ -407,6 +482,18 @@ def make_plan(
     if ranks:
         tasks = [replace(task, codes=rank) for task, rank in zip(tasks, ranks, strict=True)]
     return Plan(checkpoint, bound, _units(checkpoint, tasks))
+
+
+def metrics_of_rules(plan: Plan) -> dict[str, str]:
+    """In what each rule minimizes a change, such as "loss"; rules that keep survivors' bits are left out.
+
+    "loss and outputs" where instances of a rule differ.
+    """
+    found: dict[str, set[Metric]] = {}
+    for task in (task for unit in plan.units for task in unit.tasks):
+        if task.metric is not None:
+            found.setdefault(task.rule, set()).add(task.metric)
+    return {rule: " and ".join(sorted(metrics)) for rule, metrics in found.items()}
 
 
 def tensor_infos(checkpoint: Checkpoint) -> list[TensorInfo]:

@@ -6,6 +6,7 @@ how outputs change. Stacks are worked a matrix at a time. Imports torch.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,7 @@ from msgspec.structs import replace
 from sparseprune.engine import View
 from sparseprune.engine.block import zero_pruned
 from sparseprune.engine.grids import prod
-from sparseprune.engine.matrices import Matrix, output_losses, projection, units_of
+from sparseprune.engine.matrices import Matrix, energies, output_losses, projection, units_of
 from sparseprune.engine.reconstruction import Reconstructed, admm, keep_rows, refit
 from sparseprune.errors import SparsityError
 from sparseprune.execution.passes import Chunk, Pass
@@ -85,7 +86,8 @@ class _Piece:
         self._tile = Tile(task, task.instance.scope, parts_at(task.instance.scope, cell), io)
         for loaded in self._tile.loaded.values():
             refuse_nonfinite(loaded)
-        self._inputs = {one.key: one for one in task.inputs if one.role == "moment"}
+        self._inputs = task.with_role("moment")
+        self._gradients = task.with_role("gradients")
         self._sides = [self._side(one) for one in self._inputs.values()]
         self._refuse_unseen()
 
@@ -95,16 +97,16 @@ class _Piece:
         if method is None:
             raise TypeError(f"{self._task.instance.label} is not reconstructed")
         masks, found = self._alternated(method) if method.method == "admm" else self._refitted(method)
-        outputs = {}
+        changes = {}
         for side, one in zip(self._sides, found, strict=True):
-            outputs[side.name] = _output_energies(side.matrix, one)
+            changes[side.name] = _changes(self._measured(side), one)
             for region in side.regions:
                 self._tile.views[region.leaf].copy_(side.view(region, one.weights))
         zero_pruned(masks)
         outcomes = self._tile.store(masks)
         for outcome in outcomes:
-            if outcome[0] in outputs:  # once for each tensor, whatever leaves it has
-                outcome.append(outputs.pop(outcome[0]))
+            if outcome[0] in changes:  # once for each tensor, whatever leaves it has
+                outcome.extend(changes.pop(outcome[0]))
         return outcomes
 
     def _refitted(self, method: Reconstruct) -> tuple[dict[BlockSpec, Tensor], list[Reconstructed]]:
@@ -192,10 +194,27 @@ class _Piece:
         for region in regions:
             fixed.as_strided(region.extent, region.leaf.view_stride, region.first - first).fill_(value=False)
         try:
-            matrix = Matrix(dense, moment, dim, fixed if bool(fixed.any()) else None)
+            gradients = self._gradients_of(one.key) if self._task.metric == "loss" else None
+            matrix = Matrix(dense, moment, dim, fixed if bool(fixed.any()) else None, gradients)
         except SparsityError as error:
             raise SparsityError(f"{one.key}: {error} ({one.stored.shard.path})") from error
         return _Side(one.key, matrix, tuple(regions), first)
+
+    def _gradients_of(self, name: str) -> Tensor | None:
+        """The second moments of the gradients of a weight, as they are stored; None where there are none."""
+        return self._matrices(self._gradients[name].stored)[0] if name in self._gradients else None
+
+    def _measured(self, side: _Side) -> Matrix:
+        """A matrix with its gradients if there are some, in whatever metric it was solved."""
+        gradients = self._gradients_of(side.name) if side.matrix.gradients is None else None
+        if gradients is None:
+            return side.matrix
+        try:
+            return dataclasses.replace(side.matrix, gradients=gradients)
+        except SparsityError as error:
+            raise SparsityError(
+                f"{side.name}: {error} ({self._gradients[side.name].stored.shard.path})"
+            ) from error
 
     def _matrices(self, stored: StoredTensor) -> tuple[Tensor, int]:
         """The elements of a tensor that this piece is about, and the number of the first one."""
@@ -206,12 +225,21 @@ class _Piece:
         return elements.reshape(count, *stored.shape[1:]), begin * size
 
 
-def _output_energies(matrix: Matrix, found: Reconstructed) -> list[float]:
-    """What the outputs of a matrix lose by its mask alone and lose now, and what they were: see Outcome."""
+def _changes(matrix: Matrix, found: Reconstructed) -> list[list[float]]:
+    """What is lost by a mask alone and lost now, and what there was: of outputs and of the loss.
+
+    See Outcome; without gradients the loss is left out.
+    """
     units = units_of([matrix])
     masked = torch.where(found.mask, matrix.dense.to(matrix.work_dtype), 0.0)
-    energies = [float(lost.sum()) for lost in output_losses(matrix, [masked, found.weights, None], units)]
-    return [*energies, units.energy]
+    three = [masked, found.weights, None]
+    if matrix.gradients is None:
+        return [[*(float(lost.sum()) for lost in output_losses(matrix, three, units)), units.energy]]
+    each = [energies(matrix, one, units) for one in three]
+    return [
+        [*(float(one.outputs.sum()) for one in each), units.energy],
+        [*(float(one.loss.sum()) for one in each), units.loss],
+    ]
 
 
 def _only(scope: AnyScope, leaves: frozenset[BoundBlock]) -> AnyScope:

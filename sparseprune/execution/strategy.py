@@ -358,7 +358,7 @@ def _largest_block(task: Task) -> int:
 
 def _rebuild(task: Task, tensors: Mapping[str, StoredTensor], limits: Limits) -> Rebuild:
     stacks = len(independent_parts(task, tensors))
-    moments = [one for one in task.inputs if one.role == "moment"]
+    moments = task.with_role("moment").values()
     numel = sum(prod(leaf.view_shape) for leaf in task.instance.scope.leaves)
     dense = sum(tensors[one.key].numel for one in moments)
     seconds = sum(one.stored.numel for one in moments)
@@ -375,7 +375,7 @@ def _rebuild(task: Task, tensors: Mapping[str, StoredTensor], limits: Limits) ->
 
 def _refuse_unseen(task: Task, *, alone: bool) -> None:
     """Before any work is done: a matrix that decides by itself needs tokens that reached it."""
-    counts = {one.key: one.tokens for one in task.inputs if one.role == "moment" and one.tokens}
+    counts = {name: one.tokens for name, one in task.with_role("moment").items() if one.tokens}
     if not alone and any(map(any, counts.values())):
         return
     for name, tokens in counts.items():
@@ -394,7 +394,7 @@ def independent_parts(task: Task, tensors: Mapping[str, StoredTensor]) -> list[t
     """
     scope = task.instance.scope
     whole = whole_part(scope.grid_shape)
-    rebuilt = {tensors[one.key].shape for one in task.inputs if one.role == "moment"}
+    rebuilt = {tensors[name].shape for name in task.with_role("moment")}
     counts = {tensors[leaf.tensor].shape[:1] for leaf in scope.leaves}
     together: list[tuple[Part, int | None]] = [(whole, None)]
     if len(counts) != 1 or any(len(shape) != 3 for shape in rebuilt) or not whole.numel:

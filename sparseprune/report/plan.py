@@ -135,8 +135,10 @@ def _scoped_leaves(scope: AnyScope) -> Iterator[tuple[BoundScope, BoundBlock]]:
     return ((member, leaf) for member in scope.members for leaf in member.leaves)
 
 
-def rule_plan(rule: BoundRule, tensors: Tensors, planned: Preview) -> results.RulePlan:
-    """A rule, what it binds to, and what it would prune and `remove` cut out."""
+def rule_plan(
+    rule: BoundRule, tensors: Tensors, planned: Preview, metric: str | None = None
+) -> results.RulePlan:
+    """A rule, what it binds to, what it would prune and `remove` cut out, and what it would minimize."""
     forms = rule.forms()
     of_form = {form: _counts(members[0]) for form, members in forms.items()}
     counts = [of_form[instance.form] for instance in rule.instances]
@@ -151,7 +153,7 @@ def rule_plan(rule: BoundRule, tensors: Tensors, planned: Preview) -> results.Ru
         name=rule.name,
         mode="soft" if first and first.soft else "hard",
         score=_score(first.score if first else Score()),
-        reconstruct=_reconstruct(first.reconstruct if first else None),
+        reconstruct=_reconstruct(first.reconstruct if first else None, metric),
         instances=len(rule.instances),
         tensors=len(names),
         example=names[0] if names else None,
@@ -207,11 +209,15 @@ def _score(score: Score) -> results.ScoreAsked:
     )
 
 
-def _reconstruct(reconstruct: Reconstruct | None) -> results.ReconstructAsked | None:
+def _reconstruct(reconstruct: Reconstruct | None, metric: str | None) -> results.ReconstructAsked | None:
     if reconstruct is None:
         return None
     return results.ReconstructAsked(
-        method=reconstruct.method, file=str(reconstruct.file), damp=reconstruct.damp
+        method=reconstruct.method,
+        file=str(reconstruct.file),
+        damp=reconstruct.damp,
+        metric=metric,
+        effort=reconstruct.effort,
     )
 
 
@@ -335,9 +341,21 @@ def _budget(rule: results.RulePlan) -> Facts:
         mean = ", root mean square of a block" if score.normalize else ""
         facts.append(("score", score.kind + norm + mean + (f", from {score.file}" if score.file else "")))
     if rule.reconstruct is not None:
-        how = f"by {rule.reconstruct.method}, with the second moments in {rule.reconstruct.file}"
-        facts.append(("rebuilds", how))
+        facts.append(("rebuilds", _rebuilding_text(rule.reconstruct)))
     return facts
+
+
+_MINIMIZES = {
+    "loss": ", in units of the loss",
+    "outputs": ", by the change of outputs",
+    "loss and outputs": ", in units of the loss where there are gradients, else by the change of outputs",
+}
+
+
+def _rebuilding_text(asked: results.ReconstructAsked) -> str:
+    fast = ", fast" if asked.effort == "fast" else ""
+    metric = _MINIMIZES.get(asked.metric or "", "")
+    return f"by {asked.method}{fast}, with the second moments in {asked.file}{metric}"
 
 
 def _pruning(rule: results.RulePlan, numel: int) -> tuple[str, str]:

@@ -8,7 +8,7 @@ Owns sums and shares that other results need as well. Called by api and by other
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from msgspec import Struct
 from msgspec import field as struct_field
@@ -45,13 +45,29 @@ if TYPE_CHECKING:
     from sparseprune.spec import BoundSpec
 
 
+ERRORS = ("output_error_masked", "output_error", "loss_error_masked", "loss_error")
+"""The fields of a tensor that was reconstructed which say what is lost."""
+
+
 class Sums(Struct, frozen=True):
-    """Elements that each rule reached and dropped, and the output errors of reconstructed tensors."""
+    """Elements that each rule reached and dropped, and the errors of reconstructed tensors by their names.
+
+    `metrics` are those that were minimized.
+    """
 
     numel: Counter[str] = struct_field(default_factory=Counter)
     pruned: Counter[str] = struct_field(default_factory=Counter)
-    output_errors_masked: list[float | None] = []
-    output_errors: list[float | None] = []
+    errors: Mapping[str, list[float | None]] = struct_field(
+        default_factory=lambda: {name: [] for name in ERRORS}
+    )
+    metrics: set[str] = struct_field(default_factory=set)
+
+    @property
+    def lost(self) -> dict[str, Any]:
+        """The mean of each error over the tensors that have it, and the metric that was minimized."""
+        each = {one for metric in self.metrics for one in metric.split(" and ")}
+        means = {name: mean(errors) for name, errors in self.errors.items()}
+        return {**means, "metric": " and ".join(sorted(each)) or None}
 
 
 def summed_up(tensors: Iterable[TensorOutcome]) -> Sums:
@@ -61,8 +77,9 @@ def summed_up(tensors: Iterable[TensorOutcome]) -> Sums:
         for rule, part in tensor.reach.items():
             found.numel[rule] += part.numel
             found.pruned[rule] += part.pruned
-        found.output_errors_masked.append(tensor.output_error_masked)
-        found.output_errors.append(tensor.output_error)
+        for name, errors in found.errors.items():
+            errors.append(getattr(tensor, name))
+        found.metrics.update([] if tensor.metric is None else [tensor.metric])
     return found
 
 
@@ -75,8 +92,7 @@ def report_totals(checkpoint: Checkpoint, found: Sums, coverage: Coverage | None
         pruned=pruned,
         sparsity=share(pruned, numel),
         **coverage_totals(coverage),
-        output_error_masked=mean(found.output_errors_masked),
-        output_error=mean(found.output_errors),
+        **found.lost,
     )
 
 
@@ -101,6 +117,7 @@ class RemovalRun(Struct, frozen=True):
     notes: Sequence[str] = ()
     coverage: Coverage | None = None
     devices: Mapping[str, str] = {}
+    metrics: Mapping[str, str] = {}
 
 
 def make_removal_result(
@@ -129,17 +146,18 @@ def make_removal_result(
             **coverage_totals(run.coverage),
             bytes=run.nbytes[0],
             bytes_after=run.nbytes[1],
-            output_error_masked=mean(found.output_errors_masked),
-            output_error=mean(found.output_errors),
+            **found.lost,
         ),
         config=removal.changes,
-        rules=() if bound is None else rule_results(bound, found, run.devices),
+        rules=() if bound is None else rule_results(bound, found, run.devices, run.metrics),
         tensors=tuple(_changed_tensors(checkpoint, removal.left)),
     )
 
 
-def rule_results(bound: BoundSpec, found: Sums, devices: Mapping[str, str]) -> tuple[RuleResult, ...]:
-    """What each rule bound to, what it pruned, and which device did its work."""
+def rule_results(
+    bound: BoundSpec, found: Sums, devices: Mapping[str, str], metrics: Mapping[str, str]
+) -> tuple[RuleResult, ...]:
+    """What each rule bound to, what it pruned, which device did its work, and what it minimized."""
     results = []
     for rule in bound.rules:
         scopes = [instance.scope for instance in rule.instances]
@@ -157,6 +175,7 @@ def rule_results(bound: BoundSpec, found: Sums, devices: Mapping[str, str]) -> t
             numel=found.numel[rule.name],
             pruned=found.pruned[rule.name],
             device=devices.get(rule.name),
+            metric=metrics.get(rule.name),
         )
         results.append(result)
     return tuple(results)
@@ -175,9 +194,27 @@ def tensor_result(tensor: TensorOutcome) -> TensorResult:
         zeros_before=tensor.before.zeros,
         zeros_after=tensor.after.zeros,
         energy_kept=energy_kept(tensor.before, tensor.after),
-        output_error_masked=tensor.output_error_masked,
-        output_error=tensor.output_error,
+        **{name: getattr(tensor, name) for name in ERRORS},
+        metric=tensor.metric,
     )
+
+
+def errors_text(totals: ReportTotals | RemovalTotals) -> str:
+    """By how much reconstructed matrices differ from the dense ones, first in what was minimized."""
+    errors = {
+        "output error": (totals.output_error, totals.output_error_masked),
+        "loss error": (totals.loss_error, totals.loss_error_masked),
+    }
+    known = {what: pair for what, pair in errors.items() if None not in pair}
+    first = "output error" if totals.metric == "outputs" else "loss error"
+    (what, (now, masked)), *others = sorted(known.items(), key=lambda one: one[0] != first)
+    text = f"{what} {now:.3f} on average, {masked:.3f} by the masks alone"
+    if not others:
+        return text
+    what, (now, masked) = others[0]
+    mixed = totals.metric == "loss and outputs"
+    minimized, rest = (" where there are gradients", ", minimized elsewhere") if mixed else ("", "")
+    return f"{text}, minimized{minimized}; {what} {now:.3f} and {masked:.3f}{rest}"
 
 
 def _changed_tensors(checkpoint: Checkpoint, left: Mapping[str, ResizedTensor]) -> Iterator[ChangedTensor]:
@@ -221,8 +258,5 @@ def removal_lines(removal: Removal) -> Iterator[str]:
     yield f"parameters {totals.numel:,} before, {totals.numel_after:,} after ({percent(fewer)} fewer)"
     yield f"weights {size(totals.bytes)} before, {size(totals.bytes_after)} after"
     if totals.output_error is not None:
-        yield (
-            f"reconstructed matrices: output error {totals.output_error:.3f} on average, "
-            f"{totals.output_error_masked:.3f} by the masks alone"
-        )
+        yield f"reconstructed matrices: {errors_text(totals)}"
     yield from copies_line("left out", removal.files_left_out)

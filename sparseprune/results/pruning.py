@@ -30,6 +30,8 @@ from sparseprune.results.fields import (
     WrittenBytes,
 )
 
+Minimized = Annotated[str | None, Doc(enum=["loss", "outputs", "loss and outputs", None])]
+
 
 class ScoreAsked(Record):
     """What a rule ranks blocks by."""
@@ -46,6 +48,8 @@ class ReconstructAsked(Record):
     method: Literal["refit", "admm"]
     file: str
     damp: NotNegative
+    metric: Annotated[Minimized, Doc("what its instances minimize; null if nothing is rebuilt")]
+    effort: Literal["best", "fast"]
 
 
 class ViewAsked(Record):
@@ -182,6 +186,14 @@ OutputError = Annotated[
         minimum=0,
     ),
 ]
+LossError = Annotated[
+    float | None,
+    Doc(
+        "sqrt(tr(G D H D^T) / tr(G W0 H W0^T)), the same in units of the loss; null if not reconstructed, or "
+        "without gradients",
+        minimum=0,
+    ),
+]
 
 
 class RuleResult(Record):
@@ -199,6 +211,7 @@ class RuleResult(Record):
     numel: Annotated[Count, Doc("elements that it reached")]
     pruned: Annotated[Count, Doc("elements that it dropped")]
     device: Annotated[str | None, Doc("what did the work of this rule; null if it bound nothing")]
+    metric: Annotated[Minimized, Doc("what its instances minimized; null if nothing was reconstructed")]
 
 
 class TensorResult(NamedTensor):
@@ -214,6 +227,9 @@ class TensorResult(NamedTensor):
     ]
     output_error_masked: Annotated[OutputError, Doc("by the mask alone")]
     output_error: Annotated[OutputError, Doc("of what was written")]
+    loss_error_masked: Annotated[LossError, Doc("by the mask alone")]
+    loss_error: Annotated[LossError, Doc("of what was written")]
+    metric: Annotated[Minimized, Doc("which of the two was minimized; null if not reconstructed")]
 
 
 class ReportTotals(Record):
@@ -229,6 +245,9 @@ class ReportTotals(Record):
     uncovered: UncoveredKinds
     output_error_masked: Annotated[OutputError, Doc("the mean over matrices, by the masks alone")]
     output_error: Annotated[OutputError, Doc("the mean over matrices, of what was written")]
+    loss_error_masked: Annotated[LossError, Doc("the mean over matrices, by the masks alone")]
+    loss_error: Annotated[LossError, Doc("the mean over matrices, of what was written")]
+    metric: Annotated[Minimized, Doc("which of the two was minimized; null if nothing was reconstructed")]
 
 
 class Report(Document):
@@ -267,6 +286,9 @@ class RemovalTotals(Record):
     bytes_after: Annotated[Count, Doc("of the weight files")]
     output_error_masked: Annotated[OutputError, Doc("the mean over matrices, by the masks alone")]
     output_error: Annotated[OutputError, Doc("the mean over matrices, after reconstruction")]
+    loss_error_masked: Annotated[LossError, Doc("the mean over matrices, by the masks alone")]
+    loss_error: Annotated[LossError, Doc("the mean over matrices, after reconstruction")]
+    metric: Annotated[Minimized, Doc("which of the two was minimized; null if nothing was reconstructed")]
 
 
 class ChangedTensor(Record):

@@ -17,6 +17,7 @@ from sparseprune.spec.bound import BoundScopeCoupling as BoundScopeCoupling
 from sparseprune.spec.bound import BoundSpec as BoundSpec
 from sparseprune.spec.bound import Budget as Budget
 from sparseprune.spec.bound import Captures as Captures
+from sparseprune.spec.bound import Metric as Metric
 from sparseprune.spec.bound import Reconstruct as Reconstruct
 from sparseprune.spec.bound import Score as Score
 from sparseprune.spec.bound import Soft as Soft

@@ -171,17 +171,24 @@ class Soft(Struct, frozen=True):
     eps: float | None = None
 
 
+Metric = Literal["loss", "outputs"]
+"""In what a change of weights is measured: what the loss becomes worse by, or what outputs change by."""
+
+
 class Reconstruct(Struct, frozen=True):
     """How surviving weights are reconstructed from the second moments in `file`, which is absolute.
 
     "refit": for the mask that the score gives; "admm": mask and weights together. `input_dim` is the
-    dimension of the weights along which inputs lie, None for what the file says.
+    dimension of the weights along which inputs lie, None for what the file says. `metric` None: the loss
+    where the file has gradients of all matrices that are solved together, else the outputs.
     """
 
     file: Path
     method: Literal["refit", "admm"] = "admm"
     damp: float = 0.01
     input_dim: int | None = None
+    metric: Metric | None = None
+    effort: Literal["best", "fast"] = "best"
 
 
 class BoundInstance(Struct, frozen=True):

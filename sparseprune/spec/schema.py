@@ -260,6 +260,12 @@ class ReconstructTable(Table):
         0.01,
     )
     input_dim: int | None = _key(_whole(-LARGEST), _INPUT_DIM)
+    metric: Literal["loss", "outputs"] | None = _key(
+        _one_of("loss", "outputs"), '"loss" or "outputs": in what a change of the weights is measured'
+    )
+    effort: Literal["best", "fast"] = _key(
+        _one_of("best", "fast"), '"best" or "fast": how long admm may look for the mask', "best"
+    )
 
 
 class MethodTable(Table):
@@ -309,7 +315,14 @@ def reconstruct_of(table: ReconstructTable | None, directory: Path) -> Reconstru
     """How the surviving weights are reconstructed; None if they are not."""
     if table is None or table.method == "none" or table.file is None:
         return None
-    return Reconstruct(_absolute(table.file, directory), table.method, table.damp, table.input_dim)
+    return Reconstruct(
+        _absolute(table.file, directory),
+        table.method,
+        table.damp,
+        table.input_dim,
+        table.metric,
+        table.effort,
+    )
 
 
 def soft_of(table: BudgetTable, directory: Path) -> Soft | None:

@@ -133,7 +133,8 @@ def test_report_says_what_was_written(tmp_path: Path, sharded: Path) -> None:
     assert json.loads((output / "sparseprune/report.json").read_text()) == document
     assert document["input"] == str(sharded)
     assert document["output"] == str(output)
-    nothing_rebuilt = {"output_error_masked": None, "output_error": None}
+    errors = ("output_error_masked", "output_error", "loss_error_masked", "loss_error", "metric")
+    nothing_rebuilt = dict.fromkeys(errors)
     counts = {"tensors": 7, "numel": 552, "pruned": 136, "sparsity": 136 / 552}
     covered = {"covers": "matrices", "layer_coverage": 1.0, "declared_coverage": 1.0, "uncovered": []}
     assert document["totals"] == counts | nothing_rebuilt | covered

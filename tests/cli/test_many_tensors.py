@@ -110,7 +110,7 @@ def held_bytes(path: Path) -> int:
             files_left_out=(),
             bytes=WrittenBytes(weights=0, masks=0),
             totals=report_totals(plan.checkpoint, found, None),
-            rules=rule_results(plan.bound, found, {}),
+            rules=rule_results(plan.bound, found, {}, {}),
             tensors=Made(tensors, tensor_result),
         )
         assert sum(map(len, report.json_pieces())) > 300 * len(plan.checkpoint.tensors)
