@@ -10,7 +10,7 @@ import math
 import operator
 from abc import abstractmethod
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
@@ -50,13 +50,13 @@ def select(keys: Tensor, nnz: int) -> Tensor:
     if nnz in (0, blocks) or not keys.numel():
         return torch.full(keys.shape, nnz == blocks, dtype=torch.bool, device=keys.device)
     scopes = keys.reshape(-1, blocks)
-    if blocks >= _HISTOGRAM_LIMIT:
+    if keys.device.type != "cpu":
+        kept = select_by_comparing(scopes, nnz)
+    elif blocks >= _HISTOGRAM_LIMIT:
         kept = torch.stack([select_by_histogram(scope, nnz) for scope in scopes])
-    elif keys.device.type == "cpu":
+    else:
         choose = _pairwise if blocks <= _PAIRWISE_LIMIT else _above_kth
         kept = torch.from_numpy(choose(scopes.numpy(), nnz))
-    else:
-        kept = _select_by_sort(scopes, nnz)
     return kept.reshape(keys.shape)
 
 
@@ -66,6 +66,33 @@ def kth_largest(scores: Tensor, k: int) -> Tensor:
     if scores.device.type != "cpu":
         return scores.kthvalue(place + 1, dim=-1).values
     return torch.from_numpy(_at_place(scores.numpy(), place))
+
+
+def select_by_comparing(keys: Tensor, nnz: int) -> Tensor:
+    """As `select` of keys (scopes, blocks), 0 < nnz < blocks: for devices, which are never waited for."""
+    if keys.shape[1] <= _PAIRWISE_LIMIT:
+        return _all_pairs(keys, nnz)
+    kth = kth_by_bits(keys, nnz).unsqueeze(-1)
+    kept, equal = keys > kth, keys == kth
+    places = nnz - kept.sum(-1, keepdim=True)
+    return kept.logical_or_(equal & (equal.cumsum(-1, dtype=torch.int32) <= places))
+
+
+def kth_by_bits(keys: Tensor, k: int) -> Tensor:
+    """The k-th largest of signed integers along the last dimension: bit by bit, the highest first.
+
+    Counts are exact and have no order; the host waits for none of them.
+
+    >>> kth_by_bits(torch.tensor([[5, -3, 9, 5], [0, -1, -1, -2]], dtype=torch.int8), 3)
+    tensor([ 5, -1], dtype=torch.int8)
+    """
+    info = torch.iinfo(keys.dtype)
+    kth = torch.full(keys.shape[:-1], info.min, dtype=keys.dtype, device=keys.device)
+    for bit in reversed(range(info.bits)):
+        higher = kth ^ (info.min if bit == info.bits - 1 else 1 << bit)
+        reached = (keys >= higher.unsqueeze(-1)).sum(-1) >= k
+        kth = torch.where(reached, higher, kth)
+    return kth
 
 
 def select_by_histogram(keys: Tensor, nnz: int) -> Tensor:
@@ -141,6 +168,17 @@ def _pairwise(keys: Array, nnz: int) -> Array:
     return kept
 
 
+def _all_pairs(keys: Tensor, nnz: int) -> Tensor:
+    """As `_pairwise`, all scopes side by side in a few operations for each block."""
+    columns = keys.T.contiguous()
+    ranks = torch.zeros(columns.shape, dtype=torch.int8, device=keys.device)
+    for later in range(1, len(columns)):
+        wins = columns[:later] >= columns[later]
+        ranks[later] += wins.sum(0, dtype=torch.int8)
+        ranks[:later] += ~wins
+    return (ranks < nnz).T
+
+
 def _above_kth(keys: Array, nnz: int) -> Array:
     """All above the k-th largest, and as many of those equal to it as the budget still holds."""
     kth = _at_place(keys, keys.shape[1] - nnz)[:, None]
@@ -158,13 +196,6 @@ def _at_place(keys: Array, place: int) -> Array:
     wide = keys.astype(np.int32) if keys.dtype.itemsize < 4 else keys
     found: Array = np.partition(wide, place, axis=-1)[..., place].astype(keys.dtype)
     return found
-
-
-def _select_by_sort(keys: Tensor, nnz: int) -> Tensor:
-    """The first `nnz` of a stable sort: for other devices; tests compare the others with it."""
-    ranked = keys.sort(dim=-1, descending=True, stable=True).indices
-    kept = torch.zeros(keys.shape, dtype=torch.bool, device=keys.device)
-    return kept.scatter_(-1, ranked[..., :nnz], value=True)
 
 
 class SparseScope(Grid):
@@ -210,6 +241,13 @@ class SparseScope(Grid):
         if math.isnan(sparsity) or sparsity < 0:
             raise SparsityError(f"{self.name}: sparsity {sparsity} is no share of blocks: wanted 0 to 1")
         return grids.surviving(sparsity, self.numblk_per_scope())
+
+    def trusting(self) -> Self:
+        """The same scope, which refuses no NaN any more: its caller has looked, and a look costs time."""
+        self.trusted = True
+        for spec, _ in self.members:
+            spec.trusted = spec.block.trusted = True
+        return self
 
     def block_norms(self, values: Values = None, p: float = 2, *, rms: bool = False) -> Tensor:
         """The p-norm of each block by scope: float64 (*grid_shape, blocks per scope).
@@ -419,7 +457,7 @@ class SparseScope(Grid):
         return tensor
 
     def _refuse_nan_scores(self, scores: Tensor) -> None:
-        place = first_nan(scores)
+        place = None if self.trusted else first_nan(scores)
         if place is not None:
             raise NanScoreError(f"block scores of {self.name}", place)
 
