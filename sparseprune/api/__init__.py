@@ -31,6 +31,7 @@ def apply(
     memory: options.Memory = None,
     mask_format: options.MaskFormatOrNone = "bool",
     set: options.Set = None,
+    target: options.Goal = None,
     strict: options.Strict = False,
     force: options.Force = False,
     progress: Listen = None,
@@ -43,6 +44,7 @@ def apply(
     Example: sparseprune apply ./llama 2of4 -o ./llama-2of4
 
     `spec` may be the text of a spec as well; `set` has numbers or expressions by the names of its variables.
+    `target`, such as "params=6B", finds one of these numbers; the report's `target` tells which.
 
     Raises:
         SpecError: the spec is wrong in itself, or does not fit the checkpoint.
@@ -52,8 +54,8 @@ def apply(
     from sparseprune.api.pruning import prepare, prune
 
     run = Run(progress, strict=strict)
-    target = Target(path_or_none(output), mask_format, force)
-    return prune(run, prepare(source(checkpoint, spec, set), target, machine(device, jobs, memory)))
+    goes = Target(path_or_none(output), mask_format, force)
+    return prune(run, prepare(source(checkpoint, spec, set, target), goes, machine(device, jobs, memory)))
 
 
 def mask(
@@ -66,6 +68,7 @@ def mask(
     memory: options.Memory = None,
     mask_format: options.MaskFormat = "bool",
     set: options.Set = None,
+    target: options.Goal = None,
     strict: options.Strict = False,
     force: options.Force = False,
     progress: Listen = None,
@@ -82,8 +85,8 @@ def mask(
     from sparseprune.api.pruning import prepare, prune
 
     run = Run(progress, strict=strict)
-    target = Target(path_or_none(output), mask_format, force, weights=False)
-    return prune(run, prepare(source(checkpoint, spec, set), target, machine(device, jobs, memory)))
+    goes = Target(path_or_none(output), mask_format, force, weights=False)
+    return prune(run, prepare(source(checkpoint, spec, set, target), goes, machine(device, jobs, memory)))
 
 
 def plan(
@@ -95,6 +98,7 @@ def plan(
     memory: options.Memory = None,
     mask_format: options.MaskFormatOrNone = "bool",
     set: options.Set = None,
+    target: options.Goal = None,
     strict: options.Strict = False,
     device: str = "cpu",
     as_model: str | None = None,
@@ -116,10 +120,10 @@ def plan(
     from sparseprune.api.pruning import planned, prepare
 
     run = Run(progress, strict=strict)
-    target = Target(path_or_none(output), mask_format, weights=command != "mask")
+    goes = Target(path_or_none(output), mask_format, weights=command != "mask")
     if command == "remove":
-        target = Target(target.output, resized=True, model_type=as_model)
-    prepared = prepare(source(checkpoint, spec, set), target, machine(device, jobs, memory))
+        goes = Target(goes.output, resized=True, model_type=as_model)
+    prepared = prepare(source(checkpoint, spec, set, target), goes, machine(device, jobs, memory))
     if look is not None:
         look(prepared.plan)
     if command == "remove":
@@ -147,6 +151,7 @@ def remove(
     jobs: options.Jobs = None,
     memory: options.Memory = None,
     set: options.Set = None,
+    target: options.Goal = None,
     strict: options.Strict = False,
     force: options.Force = False,
     dry_run: bool = False,
@@ -175,6 +180,7 @@ def remove(
         lists={name: each for name, each in lists.items() if each is not None},
         dry_run=dry_run,
         overrides=texts(set),
+        goal=target,
         target=Target(path_or_none(output), None, force, resized=True, model_type=as_model),
         machine=machine(device, jobs, memory),
     )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from sparseprune import results
 from sparseprune.api.applied import note_left_behind, read_spec
 from sparseprune.api.masked import masked_by
-from sparseprune.api.run import collector_paused, output_shown, sizes_of
+from sparseprune.api.run import collector_paused, output_shown, sizes_of, weight_bytes
 from sparseprune.checkpoint import (
     StagedOutput,
     TensorReader,
@@ -142,7 +142,7 @@ def reapply(
             files_left_out=other_weights(layout.left_out),
             left_out=masked.left_out,
             folded=len(masked.folded),
-            bytes=WrittenBytes(weights=_weights_bytes(layout), masks=mask_bytes),
+            bytes=WrittenBytes(weights=weight_bytes(layout), masks=mask_bytes),
             totals=masked_totals(matched.checkpoint, tensors),
             tensors=Made(tensors, reapplied_tensor),
         )
@@ -159,9 +159,3 @@ def _lay_out(masked: Masked, target: Target) -> OutputLayout:
     if not masked.folded:
         return layout
     return lay_out_folded(open_checkpoint(masked.checkpoint), matched.checkpoint, masked.folded, layout)
-
-
-def _weights_bytes(layout: OutputLayout) -> int:
-    """Size of the output's files that hold weights."""
-    others = {other.path for other in layout.checkpoint.others} | set(layout.mask_files)
-    return sum(file.size for file in layout.files if file.path not in others)

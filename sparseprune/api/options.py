@@ -97,6 +97,14 @@ Set = Annotated[
         example="n=2",
     ),
 ]
+Goal = Annotated[
+    str | None,
+    Option(
+        "--target KIND=NUMBER[:NAME]",
+        "Find the sparsity that leaves so much: params=6B, active=1B (what a token uses), or for remove "
+        "size=12GB. NAME is what to vary, where a spec has several numbers.",
+    ),
+]
 Strict = Annotated[
     bool, Option("--strict", "Make every warning an error, before any work where that can be.")
 ]
@@ -276,15 +284,21 @@ def machine(device: str = "cpu", jobs: int | None = None, memory: int | str | No
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A checkpoint and the spec that it is pruned by, with other values for the spec's variables."""
+    """A checkpoint and the spec that it is pruned by, with other values for the spec's variables.
+
+    `goal` is what shall be left, as it was typed.
+    """
 
     checkpoint: Path
     spec: str
     overrides: Mapping[str, str]
+    goal: str | None = None
 
 
-def source(checkpoint: Place, spec: Place, variables: Mapping[str, object] | None) -> Source:
-    return Source(Path(checkpoint), os.fspath(spec), texts(variables))
+def source(
+    checkpoint: Place, spec: Place, variables: Mapping[str, object] | None, goal: str | None = None
+) -> Source:
+    return Source(Path(checkpoint), os.fspath(spec), texts(variables), goal)
 
 
 def texts(variables: Mapping[str, object] | None) -> dict[str, str]:

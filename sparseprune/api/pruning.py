@@ -7,6 +7,7 @@ and by removing.py for what it decides by.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from msgspec import Struct
@@ -17,7 +18,7 @@ from sparseprune.api.run import collector_paused, digest, output_shown, sizes_of
 from sparseprune.checkpoint import StagedOutput, lay_out_apply, lay_out_masks, open_checkpoint, read_config
 from sparseprune.checkpoint.file_io import checkpoint_identity, refuse_changed, shards_identity
 from sparseprune.checkpoint.folding import refuse_split
-from sparseprune.execution.plan import make_plan, metrics_of_rules
+from sparseprune.execution.plan import bind_to, metrics_of_rules, plan_of
 from sparseprune.execution.schedule import cpu_lines, make_schedule
 from sparseprune.report.coverage import coverage_of
 
@@ -26,16 +27,20 @@ if TYPE_CHECKING:
 
     from sparseprune.api.options import Machine, Source, Target
     from sparseprune.api.run import Run
-    from sparseprune.checkpoint import OutputLayout, Shard, TensorReader
+    from sparseprune.checkpoint import Checkpoint, OutputLayout, Shard, TensorReader
     from sparseprune.execution.plan import Plan
     from sparseprune.execution.schedule import Schedule
     from sparseprune.removal.preview import Preview
     from sparseprune.report.coverage import Coverage
-    from sparseprune.spec import SpecSource
+    from sparseprune.results.pruning import TargetReached
+    from sparseprune.spec import BoundSpec, Spec, SpecSource
 
 
 class Prepared(Struct, frozen=True):
-    """Everything that is known before the first byte of a tensor is read, and what was asked for."""
+    """Everything that is known before the first byte of a tensor is read, and what was asked for.
+
+    `asked` has the number that was found for a target as if it had been set; `found` tells of it.
+    """
 
     asked: Source
     target: Target
@@ -45,6 +50,7 @@ class Prepared(Struct, frozen=True):
     schedule: Schedule
     layout: OutputLayout
     coverage: Coverage
+    found: TargetReached | None = None
 
 
 def prepare(asked: Source, target: Target, machine: Machine) -> Prepared:
@@ -53,7 +59,10 @@ def prepare(asked: Source, target: Target, machine: Machine) -> Prepared:
         source, spec = read_spec(asked.spec, asked.overrides)
         checkpoint = open_checkpoint(asked.checkpoint)
         refuse_split(checkpoint)
-        plan = make_plan(checkpoint, spec, writes=target.weights and not target.resized)
+        bound, found = bind_to(checkpoint, spec), None
+        if asked.goal is not None:
+            bound, asked, found = _reaching(asked, asked.goal, target, checkpoint, (spec, bound))
+        plan = plan_of(checkpoint, bound, writes=target.weights and not target.resized)
         schedule = make_schedule(
             plan,
             machine.memory,
@@ -69,7 +78,22 @@ def prepare(asked: Source, target: Target, machine: Machine) -> Prepared:
             layout = lay_out_apply(*where, mask_format, scores)
         else:
             layout = lay_out_masks(*where, mask_format, scores)
-    return Prepared(asked, target, machine, source, plan, schedule, layout, coverage)
+    return Prepared(asked, target, machine, source, plan, schedule, layout, coverage, found)
+
+
+def _reaching(
+    asked: Source, text: str, target: Target, checkpoint: Checkpoint, given: tuple[Spec, BoundSpec]
+) -> tuple[BoundSpec, Source, TargetReached]:
+    """The bound spec that reaches a target, and what would have to be asked for to get it without one."""
+    from sparseprune.api.goals import Bound, Goal, reach
+    from sparseprune.removal.sections import as_model
+
+    (spec, bound), overrides = given, asked.overrides
+    config, _ = as_model(read_config(checkpoint), target.model_type)
+    goal = Goal.of(text)
+    reached = reach(goal, Bound(spec, checkpoint, bound, overrides, config), removed=target.resized)
+    name, value = reached.override
+    return reached.bound, replace(asked, overrides={**overrides, name: value}), reached.found
 
 
 def warn(run: Run, prepared: Prepared) -> None:
@@ -101,6 +125,7 @@ def planned(
             totals=plan_totals(plan.checkpoint, bound, prepared.coverage),
             rules=tuple(rule_plan(rule, tensors, expected, metrics.get(rule.name)) for rule in bound.rules),
             removal=planned_removal(expected),
+            target=prepared.found,
             unreached=unreached(tensors, set(bound.covered)),
             bytes=PlannedBytes(
                 input=weights,
@@ -141,6 +166,7 @@ def prune(run: Run, prepared: Prepared) -> results.Report:
             output=output_shown(prepared.target.output, prepared.asked.checkpoint, layout),
             spec_sha256=digest(prepared.source.text),
             set=dict(prepared.asked.overrides),
+            target=prepared.found,
             device=device_text(schedule.groups, device),
             seconds=round(run.seconds, 3),
             warnings=tuple(run.warnings),

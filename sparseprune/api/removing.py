@@ -18,7 +18,7 @@ from sparseprune.api.applied import rebuilt_by, warn_of_broken, warn_of_earlier
 from sparseprune.api.masked import MaskSource, masked_by, refuse_contradictions
 from sparseprune.api.options import Source
 from sparseprune.api.pruning import as_applied, few_tokens, identity_of, planned, prepare, score_shards, warn
-from sparseprune.api.run import collector_paused, digest, output_shown
+from sparseprune.api.run import collector_paused, digest, output_shown, weight_bytes
 from sparseprune.checkpoint import OutputLayout, StagedOutput, TensorReader, open_checkpoint, read_config
 from sparseprune.checkpoint.codes import codes_in
 from sparseprune.checkpoint.file_io import checkpoint_identity, refuse_changed
@@ -65,6 +65,7 @@ class Asked(Struct, frozen=True):
     overrides: Mapping[str, str]
     target: Target
     machine: Machine
+    goal: str | None = None
 
 
 def refuse_unclear(
@@ -91,6 +92,8 @@ def refuse_unclear(
 def remove(run: Run, asked: Asked) -> results.Removal:
     """Decide, cut, write the report, and give the output its name."""
     refuse_unclear(asked.spec, asked.source, asked.lists, asked.overrides, dry_run=asked.dry_run)
+    if asked.spec is None and asked.goal is not None:
+        raise SparsepruneError(f"--target {asked.goal}: goes with a SPEC, of which it varies a number")
     run.listener.output(_Undecided())
     with _chosen(run, asked) as choice:
         return _cut(run, asked, choice)
@@ -150,7 +153,7 @@ def _chosen(run: Run, asked: Asked) -> Iterator[Choice]:
         return
     from sparseprune.removal.slices import block_decisions
 
-    source = Source(asked.checkpoint, asked.spec or "", asked.overrides)
+    source = Source(asked.checkpoint, asked.spec or "", asked.overrides, asked.goal)
     prepared = prepare(source, asked.target, asked.machine)
     with collector_paused():
         final = _target(asked, prepared.plan.checkpoint)
@@ -252,15 +255,9 @@ def _removable(run: Run, prepared: Prepared) -> Preview:
     checkpoint = prepared.plan.checkpoint
     config, turned = as_model(read_config(checkpoint), prepared.target.model_type)
     expected = preview(prepared.plan, config, read_beside(checkpoint))
-    if expected.reasons:
-        raise SpecError(
-            *(
-                f"{prepared.source.source}: {rule} cannot be removed: {why}; apply writes zeros"
-                for rule, why in expected.reasons.items()
-            )
-        )
-    if expected.problems:
-        raise SpecError(*(f"{prepared.source.source}: {problem}" for problem in expected.problems))
+    refusals = expected.refusals(prepared.source.source)
+    if refusals:
+        raise SpecError(*refusals)
     idle, rules = list(idle_lines(prepared.plan.bound.rules)), prepared.plan.bound.rules
     if idle and len(idle) == sum(bool(rule.instances) for rule in rules):
         raise SpecError(*(f"{prepared.source.source}: nothing to remove: {line}" for line in idle))
@@ -310,6 +307,7 @@ def _by_spec(run: Run, prepared: Prepared, output: StagedOutput, decisions: Bloc
         tensors=outcomes,
         notes=few_tokens(plan),
         coverage=prepared.coverage,
+        target=prepared.found,
     )
     return Choice(
         source=prepared.source.source,
@@ -423,12 +421,11 @@ def _result(
     """What was cut out, or would be."""
     from sparseprune.report.pruning import make_removal_result
 
-    others = {other.path for other in choice.checkpoint.others}
     circumstances = replace(
         choice.report,
         output=output_shown(asked.target.output, asked.checkpoint, layout),
         seconds=run.seconds,
-        nbytes=(layout.input_bytes, sum(file.size for file in layout.files if file.path not in others)),
+        nbytes=(layout.input_bytes, weight_bytes(layout)),
         left_out=layout.left_out,
         warnings=run.warnings,
         notes=(

@@ -223,6 +223,12 @@ def sizes_of(layout: OutputLayout) -> tuple[int, int]:
     return layout.input_bytes, sum([place.nbytes for place in layout.masks.values()])
 
 
+def weight_bytes(layout: OutputLayout) -> int:
+    """Bytes of the files of an output that hold weights."""
+    others = {other.path for other in layout.checkpoint.others} | set(layout.mask_files)
+    return sum(file.size for file in layout.files if file.path not in others)
+
+
 def digest(text: str) -> str:
     """The SHA-256 of a text."""
     return hashlib.sha256(text.encode()).hexdigest()

@@ -103,13 +103,15 @@ class Codes(Struct, frozen=True):
     """What the elements of a tensor are: a weight is (code - zero point) * scale * `unit`.
 
     `what` says it in words, and `packed` in which way elements hold more than one code, or less ("" where
-    each is one). `beside` names all that belongs to the tensor. `no_values` and `no_zero` say why nobody can
-    tell which numbers the codes stand for, and which of them stand for zero.
+    each is one), with the `bits` of a code, 0 where nobody tells. `beside` names all that belongs to the
+    tensor. `no_values` and `no_zero` say why nobody can tell which numbers the codes stand for, and which of
+    them stand for zero.
     """
 
     what: str
     beside: tuple[str, ...] = ()
     packed: str = ""
+    bits: int = 0
     scale: Beside | None = None
     zero_point: Beside | None = None
     unit: float = 1.0
@@ -263,7 +265,7 @@ def _codes(stored: StoredTensor, roles: Mapping[str, str], tensors: Tensors, hin
     beside = tuple(roles.values())
     packed = _packed(stored, roles, tensors, hints)
     if packed is not None:
-        return Codes(packed[0], beside, packed[1])
+        return Codes(packed[0], beside, packed[1], packed[2])
     what = f"{_TITLES.get(stored.dtype, stored.dtype)} codes"
     scale, zero = (tensors[roles[role]] if role in roles else None for role in ("scale", "zero"))
     unit, no_values, no_zero = 1.0, "", ""
@@ -283,7 +285,7 @@ def _codes(stored: StoredTensor, roles: Mapping[str, str], tensors: Tensors, hin
     laid_zero = None if zero is None else _laid_zero(stored, zero, hints)
     if zero is not None and laid_zero is None:
         no_zero = f"whose zero points {zero.name}, {_form(zero)}, do not fit its {_form(stored)}"
-    return Codes(what, beside, "", laid, laid_zero, unit, no_values, no_zero)
+    return Codes(what, beside, "", 0, laid, laid_zero, unit, no_values, no_zero)
 
 
 _TITLES = {"F8_E4M3": "FP8", "F8_E5M2": "FP8", "I8": "int8", "U8": "uint8", "I16": "int16"}
@@ -295,16 +297,19 @@ def _form(stored: StoredTensor) -> str:
 
 def _packed(
     stored: StoredTensor, roles: Mapping[str, str], tensors: Tensors, hints: _Hints
-) -> tuple[str, str] | None:
-    """What codes are called of which an element does not hold one, and how many it holds; None for others."""
+) -> tuple[str, str, int] | None:
+    """What codes are called of which an element holds several or less than a byte, how many, and their bits.
+
+    0 bits where nobody tells; None for others.
+    """
     bits = DTYPES[stored.dtype].bits
     if stored.dtype in _WORDS:
         held = _COUNTS.get(bits // hints.bits if hints.bits else 0, "several")
-        return f"{_title_of_words(roles, hints)} codes", f"{held} in an int{bits}"
+        return f"{_title_of_words(roles, hints)} codes", f"{held} in an int{bits}", hints.bits
     if bits < 8:
-        return f"{stored.dtype} codes", "which are no whole bytes"
+        return f"{stored.dtype} codes", "which are no whole bytes", bits
     title = _title_of_bytes(stored, roles, tensors)
-    return (f"{title} codes", "two in a byte") if title else None
+    return (f"{title} codes", "two in a byte", 4) if title else None
 
 
 def _title_of_words(roles: Mapping[str, str], hints: _Hints) -> str:

@@ -28,7 +28,7 @@ mask = command(api.mask, show_pruned)
 
 def _summarize(call: "Call[results.Report]", report: "results.Report", *, verbose: bool) -> None:
     from sparseprune.report.coverage import coverage_text
-    from sparseprune.report.pruning import errors_text
+    from sparseprune.report.pruning import errors_text, target_text
     from sparseprune.report.tables import outcome_table, rules_table
     from sparseprune.report.wording import copies_line, many, percent, size
 
@@ -46,6 +46,8 @@ def _summarize(call: "Call[results.Report]", report: "results.Report", *, verbos
             f"{totals.numel - reached:,} parameters"
         ),
     ]
+    if report.target is not None:
+        lines.append(f"target {target_text(report.target)}")
     covered = coverage_text(totals)
     if covered is not None:
         lines.append(f"reached {covered}")

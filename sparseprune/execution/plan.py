@@ -457,21 +457,40 @@ def make_plan(
     *,
     writes: bool = True,
 ) -> Plan:
-    """Bind a spec to the headers of a checkpoint and cut the work into units.
+    """Bind a spec to the headers of a checkpoint and cut the work into units; arguments as for `plan_of`.
+
+    Raises:
+        SpecError: the spec does not fit the checkpoint, with every problem at once.
+    """
+    return plan_of(checkpoint, bind_to(checkpoint, spec), needs_inputs, writes=writes)
+
+
+def bind_to(checkpoint: Checkpoint, spec: Spec) -> BoundSpec:
+    """A spec bound to the headers of a checkpoint; SpecError where it does not fit."""
+    try:
+        return bind(spec, tensor_infos(checkpoint), read_config(checkpoint))
+    except UnboundError as error:
+        *lines, last = error.args
+        there = f"`sparseprune specs --for {shlex.quote(str(checkpoint.path))}` lists the specs that fit"
+        raise UnboundError(*lines, f"{last}; {there}") from error
+
+
+def plan_of(
+    checkpoint: Checkpoint,
+    bound: BoundSpec,
+    needs_inputs: Callable[[BoundInstance], bool] = lambda _: True,
+    *,
+    writes: bool = True,
+) -> Plan:
+    """The work of a bound spec, cut into units.
 
     `needs_inputs` says for which instances the files of scores and conditioners are looked for, by default
     for all; the tasks of the others have no inputs, and their files may be gone. `writes`: zeros are written
     or looked for, so that it must be known of codes which of them are zero.
 
     Raises:
-        SpecError: the spec does not fit the checkpoint, with every problem at once.
+        SpecError: files of scores, statistics or codes do not fit, with every problem at once.
     """
-    try:
-        bound = bind(spec, tensor_infos(checkpoint), read_config(checkpoint))
-    except UnboundError as error:
-        *lines, last = error.args
-        there = f"`sparseprune specs --for {shlex.quote(str(checkpoint.path))}` lists the specs that fit"
-        raise UnboundError(*lines, f"{last}; {there}") from error
     files = InputFiles(checkpoint)
     ranks = _ranks_of_codes(bound, checkpoint, needs_inputs, writes=writes)
     tasks = [

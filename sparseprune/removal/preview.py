@@ -208,6 +208,11 @@ class Preview(Struct, frozen=True):
     numel: int | None = None
     nbytes: int | None = None
 
+    def refusals(self, spec: str) -> list[str]:
+        """Why nothing can be removed by a spec of this name, line by line; none where something can."""
+        lines = [f"{rule} cannot be removed: {why}; apply writes zeros" for rule, why in self.reasons.items()]
+        return [f"{spec}: {line}" for line in lines or self.problems]
+
 
 def preview(
     plan: Plan,

@@ -15,7 +15,7 @@ from rich.text import Text
 from sparseprune.engine.grids import Shape, index_of, prod
 from sparseprune.errors import printable
 from sparseprune.report.coverage import coverage_text, coverage_totals
-from sparseprune.report.pruning import config_text
+from sparseprune.report.pruning import config_text, target_text
 from sparseprune.report.tables import INDENT, Column, Fact, below, filled, indented, plain_table
 from sparseprune.report.wording import each_text, many, percent, place_text, shape_text, share, size
 from sparseprune.results import pruning as results
@@ -279,6 +279,7 @@ def totals_card(plan: results.Plan) -> RenderableType:
     facts = [
         ("covers", f"{share} in {totals.reached:,} of {many(totals.tensors, 'tensor')}"),
         *([] if layers is None else [("layers", layers)]),
+        *([] if plan.target is None else [("target", target_text(plan.target))]),
         ("input", size(sizes.input)),
         ("masks", size(sizes.masks) if sizes.masks else "none"),
         ("output", f"{size(sizes.output)} in {plan.output}{exists}"),

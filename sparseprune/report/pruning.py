@@ -18,6 +18,7 @@ from sparseprune.report.coverage import coverage_text, coverage_totals
 from sparseprune.report.wording import (
     copies_line,
     energy_kept,
+    left_text,
     many,
     mean,
     other_weights,
@@ -32,6 +33,7 @@ from sparseprune.results.pruning import (
     RemovalTotals,
     ReportTotals,
     RuleResult,
+    TargetReached,
     TensorResult,
 )
 
@@ -118,6 +120,7 @@ class RemovalRun(Struct, frozen=True):
     coverage: Coverage | None = None
     devices: Mapping[str, str] = {}
     metrics: Mapping[str, str] = {}
+    target: TargetReached | None = None
 
 
 def make_removal_result(
@@ -133,6 +136,7 @@ def make_removal_result(
         experts=run.lists.get("experts"),
         vocabulary=run.lists.get("vocabulary"),
         set=dict(run.overrides),
+        target=run.target,
         device=run.device,
         seconds=round(run.seconds, 3),
         warnings=tuple(run.warnings),
@@ -244,12 +248,20 @@ def _value(value: object) -> str:
     return "absent" if value is None else str(value)
 
 
+def target_text(found: TargetReached) -> str:
+    """Which number was found for a target, and what is left with it."""
+    asked, reached = (left_text(found.unit, amount) for amount in (found.asked, found.reached))
+    return f"{asked}: {found.name}={found.value} leaves {reached}"
+
+
 def removal_lines(removal: Removal) -> Iterator[str]:
     """What a run did, for people."""
     totals = removal.totals
     covered = coverage_text(totals)
     if covered is not None:
         yield f"reached {covered}"
+    if removal.target is not None:
+        yield f"target {target_text(removal.target)}"
     for one in removal.config:
         yield f"config.json: {config_text(one)}"
     if totals.tensors != totals.tensors_after:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import takewhile
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from sparseprune.errors import printable
 from sparseprune.results.fields import OtherWeights
@@ -104,6 +104,17 @@ def size(nbytes: float) -> str:
     """
     unit, name = unit_of(nbytes)
     return f"{nbytes / unit:.{2 if unit > 1 else 0}f} {name}"
+
+
+def left_text(unit: Literal["params", "size", "active"], amount: float) -> str:
+    """An amount of what a target is about.
+
+    >>> left_text("params", 1200), left_text("active", 1200), left_text("size", 1200)
+    ('1,200 parameters', '1,200 parameters for each token', '1.20 kB')
+    """
+    if unit == "size":
+        return size(amount)
+    return f"{math.ceil(amount):,} parameters{' for each token' if unit == 'active' else ''}"
 
 
 def unit_of(amount: float, names: Sequence[str] = SIZES) -> tuple[int, str]:

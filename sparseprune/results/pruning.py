@@ -153,6 +153,23 @@ class UnreachedTensor(NamedTensor):
     bytes: Count
 
 
+class TargetReached(Record):
+    """What --target asked for, and the number of the spec that was found for it."""
+
+    unit: Annotated[
+        Literal["params", "size", "active"],
+        Doc("parameters, bytes of the weight files, or parameters that one token uses"),
+    ]
+    asked: Annotated[Count, Doc("what may be left at most")]
+    reached: Annotated[Count, Doc("what is left; zeros are not counted")]
+    before: Annotated[Count, Doc("what there was")]
+    name: Annotated[str, Doc("variable or budget of the spec that was varied, as in --set")]
+    value: Annotated[float, Doc("the value that was found")]
+
+
+Target = Annotated[TargetReached | None, Doc("null if none was given")]
+
+
 class PlannedBytes(Record):
     """Sizes of files, and memory."""
 
@@ -174,6 +191,7 @@ class Plan(Document):
     totals: PlanTotals
     rules: tuple[RulePlan, ...]
     removal: PlannedRemoval
+    target: Target
     unreached: Annotated[tuple[UnreachedTensor, ...], Doc("the largest tensors that no rule reaches")]
     bytes: PlannedBytes
 
@@ -258,6 +276,7 @@ class Report(Document):
     output: str
     spec_sha256: Annotated[str, Doc("of the spec's bytes", pattern="^[0-9a-f]{64}$")]
     set: Settings
+    target: Target
     device: Device
     seconds: Seconds
     warnings: Warned
@@ -314,6 +333,7 @@ class Removal(Document):
     experts: Annotated[str | None, Doc("the list of those that stay, as typed; null if others decided")]
     vocabulary: Annotated[str | None, Doc("the list of tokens that stay, as typed; null if others decided")]
     set: Settings
+    target: Target
     device: Device
     seconds: Seconds
     warnings: Warned

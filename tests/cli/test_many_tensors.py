@@ -103,6 +103,7 @@ def held_bytes(path: Path) -> int:
             output="out",
             spec_sha256="0",
             set={},
+            target=None,
             device="cpu",
             seconds=1.0,
             warnings=(),
