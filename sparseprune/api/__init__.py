@@ -100,13 +100,14 @@ def plan(
     set: options.Set = None,
     target: options.Goal = None,
     strict: options.Strict = False,
+    allocation: options.Allocation = False,
     device: str = "cpu",
     as_model: str | None = None,
     command: Literal["apply", "mask", "remove"] = "apply",
     look: "Callable[[Plan], None] | None" = None,
     progress: Listen = None,
 ) -> "results.Plan":
-    """Show what a spec binds to and what it would do, without reading tensor data.
+    """Show what a spec binds to and what it would do, without reading tensor data but for --allocation.
 
     Rule by rule: tensors, views, block grids, scopes, what survives. Then what no rule reaches, and the
     size of the output.
@@ -117,13 +118,15 @@ def plan(
     gets the bound rules with every shape, and the checkpoint. Raises SpecError and CheckpointError as `apply`
     does.
     """
-    from sparseprune.api.pruning import planned, prepare
+    from sparseprune.api.pruning import planned, prepare, with_parts_of_budgets
 
     run = Run(progress, strict=strict)
     goes = Target(path_or_none(output), mask_format, weights=command != "mask")
     if command == "remove":
         goes = Target(goes.output, resized=True, model_type=as_model)
     prepared = prepare(source(checkpoint, spec, set, target), goes, machine(device, jobs, memory))
+    if allocation:
+        prepared = with_parts_of_budgets(run, prepared)
     if look is not None:
         look(prepared.plan)
     if command == "remove":

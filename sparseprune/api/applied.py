@@ -10,6 +10,9 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from msgspec import Struct, ValidationError, convert
+from msgspec.structs import replace
+
 from sparseprune.checkpoint import open_checkpoint
 from sparseprune.checkpoint.discovery import RESULTS, SUFFIX
 from sparseprune.checkpoint.documents import read_object_if_any
@@ -47,7 +50,7 @@ def applied_spec(checkpoint: Checkpoint, named: str | None, overrides: Mapping[s
     what was removed nothing can be looked at.
     """
     if named is not None:
-        return read_spec(named, overrides)[1]
+        return with_parts(read_spec(named, overrides)[1], checkpoint)
     path = checkpoint.path / RESULTS / "spec.toml"
     if not checkpoint.is_directory or not path.is_file():
         return None
@@ -59,7 +62,39 @@ def applied_spec(checkpoint: Checkpoint, named: str | None, overrides: Mapping[s
         return None
     typed = report.get("set")
     were_set = {name: str(value) for name, value in (typed if isinstance(typed, dict) else {}).items()}
-    return parse_spec(source.text, source.source, source.directory, were_set | dict(overrides))
+    spec = parse_spec(source.text, source.source, source.directory, were_set | dict(overrides))
+    return with_parts(spec, checkpoint)
+
+
+def with_parts(spec: Spec, checkpoint: Checkpoint) -> Spec:
+    """A spec with the parts that its instances had of common budgets, where the checkpoint's report has them.
+
+    As it is where the report has none, or they are those of another spec.
+    """
+    if not spec.shares:
+        return spec
+    try:
+        rules = convert(applied_report(checkpoint) or {}, _Reported).rules
+    except ValidationError:
+        return spec
+    parts = {rule.name: {one.instance: one.nnz for one in rule.allocation or ()} for rule in rules}
+    return replace(spec, allocated={place: parts[place] for place in spec.shares if place in parts})
+
+
+class _Part(Struct, frozen=True):
+    instance: str
+    nnz: int
+
+
+class _ReportedRule(Struct, frozen=True):
+    name: str
+    allocation: list[_Part] | None = None
+
+
+class _Reported(Struct, frozen=True):
+    """What a report has of common budgets."""
+
+    rules: list[_ReportedRule] = []
 
 
 def applied_report(checkpoint: Checkpoint) -> Mapping[str, Any] | None:

@@ -88,6 +88,13 @@ MaskFormat = Annotated[Literal["bool", "packed"], Option(*_FORMATS)]
 MaskFormatOrNone = Annotated[
     Literal["bool", "packed"] | None, Option(*_FORMATS, unless=("--no-masks", "Write no masks."))
 ]
+Allocation = Annotated[
+    bool,
+    Option(
+        "--allocation",
+        "Where instances of a rule share a budget, read the weights and tell what each of them gets.",
+    ),
+]
 Set = Annotated[
     Mapping[str, object] | None,
     Option(

@@ -6,19 +6,28 @@ and by removing.py for what it decides by.
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from sparseprune import __version__, results
 from sparseprune.api.applied import read_spec, rebuilt_by, warn_of_broken, warn_of_earlier
 from sparseprune.api.run import collector_paused, digest, output_shown, sizes_of
-from sparseprune.checkpoint import StagedOutput, lay_out_apply, lay_out_masks, open_checkpoint, read_config
+from sparseprune.checkpoint import (
+    StagedOutput,
+    TensorReader,
+    lay_out_apply,
+    lay_out_masks,
+    open_checkpoint,
+    read_config,
+)
 from sparseprune.checkpoint.file_io import checkpoint_identity, refuse_changed, shards_identity
 from sparseprune.checkpoint.folding import refuse_split
-from sparseprune.execution.plan import bind_to, metrics_of_rules, plan_of
+from sparseprune.errors import SparsepruneError
+from sparseprune.execution.plan import bind_to, make_plan, metrics_of_rules
 from sparseprune.execution.schedule import cpu_lines, make_schedule
 from sparseprune.report.coverage import coverage_of
 
@@ -27,13 +36,14 @@ if TYPE_CHECKING:
 
     from sparseprune.api.options import Machine, Source, Target
     from sparseprune.api.run import Run
-    from sparseprune.checkpoint import Checkpoint, OutputLayout, Shard, TensorReader
+    from sparseprune.checkpoint import Checkpoint, OutputLayout, Shard
+    from sparseprune.execution.allocation import Allocation
     from sparseprune.execution.plan import Plan
     from sparseprune.execution.schedule import Schedule
     from sparseprune.removal.preview import Preview
     from sparseprune.report.coverage import Coverage
     from sparseprune.results.pruning import TargetReached
-    from sparseprune.spec import BoundSpec, Spec, SpecSource
+    from sparseprune.spec import Spec, SpecSource
 
 
 class Prepared(Struct, frozen=True):
@@ -46,11 +56,19 @@ class Prepared(Struct, frozen=True):
     target: Target
     machine: Machine
     source: SpecSource
+    spec: Spec
     plan: Plan
     schedule: Schedule
     layout: OutputLayout
     coverage: Coverage
     found: TargetReached | None = None
+    allocation: Allocation | None = None
+
+    @property
+    def peak_bytes(self) -> int:
+        """Resident memory of a run at the most, about."""
+        shared = 0 if self.allocation is None else self.allocation.peak
+        return max(self.schedule.peak_bytes, shared)
 
 
 def prepare(asked: Source, target: Target, machine: Machine) -> Prepared:
@@ -59,18 +77,16 @@ def prepare(asked: Source, target: Target, machine: Machine) -> Prepared:
         source, spec = read_spec(asked.spec, asked.overrides)
         checkpoint = open_checkpoint(asked.checkpoint)
         refuse_split(checkpoint)
-        bound, found = bind_to(checkpoint, spec), None
+        found = None
         if asked.goal is not None:
-            bound, asked, found = _reaching(asked, asked.goal, target, checkpoint, (spec, bound))
-        plan = plan_of(checkpoint, bound, writes=target.weights and not target.resized)
-        schedule = make_schedule(
-            plan,
-            machine.memory,
-            machine.jobs,
-            compiled=not machine.device.startswith("cuda"),
-            masks=target.mask_format is not None,
-            resized=target.resized,
-        )
+            asked, found = _reaching(asked, asked.goal, target, checkpoint, spec)
+            source, spec = read_spec(asked.spec, asked.overrides)
+        plan, schedule = _plan(checkpoint, spec, target, machine)
+        allocation = None
+        if spec.shares:
+            from sparseprune.execution.allocation import make_allocation  # with numpy, which starts slowly
+
+            allocation = make_allocation(plan, machine.memory, machine.jobs)
         coverage = coverage_of(plan.checkpoint.tensors, plan.bound, read_config(plan.checkpoint))
         where = (plan.checkpoint, target.output, plan.reached)
         scores, mask_format = score_shards(plan), target.mask_format
@@ -78,27 +94,77 @@ def prepare(asked: Source, target: Target, machine: Machine) -> Prepared:
             layout = lay_out_apply(*where, mask_format, scores)
         else:
             layout = lay_out_masks(*where, mask_format, scores)
-    return Prepared(asked, target, machine, source, plan, schedule, layout, coverage, found)
+    parts = (plan, schedule, layout, coverage)
+    return Prepared(asked, target, machine, source, spec, *parts, found, allocation)
 
 
 def _reaching(
-    asked: Source, text: str, target: Target, checkpoint: Checkpoint, given: tuple[Spec, BoundSpec]
-) -> tuple[BoundSpec, Source, TargetReached]:
-    """The bound spec that reaches a target, and what would have to be asked for to get it without one."""
+    asked: Source, text: str, target: Target, checkpoint: Checkpoint, spec: Spec
+) -> tuple[Source, TargetReached]:
+    """What would have to be asked for to reach a target without naming one, and what is reached."""
     from sparseprune.api.goals import Bound, Goal, reach
     from sparseprune.removal.sections import as_model
 
-    (spec, bound), overrides = given, asked.overrides
+    overrides = asked.overrides
     config, _ = as_model(read_config(checkpoint), target.model_type)
-    goal = Goal.of(text)
-    reached = reach(goal, Bound(spec, checkpoint, bound, overrides, config), removed=target.resized)
+    bound = Bound(spec, checkpoint, bind_to(checkpoint, spec), overrides, config)
+    reached = reach(Goal.of(text), bound, removed=target.resized)
     name, value = reached.override
-    return reached.bound, replace(asked, overrides={**overrides, name: value}), reached.found
+    return dataclasses.replace(asked, overrides={**overrides, name: value}), reached.found
+
+
+def _plan(checkpoint: Checkpoint, spec: Spec, target: Target, machine: Machine) -> tuple[Plan, Schedule]:
+    """What a spec means for a checkpoint, and how that is done."""
+    plan = make_plan(checkpoint, spec, writes=target.weights and not target.resized)
+    schedule = make_schedule(
+        plan,
+        machine.memory,
+        machine.jobs,
+        compiled=not machine.device.startswith("cuda"),
+        masks=target.mask_format is not None,
+        resized=target.resized,
+    )
+    return plan, schedule
+
+
+def decided(
+    run: Run, prepared: Prepared, reader: TensorReader, output: StagedOutput | None = None
+) -> Prepared:
+    """With the parts that instances have of common budgets: reads weights and statistics.
+
+    What is found is noted in the `output`, if there is one.
+    """
+    work, machine = prepared.allocation, prepared.machine
+    if work is None:
+        return prepared
+    from sparseprune.execution.allocation import allocate
+    from sparseprune.execution.schedule import resolve_device
+
+    device = resolve_device(machine.device, uses_torch=True)
+    with run.progress("allocating", work.nbytes(output)) as advance:
+        found = allocate(work, reader, device, advance, output)
+    spec = replace(prepared.spec, allocated=found)
+    with collector_paused():
+        plan, schedule = _plan(prepared.plan.checkpoint, spec, prepared.target, machine)
+    return replace(prepared, spec=spec, plan=plan, schedule=schedule)
 
 
 def warn(run: Run, prepared: Prepared) -> None:
     """Warn of what a user should know before any work; an error under `strict`."""
     run.warn(*prepared.coverage.warnings(), *cpu_lines(prepared.schedule, prepared.machine.device))
+
+
+def with_parts_of_budgets(run: Run, prepared: Prepared) -> Prepared:
+    """As `decided`, for who writes nothing; SparsepruneError where no budget is shared."""
+    if prepared.allocation is None:
+        raise SparsepruneError(
+            f'--allocation: no rule of {prepared.asked.spec} shares a budget; write allocate = "loss" in its '
+            "[reconstruct]"
+        )
+    with TensorReader() as reader:
+        found = decided(run, prepared, reader)
+    refuse_changed(prepared.plan.checkpoint, score_shards(prepared.plan))
+    return found
 
 
 def planned(
@@ -131,7 +197,7 @@ def planned(
                 input=weights,
                 masks=masks,
                 output=layout.output_bytes,
-                peak=prepared.schedule.peak_bytes,
+                peak=prepared.peak_bytes,
             ),
         )
 
@@ -139,8 +205,7 @@ def planned(
 def prune(run: Run, prepared: Prepared) -> results.Report:
     """Do the work, write the report beside it, and give the output its name."""
     warn(run, prepared)
-    plan, schedule, layout, machine = prepared.plan, prepared.schedule, prepared.layout, prepared.machine
-    weights = prepared.target.weights
+    layout, machine, weights = prepared.layout, prepared.machine, prepared.target.weights
     output = StagedOutput(layout, prepared.target.force, identity=identity_of(prepared))
 
     def work(reader: TensorReader) -> results.Report:
@@ -152,6 +217,8 @@ def prune(run: Run, prepared: Prepared) -> results.Report:
         from sparseprune.report.wording import other_weights
         from sparseprune.results.fields import Made, WrittenBytes
 
+        final = decided(run, prepared, reader, output)
+        plan, schedule = final.plan, final.schedule
         device = resolve_device(machine.device, uses_torch=schedule.uses_torch)
         earlier = warn_of_earlier(run, plan.checkpoint, rebuilt_by(plan) if weights else {}, machine)
         total, already = work_bytes(schedule, output)
@@ -170,7 +237,7 @@ def prune(run: Run, prepared: Prepared) -> results.Report:
             device=device_text(schedule.groups, device),
             seconds=round(run.seconds, 3),
             warnings=tuple(run.warnings),
-            notes=tuple(few_tokens(plan)),
+            notes=notes_of(prepared),
             files_left_out=other_weights(layout.left_out),
             bytes=WrittenBytes(weights=nbytes, masks=mask_bytes),
             totals=pruning.report_totals(plan.checkpoint, found, prepared.coverage),
@@ -180,9 +247,9 @@ def prune(run: Run, prepared: Prepared) -> results.Report:
             tensors=Made(outcomes, pruning.tensor_result),
         )
 
-    read = score_shards(plan)
+    read = score_shards(prepared.plan)
     spec = as_applied(prepared)
-    return run.write(output, work, lambda: refuse_changed(plan.checkpoint, read), spec=spec)
+    return run.write(output, work, lambda: refuse_changed(prepared.plan.checkpoint, read), spec=spec)
 
 
 def identity_of(prepared: Prepared) -> dict[str, str]:
@@ -214,10 +281,16 @@ def as_applied(prepared: Prepared) -> bytes:
     return f"{above}{prepared.source.text}".encode()
 
 
-def few_tokens(plan: Plan) -> list[str]:
+def notes_of(prepared: Prepared) -> tuple[str, ...]:
+    """Lines on the statistics that a run rests on."""
+    shared = () if prepared.allocation is None else prepared.allocation.notes()
+    return (*_few_tokens(prepared.plan), *shared)
+
+
+def _few_tokens(plan: Plan) -> list[str]:
     """A line where statistics rest on fewer tokens than a matrix has inputs."""
     tasks = [task for unit in plan.units for task in unit.tasks]
-    inputs = {one.key: one for task in tasks for one in task.inputs if one.role == "moment"}
+    inputs = {one.key: one for task in tasks for one in task.inputs if one.role in {"moment", "loss"}}
     few = [name for name, one in inputs.items() if any(count < one.stored.shape[-1] for count in one.tokens)]
     if not few:
         return []

@@ -17,7 +17,16 @@ from sparseprune import __version__
 from sparseprune.api.applied import rebuilt_by, warn_of_broken, warn_of_earlier
 from sparseprune.api.masked import MaskSource, masked_by, refuse_contradictions
 from sparseprune.api.options import Source
-from sparseprune.api.pruning import as_applied, few_tokens, identity_of, planned, prepare, score_shards, warn
+from sparseprune.api.pruning import (
+    as_applied,
+    decided,
+    identity_of,
+    notes_of,
+    planned,
+    prepare,
+    score_shards,
+    warn,
+)
 from sparseprune.api.run import collector_paused, digest, output_shown, weight_bytes
 from sparseprune.checkpoint import OutputLayout, StagedOutput, TensorReader, open_checkpoint, read_config
 from sparseprune.checkpoint.codes import codes_in
@@ -158,6 +167,11 @@ def _chosen(run: Run, asked: Asked) -> Iterator[Choice]:
     with collector_paused():
         final = _target(asked, prepared.plan.checkpoint)
         _removable(run, prepared)
+    if prepared.allocation is not None:
+        with TensorReader() as reader:
+            prepared = decided(run, prepared, reader)
+        _removable(run, prepared)
+    with collector_paused():
         decisions = block_decisions(prepared.schedule)
     warn(run, prepared)
     layout = _lay_out_masks(prepared, final) if decisions is None else lay_out_decisions(final)
@@ -305,7 +319,7 @@ def _by_spec(run: Run, prepared: Prepared, output: StagedOutput, decisions: Bloc
         metrics=metrics_of_rules(plan),
         overrides=asked.overrides,
         tensors=outcomes,
-        notes=few_tokens(plan),
+        notes=notes_of(prepared),
         coverage=prepared.coverage,
         target=prepared.found,
     )

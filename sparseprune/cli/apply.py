@@ -27,6 +27,7 @@ mask = command(api.mask, show_pruned)
 
 
 def _summarize(call: "Call[results.Report]", report: "results.Report", *, verbose: bool) -> None:
+    from sparseprune.report.allocation import allocation_lines
     from sparseprune.report.coverage import coverage_text
     from sparseprune.report.pruning import errors_text, target_text
     from sparseprune.report.tables import outcome_table, rules_table
@@ -51,6 +52,7 @@ def _summarize(call: "Call[results.Report]", report: "results.Report", *, verbos
     covered = coverage_text(totals)
     if covered is not None:
         lines.append(f"reached {covered}")
+    lines += allocation_lines(report.rules)
     if call.function is api.apply:
         lines.append(f"weights {size(sizes.weights)} before and after (zeros do not shrink a file){masks}")
     else:

@@ -35,15 +35,15 @@ if TYPE_CHECKING:
     from sparseprune.execution.coded import CodesRank
     from sparseprune.execution.regions import AnyBlock, AnyScope
     from sparseprune.execution.scores import ScoreKind
-    from sparseprune.spec import BoundInstance, BoundSpec, Metric, Reconstruct, Score, Spec
+    from sparseprune.spec import Allocate, BoundInstance, BoundSpec, Metric, Reconstruct, Score, Spec
 
-Role = Literal["values", "vector", "blocks", "conditioners", "moment", "gradients"]
+Role = Literal["values", "vector", "blocks", "conditioners", "moment", "gradients", "loss"]
 _NUMBERS = frozenset(row.name for row in DTYPES.values() if row.prunable)
 _FLOATS = frozenset(name for name in _NUMBERS if not name.startswith("I"))
 _MOMENTS = frozenset({"F64", "F32", "F16", "BF16"})
 _MOST_NAMED = 3  # weights without statistics; more of them mean another checkpoint
 # Others belong to the score.
-_TABLE_OF: Mapping[Role, str] = {"moment": "reconstruct", "gradients": "reconstruct"}
+_TABLE_OF: Mapping[Role, str] = dict.fromkeys(("moment", "gradients", "loss"), "reconstruct")
 
 
 class TaskInput(Struct, frozen=True):
@@ -53,7 +53,8 @@ class TaskInput(Struct, frozen=True):
     outputs of one of gradients. `form`
     tells what a vector is made from: second moments, or the roots of their diagonal; None where it is ready.
     `tokens` were counted, a number for each matrix; () where nothing did. Of a tensor with a number or, along
-    `dim`, a row for each expert of a layer, the blocks are `experts`: the first one, and how many.
+    `dim`, a row for each expert of a layer, the blocks are `experts`: the first one, and how many. A "loss"
+    is told by a second moment and by `gradients`, where there are some.
     """
 
     role: Role
@@ -63,6 +64,7 @@ class TaskInput(Struct, frozen=True):
     form: StatisticsKind | None = None
     tokens: tuple[int, ...] = ()
     experts: tuple[int, int] | None = None
+    gradients: StoredTensor | None = None
 
 
 class InputFiles:
@@ -87,6 +89,8 @@ class InputFiles:
             found += self._ready(rule, score.file, scope, kind.reads)
         if instance.reconstruct is not None:
             found += self._moments(rule, instance.reconstruct, scope)
+        if instance.allocate is not None:
+            found += self._statistics(rule, instance.allocate, scope, "loss")
         if soft is not None and not kind.ranks_weights:
             text = f"mode soft shrinks the norms of the weights themselves; kind {score.kind} has no part"
             self._note(rule, text)
@@ -192,7 +196,7 @@ class InputFiles:
         self._note(rule, f"{path}: {text}", "gradients")
 
     def _statistics(
-        self, rule: str, method: Score | Reconstruct, scope: AnyScope, role: Role
+        self, rule: str, method: Score | Reconstruct | Allocate, scope: AnyScope, role: Role
     ) -> Iterator[TaskInput]:
         """One input for each weight that takes part; of a fused block some may be missing, but not all."""
         path = method.file
@@ -241,23 +245,26 @@ class InputFiles:
     ) -> TaskInput | None:
         """A statistic as the input of a weight; None, with a note, where it does not fit."""
         weight, stored = self._weights.tensors[name], statistic.stored
-        forms = _shapes(*statistic.stacked(weight.shape, dim), role, statistic.kind)
-        form = forms.get(stored.shape)
+        seen, along = statistic.stacked(weight.shape, dim)
+        forms = _shapes(seen, along, role, statistic.kind)
+        form, gradients = forms.get(stored.shape), statistic.gradients if role == "loss" else None
         allowed = _NUMBERS if role == "vector" and form is None else _MOMENTS
         problem = ""
-        if role == "moment" and statistic.kind == "norm":
+        if role in _TABLE_OF and statistic.kind == "norm":
             problem = f"has norms of inputs alone, for {name}: calibrate with --stats hessian"
-        elif role == "moment" and (len(weight.shape) not in {2, 3} or weight.dtype not in _FLOATS):
+        elif role in _TABLE_OF and (len(weight.shape) not in {2, 3} or weight.dtype not in _FLOATS):
             problem = f"{name} is {weight.dtype} of shape {list(weight.shape)}, wanted a matrix of floats"
         elif stored.shape not in forms:
             wanted = " or ".join(str(list(shape)) for shape in forms)
             problem = f"{name} has shape {list(stored.shape)}, wanted {wanted}"
         elif stored.dtype not in allowed:
             problem = f"{name} is {stored.dtype}, wanted one of {', '.join(sorted(allowed))}"
+        elif gradients is not None and prod(gradients.shape[:-1]) * seen[along] != prod(seen):
+            problem = f"{gradients.name} has shape {list(gradients.shape)}, which fits no {list(seen)}"
         if problem:
             self._note(rule, f"{path}: {problem}", role)
             return None
-        return TaskInput(role, name, stored, dim, form, statistic.tokens)
+        return TaskInput(role, name, stored, dim, form, statistic.tokens, gradients=gradients)
 
     def _get(
         self, rule: str, path: Path, role: Role, names: tuple[str, ...], shape: Shape
@@ -299,7 +306,7 @@ def _shapes(
     features = weight[dim]
     stack = weight[:1] if len(weight) == 3 else ()
     moments: dict[Shape, StatisticsKind | None] = {(*stack, features, features): "hessian"}
-    if role == "moment" or kind == "hessian":
+    if role in _TABLE_OF or kind == "hessian":
         return moments
     if kind == "norm":
         return {(*stack, features): "norm"}

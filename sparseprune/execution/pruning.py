@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import mmap
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 from sparseprune.execution.passes import GivenUpError, Outcomes
@@ -55,7 +55,7 @@ def execute(
     tensors = schedule.plan.checkpoint.tensors
     io = TensorIO(reader, output, tensors, device, progress, check)
     record = Record(output, outcomes, progress)
-    with _one_torch_thread(schedule):
+    with one_torch_thread() if schedule.uses_torch else nullcontext():
         write_through(jobs_of(schedule), io, record, schedule.resources, given_up)
     return outcomes.of_plan(schedule.plan)
 
@@ -111,16 +111,13 @@ def work_bytes(schedule: Schedule, output: Sink) -> tuple[int, int]:
 
 
 @contextmanager
-def _one_torch_thread(schedule: Schedule) -> Iterator[None]:
+def one_torch_thread() -> Iterator[None]:
     """Every worker computes with one thread of torch's own.
 
     The sums of matrix products depend on how many threads share them, so that the bytes of rebuilt weights
     would depend on --jobs and on the machine. Cores are used by workers, side by side; threads of OpenMP
     that wait for each other spin, which takes ten times as long on a busy machine.
     """
-    if not schedule.uses_torch:
-        yield
-        return
     # Without room for it torch breaks while it is loaded, and Python does not notice.
     mmap.mmap(-1, _TORCH_ADDRESSES, mmap.MAP_PRIVATE, mmap.PROT_READ).close()
     import torch  # noqa: PLC0415  (most schedules do without)

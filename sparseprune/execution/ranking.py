@@ -191,24 +191,14 @@ class Ranking:
         dim = one.dim % len(shape)
         if numbers.ndim == len(shape) == 2:  # of matrices that lie one below another
             shape, dim = (len(numbers), shape[0] // len(numbers), shape[1]), dim + 1
-        inner = prod(shape[dim + 1 :])
-        if numbers.ndim == 1 and region.leaf.view_shape == shape:
-            own = numbers[region.begin[dim] : region.begin[dim] + region.extent[dim]]
-            return own.reshape([-1 if other == dim else 1 for other in range(len(shape))])
-        if numbers.ndim == 1 and len(region.extent) == 1 and region.leaf.view_stride == (1,):
-            return _repeated(numbers, inner, region.first, region.numel)
-        flat = region.first + places_in(region.extent, region.leaf.view_stride)
-        places = flat // inner % shape[dim]
-        return numbers[places] if numbers.ndim == 1 else numbers[flat // prod(shape[1:]), places]
+        return along(region, numbers, shape, dim)
 
     def _vector(self, one: TaskInput) -> Floats:
         """(features,), or (matrices, features) where a stack has a vector for each of its matrices."""
         shape = one.stored.shape
         wanted: StatisticsKind = self._kind.statistic
         if one.form == "hessian":
-            matrices, features = prod(shape[:-2]), shape[-1]
-            firsts = places_in((matrices, features), (features**2, features + 1)).reshape(-1).tolist()
-            bits = np.concatenate([self._io.load_run(one.stored, (first, 1)) for first in firsts])
+            bits = diagonals(one.stored, self._io)
             shape = shape[:-1]
         else:
             bits = self._io.load_run(one.stored, (0, one.stored.numel))
@@ -225,6 +215,30 @@ class Ranking:
         if one.form is None or one.form == wanted:
             return numbers
         return np.sqrt(numbers) if wanted == "norm" else np.square(numbers)
+
+
+def along(region: Region, numbers: Floats, shape: Shape, dim: int) -> Floats:
+    """The number of each element of a region, by its place along `dim` of a tensor of this shape.
+
+    Broadcasts to the region. `numbers` are (size,), or (matrices, size) where a stack has some for each.
+    """
+    inner = prod(shape[dim + 1 :])
+    if numbers.ndim == 1 and region.leaf.view_shape == shape:
+        own = numbers[region.begin[dim] : region.begin[dim] + region.extent[dim]]
+        return own.reshape([-1 if other == dim else 1 for other in range(len(shape))])
+    if numbers.ndim == 1 and len(region.extent) == 1 and region.leaf.view_stride == (1,):
+        return _repeated(numbers, inner, region.first, region.numel)
+    flat = region.first + places_in(region.extent, region.leaf.view_stride)
+    places = flat // inner % shape[dim]
+    return numbers[places] if numbers.ndim == 1 else numbers[flat // prod(shape[1:]), places]
+
+
+def diagonals(stored: StoredTensor, io: TensorIO, some: range | None = None) -> Bits:
+    """The diagonals of (..., size, size) as they are in the file, one after the other: of all, or of some."""
+    size = stored.shape[-1]
+    numbers = range(prod(stored.shape[:-2])) if some is None else some
+    firsts = numbers.start * size**2 + places_in((len(numbers), size), (size**2, size + 1))
+    return np.concatenate([io.load_run(stored, (first, 1)) for first in firsts.reshape(-1).tolist()])
 
 
 def _repeated(numbers: Floats, inner: int, first: int, count: int) -> Floats:

@@ -50,7 +50,7 @@ class LeafMaxima:
 
     def add(self, loaded: Loaded, elements: Elements | None) -> None:
         """Take in a chunk, whose elements count as `elements` say, as themselves by default."""
-        pairs, blocks = _pairs(loaded.region), loaded.region.blocks
+        pairs, blocks = block_pairs(loaded.region), loaded.region.blocks
         top = _magnitudes(loaded, elements).reshape(pairs).max(axis=tuple(range(1, len(pairs), 2)))
         self._maxima[blocks] = np.maximum(self._maxima[blocks], top)
 
@@ -112,7 +112,7 @@ class LeafSums:
     def _finish(self, region: Region, tree: TreeSum | ColumnSums) -> None:
         """A block is complete along the dimension that was cut; the dimensions before it follow."""
         cut = self._sweep.cut
-        pairs = _pairs(region)
+        pairs = block_pairs(region)
         pairs[2 * cut + 1] = 1
         total = tree.total()
         sums = total.reshape(pairs) if isinstance(tree, ColumnSums) else np.expand_dims(total, 2 * cut + 1)
@@ -120,7 +120,7 @@ class LeafSums:
 
     def _reduced(self, loaded: Loaded, elements: Elements | None, first: int) -> Floats:
         """The chunk in pairs of grid and block dimensions, summed over block dimensions from `first` on."""
-        pairs = _pairs(loaded.region)
+        pairs = block_pairs(loaded.region)
         form = self._loop(loaded, elements)
         if form is not None and pairs[-1] > 1 and first < len(pairs) // 2:
             run, pairs[-1] = pairs[-1], 1
@@ -152,7 +152,7 @@ def _summed(sums: Floats, dims: range) -> Floats:
     return sums
 
 
-def _pairs(region: Region) -> list[int]:
+def block_pairs(region: Region) -> list[int]:
     """A region's extents in pairs, blocks and elements of a block, for each dimension."""
     pairs: list[int] = []
     for size, extent in zip(region.extent, region.leaf.shape, strict=True):

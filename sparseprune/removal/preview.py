@@ -281,7 +281,8 @@ def _tells_counts(instance: BoundInstance) -> bool:
     It does for a single member, and for single blocks that are alike members of one list, since then it does
     not matter which of them are dropped.
     """
-    if instance.budget.nnz is None:
+    shared = instance.allocate
+    if instance.budget.nnz is None or (shared is not None and not shared.decided):
         return False
     scope = instance.scope
     members = (scope,) if isinstance(scope, BoundScope) else scope.members

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from sparseprune.engine.grids import Shape, index_of, prod
 from sparseprune.errors import printable
+from sparseprune.report.allocation import allocate_asked, allocated_instances, allocation_table
 from sparseprune.report.coverage import coverage_text, coverage_totals
 from sparseprune.report.pruning import config_text, target_text
 from sparseprune.report.tables import INDENT, Column, Fact, below, filled, indented, plain_table
@@ -154,6 +155,7 @@ def rule_plan(
         mode="soft" if first and first.soft else "hard",
         score=_score(first.score if first else Score()),
         reconstruct=_reconstruct(first.reconstruct if first else None, metric),
+        allocate=allocate_asked(rule),
         instances=len(rule.instances),
         tensors=len(names),
         example=names[0] if names else None,
@@ -172,6 +174,7 @@ def rule_plan(
         pruned=sum(pruned) if len(pruned) == len(counts) else None,
         forms=_forms(forms.values(), tensors),
         removal=_rule_removal(names, rule.name, tensors, planned),
+        allocation=allocated_instances(rule),
     )
 
 
@@ -268,7 +271,8 @@ def rule_card(rule: results.RulePlan, numel: int) -> RenderableType:
         return Group(title, _facts([("binds", "nothing: no tensor matches, and the rule is optional")]))
     forms = _FormLines(rule.forms[:_FORMS], len(rule.forms) - _FORMS)
     facts = [*_binding(rule), *_budget(rule), _pruning(rule, numel), ("removes", _removal_text(rule.removal))]
-    return Group(title, _facts(facts), forms)
+    parts = [] if rule.allocation is None else [Text(), indented(allocation_table(rule.allocation))]
+    return Group(title, _facts(facts), forms, *parts)
 
 
 def totals_card(plan: results.Plan) -> RenderableType:
@@ -343,6 +347,10 @@ def _budget(rule: results.RulePlan) -> Facts:
         facts.append(("score", score.kind + norm + mean + (f", from {score.file}" if score.file else "")))
     if rule.reconstruct is not None:
         facts.append(("rebuilds", _rebuilding_text(rule.reconstruct)))
+    if rule.allocate is not None:
+        room = f"up to {percent(rule.allocate.clamp)} more or less of each"
+        told = "" if rule.allocation else "; --allocation reads the weights and tells how much"
+        facts.append(("shares", f"one budget over all instances, {room}, by the loss{told}"))
     return facts
 
 

@@ -14,6 +14,7 @@ from msgspec import Struct
 from msgspec import field as struct_field
 
 from sparseprune.engine.grids import prod
+from sparseprune.report.allocation import allocated_instances, allocation_lines
 from sparseprune.report.coverage import coverage_text, coverage_totals
 from sparseprune.report.wording import (
     copies_line,
@@ -180,6 +181,7 @@ def rule_results(
             pruned=found.pruned[rule.name],
             device=devices.get(rule.name),
             metric=metrics.get(rule.name),
+            allocation=allocated_instances(rule),
         )
         results.append(result)
     return tuple(results)
@@ -262,6 +264,7 @@ def removal_lines(removal: Removal) -> Iterator[str]:
         yield f"reached {covered}"
     if removal.target is not None:
         yield f"target {target_text(removal.target)}"
+    yield from allocation_lines(removal.rules)
     for one in removal.config:
         yield f"config.json: {config_text(one)}"
     if totals.tensors != totals.tensors_after:

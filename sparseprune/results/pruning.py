@@ -52,6 +52,30 @@ class ReconstructAsked(Record):
     effort: Literal["best", "fast"]
 
 
+class AllocateAsked(Record):
+    """How the instances of a rule share one budget."""
+
+    file: str
+    clamp: Annotated[Share, Doc("how much more or less of an instance may go than was asked for")]
+
+
+class AllocatedInstance(Record):
+    """What an instance got of the budget that it shares with others."""
+
+    instance: str
+    blocks: Annotated[Count, Doc("in each of its scopes")]
+    nnz: Annotated[Count, Doc("blocks of these that survive")]
+    numel: Annotated[Count, Doc("elements that it reaches")]
+    sparsity_asked: Annotated[Share, Doc("share of the blocks that would go if it shared nothing")]
+    sparsity: Annotated[Share, Doc("share of the blocks that goes")]
+
+
+Allocation = Annotated[
+    Sequence[AllocatedInstance] | None,
+    Doc("of a rule whose instances share one budget, their parts of it; null where they share none"),
+]
+
+
 class ViewAsked(Record):
     """A strided view of a tensor."""
 
@@ -101,6 +125,7 @@ class RulePlan(Record):
     mode: Literal["hard", "soft"]
     score: ScoreAsked
     reconstruct: Annotated[ReconstructAsked | None, Doc("null if survivors keep their bits")]
+    allocate: Annotated[AllocateAsked | None, Doc("null if each instance has a budget of its own")]
     instances: Count
     tensors: Count
     example: Annotated[str | None, Doc("name of its first tensor")]
@@ -121,6 +146,7 @@ class RulePlan(Record):
     pruned: Annotated[Count | None, Doc("elements that it will drop; null if that depends on the data")]
     forms: tuple[TensorForm, ...]
     removal: RuleRemoval
+    allocation: Annotated[Allocation, Doc("null as well where weights were not read: --allocation")] = None
 
 
 class PlanTotals(Record):
@@ -230,6 +256,7 @@ class RuleResult(Record):
     pruned: Annotated[Count, Doc("elements that it dropped")]
     device: Annotated[str | None, Doc("what did the work of this rule; null if it bound nothing")]
     metric: Annotated[Minimized, Doc("what its instances minimized; null if nothing was reconstructed")]
+    allocation: Allocation = None
 
 
 class TensorResult(NamedTensor):

@@ -8,6 +8,7 @@ on first use, because most commands only need bound ones.
 from typing import TYPE_CHECKING
 
 from sparseprune import on_first_use
+from sparseprune.spec.bound import Allocate as Allocate
 from sparseprune.spec.bound import BoundBlock as BoundBlock
 from sparseprune.spec.bound import BoundBlockCoupling as BoundBlockCoupling
 from sparseprune.spec.bound import BoundInstance as BoundInstance

@@ -6,6 +6,7 @@ strides), and grids that align in couplings. Errors get their place in the spec 
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections import Counter
 from contextlib import contextmanager
@@ -55,6 +56,7 @@ from sparseprune.spec.schema import (
     ExplicitView,
     ScopeTable,
     TensorsTable,
+    allocate_of,
     reconstruct_of,
     score_of,
     soft_of,
@@ -345,6 +347,35 @@ def _worded(first: Owned, second: Owned, more: int) -> str:
     return f"{text}: an element may be reached by one rule, once; narrow the patterns"
 
 
+def check_shares(rules: Iterable[BoundRule], problems: Problems) -> None:
+    """A problem for every rule whose instances shall share one budget and cannot have unlike ones."""
+    for rule in rules:
+        first_of_forms = [members[0] for members in rule.forms().values()]
+        if first_of_forms and first_of_forms[0].allocate is not None:
+            why = _cannot_share(first_of_forms, len(rule.instances))
+            if why is not None:
+                instead = 'write reconstruct = { allocate = "uniform" }'
+                problems.add(rule.name, "reconstruct.allocate", f"{why}; {instead}")
+
+
+def _cannot_share(forms: Sequence[BoundInstance], instances: int) -> str | None:
+    """Why instances, of which there is one of each form, have no budget to share; None where they have."""
+    for one in forms:
+        for member in one.scope.members:
+            sizes = list(zip(member.shape, member.block.grid_shape, strict=True))
+            if not any(size == whole > 1 for size, whole in sizes) and any(whole > 1 for _, whole in sizes):
+                found = f"{one.label} has scopes of {list(member.shape)} blocks"
+                return f"{found}, a pattern that has to be the same everywhere"
+    first = forms[0]
+    if instances == 1 and len(first.scope.members) > 1:
+        return f"{first.label} alone is the rule: its scopes compete for one budget already"
+    blocks = [one.scope.blocks_per_scope for one in forms]
+    clamp = 0.0 if first.allocate is None else first.allocate.clamp
+    if not clamp or any(surviving(clamp, each) < each for each in blocks):
+        return None
+    return f"clamp {clamp:g} moves none of {max(blocks)} blocks: give {1 / max(1, *blocks):.2g} or more"
+
+
 Part = BoundBlock | BoundBlockCoupling | BoundScope | BoundScopeCoupling
 
 
@@ -368,6 +399,7 @@ def bind(spec: Spec, tensors: Sequence[TensorInfo], config: Mapping[str, Any] | 
         if isinstance(table, BudgetTable) and place not in coupled and sites[place]
     )
     check_overlaps(rules, problems)
+    check_shares(rules, problems)
     problems.raise_if_any()
     if not rules:
         why = "all rules are optional, and the checkpoint has none of their tensors"
@@ -397,29 +429,43 @@ class _Binder:
         first_of: dict[Hashable, BoundInstance] = {}
         used = self._captures_used(place)
         for site in sites:
-            form = _form(site, used)
+            own = self._allocated(place, site)
+            form = (_form(site, used), own)
             first = first_of.get(form)
             if first is not None:
                 scope: Any = _renamed(first.scope, site)
-                method = (first.budget, first.sparsity, first.score, first.soft, first.reconstruct)
-                yield BoundInstance(scope.label, site.captures, scope, *method, first.form)
+                yield replace(first, label=scope.label, captures=site.captures, scope=scope)
                 continue
             try:
-                first_of[form] = self._instance(place, table, site)
+                first_of[form] = self._instance(place, table, site, own)
             except Misfit as misfit:
                 problems.note(misfit)
             else:
                 yield first_of[form]
 
-    def _instance(self, place: str, table: BudgetTable, site: Site) -> BoundInstance:
+    def _instance(self, place: str, table: BudgetTable, site: Site, own: int | None) -> BoundInstance:
+        """An instance whose part of a common budget is its `own`, where that is known."""
         spec, scope = self._spec, self._part(place, site)
         names = Names(self._shared, site.captures)
         budget, sparsity = budget_of(place, table, scope.label, scope.blocks_per_scope, names)
         score = score_of(table.score or spec.score, spec.directory)
         soft = soft_of(table, spec.directory)
         rebuilt = reconstruct_of(table.reconstruct or spec.reconstruct, spec.directory)
+        shared = allocate_of(table.reconstruct or spec.reconstruct, spec.directory, budget.nnz)
+        if shared is not None and own is not None:
+            shared, budget = replace(shared, decided=True), dataclasses.replace(budget, nnz=own)
         what = (scope.label, site.captures, scope, budget, sparsity)
-        return BoundInstance(*what, score, soft, rebuilt, next(self._numbers))
+        found = BoundInstance(*what, score, soft, rebuilt, shared, next(self._numbers))
+        least, most = found.kept_range or (0, scope.blocks_per_scope)
+        if own is not None and not least <= own <= most:
+            text = f"{scope.label}: found {own} as its part of the common budget, wanted {least} to {most}"
+            raise Misfit(place, "reconstruct.allocate", f"{text}: it is that of another spec")
+        return found
+
+    def _allocated(self, place: str, site: Site) -> int | None:
+        """What a scope keeps of a budget that instances share; None where nobody knows."""
+        known = self._spec.allocated.get(place)
+        return None if known is None else known.get(label(place, site))
 
     def _captures_used(self, place: str) -> frozenset[str]:
         """The captures that expressions of a table and of those below it use."""

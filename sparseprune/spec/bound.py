@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from msgspec import Struct
 
-from sparseprune.engine.grids import Shape, divide, identity_order, permute, prod
+from sparseprune.engine.grids import Shape, divide, identity_order, permute, prod, surviving
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -191,6 +191,22 @@ class Reconstruct(Struct, frozen=True):
     effort: Literal["best", "fast"] = "best"
 
 
+class Allocate(Struct, frozen=True):
+    """How the instances of a rule share one budget: by the loss, which the second moments in `file` tell.
+
+    Without it each scope would keep `nnz` blocks; with it the share that goes of an instance is at most
+    `clamp` more or less than that. `decided`: the instance's budget is its part of the common one; until then
+    it is `nnz`. `file` is absolute, `input_dim` as in `Reconstruct`.
+    """
+
+    file: Path
+    nnz: int
+    clamp: float = 0.1
+    damp: float = 0.01
+    input_dim: int | None = None
+    decided: bool = False
+
+
 class BoundInstance(Struct, frozen=True):
     """One instance of a rule, an outermost scope or coupling; `sparsity` is the one that was asked for.
 
@@ -206,7 +222,19 @@ class BoundInstance(Struct, frozen=True):
     score: Score = Score()
     soft: Soft | None = None
     reconstruct: Reconstruct | None = None
+    allocate: Allocate | None = None
     form: int = 0
+
+    @property
+    def kept_range(self) -> tuple[int, int] | None:
+        """Of an instance that shares a budget, how many blocks of a scope survive at least and at most."""
+        shared, blocks, unit = self.allocate, self.scope.blocks_per_scope, self.budget.multiple_of
+        if shared is None:
+            return None
+        room = blocks - surviving(shared.clamp, blocks)
+        least = min(shared.nnz, -(-max(0, shared.nnz - room) // unit) * unit)
+        most = max(shared.nnz, (shared.nnz + room) // unit * unit)
+        return least, blocks if shared.nnz + room >= blocks else most
 
 
 class BoundRule(Struct, frozen=True):

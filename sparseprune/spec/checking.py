@@ -22,6 +22,7 @@ from sparseprune.spec.schema import (
     BudgetTable,
     CouplingTable,
     ExplicitView,
+    ReconstructTable,
     ScopeTable,
     ScoreTable,
     Spec,
@@ -98,8 +99,10 @@ def check_spec(spec: Spec, declared: Mapping[str, Collection[str]], problems: Pr
     if spec.score is not None and not problems.is_open("score", "kind"):
         check.score("score", spec.score)
     common = None if problems.is_open("reconstruct", "method") else spec.reconstruct
-    if common is not None and common.method != "none" and common.file is None:
+    if common is not None and _reads_statistics(common) and common.file is None:
         check.add("reconstruct", "file", _NO_STATISTICS)
+    if common is not None:
+        check.clamp("reconstruct", "clamp", common)
     check.references()
 
 
@@ -255,6 +258,7 @@ class _Checker(Struct, frozen=True):
             self._mode(place, table)
         if not self.problems.is_open(place, "mode", "score", "reconstruct", "threshold"):
             self._reconstruct(place, table)
+            self._allocate(place, table)
         if table.score is not None:
             self.score(place, table.score, "score.")
 
@@ -276,10 +280,12 @@ class _Checker(Struct, frozen=True):
     def _reconstruct(self, place: str, table: BudgetTable) -> None:
         """Keys that do not go with how a rule reconstructs its weights."""
         score, found = table.score or self.spec.score, table.reconstruct or self.spec.reconstruct
+        if found is not None and found is table.reconstruct:
+            if _reads_statistics(found) and found.file is None:
+                self.add(place, "reconstruct.file", _NO_STATISTICS)
+            self.clamp(place, "reconstruct.clamp", found)
         if found is None or found.method == "none":
             return
-        if found.file is None and found is table.reconstruct:
-            self.add(place, "reconstruct.file", _NO_STATISTICS)
         if table.mode == "soft":
             text = 'found "soft", which cannot reconstruct: write reconstruct = { method = "none" }'
             self.add(place, "mode", text)
@@ -294,6 +300,26 @@ class _Checker(Struct, frozen=True):
         if score is not None and (score.kind, score.norm or 2, score.normalize) != ("magnitude", 2, None):
             text = 'ranks blocks itself and uses no score: remove the score, or write method = "refit"'
             self.add(place, "reconstruct", f'method = "admm" {text}')
+
+    def clamp(self, place: str, key: str, table: ReconstructTable) -> None:
+        """A key that says nothing without another one."""
+        if table.clamp is not None and table.allocate != "loss":
+            self.add(place, key, 'only allocate = "loss" takes this key')
+
+    def _allocate(self, place: str, table: BudgetTable) -> None:
+        """Rules whose instances cannot have budgets of their own."""
+        found = table.reconstruct or self.spec.reconstruct
+        if found is None or found.allocate != "loss":
+            return
+        instead = 'write reconstruct = { allocate = "uniform" }'
+        if table.threshold is not None:
+            text = f'allocate = "loss" shares a number of blocks: give nnz or sparsity, or {instead}'
+            self.add(place, "threshold", text)
+        if table.mode == "soft":
+            self.add(place, "mode", f'found "soft", which allocate = "loss" does not go with: {instead}')
+        if isinstance(table, CouplingTable) and table.across == "all":
+            text = 'everything competes for one budget already, so that allocate = "loss" has none to share'
+            self.add(place, "across", f"{text}: remove this coupling, or {instead}")
 
     def score(self, place: str, table: ScoreTable, within: str = "") -> None:
         """Keys that do not go with the kind of a score, or are missing."""
@@ -355,6 +381,10 @@ class _Checker(Struct, frozen=True):
                 for name in sorted(expression.names.difference(known)):
                     text = f"{shown(expression.text)}: {unknown_name(name, frozenset(known))}"
                     self.problems.add(place, key, text)
+
+
+def _reads_statistics(table: ReconstructTable) -> bool:
+    return table.method != "none" or table.allocate == "loss"
 
 
 def _captures(spec: Spec, place: str) -> frozenset[str] | None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Never, Typ
 
 from msgspec import Struct
 
-from sparseprune.spec.bound import Reconstruct, Score, Soft
+from sparseprune.spec.bound import Allocate, Reconstruct, Score, Soft
 from sparseprune.spec.expressions import (
     LARGEST,
     Expression,
@@ -217,6 +217,7 @@ _SHAPE = f"{_SEVERAL}, one for each dimension: 1 or more, or -1 for the whole di
 _TENSORS = 'a pattern such as "layers.{layer}.mlp.up_proj.weight", or a list of patterns'
 _PATH = "the path of a safetensors file or directory, relative to the spec"
 _INPUT_DIM = "an integer: the dimension of the weight along which its input features lie"
+USUAL_CLAMP = 0.1
 SOFT_KEYS = ("k_weight", "scale", "conditioners", "max_iter", "atol", "eps")
 
 
@@ -265,6 +266,15 @@ class ReconstructTable(Table):
     )
     effort: Literal["best", "fast"] = _key(
         _one_of("best", "fast"), '"best" or "fast": how long admm may look for the mask', "best"
+    )
+    allocate: Literal["uniform", "loss"] = _key(
+        _one_of("uniform", "loss"),
+        '"uniform" (every instance has the same budget) or "loss" (they share one, by what is lost)',
+        "uniform",
+    )
+    clamp: float | None = _key(
+        _finite(most=1.0),
+        "a number from 0 to 1: how much more or less of an instance may go than with a uniform budget",
     )
 
 
@@ -323,6 +333,14 @@ def reconstruct_of(table: ReconstructTable | None, directory: Path) -> Reconstru
         table.metric,
         table.effort,
     )
+
+
+def allocate_of(table: ReconstructTable | None, directory: Path, nnz: int | None) -> Allocate | None:
+    """How instances share a budget that would be `nnz` for each scope; None where each has its own."""
+    if table is None or table.allocate != "loss" or table.file is None or nnz is None:
+        return None
+    clamp = USUAL_CLAMP if table.clamp is None else table.clamp
+    return Allocate(_absolute(table.file, directory), nnz, clamp, table.damp, table.input_dim)
 
 
 def soft_of(table: BudgetTable, directory: Path) -> Soft | None:
@@ -501,7 +519,8 @@ class Spec(Struct, frozen=True):
     """A spec without contradictions; problems with a checkpoint are reported under the name `source`.
 
     `tables` are named by their places, such as "scope.proj", in the order of KINDS. Paths are relative to
-    `directory`; `covers` says which matrices the spec is about, one of COVERS.
+    `directory`; `covers` says which matrices the spec is about, one of COVERS. Where instances share a
+    budget and their parts of it are known, `allocated` has by place and label what each scope keeps.
     """
 
     source: str
@@ -511,6 +530,18 @@ class Spec(Struct, frozen=True):
     reconstruct: ReconstructTable | None
     tables: Mapping[str, SpecTable]
     covers: str = COVERS[0]
+    allocated: Mapping[str, Mapping[str, int]] = {}
+
+    @property
+    def shares(self) -> tuple[str, ...]:
+        """The places of outermost tables whose instances share one budget."""
+        coupled = self.coupled_scopes()
+        outermost = {
+            place: table.reconstruct or self.reconstruct
+            for place, table in self.tables.items()
+            if isinstance(table, BudgetTable) and place not in coupled
+        }
+        return tuple(place for place, found in outermost.items() if found and found.allocate == "loss")
 
     def parts(self, place: str) -> tuple[str, ...]:
         """The places of the tables that a table names: the members of a coupling, the block of a scope."""
