@@ -9,9 +9,15 @@ WAYS = strategy.ORDER
 AMPLE = 1 << 30
 
 
-def narrow(monkeypatch: pytest.MonkeyPatch, slab: int, tile: int = 1 << 18, memory: int = AMPLE) -> None:
-    """Slabs of about so many bytes, tiles of so many elements, `memory` in flight."""
-    limits = Limits(memory, slab, tile)
+def narrow(
+    monkeypatch: pytest.MonkeyPatch,
+    slab: int,
+    tile: int = 1 << 18,
+    memory: int = AMPLE,
+    device: int | None = None,
+) -> None:
+    """Slabs of about so many bytes, tiles of so many elements, `memory` in flight; `device` bytes free."""
+    limits = Limits(memory, slab, tile, device=device)
     for module in (reapply, schedule):
         monkeypatch.setattr(module, "limits_of", lambda memory, **_: limits)
 

@@ -120,7 +120,7 @@ def _plan(checkpoint: Checkpoint, spec: Spec, target: Target, machine: Machine) 
         plan,
         machine.memory,
         machine.jobs,
-        compiled=not machine.device.startswith("cuda"),
+        device=machine.device,
         masks=target.mask_format is not None,
         resized=target.resized,
     )
@@ -258,7 +258,8 @@ def identity_of(prepared: Prepared) -> dict[str, str]:
     scores = shards_identity(score_shards(prepared.plan))
     # Variables of the spec may come from it; that beside a single file is no part of the checkpoint.
     config = dict(read_config(checkpoint) or {})
-    options = (machine.device, target.mask_format, target.weights, machine.memory)
+    room = prepared.schedule.limits.device  # by which the work is cut
+    options = (machine.device, target.mask_format, target.weights, machine.memory, *([room] if room else ()))
     spec = json.dumps([prepared.source.text, sorted(prepared.asked.overrides.items())])
     return {
         "the version": __version__,

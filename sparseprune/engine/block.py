@@ -38,7 +38,7 @@ class Grid(ABC):
 
     name: str
     grid_shape: Shape
-    trusted: bool = False  # its numbers were looked at: none is NaN
+    trusted: bool = False  # its numbers, and thresholds in tensors, were looked at: none is NaN
     _misfit: ClassVar[str]
 
     @abstractmethod
@@ -54,8 +54,9 @@ class Grid(ABC):
         limits = torch.as_tensor(thresholds, dtype=torch.float64, device=self._device())
         if limits.ndim:
             self._on_grid(limits, "thresholds")
+        looked_at = isinstance(thresholds, Tensor) and self.trusted
         # A number is looked at on the host, which need not wait for a device then.
-        if bool(limits.isnan().any()) if isinstance(thresholds, Tensor) else math.isnan(thresholds):
+        if not looked_at and (bool(limits.isnan().any()) if limits.ndim else math.isnan(thresholds)):
             raise SparsityError(f"{self.name}: a threshold is NaN")
         return limits.expand(self.grid_shape)
 

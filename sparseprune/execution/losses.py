@@ -237,7 +237,7 @@ class FactorMoments(_Losses):
         import torch  # noqa: PLC0415  (who reads notes of an earlier run does without)
 
         from sparseprune.engine.curvature import Curvature  # noqa: PLC0415
-        from sparseprune.execution.torch_tiles import stream_of, tensor_of  # noqa: PLC0415
+        from sparseprune.execution.torch_tiles import tensor_of  # noqa: PLC0415
 
         name, matrix = chunk.about
         about = self._about(name, io)
@@ -245,7 +245,7 @@ class FactorMoments(_Losses):
         size, damp = one.stored.shape[-1], _damp(self.tasks[0])
         bits = io.load_run(one.stored, (matrix * size * size, size * size))
         found = []
-        with stream_of(io.device):
+        with io.lane(chunk.memory):
             moment = tensor_of(Elements(bits, one.stored.dtype), io.device).reshape(size, size)
             try:
                 curvature = Curvature.of(moment, damp)

@@ -11,6 +11,7 @@ import threading
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
+from sparseprune.execution.devices import Lanes
 from sparseprune.execution.passes import GivenUpError, Outcomes
 from sparseprune.execution.runner import Job, Record, already_done, copied_bytes, dealt, write_through
 from sparseprune.execution.strategy import (
@@ -53,7 +54,7 @@ def execute(
             raise GivenUpError
 
     tensors = schedule.plan.checkpoint.tensors
-    io = TensorIO(reader, output, tensors, device, progress, check)
+    io = TensorIO(reader, output, tensors, device, progress, check, lanes=Lanes(schedule.limits.device))
     record = Record(output, outcomes, progress)
     with one_torch_thread() if schedule.uses_torch else nullcontext():
         write_through(jobs_of(schedule), io, record, schedule.resources, given_up)

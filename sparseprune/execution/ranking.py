@@ -274,6 +274,9 @@ def _is_negative(elements: Elements) -> bool:
 
 def refuse_nonfinite(loaded: Loaded, elements: Elements | None = None) -> None:
     """SparsityError for NaN or infinity among what ranks the elements of a region, by default the weights."""
+    form = FORMATS.get(loaded.dtype)
+    if elements is None and (form is None or first_nonfinite(loaded.flat, form) < 0):
+        return
     ranked = Elements(loaded.view, loaded.dtype) if elements is None else elements
     if not ranked.may_be_infinite:
         wrong = ranked.without_rank()

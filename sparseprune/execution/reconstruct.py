@@ -25,7 +25,7 @@ from sparseprune.execution.plan import holds_rows
 from sparseprune.execution.ranking import Elements, refuse_nonfinite
 from sparseprune.execution.regions import leaves_of, regions_at
 from sparseprune.execution.strategy import independent_parts
-from sparseprune.execution.torch_tiles import Tile, build_scope, parts_at, stream_of, tensor_of
+from sparseprune.execution.torch_tiles import Tile, build_scope, parts_at, tensor_of
 from sparseprune.spec import BoundBlock, BoundScope
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class RebuildMatrices(Pass):
 
     def work(self, chunk: Chunk, io: TensorIO) -> list[Outcome]:
         cell, matrix = chunk.about
-        with stream_of(io.device):
+        with io.lane(self.strategy.on_device):
             return _Piece(self.task, cell, matrix, io).rebuilt()
 
 

@@ -17,6 +17,7 @@ from msgspec.structs import replace
 
 from sparseprune.engine.grids import Shape, identity_order, inverse_order, permute, prod
 from sparseprune.errors import SparsepruneError
+from sparseprune.execution.devices import LANES
 from sparseprune.spec import BoundBlock, BoundScope
 
 if TYPE_CHECKING:
@@ -33,7 +34,10 @@ TORCH = 220 << 20  # what torch 2.13 for the CPU adds, with the first thread tha
 TORCH_THREAD = 8 << 20  # that the allocator keeps for each further thread in which torch worked, measured
 SLAB_BYTES = 1 << 20  # measured: the results from a slab stay in the cache (tests/benchmarks/README.md)
 TILE_ELEMENTS = 1 << 18  # that the torch engine gets at one time where scopes are small
+DEVICE_TILE_ELEMENTS = 1 << 24  # the same on a device, which takes long to begin anything
 _ENGINE_BYTES = 64  # that the torch engine needs for each element of a tile: keys, norms, masks, positions
+# That the host needs for each where a device works on it: a pattern and a mask; or also numbers that rank it.
+_PATTERN_BYTES, _SCORED_BYTES = 12, 48
 _HELD_SHARE = 4  # one part in so many is for scores that are kept while a job runs
 READING = 1 << 30  # bytes in flight of commands that read, and have no --memory
 _LEAST = 16 * SLAB_BYTES  # that must be left for work
@@ -68,17 +72,30 @@ class Limits(Struct, frozen=True):
     """`memory` bytes may be in flight, over all chunks and what jobs keep; a slab has about `slab` bytes.
 
     The interpreter is not counted, nor are the `resident` bytes that all tensors take from first to last.
+    Where the torch engine works on a device, `device` bytes of that are free, and tiles lie there.
     """
 
     memory: int
     slab: int = SLAB_BYTES
     tile: int = TILE_ELEMENTS
     resident: int = 0
+    device: int | None = None
 
-    @property
-    def largest_tile(self) -> int:
+    def element_bytes(self, *, patterns: bool) -> int:
+        """What the host needs for each element of a tile; `patterns` alone rank it, or numbers of float64."""
+        if self.device is None:
+            return _ENGINE_BYTES
+        return _PATTERN_BYTES if patterns else _SCORED_BYTES
+
+    def largest_tile(self, *, patterns: bool = False) -> int:
         """The elements that one tile of the torch engine may have at most."""
-        return max(1, (self.memory - self.held) // _ENGINE_BYTES)
+        on_host = (self.memory - self.held) // self.element_bytes(patterns=patterns)
+        return max(1, on_host if self.device is None else min(on_host, self.device // _ENGINE_BYTES))
+
+    def usual_tile(self, *, patterns: bool = False) -> int:
+        """The elements that a tile has where scopes are small; a device works on several at one time."""
+        most = self.largest_tile(patterns=patterns)
+        return min(self.tile, most if self.device is None else max(1, most // LANES))
 
     @property
     def held(self) -> int:
@@ -101,13 +118,13 @@ class Resources(Struct, frozen=True):
         """
         if not uses_torch:
             return cls(workers, limits.memory)
-        each = TORCH_THREAD + min(item, tile_bytes(limits.tile))
+        each = TORCH_THREAD + min(item, limits.usual_tile() * limits.element_bytes(patterns=False))
         threads = min(workers, 1 + max(0, limits.memory - item - held) // each)
         return cls(threads, limits.memory - TORCH_THREAD * (threads - 1))
 
 
 def tile_bytes(elements: int) -> int:
-    """Memory that the torch engine takes for so many elements."""
+    """Memory that the torch engine takes for so many elements, of the host or of a device."""
     return _ENGINE_BYTES * elements
 
 
@@ -117,16 +134,20 @@ def memory_for_tile(elements: int) -> int:
     return INTERPRETER + TORCH + left
 
 
-def limits_of(memory: int, *, uses_torch: bool, resident: Resident = Resident()) -> Limits:
+def limits_of(
+    memory: int, *, uses_torch: bool, resident: Resident = Resident(), device: int | None = None
+) -> Limits:
     """The limits of a run that may take so many bytes of memory, the interpreter and `resident` among them.
 
-    SparsepruneError where these alone would not fit.
+    `device` bytes of a device are free, None where there is none or it does nothing. SparsepruneError where
+    the interpreter and `resident` alone would not fit.
     """
     base = INTERPRETER + (TORCH if uses_torch else 0)
     left = memory - base - resident.nbytes
     needed = base + resident.nbytes + _LEAST
     if left >= _LEAST:
-        return Limits(left, resident=resident.nbytes)
+        tile = TILE_ELEMENTS if device is None else DEVICE_TILE_ELEMENTS
+        return Limits(left, tile=tile, resident=resident.nbytes, device=device)
     python, takes = ("Python and torch", "take") if uses_torch else ("Python", "takes")
     if resident.nbytes > _LEAST:
         raise SparsepruneError(

@@ -7,7 +7,6 @@ need.
 
 from __future__ import annotations
 
-import ctypes
 import re
 from heapq import nlargest
 from typing import TYPE_CHECKING
@@ -17,6 +16,7 @@ from msgspec.structs import replace
 
 from sparseprune.engine.grids import prod
 from sparseprune.errors import SparsepruneError
+from sparseprune.execution.devices import count_devices, free_bytes
 from sparseprune.execution.regions import (
     INTERPRETER,
     TORCH,
@@ -28,7 +28,7 @@ from sparseprune.execution.regions import (
     limits_of,
     members_of,
 )
-from sparseprune.execution.strategy import Compiled, Rebuild, choose, elements_together, needs_torch
+from sparseprune.execution.strategy import Compiled, Rebuild, choose, elements_of_block, needs_torch
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from sparseprune.execution.strategy import Strategy
     from sparseprune.spec import BoundBlock
 
-_DRIVERS = ("libcuda.so.1", "nvcuda.dll")
 _AMPLE = 1 << 60  # memory that allows every strategy
 
 
@@ -125,27 +124,39 @@ class Schedule(Struct, frozen=True):
 
 
 def make_schedule(
-    plan: Plan, memory: int, workers: int, *, compiled: bool = True, masks: bool = True, resized: bool = False
+    plan: Plan,
+    memory: int,
+    workers: int,
+    *,
+    device: str = "cpu",
+    masks: bool = True,
+    resized: bool = False,
 ) -> Schedule:
     """The schedule of a plan for a process that may take `memory` bytes.
 
-    `compiled` False leaves to the torch engine what it can hold, for a device other than the CPU. `masks`:
-    whether some are written, `resized`: whether slices are cut out afterwards.
+    A `device` of CUDA gets what the torch engine can do there; `auto` leaves to it what compiled loops cannot
+    do. Where it is absent the schedule is that of the host's memory. `masks`: whether some are written,
+    `resized`: whether slices are cut out afterwards.
 
     Raises:
-        SparsepruneError: the memory is too little for this plan.
+        SparsepruneError: the memory is too little for this plan, or that of the device.
     """
     resident = resident_of(plan, masks=masks, resized=resized)
+    compiled = not device.startswith("cuda")
+
+    def limits(*, uses_torch: bool) -> Limits:
+        free = free_bytes("cuda" if device == "auto" else device) if uses_torch else None
+        return limits_of(memory, uses_torch=uses_torch, resident=resident, device=free)
+
     try:
-        limits = limits_of(memory, uses_torch=not compiled, resident=resident)
+        allowed = limits(uses_torch=not compiled)
     except SparsepruneError:
         if _schedule(plan, Limits(_AMPLE), workers, compiled=compiled).uses_torch:
-            limits_of(memory, uses_torch=True, resident=resident)  # which needs more, and says so
+            limits(uses_torch=True)  # which needs more, and says so
         raise
-    schedule = _schedule(plan, limits, workers, compiled=compiled)
+    schedule = _schedule(plan, allowed, workers, compiled=compiled)
     if schedule.uses_torch and compiled:
-        limits = limits_of(memory, uses_torch=True, resident=resident)
-        schedule = _schedule(plan, limits, workers, compiled=True)
+        schedule = _schedule(plan, limits(uses_torch=True), workers, compiled=True)
     return schedule
 
 
@@ -173,7 +184,7 @@ def resolve_device(asked: str, *, uses_torch: bool) -> str:
         raise SparsepruneError(f"--device {asked}: wanted auto, cpu, cuda or cuda:N")
     if asked == "cpu" or (asked == "auto" and not uses_torch):
         return "cpu"
-    count = _devices()
+    count = count_devices()
     if asked == "auto":
         return "cuda" if count else "cpu"
     if int(found[1] or 0) >= count:
@@ -210,11 +221,11 @@ def cpu_lines(schedule: Schedule, asked: str) -> Iterator[str]:
     for group in schedule.groups:
         if not needs_torch(group.strategy):
             rule = group.task.rule
-            largest[rule] = max(largest.get(rule, 0), elements_together(group.task))
+            largest[rule] = max(largest.get(rule, 0), elements_of_block(group.task))
     for rule, elements in largest.items():
         yield (
-            f"{rule} is decided on the CPU: {elements:,} elements compete in a scope, more than --memory "
-            f"lets a device have at one time ({schedule.limits.largest_tile:,})"
+            f"{rule} is decided on the CPU: a block has {elements:,} elements, more than --memory and the "
+            f"device have room for at one time ({schedule.limits.largest_tile():,})"
         )
 
 
@@ -285,20 +296,3 @@ def _untouched(number: int, unit: WorkUnit) -> Iterator[Untouched]:
         leaves = leaves_of[stored.name]
         if sum([prod(leaf.view_shape) for leaf in leaves]) < stored.numel:
             yield Untouched(f"{number}.rest{place}", stored, tuple(leaves))
-
-
-def _devices() -> int:
-    """How many CUDA devices torch can use; torch is not asked where there is no driver."""
-    if not any(_loads(driver) for driver in _DRIVERS):
-        return 0
-    import torch  # noqa: PLC0415  (importing it takes longer than most runs)
-
-    return torch.cuda.device_count() if torch.cuda.is_available() else 0
-
-
-def _loads(library: str) -> bool:
-    try:
-        ctypes.CDLL(library)
-    except OSError:
-        return False
-    return True

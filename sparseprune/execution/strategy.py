@@ -53,6 +53,7 @@ _GROUPS = 64  # parts of a large scope whose digits are counted apart
 _COUNTER_BYTES = 8 << 16  # one histogram
 # That least squares need for each weight, and for each element of a second moment; measured.
 _SOLVER_BYTES, _MOMENT_BYTES = 40, 32
+_READ_SHARE = 4  # one part in so many is what was read, which the host has where a device does the rest
 
 
 class Selection(Struct, frozen=True):
@@ -77,13 +78,15 @@ class Selection(Struct, frozen=True):
 class Strategy(Struct, frozen=True):
     """How a task is worked: about so many `elements` at one time, which take `memory` bytes.
 
-    `held` bytes are kept from the first of its `passes` over the tensors to the last.
+    `held` bytes are kept from the first of its `passes` over the tensors to the last. The torch engine takes
+    `on_device` bytes of a device, if it works on one.
     """
 
     memory: int
     elements: int
     held: int = 0
     passes: int = 1
+    on_device: int = 0
 
 
 class Compiled(Strategy, frozen=True, kw_only=True):
@@ -155,7 +158,7 @@ def choose(
 ) -> Strategy:
     """The strategy for a task: the first of ORDER whose conditions hold.
 
-    `compiled` False leaves the scopes that fit in memory to the torch engine, on whatever device.
+    `compiled` False leaves to the torch engine, on whatever device, all blocks that fit in memory one by one.
 
     Raises:
         SparsepruneError: one block alone is more than the limits allow.
@@ -164,15 +167,19 @@ def choose(
         return _rebuild(task, tensors, limits)
     order = ORDER if _allows_loops(task) else [name for name in ORDER if name in _TORCH]
     if not compiled:
-        order = [name for name in (*_TORCH[:1], *order) if name not in {"contiguous", "strided"}]
+        order = [*_TORCH, *(name for name in order if name in {"radix_select", "block_norms"})]
     for name in (*order, *_TORCH[:1]):  # a threshold decides every block alone
         strategy = _CHOICES[name](task, tensors, limits)
         if strategy is not None:
             return strategy
-    block = _largest_block(task)
+    block = elements_of_block(task)
+    where = f"[{task.rule}] {task.instance.label}"
+    found = f"{where}: a block has {block} elements, which must be in memory together"
+    if limits.device is not None and tile_bytes(block) > limits.device:
+        needed = f"{tile_bytes(block)} bytes of the device, of which about {limits.device} are free"
+        raise SparsepruneError(f"{found} and take {needed}; say --device cpu")
     raise SparsepruneError(
-        f"[{task.rule}] {task.instance.label}: a block has {block} elements, which must be in memory "
-        f"together; --memory must be at least {limits.resident + memory_for_tile(block)} bytes"
+        f"{found}; --memory must be at least {limits.resident + memory_for_tile(block)} bytes"
     )
 
 
@@ -337,22 +344,36 @@ def elements_together(task: Task) -> int:
 
 
 def _torch_in_memory(task: Task, _: Mapping[str, StoredTensor], limits: Limits) -> TorchInMemory | None:
-    elements = max(min(limits.tile, limits.largest_tile), elements_together(task))
-    if elements > limits.largest_tile:
+    patterns = _has_patterns_alone(task)
+    elements = max(limits.usual_tile(patterns=patterns), elements_together(task))
+    if elements > limits.largest_tile(patterns=patterns):
         return None
-    there = sum(prod(leaf.view_shape) for leaf in task.instance.scope.leaves)
-    return TorchInMemory(tile_bytes(min(elements, there)), elements)
+    there = min(elements, sum(prod(leaf.view_shape) for leaf in task.instance.scope.leaves))
+    memory = there * limits.element_bytes(patterns=patterns)
+    return TorchInMemory(memory, elements, on_device=tile_bytes(there))
 
 
 def _torch_out_of_core(task: Task, _: Mapping[str, StoredTensor], limits: Limits) -> TorchOutOfCore | None:
-    elements = max(min(limits.tile, limits.largest_tile), _largest_block(task))
-    if task.instance.budget.nnz is None or elements > limits.largest_tile:
+    patterns = _has_patterns_alone(task)
+    elements = max(limits.usual_tile(patterns=patterns), elements_of_block(task))
+    if task.instance.budget.nnz is None or elements > limits.largest_tile(patterns=patterns):
         return None
-    candidates = min(limits.held // _SCORE_BYTES, task.instance.scope.blocks_per_scope)
-    return TorchOutOfCore(tile_bytes(elements), elements, candidates * _SCORE_BYTES, 3)
+    blocks = task.instance.scope.blocks_per_scope
+    candidates = min(limits.held // _SCORE_BYTES, blocks)
+    passes = 2 if candidates == blocks else 3  # all ranks are kept at once, or a digit is counted before
+    memory = elements * limits.element_bytes(patterns=patterns)
+    held = candidates * _SCORE_BYTES
+    return TorchOutOfCore(memory, elements, held, passes, on_device=tile_bytes(elements))
 
 
-def _largest_block(task: Task) -> int:
+def _has_patterns_alone(task: Task) -> bool:
+    """Whether the host makes no numbers of elements: these rank as they are, and nothing lies beside them."""
+    plain = task.ranks_patterns and task.codes is None and not task.inputs
+    return plain and task.instance.score.nonfinite == "error"
+
+
+def elements_of_block(task: Task) -> int:
+    """How many elements the largest block has, which any strategy of the torch engine holds together."""
     return max(member.block.numel_per_block for member, _ in members_of(task.instance.scope))
 
 
@@ -364,13 +385,21 @@ def _rebuild(task: Task, tensors: Mapping[str, StoredTensor], limits: Limits) ->
     seconds = sum(one.stored.numel for one in moments)
     each = (_SOLVER_BYTES * dense + tile_bytes(numel) + _MOMENT_BYTES * seconds) // max(1, stacks)
     _refuse_unseen(task, alone=stacks > 1)
+    on_device = 0
+    if limits.device is not None:
+        on_device, each = each, each // _READ_SHARE
+        if on_device > limits.device:
+            raise SparsepruneError(
+                f"[{task.rule}] {task.instance.label}: its matrices and their second moments take "
+                f"{on_device} bytes of the device, of which about {limits.device} are free; say --device cpu"
+            )
     if each > limits.memory:
         needed = INTERPRETER + TORCH + limits.resident + each
         raise SparsepruneError(
             f"[{task.rule}] {task.instance.label}: its matrices and their second moments must be in memory "
             f"together to be reconstructed; --memory must be at least {needed} bytes"
         )
-    return Rebuild(each, numel // max(1, stacks), stacked=stacks > 1)
+    return Rebuild(each, numel // max(1, stacks), on_device=on_device, stacked=stacks > 1)
 
 
 def _refuse_unseen(task: Task, *, alone: bool) -> None:

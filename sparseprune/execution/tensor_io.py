@@ -20,9 +20,11 @@ from sparseprune.checkpoint.decoding import decoded, zero_patterns
 from sparseprune.engine.dtypes import DTYPES
 from sparseprune.engine.kernels.counting import Tally, tally
 from sparseprune.engine.kernels.formats import values_of
+from sparseprune.execution.devices import Lanes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from contextlib import AbstractContextManager
 
     from numpy.typing import NDArray
 
@@ -66,9 +68,10 @@ class Loaded(Struct, frozen=True):
 class TensorIO:
     """Reads from the input by `reader`, writes to `output`, if there is one; used from any thread.
 
-    `tensors` are those of the input by name. The torch engine works on `device`. Work that takes long reports
-    bytes by `passed`, with what they are of, and calls `check` between its steps, which raises GivenUpError
-    where the run ends. `vectors` keeps small inputs that many chunks of one job need.
+    `tensors` are those of the input by name. The torch engine works on `device`; `lanes` bound how much of it
+    does so at one time. Work that takes long reports bytes by `passed`, with what they are of, and calls
+    `check` between its steps, which raises GivenUpError where the run ends. `vectors` keeps small inputs that
+    many chunks of one job need.
     """
 
     reader: Source
@@ -79,10 +82,15 @@ class TensorIO:
     check: Callable[[], None] = lambda: None
     vectors: dict[str, NDArray[np.float64]] = field(default_factory=dict)
     buffers: threading.local = field(default_factory=threading.local)
+    lanes: Lanes = field(default_factory=Lanes)
 
     def of_job(self) -> Self:
         """The same, with room for what the chunks of another job share."""
         return dataclasses.replace(self, vectors={})
+
+    def lane(self, nbytes: int) -> AbstractContextManager[None]:
+        """What is done meanwhile takes up to so many bytes of the device, on a stream of its own."""
+        return self.lanes.lane(self.device, nbytes)
 
     def itemsize(self, leaf: BoundBlock) -> int:
         """Bytes of an element of the tensor that a leaf looks at."""

@@ -9,28 +9,30 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import threading
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice, pairwise
+from operator import mul
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from msgspec import Struct
+from msgspec.structs import replace
 
 from sparseprune.engine import BlockCoupling, BlockSpec, ScopeCoupling, ScopeSpec
 from sparseprune.engine.block import zero_pruned
 from sparseprune.engine.dtypes import DTYPES, torch_dtype
 from sparseprune.engine.grids import inverse_order, permute, prod
 from sparseprune.engine.kernels.counting import DIGIT_BITS
+from sparseprune.execution.devices import buffers_for, downloaded, in_smaller_parts, uploaded
 from sparseprune.execution.passes import Chunk, Decision, Outcome, Pass, finish
-from sparseprune.execution.ranking import Elements, Ranking, numbers_in, refuse_nonfinite
+from sparseprune.execution.ranking import Elements, Ranking, refuse_nonfinite
 from sparseprune.execution.regions import (
     Part,
     alone,
     block_part,
     cells,
+    cut,
     members_of,
     regions_at,
     regions_of,
@@ -46,38 +48,72 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sparseprune.engine import SparseBlock, SparseScope, View
+    from sparseprune.engine.kernels.counting import Tally
     from sparseprune.execution.plan import Task
     from sparseprune.execution.regions import AnyBlock, AnyScope
     from sparseprune.execution.strategy import TorchInMemory, TorchOutOfCore
-    from sparseprune.execution.tensor_io import Loaded, TensorIO
+    from sparseprune.execution.tensor_io import Loaded, Mask, TensorIO
     from sparseprune.spec.bound import Soft
 
     Keys = NDArray[np.uint64]
 
-_STREAMS = threading.local()
+
+class Read(Struct, frozen=True):
+    """The elements of some blocks of a task as they were read, leaf by leaf, and counts of them, in memory.
+
+    Leaves have the order of the engine's blocks.
+    """
+
+    rule: str
+    loaded: Mapping[BoundBlock, Loaded]
+    before: Mapping[BoundBlock, Tally]
+
+    def store(self, masks: Mapping[BoundBlock, Mask], io: TensorIO) -> list[Outcome]:
+        """Write the elements, changed by now, and their masks as they lie in the storage."""
+        outcomes = []
+        for leaf, one in self.loaded.items():
+            io.store(one, masks[leaf])
+            after = io.tally(one)
+            outcomes.append(finish(self.rule, one.stored, self.before[leaf], after, masks[leaf]))
+        return outcomes
+
+
+def read_parts(
+    task: Task, parts: Sequence[tuple[AnyBlock, Part]], io: TensorIO, *, counts: bool = True
+) -> Read:
+    """Read blocks of each member of a scope; `counts` says whether they will be stored."""
+    allocate = buffers_for(io.device)
+    regions = [region for block, part in parts for region in regions_of(block, part).values()]
+    loaded = {region.leaf: io.load(region, allocate=allocate) for region in regions}
+    before = {leaf: io.tally(one) for leaf, one in loaded.items()} if counts else {}
+    return Read(task.rule, loaded, before)
 
 
 class Tile:
-    """Blocks of a task in memory, and as the torch engine sees them: decided, shrunk, stored.
+    """Blocks of a task on the device, and as the torch engine sees them: decided, shrunk, brought back.
 
     `parts` has the blocks of each member of `scope`. Mappings have leaves in the order of the engine's
     blocks; on the CPU `views` share the memory of `loaded`.
     """
 
     def __init__(
-        self, task: Task, scope: AnyScope, parts: Sequence[tuple[AnyBlock, Part]], io: TensorIO
+        self,
+        task: Task,
+        scope: AnyScope,
+        parts: Sequence[tuple[AnyBlock, Part]],
+        io: TensorIO,
+        read: Read | None = None,
     ) -> None:
         self.task = task
         self.parts = parts
         self.ranking = Ranking(task, io)
         self._io = io
-        allocate = _pinned if io.device != "cpu" else None
-        regions = [region for block, part in parts for region in regions_of(block, part).values()]
-        self.loaded = {region.leaf: io.load(region, allocate=allocate) for region in regions}
+        self._read = read or read_parts(task, parts, io)
+        self.loaded = self._read.loaded
         self._flat = {leaf: _on_device(one, io.device) for leaf, one in self.loaded.items()}
         self.views = {leaf: _as_view(self._flat[leaf], one) for leaf, one in self.loaded.items()}
-        self._before = {leaf: io.tally(one) for leaf, one in self.loaded.items()}
-        self.engine = build_scope(scope, self.views)
+        # Whatever ranks blocks is looked at here, on the host, before the engine gets it.
+        self.engine = build_scope(scope, self.views).trusting()
 
     def leaves(self) -> Iterator[tuple[BlockSpec, Loaded]]:
         """The blocks of the engine, and what was loaded of each."""
@@ -103,7 +139,7 @@ class Tile:
         if self.ranking.prunes_nonfinite:
             return None, self._rescued_scores()
         grids = [self.ranking.block_scores(block, part) for block, part in self.parts]
-        ready = [torch.from_numpy(grid) for grid in grids if grid is not None]
+        ready = [uploaded(grid, self._io.device) for grid in grids if grid is not None]
         if ready:
             return None, self.engine.gather(ready)
         values = self.element_values()
@@ -130,22 +166,24 @@ class Tile:
         self.engine.soft_threshold(limits, diagonals or None, soft.scale, soft.max_iter, soft.atol, soft.eps)
         return self.engine.get_masks(0, block_mask=self.engine.block_norms() > 0)
 
+    def fetched(self, masks: Mapping[BlockSpec, Tensor]) -> dict[BoundBlock, Mask]:
+        """Masks (bool, as the leaves see them) as they lie in the storage; `loaded` gets the elements.
+
+        What was put on the device's stream before is waited for here, and nowhere else.
+        """
+        laid = []
+        for spec, one in self.leaves():
+            mask = torch.ones(one.flat.size, dtype=torch.uint8, device=self._io.device)
+            _as_view(mask, one).copy_(masks[spec])
+            laid.append(mask)
+        flats = [self._flat[leaf].view(torch.uint8) for leaf in self.loaded]
+        into = {len(laid) + place: one.flat.view(np.uint8) for place, one in enumerate(self.loaded.values())}
+        found = downloaded([*laid, *flats], self._io.device, into)
+        return dict(zip(self.loaded, found, strict=False))
+
     def store(self, masks: Mapping[BlockSpec, Tensor]) -> list[Outcome]:
         """Write the elements and their masks (bool, as the leaves see them); gives the outcomes."""
-        outcomes, device = [], self._io.device
-        for spec, one in self.leaves():
-            leaf = one.region.leaf
-            mask = torch.ones(one.flat.size, dtype=torch.uint8, device=device)
-            _as_view(mask, one).copy_(masks[spec])
-            if device != "cpu":
-                target = torch.from_numpy(_signed(one.flat))
-                target.copy_(self._flat[leaf].view(target.dtype), non_blocking=True)
-                torch.cuda.current_stream(device).synchronize()
-            kept = mask.cpu().numpy()
-            self._io.store(one, kept)
-            after = self._io.tally(one)
-            outcomes.append(finish(self.task.rule, one.stored, self._before[leaf], after, kept))
-        return outcomes
+        return self._read.store(self.fetched(masks), self._io)
 
     def _rescued_scores(self) -> Tensor:
         """The norms of blocks by scope; -1, below all others, where something in a block is not finite."""
@@ -156,7 +194,7 @@ class Tile:
             wrong = elements.without_rank() | weights.without_rank()
             finite = Elements(np.where(wrong, elements.bits.dtype.type(0), elements.bits), elements.dtype)
             values[spec] = tensor_of(finite, self._io.device)
-            without_rank[spec] = torch.from_numpy(wrong.astype(np.float32)).to(self._io.device)
+            without_rank[spec] = uploaded(wrong.astype(np.float32), self._io.device)
         norms = self.engine.block_norms(values, self.ranking.norm, rms=self.ranking.rms)
         return torch.where(self.engine.block_norms(without_rank, math.inf) > 0, -1.0, norms)
 
@@ -181,19 +219,31 @@ class CutTiles(Pass):
             yield Chunk(cell, nbytes, self.strategy.memory, str(number), files)
 
     def work(self, chunk: Chunk, io: TensorIO) -> list[Outcome]:
+        return in_smaller_parts(lambda cell: self._cut(cell, io), chunk.about, halves)
+
+    def _cut(self, cell: Part, io: TensorIO) -> list[Outcome]:
+        """Files are read and written outside of the lane, so that others use the device meanwhile."""
+        parts = parts_at(self.scope, cell)
+        read = read_parts(self.task, parts, io)
+        with io.lane(self.strategy.on_device):
+            masks = self._decided(Tile(self.task, self.scope, parts, io, read))
+        return read.store(masks, io)
+
+    def _decided(self, tile: Tile) -> dict[BoundBlock, Mask]:
         budget, soft = self.task.instance.budget, self.task.instance.soft
-        with stream_of(io.device):
-            tile = Tile(self.task, self.scope, parts_at(self.scope, chunk.about), io)
-            if soft is None:
-                masks = tile.decide()
-                zero_pruned(masks)
-            else:
-                tile.element_values()
-                limit = budget.threshold or 0.0
-                masks = tile.shrink(
-                    soft, limit if budget.nnz is None else tile.engine.soft_budget(budget.nnz, soft.k_weight)
-                )
-            return tile.store(masks)
+        if soft is None:
+            masks = tile.decide()
+            zero_pruned(masks)
+            return tile.fetched(masks)
+        tile.element_values()
+        limit = budget.threshold or 0.0
+        limits = limit if budget.nnz is None else tile.engine.soft_budget(budget.nnz, soft.k_weight)
+        return tile.fetched(tile.shrink(soft, limits))
+
+
+def halves(part: Part) -> list[Part]:
+    """A part of a grid in two or a few, or itself where it has a single place."""
+    return list(cut(part, range(len(part.extent)), (part.numel + 1) // 2))
 
 
 def parts_at(scope: AnyScope, cell: Part) -> list[tuple[AnyBlock, Part]]:
@@ -203,7 +253,7 @@ def parts_at(scope: AnyScope, cell: Part) -> list[tuple[AnyBlock, Part]]:
 
 def tensor_of(elements: Elements, device: str) -> Tensor:
     """Numbers as a tensor of their dtype and shape."""
-    return torch.from_numpy(_signed(elements.bits)).view(torch_dtype(elements.dtype)).to(device)
+    return uploaded(_signed(elements.bits), device).view(torch_dtype(elements.dtype))
 
 
 def build_scope(bound: AnyScope, tensors: Mapping[BoundBlock, Tensor | View]) -> SparseScope:
@@ -222,29 +272,10 @@ def _build_scope_spec(bound: BoundScope, tensors: Mapping[BoundBlock, Tensor | V
     return ScopeSpec(block, bound.shape, bound.label)
 
 
-@contextmanager
-def stream_of(device: str) -> Iterator[None]:
-    """What is done on CUDA meanwhile is done on a stream of this thread."""
-    if device == "cpu":
-        yield
-        return
-    stream = getattr(_STREAMS, "stream", None)
-    if stream is None:
-        stream = _STREAMS.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    with torch.cuda.stream(stream):
-        yield
-
-
-def _pinned(numel: int, dtype: np.dtype[np.generic]) -> np.ndarray[tuple[int], np.dtype[np.generic]]:
-    """Memory that the device can copy from and to while the CPU goes on."""
-    signed: Tensor = torch.empty(numel * dtype.itemsize, dtype=torch.uint8, pin_memory=True)
-    return signed.numpy().view(dtype)
-
-
 def _on_device(loaded: Loaded, device: str) -> Tensor:
     # The engine knows no unsigned integers; those are ranked by what they stand for, and 0 is zero.
     dtype = torch_dtype("I8" if loaded.dtype == "U8" else loaded.dtype)
-    return torch.from_numpy(_signed(loaded.flat)).view(dtype).to(device, non_blocking=True)
+    return uploaded(_signed(loaded.flat), device).view(dtype)
 
 
 def _signed(bits: np.ndarray) -> np.ndarray:
@@ -259,6 +290,7 @@ def _as_view(flat: Tensor, loaded: Loaded) -> Tensor:
 
 
 _SIGN = 1 << 63
+_LOWEST = -(1 << 63)
 _CANDIDATE_BYTES = 48
 _GROUPS = 16  # of places whose digits are counted together
 
@@ -274,10 +306,15 @@ class Place(Struct, frozen=True):
     origin: tuple[int, ...]
     before: int
 
-    def countdown(self, blocks: int) -> Keys:
-        """For each block, row-major in the part, how many blocks of the scope come behind it."""
-        number = self.before + numbers_in(self.member.shape, self.part.within(self.origin))
-        return (blocks - 1 - number.reshape(-1)).astype(np.uint64)
+    def countdown(self, blocks: int, device: str) -> Tensor:
+        """For each block, row-major in the part, how many blocks of the scope come behind it: int64."""
+        shape, part = self.member.shape, self.part.within(self.origin)
+        steps = [prod(shape[dim + 1 :]) for dim in range(len(shape))]
+        first = self.before + sum(map(mul, part.begin, steps))
+        number = torch.full((), first, dtype=torch.int64, device=device)
+        for extent, step in zip(part.extent, steps, strict=True):
+            number = number.unsqueeze(-1) + torch.arange(extent, device=device) * step
+        return blocks - 1 - number.reshape(-1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -305,18 +342,18 @@ class _OutOfCore(Pass):
                 yield Place(member, part, whole.begin, before)
             before += member.blocks_per_scope
 
-    def load(self, place: Place, io: TensorIO) -> Tile:
-        """The blocks of a place as one scope."""
-        block = place.member.block
+    def load(self, place: Place, io: TensorIO, read: Read | None = None) -> Tile:
+        """The blocks of a place as one scope; `read` without counts where they are not stored."""
+        block, parts = place.member.block, [(place.member.block, place.part)]
         scope = BoundScope(place.member.label, block, place.part.extent)
-        return Tile(self.task, scope, [(block, place.part)], io)
+        return Tile(self.task, scope, parts, io, read or read_parts(self.task, parts, io, counts=False))
 
-    def keys(self, tile: Tile, io: TensorIO) -> Keys:
-        """Unsigned integers (blocks), row-major in the part, ordered as the blocks are ranked."""
+    def keys(self, tile: Tile, io: TensorIO) -> Tensor:
+        """Patterns of unsigned integers in the order of the ranks: int64 (blocks), row-major in the part."""
         width = self.width(io)
         keys = tile.engine.keys(*tile.ranked(), as_norms=width is None)
-        signed = keys.reshape(-1).to(torch.int64).cpu().numpy()
-        return signed.view(np.uint64) + np.uint64(1 << (width or 64) - 1)
+        wide = keys.reshape(-1).to(torch.int64)
+        return wide ^ _LOWEST if width in {None, 64} else wide + (1 << (width or 64) - 1)
 
     def width(self, io: TensorIO) -> int | None:
         """Bits of the keys where single elements of one dtype compete by their patterns; None for norms."""
@@ -357,23 +394,37 @@ class SearchRank(_OutOfCore):
                 yield Chunk((begin, end), memory=self.strategy.memory)
 
     def work(self, chunk: Chunk, io: TensorIO) -> Any:  # noqa: ANN401
+        """Places are counted on the device one after the other; the host waits for the sum of them.
+
+        Where ranks are collected it has to know how many there are of each place.
+        """
         part, shift = self._levels(io)[self.level]
-        counts = np.zeros(1 << DIGIT_BITS, dtype=np.int64)
-        found: list[tuple[Keys, Keys]] = []
-        for place in islice(self.places(len(self.decisions)), *chunk.about):
-            with stream_of(io.device):
+        counts = torch.zeros(1 << DIGIT_BITS, dtype=torch.int64, device=io.device)
+        found: list[tuple[Tensor, Tensor]] = []
+        with io.lane(self.strategy.on_device):
+            for place in islice(self.places(len(self.decisions)), *chunk.about):
                 tile = self.load(place, io)
-                numbers = self.keys(tile, io), place.countdown(self.blocks)
-            if self.collect:
-                alike = _alike(numbers, self.prefix, part, shift)
-                found.append((numbers[0][alike], numbers[1][alike]))
-            else:
-                alike = _alike(numbers, self.prefix, part, shift + DIGIT_BITS)
-                digits = (numbers[part][alike] >> np.uint64(shift)) & np.uint64(len(counts) - 1)
-                counts += np.bincount(digits.astype(np.int64), minlength=len(counts))
-            nbytes = sum(one.flat.nbytes for one in tile.loaded.values())
-            io.passed(nbytes, self.task.instance.label)
-        return tuple(map(np.concatenate, zip(*found, strict=True))) if self.collect else counts
+                keys = self.keys(tile, io)
+                ties = place.countdown(self.blocks, io.device) if part or self.collect else keys
+                numbers = keys, ties
+                if not self.collect:
+                    _count(numbers, self.prefix, (part, shift), counts)
+                elif self.kept_at_once:
+                    found.append(numbers)
+                else:
+                    alike = _alike(numbers, self.prefix, part, shift)
+                    found.append((numbers[0][alike], numbers[1][alike]))
+                nbytes = sum(one.flat.nbytes for one in tile.loaded.values())
+                io.passed(nbytes, self.task.instance.label)
+            if not self.collect:
+                return downloaded([counts], io.device)[0]
+            joined = [torch.cat(each) for each in zip(*found, strict=True)]
+            return tuple(one.view(np.uint64) for one in downloaded(joined, io.device))
+
+    @property
+    def kept_at_once(self) -> bool:
+        """Whether there is room for the ranks of all blocks, so that no digit is counted."""
+        return self.blocks * _CANDIDATE_BYTES <= self.strategy.held
 
     def merge(self, partials: list[Any], io: TensorIO) -> Pass | Decision:
         if not self._is_open():
@@ -429,7 +480,7 @@ class SearchRank(_OutOfCore):
         if self.kth is not None:  # as `kth_mid` of the engine
             return Decision(((self.kth + soft.k_weight * norm) / (1 + soft.k_weight)).hex(), passed)
         if soft.k_weight and nnz is not None:
-            return SearchRank(self.task, self.strategy, self.decisions, nnz + 1, kth=norm)
+            return _search(self.task, self.strategy, self.decisions, nnz + 1, kth=norm)
         return Decision(norm.hex(), passed)
 
 
@@ -445,25 +496,37 @@ class CutPlaces(_OutOfCore):
             yield Chunk((number, place), nbytes, self.strategy.memory, str(count), io.files(regions))
 
     def work(self, chunk: Chunk, io: TensorIO) -> list[Outcome]:
-        number, place = chunk.about
-        decision, soft = self.decisions[number], self.task.instance.soft
-        with stream_of(io.device):
-            tile = self.load(place, io)
-            if soft is not None:
-                tile.element_values()
-                return tile.store(tile.shrink(soft, float.fromhex(decision)))
-            kept = torch.from_numpy(self._kept(place, tile, decision, io)).to(io.device)
-            masks = tile.engine.get_masks(0, block_mask=kept.reshape(*tile.engine.grid_shape, -1))
-            zero_pruned(masks)
-            return tile.store(masks)
+        number, whole = chunk.about
 
-    def _kept(self, place: Place, tile: Tile, decision: Sequence[Any], io: TensorIO) -> NDArray[np.bool_]:
+        def smaller(place: Place) -> list[Place]:
+            return [replace(place, part=part) for part in halves(place.part)]
+
+        return in_smaller_parts(lambda place: self._cut(number, place, io), whole, smaller)
+
+    def _cut(self, number: int, place: Place, io: TensorIO) -> list[Outcome]:
+        read = read_parts(self.task, [(place.member.block, place.part)], io)
+        with io.lane(self.strategy.on_device):
+            masks = self._decided(self.decisions[number], place, self.load(place, io, read), io)
+        return read.store(masks, io)
+
+    def _decided(self, decision: Any, place: Place, tile: Tile, io: TensorIO) -> dict[BoundBlock, Mask]:  # noqa: ANN401
+        soft = self.task.instance.soft
+        if soft is not None:
+            tile.element_values()
+            return tile.fetched(tile.shrink(soft, float.fromhex(decision)))
+        kept = self._kept(place, tile, decision, io).reshape(*tile.engine.grid_shape, -1)
+        masks = tile.engine.get_masks(0, block_mask=kept)
+        zero_pruned(masks)
+        return tile.fetched(masks)
+
+    def _kept(self, place: Place, tile: Tile, decision: Sequence[Any], io: TensorIO) -> Tensor:
         if len(decision) < 2:
-            return np.full(place.part.numel, bool(decision))
+            return torch.full((place.part.numel,), bool(decision), device=io.device)
         key, countdown = decision
-        keys = self.keys(tile, io)
-        last = place.countdown(self.blocks) >= np.uint64(countdown)
-        kept: NDArray[np.bool_] = (keys > key) | ((keys == np.uint64(key)) & last)
+        # With the highest bit turned over signed integers have the order of the patterns as unsigned ones.
+        ranks, kth = self.keys(tile, io) ^ _LOWEST, _signed_pattern(key) ^ _LOWEST
+        last = place.countdown(self.blocks, io.device) >= countdown
+        kept: Tensor = (ranks > kth) | ((ranks == kth) & last)
         return kept
 
 
@@ -472,7 +535,15 @@ def out_of_core(task: Task, strategy: TorchOutOfCore, decisions: tuple[Any, ...]
     nnz = task.instance.budget.nnz
     if nnz is None:
         raise TypeError(f"{task.instance.label}: a threshold decides every block alone")
-    return SearchRank(task, strategy, decisions, nnz)
+    return _search(task, strategy, decisions, nnz)
+
+
+def _search(
+    task: Task, strategy: TorchOutOfCore, decisions: tuple[Any, ...], k: int, kth: float | None = None
+) -> SearchRank:
+    """The first pass that looks for the k-th largest rank of a scope."""
+    first = SearchRank(task, strategy, decisions, k, kth=kth)
+    return dataclasses.replace(first, collect=first.kept_at_once)
 
 
 def _is_decision(value: Any, *, soft: bool) -> bool:  # noqa: ANN401
@@ -488,11 +559,28 @@ def _is_decision(value: Any, *, soft: bool) -> bool:  # noqa: ANN401
     return is_rank and all(type(one) is int and 0 <= one < 1 << 64 for one in value)
 
 
-def _alike(numbers: tuple[Keys, Keys], prefix: tuple[int, ...], part: int, shift: int) -> NDArray[np.bool_]:
+def _alike(numbers: tuple[Tensor, Tensor], prefix: tuple[int, ...], part: int, shift: int) -> Tensor:
     """Which ranks agree with a prefix in everything above `shift` of one part, and in the parts before it."""
     if shift >= 64:
-        alike = np.ones(numbers[part].size, dtype=np.bool_)
+        alike = torch.ones_like(numbers[part], dtype=torch.bool)
     else:
-        above = np.uint64(shift)
-        alike = numbers[part] >> above == np.uint64(prefix[part]) >> above
-    return alike if part == 0 else alike & (numbers[0] == np.uint64(prefix[0]))
+        alike = numbers[part] >> shift == _signed_pattern(prefix[part]) >> shift
+    return alike if part == 0 else alike & (numbers[0] == _signed_pattern(prefix[0]))
+
+
+def _count(
+    numbers: tuple[Tensor, Tensor], prefix: tuple[int, ...], digit: tuple[int, int], counts: Tensor
+) -> None:
+    """Add to `counts` the `digit`, a part and its first bit, of the ranks that agree with a prefix above it.
+
+    Integers are added, so that their order does not matter.
+    """
+    part, shift = digit
+    alike = _alike(numbers, prefix, part, shift + DIGIT_BITS)
+    digits = (numbers[part] >> shift) & (len(counts) - 1)
+    counts.scatter_add_(0, digits, alike.to(torch.int64))
+
+
+def _signed_pattern(number: int) -> int:
+    """The signed integer whose 64 bits are those of an unsigned one."""
+    return number - (1 << 64) if number >= _SIGN else number

@@ -212,7 +212,7 @@ WHOLE = """
 version = 1
 [scope.whole]
 tensors = "layers.{layer}.q.weight"
-block = [1, 1]
+block = [-1, 1]
 shape = []
 sparsity = 0.5
 [scope.rows]
@@ -222,18 +222,18 @@ shape = [1, -1]
 sparsity = 0.5
 """
 CPU = (
-    "scope.whole is decided on the CPU: 4,096 elements compete in a scope, more than --memory lets a device "
-    "have at one time (768)"
+    "scope.whole is decided on the CPU: a block has 1,024 elements, more than --memory and the device have "
+    "room for at one time (768)"
 )
 
 
 @pytest.fixture
 def with_cuda(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A checkpoint with a scope that is larger than a device may hold, and a device that is not there."""
-    tensors = {"layers.0.q.weight": torch.randn(64, 64), "layers.0.up.weight": torch.randn(8, 8)}
+    """A checkpoint with a block that is larger than a device may hold, and a device that is not there."""
+    tensors = {"layers.0.q.weight": torch.randn(1024, 4), "layers.0.up.weight": torch.randn(8, 8)}
     save_file(tensors, tmp_path / "m.safetensors")
     narrow(monkeypatch, 512, 16, memory=64 << 10)
-    monkeypatch.setattr("sparseprune.execution.schedule._devices", lambda: 1)
+    monkeypatch.setattr("sparseprune.execution.schedule.count_devices", lambda: 1)
     return tmp_path / "m.safetensors"
 
 
@@ -250,18 +250,18 @@ def test_what_the_cpu_decides_is_not_said_to_be_on_cuda(with_cuda: Path, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("asked", "compiled", "found", "rows"),
+    ("asked", "planned", "found", "rows"),
     [
-        ("cuda:1", False, "cuda:1 and cpu", "cuda:1"),
-        ("cpu", True, "cpu", "cpu"),
-        ("cuda", True, "cpu", "cpu"),
+        ("cuda:1", "cuda:1", "cuda:1 and cpu", "cuda:1"),
+        ("cpu", "cpu", "cpu", "cpu"),
+        ("cuda", "auto", "cpu", "cpu"),
     ],
 )
 def test_the_devices_are_those_of_the_ways_of_working(
-    with_cuda: Path, asked: str, compiled: bool, found: str, rows: str
+    with_cuda: Path, asked: str, planned: str, found: str, rows: str
 ) -> None:
     schedule = make_schedule(
-        make_plan(open_checkpoint(with_cuda), parse_spec(WHOLE)), AMPLE, 2, compiled=compiled
+        make_plan(open_checkpoint(with_cuda), parse_spec(WHOLE)), AMPLE, 2, device=planned
     )
     assert device_text(schedule.groups, asked) == found
     assert devices_of_rules(schedule, asked) == {"scope.whole": "cpu", "scope.rows": rows}

@@ -37,6 +37,9 @@ def test_members_of_a_trusting_coupling_trust_too() -> None:
 
 
 def test_a_threshold_that_is_nan_is_refused_as_a_number_and_as_a_tensor() -> None:
-    for threshold in (float("nan"), torch.tensor(float("nan"))):
+    nan, scope = float("nan"), ScopeSpec(BlockSpec(torch.ones(2, 2), ()), (1, -1))
+    for threshold in (nan, torch.tensor(nan), torch.full((2, 1), nan)):
         with pytest.raises(ValueError, match="a threshold is NaN"):
-            coupled(trusting=True).hard_threshold(threshold)
+            scope.hard_threshold(threshold)
+    with pytest.raises(ValueError, match="a threshold is NaN"):
+        scope.trusting().hard_threshold(nan)

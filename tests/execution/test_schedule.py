@@ -347,7 +347,7 @@ def test_without_compiled_loops_what_fits_in_memory_is_left_to_torch(tmp_path: P
     spec, tensors = CASES["2:4"]
     save_file(tensors(torch.bfloat16), tmp_path / "model.safetensors")
     plan = make_plan(open_checkpoint(tmp_path / "model.safetensors"), parse_spec(spec))
-    compiled, left = (make_schedule(plan, AMPLE, 2, compiled=flag) for flag in (True, False))
+    compiled, left = (make_schedule(plan, AMPLE, 2, device=device) for device in ("cpu", "cuda"))
     assert {type(group.strategy) for group in compiled.groups} == {Contiguous}
     assert not any(isinstance(group.strategy, Contiguous) for group in left.groups)
 

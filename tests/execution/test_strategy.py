@@ -118,7 +118,7 @@ def test_every_task_has_a_way_within_the_limits_or_is_told_what_it_needs(one: As
     try:
         strategy = one.choose(limits)
     except SparsepruneError:
-        assert leaf.numel_per_block > limits.largest_tile
+        assert leaf.numel_per_block > limits.largest_tile()
         with pytest.raises(
             SparsepruneError, match=r"a block has \d+ elements.*; --memory must be .*\d bytes"
         ):
@@ -135,7 +135,7 @@ def test_a_way_is_only_chosen_for_what_it_can_do(one: Asked, compiled: bool) -> 
     try:
         strategy = one.choose(ROOM, compiled=compiled)
     except SparsepruneError:
-        assert leaf.numel_per_block > ROOM.largest_tile
+        assert leaf.numel_per_block > ROOM.largest_tile()
         return
     if instance.soft is not None:
         assert needs_torch(strategy)
@@ -149,10 +149,10 @@ def test_a_way_is_only_chosen_for_what_it_can_do(one: Asked, compiled: bool) -> 
         assert instance.budget.nnz is not None
     if isinstance(strategy, TorchInMemory):
         whole = instance.scope if instance.budget.nnz is not None else alone(instance.scope)
-        assert numel_per_scope(whole) <= strategy.elements <= ROOM.largest_tile
+        assert numel_per_scope(whole) <= strategy.elements <= ROOM.largest_tile()
     if isinstance(strategy, TorchOutOfCore):
         assert instance.budget.nnz is not None
-        assert leaf.numel_per_block <= strategy.elements <= ROOM.largest_tile
+        assert leaf.numel_per_block <= strategy.elements <= ROOM.largest_tile()
 
 
 HUGE = (1 << 15, 1 << 14)

@@ -147,17 +147,21 @@ def test_each_structure_is_worked_by_the_way_that_was_made_for_it(
         ("2:4", "TorchInMemory"),
         ("whole rows", "TorchInMemory"),
         ("channels", "TorchInMemory"),
-        ("over all tensors", "RadixSelect"),
+        ("over all tensors", "TorchOutOfCore"),
+        ("rows over all tensors", "TorchOutOfCore"),
+        ("a threshold over all", "TorchInMemory"),
+        ("columns as blocks of a wide matrix", "BlockNorms"),
     ],
 )
-def test_a_device_gets_the_scopes_that_fit_in_memory(
+def test_a_device_gets_the_blocks_that_fit_in_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, way: str
 ) -> None:
-    spec, tensors = CASES[name]
-    prepare(tmp_path, spec, tensors(torch.bfloat16))
+    spec, tensors = CASES.get(name, CASES["columns as blocks"])
+    prepare(tmp_path, spec, tensors(torch.bfloat16) if name in CASES else {"w.weight": torch.ones(2048, 2)})
+    spec = spec if name in CASES else spec.replace("nnz = 9", "nnz = 1")
     narrow(monkeypatch, 64, 16, memory=64 << 10)
     plan = make_plan(open_checkpoint(tmp_path / "in"), parse_spec(spec))
-    schedule = make_schedule(plan, AMPLE, 2, compiled=False)
+    schedule = make_schedule(plan, AMPLE, 2, device="cuda")
     assert {type(group.strategy).__name__ for group in schedule.groups} == {way}
 
 
