@@ -20,16 +20,22 @@ from sparseprune.checkpoint import StagedOutput, open_checkpoint
 from sparseprune.checkpoint.file_io import checkpoint_identity, refuse_changed
 from sparseprune.checkpoint.folding import refuse_split
 from sparseprune.checkpoint.publish import free_bytes
-from sparseprune.checkpoint.statistics import lay_out_statistics
+from sparseprune.checkpoint.statistics import ROUTING, lay_out_statistics
 from sparseprune.errors import SparsepruneError
-from sparseprune.results.measuring import CollectedStatistics, Statistics, WithoutStatistics
+from sparseprune.results.measuring import (
+    CollectedGradients,
+    CollectedStatistics,
+    RoutedExperts,
+    Statistics,
+    WithoutStatistics,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from contextlib import AbstractContextManager
 
     from sparseprune.api.run import Run
-    from sparseprune.calibration import Calibration, LoadedModel, Sequences
+    from sparseprune.calibration import Calibration, Counted, LoadedModel, Sequences
     from sparseprune.checkpoint import Checkpoint, Collected, StatisticsKind
 
 _CHARACTERS = 64  # of text that are read for each token that is asked for: some to choose from
@@ -53,6 +59,7 @@ class Collecting(Struct, frozen=True):
     device: str
     memory: int
     special: bool = True
+    gradients: bool = False
     force: bool = False
     scratch: Path | None = None
 
@@ -61,6 +68,10 @@ def calibrate(run: Run, asked: Collecting) -> Statistics:
     """Read, plan, run the text through the model, and give the statistics their name."""
     from sparseprune.calibration import Chat, read_documents
 
+    if asked.gradients and asked.kind == "norm":
+        raise SparsepruneError(
+            "--gradients and --stats norm contradict each other: who reads gradients needs all second moments"
+        )
     checkpoint = open_checkpoint(asked.checkpoint)
     refuse_split(checkpoint)
     source = checkpoint.path.absolute()
@@ -71,7 +82,7 @@ def calibrate(run: Run, asked: Collecting) -> Statistics:
     documents = read_documents(asked.text, asked.field, most)
     run.note(f"loading the model of {asked.checkpoint}")
     # Not before something is said: this takes seconds.
-    from sparseprune.calibration import load_model, make_sequences, plan_calibration
+    from sparseprune.calibration import Loss, load_model, make_sequences, plan_calibration
     from sparseprune.execution.schedule import resolve_device
 
     device = resolve_device(asked.device, uses_torch=True)
@@ -84,6 +95,11 @@ def calibrate(run: Run, asked: Collecting) -> Statistics:
         loaded = load_model(checkpoint, device, Path(folder))
         if any(isinstance(one, Chat) for one in documents) and not loaded.tokenizer.chat_template:
             run.note('the tokenizer has no chat template: messages are read as "role: content" lines')
+        if asked.gradients and not loaded.is_whole:
+            raise SparsepruneError(
+                f"{checkpoint.path}: the model is larger than the memory of {device}, and the way back of "
+                "--gradients needs all of it at once: calibrate without"
+            )
         run.note("cutting the text into sequences")
         length = asked.length or loaded.length
         if asked.length is not None and loaded.longest is not None and asked.length > loaded.longest:
@@ -92,7 +108,8 @@ def calibrate(run: Run, asked: Collecting) -> Statistics:
         sequences = make_sequences(documents, loaded.tokenizer, *drawn, special=asked.special)
         loaded.refuse_strange(sequences.ids)
         run.note("finding out which matrices meet text")
-        plan = plan_calibration(loaded, sequences, checkpoint, asked.kind, asked.memory)
+        loss = Loss(asked.seed) if asked.gradients else None
+        plan = plan_calibration(loaded, sequences, checkpoint, asked.kind, asked.memory, loss)
         if loaded.others and plan.without:
             others = " and ".join(loaded.others)
             run.note(
@@ -128,7 +145,7 @@ def _identity(
 
     drawn = hashlib.sha256(sequences.ids.numpy().tobytes() + sequences.counted.numpy().tobytes())
     length = sequences.ids.shape[1]
-    options = (asked.sequences, length, asked.seed, asked.special, asked.field, asked.kind)
+    options = (asked.sequences, length, asked.seed, asked.special, asked.field, asked.kind, asked.gradients)
     return {
         "the version": __version__,
         "the versions of torch and transformers": loaded.versions,
@@ -177,9 +194,37 @@ def _collected(
                 weights=dict(one.weights),
             )
             for one in plan.tensors
+            if one.about == "inputs"
         ),
+        gradients=tuple(
+            CollectedGradients(
+                name=one.name,
+                weight=next(iter(one.weights)),
+                outputs=one.features,
+                groups=one.groups,
+                experts=one.experts,
+                tokens=_one_or_all(one, counted[one.name].rows),
+            )
+            for one in plan.tensors
+            if one.about == "gradients"
+        ),
+        experts=tuple(_routed(one, counted[one.name]) for one in plan.tensors if one.about == "routing"),
         missing=tuple(loaded.missing),
         without=tuple(WithoutStatistics(name=name, why=why) for name, why in plan.without),
+        without_gradients=tuple(
+            WithoutStatistics(name=name, why=why) for name, why in plan.without_gradients
+        ),
+    )
+
+
+def _routed(one: Collected, counted: Counted) -> RoutedExperts:
+    sums = dict(zip(ROUTING, zip(*counted.values, strict=True), strict=True))
+    return RoutedExperts(
+        name=one.name,
+        weight=next(iter(one.weights)),
+        tokens=tuple(map(int, sums["tokens"])),
+        gate=sums["gate"],
+        gated_norm=sums["gated_norm"],
     )
 
 

@@ -261,6 +261,13 @@ Special = Annotated[
     bool,
     Option("--special/--no-special", "Whether [CLS], BOS and the like count; in use a model meets them too."),
 ]
+Gradients = Annotated[
+    bool,
+    Option(
+        "--gradients",
+        "Also second moments of the loss gradients at the outputs, for rebuilding in the loss metric.",
+    ),
+]
 MomentMemory = Annotated[
     int | str | None,
     Option(

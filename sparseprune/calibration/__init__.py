@@ -10,27 +10,24 @@ from typing import TYPE_CHECKING
 from sparseprune import on_first_use
 
 if TYPE_CHECKING:
-    from sparseprune.calibration.collecting import (
-        Calibration,
-        Counted,
-        already_run,
-        calibrate,
-        passes_digest,
-        plan_calibration,
-    )
+    from sparseprune.calibration.collecting import Counted, already_run, calibrate
+    from sparseprune.calibration.gradients import Loss
     from sparseprune.calibration.loading import LoadedModel, load_model
+    from sparseprune.calibration.planning import Calibration, passes_digest, plan_calibration
     from sparseprune.calibration.text import Chat, Sequences, make_sequences, read_documents
     from sparseprune.calibration.training import KeptMasks, keep_masked, parameter_masks
 
-__all__ = ["Calibration", "Chat", "Counted", "KeptMasks", "LoadedModel", "Sequences", "already_run"]
+__all__ = ["Calibration", "Chat", "Counted", "KeptMasks", "LoadedModel", "Loss", "Sequences", "already_run"]
 __all__ += ["calibrate", "keep_masked", "load_model", "make_sequences", "parameter_masks", "passes_digest"]
 __all__ += ["plan_calibration", "read_documents"]
 
 __getattr__, __dir__ = on_first_use(
     __name__,
     {
-        "collecting": "Calibration Counted already_run calibrate passes_digest plan_calibration",
+        "collecting": "Counted already_run calibrate",
+        "gradients": "Loss",
         "loading": "LoadedModel load_model",
+        "planning": "Calibration passes_digest plan_calibration",
         "text": "Chat Sequences make_sequences read_documents",
         "training": "KeptMasks keep_masked parameter_masks",
     },

@@ -26,7 +26,7 @@ from sparseprune.checkpoint.documents import shown
 from sparseprune.errors import CheckpointError, SparsepruneError, is_out_of_memory
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
     from torch import Tensor
@@ -80,8 +80,25 @@ class LoadedModel:
             return f"{self.device} {torch.cuda.get_device_name(self.device)}"
         return f"{self.device} {torch.backends.cpu.get_cpu_capability()} {torch.get_num_threads()}"
 
-    def run(self, ids: Tensor) -> None:
-        """One forward pass over (sequences, length); the outputs are not used.
+    @property
+    def vocabulary(self) -> int | None:
+        """Of how many words the model gives logits, None if it has no head for them."""
+        owner = getattr(_of_text(self.model), "__self__", self.model)
+        try:
+            head = owner.get_output_embeddings()
+        except (AttributeError, NotImplementedError):
+            return None
+        weight = getattr(head, "weight", None)
+        return None if weight is None else int(weight.shape[0])
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all of it is on its device, and no part is loaded when it runs."""
+        places = getattr(self.model, "hf_device_map", {}).values()
+        return all(str(place) not in {"cpu", "disk"} or str(place) == self.device.type for place in places)
+
+    def run(self, ids: Tensor, back: Callable[[Any], None] | None = None) -> None:
+        """One forward pass over (sequences, length); `back` gets the outputs, for a pass back.
 
         Raises:
             SparsepruneError: the model does not take this many tokens.
@@ -97,15 +114,18 @@ class LoadedModel:
             "decoder_input_ids": given if self.model.config.is_encoder_decoder else None,
         }
         try:
-            with torch.no_grad():
-                forward(**{key: offered[key] for key in words if offered.get(key) is not None})
+            with torch.set_grad_enabled(back is not None):
+                made = forward(**{key: offered[key] for key in words if offered.get(key) is not None})
+                if back is not None:
+                    back(made)
         except (EnoughError, SparsepruneError):
             raise
         except Exception as error:
             if is_out_of_memory(error):
                 raise
+            there = "run" if back is None else "run, and differentiated,"
             raise SparsepruneError(
-                f"the model cannot be run over {ids.shape[1]} tokens of text alone: {_first_line(error)}"
+                f"the model cannot be {there} over {ids.shape[1]} tokens of text alone: {_first_line(error)}"
             ) from error
 
     def refuse_strange(self, ids: Tensor) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from msgspec import Struct
 
-from sparseprune.calibration.watching import as_saved
+from sparseprune.calibration.stored import as_saved
 from sparseprune.checkpoint import load_masks
 from sparseprune.errors import ShapeMismatchError, SparsityError
 

@@ -1,28 +1,22 @@
-"""Watching a model: its matrix products with parameters, and the tensors that store these parameters.
+"""Watching a model: its matrix products with parameters, their gradients, the gates of its experts.
 
-Owns what is seen of torch's dispatch, and names on disk. Knows no sums. Called by collecting.
+Owns what is seen of torch's dispatch. Knows no sums. Called by planning and collecting.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
-from itertools import count
-from typing import TYPE_CHECKING, Any
+from collections import defaultdict
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from msgspec import Struct
 from msgspec.structs import replace
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparseprune.spec.naming import MEMBER
-
 if TYPE_CHECKING:
-    import re
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Mapping
 
     from torch import Tensor
-
-    from sparseprune.checkpoint import Checkpoint
 
 
 _ATEN = torch.ops.aten
@@ -35,25 +29,60 @@ _PRODUCTS: Mapping[Any, tuple[int, int, bool]] = {
     _ATEN.baddbmm: (1, 2, False),
     _ATEN.linear: (0, 1, True),
 }
-_REMEMBERED = 8  # inputs that are kept alive, to recognize later products with the same input
 
 
 class Product(Struct, frozen=True, eq=False):
     """Inputs (rows, features) of a product with a parameter, (matrices, rows, features) with a whole stack.
 
     `matrix` is the number of a matrix in a stack, None for all matrices or without a stack; `input_dim` is
-    the dimension of the parameter along which inputs lie; `counted` says which rows are tokens that count,
-    None for all; `routed` whether a router chose the rows for this matrix. `below` counts the matrices that
-    lie one below another in a parameter of two dimensions; else it is 0.
+    the dimension of the parameter along which inputs lie; `outputs` counts the outputs of a row; `counted`
+    says which rows are tokens that count, None for all; `routed` whether a router chose the rows for this
+    matrix. `below` counts the matrices that lie one below another in a parameter of two dimensions; else it
+    is 0.
     """
 
     parameter: str
     matrix: int | None
     input_dim: int
     inputs: Tensor
+    outputs: int
     counted: Tensor | None
     routed: bool
     below: int = 0
+
+    @property
+    def rows(self) -> int:
+        """How many rows its inputs have, those that do not count too."""
+        return int(self.inputs.shape[-2])
+
+    def chosen(self, matrix: int) -> Tensor | None:
+        """Which rows are tokens that count and met this matrix, None for all."""
+        if self.inputs.ndim < 3:
+            return None if self.counted is None else self.counted.to(self.inputs.device)
+        # Every token reaches every matrix of the stack, as zeros unless it was routed there.
+        met = self.inputs[matrix].any(-1)
+        return met if self.counted is None else met & self.counted.to(met.device)
+
+
+class Watching(Protocol):
+    """Who is told what a `Watch` sees."""
+
+    def product(self, product: Product) -> None:
+        """A product, before it is computed."""
+
+    def gradients(self, product: Product, chosen: Mapping[int, Tensor | None], rows: Tensor) -> None:
+        """The gradients at all rows of the outputs of a product; `chosen` as of the product, by matrix."""
+
+    def gated(self, product: Product, matrix: int, gates: Tensor, norms: Tensor) -> None:
+        """Of the rows that count of an expert's last product: gates, and gates times norms of outputs."""
+
+
+class _Open(Struct, frozen=True, eq=False):
+    """A product whose gradients may come: what has to be known of it then, without its inputs."""
+
+    product: Product
+    chosen: Mapping[int, Tensor | None]
+    stride: int  # of the outputs in the weight
 
 
 class EnoughError(Exception):
@@ -61,14 +90,21 @@ class EnoughError(Exception):
 
 
 class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """While it is entered, calls `seen` with each product with a parameter, before it is computed.
+    """While it is entered, tells of each product with a parameter, its gradients, and gates of experts.
 
-    Call `begin` before each forward pass.
+    Call `begin` before each forward pass, `turn` before the backward pass that may follow.
+
+    A backward pass multiplies the gradients at the outputs with the same weight along its other dimension:
+    by this they are recognized. They belong to the last forward product with this weight and as many rows
+    whose gradients did not come yet; which rows count depends on nothing else.
     """
 
-    def __init__(self, model: torch.nn.Module, seen: Callable[[Product], None]) -> None:
+    def __init__(self, model: torch.nn.Module, watching: Watching) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._seen = seen
+        self._watching = watching
+        self._gates = _Gates(watching)
+        self._open: defaultdict[tuple[int, int], list[_Open]] | None = None
+        self._backward = False
         # transformers may load parts of one tensor as parameters that share its storage.
         self._known: defaultdict[int, list[tuple[str, Tensor]]] = defaultdict(list)
         for name, parameter in model.named_parameters():
@@ -93,8 +129,14 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for hook in self._hooks:
             hook.remove()
 
-    def begin(self, counted: Tensor) -> None:
-        """Begin a forward pass; `counted` says which tokens count, (sequences, length)."""
+    def begin(self, counted: Tensor, *, gradients: bool = False) -> None:
+        """Begin a forward pass; `counted` says which tokens count, (sequences, length).
+
+        With `gradients` a backward pass follows.
+        """
+        self._open = defaultdict(list) if gradients else None
+        self._backward = False
+        self._gates.forget()
         padding = -counted.shape[1] % self._window
         padded = torch.nn.functional.pad(counted, (0, padding))  # by the model: none of these counts
         self.counted = counted.reshape(-1)
@@ -104,44 +146,87 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._gathered = None
         self._running.clear()
 
+    def turn(self) -> None:
+        """What follows is the backward pass."""
+        self._backward = True
+        self._gates.forget()
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         packet = func.overloadpacket
         place = _PRODUCTS.get(packet)
+        if self._backward:
+            if place is not None:
+                self._gradient(args[place[0]], args[place[1]])
+            return func(*args, **(kwargs or {}))
+        product = None
         if place is not None:
-            self._product(args[place[0]], args[place[1]], outer=place[2])
+            product = self._product(args[place[0]], args[place[1]], outer=place[2])
         elif packet is _ATEN.index and self._has_all_rows(args[0]) and args[1][0] is not None:
             index = args[1][0]
             self._gather(index.nonzero().reshape(-1) if index.dtype == torch.bool else index)
         elif packet is _ATEN.index_select and args[1] == 0 and self._has_all_rows(args[0]):
             self._gather(args[2])
-        return func(*args, **(kwargs or {}))
+        self._gates.before(packet, args)
+        made = func(*args, **(kwargs or {}))
+        self._gates.after(packet, args, made, product, self._running[-1][0] if self._running else None)
+        return made
 
-    def _product(self, inputs: Tensor, weight: Tensor, *, outer: bool) -> None:
+    def _product(self, inputs: Tensor, weight: Tensor, *, outer: bool) -> Product | None:
         found = self._parameter(weight)
         if found is None or not inputs.numel():
-            return
+            return None
         name, parameter = found
+        inputs, weight = _flat(inputs, weight)
         contracted = weight.ndim - 1 if outer else weight.ndim - 2
         features = weight.shape[contracted]
         rows = inputs if weight.ndim == 3 else inputs.reshape(-1, features)
         gathered = self._gathered is not None and self._gathered.numel() == rows.shape[-2]
         counted = self._rows_that_count(rows.shape[-2])
+        outputs = weight.ndim - 2 if outer else weight.ndim - 1
         part = _part_below(parameter, weight, contracted) if gathered else None
         if part is not None:
-            self._seen(Product(name, part.number, part.input_dim, rows, counted, routed=True, below=part.of))
+            dim, matrix, below = part.input_dim, part.number, part.of
+        else:
+            dims = [
+                dim
+                for dim in range(parameter.ndim - 2, parameter.ndim)
+                if parameter.stride(dim) == weight.stride(contracted) and parameter.shape[dim] == features
+            ]
+            if not dims:
+                return None  # a part of its inputs, or not a view of a matrix
+            dim, matrix, below = dims[-1], None, 0
+            if parameter.ndim == 3 and weight.ndim == 2:
+                begin = (weight.data_ptr() - parameter.data_ptr()) // parameter.element_size()
+                matrix = begin // parameter.stride(0)
+        routed = gathered or parameter.ndim == 3
+        product = Product(name, matrix, dim, rows, weight.shape[outputs], counted, routed, below)
+        self._watching.product(product)
+        if self._open is not None:
+            matrices = range(len(rows)) if rows.ndim == 3 else [matrix or 0]
+            self._open[weight.data_ptr(), weight.numel()].append(
+                _Open(
+                    replace(product, inputs=rows.new_empty(()).expand(rows.shape)),
+                    {one: product.chosen(one) for one in matrices},
+                    weight.stride(outputs),
+                )
+            )
+        return product
+
+    def _gradient(self, left: Tensor, right: Tensor) -> None:
+        """A product of a backward pass, of gradients and a weight in either order."""
+        if self._open is None:
             return
-        dims = [
-            dim
-            for dim in range(parameter.ndim - 2, parameter.ndim)
-            if parameter.stride(dim) == weight.stride(contracted) and parameter.shape[dim] == features
-        ]
-        if not dims:
-            return  # a part of its inputs, or not a view of a matrix
-        matrix = None
-        if parameter.ndim == 3 and weight.ndim == 2:
-            begin = (weight.data_ptr() - parameter.data_ptr()) // parameter.element_size()
-            matrix = begin // parameter.stride(0)
-        self._seen(Product(name, matrix, dims[-1], rows, counted, gathered or parameter.ndim == 3))
+        for operand, other, turned in ((right, left, False), (left, right, True)):
+            rows, weight = _flat(other.mT if turned else other, operand)
+            opened = self._open.get((weight.data_ptr(), weight.numel()), [])
+            contracted = weight.ndim - (1 if turned else 2)
+            for place in reversed(range(len(opened))):
+                one = opened[place]
+                fits = (weight.shape[contracted], rows.shape[-2]) == (one.product.outputs, one.product.rows)
+                if fits and (one.product.outputs == 1 or weight.stride(contracted) == one.stride):
+                    del opened[place]
+                    self._watching.gradients(one.product, one.chosen, rows)
+                    return
 
     def _parameter(self, weight: Tensor) -> tuple[str, Tensor] | None:
         """The parameter of which an operand is a view, and its name."""
@@ -181,6 +266,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _leave_module(self, module: torch.nn.Module, inputs: Any, outputs: Any) -> None:  # noqa: ARG002
         if self._running and self._running[-1][0] is module:
             self._running.pop()
+        self._gates.left(module)
         if module is self._gatherer:
             self._gathered = self._gatherer = None
 
@@ -223,256 +309,109 @@ def _holds(parameter: Tensor, weight: Tensor) -> bool:
     return 0 <= place <= sum((size - 1) * stride for size, stride in sizes)
 
 
-class SharedInputs:
-    """The parameters that have the same inputs in every product of a forward pass.
+def _flat(rows: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The operands of a product with one matrix for all, which torch may write as many equal ones."""
+    if weight.ndim < 3 or weight.stride(0):
+        return rows, weight
+    return rows.reshape(-1, rows.shape[-1]), weight[0]
 
-    By parameter: `groups` has the first parameter with the same inputs, `input_dims` the dimension along
-    which inputs lie, `first` and `last` the numbers of its first and last product, `below` the matrices that
-    lie one below another in it.
+
+class _Gates:
+    """Finds the products of experts whose outputs, or inputs, are multiplied with a gate for each row.
+
+    What gates are is not told by names: they have one number for each row of what they multiply. Gates of
+    inputs are in the outputs already, whose norm then counts as it is.
     """
 
-    def __init__(self) -> None:
-        self.input_dims: dict[str, int] = {}
-        self.first: dict[str, int] = {}
-        self.last: dict[str, int] = {}
-        self.below: dict[str, int] = {}
-        self._met: dict[str, list[int]] = {}
-        self._previous = ("", 0)
-        self._recent: deque[tuple[tuple[Any, ...], Tensor, int]] = deque(maxlen=_REMEMBERED)
-        self._products = 0
+    def __init__(self, watching: Watching) -> None:
+        self._watching = watching
+        self.forget()
 
-    def __call__(self, product: Product) -> None:
-        """Note a product."""
-        self._products += 1
-        name, inputs = product.parameter, product.inputs
-        key = (inputs.data_ptr(), tuple(inputs.shape), inputs.stride(), inputs._version)  # noqa: SLF001
-        # The number of an input is that of the first product with it.
-        number = next((first for same, _, first in self._recent if same == key), self._products)
-        if self._previous != (name, number):  # parts of one parameter have one input, which counts once
-            self._met.setdefault(name, []).append(number)
-        self._previous = (name, number)
-        self.input_dims.setdefault(name, product.input_dim)
-        self.first.setdefault(name, self._products)
-        self.last[name] = self._products
-        if product.below:
-            self.below[name] = product.below
-        self._recent.append((key, inputs, number))
+    def forget(self) -> None:
+        """Nothing of a pass is kept."""
+        self._last: tuple[Product, Tensor] | None = None  # of one expert, with what came of it
+        self._scaled: tuple[Tensor, Tensor] | None = None  # rows that were multiplied with gates, these
+        self._stack: tuple[torch.nn.Module | None, Tensor] | None = None  # of all experts: where, gates
+        self._of_stack: tuple[Product, Tensor] | None = None
 
-    @property
-    def groups(self) -> dict[str, str]:
-        """From the products until now."""
-        leaders: dict[tuple[int, ...], str] = {}
-        return {name: leaders.setdefault(tuple(met), name) for name, met in self._met.items()}
+    def before(self, packet: Any, args: Any) -> None:
+        """Tell of the gates of an expert's outputs, which may be multiplied in place."""
+        if packet not in {_ATEN.mul, _ATEN.mul_} or self._last is None:
+            return
+        product, outputs = self._last
+        for one, other in (args, args[::-1]):
+            if _same(one, outputs) and _is_gate(other, outputs):
+                self._last = None
+                matrix = product.matrix or 0
+                chosen = product.chosen(matrix)
+                gates, norms = other.reshape(-1).double(), _norms(one.reshape(outputs.shape))
+                if chosen is not None:
+                    gates, norms = gates[chosen], norms[chosen]
+                self._watching.gated(product, matrix, gates, gates * norms)
+                return
 
+    def after(
+        self, packet: Any, args: Any, made: Any, product: Product | None, module: torch.nn.Module | None
+    ) -> None:
+        """Keep what gates may multiply: outputs of an expert, with its bias or in another dtype."""
+        if product is not None:
+            self._met(product, made, module)
+        elif packet in {_ATEN.mul, _ATEN.mul_}:
+            for one, other in (args, args[::-1]):
+                if isinstance(one, torch.Tensor) and one.ndim == 2 and _is_gate(other, one):
+                    self._scaled = (made, other.reshape(-1))
+        elif self._last is not None and packet in {_ATEN.add, _ATEN.add_, _ATEN._to_copy}:  # noqa: SLF001
+            rows = self._last[0].rows
+            others = [one for one in args[:2] if not _same(one, self._last[1])]
+            if len(others) < len(args[:2]) and all(_is_bias(one, rows) for one in others):
+                self._last = (self._last[0], made)
 
-_FLOATS = frozenset({"F64", "F32", "F16", "BF16", "F8_E5M2", "F8_E4M3"})
+    def _met(self, product: Product, made: Tensor, module: torch.nn.Module | None) -> None:
+        if product.inputs.ndim < 3:
+            self._last = (product, made) if product.routed else None
+            return
+        if self._scaled is not None and _same(product.inputs, self._scaled[0]):
+            self._stack = (module, self._scaled[1].reshape(product.inputs.shape[:2]))
+        if self._stack is not None and self._stack[1].shape == product.inputs.shape[:2]:
+            self._of_stack = (product, made)
 
-
-class StoredAs(Struct, frozen=True):
-    """A tensor of the checkpoint that is a parameter or a part of one, with the dimension of its inputs.
-
-    `matrix` is its number in a stack, None for the whole stack or without one.
-    """
-
-    name: str
-    input_dim: int
-    matrix: int | None
-
-
-def stored_as(
-    model: Any, parameters: Mapping[str, int], groups: Mapping[str, str], checkpoint: Checkpoint
-) -> dict[str, list[StoredAs]]:
-    """The tensors that store each parameter, given its input dimension; an empty list if none is found.
-
-    Of parameters that are stored together those in one of the `groups` count, which have the same inputs.
-    """
-    shapes: dict[str, tuple[int, ...]] = {}
-    same: defaultdict[int, list[str]] = defaultdict(list)
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        shapes[name] = tuple(parameter.shape)
-        same[id(parameter)].append(name)
-    aliases = {names[0]: names for names in same.values()}
-    found: dict[str, list[StoredAs]] = {}
-    for name, dim in parameters.items():
-        ways = [
-            stored
-            for alias in aliases.get(name, [name])
-            for stored in _one(model, alias, shapes[alias], dim, checkpoint)
-        ]
-        found[name] = list({stored.name: stored for stored in ways}.values())
-    lost: defaultdict[str, list[str]] = defaultdict(list)
-    for name, stored_in in found.items():
-        if not stored_in and len(shapes.get(name, ())) == 2:
-            lost[name.rpartition(".")[0].rpartition(".")[0]].append(name)  # transformers fuses such ones
-    for names in lost.values():
-        for one, owners in _together(model, {name: (shapes[name], parameters[name]) for name in names}):
-            stored = _stored_name(one.name, one.shape, checkpoint)
-            if stored is not None and len({groups.get(name, name) for name in owners}) == 1:
-                for name in owners:
-                    found[name].append(StoredAs(stored, one.input_dim, None))
-    return found
+    def left(self, module: torch.nn.Module) -> None:
+        """Tell of a stack of experts when its module ends, whose last product is the last of each."""
+        if self._stack is None or self._stack[0] is not module:
+            return
+        (_, gates), found = self._stack, self._of_stack
+        self._stack = self._of_stack = self._scaled = None
+        if found is None:
+            return
+        product, outputs = found
+        with torch.no_grad():
+            for matrix in range(len(outputs)):
+                chosen = product.chosen(matrix)
+                if chosen is not None:
+                    norms = _norms(outputs[matrix][chosen])
+                    self._watching.gated(product, matrix, gates[matrix][chosen].double(), norms)
 
 
-class _Fused(Struct, frozen=True):
-    """A tensor that transformers would save, made of whole matrices with this dimension for their inputs."""
-
-    name: str
-    shape: tuple[int, ...]
-    input_dim: int
-
-
-def _together(
-    model: Any, matrices: Mapping[str, tuple[tuple[int, ...], int]]
-) -> Iterator[tuple[_Fused, list[str]]]:
-    """The tensors in which matrices of these shapes and input dimensions are saved, each with its own."""
-    if len(matrices) < 2:
-        return
-    most = 1 + max(shape[dim] for shape, dim in matrices.values())
-    names = list(matrices)
-    tags = {name: _tags(*matrices[name]) + most * number for number, name in enumerate(names)}
-    for key, tensor in as_saved(model, tags).items():
-        if tensor.ndim != 2 or key in matrices:
-            continue
-        owners, inputs = tensor // most, tensor % most
-        for dim in (1, 0):
-            line = torch.arange(tensor.shape[dim]).reshape([-1 if one == dim else 1 for one in range(2)])
-            if bool((inputs == line).all()) and bool((owners == owners.select(dim, 0).unsqueeze(dim)).all()):
-                within = [names[number] for number in sorted(set(owners.select(dim, 0).tolist()))]
-                yield _Fused(key, tuple(tensor.shape), dim), within
-                break
-
-
-def without_statistics(
-    model: Any, named: frozenset[str], checkpoint: Checkpoint
-) -> Iterator[tuple[str, str]]:
-    """The matrices and stacks of a checkpoint without statistics, each with the reason."""
-    modules = model.named_modules()
-    embeddings = {f"{path}.weight" for path, module in modules if isinstance(module, torch.nn.Embedding)}
-    known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    # Both by the names that they are saved under as well.
-    embeddings |= {each for name in embeddings for each in as_saved(model, {name: torch.empty(1, 1)})}
-    known |= {each for name in known for each in as_saved(model, {name: torch.empty(1, 1)})}
-    for name, stored in checkpoint.tensors.items():
-        if name in named or len(stored.shape) not in {2, 3} or stored.dtype not in _FLOATS:
-            continue
-        ends = {name for name in known if name == stored.name or _is_end(name, stored.name)}
-        if ends & embeddings:
-            yield name, "an embedding, which is looked up and not multiplied with"
-        elif ends:
-            yield name, "no matrix product with it was seen"
-        else:
-            yield name, "the model has nothing of this name"
-
-
-def siblings(seen: Mapping[str, Any], model: Any) -> dict[str, str]:
-    """Parameters that were not seen, each with a seen one whose name differs in one number alone.
-
-    For example an expert that the text does not reach.
-    """
-    forms: dict[str, str] = {}
-    for name in seen:
-        for form in _forms(name):
-            forms.setdefault(form, name)
-    found = {}
-    for name, parameter in model.named_parameters():
-        if name not in seen and parameter.ndim == 2:
-            like = next((forms[form] for form in _forms(name) if form in forms), None)
-            if like is not None:
-                found[name] = like
-    return found
-
-
-def renumbered(name: str, one: str, like: str) -> str:
-    """`name`, a neighbour of `like`, renumbered to be the same neighbour of `one`.
-
-    >>> renumbered("mlp.experts.0.up", "mlp.experts.7.gate", "mlp.experts.0.gate")
-    'mlp.experts.7.up'
-    """
-    pairs = zip(MEMBER.findall(one), MEMBER.findall(like), strict=False)
-    other = {place: mine for place, (mine, theirs) in enumerate(pairs) if mine != theirs}
-    places = count()
-
-    def number(found: re.Match[str]) -> str:
-        kind = found[0].removesuffix(found[1])  # such as `expert_`
-        return f"{kind}{other.get(next(places), found[1])}"
-
-    return MEMBER.sub(number, name)
-
-
-def _forms(name: str) -> Iterator[str]:
-    """The name with one of its numbers replaced by *, beginning with the last.
-
-    Numbers of layers and experts: those of w1 and w2 or fc1 and fc2 tell matrices of different inputs apart.
-    """
-    for found in reversed(list(MEMBER.finditer(name))):
-        yield f"{name[: found.start(1)]}*{name[found.end(1) :]}"
-
-
-def _one(model: Any, name: str, shape: tuple[int, ...], dim: int, checkpoint: Checkpoint) -> list[StoredAs]:
-    saved = as_saved(model, {name: _tags(shape, dim)})
-    features = shape[dim]
-    ways = (
-        _decoded(_stored_name(key, tuple(tensor.shape), checkpoint), tensor, features)
-        for key, tensor in saved.items()
+def _same(one: Any, other: Tensor) -> bool:
+    """Whether a tensor has the elements of another one, maybe in another shape."""
+    return (
+        isinstance(one, torch.Tensor) and one.numel() == other.numel() and one.data_ptr() == other.data_ptr()
     )
-    found = [stored for stored in ways if stored is not None]
-    return found if len(shape) == 3 else [replace(stored, matrix=None) for stored in found]
 
 
-def as_saved(model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Parameters of a model as transformers would save them; unchanged if it does not convert them back."""
-    try:
-        from transformers.core_model_loading import revert_weight_conversion  # noqa: PLC0415
-
-        saved: dict[str, Tensor] = revert_weight_conversion(model, tensors)
-    except Exception:  # noqa: BLE001  (what it cannot convert keeps its name)
-        return tensors
-    return saved
-
-
-def _tags(shape: tuple[int, ...], dim: int) -> Tensor:
-    """For each element: its matrix in a stack times the features, plus its input; takes no memory."""
-    features = shape[dim]
-    tags = torch.arange(features).reshape([-1 if other == dim else 1 for other in range(len(shape))])
-    if len(shape) == 3:
-        tags = tags + features * torch.arange(shape[0]).reshape(-1, 1, 1)
-    return tags.expand(shape)
+def _is_gate(one: Any, rows: Tensor) -> bool:
+    """Whether a tensor has one number for each of some rows."""
+    return (
+        isinstance(one, torch.Tensor)
+        and one.ndim == 2
+        and one.shape[-1] == 1
+        and one.numel() == rows.numel() // rows.shape[-1]
+    )
 
 
-def _decoded(name: str | None, tags: Tensor, features: int) -> StoredAs | None:
-    """The tensor of a name, read from its tags; None if its inputs are incomplete or in another order."""
-    if name is None or tags.ndim not in {2, 3}:
-        return None
-    first = int(tags.reshape(-1)[0])
-    if first % features:
-        return None
-    dims = [dim for dim in range(tags.ndim) if _counts(tags, dim, 1) and tags.shape[dim] == features]
-    if not dims:
-        return None
-    if tags.ndim == 3 and (dims[-1] == 0 or not _counts(tags, 0, features)):
-        return None
-    return StoredAs(name, dims[-1], None if tags.ndim == 3 else first // features)
+def _is_bias(one: Any, rows: int) -> bool:
+    return isinstance(one, torch.Tensor) and (one.ndim == 1 or (one.ndim == 2 and len(one) == 1 < rows))
 
 
-def _counts(tags: Tensor, dim: int, step: int) -> bool:
-    """Whether tags grow by a step along a dimension."""
-    line = tags[tuple(slice(None) if other == dim else 0 for other in range(tags.ndim))]
-    return bool((line == line[0] + step * torch.arange(len(line))).all())
-
-
-def _stored_name(name: str, shape: tuple[int, ...], checkpoint: Checkpoint) -> str | None:
-    """The tensor with a name and a shape: of that name, else the only one whose name differs by a prefix."""
-    stored = checkpoint.tensors.get(name)
-    if stored is not None:
-        return name if stored.shape == shape else None
-    alike = [
-        other.name
-        for other in checkpoint.tensors.values()
-        if other.shape == shape and _is_end(other.name, name)
-    ]
-    return alike[0] if len(alike) == 1 else None
-
-
-def _is_end(one: str, other: str) -> bool:
-    """Whether one of two names is the other with a prefix."""
-    return one.endswith(f".{other}") or other.endswith(f".{one}")
+def _norms(rows: Tensor) -> Tensor:
+    return rows.double().square().sum(-1).sqrt()

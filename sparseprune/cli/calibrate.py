@@ -8,7 +8,7 @@ from sparseprune.cli.command import Call, Json, Quiet, Verbose, command
 from sparseprune.cli.console import print_outcome, stderr_console
 from sparseprune.cli.signals import temporary_folder
 from sparseprune.errors import printable
-from sparseprune.report.wording import many
+from sparseprune.report.wording import many, size
 
 if TYPE_CHECKING:
     from sparseprune.results import measuring
@@ -50,10 +50,35 @@ def _summary(result: "results.Statistics", asked: int, *, verbose: bool) -> list
         such = "" if verbose or len(without) == 1 else ", such as"
         lines.append(f"no statistics of {many(len(without), 'matrix')}{such}")
         lines += [f"  {one.name}: {one.why}" for one in shown]
+    lines += [*_gradients(result, verbose=verbose), *_experts(result)]
     rate = result.tokens * result.passes / max(result.seconds, 1e-9)
     passes = f", in {result.passes} passes" if result.passes > 1 else ""
     lines.append(f"{result.seconds:.1f} s, {rate:,.0f} tokens/s{passes}, on {result.device}")
     return lines
+
+
+def _gradients(result: "results.Statistics", *, verbose: bool) -> list[str]:
+    """Lines about gradients, if they were asked for."""
+    found, without = result.gradients, result.without_gradients
+    lines = []
+    if found:
+        nbytes = sum(4 * (one.experts or 1) * one.outputs**2 // one.groups for one in found)
+        lines.append(f"gradients of {many(len(found), 'matrix')}, in {size(nbytes)}")
+    if without:
+        such = "" if verbose or len(without) == 1 else ", such as"
+        lines.append(f"no gradients of {many(len(without), 'matrix')}{such}")
+        lines += [f"  {one.name}: {one.why}" for one in (without if verbose else without[:1])]
+    return lines
+
+
+def _experts(result: "results.Statistics") -> list[str]:
+    """A line about experts, if a router chooses some."""
+    counts = [count for one in result.experts for count in one.tokens]
+    if not counts:
+        return []
+    idle = counts.count(0)
+    alone = f", {idle:,} of which met no token" if idle else ""
+    return [f"gates and outputs of {many(len(counts), 'expert')}{alone}"]
 
 
 def _few(matrices: "Sequence[measuring.CollectedStatistics]", *, verbose: bool) -> list[str]:

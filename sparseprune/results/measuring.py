@@ -321,6 +321,30 @@ class CollectedStatistics(Record):
     ]
 
 
+class CollectedGradients(Record):
+    """Second moments of the gradients of the loss at the outputs of a matrix, or of each in a stack."""
+
+    name: str
+    weight: Annotated[str, Doc("the tensor of the checkpoint")]
+    outputs: AtLeastOne
+    groups: Annotated[AtLeastOne, Doc("of consecutive outputs, without moments between these groups")]
+    experts: Annotated[AtLeastOne | None, Doc("matrices in the stack; null if it is no stack")]
+    tokens: Annotated[
+        Count | tuple[Count, ...],
+        Doc("rows of outputs by whose number the sums are divided; one number for each matrix of a stack"),
+    ]
+
+
+class RoutedExperts(Record):
+    """What experts did whose last matrices are in one tensor: sums over the tokens routed to each."""
+
+    name: str
+    weight: Annotated[str, Doc("the tensor of the checkpoint")]
+    tokens: Annotated[tuple[Count, ...], Doc("tokens routed to each expert")]
+    gate: Annotated[tuple[float, ...], Doc("sums of the gates")]
+    gated_norm: Annotated[tuple[float, ...], Doc("sums of gates times the l2 norms of the outputs")]
+
+
 class WithoutStatistics(Record):
     """A matrix without statistics."""
 
@@ -353,3 +377,12 @@ class Statistics(Document):
         tuple[WithoutStatistics, ...],
         Doc("matrices of the checkpoint, and stacks of them, without statistics"),
     ]
+    gradients: Annotated[
+        tuple[CollectedGradients, ...], Doc("of each matrix that has some; none without --gradients")
+    ] = ()
+    without_gradients: Annotated[
+        tuple[WithoutStatistics, ...], Doc("matrices that have statistics of inputs alone, though asked for")
+    ] = ()
+    experts: Annotated[
+        tuple[RoutedExperts, ...], Doc("for each tensor with the last matrices of routed experts")
+    ] = ()

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 
 from sparseprune.calibration import Sequences
 from sparseprune.calibration.collecting import _batches
-from sparseprune.calibration.watching import Product, Watch, siblings
+from sparseprune.calibration.stored import siblings
+from sparseprune.calibration.watching import Product, Watch
 from sparseprune.checkpoint import open_statistics
 from tests.calibration.models import (
     BEGIN,
@@ -246,6 +247,26 @@ def test_moments_are_those_of_the_inputs_that_hooks_see(family: str, tmp_path: P
     assert report["tokens"] == SEQUENCES * (LENGTH - 2)
 
 
+class Seen:
+    """The products of a pass."""
+
+    def __init__(self) -> None:
+        self.products: list[Product] = []
+
+    @property
+    def by_name(self) -> dict[str, Product]:
+        return {product.parameter: product for product in self.products}
+
+    def product(self, product: Product) -> None:
+        self.products.append(product)
+
+    def gradients(self, product: Product, chosen: Any, rows: torch.Tensor) -> None:
+        raise AssertionError("there is no pass back")
+
+    def gated(self, product: Product, matrix: int, gates: torch.Tensor, norms: torch.Tensor) -> None:
+        raise AssertionError("there are no experts")
+
+
 def test_parameters_that_share_a_storage_are_told_apart() -> None:
     """As transformers loads parts of one stored tensor."""
     fused = torch.arange(48.0).reshape(12, 4)
@@ -253,14 +274,14 @@ def test_parameters_that_share_a_storage_are_told_apart() -> None:
     for module, part in zip(model.values(), fused.chunk(3), strict=True):
         module.weight = torch.nn.Parameter(part, requires_grad=False)
     assert len({one.untyped_storage().data_ptr() for one in model.parameters()}) == 1
-    seen: list[Product] = []
+    seen = Seen()
     inputs = torch.ones(3, 4)
-    with closing(Watch(model, seen.append)) as watch:
+    with closing(Watch(model, seen)) as watch:
         watch.begin(torch.ones(1, 3, dtype=torch.bool))
         with watch:
             for name in "qvk":
                 model[name](inputs)
-    assert [one.parameter for one in seen] == ["q.weight", "v.weight", "k.weight"]
+    assert [one.parameter for one in seen.products] == ["q.weight", "v.weight", "k.weight"]
 
 
 def test_matrices_of_other_inputs_are_no_siblings_though_their_names_differ_in_a_number() -> None:
@@ -278,10 +299,10 @@ def test_matrices_of_other_inputs_are_no_siblings_though_their_names_differ_in_a
 )
 def test_a_batch_has_no_square_shape(count: int, length: int, sizes: list[int]) -> None:
     ids = torch.arange(count * length).reshape(count, length)
-    parts = list(_batches(Sequences(ids, ids >= 0, count)))
-    assert [len(part) for part, _ in parts] == sizes
-    assert torch.equal(torch.cat([part for part, _ in parts]), ids)
-    assert all(part.shape == counted.shape for part, counted in parts)
+    parts = list(_batches(Sequences(ids, ids >= 0, count), None))
+    assert [len(part) for part in parts] == sizes
+    assert [number for part in parts for number in part] == list(range(count))
+    assert {len(part) for part in _batches(Sequences(ids, ids >= 0, count), 1 << 40)} == {1}
 
 
 def test_padding_that_a_model_adds_itself_counts_for_no_matrix() -> None:
@@ -289,12 +310,12 @@ def test_padding_that_a_model_adds_itself_counts_for_no_matrix() -> None:
     ids = torch.randint(4, 60, (3, 13), generator=torch.Generator().manual_seed(1))
     counted = torch.ones(3, 13, dtype=torch.bool)
     counted[:, 0] = False
-    seen: dict[str, Product] = {}
-    with closing(Watch(model, lambda product: seen.update({product.parameter: product}))) as watch:
+    seen = Seen()
+    with closing(Watch(model, seen)) as watch:
         watch.begin(counted)
         with watch, torch.no_grad():
             model(input_ids=ids)
-    of_layer = {name.partition(".0.")[2]: product for name, product in seen.items() if ".0." in name}
+    of_layer = {name.partition(".0.")[2]: product for name, product in seen.by_name.items() if ".0." in name}
     for name, places_first in (("intermediate.dense.weight", False), ("attention.self.query.weight", True)):
         product = of_layer[name]
         assert product.counted is not None

@@ -74,9 +74,9 @@ class Runs:
         self.count = 0
         usual = loading.LoadedModel.run
 
-        def counted(loaded: Any, ids: Tensor) -> None:
+        def counted(loaded: Any, ids: Tensor, *back: Any) -> None:
             self.count += 1
-            usual(loaded, ids)
+            usual(loaded, ids, *back)
 
         patch.setattr(loading.LoadedModel, "run", counted)
 
@@ -113,6 +113,9 @@ def interrupt_at(patch: pytest.MonkeyPatch, addition: int, number: signal.Signal
         (("albert", "--stats", "norm"), 45, signal.SIGTERM),
         (("mixtral",), 90, signal.SIGHUP),
         (("mixtral", "--memory", SOME_MATRICES), 100, signal.SIGINT),
+        (("albert", "--gradients"), 60, signal.SIGTERM),  # on the way there
+        (("mixtral", "--gradients", "--memory", SOME_MATRICES), 95, signal.SIGINT),
+        (("mixtral", "--gradients"), 140, signal.SIGINT),  # on the way back
     ],
 )
 def test_a_signal_keeps_the_sums_and_the_same_command_ends_in_the_same_bytes(

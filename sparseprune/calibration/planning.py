@@ -1,0 +1,378 @@
+"""Planning: which statistics a checkpoint gets of which products, in how many passes over the text.
+
+Owns the units that are summed, the memory that they take, and why a matrix has no statistics. Runs the first
+sequence to see what text reaches. Called by `calibrate`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict, deque
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from msgspec import Struct
+from msgspec.structs import replace
+
+from sparseprune.calibration.gradients import Loss, differentiable
+from sparseprune.calibration.stored import renumbered, siblings, stored_as, without_statistics
+from sparseprune.calibration.watching import Watch
+from sparseprune.checkpoint import Collected
+from sparseprune.checkpoint.statistics import ROUTING
+from sparseprune.errors import SparsepruneError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+    from torch import Tensor
+
+    from sparseprune.calibration.loading import LoadedModel
+    from sparseprune.calibration.stored import StoredAs
+    from sparseprune.calibration.text import Sequences
+    from sparseprune.calibration.watching import Product
+    from sparseprune.checkpoint import Checkpoint, StatisticsKind
+
+_REMEMBERED = 8  # inputs that are kept alive, to recognize later products with the same input
+_GROUP = 4096  # outputs of a matrix at most whose gradients are multiplied with one another
+
+
+class Unit(Struct, frozen=True, eq=False):
+    """The sums for one tensor of statistics, for a stack those of the matrices [begin, end).
+
+    `last` is the number of the last product with the parameter in a forward pass. Of gradients: `outputs`
+    are those of the parameter whose gradients are summed, in `groups` of the tensor's from `group` on.
+    """
+
+    collected: Collected
+    parameter: str
+    begin: int
+    end: int
+    last: int
+    outputs: range = range(0)
+    group: int = 0
+    groups: int = 1
+
+    @property
+    def about(self) -> str:
+        return self.collected.about
+
+    @property
+    def place(self) -> int:
+        """The place of its first matrix in its tensor: 0 if an expert has a tensor of its own."""
+        return 0 if self.collected.experts is None else self.begin
+
+    def shape(self, kind: StatisticsKind) -> tuple[int, ...]:
+        """The shape of its sums, matrices in front."""
+        matrices, features = self.end - self.begin, self.collected.features
+        if self.about == "routing":
+            return (matrices, len(ROUTING))
+        if self.about == "gradients":
+            size = len(self.outputs) // self.groups
+            return (matrices, self.groups, size, size)
+        return (matrices, features, features) if kind == "hessian" else (matrices, features)
+
+    def itemsize(self, kind: StatisticsKind) -> int:
+        """Bytes of a number of its sums."""
+        return 8 if self.about == "routing" or (self.about, kind) == ("inputs", "norm") else 4
+
+    def nbytes(self, kind: StatisticsKind) -> int:
+        """Memory that its sums take."""
+        numel = 1
+        for extent in self.shape(kind):
+            numel *= extent
+        return numel * self.itemsize(kind)
+
+    def first_group(self, place: int) -> int:
+        """Where the sums of a matrix begin in its tensor, in sums of this size."""
+        each = self.collected.groups if self.about == "gradients" else 1
+        return (self.place + place) * each + self.group
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The plan of a calibration: tensors of statistics in order, tensors without any and why, the passes.
+
+    `values` are the numbers that a sequence makes in a forward pass that is followed by a backward pass,
+    about; None without gradients. `without_gradients` are the matrices that have moments of inputs alone.
+    """
+
+    tensors: tuple[Collected, ...]
+    without: tuple[tuple[str, str], ...]
+    passes: tuple[tuple[Unit, ...], ...]
+    first: dict[str, int] = field(repr=False)
+    without_gradients: tuple[tuple[str, str], ...] = ()
+    loss: Loss | None = None
+    values: int | None = None
+
+
+def plan_calibration(
+    loaded: LoadedModel,
+    sequences: Sequences,
+    checkpoint: Checkpoint,
+    kind: StatisticsKind,
+    memory: int,
+    loss: Loss | None = None,
+) -> Calibration:
+    """Run the first sequence to find which matrices text reaches; split them into passes of `memory` bytes.
+
+    With a `loss` for whose gradients there is a pass back.
+
+    Raises:
+        SparsepruneError: no matrix of the checkpoint is multiplied with text, or one needs more memory.
+    """
+    # transformers fills missing weights with random numbers: allowed for a head, refused for a layer.
+    lacking = [name for name in loaded.missing if any(piece.isdigit() for piece in name.split("."))]
+    if lacking:
+        raise SparsepruneError(
+            f"{checkpoint.path}: lacks {len(lacking)} weights of the model that config.json describes, such "
+            f"as {lacking[0]}, so that it cannot be run"
+        )
+    seen = _seen(loaded, sequences, None)
+    there_and_back = None if loss is None else _seen(loaded, sequences, loss)
+    groups = seen.groups
+    for name, like in siblings(seen.last, loaded.model).items():
+        groups[name] = renumbered(groups[like], name, like)
+        for one in (seen, there_and_back):
+            if one is not None:
+                one.suppose(name, like)
+    stored = stored_as(loaded.model, seen.input_dims, groups, checkpoint)
+    shapes = _shapes_of(loaded, seen.input_dims, seen.below)
+    units = [*_units_of_inputs(groups, shapes, seen.last, stored)]
+    if not units:
+        raise SparsepruneError(
+            f"{checkpoint.path}: the model that transformers builds multiplies none of its matrices with text"
+        )
+    units += _units_of_routing(seen, shapes, stored)
+    named = {name for unit in units for name in unit.collected.weights}
+    without: dict[str, str] = {}
+    if there_and_back is not None:
+        units += _units_of_gradients(there_and_back, shapes, stored, without)
+    units.sort(key=lambda unit: unit.last)
+    by_name = {unit.collected.name: unit.collected for unit in units}
+    return Calibration(
+        tuple(by_name.values()),
+        tuple(without_statistics(loaded.model, frozenset(named), checkpoint)),
+        tuple(_passes(units, kind, memory)),
+        seen.first,
+        tuple((name, why) for name, why in without.items() if name in named),
+        loss,
+        None if there_and_back is None else there_and_back.values,
+    )
+
+
+def passes_digest(plan: Calibration) -> str:
+    """A text that is equal for plans whose passes collect the same sums in the same order."""
+    units = [
+        [(one.collected.name, one.begin, one.end, one.group, dict(one.collected.weights)) for one in units]
+        for units in plan.passes
+    ]
+    return json.dumps(units)
+
+
+def _seen(loaded: LoadedModel, sequences: Sequences, loss: Loss | None) -> Seen:
+    """What the first sequence meets, with a loss on its way back, too."""
+    seen = Seen()
+    with closing(Watch(loaded.model, seen)) as watch:
+        watch.begin(sequences.counted[:1], gradients=loss is not None)
+        if loss is None:
+            with watch:
+                loaded.run(sequences.ids[:1])
+        else:
+            with differentiable(loaded.model) as states, watch:
+                loss.run(loaded, watch, states, sequences, range(1))
+    return seen
+
+
+class Seen:
+    """What is seen of the parameters in a forward pass, and in a pass back.
+
+    By parameter: `groups` has the first parameter with the same inputs in every product, `input_dims` the
+    dimension along which inputs lie, `first` and `last` the numbers of its first and last product, `below`
+    the matrices that lie one below another in it, `outputs` the numbers of outputs of its products.
+    `reached` are those that gradients reach, `gates` those whose outputs a router weighs.
+    """
+
+    def __init__(self) -> None:
+        self.input_dims: dict[str, int] = {}
+        self.first: dict[str, int] = {}
+        self.last: dict[str, int] = {}
+        self.below: dict[str, int] = {}
+        self.outputs: defaultdict[str, set[int]] = defaultdict(set)
+        self.reached: set[str] = set()
+        self.gates: set[str] = set()
+        self.values = 0
+        self._met: dict[str, list[int]] = {}
+        self._previous = ("", 0)
+        self._recent: deque[tuple[tuple[Any, ...], Tensor, int]] = deque(maxlen=_REMEMBERED)
+        self._products = 0
+
+    def product(self, product: Product) -> None:
+        """Note a product."""
+        self._products += 1
+        name, inputs = product.parameter, product.inputs
+        key = (inputs.data_ptr(), tuple(inputs.shape), inputs.stride(), inputs._version)  # noqa: SLF001
+        # The number of an input is that of the first product with it.
+        number = next((first for same, _, first in self._recent if same == key), self._products)
+        if self._previous != (name, number):  # parts of one parameter have one input, which counts once
+            self._met.setdefault(name, []).append(number)
+        self._previous = (name, number)
+        self.input_dims.setdefault(name, product.input_dim)
+        self.first.setdefault(name, self._products)
+        self.last[name] = self._products
+        self.outputs[name].add(product.outputs)
+        self.values += inputs.numel() // inputs.shape[-1] * product.outputs
+        if product.below:
+            self.below[name] = product.below
+        self._recent.append((key, inputs, number))
+
+    def gradients(self, product: Product, chosen: Mapping[int, Tensor | None], rows: Tensor) -> None:  # noqa: ARG002
+        """Note that gradients reach a product."""
+        self.reached.add(product.parameter)
+
+    def gated(self, product: Product, matrix: int, gates: Tensor, norms: Tensor) -> None:  # noqa: ARG002
+        """Note that a product is the last of an expert."""
+        self.gates.add(product.parameter)
+
+    def suppose(self, name: str, like: str) -> None:
+        """Take a parameter that was not seen for like one that was."""
+        for numbers in (self.input_dims, self.last, self.below):
+            if like in numbers:
+                numbers[name] = numbers[like]
+        self.outputs[name] = self.outputs[like]
+        for some in (self.reached, self.gates):
+            some.update({name} if like in some else ())
+
+    @property
+    def groups(self) -> dict[str, str]:
+        """From the products until now."""
+        leaders: dict[tuple[int, ...], str] = {}
+        return {name: leaders.setdefault(tuple(met), name) for name, met in self._met.items()}
+
+
+class _Shape(Struct, frozen=True):
+    """Inputs and outputs of each matrix of a parameter; `matrices` None for one matrix that is no stack."""
+
+    features: int
+    outputs: int
+    matrices: int | None
+
+
+def _shapes_of(loaded: LoadedModel, dims: dict[str, int], below: dict[str, int]) -> dict[str, _Shape]:
+    """The shapes of the matrices in each parameter."""
+    found: dict[str, _Shape] = {}
+    for name, parameter in loaded.model.named_parameters():
+        if name in dims:
+            dim = dims[name]
+            matrices = int(parameter.shape[0]) if parameter.ndim == 3 else below.get(name)
+            features, outputs = (int(parameter.shape[one]) for one in (dim, (parameter.ndim * 2 - 3) - dim))
+            if dim == 0:
+                features //= below.get(name, 1)
+            else:
+                outputs //= below.get(name, 1)
+            found[name] = _Shape(features, outputs, matrices)
+    return found
+
+
+def _units_of_inputs(
+    groups: Mapping[str, str],
+    shapes: Mapping[str, _Shape],
+    last: Mapping[str, int],
+    stored: Mapping[str, Sequence[StoredAs]],
+) -> Iterator[Unit]:
+    """One unit for each tensor of moments, one for a whole stack."""
+    members: defaultdict[str, list[str]] = defaultdict(list)
+    for name, leader in groups.items():
+        members[leader].append(name)
+    for leader, names in members.items():
+        if leader not in shapes:
+            continue
+        shape = shapes[leader]
+        found = [one for name in names for one in stored[name]]
+        whole = {one.name: one.input_dim for one in found if one.matrix is None}
+        if whole:
+            collected = Collected(shape.features, shape.matrices, whole)
+            yield Unit(collected, leader, 0, shape.matrices or 1, last[leader])
+        for matrix in sorted({one.matrix for one in found if one.matrix is not None}):
+            weights = {one.name: one.input_dim for one in found if one.matrix == matrix}
+            yield Unit(Collected(shape.features, None, weights), leader, matrix, matrix + 1, last[leader])
+
+
+def _units_of_routing(
+    seen: Seen, shapes: Mapping[str, _Shape], stored: Mapping[str, Sequence[StoredAs]]
+) -> Iterator[Unit]:
+    """One unit for the last matrices of experts, one for each where they are stored apart."""
+    for name in sorted(seen.gates & shapes.keys()):
+        for one in stored[name]:
+            collected = Collected(len(ROUTING), None, {one.name: one.input_dim}, "routing")
+            yield _unit(collected, name, one, seen, shapes)
+
+
+def _units_of_gradients(
+    seen: Seen,
+    shapes: Mapping[str, _Shape],
+    stored: Mapping[str, Sequence[StoredAs]],
+    without: dict[str, str],
+) -> Iterator[Unit]:
+    """One unit for each tensor and each parameter that it is made of; tells of tensors `without` any."""
+    for name, found in stored.items():
+        if name not in shapes:
+            continue
+        for one in found:
+            if name not in seen.reached:
+                without[one.name] = "no gradient of the loss reaches it"
+            elif seen.outputs[name] != {shapes[name].outputs}:
+                without[one.name] = "its products are with parts of it, one after another"
+            elif not one.outputs:
+                without[one.name] = "it is stored in another order of its outputs than the model has them"
+    for name, found in stored.items():
+        for one in found if name in shapes else ():
+            if one.outputs and one.name not in without:
+                # Matrices that lie one below another have outputs of their own.
+                outputs = one.outputs[: shapes[name].outputs]
+                groups = _groups(len(outputs))
+                size, weights = len(outputs) * one.of, {one.name: one.output_dim}
+                collected = Collected(size, None, weights, "gradients", groups * one.of)
+                unit = _unit(collected, name, one, seen, shapes)
+                yield replace(unit, outputs=outputs, group=groups * one.number, groups=groups)
+
+
+def _unit(collected: Collected, name: str, one: StoredAs, seen: Seen, shapes: Mapping[str, _Shape]) -> Unit:
+    """A unit of its own for one tensor that stores a parameter."""
+    if one.matrix is not None:
+        return Unit(collected, name, one.matrix, one.matrix + 1, seen.last[name])
+    matrices = shapes[name].matrices
+    return Unit(replace(collected, experts=matrices), name, 0, matrices or 1, seen.last[name])
+
+
+def _groups(outputs: int) -> int:
+    """The fewest equal groups of at most `_GROUP` outputs.
+
+    >>> [_groups(size) for size in (4096, 14336, 4099)]
+    [1, 4, 4099]
+    """
+    return next(groups for groups in range(-(-outputs // _GROUP), outputs + 1) if outputs % groups == 0)
+
+
+def _passes(units: Iterable[Unit], kind: StatisticsKind, memory: int) -> Iterator[tuple[Unit, ...]]:
+    """Units in order, as many in each pass as fit; stacks are split between matrices."""
+    taken: list[Unit] = []
+    left = memory
+    for unit in units:
+        begin = unit.begin
+        while begin < unit.end:
+            each = replace(unit, begin=begin, end=begin + 1).nbytes(kind)
+            if each > memory:
+                what = "second moment" if unit.about == "inputs" else f"statistics ({unit.about})"
+                raise SparsepruneError(
+                    f"--memory {memory}: the {what} of {unit.collected.name} takes {each} bytes; "
+                    "give that or more"
+                )
+            if each > left:
+                yield tuple(taken)
+                taken, left = [], memory
+            end = min(unit.end, begin + max(1, left // each))
+            taken.append(replace(unit, begin=begin, end=end))
+            left -= (end - begin) * each
+            begin = end
+    yield tuple(taken)

@@ -1,0 +1,191 @@
+"""Second moments of gradients that calibrate writes, against what autograd gives for each output."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sparseprune.checkpoint import open_statistics
+from tests.calibration.gradients import Met, gradients_of
+from tests.calibration.models import made, save, save_family
+from tests.calibration.test_statistics_of_models import BUILT, calibrate, sequences
+from tests.commands import ok, refused
+
+pytestmark = pytest.mark.usefixtures("quiet_transformers")
+
+FAMILIES = [
+    "llama", "phi3", "gpt2", "bert", "bert_for_masked_lm", "t5", "albert",
+    "deberta_v2_with_keys_of_positions",
+    "nomic_bert", "longformer", "mixtral", "gpt_oss", "llama4", "dbrx",
+]  # fmt: skip
+UNREACHED = {"bert": ["pooler.dense.weight"], "albert": ["pooler.weight"]}
+UNREACHED["longformer"] = UNREACHED["bert"]
+
+
+SIZES = ("--length", 12, "--sequences", 5)
+
+
+def run(model: Any, ids: torch.Tensor) -> Any:
+    """The outputs of a forward pass over text alone."""
+    more = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+    if model.config.model_type == "longformer":  # its first token sees all others
+        more = {"attention_mask": torch.ones_like(ids), "global_attention_mask": torch.zeros_like(ids)}
+        more["global_attention_mask"][:, 0] = 1
+    return (model.language_model if model.config.model_type == "llama4" else model)(input_ids=ids, **more)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text, a llama and a mixtral; nothing in it is changed by tests."""
+    return made(tmp_path_factory.mktemp("gradients"), "llama", "mixtral")
+
+
+def loaded(folder: Path) -> Any:
+    """The model of a checkpoint, each expert a product of its own."""
+    import transformers
+
+    config: Any = transformers.AutoConfig.from_pretrained(folder)
+    for part in (config, getattr(config, "text_config", None)):
+        if part is not None:
+            part._experts_implementation = "eager"
+    kind: Any = getattr(transformers, config.architectures[0])
+    return kind.from_pretrained(folder, config=config).eval()
+
+
+def expected(rows: torch.Tensor, met: list[Met]) -> tuple[int, torch.Tensor]:
+    """The tokens and the moment of the gradients of a matrix: of what has its rows, looked up by value."""
+    (found,) = [
+        (one, begin)
+        for one in met
+        if one.weight.shape[1] == rows.shape[1]
+        for begin in range(len(one.weight) - len(rows) + 1)
+        if torch.equal(one.weight[begin : begin + len(rows)], rows)
+    ]
+    one, begin = found
+    gradients = torch.cat(one.gradients)[:, begin : begin + len(rows)]
+    return len(gradients), gradients.T @ gradients / max(1, len(gradients))
+
+
+# Where all tokens count, those that a router chose for an expert are known without asking the model.
+EXPERTS = {"mixtral", "mixtral_of_two", "qwen3_moe", "deepseek_v3", "gpt_oss", "llama4", "dbrx"}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_moments_are_those_of_the_gradients_that_autograd_has(family: str, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    if family in BUILT:
+        save(BUILT[family](), folder)
+    else:
+        save_family(family, folder)
+    special = ["--special"] if family in EXPERTS else []
+    report = calibrate(folder, tmp_path / "stats", "--gradients", *special)
+    dense = {name: one for file in folder.glob("*.safetensors") for name, one in load_file(file).items()}
+    ids = sequences(folder, tmp_path)
+    counted = torch.ones_like(ids, dtype=torch.bool)
+    if not special:
+        counted[:, 0] = counted[:, -1] = False
+    met = gradients_of(loaded(folder), ids, counted, run)
+    statistics = open_statistics(tmp_path / "stats")
+    written = load_file(tmp_path / "stats" / "statistics.safetensors")
+    counts = {one["weight"]: one["tokens"] for one in report["gradients"]}
+    without = [one["name"] for one in report["without_gradients"]]
+    assert without == UNREACHED.get(family, [])
+    assert statistics.of.keys() == counts.keys() | set(without)
+    for name, one in statistics.of.items():
+        assert (one.gradients is None) == (name in without)
+        if one.gradients is None or one.input_dim is None:
+            continue
+        shape, dim = one.stacked(tuple(dense[name].shape), one.input_dim)
+        stack = dense[name].reshape(shape)
+        stack = stack if dim == len(shape) - 1 else stack.mT
+        moments, tokens = written[one.gradients.name], counts[name]
+        if isinstance(tokens, int):  # parts that the model has apart are matrices of their own here
+            stack = stack.reshape(len(moments) if moments.ndim == 3 else 1, -1, stack.shape[-1])
+            moments, tokens = moments.reshape(len(stack), *moments.shape[-2:]), [tokens] * len(stack)
+        for rows, moment, count in zip(stack, moments, tokens, strict=True):
+            number, wanted = expected(rows, met)
+            assert (name, count) == (name, number)
+            torch.testing.assert_close(moment.double(), wanted, rtol=2e-4, atol=1e-6)
+
+
+def collected(home: Path, model: str, out: Path, *words: object) -> dict[str, torch.Tensor]:
+    """What calibrate writes, with gradients."""
+    text = ("--text", home / "words.txt", *SIZES)
+    ok("calibrate", home / model, *text, "-o", out, "--gradients", "-q", *words)
+    return load_file(out / "statistics.safetensors")
+
+
+def test_neither_memory_nor_batches_change_what_is_collected(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sparseprune.calibration import collecting
+
+    one = collected(home, "mixtral", tmp_path / "one")
+    many = collected(home, "mixtral", tmp_path / "many", "--memory", 4 * 64 * 64)
+    assert (tmp_path / "one/statistics.safetensors").read_bytes() == (
+        tmp_path / "many/statistics.safetensors"
+    ).read_bytes()
+    assert one.keys() == many.keys()
+    monkeypatch.setattr(collecting, "_BATCH_VALUES", 1)  # draws are those of a sequence, in any batch
+    for name, alone in collected(home, "mixtral", tmp_path / "alone").items():
+        torch.testing.assert_close(alone, one[name], rtol=1e-3, atol=1e-5)
+
+
+def test_a_seed_draws_the_same_labels_and_another_one_others(home: Path, tmp_path: Path) -> None:
+    one, same, other = (
+        collected(home, "llama", tmp_path / str(at), "--seed", seed, "--sequences", 40)  # all there are
+        for at, seed in enumerate((0, 0, 1))
+    )
+    differs = {name for name in one if not torch.equal(one[name], other[name])}
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert differs == {name for name in one if name.endswith(".gradients")}
+
+
+def test_large_outputs_have_gradients_in_groups_of_consecutive_ones(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sparseprune.calibration import planning
+
+    whole = collected(home, "mixtral", tmp_path / "whole")
+    monkeypatch.setattr(planning, "_GROUP", 20)
+    for name, one in collected(home, "mixtral", tmp_path / "groups").items():
+        if not name.endswith(".gradients"):
+            assert torch.equal(one, whole[name])
+        elif one.ndim == 2:
+            assert len(one) <= 20
+        else:
+            assert len(one) == -(-len(whole[name]) // 20)
+            groups = whole[name].unflatten(0, (len(one), -1)).unflatten(-1, (len(one), -1))  # type: ignore[no-untyped-call]
+            torch.testing.assert_close(one, torch.stack([groups[at, :, at] for at in range(len(one))]))
+
+
+def test_norms_have_no_gradients(home: Path, tmp_path: Path) -> None:
+    text = ("--text", home / "words.txt")
+    said = refused(
+        "calibrate", home / "llama", *text, "-o", tmp_path / "stats", "--gradients", "--stats", "norm"
+    )
+    assert "--gradients and --stats norm contradict each other" in said.err
+
+
+def test_a_model_whose_parts_stay_on_disk_has_no_way_back(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sparseprune.calibration import LoadedModel
+
+    monkeypatch.setattr(LoadedModel, "is_whole", False)
+    text = ("--text", home / "words.txt", *SIZES)
+    said = refused("calibrate", home / "llama", *text, "-o", tmp_path / "stats", "--gradients", "-q")
+    assert "the way back of --gradients needs all of it at once" in said.err
+
+
+def test_what_has_gradients_and_what_has_none_is_told(home: Path, tmp_path: Path) -> None:
+    save_family("bert", tmp_path / "bert")
+    text = ("--text", home / "words.txt", *SIZES, "--no-special")
+    said = ok("calibrate", tmp_path / "bert", *text, "-o", tmp_path / "stats", "--gradients")
+    lines = said.err.splitlines()
+    at = next(number for number, line in enumerate(lines) if line.startswith("gradients of "))
+    assert lines[at] == "gradients of 12 matrices, in 59.39 kB"
+    assert lines[at + 1] == "no gradients of 1 matrix"
+    assert lines[at + 2] == "  pooler.dense.weight: no gradient of the loss reaches it"
