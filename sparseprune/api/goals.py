@@ -24,7 +24,7 @@ from sparseprune.removal.parameters import worth_of
 from sparseprune.removal.preview import preview
 from sparseprune.report.wording import left_text
 from sparseprune.results.pruning import TargetReached
-from sparseprune.spec.knobs import budgets_of, find_knobs, first_instances, turned, with_budgets
+from sparseprune.spec.knobs import budgets_of, find_knobs, forms_of, turned, with_budgets
 from sparseprune.spec.problems import listed
 
 if TYPE_CHECKING:
@@ -178,7 +178,7 @@ class _Turning:
 
     def __init__(self, goal: Goal, given: Bound, knob: Knob, worth: Worth) -> None:
         self._goal, self._given, self._knob = goal, given, knob
-        self._firsts = first_instances(given.bound)
+        self._forms = forms_of(given.bound)
         self._budgets: dict[float, Budgets | None] = {}
         tensors = given.checkpoint.tensors
         self.whole: Number = worth.total({name: stored.shape for name, stored in tensors.items()})
@@ -207,22 +207,22 @@ class _Turning:
         """The budgets with this value, None where it is none."""
         if value not in self._budgets:
             spec = turned(self._given.spec, self._knob, value)
-            self._budgets[value] = budgets_of(spec, self._firsts, self._given.config)
+            self._budgets[value] = budgets_of(spec, self._forms, self._given.config)
         return self._budgets[value]
 
     def state(self, value: float) -> tuple[int, ...]:
         """How many blocks survive in the scopes of each form."""
         budgets = self.budgets(value) or {}
-        return tuple([budgets[one.form][0].nnz or 0 for _, one in self._firsts])
+        return tuple([budgets[form.instance.form][0].nnz or 0 for form in self._forms])
 
     def estimate(self, value: float) -> Number:
         """What is left without the blocks that are dropped, but with all that follows them."""
-        kept = zip(self._firsts, self.state(value), strict=True)
-        dropped = ((one.scope.blocks_per_scope - nnz) * self._each[one.form] for (_, one), nnz in kept)
+        kept = zip(self._forms, self.state(value), strict=True)
+        dropped = [(form.blocks - nnz) * self._each[form.instance.form] for form, nnz in kept]
         return self.whole - sum(dropped, start=0)
 
     def keeps_all(self, budgets: Budgets) -> bool:
-        return all(budgets[one.form][0].nnz == one.scope.blocks_per_scope for _, one in self._firsts)
+        return all(budgets[form.instance.form][0].nnz == form.blocks for form in self._forms)
 
     def values(self) -> Values:
         """All values of the knob, those first with which most is left."""

@@ -104,35 +104,38 @@ def turned(spec: Spec, knob: Knob, value: float) -> Spec:
     return replace(spec, tables={**spec.tables, place: type(table)({**vars(table), key: value})})
 
 
-def first_instances(bound: BoundSpec) -> list[tuple[str, BoundInstance]]:
-    """The first instance of each form, with the name of its rule."""
+class Form(Struct, frozen=True):
+    """What decides over the budget of all instances of a form: rule, one of them, blocks of a scope."""
+
+    rule: str
+    instance: BoundInstance
+    blocks: int
+
+
+def forms_of(bound: BoundSpec) -> list[Form]:
+    """The forms of bound rules."""
     found: dict[int, tuple[str, BoundInstance]] = {}
     for rule, instance in bound.instances():
         found.setdefault(instance.form, (rule.name, instance))
-    return list(found.values())
+    return [Form(rule, first, first.scope.blocks_per_scope) for rule, first in found.values()]
 
 
-def budgets_of(
-    spec: Spec, firsts: Iterable[tuple[str, BoundInstance]], config: Mapping[str, Any] | None
-) -> Budgets | None:
-    """The budgets of forms, by their `first_instances`, under another spec; None where it gives none.
-
-    The spec differs from that of the instances by a knob that was turned.
-    """
+def budgets_of(spec: Spec, forms: Iterable[Form], config: Mapping[str, Any] | None) -> Budgets | None:
+    """The budgets of forms under a spec of which a knob was turned since; None where it gives none."""
     shared = resolve_variables(spec.variables, config, Problems(spec.source))
     if any(isinstance(value, Broken) for value in shared.values()):
         return None
     try:
-        return {one.form: _budget(spec, rule, one, Names(shared, one.captures)) for rule, one in firsts}
+        return {form.instance.form: _budget(spec, form, shared) for form in forms}
     except Misfit:
         return None
 
 
-def _budget(spec: Spec, rule: str, instance: BoundInstance, names: Names) -> tuple[Budget, float | None]:
-    table, scope = spec.tables[rule], instance.scope
+def _budget(spec: Spec, form: Form, shared: Mapping[str, object]) -> tuple[Budget, float | None]:
+    table, one = spec.tables[form.rule], form.instance
     if not isinstance(table, BudgetTable):
-        raise TypeError(f"{rule} has no budget")
-    return budget_of(rule, table, scope.label, scope.blocks_per_scope, names)
+        raise TypeError(f"{form.rule} has no budget")
+    return budget_of(form.rule, table, one.scope.label, form.blocks, Names(shared, one.captures))
 
 
 def with_budgets(bound: BoundSpec, budgets: Budgets) -> BoundSpec:
