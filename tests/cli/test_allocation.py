@@ -1,8 +1,10 @@
 """`allocate = "loss"`: the parts of a common budget, against all losses in memory, sorted."""
 
 import json
+import multiprocessing
 from bisect import bisect_left
 from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from fractions import Fraction
 from math import floor
@@ -16,8 +18,12 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
 import sparseprune
+from sparseprune.checkpoint.output import read_journal
 from sparseprune.checkpoint.statistics import STATISTICS_KEY
+from sparseprune.execution import allocation
+from tests.cli.interrupted import NOTES, Command, Commands, Moment
 from tests.commands import ok, refused, run, valid
+from tests.execution.elsewhere import PoolRunner, one_thread
 from tests.samples import CHANNELS, mlp_tensors, write_spec
 
 Tensors = dict[str, torch.Tensor]
@@ -411,6 +417,59 @@ def test_bytes_do_not_depend_on_jobs_or_memory(tmp_path: Path) -> None:
         ok("apply", tmp_path / "m.safetensors", tmp_path / "spec.toml", "-o", where, "-q", *limits)
         outputs.append(where.read_bytes())
     assert outputs[0] == outputs[1]
+
+
+def test_what_was_counted_when_a_run_was_killed_is_not_counted_again(
+    tmp_path: Path, commands: Commands
+) -> None:
+    tensors = larger()
+    write_statistics(tmp_path, tensors)
+    planned(tmp_path, with_head(WHOLE), tensors)
+    words = ("apply", "m.safetensors", "spec.toml", "-o", "p.safetensors")
+    full = commands.run(Command(str(tmp_path), (*words[:-1], "whole.safetensors")))
+    assert full.code == 0, full.err
+    read = []
+    for at in (2, 4):
+        killed = commands.run(Command(str(tmp_path), words, moment=Moment("kill", at, NOTES)))
+        assert killed.code < 0
+        found = read_journal(tmp_path / ".p.safetensors.sparseprune-partial" / "journal")
+        assert found is not None
+        read.append(sum(key.endswith(".losses") for key in found.finished))
+    ended = commands.run(Command(str(tmp_path), words))
+    assert (ended.code, read) == (0, [1, 4]), ended.err
+    assert "an unfinished run is continued" in ended.err
+    assert ended.read < full.read - sum(tensor.nbytes for tensor in tensors.values())
+    for kind in ("", ".masks"):
+        outputs = [tmp_path / f"{name}{kind}.safetensors" for name in ("p", "whole")]
+        assert outputs[0].read_bytes() == outputs[1].read_bytes()
+
+
+@pytest.mark.parametrize("spec", [WHOLE, CHANNELS.replace("0.25", "0.5")])
+def test_losses_that_other_processes_count_give_the_same_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spec: str
+) -> None:
+    tensors = mlp_tensors(layers=3)
+    write_statistics(tmp_path, tensors)
+    spec = with_head(spec, f"{ALLOCATE}clamp = 0.3\n")
+    wanted = planned(tmp_path, spec, tensors)
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), one_thread) as processes:
+        monkeypatch.setattr(PoolRunner, "pool", processes, raising=False)
+        monkeypatch.setattr(PoolRunner, "done", [])
+        monkeypatch.setattr(allocation, "Runner", PoolRunner)
+        assert planned(tmp_path, spec, tensors) == wanted
+    assert {*PoolRunner.done} == {"FactorMoments", "CountLosses"}
+
+
+def test_memory_that_holds_no_moment_is_refused_before_any_work(tmp_path: Path) -> None:
+    tensors = {f"{layer}.{part}.weight": torch.ones(8, 3000) for layer in range(2) for part in ("up", "down")}
+    stats = {name: torch.eye(3000) for name in tensors}
+    save_file(tensors, tmp_path / "m.safetensors")
+    save_file(stats, tmp_path / "stats.safetensors")
+    spec = write_spec(tmp_path, with_head(ROWS))
+    said = refused("apply", tmp_path / "m.safetensors", spec, "--memory", "400MB")
+    (needed,) = (int(word) for word in said.err.split() if word.isdigit() and int(word) > 1000)
+    assert "second moments must be in memory to be factored; --memory must be at least" in said.err
+    ok("plan", tmp_path / "m.safetensors", spec, "--memory", needed)
 
 
 REFUSED: Mapping[str, tuple[str, str]] = {
