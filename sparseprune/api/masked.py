@@ -18,9 +18,11 @@ from sparseprune.api.options import path_or_none
 from sparseprune.api.run import collector_paused, digest
 from sparseprune.checkpoint import TensorReader, open_checkpoint, open_masks
 from sparseprune.checkpoint.codes import names_beside
+from sparseprune.checkpoint.discovery import RESULTS, SUFFIX
 from sparseprune.checkpoint.documents import shown
 from sparseprune.checkpoint.file_io import checkpoint_identity, shards_identity
 from sparseprune.checkpoint.folding import folded, refuse_split, split_weights
+from sparseprune.checkpoint.layout import PERMUTATIONS
 from sparseprune.checkpoint.mask_names import counterparts, masked_name
 from sparseprune.checkpoint.masks import provenance_of, renamed_masks, zeros_as_masks
 from sparseprune.engine.dtypes import DTYPES
@@ -175,8 +177,20 @@ def masked_by(
         masks = _with_zeros(run, masks, _looked_at(opened, masks, source, chosen), machine)
     with collector_paused():
         matched = match_masks(opened, masks, origin, partial=source.partial, chosen=chosen, cuts=cuts)
-    run.note(_other_names(matched))
+    run.note(_other_names(matched), _other_order(masks))
     return Masked(checkpoint, source, matched, origin, split)
+
+
+def _other_order(masks: MaskSet) -> str | None:
+    """A line where the masks are those of a checkpoint that was permuted before it was pruned."""
+    for path in dict.fromkeys(shard.path for shard in masks.shards):
+        named = path.name.replace(f".masks{SUFFIX}", f".{PERMUTATIONS}")
+        homes = (path.parent / PERMUTATIONS, path.parent / RESULTS / PERMUTATIONS, path.with_name(named))
+        told = next((one for one in homes if one != path and one.is_file()), None)
+        if told is not None:
+            why = "they fit what is made from that checkpoint, not the dense one"
+            return f"these masks are in the order that {told} tells: {why}"
+    return None
 
 
 def _under_names(run: Run, masks: MaskSet, changes: Mapping[str, str]) -> MaskSet:

@@ -24,6 +24,7 @@ from sparseprune.checkpoint import (
 )
 from sparseprune.checkpoint.codes import names_beside
 from sparseprune.checkpoint.folding import split_line
+from sparseprune.checkpoint.layout import permutations_path
 from sparseprune.errors import CheckpointError, SparsepruneError, printable
 from sparseprune.report.inspection import ordered, selected
 from sparseprune.spec.problems import shown, suggestion
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from sparseprune import results
     from sparseprune.api.options import Listing
     from sparseprune.api.run import Run
-    from sparseprune.checkpoint import Checkpoint, Statistics
+    from sparseprune.checkpoint import Checkpoint, Source, Statistics
     from sparseprune.execution.compare import Pair, Sides
     from sparseprune.execution.inspect import Questions
     from sparseprune.report.pictures.charts import Survivors
@@ -312,6 +313,21 @@ def _failed(
     return lines
 
 
+def _in_one_order(run: Run, asked: Comparing, statistics: Statistics | None, reader: TensorReader) -> Source:
+    """What both are read by: where PRUNED was permuted before it was pruned, DENSE comes in that order."""
+    pruned = open_checkpoint(asked.pruned)
+    path = permutations_path(pruned)
+    if not path.is_file():
+        return reader
+    from sparseprune.execution.reordered import in_order_of
+
+    source = in_order_of(pruned, open_checkpoint(asked.dense), statistics, reader)
+    if source is None:
+        return reader
+    run.note(f"{asked.dense} is compared in the order that {path} tells")
+    return source
+
+
 def _absent(sides: Sides) -> list[Absent]:
     """Tensors that fail every requirement: they are gone, or have another shape."""
     from sparseprune.report.requirements import Absent
@@ -348,10 +364,11 @@ def _compared(
 
     nbytes = sum(pair.nbytes for pair in (*sides.pairs, *matrices))
     with TensorReader() as reader, run.progress("comparing", nbytes) as advance:
-        found = compare_checkpoints(sides.pairs, reader, asked.jobs, advance)
+        source = _in_one_order(run, asked, statistics, reader)
+        found = compare_checkpoints(sides.pairs, source, asked.jobs, advance)
         errors = None
         if statistics is not None:
-            errors = output_errors(matrices, statistics, reader, asked.jobs, advance)
+            errors = output_errors(matrices, statistics, source, asked.jobs, advance)
     read = [one.shard for pair in sides.pairs for one in (pair.before, pair.after)]
     read += [statistics.of[pair.before.name].stored.shard for pair in matrices] if statistics else []
     refuse_changed_shards(read)

@@ -26,7 +26,7 @@ from sparseprune.checkpoint import (
 )
 from sparseprune.checkpoint.file_io import checkpoint_identity, refuse_changed, shards_identity
 from sparseprune.checkpoint.folding import refuse_split
-from sparseprune.errors import SparsepruneError
+from sparseprune.errors import SparsepruneError, SpecError
 from sparseprune.execution.plan import bind_to, make_plan, metrics_of_rules
 from sparseprune.execution.schedule import cpu_lines, make_schedule
 from sparseprune.report.coverage import coverage_of
@@ -91,7 +91,7 @@ def prepare(asked: Source, target: Target, machine: Machine) -> Prepared:
         where = (plan.checkpoint, target.output, plan.reached)
         scores, mask_format = score_shards(plan), target.mask_format
         if target.weights or mask_format is None:
-            layout = lay_out_apply(*where, mask_format, scores)
+            layout = lay_out_apply(*where, mask_format, scores, plan.permutations.moved)
         else:
             layout = lay_out_masks(*where, mask_format, scores)
     parts = (plan, schedule, layout, coverage)
@@ -115,7 +115,10 @@ def _reaching(
 
 def _plan(checkpoint: Checkpoint, spec: Spec, target: Target, machine: Machine) -> tuple[Plan, Schedule]:
     """What a spec means for a checkpoint, and how that is done."""
-    plan = make_plan(checkpoint, spec, writes=target.weights and not target.resized)
+    permutes = target.weights and not target.resized
+    plan = make_plan(checkpoint, spec, writes=permutes, permutes=permutes)
+    if not permutes:
+        _refuse_permuting(plan, "remove" if target.resized else "mask")
     schedule = make_schedule(
         plan,
         machine.memory,
@@ -149,6 +152,17 @@ def decided(
     return replace(prepared, spec=spec, plan=plan, schedule=schedule)
 
 
+def _refuse_permuting(plan: Plan, command: str) -> None:
+    """SpecError where a rule permutes, and the command writes no permuted weights."""
+    rule = next((rule.name for rule, instance in plan.bound.instances() if instance.permute), None)
+    if rule is not None:
+        why = {
+            "mask": "masks of another order do not fit the checkpoint",
+            "remove": "what is removed is not permuted",
+        }
+        raise SpecError(f"[{rule}] permute: {command} does without it, as {why[command]}; use apply")
+
+
 def warn(run: Run, prepared: Prepared) -> None:
     """Warn of what a user should know before any work; an error under `strict`."""
     run.warn(*prepared.coverage.warnings(), *cpu_lines(prepared.schedule, prepared.machine.device))
@@ -172,6 +186,7 @@ def planned(
 ) -> results.Plan:
     """What the spec binds to and would do; of a removal with what it would come to, and its own layout."""
     from sparseprune.removal.preview import preview
+    from sparseprune.report.permuted import planned_permutations, unmoved_modules
     from sparseprune.report.plan import plan_totals, planned_removal, rule_plan, unreached
     from sparseprune.results.pruning import PlannedBytes
 
@@ -199,6 +214,8 @@ def planned(
                 output=layout.output_bytes,
                 peak=prepared.peak_bytes,
             ),
+            permuted=planned_permutations(plan.permutations),
+            not_permuted=unmoved_modules(plan.permutations),
         )
 
 
@@ -210,10 +227,11 @@ def prune(run: Run, prepared: Prepared) -> results.Report:
 
     def work(reader: TensorReader) -> results.Report:
         # Numpy and the compiled loops come in here, after everything that can be refused without them.
-        from sparseprune.execution.pruning import execute, work_bytes
+        from sparseprune.execution.pruning import execute, permute, work_bytes, write_orders
         from sparseprune.execution.schedule import device_text, devices_of_rules, resolve_device
         from sparseprune.report import pruning
         from sparseprune.report.coverage import unpruned_lines
+        from sparseprune.report.permuted import permuted_modules, unmoved_modules
         from sparseprune.report.wording import other_weights
         from sparseprune.results.fields import Made, WrittenBytes
 
@@ -222,8 +240,13 @@ def prune(run: Run, prepared: Prepared) -> results.Report:
         device = resolve_device(machine.device, uses_torch=schedule.uses_torch)
         earlier = warn_of_earlier(run, plan.checkpoint, rebuilt_by(plan) if weights else {}, machine)
         total, already = work_bytes(schedule, output)
+        moved = None
         with run.progress("pruning" if weights else "masking", total, already) as advance:
-            outcomes = execute(schedule, reader, output, device, advance)
+            if plan.permutations.found:
+                moved = permute(schedule, reader, output, advance)
+                write_orders(output, moved)
+            source = reader if moved is None else moved.source
+            outcomes = execute(schedule, source, output, device, advance)
         found = pruning.summed_up(outcomes)
         run.warn(*unpruned_lines(plan.bound.rules, found.pruned))
         warn_of_broken(run, earlier, output)
@@ -245,6 +268,8 @@ def prune(run: Run, prepared: Prepared) -> results.Report:
                 plan.bound, found, devices_of_rules(schedule, device), metrics_of_rules(plan)
             ),
             tensors=Made(outcomes, pruning.tensor_result),
+            permuted=() if moved is None else permuted_modules(moved.found),
+            not_permuted=unmoved_modules(plan.permutations),
         )
 
     read = score_shards(prepared.plan)
@@ -272,7 +297,9 @@ def identity_of(prepared: Prepared) -> dict[str, str]:
 def score_shards(plan: Plan) -> Iterable[Shard]:
     """The shards of score files and statistics, each once."""
     tasks = (task for unit in plan.units for task in unit.tasks)
-    return dict.fromkeys(one.stored.shard for task in tasks for one in task.inputs)
+    beside = [each.stored.shard for one in plan.permutations.found for each in one.beside]
+    inputs = [one.stored.shard for task in tasks for one in task.inputs]
+    return dict.fromkeys((*inputs, *beside))
 
 
 def as_applied(prepared: Prepared) -> bytes:

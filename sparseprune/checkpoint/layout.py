@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 MaskFormat = Literal["bool", "packed"]
 FORMAT_KEY = "sparseprune.mask_format"
 SHAPES_KEY = "sparseprune.shapes"
+PERMUTATIONS = f"permutations{SUFFIX}"
 _Names = tuple[PurePosixPath, PurePosixPath, PurePosixPath | None]  # of masks, report and spec
 
 
@@ -77,6 +78,7 @@ class OutputLayout:
     files: tuple[OutputFile, ...] = field(repr=False)
     report_file: PurePosixPath
     spec_file: PurePosixPath | None
+    permutations_file: PurePosixPath | None = None
     copies: tuple[CopyRange, ...] = field(default=(), repr=False)
     weights: Mapping[str, Place] = field(default_factory=dict, repr=False)
     masks: Mapping[str, Place] = field(default_factory=dict, repr=False)
@@ -86,6 +88,12 @@ class OutputLayout:
     stale: tuple[PurePosixPath, ...] = ()
     is_scratch: bool = False
     results_mode: int = 0o600
+
+    @property
+    def results(self) -> tuple[PurePosixPath, ...]:
+        """The files that are written when all else is known: the report, the spec, the permutations."""
+        files = (self.report_file, self.spec_file, self.permutations_file)
+        return tuple(file for file in files if file is not None)
 
     @property
     def root(self) -> Path:
@@ -122,17 +130,21 @@ def lay_out_apply(
     masked: Collection[str],
     mask_format: MaskFormat | None,
     read: Iterable[Shard] = (),
+    moved: Collection[str] = (),
 ) -> OutputLayout:
     """The output of pruning `masked`: the same checkpoint, with masks (unless None) and a report.
 
-    `target` None is the default name beside the input. KeyError for a name that is not stored. Only who may
-    read all shards, and all shards `read` beside them, may read masks and report.
+    Tensors that are `moved` are written, too, with masks only where they are masked. `target` None is the
+    default name beside the input. KeyError for a name that is not stored. Only who may read all shards, and
+    all shards `read` beside them, may read masks and report.
     """
     final = output_target(checkpoint, target, "pruned")
     is_directory = checkpoint.is_directory
     names = _names(checkpoint, final, RESULTS)
     chosen = {name: checkpoint.tensors[name] for name in masked}
     layout = _lay_out_masks(checkpoint, final, names, chosen, mask_format, read)
+    if moved:
+        chosen = {**chosen, **{name: checkpoint.tensors[name] for name in moved}}
     files: list[OutputFile] = []
     copies: list[CopyRange] = []
     for shard, header in checkpoint.headers.items():
@@ -149,13 +161,20 @@ def lay_out_apply(
         path = stored.shard.relative if is_directory else PurePosixPath(final.name)
         return Place(path, stored.offset, stored.nbytes, stored.numel)
 
+    stem = final.name.removesuffix(SUFFIX)
+    permutations = (
+        PurePosixPath(RESULTS, PERMUTATIONS) if is_directory else PurePosixPath(f"{stem}.{PERMUTATIONS}")
+    )
+    stale = (*(names[:1] if mask_format is None else ()), *(() if moved else (permutations,)))
+
     return dataclasses.replace(
         layout,
         files=(*files, *others, *layout.files),
         copies=(*copies, *copied),
         weights=_Places(chosen, place),
         writes_weights=True,
-        stale=() if is_directory or mask_format is not None else names[:1],
+        permutations_file=permutations if moved else None,
+        stale=() if is_directory else stale,
     )
 
 
@@ -172,6 +191,14 @@ def lay_out_masks(
     names = (masks if checkpoint.is_directory else PurePosixPath(final.name), report, spec)
     chosen = {name: checkpoint.tensors[name] for name in masked}
     return _lay_out_masks(checkpoint, final, names, chosen, mask_format, read)
+
+
+def permutations_path(checkpoint: Checkpoint) -> Path:
+    """Where the orders of a checkpoint are told if it was permuted before it was pruned."""
+    path = checkpoint.path
+    if checkpoint.is_directory:
+        return path / RESULTS / PERMUTATIONS
+    return path.with_name(f"{path.name.removesuffix(SUFFIX)}.{PERMUTATIONS}")
 
 
 def results_mode(checkpoint: Checkpoint, read: Iterable[Shard] = ()) -> int:

@@ -208,7 +208,7 @@ class Sink(Protocol):
         """
 
     def add_file(self, name: PurePosixPath, data: bytes | Iterable[bytes]) -> None:
-        """Writes the report or the spec under its name in the layout, or replaces it; whole or in parts."""
+        """Writes one of the layout's `results` under its name, or replaces it; whole or in parts."""
 
     def note(self, key: str, record: object) -> None:
         """Records that a piece of work is finished, after its writes have returned.
@@ -424,7 +424,7 @@ class StagedOutput(Sink):
         self._merge(place, end - tail, bits[len(bits) - tail :])
 
     def add_file(self, name: PurePosixPath, data: bytes | Iterable[bytes]) -> None:
-        if name not in (self.layout.report_file, self.layout.spec_file):
+        if name not in self.layout.results:
             raise ValueError(f"{name}: the layout has no such file")
         path = self._staging.output / name
         with self._writing(path):
@@ -472,7 +472,7 @@ class StagedOutput(Sink):
         with self._writing(root):
             for file in layout.files:
                 file_io.restrict(self._paths[file.path], file.mode)
-            for name in filter(None, (layout.report_file, layout.spec_file)):
+            for name in layout.results:
                 file_io.restrict(root / name, layout.results_mode)
             for folder, _, files in os.walk(root, topdown=False):
                 for path in (*(root.joinpath(folder, name) for name in files), root.joinpath(folder)):
@@ -526,7 +526,7 @@ class StagedOutput(Sink):
         sizes = self._staging.sizes()
         if sizes is None:
             return False
-        for name in (self.layout.report_file, self.layout.spec_file):
+        for name in self.layout.results:
             sizes.pop(str(name), None)
         return sizes == {str(file.path): file.size for file in self.layout.files}
 

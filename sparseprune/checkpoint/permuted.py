@@ -15,16 +15,15 @@ import numpy as np
 from msgspec import Struct
 
 from sparseprune.checkpoint import file_io
-from sparseprune.checkpoint.discovery import RESULTS, SUFFIX
 from sparseprune.checkpoint.documents import shown, strict_json
 from sparseprune.checkpoint.header import lay_out
+from sparseprune.checkpoint.layout import permutations_path
 from sparseprune.checkpoint.source import Source, StoredTensor, TensorReader, open_shard
 from sparseprune.engine.dtypes import DTYPES
 from sparseprune.errors import CheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
-    from pathlib import Path
 
     from numpy.typing import NDArray
 
@@ -241,14 +240,6 @@ def permutations_bytes(orders: Mapping[str, Mapping[int, Order]]) -> bytes:
     shapes = ((name, "I32", array.shape) for name, array in arrays.items())
     header = lay_out(shapes, {"format": "pt", PERMUTATIONS_KEY: text})
     return b"".join([header.raw, *(arrays[entry.name].tobytes() for entry in header.entries)])
-
-
-def permutations_path(checkpoint: Checkpoint) -> Path:
-    """Where the orders of a permuted checkpoint are told."""
-    path = checkpoint.path
-    if checkpoint.is_directory:
-        return path / RESULTS / f"permutations{SUFFIX}"
-    return path.with_name(f"{path.name.removesuffix(SUFFIX)}.permutations{SUFFIX}")
 
 
 def read_permutations(checkpoint: Checkpoint) -> dict[str, dict[int, Order]]:

@@ -237,7 +237,7 @@ def final_paths(layout: OutputLayout) -> tuple[Path, ...]:
     """Every name that belongs to an output, the target last."""
     if layout.is_directory:
         return (layout.target,)
-    names = dict.fromkeys((*layout.stale, *layout.mask_files, layout.report_file))
+    names = dict.fromkeys((*layout.stale, *layout.mask_files, *layout.results))
     return (*(layout.root / path for path in names if path.name != layout.target.name), layout.target)
 
 

@@ -29,6 +29,7 @@ mask = command(api.mask, show_pruned)
 def _summarize(call: "Call[results.Report]", report: "results.Report", *, verbose: bool) -> None:
     from sparseprune.report.allocation import allocation_lines
     from sparseprune.report.coverage import coverage_text
+    from sparseprune.report.permuted import permuted_lines
     from sparseprune.report.pruning import errors_text, target_text
     from sparseprune.report.tables import outcome_table, rules_table
     from sparseprune.report.wording import copies_line, many, percent, size
@@ -60,6 +61,7 @@ def _summarize(call: "Call[results.Report]", report: "results.Report", *, verbos
     if totals.output_error is not None:
         matrices = sum(tensor.output_error is not None for tensor in report.tensors)
         lines.append(f"reconstructed {many(matrices, 'matrix')}: {errors_text(totals)}")
+    lines += permuted_lines(report.permuted, report.not_permuted)
     lines += [*report.notes, *copies_line("left out", report.files_left_out)]
     lines.append(f"{call.seconds:.1f} s, {size(sizes.weights / call.seconds)}/s, on {report.device}")
     tell_lines(*lines)

@@ -21,6 +21,7 @@ from sparseprune.engine.grids import prod
 from sparseprune.errors import CheckpointError, SpecError, UnboundError
 from sparseprune.execution.coded import rank_of_codes, refusals
 from sparseprune.execution.experts import Routed
+from sparseprune.execution.permutable import Permutations, permutations_of
 from sparseprune.execution.scores import kind_of
 from sparseprune.results.fields import Made
 from sparseprune.spec import BoundBlock, BoundScope, TensorInfo, bind
@@ -97,6 +98,11 @@ class InputFiles:
         if soft is not None and soft.conditioners is not None:
             found += self._ready(rule, soft.conditioners, scope, "conditioners")
         return tuple(found)
+
+    def statistic(self, path: Path, name: str) -> Statistic | None:
+        """What a file of statistics that was opened before has of a weight."""
+        file = self._files.get(path)
+        return None if file is None else file.of.get(name)
 
     def raise_if_any(self) -> None:
         """SpecError with every problem that was noted; where much is missing one line says so."""
@@ -444,17 +450,28 @@ class WorkUnit(Struct, frozen=True):
 
 
 class Plan(Struct, frozen=True):
-    """A spec bound to a checkpoint, as units that may run in any order and side by side."""
+    """A spec bound to a checkpoint, as units that may run in any order and side by side.
+
+    What has `permutations` is permuted before, and then the units are as if it had been stored so.
+    """
 
     checkpoint: Checkpoint
     bound: BoundSpec
     units: Sequence[WorkUnit]
+    permutations: Permutations = Permutations()
 
     @property
     def reached(self) -> tuple[str, ...]:
         """The tensors that some rule reaches, in the order of the checkpoint."""
         names = {stored.name for unit in self.units for stored in unit.tensors}
         return tuple(name for name in self.checkpoint.tensors if name in names)
+
+    @property
+    def moved_alone(self) -> tuple[str, ...]:
+        """The tensors that are permuted although no rule reaches them, in the order of the checkpoint."""
+        moved = self.permutations.moved
+        reached = set(self.reached) if moved else set()
+        return tuple(name for name in self.checkpoint.tensors if name in moved and name not in reached)
 
 
 def make_plan(
@@ -463,13 +480,14 @@ def make_plan(
     needs_inputs: Callable[[BoundInstance], bool] = lambda _: True,
     *,
     writes: bool = True,
+    permutes: bool = False,
 ) -> Plan:
     """Bind a spec to the headers of a checkpoint and cut the work into units; arguments as for `plan_of`.
 
     Raises:
         SpecError: the spec does not fit the checkpoint, with every problem at once.
     """
-    return plan_of(checkpoint, bind_to(checkpoint, spec), needs_inputs, writes=writes)
+    return plan_of(checkpoint, bind_to(checkpoint, spec), needs_inputs, writes=writes, permutes=permutes)
 
 
 def bind_to(checkpoint: Checkpoint, spec: Spec) -> BoundSpec:
@@ -488,12 +506,14 @@ def plan_of(
     needs_inputs: Callable[[BoundInstance], bool] = lambda _: True,
     *,
     writes: bool = True,
+    permutes: bool = False,
 ) -> Plan:
     """The work of a bound spec, cut into units.
 
     `needs_inputs` says for which instances the files of scores and conditioners are looked for, by default
     for all; the tasks of the others have no inputs, and their files may be gone. `writes`: zeros are written
-    or looked for, so that it must be known of codes which of them are zero.
+    or looked for, so that it must be known of codes which of them are zero. `permutes`: what a spec wants to
+    be permuted is looked for, as somebody will do it.
 
     Raises:
         SpecError: files of scores, statistics or codes do not fit, with every problem at once.
@@ -507,7 +527,10 @@ def plan_of(
     files.raise_if_any()
     if ranks:
         tasks = [replace(task, codes=rank) for task, rank in zip(tasks, ranks, strict=True)]
-    return Plan(checkpoint, bound, _units(checkpoint, tasks))
+    permutations = Permutations()
+    if permutes:
+        permutations = permutations_of(checkpoint, tensor_infos(checkpoint), tasks, files.statistic)
+    return Plan(checkpoint, bound, _units(checkpoint, tasks), permutations)
 
 
 def metrics_of_rules(plan: Plan) -> dict[str, str]:

@@ -187,14 +187,14 @@ class Ranking:
         one = self._inputs["vector", region.leaf.tensor]
         numbers = self._io.vectors.get(one.key)
         if numbers is None:  # as often as there are threads at the most
-            numbers = self._io.vectors[one.key] = self._vector(one)
+            numbers = self._io.vectors[one.key] = self.vector(one)
         dim = one.dim % len(shape)
         if numbers.ndim == len(shape) == 2:  # of matrices that lie one below another
             shape, dim = (len(numbers), shape[0] // len(numbers), shape[1]), dim + 1
         return along(region, numbers, shape, dim)
 
-    def _vector(self, one: TaskInput) -> Floats:
-        """(features,), or (matrices, features) where a stack has a vector for each of its matrices."""
+    def vector(self, one: TaskInput) -> Floats:
+        """What weights are multiplied with: (features,), or (matrices, features) of a stack with several."""
         shape = one.stored.shape
         wanted: StatisticsKind = self._kind.statistic
         if one.form == "hessian":

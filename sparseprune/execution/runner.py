@@ -385,6 +385,20 @@ def write_through(
     return runner.results
 
 
+def decide_through(
+    jobs: Iterable[Job],
+    io: TensorIO,
+    record: Record,
+    resources: Resources,
+    given_up: threading.Event | None = None,
+) -> dict[int, Any]:
+    """Do jobs that decide something for those that write later: as `write_through`, and nothing is copied."""
+    runner = Runner(jobs, io, record, resources.memory, given_up)
+    with _flushing(record.output, runner.give_up):
+        runner.run(resources.threads)
+    return runner.results
+
+
 def already_done(output: Sink) -> int:
     """Bytes of the input that the run did that this one continues."""
     return sum(noted[0] for noted in output.finished.values() if _is_noted(noted))

@@ -94,14 +94,35 @@ class Schedule(Struct, frozen=True):
     @property
     def peak_bytes(self) -> int:
         """Resident memory at the most, about: the interpreter, what is in flight, scores that are kept."""
+        searched = min(self.limits.memory, self.search_resources.threads * self._searched)
+        return max(self._peak_of_groups, self._base + max(searched, self._searched))
+
+    @property
+    def search_resources(self) -> Resources:
+        """Those by which orders are looked for before: as many threads as have room."""
+        memory = self.limits.memory
+        threads = min(self.workers, memory // max(1, self._searched), len(self.plan.permutations.found))
+        return Resources(max(1, threads), memory)
+
+    @property
+    def _searched(self) -> int:
+        """The memory of the largest search for an order; 0 without any."""
+        tensors = self.plan.checkpoint.tensors
+        return max((one.memory(tensors) for one in self.plan.permutations.found), default=0)
+
+    @property
+    def _base(self) -> int:
+        return INTERPRETER + (TORCH if self.uses_torch else 0) + self.limits.resident
+
+    @property
+    def _peak_of_groups(self) -> int:
         resources, uses_torch = self.resources, self.uses_torch
         shared = any(not isinstance(one, Rebuild) or one.stacked for one in self._unlike)
         chunks = resources.threads if shared else len(self.groups)
         threads = max(1, min(resources.threads, chunks, resources.memory // max(1, self._item)))
         held = sum(nlargest(self.workers, (group.strategy.held for group in self.groups)))
         kept = TORCH_THREAD * (threads - 1) if uses_torch else 0
-        base = INTERPRETER + (TORCH if uses_torch else 0) + self.limits.resident
-        return base + min(self.limits.memory, self._item * threads + kept + held)
+        return self._base + min(self.limits.memory, self._item * threads + kept + held)
 
     @property
     def nbytes(self) -> int:
@@ -110,7 +131,9 @@ class Schedule(Struct, frozen=True):
         reads = sum(
             task.nbytes(tensors) * group.strategy.passes for group in self.groups for task in group.tasks
         )
-        return reads + sum(one.nbytes for one in self.untouched)
+        moved = sum(tensors[name].nbytes for name in self.plan.moved_alone)
+        searched = self.plan.permutations.search_bytes(tensors)
+        return reads + sum(one.nbytes for one in self.untouched) + moved + searched
 
     @property
     def _item(self) -> int:
@@ -163,7 +186,7 @@ def make_schedule(
 def resident_of(plan: Plan, *, masks: bool, resized: bool = False) -> Resident:
     """What a run of a plan holds of all tensors, whatever it works on at the time."""
     scopes = [instance.scope for _, instance in plan.bound.instances()]
-    return Resident.of(
+    found = Resident.of(
         len(plan.checkpoint.tensors),
         sum(shard.data_begin for shard in plan.checkpoint.shards),
         reached=sum([len(scope.leaves) for scope in scopes]),
@@ -171,6 +194,7 @@ def resident_of(plan: Plan, *, masks: bool, resized: bool = False) -> Resident:
         masks=masks,
         resized=resized,
     )
+    return replace(found, nbytes=found.nbytes + plan.permutations.resident_bytes)
 
 
 def resolve_device(asked: str, *, uses_torch: bool) -> str:

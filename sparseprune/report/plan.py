@@ -16,6 +16,7 @@ from sparseprune.engine.grids import Shape, index_of, prod
 from sparseprune.errors import printable
 from sparseprune.report.allocation import allocate_asked, allocated_instances, allocation_table
 from sparseprune.report.coverage import coverage_text, coverage_totals
+from sparseprune.report.permuted import planned_text, unmoved_texts
 from sparseprune.report.pruning import config_text, target_text
 from sparseprune.report.tables import INDENT, Column, Fact, below, filled, indented, plain_table
 from sparseprune.report.wording import each_text, many, percent, place_text, shape_text, share, size
@@ -288,6 +289,8 @@ def totals_card(plan: results.Plan) -> RenderableType:
         ("masks", size(sizes.masks) if sizes.masks else "none"),
         ("output", f"{size(sizes.output)} in {plan.output}{exists}"),
         *([] if sizes.peak is None else [("memory", f"about {size(sizes.peak)} at the peak")]),
+        *([("permutes", planned_text(plan.permuted))] if plan.permuted else []),
+        *[("leaves", text) for text in unmoved_texts(plan.not_permuted)],
         *_removal_facts(plan),
     ]
     parts: list[RenderableType] = [Text("in all", "bold"), _facts(facts)]

@@ -196,6 +196,30 @@ class TargetReached(Record):
 Target = Annotated[TargetReached | None, Doc("null if none was given")]
 
 
+class PlannedPermutation(Record):
+    """A module whose units change places before N:M is decided."""
+
+    module: str
+    kind: Literal["mlp", "heads"]
+    orders: Annotated[Count, Doc("one for each key/value head or expert, else 1")]
+    units: Annotated[Count, Doc("channels, or dimensions of a head, of an order")]
+    tensors: Annotated[tuple[Name, ...], Doc("those that move")]
+
+
+class PermutedModule(PlannedPermutation):
+    """A module whose units changed places, so that it computes the same and N:M prunes less."""
+
+    pruned_before: Annotated[Share, Doc("share of all scores that N:M prunes in the old order")]
+    pruned_after: Annotated[Share, Doc("share of all scores that N:M prunes in the new order")]
+
+
+class UnmovedModule(Record):
+    """A module that a rule wants to be permuted, and why it is not."""
+
+    module: str
+    reason: str
+
+
 class PlannedBytes(Record):
     """Sizes of files, and memory."""
 
@@ -220,6 +244,8 @@ class Plan(Document):
     target: Target
     unreached: Annotated[tuple[UnreachedTensor, ...], Doc("the largest tensors that no rule reaches")]
     bytes: PlannedBytes
+    permuted: Annotated[tuple[PlannedPermutation, ...], Doc("empty unless a rule has permute")] = ()
+    not_permuted: tuple[UnmovedModule, ...] = ()
 
 
 Device = Annotated[str, Doc("what did the work, such as cpu, cuda:1, cuda and cpu")]
@@ -315,6 +341,11 @@ class Report(Document):
     tensors: Annotated[
         Sequence[TensorResult], Doc("the tensors that a rule reached, in the order of the checkpoint")
     ]
+    permuted: Annotated[
+        tuple[PermutedModule, ...],
+        Doc("permutations.safetensors has the order of each tensor; empty unless a rule has permute"),
+    ] = ()
+    not_permuted: tuple[UnmovedModule, ...] = ()
 
 
 class RemovalTotals(Record):

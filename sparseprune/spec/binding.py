@@ -455,7 +455,8 @@ class _Binder:
         if shared is not None and own is not None:
             shared, budget = replace(shared, decided=True), dataclasses.replace(budget, nnz=own)
         what = (scope.label, site.captures, scope, budget, sparsity)
-        found = BoundInstance(*what, score, soft, rebuilt, shared, next(self._numbers))
+        permute = isinstance(table, ScopeTable) and _permutes(place, table, scope, names)
+        found = BoundInstance(*what, score, soft, rebuilt, shared, next(self._numbers), permute)
         least, most = found.kept_range or (0, scope.blocks_per_scope)
         if own is not None and not least <= own <= most:
             text = f"{scope.label}: found {own} as its part of the common budget, wanted {least} to {most}"
@@ -527,6 +528,22 @@ class _Binder:
             divide(layout.shape, extents, "block", "tensor" if layout.shape == tensor.shape else "view")
         view = (layout.shape, layout.stride, layout.offset)
         return BoundBlock(label(place, site), tensor.name, *view, extents)
+
+
+def _permutes(place: str, table: ScopeTable, scope: BoundScope, names: Names) -> bool:
+    """Whether inputs change places first; Misfit where a scope is not N:M of single elements."""
+    if table.permute is None:
+        return False
+    with _placed(place, "permute", scope.label):
+        found = names.value(table.permute)
+        if not isinstance(found, bool):
+            raise came_to(table.permute, found, "true or false")
+    wide = [size for size in scope.shape if size > 1]
+    if found and (scope.block.leaves[0].numel_per_block > 1 or len(wide) != 1):
+        what = f"{scope.label} has scopes {list(scope.shape)} of blocks {list(scope.block.leaves[0].shape)}"
+        wanted = "wanted single elements, several along one dimension, such as shape [1, 4] of blocks [1, 1]"
+        raise Misfit(place, "permute", f"{what}: {wanted}")
+    return found
 
 
 def _outlook_of(site: Site) -> Outlook | None:

@@ -211,7 +211,8 @@ class BoundInstance(Struct, frozen=True):
     """One instance of a rule, an outermost scope or coupling; `sparsity` is the one that was asked for.
 
     Instances of one `form` differ only in captures, labels and tensor names: shapes, dtypes, views, orders,
-    budget and method are equal. A form belongs to one rule of a spec.
+    budget and method are equal. A form belongs to one rule of a spec. `permute`: its tensors' inputs change
+    places first, where that leaves the model as it is.
     """
 
     label: str
@@ -224,6 +225,7 @@ class BoundInstance(Struct, frozen=True):
     reconstruct: Reconstruct | None = None
     allocate: Allocate | None = None
     form: int = 0
+    permute: bool = False
 
     @property
     def kept_range(self) -> tuple[int, int] | None:

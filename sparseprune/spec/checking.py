@@ -17,6 +17,7 @@ from sparseprune.spec.schema import (
     BUDGETS,
     KINDS,
     METHOD_KEYS,
+    PERMUTED_SCORES,
     SOFT_KEYS,
     BlockCouplingTable,
     BudgetTable,
@@ -244,6 +245,8 @@ class _Checker(Struct, frozen=True):
             if getattr(table, key) is not None:
                 what = "this" if key in METHOD_KEYS else "its budget"
                 self.add(place, key, f"this scope is a member of [{coupling}]: {what} belongs there")
+        if isinstance(table, ScopeTable) and table.permute:
+            self.add(place, "permute", f"this scope is a member of [{coupling}], and only N:M is permuted")
 
     def _outermost(self, place: str, table: BudgetTable) -> None:
         given = [key for key in BUDGETS if getattr(table, key) is not None or self.problems.has(place, key)]
@@ -254,6 +257,8 @@ class _Checker(Struct, frozen=True):
         if table.multiple_of is not None and given == ["threshold"]:
             text = "it rounds the number that nnz or sparsity gives; a threshold keeps no fixed number"
             self.add(place, "multiple_of", text)
+        if isinstance(table, ScopeTable) and table.permute:
+            self._permute(place, table)
         if not self.problems.is_open(place, "mode"):
             self._mode(place, table)
         if not self.problems.is_open(place, "mode", "score", "reconstruct", "threshold"):
@@ -261,6 +266,19 @@ class _Checker(Struct, frozen=True):
             self._allocate(place, table)
         if table.score is not None:
             self.score(place, table.score, "score.")
+
+    def _permute(self, place: str, table: ScopeTable) -> None:
+        """Keys that do not go with inputs that change places."""
+        if isinstance(table.block, str) and not self.problems.is_open(place, "block"):
+            text = "only N:M of a scope that names its tensors is permuted: give them beside a block's shape"
+            self.add(place, "permute", text)
+        if table.threshold is not None:
+            self.add(place, "permute", "a threshold keeps no fixed number: give nnz or sparsity")
+        score = table.score or (None if self.problems.is_open(place, "score") else self.spec.score)
+        if score is not None and score.kind not in PERMUTED_SCORES:
+            kinds = listed(map(shown, PERMUTED_SCORES), "or")
+            text = f'its score has kind = "{score.kind}", of which no order loses less: wanted {kinds}'
+            self.add(place, "permute", text)
 
     def _mode(self, place: str, table: BudgetTable) -> None:
         """Keys that do not go with the mode of a rule."""
@@ -350,7 +368,7 @@ class _Checker(Struct, frozen=True):
             elif isinstance(table, ScopeTable) and own is not None and lent is not None:
                 self._check_names(place, {"shape": table.shape}, {*own, *lent, *common})
             if isinstance(table, BudgetTable) and own is not None:
-                budget = {key: getattr(table, key) for key in _BUDGET_KEYS}
+                budget = {key: getattr(table, key, None) for key in (*_BUDGET_KEYS, "permute")}
                 self._check_names(place, budget, {*own, *common})
 
     def _check_leaf(

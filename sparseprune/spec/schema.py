@@ -165,6 +165,9 @@ SCORE_KEYS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 )
 
 
+PERMUTED_SCORES = ("magnitude", "values", "wanda", "obd")  # of single elements, so that orders differ
+
+
 _kind = _plain(str, fits=lambda kind: kind in SCORE_KEYS)
 
 
@@ -492,6 +495,10 @@ class ScopeTable(TensorsTable, BudgetTable):
     )
     shape: tuple[Integer, ...] = _required(_list(_extent), _SHAPE.replace("1 or more", "1 or more blocks"))
     optional: bool = _OPTIONAL
+    permute: bool | Expression | None = _key(
+        _or_expression(_boolean),
+        "true, false or an expression: whether inputs change places first, where the model stays the same",
+    )
 
 
 class ScopeCouplingTable(CouplingTable, BudgetTable):

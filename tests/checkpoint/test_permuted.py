@@ -9,12 +9,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sparseprune.checkpoint import TensorReader, open_checkpoint, permuted
+from sparseprune.checkpoint.layout import permutations_path
 from sparseprune.checkpoint.permuted import (
     Permuted,
     PermutedSource,
     both_sides,
     permutations_bytes,
-    permutations_path,
     read_permutations,
 )
 from sparseprune.errors import CheckpointError

@@ -28,6 +28,9 @@ from sparseprune.spec.structures.index import place_of as place_of
 from sparseprune.spec.structures.index import section_of as section_of
 from sparseprune.spec.structures.index import with_defaults as with_defaults
 from sparseprune.spec.structures.index import with_expert as with_expert
+from sparseprune.spec.structures.interiors import Inside as Inside
+from sparseprune.spec.structures.interiors import Interior as Interior
+from sparseprune.spec.structures.interiors import find_interiors as find_interiors
 from sparseprune.spec.structures.matrices import inputs_first as inputs_first
 from sparseprune.spec.structures.matrices import is_layer_matrix as is_layer_matrix
 from sparseprune.spec.structures.matrices import is_matrix_shape as is_matrix_shape
