@@ -49,6 +49,12 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.DOTALL | re.MULTILINE)
 
 
+def console(command: str) -> str:
+    """The one block that begins with this command."""
+    (found,) = (block for block in blocks("console") if block.startswith(f"$ {command} "))
+    return found
+
+
 def same(line: str) -> str:
     """A line without what differs from run to run: times, rates, spaces at the end; of errors two digits."""
     line = re.sub(r"(?<=output error 0\.\d\d)\d|(?<=average, 0\.\d\d)\d", "", line)
@@ -86,7 +92,7 @@ def test_first_command_shows_its_real_output(tmp_path: Path) -> None:
 
 def test_plan_shows_its_real_output(tmp_path: Path) -> None:
     write_decoder(tmp_path / "decoder")
-    command, *shown = blocks("console")[3].splitlines()
+    command, *shown = console("sparseprune plan").splitlines()
     real = real_output(shlex.split(command.removeprefix("$ ")), tmp_path)
     assert shows(shown, real), "\n".join(real)
 
@@ -94,7 +100,14 @@ def test_plan_shows_its_real_output(tmp_path: Path) -> None:
 def test_inspect_shows_its_real_output(tmp_path: Path) -> None:
     write_decoder(tmp_path / "decoder")
     ok("apply", tmp_path / "decoder", "2of4", "-o", tmp_path / "decoder-half", "-q")
-    command, *shown = blocks("console")[4].splitlines()
+    command, *shown = console("sparseprune inspect").splitlines()
+    real = real_output(shlex.split(command.removeprefix("$ ")), tmp_path)
+    assert shows(shown, real), "\n".join(real)
+
+
+def test_a_target_is_reached_as_shown(tmp_path: Path) -> None:
+    write_decoder(tmp_path / "decoder")
+    command, *shown = console("sparseprune remove decoder").splitlines()
     real = real_output(shlex.split(command.removeprefix("$ ")), tmp_path)
     assert shows(shown, real), "\n".join(real)
 
@@ -160,7 +173,7 @@ def test_a_wrong_line_of_output_is_noticed() -> None:
 
 
 def test_second_command_is_the_checks_that_ci_runs() -> None:
-    (command,) = blocks("console")[5].splitlines()
+    (command,) = console("bash").splitlines()
     assert command == "$ bash .ci/run"
     script = (ROOT / ".ci/run").read_text()
     for check in ("ruff check", "ruff format --check", "mypy", "lint-imports", "pytest"):

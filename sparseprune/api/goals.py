@@ -116,7 +116,7 @@ def reach(goal: Goal, given: Bound, *, removed: bool) -> Reached:
     values = turning.values()
     measure: Callable[[float], Number | Refusal] = turning.estimate
     if removed:
-        measure = _removal_of(goal, given, turning, worth)
+        measure = _removal_of(turning, worth)
     search = Search(
         values.count,
         lambda place: turning.state(values.at(place)),
@@ -125,7 +125,7 @@ def reach(goal: Goal, given: Bound, *, removed: bool) -> Reached:
     )
     found = search.first(goal.most)
     if found is None:
-        raise _missed(goal, given, search, knob, values, turning)
+        raise _missed(turning, search, values)
     value = values.shortest(found.begin, found.end)
     budgets = turning.budgets(value)
     if budgets is None or turning.keeps_all(budgets):
@@ -177,7 +177,7 @@ class _Turning:
     """
 
     def __init__(self, goal: Goal, given: Bound, knob: Knob, worth: Worth) -> None:
-        self._goal, self._given, self._knob = goal, given, knob
+        self.goal, self.given, self.knob = goal, given, knob
         self._forms = forms_of(given.bound)
         self._budgets: dict[float, Budgets | None] = {}
         tensors = given.checkpoint.tensors
@@ -191,23 +191,23 @@ class _Turning:
 
     def _worth_of_block(self, rule: str, instance: BoundInstance, worth: Worth) -> Number:
         if instance.budget.nnz is None:
-            raise self._goal.refused(f"only the data tells how much scores the threshold of {rule}")
+            raise self.goal.refused(f"only the data tells how much scores the threshold of {rule}")
         if instance.soft is not None:
-            raise self._goal.refused(f"only the data tells how much {rule} shrinks to zero")
+            raise self.goal.refused(f"only the data tells how much {rule} shrinks to zero")
         found = {
             sum((leaf.numel_per_block * worth.weights[leaf.tensor] for leaf in member.leaves), start=0)
             for member in instance.scope.members
         }
         if len(found) > 1:
             why = "since blocks of unlike sizes compete"
-            raise self._goal.refused(f"only the data tells how much {rule} drops, {why}")
+            raise self.goal.refused(f"only the data tells how much {rule} drops, {why}")
         return found.pop()
 
     def budgets(self, value: float) -> Budgets | None:
         """The budgets with this value, None where it is none."""
         if value not in self._budgets:
-            spec = turned(self._given.spec, self._knob, value)
-            self._budgets[value] = budgets_of(spec, self._forms, self._given.config)
+            spec = turned(self.given.spec, self.knob, value)
+            self._budgets[value] = budgets_of(spec, self._forms, self.given.config)
         return self._budgets[value]
 
     def state(self, value: float) -> tuple[int, ...]:
@@ -227,18 +227,19 @@ class _Turning:
     def values(self) -> Values:
         """All values of the knob, those first with which most is left."""
         fits = lambda value: self.budgets(value) is not None  # noqa: E731
-        values = Values.around(self._knob.value, fits, whole=self._knob.whole)
+        values = Values.around(self.knob.value, fits, whole=self.knob.whole)
         seen = [self.estimate(value) for value in values.spread(_SAMPLES)]
         if seen not in (sorted(seen), sorted(seen, reverse=True)):
-            raise self._goal.refused(f"more of {self._knob.name} is sometimes more and sometimes less")
+            raise self.goal.refused(f"more of {self.knob.name} is sometimes more and sometimes less")
         return values if seen[0] >= seen[-1] else values.turned()
 
 
-def _removal_of(
-    goal: Goal, given: Bound, turning: _Turning, worth: Worth
-) -> Callable[[float], Number | Refusal]:
+def _removal_of(turning: _Turning, worth: Worth) -> Callable[[float], Number | Refusal]:
     """What a removal leaves with a value, or why no class of a model has that."""
+    goal, given = turning.goal, turning.given
     checkpoint, beside = given.checkpoint, read_beside(given.checkpoint)
+    if not checkpoint.is_directory:
+        lay_out_removal(checkpoint, None, None, None)  # says what is missing
 
     def left(value: float) -> Number | Refusal:
         bound = with_budgets(given.bound, turning.budgets(value) or {})
@@ -259,16 +260,15 @@ def _removal_of(
     return left
 
 
-def _missed(
-    goal: Goal, given: Bound, search: Search, knob: Knob, values: Values, turning: _Turning
-) -> SparsepruneError:
+def _missed(turning: _Turning, search: Search, values: Values) -> SparsepruneError:
     """The error where no value reaches a target: the nearest one, or why all are refused."""
-    nearest = search.nearest
-    if nearest is None:
-        return SpecError(*(f"{given.spec.source}: {line}" for line in search.refusal))
-    least = f"{knob.name}={values.shortest(nearest.begin, nearest.end)!r}"
+    goal, source, nearest = turning.goal, turning.given.spec.source, search.nearest
+    whole = nearest is not None and turning.keeps_all(turning.budgets(values.at(nearest.begin)) or {})
+    if nearest is None or (whole and search.refusal):
+        return SpecError(*(f"{source}: {line}" for line in search.refusal))
+    least = f"{turning.knob.name}={values.shortest(nearest.begin, nearest.end)!r}"
     found = f"the least are {left_text(goal.unit, ceil(nearest.left))}, with {least}"
     more = f"; beyond that, {search.refusal[0]}" if search.refusal else ""
     return goal.refused(
-        f"no {knob.name} reaches it: {found}, of {left_text(goal.unit, ceil(turning.whole))}{more}"
+        f"no {turning.knob.name} reaches it: {found}, of {left_text(goal.unit, ceil(turning.whole))}{more}"
     )
