@@ -16,6 +16,7 @@ from msgspec.structs import replace
 
 from sparseprune.checkpoint import Statistic, open_statistics, read_config
 from sparseprune.checkpoint.codes import codes_in, names_beside
+from sparseprune.checkpoint.statistics import ROUTING
 from sparseprune.engine.dtypes import DTYPES
 from sparseprune.engine.grids import prod
 from sparseprune.errors import CheckpointError, SpecError, UnboundError
@@ -86,6 +87,8 @@ class InputFiles:
             found += self._statistics(rule, score, scope, "vector")
         elif kind.reads == "router":
             found += self._routers(rule, scope)
+        elif kind.reads == "routing":
+            found += self._routings(rule, score.file, scope)
         elif kind.reads is not None and score.file is not None:
             found += self._ready(rule, score.file, scope, kind.reads)
         if instance.reconstruct is not None:
@@ -157,8 +160,7 @@ class InputFiles:
             experts = self._experts().of(block)
             router = None if experts is None else self._experts().router(experts)
             if experts is None:
-                wanted = 'kind router ranks experts: wanted structure = "experts" and blocks of shape [1]'
-                self._note(rule, f"{block.label} is no expert, and {wanted}")
+                self._note(rule, _no_expert(block, "router"))
             elif router is None:
                 where = experts.module.rpartition(".")[0]
                 self._note(rule, f"no matrix beside {experts.module} has a row for each expert, in {where}")
@@ -167,6 +169,24 @@ class InputFiles:
             else:
                 stored, these = self._weights.tensors[router[0]], (experts.first, experts.number)
                 yield TaskInput("blocks", block.label, stored, router[1], experts=these)
+
+    def _routings(self, rule: str, path: Path | None, scope: AnyScope) -> Iterator[TaskInput]:
+        """What the experts that are blocks did, noted for the last matrix of each."""
+        file = None if path is None else self._open(rule, path, "values")
+        for block in () if file is None else _blocks(scope):
+            experts = self._experts().of(block)
+            named = [file.of[leaf.tensor] for leaf in block.leaves if file and leaf.tensor in file.of]
+            stored = next((one.routing for one in named if one.routing is not None), None)
+            if experts is None:
+                self._note(rule, _no_expert(block, "reap"))
+            elif stored is None:
+                self._note(rule, f"{path}: does not tell what {block.label} did on text: calibrate again")
+            elif stored.shape not in {(experts.count, len(ROUTING)), (len(ROUTING),)}:
+                wanted = f"is of shape {list(stored.shape)}, wanted [{experts.count}, {len(ROUTING)}]"
+                self._note(rule, f"{path}: {stored.name} {wanted}: calibrate again")
+            else:
+                first = experts.first if len(stored.shape) > 1 else 0
+                yield TaskInput("blocks", block.label, stored, experts=(first, experts.number))
 
     def _moments(self, rule: str, method: Reconstruct, scope: AnyScope) -> Iterator[TaskInput]:
         """The second moments that weights are rebuilt by, and those of gradients where there are some.
@@ -350,6 +370,13 @@ def _unreadable(stored: StoredTensor) -> str | None:
 def _nearest(name: str, names: list[str]) -> str:
     close = nearest(name, names)
     return f"; the nearest name is {close[0]}" if close else ""
+
+
+def _no_expert(block: AnyBlock, kind: str) -> str:
+    return (
+        f"{block.label} is no expert, and kind {kind} ranks experts: wanted "
+        'structure = "experts" and blocks of shape [1]'
+    )
 
 
 def _blocks(scope: AnyScope) -> list[AnyBlock]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from msgspec import Struct
 
+from sparseprune.checkpoint.statistics import ROUTING
 from sparseprune.engine.grids import prod
 from sparseprune.engine.kernels.counting import first_nonfinite
 from sparseprune.engine.kernels.formats import FORMATS, values_of
@@ -131,12 +132,13 @@ class Ranking:
         if self._kind.blocks is not None:
             numbers = numbers_in(block.grid_shape, part).astype(np.uint64)
             return self._kind.blocks(self._score, block.label, numbers)
-        if self._kind.reads not in {"blocks", "router"}:
+        if self._kind.reads not in {"blocks", "router", "routing"}:
             return None
         one = self._inputs["blocks", block.label]
         stored = one.stored
         if one.experts is not None:
-            scores = self._row_norms(one) if self._kind.reads == "router" else self._of_experts(one)
+            read = {"router": self._row_norms, "routing": self._of_routing, "blocks": self._of_experts}
+            scores: Floats = read[self._kind.reads](one)
             return scores[numbers_in(block.grid_shape, part)]
         loaded = self._io.load(grid_region(block, part), stored)
         self._refuse_nan(loaded.view, stored, block.label, "blocks")
@@ -147,6 +149,17 @@ class Ranking:
         bits = self._io.load_run(one.stored, one.experts or (0, one.stored.numel))
         self._refuse_nan(bits, one.stored, one.key, "blocks")
         return values_of(bits, one.stored.dtype).astype(np.float64)
+
+    def _of_routing(self, one: TaskInput) -> Floats:
+        """REAP: the mean of gate times output norm over an expert's tokens; without any it ranks last."""
+        first, number = one.experts or (0, 1)
+        run = (first * len(ROUTING), number * len(ROUTING))
+        self._refuse_nan(self._io.load_run(one.stored, run), one.stored, one.key, "blocks")
+        numbers = self._io.load_values(one.stored, run).reshape(number, len(ROUTING))
+        tokens, sums = (numbers[:, ROUTING.index(name)] for name in ("tokens", "gated_norm"))
+        means = np.full(number, -np.inf)
+        np.divide(sums, tokens, out=means, where=tokens > 0)
+        return means
 
     def _row_norms(self, one: TaskInput) -> Floats:
         """The norms of the rows that a router has for some experts, which lie along dimension `dim`."""

@@ -35,7 +35,8 @@ class ScoreKind(Struct, frozen=True):
 
     `reads` says what its file holds: "values", a number for each weight; "vector", statistics of the inputs
     of each matrix, used as `statistic`; "blocks", a number for each block; None, there is no file. "router":
-    there is none either, the rows of a router rank the experts that they belong to.
+    there is none either, the rows of a router rank the experts that they belong to. "routing": what experts
+    did on text ranks them.
 
     `elements` makes the scores of elements from their magnitudes, which it may overwrite, and from the
     magnitudes of the file's numbers, if it reads any: float64, which broadcast to the shape of a region.
@@ -47,7 +48,7 @@ class ScoreKind(Struct, frozen=True):
     `norm` is the order of the norm over a block's elements; None: as the spec says.
     """
 
-    reads: Literal["values", "vector", "blocks", "router"] | None = None
+    reads: Literal["values", "vector", "blocks", "router", "routing"] | None = None
     statistic: StatisticsKind = "norm"
     elements: Callable[..., Floats] | None = None
     blocks: Callable[[Score, str, NDArray[np.uint64]], Floats] | None = None
@@ -56,7 +57,7 @@ class ScoreKind(Struct, frozen=True):
     @property
     def ranks_blocks(self) -> bool:
         """Whether blocks have scores of their own, whatever their elements are."""
-        return self.reads in {"blocks", "router"} or self.blocks is not None
+        return self.reads in {"blocks", "router", "routing"} or self.blocks is not None
 
     @property
     def ranks_weights(self) -> bool:
@@ -127,4 +128,5 @@ SCORE_KINDS: Mapping[str, ScoreKind] = {
     "obd": ScoreKind("vector", "hessian", elements=_obd, norm=1.0),
     "blocks": ScoreKind("blocks"),
     "router": ScoreKind("router"),
+    "reap": ScoreKind("routing"),
 }

@@ -161,6 +161,7 @@ SCORE_KEYS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "obd": ("file", "input_dim", "nonfinite"),
         "blocks": ("file",),
         "router": ("norm",),
+        "reap": ("file",),
     }
 )
 

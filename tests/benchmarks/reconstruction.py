@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -123,7 +124,7 @@ def mean(values: Iterable[float]) -> float:
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     print(f"\n{title}:\n")
-    for cells in (columns, ["---"] * len(columns), *rows):
+    for cells in chain([columns, ["---"] * len(columns)], rows):  # each as soon as it is known
         print(f"| {' | '.join(cells)} |", flush=True)
 
 

@@ -21,11 +21,12 @@ class Met(Struct, eq=False):
 class Products(TorchFunctionMode):
     """Keeps inputs and gradients of the products with parameters that Python code writes down."""
 
-    def __init__(self, model: torch.nn.Module, counted: torch.Tensor, length: int) -> None:
+    def __init__(self, model: Any, counted: torch.Tensor) -> None:
         super().__init__()
         self.storages = {one.untyped_storage().data_ptr() for one in model.parameters() if one.ndim > 1}
         self.counted = counted
-        self.length = length
+        window = getattr(model.config, "attention_window", 1)
+        self.window = max(window) if isinstance(window, list) else window
         self.met: dict[tuple[int, tuple[int, ...]], Met] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -70,7 +71,7 @@ class Products(TorchFunctionMode):
     def of_tokens(self, shape: Any) -> torch.Tensor | None:
         """Which rows count, where there is one for each token, maybe padded or with places in front."""
         sequences, places = self.counted.shape
-        padded = torch.nn.functional.pad(self.counted, (0, -places % 8))
+        padded = torch.nn.functional.pad(self.counted, (0, -places % self.window))
         for one in (self.counted, padded):
             if tuple(shape[-2:]) == tuple(one.T.shape) and sequences != places:
                 return one.T.reshape(-1)
@@ -88,7 +89,7 @@ def gradients_of(model: Any, ids: torch.Tensor, counted: torch.Tensor, run: Any,
     ]
     for parameter in model.parameters():  # of positions that are inputs of matrices
         parameter.requires_grad_(parameter.ndim == 1)
-    with Products(model, counted, ids.shape[1]) as products:
+    with Products(model, counted) as products:
         made = run(model, ids)
         torch.autograd.backward([loss(made, ids, counted, seed)])
     for hook in hooks:

@@ -454,7 +454,7 @@ def test_a_score_is_for_all_rules_or_for_one(keys: str, score: Score) -> None:
         ("norm = 3", 'norm: found 3, wanted 1, 2 or "inf"'),
         ("norm = true", 'norm: found true, wanted 1, 2 or "inf"'),
         ("normalize = true", 'normalize: found true, wanted "rms": the root mean square of each block'),
-        ('kind = "wnda"', 'kind: found "wnda", wanted one of magnitude, random, values, wanda, obd, blocks or router'),
+        ('kind = "wnda"', 'kind: found "wnda", wanted one of magnitude, random, values, wanda, obd, blocks, router or reap'),
         ('kind = "random"\nnorm = 1', 'norm: kind = "random" takes no norm: it takes seed'),
         ("seed = 1", 'seed: kind = "magnitude" takes no seed: it takes norm, normalize and nonfinite'),
         ('kind = "wanda"', 'file: missing: kind = "wanda" reads its values from a safetensors file or directory'),

@@ -385,7 +385,7 @@ nnz = "layer"
             "[scope.proj] nnz: found -1, wanted an integer of 0 or more, or an expression: how many blocks survive in each scope",
             "[scope.proj]: found the budgets nnz and sparsity: give exactly one",
         ]),
-        (SHORT, "nnz = 2", 'nnz = 2\nscore = { kind = "rondom", seed = 1 }', ['[scope.proj] score.kind: found "rondom", wanted one of magnitude, random, values, wanda, obd, blocks or router']),
+        (SHORT, "nnz = 2", 'nnz = 2\nscore = { kind = "rondom", seed = 1 }', ['[scope.proj] score.kind: found "rondom", wanted one of magnitude, random, values, wanda, obd, blocks, router or reap']),
         (SHORT, "nnz = 2", "nnz = 2\nview = { shape = [0], stride = [1] }\naxes = { k = 2 }", [
             "[scope.proj] view.shape: found [0], wanted a list of integers or expressions, each 1 or more"
         ]),
