@@ -29,13 +29,14 @@ from sparseprune.errors import SparsepruneError
 from sparseprune.spec import TensorInfo, find_spec
 from sparseprune.spec.naming import OTHER_TOWERS
 from sparseprune.spec.structures import Index, find_layers
+from tests.calibration.gradients import Met, gradients_of
 from tests.calibration.models import BEGIN, END, text, tokenizer
 from tests.families.checkpoints import read
 from tests.families.zoo import SPECIES, Species, output, run, save
 
 Kind = Literal["right", "refused", "none", "unbound", "wrong"]
 REMOVALS = ("mlp-channels", "heads", "experts", "expert-channels", "layers", "hidden")
-ACTIONS = ("2of4", *REMOVALS, "calibrate")
+ACTIONS = ("2of4", *REMOVALS, "calibrate", "gradients")
 SETTINGS = {"layers": {"sparsity": "0.34"}, "hidden": {"multiple": "8"}}  # of few layers a quarter is none
 _OF_TWO = ("gemma4_text", "gemma4_shared", "codegen", "diffllama")  # heads, in some layers or blocks
 OWN_SETTINGS = {
@@ -316,6 +317,61 @@ def _calibrate(one: Zoo, action: str, place: Path) -> Outcome:
     return Outcome("right", f"without {missing} of {len(seen)} linear layers" if missing else "")
 
 
+def _gradients(one: Zoo, action: str, place: Path) -> Outcome:
+    """The same of gradients, of all tokens, for every matrix that Python code multiplies with."""
+    (place / "words.txt").write_text(text())
+    sizes: dict[str, Any] = {"length": TOKENS, "sequences": SEQUENCES, "gradients": True}
+    try:
+        report = sparseprune.calibrate(one.folder, [place / "words.txt"], place / "stats", **sizes)
+    except SparsepruneError as error:
+        return Outcome("refused", str(error))
+    model = one.load(one.folder)
+    model.set_experts_implementation("eager")
+    ids = _sequences()
+    met = gradients_of(model, ids, torch.ones_like(ids, dtype=torch.bool), there)
+    stored = {
+        name: each for file in one.folder.glob("*.safetensors") for name, each in load_file(file).items()
+    }
+    moments = load_file(place / "stats" / "statistics.safetensors")
+    compared: set[int] = set()
+    for name, statistic in open_statistics(place / "stats").of.items():
+        if statistic.gradients is None:
+            continue
+        shape, dim = statistic.stacked(tuple(stored[name].shape), statistic.input_dim or 0)
+        mine = moments[statistic.gradients.name].double()
+        stack = stored[name].reshape(shape)
+        stack = stack if dim == len(shape) - 1 else stack.mT
+        if stack.ndim == 2:  # parts that the model has apart have gradients of their own
+            stack = stack.reshape(1 if mine.ndim == 2 else len(mine), -1, shape[dim])
+        for rows, moment in zip(stack, mine.reshape(-1, *mine.shape[-2:]), strict=True):
+            alike = [each for each in met if _is_part(rows, each.weight)]
+            compared |= {id(each) for each in alike}
+            for each in alike:
+                if (apart := _apart(moment, rows, each)) > 1e-3:
+                    return Outcome("wrong", f"{name}: the moment of its gradients differs by {apart:.2g}")
+    reached = [each for each in met if any(bool(rows.any()) for rows in each.gradients)]
+    missing = sum(id(each) not in compared for each in reached)
+    detail = f"without {missing} of {len(reached)} matrices" if missing else ""
+    return Outcome("right", detail or ", ".join(each.name for each in report.without_gradients))
+
+
+def _apart(moment: torch.Tensor, rows: torch.Tensor, met: Met) -> float:
+    """How far a moment is from that of the gradients at the outputs that these rows of a weight make."""
+    begin = next(at for at in range(len(met.weight)) if torch.equal(met.weight[at], rows[0]))
+    gradients = torch.cat(met.gradients)[:, begin : begin + len(rows)]
+    wanted = gradients.T @ gradients / max(1, len(gradients))
+    return float((moment - wanted).norm() / max(1e-30, float(wanted.norm())))
+
+
+def there(model: Any, ids: torch.Tensor) -> Any:
+    """What a model makes of text, in one pass that can go back."""
+    words = inspect.signature(model.forward).parameters
+    offered = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+    offered["global_attention_mask"] = torch.zeros_like(ids).index_fill_(1, ids.new_zeros(1), 1)
+    offered |= {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+    return model(**{word: one for word, one in offered.items() if word in words})
+
+
 def _sequences() -> torch.Tensor:
     """The sequences that a run with these sizes draws, from the words and the same seed alone."""
     own, inside = tokenizer(), TOKENS - 2
@@ -364,6 +420,7 @@ _ACT: Mapping[str, Callable[[Zoo, str, Path], Outcome]] = {
     "2of4": _plan,
     **dict.fromkeys(REMOVALS, _remove),
     "calibrate": _calibrate,
+    "gradients": _gradients,
 }
 CALIBRATED = frozenset([one.name for one in SPECIES.values() if one.given == "text"][::3])
 
@@ -373,7 +430,7 @@ def results(names: Sequence[str]) -> Iterator[tuple[str, dict[str, Outcome]]]:
     for name in names:
         with tempfile.TemporaryDirectory() as folder:
             one = settle(SPECIES[name], Path(folder))
-            actions = ACTIONS if name in CALIBRATED else ACTIONS[:-1]
+            actions = ACTIONS if name in CALIBRATED else ACTIONS[:-2]
             yield name, {action: examine(one, action) for action in actions}
 
 
