@@ -32,6 +32,8 @@ def apply(
     mask_format: options.MaskFormatOrNone = "bool",
     set: options.Set = None,
     target: options.Goal = None,
+    reconstruct: options.Reconstruct = None,
+    stats: options.StatsToRebuild = None,
     strict: options.Strict = False,
     force: options.Force = False,
     progress: Listen = None,
@@ -40,6 +42,8 @@ def apply(
 
     The output is CKPT-pruned beside a directory, or m.pruned.safetensors beside m.safetensors, unless
     --output says otherwise. Its path is printed on stdout, all else on stderr.
+
+    --reconstruct and --stats rebuild what survives by what calibrate wrote, whatever the spec says of that.
 
     Example: sparseprune apply ./llama 2of4 -o ./llama-2of4
 
@@ -55,7 +59,8 @@ def apply(
 
     run = Run(progress, strict=strict)
     goes = Target(path_or_none(output), mask_format, force)
-    return prune(run, prepare(source(checkpoint, spec, set, target), goes, machine(device, jobs, memory)))
+    asked = source(checkpoint, spec, set, target, reconstruct, stats)
+    return prune(run, prepare(asked, goes, machine(device, jobs, memory)))
 
 
 def mask(
@@ -69,6 +74,8 @@ def mask(
     mask_format: options.MaskFormat = "bool",
     set: options.Set = None,
     target: options.Goal = None,
+    reconstruct: options.Reconstruct = None,
+    stats: options.StatsToRebuild = None,
     strict: options.Strict = False,
     force: options.Force = False,
     progress: Listen = None,
@@ -86,7 +93,8 @@ def mask(
 
     run = Run(progress, strict=strict)
     goes = Target(path_or_none(output), mask_format, force, weights=False)
-    return prune(run, prepare(source(checkpoint, spec, set, target), goes, machine(device, jobs, memory)))
+    asked = source(checkpoint, spec, set, target, reconstruct, stats)
+    return prune(run, prepare(asked, goes, machine(device, jobs, memory)))
 
 
 def plan(
@@ -99,6 +107,8 @@ def plan(
     mask_format: options.MaskFormatOrNone = "bool",
     set: options.Set = None,
     target: options.Goal = None,
+    reconstruct: options.Reconstruct = None,
+    stats: options.StatsToRebuild = None,
     strict: options.Strict = False,
     allocation: options.Allocation = False,
     device: str = "cpu",
@@ -124,7 +134,8 @@ def plan(
     goes = Target(path_or_none(output), mask_format, weights=command != "mask")
     if command == "remove":
         goes = Target(goes.output, resized=True, model_type=as_model)
-    prepared = prepare(source(checkpoint, spec, set, target), goes, machine(device, jobs, memory))
+    asked = source(checkpoint, spec, set, target, reconstruct, stats)
+    prepared = prepare(asked, goes, machine(device, jobs, memory))
     if allocation:
         prepared = with_parts_of_budgets(run, prepared)
     if look is not None:
@@ -155,6 +166,8 @@ def remove(
     memory: options.Memory = None,
     set: options.Set = None,
     target: options.Goal = None,
+    reconstruct: options.Reconstruct = None,
+    stats: options.StatsToRebuild = None,
     strict: options.Strict = False,
     force: options.Force = False,
     dry_run: bool = False,
@@ -184,6 +197,7 @@ def remove(
         dry_run=dry_run,
         overrides=texts(set),
         goal=target,
+        rebuilding=(reconstruct, path_or_none(stats)),
         target=Target(path_or_none(output), None, force, resized=True, model_type=as_model),
         machine=machine(device, jobs, memory),
     )

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from msgspec import Struct
 
 from sparseprune import __version__
+from sparseprune.api.options import stats_beside
 from sparseprune.api.run import digest, output_shown
 from sparseprune.checkpoint import StagedOutput, open_checkpoint
 from sparseprune.checkpoint.file_io import checkpoint_identity, refuse_changed
@@ -75,7 +76,7 @@ def calibrate(run: Run, asked: Collecting) -> Statistics:
     checkpoint = open_checkpoint(asked.checkpoint)
     refuse_split(checkpoint)
     source = checkpoint.path.absolute()
-    target = asked.output or source.with_name(f"{source.name}-stats")
+    target = asked.output or stats_beside(source)
     # Before minutes are spent on a model.
     StagedOutput(lay_out_statistics(checkpoint, target, asked.kind, ()), asked.force).refuse_early()
     most = _CHARACTERS * asked.sequences * (asked.length or 2048)

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from sparseprune.errors import SparsepruneError
 
@@ -200,7 +200,30 @@ Dense = Annotated[Place, Option("DENSE", "The checkpoint before.", typed=Path)]
 Pruned = Annotated[Place, Option("PRUNED", "The checkpoint after.", typed=Path)]
 Stats = Annotated[
     Place | None,
-    Option("--stats STATS", "What calibrate wrote: tells the output error of each matrix.", typed=Path),
+    Option(
+        "--stats STATS",
+        "What calibrate wrote: tells the error of each matrix, in its outputs and, with --gradients, in "
+        "units of the loss.",
+        typed=Path,
+    ),
+]
+Method = Literal["admm", "refit", "none"]
+Reconstruct = Annotated[
+    Method | None,
+    Option(
+        "--reconstruct admm|refit|none",
+        "Rebuild what survives, in every rule that can; refit keeps the mask of the score.",
+        shown="as the spec says; admm with --stats",
+    ),
+]
+StatsToRebuild = Annotated[
+    Place | None,
+    Option(
+        "--stats STATS",
+        "What calibrate wrote: statistics to rebuild survivors by, in place of the spec's file.",
+        shown="CKPT-stats with --reconstruct, where it is there",
+        typed=Path,
+    ),
 ]
 Masks = Annotated[
     Place | None,
@@ -300,19 +323,36 @@ def machine(device: str = "cpu", jobs: int | None = None, memory: int | str | No
 class Source:
     """A checkpoint and the spec that it is pruned by, with other values for the spec's variables.
 
-    `goal` is what shall be left, as it was typed.
+    `goal` is what shall be left, as it was typed. `reconstruct` and `stats` are asked of every rule; None for
+    what the spec says.
     """
 
     checkpoint: Path
     spec: str
     overrides: Mapping[str, str]
     goal: str | None = None
+    reconstruct: Method | None = None
+    stats: Path | None = None
 
 
 def source(
-    checkpoint: Place, spec: Place, variables: Mapping[str, object] | None, goal: str | None = None
+    checkpoint: Place,
+    spec: Place,
+    variables: Mapping[str, object] | None,
+    goal: str | None = None,
+    reconstruct: Method | None = None,
+    stats: Place | None = None,
 ) -> Source:
-    return Source(Path(checkpoint), os.fspath(spec), texts(variables), goal)
+    if reconstruct not in {None, *get_args(Method)}:
+        raise SparsepruneError(f"--reconstruct {reconstruct}: wanted admm, refit or none")
+    given = path_or_none(stats)
+    return Source(Path(checkpoint), os.fspath(spec), texts(variables), goal, reconstruct, given)
+
+
+def stats_beside(checkpoint: Path) -> Path:
+    """Where calibrate writes statistics of a checkpoint unless it is told otherwise."""
+    place = checkpoint.absolute()
+    return place.with_name(f"{place.name}-stats")
 
 
 def texts(variables: Mapping[str, object] | None) -> dict[str, str]:

@@ -15,6 +15,7 @@ from msgspec.structs import replace
 
 from sparseprune import __version__, results
 from sparseprune.api.applied import read_spec, rebuilt_by, warn_of_broken, warn_of_earlier
+from sparseprune.api.options import stats_beside
 from sparseprune.api.run import collector_paused, digest, output_shown, sizes_of
 from sparseprune.checkpoint import (
     StagedOutput,
@@ -27,12 +28,14 @@ from sparseprune.checkpoint import (
 from sparseprune.checkpoint.file_io import checkpoint_identity, refuse_changed, shards_identity
 from sparseprune.checkpoint.folding import refuse_split
 from sparseprune.errors import SparsepruneError, SpecError
-from sparseprune.execution.plan import bind_to, make_plan, metrics_of_rules
+from sparseprune.execution.plan import bind_to, make_plan, rebuilding_rules
 from sparseprune.execution.schedule import cpu_lines, make_schedule
 from sparseprune.report.coverage import coverage_of
+from sparseprune.report.wording import many
+from sparseprune.spec.rebuilding import Rebuilding, rebuilt
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from sparseprune.api.options import Machine, Source, Target
     from sparseprune.api.run import Run
@@ -50,6 +53,7 @@ class Prepared(Struct, frozen=True):
     """Everything that is known before the first byte of a tensor is read, and what was asked for.
 
     `asked` has the number that was found for a target as if it had been set; `found` tells of it.
+    `unrebuilt` are lines on rules that are not rebuilt as it was asked for.
     """
 
     asked: Source
@@ -63,6 +67,7 @@ class Prepared(Struct, frozen=True):
     coverage: Coverage
     found: TargetReached | None = None
     allocation: Allocation | None = None
+    unrebuilt: tuple[str, ...] = ()
 
     @property
     def peak_bytes(self) -> int:
@@ -74,13 +79,13 @@ class Prepared(Struct, frozen=True):
 def prepare(asked: Source, target: Target, machine: Machine) -> Prepared:
     """Find and read the spec, read the headers, bind one to the other, lay out the output."""
     with collector_paused():
-        source, spec = read_spec(asked.spec, asked.overrides)
+        source, spec, told = _read(asked)
         checkpoint = open_checkpoint(asked.checkpoint)
         refuse_split(checkpoint)
         found = None
         if asked.goal is not None:
             asked, found = _reaching(asked, asked.goal, target, checkpoint, spec)
-            source, spec = read_spec(asked.spec, asked.overrides)
+            source, spec, told = _read(asked)
         plan, schedule = _plan(checkpoint, spec, target, machine)
         allocation = None
         if spec.shares:
@@ -94,8 +99,15 @@ def prepare(asked: Source, target: Target, machine: Machine) -> Prepared:
             layout = lay_out_apply(*where, mask_format, scores, plan.permutations.moved)
         else:
             layout = lay_out_masks(*where, mask_format, scores)
+    unrebuilt = (*(f"{rule} {why}" for rule, why in told.items()), *_left_lines(plan))
     parts = (plan, schedule, layout, coverage)
-    return Prepared(asked, target, machine, source, spec, *parts, found, allocation)
+    return Prepared(asked, target, machine, source, spec, *parts, found, allocation, unrebuilt)
+
+
+def _read(asked: Source) -> tuple[SpecSource, Spec, dict[str, str]]:
+    """The spec with what was asked of all of its rules, and why some do not do it."""
+    source, spec = read_spec(asked.spec, asked.overrides)
+    return source, *rebuilt(spec, rebuilding_of(asked))
 
 
 def _reaching(
@@ -163,6 +175,23 @@ def _refuse_permuting(plan: Plan, command: str) -> None:
         raise SpecError(f"[{rule}] permute: {command} does without it, as {why[command]}; use apply")
 
 
+def rebuilding_of(asked: Source) -> Rebuilding:
+    """What is asked of every rule, with the statistics beside the checkpoint if no others are named."""
+    usual = stats_beside(asked.checkpoint)
+    return Rebuilding(
+        method=asked.reconstruct,
+        file=None if asked.stats is None else asked.stats.absolute(),
+        usual=usual if usual.exists() else None,
+    )
+
+
+def _left_lines(plan: Plan) -> Iterator[str]:
+    """What rules do not rebuild although that was asked for."""
+    for one in plan.left:
+        such = f", such as those with {one.weights[0]}" if len(one.weights) > 1 else f", {one.weights[0]}"
+        yield f"{one.rule} is not rebuilt in {many(len(one.weights), 'instance')}{such}: {one.why} these"
+
+
 def warn(run: Run, prepared: Prepared) -> None:
     """Warn of what a user should know before any work; an error under `strict`."""
     run.warn(*prepared.coverage.warnings(), *cpu_lines(prepared.schedule, prepared.machine.device))
@@ -191,11 +220,12 @@ def planned(
     from sparseprune.results.pruning import PlannedBytes
 
     plan, asked, layout = prepared.plan, prepared.asked, layout or prepared.layout
-    bound, tensors, metrics = plan.bound, plan.checkpoint.tensors, metrics_of_rules(plan)
+    bound, tensors, rebuilds = plan.bound, plan.checkpoint.tensors, rebuilding_rules(plan)
     with collector_paused():
         if expected is None:
             expected = preview(plan, read_config(plan.checkpoint))
         warn(run, prepared)
+        run.note(*prepared.unrebuilt)
         weights, masks = sizes_of(layout)
         return results.Plan(
             input=str(asked.checkpoint),
@@ -204,7 +234,7 @@ def planned(
             output_exists=layout.target.exists(),
             warnings=tuple(run.warnings),
             totals=plan_totals(plan.checkpoint, bound, prepared.coverage),
-            rules=tuple(rule_plan(rule, tensors, expected, metrics.get(rule.name)) for rule in bound.rules),
+            rules=tuple(rule_plan(rule, tensors, expected, rebuilds.get(rule.name)) for rule in bound.rules),
             removal=planned_removal(expected),
             target=prepared.found,
             unreached=unreached(tensors, set(bound.covered)),
@@ -257,6 +287,8 @@ def prune(run: Run, prepared: Prepared) -> results.Report:
             spec_sha256=digest(prepared.source.text),
             set=dict(prepared.asked.overrides),
             target=prepared.found,
+            reconstruct=prepared.asked.reconstruct,
+            stats=stats_told(prepared),
             device=device_text(schedule.groups, device),
             seconds=round(run.seconds, 3),
             warnings=tuple(run.warnings),
@@ -265,7 +297,7 @@ def prune(run: Run, prepared: Prepared) -> results.Report:
             bytes=WrittenBytes(weights=nbytes, masks=mask_bytes),
             totals=pruning.report_totals(plan.checkpoint, found, prepared.coverage),
             rules=pruning.rule_results(
-                plan.bound, found, devices_of_rules(schedule, device), metrics_of_rules(plan)
+                plan.bound, found, devices_of_rules(schedule, device), rebuilding_rules(plan)
             ),
             tensors=Made(outcomes, pruning.tensor_result),
             permuted=() if moved is None else permuted_modules(moved.found),
@@ -283,9 +315,11 @@ def identity_of(prepared: Prepared) -> dict[str, str]:
     scores = shards_identity(score_shards(prepared.plan))
     # Variables of the spec may come from it; that beside a single file is no part of the checkpoint.
     config = dict(read_config(checkpoint) or {})
+    asked = prepared.asked
     room = prepared.schedule.limits.device  # by which the work is cut
-    options = (machine.device, target.mask_format, target.weights, machine.memory, *([room] if room else ()))
-    spec = json.dumps([prepared.source.text, sorted(prepared.asked.overrides.items())])
+    how = (machine.device, target.mask_format, target.weights, machine.memory, *([room] if room else ()))
+    options = (*how, *_rebuilding_words(asked))
+    spec = json.dumps([prepared.source.text, sorted(asked.overrides.items())])
     return {
         "the version": __version__,
         "the input": digest(json.dumps([checkpoint_identity(checkpoint), config, scores])),
@@ -303,16 +337,33 @@ def score_shards(plan: Plan) -> Iterable[Shard]:
 
 
 def as_applied(prepared: Prepared) -> bytes:
-    """The spec's text, below a comment with the variables that were set."""
-    words = " ".join(f"--set {name}={value}" for name, value in prepared.asked.overrides.items())
-    above = f"# Applied with {' '.join(words.split())}\n" if words else ""
+    """The spec's text, below a comment with what else was asked for."""
+    asked = prepared.asked
+    words = [*(f"--set {name}={value}" for name, value in asked.overrides.items()), *_rebuilding_words(asked)]
+    above = f"# Applied with {' '.join(' '.join(words).split())}\n" if words else ""
     return f"{above}{prepared.source.text}".encode()
 
 
+def _rebuilding_words(asked: Source) -> list[str]:
+    """The options by which survivors are rebuilt."""
+    given = {"--reconstruct": asked.reconstruct, "--stats": asked.stats}
+    return [f"{option} {value}" for option, value in given.items() if value is not None]
+
+
+def stats_told(prepared: Prepared) -> str | None:
+    """The statistics that a command named, or those beside the checkpoint that it took."""
+    asked = prepared.asked
+    if asked.stats is not None or asked.reconstruct in {None, "none"}:
+        return None if asked.stats is None else str(asked.stats)
+    usual = stats_beside(asked.checkpoint)
+    taken = {one.path.parent for one in score_shards(prepared.plan)}
+    return str(usual) if usual in taken else None
+
+
 def notes_of(prepared: Prepared) -> tuple[str, ...]:
-    """Lines on the statistics that a run rests on."""
+    """Lines on how survivors were rebuilt, and what that rests on."""
     shared = () if prepared.allocation is None else prepared.allocation.notes()
-    return (*_few_tokens(prepared.plan), *shared)
+    return (*prepared.unrebuilt, *_few_tokens(prepared.plan), *shared)
 
 
 def _few_tokens(plan: Plan) -> list[str]:

@@ -25,6 +25,7 @@ from sparseprune.api.pruning import (
     planned,
     prepare,
     score_shards,
+    stats_told,
     warn,
 )
 from sparseprune.api.run import collector_paused, digest, output_shown, weight_bytes
@@ -37,7 +38,7 @@ from sparseprune.checkpoint.publish import refuse_replacing
 from sparseprune.checkpoint.resizing import lay_out_choice, lay_out_decisions, lay_out_removal, open_choice
 from sparseprune.checkpoint.source import read_beside
 from sparseprune.errors import CheckpointError, SparsepruneError, SpecError
-from sparseprune.execution.plan import metrics_of_rules
+from sparseprune.execution.plan import rebuilding_rules
 from sparseprune.report.coverage import idle_lines
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from sparseprune import results
-    from sparseprune.api.options import Machine, Target
+    from sparseprune.api.options import Machine, Method, Target
     from sparseprune.api.pruning import Prepared
     from sparseprune.api.run import Run
     from sparseprune.checkpoint import Checkpoint, StoredMask, StoredTensor
@@ -63,7 +64,7 @@ class Asked(Struct, frozen=True):
     """What to remove from which checkpoint: by a `spec`, by the masks of a `source`, or by `lists`.
 
     `lists` have by their options a path or what would be in a file there. A `dry_run`, which writes nothing,
-    goes with lists.
+    goes with lists. `rebuilding` has a method and statistics, which go with a spec.
     """
 
     checkpoint: Path
@@ -75,6 +76,7 @@ class Asked(Struct, frozen=True):
     target: Target
     machine: Machine
     goal: str | None = None
+    rebuilding: tuple[Method | None, Path | None] = (None, None)
 
 
 def refuse_unclear(
@@ -103,6 +105,9 @@ def remove(run: Run, asked: Asked) -> results.Removal:
     refuse_unclear(asked.spec, asked.source, asked.lists, asked.overrides, dry_run=asked.dry_run)
     if asked.spec is None and asked.goal is not None:
         raise SparsepruneError(f"--target {asked.goal}: goes with a SPEC, of which it varies a number")
+    for option, given in zip(("--reconstruct", "--stats"), asked.rebuilding, strict=True):
+        if asked.spec is None and given is not None:
+            raise SparsepruneError(f"{option} {given}: goes with a SPEC, of which survivors are rebuilt")
     run.listener.output(_Undecided())
     with _chosen(run, asked) as choice:
         return _cut(run, asked, choice)
@@ -162,7 +167,7 @@ def _chosen(run: Run, asked: Asked) -> Iterator[Choice]:
         return
     from sparseprune.removal.slices import block_decisions
 
-    source = Source(asked.checkpoint, asked.spec or "", asked.overrides, asked.goal)
+    source = Source(asked.checkpoint, asked.spec or "", asked.overrides, asked.goal, *asked.rebuilding)
     prepared = prepare(source, asked.target, asked.machine)
     with collector_paused():
         final = _target(asked, prepared.plan.checkpoint)
@@ -316,7 +321,9 @@ def _by_spec(run: Run, prepared: Prepared, output: StagedOutput, decisions: Bloc
         spec_sha256=digest(prepared.source.text),
         device=device_text(schedule.groups, device),
         devices=devices_of_rules(schedule, device),
-        metrics=metrics_of_rules(plan),
+        rebuilds=rebuilding_rules(plan),
+        reconstruct=asked.reconstruct,
+        stats=stats_told(prepared),
         overrides=asked.overrides,
         tensors=outcomes,
         notes=notes_of(prepared),

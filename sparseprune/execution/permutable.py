@@ -241,7 +241,8 @@ class _Planner(Struct, frozen=True):
         rank = len(self.tensors[part.tensor].shape)
         for task, _, _ in self.leaves.get(part.tensor, ()):
             method = task.instance.reconstruct
-            found = None if method is None else self.statistic(method.file, part.tensor)
+            file = None if method is None else method.file
+            found = None if file is None else self.statistic(file, part.tensor)
             if method is None or found is None or found.gradients is None:
                 continue
             given = (method.input_dim, found.input_dim, -1)

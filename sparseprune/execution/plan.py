@@ -43,6 +43,8 @@ Role = Literal["values", "vector", "blocks", "conditioners", "moment", "gradient
 _NUMBERS = frozenset(row.name for row in DTYPES.values() if row.prunable)
 _FLOATS = frozenset(name for name in _NUMBERS if not name.startswith("I"))
 _MOMENTS = frozenset({"F64", "F32", "F16", "BF16"})
+_NO_STATISTICS = "there is no file: give what calibrate wrote, as file here or by --stats"
+_UNSEEN, _WHOLE_ROWS = "there are no statistics of", "nothing can make up for the whole rows of"
 _MOST_NAMED = 3  # weights without statistics; more of them mean another checkpoint
 # Others belong to the score.
 _TABLE_OF: Mapping[Role, str] = dict.fromkeys(("moment", "gradients", "loss"), "reconstruct")
@@ -69,6 +71,14 @@ class TaskInput(Struct, frozen=True):
     gradients: StoredTensor | None = None
 
 
+class Left(Struct, frozen=True):
+    """What a rule does not rebuild and why, by the first weight of each instance."""
+
+    rule: str
+    why: str
+    weights: tuple[str, ...]
+
+
 class InputFiles:
     """The files that a spec names, each opened once; collects their problems."""
 
@@ -78,6 +88,8 @@ class InputFiles:
         self._files: dict[Path, Statistics | None] = {}
         self._problems: dict[str, None] = {}
         self._missing: dict[tuple[str, Role, Path], list[str]] = {}
+        self._left: dict[tuple[str, str, Path], list[str]] = {}
+        self._rebuilds = False
 
     def of_instance(self, rule: str, instance: BoundInstance) -> tuple[TaskInput, ...]:
         """The inputs of one instance; what is missing is noted and left out."""
@@ -93,7 +105,9 @@ class InputFiles:
             found += self._ready(rule, score.file, scope, kind.reads)
         if instance.reconstruct is not None:
             found += self._moments(rule, instance.reconstruct, scope)
-        if instance.allocate is not None:
+        if instance.allocate is not None and instance.allocate.file is None:
+            self._note(rule, _NO_STATISTICS, "loss")
+        elif instance.allocate is not None:
             found += self._statistics(rule, instance.allocate, scope, "loss")
         if soft is not None and not kind.ranks_weights:
             text = f"mode soft shrinks the norms of the weights themselves; kind {score.kind} has no part"
@@ -120,8 +134,16 @@ class InputFiles:
                     near = "" if file is None else _nearest(name, list(file.of))
                     text = f"has no statistics of {what}{near}"
                 self._note(rule, f"{path}: {text}", role)
+        if self._left and not self._rebuilds:
+            (rule, why, path), names = next(iter(self._left.items()))
+            if why == _UNSEEN:
+                self._note(rule, f"{path}: has statistics of no weight that it could rebuild", "moment")
         if self._problems:
             raise SpecError(*self._problems)
+
+    def left(self) -> tuple[Left, ...]:
+        """What is not rebuilt although that was asked for."""
+        return tuple(Left(rule, why, tuple(names)) for (rule, why, _), names in self._left.items())
 
     def _ready(self, rule: str, path: Path, scope: AnyScope, role: Role) -> Iterator[TaskInput]:
         """Tensors of the weights' shapes, or for "blocks" of those of the block grids."""
@@ -193,14 +215,38 @@ class InputFiles:
 
         It is noted where the loss was asked for and a weight has no gradients.
         """
-        file = self._open(rule, method.file, "moment")
+        path = method.file
+        if path is None:
+            self._note(rule, _NO_STATISTICS, "moment")
+        file = None if path is None else self._open(rule, path, "moment")
+        if path is None or file is None:
+            return
+        why = self._why_left(method, scope, file) if method.optional else ""
+        if why:
+            self._left.setdefault((rule, why, path), []).append(scope.leaves[0].tensor)
+            return
+        self._rebuilds = True
         for one in self._statistics(rule, method, scope, "moment"):
             yield one
-            statistic = None if file is None else file.of[one.key]
-            if statistic is not None and statistic.gradients is not None:
-                yield from self._gradients(rule, method.file, one, statistic)
+            statistic = file.of[one.key]
+            if statistic.gradients is not None:
+                yield from self._gradients(rule, path, one, statistic)
             elif method.metric == "loss":
-                self._missing.setdefault((rule, "gradients", method.file), []).append(one.key)
+                self._missing.setdefault((rule, "gradients", path), []).append(one.key)
+
+    def _why_left(self, method: Reconstruct, scope: AnyScope, file: Statistics) -> str:
+        """Why nothing is rebuilt in a scope for which that is optional; "" where something is."""
+        if not all(any(leaf.tensor in file.of for leaf in block.leaves) for block in _blocks(scope)):
+            return _UNSEEN
+        if method.method == "admm":
+            return ""
+        for leaf in scope.leaves:
+            statistic, weight = file.of.get(leaf.tensor), self._weights.tensors[leaf.tensor].shape
+            if statistic is not None:
+                dim = next(one for one in (method.input_dim, statistic.input_dim, -1) if one is not None)
+                if not holds_rows(leaf, *statistic.stacked(weight, dim % len(weight))):
+                    return ""
+        return _WHOLE_ROWS
 
     def _gradients(
         self, rule: str, path: Path, moment: TaskInput, statistic: Statistic
@@ -486,6 +532,7 @@ class Plan(Struct, frozen=True):
     bound: BoundSpec
     units: Sequence[WorkUnit]
     permutations: Permutations = Permutations()
+    left: tuple[Left, ...] = ()
 
     @property
     def reached(self) -> tuple[str, ...]:
@@ -548,7 +595,7 @@ def plan_of(
     files = InputFiles(checkpoint)
     ranks = _ranks_of_codes(bound, checkpoint, needs_inputs, writes=writes)
     tasks = [
-        Task(rule.name, instance, files.of_instance(rule.name, instance) if needs_inputs(instance) else ())
+        _task(rule.name, instance, files.of_instance(rule.name, instance) if needs_inputs(instance) else ())
         for rule, instance in bound.instances()
     ]
     files.raise_if_any()
@@ -557,19 +604,33 @@ def plan_of(
     permutations = Permutations()
     if permutes:
         permutations = permutations_of(checkpoint, tensor_infos(checkpoint), tasks, files.statistic)
-    return Plan(checkpoint, bound, _units(checkpoint, tasks), permutations)
+    return Plan(checkpoint, bound, _units(checkpoint, tasks), permutations, files.left())
 
 
-def metrics_of_rules(plan: Plan) -> dict[str, str]:
-    """In what each rule minimizes a change, such as "loss"; rules that keep survivors' bits are left out.
+def _task(rule: str, instance: BoundInstance, inputs: tuple[TaskInput, ...]) -> Task:
+    """An instance, which rebuilds nothing where it may do without statistics and has none."""
+    method = instance.reconstruct
+    if method is not None and method.optional and not any(one.role == "moment" for one in inputs):
+        instance = replace(instance, reconstruct=None)
+    return Task(rule, instance, inputs)
 
-    "loss and outputs" where instances of a rule differ.
-    """
-    found: dict[str, set[Metric]] = {}
+
+class Rebuilds(Struct, frozen=True):
+    """How a rule rebuilds survivors: its method, and what is minimized, such as "loss and outputs"."""
+
+    method: Literal["admm", "refit"]
+    metric: str
+
+
+def rebuilding_rules(plan: Plan) -> dict[str, Rebuilds]:
+    """How each rule rebuilds what survives; rules that keep all bits of survivors are left out."""
+    metrics: dict[str, set[Metric]] = {}
+    methods: dict[str, Literal["admm", "refit"]] = {}
     for task in (task for unit in plan.units for task in unit.tasks):
-        if task.metric is not None:
-            found.setdefault(task.rule, set()).add(task.metric)
-    return {rule: " and ".join(sorted(metrics)) for rule, metrics in found.items()}
+        if task.metric is not None and task.instance.reconstruct is not None:
+            metrics.setdefault(task.rule, set()).add(task.metric)
+            methods[task.rule] = task.instance.reconstruct.method
+    return {rule: Rebuilds(methods[rule], " and ".join(sorted(each))) for rule, each in metrics.items()}
 
 
 def tensor_infos(checkpoint: Checkpoint) -> list[TensorInfo]:

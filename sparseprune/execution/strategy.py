@@ -51,8 +51,9 @@ _LOOPED_BYTES = 6  # that it costs beside its pattern where loops read this: a m
 _SLABS_A_SCOPE = 8  # a scope of more slabs is counted: several threads share it, and less is in memory
 _GROUPS = 64  # parts of a large scope whose digits are counted apart
 _COUNTER_BYTES = 8 << 16  # one histogram
-# That least squares need for each weight, and for each element of a second moment; measured.
-_SOLVER_BYTES, _MOMENT_BYTES = 40, 32
+# That least squares need for each weight, in units of the loss beside that, and for each element of a second
+# moment of inputs or gradients: float64 copies while it is looked at, its eigenvectors later. Measured.
+_SOLVER_BYTES, _LOSS_BYTES, _MOMENT_BYTES = 60, 32, 32
 _READ_SHARE = 4  # one part in so many is what was read, which the host has where a device does the rest
 
 
@@ -382,8 +383,9 @@ def _rebuild(task: Task, tensors: Mapping[str, StoredTensor], limits: Limits) ->
     moments = task.with_role("moment").values()
     numel = sum(prod(leaf.view_shape) for leaf in task.instance.scope.leaves)
     dense = sum(tensors[one.key].numel for one in moments)
-    seconds = sum(one.stored.numel for one in moments)
-    each = (_SOLVER_BYTES * dense + tile_bytes(numel) + _MOMENT_BYTES * seconds) // max(1, stacks)
+    seconds = sum(one.stored.numel for one in (*moments, *task.with_role("gradients").values()))
+    solver = _SOLVER_BYTES + (_LOSS_BYTES if task.metric == "loss" else 0)
+    each = (solver * dense + tile_bytes(numel) + _MOMENT_BYTES * seconds) // max(1, stacks)
     _refuse_unseen(task, alone=stacks > 1)
     on_device = 0
     if limits.device is not None:

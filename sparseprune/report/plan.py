@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 
     from sparseprune.checkpoint import Checkpoint, StoredTensor
+    from sparseprune.execution.plan import Rebuilds
     from sparseprune.removal.preview import Preview
     from sparseprune.report.coverage import Coverage
     from sparseprune.spec import (
@@ -138,9 +139,9 @@ def _scoped_leaves(scope: AnyScope) -> Iterator[tuple[BoundScope, BoundBlock]]:
 
 
 def rule_plan(
-    rule: BoundRule, tensors: Tensors, planned: Preview, metric: str | None = None
+    rule: BoundRule, tensors: Tensors, planned: Preview, rebuilds: Rebuilds | None
 ) -> results.RulePlan:
-    """A rule, what it binds to, what it would prune and `remove` cut out, and what it would minimize."""
+    """A rule, what it binds to, what it would prune and `remove` cut out, and how survivors are rebuilt."""
     forms = rule.forms()
     of_form = {form: _counts(members[0]) for form, members in forms.items()}
     counts = [of_form[instance.form] for instance in rule.instances]
@@ -155,7 +156,7 @@ def rule_plan(
         name=rule.name,
         mode="soft" if first and first.soft else "hard",
         score=_score(first.score if first else Score()),
-        reconstruct=_reconstruct(first.reconstruct if first else None, metric),
+        reconstruct=_reconstruct(first.reconstruct if first else None, rebuilds),
         allocate=allocate_asked(rule),
         instances=len(rule.instances),
         tensors=len(names),
@@ -213,14 +214,16 @@ def _score(score: Score) -> results.ScoreAsked:
     )
 
 
-def _reconstruct(reconstruct: Reconstruct | None, metric: str | None) -> results.ReconstructAsked | None:
-    if reconstruct is None:
+def _reconstruct(
+    reconstruct: Reconstruct | None, rebuilds: Rebuilds | None
+) -> results.ReconstructAsked | None:
+    if reconstruct is None or (rebuilds is None and reconstruct.optional):
         return None
     return results.ReconstructAsked(
         method=reconstruct.method,
         file=str(reconstruct.file),
         damp=reconstruct.damp,
-        metric=metric,
+        metric=None if rebuilds is None else rebuilds.metric,
         effort=reconstruct.effort,
     )
 

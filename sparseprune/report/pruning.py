@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
     from sparseprune.checkpoint import Checkpoint, OtherFile, ResizedTensor
     from sparseprune.execution.passes import TensorOutcome
+    from sparseprune.execution.plan import Rebuilds
     from sparseprune.removal.shrink import Removal as Shrunk
     from sparseprune.report.coverage import Coverage
     from sparseprune.spec import BoundSpec
@@ -120,8 +121,10 @@ class RemovalRun(Struct, frozen=True):
     notes: Sequence[str] = ()
     coverage: Coverage | None = None
     devices: Mapping[str, str] = {}
-    metrics: Mapping[str, str] = {}
+    rebuilds: Mapping[str, Rebuilds] = {}
     target: TargetReached | None = None
+    reconstruct: str | None = None
+    stats: str | None = None
 
 
 def make_removal_result(
@@ -138,6 +141,8 @@ def make_removal_result(
         vocabulary=run.lists.get("vocabulary"),
         set=dict(run.overrides),
         target=run.target,
+        reconstruct=run.reconstruct,
+        stats=run.stats,
         device=run.device,
         seconds=round(run.seconds, 3),
         warnings=tuple(run.warnings),
@@ -154,15 +159,15 @@ def make_removal_result(
             **found.lost,
         ),
         config=removal.changes,
-        rules=() if bound is None else rule_results(bound, found, run.devices, run.metrics),
+        rules=() if bound is None else rule_results(bound, found, run.devices, run.rebuilds),
         tensors=tuple(_changed_tensors(checkpoint, removal.left)),
     )
 
 
 def rule_results(
-    bound: BoundSpec, found: Sums, devices: Mapping[str, str], metrics: Mapping[str, str]
+    bound: BoundSpec, found: Sums, devices: Mapping[str, str], rebuilds: Mapping[str, Rebuilds]
 ) -> tuple[RuleResult, ...]:
-    """What each rule bound to, what it pruned, which device did its work, and what it minimized."""
+    """What each rule bound to, what it pruned, which device did its work, and how survivors were rebuilt."""
     results = []
     for rule in bound.rules:
         scopes = [instance.scope for instance in rule.instances]
@@ -180,7 +185,8 @@ def rule_results(
             numel=found.numel[rule.name],
             pruned=found.pruned[rule.name],
             device=devices.get(rule.name),
-            metric=metrics.get(rule.name),
+            reconstructed=rebuilds[rule.name].method if rule.name in rebuilds else None,
+            metric=rebuilds[rule.name].metric if rule.name in rebuilds else None,
             allocation=allocated_instances(rule),
         )
         results.append(result)

@@ -248,6 +248,10 @@ class Plan(Document):
     not_permuted: tuple[UnmovedModule, ...] = ()
 
 
+ReconstructTyped = Annotated[str | None, Doc("--reconstruct, as it was typed; absent if it was not")]
+StatsTyped = Annotated[
+    str | None, Doc("--stats, as it was typed, or what stood for it; absent if there was none")
+]
 Device = Annotated[str, Doc("what did the work, such as cpu, cuda:1, cuda and cpu")]
 OutputError = Annotated[
     float | None,
@@ -281,6 +285,9 @@ class RuleResult(Record):
     numel: Annotated[Count, Doc("elements that it reached")]
     pruned: Annotated[Count, Doc("elements that it dropped")]
     device: Annotated[str | None, Doc("what did the work of this rule; null if it bound nothing")]
+    reconstructed: Annotated[
+        Literal["admm", "refit"] | None, Doc("how survivors were updated; null if they keep their bits")
+    ]
     metric: Annotated[Minimized, Doc("what its instances minimized; null if nothing was reconstructed")]
     allocation: Allocation = None
 
@@ -330,6 +337,8 @@ class Report(Document):
     spec_sha256: Annotated[str, Doc("of the spec's bytes", pattern="^[0-9a-f]{64}$")]
     set: Settings
     target: Target
+    reconstruct: ReconstructTyped = None
+    stats: StatsTyped = None
     device: Device
     seconds: Seconds
     warnings: Warned
@@ -392,6 +401,8 @@ class Removal(Document):
     vocabulary: Annotated[str | None, Doc("the list of tokens that stay, as typed; null if others decided")]
     set: Settings
     target: Target
+    reconstruct: ReconstructTyped = None
+    stats: StatsTyped = None
     device: Device
     seconds: Seconds
     warnings: Warned

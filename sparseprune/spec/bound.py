@@ -180,15 +180,17 @@ class Reconstruct(Struct, frozen=True):
 
     "refit": for the mask that the score gives; "admm": mask and weights together. `input_dim` is the
     dimension of the weights along which inputs lie, None for what the file says. `metric` None: the loss
-    where the file has gradients of all matrices that are solved together, else the outputs.
+    where the file has gradients of all matrices that are solved together, else the outputs. `file` is None
+    where the spec names none. `optional`: weights without statistics keep the bits of their survivors.
     """
 
-    file: Path
+    file: Path | None
     method: Literal["refit", "admm"] = "admm"
     damp: float = 0.01
     input_dim: int | None = None
     metric: Metric | None = None
     effort: Literal["best", "fast"] = "best"
+    optional: bool = False
 
 
 class Allocate(Struct, frozen=True):
@@ -196,10 +198,11 @@ class Allocate(Struct, frozen=True):
 
     Without it each scope would keep `nnz` blocks; with it the share that goes of an instance is at most
     `clamp` more or less than that. `decided`: the instance's budget is its part of the common one; until then
-    it is `nnz`. `file` is absolute, `input_dim` as in `Reconstruct`.
+    it is `nnz`. `file` is absolute, None where neither spec nor command names one; `input_dim` as in
+    `Reconstruct`.
     """
 
-    file: Path
+    file: Path | None
     nnz: int
     clamp: float = 0.1
     damp: float = 0.01

@@ -41,7 +41,6 @@ Membership = tuple[str, str]
 _BUDGET_KEYS = (*BUDGETS, "multiple_of")
 _VIEW_KEYS = ("slice", "axes", "view", "shape", "block")
 _MOST_MISSING = 8  # names without a table, for which the tables that they may mean are looked for
-_NO_STATISTICS = "missing: give what calibrate wrote, a safetensors file or directory"
 
 
 def captures_of(spec: Spec, place: str) -> frozenset[frozenset[str]]:
@@ -99,11 +98,8 @@ def check_spec(spec: Spec, declared: Mapping[str, Collection[str]], problems: Pr
     check.budgets()
     if spec.score is not None and not problems.is_open("score", "kind"):
         check.score("score", spec.score)
-    common = None if problems.is_open("reconstruct", "method") else spec.reconstruct
-    if common is not None and _reads_statistics(common) and common.file is None:
-        check.add("reconstruct", "file", _NO_STATISTICS)
-    if common is not None:
-        check.clamp("reconstruct", "clamp", common)
+    if spec.reconstruct is not None and not problems.is_open("reconstruct", "method"):
+        check.clamp("reconstruct", "clamp", spec.reconstruct)
     check.references()
 
 
@@ -299,8 +295,6 @@ class _Checker(Struct, frozen=True):
         """Keys that do not go with how a rule reconstructs its weights."""
         score, found = table.score or self.spec.score, table.reconstruct or self.spec.reconstruct
         if found is not None and found is table.reconstruct:
-            if _reads_statistics(found) and found.file is None:
-                self.add(place, "reconstruct.file", _NO_STATISTICS)
             self.clamp(place, "reconstruct.clamp", found)
         if found is None or found.method == "none":
             return
@@ -399,10 +393,6 @@ class _Checker(Struct, frozen=True):
                 for name in sorted(expression.names.difference(known)):
                     text = f"{shown(expression.text)}: {unknown_name(name, frozenset(known))}"
                     self.problems.add(place, key, text)
-
-
-def _reads_statistics(table: ReconstructTable) -> bool:
-    return table.method != "none" or table.allocate == "loss"
 
 
 def _captures(spec: Spec, place: str) -> frozenset[str] | None:

@@ -280,6 +280,9 @@ class ReconstructTable(Table):
         _finite(most=1.0),
         "a number from 0 to 1: how much more or less of an instance may go than with a uniform budget",
     )
+    optional: bool = _key(
+        _boolean, "true or false: whether weights without statistics are masked alone", default=False
+    )
 
 
 class MethodTable(Table):
@@ -327,24 +330,26 @@ def score_of(table: ScoreTable | None, directory: Path) -> Score:
 
 def reconstruct_of(table: ReconstructTable | None, directory: Path) -> Reconstruct | None:
     """How the surviving weights are reconstructed; None if they are not."""
-    if table is None or table.method == "none" or table.file is None:
+    if table is None or table.method == "none":
         return None
     return Reconstruct(
-        _absolute(table.file, directory),
+        None if table.file is None else _absolute(table.file, directory),
         table.method,
         table.damp,
         table.input_dim,
         table.metric,
         table.effort,
+        table.optional,
     )
 
 
 def allocate_of(table: ReconstructTable | None, directory: Path, nnz: int | None) -> Allocate | None:
     """How instances share a budget that would be `nnz` for each scope; None where each has its own."""
-    if table is None or table.allocate != "loss" or table.file is None or nnz is None:
+    if table is None or table.allocate != "loss" or nnz is None:
         return None
     clamp = USUAL_CLAMP if table.clamp is None else table.clamp
-    return Allocate(_absolute(table.file, directory), nnz, clamp, table.damp, table.input_dim)
+    file = None if table.file is None else _absolute(table.file, directory)
+    return Allocate(file, nnz, clamp, table.damp, table.input_dim)
 
 
 def soft_of(table: BudgetTable, directory: Path) -> Soft | None:

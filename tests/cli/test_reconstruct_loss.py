@@ -22,7 +22,7 @@ from tests.cli.test_reconstruct import (
     stacked_tensors,
     with_head,
 )
-from tests.commands import ok, refused, valid
+from tests.commands import ok, python, refused, valid
 from tests.samples import CHANNELS, TWO_OF_FOUR, mlp_tensors, write_spec
 from tests.statistics import Tensors, drawn, save
 
@@ -386,3 +386,30 @@ def test_channels_that_compete_across_experts_do_so_by_the_loss(tmp_path: Path) 
     without, _ = applied(tmp_path, spec, tensors, inputs, {})
     alive = [int(one[down][3].any(0).sum()) for one in (pruned, without)]
     assert alive[0] > 1.5 * alive[1]
+
+
+PEAK = """
+import functools, sys
+from sparseprune.execution import reconstruct
+reconstruct.admm = functools.partial(reconstruct.admm, max_iter=3)
+import sparseprune
+report = sparseprune.apply(sys.argv[1], sys.argv[2], mask_format=None, force=True, device="cpu")
+assert report.totals.metric == "loss"
+print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peaks are read from /proc")
+def test_the_peak_that_is_planned_holds_with_gradients(tmp_path: Path) -> None:
+    planned, taken = [], []
+    for size in (16, 640):
+        dense = torch.randn(size, size, generator=torch.Generator().manual_seed(0))
+        inputs, gradients = drawn({"0.up.weight": dense})
+        spec = written(tmp_path, with_head(ADMM, TWO_OF_FOUR), {"0.up.weight": dense}, inputs, gradients)
+        told_by_plan = ok("plan", tmp_path / "m.safetensors", spec, "--json").out
+        planned.append(json.loads(told_by_plan)["bytes"]["peak"])
+        done = python("-c", PEAK, tmp_path / "m.safetensors", spec)
+        assert done.returncode == 0, done.stderr
+        taken.append(1024 * int(done.stdout.split()[-1]))
+    grown = taken[1] - taken[0]
+    assert 0.5 * (planned[1] - planned[0]) < grown < 1.05 * (planned[1] - planned[0])

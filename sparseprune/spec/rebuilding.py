@@ -1,0 +1,100 @@
+"""What a command asks of all rules of a spec: to rebuild what survives, by a method and statistics.
+
+Owns which rules can do so, and which keys of a spec are replaced. Knows no checkpoint. Called by commands
+that prune.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal, TypeVar
+
+from msgspec import Struct
+from msgspec.structs import replace
+
+from sparseprune.errors import SpecError
+from sparseprune.spec.schema import BudgetTable, ReconstructTable, ScoreTable, Spec, Table
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+AnyTable = TypeVar("AnyTable", bound=Table)
+_OF_STATISTICS = ("wanda", "obd", "reap")  # kinds of scores that read what calibrate wrote
+_OTHERWISE = {"method": "none"}
+
+
+class Rebuilding(Struct, frozen=True):
+    """A method and a file of statistics for every rule; None for what the spec says.
+
+    `usual` is the file for rules that name none. Paths are absolute. A rule that says method = "none" stays
+    as it is. A rule that says nothing gets "admm" by default; then matrices without statistics are masked
+    alone.
+    """
+
+    method: Literal["admm", "refit", "none"] | None = None
+    file: Path | None = None
+    usual: Path | None = None
+
+
+def rebuilt(spec: Spec, asked: Rebuilding) -> tuple[Spec, dict[str, str]]:
+    """A spec in which every rule that can be is rebuilt as a command asks, and why others are not, by rule.
+
+    It also says of rules that are refitted though admm was asked for why they are.
+
+    Raises:
+        SpecError: a rule is to be rebuilt and there are no statistics.
+    """
+    if asked.method is None and asked.file is None:
+        return spec, {}
+    spec = replace(spec, score=_with_statistics(spec.score, asked))
+    tables, told = dict(spec.tables), {}
+    coupled = spec.coupled_scopes()
+    for place, table in spec.tables.items():
+        if isinstance(table, BudgetTable) and place not in coupled:
+            own, why = _rebuilding(table, spec, asked)
+            score = _with_statistics(table.score, asked)
+            tables[place] = _changed(table, reconstruct=own, score=score)
+            if why:
+                told[place] = why
+    return replace(spec, tables=tables, reconstruct=None), told
+
+
+def _rebuilding(table: BudgetTable, spec: Spec, asked: Rebuilding) -> tuple[ReconstructTable, str]:
+    """How a rule is rebuilt, and a line where that is not as it was asked for."""
+    own = table.reconstruct or spec.reconstruct
+    if asked.method == "none" or (own is not None and own.method == "none"):
+        file = asked.file or (own.file if own else None)  # by which instances may share a budget
+        return _changed(own or ReconstructTable({}), **_OTHERWISE, file=file and str(file)), ""
+    method: str = asked.method or (own.method if own else "admm")
+    file = asked.file or (own.file if own else None) or asked.usual
+    if file is None:
+        raise SpecError(
+            f"--reconstruct {method}: there are no statistics; give --stats STATS, what calibrate wrote"
+        )
+    score = table.score or spec.score
+    if table.mode == "soft" or (score is not None and score.nonfinite == "prune"):
+        key = 'mode = "soft"' if table.mode == "soft" else 'a score with nonfinite = "prune"'
+        return ReconstructTable(_OTHERWISE), f"is not rebuilt: it has {key}"
+    why = ""
+    if method == "admm" and (table.threshold is not None or _ranks_otherwise(score)):
+        what = "threshold" if table.threshold is not None else "score"
+        method, why = "refit", f"is refitted: its {what} says what survives, which admm would"
+    given = {} if own is None else vars(own)
+    optional = own is None or own.optional
+    return ReconstructTable({**given, "method": method, "file": str(file), "optional": optional}), why
+
+
+def _ranks_otherwise(score: ScoreTable | None) -> bool:
+    """Whether a score is another one than the norm of blocks, by which admm ranks what it finds."""
+    return score is not None and (score.kind, score.norm or 2, score.normalize) != ("magnitude", 2, None)
+
+
+def _with_statistics(score: ScoreTable | None, asked: Rebuilding) -> ScoreTable | None:
+    """A score that reads the statistics which a command names."""
+    if score is None or asked.file is None or score.kind not in _OF_STATISTICS:
+        return score
+    return _changed(score, file=str(asked.file))
+
+
+def _changed(table: AnyTable, **values: object) -> AnyTable:
+    """A table with other values of keys."""
+    return type(table)({**vars(table), **values})
