@@ -150,15 +150,18 @@ class Search:
     def first(self, most: int) -> Found | None:
         """The first place with so much left at most, None where there is none."""
         low, high, found = -1, self._count, None
-        margin: Number = 0
+        whole, ratio = self._estimate(0), Fraction(1)  # of what goes to what estimates say
         for round_ in range(sys.maxsize):
             if high - low < 2:
                 break
-            place = self._guess(low, high, most - margin if round_ < _QUICK else self._halfway(low, high))
+            quick = round_ < _QUICK and ratio > 0
+            aim = whole - (whole - most) / ratio if quick else self._halfway(low, high)
+            place = self._guess(low, high, aim)
             seen = self._near(min(place, high - 1), low, high)
             if seen is None:
                 break
-            margin = seen.left - self._estimate(seen.begin)
+            about = whole - self._estimate(seen.begin)
+            ratio = Fraction(whole - seen.left) / about if about else ratio
             if seen.left <= most:
                 high, found = seen.begin, seen
             else:
