@@ -48,7 +48,6 @@ if TYPE_CHECKING:
 
 Found = TypeVar("Found")
 By = Literal["tensor", "layer", "module", "rule"]
-_OUTPUTS = "output_error"  # the field of a comparison that needs statistics
 
 
 class Look(Struct, frozen=True):
@@ -268,7 +267,12 @@ def compare(run: Run, asked: Comparing) -> results.Comparison:
         run.note(f"wrote {asked.plot}")
     if not requirements:
         return result
-    measured = frozenset(pair.before.name for pair in matrices)
+    names = [pair.before.name for pair in matrices]
+    of = {} if statistics is None else statistics.of
+    measured = {
+        "output_error": frozenset(names),
+        "loss_error": frozenset(name for name in names if of[name].gradients is not None),
+    }
     return run.checked(result, _failed(requirements, [*result.tensors, *_absent(sides)], measured))
 
 
@@ -284,12 +288,13 @@ def _sides(asked: Comparing) -> Sides:
 
 def _requirements(asked: Comparing, sides: Sides) -> list[Requirement]:
     """What has to hold; SparsepruneError for conditions or columns without a meaning."""
-    from sparseprune.report.comparison import FIELDS, unmeasured
+    from sparseprune.report.comparison import ERRORS, FIELDS, unmeasured
 
     requirements = _parsed(asked.requirements, FIELDS)
     compared = [one.comparison.field for one in requirements if one.comparison is not None]
-    if asked.stats is None and _OUTPUTS in (*compared, asked.listing.sort):
-        raise SparsepruneError(f"{_OUTPUTS} is not known without --stats: give what calibrate wrote")
+    of_statistics = [field for field in ERRORS if field in (*compared, asked.listing.sort)]
+    if asked.stats is None and of_statistics:
+        raise SparsepruneError(f"{of_statistics[0]} is not known without --stats: give what calibrate wrote")
     if asked.listing.sort is not None:
         ordered(unmeasured(sides.pairs[:1]), asked.listing.sort, asked.listing.reverse)
     if requirements:
@@ -300,16 +305,18 @@ def _requirements(asked: Comparing, sides: Sides) -> list[Requirement]:
 
 
 def _failed(
-    requirements: list[Requirement], tensors: Sequence[ComparedTensor | Absent], matrices: frozenset[str]
+    requirements: list[Requirement],
+    tensors: Sequence[ComparedTensor | Absent],
+    measured: Mapping[str, frozenset[str]],
 ) -> list[str]:
-    """What does not hold; output errors are asked of the tensors of which there are statistics."""
+    """What does not hold; errors are asked of the tensors of which there are statistics."""
     from sparseprune.report.requirements import Absent, failures
 
     lines = []
     for requirement in requirements:
-        of_outputs = requirement.comparison is not None and requirement.comparison.field == _OUTPUTS
-        known = [one for one in tensors if one.name in matrices or isinstance(one, Absent)]
-        lines += failures([requirement], known if of_outputs else tensors)
+        names = measured.get("" if requirement.comparison is None else requirement.comparison.field)
+        known = [one for one in tensors if names is None or one.name in names or isinstance(one, Absent)]
+        lines += failures([requirement], known)
     return lines
 
 
@@ -352,14 +359,27 @@ def _matrices(asked: Comparing, sides: Sides, statistics: Statistics | None) -> 
             f"{asked.stats}: has statistics of none of the tensors of {asked.dense}; are they of another "
             "checkpoint?"
         )
-    return with_statistics(sides.pairs, statistics)
+    found = with_statistics(sides.pairs, statistics)
+    if _asks_for_loss(asked) and not any(statistics.of[pair.before.name].gradients for pair in found):
+        raise SparsepruneError(
+            f"loss_error is not known: {asked.stats} has no gradients; calibrate --gradients"
+        )
+    return found
+
+
+def _asks_for_loss(asked: Comparing) -> bool:
+    """Whether something is required of what the loss loses, or tensors are ordered by it."""
+    from sparseprune.report.comparison import FIELDS
+
+    required = [one.comparison.field for one in _parsed(asked.requirements, FIELDS) if one.comparison]
+    return "loss_error" in (*required, asked.listing.sort)
 
 
 def _compared(
     run: Run, asked: Comparing, sides: Sides, statistics: Statistics | None, matrices: tuple[Pair, ...]
 ) -> results.Comparison:
     """What is found in the tensors, in the order that was asked for."""
-    from sparseprune.execution.compare import compare_checkpoints, output_errors
+    from sparseprune.execution.compare import compare_checkpoints, matrix_errors
     from sparseprune.report.comparison import make_comparison
 
     nbytes = sum(pair.nbytes for pair in (*sides.pairs, *matrices))
@@ -368,9 +388,10 @@ def _compared(
         found = compare_checkpoints(sides.pairs, source, asked.jobs, advance)
         errors = None
         if statistics is not None:
-            errors = output_errors(matrices, statistics, source, asked.jobs, advance)
+            errors = matrix_errors(matrices, statistics, source, asked.jobs, advance)
     read = [one.shard for pair in sides.pairs for one in (pair.before, pair.after)]
-    read += [statistics.of[pair.before.name].stored.shard for pair in matrices] if statistics else []
+    for one in [statistics.of[pair.before.name] for pair in matrices] if statistics else []:
+        read += [stored.shard for stored in (one.stored, one.gradients) if stored is not None]
     refuse_changed_shards(read)
     result = make_comparison(str(asked.dense), str(asked.pruned), found, sides, errors)
     return dataclasses.replace(

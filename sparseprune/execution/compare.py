@@ -22,6 +22,7 @@ from sparseprune.engine.kernels.counting import exact_sum, totals_in_units
 from sparseprune.engine.kernels.formats import FORMATS, values_of
 from sparseprune.errors import CheckpointError
 from sparseprune.execution.passes import Chunk, Pass
+from sparseprune.execution.plan import is_gradients, output_dim
 from sparseprune.execution.regions import READING, Resources
 from sparseprune.execution.runner import Job, batches, read_through
 from sparseprune.execution.tensor_io import TensorIO
@@ -342,29 +343,45 @@ def with_statistics(pairs: Sequence[Pair], statistics: Statistics) -> tuple[Pair
                 f"{path}: {pair.before.name} has {statistic.stored.dtype} of shape "
                 f"{list(statistic.stored.shape)}, wanted floats of shape {list(wanted)}"
             )
+        gradients, outputs = statistic.gradients, shape[output_dim(shape, dim)]
+        if gradients is not None and not (
+            is_gradients(gradients.shape, shape, dim) and gradients.dtype in _MOMENTS
+        ):
+            raise CheckpointError(
+                f"{path}: {gradients.name} is {gradients.dtype} of shape {list(gradients.shape)}, wanted "
+                f"floats of shape {[*shape[:-2], outputs, outputs]}, or groups of its rows"
+            )
     return found
 
 
-def output_errors(
+class MatrixErrors(Struct, frozen=True):
+    """What outputs lose, and in units of the loss; None where it is no finite number, or not known."""
+
+    outputs: float | None = None
+    loss: float | None = None
+
+
+def matrix_errors(
     pairs: Sequence[Pair], statistics: Statistics, reader: Source, jobs: int, progress: Progress
-) -> dict[str, float | None]:
+) -> dict[str, MatrixErrors]:
     """sqrt(tr(D H D^T) / tr(W0 H W0^T)) for each of these tensors, over all matrices of a stack.
 
-    D is what changed, H the second moment of the inputs; None where it is no finite number.
+    D is what changed, H the second moment of the inputs. Where there is one of gradients, G, also
+    sqrt(tr(G D H D^T) / tr(G W0 H W0^T)).
 
     Raises:
-        CheckpointError: a moment that is not finite, or all zero, or gives negative energies.
+        CheckpointError: a moment that is not finite, or of inputs all zero, or gives negative energies.
     """
     todo = (
-        Job(number, f"outputs{number}", pair.before.name, OutputError(pair, statistics.of[pair.before.name]))
+        Job(number, f"errors{number}", pair.before.name, MeasureErrors(pair, statistics.of[pair.before.name]))
         for number, pair in enumerate(pairs)
     )
     found = read_through(todo, TensorIO(reader, passed=progress), Resources(jobs, READING), progress)
-    return {pair.before.name: found.get(number) for number, pair in enumerate(pairs)}
+    return {pair.before.name: found.get(number, MatrixErrors()) for number, pair in enumerate(pairs)}
 
 
 @dataclass(frozen=True, slots=True)
-class OutputError(Pass):
+class MeasureErrors(Pass):
     """The change of the outputs of a matrix, or a stack of them, one matrix at a time."""
 
     pair: Pair
@@ -375,35 +392,57 @@ class OutputError(Pass):
         shape, inputs = self._stack[0], self.statistic.stored.shape[-1]
         worked_on = min(prod(shape[-2:]), max(_WORKED_ON, inputs))
         whole = self.pair.nbytes // max(1, prod(shape[:-2])) if self._turned else 0
+        gradients = self.statistic.gradients
+        size = 0 if gradients is None else gradients.shape[-1]
+        beside = 24 * size**2 + 24 * size * inputs
         for matrix in range(prod(shape[:-2])):
-            yield Chunk(matrix, memory=24 * inputs**2 + 48 * worked_on + whole)
+            yield Chunk(matrix, memory=24 * inputs**2 + 48 * worked_on + whole + beside)
 
-    def work(self, chunk: Chunk, io: TensorIO) -> tuple[bool, list[tuple[tuple[float, float], int]]]:
-        """Whether the moment is not zero, and pairs of energies with the powers of two that they count in."""
+    def work(self, chunk: Chunk, io: TensorIO) -> tuple[bool, list[_Changed], list[_Changed]]:
+        """Whether the moment is not zero, and what outputs and the loss lose of some rows at a time."""
         pair, stored = self.pair, self.statistic.stored
-        rounding = max(_ROUNDED, 2 * _EPS.get(stored.dtype, 0.0) * math.sqrt(stored.shape[-1]))
-        moment, power = _moment(stored, chunk.about, io)
-        found = []
-        for dense, after in self._slabs(chunk.about, io):
-            lost, whole, own = _energies(dense, after, moment, rounding)
-            if lost is None or whole is None:
-                what = "has directions of negative energy: no second moment; calibrate again"
-                raise CheckpointError(f"{stored.shard.path}: {stored.name} {what}")
-            found.append(((lost, whole), power + 2 * own))
+        moment = _moment(stored, chunk.about, io)
+        outputs, losses = [], []
+        rows_of = self._rows(chunk.about, io)
+        for begin, end, gradients in self._groups(chunk.about, io):
+            dense, after = rows_of(begin, end)
+            own = max(_exponent(dense), _exponent(after))
+            with np.errstate(invalid="ignore", over="ignore"):  # weights that are not finite make it NaN
+                dense, after = np.ldexp(dense, -own), np.ldexp(after, -own)
+                both = [_energies(one, moment, gradients) for one in (after - dense, dense)]
+            power = moment.power + 2 * own
+            outputs.append(((both[0][0], both[1][0]), power))
+            if gradients is not None:
+                losses.append(((both[0][1], both[1][1]), power + gradients.power))
             io.passed(dense.size * pair.nbytes // pair.before.numel, pair.before.name)
-        return bool(moment.any()), found
+        return bool(moment.numbers.any()), outputs, losses
 
-    def merge(self, partials: list[Any], io: TensorIO) -> float | None:  # noqa: ARG002
+    def merge(self, partials: list[Any], io: TensorIO) -> MatrixErrors:  # noqa: ARG002
         stored = self.statistic.stored
-        if self.pair.before.numel and not any(seen for seen, _ in partials):
+        if self.pair.before.numel and not any(seen for seen, *_ in partials):
             raise CheckpointError(
                 f"{stored.shard.path}: {stored.name} is zero: nothing was seen of its inputs"
             )
-        lost, whole = totals_in_units([one for _, found in partials for one in found]) or (0.0, 0.0)
-        if lost == 0:
-            return 0.0
-        error = math.sqrt(max(lost, 0.0) / whole) if whole > 0 else math.inf
-        return error if math.isfinite(error) else None
+        outputs, losses = ([one for found in partials for one in found[place]] for place in (1, 2))
+        return MatrixErrors(_share(outputs), None if self.statistic.gradients is None else _share(losses))
+
+    def _groups(self, matrix: int, io: TensorIO) -> Iterator[tuple[int, int, _Moment | None]]:
+        """Rows that are looked at together, from one to another, with the moment of their gradients.
+
+        Without gradients all rows are independent, and only a few are in memory at one time.
+        """
+        shape, dim = self._stack
+        rows, columns, gradients = shape[output_dim(shape, dim)], shape[dim], self.statistic.gradients
+        if gradients is None:
+            step = max(1, _WORKED_ON // max(1, columns))
+            for begin in range(0, rows, step):
+                yield begin, min(begin + step, rows), None
+            return
+        size = gradients.shape[-1]
+        groups = rows // size if size else 0
+        for group in range(groups):
+            place = matrix * groups + group
+            yield group * size, (group + 1) * size, _moment(gradients, place, io)
 
     @property
     def _turned(self) -> bool:
@@ -417,28 +456,31 @@ class OutputError(Pass):
         shape = self.pair.before.shape
         return self.statistic.stacked(shape, _input_dim(self.statistic, len(shape)))
 
-    def _slabs(self, matrix: int, io: TensorIO) -> Iterator[tuple[Floats, Floats]]:
-        """Some rows at a time of a matrix before and after, (rows, inputs) in float64.
+    def _rows(self, matrix: int, io: TensorIO) -> Callable[[int, int], tuple[Floats, Floats]]:
+        """A function that gives rows of a matrix before and after, (rows, inputs) in float64.
 
         A matrix whose inputs come first is read whole, in its own dtype, and widened some columns at a time.
         """
         sides = self.pair.before, self.pair.after
         rows, columns = self._stack[0][-2:]
         first = matrix * rows * columns
-        step = max(1, _WORKED_ON // max(1, rows if self._turned else columns))
         if self._turned:
             both = [self._numbers(stored, (first, rows * columns), io) for stored in sides]
-            for begin in range(0, columns, step):
+
+            def turned(begin: int, end: int) -> tuple[Floats, Floats]:
                 dense, after = (
-                    _wide(numbers.reshape(rows, columns)[:, begin : begin + step], dtype).T
-                    for numbers, dtype in both
+                    _wide(numbers.reshape(rows, columns)[:, begin:end], dtype).T for numbers, dtype in both
                 )
-                yield dense, after
-            return
-        for begin in range(0, rows, step):
-            run = first + begin * columns, min(step, rows - begin) * columns
+                return dense, after
+
+            return turned
+
+        def straight(begin: int, end: int) -> tuple[Floats, Floats]:
+            run = first + begin * columns, (end - begin) * columns
             dense, after = (io.load_values(stored, run).reshape(-1, columns) for stored in sides)
-            yield dense, after
+            return dense, after
+
+        return straight
 
     @staticmethod
     def _numbers(stored: StoredTensor, run: Run, io: TensorIO) -> tuple[NDArray[Any], str]:
@@ -453,8 +495,35 @@ def _input_dim(statistic: Statistic, rank: int) -> int:
     return dim + rank if dim < 0 else dim
 
 
-def _moment(stored: StoredTensor, matrix: int, io: TensorIO) -> tuple[Floats, int]:
-    """One moment, in float64 and in units of a power of two; and which."""
+class _Moment(Struct, frozen=True, eq=False):
+    """A second moment in float64, in units of 2^`power`; `rounding` is how negative an energy may be."""
+
+    stored: StoredTensor
+    numbers: Floats
+    power: int
+    rounding: float
+
+    def refuse(self) -> None:
+        """CheckpointError: it gave an energy that no second moment gives."""
+        what = "has directions of negative energy: no second moment; calibrate again"
+        raise CheckpointError(f"{self.stored.shard.path}: {self.stored.name} {what}")
+
+
+_Changed = tuple[tuple[float, float], int]
+"""What some rows lose and what they were, and the power of two that both count in."""
+
+
+def _share(found: Sequence[_Changed]) -> float | None:
+    """The root of what is lost of all rows in a share; None where it is no finite number."""
+    lost, whole = totals_in_units(found) or (0.0, 0.0)
+    if lost == 0:
+        return 0.0
+    error = math.sqrt(max(lost, 0.0) / whole) if whole > 0 else math.inf
+    return error if math.isfinite(error) else None
+
+
+def _moment(stored: StoredTensor, matrix: int, io: TensorIO) -> _Moment:
+    """The second moment of this number among those that lie one after the other."""
     size = stored.shape[-1]
     moment = io.load_values(stored, (matrix * size * size, size * size)).reshape(size, size)
     if not np.isfinite(moment).all():
@@ -462,7 +531,8 @@ def _moment(stored: StoredTensor, matrix: int, io: TensorIO) -> tuple[Floats, in
     if (moment.diagonal() < 0).any():
         raise CheckpointError(f"{stored.shard.path}: {stored.name} has a negative diagonal: no second moment")
     power = _exponent(moment)
-    return np.ldexp(moment, -power), power
+    rounding = max(_ROUNDED, 2 * _EPS.get(stored.dtype, 0.0) * math.sqrt(size))
+    return _Moment(stored, np.ldexp(moment, -power), power, rounding)
 
 
 def _wide(bits: NDArray[Any], dtype: str) -> Floats:
@@ -470,21 +540,28 @@ def _wide(bits: NDArray[Any], dtype: str) -> Floats:
     return values_of(flat, dtype).astype(np.float64, copy=False).reshape(bits.shape)
 
 
-def _energies(
-    dense: Floats, after: Floats, moment: Floats, rounding: float
-) -> tuple[float | None, float | None, int]:
-    """Of what changed and of the dense rows, and half the power of two that both count in."""
-    own = max(_exponent(dense), _exponent(after))
-    with np.errstate(invalid="ignore", over="ignore"):  # weights that are not finite make it NaN
-        dense, after = np.ldexp(dense, -own), np.ldexp(after, -own)
-        return _energy(after - dense, moment, rounding), _energy(dense, moment, rounding), own
+def _energies(rows: Floats, moment: _Moment, gradients: _Moment | None) -> tuple[float, float]:
+    """tr(W H W^T), and with gradients tr(G W H W^T), of some rows W of a matrix.
 
-
-def _energy(rows: Floats, moment: Floats, rounding: float) -> float | None:
-    """tr(W H W^T); None where a row has less than none, by more than rounding makes of a unit diagonal."""
-    each = np.einsum("ij,ij->i", rows @ moment, rows)
-    least = -rounding * (np.square(rows) @ moment.diagonal())
-    return None if (each < least).any() else float(each.sum())
+    CheckpointError where a row, or all of them, have less than none, by more than rounding makes of a unit
+    diagonal.
+    """
+    outputs = loss = least = 0.0
+    step = max(1, _WORKED_ON // max(1, rows.shape[1]))
+    for begin in range(0, len(rows), step):
+        some = rows[begin : begin + step]
+        pushed = some @ moment.numbers
+        each, usual = np.einsum("ij,ij->i", pushed, some), np.square(some) @ moment.numbers.diagonal()
+        if (each < -moment.rounding * usual).any():
+            moment.refuse()
+        outputs += float(each.sum())
+        if gradients is not None:
+            turned = gradients.numbers[begin : begin + step] @ rows
+            loss += float(np.einsum("ij,ij->", turned, pushed))
+            least -= float(gradients.numbers.diagonal()[begin : begin + step] @ usual)
+    if gradients is not None and loss < (gradients.rounding + moment.rounding) * least:
+        gradients.refuse()
+    return outputs, loss
 
 
 def _exponent(numbers: Floats) -> int:

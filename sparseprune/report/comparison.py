@@ -12,7 +12,7 @@ from rich.text import Text
 from sparseprune.engine.grids import index_of
 from sparseprune.engine.kernels.counting import exact_sum
 from sparseprune.errors import printable
-from sparseprune.execution.compare import TensorComparison
+from sparseprune.execution.compare import MatrixErrors, TensorComparison
 from sparseprune.report.tables import Column, Fact, FittedTable, below, filled
 from sparseprune.report.wording import (
     LEAST_ENERGY,
@@ -28,7 +28,7 @@ from sparseprune.results.fields import NamedTensor
 from sparseprune.results.measuring import ComparedTensor, CompareTotals, Comparison, ReshapedTensor
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
     from rich.console import RenderableType
 
@@ -39,7 +39,9 @@ if TYPE_CHECKING:
 Tensor = TypeVar("Tensor", ComparedTensor, NamedTensor, ReshapedTensor)
 _CHANGES = ("changed", "zeroed", "revived", "altered")
 COUNTS = ("zeros_before", "zeros_after", *_CHANGES)
-FIELDS = ("numel", "sparsity", *COUNTS, "energy_kept", "relative_error", "output_error", "largest_change")
+ERRORS = ("output_error", "loss_error")
+"""The fields of a tensor that are known by statistics."""
+FIELDS = ("numel", "sparsity", *COUNTS, "energy_kept", "relative_error", *ERRORS, "largest_change")
 """The fields of every tensor that are one number each."""
 
 
@@ -48,18 +50,18 @@ def make_comparison(
     pruned: str,
     comparisons: Sequence[TensorComparison],
     sides: Sides,
-    output_errors: Mapping[str, float | None] | None = None,
+    errors: Mapping[str, MatrixErrors] | None = None,
 ) -> Comparison:
     """The result of `compare`, its tensors in the order of the checkpoints.
 
-    `output_errors` are those of the tensors that have statistics of inputs.
+    `errors` are those of the tensors that have statistics of inputs.
     """
-    errors = output_errors or {}
+    errors = errors or {}
     return Comparison(
         dense=dense,
         pruned=pruned,
-        totals=_totals(comparisons, sides, mean(errors.values())),
-        tensors=tuple(_compared(one, errors.get(one.name)) for one in comparisons),
+        totals=_totals(comparisons, sides, errors.values()),
+        tensors=tuple(_compared(one, errors.get(one.name, _UNKNOWN)) for one in comparisons),
         added=tuple(map(_stored, sides.added)),
         removed=tuple(map(_stored, sides.removed)),
         reshaped=tuple(map(_reshaped, sides.reshaped)),
@@ -82,7 +84,10 @@ def sheet_of(found: Comparison) -> tuple[list[str], list[list[object]]]:
     return [field.name for field in fields(ComparedTensor)], [list(row.values()) for row in rows]
 
 
-def _compared(one: TensorComparison, output_error: float | None = None) -> ComparedTensor:
+_UNKNOWN = MatrixErrors()
+
+
+def _compared(one: TensorComparison, errors: MatrixErrors = _UNKNOWN) -> ComparedTensor:
     counts, energies = one.counts, one.energies
     energy_kept = relative_error = None
     if energies is not None:
@@ -101,7 +106,8 @@ def _compared(one: TensorComparison, output_error: float | None = None) -> Compa
         first_altered=index_of(counts.first_altered, one.shape) if counts and counts.altered else None,
         energy_kept=energy_kept,
         relative_error=relative_error,
-        output_error=output_error,
+        output_error=errors.outputs,
+        loss_error=errors.loss,
         largest_change=_finite(energies.largest) if energies else None,
         largest_change_at=index_of(energies.place, one.shape) if energies and energies.place >= 0 else None,
         holds=one.holds,
@@ -138,7 +144,7 @@ def _finite(number: float) -> float | None:
 
 
 def _totals(
-    comparisons: Sequence[TensorComparison], sides: Sides, output_error: float | None
+    comparisons: Sequence[TensorComparison], sides: Sides, errors: Collection[MatrixErrors]
 ) -> CompareTotals:
     known = [one for one in comparisons if one.counts is not None and one.holds != "beside"]
     counts = {key: sum(getattr(one.counts, key) for one in known) for key in COUNTS}
@@ -163,7 +169,8 @@ def _totals(
         **counts,
         energy_kept=energy_kept,
         relative_error=relative_error,
-        output_error=output_error,
+        output_error=mean(one.outputs for one in errors),
+        loss_error=mean(one.loss for one in errors),
         added=len(sides.added),
         removed=len(sides.removed),
         reshaped=len(sides.reshaped),
@@ -274,6 +281,9 @@ def _facts(found: Comparison) -> Iterator[Fact[ComparedTensor]]:
     if totals.output_error is not None:
         outputs = Column("output error", footer=f"{percent(totals.output_error)} mean")
         yield Fact(outputs, lambda one: "" if one.output_error is None else percent(one.output_error))
+    if totals.loss_error is not None:
+        losses = Column("loss error", footer=f"{percent(totals.loss_error)} mean")
+        yield Fact(losses, lambda one: "" if one.loss_error is None else percent(one.loss_error))
     yield Fact(Column("largest change", spare=6), _largest)
 
 

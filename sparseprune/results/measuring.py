@@ -227,6 +227,13 @@ class ComparedTensor(Record):
             "null without statistics of inputs, or if it is no finite number"
         ),
     ]
+    loss_error: Annotated[
+        NotNegative | None,
+        Doc(
+            "sqrt(tr(G D H D^T) / tr(G W0 H W0^T)), the same in units of the loss; null without statistics "
+            "of gradients, or if it is no finite number"
+        ),
+    ]
     largest_change: Annotated[
         NotNegative | None,
         Doc("largest |pruned - dense| of an element; null if a NaN or an infinity came or went"),
@@ -279,6 +286,9 @@ class CompareTotals(Record):
     reshaped: Annotated[Count, Doc("tensors that both have, with different shapes")]
     output_error: Annotated[
         NotNegative | None, Doc("the mean over the tensors that have one; null without statistics")
+    ]
+    loss_error: Annotated[
+        NotNegative | None, Doc("the mean over the tensors that have one; null without gradients")
     ]
 
 

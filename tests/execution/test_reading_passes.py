@@ -12,7 +12,7 @@ import pytest
 
 from sparseprune.checkpoint import StoredTensor, TensorReader, lay_out, open_checkpoint
 from sparseprune.checkpoint.statistics import Statistic
-from sparseprune.execution.compare import OutputError, Pair, compare_jobs
+from sparseprune.execution.compare import MeasureErrors, Pair, compare_jobs
 from sparseprune.execution.inspect import BLOCKS, PATTERNS, Pattern, Questions, inspect_jobs
 from sparseprune.execution.regions import Resources
 from sparseprune.execution.runner import Job, read_through
@@ -81,9 +81,9 @@ def test_chunks_of_compare_find_the_same_in_another_process(
 ) -> None:
     pairs = [Pair(sides[0][name], sides[1][name]) for name in SHAPES]
     jobs = list(compare_jobs(pairs, SLAB))
-    outputs = OutputError(pairs[-2], Statistic(sides[0]["moment"], "hessian", 1))
+    outputs = MeasureErrors(pairs[-2], Statistic(sides[0]["moment"], "hessian", 1))
     jobs.append(Job(len(pairs), "outputs", "h", outputs))
     here = results_here(jobs)
     assert results_elsewhere(jobs) == here
     assert [one.name for order in sorted(here)[:-1] for one in here[order]] == list(SHAPES)
-    assert 0 < here[len(pairs)] < 2
+    assert 0 < here[len(pairs)].outputs < 2

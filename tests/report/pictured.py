@@ -56,7 +56,7 @@ def compared(
             name=name, dtype="F32", dtype_after="F32", shape=shape,
             numel=(numel or {}).get(name, prod(shape)), differs=(energy, error) != (1, 0), sparsity=0.5,
             zeros_before=0, zeros_after=500, changed=500, zeroed=500, revived=0, altered=0,
-            first_altered=None, energy_kept=energy, relative_error=error, output_error=None,
+            first_altered=None, energy_kept=energy, relative_error=error, output_error=None, loss_error=None,
             largest_change=1.0, largest_change_at=(0,) * len(shape),
         )
         for name, (energy, error) in tensors.items()
@@ -64,7 +64,7 @@ def compared(
     totals = CompareTotals(
         tensors=7, numel=7, differing=7, uncompared=7, sparsity_before=0.0, sparsity=0.5, zeros_before=7,
         zeros_after=7, changed=7, zeroed=7, revived=0, altered=0, energy_kept=0.9, relative_error=0.316,
-        added=0, removed=0, reshaped=0, output_error=None,
+        added=0, removed=0, reshaped=0, output_error=None, loss_error=None,
     )  # fmt: skip
     found = Comparison(
         dense="dense", pruned="pruned", totals=totals, tensors=entries, added=(), removed=(), reshaped=()
