@@ -32,9 +32,10 @@ class Products(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
-        if name not in _FUNCTIONS:
+        operands = args[1:3] if "add" in name else args[:2]
+        if name not in _FUNCTIONS or len(operands) < 2:  # attention names its operands
             return made
-        inputs, weight = args[1:3] if "add" in name else args[:2]
+        inputs, weight = operands
         if weight.untyped_storage().data_ptr() not in self.storages:
             return made
         seen = weight if name == "linear" else weight.mT
