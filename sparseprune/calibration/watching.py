@@ -173,10 +173,16 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _product(self, inputs: Tensor, weight: Tensor, *, outer: bool) -> Product | None:
         found = self._parameter(weight)
+        if found is None and inputs.ndim == weight.ndim == 3:  # many equal matrices may stand in front
+            inputs, weight = weight.mT, inputs.mT
+            found = self._parameter(weight)
+            if found is not None and found[1].ndim == 3:
+                return None
         if found is None or not inputs.numel():
             return None
         name, parameter = found
-        inputs, weight = _flat(inputs, weight)
+        if parameter.ndim == 2:
+            inputs, weight = _flat(inputs, weight)
         contracted = weight.ndim - 1 if outer else weight.ndim - 2
         features = weight.shape[contracted]
         rows = inputs if weight.ndim == 3 else inputs.reshape(-1, features)
@@ -311,7 +317,7 @@ def _holds(parameter: Tensor, weight: Tensor) -> bool:
 
 def _flat(rows: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """The operands of a product with one matrix for all, which torch may write as many equal ones."""
-    if weight.ndim < 3 or weight.stride(0):
+    if weight.ndim < 3 or (len(weight) > 1 and weight.stride(0)):
         return rows, weight
     return rows.reshape(-1, rows.shape[-1]), weight[0]
 

@@ -1,5 +1,6 @@
 """Second moments of gradients that calibrate writes, against what autograd gives for each output."""
 
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from sparseprune.calibration.gradients import differentiable
+from sparseprune.calibration.watching import Product, Watch
 from sparseprune.checkpoint import open_statistics
 from tests.calibration.gradients import Met, gradients_of
 from tests.calibration.models import made, save, save_family
@@ -189,3 +192,60 @@ def test_what_has_gradients_and_what_has_none_is_told(home: Path, tmp_path: Path
     assert lines[at] == "gradients of 12 matrices, in 59.39 kB"
     assert lines[at + 1] == "no gradients of 1 matrix"
     assert lines[at + 2] == "  pooler.dense.weight: no gradient of the loss reaches it"
+
+
+class OneForAll(torch.nn.Module):
+    """Its matrices stand in front of the inputs, and behind inputs that lie in another order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(2)
+        self.front = torch.nn.Parameter(torch.randn(6, 4, generator=generator))
+        self.behind = torch.nn.Linear(6, 5)
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        turned = self.front @ states.transpose(1, 2)  # (sequences, 6, places)
+        made: torch.Tensor = self.behind(turned.permute(2, 0, 1)).tanh()
+        return made.transpose(0, 1)
+
+
+@pytest.mark.parametrize("sequences", [1, 3])
+def test_a_matrix_that_torch_repeats_for_each_sequence_is_seen_there_and_back(sequences: int) -> None:
+    model = OneForAll()
+    states = torch.randn(sequences, 7, 4, generator=torch.Generator().manual_seed(1))
+    seen = Kept()
+    with closing(Watch(model, seen)) as watch, differentiable(model):
+        watch.begin(torch.ones(sequences, 7, dtype=torch.bool), gradients=True)
+        with watch:
+            made = model(states.clone().requires_grad_())
+            watch.turn()
+            torch.autograd.backward([made], [torch.ones_like(made)])
+    inputs = states.reshape(-1, 4)
+    torch.testing.assert_close(seen.inputs["front"].T @ seen.inputs["front"], inputs.T @ inputs)
+    middle = (states @ model.front.T).detach().requires_grad_()
+    ends = (middle @ model.behind.weight.T + model.behind.bias).detach().requires_grad_()
+    (of_ends,) = torch.autograd.grad(ends.tanh().sum(), ends)
+    of_middle = (of_ends @ model.behind.weight).reshape(-1, 6)
+    of_ends = of_ends.reshape(-1, 5)
+    wanted = {"front": of_middle.T @ of_middle, "behind.weight": of_ends.T @ of_ends}
+    assert seen.rows.keys() == wanted.keys()
+    for name, rows in seen.rows.items():
+        torch.testing.assert_close(rows.T @ rows, wanted[name].detach())
+
+
+class Kept:
+    """The inputs of products and the gradients at their outputs, by parameter."""
+
+    def __init__(self) -> None:
+        self.inputs: dict[str, torch.Tensor] = {}
+        self.rows: dict[str, torch.Tensor] = {}
+
+    def product(self, product: Product) -> None:
+        self.inputs[product.parameter] = product.inputs.clone()
+
+    def gradients(self, product: Product, chosen: Any, rows: torch.Tensor) -> None:
+        assert chosen.keys() == {0}
+        self.rows[product.parameter] = rows.clone()
+
+    def gated(self, product: Product, matrix: int, gates: torch.Tensor, norms: torch.Tensor) -> None:
+        raise AssertionError("there are no experts")

@@ -325,6 +325,8 @@ def _gradients(one: Zoo, action: str, place: Path) -> Outcome:
         report = sparseprune.calibrate(one.folder, [place / "words.txt"], place / "stats", **sizes)
     except SparsepruneError as error:
         return Outcome("refused", str(error))
+    if lost := [each.name for each in report.matrices if each.tokens == 0 and ".experts." not in each.name]:
+        return Outcome("wrong", f"{lost[0]}: no inputs are counted on the way that goes back")
     model = one.load(one.folder)
     model.set_experts_implementation("eager")
     ids = _sequences()

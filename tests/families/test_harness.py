@@ -97,7 +97,7 @@ def test_an_action_is_right_or_refused_with_its_reason(
         assert reason in outcome.detail
     elif action in {"2of4", *OF_TEXT}:
         assert outcome.kind == "right", outcome.detail
-        assert (not outcome.detail) == (action == "calibrate" or name not in PARTS)
+        assert (not outcome.detail) == (action in OF_TEXT or name not in PARTS)
     else:
         assert outcome.kind == ("right" if has(one, action) else "none"), outcome.detail
 
