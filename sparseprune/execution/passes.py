@@ -201,7 +201,8 @@ class Outcomes:
         def outcome(name: str) -> TensorOutcome:
             tasks = tasks_of[name]
             label = ", ".join(dict.fromkeys([task.instance.label for task in tasks]))
-            metrics = {task.metric for task in tasks if name in task.with_role("moment")} - {None}
+            rebuilt = [task for task in tasks if task.instance.reconstruct is not None]
+            metrics = {task.metric for task in rebuilt if name in task.with_role("moment")}
             found = self.of_tensor(plan.checkpoint.tensors[name], [task.rule for task in tasks], label)
             return replace(found, metric=" and ".join(sorted(filter(None, metrics)))) if metrics else found
 

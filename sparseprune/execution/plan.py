@@ -492,8 +492,10 @@ class Task(Struct, frozen=True):
         Matrices of which some have gradients and others have not cannot compete in units of the loss.
         """
         method = self.instance.reconstruct
+        if method is None:
+            return None
         moments, gradients = (self.with_role(role) for role in ("moment", "gradients"))
-        if method is None or not moments:
+        if not moments:
             return None
         return method.metric or ("loss" if len(gradients) == len(moments) else "outputs")
 
