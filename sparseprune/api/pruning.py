@@ -72,8 +72,8 @@ class Prepared(Struct, frozen=True):
     @property
     def peak_bytes(self) -> int:
         """Resident memory of a run at the most, about."""
-        shared = 0 if self.allocation is None else self.allocation.peak
-        return max(self.schedule.peak_bytes, shared)
+        peak = self.schedule.peak_bytes
+        return peak if self.allocation is None else max(peak, self.allocation.peak)
 
 
 def prepare(asked: Source, target: Target, machine: Machine) -> Prepared:

@@ -17,6 +17,7 @@ from sparseprune.errors import SparsityError
 if TYPE_CHECKING:
     from torch import Tensor
 
+_TOGETHER = 1 << 18  # weights whose rows are multiplied at one time
 _MARGIN, _GROWTH = 4, 8  # units of rounding added to a unit diagonal that is singular, and how these grow
 
 
@@ -55,7 +56,7 @@ class Curvature(Struct, frozen=True, eq=False):
             system.diagonal().fill_(1.0 + added)
             factor, failed = cholesky_in_place(system)
             if not bool(failed):
-                return cls(factor, roots)
+                return cls(factor.tril_(), roots)
             added = added * _GROWTH or _MARGIN * eps * len(moment) ** 0.5
 
     def singles(self) -> Tensor:
@@ -65,5 +66,9 @@ class Curvature(Struct, frozen=True, eq=False):
 
     def rows(self, rows: Tensor) -> Tensor:
         """W H w^T for each row w of (rows, n), float64: what is lost where nothing can make up for a row."""
-        scaled = (rows.to(torch.float64) * self.roots).to(self.factor.dtype)
-        return (scaled @ self.factor.tril()).to(torch.float64).square().sum(-1)
+        step = max(1, _TOGETHER // max(1, rows.shape[-1]))
+        found = []
+        for part in torch.split(rows, step):
+            scaled = (part.to(torch.float64) * self.roots).to(self.factor.dtype)
+            found.append((scaled @ self.factor).to(torch.float64).square().sum(-1))
+        return torch.cat(found)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from msgspec import Struct
 
+from sparseprune.engine.dtypes import DTYPES
 from sparseprune.engine.grids import prod
 from sparseprune.engine.kernels.formats import values_of
 from sparseprune.errors import SparsityError
@@ -39,8 +40,8 @@ if TYPE_CHECKING:
 
 _ELEMENTS = 1 << 18  # that are looked at together: their sums must not depend on --memory
 _ELEMENT_BYTES = 80  # that each of them takes meanwhile: magnitudes, places, losses, keys
-_MOMENT_BYTES = 20  # for each element of a moment that is factored and inverted, itself among them
-_WEIGHT_BYTES = 24  # for each weight of a matrix whose rows go whole
+_COPIES = 3  # of a moment, in the dtype of the work, while it is factored and inverted
+_WEIGHT_BYTES = 20  # for each weight of a matrix whose rows go whole
 _SHIFT = 45  # bits of a float64 that a bin takes together: 128 bins from a number to its double
 KEYS = 1 << (64 - _SHIFT - 1)  # of numbers that are not negative
 
@@ -124,13 +125,20 @@ def moment_name(one: TaskInput) -> str:
 def memory_of(tasks: Iterable[Task], tensors: Mapping[str, StoredTensor]) -> int:
     """Bytes of the largest chunk."""
     found = [_ELEMENTS * _ELEMENT_BYTES]
-    found += [_memory_of(one, tensors) for task in tasks for one in loss_inputs(task).values()]
+    for task in tasks:
+        inputs = loss_inputs(task)
+        for _, leaf in _counted_leaves(task):
+            one = inputs[leaf.tensor]
+            rows = _goes_whole(leaf, one, tensors[leaf.tensor].shape)
+            found.append(_memory_of(one, tensors, rows=rows))
     return max(found)
 
 
-def _memory_of(one: TaskInput, tensors: Mapping[str, StoredTensor]) -> int:
-    """Bytes that a moment takes while it is factored."""
-    return _MOMENT_BYTES * one.stored.shape[-1] ** 2 + _WEIGHT_BYTES * _matrix(one, tensors)
+def _memory_of(one: TaskInput, tensors: Mapping[str, StoredTensor], *, rows: bool) -> int:
+    """Bytes that a moment takes while it is factored, and a matrix whose rows go whole."""
+    stored = DTYPES[one.stored.dtype].itemsize
+    each = stored + _COPIES * max(4, stored)
+    return each * one.stored.shape[-1] ** 2 + rows * _WEIGHT_BYTES * _matrix(one, tensors)
 
 
 def bytes_read(tasks: Iterable[Task], tensors: Mapping[str, StoredTensor]) -> int:
@@ -226,11 +234,12 @@ class FactorMoments(_Losses):
         """One for each matrix of a moment, by its name and number."""
         inputs = [one for task in self.tasks for one in loss_inputs(task).values()]
         for name in dict.fromkeys(map(moment_name, inputs)):
-            own = [one for one in inputs if moment_name(one) == name]
-            memory = max(_memory_of(one, io.tensors) for one in own)
-            matrices = prod(own[0].stored.shape[:-2])
+            about = self._about(name, io)
+            memory = max(_memory_of(one, io.tensors, rows=rows) for (_, rows, _), one in about.items())
+            stored = next(iter(about.values())).stored
+            matrices = prod(stored.shape[:-2])
             for matrix in range(matrices):
-                yield Chunk((name, matrix), own[0].stored.nbytes // matrices, memory)
+                yield Chunk((name, matrix), stored.nbytes // matrices, memory)
 
     def work(self, chunk: Chunk, io: TensorIO) -> list[tuple[_Key, bool, Floats]]:
         """For each weight the factors of a matrix, with whether it is one of a stack."""

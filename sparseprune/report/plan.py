@@ -343,7 +343,8 @@ def _budget(rule: results.RulePlan) -> Facts:
     else:
         scopes = "the one scope" if rule.scopes == 1 else f"each of {rule.scopes:,} scopes"
         kept = f"{each_text(rule.nnz)} of {each_text(rule.blocks_per_scope)} blocks in {scopes}"
-        rounded = "" if asked in (None, became) else f", asked {each_text(asked, percent)}: whole blocks"
+        why = "whole blocks" if rule.allocation is None else "one budget is shared"
+        rounded = "" if asked in (None, became) else f", asked {each_text(asked, percent)}: {why}"
         facts += [("keeps", kept), ("sparsity", each_text(became, percent) + rounded)]
     if rule.mode == "soft":
         facts.append(("mode", "soft: what survives shrinks, too"))

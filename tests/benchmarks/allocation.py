@@ -68,6 +68,7 @@ def decoder(scratch: Path) -> None:
     for scope, shape in SCOPES.items():
         for clamp in (0.0, 0.1):
             parts = parts_of(dense, scratch, SPEC, 0.5, clamp, shape=str(list(shape)))
+            parts = {tensor_of(label): share for label, share in parts.items()}
             apart = f"{min(parts.values()):.3f} to {max(parts.values()):.3f}"
             for method in METHODS:
                 other = pruned(model, given, parts, method, shape)
@@ -83,6 +84,7 @@ def clamps(scratch: Path) -> None:
     lines = []
     for clamp in (0.0, *CLAMPS):
         parts = parts_of(dense, scratch, SPEC, 0.5, clamp, shape="[]")
+        parts = {tensor_of(label): share for label, share in parts.items()}
         cells = [quality(pruned(model, given, parts, one, (-1, -1)), model, tokens)[1] for one in METHODS]
         lines.append([f"{clamp or 'uniform'}", *cells])
     table("50% of each matrix: KL to dense", ["clamp", *METHODS], lines)
@@ -146,16 +148,17 @@ def pruned(
 def parts_of(
     checkpoint: Path, scratch: Path, spec: str, sparsity: float, clamp: float, **more: str
 ) -> dict[str, float]:
-    """The share that goes of each tensor or instance; uniform budgets for a clamp of 0."""
+    """The share that goes of each instance; uniform budgets for a clamp of 0."""
     keys = {"allocate": "loss", "clamp": f"clamp = {clamp}"}
     text = spec.format(file=scratch / "stats.safetensors", sparsity=sparsity, **keys, **more)
-    plan = sparseprune.plan(checkpoint, text, allocation=True)
-    found = {}
-    for one in plan.rules[0].allocation or ():
-        captures = dict(pair.split("=") for pair in one.instance.partition("[")[2].rstrip("]").split(","))
-        name = f"model.layers.{captures['layer']}.{captures['module']}.{captures['part']}"
-        found[f"{name}_proj.weight"] = one.sparsity
-    return found
+    plan = sparseprune.plan(checkpoint, text, allocation=True, jobs=1, memory="8GiB")
+    return {one.instance: one.sparsity for one in plan.rules[0].allocation or ()}
+
+
+def tensor_of(label: str) -> str:
+    """The weight that is an instance of the rule of matrices."""
+    captures = dict(pair.split("=") for pair in label.partition("[")[2].rstrip("]").split(","))
+    return "model.layers.{layer}.{module}.{part}_proj.weight".format(**captures)
 
 
 def write_statistics(path: Path, given: Mapping[str, Matrix]) -> None:
@@ -175,7 +178,7 @@ def write_statistics(path: Path, given: Mapping[str, Matrix]) -> None:
 def speed(scratch: Path) -> None:
     """`plan --allocation` of one matrix: seconds of one thread."""
     lines = []
-    for size in (1024, 2048, 4096):
+    for size in (64, 1024, 2048, 4096):
         generator = torch.Generator().manual_seed(0)
         moment = torch.randn(size, size, generator=generator)
         matrix = Matrix(torch.randn(size, size, generator=generator), torch.eye(size))
@@ -194,7 +197,9 @@ def speed(scratch: Path) -> None:
         lines.append(
             [f"{size}x{size}", f"{time.perf_counter() - began:.1f}", f"{time.process_time() - used:.1f}"]
         )
-    table("One matrix", ["matrix", "seconds", "CPU seconds"], lines)
+    table(
+        "One matrix", ["matrix", "seconds", "CPU seconds"], lines[1:]
+    )  # the first one loads what others use
 
 
 PARTS: dict[str, Callable[[Path], None]] = {
