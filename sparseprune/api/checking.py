@@ -24,7 +24,6 @@ from sparseprune.checkpoint.file_io import refuse_changed
 from sparseprune.checkpoint.folding import refuse_split
 from sparseprune.checkpoint.publish import refuse_replacing
 from sparseprune.checkpoint.resizing import lay_out_folded
-from sparseprune.errors import SpecError
 from sparseprune.report.checks import left_out_text
 from sparseprune.report.wording import other_weights
 from sparseprune.results.checking import MaskVerifyTotals
@@ -37,7 +36,6 @@ if TYPE_CHECKING:
     from sparseprune.api.options import Machine, Source, Target
     from sparseprune.api.run import Run
     from sparseprune.checkpoint import OutputLayout
-    from sparseprune.spec import BoundSpec
 
 
 def verify_spec(run: Run, asked: Source, machine: Machine) -> results.Verification:
@@ -52,7 +50,6 @@ def verify_spec(run: Run, asked: Source, machine: Machine) -> results.Verificati
         checkpoint = open_checkpoint(asked.checkpoint)
         refuse_split(checkpoint)
         check = make_check(checkpoint, with_parts(spec, checkpoint), machine.memory, machine.jobs)
-        _refuse_unknown_parts(asked, check.plan.bound)
         coverage = coverage_of(checkpoint.tensors, check.bound, read_config(checkpoint))
         run.warn(*coverage.warnings("the check reaches"))
         with TensorReader() as reader, run.progress("verifying", check.nbytes) as advance:
@@ -69,16 +66,6 @@ def verify_spec(run: Run, asked: Source, machine: Machine) -> results.Verificati
             tensors=found.tensors,
         )
     return run.checked(result, failures(result))
-
-
-def _refuse_unknown_parts(asked: Source, bound: BoundSpec) -> None:
-    """SpecError where nobody knows what an instance may keep of a common budget."""
-    for rule, instance in bound.instances():
-        if instance.allocate is not None and not instance.allocate.decided:
-            raise SpecError(
-                f"[{rule.name}] shares a budget by the loss, and what {instance.label} may keep of it is in "
-                f"no report of {asked.checkpoint}: check the masks that apply wrote, with --masks"
-            )
 
 
 def verify_masks(

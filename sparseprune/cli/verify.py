@@ -14,10 +14,10 @@ def show_verified(
             if json:
                 print_json(result)
     elif isinstance(result, results.Verification):
-        from sparseprune.report.checks import broken_line, verify_table
+        from sparseprune.report.checks import broken_lines, verify_table
 
         # The table has every tensor.
-        with checked(*[broken_line(result)] if failed else ()):
+        with checked(*broken_lines(result)):
             print_table(verify_table(result))
     else:
         from sparseprune.report.checks import lost_line

@@ -24,6 +24,7 @@ from sparseprune.execution.losses import (
     rules_without_gradients,
 )
 from sparseprune.execution.passes import Outcomes
+from sparseprune.execution.plan import is_undecided
 from sparseprune.execution.pruning import one_torch_thread
 from sparseprune.execution.regions import INTERPRETER, TORCH, Resources, limits_of, numel_per_scope
 from sparseprune.execution.runner import Progressing, Record, Runner
@@ -74,7 +75,7 @@ def make_allocation(plan: Plan, memory: int, workers: int) -> Allocation | None:
     Raises:
         SparsepruneError: the memory is too little.
     """
-    tasks = tuple(task for unit in plan.units for task in unit.tasks if is_undecided(task))
+    tasks = tuple(task for unit in plan.units for task in unit.tasks if is_undecided(task.instance))
     if not tasks:
         return None
     tensors = plan.checkpoint.tensors
@@ -92,12 +93,6 @@ def make_allocation(plan: Plan, memory: int, workers: int) -> Allocation | None:
     resources = Resources.of(limits, workers, item=item, held=held, uses_torch=True)
     flight = min(limits.memory, item * resources.threads + held)
     return Allocation(plan, tasks, tuple(jobs), resources, INTERPRETER + TORCH + limits.resident + flight)
-
-
-def is_undecided(task: Task) -> bool:
-    """Whether its budget is a part of a common one, and not known yet."""
-    shared = task.instance.allocate
-    return shared is not None and not shared.decided
 
 
 def allocate(

@@ -509,6 +509,11 @@ class Task(Struct, frozen=True):
         return sum([numel * stored.nbytes // max(1, stored.numel) for numel, stored in each])
 
 
+def is_undecided(instance: BoundInstance) -> bool:
+    """Whether its budget is a part of a common one, and not known yet."""
+    return instance.allocate is not None and not instance.allocate.decided
+
+
 class WorkUnit(Struct, frozen=True):
     """Tasks that share tensors, and these tensors: nothing else is needed to do them.
 

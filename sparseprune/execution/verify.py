@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field, fields
+from fractions import Fraction
+from math import floor
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,16 +17,26 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from sparseprune.engine.dtypes import DTYPES
+from sparseprune.engine.grids import prod
 from sparseprune.engine.kernels.counting import any_in, nonzero
 from sparseprune.execution.nonzero_blocks import First, Found, count_pass, count_strategy, joined
 from sparseprune.execution.passes import Decision, Pass
-from sparseprune.execution.plan import Task, make_plan
-from sparseprune.execution.regions import Part, alone, flat_leaf, leaves_of, limits_of, members_of, regions_at
+from sparseprune.execution.plan import Task, is_undecided, make_plan
+from sparseprune.execution.regions import (
+    Part,
+    alone,
+    flat_leaf,
+    leaves_of,
+    limits_of,
+    members_of,
+    numel_per_scope,
+    regions_at,
+)
 from sparseprune.execution.runner import Job, read_through
 from sparseprune.execution.schedule import Schedule, TaskGroup, make_schedule, resident_of
 from sparseprune.execution.strategy import BlockNorms, CountNonzero
 from sparseprune.execution.tensor_io import TensorIO
-from sparseprune.results.checking import BrokenScope, CheckedRule, CheckedTensor
+from sparseprune.results.checking import BrokenScope, CheckedRule, CheckedTensor, SharedSurvivors
 from sparseprune.results.fields import one_or_all
 
 if TYPE_CHECKING:
@@ -61,10 +73,10 @@ class _Reached(Struct, frozen=True):
 
 def verification_of(plan: Plan, checked: Iterable[tuple[Task, Found]]) -> Verification:
     """What was found in the scopes of tasks, added up."""
-    of_rule: dict[str, list[Found]] = {rule.name: [] for rule in plan.bound.rules}
+    of_rule: dict[str, list[tuple[Task, Found]]] = {rule.name: [] for rule in plan.bound.rules}
     of_tensor: dict[str, dict[str, list[_Reached]]] = {}
     for task, found in checked:
-        of_rule[task.rule].append(found)
+        of_rule[task.rule].append((task, found))
         for name, reached in _by_tensor(task, found, plan.checkpoint.tensors).items():
             of_tensor.setdefault(name, {}).setdefault(task.rule, []).append(reached)
     return Verification(
@@ -94,8 +106,8 @@ def _by_tensor(task: Task, found: Found, tensors: Mapping[str, StoredTensor]) ->
     return {name: _Reached(task, found, count, elements.get(name, ())) for name, count in partly.items()}
 
 
-def _checked_rule(rule: BoundRule, parts: Sequence[Found]) -> CheckedRule:
-    total = joined(parts)
+def _checked_rule(rule: BoundRule, parts: Sequence[tuple[Task, Found]]) -> CheckedRule:
+    total = joined([found for _, found in parts])
     instances = rule.instances
     return CheckedRule(
         name=rule.name,
@@ -111,7 +123,20 @@ def _checked_rule(rule: BoundRule, parts: Sequence[Found]) -> CheckedRule:
         torn=total.partly_zero,
         survivors=tuple(sorted(total.scopes.items())),
         unchecked=UNCHECKED if instances and not parts else None,
+        together=_together(parts),
     )
+
+
+def _together(parts: Sequence[tuple[Task, Found]]) -> SharedSurvivors | None:
+    """What survives of a budget whose parts nobody knows; None where they are known, or none is shared."""
+    nonzero = allowed = Fraction(0)
+    undecided = [pair for pair in parts if is_undecided(pair[0].instance)]
+    for task, found in undecided:
+        shared, scope = task.instance.allocate, task.instance.scope
+        elements = Fraction(numel_per_scope(scope), max(1, scope.blocks_per_scope))
+        nonzero += elements * sum(count * scopes for count, scopes in found.scopes.items())
+        allowed += elements * prod(scope.grid_shape) * (0 if shared is None else shared.nnz)
+    return SharedSurvivors(nonzero=floor(nonzero), allowed=floor(allowed)) if undecided else None
 
 
 def _checked_tensor(name: str, rule: str, parts: Sequence[_Reached]) -> CheckedTensor:
@@ -160,6 +185,7 @@ def make_check(checkpoint: Checkpoint, spec: Spec, memory: int, workers: int) ->
         SparsepruneError: the memory is too little.
     """
     plan = make_plan(checkpoint, spec, _is_scored)
+    plan = replace(plan, bound=_loosened(plan.bound))
     # What is found of a tensor takes about as much as what is known of its mask when it is pruned.
     limits = limits_of(memory, uses_torch=False, resident=resident_of(plan, masks=True))
     alike = [
@@ -182,6 +208,20 @@ def make_check(checkpoint: Checkpoint, spec: Spec, memory: int, workers: int) ->
     counting = [group for tasks in alike for group in _counting_groups(tasks, checkpoint.tensors, limits)]
     counting.sort(key=lambda group: place[group.task.rule, group.task.instance.label])
     return Check(plan, limits, workers, (*counting, *scoring), ())
+
+
+def _loosened(bound: BoundSpec) -> BoundSpec:
+    """With the most that may survive of instances whose parts of a common budget nobody knows."""
+    if not any(is_undecided(instance) for _, instance in bound.instances()):
+        return bound
+
+    def loose(instance: BoundInstance) -> BoundInstance:
+        if not is_undecided(instance) or instance.kept_range is None:
+            return instance
+        return replace(instance, budget=dataclasses.replace(instance.budget, nnz=instance.kept_range[1]))
+
+    rules = [replace(rule, instances=tuple(map(loose, rule.instances))) for rule in bound.rules]
+    return replace(bound, rules=tuple(rules))
 
 
 def count_survivors(check: Check, reader: Source, progress: Callable[[int, str], None]) -> Verification:

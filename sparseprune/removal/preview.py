@@ -17,6 +17,7 @@ from msgspec import Struct
 from sparseprune.checkpoint.codes import codes_in
 from sparseprune.engine.grids import Shape, prod
 from sparseprune.errors import CheckpointError
+from sparseprune.execution.plan import is_undecided
 from sparseprune.spec import BoundScope
 from sparseprune.spec.naming import MEMBER
 
@@ -281,8 +282,7 @@ def _tells_counts(instance: BoundInstance) -> bool:
     It does for a single member, and for single blocks that are alike members of one list, since then it does
     not matter which of them are dropped.
     """
-    shared = instance.allocate
-    if instance.budget.nnz is None or (shared is not None and not shared.decided):
+    if instance.budget.nnz is None or is_undecided(instance):
         return False
     scope = instance.scope
     members = (scope,) if isinstance(scope, BoundScope) else scope.members

@@ -54,18 +54,38 @@ def verify_table(found: Verification) -> RenderableType:
     parts: list[RenderableType] = [_rules_table(found.rules)]
     if any(tensor.broken for tensor in found.tensors):
         parts += [Text(), _broken_table(found.tensors), Text()]
-    elif totals.scopes:
+    elif totals.scopes and not any(map(_is_over, found.rules)):
         scopes = "the one scope is" if totals.scopes == 1 else f"all {totals.scopes:,} scopes are"
         parts.append(Text(f"{scopes} as the spec says"))
     checked = f"checked {totals.checked:,} of {many(totals.numel, 'parameter')}"
     parts.append(Text(printable(", ".join(filter(None, (checked, coverage_text(totals)))))))
     unchecked = [rule for rule in found.rules if rule.unchecked is not None]
     parts += [Text(f"{printable(rule.name)} is not checked: {rule.unchecked}") for rule in unchecked]
+    parts += map(Text, _together_lines([rule for rule in found.rules if not _is_over(rule)]))
     return Group(*parts, *map(Text, copies_line("not looked at", found.files_not_read)))
 
 
-def broken_line(found: Verification) -> str:
-    """One line that sums up what is broken."""
+def broken_lines(found: Verification) -> list[str]:
+    """Lines that sum up what is broken."""
+    scopes = [_broken_line(found)] if found.totals.broken else []
+    return [*scopes, *_together_lines(filter(_is_over, found.rules))]
+
+
+def _together_lines(rules: Iterable[CheckedRule]) -> Iterator[str]:
+    """A line for each rule whose instances share a budget of which no parts are known."""
+    for rule in rules:
+        if rule.together is not None:
+            nonzero, allowed = rule.together.nonzero, rule.together.allowed
+            kept = f"{nonzero:,} of {allowed:,} elements that may survive together do"
+            yield f"{printable(rule.name)} shares one budget, and no report tells its parts: {kept}"
+
+
+def _is_over(rule: CheckedRule) -> bool:
+    return rule.together is not None and rule.together.nonzero > rule.together.allowed
+
+
+def _broken_line(found: Verification) -> str:
+    """One line that sums up which scopes are broken."""
     broken, scopes, tensors = found.totals.broken, found.totals.scopes, found.totals.tensors
     names = {tensor.name for tensor in found.tensors if tensor.broken}
     share = f"{broken:,} of {many(scopes, 'scope')} {_are(broken)} broken"
@@ -73,8 +93,9 @@ def broken_line(found: Verification) -> str:
 
 
 def failures(found: Verification) -> list[str]:
-    """A line for every tensor that broken scopes reach."""
-    return [_failure(tensor, tensor.first) for tensor in found.tensors if tensor.broken and tensor.first]
+    """A line for every tensor that broken scopes reach, and for every rule that keeps too much together."""
+    scopes = [_failure(tensor, tensor.first) for tensor in found.tensors if tensor.broken and tensor.first]
+    return [*scopes, *_together_lines(filter(_is_over, found.rules))]
 
 
 def _failure(tensor: CheckedTensor, first: BrokenScope) -> str:

@@ -53,6 +53,13 @@ class CheckedTensor(Record):
     first: Annotated[BrokenScope | None, Doc("the first broken scope; null if there is none")]
 
 
+class SharedSurvivors(Record):
+    """What instances that share a budget keep together; of blocks that are not zero all elements count."""
+
+    nonzero: Annotated[Count, Doc("elements of blocks that are not zero")]
+    allowed: Annotated[Count, Doc("elements that the common budget lets survive")]
+
+
 class CheckedRule(Record):
     """The scopes of a rule."""
 
@@ -74,6 +81,13 @@ class CheckedRule(Record):
         Doc("pairs, ascending: a number of non-zero blocks, and how many scopes have so many"),
     ]
     unchecked: Annotated[str | None, Doc("why the rule was not checked; null if it was")]
+    together: Annotated[
+        SharedSurvivors | None,
+        Doc(
+            "of a rule whose instances share one budget, where no report beside the weights has their parts "
+            "of it: nnz is then the most that a part may be; left out otherwise"
+        ),
+    ] = None
 
 
 class VerifyTotals(Record):

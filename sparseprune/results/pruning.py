@@ -72,7 +72,7 @@ class AllocatedInstance(Record):
 
 Allocation = Annotated[
     Sequence[AllocatedInstance] | None,
-    Doc("of a rule whose instances share one budget, their parts of it; null where they share none"),
+    Doc("of a rule whose instances share one budget, their parts of it; left out where they share none"),
 ]
 
 
@@ -146,7 +146,9 @@ class RulePlan(Record):
     pruned: Annotated[Count | None, Doc("elements that it will drop; null if that depends on the data")]
     forms: tuple[TensorForm, ...]
     removal: RuleRemoval
-    allocation: Annotated[Allocation, Doc("null as well where weights were not read: --allocation")] = None
+    allocation: Annotated[
+        Allocation, Doc("of a rule that shares one, its parts; left out where no weights were read")
+    ] = None
 
 
 class PlanTotals(Record):

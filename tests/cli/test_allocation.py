@@ -375,16 +375,33 @@ def test_apply_prunes_and_reports_what_the_plan_told_and_verify_knows_it(tmp_pat
     assert run("verify", tmp_path / "p.safetensors", tmp_path / "spec.toml").code == 1
 
 
-def test_without_the_report_verify_says_where_the_numbers_are(tmp_path: Path) -> None:
+@pytest.mark.parametrize("spec", [WHOLE, ROWS])
+def test_without_the_report_verify_checks_the_clamps_and_what_survives_together(
+    tmp_path: Path, spec: str
+) -> None:
     tensors = larger()
     write_statistics(tmp_path, tensors)
-    planned(tmp_path, with_head(ROWS), tensors)
+    told = planned(tmp_path, with_head(spec), tensors)
     ok("apply", tmp_path / "m.safetensors", tmp_path / "spec.toml", "-q")
+    command = ("verify", tmp_path / "m.pruned.safetensors", tmp_path / "spec.toml")
+    assert "together" not in valid(ok(*command, "--json").out, "verify")["rules"][0]
     (tmp_path / "m.pruned.report.json").unlink()
-    said = refused("verify", tmp_path / "m.pruned.safetensors", tmp_path / "spec.toml")
-    assert "matrix[layer=0,name=down] may keep of it is in no report of" in said.err
-    assert "with --masks" in said.err
-    ok("verify", tmp_path / "m.pruned.safetensors", "--masks", tmp_path / "m.pruned.masks.safetensors", "-q")
+    said = ok(*command)
+    assert "scope.matrix shares one budget, and no report tells its parts: " in said.out
+    pruned = load_file(tmp_path / "m.pruned.safetensors")
+    kept = sum(int(one.count_nonzero()) for one in pruned.values())
+    together = valid(ok(*command, "--json").out, "verify")["rules"][0]["together"]
+    assert together == {"nonzero": kept, "allowed": 1920}
+    lost = 1920 - kept + 1
+    least = min(tensors, key=lambda name: told[labelled(name)] / tensors[name].shape[1])
+    zeros = (pruned[least] == 0).nonzero()
+    zeros = zeros[zeros[:, 1].argsort(stable=True)][:lost]  # one in a row, as long as there are rows
+    pruned[least][zeros[:, 0], zeros[:, 1]] = 1.0
+    save_file(pruned, tmp_path / "m.pruned.safetensors")
+    said = run(*command, "-q")
+    assert said.code == 1
+    assert "1,921 of 1,920 elements that may survive together do" in said.err
+    assert run(*command).code == 1
 
 
 def test_a_report_of_another_spec_is_told_apart(tmp_path: Path) -> None:

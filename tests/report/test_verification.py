@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from sparseprune.execution.verify import Verification as Found
-from sparseprune.report.checks import broken_line, failures, verify_table, verify_totals
+from sparseprune.report.checks import broken_lines, failures, verify_table, verify_totals
 from sparseprune.report.coverage import Coverage
 from sparseprune.results import Verification
 from sparseprune.results.checking import BrokenScope, CheckedRule, CheckedTensor
@@ -173,7 +173,7 @@ def test_the_table_has_a_line_for_each_rule_and_each_broken_tensor() -> None:
 
 def test_one_line_sums_up_what_is_broken() -> None:
     found = found_of(tensor_of(), FINE, rules=[rule_of(), SOFT])
-    assert broken_line(found) == "12 of 6,144 scopes are broken, in 1 of 2 tensors"
+    assert broken_lines(found) == ["12 of 6,144 scopes are broken, in 1 of 2 tensors"]
 
 
 def test_torn_blocks_have_a_column_where_there_are_some() -> None:
