@@ -525,6 +525,17 @@ def test_what_has_no_budget_to_share_is_refused_in_a_line(tmp_path: Path, case: 
     assert len(said.err.splitlines()) == 1
 
 
+def test_a_clamp_without_a_shared_budget_and_a_budget_without_statistics_are_refused(tmp_path: Path) -> None:
+    save_file(larger(), tmp_path / "m.safetensors")
+    for head, why in {
+        '[reconstruct]\nfile = "stats"\nclamp = 0.2\n': 'clamp: only allocate = "loss" takes this key',
+        '[reconstruct]\nmethod = "none"\nallocate = "loss"\n': "[reconstruct] file: missing",
+        f"{ALLOCATE}clamp = 1.5\n": "[reconstruct] clamp: found 1.5, wanted a number from 0 to 1",
+    }.items():
+        said = refused("apply", tmp_path / "m.safetensors", write_spec(tmp_path, with_head(ROWS, head)))
+        assert why in said.err
+
+
 def test_statistics_that_do_not_fit_are_refused_before_any_work(tmp_path: Path) -> None:
     tensors = larger()
     stats = write_statistics(tmp_path, tensors)
