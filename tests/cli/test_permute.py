@@ -9,7 +9,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import sparseprune
+from sparseprune.api.options import Source, Target, machine
+from sparseprune.api.pruning import prepare
+from sparseprune.checkpoint import TensorReader
+from sparseprune.checkpoint.permuted import PermutedSource
+from sparseprune.checkpoint.statistics import STATISTICS_KEY
 from sparseprune.execution import permutable, runner
+from sparseprune.execution.permuting import beside
 from tests.commands import ok, refused, valid
 from tests.engine.reconstruction.oracle import moments
 from tests.samples import save_statistics, write_spec
@@ -260,6 +266,59 @@ def test_each_expert_of_a_stack_has_an_order_of_its_own(tmp_path: Path, rebuilt:
     plain = PLAIN.replace("[scope", f"{head}[scope")
     assert_same(pruned, again(tmp_path, moved, plain, stats, config=config))
     assert (report["permuted"][0]["orders"], report["permuted"][0]["units"]) == (3, WIDTH)
+
+
+def with_gradients(folder: Path, dense: Tensors, groups: int) -> Tensors:
+    """Statistics of inputs and of gradients, these in groups of rows for what writes channels; gives all."""
+    generator = torch.Generator().manual_seed(4)
+    stats, of = inputs_of(dense), dict[str, dict[str, int]]()
+    named = {name: {name: 1} for name in stats}
+    for name in list(stats):
+        if ".mlp.gate" in name or ".mlp.up" in name:
+            moment = moments(WIDTH // groups, 60, generator, groups).float().contiguous()
+            stats[f"{name}.gradients"] = moment if groups > 1 else moment[0].contiguous()
+            of[f"{name}.gradients"] = {name: 0}
+    text = json.dumps({"kind": "hessian", "weights": named, "gradients": of})
+    save_file(stats, folder / "stats.safetensors", {STATISTICS_KEY: text})
+    return stats
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_gradients_move_with_what_writes_the_channels_and_none_leaves_its_group(
+    tmp_path: Path, groups: int
+) -> None:
+    dense = decoder()
+    saved(tmp_path / "dense", dense)
+    stats = with_gradients(tmp_path, dense, groups)
+    _, orders, _ = applied(tmp_path, SPEC.replace("[scope", f"{ADMM}[scope"))
+    own = orders["model.layers.0.mlp.gate_proj.weight"]
+    size = WIDTH // groups
+    assert torch.equal(own // size, torch.arange(WIDTH) // size)
+    asked = Source(tmp_path / "dense", str(tmp_path / "spec.toml"), {})
+    found = prepare(asked, Target(None, None, force=False), machine("cpu", 1, None)).plan.permutations.found
+    (one,) = (each for each in found if each.interior.module == "model.layers.0.mlp")
+    along = {name: {dim: orders[name].numpy()[None]} for name, dim in dims(tmp_path).items()}
+    moved = {each.stored.name: each for each in beside(one, along)}
+    name = "model.layers.0.mlp.gate_proj.weight.gradients"
+    assert moved.keys() == {name, name.replace("gate", "up"), "model.layers.0.mlp.down_proj.weight"}
+    with TensorReader() as reader:
+        data = PermutedSource(reader, moved.values()).read(moved[name].stored)
+    served = torch.frombuffer(data, dtype=torch.float32).reshape(stats[name].shape)
+    for group in range(groups):
+        local = own[size * group : size * (group + 1)] - size * group
+        before, after = (stats[name], served) if groups == 1 else (stats[name][group], served[group])
+        assert torch.equal(after, before[local][:, local])
+
+
+def test_a_module_stays_where_the_pattern_would_break_groups_of_gradients(tmp_path: Path) -> None:
+    dense = decoder()
+    saved(tmp_path / "dense", dense)
+    with_gradients(tmp_path, dense, 4)
+    _, _, report = applied(tmp_path, SPEC.replace("[scope", f"{ADMM}[scope"))
+    assert report["not_permuted"][0] == {
+        "module": "model.layers.0.mlp",
+        "reason": "its gradients are kept in groups of 6, in which 4 units break",
+    }
 
 
 # -- what people are told ----------------------------------------------------------------------------
