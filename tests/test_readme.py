@@ -112,6 +112,14 @@ def test_a_target_is_reached_as_shown(tmp_path: Path) -> None:
     assert shows(shown, real), "\n".join(real)
 
 
+def test_a_permuted_model_is_pruned_as_shown(tmp_path: Path) -> None:
+    write_decoder(tmp_path / "decoder")
+    (block,) = (each for each in blocks("console") if "permute=true" in each)
+    command, *shown = block.splitlines()
+    real = real_output(shlex.split(command.removeprefix("$ ")), tmp_path)
+    assert shows(shown, real), "\n".join(real)
+
+
 @pytest.mark.usefixtures("untraced")
 def test_a_real_model_is_calibrated_and_rebuilt_as_shown(tmp_path: Path) -> None:
     import pydoc_data.topics

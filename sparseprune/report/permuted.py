@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from sparseprune.report.wording import many, percent
+from sparseprune.report.wording import many
 from sparseprune.results.pruning import PermutedModule, PlannedPermutation, UnmovedModule
 
 if TYPE_CHECKING:
@@ -71,8 +71,8 @@ def permuted_lines(permuted: Sequence[PermutedModule], unmoved: Sequence[Unmoved
         before = sum(one.pruned_before for one in permuted) / len(permuted)
         after = sum(one.pruned_after for one in permuted) / len(permuted)
         yield (
-            f"permuted {planned_text(permuted)}; there {percent(after)} of the scores are pruned, "
-            f"{percent(before)} in the old order"
+            f"permuted {planned_text(permuted)}; there {after:.1%} of the scores are pruned, "
+            f"{before:.1%} in the old order"
         )
         yield "the dense model computes the same in that order: compare by permutations.safetensors"
     for text in unmoved_texts(unmoved):
