@@ -61,7 +61,7 @@ def listed(*words: object) -> list[dict[str, object]]:
 def test_json_is_a_list_of_specs_with_their_variables_and_earlier_names() -> None:
     found = {one["name"]: one for one in listed()}
     assert tuple(found) == list_specs()
-    assert found["nofm"]["variables"] == {"n": 1, "m": 4}
+    assert found["nofm"]["variables"] == {"n": 1, "m": 4, "permute": False}
     assert "bert-heads" in str(found["heads"]["aliases"])
     assert found["heads"]["text"] == (SPECS / "heads.toml").read_text()
     assert not any({"coverage", "reached", "removal"} & one.keys() for one in found.values())
