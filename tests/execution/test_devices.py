@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sparseprune.api import pruning
+from sparseprune.api.options import Target, machine, source
 from sparseprune.checkpoint import TensorReader, open_checkpoint
 from sparseprune.errors import MachineError
 from sparseprune.execution import devices, torch_tiles
@@ -235,6 +237,18 @@ def test_a_block_that_the_device_has_no_room_for_is_decided_on_the_cpu_or_refuse
         "a block has 2048 elements, which must be in memory together and take 131072 bytes of the device, of "
         "which about 65536 are free; say --device cpu\n"
     )
+
+
+def test_a_run_is_continued_only_where_as_much_of_the_device_is_free(tmp_path: Path) -> None:
+    spec, tensors = CASES["2:4"]
+    prepare(tmp_path, spec, tensors(torch.float32))
+    asked, target = source(tmp_path / "in", tmp_path / "spec.toml", None), Target(tmp_path / "out")
+    found = []
+    for room in (1 << 30, 1 << 30, 1 << 20):
+        with pytest.MonkeyPatch.context() as patch:
+            pretend(patch, room)
+            found.append(pruning.identity_of(pruning.prepare(asked, target, machine("cuda")))["the options"])
+    assert found[0] == found[1] != found[2]
 
 
 def test_ties_are_counted_from_the_end_of_their_scope() -> None:
