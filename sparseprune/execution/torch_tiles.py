@@ -394,6 +394,10 @@ class SearchRank(_OutOfCore):
                 yield Chunk((begin, end), memory=self.strategy.memory)
 
     def work(self, chunk: Chunk, io: TensorIO) -> Any:  # noqa: ANN401
+        found = in_smaller_parts(lambda span: [self._over(span, io)], chunk.about, _half_spans)
+        return tuple(map(np.concatenate, zip(*found, strict=True))) if self.collect else sum(found)
+
+    def _over(self, span: tuple[int, int], io: TensorIO) -> Any:  # noqa: ANN401
         """Places are counted on the device one after the other; the host waits for the sum of them.
 
         Where ranks are collected it has to know how many there are of each place.
@@ -402,7 +406,7 @@ class SearchRank(_OutOfCore):
         counts = torch.zeros(1 << DIGIT_BITS, dtype=torch.int64, device=io.device)
         found: list[tuple[Tensor, Tensor]] = []
         with io.lane(self.strategy.on_device):
-            for place in islice(self.places(len(self.decisions)), *chunk.about):
+            for place in islice(self.places(len(self.decisions)), *span):
                 tile = self.load(place, io)
                 keys = self.keys(tile, io)
                 ties = place.countdown(self.blocks, io.device) if part or self.collect else keys
@@ -566,6 +570,13 @@ def _alike(numbers: tuple[Tensor, Tensor], prefix: tuple[int, ...], part: int, s
     else:
         alike = numbers[part] >> shift == _signed_pattern(prefix[part]) >> shift
     return alike if part == 0 else alike & (numbers[0] == _signed_pattern(prefix[0]))
+
+
+def _half_spans(span: tuple[int, int]) -> list[tuple[int, int]]:
+    """Places from the first number up to the second in two spans, or a single one as it is."""
+    begin, end = span
+    middle = (begin + end) // 2
+    return [(begin, middle), (middle, end)] if end - begin > 1 else [span]
 
 
 def _count(

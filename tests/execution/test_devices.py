@@ -135,6 +135,28 @@ def test_a_scope_without_room_is_cut_in_halves_until_the_device_has_room(
     assert "the device has too little free memory for what must be decided together: free some" in said.err
 
 
+@pytest.mark.parametrize("name", ["over all tensors", "rows over all tensors"])
+def test_a_search_over_places_without_room_goes_on_with_fewer_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    spec, tensors = CASES[name]
+    prepare(tmp_path, spec, tensors(torch.bfloat16))
+    reference = applied(tmp_path, "reference", "--device", "cpu")[0]
+    pretend(monkeypatch)
+    narrow(monkeypatch, 64, 4, memory=1 << 20, device=1 << 12)
+    usual, fails = SearchRank._over, []
+
+    def full(self: SearchRank, span: tuple[int, int], io: TensorIO) -> Any:
+        if span[1] - span[0] > 1:
+            fails.append(span)
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        return usual(self, span, io)
+
+    monkeypatch.setattr(SearchRank, "_over", full)
+    assert applied(tmp_path, "device", "--device", "cuda", "--jobs", 2)[0] == reference
+    assert fails
+
+
 def test_another_error_is_no_lack_of_memory_and_a_single_piece_has_no_halves() -> None:
     def fails(error: Exception) -> Any:
         def work(_: int) -> list[int]:
