@@ -223,6 +223,8 @@ class _Planner(Struct, frozen=True):
         tasks = {id(task): task for task, _, _ in self.leaves.get(name, ())}.values()
         for one in (each for task in tasks for each in task.inputs if each.key == name):
             stored = one.stored
+            if one.role in {"gradients", "loss"}:
+                continue  # those are found by what calibrate wrote, and budgets are shared before any order
             if one.role in {"values", "conditioners"}:
                 yield Beside(stored, part, "alike")
             elif one.role == "blocks":

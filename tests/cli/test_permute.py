@@ -16,6 +16,7 @@ from sparseprune.checkpoint.permuted import PermutedSource
 from sparseprune.checkpoint.statistics import STATISTICS_KEY
 from sparseprune.execution import permutable, runner
 from sparseprune.execution.permuting import beside
+from tests import statistics
 from tests.commands import ok, refused, valid
 from tests.engine.reconstruction.oracle import moments
 from tests.samples import save_statistics, write_spec
@@ -538,3 +539,34 @@ def test_weights_that_are_not_finite_are_refused_as_without_it(tmp_path: Path) -
     saved(tmp_path / "dense", dense)
     said = refused("apply", tmp_path / "dense", write_spec(tmp_path, SPEC), "-o", tmp_path / "out", "-q")
     assert "down_proj.weight: NaN at [0, 0]" in said.err
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_gradients_move_with_the_outputs_that_they_are_of(tmp_path: Path, groups: int) -> None:
+    dense = decoder()
+    saved(tmp_path / "dense", dense)
+    layers = {name: one for name, one in dense.items() if name.startswith("model.layers") and one.ndim == 2}
+    inputs, gradients = statistics.drawn(layers, groups=groups)
+    statistics.save(tmp_path / "stats.safetensors", inputs, gradients)
+    pruned, orders, report = applied(tmp_path, SPEC + ADMM)
+    assert len(report["permuted"]) == 4
+    assert not report["not_permuted"]
+    assert {one["metric"] for one in report["tensors"] if one["name"] in layers} == {"loss"}
+    along = dims(tmp_path)
+    for name, order in orders.items():
+        if name in layers and along[name] == 1:
+            inputs[name] = inputs[name][order][:, order]
+        elif name in layers:
+            block_diag: Any = torch.block_diag
+            whole = block_diag(*gradients[name].reshape(groups, -1, gradients[name].shape[-1]))
+            blocks = whole[order][:, order].reshape(groups, len(order) // groups, groups, -1)
+            own = [blocks[place, :, place] for place in range(groups)]
+            gradients[name] = torch.stack(own) if groups > 1 else own[0]
+    other = tmp_path / "again"
+    saved(other / "dense", reordered(dense, orders, along))
+    inputs, gradients = (
+        {name: one.contiguous() for name, one in some.items()} for some in (inputs, gradients)
+    )
+    statistics.save(other / "stats.safetensors", inputs, gradients)
+    ok("apply", other / "dense", write_spec(other, PLAIN + ADMM), "-o", other / "out", "-q")
+    assert_same(pruned, load_file(other / "out" / "model.safetensors"))
