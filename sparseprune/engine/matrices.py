@@ -198,8 +198,9 @@ class Scaled(Struct, frozen=True, eq=False):
 
     `hessian` (matrices, in, in) is positive definite in the precision of the work; `dense`
     (matrices, out, in) is the weights, in `units`, times `scale` (matrices, 1, in). What was added to each
-    diagonal of the moments, in `units`, is `damping` (matrices, 1), float64. `gradients` is None
-    where a change is measured by the outputs alone.
+    diagonal of the moments, in `units`, is `damping` (matrices, 1), float64. Where all matrices have one and
+    the same moment, these have it once, (1, in, in) and so on. `gradients` is None where a change is measured
+    by the outputs alone.
     """
 
     hessian: Tensor
@@ -256,13 +257,32 @@ def scaled(matrix: Matrix, damp: float, units: Units | None = None) -> Scaled:
     Raises:
         SparsityError: a negative damp.
     """
+    (problem,) = all_scaled([matrix], damp, units or units_of([matrix]))
+    return problem
+
+
+def all_scaled(matrices: Sequence[Matrix], damp: float, units: Units) -> list[Scaled]:
+    """The same of several, in common `units`: those of one and the same moment share one `hessian`."""
     if not damp >= 0:
         raise SparsityError(f"damp {damp}: wanted a number of 0 or more")
-    units = units or units_of([matrix])
-    hessian, roots, damping = _unit_diagonal(
-        matrix.moments.unsqueeze(1), damp, units.moment, matrix.work_dtype
-    )
-    hessian = hessian.squeeze(1)
+    known: dict[tuple[object, ...], tuple[Tensor, Tensor, Tensor]] = {}
+    found = []
+    for matrix in matrices:
+        moments = _distinct(matrix.moments)
+        place = (moments.data_ptr(), moments.shape, moments.stride(), moments.dtype, matrix.work_dtype)
+        if place not in known:
+            known[place] = _unit_diagonal(moments.unsqueeze(1), damp, units.moment, matrix.work_dtype)
+        hessian, roots, damping = known[place]
+        found.append(_scaled_by(matrix, units, hessian.squeeze(1), roots, damping))
+    return found
+
+
+def _distinct(moments: Tensor) -> Tensor:
+    """One of the moments where they are all the same memory."""
+    return moments[:1] if moments.stride(0) == 0 else moments
+
+
+def _scaled_by(matrix: Matrix, units: Units, hessian: Tensor, roots: Tensor, damping: Tensor) -> Scaled:
     # Weights without inputs and damping get a tiny scale, so that they count next to nothing.
     scale = roots.unsqueeze(-2)
     dense = times_power(matrix.rows(matrix.dense).to(matrix.work_dtype), -units.weight) * scale
@@ -293,7 +313,8 @@ def _unit_diagonal(
     hessian /= stored.unsqueeze(-2)
     hessian = (hessian + hessian.mT).mul_(0.5).to(work)
     # Where a square was rounded to zero, products with it are rounding errors.
-    hessian.mul_((diagonal > 0).unsqueeze(-1)).mul_((diagonal > 0).unsqueeze(-2))
+    if not bool((diagonal > 0).all()):
+        hessian.mul_((diagonal > 0).unsqueeze(-1)).mul_((diagonal > 0).unsqueeze(-2))
     hessian.diagonal(dim1=-2, dim2=-1).fill_(1.0)
     exact = work == moments.dtype == torch.float64
     for one in hessian.flatten(0, 1):
@@ -376,20 +397,38 @@ def _shares(lost: Tensor, whole: Tensor) -> tuple[float, ...]:
     return tuple(float(one) for one in ratio.sqrt())
 
 
-def output_losses(matrix: Matrix, weights: Sequence[Tensor | None], units: Units) -> list[Tensor]:
+def output_losses(
+    matrix: Matrix, weights: Sequence[Tensor | None], units: Units, chosen: Tensor | None = None
+) -> list[Tensor]:
     """tr(D H D^T) of every row, for D = W - W0 of each of some `weights` W, or the dense W0 itself for None.
 
     `weights` have the shape of the matrix's, and H is its moment as it is. All in float64; gives
-    (matrices, out) tensors, in units of 2^`units.energy`.
+    (matrices, out) tensors, in units of 2^`units.energy`; 0 for rows that are not `chosen`, (matrices, out).
     """
     lost = [_for_rows(matrix) for _ in weights]
     for number, moment in enumerate(matrix.moments):
-        wide = _wide(moment, units.moment)
-        for rows in _slabs(lost[0].shape[1], matrix.features):
+        places = None if chosen is None else chosen[number].nonzero().reshape(-1)
+        count = lost[0].shape[1] if places is None else len(places)
+        wide = _wide(moment, units.moment) if count else moment
+        for part in _slabs(count, matrix.features):
+            rows = part if places is None else places[part]
             for found, one in zip(lost, weights, strict=True):
                 away = _away(matrix, one, (number, rows), units)
                 found[number, rows] = ((away @ wide) * away).sum(-1)
     return lost
+
+
+def rough_losses(matrix: Matrix, problem: Scaled, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """What `output_losses` tells of one, in the precision of the work, and by how much it may be wrong."""
+    work = matrix.work_dtype
+    away = problem.scaled(matrix.rows(weights).to(work) - matrix.rows(matrix.dense).to(work))
+    added = _diagonal(problem.hessian).unsqueeze(-2) - 1 + problem.damping.unsqueeze(-1) / problem.scale**2
+    pushed = (away @ problem.hessian).addcmul_(away, added.to(work), value=-1)
+    if not away.numel():
+        return away.sum(-1), away.sum(-1)
+    most = torch.linalg.vector_norm(problem.hessian, 1, dim=-1).amax(-1, keepdim=True)
+    rounded = _SAFETY * torch.finfo(work).eps * math.sqrt(matrix.features)
+    return pushed.mul_(away).sum(-1), rounded * most * away.square().sum(-1)
 
 
 def distances(matrix: Matrix, weights: Tensor, units: Units) -> Tensor:
@@ -433,7 +472,7 @@ def times_power(tensor: Tensor, power: int) -> Tensor:
     return tensor * 2.0 ** (power // 2) * 2.0 ** (power - power // 2)
 
 
-def _away(matrix: Matrix, weights: Tensor | None, rows: tuple[int, slice], units: Units) -> Tensor:
+def _away(matrix: Matrix, weights: Tensor | None, rows: tuple[int, slice | Tensor], units: Units) -> Tensor:
     """Some rows of weights minus the dense ones, or the dense ones for None, in float64."""
     before = times_power(matrix.rows(matrix.dense)[rows].to(torch.float64), -units.weight)
     if weights is None:
@@ -464,10 +503,17 @@ def _floor(hessian: Tensor, eps: float) -> float:
 
 
 def _is_definite(hessian: Tensor, added: float) -> bool:
-    """Whether a symmetric matrix (in, in) is positive definite with something `added` to its diagonal."""
-    wide = hessian.to(torch.float64, copy=True)
-    wide.diagonal().add_(added)
-    return not bool(cholesky_in_place(wide)[1])
+    """Whether a symmetric matrix (in, in) is positive definite with something `added` to its unit diagonal.
+
+    What is so in float32 by more than is rounded there needs no look in float64.
+    """
+    rounded = _SAFETY * torch.finfo(torch.float32).eps * math.sqrt(len(hessian))
+    for dtype, spare in ((torch.float32, rounded), (torch.float64, 0.0)):
+        tried = hessian.to(dtype, copy=True)
+        tried.diagonal().add_(added - spare)
+        if not bool(cholesky_in_place(tried)[1]):
+            return True
+    return False
 
 
 def cholesky_in_place(system: Tensor) -> tuple[Tensor, Tensor]:
@@ -484,7 +530,7 @@ def _refuse_no_moments(moments: Tensor, what: str) -> None:
         raise SparsityError(f"the second moment of the {what} holds NaN or infinity")
     if bool((_diagonal(moments) < 0).any()):
         raise SparsityError(f"the second moment of the {what} has a negative diagonal: it is none")
-    for moment in moments:
+    for moment in _distinct(moments):
         _refuse_no_moment(moment, what)
 
 
@@ -499,13 +545,18 @@ def _refuse_no_moment(moment: Tensor, what: str) -> None:
     # A square that was rounded to 0 was below the smallest number of the dtype.
     least = math.ldexp(info.smallest_normal * info.eps, -power)
     roots = diagonal.clamp_min(max(least, torch.finfo(torch.float64).smallest_normal)).sqrt()
-    roots = times_power(roots, power // 2)
+    near = bool(roots.max() < roots.min() * 2**_USUAL)  # no quotient leaves the range of float32
+    work = torch.promote_types(moment.dtype, torch.float32 if near else torch.float64)
+    roots = times_power(roots, power // 2).to(work)
     tolerance = max(_ROUNDED, 2 * info.eps)
-    unit = moment.to(torch.float64, copy=True).div_(roots.unsqueeze(-1)).div_(roots)
+    unit = moment.to(work, copy=True).div_(roots.unsqueeze(-1)).div_(roots)
     step = max(1, _ROWS // size)
     for begin in range(0, size, step):
         rows, columns = unit[begin : begin + step], unit[:, begin : begin + step].T
-        wrong = ((rows - columns).abs() > tolerance * rows.abs().clamp_min(1.0)).nonzero()
+        apart = (rows - columns).abs_()
+        if bool(apart.amax() <= tolerance):
+            continue
+        wrong = (apart > tolerance * rows.abs().clamp_min(1.0)).nonzero()
         if len(wrong):
             row, column = int(wrong[0, 0]) + begin, int(wrong[0, 1])
             there, opposite = float(moment[row, column]), float(moment[column, row])

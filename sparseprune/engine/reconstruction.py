@@ -6,7 +6,7 @@ only as a projection. Sources are named at each function. Called by execution an
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from msgspec import Struct
@@ -17,27 +17,60 @@ from sparseprune.engine.matrices import (
     Projection,
     Scaled,
     ScaledGradients,
+    all_scaled,
     by_blocks,
     cholesky_in_place,
     distances,
     energies,
     output_losses,
     refuse_unlike,
+    rough_losses,
     scaled,
     units_of,
 )
+from sparseprune.errors import SparsityError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+Effort = Literal["best", "fast"]
 _WINDOW = 8  # steps over which the objective has to go on falling
-_TOLERANCE = 1e-5  # of the objective of a row, that it has to fall in a window
+_TOLERANCE = 1e-3  # of the objective of a row, that it has to fall in a window
 _LOSS_TOLERANCE = 1e-4  # of that of a matrix: 1e-5 takes twice the steps and changes the fifth digit
 _EXACT_TOLERANCE = 1e-12  # the same in float64
-_PENALTY = 0.03  # with a unit diagonal; measured in tests/benchmarks/README.md
-_CHECK = 3  # iterations between two looks at the support
-# By how much the penalty grows, by the share of the support that changed since the last look.
-_GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))
+
+
+class _Schedule(Struct, frozen=True):
+    """How far a search goes.
+
+    The penalty begins at `penalty`, with a unit diagonal, and grows by `growth` after every `hold` of the
+    `iterations`; each goes `reach` of the way to its proposal (over-relaxation: Boyd et al. 2011, Distributed
+    Optimization and Statistical Learning via ADMM, 3.4.3). The refit takes `steps`.
+    """
+
+    penalty: float
+    growth: float
+    hold: int
+    iterations: int
+    reach: float
+    steps: int
+
+
+# Measured in tests/benchmarks/README.md.
+_SCHEDULES: dict[Effort, _Schedule] = {
+    "best": _Schedule(penalty=0.1, growth=1.8, hold=3, iterations=12, reach=1.2, steps=8),
+    "fast": _Schedule(penalty=0.3, growth=2.0, hold=3, iterations=6, reach=1.35, steps=3),
+}
+# For the loss and for large blocks the search goes on to win where the penalty grows slowly.
+_FOR_LOSS: dict[Effort, _Schedule] = {
+    "best": _Schedule(penalty=0.03, growth=1.12, hold=3, iterations=180, reach=1.0, steps=16),
+    "fast": _Schedule(penalty=0.05, growth=1.5, hold=3, iterations=24, reach=1.2, steps=8),
+}
+_FOR_BLOCKS: dict[Effort, _Schedule] = {
+    "best": _Schedule(penalty=0.1, growth=1.12, hold=3, iterations=180, reach=1.0, steps=16),
+    "fast": _Schedule(penalty=0.05, growth=1.5, hold=3, iterations=24, reach=1.2, steps=8),
+}
+_COARSE = 0.3  # of the neighbours that chance would part are parted: blocks of more than three weights
 
 
 class Reconstructed(Struct, frozen=True, eq=False):
@@ -79,19 +112,9 @@ def refit(
     """
     refuse_unlike(matrix.dense, mask=mask, start=start)
     problem = scaled(matrix, damp)
-    kept = matrix.rows(mask)
-    begin = matrix.rows(matrix.dense if start is None else start)
-    free = kept
-    fixed = problem.unheard if matrix.fixed is None else matrix.rows(matrix.fixed) | problem.unheard
-    if bool(fixed.any()):
-        begin = torch.where(fixed, matrix.rows(matrix.dense), begin)
-        free = kept & ~fixed
-    begin = torch.where(kept, begin.to(matrix.work_dtype), 0.0)
-    step = _steps(problem, problem.scaled(begin), free, max_iter, between or (lambda: None))
-    # A weight that no step moved keeps its bits, the sign of a zero among them.
-    moved = torch.where(step == 0, begin, begin + problem.unscaled(step))
-    masked = torch.where(kept, matrix.rows(matrix.dense).to(matrix.work_dtype), 0.0)
-    return _best(matrix, problem, masked, None if start is None else begin, moved)
+    kept, begin = matrix.rows(mask), matrix.rows(matrix.dense if start is None else start)
+    begin, moved = _moved(matrix, problem, kept, begin, max_iter, between or (lambda: None))
+    return _best(matrix, problem, _masked(matrix, kept), None if start is None else begin, moved)
 
 
 def admm(
@@ -99,7 +122,7 @@ def admm(
     project: Projection,
     *,
     damp: float = 0.01,
-    max_iter: int = 300,
+    effort: Effort = "best",
     joint: bool = True,
     between: Callable[[], None] | None = None,
 ) -> list[Reconstructed]:
@@ -110,27 +133,26 @@ def admm(
     diagonals of H and G are 1; it decides for all matrices at once, so that blocks may compete across them.
     What it keeps at last is refitted, and loses no more than the dense weights do on the same support, see
     `refit`. Where inputs and gradients are uncorrelated its first answer, for the dense weights, is best.
-    `joint` False tells that the matrices of a stack (experts) do not compete with each other: each gets a
-    penalty of its own. H is damped as in `refit`; weights that are `fixed` stay. `between` is called between
-    iterations; what it raises ends the search.
+    `joint` False tells that the matrices of a stack (experts) do not compete with each other: each is done
+    once its own support no longer changes. H is damped as in `refit`; weights that are `fixed` stay. `effort`
+    "fast" takes half the time of "best" and loses a little more. `between` is called between iterations; what
+    it raises ends the search.
+
+    Raises:
+        SparsityError: an unknown effort.
     """
-    units = units_of(matrices)
-    problems = [scaled(matrix, damp, units) for matrix in matrices]
+    if effort not in _SCHEDULES:
+        raise SparsityError(f"effort {effort!r}: wanted one of {', '.join(_SCHEDULES)}")
+    pause = between or (lambda: None)
+    problems = all_scaled(matrices, damp, units_of(matrices))
     sides = [_Side(matrix, problem) for matrix, problem in zip(matrices, problems, strict=True)]
     keep = _projected(sides, project, [problem.dense for problem in problems])
     for side, kept in zip(sides, keep, strict=True):
         side.set_out(kept)
+    schedule = _schedule(sides)[effort]
     if not all(problem.is_uncorrelated for problem in problems):
-        _alternate(sides, project, max_iter, between or (lambda: None), joint=joint)
-    found = []
-    for side in sides:
-        matrix = side.matrix
-        mask = matrix.unrows(side.keep).contiguous()
-        # Where the dense weight stood all along it keeps its bits.
-        rows, same = side.problem.unscaled(side.sparse), side.sparse == side.problem.dense
-        start = matrix.unrows(torch.where(same, matrix.rows(matrix.dense).to(rows.dtype), rows))
-        found.append(Reconstructed(refit(matrix, mask, damp=damp, start=start, between=between), mask))
-    return found
+        _alternate(sides, project, schedule, pause, joint=joint)
+    return [side.refitted(schedule, pause) for side in sides]
 
 
 def keep_rows(matrices: Sequence[Matrix], project: Projection, *, damp: float = 0.01) -> list[Reconstructed]:
@@ -155,6 +177,31 @@ def keep_rows(matrices: Sequence[Matrix], project: Projection, *, damp: float = 
 # Refitting.
 
 
+def _moved(
+    matrix: Matrix,
+    problem: Scaled,
+    kept: Tensor,
+    begin: Tensor,
+    max_iter: int,
+    between: Callable[[], None],
+) -> tuple[Tensor, Tensor]:
+    """The rows `begin` under a mask, and where the search leads from there: (matrices, out, in) tensors."""
+    free = kept
+    fixed = problem.unheard if matrix.fixed is None else matrix.rows(matrix.fixed) | problem.unheard
+    if bool(fixed.any()):
+        begin = torch.where(fixed, matrix.rows(matrix.dense), begin)
+        free = kept & ~fixed
+    begin = torch.where(kept, begin.to(matrix.work_dtype), 0.0)
+    step = _steps(problem, problem.scaled(begin), free, max_iter, between)
+    # A weight that no step moved keeps its bits, the sign of a zero among them.
+    return begin, torch.where(step == 0, begin, begin + problem.unscaled(step))
+
+
+def _masked(matrix: Matrix, kept: Tensor) -> Tensor:
+    """The dense weights under a mask, (matrices, out, in)."""
+    return torch.where(kept, matrix.rows(matrix.dense).to(matrix.work_dtype), 0.0)
+
+
 def _steps(
     problem: Scaled, begin: Tensor, free: Tensor, max_iter: int, between: Callable[[], None]
 ) -> Tensor:
@@ -168,8 +215,8 @@ def _steps(
 
 def _solved_together(problem: Scaled, begin: Tensor, free: Tensor) -> Tensor:
     """The exact step where all rows of a matrix may move in the same places, `free` (matrices, in)."""
-    system = problem.hessian.to(torch.float64, copy=True)
     inside = free.to(torch.float64)
+    system = problem.hessian.to(torch.float64).expand(len(free), -1, -1).clone()
     pull = ((problem.dense - begin).to(torch.float64) @ system) * inside.unsqueeze(-2)
     # Where nothing moves stands the identity: one factor of one size, however many places each matrix has.
     system.mul_(inside.unsqueeze(-1)).mul_(inside.unsqueeze(-2))
@@ -191,19 +238,19 @@ def _conjugate_gradients(
         tolerance = _EXACT_TOLERANCE
     info, one = torch.finfo(begin.dtype), problem.summed
     # Below what rounding makes of an output nothing can be told.
-    noise = info.eps * (problem.pushed(problem.dense) * problem.dense).sum(one, keepdim=True).abs()
+    noise = info.eps * _square(problem.dense, one)
     away = begin - problem.dense
-    pushed = problem.pushed(away)
-    objective = (pushed * away).sum(one, keepdim=True)
+    residual = problem.pushed(away)
+    objective = torch.mul(residual, away, out=away).sum(one, keepdim=True)
     step = torch.zeros_like(begin)
-    residual = -pushed * inside
+    residual = residual.neg_().mul_(inside)
     direction = residual.clone()
-    square = (residual * residual).sum(one, keepdim=True)
+    square, product = _square(residual, one), away
     fallen = torch.zeros_like(objective)
     for number in range(1, max_iter + 1):
         between()
         along = problem.pushed(direction).mul_(inside)
-        curvature = (direction * along).sum(one, keepdim=True)
+        curvature = torch.mul(direction, along, out=product).sum(one, keepdim=True)
         length = torch.where(curvature > 0, square / curvature.clamp_min(info.tiny), 0.0)
         step.addcmul_(length, direction)
         residual.addcmul_(length, along, value=-1)
@@ -213,10 +260,16 @@ def _conjugate_gradients(
             if bool((fallen <= tolerance * objective.clamp_min(0) + noise).all()):
                 break
             fallen.zero_()
-        before, square = square, (residual * residual).sum(one, keepdim=True)
+        before, square = square, _square(residual, one)
         ratio = torch.where(before > 0, square / before.clamp_min(info.tiny), 0.0)
         direction.mul_(ratio).add_(residual)
     return step
+
+
+def _square(rows: Tensor, dims: int | tuple[int, int]) -> Tensor:
+    """The square of the norm over some dimensions, which stay with length 1."""
+    norm: Tensor = torch.linalg.vector_norm(rows, dim=dims, keepdim=True)
+    return norm.square()
 
 
 def _best(matrix: Matrix, problem: Scaled, masked: Tensor, start: Tensor | None, moved: Tensor) -> Tensor:
@@ -226,6 +279,8 @@ def _best(matrix: Matrix, problem: Scaled, masked: Tensor, start: Tensor | None,
     decides. Of the matrix's shape and dtype.
     """
     found = [matrix.rounded(one) for one in (masked, start, moved) if one is not None]
+    if start is None and matrix.gradients is None:
+        return _better_rows(matrix, problem, *found)
     costs = _costs_of_rows if matrix.gradients is None else _costs_of_matrices
     losses, damped = costs(matrix, problem, found)
     rows = [matrix.rows(one) for one in found]
@@ -237,6 +292,19 @@ def _best(matrix: Matrix, problem: Scaled, masked: Tensor, start: Tensor | None,
     for one, lost in zip(rows[1:], losses[1:], strict=True):
         best = torch.where((lost < losses[0]).unsqueeze(-1), one, best)
     return matrix.unrows(best).contiguous()
+
+
+def _better_rows(matrix: Matrix, problem: Scaled, masked: Tensor, moved: Tensor) -> Tensor:
+    """The rows of `moved` that lose less than those of `masked`, by float64 where float32 does not tell."""
+    (before, blur), (after, other) = (rough_losses(matrix, problem, one) for one in (masked, moved))
+    better, worse = after + other < before - blur, before + blur < after - other
+    close = ~(better | worse)
+    if bool(close.any()):
+        before, after = output_losses(matrix, [masked, moved], problem.units, close)
+        better = torch.where(close, after < before, better)
+    return matrix.unrows(
+        torch.where(better.unsqueeze(-1), matrix.rows(moved), matrix.rows(masked))
+    ).contiguous()
 
 
 _Costs = tuple[list[Tensor], list[Tensor]]
@@ -271,63 +339,113 @@ class _Side:
         self.matrix = matrix
         self.problem = problem
         self.fixed = None if matrix.fixed is None else matrix.rows(matrix.fixed)
-        self.sparse = problem.dense
-        self.dual = torch.zeros_like(problem.dense)
+        self.sparse, self.dual = problem.dense, torch.zeros_like(problem.dense)
+        self._gap, self._proposal = torch.empty_like(problem.dense), torch.empty_like(problem.dense)
         self.keep = self.seen = torch.ones_like(problem.dense, dtype=torch.bool)
-        self.pull: _Inverse | _Eigenbases = (
-            _Inverse(problem) if problem.gradients is None else _Eigenbases(problem, problem.gradients)
-        )
 
     def set_out(self, keep: Tensor) -> None:
         """The first support, and the dense weights on it."""
         self.keep = self.seen = self._with_fixed(keep)
         self.sparse = torch.where(self.keep, self.problem.dense, 0.0)
 
-    def proposal(self) -> Tensor:
-        """The dense weights that this penalty pulls towards the sparse ones, plus the dual."""
-        pulled = self.sparse - self.problem.dense - self.dual
-        return self.pull(pulled).add_(self.problem.dense).add_(self.dual)
+    def proposal(self, pull: _Pull, growth: float, reach: float) -> Tensor:
+        """The dense weights that a penalty pulls towards the sparse ones, plus the dual.
 
-    def take(self, proposal: Tensor, keep: Tensor, active: Tensor) -> None:
-        """The sparse weights and the dual that follow, where matrices are `active`, (matrices, 1, 1)."""
+        The penalty is `growth` times the last one. The memory is that of the last proposal.
+        """
+        dense = self.problem.dense
+        if growth != 1:
+            self.dual.div_(growth)
+        torch.sub(self.sparse, dense, out=self._gap).sub_(self.dual)
+        found = pull(self._gap, self._proposal).add_(dense)
+        return torch.lerp(self.sparse, found, reach, out=found).add_(self.dual)
+
+    def take(self, keep: Tensor, active: Tensor | None) -> None:
+        """The sparse weights and the dual that follow, where `active`, (matrices, 1, 1), is not False."""
         keep = self._with_fixed(keep)
-        sparse = torch.where(keep, proposal, 0.0)
+        sparse = torch.mul(self._proposal, keep, out=self._gap)
         if self.fixed is not None:
             sparse = torch.where(self.fixed, self.problem.dense, sparse)
-        self.keep = torch.where(active, keep, self.keep)
-        self.dual = torch.where(active, proposal - sparse, self.dual)
-        self.sparse = torch.where(active, sparse, self.sparse)
+        torch.sub(self._proposal, sparse, out=self.dual)
+        if active is not None:
+            keep, sparse = torch.where(active, keep, self.keep), torch.where(active, sparse, self.sparse)
+        self.keep = keep
+        self.sparse, self._gap = sparse, self.sparse
 
-    def changed(self) -> tuple[Tensor, Tensor]:
-        """Elements of each matrix that came or went since the last look, and those that are kept."""
-        came = (self.keep != self.seen).sum((-2, -1)).to(torch.float64) / 2
+    def changed(self) -> Tensor:
+        """Whether elements of each matrix came or went since the last look, (matrices, 1, 1)."""
+        found = (self.keep != self.seen).flatten(1).any(1).reshape(-1, 1, 1)
         self.seen = self.keep
-        return came, self.keep.sum((-2, -1)).to(torch.float64)
+        return found
+
+    def refitted(self, schedule: _Schedule, between: Callable[[], None]) -> Reconstructed:
+        """On the support as it is now."""
+        matrix, problem, kept = self.matrix, self.problem, self.keep
+        # Where the dense weight stood all along it keeps its bits.
+        rows, same = problem.unscaled(self.sparse), self.sparse == problem.dense
+        begin = torch.where(same, matrix.rows(matrix.dense).to(rows.dtype), rows)
+        _, moved = _moved(matrix, problem, kept, begin, schedule.steps, between)
+        weights = _best(matrix, problem, _masked(matrix, kept), None, moved)
+        return Reconstructed(weights, matrix.unrows(kept).contiguous())
 
     def _with_fixed(self, keep: Tensor) -> Tensor:
-        return keep if self.fixed is None else keep | self.fixed
+        return keep.clone(memory_format=torch.contiguous_format) if self.fixed is None else keep | self.fixed
+
+
+def _pulls(problems: Sequence[Scaled], schedule: _Schedule) -> list[_Pull]:
+    """What pulls the weights of each: what is made of one and the same Hessian is made once."""
+    known: dict[tuple[int, bool], _Inverse | _Eigenbasis] = {}
+    found: list[_Pull] = []
+    for problem in problems:
+        explicit = problem.dense.shape[-2] * schedule.hold >= problem.dense.shape[-1]
+        place = id(problem.hessian), explicit
+        if place not in known:
+            known[place] = (
+                _Inverse(problem.hessian, explicit=explicit)
+                if problem.gradients is None
+                else _Eigenbasis(problem.hessian)
+            )
+        inner = known[place]
+        if isinstance(inner, _Inverse):
+            found.append(inner)
+        elif problem.gradients is not None:
+            found.append(_Eigenbases(problem.gradients, inner))
+    return found
 
 
 class _Inverse:
     """The operator rho (H + rho I)^-1 for a penalty rho, as a factor or multiplied out."""
 
-    def __init__(self, problem: Scaled) -> None:
-        self._hessian = problem.hessian
-        self._explicit = problem.dense.shape[-2] >= problem.dense.shape[-1]
-        self._penalty = self._operator = torch.empty(0)
+    def __init__(self, hessian: Tensor, *, explicit: bool) -> None:
+        self._hessian = hessian
+        self._explicit = explicit
+        self._penalty = 0.0
+        self._operator = torch.empty(0)
 
-    def prepare(self, penalty: Tensor) -> None:
-        """For a penalty (matrices, 1, 1)."""
+    def prepare(self, penalty: float) -> None:
+        if penalty == self._penalty:
+            return
         damped = self._hessian.clone()
-        damped.diagonal(dim1=-2, dim2=-1).add_(penalty.squeeze(-1))
+        damped.diagonal(dim1=-2, dim2=-1).add_(penalty)
         factor = torch.linalg.cholesky(damped)
         self._penalty = penalty
         self._operator = torch.cholesky_inverse(factor) if self._explicit else factor
 
-    def __call__(self, pulled: Tensor) -> Tensor:
-        solve = torch.cholesky_solve
-        moved = pulled @ self._operator if self._explicit else solve(pulled.mT, self._operator).mT
-        return moved.mul_(self._penalty)
+    def __call__(self, pulled: Tensor, out: Tensor) -> Tensor:
+        """Of (matrices, out, in), into the memory of `out`."""
+        if self._explicit:
+            torch.matmul(pulled, self._operator, out=out)
+        else:
+            out.copy_(torch.cholesky_solve(pulled.mT, self._operator).mT)
+        return out.mul_(self._penalty)
+
+
+class _Eigenbasis:
+    """Of a Hessian, its eigenvalues 0 or more: but for rounding they are."""
+
+    def __init__(self, hessian: Tensor) -> None:
+        values, self.vectors = torch.linalg.eigh(hessian)
+        self.values = values.clamp_min(0)
 
 
 class _Eigenbases:
@@ -336,20 +454,22 @@ class _Eigenbases:
     There it is rho / (m_i l_j + rho): another penalty costs nothing. G has a basis for each of its blocks.
     """
 
-    def __init__(self, problem: Scaled, gradients: ScaledGradients) -> None:
-        outer, self._outer = torch.linalg.eigh(gradients.hessian)
-        inner, self._inner = torch.linalg.eigh(problem.hessian)
-        # All are positive, but for rounding.
-        self._energy = outer.clamp_min(0).flatten(1).unsqueeze(-1) * inner.clamp_min(0).unsqueeze(-2)
+    def __init__(self, gradients: ScaledGradients, inner: _Eigenbasis) -> None:
+        outer = _Eigenbasis(gradients.hessian)
+        self._outer, self._inner = outer.vectors, inner.vectors
+        self._energy = outer.values.flatten(1).unsqueeze(-1) * inner.values.unsqueeze(-2)
         self._share = torch.empty(0)
 
-    def prepare(self, penalty: Tensor) -> None:
-        """For a penalty (matrices, 1, 1)."""
+    def prepare(self, penalty: float) -> None:
         self._share = penalty / (self._energy + penalty)
 
-    def __call__(self, pulled: Tensor) -> Tensor:
+    def __call__(self, pulled: Tensor, out: Tensor) -> Tensor:
+        """Of (matrices, out, in), into the memory of `out`."""
         turned = (by_blocks(self._outer.mT, pulled) @ self._inner).mul_(self._share)
-        return by_blocks(self._outer, turned @ self._inner.mT)
+        return out.copy_(by_blocks(self._outer, turned @ self._inner.mT))
+
+
+_Pull = _Inverse | _Eigenbases
 
 
 def _projected(sides: Sequence[_Side], project: Projection, rows: Sequence[Tensor]) -> list[Tensor]:
@@ -358,40 +478,51 @@ def _projected(sides: Sequence[_Side], project: Projection, rows: Sequence[Tenso
 
 
 def _alternate(
-    sides: Sequence[_Side], project: Projection, max_iter: int, between: Callable[[], None], *, joint: bool
+    sides: Sequence[_Side],
+    project: Projection,
+    schedule: _Schedule,
+    between: Callable[[], None],
+    *,
+    joint: bool,
 ) -> None:
-    """Until no support changes any more between two looks, while the penalty grows."""
-    first = sides[0].problem.dense
-    penalties = 1 if joint else len(first)
-    penalty = torch.full((penalties, 1, 1), _PENALTY, dtype=first.dtype, device=first.device)
-    active = torch.ones_like(penalty, dtype=torch.bool)
-    for side in sides:
-        side.pull.prepare(penalty)
-    for number in range(1, max_iter + 1):
+    """While the penalty grows, until no support changes any more between two looks."""
+    penalty, growth = schedule.penalty, 1.0
+    active: Tensor | None = None
+    pulls = _pulls([side.problem for side in sides], schedule)
+    for number in range(schedule.iterations):
+        if number and number % schedule.hold == 0:
+            active = _changed(sides, joint=joint) & (True if active is None else active)
+            if not bool(active.any()):
+                break
+            if bool(active.all()):
+                active = None
+            growth = schedule.growth
+            penalty *= growth
         between()
-        proposals = [side.proposal() for side in sides]
-        keeps = _projected(sides, project, proposals)
-        for side, proposal, keep in zip(sides, proposals, keeps, strict=True):
-            side.take(proposal, keep, active)
-        if number % _CHECK:
-            continue
-        share = _changed_share(sides, joint=joint)
-        active = active & (share > 0)
-        if not bool(active.any()):
-            break
-        growth = torch.ones_like(penalty)
-        for least, factor in reversed(_GROWTH):
-            growth = torch.where(active & (share > least), factor, growth)
-        penalty = penalty * growth
-        for side in sides:
-            side.dual = side.dual / growth
-            side.pull.prepare(penalty)
+        proposals = []
+        for side, pull in zip(sides, pulls, strict=True):
+            pull.prepare(penalty)
+            proposals.append(side.proposal(pull, growth, schedule.reach))
+        growth = 1.0
+        for side, keep in zip(sides, _projected(sides, project, proposals), strict=True):
+            side.take(keep, active)
 
 
-def _changed_share(sides: Sequence[_Side], *, joint: bool) -> Tensor:
-    """What share of the support changed, (matrices, 1, 1); where they are joint of all, (1, 1, 1)."""
-    came, kept = (
-        torch.stack([one.sum() if joint else one for one in counts]).sum(0).reshape(-1, 1, 1)
-        for counts in zip(*(side.changed() for side in sides), strict=True)
-    )
-    return came / kept.clamp_min(1)
+def _schedule(sides: Sequence[_Side]) -> dict[Effort, _Schedule]:
+    """That of the metric, and of the blocks that the first support shows."""
+    if any(side.problem.gradients is not None for side in sides):
+        return _FOR_LOSS
+    return _FOR_BLOCKS if any(_is_coarse(side.keep) for side in sides) else _SCHEDULES
+
+
+def _is_coarse(keep: Tensor) -> bool:
+    """Whether neighbours in a row or a column of a support, (matrices, out, in), mostly share their fate."""
+    share = keep.to(torch.float32).mean()
+    parted = [keep.diff(dim=dim).to(torch.float32).mean() for dim in (-2, -1) if keep.shape[dim] > 1]
+    return any(bool(one < _COARSE * 2 * share * (1 - share)) for one in parted)
+
+
+def _changed(sides: Sequence[_Side], *, joint: bool) -> Tensor:
+    """Whether a support changed, (matrices, 1, 1); where they are joint any of them, (1, 1, 1)."""
+    found = torch.stack([side.changed().any() if joint else side.changed() for side in sides])
+    return found.any(0).reshape(-1, 1, 1)

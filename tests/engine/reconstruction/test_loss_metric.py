@@ -24,7 +24,7 @@ from sparseprune import (
 )
 from sparseprune.engine import errors_of
 from sparseprune.engine.matrices import scaled
-from sparseprune.engine.reconstruction import _Eigenbases
+from sparseprune.engine.reconstruction import _Eigenbases, _Eigenbasis
 from tests.engine.devices import on_every_device
 from tests.engine.reconstruction.oracle import (
     among_zeros,
@@ -409,13 +409,13 @@ def test_the_proposal_is_that_of_one_system_of_the_whole_matrix() -> None:
     if problem.gradients is None:
         raise TypeError("the matrix has gradients")
     pulled = torch.randn(1, 5, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    pull = _Eigenbases(problem, problem.gradients)
+    pull = _Eigenbases(problem.gradients, _Eigenbasis(problem.hessian))
     system = torch.kron(problem.gradients.hessian[0, 0], problem.hessian[0])
     for penalty in (0.03, 1.0, 50.0):
-        pull.prepare(torch.full((1, 1, 1), penalty, dtype=torch.float64))
+        pull.prepare(penalty)
         damped = system + penalty * torch.eye(35, dtype=torch.float64)
         wanted = penalty * torch.linalg.solve(damped, pulled.reshape(-1))
-        torch.testing.assert_close(pull(pulled).reshape(-1), wanted)
+        torch.testing.assert_close(pull(pulled, torch.empty_like(pulled)).reshape(-1), wanted)
 
 
 @pytest.mark.parametrize("structure", STRUCTURES, ids=lambda one: one.__name__)
@@ -522,7 +522,7 @@ def test_the_same_bytes_also_where_others_are_solved_beside_it_and_nearly_so_wit
         assert lost(given[0], one) == pytest.approx(lost(given[0], found[0]), rel=0.02)
 
 
-@pytest.mark.parametrize("calls", [1, 5, 20])
+@pytest.mark.parametrize("calls", [1, 5, 15])
 def test_the_search_ends_where_what_is_called_between_iterations_raises(calls: int) -> None:
     found: list[int] = []
 
@@ -538,7 +538,7 @@ def test_the_search_ends_where_what_is_called_between_iterations_raises(calls: i
         admm([matrix], project, between=between)
     assert len(found) == calls
     admm([matrix], project, between=between)
-    assert len(found) > calls + 20
+    assert len(found) > calls + 15
 
 
 # What is told and what is refused.
@@ -617,7 +617,7 @@ def test_matrices_with_gradients_and_without_do_not_compete() -> None:
     one, two = pair(2, 0)
     params = [torch.empty(SIZE, SIZE) for _ in range(2)]
     project = projection(*competing_in_two(params), params)
-    admm([one, two], project, max_iter=1)
+    admm([one, two], project, effort="fast")
     with pytest.raises(
         SparsityError, match="1 of 2 matrices that compete have gradients: wanted all or none"
     ):
