@@ -74,7 +74,7 @@ class Watching(Protocol):
         """The gradients at all rows of the outputs of a product; `chosen` as of the product, by matrix."""
 
     def gated(self, product: Product, matrix: int, gates: Tensor, norms: Tensor) -> None:
-        """Of the rows that count of an expert's last product: gates, and gates times norms of outputs."""
+        """Of the rows that count of an expert's last product: gates, and norms of outputs times gates."""
 
 
 class _Open(Struct, frozen=True, eq=False):
@@ -164,6 +164,9 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         elif packet is _ATEN.index and self._has_all_rows(args[0]) and args[1][0] is not None:
             index = args[1][0]
             self._gather(index.nonzero().reshape(-1) if index.dtype == torch.bool else index)
+        elif packet is _ATEN.index and args[1][0] is None and self._has_all_rows(args[0].squeeze(0)):
+            if len(args[1]) == 2 and args[1][1].dtype == torch.int64:  # one member in front of the rows
+                self._gather(args[1][1])
         elif packet is _ATEN.index_select and args[1] == 0 and self._has_all_rows(args[0]):
             self._gather(args[2])
         self._gates.before(packet, args)
@@ -353,7 +356,7 @@ class _Gates:
                 gates, norms = other.reshape(-1).double(), _norms(one.reshape(outputs.shape))
                 if chosen is not None:
                     gates, norms = gates[chosen], norms[chosen]
-                self._watching.gated(product, matrix, gates, gates * norms)
+                self._watching.gated(product, matrix, gates, gates.abs() * norms)
                 return
 
     def after(

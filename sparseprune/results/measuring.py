@@ -352,7 +352,7 @@ class RoutedExperts(Record):
     weight: Annotated[str, Doc("the tensor of the checkpoint")]
     tokens: Annotated[tuple[Count, ...], Doc("tokens routed to each expert")]
     gate: Annotated[tuple[float, ...], Doc("sums of the gates")]
-    gated_norm: Annotated[tuple[float, ...], Doc("sums of gates times the l2 norms of the outputs")]
+    gated_norm: Annotated[tuple[float, ...], Doc("sums of the l2 norms of the outputs times their gates")]
 
 
 class WithoutStatistics(Record):

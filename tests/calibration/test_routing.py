@@ -13,9 +13,10 @@ import sparseprune
 from sparseprune.checkpoint import open_statistics
 from sparseprune.errors import SpecError
 from sparseprune.spec import find_spec
-from tests.calibration.models import dbrx, save, save_family
+from tests.calibration.models import dbrx, save, save_family, tokenizer
 from tests.calibration.test_gradients import loaded
 from tests.calibration.test_statistics_of_models import calibrate, sequences
+from tests.families import zoo
 from tests.samples import write_spec
 
 pytestmark = pytest.mark.usefixtures("quiet_transformers")
@@ -112,6 +113,17 @@ def test_tokens_gates_and_norms_of_experts_are_those_of_plain_loops(family: str,
     mine = torch.tensor(sorted(sums for sums in found if sums[0]), dtype=torch.float64)
     wanted = torch.tensor(sorted(loops.sums.values()), dtype=torch.float64)
     torch.testing.assert_close(mine, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_experts_whose_tokens_are_taken_behind_a_dimension_of_one_are_routed(tmp_path: Path) -> None:
+    zoo.save(zoo.SPECIES["switch_transformers"], tmp_path)
+    folder = tmp_path / "switch_transformers"
+    tokenizer().save_pretrained(folder)
+    report = calibrate(folder, tmp_path / "stats")
+    layers = {one["name"].split(".experts.")[0] for one in report["experts"]}
+    assert sum(sum(one["tokens"]) for one in report["experts"]) == len(layers) * report["tokens"]
+    experts = [one for one in report["matrices"] if ".experts." in one["name"]]
+    assert {one["divided_by"] for one in experts} == {report["tokens"]}
 
 
 def statistics_of(folder: Path, sums: torch.Tensor) -> dict[str, torch.Tensor]:
