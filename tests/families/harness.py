@@ -32,7 +32,7 @@ from sparseprune.spec.structures import Index, find_layers
 from tests.calibration.gradients import Met, gradients_of
 from tests.calibration.models import BEGIN, END, text, tokenizer
 from tests.families.checkpoints import read
-from tests.families.zoo import SPECIES, Species, output, run, save
+from tests.families.zoo import SPECIES, Species, output, run, save, wanted_by_llama4
 
 Kind = Literal["right", "refused", "none", "unbound", "wrong"]
 REMOVALS = ("mlp-channels", "heads", "experts", "expert-channels", "layers", "hidden")
@@ -371,7 +371,8 @@ def there(model: Any, ids: torch.Tensor) -> Any:
     offered = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
     offered["global_attention_mask"] = torch.zeros_like(ids).index_fill_(1, ids.new_zeros(1), 1)
     offered |= {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
-    return model(**{word: one for word, one in offered.items() if word in words})
+    with wanted_by_llama4():
+        return model(**{word: one for word, one in offered.items() if word in words})
 
 
 def _sequences() -> torch.Tensor:
