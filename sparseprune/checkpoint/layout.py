@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
@@ -30,6 +31,7 @@ MaskFormat = Literal["bool", "packed"]
 FORMAT_KEY = "sparseprune.mask_format"
 SHAPES_KEY = "sparseprune.shapes"
 PERMUTATIONS = f"permutations{SUFFIX}"
+_LONGEST_NAME = 255  # bytes, on the usual file systems
 _Names = tuple[PurePosixPath, PurePosixPath, PurePosixPath | None]  # of masks, report and spec
 
 
@@ -165,7 +167,9 @@ def lay_out_apply(
     permutations = (
         PurePosixPath(RESULTS, PERMUTATIONS) if is_directory else PurePosixPath(f"{stem}.{PERMUTATIONS}")
     )
-    stale = (*(names[:1] if mask_format is None else ()), *(() if moved else (permutations,)))
+    # A longer name no earlier output can have left.
+    left = () if moved or len(os.fsencode(permutations.name)) > _LONGEST_NAME else (permutations,)
+    stale = (*(names[:1] if mask_format is None else ()), *left)
 
     return dataclasses.replace(
         layout,

@@ -47,7 +47,7 @@ def best_order(
         ValueError: scores that are not finite, or columns that are not whole groups.
 
     >>> best_order(np.array([[9], [8], [1], [2]], dtype=np.float32), 1, 2).tolist()
-    [0, 2, 1, 3]
+    [1, 2, 0, 3]
     """
     columns = len(scores)
     if group < 1 or columns % group or not 0 <= keep <= group:

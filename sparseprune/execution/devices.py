@@ -47,7 +47,7 @@ def free_bytes(device: str) -> int | None:
     Rounded down, so that a run that is continued finds the same number though a little more or less is free.
     """
     name, _, number = device.partition(":")
-    if name != "cuda" or int(number or 0) >= count_devices():
+    if name != "cuda" or not (number or "0").isdecimal() or int(number or 0) >= count_devices():
         return None
     import torch  # noqa: PLC0415  (as above)
 

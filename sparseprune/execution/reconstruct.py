@@ -140,7 +140,14 @@ class _Piece:
             found = keep_rows(matrices, project, damp=method.damp)
         else:
             joint = self._matrix is None
-            found = admm(matrices, project, damp=method.damp, joint=joint, between=self._io.check)
+            found = admm(
+                matrices,
+                project,
+                damp=method.damp,
+                effort=method.effort,
+                joint=joint,
+                between=self._io.check,
+            )
         kept = {
             region.leaf: side.view(region, one.mask)
             for side, one in zip(self._sides, found, strict=True)

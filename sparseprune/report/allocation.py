@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 
 from sparseprune.engine.grids import prod
 from sparseprune.errors import printable
-from sparseprune.report.tables import Column, Fact, FittedTable, filled
 from sparseprune.report.wording import each_text, many, percent, share
 from sparseprune.results.pruning import AllocateAsked, AllocatedInstance
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
+    from sparseprune.report.tables import FittedTable
     from sparseprune.results.pruning import RulePlan, RuleResult
     from sparseprune.spec import BoundInstance, BoundRule
 
@@ -49,6 +49,8 @@ def _part(instance: BoundInstance) -> AllocatedInstance | None:
 
 def allocation_table(parts: Sequence[AllocatedInstance]) -> FittedTable:
     """A row for each instance."""
+    from sparseprune.report.tables import Column, Fact, FittedTable, filled  # noqa: PLC0415  (with rich)
+
     facts: list[Fact[AllocatedInstance]] = [
         Fact(Column("instance", "left"), lambda one: printable(one.instance)),
         Fact(Column("elements", spare=2), lambda one: f"{one.numel:,}"),

@@ -529,7 +529,7 @@ def test_a_clamp_without_a_shared_budget_and_a_budget_without_statistics_are_ref
     save_file(larger(), tmp_path / "m.safetensors")
     for head, why in {
         '[reconstruct]\nfile = "stats"\nclamp = 0.2\n': 'clamp: only allocate = "loss" takes this key',
-        '[reconstruct]\nmethod = "none"\nallocate = "loss"\n': "[reconstruct] file: missing",
+        '[reconstruct]\nmethod = "none"\nallocate = "loss"\n': "there is no file: give what calibrate wrote",
         f"{ALLOCATE}clamp = 1.5\n": "[reconstruct] clamp: found 1.5, wanted a number from 0 to 1",
     }.items():
         said = refused("apply", tmp_path / "m.safetensors", write_spec(tmp_path, with_head(ROWS, head)))
