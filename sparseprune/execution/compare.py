@@ -21,8 +21,8 @@ from sparseprune.engine.kernels.comparing import Counts, Energies, compare, comp
 from sparseprune.engine.kernels.counting import exact_sum, totals_in_units
 from sparseprune.engine.kernels.formats import FORMATS, values_of
 from sparseprune.errors import CheckpointError
+from sparseprune.execution.inputs import is_gradients, output_dim
 from sparseprune.execution.passes import Chunk, Pass
-from sparseprune.execution.plan import is_gradients, output_dim
 from sparseprune.execution.regions import READING, Resources
 from sparseprune.execution.runner import Job, batches, read_through
 from sparseprune.execution.tensor_io import TensorIO

@@ -16,8 +16,8 @@ from sparseprune.engine.dtypes import DTYPES
 from sparseprune.engine.grids import prod
 from sparseprune.engine.kernels.formats import values_of
 from sparseprune.errors import SparsityError
+from sparseprune.execution.inputs import holds_rows
 from sparseprune.execution.passes import Chunk, Decision, Pass
-from sparseprune.execution.plan import holds_rows
 from sparseprune.execution.ranking import Elements, along, diagonals, refuse_nonfinite
 from sparseprune.execution.regions import Region, leaves_of, members_of, regions_in
 from sparseprune.execution.runner import Job
@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 
     from sparseprune.checkpoint import StoredTensor
     from sparseprune.engine.grids import Shape
-    from sparseprune.execution.plan import Task, TaskInput
+    from sparseprune.execution.inputs import TaskInput
+    from sparseprune.execution.plan import Task
     from sparseprune.execution.regions import AnyBlock
     from sparseprune.execution.tensor_io import TensorIO
 

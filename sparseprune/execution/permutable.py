@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from sparseprune.checkpoint import Checkpoint, Statistic, StoredTensor
-    from sparseprune.execution.plan import Task, TaskInput
+    from sparseprune.execution.inputs import TaskInput
+    from sparseprune.execution.plan import Task
     from sparseprune.spec import BoundBlock, BoundScope, TensorInfo
     from sparseprune.spec.structures import Inside, Interior
 

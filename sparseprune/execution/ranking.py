@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from sparseprune.checkpoint import StatisticsKind, StoredTensor
     from sparseprune.engine.grids import Shape
     from sparseprune.engine.kernels.formats import Format
-    from sparseprune.execution.plan import Role, Task, TaskInput
+    from sparseprune.execution.inputs import Role, TaskInput
+    from sparseprune.execution.plan import Task
     from sparseprune.execution.regions import AnyBlock, Part
     from sparseprune.execution.tensor_io import Bits, Loaded, TensorIO
 

@@ -20,8 +20,8 @@ from sparseprune.engine.grids import prod
 from sparseprune.engine.matrices import Matrix, energies, output_losses, projection, units_of
 from sparseprune.engine.reconstruction import Reconstructed, admm, keep_rows, refit
 from sparseprune.errors import SparsityError
+from sparseprune.execution.inputs import holds_rows
 from sparseprune.execution.passes import Chunk, Pass
-from sparseprune.execution.plan import holds_rows
 from sparseprune.execution.ranking import Elements, refuse_nonfinite
 from sparseprune.execution.regions import leaves_of, regions_at
 from sparseprune.execution.strategy import independent_parts
@@ -35,8 +35,9 @@ if TYPE_CHECKING:
 
     from sparseprune.checkpoint import StoredTensor
     from sparseprune.engine import BlockSpec
+    from sparseprune.execution.inputs import TaskInput
     from sparseprune.execution.passes import Outcome
-    from sparseprune.execution.plan import Task, TaskInput
+    from sparseprune.execution.plan import Task
     from sparseprune.execution.regions import AnyBlock, AnyScope, Part, Region
     from sparseprune.execution.strategy import Rebuild
     from sparseprune.execution.tensor_io import TensorIO

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparseprune.engine.grids import prod
-from sparseprune.execution.plan import holds_rows, taking_part
+from sparseprune.execution.inputs import holds_rows, taking_part
 from sparseprune.spec import BoundBlock
 
 

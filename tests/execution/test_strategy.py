@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparseprune.errors import SparsepruneError
-from sparseprune.execution.plan import Task, TaskInput
+from sparseprune.execution.inputs import TaskInput
+from sparseprune.execution.plan import Task
 from sparseprune.execution.regions import Limits, alone, is_run, members_of, numel_per_scope
 from sparseprune.execution.strategy import (
     BlockNorms,
