@@ -4,7 +4,6 @@
 the benchmark of the loss metric, in the same folder, with the same statistics.
 """
 
-import argparse
 import copy
 import json
 import time
@@ -21,7 +20,7 @@ from sparseprune import BlockSpec, Matrix, ScopeSpec, admm, projection
 from sparseprune.checkpoint.statistics import STATISTICS_KEY
 from tests.benchmarks import decoders
 from tests.benchmarks.loss_metric import SEQUENCES, ids_of, loaded, quality, statistics
-from tests.benchmarks.reconstruction import made, table
+from tests.benchmarks.reconstruction import made, run_parts, table
 from tests.benchmarks.reconstruction_measures import texts
 
 SCOPES = {"rows": (1, -1), "matrix": (-1, -1)}
@@ -210,17 +209,5 @@ PARTS: dict[str, Callable[[Path], None]] = {
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("scratch", type=Path)
-    parser.add_argument("--only", choices=PARTS, action="append", help="this part; repeat it for several")
-    asked = parser.parse_args()
-    decoders.quiet()
-    torch.set_num_threads(1)
-    for name in asked.only or PARTS:
-        print(f"\n### {PARTS[name].__doc__}")
-        PARTS[name](asked.scratch)
-
-
 if __name__ == "__main__":
-    main()
+    run_parts(__doc__, PARTS)

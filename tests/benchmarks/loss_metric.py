@@ -4,11 +4,10 @@
 the benchmark of reconstruction, in the same folder; moments and gradients are taken here, by autograd.
 """
 
-import argparse
 import copy
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch import Tensor
 from sparseprune import BlockSpec, Matrix, ScopeSpec, admm, projection
 from sparseprune.engine import errors_of
 from tests.benchmarks import decoders
-from tests.benchmarks.reconstruction import made, table
+from tests.benchmarks.reconstruction import made, run_parts, table
 from tests.benchmarks.reconstruction_measures import texts
 from tests.benchmarks.sparsegpt import n_of_m, sparsegpt
 
@@ -228,34 +227,23 @@ def _add(total: Tensor, rows: Tensor) -> None:
 
 
 def quality(model: Any, dense: Any, tokens: Tensor) -> list[str]:
+    perplexity, far = measured(model, dense, tokens)
+    return [f"{perplexity:.3f}", f"{far:.5f}"]
+
+
+def measured(model: Any, dense: Any, tokens: Tensor) -> tuple[float, float]:
     """Perplexity, and the mean over tokens of the KL of the dense model's distribution to this one's."""
     lost, far = [], []
     with torch.no_grad():
         for part in torch.split(tokens, 50):
             mine, theirs = (one(input_ids=part).logits.log_softmax(-1) for one in (model, dense))
-            lost.append(-mine[:, :-1].gather(-1, part[:, 1:, None]).mean())
-            far.append((theirs.exp() * (theirs - mine)).sum(-1).mean())
-    return [f"{math.exp(mean(lost)):.3f}", f"{mean(far):.5f}"]
-
-
-def mean(values: Iterable[Tensor]) -> float:
-    return float(torch.stack(list(values)).mean())
+            lost.append(-mine[:, :-1].gather(-1, part[:, 1:, None]).flatten())
+            far.append((theirs.exp() * (theirs - mine)).sum(-1).flatten())
+    return math.exp(float(torch.cat(lost).mean())), float(torch.cat(far).mean())
 
 
 PARTS: dict[str, Callable[[Path], None]] = {"matrices": matrices, "decoder": decoder, "forms": forms}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("scratch", type=Path)
-    parser.add_argument("--only", choices=PARTS, action="append", help="this part; repeat it for both")
-    asked = parser.parse_args()
-    decoders.quiet()
-    torch.set_num_threads(1)
-    for name in asked.only or PARTS:
-        print(f"\n### {PARTS[name].__doc__}")
-        PARTS[name](asked.scratch)
-
-
 if __name__ == "__main__":
-    main()
+    run_parts(__doc__, PARTS)

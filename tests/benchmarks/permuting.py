@@ -4,7 +4,6 @@
 the benchmark of reconstruction, in the same folder.
 """
 
-import argparse
 import json
 import shutil
 import time
@@ -24,7 +23,7 @@ from sparseprune.checkpoint.statistics import STATISTICS_KEY
 from sparseprune.engine.permuting import best_order, pruned
 from tests.benchmarks import decoders
 from tests.benchmarks.loss_metric import METHODS, ids_of, loaded, rebuilt, statistics
-from tests.benchmarks.reconstruction import made, table
+from tests.benchmarks.reconstruction import made, run_parts, table
 from tests.benchmarks.reconstruction_measures import texts
 
 SPEC = """
@@ -121,17 +120,5 @@ def permuted(dense: Path, folder: Path, given: dict[str, Matrix], kept: int) -> 
 PARTS: dict[str, Callable[[Path], Any]] = {"search": search, "decoder": decoder}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("scratch", type=Path)
-    parser.add_argument("--only", choices=PARTS, action="append", help="this part; repeat it for both")
-    asked = parser.parse_args()
-    decoders.quiet()
-    torch.set_num_threads(1)
-    for name in asked.only or PARTS:
-        print(f"\n### {PARTS[name].__doc__}")
-        PARTS[name](asked.scratch)
-
-
 if __name__ == "__main__":
-    main()
+    run_parts(__doc__, PARTS)

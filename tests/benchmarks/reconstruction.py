@@ -8,7 +8,7 @@ Statistics and trained models stay in SCRATCH, for the next run; remove it to be
 import argparse
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -194,6 +194,19 @@ def experts(scratch: Path, patterns: Sequence[str]) -> None:
         ["model", "a quarter of", "magnitude", OURS, "ratio"],
         rows,
     )
+
+
+def run_parts(doc: str | None, parts: Mapping[str, Callable[[Path], object]]) -> None:
+    """The command line of a benchmark: a folder, and which of its parts to run there, with one thread."""
+    parser = argparse.ArgumentParser(description=doc)
+    parser.add_argument("scratch", type=Path)
+    parser.add_argument("--only", choices=parts, action="append", help="this part; repeat it for several")
+    asked = parser.parse_args()
+    decoders.quiet()
+    torch.set_num_threads(1)
+    for name in asked.only or parts:
+        print(f"\n### {parts[name].__doc__}")
+        parts[name](asked.scratch)
 
 
 def made(folder: Path) -> Path:
