@@ -483,7 +483,7 @@ def test_orders_by_a_sample_of_rows_never_prune_more(tmp_path: Path, monkeypatch
     from sparseprune.execution import permuting
 
     monkeypatch.setattr(permuting, "SAMPLED", 200)
-    monkeypatch.setattr(permuting, "_PIECE", 100)
+    monkeypatch.setattr(permuting, "_PIECE", 10)
     dense = decoder()
     saved(tmp_path / "dense", dense)
     pruned, orders, report = applied(tmp_path, SPEC)
