@@ -58,8 +58,8 @@ class _Schedule(Struct, frozen=True):
 
 # Measured in tests/benchmarks/README.md.
 _SCHEDULES: dict[Effort, _Schedule] = {
-    "best": _Schedule(penalty=0.1, growth=1.8, hold=3, iterations=12, reach=1.2, steps=8),
-    "fast": _Schedule(penalty=0.3, growth=2.0, hold=3, iterations=6, reach=1.35, steps=3),
+    "best": _Schedule(penalty=0.12, growth=1.8, hold=3, iterations=12, reach=1.35, steps=8),
+    "fast": _Schedule(penalty=0.25, growth=2.0, hold=3, iterations=6, reach=1.5, steps=2),
 }
 # For the loss and for large blocks the search goes on to win where the penalty grows slowly.
 _FOR_LOSS: dict[Effort, _Schedule] = {
