@@ -116,6 +116,7 @@ def calibrate(run: Run, asked: Collecting) -> Statistics:
             run.note(
                 f"text alone is fed: what takes {others} gets no statistics, such as {plan.without[-1][0]}"
             )
+        run.note(plan.crowded)
         layout = lay_out_statistics(checkpoint, target, asked.kind, plan.tensors)
         output = StagedOutput(layout, asked.force, _identity(asked, loaded, sequences, plan, checkpoint))
         _warn_of_little_room(run, asked.kind, plan, output)
@@ -146,6 +147,7 @@ def _identity(
 
     drawn = hashlib.sha256(sequences.ids.numpy().tobytes() + sequences.counted.numpy().tobytes())
     length = sequences.ids.shape[1]
+    memory = "--memory" if loaded.room is None else "--memory or what is free on the device"
     options = (asked.sequences, length, asked.seed, asked.special, asked.field, asked.kind, asked.gradients)
     return {
         "the version": __version__,
@@ -153,7 +155,7 @@ def _identity(
         "the input": checkpoint_identity(checkpoint),
         "the options": json.dumps(options),
         "the text": json.dumps([list(sequences.ids.shape), drawn.hexdigest()]),
-        "--memory": digest(passes_digest(plan)),
+        memory: digest(passes_digest(plan)),
         "the device or its number of threads": loaded.machine,
     }
 

@@ -43,7 +43,6 @@ _BATCH_TOKENS = 4096  # in one forward pass
 _BATCH_VALUES = 1 << 27
 # The sums of a pass are saved every _PAUSE seconds, or after _PAUSE_SHARE times the time that saving takes.
 _PAUSE, _PAUSE_SHARE = 120.0, 20
-_CPU = torch.device("cpu")
 
 
 class Counted(Struct, frozen=True):
@@ -97,7 +96,7 @@ def calibrate(
         counts = output.finished.get(f"pass {number}")
         if counts is None:
             counts = _Pass(loaded, sequences, output, number, label, plan).collected(
-                _Collector(units, plan.first, kind), progress
+                _Collector(units, plan.first, kind, loaded.device), progress
             )
             output.note(f"pass {number}", counts)
             output.flush()
@@ -198,13 +197,15 @@ class _Pass:
 
 
 class _Collector:
-    """The sums of one pass; ends a forward pass at the first product that it no longer needs.
+    """The sums of one pass, on a device; ends a forward pass at the first product that it no longer needs.
 
-    `rows` are the numbers of rows added up, by unit and matrix; `routed` are units whose tokens a router
-    chose. Once `stop` is set, it adds nothing more.
+    `rows` are the numbers of rows added up, by unit and matrix, until the last batch that ended; `routed` are
+    units whose tokens a router chose. Once `stop` is set, it adds nothing more.
     """
 
-    def __init__(self, units: Sequence[Unit], first: dict[str, int], kind: StatisticsKind) -> None:
+    def __init__(
+        self, units: Sequence[Unit], first: dict[str, int], kind: StatisticsKind, device: torch.device
+    ) -> None:
         self.units = units
         self.rows: dict[Unit, list[int]] = {unit: [0] * (unit.end - unit.begin) for unit in units}
         self.routed: set[Unit] = set()
@@ -216,6 +217,8 @@ class _Collector:
         self._last = max(unit.last for unit in units)
         self._first = first
         self._kind = kind
+        self._device = device
+        self._counts: list[tuple[Unit, int, Tensor]] = []  # of rows, which the device may not have yet
         self._sums: dict[Unit, Tensor] = {}
         # How often rows were added in this batch, and how often an earlier run added rows in the same batch.
         self._added: dict[Unit, int] = dict.fromkeys(units, 0)
@@ -246,13 +249,20 @@ class _Collector:
             raise EnoughError
         for unit, place in self._of("gradients", product):
             of_matrix = rows[place] if rows.ndim == 3 else rows.reshape(-1, rows.shape[-1])
-            self._add(unit, partial(self._add_gradients, unit, place, of_matrix, chosen[place]))
+            outputs = of_matrix[:, unit.outputs.start : unit.outputs.stop : unit.outputs.step]
+            wanted = product.of_chosen(outputs, chosen[place])
+            self._add(unit, partial(self._add_gradients, unit, place, wanted))
 
-    def gated(self, product: Product, matrix: int, gates: Tensor, norms: Tensor) -> None:
+    def gated(
+        self, product: Product, matrix: int, chosen: Tensor | None, gates: Tensor, norms: Tensor
+    ) -> None:
         """Add what an expert did: how many rows count, their gates, and gates times norms of outputs."""
+        every = gates.new_full((), product.rows, dtype=torch.int64)
+        count = every if chosen is None else chosen.sum()
+        sums = torch.stack([count.to(gates.dtype), gates.sum(), norms.sum()])
         for unit, place in self._of("routing", product):
             if place == matrix:
-                self._add(unit, partial(self._add_routing, unit, place, gates, norms))
+                self._add(unit, partial(self._add_routing, unit, place, sums, count))
 
     def _of(self, about: str, product: Product) -> Iterator[tuple[Unit, int]]:
         """The units that a product adds to, each with the numbers of its matrices."""
@@ -263,22 +273,24 @@ class _Collector:
 
     def begin_batch(self) -> None:
         """The next products belong to another batch."""
+        self._count_all()
         self._added = dict.fromkeys(self.units, 0)
         self._before = dict.fromkeys(self.units, 0)
         self._previous = None
 
-    def sums(self, unit: Unit, device: torch.device = _CPU) -> Tensor:
-        """The sums of a unit, of its shape, on a device or the CPU."""
-        sums = self._sums.get(unit)
-        if sums is None:
-            dtype = torch.float32 if unit.itemsize(self._kind) == 4 else torch.float64
-            sums = self._sums[unit] = torch.zeros(unit.shape(self._kind), dtype=dtype, device=device)
-        elif sums.device != device != _CPU:  # sums of an earlier run
-            sums = self._sums[unit] = sums.to(device)
-        return sums
+    def sums(self, unit: Unit) -> Tensor:
+        """The sums of a unit, of its shape."""
+        if unit not in self._sums:
+            self._sums[unit] = self._zeros(unit, self._device)
+        return self._sums[unit]
+
+    def _zeros(self, unit: Unit, device: torch.device) -> Tensor:
+        dtype = torch.float32 if unit.itemsize(self._kind) == 4 else torch.float64
+        return torch.zeros(unit.shape(self._kind), dtype=dtype, device=device)
 
     def pieces(self, head: dict[str, int]) -> Iterator[bytes | memoryview]:
         """The saved state of a pass: a line of JSON with `head` and the counts, the sums, a checksum."""
+        self._count_all()
         counts = []
         for unit in self.units:
             added = max(self._added[unit], self._before[unit])
@@ -299,9 +311,11 @@ class _Collector:
             return None
         check = zlib.crc32(first)
         for unit in self.units:
-            memory = self.sums(unit).numpy().reshape(-1).data.cast("B")
+            sums = self._zeros(unit, torch.device("cpu"))
+            memory = sums.numpy().reshape(-1).data.cast("B")
             file.readinto(memory)
             check = zlib.crc32(memory, check)
+            self._sums[unit] = sums.to(self._device)
         if file.read() != check.to_bytes(4, "little"):
             self._sums.clear()
             return None
@@ -318,34 +332,41 @@ class _Collector:
         self._added[unit] += 1
 
     def _add_inputs(self, unit: Unit, place: int, product: Product) -> None:
-        rows = _counted_rows(product, place)
-        wide = rows.to(torch.float32)
-        sums = self.sums(unit, rows.device)[place - unit.begin]
+        rows, chosen = product.inputs, product.chosen(place)
+        of_matrix = product.of_chosen(rows[place] if rows.ndim == 3 else rows, chosen)
+        wide = of_matrix.to(self._device, torch.float32)  # parts of a model may run elsewhere
+        sums = self.sums(unit)[place - unit.begin]
         if self._kind == "hessian":
             sums.addmm_(wide.T, wide)
         else:
             sums += wide.to(torch.float64).square().sum(0)
-        self._count(unit, place, len(rows))
+        self._count(unit, place, product, chosen)
 
-    def _add_gradients(self, unit: Unit, place: int, rows: Tensor, chosen: Tensor | None) -> None:
-        outputs = unit.outputs
-        wide = rows[:, outputs.start : outputs.stop : outputs.step]
-        wide = (wide if chosen is None else wide[chosen]).to(torch.float32)
-        sums = self.sums(unit, rows.device)[place - unit.begin]
+    def _add_gradients(self, unit: Unit, place: int, rows: Tensor) -> None:
+        wide = rows.to(self._device, torch.float32)
+        sums = self.sums(unit)[place - unit.begin]
         for one, group in zip(sums, wide.chunk(unit.groups, 1), strict=True):
             one.addmm_(group.T, group)
 
-    def _add_routing(self, unit: Unit, place: int, gates: Tensor, norms: Tensor) -> None:
-        sums = self.sums(unit, gates.device)[place - unit.begin]
-        sums += torch.stack([gates.new_tensor(len(gates)), gates.sum(), norms.sum()])
-        self._count(unit, place, len(gates))
+    def _add_routing(self, unit: Unit, place: int, sums: Tensor, count: Tensor) -> None:
+        self.sums(unit)[place - unit.begin] += sums.to(self._device)
+        self._counts.append((unit, place, count))
 
     def _count_rows(self, unit: Unit, place: int, product: Product) -> None:
-        chosen = product.chosen(place)
-        self._count(unit, place, product.rows if chosen is None else int(chosen.sum()))
+        self._count(unit, place, product, product.chosen(place))
 
-    def _count(self, unit: Unit, place: int, rows: int) -> None:
-        self.rows[unit][place - unit.begin] += rows
+    def _count(self, unit: Unit, place: int, product: Product, chosen: Tensor | None) -> None:
+        if chosen is None:
+            self.rows[unit][place - unit.begin] += product.rows
+        else:
+            self._counts.append((unit, place, chosen.sum()))
+
+    def _count_all(self) -> None:
+        """Add the counts of a batch to `rows`: once, since the host waits for the device."""
+        counts, self._counts = self._counts, []
+        numbers = torch.stack([one.to(self._device) for *_, one in counts]).tolist() if counts else []
+        for (unit, place, _), number in zip(counts, numbers, strict=True):
+            self.rows[unit][place - unit.begin] += number
 
 
 def aside_head(line: bytes) -> dict[str, Any] | None:
@@ -355,13 +376,6 @@ def aside_head(line: bytes) -> dict[str, Any] | None:
     except ValueError:
         return None
     return head if isinstance(head, dict) and {"pass", "batch", "units"} <= head.keys() else None
-
-
-def _counted_rows(product: Product, matrix: int) -> Tensor:
-    """The inputs of tokens that count, (tokens, features)."""
-    rows, chosen = product.inputs, product.chosen(matrix)
-    of_matrix = rows[matrix] if rows.ndim == 3 else rows
-    return of_matrix if chosen is None else of_matrix[chosen]
 
 
 def _batches(sequences: Sequences, values: int | None) -> Iterator[range]:

@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 
 _LONGEST = 2048  # tokens of a sequence by default, if the model takes that many
 _LENGTH_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
-_FREE_SHARE = 0.7  # of the free memory; parts of a larger model stay on disk
+_FREE_SHARE = 0.7  # of the free memory; parts of a larger model stay elsewhere
+_SUMS_SHARE = 0.5  # of what a model leaves of its device; the rest is for what comes up when it runs
 _MODULES = re.compile(r"(layers?|blocks|depth|experts|hidden_groups)$")  # config keys that count modules
 _POSITIONS = re.compile(r"position|n_ctx$")
 _LABELS = re.compile(r"^num_labels$")
@@ -79,6 +80,19 @@ class LoadedModel:
         if self.device.type == "cuda":
             return f"{self.device} {torch.cuda.get_device_name(self.device)}"
         return f"{self.device} {torch.backends.cpu.get_cpu_capability()} {torch.get_num_threads()}"
+
+    @property
+    def room(self) -> int | None:
+        """Bytes of its device that sums may take, a power of two; None on the CPU, for which it is told.
+
+        Rounded down, so that a run that is continued finds the same number though a little more or less is
+        free.
+        """
+        if self.device.type == "cpu":
+            return None
+        free, _ = torch.cuda.mem_get_info(self.device)
+        kept = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        return 1 << max(0, int(_SUMS_SHARE * (free + kept)).bit_length() - 1)
 
     @property
     def vocabulary(self) -> int | None:
@@ -141,12 +155,8 @@ class LoadedModel:
             )
 
 
-def load_model(
-    checkpoint: Checkpoint, device: str, folder: Path, max_memory: Mapping[Any, Any] | None = None
-) -> LoadedModel:
-    """The model of a checkpoint's directory on a device; parts without room there are stored in `folder`.
-
-    `max_memory` is the argument of accelerate: bytes by device.
+def load_model(checkpoint: Checkpoint, device: str, folder: Path) -> LoadedModel:
+    """The model of a checkpoint's directory on a device; parts without room anywhere are stored in `folder`.
 
     Raises:
         SparsepruneError: transformers is not installed, does not know the architecture, cannot load it.
@@ -175,7 +185,8 @@ def load_model(
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, **own)
     with _one_line(f"{path}: {version} cannot build the model that config.json describes"):
         _refuse_larger(kind, config, checkpoint)
-    placed = _placement(checkpoint, device, folder, max_memory)
+    place = _numbered(device)
+    placed = _placement(checkpoint, place, folder)
     with _one_line(f"{path}: {version} cannot load this model"):
         # A config may name another file, and pickles can run code.
         safe = {"use_safetensors": True, "use_kernels": False, "ignore_mismatched_sizes": True, **own}
@@ -188,13 +199,13 @@ def load_model(
             f"{path}: {len(unlike)} tensors have other shapes than config.json says, such as {unlike[0]}"
         )
     with _one_line(f"{path}: the model cannot be put on {device}"):
-        model = model.eval() if "device_map" in placed else model.eval().to(device)
+        model = model.eval() if "device_map" in placed else model.eval().to(place)
     for part in _configs(model.config):
         if getattr(part, "pad_token_id", None) is None:
             part.pad_token_id = _NO_PADDING
     missing = tuple(sorted(info["missing_keys"]))
     others = tuple(_MODALITIES[one] for one in _modalities(model) if one in _MODALITIES)
-    return LoadedModel(model, tokenizer, _longest(model, tokenizer), torch.device(device), missing, others)
+    return LoadedModel(model, tokenizer, _longest(model, tokenizer), place, missing, others)
 
 
 def _refuse_other_inputs(path: Path, kind: Any) -> None:
@@ -334,22 +345,31 @@ def _model_class(transformers: Any, config: Any) -> Any:
     return transformers.MODEL_MAPPING.get(type(config), None) or transformers.AutoModel
 
 
-def _placement(
-    checkpoint: Checkpoint, device: str, folder: Path, max_memory: Mapping[Any, Any] | None
-) -> dict[str, Any]:
-    """Arguments that place the model: all on the device, or where accelerate finds room."""
+def _numbered(device: str) -> torch.device:
+    """A device by its name and number: which one has none may depend on the thread that asks."""
+    found = torch.device(device)
+    is_open = found.type == "cuda" and found.index is None
+    return torch.device("cuda", torch.cuda.current_device()) if is_open else found
+
+
+def _placement(checkpoint: Checkpoint, device: torch.device, folder: Path) -> dict[str, Any]:
+    """Arguments that place the model: all on the device; else the rest on the host, and then on disk.
+
+    No other device gets a part: none was asked for.
+    """
     if find_spec("accelerate") is None:
         return {}
     nbytes = sum(stored.nbytes for stored in checkpoint.tensors.values())
-    if device == "cpu" and max_memory is None and nbytes < _FREE_SHARE * _free_bytes():
-        return {}
-    if device == "cpu":  # and no other device: none was asked for
-        max_memory = max_memory or {"cpu": int(_FREE_SHARE * _free_bytes())}
-    elif max_memory is None:
-        free, _ = torch.cuda.mem_get_info(device)
-        if nbytes < _FREE_SHARE * free:
+    room: dict[int | str, int] = {"cpu": int(_FREE_SHARE * _free_bytes())}
+    if device.type == "cpu":
+        if nbytes < room["cpu"]:
             return {}
-    return {"device_map": "auto", "offload_folder": str(folder), "max_memory": max_memory}
+    else:
+        free, _ = torch.cuda.mem_get_info(device)
+        room = {device.index: int(_FREE_SHARE * free), **room}
+        if nbytes < room[device.index]:
+            return {"device_map": {"": device.index}}
+    return {"device_map": "auto", "offload_folder": str(folder), "max_memory": room}
 
 
 def _free_bytes() -> int:

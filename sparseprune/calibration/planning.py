@@ -83,6 +83,10 @@ class Unit(Struct, frozen=True, eq=False):
             numel *= extent
         return numel * self.itemsize(kind)
 
+    def bytes_of_one(self, kind: StatisticsKind) -> int:
+        """Memory that the sums of one of its matrices take."""
+        return self.nbytes(kind) // (self.end - self.begin)
+
     def first_group(self, place: int) -> int:
         """Where the sums of a matrix begin in its tensor, in sums of this size."""
         each = self.collected.groups if self.about == "gradients" else 1
@@ -95,6 +99,7 @@ class Calibration:
 
     `values` are the numbers that a sequence makes in a forward pass that is followed by a backward pass,
     about; None without gradients. `without_gradients` are the matrices that have moments of inputs alone.
+    `crowded` says in a line that a device makes more passes than the memory of the host would.
     """
 
     tensors: tuple[Collected, ...]
@@ -104,6 +109,7 @@ class Calibration:
     without_gradients: tuple[tuple[str, str], ...] = ()
     loss: Loss | None = None
     values: int | None = None
+    crowded: str | None = None
 
 
 def plan_calibration(
@@ -116,11 +122,13 @@ def plan_calibration(
 ) -> Calibration:
     """Run the first sequence to find which matrices text reaches; split them into passes of `memory` bytes.
 
-    With a `loss` for whose gradients there is a pass back.
+    On a device a pass takes no more than its room, either. With a `loss` for whose gradients there is a pass
+    back.
 
     Raises:
         SparsepruneError: no matrix of the checkpoint is multiplied with text, or one needs more memory.
     """
+    room = loaded.room  # before anything but the model is there
     # transformers fills missing weights with random numbers: allowed for a head, refused for a layer.
     lacking = [name for name in loaded.missing if any(piece.isdigit() for piece in name.split("."))]
     if lacking:
@@ -150,14 +158,17 @@ def plan_calibration(
         units += _units_of_gradients(there_and_back, shapes, stored, without)
     units.sort(key=lambda unit: unit.last)
     by_name = {unit.collected.name: unit.collected for unit in units}
+    _refuse_lack(units, kind, memory, room, str(loaded.device))
+    passes = tuple(_passes(units, kind, memory if room is None else min(memory, room)))
     return Calibration(
         tuple(by_name.values()),
         tuple(without_statistics(loaded.model, frozenset(named), checkpoint)),
-        tuple(_passes(units, kind, memory)),
+        passes,
         seen.first,
         tuple((name, why) for name, why in without.items() if name in named),
         loss,
         None if there_and_back is None else there_and_back.values,
+        _crowded(len(passes), sum(1 for _ in _passes(units, kind, memory)), str(loaded.device), room),
     )
 
 
@@ -230,7 +241,7 @@ class Seen:
         """Note that gradients reach a product."""
         self.reached.add(product.parameter)
 
-    def gated(self, product: Product, matrix: int, gates: Tensor, norms: Tensor) -> None:  # noqa: ARG002
+    def gated(self, product: Product, matrix: int, *rows: Tensor | None) -> None:  # noqa: ARG002
         """Note that a product is the last of an expert."""
         self.gates.add(product.parameter)
 
@@ -354,20 +365,46 @@ def _groups(outputs: int) -> int:
     return next(groups for groups in range(-(-outputs // _GROUP), outputs + 1) if outputs % groups == 0)
 
 
+def _refuse_lack(
+    units: Iterable[Unit], kind: StatisticsKind, memory: int, room: int | None, device: str
+) -> None:
+    """SparsepruneError for a matrix whose sums alone are too large for the memory of the host or a device."""
+    for unit in units:
+        each = unit.bytes_of_one(kind)
+        what = "second moment" if unit.about == "inputs" else f"statistics ({unit.about})"
+        if each > memory:
+            raise SparsepruneError(
+                f"--memory {memory}: the {what} of {unit.collected.name} takes {each} bytes; "
+                "give that or more"
+            )
+        if room is not None and each > room:
+            raise SparsepruneError(
+                f"--device {device}: about {room} bytes are free for sums beside the model, the {what} of "
+                f"{unit.collected.name} takes {each}; free some of it, or say --device cpu"
+            )
+
+
+def _crowded(passes: int, on_host: int, device: str, room: int | None) -> str | None:
+    """A line that says why there are more passes than the memory of the host makes; None if there are not."""
+    if passes <= on_host:
+        return None
+    return (
+        f"about {room} bytes of {device} are free for sums beside the model: the text passes {passes} times, "
+        f"where --memory would make it {on_host}"
+    )
+
+
 def _passes(units: Iterable[Unit], kind: StatisticsKind, memory: int) -> Iterator[tuple[Unit, ...]]:
-    """Units in order, as many in each pass as fit; stacks are split between matrices."""
+    """Units in order, as many in each pass as fit; stacks are split between matrices.
+
+    There is room for each matrix alone.
+    """
     taken: list[Unit] = []
     left = memory
     for unit in units:
         begin = unit.begin
         while begin < unit.end:
-            each = replace(unit, begin=begin, end=begin + 1).nbytes(kind)
-            if each > memory:
-                what = "second moment" if unit.about == "inputs" else f"statistics ({unit.about})"
-                raise SparsepruneError(
-                    f"--memory {memory}: the {what} of {unit.collected.name} takes {each} bytes; "
-                    "give that or more"
-                )
+            each = unit.bytes_of_one(kind)
             if each > left:
                 yield tuple(taken)
                 taken, left = [], memory

@@ -63,6 +63,18 @@ class Product(Struct, frozen=True, eq=False):
         met = self.inputs[matrix].any(-1)
         return met if self.counted is None else met & self.counted.to(met.device)
 
+    def of_chosen(self, rows: Tensor, chosen: Tensor | None) -> Tensor:
+        """The chosen ones of some rows of this product; on a device all, with zeros in place of others.
+
+        Else the host would wait for it at every product, to learn how many they are. Of a stack it does:
+        there most rows of a matrix are others.
+        """
+        if chosen is None:
+            return rows
+        if _is_on_host(rows) or self.inputs.ndim == 3:
+            return rows[chosen]
+        return rows.masked_fill(~(chosen if rows.ndim == 1 else chosen.unsqueeze(-1)), 0)
+
 
 class Watching(Protocol):
     """Who is told what a `Watch` sees."""
@@ -73,8 +85,10 @@ class Watching(Protocol):
     def gradients(self, product: Product, chosen: Mapping[int, Tensor | None], rows: Tensor) -> None:
         """The gradients at all rows of the outputs of a product; `chosen` as of the product, by matrix."""
 
-    def gated(self, product: Product, matrix: int, gates: Tensor, norms: Tensor) -> None:
-        """Of the rows that count of an expert's last product: gates, and norms of outputs times gates."""
+    def gated(
+        self, product: Product, matrix: int, chosen: Tensor | None, gates: Tensor, norms: Tensor
+    ) -> None:
+        """Of the chosen rows of an expert's last product: gates, and norms of outputs times gates."""
 
 
 class _Open(Struct, frozen=True, eq=False):
@@ -353,10 +367,9 @@ class _Gates:
                 self._last = None
                 matrix = product.matrix or 0
                 chosen = product.chosen(matrix)
-                gates, norms = other.reshape(-1).double(), _norms(one.reshape(outputs.shape))
-                if chosen is not None:
-                    gates, norms = gates[chosen], norms[chosen]
-                self._watching.gated(product, matrix, gates, gates.abs() * norms)
+                gates = product.of_chosen(other.reshape(-1).double(), chosen)
+                norms = product.of_chosen(_norms(one.reshape(outputs.shape)), chosen)
+                self._watching.gated(product, matrix, chosen, gates, gates.abs() * norms)
                 return
 
     def after(
@@ -397,8 +410,9 @@ class _Gates:
             for matrix in range(len(outputs)):
                 chosen = product.chosen(matrix)
                 if chosen is not None:
-                    norms = _norms(outputs[matrix][chosen])
-                    self._watching.gated(product, matrix, gates[matrix][chosen].double(), norms)
+                    norms = _norms(product.of_chosen(outputs[matrix], chosen))
+                    gated = product.of_chosen(gates[matrix], chosen).double()
+                    self._watching.gated(product, matrix, chosen, gated, norms)
 
 
 def _same(one: Any, other: Tensor) -> bool:
@@ -420,6 +434,11 @@ def _is_gate(one: Any, rows: Tensor) -> bool:
 
 def _is_bias(one: Any, rows: int) -> bool:
     return isinstance(one, torch.Tensor) and (one.ndim == 1 or (one.ndim == 2 and len(one) == 1 < rows))
+
+
+def _is_on_host(tensor: Tensor) -> bool:
+    """Whether the host has what is in a tensor, and waits for no device."""
+    return tensor.device.type == "cpu"
 
 
 def _norms(rows: Tensor) -> Tensor:
