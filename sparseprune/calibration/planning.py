@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 _REMEMBERED = 8  # inputs that are kept alive, to recognize later products with the same input
 _GROUP = 4096  # outputs of a matrix at most whose gradients are multiplied with one another
+_SMALLER = 4  # times at most that groups are, so that all are equal; a diagonal alone is worth little
 
 
 class Unit(Struct, frozen=True, eq=False):
@@ -327,25 +328,32 @@ def _units_of_gradients(
 ) -> Iterator[Unit]:
     """One unit for each tensor and each parameter that it is made of; tells of tensors `without` any."""
     for name, found in stored.items():
-        if name not in shapes:
-            continue
-        for one in found:
-            if name not in seen.reached:
-                without[one.name] = "no gradient of the loss reaches it"
-            elif seen.outputs[name] != {shapes[name].outputs}:
-                without[one.name] = "its products are with parts of it, one after another"
-            elif not one.outputs:
-                without[one.name] = "it is stored in another order of its outputs than the model has them"
+        for one in found if name in shapes else ():
+            why = _why_without_gradients(one, name, seen, shapes[name])
+            without.update({one.name: why} if why else {})
     for name, found in stored.items():
         for one in found if name in shapes else ():
             if one.outputs and one.name not in without:
-                # Matrices that lie one below another have outputs of their own.
-                outputs = one.outputs[: shapes[name].outputs]
+                outputs = _outputs_of_one(one, shapes[name])
                 groups = _groups(len(outputs))
                 size, weights = len(outputs) * one.of, {one.name: one.output_dim}
                 collected = Collected(size, None, weights, "gradients", groups * one.of)
                 unit = _unit(collected, name, one, seen, shapes)
                 yield replace(unit, outputs=outputs, group=groups * one.number, groups=groups)
+
+
+def _why_without_gradients(one: StoredAs, name: str, seen: Seen, shape: _Shape) -> str:
+    """Why a tensor that stores a parameter has no gradients; "" where it has some."""
+    if name not in seen.reached:
+        return "no gradient of the loss reaches it"
+    if seen.outputs[name] != {shape.outputs}:
+        return "its products are with parts of it, one after another"
+    if not one.outputs:
+        return "it is stored in another order of its outputs than the model has them"
+    outputs = len(_outputs_of_one(one, shape))
+    if not _groups(outputs):
+        return f"its {outputs} outputs make no equal groups of {_GROUP // _SMALLER} to {_GROUP}"
+    return ""
 
 
 def _unit(collected: Collected, name: str, one: StoredAs, seen: Seen, shapes: Mapping[str, _Shape]) -> Unit:
@@ -356,13 +364,19 @@ def _unit(collected: Collected, name: str, one: StoredAs, seen: Seen, shapes: Ma
     return Unit(replace(collected, experts=matrices), name, 0, matrices or 1, seen.last[name])
 
 
-def _groups(outputs: int) -> int:
-    """The fewest equal groups of at most `_GROUP` outputs.
+def _outputs_of_one(stored: StoredAs, shape: _Shape) -> range:
+    """The outputs of a matrix that a tensor has; those that lie one below another have their own."""
+    return stored.outputs[: shape.outputs]
 
-    >>> [_groups(size) for size in (4096, 14336, 4099)]
-    [1, 4, 4099]
+
+def _groups(outputs: int) -> int:
+    """The fewest equal groups of at most `_GROUP` outputs and not many less; 0 where there are none.
+
+    >>> [_groups(size) for size in (4096, 14336, 50257, 30522)]
+    [1, 4, 29, 0]
     """
-    return next(groups for groups in range(-(-outputs // _GROUP), outputs + 1) if outputs % groups == 0)
+    ways = range(-(-outputs // _GROUP), max(1, _SMALLER * outputs // _GROUP) + 1)
+    return next((groups for groups in ways if outputs % groups == 0), 0)
 
 
 def _refuse_lack(

@@ -1,5 +1,6 @@
 """Second moments of gradients that calibrate writes, against what autograd gives for each output."""
 
+import json
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -162,6 +163,25 @@ def test_large_outputs_have_gradients_in_groups_of_consecutive_ones(
             assert len(one) == -(-len(whole[name]) // 20)
             groups = whole[name].unflatten(0, (len(one), -1)).unflatten(-1, (len(one), -1))  # type: ignore[no-untyped-call]
             torch.testing.assert_close(one, torch.stack([groups[at, :, at] for at in range(len(one))]))
+
+
+def test_outputs_without_equal_groups_have_no_gradients_and_it_is_told(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sparseprune.calibration import planning
+
+    whole = collected(home, "llama", tmp_path / "whole")
+    monkeypatch.setattr(planning, "_GROUP", 40)
+    monkeypatch.setattr(planning, "_SMALLER", 1)
+    found = collected(home, "llama", tmp_path / "some")
+    large = {name for name, one in whole.items() if name.endswith(".gradients") and len(one) > 40}
+    assert {len(whole[name]) for name in large} == {48, 64}
+    assert found.keys() == whole.keys() - large
+    without = json.loads((tmp_path / "some/sparseprune/report.json").read_text())["without_gradients"]
+    assert {f"{one['name']}.gradients" for one in without} == large
+    assert {one["why"] for one in without} == {
+        f"its {outputs} outputs make no equal groups of 40 to 40" for outputs in (48, 64)
+    }
 
 
 def test_norms_have_no_gradients(home: Path, tmp_path: Path) -> None:
