@@ -37,6 +37,7 @@ _FLOATS = frozenset(name for name in _NUMBERS if not name.startswith("I"))
 _MOMENTS = frozenset({"F64", "F32", "F16", "BF16"})
 _NO_STATISTICS = "there is no file: give what calibrate wrote, as file here or by --stats"
 _UNSEEN, _WHOLE_ROWS = "there are no statistics of", "nothing can make up for the whole rows of"
+_UNREACHED = "no token reached"
 _MOST_NAMED = 3  # weights without statistics; more of them mean another checkpoint
 # Others belong to the score.
 _TABLE_OF: Mapping[Role, str] = dict.fromkeys(("moment", "gradients", "loss"), "reconstruct")
@@ -230,6 +231,9 @@ class InputFiles:
         """Why nothing is rebuilt in a scope for which that is optional; "" where something is."""
         if not all(any(leaf.tensor in file.of for leaf in block.leaves) for block in _blocks(scope)):
             return _UNSEEN
+        tokens = [file.of[leaf.tensor].tokens for leaf in scope.leaves if leaf.tensor in file.of]
+        if not any(not counts or any(counts) for counts in tokens):  # not counted is not none
+            return _UNREACHED
         if method.method == "admm":
             return ""
         for leaf in scope.leaves:

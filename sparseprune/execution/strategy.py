@@ -412,9 +412,10 @@ def _refuse_unseen(task: Task, *, alone: bool) -> None:
     for name, tokens in counts.items():
         if 0 in tokens:
             which = f" (matrix {tokens.index(0)})" if len(tokens) > 1 else ""
+            ways = " or exclude it" if which else ", exclude it, or say optional = true"
             raise SparsepruneError(
                 f"[{task.rule}] reconstruct: no token reached {name}{which} when its statistics were taken; "
-                "calibrate on more text, or exclude it"
+                f"calibrate on more text{ways}"
             )
 
 

@@ -561,9 +561,26 @@ def test_no_statistics_and_norms_alone_and_tokens_that_never_came_are_told(tmp_p
     (tmp_path / "stats/sparseprune/report.json").write_text(json.dumps({"matrices": matrices}))
     said = refused("apply", tmp_path / "m.safetensors", spec)
     assert "[scope.proj] reconstruct: no token reached 0.up.weight when its statistics" in said.err
+    assert said.err.endswith("; calibrate on more text, exclude it, or say optional = true\n")
     save_file(moments_of, path, metadata={STATISTICS_KEY: '{"kind": "no"}'})
     said = run("apply", tmp_path / "m.safetensors", spec)
     assert "is not that of a statistics file; calibrate again" in said.err
+
+
+def test_a_matrix_that_no_token_reached_is_masked_alone_where_that_may_be(tmp_path: Path) -> None:
+    tensors = mlp_tensors(layers=1)
+    save_file(tensors, tmp_path / "m.safetensors")
+    (tmp_path / "stats/sparseprune").mkdir(parents=True)
+    moments_of = {"0.up.weight": torch.zeros(8, 8), "0.down.weight": torch.eye(16)}
+    save_statistics(tmp_path / "stats/statistics.safetensors", "hessian", moments_of)
+    matrices = [{"name": "0.up.weight", "tokens": 0}, {"name": "0.down.weight", "tokens": 7}]
+    (tmp_path / "stats/sparseprune/report.json").write_text(json.dumps({"matrices": matrices}))
+    spec = write_spec(tmp_path, TWO_OF_FOUR)
+    said = ok("apply", tmp_path / "m.safetensors", spec, "--stats", tmp_path / "stats")
+    assert "scope.proj is not rebuilt in 1 instance, 0.up.weight: no token reached these" in said.err
+    pruned, up = load_file(tmp_path / "m.pruned.safetensors"), tensors["0.up.weight"]
+    kept = up.abs().reshape(-1, 4).argsort(-1).argsort(-1) >= 2
+    assert torch.equal(pruned["0.up.weight"], torch.where(kept.reshape(up.shape), up, 0.0))
 
 
 def test_memory_that_does_not_hold_a_matrix_is_told_with_what_would(tmp_path: Path) -> None:
