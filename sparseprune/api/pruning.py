@@ -40,7 +40,9 @@ if TYPE_CHECKING:
     from sparseprune.api.options import Machine, Source, Target
     from sparseprune.api.run import Run
     from sparseprune.checkpoint import Checkpoint, OutputLayout, Shard
+    from sparseprune.checkpoint import Source as SourceOfBytes
     from sparseprune.execution.allocation import Allocation
+    from sparseprune.execution.permuting import Found
     from sparseprune.execution.plan import Plan
     from sparseprune.execution.schedule import Schedule
     from sparseprune.removal.preview import Preview
@@ -215,7 +217,7 @@ def planned(
 ) -> results.Plan:
     """What the spec binds to and would do; of a removal with what it would come to, and its own layout."""
     from sparseprune.removal.preview import preview
-    from sparseprune.report.permuted import planned_permutations, unmoved_modules
+    from sparseprune.report.permuted import planned_permutations
     from sparseprune.report.plan import plan_totals, planned_removal, rule_plan, unreached
     from sparseprune.results.pruning import PlannedBytes
 
@@ -245,7 +247,7 @@ def planned(
                 peak=prepared.peak_bytes,
             ),
             permuted=planned_permutations(plan.permutations),
-            not_permuted=unmoved_modules(plan.permutations),
+            not_permuted=plan.permutations.unmoved,
         )
 
 
@@ -257,11 +259,11 @@ def prune(run: Run, prepared: Prepared) -> results.Report:
 
     def work(reader: TensorReader) -> results.Report:
         # Numpy and the compiled loops come in here, after everything that can be refused without them.
-        from sparseprune.execution.pruning import execute, permute, work_bytes, write_orders
+        from sparseprune.execution.pruning import execute, work_bytes
         from sparseprune.execution.schedule import device_text, devices_of_rules, resolve_device
         from sparseprune.report import pruning
         from sparseprune.report.coverage import unpruned_lines
-        from sparseprune.report.permuted import permuted_modules, unmoved_modules
+        from sparseprune.report.permuted import permuted_modules
         from sparseprune.report.wording import other_weights
         from sparseprune.results.fields import Made, WrittenBytes
 
@@ -270,12 +272,13 @@ def prune(run: Run, prepared: Prepared) -> results.Report:
         device = resolve_device(machine.device, uses_torch=schedule.uses_torch)
         earlier = warn_of_earlier(run, plan.checkpoint, rebuilt_by(plan) if weights else {}, machine)
         total, already = work_bytes(schedule, output)
-        moved = None
+        orders: tuple[Found, ...] = ()
+        source: SourceOfBytes = reader
         with run.progress("pruning" if weights else "masking", total, already) as advance:
             if plan.permutations.found:
-                moved = permute(schedule, reader, output, advance)
-                write_orders(output, moved)
-            source = reader if moved is None else moved.source
+                from sparseprune.execution.permuting import find_orders
+
+                orders, source = find_orders(schedule, reader, output, advance)
             outcomes = execute(schedule, source, output, device, advance)
         found = pruning.summed_up(outcomes)
         run.warn(*unpruned_lines(plan.bound.rules, found.pruned))
@@ -300,8 +303,8 @@ def prune(run: Run, prepared: Prepared) -> results.Report:
                 plan.bound, found, devices_of_rules(schedule, device), rebuilding_rules(plan)
             ),
             tensors=Made(outcomes, pruning.tensor_result),
-            permuted=() if moved is None else permuted_modules(moved.found),
-            not_permuted=unmoved_modules(plan.permutations),
+            permuted=permuted_modules(orders),
+            not_permuted=plan.permutations.unmoved,
         )
 
     read = score_shards(prepared.plan)

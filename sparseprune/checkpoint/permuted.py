@@ -23,7 +23,7 @@ from sparseprune.engine.dtypes import DTYPES
 from sparseprune.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping
 
     from numpy.typing import NDArray
 
@@ -34,9 +34,7 @@ if TYPE_CHECKING:
     Order = NDArray[np.integer[Any]]
 
 PERMUTATIONS_KEY = "sparseprune.permutations"
-_SPAN = (
-    4 << 20
-)  # bytes that are gathered from at one time; scattered pieces of larger ones are read one by one
+_SPAN = 4 << 20  # bytes that are gathered from at one time; pieces of larger ones are read one by one
 
 
 class Permuted(Struct, frozen=True, eq=False):
@@ -71,14 +69,6 @@ class PermutedSource(Source):
 
     def close(self) -> None:
         """Nothing: whoever made the other source closes it."""
-
-    def read(self, stored: StoredTensor, begin: int = 0, end: int | None = None) -> bytearray:
-        stop = stored.nbytes if end is None else end
-        if not 0 <= begin <= stop <= stored.nbytes:
-            raise ValueError(f"bytes {begin} to {stop} of {stored.name!r}, which has {stored.nbytes}")
-        data = bytearray(stop - begin)
-        self.read_into(stored, begin, data)
-        return data
 
     def read_into(self, stored: StoredTensor, begin: int, buffer: WritableBytes) -> None:
         begins = self._begins.get(stored.shard)
@@ -130,66 +120,50 @@ class _Gather:
         self._stored = stored
         self.begin, self.end = stored.offset, stored.offset + stored.nbytes
         itemsize = DTYPES[stored.dtype].itemsize
-        self._levels = [
+        *self._outer, self._last = [
             _Level(shape[dim], prod(shape[dim + 1 :]) * itemsize, order, prod(shape[:dim]) // len(order))
             for dim, order in sorted(one.orders.items())
         ]
 
     def fill(self, source: Source, begin: int, out: memoryview) -> None:
-        """Fill `out` with the bytes from `begin` on."""
-        self._fill(source, self._levels, (0, 0), begin, out)
-
-    def _fill(
-        self, source: Source, levels: Sequence[_Level], where: tuple[int, int], begin: int, out: memoryview
-    ) -> None:
-        """Bytes from `begin` on of blocks: `where` has the byte of the first one, and its number."""
-        level, (base, outer), done = levels[0], where, 0
+        """Fill `out` with the bytes from `begin` on: of many whole blocks at one time, or of one block."""
+        level, done = self._last, 0
         while done < len(out):
             number, within = divmod(begin + done, level.block)
-            at, left = outer + number, len(out) - done
-            many = left // level.block if within == 0 and len(levels) == 1 else 0
-            if many > 1 and level.block <= _SPAN // 2:
-                together = min(many, _SPAN // level.block, level.shared - at % level.shared)
-                size = together * level.block
-                self._whole(source, level, base + number * level.block, level.at(at), out[done : done + size])
-            else:
-                size = min(level.block - within, left)
-                block = (base + number * level.block, at)
-                self._part(source, levels, block, within, out[done : done + size])
+            left, whole = len(out) - done, 1
+            if within == 0 and not self._outer:
+                alike = level.shared - number % level.shared
+                whole = max(1, min(left // level.block, _SPAN // level.block, alike))
+            size = min(whole * level.block - within, left)
+            self._gather(source, (number, whole), within, out[done : done + size])
             done += size
 
-    def _whole(self, source: Source, level: _Level, base: int, order: Order, out: memoryview) -> None:
-        """Whole blocks that have one order, and no further levels in them."""
-        raw = np.empty(len(out), dtype=np.uint8)
-        source.read_into(self._stored, base, raw)
-        shape = (-1, level.size, level.inner)
-        np.frombuffer(out, dtype=np.uint8).reshape(shape)[...] = _taken(raw.reshape(shape), order)
-
-    def _part(
-        self, source: Source, levels: Sequence[_Level], block: tuple[int, int], begin: int, out: memoryview
-    ) -> None:
-        """A part of one block, which begins at a byte of the tensor and has a number."""
-        level, (base, outer) = levels[0], block
+    def _gather(self, source: Source, blocks: tuple[int, int], begin: int, out: memoryview) -> None:
+        """All of some neighbouring blocks of one order, or one block from a byte of it on."""
+        level, (number, count) = self._last, blocks
         first, skipped = divmod(begin, level.inner)
-        last = (begin + len(out) - 1) // level.inner + 1
-        order = level.at(outer)[first:last]
+        last = level.size if count > 1 else (begin + len(out) - 1) // level.inner + 1
+        order, base = level.at(number)[first:last], self._place(number)
         low, high = int(order.min()), int(order.max()) + 1
-        if len(levels) == 1 and (high - low) * level.inner <= _SPAN:
-            raw = np.empty((1, high - low, level.inner), dtype=np.uint8)
+        if count * (high - low) * level.inner <= _SPAN:
+            raw = np.empty((count, high - low, level.inner), dtype=np.uint8)
             source.read_into(self._stored, base + low * level.inner, raw.reshape(-1))
             found = _taken(raw, order - low).reshape(-1)
             np.frombuffer(out, dtype=np.uint8)[...] = found[skipped : skipped + len(out)]
             return
-        for index, count in _runs(order) if len(levels) == 1 else ((int(each), 1) for each in order):
-            size = min(count * level.inner - skipped, len(out))
-            at = base + index * level.inner
-            if len(levels) == 1:
-                source.read_into(self._stored, at + skipped, out[:size])
-            else:
-                blocks = level.inner // levels[1].block
-                inner = (at, (outer * level.size + index) * blocks)
-                self._fill(source, levels[1:], inner, skipped, out[:size])
+        for index, many in _runs(order):
+            size = min(many * level.inner - skipped, len(out))
+            source.read_into(self._stored, base + index * level.inner + skipped, out[:size])
             out, skipped = out[size:], 0
+
+    def _place(self, number: int) -> int:
+        """The byte of the file at which a block of the last permuted dimension begins."""
+        for level in self._outer:
+            blocks = level.inner // self._last.block
+            index, inside = divmod(number, blocks)
+            outer, place = divmod(index, level.size)
+            number = (outer * level.size + int(level.at(outer)[place])) * blocks + inside
+        return number * self._last.block
 
 
 def _taken(raw: NDArray[np.uint8], order: Order) -> NDArray[np.uint8]:
@@ -214,11 +188,13 @@ def _runs(order: Order) -> Iterator[tuple[int, int]]:
 def both_sides(stored: StoredTensor, order: Order) -> Permuted:
     """Second moments, (..., size, size), of inputs or outputs in this order.
 
-    Blocks along the diagonal are (..., groups, size, size): then no index leaves its group.
+    Blocks along the diagonal are (..., groups, size, size): ValueError where an index leaves its group.
     """
     size, (leading, whole) = stored.shape[-1], order.shape
     groups = whole // size
     local = order.reshape(leading * groups, size) - np.tile(np.arange(groups) * size, leading)[:, None]
+    if ((local < 0) | (local >= size)).any():
+        raise ValueError(f"{stored.name} has groups of {size}, and in another order some leave theirs")
     rank = len(stored.shape)
     return Permuted(stored, {rank - 2: local, rank - 1: local})
 

@@ -201,6 +201,11 @@ class Source(Protocol):
 
     def read(self, stored: StoredTensor, begin: int = 0, end: int | None = None) -> bytearray:
         """The bytes [begin, end) of a tensor, all of it by default; ValueError outside of it."""
+        stop = stored.nbytes if end is None else end
+        _check_part(stored, begin, stop)
+        data = bytearray(stop - begin)
+        self.read_into(stored, begin, data)
+        return data
 
     def read_into(self, stored: StoredTensor, begin: int, buffer: WritableBytes) -> None:
         """Fills a contiguous buffer, such as a numpy array, with a tensor's bytes from `begin` on.
@@ -230,13 +235,6 @@ class TensorReader(Source):
 
     def close(self) -> None:
         self._files.close()
-
-    def read(self, stored: StoredTensor, begin: int = 0, end: int | None = None) -> bytearray:
-        stop = stored.nbytes if end is None else end
-        _check_part(stored, begin, stop)
-        data = bytearray(stop - begin)
-        self.read_into(stored, begin, data)
-        return data
 
     def read_into(self, stored: StoredTensor, begin: int, buffer: WritableBytes) -> None:
         view = file_io.as_bytes(buffer)

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     Order = NDArray[np.int64]
 
 ROUNDS = 48
-_LEAST_DAMP = 1e-6
-_COLUMNS = 512  # of an inverse that are made at one time
 _IDLE = 6  # rounds of which none changed anything, after which nothing more is to be had
 
 
@@ -93,36 +91,3 @@ def _places(groups: int, cells: Sequence[int] | None) -> list[Order]:
 def _paired(order: Order) -> Order:
     """Pairs of groups that are neighbours in this order: (pairs, 2); an odd one is left out."""
     return order[: len(order) // 2 * 2].reshape(-1, 2)
-
-
-def curvature(moment: NDArray[np.float32], damp: float) -> NDArray[np.float64]:
-    """1 / [H^-1]_jj of a second moment (features, features), damped by a share of the mean of its diagonal.
-
-    Times the square of a weight it is what an output loses at the least where that weight is pruned (Hassibi
-    and Stork 1993, Optimal Brain Surgeon). All ones where nothing was seen of the inputs.
-    """
-    import torch  # noqa: PLC0415  (orders by magnitude do without)
-
-    wide = torch.from_numpy(moment).to(torch.float64)
-    diagonal = wide.diagonal().clone()
-    mean = float(diagonal.mean()) if len(diagonal) else 0.0
-    if not 0 < mean < float("inf"):
-        return np.ones(len(moment))
-    roots = (diagonal + max(damp, _LEAST_DAMP) * mean).sqrt()
-    wide = (wide / roots).div_(roots.unsqueeze(1))
-    factor = wide
-    for added in (0.0, *(10.0**power for power in range(-6, 1))):
-        factor = wide.clone()
-        factor.diagonal().fill_(1.0 + added)
-        factor, failed = torch.linalg.cholesky_ex(factor)
-        if not int(failed):
-            break
-    inverse = torch.zeros(len(wide), dtype=torch.float64)
-    for begin in range(0, len(wide), _COLUMNS):
-        size = min(_COLUMNS, len(wide) - begin)
-        unit = torch.zeros(len(wide) - begin, size, dtype=torch.float64)
-        unit.diagonal().fill_(1.0)
-        solved = torch.linalg.solve_triangular(factor[begin:, begin:], unit, upper=False)
-        inverse[begin : begin + size] = solved.square().sum(0)
-    found: NDArray[np.float64] = (roots.square() / inverse).numpy()
-    return found

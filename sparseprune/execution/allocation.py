@@ -27,7 +27,7 @@ from sparseprune.execution.passes import Outcomes
 from sparseprune.execution.plan import is_undecided
 from sparseprune.execution.pruning import one_torch_thread
 from sparseprune.execution.regions import INTERPRETER, TORCH, Resources, limits_of, numel_per_scope
-from sparseprune.execution.runner import Progressing, Record, Runner
+from sparseprune.execution.runner import Record, read_through, write_through
 from sparseprune.execution.schedule import resident_of
 from sparseprune.execution.tensor_io import TensorIO
 
@@ -104,13 +104,16 @@ def allocate(
     """
     tensors = work.plan.checkpoint.tensors
     io = TensorIO(reader, tensors=tensors, device=device, passed=progress)
-    register = Progressing(progress) if output is None else Record(output, Outcomes(), progress)
-    runner = Runner((job for job, _ in work.jobs), io, register, work.resources.memory)
+    jobs = [job for job, _ in work.jobs]
     with one_torch_thread():
-        runner.run(work.resources.threads)
+        if output is None:
+            results = read_through(jobs, io, work.resources, progress)
+        else:
+            record = Record(output, Outcomes(), progress)
+            results = write_through(jobs, io, record, work.resources, copies=False)
     counted: dict[int, Counted] = {}
     for job, numbers in work.jobs:
-        counted.update(zip(numbers, runner.results[job.order], strict=True))
+        counted.update(zip(numbers, results[job.order], strict=True))
     found: Allocated = {}
     for rule in dict.fromkeys(task.rule for task in work.tasks):
         own = [number for number, task in enumerate(work.tasks) if task.rule == rule]

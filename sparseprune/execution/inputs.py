@@ -109,11 +109,6 @@ class InputFiles:
             found += self._ready(rule, soft.conditioners, scope, "conditioners")
         return tuple(found)
 
-    def statistic(self, path: Path, name: str) -> Statistic | None:
-        """What a file of statistics that was opened before has of a weight."""
-        file = self._files.get(path)
-        return None if file is None else file.of.get(name)
-
     def raise_if_any(self) -> None:
         """SpecError with every problem that was noted; where much is missing one line says so."""
         for (rule, role, path), names in self._missing.items():

@@ -13,21 +13,21 @@ from msgspec import Struct
 from sparseprune.checkpoint import read_config
 from sparseprune.engine.dtypes import DTYPES
 from sparseprune.engine.grids import prod
+from sparseprune.results.pruning import UnmovedModule
 from sparseprune.spec.structures import Index, find_interiors
 from sparseprune.spec.structures.index import steps_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from sparseprune.checkpoint import Checkpoint, Statistic, StoredTensor
+    from sparseprune.checkpoint import Checkpoint, StoredTensor
     from sparseprune.execution.inputs import TaskInput
     from sparseprune.execution.plan import Task
     from sparseprune.spec import BoundBlock, BoundScope, TensorInfo
     from sparseprune.spec.structures import Inside, Interior
 
     Numbers = tuple[int, ...]
-    Find = Callable[[Path, str], Statistic | None]
     Leaves = Mapping[str, Sequence[tuple[Task, BoundScope, BoundBlock]]]
     Moves = Literal["alike", "last", "both"]
 
@@ -84,18 +84,11 @@ class Permutation(Struct, frozen=True):
         return _SEARCHED * elements + _MOMENT_BYTES * inputs**2 + _BESIDE
 
 
-class Unmoved(Struct, frozen=True):
-    """A module whose N:M might lose less in another order, and why it stays as it is."""
-
-    module: str
-    reason: str
-
-
 class Permutations(Struct, frozen=True):
     """What a plan permutes, and what it does not though a rule asks for it."""
 
     found: tuple[Permutation, ...] = ()
-    unmoved: tuple[Unmoved, ...] = ()
+    unmoved: tuple[UnmovedModule, ...] = ()
 
     @property
     def moved(self) -> frozenset[str]:
@@ -119,9 +112,9 @@ class _StaysError(Exception):
 
 
 def permutations_of(
-    checkpoint: Checkpoint, infos: Iterable[TensorInfo], tasks: Sequence[Task], statistic: Find
+    checkpoint: Checkpoint, infos: Iterable[TensorInfo], tasks: Sequence[Task]
 ) -> Permutations:
-    """What tasks with `permute` move; `statistic` finds what a file has of a weight, None for nothing."""
+    """What tasks with `permute` move."""
     if not any(task.instance.permute for task in tasks):
         return Permutations()
     leaves: dict[str, list[tuple[Task, BoundScope, BoundBlock]]] = {}
@@ -129,7 +122,7 @@ def permutations_of(
         for member in task.instance.scope.members:
             for leaf in member.leaves:
                 leaves.setdefault(leaf.tensor, []).append((task, member, leaf))
-    planner = _Planner(checkpoint.tensors, leaves, _users(tasks), statistic, {})
+    planner = _Planner(checkpoint.tensors, leaves, _users(tasks), {})
     found, unmoved = [], []
     for interior in find_interiors(Index.of(infos, read_config(checkpoint))):
         weighed = tuple(planner.weighed(interior))
@@ -138,7 +131,7 @@ def permutations_of(
         try:
             found.append(planner.permutation(interior, weighed))
         except _StaysError as reason:
-            unmoved.append(Unmoved(interior.module, str(reason)))
+            unmoved.append(UnmovedModule(module=interior.module, reason=str(reason)))
         else:
             planner.claimed.update(dict.fromkeys(found[-1].tensors, interior.module))
     return Permutations(tuple(found), tuple(unmoved))
@@ -160,7 +153,6 @@ class _Planner(Struct, frozen=True):
     tensors: Mapping[str, StoredTensor]
     leaves: Leaves
     users: Mapping[tuple[Path, str], set[str]]
-    statistic: Find
     claimed: dict[str, str]
 
     def weighed(self, interior: Interior) -> Iterator[Weighed]:
@@ -190,14 +182,12 @@ class _Planner(Struct, frozen=True):
         for one in weighed:
             _refuse_broken_groups(interior, one.part, group)
         beside: list[Beside] = []
-        labels: list[tuple[Inside, int]] = []
         for part in interior.parts:
             self._refuse_unmovable(part)
             beside += self._inputs(part)
-            gradients, size = self._gradients(part)
-            beside += gradients
-            labels += [(part, size)] if size else []
-        return Permutation(interior, weighed, tuple(beside), _cells(interior, labels, group))
+        sizes = [(one.part, one.stored.shape[-1]) for one in beside if one.moves == "both"]
+        grouped = [(part, size) for part, size in sizes if size < self.tensors[part.tensor].shape[part.dim]]
+        return Permutation(interior, weighed, tuple(beside), _cells(interior, grouped, group))
 
     def _refuse_unmovable(self, part: Inside) -> None:
         """_StaysError for a tensor of codes, or one that a rule sees in another way than whole."""
@@ -222,11 +212,16 @@ class _Planner(Struct, frozen=True):
         """What tasks read beside a tensor that moves with it."""
         name, rank = part.tensor, len(self.tensors[part.tensor].shape)
         tasks = {id(task): task for task, _, _ in self.leaves.get(name, ())}.values()
-        for one in (each for task in tasks for each in task.inputs if each.key == name):
+        inputs = [each for task in tasks for each in task.inputs if each.key == name]
+        along_inputs = part.dim in {each.dim % rank for each in inputs if each.role == "moment"}
+        for one in inputs:
             stored = one.stored
-            if one.role in {"gradients", "loss"}:
-                continue  # those are found by what calibrate wrote, and budgets are shared before any order
-            if one.role in {"values", "conditioners"}:
+            if one.role == "loss":
+                continue  # budgets are shared before any order
+            if one.role == "gradients":
+                if not along_inputs and part.dim >= rank - 2:
+                    yield Beside(stored, part, "both")
+            elif one.role in {"values", "conditioners"}:
                 yield Beside(stored, part, "alike")
             elif one.role == "blocks":
                 raise _StaysError(f"scores of blocks rank {name}")
@@ -238,23 +233,6 @@ class _Planner(Struct, frozen=True):
                 if len(self.users.get((stored.shard.path, stored.name), ())) > 1:
                     raise _StaysError(f"{stored.name} in {stored.shard.path} is about other matrices, too")
                 yield Beside(stored, part, "both" if both else "last")
-
-    def _gradients(self, part: Inside) -> tuple[list[Beside], int]:
-        """The gradients of a tensor whose outputs move, and how many outputs share a group; 0 for all."""
-        rank = len(self.tensors[part.tensor].shape)
-        for task, _, _ in self.leaves.get(part.tensor, ()):
-            method = task.instance.reconstruct
-            file = None if method is None else method.file
-            found = None if file is None else self.statistic(file, part.tensor)
-            if method is None or found is None or found.gradients is None:
-                continue
-            given = (method.input_dim, found.input_dim, -1)
-            inputs = next(one for one in given if one is not None) % rank
-            if inputs == part.dim or part.dim < rank - 2:
-                continue
-            size, outputs = found.gradients.shape[-1], self.tensors[part.tensor].shape[part.dim]
-            return [Beside(found.gradients, part, "both")], size if size < outputs else 0
-        return [], 0
 
 
 def _extents(member: BoundScope, leaf: BoundBlock, shape: Numbers, dim: int) -> tuple[int, int] | None:

@@ -1,40 +1,45 @@
 """Permuting: the order of the units of each interior in which N:M prunes least, found before pruning begins.
 
-Owns the search as passes, and the source that serves all that moves in its new order, so that every other
-pass works on tensors as if they had been stored so. What no rule reaches of them is copied from it, too.
+Owns the search as a pass, and the source that serves all that moves in its new order, so that every other
+pass works on tensors as if they had been stored so.
 """
 
 from __future__ import annotations
 
 import base64
 import zlib
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from msgspec import Struct
 
-from sparseprune.checkpoint.permuted import Permuted, PermutedSource, both_sides
+from sparseprune.checkpoint.permuted import Permuted, PermutedSource, both_sides, permutations_bytes
 from sparseprune.engine.grids import prod
 from sparseprune.engine.kernels.formats import values_of
-from sparseprune.engine.permuting import best_order, curvature, pruned
+from sparseprune.engine.permuting import best_order, pruned
 from sparseprune.errors import SparsityError
 from sparseprune.execution.passes import Chunk, Decision, Outcomes, Pass
 from sparseprune.execution.permutable import SAMPLED
+from sparseprune.execution.pruning import one_torch_thread, stopped_by
 from sparseprune.execution.ranking import Ranking
-from sparseprune.execution.runner import Job, Record, decide_through
-from sparseprune.execution.tensor_io import TensorIO, pattern_of
+from sparseprune.execution.regions import Region, cut, whole_part
+from sparseprune.execution.runner import Job, Record, write_through
+from sparseprune.execution.tensor_io import TensorIO
+from sparseprune.execution.two_pass import Known
+from sparseprune.spec import BoundBlock
 
 if TYPE_CHECKING:
-    import threading
     from collections.abc import Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
 
     from sparseprune.checkpoint import Sink, Source, StoredTensor
-    from sparseprune.execution.permutable import Permutation, Permutations, Weighed
-    from sparseprune.execution.regions import Resources
+    from sparseprune.execution.inputs import TaskInput
+    from sparseprune.execution.permutable import Permutation, Weighed
     from sparseprune.execution.runner import Progress
+    from sparseprune.execution.schedule import Schedule
     from sparseprune.spec.structures import Interior
 
     Order = NDArray[np.int32]
@@ -42,7 +47,7 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float64]
 
 _PIECE = 1 << 20  # elements that are looked at together
-_COPY_BYTES = 4 << 20
+_LEAST_DAMP = 1e-6
 _SMALLEST = 2.0**-40  # numbers from here to its inverse can be multiplied with squares in float32
 
 
@@ -58,37 +63,34 @@ class Found(Struct, frozen=True, eq=False):
     after: float
 
 
-class Moved(Struct, frozen=True, eq=False):
-    """All that moves: what was found, the order of each tensor by its dimension, and the source of both."""
-
-    found: tuple[Found, ...]
-    orders: Orders
-    source: Source
-
-
 def find_orders(
-    permutations: Permutations,
-    io: TensorIO,
-    output: Sink,
-    resources: Resources,
-    progress: Progress,
-    given_up: threading.Event,
-) -> Moved:
-    """Look for all orders, or recall what an earlier run noted; the source is that of `io`, permuted."""
-    passes = [FindOrders(one) for one in permutations.found]
-    jobs = (
-        Job(number, f"order{number}", one.permutation.interior.module, one)
-        for number, one in enumerate(passes)
+    schedule: Schedule, reader: Source, output: Sink, progress: Progress
+) -> tuple[tuple[Found, ...], Source]:
+    """Look for all orders of a plan, or recall what an earlier run noted, and write them beside the report.
+
+    What comes after reads by the source that is given: that of the input, permuted.
+    """
+    given_up, check = stopped_by()
+    tensors, permutations = schedule.plan.checkpoint.tensors, schedule.plan.permutations.found
+    io, record = (
+        TensorIO(reader, output, tensors, "cpu", progress, check),
+        Record(output, Outcomes(), progress),
     )
-    values = decide_through(jobs, io, Record(output, Outcomes(), progress), resources, given_up)
-    found = tuple(_found(one, values[number]) for number, one in enumerate(permutations.found))
+    jobs = [
+        Job(number, f"order{number}", one.interior.module, FindOrders(one))
+        for number, one in enumerate(permutations)
+    ]
+    with one_torch_thread() if schedule.uses_torch else nullcontext():
+        values = write_through(jobs, io, record, schedule.search_resources, given_up, copies=False)
+    found = tuple(_found(one, values[number]) for number, one in enumerate(permutations))
     orders: Orders = {}
     for one in found:
-        orders |= orders_of(one.permutation.interior, one.orders, io.tensors)
-    permuted = [Permuted(io.tensors[name], own) for name, own in orders.items()]
-    for one in found:
-        permuted += beside(one.permutation, orders)
-    return Moved(found, orders, PermutedSource(io.reader, permuted))
+        orders |= orders_of(one.permutation.interior, one.orders, tensors)
+    permuted = [Permuted(tensors[name], own) for name, own in orders.items()]
+    permuted += [each for one in permutations for each in beside(one, orders)]
+    if output.layout.permutations_file is not None:
+        output.add_file(output.layout.permutations_file, permutations_bytes(orders))
+    return found, PermutedSource(reader, permuted)
 
 
 def orders_of(interior: Interior, orders: Order, tensors: Mapping[str, StoredTensor]) -> Orders:
@@ -156,7 +158,32 @@ class FindOrders(Pass):
 
     def work(self, chunk: Chunk, io: TensorIO) -> tuple[Order, float, float, float]:
         """Orders (sets, size) of the sets of a member, what they prune before and after, and all there is."""
-        return _Search(self.permutation, chunk.about, io).run()
+        one, size = self.permutation, self.permutation.interior.size
+        sets = [*range(one.interior.sets)] if chunk.about is None else [chunk.about]
+        found = [_Scores(weighed, chunk.about or 0, io) for weighed in one.weighed]
+        sampled = [np.concatenate(list(own.pieces(sample=True)), axis=1) for own in found]
+        orders = np.tile(np.arange(size), (len(sets), 1))
+        if not all(np.isfinite(each).all() for each in sampled):
+            return orders.astype(np.int32), 0.0, 0.0, 0.0  # pruning says why
+        pattern = one.weighed[0].keep, one.weighed[0].group
+        for number, own in zip(sets, orders, strict=True):
+            pairs = zip(found, sampled, strict=True)
+            parts = [part for scores, each in pairs for part in scores.of_set(each, number, size)]
+            joined = np.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
+            cells = one.cells[number] if one.cells else None
+            own[:] = best_order(joined, *pattern, cells=cells, seed=number, between=io.check)
+        totals = np.zeros((len(sets), 3))  # for each set what all rows lose as they lie, in its order, of all
+        for scores, part in zip(found, sampled, strict=True):
+            for each in scores.pieces() if scores.is_sampled else [part]:
+                io.check()
+                for place, (number, own) in enumerate(zip(sets, orders, strict=True)):
+                    for rows in scores.of_set(each, number, size):
+                        ways = [pruned(rows, order, *pattern) for order in (np.arange(size), own)]
+                        totals[place] += (*ways, rows.sum(dtype=np.float64))
+        in_vain = ~(totals[:, 1] < totals[:, 0])
+        orders[in_vain], totals[in_vain, 1] = np.arange(size), totals[in_vain, 0]
+        before, after, whole = totals.sum(axis=0).tolist()
+        return orders.astype(np.int32), before, after, whole
 
     def merge(self, partials: list[Any], io: TensorIO) -> Decision:
         orders = np.concatenate([order for order, *_ in partials])
@@ -170,23 +197,7 @@ class FindOrders(Pass):
             _found(self.permutation, value)
         except (ValueError, TypeError, zlib.error):
             return None
-        return _Known(tuple(value))
-
-
-@dataclass(frozen=True, slots=True)
-class _Known(Pass):
-    """An order that is known: nothing is left to do."""
-
-    value: tuple[Any, ...]
-
-    def chunks(self, io: TensorIO) -> Iterator[Chunk]:  # noqa: ARG002
-        return iter(())
-
-    def work(self, chunk: Chunk, io: TensorIO) -> None:  # noqa: ARG002
-        raise TypeError("a known order has no chunks")
-
-    def merge(self, partials: list[Any], io: TensorIO) -> Any:  # noqa: ANN401, ARG002
-        return self.value
+        return Known(tuple(value))
 
 
 def _found(permutation: Permutation, value: Sequence[Any]) -> Found:
@@ -200,81 +211,22 @@ def _found(permutation: Permutation, value: Sequence[Any]) -> Found:
     return Found(permutation, orders, before / (whole or 1.0), after / (whole or 1.0))
 
 
-class _Piece(Struct, frozen=True):
-    """A part of a matrix seen as (outer, units, inner): some places of the dimensions around its units."""
-
-    outer: tuple[int, int]
-    inner: tuple[int, int]
-
-
-class _Search:
-    """The search for the orders of an interior, or of the set of one member of a stack."""
-
-    def __init__(self, permutation: Permutation, member: int | None, io: TensorIO) -> None:
-        self._interior = permutation.interior
-        self._cells = permutation.cells
-        self._sets = range(self._interior.sets) if member is None else range(member, member + 1)
-        self._io = io
-        self._check = io.check
-        self._scores = [_Scores(one, member or 0, io) for one in permutation.weighed]
-        self._pattern = permutation.weighed[0].keep, permutation.weighed[0].group
-
-    def run(self) -> tuple[Order, float, float, float]:
-        """The orders, and what they prune: before, after, of all."""
-        sampled = [np.concatenate(list(one.pieces(sample=True)), axis=1) for one in self._scores]
-        plain = np.arange(self._interior.size)
-        if not all(np.isfinite(each).all() for each in sampled):
-            return np.tile(plain, (len(self._sets), 1)).astype(np.int32), 0.0, 0.0, 0.0  # pruning says why
-        orders = []
-        for one in self._sets:
-            pairs = zip(self._scores, sampled, strict=True)
-            rows = [part for own, each in pairs for part in own.of_set(each, one, self._interior.size)]
-            scores = np.concatenate(rows, axis=1) if len(rows) > 1 else rows[0]
-            cells = self._cells[one] if self._cells else None
-            orders.append(best_order(scores, *self._pattern, cells=cells, seed=one, between=self._check))
-        totals = self._totals(sampled, orders)
-        for number, (before, after, _) in enumerate(totals):
-            if not after < before:
-                orders[number] = plain
-                totals[number] = (before, before, totals[number][2])
-        before, after, whole = (sum(column) for column in zip(*totals, strict=True))
-        return np.stack(orders).astype(np.int32), before, after, whole
-
-    def _totals(
-        self, sampled: Sequence[NDArray[np.float32]], orders: Sequence[NDArray[np.int64]]
-    ) -> list[tuple[float, float, float]]:
-        """For each set what all rows lose as they lie and in its order, and the sum of all scores."""
-        plain = np.arange(self._interior.size)
-        totals = [(0.0, 0.0, 0.0)] * len(orders)
-        for own, part in zip(self._scores, sampled, strict=True):
-            for each in own.pieces() if own.is_sampled else [part]:
-                self._check()
-                for number, (one, order) in enumerate(zip(self._sets, orders, strict=True)):
-                    for rows in own.of_set(each, one, self._interior.size):
-                        before, after, whole = totals[number]
-                        before += pruned(rows, plain, *self._pattern)
-                        after += pruned(rows, order, *self._pattern)
-                        totals[number] = before, after, whole + float(rows.sum(dtype=np.float64))
-        return totals
-
-
 class _Scores:
     """What is lost where an element of a matrix is pruned: its square, times what its inputs count."""
 
     def __init__(self, weighed: Weighed, member: int, io: TensorIO) -> None:
+        part, score = weighed.part, weighed.score
         self._weighed, self._io = weighed, io
-        part = weighed.part
-        is_read = weighed.score is not None and weighed.score.role == "values"
-        self._stored = weighed.score.stored if is_read and weighed.score else io.tensors[part.tensor]
+        self._stored = io.tensors[part.tensor]
+        if score is not None and score.role == "values":
+            self._stored = score.stored
         shape = self._stored.shape
-        leading = int(part.stacked)
-        self._first = member * prod(shape[1:]) if part.stacked else 0
-        self._outer = prod(shape[leading : part.dim])
-        self._units, self._inner = shape[part.dim], prod(shape[part.dim + 1 :])
-        self._factors = self._factor(weighed, member, io)
-        self._pieces = list(self._cut())
-        total = self._outer * self._units * self._inner
-        self._stride = -(-total // SAMPLED)
+        grid = prod(shape[int(part.stacked) : part.dim]), shape[part.dim], prod(shape[part.dim + 1 :])
+        steps, first = (prod(grid[1:]), grid[2], 1), member * prod(grid) if part.stacked else 0
+        leaf = BoundBlock(part.tensor, part.tensor, grid, steps, first, (1, 1, 1))
+        self._regions = [Region(leaf, one.begin, one.extent) for one in cut(whole_part(grid), (0, 2), _PIECE)]
+        self._factors = self._factor(member)
+        self._stride = -(-prod(grid) // SAMPLED)
 
     @property
     def is_sampled(self) -> bool:
@@ -283,19 +235,15 @@ class _Scores:
 
     def pieces(self, *, sample: bool = False) -> Iterator[NDArray[np.float32]]:
         """(units, rows) of some rows at one time: of all, or of a sample far apart."""
-        for piece in self._pieces[:: self._stride if sample else 1]:
-            values = values_of(self._read(piece), self._stored.dtype).astype(np.float32)
+        for region in self._regions[:: self._stride if sample else 1]:
+            values = values_of(self._io.load(region, self._stored).view, self._stored.dtype)
+            values = values.astype(np.float32)
             np.square(values, out=values)
-            shaped = values.reshape(piece.outer[1], self._units, piece.inner[1])
-            factors = self._factors
-            if factors is not None:
-                parts = (piece.outer, (0, self._units), piece.inner)
-                own = [
-                    slice(begin, begin + size) if factors.shape[dim] > 1 else slice(None)
-                    for dim, (begin, size) in enumerate(parts)
-                ]
-                shaped = shaped * factors[tuple(own)]
-            yield np.ascontiguousarray(shaped.transpose(1, 0, 2)).reshape(self._units, -1)
+            if self._factors is not None:
+                ends = zip(region.begin, region.extent, self._factors.shape, strict=True)
+                own = [slice(at, at + size) if several > 1 else slice(None) for at, size, several in ends]
+                values = values * self._factors[tuple(own)]
+            yield np.ascontiguousarray(values.transpose(1, 0, 2)).reshape(region.extent[1], -1)
 
     def of_set(self, scores: NDArray[np.float32], one: int, size: int) -> Iterator[NDArray[np.float32]]:
         """The rows of the `size` units of a set in each of its runs: (size, rows)."""
@@ -304,36 +252,14 @@ class _Scores:
         for run in range(part.runs):
             yield scores[begin + run * size : begin + (run + 1) * size]
 
-    def _cut(self) -> Iterator[_Piece]:
-        row = self._units * self._inner
-        if row <= _PIECE:
-            step = max(1, _PIECE // max(1, row))
-            for begin in range(0, self._outer, step):
-                yield _Piece((begin, min(step, self._outer - begin)), (0, self._inner))
-            return
-        step = max(1, _PIECE // self._units)
-        for outer in range(self._outer):
-            for begin in range(0, self._inner, step):
-                yield _Piece((outer, 1), (begin, min(step, self._inner - begin)))
-
-    def _read(self, piece: _Piece) -> NDArray[Any]:
-        """The elements of a piece, flat."""
-        (outer, count), (inner, width) = piece.outer, piece.inner
-        first = self._first + outer * self._units * self._inner
-        if width == self._inner:
-            return self._io.load_run(self._stored, (first, count * self._units * self._inner))
-        found = np.empty((self._units, width), dtype=pattern_of(self._stored))
-        for unit in range(self._units):
-            found[unit] = self._io.load_run(self._stored, (first + unit * self._inner + inner, width))
-        return found.reshape(-1)
-
-    def _factor(self, weighed: Weighed, member: int, io: TensorIO) -> NDArray[np.float32] | None:
+    def _factor(self, member: int) -> NDArray[np.float32] | None:
         """What the inputs of a matrix count, a shape that broadcasts to (outer, units, inner); None for 1."""
+        weighed, io = self._weighed, self._io
         one = weighed.moment or (weighed.score if weighed.score and weighed.score.role == "vector" else None)
         if one is None:
             return None
         if one.role == "moment":
-            factors = self._curvature(weighed, member, io)
+            factors = self._curvature(one, member)
         else:
             vector = Ranking(weighed.task, io).vector(one)
             factors = vector[member] if vector.ndim > 1 else vector
@@ -341,46 +267,27 @@ class _Scores:
         most = float(factors.max(initial=0.0))
         if not _SMALLEST < most < 1 / _SMALLEST and 0 < most < float("inf"):
             factors = factors / most
-        scaled = factors.astype(np.float32)
-        rank = len(io.tensors[weighed.part.tensor].shape)
-        where = one.dim % rank - weighed.part.dim
-        return scaled.reshape([-1 if at == (where > 0) - (where < 0) + 1 else 1 for at in range(3)])
+        where = one.dim % len(io.tensors[weighed.part.tensor].shape) - weighed.part.dim
+        along = [-1 if at == (where > 0) - (where < 0) + 1 else 1 for at in range(3)]
+        return factors.astype(np.float32).reshape(along)
 
-    def _curvature(self, weighed: Weighed, member: int, io: TensorIO) -> Floats:
-        one, method = weighed.moment, weighed.task.instance.reconstruct
-        if one is None or method is None:
-            raise TypeError(f"{weighed.part.tensor} is not reconstructed")
+    def _curvature(self, one: TaskInput, member: int) -> Floats:
+        """What is lost at the least where a weight of 1 goes, for each input; 1 where nothing was seen."""
+        import torch  # noqa: PLC0415  (orders by magnitude do without)
+
+        from sparseprune.engine.curvature import Curvature  # noqa: PLC0415
+
+        method = self._weighed.task.instance.reconstruct
+        if method is None:
+            raise TypeError(f"{one.key} is not reconstructed")
         size = one.stored.shape[-1]
         begin = member * size * size if len(one.stored.shape) > 2 else 0
-        bits = io.load_run(one.stored, (begin, size * size))
-        moment = values_of(bits, one.stored.dtype).astype(np.float32, copy=False).reshape(size, size)
-        if not np.isfinite(moment).all():
-            where = f"({one.stored.shard.path})"
-            raise SparsityError(f"{one.key}: the second moment of the inputs holds NaN or infinity {where}")
-        return curvature(moment, method.damp)
-
-
-# -- what no rule reaches ----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class CopyPermuted(Pass):
-    """A tensor that moves and that no rule reaches: written as the source serves it."""
-
-    name: str
-
-    def chunks(self, io: TensorIO) -> Iterator[Chunk]:
-        stored = io.tensors[self.name]
-        files = (str(stored.shard.relative),)
-        for begin in range(0, stored.nbytes, _COPY_BYTES):
-            part = (begin, min(_COPY_BYTES, stored.nbytes - begin))
-            yield Chunk(part, part[1], 2 * part[1], str(begin), files)
-
-    def work(self, chunk: Chunk, io: TensorIO) -> list[Any]:
-        begin, size = chunk.about
-        if io.output is None:
-            raise TypeError("there is no output to write to")
-        data = np.empty(size, dtype=np.uint8)
-        io.reader.read_into(io.tensors[self.name], begin, data)
-        io.output.write_weight(self.name, begin, data.data)
-        return []
+        moment = values_of(self._io.load_run(one.stored, (begin, size * size)), one.stored.dtype)
+        try:
+            found = Curvature.of(
+                torch.from_numpy(moment.astype(np.float64)).reshape(size, size), max(method.damp, _LEAST_DAMP)
+            )
+        except SparsityError as error:
+            raise SparsityError(f"{one.key}: {error} ({one.stored.shard.path})") from error
+        factors: Floats = found.singles().numpy()
+        return factors if factors.any() else np.ones(size)

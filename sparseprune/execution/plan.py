@@ -119,13 +119,6 @@ class Plan(Struct, frozen=True):
         names = {stored.name for unit in self.units for stored in unit.tensors}
         return tuple(name for name in self.checkpoint.tensors if name in names)
 
-    @property
-    def moved_alone(self) -> tuple[str, ...]:
-        """The tensors that are permuted although no rule reaches them, in the order of the checkpoint."""
-        moved = self.permutations.moved
-        reached = set(self.reached) if moved else set()
-        return tuple(name for name in self.checkpoint.tensors if name in moved and name not in reached)
-
 
 def make_plan(
     checkpoint: Checkpoint,
@@ -182,7 +175,7 @@ def plan_of(
         tasks = [replace(task, codes=rank) for task, rank in zip(tasks, ranks, strict=True)]
     permutations = Permutations()
     if permutes:
-        permutations = permutations_of(checkpoint, tensor_infos(checkpoint), tasks, files.statistic)
+        permutations = permutations_of(checkpoint, tensor_infos(checkpoint), tasks)
     return Plan(checkpoint, bound, _units(checkpoint, tasks), permutations, files.left())
 
 

@@ -31,34 +31,13 @@ if TYPE_CHECKING:
 
     from sparseprune.checkpoint import Shard, Sink, Source
     from sparseprune.execution.passes import Pass, TensorOutcome
-    from sparseprune.execution.permuting import Moved
     from sparseprune.execution.runner import Progress
     from sparseprune.execution.schedule import Schedule, TaskGroup
 
 _TORCH_ADDRESSES = 500 << 20  # bytes that torch takes while it is loaded, measured
 
 
-def permute(schedule: Schedule, reader: Source, output: Sink, progress: Progress) -> Moved:
-    """Look for the orders of all that a plan permutes; what comes after reads by the source that is given."""
-    from sparseprune.execution.permuting import find_orders  # noqa: PLC0415  (most plans permute nothing)
-
-    given_up, check = _given_up()
-    io = TensorIO(reader, output, schedule.plan.checkpoint.tensors, "cpu", progress, check)
-    with one_torch_thread() if schedule.uses_torch else nullcontext():
-        return find_orders(
-            schedule.plan.permutations, io, output, schedule.search_resources, progress, given_up
-        )
-
-
-def write_orders(output: Sink, moved: Moved) -> None:
-    """Write the orders of all tensors that were permuted beside the report."""
-    from sparseprune.checkpoint.permuted import permutations_bytes  # noqa: PLC0415
-
-    if output.layout.permutations_file is not None:
-        output.add_file(output.layout.permutations_file, permutations_bytes(moved.orders))
-
-
-def _given_up() -> tuple[threading.Event, Callable[[], None]]:
+def stopped_by() -> tuple[threading.Event, Callable[[], None]]:
     """An event, and a function that raises GivenUpError from then on."""
     given_up = threading.Event()
 
@@ -79,7 +58,7 @@ def execute(
     has ended; nothing new is begun after it.
     """
     outcomes = Outcomes()
-    given_up, check = _given_up()
+    given_up, check = stopped_by()
     tensors = schedule.plan.checkpoint.tensors
     io = TensorIO(reader, output, tensors, device, progress, check, lanes=Lanes(schedule.limits.device))
     record = Record(output, outcomes, progress)
@@ -107,12 +86,6 @@ def jobs_of(schedule: Schedule) -> Iterator[Job]:
     for one in schedule.untouched:
         copying = CopyUntouched(one.stored.name, one.leaves, schedule.limits.slab)
         yield Job(len(schedule.groups), one.key, one.stored.name, copying)
-    alone = schedule.plan.moved_alone
-    if alone:
-        from sparseprune.execution.permuting import CopyPermuted  # noqa: PLC0415
-
-        for number, name in enumerate(alone):
-            yield Job(len(schedule.groups), f"moved{number}", name, CopyPermuted(name))
 
 
 def first_pass(group: TaskGroup) -> Pass:

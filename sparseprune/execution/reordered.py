@@ -13,6 +13,7 @@ import numpy as np
 from sparseprune.checkpoint.permuted import Permuted, PermutedSource, both_sides, read_permutations
 from sparseprune.engine.dtypes import DTYPES
 from sparseprune.engine.kernels.formats import FORMATS, values_of
+from sparseprune.errors import CheckpointError
 from sparseprune.execution.tensor_io import TensorIO
 
 if TYPE_CHECKING:
@@ -83,4 +84,8 @@ def _statistics(
             continue
         seen.add((stored.shard, stored.name))
         if len(stored.shape) > 1 and (inputs != dim or statistic.kind != "norm"):
-            yield both_sides(stored, order)
+            try:
+                yield both_sides(stored, order)
+            except ValueError as error:
+                text = f"{error}: give statistics without gradients"
+                raise CheckpointError(f"{stored.shard.path}: {text}") from error

@@ -374,26 +374,16 @@ def write_through(
     record: Record,
     resources: Resources,
     given_up: threading.Event | None = None,
+    *,
+    copies: bool = True,
 ) -> dict[int, Any]:
-    """Do jobs that write parts of an output, then copy all that the input and the output share.
+    """Do jobs that write parts of an output, or decide something for those that do, and note it there.
 
-    Results and errors as `read_through` has them. `given_up` is set where a signal or the disk ends the run.
+    Then, unless `copies` are left to others, all is copied that the input and the output share. Results and
+    errors as `read_through` has them. `given_up` is set where a signal or the disk ends the run.
     """
-    runner = Runner(_with_copies(jobs, record.output), io, record, resources.memory, given_up)
-    with _flushing(record.output, runner.give_up):
-        runner.run(resources.threads)
-    return runner.results
-
-
-def decide_through(
-    jobs: Iterable[Job],
-    io: TensorIO,
-    record: Record,
-    resources: Resources,
-    given_up: threading.Event | None = None,
-) -> dict[int, Any]:
-    """Do jobs that decide something for those that write later: as `write_through`, and nothing is copied."""
-    runner = Runner(jobs, io, record, resources.memory, given_up)
+    every = _with_copies(jobs, record.output) if copies else jobs
+    runner = Runner(every, io, record, resources.memory, given_up)
     with _flushing(record.output, runner.give_up):
         runner.run(resources.threads)
     return runner.results

@@ -58,7 +58,7 @@ class TaskGroup(Struct, frozen=True):
 
 
 class Untouched(Struct, frozen=True):
-    """A tensor of which its unit's tasks reach only a part: all but `leaves` is copied as it is."""
+    """A tensor of which tasks reach only `leaves`, or nothing as it moves alone: the rest is copied."""
 
     key: str
     stored: StoredTensor
@@ -131,9 +131,8 @@ class Schedule(Struct, frozen=True):
         reads = sum(
             task.nbytes(tensors) * group.strategy.passes for group in self.groups for task in group.tasks
         )
-        moved = sum(tensors[name].nbytes for name in self.plan.moved_alone)
         searched = self.plan.permutations.search_bytes(tensors)
-        return reads + sum(one.nbytes for one in self.untouched) + moved + searched
+        return reads + sum(one.nbytes for one in self.untouched) + searched
 
     @property
     def _item(self) -> int:
@@ -277,6 +276,8 @@ def _schedule(plan: Plan, limits: Limits, workers: int, *, compiled: bool) -> Sc
         untouched += _untouched(number, unit)
     if together:
         groups.append(_joined(together))
+    alone = plan.permutations.moved.difference(plan.reached) if plan.permutations.found else ()
+    untouched += [Untouched(f"moved{name}", tensors[name], ()) for name in tensors if name in alone]
     return Schedule(plan, limits, workers, tuple(groups), tuple(untouched))
 
 

@@ -211,19 +211,16 @@ class TensorIO:
         if zeros is not None:
             flat -= zeros
 
-    def store(self, loaded: Loaded, mask: Mask) -> None:
+    def store(self, loaded: Loaded, mask: Mask | None) -> None:
         """Write the elements of a region, and its mask, both as they lie in the order of the storage."""
         done, flat = 0, loaded.flat if loaded.zeros is None else loaded.flat + loaded.zeros
+        output, name = self._writable(), loaded.stored.name
         for first, count in loaded.region.runs():
             part = slice(done, done + count)
-            self.store_run(loaded.stored, first, flat[part], mask[part])
+            output.write_weight(name, first * flat.itemsize, flat[part].data)
+            if mask is not None:
+                output.write_mask(name, first, mask[part].data)
             done += count
-
-    def store_run(self, stored: StoredTensor, first: int, bits: Bits, mask: Mask) -> None:
-        """Write neighbouring elements of a tensor and their mask."""
-        output = self._writable()
-        output.write_weight(stored.name, first * bits.itemsize, bits.data)
-        output.write_mask(stored.name, first, mask.data)
 
     def copy(self, part: CopyRange) -> None:
         """Copy bytes that the input and the output share."""

@@ -30,6 +30,7 @@ from sparseprune.execution.regions import (
     whole_run,
 )
 from sparseprune.execution.strategy import Contiguous
+from sparseprune.execution.tensor_io import pattern_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -130,25 +131,26 @@ class CutScopes(RegionPass):
 
 @dataclass(frozen=True, slots=True)
 class CopyUntouched(Pass):
-    """What no rule reaches of a tensor that rules reach in part: copied as it is, its masks all 1."""
+    """What no rule reaches of a tensor: copied as it is, its masks all 1; without leaves it has none."""
 
     name: str
     leaves: tuple[BoundBlock, ...]
     slab: int
 
     def chunks(self, io: TensorIO) -> Iterator[Chunk]:
-        stored, size = io.tensors[self.name], io.itemsize(self.leaves[0])
+        stored = io.tensors[self.name]
+        size, files = pattern_of(stored).itemsize, (str(stored.shard.relative),)
         for number, runs in enumerate(_batches(gaps(stored.numel, self.leaves), max(1, self.slab // size))):
             elements = sum(count for _, count in runs)
             memory = 2 * elements * (size + 1)
-            yield Chunk(runs, elements * size, memory, str(number), io.files(self.leaves[:1]))
+            yield Chunk(runs, elements * size, memory, str(number), files)
 
     def work(self, chunk: Chunk, io: TensorIO) -> list[Outcome]:
         total, whole = Tally(), whole_run(io.tensors[self.name])
         for run in chunk.about:
             loaded = io.load(Region(whole, (run[0],), (run[1],)))
             total += io.tally(loaded)
-            io.store(loaded, np.ones(run[1], dtype=np.uint8))
+            io.store(loaded, np.ones(run[1], dtype=np.uint8) if self.leaves else None)
         counted = [total.zeros, total.energy]
         return [[self.name, "", total.numel, 0, *counted, *counted]]
 

@@ -381,9 +381,9 @@ class Watch(TensorIO):
 
     cuts: list[Cut] = field(default_factory=list)
 
-    def store(self, loaded: Loaded, mask: Mask) -> None:
+    def store(self, loaded: Loaded, mask: Mask | None) -> None:
         """Keep what a mask cuts that is not zero in the input, which is read again for it."""
-        if mask.all():
+        if mask is None or mask.all():
             return
         again = self.load(loaded.region)
         flat, view = again.masked()

@@ -6,13 +6,14 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from sparseprune.report.wording import many
-from sparseprune.results.pruning import PermutedModule, PlannedPermutation, UnmovedModule
+from sparseprune.results.pruning import PermutedModule, PlannedPermutation
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
     from sparseprune.execution.permutable import Permutation, Permutations
     from sparseprune.execution.permuting import Found
+    from sparseprune.results.pruning import UnmovedModule
 
 _KINDS = {"mlp": "MLP", "heads": "attention"}
 
@@ -28,11 +29,6 @@ def permuted_modules(found: Iterable[Found]) -> tuple[PermutedModule, ...]:
         PermutedModule(**_of(one.permutation), pruned_before=one.before, pruned_after=one.after)
         for one in found
     )
-
-
-def unmoved_modules(permutations: Permutations) -> tuple[UnmovedModule, ...]:
-    """The modules that stay as they are though a rule asks for it."""
-    return tuple(UnmovedModule(module=one.module, reason=one.reason) for one in permutations.unmoved)
 
 
 def _of(one: Permutation) -> dict[str, Any]:

@@ -128,6 +128,12 @@ def test_groups_along_the_diagonal_are_those_of_the_whole_moment(tmp_path: Path)
     assert served == raw(torch.stack([torch.stack(member) for member in blocks]))
 
 
+def test_refuses_an_order_in_which_indices_leave_their_groups(tmp_path: Path) -> None:
+    tensors = stored(tmp_path, g=torch.randn(2, 3, 3))
+    with pytest.raises(ValueError, match="groups of 3"):
+        both_sides(tensors["g"], np.array([[0, 1, 3, 2, 4, 5]]))
+
+
 def _along_diagonal(groups: torch.Tensor) -> torch.Tensor:
     """(groups, size, size) as one matrix."""
     count, size, _ = groups.shape

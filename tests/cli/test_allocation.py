@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 import sparseprune
 from sparseprune.checkpoint.output import read_journal
 from sparseprune.checkpoint.statistics import STATISTICS_KEY
-from sparseprune.execution import allocation
+from sparseprune.execution import runner
 from tests.cli.interrupted import NOTES, Command, Commands, Moment
 from tests.commands import ok, refused, run, valid
 from tests.execution.elsewhere import PoolRunner, one_thread
@@ -472,7 +472,7 @@ def test_losses_that_other_processes_count_give_the_same_parts(
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), one_thread) as processes:
         monkeypatch.setattr(PoolRunner, "pool", processes, raising=False)
         monkeypatch.setattr(PoolRunner, "done", [])
-        monkeypatch.setattr(allocation, "Runner", PoolRunner)
+        monkeypatch.setattr(runner, "Runner", PoolRunner)
         assert planned(tmp_path, spec, tensors) == wanted
     assert {*PoolRunner.done} == {"FactorMoments", "CountLosses"}
 
