@@ -156,7 +156,8 @@ class Share(Struct, frozen=True, eq=False):
         blocks = scope.blocks_per_scope
         elements = Fraction(numel_per_scope(scope), max(1, blocks))
         unit = task.instance.budget.multiple_of
-        bins = np.array(counted.keys, dtype=np.int64), np.cumsum([counted.below, *counted.counts])
+        below, keys, counts = counted
+        bins = np.array(keys, dtype=np.int64), np.cumsum([below, *counts])
         return cls(prod(scope.grid_shape), blocks, elements, shared.nnz, *kept_range(task), unit, *bins)
 
     def pruned(self, key: int) -> int:

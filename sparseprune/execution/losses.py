@@ -6,7 +6,9 @@ instances that share a second moment, so that each moment is factored once. Impo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,8 +18,9 @@ from sparseprune.engine.dtypes import DTYPES
 from sparseprune.engine.grids import prod
 from sparseprune.engine.kernels.formats import values_of
 from sparseprune.errors import SparsityError
-from sparseprune.execution.inputs import holds_rows
+from sparseprune.execution.inputs import holds_rows, output_dim
 from sparseprune.execution.passes import Chunk, Decision, Pass
+from sparseprune.execution.plan import together
 from sparseprune.execution.ranking import Elements, along, diagonals, refuse_nonfinite
 from sparseprune.execution.regions import Region, leaves_of, members_of, regions_in
 from sparseprune.execution.runner import Job
@@ -25,7 +28,7 @@ from sparseprune.execution.two_pass import Known, block_pairs
 from sparseprune.spec import BoundBlock
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping
 
     from numpy.typing import NDArray
 
@@ -47,21 +50,8 @@ _SHIFT = 45  # bits of a float64 that a bin takes together: 128 bins from a numb
 KEYS = 1 << (64 - _SHIFT - 1)  # of numbers that are not negative
 
 
-class Counted(Struct, frozen=True):
-    """How many blocks lie in some bins: `below` in earlier ones, `counts` in those of `keys`, ascending."""
-
-    below: int
-    keys: tuple[int, ...]
-    counts: tuple[int, ...]
-
-    @classmethod
-    def of(cls, low: int, counts: Ints, least: int, most: int) -> Counted:
-        """Of all bins from `low` on, those in which places from `least` to `most` lie."""
-        ends = np.cumsum(counts)
-        inside = (counts > 0) & (ends > least) & (ends - counts < most)
-        first = np.flatnonzero(inside)
-        below = int((ends - counts)[first[0]]) if first.size else least
-        return cls(below, tuple((low + first).tolist()), tuple(counts[first].tolist()))
+Counted = tuple[int, Sequence[int], Sequence[int]]
+"""How many blocks lie in earlier bins than some, the keys of these, ascending, and how many lie in each."""
 
 
 def keys_of(losses: Floats) -> Ints:
@@ -70,19 +60,16 @@ def keys_of(losses: Floats) -> Ints:
     return (bits >> np.uint64(_SHIFT)).astype(np.int64)
 
 
-def loss_inputs(task: Task) -> dict[str, TaskInput]:
-    """The statistics that tell losses, by their weights."""
-    return {one.key: one for one in task.inputs if one.role == "loss"}
-
-
 def loss_jobs(tasks: Sequence[Task], tensors: Mapping[str, StoredTensor]) -> list[tuple[Job, list[int]]]:
-    """Jobs that give a Counted for each of their tasks, whose numbers stand beside them.
+    """Jobs that give what is counted of each of their tasks, whose numbers stand beside them.
 
-    Rules of which some matrix has no gradients count what outputs lose.
+    Tasks that share moments, damped alike, are together. Rules of which some matrix has no gradients count
+    what outputs lose.
     """
     without = rules_without_gradients(tasks)
     jobs = []
-    for order, members in enumerate(_together(tasks)):
+    moments = [{(moment_name(one), _damp(task)) for one in _inputs(task)} for task in tasks]
+    for order, members in enumerate(map(sorted, together(moments))):
         some = tuple(tasks[number] for number in members)
         first = FactorMoments(some, tuple(task.rule not in without for task in some))
         held = sum(_held(task, tensors) for task in some)
@@ -90,31 +77,13 @@ def loss_jobs(tasks: Sequence[Task], tensors: Mapping[str, StoredTensor]) -> lis
     return jobs
 
 
-def _together(tasks: Sequence[Task]) -> list[list[int]]:
-    """The numbers of tasks in groups that share moments, damped alike, in the order of their first ones."""
-    home: dict[tuple[str, float], int] = {}
-    groups: dict[int, tuple[list[int], set[tuple[str, float]]]] = {}
-    for number, task in enumerate(tasks):
-        named = {(moment_name(one), _damp(task)) for one in loss_inputs(task).values()}
-        first, *others = sorted({home[name] for name in named if name in home}) or [number]
-        members, names = groups.setdefault(first, ([], set()))
-        for other in others:
-            their_members, their_names = groups.pop(other)
-            members += their_members
-            named |= their_names
-        members.append(number)
-        names |= named
-        home.update(dict.fromkeys(named, first))
-    return [sorted(groups[first][0]) for first in sorted(groups)]
-
-
 def rules_without_gradients(tasks: Iterable[Task]) -> dict[str, str]:
     """The rules that have a matrix without gradients, each with its name."""
     found: dict[str, str] = {}
     for task in tasks:
-        for name, one in loss_inputs(task).items():
+        for one in _inputs(task):
             if one.gradients is None:
-                found.setdefault(task.rule, name)
+                found.setdefault(task.rule, one.key)
     return found
 
 
@@ -125,71 +94,77 @@ def moment_name(one: TaskInput) -> str:
 
 def memory_of(tasks: Iterable[Task], tensors: Mapping[str, StoredTensor]) -> int:
     """Bytes of the largest chunk."""
-    found = [_ELEMENTS * _ELEMENT_BYTES]
-    for task in tasks:
-        inputs = loss_inputs(task)
-        for _, leaf in _counted_leaves(task):
-            one = inputs[leaf.tensor]
-            rows = _goes_whole(leaf, one, tensors[leaf.tensor].shape)
-            found.append(_memory_of(one, tensors, rows=rows))
-    return max(found)
-
-
-def _memory_of(one: TaskInput, tensors: Mapping[str, StoredTensor], *, rows: bool) -> int:
-    """Bytes that a moment takes while it is factored, and a matrix whose rows go whole."""
-    stored = DTYPES[one.stored.dtype].itemsize
-    each = stored + _COPIES * max(4, stored)
-    return each * one.stored.shape[-1] ** 2 + rows * _WEIGHT_BYTES * _matrix(one, tensors)
+    leaves = [one.memory for task in tasks for one in _leaves(task, tensors)]
+    return max([_ELEMENTS * _ELEMENT_BYTES, *leaves])
 
 
 def bytes_read(tasks: Iterable[Task], tensors: Mapping[str, StoredTensor]) -> int:
     """Bytes that the jobs of some tasks read: moments and weights, each once."""
-    listed = list(tasks)
-    moments = {moment_name(one): one.stored for task in listed for one in loss_inputs(task).values()}
-    weights = sum(
-        prod(leaf.view_shape) * tensors[leaf.tensor].nbytes // max(1, tensors[leaf.tensor].numel)
-        for task in listed
-        for _, leaf in _counted_leaves(task)
-    )
-    return weights + sum(stored.nbytes for stored in moments.values())
+    leaves = [one for task in tasks for one in _leaves(task, tensors)]
+    moments = {moment_name(one.input): one.input.stored.nbytes for one in leaves}
+    read = ((prod(one.leaf.view_shape), tensors[one.leaf.tensor]) for one in leaves)
+    weights = sum(numel * stored.nbytes // max(1, stored.numel) for numel, stored in read)
+    return weights + sum(moments.values())
 
 
 def _held(task: Task, tensors: Mapping[str, StoredTensor]) -> int:
     """Bytes that a job keeps of a task: a number for each input or row of its matrices, sums of blocks."""
-    inputs = loss_inputs(task)
-    lines = sum(sum(tensors[name].shape[-2:]) * prod(one.stored.shape[:-2]) for name, one in inputs.items())
-    blocks = sum(prod(leaf.grid_shape) for block, leaf in _counted_leaves(task) if not _single(block))
-    return 8 * (lines + blocks)
+    leaves = _leaves(task, tensors)
+    lines = {one.leaf.tensor: sum(one.shape[-2:]) * prod(one.shape[:-2]) for one in leaves}
+    blocks = sum(prod(one.leaf.grid_shape) for one in leaves if not one.is_element)
+    return 8 * (KEYS + sum(lines.values()) + blocks)
 
 
-def _matrix(one: TaskInput, tensors: Mapping[str, StoredTensor]) -> int:
-    """The elements of a weight that belong to one moment."""
-    return tensors[one.key].numel // max(1, prod(one.stored.shape[:-2]))
+def _inputs(task: Task) -> Iterable[TaskInput]:
+    """The statistics that tell losses."""
+    return task.with_role("loss").values()
 
 
-def _seen(one: TaskInput, shape: Shape) -> tuple[Shape, int]:
-    """The shape of a weight, as a stack where it has several moments, and the dimension of its inputs."""
-    matrices = one.stored.shape[0]
-    if len(shape) == 2 and len(one.stored.shape) == 3:  # they lie one below another
-        return (matrices, shape[0] // matrices, shape[1]), one.dim % 2 + 1
-    return shape, one.dim
+class _Leaf(Struct, frozen=True):
+    """A leaf that has a say, the block that it belongs to, and the second moment of its weight.
+
+    `shape` is that of the weight, as a stack where it has several moments, and `dim` the dimension of inputs
+    there.
+    """
+
+    block: AnyBlock
+    leaf: BoundBlock
+    input: TaskInput
+    shape: Shape
+    dim: int
+
+    @property
+    def is_element(self) -> bool:
+        """Whether its blocks are single elements."""
+        return isinstance(self.block, BoundBlock) and self.block.numel_per_block == 1
+
+    @property
+    def rows(self) -> bool:
+        """Whether rows go whole, so that nothing in their matrix can make up for them."""
+        return self.leaf.numel_per_block > 1 and holds_rows(self.leaf, self.shape, self.dim)
+
+    @property
+    def memory(self) -> int:
+        """Bytes that its moment takes while it is factored, and its matrix where rows go whole."""
+        stored = DTYPES[self.input.stored.dtype].itemsize
+        each = stored + _COPIES * max(4, stored)
+        return each * self.shape[self.dim] ** 2 + self.rows * _WEIGHT_BYTES * prod(self.shape[-2:])
 
 
-def _single(block: AnyBlock) -> bool:
-    return isinstance(block, BoundBlock) and block.numel_per_block == 1
-
-
-def _counted_leaves(task: Task) -> Iterator[tuple[AnyBlock, BoundBlock]]:
-    """The leaves that have a say, each with the block that it belongs to."""
-    inputs = loss_inputs(task)
+def _leaves(task: Task, tensors: Mapping[str, StoredTensor]) -> list[_Leaf]:
+    """The leaves of a task that have a say."""
+    found = []
+    inputs = task.with_role("loss")
     for member, _ in members_of(task.instance.scope):
-        yield from ((member.block, leaf) for leaf in member.block.leaves if leaf.tensor in inputs)
-
-
-def _goes_whole(leaf: BoundBlock, one: TaskInput, shape: Shape) -> bool:
-    """Whether rows go whole, so that nothing in their matrix can make up for them."""
-    seen, dim = _seen(one, shape)
-    return leaf.numel_per_block > 1 and holds_rows(leaf, seen, dim)
+        for leaf in member.block.leaves:
+            if leaf.tensor in inputs:
+                one, shape = inputs[leaf.tensor], tensors[leaf.tensor].shape
+                dim = one.dim % len(shape)
+                if len(shape) == 2 and len(one.stored.shape) == 3:  # matrices lie one below another
+                    matrices = one.stored.shape[0]
+                    shape, dim = (matrices, shape[0] // matrices, shape[1]), dim + 1
+                found.append(_Leaf(member.block, leaf, one, shape, dim))
+    return found
 
 
 _Key = tuple[str, bool, bool]
@@ -198,7 +173,7 @@ _Key = tuple[str, bool, bool]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Losses(Pass):
-    """Passes that give a Counted for each of `tasks`; `gradients` says whose statistics have some."""
+    """Passes that count the losses of each of `tasks`; `gradients` says whose statistics have some."""
 
     tasks: tuple[Task, ...]
     gradients: tuple[bool, ...]
@@ -209,22 +184,10 @@ class _Losses(Pass):
 
     def decided(self, value: Any) -> Pass | None:  # noqa: ANN401
         try:
-            found = [Counted(below, tuple(keys), tuple(counts)) for below, keys, counts in value]
+            found = [(below, tuple(keys), tuple(counts)) for below, keys, counts in value]
         except (TypeError, ValueError):
             return None
         return Known(found) if len(found) == len(self.tasks) else None
-
-    def _about(self, moment: str, io: TensorIO) -> dict[_Key, TaskInput]:
-        """The weights that a moment is of, and their statistics."""
-        found = {}
-        for task, gradients in zip(self.tasks, self.gradients, strict=True):
-            inputs = {name: one for name, one in loss_inputs(task).items() if moment_name(one) == moment}
-            for _, leaf in _counted_leaves(task):
-                if leaf.tensor in inputs:
-                    one = inputs[leaf.tensor]
-                    rows = _goes_whole(leaf, one, io.tensors[leaf.tensor].shape)
-                    found[leaf.tensor, rows, gradients] = one
-        return found
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -233,11 +196,9 @@ class FactorMoments(_Losses):
 
     def chunks(self, io: TensorIO) -> Iterator[Chunk]:
         """One for each matrix of a moment, by its name and number."""
-        inputs = [one for task in self.tasks for one in loss_inputs(task).values()]
-        for name in dict.fromkeys(map(moment_name, inputs)):
-            about = self._about(name, io)
-            memory = max(_memory_of(one, io.tensors, rows=rows) for (_, rows, _), one in about.items())
-            stored = next(iter(about.values())).stored
+        for name, about in self._weights(io).items():
+            memory = max(one.memory for one in about.values())
+            stored = next(iter(about.values())).input.stored
             matrices = prod(stored.shape[:-2])
             for matrix in range(matrices):
                 yield Chunk((name, matrix), stored.nbytes // matrices, memory)
@@ -250,8 +211,8 @@ class FactorMoments(_Losses):
         from sparseprune.execution.torch_tiles import tensor_of  # noqa: PLC0415
 
         name, matrix = chunk.about
-        about = self._about(name, io)
-        one = next(iter(about.values()))
+        about = self._weights(io)[name]
+        one = next(iter(about.values())).input
         size, damp = one.stored.shape[-1], _damp(self.tasks[0])
         bits = io.load_run(one.stored, (matrix * size * size, size * size))
         found = []
@@ -271,7 +232,15 @@ class FactorMoments(_Losses):
                 else:
                     singles = curvature.singles().cpu().numpy() if singles is None else singles
                     factors = singles * scale.mean()
-                found.append((key, len(own.stored.shape) > 2, factors))
+                found.append((key, len(own.input.stored.shape) > 2, factors))
+        return found
+
+    def _weights(self, io: TensorIO) -> dict[str, dict[_Key, _Leaf]]:
+        """The weights that each moment is of."""
+        found: dict[str, dict[_Key, _Leaf]] = {}
+        for task, gradients in zip(self.tasks, self.gradients, strict=True):
+            for one in _leaves(task, io.tensors):
+                found.setdefault(moment_name(one.input), {})[one.leaf.tensor, one.rows, gradients] = one
         return found
 
     def merge(self, partials: list[Any], io: TensorIO) -> Pass:  # noqa: ARG002
@@ -290,26 +259,24 @@ def _damp(task: Task) -> float:
     return shared.damp
 
 
-def _rows(one: TaskInput, matrix: int, io: TensorIO) -> Floats:
+def _rows(one: _Leaf, matrix: int, io: TensorIO) -> Floats:
     """The weights of a matrix, (rows, inputs), in float64."""
-    stored = io.tensors[one.key]
-    seen, dim = _seen(one, stored.shape)
-    size = prod(seen[-2:])
-    values = io.load_values(stored, (matrix * size, size)).reshape(seen[-2:])
-    return values if dim == len(seen) - 1 else np.ascontiguousarray(values.T)
+    size = prod(one.shape[-2:])
+    values = io.load_values(io.tensors[one.leaf.tensor], (matrix * size, size)).reshape(one.shape[-2:])
+    return values if one.dim == len(one.shape) - 1 else np.ascontiguousarray(values.T)
 
 
-def _gradients(one: TaskInput, matrix: int, io: TensorIO) -> Floats:
+def _gradients(one: _Leaf, matrix: int, io: TensorIO) -> Floats:
     """The mean square of the gradient at each output of a matrix, (rows,)."""
-    stored = one.gradients
+    stored = one.input.gradients
     if stored is None:
-        raise TypeError(f"{one.key} has no gradients")
-    groups = _matrix(one, io.tensors) // one.stored.shape[-1] // stored.shape[-1]
+        raise TypeError(f"{one.leaf.tensor} has no gradients")
+    groups = one.shape[output_dim(one.shape, one.dim)] // stored.shape[-1]
     bits = diagonals(stored, io, range(matrix * groups, (matrix + 1) * groups))
     squares = values_of(bits, stored.dtype).astype(np.float64)
     if not (squares >= 0).all() or np.isinf(squares).any():
         text = "the second moment of its gradients has a diagonal that is none: calibrate again"
-        raise SparsityError(f"{one.key}: {text} ({stored.shard.path})")
+        raise SparsityError(f"{one.leaf.tensor}: {text} ({stored.shard.path})")
     return squares
 
 
@@ -327,82 +294,82 @@ class CountLosses(_Losses):
     def chunks(self, io: TensorIO) -> Iterator[Chunk]:
         memory = _ELEMENTS * _ELEMENT_BYTES
         for number, task in enumerate(self.tasks):
-            for place, (block, leaf) in enumerate(_counted_leaves(task)):
-                if not _single(block):
+            for place, one in enumerate(_leaves(task, io.tensors)):
+                if not one.is_element:
                     yield Chunk((number, place, None), memory=memory)
                     continue
-                for region in regions_in(leaf, _ELEMENTS):
+                for region in regions_in(one.leaf, _ELEMENTS):
                     yield Chunk((number, place, (region.begin, region.extent)), io.nbytes(region), memory)
 
     def work(self, chunk: Chunk, io: TensorIO) -> tuple[int, int | None, int, NDArray[Any]]:
         """The number of a task; then the first bin and counts, or a leaf's place and sums of its blocks."""
         number, place, part = chunk.about
-        task = self.tasks[number]
-        _, leaf = list(_counted_leaves(task))[place]
+        one = _leaves(self.tasks[number], io.tensors)[place]
         if part is not None:
-            return number, None, *_binned(self._losses(number, Region(leaf, *part), io))
-        sums = np.zeros(leaf.grid_shape)
-        for region in regions_in(leaf, _ELEMENTS):
+            keys = keys_of(self._losses(number, one, Region(one.leaf, *part), io))
+            low = int(keys.min())
+            return number, None, low, np.bincount(keys - low)
+        sums = np.zeros(one.leaf.grid_shape)
+        for region in regions_in(one.leaf, _ELEMENTS):
             pairs = block_pairs(region)
-            found = self._losses(number, region, io).reshape(pairs)
+            found = self._losses(number, one, region, io).reshape(pairs)
             sums[region.blocks] += found.sum(axis=tuple(range(1, len(pairs), 2)))
-            io.passed(io.nbytes(region), task.instance.label)
+            io.passed(io.nbytes(region), self.tasks[number].instance.label)
         return number, place, 0, sums
 
     def total(self) -> dict[Any, Any]:
+        """For each task the blocks in every bin, and the sums of its leaves by their places."""
         return {}
 
     def add(
         self, total: dict[Any, Any], partial: tuple[int, int | None, int, NDArray[Any]]
     ) -> dict[Any, Any]:
         number, place, low, found = partial
-        own = found if place is not None else _joined(total.get((number, None)), (low, found))
-        total[number, place] = own
+        if place is None:
+            counts = total.setdefault((number, None), np.zeros(KEYS, dtype=np.int64))
+            counts[low : low + found.size] += found
+        else:
+            total[number, place] = found
         return total
 
-    def merge(self, partials: list[Any], io: TensorIO) -> Decision:  # noqa: ARG002
+    def merge(self, partials: list[Any], io: TensorIO) -> Decision:
         (total,) = partials
         found = []
         for number, task in enumerate(self.tasks):
-            bins = total.get((number, None))
-            for block_losses in self._of_blocks(number, total):
-                bins = _joined(bins, _binned(block_losses))
+            counts = total.get((number, None), np.zeros(KEYS, dtype=np.int64))
+            for losses in self._of_blocks(number, total, io):
+                counts = counts + np.bincount(keys_of(losses), minlength=KEYS)
             least, most = pruned_range(task)
-            low, counts = bins or (0, np.zeros(0, dtype=np.int64))
-            counted = Counted.of(low, counts, least, most)
-            found.append([counted.below, counted.keys, counted.counts])
+            ends = np.cumsum(counts)
+            inside = np.flatnonzero((counts > 0) & (ends > least) & (ends - counts < most))
+            below = int((ends - counts)[inside[0]]) if inside.size else least
+            found.append([below, inside.tolist(), counts[inside].tolist()])
         return Decision(found)
 
-    def _of_blocks(self, number: int, sums: Mapping[Any, Floats]) -> Iterator[Floats]:
+    def _of_blocks(self, number: int, sums: Mapping[Any, Floats], io: TensorIO) -> Iterator[Floats]:
         """The loss of each block per element, of every block that is more than an element."""
         task = self.tasks[number]
-        places = {(block.label, leaf): place for place, (block, leaf) in enumerate(_counted_leaves(task))}
+        leaves = enumerate(_leaves(task, io.tensors))
+        places = {(one.block.label, one.leaf): place for place, one in leaves if not one.is_element}
         for member, _ in members_of(task.instance.scope):
-            block = member.block
-            if not _single(block):
-                own = [
-                    sums[number, places[block.label, leaf]].transpose(order)
-                    for leaf, order in leaves_of(block)
-                    if (block.label, leaf) in places
-                ]
-                total = own[0]
-                for one in own[1:]:
-                    total = total + one
-                yield total / block.numel_per_block
+            own = [
+                sums[number, places[member.block.label, leaf]].transpose(order)
+                for leaf, order in leaves_of(member.block)
+                if (member.block.label, leaf) in places
+            ]
+            if own:
+                yield reduce(np.add, own) / member.block.numel_per_block
 
-    def _losses(self, number: int, region: Region, io: TensorIO) -> Floats:
+    def _losses(self, number: int, one: _Leaf, region: Region, io: TensorIO) -> Floats:
         """What is lost by each weight of a region."""
-        task, name = self.tasks[number], region.leaf.tensor
-        one, shape = loss_inputs(task)[name], io.tensors[name].shape
-        rows = _goes_whole(region.leaf, one, shape)
-        seen, dim = _seen(one, shape)
-        factors = self.factors[name, rows, self.gradients[number]]
+        rows = one.rows
+        factors = self.factors[one.leaf.tensor, rows, self.gradients[number]]
         if rows:
-            own = along(region, factors, seen, 2 * len(seen) - 3 - dim)
+            own = along(region, factors, one.shape, output_dim(one.shape, one.dim))
             return np.ascontiguousarray(np.broadcast_to(own, region.extent))
-        losses = _magnitudes(task, region, io)
+        losses = _magnitudes(self.tasks[number], region, io)
         losses *= losses
-        losses *= along(region, factors, seen, dim)
+        losses *= along(region, factors, one.shape, one.dim)
         return losses
 
 
@@ -433,25 +400,3 @@ def kept_range(task: Task) -> tuple[int, int]:
     if found is None:
         raise TypeError(f"{task.instance.label} shares no budget")
     return found
-
-
-def _binned(losses: Floats) -> tuple[int, Ints]:
-    """The first bin of some losses, and how many lie in it and in those that follow."""
-    keys = keys_of(losses)
-    if not keys.size:
-        return 0, np.zeros(0, dtype=np.int64)
-    low = int(keys.min())
-    return low, np.bincount(keys - low).astype(np.int64)
-
-
-def _joined(one: tuple[int, Ints] | None, other: tuple[int, Ints]) -> tuple[int, Ints]:
-    """The bins of both."""
-    if one is None or not one[1].size:
-        return other
-    if not other[1].size:
-        return one
-    low = min(one[0], other[0])
-    counts = np.zeros(max(begin + own.size for begin, own in (one, other)) - low, dtype=np.int64)
-    for begin, own in (one, other):
-        counts[begin - low : begin - low + own.size] += own
-    return low, counts

@@ -25,7 +25,7 @@ from sparseprune.results.fields import Made
 from sparseprune.spec import TensorInfo, bind
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 
     from sparseprune.checkpoint import Checkpoint, StoredTensor
     from sparseprune.execution.coded import CodesRank
@@ -245,24 +245,34 @@ def _ranks_of_codes(
     return [rank_of_codes(instance, tensors) for _, instance in bound.instances()]
 
 
-def _units(checkpoint: Checkpoint, tasks: Iterable[Task]) -> Sequence[WorkUnit]:
+def together(collections: Iterable[Collection[Hashable]]) -> list[list[int]]:
+    """The numbers of collections in groups that share members, also by way of others, by their first ones.
+
+    >>> together([{"a"}, {"b"}, {"c"}, {"a", "c"}])
+    [[0, 2, 3], [1]]
+    """
+    listed = list(collections)
+    home_of: dict[Hashable, int] = {}  # for each member, its group by the number of the first in it
+    groups: dict[int, list[int]] = {}
+    for number, own in enumerate(listed):
+        home, members = number, own
+        if not home_of.keys().isdisjoint(own):
+            home, *others = sorted({home_of[member] for member in own if member in home_of})
+            moved = [one for other in others for one in groups.pop(other)]
+            members = {*own, *(member for one in moved for member in listed[one])}
+            groups[home] += moved
+        groups.setdefault(home, []).append(number)
+        home_of.update(dict.fromkeys(members, home))
+    return [groups[home] for home in sorted(groups)]
+
+
+def _units(checkpoint: Checkpoint, tasks: Sequence[Task]) -> Sequence[WorkUnit]:
     """Tasks joined where they share a tensor, in the order of their first one."""
-    home_of: dict[str, int] = {}  # for each tensor, the number of its group, which is that of the first task
-    tasks_of: dict[int, list[Task]] = {}
-    for number, task in enumerate(tasks):
-        names = {leaf.tensor: None for leaf in task.instance.scope.leaves}
-        home = number
-        if not home_of.keys().isdisjoint(names):
-            home, *others = sorted({home_of[name] for name in names if name in home_of})
-            moved = [task for other in others for task in tasks_of.pop(other)]
-            names |= {leaf.tensor: None for task in moved for leaf in task.instance.scope.leaves}
-            tasks_of[home] += moved
-        tasks_of.setdefault(home, []).append(task)
-        home_of.update(dict.fromkeys(names, home))
     stored = checkpoint.tensors
 
-    def unit(tasks: tuple[Task, ...]) -> WorkUnit:
-        names = dict.fromkeys([leaf.tensor for task in tasks for leaf in task.instance.scope.leaves])
-        return WorkUnit(tasks, tuple([stored[name] for name in names]))
+    def unit(numbers: list[int]) -> WorkUnit:
+        own = tuple([tasks[number] for number in numbers])
+        names = dict.fromkeys([leaf.tensor for task in own for leaf in task.instance.scope.leaves])
+        return WorkUnit(own, tuple([stored[name] for name in names]))
 
-    return Made([tuple(tasks_of.pop(home)) for home in sorted(tasks_of)], unit)
+    return Made(together([[leaf.tensor for leaf in task.instance.scope.leaves] for task in tasks]), unit)
