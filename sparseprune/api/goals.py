@@ -80,14 +80,6 @@ class Goal(Struct, frozen=True):
         return SparsepruneError(f"--target {self.text}: {why}")
 
 
-class Reached(Struct, frozen=True):
-    """What a target led to: bound rules with other budgets, and the override of a spec that says the same."""
-
-    bound: BoundSpec
-    override: tuple[str, str]
-    found: TargetReached
-
-
 class Bound(Struct, frozen=True):
     """A spec bound to a checkpoint; numbers in `overrides` were set. `config` is the one that counts."""
 
@@ -98,8 +90,8 @@ class Bound(Struct, frozen=True):
     config: Mapping[str, Any] | None
 
 
-def reach(goal: Goal, given: Bound, *, removed: bool) -> Reached:
-    """Budgets that leave the most that does not exceed a target; what they drop becomes zero or is `removed`.
+def reach(goal: Goal, given: Bound, *, removed: bool) -> TargetReached:
+    """The number that leaves the most within a target; what a spec drops becomes zero or is `removed`.
 
     Raises:
         SparsepruneError: it is not clear what to vary, no value reaches the target, or only data would tell.
@@ -132,7 +124,7 @@ def reach(goal: Goal, given: Bound, *, removed: bool) -> Reached:
         raise goal.refused(
             f"there are {left_text(goal.unit, ceil(turning.whole))} as it is, and nothing has to go"
         )
-    reached = TargetReached(
+    return TargetReached(
         unit=goal.unit,
         asked=goal.most,
         reached=ceil(found.left),
@@ -140,7 +132,6 @@ def reach(goal: Goal, given: Bound, *, removed: bool) -> Reached:
         name=knob.name,
         value=value,
     )
-    return Reached(with_budgets(given.bound, budgets), (knob.name, repr(value)), reached)
 
 
 def _chosen(goal: Goal, given: Bound) -> Knob:

@@ -122,9 +122,8 @@ def _reaching(
     overrides = asked.overrides
     config, _ = as_model(read_config(checkpoint), target.model_type)
     bound = Bound(spec, checkpoint, bind_to(checkpoint, spec), overrides, config)
-    reached = reach(Goal.of(text), bound, removed=target.resized)
-    name, value = reached.override
-    return dataclasses.replace(asked, overrides={**overrides, name: value}), reached.found
+    found = reach(Goal.of(text), bound, removed=target.resized)
+    return dataclasses.replace(asked, overrides={**overrides, found.name: repr(found.value)}), found
 
 
 def _plan(checkpoint: Checkpoint, spec: Spec, target: Target, machine: Machine) -> tuple[Plan, Schedule]:

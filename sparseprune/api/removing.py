@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -37,9 +37,11 @@ from sparseprune.checkpoint.not_safetensors import PICKLE_SUFFIXES, names_traini
 from sparseprune.checkpoint.publish import refuse_replacing
 from sparseprune.checkpoint.resizing import lay_out_choice, lay_out_decisions, lay_out_removal, open_choice
 from sparseprune.checkpoint.source import read_beside
+from sparseprune.engine.grids import prod
 from sparseprune.errors import CheckpointError, SparsepruneError, SpecError
 from sparseprune.execution.plan import rebuilding_rules
 from sparseprune.report.coverage import idle_lines
+from sparseprune.report.wording import other_weights
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -57,7 +59,6 @@ if TYPE_CHECKING:
     from sparseprune.removal.preview import Preview
     from sparseprune.removal.shrink import Removal
     from sparseprune.removal.slices import BlockDecisions, KeptIndices
-    from sparseprune.report.pruning import RemovalRun
 
 
 class Asked(Struct, frozen=True):
@@ -132,12 +133,12 @@ def planned_removal(run: Run, prepared: Prepared) -> results.Plan:
 
 
 class Choice(Struct, frozen=True):
-    """What survives, from whichever source: kept indices, rebuilt tensors, and the report so far.
+    """What survives, from whichever source: kept indices, rebuilt tensors, and what the result has of that.
 
     Errors begin with `source`. `refuse_changed` raises where something that was read has changed since.
-    `scratch` is the output in which the decisions wait: discard it once nothing reads from it, before the
-    smaller output gets its name. `spec` is the text that the output keeps, `left_out` names what has no
-    counterpart.
+    `spec` is the text that the output keeps. `told` are members of the result, `totals` of its totals, `idle`
+    lines on rules that drop nothing; `left_out` names what has no counterpart. `scratch` is the output in
+    which the decisions wait: discard it once nothing reads from it, before the smaller output gets its name.
     """
 
     source: str
@@ -146,8 +147,11 @@ class Choice(Struct, frozen=True):
     limits: Limits
     identity: Mapping[str, str]
     refuse_changed: Callable[[], None]
-    report: RemovalRun
     spec: bytes | None
+    told: Mapping[str, Any] = {}
+    totals: Mapping[str, Any] = {}
+    notes: tuple[str, ...] = ()
+    idle: tuple[str, ...] = ()
     left_out: str | None = None
     plan: Plan | None = None
     scratch: StagedOutput | None = None
@@ -196,7 +200,6 @@ def _by_masks(run: Run, asked: Asked, reader: TensorReader) -> Choice:
     from sparseprune.execution.reapply import resident_of
     from sparseprune.execution.regions import limits_of
     from sparseprune.report.checks import left_out_text
-    from sparseprune.report.pruning import RemovalRun
 
     limits = limits_of(asked.machine.memory, uses_torch=False, resident=resident_of(matched, resized=True))
     masks = [pair.mask for pair in matched.pairs]
@@ -208,7 +211,7 @@ def _by_masks(run: Run, asked: Asked, reader: TensorReader) -> Choice:
         limits=limits,
         identity={**masked.identity, "the options": options},
         refuse_changed=lambda: refuse_changed(matched.checkpoint, matched.masks.shards),
-        report=RemovalRun(str(asked.checkpoint), masks=path, overrides=masked.overrides),
+        told={"masks": path, "set": dict(masked.overrides)},
         spec=masked.spec,
         left_out=left_out_text(masked.left_out),
     )
@@ -218,7 +221,6 @@ def _by_lists(asked: Asked) -> Choice:
     """Kept indices that lists say."""
     from sparseprune.execution.regions import Resident, limits_of
     from sparseprune.removal.lists import KEPT, Listed
-    from sparseprune.report.pruning import RemovalRun
 
     with collector_paused():
         checkpoint = open_checkpoint(asked.checkpoint)
@@ -249,8 +251,8 @@ def _by_lists(asked: Asked) -> Choice:
             "the options": json.dumps(["remove", sorted(sources), limits.slab]),
         },
         refuse_changed=lambda: refuse_changed(checkpoint, ()),
-        report=RemovalRun(str(asked.checkpoint), lists=sources),
         spec=None,
+        told=sources,
     )
 
 
@@ -298,7 +300,8 @@ def _by_spec(run: Run, prepared: Prepared, output: StagedOutput, decisions: Bloc
     """Kept indices from decisions in memory, or else from masks that are written to the scratch folder."""
     from sparseprune.execution.pruning import execute, work_bytes
     from sparseprune.execution.schedule import device_text, devices_of_rules, resolve_device
-    from sparseprune.report.pruning import RemovalRun
+    from sparseprune.report.coverage import coverage_totals, unpruned_lines
+    from sparseprune.report.pruning import rule_results, summed_up
 
     asked, plan, schedule = prepared.asked, prepared.plan, prepared.schedule
     device = resolve_device(prepared.machine.device, uses_torch=schedule.uses_torch)
@@ -316,20 +319,7 @@ def _by_spec(run: Run, prepared: Prepared, output: StagedOutput, decisions: Bloc
         if decisions is None:
             masks, rebuilt = open_choice(output)
             kept = _kept_by(run, prepared.machine.jobs, masks, reader, schedule.limits)
-    report = RemovalRun(
-        input=str(asked.checkpoint),
-        spec_sha256=digest(prepared.source.text),
-        device=device_text(schedule.groups, device),
-        devices=devices_of_rules(schedule, device),
-        rebuilds=rebuilding_rules(plan),
-        reconstruct=asked.reconstruct,
-        stats=stats_told(prepared),
-        overrides=asked.overrides,
-        tensors=outcomes,
-        notes=notes_of(prepared),
-        coverage=prepared.coverage,
-        target=prepared.found,
-    )
+    found = summed_up(outcomes)
     return Choice(
         source=prepared.source.source,
         checkpoint=plan.checkpoint,
@@ -337,8 +327,21 @@ def _by_spec(run: Run, prepared: Prepared, output: StagedOutput, decisions: Bloc
         limits=schedule.limits,
         identity=output.identity or {},
         refuse_changed=lambda: refuse_changed(plan.checkpoint, score_shards(plan)),
-        report=report,
         spec=as_applied(prepared),
+        told={
+            "spec_sha256": digest(prepared.source.text),
+            "set": dict(asked.overrides),
+            "target": prepared.found,
+            "reconstruct": asked.reconstruct,
+            "stats": stats_told(prepared),
+            "device": device_text(schedule.groups, device),
+            "rules": rule_results(
+                plan.bound, found, devices_of_rules(schedule, device), rebuilding_rules(plan)
+            ),
+        },
+        totals={**coverage_totals(prepared.coverage), **found.lost},
+        notes=notes_of(prepared),
+        idle=tuple(unpruned_lines(plan.bound.rules, found.pruned)),
         plan=plan,
         scratch=output,
         rebuilt=rebuilt,
@@ -373,7 +376,7 @@ def _cut(run: Run, asked: Asked, choice: Choice) -> results.Removal:
         refuse(unscalable(removal.scales, checkpoint.tensors))
     except CheckpointError as error:
         raise CheckpointError(*(f"{choice.source}: {line}" for line in error.args)) from error
-    _refuse_nothing(run, choice, removal)
+    _refuse_nothing(run, asked, choice, removal)
     run.warn(*removal.remarks)
     tensors = {
         name: replace(left, whole=left.whole and name not in choice.rebuilt)
@@ -403,17 +406,14 @@ def _cut(run: Run, asked: Asked, choice: Choice) -> results.Removal:
     )
 
 
-def _refuse_nothing(run: Run, choice: Choice, removal: Removal) -> None:
+def _refuse_nothing(run: Run, asked: Asked, choice: Choice, removal: Removal) -> None:
     """SparsepruneError where nothing would be removed; a warning of each rule that removes nothing."""
-    from sparseprune.report.coverage import unpruned_lines
-    from sparseprune.report.pruning import summed_up
-
-    rules = () if choice.plan is None else choice.plan.bound.rules
-    idle = list(unpruned_lines(rules, summed_up(choice.report.tensors).pruned))
     if not removal.kept and len(removal.left) == len(choice.checkpoint.tensors):
-        why = idle or ["all of it stays" if choice.report.lists else "every mask keeps all of its tensor"]
-        raise SparsepruneError(*(f"{choice.source}: nothing to remove: {line}" for line in why))
-    run.warn(*idle)
+        every = "all of it stays" if asked.lists else "every mask keeps all of its tensor"
+        raise SparsepruneError(
+            *(f"{choice.source}: nothing to remove: {line}" for line in choice.idle or [every])
+        )
+    run.warn(*choice.idle)
 
 
 def _removed(
@@ -440,23 +440,37 @@ def _result(
     run: Run, asked: Asked, choice: Choice, removal: Removal, layout: OutputLayout
 ) -> results.Removal:
     """What was cut out, or would be."""
-    from sparseprune.report.pruning import make_removal_result
+    from sparseprune import results
+    from sparseprune.report.coverage import coverage_totals
+    from sparseprune.report.pruning import Sums, changed_tensors
+    from sparseprune.results.pruning import RemovalTotals
 
-    circumstances = replace(
-        choice.report,
+    checkpoint = choice.checkpoint
+    given = dict.fromkeys(("spec_sha256", "masks", "experts", "vocabulary", "target", "reconstruct", "stats"))
+    return results.Removal(
+        **{**given, "set": {}, "device": "cpu", "rules": (), **choice.told},
+        input=str(asked.checkpoint),
         output=output_shown(asked.target.output, asked.checkpoint, layout),
-        seconds=run.seconds,
-        nbytes=(layout.input_bytes, weight_bytes(layout)),
-        left_out=layout.left_out,
-        warnings=run.warnings,
+        seconds=round(run.seconds, 3),
+        warnings=tuple(run.warnings),
         notes=(
-            *choice.report.notes,
+            *choice.notes,
             *(f"{file}: ids of tokens are the new ones" for file in removal.beside),
-            *_training_state(choice.checkpoint),
+            *_training_state(checkpoint),
         ),
+        files_left_out=other_weights(layout.left_out),
+        totals=RemovalTotals(
+            tensors=len(checkpoint.tensors),
+            tensors_after=len(removal.left),
+            numel=sum(stored.numel for stored in checkpoint.tensors.values()),
+            numel_after=sum(prod(one.shape) for one in removal.left.values()),
+            bytes=layout.input_bytes,
+            bytes_after=weight_bytes(layout),
+            **(choice.totals or {**coverage_totals(None), **Sums().lost}),
+        ),
+        config=removal.changes,
+        tensors=tuple(changed_tensors(checkpoint, removal.left)),
     )
-    bound = None if choice.plan is None else choice.plan.bound
-    return make_removal_result(circumstances, choice.checkpoint, bound, removal)
 
 
 def _touched(choice: Choice, removal: Removal) -> dict[str, Touched]:

@@ -22,7 +22,6 @@ from sparseprune.report.wording import (
     left_text,
     many,
     mean,
-    other_weights,
     percent,
     share,
     size,
@@ -30,7 +29,6 @@ from sparseprune.report.wording import (
 from sparseprune.results.fields import ConfigChange, one_or_all
 from sparseprune.results.pruning import (
     ChangedTensor,
-    Removal,
     RemovalTotals,
     ReportTotals,
     RuleResult,
@@ -39,13 +37,13 @@ from sparseprune.results.pruning import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping
 
-    from sparseprune.checkpoint import Checkpoint, OtherFile, ResizedTensor
+    from sparseprune.checkpoint import Checkpoint, ResizedTensor
     from sparseprune.execution.passes import TensorOutcome
     from sparseprune.execution.plan import Rebuilds
-    from sparseprune.removal.shrink import Removal as Shrunk
     from sparseprune.report.coverage import Coverage
+    from sparseprune.results.pruning import Removal
     from sparseprune.spec import BoundSpec
 
 
@@ -97,70 +95,6 @@ def report_totals(checkpoint: Checkpoint, found: Sums, coverage: Coverage | None
         sparsity=share(pruned, numel),
         **coverage_totals(coverage),
         **found.lost,
-    )
-
-
-class RemovalRun(Struct, frozen=True):
-    """The circumstances of `remove`, by a spec, by `masks` or by `lists`, which stand by what they list.
-
-    `nbytes` are those of the weight files before and after, `tensors` what became of what rules reached.
-    """
-
-    input: str
-    output: str = ""
-    spec_sha256: str | None = None
-    masks: str | None = None
-    lists: Mapping[str, str] = {}
-    device: str = "cpu"
-    seconds: float = 0.0
-    nbytes: tuple[int, int] = (0, 0)
-    overrides: Mapping[str, str] = {}
-    left_out: Sequence[OtherFile] = ()
-    tensors: Sequence[TensorOutcome] = ()
-    warnings: Sequence[str] = ()
-    notes: Sequence[str] = ()
-    coverage: Coverage | None = None
-    devices: Mapping[str, str] = {}
-    rebuilds: Mapping[str, Rebuilds] = {}
-    target: TargetReached | None = None
-    reconstruct: str | None = None
-    stats: str | None = None
-
-
-def make_removal_result(
-    run: RemovalRun, checkpoint: Checkpoint, bound: BoundSpec | None, removal: Shrunk
-) -> Removal:
-    """The result of `remove`."""
-    found = summed_up(run.tensors)
-    return Removal(
-        input=run.input,
-        output=run.output,
-        spec_sha256=run.spec_sha256,
-        masks=run.masks,
-        experts=run.lists.get("experts"),
-        vocabulary=run.lists.get("vocabulary"),
-        set=dict(run.overrides),
-        target=run.target,
-        reconstruct=run.reconstruct,
-        stats=run.stats,
-        device=run.device,
-        seconds=round(run.seconds, 3),
-        warnings=tuple(run.warnings),
-        notes=tuple(run.notes),
-        files_left_out=other_weights(run.left_out),
-        totals=RemovalTotals(
-            tensors=len(checkpoint.tensors),
-            tensors_after=len(removal.left),
-            numel=sum(stored.numel for stored in checkpoint.tensors.values()),
-            numel_after=sum(prod(one.shape) for one in removal.left.values()),
-            **coverage_totals(run.coverage),
-            bytes=run.nbytes[0],
-            bytes_after=run.nbytes[1],
-            **found.lost,
-        ),
-        config=removal.changes,
-        rules=() if bound is None else rule_results(bound, found, run.devices, run.rebuilds),
-        tensors=tuple(_changed_tensors(checkpoint, removal.left)),
     )
 
 
@@ -229,7 +163,7 @@ def errors_text(totals: ReportTotals | RemovalTotals) -> str:
     return f"{text}, minimized{minimized}; {what} {now:.3f} and {masked:.3f}{rest}"
 
 
-def _changed_tensors(checkpoint: Checkpoint, left: Mapping[str, ResizedTensor]) -> Iterator[ChangedTensor]:
+def changed_tensors(checkpoint: Checkpoint, left: Mapping[str, ResizedTensor]) -> Iterator[ChangedTensor]:
     """The tensors that were removed, or have another shape or name."""
     for name, stored in checkpoint.tensors.items():
         now = left.get(name)
