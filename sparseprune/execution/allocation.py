@@ -57,7 +57,9 @@ class Allocation(Struct, frozen=True):
 
     def nbytes(self, output: Sink | None = None) -> int:
         """Bytes to read; what an earlier run to this output counted is not read again."""
-        left = [number for job, numbers in self.jobs if not _is_done(job, output) for number in numbers]
+        done = {} if output is None else output.finished
+        jobs = [numbers for job, numbers in self.jobs if done.get(f"{job.key}.{job.first.decides}") is None]
+        left = [number for numbers in jobs for number in numbers]
         return bytes_read([self.tasks[number] for number in left], self.plan.checkpoint.tensors)
 
     def notes(self) -> Iterator[str]:
@@ -123,10 +125,6 @@ def allocate(
         )
         found[rule] = {task.instance.label: nnz for task, nnz in zip(tasks, kept, strict=True)}
     return found
-
-
-def _is_done(job: Job, output: Sink | None) -> bool:
-    return output is not None and output.finished.get(f"{job.key}.{job.first.decides}") is not None
 
 
 class Share(Struct, frozen=True, eq=False):

@@ -80,14 +80,10 @@ def worth_of(unit: Unit, tensors: Tensors, config: Config) -> Worth:
         CheckpointError: nobody tells how many codes an element holds, or to how many experts a token is sent.
     """
     if unit == "size":
-        return Worth({name: _bytes_of(DTYPES[one.dtype].bits) for name, one in tensors.items()})
+        return Worth({name: Fraction(DTYPES[one.dtype].bits, 8) for name, one in tensors.items()})
     uncounted = names_beside(tensors) | _copies(tensors, config)
     weights = {name: 0 if name in uncounted else _weights_in(one) for name, one in tensors.items()}
     return Worth(weights) if unit == "params" else _active(weights, tensors, config)
-
-
-def _bytes_of(bits: int) -> Number:
-    return bits // 8 if bits % 8 == 0 else Fraction(bits, 8)
 
 
 def _weights_in(stored: StoredTensor) -> Number:

@@ -140,14 +140,9 @@ def _budget(spec: Spec, form: Form, shared: Mapping[str, object]) -> tuple[Budge
 
 def with_budgets(bound: BoundSpec, budgets: Budgets) -> BoundSpec:
     """The same bound scopes with other budgets, by form."""
-    return replace(
-        bound,
-        rules=tuple(
-            BoundRule(rule.name, tuple([_with_budget(one, *budgets[one.form]) for one in rule.instances]))
-            for rule in bound.rules
-        ),
-    )
-
-
-def _with_budget(instance: BoundInstance, budget: Budget, sparsity: float | None) -> BoundInstance:
-    return replace(instance, budget=budget, sparsity=sparsity)
+    rules = []
+    for rule in bound.rules:
+        found = [(one, *budgets[one.form]) for one in rule.instances]
+        instances = [replace(one, budget=budget, sparsity=sparsity) for one, budget, sparsity in found]
+        rules.append(BoundRule(rule.name, tuple(instances)))
+    return replace(bound, rules=tuple(rules))
