@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import jsonschema
 import pytest
 
 import sparseprune
@@ -54,7 +53,7 @@ def listed(*words: object) -> list[dict[str, object]]:
     """The documents of `specs WORDS --json`, each of which has the schema."""
     found: list[dict[str, object]] = json.loads(ok("specs", *words, "--json").out)
     for one in found:
-        jsonschema.validate(one, schema("specs"))
+        schema("specs").validate(one)
     return found
 
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import numpy as np
 import pytest
 from hypothesis import given
@@ -45,7 +44,7 @@ def comparison_of(
     with TensorReader() as reader:
         found = compare_checkpoints(sides.pairs, reader, jobs, progress, slab)
     comparison = make_comparison("before", "after", found, sides)
-    jsonschema.validate(as_data(comparison), schema("compare"))
+    schema("compare").validate(as_data(comparison))
     return comparison
 
 

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import pairwise
 from math import prod
 
-import jsonschema
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -27,7 +26,7 @@ def facts(name: str, sparsity: float | None, shape: tuple[int, ...] = (10, 100))
 def inspected(tensors: Iterable[TensorFacts], path: str = "model") -> Inspection:
     """An inspection with these facts."""
     found = make_inspection(path, tensors, Questions())
-    jsonschema.validate(as_data(found), schema("inspect"))
+    schema("inspect").validate(as_data(found))
     return found
 
 
@@ -69,7 +68,7 @@ def compared(
     found = Comparison(
         dense="dense", pruned="pruned", totals=totals, tensors=entries, added=(), removed=(), reshaped=()
     )
-    jsonschema.validate(as_data(found), schema("compare"))
+    schema("compare").validate(as_data(found))
     return found
 
 
@@ -111,7 +110,7 @@ def faults(figure: Figure) -> list[tuple[str, ...]]:
 
 
 def _written(figure: Figure) -> list[Text]:
-    FigureCanvasAgg(figure).draw()  # type: ignore[no-untyped-call]
+    figure.draw_without_rendering()  # type: ignore[no-untyped-call]
     unseen = {label for axes in figure.axes for label in _unseen(axes)}
     return [
         text

@@ -4,8 +4,8 @@ import io
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import jsonschema
 import pytest
+from jsonschema import ValidationError
 from msgspec.structs import replace
 from rich.console import Console
 
@@ -38,7 +38,7 @@ def inspected(*facts: TensorFacts, by: str | None = None, runtimes: str | None =
     grouping: Grouping | None = None if by is None else grouping_of(by, [one.name for one in facts])
     asked = () if runtimes is None else runtimes_of(runtimes)
     found = make_inspection("m", facts, QUESTIONS, asked, grouping)
-    jsonschema.validate(as_data(found), schema("inspect"))
+    schema("inspect").validate(as_data(found))
     return found
 
 
@@ -138,7 +138,7 @@ def undescribed(rules: Any, where: str, defined: Mapping[str, Any]) -> Iterator[
 
 @pytest.mark.parametrize("name", ["inspect", "compare"])
 def test_every_key_of_a_document_is_described_in_its_schema(name: str) -> None:
-    rules = schema(name)
+    rules = schema(name).schema
     assert list(undescribed(rules, name, rules.get("$defs", {}))) == []
 
 
@@ -157,8 +157,8 @@ def test_a_document_that_is_wrong_does_not_fit_the_schema() -> None:
     for wrong in ({"zeros": -1}, {"sparsity": 2}, {"patterns": ["2of4"]}, {"more": 1}):
         found = document(HALF)
         found["tensors"][0] |= wrong
-        with pytest.raises(jsonschema.ValidationError):
-            jsonschema.validate(found, schema("inspect"))
+        with pytest.raises(ValidationError):
+            schema("inspect").validate(found)
 
 
 def test_the_sheet_has_the_same_titles_whatever_there_is() -> None:

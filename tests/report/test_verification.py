@@ -5,8 +5,8 @@ from dataclasses import replace
 from io import StringIO
 from typing import Any
 
-import jsonschema
 import pytest
+from jsonschema import ValidationError
 from rich.console import Console
 
 from sparseprune.execution.verify import Verification as Found
@@ -78,7 +78,7 @@ def printed(found: Verification, width: int = 200) -> list[str]:
 
 def test_the_json_says_all_that_was_found_as_its_schema_has_it() -> None:
     document = as_data(found_of(tensor_of(), FINE))
-    jsonschema.validate(document, schema("verify"))
+    schema("verify").validate(document)
     assert document["totals"] == {
         "scopes": 6144,
         "broken": 12,
@@ -108,7 +108,7 @@ def test_the_json_says_all_that_was_found_as_its_schema_has_it() -> None:
 @pytest.mark.parametrize("rule", [SOFT, rule_of(nnz=(2, 3), blocks_per_scope=(4, 8)), rule_of(nnz=None)])
 def test_every_kind_of_rule_fits_the_schema(rule: CheckedRule) -> None:
     document = as_data(found_of(UNDER_THRESHOLD, rules=[rule]))
-    jsonschema.validate(document, schema("verify"))
+    schema("verify").validate(document)
     assert document["rules"][0]["nnz"] == (None if rule.nnz is None else [2, 3])
 
 
@@ -119,8 +119,8 @@ def test_a_document_with_more_than_the_schema_has_is_refused() -> None:
         document | {"totals": {"scopes": -1, "broken": 0, "tensors": 0}},
         document | {"rules": [document["rules"][0] | {"survivors": [[0]]}]},
     ):
-        with pytest.raises(jsonschema.ValidationError):
-            jsonschema.validate(broken, schema("verify"))
+        with pytest.raises(ValidationError):
+            schema("verify").validate(broken)
 
 
 AT = "at [0, 3] (element [0, 12])"
