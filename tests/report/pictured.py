@@ -110,7 +110,7 @@ def faults(figure: Figure) -> list[tuple[str, ...]]:
 
 
 def _written(figure: Figure) -> list[Text]:
-    figure.draw_without_rendering()  # type: ignore[no-untyped-call]
+    figure.draw_without_rendering()
     unseen = {label for axes in figure.axes for label in _unseen(axes)}
     return [
         text
