@@ -84,19 +84,20 @@ class Instance:
     unit: int = 1
     clamp: float = 0.1
     keys: list[int] = field(default_factory=list)
+    allowed: list[int] = field(init=False)
+    """The numbers that may survive, ascending."""
+
+    def __post_init__(self) -> None:
+        room = floor(self.clamp * self.blocks)
+        near = [n for n in range(self.blocks + 1) if abs(n - self.nnz) <= room]
+        self.allowed = [n for n in near if n % self.unit == 0 or n in {self.blocks, self.nnz}]
 
     @property
     def blocks(self) -> int:
         return len(self.losses) // self.scopes
 
-    def allowed(self) -> list[int]:
-        """The numbers that may survive, ascending."""
-        room = floor(self.clamp * self.blocks)
-        near = [n for n in range(self.blocks + 1) if abs(n - self.nnz) <= room]
-        return [n for n in near if n % self.unit == 0 or n in {self.blocks, self.nnz}]
-
     def pruned(self, key: int) -> int:
-        lowest, highest = self.allowed()[0], self.allowed()[-1]
+        lowest, highest = self.allowed[0], self.allowed[-1]
         below = bisect_left(self.keys, key)
         return min(max(below, self.scopes * (self.blocks - highest)), self.scopes * (self.blocks - lowest))
 
@@ -124,10 +125,10 @@ def oracle(instances: list[Instance]) -> dict[str, int]:
 
 def rounded(instances: list[Instance], goes: list[Fraction], budget: int) -> dict[str, int]:
     ideal = [one.blocks - gone / one.scopes for one, gone in zip(instances, goes, strict=True)]
-    kept = [max(n for n in one.allowed() if n <= best) for one, best in zip(instances, ideal, strict=True)]
+    kept = [max(n for n in one.allowed if n <= best) for one, best in zip(instances, ideal, strict=True)]
 
     def step(number: int) -> int:
-        return min((n for n in instances[number].allowed() if n > kept[number]), default=kept[number])
+        return min((n for n in instances[number].allowed if n > kept[number]), default=kept[number])
 
     def left() -> int:
         stays = sum(one.elements * one.scopes * n for one, n in zip(instances, kept, strict=True))

@@ -209,9 +209,9 @@ def test_the_usual_structures_have_the_sums_of_the_engine_in_chunks_of_any_size(
     leaf = row_major(view, block, order)
     if sweep_of(leaf, elements) is None:
         pytest.fail("has no sweep")
-    for seed, dtype in enumerate(("F32", "BF16", "F16")):
-        passing = passing_of(stored_tensor("w", math.prod(view)), leaf, dtype, seed)
-        assert_same_bits(passing.sums(elements, 2), sums_of(passing, 2))
+    dtype = ("F32", "BF16", "F16")[(sum(view) + len(block) + block[0] + elements) % 3]
+    passing = passing_of(stored_tensor("w", math.prod(view)), leaf, dtype, seed=0)
+    assert_same_bits(passing.sums(elements, 2), sums_of(passing, 2))
 
 
 def test_infinite_numbers_make_their_own_blocks_infinite() -> None:

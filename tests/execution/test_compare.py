@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparseprune.checkpoint import StoredTensor, TensorReader, lay_out, open_checkpoint
@@ -141,6 +141,7 @@ def tensors(draw: st.DrawFn, name: str) -> tuple[Tensor, Tensor]:
     return (name, dtype, shape, before), (name, other, shape, after)
 
 
+@settings(max_examples=40)
 @given(
     st.integers(0, 4).flatmap(lambda count: st.tuples(*[tensors(str(number)) for number in range(count)])),
     st.sampled_from([1, 16, 100, SLAB]),
