@@ -11,8 +11,11 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import wraps
+from itertools import count
 from typing import Any
+from zlib import crc32
 
 import coverage
 import pytest
@@ -29,6 +32,7 @@ if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
 settings.register_profile(
     "fixed",
     derandomize=True,
+    max_examples=60,
     deadline=None,
     print_blob=True,
     database=None,
@@ -46,31 +50,52 @@ def _quick_syncs() -> Iterator[None]:
         yield
 
 
-SWEEPING, TRACED = {"cli", "engine", "execution", "report"}, 24
-"""Of one test in these rooms so many cases are traced at most, which takes longer than to run them."""
+TRACED, EXAMPLES = 8, 20
+"""So many cases of a test are traced, and examples of a property: tracing takes longer than running."""
 _UNTRACED = pytest.StashKey[bool]()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of a test with more cases a spread is traced: branches that only others take count as missed.
+    """Of a test with more cases some are traced: branches that only others take count as missed.
 
+    They are drawn by their names: regular steps through a product of parameters leave values of some out.
     What takes a minute alone begins first, so that no process works on it when all others are done.
     """
     items.sort(key=lambda item: item.path.name != "test_readme.py")
     tests: dict[str, list[pytest.Item]] = {}
     for item in items:
-        if item.nodeid.removeprefix("tests/").partition("/")[0] in SWEEPING:
-            tests.setdefault(item.nodeid.partition("[")[0], []).append(item)
+        tests.setdefault(item.nodeid.partition("[")[0], []).append(item)
     for cases in tests.values():
-        step = -(-len(cases) // TRACED)
-        for number, case in enumerate(cases):
-            case.stash[_UNTRACED] = number % step != 0
+        for case in sorted(cases, key=lambda case: crc32(case.nodeid.encode()))[TRACED:]:
+            case.stash[_UNTRACED] = True
 
 
 @pytest.fixture(autouse=True)
-def _traced_or_not(request: pytest.FixtureRequest) -> None:
+def _traced_in_part(request: pytest.FixtureRequest) -> Iterator[None]:
     if request.node.stash.get(_UNTRACED, False):
         request.getfixturevalue("untraced")
+    own = sys.gettrace()
+    property_test = getattr(getattr(request, "function", None), "hypothesis", None)
+    if own is None or property_test is None:
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(property_test, "inner_test", _traced_at_first(property_test.inner_test))
+        yield
+    sys.settrace(own)
+
+
+def _traced_at_first(test: Callable[..., None]) -> Callable[..., None]:
+    """A property that stops tracing after some examples, until its fixtures end."""
+    examples = count()
+
+    @wraps(test)
+    def in_part(*arguments: Any, **named: Any) -> None:
+        if next(examples) == EXAMPLES:
+            sys.settrace(None)
+        test(*arguments, **named)
+
+    return in_part
 
 
 @pytest.fixture
