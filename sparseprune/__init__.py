@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from sparseprune.calibration import KeptMasks, keep_masked, parameter_masks
     from sparseprune.checkpoint import load_masks
     from sparseprune.engine.block import BlockCoupling, BlockSpec, SparseBlock
-    from sparseprune.engine.matrices import Errors, Matrix, errors_of, projection
+    from sparseprune.engine.energies import Errors, errors_of
+    from sparseprune.engine.matrices import Matrix
+    from sparseprune.engine.projections import projection
     from sparseprune.engine.reconstruction import Reconstructed, admm, keep_rows, refit
     from sparseprune.engine.scope import ScopeCoupling, ScopeSpec, SparseScope
     from sparseprune.engine.view import View

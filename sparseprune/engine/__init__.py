@@ -9,7 +9,9 @@ from sparseprune import on_first_use
 
 if TYPE_CHECKING:
     from sparseprune.engine.block import BlockCoupling, BlockSpec, SparseBlock
-    from sparseprune.engine.matrices import Errors, Matrix, errors_of, projection
+    from sparseprune.engine.energies import Errors, errors_of
+    from sparseprune.engine.matrices import Matrix
+    from sparseprune.engine.projections import projection
     from sparseprune.engine.reconstruction import Reconstructed, admm, keep_rows, refit
     from sparseprune.engine.scope import ScopeCoupling, ScopeSpec, SparseScope
     from sparseprune.engine.view import View
@@ -21,7 +23,9 @@ __getattr__, __dir__ = on_first_use(
     __name__,
     {
         "block": "BlockCoupling BlockSpec SparseBlock",
-        "matrices": "Errors Matrix errors_of projection",
+        "energies": "Errors errors_of",
+        "matrices": "Matrix",
+        "projections": "projection",
         "reconstruction": "Reconstructed admm keep_rows refit",
         "scope": "ScopeCoupling ScopeSpec SparseScope",
         "view": "View",

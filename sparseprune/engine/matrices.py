@@ -1,13 +1,12 @@
-"""Matrices to reconstruct: dense weights, second moments, output errors, and projections onto scopes.
+"""Matrices to reconstruct: dense weights, and second moments of inputs and gradients.
 
-Owns `Matrix`, how its moments are checked and scaled, what changes cost, and `projection`. Called by
-reconstruction and by users.
+Owns `Matrix`, how its moments are checked, damped and scaled, and the units that matrices share. Called by
+reconstruction, by what counts its losses, and by users.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -19,20 +18,16 @@ from sparseprune.engine.scoring import round_to
 from sparseprune.errors import ShapeMismatchError, SparsityError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from sparseprune.engine.scope import SparseScope
+    from collections.abc import Sequence
 
 Metric = Literal["outputs", "loss"]
-Projection = Callable[[Sequence[Tensor]], Sequence[Tensor]]
-"""From tensors of the weights' shapes to masks of these shapes, True where the largest are kept."""
 _UNSEEN = 1e-18  # the scale of weights without known inputs; its square is still a float32
 _UNMOVED = 1e-9  # the scale of rows to which the loss does not answer: a product with `_UNSEEN` is a float32
 _GRADIENT_DAMP = 0.1  # of the gradients, of which few are seen; measured in tests/benchmarks/README.md
 _FAINT = 64  # units of rounding below which an input says nothing beside the loudest one
 _USUAL = 30  # weights between 2^-30 and 2^30 are not scaled
 _ROUNDED = 1e-4  # the error of sums of products in float32, with a unit diagonal
-_SAFETY = 4  # smallest eigenvalue of a system, in units of the rounding of its entries
+SAFETY = 4  # smallest eigenvalue of a system, in units of the rounding of its entries
 _ROWS = 1 << 18  # elements to sum at one time
 
 
@@ -214,7 +209,7 @@ class Scaled(Struct, frozen=True, eq=False):
     def is_uncorrelated(self) -> bool:
         """Whether inputs and gradients are uncorrelated, so that no weight can make up for another."""
         sides = [self.hessian, *([] if self.gradients is None else [self.gradients.hessian])]
-        return not any(bool((one - torch.diag_embed(_diagonal(one))).any()) for one in sides)
+        return not any(bool((one - torch.diag_embed(diagonal_of(one))).any()) for one in sides)
 
     @property
     def unheard(self) -> Tensor:
@@ -291,7 +286,7 @@ def _scaled_by(matrix: Matrix, units: Units, hessian: Tensor, roots: Tensor, dam
     outer, outer_roots, outer_damping = _unit_diagonal(
         matrix.gradient_moments, _GRADIENT_DAMP, units.gradients, matrix.work_dtype
     )
-    seen = (_diagonal(matrix.moments) > 0).any(-1, keepdim=True)
+    seen = (diagonal_of(matrix.moments) > 0).any(-1, keepdim=True)
     row_scale = torch.where(seen, outer_roots.clamp_min(_UNMOVED), 1.0).unsqueeze(-1)
     gradients = ScaledGradients(outer, row_scale, outer_damping)
     return Scaled(hessian, dense * row_scale, scale, units, damping, gradients)
@@ -305,7 +300,7 @@ def _unit_diagonal(
     The first (matrices, groups, size, size) and the second (matrices, groups * size) are of the dtype `work`,
     the third (matrices, 1) is float64.
     """
-    diagonal = times_power(_diagonal(moments).to(torch.float64), -power)
+    diagonal = times_power(diagonal_of(moments).to(torch.float64), -power)
     damping = damp * diagonal.mean((-2, -1), keepdim=True)
     roots = (diagonal + damping).sqrt().clamp(_UNSEEN, 1 / _UNSEEN).to(work)
     stored = times_power(roots.to(torch.promote_types(moments.dtype, work)), power // 2)
@@ -322,146 +317,9 @@ def _unit_diagonal(
     return hessian, roots.flatten(1), damping.squeeze(-1)
 
 
-class Energies(Struct, frozen=True, eq=False):
-    """What changes D of the weights of a matrix with gradients cost, (matrices,) tensors in float64.
-
-    `loss` is tr(G D H D^T), `outputs` tr(D H D^T), `gradients` tr(G D D^T), `distance` |D|^2, of moments as
-    they are, in the powers of two of some `Units`.
-    """
-
-    loss: Tensor
-    outputs: Tensor
-    gradients: Tensor
-    distance: Tensor
-
-    def damped(self, problem: Scaled) -> Tensor:
-        """tr(G D H D^T) of moments that are damped as those of a problem."""
-        if problem.gradients is None:
-            raise TypeError("a problem without gradients has no loss")
-        inputs, outputs = problem.damping.squeeze(-1), problem.gradients.damping.squeeze(-1)
-        return self.loss + inputs * self.gradients + outputs * self.outputs + inputs * outputs * self.distance
-
-    def decisive(self, problem: Scaled) -> Tensor:
-        """The loss, or where no gradients were seen the outputs."""
-        if problem.gradients is None:
-            raise TypeError("a problem without gradients has no loss")
-        return torch.where(problem.gradients.damping.squeeze(-1) > 0, self.loss, self.outputs)
-
-
-def energies(matrix: Matrix, weights: Tensor | None, units: Units) -> Energies:
-    """Of D = W - W0 for `weights` W of the shape of the matrix's, or of the dense W0 itself for None."""
-    if matrix.gradient_moments is None:
-        raise TypeError("a matrix without gradients has no loss")
-    found = torch.zeros(4, len(matrix.moments), dtype=torch.float64, device=matrix.dense.device)
-    for number, (moment, groups) in enumerate(zip(matrix.moments, matrix.gradient_moments, strict=True)):
-        hessian, size = _wide(moment, units.moment), groups.shape[-1]
-        for group, gradients in enumerate(groups):
-            outer = _wide(gradients, units.gradients)
-            away = _away(matrix, weights, (number, slice(group * size, (group + 1) * size)), units)
-            for rows in _slabs(size, matrix.features):
-                pushed, turned = away[rows] @ hessian, outer[rows] @ away
-                pairs = (turned, pushed), (pushed, away[rows]), (turned, away[rows]), (away[rows], away[rows])
-                found[:, number] += torch.stack([(one * other).sum() for one, other in pairs])
-    return Energies(*found)
-
-
-class Errors(Struct, frozen=True):
-    """What is lost of every matrix, as a share, in both metrics; `metric` is the one that is minimized.
-
-    `outputs` is sqrt(tr(D H D^T) / tr(W0 H W0^T)), `loss` sqrt(tr(G D H D^T) / tr(G W0 H W0^T)), None without
-    gradients; 0 where there is nothing to lose.
-    """
-
-    metric: Metric
-    outputs: tuple[float, ...]
-    loss: tuple[float, ...] | None = None
-
-
-def errors_of(matrix: Matrix, weights: Tensor) -> Errors:
-    """How far `weights`, of the shape of the matrix's, are from the dense ones. Of moments as they are.
-
-    >>> import torch
-    >>> errors_of(Matrix(torch.ones(2, 2), torch.eye(2)), torch.eye(2)).outputs
-    (0.707...,)
-    """
-    units = units_of([matrix])
-    if matrix.gradients is None:
-        lost, whole = (one.sum(-1) for one in output_losses(matrix, [weights, None], units))
-        return Errors("outputs", _shares(lost, whole))
-    found, dense = energies(matrix, weights, units), energies(matrix, None, units)
-    return Errors("loss", _shares(found.outputs, dense.outputs), _shares(found.loss, dense.loss))
-
-
-def _shares(lost: Tensor, whole: Tensor) -> tuple[float, ...]:
-    ratio = torch.where(whole > 0, lost.clamp_min(0) / whole.clamp_min(torch.finfo(whole.dtype).tiny), 0.0)
-    return tuple(float(one) for one in ratio.sqrt())
-
-
-def output_losses(
-    matrix: Matrix, weights: Sequence[Tensor | None], units: Units, chosen: Tensor | None = None
-) -> list[Tensor]:
-    """tr(D H D^T) of every row, for D = W - W0 of each of some `weights` W, or the dense W0 itself for None.
-
-    `weights` have the shape of the matrix's, and H is its moment as it is. All in float64; gives
-    (matrices, out) tensors, in units of 2^`units.energy`; 0 for rows that are not `chosen`, (matrices, out).
-    """
-    lost = [_for_rows(matrix) for _ in weights]
-    for number, moment in enumerate(matrix.moments):
-        places = None if chosen is None else chosen[number].nonzero().reshape(-1)
-        count = lost[0].shape[1] if places is None else len(places)
-        wide = _wide(moment, units.moment) if count else moment
-        for part in _slabs(count, matrix.features):
-            rows = part if places is None else places[part]
-            for found, one in zip(lost, weights, strict=True):
-                away = _away(matrix, one, (number, rows), units)
-                found[number, rows] = ((away @ wide) * away).sum(-1)
-    return lost
-
-
-def rough_losses(matrix: Matrix, problem: Scaled, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """What `output_losses` tells of one, in the precision of the work, and by how much it may be wrong."""
-    work = matrix.work_dtype
-    away = problem.scaled(matrix.rows(weights).to(work) - matrix.rows(matrix.dense).to(work))
-    added = _diagonal(problem.hessian).unsqueeze(-2) - 1 + problem.damping.unsqueeze(-1) / problem.scale**2
-    pushed = (away @ problem.hessian).addcmul_(away, added.to(work), value=-1)
-    if not away.numel():
-        return away.sum(-1), away.sum(-1)
-    most = torch.linalg.vector_norm(problem.hessian, 1, dim=-1).amax(-1, keepdim=True)
-    rounded = _SAFETY * torch.finfo(work).eps * math.sqrt(matrix.features)
-    return pushed.mul_(away).sum(-1), rounded * most * away.square().sum(-1)
-
-
-def distances(matrix: Matrix, weights: Tensor, units: Units) -> Tensor:
-    """|W - W0|^2 of every row, (matrices, out) in float64, in units of 2^(2 `units.weight`)."""
-    found = _for_rows(matrix)
-    for number in range(len(found)):
-        for rows in _slabs(found.shape[1], matrix.features):
-            found[number, rows] = _away(matrix, weights, (number, rows), units).square().sum(-1)
-    return found
-
-
-def _wide(moment: Tensor, power: int) -> Tensor:
-    """A copy in float64, in units of 2^`power`."""
-    wide = moment.to(torch.float64, copy=True)
-    for half in (power // 2, power - power // 2):
-        wide.mul_(2.0**-half)
-    return wide
-
-
-def _diagonal(moments: Tensor) -> Tensor:
+def diagonal_of(moments: Tensor) -> Tensor:
+    """Of matrices (..., n, n), as (..., n) sharing their storage."""
     return moments.diagonal(dim1=-2, dim2=-1)
-
-
-def _for_rows(matrix: Matrix) -> Tensor:
-    dense = matrix.rows(matrix.dense)
-    return torch.zeros(dense.shape[:2], dtype=torch.float64, device=dense.device)
-
-
-def _slabs(rows: int, features: int) -> Iterator[slice]:
-    """So many rows, a few at a time, so that float64 copies stay small."""
-    step = max(1, _ROWS // max(1, features))
-    for begin in range(0, rows, step):
-        yield slice(begin, min(begin + step, rows))
 
 
 def times_power(tensor: Tensor, power: int) -> Tensor:
@@ -470,14 +328,6 @@ def times_power(tensor: Tensor, power: int) -> Tensor:
         return tensor
     # The whole power may be out of range itself.
     return tensor * 2.0 ** (power // 2) * 2.0 ** (power - power // 2)
-
-
-def _away(matrix: Matrix, weights: Tensor | None, rows: tuple[int, slice | Tensor], units: Units) -> Tensor:
-    """Some rows of weights minus the dense ones, or the dense ones for None, in float64."""
-    before = times_power(matrix.rows(matrix.dense)[rows].to(torch.float64), -units.weight)
-    if weights is None:
-        return before
-    return times_power(matrix.rows(weights)[rows].to(torch.float64), -units.weight) - before
 
 
 def _exponent(tensors: Sequence[Tensor]) -> int:
@@ -489,11 +339,11 @@ def _exponent(tensors: Sequence[Tensor]) -> int:
 def _floor(hessian: Tensor, eps: float) -> float:
     """The number to add to the unit diagonal of a Hessian (in, in) so that rounding its entries does no harm.
 
-    0 where the smallest eigenvalue is `_SAFETY` times the rounding error of all entries, which grows with the
+    0 where the smallest eigenvalue is `SAFETY` times the rounding error of all entries, which grows with the
     root of their number. Else the first of 2, 8, 32... such errors of which half makes it positive definite,
     so that the solution follows rounding errors in no direction.
     """
-    margin = _SAFETY * eps * math.sqrt(len(hessian))
+    margin = SAFETY * eps * math.sqrt(len(hessian))
     if _is_definite(hessian, -margin):
         return 0.0
     floor = 2 * margin
@@ -507,7 +357,7 @@ def _is_definite(hessian: Tensor, added: float) -> bool:
 
     What is so in float32 by more than is rounded there needs no look in float64.
     """
-    rounded = _SAFETY * torch.finfo(torch.float32).eps * math.sqrt(len(hessian))
+    rounded = SAFETY * torch.finfo(torch.float32).eps * math.sqrt(len(hessian))
     for dtype, spare in ((torch.float32, rounded), (torch.float64, 0.0)):
         tried = hessian.to(dtype, copy=True)
         tried.diagonal().add_(added - spare)
@@ -528,7 +378,7 @@ def _refuse_no_moments(moments: Tensor, what: str) -> None:
     """SparsityError where one of (matrices, size, size) is no sum of x x^T, rounded to its dtype."""
     if not bool(moments.isfinite().all()):
         raise SparsityError(f"the second moment of the {what} holds NaN or infinity")
-    if bool((_diagonal(moments) < 0).any()):
+    if bool((diagonal_of(moments) < 0).any()):
         raise SparsityError(f"the second moment of the {what} has a negative diagonal: it is none")
     for moment in _distinct(moments):
         _refuse_no_moment(moment, what)
@@ -614,27 +464,3 @@ def refuse_unlike(dense: Tensor, **given: Tensor | None) -> None:
             raise ShapeMismatchError(
                 f"{what} has shape {list(one.shape)}, the weights have {list(dense.shape)}"
             )
-
-
-def projection(scope: SparseScope, nnz: int, params: Sequence[Tensor]) -> Projection:
-    """A Projection that keeps the `nnz` largest blocks of each scope, for tensors in the order of `params`.
-
-    The views of `scope` look at `params`, which each call overwrites. Elements outside of all views are kept.
-
-    Raises:
-        SparsityError: a view of the scope that looks at none of them.
-    """
-    places = {id(param): place for place, param in enumerate(params)}
-    for block in scope.blocks():
-        if id(block.view.param) not in places:
-            raise SparsityError(f"{block.name} looks at none of the tensors that the projection is for")
-
-    def keep(tensors: Sequence[Tensor]) -> list[Tensor]:
-        for param, tensor in zip(params, tensors, strict=True):
-            param.copy_(tensor)
-        masks = [torch.ones(param.shape, dtype=torch.bool, device=param.device) for param in params]
-        for block, mask in scope.get_masks(nnz).items():
-            masks[places[id(block.view.param)]] &= block.view.to_param(mask)
-        return masks
-
-    return keep

@@ -16,8 +16,10 @@ from msgspec.structs import replace
 
 from sparseprune.engine import View
 from sparseprune.engine.block import zero_pruned
+from sparseprune.engine.energies import energies, output_losses
 from sparseprune.engine.grids import prod
-from sparseprune.engine.matrices import Matrix, energies, output_losses, projection, units_of
+from sparseprune.engine.matrices import Matrix, units_of
+from sparseprune.engine.projections import projection
 from sparseprune.engine.reconstruction import Reconstructed, admm, keep_rows, refit
 from sparseprune.errors import SparsityError
 from sparseprune.execution.inputs import holds_rows

@@ -13,7 +13,9 @@ import torch
 from safetensors.torch import load_file
 
 from sparseprune import BlockSpec, ScopeSpec
-from sparseprune.engine.matrices import Matrix, errors_of, projection
+from sparseprune.engine.energies import errors_of
+from sparseprune.engine.matrices import Matrix
+from sparseprune.engine.projections import projection
 from sparseprune.engine.reconstruction import admm
 from sparseprune.engine.scope import select
 from sparseprune.engine.scoring import magnitude_keys

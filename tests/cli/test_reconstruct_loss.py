@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from sparseprune import BlockSpec, Matrix, ScopeCoupling, ScopeSpec, admm, projection, refit
 from sparseprune.engine import errors_of
-from sparseprune.engine.matrices import energies, units_of
+from sparseprune.engine.energies import energies
+from sparseprune.engine.matrices import units_of
 from tests.cli.test_reconstruct import (
     ADMM,
     EXPERTS,

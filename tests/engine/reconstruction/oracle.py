@@ -1,5 +1,6 @@
 """Least squares in plain loops: one row after the other, one support after the other, in float64."""
 
+from collections.abc import Callable
 from itertools import combinations
 
 import numpy as np
@@ -107,3 +108,25 @@ def moments(features: int, samples: int, generator: torch.Generator, matrices: i
     inputs = (torch.randn(many, samples, features, generator=generator) @ mixing) * scales
     found: Tensor = inputs.mT @ inputs / samples
     return found if matrices else found[0]
+
+
+def greedy_support(
+    numbers: list[list[int]], blocks: int, nnz: int, cost: Callable[[list[list[bool]]], float]
+) -> list[list[bool]]:
+    """Which inputs of each matrix survive: block after block goes, the one without which the cost is least.
+
+    `numbers` has the block of each input, below 0 for one that stays; scopes have `blocks` blocks each.
+    """
+    count = max(number for one in numbers for number in one) + 1
+    alive = set(range(count))
+
+    def without(gone: set[int]) -> list[list[bool]]:
+        return [[number < 0 or number in alive - gone for number in one] for one in numbers]
+
+    while True:
+        left = {
+            number for number in alive if sum(other // blocks == number // blocks for other in alive) > nnz
+        }
+        if not left:
+            return without(set())
+        alive.remove(min(left, key=lambda number: cost(without({number}))))

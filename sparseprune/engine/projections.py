@@ -1,0 +1,84 @@
+"""Projections: which weights a scope keeps of given ones, for tensors in memory.
+
+Owns `projection`, and which block every element belongs to. Knows no moments. Called by reconstruction, by
+execution and by users.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from msgspec import Struct
+from torch import Tensor
+
+from sparseprune.engine import grids
+from sparseprune.errors import SparsityError
+
+if TYPE_CHECKING:
+    from sparseprune.engine.scope import SparseScope
+
+Projection = Callable[[Sequence[Tensor]], Sequence[Tensor]]
+"""From tensors of the weights' shapes to masks of these shapes, True where the largest are kept."""
+
+
+class ScopeProjection(Struct, frozen=True, eq=False):
+    """A Projection that keeps the `nnz` largest blocks of each scope, whose views look at `params`."""
+
+    scope: SparseScope
+    nnz: int
+    params: tuple[Tensor, ...]
+
+    def __call__(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Masks of tensors in the order of `params`, which are overwritten."""
+        for param, tensor in zip(self.params, tensors, strict=True):
+            param.copy_(tensor)
+        places = self._places()
+        masks = [torch.ones(param.shape, dtype=torch.bool, device=param.device) for param in self.params]
+        for block, mask in self.scope.get_masks(self.nnz).items():
+            masks[places[id(block.view.param)]] &= block.view.to_param(mask)
+        return masks
+
+    def numbers(self) -> list[Tensor]:
+        """The number of each element's block, -1 outside of all views: int32, of the shapes of `params`.
+
+        Scope by scope blocks are numbered in the order in which they win ties.
+        """
+        scope, places = self.scope, self._places()
+        first, plain = 0, []
+        for spec, _ in scope.members:
+            count = spec.block.numblk()
+            plain.append(torch.arange(first, first + count).reshape(spec.block.grid_shape))
+            first += count
+        in_scopes = scope.gather(plain).reshape(-1)
+        numbers = torch.empty(first, dtype=torch.int32, device=in_scopes.device)
+        numbers[in_scopes] = torch.arange(first, dtype=torch.int32, device=in_scopes.device)
+        found = [
+            torch.empty_strided(one.shape, one.stride(), dtype=torch.int32, device=one.device).fill_(-1)
+            for one in self.params
+        ]
+        for (spec, _), grid in zip(scope.members, plain, strict=True):
+            for leaf, order in spec.block.members:
+                own, view = numbers[grid.permute(grids.inverse_order(order)).to(numbers.device)], leaf.view
+                laid = found[places[id(view.param)]].as_strided(view.shape, view.stride, view.offset)
+                laid.copy_(leaf.spread(own))
+        return found
+
+    def _places(self) -> dict[int, int]:
+        return {id(param): place for place, param in enumerate(self.params)}
+
+
+def projection(scope: SparseScope, nnz: int, params: Sequence[Tensor]) -> ScopeProjection:
+    """A Projection that keeps the `nnz` largest blocks of each scope, for tensors in the order of `params`.
+
+    The views of `scope` look at `params`, which each call overwrites. Elements outside of all views are kept.
+
+    Raises:
+        SparsityError: a view of the scope that looks at none of them.
+    """
+    looked_at = {id(param) for param in params}
+    for block in scope.blocks():
+        if id(block.view.param) not in looked_at:
+            raise SparsityError(f"{block.name} looks at none of the tensors that the projection is for")
+    return ScopeProjection(scope, nnz, tuple(params))
