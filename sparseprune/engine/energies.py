@@ -82,6 +82,7 @@ def errors_of(matrix: Matrix, weights: Tensor) -> Errors:
     """How far `weights`, of the shape of the matrix's, are from the dense ones. Of moments as they are.
 
     >>> import torch
+    >>> from sparseprune import Matrix
     >>> errors_of(Matrix(torch.ones(2, 2), torch.eye(2)), torch.eye(2)).outputs
     (0.707...,)
     """
