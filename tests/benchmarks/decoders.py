@@ -183,8 +183,8 @@ def perplexity(folder: Path, text: Path) -> float:
     return math.exp(sum(losses) / len(losses))
 
 
-def random_mixture(folder: Path, model: str, text: Path) -> Path:
-    """A mixture of experts over characters with random weights; made once."""
+def mixture(folder: Path, model: str, text: Path, steps: int = 0) -> Path:
+    """A mixture of experts over characters, with random weights or trained for some steps; made once."""
     if (folder / "model.safetensors").is_file():
         return folder
     import transformers
@@ -205,8 +205,12 @@ def random_mixture(folder: Path, model: str, text: Path) -> Path:
         "head_dim": 8,
     }
     if model == "Mixtral":
-        return saved(own.MixtralForCausalLM(own.MixtralConfig(**sizes)), tokenizer, folder)
-    return saved(own.GptOssForCausalLM(own.GptOssConfig(**sizes)), tokenizer, folder)
+        made = own.MixtralForCausalLM(own.MixtralConfig(**sizes))
+    else:
+        made = own.GptOssForCausalLM(own.GptOssConfig(**sizes))
+    if steps:
+        train(made, torch.tensor(tokenizer(text.read_text())["input_ids"]), steps)
+    return saved(made, tokenizer, folder)
 
 
 def characters(text: Path) -> Any:

@@ -27,6 +27,7 @@ from tests.benchmarks.sparsegpt import Pattern, fused, n_of_m
 SEQUENCES = LENGTH = 128
 HELD = 400  # sequences of held-out text
 LONGER = 4000  # steps of training of the larger decoder
+MIXED = 300  # of a mixture
 # By name what a spec says of its scopes, and the same for SparseGPT.
 PATTERNS: dict[str, tuple[str, Pattern | None]] = {
     "2:4": ("block = [1, 1]\nshape = [1, 4]\nnnz = 2", n_of_m(2, 4)),
@@ -48,6 +49,13 @@ METHODS: dict[str, tuple[str, str]] = {
     "ADMM, loss metric, fast": (f'{LOSS}effort = "fast"\n', ""),
     "ADMM, allocated": (f"{OUTPUTS}{_ALLOCATED}", ""),
     "ADMM, loss metric, allocated": (f"{LOSS}{_ALLOCATED}", ""),
+}
+# By name what stands in front of the spec `experts`.
+EXPERTS: dict[str, str] = {
+    "magnitude": "",
+    "REAP": f'score = {{ kind = "reap", {_FILE} }}\n',
+    "exact, by the outputs": f'reconstruct = {{ {_FILE}, method = "admm", metric = "outputs" }}\n',
+    "exact, by the loss": f'reconstruct = {{ {_FILE}, method = "admm", metric = "loss" }}\n',
 }
 YARDSTICKS = {"SparseGPT": False, "SparseGPT, exact in groups": True}  # whether it is the exact one
 ORDER = ("magnitude", "Wanda", *YARDSTICKS, *list(METHODS)[2:])
@@ -142,6 +150,12 @@ def longer(scratch: Path, draws: int, patterns: Sequence[str]) -> None:
 
 
 def _decoder(folder: Path, dense: Path, draws: int, patterns: Sequence[str]) -> None:
+    work = _of_characters(folder, dense)
+    for pattern in patterns or PATTERNS:
+        compare(work, pattern, draws)
+
+
+def _of_characters(folder: Path, dense: Path) -> Work:
     model, tokenizer = loaded(dense)
     tokens = make_sequences([texts(folder)[1].read_text()], tokenizer, HELD, LENGTH, 1).ids
 
@@ -149,9 +163,7 @@ def _decoder(folder: Path, dense: Path, draws: int, patterns: Sequence[str]) -> 
         return measured(loaded(pruned)[0], model, tokens)
 
     print(f"\ndense: perplexity {measure(dense)[0]:.3f}")
-    work = Work(folder, dense, measure, ("perplexity", "KL to dense"), DECODER)
-    for pattern in patterns or PATTERNS:
-        compare(work, pattern, draws)
+    return Work(folder, dense, measure, ("perplexity", "KL to dense"), DECODER)
 
 
 def encoder(scratch: Path, draws: int, patterns: Sequence[str]) -> None:
@@ -188,11 +200,36 @@ def channels(scratch: Path, draws: int, _: Sequence[str]) -> None:
     table("50% of the channels", ["method", *work.numbers, "seconds"], map(row, methods))
 
 
+def mixtures(scratch: Path, draws: int, _: Sequence[str]) -> None:
+    """Two mixtures of experts over characters, 4 layers, 128 wide, 8 experts, trained for 300 steps."""
+    for name in ("Mixtral", "gpt-oss"):
+        folder = made(scratch / f"{name}-trained")
+        work = _of_characters(folder, decoders.mixture(folder / "dense", name, texts(folder)[0], MIXED))
+        for share in ("0.25", "0.5"):
+            rows = (
+                [method, *spread([_without_experts(work, head, share, draw) for draw in range(draws)])]
+                for method, head in EXPERTS.items()
+            )
+            table(f"{name}, {share} of the experts", ["method", *work.numbers, "seconds"], rows)
+
+
+def _without_experts(work: Work, head: str, share: str, draw: int) -> tuple[float, ...]:
+    """The numbers of a model that `remove` made smaller, and its seconds."""
+    folder, spec = work.statistics(draw), Path("specs/experts.toml").read_text()
+    (folder / "spec.toml").write_text(spec.replace("version = 1\n", f"version = 1\n{head}"))
+    out = folder / "pruned"
+    asked = ["--set", f"sparsity={share}", "-o", out, "--force", "-q"]
+    command("remove", work.dense, folder / "spec.toml", *asked)
+    report = json.loads((out / "sparseprune/report.json").read_text())
+    return (*work.measure(out), float(report["seconds"]))
+
+
 PARTS: dict[str, Callable[[Path, int, Sequence[str]], None]] = {
     "decoder": decoder,
     "encoder": encoder,
     "channels": channels,
     "longer": longer,
+    "mixtures": mixtures,
 }
 
 

@@ -178,9 +178,7 @@ def experts(scratch: Path, patterns: Sequence[str]) -> None:
     for model, structures in decoders.STRUCTURES.items():
         folder = made(scratch / model)
         calibration, _ = texts(folder)
-        bench = Bench(
-            folder, decoders.random_mixture(folder / "dense", model, calibration), lambda _: math.nan
-        )
+        bench = Bench(folder, decoders.mixture(folder / "dense", model, calibration), lambda _: math.nan)
         bench.calibrate(decoders.LENGTH)
         for structure, (spec, reads) in structures.items():
             errors = [
