@@ -196,7 +196,7 @@ def channels(scratch: Path, draws: int, _: Sequence[str]) -> None:
             found.append((*work.measure(out), float(report["seconds"])))
         return [method, *spread(found)]
 
-    methods = ("magnitude", "Wanda", "ADMM", "ADMM, allocated", "ADMM, loss metric, allocated")
+    methods = [method for method in METHODS if "permuted" not in method and "fast" not in method]
     table("50% of the channels", ["method", *work.numbers, "seconds"], map(row, methods))
 
 
