@@ -50,8 +50,10 @@ def _quick_syncs() -> Iterator[None]:
         yield
 
 
-TRACED, EXAMPLES = 8, 20
+TRACED, EXAMPLES = 32, 20
 """So many cases of a test are traced, and examples of a property: tracing takes longer than running."""
+QUICK = {"removal", "spec"}
+"""Rooms whose tests take no time: there all cases are traced."""
 _UNTRACED = pytest.StashKey[bool]()
 
 
@@ -66,6 +68,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         tests.setdefault(item.nodeid.partition("[")[0], []).append(item)
     for cases in tests.values():
+        if cases[0].path.parent.name in QUICK:
+            continue
         for case in sorted(cases, key=lambda case: crc32(case.nodeid.encode()))[TRACED:]:
             case.stash[_UNTRACED] = True
 
