@@ -22,16 +22,7 @@ if TYPE_CHECKING:
     from sparseprune.engine.projections import ScopeProjection
 
 _OUTSIDE = -1  # the number of the block of inputs that stay
-_LEAST = 1e-6  # eigenvalue of a Hessian of unit diagonal, so that its inverse is no rounding error
-_NOISE = 1e-6  # of what an exchange has to win, below which it may be rounding
-_NARROWER = 4  # fewer blocks are exchanged where so many win nothing
-
-
-class Elimination(Struct, frozen=True):
-    """How blocks are chosen: what `share` of them goes in a round, and how many `exchanges` follow."""
-
-    share: float
-    exchanges: int
+_LEAST = 1e-8  # eigenvalue of a Hessian of unit diagonal, so that its inverse is no rounding error
 
 
 class SharedInputs(Struct, frozen=True, eq=False):
@@ -68,116 +59,43 @@ def shared_inputs(matrices: Sequence[Matrix], project: ScopeProjection) -> Share
 
 
 def eliminated(
-    problems: Sequence[Scaled], inputs: SharedInputs, search: Elimination, between: Callable[[], None]
+    problems: Sequence[Scaled], inputs: SharedInputs, share: float, between: Callable[[], None]
 ) -> list[Tensor]:
     """Which inputs survive, (matrices, in) bool of each problem.
 
     In every round each block costs what the objective rises by if it goes and all others make up for it;
-    those that cost least go, among equals the later. Then blocks come back and others go as long as the
-    objective falls. Matrices that share no scope are chosen from one after the other. `between` is called
-    between rounds.
+    those that cost least go. Of each matrix that is a `share` of what it would lose if all that is left to do
+    were done now, one block at least: only blocks of one matrix change what another one costs. Among equals
+    the later goes. `between` is called between rounds.
     """
-    alive = torch.ones(inputs.scopes * inputs.blocks + 1, dtype=torch.bool, device=inputs.numbers[0].device)
-    for scopes, places in _independent(inputs):
-        matrices = [
-            _Inputs(problems[one], place, inputs.numbers[one][place], inputs.fixed[one][place])
-            for one, place in places
-        ]
-        choice = _Choice(matrices, inputs, scopes)
-        choice.shrink(search.share, between)
-        choice.exchange(search, between)
-        alive[:-1] &= choice.alive
-    return [alive[each] for each in inputs.numbers]  # the last one is what is outside of all
-
-
-def _independent(inputs: SharedInputs) -> list[tuple[set[int], list[tuple[int, int]]]]:
-    """Scopes, and the matrices (problem, place) that have inputs in them: all that touches each other."""
-    found: list[tuple[set[int], list[tuple[int, int]]]] = []
-    for one, each in enumerate(inputs.numbers):
-        for place, numbers in enumerate(each):
-            scopes = set((numbers[numbers != _OUTSIDE] // inputs.blocks).tolist())
-            touched = [part for part in found if part[0] & scopes]
-            found = [part for part in found if not part[0] & scopes]
-            places = [there for part in touched for there in part[1]]
-            found.append((scopes.union(*(part[0] for part in touched)), [*places, (one, place)]))
-    return found
-
-
-class _Choice:
-    """Which blocks are `alive`, in matrices and scopes that touch each other."""
-
-    def __init__(self, matrices: Sequence[_Inputs], inputs: SharedInputs, scopes: set[int]) -> None:
-        count, device = inputs.scopes * inputs.blocks, inputs.numbers[0].device
-        own = torch.tensor(sorted(scopes), dtype=torch.int64, device=device)
-        self._matrices = matrices
-        self._scope = torch.arange(count, device=device) // inputs.blocks
-        self._own = torch.isin(self._scope, own)
-        self._left = torch.zeros(inputs.scopes, dtype=torch.int64, device=device)  # that have to go
-        self._left[own] = inputs.blocks - inputs.nnz
-        self._home = torch.zeros(count, dtype=torch.int64, device=device)  # the first matrix of a block
-        for number, matrix in reversed(list(enumerate(matrices))):
-            self._home[matrix.numbers[matrix.numbers != _OUTSIDE]] = number
-        self.alive = torch.ones(count, dtype=torch.bool, device=device)
-        self._goes_on = 0 < inputs.nnz < inputs.blocks
-
-    def shrink(self, share: float, between: Callable[[], None]) -> float:
-        """Until no scope has too many blocks; what it costs.
-
-        Of each matrix a `share` goes in one round of what it would lose if all were done now, one block at
-        least: only blocks of one matrix change what another one costs.
-        """
-        cost = 0.0
-        while bool(self._left.any()):
-            between()
-            gone = self._first(self._costs(), self.alive & self._own, self._left, share)
-            cost += self._turn(gone)
-        return cost
-
-    def exchange(self, search: Elimination, between: Callable[[], None]) -> None:
-        """Let blocks come back that lower the objective most, and others go, as long as it falls."""
-        share = search.share if self._goes_on else 0.0
-        for _ in range(search.exchanges if self._goes_on else 0):
-            between()
-            before, gone = self.alive.clone(), ~self.alive & self._own
-            most = torch.bincount(self._scope[gone], minlength=len(self._left))
-            back = self._first(-self._costs(), gone, most, share)
-            fallen = self._turn(back)
-            risen = self.shrink(1.0, between)
-            if risen < fallen * (1 - _NOISE):
-                continue
-            for changed in (before & ~self.alive, self.alive & ~before):
-                self._turn(changed.nonzero().squeeze(-1))
-            self._left.zero_()
-            if len(back) <= len(self._matrices):
-                break
-            share /= _NARROWER
-
-    def _costs(self) -> Tensor:
-        """What the objective changes by for each block that goes, or that comes back."""
-        costs = torch.zeros(len(self.alive), dtype=torch.float64, device=self.alive.device)
-        for matrix in self._matrices:
-            matrix.add_costs(costs, self.alive)
-        return costs
-
-    def _first(self, costs: Tensor, among: Tensor, left: Tensor, share: float) -> Tensor:
-        """The cheapest `among` these: of a scope as many as are `left`, of a matrix a share of those."""
-        there = among.nonzero().squeeze(-1)
-        ready = there[_ranks(self._scope[there], costs[there]) < left[self._scope[there]]]
-        most = (torch.bincount(self._home[ready]) * share).ceil()
-        return ready[_ranks(self._home[ready], costs[ready]) < most[self._home[ready]]]
-
-    def _turn(self, blocks: Tensor) -> float:
-        """Let blocks go that are alive, or come back that are not; what the objective changes by."""
-        if not len(blocks):
-            return 0.0
-        changed = torch.zeros(len(self.alive) + 1, dtype=torch.bool, device=self.alive.device)
-        changed[blocks] = True
-        goes = bool(self.alive[blocks[0]])
-        self.alive[blocks] = not goes
-        self._left -= torch.bincount(self._scope[blocks], minlength=len(self._left)) * (1 if goes else -1)
-        return sum(
-            matrix.turn(changed[matrix.numbers].nonzero().squeeze(-1), goes=goes) for matrix in self._matrices
-        )
+    steps = [
+        _Inputs(problem, place, *pair)
+        for problem, each, stays in zip(problems, inputs.numbers, inputs.fixed, strict=True)
+        for place, pair in enumerate(zip(each, stays, strict=True))
+    ]
+    device = inputs.numbers[0].device
+    count = inputs.scopes * inputs.blocks
+    scope = torch.arange(count, device=device) // inputs.blocks
+    home = torch.full((count,), len(steps), device=device)  # the first matrix of a block
+    for number, step in reversed(list(enumerate(steps))):
+        home[step.numbers[step.numbers != _OUTSIDE]] = number
+    alive = torch.ones(count, dtype=torch.bool, device=device)
+    left = torch.full((inputs.scopes,), inputs.blocks - inputs.nnz, device=device)
+    while bool(left.any()):
+        between()
+        costs = torch.zeros(count, dtype=torch.float64, device=device)
+        for step in steps:
+            step.add_costs(costs, alive)
+        there = alive.nonzero().squeeze(-1)
+        ready = there[_ranks(scope[there], costs[there]) < left[scope[there]]]
+        most = (torch.bincount(home[ready], minlength=len(steps) + 1) * share).ceil()
+        gone = ready[_ranks(home[ready], costs[ready]) < most[home[ready]]]
+        alive[gone] = False
+        left -= torch.bincount(scope[gone], minlength=inputs.scopes)
+        for step in steps:
+            step.drop(alive)
+    survives = torch.cat([alive, alive.new_ones(1)])  # the last one is what is outside of all
+    return [survives[each] for each in inputs.numbers]
 
 
 def _ranks(groups: Tensor, costs: Tensor) -> Tensor:
@@ -192,12 +110,10 @@ def _ranks(groups: Tensor, costs: Tensor) -> Tensor:
 
 
 class _Inputs:
-    """One matrix on its way, in float64, swept (Goodnight 1979): K are the inputs that stay, D that went.
+    """One matrix on its way, in float64: weights that make up for what went, and the inverse of H without it.
 
-    `_system` is -[H_KK]^-1 in the places of K, the rest of H that K leaves unexplained in those of D, and
-    [H_KK]^-1 H_KD between them. `_weights` are those that make up for what went, in the places of D the
-    pull on what could come back. With gradients rows are mixed by the factor of G, so that the objective is
-    that of outputs. Inputs that are fixed have rows and columns of the identity.
+    With gradients rows are mixed by the factor of G, so that the objective is that of outputs. Inputs that
+    went have rows and columns of the identity, and so have those that are fixed.
     """
 
     def __init__(self, problem: Scaled, place: int, numbers: Tensor, fixed: Tensor) -> None:
@@ -206,42 +122,50 @@ class _Inputs:
         if problem.gradients is not None:
             outer = problem.gradients.hessian[min(place, len(problem.gradients.hessian) - 1)]
             dense = by_blocks(torch.linalg.cholesky(outer.to(torch.float64)).mT.unsqueeze(0), dense)
-        self._weights = dense.squeeze(0).clone()
+        self._weights = dense.squeeze(0).contiguous()
         hessian = problem.hessian[min(place, len(problem.hessian) - 1)].to(torch.float64, copy=True)
         hessian.diagonal().add_(_LEAST)
-        hessian[fixed] = 0.0
-        hessian[:, fixed] = 0.0
-        hessian.diagonal()[fixed] = 1.0
-        self._system = torch.cholesky_inverse(torch.linalg.cholesky(hessian)).neg_()
+        self._inverse = hessian
+        self._forget(fixed.nonzero().squeeze(-1))
+        self._inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
+        self._gone = fixed
         self._members = list(_members(numbers))
 
     def add_costs(self, costs: Tensor, alive: Tensor) -> None:
-        """tr(W_B ([H^-1]_BB)^-1 W_B^T) of the inputs B of every block, to its cost; of D what they give."""
+        """tr(W_B ([H^-1]_BB)^-1 W_B^T) of the inputs B of every block that is `alive`, to its cost."""
         for blocks, places in self._members:
-            sign = torch.where(alive[blocks], -1.0, 1.0)
-            if places.shape[1] == 1:
-                own = places.squeeze(-1)
-                found = self._weights[:, own].square().sum(0) / (self._system.diagonal()[own] * sign)
-            else:
-                small = self._system[places.unsqueeze(-1), places.unsqueeze(-2)] * sign.reshape(-1, 1, 1)
-                factor, weights = torch.linalg.cholesky(small), self._weights.mT[places]
-                found = torch.linalg.solve_triangular(factor, weights, upper=False).square().sum((-2, -1))
-            costs.index_add_(0, blocks, found)
+            there = alive[blocks]
+            costs.index_add_(0, blocks[there], self._costs(places[there]))
 
-    def turn(self, places: Tensor, *, goes: bool) -> float:
-        """Take inputs from K to D, or from D to K; what the objective changes by."""
+    def _costs(self, places: Tensor) -> Tensor:
+        """Of places (blocks, inputs)."""
+        if places.shape[1] == 1:
+            own = places.squeeze(-1)
+            costs = self._weights[:, own].square().sum(0) / self._inverse.diagonal()[own]
+        else:
+            small = self._inverse[places.unsqueeze(-1), places.unsqueeze(-2)]
+            factor, weights = torch.linalg.cholesky(small), self._weights.mT[places]
+            costs = torch.linalg.solve_triangular(factor, weights, upper=False).square().sum((-2, -1))
+        return costs
+
+    def drop(self, alive: Tensor) -> None:
+        """The inputs of blocks that are not `alive` any more; the others make up for them."""
+        stays = (self.numbers == _OUTSIDE) | alive[self.numbers]
+        places = (~stays & ~self._gone).nonzero().squeeze(-1)
         if not len(places):
-            return 0.0
-        sign = -1.0 if goes else 1.0
-        rows, weights = self._system[places], self._weights[:, places]
-        factor = torch.linalg.cholesky(rows[:, places] * sign)
-        solved, turned = torch.cholesky_solve(rows, factor), torch.cholesky_solve(weights.mT, factor).mT
-        self._weights.addmm_(weights, solved, alpha=-sign)
-        self._system.addmm_(rows.mT, solved, alpha=-sign)
-        self._weights[:, places] = turned
-        self._system[places], self._system[:, places] = solved, solved.mT
-        self._system[places.unsqueeze(-1), places] = torch.cholesky_inverse(factor) * -sign
-        return float((weights * turned).sum())
+            return
+        self._gone = self._gone | ~stays
+        rows = self._inverse[places]
+        rows = torch.cholesky_solve(rows, torch.linalg.cholesky(rows[:, places]))
+        self._weights.addmm_(self._weights[:, places], rows, alpha=-1)
+        self._inverse.addmm_(self._inverse[:, places], rows, alpha=-1)
+        self._weights[:, places] = 0.0
+        self._forget(places)
+
+    def _forget(self, places: Tensor) -> None:
+        self._inverse[places] = 0.0
+        self._inverse[:, places] = 0.0
+        self._inverse[places, places] = 1.0
 
 
 def _members(numbers: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

@@ -13,7 +13,7 @@ from msgspec import Struct
 from torch import Tensor
 
 from sparseprune.engine.energies import distances, energies, output_losses, rough_losses
-from sparseprune.engine.greedy import Elimination, eliminated, shared_inputs
+from sparseprune.engine.greedy import eliminated, shared_inputs
 from sparseprune.engine.matrices import (
     Matrix,
     Scaled,
@@ -70,10 +70,8 @@ _FOR_BLOCKS: dict[Effort, _Schedule] = {
     "best": _Schedule(penalty=0.1, growth=1.12, hold=3, iterations=180, reach=1.0, steps=16),
     "fast": _Schedule(penalty=0.05, growth=1.5, hold=3, iterations=24, reach=1.2, steps=8),
 }
-_ELIMINATIONS: dict[Effort, Elimination] = {
-    "best": Elimination(share=0.1, exchanges=16),
-    "fast": Elimination(share=0.25, exchanges=4),
-}
+# Of what a matrix has to lose of its inputs, the share that goes in one round of the greedy choice.
+_SHARES: dict[Effort, float] = {"best": 0.1, "fast": 0.25}
 _COARSE = 0.3  # of the neighbours that chance would part are parted: blocks of more than three weights
 
 
@@ -161,7 +159,7 @@ def admm(
         if inputs is None:
             _alternate(sides, project, schedule, pause, joint=joint)
         else:
-            survivors = eliminated(problems, inputs, _ELIMINATIONS[effort], pause)
+            survivors = eliminated(problems, inputs, _SHARES[effort], pause)
             for side, kept in zip(sides, survivors, strict=True):
                 side.set_out(kept.unsqueeze(-2).expand_as(side.problem.dense))
     return [side.refitted(schedule, pause) for side in sides]

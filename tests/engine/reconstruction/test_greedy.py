@@ -17,7 +17,7 @@ from sparseprune import (
     admm,
     projection,
 )
-from sparseprune.engine.greedy import Elimination, _Inputs, eliminated, shared_inputs
+from sparseprune.engine.greedy import eliminated, shared_inputs
 from sparseprune.engine.matrices import all_scaled, units_of
 from tests.engine.devices import on_every_device
 from tests.engine.reconstruction.oracle import (
@@ -102,7 +102,7 @@ def one_by_one(given: list[Matrix], structure: Structure, damp: float = 0.01) ->
     params = params_for(given)
     inputs = shared_inputs(given, projection(*structure(params), params))
     assert inputs is not None
-    found = eliminated(all_scaled(given, damp, units_of(given)), inputs, Elimination(1e-9, 0), lambda: None)
+    found = eliminated(all_scaled(given, damp, units_of(given)), inputs, 1e-9, lambda: None)
     return [one.squeeze(0).cpu() for one in found]
 
 
@@ -203,86 +203,6 @@ def cost(matrix: Matrix, weights: torch.Tensor) -> float:
     if matrix.gradients is None:
         return sum(objective(weights, matrix.dense, matrix.moment))
     return loss_objective(weights, matrix)
-
-
-@pytest.mark.parametrize("structure", GREEDY, ids=lambda one: one.__name__)
-def test_exchanges_keep_the_budget_and_never_cost(structure: Structure) -> None:
-    for seed in range(6):
-        given = drawn(seed, GREEDY[structure])
-        params = params_for(given)
-        scope, nnz = structure(params)
-        project = projection(scope, nnz, params)
-        inputs = shared_inputs(given, project)
-        assert inputs is not None
-        problems = all_scaled(given, 0.01, units_of(given))
-        without, exchanged = (
-            eliminated(problems, inputs, Elimination(0.1, rounds), lambda: None) for rounds in (0, 16)
-        )
-        kept = [
-            {int(one) for one in (numbers + 1)[mask]}
-            for numbers, mask in zip(inputs.numbers, exchanged, strict=True)
-        ]
-        assert len(set.union(*kept)) == nnz * scope.numscp()
-        before, after = (
-            sum(least(one, mask.expand(ROWS, -1)) for one, mask in zip(given, masks, strict=True))
-            for masks in (without, exchanged)
-        )
-        assert after <= before * (1 + 1e-4)
-
-
-def test_exchanges_win_where_large_steps_went_wrong() -> None:
-    won = 0
-    for seed in range(10):
-        generator = torch.Generator().manual_seed(seed)
-        given = [Matrix(torch.randn(16, 48, generator=generator), moments(48, 60, generator))]
-        params = params_for(given)
-        inputs = shared_inputs(given, projection(*keeping(24)(params), params))
-        assert inputs is not None
-        problems = all_scaled(given, 0.01, units_of(given))
-        before, after = (
-            least(given[0], mask.expand(16, -1))
-            for rounds in (0, 16)
-            for mask in eliminated(problems, inputs, Elimination(0.25, rounds), lambda: None)
-        )
-        won += after < 0.99 * before
-    assert won >= 2
-
-
-def least(matrix: Matrix, mask: torch.Tensor) -> float:
-    """The objective of the least squares on a support."""
-    if matrix.gradients is None:
-        return cost(matrix, solved(matrix.dense, matrix.moment, mask))
-    return cost(matrix, loss_solved(matrix, mask))
-
-
-@pytest.mark.parametrize("turned", [[1, 4], [0, 2, 3, 7, 11]])
-def test_what_went_and_comes_back_leaves_no_trace(turned: list[int]) -> None:
-    """The state after every step is that of one solve: what stays, what it leaves, and the objective."""
-    (matrix,) = drawn(8)
-    (problem,) = all_scaled([matrix], 0.01, units_of([matrix]))
-    numbers, places = torch.arange(INPUTS), torch.tensor(turned)
-    state = _Inputs(problem, 0, numbers, torch.zeros(INPUTS, dtype=torch.bool))
-    alive = torch.ones(INPUTS, dtype=torch.bool)
-
-    def costs() -> torch.Tensor:
-        found = torch.zeros(INPUTS, dtype=torch.float64)
-        state.add_costs(found, alive)
-        return found
-
-    dense = costs()
-    risen = state.turn(places, goes=True)
-    alive[places] = False
-    assert risen == pytest.approx(
-        least(matrix, alive.expand(ROWS, -1)) * 2.0 ** -units_of([matrix]).energy, rel=1e-4
-    )
-    for place in range(INPUTS):
-        other = alive.clone()
-        other[place] = ~other[place]
-        change = abs(least(matrix, other.expand(ROWS, -1)) - least(matrix, alive.expand(ROWS, -1)))
-        assert float(costs()[place]) == pytest.approx(change * 2.0 ** -units_of([matrix]).energy, rel=1e-3)
-    assert state.turn(places, goes=False) == pytest.approx(risen)
-    alive[places] = True
-    torch.testing.assert_close(costs(), dense, rtol=1e-6, atol=0)
 
 
 def test_the_later_of_equals_goes() -> None:
