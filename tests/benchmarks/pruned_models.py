@@ -26,7 +26,7 @@ from tests.benchmarks.sparsegpt import Pattern, fused, n_of_m
 
 SEQUENCES = LENGTH = 128
 HELD = 400  # sequences of held-out text
-LONGER = 4000  # steps of training of the larger decoder
+LONGER = 2000  # steps of training of the larger decoder
 MIXED = 300  # of a mixture
 # By name what a spec says of its scopes, and the same for SparseGPT.
 PATTERNS: dict[str, tuple[str, Pattern | None]] = {
@@ -139,7 +139,7 @@ def decoder(scratch: Path, draws: int, patterns: Sequence[str]) -> None:
 
 
 def longer(scratch: Path, draws: int, patterns: Sequence[str]) -> None:
-    """A Llama of characters, 4 layers, 128 wide, trained for 4000 steps on the standard library's code."""
+    """A Llama of characters, 4 layers, 128 wide, trained for 2000 steps on the standard library's code."""
     folder = made(scratch / "longer")
     code = folder / "code.txt"
     if not code.is_file():
