@@ -120,17 +120,23 @@ def output_losses(
     return lost
 
 
-def rough_losses(matrix: Matrix, problem: Scaled, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """What `output_losses` tells of one, in the precision of the work, and by how much it may be wrong."""
+def rough_gains(matrix: Matrix, problem: Scaled, before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
+    """By how much `output_losses` of `after` are below those of `before`, and by how much it may be wrong.
+
+    In the precision of the work, (matrices, out) tensors, by one product: D H D^T - E H E^T is
+    (D - E) H (D + E)^T.
+    """
     work = matrix.work_dtype
-    away = problem.scaled(matrix.rows(weights).to(work) - matrix.rows(matrix.dense).to(work))
+    one, other, dense = (matrix.rows(rows).to(work) for rows in (before, after, matrix.dense))
+    apart, both = problem.scaled(one - other), problem.scaled((one - dense) + (other - dense))
     added = diagonal_of(problem.hessian).unsqueeze(-2) - 1 + problem.damping.unsqueeze(-1) / problem.scale**2
-    pushed = (away @ problem.hessian).addcmul_(away, added.to(work), value=-1)
-    if not away.numel():
-        return away.sum(-1), away.sum(-1)
+    pushed = (both @ problem.hessian).addcmul_(both, added.to(work), value=-1)
+    if not both.numel():
+        return both.sum(-1), both.sum(-1)
     most = torch.linalg.vector_norm(problem.hessian, 1, dim=-1).amax(-1, keepdim=True)
     rounded = SAFETY * torch.finfo(work).eps * math.sqrt(matrix.features)
-    return pushed.mul_(away).sum(-1), rounded * most * away.square().sum(-1)
+    lengths = (torch.linalg.vector_norm(rows, dim=-1) for rows in (apart, both))
+    return pushed.mul_(apart).sum(-1), rounded * most * math.prod(lengths)
 
 
 def distances(matrix: Matrix, weights: Tensor, units: Units) -> Tensor:

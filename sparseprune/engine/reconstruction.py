@@ -12,7 +12,7 @@ import torch
 from msgspec import Struct
 from torch import Tensor
 
-from sparseprune.engine.energies import distances, energies, output_losses, rough_losses
+from sparseprune.engine.energies import distances, energies, output_losses, rough_gains
 from sparseprune.engine.greedy import eliminated, shared_inputs
 from sparseprune.engine.matrices import (
     Matrix,
@@ -58,8 +58,8 @@ class _Schedule(Struct, frozen=True):
 
 # Measured in tests/benchmarks/README.md.
 _SCHEDULES: dict[Effort, _Schedule] = {
-    "best": _Schedule(penalty=0.12, growth=1.8, hold=3, iterations=12, reach=1.35, steps=8),
-    "fast": _Schedule(penalty=0.25, growth=2.0, hold=3, iterations=6, reach=1.5, steps=2),
+    "best": _Schedule(penalty=0.15, growth=2.2, hold=4, iterations=10, reach=1.4, steps=8),
+    "fast": _Schedule(penalty=0.3, growth=2.0, hold=3, iterations=5, reach=1.6, steps=1),
 }
 # For the loss and for large blocks the search goes on to win where the penalty grows slowly.
 _FOR_LOSS: dict[Effort, _Schedule] = {
@@ -306,8 +306,8 @@ def _best(matrix: Matrix, problem: Scaled, masked: Tensor, start: Tensor | None,
 
 def _better_rows(matrix: Matrix, problem: Scaled, masked: Tensor, moved: Tensor) -> Tensor:
     """The rows of `moved` that lose less than those of `masked`, by float64 where float32 does not tell."""
-    (before, blur), (after, other) = (rough_losses(matrix, problem, one) for one in (masked, moved))
-    better, worse = after + other < before - blur, before + blur < after - other
+    gain, blur = rough_gains(matrix, problem, masked, moved)
+    better, worse = gain > blur, gain < -blur
     close = ~(better | worse)
     if bool(close.any()):
         before, after = output_losses(matrix, [masked, moved], problem.units, close)
