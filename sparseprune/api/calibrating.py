@@ -7,9 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
-from contextlib import nullcontext
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from msgspec import Struct
@@ -17,7 +14,7 @@ from msgspec import Struct
 from sparseprune import __version__
 from sparseprune.api.options import stats_beside
 from sparseprune.api.run import digest, output_shown
-from sparseprune.checkpoint import StagedOutput, open_checkpoint
+from sparseprune.checkpoint import StagedOutput, TensorReader, open_checkpoint
 from sparseprune.checkpoint.file_io import checkpoint_identity, refuse_changed
 from sparseprune.checkpoint.folding import refuse_split
 from sparseprune.checkpoint.publish import free_bytes
@@ -33,7 +30,7 @@ from sparseprune.results.measuring import (
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from contextlib import AbstractContextManager
+    from pathlib import Path
 
     from sparseprune.api.run import Run
     from sparseprune.calibration import Calibration, Counted, LoadedModel, Sequences
@@ -46,7 +43,7 @@ class Collecting(Struct, frozen=True):
     """What text to run through which model, and where the statistics go.
 
     `length` None for what the model takes; `memory` is bytes for second moments; `scratch` is a folder for
-    what the model is loaded from, None for a temporary one.
+    hidden states, None for a temporary one.
     """
 
     checkpoint: Path
@@ -87,20 +84,12 @@ def calibrate(run: Run, asked: Collecting) -> Statistics:
     from sparseprune.execution.schedule import resolve_device
 
     device = resolve_device(asked.device, uses_torch=True)
-    scratch: AbstractContextManager[str | Path] = (
-        tempfile.TemporaryDirectory(prefix="sparseprune-", ignore_cleanup_errors=True)
-        if asked.scratch is None
-        else nullcontext(asked.scratch)
-    )
-    with scratch as folder:
-        loaded = load_model(checkpoint, device, Path(folder))
+    with TensorReader() as reader:
+        loaded = load_model(checkpoint, device, reader)
+        for name in loaded.blocks.names:
+            loaded.blocks.load(name, loaded.read(reader))
         if any(isinstance(one, Chat) for one in documents) and not loaded.tokenizer.chat_template:
             run.note('the tokenizer has no chat template: messages are read as "role: content" lines')
-        if asked.gradients and not loaded.is_whole:
-            raise SparsepruneError(
-                f"{checkpoint.path}: the model is larger than the memory of {device}, and the way back of "
-                "--gradients needs all of it at once: calibrate without"
-            )
         run.note("cutting the text into sequences")
         length = asked.length or loaded.length
         if asked.length is not None and loaded.longest is not None and asked.length > loaded.longest:

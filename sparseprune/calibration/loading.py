@@ -13,12 +13,13 @@ import re
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sparseprune.calibration.blocks import open_blocks, reading
+from sparseprune.calibration.runs import halting
 from sparseprune.calibration.watching import EnoughError
 from sparseprune.checkpoint import read_config
 from sparseprune.checkpoint.codes import QUANTIZED_FILES, quantization_of
@@ -31,11 +32,11 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from sparseprune.checkpoint import Checkpoint
+    from sparseprune.calibration.blocks import Blocks, Read
+    from sparseprune.checkpoint import Checkpoint, Source
 
 _LONGEST = 2048  # tokens of a sequence by default, if the model takes that many
 _LENGTH_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
-_FREE_SHARE = 0.7  # of the free memory; parts of a larger model stay elsewhere
 _SUMS_SHARE = 0.5  # of what a model leaves of its device; the rest is for what comes up when it runs
 _MODULES = re.compile(r"(layers?|blocks|depth|experts|hidden_groups)$")  # config keys that count modules
 _POSITIONS = re.compile(r"position|n_ctx$")
@@ -52,12 +53,15 @@ _MODALITIES = MappingProxyType(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoadedModel:
-    """A model with its tokenizer; `missing` are weights that the checkpoint lacks.
+    """A model with its tokenizer, of which the weights of `blocks` are loaded when these run.
 
-    `others` names what it takes beside text, such as images.
+    `missing` are weights outside of them that the checkpoint lacks; `others` names what it takes beside
+    text, such as images.
     """
 
+    checkpoint: Checkpoint = field(repr=False)
     model: Any = field(repr=False)
+    blocks: Blocks = field(repr=False)
     tokenizer: Any = field(repr=False)
     longest: int | None
     device: torch.device
@@ -105,14 +109,8 @@ class LoadedModel:
         weight = getattr(head, "weight", None)
         return None if weight is None else int(weight.shape[0])
 
-    @property
-    def is_whole(self) -> bool:
-        """Whether all of it is on its device, and no part is loaded when it runs."""
-        places = getattr(self.model, "hf_device_map", {}).values()
-        return all(str(place) not in {"cpu", "disk"} or str(place) == self.device.type for place in places)
-
-    def run(self, ids: Tensor, back: Callable[[Any], None] | None = None) -> None:
-        """One forward pass over (sequences, length); `back` gets the outputs, for a pass back.
+    def forward(self, ids: Tensor) -> Any:
+        """What the model gives for (sequences, length); halts in front of its blocks in a run.
 
         Raises:
             SparsepruneError: the model does not take this many tokens.
@@ -127,20 +125,35 @@ class LoadedModel:
             "global_attention_mask": torch.zeros_like(given).index_fill_(1, given.new_zeros(1), 1),
             "decoder_input_ids": given if self.model.config.is_encoder_decoder else None,
         }
+        with self.telling(ids.shape[1]):
+            return forward(**{key: offered[key] for key in words if offered.get(key) is not None})
+
+    @contextmanager
+    def telling(self, length: int) -> Iterator[None]:
+        """Turn errors of the model's code over so many tokens into one line."""
         try:
-            with torch.set_grad_enabled(back is not None):
-                made = forward(**{key: offered[key] for key in words if offered.get(key) is not None})
-                if back is not None:
-                    back(made)
+            yield
         except (EnoughError, SparsepruneError):
             raise
         except Exception as error:
             if is_out_of_memory(error):
                 raise
-            there = "run" if back is None else "run, and differentiated,"
+            there = "run, and differentiated," if torch.is_grad_enabled() else "run"
             raise SparsepruneError(
-                f"the model cannot be {there} over {ids.shape[1]} tokens of text alone: {_first_line(error)}"
+                f"the model cannot be {there} over {length} tokens of text alone: {_first_line(error)}"
             ) from error
+
+    def run(self, ids: Tensor, back: Callable[[Any], None] | None = None) -> None:
+        """One forward pass over (sequences, length); `back` gets the outputs, for a pass back."""
+        with torch.set_grad_enabled(back is not None):
+            made = self.forward(ids)
+            if back is not None:
+                with self.telling(ids.shape[1]):
+                    back(made)
+
+    def read(self, source: Source) -> Read:
+        """The function that reads tensors of the checkpoint for `blocks`."""
+        return reading(self.checkpoint, source, self.device)
 
     def refuse_strange(self, ids: Tensor) -> None:
         """SparsepruneError if the tokenizer gives tokens without an embedding in the model."""
@@ -155,8 +168,8 @@ class LoadedModel:
             )
 
 
-def load_model(checkpoint: Checkpoint, device: str, folder: Path) -> LoadedModel:
-    """The model of a checkpoint's directory on a device; parts without room anywhere are stored in `folder`.
+def load_model(checkpoint: Checkpoint, device: str, source: Source) -> LoadedModel:
+    """The model of a checkpoint's directory, whose tensors `source` reads, on a device.
 
     Raises:
         SparsepruneError: transformers is not installed, does not know the architecture, cannot load it.
@@ -186,26 +199,21 @@ def load_model(checkpoint: Checkpoint, device: str, folder: Path) -> LoadedModel
     with _one_line(f"{path}: {version} cannot build the model that config.json describes"):
         _refuse_larger(kind, config, checkpoint)
     place = _numbered(device)
-    placed = _placement(checkpoint, place, folder)
     with _one_line(f"{path}: {version} cannot load this model"):
         # A config may name another file, and pickles can run code.
         safe = {"use_safetensors": True, "use_kernels": False, "ignore_mismatched_sizes": True, **own}
-        model, info = kind.from_pretrained(
-            path, config=config, dtype="auto", output_loading_info=True, **safe, **placed
-        )
-    unlike = sorted(str(key[0] if isinstance(key, tuple) else key) for key in info["mismatched_keys"])
-    if unlike:
-        raise CheckpointError(
-            f"{path}: {len(unlike)} tensors have other shapes than config.json says, such as {unlike[0]}"
-        )
-    with _one_line(f"{path}: the model cannot be put on {device}"):
-        model = model.eval() if "device_map" in placed else model.eval().to(place)
+        how = {"config": config, "dtype": "auto", **safe}
+        model, blocks, missing = open_blocks(kind, path, place, reading(checkpoint, source, place), **how)
+    model.eval()
+    for name, block in blocks.modules.items():
+        halting(name, block)
     for part in _configs(model.config):
         if getattr(part, "pad_token_id", None) is None:
             part.pad_token_id = _NO_PADDING
-    missing = tuple(sorted(info["missing_keys"]))
     others = tuple(_MODALITIES[one] for one in _modalities(model) if one in _MODALITIES)
-    return LoadedModel(model, tokenizer, _longest(model, tokenizer), place, missing, others)
+    return LoadedModel(
+        checkpoint, model, blocks, tokenizer, _longest(model, tokenizer), place, missing, others
+    )
 
 
 def _refuse_other_inputs(path: Path, kind: Any) -> None:
@@ -350,33 +358,6 @@ def _numbered(device: str) -> torch.device:
     found = torch.device(device)
     is_open = found.type == "cuda" and found.index is None
     return torch.device("cuda", torch.cuda.current_device()) if is_open else found
-
-
-def _placement(checkpoint: Checkpoint, device: torch.device, folder: Path) -> dict[str, Any]:
-    """Arguments that place the model: all on the device; else the rest on the host, and then on disk.
-
-    No other device gets a part: none was asked for.
-    """
-    if find_spec("accelerate") is None:
-        return {}
-    nbytes = sum(stored.nbytes for stored in checkpoint.tensors.values())
-    room: dict[int | str, int] = {"cpu": int(_FREE_SHARE * _free_bytes())}
-    if device.type == "cpu":
-        if nbytes < room["cpu"]:
-            return {}
-    else:
-        free, _ = torch.cuda.mem_get_info(device)
-        room = {device.index: int(_FREE_SHARE * free), **room}
-        if nbytes < room[device.index]:
-            return {"device_map": {"": device.index}}
-    return {"device_map": "auto", "offload_folder": str(folder), "max_memory": room}
-
-
-def _free_bytes() -> int:
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):
-        return 1 << 62
 
 
 def _longest(model: Any, tokenizer: Any) -> int | None:

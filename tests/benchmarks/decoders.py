@@ -142,7 +142,7 @@ def trained(folder: Path, text: Path, *, hidden: int = 96, layers: int = 3, step
         own.LlamaConfig(
             vocab_size=len(tokenizer),
             hidden_size=hidden,
-            intermediate_size=hidden * 8 // 3,
+            intermediate_size=hidden * 8 // 24 * 8,
             num_hidden_layers=layers,
             num_attention_heads=hidden // 32,
             num_key_value_heads=1,

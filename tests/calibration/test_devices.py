@@ -9,8 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparseprune.calibration import LoadedModel, collecting, loading, watching
-from sparseprune.checkpoint import open_checkpoint
+from sparseprune.calibration import LoadedModel, collecting, watching
 from tests.calibration.models import made
 from tests.commands import Said, ok, refused
 
@@ -38,38 +37,23 @@ def free(patch: pytest.MonkeyPatch, *nbytes: int) -> None:
     """There are devices with so many free bytes, of which the first one is the current one."""
     patch.setattr(torch.cuda, "mem_get_info", lambda device: (nbytes[device.index], 80 * GB))
     patch.setattr(torch.cuda, "current_device", lambda: 0)
-    patch.setattr(loading, "_free_bytes", lambda: 10 * GB)
 
 
-@pytest.mark.parametrize(
-    ("device", "placed"),
-    [
-        ("cpu", {}),
-        ("cuda:1", {"device_map": {"": 1}}),
-        ("cuda", {"device_map": "auto", "max_memory": {0: 70_000, "cpu": 7 * GB}}),
-        ("cuda:0", {"device_map": "auto", "max_memory": {0: 70_000, "cpu": 7 * GB}}),
-    ],
-)
-def test_a_model_is_put_on_the_device_that_was_named_and_its_rest_on_no_other(
-    device: str, placed: dict[str, Any], home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    free(monkeypatch, 100_000, 40 * GB)
-    place = loading._numbered(device)
-    arguments = loading._placement(open_checkpoint(home / "llama"), place, tmp_path)
-    assert arguments.pop("offload_folder", str(tmp_path)) == str(tmp_path)
-    assert arguments == placed
+def on(device: torch.device) -> LoadedModel:
+    nothing: Any = None
+    return LoadedModel(nothing, None, nothing, None, None, device, ())
 
 
 def test_sums_may_take_half_of_what_is_free_rounded_down_to_a_power_of_two(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    model = LoadedModel(None, None, None, torch.device("cuda:1"), ())
+    model = on(torch.device("cuda:1"))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 5 * GB)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 3 * GB)  # the rest is kept for what comes
     for rest, room in ((40, 16), (30.5, 8), (33, 16)):
         free(monkeypatch, GB, int(rest * GB))
         assert model.room == room << 30
-    assert LoadedModel(None, None, None, torch.device("cpu"), ()).room is None
+    assert on(torch.device("cpu")).room is None
 
 
 def test_a_device_with_less_room_than_memory_makes_more_passes_to_the_same_bytes_and_says_so(

@@ -192,17 +192,6 @@ def test_norms_have_no_gradients(home: Path, tmp_path: Path) -> None:
     assert "--gradients and --stats norm contradict each other" in said.err
 
 
-def test_a_model_whose_parts_stay_on_disk_has_no_way_back(
-    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from sparseprune.calibration import LoadedModel
-
-    monkeypatch.setattr(LoadedModel, "is_whole", False)
-    text = ("--text", home / "words.txt", *SIZES)
-    said = refused("calibrate", home / "llama", *text, "-o", tmp_path / "stats", "--gradients", "-q")
-    assert "the way back of --gradients needs all of it at once" in said.err
-
-
 def test_what_has_gradients_and_what_has_none_is_told(home: Path, tmp_path: Path) -> None:
     save_family("bert", tmp_path / "bert")
     text = ("--text", home / "words.txt", *SIZES, "--no-special")

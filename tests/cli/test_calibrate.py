@@ -225,31 +225,6 @@ def test_a_matrix_that_is_used_again_and_again_counts_every_time(home: Path, tmp
     assert report["passes"] > 1
 
 
-def test_parts_of_a_model_may_stay_on_disk(
-    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With accelerate, where memory is too little; the inputs of all matrices are the same."""
-    from sparseprune.calibration import loading
-
-    calibrate(home, "llama", tmp_path / "memory", "-q")
-    monkeypatch.setattr(loading, "_free_bytes", lambda: 43_000)
-    devices: set[str] = set()
-    usual = loading.LoadedModel.run
-
-    def run_watched(loaded: Any, ids: torch.Tensor) -> None:
-        devices.update(one.device.type for one in loaded.model.parameters())
-        usual(loaded, ids)
-
-    monkeypatch.setattr(loading.LoadedModel, "run", run_watched)
-    said = calibrate(home, "llama", tmp_path / "disk", "-q", "--json", "--memory", 4 * 48 * 48)
-    assert json.loads(said.out)["passes"] > 3
-    assert "meta" in devices
-    memory, disk = written(tmp_path / "memory"), written(tmp_path / "disk")
-    assert memory.keys() == disk.keys()
-    for name, moment in memory.items():
-        torch.testing.assert_close(moment, disk[name])
-
-
 def test_a_signal_while_the_model_runs_leaves_no_output_and_no_folder(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
