@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from sparseprune.api import options
-from sparseprune.api.options import Target, machine, path_or_none, source, texts
+from sparseprune.api.options import Reading, Target, machine, path_or_none, source, texts
 from sparseprune.api.run import Listener, Progress, Run
 
 if TYPE_CHECKING:
@@ -34,6 +34,14 @@ def apply(
     target: options.Goal = None,
     reconstruct: options.Reconstruct = None,
     stats: options.StatsToRebuild = None,
+    text: options.TextToSweep = (),
+    sequences: options.Sequences = 128,
+    length: options.Length = None,
+    field: options.Field = None,
+    seed: options.Seed = 0,
+    special: options.Special = True,
+    gradients: options.GradientsFirst = False,
+    scratch: options.Place | None = None,
     strict: options.Strict = False,
     force: options.Force = False,
     progress: Listen = None,
@@ -59,8 +67,10 @@ def apply(
 
     run = Run(progress, strict=strict)
     goes = Target(path_or_none(output), mask_format, force)
-    asked = source(checkpoint, spec, set, target, reconstruct, stats)
-    return prune(run, prepare(asked, goes, machine(device, jobs, memory)))
+    files = [Path(one) for one in text]
+    read = Reading(files, sequences, length, field, seed, special, gradients, path_or_none(scratch))
+    asked = source(checkpoint, spec, set, target, (reconstruct, stats), read)
+    return prune(run, prepare(asked, goes, machine(device, jobs, memory), run))
 
 
 def mask(
@@ -93,7 +103,7 @@ def mask(
 
     run = Run(progress, strict=strict)
     goes = Target(path_or_none(output), mask_format, force, weights=False)
-    asked = source(checkpoint, spec, set, target, reconstruct, stats)
+    asked = source(checkpoint, spec, set, target, (reconstruct, stats))
     return prune(run, prepare(asked, goes, machine(device, jobs, memory)))
 
 
@@ -109,6 +119,13 @@ def plan(
     target: options.Goal = None,
     reconstruct: options.Reconstruct = None,
     stats: options.StatsToRebuild = None,
+    text: options.TextToSweep = (),
+    sequences: options.Sequences = 128,
+    length: options.Length = None,
+    field: options.Field = None,
+    seed: options.Seed = 0,
+    special: options.Special = True,
+    gradients: options.GradientsFirst = False,
     strict: options.Strict = False,
     allocation: options.Allocation = False,
     device: str = "cpu",
@@ -134,8 +151,10 @@ def plan(
     goes = Target(path_or_none(output), mask_format, weights=command != "mask")
     if command == "remove":
         goes = Target(goes.output, resized=True, model_type=as_model)
-    asked = source(checkpoint, spec, set, target, reconstruct, stats)
-    prepared = prepare(asked, goes, machine(device, jobs, memory))
+    files = [Path(one) for one in text]
+    read = Reading(files, sequences, length, field, seed, special, gradients)
+    asked = source(checkpoint, spec, set, target, (reconstruct, stats), read)
+    prepared = prepare(asked, goes, machine(device, jobs, memory), run)
     if allocation:
         prepared = with_parts_of_budgets(run, prepared)
     if look is not None:
@@ -168,6 +187,14 @@ def remove(
     target: options.Goal = None,
     reconstruct: options.Reconstruct = None,
     stats: options.StatsToRebuild = None,
+    text: options.TextToSweep = (),
+    sequences: options.Sequences = 128,
+    length: options.Length = None,
+    field: options.Field = None,
+    seed: options.Seed = 0,
+    special: options.Special = True,
+    gradients: options.GradientsFirst = False,
+    scratch: options.Place | None = None,
     strict: options.Strict = False,
     force: options.Force = False,
     dry_run: bool = False,
@@ -188,6 +215,8 @@ def remove(
     from sparseprune.api.removing import Asked
     from sparseprune.api.removing import remove as cut_out
 
+    files = [Path(one) for one in text]
+    read = Reading(files, sequences, length, field, seed, special, gradients, path_or_none(scratch))
     lists: dict[str, object] = {"--experts": experts, "--vocabulary": vocabulary}
     asked = Asked(
         checkpoint=Path(checkpoint),
@@ -198,6 +227,7 @@ def remove(
         overrides=texts(set),
         goal=target,
         rebuilding=(reconstruct, path_or_none(stats)),
+        text=read,
         target=Target(path_or_none(output), None, force, resized=True, model_type=as_model),
         machine=machine(device, jobs, memory),
     )

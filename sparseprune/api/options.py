@@ -265,6 +265,15 @@ Text = Annotated[
         typed=list[Path],
     ),
 ]
+TextToSweep = Annotated[
+    Sequence[Place],
+    Option(
+        "--text FILE",
+        "Rebuild survivors layer by layer by what this text gives, in place of --stats: text, JSON lines or "
+        "a list of records; repeat it for several.",
+        typed=list[Path],
+    ),
+]
 Kind = Annotated[
     Literal["hessian", "norm"], Option("--stats", "All second moments, or the norms of the inputs alone.")
 ]
@@ -289,6 +298,13 @@ Gradients = Annotated[
     Option(
         "--gradients",
         "Also second moments of the loss gradients at the outputs, for rebuilding in the loss metric.",
+    ),
+]
+GradientsFirst = Annotated[
+    bool,
+    Option(
+        "--gradients",
+        "With --text: take gradients of the loss in the dense model first, and rebuild in the loss metric.",
     ),
 ]
 MomentMemory = Annotated[
@@ -320,11 +336,41 @@ def machine(device: str = "cpu", jobs: int | None = None, memory: int | str | No
 
 
 @dataclass(frozen=True, slots=True)
+class Reading:
+    """A text, and how it is cut into sequences: `length` None for what the model takes.
+
+    `gradients` of the dense model are taken first. `scratch` is a folder for hidden states, None for a
+    temporary one.
+    """
+
+    files: Sequence[Path]
+    sequences: int = 128
+    length: int | None = None
+    field: str | None = None
+    seed: int = 0
+    special: bool = True
+    gradients: bool = False
+    scratch: Path | None = None
+
+    @property
+    def words(self) -> list[str]:
+        """The options as they are typed, where they are not the usual ones."""
+        names, usual = ("sequences", "length", "field", "seed"), Reading(self.files)
+        changed = [name for name in names if getattr(self, name) != getattr(usual, name)]
+        return [
+            *(f"--text {file}" for file in self.files),
+            *(f"--{name} {getattr(self, name)}" for name in changed),
+            *([] if self.special else ["--no-special"]),
+            *(["--gradients"] if self.gradients else []),
+        ]
+
+
+@dataclass(frozen=True, slots=True)
 class Source:
     """A checkpoint and the spec that it is pruned by, with other values for the spec's variables.
 
     `goal` is what shall be left, as it was typed. `reconstruct` and `stats` are asked of every rule; None for
-    what the spec says.
+    what the spec says. With a `text` survivors are rebuilt in a sweep.
     """
 
     checkpoint: Path
@@ -333,6 +379,7 @@ class Source:
     goal: str | None = None
     reconstruct: Method | None = None
     stats: Path | None = None
+    text: Reading | None = None
 
 
 def source(
@@ -340,13 +387,21 @@ def source(
     spec: Place,
     variables: Mapping[str, object] | None,
     goal: str | None = None,
-    reconstruct: Method | None = None,
-    stats: Place | None = None,
+    rebuilding: tuple[Method | None, Place | None] = (None, None),
+    text: Reading | None = None,
 ) -> Source:
+    """What was given; `rebuilding` is the method and the statistics that survivors are rebuilt by."""
+    reconstruct, stats = rebuilding
     if reconstruct not in {None, *get_args(Method)}:
         raise SparsepruneError(f"--reconstruct {reconstruct}: wanted admm, refit or none")
+    if text is not None and not text.files:
+        if text.gradients:
+            raise SparsepruneError("--gradients: goes with --text, of which they are taken")
+        text = None
+    if text is not None and reconstruct == "none":
+        raise SparsepruneError("--reconstruct none: survivors are rebuilt by --text; leave one of them out")
     given = path_or_none(stats)
-    return Source(Path(checkpoint), os.fspath(spec), texts(variables), goal, reconstruct, given)
+    return Source(Path(checkpoint), os.fspath(spec), texts(variables), goal, reconstruct, given, text)
 
 
 def stats_beside(checkpoint: Path) -> Path:

@@ -16,7 +16,7 @@ from msgspec.structs import replace
 from sparseprune import __version__, results
 from sparseprune.api.applied import read_spec, rebuilt_by, warn_of_broken, warn_of_earlier
 from sparseprune.api.options import stats_beside
-from sparseprune.api.run import collector_paused, digest, output_shown, sizes_of
+from sparseprune.api.run import Run, collector_paused, digest, output_shown, sizes_of
 from sparseprune.checkpoint import (
     StagedOutput,
     TensorReader,
@@ -28,6 +28,7 @@ from sparseprune.checkpoint import (
 from sparseprune.checkpoint.file_io import checkpoint_identity, refuse_changed, shards_identity
 from sparseprune.checkpoint.folding import refuse_split
 from sparseprune.errors import SparsepruneError, SpecError
+from sparseprune.execution.inputs import SWEPT
 from sparseprune.execution.plan import bind_to, make_plan, rebuilding_rules
 from sparseprune.execution.schedule import cpu_lines, make_schedule
 from sparseprune.report.coverage import coverage_of
@@ -35,13 +36,14 @@ from sparseprune.report.wording import many
 from sparseprune.spec.rebuilding import Rebuilding, rebuilt
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Sequence
 
     from sparseprune.api.options import Machine, Source, Target
-    from sparseprune.api.run import Run
+    from sparseprune.api.sweeping import Swept, SweptText
     from sparseprune.checkpoint import Checkpoint, OutputLayout, Shard
     from sparseprune.checkpoint import Source as SourceOfBytes
     from sparseprune.execution.allocation import Allocation
+    from sparseprune.execution.passes import TensorOutcome
     from sparseprune.execution.permuting import Found
     from sparseprune.execution.plan import Plan
     from sparseprune.execution.schedule import Schedule
@@ -70,6 +72,7 @@ class Prepared(Struct, frozen=True):
     found: TargetReached | None = None
     allocation: Allocation | None = None
     unrebuilt: tuple[str, ...] = ()
+    swept: Swept | None = None
 
     @property
     def peak_bytes(self) -> int:
@@ -78,8 +81,11 @@ class Prepared(Struct, frozen=True):
         return peak if self.allocation is None else max(peak, self.allocation.peak)
 
 
-def prepare(asked: Source, target: Target, machine: Machine) -> Prepared:
-    """Find and read the spec, read the headers, bind one to the other, lay out the output."""
+def prepare(asked: Source, target: Target, machine: Machine, run: Run | None = None) -> Prepared:
+    """Find and read the spec, read the headers, bind one to the other, lay out the output.
+
+    With a text the model is opened, and one sequence goes through it; `run` hears of that.
+    """
     with collector_paused():
         source, spec, told = _read(asked)
         checkpoint = open_checkpoint(asked.checkpoint)
@@ -88,7 +94,12 @@ def prepare(asked: Source, target: Target, machine: Machine) -> Prepared:
         if asked.goal is not None:
             asked, found = _reaching(asked, asked.goal, target, checkpoint, spec)
             source, spec, told = _read(asked)
-        plan, schedule = _plan(checkpoint, spec, target, machine)
+        text = None
+        if asked.text is not None:
+            from sparseprune.api.sweeping import read_text  # with torch and transformers
+
+            text = read_text(run or Run(None), asked.text, checkpoint, machine.device, asked.stats)
+        plan, schedule = _plan(checkpoint, spec, target, machine, text)
         allocation = None
         if spec.shares:
             from sparseprune.execution.allocation import make_allocation  # with numpy, which starts slowly
@@ -102,8 +113,13 @@ def prepare(asked: Source, target: Target, machine: Machine) -> Prepared:
         else:
             layout = lay_out_masks(*where, mask_format, scores)
     unrebuilt = (*(f"{rule} {why}" for rule, why in told.items()), *_left_lines(plan))
+    swept = None
+    if text is not None:
+        from sparseprune.api.sweeping import divide
+
+        swept = divide(plan, text, machine)
     parts = (plan, schedule, layout, coverage)
-    return Prepared(asked, target, machine, source, spec, *parts, found, allocation, unrebuilt)
+    return Prepared(asked, target, machine, source, spec, *parts, found, allocation, unrebuilt, swept)
 
 
 def _read(asked: Source) -> tuple[SpecSource, Spec, dict[str, str]]:
@@ -126,13 +142,21 @@ def _reaching(
     return dataclasses.replace(asked, overrides={**overrides, found.name: repr(found.value)}), found
 
 
-def _plan(checkpoint: Checkpoint, spec: Spec, target: Target, machine: Machine) -> tuple[Plan, Schedule]:
+def _plan(
+    checkpoint: Checkpoint, spec: Spec, target: Target, machine: Machine, text: SweptText | None = None
+) -> tuple[Plan, Schedule]:
     """What a spec means for a checkpoint, and how that is done."""
-    permutes = target.weights and not target.resized
-    plan = make_plan(checkpoint, spec, writes=permutes, permutes=permutes)
+    permutes = target.weights and not target.resized and text is None
+    sweeping = None if text is None else text.statistics()
+    plan = make_plan(checkpoint, spec, writes=permutes, permutes=permutes, sweeping=sweeping)
     if not permutes:
-        _refuse_permuting(plan, "remove" if target.resized else "mask")
-    schedule = make_schedule(
+        _refuse_permuting(plan, "a sweep" if text else "remove" if target.resized else "mask")
+    return plan, schedule_of(plan, target, machine)
+
+
+def schedule_of(plan: Plan, target: Target, machine: Machine) -> Schedule:
+    """How a plan, or a part of it, is done."""
+    return make_schedule(
         plan,
         machine.memory,
         machine.jobs,
@@ -140,7 +164,6 @@ def _plan(checkpoint: Checkpoint, spec: Spec, target: Target, machine: Machine) 
         masks=target.mask_format is not None,
         resized=target.resized,
     )
-    return plan, schedule
 
 
 def decided(
@@ -161,8 +184,14 @@ def decided(
         found = allocate(work, reader, device, advance, output)
     spec = replace(prepared.spec, allocated=found)
     with collector_paused():
-        plan, schedule = _plan(prepared.plan.checkpoint, spec, prepared.target, machine)
-    return replace(prepared, spec=spec, plan=plan, schedule=schedule)
+        text = None if prepared.swept is None else prepared.swept.text
+        plan, schedule = _plan(prepared.plan.checkpoint, spec, prepared.target, machine, text)
+    if text is None:
+        return replace(prepared, spec=spec, plan=plan, schedule=schedule)
+    from sparseprune.api.sweeping import divide
+
+    swept = divide(plan, text, machine)
+    return replace(prepared, spec=spec, plan=plan, schedule=schedule, swept=swept)
 
 
 def _refuse_permuting(plan: Plan, command: str) -> None:
@@ -172,6 +201,7 @@ def _refuse_permuting(plan: Plan, command: str) -> None:
         why = {
             "mask": "masks of another order do not fit the checkpoint",
             "remove": "what is removed is not permuted",
+            "a sweep": "an order would have to be known before",
         }
         raise SpecError(f"[{rule}] permute: {command} does without it, as {why[command]}; use apply")
 
@@ -179,6 +209,8 @@ def _refuse_permuting(plan: Plan, command: str) -> None:
 def rebuilding_of(asked: Source) -> Rebuilding:
     """What is asked of every rule, with the statistics beside the checkpoint if no others are named."""
     usual = stats_beside(asked.checkpoint)
+    if asked.text is not None:
+        return Rebuilding(method=asked.reconstruct, file=SWEPT)
     return Rebuilding(
         method=asked.reconstruct,
         file=None if asked.stats is None else asked.stats.absolute(),
@@ -273,12 +305,15 @@ def prune(run: Run, prepared: Prepared) -> results.Report:
         total, already = work_bytes(schedule, output)
         orders: tuple[Found, ...] = ()
         source: SourceOfBytes = reader
-        with run.progress("pruning" if weights else "masking", total, already) as advance:
-            if plan.permutations.found:
-                from sparseprune.execution.permuting import find_orders
+        if final.swept is not None:
+            outcomes = swept_outcomes(run, final, reader, output, device)
+        else:
+            with run.progress("pruning" if weights else "masking", total, already) as advance:
+                if plan.permutations.found:
+                    from sparseprune.execution.permuting import find_orders
 
-                orders, source = find_orders(schedule, reader, output, advance)
-            outcomes = execute(schedule, source, output, device, advance)
+                    orders, source = find_orders(schedule, reader, output, advance)
+                outcomes = execute(schedule, source, output, device, advance)
         found = pruning.summed_up(outcomes)
         run.warn(*unpruned_lines(plan.bound.rules, found.pruned))
         warn_of_broken(run, earlier, output)
@@ -311,6 +346,20 @@ def prune(run: Run, prepared: Prepared) -> results.Report:
     return run.write(output, work, lambda: refuse_changed(prepared.plan.checkpoint, read), spec=spec)
 
 
+def swept_outcomes(
+    run: Run, prepared: Prepared, reader: TensorReader, output: StagedOutput, device: str
+) -> Sequence[TensorOutcome]:
+    """Do the work with a text, block by block."""
+    from sparseprune.api.sweeping import Sweeper
+
+    swept, target, machine = prepared.swept, prepared.target, prepared.machine
+    if swept is None:
+        raise TypeError("there is no text")
+    left = dataclasses.replace(machine, memory=machine.memory - swept.rooms.taken)
+    sweeper = Sweeper(run, swept, output, reader, lambda plan: schedule_of(plan, target, left))
+    return sweeper.execute(device)
+
+
 def identity_of(prepared: Prepared) -> dict[str, str]:
     """What an unfinished output must agree with to be continued; the number of jobs is no part of it."""
     checkpoint, target, machine = prepared.plan.checkpoint, prepared.target, prepared.machine
@@ -322,7 +371,9 @@ def identity_of(prepared: Prepared) -> dict[str, str]:
     how = (machine.device, target.mask_format, target.weights, machine.memory, *([room] if room else ()))
     options = (*how, *_rebuilding_words(asked))
     spec = json.dumps([prepared.source.text, sorted(asked.overrides.items())])
+    swept = {} if prepared.swept is None else prepared.swept.text.identity
     return {
+        **swept,
         "the version": __version__,
         "the input": digest(json.dumps([checkpoint_identity(checkpoint), config, scores])),
         "the spec": digest(spec),
@@ -335,7 +386,7 @@ def score_shards(plan: Plan) -> Iterable[Shard]:
     tasks = (task for unit in plan.units for task in unit.tasks)
     beside = [each.stored.shard for one in plan.permutations.found for each in one.beside]
     inputs = [one.stored.shard for task in tasks for one in task.inputs]
-    return dict.fromkeys((*inputs, *beside))
+    return dict.fromkeys(one for one in (*inputs, *beside) if one.size)  # what is in memory has none
 
 
 def as_applied(prepared: Prepared) -> bytes:
@@ -349,7 +400,8 @@ def as_applied(prepared: Prepared) -> bytes:
 def _rebuilding_words(asked: Source) -> list[str]:
     """The options by which survivors are rebuilt."""
     given = {"--reconstruct": asked.reconstruct, "--stats": asked.stats}
-    return [f"{option} {value}" for option, value in given.items() if value is not None]
+    words = [f"{option} {value}" for option, value in given.items() if value is not None]
+    return words if asked.text is None else [*words, *asked.text.words]
 
 
 def stats_told(prepared: Prepared) -> str | None:

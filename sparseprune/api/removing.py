@@ -16,7 +16,7 @@ from msgspec.structs import replace
 from sparseprune import __version__
 from sparseprune.api.applied import rebuilt_by, warn_of_broken, warn_of_earlier
 from sparseprune.api.masked import MaskSource, masked_by, refuse_contradictions
-from sparseprune.api.options import Source
+from sparseprune.api.options import source
 from sparseprune.api.pruning import (
     as_applied,
     decided,
@@ -26,6 +26,7 @@ from sparseprune.api.pruning import (
     prepare,
     score_shards,
     stats_told,
+    swept_outcomes,
     warn,
 )
 from sparseprune.api.run import collector_paused, digest, output_shown, weight_bytes
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from sparseprune import results
-    from sparseprune.api.options import Machine, Method, Target
+    from sparseprune.api.options import Machine, Method, Reading, Target
     from sparseprune.api.pruning import Prepared
     from sparseprune.api.run import Run
     from sparseprune.checkpoint import Checkpoint, StoredMask, StoredTensor
@@ -65,7 +66,7 @@ class Asked(Struct, frozen=True):
     """What to remove from which checkpoint: by a `spec`, by the masks of a `source`, or by `lists`.
 
     `lists` have by their options a path or what would be in a file there. A `dry_run`, which writes nothing,
-    goes with lists. `rebuilding` has a method and statistics, which go with a spec.
+    goes with lists. `rebuilding` has a method and statistics, which go with a spec, as a `text` does.
     """
 
     checkpoint: Path
@@ -78,6 +79,7 @@ class Asked(Struct, frozen=True):
     machine: Machine
     goal: str | None = None
     rebuilding: tuple[Method | None, Path | None] = (None, None)
+    text: Reading | None = None
 
 
 def refuse_unclear(
@@ -171,8 +173,9 @@ def _chosen(run: Run, asked: Asked) -> Iterator[Choice]:
         return
     from sparseprune.removal.slices import block_decisions
 
-    source = Source(asked.checkpoint, asked.spec or "", asked.overrides, asked.goal, *asked.rebuilding)
-    prepared = prepare(source, asked.target, asked.machine)
+    what = (asked.checkpoint, asked.spec or "", asked.overrides, asked.goal)
+    given = source(*what, asked.rebuilding, asked.text)
+    prepared = prepare(given, asked.target, asked.machine, run)
     with collector_paused():
         final = _target(asked, prepared.plan.checkpoint)
         _removable(run, prepared)
@@ -181,7 +184,7 @@ def _chosen(run: Run, asked: Asked) -> Iterator[Choice]:
             prepared = decided(run, prepared, reader)
         _removable(run, prepared)
     with collector_paused():
-        decisions = block_decisions(prepared.schedule)
+        decisions = None if prepared.swept else block_decisions(prepared.schedule)
     warn(run, prepared)
     layout = _lay_out_masks(prepared, final) if decisions is None else lay_out_decisions(final)
     found = identity_of(prepared)
@@ -310,11 +313,14 @@ def _by_spec(run: Run, prepared: Prepared, output: StagedOutput, decisions: Bloc
     outcomes: Sequence[TensorOutcome]
     total, already = work_bytes(schedule, output) if decisions is None else decisions.work_bytes(output)
     with TensorReader() as reader:
-        with run.progress("choosing", total, already) as advance:
-            if decisions is None:
-                outcomes = execute(schedule, reader, output, device, advance)
-            else:
-                kept, outcomes = decisions.decide(reader, output, advance)
+        if prepared.swept is not None:
+            outcomes = swept_outcomes(run, prepared, reader, output, device)
+        else:
+            with run.progress("choosing", total, already) as advance:
+                if decisions is None:
+                    outcomes = execute(schedule, reader, output, device, advance)
+                else:
+                    kept, outcomes = decisions.decide(reader, output, advance)
         output.flush()
         if decisions is None:
             masks, rebuilt = open_choice(output)

@@ -38,7 +38,7 @@ class Product(Struct, frozen=True, eq=False):
     the dimension of the parameter along which inputs lie; `outputs` counts the outputs of a row; `counted`
     says which rows are tokens that count, None for all; `routed` whether a router chose the rows for this
     matrix. `below` counts the matrices that lie one below another in a parameter of two dimensions; else it
-    is 0.
+    is 0. `tokens` are the numbers of the tokens that rows belong to, where a router chose some.
     """
 
     parameter: str
@@ -49,6 +49,7 @@ class Product(Struct, frozen=True, eq=False):
     counted: Tensor | None
     routed: bool
     below: int = 0
+    tokens: Tensor | None = None
 
     @property
     def rows(self) -> int:
@@ -222,7 +223,8 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 begin = (weight.data_ptr() - parameter.data_ptr()) // parameter.element_size()
                 matrix = begin // parameter.stride(0)
         routed = gathered or parameter.ndim == 3
-        product = Product(name, matrix, dim, rows, weight.shape[outputs], counted, routed, below)
+        tokens = self._gathered if gathered else None
+        product = Product(name, matrix, dim, rows, weight.shape[outputs], counted, routed, below, tokens)
         self._watching.product(product)
         if self._open is not None:
             matrices = range(len(rows)) if rows.ndim == 3 else [matrix or 0]

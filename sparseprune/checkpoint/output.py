@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from io import BufferedReader
     from pathlib import Path
 
-    from sparseprune.checkpoint.file_io import Bytes
+    from sparseprune.checkpoint.file_io import Bytes, WritableBytes
     from sparseprune.checkpoint.layout import CopyRange, OutputLayout, Place
 
 
@@ -404,6 +404,14 @@ class StagedOutput(Sink):
     def write_weight(self, name: str, begin: int, data: Bytes) -> None:
         if self.layout.writes_weights:
             self._write(name, self.layout.weights[name], begin, data)
+
+    def read_weight(self, name: str, buffer: WritableBytes) -> None:
+        """Fill a buffer with the bytes of a tensor as they are now in the output."""
+        place = self.layout.weights[name]
+        path = self._paths[place.file]
+        reading = file_io.machine_errors(path, "cannot be read")
+        with reading, file_io.opened(os.open(path, os.O_RDONLY)) as descriptor:
+            file_io.read_into(descriptor, buffer, place.offset)
 
     def write_mask(self, name: str, first: int, keep: Bytes) -> None:
         if self.layout.mask_format is None:

@@ -19,7 +19,7 @@ from msgspec.structs import replace
 
 from sparseprune.checkpoint.discovery import INDEX_SUFFIX, RESULTS, SUFFIX
 from sparseprune.checkpoint.documents import read_object_if_any, strict_json
-from sparseprune.checkpoint.header import lay_out
+from sparseprune.checkpoint.header import Header, TensorEntry, lay_out
 from sparseprune.checkpoint.layout import (
     OutputFile,
     OutputLayout,
@@ -29,16 +29,14 @@ from sparseprune.checkpoint.layout import (
     places_in,
     results_mode,
 )
-from sparseprune.checkpoint.source import open_checkpoint
+from sparseprune.checkpoint.source import Checkpoint, Shard, StoredTensor, open_checkpoint
 from sparseprune.engine.dtypes import DTYPES
 from sparseprune.errors import CheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from sparseprune.checkpoint.header import Header
     from sparseprune.checkpoint.layout import Place
-    from sparseprune.checkpoint.source import Checkpoint, Shard, StoredTensor
 
 StatisticsKind = Literal["hessian", "norm"]
 STATISTICS_KEY = "sparseprune.statistics"
@@ -96,7 +94,9 @@ class Statistic(Struct, frozen=True):
     divided by all tokens of the text), "norm" the root of its diagonal; `input_dim` is None where the file
     does not have it. `tokens` counts these rows, one number for each matrix; () where it is not known.
     `gradients` is the mean of g g^T over the same rows (for an expert, those that were routed to it), g the
-    gradient of the loss at the outputs; `routing` is what its experts did, see `ROUTING`.
+    gradient of the loss at the outputs; `routing` is what its experts did, see `ROUTING`. Where inputs are
+    those of a pruned model, `mixed` is the mean of z x^T, z the inputs in the dense one, and `residual` that
+    of r x^T in the shape of the weight, see `target_weights`.
     """
 
     stored: StoredTensor
@@ -105,6 +105,8 @@ class Statistic(Struct, frozen=True):
     tokens: tuple[int, ...] = ()
     gradients: StoredTensor | None = None
     routing: StoredTensor | None = None
+    mixed: StoredTensor | None = None
+    residual: StoredTensor | None = None
 
     def stacked(self, shape: tuple[int, ...], dim: int) -> tuple[tuple[int, ...], int]:
         """The shape of the weight as a stack and the dimension of its inputs there, where it is one.
@@ -148,6 +150,41 @@ def open_statistics(path: Path) -> Statistics:
         for weight in tensors.keys() & found.keys():
             found[weight] = replace(found[weight], **{about: tensors[weight]})
     return Statistics(checkpoint, MappingProxyType(found))
+
+
+def statistics_in_memory(
+    path: Path,
+    tensors: Iterable[Collected],
+    tokens: Mapping[str, tuple[int, ...]],
+    *,
+    mixed: bool,
+    residuals: Mapping[str, tuple[int, ...]],
+) -> Statistics:
+    """Statistics that are in no file: under `path` they are known by the headers that a file would have.
+
+    `tokens` are counted by the names of `tensors`, `residuals` have shapes by the names of weights.
+    """
+    shard = Shard(path, PurePosixPath(path.name))
+    found: dict[str, StoredTensor] = {}
+    of: dict[str, Statistic] = {}
+
+    def add(name: str, shape: tuple[int, ...]) -> StoredTensor:
+        begin = 0 if not found else next(reversed(found.values())).entry.end
+        entry = TensorEntry(name, "F32", shape, begin, begin + 4 * prod(shape))
+        return found.setdefault(name, StoredTensor(entry, shard))
+
+    for one in tensors:
+        if one.about == "inputs":
+            moment = add(one.name, one.shape("hessian"))
+            beside = add(f"{one.name}.mixed", one.shape("hessian")) if mixed else None
+            for weight, dim in one.weights.items():
+                counts = tokens.get(one.name, ())
+                of[weight] = Statistic(moment, "hessian", dim, counts, mixed=beside)
+    for weight, shape in residuals.items():
+        of[weight] = replace(of[weight], residual=add(f"{weight}.residual", shape))
+    header = Header(tuple(one.entry for one in found.values()), {}, b"")
+    checkpoint = Checkpoint(path, {shard: header}, is_directory=False, others=(), tensors=found)
+    return Statistics(checkpoint, MappingProxyType(of))
 
 
 def _new(weights: Mapping[str, int], found: Mapping[str, Any], shard: Shard) -> Mapping[str, int]:

@@ -7,6 +7,7 @@ fit. Reads headers alone. Called by the plan.
 from __future__ import annotations
 
 from functools import reduce
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from msgspec import Struct
@@ -24,14 +25,15 @@ from sparseprune.spec.problems import nearest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
-    from pathlib import Path
 
     from sparseprune.checkpoint import Checkpoint, Statistics, StatisticsKind, StoredTensor
     from sparseprune.engine.grids import Shape
     from sparseprune.execution.regions import AnyBlock, AnyScope
     from sparseprune.spec import Allocate, BoundInstance, Reconstruct, Score
 
-Role = Literal["values", "vector", "blocks", "conditioners", "moment", "gradients", "loss"]
+Role = Literal[
+    "values", "vector", "blocks", "conditioners", "moment", "gradients", "mixed", "residual", "loss"
+]
 _NUMBERS = frozenset(row.name for row in DTYPES.values() if row.prunable)
 _FLOATS = frozenset(name for name in _NUMBERS if not name.startswith("I"))
 _MOMENTS = frozenset({"F64", "F32", "F16", "BF16"})
@@ -39,6 +41,7 @@ _NO_STATISTICS = "there is no file: give what calibrate wrote, as file here or b
 _UNSEEN, _WHOLE_ROWS = "there are no statistics of", "nothing can make up for the whole rows of"
 _UNREACHED = "no token reached"
 _MOST_NAMED = 3  # weights without statistics; more of them mean another checkpoint
+SWEPT = Path("/--text")  # the path of statistics that are in no file
 # Others belong to the score.
 _TABLE_OF: Mapping[Role, str] = dict.fromkeys(("moment", "gradients", "loss"), "reconstruct")
 
@@ -64,6 +67,11 @@ class TaskInput(Struct, frozen=True):
     gradients: StoredTensor | None = None
 
 
+def told(path: Path | None) -> str:
+    """The path of statistics as people know it."""
+    return SWEPT.name if path == SWEPT else str(path)
+
+
 class Left(Struct, frozen=True):
     """What a rule does not rebuild and why, by the first weight of each instance."""
 
@@ -72,13 +80,26 @@ class Left(Struct, frozen=True):
     weights: tuple[str, ...]
 
 
+class Sweeping(Struct, frozen=True):
+    """Statistics that a run makes of a model while it prunes it, in place of a file: their path is `SWEPT`.
+
+    What is needed before, such as losses, is in the file `before`.
+    """
+
+    statistics: Statistics
+    before: Path | None = None
+
+
 class InputFiles:
     """The files that a spec names, each opened once; collects their problems."""
 
-    def __init__(self, weights: Checkpoint) -> None:
+    def __init__(self, weights: Checkpoint, sweeping: Sweeping | None = None) -> None:
         self._weights = weights
+        self._sweeping = sweeping
         self._routed: Routed | None = None
         self._files: dict[Path, Statistics | None] = {}
+        if sweeping is not None:
+            self._files[SWEPT] = sweeping.statistics
         self._problems: dict[str, None] = {}
         self._missing: dict[tuple[str, Role, Path], list[str]] = {}
         self._left: dict[tuple[str, str, Path], list[str]] = {}
@@ -98,10 +119,8 @@ class InputFiles:
             found += self._ready(rule, score.file, scope, kind.reads)
         if instance.reconstruct is not None:
             found += self._moments(rule, instance.reconstruct, scope)
-        if instance.allocate is not None and instance.allocate.file is None:
-            self._note(rule, _NO_STATISTICS, "loss")
-        elif instance.allocate is not None:
-            found += self._statistics(rule, instance.allocate, scope, "loss")
+        if instance.allocate is not None:
+            found += self._losses(rule, instance.allocate, scope)
         if soft is not None and not kind.ranks_weights:
             text = f"mode soft shrinks the norms of the weights themselves; kind {score.kind} has no part"
             self._note(rule, text)
@@ -121,11 +140,11 @@ class InputFiles:
                 else:
                     near = "" if file is None else _nearest(name, list(file.of))
                     text = f"has no statistics of {what}{near}"
-                self._note(rule, f"{path}: {text}", role)
+                self._note(rule, f"{told(path)}: {text}", role)
         if self._left and not self._rebuilds:
             (rule, why, path), names = next(iter(self._left.items()))
             if why == _UNSEEN:
-                self._note(rule, f"{path}: has statistics of no weight that it could rebuild", "moment")
+                self._note(rule, f"{told(path)}: has statistics of no weight that it could rebuild", "moment")
         if self._problems:
             raise SpecError(*self._problems)
 
@@ -156,7 +175,7 @@ class InputFiles:
         elif file is not None:
             grid, near = list(block.grid_shape), _nearest(experts.module, list(there))
             what = f"{experts.module} of shape [{experts.count}], nor {block.label} of shape {grid}"
-            self._note(rule, f"{path}: there is no tensor {what}{near}")
+            self._note(rule, f"{told(path)}: there is no tensor {what}{near}")
 
     def _experts(self) -> Routed:
         """The routed experts of the checkpoint, looked for once."""
@@ -190,10 +209,11 @@ class InputFiles:
             if experts is None:
                 self._note(rule, _no_expert(block, "reap"))
             elif stored is None:
-                self._note(rule, f"{path}: does not tell what {block.label} did on text: calibrate again")
+                lacks = f"does not tell what {block.label} did on text: calibrate again"
+                self._note(rule, f"{told(path)}: {lacks}")
             elif stored.shape not in {(experts.count, len(ROUTING)), (len(ROUTING),)}:
                 wanted = f"is of shape {list(stored.shape)}, wanted [{experts.count}, {len(ROUTING)}]"
-                self._note(rule, f"{path}: {stored.name} {wanted}: calibrate again")
+                self._note(rule, f"{told(path)}: {stored.name} {wanted}: calibrate again")
             else:
                 first = experts.first if len(stored.shape) > 1 else 0
                 yield TaskInput("blocks", block.label, stored, experts=(first, experts.number))
@@ -217,10 +237,27 @@ class InputFiles:
         for one in self._statistics(rule, method, scope, "moment"):
             yield one
             statistic = file.of[one.key]
+            if statistic.mixed is not None and method.target == "dense":
+                yield TaskInput("mixed", one.key, statistic.mixed, one.dim)
+            if statistic.residual is not None and method.target == "dense":
+                yield TaskInput("residual", one.key, statistic.residual, one.dim)
+            if method.optional and not all(one.tokens):
+                some = [f"{one.key} (matrix {place})" for place, count in enumerate(one.tokens) if not count]
+                self._left.setdefault((rule, _UNREACHED, path), []).extend(some)
             if statistic.gradients is not None:
                 yield from self._gradients(rule, path, one, statistic)
             elif method.metric == "loss":
                 self._missing.setdefault((rule, "gradients", path), []).append(one.key)
+
+    def _losses(self, rule: str, asked: Allocate, scope: AnyScope) -> Iterator[TaskInput]:
+        """What tells by how much the loss grows, which has to be known before anything is pruned."""
+        file, sweeping = asked.file, self._sweeping
+        if sweeping is not None and file == SWEPT:
+            file = sweeping.before
+        if file is None:
+            self._note(rule, _NO_STATISTICS, "loss")
+        else:
+            yield from self._statistics(rule, replace(asked, file=file), scope, "loss")
 
     def _why_left(self, method: Reconstruct, scope: AnyScope, file: Statistics) -> str:
         """Why nothing is rebuilt in a scope for which that is optional; "" where something is."""
@@ -256,7 +293,7 @@ class InputFiles:
         else:
             yield TaskInput("gradients", moment.key, stored, output_dim(shape, dim))
             return
-        self._note(rule, f"{path}: {text}", "gradients")
+        self._note(rule, f"{told(path)}: {text}", "gradients")
 
     def _statistics(
         self, rule: str, method: Score | Reconstruct | Allocate, scope: AnyScope, role: Role
@@ -325,7 +362,7 @@ class InputFiles:
         elif gradients is not None and prod(gradients.shape[:-1]) * seen[along] != prod(seen):
             problem = f"{gradients.name} has shape {list(gradients.shape)}, which fits no {list(seen)}"
         if problem:
-            self._note(rule, f"{path}: {problem}", role)
+            self._note(rule, f"{told(path)}: {problem}", role)
             return None
         return TaskInput(role, name, stored, dim, form, statistic.tokens, gradients=gradients)
 
@@ -340,12 +377,13 @@ class InputFiles:
         stored = next((tensors[name] for name in names if name in tensors), None)
         if stored is None:
             what = f"there is no tensor {names[-1]} of shape {list(shape)}"
-            self._note(rule, f"{path}: {what}{_nearest(names[-1], list(tensors))}")
+            self._note(rule, f"{told(path)}: {what}{_nearest(names[-1], list(tensors))}")
         elif stored.shape != shape:
-            self._note(rule, f"{path}: {stored.name} has shape {list(stored.shape)}, wanted {list(shape)}")
+            found = f"{stored.name} has shape {list(stored.shape)}"
+            self._note(rule, f"{told(path)}: {found}, wanted {list(shape)}")
         elif stored.dtype not in _NUMBERS:
             wanted = ", ".join(sorted(_NUMBERS))
-            self._note(rule, f"{path}: {stored.name} is {stored.dtype}, wanted one of {wanted}")
+            self._note(rule, f"{told(path)}: {stored.name} is {stored.dtype}, wanted one of {wanted}")
         else:
             yield TaskInput(role, names[0], stored)
 

@@ -18,7 +18,7 @@ from sparseprune.engine.dtypes import DTYPES
 from sparseprune.engine.grids import prod
 from sparseprune.errors import SpecError, UnboundError
 from sparseprune.execution.coded import rank_of_codes, refusals
-from sparseprune.execution.inputs import InputFiles, Left, Role, TaskInput
+from sparseprune.execution.inputs import InputFiles, Left, Role, Sweeping, TaskInput
 from sparseprune.execution.permutable import Permutations, permutations_of
 from sparseprune.execution.scores import kind_of
 from sparseprune.results.fields import Made
@@ -127,13 +127,15 @@ def make_plan(
     *,
     writes: bool = True,
     permutes: bool = False,
+    sweeping: Sweeping | None = None,
 ) -> Plan:
     """Bind a spec to the headers of a checkpoint and cut the work into units; arguments as for `plan_of`.
 
     Raises:
         SpecError: the spec does not fit the checkpoint, with every problem at once.
     """
-    return plan_of(checkpoint, bind_to(checkpoint, spec), needs_inputs, writes=writes, permutes=permutes)
+    bound = bind_to(checkpoint, spec)
+    return plan_of(checkpoint, bound, needs_inputs, writes=writes, permutes=permutes, sweeping=sweeping)
 
 
 def bind_to(checkpoint: Checkpoint, spec: Spec) -> BoundSpec:
@@ -153,18 +155,19 @@ def plan_of(
     *,
     writes: bool = True,
     permutes: bool = False,
+    sweeping: Sweeping | None = None,
 ) -> Plan:
     """The work of a bound spec, cut into units.
 
     `needs_inputs` says for which instances the files of scores and conditioners are looked for, by default
     for all; the tasks of the others have no inputs, and their files may be gone. `writes`: zeros are written
     or looked for, so that it must be known of codes which of them are zero. `permutes`: what a spec wants to
-    be permuted is looked for, as somebody will do it.
+    be permuted is looked for, as somebody will do it. `sweeping` has statistics that are in no file.
 
     Raises:
         SpecError: files of scores, statistics or codes do not fit, with every problem at once.
     """
-    files = InputFiles(checkpoint)
+    files = InputFiles(checkpoint, sweeping)
     ranks = _ranks_of_codes(bound, checkpoint, needs_inputs, writes=writes)
     tasks = [
         _task(rule.name, instance, files.of_instance(rule.name, instance) if needs_inputs(instance) else ())

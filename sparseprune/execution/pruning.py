@@ -57,18 +57,31 @@ def execute(
     done and what they are of. The first error in the order of the schedule is raised once what is running
     has ended; nothing new is begun after it.
     """
-    outcomes = Outcomes()
-    given_up, check = stopped_by()
-    tensors = schedule.plan.checkpoint.tensors
-    io = TensorIO(reader, output, tensors, device, progress, check, lanes=Lanes(schedule.limits.device))
-    record = Record(output, outcomes, progress)
-    with one_torch_thread() if schedule.uses_torch else nullcontext():
-        write_through(jobs_of(schedule), io, record, schedule.resources, given_up)
-    return outcomes.of_plan(schedule.plan)
+    work = Work(reader, output, device, progress)
+    work.do(schedule)
+    return work.outcomes.of_plan(schedule.plan)
 
 
-def jobs_of(schedule: Schedule) -> Iterator[Job]:
-    """All jobs for a runner, with their numbers in the order of the plan."""
+class Work:
+    """An output that is written by several schedules, one after the other; `outcomes` of all of them."""
+
+    def __init__(self, reader: Source, output: Sink, device: str, progress: Progress) -> None:
+        self.outcomes = Outcomes()
+        self._reader, self._output, self._device, self._progress = reader, output, device, progress
+
+    def do(self, schedule: Schedule, part: str = "", *, copies: bool = True) -> None:
+        """Do the work of a schedule; `part` tells its notes from those of others, `copies` end the output."""
+        given_up, check = stopped_by()
+        tensors, lanes = schedule.plan.checkpoint.tensors, Lanes(schedule.limits.device)
+        io = TensorIO(self._reader, self._output, tensors, self._device, self._progress, check, lanes=lanes)
+        record = Record(self._output, self.outcomes, self._progress)
+        with one_torch_thread() if schedule.uses_torch else nullcontext():
+            jobs = jobs_of(schedule, part)
+            write_through(jobs, io, record, schedule.resources, given_up, copies=copies)
+
+
+def jobs_of(schedule: Schedule, part: str = "") -> Iterator[Job]:
+    """All jobs for a runner, with their numbers in the order of the plan, and a `part` before their keys."""
     tensors = schedule.plan.checkpoint.tensors
 
     def shard_of(group: TaskGroup) -> Shard:
@@ -82,10 +95,10 @@ def jobs_of(schedule: Schedule) -> Iterator[Job]:
     planned = dealt(schedule.groups, shard_of, schedule.workers)
     # The largest matrices first: one that takes an hour must not be the last to begin.
     for order, group in sorted(planned, key=lambda one: -matrix_bytes(one[1])):
-        yield Job(order, group.key, group.task.instance.label, first_pass(group), group.strategy.held)
+        yield Job(order, part + group.key, group.task.instance.label, first_pass(group), group.strategy.held)
     for one in schedule.untouched:
         copying = CopyUntouched(one.stored.name, one.leaves, schedule.limits.slab)
-        yield Job(len(schedule.groups), one.key, one.stored.name, copying)
+        yield Job(len(schedule.groups), part + one.key, one.stored.name, copying)
 
 
 def first_pass(group: TaskGroup) -> Pass:

@@ -21,6 +21,7 @@ from sparseprune.engine.grids import prod
 from sparseprune.engine.matrices import Matrix, units_of
 from sparseprune.engine.projections import projection
 from sparseprune.engine.reconstruction import Reconstructed, admm, keep_rows, refit
+from sparseprune.engine.targets import target_weights
 from sparseprune.errors import SparsityError
 from sparseprune.execution.inputs import holds_rows
 from sparseprune.execution.passes import Chunk, Pass
@@ -91,14 +92,16 @@ class _Piece:
             refuse_nonfinite(loaded)
         self._inputs = task.with_role("moment")
         self._gradients = task.with_role("gradients")
+        self._method = self._reconstruct()
         self._sides = [self._side(one) for one in self._inputs.values()]
-        self._refuse_unseen()
 
     def rebuilt(self) -> list[Outcome]:
         """Decide and rebuild, then write."""
-        method = self._task.instance.reconstruct
-        if method is None:
-            raise TypeError(f"{self._task.instance.label} is not reconstructed")
+        method = self._method
+        if self._is_unseen():
+            masks = self._tile.decide()
+            zero_pruned(masks)
+            return self._tile.store(masks)
         masks, found = self._alternated(method) if method.method == "admm" else self._refitted(method)
         changes = {}
         for side, one in zip(self._sides, found, strict=True):
@@ -111,6 +114,12 @@ class _Piece:
             if outcome[0] in changes:  # once for each tensor, whatever leaves it has
                 outcome.extend(changes.pop(outcome[0]))
         return outcomes
+
+    def _reconstruct(self) -> Reconstruct:
+        method = self._task.instance.reconstruct
+        if method is None:
+            raise TypeError(f"{self._task.instance.label} is not reconstructed")
+        return method
 
     def _refitted(self, method: Reconstruct) -> tuple[dict[BlockSpec, Tensor], list[Reconstructed]]:
         """Masks by the score, and the weights that follow."""
@@ -179,18 +188,24 @@ class _Piece:
             shape = tuple(side.matrix.dense.shape)
         return shape, side.matrix.input_dim % len(shape)
 
-    def _refuse_unseen(self) -> None:
-        """SparsityError for a matrix whose inputs were not seen; one that competes ranks last instead."""
+    def _is_unseen(self) -> bool:
+        """Whether nothing was seen of the inputs of any matrix, so that the score alone says what survives.
+
+        One that competes with others ranks last instead. SparsityError where that is not `optional`.
+        """
         unseen = {side.name: side.matrix.unseen for side in self._sides}
         matrices = sum(side.matrix.moment.diagonal(dim1=-2, dim2=-1)[..., 0].numel() for side in self._sides)
         for name, numbers in unseen.items():
             if numbers and (self._matrix is not None or sum(map(len, unseen.values())) == matrices):
+                if self._method.optional:
+                    return True
                 stored = self._inputs[name].stored
                 which = f" (matrix {(self._matrix or 0) + numbers[0]})" if len(stored.shape) > 2 else ""
                 raise SparsityError(
                     f"{name}{which}: its statistics are zero: nothing was seen of its inputs; calibrate on "
                     f"more text, or exclude it ({stored.shard.path})"
                 )
+        return False
 
     def _side(self, one: TaskInput) -> _Side:
         """A tensor that has second moments."""
@@ -203,12 +218,25 @@ class _Piece:
         fixed = torch.ones_like(dense, dtype=torch.bool)
         for region in regions:
             fixed.as_strided(region.extent, region.leaf.view_stride, region.first - first).fill_(value=False)
+        is_fixed = bool(fixed.any())
+        if not is_fixed:  # what stays as it is takes no part in a target
+            dense = self._target(one, dense, moment, dim)
         try:
             gradients = self._gradients_of(one.key) if self._task.metric == "loss" else None
-            matrix = Matrix(dense, moment, dim, fixed if bool(fixed.any()) else None, gradients)
+            matrix = Matrix(dense, moment, dim, fixed if is_fixed else None, gradients)
         except SparsityError as error:
             raise SparsityError(f"{one.key}: {error} ({one.stored.shard.path})") from error
         return _Side(one.key, matrix, tuple(regions), first)
+
+    def _target(self, one: TaskInput, dense: Tensor, moment: Tensor, dim: int) -> Tensor:
+        """The weights that are wanted: the dense ones, or those with their outputs for other inputs."""
+        mixed = self._task.with_role("mixed").get(one.key)
+        if mixed is None:
+            return dense
+        residual = self._task.with_role("residual").get(one.key)
+        beside = None if residual is None else self._matrices(residual.stored)[0].reshape(dense.shape)
+        others, _ = self._matrices(mixed.stored)
+        return target_weights(dense, moment, others, beside, damp=self._method.damp, input_dim=dim)
 
     def _gradients_of(self, name: str) -> Tensor | None:
         """The second moments of the gradients of a weight, as they are stored; None where there are none."""

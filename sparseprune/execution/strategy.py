@@ -383,7 +383,8 @@ def _rebuild(task: Task, tensors: Mapping[str, StoredTensor], limits: Limits) ->
     moments = task.with_role("moment").values()
     numel = sum(prod(leaf.view_shape) for leaf in task.instance.scope.leaves)
     dense = sum(tensors[one.key].numel for one in moments)
-    seconds = sum(one.stored.numel for one in (*moments, *task.with_role("gradients").values()))
+    beside = (task.with_role(role).values() for role in ("gradients", "mixed"))
+    seconds = sum(one.stored.numel for one in (*moments, *(each for some in beside for each in some)))
     solver = _SOLVER_BYTES + (_LOSS_BYTES if task.metric == "loss" else 0)
     each = (solver * dense + tile_bytes(numel) + _MOMENT_BYTES * seconds) // max(1, stacks)
     _refuse_unseen(task, alone=stacks > 1)
@@ -407,7 +408,8 @@ def _rebuild(task: Task, tensors: Mapping[str, StoredTensor], limits: Limits) ->
 def _refuse_unseen(task: Task, *, alone: bool) -> None:
     """Before any work is done: a matrix that decides by itself needs tokens that reached it."""
     counts = {name: one.tokens for name, one in task.with_role("moment").items() if one.tokens}
-    if not alone and any(map(any, counts.values())):
+    method = task.instance.reconstruct
+    if any(map(any, counts.values())) and (not alone or (method is not None and method.optional)):
         return
     for name, tokens in counts.items():
         if 0 in tokens:

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from sparseprune.engine.grids import Shape, index_of, prod
 from sparseprune.errors import printable
+from sparseprune.execution.inputs import told
 from sparseprune.report.allocation import allocate_asked, allocated_instances, allocation_table
 from sparseprune.report.coverage import coverage_text, coverage_totals
 from sparseprune.report.permuted import planned_text, unmoved_texts
@@ -221,7 +222,7 @@ def _reconstruct(
         return None
     return results.ReconstructAsked(
         method=reconstruct.method,
-        file=str(reconstruct.file),
+        file=told(reconstruct.file),
         damp=reconstruct.damp,
         metric=None if rebuilds is None else rebuilds.metric,
         effort=reconstruct.effort,

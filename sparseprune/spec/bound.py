@@ -182,6 +182,8 @@ class Reconstruct(Struct, frozen=True):
     dimension of the weights along which inputs lie, None for what the file says. `metric` None: the loss
     where the file has gradients of all matrices that are solved together, else the outputs. `file` is None
     where the spec names none. `optional`: weights without statistics keep the bits of their survivors.
+    `target`: where inputs are those of the pruned model, the outputs are to be those of the dense model, or
+    those that the dense weights have of their own inputs.
     """
 
     file: Path | None
@@ -191,6 +193,7 @@ class Reconstruct(Struct, frozen=True):
     metric: Metric | None = None
     effort: Literal["best", "fast"] = "best"
     optional: bool = False
+    target: Literal["dense", "own"] = "dense"
 
 
 class Allocate(Struct, frozen=True):

@@ -280,6 +280,11 @@ class ReconstructTable(Table):
         _finite(most=1.0),
         "a number from 0 to 1: how much more or less of an instance may go than with a uniform budget",
     )
+    target: Literal["dense", "own"] = _key(
+        _one_of("dense", "own"),
+        '"dense" (outputs as in the dense model) or "own" (as the dense weights have them), in a sweep',
+        "dense",
+    )
     optional: bool = _key(
         _boolean, "true or false: whether weights without statistics are masked alone", default=False
     )
@@ -340,6 +345,7 @@ def reconstruct_of(table: ReconstructTable | None, directory: Path) -> Reconstru
         table.metric,
         table.effort,
         table.optional,
+        table.target,
     )
 
 

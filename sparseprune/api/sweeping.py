@@ -1,0 +1,428 @@
+"""A text instead of statistics: a model is pruned block by block, by the inputs that pruned blocks give.
+
+Owns which work waits for which block, how much memory that takes, and what is noted so that a killed run goes
+on at its last finished block. Called by pruning.py and removing.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+from msgspec import Struct, structs
+from msgspec.structs import replace
+
+from sparseprune.checkpoint import Source, TensorReader
+from sparseprune.checkpoint.file_io import as_bytes
+from sparseprune.checkpoint.statistics import open_statistics, statistics_in_memory
+from sparseprune.engine.dtypes import torch_dtype
+from sparseprune.errors import SparsepruneError, SpecError
+from sparseprune.execution.inputs import SWEPT, Sweeping
+from sparseprune.execution.plan import plan_of
+from sparseprune.execution.regions import INTERPRETER, TORCH
+from sparseprune.execution.schedule import make_schedule, resolve_device
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from torch import Tensor
+
+    from sparseprune.api.options import Machine, Reading
+    from sparseprune.api.run import Advance, Run
+    from sparseprune.calibration import LoadedModel, Sequences
+    from sparseprune.calibration.planning import Unit
+    from sparseprune.calibration.sweeping import Gathered, Sweep
+    from sparseprune.checkpoint import Checkpoint, StagedOutput, StoredTensor
+    from sparseprune.checkpoint.file_io import WritableBytes
+    from sparseprune.execution.inputs import TaskInput
+    from sparseprune.execution.passes import TensorOutcome
+    from sparseprune.execution.plan import Plan
+    from sparseprune.execution.pruning import Work
+    from sparseprune.execution.schedule import Schedule
+
+    Scheduling = Callable[[Plan], Schedule]
+
+_TRANSFORMERS = 280 << 20  # bytes that transformers and a model without weights take; measured
+_LEAST = 32 << 20  # bytes for work on matrices beside the largest one
+_SHARE = 3  # parts of the memory that is left for moments, for states, and for further matrices
+_CHARACTERS = 64  # of text that are read for each token that is asked for: some to choose from
+
+
+class SweptText(Struct, frozen=True, eq=False):
+    """A model of which only what stands outside of its blocks is in memory, a text, and what it will meet."""
+
+    asked: Reading
+    loaded: LoadedModel
+    sequences: Sequences
+    units: tuple[Unit, ...]
+    gradients: Mapping[str, StoredTensor]
+    before: Path | None
+    outside: int  # bytes of the model that are in memory
+
+    def statistics(
+        self,
+        tokens: Mapping[str, tuple[int, ...]] | None = None,
+        *,
+        mixed: bool = True,
+        residuals: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
+    ) -> Sweeping:
+        """What a plan may rely on: of all matrices, or of those that met so many `tokens`."""
+        tensors = [unit.collected for unit in self.units]
+        if tokens is not None:
+            tensors = [one for one in tensors if one.name in tokens]
+        found = statistics_in_memory(SWEPT, tensors, tokens or {}, mixed=mixed, residuals=residuals)
+        of = {name: replace(one, gradients=self.gradients.get(name)) for name, one in found.of.items()}
+        return Sweeping(dataclasses.replace(found, of=of), self.before)
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What an unfinished run must agree with to be continued, to the same bytes."""
+        drawn = hashlib.sha256(
+            self.sequences.ids.numpy().tobytes() + self.sequences.counted.numpy().tobytes()
+        )
+        shape = list(self.sequences.ids.shape)
+        return {
+            "the versions of torch and transformers": self.loaded.versions,
+            "the text": json.dumps([shape, drawn.hexdigest()]),
+            "the device or its number of threads": self.loaded.machine,
+        }
+
+
+def read_text(run: Run, asked: Reading, checkpoint: Checkpoint, device: str, stats: Path | None) -> SweptText:
+    """Load the model without its blocks, cut the text, and look which matrices it meets.
+
+    `stats` are statistics of the dense model, of which gradients are taken.
+    """
+    from sparseprune.calibration import load_model, make_sequences, plan_calibration, read_documents
+
+    documents = read_documents(
+        asked.files, asked.field, _CHARACTERS * asked.sequences * (asked.length or 2048)
+    )
+    run.note(f"loading the model of {checkpoint.path}")
+    with TensorReader() as reader:
+        loaded = load_model(checkpoint, resolve_device(device, uses_torch=True), reader)
+        length = asked.length or loaded.length
+        if asked.length is not None and loaded.longest is not None and asked.length > loaded.longest:
+            raise SparsepruneError(f"--length {length}: the model takes {loaded.longest} tokens at most")
+        drawn = (asked.sequences, length, asked.seed)
+        sequences = make_sequences(documents, loaded.tokenizer, *drawn, special=asked.special)
+        loaded.refuse_strange(sequences.ids)
+        outside = _bytes_in_memory(loaded)
+        run.note("finding out which matrices meet text")
+        for name in loaded.blocks.names:
+            loaded.blocks.load(name, loaded.read(reader))
+        planned = plan_calibration(loaded, sequences, checkpoint, "hessian", 1 << 60)
+        for name in loaded.blocks.names:
+            loaded.blocks.free(name)
+    units = [unit for units in planned.passes for unit in units if unit.about == "inputs"]
+    inside = tuple(unit for unit in units if loaded.blocks.owner(unit.parameter) is not None)
+    gradients = {} if stats is None else _gradients(stats)
+    return SweptText(asked, loaded, sequences, inside, gradients, stats, outside)
+
+
+def _gradients(stats: Path) -> dict[str, StoredTensor]:
+    of = open_statistics(stats).of
+    return {name: one.gradients for name, one in of.items() if one.gradients is not None}
+
+
+def _bytes_in_memory(loaded: LoadedModel) -> int:
+    tensors = (*loaded.model.parameters(), *loaded.model.buffers())
+    found = {
+        one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors if not one.is_meta
+    }
+    return sum(found.values())
+
+
+class Rooms(Struct, frozen=True):
+    """How the memory of a sweep is divided, in bytes: what is always there, moments, hidden states."""
+
+    fixed: int
+    moments: int
+    states: int
+
+    @property
+    def taken(self) -> int:
+        """By all but the work on matrices."""
+        return self.fixed + self.moments + self.states
+
+
+class Swept(Struct, frozen=True, eq=False):
+    """The work of a plan, by what it waits for: numbers of units without text, of the others by block."""
+
+    text: SweptText
+    plan: Plan
+    first: tuple[int, ...]
+    by_block: Mapping[str, tuple[int, ...]]
+    rooms: Rooms
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """Those that text goes through: up to the last one that is pruned."""
+        names = self.text.loaded.blocks.names
+        last = max((place for place, name in enumerate(names) if name in self.by_block), default=-1)
+        return names[: last + 1]
+
+
+def divide(plan: Plan, text: SweptText, machine: Machine) -> Swept:
+    """Which work waits for which block, and the memory that this takes.
+
+    Raises:
+        SpecError: blocks of several parts of the model compete.
+        SparsepruneError: the memory is too little.
+    """
+    blocks = text.loaded.blocks
+    home = {key: name for name in blocks.names for key in blocks.stored(name)}
+    first: list[int] = []
+    by_block: dict[str, list[int]] = {}
+    for number, unit in enumerate(plan.units):
+        if not any(_waits(one) for task in unit.tasks for one in task.inputs):
+            first.append(number)
+            continue
+        homes = {home.get(stored.name, "") for stored in unit.tensors}
+        if len(homes) > 1:
+            task = unit.tasks[0]
+            raise SpecError(
+                f"[{task.rule}] {task.instance.label}: its blocks compete over {len(homes)} parts of the "
+                'model, and a sweep decides one after the other; say allocate = "loss" and give --stats '
+                "beside --text, or calibrate and give --stats alone"
+            )
+        by_block.setdefault(homes.pop(), []).append(number)
+    rooms = _rooms(plan, text, machine)
+    return Swept(text, plan, tuple(first), {name: tuple(some) for name, some in by_block.items()}, rooms)
+
+
+def _rooms(plan: Plan, text: SweptText, machine: Machine) -> Rooms:
+    """Two copies of the largest block, and what is left for moments and states beside the largest matrix."""
+    stored, blocks = plan.checkpoint.tensors, text.loaded.blocks
+    block = max([0, *(sum(stored[key].nbytes for key in blocks.stored(name)) for name in blocks.names)])
+    fixed = _TRANSFORMERS + text.outside + 2 * block
+    schedule = make_schedule(plan, 1 << 60, 1)
+    largest = max([0, *(group.strategy.memory for group in schedule.groups)])
+    least = max([0, *(_moment_bytes(unit) for unit in text.units)])
+    left = machine.memory - fixed - largest - (INTERPRETER + TORCH + _LEAST + schedule.limits.resident)
+    if left < least:
+        raise SparsepruneError(
+            f"--memory {machine.memory}: a block, its second moments and the work on its largest matrix need "
+            f"{machine.memory - left + least} bytes; give that or more"
+        )
+    wanted: dict[str | None, int] = {}
+    for unit in text.units:
+        owner = blocks.owner(unit.parameter)
+        wanted[owner] = wanted.get(owner, 0) + _moment_bytes(unit)
+    moments = max(least, min(left // _SHARE, max(wanted.values(), default=0)))
+    return Rooms(fixed, moments, (left - moments) // _SHARE)
+
+
+def _moment_bytes(unit: Unit) -> int:
+    """Of second moments and mixed ones."""
+    return 2 * unit.nbytes("hessian")
+
+
+def _waits(one: TaskInput) -> bool:
+    """Whether a task's input is made by the sweep."""
+    return one.stored.shard.path == SWEPT
+
+
+class _Overlay(Source):
+    """Another source, and statistics that are in memory."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._tensors: dict[str, Tensor] = {}
+
+    def close(self) -> None:
+        """Nothing: whoever made the other source closes it."""
+
+    def read_into(self, stored: StoredTensor, begin: int, buffer: WritableBytes) -> None:
+        if stored.shard.path != SWEPT:
+            self._source.read_into(stored, begin, buffer)
+            return
+        own = self._tensors[stored.name].reshape(-1).cpu().numpy().data.cast("B")
+        view = as_bytes(buffer)
+        view[:] = own[begin : begin + len(view)]
+
+    @contextmanager
+    def having(self, gathered: Gathered | None) -> Iterator[None]:
+        """These statistics are there for a while."""
+        if gathered is not None:
+            self._tensors |= gathered.moments
+            self._tensors |= {f"{name}.mixed": one for name, one in gathered.mixed.items()}
+            self._tensors |= {f"{name}.residual": one for name, one in gathered.residuals.items()}
+        try:
+            yield
+        finally:
+            self._tensors.clear()
+
+
+class _Part(Struct, frozen=True):
+    """Work units of a block that are decided together, by their numbers, and what was known then.
+
+    Of the statistics: how many tokens each rests on, by matrix, which weights have residuals, and whether
+    there are mixed moments.
+    """
+
+    units: list[int]
+    tokens: dict[str, list[int]]
+    residuals: list[str]
+    mixed: bool
+
+
+class Sweeper:
+    """Does the work of a plan with a text, into an output; `work` has the outcomes."""
+
+    def __init__(
+        self, run: Run, swept: Swept, output: StagedOutput, source: Source, schedule: Scheduling
+    ) -> None:
+        self._run, self._swept, self._output = run, swept, output
+        self._source = _Overlay(source)
+        self._schedule = schedule
+        self._decided: set[str] = set()  # tensors of which the output has what is decided
+
+    def execute(self, device: str) -> Sequence[TensorOutcome]:
+        """All of the work; gives the outcomes of tensors."""
+        from sparseprune.execution.pruning import Work
+
+        swept, length = self._swept, self._swept.text.sequences.ids.numel()
+        work = Work(self._source, self._output, device, lambda *_: None)
+        first = [swept.plan.units[number] for number in swept.first]
+        work.do(self._schedule(replace(swept.plan, units=first)), "first.")
+        self._decided.update(stored.name for unit in first for stored in unit.tensors)
+        done = sum(_key(name) in self._output.finished for name in swept.blocks) * length
+        progress = self._run.progress("sweeping", len(swept.blocks) * length, done, "tokens")
+        with progress as advance, _folder(swept.text.asked.scratch) as folder, self._sweep(folder) as sweep:
+            for _ in swept.blocks:
+                name = sweep.at
+                if name is not None:
+                    self._block(sweep, name, work, advance)
+        return work.outcomes.of_plan(swept.plan)
+
+    def _sweep(self, folder: Path) -> Sweep:
+        from sparseprune.calibration.sweeping import Sweep
+
+        swept = self._swept
+        dense = swept.text.loaded.read(self._source)
+
+        def pruned(name: str) -> Tensor:
+            found = dense(name)
+            if name in self._decided:
+                host = found.cpu()
+                self._output.read_weight(name, host.reshape(-1).view(torch_dtype("U8")).numpy().data)
+                found = host.to(found.device)
+            return found
+
+        units = [swept.plan.units[number] for some in swept.by_block.values() for number in some]
+        methods = [task.instance.reconstruct for unit in units for task in unit.tasks]
+        targets = any(method is not None and method.target == "dense" for method in methods)
+        return Sweep(
+            swept.text.loaded,
+            swept.text.sequences,
+            (dense, pruned),
+            (folder, swept.rooms.states),
+            targets=targets,
+        )
+
+    def _block(self, sweep: Sweep, name: str, work: Work, advance: Advance) -> None:
+        """Decide what waits for a block, and let the text through it."""
+        length, label = self._swept.text.sequences.ids.numel(), self._label(name)
+        sweep.open(name)
+        known = self._output.finished.get(_key(name))
+        if known is not None:
+            for number, part in enumerate(known):
+                self._do(f"{name}.{number}.", _Part(**part), None, work)
+        else:
+            parts: list[_Part] = []
+            stages = self._stages(sweep, name)
+            share = length // (len(stages) + 1)
+            for number, (needs, units) in enumerate(stages):
+                advance(0, f"{label}, {needs[0].collected.name.removeprefix(name).strip('.')}")
+                gathered = sweep.gather(name, needs)
+                tokens = {one: list(counts) for one, counts in gathered.tokens.items()}
+                parts.append(_Part(units, tokens, list(gathered.residuals), bool(gathered.mixed)))
+                self._do(f"{name}.{number}.", parts[-1], gathered, work)
+                sweep.renew(name)
+                advance(share)
+            self._output.flush()
+            self._output.note(_key(name), [structs.asdict(part) for part in parts])
+            advance(length - share * len(stages), label)
+        sweep.renew(name)
+        sweep.go(name)
+
+    def _label(self, name: str) -> str:
+        stack, _, number = name.rpartition(".")
+        names = self._swept.text.loaded.blocks.names
+        return f"{stack} {int(number) + 1} of {sum(one.rpartition('.')[0] == stack for one in names)}"
+
+    def _stages(self, sweep: Sweep, name: str) -> list[tuple[list[Unit], list[int]]]:
+        """What can be decided at one time, in order, with what has to be gathered for it."""
+        waiting = self._swept.by_block.get(name, ())
+        if not waiting:
+            return []
+        look = sweep.look(name)
+        of_tensor = {unit.collected.name: unit for unit in self._swept.text.units}
+        by_depth: dict[int, list[tuple[list[Unit], int]]] = {}
+        for number in waiting:
+            tasks = self._swept.plan.units[number].tasks
+            names = {one.stored.name for task in tasks for one in task.inputs if _waits(one)}
+            needs = [of_tensor[one] for one in sorted(names) if one in of_tensor]
+            again = next((one.parameter for one in needs if one.parameter in look.again), None)
+            if again is not None:
+                raise SparsepruneError(
+                    f"{again} is used at several places of the model, which a sweep cannot rebuild: "
+                    "calibrate, and give --stats in place of --text"
+                )
+            depth = max(look.depths.get(one.parameter, 0) for one in needs)
+            by_depth.setdefault(depth, []).append((needs, number))
+        return [part for depth in sorted(by_depth) for part in self._parts(by_depth[depth])]
+
+    def _parts(self, stage: list[tuple[list[Unit], int]]) -> Iterator[tuple[list[Unit], list[int]]]:
+        """A stage in parts whose moments have room."""
+        wanted: dict[str, Unit] = {}
+        units: list[int] = []
+        for needs, unit in stage:
+            more = {one.collected.name: one for one in needs}
+            if units and sum(map(_moment_bytes, (wanted | more).values())) > self._swept.rooms.moments:
+                yield list(wanted.values()), units
+                wanted, units = {}, []
+            wanted |= more
+            units.append(unit)
+        yield list(wanted.values()), units
+
+    def _do(self, key: str, part: _Part, gathered: Gathered | None, work: Work) -> None:
+        """Decide, rebuild and write some units; those that an earlier run finished are only counted."""
+        plan, tensors = self._swept.plan, self._swept.plan.checkpoint.tensors
+        units = [plan.units[number] for number in part.units]
+        own = {(task.rule, task.instance.label) for unit in units for task in unit.tasks}
+        rules = tuple(
+            replace(rule, instances=tuple(one for one in rule.instances if (rule.name, one.label) in own))
+            for rule in plan.bound.rules
+        )
+        sweeping = self._swept.text.statistics(
+            {name: tuple(counts) for name, counts in part.tokens.items()},
+            mixed=part.mixed,
+            residuals={name: tensors[name].shape for name in part.residuals},
+        )
+        found = plan_of(plan.checkpoint, replace(plan.bound, rules=rules), sweeping=sweeping)
+        with self._source.having(gathered):
+            work.do(self._schedule(found), key, copies=False)
+        self._decided.update(stored.name for unit in units for stored in unit.tensors)
+
+
+def _key(block: str) -> str:
+    """Under which it is noted that a block is finished."""
+    return f"block {block}"
+
+
+@contextmanager
+def _folder(given: Path | None) -> Iterator[Path]:
+    """A folder for hidden states."""
+    if given is not None:
+        yield given
+        return
+    with tempfile.TemporaryDirectory(prefix="sparseprune-", ignore_cleanup_errors=True) as made:
+        yield Path(made)

@@ -1,0 +1,402 @@
+"""A sweep: two passes of a text through a model, block by block, one of them with what is pruned so far.
+
+Owns the moments by which the matrices of a stage are rebuilt, and which tokens of both passes belong to each
+other. Knows no specs; who decides what survives stands above. Called by `apply` with a text.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from contextlib import closing, suppress
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from msgspec import Struct
+
+from sparseprune.calibration.runs import Parking, Stream
+from sparseprune.calibration.stages import Depths, Following
+from sparseprune.calibration.stored import siblings, stored_as
+from sparseprune.calibration.watching import EnoughError
+from sparseprune.errors import SparsepruneError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from sparseprune.calibration.blocks import Read
+    from sparseprune.calibration.loading import LoadedModel
+    from sparseprune.calibration.planning import Unit
+    from sparseprune.calibration.text import Sequences
+    from sparseprune.calibration.watching import Product
+
+_BATCH_TOKENS = 4096  # in one forward pass
+_TOKENS_AN_INPUT = 8  # fewer, and what residuals differ by is learned by heart; measured on MiniLM
+
+
+class Look(Struct, frozen=True, eq=False):
+    """What the first sequence shows of a block: by parameter its depth and its first and last product.
+
+    `again` are parameters that are used at several places.
+    """
+
+    depths: Mapping[str, int]
+    first: Mapping[str, int]
+    last: Mapping[str, int]
+    again: Collection[str]
+
+
+class Gathered(Struct, frozen=True, eq=False):
+    """Moments by the names of tensors of statistics, mixed ones where there are some; see `Statistic`.
+
+    `residuals` are by the names of weights, in their shape. `tokens` counts rows, by matrix.
+    """
+
+    moments: Mapping[str, Tensor]
+    mixed: Mapping[str, Tensor]
+    residuals: Mapping[str, Tensor]
+    tokens: Mapping[str, tuple[int, ...]]
+
+
+class Sweep:
+    """A text in front of a block of a dense model, and in front of the same block of the pruned one.
+
+    `dense` and `pruned` read their tensors. With `targets` the outputs of the dense model are what pruned
+    matrices aim at; else there is no dense pass. States stay in memory up to `room` bytes, then in `folder`.
+    A context manager: leaving it drops all passes.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        sequences: Sequences,
+        reads: tuple[Read, Read],
+        states: tuple[Path, int],
+        *,
+        targets: bool,
+    ) -> None:
+        self._loaded = loaded
+        self._sequences = sequences
+        self._dense_read, self._pruned_read = reads
+        self._batches = list(_batches(sequences))
+        model = loaded.model
+        parking = Parking(*states, [*model.parameters(), *model.buffers()])
+        self._forwards = [self._forward(which) for which in self._batches]
+        with torch.no_grad():
+            self._pruned = Stream(self._forwards, parking)
+            self._dense = Stream(self._forwards, parking) if targets else None
+        self._seen = Look({}, {}, {}, ())
+        self._parameters: dict[str, Any] = {}
+        self._pruned_parameters: dict[str, Any] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pruned.drop()
+        if self._dense is not None:
+            self._dense.drop()
+
+    def _forward(self, which: range) -> Callable[[], None]:
+        ids = self._sequences.ids[which.start : which.stop]
+
+        def forward() -> None:
+            self._loaded.forward(ids)  # its outputs are wanted by nobody
+
+        return forward
+
+    @property
+    def at(self) -> str | None:
+        """The block in front of which everything halts."""
+        return self._pruned.at
+
+    def open(self, name: str) -> None:
+        """Read the block in front of which everything halts."""
+        self._parameters = dict(self._loaded.blocks.load(name, self._dense_read))
+        self.renew(name)
+
+    def renew(self, name: str) -> None:
+        """Read the pruned block anew, since more of it is pruned."""
+        self._pruned_parameters = dict(self._loaded.blocks.load(name, self._pruned_read))
+
+    def look(self, name: str) -> Look:
+        """One sequence through the dense block."""
+        blocks, model = self._loaded.blocks, self._loaded.model
+        blocks.put(name, self._parameters)
+        stream = self._pruned if self._dense is None else self._dense
+        with closing(Depths(model)) as depths, torch.no_grad():
+            depths.begin(self._counted(0))
+            run = stream.given(0)
+            with depths:
+                blocks.modules[name](*run.args, **run.kwargs)
+            stream.keep(0)
+        found = dict(depths.of)
+        for other, like in siblings(depths.of, model).items():
+            if blocks.owner(other) == name:
+                found[other] = depths.of[like]
+        self._seen = Look(found, depths.first, depths.last, depths.again)
+        return self._seen
+
+    def gather(self, name: str, units: Sequence[Unit]) -> Gathered:
+        """The moments of some units of a block, whose inputs depend on nothing that is not decided yet."""
+        blocks = self._loaded.blocks
+        wanted, look = {unit.parameter for unit in units}, self._seen
+        end = max((look.last[one] for one in wanted if one in look.last), default=0)
+        later = {one for one, first in look.first.items() if end and first > end}
+        sums = _Sums(units, self._loaded.device, mixed=self._dense is not None)
+        homes = self._homes(name, units) if self._dense is not None else {}
+        passes = []
+        for parameters, stream, seen in (
+            (self._parameters, self._dense, sums.dense),
+            (self._pruned_parameters, self._pruned, sums.pruned),
+        ):
+            if stream is None:
+                continue
+            blocks.put(name, parameters)
+            tell = _until(later, seen)
+            passes.append((parameters, stream, Following(self._loaded.model, tell, homes)))
+        try:
+            with torch.no_grad():
+                for batch in range(len(self._batches)):
+                    self._through(name, batch, passes, sums, homes)
+        finally:
+            for *_, watch in passes:
+                watch.close()
+        return sums.gathered(self._sequences.tokens, homes)
+
+    def _through(
+        self, name: str, batch: int, passes: Sequence[Any], sums: _Sums, homes: Collection[str]
+    ) -> None:
+        """One batch through the dense block, and through the pruned one."""
+        blocks = self._loaded.blocks
+        beside = []
+        for parameters, stream, watch in passes:
+            blocks.put(name, parameters)
+            watch.begin(self._counted(batch))
+            run = stream.given(batch)
+            with self._loaded.telling(self._sequences.ids.shape[1]), suppress(EnoughError), watch:
+                blocks.modules[name](*run.args, **run.kwargs)
+            stream.keep(batch)
+            beside.append({one: watch.beside(one) for one in homes})
+        if len(beside) == 2:
+            sums.residuals(*beside)
+        sums.end_batch()
+
+    def _homes(self, name: str, units: Sequence[Unit]) -> dict[str, _Home]:
+        """The parameters whose sums are followed: whole matrices that enough tokens meet."""
+        blocks = self._loaded.blocks
+        shapes = {
+            one: tuple(parameter.shape)
+            for one, parameter in self._loaded.model.named_parameters()
+            if parameter.ndim == 2 and blocks.owner(one) == name
+        }
+        found = {}
+        for unit in units:
+            many = self._sequences.tokens >= _TOKENS_AN_INPUT * unit.collected.features
+            if many and unit.collected.experts is None:
+                for weight, dim in unit.collected.weights.items():
+                    home = self._stored_as(weight, dim, shapes)
+                    if home is not None:
+                        found[home] = _Home(weight, dim == 0, unit)
+        return found
+
+    def _stored_as(self, weight: str, dim: int, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+        """The parameter that is stored as a weight, whole and as it is."""
+        checkpoint = self._loaded.checkpoint
+        stored = checkpoint.tensors[weight]
+        for one, shape in shapes.items():
+            if shape == stored.shape and (weight.endswith(one) or one.endswith(weight)):
+                (found,) = stored_as(self._loaded.model, {one: dim}, {}, checkpoint).values()
+                if [each.name for each in found] == [weight] and found[0].outputs == range(shape[1 - dim]):
+                    return one
+        return None
+
+    def go(self, name: str, *, watched: Callable[[int], None] = lambda _: None) -> None:
+        """Let everything go on to the next block; `watched` gets the tokens of each batch."""
+        blocks = self._loaded.blocks
+        both = ((self._parameters, self._dense), (self._pruned_parameters, self._pruned))
+        with torch.no_grad(), self._loaded.telling(self._sequences.ids.shape[1]):
+            for parameters, stream in both:
+                if stream is None:
+                    continue
+                blocks.put(name, parameters)
+                for batch in range(len(self._batches)):
+                    run = stream.given(batch)
+                    stream.go(batch, blocks.modules[name](*run.args, **run.kwargs))
+                    watched(batch)
+        self._parameters, self._pruned_parameters = {}, {}
+        blocks.free(name)
+
+    def _counted(self, batch: int) -> Tensor:
+        which = self._batches[batch]
+        return self._sequences.counted[which.start : which.stop].to(self._loaded.device)
+
+
+class _Home(Struct, frozen=True, eq=False):
+    """Where the residuals of a parameter go: to this weight, maybe transposed, of this unit."""
+
+    weight: str
+    is_turned: bool
+    unit: Unit
+
+
+class _Rows(Struct, frozen=True, eq=False):
+    """The inputs of a matrix in one batch: rows that count, and the tokens that they belong to."""
+
+    rows: Tensor
+    tokens: Tensor | None
+
+
+class _Sums:
+    """The sums of some units over both passes."""
+
+    def __init__(self, units: Sequence[Unit], device: torch.device, *, mixed: bool) -> None:
+        self._units = units
+        self._mixed = mixed
+        self._device = device
+        self._of: defaultdict[str, list[Unit]] = defaultdict(list)
+        for unit in units:
+            self._of[unit.parameter].append(unit)
+        self._moments = {unit: self._zeros(unit) for unit in units}
+        self._others = {unit: self._zeros(unit) for unit in units} if mixed else {}
+        self._rows = {unit: [0] * (unit.end - unit.begin) for unit in units}
+        self._routed: set[Unit] = set()
+        self._dense: defaultdict[tuple[Unit, int], list[_Rows]] = defaultdict(list)
+        self._inputs: dict[str, Product] = {}
+        self._residuals: dict[str, Tensor] = {}
+
+    def _zeros(self, unit: Unit) -> Tensor:
+        return torch.zeros(unit.shape("hessian"), device=self._device)
+
+    def dense(self, product: Product) -> None:
+        """A product of the dense pass."""
+        for unit, place in self._places(product):
+            self._dense[unit, place].append(_chosen(product, place))
+
+    def pruned(self, product: Product) -> None:
+        """A product of the pruned pass."""
+        self._inputs[product.parameter] = product
+        for unit, place in self._places(product):
+            mine = _chosen(product, place)
+            self._moments[unit][place - unit.begin].addmm_(mine.rows.T, mine.rows)
+            self._rows[unit][place - unit.begin] += len(mine.rows)
+            if product.routed:
+                self._routed.add(unit)
+            if self._mixed:
+                kept = self._dense[unit, place]
+                theirs = kept.pop(0) if kept else None
+                self._others[unit][place - unit.begin].addmm_(_paired(mine, theirs).T, mine.rows)
+
+    def _places(self, product: Product) -> Iterator[tuple[Unit, int]]:
+        for unit in self._of.get(product.parameter, ()):
+            for place in range(unit.begin, unit.end):
+                if product.matrix in {None, place}:
+                    yield unit, place
+
+    def residuals(self, dense: Mapping[str, Tensor | None], pruned: Mapping[str, Tensor | None]) -> None:
+        """What outputs were added to in both passes of a batch, by parameter."""
+        for name, mine in pruned.items():
+            theirs, product = dense[name], self._inputs.get(name)
+            if mine is None or theirs is None or product is None or mine.shape != theirs.shape:
+                continue
+            rows, chosen = product.inputs, product.chosen(0)
+            if len(mine) != len(rows):
+                continue
+            lacking = product.of_chosen(theirs - mine, chosen)
+            inputs = product.of_chosen(rows, chosen).to(self._device, torch.float32)
+            if name not in self._residuals:
+                self._residuals[name] = torch.zeros(lacking.shape[1], inputs.shape[1], device=self._device)
+            self._residuals[name].addmm_(lacking.T, inputs)
+
+    def end_batch(self) -> None:
+        """Forget what belongs to a batch."""
+        self._dense.clear()
+        self._inputs.clear()
+
+    def gathered(self, tokens: int, homes: Mapping[str, _Home]) -> Gathered:
+        """The means: over rows, or over all tokens where a router chose some."""
+        moments, mixed, counts = {}, {}, {}
+        for unit in self._units:
+            name = unit.collected.name
+            divisors = [tokens if unit in self._routed or not count else count for count in self._rows[unit]]
+            scale = torch.tensor(divisors, dtype=torch.float32, device=self._device).reshape(-1, 1, 1)
+            shape = unit.collected.shape("hessian")
+            moments[name] = _symmetric(self._moments[unit].div_(scale)).reshape(shape)
+            _refuse_nonfinite(name, moments[name])
+            if self._mixed:
+                mixed[name] = self._others[unit].div_(scale).reshape(shape)
+            counts[name] = tuple(self._rows[unit])
+        residuals = {}
+        for parameter, home in homes.items():
+            found = self._residuals.get(parameter)
+            if found is not None:
+                found = found.div_(max(1, self._rows[home.unit][0]))
+                residuals[home.weight] = (found.T if home.is_turned else found).contiguous()
+        return Gathered(moments, mixed, residuals, counts)
+
+
+def _batches(sequences: Sequences) -> Iterator[range]:
+    """The numbers of the sequences in each batch; the first one is by itself, to look at a block."""
+    total, length = sequences.ids.shape
+    step = max(1, _BATCH_TOKENS // length)
+    yield range(1)
+    begin = 1
+    while begin < total:
+        end = min(begin + step, total)
+        if end - begin == length > 1:  # as many sequences as tokens would not tell which is which
+            end -= 1
+        yield range(begin, end)
+        begin = end
+
+
+def _until(later: Collection[str], seen: Callable[[Product], None]) -> Callable[[Product], None]:
+    """`seen`, which ends a pass at the first product that belongs to a later stage."""
+
+    def tell(product: Product) -> None:
+        if product.parameter in later:
+            raise EnoughError
+        seen(product)
+
+    return tell
+
+
+def _chosen(product: Product, place: int) -> _Rows:
+    """The rows of a matrix that count, with their tokens."""
+    chosen = product.chosen(place)
+    rows = product.inputs[place] if product.inputs.ndim == 3 else product.inputs
+    tokens = product.tokens
+    if product.inputs.ndim == 3:
+        tokens = torch.arange(len(rows), device=rows.device)
+    if chosen is not None:
+        rows, tokens = rows[chosen], None if tokens is None else tokens[chosen]
+    return _Rows(rows.to(torch.float32), tokens)
+
+
+def _paired(mine: _Rows, theirs: _Rows | None) -> Tensor:
+    """For each row of the pruned pass that of the same token in the dense one, else itself.
+
+    Where a router sends a token elsewhere, nothing says what the dense matrix would have got.
+    """
+    if theirs is None:
+        return mine.rows
+    if mine.tokens is None or theirs.tokens is None:
+        return theirs.rows if theirs.rows.shape == mine.rows.shape else mine.rows
+    if not len(mine.rows) or not len(theirs.rows):
+        return mine.rows
+    most = 1 + int(torch.maximum(mine.tokens.max(), theirs.tokens.max()))
+    places = torch.full((most,), -1, dtype=torch.int64, device=mine.rows.device)
+    places[theirs.tokens] = torch.arange(len(theirs.tokens), device=mine.rows.device)
+    there = places[mine.tokens]
+    return torch.where((there >= 0).unsqueeze(-1), theirs.rows[there.clamp_min(0)], mine.rows)
+
+
+def _symmetric(moments: Tensor) -> Tensor:
+    return (moments + moments.mT).mul_(0.5)
+
+
+def _refuse_nonfinite(name: str, moment: Tensor) -> None:
+    if not bool(moment.isfinite().all()):
+        raise SparsepruneError(
+            f"{name}: some of its inputs are not finite: the model does not run in its dtype"
+        )
