@@ -5,8 +5,9 @@ Owns what is seen of torch's dispatch. Knows no sums. Called by planning and col
 
 from __future__ import annotations
 
+import threading
 from collections import defaultdict
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import torch
 from msgspec import Struct
@@ -107,6 +108,7 @@ class EnoughError(Exception):
 class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """While it is entered, tells of each product with a parameter, its gradients, and gates of experts.
 
+    It knows the parameters that have memory when it is made, and what runs in the thread that entered it.
     Call `begin` before each forward pass, `turn` before the backward pass that may follow.
 
     A backward pass multiplies the gradients at the outputs with the same weight along its other dimension:
@@ -125,7 +127,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for name, parameter in model.named_parameters():
             if parameter.ndim in {2, 3} and parameter.device.type != "meta":
                 self._known[parameter.untyped_storage().data_ptr()].append((name, parameter))
-        self._names = {id(module): name for name, module in model.named_modules()}
+        self._thread = 0
         self._running: list[tuple[torch.nn.Module, bool]] = []
         self._hooks = [
             torch.nn.modules.module.register_module_forward_pre_hook(self._enter_module),
@@ -138,6 +140,11 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._turned: set[tuple[int, int]] = set()
         self._gathered: Tensor | None = None
         self._gatherer: torch.nn.Module | None = None
+
+    def __enter__(self) -> Self:
+        self._thread = threading.get_ident()
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
 
     def close(self) -> None:
         """Remove the hooks."""
@@ -255,16 +262,8 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _parameter(self, weight: Tensor) -> tuple[str, Tensor] | None:
         """The parameter of which an operand is a view, and its name."""
-        address = weight.untyped_storage().data_ptr()
-        if address in self._known:
-            return next((pair for pair in self._known[address] if _holds(pair[1], weight)), None)
-        # Offloaded parameters are loaded while their module runs.
-        for module, _ in reversed(self._running):
-            for name, parameter in module.named_parameters(recurse=False):
-                if parameter.ndim in {2, 3} and parameter.untyped_storage().data_ptr() == address:
-                    prefix = self._names[id(module)]
-                    return (f"{prefix}.{name}" if prefix else name), parameter
-        return None
+        pairs = self._known.get(weight.untyped_storage().data_ptr(), ())
+        return next((pair for pair in pairs if _holds(pair[1], weight)), None)
 
     def _rows_that_count(self, rows: int) -> Tensor | None:
         if self._gathered is not None and self._gathered.numel() == rows:
@@ -282,13 +281,15 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return source.ndim > 0 and source.shape[0] == self.counted.numel()
 
     def _enter_module(self, module: torch.nn.Module, inputs: Any) -> None:
-        if id(module) in self._names:
+        if threading.get_ident() == self._thread:  # hooks are for all threads
             # Some models (Longformer, XLNet) have the places in front, and the sequences behind them.
             first = inputs[0] if inputs and isinstance(inputs[0], torch.Tensor) else None
             turned = first is not None and first.ndim > 2 and tuple(first.shape[:2]) in self._turned
             self._running.append((module, turned))
 
     def _leave_module(self, module: torch.nn.Module, inputs: Any, outputs: Any) -> None:  # noqa: ARG002
+        if threading.get_ident() != self._thread:
+            return
         if self._running and self._running[-1][0] is module:
             self._running.pop()
         self._gates.left(module)
