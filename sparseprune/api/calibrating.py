@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from msgspec import Struct
@@ -17,7 +20,6 @@ from sparseprune.api.run import digest, output_shown
 from sparseprune.checkpoint import StagedOutput, TensorReader, open_checkpoint
 from sparseprune.checkpoint.file_io import checkpoint_identity, refuse_changed
 from sparseprune.checkpoint.folding import refuse_split
-from sparseprune.checkpoint.publish import free_bytes
 from sparseprune.checkpoint.statistics import ROUTING, lay_out_statistics
 from sparseprune.errors import SparsepruneError
 from sparseprune.results.measuring import (
@@ -29,12 +31,11 @@ from sparseprune.results.measuring import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from pathlib import Path
+    from collections.abc import Iterator, Sequence
 
     from sparseprune.api.run import Run
-    from sparseprune.calibration import Calibration, Counted, LoadedModel, Sequences
-    from sparseprune.checkpoint import Checkpoint, Collected, StatisticsKind
+    from sparseprune.calibration import Calibration, Counted, Streaming
+    from sparseprune.checkpoint import Collected, StatisticsKind
 
 _CHARACTERS = 64  # of text that are read for each token that is asked for: some to choose from
 
@@ -80,14 +81,12 @@ def calibrate(run: Run, asked: Collecting) -> Statistics:
     documents = read_documents(asked.text, asked.field, most)
     run.note(f"loading the model of {asked.checkpoint}")
     # Not before something is said: this takes seconds.
-    from sparseprune.calibration import Loss, load_model, make_sequences, plan_calibration
+    from sparseprune.calibration import Loss, Streaming, load_model, make_sequences, plan_calibration
     from sparseprune.execution.schedule import resolve_device
 
     device = resolve_device(asked.device, uses_torch=True)
-    with TensorReader() as reader:
+    with TensorReader() as reader, _folder_for_states(asked.scratch) as folder:
         loaded = load_model(checkpoint, device, reader)
-        for name in loaded.blocks.names:
-            loaded.blocks.load(name, loaded.read(reader))
         if any(isinstance(one, Chat) for one in documents) and not loaded.tokenizer.chat_template:
             run.note('the tokenizer has no chat template: messages are read as "role: content" lines')
         run.note("cutting the text into sequences")
@@ -99,7 +98,8 @@ def calibrate(run: Run, asked: Collecting) -> Statistics:
         loaded.refuse_strange(sequences.ids)
         run.note("finding out which matrices meet text")
         loss = Loss(asked.seed) if asked.gradients else None
-        plan = plan_calibration(loaded, sequences, checkpoint, asked.kind, asked.memory, loss)
+        streaming = Streaming(loaded, loaded.read(reader), sequences, folder)
+        plan = plan_calibration(streaming, asked.kind, asked.memory, loss)
         if loaded.others and plan.without:
             others = " and ".join(loaded.others)
             run.note(
@@ -107,33 +107,29 @@ def calibrate(run: Run, asked: Collecting) -> Statistics:
             )
         run.note(plan.crowded)
         layout = lay_out_statistics(checkpoint, target, asked.kind, plan.tensors)
-        output = StagedOutput(layout, asked.force, _identity(asked, loaded, sequences, plan, checkpoint))
-        _warn_of_little_room(run, asked.kind, plan, output)
+        output = StagedOutput(layout, asked.force, _identity(asked, streaming, plan))
         return run.write(
             output,
-            lambda _: _collected(run, asked, loaded, sequences, plan, output),
+            lambda _: _collected(run, asked, streaming, plan, output),
             lambda: refuse_changed(checkpoint, ()),
         )
 
 
-def _warn_of_little_room(run: Run, kind: StatisticsKind, plan: Calibration, output: StagedOutput) -> None:
-    """The sums of an unfinished pass are written while those of a moment before are still there."""
-    layout = output.layout
-    sums = max(sum(unit.nbytes(kind) for unit in units) for units in plan.passes)
-    wanted, free = layout.output_bytes + 2 * sums, free_bytes(layout.target.parent)
-    if free < wanted:
-        run.warn(
-            f"{layout.target.parent}: {free} bytes are free, but keeping the sums of an unfinished "
-            f"run takes {wanted}: it may have to begin anew after an interruption"
-        )
+@contextmanager
+def _folder_for_states(given: Path | None) -> Iterator[Path]:
+    """The folder in which hidden states wait: a given one, or one that is gone afterwards."""
+    if given is not None:
+        yield given
+        return
+    with TemporaryDirectory(prefix="sparseprune-") as folder:
+        yield Path(folder)
 
 
-def _identity(
-    asked: Collecting, loaded: LoadedModel, sequences: Sequences, plan: Calibration, checkpoint: Checkpoint
-) -> dict[str, str]:
+def _identity(asked: Collecting, streaming: Streaming, plan: Calibration) -> dict[str, str]:
     """What an unfinished run must agree with to be continued, to the same bytes."""
-    from sparseprune.calibration import passes_digest
+    from sparseprune.calibration import plan_digest
 
+    loaded, sequences = streaming.loaded, streaming.sequences
     drawn = hashlib.sha256(sequences.ids.numpy().tobytes() + sequences.counted.numpy().tobytes())
     length = sequences.ids.shape[1]
     memory = "--memory" if loaded.room is None else "--memory or what is free on the device"
@@ -141,28 +137,23 @@ def _identity(
     return {
         "the version": __version__,
         "the versions of torch and transformers": loaded.versions,
-        "the input": checkpoint_identity(checkpoint),
+        "the input": checkpoint_identity(loaded.checkpoint),
         "the options": json.dumps(options),
         "the text": json.dumps([list(sequences.ids.shape), drawn.hexdigest()]),
-        memory: digest(passes_digest(plan)),
+        memory: digest(plan_digest(plan)),
         "the device or its number of threads": loaded.machine,
     }
 
 
 def _collected(
-    run: Run,
-    asked: Collecting,
-    loaded: LoadedModel,
-    sequences: Sequences,
-    plan: Calibration,
-    output: StagedOutput,
+    run: Run, asked: Collecting, streaming: Streaming, plan: Calibration, output: StagedOutput
 ) -> Statistics:
-    from sparseprune.calibration import already_run, calibrate
+    from sparseprune.calibration import Work, calibrate
 
-    total = sequences.ids.numel() * len(plan.passes)
-    already = already_run(sequences, plan, output)
-    with run.progress("calibrating", total, already, "tokens") as advance:
-        counted = calibrate(loaded, sequences, plan, output, asked.kind, advance)
+    loaded, sequences = streaming.loaded, streaming.sequences
+    work = Work(plan, sequences, output.finished)
+    with run.progress("calibrating", work.total, work.already, "tokens") as advance:
+        counted = calibrate(streaming, plan, output, asked.kind, advance)
     return Statistics(
         input=str(asked.checkpoint),
         output=output_shown(asked.output, asked.checkpoint, output.layout),
@@ -175,7 +166,7 @@ def _collected(
         seed=asked.seed,
         special=asked.special,
         tokens=sequences.tokens,
-        passes=len(plan.passes),
+        passes=plan.passes,
         matrices=tuple(
             CollectedStatistics(
                 name=one.name,

@@ -10,24 +10,26 @@ from typing import TYPE_CHECKING
 from sparseprune import on_first_use
 
 if TYPE_CHECKING:
-    from sparseprune.calibration.collecting import Counted, already_run, calibrate
+    from sparseprune.calibration.collecting import Counted, Work, calibrate
     from sparseprune.calibration.gradients import Loss
     from sparseprune.calibration.loading import LoadedModel, load_model
-    from sparseprune.calibration.planning import Calibration, passes_digest, plan_calibration
+    from sparseprune.calibration.planning import Calibration, plan_calibration, plan_digest
+    from sparseprune.calibration.sweeps import Streaming
     from sparseprune.calibration.text import Chat, Sequences, make_sequences, read_documents
     from sparseprune.calibration.training import KeptMasks, keep_masked, parameter_masks
 
-__all__ = ["Calibration", "Chat", "Counted", "KeptMasks", "LoadedModel", "Loss", "Sequences", "already_run"]
-__all__ += ["calibrate", "keep_masked", "load_model", "make_sequences", "parameter_masks", "passes_digest"]
-__all__ += ["plan_calibration", "read_documents"]
+__all__ = ["Calibration", "Chat", "Counted", "KeptMasks", "LoadedModel", "Loss", "Sequences", "Streaming"]
+__all__ += ["Work", "calibrate", "keep_masked", "load_model", "make_sequences", "parameter_masks"]
+__all__ += ["plan_calibration", "plan_digest", "read_documents"]
 
 __getattr__, __dir__ = on_first_use(
     __name__,
     {
-        "collecting": "Counted already_run calibrate",
+        "collecting": "Counted Work calibrate",
         "gradients": "Loss",
         "loading": "LoadedModel load_model",
-        "planning": "Calibration passes_digest plan_calibration",
+        "planning": "Calibration plan_calibration plan_digest",
+        "sweeps": "Streaming",
         "text": "Chat Sequences make_sequences read_documents",
         "training": "KeptMasks keep_masked parameter_masks",
     },

@@ -1,48 +1,42 @@
-"""Collecting: the sums of all statistics, in as many passes over the text as the memory requires.
+"""Collecting: the sums of all statistics, of one block after the other as text comes to it.
 
-Owns the sums, the content and the end of a pass, how an interrupted pass continues, and the place of each
-sum in the output. Called by `calibrate`.
+Owns the sums, what of an interrupted run counts, and the place of each sum in the output. Called by
+`calibrate`.
 """
 
 from __future__ import annotations
 
-import json
 import threading
-import time
-import zlib
 from collections import defaultdict
-from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
 from msgspec import Struct
 
-from sparseprune.calibration.gradients import differentiable
-from sparseprune.calibration.watching import EnoughError, Watch
+from sparseprune.calibration.watching import EnoughError
 from sparseprune.checkpoint.threads import side_by_side
-from sparseprune.errors import MachineError, SparsepruneError
+from sparseprune.errors import SparsepruneError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
-    from io import BufferedReader
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from torch import Tensor
 
-    from sparseprune.calibration.gradients import States
-    from sparseprune.calibration.loading import LoadedModel
-    from sparseprune.calibration.planning import Calibration, Unit
+    from sparseprune.calibration.planning import Calibration, Parts, Summed, Unit
+    from sparseprune.calibration.sweeps import Streaming, Sweep
     from sparseprune.calibration.text import Sequences
     from sparseprune.calibration.watching import Product
     from sparseprune.checkpoint import Sink, StatisticsKind
 
+    # Of each unit: rows and divisors by matrix, and what experts did.
+    Counts = list[tuple[list[int], list[int], list[list[float]]]]
+
 _BATCH_TOKENS = 4096  # in one forward pass
-# Outputs of products in one forward pass that is followed by a pass back, which needs about three times them.
+# Outputs of products in one block that is differentiated, which needs about three times them.
 _BATCH_VALUES = 1 << 27
-# The sums of a pass are saved every _PAUSE seconds, or after _PAUSE_SHARE times the time that saving takes.
-_PAUSE, _PAUSE_SHARE = 120.0, 20
+_BACK = 3  # times the work of a block on the way there is that on the way back
 
 
 class Counted(Struct, frozen=True):
@@ -57,201 +51,357 @@ def _nothing(matrices: int) -> Counted:
     return Counted([0] * matrices, [0] * matrices, [[] for _ in range(matrices)])
 
 
-def already_run(sequences: Sequences, plan: Calibration, output: Sink) -> int:
-    """Tokens that an interrupted run already put through the model."""
-    finished = sum(f"pass {number}" in output.finished for number in range(1, len(plan.passes) + 1))
-    done = finished * sequences.ids.numel()
-    file = output.aside()
-    if file is not None:
-        with file:
-            head = aside_head(file.readline())
-        if head is not None and f"pass {head['pass']}" not in output.finished:
-            batches = list(_batches(sequences, plan.values))[: head["batch"]]
-            done += sum(map(len, batches)) * sequences.ids.shape[1]
-    return done
+class Work:
+    """How far a calibration is, in tokens of its text: each run of a block over a batch is a share of them.
+
+    `already` are those that an interrupted run did, and that are not done again.
+    """
+
+    def __init__(self, plan: Calibration, sequences: Sequences, finished: Mapping[str, Any]) -> None:
+        self.total = sequences.ids.numel()
+        whole = skipped = 0
+        for number, summed in enumerate(plan.sweeps, 1):
+            for name, way, weight in _ways(plan.visits, summed):
+                parts = max(1, len(way.get(name, ())))
+                whole += weight * parts
+                if f"sweep {number}" in finished:
+                    skipped += weight * parts
+                elif _key(number, name, back=weight == _BACK) in finished:
+                    skipped += weight * (parts - 1)
+        self._share = self.total / max(1, whole)
+        self._done = skipped * self._share
+        self.already = int(self._done)
+
+    def step(self, share: float, *, back: bool) -> int:
+        """Tokens that are done when a block has run over this share of the text, since the last step."""
+        before, self._done = int(self._done), self._done + share * self._share * (_BACK if back else 1)
+        return int(self._done + 1e-6) - before
+
+
+def _ways(visits: Sequence[str], summed: Summed) -> Iterator[tuple[str, Mapping[str, Parts], int]]:
+    """The blocks in the order in which a sweep meets them, there and back, with the work of a run."""
+    for name in visits:
+        yield name, summed.there, 1
+    for name in reversed(visits if summed.goes_back else ()):
+        yield name, summed.back, _BACK
+
+
+def _key(number: int, name: str, *, back: bool) -> str:
+    """The key of a block's note in the journal."""
+    return f"sweep {number} {'back' if back else 'there'} {name}"
 
 
 def calibrate(
-    loaded: LoadedModel,
-    sequences: Sequences,
+    streaming: Streaming,
     plan: Calibration,
     output: Sink,
     kind: StatisticsKind,
     progress: Callable[[int, str], None],
 ) -> dict[str, Counted]:
-    """Run the text through the model once for each pass, and write the moments.
+    """Run the text through the model block by block, and write the moments.
 
     Each sum is divided by its number of rows; moments of inputs, if a router chose the tokens of a matrix, by
     the number of tokens of the text, so that experts keep their shares; what experts did is not divided.
-    With the loss of a plan all passes go back, too. Finished passes are noted. The sums of the current
-    pass are saved at intervals and when the run is interrupted: a later run continues there, with the same
-    bytes. Returns the counts by tensor. `progress` gets tokens, without those of `already_run`.
+    With the loss of a plan its gradients go back through all blocks, too. Finished blocks are noted: a later
+    run does not sum for them again, but runs them once more for those that follow, and ends in the same
+    bytes. Returns the counts by tensor. `progress` gets tokens, without those that are done `already`.
 
     Raises:
         SparsepruneError: an input that is not finite.
     """
     found = {one.name: _nothing(one.experts or 1) for one in plan.tensors}
-    for number, units in enumerate(plan.passes, 1):
-        label = f"pass {number} of {len(plan.passes)}" if len(plan.passes) > 1 else ""
-        counts = output.finished.get(f"pass {number}")
-        if counts is None:
-            counts = _Pass(loaded, sequences, output, number, label, plan).collected(
-                _Collector(units, plan.first, kind, loaded.device), progress
-            )
-            output.note(f"pass {number}", counts)
-            output.flush()
-        for unit, (rows, divisors, values) in zip(units, counts, strict=True):
-            part = slice(unit.place, unit.place + unit.end - unit.begin)
-            found[unit.collected.name].rows[part] = rows
-            found[unit.collected.name].divisors[part] = divisors
-            found[unit.collected.name].values[part] = values
+    work = Work(plan, streaming.sequences, output.finished)
+    for number, summed in enumerate(plan.sweeps, 1):
+        sweep = _Summing(streaming, plan, summed, number, output, kind, work, progress)
+        if sweep.key not in output.finished:
+            sweep.finished()
+        for units, counts in sweep.counts():
+            for unit, (rows, divisors, values) in zip(units, counts, strict=True):
+                part = slice(unit.place, unit.place + unit.end - unit.begin)
+                found[unit.collected.name].rows[part] = rows
+                found[unit.collected.name].divisors[part] = divisors
+                found[unit.collected.name].values[part] = values
     return found
 
 
 @dataclass
-class _Pass:
-    """One pass of the text through the model; it continues an interrupted one."""
+class _Summing:
+    """One sweep of the text; it continues an interrupted one."""
 
-    loaded: LoadedModel
-    sequences: Sequences
-    output: Sink
-    number: int
-    label: str
+    streaming: Streaming
     plan: Calibration
-    batch: int = 0
-    saved: float = field(default_factory=time.monotonic)
-    pause: float = field(default_factory=lambda: _PAUSE)
+    summed: Summed
+    number: int
+    output: Sink
+    kind: StatisticsKind
+    work: Work
+    progress: Callable[[int, str], None]
+    stop: threading.Event = field(default_factory=threading.Event)
+    noted: dict[str, Counts] = field(default_factory=dict)
 
-    def collected(
-        self, collector: _Collector, progress: Callable[[int, str], None]
-    ) -> list[tuple[list[int], list[int], list[list[float]]]]:
-        """Write all sums; return the rows and divisors of each unit, and what experts did."""
-        self._continue(collector)
+    @property
+    def key(self) -> str:
+        return f"sweep {self.number}"
+
+    def finished(self) -> None:
+        """Do what is left of it."""
         failures: list[BaseException] = []
 
         def work() -> None:
             try:
-                self._run(collector, progress)
+                self._swept()
             except BaseException as failure:  # noqa: BLE001  (raised below)
                 failures.append(failure)
 
-        try:
-            # In its own thread, so that a signal is not raised between a sum and its count.
-            side_by_side(work, 1, collector.stop.set)
-            if failures:
-                raise failures[0]
-            return [self._written(collector, unit) for unit in collector.units]
-        except KeyboardInterrupt:
-            if not failures:
-                self._save(collector)
-            raise
+        # In its own thread, so that a signal is not raised while the model runs.
+        side_by_side(work, 1, self.stop.set)
+        if failures:
+            raise failures[0]
 
-    def _run(self, collector: _Collector, progress: Callable[[int, str], None]) -> None:
-        batches = list(_batches(self.sequences, self.plan.values))
-        wanted = nullcontext() if self.plan.loss is None else differentiable(self.loaded.model)
-        with closing(Watch(self.loaded.model, collector)) as watch, wanted as states:
-            while self.batch < len(batches) and not collector.stop.is_set():
-                which = batches[self.batch]
-                counted = self.sequences.counted[which.start : which.stop]
-                watch.begin(counted.to(self.loaded.device), gradients=collector.wants_gradients)
-                with suppress(EnoughError), watch:
-                    self._through(watch, states, which)
-                if collector.stop.is_set():
-                    return
-                self.batch += 1
+    def counts(self) -> Iterator[tuple[tuple[Unit, ...], Counts]]:
+        """The counts of all units, part by part."""
+        yield self.summed.standing, self._noted(self.key)
+        for way, back in ((self.summed.there, False), (self.summed.back, True)):
+            for name, parts in way.items():
+                counts = iter(self._noted(_key(self.number, name, back=back)))
+                for units in parts:
+                    yield units, [next(counts) for _ in units]
+
+    def _noted(self, key: str) -> Counts:
+        return self.noted[key] if key in self.noted else self.output.finished[key]
+
+    def _note(self, key: str, counts: Counts) -> None:
+        self.noted[key] = counts
+        self.output.note(key, counts)
+        self.output.flush()
+
+    def _swept(self) -> None:
+        standing = _Sums(self.summed.standing, self.kind, self.streaming.loaded.device)
+        loss = self.plan.loss if self.summed.goes_back else None
+        batches = list(_batches(self.streaming.sequences, self.plan.values))
+        with self.streaming.sweep(
+            batches, lambda: self._collector(standing, self.summed.standing), loss
+        ) as sweep:
+            self._there(sweep, standing)
+            if loss is not None:
+                self._back(sweep, standing)
+        self._note(self.key, [self._written(standing, unit) for unit in self.summed.standing])
+
+    def _there(self, sweep: Sweep, standing: _Sums) -> None:
+        wanted = [unit for unit in self.summed.standing if unit.about != "gradients"]
+        rest = {name for name in self.summed.there if not self._has(name, back=False)}
+        goes_on = bool(self.summed.standing) or self.summed.goes_back
+        while (name := sweep.at) is not None and (goes_on or rest):
+            rest.discard(name)
+
+            def run(collector: _Collector | None, label: str, *, hand: bool) -> None:
+                done = self._stepping(collector, label, back=False)
+                sweep.through(collector, hand=hand and bool(goes_on or rest), done=done)
+
+            self._block(name, wanted, standing, run)
+            if not (goes_on or rest):
+                return
+
+    def _back(self, sweep: Sweep, standing: _Sums) -> None:
+        wanted = [unit for unit in self.summed.standing if unit.about == "gradients"]
+        rest = {name for name in self.summed.back if not self._has(name, back=True)}
+        for visit in reversed(range(len(sweep.visits))):
+            if not (wanted or rest):
+                return
+            rest.discard(sweep.visits[visit])
+
+            def run(collector: _Collector | None, label: str, *, hand: bool, visit: int = visit) -> None:
+                done = self._stepping(collector, f"{label} back", back=True)
+                sweep.back(visit, collector, hand=hand and bool(wanted or rest), done=done)
+
+            self._block(sweep.visits[visit], wanted, standing, run, back=True)
+        sweep.finish()
+
+    def _block(
+        self,
+        name: str,
+        wanted: Sequence[Unit],
+        standing: _Sums,
+        run: Callable[..., None],
+        *,
+        back: bool = False,
+    ) -> None:
+        """Load a block, run it for each of its parts, write their sums, and note it."""
+        ways = self.summed.back if back else self.summed.there
+        has = self._has(name, back=back)
+        parts = () if has else ways.get(name, ())
+        counts: Counts = []
+        with self.streaming.loaded.blocks.opened(name, self.streaming.read):
+            for number, units in enumerate(parts or ((),), 1):
+                hand = number == max(1, len(parts))
+                sums = _Sums(units, self.kind, self.streaming.loaded.device)
+                label = f"{name}, run {number} of {len(parts)}" if len(parts) > 1 else name
+                heard = [*units, *(wanted if hand else ())]
+                collector = self._collector(sums | standing, heard, only=() if hand else units)
+                run(collector if heard else None, label, hand=hand)
+                counts += [self._written(sums, unit) for unit in units]
+        if not has and name in ways:
+            self._note(_key(self.number, name, back=back), counts)
+
+    def _has(self, name: str, *, back: bool) -> bool:
+        return _key(self.number, name, back=back) in self.output.finished
+
+    def _collector(self, sums: _Sums, units: Iterable[Unit], only: Sequence[Unit] = ()) -> _Collector:
+        return _Collector(
+            sums, units, self.stop, self.plan.first, max([unit.last for unit in only], default=None)
+        )
+
+    def _stepping(self, collector: _Collector | None, label: str, *, back: bool) -> Callable[[], None]:
+        """What is called when a block has run over a batch."""
+        batches = len(list(_batches(self.streaming.sequences, self.plan.values)))
+
+        def done() -> None:
+            if self.stop.is_set():
+                raise _StoppedError
+            if collector is not None:
                 collector.begin_batch()
-                progress(counted.numel(), self.label)
-                if time.monotonic() - self.saved >= self.pause and self.batch < len(batches):
-                    self._save(collector)
+            self.progress(self.work.step(1 / batches, back=back), label)
 
-    def _through(self, watch: Watch, states: States | None, which: range) -> None:
-        if self.plan.loss is None or states is None:
-            self.loaded.run(self.sequences.ids[which.start : which.stop])
-        else:
-            self.plan.loss.run(self.loaded, watch, states, self.sequences, which)
+        return done
 
-    def _save(self, collector: _Collector) -> None:
-        """Save the sums for a later run; continue without if there is no room for them."""
-        began = time.monotonic()
-        with suppress(MachineError):
-            self.output.put_aside(collector.pieces({"pass": self.number, "batch": self.batch}))
-        self.saved = time.monotonic()
-        self.pause = max(_PAUSE, _PAUSE_SHARE * (self.saved - began))
-
-    def _continue(self, collector: _Collector) -> None:
-        file = self.output.aside()
-        if file is not None:
-            with file:
-                head = collector.restored(file, self.number)
-            self.batch = 0 if head is None else head["batch"]
-
-    def _written(self, collector: _Collector, unit: Unit) -> tuple[list[int], list[int], list[list[float]]]:
-        rows = collector.rows[unit]
-        by_rows = unit.about == "gradients" or unit not in collector.routed
-        divisors = [one if one and by_rows else self.sequences.tokens for one in rows]
+    def _written(self, sums: _Sums, unit: Unit) -> tuple[list[int], list[int], list[list[float]]]:
+        one = sums.of[unit]
+        rows = one.counted()
+        by_rows = unit.about == "gradients" or not one.routed
+        divisors = [count if count and by_rows else self.streaming.sequences.tokens for count in rows]
         if unit.about == "routing":
             divisors = [1] * len(rows)
-        for place, (one, divisor) in enumerate(zip(collector.sums(unit), divisors, strict=True)):
-            _write(unit, place, one / divisor, self.output)
-        return rows, divisors, collector.sums(unit).tolist() if unit.about == "routing" else [[]] * len(rows)
+        for place, (each, divisor) in enumerate(zip(one.sums, divisors, strict=True)):
+            _write(unit, place, each / divisor, self.output)
+        return rows, divisors, one.sums.tolist() if unit.about == "routing" else [[]] * len(rows)
+
+
+class _StoppedError(BaseException):
+    """Ends a run that a signal stopped."""
+
+
+class _Sum:
+    """What is summed of one unit: `sums` of its shape on a device, and rows by matrix.
+
+    `routed` is whether a router chose its tokens.
+    """
+
+    def __init__(self, unit: Unit, kind: StatisticsKind, device: torch.device) -> None:
+        self.unit = unit
+        self.kind = kind
+        self.routed = False
+        self._device = device
+        self._sums: Tensor | None = None
+        self._rows = [0] * (unit.end - unit.begin)
+        self._counts: list[tuple[int, Tensor]] = []  # of rows, which the device may not have yet
+
+    @property
+    def sums(self) -> Tensor:
+        """Zeros until something is added."""
+        if self._sums is None:
+            dtype = torch.float32 if self.unit.itemsize(self.kind) == 4 else torch.float64
+            self._sums = torch.zeros(self.unit.shape(self.kind), dtype=dtype, device=self._device)
+        return self._sums
+
+    def add_inputs(self, place: int, product: Product) -> None:
+        rows, chosen = product.inputs, product.chosen(place)
+        of_matrix = product.of_chosen(rows[place] if rows.ndim == 3 else rows, chosen)
+        wide = of_matrix.to(torch.float32)
+        sums = self.sums[place - self.unit.begin]
+        if self.kind == "hessian":
+            sums.addmm_(wide.T, wide)
+        else:
+            sums += wide.to(torch.float64).square().sum(0)
+        self.routed |= product.routed
+        self.count(place, product, chosen)
+
+    def add_gradients(self, place: int, rows: Tensor) -> None:
+        wide = rows.to(torch.float32)
+        sums = self.sums[place - self.unit.begin]
+        for one, group in zip(sums, wide.chunk(self.unit.groups, 1), strict=True):
+            one.addmm_(group.T, group)
+
+    def add_routing(self, place: int, sums: Tensor, count: Tensor) -> None:
+        self.sums[place - self.unit.begin] += sums
+        self._counts.append((place, count))
+
+    def count(self, place: int, product: Product, chosen: Tensor | None) -> None:
+        """Count the rows of a product that are chosen, None for all."""
+        if chosen is None:
+            self._rows[place - self.unit.begin] += product.rows
+        else:
+            self._counts.append((place, chosen.sum()))
+
+    def counted(self) -> list[int]:
+        """Rows by matrix; the host waits for the device."""
+        counts, self._counts = self._counts, []
+        numbers = torch.stack([count for _, count in counts]).tolist() if counts else []
+        for (place, _), number in zip(counts, numbers, strict=True):
+            self._rows[place - self.unit.begin] += number
+        return self._rows
+
+
+class _Sums:
+    """The sums of some units."""
+
+    def __init__(self, units: Iterable[Unit], kind: StatisticsKind, device: torch.device) -> None:
+        self.of = {unit: _Sum(unit, kind, device) for unit in units}
+
+    def __or__(self, other: _Sums) -> _Sums:
+        both = _Sums((), "hessian", torch.device("cpu"))
+        both.of = self.of | other.of
+        return both
 
 
 class _Collector:
-    """The sums of one pass, on a device; ends a forward pass at the first product that it no longer needs.
+    """Adds what it is told of to the sums of some units; ends a run at the first product after the `last`.
 
-    `rows` are the numbers of rows added up, by unit and matrix, until the last batch that ended; `routed` are
-    units whose tokens a router chose. Once `stop` is set, it adds nothing more.
+    Once `stop` is set, it ends it for good.
     """
 
     def __init__(
-        self, units: Sequence[Unit], first: dict[str, int], kind: StatisticsKind, device: torch.device
+        self,
+        sums: _Sums,
+        units: Iterable[Unit],
+        stop: threading.Event,
+        first: Mapping[str, int],
+        last: int | None,
     ) -> None:
-        self.units = units
-        self.rows: dict[Unit, list[int]] = {unit: [0] * (unit.end - unit.begin) for unit in units}
-        self.routed: set[Unit] = set()
-        self.stop = threading.Event()
-        self._by_parameter: defaultdict[tuple[str, str], list[Unit]] = defaultdict(list)
+        self._by_parameter: defaultdict[tuple[str, str], list[_Sum]] = defaultdict(list)
         for unit in units:
-            self._by_parameter[unit.about, unit.parameter].append(unit)
-        self.wants_gradients = any(unit.about == "gradients" for unit in units)
-        self._last = max(unit.last for unit in units)
+            self._by_parameter[unit.about, unit.parameter].append(sums.of[unit])
+        self._stop = stop
         self._first = first
-        self._kind = kind
-        self._device = device
-        self._counts: list[tuple[Unit, int, Tensor]] = []  # of rows, which the device may not have yet
-        self._sums: dict[Unit, Tensor] = {}
-        # How often rows were added in this batch, and how often an earlier run added rows in the same batch.
-        self._added: dict[Unit, int] = dict.fromkeys(units, 0)
-        self._before: dict[Unit, int] = dict.fromkeys(units, 0)
+        self._last = last
         self._previous: tuple[tuple[Any, ...], Tensor] | None = None
 
     def product(self, product: Product) -> None:
         """Add the inputs of a product, and count the rows of its gradients."""
-        if self.stop.is_set():
-            raise EnoughError
+        if self._stop.is_set():
+            raise _StoppedError
         inputs = product.inputs
         # Parts of one parameter (the fused rows of q, k and v) have one input, which counts once.
         this = (product.parameter, product.matrix, inputs.data_ptr(), tuple(inputs.shape), inputs._version)  # noqa: SLF001
         same = self._previous is not None and self._previous[0] == this
         self._previous = (this, inputs)  # kept alive, so that its memory is not used again
-        if self._first.get(product.parameter, 0) > self._last and not self.wants_gradients:
+        if self._last is not None and self._first.get(product.parameter, 0) > self._last:
             raise EnoughError
-        for unit, place in self._of("inputs", product) if not same else ():
-            if product.routed:
-                self.routed.add(unit)
-            self._add(unit, partial(self._add_inputs, unit, place, product))
-        for unit, place in self._of("gradients", product):
-            self._add(unit, partial(self._count_rows, unit, place, product))
+        for one, place in self._of("inputs", product) if not same else ():
+            one.add_inputs(place, product)
+        for one, place in self._of("gradients", product):
+            one.count(place, product, product.chosen(place))
+
+    def begin_batch(self) -> None:
+        """The next products belong to another batch."""
+        self._previous = None
 
     def gradients(self, product: Product, chosen: Mapping[int, Tensor | None], rows: Tensor) -> None:
         """Add the gradients at the outputs of a product."""
-        if self.stop.is_set():
-            raise EnoughError
-        for unit, place in self._of("gradients", product):
+        for one, place in self._of("gradients", product):
             of_matrix = rows[place] if rows.ndim == 3 else rows.reshape(-1, rows.shape[-1])
-            outputs = of_matrix[:, unit.outputs.start : unit.outputs.stop : unit.outputs.step]
-            wanted = product.of_chosen(outputs, chosen[place])
-            self._add(unit, partial(self._add_gradients, unit, place, wanted))
+            wanted = one.unit.outputs
+            outputs = of_matrix[:, wanted.start : wanted.stop : wanted.step]
+            one.add_gradients(place, product.of_chosen(outputs, chosen[place]))
 
     def gated(
         self, product: Product, matrix: int, chosen: Tensor | None, gates: Tensor, norms: Tensor
@@ -260,122 +410,16 @@ class _Collector:
         every = gates.new_full((), product.rows, dtype=torch.int64)
         count = every if chosen is None else chosen.sum()
         sums = torch.stack([count.to(gates.dtype), gates.sum(), norms.sum()])
-        for unit, place in self._of("routing", product):
+        for one, place in self._of("routing", product):
             if place == matrix:
-                self._add(unit, partial(self._add_routing, unit, place, sums, count))
+                one.add_routing(place, sums, count)
 
-    def _of(self, about: str, product: Product) -> Iterator[tuple[Unit, int]]:
-        """The units that a product adds to, each with the numbers of its matrices."""
-        for unit in self._by_parameter.get((about, product.parameter), ()):
-            for place in range(unit.begin, unit.end):
+    def _of(self, about: str, product: Product) -> Iterator[tuple[_Sum, int]]:
+        """The sums that a product adds to, each with the numbers of its matrices."""
+        for one in self._by_parameter.get((about, product.parameter), ()):
+            for place in range(one.unit.begin, one.unit.end):
                 if product.matrix in {None, place}:
-                    yield unit, place
-
-    def begin_batch(self) -> None:
-        """The next products belong to another batch."""
-        self._count_all()
-        self._added = dict.fromkeys(self.units, 0)
-        self._before = dict.fromkeys(self.units, 0)
-        self._previous = None
-
-    def sums(self, unit: Unit) -> Tensor:
-        """The sums of a unit, of its shape."""
-        if unit not in self._sums:
-            self._sums[unit] = self._zeros(unit, self._device)
-        return self._sums[unit]
-
-    def _zeros(self, unit: Unit, device: torch.device) -> Tensor:
-        dtype = torch.float32 if unit.itemsize(self._kind) == 4 else torch.float64
-        return torch.zeros(unit.shape(self._kind), dtype=dtype, device=device)
-
-    def pieces(self, head: dict[str, int]) -> Iterator[bytes | memoryview]:
-        """The saved state of a pass: a line of JSON with `head` and the counts, the sums, a checksum."""
-        self._count_all()
-        counts = []
-        for unit in self.units:
-            added = max(self._added[unit], self._before[unit])
-            counts.append({"rows": self.rows[unit], "routed": unit in self.routed, "added": added})
-        first = json.dumps({**head, "units": counts}).encode() + b"\n"
-        check = zlib.crc32(first)
-        yield first
-        for unit in self.units:
-            memory = self.sums(unit).cpu().numpy().reshape(-1).data.cast("B")
-            check = zlib.crc32(memory, check)
-            yield memory
-        yield check.to_bytes(4, "little")
-
-    def restored(self, file: BufferedReader, number: int) -> dict[str, Any] | None:
-        """Load the `pieces` of a pass; returns their head, None if they are of another pass or incomplete."""
-        head = aside_head(first := file.readline())
-        if head is None or head["pass"] != number or len(head["units"]) != len(self.units):
-            return None
-        check = zlib.crc32(first)
-        for unit in self.units:
-            sums = self._zeros(unit, torch.device("cpu"))
-            memory = sums.numpy().reshape(-1).data.cast("B")
-            file.readinto(memory)
-            check = zlib.crc32(memory, check)
-            self._sums[unit] = sums.to(self._device)
-        if file.read() != check.to_bytes(4, "little"):
-            self._sums.clear()
-            return None
-        for unit, one in zip(self.units, head["units"], strict=True):
-            self.rows[unit], self._before[unit] = one["rows"], one["added"]
-            if one["routed"]:
-                self.routed.add(unit)
-        return head
-
-    def _add(self, unit: Unit, add: Callable[[], None]) -> None:
-        """Add something to a unit, unless an earlier run did."""
-        if self._added[unit] >= self._before[unit]:
-            add()
-        self._added[unit] += 1
-
-    def _add_inputs(self, unit: Unit, place: int, product: Product) -> None:
-        rows, chosen = product.inputs, product.chosen(place)
-        of_matrix = product.of_chosen(rows[place] if rows.ndim == 3 else rows, chosen)
-        wide = of_matrix.to(self._device, torch.float32)  # parts of a model may run elsewhere
-        sums = self.sums(unit)[place - unit.begin]
-        if self._kind == "hessian":
-            sums.addmm_(wide.T, wide)
-        else:
-            sums += wide.to(torch.float64).square().sum(0)
-        self._count(unit, place, product, chosen)
-
-    def _add_gradients(self, unit: Unit, place: int, rows: Tensor) -> None:
-        wide = rows.to(self._device, torch.float32)
-        sums = self.sums(unit)[place - unit.begin]
-        for one, group in zip(sums, wide.chunk(unit.groups, 1), strict=True):
-            one.addmm_(group.T, group)
-
-    def _add_routing(self, unit: Unit, place: int, sums: Tensor, count: Tensor) -> None:
-        self.sums(unit)[place - unit.begin] += sums.to(self._device)
-        self._counts.append((unit, place, count))
-
-    def _count_rows(self, unit: Unit, place: int, product: Product) -> None:
-        self._count(unit, place, product, product.chosen(place))
-
-    def _count(self, unit: Unit, place: int, product: Product, chosen: Tensor | None) -> None:
-        if chosen is None:
-            self.rows[unit][place - unit.begin] += product.rows
-        else:
-            self._counts.append((unit, place, chosen.sum()))
-
-    def _count_all(self) -> None:
-        """Add the counts of a batch to `rows`: once, since the host waits for the device."""
-        counts, self._counts = self._counts, []
-        numbers = torch.stack([one.to(self._device) for *_, one in counts]).tolist() if counts else []
-        for (unit, place, _), number in zip(counts, numbers, strict=True):
-            self.rows[unit][place - unit.begin] += number
-
-
-def aside_head(line: bytes) -> dict[str, Any] | None:
-    """The first line of `pieces`; None if it is incomplete."""
-    try:
-        head = json.loads(line)
-    except ValueError:
-        return None
-    return head if isinstance(head, dict) and {"pass", "batch", "units"} <= head.keys() else None
+                    yield one, place
 
 
 def _batches(sequences: Sequences, values: int | None) -> Iterator[range]:

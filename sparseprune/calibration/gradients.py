@@ -1,12 +1,13 @@
 """The loss whose gradients are collected, and what a model needs so that a pass back reaches its matrices.
 
 Owns what is drawn: labels from the model's own softmax, or random probes of the last hidden states. Knows no
-sums and no names. Called by planning and collecting.
+sums and no names. Called by sweeps.
 """
 
 from __future__ import annotations
 
 import hashlib
+import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -20,9 +21,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from sparseprune.calibration.loading import LoadedModel
     from sparseprune.calibration.text import Sequences
-    from sparseprune.calibration.watching import Watch
 
 _LOGITS = 1 << 24  # that are made probabilities at once
 
@@ -37,29 +36,24 @@ class Loss(Struct, frozen=True):
 
     seed: int
 
-    def run(
-        self, loaded: LoadedModel, watch: Watch, states: States, sequences: Sequences, which: range
-    ) -> None:
-        """Some sequences through the model, and the gradients of their loss back."""
+    def at_ends(
+        self, made: Any, states: States, sequences: Sequences, which: range, vocabulary: int | None
+    ) -> tuple[Tensor, Tensor]:
+        """Of what a model made of some sequences, that at which the loss is, and its gradients there."""
         ids = sequences.ids[which.start : which.stop]
         counted = sequences.counted[which.start : which.stop]
-
-        def back(made: Any) -> None:
-            logits = _logits(made, ids, loaded.vocabulary)
-            ends = states.last(made, ids) if logits is None else logits
-            gradients = torch.zeros_like(ends, requires_grad=False)
-            for place, number in enumerate(which):
-                generator = self._generator(number)
-                if logits is None:
-                    drawn = torch.randn(ends.shape[1:], generator=generator)
-                    gradients[place] = drawn.to(ends.device, ends.dtype)
-                else:
-                    _of_labels(logits[place], generator, gradients[place])
-            gradients[~counted.to(ends.device)] = 0
-            watch.turn()
-            torch.autograd.backward([ends], [gradients])
-
-        loaded.run(ids, back)
+        logits = _logits(made, ids, vocabulary)
+        ends = states.last(made, ids) if logits is None else logits
+        gradients = torch.zeros_like(ends, requires_grad=False)
+        for place, number in enumerate(which):
+            generator = self._generator(number)
+            if logits is None:
+                drawn = torch.randn(ends.shape[1:], generator=generator)
+                gradients[place] = drawn.to(ends.device, ends.dtype)
+            else:
+                _of_labels(logits[place], generator, gradients[place])
+        gradients[~counted.to(ends.device)] = 0
+        return ends, gradients
 
     def _generator(self, sequence: int) -> torch.Generator:
         said = hashlib.blake2b(f"{self.seed}\0{sequence}".encode(), digest_size=7).digest()
@@ -90,8 +84,8 @@ def _logits(made: Any, ids: Tensor, vocabulary: int | None) -> Tensor | None:
     return next((one for one in values if isinstance(one, torch.Tensor) and one.shape == wanted), None)
 
 
-class States:
-    """The last hidden states that a module gave in a forward pass."""
+class States(threading.local):
+    """The last hidden states that a module gave in a forward pass; those of each thread are its own."""
 
     def __init__(self) -> None:
         self._found: list[Tensor] = []

@@ -27,7 +27,7 @@ from sparseprune.checkpoint.documents import shown
 from sparseprune.errors import CheckpointError, SparsepruneError, is_out_of_memory
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
     from torch import Tensor
@@ -142,14 +142,6 @@ class LoadedModel:
             raise SparsepruneError(
                 f"the model cannot be {there} over {length} tokens of text alone: {_first_line(error)}"
             ) from error
-
-    def run(self, ids: Tensor, back: Callable[[Any], None] | None = None) -> None:
-        """One forward pass over (sequences, length); `back` gets the outputs, for a pass back."""
-        with torch.set_grad_enabled(back is not None):
-            made = self.forward(ids)
-            if back is not None:
-                with self.telling(ids.shape[1]):
-                    back(made)
 
     def read(self, source: Source) -> Read:
         """The function that reads tensors of the checkpoint for `blocks`."""

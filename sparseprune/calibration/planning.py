@@ -1,4 +1,4 @@
-"""Planning: which statistics a checkpoint gets of which products, in how many passes over the text.
+"""Planning: which statistics a checkpoint gets of which products, and which of them are summed together.
 
 Owns the units that are summed, the memory that they take, and why a matrix has no statistics. Runs the first
 sequence to see what text reaches. Called by `calibrate`.
@@ -7,17 +7,14 @@ sequence to see what text reaches. Called by `calibrate`.
 from __future__ import annotations
 
 import json
-from collections import defaultdict, deque
-from contextlib import closing
+from collections import Counter, defaultdict, deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from msgspec import Struct
 from msgspec.structs import replace
 
-from sparseprune.calibration.gradients import Loss, differentiable
 from sparseprune.calibration.stored import renumbered, siblings, stored_as, without_statistics
-from sparseprune.calibration.watching import Watch
 from sparseprune.checkpoint import Collected
 from sparseprune.checkpoint.statistics import ROUTING
 from sparseprune.errors import SparsepruneError
@@ -27,11 +24,14 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from sparseprune.calibration.gradients import Loss
     from sparseprune.calibration.loading import LoadedModel
     from sparseprune.calibration.stored import StoredAs
-    from sparseprune.calibration.text import Sequences
+    from sparseprune.calibration.sweeps import Streaming
     from sparseprune.calibration.watching import Product
-    from sparseprune.checkpoint import Checkpoint, StatisticsKind
+    from sparseprune.checkpoint import StatisticsKind
+
+    Parts = tuple[tuple["Unit", ...], ...]
 
 _REMEMBERED = 8  # inputs that are kept alive, to recognize later products with the same input
 _GROUP = 4096  # outputs of a matrix at most whose gradients are multiplied with one another
@@ -94,41 +94,66 @@ class Unit(Struct, frozen=True, eq=False):
         return (self.place + place) * each + self.group
 
 
+class Summed(Struct, frozen=True):
+    """What is summed in one sweep of the text: of each block some parts, for each of which it runs once.
+
+    `there` are the parts on the way there, `back` those on the way back. The units of `standing` are summed
+    as long as the sweep lasts: those outside of blocks, and of blocks that are met again.
+    """
+
+    standing: tuple[Unit, ...]
+    there: Mapping[str, Parts]
+    back: Mapping[str, Parts]
+
+    @property
+    def goes_back(self) -> bool:
+        """Whether gradients are wanted."""
+        return bool(self.back) or any(unit.about == "gradients" for unit in self.standing)
+
+    @property
+    def runs(self) -> int:
+        """How often the block with the most parts runs over the text."""
+        return max([1, *(len(parts) for way in (self.there, self.back) for parts in way.values())])
+
+
 @dataclass(frozen=True)
 class Calibration:
-    """The plan of a calibration: tensors of statistics in order, tensors without any and why, the passes.
+    """The plan of a calibration: tensors of statistics in order, tensors without any and why, the sweeps.
 
-    `values` are the numbers that a sequence makes in a forward pass that is followed by a backward pass,
-    about; None without gradients. `without_gradients` are the matrices that have moments of inputs alone.
-    `crowded` says in a line that a device makes more passes than the memory of the host would.
+    `visits` are the blocks in the order in which text meets them. `values` are the numbers that a sequence
+    makes in a block that is differentiated, at most; None without gradients. `without_gradients` are the
+    matrices that have moments of inputs alone. `crowded` says in a line that a device makes more passes than
+    the memory of the host would.
     """
 
     tensors: tuple[Collected, ...]
     without: tuple[tuple[str, str], ...]
-    passes: tuple[tuple[Unit, ...], ...]
+    sweeps: tuple[Summed, ...]
+    visits: tuple[str, ...]
     first: dict[str, int] = field(repr=False)
     without_gradients: tuple[tuple[str, str], ...] = ()
     loss: Loss | None = None
     values: int | None = None
     crowded: str | None = None
 
+    @property
+    def passes(self) -> int:
+        """How often the block that runs most often does so, over all of the text."""
+        return _passes(self.sweeps)
+
 
 def plan_calibration(
-    loaded: LoadedModel,
-    sequences: Sequences,
-    checkpoint: Checkpoint,
-    kind: StatisticsKind,
-    memory: int,
-    loss: Loss | None = None,
+    streaming: Streaming, kind: StatisticsKind, memory: int, loss: Loss | None = None
 ) -> Calibration:
-    """Run the first sequence to find which matrices text reaches; split them into passes of `memory` bytes.
+    """Run the first sequence to find which matrices text reaches; group their sums by `memory` bytes.
 
-    On a device a pass takes no more than its room, either. With a `loss` for whose gradients there is a pass
+    On a device sums take no more than its room, either. With a `loss` for whose gradients there is a way
     back.
 
     Raises:
         SparsepruneError: no matrix of the checkpoint is multiplied with text, or one needs more memory.
     """
+    loaded, checkpoint = streaming.loaded, streaming.loaded.checkpoint
     room = loaded.room  # before anything but the model is there
     # transformers fills missing weights with random numbers: allowed for a head, refused for a layer.
     lacking = [name for name in loaded.missing if any(piece.isdigit() for piece in name.split("."))]
@@ -137,14 +162,11 @@ def plan_calibration(
             f"{checkpoint.path}: lacks {len(lacking)} weights of the model that config.json describes, such "
             f"as {lacking[0]}, so that it cannot be run"
         )
-    seen = _seen(loaded, sequences, None)
-    there_and_back = None if loss is None else _seen(loaded, sequences, loss)
+    seen, visits = _seen(streaming, loss)
     groups = seen.groups
     for name, like in siblings(seen.last, loaded.model).items():
         groups[name] = renumbered(groups[like], name, like)
-        for one in (seen, there_and_back):
-            if one is not None:
-                one.suppose(name, like)
+        seen.suppose(name, like)
     stored = stored_as(loaded.model, seen.input_dims, groups, checkpoint)
     shapes = _shapes_of(loaded, seen.input_dims, seen.below)
     units = [*_units_of_inputs(groups, shapes, seen.last, stored)]
@@ -155,54 +177,76 @@ def plan_calibration(
     units += _units_of_routing(seen, shapes, stored)
     named = {name for unit in units for name in unit.collected.weights}
     without: dict[str, str] = {}
-    if there_and_back is not None:
-        units += _units_of_gradients(there_and_back, shapes, stored, without)
+    if loss is not None:
+        units += _units_of_gradients(seen, shapes, stored, without)
     units.sort(key=lambda unit: unit.last)
     by_name = {unit.collected.name: unit.collected for unit in units}
     _refuse_lack(units, kind, memory, room, str(loaded.device))
-    passes = tuple(_passes(units, kind, memory if room is None else min(memory, room)))
+
+    def sweeps(nbytes: int) -> tuple[Summed, ...]:
+        return tuple(_sweeps(units, _homes(units, loaded, visits), kind, nbytes))
+
+    found = sweeps(memory if room is None else min(memory, room))
     return Calibration(
         tuple(by_name.values()),
         tuple(without_statistics(loaded.model, frozenset(named), checkpoint)),
-        passes,
+        found,
+        visits,
         seen.first,
         tuple((name, why) for name, why in without.items() if name in named),
         loss,
-        None if there_and_back is None else there_and_back.values,
-        _crowded(len(passes), sum(1 for _ in _passes(units, kind, memory)), str(loaded.device), room),
+        None if loss is None else max(seen.values),
+        _crowded(_passes(found), _passes(sweeps(memory)), str(loaded.device), room),
     )
 
 
-def passes_digest(plan: Calibration) -> str:
-    """A text that is equal for plans whose passes collect the same sums in the same order."""
-    units = [
-        [(one.collected.name, one.begin, one.end, one.group, dict(one.collected.weights)) for one in units]
-        for units in plan.passes
-    ]
-    return json.dumps(units)
+def plan_digest(plan: Calibration) -> str:
+    """A text that is equal for plans that collect the same sums in the same order."""
+
+    def told(units: Iterable[Unit]) -> list[Any]:
+        return [
+            (one.collected.name, one.begin, one.end, one.group, dict(one.collected.weights)) for one in units
+        ]
+
+    return json.dumps(
+        [
+            [
+                told(one.standing),
+                *(
+                    {name: [*map(told, parts)] for name, parts in way.items()}
+                    for way in (one.there, one.back)
+                ),
+            ]
+            for one in plan.sweeps
+        ]
+    )
 
 
-def _seen(loaded: LoadedModel, sequences: Sequences, loss: Loss | None) -> Seen:
-    """What the first sequence meets, with a loss on its way back, too."""
-    seen = Seen()
-    with closing(Watch(loaded.model, seen)) as watch:
-        watch.begin(sequences.counted[:1], gradients=loss is not None)
-        if loss is None:
-            with watch:
-                loaded.run(sequences.ids[:1])
-        else:
-            with differentiable(loaded.model) as states, watch:
-                loss.run(loaded, watch, states, sequences, range(1))
-    return seen
+def _seen(streaming: Streaming, loss: Loss | None) -> tuple[Seen, tuple[str, ...]]:
+    """What the first sequence meets, with a loss on its way back, too; and the blocks in their order."""
+    seen, back = Seen(), Seen()
+    blocks, read = streaming.loaded.blocks, streaming.read
+    with streaming.sweep([range(1)], lambda: seen, loss) as sweep:
+        while (name := sweep.at) is not None:
+            with blocks.opened(name, read):
+                seen.values.append(0)
+                sweep.through(seen, hand=True)
+        for visit in reversed(range(len(sweep.visits) if loss else 0)):
+            with blocks.opened(sweep.visits[visit], read):
+                sweep.back(visit, back, hand=True)
+        sweep.finish()
+    seen.reached |= back.reached
+    return seen, tuple(sweep.visits)
 
 
 class Seen:
-    """What is seen of the parameters in a forward pass, and in a pass back.
+    """What is seen of the parameters on the way of a sequence there and back.
 
     By parameter: `groups` has the first parameter with the same inputs in every product, `input_dims` the
     dimension along which inputs lie, `first` and `last` the numbers of its first and last product, `below`
     the matrices that lie one below another in it, `outputs` the numbers of outputs of its products.
-    `reached` are those that gradients reach, `gates` those whose outputs a router weighs.
+    `reached` are those that gradients reach, `gates` those whose outputs a router weighs. `values` has how
+    many outputs there are in front of all blocks, and in each block and behind it.
     """
 
     def __init__(self) -> None:
@@ -213,7 +257,7 @@ class Seen:
         self.outputs: defaultdict[str, set[int]] = defaultdict(set)
         self.reached: set[str] = set()
         self.gates: set[str] = set()
-        self.values = 0
+        self.values = [0]
         self._met: dict[str, list[int]] = {}
         self._previous = ("", 0)
         self._recent: deque[tuple[tuple[Any, ...], Tensor, int]] = deque(maxlen=_REMEMBERED)
@@ -233,7 +277,7 @@ class Seen:
         self.first.setdefault(name, self._products)
         self.last[name] = self._products
         self.outputs[name].add(product.outputs)
-        self.values += inputs.numel() // inputs.shape[-1] * product.outputs
+        self.values[-1] += inputs.numel() // inputs.shape[-1] * product.outputs
         if product.below:
             self.below[name] = product.below
         self._recent.append((key, inputs, number))
@@ -408,8 +452,41 @@ def _crowded(passes: int, on_host: int, device: str, room: int | None) -> str | 
     )
 
 
-def _passes(units: Iterable[Unit], kind: StatisticsKind, memory: int) -> Iterator[tuple[Unit, ...]]:
-    """Units in order, as many in each pass as fit; stacks are split between matrices.
+def _passes(sweeps: Sequence[Summed]) -> int:
+    return sum(one.runs for one in sweeps)
+
+
+def _homes(units: Iterable[Unit], loaded: LoadedModel, visits: Sequence[str]) -> dict[Unit, str]:
+    """The block in which each unit is summed, if that is met once."""
+    met = Counter(visits)
+    owners = {unit: loaded.blocks.owner(unit.parameter) for unit in units}
+    return {unit: owner for unit, owner in owners.items() if owner is not None and met[owner] == 1}
+
+
+def _sweeps(
+    units: Sequence[Unit], homes: Mapping[Unit, str], kind: StatisticsKind, memory: int
+) -> Iterator[Summed]:
+    """As few sweeps as units allow whose sums last for a whole one."""
+    standing = [unit for unit in units if unit not in homes]
+    rest = memory - sum(unit.nbytes(kind) for unit in standing)
+    together = rest >= max((unit.bytes_of_one(kind) for unit in homes), default=0)
+    ways: tuple[defaultdict[str, list[Unit]], ...] = (defaultdict(list), defaultdict(list))
+    for unit in units:
+        if unit in homes:
+            ways[unit.about == "gradients"][homes[unit]].append(unit)
+    there, back = (
+        {name: tuple(_parts(some, kind, rest if together else memory)) for name, some in way.items()}
+        for way in ways
+    )
+    if homes or not standing:
+        yield Summed(tuple(standing if together else ()), there, back)
+    if not (homes and together):
+        for part in _parts(standing, kind, memory):
+            yield Summed(part, {}, {})
+
+
+def _parts(units: Iterable[Unit], kind: StatisticsKind, memory: int) -> Iterator[tuple[Unit, ...]]:
+    """Units in order, as many in each part as fit; stacks are split between matrices.
 
     There is room for each matrix alone.
     """
@@ -426,4 +503,5 @@ def _passes(units: Iterable[Unit], kind: StatisticsKind, memory: int) -> Iterato
             taken.append(replace(unit, begin=begin, end=end))
             left -= (end - begin) * each
             begin = end
-    yield tuple(taken)
+    if taken:
+        yield tuple(taken)

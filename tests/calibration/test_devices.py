@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparseprune.calibration import LoadedModel, collecting, watching
+from sparseprune.calibration import LoadedModel, sweeps, watching
 from tests.calibration.models import made
 from tests.commands import Said, ok, refused
 
@@ -112,22 +112,29 @@ def test_a_device_is_not_waited_for_in_a_batch_and_sums_up_the_same(
     """But for what the model itself does, which looks for the tokens of each expert."""
     words = ("--gradients", "--no-special", "--json", "-q")
     on_host = calibrate(home, model, tmp_path / "host", *words)
-    usual, waits = collecting._Pass._run, []
+    waits: list[list[int]] = []
 
-    def run(this: Any, *arguments: Any) -> None:
-        for bare in (True, False):
-            with Waits() as each, monkeypatch.context() as patch:
-                if bare:
-                    patch.setattr(watching.Watch, "__torch_dispatch__", as_it_is)
-                usual(this, *arguments)
-            waits.append(each.count)
-            this.batch = 0
+    def twice(usual: Any) -> Any:
+        """Each block runs once without being watched and without handing anything on, then as it does."""
 
-    monkeypatch.setattr(collecting._Pass, "_run", run)
+        def run(*arguments: Any, hand: bool, **words: Any) -> None:
+            pair = []
+            for bare in (True, False):
+                with Waits() as each, monkeypatch.context() as patch:
+                    if bare:
+                        patch.setattr(watching.Watch, "__torch_dispatch__", as_it_is)
+                    usual(*arguments, hand=hand and not bare, **words)
+                pair.append(each.count)
+            waits.append(pair)
+
+        return run
+
+    for name in ("through", "back"):
+        monkeypatch.setattr(sweeps.Sweep, name, twice(getattr(sweeps.Sweep, name)))
     monkeypatch.setattr(watching, "_is_on_host", lambda _: False)
     on_device = calibrate(home, model, tmp_path / "device", *words)
-    alone, watched = waits
-    assert watched == alone
+    assert len(waits) == 8  # two blocks there and back, for the first sequence and for all
+    assert all(alone == watched for alone, watched in waits)
     host, device = (json.loads(said.out) for said in (on_host, on_device))
     for key in ("matrices", "gradients"):
         assert device[key] == host[key]

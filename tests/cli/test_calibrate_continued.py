@@ -1,9 +1,8 @@
-"""`calibrate` that was interrupted: the same command continues inside of a pass, to the same bytes."""
+"""`calibrate` that was interrupted: the same command continues at the next block, to the same bytes."""
 
 import os
 import shutil
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -11,16 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from torch import Tensor
 
-from sparseprune.calibration import collecting, loading
+from sparseprune.calibration import collecting
 from sparseprune.checkpoint import StagedOutput
 from tests.calibration.models import albert, made, save, text
 from tests.commands import Said, run
-from tests.faults import failing
 
 SEQUENCES, LENGTH = 5, 12
-SOME_MATRICES = 8 * 4 * 48 * 48  # bytes of moments: not enough for all in one pass
+SOME_MATRICES = 4 * 4 * 48 * 48  # bytes of moments: not enough for all of a block
+FEW_MATRICES = 4 * 64 * 64  # not enough for all in one sweep
 CONTINUED = "sparseprune: an unfinished run is continued\n"
 
 
@@ -67,60 +65,56 @@ def whole(home: Path) -> Callable[..., bytes]:
     return made
 
 
-class Runs:
-    """Counts forward passes that begin."""
+class Sums:
+    """Counts the units whose sums are written."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.count = 0
-        usual = loading.LoadedModel.run
+        usual = collecting._Summing._written
 
-        def counted(loaded: Any, ids: Tensor, *back: Any) -> None:
+        def counted(this: Any, *arguments: Any) -> Any:
             self.count += 1
-            usual(loaded, ids, *back)
+            return usual(this, *arguments)
 
-        patch.setattr(loading.LoadedModel, "run", counted)
+        patch.setattr(collecting._Summing, "_written", counted)
 
 
-def interrupt_at(patch: pytest.MonkeyPatch, addition: int, number: signal.Signals) -> None:
-    """The signal comes when rows are about to be added for this time, and is heard before they are.
+def interrupt_after(patch: pytest.MonkeyPatch, notes: int, products: int, number: signal.Signals) -> None:
+    """The signal comes in front of this product after so many notes, and is heard before it is computed."""
+    usual, note = collecting._Collector.product, collecting._Summing._note
+    left = iter(range(products - 1))
+    noted: list[str] = []
 
-    Nothing is put aside while they are.
-    """
-    usual, pieces = collecting._Collector._add, collecting._Collector.pieces
-    left = iter(range(addition - 1))
-    adding = threading.Lock()
+    def product(collector: Any, one: Any) -> None:
+        if len(noted) == notes and next(left, None) is None and not collector._stop.is_set():
+            os.kill(os.getpid(), number)
+            assert collector._stop.wait(20)
+            time.sleep(0.05)
+        usual(collector, one)
 
-    def add(collector: Any, unit: Any, *rest: Any) -> None:
-        with adding:
-            if next(left, None) is None and not collector.stop.is_set():
-                os.kill(os.getpid(), number)
-                assert collector.stop.wait(20)
-                time.sleep(0.05)
-            usual(collector, unit, *rest)
+    def kept(this: Any, key: str, counts: Any) -> None:
+        note(this, key, counts)
+        noted.append(key)
 
-    def pieces_of_what_rests(collector: Any, head: Any) -> Any:
-        assert not adding.locked()
-        return pieces(collector, head)
-
-    patch.setattr(collecting._Collector, "_add", add)
-    patch.setattr(collecting._Collector, "pieces", pieces_of_what_rests)
+    patch.setattr(collecting._Collector, "product", product)
+    patch.setattr(collecting._Summing, "_note", kept)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "addition", "number"),
+    ("arguments", "place", "number"),  # in front of a product, after some notes
     [
-        (("albert",), 1, signal.SIGINT),
-        (("albert", "--stats", "norm"), 45, signal.SIGTERM),
-        (("mixtral",), 90, signal.SIGHUP),
-        (("mixtral", "--memory", SOME_MATRICES), 100, signal.SIGINT),
-        (("albert", "--gradients"), 60, signal.SIGTERM),  # on the way there
-        (("mixtral", "--gradients", "--memory", SOME_MATRICES), 95, signal.SIGINT),
-        (("mixtral", "--gradients"), 140, signal.SIGINT),  # on the way back
+        (("mixtral",), (1, 1), signal.SIGINT),
+        (("mixtral", "--stats", "norm"), (1, 45), signal.SIGTERM),
+        (("mixtral",), (1, 60), signal.SIGHUP),
+        (("mixtral", "--memory", SOME_MATRICES), (1, 30), signal.SIGINT),
+        (("albert", "--gradients", "--memory", FEW_MATRICES), (1, 60), signal.SIGTERM),
+        (("mixtral", "--gradients", "--memory", SOME_MATRICES), (1, 80), signal.SIGINT),
+        (("mixtral", "--gradients"), (3, 30), signal.SIGINT),  # on the way back
     ],
 )
-def test_a_signal_keeps_the_sums_and_the_same_command_ends_in_the_same_bytes(
+def test_a_signal_keeps_finished_blocks_and_the_same_command_ends_in_the_same_bytes(
     arguments: tuple[Any, ...],
-    addition: int,
+    place: tuple[int, int],
     number: signal.Signals,
     home: Path,
     whole: Callable[..., bytes],
@@ -128,7 +122,7 @@ def test_a_signal_keeps_the_sums_and_the_same_command_ends_in_the_same_bytes(
 ) -> None:
     model, *words = arguments
     with pytest.MonkeyPatch.context() as patch:
-        interrupt_at(patch, addition, number)
+        interrupt_after(patch, *place, number)
         said = calibrate(home, model, tmp_path / "stats", *words)
     assert said.code == 128 + number
     assert f"what is finished is kept in {hidden(tmp_path / 'stats')}: the same command continues" in said.err
@@ -143,56 +137,39 @@ def test_a_signal_keeps_the_sums_and_the_same_command_ends_in_the_same_bytes(
 def test_a_run_that_is_interrupted_again_and_again_gets_there(
     home: Path, whole: Callable[..., bytes], tmp_path: Path
 ) -> None:
-    """Each time inside of a batch that was begun before."""
+    """Each time one block later."""
     for _ in range(3):
         with pytest.MonkeyPatch.context() as patch:
-            interrupt_at(patch, 20, signal.SIGINT)
-            assert calibrate(home, "albert", tmp_path / "stats", "-q").code == 130
-    assert calibrate(home, "albert", tmp_path / "stats", "-q").code == 0
-    assert statistics(tmp_path / "stats") == whole("albert")
+            interrupt_after(patch, 1, 1, signal.SIGINT)
+            assert calibrate(home, "mixtral", tmp_path / "stats", "-q", "--gradients").code == 130
+    assert calibrate(home, "mixtral", tmp_path / "stats", "-q", "--gradients").code == 0
+    assert statistics(tmp_path / "stats") == whole("mixtral", "--gradients")
 
 
-@pytest.mark.parametrize(("words", "batches"), [((), 3), (("--memory", SOME_MATRICES), SEQUENCES + 2)])
-def test_what_was_put_aside_before_a_kill_is_not_done_again(
-    words: tuple[object, ...], batches: int, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("words", [("--gradients",), ("--gradients", "--memory", SOME_MATRICES)])
+@pytest.mark.parametrize("notes", [1, 2, 3, 4])
+def test_blocks_that_were_finished_before_a_kill_are_not_summed_again(
+    notes: int, words: tuple[object, ...], home: Path, whole: Callable[..., bytes], tmp_path: Path
 ) -> None:
-    """What a killed run has on disk is what it has there at that moment."""
-    monkeypatch.setattr(collecting, "_PAUSE", 0.0)
-    monkeypatch.setattr(collecting, "_PAUSE_SHARE", 0)
-    left, usual = tmp_path / "left", StagedOutput.put_aside
+    """What a killed run has on disk is what it has there when it has noted a block."""
+    left, usual, before = tmp_path / "left", StagedOutput.flush, []
 
-    def put_aside(output: StagedOutput, pieces: Any) -> None:
-        usual(output, pieces)
-        if runs.count > batches and not left.exists():
-            output.flush()
+    def flush(output: StagedOutput) -> None:
+        usual(output)
+        before.append(sums.count)
+        if len(before) == notes:
             shutil.copytree(output.partial_path, left)
-            (left / "aside.new").write_bytes(b"torn")
 
     with pytest.MonkeyPatch.context() as patch:
-        runs = Runs(patch)
-        patch.setattr(StagedOutput, "put_aside", put_aside)
+        sums = Sums(patch)
+        patch.setattr(StagedOutput, "flush", flush)
         assert calibrate(home, "mixtral", tmp_path / "whole", "-q", *words).code == 0
         left.rename(hidden(tmp_path / "stats"))
-        whole, runs.count = runs.count, 0
+        all_of_them, sums.count = sums.count, 0
         assert CONTINUED in calibrate(home, "mixtral", tmp_path / "stats", *words).err
-    assert runs.count == whole - batches
-    assert statistics(tmp_path / "stats") == statistics(tmp_path / "whole")
-
-
-@pytest.mark.parametrize("harm", ["cut", "changed", "other"])
-def test_sums_that_are_not_what_was_put_aside_are_collected_again(
-    harm: str, home: Path, whole: Callable[..., bytes], tmp_path: Path
-) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        interrupt_at(patch, 40, signal.SIGINT)
-        calibrate(home, "albert", tmp_path / "stats", "-q")
-    aside = hidden(tmp_path / "stats") / "aside"
-    data = bytearray(aside.read_bytes())
-    data[-100] ^= 1
-    harmed = {"cut": bytes(data[:-50]), "changed": bytes(data), "other": b"[1]\n"}
-    aside.write_bytes(harmed[harm])
-    assert calibrate(home, "albert", tmp_path / "stats", "-q").code == 0
-    assert statistics(tmp_path / "stats") == whole("albert")
+    assert 0 < before[notes - 1] < all_of_them
+    assert sums.count == all_of_them - before[notes - 1]
+    assert statistics(tmp_path / "stats") == whole("mixtral", *words)
 
 
 @pytest.mark.parametrize(
@@ -206,36 +183,21 @@ def test_a_run_of_something_else_is_not_continued_and_it_is_told_why(
     words: tuple[object, ...], changed: str, home: Path, whole: Callable[..., bytes], tmp_path: Path
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        interrupt_at(patch, 40, signal.SIGINT)
-        calibrate(home, "albert", tmp_path / "stats", "-q")
-    said = calibrate(home, "albert", tmp_path / "stats", *words)
+        interrupt_after(patch, 1, 1, signal.SIGINT)
+        calibrate(home, "mixtral", tmp_path / "stats", "-q")
+    said = calibrate(home, "mixtral", tmp_path / "stats", *words)
     assert said.code == 0
     assert f"sparseprune: an unfinished run is not continued, since {changed}\n" in said.err
-    assert statistics(tmp_path / "stats") == whole("albert", *words)
+    assert statistics(tmp_path / "stats") == whole("mixtral", *words)
 
 
 def test_a_text_that_was_written_to_is_another_one(home: Path, tmp_path: Path) -> None:
     words = tmp_path / "words.txt"
-    arguments = (home / "albert", "--text", words, "--length", LENGTH, "--sequences", SEQUENCES)
+    arguments = (home / "mixtral", "--text", words, "--length", LENGTH, "--sequences", SEQUENCES)
     words.write_text(text())
     with pytest.MonkeyPatch.context() as patch:
-        interrupt_at(patch, 40, signal.SIGINT)
+        interrupt_after(patch, 1, 1, signal.SIGINT)
         run("calibrate", *arguments, "-o", tmp_path / "stats", "-q")
     words.write_text(text(seed=4))
     said = run("calibrate", *arguments, "-o", tmp_path / "stats")
     assert "an unfinished run is not continued, since the text changed" in said.err
-
-
-def test_without_room_for_the_sums_the_run_ends_as_it_does_with_it(
-    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from sparseprune.api import calibrating
-    from sparseprune.errors import MachineError
-
-    monkeypatch.setattr(collecting, "_PAUSE", 0.0)
-    monkeypatch.setattr(StagedOutput, "put_aside", failing(MachineError, "no space left on device"))
-    monkeypatch.setattr(calibrating, "free_bytes", lambda _: 1000)
-    said = calibrate(home, "albert", tmp_path / "stats")
-    assert said.code == 0
-    assert f"warning: {tmp_path}: 1000 bytes are free, " in said.err
-    assert statistics(tmp_path / "stats")
