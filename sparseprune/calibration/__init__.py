@@ -11,24 +11,29 @@ from sparseprune import on_first_use
 
 if TYPE_CHECKING:
     from sparseprune.calibration.collecting import Counted, Work, calibrate
+    from sparseprune.calibration.evaluating import Room, Sides, bytes_of, evaluate, kind_of, refuse_unlike
     from sparseprune.calibration.gradients import Loss
     from sparseprune.calibration.loading import LoadedModel, load_model
     from sparseprune.calibration.planning import Calibration, plan_calibration, plan_digest
+    from sparseprune.calibration.predictions import Embeddings, Estimate, NextTokens, ratio
     from sparseprune.calibration.sweeps import Streaming
     from sparseprune.calibration.text import Chat, Sequences, make_sequences, read_documents
     from sparseprune.calibration.training import KeptMasks, keep_masked, parameter_masks
 
-__all__ = ["Calibration", "Chat", "Counted", "KeptMasks", "LoadedModel", "Loss", "Sequences", "Streaming"]
-__all__ += ["Work", "calibrate", "keep_masked", "load_model", "make_sequences", "parameter_masks"]
-__all__ += ["plan_calibration", "plan_digest", "read_documents"]
+__all__ = ["Calibration", "Chat", "Counted", "Embeddings", "Estimate", "KeptMasks", "LoadedModel", "Loss"]
+__all__ += ["NextTokens", "Room", "Sequences", "Sides", "Streaming", "Work", "bytes_of", "calibrate"]
+__all__ += ["evaluate", "keep_masked", "kind_of", "load_model", "make_sequences", "parameter_masks"]
+__all__ += ["plan_calibration", "plan_digest", "ratio", "read_documents", "refuse_unlike"]
 
 __getattr__, __dir__ = on_first_use(
     __name__,
     {
         "collecting": "Counted Work calibrate",
+        "evaluating": "Room Sides bytes_of evaluate kind_of refuse_unlike",
         "gradients": "Loss",
         "loading": "LoadedModel load_model",
         "planning": "Calibration plan_calibration plan_digest",
+        "predictions": "Embeddings Estimate NextTokens ratio",
         "sweeps": "Streaming",
         "text": "Chat Sequences make_sequences read_documents",
         "training": "KeptMasks keep_masked parameter_masks",
