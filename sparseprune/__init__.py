@@ -21,7 +21,19 @@ from sparseprune.errors import (
 )
 
 if TYPE_CHECKING:
-    from sparseprune.api import apply, calibrate, compare, inspect, mask, plan, reapply, remove, specs, verify
+    from sparseprune.api import (
+        apply,
+        calibrate,
+        compare,
+        evaluate,
+        inspect,
+        mask,
+        plan,
+        reapply,
+        remove,
+        specs,
+        verify,
+    )
     from sparseprune.api.run import Listener, Progress
     from sparseprune.calibration import KeptMasks, keep_masked, parameter_masks
     from sparseprune.checkpoint import load_masks
@@ -37,8 +49,17 @@ __version__ = "0.1.0"
 
 __all__ = ["CheckFailedError", "CheckpointError", "CouplingError", "MachineError", "ShapeMismatchError"]
 __all__ += ["SparsepruneError", "SparsityError", "SpecError"]
-__all__ += ["Listener", "Progress", "apply", "calibrate", "compare", "inspect", "mask", "plan", "reapply"]
-__all__ += ["KeptMasks", "keep_masked", "load_masks", "parameter_masks", "remove", "specs", "verify"]
+__all__ += ["Listener", "Progress", "apply", "calibrate", "compare", "evaluate", "inspect", "mask", "plan"]
+__all__ += [
+    "KeptMasks",
+    "keep_masked",
+    "load_masks",
+    "parameter_masks",
+    "reapply",
+    "remove",
+    "specs",
+    "verify",
+]
 __all__ += ["BlockCoupling", "BlockSpec", "ScopeCoupling", "ScopeSpec", "SparseBlock", "SparseScope", "View"]
 __all__ += ["Errors", "Matrix", "Reconstructed", "admm", "errors_of", "keep_rows", "projection", "refit"]
 
@@ -60,7 +81,8 @@ def on_first_use(
 __getattr__, __dir__ = on_first_use(
     __name__,
     {
-        "api": "Listener Progress apply calibrate compare inspect mask plan reapply remove specs verify",
+        "api": "Listener Progress apply calibrate compare evaluate inspect mask plan reapply remove specs "
+        "verify",
         "calibration": "KeptMasks keep_masked parameter_masks",
         "checkpoint": "load_masks",
         "engine": "BlockCoupling BlockSpec ScopeCoupling ScopeSpec SparseBlock SparseScope View "

@@ -4,6 +4,7 @@ import inspect
 import json
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,13 @@ from sparseprune.cli.app import app
 from tests.commands import imported, run
 from tests.samples import TWO_OF_FOUR, mlp_tensors, write_spec
 
-COMMANDS = "apply mask plan remove calibrate specs inspect verify reapply compare".split()
+COMMANDS = "apply mask plan remove calibrate eval specs inspect verify reapply compare".split()
+FUNCTIONS = {"eval": "evaluate"}
+"""Where the name of a command is one of Python's own."""
+
+
+def function_of(command: str) -> Any:
+    return getattr(sparseprune, FUNCTIONS.get(command, command))
 
 
 @pytest.fixture
@@ -38,18 +45,20 @@ def pruned(home: Path) -> Path:
 def test_every_command_is_a_function_and_takes_its_options() -> None:
     commands = {one.callback.__name__ for one in app.registered_commands if one.callback}
     assert commands == {*COMMANDS, "demo"}
-    assert set(COMMANDS) < set(sparseprune.__all__) <= set(dir(sparseprune))
+    assert (
+        {function_of(name).__name__ for name in COMMANDS} < set(sparseprune.__all__) <= set(dir(sparseprune))
+    )
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_option_of_a_function_is_in_the_help_of_its_command(name: str) -> None:
     shown = run(name, "--help").out
-    for parameter in inspect.signature(getattr(sparseprune, name)).parameters.values():
+    for parameter in inspect.signature(function_of(name)).parameters.values():
         for option in getattr(parameter.annotation, "__metadata__", ()):
             assert isinstance(option, Option)
             for flag in option.flags:
                 assert flag.partition("/")[0] in shown
-    first, *_ = (getattr(sparseprune, name).__doc__ or "").partition("\n")
+    first, *_ = (function_of(name).__doc__ or "").partition("\n")
     assert " ".join(first.split()) in " ".join(shown.split())
     assert "Raises" not in shown
 

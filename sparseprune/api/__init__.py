@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from sparseprune.api import options
-from sparseprune.api.options import Reading, Target, machine, path_or_none, source, texts
+from sparseprune.api.options import Target, machine, path_or_none, source, texts
 from sparseprune.api.run import Listener, Progress, Run
+from sparseprune.api.windows import AskedText, Windows
 
 if TYPE_CHECKING:
     from sparseprune import results
@@ -67,8 +68,8 @@ def apply(
 
     run = Run(progress, strict=strict)
     goes = Target(path_or_none(output), mask_format, force)
-    files = [Path(one) for one in text]
-    read = Reading(files, sequences, length, field, seed, special, gradients, path_or_none(scratch))
+    windows = Windows([Path(one) for one in text], sequences, length, field, seed, special)
+    read = AskedText(windows, gradients, path_or_none(scratch))
     asked = source(checkpoint, spec, set, target, (reconstruct, stats), read)
     return prune(run, prepare(asked, goes, machine(device, jobs, memory), run))
 
@@ -151,8 +152,8 @@ def plan(
     goes = Target(path_or_none(output), mask_format, weights=command != "mask")
     if command == "remove":
         goes = Target(goes.output, resized=True, model_type=as_model)
-    files = [Path(one) for one in text]
-    read = Reading(files, sequences, length, field, seed, special, gradients)
+    windows = Windows([Path(one) for one in text], sequences, length, field, seed, special)
+    read = AskedText(windows, gradients)
     asked = source(checkpoint, spec, set, target, (reconstruct, stats), read)
     prepared = prepare(asked, goes, machine(device, jobs, memory), run)
     if allocation:
@@ -215,8 +216,8 @@ def remove(
     from sparseprune.api.removing import Asked
     from sparseprune.api.removing import remove as cut_out
 
-    files = [Path(one) for one in text]
-    read = Reading(files, sequences, length, field, seed, special, gradients, path_or_none(scratch))
+    windows = Windows([Path(one) for one in text], sequences, length, field, seed, special)
+    read = AskedText(windows, gradients, path_or_none(scratch))
     lists: dict[str, object] = {"--experts": experts, "--vocabulary": vocabulary}
     asked = Asked(
         checkpoint=Path(checkpoint),
@@ -268,21 +269,59 @@ def calibrate(
 
     asked = Collecting(
         checkpoint=Path(checkpoint),
-        text=[Path(one) for one in text],
+        windows=Windows([Path(one) for one in text], sequences, length, field, seed, special),
         output=path_or_none(output),
         kind=stats,
         gradients=gradients,
-        sequences=sequences,
-        length=length,
-        field=field,
-        seed=seed,
         device=device,
         memory=options.quarter_of_memory() if memory is None else options.memory_of(memory),
-        special=special,
         force=force,
         scratch=path_or_none(scratch),
     )
     return collect(Run(progress), asked)
+
+
+def evaluate(
+    checkpoint: options.Checkpoint,
+    text: options.Text,
+    *,
+    against: options.Against = None,
+    sequences: options.Sequences = 128,
+    length: options.Length = None,
+    field: options.Field = None,
+    seed: options.Seed = 0,
+    special: options.Special = True,
+    device: options.Device = "auto",
+    memory: options.StateMemory = None,
+    require: options.RequireMean = (),
+    scratch: options.Place | None = None,
+    progress: Listen = None,
+) -> "results.Evaluation":
+    """Tell what a checkpoint's model says of text, and how far it is from the dense one.
+
+    Models that predict next tokens get a perplexity, and with --against the KL divergence to the dense model
+    and the share of tokens of which both hold the same for most probable; encoders get the cosine of their
+    embeddings to the dense ones. Layers are loaded one at a time. With --require the exit code is 1 where a
+    mean fails. Needs transformers: pip install 'sparseprune[calibrate]'.
+
+    Example: sparseprune eval ./llama-2of4 --against ./llama --text held-out.txt --require "kl<=0.05"
+
+    `scratch` is a folder for hidden states, by default a temporary one. Raises CheckFailedError with the
+    result where a mean fails, else SparsepruneError and its subclasses.
+    """
+    from sparseprune.api.evaluating import Evaluating
+    from sparseprune.api.evaluating import evaluate as evaluate_it
+
+    asked = Evaluating(
+        checkpoint=Path(checkpoint),
+        against=path_or_none(against),
+        windows=Windows([Path(one) for one in text], sequences, length, field, seed, special),
+        device=device,
+        memory=options.quarter_of_memory() if memory is None else options.memory_of(memory),
+        requirements=require,
+        scratch=path_or_none(scratch),
+    )
+    return evaluate_it(Run(progress), asked)
 
 
 def specs(

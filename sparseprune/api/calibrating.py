@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from msgspec import Struct
@@ -17,6 +15,7 @@ from msgspec import Struct
 from sparseprune import __version__
 from sparseprune.api.options import stats_beside
 from sparseprune.api.run import digest, output_shown
+from sparseprune.api.windows import folder_for_states
 from sparseprune.checkpoint import StagedOutput, TensorReader, open_checkpoint
 from sparseprune.checkpoint.file_io import checkpoint_identity, refuse_changed
 from sparseprune.checkpoint.folding import refuse_split
@@ -31,33 +30,26 @@ from sparseprune.results.measuring import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from pathlib import Path
 
     from sparseprune.api.run import Run
+    from sparseprune.api.windows import Windows
     from sparseprune.calibration import Calibration, Counted, Streaming
     from sparseprune.checkpoint import Collected, StatisticsKind
-
-_CHARACTERS = 64  # of text that are read for each token that is asked for: some to choose from
 
 
 class Collecting(Struct, frozen=True):
     """What text to run through which model, and where the statistics go.
 
-    `length` None for what the model takes; `memory` is bytes for second moments; `scratch` is a folder for
-    hidden states, None for a temporary one.
+    `memory` is bytes for second moments; `scratch` is a folder for hidden states, None for a temporary one.
     """
 
     checkpoint: Path
-    text: Sequence[Path]
+    windows: Windows
     output: Path | None
     kind: StatisticsKind
-    sequences: int
-    length: int | None
-    field: str | None
-    seed: int
     device: str
     memory: int
-    special: bool = True
     gradients: bool = False
     force: bool = False
     scratch: Path | None = None
@@ -65,8 +57,6 @@ class Collecting(Struct, frozen=True):
 
 def calibrate(run: Run, asked: Collecting) -> Statistics:
     """Read, plan, run the text through the model, and give the statistics their name."""
-    from sparseprune.calibration import Chat, read_documents
-
     if asked.gradients and asked.kind == "norm":
         raise SparsepruneError(
             "--gradients and --stats norm contradict each other: who reads gradients needs all second moments"
@@ -77,27 +67,18 @@ def calibrate(run: Run, asked: Collecting) -> Statistics:
     target = asked.output or stats_beside(source)
     # Before minutes are spent on a model.
     StagedOutput(lay_out_statistics(checkpoint, target, asked.kind, ()), asked.force).refuse_early()
-    most = _CHARACTERS * asked.sequences * (asked.length or 2048)
-    documents = read_documents(asked.text, asked.field, most)
+    documents = asked.windows.documents()
     run.note(f"loading the model of {asked.checkpoint}")
     # Not before something is said: this takes seconds.
-    from sparseprune.calibration import Loss, Streaming, load_model, make_sequences, plan_calibration
+    from sparseprune.calibration import Loss, Streaming, load_model, plan_calibration
     from sparseprune.execution.schedule import resolve_device
 
     device = resolve_device(asked.device, uses_torch=True)
-    with TensorReader() as reader, _folder_for_states(asked.scratch) as folder:
+    with TensorReader() as reader, folder_for_states(asked.scratch) as folder:
         loaded = load_model(checkpoint, device, reader)
-        if any(isinstance(one, Chat) for one in documents) and not loaded.tokenizer.chat_template:
-            run.note('the tokenizer has no chat template: messages are read as "role: content" lines')
-        run.note("cutting the text into sequences")
-        length = asked.length or loaded.length
-        if asked.length is not None and loaded.longest is not None and asked.length > loaded.longest:
-            raise SparsepruneError(f"--length {length}: the model takes {loaded.longest} tokens at most")
-        drawn = (asked.sequences, length, asked.seed)
-        sequences = make_sequences(documents, loaded.tokenizer, *drawn, special=asked.special)
-        loaded.refuse_strange(sequences.ids)
+        sequences = asked.windows.cut(run, documents, [loaded])
         run.note("finding out which matrices meet text")
-        loss = Loss(asked.seed) if asked.gradients else None
+        loss = Loss(asked.windows.seed) if asked.gradients else None
         streaming = Streaming(loaded, loaded.read(reader), sequences, folder)
         plan = plan_calibration(streaming, asked.kind, asked.memory, loss)
         if loaded.others and plan.without:
@@ -115,16 +96,6 @@ def calibrate(run: Run, asked: Collecting) -> Statistics:
         )
 
 
-@contextmanager
-def _folder_for_states(given: Path | None) -> Iterator[Path]:
-    """The folder in which hidden states wait: a given one, or one that is gone afterwards."""
-    if given is not None:
-        yield given
-        return
-    with TemporaryDirectory(prefix="sparseprune-") as folder:
-        yield Path(folder)
-
-
 def _identity(asked: Collecting, streaming: Streaming, plan: Calibration) -> dict[str, str]:
     """What an unfinished run must agree with to be continued, to the same bytes."""
     from sparseprune.calibration import plan_digest
@@ -133,7 +104,9 @@ def _identity(asked: Collecting, streaming: Streaming, plan: Calibration) -> dic
     drawn = hashlib.sha256(sequences.ids.numpy().tobytes() + sequences.counted.numpy().tobytes())
     length = sequences.ids.shape[1]
     memory = "--memory" if loaded.room is None else "--memory or what is free on the device"
-    options = (asked.sequences, length, asked.seed, asked.special, asked.field, asked.kind, asked.gradients)
+    windows = asked.windows
+    drawing = (windows.sequences, length, windows.seed, windows.special, windows.field)
+    options = (*drawing, asked.kind, asked.gradients)
     return {
         "the version": __version__,
         "the versions of torch and transformers": loaded.versions,
@@ -160,11 +133,11 @@ def _collected(
         kind=asked.kind,
         device=str(loaded.device),
         seconds=round(run.seconds, 3),
-        text=tuple(str(path) for path in asked.text),
+        text=tuple(str(path) for path in asked.windows.text),
         sequences=len(sequences.ids),
         length=sequences.ids.shape[1],
-        seed=asked.seed,
-        special=asked.special,
+        seed=asked.windows.seed,
+        special=asked.windows.special,
         tokens=sequences.tokens,
         passes=plan.passes,
         matrices=tuple(

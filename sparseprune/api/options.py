@@ -12,9 +12,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 from sparseprune.errors import SparsepruneError
+
+if TYPE_CHECKING:
+    from sparseprune.api.windows import AskedText
 
 _GIB = 1 << 30
 _SIZE = re.compile(r"(?P<number>[0-9]{1,15}(\.[0-9]*)?|\.[0-9]+) *(?P<unit>[a-z]*)", re.IGNORECASE)
@@ -316,6 +319,21 @@ MomentMemory = Annotated[
         typed=str,
     ),
 ]
+StateMemory = Annotated[
+    int | str | None,
+    Option(
+        _MEMORY,
+        "Memory for hidden states and logits, beside one layer; states without room there wait on disk.",
+        shown=_QUARTER,
+        typed=str,
+    ),
+]
+Against = Annotated[
+    Place | None, Option("--against DENSE", "The checkpoint that it was made from.", typed=Path)
+]
+RequireMean = Annotated[
+    _Words, Option("--require CONDITION", 'Fail unless it holds, such as "kl<=0.05" or "top1>=95%".')
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -336,36 +354,6 @@ def machine(device: str = "cpu", jobs: int | None = None, memory: int | str | No
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
-    """A text, and how it is cut into sequences: `length` None for what the model takes.
-
-    `gradients` of the dense model are taken first. `scratch` is a folder for hidden states, None for a
-    temporary one.
-    """
-
-    files: Sequence[Path]
-    sequences: int = 128
-    length: int | None = None
-    field: str | None = None
-    seed: int = 0
-    special: bool = True
-    gradients: bool = False
-    scratch: Path | None = None
-
-    @property
-    def words(self) -> list[str]:
-        """The options as they are typed, where they are not the usual ones."""
-        names, usual = ("sequences", "length", "field", "seed"), Reading(self.files)
-        changed = [name for name in names if getattr(self, name) != getattr(usual, name)]
-        return [
-            *(f"--text {file}" for file in self.files),
-            *(f"--{name} {getattr(self, name)}" for name in changed),
-            *([] if self.special else ["--no-special"]),
-            *(["--gradients"] if self.gradients else []),
-        ]
-
-
-@dataclass(frozen=True, slots=True)
 class Source:
     """A checkpoint and the spec that it is pruned by, with other values for the spec's variables.
 
@@ -379,7 +367,7 @@ class Source:
     goal: str | None = None
     reconstruct: Method | None = None
     stats: Path | None = None
-    text: Reading | None = None
+    text: AskedText | None = None
 
 
 def source(
@@ -388,13 +376,13 @@ def source(
     variables: Mapping[str, object] | None,
     goal: str | None = None,
     rebuilding: tuple[Method | None, Place | None] = (None, None),
-    text: Reading | None = None,
+    text: AskedText | None = None,
 ) -> Source:
     """What was given; `rebuilding` is the method and the statistics that survivors are rebuilt by."""
     reconstruct, stats = rebuilding
     if reconstruct not in {None, *get_args(Method)}:
         raise SparsepruneError(f"--reconstruct {reconstruct}: wanted admm, refit or none")
-    if text is not None and not text.files:
+    if text is not None and not text.windows.text:
         if text.gradients:
             raise SparsepruneError("--gradients: goes with --text, of which they are taken")
         text = None

@@ -49,9 +49,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from sparseprune import results
-    from sparseprune.api.options import Machine, Method, Reading, Target
+    from sparseprune.api.options import Machine, Method, Target
     from sparseprune.api.pruning import Prepared
     from sparseprune.api.run import Run
+    from sparseprune.api.windows import AskedText
     from sparseprune.checkpoint import Checkpoint, StoredMask, StoredTensor
     from sparseprune.execution.earlier import Touched
     from sparseprune.execution.passes import TensorOutcome
@@ -79,7 +80,7 @@ class Asked(Struct, frozen=True):
     machine: Machine
     goal: str | None = None
     rebuilding: tuple[Method | None, Path | None] = (None, None)
-    text: Reading | None = None
+    text: AskedText | None = None
 
 
 def refuse_unclear(

@@ -9,15 +9,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import tempfile
 from contextlib import contextmanager
-from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from msgspec import Struct, structs
 from msgspec.structs import replace
 
+from sparseprune.api.windows import folder_for_states
 from sparseprune.checkpoint import Source, TensorReader
 from sparseprune.checkpoint.file_io import as_bytes
 from sparseprune.checkpoint.statistics import open_statistics, statistics_in_memory
@@ -30,11 +29,13 @@ from sparseprune.execution.schedule import make_schedule, resolve_device
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
+    from pathlib import Path
 
     from torch import Tensor
 
-    from sparseprune.api.options import Machine, Reading
+    from sparseprune.api.options import Machine
     from sparseprune.api.run import Advance, Run
+    from sparseprune.api.windows import AskedText
     from sparseprune.calibration import LoadedModel, Sequences
     from sparseprune.calibration.planning import Unit
     from sparseprune.calibration.sweeping import Gathered, Sweep
@@ -51,13 +52,13 @@ if TYPE_CHECKING:
 _TRANSFORMERS = 280 << 20  # bytes that transformers and a model without weights take; measured
 _LEAST = 32 << 20  # bytes for work on matrices beside the largest one
 _SHARE = 3  # parts of the memory that is left for moments, for states, and for further matrices
-_CHARACTERS = 64  # of text that are read for each token that is asked for: some to choose from
+_AMPLE = 1 << 60  # bytes
 
 
 class SweptText(Struct, frozen=True, eq=False):
     """A model of which only what stands outside of its blocks is in memory, a text, and what it will meet."""
 
-    asked: Reading
+    asked: AskedText
     loaded: LoadedModel
     sequences: Sequences
     units: tuple[Unit, ...]
@@ -94,34 +95,27 @@ class SweptText(Struct, frozen=True, eq=False):
         }
 
 
-def read_text(run: Run, asked: Reading, checkpoint: Checkpoint, device: str, stats: Path | None) -> SweptText:
+def read_text(
+    run: Run, asked: AskedText, checkpoint: Checkpoint, device: str, stats: Path | None
+) -> SweptText:
     """Load the model without its blocks, cut the text, and look which matrices it meets.
 
     `stats` are statistics of the dense model, of which gradients are taken.
     """
-    from sparseprune.calibration import load_model, make_sequences, plan_calibration, read_documents
+    from sparseprune.calibration import Streaming, load_model, plan_calibration
 
-    documents = read_documents(
-        asked.files, asked.field, _CHARACTERS * asked.sequences * (asked.length or 2048)
-    )
+    documents = asked.windows.documents()
     run.note(f"loading the model of {checkpoint.path}")
-    with TensorReader() as reader:
+    with TensorReader() as reader, folder_for_states(asked.scratch) as folder:
         loaded = load_model(checkpoint, resolve_device(device, uses_torch=True), reader)
-        length = asked.length or loaded.length
-        if asked.length is not None and loaded.longest is not None and asked.length > loaded.longest:
-            raise SparsepruneError(f"--length {length}: the model takes {loaded.longest} tokens at most")
-        drawn = (asked.sequences, length, asked.seed)
-        sequences = make_sequences(documents, loaded.tokenizer, *drawn, special=asked.special)
-        loaded.refuse_strange(sequences.ids)
+        sequences = asked.windows.cut(run, documents, [loaded])
         outside = _bytes_in_memory(loaded)
         run.note("finding out which matrices meet text")
-        for name in loaded.blocks.names:
-            loaded.blocks.load(name, loaded.read(reader))
-        planned = plan_calibration(loaded, sequences, checkpoint, "hessian", 1 << 60)
-        for name in loaded.blocks.names:
-            loaded.blocks.free(name)
-    units = [unit for units in planned.passes for unit in units if unit.about == "inputs"]
-    inside = tuple(unit for unit in units if loaded.blocks.owner(unit.parameter) is not None)
+        streaming = Streaming(loaded, loaded.read(reader), sequences, folder)
+        planned = plan_calibration(streaming, "hessian", _AMPLE)
+    # What stands outside of blocks, or in one that is met again, is summed up as long as text is on its way.
+    met = (unit for one in planned.sweeps for parts in one.there.values() for part in parts for unit in part)
+    inside = tuple(unit for unit in met if unit.about == "inputs")
     gradients = {} if stats is None else _gradients(stats)
     return SweptText(asked, loaded, sequences, inside, gradients, stats, outside)
 
@@ -202,7 +196,7 @@ def _rooms(plan: Plan, text: SweptText, machine: Machine) -> Rooms:
     stored, blocks = plan.checkpoint.tensors, text.loaded.blocks
     block = max([0, *(sum(stored[key].nbytes for key in blocks.stored(name)) for name in blocks.names)])
     fixed = _TRANSFORMERS + text.outside + 2 * block
-    schedule = make_schedule(plan, 1 << 60, 1)
+    schedule = make_schedule(plan, _AMPLE, 1)
     largest = max([0, *(group.strategy.memory for group in schedule.groups)])
     least = max([0, *(_moment_bytes(unit) for unit in text.units)])
     left = machine.memory - fixed - largest - (INTERPRETER + TORCH + _LEAST + schedule.limits.resident)
@@ -295,7 +289,8 @@ class Sweeper:
         self._decided.update(stored.name for unit in first for stored in unit.tensors)
         done = sum(_key(name) in self._output.finished for name in swept.blocks) * length
         progress = self._run.progress("sweeping", len(swept.blocks) * length, done, "tokens")
-        with progress as advance, _folder(swept.text.asked.scratch) as folder, self._sweep(folder) as sweep:
+        states = folder_for_states(swept.text.asked.scratch)
+        with progress as advance, states as folder, self._sweep(folder) as sweep:
             for _ in swept.blocks:
                 name = sweep.at
                 if name is not None:
@@ -416,13 +411,3 @@ class Sweeper:
 def _key(block: str) -> str:
     """Under which it is noted that a block is finished."""
     return f"block {block}"
-
-
-@contextmanager
-def _folder(given: Path | None) -> Iterator[Path]:
-    """A folder for hidden states."""
-    if given is not None:
-        yield given
-        return
-    with tempfile.TemporaryDirectory(prefix="sparseprune-", ignore_cleanup_errors=True) as made:
-        yield Path(made)

@@ -15,15 +15,16 @@ if TYPE_CHECKING:
     from sparseprune.calibration.gradients import Loss
     from sparseprune.calibration.loading import LoadedModel, load_model
     from sparseprune.calibration.planning import Calibration, plan_calibration, plan_digest
-    from sparseprune.calibration.predictions import Embeddings, Estimate, NextTokens, ratio
+    from sparseprune.calibration.predictions import Apart, Embeddings, Estimate, Guess, NextTokens, ratio
     from sparseprune.calibration.sweeps import Streaming
     from sparseprune.calibration.text import Chat, Sequences, make_sequences, read_documents
     from sparseprune.calibration.training import KeptMasks, keep_masked, parameter_masks
 
-__all__ = ["Calibration", "Chat", "Counted", "Embeddings", "Estimate", "KeptMasks", "LoadedModel", "Loss"]
-__all__ += ["NextTokens", "Room", "Sequences", "Sides", "Streaming", "Work", "bytes_of", "calibrate"]
-__all__ += ["evaluate", "keep_masked", "kind_of", "load_model", "make_sequences", "parameter_masks"]
-__all__ += ["plan_calibration", "plan_digest", "ratio", "read_documents", "refuse_unlike"]
+__all__ = ["Apart", "Calibration", "Chat", "Counted", "Embeddings", "Estimate", "Guess", "KeptMasks"]
+__all__ += ["LoadedModel", "Loss", "NextTokens", "Room", "Sequences", "Sides", "Streaming", "Work"]
+__all__ += ["bytes_of", "calibrate", "evaluate", "keep_masked", "kind_of", "load_model", "make_sequences"]
+__all__ += ["parameter_masks", "plan_calibration", "plan_digest", "ratio", "read_documents"]
+__all__ += ["refuse_unlike"]
 
 __getattr__, __dir__ = on_first_use(
     __name__,
@@ -33,7 +34,7 @@ __getattr__, __dir__ = on_first_use(
         "gradients": "Loss",
         "loading": "LoadedModel load_model",
         "planning": "Calibration plan_calibration plan_digest",
-        "predictions": "Embeddings Estimate NextTokens ratio",
+        "predictions": "Apart Embeddings Estimate Guess NextTokens ratio",
         "sweeps": "Streaming",
         "text": "Chat Sequences make_sequences read_documents",
         "training": "KeptMasks keep_masked parameter_masks",

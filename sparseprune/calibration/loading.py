@@ -214,8 +214,8 @@ def _refuse_other_inputs(path: Path, kind: Any) -> None:
     if taken != "input_ids":
         what = " and ".join(_MODALITIES[one] for one in _modalities(kind) if one in _MODALITIES)
         raise SparsepruneError(
-            f"{path}: {kind.__name__} takes {what or 'no text'} ({taken}), and calibrate feeds text alone: "
-            "use a spec that reads no statistics, or one that reads yours"
+            f"{path}: {kind.__name__} takes {what or 'no text'} ({taken}), and is fed text alone; to prune "
+            "it use a spec that reads no statistics, or one that reads yours"
         )
 
 
@@ -234,7 +234,7 @@ def _transformers() -> Any:
         import transformers  # noqa: PLC0415
     except ImportError as error:
         raise SparsepruneError(
-            "calibrate needs transformers, which is not installed: pip install 'sparseprune[calibrate]'"
+            "running a model needs transformers, which is not installed: pip install 'sparseprune[calibrate]'"
         ) from error
     huggingface_hub.constants.HF_HUB_OFFLINE = True  # if it was imported before
     logging: Any = transformers.utils.logging
@@ -251,7 +251,7 @@ def _refuse_quantized(checkpoint: Checkpoint, document: Mapping[str, Any]) -> No
     found = found or (f"{files[0]} lies beside it" if files else f"it has {codes[0]}" if codes else "")
     if found:
         raise CheckpointError(
-            f"{checkpoint.path}: the checkpoint is quantized ({found}); calibrate the unquantized one that "
+            f"{checkpoint.path}: the checkpoint is quantized ({found}); give the unquantized one that "
             "it was made from"
         )
 

@@ -11,6 +11,7 @@ from sparseprune.cli.apply import apply, mask
 from sparseprune.cli.calibrate import calibrate
 from sparseprune.cli.compare import compare
 from sparseprune.cli.demo import demo
+from sparseprune.cli.evaluate import evaluate
 from sparseprune.cli.inspect import inspect
 from sparseprune.cli.plan import plan
 from sparseprune.cli.reapply import reapply
@@ -46,5 +47,6 @@ def sparseprune(
     """
 
 
-for _command in (apply, mask, plan, remove, calibrate, specs, inspect, verify, reapply, compare, demo):
+_COMMANDS = (apply, mask, plan, remove, calibrate, evaluate, specs, inspect, verify, reapply, compare, demo)
+for _command in _COMMANDS:
     app.command()(_command)

@@ -58,10 +58,10 @@ class Call(Generic[Result]):
             listener = Listener(progress, self._warn, self.note, self._begin, tell)
             return self.function(**self.options, **more, progress=listener)
 
-    def checked(self) -> tuple[Result, tuple[str, ...]]:
+    def checked(self, **more: object) -> tuple[Result, tuple[str, ...]]:
         """What the function gives or fails with, and what it fails by."""
         try:
-            return self(), ()
+            return self(**more), ()
         except CheckFailedError as error:
             if error.result is None:
                 raise

@@ -1,8 +1,8 @@
 """`--require`: a condition on the tensors of a report, and a line for each tensor that fails it.
 
 Owns the grammar, `WHAT [in PATTERN[, PATTERN...]]`, and how a failure reads. Looks at the tensors of a result
-alone: it measures nothing, and whoever calls says which fields and runtimes there are. Called by `inspect`
-and `compare`.
+alone: it measures nothing, and whoever calls says which fields and runtimes there are. Called by `inspect`,
+`compare` and `eval`.
 """
 
 from __future__ import annotations
@@ -274,20 +274,25 @@ def _lacks_value(
     requirement: Requirement, comparison: Comparison, tensor: InspectedTensor | ComparedTensor
 ) -> str | None:
     value = flat(tensor).get(comparison.field)
-    if value is None:
-        unseen = _is_unseen(tensor)
-        found = _unseen_text(tensor) if unseen else f"{comparison.field} is not known"
-        return f"wanted {requirement.what}, {found}"
-    if not isinstance(value, int | float):
+    if value is None and _is_unseen(tensor):
+        return f"wanted {requirement.what}, {_unseen_text(tensor)}"
+    if not isinstance(value, int | float | None):
         raise _error(requirement, f"{comparison.field} is no number")
     if comparison.percent and isinstance(value, int):
         raise _error(requirement, f"{comparison.field} is a count; wanted a number without %")
+    return shortfall(comparison, requirement.what, value)
+
+
+def shortfall(comparison: Comparison, what: str, value: float | None) -> str | None:
+    """Why a number is not what was wanted, None where it is; one that is not known is not."""
+    if value is None:
+        return f"wanted {what}, {comparison.field} is not known"
     # A share is the float that is nearest to it, and so has to be what it is compared with.
     number = float(comparison.number) if isinstance(value, float) else comparison.number
     if not math.isnan(value) and _SIGNS[comparison.sign](value, number):
         return None
     text = _number_text(value, float(number), percent=comparison.percent)
-    return f"wanted {requirement.what}, found {text}"
+    return f"wanted {what}, found {text}"
 
 
 def _number_text(value: float, wanted: float, *, percent: bool) -> str:

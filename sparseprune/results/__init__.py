@@ -10,17 +10,19 @@ from sparseprune import on_first_use
 
 if TYPE_CHECKING:
     from sparseprune.results.checking import MaskVerification, Reapplication, Verification
+    from sparseprune.results.evaluating import Evaluation
     from sparseprune.results.listing import ShippedSpec
     from sparseprune.results.measuring import Comparison, Inspection, Statistics
     from sparseprune.results.pruning import Plan, Removal, Report
 
-__all__ = ["Comparison", "Inspection", "MaskVerification", "Plan", "Reapplication", "Removal", "Report"]
-__all__ += ["ShippedSpec", "Statistics", "Verification"]
+__all__ = ["Comparison", "Evaluation", "Inspection", "MaskVerification", "Plan", "Reapplication", "Removal"]
+__all__ += ["Report", "ShippedSpec", "Statistics", "Verification"]
 
 __getattr__, __dir__ = on_first_use(
     __name__,
     {
         "checking": "MaskVerification Reapplication Verification",
+        "evaluating": "Evaluation",
         "listing": "ShippedSpec",
         "measuring": "Comparison Inspection Statistics",
         "pruning": "Plan Removal Report",

@@ -373,6 +373,6 @@ def test_without_transformers_it_says_what_to_install(
     said = calibrate(home, "llama", tmp_path / "stats")
     assert said.code == 2
     assert said.err.splitlines()[-1] == (
-        "sparseprune: calibrate needs transformers, which is not installed: "
+        "sparseprune: running a model needs transformers, which is not installed: "
         "pip install 'sparseprune[calibrate]'"
     )

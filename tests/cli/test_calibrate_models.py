@@ -139,7 +139,7 @@ def test_of_a_quantized_checkpoint_quantization_is_told(
     refused = calibrate(model)
     assert refused.code == 2
     assert refused.err.startswith(f"sparseprune: {model}: the checkpoint is quantized ({said}")
-    assert refused.err.endswith("; calibrate the unquantized one that it was made from\n")
+    assert refused.err.endswith("; give the unquantized one that it was made from\n")
 
 
 def test_zeros_that_a_config_describes_are_no_quantization(home: Path, tmp_path: Path) -> None:
@@ -186,8 +186,8 @@ def test_a_model_of_images_or_sound_is_refused_before_it_is_loaded(
     monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", None)
     said = calibrate(model)
     wanted = (
-        f"sparseprune: {model}: {kind} takes {takes}, and calibrate feeds text alone: use a spec that reads "
-        "no statistics, or one that reads yours\n"
+        f"sparseprune: {model}: {kind} takes {takes}, and is fed text alone; to prune it use a spec that "
+        "reads no statistics, or one that reads yours\n"
     )
     assert (said.code, said.out, said.err) == (2, "", wanted)
 

@@ -88,6 +88,7 @@ WORDS = {
     "plan": "plan absent 2of4",
     "remove": "remove absent 2of4",
     "calibrate": "calibrate absent --text absent.txt",
+    "eval": "eval absent --text absent.txt",
     "specs": "specs absent",
     "inspect": "inspect absent",
     "verify": "verify absent 2of4",

@@ -226,7 +226,7 @@ def test_a_run_with_other_ones_is_not_continued(tmp_path: Path) -> None:
     path, stats = written(tmp_path, TWO_OF_FOUR), tmp_path / STATS
 
     def options(method: Any, file: Path | None) -> dict[str, str]:
-        asked = source(tmp_path / "m.safetensors", path, None, None, method, file)
+        asked = source(tmp_path / "m.safetensors", path, None, None, (method, file))
         return identity_of(prepare(asked, Target(None), machine()))
 
     runs = [

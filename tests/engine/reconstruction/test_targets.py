@@ -29,15 +29,15 @@ def by_least_squares(
 
 @pytest.mark.parametrize("damp", [0.0, 0.01, 1.0])
 @pytest.mark.parametrize("turned", [False, True])
-def test_a_target_is_the_solution_of_least_squares(damp: float, turned: bool) -> None:  # noqa: FBT001
+def test_a_target_is_the_solution_of_least_squares(damp: float, turned: bool) -> None:
     dense, x = drawn(OUTPUTS, INPUTS), drawn(ROWS, INPUTS, seed=1)
     y, r = x + 0.3 * drawn(ROWS, INPUTS, seed=2), drawn(ROWS, OUTPUTS, seed=3)
-    given = {"moment": y.T @ y, "mixed": x.T @ y}
+    given = (y.T @ y, x.T @ y)
     residual = r.T @ y
     if turned:
-        found = target_weights(dense.T, **given, residual=residual.T, damp=damp, input_dim=0).T
+        found = target_weights(dense.T, *given, residual.T, damp=damp, input_dim=0).T
     else:
-        found = target_weights(dense, **given, residual=residual, damp=damp)
+        found = target_weights(dense, *given, residual, damp=damp)
     torch.testing.assert_close(found, by_least_squares(dense, x, y, r, damp))
 
 
