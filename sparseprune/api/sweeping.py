@@ -336,7 +336,7 @@ class Sweeper:
             share = length // (len(stages) + 1)
             for number, (needs, units) in enumerate(stages):
                 advance(0, f"{label}, {needs[0].collected.name.removeprefix(name).strip('.')}")
-                gathered = sweep.gather(name, needs)
+                gathered = sweep.gather(name, needs, is_last=number == len(stages) - 1)
                 tokens = {one: list(counts) for one, counts in gathered.tokens.items()}
                 parts.append(_Part(units, tokens, list(gathered.residuals), bool(gathered.mixed)))
                 self._do(f"{name}.{number}.", parts[-1], gathered, work)

@@ -35,7 +35,7 @@ class Depths(Watch):  # type: ignore[no-untyped-call]
     """Watches one pass of a block: `of` has, for each parameter, how many products lie before it.
 
     `last` has the number of the last product with each parameter, `first` that of the first. `again` are
-    parameters that are multiplied with several inputs, one after the other.
+    parameters that are multiplied with several inputs, one after the other, `routed` those of experts.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
@@ -44,6 +44,7 @@ class Depths(Watch):  # type: ignore[no-untyped-call]
         self.first: dict[str, int] = {}
         self.last: dict[str, int] = {}
         self.again: set[str] = set()
+        self.routed: set[str] = set()
         self._depth: dict[int, int] = {}
         self._alive: list[Any] = []  # so that no memory is used again
         self._met: defaultdict[tuple[str, int | None], set[int]] = defaultdict(set)
@@ -60,6 +61,8 @@ class Depths(Watch):  # type: ignore[no-untyped-call]
         met.add(product.inputs.data_ptr())
         if len(met) > 1:
             self.again.add(name)
+        if product.routed:
+            self.routed.add(name)
         self._now = product
 
     def gradients(self, *_: Any) -> None:
@@ -98,14 +101,15 @@ class Following(Watch):  # type: ignore[no-untyped-call]
         super().__init__(model, self)
         self._seen = seen
         self._bits = {name: 1 << number for number, name in enumerate(sorted(followed))}
-        self._forget()
+        self.forget()
 
     def begin(self, counted: Tensor, *, gradients: bool = False) -> None:
         """Begin a forward pass, as `Watch` does."""
         super().begin(counted, gradients=gradients)
-        self._forget()
+        self.forget()
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
+        """Keep nothing of a pass."""
         self._carried: dict[int, dict[str, float]] = {}  # whose outputs a storage has, times what
         self._depends: dict[int, int] = {}  # on whose outputs a storage depends, as bits
         self._alive: list[Tensor] = []

@@ -38,13 +38,16 @@ _TOKENS_AN_INPUT = 8  # fewer, and what residuals differ by is learned by heart;
 class Look(Struct, frozen=True, eq=False):
     """What the first sequence shows of a block: by parameter its depth and its first and last product.
 
-    `again` are parameters that are used at several places.
+    `again` are parameters that are used at several places, `routed` those of experts, `summed` those whose
+    outputs are added to something else.
     """
 
     depths: Mapping[str, int]
     first: Mapping[str, int]
     last: Mapping[str, int]
     again: Collection[str]
+    routed: Collection[str]
+    summed: Collection[str]
 
 
 class Gathered(Struct, frozen=True, eq=False):
@@ -86,7 +89,8 @@ class Sweep:
         with torch.no_grad():
             self._pruned = Stream(self._forwards, parking)
             self._dense = Stream(self._forwards, parking) if targets else None
-        self._seen = Look({}, {}, {}, ())
+        self._seen = Look({}, {}, {}, (), (), ())
+        self._is_ahead = False  # whether the dense pass is in front of the next block
         self._parameters: dict[str, Any] = {}
         self._pruned_parameters: dict[str, Any] = {}
 
@@ -125,27 +129,37 @@ class Sweep:
         blocks, model = self._loaded.blocks, self._loaded.model
         blocks.put(name, self._parameters)
         stream = self._pruned if self._dense is None else self._dense
-        with closing(Depths(model)) as depths, torch.no_grad():
-            depths.begin(self._counted(0))
+        own = [one for one in self._shapes(name) if self._dense is not None]
+        following = Following(model, lambda _: None, own)
+        with closing(Depths(model)) as depths, closing(following), torch.no_grad():
+            for watch in (depths, following):
+                watch.begin(self._counted(0))
             run = stream.given(0)
-            with depths:
+            with depths, following:
                 blocks.modules[name](*run.args, **run.kwargs)
+            summed = {one for one in own if following.beside(one) is not None}
             stream.keep(0)
         found = dict(depths.of)
         for other, like in siblings(depths.of, model).items():
             if blocks.owner(other) == name:
                 found[other] = depths.of[like]
-        self._seen = Look(found, depths.first, depths.last, depths.again)
+        numbers = (depths.first, depths.last, depths.again, depths.routed)
+        self._seen = Look(found, *numbers, summed)
         return self._seen
 
-    def gather(self, name: str, units: Sequence[Unit]) -> Gathered:
-        """The moments of some units of a block, whose inputs depend on nothing that is not decided yet."""
+    def gather(self, name: str, units: Sequence[Unit], *, is_last: bool) -> Gathered:
+        """The moments of some units of a block, whose inputs depend on nothing that is not decided yet.
+
+        With the last ones of a block the dense pass goes on to the next one, where it comes to the end.
+        """
         blocks = self._loaded.blocks
         wanted, look = {unit.parameter for unit in units}, self._seen
         end = max((look.last[one] for one in wanted if one in look.last), default=0)
         later = {one for one, first in look.first.items() if end and first > end}
         sums = _Sums(units, self._loaded.device, mixed=self._dense is not None)
-        homes = self._homes(name, units) if self._dense is not None else {}
+        homes = self._homes(name, units)
+        # Nothing more is wanted of a pass than the inputs of these.
+        enough = () if homes or wanted & set(look.routed) or not wanted <= look.last.keys() else wanted
         passes = []
         for parameters, stream, seen in (
             (self._parameters, self._dense, sums.dense),
@@ -154,43 +168,50 @@ class Sweep:
             if stream is None:
                 continue
             blocks.put(name, parameters)
-            tell = _until(later, seen)
+            tell = _until(later, enough, seen)
             passes.append((parameters, stream, Following(self._loaded.model, tell, homes)))
         try:
             with torch.no_grad():
                 for batch in range(len(self._batches)):
-                    self._through(name, batch, passes, sums, homes)
+                    ends = [self._through(name, batch, *one) for one in passes]
+                    if len(passes) == 2:
+                        sums.residuals(*({one: watch.beside(one) for one in homes} for *_, watch in passes))
+                    sums.end_batch()
+                    for (_, stream, watch), end in zip(passes, ends, strict=True):
+                        watch.forget()  # it may keep what a block got, which has no memory while it waits
+                        if is_last and stream is self._dense and end is not None:
+                            stream.go(batch, end)
+                        else:
+                            stream.keep(batch)
+                    del ends
         finally:
             for *_, watch in passes:
                 watch.close()
+        self._is_ahead = is_last and not enough and self._dense is not None
         return sums.gathered(self._sequences.tokens, homes)
 
-    def _through(
-        self, name: str, batch: int, passes: Sequence[Any], sums: _Sums, homes: Collection[str]
-    ) -> None:
-        """One batch through the dense block, and through the pruned one."""
-        blocks = self._loaded.blocks
-        beside = []
-        for parameters, stream, watch in passes:
-            blocks.put(name, parameters)
-            watch.begin(self._counted(batch))
-            run = stream.given(batch)
-            with self._loaded.telling(self._sequences.ids.shape[1]), suppress(EnoughError), watch:
-                blocks.modules[name](*run.args, **run.kwargs)
-            stream.keep(batch)
-            beside.append({one: watch.beside(one) for one in homes})
-        if len(beside) == 2:
-            sums.residuals(*beside)
-        sums.end_batch()
+    def _through(self, name: str, batch: int, parameters: Any, stream: Stream, watch: Following) -> Any:
+        """One batch through a block with some parameters: its outputs, None where it does not come so far."""
+        self._loaded.blocks.put(name, parameters)
+        watch.begin(self._counted(batch))
+        run = stream.given(batch)
+        with self._loaded.telling(self._sequences.ids.shape[1]), suppress(EnoughError), watch:
+            return self._loaded.blocks.modules[name](*run.args, **run.kwargs)
+        return None
 
-    def _homes(self, name: str, units: Sequence[Unit]) -> dict[str, _Home]:
-        """The parameters whose sums are followed: whole matrices that enough tokens meet."""
+    def _shapes(self, name: str) -> dict[str, tuple[int, ...]]:
+        """The parameters of a block that are matrices."""
         blocks = self._loaded.blocks
-        shapes = {
+        return {
             one: tuple(parameter.shape)
             for one, parameter in self._loaded.model.named_parameters()
             if parameter.ndim == 2 and blocks.owner(one) == name
         }
+
+    def _homes(self, name: str, units: Sequence[Unit]) -> dict[str, _Home]:
+        """The parameters whose sums are followed: whole matrices that enough tokens meet."""
+        summed = set(self._seen.summed)
+        shapes = {one: shape for one, shape in self._shapes(name).items() if one in summed}
         found = {}
         for unit in units:
             many = self._sequences.tokens >= _TOKENS_AN_INPUT * unit.collected.features
@@ -215,7 +236,8 @@ class Sweep:
     def go(self, name: str, *, watched: Callable[[int], None] = lambda _: None) -> None:
         """Let everything go on to the next block; `watched` gets the tokens of each batch."""
         blocks = self._loaded.blocks
-        both = ((self._parameters, self._dense), (self._pruned_parameters, self._pruned))
+        dense = None if self._is_ahead else self._dense
+        both = ((self._parameters, dense), (self._pruned_parameters, self._pruned))
         with torch.no_grad(), self._loaded.telling(self._sequences.ids.shape[1]):
             for parameters, stream in both:
                 if stream is None:
@@ -225,7 +247,7 @@ class Sweep:
                     run = stream.given(batch)
                     stream.go(batch, blocks.modules[name](*run.args, **run.kwargs))
                     watched(batch)
-        self._parameters, self._pruned_parameters = {}, {}
+        self._parameters, self._pruned_parameters, self._is_ahead = {}, {}, False
         blocks.free(name)
 
     def _counted(self, batch: int) -> Tensor:
@@ -350,13 +372,20 @@ def _batches(sequences: Sequences) -> Iterator[range]:
         begin = end
 
 
-def _until(later: Collection[str], seen: Callable[[Product], None]) -> Callable[[Product], None]:
-    """`seen`, which ends a pass at the first product that belongs to a later stage."""
+def _until(
+    later: Collection[str], enough: Collection[str], seen: Callable[[Product], None]
+) -> Callable[[Product], None]:
+    """`seen`, which ends a pass at a product of a later stage, or once it has all that is `enough`."""
+    met: set[str] = set()
 
     def tell(product: Product) -> None:
         if product.parameter in later:
             raise EnoughError
         seen(product)
+        met.add(product.parameter)
+        if enough and met.issuperset(enough):
+            met.clear()
+            raise EnoughError
 
     return tell
 
