@@ -28,7 +28,6 @@ from sparseprune.errors import MachineError, is_out_of_memory
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
     from contextlib import AbstractContextManager
-    from io import BufferedReader
     from pathlib import Path
 
     from sparseprune.checkpoint.file_io import Bytes, WritableBytes
@@ -216,15 +215,6 @@ class Sink(Protocol):
         A later run finds the JSON-able `record` in `finished` under the key, once the bytes are on disk.
         """
 
-    def put_aside(self, pieces: Iterable[Bytes]) -> None:
-        """Keeps bytes that are no output, by which a later run continues in the middle of a piece of work.
-
-        They replace what was put aside before once they are on disk, or not at all.
-        """
-
-    def aside(self) -> BufferedReader | None:
-        """What an earlier run put aside, if this one continues it; the caller closes it."""
-
     def flush(self) -> None:
         """Waits until all writes so far are on disk, then until their notes are.
 
@@ -348,7 +338,6 @@ class StagedOutput(Sink):
         self.started_over: tuple[str, ...] = ()
         self.named = False
         self.kept = False
-        self._aside = False
         self._staging = StagingDir(layout.target, "choice" if layout.is_scratch else "partial")
         self.partial_path, self.staged_path = self._staging.path, self._staging.output
         self._paths = {file.path: str(self._staging.output / file.path) for file in layout.files}
@@ -391,7 +380,7 @@ class StagedOutput(Sink):
                     self.flush()
         finally:
             if journal is not None:
-                keep = (journal.notes > 0 or self._aside) and self._is_whole()
+                keep = journal.notes > 0 and self._is_whole()
             self._leave(keep=keep)
             self.kept = keep
 
@@ -445,30 +434,6 @@ class StagedOutput(Sink):
         if self.identity is not None:
             self._writer.noted(note_text(key, record))
 
-    def put_aside(self, pieces: Iterable[Bytes]) -> None:
-        if self.identity is None or not self._staging.can_be_continued:
-            return
-        path = self._staging.aside
-        fresh = path.with_suffix(".new")
-        with self._writing(path):
-            fresh.unlink(missing_ok=True)
-            file_io.create(fresh, 0)
-            try:
-                file_io.write_pieces(fresh, pieces)
-                file_io.sync(fresh)
-                fresh.replace(path)
-            except BaseException:
-                fresh.unlink(missing_ok=True)  # the output may need the room
-                raise
-            file_io.sync(path.parent)
-        self._aside = True
-
-    def aside(self) -> BufferedReader | None:
-        if not self._aside:
-            return None
-        with machine_errors(self._staging.aside, "cannot be read"):
-            return self._staging.aside.open("rb")
-
     def flush(self) -> None:
         self._writer.flush()
 
@@ -518,7 +483,7 @@ class StagedOutput(Sink):
 
     def _unfinished(self) -> JournalContent | None:
         """What an earlier run noted, if this run continues it."""
-        if self.identity is None or not self._staging.has(self._staging.journal):
+        if self.identity is None or not self._staging.has_journal():
             return None
         with machine_errors(self._staging.journal, "cannot be read"):
             found = read_journal(self._staging.journal)
@@ -550,7 +515,6 @@ class StagedOutput(Sink):
         with self._writing(self._staging.journal):
             self._writer.journal = Journal.resume(self._staging.journal, found)
         self.finished = found.finished
-        self._aside = self._staging.has(self._staging.aside)
         self.resumed = True
 
     def _start_over(self) -> None:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 # Names in a staging folder: the output and the files of its run; then those of an output that gets its name.
-OUTPUT, _LOCK, _JOURNAL, _ASIDE = "output", "lock", "journal", "aside"
+OUTPUT, _LOCK, _JOURNAL = "output", "lock", "journal"
 _REPLACED, _EXCHANGED, _NAMES, _FORMER = "replaced", "exchanged", "names", "former"
 _HERE = -100  # AT_FDCWD of <fcntl.h>
 _EXCHANGE = 2  # RENAME_EXCHANGE of <linux/fs.h>
@@ -310,7 +310,6 @@ class StagingDir:
         self.path = _hidden(target, kind) if target.name else target
         self.output = self.path / OUTPUT
         self.journal = self.path / _JOURNAL
-        self.aside = self.path / _ASIDE
         self.can_be_continued = False
         self.warnings: list[str] = []
         self._owner = -1
@@ -343,8 +342,8 @@ class StagingDir:
         self.output.mkdir(mode)
 
     def resume(self) -> None:
-        """Removes what a killed run left, except its output, its journal and what it put aside."""
-        self._remove_all_but(_LOCK, _JOURNAL, _ASIDE, OUTPUT)
+        """Removes what a killed run left, except its output and its journal."""
+        self._remove_all_but(_LOCK, _JOURNAL, OUTPUT)
 
     def sync_folders(self) -> None:
         """Waits until every name in the folder, and its own, is on disk."""
@@ -365,10 +364,10 @@ class StagingDir:
             return None
         return sizes
 
-    def has(self, path: Path) -> bool:
-        """Whether a file is there (`journal`, `aside`) that only the owner of the folder can have written."""
+    def has_journal(self) -> bool:
+        """Whether there is a journal that only the owner of the folder can have written."""
         try:
-            return self.can_be_continued and self._owns(path.lstat())
+            return self.can_be_continued and self._owns(self.journal.lstat())
         except OSError:
             return False
 
@@ -383,7 +382,7 @@ class StagingDir:
 
     def release(self) -> None:
         """Unlocks the folder if a later run can continue it, else discards it."""
-        self._leave(keep=self._lock is not None and self.has(self.journal) and bool(self.sizes()))
+        self._leave(keep=self._lock is not None and self.has_journal() and bool(self.sizes()))
 
     def discard(self) -> None:
         """Removes and unlocks the folder; keeps it if it holds the only copy of the target."""

@@ -2,7 +2,7 @@
 
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -509,55 +509,3 @@ def test_the_journal_is_not_in_the_output(tmp_path: Path) -> None:
     finish(layout_of(directory(tmp_path), masked="a"))
     assert not list(tmp_path.rglob("journal"))
     assert names_in(tmp_path) == ["ckpt", "ckpt-pruned"]
-
-
-def aside_of(output: StagedOutput) -> bytes | None:
-    file = output.aside()
-    if file is None:
-        return None
-    with file:
-        return file.read()
-
-
-def test_what_was_put_aside_is_there_again_until_the_output_has_its_name(tmp_path: Path) -> None:
-    """It alone is reason enough to keep an unfinished output, and no part of the named one."""
-    layout = layout_of(directory(tmp_path))
-    output = resumable(layout)
-    end(output, lambda: output.put_aside([b"ab", memoryview(b"c")]), lambda: output.put_aside([b"de"]))
-    assert output.kept
-    (output.partial_path / "aside.new").write_bytes(b"torn")
-    again = resumable(layout)
-    with again:
-        assert (again.resumed, aside_of(again)) == (True, b"de")
-        assert not (again.partial_path / "aside.new").exists()
-        work(again)
-        again.commit()
-    assert not again.partial_path.exists()
-    assert not [name for name in content(layout.target) if "aside" in name]
-
-
-def test_what_another_run_put_aside_is_not_there(tmp_path: Path) -> None:
-    layout = layout_of(directory(tmp_path))
-    output = resumable(layout)
-    end(output, lambda: output.put_aside([b"ab"]))
-    other = resumable(layout, options="others")
-    with other:
-        assert (other.started_over, aside_of(other)) == (("options",), None)
-    plain = StagedOutput(layout)
-    with plain:
-        plain.put_aside([b"ab"])  # of a run that is not continued nothing is kept
-        assert aside_of(plain) is None
-
-
-def test_what_cannot_be_put_aside_takes_no_room_and_leaves_what_was(tmp_path: Path) -> None:
-    def breaks() -> Iterator[bytes]:
-        yield b"new"
-        raise OSError(28, "No space left on device")
-
-    layout = layout_of(directory(tmp_path))
-    with resumable(layout) as output:
-        output.put_aside([b"old"])
-        with pytest.raises(MachineError, match="aside: cannot be written: No space left"):
-            output.put_aside(breaks())
-        assert aside_of(output) == b"old"
-        assert not (output.partial_path / "aside.new").exists()
