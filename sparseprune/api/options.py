@@ -314,7 +314,7 @@ MomentMemory = Annotated[
     int | str | None,
     Option(
         _MEMORY,
-        "Memory for second moments, beside the model; the text passes as often as it takes.",
+        "Memory for second moments, beside a layer of the model, which runs as often as it takes.",
         shown=_QUARTER,
         typed=str,
     ),

@@ -377,7 +377,7 @@ class Statistics(Document):
     seed: Count
     special: Annotated[bool, Doc("whether special tokens count")]
     tokens: Annotated[AtLeastOne, Doc("that count, over all sequences")]
-    passes: Annotated[AtLeastOne, Doc("how often the model read the text")]
+    passes: Annotated[AtLeastOne, Doc("how often the layer that ran most often met the text")]
     matrices: Annotated[tuple[CollectedStatistics, ...], Doc("one entry for each tensor of statistics")]
     missing: Annotated[
         tuple[str, ...],
