@@ -116,7 +116,8 @@ class NextTokens:
         for at in kl.nan_to_num().topk(min(WORST, len(kl))).indices.tolist():
             guesses = [Guess(int(one.guess[at]), math.exp(float(one.sure[at]))) for one in both]
             found = Apart(float(kl[at]), int(window[at]), int(place[at]), *guesses)
-            heapq.heappush(self._worst, (found.kl, -found.window, -found.place, found))
+            if found.kl > 0:
+                heapq.heappush(self._worst, (found.kl, -found.window, -found.place, found))
         self._worst = heapq.nlargest(WORST, self._worst)
         heapq.heapify(self._worst)
 

@@ -182,6 +182,7 @@ def test_a_model_is_no_way_from_itself(name: str, tmp_path: Path) -> None:
     assert float(found.kl.abs().max()) == 0
     assert torch.equal(found.same, found.tokens)
     assert torch.equal(found.loss, found.dense_loss)
+    assert found.worst == []
     alone = evaluated(dense, None, drawn(), Room(ROOMY, tmp_path))
     assert torch.equal(alone.loss, found.loss)
     assert alone.worst == []

@@ -57,11 +57,12 @@ def found(*words: object) -> Any:
 def test_stdout_has_the_table_and_stderr_the_progress() -> None:
     said = evaluate("llama-half", "--against", "llama")
     assert said.code == 0
-    assert said.err.splitlines()[:2] == [
+    told = [line for line in said.err.splitlines() if not line.startswith("sparseprune: evaluating ")]
+    assert told[:2] == [
         "sparseprune: loading the model of llama-half and that of llama",
         "sparseprune: cutting the text into sequences",
     ]
-    assert re.fullmatch(r"[\d.]+ s, \d+ tokens/s, on cpu", said.err.splitlines()[2])
+    assert re.fullmatch(r"[\d.]+ s, [\d,]+ tokens/s, on cpu", told[2])
     lines = said.out.splitlines()
     mean = r"[\d.,]+ \+- [\d.]+"
     for line, wanted in zip(
