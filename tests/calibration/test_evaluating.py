@@ -29,6 +29,7 @@ from sparseprune.checkpoint import TensorReader, open_checkpoint
 from sparseprune.errors import SparsepruneError
 from tests.calibration.models import save_family, tokenizer
 from tests.families import zoo
+from tests.families.models import HIDDEN
 
 pytestmark = pytest.mark.usefixtures("quiet_transformers")
 
@@ -222,6 +223,13 @@ def test_models_that_cannot_be_compared_are_told(tmp_path: Path) -> None:
         folders = [own] if against is None else [own, against]
         with opened(*folders) as (models, _), pytest.raises(SparsepruneError, match=said):
             refuse_unlike(Sides(*models))
+
+
+def test_embeddings_of_two_lengths_are_told(tmp_path: Path) -> None:
+    narrow, _ = made("bert", tmp_path)
+    wide = save_family("bert", tmp_path / "wide")
+    with pytest.raises(SparsepruneError, match=rf"they give {HIDDEN} and {zoo.HIDDEN} numbers a token"):
+        evaluated(wide, narrow, drawn(), Room(ROOMY, tmp_path))
 
 
 def test_bytes_are_those_of_the_text_behind_the_first_token() -> None:
