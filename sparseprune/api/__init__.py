@@ -155,7 +155,7 @@ def plan(
     windows = Windows([Path(one) for one in text], sequences, length, field, seed, special)
     read = AskedText(windows, gradients)
     asked = source(checkpoint, spec, set, target, (reconstruct, stats), read)
-    prepared = prepare(asked, goes, machine(device, jobs, memory), run)
+    prepared = prepare(asked, goes, machine(device, jobs, memory), run, plans=True)
     if allocation:
         prepared = with_parts_of_budgets(run, prepared)
     if look is not None:

@@ -27,6 +27,7 @@ from sparseprune.checkpoint import (
 )
 from sparseprune.checkpoint.file_io import checkpoint_identity, refuse_changed, shards_identity
 from sparseprune.checkpoint.folding import refuse_split
+from sparseprune.checkpoint.layout import output_target
 from sparseprune.errors import SparsepruneError, SpecError
 from sparseprune.execution.inputs import SWEPT
 from sparseprune.execution.plan import bind_to, make_plan, rebuilding_rules
@@ -37,6 +38,7 @@ from sparseprune.spec.rebuilding import Rebuilding, rebuilt
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
+    from pathlib import Path
 
     from sparseprune.api.options import Machine, Source, Target
     from sparseprune.api.sweeping import Swept, SweptText
@@ -81,10 +83,13 @@ class Prepared(Struct, frozen=True):
         return peak if self.allocation is None else max(peak, self.allocation.peak)
 
 
-def prepare(asked: Source, target: Target, machine: Machine, run: Run | None = None) -> Prepared:
+def prepare(
+    asked: Source, target: Target, machine: Machine, run: Run | None = None, *, plans: bool = False
+) -> Prepared:
     """Find and read the spec, read the headers, bind one to the other, lay out the output.
 
-    With a text the model is opened, and one sequence goes through it; `run` hears of that.
+    With a text the model is opened, and one sequence goes through it; `run` hears of that. Unless one only
+    `plans`, gradients of the dense model are taken where they are asked for.
     """
     with collector_paused():
         source, spec, told = _read(asked)
@@ -96,9 +101,12 @@ def prepare(asked: Source, target: Target, machine: Machine, run: Run | None = N
             source, spec, told = _read(asked)
         text = None
         if asked.text is not None:
-            from sparseprune.api.sweeping import read_text  # with torch and transformers
+            from sparseprune.api.sweeping import read_text, with_gradients  # with torch and transformers
 
-            text = read_text(run or Run(None), asked.text, checkpoint, machine.device, asked.stats)
+            run = run or Run(None)
+            text = read_text(run, asked.text, checkpoint, machine, asked.stats)
+            if not plans:
+                text = with_gradients(run, text, target_of(checkpoint, target), machine)
         plan, schedule = _plan(checkpoint, spec, target, machine, text)
         allocation = None
         if spec.shares:
@@ -120,6 +128,11 @@ def prepare(asked: Source, target: Target, machine: Machine, run: Run | None = N
         swept = divide(plan, text, machine)
     parts = (plan, schedule, layout, coverage)
     return Prepared(asked, target, machine, source, spec, *parts, found, allocation, unrebuilt, swept)
+
+
+def target_of(checkpoint: Checkpoint, target: Target) -> Path:
+    """Where the output goes."""
+    return output_target(checkpoint, target.output, "smaller" if target.resized else "pruned")
 
 
 def _read(asked: Source) -> tuple[SpecSource, Spec, dict[str, str]]:
@@ -343,7 +356,17 @@ def prune(run: Run, prepared: Prepared) -> results.Report:
 
     read = score_shards(prepared.plan)
     spec = as_applied(prepared)
-    return run.write(output, work, lambda: refuse_changed(prepared.plan.checkpoint, read), spec=spec)
+    report = run.write(output, work, lambda: refuse_changed(prepared.plan.checkpoint, read), spec=spec)
+    forget(prepared)
+    return report
+
+
+def forget(prepared: Prepared) -> None:
+    """Remove what was kept for a run that continues this one, which has ended well."""
+    if prepared.swept is not None:
+        from sparseprune.api.sweeping import forget_gradients
+
+        forget_gradients(target_of(prepared.plan.checkpoint, prepared.target))
 
 
 def swept_outcomes(

@@ -20,6 +20,7 @@ from sparseprune.api.options import source
 from sparseprune.api.pruning import (
     as_applied,
     decided,
+    forget,
     identity_of,
     notes_of,
     planned,
@@ -114,7 +115,10 @@ def remove(run: Run, asked: Asked) -> results.Removal:
             raise SparsepruneError(f"{option} {given}: goes with a SPEC, of which survivors are rebuilt")
     run.listener.output(_Undecided())
     with _chosen(run, asked) as choice:
-        return _cut(run, asked, choice)
+        result = _cut(run, asked, choice)
+    if choice.prepared is not None:
+        forget(choice.prepared)
+    return result
 
 
 class _Undecided:
@@ -157,6 +161,7 @@ class Choice(Struct, frozen=True):
     idle: tuple[str, ...] = ()
     left_out: str | None = None
     plan: Plan | None = None
+    prepared: Prepared | None = None
     scratch: StagedOutput | None = None
     rebuilt: Mapping[str, StoredTensor] = {}
 
@@ -350,6 +355,7 @@ def _by_spec(run: Run, prepared: Prepared, output: StagedOutput, decisions: Bloc
         notes=notes_of(prepared),
         idle=tuple(unpruned_lines(plan.bound.rules, found.pruned)),
         plan=plan,
+        prepared=prepared,
         scratch=output,
         rebuilt=rebuilt,
     )

@@ -7,8 +7,10 @@ on at its last finished block. Called by pruning.py and removing.py.
 from __future__ import annotations
 
 import dataclasses
+import glob
 import hashlib
 import json
+import shutil
 from contextlib import contextmanager
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -16,9 +18,10 @@ from typing import TYPE_CHECKING
 from msgspec import Struct, structs
 from msgspec.structs import replace
 
+from sparseprune.api.run import digest
 from sparseprune.api.windows import folder_for_states
 from sparseprune.checkpoint import Source, TensorReader
-from sparseprune.checkpoint.file_io import as_bytes
+from sparseprune.checkpoint.file_io import as_bytes, checkpoint_identity
 from sparseprune.checkpoint.statistics import open_statistics, statistics_in_memory
 from sparseprune.engine.dtypes import torch_dtype
 from sparseprune.errors import SparsepruneError, SpecError
@@ -39,7 +42,7 @@ if TYPE_CHECKING:
     from sparseprune.calibration import LoadedModel, Sequences
     from sparseprune.calibration.planning import Unit
     from sparseprune.calibration.sweeping import Gathered, Sweep
-    from sparseprune.checkpoint import Checkpoint, StagedOutput, StoredTensor
+    from sparseprune.checkpoint import Checkpoint, Collected, StagedOutput, StoredTensor
     from sparseprune.checkpoint.file_io import WritableBytes
     from sparseprune.execution.inputs import TaskInput
     from sparseprune.execution.passes import TensorOutcome
@@ -53,6 +56,8 @@ _TRANSFORMERS = 280 << 20  # bytes that transformers and a model without weights
 _LEAST = 32 << 20  # bytes for work on matrices beside the largest one
 _SHARE = 3  # parts of the memory that is left for moments, for states, and for further matrices
 _AMPLE = 1 << 60  # bytes
+_GRADIENTS = "sparseprune-gradients-"  # in the name of a folder, before a digest of what they are of
+_LEAST_SEQUENCES, _LEAST_TOKENS = 32, 1 << 16  # of which gradients are taken, where there are so many
 
 
 class SweptText(Struct, frozen=True, eq=False):
@@ -62,6 +67,7 @@ class SweptText(Struct, frozen=True, eq=False):
     loaded: LoadedModel
     sequences: Sequences
     units: tuple[Unit, ...]
+    expected: tuple[Collected, ...]  # gradients that are not taken yet
     gradients: Mapping[str, StoredTensor]
     before: Path | None
     outside: int  # bytes of the model that are in memory
@@ -77,8 +83,12 @@ class SweptText(Struct, frozen=True, eq=False):
         tensors = [unit.collected for unit in self.units]
         if tokens is not None:
             tensors = [one for one in tensors if one.name in tokens]
-        found = statistics_in_memory(SWEPT, tensors, tokens or {}, mixed=mixed, residuals=residuals)
-        of = {name: replace(one, gradients=self.gradients.get(name)) for name, one in found.of.items()}
+        every = (*tensors, *self.expected)
+        found = statistics_in_memory(SWEPT, every, tokens or {}, mixed=mixed, residuals=residuals)
+        of = {
+            name: replace(one, gradients=self.gradients.get(name, one.gradients))
+            for name, one in found.of.items()
+        }
         return Sweeping(dataclasses.replace(found, of=of), self.before)
 
     @property
@@ -96,28 +106,67 @@ class SweptText(Struct, frozen=True, eq=False):
 
 
 def read_text(
-    run: Run, asked: AskedText, checkpoint: Checkpoint, device: str, stats: Path | None
+    run: Run, asked: AskedText, checkpoint: Checkpoint, machine: Machine, stats: Path | None
 ) -> SweptText:
     """Load the model without its blocks, cut the text, and look which matrices it meets.
 
     `stats` are statistics of the dense model, of which gradients are taken.
     """
-    from sparseprune.calibration import Streaming, load_model, plan_calibration
+    from sparseprune.calibration import Loss, Streaming, load_model, plan_calibration
 
     documents = asked.windows.documents()
     run.note(f"loading the model of {checkpoint.path}")
     with TensorReader() as reader, folder_for_states(asked.scratch) as folder:
-        loaded = load_model(checkpoint, resolve_device(device, uses_torch=True), reader)
+        loaded = load_model(checkpoint, resolve_device(machine.device, uses_torch=True), reader)
         sequences = asked.windows.cut(run, documents, [loaded])
         outside = _bytes_in_memory(loaded)
         run.note("finding out which matrices meet text")
         streaming = Streaming(loaded, loaded.read(reader), sequences, folder)
-        planned = plan_calibration(streaming, "hessian", _AMPLE)
+        loss = Loss(asked.windows.seed) if asked.gradients else None
+        planned = plan_calibration(streaming, "hessian", _AMPLE, loss)
     # What stands outside of blocks, or in one that is met again, is summed up as long as text is on its way.
     met = (unit for one in planned.sweeps for parts in one.there.values() for part in parts for unit in part)
     inside = tuple(unit for unit in met if unit.about == "inputs")
+    known = {name for unit in inside for name in unit.collected.weights}
+    expected = (one for one in planned.tensors if one.about == "gradients" and known.issuperset(one.weights))
     gradients = {} if stats is None else _gradients(stats)
-    return SweptText(asked, loaded, sequences, inside, gradients, stats, outside)
+    return SweptText(asked, loaded, sequences, inside, tuple(expected), gradients, stats, outside)
+
+
+def with_gradients(run: Run, text: SweptText, target: Path, machine: Machine) -> SweptText:
+    """With the gradients of the dense model, taken of the first sequences; they wait beside the output.
+
+    An earlier run may have taken them already. Forget them once the output is there, by `forget_gradients`.
+    """
+    if not text.asked.gradients:
+        return text
+    from sparseprune.api.calibrating import Collecting, calibrate
+
+    windows, (count, length) = text.asked.windows, text.sequences.ids.shape
+    some = min(count, max(_LEAST_SEQUENCES, -(-_LEAST_TOKENS // length)))
+    identity = digest(json.dumps([checkpoint_identity(text.loaded.checkpoint), text.identity, some]))
+    folder = target.with_name(f".{target.name}.{_GRADIENTS}{identity[:16]}")
+    forget_gradients(target, but=folder)
+    if not folder.exists():
+        asked = Collecting(
+            checkpoint=text.loaded.checkpoint.path,
+            windows=replace(windows, sequences=some, length=length),
+            output=folder,
+            kind="hessian",
+            device=machine.device,
+            memory=machine.memory // _SHARE,
+            gradients="alone",
+            scratch=text.asked.scratch,
+        )
+        calibrate(run, asked)
+    return replace(text, gradients=_gradients(folder), expected=())
+
+
+def forget_gradients(target: Path, *, but: Path | None = None) -> None:
+    """Remove the gradients that wait beside an output."""
+    for found in target.parent.glob(f".{glob.escape(target.name)}.{_GRADIENTS}*"):
+        if found != but and found.is_dir():
+            shutil.rmtree(found, ignore_errors=True)
 
 
 def _gradients(stats: Path) -> dict[str, StoredTensor]:

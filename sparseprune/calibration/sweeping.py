@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from msgspec import Struct
+from torch.utils._pytree import tree_leaves, tree_map
 
 from sparseprune.calibration.runs import Parking, Stream
 from sparseprune.calibration.stages import Depths, Following
@@ -39,7 +40,7 @@ class Look(Struct, frozen=True, eq=False):
     """What the first sequence shows of a block: by parameter its depth and its first and last product.
 
     `again` are parameters that are used at several places, `routed` those of experts, `summed` those whose
-    outputs are added to something else.
+    outputs are added to something else. `overwrites`: the block changes what it gets.
     """
 
     depths: Mapping[str, int]
@@ -48,6 +49,7 @@ class Look(Struct, frozen=True, eq=False):
     again: Collection[str]
     routed: Collection[str]
     summed: Collection[str]
+    overwrites: bool = False
 
 
 class Gathered(Struct, frozen=True, eq=False):
@@ -135,8 +137,12 @@ class Sweep:
             for watch in (depths, following):
                 watch.begin(self._counted(0))
             run = stream.given(0)
+            args, kwargs = _copied((run.args, run.kwargs))
+            tensors = [one for one in tree_leaves((args, kwargs)) if isinstance(one, torch.Tensor)]
+            before = [one._version for one in tensors]  # noqa: SLF001  (counts changes in place)
             with depths, following:
-                blocks.modules[name](*run.args, **run.kwargs)
+                blocks.modules[name](*args, **kwargs)
+            overwrites = before != [one._version for one in tensors]  # noqa: SLF001
             summed = {one for one in own if following.beside(one) is not None}
             stream.keep(0)
         found = dict(depths.of)
@@ -144,7 +150,7 @@ class Sweep:
             if blocks.owner(other) == name:
                 found[other] = depths.of[like]
         numbers = (depths.first, depths.last, depths.again, depths.routed)
-        self._seen = Look(found, *numbers, summed)
+        self._seen = Look(found, *numbers, summed, overwrites)
         return self._seen
 
     def gather(self, name: str, units: Sequence[Unit], *, is_last: bool) -> Gathered:
@@ -195,8 +201,10 @@ class Sweep:
         self._loaded.blocks.put(name, parameters)
         watch.begin(self._counted(batch))
         run = stream.given(batch)
+        given = (run.args, run.kwargs)
+        args, kwargs = _copied(given) if self._seen.overwrites else given
         with self._loaded.telling(self._sequences.ids.shape[1]), suppress(EnoughError), watch:
-            return self._loaded.blocks.modules[name](*run.args, **run.kwargs)
+            return self._loaded.blocks.modules[name](*args, **kwargs)
         return None
 
     def _shapes(self, name: str) -> dict[str, tuple[int, ...]]:
@@ -356,6 +364,11 @@ class _Sums:
                 found = found.div_(max(1, self._rows[home.unit][0]))
                 residuals[home.weight] = (found.T if home.is_turned else found).contiguous()
         return Gathered(moments, mixed, residuals, counts)
+
+
+def _copied(given: Any) -> Any:
+    """Arguments of a block, with tensors of their own."""
+    return tree_map(lambda one: one.clone() if isinstance(one, torch.Tensor) else one, given)
 
 
 def _batches(sequences: Sequences) -> Iterator[range]:

@@ -180,6 +180,9 @@ def statistics_in_memory(
             for weight, dim in one.weights.items():
                 counts = tokens.get(one.name, ())
                 of[weight] = Statistic(moment, "hessian", dim, counts, mixed=beside)
+        elif one.about == "gradients":
+            (weight,) = one.weights
+            of[weight] = replace(of[weight], gradients=add(one.name, one.shape("hessian")))
     for weight, shape in residuals.items():
         of[weight] = replace(of[weight], residual=add(f"{weight}.residual", shape))
     header = Header(tuple(one.entry for one in found.values()), {}, b"")
