@@ -129,6 +129,7 @@ class Blocks:
             for key, parameter in module._parameters.items():  # noqa: SLF001
                 if parameter is not None and not parameter.is_meta and f"{path}.{key}" not in self.tied:
                     module._parameters[key] = _parameter(parameter.to("meta"))  # noqa: SLF001
+        _give_memory_back()
 
     @contextmanager
     def opened(self, name: str, read: Read) -> Iterator[dict[str, torch.nn.Parameter]]:
@@ -270,3 +271,9 @@ def _map_large_memory() -> None:
     """Let glibc give large memory back when it is free; else it keeps some more of it after each block."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, _MAPPED)
+
+
+def _give_memory_back() -> None:
+    """Give back what is free, in a millisecond; else threads that load keep some of it after each block."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
