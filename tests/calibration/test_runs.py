@@ -14,7 +14,7 @@ from sparseprune.calibration import LoadedModel, load_model
 from sparseprune.calibration.runs import Parking, Run, Stream, halting, outputs_of
 from sparseprune.checkpoint import TensorReader, open_checkpoint
 from sparseprune.errors import SparsepruneError
-from tests.calibration.models import tokenizer
+from tests.calibration.models import save, tokenizer
 from tests.families import zoo
 
 pytestmark = pytest.mark.usefixtures("quiet_transformers")
@@ -160,3 +160,27 @@ def test_streamed_outputs_are_those_of_the_whole_model(name: str, room: int, tmp
             blocks.load(block, read)
         for ids, logits in zip(batches, found, strict=True):
             assert torch.equal(loaded.forward(ids).logits, logits)
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").is_file(), reason="the system does not tell")
+def test_blocks_that_were_freed_leave_no_memory_behind(tmp_path: Path) -> None:
+    import transformers
+
+    kind: Any = transformers.LlamaConfig
+    small = {"hidden_size": 384, "intermediate_size": 512, "num_attention_heads": 4, "vocab_size": 64}
+    saved = save(transformers.LlamaForCausalLM(kind(**small, num_hidden_layers=2)), tmp_path / "model")
+    with TensorReader() as reader:
+        loaded = load_model(open_checkpoint(saved), "cpu", reader)
+        taken = []
+        for _ in range(30):
+            for name in loaded.blocks.names:
+                loaded.blocks.load(name, loaded.read(reader))
+                loaded.blocks.free(name)
+            taken.append(own_memory())
+    assert taken[-1] - taken[4] < 4 << 20
+
+
+def own_memory() -> int:
+    """Bytes of memory that are no pages of files."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("Anonymous:"))
