@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from msgspec import Struct
 
@@ -41,7 +41,8 @@ if TYPE_CHECKING:
 class Collecting(Struct, frozen=True):
     """What text to run through which model, and where the statistics go.
 
-    `memory` is bytes for second moments; `scratch` is a folder for hidden states, None for a temporary one.
+    `memory` is bytes for second moments; `gradients` may be "alone", without moments of inputs; `scratch` is
+    a folder for hidden states, None for a temporary one.
     """
 
     checkpoint: Path
@@ -50,7 +51,7 @@ class Collecting(Struct, frozen=True):
     kind: StatisticsKind
     device: str
     memory: int
-    gradients: bool = False
+    gradients: bool | Literal["alone"] = False
     force: bool = False
     scratch: Path | None = None
 
@@ -80,7 +81,8 @@ def calibrate(run: Run, asked: Collecting) -> Statistics:
         run.note("finding out which matrices meet text")
         loss = Loss(asked.windows.seed) if asked.gradients else None
         streaming = Streaming(loaded, loaded.read(reader), sequences, folder)
-        plan = plan_calibration(streaming, asked.kind, asked.memory, loss)
+        alone = asked.gradients == "alone"
+        plan = plan_calibration(streaming, asked.kind, asked.memory, loss, alone=alone)
         if loaded.others and plan.without:
             others = " and ".join(loaded.others)
             run.note(

@@ -237,7 +237,7 @@ class _Summing:
                 sums = _Sums(units, self.kind, self.streaming.loaded.device)
                 label = f"{name}, run {number} of {len(parts)}" if len(parts) > 1 else name
                 heard = [*units, *(wanted if hand else ())]
-                collector = self._collector(sums | standing, heard, only=() if hand else units)
+                collector = self._collector(sums | standing, heard, only=() if hand or back else units)
                 run(collector if heard else None, label, hand=hand)
                 counts += [self._written(sums, unit) for unit in units]
         if not has and name in ways:
@@ -384,7 +384,8 @@ class _Collector:
         this = (product.parameter, product.matrix, inputs.data_ptr(), tuple(inputs.shape), inputs._version)  # noqa: SLF001
         same = self._previous is not None and self._previous[0] == this
         self._previous = (this, inputs)  # kept alive, so that its memory is not used again
-        if self._last is not None and self._first.get(product.parameter, 0) > self._last:
+        later = self._last is not None and self._first.get(product.parameter, 0) > self._last
+        if later and not product.routed:  # experts that the first sequence did not meet may follow others
             raise EnoughError
         for one, place in self._of("inputs", product) if not same else ():
             one.add_inputs(place, product)

@@ -17,6 +17,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils._pytree import SUPPORTED_NODES, register_pytree_node
 
 from sparseprune.calibration.blocks import open_blocks, reading
 from sparseprune.calibration.runs import halting
@@ -237,6 +238,13 @@ def _transformers() -> Any:
             "running a model needs transformers, which is not installed: pip install 'sparseprune[calibrate]'"
         ) from error
     huggingface_hub.constants.HF_HUB_OFFLINE = True  # if it was imported before
+    shared = getattr(transformers.cache_utils, "KVSharingDict", None)
+    if shared is not None and shared not in SUPPORTED_NODES:  # else torch sees no tensors in it
+        register_pytree_node(
+            shared,
+            lambda found: ([*found.values()], [*found]),
+            lambda values, keys: shared(zip(keys, values, strict=True)),
+        )
     logging: Any = transformers.utils.logging
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -320,6 +328,8 @@ def _plain(config: Any) -> Any:
     for part in _configs(config):
         part._attn_implementation = None  # noqa: SLF001  (may name a repository; there is no public way)
         part._experts_implementation = "eager"  # noqa: SLF001  (each expert a product of its own)
+        if getattr(part, "use_cache", None):
+            part.use_cache = False  # a block that runs again would find itself in it
         for key in ("quantization_config", "fusion_config", "transformers_weights"):
             if getattr(part, key, None) is not None:
                 setattr(part, key, None)

@@ -143,12 +143,17 @@ class Calibration:
 
 
 def plan_calibration(
-    streaming: Streaming, kind: StatisticsKind, memory: int, loss: Loss | None = None
+    streaming: Streaming,
+    kind: StatisticsKind,
+    memory: int,
+    loss: Loss | None = None,
+    *,
+    alone: bool = False,
 ) -> Calibration:
     """Run the first sequence to find which matrices text reaches; group their sums by `memory` bytes.
 
     On a device sums take no more than its room, either. With a `loss` for whose gradients there is a way
-    back.
+    back; `alone` leaves out all but these.
 
     Raises:
         SparsepruneError: no matrix of the checkpoint is multiplied with text, or one needs more memory.
@@ -178,7 +183,7 @@ def plan_calibration(
     named = {name for unit in units for name in unit.collected.weights}
     without: dict[str, str] = {}
     if loss is not None:
-        units += _units_of_gradients(seen, shapes, stored, without)
+        units = [*(units if not alone else ()), *_units_of_gradients(seen, shapes, stored, without)]
     units.sort(key=lambda unit: unit.last)
     by_name = {unit.collected.name: unit.collected for unit in units}
     _refuse_lack(units, kind, memory, room, str(loaded.device))

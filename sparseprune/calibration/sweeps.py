@@ -6,6 +6,7 @@ Knows no sums, and loads no weights. Called by planning and collecting.
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from contextlib import ExitStack, closing, nullcontext, suppress
 from typing import TYPE_CHECKING, Any, Self
 
@@ -337,12 +338,12 @@ def _written(before: list[Any], arguments: Any) -> list[tuple[Any, Any]]:
 def _entries(tree: Any) -> Iterator[tuple[Any, Any]]:
     """The innermost entries of dicts and lists."""
     items: Any = ()
-    if isinstance(tree, dict):
+    if isinstance(tree, MutableMapping):
         items = tree.items()
     elif isinstance(tree, list | tuple):
         items = enumerate(tree)
     for key, value in items:
-        if isinstance(value, dict | list):
+        if isinstance(value, MutableMapping | list):
             yield from _entries(value)
         elif not isinstance(tree, tuple):
             yield tree, key

@@ -123,10 +123,14 @@ class Statistic(Struct, frozen=True):
 
 @dataclass(frozen=True)
 class Statistics:
-    """A file or directory of statistics, its headers read; `of` has one entry for every weight."""
+    """A file or directory of statistics, its headers read; `of` has one entry for every weight.
+
+    `gradients` has those of every weight, also of one without a moment of its inputs.
+    """
 
     checkpoint: Checkpoint
     of: Mapping[str, Statistic] = field(repr=False)
+    gradients: Mapping[str, StoredTensor] = field(repr=False)
 
 
 def open_statistics(path: Path) -> Statistics:
@@ -149,7 +153,8 @@ def open_statistics(path: Path) -> Statistics:
     for about, tensors in beside.items():
         for weight in tensors.keys() & found.keys():
             found[weight] = replace(found[weight], **{about: tensors[weight]})
-    return Statistics(checkpoint, MappingProxyType(found))
+    gradients = MappingProxyType(beside["gradients"])
+    return Statistics(checkpoint, MappingProxyType(found), gradients)
 
 
 def statistics_in_memory(

@@ -9,13 +9,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from sparseprune.api.calibrating import Collecting
+from sparseprune.api.calibrating import calibrate as calibrate_alone
+from sparseprune.api.run import Run
 from sparseprune.calibration.gradients import differentiable
 from sparseprune.calibration.watching import Product, Watch
 from sparseprune.checkpoint import open_statistics
 from tests.calibration.gradients import Met, gradients_of
-from tests.calibration.models import made, save, save_family
+from tests.calibration.models import made, save, save_family, text, tokenizer
 from tests.calibration.test_statistics_of_models import BUILT, calibrate, sequences
 from tests.commands import ok, refused
+from tests.families import zoo
 
 pytestmark = pytest.mark.usefixtures("quiet_transformers")
 
@@ -182,6 +186,45 @@ def test_outputs_without_equal_groups_have_no_gradients_and_it_is_told(
     assert {one["why"] for one in without} == {
         f"its {outputs} outputs make no equal groups of 40 to 40" for outputs in (48, 64)
     }
+
+
+def test_a_model_that_would_keep_keys_for_later_runs_its_blocks_again(tmp_path: Path) -> None:
+    zoo.save(zoo.SPECIES["switch_transformers"], tmp_path)
+    folder = tmp_path / "switch_transformers"
+    tokenizer().save_pretrained(folder)
+    (tmp_path / "words.txt").write_text(text())
+    one = collected(tmp_path, "switch_transformers", tmp_path / "one")
+    many = collected(tmp_path, "switch_transformers", tmp_path / "many", "--memory", 40_000)
+    assert one.keys() == many.keys()
+    assert all(torch.equal(one[name], many[name]) for name in one)
+
+
+def test_gradients_alone_are_those_that_come_with_moments_of_inputs(home: Path, tmp_path: Path) -> None:
+    both = collected(home, "mixtral", tmp_path / "both")
+    asked = Collecting(
+        checkpoint=home / "mixtral",
+        text=[home / "words.txt"],
+        output=tmp_path / "alone",
+        kind="hessian",
+        sequences=5,
+        length=12,
+        field=None,
+        seed=0,
+        device="cpu",
+        memory=1 << 30,
+        gradients="alone",
+    )
+    found = calibrate_alone(Run(None), asked)
+    assert not found.matrices
+    assert not found.experts
+    alone = load_file(tmp_path / "alone/statistics.safetensors")
+    assert alone.keys() == {name for name in both if name.endswith(".gradients")}
+    assert all(torch.equal(alone[name], both[name]) for name in alone)
+    assert not open_statistics(tmp_path / "alone").of
+    stored = open_statistics(tmp_path / "alone").gradients
+    together = open_statistics(tmp_path / "both")
+    assert stored.keys() == together.gradients.keys() == together.of.keys()
+    assert all(stored[name].name == one.gradients.name for name, one in together.of.items() if one.gradients)
 
 
 def test_norms_have_no_gradients(home: Path, tmp_path: Path) -> None:
