@@ -129,7 +129,7 @@ def read_text(
     inside = tuple(unit for unit in met if unit.about == "inputs")
     known = {name for unit in inside for name in unit.collected.weights}
     expected = (one for one in planned.tensors if one.about == "gradients" and known.issuperset(one.weights))
-    gradients = {} if stats is None else _gradients(stats)
+    gradients = {} if stats is None else open_statistics(stats).gradients
     return SweptText(asked, loaded, sequences, inside, tuple(expected), gradients, stats, outside)
 
 
@@ -159,7 +159,7 @@ def with_gradients(run: Run, text: SweptText, target: Path, machine: Machine) ->
             scratch=text.asked.scratch,
         )
         calibrate(run, asked)
-    return replace(text, gradients=_gradients(folder), expected=())
+    return replace(text, gradients=open_statistics(folder).gradients, expected=())
 
 
 def forget_gradients(target: Path, *, but: Path | None = None) -> None:
@@ -167,11 +167,6 @@ def forget_gradients(target: Path, *, but: Path | None = None) -> None:
     for found in target.parent.glob(f".{glob.escape(target.name)}.{_GRADIENTS}*"):
         if found != but and found.is_dir():
             shutil.rmtree(found, ignore_errors=True)
-
-
-def _gradients(stats: Path) -> dict[str, StoredTensor]:
-    of = open_statistics(stats).of
-    return {name: one.gradients for name, one in of.items() if one.gradients is not None}
 
 
 def _bytes_in_memory(loaded: LoadedModel) -> int:

@@ -192,7 +192,8 @@ def statistics_in_memory(
         of[weight] = replace(of[weight], residual=add(f"{weight}.residual", shape))
     header = Header(tuple(one.entry for one in found.values()), {}, b"")
     checkpoint = Checkpoint(path, {shard: header}, is_directory=False, others=(), tensors=found)
-    return Statistics(checkpoint, MappingProxyType(of))
+    gradients = {name: one.gradients for name, one in of.items() if one.gradients is not None}
+    return Statistics(checkpoint, MappingProxyType(of), MappingProxyType(gradients))
 
 
 def _new(weights: Mapping[str, int], found: Mapping[str, Any], shard: Shard) -> Mapping[str, int]:
