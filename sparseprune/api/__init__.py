@@ -71,7 +71,7 @@ def apply(
     windows = Windows([Path(one) for one in text], sequences, length, field, seed, special)
     read = AskedText(windows, gradients, path_or_none(scratch))
     asked = source(checkpoint, spec, set, target, (reconstruct, stats), read)
-    return prune(run, prepare(asked, goes, machine(device, jobs, memory), run))
+    return prune(run, prepare(asked, goes, machine(device, jobs, memory, sweeps=bool(text)), run))
 
 
 def mask(
@@ -155,7 +155,7 @@ def plan(
     windows = Windows([Path(one) for one in text], sequences, length, field, seed, special)
     read = AskedText(windows, gradients)
     asked = source(checkpoint, spec, set, target, (reconstruct, stats), read)
-    prepared = prepare(asked, goes, machine(device, jobs, memory), run, plans=True)
+    prepared = prepare(asked, goes, machine(device, jobs, memory, sweeps=bool(text)), run, plans=True)
     if allocation:
         prepared = with_parts_of_budgets(run, prepared)
     if look is not None:
@@ -230,7 +230,7 @@ def remove(
         rebuilding=(reconstruct, path_or_none(stats)),
         text=read,
         target=Target(path_or_none(output), None, force, resized=True, model_type=as_model),
-        machine=machine(device, jobs, memory),
+        machine=machine(device, jobs, memory, sweeps=bool(text)),
     )
     return cut_out(Run(progress, strict=strict), asked)
 

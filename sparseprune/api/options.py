@@ -82,7 +82,7 @@ Memory = Annotated[
     Option(
         _MEMORY,
         "Memory that a run may use, such as 8GiB or 500MB.",
-        shown=f"{_QUARTER}, 1GiB at most",
+        shown=f"{_QUARTER}, 1GiB at most without --text",
         typed=str,
     ),
 ]
@@ -345,11 +345,21 @@ class Machine:
     memory: int
 
 
-def machine(device: str = "cpu", jobs: int | None = None, memory: int | str | None = None) -> Machine:
-    """What was given, and the defaults for the rest; SparsepruneError for a size that is none."""
+def machine(
+    device: str = "cpu",
+    jobs: int | None = None,
+    memory: int | str | None = None,
+    *,
+    sweeps: bool = False,
+) -> Machine:
+    """What was given, and the defaults for the rest; SparsepruneError for a size that is none.
+
+    One that `sweeps` a text through a model has more memory by default.
+    """
     if jobs is not None and jobs < 1:
         raise SparsepruneError(f"--jobs {jobs}: wanted 1 or more")
-    nbytes = default_memory() if memory is None else memory_of(memory)
+    usual = quarter_of_memory() if sweeps else default_memory()
+    nbytes = usual if memory is None else memory_of(memory)
     return Machine(device, jobs or default_jobs(), nbytes)
 
 

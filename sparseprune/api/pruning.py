@@ -80,6 +80,8 @@ class Prepared(Struct, frozen=True):
     def peak_bytes(self) -> int:
         """Resident memory of a run at the most, about."""
         peak = self.schedule.peak_bytes
+        if self.swept is not None:
+            peak += self.swept.rooms.expected
         return peak if self.allocation is None else max(peak, self.allocation.peak)
 
 
@@ -126,6 +128,7 @@ def prepare(
         from sparseprune.api.sweeping import divide
 
         swept = divide(plan, text, machine)
+        schedule = schedule_of(plan, target, beside(machine, swept))
     parts = (plan, schedule, layout, coverage)
     return Prepared(asked, target, machine, source, spec, *parts, found, allocation, unrebuilt, swept)
 
@@ -204,6 +207,7 @@ def decided(
     from sparseprune.api.sweeping import divide
 
     swept = divide(plan, text, machine)
+    schedule = schedule_of(plan, prepared.target, beside(machine, swept))
     return replace(prepared, spec=spec, plan=plan, schedule=schedule, swept=swept)
 
 
@@ -369,16 +373,21 @@ def forget(prepared: Prepared) -> None:
         forget_gradients(target_of(prepared.plan.checkpoint, prepared.target))
 
 
+def beside(machine: Machine, swept: Swept) -> Machine:
+    """What a sweep leaves of a machine for the work on matrices."""
+    return dataclasses.replace(machine, memory=machine.memory - swept.rooms.taken)
+
+
 def swept_outcomes(
     run: Run, prepared: Prepared, reader: TensorReader, output: StagedOutput, device: str
 ) -> Sequence[TensorOutcome]:
     """Do the work with a text, block by block."""
     from sparseprune.api.sweeping import Sweeper
 
-    swept, target, machine = prepared.swept, prepared.target, prepared.machine
+    swept, target = prepared.swept, prepared.target
     if swept is None:
         raise TypeError("there is no text")
-    left = dataclasses.replace(machine, memory=machine.memory - swept.rooms.taken)
+    left = beside(prepared.machine, swept)
     sweeper = Sweeper(run, swept, output, reader, lambda plan: schedule_of(plan, target, left))
     return sweeper.execute(device)
 

@@ -52,8 +52,9 @@ if TYPE_CHECKING:
 
     Scheduling = Callable[[Plan], Schedule]
 
-_TRANSFORMERS = 280 << 20  # bytes that transformers and a model without weights take; measured
+_TRANSFORMERS = 150 << 20  # bytes that transformers and a model without weights take; measured
 _LEAST = 32 << 20  # bytes for work on matrices beside the largest one
+_BATCH_BYTES = 40  # that a token takes on its way through a block, for each input of the widest matrix
 _SHARE = 3  # parts of the memory that is left for moments, for states, and for further matrices
 _AMPLE = 1 << 60  # bytes
 _GRADIENTS = "sparseprune-gradients-"  # in the name of a folder, before a digest of what they are of
@@ -71,6 +72,7 @@ class SweptText(Struct, frozen=True, eq=False):
     gradients: Mapping[str, StoredTensor]
     before: Path | None
     outside: int  # bytes of the model that are in memory
+    state: int  # bytes that a sequence takes in front of a block
 
     def statistics(
         self,
@@ -113,6 +115,7 @@ def read_text(
     `stats` are statistics of the dense model, of which gradients are taken.
     """
     from sparseprune.calibration import Loss, Streaming, load_model, plan_calibration
+    from sparseprune.calibration.sweeping import state_bytes
 
     documents = asked.windows.documents()
     run.note(f"loading the model of {checkpoint.path}")
@@ -124,13 +127,14 @@ def read_text(
         streaming = Streaming(loaded, loaded.read(reader), sequences, folder)
         loss = Loss(asked.windows.seed) if asked.gradients else None
         planned = plan_calibration(streaming, "hessian", _AMPLE, loss)
+        state = state_bytes(loaded, sequences)
     # What stands outside of blocks, or in one that is met again, is summed up as long as text is on its way.
     met = (unit for one in planned.sweeps for parts in one.there.values() for part in parts for unit in part)
     inside = tuple(unit for unit in met if unit.about == "inputs")
     known = {name for unit in inside for name in unit.collected.weights}
     expected = (one for one in planned.tensors if one.about == "gradients" and known.issuperset(one.weights))
     gradients = {} if stats is None else open_statistics(stats).gradients
-    return SweptText(asked, loaded, sequences, inside, tuple(expected), gradients, stats, outside)
+    return SweptText(asked, loaded, sequences, inside, tuple(expected), gradients, stats, outside, state)
 
 
 def with_gradients(run: Run, text: SweptText, target: Path, machine: Machine) -> SweptText:
@@ -178,16 +182,29 @@ def _bytes_in_memory(loaded: LoadedModel) -> int:
 
 
 class Rooms(Struct, frozen=True):
-    """How the memory of a sweep is divided, in bytes: what is always there, moments, hidden states."""
+    """How the memory of a sweep is divided, in bytes.
+
+    `fixed` is always there: what stands outside of blocks, and two copies of the largest one. `batch` comes
+    up when a batch goes through a block. `moments` and `states` are what there is room for, `wanted` how much
+    there will be of both at the most, about.
+    """
 
     fixed: int
+    batch: int
     moments: int
     states: int
+    wanted: tuple[int, int]
 
     @property
     def taken(self) -> int:
         """By all but the work on matrices."""
-        return self.fixed + self.moments + self.states
+        return self.fixed + self.batch + self.moments + self.states
+
+    @property
+    def expected(self) -> int:
+        """The same, of what is wanted."""
+        moments, states = self.wanted
+        return self.fixed + max(self.batch, min(self.moments, moments)) + min(self.states, states)
 
 
 class Swept(Struct, frozen=True, eq=False):
@@ -236,25 +253,32 @@ def divide(plan: Plan, text: SweptText, machine: Machine) -> Swept:
 
 
 def _rooms(plan: Plan, text: SweptText, machine: Machine) -> Rooms:
-    """Two copies of the largest block, and what is left for moments and states beside the largest matrix."""
+    """What is left beside a batch and the largest matrix goes to moments, states and further matrices."""
+    from sparseprune.calibration.sweeping import BATCH_TOKENS
+
     stored, blocks = plan.checkpoint.tensors, text.loaded.blocks
     block = max([0, *(sum(stored[key].nbytes for key in blocks.stored(name)) for name in blocks.names)])
     fixed = _TRANSFORMERS + text.outside + 2 * block
     schedule = make_schedule(plan, _AMPLE, 1)
     largest = max([0, *(group.strategy.memory for group in schedule.groups)])
     least = max([0, *(_moment_bytes(unit) for unit in text.units)])
-    left = machine.memory - fixed - largest - (INTERPRETER + TORCH + _LEAST + schedule.limits.resident)
+    widest = max([0, *(unit.collected.features for unit in text.units)])
+    batch = _BATCH_BYTES * widest * min(BATCH_TOKENS, text.sequences.ids.numel())
+    base = INTERPRETER + TORCH + _LEAST + schedule.limits.resident
+    left = machine.memory - fixed - batch - largest - base
     if left < least:
         raise SparsepruneError(
             f"--memory {machine.memory}: a block, its second moments and the work on its largest matrix need "
             f"{machine.memory - left + least} bytes; give that or more"
         )
-    wanted: dict[str | None, int] = {}
+    together: dict[tuple[str | None, int], int] = {}  # experts of one block have their moments together
     for unit in text.units:
-        owner = blocks.owner(unit.parameter)
-        wanted[owner] = wanted.get(owner, 0) + _moment_bytes(unit)
-    moments = max(least, min(left // _SHARE, max(wanted.values(), default=0)))
-    return Rooms(fixed, moments, (left - moments) // _SHARE)
+        where = (blocks.owner(unit.parameter), unit.collected.features)
+        together[where] = together.get(where, 0) + _moment_bytes(unit)
+    moments = max(together.values(), default=0)
+    room = max(least, min(left // _SHARE, moments))
+    states = 2 * text.state * len(text.sequences.ids)
+    return Rooms(fixed, batch, room, (left - room) // _SHARE, (moments, states))
 
 
 def _moment_bytes(unit: Unit) -> int:

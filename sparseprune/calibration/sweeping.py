@@ -14,7 +14,7 @@ import torch
 from msgspec import Struct
 from torch.utils._pytree import tree_leaves, tree_map
 
-from sparseprune.calibration.runs import Parking, Stream
+from sparseprune.calibration.runs import Parking, Run, Stream
 from sparseprune.calibration.stages import Depths, Following
 from sparseprune.calibration.stored import siblings, stored_as
 from sparseprune.calibration.watching import EnoughError
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from sparseprune.calibration.text import Sequences
     from sparseprune.calibration.watching import Product
 
-_BATCH_TOKENS = 4096  # in one forward pass
+BATCH_TOKENS = 4096  # in one forward pass
 _TOKENS_AN_INPUT = 8  # fewer, and what residuals differ by is learned by heart; measured on MiniLM
 
 
@@ -366,6 +366,16 @@ class _Sums:
         return Gathered(moments, mixed, residuals, counts)
 
 
+def state_bytes(loaded: LoadedModel, sequences: Sequences) -> int:
+    """Bytes of what a sequence has in front of the first block."""
+    with torch.no_grad():
+        run = Run(lambda: loaded.forward(sequences.ids[:1]))
+    tensors = [one for one in tree_leaves((run.args, run.kwargs)) if isinstance(one, torch.Tensor)]
+    found = {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors}
+    run.drop()
+    return sum(found.values())
+
+
 def _copied(given: Any) -> Any:
     """Arguments of a block, with tensors of their own."""
     return tree_map(lambda one: one.clone() if isinstance(one, torch.Tensor) else one, given)
@@ -374,7 +384,7 @@ def _copied(given: Any) -> Any:
 def _batches(sequences: Sequences) -> Iterator[range]:
     """The numbers of the sequences in each batch; the first one is by itself, to look at a block."""
     total, length = sequences.ids.shape
-    step = max(1, _BATCH_TOKENS // length)
+    step = max(1, BATCH_TOKENS // length)
     yield range(1)
     begin = 1
     while begin < total:
