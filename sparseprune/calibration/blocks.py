@@ -7,6 +7,7 @@ Owns how transformers loads weights into a model that is on no device yet. What 
 from __future__ import annotations
 
 import ctypes
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from sparseprune.errors import CheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+    from concurrent.futures import Future
     from pathlib import Path
 
     from torch import Tensor
@@ -61,6 +63,7 @@ class Blocks:
         self._model: Any = None
         self._how: Any = None
         self._load: Any = None
+        self._ahead: tuple[str, Future[dict[str, Tensor]]] | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -94,6 +97,10 @@ class Blocks:
         """
         if self.are_resident:
             return self.parameters(name)
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None:
+            found = ahead[1].result()  # also where it is of another block: two are never read at a time
+            read = found.__getitem__ if ahead[0] == name else read
         given = {key: _Late(key, read) for key in self._keys[name]}
         kept = getattr(self._model, "_weight_conversions", None)
         info, _ = self._load(
@@ -113,6 +120,14 @@ class Blocks:
             )
         _placed(self.modules[name], self._device)
         return self.parameters(name)
+
+    def read_ahead(self, name: str, read: Read) -> None:
+        """Begin to read a block onto its device in a thread, while another one is worked on; `load` waits."""
+        if self._ahead is None and self._keys.get(name):
+            pool = ThreadPoolExecutor(1)
+            keys = tuple(self._keys[name])
+            self._ahead = name, pool.submit(lambda: {key: read(key) for key in keys})
+            pool.shutdown(wait=False)
 
     def put(self, name: str, parameters: Mapping[str, torch.nn.Parameter]) -> None:
         """Give a block these parameters, by their names in it."""
