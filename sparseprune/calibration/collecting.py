@@ -195,6 +195,7 @@ class _Summing:
             rest.discard(name)
 
             def run(collector: _Collector | None, label: str, *, hand: bool) -> None:
+                self._read_ahead(len(sweep.visits) + 1)
                 done = self._stepping(collector, label, back=False)
                 sweep.through(collector, hand=hand and bool(goes_on or rest), done=done)
 
@@ -211,6 +212,7 @@ class _Summing:
             rest.discard(sweep.visits[visit])
 
             def run(collector: _Collector | None, label: str, *, hand: bool, visit: int = visit) -> None:
+                self._read_ahead(visit - 1)
                 done = self._stepping(collector, f"{label} back", back=True)
                 sweep.back(visit, collector, hand=hand and bool(wanted or rest), done=done)
 
@@ -242,6 +244,12 @@ class _Summing:
                 counts += [self._written(sums, unit) for unit in units]
         if not has and name in ways:
             self._note(_key(self.number, name, back=back), counts)
+
+    def _read_ahead(self, visit: int) -> None:
+        """Let a device have the block of another visit while it works on this one."""
+        loaded, visits = self.streaming.loaded, self.plan.visits
+        if loaded.device.type == "cuda" and 0 <= visit < len(visits):
+            loaded.blocks.read_ahead(visits[visit], self.streaming.read)
 
     def _has(self, name: str, *, back: bool) -> bool:
         return _key(self.number, name, back=back) in self.output.finished

@@ -23,10 +23,11 @@ from tests.families import zoo
 
 pytestmark = pytest.mark.usefixtures("quiet_transformers")
 
+SHARED_KEYS = "gemma4_shared"  # its last layers have keys of earlier ones
 FAMILIES = [
     "llama", "phi3", "gpt2", "bert", "bert_for_masked_lm", "t5", "albert",
     "deberta_v2_with_keys_of_positions",
-    "nomic_bert", "longformer", "mixtral", "gpt_oss", "llama4", "dbrx",
+    "nomic_bert", "longformer", "mixtral", "gpt_oss", "llama4", "dbrx", SHARED_KEYS,
 ]  # fmt: skip
 UNREACHED = {"bert": ["pooler.dense.weight"], "albert": ["pooler.weight"]}
 UNREACHED["longformer"] = UNREACHED["bert"]
@@ -85,6 +86,8 @@ def test_moments_are_those_of_the_gradients_that_autograd_has(family: str, tmp_p
     folder = tmp_path / "model"
     if family in BUILT:
         save(BUILT[family](), folder)
+    elif family == SHARED_KEYS:
+        save(zoo.build(zoo.SPECIES[family]), folder, torch.float64)
     else:
         save_family(family, folder)
     special = ["--special"] if family in EXPERTS else []
@@ -115,7 +118,9 @@ def test_moments_are_those_of_the_gradients_that_autograd_has(family: str, tmp_p
         for rows, moment, count in zip(stack, moments, tokens, strict=True):
             number, wanted = expected(rows, met)
             assert (name, count) == (name, number)
-            torch.testing.assert_close(moment.double(), wanted, rtol=2e-4, atol=1e-6)
+            # Sums have 24 bits, and moments of shared keys are far from 1.
+            scale = float(wanted.abs().max()) if family == SHARED_KEYS else 1.0
+            torch.testing.assert_close(moment.double(), wanted, rtol=2e-4, atol=1e-6 * scale)
 
 
 def collected(home: Path, model: str, out: Path, *words: object) -> dict[str, torch.Tensor]:

@@ -9,8 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sparseprune.calibration import sweeps
+from sparseprune.calibration import load_model, sweeps
+from sparseprune.calibration.blocks import reading
 from sparseprune.calibration.storing import Store
+from sparseprune.checkpoint import TensorReader, open_checkpoint
 from tests.calibration.models import save, text
 from tests.commands import ok
 
@@ -90,6 +92,27 @@ def test_a_layer_runs_once_for_each_part_of_its_sums(home: Path, tmp_path: Path)
     ]
     assert passes == [1, 4]  # q, o and gate leave no room for down beside the head, which stays
     assert all(torch.equal(one[name], many[name]) for name in one)
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_a_layer_that_was_read_ahead_is_not_read_again(ahead: int, home: Path) -> None:
+    checkpoint = open_checkpoint(home / "model")
+    with TensorReader() as reader:
+        blocks = load_model(checkpoint, "cpu", reader).blocks
+        usual, keys = reading(checkpoint, reader, torch.device("cpu")), []
+
+        def read(name: str) -> torch.Tensor:
+            keys.append(name)
+            return usual(name)
+
+        blocks.read_ahead(blocks.names[ahead], read)
+        for name in blocks.names[:2]:
+            with blocks.opened(name, read) as parameters:
+                for key, one in parameters.items():
+                    assert torch.equal(one, usual(f"{name}.{key}"))
+    stored = [key for name in blocks.names[:2] for key in blocks.stored(name)]
+    # What was read for another layer than the next one is forgotten.
+    assert sorted(keys) == sorted([*stored, *(blocks.stored(blocks.names[1]) if ahead else ())])
 
 
 @pytest.mark.parametrize("room", [0, 100, 1 << 20])
