@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from sparseprune.api.calibrating import Collecting
+from sparseprune.api.windows import Windows
 from sparseprune.api.calibrating import calibrate as calibrate_alone
 from sparseprune.api.run import Run
 from sparseprune.calibration.gradients import differentiable
@@ -208,13 +209,9 @@ def test_gradients_alone_are_those_that_come_with_moments_of_inputs(home: Path, 
     both = collected(home, "mixtral", tmp_path / "both")
     asked = Collecting(
         checkpoint=home / "mixtral",
-        text=[home / "words.txt"],
+        windows=Windows([home / "words.txt"], 5, 12, None, 0),
         output=tmp_path / "alone",
         kind="hessian",
-        sequences=5,
-        length=12,
-        field=None,
-        seed=0,
         device="cpu",
         memory=1 << 30,
         gradients="alone",
