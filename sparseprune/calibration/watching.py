@@ -147,9 +147,11 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return self
 
     def close(self) -> None:
-        """Remove the hooks."""
+        """Remove the hooks, and forget the tensors: whoever watches itself is freed by no count."""
         for hook in self._hooks:
             hook.remove()
+        self._known.clear()
+        del self._watching, self._gates
 
     def begin(self, counted: Tensor, *, gradients: bool = False) -> None:
         """Begin a forward pass; `counted` says which tokens count, (sequences, length).

@@ -1,6 +1,8 @@
 """Runs that halt in front of blocks, and states that wait in memory or in files."""
 
+import gc
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -12,6 +14,7 @@ import torch
 
 from sparseprune.calibration import LoadedModel, load_model
 from sparseprune.calibration.runs import Parking, Run, Stream, halting, outputs_of
+from sparseprune.calibration.stages import Depths, Following
 from sparseprune.checkpoint import TensorReader, open_checkpoint
 from sparseprune.errors import SparsepruneError
 from tests.calibration.models import save, tokenizer
@@ -184,3 +187,20 @@ def own_memory() -> int:
     """Bytes of memory that are no pages of files."""
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith("Anonymous:"))
+
+
+@pytest.mark.parametrize("of", [Depths, lambda model: Following(model, lambda _: None, ["weight"])])
+def test_a_watch_that_is_closed_waits_for_no_collector_of_cycles(of: Any) -> None:
+    model = torch.nn.Linear(4, 4)
+    watch = of(model)
+    watch.begin(torch.ones(1, 3, dtype=torch.bool))
+    gc.disable()
+    try:
+        with torch.no_grad(), watch:
+            model(torch.ones(1, 3, 4)).add_(1)
+        watch.close()
+        gone = weakref.ref(watch)
+        del watch
+        assert gone() is None
+    finally:
+        gc.enable()
