@@ -7,7 +7,8 @@ and the index is written last: a directory that has one is complete.
 import argparse
 import json
 import math
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -125,6 +126,45 @@ def write(folder: Path, model: Decoder, dtype: torch.dtype, most: int = SHARD_BY
     index = {"metadata": {"total_size": size}, "weight_map": weight_map}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
     return size
+
+
+def write_hollow(folder: Path, model: Decoder, layers: Collection[int]) -> int:
+    """As `write`, in bf16: these layers and what is in none; the other layers are zeros, which are holes."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(model.config() | {"torch_dtype": "bfloat16"}) + "\n")
+    generator = torch.Generator().manual_seed(0)
+    drawn = tuple(f"model.layers.{layer}." for layer in layers)
+    cut = list(shards(model.tensors(), 2, SHARD_BYTES))
+    weight_map: dict[str, str] = {}
+    total = 0
+    for number, shard in enumerate(cut, 1):
+        file = f"model-{number:05d}-of-{len(cut):05d}.safetensors"
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        size = 0
+        for name, shape in shard:
+            end = size + 2 * math.prod(shape)
+            header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [size, end]}
+            size = end
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        with (folder / file).open("wb") as stream:
+            stream.write(len(text).to_bytes(8, "little") + text)
+            stream.truncate(8 + len(text) + size)
+            for name, shape in shard:
+                tensor = _draw(shape, torch.bfloat16, generator) if _is_full(name, drawn) else None
+                if tensor is None:
+                    stream.seek(2 * math.prod(shape), os.SEEK_CUR)
+                else:
+                    stream.write(tensor.view(torch.uint8).numpy().data)
+        weight_map |= dict.fromkeys((name for name, _ in shard), file)
+        total += size
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / INDEX).write_text(json.dumps(index) + "\n")
+    return total
+
+
+def _is_full(name: str, drawn: tuple[str, ...]) -> bool:
+    return name.startswith(drawn) or ".layers." not in name or "norm" in name
 
 
 def _draw(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:

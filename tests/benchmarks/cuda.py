@@ -93,7 +93,7 @@ def same_files(one: Path, other: Path) -> bool:
     return names == theirs and all((one / name).read_bytes() == (other / name).read_bytes() for name in names)
 
 
-PARTS = ("commands", "selection", "solver", "calibration", "specs")
+PARTS = ("commands", "selection", "solver", "calibration", "sweeping", "specs")
 
 
 def part_of(name: str, bout: Bout) -> Callable[[Bout], Iterable[Line]]:
@@ -107,6 +107,7 @@ def part_of(name: str, bout: Bout) -> Callable[[Bout], Iterable[Line]]:
         "selection": cuda_parts.selection,
         "solver": cuda_parts.solver,
         "calibration": cuda_parts.calibration,
+        "sweeping": cuda_parts.sweeping,
         "specs": cuda_parts.bytes_of_specs,
     }[name]
 

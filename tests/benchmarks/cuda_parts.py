@@ -140,6 +140,36 @@ def calibration(bout: Bout) -> Iterator[Line]:
         yield dense.name, report["device"], f"{report['seconds']:.1f}", rate, alike
 
 
+def sweeping(bout: Bout) -> Iterator[Line]:
+    """`apply --text`, then `eval`, of a small random Llama | on | seconds | output error | KL to dense"""
+    home = bout.folder("sweeping")
+    text, _ = texts(home)
+    dense = random_llama(home / "dense", text, small=True)
+    asked = ("--text", text, "--length", decoders.LENGTH, "--sequences", 16, "--json")
+    found: list[dict[str, float]] = []
+    for device in bout.devices:
+        what = f"apply --text on {device}"
+        if not bout.has_time(what, 60):
+            continue
+        out = home / f"swept-{len(found)}"
+        began = time.perf_counter()
+        swept = told("apply", dense, "2of4", "--reconstruct", "admm", *asked, "--device", device, "-o", out)
+        judged = told("eval", out, "--against", dense, *asked, "--device", device)
+        seconds = time.perf_counter() - began
+        found.append({"error": swept["totals"]["output_error"], "kl": judged["kl"]})
+        if len(found) == 2:
+            for name, on_host in found[0].items():
+                holds = abs(found[1][name] - on_host) <= CLOSE * abs(on_host)
+                bout.check(f"{name} of {what}", holds=holds)
+        yield dense.name, device, f"{seconds:.1f}", *(f"{one:.3g}" for one in found[-1].values())
+
+
+def told(*words: object) -> Any:
+    """The result of a command as JSON."""
+    done = subprocess.run([*SPARSEPRUNE, *map(str, words), "-q"], check=True, stdout=subprocess.PIPE)
+    return json.loads(done.stdout)
+
+
 def random_llama(folder: Path, text: Path, *, small: bool) -> Path:
     import transformers
 
@@ -155,6 +185,7 @@ def random_llama(folder: Path, text: Path, *, small: bool) -> Path:
         num_attention_heads=max(1, width // 128),
         num_key_value_heads=max(1, width // 256),
         max_position_embeddings=decoders.LENGTH,
+        initializer_range=width**-0.5,
     )
     return decoders.saved(own.LlamaForCausalLM(config), tokenizer, folder)
 
