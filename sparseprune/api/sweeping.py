@@ -261,7 +261,9 @@ def _rooms(plan: Plan, text: SweptText, machine: Machine) -> Rooms:
     fixed = _TRANSFORMERS + text.outside + 2 * block
     schedule = make_schedule(plan, _AMPLE, 1)
     largest = max([0, *(group.strategy.memory for group in schedule.groups)])
-    least = max([0, *(_moment_bytes(unit) for unit in text.units)])
+    names = {one.stored.name for unit in plan.units for task in unit.tasks for one in task.inputs}
+    gathered = [unit for unit in text.units if unit.collected.name in names]
+    least = max([0, *(_moment_bytes(unit) for unit in gathered)])
     widest = max([0, *(unit.collected.features for unit in text.units)])
     batch = _BATCH_BYTES * widest * min(BATCH_TOKENS, text.sequences.ids.numel())
     base = INTERPRETER + TORCH + _LEAST + schedule.limits.resident
@@ -272,7 +274,7 @@ def _rooms(plan: Plan, text: SweptText, machine: Machine) -> Rooms:
             f"{machine.memory - left + least} bytes; give that or more"
         )
     together: dict[tuple[str | None, int], int] = {}  # experts of one block have their moments together
-    for unit in text.units:
+    for unit in gathered:
         where = (blocks.owner(unit.parameter), unit.collected.features)
         together[where] = together.get(where, 0) + _moment_bytes(unit)
     moments = max(together.values(), default=0)
