@@ -63,7 +63,7 @@ def target_weights(
         ]
     )
     turned = (found if dense.ndim == 3 else found[0]).movedim(-1, input_dim)
-    return turned.to(dense.dtype)
+    return turned.to(dense.dtype).contiguous()
 
 
 def _solved(moment: Tensor, damping: float, asked: Tensor) -> Tensor:

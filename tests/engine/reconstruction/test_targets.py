@@ -56,6 +56,15 @@ def test_matrices_of_a_stack_are_on_their_own_and_one_without_inputs_stays() -> 
     assert torch.equal(found[1], dense[1])
 
 
+@pytest.mark.parametrize("stack", [(), (2,)])
+def test_targets_lie_in_memory_as_their_shape_says(stack: tuple[int, ...]) -> None:
+    x = drawn(*stack, ROWS, INPUTS)
+    moment = x.mT @ x
+    found = target_weights(drawn(*stack, INPUTS, OUTPUTS, seed=1), moment, moment, input_dim=-2)
+    assert found.shape == (*stack, INPUTS, OUTPUTS)
+    assert found.is_contiguous()
+
+
 def test_fewer_rows_than_inputs_have_a_target_without_damping() -> None:
     dense, x = drawn(OUTPUTS, INPUTS).float(), drawn(2, INPUTS, seed=1).float()
     found = target_weights(dense, x.T @ x, x.T @ x, damp=0.0)
