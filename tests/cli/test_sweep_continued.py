@@ -1,4 +1,4 @@
-"""`apply --text` that was interrupted or killed: the same command continues at the next block, to the same bytes."""
+"""`apply --text` that was interrupted or killed: the same command goes on at the next block."""
 
 import signal
 import subprocess
