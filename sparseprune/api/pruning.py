@@ -29,15 +29,15 @@ from sparseprune.checkpoint.file_io import checkpoint_identity, refuse_changed, 
 from sparseprune.checkpoint.folding import refuse_split
 from sparseprune.checkpoint.layout import output_target
 from sparseprune.errors import SparsepruneError, SpecError
-from sparseprune.execution.inputs import SWEPT
-from sparseprune.execution.plan import bind_to, make_plan, rebuilding_rules
+from sparseprune.execution.inputs import SWEPT, Left
+from sparseprune.execution.plan import bind_to, make_plan, rebuilding_rules, rests_on_few
 from sparseprune.execution.schedule import cpu_lines, make_schedule
 from sparseprune.report.coverage import coverage_of
 from sparseprune.report.wording import many
 from sparseprune.spec.rebuilding import Rebuilding, rebuilt
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from sparseprune.api.options import Machine, Source, Target
@@ -122,7 +122,7 @@ def prepare(
             layout = lay_out_apply(*where, mask_format, scores, plan.permutations.moved)
         else:
             layout = lay_out_masks(*where, mask_format, scores)
-    unrebuilt = (*(f"{rule} {why}" for rule, why in told.items()), *_left_lines(plan))
+    unrebuilt = (*(f"{rule} {why}" for rule, why in told.items()), *_left_lines(plan.left))
     swept = None
     if text is not None:
         from sparseprune.api.sweeping import divide
@@ -235,9 +235,9 @@ def rebuilding_of(asked: Source) -> Rebuilding:
     )
 
 
-def _left_lines(plan: Plan) -> Iterator[str]:
+def _left_lines(left: Iterable[Left]) -> Iterator[str]:
     """What rules do not rebuild although that was asked for."""
-    for one in plan.left:
+    for one in left:
         such = f", such as those with {one.weights[0]}" if len(one.weights) > 1 else f", {one.weights[0]}"
         yield f"{one.rule} is not rebuilt in {many(len(one.weights), 'instance')}{such}: {one.why} these"
 
@@ -322,8 +322,9 @@ def prune(run: Run, prepared: Prepared) -> results.Report:
         total, already = work_bytes(schedule, output)
         orders: tuple[Found, ...] = ()
         source: SourceOfBytes = reader
+        lacking: tuple[str, ...] = ()
         if final.swept is not None:
-            outcomes = swept_outcomes(run, final, reader, output, device)
+            outcomes, lacking = swept_outcomes(run, final, reader, output, device)
         else:
             with run.progress("pruning" if weights else "masking", total, already) as advance:
                 if plan.permutations.found:
@@ -346,7 +347,7 @@ def prune(run: Run, prepared: Prepared) -> results.Report:
             device=device_text(schedule.groups, device),
             seconds=round(run.seconds, 3),
             warnings=tuple(run.warnings),
-            notes=notes_of(prepared),
+            notes=(*notes_of(prepared), *lacking),
             files_left_out=other_weights(layout.left_out),
             bytes=WrittenBytes(weights=nbytes, masks=mask_bytes),
             totals=pruning.report_totals(plan.checkpoint, found, prepared.coverage),
@@ -380,8 +381,8 @@ def beside(machine: Machine, swept: Swept) -> Machine:
 
 def swept_outcomes(
     run: Run, prepared: Prepared, reader: TensorReader, output: StagedOutput, device: str
-) -> Sequence[TensorOutcome]:
-    """Do the work with a text, block by block."""
+) -> tuple[Sequence[TensorOutcome], tuple[str, ...]]:
+    """Do the work with a text, block by block; also gives lines on what the text did not reach."""
     from sparseprune.api.sweeping import Sweeper
 
     swept, target = prepared.swept, prepared.target
@@ -389,7 +390,12 @@ def swept_outcomes(
         raise TypeError("there is no text")
     left = beside(prepared.machine, swept)
     sweeper = Sweeper(run, swept, output, reader, lambda plan: schedule_of(plan, target, left))
-    return sweeper.execute(device)
+    outcomes = sweeper.execute(device)
+    unrebuilt: dict[tuple[str, str], list[str]] = {}
+    for one in sweeper.left:
+        unrebuilt.setdefault((one.rule, one.why), []).extend(one.weights)
+    lines = _left_lines(Left(rule, why, tuple(names)) for (rule, why), names in unrebuilt.items())
+    return outcomes, (*lines, *_few_tokens(sweeper.rests_on_few))
 
 
 def identity_of(prepared: Prepared) -> dict[str, str]:
@@ -449,15 +455,13 @@ def stats_told(prepared: Prepared) -> str | None:
 def notes_of(prepared: Prepared) -> tuple[str, ...]:
     """Lines on how survivors were rebuilt, and what that rests on."""
     shared = () if prepared.allocation is None else prepared.allocation.notes()
-    return (*prepared.unrebuilt, *_few_tokens(prepared.plan), *shared)
+    return (*prepared.unrebuilt, *_few_tokens(rests_on_few(prepared.plan)), *shared)
 
 
-def _few_tokens(plan: Plan) -> list[str]:
+def _few_tokens(matrices: Mapping[str, bool]) -> list[str]:
     """A line where statistics rest on fewer tokens than a matrix has inputs."""
-    tasks = [task for unit in plan.units for task in unit.tasks]
-    inputs = {one.key: one for task in tasks for one in task.inputs if one.role in {"moment", "loss"}}
-    few = [name for name, one in inputs.items() if any(count < one.stored.shape[-1] for count in one.tokens)]
+    few = [name for name, is_so in matrices.items() if is_so]
     if not few:
         return []
-    text = f"{len(few)} of {len(inputs)} matrices rest on fewer tokens than they have inputs"
+    text = f"{len(few)} of {len(matrices)} matrices rest on fewer tokens than they have inputs"
     return [f"statistics of {text}, such as those of {few[0]}: calibrate on more text"]

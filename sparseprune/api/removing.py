@@ -319,8 +319,9 @@ def _by_spec(run: Run, prepared: Prepared, output: StagedOutput, decisions: Bloc
     outcomes: Sequence[TensorOutcome]
     total, already = work_bytes(schedule, output) if decisions is None else decisions.work_bytes(output)
     with TensorReader() as reader:
+        lacking: tuple[str, ...] = ()
         if prepared.swept is not None:
-            outcomes = swept_outcomes(run, prepared, reader, output, device)
+            outcomes, lacking = swept_outcomes(run, prepared, reader, output, device)
         else:
             with run.progress("choosing", total, already) as advance:
                 if decisions is None:
@@ -352,7 +353,7 @@ def _by_spec(run: Run, prepared: Prepared, output: StagedOutput, decisions: Bloc
             ),
         },
         totals={**coverage_totals(prepared.coverage), **found.lost},
-        notes=notes_of(prepared),
+        notes=(*notes_of(prepared), *lacking),
         idle=tuple(unpruned_lines(plan.bound.rules, found.pruned)),
         plan=plan,
         prepared=prepared,

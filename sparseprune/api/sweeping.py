@@ -26,7 +26,7 @@ from sparseprune.checkpoint.statistics import open_statistics, statistics_in_mem
 from sparseprune.engine.dtypes import torch_dtype
 from sparseprune.errors import SparsepruneError, SpecError
 from sparseprune.execution.inputs import SWEPT, Sweeping
-from sparseprune.execution.plan import plan_of
+from sparseprune.execution.plan import plan_of, rests_on_few
 from sparseprune.execution.regions import INTERPRETER, TORCH
 from sparseprune.execution.schedule import make_schedule, resolve_device
 
@@ -44,11 +44,12 @@ if TYPE_CHECKING:
     from sparseprune.calibration.sweeping import Gathered, Sweep
     from sparseprune.checkpoint import Checkpoint, Collected, StagedOutput, StoredTensor
     from sparseprune.checkpoint.file_io import WritableBytes
-    from sparseprune.execution.inputs import TaskInput
+    from sparseprune.execution.inputs import Left, TaskInput
     from sparseprune.execution.passes import TensorOutcome
     from sparseprune.execution.plan import Plan
     from sparseprune.execution.pruning import Work
     from sparseprune.execution.schedule import Schedule
+    from sparseprune.spec import BoundInstance
 
     Scheduling = Callable[[Plan], Schedule]
 
@@ -338,7 +339,10 @@ class _Part(Struct, frozen=True):
 
 
 class Sweeper:
-    """Does the work of a plan with a text, into an output; `work` has the outcomes."""
+    """Does the work of a plan with a text, into an output.
+
+    Afterwards `left` tells what was not rebuilt, and `rests_on_few` by matrix whether it had few tokens.
+    """
 
     def __init__(
         self, run: Run, swept: Swept, output: StagedOutput, source: Source, schedule: Scheduling
@@ -347,6 +351,8 @@ class Sweeper:
         self._source = _Overlay(source)
         self._schedule = schedule
         self._decided: set[str] = set()  # tensors of which the output has what is decided
+        self.left: list[Left] = []
+        self.rests_on_few: dict[str, bool] = {}
 
     def execute(self, device: str) -> Sequence[TensorOutcome]:
         """All of the work; gives the outcomes of tensors."""
@@ -463,8 +469,17 @@ class Sweeper:
         plan, tensors = self._swept.plan, self._swept.plan.checkpoint.tensors
         units = [plan.units[number] for number in part.units]
         own = {(task.rule, task.instance.label) for unit in units for task in unit.tasks}
+        # That some experts are not reached is known when much of the work is done already.
+        unreached = self._unreached(part)
         rules = tuple(
-            replace(rule, instances=tuple(one for one in rule.instances if (rule.name, one.label) in own))
+            replace(
+                rule,
+                instances=tuple(
+                    _optional(one) if any(leaf.tensor in unreached for leaf in one.scope.leaves) else one
+                    for one in rule.instances
+                    if (rule.name, one.label) in own
+                ),
+            )
             for rule in plan.bound.rules
         )
         sweeping = self._swept.text.statistics(
@@ -473,9 +488,23 @@ class Sweeper:
             residuals={name: tensors[name].shape for name in part.residuals},
         )
         found = plan_of(plan.checkpoint, replace(plan.bound, rules=rules), sweeping=sweeping)
+        self.left += found.left
+        self.rests_on_few |= rests_on_few(found)
         with self._source.having(gathered):
             work.do(self._schedule(found), key, copies=False)
         self._decided.update(stored.name for unit in units for stored in unit.tensors)
+
+    def _unreached(self, part: _Part) -> set[str]:
+        """The weights of which no token met some matrix."""
+        some = {name for name, counts in part.tokens.items() if not all(counts)}
+        of = (unit.collected for unit in self._swept.text.units)
+        return {weight for one in of if one.name in some for weight in one.weights}
+
+
+def _optional(instance: BoundInstance) -> BoundInstance:
+    """Of which is rebuilt what can be."""
+    method = instance.reconstruct
+    return instance if method is None else replace(instance, reconstruct=replace(method, optional=True))
 
 
 def _key(block: str) -> str:

@@ -40,6 +40,7 @@ _MOMENTS = frozenset({"F64", "F32", "F16", "BF16"})
 _NO_STATISTICS = "there is no file: give what calibrate wrote, as file here or by --stats"
 _UNSEEN, _WHOLE_ROWS = "there are no statistics of", "nothing can make up for the whole rows of"
 _UNREACHED = "no token reached"
+_WITHOUT_SWEEP = "leave that out, or calibrate and give --stats in place of --text"
 _MOST_NAMED = 3  # weights without statistics; more of them mean another checkpoint
 SWEPT = Path("/--text")  # the path of statistics that are in no file
 # Others belong to the score.
@@ -137,6 +138,8 @@ class InputFiles:
                 what = name if len(named) > 1 or len(names) == 1 else f"{len(names)} weights, such as {name}"
                 if role == "gradients":
                     text = f'has no gradients of {what}, which metric = "loss" needs: calibrate --gradients'
+                elif path == SWEPT:
+                    text = f"a sweep rebuilds what one block has for itself, not {what}: {_WITHOUT_SWEEP}"
                 else:
                     near = "" if file is None else _nearest(name, list(file.of))
                     text = f"has no statistics of {what}{near}"

@@ -182,6 +182,16 @@ def plan_of(
     return Plan(checkpoint, bound, _units(checkpoint, tasks), permutations, files.left())
 
 
+def rests_on_few(plan: Plan) -> dict[str, bool]:
+    """By matrix whether its statistics rest on fewer tokens than it has inputs."""
+    inputs = (one for unit in plan.units for task in unit.tasks for one in task.inputs)
+    return {
+        one.key: any(count < one.stored.shape[-1] for count in one.tokens)
+        for one in inputs
+        if one.role in {"moment", "loss"}
+    }
+
+
 def _task(rule: str, instance: BoundInstance, inputs: tuple[TaskInput, ...]) -> Task:
     """An instance, which rebuilds nothing where it may do without statistics and has none."""
     method = instance.reconstruct
