@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 
     Scheduling = Callable[[Plan], Schedule]
 
-_TRANSFORMERS = 150 << 20  # bytes that transformers and a model without weights take; measured
+_TRANSFORMERS = 200 << 20  # bytes that transformers and a model without weights take; measured
 _LEAST = 32 << 20  # bytes for work on matrices beside the largest one
 _BATCH_BYTES = 40  # that a token takes on its way through a block, for each input of the widest matrix
 _SHARE = 3  # parts of the memory that is left for moments, for states, and for further matrices

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 from sparseprune.api.calibrating import Collecting
-from sparseprune.api.windows import Windows
 from sparseprune.api.calibrating import calibrate as calibrate_alone
 from sparseprune.api.run import Run
+from sparseprune.api.windows import Windows
 from sparseprune.calibration.gradients import differentiable
 from sparseprune.calibration.watching import Product, Watch
 from sparseprune.checkpoint import open_statistics

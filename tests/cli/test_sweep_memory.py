@@ -10,7 +10,7 @@ from tests.commands import ok, valid
 pytestmark = pytest.mark.usefixtures("quiet_transformers")
 
 SIZES = ("--length", 16, "--sequences", 4, "--jobs", 1, "--json")
-MODEL = 280 << 20  # what transformers and a model without weights take
+MODEL = 200 << 20  # what transformers and a model without weights take
 
 
 def test_plan_counts_the_model_that_a_sweep_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
