@@ -410,13 +410,14 @@ class Sweeper:
             parts: list[_Part] = []
             stages = self._stages(sweep, name)
             share = length // (len(stages) + 1)
-            for number, (needs, units) in enumerate(stages):
+            for number, (needs, units, ends) in enumerate(stages):
                 advance(0, f"{label}, {needs[0].collected.name.removeprefix(name).strip('.')}")
                 gathered = sweep.gather(name, needs, is_last=number == len(stages) - 1)
                 tokens = {one: list(counts) for one, counts in gathered.tokens.items()}
                 parts.append(_Part(units, tokens, list(gathered.residuals), bool(gathered.mixed)))
                 self._do(f"{name}.{number}.", parts[-1], gathered, work)
-                sweep.renew(name)
+                if ends:  # parts of a stage do not see each other, so that nothing depends on how it was cut
+                    sweep.renew(name)
                 advance(share)
             self._output.flush()
             self._output.note(_key(name), [structs.asdict(part) for part in parts])
@@ -429,8 +430,11 @@ class Sweeper:
         names = self._swept.text.loaded.blocks.names
         return f"{stack} {int(number) + 1} of {sum(one.rpartition('.')[0] == stack for one in names)}"
 
-    def _stages(self, sweep: Sweep, name: str) -> list[tuple[list[Unit], list[int]]]:
-        """What can be decided at one time, in order, with what has to be gathered for it."""
+    def _stages(self, sweep: Sweep, name: str) -> list[tuple[list[Unit], list[int], bool]]:
+        """What can be decided at one time, in order, with what has to be gathered for it.
+
+        A flag says whether a stage ends with it.
+        """
         waiting = self._swept.by_block.get(name, ())
         if not waiting:
             return []
@@ -451,18 +455,18 @@ class Sweeper:
             by_depth.setdefault(depth, []).append((needs, number))
         return [part for depth in sorted(by_depth) for part in self._parts(by_depth[depth])]
 
-    def _parts(self, stage: list[tuple[list[Unit], int]]) -> Iterator[tuple[list[Unit], list[int]]]:
+    def _parts(self, stage: list[tuple[list[Unit], int]]) -> Iterator[tuple[list[Unit], list[int], bool]]:
         """A stage in parts whose moments have room."""
         wanted: dict[str, Unit] = {}
         units: list[int] = []
         for needs, unit in stage:
             more = {one.collected.name: one for one in needs}
             if units and sum(map(_moment_bytes, (wanted | more).values())) > self._swept.rooms.moments:
-                yield list(wanted.values()), units
+                yield list(wanted.values()), units, False
                 wanted, units = {}, []
             wanted |= more
             units.append(unit)
-        yield list(wanted.values()), units
+        yield list(wanted.values()), units, True
 
     def _do(self, key: str, part: _Part, gathered: Gathered | None, work: Work) -> None:
         """Decide, rebuild and write some units; those that an earlier run finished are only counted."""

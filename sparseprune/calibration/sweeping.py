@@ -161,7 +161,9 @@ class Sweep:
         blocks = self._loaded.blocks
         wanted, look = {unit.parameter for unit in units}, self._seen
         end = max((look.last[one] for one in wanted if one in look.last), default=0)
-        later = {one for one, first in look.first.items() if end and first > end}
+        depth = max((look.depths.get(one, 0) for one in wanted), default=0)
+        behind = {one for one, other in look.depths.items() if other > depth}
+        later = {one for one, first in look.first.items() if end and first > end and one in behind}
         sums = _Sums(units, self._loaded.device, mixed=self._dense is not None)
         homes = self._homes(name, units)
         # Nothing more is wanted of a pass than the inputs of these.

@@ -83,7 +83,7 @@ def test_the_pruned_pass_is_that_of_the_checkpoint_that_is_written(
         usual(this, name, **named)
 
     monkeypatch.setattr(Sweep, "go", go)
-    monkeypatch.setattr(sweeping, "_BATCH_TOKENS", 48)
+    monkeypatch.setattr(sweeping, "BATCH_TOKENS", 48)
     swept(home, "llama", tmp_path / "out", "2of4-admm")
     wanted: list[torch.Tensor] = []
     model = build("llama").from_pretrained(tmp_path / "out").eval()
