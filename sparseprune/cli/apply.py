@@ -1,9 +1,10 @@
 """`apply` and `mask`: the summary of a pruned output."""
 
 from sparseprune import api, results
-from sparseprune.cli.command import Call, DryRun, Json, Quiet, Verbose, command
+from sparseprune.cli.command import Call, DryRun, Json, Quiet, Result, Verbose, command
 from sparseprune.cli.console import print_outcome, stderr_console, tell_lines
 from sparseprune.cli.plan import show_plan
+from sparseprune.cli.signals import temporary_folder
 
 
 def show_pruned(
@@ -16,10 +17,18 @@ def show_pruned(
     if dry_run:
         show_plan(call, json=json)
         return
-    report = call()
+    report = called(call)
     if not quiet:
         _summarize(call, report, verbose=verbose)
     print_outcome(report, json=json)
+
+
+def called(call: "Call[Result]") -> "Result":
+    """What a call gives; one that sweeps a text has a folder for hidden states meanwhile."""
+    if not call.options.get("text"):
+        return call()
+    with temporary_folder("sparseprune-") as scratch:
+        return call(scratch=scratch)
 
 
 apply = command(api.apply, show_pruned)

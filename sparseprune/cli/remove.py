@@ -1,6 +1,7 @@
 """`remove`: the summary of a smaller checkpoint."""
 
 from sparseprune import api, results
+from sparseprune.cli.apply import called
 from sparseprune.cli.command import Call, DryRun, Json, Quiet, Verbose, command
 from sparseprune.cli.console import print_json, print_outcome, print_table, stderr_console, tell_lines
 from sparseprune.cli.plan import show_plan
@@ -22,7 +23,7 @@ def show_removed(
     if dry_run:
         _show_expected(call(dry_run=True), json=json)
         return
-    result = call()
+    result = called(call)
     if not quiet:
         _summarize(call.seconds, result, verbose=verbose)
     print_outcome(result, json=json)

@@ -50,6 +50,12 @@ METHODS: dict[str, tuple[str, str]] = {
     "ADMM, allocated": (f"{OUTPUTS}{_ALLOCATED}", ""),
     "ADMM, loss metric, allocated": (f"{LOSS}{_ALLOCATED}", ""),
 }
+# By name the target of a sweep over the text, and whether gradients are taken of it.
+SWEEPS: dict[str, tuple[str, bool]] = {
+    "sweep, own targets": ("own", False),
+    "sweep": ("dense", False),
+    "sweep, loss metric": ("dense", True),
+}
 # By name what stands in front of the spec `experts`.
 EXPERTS: dict[str, str] = {
     "magnitude": "",
@@ -58,7 +64,7 @@ EXPERTS: dict[str, str] = {
     "exact, by the loss": f'reconstruct = {{ {_FILE}, method = "admm", metric = "loss" }}\n',
 }
 YARDSTICKS = {"SparseGPT": False, "SparseGPT, exact in groups": True}  # whether it is the exact one
-ORDER = ("magnitude", "Wanda", *YARDSTICKS, *list(METHODS)[2:])
+ORDER = ("magnitude", "Wanda", *YARDSTICKS, *list(METHODS)[2:], *SWEEPS)
 Measure = Callable[[Path], tuple[float, ...]]
 
 
@@ -81,11 +87,11 @@ class Work:
             command("calibrate", self.dense, "--text", text, *sizes, "-o", folder / "stats", "-q")
         return folder
 
-    def pruned(self, folder: Path, spec: str) -> tuple[Path, dict[str, Any]]:
+    def pruned(self, folder: Path, spec: str, *words: object) -> tuple[Path, dict[str, Any]]:
         """The output of a spec whose statistics are those of a draw, and its report."""
         (folder / "spec.toml").write_text(spec)
         out = folder / "pruned"
-        command("apply", self.dense, folder / "spec.toml", "-o", out, "--no-masks", "--force", "-q")
+        command("apply", self.dense, folder / "spec.toml", "-o", out, "--no-masks", "--force", "-q", *words)
         return out, json.loads((out / "sparseprune/report.json").read_text())
 
 
@@ -109,6 +115,14 @@ def one(work: Work, lines: str, sets: Pattern | None, method: str, draw: int) ->
         bench = Bench(folder, work.dense, lambda _: math.nan)
         pruned = bench.sparsegpt(sets or fused([[(0,)]], 1), exact=YARDSTICKS[method])
         return (*work.measure(pruned.folder), pruned.seconds)
+    if method in SWEEPS:
+        target, gradients = SWEEPS[method]
+        head = f'version = 1\n[reconstruct]\ntarget = "{target}"\n[scope.rule]\n'
+        spec = f"{head}tensors = {work.tensors}\n{lines}\n"
+        sizes = ["--length", LENGTH, "--sequences", SEQUENCES, "--seed", draw]
+        text = ["--text", texts(work.folder)[0], *sizes, *(["--gradients"] if gradients else [])]
+        out, report = work.pruned(folder, spec, *text)
+        return (*work.measure(out), float(report["seconds"]))
     head, tail = METHODS[method]
     rows = lines.replace("[-1, -1]", "[1, -1]") if method == "Wanda" else lines
     out, report = work.pruned(
