@@ -113,6 +113,9 @@ def remove(run: Run, asked: Asked) -> results.Removal:
     for option, given in zip(("--reconstruct", "--stats"), asked.rebuilding, strict=True):
         if asked.spec is None and given is not None:
             raise SparsepruneError(f"{option} {given}: goes with a SPEC, of which survivors are rebuilt")
+    if asked.spec is None and asked.text is not None and asked.text.windows.text:
+        file = asked.text.windows.text[0]
+        raise SparsepruneError(f"--text {file}: goes with a SPEC, of which survivors are rebuilt")
     run.listener.output(_Undecided())
     with _chosen(run, asked) as choice:
         result = _cut(run, asked, choice)

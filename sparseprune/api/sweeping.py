@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from msgspec import Struct, structs
 from msgspec.structs import replace
 
+from sparseprune import __version__
 from sparseprune.api.run import digest
 from sparseprune.api.windows import folder_for_states
 from sparseprune.checkpoint import Source, TensorReader
@@ -139,7 +140,7 @@ def read_text(
 
 
 def with_gradients(run: Run, text: SweptText, target: Path, machine: Machine) -> SweptText:
-    """With the gradients of the dense model, taken of the first sequences; they wait beside the output.
+    """With the gradients of the dense model, of some sequences of the text; they wait beside the output.
 
     An earlier run may have taken them already. Forget them once the output is there, by `forget_gradients`.
     """
@@ -149,7 +150,8 @@ def with_gradients(run: Run, text: SweptText, target: Path, machine: Machine) ->
 
     windows, (count, length) = text.asked.windows, text.sequences.ids.shape
     some = min(count, max(_LEAST_SEQUENCES, -(-_LEAST_TOKENS // length)))
-    identity = digest(json.dumps([checkpoint_identity(text.loaded.checkpoint), text.identity, some]))
+    drawn = [__version__, text.identity, windows.seed, some]
+    identity = digest(json.dumps([checkpoint_identity(text.loaded.checkpoint), *drawn]))
     folder = target.with_name(f".{target.name}.{_GRADIENTS}{identity[:16]}")
     forget_gradients(target, but=folder)
     if not folder.exists():

@@ -67,8 +67,9 @@ class Gathered(Struct, frozen=True, eq=False):
 class Sweep:
     """A text in front of a block of a dense model, and in front of the same block of the pruned one.
 
-    `dense` and `pruned` read their tensors. With `targets` the outputs of the dense model are what pruned
-    matrices aim at; else there is no dense pass. States stay in memory up to `room` bytes, then in `folder`.
+    `reads` are how tensors of the dense model and of the pruned one are read. With `targets` the outputs of
+    the dense model are what pruned matrices aim at; else there is no dense pass. `states` are a folder for
+    hidden states, and how many bytes of them stay in memory.
     A context manager: leaving it drops all passes.
     """
 
@@ -92,7 +93,7 @@ class Sweep:
             self._pruned = Stream(self._forwards, parking)
             self._dense = Stream(self._forwards, parking) if targets else None
         self._seen = Look({}, {}, {}, (), (), ())
-        self._is_ahead = False  # whether the dense pass is in front of the next block
+        self._ahead: set[int] = set()  # batches whose dense pass is in front of the next block
         self._parameters: dict[str, Any] = {}
         self._pruned_parameters: dict[str, Any] = {}
 
@@ -188,6 +189,7 @@ class Sweep:
                     for (_, stream, watch), end in zip(passes, ends, strict=True):
                         watch.forget()  # it may keep what a block got, which has no memory while it waits
                         if is_last and stream is self._dense and end is not None:
+                            self._ahead.add(batch)
                             stream.go(batch, end)
                         else:
                             stream.keep(batch)
@@ -195,7 +197,6 @@ class Sweep:
         finally:
             for *_, watch in passes:
                 watch.close()
-        self._is_ahead = is_last and not enough and self._dense is not None
         return sums.gathered(self._sequences.tokens, homes)
 
     def _through(self, name: str, batch: int, parameters: Any, stream: Stream, watch: Following) -> Any:
@@ -243,21 +244,24 @@ class Sweep:
                     return one
         return None
 
-    def go(self, name: str, *, watched: Callable[[int], None] = lambda _: None) -> None:
-        """Let everything go on to the next block; `watched` gets the tokens of each batch."""
-        blocks = self._loaded.blocks
-        dense = None if self._is_ahead else self._dense
-        both = ((self._parameters, dense), (self._pruned_parameters, self._pruned))
+    def go(self, name: str) -> None:
+        """Let everything go on to the next block."""
+        blocks, every = self._loaded.blocks, range(len(self._batches))
+        behind = [batch for batch in every if batch not in self._ahead]
+        both = (
+            (self._parameters, self._dense, behind),
+            (self._pruned_parameters, self._pruned, every),
+        )
         with torch.no_grad(), self._loaded.telling(self._sequences.ids.shape[1]):
-            for parameters, stream in both:
+            for parameters, stream, batches in both:
                 if stream is None:
                     continue
                 blocks.put(name, parameters)
-                for batch in range(len(self._batches)):
+                for batch in batches:
                     run = stream.given(batch)
                     stream.go(batch, blocks.modules[name](*run.args, **run.kwargs))
-                    watched(batch)
-        self._parameters, self._pruned_parameters, self._is_ahead = {}, {}, False
+        self._parameters, self._pruned_parameters = {}, {}
+        self._ahead.clear()
         blocks.free(name)
 
     def _counted(self, batch: int) -> Tensor:

@@ -158,15 +158,17 @@ def solved(
     return found
 
 
-def oracle(home: Path, model: str, target: str, sequences: int) -> dict[str, torch.Tensor]:
-    """The weights that a sweep should write, by their names in the model."""
+def oracle(
+    home: Path, model: str, target: str, sequences: int, stages: Stages = ()
+) -> dict[str, torch.Tensor]:
+    """The weights that a sweep should write, by their names in the model; by default of all stages."""
     dense, pruned = whole(home / model), whole(home / model)
     drawn = windows(home, sequences)
     counted = drawn.counted.reshape(-1)
     stem = BLOCKS.get(model, "model.layers")
     written = {}
     for layer in range(len(dense.get_submodule(stem))):
-        for stage in OF[model]:
+        for stage in stages or OF[model]:
             names = [one.module for one in stage] + [one[1:] for each in stage for one in each.beside]
             names = [f"{stem}.{layer}.{one}" for one in dict.fromkeys(names)]
             seen = []
@@ -224,3 +226,17 @@ def test_a_sweep_writes_what_two_whole_models_with_hooks_say(
     said = swept(home, model, tmp_path / "out", spec(tmp_path, target=target), sequences=sequences)
     assert said.code == 0, said.err
     same(load_file(tmp_path / "out" / "model.safetensors"), oracle(home, model, target, sequences))
+
+
+@pytest.mark.parametrize("place", range(4), ids=["qkv", "o", "gate_up", "down"])
+def test_a_stage_that_is_pruned_alone_has_the_dense_pass_beside_it_in_every_layer(
+    place: int, home: Path, tmp_path: Path
+) -> None:
+    """Whatever stands behind it in a layer is not pruned, and no pass is needed for it."""
+    stage = LLAMA[place]
+    names = ", ".join(f'"model.layers.{{layer}}.{one.module}.weight"' for one in stage)
+    rule = HALF.replace('structure = "matrices"', f"tensors = [{names}]")
+    said = swept(home, "llama", tmp_path / "out", spec(tmp_path, rule), sequences=MANY)
+    assert said.code == 0, said.err
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    same(found, oracle(home, "llama", "dense", MANY, (stage,)))

@@ -331,6 +331,12 @@ def test_what_a_sweep_cannot_do_is_refused_in_one_line(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_text_goes_with_a_spec(home: Path, tmp_path: Path) -> None:
+    masks = ("--zeros-of", home / "llama", "--text", home / "words.txt")
+    said = refused("remove", home / "llama", *masks, "-o", tmp_path / "out")
+    assert f"--text {home / 'words.txt'}: goes with a SPEC, of which survivors are rebuilt" in said.err
+
+
 def test_gradients_and_windows_go_with_a_text(home: Path, tmp_path: Path) -> None:
     for more in (("--gradients",),):
         said = refused("apply", home / "llama", "2of4", "-o", tmp_path / "out", *more)
