@@ -180,7 +180,8 @@ def test_blocks_that_were_freed_leave_no_memory_behind(tmp_path: Path) -> None:
                 loaded.blocks.load(name, loaded.read(reader))
                 loaded.blocks.free(name)
             taken.append(own_memory())
-    assert taken[-1] - taken[4] < 4 << 20
+    block = 4 * (4 * 384 * 384 + 3 * 384 * 512)  # bytes; two of them are loaded and freed each time
+    assert taken[-1] - taken[4] < 5 * block  # one in ten that stays is too many
 
 
 def own_memory() -> int:
