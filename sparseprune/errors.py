@@ -1,4 +1,4 @@
-"""Every error that a user or a machine can cause, and the exit code that it ends in.
+"""Every error that a user or a machine can cause, the exit code that it ends in, and how its text is written.
 
 A text says where, what was found, what is wanted and what to do. Errors are raised low, get their
 context once at the edge of a layer, and are printed by the command line alone. What is not listed
@@ -6,8 +6,10 @@ here is a bug and keeps its traceback.
 """
 
 import errno
+from collections.abc import Sequence
 from typing import ClassVar
 
+SIZES = ("B", "kB", "MB", "GB", "TB", "PB")
 _LONGEST_LINE = 1000  # characters: names of tensors may be longer than a terminal has room for
 
 
@@ -35,6 +37,40 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join([letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text])
+
+
+def size(nbytes: float) -> str:
+    """Bytes in decimal units.
+
+    >>> size(999), size(2_200_000_000)
+    ('999 B', '2.20 GB')
+    """
+    unit, name = unit_of(nbytes)
+    return f"{nbytes / unit:.{2 if unit > 1 else 0}f} {name}"
+
+
+def enough(nbytes: int) -> str:
+    """A size to type behind an option, never less than these bytes.
+
+    >>> enough(121_634_816), enough(2_200_000_001), enough(4096)
+    ('122MB', '2.21GB', '5kB')
+    """
+    unit, name = unit_of(nbytes)
+    parts = 100 if unit >= 1000**3 else 1
+    amount = -(-nbytes * parts // unit)
+    return f"{amount / parts:.2f}{name}" if parts > 1 else f"{amount}{name}"
+
+
+def unit_of(amount: float, names: Sequence[str] = SIZES) -> tuple[int, str]:
+    """The unit in which an amount has at most three digits before the point; each is 1000 of the last.
+
+    >>> unit_of(2_200_000_000)
+    (1000000000, 'GB')
+    """
+    power = 0
+    while amount >= 999.5 * 1000**power and power < len(names) - 1:
+        power += 1
+    return 1000**power, names[power]
 
 
 def _shortened(line: str) -> str:

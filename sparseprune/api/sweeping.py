@@ -25,7 +25,7 @@ from sparseprune.checkpoint import Source, TensorReader
 from sparseprune.checkpoint.file_io import as_bytes, checkpoint_identity
 from sparseprune.checkpoint.statistics import open_statistics, statistics_in_memory
 from sparseprune.engine.dtypes import torch_dtype
-from sparseprune.errors import SparsepruneError, SpecError
+from sparseprune.errors import SparsepruneError, SpecError, enough, size
 from sparseprune.execution.inputs import SWEPT, Sweeping
 from sparseprune.execution.plan import plan_of, rests_on_few
 from sparseprune.execution.regions import INTERPRETER, TORCH
@@ -273,8 +273,8 @@ def _rooms(plan: Plan, text: SweptText, machine: Machine) -> Rooms:
     left = machine.memory - fixed - batch - largest - base
     if left < least:
         raise SparsepruneError(
-            f"--memory {machine.memory}: a block, its second moments and the work on its largest matrix need "
-            f"{machine.memory - left + least} bytes; give that or more"
+            f"--memory {size(machine.memory)}: a block, its second moments and the work on its largest "
+            f"matrix need more; give --memory {enough(machine.memory - left + least)}"
         )
     together: dict[tuple[str | None, int], int] = {}  # experts of one block have their moments together
     for unit in gathered:

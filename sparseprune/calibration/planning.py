@@ -17,7 +17,7 @@ from msgspec.structs import replace
 from sparseprune.calibration.stored import renumbered, siblings, stored_as, without_statistics
 from sparseprune.checkpoint import Collected
 from sparseprune.checkpoint.statistics import ROUTING
-from sparseprune.errors import SparsepruneError
+from sparseprune.errors import SparsepruneError, enough, size
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -437,13 +437,13 @@ def _refuse_lack(
         what = "second moment" if unit.about == "inputs" else f"statistics ({unit.about})"
         if each > memory:
             raise SparsepruneError(
-                f"--memory {memory}: the {what} of {unit.collected.name} takes {each} bytes; "
-                "give that or more"
+                f"--memory {size(memory)}: the {what} of {unit.collected.name} takes {size(each)}; give "
+                f"--memory {enough(each)}"
             )
         if room is not None and each > room:
             raise SparsepruneError(
-                f"--device {device}: about {room} bytes are free for sums beside the model, the {what} of "
-                f"{unit.collected.name} takes {each}; free some of it, or say --device cpu"
+                f"--device {device}: about {size(room)} are free for sums beside the model, the {what} of "
+                f"{unit.collected.name} takes {size(each)}; free some of it, or say --device cpu"
             )
 
 
@@ -452,8 +452,8 @@ def _crowded(passes: int, on_host: int, device: str, room: int | None) -> str | 
     if passes <= on_host:
         return None
     return (
-        f"about {room} bytes of {device} are free for sums beside the model: the text passes {passes} times, "
-        f"where --memory would make it {on_host}"
+        f"about {size(room or 0)} of {device} are free for sums beside the model: the text passes {passes} "
+        f"times, where --memory would make it {on_host}"
     )
 
 

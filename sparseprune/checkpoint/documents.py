@@ -15,7 +15,7 @@ import stat
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from sparseprune.checkpoint.not_safetensors import missing_advice
-from sparseprune.errors import CheckpointError, MachineError
+from sparseprune.errors import CheckpointError, MachineError, size
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -111,7 +111,7 @@ def read_json(path: Path, parse: Callable[[str], Any] = json.loads) -> Any:  # n
         if not stat.S_ISREG(status.st_mode):
             raise CheckpointError(f"{path}: not a regular file; wanted a small JSON file, or none")
         if status.st_size > LARGEST_DOCUMENT:
-            raise CheckpointError(f"{path}: larger than {LARGEST_DOCUMENT} bytes; wanted a small JSON file")
+            raise CheckpointError(f"{path}: larger than {size(LARGEST_DOCUMENT)}; wanted a small JSON file")
         return parse(path.read_bytes().decode())
     except OSError as error:
         # Not in a variable: the error's traceback holds this frame, and a cycle would keep callers alive.

@@ -19,7 +19,7 @@ from msgspec import Struct
 
 from sparseprune.checkpoint.discovery import INDEX_SUFFIX, RESULTS, SUFFIX
 from sparseprune.checkpoint.header import MAX_HEADER, Header, lay_out
-from sparseprune.errors import CheckpointError
+from sparseprune.errors import CheckpointError, size
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -349,7 +349,7 @@ def _mask_files(
         if header.data_begin - 8 > MAX_HEADER:
             raise CheckpointError(
                 f"{group[0].shard.path}: with names as long as these, a {mask_format} mask file has a header "
-                f"of more than {MAX_HEADER} bytes; give --mask-format bool or --no-masks"
+                f"of more than {size(MAX_HEADER)}; give --mask-format bool or --no-masks"
             )
         files.append(OutputFile(file, header.file_size, header.raw, mode))
         offsets.update([(entry.name, header.data_begin + entry.begin) for entry in header.entries])

@@ -25,7 +25,7 @@ from sparseprune.checkpoint.layout import FORMAT_KEY, SHAPES_KEY, packed_bytes
 from sparseprune.checkpoint.mask_names import ORIGINAL, masked_name, renamed
 from sparseprune.checkpoint.source import StoredTensor, TensorReader, open_shard
 from sparseprune.engine.dtypes import DTYPES
-from sparseprune.errors import CheckpointError, MachineError
+from sparseprune.errors import CheckpointError, MachineError, size
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -414,5 +414,5 @@ def _spec_beside(report: Path) -> bytes | None:
         return None
     with machine_errors(spec, "cannot be read"):
         if spec.stat().st_size > LARGEST_DOCUMENT:
-            raise CheckpointError(f"{spec}: larger than {LARGEST_DOCUMENT} bytes; wanted a page of TOML")
+            raise CheckpointError(f"{spec}: larger than {size(LARGEST_DOCUMENT)}; wanted a page of TOML")
         return spec.read_bytes()

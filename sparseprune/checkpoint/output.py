@@ -23,7 +23,7 @@ from msgspec import Struct
 from sparseprune.checkpoint import file_io, publish
 from sparseprune.checkpoint.file_io import OpenFiles, machine_errors
 from sparseprune.checkpoint.publish import StagingDir
-from sparseprune.errors import MachineError, is_out_of_memory
+from sparseprune.errors import MachineError, is_out_of_memory, size
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -576,7 +576,7 @@ class StagedOutput(Sink):
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 needed = publish.needed_bytes(self.layout, self._staging.held_bytes())
                 free = publish.free_bytes(self.layout.target.parent)
-                fact += f"; the output needs {needed} bytes more, {free} are free now"
+                fact += f"; the output needs {size(needed)} more, {size(free)} are free now"
             raise MachineError(fact) from error
 
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from sparseprune.checkpoint import file_io
 from sparseprune.checkpoint.discovery import INDEX_SUFFIX, RESULTS, SUFFIX, is_folder
 from sparseprune.checkpoint.file_io import machine_errors
-from sparseprune.errors import CheckpointError, MachineError
+from sparseprune.errors import CheckpointError, MachineError, enough, size
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -173,8 +173,9 @@ def check_target(layout: OutputLayout, *, force: bool, held: int = 0) -> None:
     with machine_errors(parent, "cannot be examined"):
         free = free_bytes(parent)
     if free < needed:
-        room = f"not enough free space: {needed} bytes needed, {free} free"
-        raise MachineError(f"{parent}: {room}; free some or give another place with -o")
+        room = f"not enough free space: {size(needed)} needed, {size(free)} free"
+        more = f"free {enough(needed - free)} more, or give another place with -o"
+        raise MachineError(f"{parent}: {room}; {more}")
 
 
 def check_place(layout: OutputLayout) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from msgspec import Struct
 
 from sparseprune.engine.grids import prod
-from sparseprune.errors import SparsepruneError
+from sparseprune.errors import SparsepruneError, enough
 from sparseprune.execution.losses import (
     KEYS,
     bytes_read,
@@ -87,8 +87,8 @@ def make_allocation(plan: Plan, memory: int, workers: int) -> Allocation | None:
     if item > limits.memory:
         needed = INTERPRETER + TORCH + limits.resident + item
         raise SparsepruneError(
-            f"[{tasks[0].rule}] reconstruct: second moments must be in memory to be factored; --memory must "
-            f"be at least {needed} bytes"
+            f"[{tasks[0].rule}] reconstruct: second moments must be in memory to be factored; give "
+            f"--memory {enough(needed)}"
         )
     jobs = loss_jobs(tasks, tensors)
     held = max(job.held for job, _ in jobs)

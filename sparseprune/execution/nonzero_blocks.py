@@ -19,7 +19,7 @@ from msgspec import Struct
 from sparseprune.engine.dtypes import DTYPES
 from sparseprune.engine.grids import Shape, permute, prod
 from sparseprune.engine.kernels.counting import any_in, count_in, histogram, histograms, nonzero
-from sparseprune.errors import SparsepruneError
+from sparseprune.errors import SparsepruneError, size
 from sparseprune.execution.passes import Chunk, Pass
 from sparseprune.execution.regions import (
     Part,
@@ -106,7 +106,7 @@ def count_strategy(scope: AnyScope, tensors: Mapping[str, StoredTensor], limits:
     if not strategies:
         raise SparsepruneError(
             f"{scope.label}: {prod(scope.grid_shape)} scopes of {numel_per_scope(scope)} elements in "
-            f"{len(scope.leaves)} parts cannot be counted in {limits.memory} bytes; give a larger --memory"
+            f"{len(scope.leaves)} parts cannot be counted in {size(limits.memory)}; give a larger --memory"
         )
     nbytes = sum(prod(leaf.view_shape) * _itemsize(tensors[leaf.tensor]) for leaf in scope.leaves)
     enough = len(scope.leaves) + nbytes // _READ_BYTES

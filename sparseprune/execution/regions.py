@@ -16,7 +16,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from sparseprune.engine.grids import Shape, identity_order, inverse_order, permute, prod
-from sparseprune.errors import SparsepruneError
+from sparseprune.errors import SparsepruneError, enough, size
 from sparseprune.execution.devices import LANES
 from sparseprune.spec import BoundBlock, BoundScope
 
@@ -151,18 +151,14 @@ def limits_of(
     python, takes = ("Python and torch", "take") if uses_torch else ("Python", "takes")
     if resident.nbytes > _LEAST:
         raise SparsepruneError(
-            f"--memory {memory}: this checkpoint's {resident.tensors:,} tensors alone take about "
-            f"{_megabytes(resident.nbytes)} beside {python}, which {takes} {_megabytes(base)}; give "
-            f"{_megabytes(needed)} or more"
+            f"--memory {size(memory)}: this checkpoint's {resident.tensors:,} tensors alone take about "
+            f"{size(resident.nbytes)} beside {python}, which {takes} {size(base)}; give "
+            f"--memory {enough(needed)}"
         )
     raise SparsepruneError(
-        f"--memory {memory}: this run needs {needed} bytes at least, of which {python} {takes} {base}"
+        f"--memory {size(memory)}: this run needs {size(needed)}, of which {python} {takes} {size(base)}; "
+        f"give --memory {enough(needed)}"
     )
-
-
-def _megabytes(nbytes: int) -> str:
-    """A size as --memory takes it, rounded up."""
-    return f"{-(-nbytes // 1_000_000)}MB"
 
 
 Run = tuple[int, int]

@@ -14,7 +14,7 @@ from msgspec import Struct
 
 from sparseprune.engine.dtypes import DTYPES
 from sparseprune.engine.grids import prod
-from sparseprune.errors import SparsepruneError
+from sparseprune.errors import SparsepruneError, enough, size
 from sparseprune.execution.regions import (
     INTERPRETER,
     TORCH,
@@ -177,11 +177,9 @@ def choose(
     where = f"[{task.rule}] {task.instance.label}"
     found = f"{where}: a block has {block} elements, which must be in memory together"
     if limits.device is not None and tile_bytes(block) > limits.device:
-        needed = f"{tile_bytes(block)} bytes of the device, of which about {limits.device} are free"
+        needed = f"{size(tile_bytes(block))} of the device, of which about {size(limits.device)} are free"
         raise SparsepruneError(f"{found} and take {needed}; say --device cpu")
-    raise SparsepruneError(
-        f"{found}; --memory must be at least {limits.resident + memory_for_tile(block)} bytes"
-    )
+    raise SparsepruneError(f"{found}; give --memory {enough(limits.resident + memory_for_tile(block))}")
 
 
 def by_block_norms(task: Task, tensors: Mapping[str, StoredTensor], limits: Limits) -> BlockNorms | None:
@@ -394,13 +392,14 @@ def _rebuild(task: Task, tensors: Mapping[str, StoredTensor], limits: Limits) ->
         if on_device > limits.device:
             raise SparsepruneError(
                 f"[{task.rule}] {task.instance.label}: its matrices and their second moments take "
-                f"{on_device} bytes of the device, of which about {limits.device} are free; say --device cpu"
+                f"{size(on_device)} of the device, of which about {size(limits.device)} are free; say "
+                "--device cpu"
             )
     if each > limits.memory:
         needed = INTERPRETER + TORCH + limits.resident + each
         raise SparsepruneError(
             f"[{task.rule}] {task.instance.label}: its matrices and their second moments must be in memory "
-            f"together to be reconstructed; --memory must be at least {needed} bytes"
+            f"together to be reconstructed; give --memory {enough(needed)}"
         )
     return Rebuild(each, numel // max(1, stacks), on_device=on_device, stacked=stacks > 1)
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from itertools import takewhile
 from typing import TYPE_CHECKING, Literal
 
-from sparseprune.errors import printable
+from sparseprune.errors import SIZES, printable, size, unit_of
 from sparseprune.results.fields import OtherWeights
 
 if TYPE_CHECKING:
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from sparseprune.engine.kernels.counting import Tally
     from sparseprune.results.fields import EachNumber
 
-SIZES = ("B", "kB", "MB", "GB", "TB", "PB")
+__all__ = ["SIZES", "size", "unit_of"]  # passed on; all that is defined here is public, too
+
 _NAMED = 4  # files in one line
 # A sum of squares below this has lost digits to the lower end of float64.
 LEAST_ENERGY = 2.0**-960
@@ -96,16 +97,6 @@ def percent(part: float) -> str:
     return f"{part:.2%}"
 
 
-def size(nbytes: float) -> str:
-    """Bytes in decimal units.
-
-    >>> size(999), size(2_200_000_000)
-    ('999 B', '2.20 GB')
-    """
-    unit, name = unit_of(nbytes)
-    return f"{nbytes / unit:.{2 if unit > 1 else 0}f} {name}"
-
-
 def left_text(unit: Literal["params", "size", "active"], amount: float) -> str:
     """An amount of what a target is about.
 
@@ -115,18 +106,6 @@ def left_text(unit: Literal["params", "size", "active"], amount: float) -> str:
     if unit == "size":
         return size(amount)
     return f"{math.ceil(amount):,} parameters{' for each token' if unit == 'active' else ''}"
-
-
-def unit_of(amount: float, names: Sequence[str] = SIZES) -> tuple[int, str]:
-    """The unit in which an amount has at most three digits before the point; each is 1000 of the last.
-
-    >>> unit_of(2_200_000_000)
-    (1000000000, 'GB')
-    """
-    power = 0
-    while amount >= 999.5 * 1000**power and power < len(names) - 1:
-        power += 1
-    return 1000**power, names[power]
 
 
 def other_weights(files: Iterable[OtherFile]) -> tuple[OtherWeights, ...]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from msgspec import Struct
 from msgspec.structs import replace
 
-from sparseprune.errors import SpecError
+from sparseprune.errors import SpecError, size
 from sparseprune.spec.checking import check_spec
 from sparseprune.spec.expressions import read_variables, typed_value
 from sparseprune.spec.problems import Problems, listed, nearest, shown, suggestion
@@ -104,7 +104,7 @@ def _read(path: Path, source: str) -> SpecSource:
         with path.open("rb") as file:  # may be a pipe, or endless
             content = file.read(LARGEST_SPEC + 1)
         if len(content) > LARGEST_SPEC:
-            raise SpecError(f"{source}: larger than {LARGEST_SPEC:,} bytes; a spec is a page of TOML")
+            raise SpecError(f"{source}: larger than {size(LARGEST_SPEC)}; a spec is a page of TOML")
         text = content.decode("utf-8-sig")
     except IsADirectoryError as error:
         raise SpecError(f"{source}: this is a directory, wanted a spec, which is a TOML file") from error

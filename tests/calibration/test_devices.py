@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparseprune.calibration import LoadedModel, sweeps, watching
+from sparseprune.errors import size
 from tests.calibration.models import made
 from tests.commands import Said, ok, refused
 
@@ -67,7 +68,7 @@ def test_a_device_with_less_room_than_memory_makes_more_passes_to_the_same_bytes
     passes = json.loads(said.out)["passes"]
     assert passes > 3
     line = f"the text passes {passes} times, where --memory would make it 1"
-    told = f"sparseprune: about {room} bytes of cpu are free for sums beside the model: {line}"
+    told = f"sparseprune: about {size(room)} of cpu are free for sums beside the model: {line}"
     assert said.err.splitlines().count(told) == 1
     assert statistics(tmp_path / "room") == statistics(tmp_path / "memory")
     said = calibrate(home, "mixtral", tmp_path / "both", "--gradients", "--memory", room)
@@ -80,7 +81,7 @@ def test_a_matrix_without_room_on_the_device_is_told(
     monkeypatch.setattr(LoadedModel, "room", 1 << 12)
     text = ("--text", home / "words.txt", *SIZES)
     said = refused("calibrate", home / "llama", *text, "-o", tmp_path / "stats", "-q")
-    told = "--device cpu: about 4096 bytes are free for sums beside the model, the second moment of "
+    told = "--device cpu: about 4.10 kB are free for sums beside the model, the second moment of "
     assert told in said.err
     assert "; free some of it, or say --device cpu" in said.err
 

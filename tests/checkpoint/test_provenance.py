@@ -91,7 +91,7 @@ def test_a_spec_without_end_is_not_read(tmp_path: Path) -> None:
     write(tmp_path, "report.json")
     (tmp_path / "spec.toml").touch()
     os.truncate(tmp_path / "spec.toml", 100_000_001)
-    with pytest.raises(CheckpointError, match=r"spec\.toml: larger than 100000000 bytes"):
+    with pytest.raises(CheckpointError, match=r"spec\.toml: larger than 100.00 MB"):
         found(tmp_path)
     (tmp_path / "spec.toml").unlink()
     os.mkfifo(tmp_path / "spec.toml")

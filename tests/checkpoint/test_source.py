@@ -542,7 +542,7 @@ def test_a_config_that_fails_or_has_no_end_is_refused(
     config = tmp_path / "config.json"
     config.touch()
     os.truncate(config, 100_000_001)
-    with pytest.raises(CheckpointError, match=r"config\.json: larger than 100000000 bytes"):
+    with pytest.raises(CheckpointError, match=r"config\.json: larger than 100.00 MB"):
         read_config(checkpoint)
 
     os.truncate(config, 2)

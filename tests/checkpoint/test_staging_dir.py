@@ -168,7 +168,7 @@ def test_a_disk_that_is_full_at_any_moment_leaves_nothing_behind(
         if os.path.lexists(layout.target):
             break
         assert re.search(
-            r"/\S+: cannot (be written|get its name): No space .*needs \d+ bytes more, \d+ are free now",
+            r"/\S+: cannot (be written|get its name): No space .*needs \S+ .?B more, \S+ .?B are free now",
             error or "",
         )
         assert content(tmp_path) == before

@@ -203,7 +203,7 @@ def test_refuses_a_place_that_is_not_there_or_may_not_be_written(
 def test_refuses_a_disk_that_is_too_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     full = os.statvfs_result((4096, 4096, 100, 90, 80, 0, 0, 0, 0, 255))
     monkeypatch.setattr(os, "statvfs", lambda path: full)
-    with pytest.raises(MachineError, match=r"not enough free space: \d+ bytes needed, 327680 free"):
+    with pytest.raises(MachineError, match=r"not enough free space: \S+ .B needed, 327.68 kB free; free \d+"):
         stage(layout_of(single(tmp_path)))
     assert names_in(tmp_path) == ["m.safetensors"]
 

@@ -305,7 +305,7 @@ REFUSED: list[tuple[str, tuple[object, ...], str]] = [
     ("a layer is missing", (), "lacks 1 weights of the model that config.json describes, such as model"),
     ("other shapes", (), "tensors have other shapes than config.json says, such as"),
     ("another tokenizer", (), "the model has 50 of them: these two do not belong together"),
-    ("little memory", ("--memory", "100"), "--memory 100: the second moment of"),
+    ("little memory", ("--memory", "100"), "--memory 100 B: the second moment of"),
     ("no cuda", ("--device", "cuda"), "there is no CUDA device"),
 ]
 

@@ -15,6 +15,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from sparseprune.api.options import memory_of
+from sparseprune.errors import size
 from tests.checkpoint.files import names_in
 from tests.cli.interrupted import (
     NAMES,
@@ -350,7 +352,7 @@ def large(home: Path, words: str) -> Command:
 
 FULL = (
     r"\S+/disk/\.out\S*: cannot be written: No space left on device; "
-    r"the output needs \d+ bytes more, \d+ are free now"
+    r"the output needs [\d.]+ [kM]?B more, [\d.]+ [kM]?B are free now"
 )
 OUTPUTS = {
     "a directory": "apply in spec.toml -o ../disk/out",
@@ -368,13 +370,17 @@ def test_a_disk_without_room_is_refused_before_the_first_byte(
     fill(disk, 1 << 20)
     free = free_bytes(disk)
     said = commands.run(command)
-    check_told(said, 3, r"\S+/disk: not enough free space: \d+ bytes needed, \d+ free; .*", kept=False)
-    needed, told = map(int, re.findall(r"(\d+) (?:bytes needed|free)", said.err))
-    assert needed > told == free
+    check_told(said, 3, r"\S+/disk: not enough free space: [\d.]+ .B needed, .* free; .*", kept=False)
+    lacking = memory_of(said.err.split("; free ")[1].split(" more")[0])
+    assert f" needed, {size(free)} free; " in said.err
     assert (said.read, said.written) == (0, 0)
     assert names_in(disk) == ["filler"]
-    os.truncate(disk / "filler", (disk / "filler").stat().st_size - (needed - free) - 4096)
+    os.truncate(disk / "filler", (disk / "filler").stat().st_size - lacking - 4096)
     assert commands.run(command).code == 0
+
+
+def nbytes_of(told: str) -> int:
+    return 0 if told == "0 B" else memory_of(told)
 
 
 @needs_root
@@ -392,7 +398,7 @@ def test_a_disk_that_fills_up_is_told_with_its_numbers_and_the_same_command_cont
         moment = Moment("fill", 3 + writes * number // 9, on=("pwrite",), path=str(disk))
         said = commands.run(replace(command, moment=moment))
         check_told(said, 3, FULL)
-        needed, free = map(int, re.findall(r"(\d+) (?:bytes more|are free)", said.err))
+        needed, free = map(nbytes_of, re.findall(r"([\d.]+ [kM]?B) (?:more|are free)", said.err))
         assert free < 8192 < needed
         found = notes(disk, "out")
         seen.add(len(found or ()))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sparseprune.api.options import Machine, Source, Target
+from sparseprune.api.options import Machine, Source, Target, memory_of
 from sparseprune.api.pruning import prepare
 from sparseprune.checkpoint import open_checkpoint, open_masks
 from sparseprune.checkpoint.header import lay_out
@@ -52,15 +52,15 @@ def test_too_little_memory_for_the_tensors_alone_is_refused_before_the_work(
     there = sorted(many.parent.iterdir())
     said = refused(name, many, "2of4", *options, "--memory", "125MB")
     told = re.fullmatch(
-        r"sparseprune: --memory 125000000: this checkpoint's 12,000 tensors alone take about (\d+)MB beside "
-        r"Python, which takes 105MB; give (\d+)MB or more\n",
+        r"sparseprune: --memory 125.00 MB: this checkpoint's 12,000 tensors alone take about (\d+).\d\d MB "
+        r"beside Python, which takes 104.86 MB; give --memory (\d+MB)\n",
         said.err,
     )
     assert told is not None, said.err
     assert 18 < int(told[1]) < 30
     assert sorted(many.parent.iterdir()) == there
     if name == "plan":
-        ok("plan", many, "2of4", "--memory", f"{told[2]}MB")
+        ok("plan", many, "2of4", "--memory", told[2])
 
 
 def test_remove_counts_what_it_holds_of_every_tensor_beside(tmp_path: Path) -> None:
@@ -72,10 +72,10 @@ def test_remove_counts_what_it_holds_of_every_tensor_beside(tmp_path: Path) -> N
     least = {}
     for command in ("apply", "remove"):
         said = run(command, folder, "mlp-channels", "-o", tmp_path / "out", "-q", "--memory", "110MB")
-        told = re.search(r"needs (\d+) bytes at least|; give (\d+)(MB) or more\n", said.err)
+        told = re.search(r"; give --memory (\d+MB)\n", said.err)
         assert told is not None, said.err
         assert (said.code, [*tmp_path.iterdir()]) == (2, [folder])
-        least[command] = int(told[2]) * 1_000_000 if told[3] else int(told[1])
+        least[command] = memory_of(told[1])
     assert 1000 * MANY < least["remove"] - least["apply"] < 4000 * MANY
 
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import sparseprune
 from sparseprune import BlockSpec, Matrix, ScopeSpec, admm, projection, refit
+from sparseprune.api.options import memory_of
 from sparseprune.checkpoint.statistics import STATISTICS_KEY
 from tests.commands import ok, refused, run, valid
 from tests.engine.reconstruction.oracle import moments, objective
@@ -591,9 +592,9 @@ def test_memory_that_does_not_hold_a_matrix_is_told_with_what_would(tmp_path: Pa
     spec = write_spec(tmp_path, with_head(ADMM, TWO_OF_FOUR))
     said = refused("apply", tmp_path / "m.safetensors", spec, "--memory", "400MiB")
     assert "its matrices and their second moments must be in memory together" in said.err
-    wanted = int(said.err.split("--memory must be at least ")[1].split()[0])
+    wanted = said.err.split("; give --memory ")[1].strip()
     ok("plan", tmp_path / "m.safetensors", spec, "--memory", wanted)
-    assert run("plan", tmp_path / "m.safetensors", spec, "--memory", wanted - (1 << 20)).code == 2
+    assert run("plan", tmp_path / "m.safetensors", spec, "--memory", memory_of(wanted) - (2 << 20)).code == 2
 
 
 def test_integers_and_nan_are_refused(tmp_path: Path) -> None:

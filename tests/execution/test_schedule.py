@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from sparseprune.api.options import memory_of
 from sparseprune.checkpoint import TensorReader, open_checkpoint
 from sparseprune.errors import SparsepruneError
 from sparseprune.execution.plan import Plan, make_plan
@@ -128,9 +129,9 @@ def least_memory(*, uses_torch: bool) -> int:
     """The least that a run is said to need."""
     with pytest.raises(SparsepruneError) as caught:
         limits_of(0, uses_torch=uses_torch)
-    told = re.search(r"needs (\d+) bytes at least", str(caught.value))
+    told = re.search(r"; give --memory (\d+MB)$", str(caught.value))
     assert told is not None
-    return int(told[1])
+    return memory_of(told[1])
 
 
 def limits_base(schedule: Schedule) -> int:
@@ -216,14 +217,15 @@ def test_too_little_memory_is_refused_with_the_bytes_that_are_needed(
     with pytest.raises(SparsepruneError) as caught:
         make_schedule(plan, 32 * MIB, 2)
     told = re.fullmatch(
-        r"--memory 33554432: this run needs (\d+) bytes at least, of which Python(?: and torch)? takes? \d+",
+        r"--memory 33.55 MB: this run needs (\S+ MB), of which Python(?: and torch)? takes? \S+ MB; give "
+        r"--memory (\d+MB)",
         str(caught.value),
     )
     assert told is not None, str(caught.value)
-    needed = int(told[1])
-    assert_bounded(make_schedule(plan, needed, 2), needed)
-    with pytest.raises(SparsepruneError, match=f"^--memory {needed - 1}: this run needs {needed} bytes"):
-        make_schedule(plan, needed - 1, 2)
+    needed, enough = map(memory_of, told.groups())
+    assert_bounded(make_schedule(plan, enough, 2), enough)
+    with pytest.raises(SparsepruneError, match=rf"; give --memory {told[2]}$"):
+        make_schedule(plan, needed - 10_000, 2)  # it is told with two digits behind the point
 
 
 SOFT_TENSORS = ("[-1, -1]", "[1, 1]", 'mode = "soft"\nthreshold = 0.5')

@@ -95,7 +95,7 @@ def test_a_spec_has_its_largest_size(tmp_path: Path, more: int) -> None:
     if not more:
         assert parse_spec(find_spec(path).text).tables.keys() == {"scope.s"}
         return
-    with pytest.raises(SpecError, match=r"s.toml: larger than 1,000,000 bytes; a spec is a page of TOML"):
+    with pytest.raises(SpecError, match=r"s.toml: larger than 1.00 MB; a spec is a page of TOML"):
         find_spec(path)
 
 
