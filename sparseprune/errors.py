@@ -39,6 +39,16 @@ def printable(text: str) -> str:
     return "".join([letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text])
 
 
+def one_of_many(lines: Sequence[str]) -> str:
+    """The first of lines that are alike, and how many more there are.
+
+    >>> one_of_many(["a: too large", "b: too large", "c: too large"]), one_of_many(["a: too large"])
+    ('a: too large (and 2 more like this)', 'a: too large')
+    """
+    first, *others = lines
+    return f"{first} (and {len(others):,} more like this)" if others else first
+
+
 def size(nbytes: float) -> str:
     """Bytes in decimal units.
 

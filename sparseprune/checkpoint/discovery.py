@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import stat
+from contextlib import suppress
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,7 @@ from msgspec import Struct
 from sparseprune.checkpoint import not_safetensors
 from sparseprune.checkpoint.documents import leads_nowhere, read_json, read_object, shown, strict_json
 from sparseprune.checkpoint.file_io import Stamp, permissions, stamp_of
-from sparseprune.errors import CheckpointError, MachineError
+from sparseprune.errors import CheckpointError, MachineError, printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -44,6 +45,7 @@ _BUNDLES = (".mlpackage", ".mlmodelc")
 _UNTELLING = frozenset({"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache"})
 _SMALLEST_COPY = 1 / 16  # share of the weights' bytes from which a pickle of any name is a copy of them
 _DEPTH = 100  # levels of folders
+_NAMED = 4  # files in a line
 
 
 class OtherFile(Struct, frozen=True):
@@ -205,10 +207,10 @@ def _unlisted_names(
         return row or originals
     if originals:
         raise CheckpointError(
-            f"{directory}: holds {len(originals)} safetensors files and no index, {shown(originals)}; "
+            f"{directory}: holds {len(originals)} safetensors files and no index, {_named(originals)}; "
             "give one"
         )
-    raise CheckpointError(f"{directory}: holds no safetensors file{_what_instead(directory, top)}")
+    raise CheckpointError(f"{directory}: holds no safetensors file{next(_what_instead(directory, top))}")
 
 
 def _row(directory: Path, names: list[str]) -> list[str]:
@@ -241,21 +243,45 @@ def _originals(files: list[str]) -> list[str]:
     ]
 
 
-def _what_instead(directory: Path, top: list[str]) -> str:
-    """The contents of a directory without safetensors, and what to do."""
-    pickles = [name for name in top if PurePosixPath(name).suffix in not_safetensors.PICKLE_SUFFIXES]
+def _what_instead(directory: Path, top: list[str]) -> Iterator[str]:
+    """What a directory without safetensors holds, and what to do; the first line says it best."""
+    snapshot = _snapshot(directory)
+    if snapshot is not None:
+        yield f" at its top, it is a model in a download cache; give {snapshot}"
+    if "adapter_config.json" in top:
+        yield f", only an adapter; {not_safetensors.MERGE}"
     shouted = [name for name in top if name.lower().endswith(SUFFIX) and not name.endswith(SUFFIX)]
     if shouted:
-        return f" of that spelling, only {shown(shouted)}; give one, or rename it"
+        yield f" of that spelling, only {_named(shouted)}; give one, or rename it"
+    pickles = [name for name in top if PurePosixPath(name).suffix in not_safetensors.PICKLE_SUFFIXES]
     if pickles:
-        return f", only {shown(pickles)}; {not_safetensors.conversion_advice(pickles[0])}"
+        yield f", only {_named(pickles)}; {not_safetensors.conversion_advice(pickles[0])}"
     converted = [name for name in top if not_safetensors.names_weights(name)]
     if converted:
-        return f", only {shown(converted)}; {not_safetensors.CONVERTED}"
+        yield f", only {_named(converted)}; {not_safetensors.CONVERTED}"
+    archives = [name for name in top if not_safetensors.is_archive(name)]
+    if archives:
+        yield f", only {_named(archives)}; {not_safetensors.UNPACK}"
     components = [name for name in top if any((directory / name).glob("*" + SUFFIX))]
     if components:
-        return f" at its top; give one of its folders that do: {shown(components)}"
-    return "; give a safetensors file or the directory of a checkpoint"
+        pipeline = ", it is a pipeline of several models" if "model_index.json" in top else ""
+        yield f" at its top{pipeline}; give one of its folders that do: {_named(components)}"
+    yield "; give a safetensors file or the directory of a checkpoint"
+
+
+def _snapshot(directory: Path) -> Path | None:
+    """The snapshot in a model's folder of the hub's cache: that of `main`, or the first; None elsewhere."""
+    found = sorted((directory / "snapshots").glob("*/"))
+    with suppress(OSError, UnicodeDecodeError):
+        main = directory / "snapshots" / (directory / "refs" / "main").read_text().strip()
+        found = [main, *found] if main in found else found
+    return found[0] if found else None
+
+
+def _named(names: Sequence[str]) -> str:
+    """Names in a line, the first ones of many."""
+    some = ", ".join(map(printable, names[:_NAMED]))
+    return f"{some} and {len(names) - _NAMED} more" if len(names) > _NAMED else some
 
 
 def _checked_place(index: Path, place: str) -> PurePosixPath:

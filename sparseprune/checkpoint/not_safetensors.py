@@ -6,8 +6,14 @@ Owns signatures and advice. Called where a header or a folder is no safetensors.
 from __future__ import annotations
 
 import codecs
+import os
 import re
+from difflib import get_close_matches
 from pathlib import Path, PurePath
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
 
@@ -32,18 +38,22 @@ _HTML = re.compile(
     rb"(?:<\?xml[^>]*>|<!--.*?-->|\s)*+<(?:!doctype html|html|head|body)\b", re.IGNORECASE | re.DOTALL
 )
 CONVERTED = "sparseprune reads safetensors, so prune the model before it is converted"
-_UNPACK = "unpack it"
+UNPACK = "unpack it"
+MERGE = (
+    "it is a LoRA adapter, so merge it into its base model first "
+    "(PeftModel.from_pretrained, merge_and_unload, save_pretrained) and prune that"
+)
 # Offset of a format's mark, the mark, the format, the advice.
 _MARKS = (
     (0, b"GGUF", "a GGUF file", CONVERTED),
     (0, b"\x89HDF\r\n\x1a\n", "an HDF5 file", CONVERTED),
     (0, b"\x93NUMPY", "a numpy array", CONVERTED),
-    (0, b"\x1f\x8b", "a gzip archive", _UNPACK),
+    (0, b"\x1f\x8b", "a gzip archive", UNPACK),
     (4, b"TFL3", "a TensorFlow Lite file", CONVERTED),
-    (0, b"BZh", "a bzip2 archive", _UNPACK),
-    (0, b"\xfd7zXZ\0", "an xz archive", _UNPACK),
-    (0, b"\x28\xb5\x2f\xfd", "a zstd archive", _UNPACK),
-    (257, b"ustar", "a tar archive", _UNPACK),
+    (0, b"BZh", "a bzip2 archive", UNPACK),
+    (0, b"\xfd7zXZ\0", "an xz archive", UNPACK),
+    (0, b"\x28\xb5\x2f\xfd", "a zstd archive", UNPACK),
+    (257, b"ustar", "a tar archive", UNPACK),
 )
 # Formats without a mark, by the ends of names.
 _SUFFIXES = {
@@ -53,11 +63,19 @@ _SUFFIXES = {
     ".mlmodel": "a Core ML file",
     ".pb": "a TensorFlow file",
 }
+_ZIPPED = {
+    ".zip": ((0, _ZIP, "a zip archive", UNPACK),),
+    ".npz": ((0, _ZIP, "a file of numpy arrays", CONVERTED),),
+    ".keras": ((0, _ZIP, "a Keras file", CONVERTED),),
+}
+_ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 _URL = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # With 8 bytes of text at the start, the length in a real header would be beyond every disk.
 _TEXT = 8
 _SHOWN = 60
+_COMPARED = 1000  # names in a folder among which the nearest is looked for
+_ADAPTED = re.compile(r"[._]lora_|[._]lora[._]|\.modules_to_save\.|\.(?:hada|lokr|oft|ia3)_")
 
 
 def foreign_format(name: str, head: bytes) -> str | None:
@@ -72,7 +90,7 @@ def foreign_format(name: str, head: bytes) -> str | None:
     text, suffix = head.removeprefix(_BYTE_ORDER_MARK), PurePath(name).suffix.lower()
     if _HTML.match(text):
         return "it is an HTML page saved under this name; download the file itself (a `resolve` link)"
-    for at, mark, what, advice in _MARKS:
+    for at, mark, what, advice in (*_MARKS, *_ZIPPED.get(suffix, ())):
         if head.startswith(mark, at):
             return f"it is {what}; {advice}"
     if looks_pickled(head) or suffix in PICKLE_SUFFIXES:
@@ -87,15 +105,41 @@ def foreign_format(name: str, head: bytes) -> str | None:
 def missing_advice(path: str) -> str:
     """What a path without a file may be instead, and what to do; empty for an ordinary path.
 
-    >>> missing_advice("meta-llama/Llama-3.1-8B")
-    '; if it is a model of the Hugging Face hub, `hf download meta-llama/Llama-3.1-8B --local-dir DIR` first'
+    >>> missing_advice("Qwen/Qwen3-8B")
+    '; if it is a model of the Hugging Face hub, `hf download Qwen/Qwen3-8B --local-dir Qwen3-8B` first'
     """
     if _URL.match(path):
         return "; it is a URL, so download it and give the file or directory"
     is_id = _HUB_ID.fullmatch(path) and not path.endswith(".safetensors") and not Path(path).parent.exists()
     if is_id:
-        return f"; if it is a model of the Hugging Face hub, `hf download {path} --local-dir DIR` first"
-    return ""
+        there = f"`hf download {path} --local-dir {PurePath(path).name}`"
+        return f"; if it is a model of the Hugging Face hub, {there} first"
+    close = get_close_matches(PurePath(path).name, _names_in(Path(path).parent), n=1)
+    return f"; did you mean {Path(path).parent / close[0]}?" if close else ""
+
+
+def _names_in(folder: Path) -> list[str]:
+    """Some names in a folder; none where it cannot be read."""
+    try:
+        with os.scandir(folder) as found:
+            return [entry.name for entry, _ in zip(found, range(_COMPARED), strict=False)]
+    except OSError:
+        return []
+
+
+def is_adapter(names: Iterable[str]) -> bool:
+    """Whether tensors of these names are those of a LoRA adapter, and of nothing else.
+
+    >>> is_adapter(["base_model.model.h.0.attn.lora_A.weight"]), is_adapter(["h.0.attn.weight"])
+    (True, False)
+    """
+    found = [_ADAPTED.search(name) is not None for name in names]
+    return bool(found) and all(found)
+
+
+def is_archive(name: str) -> bool:
+    """Whether a file has a name of archives, which may hold a model."""
+    return name.lower().endswith(_ARCHIVES)
 
 
 def names_weights(name: str) -> bool:

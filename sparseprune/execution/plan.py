@@ -14,9 +14,10 @@ from msgspec.structs import replace
 
 from sparseprune.checkpoint import read_config
 from sparseprune.checkpoint.codes import codes_in, names_beside
+from sparseprune.checkpoint.not_safetensors import MERGE, is_adapter
 from sparseprune.engine.dtypes import DTYPES
 from sparseprune.engine.grids import prod
-from sparseprune.errors import SpecError, UnboundError
+from sparseprune.errors import SpecError, UnboundError, one_of_many
 from sparseprune.execution.coded import rank_of_codes, refusals
 from sparseprune.execution.inputs import InputFiles, Left, Role, Sweeping, TaskInput
 from sparseprune.execution.permutable import Permutations, permutations_of
@@ -31,9 +32,6 @@ if TYPE_CHECKING:
     from sparseprune.execution.coded import CodesRank
     from sparseprune.execution.scores import ScoreKind
     from sparseprune.spec import BoundInstance, BoundSpec, Metric, Spec
-
-
-_MOST_NAMED = 3  # problems of one rule
 
 
 class Task(Struct, frozen=True):
@@ -145,6 +143,8 @@ def bind_to(checkpoint: Checkpoint, spec: Spec) -> BoundSpec:
     except UnboundError as error:
         *lines, last = error.args
         there = f"`sparseprune specs --for {shlex.quote(str(checkpoint.path))}` lists the specs that fit"
+        if is_adapter(checkpoint.tensors):
+            there = MERGE
         raise UnboundError(*lines, f"{last}; {there}") from error
 
 
@@ -251,10 +251,9 @@ def _ranks_of_codes(
     for rule, instance in bound.instances():
         lines = refusals(instance, tensors, scored=is_scored(instance), writes=writes)
         problems.setdefault(rule.name, []).extend(f"[{rule.name}] {line}" for line in lines)
-    told = [line for lines in problems.values() for line in dict.fromkeys(lines[:_MOST_NAMED])]
+    told = [one_of_many(list(dict.fromkeys(lines))) for lines in problems.values() if lines]
     if told:
-        more = sum(map(len, problems.values())) - len(told)
-        raise SpecError(*told, *([f"and {more:,} more tensors hold codes"] if more else []))
+        raise SpecError(*told)
     return [rank_of_codes(instance, tensors) for _, instance in bound.instances()]
 
 

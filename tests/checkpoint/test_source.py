@@ -157,12 +157,12 @@ def test_opens_a_directory(tmp_path: Path, files: Files, tensors: list[str], oth
 
 REFUSED: dict[str, tuple[Files, str]] = {
     "nothing": ({}, "ckpt: holds no safetensors file; give"),
-    "a pickle": ({"pytorch_model.bin": b"\x80\x02"}, r"only \['pytorch_model.bin'\]; pickles can run code"),
+    "a pickle": ({"pytorch_model.bin": b"\x80\x02"}, r"only pytorch_model.bin; pickles can run code"),
     "components in folders": (
         {"unet/a.safetensors": weights("a"), "vae/b.safetensors": weights("a"), "readme/x": b""},
-        r"at its top; give one of its folders that do: \['unet', 'vae'\]",
+        r"at its top; give one of its folders that do: unet, vae",
     ),
-    "a suffix in capitals": ({"M.SAFETENSORS": weights("a")}, r"of that spelling, only \['M.SAFETENSORS'\]"),
+    "a suffix in capitals": ({"M.SAFETENSORS": weights("a")}, r"of that spelling, only M.SAFETENSORS"),
     "a folder in place of the weights": ({"model.safetensors/x": b""}, "holds no safetensors file; give"),
     "too many folders in each other": ({"model.safetensors": weights("a"), "d/" * 101 + "x": b""},
         "ckpt: holds folders more than 100 deep"),
@@ -195,7 +195,7 @@ REFUSED: dict[str, tuple[Files, str]] = {
         {**{f"x{name}": data for name, data in SHARDS.items()}, "y-00001-of-00001.safetensors": weights("z")},
         "holds 3 safetensors files and no index",
     ),
-    "another format": ({"m.gguf": b"GGUF"}, r"only \['m.gguf'\]; sparseprune reads safetensors, so prune"),
+    "another format": ({"m.gguf": b"GGUF"}, r"only m.gguf; sparseprune reads safetensors, so prune"),
     "two files without an index": ({"a.safetensors": weights("a"), "b.safetensors": weights("b")},
         "holds 2 safetensors files and no index"),
     "two indexes": (
@@ -344,7 +344,7 @@ def test_refuses_an_absent_path(tmp_path: Path) -> None:
 
 ABSENT: dict[str, str] = {
     # What is given, of which nothing is there -> what is said of it.
-    "org/m-8B": "; if it is a model of the Hugging Face hub, `hf download org/m-8B --local-dir DIR` first",
+    "org/m-8B": "; if it is a model of the Hugging Face hub, `hf download org/m-8B --local-dir m-8B` first",
     "https://huggingface.co/org/model": "; it is a URL, so download it and give the file or directory",
     "hf://org/model": "; it is a URL, so download it and give the file or directory",
     "model": "",
@@ -352,6 +352,8 @@ ABSENT: dict[str, str] = {
     "here/model": "",
     "a/b/c": "",
     "./model": "",
+    "here/lama": "; did you mean here/llama?",
+    "heer": "; did you mean here?",
     "dangling": ": it is a link to away, which is not there",
 }
 
@@ -361,7 +363,7 @@ def test_what_is_not_there_is_told_with_what_it_may_be(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "llama").mkdir(parents=True)
     (tmp_path / "dangling").symlink_to("away")
     with pytest.raises(CheckpointError) as error:
         open_checkpoint(Path(name))
@@ -377,6 +379,11 @@ FOREIGN = {
         "it is an index, which only names the files; give the directory that it lies in"),
     "x.json": (b'{"weight_map": {}}', "it is an index, which only names the files; give the directory"),
     "config.json": (b'{"a": 12345}', "it is a JSON file; give the directory that it lies in"),
+    "m.gguf": (b"GGUF\3\0\0\0\0\0", "it is a GGUF file; sparseprune reads safetensors, so prune"),
+    "pytorch_model.bin": (b"PK\3\4\0\0\0\0", r"it looks like a pickle \(torch.save\); pickles can run code"),
+    "m.pt": (b"\x80\2ctorch", r"it looks like a pickle \(torch.save\)"),
+    "m.zip": (b"PK\3\4\0\0\0\0\0", "it is a zip archive; unpack it"),
+    "m.npz": (b"PK\3\4\0\0\0\0\0", "it is a file of numpy arrays; sparseprune reads safetensors"),
 }  # fmt: skip
 
 
@@ -386,6 +393,40 @@ def test_files_of_other_formats_are_told_by_name(tmp_path: Path, name: str) -> N
     folder(tmp_path, {name: content})
     with pytest.raises(CheckpointError, match=f"{name}: not a safetensors file: {line}"):
         open_checkpoint(tmp_path / name)
+
+
+FOLDERS = {
+    "onnx": ({"config.json": b"{}", "model.onnx": b"1"}, ", only model.onnx; sparseprune reads safetensors"),
+    "gguf": ({"m-Q4_K_M.gguf": b"1"}, ", only m-Q4_K_M.gguf; sparseprune reads safetensors, so prune"),
+    "pickles": ({f"w-{n}.bin": b"1" for n in range(6)},
+        ", only w-0.bin, w-1.bin, w-2.bin, w-3.bin and 2 more"),
+    "adapter": ({"adapter_config.json": b"{}", "adapter_model.bin": b"1"},
+        ", only an adapter; it is a LoRA adapter, so merge it into its base model first"),
+    "archive": ({"model.zip": b"1"}, ", only model.zip; unpack it"),
+    "pipeline": ({"model_index.json": b"{}", "unet/x.safetensors": b"1", "vae/x.safetensors": b"1"},
+        " at its top, it is a pipeline of several models; give one of its folders that do: unet, vae"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_folders_without_safetensors_are_told_by_what_they_hold(tmp_path: Path, name: str) -> None:
+    content, line = FOLDERS[name]
+    folder(tmp_path / "it", content)
+    with pytest.raises(CheckpointError) as error:
+        open_checkpoint(tmp_path / "it")
+    assert str(error.value).startswith(f"{tmp_path / 'it'}: holds no safetensors file{line}")
+    assert "\n" not in str(error.value)
+
+
+def test_a_model_in_a_download_cache_is_told_with_its_snapshot(tmp_path: Path) -> None:
+    at = tmp_path / "models--org--name"
+    for commit in ("a1", "b2"):
+        folder(at / "snapshots" / commit, {"model.safetensors": weights("a")})
+    with pytest.raises(CheckpointError, match=r"it is a model in a download cache; give .*/snapshots/a1$"):
+        open_checkpoint(at)
+    folder(at, {"refs/main": b"b2"})
+    with pytest.raises(CheckpointError, match=r"it is a model in a download cache; give .*/snapshots/b2$"):
+        open_checkpoint(at)
 
 
 def test_what_may_not_be_read_is_the_machines_error(tmp_path: Path) -> None:

@@ -350,7 +350,7 @@ def test_a_folder_of_components_names_those_that_can_be_given(tmp_path: Path) ->
     (tmp_path / "pipe" / "model_index.json").write_text("{}")
     said = commanded("apply", tmp_path / "pipe", write_spec(tmp_path, SPEC))
     assert said.code == 2
-    assert "give one of its folders that do: ['unet', 'vae']" in said.err
+    assert "give one of its folders that do: unet, vae" in said.err
     through_all(tmp_path, tmp_path / "pipe" / "unet")
 
 

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 import sparseprune
 from sparseprune.errors import SpecError
@@ -109,6 +111,16 @@ def test_a_spec_that_finds_nothing_names_the_command_that_lists_what_fits(folder
             "sparseprune: experts.toml: [block.part] structure: the checkpoint has no routed "
         )
         assert line.endswith(f"; `sparseprune specs --for '{folder}'` lists the specs that fit")
+
+
+def test_an_adapter_is_told_to_be_merged(tmp_path: Path) -> None:
+    at = "base_model.model.model.layers.0.self_attn.q_proj"
+    tensors = {f"{at}.lora_A.weight": torch.ones(8, 64), f"{at}.lora_B.weight": torch.ones(64, 8)}
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    for source in (tmp_path, tmp_path / "adapter_model.safetensors"):
+        (line,) = refused("apply", source, "2of4").err.splitlines()
+        assert "it is a LoRA adapter, so merge it into its base model first" in line
 
 
 def test_statistics_need_not_be_there(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
