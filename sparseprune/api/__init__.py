@@ -30,7 +30,7 @@ def apply(
     device: options.Device = "auto",
     jobs: options.Jobs = None,
     memory: options.Memory = None,
-    mask_format: options.MaskFormatOrNone = "bool",
+    mask_format: options.MaskFormatOrNone = "packed",
     set: options.Set = None,
     target: options.Goal = None,
     reconstruct: options.Reconstruct = None,
@@ -82,7 +82,7 @@ def mask(
     device: options.Device = "auto",
     jobs: options.Jobs = None,
     memory: options.Memory = None,
-    mask_format: options.MaskFormat = "bool",
+    mask_format: options.MaskFormat = "packed",
     set: options.Set = None,
     target: options.Goal = None,
     reconstruct: options.Reconstruct = None,
@@ -96,7 +96,7 @@ def mask(
     The output is CKPT-masks beside a directory, or m.masks.safetensors beside m.safetensors, unless
     --output says otherwise.
 
-    Example: sparseprune mask ./llama 2of4 --mask-format packed
+    Example: sparseprune mask ./llama 2of4 --mask-format bool
 
     Raises what `apply` raises.
     """
@@ -115,7 +115,7 @@ def plan(
     *,
     jobs: options.Jobs = None,
     memory: options.Memory = None,
-    mask_format: options.MaskFormatOrNone = "bool",
+    mask_format: options.MaskFormatOrNone = "packed",
     set: options.Set = None,
     target: options.Goal = None,
     reconstruct: options.Reconstruct = None,
@@ -445,7 +445,7 @@ def reapply(
     partial: options.Partial = False,
     jobs: options.Jobs = None,
     memory: options.Memory = None,
-    mask_format: options.MaskFormatOrNone = "bool",
+    mask_format: options.MaskFormatOrNone = "packed",
     strict: options.Strict = False,
     force: options.Force = False,
     progress: Listen = None,

@@ -86,10 +86,10 @@ Memory = Annotated[
         typed=str,
     ),
 ]
-_FORMATS = ("--mask-format", "One byte for each element, or one bit.")
-MaskFormat = Annotated[Literal["bool", "packed"], Option(*_FORMATS)]
+_FORMATS = ("--mask-format", "One bit for each element, or one byte.")
+MaskFormat = Annotated[Literal["packed", "bool"], Option(*_FORMATS)]
 MaskFormatOrNone = Annotated[
-    Literal["bool", "packed"] | None, Option(*_FORMATS, unless=("--no-masks", "Write no masks."))
+    Literal["packed", "bool"] | None, Option(*_FORMATS, unless=("--no-masks", "Write no masks."))
 ]
 Allocation = Annotated[
     bool,
@@ -425,7 +425,7 @@ class Target:
     """
 
     output: Path | None
-    mask_format: Literal["bool", "packed"] | None = None
+    mask_format: Literal["packed", "bool"] | None = None
     force: bool = False
     weights: bool = True
     resized: bool = False

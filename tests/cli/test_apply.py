@@ -257,7 +257,7 @@ def test_summary_on_stderr_counts_rules_and_elements(tmp_path: Path, sharded: Pa
     assert lines[3] == "left alone 1 of 7 tensors, 8 parameters"
     assert lines[4] == "reached 100.00% of the layers' matrices"
     assert lines[5].startswith("weights ")
-    assert lines[5].endswith("before and after (zeros do not shrink a file), masks 544 B")
+    assert lines[5].endswith("before and after (zeros do not shrink a file), masks 68 B")
     assert lines[6].endswith("/s, on cpu")
 
 

@@ -26,7 +26,8 @@ def folder(tmp_path: Path) -> Path:
     """A `sparse` checkpoint that somebody pruned, without masks, and one that was `tuned` from it."""
     save_file(mlp_tensors(), tmp_path / "dense.safetensors")
     spec = write_spec(tmp_path, TWO_OF_FOUR)
-    ok("apply", tmp_path / "dense.safetensors", spec, "-o", tmp_path / "sparse.safetensors")
+    words = ("-o", tmp_path / "sparse.safetensors", "--mask-format", "bool")
+    ok("apply", tmp_path / "dense.safetensors", spec, *words)
     (tmp_path / "sparse.masks.safetensors").rename(tmp_path / "masks.safetensors")
     (tmp_path / "sparse.report.json").unlink()
     sparse = load_file(tmp_path / "sparse.safetensors")

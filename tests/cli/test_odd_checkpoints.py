@@ -168,7 +168,7 @@ def test_a_tensor_behind_the_first_four_gigabytes_is_pruned(tmp_path: Path) -> N
         file.write(data.view(torch.uint8).numpy().tobytes())
     assert path.stat().st_blocks < 1000  # a hole: no disk is taken
     spec = write_spec(tmp_path, SPEC.replace('"**"', '"w"'))
-    said = commanded("mask", path, spec, "-o", tmp_path / "masks.safetensors", "-q")
+    said = commanded("mask", path, spec, "-o", tmp_path / "masks.safetensors", "-q", "--mask-format", "bool")
     assert (said.code, said.err) == (0, "")
     kept = load_file(tmp_path / "masks.safetensors")["w"]
     assert kept.reshape(-1, 4).sum(1).tolist() == [2] * 8

@@ -102,7 +102,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     start.mkdir()
     write(start / "in", decoder(), LLAMA, 2)
     write(start / "mix", mixture(), MIXTRAL, 2)
-    mask = ("mask", start / "in", "mlp-channels", "-o", start / "masks", "-q")
+    mask = ("mask", start / "in", "mlp-channels", "-o", start / "masks", "--mask-format", "bool", "-q")
     ok(*mask)
     removed(start / "in", "mlp-channels", "--set", "sparsity=0.5", "-o", start / "out", "-q")
     with Commands() as commands:

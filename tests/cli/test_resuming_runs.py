@@ -296,7 +296,7 @@ CHANGES: dict[str, Change] = {
 # What changes in the command of a killed run -> what is said to have changed; nothing where it continues.
 OPTIONS = {
     "--set keep=1": "the spec",
-    "--mask-format packed": "the options",
+    "--mask-format bool": "the options",
     "--no-masks": "the options",
     "--memory 2GiB": "the options",
     "--device cpu": "the options",

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from sparseprune import load_masks
 from tests.commands import ok, refused
 from tests.limits import narrow
 from tests.samples import CHANNELS, TWO_OF_FOUR, mlp_tensors, write_spec
@@ -244,7 +245,7 @@ def test_a_score_file_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 def test_soft_threshold_shrinks_each_block_by_its_norm(tmp_path: Path) -> None:
     pruned = pruned_by(tmp_path, ROWS.replace("nnz = 3", 'mode = "soft"\nthreshold = 2.5'))
-    masks = load_file(tmp_path / "m.pruned.masks.safetensors")
+    masks = load_masks(tmp_path / "m.pruned.masks.safetensors")
     for name, tensor in weights().items():
         norms = torch.linalg.vector_norm(tensor.double(), dim=1, keepdim=True)
         shrunk = tensor.double() * (1 - 2.5 / norms).clamp(min=0)

@@ -18,7 +18,7 @@ MATRICES = [name for name in mlp_tensors() if name.endswith("weight")]
 def folder(tmp_path: Path) -> Path:
     """A checkpoint `m`, pruned with its masks."""
     save_file(mlp_tensors(), tmp_path / "m.safetensors")
-    ok("apply", tmp_path / "m.safetensors", write_spec(tmp_path, TWO_OF_FOUR))
+    ok("apply", tmp_path / "m.safetensors", write_spec(tmp_path, TWO_OF_FOUR), "--mask-format", "bool")
     return tmp_path
 
 
