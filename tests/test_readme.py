@@ -58,7 +58,7 @@ def console(command: str) -> str:
 def same(line: str) -> str:
     """A line without what differs from run to run: times, rates, spaces at the end; of errors two digits."""
     line = re.sub(r"(?<=0\.\d\d)\d+ \+- [\d.]+$", "", re.sub(r"^(cosine of [\w -]+?) +(?=0)", r"\1 ", line))
-    line = re.sub(r"(?<=output error 0\.\d\d)\d|(?<=average, 0\.\d\d)\d", "", line)
+    line = re.sub(r"((?:output error|average,) \d+)\.\d\d%", r"\1%", line)
     return re.sub(r"\d+\.\d s, [\d.]+ \w+/s", "T", line.rstrip())
 
 

@@ -309,7 +309,7 @@ def _energies_of(pieces: Sequence[Piece]) -> Energies:
     each = [energies for _, energies in found]
     return Energies(
         exact_sum(energies.before for energies in each),
-        exact_sum(energies.after for energies in each),
+        exact_sum(energies.kept for energies in each),
         exact_sum(energies.change for energies in each),
         largest.largest,
         begin + largest.place if changes else -1,

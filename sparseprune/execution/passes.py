@@ -103,9 +103,10 @@ class Pass(ABC):
 Outcome = list[Any]
 """[tensor, rule, elements reached, pruned, zeros before, energy before, zeros after, energy after].
 
-For a matrix that was reconstructed there follow its output energies: a list of what is lost by the mask
-alone, what is lost now, and that of the dense matrix, and the power of two that these three count in. Where
-it has gradients another list has the same in units of the loss.
+For a matrix that was reconstructed the energy after is that of its survivors before, and there follow its
+output energies: a list of what is lost by the mask alone, what is lost now, and that of the dense matrix,
+and the power of two that these three count in. Where it has gradients another list has the same in units of
+the loss.
 """
 _FORM: tuple[type | UnionType, ...] = (str, str, int, int, int, int | float, int, int | float)
 

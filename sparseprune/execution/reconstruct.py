@@ -103,14 +103,15 @@ class _Piece:
             zero_pruned(masks)
             return self._tile.store(masks)
         masks, found = self._alternated(method) if method.method == "admm" else self._refitted(method)
-        changes = {}
+        kept, changes = self._tile.kept(masks), {}
         for side, one in zip(self._sides, found, strict=True):
             changes[side.name] = _changes(self._measured(side), one)
             for region in side.regions:
                 self._tile.views[region.leaf].copy_(side.view(region, one.weights))
         zero_pruned(masks)
         outcomes = self._tile.store(masks)
-        for outcome in outcomes:
+        for outcome, energy in zip(outcomes, kept, strict=True):
+            outcome[7] = energy  # of survivors as they were: rebuilt ones may have more than all had before
             if outcome[0] in changes:  # once for each tensor, whatever leaves it has
                 outcome.extend(changes.pop(outcome[0]))
         return outcomes

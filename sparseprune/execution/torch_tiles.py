@@ -68,6 +68,13 @@ class Read(Struct, frozen=True):
     loaded: Mapping[BoundBlock, Loaded]
     before: Mapping[BoundBlock, Tally]
 
+    def kept(self, masks: Mapping[BoundBlock, Mask], io: TensorIO) -> list[float]:
+        """The energies of what survives, leaf by leaf, before the elements are changed."""
+        return [
+            io.tally(replace(one, flat=np.where(masks[leaf].view(np.bool_), one.flat, 0))).energy
+            for leaf, one in self.loaded.items()
+        ]
+
     def store(self, masks: Mapping[BoundBlock, Mask], io: TensorIO) -> list[Outcome]:
         """Write the elements, changed by now, and their masks as they lie in the storage."""
         outcomes = []
@@ -180,6 +187,10 @@ class Tile:
         into = {len(laid) + place: one.flat.view(np.uint8) for place, one in enumerate(self.loaded.values())}
         found = downloaded([*laid, *flats], self._io.device, into)
         return dict(zip(self.loaded, found, strict=False))
+
+    def kept(self, masks: Mapping[BlockSpec, Tensor]) -> list[float]:
+        """The energies of what masks (bool, as the leaves see them) keep of the elements as they are now."""
+        return self._read.kept(self.fetched(masks), self._io)
 
     def store(self, masks: Mapping[BlockSpec, Tensor]) -> list[Outcome]:
         """Write the elements and their masks (bool, as the leaves see them); gives the outcomes."""

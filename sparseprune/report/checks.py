@@ -191,9 +191,7 @@ def reapply_table(found: Reapplication, most: int | None = None) -> FittedTable:
         lost = [tensor for tensor in tensors if tensor.lost]
         tensors = sorted(lost, key=lambda tensor: -tensor.lost)[:most]
     totals = found.totals if len(tensors) == len(found.tensors) else None
-    energy: Fact[ReappliedTensor] = Fact(
-        Column("energy kept", spare=1), lambda one: number_text(one.energy_kept, "?", ".4f")
-    )
+    energy: Fact[ReappliedTensor] = Fact(Column("energy kept", spare=1), lambda one: percent(one.energy_kept))
     name, dtype, *counts = _masked_facts(totals, len(tensors))
     return FittedTable(*filled([name, dtype, *counts, energy], tensors), elsewhere=" or --json")
 

@@ -123,20 +123,20 @@ def _count(one: TensorComparison, key: str) -> int | None:
 
 
 def _shares_of(found: Sequence[tuple[TensorComparison, Energies]]) -> tuple[float | None, float | None]:
-    """||pruned||^2 / ||dense||^2 and ||pruned - dense|| / ||dense|| of all these tensors together.
+    """The share of ||dense||^2 that survivors have, and ||pruned - dense|| / ||dense||, of all these tensors.
 
     Both are None where they are no finite numbers, or where float64 does not hold the squares. Of nothing
     everything is kept.
     """
-    before, after, change = (
-        exact_sum(getattr(energies, key) for _, energies in found) for key in ("before", "after", "change")
+    before, kept, change = (
+        exact_sum(getattr(energies, key) for _, energies in found) for key in ("before", "kept", "change")
     )
     has_some = any(one.differs and one.counts and one.counts.zeros_before < one.numel for one, _ in found)
     if not math.isfinite(before) or (before < LEAST_ENERGY and has_some):
         return None, None
     if before == 0:
-        return (1.0 if after == 0 else None), (0.0 if change == 0 else None)
-    return _finite(after / before), _finite(math.sqrt(change / before))
+        return 1.0, (0.0 if change == 0 else None)
+    return min(kept / before, 1.0), _finite(math.sqrt(change / before))
 
 
 def _finite(number: float) -> float | None:
@@ -274,10 +274,12 @@ def _facts(found: Comparison) -> Iterator[Fact[ComparedTensor]]:
     yield Fact(zeroed, lambda one: number_text(one.zeroed), never)
     altered = Column("altered", footer=f"{totals.altered:,}", style="yellow")
     yield Fact(altered, lambda one: number_text(one.altered), never)
-    yield Fact(Column("sparsity", footer=percent(totals.sparsity), spare=1), lambda one: _share(one.sparsity))
-    yield Fact(Column("energy kept", footer=_share(totals.energy_kept)), lambda one: _share(one.energy_kept))
-    error = Column("relative error", footer=_share(totals.relative_error), spare=3)
-    yield Fact(error, lambda one: _share(one.relative_error))
+    sparsity = Column("sparsity", footer=percent(totals.sparsity), spare=1)
+    yield Fact(sparsity, lambda one: percent(one.sparsity))
+    energy = Column("energy kept", footer=percent(totals.energy_kept))
+    yield Fact(energy, lambda one: percent(one.energy_kept))
+    error = Column("relative error", footer=percent(totals.relative_error), spare=3)
+    yield Fact(error, lambda one: percent(one.relative_error))
     if totals.output_error is not None:
         outputs = Column("output error", footer=f"{percent(totals.output_error)} mean")
         yield Fact(outputs, lambda one: "" if one.output_error is None else percent(one.output_error))
@@ -289,10 +291,6 @@ def _facts(found: Comparison) -> Iterator[Fact[ComparedTensor]]:
 
 def _dtype(one: ComparedTensor) -> str:
     return one.dtype if one.dtype == one.dtype_after else f"{one.dtype} to {one.dtype_after}"
-
-
-def _share(part: float | None) -> str:
-    return "?" if part is None else percent(part)
 
 
 def _largest(one: ComparedTensor) -> str:

@@ -154,13 +154,13 @@ def errors_text(totals: ReportTotals | RemovalTotals) -> str:
     known = {what: pair for what, pair in errors.items() if None not in pair}
     first = "output error" if totals.metric == "outputs" else "loss error"
     (what, (now, masked)), *others = sorted(known.items(), key=lambda one: one[0] != first)
-    text = f"{what} {now:.3f} on average, {masked:.3f} by the masks alone"
+    text = f"{what} {percent(now)} on average, {percent(masked)} by the masks alone"
     if not others:
         return text
     what, (now, masked) = others[0]
     mixed = totals.metric == "loss and outputs"
     minimized, rest = (" where there are gradients", ", minimized elsewhere") if mixed else ("", "")
-    return f"{text}, minimized{minimized}; {what} {now:.3f} and {masked:.3f}{rest}"
+    return f"{text}, minimized{minimized}; {what} {percent(now)} and {percent(masked)}{rest}"
 
 
 def changed_tensors(checkpoint: Checkpoint, left: Mapping[str, ResizedTensor]) -> Iterator[ChangedTensor]:

@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sparseprune.errors import printable
-from sparseprune.report.wording import each_text, number_text, percent, shape_text
+from sparseprune.report.wording import each_text, percent, shape_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -68,7 +68,7 @@ def outcome_table(report: Report) -> Table:
         (
             *(printable(tensor.name), tensor.rule, f"{tensor.pruned:,}"),
             percent(tensor.zeros_after / tensor.numel if tensor.numel else 0.0),
-            number_text(tensor.energy_kept, form=".4f"),
+            percent(tensor.energy_kept),
         )
         for tensor in report.tensors
     )

@@ -84,12 +84,16 @@ def many(count: int, what: str) -> str:
     return f"{count:,} {what if count == 1 else _PLURALS.get(what, what + 's')}"
 
 
-def percent(part: float) -> str:
-    """A share with two digits; what is not quite nothing or all does not look like it.
+def percent(part: float | None) -> str:
+    """A share with two digits, "?" for one that is not known.
 
-    >>> percent(0.5), percent(0.999999), percent(1e-9), percent(1.0)
-    ('50.00%', '>99.99%', '<0.01%', '100.00%')
+    What is not quite nothing or all does not look like it.
+
+    >>> percent(0.5), percent(0.999999), percent(1e-9), percent(None)
+    ('50.00%', '>99.99%', '<0.01%', '?')
     """
+    if part is None:
+        return "?"
     if 0 < part < 0.00005:
         return "<0.01%"
     if 0.99995 <= part < 1:

@@ -186,7 +186,10 @@ class Inspection(Document):
     ]
 
 
-_EnergyKept = Annotated[NotNegative | None, Doc("||pruned||^2 / ||dense||^2; null if not finite")]
+_EnergyKept = Annotated[
+    Share | None,
+    Doc("share of ||dense||^2 in elements that are not zero after, as they were; null if not finite"),
+]
 _RelativeError = Annotated[NotNegative | None, Doc("||pruned - dense|| / ||dense||; null if not finite")]
 
 

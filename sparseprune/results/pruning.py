@@ -303,7 +303,11 @@ class TensorResult(NamedTensor):
     zeros_before: Annotated[Count, Doc("of either sign")]
     zeros_after: Annotated[Count, Doc("of either sign")]
     energy_kept: Annotated[
-        NotNegative | None, Doc("||pruned||^2 / ||dense||^2; null if float64 cannot hold the squares")
+        NotNegative | None,
+        Doc(
+            "share of ||dense||^2 in survivors: before they are rebuilt, and after a soft threshold; null if "
+            "float64 cannot hold the squares"
+        ),
     ]
     output_error_masked: Annotated[OutputError, Doc("by the mask alone")]
     output_error: Annotated[OutputError, Doc("of what was written")]

@@ -83,8 +83,18 @@ def test_table_tells_what_changed_and_what_is_odd(dense: Path, pruned: Path) -> 
     assert lines[0] == titles.split()
     assert lines[1][:7] == ["0.down.weight", "F32", "8x16", "2", "1", "1", "0.78%"]
     assert lines[2] == ["0.up.weight", "F32", "16x8", "64", "64", "0", "50.00%", kept, error, largest]
-    assert lines[3] == ["norm", "F32", "8", "1", "0", "1", "0.00%", "?", "?", "not", "finite"]
-    assert lines[4] == ["total", "of", "5", "67", "65", "2", "22.89%", "?", "?"]
+    assert lines[3] == ["norm", "F32", "8", "1", "0", "1", "0.00%", "100.00%", "?", "not", "finite"]
+    assert lines[4] == [
+        "total",
+        "of",
+        "5",
+        "67",
+        "65",
+        "2",
+        "22.89%",
+        f"{document['totals']['energy_kept']:.2%}",
+        "?",
+    ]
     assert lines[5:] == words_of(
         "unchanged: 2 tensors, 20 elements\n"
         "sparsity: 0.00% before, 22.89% after\n"

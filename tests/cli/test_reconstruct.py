@@ -421,14 +421,27 @@ def test_masks_alone_are_those_of_apply(tmp_path: Path) -> None:
     assert all(torch.equal(masks[name], others[name]) for name in masks)
 
 
+def test_the_energy_kept_is_that_of_survivors_before_they_are_rebuilt_in_every_report(tmp_path: Path) -> None:
+    tensors = mlp_tensors()
+    _, report = applied(tmp_path, with_head(ADMM, TWO_OF_FOUR), tensors, statistics(tensors))
+    masks = sparseprune.load_masks(tmp_path / "m.pruned.masks.safetensors")
+    said = ok("compare", tmp_path / "m.safetensors", tmp_path / "m.pruned.safetensors", "--json")
+    compared = {one["name"]: one for one in json.loads(said.out)["tensors"]}
+    for one in report["tensors"]:
+        dense = tensors[one["name"]].double()
+        kept = float((dense[masks[one["name"]]] ** 2).sum() / (dense**2).sum())
+        assert one["energy_kept"] == pytest.approx(kept, rel=1e-12)
+        assert compared[one["name"]]["energy_kept"] == pytest.approx(kept, rel=1e-12)
+
+
 def test_a_line_tells_the_output_error(tmp_path: Path) -> None:
     tensors = mlp_tensors()
     _, report = applied(tmp_path, with_head(ADMM, TWO_OF_FOUR), tensors, statistics(tensors))
     said = run("apply", tmp_path / "m.safetensors", tmp_path / "spec.toml", "--force")
     totals = report["totals"]
     assert (
-        f"reconstructed 4 matrices: output error {totals['output_error']:.3f} on average, "
-        f"{totals['output_error_masked']:.3f} by the masks alone\n"
+        f"reconstructed 4 matrices: output error {totals['output_error']:.2%} on average, "
+        f"{totals['output_error_masked']:.2%} by the masks alone\n"
     ) in said.err
 
 

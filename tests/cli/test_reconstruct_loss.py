@@ -351,9 +351,9 @@ def test_the_summary_tells_both_errors_and_what_was_minimized(tmp_path: Path) ->
     said = ok("apply", tmp_path / "m.safetensors", spec)
     totals = json.loads((tmp_path / "m.pruned.report.json").read_text())["totals"]
     assert (
-        f"reconstructed 4 matrices: loss error {totals['loss_error']:.3f} on average, "
-        f"{totals['loss_error_masked']:.3f} by the masks alone, minimized; output error "
-        f"{totals['output_error']:.3f} and {totals['output_error_masked']:.3f}\n" in said.err
+        f"reconstructed 4 matrices: loss error {totals['loss_error']:.2%} on average, "
+        f"{totals['loss_error_masked']:.2%} by the masks alone, minimized; output error "
+        f"{totals['output_error']:.2%} and {totals['output_error_masked']:.2%}\n" in said.err
     )
     spec.write_text(with_head(OUTPUTS, TWO_OF_FOUR))
     said = ok("apply", tmp_path / "m.safetensors", spec, "--force")

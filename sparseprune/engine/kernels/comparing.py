@@ -45,14 +45,14 @@ class Counts(Struct, frozen=True):
 
 
 class Energies(Struct, frozen=True):
-    """Sums of squares of all values before and after, and of their differences.
+    """Sums of squares of all values before, of those of them that are not zero after, and of differences.
 
     `largest` is the largest difference by magnitude, infinite where a NaN or an infinity came or went;
     `place` is the index of the first of that size, -1 where no values differ.
     """
 
     before: float = 0.0
-    after: float = 0.0
+    kept: float = 0.0
     change: float = 0.0
     largest: float = 0.0
     place: int = -1
@@ -68,7 +68,7 @@ def compare(before: Bits, after: Bits, dtype: str) -> tuple[Counts, Energies]:
     >>> compare(old, new, "F32")[0]
     Counts(zeros_before=0, zeros_after=1, zeroed=1, altered=1, first_altered=2)
     >>> compare(old, new, "F32")[1]
-    Energies(before=26.0, after=10.0, change=20.0, largest=4.0, place=1)
+    Energies(before=26.0, kept=10.0, change=20.0, largest=4.0, place=1)
     """
     zero_bits = DTYPES[dtype].zero_bits
     if zero_bits is None:
@@ -144,7 +144,7 @@ def _keep(before, after, size, magnitude, shift, infinity, sums):
 
 @compiled_sum("void(K*, K*, int64, K, uint32, K, float64, float64*, float64*)")
 def _differ(before, after, size, magnitude, shift, infinity, scale, changes, sums):
-    energy_before = energy_after = energy_of_change = 0.0
+    energy_before = energy_kept = energy_of_change = 0.0
     largest = -1.0
     for begin in range(0, size, _RUN):
         count = _RUN if size - begin > _RUN else size - begin
@@ -156,15 +156,16 @@ def _differ(before, after, size, magnitude, shift, infinity, scale, changes, sum
             change = change if change < np.inf else np.inf
             change = 0.0 if (one == two) | (((one | two) & magnitude) == 0) else change
             changes[i] = change
-            energy_before += value * value
-            energy_after += changed * changed
+            square = value * value
+            energy_before += square
+            energy_kept += square if (two & magnitude) != 0 else 0.0
             energy_of_change += change * change
         top = _top(changes, count)
         if top > largest:
             largest = top
             sums[3] = begin
     sums[0] = energy_before
-    sums[1] = energy_after
+    sums[1] = energy_kept
     sums[2] = energy_of_change
 
 
@@ -196,9 +197,9 @@ def _compared(before: Bits, after: Bits, form: Format) -> tuple[Counts, Energies
     if counts.altered:
         sums, changes = np.zeros(4), np.empty(_RUN)
         _differ(before, after, before.size, *form.numbers, form.scale, changes, sums)
-        energy, changed, change, run = sums.tolist()
+        energy, kept, change, run = sums.tolist()
         part = slice(int(run), int(run) + _RUN)
-        return counts, Energies(energy, changed, change, *_largest_place(before, after, form, part))
+        return counts, Energies(energy, kept, change, *_largest_place(before, after, form, part))
     sums = np.empty(2)
     _keep(before, after, after.size, *form.numbers, sums)
     kept, lost = (sums * (form.scale * form.scale)).tolist()
@@ -245,7 +246,7 @@ def _compared_complex(before: Values, after: Values) -> tuple[Counts, Energies]:
     altered = different & live_after
     with np.errstate(invalid="ignore", over="ignore"):
         changes = np.where(different, np.abs(after - before), -1.0)
-        energies = _energy(before), _energy(after)
+        energies = _energy(before), _energy(before[live_after])
     changes[~(changes < np.inf)] = np.inf
     counts = Counts(
         before.size - int(np.count_nonzero(live_before)),
