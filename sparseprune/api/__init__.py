@@ -257,7 +257,7 @@ def calibrate(
 
     The output is CKPT-stats beside the directory unless --output says otherwise: for every matrix the second
     moment of its inputs, which [reconstruct] and the scores wanda and obd of a spec read. A run that was
-    interrupted is continued by the same command. Needs transformers: pip install 'sparseprune[calibrate]'.
+    interrupted is continued by the same command. Needs transformers, which the extra `calibrate` brings.
 
     Example: sparseprune calibrate ./llama --text corpus.txt -o stats
 
@@ -302,7 +302,7 @@ def evaluate(
     Models that predict next tokens get a perplexity, and with --against the KL divergence to the dense model
     and the share of tokens of which both hold the same for most probable; encoders get the cosine of their
     embeddings to the dense ones. Layers are loaded one at a time. With --require the exit code is 1 where a
-    mean fails. Needs transformers: pip install 'sparseprune[calibrate]'.
+    mean fails. Needs transformers, which the extra `calibrate` brings.
 
     Example: sparseprune eval ./llama-2of4 --against ./llama --text held-out.txt --require "kl<=0.05"
 

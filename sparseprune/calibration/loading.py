@@ -235,7 +235,8 @@ def _transformers() -> Any:
         import transformers  # noqa: PLC0415
     except ImportError as error:
         raise SparsepruneError(
-            "running a model needs transformers, which is not installed: pip install 'sparseprune[calibrate]'"
+            "running a model needs transformers, which is not installed: "
+            "pip install 'sparseprune[calibrate]' (in a clone: '.[calibrate]')"
         ) from error
     huggingface_hub.constants.HF_HUB_OFFLINE = True  # if it was imported before
     shared = getattr(transformers.cache_utils, "KVSharingDict", None)

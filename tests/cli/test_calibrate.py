@@ -374,5 +374,5 @@ def test_without_transformers_it_says_what_to_install(
     assert said.code == 2
     assert said.err.splitlines()[-1] == (
         "sparseprune: running a model needs transformers, which is not installed: "
-        "pip install 'sparseprune[calibrate]'"
+        "pip install 'sparseprune[calibrate]' (in a clone: '.[calibrate]')"
     )

@@ -147,7 +147,9 @@ def test_matplotlib_is_asked_for_before_anything_is_read(
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     nowhere = [tmp_path / "nowhere"] * (1 if command == "inspect" else 2)
     told = refused(command, *nowhere, "--plot", tmp_path / "out.png")
-    assert told.err == "sparseprune: --plot needs matplotlib: pip install 'sparseprune[plot]'\n"
+    assert told.err == (
+        "sparseprune: --plot needs matplotlib: pip install 'sparseprune[plot]' (in a clone: '.[plot]')\n"
+    )
 
 
 def test_a_tensor_without_a_picture_is_an_error(pruned: Path) -> None:

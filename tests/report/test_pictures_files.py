@@ -206,7 +206,9 @@ def test_says_what_to_install_where_matplotlib_is_missing(
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(SparsepruneError) as told:
         check_picture(tmp_path / "out.png")
-    assert str(told.value) == "--plot needs matplotlib: pip install 'sparseprune[plot]'"
+    assert str(told.value) == (
+        "--plot needs matplotlib: pip install 'sparseprune[plot]' (in a clone: '.[plot]')"
+    )
     assert told.value.exit_code == 2
 
 

@@ -26,7 +26,9 @@ def check_picture(path: Path) -> None:
     try:
         import_module("matplotlib")
     except ImportError as error:
-        raise SparsepruneError("--plot needs matplotlib: pip install 'sparseprune[plot]'") from error
+        raise SparsepruneError(
+            "--plot needs matplotlib: pip install 'sparseprune[plot]' (in a clone: '.[plot]')"
+        ) from error
 
 
 def form_of(path: Path) -> str:
