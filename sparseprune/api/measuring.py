@@ -155,7 +155,7 @@ def _inspected(
     tensors = [checkpoint.tensors[name] for name in names]
     questions = replace(asked, patterns=tuple(dict.fromkeys((*asked.patterns, *needed_patterns(runtimes)))))
     total = sum(one.nbytes for one in tensors)
-    with TensorReader() as reader, run.progress("reading", total) as advance:
+    with TensorReader() as reader, run.progress("inspecting", total) as advance:
         facts = inspect_checkpoint(tensors, reader, questions, look.jobs, advance)
     beside = names_beside(checkpoint.tensors)
     if beside:
@@ -231,7 +231,7 @@ def _survivors(run: Run, jobs: int, checkpoint: Checkpoint, spec: Spec) -> list[
     from sparseprune.report.pictures.charts import Survivors
 
     check = make_check(checkpoint, spec, default_memory(), jobs)
-    with TensorReader() as reader, run.progress("counting", check.nbytes) as advance:
+    with TensorReader() as reader, run.progress("counting survivors", check.nbytes) as advance:
         found = count_survivors(check, reader, advance)
     return [Survivors(rule.name, rule.nnz, rule.survivors) for rule in found.rules if rule.survivors]
 

@@ -196,7 +196,9 @@ def decided(
     from sparseprune.execution.schedule import resolve_device
 
     device = resolve_device(machine.device, uses_torch=True)
-    with run.progress("allocating", work.nbytes(output)) as advance:
+    tensors = {leaf.tensor for task in work.tasks for leaf in task.instance.scope.leaves}
+    size = sum(prepared.plan.checkpoint.tensors[name].nbytes for name in tensors)
+    with run.progress("sharing the budget", work.nbytes(output), size=size) as advance:
         found = allocate(work, reader, device, advance, output)
     spec = replace(prepared.spec, allocated=found)
     with collector_paused():
@@ -326,7 +328,8 @@ def prune(run: Run, prepared: Prepared) -> results.Report:
         if final.swept is not None:
             outcomes, lacking = swept_outcomes(run, final, reader, output, device)
         else:
-            with run.progress("pruning" if weights else "masking", total, already) as advance:
+            size = layout.input_bytes
+            with run.progress("pruning" if weights else "masking", total, already, size=size) as advance:
                 if plan.permutations.found:
                     from sparseprune.execution.permuting import find_orders
 

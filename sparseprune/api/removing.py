@@ -326,7 +326,8 @@ def _by_spec(run: Run, prepared: Prepared, output: StagedOutput, decisions: Bloc
         if prepared.swept is not None:
             outcomes, lacking = swept_outcomes(run, prepared, reader, output, device)
         else:
-            with run.progress("choosing", total, already) as advance:
+            size = output.layout.input_bytes
+            with run.progress("deciding", total, already, size=size) as advance:
                 if decisions is None:
                     outcomes = execute(schedule, reader, output, device, advance)
                 else:
@@ -371,7 +372,7 @@ def _kept_by(
     from sparseprune.removal.slices import read_slices
 
     total = sum(mask.stored.nbytes for mask in masks)
-    with run.progress("finding slices", total) as advance:
+    with run.progress("reading masks", total) as advance:
         return read_slices(masks, reader, limits, jobs, advance)
 
 

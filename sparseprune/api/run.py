@@ -32,8 +32,9 @@ Made = TypeVar("Made", bound="Document")
 class Progress:
     """How far a step of a run is: `done` of `total` bytes, or of what else `counts` says.
 
-    `what` names the step, such as "pruning"; `unit` what is at work, such as "proj[layer=7]"; `already` of
-    them were done by an earlier run that this one continues. The last of a step has `ended`, also where an
+    `what` names the step, such as "pruning"; `unit` what is at work, such as "model.layers.7.mlp"; `already`
+    of them were done by an earlier run that this one continues. Where bytes are read several times, or take
+    unlike work, `done` is the share of the work that is done. The last of a step has `ended`, also where an
     error ends it.
     """
 
@@ -76,7 +77,7 @@ class Listener:
 
 
 class Advance(Protocol):
-    """Says that `nbytes` more are done, in the work unit of this label; cheap, and from any thread."""
+    """Says that so much more work is done, on what this label names; cheap, and from any thread."""
 
     def __call__(self, nbytes: int, unit: str = "") -> None: ...
 
@@ -117,26 +118,39 @@ class Run:
 
     @contextmanager
     def progress(
-        self, what: str, total: int, already: int = 0, counts: Literal["bytes", "tokens"] = "bytes"
+        self,
+        what: str,
+        total: int,
+        already: int = 0,
+        counts: Literal["bytes", "tokens"] = "bytes",
+        size: int | None = None,
     ) -> Iterator[Advance]:
-        """A step of `total` bytes or tokens; gives the function that advances it."""
+        """A step of so much work; gives the function that advances it.
+
+        What is heard counts up to `size` bytes or tokens, to the `total` of the work where that is None.
+        """
         hear = self.listener.progress
         if hear is None:
             yield _unheard
             return
         lock, done, label = threading.Lock(), already, ""
+        whole = total if size is None else size
+
+        def at(*, ended: bool = False) -> Progress:
+            shown, before = (part * whole // total if total else 0 for part in (done, already))
+            return Progress(what, shown, whole, before, label, counts, ended)
 
         def advance(nbytes: int, unit: str = "") -> None:
             nonlocal done, label
             with lock:
                 done, label = done + nbytes, unit or label
-                hear(Progress(what, done, total, already, label, counts))
+                hear(at())
 
         try:
-            hear(Progress(what, done, total, already, "", counts))
+            hear(at())
             yield advance
         finally:
-            hear(Progress(what, done, total, already, label, counts, ended=True))
+            hear(at(ended=True))
 
     @contextmanager
     def staged(self, output: StagedOutput, *, continued: bool = False) -> Iterator[None]:

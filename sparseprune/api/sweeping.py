@@ -366,7 +366,7 @@ class Sweeper:
         work.do(self._schedule(replace(swept.plan, units=first)), "first.")
         self._decided.update(stored.name for unit in first for stored in unit.tensors)
         done = sum(_key(name) in self._output.finished for name in swept.blocks) * length
-        progress = self._run.progress("sweeping", len(swept.blocks) * length, done, "tokens")
+        progress = self._run.progress("pruning", len(swept.blocks) * length, done, "tokens", length)
         states = folder_for_states(swept.text.asked.scratch)
         with progress as advance, states as folder, self._sweep(folder) as sweep:
             for _ in swept.blocks:

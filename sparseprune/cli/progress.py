@@ -6,12 +6,14 @@ of its own reads and shows it. Called by command.py.
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
 import time
-from collections import deque
 from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING
+
+from msgspec import Struct
 
 from sparseprune.cli.console import stderr_console
 from sparseprune.errors import printable
@@ -31,7 +33,7 @@ _SHOW_CURSOR = "\x1b[?25h"
 _REDRAWS = 5  # a second
 _TICK = 1.0  # seconds between two looks where log lines are written
 _FIRST_LINE, _LONGEST_PAUSE = 5.0, 60.0  # seconds
-_WINDOW, _SETTLED = 30.0, 0.5  # seconds that a rate is taken over at most, and at least
+_WINDOW, _SETTLED = 30.0, 0.5  # seconds that a rate is taken over at first, and at least
 _COUNTS = {"bytes": SIZES, "tokens": ("tokens", "k tokens", "M tokens", "G tokens")}
 _SPARE = 2  # columns that stay free, for the ^C that a terminal echoes
 _WIDE = 60  # columns of the narrowest terminal that shows the unit
@@ -64,42 +66,63 @@ def shown(*, quiet: bool) -> Iterator[Callable[[Progress], None] | None]:
         yield hear
 
 
+class Reading(Struct, frozen=True):
+    """A step with its bytes per second and the seconds that are left, None while these are not known."""
+
+    step: Progress
+    rate: float | None = None
+    left: float | None = None
+
+
 class Latest:
     """The latest step, set by any thread and read by one."""
 
     def __init__(self, step: Progress, clock: Callable[[], float] = time.monotonic) -> None:
         self.step = step
         self._clock = clock
-        self._samples = deque([(clock(), step.done)])
+        self._began = self._grew = clock()
+        self._done = step.done
+        self._bytes = self._seconds = self._pause = 0.0
 
-    def read(self) -> tuple[Progress, float | None]:
-        """The step and its bytes per second over the last 30 seconds, None until that is known.
+    def read(self) -> Reading:
+        """How far the step is; the more often it is read, the better the estimate gets.
 
-        The rate starts with the first byte that this run does; the more often it is read, the better it gets.
+        The rate begins with the first bytes that this run does, and is a mean over the last half of the time,
+        or 30 seconds: work comes in large pieces, and a shorter one would jump with each of them. Between two
+        pieces the time left counts down, while no pause is longer than those before.
         """
-        now, step, samples = self._clock(), self.step, self._samples
-        if step.done == step.already:
-            samples.clear()
-        samples.append((now, step.done))
-        while len(samples) > 2 and samples[1][0] <= now - _WINDOW:
-            samples.popleft()
-        since, before = samples[0]
-        return step, (step.done - before) / (now - since) if now - since >= _SETTLED else None
+        now, step = self._clock(), self.step
+        new, passed = step.done - self._done, now - self._grew
+        if new > 0 and self._done == step.already and not self._seconds:
+            self._began = self._grew = now  # how long these took is not known: reading, or loading torch
+            self._done, passed = step.done, 0.0
+        elif new > 0:
+            fades = math.exp(-passed / max(_WINDOW, (now - self._began) / 2))
+            self._bytes, self._seconds = self._bytes * fades + new, self._seconds * fades + passed
+            self._pause = max(self._pause * fades, passed)
+            self._done, self._grew, passed = step.done, now, 0.0
+        if self._seconds < _SETTLED:
+            return Reading(step)
+        rate = self._bytes / (self._seconds + max(0.0, passed - self._pause))
+        left = max(step.total - self._done, 0) / rate
+        return Reading(step, rate, max(left - min(passed, self._pause), left / 2))
 
 
-def log_line(step: Progress, rate: float | None) -> str:
-    """A step as a line of a log; `rate` is bytes per second.
+def log_line(reading: Reading) -> str:
+    """A step as a line of a log.
 
     >>> from sparseprune.api.run import Progress
-    >>> log_line(Progress("pruning", 750_000_000, 2_200_000_000, unit="proj[layer=7]"), 1.1e9)
-    'sparseprune: pruning 34%, 0.75 of 2.20 GB, 1.1 GB/s, 1 s left, proj[layer=7]'
+    >>> step = Progress("pruning", 750_000_000, 2_200_000_000, unit="model.layers.7.mlp")
+    >>> log_line(Reading(step, 1.1e9, 1.3))
+    'sparseprune: pruning 34%, 0.75 of 2.20 GB, 1.1 GB/s, 1 s left, model.layers.7.mlp'
     """
+    step, rate, left = reading.step, reading.rate, reading.left
     percent = int(min(step.done / step.total, 1) * 100) if step.total else 100
     parts = [f"sparseprune: {step.what} {percent}%", " of ".join(_amounts(step)).lstrip()]
     if rate is not None:
         parts.append(_speed(step, rate))
-    if rate:
-        parts.append(f"{_time_left(step, rate)} left")
+    if left is not None:
+        parts.append(f"{_time_text(left)} left")
     if step.unit:
         parts.append(printable(step.unit))
     return ", ".join(parts)
@@ -138,9 +161,10 @@ def terminal_line(latest: Latest, console: Console) -> tuple[Line, Callable[[], 
     task = line.add_task(latest.step.what, total=latest.step.total)
 
     def draw() -> None:
-        step, rate = latest.read()
-        speed = "?" if rate is None else _speed(step, rate)
-        left = _time_left(step, rate) if rate else "?"
+        reading = latest.read()
+        step = reading.step
+        speed = "?" if reading.rate is None else _speed(step, reading.rate)
+        left = "?" if reading.left is None else _time_text(reading.left)
         facts = f"{'/'.join(_amounts(step))} {speed:>8} {left:>6}"
         unit = printable(step.unit).encode(encoding, "replace").decode(encoding)
         line.columns = columns if console.width >= _WIDE else columns[:-1]
@@ -170,11 +194,11 @@ def _log_lines(latest: Latest) -> Callable[[], None]:
 
     def look() -> None:
         nonlocal due
-        step, rate = latest.read()
+        reading = latest.read()
         passed = time.monotonic() - began
         if passed >= due:
             due = passed + min(passed, _LONGEST_PAUSE)
-            print(log_line(step, rate), file=sys.stderr, flush=True)
+            print(log_line(reading), file=sys.stderr, flush=True)
 
     return look
 
@@ -218,9 +242,8 @@ def _speed(step: Progress, rate: float) -> str:
     return f"{rate / size:.{int(size > 1 and rate / size < 9.95)}f} {name}/s"
 
 
-def _time_left(step: Progress, rate: float) -> str:
-    """Time left at this rate, as exact as it is known: '12 s', '13 min', '10.3 h'."""
-    seconds = max(step.total - step.done, 0) / rate
+def _time_text(seconds: float) -> str:
+    """A time as exact as it is known: '12 s', '13 min', '10.3 h'."""
     if seconds < 99.5:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 99.5 * 60 else f"{seconds / 3600:.1f} h"

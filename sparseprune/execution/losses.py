@@ -73,7 +73,7 @@ def loss_jobs(tasks: Sequence[Task], tensors: Mapping[str, StoredTensor]) -> lis
         some = tuple(tasks[number] for number in members)
         first = FactorMoments(some, tuple(task.rule not in without for task in some))
         held = sum(_held(task, tensors) for task in some)
-        jobs.append((Job(order, f"allocate {order}", some[0].instance.label, first, held), members))
+        jobs.append((Job(order, f"allocate {order}", some[0].part, first, held), members))
     return jobs
 
 
@@ -314,7 +314,7 @@ class CountLosses(_Losses):
             pairs = block_pairs(region)
             found = self._losses(number, one, region, io).reshape(pairs)
             sums[region.blocks] += found.sum(axis=tuple(range(1, len(pairs), 2)))
-            io.passed(io.nbytes(region), self.tasks[number].instance.label)
+            io.passed(io.nbytes(region), self.tasks[number].part)
         return number, place, 0, sums
 
     def total(self) -> dict[Any, Any]:

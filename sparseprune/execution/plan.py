@@ -24,6 +24,7 @@ from sparseprune.execution.permutable import Permutations, permutations_of
 from sparseprune.execution.scores import kind_of
 from sparseprune.results.fields import Made
 from sparseprune.spec import TensorInfo, bind
+from sparseprune.spec.patterns import shared_beginning
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
@@ -72,6 +73,15 @@ class Task(Struct, frozen=True):
     def with_role(self, role: Role) -> dict[str, TaskInput]:
         """Its inputs of one role, by what they are for."""
         return {one.key: one for one in self.inputs if one.role == role}
+
+    @property
+    def part(self) -> str:
+        """The part of the model that it reaches, for people: its tensor, or where several of them are.
+
+        Without a place that they share it is the first of them.
+        """
+        names = list(dict.fromkeys([leaf.tensor for leaf in self.instance.scope.leaves]))
+        return names[0] if len(names) == 1 else shared_beginning(names) or f"{names[0]}, ..."
 
     def nbytes(self, tensors: Mapping[str, StoredTensor]) -> int:
         """Bytes of what it reaches: what one pass reads."""

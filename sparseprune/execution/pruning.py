@@ -88,14 +88,14 @@ def jobs_of(schedule: Schedule, part: str = "") -> Iterator[Job]:
         """The shard that a group writes to, or the first of several."""
         return tensors[group.task.instance.scope.leaves[0].tensor].shard
 
-    def matrix_bytes(group: TaskGroup) -> int:
-        """What grows with the time that a matrix takes to be rebuilt; 0 where none is."""
-        return group.strategy.memory if isinstance(group.strategy, Rebuild) else 0
+    def cost(group: TaskGroup) -> int:
+        """The time that a matrix takes to be rebuilt; 0 where none is."""
+        return group.strategy.cost if isinstance(group.strategy, Rebuild) else 0
 
     planned = dealt(schedule.groups, shard_of, schedule.workers)
     # The largest matrices first: one that takes an hour must not be the last to begin.
-    for order, group in sorted(planned, key=lambda one: -matrix_bytes(one[1])):
-        yield Job(order, part + group.key, group.task.instance.label, first_pass(group), group.strategy.held)
+    for order, group in sorted(planned, key=lambda one: -cost(one[1])):
+        yield Job(order, part + group.key, group.task.part, first_pass(group), group.strategy.held)
     for one in schedule.untouched:
         copying = CopyUntouched(one.stored.name, one.leaves, schedule.limits.slab)
         yield Job(len(schedule.groups), part + one.key, one.stored.name, copying)
@@ -126,7 +126,7 @@ def first_pass(group: TaskGroup) -> Pass:
 
 
 def work_bytes(schedule: Schedule, output: Sink) -> tuple[int, int]:
-    """Bytes that a whole run reads or copies, and how many of them an earlier run did."""
+    """The work of a whole run, in bytes that are read or copied, and how much of it an earlier run did."""
     return schedule.nbytes + copied_bytes(output), already_done(output)
 
 

@@ -26,13 +26,13 @@ from sparseprune.errors import SparsityError
 from sparseprune.execution.inputs import holds_rows
 from sparseprune.execution.passes import Chunk, Pass
 from sparseprune.execution.ranking import Elements, refuse_nonfinite
-from sparseprune.execution.regions import leaves_of, regions_at
+from sparseprune.execution.regions import leaves_of
 from sparseprune.execution.strategy import independent_parts
 from sparseprune.execution.torch_tiles import Tile, build_scope, parts_at, tensor_of
 from sparseprune.spec import BoundBlock, BoundScope
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from torch import Tensor
 
@@ -45,6 +45,9 @@ if TYPE_CHECKING:
     from sparseprune.execution.strategy import Rebuild
     from sparseprune.execution.tensor_io import TensorIO
     from sparseprune.spec import Reconstruct
+
+
+_USUAL_ROUNDS = 20, 80  # of a search, by outputs and by the loss
 
 
 class _Side(Struct, frozen=True, eq=False):
@@ -71,20 +74,49 @@ class RebuildMatrices(Pass):
         files = io.files(self.task.instance.scope.leaves)
         for number, (cell, matrix) in enumerate(independent_parts(self.task, io.tensors)):
             if cell.numel:
-                nbytes = sum(map(io.nbytes, regions_at(self.task.instance.scope, cell).values()))
-                yield Chunk((cell, matrix), nbytes, self.strategy.memory, str(number), files)
+                yield Chunk((cell, matrix), self.strategy.cost, self.strategy.memory, str(number), files)
 
     def work(self, chunk: Chunk, io: TensorIO) -> list[Outcome]:
         cell, matrix = chunk.about
+        rounds = _Rounds(io, self.task.part, chunk.nbytes, _USUAL_ROUNDS[self.task.metric == "loss"])
         with io.lane(self.strategy.on_device):
-            return _Piece(self.task, cell, matrix, io).rebuilt()
+            found = _Piece(self.task, cell, matrix, io, rounds).rebuilt()
+        rounds.end()
+        return found
+
+
+class _Rounds:
+    """Tells of a search for how far it has come, and lets it be given up: called between its iterations.
+
+    How many there will be is not known: after the usual number half of the work counts as done.
+    """
+
+    def __init__(self, io: TensorIO, label: str, work: int, usual: int) -> None:
+        self._io, self._label, self._work, self._usual = io, label, work, usual
+        self._rounds = self._told = 0
+
+    def __call__(self) -> None:
+        self._io.check()
+        self._rounds += 1
+        self._tell(self._work * self._rounds // (self._rounds + self._usual))
+
+    def end(self) -> None:
+        """Take back what was told: the runner tells of the whole."""
+        self._tell(0)
+
+    def _tell(self, done: int) -> None:
+        self._io.passed(done - self._told, self._label)
+        self._told = done
 
 
 class _Piece:
     """The matrices that are in memory at one time: all that a task reaches, or one `matrix` of each stack."""
 
-    def __init__(self, task: Task, cell: Part, matrix: int | None, io: TensorIO) -> None:
+    def __init__(
+        self, task: Task, cell: Part, matrix: int | None, io: TensorIO, between: Callable[[], None]
+    ) -> None:
         self._task = task
+        self._between = between
         self._matrix = matrix
         self._io = io
         self._tile = Tile(task, task.instance.scope, parts_at(task.instance.scope, cell), io)
@@ -131,7 +163,7 @@ class _Piece:
             mask = torch.ones_like(side.matrix.dense, dtype=torch.bool)
             for region in side.regions:
                 side.view(region, mask).copy_(by_leaf[region.leaf])
-            weights = refit(side.matrix, mask, damp=method.damp, between=self._io.check)
+            weights = refit(side.matrix, mask, damp=method.damp, between=self._between)
             found.append(Reconstructed(weights, mask))
         return masks, found
 
@@ -159,7 +191,7 @@ class _Piece:
                 damp=method.damp,
                 effort=method.effort,
                 joint=joint,
-                between=self._io.check,
+                between=self._between,
             )
         kept = {
             region.leaf: side.view(region, one.mask)

@@ -126,11 +126,9 @@ class Schedule(Struct, frozen=True):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the input that are read, each as often as it is read."""
+        """The work, in bytes of the input that are read, each as often as it is read."""
         tensors = self.plan.checkpoint.tensors
-        reads = sum(
-            task.nbytes(tensors) * group.strategy.passes for group in self.groups for task in group.tasks
-        )
+        reads = sum(group.strategy.work(task, tensors) for group in self.groups for task in group.tasks)
         searched = self.plan.permutations.search_bytes(tensors)
         return reads + sum(one.nbytes for one in self.untouched) + searched
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from itertools import groupby
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal
 
 from msgspec import Struct
@@ -54,6 +55,10 @@ _COUNTER_BYTES = 8 << 16  # one histogram
 # That least squares need for each weight, in units of the loss beside that, and for each element of a second
 # moment of inputs or gradients: float64 copies while it is looked at, its eigenvectors later. Measured.
 _SOLVER_BYTES, _LOSS_BYTES, _MOMENT_BYTES = 60, 32, 32
+# Of a search, measured: products with a moment, its factors, what each matrix takes beside, and what is
+# computed while a byte is read.
+_ROUNDS = MappingProxyType({"refit": 16, "outputs": 40, "loss": 400})
+_FACTORED, _STARTED, _FLOPS_PER_BYTE = 6, 10**9, 20
 _READ_SHARE = 4  # one part in so many is what was read, which the host has where a device does the rest
 
 
@@ -88,6 +93,10 @@ class Strategy(Struct, frozen=True):
     held: int = 0
     passes: int = 1
     on_device: int = 0
+
+    def work(self, task: Task, tensors: Mapping[str, StoredTensor]) -> int:
+        """The work of a task, in bytes that are read at the same time."""
+        return task.nbytes(tensors) * self.passes
 
 
 class Compiled(Strategy, frozen=True, kw_only=True):
@@ -130,9 +139,18 @@ class Rebuild(Strategy, frozen=True, kw_only=True):
 
     Not `stacked` where they are no stack, or compete with each other: all that a task reaches is in memory
     then. A search ends for all its matrices at once: how many these are must not depend on the memory.
+    Each of its `parts` has a `cost`: so many bytes would be read in the time that it takes.
     """
 
-    stacked: bool
+    parts: int
+    cost: int
+
+    @property
+    def stacked(self) -> bool:
+        return self.parts > 1
+
+    def work(self, task: Task, tensors: Mapping[str, StoredTensor]) -> int:  # noqa: ARG002
+        return self.parts * self.cost
 
 
 class CountNonzero(Strategy, frozen=True, kw_only=True):
@@ -401,7 +419,24 @@ def _rebuild(task: Task, tensors: Mapping[str, StoredTensor], limits: Limits) ->
             f"[{task.rule}] {task.instance.label}: its matrices and their second moments must be in memory "
             f"together to be reconstructed; give --memory {enough(needed)}"
         )
-    return Rebuild(each, numel // max(1, stacks), on_device=on_device, stacked=stacks > 1)
+    cost = _cost(task, tensors) // max(1, stacks)
+    return Rebuild(each, numel // max(1, stacks), on_device=on_device, parts=stacks, cost=cost)
+
+
+def _cost(task: Task, tensors: Mapping[str, StoredTensor]) -> int:
+    """What rebuilding takes, in bytes that are read in the same time: it grows with cubes of the sizes."""
+    method, gradients = task.instance.reconstruct, task.with_role("gradients")
+    is_refit = method is not None and method.method == "refit"
+    rounds, flops = _ROUNDS["refit" if is_refit else task.metric or "outputs"], 0
+    for name, one in task.with_role("moment").items():
+        moments = [one.stored]
+        if task.metric == "loss" and name in gradients:
+            moments.append(gradients[name].stored)
+        for moment in moments:
+            size, numel = moment.shape[-1], tensors[name].numel
+            flops += rounds * numel * size + _FACTORED * moment.numel * size
+        flops += _STARTED
+    return task.nbytes(tensors) + flops // _FLOPS_PER_BYTE
 
 
 def _refuse_unseen(task: Task, *, alone: bool) -> None:

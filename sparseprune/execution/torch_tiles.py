@@ -430,7 +430,7 @@ class SearchRank(_OutOfCore):
                     alike = _alike(numbers, self.prefix, part, shift)
                     found.append((numbers[0][alike], numbers[1][alike]))
                 nbytes = sum(one.flat.nbytes for one in tile.loaded.values())
-                io.passed(nbytes, self.task.instance.label)
+                io.passed(nbytes, self.task.part)
             if not self.collect:
                 return downloaded([counts], io.device)[0]
             joined = [torch.cat(each) for each in zip(*found, strict=True)]

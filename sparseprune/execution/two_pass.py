@@ -274,7 +274,7 @@ class CountKeys(_Search):
             loaded = io.load(region)
             refuse_nonfinite_bits(loaded, form)
             count_digits(loaded.flat, form, self.prefix, self.shift, counts)
-            io.passed(loaded.flat.nbytes, self.task.instance.label)
+            io.passed(loaded.flat.nbytes, self.task.part)
         return counts
 
     def merge(self, partials: list[Counts], io: TensorIO) -> Pass | Decision:
@@ -401,7 +401,7 @@ class ReduceBlocks(Pass):
             elements = ranking.elements(loaded)
             refuse_nonfinite(loaded, elements)
             found.add(loaded, elements)
-            io.passed(loaded.flat.nbytes, sweep.leaf.label)
+            io.passed(loaded.flat.nbytes, sweep.leaf.tensor)
         return found.result()
 
     def merge(self, partials: list[Any], io: TensorIO) -> Pass | Decision:

@@ -247,7 +247,7 @@ def count_survivors(check: Check, reader: Source, progress: Callable[[int, str],
 def check_jobs(check: Check) -> Iterator[Job]:
     """The jobs of a check for a runner; each gives a Found for each of its tasks."""
     for order, group in enumerate(check.groups):
-        yield Job(order, group.key, group.task.instance.label, _first_pass(group), group.strategy.held)
+        yield Job(order, group.key, group.task.part, _first_pass(group), group.strategy.held)
 
 
 def _alike(tasks: Iterable[Task], tensors: Mapping[str, StoredTensor]) -> list[list[Task]]:

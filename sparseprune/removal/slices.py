@@ -200,7 +200,7 @@ class BlockDecisions(Struct, frozen=True):
         for number, _ in dealt(shards, lambda shard: shard, self.schedule.workers):
             task, strategy = self.tasks[number]
             first = block_norms(task, strategy, cuts=False)
-            yield Job(number, f"blocks{number}", task.instance.label, first, strategy.held)
+            yield Job(number, f"blocks{number}", task.part, first, strategy.held)
 
 
 def block_decisions(schedule: Schedule) -> BlockDecisions | None:

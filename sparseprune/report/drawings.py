@@ -13,8 +13,9 @@ from rich.text import Text
 
 from sparseprune.engine.grids import Shape, index_of, inverse_order, permute, prod
 from sparseprune.errors import printable
-from sparseprune.report.wording import many, shape_text, shared_beginning
+from sparseprune.report.wording import many, shape_text
 from sparseprune.spec import BoundBlockCoupling
+from sparseprune.spec.patterns import shared_beginning
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import takewhile
 from typing import TYPE_CHECKING, Literal
 
 from sparseprune.errors import SIZES, printable, size, unit_of
@@ -63,16 +62,6 @@ def each_text(values: EachNumber, text: Callable[[float], str] = "{:,}".format) 
     """
     known = [value for value in (values if isinstance(values, Sequence) else [values]) if value is not None]
     return " to ".join(map(text, sorted({min(known), max(known)}) if known else ()))
-
-
-def shared_beginning(names: Iterable[str]) -> str:
-    """The dotted pieces that all names begin with.
-
-    >>> shared_beginning(["model.layers.3.up", "model.layers.3.down"]), shared_beginning(["up", "down"])
-    ('model.layers.3', '')
-    """
-    pieces = zip(*[name.split(".") for name in names], strict=False)
-    return ".".join([column[0] for column in takewhile(lambda column: len(set(column)) == 1, pieces)])
 
 
 def many(count: int, what: str) -> str:

@@ -11,6 +11,7 @@ import math
 import re
 import warnings
 from functools import lru_cache
+from itertools import takewhile
 from keyword import iskeyword
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -503,3 +504,13 @@ def _in_set(item: tuple[object, Any], code: int) -> bool:
         escape = {"DIGIT": r"\d", "SPACE": r"\s", "WORD": r"\w"}[str(argument).rsplit("_", maxsplit=1)[-1]]
         return (re.match(escape, chr(code)) is not None) is ("_NOT_" not in str(argument))
     return kind == "LITERAL" and argument == code
+
+
+def shared_beginning(names: Iterable[str]) -> str:
+    """The dotted pieces that all names begin with.
+
+    >>> shared_beginning(["model.layers.3.up", "model.layers.3.down"]), shared_beginning(["up", "down"])
+    ('model.layers.3', '')
+    """
+    pieces = zip(*[name.split(".") for name in names], strict=False)
+    return ".".join([column[0] for column in takewhile(lambda column: len(set(column)) == 1, pieces)])

@@ -1,24 +1,26 @@
 """Progress: one line on a terminal that never wraps and always goes; log lines where stderr is a pipe."""
 
 import io
+import math
 import os
 import pty
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from random import Random
 
 import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
 from sparseprune.api.run import Advance, Progress, Run
-from sparseprune.cli.progress import Latest, _log_lines, log_line, shown, terminal_line
+from sparseprune.cli.progress import Latest, Reading, _log_lines, log_line, shown, terminal_line
 
-UNIT = "proj[layer=7,part=mlp,name=down]"
+UNIT = "model.layers.7.mlp.experts.down"
 HALF = (Progress("pruning", 750_000_000, 2_200_000_000, unit=UNIT), 1.13e9)
 
 
@@ -45,8 +47,12 @@ class At(Latest):
         super().__init__(step)
         self.rate = rate
 
-    def read(self) -> tuple[Progress, float | None]:
-        return self.step, self.rate
+    def read(self) -> Reading:
+        return at_rate(self.step, self.rate)
+
+
+def at_rate(step: Progress, rate: float | None) -> Reading:
+    return Reading(step, rate, (step.total - step.done) / rate if rate else None)
 
 
 def drawn(step: Progress, rate: float | None, width: int, encoding: str = "utf-8") -> str:
@@ -69,7 +75,7 @@ def drawn(step: Progress, rate: float | None, width: int, encoding: str = "utf-8
 LINES = {
     40: "pruning   0.75/2.20 GB 1.1 GB/s    1 s",
     50: f"pruning ━━━╸{' ' * 7} 0.75/2.20 GB 1.1 GB/s    1 s",
-    60: "pruning ━    0.75/2.20 GB 1.1 GB/s    1 s proj[layer=7,pa…",
+    60: "pruning ━    0.75/2.20 GB 1.1 GB/s    1 s model.layers.7.…",
     80: f"pruning ━━╸{' ' * 5} 0.75/2.20 GB 1.1 GB/s    1 s {UNIT}",
     120: f"pruning ━━━━━{' ' * 11} 0.75/2.20 GB 1.1 GB/s    1 s {UNIT}",
     200: f"pruning {'━' * 10}╸{' ' * 21} 0.75/2.20 GB 1.1 GB/s    1 s {UNIT}",
@@ -103,7 +109,7 @@ def test_the_line_never_wraps_and_leaves_room_for_an_interrupt(
 
 
 def test_the_line_in_a_terminal_without_unicode_has_the_same_length() -> None:
-    assert drawn(*HALF, 60, "latin-1") == "pruning -    0.75/2.20 GB 1.1 GB/s    1 s proj[layer=7,par"
+    assert drawn(*HALF, 60, "latin-1") == "pruning -    0.75/2.20 GB 1.1 GB/s    1 s model.layers.7.m"
 
 
 def test_the_bar_keeps_its_length_when_the_next_unit_begins() -> None:
@@ -136,35 +142,91 @@ def test_the_line_counts_tokens() -> None:
     ],
 )
 def test_log_lines(done: int, total: int, rate: float | None, unit: str, line: str) -> None:
-    assert log_line(Progress("reading", done, total, unit=unit), rate) == f"sparseprune: reading {line}"
+    assert (
+        log_line(at_rate(Progress("reading", done, total, unit=unit), rate)) == f"sparseprune: reading {line}"
+    )
 
 
-def test_the_rate_starts_with_the_first_byte_and_without_what_was_there() -> None:
+def test_the_rate_starts_with_the_first_bytes_and_without_what_was_there() -> None:
     clock = Clock()
     began = Progress("reading", 400, 1_000, already=400)
     latest = Latest(began, clock)
     clock.now += 60
-    assert latest.read() == (began, None)
+    assert latest.read() == Reading(began)
     latest.step = replace(began, done=410, unit="a")
     clock.now += 0.1
-    assert latest.read() == (latest.step, None)
+    assert latest.read() == Reading(latest.step)
     latest.step = replace(began, done=500, unit="a")
-    clock.now += 1.9
-    assert latest.read() == (latest.step, 50.0)
-    assert log_line(*latest.read()) == "sparseprune: reading 50%, 0.50 of 1.00 kB, 50 B/s, 10 s left, a"
+    clock.now += 1.8
+    reading = latest.read()
+    assert reading.rate == pytest.approx(50)
+    assert reading.left == pytest.approx(10)
+    assert log_line(reading) == "sparseprune: reading 50%, 0.50 of 1.00 kB, 50 B/s, 10 s left, a"
 
 
-def test_the_rate_is_that_of_the_last_half_minute() -> None:
+def test_the_time_left_counts_down_between_two_pieces_and_the_rate_falls_where_none_comes() -> None:
     clock = Clock()
-    latest = Latest(Progress("reading", 0, 10_000), clock)
-    for nbytes in [100] * 50 + [10] * 30:
-        latest.step = replace(latest.step, done=latest.step.done + nbytes)
-        clock.now += 1
-        _, rate = latest.read()
-    assert rate == 10.0
-    clock.now += 40
-    assert latest.read() == (latest.step, 0.0)
-    assert log_line(*latest.read()) == "sparseprune: reading 53%, 5.3 of 10.0 kB, 0 B/s"
+    latest = Latest(Progress("reading", 0, 1_000), clock)
+    for _ in range(5):
+        clock.now += 10
+        latest.step = replace(latest.step, done=latest.step.done + 100)
+        latest.read()
+    lefts = []
+    for _ in range(5):
+        clock.now += 2
+        lefts.append(latest.read().left)
+    assert lefts == pytest.approx([48, 46, 44, 42, 40])
+    clock.now += 1000
+    stopped = latest.read()
+    assert (stopped.rate or 0) < 0.5
+    assert (stopped.left or 0) > 500
+
+
+def lefts_of(durations: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The share that is done and the seconds that are said to be left, five times a second.
+
+    A workload is how much work each piece is said to be, and how many seconds it really takes.
+    """
+    clock, found = Clock(), []
+    whole = int(sum(work for work, _ in durations))
+    latest, done = Latest(Progress("pruning", 0, whole), clock), 0.0
+    end = clock.now
+    for work, seconds in durations:
+        end += seconds
+        while clock.now + 0.2 < end:
+            clock.now += 0.2
+            found.append((done / whole, latest.read().left))
+        done += work
+        latest.step = replace(latest.step, done=int(done))
+    return [(share, left) for share, left in found if left is not None]
+
+
+DRAWN = Random(0)
+# How much work each piece is said to be, and the seconds that it takes.
+WORKLOADS = {
+    "layers alike": [(100.0, DRAWN.uniform(0.5, 0.8)) for _ in range(200)],
+    "a slow disk now and then": [(100.0, DRAWN.choice([0.2, 0.2, 0.2, 3.0])) for _ in range(300)],
+    "large matrices first": [
+        (size**3 / 1e4, size**3 / 2e8 * DRAWN.uniform(0.8, 1.25))
+        for size in [4096] * 4 + [1024] * 60 + [256] * 200
+    ],
+    "faster from the page cache in the beginning": [(100.0, 0.1)] * 100 + [(100.0, 0.16)] * 300,
+    "few long searches": [
+        (2e5 * (1 / (1 + at / 20) - 1 / (1 + (at + 1) / 20)), 1.0) for _ in range(8) for at in range(18)
+    ]
+    + [(8e5, 0.2)],
+}
+MOST = 1.6  # times as much may be left later as was said before, and a second
+
+
+@pytest.mark.parametrize("workload", WORKLOADS)
+def test_the_time_left_hardly_rises_after_the_first_tenth(workload: str) -> None:
+    least = math.inf
+    lefts = [left for share, left in lefts_of(WORKLOADS[workload]) if share >= 0.1]
+    assert len(lefts) > 20
+    for left in lefts:
+        assert left <= MOST * least + 1
+        least = min(least, left)
 
 
 def test_every_thread_is_counted() -> None:

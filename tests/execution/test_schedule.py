@@ -17,7 +17,7 @@ from sparseprune.execution.plan import Plan, make_plan
 from sparseprune.execution.pruning import jobs_of
 from sparseprune.execution.regions import TORCH_THREAD, gaps, limits_of, whole_region
 from sparseprune.execution.schedule import Schedule, make_schedule, resident_of
-from sparseprune.execution.strategy import Contiguous, choose, needs_torch
+from sparseprune.execution.strategy import Contiguous, Rebuild, choose, needs_torch
 from sparseprune.execution.tensor_io import TensorIO
 from sparseprune.spec import parse_spec
 from tests.execution.structures import CASES
@@ -321,7 +321,11 @@ def test_every_job_has_a_key_of_its_own_and_the_strategy_of_its_own_tasks(schedu
 def test_bytes_that_pass_by_are_those_of_every_pass(schedule: Schedule) -> None:
     tensors = schedule.plan.checkpoint.tensors
     passed = sum(
-        task.nbytes(tensors) * group.strategy.passes for group in schedule.groups for task in group.tasks
+        group.strategy.cost * group.strategy.parts
+        if isinstance(group.strategy, Rebuild)
+        else task.nbytes(tensors) * group.strategy.passes
+        for group in schedule.groups
+        for task in group.tasks
     )
     passed += sum(
         2 * count for rest in schedule.untouched for _, count in gaps(rest.stored.numel, rest.leaves)

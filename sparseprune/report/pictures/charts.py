@@ -15,7 +15,7 @@ from sparseprune.errors import printable
 from sparseprune.report.inspection import is_number, natural
 from sparseprune.report.pictures.canvas import axes_at
 from sparseprune.report.tables import shortened
-from sparseprune.report.wording import shared_beginning
+from sparseprune.spec.patterns import shared_beginning
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
