@@ -30,7 +30,7 @@ from sparseprune.report.inspection import ordered, selected
 from sparseprune.spec.problems import shown, suggestion
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from sparseprune import results
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 
 
 Found = TypeVar("Found")
+_RELATED = 0.5  # the share of tensors that checkpoints of one model have in common at least
 By = Literal["tensor", "layer", "module", "rule"]
 
 
@@ -254,7 +255,7 @@ def compare(run: Run, asked: Comparing) -> results.Comparison:
         from sparseprune.report.pictures.files import check_picture
 
         check_picture(asked.plot)
-    sides = _sides(asked)
+    sides = _sides(run, asked)
     requirements = _requirements(asked, sides)
     statistics = None if asked.stats is None else open_statistics(asked.stats)
     matrices = _matrices(asked, sides, statistics)
@@ -276,11 +277,30 @@ def compare(run: Run, asked: Comparing) -> results.Comparison:
     return run.checked(result, _failed(requirements, [*result.tensors, *_absent(sides)], measured))
 
 
-def _sides(asked: Comparing) -> Sides:
+def _unrelated(dense: Checkpoint, pruned: Checkpoint) -> Iterator[str]:
+    """A line for two checkpoints that have few names in common; CheckpointError where they have none."""
+    fewest = min(len(dense.tensors), len(pruned.tensors))
+    common = len(dense.tensors.keys() & pruned.tensors.keys())
+    if common or not fewest:
+        if common < _RELATED * fewest:
+            yield (
+                f"only {common:,} of {fewest:,} tensors have their names in both {dense.path} and "
+                f"{pruned.path}: are these checkpoints of one model?"
+            )
+        return
+    one, other = next(iter(dense.tensors)), next(iter(pruned.tensors))
+    raise CheckpointError(
+        f"{dense.path} and {pruned.path} have no tensor in common: the first names are {shown(one)} and "
+        f"{shown(other)}; compare checkpoints of one model"
+    )
+
+
+def _sides(run: Run, asked: Comparing) -> Sides:
     """Which of the tensors that were asked for are in both, and which in one."""
     from sparseprune.execution.compare import sides_of
 
     dense, pruned = open_checkpoint(asked.dense), open_checkpoint(asked.pruned)
+    run.warn(*_unrelated(dense, pruned))
     names = dict.fromkeys((*dense.tensors, *pruned.tensors))
     listing = asked.listing
     return sides_of(dense.tensors, pruned.tensors, selected(names, listing.match, listing.exclude))

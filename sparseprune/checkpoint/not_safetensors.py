@@ -74,7 +74,8 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # With 8 bytes of text at the start, the length in a real header would be beyond every disk.
 _TEXT = 8
 _SHOWN = 60
-_COMPARED = 1000  # names in a folder among which the nearest is looked for
+_COMPARED, _ALIKE = 1000, 0.7  # names in a folder among which a nearest one is looked for, and how near it is
+_SUFFIX = ".safetensors"
 _ADAPTED = re.compile(r"[._]lora_|[._]lora[._]|\.modules_to_save\.|\.(?:hada|lokr|oft|ia3)_")
 
 
@@ -110,12 +111,13 @@ def missing_advice(path: str) -> str:
     """
     if _URL.match(path):
         return "; it is a URL, so download it and give the file or directory"
-    is_id = _HUB_ID.fullmatch(path) and not path.endswith(".safetensors") and not Path(path).parent.exists()
+    is_id = _HUB_ID.fullmatch(path) and not path.endswith(_SUFFIX) and not Path(path).parent.exists()
     if is_id:
         there = f"`hf download {path} --local-dir {PurePath(path).name}`"
         return f"; if it is a model of the Hugging Face hub, {there} first"
-    close = get_close_matches(PurePath(path).name, _names_in(Path(path).parent), n=1)
-    return f"; did you mean {Path(path).parent / close[0]}?" if close else ""
+    named = {name.removesuffix(_SUFFIX): name for name in _names_in(Path(path).parent)}
+    close = get_close_matches(PurePath(path).name.removesuffix(_SUFFIX), named, n=1, cutoff=_ALIKE)
+    return f"; did you mean {Path(path).parent / named[close[0]]}?" if close else ""
 
 
 def _names_in(folder: Path) -> list[str]:

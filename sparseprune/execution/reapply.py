@@ -20,7 +20,7 @@ from sparseprune.checkpoint.mask_names import counterparts
 from sparseprune.engine.dtypes import DTYPES
 from sparseprune.engine.kernels.formats import FORMATS
 from sparseprune.engine.kernels.selecting import count_lost, drop
-from sparseprune.errors import CheckpointError, printable
+from sparseprune.errors import CheckpointError, one_of_many, printable
 from sparseprune.execution.passes import Chunk, Outcomes, Pass
 from sparseprune.execution.regions import Resident, Resources, limits_of, regions_in, whole_run
 from sparseprune.execution.runner import (
@@ -39,7 +39,7 @@ from sparseprune.spec.naming import MEMBER
 from sparseprune.spec.problems import nearest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+    from collections.abc import Collection, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from sparseprune.checkpoint import Checkpoint, MaskSet, Provenance, Sink, Source, StoredMask, StoredTensor
@@ -49,7 +49,6 @@ if TYPE_CHECKING:
     from sparseprune.execution.tensor_io import Loaded, Mask
 
 _RULE = "masks"
-_TOLD = 10  # names of one kind, then how many more there are
 _DECODED = 64  # bytes of an element of codes while it is made a weight
 _LOOKED_AT = 2000  # names that one is compared with letter by letter
 _PRUNABLE = ", ".join(row.name for row in DTYPES.values() if row.prunable)
@@ -152,35 +151,49 @@ def match_masks(
     if chosen is not None:
         why_missing = {name: why for name, why in why_missing.items() if name in wanted}
     lines = [*_reshaped(here, there, pairs), *(() if cuts else _unfit(here, pairs))]
-    if not partial:
-        free = [name for name in tensors if name not in named]
-        lines += _first_ten(
-            unused,
-            lambda name: f"{there}: mask {shown(name)} is for no tensor of {here}{_near(name, free)}",
-            f"{there}: {{}} more masks are for no tensor of {here}",
-        )
-        lines += _first_ten(
-            list(why_missing),
-            lambda name: (
-                f"{here}: tensor {shown(name)} has no mask, {why_missing[name]}{_near(name, unused)}"
-            ),
-            f"{here}: {{}} more tensors have no mask",
-        )
-        if unused or why_missing:
-            lines.append(
-                "give the masks of this checkpoint, --rename OLD=NEW where only names differ, or --partial "
-                "to ignore what has no counterpart"
-            )
-    elif masks.masks and not pairs:
-        some = next(iter(masks.masks))
-        near = _near(some, list(tensors))
+    if masks.masks and not pairs and chosen is None:
+        some, *others = masks.masks
+        what = f"none of its {len(masks.masks):,} masks is" if others else "its mask is not"
         lines.append(
-            f"{there}: no mask is for any tensor of {here}, such as {shown(some)}{near}; "
+            f"{there}: {what} for a tensor of {here}, such as {shown(some)}{_near(some, list(tensors))}; "
             "give the masks of this checkpoint, or --rename OLD=NEW where only names differ"
         )
+    elif not partial:
+        lines += _without_counterpart(checkpoint, masks, named, unused, why_missing)
     if lines:
         raise CheckpointError(*lines)
     return Matched(checkpoint, masks, tuple(pairs), tuple(unused), tuple(why_missing))
+
+
+def _without_counterpart(
+    checkpoint: Checkpoint,
+    masks: MaskSet,
+    named: Mapping[str, str],
+    unused: Sequence[str],
+    why_missing: Mapping[str, str],
+) -> Iterator[str]:
+    """Masks without a tensor and tensors without a mask, a line for each kind, the last one with advice."""
+    here, there, lines = checkpoint.path, masks.path, []
+    if unused:
+        first, *others = unused
+        free = [name for name in checkpoint.tensors if name not in named]
+        what = f"mask {shown(first)} is for no tensor of {here}"
+        if others:
+            counts = f"{len(unused):,} of {len(masks.masks):,} masks"
+            what = f"{counts} are for no tensor of {here}, such as {shown(first)}"
+        lines.append(f"{there}: {what}{_near(first, free)}")
+    if why_missing:
+        (first, why), *rest = why_missing.items()
+        what = f"{len(why_missing):,} tensors have" if rest else f"tensor {shown(first)} has"
+        such = f", such as {shown(first)}" if rest else ""
+        lines.append(f"{here}: {what} no mask{such}, {why}{_near(first, unused)}")
+    if lines:
+        *front, last = lines
+        yield from front
+        yield (
+            f"{last}; give the masks of this checkpoint, --rename OLD=NEW where only names differ, or "
+            "--partial to ignore what has no counterpart"
+        )
 
 
 def make_reapplication(matched: Matched, memory: int, workers: int) -> Reapplication:
@@ -312,38 +325,28 @@ def _regions(pair: Pair, elements: int) -> Iterator[Region]:
 
 def _reshaped(here: Path, there: Path, pairs: Sequence[Pair]) -> Iterator[str]:
     """Masks of another shape."""
-    reshaped = {pair.stored.name: pair for pair in pairs if pair.mask.shape != pair.stored.shape}
-    yield from _first_ten(
-        list(reshaped),
-        lambda name: (
-            f"{there}: mask {shown(name)} has the shape {shown(list(reshaped[name].mask.shape))}, the tensor "
-            f"in {here} {shown(list(reshaped[name].stored.shape))}; give the masks of this checkpoint, or "
-            "leave this one out by --exclude"
-        ),
-        f"{there}: {{}} more masks have another shape than their tensors",
-    )
+    reshaped = [pair for pair in pairs if pair.mask.shape != pair.stored.shape]
+    for pair in reshaped[:1]:
+        mask, tensor = shown(list(pair.mask.shape)), shown(list(pair.stored.shape))
+        what = f"mask {shown(pair.stored.name)} has the shape {mask}, the tensor in {here} {tensor}"
+        if len(reshaped) > 1:
+            counts = f"{len(reshaped):,} of {len(pairs):,} masks have other shapes than their tensors"
+            what = f"{counts} in {here}, such as {mask} for {tensor} of {shown(pair.stored.name)}"
+        which = "these" if len(reshaped) > 1 else "this one"
+        yield f"{there}: {what}; give the masks of this checkpoint, or leave {which} out by --exclude"
 
 
 def _unfit(here: Path, pairs: Sequence[Pair]) -> Iterator[str]:
     """Elements of which no pattern need be zero, or nobody knows which."""
     coded = [pair.stored for pair in pairs if pair.stored.codes is not None]
-    refused = {
-        one.name: line for one in coded if one.codes and (line := one.codes.refusal(one.name, values=False))
-    }
-    yield from _first_ten(
-        list(refused),
-        lambda name: f"{here}: {printable(refused[name])}; or leave its mask out",
-        f"{here}: {{}} more tensors with masks hold codes",
-    )
-    other = {pair.stored.name: pair.stored for pair in pairs if not _may_be_zero(pair.stored)}
-    yield from _first_ten(
-        list(other),
-        lambda name: (
-            f"{here}: tensor {shown(name)}, which has a mask, is {other[name].dtype}, and need not be zero "
-            f"where its bits are; wanted one of {_PRUNABLE}: leave its mask out"
-        ),
-        f"{here}: {{}} more tensors with masks cannot be pruned",
-    )
+    lines = [one.codes.refusal(one.name, values=False) for one in coded if one.codes is not None]
+    refused = [f"{here}: {printable(line)}; or leave its mask out" for line in lines if line]
+    other = [
+        f"{here}: tensor {shown(one.name)}, which has a mask, is {one.dtype}, and need not be zero where its "
+        f"bits are; wanted one of {_PRUNABLE}: leave its mask out"
+        for one in (pair.stored for pair in pairs if not _may_be_zero(pair.stored))
+    ]
+    yield from (one_of_many(alike) for alike in (refused, other) if alike)
 
 
 def _may_be_zero(stored: StoredTensor) -> bool:
@@ -391,11 +394,6 @@ def _missing(
 def _kind(name: str, rank: int) -> tuple[str, int]:
     """What is alike in all layers of a name: pieces that are numbers count as one."""
     return MEMBER.sub("*", name), rank
-
-
-def _first_ten(names: Sequence[str], line: Callable[[str], str], more: str) -> list[str]:
-    lines = [line(name) for name in names[:_TOLD]]
-    return lines if len(names) <= _TOLD else [*lines, more.format(f"{len(names) - _TOLD:,}")]
 
 
 def _near(name: str, others: Sequence[str]) -> str:

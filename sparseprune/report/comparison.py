@@ -259,7 +259,8 @@ def _survivors(found: Comparison) -> Iterator[RenderableType]:
     elif totals.zeroed:
         yield Text("survivors altered: none")
     elif totals.tensors and not totals.differing and not totals.uncompared:
-        yield Text("no tensor differs")
+        alone = bool(found.added or found.removed or found.reshaped)
+        yield Text("no tensor that is in both differs" if alone else "nothing differs")
 
 
 def _facts(found: Comparison) -> Iterator[Fact[ComparedTensor]]:

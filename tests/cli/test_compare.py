@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from rich.cells import cell_len
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from sparseprune.checkpoint import lay_out
 from tests.commands import loaded, ok, refused, run, silent, valid
@@ -68,6 +68,29 @@ def test_nothing_in_common_is_said_and_no_sparsity(tmp_path: Path) -> None:
         "removed: 1 tensor",
         "  a: F32 2",
     ]
+
+
+def test_unrelated_checkpoints_are_refused_in_one_line(tmp_path: Path) -> None:
+    one = saved(tmp_path / "one.safetensors", {"a": torch.zeros(2), "b": torch.ones(2)})
+    other = saved(tmp_path / "other.safetensors", {"x": torch.ones(3)})
+    said = refused("compare", one, other)
+    assert said.err == (
+        f'sparseprune: {one} and {other} have no tensor in common: the first names are "a" and "x"; compare '
+        "checkpoints of one model\n"
+    )
+
+
+def test_few_tensors_in_common_are_warned_of(tmp_path: Path) -> None:
+    names = [f"{number}.weight" for number in range(5)]
+    one = saved(tmp_path / "one.safetensors", {name: torch.ones(2) for name in names})
+    other = saved(tmp_path / "other.safetensors", {f"x.{name}": torch.ones(2) for name in names[1:]})
+    tensors = load_file(other) | {names[0]: torch.ones(2)}
+    saved(other, tensors)
+    said = ok("compare", one, other)
+    assert f"warning: only 1 of 5 tensors have their names in both {one} and {other}: are these" in said.err
+    assert "no tensor that is in both differs" in said.out
+    whole = saved(tmp_path / "whole.safetensors", tensors | load_file(one))
+    assert ok("compare", one, whole).err == ""  # a part of it is all of the other
 
 
 def test_table_tells_what_changed_and_what_is_odd(dense: Path, pruned: Path) -> None:
@@ -140,7 +163,7 @@ def test_a_checkpoint_does_not_differ_from_itself_or_its_other_shards(tmp_path: 
         assert said.out.splitlines() == [
             "unchanged: 4 tensors, 280 elements",
             "sparsity: 0.00% before, 0.00% after",
-            "no tensor differs",
+            "nothing differs",
         ]
 
 

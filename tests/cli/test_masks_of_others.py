@@ -396,7 +396,7 @@ def test_layers_under_adapters_have_the_masks_of_the_layers(folder: Path) -> Non
 def test_names_are_replaced_by_rename(folder: Path) -> None:
     names = {name: f"model.layers.{name}" for name in mlp_tensors()}
     renamed(folder / "tuned.safetensors", names)
-    assert "or --partial" in refused(*words(folder, folder / "masks.safetensors")).err
+    assert "--rename OLD=NEW where only" in refused(*words(folder, folder / "masks.safetensors")).err
     for number, words_of in enumerate((("=model.layers.",), ("=h.", "h.=model.layers."))):
         options = [word for one in words_of for word in ("--rename", one)]
         ok(*words(folder, folder / "masks.safetensors", *options, *["--force"] * number))

@@ -325,11 +325,12 @@ WRONG: dict[str, str] = {
         f"sizes.masks: mask '{UP}' has the shape [3, 8], the tensor in in [16, 8]; give the masks of this "
         "checkpoint, or leave this one out by --exclude"
     ),
-    "in --masks strange.masks": "strange.masks: mask 'x.weight' is for no tensor of in\n"
-    "give the masks of this checkpoint, --rename OLD=NEW where only names differ, or --partial to ignore "
-    "what has no counterpart",
+    "in --masks strange.masks": (
+        "strange.masks: its mask is not for a tensor of in, such as 'x.weight'; give the masks of this "
+        "checkpoint, or --rename OLD=NEW where only names differ"
+    ),
     "in --masks strange.masks --partial": (
-        "strange.masks: no mask is for any tensor of in, such as 'x.weight'; give the masks of this "
+        "strange.masks: its mask is not for a tensor of in, such as 'x.weight'; give the masks of this "
         "checkpoint, or --rename OLD=NEW where only names differ"
     ),
     "in --masks torn.masks --partial": (

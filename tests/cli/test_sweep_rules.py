@@ -308,7 +308,7 @@ GLOBAL = "its blocks compete over 2 parts of the model, and a sweep decides one 
         ("llama", "hidden", ("--reconstruct", "admm"), "its blocks compete over 3 parts of the model"),
         ("llama", "2of4-admm", ("--set", "permute=true"), "permute: a sweep does without it"),
         ("llama", "2of4", ("--reconstruct", "none"), "--reconstruct none: survivors are rebuilt by --text"),
-        ("llama", "2of4-admm", ("--memory", "400MB"), "--memory 400000000: "),
+        ("llama", "2of4-admm", ("--memory", "400MB"), "--memory 400.00 MB: "),
         ("llama", "unstructured-admm", (), "give what calibrate wrote, as file here or by --stats"),
         (
             "albert",

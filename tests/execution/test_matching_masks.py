@@ -64,46 +64,46 @@ def test_tensors_get_their_masks_in_the_order_of_the_checkpoint(tmp_path: Path) 
     assert (matched.unused, matched.unmasked, matched.nbytes) == ((), (), 4 * 32)
 
 
-def test_a_mask_without_a_tensor_is_told_with_the_nearest_name(tmp_path: Path) -> None:
-    tensors = layers(1, "q", "k", before="model.layers.") | {"norm": (4,)}
-    assert lines_of(tmp_path, tensors, {"layers.0.q": (2, 4), "model.layers.0.kk": (2, 4), "else": (1,)}) == [
+def test_masks_without_a_tensor_are_one_line_with_the_nearest_name_of_the_first(tmp_path: Path) -> None:
+    tensors = layers(2, "q", "k", before="model.layers.")
+    masks: Shapes = {"model.layers.1.q": (2, 4), "layers.0.q": (2, 4), "model.layers.0.kk": (2, 4)}
+    assert lines_of(tmp_path, tensors, {**masks, "else": (1,)}, listed=set()) == [
         (
-            "masks: mask 'layers.0.q' is for no tensor of /c.safetensors; the nearest name is "
-            "'model.layers.0.q'"
-        ),
+            "masks: 3 of 4 masks are for no tensor of /c.safetensors, such as 'layers.0.q'; the nearest name "
+            f"is 'model.layers.0.q'; {WANTED}"
+        )
+    ]
+    del masks["layers.0.q"]
+    assert lines_of(tmp_path, tensors, masks, listed=set()) == [
         (
             "masks: mask 'model.layers.0.kk' is for no tensor of /c.safetensors; the nearest name is "
-            "'model.layers.0.k'"
-        ),
-        "masks: mask 'else' is for no tensor of /c.safetensors",
-        WANTED,
+            f"'model.layers.0.k'; {WANTED}"
+        )
     ]
 
 
 def test_of_longer_names_the_longest_is_the_nearest(tmp_path: Path) -> None:
-    (line, _) = lines_of(tmp_path, {"w": (2,), "0.w": (2,)}, {"model.0.w": (2,)})
-    assert line.endswith("the nearest name is '0.w'")
+    (line,) = lines_of(tmp_path, {"w": (2,), "0.w": (2,), "k": (2,)}, {"model.0.w": (2,), "k": (2,)})
+    assert line.endswith(f"the nearest name is '0.w'; {WANTED}")
 
 
-def test_ten_names_of_a_kind_are_told_and_how_many_more(tmp_path: Path) -> None:
-    told = lines_of(tmp_path, layers(12, "q"), layers(12, "q", before="model."))
-    assert len(told) == 12
-    assert told[9].startswith("masks: mask 'model.9.q' is for no tensor")
-    assert told[10] == "masks: 2 more masks are for no tensor of /c.safetensors"
-    assert len(lines_of(tmp_path, layers(10, "q"), layers(10, "q", before="model."))) == 11
+def test_masks_of_another_model_are_one_line(tmp_path: Path) -> None:
+    for partial in (False, True):
+        (line,) = lines_of(tmp_path, layers(12, "q"), layers(12, "q", before="model."), partial=partial)
+        assert line.startswith(
+            "masks: none of its 12 masks is for a tensor of /c.safetensors, such as 'model.0.q'; the nearest"
+        )
 
 
 def test_names_stand_on_one_line_and_literally(tmp_path: Path) -> None:
-    (line, _) = lines_of(tmp_path, {"w": (2,)}, {"[red]\n": (2,)})
-    assert line == r"masks: mask '[red]\n' is for no tensor of /c.safetensors"
+    (line,) = lines_of(tmp_path, {"w": (2,)}, {"w": (2,), "[red]\n": (2,)})
+    assert line == rf"masks: mask '[red]\n' is for no tensor of /c.safetensors; {WANTED}"
 
 
 def test_a_tensor_that_the_report_lists_must_have_a_mask(tmp_path: Path) -> None:
     tensors = layers(2, "q", "k")
     assert lines_of(tmp_path, tensors, {"0.q": (2, 4)}, listed={"1.k", "0.q", "gone"}) == [
-        "/c.safetensors: tensor '1.k' has no mask, but masks/report.json lists it",
-        "/c.safetensors: tensor 'gone' has no mask, but masks/report.json lists it",
-        WANTED,
+        "/c.safetensors: 2 tensors have no mask, such as '1.k', but masks/report.json lists it; " + WANTED
     ]
 
 
@@ -111,11 +111,18 @@ def test_a_tensor_that_the_report_does_not_list_needs_none_whatever_others_have(
     assert len(match(tmp_path, layers(3, "q"), {"0.q": (2, 4)}, listed={"0.q"}).pairs) == 1
 
 
+def test_masks_of_other_shapes_are_one_line(tmp_path: Path) -> None:
+    (line,) = lines_of(tmp_path, layers(3, "q"), {f"{n}.q": (4, 4) for n in range(3)})
+    assert line.startswith(
+        "masks: 3 of 3 masks have other shapes than their tensors in /c.safetensors, such as [4, 4] for "
+        "[2, 4] of '0.q'; give the masks of this checkpoint"
+    )
+
+
 def test_without_a_report_a_tensor_needs_a_mask_if_its_like_in_another_layer_has_one(tmp_path: Path) -> None:
     tensors = layers(2, "q", "k") | {"norm": (4,), "1.q.bias": (4,)}
     assert lines_of(tmp_path, tensors, {"0.q": (2, 4), "norm": (4,)}) == [
-        "/c.safetensors: tensor '1.q' has no mask, but '0.q' has one",
-        WANTED,
+        f"/c.safetensors: tensor '1.q' has no mask, but '0.q' has one; {WANTED}"
     ]
 
 
@@ -132,15 +139,16 @@ def test_tensors_of_other_rank_are_not_alike(tmp_path: Path) -> None:
 def test_what_an_index_lists_must_have_a_mask(tmp_path: Path, listed: set[str] | None) -> None:
     missing = {"1.k": PurePosixPath("x.safetensors")}
     told = lines_of(tmp_path, layers(2, "q"), layers(2, "q"), listed=listed, missing=missing)
-    assert told[0] == (
-        "/c.safetensors: tensor '1.k' has no mask, but the index of masks lists one in x.safetensors"
-    )
+    assert told == [
+        "/c.safetensors: tensor '1.k' has no mask, but the index of masks lists one in x.safetensors; "
+        + WANTED
+    ]
 
 
 def test_a_mask_that_is_left_over_is_near_to_a_tensor_that_lacks_one(tmp_path: Path) -> None:
     told = lines_of(tmp_path, layers(2, "q"), {"0.q": (2, 4), "model.1.q": (2, 4)})
     assert told[0].endswith("; the nearest name is '1.q'")
-    assert told[1].endswith("has no mask, but '0.q' has one; the nearest name is 'model.1.q'")
+    assert told[1].endswith(f"has no mask, but '0.q' has one; the nearest name is 'model.1.q'; {WANTED}")
 
 
 def test_partial_lets_be_what_has_no_counterpart_and_tells_it(tmp_path: Path) -> None:
@@ -175,7 +183,7 @@ def test_partial_with_no_mask_for_any_tensor_is_an_error(tmp_path: Path) -> None
     told = lines_of(tmp_path, {"0.q": (2,)}, {"model.0.q": (2,)}, partial=True)
     assert told == [
         (
-            "masks: no mask is for any tensor of /c.safetensors, such as 'model.0.q'; the nearest name is "
+            "masks: its mask is not for a tensor of /c.safetensors, such as 'model.0.q'; the nearest name is "
             "'0.q'; give the masks of this checkpoint, or --rename OLD=NEW where only names differ"
         )
     ]
@@ -201,10 +209,7 @@ def test_a_report_lists_the_names_that_masks_are_stored_under(tmp_path: Path) ->
     tensors = layers(2, "q", before="module.")
     assert len(match(tmp_path, tensors, layers(2, "q"), listed={"0.q", "1.q"}).pairs) == 2
     told = lines_of(tmp_path, tensors, layers(1, "q"), listed={"0.q", "1.q"})
-    assert told == [
-        ("/c.safetensors: tensor '1.q' has no mask, but masks/report.json lists it"),
-        WANTED,
-    ]
+    assert told == [f"/c.safetensors: tensor '1.q' has no mask, but masks/report.json lists it; {WANTED}"]
 
 
 def test_what_is_known_to_be_kept_whole_needs_no_mask(tmp_path: Path) -> None:
@@ -212,7 +217,7 @@ def test_what_is_known_to_be_kept_whole_needs_no_mask(tmp_path: Path) -> None:
     matched = match(tmp_path, layers(3, "q", before="module."), masks, whole=["1.q", "2.q"])
     assert [pair.stored.name for pair in matched.pairs] == ["module.0.q"]
     told = lines_of(tmp_path, layers(3, "q"), masks, whole=["1.q"])
-    assert told == ["/c.safetensors: tensor '2.q' has no mask, but '0.q' has one", WANTED]
+    assert told == ["/c.safetensors: tensor '2.q' has no mask, but '0.q' has one; " + WANTED]
 
 
 def test_of_chosen_tensors_alone_masks_are_wanted(tmp_path: Path) -> None:
@@ -221,7 +226,7 @@ def test_of_chosen_tensors_alone_masks_are_wanted(tmp_path: Path) -> None:
     assert [pair.stored.name for pair in matched.pairs] == ["0.q"]
     assert (matched.unused, matched.unmasked) == ((), ("0.k",))
     told = lines_of(tmp_path, layers(2, "q", "k"), masks, chosen=["0.q", "0.k"])
-    assert told == ["/c.safetensors: tensor '0.k' has no mask, but '1.k' has one", WANTED]
+    assert told == ["/c.safetensors: tensor '0.k' has no mask, but '1.k' has one; " + WANTED]
 
 
 def test_everything_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:

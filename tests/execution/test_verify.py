@@ -508,7 +508,7 @@ def test_memory_is_kept_to_whatever_the_structure(tmp_path: Path, name: str, mem
 
 def test_too_little_memory_is_refused(tmp_path: Path) -> None:
     save_file({"a.weight": torch.zeros(4, 4)}, tmp_path / "m.safetensors")
-    with pytest.raises(SparsepruneError, match=r"^--memory 1000: this run needs"):
+    with pytest.raises(SparsepruneError, match=r"^--memory 1.00 kB: this run needs"):
         make_check(open_checkpoint(tmp_path / "m.safetensors"), parse_spec(TWO_OF_FOUR), 1000, 1)
 
 
