@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import torch
@@ -47,7 +48,9 @@ if TYPE_CHECKING:
     from sparseprune.spec import Reconstruct
 
 
-_USUAL_ROUNDS = 20, 80  # of a search, by outputs and by the loss
+# Of a search, measured: of all matrices together, then of each one by itself.
+_USUAL_ROUNDS = MappingProxyType({"refit": (0, 30), "outputs": (10, 8), "loss": (70, 16)})
+_MOST = 0.85
 
 
 class _Side(Struct, frozen=True, eq=False):
@@ -78,7 +81,7 @@ class RebuildMatrices(Pass):
 
     def work(self, chunk: Chunk, io: TensorIO) -> list[Outcome]:
         cell, matrix = chunk.about
-        rounds = _Rounds(io, self.task.part, chunk.nbytes, _USUAL_ROUNDS[self.task.metric == "loss"])
+        rounds = _Rounds(self.task, chunk.nbytes, io)
         with io.lane(self.strategy.on_device):
             found = _Piece(self.task, cell, matrix, io, rounds).rebuilt()
         rounds.end()
@@ -88,17 +91,24 @@ class RebuildMatrices(Pass):
 class _Rounds:
     """Tells of a search for how far it has come, and lets it be given up: called between its iterations.
 
-    How many there will be is not known: after the usual number half of the work counts as done.
+    All matrices go through the first rounds together, and through the others one by one. How many there will
+    be is not known: most of the work counts as done after the usual number, the rest little by little.
     """
 
-    def __init__(self, io: TensorIO, label: str, work: int, usual: int) -> None:
-        self._io, self._label, self._work, self._usual = io, label, work, usual
+    def __init__(self, task: Task, work: int, io: TensorIO) -> None:
+        self._io, self._label, self._work = io, task.part, work
+        self._matrices = max(1, len(task.with_role("moment")))
+        method = task.instance.reconstruct
+        is_refit = method is not None and method.method == "refit"
+        self._together, self._alone = _USUAL_ROUNDS["refit" if is_refit else task.metric or "outputs"]
         self._rounds = self._told = 0
 
     def __call__(self) -> None:
         self._io.check()
         self._rounds += 1
-        self._tell(self._work * self._rounds // (self._rounds + self._usual))
+        together = min(self._rounds, self._together)
+        share = (together + (self._rounds - together) / self._matrices) / (self._together + self._alone)
+        self._tell(int(self._work * (_MOST * share if share < 1 else 1 - (1 - _MOST) / share)))
 
     def end(self) -> None:
         """Take back what was told: the runner tells of the whole."""

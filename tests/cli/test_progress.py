@@ -211,10 +211,7 @@ WORKLOADS = {
         for size in [4096] * 4 + [1024] * 60 + [256] * 200
     ],
     "faster from the page cache in the beginning": [(100.0, 0.1)] * 100 + [(100.0, 0.16)] * 300,
-    "few long searches": [
-        (2e5 * (1 / (1 + at / 20) - 1 / (1 + (at + 1) / 20)), 1.0) for _ in range(8) for at in range(18)
-    ]
-    + [(8e5, 0.2)],
+    "few long searches": [(work, 1.0) for _ in range(8) for work in [4.7e3] * 18 + [1.5e4]],
 }
 MOST = 1.6  # times as much may be left later as was said before, and a second
 
