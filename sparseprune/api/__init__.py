@@ -47,12 +47,14 @@ def apply(
     force: options.Force = False,
     progress: Listen = None,
 ) -> "results.Report":
-    """Prune a checkpoint: write its weights with the losers zero, masks and a report.
+    """Prune a checkpoint: set weights to zero, write masks and a report.
 
-    The output is CKPT-pruned beside a directory, or m.pruned.safetensors beside m.safetensors, unless
-    --output says otherwise. Its path is printed on stdout, all else on stderr.
+    SPEC decides which weights become zero. All other weights keep their bytes, unless --reconstruct, --stats
+    or --text adjust them to keep the outputs of the layers. Shapes and files stay as they are: `remove` makes
+    a smaller model.
 
-    --reconstruct and --stats rebuild what survives by what calibrate wrote, whatever the spec says of that.
+    Without --output, the result is written to CKPT-pruned beside a directory, or to m.pruned.safetensors
+    beside m.safetensors. The command prints the path of the output on stdout and messages on stderr.
 
     Example: sparseprune apply ./llama 2of4 -o ./llama-2of4
 
@@ -91,10 +93,10 @@ def mask(
     force: options.Force = False,
     progress: Listen = None,
 ) -> "results.Report":
-    """Write only the masks of a spec, True where a weight is kept, and a report.
+    """Write only the masks of a spec, and a report, but no weights.
 
-    The output is CKPT-masks beside a directory, or m.masks.safetensors beside m.safetensors, unless
-    --output says otherwise.
+    A mask has the name and shape of its weight and is true where the weight is kept. Without --output, the
+    masks are written to CKPT-masks beside a directory, or to m.masks.safetensors beside m.safetensors.
 
     Example: sparseprune mask ./llama 2of4 --mask-format bool
 
@@ -129,16 +131,16 @@ def plan(
     gradients: options.GradientsFirst = False,
     strict: options.Strict = False,
     allocation: options.Allocation = False,
-    device: str = "cpu",
+    device: options.Device = "auto",
     as_model: str | None = None,
     command: Literal["apply", "mask", "remove"] = "apply",
     look: "Callable[[Plan], None] | None" = None,
     progress: Listen = None,
 ) -> "results.Plan":
-    """Show what a spec binds to and what it would do, without reading tensor data but for --allocation.
+    """Show what a spec would prune, without reading any weights.
 
-    Rule by rule: tensors, views, block grids, scopes, what survives. Then what no rule reaches, and the
-    size of the output.
+    The command shows, for each rule, the tensors, views, block grids and scopes, and how many blocks stay. It
+    then shows the tensors that no rule reaches, and the size of the output. Only --allocation reads weights.
 
     Example: sparseprune plan ./llama 2of4
 
@@ -201,10 +203,11 @@ def remove(
     dry_run: bool = False,
     progress: Listen = None,
 ) -> "results.Removal":
-    """Write a smaller dense checkpoint: channels, heads, experts or layers that lose are cut out.
+    """Write a smaller model without the pruned channels, heads or layers.
 
-    The config is rewritten, so that the model's own class loads it; it computes what the zeroed checkpoint
-    does. The output is CKPT-smaller beside the directory unless --output says otherwise.
+    The command removes what SPEC, masks or a list prune from every tensor, experts included, and rewrites
+    config.json. The model's own class loads the result, which computes the same as the checkpoint with zeros.
+    Without --output, the result is written to CKPT-smaller beside the directory.
 
     Example: sparseprune remove ./llama mlp-channels -o ./llama-smaller
 
@@ -240,7 +243,7 @@ def calibrate(
     text: options.Text,
     output: options.Output = None,
     *,
-    stats: options.Kind = "hessian",
+    kind: options.Kind = "hessian",
     gradients: options.Gradients = False,
     sequences: options.Sequences = 128,
     length: options.Length = None,
@@ -253,11 +256,12 @@ def calibrate(
     scratch: options.Place | None = None,
     progress: Listen = None,
 ) -> "results.Statistics":
-    """Run text through the checkpoint's model and write what its matrices are multiplied with.
+    """Run text through the model and save statistics of layer inputs.
 
-    The output is CKPT-stats beside the directory unless --output says otherwise: for every matrix the second
-    moment of its inputs, which [reconstruct] and the scores wanda and obd of a spec read. A run that was
-    interrupted is continued by the same command. Needs transformers, which the extra `calibrate` brings.
+    The statistics are the second moment of each layer's input activations. `apply --stats`, [reconstruct],
+    and the scores wanda and obd read them. Without --output, they are written to CKPT-stats beside the
+    directory. The same command continues an interrupted run. The command needs transformers, which the extra
+    `calibrate` installs.
 
     Example: sparseprune calibrate ./llama --text corpus.txt -o stats
 
@@ -271,7 +275,7 @@ def calibrate(
         checkpoint=Path(checkpoint),
         windows=Windows([Path(one) for one in text], sequences, length, field, seed, special),
         output=path_or_none(output),
-        kind=stats,
+        kind=kind,
         gradients=gradients,
         device=device,
         memory=options.quarter_of_memory() if memory is None else options.memory_of(memory),
@@ -297,12 +301,12 @@ def evaluate(
     scratch: options.Place | None = None,
     progress: Listen = None,
 ) -> "results.Evaluation":
-    """Tell what a checkpoint's model says of text, and how far it is from the dense one.
+    """Measure perplexity on text, and the distance to the dense model.
 
-    Models that predict next tokens get a perplexity, and with --against the KL divergence to the dense model
-    and the share of tokens of which both hold the same for most probable; encoders get the cosine of their
-    embeddings to the dense ones. Layers are loaded one at a time. With --require the exit code is 1 where a
-    mean fails. Needs transformers, which the extra `calibrate` brings.
+    For language models the command reports the perplexity and, with --against, the KL divergence to the dense
+    model and how often both models predict the same token. For encoders it reports the cosine similarity of
+    their embeddings to those of the dense model. It loads one layer at a time. It exits with 1 if a --require
+    condition fails. The command needs transformers, which the extra `calibrate` installs.
 
     Example: sparseprune eval ./llama-2of4 --against ./llama --text held-out.txt --require "kl<=0.05"
 
@@ -327,10 +331,10 @@ def evaluate(
 def specs(
     name: options.SpecName = None, *, checkpoint: options.CheckpointToFit = None
 ) -> "dict[str, results.ShippedSpec]":
-    """List the specs that ship with sparseprune, or print one; with --for those that fit a checkpoint.
+    """List the shipped specs, print one, or find those that fit a model.
 
-    Of those that fit: the share of the checkpoint that they reach, what --set may change, and what remove
-    would make of it.
+    With --for, the command lists the specs that fit a checkpoint: the share of its weights that each of them
+    reaches, the variables for --set, and what `remove` would leave.
 
     Example: sparseprune specs 2of4
 
@@ -361,9 +365,10 @@ def inspect(
     jobs: options.Jobs = None,
     progress: Listen = None,
 ) -> "results.Inspection":
-    """Report how sparse a checkpoint is, where, in which patterns, and which runtimes can use it.
+    """Report sparsity, zero patterns, and which runtimes can use them.
 
-    With --require the exit code is 1 where a tensor fails, and stderr names each.
+    The command reads all weights and shows, for each tensor, its zeros and the patterns that they form. It
+    exits with 1 if a --require condition fails, and names each tensor that fails.
 
     Example: sparseprune inspect ./llama-2of4 --require "2:4 in **_proj.weight"
 
@@ -394,7 +399,7 @@ def inspect(
 
 def verify(
     checkpoint: options.Checkpoint,
-    spec: options.SpecOrNone = None,
+    spec: options.SpecToCheck = None,
     *,
     masks: options.MasksOrNone = None,
     zeros_of: options.ZerosOf = None,
@@ -408,10 +413,12 @@ def verify(
     strict: options.Strict = False,
     progress: Listen = None,
 ) -> "results.Verification | results.MaskVerification":
-    """Check that a checkpoint is as sparse as a spec or masks say; exit 1 where it is not.
+    """Check that a checkpoint is as sparse as its spec or masks say.
 
-    Against a spec: no scope has more than nnz blocks that are not zero. Against masks: every weight that a
-    mask drops is zero. Broken scopes and lost zeros are counted, tensor by tensor, with the first place.
+    With a spec, no scope may have more than nnz nonzero blocks. With masks, every weight that a mask drops
+    must be zero. Without either, the command uses the spec and variables that the checkpoint was pruned by,
+    from its folder sparseprune/. It exits with 1 if the check fails, and shows for each tensor the broken
+    scopes or lost zeros and where the first one is.
 
     Example: sparseprune verify ./llama-2of4 2of4
 
@@ -423,14 +430,17 @@ def verify(
     from sparseprune.api import checking
     from sparseprune.api.masked import mask_source, refuse_contradictions
 
-    named = None if spec is None else fspath(spec)
-    found = mask_source(masks, zeros_of, (match, exclude, rename), partial=partial)
-    nothing = "there is nothing to check against; give a SPEC, such as 2of4, or --masks MASKS"
-    refuse_contradictions(named, found, set, nothing=nothing)
+    named, variables = None if spec is None else fspath(spec), texts(set)
     run, limits = Run(progress, strict=strict), machine(jobs=jobs, memory=memory)
+    found = mask_source(masks, zeros_of, (match, exclude, rename), partial=partial)
+    if named is not None:
+        checking.refuse_checkpoint(named)
+    elif found.path is None:
+        named, variables = checking.carried_spec(run, Path(checkpoint), variables)
+    refuse_contradictions(named, found, variables, nothing=None)
     if found.path is not None:
         return checking.verify_masks(run, Path(checkpoint), found, limits)
-    return checking.verify_spec(run, source(checkpoint, named or "", set), limits)
+    return checking.verify_spec(run, source(checkpoint, named or "", variables), limits)
 
 
 def reapply(
@@ -450,11 +460,14 @@ def reapply(
     force: options.Force = False,
     progress: Listen = None,
 ) -> "results.Reapplication":
-    """Put the zeros of masks back, after fine-tuning, merging or quantization; tell how many were lost.
+    """Put zeros back after fine-tuning, merging or quantization.
 
-    The output is CKPT-pruned beside a directory, or m.pruned.safetensors beside m.safetensors, unless
-    --output says otherwise. With --zeros-of the zeros of a sparse checkpoint are the masks. Where CKPT itself
-    holds masks as torch.nn.utils.prune does, giving it twice makes one weight of X_orig and X_mask.
+    The command sets every weight that MASKS drop to zero again and reports how many of them were not zero.
+    --zeros-of uses the zeros of a sparse checkpoint as masks. If CKPT itself holds masks from
+    torch.nn.utils.prune, give it twice: X_orig and X_mask become one weight.
+
+    Without --output, the result is written to CKPT-pruned beside a directory, or to m.pruned.safetensors
+    beside m.safetensors.
 
     Example: sparseprune reapply ./llama-tuned ./llama-2of4 -o ./llama-tuned-2of4
 
@@ -485,11 +498,11 @@ def compare(
     jobs: options.Jobs = None,
     progress: Listen = None,
 ) -> "results.Comparison":
-    """Compare two checkpoints: what was zeroed, what energy is kept, which survivors were altered.
+    """Compare two checkpoints: new zeros, kept energy, changed weights.
 
-    Tensors that were added, removed or reshaped are named. With --stats it tells by how much the outputs of
-    matrices change, relative to the dense ones. With --require the exit code is 1 where a tensor
-    fails, and stderr names each.
+    The command shows each tensor that differs, and names tensors that were added, removed or reshaped. With
+    --stats, it also reports by how much the outputs of each layer change. It exits with 1 if a --require
+    condition fails, and names each tensor that fails.
 
     Example: sparseprune compare ./llama ./llama-2of4 --require "altered==0"
 

@@ -51,19 +51,30 @@ def applied_spec(checkpoint: Checkpoint, named: str | None, overrides: Mapping[s
     """
     if named is not None:
         return with_parts(read_spec(named, overrides)[1], checkpoint)
-    path = checkpoint.path / RESULTS / "spec.toml"
-    if not checkpoint.is_directory or not path.is_file():
+    carried = applied_source(checkpoint)
+    if carried is None:
         return None
     from sparseprune.spec import find_spec, parse_spec
 
+    path, were_set = carried
     source = find_spec(path)
+    spec = parse_spec(source.text, source.source, source.directory, were_set | dict(overrides))
+    return with_parts(spec, checkpoint)
+
+
+def applied_source(checkpoint: Checkpoint) -> tuple[Path, dict[str, str]] | None:
+    """Where the spec lies that a checkpoint was pruned by, and the variables that were set.
+
+    None where it carries none, or where what was pruned was removed: then nothing can be checked.
+    """
+    path = checkpoint.path / RESULTS / "spec.toml"
+    if not checkpoint.is_directory or not path.is_file():
+        return None
     report = applied_report(checkpoint) or {}
     if str(report.get("schema")).startswith(_REMOVAL):
         return None
     typed = report.get("set")
-    were_set = {name: str(value) for name, value in (typed if isinstance(typed, dict) else {}).items()}
-    spec = parse_spec(source.text, source.source, source.directory, were_set | dict(overrides))
-    return with_parts(spec, checkpoint)
+    return path, {name: str(value) for name, value in (typed if isinstance(typed, dict) else {}).items()}
 
 
 def with_parts(spec: Spec, checkpoint: Checkpoint) -> Spec:

@@ -60,7 +60,7 @@ def calibrate(run: Run, asked: Collecting) -> Statistics:
     """Read, plan, run the text through the model, and give the statistics their name."""
     if asked.gradients and asked.kind == "norm":
         raise SparsepruneError(
-            "--gradients and --stats norm contradict each other: who reads gradients needs all second moments"
+            "--gradients and --kind norm contradict each other: who reads gradients needs all second moments"
         )
     checkpoint = open_checkpoint(asked.checkpoint)
     refuse_split(checkpoint)

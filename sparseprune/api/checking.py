@@ -6,10 +6,11 @@ Called by the public functions.
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sparseprune import results
-from sparseprune.api.applied import note_left_behind, read_spec, with_parts
+from sparseprune.api.applied import applied_source, note_left_behind, read_spec, with_parts
 from sparseprune.api.masked import masked_by
 from sparseprune.api.run import collector_paused, output_shown, sizes_of, weight_bytes
 from sparseprune.checkpoint import (
@@ -20,22 +21,54 @@ from sparseprune.checkpoint import (
     read_config,
     refuse_changed_shards,
 )
+from sparseprune.checkpoint.discovery import SUFFIX
 from sparseprune.checkpoint.file_io import refuse_changed
 from sparseprune.checkpoint.folding import refuse_split
 from sparseprune.checkpoint.publish import refuse_replacing
 from sparseprune.checkpoint.resizing import lay_out_folded
+from sparseprune.errors import SparsepruneError, printable
 from sparseprune.report.checks import left_out_text
 from sparseprune.report.wording import other_weights
 from sparseprune.results.checking import MaskVerifyTotals
 from sparseprune.results.fields import Made, WrittenBytes
+from sparseprune.spec import list_specs
+from sparseprune.spec.parsing import ALIASES
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Mapping
 
     from sparseprune.api.masked import Masked, MaskSource
     from sparseprune.api.options import Machine, Source, Target
     from sparseprune.api.run import Run
     from sparseprune.checkpoint import OutputLayout
+
+
+def refuse_checkpoint(spec: str) -> None:
+    """SparsepruneError for a checkpoint in place of a spec: its zeros may be meant, or its masks."""
+    place = Path(spec)
+    if place.suffix == SUFFIX or (place.is_dir() and spec not in {*list_specs(), *ALIASES}):
+        raise SparsepruneError(
+            f"{printable(spec)}: a checkpoint, not a spec; --masks {printable(spec)} checks against its "
+            f"masks, --zeros-of {printable(spec)} against its zeros"
+        )
+
+
+def carried_spec(run: Run, checkpoint: Path, overrides: Mapping[str, str]) -> tuple[str, dict[str, str]]:
+    """The spec that a checkpoint was pruned by, and the values of its variables with those of `overrides`.
+
+    SparsepruneError where it carries none.
+    """
+    carried = applied_source(open_checkpoint(checkpoint))
+    if carried is None:
+        raise SparsepruneError(
+            f"there is nothing to check against: {printable(str(checkpoint))} carries no spec that it was "
+            "pruned by; give a SPEC, such as 2of4, or --masks MASKS"
+        )
+    path, were_set = carried
+    variables = were_set | dict(overrides)
+    values = "".join(f", with {name}={value}" for name, value in variables.items())
+    run.note(f"checking against {path}, by which it was pruned{values}")
+    return str(path), variables
 
 
 def verify_spec(run: Run, asked: Source, machine: Machine) -> results.Verification:

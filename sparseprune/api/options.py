@@ -31,15 +31,17 @@ _UNITS = {"": 1, "b": 1} | {
 class Option:
     """How a parameter is given on the command line: `usage` has its flags, if any, and its metavar.
 
-    `shown` is the default in words, `minimum` the least number, `typed` the type on the command line where it
-    is not that of the parameter, and `unless` a flag that gives None, with its help. An option of pairs has
-    an `example`; what stands before the equals sign `may_be_empty`.
+    `group` is the heading of help under which it stands. `shown` is the default in words, `minimum` the least
+    number, `typed` the type on the command line where it is not that of the parameter, and `unless` a flag
+    that gives None, with its help. An option of pairs has an `example`; what stands before the equals sign
+    `may_be_empty`. `among` names what a shell completes it by: words, or a kind of names.
     """
 
     def __init__(
         self,
         usage: str,
         help: str,
+        group: str | None = None,
         *,
         shown: str | None = None,
         minimum: int | None = None,
@@ -47,207 +49,97 @@ class Option:
         unless: tuple[str, str] | None = None,
         example: str | None = None,
         may_be_empty: bool = False,
+        among: str | None = None,
     ) -> None:
         words = usage.split()
         self.flags = [word for word in words if word.startswith("-")]
         self.metavar = words[-1] if len(words) > len(self.flags) else None
         self.help, self.shown, self.minimum, self.typed, self.unless = help, shown, minimum, typed, unless
-        self.example, self.may_be_empty = example, may_be_empty
+        self.example, self.may_be_empty, self.group, self.among = example, may_be_empty, group, among
 
 
 Place = str | PathLike[str]
 _Words = Sequence[str]
+Method = Literal["admm", "refit", "none"]
+SPECS, VARIABLES = "specs", "variables"
+"""What `among` may name beside words: the shipped specs, and the variables of the spec that was typed."""
 
+# What is read and what decides.
 Checkpoint = Annotated[
     Place,
     Option(
         "CKPT",
-        "A .safetensors file, or a directory with model.safetensors or with shards and their index.",
+        "The checkpoint: a .safetensors file, or a directory with model.safetensors or with shards and their "
+        "index.",
         typed=Path,
     ),
 ]
-Spec = Annotated[Place, Option("SPEC", "A spec.toml, or the name of a shipped one, such as 2of4.", typed=str)]
-SpecOrNone = Annotated[
-    Place | None, Option("[SPEC]", "A spec.toml, or the name of a shipped one.", typed=str)
+_SPEC = "The spec: a TOML file, or the name of a shipped spec such as 2of4."
+Spec = Annotated[Place, Option("SPEC", _SPEC, typed=str, among=SPECS)]
+SpecOrNone = Annotated[Place | None, Option("[SPEC]", _SPEC, typed=str, among=SPECS)]
+SpecToCheck = Annotated[
+    Place | None,
+    Option("[SPEC]", _SPEC, shown="the spec that CKPT was pruned by", typed=str, among=SPECS),
 ]
-Output = Annotated[Place | None, Option("--output -o OUT", "Where the result goes.", typed=Path)]
-Device = Annotated[str, Option("--device auto|cpu|cuda[:N]", "auto takes CUDA where there is one.")]
-Jobs = Annotated[
-    int | None,
-    Option("--jobs N", "Pieces that are worked on at one time.", shown="one for each core", minimum=1),
+SpecName = Annotated[
+    Place | None,
+    Option("[NAME]", "The spec to print. Without a name, all specs are listed.", typed=str, among=SPECS),
 ]
-_MEMORY, _QUARTER = "--memory SIZE", "a quarter of RAM"
-Memory = Annotated[
-    int | str | None,
-    Option(
-        _MEMORY,
-        "Memory that a run may use, such as 8GiB or 500MB.",
-        shown=f"{_QUARTER}, 1GiB at most without --text",
-        typed=str,
-    ),
+CheckpointToFit = Annotated[
+    Place | None, Option("--for CKPT", "List only the specs that fit this checkpoint.", "Input", typed=Path)
 ]
-_FORMATS = ("--mask-format", "One bit for each element, or one byte.")
-MaskFormat = Annotated[Literal["packed", "bool"], Option(*_FORMATS)]
-MaskFormatOrNone = Annotated[
-    Literal["packed", "bool"] | None, Option(*_FORMATS, unless=("--no-masks", "Write no masks."))
-]
-Allocation = Annotated[
-    bool,
-    Option(
-        "--allocation",
-        "Where instances of a rule share a budget, read the weights and tell what each of them gets.",
-    ),
+Dense = Annotated[Place, Option("DENSE", "The checkpoint before pruning.", typed=Path)]
+Pruned = Annotated[Place, Option("PRUNED", "The checkpoint after pruning.", typed=Path)]
+Against = Annotated[
+    Place | None,
+    Option("--against DENSE", "Measure the distance to this dense checkpoint.", "Input", typed=Path),
 ]
 Set = Annotated[
     Mapping[str, object] | None,
     Option(
         "--set NAME=VALUE",
-        "Another value for one of the spec's [vars], or for a budget, such as scope.proj.nnz=1.",
+        "Set a variable of the spec, or a budget, such as scope.proj.nnz=1. Repeat it for several.",
+        "Pruning",
         typed=list[str],
         example="n=2",
+        among=VARIABLES,
     ),
 ]
 Goal = Annotated[
     str | None,
     Option(
         "--target KIND=NUMBER[:NAME]",
-        "Find the sparsity that leaves so much: params=6B, active=1B (what a token uses), or for remove "
-        "size=12GB. NAME is what to vary, where a spec has several numbers.",
+        "Find the sparsity that leaves this much: params=6B, active=1B (parameters that one token uses), or "
+        "for remove size=12GB. NAME is the variable to change if the spec has several.",
+        "Pruning",
     ),
 ]
-Strict = Annotated[
-    bool, Option("--strict", "Make every warning an error, before any work where that can be.")
-]
-Force = Annotated[bool, Option("--force", "Replace an output that exists.")]
-ZerosOf = Annotated[
-    Place | None,
-    Option("--zeros-of SPARSE", "Masks are the zeros of this checkpoint's matrices.", typed=Path),
-]
-Rename = Annotated[
-    Mapping[str, str] | None,
+Allocation = Annotated[
+    bool,
     Option(
-        "--rename OLD=NEW",
-        "Replace a text in the names of masks; NEW stands in front of all where OLD is empty.",
-        typed=list[str],
-        example="transformer.=model.",
-        may_be_empty=True,
-    ),
-]
-AsModel = Annotated[
-    str | None,
-    Option(
-        "--as MODEL_TYPE",
-        "Write the config of another model type whose class computes the same, such as mistral for llama.",
-    ),
-]
-Partial = Annotated[bool, Option("--partial", "Ignore masks without a tensor and tensors without a mask.")]
-Match = Annotated[
-    _Words,
-    Option(
-        "--match PATTERN", "Only tensors of this name; * matches inside a part of it, ** across the dots."
-    ),
-]
-Exclude = Annotated[_Words, Option("--exclude PATTERN", "No tensors of this name.")]
-Sort = Annotated[
-    str | None,
-    Option(
-        "--sort COLUMN",
-        "Order by a column, such as name, numel or sparsity, the smallest first.",
-        shown="as stored",
-    ),
-]
-Reverse = Annotated[bool, Option("--reverse", "The other way round.")]
-Require = Annotated[
-    _Words, Option("--require CONDITION", 'Fail unless it holds, such as "sparsity>=0.5 in **.mlp.**".')
-]
-Plot = Annotated[Place | None, Option("--plot FILE", "Draw it, as .png, .svg or one .html page.", typed=Path)]
-
-SpecName = Annotated[
-    Place | None, Option("NAME", "The spec to print; all of them are listed without.", typed=str)
-]
-CheckpointToFit = Annotated[
-    Place | None, Option("--for CKPT", "List the specs that fit this checkpoint.", typed=Path)
-]
-By = Annotated[
-    Literal["tensor", "layer", "module", "rule"],
-    Option("--by", "One line for each; module: what is alike in all layers."),
-]
-Pattern = Annotated[
-    _Words,
-    Option("--pattern N:M[@AXIS]", "Look for this pattern as well, along the last dimension or another."),
-]
-Block = Annotated[_Words, Option("--block ROWSxCOLUMNS", "Count zero blocks of this shape.")]
-Runtimes = Annotated[
-    str | None,
-    Option(
-        "--for RUNTIME,...",
-        "Tell which tensors these can use sparse, and what is in the way: torch-cutlass, torch-cusparselt, "
-        "tensorrt, asp.",
-    ),
-]
-Tensor = Annotated[
-    str | None,
-    Option(
-        "--tensor NAME", "Plot the mask of this tensor from close up, with the blocks and scopes of its spec."
+        "--allocation",
+        "Read the weights and show what each part gets where several parts share a budget.",
+        "Pruning",
     ),
 ]
 SpecOfRules = Annotated[
     Place | None,
     Option(
         "--spec SPEC",
-        "For --by rule and --plot: the spec, where the checkpoint has none in sparseprune/.",
+        "The spec for --by rule and --plot.",
+        "Pruning",
+        shown="the spec that CKPT was pruned by",
         typed=str,
+        among=SPECS,
     ),
-]
-Dense = Annotated[Place, Option("DENSE", "The checkpoint before.", typed=Path)]
-Pruned = Annotated[Place, Option("PRUNED", "The checkpoint after.", typed=Path)]
-Stats = Annotated[
-    Place | None,
-    Option(
-        "--stats STATS",
-        "What calibrate wrote: tells the error of each matrix, in its outputs and, with --gradients, in "
-        "units of the loss.",
-        typed=Path,
-    ),
-]
-Method = Literal["admm", "refit", "none"]
-Reconstruct = Annotated[
-    Method | None,
-    Option(
-        "--reconstruct admm|refit|none",
-        "Rebuild what survives, in every rule that can; refit keeps the mask of the score.",
-        shown="as the spec says; admm with --stats",
-    ),
-]
-StatsToRebuild = Annotated[
-    Place | None,
-    Option(
-        "--stats STATS",
-        "What calibrate wrote: statistics to rebuild survivors by, in place of the spec's file.",
-        shown="CKPT-stats with --reconstruct, where it is there",
-        typed=Path,
-    ),
-]
-Masks = Annotated[
-    Place | None,
-    Option(
-        "[MASKS]",
-        "A mask file, a folder or an index of some, or an output of sparseprune that has masks.",
-        typed=Path,
-    ),
-]
-MasksOrNone = Annotated[
-    Place | None, Option("--masks MASKS", "Check against masks instead of a spec.", typed=Path)
-]
-MasksToCut = Annotated[
-    Place | None, Option("--masks MASKS", "Cut out what these drop, instead of what a spec does.", typed=Path)
 ]
 ExpertsToKeep = Annotated[
     Place | Sequence[object] | Mapping[str, Sequence[int]] | None,
     Option(
         "--experts KEEP.json",
-        "The numbers of the experts that stay, instead of a spec: one list, a list with one for each layer "
-        'that has experts, or an object such as {"3": [0, 1, 5]}.',
+        "Keep the experts with these numbers, in place of SPEC. The file holds one list for all layers, one "
+        'list for each layer with experts, or an object such as {"3": [0, 1, 5]}.',
+        "Pruning",
         typed=Path,
     ),
 ]
@@ -255,7 +147,48 @@ TokensToKeep = Annotated[
     Place | Sequence[int] | None,
     Option(
         "--vocabulary ROWS.json",
-        "The ids of the tokens that stay, in ascending order: cuts embeddings and output heads.",
+        "Keep the tokens with these ids, in ascending order: removes rows of embeddings and output heads.",
+        "Pruning",
+        typed=Path,
+    ),
+]
+AsModel = Annotated[
+    str | None,
+    Option(
+        "--as MODEL_TYPE",
+        "Write the config of another model type that computes the same, such as mistral for llama.",
+        "Output",
+    ),
+]
+
+# How survivors are rebuilt, and by which text.
+Reconstruct = Annotated[
+    Method | None,
+    Option(
+        "--reconstruct admm|refit|none",
+        "Adjust the weights that stay, in every rule that allows it, to keep the layers' outputs. admm also "
+        "chooses the mask; refit keeps the mask of the score.",
+        "Rebuilding",
+        shown="as the spec says; admm with --stats",
+    ),
+]
+StatsToRebuild = Annotated[
+    Place | None,
+    Option(
+        "--stats STATS",
+        "Read the statistics that calibrate wrote here, in place of the file that the spec names.",
+        "Rebuilding",
+        shown="CKPT-stats with --reconstruct, if it exists",
+        typed=Path,
+    ),
+]
+Stats = Annotated[
+    Place | None,
+    Option(
+        "--stats STATS",
+        "Read the statistics that calibrate wrote, and report the error of each layer's outputs and, if they "
+        "have gradients, of the loss.",
+        "Report",
         typed=Path,
     ),
 ]
@@ -263,8 +196,9 @@ Text = Annotated[
     Sequence[Place],
     Option(
         "--text FILE",
-        "Text, JSON lines (.jsonl) or a list of records (.json), which may be chats; repeat it for several. "
-        "Of long files the first part is read, 64 characters for each token that is asked for.",
+        "Text, JSON lines (.jsonl) or a JSON list of records, which may be chats. Repeat it for several "
+        "files. Only the first 64 characters for each wanted token are read.",
+        "Text",
         typed=list[Path],
     ),
 ]
@@ -272,49 +206,229 @@ TextToSweep = Annotated[
     Sequence[Place],
     Option(
         "--text FILE",
-        "Rebuild survivors layer by layer by what this text gives, in place of --stats: text, JSON lines or "
-        "a list of records; repeat it for several.",
+        "Rebuild the weights layer by layer with this text, in place of --stats: text, JSON lines or a JSON "
+        "list of records. Repeat it for several files.",
+        "Text",
         typed=list[Path],
     ),
 ]
 Kind = Annotated[
-    Literal["hessian", "norm"], Option("--stats", "All second moments, or the norms of the inputs alone.")
+    Literal["hessian", "norm"],
+    Option(
+        "--kind hessian|norm",
+        "hessian collects the second moments of each layer's inputs, norm only their diagonal.",
+        "Output",
+    ),
 ]
-Sequences = Annotated[int, Option("--sequences N", "How many, drawn at random.", minimum=1)]
-_USUAL_LENGTH = "2048, or what the model takes"
-Length = Annotated[int | None, Option("--length N", "Tokens in a sequence.", shown=_USUAL_LENGTH, minimum=1)]
+Sequences = Annotated[
+    int,
+    Option("--sequences N", "Number of token sequences, drawn at random from the text.", "Text", minimum=1),
+]
+_USUAL_LENGTH = "2048, or as many as the model takes"
+Length = Annotated[
+    int | None,
+    Option("--length N", "Number of tokens in a sequence.", "Text", shown=_USUAL_LENGTH, minimum=1),
+]
 Field = Annotated[
     str | None,
     Option(
         "--field NAME",
-        "Which field of a record is text, or a list of messages.",
+        "Field of a record that holds its text or its list of messages.",
+        "Text",
         shown="text, messages or conversations",
     ),
 ]
-Seed = Annotated[int, Option("--seed", "Of the draw among all sequences of the text.", minimum=0)]
+Seed = Annotated[
+    int, Option("--seed N", "Random seed for drawing sequences from the text.", "Text", minimum=0)
+]
 Special = Annotated[
     bool,
-    Option("--special/--no-special", "Whether [CLS], BOS and the like count; in use a model meets them too."),
+    Option(
+        "--special/--no-special",
+        "Include special tokens such as [CLS] and BOS in sequences, or leave them out. The model sees them "
+        "in use, so they are included by default.",
+        "Text",
+    ),
 ]
 Gradients = Annotated[
     bool,
     Option(
         "--gradients",
-        "Also second moments of the loss gradients at the outputs, for rebuilding in the loss metric.",
+        "Also collect the second moments of the loss gradients at each layer's outputs, to rebuild weights "
+        "by their effect on the loss.",
+        "Text",
     ),
 ]
 GradientsFirst = Annotated[
     bool,
     Option(
         "--gradients",
-        "With --text: take gradients of the loss in the dense model first, and rebuild in the loss metric.",
+        "With --text: first collect gradients of the loss in the dense model, then rebuild weights by their "
+        "effect on the loss.",
+        "Text",
+    ),
+]
+
+# Tensors and masks.
+Match = Annotated[
+    _Words,
+    Option(
+        "--match PATTERN",
+        "Use only tensors with such a name: * matches within one part of a name, ** across dots. Repeat it "
+        "for several.",
+        "Tensors",
+    ),
+]
+Exclude = Annotated[
+    _Words, Option("--exclude PATTERN", "Leave out tensors with such a name, as in --match.", "Tensors")
+]
+Masks = Annotated[
+    Place | None,
+    Option(
+        "[MASKS]",
+        "The masks: a mask file, a folder or an index of mask files, or an output of sparseprune that has "
+        "masks.",
+        typed=Path,
+    ),
+]
+_MASKS = "--masks MASKS"
+MasksOrNone = Annotated[
+    Place | None, Option(_MASKS, "Check against these masks in place of SPEC.", "Masks", typed=Path)
+]
+MasksToCut = Annotated[
+    Place | None, Option(_MASKS, "Remove what these masks drop, in place of SPEC.", "Masks", typed=Path)
+]
+ZerosOf = Annotated[
+    Place | None,
+    Option("--zeros-of SPARSE", "Use the zeros of this checkpoint's matrices as masks.", "Masks", typed=Path),
+]
+Rename = Annotated[
+    Mapping[str, str] | None,
+    Option(
+        "--rename OLD=NEW",
+        "Replace OLD by NEW in the names of masks. With an empty OLD, NEW is put before every name.",
+        "Masks",
+        typed=list[str],
+        example="transformer.=model.",
+        may_be_empty=True,
+    ),
+]
+Partial = Annotated[
+    bool, Option("--partial", "Ignore masks without a tensor and tensors without a mask.", "Masks")
+]
+
+# What is reported, and what has to hold.
+By = Annotated[
+    Literal["tensor", "layer", "module", "rule"],
+    Option(
+        "--by tensor|layer|module|rule",
+        "Show one line for each tensor, layer, rule of the spec, or kind of module over all layers.",
+        "Report",
+    ),
+]
+Sort = Annotated[
+    str | None,
+    Option(
+        "--sort COLUMN",
+        "Sort lines by a column, such as name, numel or sparsity, in ascending order.",
+        "Report",
+        shown="as stored",
+    ),
+]
+Reverse = Annotated[bool, Option("--reverse", "Reverse the order of lines.", "Report")]
+Summary = Annotated[
+    bool, Option("--summary", "Report totals only, without a line for each tensor or group.", "Report")
+]
+Pattern = Annotated[
+    _Words,
+    Option(
+        "--pattern N:M[@AXIS]",
+        "Also look for this pattern, along the last dimension or along AXIS. Repeat it for several.",
+        "Report",
+    ),
+]
+Block = Annotated[
+    _Words,
+    Option("--block ROWSxCOLUMNS", "Count zero blocks of this shape. Repeat it for several.", "Report"),
+]
+Runtimes = Annotated[
+    str | None,
+    Option(
+        "--for RUNTIME,...",
+        "Show which tensors these runtimes can use as sparse, and what prevents it for the others: "
+        "torch-cutlass, torch-cusparselt, tensorrt, asp.",
+        "Report",
+    ),
+]
+Plot = Annotated[
+    Place | None,
+    Option("--plot FILE", "Write a picture of the result, as .png, .svg or .html.", "Output", typed=Path),
+]
+Tensor = Annotated[
+    str | None,
+    Option(
+        "--tensor NAME",
+        "With --plot: draw the mask of this tensor in close-up, with the blocks and scopes of its spec.",
+        "Output",
+    ),
+]
+_REQUIRE, _UNLESS = "--require CONDITION", "Exit with 1 unless this condition holds, such as"
+Require = Annotated[
+    _Words, Option(_REQUIRE, f'{_UNLESS} "sparsity>=0.5 in **.mlp.**". Repeat it for several.', "Checks")
+]
+RequireMean = Annotated[
+    _Words, Option(_REQUIRE, f'{_UNLESS} "kl<=0.05" or "top1>=95%". Repeat it for several.', "Checks")
+]
+Strict = Annotated[
+    bool, Option("--strict", "Turn warnings into errors, before any work if possible.", "Checks")
+]
+
+# Where results go.
+Output = Annotated[
+    Place | None, Option("--output -o OUT", "Write the result to this path.", "Output", typed=Path)
+]
+_FORMATS = ("--mask-format packed|bool", "Store one bit or one byte for each element of a mask.", "Output")
+MaskFormat = Annotated[Literal["packed", "bool"], Option(*_FORMATS)]
+MaskFormatOrNone = Annotated[
+    Literal["packed", "bool"] | None, Option(*_FORMATS, unless=("--no-masks", "Write no masks."))
+]
+Force = Annotated[bool, Option("--force", "Replace an existing output.", "Output")]
+
+# What a run may use.
+_RESOURCES = "Resources"
+Device = Annotated[
+    str,
+    Option(
+        "--device auto|cpu|cuda[:N]",
+        "Compute on this device. auto uses CUDA if there is a GPU.",
+        _RESOURCES,
+        among="auto cpu cuda",
+    ),
+]
+Jobs = Annotated[
+    int | None,
+    Option(
+        "--jobs -j N", "Number of parallel threads.", _RESOURCES, shown="one for each CPU core", minimum=1
+    ),
+]
+_MEMORY, _QUARTER = "--memory SIZE", "a quarter of RAM"
+Memory = Annotated[
+    int | str | None,
+    Option(
+        _MEMORY,
+        "Limit the memory of the run, such as 8GiB or 500MB.",
+        _RESOURCES,
+        shown=f"{_QUARTER}, at most 1GiB without --text",
+        typed=str,
     ),
 ]
 MomentMemory = Annotated[
     int | str | None,
     Option(
         _MEMORY,
-        "Memory for second moments, beside a layer of the model, which runs as often as it takes.",
+        "Limit the memory for second moments, beside one layer of the model. With less memory, the model "
+        "reads the text several times.",
+        _RESOURCES,
         shown=_QUARTER,
         typed=str,
     ),
@@ -323,16 +437,12 @@ StateMemory = Annotated[
     int | str | None,
     Option(
         _MEMORY,
-        "Memory for hidden states and logits, beside one layer; states without room there wait on disk.",
+        "Limit the memory for hidden states and logits, beside one layer of the model. Hidden states over "
+        "the limit are kept on disk.",
+        _RESOURCES,
         shown=_QUARTER,
         typed=str,
     ),
-]
-Against = Annotated[
-    Place | None, Option("--against DENSE", "The checkpoint that it was made from.", typed=Path)
-]
-RequireMean = Annotated[
-    _Words, Option("--require CONDITION", 'Fail unless it holds, such as "kl<=0.05" or "top1>=95%".')
 ]
 
 
@@ -392,14 +502,21 @@ def source(
     reconstruct, stats = rebuilding
     if reconstruct not in {None, *get_args(Method)}:
         raise SparsepruneError(f"--reconstruct {reconstruct}: wanted admm, refit or none")
-    if text is not None and not text.windows.text:
-        if text.gradients:
-            raise SparsepruneError("--gradients: goes with --text, of which they are taken")
-        text = None
+    text = text_if_any(text)
     if text is not None and reconstruct == "none":
         raise SparsepruneError("--reconstruct none: survivors are rebuilt by --text; leave one of them out")
     given = path_or_none(stats)
     return Source(Path(checkpoint), os.fspath(spec), texts(variables), goal, reconstruct, given, text)
+
+
+def text_if_any(text: AskedText | None) -> AskedText | None:
+    """The text that was asked for; SparsepruneError for its options where no text is given."""
+    if text is None or text.windows.text:
+        return text
+    if text.words:
+        option = text.words[0].partition(" ")[0]
+        raise SparsepruneError(f"{option}: goes with --text FILE, which is not given")
+    return None
 
 
 def stats_beside(checkpoint: Path) -> Path:

@@ -16,7 +16,7 @@ from msgspec.structs import replace
 from sparseprune import __version__
 from sparseprune.api.applied import rebuilt_by, warn_of_broken, warn_of_earlier
 from sparseprune.api.masked import MaskSource, masked_by, refuse_contradictions
-from sparseprune.api.options import source
+from sparseprune.api.options import source, text_if_any
 from sparseprune.api.pruning import (
     as_applied,
     decided,
@@ -113,8 +113,9 @@ def remove(run: Run, asked: Asked) -> results.Removal:
     for option, given in zip(("--reconstruct", "--stats"), asked.rebuilding, strict=True):
         if asked.spec is None and given is not None:
             raise SparsepruneError(f"{option} {given}: goes with a SPEC, of which survivors are rebuilt")
-    if asked.spec is None and asked.text is not None and asked.text.windows.text:
-        file = asked.text.windows.text[0]
+    text = text_if_any(asked.text)
+    if asked.spec is None and text is not None:
+        file = text.windows.text[0]
         raise SparsepruneError(f"--text {file}: goes with a SPEC, of which survivors are rebuilt")
     run.listener.output(_Undecided())
     with _chosen(run, asked) as choice:

@@ -1,25 +1,30 @@
 """`apply` and `mask`: the summary of a pruned output."""
 
+from typing import TYPE_CHECKING
+
 from sparseprune import api, results
-from sparseprune.cli.command import Call, DryRun, Json, Quiet, Result, Verbose, command
-from sparseprune.cli.console import print_outcome, stderr_console, tell_lines
+from sparseprune.cli.command import Call, DryRun, Json, Result, Verbose, command
+from sparseprune.cli.console import print_outcome
 from sparseprune.cli.plan import show_plan
 from sparseprune.cli.signals import temporary_folder
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from rich.console import RenderableType
 
 
 def show_pruned(
     call: "Call[results.Report]",
     dry_run: DryRun = False,
     json: Json = False,
-    quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
     if dry_run:
         show_plan(call, json=json)
         return
     report = called(call)
-    if not quiet:
-        _summarize(call, report, verbose=verbose)
+    call.summarize(_summary(call, report, verbose=verbose))
     print_outcome(report, json=json)
 
 
@@ -35,7 +40,9 @@ apply = command(api.apply, show_pruned)
 mask = command(api.mask, show_pruned)
 
 
-def _summarize(call: "Call[results.Report]", report: "results.Report", *, verbose: bool) -> None:
+def _summary(
+    call: "Call[results.Report]", report: "results.Report", *, verbose: bool
+) -> "Iterator[RenderableType]":
     from sparseprune.report.allocation import allocation_lines
     from sparseprune.report.coverage import coverage_text
     from sparseprune.report.permuted import permuted_lines
@@ -43,10 +50,9 @@ def _summarize(call: "Call[results.Report]", report: "results.Report", *, verbos
     from sparseprune.report.tables import outcome_table, rules_table
     from sparseprune.report.wording import copies_line, many, percent, size
 
-    console = stderr_console()
     if verbose:
-        console.print(outcome_table(report))
-    console.print(rules_table(report))
+        yield outcome_table(report)
+    yield rules_table(report)
     totals, sizes = report.totals, report.bytes
     reached = sum(rule.numel for rule in report.rules)
     masks = f", masks {size(sizes.masks)}" if sizes.masks else ", no masks"
@@ -73,4 +79,4 @@ def _summarize(call: "Call[results.Report]", report: "results.Report", *, verbos
     lines += permuted_lines(report.permuted, report.not_permuted)
     lines += [*report.notes, *copies_line("left out", report.files_left_out)]
     lines.append(f"{call.seconds:.1f} s, {size(sizes.weights / call.seconds)}/s, on {report.device}")
-    tell_lines(*lines)
+    yield from lines

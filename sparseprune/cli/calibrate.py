@@ -4,24 +4,19 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from sparseprune import api, results
-from sparseprune.cli.command import Call, Json, Quiet, Verbose, command
-from sparseprune.cli.console import print_outcome, stderr_console
+from sparseprune.cli.command import Call, Json, Verbose, command
+from sparseprune.cli.console import print_outcome
 from sparseprune.cli.signals import temporary_folder
-from sparseprune.errors import printable
 from sparseprune.report.wording import many, size
 
 if TYPE_CHECKING:
     from sparseprune.results import measuring
 
 
-def show_collected(
-    call: "Call[results.Statistics]", json: Json = False, quiet: Quiet = False, verbose: Verbose = False
-) -> None:
+def show_collected(call: "Call[results.Statistics]", json: Json = False, verbose: Verbose = False) -> None:
     with temporary_folder("sparseprune-") as scratch:
         result = call(scratch=scratch)
-        if not quiet:
-            for line in _summary(result, call.options["sequences"], verbose=verbose):
-                stderr_console().print(printable(line), markup=False, highlight=False, soft_wrap=True)
+        call.summarize(_summary(result, call.options["sequences"], verbose=verbose))
         print_outcome(result, json=json)
 
 

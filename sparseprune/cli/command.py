@@ -10,6 +10,7 @@ import inspect
 import time
 from collections.abc import Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import GenericAlias
 from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, TypeVar, cast, get_args
 
@@ -17,45 +18,79 @@ import typer
 
 from sparseprune.api.options import Option
 from sparseprune.api.run import Listener
-from sparseprune.cli.console import UnwrittenError, reported, tell
+from sparseprune.cli.completion import completing
+from sparseprune.cli.console import UnwrittenError, reported, tell, tell_parts
+from sparseprune.cli.help import TYPED
+from sparseprune.cli.log import Log
 from sparseprune.cli.progress import shown
 from sparseprune.cli.signals import text_when_stopped
 from sparseprune.errors import CheckFailedError, SparsepruneError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
-    from sparseprune.api.run import Ending
+    from rich.console import RenderableType
+
+    from sparseprune.api.run import Ending, Progress
 
 Result = TypeVar("Result")
 Form = Literal["table", "json", "csv", "markdown"]
 
-Json = Annotated[bool, Option("--json", help="The result as JSON on stdout.")]
+Json = Annotated[bool, Option("--json", help="Print the result as JSON on stdout.", group="Output")]
 Csv = Annotated[
     bool,
-    Option("--csv", help="The rows as CSV on stdout; an apostrophe stands before what would be a formula."),
+    Option(
+        "--csv",
+        help="Print the lines as CSV on stdout. Cells that look like formulas begin with an apostrophe.",
+        group="Output",
+    ),
 ]
-Markdown = Annotated[bool, Option("--markdown", help="The table as Markdown on stdout.")]
-DryRun = Annotated[bool, Option("--dry-run", help="Show what would be done, as plan does; write nothing.")]
-Quiet = Annotated[bool, Option("--quiet -q", help="No progress and no summary.")]
-Verbose = Annotated[bool, Option("--verbose -v", help="Tell about every tensor.")]
-_DEBUG = Option("--debug", help="Show the traceback of an error.")
+Markdown = Annotated[
+    bool, Option("--markdown", help="Print the table as Markdown on stdout.", group="Output")
+]
+DryRun = Annotated[
+    bool, Option("--dry-run", help="Show what the command would do, and write nothing.", group="Output")
+]
+Verbose = Annotated[bool, Option("--verbose -v", help="Show every tensor.", group="Messages")]
+_QUIET = Option(
+    "--quiet -q",
+    help="Print no table, summary, progress, note or warning: only errors, the path of an output, and "
+    "what --json, --csv or --markdown ask for.",
+    group="Messages",
+)
+Quiet = Annotated[bool, _QUIET]
+_LOG = Option(
+    "--log FILE", "Append all messages to this file, with the time of each, also with --quiet.", "Messages"
+)
+_SHARED: dict[str, tuple[object, object, Option]] = {
+    "quiet": (bool, False, _QUIET),
+    "log": (Path, None, _LOG),
+}
+"""Type, default and option of what every command that works has."""
+_DEBUG = Option("--debug", help="Show the Python traceback of an error.", group="Messages")
 
 
 class Call(Generic[Result]):
     """A call of a public function with the options that were typed; `seconds` that it took, so far."""
 
     def __init__(
-        self, function: Callable[..., Result], options: dict[str, Any], *, quiet: bool = False
+        self,
+        function: Callable[..., Result],
+        options: dict[str, Any],
+        *,
+        quiet: bool = False,
+        log: Log | None = None,
     ) -> None:
         self.function, self.options, self.quiet = function, options, quiet
+        self.log = log or Log(None)
         self.began = time.perf_counter()
         self._output: Ending | None = None
 
     def __call__(self, **more: object) -> Result:
-        """What the function gives; notes and progress go to stderr, unless `quiet`."""
+        """What the function gives; notes and progress go to stderr, unless `quiet`, and to the log."""
         with shown(quiet=self.quiet) as progress:
-            listener = Listener(progress, self._warn, self.note, self._begin, tell)
+            hear = self._heard_by(progress) if self.log.is_open else progress
+            listener = Listener(hear, self._warn, self.note, self._begin, self._tell)
             return self.function(**self.options, **more, progress=listener)
 
     def checked(self, **more: object) -> tuple[Result, tuple[str, ...]]:
@@ -73,12 +108,34 @@ class Call(Generic[Result]):
         return time.perf_counter() - self.began
 
     def note(self, text: str) -> None:
-        """A line on stderr, unless that is to be quiet."""
+        """A line on stderr, unless that is to be quiet, and in the log."""
+        self.log.lines(text)
         if not self.quiet:
             tell(text)
 
+    def summarize(self, parts: Iterable[RenderableType]) -> None:
+        """Lines and tables of a summary, likewise; `parts` are not made where nobody reads them."""
+        if self.quiet and not self.log.is_open:
+            return
+        found = list(parts)
+        self.log.parts(found)
+        if not self.quiet:
+            tell_parts(found)
+
     def _warn(self, text: str) -> None:
         self.note(f"warning: {text}")
+
+    def _tell(self, text: str) -> None:
+        self.log.lines(text)
+        tell(text)
+
+    def _heard_by(self, progress: Callable[[Progress], None] | None) -> Callable[[Progress], None]:
+        def hear(step: Progress) -> None:
+            self.log.stage(step)
+            if progress is not None:
+                progress(step)
+
+        return hear
 
     def _begin(self, output: Ending) -> None:
         self._output = output
@@ -104,27 +161,32 @@ class Call(Generic[Result]):
 
 
 def command(
-    function: Callable[..., object], words: Callable[..., None], name: str = ""
+    function: Callable[..., object], words: Callable[..., None], name: str = "", *, works: bool = True
 ) -> Callable[..., None]:
     """What typer makes a command of: calls `words` with the call, and with the options that are its own.
 
-    The words may ask for `quiet` and `verbose`; every command has --debug.
+    The words may ask for `quiet` and `verbose`. Every command has --debug, every one that `works` --quiet and
+    --log.
     """
     asked, own = _annotated(function), _annotated(words)
+    shared = {name: _shared(name, how) for name, how in _SHARED.items() if works and name not in own}
 
-    def run(**typed: Any) -> None:  # noqa: ANN401
-        with reported(typed["debug"]):
+    def run(context: typer.Context, **typed: Any) -> None:  # noqa: ANN401
+        with reported(typed["debug"]), Log(typed.get("log")) as log:
+            log.begin(context.meta[TYPED])
             options = {one: _read(*how, typed) for one, how in asked.items()}
-            call = Call(function, options, quiet=typed.get("quiet", False))
+            call = Call(function, options, quiet=typed.get("quiet", False), log=log)
             with call.interrupts_explained():
                 words(call, **{one: typed[one] for one in own})
 
-    parameters = []
-    for parameter, option in (*asked.values(), *own.values()):
+    parameters = [
+        inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context),
+    ]
+    for parameter, option in (asked | own | shared).values():
         parameters.append(_parameter(parameter, option))
         if option.unless is not None:
             flag, text = option.unless
-            parameters.append(_flag(_name(flag), Option(flag, help=text)))
+            parameters.append(_flag(_name(flag), Option(flag, text, option.group)))
     setattr(run, "__signature__", inspect.Signature([*parameters, _flag("debug", _DEBUG)]))  # noqa: B010
     run.__name__ = name or function.__name__
     run.__doc__ = _help(function)
@@ -155,6 +217,12 @@ def pairs_of(option: Option, words: Sequence[str]) -> dict[str, str]:
             raise SparsepruneError(f"{flag} {word}: wanted {option.metavar}, such as {flag} {example}")
         pairs[name.strip()] = value.strip()
     return pairs
+
+
+def _shared(name: str, how: tuple[object, object, Option]) -> tuple[inspect.Parameter, Option]:
+    kind, default, option = how
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Parameter(name, keyword, annotation=kind, default=default), option
 
 
 def _annotated(function: Callable[..., object]) -> dict[str, tuple[inspect.Parameter, Option]]:
@@ -188,6 +256,7 @@ def _parameter(parameter: inspect.Parameter, option: Option) -> inspect.Paramete
     shown = option.shown or (default is not None and default is not inspect.Parameter.empty)
     # An unreadable file is reported by its reader, with the path and exit code 3.
     how: dict[str, Any] = {"metavar": option.metavar, "help": option.help, "readable": False}
+    how |= {"rich_help_panel": option.group, "autocompletion": completing(option.among)}
     make: Any = typer.Option if option.flags else typer.Argument
     made = make(*option.flags, show_default=shown, min=option.minimum, **how)
     return inspect.Parameter(

@@ -10,7 +10,7 @@ def show_compared(
     json: Json = False,
     csv: Csv = False,
     markdown: Markdown = False,
-    quiet: Quiet = False,  # noqa: ARG001  (of the call)
+    quiet: Quiet = False,
 ) -> None:
     form = form_of(json=json, csv=csv, markdown=markdown)
     result, failed = call.checked()
@@ -25,7 +25,7 @@ def show_compared(
         elif form == "markdown":
             columns, rows = comparison.columns_and_rows(result, all_tensors=everything)
             print_text(tables.markdown_text(columns, rows))
-        else:
+        elif not quiet:
             print_table(comparison.compare_table(result, all_tensors=everything))
 
 

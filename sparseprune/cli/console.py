@@ -21,7 +21,7 @@ from sparseprune.cli.signals import stopped, stopped_once
 from sparseprune.errors import CheckFailedError, MachineError, SparsepruneError, is_out_of_memory, printable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from _typeshed import ReadableBuffer
     from rich.console import Console, RenderableType
@@ -139,15 +139,20 @@ def reported_errors(debug: bool = False) -> Iterator[None]:
             raise
         if debug:
             traceback.print_exc()
-        message, code = described
-        for text in (message, *getattr(error, "__notes__", ())):
-            for line in text.splitlines():
-                tell(line)
-        raise typer.Exit(code) from None
+        for line in lines_of(error):
+            tell(line)
+        raise typer.Exit(described[1]) from None
 
 
 def _silence_stdout() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def lines_of(error: BaseException) -> list[str]:
+    """What is said of an error, line by line, its notes at the end."""
+    described = _described(error)
+    message = f"{type(error).__name__}: {error}" if described is None else described[0]
+    return [line for text in (message, *getattr(error, "__notes__", ())) for line in text.splitlines()]
 
 
 def _described(error: BaseException) -> tuple[str, int] | None:
@@ -193,11 +198,19 @@ def tell(text: str) -> None:
     print(f"sparseprune: {printable(text)}", file=sys.stderr)
 
 
-def tell_lines(*lines: str) -> None:
-    """Lines of a summary, on stderr; likewise."""
+def tell_error(text: str) -> None:
+    """A line about what went wrong, on stderr; likewise."""
+    tell(text)
+
+
+def tell_parts(parts: Iterable[RenderableType]) -> None:
+    """Lines and tables of a summary, on stderr; likewise. Lines of text are not folded."""
     console = stderr_console()
-    for line in lines:
-        console.print(printable(line), markup=False)
+    for part in parts:
+        if isinstance(part, str):
+            console.print(printable(part), markup=False, highlight=False, soft_wrap=True)
+        else:
+            console.print(part)
 
 
 def print_outcome(result: Report | Reapplication | Removal | Statistics, *, json: bool) -> None:

@@ -90,7 +90,7 @@ _STEPS = (
 
 Folder = Annotated[
     Path | None,
-    Option("FOLDER", help="A new folder that keeps everything; a temporary one otherwise.", typed=Path),
+    Option("[FOLDER]", help="A new folder for all files.", shown="a temporary folder", typed=Path),
 ]
 
 
@@ -115,7 +115,7 @@ def show_demo(call: "Call[None]", folder: Folder = None) -> None:  # noqa: ARG00
     print(f"\nAll of it is in {folder}.")
 
 
-demo = command(_demo_options, show_demo, "demo")
+demo = command(_demo_options, show_demo, "demo", works=False)
 
 
 def _demo(folder: Path) -> None:

@@ -2,7 +2,7 @@
 
 from sparseprune import api, results
 from sparseprune.cli.command import Call, Json, Quiet, Verbose, command
-from sparseprune.cli.console import checked, print_json, print_table, tell_lines
+from sparseprune.cli.console import checked, print_json, print_table
 from sparseprune.cli.signals import temporary_folder
 
 
@@ -11,13 +11,12 @@ def show_evaluated(
 ) -> None:
     with temporary_folder("sparseprune-") as scratch:
         result, failed = call.checked(scratch=scratch)
-    if not quiet:
-        rate = result.sequences * result.length / max(result.seconds, 1e-9)
-        tell_lines(f"{result.seconds:.1f} s, {rate:,.0f} tokens/s, on {result.device}")
+    rate = result.sequences * result.length / max(result.seconds, 1e-9)
+    call.summarize([f"{result.seconds:.1f} s, {rate:,.0f} tokens/s, on {result.device}"])
     with checked(*failed):
         if json:
             print_json(result)
-        else:
+        elif not quiet:
             from sparseprune.report.evaluation import evaluation_table
 
             print_table(evaluation_table(result, all_tokens=verbose))

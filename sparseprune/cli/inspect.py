@@ -8,7 +8,9 @@ from sparseprune.cli.command import Call, Csv, Json, Markdown, Quiet, command, f
 from sparseprune.cli.console import checked, print_json, print_table, print_text
 from sparseprune.errors import SparsepruneError
 
-Tree = Annotated[bool, Option("--tree", help="As a tree of the names' parts.")]
+Tree = Annotated[
+    bool, Option("--tree", help="Show tensors as a tree of the parts of their names.", group="Report")
+]
 
 
 def show_inspected(
@@ -17,7 +19,7 @@ def show_inspected(
     json: Json = False,
     csv: Csv = False,
     markdown: Markdown = False,
-    quiet: Quiet = False,  # noqa: ARG001  (of the call)
+    quiet: Quiet = False,
 ) -> None:
     form = form_of(json=json, csv=csv, markdown=markdown)
     options = call.options
@@ -37,7 +39,7 @@ def show_inspected(
             print_text(tables.csv_text(*inspection.sheet_of(result)))
         elif form == "markdown":
             print_text(tables.markdown_text(*inspect_table.columns_and_rows(result)))
-        else:
+        elif not quiet:
             print_table(inspect_table.InspectTree(result) if tree else inspect_table.inspect_table(result))
 
 

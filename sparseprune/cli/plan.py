@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from sparseprune import api, results
 from sparseprune.api.options import Option
-from sparseprune.cli.command import Call, Json, command
+from sparseprune.cli.command import Call, Json, Quiet, command
 from sparseprune.cli.console import on_terminal, print_json, print_table
 from sparseprune.errors import SparsepruneError
 
@@ -19,12 +19,17 @@ Draw = Annotated[
     str | None,
     Option(
         "--draw RULE|all|none",
-        help="Draw the blocks and scopes of a rule; on a terminal the first one is drawn anyway.",
+        help="Draw the blocks and scopes of a rule.",
+        group="Report",
+        shown="the first rule on a terminal",
+        among="all none",
     ),
 ]
 
 
-def show_planned(call: "Call[results.Plan]", draw: Draw = None, json: Json = False) -> None:
+def show_planned(
+    call: "Call[results.Plan]", draw: Draw = None, json: Json = False, quiet: Quiet = False
+) -> None:
     drawings: dict[str, RenderableType] = {}
 
     def look(plan: "Plan") -> None:
@@ -33,6 +38,7 @@ def show_planned(call: "Call[results.Plan]", draw: Draw = None, json: Json = Fal
     result = call(look=look)
     if json:
         print_json(result)
+    if json or quiet:
         return
     from sparseprune.report.plan import rule_card, totals_card
 
@@ -52,7 +58,7 @@ def show_plan(call: "Call[results.Report] | Call[results.Removal]", *, json: boo
     taken = signature(api.plan).parameters
     options = {name: value for name, value in call.options.items() if name in taken}
     options["command"] = call.function.__name__
-    show_planned(Call(api.plan, options, quiet=call.quiet), json=json)
+    show_planned(Call(api.plan, options, quiet=call.quiet, log=call.log), json=json, quiet=call.quiet)
 
 
 def _drawings(plan: "Plan", draw: str | None) -> "dict[str, RenderableType]":

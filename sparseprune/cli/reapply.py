@@ -1,44 +1,51 @@
 """`reapply`: the summary of an output that has its zeros again."""
 
+from typing import TYPE_CHECKING
+
 from sparseprune import api, results
-from sparseprune.cli.command import Call, Json, Quiet, Verbose, command
-from sparseprune.cli.console import print_outcome, stderr_console, tell_lines
+from sparseprune.cli.command import Call, Json, Verbose, command
+from sparseprune.cli.console import print_outcome
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from rich.console import RenderableType
 
 _WORST = 10  # tensors that are shown without -v
 
 
-def show_reapplied(
-    call: "Call[results.Reapplication]", json: Json = False, quiet: Quiet = False, verbose: Verbose = False
-) -> None:
+def show_reapplied(call: "Call[results.Reapplication]", json: Json = False, verbose: Verbose = False) -> None:
     result = call()
-    if not quiet:
-        _summarize(call.seconds, result, verbose=verbose)
+    call.summarize(_summary(call.seconds, result, verbose=verbose))
     print_outcome(result, json=json)
 
 
 reapply = command(api.reapply, show_reapplied)
 
 
-def _summarize(seconds: float, result: "results.Reapplication", *, verbose: bool) -> None:
+def _summary(seconds: float, result: "results.Reapplication", *, verbose: bool) -> "Iterator[RenderableType]":
     from sparseprune.report.checks import reapply_table
     from sparseprune.report.wording import copies_line, percent, size
 
-    console = stderr_console()
     totals, tensors, sizes = result.totals, result.tensors, result.bytes
     lost = sum(tensor.lost > 0 for tensor in tensors)
     if verbose:
-        console.print(reapply_table(result))
+        yield reapply_table(result)
     elif lost:
-        console.print(reapply_table(result, _WORST))
+        yield reapply_table(result, _WORST)
         if lost > _WORST:
-            console.print(f"and {lost - _WORST:,} more tensors that had lost zeros; -v shows all")
-    tell_lines(
-        f"put back {totals.lost:,} of {totals.pruned:,} zeros "
-        f"({percent(totals.lost / max(1, totals.pruned))}), "
-        f"lost in {lost:,} of {len(tensors):,} tensors with masks",
+            yield f"and {lost - _WORST:,} more tensors that had lost zeros; -v shows all"
+    yield from (
+        (
+            f"put back {totals.lost:,} of {totals.pruned:,} zeros "
+            f"({percent(totals.lost / max(1, totals.pruned))}), "
+            f"lost in {lost:,} of {len(tensors):,} tensors with masks"
+        ),
         f"masks drop {totals.pruned:,} of {totals.numel:,} parameters ({percent(totals.sparsity)})",
-        f"left alone {totals.tensors - len(tensors):,} of {totals.tensors:,} tensors, "
-        f"{totals.numel - totals.masked:,} parameters",
+        (
+            f"left alone {totals.tensors - len(tensors):,} of {totals.tensors:,} tensors, "
+            f"{totals.numel - totals.masked:,} parameters"
+        ),
         (
             f"folded {result.folded:,} weights with their masks: weights {size(sizes.weights)} after"
             if result.folded

@@ -1,17 +1,23 @@
 """`remove`: the summary of a smaller checkpoint."""
 
+from typing import TYPE_CHECKING
+
 from sparseprune import api, results
 from sparseprune.cli.apply import called
-from sparseprune.cli.command import Call, DryRun, Json, Quiet, Verbose, command
-from sparseprune.cli.console import print_json, print_outcome, print_table, stderr_console, tell_lines
+from sparseprune.cli.command import Call, DryRun, Json, Verbose, command
+from sparseprune.cli.console import print_json, print_outcome, print_table
 from sparseprune.cli.plan import show_plan
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from rich.console import RenderableType
 
 
 def show_removed(
     call: "Call[results.Removal]",
     dry_run: DryRun = False,
     json: Json = False,
-    quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
     lists = [f"--{option}" for option in ("experts", "vocabulary") if call.options[option] is not None]
@@ -24,8 +30,7 @@ def show_removed(
         _show_expected(call(dry_run=True), json=json)
         return
     result = called(call)
-    if not quiet:
-        _summarize(call.seconds, result, verbose=verbose)
+    call.summarize(_summary(call.seconds, result, verbose=verbose))
     print_outcome(result, json=json)
 
 
@@ -56,18 +61,15 @@ def _show_expected(result: "results.Removal", *, json: bool) -> None:
     print_table(Text("\n".join(map(printable, removal_lines(result)))))
 
 
-def _summarize(seconds: float, result: "results.Removal", *, verbose: bool) -> None:
+def _summary(seconds: float, result: "results.Removal", *, verbose: bool) -> "Iterator[RenderableType]":
     from sparseprune.report.pruning import removal_lines
     from sparseprune.report.tables import changed_table, rules_table
     from sparseprune.report.wording import size
 
-    console = stderr_console()
     if verbose:
-        console.print(changed_table(result))
+        yield changed_table(result)
     if result.rules:
-        console.print(rules_table(result))
-    tell_lines(
-        *removal_lines(result),
-        *result.notes,
-        f"{seconds:.1f} s, {size(result.totals.bytes / seconds)}/s, on {result.device}",
-    )
+        yield rules_table(result)
+    yield from removal_lines(result)
+    yield from result.notes
+    yield f"{seconds:.1f} s, {size(result.totals.bytes / seconds)}/s, on {result.device}"

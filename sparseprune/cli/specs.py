@@ -29,7 +29,7 @@ def show_specs(call: "Call[dict[str, ShippedSpec]]", json: Json = False) -> None
     print_table(table)
 
 
-specs = command(api.specs, show_specs)
+specs = command(api.specs, show_specs, works=False)
 
 
 def _fit_lines(found: ShippedSpec) -> Iterator[str]:

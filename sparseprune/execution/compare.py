@@ -333,7 +333,7 @@ def with_statistics(pairs: Sequence[Pair], statistics: Statistics) -> tuple[Pair
     for pair in found:
         statistic, shape = statistics.of[pair.before.name], pair.before.shape
         if statistic.kind == "norm" or len(statistic.stored.shape) == 1:
-            raise CheckpointError(f"{path}: has norms of inputs alone; calibrate with --stats hessian")
+            raise CheckpointError(f"{path}: has norms of inputs alone; calibrate with --kind hessian")
         shape, dim = statistic.stacked(shape, _input_dim(statistic, len(shape)))
         if dim not in {len(shape) - 2, len(shape) - 1}:
             raise CheckpointError(f"{path}: {pair.before.name} cannot have its inputs along dimension {dim}")

@@ -354,7 +354,7 @@ class InputFiles:
         allowed = _NUMBERS if role == "vector" and form is None else _MOMENTS
         problem = ""
         if role in _TABLE_OF and statistic.kind == "norm":
-            problem = f"has norms of inputs alone, for {name}: calibrate with --stats hessian"
+            problem = f"has norms of inputs alone, for {name}: calibrate with --kind hessian"
         elif role in _TABLE_OF and (len(weight.shape) not in {2, 3} or weight.dtype not in _FLOATS):
             problem = f"{name} is {weight.dtype} of shape {list(weight.shape)}, wanted a matrix of floats"
         elif stored.shape not in forms:

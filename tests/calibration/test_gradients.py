@@ -232,9 +232,9 @@ def test_gradients_alone_are_those_that_come_with_moments_of_inputs(home: Path, 
 def test_norms_have_no_gradients(home: Path, tmp_path: Path) -> None:
     text = ("--text", home / "words.txt")
     said = refused(
-        "calibrate", home / "llama", *text, "-o", tmp_path / "stats", "--gradients", "--stats", "norm"
+        "calibrate", home / "llama", *text, "-o", tmp_path / "stats", "--gradients", "--kind", "norm"
     )
-    assert "--gradients and --stats norm contradict each other" in said.err
+    assert "--gradients and --kind norm contradict each other" in said.err
 
 
 def test_what_has_gradients_and_what_has_none_is_told(home: Path, tmp_path: Path) -> None:

@@ -128,7 +128,7 @@ def test_a_stack_is_cut_between_its_experts(home: Path, tmp_path: Path) -> None:
 
 def test_norms_are_the_roots_of_the_diagonal(home: Path, tmp_path: Path) -> None:
     calibrate(home, "mixtral", tmp_path / "hessian", "-q")
-    calibrate(home, "mixtral", tmp_path / "norm", "-q", "--stats", "norm")
+    calibrate(home, "mixtral", tmp_path / "norm", "-q", "--kind", "norm")
     hessian, norm = written(tmp_path / "hessian"), written(tmp_path / "norm")
     assert hessian.keys() == norm.keys()
     for name, moment in hessian.items():

@@ -104,7 +104,7 @@ def interrupt_after(patch: pytest.MonkeyPatch, notes: int, products: int, number
     ("arguments", "place", "number"),  # in front of a product, after some notes
     [
         (("mixtral",), (1, 1), signal.SIGINT),
-        (("mixtral", "--stats", "norm"), (1, 45), signal.SIGTERM),
+        (("mixtral", "--kind", "norm"), (1, 45), signal.SIGTERM),
         (("mixtral",), (1, 60), signal.SIGHUP),
         (("mixtral", "--memory", SOME_MATRICES), (1, 30), signal.SIGINT),
         (("albert", "--gradients", "--memory", FEW_MATRICES), (1, 60), signal.SIGTERM),

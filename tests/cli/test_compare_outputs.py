@@ -159,7 +159,7 @@ def test_weights_that_are_not_finite_have_no_error(tmp_path: Path) -> None:
         ),
         ({"square": torch.zeros(16, 16)}, "square is zero: nothing was seen of its inputs"),
         ({"square": torch.eye(15)}, "square has F32 of shape [15, 15], wanted floats of shape [16, 16]"),
-        ({"square": torch.ones(16)}, "has norms of inputs alone; calibrate with --stats hessian"),
+        ({"square": torch.ones(16)}, "has norms of inputs alone; calibrate with --kind hessian"),
         (None, "are they of another checkpoint?"),
     ],
 )

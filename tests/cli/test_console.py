@@ -15,7 +15,7 @@ import typer
 
 from sparseprune.cli import signals
 from sparseprune.cli.app import app
-from sparseprune.cli.console import ended, print_json, print_result, reported, tell, tell_lines
+from sparseprune.cli.console import ended, print_json, print_result, reported, tell, tell_parts
 from sparseprune.errors import MachineError, SparsepruneError, SpecError
 from sparseprune.results.fields import Document
 from tests.commands import run
@@ -191,7 +191,7 @@ SHOWN = r"a\x1b[2J\x07\x7f\x9b\u202e\nb"
 
 def test_lines_on_stderr_have_nothing_that_a_terminal_obeys(capsys: pytest.CaptureFixture[str]) -> None:
     tell(ODD)
-    tell_lines(ODD, "[red]x[/red]")
+    tell_parts([ODD, "[red]x[/red]"])
     assert capsys.readouterr() == ("", f"sparseprune: {SHOWN}\n{SHOWN}\n[red]x[/red]\n")
     error = SparsepruneError("wrong")
     error.add_note("kept in a\x1b[2J")

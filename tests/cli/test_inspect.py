@@ -346,7 +346,7 @@ def test_table_fits_the_width_that_it_is_given(
 def test_a_terminal_gets_colour_unless_it_wants_none(checkpoint: Path, no_color: bool) -> None:
     environment = {name: value for name, value in os.environ.items() if name not in {"NO_COLOR", "COLUMNS"}}
     environment |= {"TERM": "xterm-256color"} | ({"NO_COLOR": "1"} if no_color else {})
-    words = [sys.executable, "-m", "sparseprune", "inspect", str(checkpoint), "-q"]
+    words = [sys.executable, "-m", "sparseprune", "inspect", str(checkpoint)]
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 90, 0, 0))
     with subprocess.Popen(

@@ -41,8 +41,8 @@ def test_what_is_no_size_is_refused(text: str) -> None:
 
 def test_help_shows_the_option_with_its_default() -> None:
     shown = " ".join(run("plan", "--help").out.split())
-    assert "--memory SIZE Memory that a run may use, such as 8GiB or 500MB." in shown
-    assert "(a quarter of RAM, 1GiB at most without --text)" in shown
+    assert "--memory SIZE Limit the memory of the run, such as 8GiB or 500MB. [default: a quarter" in shown
+    assert "at most 1GiB without --text]" in shown
 
 
 def machine(root: Path, files: dict[str, str]) -> Path:

@@ -567,7 +567,7 @@ def test_no_statistics_and_norms_alone_and_tokens_that_never_came_are_told(tmp_p
     path = tmp_path / "stats/statistics.safetensors"
     save_statistics(path, "norm", {name: torch.ones(size) for name, size in features.items()})
     said = run("apply", tmp_path / "m.safetensors", spec)
-    assert (said.code, "calibrate with --stats hessian" in said.err) == (2, True)
+    assert (said.code, "calibrate with --kind hessian" in said.err) == (2, True)
     moments_of = {name: torch.eye(size) for name, size in features.items()}
     save_statistics(path, "hessian", moments_of)
     (tmp_path / "stats/sparseprune").mkdir()

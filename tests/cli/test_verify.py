@@ -146,7 +146,6 @@ def test_scores_that_are_gone_are_not_missed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ([], "there is nothing to check against; give a SPEC, such as 2of4, or --masks MASKS"),
         (["2of4", "--masks", "x"], "2of4 and --masks exclude each other; give one of them"),
         (["2of4", "--partial"], "--partial: goes with --masks MASKS or --zeros-of SPARSE"),
         (["--masks", "x", "--set", "n=2"], "--set: goes with a SPEC, whose [vars] it sets"),
@@ -155,6 +154,38 @@ def test_scores_that_are_gone_are_not_missed(tmp_path: Path) -> None:
 def test_what_contradicts_itself_is_refused(pruned: Path, words: list[str], said: str) -> None:
     told = run("verify", pruned, *words)
     assert (told.code, told.out, told.err) == (2, "", f"sparseprune: {said}\n")
+
+
+def test_a_checkpoint_is_checked_against_the_spec_that_it_carries(pruned: Path) -> None:
+    told = ok("verify", pruned)
+    carried = pruned / "sparseprune" / "spec.toml"
+    assert told.err == f"sparseprune: checking against {carried}, by which it was pruned\n"
+    assert "all 128 scopes are as the spec says" in told.out
+    lose(pruned)
+    assert run("verify", pruned, "-q").code == 1
+
+
+def test_variables_are_those_that_the_spec_was_applied_with(pruned: Path, tmp_path: Path) -> None:
+    ok("apply", tmp_path / "in", "nofm", "--set", "n=2", "-o", tmp_path / "other", "-q")
+    told = ok("verify", tmp_path / "other", "--json")
+    assert told.err.endswith("by which it was pruned, with n=2\n")
+    assert valid(told.out, "verify")["set"] == {"n": "2"}
+    assert run("verify", tmp_path / "other", "--set", "n=1", "-q").code == 1
+
+
+def test_without_a_spec_one_line_says_what_to_give(pruned: Path, tmp_path: Path) -> None:
+    for folder in (tmp_path / "in", pruned / "a.safetensors"):
+        (line,) = refused("verify", folder).err.splitlines()
+        assert line == (
+            f"sparseprune: there is nothing to check against: {folder} carries no spec that it was pruned "
+            "by; give a SPEC, such as 2of4, or --masks MASKS"
+        )
+
+
+def test_a_checkpoint_in_place_of_a_spec_says_which_options_take_one(pruned: Path) -> None:
+    for place in (pruned, pruned / "a.safetensors"):
+        (line,) = refused("verify", pruned, place).err.splitlines()
+        assert line.startswith(f"sparseprune: {place}: a checkpoint, not a spec; --masks {place} checks")
 
 
 def test_a_spec_that_does_not_fit_is_refused(pruned: Path, tmp_path: Path) -> None:
