@@ -15,6 +15,7 @@ from sparseprune.errors import SpecError
 from sparseprune.results.listing import ShippedSpec, SpecCoverage, SpecRemoval
 from sparseprune.spec import find_spec, list_specs, parse_spec
 from sparseprune.spec.parsing import ALIASES
+from sparseprune.spec.schema import KINDS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -45,11 +46,14 @@ def shipped(name: str | None, checkpoint: Path | None) -> dict[str, ShippedSpec]
 
 
 def _described(name: str, source: SpecSource, **looked_at: Any) -> ShippedSpec:  # noqa: ANN401
+    document = tomllib.loads(source.text)
+    tables = [table for kind in KINDS for table in document.get(kind, {}).values()]
     return ShippedSpec(
         name=name,
         summary=summary(source.text),
         aliases=tuple(alias for alias, meant in ALIASES.items() if meant == name),
-        variables=tomllib.loads(source.text).get("vars", {}),
+        structures=tuple(dict.fromkeys(one["structure"] for one in tables if "structure" in one)),
+        variables=document.get("vars", {}),
         text=source.text,
         **looked_at,
     )

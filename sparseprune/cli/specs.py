@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from sparseprune import api
 from sparseprune.cli.command import Call, Json, command
 from sparseprune.cli.console import print_result, print_table
+from sparseprune.errors import SpecError
 from sparseprune.results import ShippedSpec
+from sparseprune.spec.problems import shown
 
 
 def show_specs(call: "Call[dict[str, ShippedSpec]]", json: Json = False) -> None:
@@ -25,11 +27,29 @@ def show_specs(call: "Call[dict[str, ShippedSpec]]", json: Json = False) -> None
     table.add_column(no_wrap=True, style="bold")
     table.add_column(overflow="fold")
     for one in found:
-        table.add_row(one.name, Text("\n".join([one.summary, *_fit_lines(one)])))
+        table.add_row(one.name, Text("\n".join([one.summary, _knobs(one), *_fit_lines(one)])))
     print_table(table)
+    if not found:
+        call.note(_why_none(call))
 
 
 specs = command(api.specs, show_specs, works=False)
+
+
+def _knobs(found: ShippedSpec) -> str:
+    """What a spec is about, and what can be set, with its values as they are typed."""
+    about = ", ".join(one.replace("-", " ") for one in found.structures) or "by names of tensors"
+    words = ["--set", *(f"{name}={shown(value)}" for name, value in found.variables.items())]
+    return f"{about}; {' '.join(words) if found.variables else 'nothing to set'}"
+
+
+def _why_none(call: "Call[dict[str, ShippedSpec]]") -> str:
+    """Why no spec fits, by what one says that is for all matrices."""
+    try:
+        call.function(**{**call.options, "name": "2of4"})
+    except SpecError as error:
+        return f"no spec that ships with sparseprune fits {call.options['checkpoint']}: {error.args[0]}"
+    return ""
 
 
 def _fit_lines(found: ShippedSpec) -> Iterator[str]:
@@ -42,8 +62,6 @@ def _fit_lines(found: ShippedSpec) -> Iterator[str]:
     reached = coverage_text(found.reached)
     if reached is not None:
         yield f"reaches {reached.partition(';')[0]}"
-    if found.variables:
-        yield " ".join(["--set", *(f"{name}={value}" for name, value in found.variables.items())])
     removal = found.removal
     if removal.reason is not None:
         yield f"remove: nothing: {removal.reason}"

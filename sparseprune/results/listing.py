@@ -40,6 +40,9 @@ class ShippedSpec(Document):
     name: str
     summary: Annotated[str, Doc("its first comment: what it prunes")]
     aliases: Annotated[tuple[str, ...], Doc("earlier names, which still name it")]
+    structures: Annotated[
+        tuple[str, ...], Doc("the parts of models that it prunes by their structure, under any names")
+    ]
     variables: Annotated[dict[str, Any], Doc("what --set may change: numbers, lists, or expressions")]
     text: Annotated[str, Doc("the TOML")]
     coverage: Annotated[

@@ -443,6 +443,8 @@ class Names(Struct, frozen=True):
         """A number from 0 to `most`; ExpressionError."""
         found = self.value(entry)
         if isinstance(found, bool) or not isinstance(found, int | float) or not 0 <= found <= most:
+            if most == 1 and isinstance(found, int | float) and 2 <= found <= 100:
+                wanted += f"; did you mean {found / 100:g}?"
             raise came_to(entry, found, wanted)
         return float(found)
 
@@ -477,15 +479,23 @@ class _NoVariableError(ValueError):
     """A value of a type that vars cannot have."""
 
 
-def read_variables(value: object, overrides: Mapping[str, str], problems: Problems) -> dict[str, Variable]:
-    """The vars that can be read, with overrides applied; the others are problems."""
+def read_variables(
+    value: object,
+    overrides: Mapping[str, str],
+    problems: Problems,
+    elsewhere: Callable[[str], str] = lambda _: "",
+) -> dict[str, Variable]:
+    """The vars that can be read, with overrides applied; the others are problems.
+
+    `elsewhere` ends a text about a name that is set and not there: where it is.
+    """
     declared = value if isinstance(value, dict) else {}
     if value is not None and not isinstance(value, dict):
         problems.add("", "vars", f"found {shown(value)}, wanted a table: write [vars] above its keys")
     for name in overrides:
         if name not in declared:
             known = suggestion(name, declared) if declared else "; the spec has no [vars]"
-            problems.add("", f"--set {name}", f"[vars] has no {shown(name)}{known}")
+            problems.add("", f"--set {name}", f"[vars] has no {shown(name)}{known}{elsewhere(name)}")
     variables: dict[str, Variable] = {}
     for name, given in declared.items():
         found = typed_value(overrides[name]) if name in overrides else given

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 LARGEST_SPEC = 1_000_000  # bytes: thousands of tables; a larger file is not meant as a spec
+_FEW_SPECS = 3  # that are named as having a variable
 _PACKAGE = Path(__file__).resolve().parents[1]
 # Earlier names of shipped specs, by family; a name by structure binds all of them.
 ALIASES: Mapping[str, str] = MappingProxyType(
@@ -58,11 +59,12 @@ ALIASES: Mapping[str, str] = MappingProxyType(
 
 
 class SpecSource(Struct, frozen=True):
-    """The text of a spec, the name under which its problems are reported, and its directory."""
+    """The text of a spec, the name under which its problems are reported, its directory; whether it ships."""
 
     text: str
     source: str
     directory: Path
+    shipped: bool = False
 
 
 def find_spec(name_or_path: str | Path) -> SpecSource:
@@ -73,7 +75,7 @@ def find_spec(name_or_path: str | Path) -> SpecSource:
         return _read(path, str(path))
     if shipped:
         # No user's files lie beside a shipped spec: its paths are relative to the current directory.
-        return replace(_read(shipped, shipped.name), directory=Path.cwd())
+        return replace(_read(shipped, shipped.name), directory=Path.cwd(), shipped=True)
     raise SpecError(_unknown(str(name_or_path)))
 
 
@@ -87,6 +89,19 @@ def _shipped() -> dict[str, Path]:
     inside = _PACKAGE / "specs"
     directory = inside if inside.is_dir() else _PACKAGE.parent / "specs"
     return {path.stem: path for path in sorted(directory.glob("*.toml"), key=lambda path: path.stem)}
+
+
+def _in_shipped(variable: str) -> str:
+    """The end of a text about a variable that a spec lacks: the few shipped specs that have it.
+
+    >>> _in_shipped("n"), _in_shipped("zzz")
+    ('; among the shipped specs nofm has it', '')
+    """
+    texts = {name: path.read_text(encoding="utf-8") for name, path in _shipped().items()}
+    having = [name for name, text in texts.items() if variable in tomllib.loads(text).get("vars", {})]
+    if not 0 < len(having) <= _FEW_SPECS:
+        return ""
+    return f"; among the shipped specs {listed(having)} {'have' if len(having) > 1 else 'has'} it"
 
 
 def _exists(path: Path) -> bool:
@@ -159,7 +174,7 @@ def parse_spec(
     spec = Spec(
         source,
         directory,
-        read_variables(document.get("vars"), of_variables, problems),
+        read_variables(document.get("vars"), of_variables, problems, _in_shipped),
         _read_common("score", ScoreTable, document, problems),
         _read_common("reconstruct", ReconstructTable, document, problems),
         _read_tables(declared, problems),

@@ -7,11 +7,12 @@ the nearest name. Checks nothing itself; every module of spec reports to it.
 from __future__ import annotations
 
 import json
+import re
 from difflib import get_close_matches
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from sparseprune.errors import SpecError, UnboundError
+from sparseprune.errors import SpecError, UnboundError, one_of_many
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -20,6 +21,9 @@ _FEW_PER_PLACE = 2
 _SHOWN_CHARACTERS = 80
 _FEW = 8
 _MOST_LINES = 50
+_LABEL = re.compile(
+    r"[\w.*-]+(?:\[[^\]]*\])?: "
+)  # in front of a text: the tensor or instance that it is about
 
 
 class Misfit(Exception):  # noqa: N818  (stays inside spec: it becomes a line of a SpecError)
@@ -31,7 +35,7 @@ class Misfit(Exception):  # noqa: N818  (stays inside spec: it becomes a line of
 
 
 class Problems:
-    """The problems found so far; of many with one table and key, only the first is shown."""
+    """The problems found so far; of those alike, and of many with one table and key, the first is shown."""
 
     def __init__(self, source: str) -> None:
         self._source = source
@@ -76,11 +80,12 @@ class Problems:
     def _lines(self) -> Iterable[str]:
         for place, texts in self._found.items():
             prefix = f"{self._source}: {place}: " if place else f"{self._source}: "
-            first, *more = texts
-            if len(more) < _FEW_PER_PLACE:
-                yield from (prefix + text for text in texts)
-            else:
-                yield f"{prefix}{first} (and {len(more)} more like this)"
+            alike: dict[str, list[str]] = {}
+            for text in texts:
+                alike.setdefault(_LABEL.sub("", text), []).append(text)
+            if len(alike) > _FEW_PER_PLACE:
+                alike = {"": list(texts)}
+            yield from (prefix + one_of_many(each) for each in alike.values())
 
 
 def _place(table: str, key: str) -> str:

@@ -25,10 +25,14 @@ def folder(tmp_path: Path) -> Path:
     return write(tmp_path / "a llama", decoder(), LLAMA)
 
 
-def test_every_spec_has_one_line() -> None:
-    said = silent("specs")
-    shown = dict(line.split(maxsplit=1) for line in said.out.splitlines())
+def test_every_spec_is_shown_with_its_summary_its_structure_and_its_variables() -> None:
+    lines = silent("specs").out.splitlines()
+    shown = dict(line.split(maxsplit=1) for line in lines[::2])
     assert tuple(shown) == list_specs()
+    knobs = dict(zip(shown, map(str.strip, lines[1::2]), strict=True))
+    assert knobs["nofm"] == "matrices; --set n=1 m=4 permute=false"
+    assert knobs["coupled-2of4"] == "matrices; nothing to set"
+    assert knobs["mlp-channels"] == """mlp; --set sparsity=0.25 only="''" multiple=1"""
     for name, text in shown.items():
         assert (SPECS / f"{name}.toml").read_text().splitlines()[0] == f"# {text}"
 
@@ -63,6 +67,7 @@ def test_json_is_a_list_of_specs_with_their_variables_and_earlier_names() -> Non
     found = {one["name"]: one for one in listed()}
     assert tuple(found) == list_specs()
     assert found["nofm"]["variables"] == {"n": 1, "m": 4, "permute": False}
+    assert found["nofm"]["structures"] == ["matrices"]
     assert "bert-heads" in str(found["heads"]["aliases"])
     assert found["heads"]["text"] == (SPECS / "heads.toml").read_text()
     assert not any({"coverage", "reached", "removal"} & one.keys() for one in found.values())
@@ -86,9 +91,9 @@ def test_specs_that_fit_a_checkpoint_say_what_they_reach_and_what_remove_would_m
 def test_what_fits_is_shown_in_lines_for_people(folder: Path) -> None:
     lines = [line.strip() for line in ok("specs", "--for", folder).out.splitlines()]
     at = next(number for number, line in enumerate(lines) if line.startswith("mlp-channels "))
-    reaches, variables, removal = lines[at + 1 : at + 4]
+    variables, reaches, removal = lines[at + 1 : at + 4]
     assert reaches.endswith("of the layers' matrices, 100.00% of the MLP matrices")
-    assert variables == "--set sparsity=0.25 only='' multiple=1"
+    assert variables == """mlp; --set sparsity=0.25 only="''" multiple=1"""
     assert removal.startswith("remove: intermediate_size 16 -> 12, ")
     assert removal.endswith(" parameters left")
     assert "remove: whole slices, as many as the data tells" in lines  # of the global ones
@@ -111,6 +116,27 @@ def test_a_spec_that_finds_nothing_names_the_command_that_lists_what_fits(folder
             "sparseprune: experts.toml: [block.part] structure: the checkpoint has no routed "
         )
         assert line.endswith(f"; `sparseprune specs --for '{folder}'` lists the specs that fit")
+
+
+def test_a_variable_of_another_spec_points_to_that(folder: Path) -> None:
+    (line,) = refused("plan", folder, "coupled-2of4", "--set", "n=1").err.splitlines()
+    assert line.endswith('[vars] has no "n"; the spec has no [vars]; among the shipped specs nofm has it')
+
+
+def test_a_percentage_is_one_line_with_the_share_that_was_meant(folder: Path) -> None:
+    for spec in ("unstructured", "heads", "mlp-channels"):
+        (line,) = refused("plan", folder, spec, "--set", "sparsity=50").err.splitlines()
+        assert "this comes to 50, wanted a number from 0 to 1; did you mean 0.5?" in line
+
+
+def test_a_checkpoint_that_nothing_fits_is_told_why(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(3)}, tmp_path / "m.safetensors")
+    said = ok("specs", "--for", tmp_path / "m.safetensors")
+    assert said.out == ""
+    assert said.err.startswith(
+        f"sparseprune: no spec that ships with sparseprune fits {tmp_path / 'm.safetensors'}: 2of4.toml: "
+    )
+    assert listed("--for", tmp_path / "m.safetensors") == []
 
 
 def test_an_adapter_is_told_to_be_merged(tmp_path: Path) -> None:
