@@ -313,6 +313,7 @@ def prune(run: Run, prepared: Prepared) -> results.Report:
         from sparseprune.execution.schedule import device_text, devices_of_rules, resolve_device
         from sparseprune.report import pruning
         from sparseprune.report.coverage import unpruned_lines
+        from sparseprune.report.faster import uses_of
         from sparseprune.report.permuted import permuted_modules
         from sparseprune.report.wording import other_weights
         from sparseprune.results.fields import Made, WrittenBytes
@@ -358,6 +359,7 @@ def prune(run: Run, prepared: Prepared) -> results.Report:
                 plan.bound, found, devices_of_rules(schedule, device), rebuilding_rules(plan)
             ),
             tensors=Made(outcomes, pruning.tensor_result),
+            runtimes=uses_of(plan.bound, outcomes),
             permuted=permuted_modules(orders),
             not_permuted=plan.permutations.unmoved,
         )

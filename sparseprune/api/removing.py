@@ -461,6 +461,7 @@ def _result(
     """What was cut out, or would be."""
     from sparseprune import results
     from sparseprune.report.coverage import coverage_totals
+    from sparseprune.report.faster import smaller_line
     from sparseprune.report.pruning import Sums, changed_tensors
     from sparseprune.results.pruning import RemovalTotals
 
@@ -487,6 +488,7 @@ def _result(
             bytes_after=weight_bytes(layout),
             **(choice.totals or {**coverage_totals(None), **Sums().lost}),
         ),
+        faster=smaller_line(removal.changes),
         config=removal.changes,
         tensors=tuple(changed_tensors(checkpoint, removal.left)),
     )

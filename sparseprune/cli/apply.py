@@ -45,6 +45,7 @@ def _summary(
 ) -> "Iterator[RenderableType]":
     from sparseprune.report.allocation import allocation_lines
     from sparseprune.report.coverage import coverage_text
+    from sparseprune.report.faster import faster_line
     from sparseprune.report.permuted import permuted_lines
     from sparseprune.report.pruning import errors_text, target_text
     from sparseprune.report.tables import outcome_table, rules_table
@@ -76,6 +77,7 @@ def _summary(
     if totals.output_error is not None:
         matrices = sum(tensor.output_error is not None for tensor in report.tensors)
         lines.append(f"reconstructed {many(matrices, 'matrix')}: {errors_text(totals)}")
+    lines += filter(None, [faster_line(report)])
     lines += permuted_lines(report.permuted, report.not_permuted)
     lines += [*report.notes, *copies_line("left out", report.files_left_out)]
     lines.append(f"{call.seconds:.1f} s, {size(sizes.weights / call.seconds)}/s, on {report.device}")

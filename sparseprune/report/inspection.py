@@ -429,6 +429,9 @@ def _totals(
             eligible=(whole.runtimes or {}).get(one.name, none).eligible,
             of=whole.matrices,
             device=one.device_for(dtypes),
+            state=one.state,
+            source=one.source,
+            date=one.date,
         )
         for one in runtimes
     }

@@ -214,4 +214,6 @@ def removal_lines(removal: Removal) -> Iterator[str]:
     yield f"weights {size(totals.bytes)} before, {size(totals.bytes_after)} after"
     if totals.output_error is not None:
         yield f"reconstructed matrices: {errors_text(totals)}"
+    if removal.faster is not None:
+        yield removal.faster
     yield from copies_line("left out", removal.files_left_out)

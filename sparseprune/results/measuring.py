@@ -68,6 +68,11 @@ class RuntimeTotals(RuntimeCount):
     """How many matrices a runtime can run sparse, and on which device."""
 
     device: Annotated[str, Doc("the device that the runtime needs for the dtypes of these matrices")]
+    state: Annotated[
+        Literal["alive", "research", "ended", "masks"], Doc("masks: it makes masks, which others run")
+    ] = "alive"
+    source: Annotated[str, Doc("where its rules are from")] = ""
+    date: Annotated[str, Doc("when that was read, or written")] = ""
 
 
 class InspectedTensor(NamedTensor):

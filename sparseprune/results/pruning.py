@@ -1,6 +1,6 @@
 """Results of pruning: of plan, of apply and mask, and of remove. Plain data; report/ makes them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal
 
 from sparseprune.results.fields import (
@@ -29,6 +29,7 @@ from sparseprune.results.fields import (
     Warned,
     WrittenBytes,
 )
+from sparseprune.results.measuring import RuntimeCount
 
 Minimized = Annotated[str | None, Doc(enum=["loss", "outputs", "loss and outputs", None])]
 
@@ -356,6 +357,12 @@ class Report(Document):
     tensors: Annotated[
         Sequence[TensorResult], Doc("the tensors that a rule reached, in the order of the checkpoint")
     ]
+    runtimes: Annotated[
+        Mapping[str, RuntimeCount] | None,
+        Doc(
+            "for each runtime that uses zeros, how many of the matrices that rules reached it can run sparse"
+        ),
+    ] = None
     permuted: Annotated[
         tuple[PermutedModule, ...],
         Doc("permutations.safetensors has the order of each tensor; empty unless a rule has permute"),
@@ -415,6 +422,10 @@ class Removal(Document):
     notes: Noted
     files_left_out: FilesLeftOut
     totals: RemovalTotals
+    faster: Annotated[
+        str | None,
+        Doc("where smaller shapes run faster, and which sizes kernels do not like; absent if none changed"),
+    ] = None
     config: tuple[ConfigChange, ...]
     rules: Annotated[Sequence[RuleResult], Doc("as in report.json of apply; empty if no spec decided")]
     tensors: Annotated[

@@ -1,5 +1,6 @@
 """Verdicts on tensors against torch's own tables, checks and packing, and the other rules in plain loops."""
 
+import re
 from collections.abc import Collection, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +23,7 @@ TORCH = {
 }
 ALL_PATTERNS = ("2:4", "1:2", "2:4@1")
 EVERY_DTYPE = sorted(DTYPES)
+USERS = [name for name, runtime in RUNTIMES.items() if runtime.demands]
 SIZES = st.sampled_from([0, 1, 4, 8, 15, 16, 24, 32, 48, 64, 96, 100, 128, 192, 256, 257, 264, 512])
 
 
@@ -307,8 +309,9 @@ def test_the_first_rule_that_fails_is_told_with_its_numbers(
         ("asp", ["asp"]),
         ("torch-cutlass,asp", ["torch-cutlass", "asp"]),
         (" torch-cutlass , asp , torch-cutlass ", ["torch-cutlass", "asp"]),
-        ("all", list(RUNTIMES)),
-        ("asp,all", list(RUNTIMES)),
+        ("all", USERS),
+        ("asp,all", USERS),
+        ("all,vllm", [*USERS, "vllm"]),
     ],
 )
 def test_runtimes_are_named_with_commas(text: str, names: list[str]) -> None:
@@ -325,7 +328,7 @@ def test_runtimes_are_named_with_commas(text: str, names: list[str]) -> None:
         ("asp,TensorRT", '--for asp,TensorRT: no runtime is called "TensorRT"; did you mean "tensorrt"?'),
         ("", '--for : no runtime is called ""; there is torch-cutlass, torch-cusparselt, tensorrt, asp'),
         ("asp,", '--for asp,: no runtime is called ""; there is'),
-        ("vllm", '--for vllm: no runtime is called "vllm"; there is'),
+        ("cuda", '--for cuda: no runtime is called "cuda"; there is'),
     ],
 )
 def test_an_unknown_runtime_is_told_with_the_nearest_one(text: str, wanted: str) -> None:
@@ -336,12 +339,56 @@ def test_an_unknown_runtime_is_told_with_the_nearest_one(text: str, wanted: str)
 
 
 def test_every_runtime_says_where_its_rules_come_from_and_what_device_it_needs() -> None:
-    assert list(RUNTIMES) == ["torch-cutlass", "torch-cusparselt", "tensorrt", "asp", "modelopt"]
+    assert list(RUNTIMES)[:5] == ["torch-cutlass", "torch-cusparselt", "tensorrt", "asp", "modelopt"]
     for name, runtime in RUNTIMES.items():
         assert runtime.name == name
         assert runtime.source
-        assert "CUDA" in runtime.device
+        assert runtime.device
+        assert re.fullmatch(r"202\d(-\d\d)?", runtime.date)
         assert set(runtime.demands) <= set(DTYPES)
+        assert all(demand.group or demand.zeros for demand in runtime.demands.values())
+
+
+@pytest.mark.parametrize(
+    ("runtime", "dtype", "shape", "zeros", "patterns", "wanted"),
+    [
+        ("vllm", "BF16", (64, 64), 2048, ("2:4",), "runs zeros dense"),
+        ("macko", "F16", (64, 64), 820, (), None),
+        ("macko", "F16", (64, 64), 819, (), "20.00% zeros, wanted 20% or more"),
+        ("macko", "BF16", (64, 64), 2048, (), "BF16 is not supported, wanted F16"),
+        ("coreml", "F16", (64, 64), 3072, (), None),
+        ("coreml", "F16", (64, 64), 2048, ("8:16",), None),
+        (
+            "coreml",
+            "F16",
+            (64, 64),
+            3071,
+            ("2:4@0",),
+            "is not 2:4 along the input dimension, nor 4:8, 8:16 or 1:2, but along dimension 0",
+        ),
+        ("slidesparse", "BF16", (60, 60), 900, ("6:8",), None),
+        (
+            "slidesparse",
+            "BF16",
+            (60, 60),
+            900,
+            ("4:8",),
+            "is not 2:4 along the input dimension, nor 4:6, 6:8 or 8:10",
+        ),
+        ("torchao-fp8-2of4", "BF16", (24, 32), 384, ("2:4",), "24 rows, wanted a multiple of 16"),
+        ("hipsparselt", "I8", (7, 8), 28, ("2:4",), None),
+    ],
+)
+def test_zeros_anywhere_and_other_patterns_do_where_the_runtime_says_so(
+    runtime: str,
+    dtype: str,
+    shape: tuple[int, ...],
+    zeros: int,
+    patterns: tuple[str, ...],
+    wanted: str | None,
+) -> None:
+    one = TensorFacts("t", dtype, shape, shape[0] * shape[1], zeros=zeros, patterns=patterns)
+    assert verdict(RUNTIMES[runtime], one).reason == wanted
 
 
 @pytest.mark.parametrize(
@@ -352,7 +399,7 @@ def test_every_runtime_says_where_its_rules_come_from_and_what_device_it_needs()
         ("tensorrt", ["2:4", "2:4@1"]),
         ("asp", ["2:4", "2:4@1"]),
         ("modelopt", ["2:4", "2:4@1"]),
-        ("all", ["2:4", "1:2", "2:4@1"]),
+        ("all", ["2:4", "1:2", "2:4@1", "4:6", "6:8", "8:10", "4:8", "8:16", "4:8@1", "8:16@1", "1:2@1"]),
     ],
 )
 def test_patterns_that_a_verdict_needs_are_named_once(name: str, patterns: list[str]) -> None:
