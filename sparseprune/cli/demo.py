@@ -1,8 +1,14 @@
-"""`demo`: a small checkpoint that it makes itself, pruned twice and shown."""
+"""`demo`: a small trained decoder with texts for it, pruned, inspected and evaluated, and what to try next.
 
-import json
+Owns how the decoder, which ships in the folder beside this module, comes to a new folder together with two
+parts of Python's help. Knows nothing of how it was trained (tests/benchmarks does).
+"""
+
 import shlex
+import shutil
+import zlib
 from contextlib import chdir
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -10,128 +16,106 @@ from sparseprune import api
 from sparseprune.api.options import Option
 from sparseprune.cli.apply import show_pruned
 from sparseprune.cli.command import Call, command
+from sparseprune.cli.evaluate import show_evaluated
 from sparseprune.cli.inspect import show_inspected
-from sparseprune.cli.signals import temporary_folder
 from sparseprune.errors import CheckpointError
 
-HIDDEN, INTERMEDIATE, LAYERS, HEADS, KEY_VALUE_HEADS, VOCABULARY = 64, 192, 2, 4, 2, 256
+SHIPPED = Path(__file__).with_name("decoder")
+_CORPUS, _HELD_OUT = "corpus.txt", "held-out.txt"
+_REST = f"""
+Rebuild the weights that are left, so that the model's loss rises least:
+
+  sparseprune apply decoder 2of4 --text {_CORPUS} --gradients -o rebuilt
+  sparseprune eval rebuilt --against decoder --text {_HELD_OUT}
+
+Or make the model smaller: cut out a quarter of the channels of each MLP:
+
+  sparseprune calibrate decoder --text {_CORPUS} -o stats
+  sparseprune remove decoder mlp-channels --stats stats -o smaller
+  sparseprune eval smaller --against decoder --text {_HELD_OUT}
+
+Or see what else fits this model:
+
+  sparseprune specs --for decoder"""
 
 
-def write_decoder(folder: Path) -> int:
-    """Write config.json and two bf16 shards with their index; gives the number of parameters."""
-    import torch
-    from safetensors.torch import save_file
-
-    folder.mkdir(parents=True)
-    generator = torch.Generator().manual_seed(0)
-    tensors = {
-        name: torch.ones(shape, dtype=torch.bfloat16)
-        if len(shape) == 1
-        else torch.randn(shape, generator=generator).mul_(0.02).to(torch.bfloat16)
-        for name, shape in _shapes().items()
-    }
-    names = list(tensors)
-    shards = (names[: len(names) // 2], names[len(names) // 2 :])
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, 1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file({name: tensors[name] for name in shard}, folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(shard, file)
-    size = sum(tensor.nbytes for tensor in tensors.values())
-    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    (folder / "config.json").write_text(json.dumps(_config(), indent=2) + "\n")
-    return sum(tensor.numel() for tensor in tensors.values())
-
-
-def _shapes() -> dict[str, tuple[int, ...]]:
-    key_value = HIDDEN // HEADS * KEY_VALUE_HEADS
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN)}
-    for layer in range(LAYERS):
-        prefix = f"model.layers.{layer}"
-        shapes |= {
-            f"{prefix}.self_attn.q_proj.weight": (HIDDEN, HIDDEN),
-            f"{prefix}.self_attn.k_proj.weight": (key_value, HIDDEN),
-            f"{prefix}.self_attn.v_proj.weight": (key_value, HIDDEN),
-            f"{prefix}.self_attn.o_proj.weight": (HIDDEN, HIDDEN),
-            f"{prefix}.mlp.gate_proj.weight": (INTERMEDIATE, HIDDEN),
-            f"{prefix}.mlp.up_proj.weight": (INTERMEDIATE, HIDDEN),
-            f"{prefix}.mlp.down_proj.weight": (HIDDEN, INTERMEDIATE),
-            f"{prefix}.input_layernorm.weight": (HIDDEN,),
-            f"{prefix}.post_attention_layernorm.weight": (HIDDEN,),
-        }
-    return shapes | {"model.norm.weight": (HIDDEN,), "lm_head.weight": (VOCABULARY, HIDDEN)}
-
-
-def _config() -> dict[str, object]:
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": HIDDEN,
-        "intermediate_size": INTERMEDIATE,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": KEY_VALUE_HEADS,
-        "vocab_size": VOCABULARY,
-        "hidden_act": "silu",
-        "max_position_embeddings": 256,
-        "rms_norm_eps": 1e-5,
-        "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
-    }
-
-
-_DENSE = Path("decoder")
-_STEPS = (
-    ("Keep 2 of every 4 neighbours in every projection:", "2of4", "half"),
-    ("Prune a quarter of the MLP channels, fused over three matrices:", "mlp-channels", "channels"),
-)
-
-
-Folder = Annotated[
-    Path | None,
-    Option("[FOLDER]", help="A new folder for all files.", shown="a temporary folder", typed=Path),
-]
+Folder = Annotated[Path, Option("[FOLDER]", "A new folder for all files.", typed=Path)]
 
 
 def _demo_options() -> None:
-    """Make a small decoder checkpoint, prune it twice, and show what came out.
+    """Make a small trained model with texts, prune it, and show what came out.
+
+    The model is a decoder with half a million parameters. It was trained on corpus.txt and has not seen
+    held-out.txt. At the end, the command lists what to try next in that folder.
 
     Example: sparseprune demo ./demo
     """
 
 
-def show_demo(call: "Call[None]", folder: Folder = None) -> None:  # noqa: ARG001
-    """Make, prune, inspect; in a new folder that is kept, or in one that is gone afterwards."""
-    if folder is None:
-        with temporary_folder("sparseprune-demo-") as temporary:
-            _demo(Path(temporary))
-        print("\nAll of it was in a temporary folder; `sparseprune demo FOLDER` keeps it.")
-        return
+def show_demo(call: "Call[None]", folder: Folder = Path("demo")) -> None:  # noqa: ARG001
+    """Make, prune, inspect; evaluate where transformers is there."""
     if folder.exists():
         raise CheckpointError(f"{folder}: exists already; name a folder that is not there yet")
-    folder.mkdir(parents=True)
-    _demo(folder)
-    print(f"\nAll of it is in {folder}.")
+    write_decoder(folder / "decoder")
+    print(f"{folder / 'decoder'}: a small Llama with its tokenizer, trained on {_CORPUS}")
+    runs = find_spec("transformers") is not None
+    texts = texts_of_help()
+    if texts is None:
+        print("no texts: this Python has no module pydoc_data; give --text a file of yours below")
+    else:
+        for name, text in zip((_CORPUS, _HELD_OUT), texts, strict=True):
+            (folder / name).write_text(text, encoding="utf-8")
+        print(f"{folder / _CORPUS}, {folder / _HELD_OUT}: Python's help on different topics")
+    with chdir(folder):
+        _prune(evaluated=runs and texts is not None)
+    print(f"\nGo on in that folder: cd {shlex.quote(str(folder))}")
+    if not runs:
+        print("This takes transformers: pip install 'sparseprune[calibrate]' (in a clone: '.[calibrate]')")
+    print(_REST)
 
 
 demo = command(_demo_options, show_demo, "demo", works=False)
 
 
-def _demo(folder: Path) -> None:
-    with chdir(folder):
-        parameters = write_decoder(_DENSE)
-        print(f"A decoder of {parameters:,} random parameters, in two shards: {_DENSE}")
-        for title, spec, name in _STEPS:
-            output = Path(f"{_DENSE}-{name}")
-            print(f"\n{title}\n")
-            _show("apply", _DENSE, spec, "-o", output)
-            show_pruned(
-                Call(api.apply, {"checkpoint": _DENSE, "spec": spec, "output": output, "device": "cpu"})
-            )
-            print()
-            _show("inspect", output)
-            show_inspected(Call(api.inspect, {"checkpoint": output}, quiet=True))
+def write_decoder(folder: Path) -> None:
+    """The shipped decoder as a checkpoint: two shards with their index, config.json and the tokenizer."""
+    folder.mkdir(parents=True)
+    for file in SHIPPED.iterdir():
+        shutil.copyfile(file, folder / file.name)
+
+
+def texts_of_help() -> tuple[str, str] | None:
+    """Python's help on two thirds of its topics, and on the others; None where this Python has none.
+
+    A topic belongs to the same text in every version of Python. No paragraph is there twice.
+    """
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:
+        return None
+    parts: tuple[dict[str, None], dict[str, None]] = {}, {}
+    for name in sorted(topics):
+        parts[zlib.crc32(name.encode()) % 3 == 2].update(dict.fromkeys(topics[name].strip().split("\n\n")))
+    corpus, others = parts
+    held_out = [paragraph for paragraph in others if paragraph not in corpus]
+    return "\n\n".join(corpus) + "\n", "\n\n".join(held_out) + "\n"
+
+
+def _prune(*, evaluated: bool) -> None:
+    """In the folder of the demo."""
+    decoder, output = Path("decoder"), Path("magnitude")
+    print("\nKeep the larger 2 of every 4 neighbouring weights in the matrices of all layers:\n")
+    _show("apply", decoder, "2of4", "-o", output)
+    pruning = {"checkpoint": decoder, "spec": "2of4", "output": output, "device": "cpu"}
+    show_pruned(Call(api.apply, pruning))
+    print()
+    _show("inspect", output, "--by", "module")
+    show_inspected(Call(api.inspect, {"checkpoint": output, "by": "module"}, quiet=True))
+    if evaluated:
+        print("\nHow much worse it predicts text:\n")
+        _show("eval", output, "--against", decoder, "--text", _HELD_OUT)
+        reading = {"checkpoint": output, "against": decoder, "text": [Path(_HELD_OUT)], "device": "cpu"}
+        show_evaluated(Call(api.evaluate, reading))
 
 
 def _show(*words: object) -> None:

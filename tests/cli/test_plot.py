@@ -69,7 +69,7 @@ def test_survivors_are_counted_by_the_spec_that_is_named(pruned: Path, tmp_path:
 def test_variables_count_that_were_set_when_it_was_applied(decoder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     ok("apply", decoder, "nofm", "-o", out, "-q", "--set", "n=1", "--set", "m=8")
-    assert "<td>scope.matrix</td><td>1</td><td>1</td><td>12,288</td>" in html(out)
+    assert "<td>scope.matrix</td><td>1</td><td>1</td><td>61,440</td>" in html(out)
     assert "1 of 8 blocks" in html(out, "--tensor", "model.layers.0.self_attn.q_proj.weight")
 
 
@@ -111,9 +111,9 @@ def test_draws_the_mask_of_a_tensor_with_its_scopes(pruned: Path) -> None:
 def test_channels_are_seen_as_whole_lines(decoder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     ok("apply", decoder, "mlp-channels", "-o", out, "-q")
-    page = html(out, "--tensor", "model.layers.1.mlp.down_proj.weight")
+    page = html(out, "--tensor", "model.layers.3.mlp.down_proj.weight")
     assert "scope.mlp: 144 of 192 blocks" in page
-    weights = load_file(out / "model-00002-of-00002.safetensors")["model.layers.1.mlp.down_proj.weight"]
+    weights = load_file(out / "model-00002-of-00002.safetensors")["model.layers.3.mlp.down_proj.weight"]
     assert f"<td>{int((weights[0, :64] != 0).sum())}</td>" in page
 
 
