@@ -363,6 +363,7 @@ def inspect(
     spec: options.SpecOfRules = None,
     set: options.Set = None,
     jobs: options.Jobs = None,
+    memory: options.Memory = None,
     progress: Listen = None,
 ) -> "results.Inspection":
     """Report sparsity, zero patterns, and which runtimes can use them.
@@ -383,7 +384,7 @@ def inspect(
     asked = Look(
         checkpoint=Path(checkpoint),
         listing=options.Listing(match, exclude, sort, reverse),
-        jobs=machine(jobs=jobs).jobs,
+        machine=machine(jobs=jobs, memory=memory),
         by=by,
         patterns=pattern,
         blocks=block,
@@ -496,6 +497,7 @@ def compare(
     stats: options.Stats = None,
     plot: options.Plot = None,
     jobs: options.Jobs = None,
+    memory: options.Memory = None,
     progress: Listen = None,
 ) -> "results.Comparison":
     """Compare two checkpoints: new zeros, kept energy, changed weights.
@@ -515,7 +517,7 @@ def compare(
         dense=Path(dense),
         pruned=Path(pruned),
         listing=options.Listing(match, exclude, sort, reverse),
-        jobs=machine(jobs=jobs).jobs,
+        machine=machine(jobs=jobs, memory=memory),
         requirements=require,
         plot=path_or_none(plot),
         stats=path_or_none(stats),

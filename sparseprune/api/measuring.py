@@ -13,7 +13,6 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from sparseprune.api.applied import applied_report, applied_spec, note_left_behind
-from sparseprune.api.options import default_memory
 from sparseprune.api.run import collector_paused
 from sparseprune.checkpoint import (
     TensorReader,
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from sparseprune import results
-    from sparseprune.api.options import Listing
+    from sparseprune.api.options import Listing, Machine
     from sparseprune.api.run import Run
     from sparseprune.checkpoint import Checkpoint, Source, Statistics
     from sparseprune.execution.compare import Pair, Sides
@@ -56,7 +55,7 @@ class Look(Struct, frozen=True):
 
     checkpoint: Path
     listing: Listing
-    jobs: int
+    machine: Machine
     by: By = "tensor"
     patterns: Sequence[str] = ()
     blocks: Sequence[str] = ()
@@ -148,6 +147,7 @@ def _inspected(
 ) -> results.Inspection:
     """The facts of the tensors that were asked for, in the order that was asked for."""
     from sparseprune.execution.inspect import inspect_checkpoint
+    from sparseprune.execution.regions import Resources
     from sparseprune.report.inspection import grouping_of, make_inspection
     from sparseprune.report.runtimes import needed_patterns
 
@@ -157,7 +157,9 @@ def _inspected(
     questions = replace(asked, patterns=tuple(dict.fromkeys((*asked.patterns, *needed_patterns(runtimes)))))
     total = sum(one.nbytes for one in tensors)
     with TensorReader() as reader, run.progress("inspecting", total) as advance:
-        facts = inspect_checkpoint(tensors, reader, questions, look.jobs, advance)
+        facts = inspect_checkpoint(
+            tensors, reader, questions, Resources(look.machine.jobs, look.machine.memory), advance
+        )
     beside = names_beside(checkpoint.tensors)
     if beside:
         facts = tuple(replace(one, holds="beside") if one.name in beside else one for one in facts)
@@ -190,7 +192,7 @@ def _plot(run: Run, look: Look, checkpoint: Checkpoint, result: results.Inspecti
     if look.tensor is None:
         from sparseprune.report.pictures.results import plot_inspection
 
-        survivors = _by_spec(run, look, checkpoint, lambda *found: _survivors(run, look.jobs, *found))
+        survivors = _by_spec(run, look, checkpoint, lambda *found: _survivors(run, look.machine, *found))
         plot_inspection(result, path, survivors)
     else:
         from sparseprune.report.pictures.mask import close_up, plot_mask
@@ -226,12 +228,12 @@ def _bound(checkpoint: Checkpoint, spec: Spec) -> BoundSpec:
     return bind(spec, tensor_infos(checkpoint), read_config(checkpoint))
 
 
-def _survivors(run: Run, jobs: int, checkpoint: Checkpoint, spec: Spec) -> list[Survivors]:
+def _survivors(run: Run, machine: Machine, checkpoint: Checkpoint, spec: Spec) -> list[Survivors]:
     """For each rule that says how many blocks survive, how many do."""
     from sparseprune.execution.verify import count_survivors, make_check
     from sparseprune.report.pictures.charts import Survivors
 
-    check = make_check(checkpoint, spec, default_memory(), jobs)
+    check = make_check(checkpoint, spec, machine.memory, machine.jobs)
     with TensorReader() as reader, run.progress("counting survivors", check.nbytes) as advance:
         found = count_survivors(check, reader, advance)
     return [Survivors(rule.name, rule.nnz, rule.survivors) for rule in found.rules if rule.survivors]
@@ -243,7 +245,7 @@ class Comparing(Struct, frozen=True):
     dense: Path
     pruned: Path
     listing: Listing
-    jobs: int
+    machine: Machine
     requirements: Sequence[str] = ()
     plot: Path | None = None
     stats: Path | None = None
@@ -400,15 +402,17 @@ def _compared(
 ) -> results.Comparison:
     """What is found in the tensors, in the order that was asked for."""
     from sparseprune.execution.compare import compare_checkpoints, matrix_errors
+    from sparseprune.execution.regions import Resources
     from sparseprune.report.comparison import make_comparison
 
+    resources = Resources(asked.machine.jobs, asked.machine.memory)
     nbytes = sum(pair.nbytes for pair in (*sides.pairs, *matrices))
     with TensorReader() as reader, run.progress("comparing", nbytes) as advance:
         source = _in_one_order(run, asked, statistics, reader)
-        found = compare_checkpoints(sides.pairs, source, asked.jobs, advance)
+        found = compare_checkpoints(sides.pairs, source, resources, advance)
         errors = None
         if statistics is not None:
-            errors = matrix_errors(matrices, statistics, source, asked.jobs, advance)
+            errors = matrix_errors(matrices, statistics, source, resources, advance)
     read = [one.shard for pair in sides.pairs for one in (pair.before, pair.after)]
     for one in [statistics.of[pair.before.name] for pair in matrices] if statistics else []:
         read += [stored.shard for stored in (one.stored, one.gradients) if stored is not None]

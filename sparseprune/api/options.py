@@ -336,9 +336,6 @@ Sort = Annotated[
     ),
 ]
 Reverse = Annotated[bool, Option("--reverse", "Reverse the order of lines.", "Report")]
-Summary = Annotated[
-    bool, Option("--summary", "Report totals only, without a line for each tensor or group.", "Report")
-]
 Pattern = Annotated[
     _Words,
     Option(

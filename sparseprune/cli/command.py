@@ -48,6 +48,14 @@ Csv = Annotated[
 Markdown = Annotated[
     bool, Option("--markdown", help="Print the table as Markdown on stdout.", group="Output")
 ]
+Summary = Annotated[
+    bool,
+    Option(
+        "--summary",
+        help="Show totals only, without a line for each tensor; in JSON these lists are empty.",
+        group="Report",
+    ),
+]
 DryRun = Annotated[
     bool, Option("--dry-run", help="Show what the command would do, and write nothing.", group="Output")
 ]
@@ -201,6 +209,12 @@ def form_of(*, json: bool, csv: bool, markdown: bool) -> Form:
         words = " and ".join(f"--{form}" for form in chosen)
         raise SparsepruneError(f"{words} exclude each other; give one of them")
     return chosen[0] if chosen else "table"
+
+
+def refuse_lines(form: Form) -> None:
+    """SparsepruneError where a summary is asked for in a form that has lines alone."""
+    if form in {"csv", "markdown"}:
+        raise SparsepruneError(f"--summary and --{form} exclude each other; give one of them, or --json")
 
 
 def pairs_of(option: Option, words: Sequence[str]) -> dict[str, str]:

@@ -198,11 +198,6 @@ def tell(text: str) -> None:
     print(f"sparseprune: {printable(text)}", file=sys.stderr)
 
 
-def tell_error(text: str) -> None:
-    """A line about what went wrong, on stderr; likewise."""
-    tell(text)
-
-
 def tell_parts(parts: Iterable[RenderableType]) -> None:
     """Lines and tables of a summary, on stderr; likewise. Lines of text are not folded."""
     console = stderr_console()

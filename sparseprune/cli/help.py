@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from sparseprune.cli.console import tell_error
+from sparseprune.cli.console import tell
 from sparseprune.spec.problems import suggestion
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class Commands(TyperGroup):
             if type(error).__name__ == "NoArgsIsHelpError":
                 print(error.format_message(), file=sys.stderr)
             else:
-                tell_error(usage_text(error))
+                tell(usage_text(error))
             sys.exit(error.exit_code)
         sys.exit(code)
 

@@ -23,7 +23,6 @@ from sparseprune.engine.kernels.formats import FORMATS, values_of
 from sparseprune.errors import CheckpointError
 from sparseprune.execution.inputs import is_gradients, output_dim
 from sparseprune.execution.passes import Chunk, Pass
-from sparseprune.execution.regions import READING, Resources
 from sparseprune.execution.runner import Job, batches, read_through
 from sparseprune.execution.tensor_io import TensorIO
 
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
 
     from sparseprune.checkpoint import Source, Statistic, Statistics, StoredTensor
     from sparseprune.engine.grids import Shape
-    from sparseprune.execution.regions import Run
+    from sparseprune.execution.regions import Resources, Run
 
     Floats = NDArray[np.float64]
     Bytes = NDArray[np.uint8]
@@ -140,15 +139,15 @@ def sides_of(
 
 
 def compare_checkpoints(
-    pairs: Sequence[Pair], reader: Source, jobs: int, progress: Progress, slab: int = SLAB
+    pairs: Sequence[Pair], reader: Source, resources: Resources, progress: Progress, slab: int = SLAB
 ) -> tuple[TensorComparison, ...]:
-    """What is found in each pair, in their order; the same for any number of jobs.
+    """What is found in each pair, in their order; the same for any number of threads.
 
     `progress` gets how many bytes were read, of both sides, and the name of a tensor. Of several failures the
     one is raised that is the first in the order of the pairs.
     """
     todo = compare_jobs(pairs, slab)
-    found = read_through(todo, TensorIO(reader), Resources(jobs, READING), progress)
+    found = read_through(todo, TensorIO(reader), resources, progress)
     return tuple(one for order in sorted(found) for one in found[order])
 
 
@@ -362,7 +361,7 @@ class MatrixErrors(Struct, frozen=True):
 
 
 def matrix_errors(
-    pairs: Sequence[Pair], statistics: Statistics, reader: Source, jobs: int, progress: Progress
+    pairs: Sequence[Pair], statistics: Statistics, reader: Source, resources: Resources, progress: Progress
 ) -> dict[str, MatrixErrors]:
     """sqrt(tr(D H D^T) / tr(W0 H W0^T)) for each of these tensors, over all matrices of a stack.
 
@@ -376,7 +375,7 @@ def matrix_errors(
         Job(number, f"errors{number}", pair.before.name, MeasureErrors(pair, statistics.of[pair.before.name]))
         for number, pair in enumerate(pairs)
     )
-    found = read_through(todo, TensorIO(reader, passed=progress), Resources(jobs, READING), progress)
+    found = read_through(todo, TensorIO(reader, passed=progress), resources, progress)
     return {pair.before.name: found.get(number, MatrixErrors()) for number, pair in enumerate(pairs)}
 
 

@@ -34,7 +34,7 @@ from sparseprune.engine.kernels.counting import (
 )
 from sparseprune.errors import SparsepruneError
 from sparseprune.execution.passes import Chunk, Pass
-from sparseprune.execution.regions import READING, Part, Resources, cut, whole_part
+from sparseprune.execution.regions import Part, Resources, cut, whole_part
 from sparseprune.execution.runner import Job, batches, read_through
 from sparseprune.execution.tensor_io import TensorIO
 
@@ -427,18 +427,16 @@ def inspect_checkpoint(
     tensors: Sequence[StoredTensor],
     reader: Source,
     questions: Questions,
-    jobs: int,
+    resources: Resources,
     progress: Progress,
     slab: int = SLAB,
 ) -> tuple[TensorFacts, ...]:
-    """The facts of every tensor, in the order given; the same for any number of jobs and any size of slabs.
+    """The facts of every tensor, in the order given; the same for any number of threads and size of slabs.
 
     `progress` gets the bytes that were read, in all those of the tensors, and the name of a tensor. Of
     several failures the one is raised that is the first in the order of the tensors.
     """
-    found = read_through(
-        inspect_jobs(tensors, questions, slab), TensorIO(reader), Resources(jobs, READING), progress
-    )
+    found = read_through(inspect_jobs(tensors, questions, slab), TensorIO(reader), resources, progress)
     return tuple(facts for order in sorted(found) for facts in found[order])
 
 

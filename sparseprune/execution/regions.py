@@ -39,7 +39,6 @@ _ENGINE_BYTES = 64  # that the torch engine needs for each element of a tile: ke
 # That the host needs for each where a device works on it: a pattern and a mask; or also numbers that rank it.
 _PATTERN_BYTES, _SCORED_BYTES = 12, 48
 _HELD_SHARE = 4  # one part in so many is for scores that are kept while a job runs
-READING = 1 << 30  # bytes in flight of commands that read, and have no --memory
 _LEAST = 16 * SLAB_BYTES  # that must be left for work
 # Resident bytes, measured with 50,000 tensors: of each tensor while headers are read, and from then on; of
 # each that is pruned, of each scope, of each mask; the text of a header is there three times, in parts.

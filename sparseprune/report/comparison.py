@@ -211,6 +211,21 @@ def compare_table(found: Comparison, *, all_tensors: bool) -> RenderableType:
     return Group(*table, *notes(found, all_tensors=all_tensors))
 
 
+def compare_summary(found: Comparison) -> RenderableType:
+    """The totals and the notes, without a line for each tensor."""
+    totals = found.totals
+    lines = [
+        f"{many(totals.tensors, 'tensor')} in both, {totals.differing:,} of them differ",
+        ", ".join(f"{key} {getattr(totals, key):,}" for key in _CHANGES),
+        f"energy kept {_share(totals.energy_kept)}, relative error {_share(totals.relative_error)}",
+    ]
+    if totals.output_error is not None:
+        lines.append(f"output error {percent(totals.output_error)} mean")
+    if totals.loss_error is not None:
+        lines.append(f"loss error {percent(totals.loss_error)} mean")
+    return Group(*map(Text, lines if totals.tensors else ()), *notes(found, all_tensors=False))
+
+
 def columns_and_rows(found: Comparison, *, all_tensors: bool) -> tuple[list[Column], list[list[str]]]:
     """Every tensor that changed, or all, with the facts that say something anywhere."""
     tensors = [one for one in found.tensors if all_tensors or one.differs is not False]

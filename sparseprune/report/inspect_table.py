@@ -42,6 +42,16 @@ def inspect_table(found: Inspection) -> RenderableType:
     return Group(FittedTable(columns, rows), *notes(found))
 
 
+def inspect_summary(found: Inspection) -> RenderableType:
+    """The totals, and what runtimes can use, without a line for each group or tensor."""
+    totals = found.totals
+    counts = f"{many(totals.tensors, 'tensor')}, {many(totals.numel, 'element')}"
+    if found.groups is not None:
+        counts += f", in {many(len(found.groups), str(found.by))}"
+    zeros = f"zeros: {totals.pruned:,}, sparsity {percent(totals.sparsity)}"
+    return Group(Text(counts), Text(zeros), *notes(found))
+
+
 def columns_and_rows(found: Inspection) -> tuple[list[Column], list[list[str]]]:
     """The table: names, and the facts that say something anywhere."""
     totals = found.totals

@@ -49,10 +49,6 @@ WITHOUT = {
     ("mask", "--text"): "rebuilds no weights, which a sweep is for",
     ("mask", "--no-masks"): "writes masks alone",
     ("compare", "--text"): "runs no model",
-    **dict.fromkeys(
-        [(name, option) for name in ("inspect", "compare") for option in ("--memory", "--summary")],
-        "reads in slabs of one size",
-    ),
 }
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from sparseprune.checkpoint import StoredTensor, TensorReader
 from tests.cli.interrupted import change
-from tests.commands import ok, python, run
+from tests.commands import ok, python, refused, run, silent, valid
 from tests.faults import failing
 from tests.samples import TWO_OF_FOUR, mlp_tensors, write_spec
 
@@ -127,3 +127,41 @@ def test_a_file_that_changes_while_it_is_read_is_told_and_nothing_else(
     assert said.err.startswith(f"sparseprune: {changed[0]}: ")
     assert told in said.err
     assert len(said.err.splitlines()) == 1
+
+
+def test_a_summary_has_the_totals_of_the_table_and_no_line_for_a_tensor(tmp_path: Path) -> None:
+    save_file({"a.weight": torch.ones(4, 8), "b.weight": torch.eye(4)}, tmp_path / "m.safetensors")
+    save_file({"a.weight": torch.ones(4, 8), "b.weight": torch.zeros(4, 4)}, tmp_path / "n.safetensors")
+    looks = ("inspect", tmp_path / "m.safetensors"), ("inspect", tmp_path / "m.safetensors", "--by", "layer")
+    compares = ("compare", tmp_path / "m.safetensors", tmp_path / "n.safetensors")
+    for words in (*looks, compares):
+        said = silent(*words, "--summary").out
+        assert ".weight" not in said
+        whole, short = (json.loads(silent(*words, *more, "--json").out) for more in ((), ("--summary",)))
+        assert short["totals"] == whole["totals"]
+        assert short["tensors"] == []
+        valid(json.dumps(short), str(words[0]))
+        for form in ("--csv", "--markdown"):
+            assert f"--summary and {form} exclude each other" in refused(*words, "--summary", form).err
+    assert silent(*looks[0], "--summary").out.splitlines()[:2] == [
+        "2 tensors, 48 elements",
+        "zeros: 12, sparsity 25.00%",
+    ]
+    assert silent(*compares, "--summary").out.splitlines()[:2] == [
+        "2 tensors in both, 1 of them differ",
+        "changed 4, zeroed 4, revived 0, altered 0",
+    ]
+
+
+def test_memory_changes_no_result_of_a_command_that_reads(tmp_path: Path) -> None:
+    save_file({"a.weight": torch.ones(4, 8), "b.weight": torch.eye(4)}, tmp_path / "m.safetensors")
+    for words in (("inspect", tmp_path / "m.safetensors"), ("compare", *[tmp_path / "m.safetensors"] * 2)):
+        assert silent(*words, "--json", "--memory", "1kB").out == silent(*words, "--json").out
+        assert "--memory much: wanted a size" in refused(*words, "--memory", "much").err
+
+
+def test_compare_shows_tensors_that_are_the_same_when_asked_for_all(tmp_path: Path) -> None:
+    save_file({"a.weight": torch.ones(4, 8)}, tmp_path / "m.safetensors")
+    words = ("compare", *[tmp_path / "m.safetensors"] * 2)
+    assert "a.weight" not in silent(*words).out
+    assert "a.weight" in silent(*words, "-v").out

@@ -17,6 +17,7 @@ from sparseprune.engine.dtypes import DTYPES
 from sparseprune.engine.kernels.comparing import Counts
 from sparseprune.errors import MachineError
 from sparseprune.execution.compare import SLAB, compare_checkpoints, sides_of
+from sparseprune.execution.regions import Resources
 from sparseprune.report.comparison import FIELDS, make_comparison, sheet_of, unmeasured
 from sparseprune.results import Comparison
 from tests.commands import as_data, schema
@@ -42,7 +43,7 @@ def comparison_of(
     one, other = open_checkpoint(before), open_checkpoint(after)
     sides = sides_of(one.tensors, other.tensors, list(dict.fromkeys((*one.tensors, *other.tensors))))
     with TensorReader() as reader:
-        found = compare_checkpoints(sides.pairs, reader, jobs, progress, slab)
+        found = compare_checkpoints(sides.pairs, reader, Resources(jobs, 1 << 30), progress, slab)
     comparison = make_comparison("before", "after", found, sides)
     schema("compare").validate(as_data(comparison))
     return comparison

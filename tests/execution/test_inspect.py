@@ -29,6 +29,7 @@ from sparseprune.execution.inspect import (
     Zeros,
     inspect_checkpoint,
 )
+from sparseprune.execution.regions import Resources
 
 Index = tuple[int, ...]
 Drawn = tuple[str, str, tuple[int, ...], bytes]
@@ -50,7 +51,7 @@ def measure(
 ) -> tuple[TensorFacts, ...]:
     tensors = tuple(open_checkpoint(path).tensors.values())
     with TensorReader() as reader:
-        return inspect_checkpoint(tensors, reader, questions, jobs, progress, slab)
+        return inspect_checkpoint(tensors, reader, questions, Resources(jobs, 1 << 30), progress, slab)
 
 
 def is_nonfinite(name: str, pattern: int) -> bool:
@@ -312,7 +313,7 @@ def test_facts_come_in_the_order_in_which_tensors_are_given(tmp_path: Path) -> N
     tensors = open_checkpoint(path).tensors
     chosen = [tensors[name] for name in "ca"]
     with TensorReader() as reader:
-        facts = inspect_checkpoint(chosen, reader, ASKED, 2, lambda *_: None)
+        facts = inspect_checkpoint(chosen, reader, ASKED, Resources(2, 1 << 30), lambda *_: None)
     assert [one.name for one in facts] == ["c", "a"]
 
 
