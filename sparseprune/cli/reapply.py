@@ -1,10 +1,12 @@
 """`reapply`: the summary of an output that has its zeros again."""
 
+from inspect import signature
 from typing import TYPE_CHECKING
 
 from sparseprune import api, results
-from sparseprune.cli.command import Call, Json, Verbose, command
-from sparseprune.cli.console import print_outcome
+from sparseprune.cli.command import Call, DryRun, Json, Verbose, command
+from sparseprune.cli.console import print_json, print_outcome, print_text
+from sparseprune.cli.verify import print_masks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -14,13 +16,34 @@ if TYPE_CHECKING:
 _WORST = 10  # tensors that are shown without -v
 
 
-def show_reapplied(call: "Call[results.Reapplication]", json: Json = False, verbose: Verbose = False) -> None:
+def show_reapplied(
+    call: "Call[results.Reapplication]", dry_run: DryRun = False, json: Json = False, verbose: Verbose = False
+) -> None:
+    given = call.options["masks"], call.options["zeros_of"]
+    if dry_run and given != (None, None):
+        _show_expected(call, json=json)
+        return
     result = call()
     call.summarize(_summary(call.seconds, result, verbose=verbose))
     print_outcome(result, json=json)
 
 
 reapply = command(api.reapply, show_reapplied)
+
+
+def _show_expected(call: "Call[results.Reapplication]", *, json: bool) -> None:
+    """Which zeros are lost, as `verify --masks` has it, on stdout; with these options nothing is written."""
+    from sparseprune.report.wording import many
+
+    taken = signature(api.verify).parameters
+    options = {name: value for name, value in call.options.items() if name in taken}
+    result, _ = Call(api.verify, options, quiet=call.quiet, log=call.log).checked()
+    if json:
+        print_json(result)
+    elif isinstance(result, results.MaskVerification) and not call.quiet:
+        print_masks(result)
+        lost = many(result.totals.lost, "zero")
+        print_text(f"reapply would put back {lost} in {many(result.totals.failed, 'tensor')}\n")
 
 
 def _summary(seconds: float, result: "results.Reapplication", *, verbose: bool) -> "Iterator[RenderableType]":

@@ -23,13 +23,14 @@ def show_verified(
         from sparseprune.report.checks import lost_line
 
         with checked(*[lost_line(result)] if failed else ()):
-            _print_masks(result)
+            print_masks(result)
 
 
 verify = command(api.verify, show_verified)
 
 
-def _print_masks(result: "results.MaskVerification") -> None:
+def print_masks(result: "results.MaskVerification") -> None:
+    """The table of what masks drop and what of it is not zero, on stdout."""
     from sparseprune.report.checks import verify_masks_table
     from sparseprune.report.wording import copies_line, many
 

@@ -217,7 +217,7 @@ def compare_summary(found: Comparison) -> RenderableType:
     lines = [
         f"{many(totals.tensors, 'tensor')} in both, {totals.differing:,} of them differ",
         ", ".join(f"{key} {getattr(totals, key):,}" for key in _CHANGES),
-        f"energy kept {_share(totals.energy_kept)}, relative error {_share(totals.relative_error)}",
+        f"energy kept {percent(totals.energy_kept)}, relative error {percent(totals.relative_error)}",
     ]
     if totals.output_error is not None:
         lines.append(f"output error {percent(totals.output_error)} mean")

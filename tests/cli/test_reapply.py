@@ -416,3 +416,17 @@ def test_an_interrupted_run_says_how_to_continue(start: Path, tmp_path: Path, co
 def test_too_little_memory_is_told(folder: Path) -> None:
     said = refused("reapply", folder / "tuned", folder / "pruned", "-o", folder / "out", "--memory", "9MB")
     assert "--memory 9.00 MB: this run needs " in said.err
+
+
+def test_a_dry_run_counts_lost_zeros_and_writes_nothing(folder: Path) -> None:
+    disturb(folder / "tuned")
+    before = names_in(folder)
+    words = ("reapply", folder / "tuned", folder / "pruned", "--dry-run")
+    found = valid(ok(*words, "--json").out, "verify-masks")
+    said = ok(*words).out
+    assert names_in(folder) == before
+    result = valid(ok(*words[:-1], "-o", folder / "out", "--json").out, "reapply")
+    assert found["totals"]["lost"] == result["totals"]["lost"] > 0
+    assert f"reapply would put back {result['totals']['lost']:,} zeros in " in said
+    assert ok(*words, "-q").out == ""
+    assert "there are no zeros to put back" in refused("reapply", folder / "tuned", "--dry-run").err
