@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING, Literal
 from msgspec import Struct
 
 from sparseprune import __version__
-from sparseprune.api.options import stats_beside
 from sparseprune.api.run import digest, output_shown
 from sparseprune.api.windows import folder_for_states
 from sparseprune.checkpoint import StagedOutput, TensorReader, open_checkpoint
 from sparseprune.checkpoint.file_io import checkpoint_identity, refuse_changed
 from sparseprune.checkpoint.folding import refuse_split
-from sparseprune.checkpoint.statistics import ROUTING, lay_out_statistics
+from sparseprune.checkpoint.statistics import ROUTING, lay_out_statistics, statistics_beside
 from sparseprune.errors import SparsepruneError
 from sparseprune.results.measuring import (
     CollectedGradients,
@@ -65,7 +64,7 @@ def calibrate(run: Run, asked: Collecting) -> Statistics:
     checkpoint = open_checkpoint(asked.checkpoint)
     refuse_split(checkpoint)
     source = checkpoint.path.absolute()
-    target = asked.output or stats_beside(source)
+    target = asked.output or statistics_beside(source)
     # Before minutes are spent on a model.
     StagedOutput(lay_out_statistics(checkpoint, target, asked.kind, ()), asked.force).refuse_early()
     documents = asked.windows.documents()

@@ -516,12 +516,6 @@ def text_if_any(text: AskedText | None) -> AskedText | None:
     return None
 
 
-def stats_beside(checkpoint: Path) -> Path:
-    """Where calibrate writes statistics of a checkpoint unless it is told otherwise."""
-    place = checkpoint.absolute()
-    return place.with_name(f"{place.name}-stats")
-
-
 def texts(variables: Mapping[str, object] | None) -> dict[str, str]:
     """Values of the variables of a spec, as TOML or as an expression would have them.
 

@@ -15,7 +15,6 @@ from msgspec.structs import replace
 
 from sparseprune import __version__, results
 from sparseprune.api.applied import read_spec, rebuilt_by, warn_of_broken, warn_of_earlier
-from sparseprune.api.options import stats_beside
 from sparseprune.api.run import Run, collector_paused, digest, output_shown, sizes_of
 from sparseprune.checkpoint import (
     StagedOutput,
@@ -28,13 +27,15 @@ from sparseprune.checkpoint import (
 from sparseprune.checkpoint.file_io import checkpoint_identity, refuse_changed, shards_identity
 from sparseprune.checkpoint.folding import refuse_split
 from sparseprune.checkpoint.layout import output_target
+from sparseprune.checkpoint.statistics import statistics_beside
 from sparseprune.errors import SparsepruneError, SpecError
 from sparseprune.execution.inputs import SWEPT, Left
 from sparseprune.execution.plan import bind_to, make_plan, rebuilding_rules, rests_on_few
 from sparseprune.execution.schedule import cpu_lines, make_schedule
 from sparseprune.report.coverage import coverage_of
 from sparseprune.report.wording import many
-from sparseprune.spec.rebuilding import Rebuilding, rebuilt
+from sparseprune.spec.problems import listed
+from sparseprune.spec.rebuilding import OF_STATISTICS, Rebuilding, rebuilt
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -141,7 +142,7 @@ def target_of(checkpoint: Checkpoint, target: Target) -> Path:
 def _read(asked: Source) -> tuple[SpecSource, Spec, dict[str, str]]:
     """The spec with what was asked of all of its rules, and why some do not do it."""
     source, spec = read_spec(asked.spec, asked.overrides)
-    return source, *rebuilt(spec, rebuilding_of(asked))
+    return source, *rebuilt(spec, rebuilding_of(asked, stands_in=source.shipped))
 
 
 def _reaching(
@@ -225,15 +226,18 @@ def _refuse_permuting(plan: Plan, command: str) -> None:
         raise SpecError(f"[{rule}] permute: {command} does without it, as {why[command]}; use apply")
 
 
-def rebuilding_of(asked: Source) -> Rebuilding:
-    """What is asked of every rule, with the statistics beside the checkpoint if no others are named."""
-    usual = stats_beside(asked.checkpoint)
+def rebuilding_of(asked: Source, *, stands_in: bool = False) -> Rebuilding:
+    """What is asked of every rule, with the statistics beside the checkpoint if no others are named.
+
+    These `stand in` for a file of the spec that is not there.
+    """
     if asked.text is not None:
         return Rebuilding(method=asked.reconstruct, file=SWEPT)
     return Rebuilding(
         method=asked.reconstruct,
         file=None if asked.stats is None else asked.stats.absolute(),
-        usual=usual if usual.exists() else None,
+        usual=statistics_beside(asked.checkpoint),
+        stands_in=stands_in,
     )
 
 
@@ -448,19 +452,40 @@ def _rebuilding_words(asked: Source) -> list[str]:
 
 
 def stats_told(prepared: Prepared) -> str | None:
-    """The statistics that a command named, or those beside the checkpoint that it took."""
-    asked = prepared.asked
-    if asked.stats is not None or asked.reconstruct in {None, "none"}:
-        return None if asked.stats is None else str(asked.stats)
-    usual = stats_beside(asked.checkpoint)
-    taken = {one.path.parent for one in score_shards(prepared.plan)}
-    return str(usual) if usual in taken else None
+    """The statistics that a command named, else those that it took."""
+    if prepared.asked.stats is not None:
+        return str(prepared.asked.stats)
+    return next(iter(_statistics_of(prepared)), None)
+
+
+def _statistics_of(prepared: Prepared) -> list[str]:
+    """The paths of the statistics that are read, each once."""
+    found: dict[str, None] = {}
+    for _, instance in prepared.plan.bound.instances():
+        score = instance.score.file if instance.score.kind in OF_STATISTICS else None
+        for file in (score, *(one.file for one in (instance.reconstruct, instance.allocate) if one)):
+            if file is not None and file != SWEPT:
+                found[str(file)] = None
+    return list(found)
+
+
+def _read_line(prepared: Prepared) -> Iterator[str]:
+    """A line on the statistics that were read, and on how many tokens they rest."""
+    paths = _statistics_of(prepared)
+    inputs = (one for unit in prepared.plan.units for task in unit.tasks for one in task.inputs)
+    tokens = max((count for one in inputs for count in one.tokens), default=0)
+    if paths:
+        yield (
+            f"statistics of {many(tokens, 'token')} in {listed(paths)}"
+            if tokens
+            else (f"statistics in {listed(paths)}")
+        )
 
 
 def notes_of(prepared: Prepared) -> tuple[str, ...]:
     """Lines on how survivors were rebuilt, and what that rests on."""
     shared = () if prepared.allocation is None else prepared.allocation.notes()
-    return (*prepared.unrebuilt, *_few_tokens(rests_on_few(prepared.plan)), *shared)
+    return (*_read_line(prepared), *prepared.unrebuilt, *_few_tokens(rests_on_few(prepared.plan)), *shared)
 
 
 def _few_tokens(matrices: Mapping[str, bool]) -> list[str]:

@@ -133,6 +133,12 @@ class Statistics:
     gradients: Mapping[str, StoredTensor] = field(repr=False)
 
 
+def statistics_beside(checkpoint: Path) -> Path:
+    """Where calibrate writes statistics of a checkpoint unless it is told otherwise."""
+    place = checkpoint.absolute()
+    return place.with_name(f"{place.name}-stats")
+
+
 def open_statistics(path: Path) -> Statistics:
     """The statistics in a safetensors file or directory; CheckpointError where they contradict themselves."""
     checkpoint = open_checkpoint(path)

@@ -6,6 +6,7 @@ fit. Reads headers alone. Called by the plan.
 
 from __future__ import annotations
 
+import shlex
 from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -14,7 +15,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from sparseprune.checkpoint import Statistic, open_statistics
-from sparseprune.checkpoint.statistics import ROUTING
+from sparseprune.checkpoint.statistics import ROUTING, statistics_beside
 from sparseprune.engine.dtypes import DTYPES
 from sparseprune.engine.grids import prod
 from sparseprune.errors import CheckpointError, SpecError
@@ -38,6 +39,7 @@ _NUMBERS = frozenset(row.name for row in DTYPES.values() if row.prunable)
 _FLOATS = frozenset(name for name in _NUMBERS if not name.startswith("I"))
 _MOMENTS = frozenset({"F64", "F32", "F16", "BF16"})
 _NO_STATISTICS = "there is no file: give what calibrate wrote, as file here or by --stats"
+_OF_CALIBRATE: frozenset[Role] = frozenset({"moment", "gradients", "loss", "vector"})
 _UNSEEN, _WHOLE_ROWS = "there are no statistics of", "nothing can make up for the whole rows of"
 _UNREACHED = "no token reached"
 _WITHOUT_SWEEP = "leave that out, or calibrate and give --stats in place of --text"
@@ -396,8 +398,17 @@ class InputFiles:
                 self._files[path] = open_statistics(path)
             except CheckpointError as error:
                 self._files[path] = None
-                self._note(rule, str(error), role)
+                makes = role in _OF_CALIBRATE and isinstance(error.__cause__, FileNotFoundError)
+                self._note(rule, self._to_calibrate(path) if makes else str(error), role)
         return self._files[path]
+
+    def _to_calibrate(self, path: Path) -> str:
+        """What to do about statistics that are not there: the command that makes them."""
+        source = self._weights.path
+        words = ["sparseprune", "calibrate", str(source), "--text", "corpus.txt"]
+        if path != statistics_beside(source):
+            words += ["-o", str(path)]
+        return f"there are no statistics in {path}; make them from a text: {shlex.join(words)}"
 
     def _note(self, rule: str, text: str, role: Role = "values") -> None:
         self._problems[f"[{rule}] {_TABLE_OF.get(role, 'score')}: {text}"] = None

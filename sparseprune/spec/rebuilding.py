@@ -11,38 +11,37 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 from msgspec import Struct
 from msgspec.structs import replace
 
-from sparseprune.errors import SpecError
-from sparseprune.spec.schema import BudgetTable, ReconstructTable, ScoreTable, Spec, Table
+from sparseprune.spec.schema import BudgetTable, ReconstructTable, ScoreTable, Spec, SpecTable, Table
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 AnyTable = TypeVar("AnyTable", bound=Table)
-_OF_STATISTICS = ("wanda", "obd", "reap")  # kinds of scores that read what calibrate wrote
+OF_STATISTICS = ("wanda", "obd", "reap")  # kinds of scores that read what calibrate wrote
 _OTHERWISE = {"method": "none"}
 
 
 class Rebuilding(Struct, frozen=True):
     """A method and a file of statistics for every rule; None for what the spec says.
 
-    `usual` is the file for rules that name none. Paths are absolute. A rule that says method = "none" stays
-    as it is. A rule that says nothing gets "admm" by default; then matrices without statistics are masked
-    alone.
+    `usual` is the file for rules that name none, or, where it `stands_in`, one that is not there. Paths are
+    absolute. A rule that says method = "none" stays as it is. A rule that says nothing gets "admm" by
+    default; then matrices without statistics are masked alone.
     """
 
     method: Literal["admm", "refit", "none"] | None = None
     file: Path | None = None
     usual: Path | None = None
+    stands_in: bool = False
 
 
 def rebuilt(spec: Spec, asked: Rebuilding) -> tuple[Spec, dict[str, str]]:
     """A spec in which every rule that can be is rebuilt as a command asks, and why others are not, by rule.
 
     It also says of rules that are refitted though admm was asked for why they are.
-
-    Raises:
-        SpecError: a rule is to be rebuilt and there are no statistics.
     """
+    if asked.stands_in and asked.file is None:
+        spec = _with_usual(spec, asked.usual)
     if asked.method is None and asked.file is None:
         return spec, {}
     spec = replace(spec, score=_with_statistics(spec.score, asked))
@@ -58,6 +57,21 @@ def rebuilt(spec: Spec, asked: Rebuilding) -> tuple[Spec, dict[str, str]]:
     return replace(spec, tables=tables, reconstruct=None), told
 
 
+def _with_usual(spec: Spec, usual: Path | None) -> Spec:
+    """The spec with the usual file where it names one that is not there, or none."""
+    tables: dict[str, SpecTable] = {}
+    for place, table in spec.tables.items():
+        own = table.reconstruct if isinstance(table, BudgetTable) else None
+        tables[place] = _changed(table, reconstruct=_found(own, spec, usual)) if own else table
+    return replace(spec, tables=tables, reconstruct=_found(spec.reconstruct, spec, usual))
+
+
+def _found(own: ReconstructTable | None, spec: Spec, usual: Path | None) -> ReconstructTable | None:
+    if own is None or usual is None or (own.file is not None and (spec.directory / own.file).exists()):
+        return own
+    return own if own.method == "none" and own.file is None else _changed(own, file=str(usual))
+
+
 def _rebuilding(table: BudgetTable, spec: Spec, asked: Rebuilding) -> tuple[ReconstructTable, str]:
     """How a rule is rebuilt, and a line where that is not as it was asked for."""
     own = table.reconstruct or spec.reconstruct
@@ -66,10 +80,6 @@ def _rebuilding(table: BudgetTable, spec: Spec, asked: Rebuilding) -> tuple[Reco
         return _changed(own or ReconstructTable({}), **_OTHERWISE, file=file and str(file)), ""
     method: str = asked.method or (own.method if own else "admm")
     file = asked.file or (own.file if own else None) or asked.usual
-    if file is None:
-        raise SpecError(
-            f"--reconstruct {method}: there are no statistics; give --stats STATS, what calibrate wrote"
-        )
     score = table.score or spec.score
     if table.mode == "soft" or (score is not None and score.nonfinite == "prune"):
         key = 'mode = "soft"' if table.mode == "soft" else 'a score with nonfinite = "prune"'
@@ -80,7 +90,9 @@ def _rebuilding(table: BudgetTable, spec: Spec, asked: Rebuilding) -> tuple[Reco
         method, why = "refit", f"is refitted: its {what} says what survives, which admm would"
     given = {} if own is None else vars(own)
     optional = own is None or own.optional
-    return ReconstructTable({**given, "method": method, "file": str(file), "optional": optional}), why
+    return ReconstructTable(
+        {**given, "method": method, "file": file and str(file), "optional": optional}
+    ), why
 
 
 def _ranks_otherwise(score: ScoreTable | None) -> bool:
@@ -90,7 +102,7 @@ def _ranks_otherwise(score: ScoreTable | None) -> bool:
 
 def _with_statistics(score: ScoreTable | None, asked: Rebuilding) -> ScoreTable | None:
     """A score that reads the statistics which a command names."""
-    if score is None or asked.file is None or score.kind not in _OF_STATISTICS:
+    if score is None or asked.file is None or score.kind not in OF_STATISTICS:
         return score
     return _changed(score, file=str(asked.file))
 

@@ -12,6 +12,7 @@ import sparseprune
 from sparseprune.api.options import Target, machine, source
 from sparseprune.api.pruning import identity_of, prepare
 from sparseprune.errors import SparsepruneError
+from tests.cli import removal
 from tests.cli.test_reconstruct import ADMM, REFIT, with_head
 from tests.commands import ok, refused, valid
 from tests.samples import CHANNELS, TWO_OF_FOUR, mlp_tensors, write_spec
@@ -54,7 +55,7 @@ def test_they_do_what_a_table_in_the_spec_does(tmp_path: Path, spec: str, method
     assert same(found, wanted)
     assert rule_of(report) == (method, "loss")
     assert (report["reconstruct"], report["stats"]) == (method, str(tmp_path / STATS))
-    assert report["notes"] == []
+    assert report["notes"] == [f"statistics in {tmp_path / STATS}"]
     if method == "admm":
         alone, report = applied(tmp_path, path, "--stats", tmp_path / STATS)
         assert same(alone, wanted)
@@ -96,16 +97,45 @@ def test_without_statistics_it_is_refused_unless_calibrate_left_some_beside_the_
 ) -> None:
     path = written(tmp_path, TWO_OF_FOUR)
     said = refused("apply", tmp_path / "m.safetensors", path, "--reconstruct", "admm")
-    assert "--reconstruct admm: there are no statistics; give --stats STATS, what calibrate wrote" in said.err
+    model = tmp_path / "m.safetensors"
+    assert said.err == (
+        f"sparseprune: [scope.proj] reconstruct: there are no statistics in {model}-stats; make them from a "
+        f"text: sparseprune calibrate {model} --text corpus.txt\n"
+    )
     wanted, _ = applied(tmp_path, path, "--stats", tmp_path / STATS)
     (tmp_path / "m.safetensors-stats").mkdir()
     (tmp_path / STATS).rename(tmp_path / "m.safetensors-stats/statistics.safetensors")
     found, report = applied(tmp_path, path, "--reconstruct", "admm")
     assert same(found, wanted)
     assert report["stats"] == str(tmp_path / "m.safetensors-stats")
+    assert report["notes"][0] == f"statistics in {tmp_path / 'm.safetensors-stats'}"
     plain, report = applied(tmp_path, path)
     assert rule_of(report) == (None, None)
     assert not same(found, plain)
+
+
+def test_a_shipped_spec_takes_the_statistics_here_or_those_beside_the_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model, beside = removal.write(tmp_path / "in", removal.decoder(), removal.LLAMA), tmp_path / "in-stats"
+    (line,) = refused("apply", model, "2of4-admm", "-o", "out").err.splitlines()
+    assert line.endswith(f"make them from a text: sparseprune calibrate {model} --text corpus.txt")
+    inputs = {name: torch.eye(one.shape[-1]) for name, one in removal.decoder().items() if one.ndim == 2}
+    beside.mkdir()
+    save_file(inputs, beside / "statistics.safetensors")
+    report = json.loads(ok("apply", model, "2of4-admm", "-o", "out", "--json").out)
+    assert (report["stats"], rule_of(report)) == (str(beside), ("admm", "outputs"))
+    beside.rename("stats")
+    report = json.loads(ok("apply", model, "2of4-admm", "-o", "out", "--json", "--force").out)
+    assert report["stats"] == str(tmp_path / "stats")
+
+
+def test_missing_statistics_of_a_score_are_told_with_the_command_that_makes_them(tmp_path: Path) -> None:
+    path = written(tmp_path, TWO_OF_FOUR + 'score = { kind = "wanda", file = "absent" }\n')
+    (line,) = refused("apply", tmp_path / "m.safetensors", path).err.splitlines()
+    model = tmp_path / "m.safetensors"
+    assert line.endswith(f"sparseprune calibrate {model} --text corpus.txt -o {tmp_path / 'absent'}")
 
 
 def test_a_spec_may_leave_the_file_to_the_command(tmp_path: Path) -> None:
@@ -167,7 +197,7 @@ def test_weights_without_statistics_are_masked_alone_and_are_counted(tmp_path: P
     found, report = applied(tmp_path, path, "--stats", tmp_path / STATS)
     for name, one in found.items():
         assert torch.equal(one, plain[name]) == (name not in {"0.down.weight", "1.up.weight"})
-    (note,) = report["notes"]
+    _, note = report["notes"]
     assert note == (
         "scope.proj is not rebuilt in 2 instances, such as those with 0.up.weight: there are no statistics "
         "of these"
