@@ -405,10 +405,13 @@ class InputFiles:
     def _to_calibrate(self, path: Path) -> str:
         """What to do about statistics that are not there: the command that makes them."""
         source = self._weights.path
+        usual, then = statistics_beside(source), ""
         words = ["sparseprune", "calibrate", str(source), "--text", "corpus.txt"]
-        if path != statistics_beside(source):
+        if path.suffix == ".safetensors":  # calibrate writes a folder
+            then = f", and give --stats {shlex.quote(str(usual))}"
+        elif path != usual:
             words += ["-o", str(path)]
-        return f"there are no statistics in {path}; make them from a text: {shlex.join(words)}"
+        return f"there are no statistics in {path}; make them from a text: {shlex.join(words)}{then}"
 
     def _note(self, rule: str, text: str, role: Role = "values") -> None:
         self._problems[f"[{rule}] {_TABLE_OF.get(role, 'score')}: {text}"] = None

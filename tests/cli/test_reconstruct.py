@@ -561,7 +561,7 @@ def test_no_statistics_and_norms_alone_and_tokens_that_never_came_are_told(tmp_p
     save_file(tensors, tmp_path / "m.safetensors")
     spec = write_spec(tmp_path, with_head(ADMM.replace("stats.safetensors", "stats"), TWO_OF_FOUR))
     said = run("apply", tmp_path / "m.safetensors", spec)
-    assert (said.code, "no such file" in said.err) == (2, True)
+    assert (said.code, "there are no statistics in" in said.err) == (2, True)
     features = {"0.up.weight": 8, "0.down.weight": 16}
     (tmp_path / "stats").mkdir()
     path = tmp_path / "stats/statistics.safetensors"

@@ -240,7 +240,8 @@ def test_a_score_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     save_file(mlp_tensors(), tmp_path / "m.safetensors")
     spec = write_spec(tmp_path, with_score(TWO_OF_FOUR, '{ kind = "wanda", file = "absent.safetensors" }'))
     said = refused("apply", tmp_path / "m.safetensors", spec)
-    assert "absent.safetensors: no such file" in said.err
+    assert "there are no statistics in " in said.err
+    assert said.err.endswith(f", and give --stats {tmp_path / 'm.safetensors-stats'}\n")
 
 
 def test_soft_threshold_shrinks_each_block_by_its_norm(tmp_path: Path) -> None:
