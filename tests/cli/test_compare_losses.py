@@ -41,7 +41,7 @@ def written(
 
 def words(folder: Path, *more: object) -> tuple[object, ...]:
     sides = (folder / "dense.safetensors", folder / "pruned.safetensors")
-    return ("compare", *sides, "--stats", folder / "stats.safetensors", "-q", *more)
+    return ("compare", *sides, "--stats", folder / "stats.safetensors", *more)
 
 
 def found(folder: Path) -> dict[str, Any]:

@@ -40,7 +40,7 @@ def written(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Tensors, 
 
 def compare(folder: Path, *words: object) -> Said:
     sides = (folder / "dense.safetensors", folder / "pruned.safetensors")
-    return run("compare", *sides, "--stats", folder / "stats.safetensors", "-q", *words)
+    return run("compare", *sides, "--stats", folder / "stats.safetensors", *words)
 
 
 def error_of(dense: torch.Tensor, pruned: torch.Tensor, moment: torch.Tensor) -> float:
@@ -85,7 +85,7 @@ def test_it_is_a_column_with_its_mean_and_may_be_required(tmp_path: Path) -> Non
     assert "square" in said.err
     assert "output error" not in compare(tmp_path, "--match", "bias").out
     sides = (tmp_path / "dense.safetensors", tmp_path / "pruned.safetensors")
-    assert "output error" not in run("compare", *sides, "-q").out
+    assert "output error" not in run("compare", *sides).out
 
 
 @pytest.mark.parametrize("words", [("--require", "output_error<=1"), ("--sort", "output_error")])
