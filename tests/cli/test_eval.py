@@ -190,7 +190,7 @@ def test_one_block_is_in_memory_at_a_time_and_is_loaded_once(monkeypatch: pytest
     assert loads == [f"model.layers.{number}" for number in range(LAYERS)] * 2
 
 
-def test_a_condition_that_fails_ends_in_1_after_the_table() -> None:
+def test_a_condition_that_fails_ends_in_1_and_one_line() -> None:
     said = evaluate("llama-half", "--against", "llama", "-q", "--require", "kl<=0.01", "--require", "top1>=0")
     assert said.code == 1
     assert said.out == ""
