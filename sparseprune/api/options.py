@@ -353,7 +353,7 @@ Runtimes = Annotated[
     Option(
         "--for RUNTIME,...",
         "Show which tensors these runtimes can use as sparse, and what prevents it for the others: "
-        "torch-cutlass, torch-cusparselt, tensorrt, asp.",
+        "torch-cutlass, tensorrt, coreml, vllm, ..., or all that use zeros.",
         "Report",
     ),
 ]

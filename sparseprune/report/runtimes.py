@@ -68,7 +68,7 @@ class Runtime(Struct, frozen=True):
     gains_above: int = 0
     devices: Mapping[str, str] = struct_field(default_factory=lambda: MappingProxyType({}))
     state: Literal["alive", "research", "ended", "masks"] = "alive"
-    date: str = "2026-11"
+    date: str = "autumn 2026"
 
     def device_for(self, dtypes: Iterable[str]) -> str:
         """What matrices of these dtypes need to run sparse.
@@ -175,7 +175,7 @@ _ROWS = (
         _alike("F16 BF16 I8", Demand(2, 4, 1, 4)),
         ranks=(2,),
         device="ROCm, MI300 family",
-        source="https://rocm.docs.amd.com/projects/hipSPARSELt/en/latest/",
+        source="hipSPARSELt documentation",
     ),
     # At least 2 zeros in 2N; matrices are padded.
     Runtime(
@@ -213,8 +213,7 @@ _ROWS = (
         _alike("I8", Demand(0, 0, zeros=0.5)),
         ranks=(2,),
         device="Xeon with AMX, above the rate of zeros that is set",
-        source="https://docs.openvino.ai/2025/openvino-workflow/running-inference/inference-devices-and-modes/"
-        "cpu-device.html",
+        source="OpenVINO documentation: CPU device properties",
         date="2025",
     ),
     # N:M with half of the weights zero, or three quarters anywhere; the file shrinks, too.
@@ -223,7 +222,7 @@ _ROWS = (
         _alike("F16", Demand(2, 4, others=((4, 8), (8, 16), (1, 2)), zeros=0.75)),
         ranks=(2, 4),
         device="Apple Neural Engine, newer CPUs",
-        source="https://apple.github.io/coremltools/docs-guides/source/opt-pruning-perf.html",
+        source="coremltools documentation: pruning performance",
     ),
     _dense("vllm", "vLLM 0.33, which raises on a `sparsity_config` with targets"),
     _dense("sglang", "SGLang 0.5.23, which raises on a `sparsity_config` with targets"),
@@ -232,7 +231,7 @@ _ROWS = (
     _dense("llama.cpp", "llama.cpp"),
     _dense("onnxruntime", "ONNX Runtime: sparse initializers are made dense while loading"),
     _dense("tensorrt-llm", "TensorRT-LLM: its engine backend is gone", "CUDA"),
-    _dense("deepsparse", "https://github.com/neuralmagic/deepsparse", "x86", state="ended"),
+    _dense("deepsparse", "DeepSparse and SparseML", "x86", state="ended"),
 )
 RUNTIMES: Mapping[str, Runtime] = MappingProxyType({row.name: row for row in _ROWS})
 

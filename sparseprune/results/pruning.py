@@ -360,7 +360,8 @@ class Report(Document):
     runtimes: Annotated[
         Mapping[str, RuntimeCount] | None,
         Doc(
-            "for each runtime that uses zeros, how many of the matrices that rules reached it can run sparse"
+            "for each runtime that uses zeros, how many of the matrices that rules reached it runs sparse, "
+            "by what the rules ask for"
         ),
     ] = None
     permuted: Annotated[

@@ -26,9 +26,11 @@ def pruned(tmp_path: Path, spec: str, *, dtype: torch.dtype = torch.bfloat16) ->
     report = json.loads((tmp_path / "out.report.json").read_text())
     looked = ok("inspect", tmp_path / "out.safetensors", "--for", "all", "--json")
     found = valid(looked.out, "inspect")["totals"]["runtimes"]
-    assert report["runtimes"] == {
-        name: {"eligible": one["eligible"], "of": one["of"]} for name, one in found.items()
-    }
+    for name, one in found.items():
+        told = report["runtimes"][name]
+        assert told["of"] == one["of"]
+        # Zeros that a rule puts anywhere may happen to lie in a pattern, too.
+        assert told["eligible"] == one["eligible"] or (name == "slidesparse" and not told["eligible"])
     (line,) = [line for line in said.err.splitlines() if line.startswith("faster: ")]
     return report, line
 

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Collection, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch.sparse import _semi_structured_conversions as _conversions
 from sparseprune.engine.dtypes import DTYPES, torch_dtype
 from sparseprune.errors import SparsepruneError
 from sparseprune.execution.inspect import Pattern, TensorFacts
-from sparseprune.report.runtimes import RUNTIMES, axes_of, needed_patterns, runtimes_of, verdict
+from sparseprune.report.runtimes import RUNTIMES, Runtime, axes_of, needed_patterns, runtimes_of, verdict
 
 TORCH = {
     "torch-cutlass": SparseSemiStructuredTensorCUTLASS,
@@ -344,7 +345,7 @@ def test_every_runtime_says_where_its_rules_come_from_and_what_device_it_needs()
         assert runtime.name == name
         assert runtime.source
         assert runtime.device
-        assert re.fullmatch(r"202\d(-\d\d)?", runtime.date)
+        assert re.fullmatch(r"(autumn )?202\d(-\d\d)?", runtime.date)
         assert set(runtime.demands) <= set(DTYPES)
         assert all(demand.group or demand.zeros for demand in runtime.demands.values())
 
@@ -443,3 +444,25 @@ def test_devices_are_told_for_dtypes_that_the_runtime_takes(name: str) -> None:
     runtime = RUNTIMES[name]
     assert runtime.devices.keys() <= runtime.demands.keys()
     assert runtime.device_for(["F16"]) == runtime.device
+
+
+def row_of(runtime: Runtime) -> str:
+    """A runtime as the page of specs has it."""
+    first = next(iter(runtime.demands.values()), None)
+    zeros = "none: zeros run dense"
+    if first is not None:
+        pairs = ((first.kept, first.group), *first.others)
+        asked = [f"{kept}:{group}" for kept, group in pairs if group]
+        zeros = ", ".join([*asked, *([f"{first.zeros:.0%} anywhere"] if first.zeros else [])])
+    sizes = dict.fromkeys(f"{one.rows}x{one.columns}" for one in runtime.demands.values())
+    cells = (
+        runtime.name, runtime.device, " ".join(runtime.demands), zeros, ", ".join(sizes), runtime.state,
+        f"{runtime.source} ({runtime.date})",
+    )  # fmt: skip
+    return f"| {' | '.join(cells)} |"
+
+
+@pytest.mark.parametrize("name", RUNTIMES)
+def test_the_page_of_specs_has_every_runtime_as_it_is(name: str) -> None:
+    page = Path(__file__).parents[2] / "specs" / "README.md"
+    assert row_of(RUNTIMES[name]) in page.read_text().splitlines()
