@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -84,3 +85,20 @@ def write_spec(folder: Path, text: str) -> Path:
     path = folder / "spec.toml"
     path.write_text(text)
     return path
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    """The config.json in a folder, without the mark that outputs have."""
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    config.pop("sparseprune", None)
+    return config
+
+
+def without_marks(files: Mapping[str, bytes]) -> dict[str, bytes]:
+    """Files of an output but for what tells of the command: no card, no mark in the config."""
+    left = {name: data for name, data in files.items() if name != "README.md"}
+    if "config.json" in left:
+        config = json.loads(left["config.json"])
+        config.pop("sparseprune", None)
+        left["config.json"] = json.dumps(config).encode()
+    return left

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from sparseprune import results
 from sparseprune.api.applied import applied_source, note_left_behind, read_spec, with_parts
+from sparseprune.api.explaining import Explained, name_of
 from sparseprune.api.masked import masked_by
 from sparseprune.api.run import collector_paused, output_shown, sizes_of, weight_bytes
 from sparseprune.checkpoint import (
@@ -144,7 +145,8 @@ def reapply(
     matched = masked.matched
     shards = matched.masks.shards
     with collector_paused():
-        layout = _lay_out(masked, target)
+        told = explained(masked)
+        layout = told.layout(_lay_out(masked, target))
         refuse_replacing(layout, [shard.path for shard in shards], "masks")
         # Numpy comes in here, after everything that can be refused without it.
         from sparseprune.execution.reapply import make_reapplication
@@ -180,7 +182,19 @@ def reapply(
             tensors=Made(tensors, reapplied_tensor),
         )
 
-    return run.write(output, work, lambda: refuse_changed(matched.checkpoint, shards), spec=masked.spec)
+    def refuse() -> None:
+        refuse_changed(matched.checkpoint, shards)
+
+    return run.write(output, work, refuse, spec=masked.spec, card=told.card)
+
+
+def explained(masked: Masked) -> Explained:
+    """What the output tells of the command."""
+    source = masked.source
+    path = name_of(source.path or masked.checkpoint)
+    words = ["--zeros-of", path] if source.zeros else [path]
+    spec = None if masked.spec is None else masked.spec.decode(errors="replace")
+    return Explained(open_checkpoint(masked.checkpoint), "reapply", [*words, *source.words], spec)
 
 
 def _lay_out(masked: Masked, target: Target) -> OutputLayout:

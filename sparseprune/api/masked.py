@@ -66,6 +66,17 @@ class MaskSource(Struct, frozen=True):
         return (flag for flag, value in zip(_OPTIONS, given, strict=True) if value)
 
     @property
+    def words(self) -> list[str]:
+        """The options by which masks and tensors are matched, as they are typed."""
+        words = ["--partial"] if self.partial else []
+        for old, new in self.rename.items():
+            words += ["--rename", f"{old}={new}"]
+        for option, patterns in (("--match", self.match), ("--exclude", self.exclude)):
+            for pattern in patterns:
+                words += [option, pattern]
+        return words
+
+    @property
     def identity(self) -> str:
         """A text that differs whenever other masks may be meant."""
         return json.dumps([self.zeros, self.partial, [*self.rename.items()], [*self.match], [*self.exclude]])

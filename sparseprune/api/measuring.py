@@ -13,6 +13,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from sparseprune.api.applied import applied_report, applied_spec, note_left_behind
+from sparseprune.api.explaining import made_by
 from sparseprune.api.run import collector_paused
 from sparseprune.checkpoint import (
     TensorReader,
@@ -165,6 +166,7 @@ def _inspected(
         facts = tuple(replace(one, holds="beside") if one.name in beside else one for one in facts)
     refuse_changed_shards(one.shard for one in tensors)
     found = make_inspection(str(look.checkpoint), facts, asked, runtimes, grouping, checkpoint.left_out)
+    found = dataclasses.replace(found, made_by=made_by(checkpoint))
     listing = look.listing
     if found.groups is not None:
         return dataclasses.replace(found, groups=ordered(found.groups, listing.sort, listing.reverse))

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from msgspec import Struct
 from msgspec.structs import replace
 
 from sparseprune import __version__, results
 from sparseprune.api.applied import read_spec, rebuilt_by, warn_of_broken, warn_of_earlier
+from sparseprune.api.explaining import Explained, explained_by_spec
 from sparseprune.api.run import Run, collector_paused, digest, output_shown, sizes_of
 from sparseprune.checkpoint import (
     StagedOutput,
@@ -121,6 +122,8 @@ def prepare(
         scores, mask_format = score_shards(plan), target.mask_format
         if target.weights or mask_format is None:
             layout = lay_out_apply(*where, mask_format, scores, plan.permutations.moved)
+            if not target.resized:
+                layout = explained_by_spec(asked, source.text, checkpoint, verb="apply").layout(layout)
         else:
             layout = lay_out_masks(*where, mask_format, scores)
     unrebuilt = (*(f"{rule} {why}" for rule, why in told.items()), *_left_lines(plan.left))
@@ -368,11 +371,22 @@ def prune(run: Run, prepared: Prepared) -> results.Report:
             not_permuted=plan.permutations.unmoved,
         )
 
-    read = score_shards(prepared.plan)
-    spec = as_applied(prepared)
-    report = run.write(output, work, lambda: refuse_changed(prepared.plan.checkpoint, read), spec=spec)
+    def refuse() -> None:
+        refuse_changed(prepared.plan.checkpoint, score_shards(prepared.plan))
+
+    told = explained(prepared, "apply")
+    report = run.write(output, work, refuse, spec=as_applied(prepared), card=told.card)
     forget(prepared)
     return report
+
+
+def explained(prepared: Prepared, verb: Literal["apply", "remove"], more: Sequence[str] = ()) -> Explained:
+    """What the output tells of the command, which had `more` words."""
+    plan, tasks = prepared.plan, (task for unit in prepared.plan.units for task in unit.tasks)
+    moments = (one.stored.shard for task in tasks for one in task.inputs if one.role == "moment")
+    statistics = next((shard.path.parent for shard in moments if shard.size), None)
+    told = explained_by_spec(prepared.asked, prepared.source.text, plan.checkpoint, verb=verb, more=more)
+    return replace(told, statistics=statistics)
 
 
 def forget(prepared: Prepared) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from msgspec import Struct
@@ -15,11 +16,13 @@ from msgspec.structs import replace
 
 from sparseprune import __version__
 from sparseprune.api.applied import rebuilt_by, warn_of_broken, warn_of_earlier
+from sparseprune.api.explaining import Explained, name_of
 from sparseprune.api.masked import MaskSource, masked_by, refuse_contradictions
 from sparseprune.api.options import source, text_if_any
 from sparseprune.api.pruning import (
     as_applied,
     decided,
+    explained,
     forget,
     identity_of,
     notes_of,
@@ -47,7 +50,6 @@ from sparseprune.report.wording import other_weights
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-    from pathlib import Path
 
     from sparseprune import results
     from sparseprune.api.options import Machine, Method, Target
@@ -140,19 +142,22 @@ def planned_removal(run: Run, prepared: Prepared) -> results.Plan:
         tensors, config = (None, None) if removal is None else (removal.left, removal.config)
         beside = {} if removal is None else removal.beside
         layout = lay_out_removal(prepared.plan.checkpoint, prepared.target.output, tensors, config, beside)
+        layout = explained(prepared, "remove", _as_words(prepared.target)).layout(layout)
     return planned(run, prepared, expected, layout)
 
 
 class Choice(Struct, frozen=True):
     """What survives, from whichever source: kept indices, rebuilt tensors, and what the result has of that.
 
-    Errors begin with `source`. `refuse_changed` raises where something that was read has changed since.
-    `spec` is the text that the output keeps. `told` are members of the result, `totals` of its totals, `idle`
-    lines on rules that drop nothing; `left_out` names what has no counterpart. `scratch` is the output in
-    which the decisions wait: discard it once nothing reads from it, before the smaller output gets its name.
+    Errors begin with `source`; `explained` is what the output tells of itself. `refuse_changed` raises where
+    something that was read has changed since. `spec` is the text that the output keeps. `told` are members of
+    the result, `totals` of its totals, `idle` lines on rules that drop nothing; `left_out` names what has no
+    counterpart. `scratch` is the output in which the decisions wait: discard it once nothing reads from it,
+    before the smaller output gets its name.
     """
 
     source: str
+    explained: Explained
     checkpoint: Checkpoint
     kept: Mapping[str, KeptIndices]
     limits: Limits
@@ -217,8 +222,15 @@ def _by_masks(run: Run, asked: Asked, reader: TensorReader) -> Choice:
     limits = limits_of(asked.machine.memory, uses_torch=False, resident=resident_of(matched, resized=True))
     masks = [pair.mask for pair in matched.pairs]
     options = json.dumps(["remove", asked.source.identity, limits.slab])
+    words = [
+        "--zeros-of" if asked.source.zeros else "--masks",
+        name_of(asked.source.path or asked.checkpoint),
+    ]
+    words += [*asked.source.words, *_as_words(asked.target)]
+    text = None if masked.spec is None else masked.spec.decode(errors="replace")
     return Choice(
         source=path,
+        explained=Explained(matched.checkpoint, "remove", words, text),
         checkpoint=matched.checkpoint,
         kept=_kept_by(run, asked.machine.jobs, masks, reader, limits),
         limits=limits,
@@ -253,8 +265,10 @@ def _by_lists(asked: Asked) -> Choice:
     resident = Resident.of(len(shapes), header_bytes, reached=len(kept), scopes=0, masks=False, resized=True)
     limits = limits_of(asked.machine.memory, uses_torch=False, resident=resident)
     sources = {option.strip("-"): listed.source for option, listed in lists.items()}
+    words = [word for option, listed in lists.items() for word in (option, name_of(Path(listed.source)))]
     return Choice(
         source=" and ".join(sources.values()),
+        explained=Explained(checkpoint, "remove", [*words, *_as_words(asked.target)]),
         checkpoint=checkpoint,
         kept=kept,
         limits=limits,
@@ -340,6 +354,7 @@ def _by_spec(run: Run, prepared: Prepared, output: StagedOutput, decisions: Bloc
     found = summed_up(outcomes)
     return Choice(
         source=prepared.source.source,
+        explained=explained(prepared, "remove", _as_words(prepared.target)),
         checkpoint=plan.checkpoint,
         kept=kept,
         limits=schedule.limits,
@@ -402,6 +417,7 @@ def _cut(run: Run, asked: Asked, choice: Choice) -> results.Removal:
         for name, left in removal.left.items()
     }
     layout = lay_out_removal(checkpoint, asked.target.output, tensors, removal.config, removal.beside)
+    layout = choice.explained.layout(layout)
     if asked.dry_run:
         return _result(run, asked, choice, removal, layout)
     identity = {**choice.identity, "what survives": digest(summed_up(choice.kept))}
@@ -420,9 +436,14 @@ def _cut(run: Run, asked: Asked, choice: Choice) -> results.Removal:
         lambda reader: _removed(run, asked, choice, removal, output, reader),
         is_complete,
         spec=choice.spec,
+        card=choice.explained.card,
         # The user knows already whether an unfinished run goes on.
         continued=scratch is not None and (scratch.resumed or bool(scratch.started_over)),
     )
+
+
+def _as_words(target: Target) -> list[str]:
+    return [] if target.model_type is None else ["--as", target.model_type]
 
 
 def _refuse_nothing(run: Run, asked: Asked, choice: Choice, removal: Removal) -> None:

@@ -183,12 +183,14 @@ class Run:
         refuse_changed: Callable[[], None],
         *,
         spec: bytes | None = None,
+        card: Callable[[Made], bytes] | None = None,
         continued: bool = False,
     ) -> Made:
         """Everything between the first byte written and the output's name; gives what `work` gives.
 
-        Beside the output it writes that result, and the `spec` where the layout has a place for it. Then
-        `refuse_changed` raises where an input is no longer what it was; last the output gets its name.
+        Beside the output it writes that result, the `spec` and the `card` that tells of the result, where
+        the layout has a place for them. Then `refuse_changed` raises where an input is no longer what it was;
+        last the output gets its name.
         """
         from sparseprune.checkpoint import TensorReader
 
@@ -198,6 +200,8 @@ class Run:
             output.add_file(layout.report_file, _json_bytes(result))
             if layout.spec_file is not None and spec is not None:
                 output.add_file(layout.spec_file, spec)
+            if layout.card is not None and card is not None:
+                output.add_file(layout.card.path, card(result))
             refuse_changed()
             output.commit()
         return result

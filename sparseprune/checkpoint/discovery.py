@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 SUFFIX = ".safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
+MARK = "sparseprune"  # the key of config.json under which an output tells how it was made
 RESULTS = "sparseprune"  # the folder of masks and report in an output
 # Top folders that are not copied: an earlier run's results, version history, and records of downloads, which
 # have the checksums of the dense files.
@@ -42,7 +43,7 @@ _INDEX_OF = re.compile(r".*(\.\w+)\.index(?:\.\w+)?\.json")
 _CONVERSIONS = frozenset({"original", "onnx", "openvino", "coreml", "metal", "gguf", "tflite"})
 _BUNDLES = (".mlpackage", ".mlmodelc")
 # Keys of a config.json that may differ between copies of one model.
-_UNTELLING = frozenset({"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache"})
+_UNTELLING = frozenset({"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", MARK})
 _SMALLEST_COPY = 1 / 16  # share of the weights' bytes from which a pickle of any name is a copy of them
 _DEPTH = 100  # levels of folders
 _NAMED = 4  # files in a line

@@ -71,7 +71,7 @@ class OutputLayout:
     Paths of files are relative to the staging folder, and to `root` once the output has its name.
     `stale` names files that an earlier output under the same target may have left and this one does not
     write. An output that `is_scratch` never gets the name: another one is made from it. `results_mode` are
-    the permissions of the report and the spec.
+    the permissions of the report and the spec; the `card` has its own, and no size before it is written.
     """
 
     checkpoint: Checkpoint = field(repr=False)
@@ -90,12 +90,17 @@ class OutputLayout:
     stale: tuple[PurePosixPath, ...] = ()
     is_scratch: bool = False
     results_mode: int = 0o600
+    card: OutputFile | None = None
 
     @property
-    def results(self) -> tuple[PurePosixPath, ...]:
-        """The files that are written when all else is known: the report, the spec, the permutations."""
+    def results(self) -> Mapping[PurePosixPath, int]:
+        """The files that are written when all else is known, with their permissions.
+
+        They are the report, the spec, the permutations and the model card.
+        """
         files = (self.report_file, self.spec_file, self.permutations_file)
-        return tuple(file for file in files if file is not None)
+        modes = {file: self.results_mode for file in files if file is not None}
+        return modes if self.card is None else modes | {self.card.path: self.card.mode}
 
     @property
     def root(self) -> Path:
@@ -122,7 +127,7 @@ class OutputLayout:
 
     @property
     def output_bytes(self) -> int:
-        """Size of all files, without the report and the spec."""
+        """Size of all files, without the report, the spec and the card."""
         return sum(file.size for file in self.files)
 
 
@@ -195,6 +200,28 @@ def lay_out_masks(
     names = (masks if checkpoint.is_directory else PurePosixPath(final.name), report, spec)
     chosen = {name: checkpoint.tensors[name] for name in masked}
     return _lay_out_masks(checkpoint, final, names, chosen, mask_format, read)
+
+
+def with_texts(
+    layout: OutputLayout, texts: Mapping[PurePosixPath, bytes], card: PurePosixPath | None
+) -> OutputLayout:
+    """The layout with these texts in place of copies, and a model card in place of the one that it copies.
+
+    A text is for a file that the layout has. Who may not read the old card, or all weights, may not read the
+    new one.
+    """
+    files = [file for file in layout.files if file.path != card]
+    old = next((file.mode for file in layout.files if file.path == card), layout.results_mode)
+    written = [
+        OutputFile(file.path, len(text), text, file.mode) if (text := texts.get(file.path)) else file
+        for file in files
+    ]
+    return dataclasses.replace(
+        layout,
+        files=tuple(written),
+        copies=tuple([part for part in layout.copies if part.file != card and part.file not in texts]),
+        card=None if card is None else OutputFile(card, 0, mode=old & layout.results_mode),
+    )
 
 
 def permutations_path(checkpoint: Checkpoint) -> Path:

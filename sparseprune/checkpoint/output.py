@@ -427,7 +427,7 @@ class StagedOutput(Sink):
         with self._writing(path):
             path.unlink(missing_ok=True)
             self._make_folders(name)
-            file_io.create(path, 0, b"", self.layout.results_mode | file_io.OWNER)
+            file_io.create(path, 0, b"", self.layout.results[name] | file_io.OWNER)
             file_io.write_pieces(path, (data,) if isinstance(data, bytes) else data)
 
     def note(self, key: str, record: object) -> None:
@@ -445,8 +445,8 @@ class StagedOutput(Sink):
         with self._writing(root):
             for file in layout.files:
                 file_io.restrict(self._paths[file.path], file.mode)
-            for name in layout.results:
-                file_io.restrict(root / name, layout.results_mode)
+            for name, mode in layout.results.items():
+                file_io.restrict(root / name, mode)
             for folder, _, files in os.walk(root, topdown=False):
                 for path in (*(root.joinpath(folder, name) for name in files), root.joinpath(folder)):
                     file_io.sync(path)

@@ -17,7 +17,7 @@ from sparseprune.errors import printable
 from sparseprune.report.inspection import summed
 from sparseprune.report.tables import Column, Fact, FittedTable, below, filled
 from sparseprune.report.wording import copies_line, many, number_text, percent, shape_text
-from sparseprune.results.measuring import InspectedGroup
+from sparseprune.results.measuring import InspectedGroup, MadeBy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -33,6 +33,7 @@ _UNCOUNTED = {
     "codes": "not looked at: {}, of whose codes it is not known which stand for zero",
     "packed": "packed, not counted: {}, whose elements hold several codes",
 }
+_DONE = {"apply": "pruned", "remove": "made smaller", "reapply": "zeros put back"}
 _REASONS = 6  # that are listed for one runtime
 
 
@@ -69,6 +70,8 @@ def columns_and_rows(found: Inspection) -> tuple[list[Column], list[list[str]]]:
 def notes(found: Inspection) -> Iterator[RenderableType]:
     """The lines below the table."""
     totals = found.totals
+    if found.made_by is not None:
+        yield Text(made_text(found.made_by))
     satisfied = ", ".join(
         f"{pattern} by {many(number, 'tensor')}" for pattern, number in totals.patterns.items() if number
     )
@@ -82,6 +85,17 @@ def notes(found: Inspection) -> Iterator[RenderableType]:
     yield from map(Text, copies_line("not looked at", found.files_not_read))
     for name, found_of in (totals.runtimes or {}).items():
         yield from _runtime_notes(name, found_of, found.tensors)
+
+
+def made_text(made: MadeBy) -> str:
+    """Which run of sparseprune made a checkpoint, as a line.
+
+    >>> made_text(MadeBy(version="1.0", command="apply", model="llama", spec="2of4"))
+    'pruned by sparseprune 1.0 with 2of4 from llama'
+    """
+    by = "" if made.spec is None else f" with {printable(made.spec)}"
+    of = "" if made.model is None else f" from {printable(made.model)}"
+    return f"{_DONE[made.command]} by sparseprune {printable(made.version)}{by}{of}"
 
 
 def shared_facts(totals: InspectTotals) -> Iterator[Fact[Row]]:

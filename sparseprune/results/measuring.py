@@ -172,6 +172,15 @@ class InspectTotals(Record):
     ] = None
 
 
+class MadeBy(Record):
+    """The run of sparseprune that a checkpoint tells of, in its config.json or in the report beside it."""
+
+    version: str
+    command: Literal["apply", "remove", "reapply"]
+    model: Annotated[str | None, Doc("what it was made from; null if that is not told")]
+    spec: Annotated[str | None, Doc("name of the spec; null if that is not told")]
+
+
 class Inspection(Document):
     """sparseprune inspect --json."""
 
@@ -179,6 +188,7 @@ class Inspection(Document):
 
     schema: Literal["sparseprune.inspect.v2"] = "sparseprune.inspect.v2"
     input: Annotated[str, Doc("path of the checkpoint, as it was typed")]
+    made_by: Annotated[MadeBy | None, Doc("left out where it tells of none")] = None
     files_not_read: FilesNotRead
     totals: InspectTotals
     by: Annotated[str | None, Doc("what the groups are made by", enum=["layer", "module", "rule"])] = None

@@ -228,7 +228,7 @@ class PlannedBytes(Record):
 
     input: Count
     masks: Annotated[Count, Doc("the data of the masks")]
-    output: Annotated[Count, Doc("all files but the report and the spec")]
+    output: Annotated[Count, Doc("all files but the report, the spec and the model card")]
     peak: Annotated[Count | None, Doc("memory of a run")] = None
 
 

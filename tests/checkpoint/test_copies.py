@@ -142,7 +142,8 @@ def test_a_list_of_modules_that_makes_no_sense_names_none(tmp_path: Path, text: 
 
 
 @pytest.mark.parametrize(
-    ("change", "is_copy"), [({"transformers_version": "4"}, True), ({"hidden_size": 2}, False)]
+    ("change", "is_copy"),
+    [({"transformers_version": "4"}, True), ({"sparseprune": {}}, True), ({"hidden_size": 2}, False)],
 )
 def test_a_pickle_beside_the_config_of_another_model_is_that_model(
     tmp_path: Path, change: dict[str, object], is_copy: bool

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.checkpoint.files import content
 from tests.commands import Said, ok
+from tests.samples import without_marks
 
 Tensors = dict[str, torch.Tensor]
 HIDDEN, WIDTH, VOCABULARY, EXPERTS = 8, 16, 12, 4
@@ -219,5 +220,6 @@ def removed(*words: object) -> Said:
 
 
 def weights(folder: Path) -> dict[str, bytes]:
-    """All files but the report, which tells times and names."""
-    return {name: data for name, data in content(folder).items() if not name.endswith("report.json")}
+    """All files but the report, which tells times and names, and without what tells of the command."""
+    files = {name: data for name, data in content(folder).items() if not name.endswith("report.json")}
+    return without_marks(files)

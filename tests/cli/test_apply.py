@@ -111,13 +111,15 @@ def test_a_sharded_directory_keeps_its_form(tmp_path: Path, sharded: Path) -> No
     names = {str(path.relative_to(sharded)) for path in sharded.rglob("*") if path.is_file()}
     added = {str(path.relative_to(output)) for path in output.rglob("*") if path.is_file()} - names
     assert added == {
+        "README.md",
         "sparseprune/masks-00001-of-00002.safetensors",
         "sparseprune/masks-00002-of-00002.safetensors",
         "sparseprune/masks.safetensors.index.json",
         "sparseprune/report.json",
         "sparseprune/spec.toml",
     }
-    for name in names - {f"model-0000{number}-of-00003.safetensors" for number in (1, 3)}:
+    changed = {"config.json", *(f"model-0000{number}-of-00003.safetensors" for number in (1, 3))}
+    for name in names - changed:
         assert (output / name).read_bytes() == (sharded / name).read_bytes()
     assert (output / "sparseprune/spec.toml").read_text() == CHANNELS
     masks = sparseprune.load_masks(output)

@@ -16,7 +16,7 @@ from tests.cli.removal import LLAMA, as_bytes, decoder, read, write
 from tests.cli.test_resuming_runs import CONTINUED, notes, said_of
 from tests.commands import ok, refused, run, valid
 from tests.limits import narrow
-from tests.samples import TWO_OF_FOUR, mlp_tensors, write_shards, write_spec
+from tests.samples import TWO_OF_FOUR, config_of, mlp_tensors, write_shards, write_spec
 
 MATRICES = [name for name in mlp_tensors() if name.endswith("weight")]
 
@@ -191,7 +191,7 @@ def test_remove_by_the_zeros_of_a_sparse_checkpoint(tmp_path: Path) -> None:
     one, other = read(tmp_path / "by-spec"), read(tmp_path / "by-zeros")
     assert one.keys() == other.keys()
     assert all(as_bytes(one[name]) == as_bytes(other[name]) for name in one)
-    configs = [(tmp_path / name / "config.json").read_text() for name in ("by-spec", "by-zeros")]
+    configs = [config_of(tmp_path / name) for name in ("by-spec", "by-zeros")]
     assert configs[0] == configs[1]
 
 

@@ -15,7 +15,7 @@ from sparseprune.engine.dtypes import DTYPES
 from sparseprune.report.wording import size
 from tests.checkpoint.headers import file_of, loaded, tensor
 from tests.commands import Said, run, valid
-from tests.samples import write_spec
+from tests.samples import config_of, write_spec
 
 Stored = tuple[str, str, tuple[int, ...]]
 
@@ -206,7 +206,7 @@ def test_tied_weights_stay_as_they_are_stored(tmp_path: Path, twice: bool) -> No
     (folder / "config.json").write_text('{"tie_word_embeddings": true, "num_labels": 2}')
     out = through_all(tmp_path, folder)
     assert ("lm_head.weight" in load_file(out / "model.safetensors")) == twice
-    assert (out / "config.json").read_bytes() == (folder / "config.json").read_bytes()
+    assert config_of(out) == config_of(folder)
 
 
 # -- directories ----------------------------------------------------------------------------------------

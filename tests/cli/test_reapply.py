@@ -17,7 +17,7 @@ from tests.cli.interrupted import Command, Commands, Ended, Moment, change
 from tests.cli.test_resuming_runs import CONTINUED, content, notes, said_of
 from tests.commands import ok, refused, run, valid
 from tests.limits import narrow
-from tests.samples import CHANNELS, TWO_OF_FOUR, mlp_tensors, write_shards, write_spec
+from tests.samples import CHANNELS, TWO_OF_FOUR, mlp_tensors, without_marks, write_shards, write_spec
 
 UP, DOWN = "a.safetensors", "b.safetensors"
 SETTABLE = TWO_OF_FOUR.replace("[scope", "[vars]\nkeep = 2\n[scope").replace("nnz = 2", 'nnz = "keep"')
@@ -63,11 +63,13 @@ def folder(tmp_path: Path) -> Path:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {
+    """All files but the report, and without what tells of the command."""
+    files = {
         str(path.relative_to(folder)): path.read_bytes()
         for path in folder.rglob("*")
         if path.is_file() and path.name != "report.json"
     }
+    return without_marks(files)
 
 
 @pytest.mark.parametrize("mask_format", ["bool", "packed"])

@@ -41,7 +41,7 @@ from tests.cli.removal import (
 from tests.cli.test_scarcity import thread_limit
 from tests.commands import ok, run
 from tests.engine.reconstruction.oracle import moments
-from tests.samples import write_spec
+from tests.samples import config_of, write_spec
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_what_is_left_is_the_dense_tensors_at_the_indices_that_survive(
         key: as_bytes(each) for key, each in wanted.items()
     }
     assert sum(each.numel() for each in found.values()) < sum(each.numel() for each in dense.values())
-    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    config = config_of(tmp_path / "out")
     assert config == {**case.config, **case.changes}
     assert list(config)[: len(case.config)] == list(case.config)
     if shards > 1:
@@ -255,8 +255,8 @@ def test_the_config_keeps_what_is_not_of_the_removal(tmp_path: Path) -> None:
     (source / "config.json").chmod(0o755)
     removed(source, "mlp-channels", "-o", tmp_path / "out", "-q")
     path = tmp_path / "out" / "config.json"
-    assert json.loads(path.read_text()) == {**config, "intermediate_size": 12}
-    assert list(json.loads(path.read_text())) == list(config)
+    assert config_of(path.parent) == {**config, "intermediate_size": 12}
+    assert list(config_of(path.parent)) == list(config)
     assert path.stat().st_mode & 0o100
 
 
@@ -400,7 +400,7 @@ def test_only_what_a_list_numbers_is_renumbered(tmp_path: Path, shards: int) -> 
             wanted[name.replace("model.layers.1.", "model.layers.0.")] = as_bytes(each)
     assert {name: as_bytes(each) for name, each in found.items()} == wanted
     assert found.keys() >= set(odd)
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["num_hidden_layers"] == 1
+    assert config_of(tmp_path / "out")["num_hidden_layers"] == 1
 
 
 def test_tensors_of_no_dimension_and_of_no_element_go_with_their_layer(tmp_path: Path) -> None:
@@ -454,7 +454,7 @@ def test_hidden_channels_go_from_every_tensor_and_norms_are_scaled(
     said = run("remove", source, "hidden", "--set", "sparsity=0.5", "-o", tmp_path / "out", "--jobs", jobs)
     assert said.code == 0
     assert "5 weights, such as model.layers.0.input_layernorm.weight, are multiplied by 1.41421" in said.err
-    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    config = config_of(tmp_path / "out")
     assert (config["hidden_size"], config["rms_norm_eps"], config["head_dim"]) == (4, 2e-5, 2)
     left = read(tmp_path / "out")
     assert set(left) == set(dense)
@@ -504,4 +504,4 @@ def test_a_llama_takes_any_hidden_size_as_a_mistral(tmp_path: Path) -> None:
     said = run("remove", source, "hidden", "--as", "mistral", "-o", tmp_path / "out")
     assert said.code == 0
     assert "config.json: sliding_window absent -> null\nconfig.json: architectures" in said.err
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["hidden_size"] == 6
+    assert config_of(tmp_path / "out")["hidden_size"] == 6

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.commands import ok, refused
 from tests.quantized import Coded, Tensors, coded, draw, floats, integers, scales, write
+from tests.samples import config_of
 
 LAYERS, EXPERTS, HIDDEN, INNER = 3, 4, 32, 16
 CONFIG = {
@@ -169,7 +170,7 @@ def removed(folder: Path, found: Coded, spec: object, *words: object) -> tuple[T
     report = json.loads(ok("remove", path, spec, "-o", folder / "small", "--json", "-q", *words).out)
     files = sorted((folder / "small").glob("*.safetensors"))
     tensors = {name: one for file in files for name, one in load_file(file).items()}
-    return tensors, json.loads((folder / "small" / "config.json").read_text()), report
+    return tensors, config_of(folder / "small"), report
 
 
 def same(tensors: Tensors, wanted: Tensors) -> bool:

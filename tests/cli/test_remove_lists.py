@@ -25,6 +25,7 @@ from tests.cli.removal import (
     write,
 )
 from tests.commands import ok, refused, valid
+from tests.samples import config_of
 
 KEPT = [[0, 3], [1, 2]]
 
@@ -55,7 +56,7 @@ def test_what_is_left_are_the_listed_experts_and_their_rows(shards: int, tmp_pat
     assert {name: as_bytes(one) for name, one in left.items()} == {
         name: as_bytes(one) for name, one in wanted.items()
     }
-    assert json.loads((tmp_path / "out/config.json").read_text()) == {**MIXTRAL, "num_local_experts": 2}
+    assert config_of(tmp_path / "out") == {**MIXTRAL, "num_local_experts": 2}
 
 
 def test_masks_that_drop_the_same_experts_leave_the_same_bytes(tmp_path: Path) -> None:
@@ -165,7 +166,7 @@ def test_tokens_that_stay_keep_their_rows_and_ids_follow(tmp_path: Path) -> None
     assert {name: as_bytes(one) for name, one in left.items()} == {
         name: as_bytes(one) for name, one in wanted.items()
     }
-    found = json.loads((tmp_path / "out/config.json").read_text())
+    found = config_of(tmp_path / "out")
     assert found == {**config, "vocab_size": 4, "bos_token_id": 0, "eos_token_id": [2, 3]}
     generation = json.loads((tmp_path / "out/generation_config.json").read_text())
     assert generation == {"bos_token_id": 0, "max_length": 7}

@@ -16,6 +16,7 @@ from sparseprune.calibration.sweeping import Sweep, _paired, _Rows
 from tests.calibration.models import albert, deberta, made, save, t5, tokenizer
 from tests.commands import Said, refused, run, valid
 from tests.families.models import build
+from tests.samples import config_of
 
 pytestmark = pytest.mark.usefixtures("quiet_transformers")
 
@@ -154,9 +155,7 @@ def test_what_remove_cuts_out_is_what_apply_makes_zero(
         "remove", *words(home, "llama", by, "--reconstruct", "admm", "-o", tmp_path / "smaller", *more)
     )
     assert said.code == 0, said.err
-    assert json.loads((tmp_path / "smaller" / "config.json").read_text()) != json.loads(
-        (home / "llama" / "config.json").read_text()
-    )
+    assert config_of(tmp_path / "smaller") != config_of(home / "llama")
     large, small = weights(tmp_path / "zeroed"), weights(tmp_path / "smaller")
     for part in parts:
         name = next(key for key in large if f"layers.1.{'mlp' if 'mlp' in by else 'self_attn'}.{part}" in key)
