@@ -23,7 +23,7 @@ from sparseprune.checkpoint.discovery import MARK, RESULTS
 from sparseprune.checkpoint.documents import read_object_if_any, strict_json
 from sparseprune.checkpoint.file_io import machine_errors
 from sparseprune.checkpoint.layout import with_texts
-from sparseprune.errors import CheckpointError, SparsepruneError
+from sparseprune.errors import CheckpointError, SparsepruneError, printable
 from sparseprune.results.measuring import MadeBy
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ class Explained(Struct, frozen=True):
             mark["spec"] = self.spec_name
         if self.spec is not None:
             mark["spec_sha256"] = digest(self.spec)
-        return mark
+        return {key: printable(text) for key, text in mark.items()}  # a name may be no UTF-8
 
     def _marked(self, text: bytes) -> bytes | None:
         """The text of a config.json with the mark at its end; None where it is no object that can be read."""

@@ -1,6 +1,7 @@
 """The model card of an output, and the mark in its config.json, as a user finds them."""
 
 import json
+import os
 import shutil
 import stat
 from pathlib import Path
@@ -11,6 +12,7 @@ import yaml
 
 import sparseprune
 from sparseprune.api.explaining import Explained
+from sparseprune.checkpoint.documents import strict_json
 from tests.cli.removal import LLAMA, decoder, write
 from tests.commands import ok, run, valid
 from tests.samples import write_spec
@@ -313,3 +315,11 @@ def test_the_mark_outlives_what_else_tells_of_the_run(model: Path, tmp_path: Pat
 def test_a_mark_that_makes_no_sense_tells_nothing(model: Path, mark: object) -> None:
     (model / "config.json").write_text(json.dumps({**LLAMA, "sparseprune": mark}))
     assert line_of(model) == ""
+
+
+def test_a_folder_may_be_called_anything(model: Path, tmp_path: Path) -> None:
+    folder = model.rename(tmp_path / os.fsdecode(b"in\xff`x\n"))
+    ok("apply", folder, "2of4", "-q", "-o", tmp_path / "out")
+    mark = strict_json((tmp_path / "out/config.json").read_text())["sparseprune"]
+    assert mark["from"] == "in\\udcff`x\\n"
+    assert "# `` in\\udcff`x\\n ``, pruned" in card_of(tmp_path / "out")[1]
