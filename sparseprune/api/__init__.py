@@ -360,6 +360,7 @@ def inspect(
     require: options.Require = (),
     plot: options.Plot = None,
     tensor: options.Tensor = None,
+    window: options.Window = None,
     spec: options.SpecOfRules = None,
     set: options.Set = None,
     jobs: options.Jobs = None,
@@ -392,6 +393,7 @@ def inspect(
         requirements=require,
         plot=path_or_none(plot),
         tensor=tensor,
+        window=window,
         spec=None if spec is None else fspath(spec),
         overrides=texts(set),
     )

@@ -77,6 +77,30 @@ def applied_source(checkpoint: Checkpoint) -> tuple[Path, dict[str, str]] | None
     return path, {name: str(value) for name, value in (typed if isinstance(typed, dict) else {}).items()}
 
 
+def applied_name(
+    checkpoint: Checkpoint, named: str | None = None, overrides: Mapping[str, str] | None = None
+) -> str | None:
+    """What a title calls the spec that was `named` or applied, with the variables that were set.
+
+    A shipped one is known by its text, above which a run may have put a comment. None where there is none.
+    """
+    typed: Mapping[str, object] = overrides or {}
+    path = checkpoint.path / RESULTS / "spec.toml"
+    if named is not None:
+        name = "of its own" if _VERSION.search(named) else Path(named).name
+    elif checkpoint.is_directory and path.is_file():
+        from sparseprune.spec import find_spec, list_specs
+
+        text = find_spec(path).text
+        name = next((one for one in list_specs() if text.endswith(find_spec(one).text)), path.name)
+        were_set = (applied_report(checkpoint) or {}).get("set")
+        typed = {**(were_set if isinstance(were_set, dict) else {}), **typed}
+    else:
+        return None
+    values = ", ".join(f"{key}={value}" for key, value in typed.items())
+    return f"{name} with {values}" if values else name
+
+
 def with_parts(spec: Spec, checkpoint: Checkpoint) -> Spec:
     """A spec with the parts that its instances had of common budgets, where the checkpoint's report has them.
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 from msgspec import Struct
 from msgspec.structs import replace
 
-from sparseprune.api.applied import applied_report, applied_spec, note_left_behind
+from sparseprune.api.applied import applied_name, applied_report, applied_spec, note_left_behind
 from sparseprune.api.explaining import made_by
 from sparseprune.api.run import collector_paused
 from sparseprune.checkpoint import (
@@ -64,6 +64,7 @@ class Look(Struct, frozen=True):
     requirements: Sequence[str] = ()
     plot: Path | None = None
     tensor: str | None = None
+    window: str | None = None
     spec: str | None = None
     overrides: Mapping[str, str] | None = None
 
@@ -101,6 +102,8 @@ def _refuse_contradictions(look: Look) -> None:
         raise SparsepruneError(
             f"--tensor {shown(look.tensor)}: goes with --plot FILE; to list a tensor alone give --match"
         )
+    if look.window is not None and look.tensor is None:
+        raise SparsepruneError(f"--window {shown(look.window)}: goes with --plot FILE --tensor NAME")
     if look.plot is not None:
         from sparseprune.report.pictures.files import check_picture
 
@@ -191,17 +194,21 @@ def _rules(look: Look, checkpoint: Checkpoint) -> Mapping[str, str]:
 
 def _plot(run: Run, look: Look, checkpoint: Checkpoint, result: results.Inspection, path: Path) -> None:
     """Write the picture of everything, or of one tensor from close up, and note that."""
+    spec = applied_name(checkpoint, look.spec, look.overrides or {})
     if look.tensor is None:
         from sparseprune.report.pictures.results import plot_inspection
 
         survivors = _by_spec(run, look, checkpoint, lambda *found: _survivors(run, look.machine, *found))
-        plot_inspection(result, path, survivors)
+        plot_inspection(result, path, survivors, spec)
     else:
-        from sparseprune.report.pictures.mask import close_up, plot_mask
+        from sparseprune.report.pictures.mask import Window, close_up, plot_mask
 
+        window = None if look.window is None else Window.parsed(look.window)
         bound = _by_spec(run, look, checkpoint, _bound)
         with TensorReader() as reader:
-            plot_mask(close_up(checkpoint.tensors[look.tensor], reader, bound), path)
+            seen = close_up(checkpoint.tensors[look.tensor], reader, bound, window)
+        title = f"{look.tensor} of {checkpoint.path.name}"
+        plot_mask(seen, path, title if spec is None else f"{title}, spec {spec}")
     run.note(f"wrote {path}")
 
 
@@ -268,7 +275,7 @@ def compare(run: Run, asked: Comparing) -> results.Comparison:
     if asked.plot is not None:
         from sparseprune.report.pictures.results import plot_comparison
 
-        plot_comparison(result, asked.plot)
+        plot_comparison(result, asked.plot, applied_name(open_checkpoint(asked.pruned)))
         run.note(f"wrote {asked.plot}")
     if not requirements:
         return result

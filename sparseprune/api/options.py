@@ -359,7 +359,9 @@ Runtimes = Annotated[
 ]
 Plot = Annotated[
     Place | None,
-    Option("--plot FILE", "Write a picture of the result, as .png, .svg or .html.", "Output", typed=Path),
+    Option(
+        "--plot FILE", "Write a picture of the result, as .png, .svg, .pdf or .html.", "Output", typed=Path
+    ),
 ]
 Tensor = Annotated[
     str | None,
@@ -367,6 +369,15 @@ Tensor = Annotated[
         "--tensor NAME",
         "With --plot: draw the mask of this tensor in close-up, with the blocks and scopes of its spec.",
         "Output",
+    ),
+]
+Window = Annotated[
+    str | None,
+    Option(
+        "--window ROW,COLUMN",
+        "With --tensor: where the close-up begins, or BEGIN:END,BEGIN:END of rows and columns.",
+        "Output",
+        shown="a place with kept and zero weights",
     ),
 ]
 _REQUIRE, _UNLESS = "--require CONDITION", "Exit with 1 unless this condition holds, such as"

@@ -281,6 +281,7 @@ def test_a_tree_sums_up_layers_that_are_alike(pruned: Path) -> None:
         (["--csv", "--markdown"], "--csv and --markdown exclude each other; give one of them"),
         (["--tree", "--by", "layer"], "--tree and --by layer exclude each other; give one of them"),
         (["--tensor", "norm"], '--tensor "norm": goes with --plot FILE; to list a tensor alone give --match'),
+        (["--window", "0,0"], '--window "0,0": goes with --plot FILE --tensor NAME'),
         (["--spec", "2of4"], "--spec: goes with --by rule or --plot FILE, which have a use for a spec"),
         (["--set", "n=2"], "--set: goes with --by rule or --plot FILE, which have a use for a spec"),
         (["--pattern", "4:2"], "--pattern 4:2: wanted N:M with N less than M"),

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from sparseprune.cli.demo import write_decoder
 from tests.commands import ok, refused, run, silent
 from tests.samples import CHANNELS, TWO_OF_FOUR, mlp_tensors, write_shards, write_spec
+from tests.statistics import drawn, save
 
 
 @pytest.fixture
@@ -37,7 +38,7 @@ def html(pruned: Path, *words: object) -> str:
     return path.read_text()
 
 
-@pytest.mark.parametrize("form", ["png", "svg", "html"])
+@pytest.mark.parametrize("form", ["png", "svg", "pdf", "html"])
 def test_tells_the_picture_on_stderr_and_leaves_stdout_as_it_is(pruned: Path, form: str) -> None:
     path = pruned.parent / f"out.{form}"
     said = ok("inspect", pruned, "--plot", path)
@@ -55,21 +56,25 @@ def test_json_and_a_picture_go_together(pruned: Path) -> None:
 def test_survivors_are_counted_by_the_spec_that_was_applied(pruned: Path) -> None:
     page = html(pruned)
     assert "scope.proj" in page
-    assert "<td>scope.proj</td><td>2</td><td>2</td><td>128</td>" in page
+    assert "scope.proj: 2 blocks are not zero in each of its 128 scopes, nnz 2." in page
+    assert "<title>Sparsity of pruned, spec spec.toml</title>" in page
 
 
 def test_survivors_are_counted_by_the_spec_that_is_named(pruned: Path, tmp_path: Path) -> None:
     spec = tmp_path / "other.toml"
     spec.write_text(CHANNELS)
     page = html(pruned, "--spec", spec)
-    assert "<td>scope.mlp</td><td>12</td><td>16</td><td>2</td>" in page
+    assert "scope.mlp: 16 blocks are not zero in each of its 2 scopes, nnz 12." in page
+    assert ", spec other.toml</title>" in page
     assert "scope.proj" not in page
 
 
 def test_variables_count_that_were_set_when_it_was_applied(decoder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     ok("apply", decoder, "nofm", "-o", out, "-q", "--set", "n=1", "--set", "m=8")
-    assert "<td>scope.matrix</td><td>1</td><td>1</td><td>61,440</td>" in html(out)
+    page = html(out)
+    assert "scope.matrix: 1 blocks are not zero in each of its 61,440 scopes, nnz 1." in page
+    assert "<title>Sparsity of out, spec nofm with n=1, m=8</title>" in page
     assert "1 of 8 blocks" in html(out, "--tensor", "model.layers.0.self_attn.q_proj.weight")
 
 
@@ -108,6 +113,30 @@ def test_draws_the_mask_of_a_tensor_with_its_scopes(pruned: Path) -> None:
         assert f"<td>{row}</td><td>4</td><td>{marks}</td>" in page
 
 
+def test_draws_the_window_that_is_asked_for(pruned: Path) -> None:
+    page = html(pruned, "--tensor", "0.up.weight", "--window", "3:5,4:8")
+    weights = load_file(pruned / "model.safetensors")["0.up.weight"]
+    for row in (3, 4):
+        marks = "".join("1" if one else "0" for one in weights[row, 4:8] != 0)
+        assert f"<td>{row}</td><td>2</td><td>{marks}</td>" in page
+    assert "elements from 4 on" in page
+
+
+def test_groups_are_drawn_where_they_are_asked_for(pruned: Path) -> None:
+    assert "Sparsity by layer" in html(pruned, "--by", "layer")
+    assert "Sparsity by module" in html(pruned, "--by", "module")
+
+
+def test_errors_of_outputs_are_drawn_where_there_are_statistics(pruned: Path, tmp_path: Path) -> None:
+    save(tmp_path / "stats.safetensors", *drawn(mlp_tensors()))
+    path = tmp_path / "out.html"
+    stats = ("--stats", tmp_path / "stats.safetensors")
+    ok("compare", tmp_path / "dense", pruned, *stats, "--plot", path, "-q")
+    page = path.read_text()
+    assert "Relative error of the outputs<" in page
+    assert "Relative error of the outputs, weighted by gradients of the loss<" in page
+
+
 def test_channels_are_seen_as_whole_lines(decoder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     ok("apply", decoder, "mlp-channels", "-o", out, "-q")
@@ -129,7 +158,7 @@ def test_a_tensor_that_is_not_there_gets_the_nearest_name(pruned: Path) -> None:
 @pytest.mark.parametrize("command", ["inspect", "compare"])
 @pytest.mark.parametrize(
     ("name", "said"),
-    [("out.pdf", "ends in .pdf"), ("no/out.png", "there is no folder"), ("out", "no ending")],
+    [("out.gif", "ends in .gif"), ("no/out.png", "there is no folder"), ("out", "no ending")],
 )
 def test_what_is_wrong_with_the_file_is_told_before_anything_is_read(
     tmp_path: Path, command: str, name: str, said: str
@@ -178,8 +207,8 @@ def test_a_picture_of_a_comparison(pruned: Path) -> None:
     path = pruned.parent / "out.html"
     ok("compare", pruned.parent / "dense", pruned, "--plot", path, "-q")
     page = path.read_text()
-    assert "Retained energy" in page
-    assert "down.weight" not in page.split("<details>")[0]
+    assert "Energy kept beyond a random choice" in page
+    assert ", spec spec.toml</title>" in page
     assert "pruned compared with " in page
 
 

@@ -49,12 +49,13 @@ def compared(
     shape: tuple[int, ...] = (10, 100),
     numel: Mapping[str, int] | None = None,
 ) -> Comparison:
-    """A comparison: of each tensor retained energy and relative error; (1, 0) did not change."""
+    """A comparison: of each tensor energy kept and relative error; (1, 0) did not change. Half is zeroed."""
     entries = tuple(
         ComparedTensor(
             name=name, dtype="F32", dtype_after="F32", shape=shape,
             numel=(numel or {}).get(name, prod(shape)), differs=(energy, error) != (1, 0), sparsity=0.5,
-            zeros_before=0, zeros_after=500, changed=500, zeroed=500, revived=0, altered=0,
+            zeros_before=0, zeros_after=500, changed=500, revived=0, altered=0,
+            zeroed=(numel or {}).get(name, prod(shape)) // 2,
             first_altered=None, energy_kept=energy, relative_error=error, output_error=None, loss_error=None,
             largest_change=1.0, largest_change_at=(0,) * len(shape),
         )

@@ -25,6 +25,7 @@ from sparseprune.report.pictures.mask import (
     UNREACHED,
     Cells,
     CloseUp,
+    Window,
     close_up,
     edges,
     lies_apart,
@@ -55,20 +56,22 @@ scope.experts = { tensors = "w", block = [1, -1, -1], shape = [-1, -1, -1], nnz 
 """
 
 
-def look(folder: Path, tensor: torch.Tensor, spec: str | None = None, name: str = "w") -> CloseUp:
+def look(
+    folder: Path, tensor: torch.Tensor, spec: str | None = None, name: str = "w", **asked: Any
+) -> CloseUp:
     path = folder / "model.safetensors"
     save_file({name: tensor}, path)
-    return look_at(path, name, spec)
+    return look_at(path, name, spec, **asked)
 
 
-def look_at(path: Path, name: str, spec: str | None = None) -> CloseUp:
+def look_at(path: Path, name: str, spec: str | None = None, window: Window | None = None) -> CloseUp:
     checkpoint = open_checkpoint(path)
     bound = None
     if spec is not None:
         tensors = [TensorInfo(one.name, one.dtype, one.shape) for one in checkpoint.tensors.values()]
         bound = bind(parse_spec(spec), tensors, read_config(checkpoint))
     with TensorReader() as reader:
-        return close_up(checkpoint.tensors[name], reader, bound)
+        return close_up(checkpoint.tensors[name], reader, bound, window)
 
 
 def window(tensor: torch.Tensor, seen: CloseUp) -> list[list[bool]]:
@@ -163,6 +166,40 @@ def test_elements_far_apart_are_read_one_by_one(tmp_path: Path, monkeypatch: pyt
 def test_without_a_spec_a_stack_shows_its_first_matrix_and_a_convolution_its_channels(tmp_path: Path) -> None:
     assert look(tmp_path, torch.ones(2, 3, 4)).dims == (1, 2)
     assert look(tmp_path, torch.ones(5, 4, 3, 3)).dims == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "begin", "shape"),
+    [("90,5", (90, 5), (10, 64)), ("0:3,7:20", (0, 7), (3, 13)), ("98:120, 0:192", (98, 0), (2, 80))],
+)
+def test_shows_the_window_that_is_asked_for(
+    tmp_path: Path, text: str, begin: tuple[int, int], shape: tuple[int, int]
+) -> None:
+    tensor = torch.randint(0, 2, (100, 80)).float()
+    seen = look(tmp_path, tensor, window=Window.parsed(text))
+    assert seen.begin == begin
+    assert seen.kept.shape == shape
+    assert seen.kept.tolist() == window(tensor, seen)
+
+
+def test_a_window_with_sides_is_not_made_smaller_where_lines_are_many(tmp_path: Path) -> None:
+    seen = look(tmp_path, torch.rand(64, 64), TWO_OF_FOUR, window=Window.parsed("0:60,0:64"))
+    assert seen.kept.shape == (60, 64)
+    assert seen.cells is not None
+    assert seen.cells.scope.shape == (60, 64)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "1", "1,2,3", "a,b", "1:2,3", "-1,0", "5:5,0:4", "9:3,0:4", "0:200,0:200"]
+)
+def test_a_window_without_a_meaning_is_refused(text: str) -> None:
+    with pytest.raises(SparsepruneError, match="--window "):
+        Window.parsed(text)
+
+
+def test_a_window_beyond_the_tensor_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SparsepruneError, match="begins beyond the tensor, which has 4 rows and 8 columns"):
+        look(tmp_path, torch.ones(4, 8), window=Window.parsed("4,0"))
 
 
 def test_experts_are_seen_beside_each_other_where_they_compete(tmp_path: Path) -> None:
@@ -287,7 +324,7 @@ def test_draws_kept_dark_and_zero_light_with_lines_between(tmp_path: Path) -> No
     thin, thick = segments(axes)
     assert thin == {((float(x), 0.0), (float(x), 1.0)) for x in range(1, 8)}
     assert thick == {((4.0, 0.0), (4.0, 1.0))}
-    assert axes.get_title(loc="left") == "w\n1x8 F32, scope.w: 2 of 4 blocks"
+    assert axes.get_title(loc="left") == "1x8 F32, scope.w: 2 of 4 blocks"
     legend = axes.get_legend()
     assert legend is not None
     assert [text.get_text() for text in legend.get_texts()] == ["kept", "zero", "block", "scope"]
@@ -357,7 +394,7 @@ def test_any_shape_and_name_is_drawn_and_nothing_is_cut_off(
 ) -> None:
     figure, axes = drawn(look(tmp_path, (torch.arange(prod(shape)) % 2).reshape(shape).byte(), name=name))
     assert figure.get_size_inches().max() < 14
-    assert "\n" in axes.get_title(loc="left")
+    assert axes.get_title(loc="left").endswith(" U8")
 
 
 def test_many_rules_are_counted_in_the_title() -> None:

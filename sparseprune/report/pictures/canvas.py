@@ -1,4 +1,8 @@
-"""The canvas of pictures: pages, colours and axes, in matplotlib."""
+"""The canvas of pictures: figures, their marks, and images of them as PNG, SVG and PDF, in matplotlib.
+
+Owns fonts and settings, and that the same figures give the same bytes. Knows nothing of what is drawn; called
+by the drawings and by page.py, which makes HTML.
+"""
 
 from __future__ import annotations
 
@@ -6,23 +10,22 @@ import io
 import re
 import warnings
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from html import escape
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib import style
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_pdf import PdfPages
 from matplotlib.figure import Figure
 from matplotlib.image import imsave
 from msgspec import Struct
 
 from sparseprune.errors import printable
-from sparseprune.report.pictures.files import form_of, put
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-    from pathlib import Path
 
     from matplotlib.axes import Axes
     from matplotlib.backend_bases import RendererBase
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
 DPI = 150
 MARGIN = 0.12  # inches around all that is drawn
 _POINTS = 72
+_HEADING_ROOM, _HEADING_LETTER = 0.2, 0.098  # inches above what is drawn, and of one letter
 _WIDEST = 65_000  # pixels, what a PNG can be
 _FONT = "DejaVu Sans"  # matplotlib brings it along; Verdana is as wide
 _SETTINGS = {
@@ -47,6 +51,7 @@ _SETTINGS = {
     "font.size": 8.5,
     "legend.fontsize": 8.5,
     "legend.frameon": False,
+    "pdf.fonttype": 42,  # letters that stay letters: searched, copied, edited
     "svg.fonttype": "none",
     "svg.hashsalt": "sparseprune",
     "text.parse_math": False,  # a $ in a tensor's name is a $
@@ -72,9 +77,30 @@ def settings() -> Iterator[None]:
         yield
 
 
-def blank() -> Figure:
+class Mark(Struct, frozen=True):
+    """What a place on a figure stands for: `text` says it, `name` is what it is called in the table.
+
+    The place is a rectangle in units of the axes: left, low, right, high; grown by `around` points.
+    """
+
+    axes: Axes
+    place: tuple[float, float, float, float]
+    text: str
+    name: str
+    around: float = 0.0
+
+
+class Sheet(Figure):
+    """A figure that knows what places on it stand for."""
+
+    def __init__(self) -> None:
+        super().__init__(figsize=(10, 10), dpi=DPI)
+        self.marks: list[Mark] = []
+
+
+def blank() -> Sheet:
     """An empty figure; axes are placed on it in inches (`axes_at`), and at last it is `fitted`."""
-    figure = Figure(figsize=(10, 10), dpi=DPI)
+    figure = Sheet()
     FigureCanvasAgg(figure)
     return figure
 
@@ -100,7 +126,19 @@ def depth(figure: Figure) -> float:
     return float(figure.get_size_inches()[1] - box.y0)
 
 
-def fitted(figure: Figure) -> Figure:
+def headed(figure: Sheet, title: str) -> Sheet:
+    """The same figure under a heading, with lines as long as the figure is wide."""
+    box = figure.get_tightbbox(_renderer(figure))
+    down = figure.get_size_inches()[1]
+    letters = max(48, int((box.x1 - box.x0) / _HEADING_LETTER))
+    lines = wrap(printable(title), letters, break_on_hyphens=False)
+    axes = axes_at(figure, float(box.x0), float(down - box.y1) - _HEADING_ROOM, 4, 0.02)
+    axes.set_axis_off()
+    axes.text(0, 0, "\n".join(lines), va="bottom", fontsize=11, fontweight="bold", linespacing=1.3)
+    return fitted(figure)
+
+
+def fitted(figure: Sheet) -> Sheet:
     """The same figure, grown or shrunk to all that is on it and a margin."""
     box = figure.get_tightbbox(_renderer(figure))
     old = figure.get_size_inches()
@@ -115,8 +153,8 @@ def fitted(figure: Figure) -> Figure:
     return figure
 
 
-def png(figures: Sequence[Figure]) -> bytes:
-    """All figures below each other in one image."""
+def png(figures: Sequence[Sheet], title: str, description: str) -> bytes:
+    """All figures below each other in one image; viewers find both texts in its chunks."""
     images = [_pixels(figure) for figure in figures]
     wide = max(image.shape[1] for image in images)
     padded = [
@@ -124,12 +162,23 @@ def png(figures: Sequence[Figure]) -> bytes:
     ]
     buffer = io.BytesIO()
     whole = np.ascontiguousarray(np.concatenate(padded))
-    imsave(buffer, whole, format="png", dpi=DPI)
+    texts: Any = {"Title": _plain(title), "Description": _plain(description), "Software": None}
+    imsave(buffer, whole, format="png", dpi=DPI, metadata=texts)
     return buffer.getvalue()
 
 
-def svg(figures: Sequence[Figure]) -> bytes:
-    """All figures below each other in one document."""
+def pdf(figures: Sequence[Sheet], title: str, description: str) -> bytes:
+    """A page for each figure, as large as it is; nothing in it tells when it was made."""
+    texts = {"Title": printable(title), "Subject": printable(description), "Creator": None, "Producer": None}
+    buffer = io.BytesIO()
+    with PdfPages(buffer, metadata={**texts, "CreationDate": None}) as pages:
+        for figure in figures:
+            pages.savefig(figure)
+    return buffer.getvalue()
+
+
+def svg(figures: Sequence[Sheet], title: str, description: str) -> bytes:
+    """All figures below each other in one document, which readers of screens call by its title."""
     sizes = [figure.get_size_inches() * _POINTS for figure in figures]
     wide, high = max(size[0] for size in sizes), sum(size[1] for size in sizes)
     parts, top = [], 0.0
@@ -141,10 +190,29 @@ def svg(figures: Sequence[Figure]) -> bytes:
         top += size[1]
     head = (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{wide:.2f}pt" height="{high:.2f}pt"'
-        f' viewBox="0 0 {wide:.2f} {high:.2f}" version="1.1">\n'
+        f' viewBox="0 0 {wide:.2f} {high:.2f}" version="1.1" role="img"'
+        ' aria-labelledby="title description">\n'
+        f'<title id="title">{escape(printable(title))}</title>\n'
+        f'<desc id="description">{escape(printable(description))}</desc>\n'
         '<rect width="100%" height="100%" fill="#ffffff"/>\n'
     )
     return f'<?xml version="1.0" encoding="utf-8"?>\n{head}{"".join(parts)}</svg>\n'.encode()
+
+
+def marks_of(figure: Sheet) -> str:
+    """The marks of a figure as transparent rectangles of SVG, in the units of its view box."""
+    high, scale = figure.get_size_inches()[1] * _POINTS, _POINTS / figure.dpi
+    lines = []
+    for mark in figure.marks:
+        (x0, y0), (x1, y1) = mark.axes.transData.transform([mark.place[:2], mark.place[2:]]) * scale
+        left, top = min(x0, x1) - mark.around, high - max(y0, y1) - mark.around
+        wide, tall = abs(x1 - x0) + 2 * mark.around, abs(y1 - y0) + 2 * mark.around
+        text, name = escape(printable(mark.text)), escape(printable(mark.name))
+        lines.append(
+            f'<rect x="{left:.1f}" y="{top:.1f}" width="{wide:.1f}" height="{tall:.1f}"'
+            f' tabindex="-1" role="img" aria-label="{text}" data-name="{name}"></rect>\n'
+        )
+    return f'<g class="marks" fill="transparent">\n{"".join(lines)}</g>\n' if lines else ""
 
 
 def svg_element(figure: Figure, number: int) -> str:
@@ -167,6 +235,11 @@ def _adapted(tag: str, number: int) -> str:
     return renamed.replace(f"'{_FONT}'", f"'{_FONT}', Verdana, sans-serif")
 
 
+def _plain(text: str) -> str:
+    """Without letters that the chunks of a PNG cannot hold."""
+    return printable(text).encode("latin-1", "replace").decode("latin-1")
+
+
 def _pixels(figure: Figure) -> NDArray[np.uint8]:
     """The figure as (rows, columns, 4); less fine where it is too large for the format."""
     canvas: Any = FigureCanvasAgg(figure)  # has no types
@@ -180,100 +253,3 @@ def _renderer(figure: Figure) -> RendererBase:
     canvas: Any = FigureCanvasAgg(figure)
     renderer: RendererBase = canvas.get_renderer()
     return renderer
-
-
-_STYLE = """
-:root { color-scheme: light dark; --line: #ccc; --quiet: #555; }
-@media (prefers-color-scheme: dark) { :root { --line: #555; --quiet: #aaa; } }
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 80rem; padding: 0 1.5rem; }
-h1 { font-size: 1.4rem; overflow-wrap: anywhere; }
-dl { display: flex; flex-wrap: wrap; gap: .5rem 2rem; }
-dt { color: var(--quiet); font-size: .85rem; }
-dd { font-size: 1.15rem; font-variant-numeric: tabular-nums; margin: 0; }
-figure { margin: 2rem 0; }
-figcaption { margin: .5rem 0; max-width: 50rem; }
-.drawing { background: #fff; border-radius: 4px; overflow-x: auto; padding: .5rem; }
-.drawing svg { display: block; }
-.numbers { margin: .5rem 0 1rem; max-height: 30rem; overflow: auto; }
-summary { color: var(--quiet); cursor: pointer; }
-table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
-th, td { border-bottom: 1px solid var(--line); padding: .15rem .6rem; text-align: right; }
-th, td { white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; }
-"""
-
-
-class Numbers(Struct, frozen=True):
-    """A table: its titles, and rows of as many texts."""
-
-    titles: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Picture:
-    """A figure, what there is to see on it, and the numbers that it was drawn from."""
-
-    figure: Figure = field(repr=False)
-    caption: str
-    numbers: tuple[Numbers, ...] = ()
-
-
-class Page(Struct, frozen=True):
-    """Pictures below each other under a title; `totals` are facts on a line of their own."""
-
-    title: str
-    pictures: tuple[Picture, ...]
-    totals: tuple[tuple[str, str], ...] = ()
-
-
-def write(page: Page, path: Path) -> None:
-    """The page in the form of the file's ending; titles, captions and numbers are for HTML alone."""
-    figures = [picture.figure for picture in page.pictures]
-    form = form_of(path)
-    if form == ".png":
-        put(path, png(figures))
-    elif form == ".svg":
-        put(path, svg(figures))
-    else:
-        put(path, html(page).encode())
-
-
-def html(page: Page) -> str:
-    """The page as one document of HTML."""
-    title = _text(page.title)
-    totals = "".join(
-        f"<div><dt>{_text(name)}</dt><dd>{_text(value)}</dd></div>\n" for name, value in page.totals
-    )
-    pictures = "".join(_figure(picture, number) for number, picture in enumerate(page.pictures))
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{title}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
-        f"<h1>{title}</h1>\n<dl>\n{totals}</dl>\n{pictures}</body>\n</html>\n"
-    )
-
-
-def _figure(picture: Picture, number: int) -> str:
-    tables = "".join(map(_table, picture.numbers))
-    numbers = f"<details>\n<summary>The numbers</summary>\n{tables}</details>\n" if tables else ""
-    return (
-        f'<figure>\n<div class="drawing">\n{svg_element(picture.figure, number)}</div>\n'
-        f"<figcaption>{_text(picture.caption)}</figcaption>\n{numbers}</figure>\n"
-    )
-
-
-def _table(numbers: Numbers) -> str:
-    head = "".join(f"<th>{_text(title)}</th>" for title in numbers.titles)
-    rows = "".join(_row(row) for row in numbers.rows)
-    table = f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}</tbody>\n</table>"
-    return f'<div class="numbers">\n{table}\n</div>\n'
-
-
-def _row(cells: Sequence[str]) -> str:
-    return "<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in cells) + "</tr>\n"
-
-
-def _text(text: str) -> str:
-    """Any text as HTML: names of tensors may hold tags and line ends."""
-    return escape(printable(text))

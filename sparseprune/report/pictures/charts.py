@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import matplotlib as mpl
 import numpy as np
+from matplotlib.colors import ListedColormap
+from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter
 from msgspec import Struct
+from msgspec.structs import replace
 
 from sparseprune.errors import printable
 from sparseprune.report.inspection import is_number, natural
-from sparseprune.report.pictures.canvas import axes_at
+from sparseprune.report.pictures.canvas import Mark, axes_at
 from sparseprune.report.tables import shortened
 from sparseprune.spec.patterns import shared_beginning
 
@@ -22,8 +25,8 @@ if TYPE_CHECKING:
 
     from matplotlib.axes import Axes
     from matplotlib.cm import ScalarMappable
-    from matplotlib.figure import Figure
 
+    from sparseprune.report.pictures.canvas import Sheet
     from sparseprune.report.pictures.results import Fact
     from sparseprune.results.fields import EachCount
     from sparseprune.results.measuring import ComparedTensor, InspectedTensor
@@ -41,12 +44,14 @@ _CURVE_HEIGHT, _NARROWEST, _WIDEST_CURVES, _STEP = 2.5, 4.8, 16.0, 0.2  # inches
 _CURVE_LABEL, _LETTER = 0.16, 0.075  # inches of a label's height and of a letter in it
 
 
-def curves(figure: Figure, top: float, grid: Grid[Any], fact: Fact) -> Axes:
+def curves(figure: Sheet, top: float, grid: Grid[Any], fact: Fact) -> Axes:
     """Draw a line for each column of the grid over its rows; a value that is not known is a gap."""
     places, breaks = _places(grid)
     width = min(_WIDEST_CURVES, max(_NARROWEST, _STEP * (places[-1] + 1)))
     axes = axes_at(figure, 0, top, width, _CURVE_HEIGHT)
+    axes.patch.set_visible(False)  # the page behind it may be dark
     table = _array(grid.values(fact.value))
+    _mark_points(figure, axes, grid, places, fact)
     for number, label in enumerate(shortened(grid.column_labels(), 60)):
         axes.plot(
             np.insert(np.array(places, dtype=float), breaks, np.nan),
@@ -62,8 +67,9 @@ def curves(figure: Figure, top: float, grid: Grid[Any], fact: Fact) -> Axes:
         )
     _label_layers(axes, grid, places, width)
     axes.set_xlim(places[0] - 0.6, places[-1] + 0.6)
-    _label_values(axes, table, fact.scale)
-    axes.set_title(fact.scale.name.capitalize())
+    _label_values(axes, fact.scale)
+    axes.set_title(fact.title)
+    axes.set_ylabel(f"{fact.scale.name}{fact.scale.unit}")
     axes.grid(axis="y", color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
@@ -97,16 +103,35 @@ def _label_layers(axes: Axes, grid: Grid[Any], places: Sequence[int], width: flo
         axes.set_xlabel(shortened([printable(grid.stacks[0])], 60)[0] or "layer")
 
 
-def _label_values(axes: Axes, table: Values, scale: Scale) -> None:
-    """As far as there are values, never beyond what the scale allows."""
-    known = table[np.isfinite(table)]
-    low, high = (float(known.min()), float(known.max())) if known.size else (scale.low, scale.high)
-    room = 0.08 * (high - low) or 0.05 * (abs(high) or 1.0)
-    bottom, top = max(scale.low, low - room), high + room
-    axes.set_ylim(bottom, min(scale.high, top) if scale.percent else top)
+def _label_values(axes: Axes, scale: Scale) -> None:
+    """The ends of the scale, with room for markers where what a value means does not end there."""
+    room = 0.06 * (scale.high - scale.low)
+    axes.set_ylim(scale.low, scale.high + room)
+    if scale.low < 0 < scale.high:
+        axes.axhline(0, color="#555555", linewidth=0.8)
     if scale.percent:
         # As many digits as tell one tick from the next: of 86.825% four would make another number.
         axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
+
+
+def _mark_points(figure: Sheet, axes: Axes, grid: Grid[Any], places: Sequence[int], fact: Fact) -> None:
+    for row, place in zip(grid.rows, places, strict=True):
+        for column in grid.columns:
+            found = grid.cells.get((row, column))
+            value = fact.value(found) if found else None
+            if found and value is not None and math.isfinite(value):
+                text = f"{told(found)}: {fact.scale.name} {fact.scale.with_unit(value)}"
+                figure.marks.append(Mark(axes, (place, value, place, value), text, name_in_table(found), 5))
+
+
+def told(found: Sequence[Entry]) -> str:
+    """What a mark calls the tensors of one cell."""
+    return found[0].name if len(found) == 1 else f"{len(found)} like {found[0].name}"
+
+
+def name_in_table(found: Sequence[Entry]) -> str:
+    """What the search of a page finds the tensors of one cell by."""
+    return found[0].name if len(found) == 1 else "_".join((place_of(found[0].name) or ("", "", ""))[1:])
 
 
 NOTHING = "#e4e4e4"  # the colour of a cell without a value
@@ -120,9 +145,10 @@ _BAR_HEIGHT, _BARS_WIDTH = 0.2, 4.5
 
 
 class Scale(Struct, frozen=True):
-    """What colours stand for: values from `low` to `high`, by the colour map of this name.
+    """What colours and heights stand for: values from `low` to `high`, by the colour map of this name.
 
-    `percent` values are shares, shown as percentages.
+    `percent` values are shares, shown as percentages. Fitted to values, a scale spans `least` at least, so
+    that what hardly differs looks alike, and begins at its `low` where that is `rooted`.
     """
 
     name: str
@@ -130,6 +156,42 @@ class Scale(Struct, frozen=True):
     high: float = 1.0
     percent: bool = True
     colours: str = "cividis"
+    least: float = 0.1
+    rooted: bool = False
+    unit: str = ""
+
+    def fitted(self, values: Iterable[float | None]) -> Scale:
+        """The scale of these values, its ends rounded outwards; the same where no value is known.
+
+        >>> of = Scale("").fitted([0.5, 0.501])
+        >>> of.low, of.high
+        (0.45, 0.56)
+        >>> Scale("", rooted=True).fitted([0.31, 0.2]).high
+        0.35
+        """
+        known = [value for value in values if value is not None and math.isfinite(value)]
+        if not known:
+            return replace(self, low=0.0, high=1.0)
+        low, high = (self.low if self.rooted else min(known)), max(known)
+        short = max(0.0, self.least - (high - low))
+        low, high = (low, high + short) if self.rooted else (low - short / 2, high + short / 2)
+        step = 10.0 ** math.floor(math.log10((high - low) / 2)) / (2 if high - low > 0.25 else 1)
+        digits = max(0, 2 - math.floor(math.log10(step)))
+        low = round(math.floor(low / step + 1e-9) * step, digits)
+        high = round(math.ceil(high / step - 1e-9) * step, digits)
+        return replace(self, low=max(self.low, low), high=min(self.high, high))
+
+    def span_text(self) -> str:
+        """The ends, for who reads colours.
+
+        >>> Scale("", 0.45, 0.55).span_text()
+        '45% to 55%'
+        """
+        return f"{self.with_unit(self.low)} to {self.with_unit(self.high)}"
+
+    def with_unit(self, value: float | None) -> str:
+        """A value as `text` has it, with its percent sign."""
+        return self.text(value) + ("%" if self.percent and value is not None else "")
 
     def text(self, value: float | None) -> str:
         """A value in as few characters as tell it from the ends of the scale.
@@ -143,7 +205,7 @@ class Scale(Struct, frozen=True):
             return "-"
         if not self.percent:
             return f"{value:.3g}"
-        rounded = f"{100 * value:.1f}".removesuffix(".0") if value < 100 else f"{100 * value:.3g}"
+        rounded = f"{100 * value:.1f}".removesuffix(".0") if abs(value) < 100 else f"{100 * value:.3g}"
         if rounded == "0" and value > 0:
             return "<0.1"
         return ">99.9" if rounded == "100" and value < 1 else rounded
@@ -157,18 +219,23 @@ class Heat(Struct, frozen=True):
     columns: Sequence[str]
     values: Sequence[Sequence[float | None]]
     row_name: str = ""
+    cells: Sequence[Sequence[Sequence[Any]]] = ()
+
+    def mark(self, figure: Sheet, axes: Axes, say: Callable[[int, int], str]) -> None:
+        """Let every cell that has tensors say what it stands for."""
+        for i, row in enumerate(self.cells):
+            for j, found in enumerate(row):
+                if found:
+                    text = f"{told(found)}: {say(i, j)}"
+                    figure.marks.append(Mark(axes, (j, i, j + 1, i + 1), text, name_in_table(found)))
 
 
-def heatmap(figure: Figure, top: float, heat: Heat, scale: Scale) -> Axes:
+def heatmap(figure: Sheet, top: float, heat: Heat, scale: Scale) -> Axes:
     """Draw the cells so many inches below the top of the figure, with numbers where there is room.
 
     Axes count rows and columns: the cell of row i and column j lies between j and j + 1, i and i + 1.
     """
-    down, across = len(heat.rows), len(heat.columns)
-    height = _sized(down, _CELL_HEIGHT, _HIGHEST)
-    width = _sized(across, _CELL_WIDTH, _WIDEST)
-    axes = axes_at(figure, 0, top, width * across, height * down)
-    axes.set_facecolor(NOTHING)
+    axes, width, height = _cells_of(figure, top, heat)
     axes.pcolormesh(
         np.ma.masked_invalid(_array(heat.values)),
         cmap=scale.colours,
@@ -177,6 +244,56 @@ def heatmap(figure: Figure, top: float, heat: Heat, scale: Scale) -> Axes:
         edgecolors="white",
         linewidth=0.4 if min(width, height) > _LABEL else 0,
     )
+    if width >= _NUMBER_WIDTH and height >= _NUMBER_HEIGHT:
+        _number(axes, heat, scale, 7 if height >= _CELL_HEIGHT else 6)
+    heat.mark(figure, axes, lambda i, j: f"{scale.name} {scale.with_unit(heat.values[i][j])}")
+    return axes
+
+
+# What zeros look like, the more regular the stronger: short in a cell, in words, its colour.
+KINDS = {
+    "dense": ("none", "no zeros", "#e9edf1"),
+    "unstructured": ("any", "zeros anywhere", "#b3bfcc"),
+    "pattern": ("", "N of M neighbours are kept", "#3d7ab8"),
+    "rows": ("rows", "whole rows", "#2f8f74"),
+    "columns": ("cols", "whole columns", "#b4622d"),
+}
+
+
+def kinds_map(figure: Sheet, top: float, heat: Heat, kinds: Sequence[Sequence[str]]) -> Axes:
+    """Draw which kind of zeros every cell has: a key of KINDS, an N:M, or "" where nothing is known."""
+    axes, width, height = _cells_of(figure, top, heat)
+    order = list(KINDS)
+    keys = [[one if one in KINDS or not one else "pattern" for one in row] for row in kinds]
+    codes = [[float(order.index(one)) if one else None for one in row] for row in keys]
+    axes.pcolormesh(
+        np.ma.masked_invalid(_array(codes)),
+        cmap=ListedColormap([colour for _, _, colour in KINDS.values()]),
+        vmin=-0.5,
+        vmax=len(KINDS) - 0.5,
+        edgecolors="white",
+        linewidth=0.4 if min(width, height) > _LABEL else 0,
+    )
+    if width >= _NUMBER_WIDTH and height >= _NUMBER_HEIGHT:
+        for i, row in enumerate(keys):
+            for j, key in enumerate(row):
+                word = (KINDS[key][0] or kinds[i][j]) if key else ""
+                text = axes.text(j + 0.5, i + 0.5, word, fontsize=6.5, ha="center", va="center")
+                text.set(color="white" if order.index(key or "dense") > 1 else "#111111", in_layout=False)
+    heat.mark(figure, axes, lambda i, j: KINDS.get(kinds[i][j], ("", f"{kinds[i][j] or 'not known'}"))[1])
+    seen = [one for one in order if any(one in row for row in keys)]
+    handles = [Patch(facecolor=KINDS[one][2], label=KINDS[one][1]) for one in seen]
+    axes.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0)
+    return axes
+
+
+def _cells_of(figure: Sheet, top: float, heat: Heat) -> tuple[Axes, float, float]:
+    """Axes of a heat's rows and columns with their labels, and the width and height of a cell in inches."""
+    down, across = len(heat.rows), len(heat.columns)
+    height = _sized(down, _CELL_HEIGHT, _HIGHEST)
+    width = _sized(across, _CELL_WIDTH, _WIDEST)
+    axes = axes_at(figure, 0, top, width * across, height * down)
+    axes.set_facecolor(NOTHING)
     axes.set_xlim(0, across)
     axes.set_ylim(down, 0)
     axes.set_title(heat.title)
@@ -188,12 +305,10 @@ def heatmap(figure: Figure, top: float, heat: Heat, scale: Scale) -> Axes:
         spine.set_visible(False)
     _label_rows(axes, heat.rows, height)
     _label_columns(axes, heat.columns, width)
-    if width >= _NUMBER_WIDTH and height >= _NUMBER_HEIGHT:
-        _number(axes, heat, scale, 7 if height >= _CELL_HEIGHT else 6)
-    return axes
+    return axes, width, height
 
 
-def colour_bar(figure: Figure, beside: Axes, mesh: ScalarMappable, scale: Scale) -> Axes:
+def colour_bar(figure: Sheet, beside: Axes, mesh: ScalarMappable, scale: Scale) -> Axes:
     """A bar of what the colours stand for, to the right of axes, from their top down."""
     across, high = figure.get_size_inches()
     place = beside.get_position(original=True)
@@ -202,24 +317,25 @@ def colour_bar(figure: Figure, beside: Axes, mesh: ScalarMappable, scale: Scale)
     bar = figure.colorbar(mesh, cax=axes)
     for edge in axes.spines.values():
         edge.set_visible(False)
-    bar.set_label(scale.name)
-    if scale.percent and (scale.low, scale.high) == (0, 1):
-        bar.set_ticks([0, 0.25, 0.5, 0.75, 1], labels=["0%", "25%", "50%", "75%", "100%"])
-    elif scale.percent:
-        bar.ax.yaxis.set_major_formatter(_percent)
+    bar.set_label(f"{scale.name}\n{scale.span_text()}", linespacing=1.4)
+    middle = (scale.low + scale.high) / 2
+    ends = (scale.low, middle, scale.high)
+    bar.set_ticks(ends, labels=[*map(scale.with_unit, ends)])
     return axes
 
 
-def bars(figure: Figure, top: float, heat: Heat, scale: Scale) -> Axes:
+def bars(figure: Sheet, top: float, heat: Heat, scale: Scale) -> Axes:
     """Draw one horizontal bar for each row of a heat of one column, its number behind it."""
     count = len(heat.rows)
     height = _sized(count, _BAR_HEIGHT, _HIGHEST * 2)
     axes = axes_at(figure, 0, top, _BARS_WIDTH, height * count)
+    axes.patch.set_visible(False)
     values = [row[0] for row in heat.values]
     places = np.arange(count) + 0.5
     axes.barh(places, [value or 0 for value in values], height=0.72, color=BAR)
-    span = scale.high - scale.low or 1.0
-    axes.set_xlim(scale.low, scale.high or 1.0)
+    scale = replace(scale, low=0.0, rooted=True).fitted(values)
+    span = scale.high or 1.0
+    axes.set_xlim(0, span)
     axes.set_ylim(count, 0)
     axes.set_title(heat.title)
     axes.set_xlabel(scale.name)
@@ -230,9 +346,12 @@ def bars(figure: Figure, top: float, heat: Heat, scale: Scale) -> Axes:
     axes.spines[["top", "right"]].set_visible(False)
     if height >= _NUMBER_HEIGHT:
         for place, value in zip(places, values, strict=True):
-            text = scale.text(value) + ("%" if scale.percent and value is not None else "")
             end = min(value or 0, scale.high) + 0.012 * span
-            axes.text(end, place, text, va="center", fontsize=7, color="#333333")
+            axes.text(end, place, scale.with_unit(value), va="center", fontsize=7, color="#333333")
+    for at, (place, value) in enumerate(zip(places, values, strict=True)):
+        name = heat.cells[at][0][0].name if heat.cells else heat.rows[at]
+        text = f"{name}: {scale.name} {scale.with_unit(value)}"
+        figure.marks.append(Mark(axes, (0, place - 0.5, span, place + 0.5), text, name))
     return axes
 
 
@@ -285,7 +404,7 @@ def _luminance(colour: tuple[float, float, float, float]) -> float:
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
-WITHIN, ABOVE, BUDGET = "#35618f", "#d55e00", "#111111"
+WITHIN, ABOVE, BUDGET = "#35618f", "#d55e00", "#333333"
 _BINS = 60
 _UNLIKE = 100  # times as many scopes in the highest bar as in the lowest: then heights are logarithmic
 _WIDTH, _HEIGHT, _ACROSS, _DOWN = 3.6, 1.9, 0.9, 0.95  # inches of a panel, and between two
@@ -326,16 +445,17 @@ def budgets_of(nnz: EachCount) -> tuple[int, ...]:
     return tuple(sorted({one for one in each if one is not None}))
 
 
-def histograms(figure: Figure, top: float, survivors: Sequence[Survivors]) -> list[Axes]:
+def histograms(figure: Sheet, top: float, survivors: Sequence[Survivors]) -> list[Axes]:
     """Draw a panel for each rule, two beside each other; gives their axes."""
     across, down = _WIDTH + _ACROSS, _HEIGHT + _DOWN
     return [
-        _panel(axes_at(figure, number % 2 * across, top + number // 2 * down, _WIDTH, _HEIGHT), rule)
+        _panel(figure, axes_at(figure, number % 2 * across, top + number // 2 * down, _WIDTH, _HEIGHT), rule)
         for number, rule in enumerate(survivors)
     ]
 
 
-def _panel(axes: Axes, rule: Survivors) -> Axes:
+def _panel(figure: Sheet, axes: Axes, rule: Survivors) -> Axes:
+    axes.patch.set_visible(False)
     edges, counts = binned(rule.histogram)
     budgets = budgets_of(rule.nnz)
     starts, widths = np.array(edges[:-1]), np.diff(edges)
@@ -362,6 +482,12 @@ def _panel(axes: Axes, rule: Survivors) -> Axes:
     axes.yaxis.set_major_formatter(lambda value, _: _short(value))
     _frame(axes, edges, budgets)
     _budgets(axes, budgets)
+    low, high = axes.get_ylim()
+    for begin, end, count in zip(edges[:-1], edges[1:], counts, strict=True):
+        if count:
+            blocks = f"{begin:,}" if single else f"{begin:,} to {end - 1:,}"
+            text = f"{rule.rule}: {count:,} scopes with {blocks} blocks that are not zero"
+            figure.marks.append(Mark(axes, (begin - 0.5, low, end - 0.5, high), text, ""))
     axes.set_title(f"Survivors per scope of {_cut(printable(rule.rule), 26)}")
     axes.set_xlabel("blocks that are not zero")
     axes.set_ylabel("scopes")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from sparseprune.errors import SparsepruneError
 
-FORMS = (".png", ".svg", ".html")
+FORMS = (".png", ".svg", ".pdf", ".html")
 
 
 def check_picture(path: Path) -> None:
@@ -40,7 +40,7 @@ def form_of(path: Path) -> str:
     form = path.suffix.lower()
     if form not in FORMS:
         found = f"ends in {path.suffix}" if path.suffix else "has no ending"
-        raise SparsepruneError(f"--plot {path}: {found}; wanted .png, .svg or .html")
+        raise SparsepruneError(f"--plot {path}: {found}; wanted .png, .svg, .pdf or .html")
     return form
 
 

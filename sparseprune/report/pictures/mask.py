@@ -6,6 +6,7 @@ reads just these elements, and draws them; kept and pruned are dark and light in
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -22,10 +23,9 @@ from sparseprune.engine.grids import prod
 from sparseprune.engine.kernels.counting import mark_nonzero
 from sparseprune.errors import SparsepruneError, printable
 from sparseprune.report.drawings import cell_of, window_of
-from sparseprune.report.pictures import canvas
+from sparseprune.report.pictures import canvas, page
 from sparseprune.report.pictures.results import add_notes
-from sparseprune.report.tables import shortened
-from sparseprune.report.wording import shape_text
+from sparseprune.report.wording import many, shape_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
-    from matplotlib.figure import Figure
     from numpy.typing import NDArray
 
     from sparseprune.checkpoint import Source, StoredTensor
@@ -45,6 +44,7 @@ if TYPE_CHECKING:
     Labels = NDArray[np.int64]
 
 SIDE = 64  # rows and columns of a window
+_WIDEST = 192  # the most that may be asked for
 _SMALL, _MANY = 32, 256  # the same where so many scopes would be seen in it that lines cover it
 _SPAN = 1 << 20  # bytes that are read at one time where not all of them are wanted
 _PATIENCE = 1 << 26  # bytes that are read in search of a window
@@ -88,8 +88,47 @@ class _Reach(Struct, frozen=True):
     leaf: int
 
 
-def close_up(stored: StoredTensor, reader: Source, bound: BoundSpec | None = None) -> CloseUp:
-    """Look at a tensor where kept and pruned elements both are seen, or at its beginning.
+class Window(Struct, frozen=True):
+    """The part of a tensor that is asked for: where it begins, and its sides where they are given."""
+
+    begin: tuple[int, int]
+    sides: tuple[int, int] | None = None
+
+    @classmethod
+    def parsed(cls, text: str) -> Window:
+        """ROW,COLUMN, or BEGIN:END,BEGIN:END; SparsepruneError for anything else.
+
+        >>> Window.parsed("128,0"), Window.parsed("0:32,64:128")
+        (Window(begin=(128, 0), sides=None), Window(begin=(0, 64), sides=(32, 64)))
+        """
+        parts = [re.fullmatch(r"(\d{1,12})(?::(\d{1,12}))?", part.strip()) for part in text.split(",")]
+        found = [(int(part[1]), None if part[2] is None else int(part[2])) for part in parts if part]
+        if len(found) != 2 or len(parts) != 2 or (found[0][1] is None) != (found[1][1] is None):
+            raise SparsepruneError(
+                f"--window {printable(text)}: wanted ROW,COLUMN, such as 128,0, or BEGIN:END,BEGIN:END, "
+                "such as 0:32,64:128"
+            )
+        sides = [end - begin for begin, end in found if end is not None]
+        if any(not 1 <= side <= _WIDEST for side in sides):
+            raise SparsepruneError(
+                f"--window {printable(text)}: {sides[0]}x{sides[1]}; wanted 1 to {_WIDEST} rows and columns"
+            )
+        return cls((found[0][0], found[1][0]), (sides[0], sides[1]) if sides else None)
+
+    def refuse_outside(self, size: tuple[int, int]) -> None:
+        """SparsepruneError where it begins beyond the last row or column."""
+        if any(begin >= end for begin, end in zip(self.begin, size, strict=True)):
+            row, column = self.begin
+            raise SparsepruneError(
+                f"--window {row},{column}: begins beyond the tensor, which has {many(size[0], 'row')} and "
+                f"{many(size[1], 'column')}"
+            )
+
+
+def close_up(
+    stored: StoredTensor, reader: Source, bound: BoundSpec | None = None, window: Window | None = None
+) -> CloseUp:
+    """Look at a tensor where kept and pruned elements both are seen, or at its beginning, or at a window.
 
     SparsepruneError for a tensor without elements, with elements of less than a byte, or with packed codes.
     """
@@ -106,11 +145,15 @@ def close_up(stored: StoredTensor, reader: Source, bound: BoundSpec | None = Non
     reached = [] if bound is None else list(_reaching(bound, stored.name))
     dims = _dims(stored.shape, reached)
     plane = _Plane(stored, reader, dims)
-    begin = _begin(plane)
-    rows, columns = _ranges(begin, plane.size, SIDE)
+    if window is not None:
+        window.refuse_outside(plane.size)
+    begin = _begin(plane) if window is None else window.begin
+    sides = (SIDE, SIDE) if window is None or window.sides is None else window.sides
+    rows, columns = _ranges(begin, plane.size, sides)
     cells = None if bound is None else _cells(plane, rows, columns, reached)
-    if cells is not None and len(np.unique(cells.scope)) > _MANY:
-        rows, columns = _ranges(begin, plane.size, _SMALL)
+    chosen = window is not None and window.sides is not None
+    if cells is not None and len(np.unique(cells.scope)) > _MANY and not chosen:
+        rows, columns = _ranges(begin, plane.size, (_SMALL, _SMALL))
         cells = Cells(*(labels[: len(rows), : len(columns)] for labels in (cells.scope, cells.block)))
     return CloseUp(
         stored.name,
@@ -124,8 +167,8 @@ def close_up(stored: StoredTensor, reader: Source, bound: BoundSpec | None = Non
     )
 
 
-def _ranges(begin: tuple[int, int], size: tuple[int, int], side: int) -> tuple[range, range]:
-    rows, columns = (range(at, min(at + side, end)) for at, end in zip(begin, size, strict=True))
+def _ranges(begin: tuple[int, int], size: tuple[int, int], sides: tuple[int, int]) -> tuple[range, range]:
+    rows, columns = (range(at, min(at + side, end)) for at, end, side in zip(begin, size, sides, strict=True))
     return rows, columns
 
 
@@ -259,19 +302,18 @@ def _budget(instance: BoundInstance) -> str:
 # Pairs of one hue: the dark ones let black lines be seen. No more hues than all kinds of eyes tell apart.
 TINTS = (("#3f70b0", "#d6e4f5"), ("#b4622d", "#fbe0cc"), ("#4f9c84", "#e2f2e6"))
 UNREACHED = ("#6b6b6b", "#ededed")
-BLOCKS, SCOPES = ("#333333", 0.4), ("#000000", 1.6)  # colours and widths of lines
+BLOCKS, SCOPES = ("#2b2b2b", 0.4), ("#0a0a0a", 1.6)  # colours and widths of lines
 _LARGE, _SIZE = 0.24, 7.2  # inches of an element, and of a side of all of them
 _RULES = 2  # that are named in the title
-_NAME = 80  # characters
 
 
-def plot_mask(closeup: CloseUp, path: Path) -> None:
-    """Write the picture of a close-up to a .png, .svg or .html file."""
+def plot_mask(closeup: CloseUp, path: Path, title: str = "") -> None:
+    """Write the picture of a close-up to a .png, .svg, .pdf or .html file, under a title of its own."""
     with canvas.settings():
-        canvas.write(mask_page(closeup), path)
+        page.write(mask_page(closeup, title), path)
 
 
-def mask_page(closeup: CloseUp) -> canvas.Page:
+def mask_page(closeup: CloseUp, title: str = "") -> page.Page:
     """The page, with its figure drawn; to be called under `settings`."""
     figure = canvas.blank()
     axes = _elements(figure, closeup)
@@ -289,9 +331,12 @@ def mask_page(closeup: CloseUp) -> canvas.Page:
     caption = "Some elements of the tensor: dark ones are kept, light ones are zero." + (
         " Thin lines part blocks, thick ones scopes." if closeup.rules else ""
     )
-    return canvas.Page(
-        closeup.name, (canvas.Picture(canvas.fitted(figure), caption, (_numbers(closeup),)),), totals
+    alt = (
+        f"{rows} rows and {columns} columns of {closeup.name} from {closeup.begin[0]}, {closeup.begin[1]} "
+        f"on: {closeup.kept.size - kept:,} of {closeup.kept.size:,} elements are zero."
     )
+    picture = page.Picture(canvas.fitted(figure), caption, alt, (_numbers(closeup),))
+    return page.Page(title or closeup.name, (picture,), totals)
 
 
 def edges(labels: Labels) -> list[tuple[tuple[int, int], tuple[int, int]]]:
@@ -335,7 +380,7 @@ def _runs(differs: NDArray[np.bool_]) -> list[tuple[int, int, int]]:
     return list(zip(columns.tolist(), begins.tolist(), ends.tolist(), strict=True))
 
 
-def _elements(figure: Figure, closeup: CloseUp) -> Axes:
+def _elements(figure: canvas.Sheet, closeup: CloseUp) -> Axes:
     rows, columns = closeup.kept.shape
     side = canvas.pixels(min(_LARGE, _SIZE / max(rows, columns)))
     axes = canvas.axes_at(figure, 0, 0, side * columns, side * rows)
@@ -353,7 +398,7 @@ def _elements(figure: Figure, closeup: CloseUp) -> Axes:
     _label(axes.xaxis, closeup.begin[1], columns, side, upright=False)
     _label(axes.yaxis, closeup.begin[0], rows, side, upright=True)
     _name_axes(axes, closeup)
-    axes.set_title(_title(closeup), linespacing=1.35)
+    axes.set_title(_title(closeup))
     return axes
 
 
@@ -386,10 +431,10 @@ def _name_axes(axes: Axes, closeup: CloseUp) -> None:
 
 
 def _title(closeup: CloseUp) -> str:
-    name = shortened([printable(closeup.name)], _NAME)[0]
+    """What the tensor is and which rules reach it; the heading of the page has its name."""
     more = [f"{len(closeup.rules) - _RULES} more rules"] if len(closeup.rules) > _RULES else []
     facts = [f"{shape_text(closeup.shape)} {closeup.dtype}", *map(printable, closeup.rules[:_RULES]), *more]
-    return f"{name}\n{', '.join(facts)}"
+    return ", ".join(facts)
 
 
 def _legend(axes: Axes, closeup: CloseUp) -> None:
@@ -431,9 +476,9 @@ def _notes(closeup: CloseUp) -> list[str]:
     return notes
 
 
-def _numbers(closeup: CloseUp) -> canvas.Numbers:
+def _numbers(closeup: CloseUp) -> page.Numbers:
     rows = tuple(
         (str(closeup.begin[0] + at), str(int(row.sum())), "".join(map(str, row.astype(int))))
         for at, row in enumerate(closeup.kept)
     )
-    return canvas.Numbers(("row", "not zero", f"elements from {closeup.begin[1]} on, 1 where not zero"), rows)
+    return page.Numbers(("row", "not zero", f"elements from {closeup.begin[1]} on, 1 where not zero"), rows)
