@@ -28,7 +28,7 @@ def test_package_holds_the_rooms_of_the_house() -> None:
     layers = {"cli", "api", "report", "removal", "execution", "calibration", "spec", "checkpoint", "engine"}
     assert rooms == {*layers, "results"}
     loose = {path.name for path in PACKAGE.glob("*") if path.is_file()}
-    assert loose == {"__init__.py", "__main__.py", "errors.py", "py.typed"}
+    assert loose == {"README.md", "__init__.py", "__main__.py", "errors.py", "py.typed"}
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))

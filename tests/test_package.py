@@ -71,7 +71,7 @@ def test_wheel_has_the_package_with_all_that_it_reads_and_nothing_else(wheel: Pa
     found = names(wheel)
     package = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("sparseprune/**/*") if path.is_file()}
     wanted = {name for name in package if "__pycache__" not in name}
-    wanted |= {f"sparseprune/specs/{path.name}" for path in (ROOT / "specs").iterdir()}
+    wanted |= {f"sparseprune/{path.relative_to(ROOT)}" for path in ROOT.glob("specs/**/*") if path.is_file()}
     assert {name for name in found if ".dist-info/" not in name} == wanted
     assert "sparseprune/py.typed" in found
 

@@ -463,6 +463,6 @@ def row_of(runtime: Runtime) -> str:
 
 
 @pytest.mark.parametrize("name", RUNTIMES)
-def test_the_page_of_specs_has_every_runtime_as_it_is(name: str) -> None:
-    page = Path(__file__).parents[2] / "specs" / "README.md"
+def test_the_page_of_runtimes_has_every_one_as_it_is(name: str) -> None:
+    page = Path(__file__).parents[2] / "specs" / "guide" / "runtimes.md"
     assert row_of(RUNTIMES[name]) in page.read_text().splitlines()
