@@ -21,9 +21,8 @@ _FEW_PER_PLACE = 2
 _SHOWN_CHARACTERS = 80
 _FEW = 8
 _MOST_LINES = 50
-_LABEL = re.compile(
-    r"[\w.*-]+(?:\[[^\]]*\])?: "
-)  # in front of a text: the tensor or instance that it is about
+# The tensor or instance that a text is about. It never goes back, so that long texts take no longer.
+_LABEL = re.compile(r"(?<![\w.*-])[\w.*-]++(?:\[[^\]]{0,400}+\])?+: ")
 
 
 class Misfit(Exception):  # noqa: N818  (stays inside spec: it becomes a line of a SpecError)
