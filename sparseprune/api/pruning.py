@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from msgspec import Struct
@@ -40,7 +42,6 @@ from sparseprune.spec.rebuilding import OF_STATISTICS, Rebuilding, rebuilt
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
-    from pathlib import Path
 
     from sparseprune.api.options import Machine, Source, Target
     from sparseprune.api.sweeping import Swept, SweptText
@@ -479,8 +480,15 @@ def _statistics_of(prepared: Prepared) -> list[str]:
         score = instance.score.file if instance.score.kind in OF_STATISTICS else None
         for file in (score, *(one.file for one in (instance.reconstruct, instance.allocate) if one)):
             if file is not None and file != SWEPT:
-                found[str(file)] = None
+                found[_from_here(Path(file))] = None
     return list(found)
+
+
+def _from_here(path: Path) -> str:
+    """A path as one would type it in this folder, so that it is the same wherever the folder lies."""
+    with suppress(OSError, ValueError):
+        return str(path.relative_to(Path.cwd()))
+    return str(path)
 
 
 def _read_line(prepared: Prepared) -> Iterator[str]:

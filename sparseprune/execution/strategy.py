@@ -419,12 +419,12 @@ def _rebuild(task: Task, tensors: Mapping[str, StoredTensor], limits: Limits) ->
             f"[{task.rule}] {task.instance.label}: its matrices and their second moments must be in memory "
             f"together to be reconstructed; give --memory {enough(needed)}"
         )
-    cost = _cost(task, tensors) // max(1, stacks)
+    cost = _cost(task, tensors, max(1, stacks)) // max(1, stacks)
     return Rebuild(each, numel // max(1, stacks), on_device=on_device, parts=stacks, cost=cost)
 
 
-def _cost(task: Task, tensors: Mapping[str, StoredTensor]) -> int:
-    """What rebuilding takes, in bytes that are read in the same time: it grows with cubes of the sizes."""
+def _cost(task: Task, tensors: Mapping[str, StoredTensor], parts: int) -> int:
+    """What rebuilding all parts takes, in bytes that are read in that time: it grows with cubes of sizes."""
     method, gradients = task.instance.reconstruct, task.with_role("gradients")
     is_refit = method is not None and method.method == "refit"
     rounds, flops = _ROUNDS["refit" if is_refit else task.metric or "outputs"], 0
@@ -435,7 +435,7 @@ def _cost(task: Task, tensors: Mapping[str, StoredTensor]) -> int:
         for moment in moments:
             size, numel = moment.shape[-1], tensors[name].numel
             flops += rounds * numel * size + _FACTORED * moment.numel * size
-        flops += _STARTED
+        flops += _STARTED * parts
     return task.nbytes(tensors) + flops // _FLOPS_PER_BYTE
 
 

@@ -175,8 +175,8 @@ class InspectTotals(Record):
 class MadeBy(Record):
     """The run of sparseprune that a checkpoint tells of, in its config.json or in the report beside it."""
 
-    version: str
-    command: Literal["apply", "remove", "reapply"]
+    version: Annotated[str, Doc("of sparseprune")]
+    command: Annotated[Literal["apply", "remove", "reapply"], Doc("what was done")]
     model: Annotated[str | None, Doc("what it was made from; null if that is not told")]
     spec: Annotated[str | None, Doc("name of the spec; null if that is not told")]
 

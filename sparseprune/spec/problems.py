@@ -22,6 +22,7 @@ _SHOWN_CHARACTERS = 80
 _FEW = 8
 _MOST_LINES = 50
 # The tensor or instance that a text is about. It never goes back, so that long texts take no longer.
+_DETAIL = re.compile(r"\[[^\]]{0,400}+\]|\d++")  # in which texts alike differ
 _LABEL = re.compile(r"(?<![\w.*-])[\w.*-]++(?:\[[^\]]{0,400}+\])?+: ")
 
 
@@ -81,7 +82,7 @@ class Problems:
             prefix = f"{self._source}: {place}: " if place else f"{self._source}: "
             alike: dict[str, list[str]] = {}
             for text in texts:
-                alike.setdefault(_LABEL.sub("", text), []).append(text)
+                alike.setdefault(_DETAIL.sub("", _LABEL.sub("", text)), []).append(text)
             if len(alike) > _FEW_PER_PLACE:
                 alike = {"": list(texts)}
             yield from (prefix + one_of_many(each) for each in alike.values())

@@ -268,7 +268,8 @@ def test_shards_without_an_index_are_one_checkpoint_and_so_is_the_output(tmp_pat
     for number, name in enumerate("ba", 1):
         store(folder / f"model-{number:05d}-of-00002.safetensors", (name, "BF16", (4, 8)))
     out = through_all(tmp_path, folder)
-    assert {path.name for path in out.iterdir()} == {path.name for path in folder.iterdir()} | {"sparseprune"}
+    ours = {"sparseprune", "README.md"}
+    assert {path.name for path in out.iterdir()} == {path.name for path in folder.iterdir()} | ours
     (out / "model-00001-of-00002.safetensors").unlink()
     said = commanded("verify", out, write_spec(tmp_path, SPEC))
     assert (said.code, "holds 1 of 2 shards" in said.err) == (2, True)
@@ -339,6 +340,7 @@ def test_one_file_of_whatever_name_is_the_checkpoint(tmp_path: Path, name: str) 
     (folder / "adapter_config.json").write_text('{"r": 4}')
     assert {path.name for path in through_all(tmp_path, folder).iterdir()} == {
         name,
+        "README.md",
         "adapter_config.json",
         "sparseprune",
     }

@@ -58,6 +58,7 @@ SIZES = """\
 config.json: intermediate_size 16 -> 12
 parameters 1,388 before, 1,196 after (13.83% fewer)
 weights 7.77 kB before, 7.00 kB after
+faster: everywhere that reads sizes from the config
 """
 CHANGED = """\
 tensor                               shape  becomes  named
@@ -132,7 +133,7 @@ def test_what_is_told_of_heads_layers_and_experts(tmp_path: Path) -> None:
     for name, wanted in lines.items():
         case = CASES[name]
         source = write(tmp_path / name, case.tensors(), case.config)
-        _, _, covered, *found, _ = told(removed(source, case.spec, *case.options))
+        _, _, covered, *found, _, _ = told(removed(source, case.spec, *case.options))
         assert sorted(found) == sorted(wanted)
         assert covered.startswith("reached ")
     table = removed(source, case.spec, *case.options, "--force", "-v").err
@@ -320,7 +321,7 @@ WRONG: dict[str, str] = {
         "and 1 alone; give a mask file, its folder or index, or the output of sparseprune that has masks; "
         "the zeros of a sparse checkpoint are masks by --zeros-of"
     ),
-    "in --masks absent.masks": "absent.masks: no such file",
+    "in --masks absent.masks": "absent.masks: no such file; did you mean even.masks?",
     "in --masks sizes.masks --partial": (
         f"sizes.masks: mask '{UP}' has the shape [3, 8], the tensor in in [16, 8]; give the masks of this "
         "checkpoint, or leave this one out by --exclude"

@@ -256,8 +256,8 @@ def test_a_block_that_the_device_has_no_room_for_is_decided_on_the_cpu_or_refuse
     words = ("apply", tmp_path / "model.safetensors", tmp_path / "spec.toml", "--device", "cuda")
     said = refused(*words)
     assert said.err.endswith(
-        "a block has 2048 elements, which must be in memory together and take 131072 bytes of the device, of "
-        "which about 65536 are free; say --device cpu\n"
+        "a block has 2048 elements, which must be in memory together and take 131.07 kB of the device, of "
+        "which about 65.54 kB are free; say --device cpu\n"
     )
 
 

@@ -517,9 +517,7 @@ def test_scopes_for_which_no_strategy_is_left_are_refused(tmp_path: Path) -> Non
     spec = parse_spec(FUSED_ELEMENTS)
     check = make_check(open_checkpoint(headers(tmp_path / "in", *shapes)), spec, AMPLE, 1)
     (group,) = check.groups
-    wanted = (
-        r"elements\[layer=0\]: 512 scopes of 1024 elements in 2 parts cannot be counted in 9000 bytes; give"
-    )
+    wanted = r"elements\[layer=0\]: 512 scopes of 1024 elements in 2 parts cannot be counted in 9.00 kB; give"
     with pytest.raises(SparsepruneError, match=wanted):
         count_strategy(group.task.instance.scope, check.plan.checkpoint.tensors, Limits(9000))
 

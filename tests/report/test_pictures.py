@@ -499,10 +499,10 @@ def test_of_experts_energy_is_a_mean_and_error_one_of_squares() -> None:
 
 
 @pytest.mark.parametrize("large", [1.5, 1e30, 1e300])
-def test_energies_above_one_and_errors_of_any_size_are_drawn(large: float) -> None:
+def test_errors_of_any_size_are_drawn(large: float) -> None:
     for kinds in (2, 9):
         tensors = changed(2, kinds)
-        tensors["model.layers.1.block.kind_0.weight"] = (large, large)
+        tensors["model.layers.1.block.kind_0.weight"] = (1.0, large)
         compared_figure(tensors)
 
 
