@@ -383,11 +383,9 @@ def prune(run: Run, prepared: Prepared) -> results.Report:
 
 def explained(prepared: Prepared, verb: Literal["apply", "remove"], more: Sequence[str] = ()) -> Explained:
     """What the output tells of the command, which had `more` words."""
-    plan, tasks = prepared.plan, (task for unit in prepared.plan.units for task in unit.tasks)
-    moments = (one.stored.shard for task in tasks for one in task.inputs if one.role == "moment")
-    statistics = next((shard.path.parent for shard in moments if shard.size), None)
-    told = explained_by_spec(prepared.asked, prepared.source.text, plan.checkpoint, verb=verb, more=more)
-    return replace(told, statistics=statistics)
+    checkpoint, statistics = prepared.plan.checkpoint, stats_told(prepared)
+    told = explained_by_spec(prepared.asked, prepared.source.text, checkpoint, verb=verb, more=more)
+    return replace(told, statistics=None if statistics is None else Path(statistics))
 
 
 def forget(prepared: Prepared) -> None:

@@ -270,7 +270,7 @@ def test_a_tree_sums_up_layers_that_are_alike(pruned: Path) -> None:
         "   └─ weight          2  16x8        256    128    50.00%  2:4 4:8",
         "norm                  1  8             8      0     0.00%",
         "total                 7              552    256    46.38%",
-        "pruned by sparseprune 0.1.0 with spec.toml from checkpoint",
+        "pruned by sparseprune 0.1.0 with spec.toml from c",
         "satisfied: 2:4 by 4 tensors, 4:8 by 4 tensors",
     ]
 
