@@ -83,7 +83,7 @@ def test_what_is_told_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     )
     ok("mask", source, "mlp-channels", "-o", "masks", "-q")
     said = removed(source, "--masks", "masks", "-o", "out", "--force")
-    assert (said.out, told(said)) == ("out\n", SIZES.splitlines()[:-1])
+    assert (said.out, told(said)) == ("out\n", SIZES.splitlines())
     for options in (["-q"], ["-q", "-v"]):
         said = removed(source, "mlp-channels", "-o", "out", "--force", *options)
         assert (said.out, said.err) == ("out\n", "")
