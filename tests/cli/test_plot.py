@@ -56,7 +56,7 @@ def test_json_and_a_picture_go_together(pruned: Path) -> None:
 def test_survivors_are_counted_by_the_spec_that_was_applied(pruned: Path) -> None:
     page = html(pruned)
     assert "scope.proj" in page
-    assert "scope.proj: 2 blocks are not zero in each of its 128 scopes, nnz 2." in page
+    assert "scope.proj: each of its 128 scopes keeps 2 blocks, nnz 2." in page
     assert "<title>Sparsity of pruned, spec spec.toml</title>" in page
 
 
@@ -64,7 +64,7 @@ def test_survivors_are_counted_by_the_spec_that_is_named(pruned: Path, tmp_path:
     spec = tmp_path / "other.toml"
     spec.write_text(CHANNELS)
     page = html(pruned, "--spec", spec)
-    assert "scope.mlp: 16 blocks are not zero in each of its 2 scopes, nnz 12." in page
+    assert "scope.mlp: each of its 2 scopes keeps 16 blocks, nnz 12." in page
     assert ", spec other.toml</title>" in page
     assert "scope.proj" not in page
 
@@ -73,7 +73,7 @@ def test_variables_count_that_were_set_when_it_was_applied(decoder: Path, tmp_pa
     out = tmp_path / "out"
     ok("apply", decoder, "nofm", "-o", out, "-q", "--set", "n=1", "--set", "m=8")
     page = html(out)
-    assert "scope.matrix: 1 blocks are not zero in each of its 61,440 scopes, nnz 1." in page
+    assert "scope.matrix: each of its 61,440 scopes keeps 1 block, nnz 1." in page
     assert "<title>Sparsity of out, spec nofm with n=1, m=8</title>" in page
     assert "1 of 8 blocks" in html(out, "--tensor", "model.layers.0.self_attn.q_proj.weight")
 

@@ -188,7 +188,7 @@ def make_groups(found: Inspection) -> Inspection:
 
 def test_a_rule_whose_scopes_are_all_alike_is_told_in_a_sentence() -> None:
     (figure,) = figures(decoder(1, lambda *_: 0.5), survivors([(2, 90)], (2,)))
-    assert texts(figure)[-1].endswith("scope.w: 2 blocks are not zero in each of its 90 scopes, nnz 2.")
+    assert texts(figure)[-1].endswith("scope.w: each of its 90 scopes keeps 2 blocks, nnz 2.")
 
 
 def test_draws_what_belongs_to_no_layer_apart_and_notes_what_is_left_out() -> None:

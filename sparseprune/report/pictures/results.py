@@ -343,7 +343,7 @@ def inspection_page(found: Inspection, survivors: Sequence[Survivors], spec: str
 def _uniform(survivors: Sequence[Survivors]) -> list[str]:
     """What there is to say of rules whose scopes all keep as many blocks."""
     return [
-        f"{printable(rule.rule)}: {blocks:,} blocks are not zero in each of its {many(scopes, 'scope')}, "
+        f"{printable(rule.rule)}: each of its {many(scopes, 'scope')} keeps {many(blocks, 'block')}, "
         f"nnz {' '.join(map('{:,}'.format, charts.budgets_of(rule.nnz))) or 'not given'}."
         for rule in survivors
         for blocks, scopes in rule.histogram
