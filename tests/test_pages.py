@@ -57,13 +57,14 @@ def blocks(page: str) -> list[tuple[str, str]]:
 def same(line: str) -> str:
     """A line without what differs from run to run and from machine to machine.
 
-    Times and rates go, and spaces that align. Where a line tells an error, a loss or a mean, its numbers keep
-    one digit.
+    Times and rates go. Where a line tells an error, a loss or a mean, its numbers keep two digits; there, and
+    in the heads above such lines, the spaces that align them go.
     """
-    line = re.sub(r"\d+(\.\d+)? s, [\d.,]+ [\w ]+/s", "T", re.sub(" +", " ", line.rstrip()))
-    if re.search(r"error|\+-|nats|loss", line):
-        line = re.sub(r"\d+\.\d+|\d+e-\d+", lambda number: f"{float(number[0]):.0e}", line)
-    return line
+    line = re.sub(r"\d+(\.\d+)? s, [\d.,]+ [\w ]+/s", "T", line.rstrip())
+    tells = re.search(r"error|\+-|nats|loss", line) is not None
+    if tells:
+        line = re.sub(r"\d+\.\d+|\d+e-\d+", lambda number: f"{float(number[0]):.1e}", line)
+    return re.sub(" +", " ", line) if tells or line.startswith(" " * 20) else line
 
 
 def shows(shown: list[str], real: list[str]) -> bool:
