@@ -1,0 +1,247 @@
+"""Paths of files that are in no file system: in an object store or on the hub, read as pathlib's are.
+
+Owns what such addresses look like, and what a `Store` gives of its files; the stores themselves are modules
+of their own, imported when they are used. Errors are OSErrors, as those of local files. Writes nothing.
+"""
+
+from __future__ import annotations
+
+import errno
+import fnmatch
+import hashlib
+import io
+import os
+import re
+import stat
+import threading
+from functools import lru_cache
+from pathlib import Path, PosixPath
+from typing import TYPE_CHECKING, Any, Protocol
+
+from msgspec import Struct
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Mapping
+
+    from sparseprune.checkpoint.file_io import Bytes
+
+OBJECT_STORES = frozenset({"s3", "gs", "az"})
+HUB = "hf"
+_ADDRESS = re.compile(r"(?P<scheme>s3|gs|az|hf)://(?P<rest>.*)", re.DOTALL)
+_ROOT_PARTS = {
+    "s3": 2,
+    "gs": 2,
+    "az": 2,
+    "hf": 3,
+}  # of a path: scheme and bucket; scheme, organization and model
+
+
+class Facts(Struct, frozen=True):
+    """What a store knows of a file without reading it; another `etag` is another content."""
+
+    nbytes: int
+    etag: str
+    mtime_ns: int = 0
+
+
+class Store(Protocol):
+    """Reads the files of one bucket or one model, from any thread; keys are their paths in it.
+
+    A file that is not there is a FileNotFoundError; all else that fails is an OSError whose `strerror` says
+    why, and what to do.
+    """
+
+    def facts(self, key: str) -> Facts | None:
+        """Of one file; None where there is none."""
+
+    def below(self, folder: str) -> Mapping[str, Facts]:
+        """Of every file in a folder and the folders in it, by key; "" is the top."""
+
+    def read(self, key: str, begin: int, end: int, etag: str = "") -> Bytes:
+        """The bytes [begin, end) of a file; fewer where it ends before. OSError of ESTALE if it changed."""
+
+    def local(self, key: str) -> Path | None:
+        """A whole copy on this machine, fetched now if need be; None where files are read by ranges."""
+
+
+class _Root:
+    """A store and what is known of its files since they were listed, or looked at one by one."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self._known: dict[str, Facts] = {}
+        self._lock = threading.Lock()
+
+    def list(self, folder: str) -> dict[str, Facts]:
+        """Every file below a folder, asked for anew."""
+        found = dict(self.store.below(folder))
+        with self._lock:
+            for key in [key for key in self._known if _is_below(key, folder)]:
+                del self._known[key]
+            self._known |= found
+        return found
+
+    def facts(self, key: str, *, fresh: bool = False) -> Facts | None:
+        with self._lock:
+            known = None if fresh else self._known.get(key)
+        if known is None:
+            known = self.store.facts(key)
+            with self._lock:
+                self._known.pop(key, None)
+                if known is not None:
+                    self._known[key] = known
+        return known
+
+
+class RemotePath(PosixPath):
+    """An address such as `s3://bucket/models/llama`; what reads a local path reads this one as well.
+
+    >>> path = RemotePath("s3://bucket/models") / "llama" / "config.json"
+    >>> str(path), path.key, path.name, str(path.parent)
+    ('s3://bucket/models/llama/config.json', 'models/llama/config.json', 'config.json', 's3://bucket/models/llama')
+    """
+
+    @property
+    def scheme(self) -> str:
+        return self.parts[0].removesuffix(":")
+
+    @property
+    def root_address(self) -> str:
+        """The bucket, or the model on the hub: that of which there is one store."""
+        return _address(self.parts[: _ROOT_PARTS[self.scheme]])
+
+    @property
+    def key(self) -> str:
+        """The path inside the bucket or the model."""
+        return "/".join(self.parts[_ROOT_PARTS[self.scheme] :])
+
+    @property
+    def store(self) -> Store:
+        return self._opened_root.store
+
+    @property
+    def _opened_root(self) -> _Root:
+        return _opened(self.root_address)
+
+    def __str__(self) -> str:
+        return _address(self.parts)
+
+    def __fspath__(self) -> str:
+        return str(self)
+
+    def __repr__(self) -> str:
+        return f"RemotePath({str(self)!r})"
+
+    def is_absolute(self) -> bool:
+        return True
+
+    def absolute(self) -> RemotePath:
+        return self
+
+    def resolve(self, strict: bool = False) -> RemotePath:  # noqa: ARG002, FBT001, FBT002  (pathlib's)
+        return self
+
+    def facts(self, *, fresh: bool = False) -> Facts:
+        """Of a file, as they were when it was listed, or `fresh`; FileNotFoundError if it is none."""
+        found = self._opened_root.facts(self.key, fresh=fresh) if self.key else None
+        if found is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self))
+        return found
+
+    def stat(self, *, follow_symlinks: bool = True, fresh: bool = False) -> os.stat_result:  # noqa: ARG002
+        """As of a local file that all may read; its inode stands for the content."""
+        try:
+            found = self.facts(fresh=fresh)
+        except FileNotFoundError:
+            if not self._opened_root.list(self.key):
+                raise
+            return os.stat_result((stat.S_IFDIR | 0o755, 0, 0, 1, 0, 0, 0, 0, 0, 0))
+        content = int.from_bytes(hashlib.sha256(found.etag.encode()).digest()[:7]) or 1
+        times = {"st_mtime_ns": found.mtime_ns, "st_ctime_ns": content, "st_atime_ns": found.mtime_ns}
+        return os.stat_result((stat.S_IFREG | 0o644, content, 0, 1, 0, 0, found.nbytes, 0, 0, 0), times)
+
+    def lstat(self) -> os.stat_result:
+        return self.stat()
+
+    def exists(self, *, follow_symlinks: bool = True) -> bool:  # noqa: ARG002
+        return self.is_file() or self.is_dir()
+
+    def is_file(self, *, follow_symlinks: bool = True) -> bool:  # noqa: ARG002
+        try:
+            self.facts()
+        except FileNotFoundError:
+            return False
+        return True
+
+    def is_dir(self, *, follow_symlinks: bool = True) -> bool:  # noqa: ARG002
+        return bool(self._opened_root.list(self.key))
+
+    def is_symlink(self) -> bool:
+        return False
+
+    def below(self) -> dict[str, Facts]:
+        """Every file in this folder and the folders in it, by its path from here, asked for anew."""
+        skip = len(self.key) + 1 if self.key else 0
+        return {key[skip:]: facts for key, facts in sorted(self._opened_root.list(self.key).items())}
+
+    def iterdir(self) -> Generator[RemotePath, None, None]:
+        """Files and folders in this one; FileNotFoundError where there are none."""
+        names = dict.fromkeys(path.partition("/")[0] for path in self.below())
+        if not names:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self))
+        yield from (self / name for name in names)
+
+    def glob(self, pattern: str, **_: Any) -> Generator[RemotePath, None, None]:  # type: ignore[override]  # noqa: ANN401
+        """Files and folders in this one whose names fit; a pattern is of one level."""
+        names = dict.fromkeys(path.partition("/")[0] for path in self.below())
+        return (self / name for name in names if fnmatch.fnmatchcase(name, pattern.rstrip("/")))
+
+    def read_part(self, begin: int, end: int, etag: str = "") -> Bytes:
+        """Bytes of the file, fewer where it ends before; OSError of ESTALE if its `etag` changed."""
+        return self.store.read(self.key, begin, end, etag)
+
+    def read_bytes(self) -> bytes:
+        found = self.facts()
+        return bytes(memoryview(self.read_part(0, found.nbytes)))
+
+    def read_text(self, encoding: str | None = None, errors: str | None = None, **_: Any) -> str:  # noqa: ANN401
+        return self.read_bytes().decode(encoding or "utf-8", errors or "strict")
+
+    def open(self, mode: str = "r", *_: Any, encoding: str | None = None, **__: Any) -> Any:  # type: ignore[override]  # noqa: ANN401
+        """The whole file in memory, for reading; large files are read by `read_part`."""
+        if set(mode) - set("rbt"):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(self))
+        data = io.BytesIO(self.read_bytes())
+        return data if "b" in mode else io.TextIOWrapper(data, encoding=encoding or "utf-8")
+
+
+def located(place: str | os.PathLike[str]) -> Path:
+    """The path that a text is, or the address.
+
+    >>> located("s3://bucket/model"), located("models/llama").name
+    (RemotePath('s3://bucket/model'), 'llama')
+    """
+    if isinstance(place, Path):
+        return place
+    text = os.fspath(place)
+    return RemotePath(text) if _ADDRESS.match(text) else Path(text)
+
+
+def _address(parts: tuple[str, ...]) -> str:
+    return f"{parts[0]}//{'/'.join(parts[1:])}"
+
+
+def _is_below(key: str, folder: str) -> bool:
+    return not folder or key.startswith(f"{folder}/")
+
+
+@lru_cache(maxsize=64)
+def _opened(root_address: str) -> _Root:
+    """The store of a bucket or a model, made once: it keeps connections."""
+    if root_address.startswith(f"{HUB}:"):
+        from sparseprune.checkpoint.hub import HubStore  # type: ignore[import-untyped]  # noqa: PLC0415
+
+        return _Root(HubStore(root_address))
+    from sparseprune.checkpoint.objects import ObjectStore  # type: ignore[import-untyped]  # noqa: PLC0415
+
+    return _Root(ObjectStore(root_address))
