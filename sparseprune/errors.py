@@ -27,6 +27,9 @@ class SparsepruneError(Exception):
     def __str__(self) -> str:
         return "\n".join(self.args)
 
+    def __reduce__(self) -> tuple[object, ...]:
+        return _restored, (type(self), self.args, self.__dict__)
+
 
 def printable(text: str) -> str:
     r"""A text on one line, without what a terminal would obey: names may hold anything, also line ends.
@@ -81,6 +84,15 @@ def unit_of(amount: float, names: Sequence[str] = SIZES) -> tuple[int, str]:
     while amount >= 999.5 * 1000**power and power < len(names) - 1:
         power += 1
     return 1000**power, names[power]
+
+
+def _restored(
+    kind: type[SparsepruneError], lines: tuple[str, ...], state: dict[str, object]
+) -> SparsepruneError:
+    """An error that was pickled; classes are made of other arguments than their lines."""
+    error = kind.__new__(kind, *lines)
+    error.__dict__.update(state)
+    return error
 
 
 def _shortened(line: str) -> str:

@@ -11,8 +11,8 @@ import contextlib
 import errno
 import json
 import os
+import secrets
 import stat
-import threading
 import zlib
 from collections.abc import Mapping
 from pathlib import PurePosixPath
@@ -21,17 +21,18 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, Self
 from msgspec import Struct
 
 from sparseprune.checkpoint import file_io, publish
-from sparseprune.checkpoint.file_io import OpenFiles, machine_errors
+from sparseprune.checkpoint.file_io import machine_errors
+from sparseprune.checkpoint.portions import FileWriter, FolderPortion, PlacedFiles
 from sparseprune.checkpoint.publish import StagingDir
 from sparseprune.errors import MachineError, is_out_of_memory, size
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
-    from contextlib import AbstractContextManager
+    from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
 
     from sparseprune.checkpoint.file_io import Bytes, WritableBytes
     from sparseprune.checkpoint.layout import CopyRange, OutputLayout, Place
+    from sparseprune.checkpoint.portions import Portion
 
 
 _FORMAT = 2
@@ -221,90 +222,17 @@ class Sink(Protocol):
         MachineError where that fails, then and from then on; nothing is noted after it.
         """
 
+    def portion(self, files: Sequence[str]) -> Portion:
+        """These files of the output, for one worker elsewhere that alone writes them."""
+
+    def portion_done(self, files: Sequence[str], facts: Mapping[str, Any]) -> None:
+        """Hears that a portion of these files is complete and durable, with its `facts`."""
+
     def commit(self) -> None:
         """Gives the complete output its name, once it is on disk; only then removes what it replaces."""
 
     def discard(self) -> None:
         """Gives up the output and its notes, before the context ends."""
-
-
-class FileWriter:
-    """Writes to files that exist, and records notes once these writes are on disk; from any thread.
-
-    A note reaches the journal, if there is one, at a `flush` after the writes before it were synced, and
-    never if they could not be. `writing` gives the context in which a file is touched. `drop_cache` frees the
-    system's cache of what is on disk. `unsure` becomes True where a file system cannot tell whether bytes are
-    on disk: from then on nothing reaches the journal. After `close` no file stays open.
-    """
-
-    def __init__(
-        self,
-        writing: Callable[[str], AbstractContextManager[None]] = machine_errors,
-        *,
-        drop_cache: bool = False,
-    ) -> None:
-        self.journal: Journal | None = None
-        self.unsure = False
-        self._drop_cache = drop_cache
-        self._writing = writing
-        self._files = OpenFiles(file_io.open_to_write)
-        self._lock, self._merging, self._one_flush = threading.Lock(), threading.Lock(), threading.Lock()
-        self._paths: set[str] = set()
-        self._notes: list[bytes] = []
-        self._failure: MachineError | None = None
-
-    def write(self, path: str, data: Bytes, offset: int) -> None:
-        """Writes all of `data` at `offset` of a file that is no link."""
-        with self._writing(path), self._files.use(path) as descriptor:
-            file_io.write_at(descriptor, data, offset)
-        self.written(path)
-
-    def merge(self, path: str, offset: int, value: int, bits: int) -> None:
-        """Takes the bits of one byte that are set in `bits` from `value`; threads may share a byte."""
-        with self._writing(path), self._merging, self._files.use(path) as descriptor:
-            (byte,) = os.pread(descriptor, 1, offset)
-            file_io.write_at(descriptor, bytes([(byte & ~bits) | (value & bits)]), offset)
-        self.written(path)
-
-    def written(self, path: str) -> None:
-        """Records that the next flush has to sync a file."""
-        with self._lock:
-            self._paths.add(path)
-
-    def noted(self, note: bytes) -> None:
-        """Records a note for the next flush."""
-        with self._lock:
-            self._notes.append(note)
-
-    def flush(self) -> None:
-        """Waits until the files are on disk, then until the notes are; MachineError, also from then on."""
-        # One at a time: another flush may still be syncing the bytes of a note.
-        with self._one_flush:
-            if self._failure is not None:
-                # The system reports it once: the next sync of the same file would succeed.
-                raise MachineError(str(self._failure)) from self._failure
-            with self._lock:
-                paths, self._paths = self._paths, set()
-                notes, self._notes = self._notes, []
-            try:
-                for path in sorted(paths):
-                    with self._writing(path):
-                        self.unsure |= not file_io.sync(path, data_only=True, drop_cache=self._drop_cache)
-                if notes and self.journal is not None and not self.unsure:
-                    with self._writing(self.journal.path):
-                        self.journal.append(notes)
-            except MachineError as failure:
-                self._failure = failure
-                raise
-            except BaseException:  # interrupted: the next flush does it again
-                with self._lock:
-                    self._paths |= paths
-                    self._notes[:0] = notes
-                raise
-
-    def close(self) -> None:
-        """Closes open files; a write that is under way closes its file itself."""
-        self._files.close()
 
 
 _CACHED_SHARE = 0.25  # of the memory: an output up to this size stays in the cache for the next reader
@@ -344,6 +272,9 @@ class StagedOutput(Sink):
         # A large output would push everything else out of the system's cache, its own input first.
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         self._writer = FileWriter(self._writing, drop_cache=layout.output_bytes > _CACHED_SHARE * memory)
+        packed = layout.mask_format == "packed"
+        self._placed = PlacedFiles(self._paths, layout.weights, layout.masks, self._writer, packed=packed)
+        self._token: str | None = None  # the name of a file by which machines know that they see the folder
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -385,14 +316,11 @@ class StagedOutput(Sink):
             self.kept = keep
 
     def copy(self, part: CopyRange) -> None:
-        path = self._paths[part.file]
-        with self._writing(path):
-            file_io.copy_range(part.source, part.source_offset, path, part.offset, part.length)
-        self._writer.written(path)
+        self._placed.copy(part)
 
     def write_weight(self, name: str, begin: int, data: Bytes) -> None:
         if self.layout.writes_weights:
-            self._write(name, self.layout.weights[name], begin, data)
+            self._placed.write_weight(name, begin, data)
 
     def read_weight(self, name: str, buffer: WritableBytes) -> None:
         """Fill a buffer with the bytes of a tensor as they are now in the output."""
@@ -403,22 +331,32 @@ class StagedOutput(Sink):
             file_io.read_into(descriptor, buffer, place.offset)
 
     def write_mask(self, name: str, first: int, keep: Bytes) -> None:
-        if self.layout.mask_format is None:
-            return
-        place = self.layout.masks[name]
-        if self.layout.mask_format == "bool":
-            self._write(name, place, first, keep)
-            return
-        bits = file_io.as_bytes(keep)
-        end = first + len(bits)
-        if not 0 <= first <= end <= place.numel:
-            raise ValueError(f"packed mask of {name!r}: elements {first} to {end} of {place.numel}")
-        head = min(-first % 8, len(bits))
-        tail = 0 if end == place.numel or head == len(bits) else end % 8
-        self._merge(place, first, bits[:head])
-        if head + tail < len(bits):
-            self._write(name, place, (first + head) // 8, _packed(bits[head : len(bits) - tail]))
-        self._merge(place, end - tail, bits[len(bits) - tail :])
+        if self.layout.mask_format is not None:
+            self._placed.write_mask(name, first, keep)
+
+    def portion(self, files: Sequence[str]) -> Portion:
+        layout = self.layout
+        if self._token is None:
+            token = self.partial_path / f"token-{secrets.token_hex(8)}"
+            with self._writing(token):
+                file_io.create(token, 0)
+                file_io.sync(self.partial_path)
+            self._token = str(token)
+        wanted = frozenset(map(PurePosixPath, files))
+
+        def among(places: Mapping[str, Place]) -> dict[str, Place]:
+            return {name: place for name, place in places.items() if place.file in wanted}
+
+        return FolderPortion(
+            self._token,
+            {str(file): self._paths[file] for file in wanted},
+            among(layout.weights) if layout.writes_weights else {},
+            among(layout.masks) if layout.mask_format is not None else {},
+            packed=layout.mask_format == "packed",
+        )
+
+    def portion_done(self, files: Sequence[str], facts: Mapping[str, Any]) -> None:
+        """Nothing: the files are where they belong."""
 
     def add_file(self, name: PurePosixPath, data: bytes | Iterable[bytes]) -> None:
         if name not in self.layout.results:
@@ -550,22 +488,6 @@ class StagedOutput(Sink):
         else:
             self._staging.discard()
 
-    def _write(self, name: str, place: Place, begin: int, data: Bytes) -> None:
-        view = file_io.as_bytes(data)
-        end = begin + len(view)
-        if not 0 <= begin <= end <= place.nbytes:
-            raise ValueError(f"bytes {begin} to {end} of {name!r} in {place.file}, which has {place.nbytes}")
-        self._writer.write(self._paths[place.file], view, place.offset + begin)
-
-    def _merge(self, place: Place, first: int, keep: memoryview) -> None:
-        """Writes some bits of one byte of a packed mask."""
-        if not keep:
-            return
-        shift = first % 8
-        value = sum(bit << shift + number for number, bit in enumerate(keep))
-        bits = ((1 << len(keep)) - 1) << shift
-        self._writer.merge(self._paths[place.file], place.offset + first // 8, value, bits)
-
     @contextlib.contextmanager
     def _writing(self, path: Path | str, doing: str = "cannot be written") -> Iterator[None]:
         """Turns an OSError into a MachineError, with the bytes needed and free where the disk is full."""
@@ -588,9 +510,3 @@ def _may_go_on(error: BaseException | None) -> bool:
     if error is None or isinstance(error, file_io.ChangedInputError):
         return False
     return isinstance(error, MachineError) or is_out_of_memory(error) or not isinstance(error, Exception)
-
-
-def _packed(bits: memoryview) -> memoryview:
-    import numpy as np  # noqa: PLC0415  (not needed to write bool masks)
-
-    return np.packbits(np.frombuffer(bits, dtype=np.uint8), bitorder="little").data

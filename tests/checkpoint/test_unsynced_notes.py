@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from sparseprune.checkpoint.output import FileWriter, Journal, note_text, read_journal
+from sparseprune.checkpoint.output import Journal, note_text, read_journal
+from sparseprune.checkpoint.portions import FileWriter
 
 
 @pytest.mark.parametrize("meanwhile", [0, 1, 3])

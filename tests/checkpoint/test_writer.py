@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sparseprune.checkpoint import file_io
-from sparseprune.checkpoint.output import FileWriter
+from sparseprune.checkpoint.portions import FileWriter
 from sparseprune.errors import MachineError
 from tests.checkpoint.files import open_files
 from tests.faults import failing

@@ -1,0 +1,134 @@
+"""Work that is spread over the machines of a cluster: two nodes of one CPU, and a head without any."""
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from sparseprune.errors import CheckpointError, MachineError, NanScoreError, SparsepruneError
+from sparseprune.execution.cluster import Cluster, Shared
+from tests.execution.clusters import Machines, kill_worker, machines
+
+ray = pytest.importorskip("ray")
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[Machines]:
+    with machines(2) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def cluster(two: Machines) -> Iterator[Cluster]:
+    with Cluster(two.address) as joined:
+        yield joined
+
+
+def square(number: int) -> int:
+    return number * number
+
+
+def whose(batch: tuple[Shared[list[int]], int]) -> tuple[int, int]:
+    shared, place = batch
+    return shared.get()[place], id(shared.get())
+
+
+def fails(number: int) -> int:
+    if number == 2:
+        raise NanScoreError("w", (1, 2))
+    return number
+
+
+def ends(path: Path) -> str:
+    """The first process that does it is killed."""
+    if not path.exists():
+        path.write_text(str(os.getpid()))
+        kill_worker(os.getpid())
+    return path.read_text()
+
+
+def always_ends(path: Path) -> None:
+    with path.open("a") as file:
+        file.write("x")
+    kill_worker(os.getpid())
+
+
+def counts(batch: tuple[int, Path | None]) -> Iterator[int]:
+    """Up to 5; the process ends at 3 where a path says so."""
+    first, path = batch
+    for number in range(first, 6):
+        if number == 3 and path is not None:
+            kill_worker(os.getpid())
+        yield number
+        time.sleep(0.2)
+
+
+def test_every_batch_gives_its_result_with_its_number(cluster: Cluster) -> None:
+    assert [(node.cpus, node.gpus) for node in cluster.nodes] == [(1, 0), (1, 0)]
+    assert sorted(cluster.run(square, range(20))) == [(number, number * number) for number in range(20)]
+    assert list(cluster.run(square, [])) == []
+
+
+def test_a_shared_value_is_made_once_in_a_process(cluster: Cluster) -> None:
+    shared = cluster.share([10, 11, 12, 13])
+    found = dict(cluster.run(whose, [(shared, place) for place in range(4)]))
+    assert [value for value, _ in (found[place] for place in range(4))] == [10, 11, 12, 13]
+    assert len({place for _, place in found.values()}) <= 2
+
+
+def test_an_error_of_the_work_is_raised_as_it_is(cluster: Cluster) -> None:
+    with pytest.raises(NanScoreError, match=r"w: NaN at \[1, 2\]") as found:
+        list(cluster.run(fails, range(40)))
+    assert (found.value.tensor, found.value.place) == ("w", (1, 2))
+
+
+def test_a_worker_that_is_killed_is_replaced(cluster: Cluster, tmp_path: Path) -> None:
+    ((_, killed),) = cluster.run(ends, [tmp_path / "first"])
+    assert int(killed) != os.getpid()
+
+
+def test_what_is_lost_four_times_is_given_up(cluster: Cluster, tmp_path: Path) -> None:
+    with pytest.raises(MachineError, match="lost 4 times"):
+        list(cluster.run(always_ends, [tmp_path / "tries"]))
+    assert (tmp_path / "tries").read_text() == "xxxx"
+
+
+def test_after_a_loss_only_the_rest_is_done_again(cluster: Cluster, tmp_path: Path) -> None:
+    heard: list[int] = []
+    todo: list[tuple[int, Path | None]] = [(0, tmp_path)]
+
+    def rest(_: int) -> tuple[int, Path | None]:
+        return heard[-1] + 1, None
+
+    for _, number in cluster.stream(counts, todo, rest):
+        heard.append(number)
+    assert heard == [0, 1, 2, 3, 4, 5]
+
+
+def test_every_machine_is_asked(cluster: Cluster) -> None:
+    assert list(cluster.on_each(square, 3).values()) == [9, 9]
+
+
+@pytest.mark.parametrize(
+    ("address", "line"),
+    [
+        ("ray://there:10001", "not meant for long runs"),
+        ("there", "wanted auto or HOST:PORT"),
+        (":6379", "wanted auto or HOST:PORT"),
+        ("", "wanted auto or HOST:PORT"),
+    ],
+)
+def test_an_address_that_cannot_be_joined_is_refused(address: str, line: str) -> None:
+    with pytest.raises(SparsepruneError, match=line):
+        Cluster(address)
+
+
+def test_errors_are_the_same_after_a_pickle() -> None:
+    import pickle
+
+    for error in (NanScoreError("w", (1,)), CheckpointError("a", "b"), MachineError("c")):
+        error.add_note("noted")
+        again = pickle.loads(pickle.dumps(error))
+        assert (type(again), again.args, again.__dict__) == (type(error), error.args, error.__dict__)
