@@ -30,6 +30,7 @@ def apply(
     device: options.Device = "auto",
     jobs: options.Jobs = None,
     memory: options.Memory = None,
+    on: options.On = None,
     mask_format: options.MaskFormatOrNone = "packed",
     set: options.Set = None,
     target: options.Goal = None,
@@ -73,7 +74,8 @@ def apply(
     windows = Windows([Path(one) for one in text], sequences, length, field, seed, special)
     read = AskedText(windows, gradients, path_or_none(scratch))
     asked = source(checkpoint, spec, set, target, (reconstruct, stats), read)
-    return prune(run, prepare(asked, goes, machine(device, jobs, memory, sweeps=bool(text)), run))
+    with run.on(on, jobs, text=bool(text)) as threads:
+        return prune(run, prepare(asked, goes, machine(device, threads, memory, sweeps=bool(text)), run))
 
 
 def mask(
@@ -84,6 +86,7 @@ def mask(
     device: options.Device = "auto",
     jobs: options.Jobs = None,
     memory: options.Memory = None,
+    on: options.On = None,
     mask_format: options.MaskFormat = "packed",
     set: options.Set = None,
     target: options.Goal = None,
@@ -107,7 +110,8 @@ def mask(
     run = Run(progress, strict=strict)
     goes = Target(path_or_none(output), mask_format, force, weights=False)
     asked = source(checkpoint, spec, set, target, (reconstruct, stats))
-    return prune(run, prepare(asked, goes, machine(device, jobs, memory)))
+    with run.on(on, jobs) as threads:
+        return prune(run, prepare(asked, goes, machine(device, threads, memory)))
 
 
 def plan(
@@ -186,6 +190,7 @@ def remove(
     device: options.Device = "auto",
     jobs: options.Jobs = None,
     memory: options.Memory = None,
+    on: options.On = None,
     set: options.Set = None,
     target: options.Goal = None,
     reconstruct: options.Reconstruct = None,
@@ -222,20 +227,22 @@ def remove(
     windows = Windows([Path(one) for one in text], sequences, length, field, seed, special)
     read = AskedText(windows, gradients, path_or_none(scratch))
     lists: dict[str, object] = {"--experts": experts, "--vocabulary": vocabulary}
-    asked = Asked(
-        checkpoint=Path(checkpoint),
-        spec=None if spec is None else fspath(spec),
-        source=mask_source(masks, zeros_of, (match, exclude, rename), partial=partial),
-        lists={name: each for name, each in lists.items() if each is not None},
-        dry_run=dry_run,
-        overrides=texts(set),
-        goal=target,
-        rebuilding=(reconstruct, path_or_none(stats)),
-        text=read,
-        target=Target(path_or_none(output), None, force, resized=True, model_type=as_model),
-        machine=machine(device, jobs, memory, sweeps=bool(text)),
-    )
-    return cut_out(Run(progress, strict=strict), asked)
+    run = Run(progress, strict=strict)
+    with run.on(on, jobs, text=bool(text)) as threads:
+        asked = Asked(
+            checkpoint=Path(checkpoint),
+            spec=None if spec is None else fspath(spec),
+            source=mask_source(masks, zeros_of, (match, exclude, rename), partial=partial),
+            lists={name: each for name, each in lists.items() if each is not None},
+            dry_run=dry_run,
+            overrides=texts(set),
+            goal=target,
+            rebuilding=(reconstruct, path_or_none(stats)),
+            text=read,
+            target=Target(path_or_none(output), None, force, resized=True, model_type=as_model),
+            machine=machine(device, threads, memory, sweeps=bool(text)),
+        )
+        return cut_out(run, asked)
 
 
 def calibrate(
@@ -365,6 +372,7 @@ def inspect(
     set: options.Set = None,
     jobs: options.Jobs = None,
     memory: options.Memory = None,
+    on: options.On = None,
     progress: Listen = None,
 ) -> "results.Inspection":
     """Report sparsity, zero patterns, and which runtimes can use them.
@@ -382,22 +390,24 @@ def inspect(
     from sparseprune.api.measuring import Look
     from sparseprune.api.measuring import inspect as look_at
 
-    asked = Look(
-        checkpoint=Path(checkpoint),
-        listing=options.Listing(match, exclude, sort, reverse),
-        machine=machine(jobs=jobs, memory=memory),
-        by=by,
-        patterns=pattern,
-        blocks=block,
-        runtimes=runtimes,
-        requirements=require,
-        plot=path_or_none(plot),
-        tensor=tensor,
-        window=window,
-        spec=None if spec is None else fspath(spec),
-        overrides=texts(set),
-    )
-    return look_at(Run(progress), asked)
+    run = Run(progress)
+    with run.on(on, jobs) as threads:
+        asked = Look(
+            checkpoint=Path(checkpoint),
+            listing=options.Listing(match, exclude, sort, reverse),
+            machine=machine(jobs=threads, memory=memory),
+            by=by,
+            patterns=pattern,
+            blocks=block,
+            runtimes=runtimes,
+            requirements=require,
+            plot=path_or_none(plot),
+            tensor=tensor,
+            window=window,
+            spec=None if spec is None else fspath(spec),
+            overrides=texts(set),
+        )
+        return look_at(run, asked)
 
 
 def verify(
@@ -413,6 +423,7 @@ def verify(
     set: options.Set = None,
     jobs: options.Jobs = None,
     memory: options.Memory = None,
+    on: options.On = None,
     strict: options.Strict = False,
     progress: Listen = None,
 ) -> "results.Verification | results.MaskVerification":
@@ -434,16 +445,18 @@ def verify(
     from sparseprune.api.masked import mask_source, refuse_contradictions
 
     named, variables = None if spec is None else fspath(spec), texts(set)
-    run, limits = Run(progress, strict=strict), machine(jobs=jobs, memory=memory)
+    run = Run(progress, strict=strict)
     found = mask_source(masks, zeros_of, (match, exclude, rename), partial=partial)
     if named is not None:
         checking.refuse_checkpoint(named)
     elif found.path is None:
         named, variables = checking.carried_spec(run, Path(checkpoint), variables)
     refuse_contradictions(named, found, variables, nothing=None)
-    if found.path is not None:
-        return checking.verify_masks(run, Path(checkpoint), found, limits)
-    return checking.verify_spec(run, source(checkpoint, named or "", variables), limits)
+    with run.on(on, jobs) as threads:
+        limits = machine(jobs=threads, memory=memory)
+        if found.path is not None:
+            return checking.verify_masks(run, Path(checkpoint), found, limits)
+        return checking.verify_spec(run, source(checkpoint, named or "", variables), limits)
 
 
 def reapply(
@@ -458,6 +471,7 @@ def reapply(
     partial: options.Partial = False,
     jobs: options.Jobs = None,
     memory: options.Memory = None,
+    on: options.On = None,
     mask_format: options.MaskFormatOrNone = "packed",
     strict: options.Strict = False,
     force: options.Force = False,
@@ -483,8 +497,9 @@ def reapply(
     nothing = "there are no zeros to put back; give MASKS, or --zeros-of SPARSE"
     refuse_contradictions(None, source, None, nothing=nothing)
     run, target = Run(progress, strict=strict), Target(path_or_none(output), mask_format, force)
-    limits = machine(jobs=jobs, memory=memory)
-    return checking.reapply(run, Path(checkpoint), source, target, limits)
+    with run.on(on, jobs) as threads:
+        limits = machine(jobs=threads, memory=memory)
+        return checking.reapply(run, Path(checkpoint), source, target, limits)
 
 
 def compare(
@@ -500,6 +515,7 @@ def compare(
     plot: options.Plot = None,
     jobs: options.Jobs = None,
     memory: options.Memory = None,
+    on: options.On = None,
     progress: Listen = None,
 ) -> "results.Comparison":
     """Compare two checkpoints: new zeros, kept energy, changed weights.
@@ -515,13 +531,15 @@ def compare(
     from sparseprune.api.measuring import Comparing
     from sparseprune.api.measuring import compare as compare_both
 
-    asked = Comparing(
-        dense=Path(dense),
-        pruned=Path(pruned),
-        listing=options.Listing(match, exclude, sort, reverse),
-        machine=machine(jobs=jobs, memory=memory),
-        requirements=require,
-        plot=path_or_none(plot),
-        stats=path_or_none(stats),
-    )
-    return compare_both(Run(progress), asked)
+    run = Run(progress)
+    with run.on(on, jobs) as threads:
+        asked = Comparing(
+            dense=Path(dense),
+            pruned=Path(pruned),
+            listing=options.Listing(match, exclude, sort, reverse),
+            machine=machine(jobs=threads, memory=memory),
+            requirements=require,
+            plot=path_or_none(plot),
+            stats=path_or_none(stats),
+        )
+        return compare_both(run, asked)

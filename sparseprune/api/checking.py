@@ -16,7 +16,6 @@ from sparseprune.api.masked import masked_by
 from sparseprune.api.run import collector_paused, output_shown, sizes_of, weight_bytes
 from sparseprune.checkpoint import (
     StagedOutput,
-    TensorReader,
     lay_out_apply,
     open_checkpoint,
     read_config,
@@ -42,6 +41,7 @@ if TYPE_CHECKING:
     from sparseprune.api.options import Machine, Source, Target
     from sparseprune.api.run import Run
     from sparseprune.checkpoint import OutputLayout
+    from sparseprune.checkpoint import Source as SourceOfBytes
 
 
 def refuse_checkpoint(spec: str) -> None:
@@ -86,7 +86,7 @@ def verify_spec(run: Run, asked: Source, machine: Machine) -> results.Verificati
         check = make_check(checkpoint, with_parts(spec, checkpoint), machine.memory, machine.jobs)
         coverage = coverage_of(checkpoint.tensors, check.bound, read_config(checkpoint))
         run.warn(*coverage.warnings("the check reaches"))
-        with TensorReader() as reader, run.progress("verifying", check.nbytes) as advance:
+        with run.reading() as reader, run.progress("verifying", check.nbytes) as advance:
             found = count_survivors(check, reader, advance)
         refuse_changed_shards(checkpoint.shards)
         result = results.Verification(
@@ -114,7 +114,7 @@ def verify_masks(
     matched = masked.matched
     run.note(left_out_text(masked.left_out))
     reapplication = make_reapplication(matched, machine.memory, machine.jobs)
-    with run.progress("verifying", matched.nbytes) as advance, TensorReader() as reader:
+    with run.progress("verifying", matched.nbytes) as advance, run.reading() as reader:
         tensors = find_lost(reapplication, reader, advance)
     refuse_changed(matched.checkpoint, matched.masks.shards)
     if not any(tensor.pruned for tensor in tensors):
@@ -156,7 +156,7 @@ def reapply(
     identity = {**masked.identity, "the options": json.dumps(["reapply", *options])}
     output = StagedOutput(layout, target.force, identity=identity)
 
-    def work(reader: TensorReader) -> results.Reapplication:
+    def work(reader: SourceOfBytes) -> results.Reapplication:
         from sparseprune.execution.reapply import reapply, reapply_bytes
         from sparseprune.report.checks import masked_totals, reapplied_tensor
 

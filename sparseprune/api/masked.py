@@ -16,7 +16,7 @@ from msgspec import Struct
 from sparseprune import __version__
 from sparseprune.api.options import path_or_none
 from sparseprune.api.run import collector_paused, digest
-from sparseprune.checkpoint import TensorReader, open_checkpoint, open_masks
+from sparseprune.checkpoint import open_checkpoint, open_masks
 from sparseprune.checkpoint.codes import names_beside
 from sparseprune.checkpoint.discovery import RESULTS, SUFFIX
 from sparseprune.checkpoint.documents import shown
@@ -262,7 +262,7 @@ def _with_zeros(run: Run, masks: MaskSet, looked_at: Sequence[StoredMask], machi
 
     limits = limits_of(machine.memory, uses_torch=False)
     total = sum(mask.stored.nbytes for mask in looked_at)
-    with TensorReader() as reader, run.progress("finding zeros", total) as advance:
+    with run.reading() as reader, run.progress("finding zeros", total) as advance:
         zeros = count_zeros(looked_at, reader, limits, machine.jobs, advance)
     having = {mask.name: mask for mask in looked_at if zeros[mask.name]}
     if not having:

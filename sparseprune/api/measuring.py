@@ -16,7 +16,6 @@ from sparseprune.api.applied import applied_name, applied_report, applied_spec, 
 from sparseprune.api.explaining import made_by
 from sparseprune.api.run import collector_paused
 from sparseprune.checkpoint import (
-    TensorReader,
     open_checkpoint,
     open_statistics,
     read_config,
@@ -37,6 +36,7 @@ if TYPE_CHECKING:
     from sparseprune.api.options import Listing, Machine
     from sparseprune.api.run import Run
     from sparseprune.checkpoint import Checkpoint, Source, Statistics
+    from sparseprune.checkpoint import Source as SourceOfBytes
     from sparseprune.execution.compare import Pair, Sides
     from sparseprune.execution.inspect import Questions
     from sparseprune.report.pictures.charts import Survivors
@@ -160,7 +160,7 @@ def _inspected(
     tensors = [checkpoint.tensors[name] for name in names]
     questions = replace(asked, patterns=tuple(dict.fromkeys((*asked.patterns, *needed_patterns(runtimes)))))
     total = sum(one.nbytes for one in tensors)
-    with TensorReader() as reader, run.progress("inspecting", total) as advance:
+    with run.reading() as reader, run.progress("inspecting", total) as advance:
         facts = inspect_checkpoint(
             tensors, reader, questions, Resources(look.machine.jobs, look.machine.memory), advance
         )
@@ -205,7 +205,7 @@ def _plot(run: Run, look: Look, checkpoint: Checkpoint, result: results.Inspecti
 
         window = None if look.window is None else Window.parsed(look.window)
         bound = _by_spec(run, look, checkpoint, _bound)
-        with TensorReader() as reader:
+        with run.reading() as reader:
             seen = close_up(checkpoint.tensors[look.tensor], reader, bound, window)
         title = f"{look.tensor} of {checkpoint.path.name}"
         plot_mask(seen, path, title if spec is None else f"{title}, spec {spec}")
@@ -243,7 +243,7 @@ def _survivors(run: Run, machine: Machine, checkpoint: Checkpoint, spec: Spec) -
     from sparseprune.report.pictures.charts import Survivors
 
     check = make_check(checkpoint, spec, machine.memory, machine.jobs)
-    with TensorReader() as reader, run.progress("counting survivors", check.nbytes) as advance:
+    with run.reading() as reader, run.progress("counting survivors", check.nbytes) as advance:
         found = count_survivors(check, reader, advance)
     return [Survivors(rule.name, rule.nnz, rule.survivors) for rule in found.rules if rule.survivors]
 
@@ -351,7 +351,7 @@ def _failed(
     return lines
 
 
-def _in_one_order(run: Run, asked: Comparing, statistics: Statistics | None, reader: TensorReader) -> Source:
+def _in_one_order(run: Run, asked: Comparing, statistics: Statistics | None, reader: SourceOfBytes) -> Source:
     """What both are read by: where PRUNED was permuted before it was pruned, DENSE comes in that order."""
     pruned = open_checkpoint(asked.pruned)
     path = permutations_path(pruned)
@@ -416,7 +416,7 @@ def _compared(
 
     resources = Resources(asked.machine.jobs, asked.machine.memory)
     nbytes = sum(pair.nbytes for pair in (*sides.pairs, *matrices))
-    with TensorReader() as reader, run.progress("comparing", nbytes) as advance:
+    with run.reading() as reader, run.progress("comparing", nbytes) as advance:
         source = _in_one_order(run, asked, statistics, reader)
         found = compare_checkpoints(sides.pairs, source, resources, advance)
         errors = None

@@ -430,6 +430,16 @@ Memory = Annotated[
         typed=str,
     ),
 ]
+On = Annotated[
+    str | None,
+    Option(
+        "--on auto|HOST:PORT",
+        "Share the work among the machines of a Ray cluster, which all see the same files. auto takes the "
+        "cluster that runs here, or starts one on this machine. --jobs and --memory count for each machine.",
+        _RESOURCES,
+        among="auto",
+    ),
+]
 MomentMemory = Annotated[
     int | str | None,
     Option(

@@ -21,7 +21,6 @@ from sparseprune.api.explaining import Explained, explained_by_spec
 from sparseprune.api.run import Run, collector_paused, digest, output_shown, sizes_of
 from sparseprune.checkpoint import (
     StagedOutput,
-    TensorReader,
     lay_out_apply,
     lay_out_masks,
     open_checkpoint,
@@ -188,7 +187,7 @@ def schedule_of(plan: Plan, target: Target, machine: Machine) -> Schedule:
 
 
 def decided(
-    run: Run, prepared: Prepared, reader: TensorReader, output: StagedOutput | None = None
+    run: Run, prepared: Prepared, reader: SourceOfBytes, output: StagedOutput | None = None
 ) -> Prepared:
     """With the parts that instances have of common budgets: reads weights and statistics.
 
@@ -264,7 +263,7 @@ def with_parts_of_budgets(run: Run, prepared: Prepared) -> Prepared:
             f'--allocation: no rule of {prepared.asked.spec} shares a budget; write allocate = "loss" in its '
             "[reconstruct]"
         )
-    with TensorReader() as reader:
+    with run.reading() as reader:
         found = decided(run, prepared, reader)
     refuse_changed(prepared.plan.checkpoint, score_shards(prepared.plan))
     return found
@@ -315,7 +314,7 @@ def prune(run: Run, prepared: Prepared) -> results.Report:
     layout, machine, weights = prepared.layout, prepared.machine, prepared.target.weights
     output = StagedOutput(layout, prepared.target.force, identity=identity_of(prepared))
 
-    def work(reader: TensorReader) -> results.Report:
+    def work(reader: SourceOfBytes) -> results.Report:
         # Numpy and the compiled loops come in here, after everything that can be refused without them.
         from sparseprune.execution.pruning import execute, work_bytes
         from sparseprune.execution.schedule import device_text, devices_of_rules, resolve_device
@@ -402,7 +401,7 @@ def beside(machine: Machine, swept: Swept) -> Machine:
 
 
 def swept_outcomes(
-    run: Run, prepared: Prepared, reader: TensorReader, output: StagedOutput, device: str
+    run: Run, prepared: Prepared, reader: SourceOfBytes, output: StagedOutput, device: str
 ) -> tuple[Sequence[TensorOutcome], tuple[str, ...]]:
     """Do the work with a text, block by block; also gives lines on what the text did not reach."""
     from sparseprune.api.sweeping import Sweeper

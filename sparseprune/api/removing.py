@@ -34,7 +34,7 @@ from sparseprune.api.pruning import (
     warn,
 )
 from sparseprune.api.run import collector_paused, digest, output_shown, weight_bytes
-from sparseprune.checkpoint import OutputLayout, StagedOutput, TensorReader, open_checkpoint, read_config
+from sparseprune.checkpoint import OutputLayout, StagedOutput, open_checkpoint, read_config
 from sparseprune.checkpoint.codes import codes_in
 from sparseprune.checkpoint.file_io import checkpoint_identity, refuse_changed
 from sparseprune.checkpoint.folding import refuse_split
@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from sparseprune.api.run import Run
     from sparseprune.api.windows import AskedText
     from sparseprune.checkpoint import Checkpoint, StoredMask, StoredTensor
+    from sparseprune.checkpoint import Source as SourceOfBytes
     from sparseprune.execution.earlier import Touched
     from sparseprune.execution.passes import TensorOutcome
     from sparseprune.execution.plan import Plan
@@ -179,7 +180,7 @@ class Choice(Struct, frozen=True):
 def _chosen(run: Run, asked: Asked) -> Iterator[Choice]:
     """What survives, as long as the context lasts."""
     if asked.source.path is not None:
-        with TensorReader() as reader:
+        with run.reading() as reader:
             choice = _by_masks(run, asked, reader)
         yield choice
         return
@@ -195,7 +196,7 @@ def _chosen(run: Run, asked: Asked) -> Iterator[Choice]:
         final = _target(asked, prepared.plan.checkpoint)
         _removable(run, prepared)
     if prepared.allocation is not None:
-        with TensorReader() as reader:
+        with run.reading() as reader:
             prepared = decided(run, prepared, reader)
         _removable(run, prepared)
     with collector_paused():
@@ -209,7 +210,7 @@ def _chosen(run: Run, asked: Asked) -> Iterator[Choice]:
         yield _by_spec(run, prepared, output, decisions)
 
 
-def _by_masks(run: Run, asked: Asked, reader: TensorReader) -> Choice:
+def _by_masks(run: Run, asked: Asked, reader: SourceOfBytes) -> Choice:
     path = str(asked.source.path)
     masked = masked_by(run, asked.checkpoint, asked.source, asked.machine, cuts=True)
     matched = masked.matched
@@ -336,7 +337,7 @@ def _by_spec(run: Run, prepared: Prepared, output: StagedOutput, decisions: Bloc
     rebuilt: Mapping[str, StoredTensor] = {}
     outcomes: Sequence[TensorOutcome]
     total, already = work_bytes(schedule, output) if decisions is None else decisions.work_bytes(output)
-    with TensorReader() as reader:
+    with run.reading() as reader:
         lacking: tuple[str, ...] = ()
         if prepared.swept is not None:
             outcomes, lacking = swept_outcomes(run, prepared, reader, output, device)
@@ -383,7 +384,7 @@ def _by_spec(run: Run, prepared: Prepared, output: StagedOutput, decisions: Bloc
 
 
 def _kept_by(
-    run: Run, jobs: int, masks: Sequence[StoredMask], reader: TensorReader, limits: Limits
+    run: Run, jobs: int, masks: Sequence[StoredMask], reader: SourceOfBytes, limits: Limits
 ) -> dict[str, KeptIndices]:
     from sparseprune.removal.slices import read_slices
 
@@ -457,7 +458,7 @@ def _refuse_nothing(run: Run, asked: Asked, choice: Choice, removal: Removal) ->
 
 
 def _removed(
-    run: Run, asked: Asked, choice: Choice, removal: Removal, output: StagedOutput, reader: TensorReader
+    run: Run, asked: Asked, choice: Choice, removal: Removal, output: StagedOutput, reader: SourceOfBytes
 ) -> results.Removal:
     """Move the survivors."""
     from sparseprune.removal.shrink import Cuts

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from sparseprune.checkpoint import OutputLayout, StagedOutput, TensorReader
+    from sparseprune.checkpoint import OutputLayout, Source, StagedOutput
+    from sparseprune.execution.cluster import Cluster
     from sparseprune.results.fields import Document
 
 Made = TypeVar("Made", bound="Document")
@@ -88,8 +89,47 @@ class Run:
     def __init__(self, hears: Listener | Callable[[Progress], None] | None, *, strict: bool = False) -> None:
         self.listener = hears if isinstance(hears, Listener) else Listener(hears)
         self.warnings: list[str] = []
+        self.cluster: Cluster | None = None
         self._strict = strict
         self._began = time.perf_counter()
+
+    @contextmanager
+    def on(self, address: str | None, jobs: int | None, *, text: bool = False) -> Iterator[int | None]:
+        """Work on the cluster at an address meanwhile, here where it is None; gives the jobs of a machine.
+
+        SparsepruneError for a run with a `text`, which goes through the model block by block.
+        """
+        if address is None:
+            yield jobs
+            return
+        if text:
+            raise SparsepruneError(
+                "--on: goes without --text, which runs the model block by block on one machine; use "
+                "calibrate, and then --stats"
+            )
+        from sparseprune.execution.cluster import Cluster
+        from sparseprune.execution.machines import refuse_unlike
+
+        with Cluster(address, jobs) as cluster:
+            self.warn(*refuse_unlike(cluster))
+            self.cluster = cluster
+            try:
+                yield max(node.cpus for node in cluster.nodes)
+            finally:
+                self.cluster = None
+
+    @contextmanager
+    def reading(self) -> Iterator[Source]:
+        """Where the input is read, by the machines of the cluster where there is one."""
+        from sparseprune.checkpoint import TensorReader
+
+        with TensorReader() as reader:
+            if self.cluster is None:
+                yield reader
+                return
+            from sparseprune.execution.spreading import ClusterSource
+
+            yield ClusterSource(reader, self.cluster)
 
     @property
     def seconds(self) -> float:
@@ -179,7 +219,7 @@ class Run:
     def write(
         self,
         output: StagedOutput,
-        work: Callable[[TensorReader], Made],
+        work: Callable[[Source], Made],
         refuse_changed: Callable[[], None],
         *,
         spec: bytes | None = None,
@@ -192,10 +232,8 @@ class Run:
         the layout has a place for them. Then `refuse_changed` raises where an input is no longer what it was;
         last the output gets its name.
         """
-        from sparseprune.checkpoint import TensorReader
-
         layout = output.layout
-        with self.staged(output, continued=continued), TensorReader() as reader:
+        with self.staged(output, continued=continued), self.reading() as reader:
             result = work(reader)
             output.add_file(layout.report_file, _json_bytes(result))
             if layout.spec_file is not None and spec is not None:

@@ -17,6 +17,7 @@ from sparseprune.checkpoint.layout import (
 )
 from sparseprune.checkpoint.masks import MaskSet, Provenance, StoredMask, load_masks, open_masks, read_kept
 from sparseprune.checkpoint.output import Sink, StagedOutput
+from sparseprune.checkpoint.portions import Portion
 from sparseprune.checkpoint.resizing import ResizedTensor
 from sparseprune.checkpoint.source import (
     Checkpoint,
@@ -44,6 +45,7 @@ __all__ = [
     "OtherFile",
     "OutputLayout",
     "Place",
+    "Portion",
     "Provenance",
     "ResizedTensor",
     "Shard",

@@ -22,7 +22,7 @@ from msgspec import Struct
 from sparseprune.errors import MachineError, SparsepruneError, is_out_of_memory
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
     from types import ModuleType
 
 Batch = TypeVar("Batch")
@@ -96,7 +96,13 @@ class Cluster:
 
     def __enter__(self) -> Self:
         self._ray = _ray()
-        if not self._ray.is_initialized():
+        if self._ray.is_initialized():
+            joined = self._ray.get_runtime_context().gcs_address
+            if self.address not in {"auto", joined}:
+                raise SparsepruneError(
+                    f"--on {self.address}: this process has joined the cluster at {joined}"
+                )
+        else:
             with _own_signals():
                 self._join()
             self._ours = True
@@ -137,22 +143,23 @@ class Cluster:
     def run(
         self,
         work: Callable[[Batch], Result],
-        batches: Iterable[Batch],
+        batches: Iterable[Batch | None],
         *,
         cpus: int = 1,
         gpus: int = 0,
-    ) -> Iterator[tuple[int, Result]]:
+    ) -> Generator[tuple[int, Result], None, None]:
         """What `work` gives for each batch, with the batch's number, as they come; see `stream`.
 
-        Batches begin in their order: the largest first is best.
+        Batches begin in their order: the largest first is best. They are asked for as machines are free.
         """
         done: set[int] = set()
         sent: dict[int, tuple[Callable[[Batch], Result], Batch]] = {}
 
-        def numbered() -> Iterator[tuple[Callable[[Batch], Result], Batch]]:
+        def numbered() -> Iterator[tuple[Callable[[Batch], Result], Batch] | None]:
             for number, batch in enumerate(batches):
-                sent[number] = (work, batch)
-                yield sent[number]
+                if batch is not None:
+                    sent[number] = (work, batch)
+                yield sent.get(number)
 
         for number, result in self.stream(_once, numbered(), sent.get, cpus=cpus, gpus=gpus):
             if number not in done:
@@ -163,18 +170,20 @@ class Cluster:
     def stream(
         self,
         work: Callable[[Batch], Iterator[Result]],
-        batches: Iterable[Batch],
+        batches: Iterable[Batch | None],
         again: Callable[[int], Batch | None],
         *,
         cpus: int = 1,
         gpus: int = 0,
-    ) -> Iterator[tuple[int, Result]]:
+    ) -> Generator[tuple[int, Result], None, None]:
         """All that `work` yields for each batch, with the batch's number, as it comes.
 
         A batch takes so many CPUs and GPUs of one machine. Where that is lost, `again` says what is to be
-        done elsewhere, three times at the most; None for nothing. After an error of the work itself nothing
-        new is begun, and the first error in the order of batches is raised. Where the iterator is closed, by
-        a signal for example, what is at work ends at once.
+        done elsewhere, three times at the most; None for nothing. A batch that is None says that there is
+        none until something has come; where nothing is at work then, all is done.
+
+        After an error of the work itself nothing new is begun, and the first error in the order of batches is
+        raised. Where the iterator is closed, by a signal for example, what is at work ends at once.
 
         Raises:
             MachineError: a batch was lost four times.
@@ -188,8 +197,11 @@ class Cluster:
         waiting = enumerate(batches)
         try:
             while True:
-                while len(flight) < slots and not flight.failed and (one := next(waiting, None)) is not None:
-                    flight.begin(*one)
+                while len(flight) < slots and not flight.failed:
+                    number, batch = next(waiting, (0, None))
+                    if batch is None:
+                        break
+                    flight.begin(number, batch)
                 if not len(flight) or flight.is_over():
                     break
                 yield from flight.landed()

@@ -67,7 +67,7 @@ class Lanes:
     """
 
     def __init__(self, room: int | None = None) -> None:
-        self._room = room
+        self.room = room
         self._changed = threading.Condition()
         self._streams: list[AbstractContextManager[object] | None] = [None] * LANES
         self._open = 0
@@ -95,7 +95,7 @@ class Lanes:
                 self._changed.notify_all()
 
     def _has_room(self, nbytes: int) -> bool:
-        fits = self._room is None or self._in_use + nbytes <= self._room
+        fits = self.room is None or self._in_use + nbytes <= self.room
         return bool(self._streams) and (fits or not self._open)
 
 

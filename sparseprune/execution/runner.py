@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import threading
+from abc import abstractmethod
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import zip_longest
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeGuard, TypeVar
 import numpy as np
 from msgspec import Struct
 
-from sparseprune.checkpoint import CopyRange
+from sparseprune.checkpoint import CopyRange, Source
 from sparseprune.checkpoint.threads import Worker, side_by_side
 from sparseprune.execution.passes import Chunk, Decision, GivenUpError, Pass, is_outcome
 
@@ -62,7 +63,7 @@ class Register(Protocol):
 
 
 @dataclass(slots=True, eq=False)
-class _Running:
+class Running:
     """A job that has begun: its present pass, the chunks of that pass, their partial results.
 
     These are kept by number, or added to a total where the pass has one.
@@ -79,8 +80,8 @@ class _Running:
     total: Any = None
 
 
-class _Taken(Struct, frozen=True):
-    running: _Running
+class Taken(Struct, frozen=True):
+    running: Running
     number: int
     chunk: Chunk
 
@@ -107,7 +108,7 @@ class Runner:
         self._memory = memory
         self._in_use = 0
         self._open = 0
-        self._running: list[_Running] = []
+        self._running: list[Running] = []
         self._next: Job | None = None
         self._looked_at = 0  # the order of the job that is asked for chunks or merged
         self._failures: list[tuple[int, int, BaseException]] = []
@@ -119,8 +120,7 @@ class Runner:
     def run(self, workers: int) -> None:
         """Until everything is done; the first failure in the order of the jobs is raised."""
         side_by_side(self._work, workers, self._abandon)
-        if self._failures:
-            raise min(self._failures, key=lambda failure: failure[:2])[2]
+        self._raise_first()
 
     def do(self, current: Pass, chunk: Chunk, io: TensorIO) -> Any:  # noqa: ANN401
         """Do a chunk here and now; a runner over other processes or machines does it there."""
@@ -132,6 +132,14 @@ class Runner:
             if not self._stopped:
                 self._fail(_FIRST, 0, failure)
                 self._given_up.set()
+
+    def _raise_first(self) -> None:
+        if self._failures:
+            raise min(self._failures, key=lambda failure: failure[:2])[2]
+
+    def _memory_of(self, chunk: Chunk) -> int:
+        """What a chunk takes here while it is at work."""
+        return chunk.memory
 
     def _abandon(self) -> None:
         """The caller waits no longer: all is done, or a signal came."""
@@ -150,7 +158,7 @@ class Runner:
         except BaseException as failure:  # noqa: BLE001  (raised by `run`, in the thread that waits)
             self._fail(_LAST, 0, failure)
 
-    def _do(self, taken: _Taken) -> None:
+    def _do(self, taken: Taken) -> None:
         running = taken.running
         try:
             self._finish(taken, self.do(running.current, taken.chunk, running.io))
@@ -159,7 +167,7 @@ class Runner:
         except BaseException as failure:  # noqa: BLE001  (as above)
             self._fail(running.job.order, taken.number, failure)
 
-    def _take(self) -> _Taken | None:
+    def _take(self) -> Taken | None:
         """The next chunk that fits, once there is one; None when there is nothing more to do."""
         with self._changed:
             while not self._stopped:
@@ -169,7 +177,7 @@ class Runner:
                     self._fail(self._looked_at, 0, failure)
                     break
                 if taken is not None:
-                    self._in_use += taken.chunk.memory
+                    self._in_use += self._memory_of(taken.chunk)
                     self._open += 1
                     return taken
                 if not self._running and self._next is None:
@@ -178,7 +186,7 @@ class Runner:
             self._changed.notify_all()
             return None
 
-    def _find(self) -> _Taken | None:
+    def _find(self) -> Taken | None:
         place = 0
         while True:
             if place == len(self._running) and not self._begin():
@@ -191,15 +199,15 @@ class Runner:
                     self._advance(running)  # to its next pass, or out of the list
                 else:
                     place += 1
-            elif self._open and self._in_use + chunk.memory > self._memory:
+            elif self._open and self._in_use + self._memory_of(chunk) > self._memory:
                 return None
             else:
                 running.waiting = None
                 running.open += 1
                 running.begun += 1
-                return _Taken(running, running.begun - 1, chunk)
+                return Taken(running, running.begun - 1, chunk)
 
-    def _chunk_of(self, running: _Running) -> Chunk | None:
+    def _chunk_of(self, running: Running) -> Chunk | None:
         """The next chunk of the present pass; chunks that an earlier run did are passed over."""
         while running.waiting is None:
             chunk = next(running.chunks, None)
@@ -221,11 +229,11 @@ class Runner:
         self._next = None
         self._in_use += job.held
         self._looked_at = job.order
-        self._running.append(_Running(job, self._io.of_job(), job.first))
+        self._running.append(Running(job, self._io.of_job(), job.first))
         self._enter(self._running[-1], job.first)
         return True
 
-    def _advance(self, running: _Running) -> None:
+    def _advance(self, running: Running) -> None:
         """Merge a pass of which all chunks are done, and go on with what follows from it."""
         partials = [running.partials[number] for number in sorted(running.partials)]
         if running.total is not None:
@@ -245,7 +253,7 @@ class Runner:
         self._in_use -= running.job.held
         self._changed.notify_all()
 
-    def _enter(self, running: _Running, following: Pass) -> None:
+    def _enter(self, running: Running, following: Pass) -> None:
         """Go on with a pass, or with what follows from its decision where that is known."""
         while following.decides:
             noted = self._register.recall(f"{running.job.key}.{following.decides}")
@@ -257,10 +265,10 @@ class Runner:
         running.total = following.total()
         running.chunks = iter(following.chunks(running.io))
 
-    def _finish(self, taken: _Taken, partial: Any) -> None:  # noqa: ANN401
+    def _finish(self, taken: Taken, partial: Any) -> None:  # noqa: ANN401
         running, chunk = taken.running, taken.chunk
         with self._changed:
-            self._in_use -= chunk.memory
+            self._in_use -= self._memory_of(chunk)
             self._open -= 1
             running.open -= 1
             if not chunk.key and running.total is None:
@@ -274,6 +282,14 @@ class Runner:
         self._stop()  # first, so that no thread waits for ever for memory
         with self._changed:
             self._failures.append((order, number, failure))
+
+
+class SourceOfWork(Source):
+    """A source whose jobs are not done here by threads: it has a runner of its own."""
+
+    @abstractmethod
+    def runner(self, jobs: Iterable[Job], io: TensorIO, register: Register, resources: Resources) -> Runner:
+        """What does these jobs; `resources` are those of each machine."""
 
 
 class Progressing:
@@ -363,7 +379,7 @@ def read_through(
     The first error in the order of the jobs is raised once what is running has ended; nothing new is begun
     after it.
     """
-    runner = Runner(jobs, io, Progressing(progress), resources.memory)
+    runner = _runner(jobs, io, Progressing(progress), resources)
     runner.run(resources.threads)
     return runner.results
 
@@ -383,10 +399,22 @@ def write_through(
     errors as `read_through` has them. `given_up` is set where a signal or the disk ends the run.
     """
     every = _with_copies(jobs, record.output) if copies else jobs
-    runner = Runner(every, io, record, resources.memory, given_up)
+    runner = _runner(every, io, record, resources, given_up)
     with _flushing(record.output, runner.give_up):
         runner.run(resources.threads)
     return runner.results
+
+
+def _runner(
+    jobs: Iterable[Job],
+    io: TensorIO,
+    register: Register,
+    resources: Resources,
+    given_up: threading.Event | None = None,
+) -> Runner:
+    if isinstance(io.reader, SourceOfWork):
+        return io.reader.runner(jobs, io, register, resources)
+    return Runner(jobs, io, register, resources.memory, given_up)
 
 
 def already_done(output: Sink) -> int:

@@ -140,7 +140,7 @@ class Cuts(Struct, frozen=True):
     def work_bytes(self, reader: Source, output: Sink) -> tuple[int, int]:
         """Bytes that a whole run reads or copies, and how many of them an earlier run did."""
         io = TensorIO(reader, output, self.tensors)
-        read = sum(chunk.nbytes for one in self._passes() for chunk in one.chunks(io))
+        read = sum(chunk.nbytes for one in self._passes(output) for chunk in one.chunks(io))
         return read + copied_bytes(output), already_done(output)
 
     def write(self, reader: Source, output: Sink, workers: int, progress: Progress) -> None:
@@ -148,14 +148,15 @@ class Cuts(Struct, frozen=True):
 
         `progress` gets, from any thread, the bytes that were done and the tensor's name.
         """
-        passes = dealt(self._passes(), lambda one: self.tensors[one.name].shard, workers)
+        passes = dealt(self._passes(output), lambda one: self.tensors[one.name].shard, workers)
         jobs = (Job(order, f"cut{order}", one.name, one) for order, one in passes)
         io, record = TensorIO(reader, output, self.tensors), Record(output, Outcomes(), progress)
         write_through(jobs, io, record, Resources(workers, self.limits.memory))
 
-    def _passes(self) -> list[CutTensor]:
+    def _passes(self, output: Sink) -> list[CutTensor]:
+        weights, slab = output.layout.weights, self.limits.slab
         return [
-            CutTensor(name, kept, self.limits.slab, member, self.scales.get(name))
+            CutTensor(name, str(weights[name].file), kept, slab, member, self.scales.get(name))
             for name, kept in self.kept.items()
             for member in (np.flatnonzero(kept.along[0]).tolist() if kept.by_member else [None])
         ]
@@ -180,6 +181,7 @@ class CutTensor(Pass):
     """
 
     name: str
+    file: str
     kept: KeptIndices
     slab: int
     member: int | None = None
@@ -189,7 +191,6 @@ class CutTensor(Pass):
         """The slabs of which anything is kept."""
         shape, outer, inner = self._rows(io)
         itemsize = pattern_of(io.tensors[self.name]).itemsize
-        files = () if io.output is None else (str(io.output.layout.weights[self.name].file),)
         numel = prod(shape)
         kept_numel = prod([int(np.count_nonzero(flags)) for flags in inner])
         rows = np.ones(1, dtype=np.bool_)
@@ -204,7 +205,7 @@ class CutTensor(Pass):
                 to = before[1] + done * kept_numel
                 slab = Slab(before[0] + first * numel, (end - first) * numel, to, rows[first:end])
                 nbytes = slab.size * itemsize
-                yield Chunk(slab, nbytes, _COPIES * nbytes, key=str(begin // step), files=files)
+                yield Chunk(slab, nbytes, _COPIES * nbytes, key=str(begin // step), files=(self.file,))
                 done += kept.size
 
     def work(self, chunk: Chunk, io: TensorIO) -> list[Any]:
