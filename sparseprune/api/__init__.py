@@ -6,11 +6,10 @@ loads when it is called. Paths may be text or pathlib's. Results are those of `s
 
 from collections.abc import Callable
 from os import fspath
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from sparseprune.api import options
-from sparseprune.api.options import Target, machine, path_or_none, source, texts
+from sparseprune.api.options import Target, located, machine, path_or_none, source, texts
 from sparseprune.api.run import Listener, Progress, Run
 from sparseprune.api.windows import AskedText, Windows
 
@@ -71,7 +70,7 @@ def apply(
 
     run = Run(progress, strict=strict)
     goes = Target(path_or_none(output), mask_format, force)
-    windows = Windows([Path(one) for one in text], sequences, length, field, seed, special)
+    windows = Windows([located(one) for one in text], sequences, length, field, seed, special)
     read = AskedText(windows, gradients, path_or_none(scratch))
     asked = source(checkpoint, spec, set, target, (reconstruct, stats), read)
     with run.on(on, jobs, text=bool(text)) as threads:
@@ -158,7 +157,7 @@ def plan(
     goes = Target(path_or_none(output), mask_format, weights=command != "mask")
     if command == "remove":
         goes = Target(goes.output, resized=True, model_type=as_model)
-    windows = Windows([Path(one) for one in text], sequences, length, field, seed, special)
+    windows = Windows([located(one) for one in text], sequences, length, field, seed, special)
     read = AskedText(windows, gradients)
     asked = source(checkpoint, spec, set, target, (reconstruct, stats), read)
     prepared = prepare(asked, goes, machine(device, jobs, memory, sweeps=bool(text)), run, plans=True)
@@ -224,13 +223,13 @@ def remove(
     from sparseprune.api.removing import Asked
     from sparseprune.api.removing import remove as cut_out
 
-    windows = Windows([Path(one) for one in text], sequences, length, field, seed, special)
+    windows = Windows([located(one) for one in text], sequences, length, field, seed, special)
     read = AskedText(windows, gradients, path_or_none(scratch))
     lists: dict[str, object] = {"--experts": experts, "--vocabulary": vocabulary}
     run = Run(progress, strict=strict)
     with run.on(on, jobs, text=bool(text)) as threads:
         asked = Asked(
-            checkpoint=Path(checkpoint),
+            checkpoint=located(checkpoint),
             spec=None if spec is None else fspath(spec),
             source=mask_source(masks, zeros_of, (match, exclude, rename), partial=partial),
             lists={name: each for name, each in lists.items() if each is not None},
@@ -279,8 +278,8 @@ def calibrate(
     from sparseprune.api.calibrating import calibrate as collect
 
     asked = Collecting(
-        checkpoint=Path(checkpoint),
-        windows=Windows([Path(one) for one in text], sequences, length, field, seed, special),
+        checkpoint=located(checkpoint),
+        windows=Windows([located(one) for one in text], sequences, length, field, seed, special),
         output=path_or_none(output),
         kind=kind,
         gradients=gradients,
@@ -324,9 +323,9 @@ def evaluate(
     from sparseprune.api.evaluating import evaluate as evaluate_it
 
     asked = Evaluating(
-        checkpoint=Path(checkpoint),
+        checkpoint=located(checkpoint),
         against=path_or_none(against),
-        windows=Windows([Path(one) for one in text], sequences, length, field, seed, special),
+        windows=Windows([located(one) for one in text], sequences, length, field, seed, special),
         device=device,
         memory=options.quarter_of_memory() if memory is None else options.memory_of(memory),
         requirements=require,
@@ -393,7 +392,7 @@ def inspect(
     run = Run(progress)
     with run.on(on, jobs) as threads:
         asked = Look(
-            checkpoint=Path(checkpoint),
+            checkpoint=located(checkpoint),
             listing=options.Listing(match, exclude, sort, reverse),
             machine=machine(jobs=threads, memory=memory),
             by=by,
@@ -450,12 +449,12 @@ def verify(
     if named is not None:
         checking.refuse_checkpoint(named)
     elif found.path is None:
-        named, variables = checking.carried_spec(run, Path(checkpoint), variables)
+        named, variables = checking.carried_spec(run, located(checkpoint), variables)
     refuse_contradictions(named, found, variables, nothing=None)
     with run.on(on, jobs) as threads:
         limits = machine(jobs=threads, memory=memory)
         if found.path is not None:
-            return checking.verify_masks(run, Path(checkpoint), found, limits)
+            return checking.verify_masks(run, located(checkpoint), found, limits)
         return checking.verify_spec(run, source(checkpoint, named or "", variables), limits)
 
 
@@ -499,7 +498,7 @@ def reapply(
     run, target = Run(progress, strict=strict), Target(path_or_none(output), mask_format, force)
     with run.on(on, jobs) as threads:
         limits = machine(jobs=threads, memory=memory)
-        return checking.reapply(run, Path(checkpoint), source, target, limits)
+        return checking.reapply(run, located(checkpoint), source, target, limits)
 
 
 def compare(
@@ -534,8 +533,8 @@ def compare(
     run = Run(progress)
     with run.on(on, jobs) as threads:
         asked = Comparing(
-            dense=Path(dense),
-            pruned=Path(pruned),
+            dense=located(dense),
+            pruned=located(pruned),
             listing=options.Listing(match, exclude, sort, reverse),
             machine=machine(jobs=threads, memory=memory),
             requirements=require,

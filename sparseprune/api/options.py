@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from sparseprune.api.windows import AskedText
 
 _GIB = 1 << 30
+_ADDRESS = re.compile(r"[a-z0-9]+:/")
 _SIZE = re.compile(r"(?P<number>[0-9]{1,15}(\.[0-9]*)?|\.[0-9]+) *(?P<unit>[a-z]*)", re.IGNORECASE)
 _UNITS = {"": 1, "b": 1} | {
     name: base**power
@@ -524,7 +525,7 @@ def source(
     if text is not None and reconstruct == "none":
         raise SparsepruneError("--reconstruct none: survivors are rebuilt by --text; leave one of them out")
     given = path_or_none(stats)
-    return Source(Path(checkpoint), os.fspath(spec), texts(variables), goal, reconstruct, given, text)
+    return Source(located(checkpoint), os.fspath(spec), texts(variables), goal, reconstruct, given, text)
 
 
 def text_if_any(text: AskedText | None) -> AskedText | None:
@@ -571,8 +572,17 @@ class Listing:
     reverse: bool = False
 
 
+def located(place: Place) -> Path:
+    """The path that was given, or the address of an object store or of the hub, which reads as paths do."""
+    if not _ADDRESS.match(os.fspath(place)):
+        return Path(place)
+    from sparseprune.checkpoint import remote
+
+    return remote.located(place)
+
+
 def path_or_none(place: Place | None) -> Path | None:
-    return None if place is None else Path(place)
+    return None if place is None else located(place)
 
 
 def memory_of(size: int | str) -> int:

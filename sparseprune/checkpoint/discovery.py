@@ -17,6 +17,7 @@ from msgspec import Struct
 from sparseprune.checkpoint import not_safetensors
 from sparseprune.checkpoint.documents import leads_nowhere, read_json, read_object, shown, strict_json
 from sparseprune.checkpoint.file_io import Stamp, permissions, stamp_of
+from sparseprune.checkpoint.remote import FOLDER, RemotePath
 from sparseprune.errors import CheckpointError, MachineError, printable
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def find_files(directory: Path) -> FoundFiles:
     """The files of a checkpoint's directory; CheckpointError where it holds none, or more than one."""
     try:
         top = sorted(path.name for path in directory.iterdir())
-        files = [name for name in top if SUFFIX in name and not is_folder(directory / name)]
+        files = [name for name in top if SUFFIX in name and not _is_folder_in(directory, name)]
         index = _index_name(directory, files)
         weight_map = {} if index is None else read_weight_map(directory / index)
         is_other = _PREFERRED in files and PurePosixPath(_PREFERRED) not in weight_map.values()
@@ -83,14 +84,33 @@ def find_files(directory: Path) -> FoundFiles:
         shards = tuple(sorted({*weight_map.values(), *map(PurePosixPath, unlisted)}))
         others = tuple(_other_files(directory, frozenset(shards)))
         inside = {folder for path in (*shards, *(other.path for other in others)) for folder in path.parents}
-        folders = {folder: permissions((directory / folder).stat()) for folder in inside}
+        folders = {folder: _folder_mode(directory / folder) for folder in inside}
     except OSError as error:
         raise MachineError(f"{error.filename or directory}: cannot be read: {error.strerror}") from error
     return FoundFiles(shards, None if index is None else PurePosixPath(index), weight_map, others, folders)
 
 
+def _is_folder_in(directory: Path, name: str) -> bool:
+    """As `is_folder`, of what was just listed."""
+    path = directory / name
+    return not path.is_file() if isinstance(path, RemotePath) else is_folder(path)
+
+
+def _folder_mode(folder: Path) -> int:
+    return FOLDER if isinstance(folder, RemotePath) else permissions(folder.stat())
+
+
 def is_folder(path: Path) -> bool:
-    """Whether a path leads to a folder; False where it leads nowhere or may not be followed."""
+    """Whether a path leads to a folder; False where it leads nowhere or may not be followed.
+
+    SparsepruneError where it is in a store that cannot be asked, or in none.
+    """
+    if isinstance(path, RemotePath):
+        try:
+            return path.is_dir()
+        except OSError as error:
+            unread = f"{path}: cannot be read: {error.strerror}"
+            raise (leads_nowhere(path, error) or MachineError(unread)) from error
     return os.path.isdir(path)  # noqa: PTH112  (False for a name that is too long)
 
 
@@ -131,8 +151,7 @@ def copies_of_weights(
         named = not_safetensors.names_weights(path.name) or (converted and path.suffix == ".bin")
         if named or size < nbytes * _SMALLEST_COPY:
             return named
-        with (directory / path).open("rb") as file:
-            return not_safetensors.looks_pickled(file.read(4))
+        return not_safetensors.looks_pickled(_first_bytes(directory / path))
 
     copies = {other.path for other in found.others if is_copy(other.path, other.nbytes)}
     forms = {(path.parent, path.suffix) for path in copies}
@@ -142,6 +161,13 @@ def copies_of_weights(
         if (match := _INDEX_OF.fullmatch(other.path.name)) and (other.path.parent, match[1]) in forms
     }
     return frozenset(copies | (indexes - {found.index}))
+
+
+def _first_bytes(path: Path) -> bytes:
+    if isinstance(path, RemotePath):
+        return bytes(path.read_part(0, 4))
+    with path.open("rb") as file:
+        return file.read(4)
 
 
 def _base(name: str) -> str:
@@ -296,27 +322,47 @@ def _checked_place(index: Path, place: str) -> PurePosixPath:
         raise CheckpointError(
             f"{named}, whose folder is a link, which may lead anywhere; put the folder there"
         )
-    if not os.path.isfile(index.parent / path):  # noqa: PTH113  (False for a name that is too long)
+    if not _is_file(index.parent / path):
         raise CheckpointError(f"{named}, which is not there; download it again")
     return path
 
 
+def _is_file(path: Path) -> bool:
+    if isinstance(path, RemotePath):
+        return path.is_file()
+    return os.path.isfile(path)  # noqa: PTH113  (False for a name that is too long)
+
+
 def _other_files(directory: Path, shards: frozenset[PurePosixPath]) -> Iterator[OtherFile]:
     """All files but the shards, by path, folder by folder; links to files count as files."""
+    listed = _folders_of(directory) if isinstance(directory, RemotePath) else None
     folders = [PurePosixPath()]
     while folders:
         folder = folders.pop()
-        with os.scandir(directory / folder) as found:
-            entries = sorted(found, key=lambda entry: entry.name)
-        for entry in entries:
-            path = folder / entry.name
-            if entry.is_dir(follow_symlinks=False):
+        for name, is_inner in _entries(directory / folder) if listed is None else listed[folder]:
+            path = folder / name
+            if is_inner:
                 if len(path.parts) > _DEPTH:
                     raise CheckpointError(f"{directory}: holds folders more than {_DEPTH} deep; remove them")
                 if str(path) not in NOT_COPIED:
                     folders.append(path)
             elif path not in shards and str(path) not in NOT_COPIED:
                 yield _other_file(directory, path)
+
+
+def _entries(folder: Path) -> list[tuple[str, bool]]:
+    """The names in a folder, in order, and which of them are folders and no links."""
+    with os.scandir(folder) as found:
+        return sorted((entry.name, entry.is_dir(follow_symlinks=False)) for entry in found)
+
+
+def _folders_of(directory: RemotePath) -> dict[PurePosixPath, list[tuple[str, bool]]]:
+    """As `_entries`, of a folder in a store and of all folders in it, by their paths inside."""
+    found: dict[PurePosixPath, dict[str, bool]] = {PurePosixPath(): {}}
+    for path in map(PurePosixPath, directory.below()):
+        for inner, name in zip(path.parents, reversed(path.parts), strict=True):
+            found.setdefault(inner, {})[name] = inner / name != path
+    return {folder: sorted(names.items()) for folder, names in found.items()}
 
 
 def _other_file(directory: Path, relative: PurePosixPath) -> OtherFile:

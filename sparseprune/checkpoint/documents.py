@@ -15,6 +15,7 @@ import stat
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from sparseprune.checkpoint.not_safetensors import missing_advice
+from sparseprune.checkpoint.remote import RemotePath
 from sparseprune.errors import CheckpointError, MachineError, size
 
 if TYPE_CHECKING:
@@ -127,8 +128,10 @@ def leads_nowhere(path: Path, error: OSError) -> CheckpointError | None:
     """The refusal of a path that leads to no file; None where the machine failed."""
     if error.errno not in _LEADS_NOWHERE:
         return None
+    if error.errno == errno.ENOENT and error.strerror not in {None, os.strerror(errno.ENOENT)}:
+        return CheckpointError(f"{path}: {error.strerror}")  # there is not even a place for it
     why = missing_advice(str(path)) if error.errno == errno.ENOENT else f": {error.strerror}"
-    if error.errno == errno.ENOENT and os.path.islink(path):  # noqa: PTH114  (False for a name that is too long)
+    if error.errno == errno.ENOENT and not isinstance(path, RemotePath) and os.path.islink(path):  # noqa: PTH114  (False for a name that is too long)
         why = f": it is a link to {os.readlink(path)}, which is not there"  # noqa: PTH115
     return CheckpointError(f"{path}: no such file{why}")
 

@@ -13,9 +13,11 @@ import json
 import os
 import stat
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar, cast
 
+from sparseprune.checkpoint.remote import RemotePath
 from sparseprune.errors import MachineError
 
 if TYPE_CHECKING:
@@ -39,6 +41,7 @@ OWNER = stat.S_IRUSR | stat.S_IWUSR
 _BUFFER = 1 << 20
 _IDLE = 16  # files that stay open between uses
 _KERNEL_STEP = 1 << 30
+_REMOTE_PART, _REMOTE_PARTS = 4 << 20, 4  # bytes of a part that is copied from a store, and parts at a time
 CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _WRITE = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -56,6 +59,20 @@ def machine_errors(path: Path | str, doing: str = "cannot be written") -> Iterat
         yield
     except OSError as error:
         raise MachineError(f"{path}: {doing}: {error.strerror or error}") from error
+
+
+@contextmanager
+def remote_errors(path: RemotePath) -> Iterator[None]:
+    """As `machine_errors`, for reading from a store; ChangedInputError where a file is another one now."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.ESTALE:
+            raise ChangedInputError(
+                f"{path}: changed while it was read: another file has taken its place; run again when "
+                "nothing writes there"
+            ) from error
+        raise MachineError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
 def create(path: Path | str, size: int, begins_with: Bytes = b"", mode: int = 0o600) -> None:
@@ -137,6 +154,13 @@ def copy_range(source: Path, source_offset: int, file: Path | str, offset: int, 
 
     Errors of the source are MachineErrors, those of the written file OSErrors.
     """
+    if isinstance(source, RemotePath):
+        with remote_errors(source):
+            copy = source.local()
+        if copy is None:
+            _copy_remote(source, source_offset, file, offset, length)
+            return
+        source = copy
     with machine_errors(source, "cannot be read"):
         descriptor = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
     with opened(descriptor) as reading, opened(open_to_write(file)) as writing:
@@ -157,6 +181,32 @@ def copy_range(source: Path, source_offset: int, file: Path | str, offset: int, 
                 write_at(writing, data, end)
                 count = len(data)
             done += count
+
+
+def _copy_remote(source: RemotePath, source_offset: int, file: Path | str, offset: int, length: int) -> None:
+    """As `copy_range`, from a store: some parts side by side."""
+    with remote_errors(source):
+        etag = source.facts().etag
+    parts = [(done, min(_REMOTE_PART, length - done)) for done in range(0, length, _REMOTE_PART)]
+
+    def copied(part: tuple[int, int]) -> None:
+        done, count = part
+        begin = source_offset + done
+        with remote_errors(source):
+            data = source.read_part(begin, begin + count, etag)
+        if len(data) < count:
+            raise ChangedInputError(
+                f"{source}: file was truncated while it was read: it ends at byte {begin + len(data)}, "
+                f"wanted {source_offset + length}"
+            )
+        write_at(writing, data, offset + done)
+
+    with opened(open_to_write(file)) as writing:
+        if len(parts) == 1:
+            copied(parts[0])
+        else:
+            with ThreadPoolExecutor(_REMOTE_PARTS) as pool:
+                list(pool.map(copied, parts))
 
 
 @contextmanager
@@ -266,6 +316,11 @@ def stamp_of(status: os.stat_result) -> Stamp:
     return Stamp(status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
 
 
+def status_now(path: Path) -> os.stat_result:
+    """The status of a file, for which a store is asked anew."""
+    return path.stat(fresh=True) if isinstance(path, RemotePath) else path.stat()
+
+
 def permissions(status: os.stat_result) -> int:
     """What the owner of a file or a folder, its group and all others may do with it."""
     return stat.S_IMODE(status.st_mode) & 0o777
@@ -288,7 +343,7 @@ def checkpoint_identity(checkpoint: Checkpoint) -> str:
     for other in checkpoint.others:
         path = checkpoint.path / other.path
         with machine_errors(path, "cannot be examined"):
-            status = path.stat()
+            status = status_now(path)
         digest.update(_line(path, status.st_size, stamp_of(status)))
     return digest.hexdigest()
 
@@ -322,7 +377,7 @@ def refuse_changed_shards(shards: Iterable[Shard]) -> None:
 
 def _refuse(path: Path, size: int, stamp: Stamp) -> None:
     with machine_errors(path, "cannot be read any more"):
-        status = path.stat()
+        status = status_now(path)
     if status.st_size != size:
         change = f", from {size} bytes to {status.st_size}"
     elif replaced(stamp, stamp_of(status)):

@@ -12,18 +12,19 @@ import os
 import stat
 from dataclasses import dataclass, field
 from math import prod
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from msgspec import Struct
 
 from sparseprune.checkpoint.documents import MAX_DEPTH, nested_deeper_than, shown, strict_json
 from sparseprune.checkpoint.not_safetensors import foreign_format
+from sparseprune.checkpoint.remote import RemotePath, located
 from sparseprune.engine.dtypes import DTYPES
 from sparseprune.errors import CheckpointError, MachineError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
+    from pathlib import Path
 
 MAX_HEADER = 100_000_000
 _LENGTH_BYTES = 8
@@ -32,6 +33,7 @@ _METADATA = "__metadata__"
 _ENTRY_KEYS = ("dtype", "shape", "data_offsets")
 _LARGEST = 2**64 - 1
 _HEAD = 512  # bytes of a file by which its format is recognised
+_REMOTE_HEAD = 1 << 17  # bytes that a store is asked for at first: the headers of most shards are shorter
 
 
 class TensorEntry(Struct, frozen=True):
@@ -86,7 +88,7 @@ def read_header(path: Path | str) -> Header:
     data_offsets; in the order of the data: gaps and overlaps; then sizes, overflow included; the file
     truncated or with trailing bytes; metadata that is not strings.
     """
-    where = Path(path)
+    where = located(path)
     raw, size = _header_bytes(where)
     try:
         document = _document(raw[_LENGTH_BYTES:])
@@ -137,6 +139,8 @@ def _header_bytes(path: Path) -> tuple[bytes, int]:
         # Before it is opened: opening a pipe would wait for ever.
         if not stat.S_ISREG(path.stat().st_mode):
             raise CheckpointError(f"{path}: not a regular file; give a safetensors file")
+        if isinstance(path, RemotePath):
+            return _remote_header(path)
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             head = file.read(_HEAD)
@@ -146,6 +150,15 @@ def _header_bytes(path: Path) -> tuple[bytes, int]:
         raise CheckpointError(f"{path}: no such file") from error
     except OSError as error:
         raise MachineError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _remote_header(path: RemotePath) -> tuple[bytes, int]:
+    """As `_header_bytes`: in one request, and a second one where the header is long."""
+    facts = path.facts()
+    head = bytes(path.read_part(0, min(_REMOTE_HEAD, facts.nbytes), facts.etag))
+    end = _LENGTH_BYTES + _checked_length(path, head[:_HEAD], facts.nbytes)
+    rest = path.read_part(len(head), end, facts.etag)
+    return (head + bytes(rest))[:end], facts.nbytes
 
 
 def _checked_length(path: Path, head: bytes, size: int) -> int:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from math import prod
 from operator import mul
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
@@ -23,12 +23,14 @@ from sparseprune.checkpoint.documents import LARGEST_DOCUMENT, read_object, show
 from sparseprune.checkpoint.file_io import machine_errors
 from sparseprune.checkpoint.layout import FORMAT_KEY, SHAPES_KEY, packed_bytes
 from sparseprune.checkpoint.mask_names import ORIGINAL, masked_name, renamed
-from sparseprune.checkpoint.source import StoredTensor, TensorReader, open_shard
+from sparseprune.checkpoint.remote import located
+from sparseprune.checkpoint.source import StoredTensor, TensorReader, open_shard, open_shards
 from sparseprune.engine.dtypes import DTYPES
 from sparseprune.errors import CheckpointError, MachineError, size
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
+    from pathlib import Path
 
     import numpy as np
     import torch
@@ -231,7 +233,7 @@ def load_masks(path: str | Path) -> dict[str, torch.Tensor]:
 
     masks: dict[str, torch.Tensor] = {}
     with TensorReader() as reader:
-        for name, mask in open_masks(Path(path)).masks.items():
+        for name, mask in open_masks(located(path)).masks.items():
             kept = read_kept(reader, mask, 0, mask.numel)
             masks[name] = torch.from_numpy(kept.view(np.bool_)).reshape(mask.shape)
     return masks
@@ -258,7 +260,7 @@ def _others(path: Path) -> _Files:
     listed = _listed(path / indexes[0]) if len(indexes) == 1 else None
     if listed is not None and all(map(_holds_masks, listed[0].values())):
         return listed
-    headers = dict(open_shard(path / name) for name in names if name.endswith(SUFFIX))
+    headers = dict(open_shards(path, [PurePosixPath(name) for name in names if name.endswith(SUFFIX)]))
     if _beside_weights(headers.values()):
         return headers, {}
     found = {shard: header for shard, header in headers.items() if _holds_masks(header)}
@@ -271,7 +273,7 @@ def _others(path: Path) -> _Files:
 
 def _listed(index: Path) -> _Files:
     weight_map = read_weight_map(index)
-    return dict(open_shard(index.parent / place) for place in sorted(set(weight_map.values()))), weight_map
+    return dict(open_shards(index.parent, sorted(set(weight_map.values())))), weight_map
 
 
 def _beside(path: Path) -> tuple[Shard, Header]:

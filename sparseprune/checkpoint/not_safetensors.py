@@ -70,6 +70,7 @@ _ZIPPED = {
 }
 _ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 _URL = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)
+_ADDRESSES = ("s3://", "gs://", "az://", "hf://")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # With 8 bytes of text at the start, the length in a real header would be beyond every disk.
 _TEXT = 8
@@ -109,6 +110,8 @@ def missing_advice(path: str) -> str:
     >>> missing_advice("Qwen/Qwen3-8B")
     '; if it is a model of the Hugging Face hub, `hf download Qwen/Qwen3-8B --local-dir Qwen3-8B` first'
     """
+    if path.startswith(_ADDRESSES):
+        return ""
     if _URL.match(path):
         return "; it is a URL, so download it and give the file or directory"
     is_id = _HUB_ID.fullmatch(path) and not path.endswith(_SUFFIX) and not Path(path).parent.exists()

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from sparseprune.checkpoint import file_io
 from sparseprune.checkpoint.discovery import INDEX_SUFFIX, RESULTS, SUFFIX, is_folder
 from sparseprune.checkpoint.file_io import machine_errors
+from sparseprune.checkpoint.remote import RemotePath
 from sparseprune.errors import CheckpointError, MachineError, enough, size
 
 if TYPE_CHECKING:
@@ -285,7 +286,7 @@ def _check_apart(layout: OutputLayout) -> None:
 
 def _real(path: Path) -> Path:
     """Where a path leads; unlike resolve(), a circle of links is no error."""
-    return Path(os.path.realpath(path))
+    return path if isinstance(path, RemotePath) else Path(os.path.realpath(path))
 
 
 _ATTEMPTS = 10

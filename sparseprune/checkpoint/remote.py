@@ -23,11 +23,12 @@ from msgspec import Struct
 if TYPE_CHECKING:
     from collections.abc import Generator, Mapping
 
-    from sparseprune.checkpoint.file_io import Bytes
+    from _typeshed import ReadableBuffer
 
+FOLDER, _FILE = 0o755, 0o644  # the permissions of what is in no file system
 OBJECT_STORES = frozenset({"s3", "gs", "az"})
 HUB = "hf"
-_ADDRESS = re.compile(r"(?P<scheme>s3|gs|az|hf)://(?P<rest>.*)", re.DOTALL)
+_ADDRESS = re.compile(r"(?:s3|gs|az|hf):/")  # of a Path, too, which makes one slash of two
 _ROOT_PARTS = {
     "s3": 2,
     "gs": 2,
@@ -57,7 +58,7 @@ class Store(Protocol):
     def below(self, folder: str) -> Mapping[str, Facts]:
         """Of every file in a folder and the folders in it, by key; "" is the top."""
 
-    def read(self, key: str, begin: int, end: int, etag: str = "") -> Bytes:
+    def read(self, key: str, begin: int, end: int, etag: str = "") -> ReadableBuffer:
         """The bytes [begin, end) of a file; fewer where it ends before. OSError of ESTALE if it changed."""
 
     def local(self, key: str) -> Path | None:
@@ -65,32 +66,52 @@ class Store(Protocol):
 
 
 class _Root:
-    """A store and what is known of its files since they were listed, or looked at one by one."""
+    """A store and what is known of its files since they were listed, or looked at one by one.
+
+    What is in a listed folder is not asked for again, also if it is nothing, until the folder is listed anew
+    or something in it is asked for that was not there.
+    """
 
     def __init__(self, store: Store) -> None:
         self.store = store
         self._known: dict[str, Facts] = {}
+        self._listed: set[str] = set()
         self._lock = threading.Lock()
 
     def list(self, folder: str) -> dict[str, Facts]:
         """Every file below a folder, asked for anew."""
         found = dict(self.store.below(folder))
         with self._lock:
-            for key in [key for key in self._known if _is_below(key, folder)]:
+            for key in [key for key in self._known if key == folder or _is_below(key, folder)]:
                 del self._known[key]
             self._known |= found
+            if found:
+                self._listed.add(folder)
+            else:
+                self._listed -= {one for one in self._listed if one == folder or _is_below(folder, one)}
         return found
 
     def facts(self, key: str, *, fresh: bool = False) -> Facts | None:
         with self._lock:
             known = None if fresh else self._known.get(key)
-        if known is None:
-            known = self.store.facts(key)
-            with self._lock:
-                self._known.pop(key, None)
-                if known is not None:
-                    self._known[key] = known
+            if known is not None or (not fresh and self._is_listed(key)):
+                return known
+        known = self.store.facts(key)
+        with self._lock:
+            self._known.pop(key, None)
+            if known is not None:
+                self._known[key] = known
         return known
+
+    def has_folder(self, folder: str) -> bool:
+        """Whether a folder has files; asked for where that is not known."""
+        with self._lock:
+            if self._is_listed(folder):
+                return any(_is_below(key, folder) for key in self._known)
+        return bool(self.list(folder))
+
+    def _is_listed(self, key: str) -> bool:
+        return any(_is_below(key, folder) for folder in self._listed)
 
 
 class RemotePath(PosixPath):
@@ -149,22 +170,26 @@ class RemotePath(PosixPath):
         return found
 
     def stat(self, *, follow_symlinks: bool = True, fresh: bool = False) -> os.stat_result:  # noqa: ARG002
-        """As of a local file that all may read; its inode stands for the content."""
+        """As of a local file that all may read; inode and time of change stand for the content."""
         try:
             found = self.facts(fresh=fresh)
         except FileNotFoundError:
-            if not self._opened_root.list(self.key):
+            if not self._opened_root.has_folder(self.key):
                 raise
-            return os.stat_result((stat.S_IFDIR | 0o755, 0, 0, 1, 0, 0, 0, 0, 0, 0))
-        content = int.from_bytes(hashlib.sha256(found.etag.encode()).digest()[:7]) or 1
-        times = {"st_mtime_ns": found.mtime_ns, "st_ctime_ns": content, "st_atime_ns": found.mtime_ns}
-        return os.stat_result((stat.S_IFREG | 0o644, content, 0, 1, 0, 0, found.nbytes, 0, 0, 0), times)
+            return os.stat_result((stat.S_IFDIR | FOLDER, 0, 0, 1, 0, 0, 0, 0, 0, 0))
+        content = int.from_bytes(hashlib.sha256(found.etag.encode()).digest()[:7], "big") or 1
+        status = (stat.S_IFREG | _FILE, content, 0, 1, 0, 0, found.nbytes, 0, 0, 0)
+        return os.stat_result(status, {"st_mtime_ns": 0, "st_ctime_ns": content})
 
     def lstat(self) -> os.stat_result:
         return self.stat()
 
     def exists(self, *, follow_symlinks: bool = True) -> bool:  # noqa: ARG002
-        return self.is_file() or self.is_dir()
+        try:
+            self.stat()
+        except FileNotFoundError:
+            return False
+        return True
 
     def is_file(self, *, follow_symlinks: bool = True) -> bool:  # noqa: ARG002
         try:
@@ -175,6 +200,9 @@ class RemotePath(PosixPath):
 
     def is_dir(self, *, follow_symlinks: bool = True) -> bool:  # noqa: ARG002
         return bool(self._opened_root.list(self.key))
+
+    def samefile(self, other_path: str | os.PathLike[str]) -> bool:
+        return str(self) == os.fspath(other_path)
 
     def is_symlink(self) -> bool:
         return False
@@ -191,24 +219,34 @@ class RemotePath(PosixPath):
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self))
         yield from (self / name for name in names)
 
-    def glob(self, pattern: str, **_: Any) -> Generator[RemotePath, None, None]:  # type: ignore[override]  # noqa: ANN401
+    def glob(self, pattern: str, **_: Any) -> Generator[RemotePath, None, None]:  # noqa: ANN401
         """Files and folders in this one whose names fit; a pattern is of one level."""
         names = dict.fromkeys(path.partition("/")[0] for path in self.below())
         return (self / name for name in names if fnmatch.fnmatchcase(name, pattern.rstrip("/")))
 
-    def read_part(self, begin: int, end: int, etag: str = "") -> Bytes:
+    def read_part(self, begin: int, end: int, etag: str = "") -> memoryview:
         """Bytes of the file, fewer where it ends before; OSError of ESTALE if its `etag` changed."""
-        return self.store.read(self.key, begin, end, etag)
+        return memoryview(self.store.read(self.key, begin, end, etag)).cast("B")
+
+    def local(self) -> Path | None:
+        """A whole copy on this machine, fetched if need be; None where files are read by ranges."""
+        return self.store.local(self.key)
 
     def read_bytes(self) -> bytes:
-        found = self.facts()
-        return bytes(memoryview(self.read_part(0, found.nbytes)))
+        try:
+            found = self.facts()
+            return bytes(self.read_part(0, found.nbytes, found.etag))
+        except OSError as error:
+            if error.errno != errno.ESTALE:
+                raise
+        found = self.facts(fresh=True)  # it was written to since it was listed
+        return bytes(self.read_part(0, found.nbytes, found.etag))
 
     def read_text(self, encoding: str | None = None, errors: str | None = None, **_: Any) -> str:  # noqa: ANN401
         return self.read_bytes().decode(encoding or "utf-8", errors or "strict")
 
-    def open(self, mode: str = "r", *_: Any, encoding: str | None = None, **__: Any) -> Any:  # type: ignore[override]  # noqa: ANN401
-        """The whole file in memory, for reading; large files are read by `read_part`."""
+    def open(self, mode: str = "r", *_: Any, encoding: str | None = None, **__: Any) -> Any:  # noqa: ANN401
+        """The whole file in memory, for reading; large files are read by `read_part` or are `local`."""
         if set(mode) - set("rbt"):
             raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(self))
         data = io.BytesIO(self.read_bytes())
@@ -221,10 +259,24 @@ def located(place: str | os.PathLike[str]) -> Path:
     >>> located("s3://bucket/model"), located("models/llama").name
     (RemotePath('s3://bucket/model'), 'llama')
     """
-    if isinstance(place, Path):
+    if isinstance(place, RemotePath):
         return place
     text = os.fspath(place)
-    return RemotePath(text) if _ADDRESS.match(text) else Path(text)
+    return RemotePath(text) if _ADDRESS.match(text) else Path(place)
+
+
+def joined(folder: Path, place: str) -> Path:
+    """A path in a folder, unless it is absolute or an address.
+
+    >>> joined(RemotePath("s3://bucket/specs"), "scores.safetensors"), joined(Path("specs"), "/scores")
+    (RemotePath('s3://bucket/specs/scores.safetensors'), PosixPath('/scores'))
+    """
+    return located(place) if _ADDRESS.match(place) or place.startswith("/") else folder / place
+
+
+def forget_stores() -> None:
+    """Opens every store anew from now on, with what the environment says then."""
+    _opened.cache_clear()
 
 
 def _address(parts: tuple[str, ...]) -> str:
@@ -242,6 +294,6 @@ def _opened(root_address: str) -> _Root:
         from sparseprune.checkpoint.hub import HubStore  # type: ignore[import-untyped]  # noqa: PLC0415
 
         return _Root(HubStore(root_address))
-    from sparseprune.checkpoint.objects import ObjectStore  # type: ignore[import-untyped]  # noqa: PLC0415
+    from sparseprune.checkpoint.objects import ObjectStore  # noqa: PLC0415
 
     return _Root(ObjectStore(root_address))

@@ -6,8 +6,10 @@ discovery.py's part. Opens nothing for writing. Called by execution, and by layo
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
@@ -21,18 +23,21 @@ from sparseprune.checkpoint.codes import with_codes
 from sparseprune.checkpoint.documents import leads_nowhere, read_object, read_object_if_any, shown
 from sparseprune.checkpoint.file_io import NO_STAMP, ChangedInputError, Stamp, machine_errors
 from sparseprune.checkpoint.header import Header, TensorEntry, read_header
+from sparseprune.checkpoint.remote import RemotePath
 from sparseprune.engine.dtypes import DTYPES
 from sparseprune.errors import CheckpointError, SparsepruneError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
 
     from sparseprune.checkpoint.codes import Codes
     from sparseprune.checkpoint.discovery import OtherFile
     from sparseprune.checkpoint.file_io import WritableBytes
+    from sparseprune.checkpoint.read_ahead import ReadAhead, RemoteFile
 
 
+_SIDE_BY_SIDE = 16  # headers that a store is asked for at a time
 _SMALL = 1 << 20  # bytes of a JSON file that may describe a model
 
 
@@ -144,7 +149,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         tensors = _coded(_tensors(headers, {}), path.parent)
         return Checkpoint(path, headers, is_directory=False, others=(), tensors=tensors)
     found = discovery.find_files(path)
-    headers = dict(open_shard(path / place, place) for place in found.shards)
+    headers = dict(open_shards(path, found.shards))
     tensors = _coded(_tensors(headers, found.weight_map), path)
     _check_index(path, found, tensors)
     with machine_errors(path, "cannot be read"):
@@ -218,14 +223,16 @@ class Source(Protocol):
 
 
 class TensorReader(Source):
-    """The Source of local files, of which a few stay open, for reading only.
+    """The Source of local files, of which a few stay open, for reading only, and of files in stores.
 
     A context manager: leaving it closes the files. A shard that is not the file of which the header was
-    read, or has another length, is a ChangedInputError, every error of the disk a MachineError.
+    read, or has another length, is a ChangedInputError, every error of the disk or store a MachineError.
     """
 
     def __init__(self) -> None:
         self._files = file_io.OpenFiles(_opened)
+        self._remote: dict[Shard, RemoteFile | None] = {}  # None for those of which there is a local copy
+        self._ahead: ReadAhead | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -235,15 +242,45 @@ class TensorReader(Source):
 
     def close(self) -> None:
         self._files.close()
+        if self._ahead is not None:
+            self._ahead.close()
 
     def read_into(self, stored: StoredTensor, begin: int, buffer: WritableBytes) -> None:
         view = file_io.as_bytes(buffer)
         _check_part(stored, begin, begin + len(view))
         offset = stored.offset + begin
+        if isinstance(stored.shard.path, RemotePath):
+            remote = self._remote_file(stored.shard, stored.shard.path)
+            if remote is not None and self._ahead is not None:
+                with file_io.remote_errors(stored.shard.path):
+                    self._ahead.read_into(remote, offset, view)
+                return
         with machine_errors(stored.shard.path, "cannot be read"), self._files.use(stored.shard) as descriptor:
             done = file_io.read_into(descriptor, view, offset)
         if done < len(view):
             raise _truncated(stored.shard.path, offset + done, stored.shard.size)
+
+    def _remote_file(self, shard: Shard, path: RemotePath) -> RemoteFile | None:
+        """What is read by ranges: the content of which the header was read; None where a copy is read."""
+        if shard not in self._remote:
+            from sparseprune.checkpoint.read_ahead import ReadAhead, RemoteFile  # noqa: PLC0415
+
+            with file_io.remote_errors(path):
+                found = None if path.local() is not None else RemoteFile(path, shard.size, path.facts().etag)
+                if found is not None and file_io.replaced(shard.stamp, file_io.stamp_of(path.stat())):
+                    raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+            if found is not None and self._ahead is None:
+                self._ahead = ReadAhead()
+            self._remote[shard] = found
+        return self._remote[shard]
+
+
+def open_shards(folder: Path, places: Iterable[PurePosixPath]) -> list[tuple[Shard, Header]]:
+    """As `open_shard`, for files in a folder, in this order; in a store many at a time."""
+    if not isinstance(folder, RemotePath):
+        return [open_shard(folder / place, place) for place in places]
+    with ThreadPoolExecutor(_SIDE_BY_SIDE) as pool:
+        return list(pool.map(lambda place: open_shard(folder / place, place), places))
 
 
 def open_shard(path: Path, relative: PurePosixPath | None = None) -> tuple[Shard, Header]:
@@ -270,10 +307,11 @@ def _check_part(stored: StoredTensor, begin: int, end: int) -> None:
 
 def _opened(shard: Shard) -> int:
     with machine_errors(shard.path, "cannot be read any more"):  # its header was read before
-        descriptor = os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC)
+        copy = shard.path.local() if isinstance(shard.path, RemotePath) else None
+        descriptor = os.open(copy or shard.path, os.O_RDONLY | os.O_CLOEXEC)
     status = os.fstat(descriptor)
     size, wanted = status.st_size, shard.size
-    if size == wanted and not file_io.replaced(shard.stamp, file_io.stamp_of(status)):
+    if size == wanted and (copy or not file_io.replaced(shard.stamp, file_io.stamp_of(status))):
         return descriptor
     os.close(descriptor)
     if size == wanted:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, TypeVar, cas
 
 import typer
 
-from sparseprune.api.options import Option
+from sparseprune.api.options import Option, located
 from sparseprune.api.run import Listener
 from sparseprune.cli.completion import completing
 from sparseprune.cli.console import UnwrittenError, reported, tell, tell_parts
@@ -272,6 +272,8 @@ def _parameter(parameter: inspect.Parameter, option: Option) -> inspect.Paramete
     how: dict[str, Any] = {"metavar": option.metavar, "help": option.help, "readable": False}
     how |= {"rich_help_panel": option.group, "autocompletion": completing(option.among)}
     make: Any = typer.Option if option.flags else typer.Argument
+    if Path in {parameter.annotation, *get_args(kind)}:
+        how["parser"] = located
     made = make(*option.flags, show_default=shown, min=option.minimum, **how)
     return inspect.Parameter(
         parameter.name, inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[kind, made], default=default

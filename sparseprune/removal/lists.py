@@ -7,13 +7,13 @@ indices. Called by api.
 from __future__ import annotations
 
 from os import PathLike
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from msgspec import Struct
 
 from sparseprune.checkpoint.documents import read_json, strict_json
+from sparseprune.checkpoint.remote import located
 from sparseprune.errors import CheckpointError
 from sparseprune.removal.counting import find_vocabularies
 from sparseprune.removal.dim_constraints import refuse
@@ -45,7 +45,7 @@ class Listed(Struct, frozen=True):
     def of(given: object, option: str) -> Listed:
         """The value, or what is in the file at a path; CheckpointError where that is no JSON."""
         if isinstance(given, str | PathLike):
-            return Listed(str(given), read_json(Path(given), strict_json))
+            return Listed(str(given), read_json(located(given), strict_json))
         return Listed(option, given)
 
 
