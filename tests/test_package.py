@@ -91,7 +91,7 @@ def test_metadata_is_what_an_index_takes(wheel: Path) -> None:
     assert read.description_content_type == "text/markdown"
     assert read.description == (ROOT / "README.md").read_text()
     assert "Typing :: Typed" in (read.classifiers or [])
-    assert {"calibrate", "plot", "test"} == set(read.provides_extra or [])
+    assert {"calibrate", "plot", "ray", "remote", "test"} == set(read.provides_extra or [])
     assert not [name for name, value in message_from_bytes(text).items() if value == "UNKNOWN"], text
 
 
