@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 from msgspec import Struct, ValidationError, convert
 from msgspec.structs import replace
 
+from sparseprune.api.options import located
 from sparseprune.checkpoint import open_checkpoint
 from sparseprune.checkpoint.discovery import RESULTS, SUFFIX
 from sparseprune.checkpoint.documents import read_object_if_any
 from sparseprune.checkpoint.publish import left_behind
+from sparseprune.checkpoint.remote import RemotePath, folder_of_files
 from sparseprune.errors import SparsepruneError
 
 if TYPE_CHECKING:
@@ -39,8 +41,15 @@ def read_spec(named: str, overrides: Mapping[str, str]) -> tuple[SpecSource, Spe
     from sparseprune.spec import SpecSource, find_spec, parse_spec
 
     is_text = _VERSION.search(named) is not None
-    source = SpecSource(named, "the spec", Path.cwd()) if is_text else find_spec(named)
+    source = SpecSource(named, "the spec", Path.cwd()) if is_text else find_spec(_place(named))
+    source = replace(source, directory=folder_of_files(source.directory))
     return source, parse_spec(source.text, source.source, source.directory, overrides)
+
+
+def _place(named: str) -> str | Path:
+    """An address, or the text as it is: the name of a shipped spec, or a path."""
+    place = located(named)
+    return place if isinstance(place, RemotePath) else named
 
 
 def applied_spec(checkpoint: Checkpoint, named: str | None, overrides: Mapping[str, str]) -> Spec | None:
@@ -58,7 +67,9 @@ def applied_spec(checkpoint: Checkpoint, named: str | None, overrides: Mapping[s
 
     path, were_set = carried
     source = find_spec(path)
-    spec = parse_spec(source.text, source.source, source.directory, were_set | dict(overrides))
+    spec = parse_spec(
+        source.text, source.source, folder_of_files(source.directory), were_set | dict(overrides)
+    )
     return with_parts(spec, checkpoint)
 
 

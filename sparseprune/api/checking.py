@@ -6,13 +6,13 @@ Called by the public functions.
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sparseprune import results
 from sparseprune.api.applied import applied_source, note_left_behind, read_spec, with_parts
 from sparseprune.api.explaining import Explained, name_of
 from sparseprune.api.masked import masked_by
+from sparseprune.api.options import located
 from sparseprune.api.run import collector_paused, output_shown, sizes_of, weight_bytes
 from sparseprune.checkpoint import (
     StagedOutput,
@@ -36,6 +36,7 @@ from sparseprune.spec.parsing import ALIASES
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
     from sparseprune.api.masked import Masked, MaskSource
     from sparseprune.api.options import Machine, Source, Target
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
 
 def refuse_checkpoint(spec: str) -> None:
     """SparsepruneError for a checkpoint in place of a spec: its zeros may be meant, or its masks."""
-    place = Path(spec)
+    place = located(spec)
     if place.suffix == SUFFIX or (place.is_dir() and spec not in {*list_specs(), *ALIASES}):
         raise SparsepruneError(
             f"{printable(spec)}: a checkpoint, not a spec; --masks {printable(spec)} checks against its "

@@ -18,6 +18,7 @@ from msgspec.structs import replace
 from sparseprune import __version__, results
 from sparseprune.api.applied import read_spec, rebuilt_by, warn_of_broken, warn_of_earlier
 from sparseprune.api.explaining import Explained, explained_by_spec
+from sparseprune.api.options import located
 from sparseprune.api.run import Run, collector_paused, digest, output_shown, sizes_of
 from sparseprune.checkpoint import (
     StagedOutput,
@@ -384,7 +385,7 @@ def explained(prepared: Prepared, verb: Literal["apply", "remove"], more: Sequen
     """What the output tells of the command, which had `more` words."""
     checkpoint, statistics = prepared.plan.checkpoint, stats_told(prepared)
     told = explained_by_spec(prepared.asked, prepared.source.text, checkpoint, verb=verb, more=more)
-    return replace(told, statistics=None if statistics is None else Path(statistics))
+    return replace(told, statistics=None if statistics is None else located(statistics))
 
 
 def forget(prepared: Prepared) -> None:
@@ -477,7 +478,7 @@ def _statistics_of(prepared: Prepared) -> list[str]:
         score = instance.score.file if instance.score.kind in OF_STATISTICS else None
         for file in (score, *(one.file for one in (instance.reconstruct, instance.allocate) if one)):
             if file is not None and file != SWEPT:
-                found[_from_here(Path(file))] = None
+                found[_from_here(file)] = None
     return list(found)
 
 

@@ -19,6 +19,7 @@ from msgspec import Struct
 
 from sparseprune.checkpoint.discovery import INDEX_SUFFIX, RESULTS, SUFFIX
 from sparseprune.checkpoint.header import MAX_HEADER, Header, lay_out
+from sparseprune.checkpoint.remote import RemotePath
 from sparseprune.errors import CheckpointError, size
 
 if TYPE_CHECKING:
@@ -261,6 +262,8 @@ def output_target(checkpoint: Checkpoint, target: Path | None, word: str) -> Pat
     """The absolute path of the output; links are not resolved, so that it lies where the user wants it."""
     if target is None:
         source = absolute(checkpoint.path)
+        if isinstance(source, RemotePath) and not source.key:
+            raise CheckpointError(f"{source}: the output cannot lie beside a bucket; give a place with -o")
         if checkpoint.is_directory:
             return source.parent / f"{source.name}-{word}"
         return source.parent / f"{source.name.removesuffix(SUFFIX)}.{word}{SUFFIX}"

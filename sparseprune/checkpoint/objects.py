@@ -184,9 +184,7 @@ def _said(head: str) -> str:
 
 def _facts(meta: Any) -> Facts:  # noqa: ANN401  (obstore's is a dictionary that is known to type checkers only)
     """Of a store without ETags the time stands for the content."""
-    changed = meta["last_modified"]
-    etag = meta["e_tag"] or f"{_OF_TIME}{changed.isoformat()}"
-    return Facts(meta["size"], etag, int(changed.timestamp() * 1e9))
+    return Facts(meta["size"], meta["e_tag"] or f"{_OF_TIME}{meta['last_modified'].isoformat()}")
 
 
 _OF_TIME = "time:"

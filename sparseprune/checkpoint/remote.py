@@ -42,7 +42,6 @@ class Facts(Struct, frozen=True):
 
     nbytes: int
     etag: str
-    mtime_ns: int = 0
 
 
 class Store(Protocol):
@@ -153,6 +152,10 @@ class RemotePath(PosixPath):
     def __repr__(self) -> str:
         return f"RemotePath({str(self)!r})"
 
+    def __truediv__(self, place: str | os.PathLike[str]) -> Path:  # type: ignore[override]
+        found = located(place)
+        return found if found.is_absolute() else self.joinpath(found)
+
     def is_absolute(self) -> bool:
         return True
 
@@ -217,12 +220,12 @@ class RemotePath(PosixPath):
         names = dict.fromkeys(path.partition("/")[0] for path in self.below())
         if not names:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self))
-        yield from (self / name for name in names)
+        yield from (self.joinpath(name) for name in names)
 
     def glob(self, pattern: str, **_: Any) -> Generator[RemotePath, None, None]:  # noqa: ANN401
         """Files and folders in this one whose names fit; a pattern is of one level."""
         names = dict.fromkeys(path.partition("/")[0] for path in self.below())
-        return (self / name for name in names if fnmatch.fnmatchcase(name, pattern.rstrip("/")))
+        return (self.joinpath(name) for name in names if fnmatch.fnmatchcase(name, pattern.rstrip("/")))
 
     def read_part(self, begin: int, end: int, etag: str = "") -> memoryview:
         """Bytes of the file, fewer where it ends before; OSError of ESTALE if its `etag` changed."""
@@ -249,6 +252,8 @@ class RemotePath(PosixPath):
         """The whole file in memory, for reading; large files are read by `read_part` or are `local`."""
         if set(mode) - set("rbt"):
             raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(self))
+        if stat.S_ISDIR(self.stat().st_mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(self))
         data = io.BytesIO(self.read_bytes())
         return data if "b" in mode else io.TextIOWrapper(data, encoding=encoding or "utf-8")
 
@@ -265,13 +270,21 @@ def located(place: str | os.PathLike[str]) -> Path:
     return RemotePath(text) if _ADDRESS.match(text) else Path(place)
 
 
-def joined(folder: Path, place: str) -> Path:
-    """A path in a folder, unless it is absolute or an address.
+class _Folder(PosixPath):
+    """A local folder from which addresses lead elsewhere, as absolute paths do."""
 
-    >>> joined(RemotePath("s3://bucket/specs"), "scores.safetensors"), joined(Path("specs"), "/scores")
-    (RemotePath('s3://bucket/specs/scores.safetensors'), PosixPath('/scores'))
+    def __truediv__(self, place: str | os.PathLike[str]) -> Path:  # type: ignore[override]
+        found = located(place)
+        return found if found.is_absolute() else Path(self, found)
+
+
+def folder_of_files(folder: Path) -> Path:
+    """A folder whose `/` takes what stands in a file in it: a relative path, an absolute one, or an address.
+
+    >>> folder_of_files(Path("specs")) / "s3://bucket/scores"
+    RemotePath('s3://bucket/scores')
     """
-    return located(place) if _ADDRESS.match(place) or place.startswith("/") else folder / place
+    return folder if isinstance(folder, RemotePath) else _Folder(folder)
 
 
 def forget_stores() -> None:

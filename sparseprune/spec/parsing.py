@@ -70,7 +70,8 @@ class SpecSource(Struct, frozen=True):
 def find_spec(name_or_path: str | Path) -> SpecSource:
     """The spec at a path, else the shipped spec of that name or alias; SpecError if there is neither."""
     name = str(name_or_path)
-    path, shipped = Path(name_or_path), _shipped().get(ALIASES.get(name, name))
+    path = name_or_path if isinstance(name_or_path, Path) else Path(name_or_path)
+    shipped = _shipped().get(ALIASES.get(name, name))
     if _exists(path) and not (shipped and path.is_dir()):
         return _read(path, str(path))
     if shipped:
@@ -105,6 +106,8 @@ def _in_shipped(variable: str) -> str:
 
 
 def _exists(path: Path) -> bool:
+    if "://" in str(path):
+        return True  # an address, no name: reading it gives the error
     try:
         path.stat()
     except PermissionError:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sys
 from math import inf, ulp
-from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Never, TypeVar
 
@@ -31,6 +30,7 @@ from sparseprune.spec.structures import KINDS as STRUCTURES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
+    from pathlib import Path
 
 
 Read = TypeVar("Read")
@@ -369,7 +369,7 @@ def soft_of(table: BudgetTable, directory: Path) -> Soft | None:
 
 
 def _absolute(path: str, directory: Path) -> Path:
-    return Path(directory, path).absolute()
+    return (directory / path).absolute()
 
 
 VERSION = 1
