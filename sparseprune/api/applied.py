@@ -14,7 +14,6 @@ from msgspec import Struct, ValidationError, convert
 from msgspec.structs import replace
 
 from sparseprune.api.options import located
-from sparseprune.checkpoint import open_checkpoint
 from sparseprune.checkpoint.discovery import RESULTS, SUFFIX
 from sparseprune.checkpoint.documents import read_object_if_any
 from sparseprune.checkpoint.publish import left_behind
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
 
     from sparseprune.api.options import Machine
     from sparseprune.api.run import Run
-    from sparseprune.checkpoint import Checkpoint, StagedOutput
+    from sparseprune.checkpoint import Checkpoint, Output
     from sparseprune.execution.earlier import Earlier, Touched
     from sparseprune.execution.plan import Plan
     from sparseprune.spec import Spec, SpecSource
@@ -186,12 +185,11 @@ def warn_of_earlier(
     return earlier
 
 
-def warn_of_broken(run: Run, earlier: Earlier | None, output: StagedOutput) -> None:
+def warn_of_broken(run: Run, earlier: Earlier | None, output: Output) -> None:
     """After the work, before the output gets its name: which of these patterns it has no longer."""
     if earlier is None or not (earlier.risks or earlier.seen):
         return
-    root, files = output.staged_path, [place.file for place in output.layout.weights.values()]
-    run.warn(*earlier.broken(open_checkpoint(root if output.layout.is_directory else root / files[0])))
+    run.warn(*earlier.broken(output.written()))
 
 
 def _report_path(checkpoint: Checkpoint) -> Path:

@@ -15,7 +15,7 @@ from msgspec import Struct
 from sparseprune import __version__
 from sparseprune.api.run import digest, output_shown
 from sparseprune.api.windows import folder_for_states
-from sparseprune.checkpoint import StagedOutput, TensorReader, open_checkpoint
+from sparseprune.checkpoint import TensorReader, make_output, open_checkpoint
 from sparseprune.checkpoint.file_io import checkpoint_identity, refuse_changed
 from sparseprune.checkpoint.folding import refuse_split
 from sparseprune.checkpoint.statistics import ROUTING, lay_out_statistics, statistics_beside
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from sparseprune.api.run import Run
     from sparseprune.api.windows import Windows
     from sparseprune.calibration import Calibration, Counted, Streaming
-    from sparseprune.checkpoint import Collected, StatisticsKind
+    from sparseprune.checkpoint import Collected, Output, StatisticsKind
 
 
 class Collecting(Struct, frozen=True):
@@ -66,7 +66,7 @@ def calibrate(run: Run, asked: Collecting) -> Statistics:
     source = checkpoint.path.absolute()
     target = asked.output or statistics_beside(source)
     # Before minutes are spent on a model.
-    StagedOutput(lay_out_statistics(checkpoint, target, asked.kind, ()), asked.force).refuse_early()
+    make_output(lay_out_statistics(checkpoint, target, asked.kind, ()), asked.force).refuse_early()
     documents = asked.windows.documents()
     run.note(f"loading the model of {asked.checkpoint}")
     # Not before something is said: this takes seconds.
@@ -89,7 +89,7 @@ def calibrate(run: Run, asked: Collecting) -> Statistics:
             )
         run.note(plan.crowded)
         layout = lay_out_statistics(checkpoint, target, asked.kind, plan.tensors)
-        output = StagedOutput(layout, asked.force, _identity(asked, streaming, plan))
+        output = make_output(layout, asked.force, _identity(asked, streaming, plan))
         return run.write(
             output,
             lambda _: _collected(run, asked, streaming, plan, output),
@@ -120,7 +120,7 @@ def _identity(asked: Collecting, streaming: Streaming, plan: Calibration) -> dic
 
 
 def _collected(
-    run: Run, asked: Collecting, streaming: Streaming, plan: Calibration, output: StagedOutput
+    run: Run, asked: Collecting, streaming: Streaming, plan: Calibration, output: Output
 ) -> Statistics:
     from sparseprune.calibration import Work, calibrate
 

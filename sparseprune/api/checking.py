@@ -15,8 +15,8 @@ from sparseprune.api.masked import masked_by
 from sparseprune.api.options import located
 from sparseprune.api.run import collector_paused, output_shown, sizes_of, weight_bytes
 from sparseprune.checkpoint import (
-    StagedOutput,
     lay_out_apply,
+    make_output,
     open_checkpoint,
     read_config,
     refuse_changed_shards,
@@ -141,7 +141,7 @@ def reapply(
     if source.zeros:
         # Before a whole checkpoint is read.
         early = lay_out_apply(open_checkpoint(checkpoint), target.output, (), target.mask_format)
-        StagedOutput(early, target.force).refuse_early()
+        make_output(early, target.force).refuse_early()
     masked = masked_by(run, checkpoint, source, machine, folds=True)
     matched = masked.matched
     shards = matched.masks.shards
@@ -155,7 +155,7 @@ def reapply(
         reapplication = make_reapplication(matched, machine.memory, machine.jobs)
     options = (target.mask_format, source.identity, reapplication.limits.slab)
     identity = {**masked.identity, "the options": json.dumps(["reapply", *options])}
-    output = StagedOutput(layout, target.force, identity=identity)
+    output = make_output(layout, target.force, identity)
 
     def work(reader: SourceOfBytes) -> results.Reapplication:
         from sparseprune.execution.reapply import reapply, reapply_bytes

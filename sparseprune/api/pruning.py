@@ -21,9 +21,9 @@ from sparseprune.api.explaining import Explained, explained_by_spec
 from sparseprune.api.options import located
 from sparseprune.api.run import Run, collector_paused, digest, output_shown, sizes_of
 from sparseprune.checkpoint import (
-    StagedOutput,
     lay_out_apply,
     lay_out_masks,
+    make_output,
     open_checkpoint,
     read_config,
 )
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
     from sparseprune.api.options import Machine, Source, Target
     from sparseprune.api.sweeping import Swept, SweptText
-    from sparseprune.checkpoint import Checkpoint, OutputLayout, Shard
+    from sparseprune.checkpoint import Checkpoint, Output, OutputLayout, Shard
     from sparseprune.checkpoint import Source as SourceOfBytes
     from sparseprune.execution.allocation import Allocation
     from sparseprune.execution.passes import TensorOutcome
@@ -187,9 +187,7 @@ def schedule_of(plan: Plan, target: Target, machine: Machine) -> Schedule:
     )
 
 
-def decided(
-    run: Run, prepared: Prepared, reader: SourceOfBytes, output: StagedOutput | None = None
-) -> Prepared:
+def decided(run: Run, prepared: Prepared, reader: SourceOfBytes, output: Output | None = None) -> Prepared:
     """With the parts that instances have of common budgets: reads weights and statistics.
 
     What is found is noted in the `output`, if there is one.
@@ -313,7 +311,8 @@ def prune(run: Run, prepared: Prepared) -> results.Report:
     """Do the work, write the report beside it, and give the output its name."""
     warn(run, prepared)
     layout, machine, weights = prepared.layout, prepared.machine, prepared.target.weights
-    output = StagedOutput(layout, prepared.target.force, identity=identity_of(prepared))
+    swept = prepared.swept is not None
+    output = make_output(layout, prepared.target.force, identity_of(prepared), reads_back=swept)
 
     def work(reader: SourceOfBytes) -> results.Report:
         # Numpy and the compiled loops come in here, after everything that can be refused without them.
@@ -402,7 +401,7 @@ def beside(machine: Machine, swept: Swept) -> Machine:
 
 
 def swept_outcomes(
-    run: Run, prepared: Prepared, reader: SourceOfBytes, output: StagedOutput, device: str
+    run: Run, prepared: Prepared, reader: SourceOfBytes, output: Output, device: str
 ) -> tuple[Sequence[TensorOutcome], tuple[str, ...]]:
     """Do the work with a text, block by block; also gives lines on what the text did not reach."""
     from sparseprune.api.sweeping import Sweeper

@@ -34,7 +34,7 @@ from sparseprune.api.pruning import (
     warn,
 )
 from sparseprune.api.run import collector_paused, digest, output_shown, weight_bytes
-from sparseprune.checkpoint import OutputLayout, StagedOutput, open_checkpoint, read_config
+from sparseprune.checkpoint import OutputLayout, make_output, open_checkpoint, read_config
 from sparseprune.checkpoint.codes import codes_in
 from sparseprune.checkpoint.file_io import checkpoint_identity, refuse_changed
 from sparseprune.checkpoint.folding import refuse_split
@@ -56,7 +56,7 @@ if TYPE_CHECKING:
     from sparseprune.api.pruning import Prepared
     from sparseprune.api.run import Run
     from sparseprune.api.windows import AskedText
-    from sparseprune.checkpoint import Checkpoint, StoredMask, StoredTensor
+    from sparseprune.checkpoint import Checkpoint, Output, StoredMask, StoredTensor
     from sparseprune.checkpoint import Source as SourceOfBytes
     from sparseprune.execution.earlier import Touched
     from sparseprune.execution.passes import TensorOutcome
@@ -172,7 +172,7 @@ class Choice(Struct, frozen=True):
     left_out: str | None = None
     plan: Plan | None = None
     prepared: Prepared | None = None
-    scratch: StagedOutput | None = None
+    scratch: Output | None = None
     rebuilt: Mapping[str, StoredTensor] = {}
 
 
@@ -205,7 +205,7 @@ def _chosen(run: Run, asked: Asked) -> Iterator[Choice]:
     layout = _lay_out_masks(prepared, final) if decisions is None else lay_out_decisions(final)
     found = identity_of(prepared)
     identity = {**found, "the options": json.dumps(["remove", found["the options"]])}
-    output = StagedOutput(layout, identity=identity)
+    output = make_output(layout, identity=identity)
     with run.staged(output):
         yield _by_spec(run, prepared, output, decisions)
 
@@ -320,11 +320,11 @@ def _removable(run: Run, prepared: Prepared) -> Preview:
 def _target(asked: Asked, checkpoint: Checkpoint) -> OutputLayout:
     """The output if nothing were cut, once it may be written there."""
     layout = lay_out_removal(checkpoint, asked.target.output, None, None)
-    StagedOutput(layout, asked.target.force).refuse_early()
+    make_output(layout, asked.target.force).refuse_early()
     return layout
 
 
-def _by_spec(run: Run, prepared: Prepared, output: StagedOutput, decisions: BlockDecisions | None) -> Choice:
+def _by_spec(run: Run, prepared: Prepared, output: Output, decisions: BlockDecisions | None) -> Choice:
     """Kept indices from decisions in memory, or else from masks that are written to the scratch folder."""
     from sparseprune.execution.pruning import execute, work_bytes
     from sparseprune.execution.schedule import device_text, devices_of_rules, resolve_device
@@ -422,7 +422,7 @@ def _cut(run: Run, asked: Asked, choice: Choice) -> results.Removal:
     if asked.dry_run:
         return _result(run, asked, choice, removal, layout)
     identity = {**choice.identity, "what survives": digest(summed_up(choice.kept))}
-    output = StagedOutput(layout, asked.target.force, identity=identity)
+    output = make_output(layout, asked.target.force, identity)
 
     scratch = choice.scratch
 
@@ -458,7 +458,7 @@ def _refuse_nothing(run: Run, asked: Asked, choice: Choice, removal: Removal) ->
 
 
 def _removed(
-    run: Run, asked: Asked, choice: Choice, removal: Removal, output: StagedOutput, reader: SourceOfBytes
+    run: Run, asked: Asked, choice: Choice, removal: Removal, output: Output, reader: SourceOfBytes
 ) -> results.Removal:
     """Move the survivors."""
     from sparseprune.removal.shrink import Cuts

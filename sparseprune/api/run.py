@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from sparseprune.checkpoint import OutputLayout, Source, StagedOutput
+    from sparseprune.checkpoint import Output, OutputLayout, Source
     from sparseprune.execution.cluster import Cluster
     from sparseprune.results.fields import Document
 
@@ -193,12 +193,13 @@ class Run:
             hear(at(ended=True))
 
     @contextmanager
-    def staged(self, output: StagedOutput, *, continued: bool = False) -> Iterator[None]:
+    def staged(self, output: Output, *, continued: bool = False) -> Iterator[None]:
         """An output while it is written; an error says whether what is finished is kept.
 
         Notes whether an unfinished run is continued, unless that was `continued` before.
         """
         self.listener.output(output)
+        output.tell = self.note
         try:
             with output:
                 self.warn(*output.warnings)
@@ -218,7 +219,7 @@ class Run:
 
     def write(
         self,
-        output: StagedOutput,
+        output: Output,
         work: Callable[[Source], Made],
         refuse_changed: Callable[[], None],
         *,
@@ -240,9 +241,21 @@ class Run:
                 output.add_file(layout.spec_file, spec)
             if layout.card is not None and card is not None:
                 output.add_file(layout.card.path, card(result))
+            with self._sending(output) as sent:
+                output.complete(sent)
             refuse_changed()
             output.commit()
         return result
+
+    @contextmanager
+    def _sending(self, output: Output) -> Iterator[Callable[[int], None]]:
+        """The step of what is written and not yet where it belongs, if there is anything."""
+        left = output.left_bytes
+        if left:
+            with self.progress("sending", left) as advance:
+                yield advance
+        else:
+            yield lambda _: None
 
 
 @contextmanager

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from sparseprune.calibration import LoadedModel, Sequences
     from sparseprune.calibration.planning import Unit
     from sparseprune.calibration.sweeping import Gathered, Sweep
-    from sparseprune.checkpoint import Checkpoint, Collected, StagedOutput, StoredTensor
+    from sparseprune.checkpoint import Checkpoint, Collected, Output, StoredTensor
     from sparseprune.checkpoint.file_io import WritableBytes
     from sparseprune.execution.inputs import Left, TaskInput
     from sparseprune.execution.passes import TensorOutcome
@@ -346,9 +346,7 @@ class Sweeper:
     Afterwards `left` tells what was not rebuilt, and `rests_on_few` by matrix whether it had few tokens.
     """
 
-    def __init__(
-        self, run: Run, swept: Swept, output: StagedOutput, source: Source, schedule: Scheduling
-    ) -> None:
+    def __init__(self, run: Run, swept: Swept, output: Output, source: Source, schedule: Scheduling) -> None:
         self._run, self._swept, self._output = run, swept, output
         self._source = _Overlay(source)
         self._schedule = schedule

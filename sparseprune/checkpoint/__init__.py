@@ -16,7 +16,7 @@ from sparseprune.checkpoint.layout import (
     lay_out_masks,
 )
 from sparseprune.checkpoint.masks import MaskSet, Provenance, StoredMask, load_masks, open_masks, read_kept
-from sparseprune.checkpoint.output import Sink, StagedOutput
+from sparseprune.checkpoint.output import Output, Sink, StagedOutput, make_output
 from sparseprune.checkpoint.portions import Portion
 from sparseprune.checkpoint.resizing import ResizedTensor
 from sparseprune.checkpoint.source import (
@@ -43,6 +43,7 @@ __all__ = [
     "MaskFormat",
     "MaskSet",
     "OtherFile",
+    "Output",
     "OutputLayout",
     "Place",
     "Portion",
@@ -62,6 +63,7 @@ __all__ = [
     "lay_out_apply",
     "lay_out_masks",
     "load_masks",
+    "make_output",
     "open_checkpoint",
     "open_masks",
     "open_statistics",

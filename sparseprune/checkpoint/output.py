@@ -8,14 +8,17 @@ when the bytes that a line is about are on disk. Knows places from the layout, n
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
+import hashlib
 import json
 import os
 import secrets
 import stat
+import tempfile
 import zlib
 from collections.abc import Mapping
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, Self
 
 from msgspec import Struct
@@ -24,15 +27,17 @@ from sparseprune.checkpoint import file_io, publish
 from sparseprune.checkpoint.file_io import machine_errors
 from sparseprune.checkpoint.portions import FileWriter, FolderPortion, PlacedFiles
 from sparseprune.checkpoint.publish import StagingDir
+from sparseprune.checkpoint.remote import RemotePath
+from sparseprune.checkpoint.source import open_checkpoint
 from sparseprune.errors import MachineError, is_out_of_memory, size
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
-    from pathlib import Path
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from sparseprune.checkpoint.file_io import Bytes, WritableBytes
     from sparseprune.checkpoint.layout import CopyRange, OutputLayout, Place
     from sparseprune.checkpoint.portions import Portion
+    from sparseprune.checkpoint.source import Checkpoint
 
 
 _FORMAT = 2
@@ -210,10 +215,11 @@ class Sink(Protocol):
     def add_file(self, name: PurePosixPath, data: bytes | Iterable[bytes]) -> None:
         """Writes one of the layout's `results` under its name, or replaces it; whole or in parts."""
 
-    def note(self, key: str, record: object) -> None:
+    def note(self, key: str, record: object, files: Sequence[str] | None = None) -> None:
         """Records that a piece of work is finished, after its writes have returned.
 
-        A later run finds the JSON-able `record` in `finished` under the key, once the bytes are on disk.
+        A later run finds the JSON-able `record` in `finished` under the key, once the bytes are on disk:
+        those of `files`, as chunks name them, or of all that was written so far.
         """
 
     def flush(self) -> None:
@@ -235,21 +241,82 @@ class Sink(Protocol):
         """Gives up the output and its notes, before the context ends."""
 
 
-_CACHED_SHARE = 0.25  # of the memory: an output up to this size stays in the cache for the next reader
+class Output(Sink, Protocol):
+    """A Sink with a target, complete under its name after `commit`; a context manager.
 
-
-class StagedOutput(Sink):
-    """The Sink of local files: complete under its name after `commit`, or nothing under it.
-
-    A context manager. Entering it checks the target and makes every file of the layout at its final size
-    with its header. With an `identity`, which has the parts of what the work depends on and their digests,
-    notes are kept where the machine or the user ends the run, and the next run of the same identity continues
-    it. Otherwise an exit without `commit` removes everything.
+    Entering it checks the target. With an `identity`, which has the parts of what the work depends on and
+    their digests, notes are kept where the machine or the user ends the run, and the next run of the same
+    identity continues it. Otherwise an exit without `commit` removes everything.
 
     Once entered, `resumed` says whether an earlier run is continued, and `started_over` has the parts of the
     identity for which one was not. `named` says whether the output has its name; `kept`, after the exit,
-    whether the next run can continue this one. `warnings` has a line for each promise that the file system
-    cannot keep. The output grows in the hidden folder `partial_path`, its files in `staged_path`.
+    whether the next run can continue this one. `warnings` has a line for each promise that the place cannot
+    keep. `partial_path` is where the output grows, `staged_path` where its files are. `tell` hears a line
+    where entering has to wait.
+    """
+
+    force: bool
+    identity: Mapping[str, str] | None
+    resumed: bool
+    started_over: tuple[str, ...]
+    named: bool
+    kept: bool
+    partial_path: Path
+    staged_path: Path
+    tell: Callable[[str], None]
+
+    @property
+    def warnings(self) -> tuple[str, ...]: ...
+
+    @property
+    def left_bytes(self) -> int:
+        """Of what was written, what `complete` has yet to send."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None: ...
+
+    def refuse_early(self) -> None:
+        """Refuses a target as entering does, before the work that decides how much room it takes."""
+
+    def read_weight(self, name: str, buffer: WritableBytes) -> None:
+        """Fills a buffer with the bytes of a tensor as they are now in the output."""
+
+    def written(self) -> Checkpoint:
+        """The checkpoint that the output is, before it has its name; nothing more is written then."""
+
+    def complete(self, progress: Callable[[int], None] = lambda _: None) -> None:
+        """Waits until all is there but the name; nothing more is written. `progress` gets bytes."""
+
+
+def make_output(
+    layout: OutputLayout,
+    force: bool = False,  # noqa: FBT001, FBT002
+    identity: Mapping[str, str] | None = None,
+    *,
+    reads_back: bool = False,
+) -> Output:
+    """The output of a layout, wherever its target is; `reads_back` where `read_weight` will be called."""
+    if not isinstance(layout.target, RemotePath):
+        return StagedOutput(layout, force, identity)
+    if layout.is_scratch:
+        # Nobody but this machine reads it; the next run of the same command finds it here.
+        address = hashlib.sha256(str(layout.target).encode()).hexdigest()[:12]
+        here = Path(tempfile.gettempdir(), f"{layout.target.name}-{address}")
+        return StagedOutput(dataclasses.replace(layout, target=here), force, identity)
+    from sparseprune.checkpoint.remote_output import RemoteOutput  # noqa: PLC0415  (with its extra)
+
+    return RemoteOutput(layout, force, identity, keeps=reads_back)
+
+
+_CACHED_SHARE = 0.25  # of the memory: an output up to this size stays in the cache for the next reader
+
+
+class StagedOutput(Output):
+    """The Output of local files: complete under its name after `commit`, or nothing under it.
+
+    Entering it makes every file of the layout at its final size with its header. The output grows in the
+    hidden folder `partial_path`, its files in `staged_path`.
     """
 
     def __init__(
@@ -266,6 +333,7 @@ class StagedOutput(Sink):
         self.started_over: tuple[str, ...] = ()
         self.named = False
         self.kept = False
+        self.tell = lambda _: None
         self._staging = StagingDir(layout.target, "choice" if layout.is_scratch else "partial")
         self.partial_path, self.staged_path = self._staging.path, self._staging.output
         self._paths = {file.path: str(self._staging.output / file.path) for file in layout.files}
@@ -304,7 +372,7 @@ class StagedOutput(Sink):
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         keep = False
-        journal = self._writer.journal if _may_go_on(error) else None
+        journal = self._writer.journal if may_go_on(error) else None
         try:
             if journal is not None:
                 with contextlib.suppress(MachineError):
@@ -323,7 +391,6 @@ class StagedOutput(Sink):
             self._placed.write_weight(name, begin, data)
 
     def read_weight(self, name: str, buffer: WritableBytes) -> None:
-        """Fill a buffer with the bytes of a tensor as they are now in the output."""
         place = self.layout.weights[name]
         path = self._paths[place.file]
         reading = file_io.machine_errors(path, "cannot be read")
@@ -368,12 +435,25 @@ class StagedOutput(Sink):
             file_io.create(path, 0, b"", self.layout.results[name] | file_io.OWNER)
             file_io.write_pieces(path, (data,) if isinstance(data, bytes) else data)
 
-    def note(self, key: str, record: object) -> None:
+    def note(self, key: str, record: object, files: Sequence[str] | None = None) -> None:  # noqa: ARG002
         if self.identity is not None:
             self._writer.noted(note_text(key, record))
 
     def flush(self) -> None:
         self._writer.flush()
+
+    @property
+    def left_bytes(self) -> int:
+        return 0
+
+    def complete(self, progress: Callable[[int], None] = lambda _: None) -> None:  # noqa: ARG002
+        self.flush()
+
+    def written(self) -> Checkpoint:
+        first = next((place.file for place in self.layout.weights.values()), None)
+        return open_checkpoint(
+            self.staged_path / ("" if self.layout.is_directory or first is None else first)
+        )
 
     def commit(self) -> None:
         layout = self.layout
@@ -502,7 +582,7 @@ class StagedOutput(Sink):
             raise MachineError(fact) from error
 
 
-def _may_go_on(error: BaseException | None) -> bool:
+def may_go_on(error: BaseException | None) -> bool:
     """Whether the machine or the user ended a run, not a mistake that the next run would repeat.
 
     A changed input counts as a mistake: pieces that are finished and those that are not would not fit.

@@ -56,7 +56,20 @@ class PortionSink(Protocol):
     def flush(self) -> None: ...
 
 
-class FileWriter:
+class Writer(Protocol):
+    """Writes bytes at places of files, by their paths, from any thread."""
+
+    def write(self, path: str, data: Bytes, offset: int) -> None:
+        """Writes all of `data` at `offset` of a file."""
+
+    def merge(self, path: str, offset: int, value: int, bits: int) -> None:
+        """Takes the bits of one byte that are set in `bits` from `value`; threads may share a byte."""
+
+    def copy(self, path: str, part: CopyRange) -> None:
+        """Copies bytes of the input to their place in a file."""
+
+
+class FileWriter(Writer):
     """Writes to files that exist, and records notes once these writes are on disk; from any thread.
 
     A note reaches the journal, if there is one, at a `flush` after the writes before it were synced, and
@@ -92,6 +105,12 @@ class FileWriter:
         with self.writing(path), self._merging, self._files.use(path) as descriptor:
             (byte,) = os.pread(descriptor, 1, offset)
             file_io.write_at(descriptor, bytes([(byte & ~bits) | (value & bits)]), offset)
+        self.written(path)
+
+    def copy(self, path: str, part: CopyRange) -> None:
+        """Copies bytes of the input to their place in a file."""
+        with self.writing(path):
+            file_io.copy_range(part.source, part.source_offset, path, part.offset, part.length)
         self.written(path)
 
     def written(self, path: str) -> None:
@@ -146,7 +165,7 @@ class PlacedFiles:
         paths: Mapping[PurePosixPath, str],
         weights: Mapping[str, Place],
         masks: Mapping[str, Place],
-        writer: FileWriter,
+        writer: Writer,
         *,
         packed: bool,
     ) -> None:
@@ -154,10 +173,7 @@ class PlacedFiles:
         self._writer, self._packed = writer, packed
 
     def copy(self, part: CopyRange) -> None:
-        path = self._paths[part.file]
-        with self._writer.writing(path):
-            file_io.copy_range(part.source, part.source_offset, path, part.offset, part.length)
-        self._writer.written(path)
+        self._writer.copy(self._paths[part.file], part)
 
     def write_weight(self, name: str, begin: int, data: Bytes) -> None:
         self._write(name, self._weights[name], begin, data)

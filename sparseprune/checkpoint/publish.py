@@ -200,7 +200,7 @@ def check_place(layout: OutputLayout) -> None:
         if length > most:
             too_long = f"{path}: a name of {length} bytes, at most {most} can be"
             raise CheckpointError(f"{too_long}; give a shorter one with -o")
-    _check_apart(layout)
+    check_apart(layout)
 
 
 def check_existing(layout: OutputLayout, *, force: bool) -> None:
@@ -265,7 +265,7 @@ def free_bytes(folder: Path) -> int:
     return status.f_bavail * status.f_frsize
 
 
-def _check_apart(layout: OutputLayout) -> None:
+def check_apart(layout: OutputLayout) -> None:
     """Refuses an output that is, lies in, or would replace any part of the input."""
     checkpoint = layout.checkpoint
     source = _real(checkpoint.path)

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from sparseprune.checkpoint.header import Header, TensorEntry
     from sparseprune.checkpoint.layout import CopyRange, Place
     from sparseprune.checkpoint.masks import StoredMask
-    from sparseprune.checkpoint.output import StagedOutput
+    from sparseprune.checkpoint.output import Output
     from sparseprune.checkpoint.source import Checkpoint, Shard
 
 CONFIG = PurePosixPath("config.json")
@@ -159,7 +159,7 @@ def lay_out_choice(
     )
 
 
-def open_choice(output: StagedOutput) -> tuple[list[StoredMask], dict[str, StoredTensor]]:
+def open_choice(output: Output) -> tuple[list[StoredMask], dict[str, StoredTensor]]:
     """The masks of a complete scratch output, and the rebuilt weights by name."""
     masks = list(open_masks(output.staged_path).masks.values())
     files = dict.fromkeys(place.file for place in output.layout.weights.values())

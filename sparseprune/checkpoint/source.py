@@ -166,6 +166,14 @@ def open_checkpoint(path: Path) -> Checkpoint:
     )
 
 
+def open_unnamed(path: Path, places: Iterable[PurePosixPath], of: Checkpoint) -> Checkpoint:
+    """The checkpoint of which these shards and no index are there yet, made from another one."""
+    headers = dict(open_shards(path, places))
+    weight_map = {name: stored.shard.relative for name, stored in of.tensors.items()}
+    tensors = _coded(_tensors(headers, weight_map), path)
+    return Checkpoint(path, headers, is_directory=True, others=(), tensors=tensors)
+
+
 def _has_same(path: Path, tensors: Mapping[str, StoredTensor]) -> bool:
     """Whether most elements of a file are in tensors with these names and shapes; masks do not count."""
     try:

@@ -333,7 +333,7 @@ class Record:
         self.progress(chunk.nbytes, label)
         if chunk.key:
             self._take_in(partial)
-            self.output.note(key, [chunk.nbytes, partial])
+            self.output.note(key, [chunk.nbytes, partial], chunk.files)
 
     def recall(self, key: str) -> Any:  # noqa: ANN401
         """What an earlier run noted under a key; None if nothing."""
@@ -342,7 +342,7 @@ class Record:
 
     def note(self, key: str, value: Any, nbytes: int) -> None:  # noqa: ANN401
         """Keep something for a later run, for which so many bytes of the input were read."""
-        self.output.note(key, [nbytes, value])
+        self.output.note(key, [nbytes, value], ())
 
     def _take_in(self, outcomes: list[Any]) -> None:
         for outcome in outcomes:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from sparseprune.checkpoint import (
     MaskFormat,
+    Output,
     OutputLayout,
     StagedOutput,
     TensorReader,
@@ -60,7 +61,7 @@ def layout_of(
     return lay_out_apply(open_checkpoint(path), target, masked, form)
 
 
-def fill(output: StagedOutput, report: bytes = b"{}") -> None:
+def fill(output: Output, report: bytes = b"{}") -> None:
     """What a pipeline does that prunes nothing: copies, the tensors as they are, full masks, the report."""
     layout = output.layout
     for part in layout.copies:
