@@ -21,9 +21,10 @@ import coverage
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests.hub import hub
 from tests.stores import bucket, s3_server
 
-__all__ = ["bucket", "s3_server"]
+__all__ = ["bucket", "hub", "s3_server"]
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is loaded
 os.environ.pop("COLUMNS", None)  # pytest-xdist tells its workers that of its own terminal

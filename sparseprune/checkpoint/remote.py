@@ -304,7 +304,7 @@ def _is_below(key: str, folder: str) -> bool:
 def _opened(root_address: str) -> _Root:
     """The store of a bucket or a model, made once: it keeps connections."""
     if root_address.startswith(f"{HUB}:"):
-        from sparseprune.checkpoint.hub import HubStore  # type: ignore[import-untyped]  # noqa: PLC0415
+        from sparseprune.checkpoint.hub import HubStore  # noqa: PLC0415
 
         return _Root(HubStore(root_address))
     from sparseprune.checkpoint.objects import ObjectStore  # noqa: PLC0415
