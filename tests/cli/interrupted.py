@@ -191,9 +191,9 @@ class _System:
             real_start(thread)
             self._happen(THREADS)
 
-        def note(output: StagedOutput, key: str, record: object) -> None:
+        def note(output: StagedOutput, key: str, record: object, files: Any = None) -> None:
             self._happen(NOTES)
-            real_note(output, key, record)
+            real_note(output, key, record, files)
 
         patch = pytest.MonkeyPatch()
         patch.setattr(threading.Thread, "start", start)
@@ -298,8 +298,8 @@ def _prepare(command: Command) -> None:
         usual = limits_of(memory, **others)
         return replace(usual, slab=command.slab, tile=command.tile, memory=command.memory or usual.memory)
 
-    def note(self: StagedOutput, key: str, record: object) -> None:
-        own(self, key, record)
+    def note(self: StagedOutput, key: str, record: object, files: Any = None) -> None:
+        own(self, key, record, files)
         with suppress(MachineError):  # told by the flush that follows
             self.flush()
 
