@@ -132,8 +132,7 @@ class RemoteOutput(Output):
         self._check(self._existing(), self._journal.read())
 
     def copy(self, part: CopyRange) -> None:
-        if str(part.file) in self._sending:
-            self._writing.copy(part)
+        self._writing.copy(part)
 
     def write_weight(self, name: str, begin: int, data: Bytes) -> None:
         if self.layout.writes_weights:
@@ -169,7 +168,9 @@ class RemoteOutput(Output):
         return open_unnamed(layout.root, shards, layout.checkpoint)
 
     def portion(self, files: Sequence[str]) -> RemotePortion:
-        wanted = {path for path in files if path in self._sending} - set(self._last)
+        # What comes last is sent from here, but for a file of weights that is all of the output.
+        here = self._last if self.layout.is_directory else ()
+        wanted = {path for path in files if path in self._sending}.difference(here)
         self._sending.drop(wanted)
         return RemotePortion.of(self.layout, wanted)
 

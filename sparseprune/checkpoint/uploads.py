@@ -43,6 +43,7 @@ class Target(Protocol):
 class Uploads(Writer):
     """Writes to files that are sent while they grow; writes and copies come from any thread.
 
+    What is written to other files is dropped.
     `sent` is called, by the thread that sent a file, with its path and what is known of it. Files that were
     not touched are not sent before `finish`; of those that are `held` the last part is not, before
     `release`. `keeps` lets what was written be read until `close`. After a failure every call raises it.
@@ -91,13 +92,18 @@ class Uploads(Writer):
 
     def write(self, path: str, data: Bytes, offset: int) -> None:
         view = file_io.as_bytes(data)
-        file = self._files[path]
+        file = self._files.get(path)
+        if file is None:
+            return
         for part, begin, end in file.within(offset, offset + len(view)):
             self._write(path, file, part, begin, view[begin - offset : end - offset])
 
     def merge(self, path: str, offset: int, value: int, bits: int) -> None:
+        file = self._files.get(path)
+        if file is None:
+            return
         with self._changed:
-            whole = self._files[path].merged(offset, value, bits)
+            whole = file.merged(offset, value, bits)
             self._touched.add(path)
         if whole is not None:
             self.write(path, bytes([whole]), offset)
@@ -106,8 +112,9 @@ class Uploads(Writer):
         """Nothing yet: bytes are copied when the part that has them is sent."""
         with self._changed:
             self._refuse_failed()
-            self._touched.add(path)
-            self._start_some()
+            if path in self._files:
+                self._touched.add(path)
+                self._start_some()
 
     def read_into(self, path: str, offset: int, buffer: WritableBytes) -> None:
         """Fills a buffer with what was written, if that is kept."""

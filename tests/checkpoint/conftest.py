@@ -11,4 +11,4 @@ from tests.checkpoint.files import open_files
 def _nothing_is_left_open() -> Iterator[None]:
     before = open_files()
     yield
-    assert open_files() == before
+    assert open_files() <= before  # an earlier test's connections may end now
