@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from sparseprune.checkpoint.layout import CopyRange, OutputFile
 
-PART_BYTES = 8 << 20
+PART_BYTES = 6 << 20
 MOST_PARTS = 10_000
 """Of one object, for every store."""
 

@@ -6,7 +6,7 @@ remote_output.py and remote_run.py; objects are read by the store that `RemotePa
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from sparseprune.checkpoint.file_io import as_bytes, machine_errors
@@ -121,7 +121,10 @@ class ObjectFolder:
                 try:
                     _obstore().delete(self._bucket, [self._prefix + name for name in some])
                 except FileNotFoundError:
-                    continue
+                    # Some stores end there.
+                    for name in some:
+                        with suppress(FileNotFoundError):
+                            _obstore().delete(self._bucket, self._prefix + name)
 
     @contextmanager
     def _told(self, name: str, doing: str = "cannot be written") -> Iterator[None]:

@@ -87,6 +87,7 @@ class RemoteOutput(Output):
         self._writing = PlacedFiles({}, {}, {}, self._sending, packed=False)
         self._noting, self._appending = threading.Lock(), threading.Lock()
         self._done: dict[str, Facts] = {}
+        self._written: set[str] = set()  # objects of this run and of those that it continues
         self._waiting: dict[frozenset[str], list[bytes]] = {}
         self._noted_at = 0.0
         self._replaced: set[str] = set()  # objects of an earlier output that are still there
@@ -228,11 +229,13 @@ class RemoteOutput(Output):
     def put(self, name: str, data: Bytes) -> Facts:
         """Writes a small object, for `Uploads`."""
         self._replace()
+        self._written.add(name)
         return self._folder.put(name, data)
 
     def send(self, name: str, pieces: Iterator[Bytes], part_bytes: int, side_by_side: int) -> Facts:
         """Writes a large object, for `Uploads`."""
         self._replace()
+        self._written.add(name)
         return self._folder.send(name, pieces, part_bytes, side_by_side)
 
     def _existing(self) -> dict[str, Facts]:
@@ -277,6 +280,7 @@ class RemoteOutput(Output):
             self.finished = Notes(lines)
             self._journal.resume(found)
             self._replaced = existing.keys() - self._done.keys()
+            self._written = existing.keys() & set(found.files)
         else:
             if found is not None:
                 self._journal.remove()
@@ -368,8 +372,7 @@ class RemoteOutput(Output):
 
     def _remove(self) -> None:
         """All that this run, and those that it continues, have written."""
-        results = set(map(str, self.layout.results)) - self._replaced
-        self._folder.delete(self._done.keys() | results)
+        self._folder.delete(self._written | self._done.keys())
         self._journal.remove()
 
     def _refuse_lost(self) -> None:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 _FORMAT = 1
 _RENEWED = 10.0  # seconds after which the owner of a lock renews it
 _SILENT = 30.0  # seconds of silence after which another one takes it over
+_PATIENCE = 10.0  # seconds for a renewal that is on its way when the run ends
 _SIDE_BY_SIDE = 16  # objects that are read at one time
 _OTHER = "give another name with -o"
 
@@ -98,7 +99,7 @@ class Lock:
         self._done.set()
         if self._mark is None:
             return
-        self._thread.join()
+        self._thread.join(_PATIENCE)
         if not self.lost.is_set():
             self._folder.delete([self._name])
         self._mark = None

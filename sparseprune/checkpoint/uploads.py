@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from sparseprune.checkpoint.layout import CopyRange
     from sparseprune.checkpoint.remote import Facts
 
-_STARTED = 4  # files that are being sent: the others wait until one is there
-_ON_THE_WAY = 64 << 20  # bytes in memory of all files that are being sent
+_STARTED = 3  # files that are being sent: the others wait until one is there
+_ON_THE_WAY = 54 << 20  # bytes in memory of all files that are being sent
 _WAITING = 128 << 20  # bytes that wait on disk before workers wait for those that are on the way
 _LOOK = 0.1  # seconds
 _PATIENCE = 10  # seconds for what is on the way when all is given up
@@ -252,8 +252,8 @@ class Uploads(Writer):
                 (data,) = self._pieces(file)
                 stored = self._target.put(path, data)
             else:
-                # One more is made meanwhile.
-                side_by_side = max(1, self._room // file.part_bytes - 1)
+                # Meanwhile one more is made, and is there twice when obstore takes it.
+                side_by_side = max(1, self._room // file.part_bytes - 2)
                 stored = self._target.send(path, self._pieces(file), file.part_bytes, side_by_side)
             self._sent(path, stored)
         except AbandonedError:

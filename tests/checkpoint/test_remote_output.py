@@ -16,6 +16,7 @@ from sparseprune.checkpoint import (
     remote,
     remote_run,
 )
+from sparseprune.checkpoint.file_io import ChangedInputError
 from sparseprune.checkpoint.objects import ObjectStore
 from sparseprune.checkpoint.remote import RemotePath
 from sparseprune.checkpoint.remote_output import RemoteOutput
@@ -192,6 +193,23 @@ def test_an_object_that_changed_is_written_again(tmp_path: Path, store: Recorded
         fill(output)
         output.commit()
     assert store.objects()["0.safetensors"] != b"of somebody else"
+
+
+def test_an_input_that_changed_leaves_nothing_of_the_run_that_was_continued(
+    tmp_path: Path, store: Recorded
+) -> None:
+    layout = layout_of(sharded(tmp_path), OUT)
+    cut_short(resumable(layout), lambda output: copied(output, 1), "0.safetensors")
+    store.put("1.safetensors", b"written, and not noted when the run was killed")
+
+    def changed() -> None:
+        with resumable(layout) as output:
+            assert output.resumed
+            raise ChangedInputError("another input")
+
+    with pytest.raises(ChangedInputError):
+        changed()
+    assert not store.objects()
 
 
 def test_another_spec_starts_over_and_says_what_changed(tmp_path: Path, store: Recorded) -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -152,6 +153,30 @@ def test_files_of_several_parts_are_whole(bucket: str, tmp_path: Path) -> None:
     ok("apply", tmp_path / "dense", spec, "-o", tmp_path / "local", "--mask-format", "bool")
     ok("apply", tmp_path / "dense", spec, "-o", f"{bucket}/out", "--mask-format", "bool", "--jobs", 2)
     assert told_apart(download(f"{bucket}/out")) == told_apart(content(tmp_path / "local"))
+
+
+def test_an_upload_that_cannot_be_completed_is_taken_back(
+    bucket: str, s3_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "dense").mkdir()
+    save_file({"0.up.weight": torch.ones(2048, 2048)}, tmp_path / "dense" / "model.safetensors")
+    spec = write_spec(tmp_path, TWO_OF_FOUR)
+    refused: list[str] = []
+
+    def instead(asked: Asked, _: int) -> tuple[int, bytes] | None:
+        if "partNumber=2" not in asked.path:
+            return None
+        refused.append(asked.path)
+        return 403, b"<Error><Code>AccessDenied</Code></Error>"
+
+    with front(s3_server, monkeypatch) as seen:
+        seen.instead = instead
+        assert run("apply", tmp_path / "dense", spec, "-o", f"{bucket}/out").code == 3
+    assert refused
+    name = bucket.removeprefix("s3://")
+    with urllib.request.urlopen(f"{s3_server}/{name}?uploads") as answer:
+        assert b"<Upload>" not in answer.read()
+    assert "model.safetensors" not in keys(f"{bucket}/out")
 
 
 @pytest.fixture(scope="module")
