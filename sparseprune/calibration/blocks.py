@@ -66,6 +66,11 @@ class Blocks:
         self._ahead: tuple[str, Future[dict[str, Tensor]]] | None = None
 
     @property
+    def are_read(self) -> bool:
+        """Whether all weights came from who reads the checkpoint, and none from its files."""
+        return self._load is not None
+
+    @property
     def names(self) -> tuple[str, ...]:
         """In the order of the model."""
         return tuple(self.modules)
@@ -168,7 +173,7 @@ def open_blocks(kind: Any, path: Path, device: torch.device, read: Read, **how: 
     blocks = Blocks(path, device)
     original = getattr(modeling_utils, _LOADS, None)
     if original is None:
-        model, info = kind.from_pretrained(path, output_loading_info=True, **how)
+        model, info = kind.from_pretrained(output_loading_info=True, **how)
         blocks.modules, blocks.are_resident = _found(model), True
         return _opened(path, model.to(device), blocks, info)
     _map_large_memory()
@@ -206,7 +211,7 @@ def open_blocks(kind: Any, path: Path, device: torch.device, read: Read, **how: 
 
     setattr(modeling_utils, _LOADS, outside_alone)
     try:
-        model, info = kind.from_pretrained(path, output_loading_info=True, **how)
+        model, info = kind.from_pretrained(output_loading_info=True, **how)
     finally:
         setattr(modeling_utils, _LOADS, original)
     if not blocks.modules:  # another way to load was taken

@@ -17,9 +17,11 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
+from msgspec import Struct
 from torch.utils._pytree import SUPPORTED_NODES, register_pytree_node
 
 from sparseprune.calibration.blocks import open_blocks, reading
+from sparseprune.calibration.model_files import model_folder
 from sparseprune.calibration.runs import halting
 from sparseprune.calibration.watching import EnoughError
 from sparseprune.checkpoint import read_config
@@ -183,20 +185,26 @@ def load_model(checkpoint: Checkpoint, device: str, source: Source) -> LoadedMod
     own = {"local_files_only": True, "trust_remote_code": False}
     known = str(document.get("model_type")) in transformers.CONFIG_MAPPING
     refuses = "refuses this config" if known else "does not know this model"
-    with _one_line(f"{path / 'config.json'}: {version} {refuses}"):
-        config = _plain(transformers.AutoConfig.from_pretrained(path, **own))
-    kind = _model_class(transformers, config)
-    _refuse_other_inputs(path, kind)
-    with _one_line(f"{path}: there is no tokenizer that transformers can read"):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path, **own)
-    with _one_line(f"{path}: {version} cannot build the model that config.json describes"):
-        _refuse_larger(kind, config, checkpoint)
-    place = _numbered(device)
-    with _one_line(f"{path}: {version} cannot load this model"):
-        # A config may name another file, and pickles can run code.
-        safe = {"use_safetensors": True, "use_kernels": False, "ignore_mismatched_sizes": True, **own}
-        how = {"config": config, "dtype": "auto", **safe}
-        model, blocks, missing = open_blocks(kind, path, place, reading(checkpoint, source, place), **how)
+    with model_folder(checkpoint) as folder:
+        said = _Saying(path, folder)
+        with said.one_line(f"{path / 'config.json'}: {version} {refuses}"):
+            config = _plain(transformers.AutoConfig.from_pretrained(folder, **own))
+        kind = _model_class(transformers, config)
+        _refuse_other_inputs(path, kind)
+        with said.one_line(f"{path}: there is no tokenizer that transformers can read"):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **own)
+        with said.one_line(f"{path}: {version} cannot build the model that config.json describes"):
+            _refuse_larger(kind, config, checkpoint)
+        place = _numbered(device)
+        with said.one_line(f"{path}: {version} cannot load this model"):
+            # A config may name another file, and pickles can run code.
+            safe = {"use_safetensors": True, "use_kernels": False, "ignore_mismatched_sizes": True, **own}
+            how = {"config": config, "dtype": "auto", "pretrained_model_name_or_path": folder, **safe}
+            model, blocks, missing = open_blocks(kind, path, place, reading(checkpoint, source, place), **how)
+    if folder != path and not blocks.are_read:
+        raise SparsepruneError(
+            f"{path}: {version} reads the weights of this model from files alone; copy it to this machine"
+        )
     model.eval()
     for name, block in blocks.modules.items():
         halting(name, block)
@@ -381,21 +389,28 @@ def _longest(model: Any, tokenizer: Any) -> int | None:
     return min(known, default=None)
 
 
-@contextmanager
-def _one_line(what: str) -> Iterator[None]:
-    """Turn any error of transformers into one line, without its warnings."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    except SparsepruneError:
-        raise
-    except torch.OutOfMemoryError as error:
-        raise SparsepruneError(f"{what}: the device has too little memory") from error
-    except Exception as error:
-        if is_out_of_memory(error):
+class _Saying(Struct, frozen=True):
+    """Says in one line what transformers says of a checkpoint, by the path that the user knows."""
+
+    path: Path
+    folder: Path
+
+    @contextmanager
+    def one_line(self, what: str) -> Iterator[None]:
+        """Turn any error of transformers into one line, without its warnings."""
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                yield
+        except SparsepruneError:
             raise
-        raise CheckpointError(f"{what}: {_first_line(error)}") from error
+        except torch.OutOfMemoryError as error:
+            raise SparsepruneError(f"{what}: the device has too little memory") from error
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            line = _first_line(error).replace(str(self.folder), str(self.path))
+            raise CheckpointError(f"{what}: {line}") from error
 
 
 def _first_line(error: Exception) -> str:
