@@ -62,7 +62,7 @@ def machine_errors(path: Path | str, doing: str = "cannot be written") -> Iterat
 
 
 @contextmanager
-def remote_errors(path: RemotePath) -> Iterator[None]:
+def remote_errors(path: Path) -> Iterator[None]:
     """As `machine_errors`, for reading from a store; ChangedInputError where a file is another one now."""
     try:
         yield
