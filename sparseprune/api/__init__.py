@@ -8,7 +8,7 @@ from collections.abc import Callable
 from os import fspath
 from typing import TYPE_CHECKING, Literal
 
-from sparseprune.api import options
+from sparseprune.api import inputs, options
 from sparseprune.api.options import Target, located, machine, path_or_none, source, texts
 from sparseprune.api.run import Listener, Progress, Run
 from sparseprune.api.windows import AskedText, Windows
@@ -72,7 +72,8 @@ def apply(
     goes = Target(path_or_none(output), mask_format, force)
     windows = Windows([located(one) for one in text], sequences, length, field, seed, special)
     read = AskedText(windows, gradients, path_or_none(scratch))
-    asked = source(checkpoint, spec, set, target, (reconstruct, stats), read)
+    place, given = inputs.found(run, checkpoint), inputs.found_if_any(run, stats)
+    asked = source(place, spec, set, target, (reconstruct, given), read)
     with run.on(on, jobs, text=bool(text)) as threads:
         return prune(run, prepare(asked, goes, machine(device, threads, memory, sweeps=bool(text)), run))
 
@@ -108,7 +109,8 @@ def mask(
 
     run = Run(progress, strict=strict)
     goes = Target(path_or_none(output), mask_format, force, weights=False)
-    asked = source(checkpoint, spec, set, target, (reconstruct, stats))
+    place, given = inputs.found(run, checkpoint), inputs.found_if_any(run, stats)
+    asked = source(place, spec, set, target, (reconstruct, given))
     with run.on(on, jobs) as threads:
         return prune(run, prepare(asked, goes, machine(device, threads, memory)))
 
@@ -159,7 +161,9 @@ def plan(
         goes = Target(goes.output, resized=True, model_type=as_model)
     windows = Windows([located(one) for one in text], sequences, length, field, seed, special)
     read = AskedText(windows, gradients)
-    asked = source(checkpoint, spec, set, target, (reconstruct, stats), read)
+    asked = source(
+        inputs.found(run, checkpoint), spec, set, target, (reconstruct, inputs.found_if_any(run, stats)), read
+    )
     prepared = prepare(asked, goes, machine(device, jobs, memory, sweeps=bool(text)), run, plans=True)
     if allocation:
         prepared = with_parts_of_budgets(run, prepared)
@@ -223,20 +227,20 @@ def remove(
     from sparseprune.api.removing import Asked
     from sparseprune.api.removing import remove as cut_out
 
+    run = Run(progress, strict=strict)
     windows = Windows([located(one) for one in text], sequences, length, field, seed, special)
     read = AskedText(windows, gradients, path_or_none(scratch))
     lists: dict[str, object] = {"--experts": experts, "--vocabulary": vocabulary}
-    run = Run(progress, strict=strict)
     with run.on(on, jobs, text=bool(text)) as threads:
         asked = Asked(
-            checkpoint=located(checkpoint),
+            checkpoint=inputs.found(run, checkpoint),
             spec=None if spec is None else fspath(spec),
-            source=mask_source(masks, zeros_of, (match, exclude, rename), partial=partial),
+            source=mask_source(run, (masks, zeros_of), (match, exclude, rename), partial=partial),
             lists={name: each for name, each in lists.items() if each is not None},
             dry_run=dry_run,
             overrides=texts(set),
             goal=target,
-            rebuilding=(reconstruct, path_or_none(stats)),
+            rebuilding=(reconstruct, inputs.found_if_any(run, stats)),
             text=read,
             target=Target(path_or_none(output), None, force, resized=True, model_type=as_model),
             machine=machine(device, threads, memory, sweeps=bool(text)),
@@ -277,8 +281,9 @@ def calibrate(
     from sparseprune.api.calibrating import Collecting
     from sparseprune.api.calibrating import calibrate as collect
 
+    run = Run(progress)
     asked = Collecting(
-        checkpoint=located(checkpoint),
+        checkpoint=inputs.found(run, checkpoint),
         windows=Windows([located(one) for one in text], sequences, length, field, seed, special),
         output=path_or_none(output),
         kind=kind,
@@ -288,7 +293,7 @@ def calibrate(
         force=force,
         scratch=path_or_none(scratch),
     )
-    return collect(Run(progress), asked)
+    return collect(run, asked)
 
 
 def evaluate(
@@ -322,16 +327,17 @@ def evaluate(
     from sparseprune.api.evaluating import Evaluating
     from sparseprune.api.evaluating import evaluate as evaluate_it
 
+    run = Run(progress)
     asked = Evaluating(
-        checkpoint=located(checkpoint),
-        against=path_or_none(against),
+        checkpoint=inputs.found(run, checkpoint),
+        against=inputs.found_if_any(run, against),
         windows=Windows([located(one) for one in text], sequences, length, field, seed, special),
         device=device,
         memory=options.quarter_of_memory() if memory is None else options.memory_of(memory),
         requirements=require,
         scratch=path_or_none(scratch),
     )
-    return evaluate_it(Run(progress), asked)
+    return evaluate_it(run, asked)
 
 
 def specs(
@@ -349,7 +355,7 @@ def specs(
     """
     from sparseprune.api.shipped import shipped
 
-    return shipped(None if name is None else fspath(name), path_or_none(checkpoint))
+    return shipped(None if name is None else fspath(name), inputs.found_if_any(Run(None), checkpoint))
 
 
 def inspect(
@@ -392,7 +398,7 @@ def inspect(
     run = Run(progress)
     with run.on(on, jobs) as threads:
         asked = Look(
-            checkpoint=located(checkpoint),
+            checkpoint=inputs.found(run, checkpoint),
             listing=options.Listing(match, exclude, sort, reverse),
             machine=machine(jobs=threads, memory=memory),
             by=by,
@@ -445,17 +451,18 @@ def verify(
 
     named, variables = None if spec is None else fspath(spec), texts(set)
     run = Run(progress, strict=strict)
-    found = mask_source(masks, zeros_of, (match, exclude, rename), partial=partial)
+    found = mask_source(run, (masks, zeros_of), (match, exclude, rename), partial=partial)
+    place = inputs.found(run, checkpoint)
     if named is not None:
         checking.refuse_checkpoint(named)
     elif found.path is None:
-        named, variables = checking.carried_spec(run, located(checkpoint), variables)
+        named, variables = checking.carried_spec(run, place, variables)
     refuse_contradictions(named, found, variables, nothing=None)
     with run.on(on, jobs) as threads:
         limits = machine(jobs=threads, memory=memory)
         if found.path is not None:
-            return checking.verify_masks(run, located(checkpoint), found, limits)
-        return checking.verify_spec(run, source(checkpoint, named or "", variables), limits)
+            return checking.verify_masks(run, place, found, limits)
+        return checking.verify_spec(run, source(place, named or "", variables), limits)
 
 
 def reapply(
@@ -492,13 +499,13 @@ def reapply(
     from sparseprune.api import checking
     from sparseprune.api.masked import mask_source, refuse_contradictions
 
-    source = mask_source(masks, zeros_of, (match, exclude, rename), partial=partial, flag="MASKS")
+    run, target = Run(progress, strict=strict), Target(path_or_none(output), mask_format, force)
+    source = mask_source(run, (masks, zeros_of), (match, exclude, rename), partial=partial, flag="MASKS")
     nothing = "there are no zeros to put back; give MASKS, or --zeros-of SPARSE"
     refuse_contradictions(None, source, None, nothing=nothing)
-    run, target = Run(progress, strict=strict), Target(path_or_none(output), mask_format, force)
     with run.on(on, jobs) as threads:
         limits = machine(jobs=threads, memory=memory)
-        return checking.reapply(run, located(checkpoint), source, target, limits)
+        return checking.reapply(run, inputs.found(run, checkpoint), source, target, limits)
 
 
 def compare(
@@ -533,12 +540,12 @@ def compare(
     run = Run(progress)
     with run.on(on, jobs) as threads:
         asked = Comparing(
-            dense=located(dense),
-            pruned=located(pruned),
+            dense=inputs.found(run, dense),
+            pruned=inputs.found(run, pruned),
             listing=options.Listing(match, exclude, sort, reverse),
             machine=machine(jobs=threads, memory=memory),
             requirements=require,
             plot=path_or_none(plot),
-            stats=path_or_none(stats),
+            stats=inputs.found_if_any(run, stats),
         )
         return compare_both(run, asked)

@@ -22,7 +22,9 @@ from sparseprune.checkpoint import read_config
 from sparseprune.checkpoint.discovery import MARK, RESULTS
 from sparseprune.checkpoint.documents import read_object_if_any, strict_json
 from sparseprune.checkpoint.file_io import machine_errors
+from sparseprune.checkpoint.hub import HubAddress
 from sparseprune.checkpoint.layout import with_texts
+from sparseprune.checkpoint.remote import is_on_hub, located
 from sparseprune.errors import CheckpointError, SparsepruneError, printable
 from sparseprune.results.measuring import MadeBy
 
@@ -65,6 +67,8 @@ class _Names(Struct, frozen=True):
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, config: Mapping[str, Any]) -> _Names:
+        if is_on_hub(checkpoint.path):
+            return cls(str(checkpoint.path), HubAddress.of(str(checkpoint.path)).model, is_parent=True)
         cached = _CACHED.search(checkpoint.path.absolute().as_posix())
         if cached is not None:
             return cls(cached[2], f"{cached[1]}/{cached[2]}", is_parent=True)
@@ -221,16 +225,18 @@ def _told_by(report: Mapping[str, Any]) -> dict[str, object]:
     return {
         "version": report.get("sparseprune"),
         "command": _COMMANDS.get(str(report.get("schema"))),
-        "from": name_of(Path(came)) if isinstance(came, str) else None,
+        "from": name_of(located(came)) if isinstance(came, str) else None,
     }
 
 
 def name_of(path: Path) -> str:
-    """The name of a file or folder, wherever it lies.
+    """The name of a file or folder, wherever it lies; of one on the hub the whole address.
 
     >>> name_of(Path("/models/decoder/."))
     'decoder'
     """
+    if is_on_hub(path):
+        return str(path)
     whole = path.absolute()
     return (whole.resolve() if whole.name in {"", ".."} else whole).name
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from msgspec import Struct
 
 from sparseprune import __version__
+from sparseprune.api.inputs import found_if_any
 from sparseprune.api.options import path_or_none
 from sparseprune.api.run import collector_paused, digest
 from sparseprune.checkpoint import open_checkpoint, open_masks
@@ -124,21 +125,24 @@ class Masked(Struct, frozen=True):
 
 
 def mask_source(
-    masks: Place | None,
-    zeros_of: Place | None,
+    run: Run | None,
+    places: tuple[Place | None, Place | None],
     names: tuple[Sequence[str], Sequence[str], Mapping[str, str] | None],
     *,
     partial: bool,
     flag: str = "--masks",
 ) -> MaskSource:
-    """What was given: `names` are `match`, `exclude` and `rename`.
+    """What was given: `places` are masks and a sparse checkpoint, `names` `match`, `exclude` and `rename`.
+
+    Without a `run` nothing is asked of the hub.
 
     SparsepruneError for both masks and a sparse checkpoint; `flag` gives the masks.
     """
+    masks, zeros_of = places
     if masks is not None and zeros_of is not None:
         raise SparsepruneError(f"{flag} and --zeros-of exclude each other; give one of them")
     place, (match, exclude, rename) = masks if zeros_of is None else zeros_of, names
-    path = path_or_none(place)
+    path = path_or_none(place) if run is None else found_if_any(run, place)
     return MaskSource(path, zeros_of is not None, partial, dict(rename or {}), match, exclude)
 
 

@@ -17,6 +17,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
 
 from sparseprune.errors import CheckFailedError, SparsepruneError, printable
+from sparseprune.errors import size as size_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -92,6 +93,7 @@ class Run:
         self.cluster: Cluster | None = None
         self._strict = strict
         self._began = time.perf_counter()
+        self._advance: Advance | None = None
 
     @contextmanager
     def on(self, address: str | None, jobs: int | None, *, text: bool = False) -> Iterator[int | None]:
@@ -150,6 +152,13 @@ class Run:
         for line in filter(None, lines):
             self.listener.note(line)
 
+    def fetching(self, name: str, done: int, total: int) -> None:
+        """So many bytes of a file that is fetched are here; heard with the step at work."""
+        if not done:
+            self.note(f"fetching {name}, {size_text(total)}")
+        if self._advance is not None:
+            self._advance(0, f"fetching {name}, {size_text(done)} of {size_text(total)}")
+
     def checked(self, result: Made, failures: Sequence[str]) -> Made:
         """A result; CheckFailedError with it where something fails."""
         if failures:
@@ -188,8 +197,10 @@ class Run:
 
         try:
             hear(at())
+            self._advance = advance
             yield advance
         finally:
+            self._advance = None
             hear(at(ended=True))
 
     @contextmanager
@@ -284,7 +295,10 @@ def output_shown(output: Path | None, source: Path, layout: OutputLayout) -> str
     """The output's path as the user would write it: relative where the paths that were given are."""
     if output is not None:
         return str(output)
-    return str(layout.target) if source.is_absolute() else os.path.relpath(layout.target)
+    from sparseprune.checkpoint.remote import is_on_hub
+
+    is_far = source.is_absolute() and not is_on_hub(source)
+    return str(layout.target) if is_far else os.path.relpath(layout.target)
 
 
 def sizes_of(layout: OutputLayout) -> tuple[int, int]:

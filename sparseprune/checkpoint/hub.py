@@ -94,22 +94,20 @@ class HubAddress(Struct, frozen=True):
         return f"hf://{self.model}{revision}{'/' if self.inside else ''}{self.inside}"
 
 
-def pinned(address: str) -> tuple[str, str | None]:
-    """An address with the commit that it stands for now, and a note where the local cache had to tell it.
+def pinned(address: str, given: str = "") -> tuple[str, bool]:
+    """An address with the commit that it stands for now, and whether the local cache had to tell it.
 
-    CheckpointError where there is no such model or revision, MachineError where the hub cannot be asked.
+    CheckpointError where there is no such model or revision, MachineError where the hub cannot be asked;
+    `given` is what they name, where no address was given.
     """
     place = HubAddress.of(address)
-    if place.is_pinned:
-        return str(place), None
     try:
         commit, is_cached = _commit_of(place)
     except OSError as error:
         kind = CheckpointError if error.errno == errno.ENOENT else MachineError
-        raise kind(f"{address}: {error.strerror}") from error
-    told = f"{place.revision or 'main'} of the local cache is read, since the hub cannot be asked"
-    note = f"{address}: {told}" if is_cached else None
-    return str(HubAddress(place.model, commit, place.inside)), note
+        also = "no such file or folder here, and on the hub: " if given not in {"", address} else ""
+        raise kind(f"{given or address}: {also}{error.strerror}") from error
+    return str(HubAddress(place.model, commit, place.inside)), is_cached
 
 
 class HubStore(Store):

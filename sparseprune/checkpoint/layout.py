@@ -19,7 +19,7 @@ from msgspec import Struct
 
 from sparseprune.checkpoint.discovery import INDEX_SUFFIX, RESULTS, SUFFIX
 from sparseprune.checkpoint.header import MAX_HEADER, Header, lay_out
-from sparseprune.checkpoint.remote import RemotePath
+from sparseprune.checkpoint.remote import RemotePath, beside, is_on_hub
 from sparseprune.errors import CheckpointError, size
 
 if TYPE_CHECKING:
@@ -261,12 +261,13 @@ class _Places(Mapping[str, Place]):
 def output_target(checkpoint: Checkpoint, target: Path | None, word: str) -> Path:
     """The absolute path of the output; links are not resolved, so that it lies where the user wants it."""
     if target is None:
-        source = absolute(checkpoint.path)
+        source = beside(absolute(checkpoint.path))
         if isinstance(source, RemotePath) and not source.key:
             raise CheckpointError(f"{source}: the output cannot lie beside a bucket; give a place with -o")
         if checkpoint.is_directory:
             return source.parent / f"{source.name}-{word}"
         return source.parent / f"{source.name.removesuffix(SUFFIX)}.{word}{SUFFIX}"
+    refuse_read_only(target)
     final = absolute(target)
     if checkpoint.is_directory and final.name.endswith(SUFFIX):
         raise CheckpointError(
@@ -274,6 +275,14 @@ def output_target(checkpoint: Checkpoint, target: Path | None, word: str) -> Pat
             f"give a name without {SUFFIX}"
         )
     return final
+
+
+def refuse_read_only(target: Path) -> None:
+    """CheckpointError for an output on the hub."""
+    if is_on_hub(target):
+        raise CheckpointError(
+            f"{target}: the hub is only read; write to a folder, then `hf upload ORGANIZATION/MODEL FOLDER`"
+        )
 
 
 def absolute(path: Path) -> Path:

@@ -71,7 +71,9 @@ _ZIPPED = {
 _ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 _URL = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)
 _ADDRESSES = ("s3://", "gs://", "az://", "hf://")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+_NO_MODELS = (".safetensors", ".toml", ".json", ".txt")  # ends of names of files
+READS_HUB = "pip install 'sparseprune[remote]'"
 # With 8 bytes of text at the start, the length in a real header would be beyond every disk.
 _TEXT = 8
 _SHOWN = 60
@@ -107,20 +109,31 @@ def foreign_format(name: str, head: bytes) -> str | None:
 def missing_advice(path: str) -> str:
     """What a path without a file may be instead, and what to do; empty for an ordinary path.
 
-    >>> missing_advice("Qwen/Qwen3-8B")
-    '; if it is a model of the Hugging Face hub, `hf download Qwen/Qwen3-8B --local-dir Qwen3-8B` first'
+    >>> missing_advice("https://models/Qwen3-8B")
+    '; it is a URL, so download it and give the file or directory'
     """
     if path.startswith(_ADDRESSES):
         return ""
     if _URL.match(path):
         return "; it is a URL, so download it and give the file or directory"
-    is_id = _HUB_ID.fullmatch(path) and not path.endswith(_SUFFIX) and not Path(path).parent.exists()
-    if is_id:
-        there = f"`hf download {path} --local-dir {PurePath(path).name}`"
-        return f"; if it is a model of the Hugging Face hub, {there} first"
+    if is_hub_id(path):
+        return f"; if it is a model of the Hugging Face hub, {READS_HUB} first"
     named = {name.removesuffix(_SUFFIX): name for name in _names_in(Path(path).parent)}
     close = get_close_matches(PurePath(path).name.removesuffix(_SUFFIX), named, n=1, cutoff=_ALIKE)
     return f"; did you mean {Path(path).parent / named[close[0]]}?" if close else ""
+
+
+def is_hub_id(path: str) -> bool:
+    """Whether a path that leads nowhere may be a model of the hub: two words, the first one no folder here.
+
+    >>> is_hub_id("Qwen/Qwen3-8B"), is_hub_id("./Qwen3-8B"), is_hub_id("Qwen/model.safetensors")
+    (True, False, False)
+    """
+    return (
+        _HUB_ID.fullmatch(path) is not None
+        and not path.endswith(_NO_MODELS)
+        and not Path(path).parent.exists()
+    )
 
 
 def _names_in(folder: Path) -> list[str]:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from sparseprune.checkpoint import file_io
 from sparseprune.checkpoint.discovery import INDEX_SUFFIX, RESULTS, SUFFIX, is_folder
 from sparseprune.checkpoint.file_io import machine_errors
-from sparseprune.checkpoint.remote import RemotePath
+from sparseprune.checkpoint.remote import RemotePath, is_on_hub
 from sparseprune.errors import CheckpointError, MachineError, enough, size
 
 if TYPE_CHECKING:
@@ -508,7 +508,7 @@ class StagingDir:
 
 def left_behind(target: Path) -> Path | None:
     """The staging folder of a target, where a run of this user left it and none is at work there."""
-    if not target.name:
+    if not target.name or is_on_hub(target):
         return None
     folder = _hidden(target, "partial")
     try:

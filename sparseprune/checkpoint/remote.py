@@ -291,6 +291,23 @@ def located(place: str | os.PathLike[str]) -> Path:
     return RemotePath(text) if _ADDRESS.match(text) else Path(place)
 
 
+def is_on_hub(path: Path) -> bool:
+    return isinstance(path, RemotePath) and path.scheme == HUB
+
+
+def beside(path: Path) -> Path:
+    """The absolute path that stands for an input where names of outputs are made from it.
+
+    Beside a model of the hub nothing is written, so that is one in the current folder.
+
+    >>> beside(RemotePath("hf://Qwen/Qwen3-8B@main")) == Path.cwd() / "Qwen3-8B"
+    True
+    """
+    if isinstance(path, RemotePath) and path.scheme == HUB:
+        return Path.cwd() / (path.name if path.key else path.name.partition("@")[0])
+    return path.absolute()
+
+
 class _Folder(PosixPath):
     """A local folder from which addresses lead elsewhere, as absolute paths do."""
 

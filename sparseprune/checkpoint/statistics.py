@@ -27,8 +27,10 @@ from sparseprune.checkpoint.layout import (
     index_file,
     numbered,
     places_in,
+    refuse_read_only,
     results_mode,
 )
+from sparseprune.checkpoint.remote import beside
 from sparseprune.checkpoint.source import Checkpoint, Shard, StoredTensor, open_checkpoint
 from sparseprune.engine.dtypes import DTYPES
 from sparseprune.errors import CheckpointError
@@ -135,7 +137,7 @@ class Statistics:
 
 def statistics_beside(checkpoint: Path) -> Path:
     """Where calibrate writes statistics of a checkpoint unless it is told otherwise."""
-    place = checkpoint.absolute()
+    place = beside(checkpoint)
     return place.with_name(f"{place.name}-stats")
 
 
@@ -228,6 +230,7 @@ def lay_out_statistics(
         places |= places_in(path, header)
     if len(groups) > 1:
         files.append(index_file(PurePosixPath(_STEM + INDEX_SUFFIX), places, mode))
+    refuse_read_only(target)
     return OutputLayout(
         checkpoint=checkpoint,
         target=absolute(target),

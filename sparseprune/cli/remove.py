@@ -44,7 +44,7 @@ def _refuse_masks(call: "Call[results.Removal]", lists: list[str]) -> None:
 
     given = call.options
     names = (given["match"], given["exclude"], given["rename"])
-    source = mask_source(given["masks"], given["zeros_of"], names, partial=given["partial"])
+    source = mask_source(None, (given["masks"], given["zeros_of"]), names, partial=given["partial"])
     refuse_unclear(given["spec"], source, lists, given["set"], dry_run=given["spec"] is None)
 
 

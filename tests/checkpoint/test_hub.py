@@ -77,13 +77,13 @@ def test_a_branch_a_tag_and_a_pull_request_are_pinned_by_one_request_each(hub: H
         "@mine%2Fnew": other,
     }.items():
         hub.forget()
-        assert pinned(f"hf://{MODEL}{revision}/x") == (f"hf://{MODEL}@{commit}/x", None)
+        assert pinned(f"hf://{MODEL}{revision}/x") == (f"hf://{MODEL}@{commit}/x", False)
         assert len(hub.asked) == 1
     assert main != other
 
 
 def test_a_commit_is_pinned_without_a_request(hub: Hub) -> None:
-    assert pinned(f"hf://{MODEL}@{COMMIT}") == (f"hf://{MODEL}@{COMMIT}", None)
+    assert pinned(f"hf://{MODEL}@{COMMIT}") == (f"hf://{MODEL}@{COMMIT}", False)
     assert hub.asked == []
 
 
@@ -202,9 +202,7 @@ def test_offline_the_cache_tells_the_commit_its_files_and_their_names(
     cache = Path(opened(commit).local("config.json")).parents[4]
     hub.forget()
     reach(monkeypatch, hub.endpoint, cache, offline=True)
-    address, note = pinned(f"hf://{MODEL}")
-    assert address == f"hf://{MODEL}@{commit}"
-    assert note == f"hf://{MODEL}: main of the local cache is read, since the hub cannot be asked"
+    assert pinned(f"hf://{MODEL}") == (f"hf://{MODEL}@{commit}", True)
     store = opened(commit)
     assert store.below("") == {name: listed[name] for name in ("config.json", "onnx/readme", shard(1))}
     assert store.read(shard(1), 5, 9) == (folder / shard(1)).read_bytes()[5:9]

@@ -344,7 +344,7 @@ def test_refuses_an_absent_path(tmp_path: Path) -> None:
 
 ABSENT: dict[str, str] = {
     # What is given, of which nothing is there -> what is said of it.
-    "org/m-8B": "; if it is a model of the Hugging Face hub, `hf download org/m-8B --local-dir m-8B` first",
+    "org/m-8B": "; if it is a model of the Hugging Face hub, pip install 'sparseprune[remote]' first",
     "https://huggingface.co/org/model": "; it is a URL, so download it and give the file or directory",
     "hf://org/model": "; it is a URL, so download it and give the file or directory",
     "model": "",
