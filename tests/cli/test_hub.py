@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -79,9 +80,7 @@ def test_apply_gives_the_bytes_that_it_gives_for_a_folder(
     assert hub.requests("resolve") == hub.requests("cdn") == []
 
 
-def test_plan_and_specs_cost_kilobytes_and_no_shard(
-    hub: Hub, tmp_path: Path, spec: Path, here: Path
-) -> None:
+def test_plan_and_specs_cost_kilobytes_and_no_shard(hub: Hub, tmp_path: Path, spec: Path, here: Path) -> None:
     large = {"0.up.weight": torch.zeros(1024, 1024), "0.down.weight": torch.zeros(1024, 1024)}
     hub.put(MODEL, write_shards(tmp_path / "large", {"model.safetensors": large}))
     for words in (["plan", f"hf://{MODEL}", spec], ["specs", "--for", f"hf://{MODEL}"]):
@@ -201,3 +200,25 @@ def test_statistics_beside_an_output_of_the_hub_are_found(
     from sparseprune.checkpoint.statistics import statistics_beside
 
     assert statistics_beside(RemotePath(f"hf://{MODEL}@main")) == here / "tiny-stats"
+
+
+def test_without_the_package_a_line_says_what_to_install(
+    hub: Hub, spec: Path, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    said = refused("plan", f"hf://{MODEL}", spec)
+    install = "pip install 'sparseprune[remote]'"
+    assert said.err == f"sparseprune: hf://{MODEL}: the hub is read through huggingface_hub; {install}\n"
+    said = refused("plan", MODEL, spec)
+    assert said.err == (
+        f"sparseprune: {MODEL}: no such file; if it is a model of the Hugging Face hub, {install} first\n"
+    )
+    assert hub.asked == []
+
+
+def test_masks_of_the_hub_are_put_on_a_checkpoint(hub: Hub, folder: Path, spec: Path, here: Path) -> None:
+    ok("apply", folder, spec, "-o", "pruned")
+    commit = hub.put("ours/masked", here / "pruned")
+    said = ok("reapply", folder, "hf://ours/masked", "-o", "again")
+    assert f"hf://ours/masked: the commit is {commit}" in said.err
+    assert files_of(here / "again")[SHARDS[0]] == files_of(here / "pruned")[SHARDS[0]]
