@@ -262,6 +262,7 @@ def calibrate(
     special: options.Special = True,
     device: options.Device = "auto",
     memory: options.MomentMemory = None,
+    on: options.On = None,
     force: options.Force = False,
     scratch: options.Place | None = None,
     progress: Listen = None,
@@ -293,7 +294,8 @@ def calibrate(
         force=force,
         scratch=path_or_none(scratch),
     )
-    return collect(run, asked)
+    with run.on(on, None):
+        return collect(run, asked)
 
 
 def evaluate(

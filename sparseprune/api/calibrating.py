@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 from msgspec import Struct
 
 from sparseprune import __version__
+from sparseprune.api.machines import machines_for
 from sparseprune.api.run import digest, output_shown
 from sparseprune.api.windows import folder_for_states
 from sparseprune.checkpoint import TensorReader, make_output, open_checkpoint
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
     from sparseprune.api.run import Run
     from sparseprune.api.windows import Windows
-    from sparseprune.calibration import Calibration, Counted, Streaming
+    from sparseprune.calibration import Calibration, Counted, Machines, Streaming
     from sparseprune.checkpoint import Collected, Output, StatisticsKind
 
 
@@ -63,6 +64,12 @@ def calibrate(run: Run, asked: Collecting) -> Statistics:
         )
     checkpoint = open_checkpoint(asked.checkpoint)
     refuse_split(checkpoint)
+    if run.cluster is not None:
+        from sparseprune.execution.spreading import refuse_other_files
+
+        files = [(shard.path, shard.size) for shard in checkpoint.shards]
+        files += [(checkpoint.path / one.path, one.nbytes) for one in checkpoint.others]
+        refuse_other_files(run.cluster, files)
     source = checkpoint.path.absolute()
     target = asked.output or statistics_beside(source)
     # Before minutes are spent on a model.
@@ -73,9 +80,12 @@ def calibrate(run: Run, asked: Collecting) -> Statistics:
     from sparseprune.calibration import Loss, Streaming, load_model, plan_calibration
     from sparseprune.execution.schedule import resolve_device
 
-    device = resolve_device(asked.device, uses_torch=True)
+    device = "cpu" if run.cluster is not None else resolve_device(asked.device, uses_torch=True)
     with TensorReader() as reader, folder_for_states(asked.scratch) as folder:
         loaded = load_model(checkpoint, device, reader)
+        machines = None
+        if run.cluster is not None:
+            loaded, machines = machines_for(run, run.cluster, asked.device, loaded)
         sequences = asked.windows.cut(run, documents, [loaded])
         run.note("finding out which matrices meet text")
         loss = Loss(asked.windows.seed) if asked.gradients else None
@@ -92,7 +102,7 @@ def calibrate(run: Run, asked: Collecting) -> Statistics:
         output = make_output(layout, asked.force, _identity(asked, streaming, plan))
         return run.write(
             output,
-            lambda _: _collected(run, asked, streaming, plan, output),
+            lambda _: _collected(run, asked, (streaming, plan, machines), output),
             lambda: refuse_changed(checkpoint, ()),
         )
 
@@ -120,19 +130,19 @@ def _identity(asked: Collecting, streaming: Streaming, plan: Calibration) -> dic
 
 
 def _collected(
-    run: Run, asked: Collecting, streaming: Streaming, plan: Calibration, output: Output
+    run: Run,
+    asked: Collecting,
+    work: tuple[Streaming, Calibration, Machines | None],
+    output: Output,
 ) -> Statistics:
-    from sparseprune.calibration import Work, calibrate
-
+    streaming, plan, _ = work
     loaded, sequences = streaming.loaded, streaming.sequences
-    work = Work(plan, sequences, output.finished)
-    with run.progress("calibrating", work.total, work.already, "tokens") as advance:
-        counted = calibrate(streaming, plan, output, asked.kind, advance)
+    counted = _counted(run, asked.kind, work, output)
     return Statistics(
         input=str(asked.checkpoint),
         output=output_shown(asked.output, asked.checkpoint, output.layout),
         kind=asked.kind,
-        device=str(loaded.device),
+        device=loaded.place,
         seconds=round(run.seconds, 3),
         text=tuple(str(path) for path in asked.windows.text),
         sequences=len(sequences.ids),
@@ -172,6 +182,26 @@ def _collected(
             WithoutStatistics(name=name, why=why) for name, why in plan.without_gradients
         ),
     )
+
+
+def _counted(
+    run: Run,
+    kind: StatisticsKind,
+    work: tuple[Streaming, Calibration, Machines | None],
+    output: Output,
+) -> dict[str, Counted]:
+    """Run the text through the model, here or on machines."""
+    from sparseprune.calibration import Gathering, Work, calibrate
+
+    streaming, plan, machines = work
+    if machines is not None:
+        gathering = Gathering(machines, streaming, plan, output, kind)
+        size = gathering.work
+        with run.progress("calibrating", size.total, size.already, "tokens") as advance:
+            return gathering.run(advance)
+    size = Work.of(plan, streaming.sequences, output.finished)
+    with run.progress("calibrating", size.total, size.already, "tokens") as advance:
+        return calibrate(streaming, plan, output, kind, advance)
 
 
 def _routed(one: Collected, counted: Counted) -> RoutedExperts:

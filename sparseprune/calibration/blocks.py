@@ -90,6 +90,10 @@ class Blocks:
         """The tensors of the checkpoint of which a block is made."""
         return self._keys.get(name, ())
 
+    def nbytes(self, name: str) -> int:
+        """Bytes of a block's weights, whether they are there or not."""
+        return sum(one.nbytes for one in self.modules[name].parameters())
+
     def parameters(self, name: str) -> dict[str, torch.nn.Parameter]:
         """The parameters of a block by their names in it, as they are now."""
         return dict(self.modules[name].named_parameters())

@@ -7,10 +7,10 @@ Owns the sums, what of an interrupted run counts, and the place of each sum in t
 from __future__ import annotations
 
 import threading
-from collections import defaultdict
+from collections import ChainMap, defaultdict
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from msgspec import Struct
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 _BATCH_TOKENS = 4096  # in one forward pass
 # Outputs of products in one block that is differentiated, which needs about three times them.
 _BATCH_VALUES = 1 << 27
-_BACK = 3  # times the work of a block on the way there is that on the way back
+BACK = 3  # times the work of a block on the way there is that on the way back
 
 
 class Counted(Struct, frozen=True):
@@ -54,11 +54,19 @@ def _nothing(matrices: int) -> Counted:
 class Work:
     """How far a calibration is, in tokens of its text: each run of a block over a batch is a share of them.
 
-    `already` are those that an interrupted run did, and that are not done again.
+    `whole` are all runs over the text, of blocks on the way there, `skipped` those that an interrupted run
+    did and that are not done again: `already` in tokens.
     """
 
-    def __init__(self, plan: Calibration, sequences: Sequences, finished: Mapping[str, Any]) -> None:
-        self.total = sequences.ids.numel()
+    def __init__(self, tokens: int, whole: float, skipped: float) -> None:
+        self.total = tokens
+        self._share = tokens / max(1, whole)
+        self._done = skipped * self._share
+        self.already = int(self._done)
+
+    @classmethod
+    def of(cls, plan: Calibration, sequences: Sequences, finished: Mapping[str, Any]) -> Work:
+        """That of a plan in one process."""
         whole = skipped = 0
         for number, summed in enumerate(plan.sweeps, 1):
             for name, way, weight in _ways(plan.visits, summed):
@@ -66,15 +74,13 @@ class Work:
                 whole += weight * parts
                 if f"sweep {number}" in finished:
                     skipped += weight * parts
-                elif _key(number, name, back=weight == _BACK) in finished:
+                elif key_of(number, name, back=weight == BACK) in finished:
                     skipped += weight * (parts - 1)
-        self._share = self.total / max(1, whole)
-        self._done = skipped * self._share
-        self.already = int(self._done)
+        return cls(sequences.ids.numel(), whole, skipped)
 
-    def step(self, share: float, *, back: bool) -> int:
-        """Tokens that are done when a block has run over this share of the text, since the last step."""
-        before, self._done = int(self._done), self._done + share * self._share * (_BACK if back else 1)
+    def step(self, runs: float) -> int:
+        """Tokens that are done after so many more runs, since the last step."""
+        before, self._done = int(self._done), self._done + runs * self._share
         return int(self._done + 1e-6) - before
 
 
@@ -83,10 +89,10 @@ def _ways(visits: Sequence[str], summed: Summed) -> Iterator[tuple[str, Mapping[
     for name in visits:
         yield name, summed.there, 1
     for name in reversed(visits if summed.goes_back else ()):
-        yield name, summed.back, _BACK
+        yield name, summed.back, BACK
 
 
-def _key(number: int, name: str, *, back: bool) -> str:
+def key_of(number: int, name: str, *, back: bool) -> str:
     """The key of a block's note in the journal."""
     return f"sweep {number} {'back' if back else 'there'} {name}"
 
@@ -109,13 +115,29 @@ def calibrate(
     Raises:
         SparsepruneError: an input that is not finite.
     """
-    found = {one.name: _nothing(one.experts or 1) for one in plan.tensors}
-    work = Work(plan, streaming.sequences, output.finished)
+    work = Work.of(plan, streaming.sequences, output.finished)
+    noted: dict[str, Counts] = {}
     for number, summed in enumerate(plan.sweeps, 1):
-        sweep = _Summing(streaming, plan, summed, number, output, kind, work, progress)
+        sweep = Summing(
+            streaming,
+            plan,
+            summed,
+            number,
+            output,
+            kind,
+            lambda runs, label: progress(work.step(runs), label),
+            noted=noted,
+        )
         if sweep.key not in output.finished:
             sweep.finished()
-        for units, counts in sweep.counts():
+    return counted(plan, ChainMap(noted, cast("dict[str, Counts]", output.finished)))
+
+
+def counted(plan: Calibration, noted: Mapping[str, Counts]) -> dict[str, Counted]:
+    """The counts by tensor, from the notes of all sweeps and blocks."""
+    found = {one.name: _nothing(one.experts or 1) for one in plan.tensors}
+    for number, summed in enumerate(plan.sweeps, 1):
+        for units, counts in _noted(number, summed, noted):
             for unit, (rows, divisors, values) in zip(units, counts, strict=True):
                 part = slice(unit.place, unit.place + unit.end - unit.begin)
                 found[unit.collected.name].rows[part] = rows
@@ -124,9 +146,25 @@ def calibrate(
     return found
 
 
+def _noted(
+    number: int, summed: Summed, noted: Mapping[str, Counts]
+) -> Iterator[tuple[tuple[Unit, ...], Counts]]:
+    """The counts of all units of a sweep, part by part."""
+    yield summed.standing, noted[f"sweep {number}"]
+    for way, back in ((summed.there, False), (summed.back, True)):
+        for name, parts in way.items():
+            counts = iter(noted[key_of(number, name, back=back)])
+            for units in parts:
+                yield units, [next(counts) for _ in units]
+
+
 @dataclass
-class _Summing:
-    """One sweep of the text; it continues an interrupted one."""
+class Summing:
+    """One sweep of the text; it continues an interrupted one.
+
+    `passed` gets how often a block ran over the text since the last call, and its label; a way back counts
+    `BACK` times.
+    """
 
     streaming: Streaming
     plan: Calibration
@@ -134,8 +172,7 @@ class _Summing:
     number: int
     output: Sink
     kind: StatisticsKind
-    work: Work
-    progress: Callable[[int, str], None]
+    passed: Callable[[float, str], None]
     stop: threading.Event = field(default_factory=threading.Event)
     noted: dict[str, Counts] = field(default_factory=dict)
 
@@ -157,18 +194,6 @@ class _Summing:
         side_by_side(work, 1, self.stop.set)
         if failures:
             raise failures[0]
-
-    def counts(self) -> Iterator[tuple[tuple[Unit, ...], Counts]]:
-        """The counts of all units, part by part."""
-        yield self.summed.standing, self._noted(self.key)
-        for way, back in ((self.summed.there, False), (self.summed.back, True)):
-            for name, parts in way.items():
-                counts = iter(self._noted(_key(self.number, name, back=back)))
-                for units in parts:
-                    yield units, [next(counts) for _ in units]
-
-    def _noted(self, key: str) -> Counts:
-        return self.noted[key] if key in self.noted else self.output.finished[key]
 
     def _note(self, key: str, counts: Counts) -> None:
         self.noted[key] = counts
@@ -243,7 +268,7 @@ class _Summing:
                 run(collector if heard else None, label, hand=hand)
                 counts += [self._written(sums, unit) for unit in units]
         if not has and name in ways:
-            self._note(_key(self.number, name, back=back), counts)
+            self._note(key_of(self.number, name, back=back), counts)
 
     def _read_ahead(self, visit: int) -> None:
         """Let a device have the block of another visit while it works on this one."""
@@ -252,7 +277,7 @@ class _Summing:
             loaded.blocks.read_ahead(visits[visit], self.streaming.read)
 
     def _has(self, name: str, *, back: bool) -> bool:
-        return _key(self.number, name, back=back) in self.output.finished
+        return key_of(self.number, name, back=back) in self.output.finished
 
     def _collector(self, sums: _Sums, units: Iterable[Unit], only: Sequence[Unit] = ()) -> _Collector:
         return _Collector(
@@ -268,7 +293,7 @@ class _Summing:
                 raise _StoppedError
             if collector is not None:
                 collector.begin_batch()
-            self.progress(self.work.step(1 / batches, back=back), label)
+            self.passed((BACK if back else 1) / batches, label)
 
         return done
 

@@ -54,6 +54,14 @@ _MODALITIES = MappingProxyType(
 )
 
 
+class Elsewhere(Struct, frozen=True):
+    """Where text runs through a model, if not here: a device, what identifies it, and its room for sums."""
+
+    device: str
+    machine: str
+    room: int | None = None
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class LoadedModel:
     """A model with its tokenizer, of which the weights of `blocks` are loaded when these run.
@@ -70,6 +78,12 @@ class LoadedModel:
     device: torch.device
     missing: tuple[str, ...]
     others: tuple[str, ...] = ()
+    elsewhere: Elsewhere | None = None
+
+    @property
+    def place(self) -> str:
+        """The device on which text runs through it, in words."""
+        return str(self.device) if self.elsewhere is None else self.elsewhere.device
 
     @property
     def length(self) -> int:
@@ -84,9 +98,11 @@ class LoadedModel:
     @property
     def machine(self) -> str:
         """The hardware that runs it, which decides the order of sums."""
+        if self.elsewhere is not None:
+            return self.elsewhere.machine
         if self.device.type == "cuda":
             return f"{self.device} {torch.cuda.get_device_name(self.device)}"
-        return f"{self.device} {torch.backends.cpu.get_cpu_capability()} {torch.get_num_threads()}"
+        return cpu_machine(torch.get_num_threads())
 
     @property
     def room(self) -> int | None:
@@ -95,11 +111,19 @@ class LoadedModel:
         Rounded down, so that a run that is continued finds the same number though a little more or less is
         free.
         """
+        if self.elsewhere is not None:
+            return self.elsewhere.room
         if self.device.type == "cpu":
             return None
         free, _ = torch.cuda.mem_get_info(self.device)
         kept = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
-        return 1 << max(0, int(_SUMS_SHARE * (free + kept)).bit_length() - 1)
+        return room_for_sums(free + kept)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what is loaded of it now."""
+        there = (*self.model.parameters(), *self.model.buffers())
+        return sum(one.nbytes for one in there if not one.is_meta)
 
     @property
     def vocabulary(self) -> int | None:
@@ -161,6 +185,22 @@ class LoadedModel:
                 f"the tokenizer gives token {int(ids.max())}, the model has {known} of them: these two do "
                 "not belong together"
             )
+
+
+def cpu_machine(threads: int) -> str:
+    """What identifies a CPU with so many threads, for a run that is continued."""
+    return f"cpu {torch.backends.cpu.get_cpu_capability()} {threads}"
+
+
+def room_for_sums(free: int) -> int:
+    """Bytes that sums may take of what is free on a device beside a model."""
+    return 1 << max(0, int(_SUMS_SHARE * max(0, free)).bit_length() - 1)
+
+
+def gpus_here() -> list[tuple[str, int]]:
+    """The name and the memory of each GPU of this machine."""
+    found = [torch.cuda.get_device_properties(place) for place in range(torch.cuda.device_count())]
+    return [(one.name, one.total_memory) for one in found]
 
 
 def load_model(checkpoint: Checkpoint, device: str, source: Source) -> LoadedModel:

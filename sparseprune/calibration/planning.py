@@ -186,7 +186,7 @@ def plan_calibration(
         units = [*(units if not alone else ()), *_units_of_gradients(seen, shapes, stored, without)]
     units.sort(key=lambda unit: unit.last)
     by_name = {unit.collected.name: unit.collected for unit in units}
-    _refuse_lack(units, kind, memory, room, str(loaded.device))
+    _refuse_lack(units, kind, memory, room, loaded.place)
 
     def sweeps(nbytes: int) -> tuple[Summed, ...]:
         return tuple(_sweeps(units, _homes(units, loaded, visits), kind, nbytes))
@@ -201,7 +201,7 @@ def plan_calibration(
         tuple((name, why) for name, why in without.items() if name in named),
         loss,
         None if loss is None else max(seen.values),
-        _crowded(_passes(found), _passes(sweeps(memory)), str(loaded.device), room),
+        _crowded(_passes(found), _passes(sweeps(memory)), loaded.place, room),
     )
 
 

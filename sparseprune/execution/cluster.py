@@ -30,6 +30,7 @@ Result = TypeVar("Result")
 
 _TRIES = 4  # of a batch whose machine or process is lost: once, and three times elsewhere
 _POLL = 0.2  # seconds between looks at signals
+_UNHEARD = 4  # results of a batch that wait to be heard: then its machine waits, too
 _PATIENCE = 5.0  # seconds for batches before one that failed: the first failure in their order is raised
 _STORE = 1 << 28  # bytes of shared memory of a cluster that is started here: what passes between machines
 _KEEPALIVE = 10_000  # milliseconds: a machine that says nothing for longer is lost (five minutes by default)
@@ -192,6 +193,7 @@ class Cluster:
             1, sum(min(node.cpus // cpus, node.gpus // gpus if gpus else node.cpus) for node in self.nodes)
         )
         options = {"num_cpus": cpus, "num_gpus": gpus, "num_returns": "streaming", "max_retries": 0}
+        options["_generator_backpressure_num_objects"] = _UNHEARD
         remote = self._ray.remote(work).options(**options, scheduling_strategy="SPREAD")
         flight = _Flight(self._ray, remote.remote, again)
         waiting = enumerate(batches)

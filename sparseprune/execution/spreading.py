@@ -526,7 +526,13 @@ def refuse_unseen(cluster: Cluster, io: TensorIO) -> None:
     """MachineError where a machine does not see the input as it is here, or cannot write the output."""
     shards = tuple({stored.shard: None for stored in io.tensors.values()})
     sizes = tuple((shard.path, shard.size) for shard in shards)
-    portion = None if io.output is None else io.output.portion(())
+    refuse_other_files(cluster, sizes, None if io.output is None else io.output.portion(()))
+
+
+def refuse_other_files(
+    cluster: Cluster, sizes: Sequence[tuple[Path, int]], portion: Portion | None = None
+) -> None:
+    """MachineError where a machine does not see files in their sizes, or cannot write a portion."""
     found = cluster.on_each(look, sizes, portion)
     lines = [f"{line} (on machine {node.name})" for node, lines in found.items() for line in lines]
     if lines:

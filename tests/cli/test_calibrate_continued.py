@@ -70,18 +70,18 @@ class Sums:
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.count = 0
-        usual = collecting._Summing._written
+        usual = collecting.Summing._written
 
         def counted(this: Any, *arguments: Any) -> Any:
             self.count += 1
             return usual(this, *arguments)
 
-        patch.setattr(collecting._Summing, "_written", counted)
+        patch.setattr(collecting.Summing, "_written", counted)
 
 
 def interrupt_after(patch: pytest.MonkeyPatch, notes: int, products: int, number: signal.Signals) -> None:
     """The signal comes in front of this product after so many notes, and is heard before it is computed."""
-    usual, note = collecting._Collector.product, collecting._Summing._note
+    usual, note = collecting._Collector.product, collecting.Summing._note
     left = iter(range(products - 1))
     noted: list[str] = []
 
@@ -97,7 +97,7 @@ def interrupt_after(patch: pytest.MonkeyPatch, notes: int, products: int, number
         noted.append(key)
 
     patch.setattr(collecting._Collector, "product", product)
-    patch.setattr(collecting._Summing, "_note", kept)
+    patch.setattr(collecting.Summing, "_note", kept)
 
 
 @pytest.mark.parametrize(
