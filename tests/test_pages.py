@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ import pytest
 from sparseprune.cli.app import app
 from sparseprune.spec import list_specs
 from tests.commands import ok, python
+from tests.stores import upload
 
 ROOT = Path(__file__).parents[1]
 GUIDE = sorted((ROOT / "specs" / "guide").glob("*.md"))
@@ -124,7 +126,18 @@ def check_session(session: str, folder: Path, programs: Path) -> Path:
     return folder
 
 
-@pytest.mark.usefixtures("untraced")
+@pytest.fixture
+def elsewhere(page: Path, made: Path, request: pytest.FixtureRequest) -> None:
+    """The bucket `models` and the model `example/decoder` of a hub, for pages that speak of them."""
+    if "s3://models" in page.read_text():
+        request.getfixturevalue("bucket")  # from now on addresses lead to the server
+        server = request.getfixturevalue("s3_server")
+        urllib.request.urlopen(urllib.request.Request(f"{server}/models", method="PUT")).close()
+        upload(made / "decoder", "s3://models/decoder")
+        request.getfixturevalue("hub").put("example/decoder", made / "decoder")
+
+
+@pytest.mark.usefixtures("untraced", "elsewhere")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_a_page_does_what_it_says(
     page: Path, made: Path, tmp_path: Path, programs: Path, monkeypatch: pytest.MonkeyPatch
