@@ -107,6 +107,7 @@ class Cluster:
             with _own_signals():
                 self._join()
             self._ours = True
+            _keep_off_stdout(self._ray)
         try:
             self.nodes = self._found()
         except BaseException:
@@ -360,6 +361,13 @@ def _affinity() -> Any:  # noqa: ANN401  (a type of ray's)
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # noqa: PLC0415  (as above)
 
     return NodeAffinitySchedulingStrategy
+
+
+def _keep_off_stdout(ray: ModuleType) -> None:
+    """Let ray not say on stdout, which has results, that a worker died: who waits for it says so."""
+    worker = ray._private.worker  # noqa: SLF001  (there is no public way)
+    if hasattr(worker, "print_to_stdstream"):
+        worker.print_to_stdstream = lambda *_, **__: None
 
 
 @lru_cache(maxsize=64)
