@@ -105,6 +105,7 @@ def lines_of(script: str, folder: Path, programs: Path, *, errors: int) -> list[
     """What a script prints, without the progress of slow commands; `errors` says where its stderr goes."""
     environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
     environment |= {"PYTHONPATH": str(ROOT), "PATH": f"{programs}:{os.environ['PATH']}"}
+    environment |= {"RAY_ADDRESS": "local"}  # not a cluster of other tests
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", script],
         stdout=subprocess.PIPE, stderr=errors, text=True, check=False, cwd=folder, env=environment,

@@ -33,6 +33,8 @@ _POLL = 0.2  # seconds between looks at signals
 _UNHEARD = 4  # results of a batch that wait to be heard: then its machine waits, too
 _PATIENCE = 5.0  # seconds for batches before one that failed: the first failure in their order is raised
 _STORE = 1 << 28  # bytes of shared memory of a cluster that is started here: what passes between machines
+_LOCAL = "local"  # the address of a cluster that is started here, also in RAY_ADDRESS
+_QUIET = {"log_to_driver": False, "logging_level": logging.CRITICAL}
 _KEEPALIVE = 10_000  # milliseconds: a machine that says nothing for longer is lost (five minutes by default)
 # Read once, when ray is imported.
 _SETTINGS = {
@@ -69,9 +71,9 @@ class Shared(Generic[Result]):
 class Cluster:
     """Machines that share the work of one run, at an address of `--on`; a context manager.
 
-    `auto` is the cluster that runs here or that RAY_ADDRESS names, else one that is started on this machine
-    with `jobs` CPUs and ends with the run. `nodes` are the machines that have CPUs, with at most `jobs` of
-    them each. Where the process has joined a cluster already, that one is used, and left as it is.
+    `auto` is the cluster that runs here or that RAY_ADDRESS names; where there is none, or RAY_ADDRESS is
+    `local`, one that is started on this machine with `jobs` CPUs and ends with the run. `nodes` are the
+    machines that have CPUs, with at most `jobs` of them each. Where the process has joined a cluster already, that one is used, and left as it is.
 
     Raises:
         SparsepruneError: ray is not installed, or the address is none that can be joined.
@@ -219,21 +221,23 @@ class Cluster:
         return _result(self._ray, reference)
 
     def _join(self) -> None:
-        quiet = {"log_to_driver": False, "logging_level": logging.CRITICAL}
-        try:
-            self._ray.init(address=self.address, **quiet)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            if self.address != "auto" or "RAY_ADDRESS" in os.environ:
-                where = os.environ.get("RAY_ADDRESS", "") if self.address == "auto" else self.address
-                raise MachineError(
-                    f"--on {self.address}: there is no cluster at {where}: {_first_line(error)}; "
-                    "`ray start --head` begins one"
-                ) from error
-            cpus = {} if self._jobs is None else {"num_cpus": self._jobs}
-            with _failing(self.address):
-                self._ray.init(
-                    address="local", include_dashboard=False, object_store_memory=_STORE, **cpus, **quiet
-                )
+        named = os.environ.get("RAY_ADDRESS") if self.address == "auto" else self.address
+        if named != _LOCAL:
+            try:
+                self._ray.init(address=self.address, **_QUIET)
+            except (ConnectionError, RuntimeError, ValueError) as error:
+                if named is not None:
+                    raise MachineError(
+                        f"--on {self.address}: there is no cluster at {named}: {_first_line(error)}; "
+                        "`ray start --head` begins one"
+                    ) from error
+            else:
+                return
+        cpus = {} if self._jobs is None else {"num_cpus": self._jobs}
+        with _failing(self.address):
+            self._ray.init(
+                address=_LOCAL, include_dashboard=False, object_store_memory=_STORE, **cpus, **_QUIET
+            )
 
     def _found(self) -> tuple[Node, ...]:
         nodes = []
