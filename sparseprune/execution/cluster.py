@@ -73,7 +73,8 @@ class Cluster:
 
     `auto` is the cluster that runs here or that RAY_ADDRESS names; where there is none, or RAY_ADDRESS is
     `local`, one that is started on this machine with `jobs` CPUs and ends with the run. `nodes` are the
-    machines that have CPUs, with at most `jobs` of them each. Where the process has joined a cluster already, that one is used, and left as it is.
+    machines that have CPUs, with at most `jobs` of them each. Where the process has joined a cluster already,
+    that one is used, and left as it is.
 
     Raises:
         SparsepruneError: ray is not installed, or the address is none that can be joined.
