@@ -111,9 +111,11 @@ class Run:
             )
         from sparseprune.execution.cluster import Cluster
         from sparseprune.execution.machines import refuse_unlike
+        from sparseprune.report.wording import many
 
         with Cluster(address, jobs) as cluster:
             self.warn(*refuse_unlike(cluster))
+            self.note(f"on {many(len(cluster.nodes), 'machine')} with {many(cluster.cpus, 'CPU')}")
             self.cluster = cluster
             try:
                 yield max(node.cpus for node in cluster.nodes)

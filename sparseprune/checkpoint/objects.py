@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from _typeshed import ReadableBuffer
+    from obstore import GetResult
     from obstore.store import ObjectStore as Bucket
 
 
@@ -27,6 +28,7 @@ INSTALL = "pip install 'sparseprune[remote]'"
 _GIVEN_UP = timedelta(seconds=40)  # after the first try; the last one may take as long as a request may
 _REQUEST = timedelta(seconds=30)
 _PAGE = 1000
+_CHUNK = 1 << 18  # bytes of a response that are there before they are taken
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,220}")
 _CODE = re.compile(r"<Code>(\w+)</Code>|\"code\": ?\"?(\w+)")
 _STATUS = re.compile(r"non-2xx status code: (\d+)")
@@ -76,10 +78,22 @@ class ObjectStore(Store):
         if begin >= end:
             return b""
         with store_errors(self.address, key):
-            options: Any = {"range": (begin, end)}
-            if _is_matched(etag):
-                options["if_match"] = etag
-            return self.bucket.get(key, options=options).bytes()
+            return self._got(key, begin, end, etag).bytes()
+
+    def read_into(self, key: str, begin: int, view: memoryview, etag: str = "") -> int:
+        done = 0
+        with store_errors(self.address, key):
+            for chunk in self._got(key, begin, begin + len(view), etag).stream(_CHUNK):
+                part = memoryview(chunk)
+                view[done : done + len(part)] = part
+                done += len(part)
+        return done
+
+    def _got(self, key: str, begin: int, end: int, etag: str) -> GetResult:
+        options: Any = {"range": (begin, end)}
+        if _is_matched(etag):
+            options["if_match"] = etag
+        return self.bucket.get(key, options=options)
 
     def local(self, key: str) -> Path | None:  # noqa: ARG002
         return None

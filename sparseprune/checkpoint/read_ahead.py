@@ -1,13 +1,11 @@
 """Bytes of files in a store: large reads as ranges side by side, small ones from blocks, and blocks ahead.
 
-Owns which ranges are asked for, and the memory for them, which is bounded. Knows a file by its address, size
-and ETag, and no tensors. Called by source.py and file_io.py; errors are OSErrors.
+Owns which ranges are asked for, and the memory for them, which is bounded. Knows a tensor by its place in the
+content of a file. Called by source.py; errors are OSErrors.
 """
 
 from __future__ import annotations
 
-import errno
-import os
 import threading
 from collections import OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,22 +23,29 @@ BLOCK = 4 << 20
 _SIDE_BY_SIDE = 8  # requests at a time: so many blocks are on their way, at most
 _KEPT = 8  # blocks that are kept, or on their way to be kept
 _AHEAD = 4  # blocks
-_PLACES = 32  # at which files are read on
-_NEAR = BLOCK * _SIDE_BY_SIDE  # of a place: several threads read one file on, not quite in order
+_TENSORS = 64  # of which it is known how far they were read
+_NEAR = BLOCK * _SIDE_BY_SIDE  # several threads read one tensor on, not quite in order
 
 
-class RemoteFile(Struct, frozen=True):
-    """A file in a store with the content that is wanted."""
+class RemoteTensor(Struct, frozen=True):
+    """A tensor in a file of a store: the bytes [begin, end) of the content with this ETag."""
 
     path: RemotePath
-    nbytes: int
     etag: str
+    begin: int
+    end: int
 
-    def part(self, begin: int, end: int) -> memoryview:
-        """Bytes of the file; OSError of ESTALE where it has changed or become shorter."""
-        data = self.path.read_part(begin, end, self.etag)
-        if len(data) != end - begin:
-            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(self.path))
+    def fill(self, offset: int, view: memoryview) -> None:
+        """Fills a buffer from a byte of the tensor on; OSError of ESTALE where the file has changed."""
+        self.path.fill(self.begin + offset, view, self.etag)
+
+    def size_of(self, number: int) -> int:
+        """Bytes of a block; all but the last are equally large."""
+        return min(self.end - self.begin - number * BLOCK, BLOCK)
+
+    def block(self, number: int) -> memoryview:
+        data = memoryview(bytearray(self.size_of(number)))
+        self.fill(number * BLOCK, data)
         return data
 
 
@@ -51,17 +56,18 @@ class _Kept:
 
 
 class ReadAhead:
-    """Reads files in stores, from any thread, with at most 64 MiB for what is kept or on its way.
+    """Reads tensors in stores, from any thread, with at most 64 MiB for what is kept or on its way.
 
-    A read that goes on where another one ended, or near it, is served from blocks, and further blocks are
-    read ahead; one that does not gets just its own bytes. After `close` nothing is kept or read ahead.
+    A read at the beginning of a tensor, or near the end of another read, is served from blocks, and further
+    blocks of the tensor are read ahead; any other one gets just its own bytes. Which tensor comes next is not
+    known here. After `close` nothing is kept or read ahead.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._pool: ThreadPoolExecutor | None = None
-        self._kept: OrderedDict[tuple[RemoteFile, int], _Kept] = OrderedDict()
-        self._places: OrderedDict[tuple[RemoteFile, int], None] = OrderedDict()
+        self._kept: OrderedDict[tuple[RemoteTensor, int], _Kept] = OrderedDict()
+        self._ends: OrderedDict[RemoteTensor, int] = OrderedDict()  # how far tensors were read, the last last
         self._closed = False
 
     def __enter__(self) -> Self:
@@ -79,86 +85,68 @@ class ReadAhead:
         if pool is not None:
             pool.shutdown(wait=False)
 
-    def read_into(self, file: RemoteFile, offset: int, view: memoryview) -> None:
-        """Fills a buffer of bytes from `offset` on."""
+    def read_into(self, tensor: RemoteTensor, offset: int, view: memoryview) -> None:
+        """Fills a buffer with bytes of a tensor from `offset` on."""
         if not view:
             return
-        goes_on = self._goes_on(file, offset, offset + len(view))
-        parts: list[Future[None] | tuple[_Kept, int, memoryview]] = []
+        goes_on = self._goes_on(tensor, offset, offset + len(view))
+        direct: list[Future[None]] = []
+        blocks: list[tuple[_Kept, int, memoryview]] = []
         for begin, end in _pieces(offset, offset + len(view)):
-            piece = view[begin - offset : end - offset]
-            number = begin // BLOCK
-            whole = end - begin == min(BLOCK, file.nbytes - number * BLOCK)
-            kept = self._block(file, number, end - begin, make=goes_on and not whole)
+            piece, number = view[begin - offset : end - offset], begin // BLOCK
+            is_whole = end - begin == tensor.size_of(number)
+            kept = self._block(tensor, number, end - begin, make=goes_on and not is_whole)
             if kept is None:
-                parts.append(self._submitted(partial(_fill, file, begin, piece)))
+                direct.append(self._submitted(partial(tensor.fill, begin, piece)))
             else:
-                parts.append((kept, begin - number * BLOCK, piece))
+                blocks.append((kept, begin - number * BLOCK, piece))
         if goes_on:
-            self._read_ahead(file, offset + len(view))
-        for part in parts:
-            if isinstance(part, tuple):
-                kept, begin, piece = part
-                piece[:] = kept.data.result()[begin : begin + len(piece)]
-            else:
-                part.result()
+            self._read_ahead(tensor)
+        for kept, begin, piece in blocks:
+            piece[:] = kept.data.result()[begin : begin + len(piece)]
+        for one in direct:
+            one.result()
 
-    def _goes_on(self, file: RemoteFile, begin: int, end: int) -> bool:
-        """Whether a read goes on where another one ended; notes where it ends itself."""
+    def _goes_on(self, tensor: RemoteTensor, begin: int, end: int) -> bool:
+        """Whether a read goes on where another one ended, or begins; notes where it ends itself."""
         with self._lock:
-            near = [
-                place
-                for place in reversed(self._places)
-                if place[0] == file and -_NEAR <= begin - place[1] <= BLOCK
-            ]
-            for place in near[:1]:
-                del self._places[place]
-            self._places[file, max([end, *(place[1] for place in near[:1])])] = None
-            while len(self._places) > _PLACES:
-                self._places.popitem(last=False)
-        return bool(near)
+            before = self._ends.pop(tensor, 0)
+            goes_on = begin == 0 or -_NEAR <= begin - before <= BLOCK
+            self._ends[tensor] = max(end, before) if goes_on and begin > 0 else end
+            while len(self._ends) > _TENSORS:
+                self._ends.popitem(last=False)
+        return goes_on
 
-    def _block(self, file: RemoteFile, number: int, taken: int, *, make: bool) -> _Kept | None:
-        """A kept block of which bytes are taken, or a new one if `make`."""
+    def _block(self, tensor: RemoteTensor, number: int, taken: int, *, make: bool) -> _Kept | None:
+        """A kept block of which bytes are taken, or a new one if `make`; the oldest one makes room."""
         with self._lock:
-            kept = self._kept.get((file, number))
+            kept = self._kept.get((tensor, number))
             if kept is None and make and not self._closed:
-                kept = self._new_block(file, number)
+                if len(self._kept) >= _KEPT:
+                    self._kept.popitem(last=False)
+                kept = self._new_block(tensor, number)
             if kept is not None:
                 kept.unread -= taken
                 if kept.unread <= 0 or (kept.data.done() and kept.data.exception() is not None):
-                    self._kept.pop((file, number), None)
+                    self._kept.pop((tensor, number), None)
                 else:
-                    self._kept.move_to_end((file, number))
+                    self._kept.move_to_end((tensor, number))
             return kept
 
-    def _read_ahead(self, file: RemoteFile, end: int) -> None:
-        first = -(-end // BLOCK)
-        last = min(first + _AHEAD, -(-file.nbytes // BLOCK))
+    def _read_ahead(self, tensor: RemoteTensor) -> None:
         with self._lock:
+            first = -(-self._ends.get(tensor, tensor.end) // BLOCK)
+            last = min(first + _AHEAD, -(-(tensor.end - tensor.begin) // BLOCK))
             for number in range(first, last):
-                is_read = any(one == file and 0 < at - number * BLOCK <= _NEAR for one, at in self._places)
-                if self._closed or is_read or (file, number) in self._kept:
-                    continue
-                if not self._has_room():
+                if self._closed or len(self._kept) >= _KEPT:
                     break
-                self._new_block(file, number)
+                if (tensor, number) not in self._kept:
+                    self._new_block(tensor, number)
 
-    def _new_block(self, file: RemoteFile, number: int) -> _Kept:
-        self._has_room()
-        begin, end = number * BLOCK, min(file.nbytes, (number + 1) * BLOCK)
-        kept = _Kept(self._workers().submit(file.part, begin, end), end - begin)
-        self._kept[file, number] = kept
+    def _new_block(self, tensor: RemoteTensor, number: int) -> _Kept:
+        kept = _Kept(self._workers().submit(tensor.block, number), tensor.size_of(number))
+        self._kept[tensor, number] = kept
         return kept
-
-    def _has_room(self) -> bool:
-        """Whether one more block may be kept: the oldest one that has arrived makes room."""
-        if len(self._kept) >= _KEPT:
-            arrived = next((place for place, kept in self._kept.items() if kept.data.done()), None)
-            if arrived is None:
-                return False
-            del self._kept[arrived]
-        return True
 
     def _submitted(self, work: partial[None]) -> Future[None]:
         with self._lock:
@@ -183,7 +171,3 @@ def _pieces(begin: int, end: int) -> list[tuple[int, int]]:
     """
     cuts = range((begin // BLOCK + 1) * BLOCK, end, BLOCK)
     return list(zip([begin, *cuts], [*cuts, end], strict=True))
-
-
-def _fill(file: RemoteFile, begin: int, piece: memoryview) -> None:
-    piece[:] = file.part(begin, begin + len(piece))

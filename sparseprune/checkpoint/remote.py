@@ -61,6 +61,12 @@ class Store(Protocol):
     def read(self, key: str, begin: int, end: int, etag: str = "") -> ReadableBuffer:
         """The bytes [begin, end) of a file; fewer where it ends before. OSError of ESTALE if it changed."""
 
+    def read_into(self, key: str, begin: int, view: memoryview, etag: str = "") -> int:
+        """Fills the beginning of `view` as `read` would, and says how much of it."""
+        data = memoryview(self.read(key, begin, begin + len(view), etag)).cast("B")
+        view[: len(data)] = data
+        return len(data)
+
     def local(self, key: str) -> Path | None:
         """A whole copy on this machine, fetched now if need be; None where files are read by ranges."""
 
@@ -231,6 +237,11 @@ class RemotePath(PosixPath):
     def read_part(self, begin: int, end: int, etag: str = "") -> memoryview:
         """Bytes of the file, fewer where it ends before; OSError of ESTALE if its `etag` changed."""
         return memoryview(self.store.read(self.key, begin, end, etag)).cast("B")
+
+    def fill(self, begin: int, view: memoryview, etag: str = "") -> None:
+        """Fills `view` from a byte on; OSError of ESTALE if its `etag` changed or it ends before."""
+        if self.store.read_into(self.key, begin, view, etag) < len(view):
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(self))
 
     def local(self) -> Path | None:
         """A whole copy on this machine, fetched if need be; None where files are read by ranges."""

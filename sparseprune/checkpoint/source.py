@@ -23,6 +23,7 @@ from sparseprune.checkpoint.codes import with_codes
 from sparseprune.checkpoint.documents import leads_nowhere, read_object, read_object_if_any, shown
 from sparseprune.checkpoint.file_io import NO_STAMP, ChangedInputError, Stamp, machine_errors
 from sparseprune.checkpoint.header import Header, TensorEntry, read_header
+from sparseprune.checkpoint.read_ahead import ReadAhead, RemoteTensor
 from sparseprune.checkpoint.remote import RemotePath
 from sparseprune.engine.dtypes import DTYPES
 from sparseprune.errors import CheckpointError, SparsepruneError
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from sparseprune.checkpoint.codes import Codes
     from sparseprune.checkpoint.discovery import OtherFile
     from sparseprune.checkpoint.file_io import WritableBytes
-    from sparseprune.checkpoint.read_ahead import ReadAhead, RemoteFile
 
 
 _SIDE_BY_SIDE = 16  # headers that a store is asked for at a time
@@ -239,8 +239,8 @@ class TensorReader(Source):
 
     def __init__(self) -> None:
         self._files = file_io.OpenFiles(_opened)
-        self._remote: dict[Shard, RemoteFile | None] = {}  # None for those of which there is a local copy
-        self._ahead: ReadAhead | None = None
+        self._etags: dict[Shard, str | None] = {}  # None for those of which there is a local copy
+        self._ahead = ReadAhead()
 
     def __enter__(self) -> Self:
         return self
@@ -250,37 +250,34 @@ class TensorReader(Source):
 
     def close(self) -> None:
         self._files.close()
-        if self._ahead is not None:
-            self._ahead.close()
+        self._ahead.close()
 
     def read_into(self, stored: StoredTensor, begin: int, buffer: WritableBytes) -> None:
         view = file_io.as_bytes(buffer)
         _check_part(stored, begin, begin + len(view))
         offset = stored.offset + begin
         if isinstance(stored.shard.path, RemotePath):
-            remote = self._remote_file(stored.shard, stored.shard.path)
-            if remote is not None and self._ahead is not None:
+            etag = self._etag(stored.shard, stored.shard.path)
+            if etag is not None:
+                first = stored.offset
+                tensor = RemoteTensor(stored.shard.path, etag, first, first + stored.nbytes)
                 with file_io.remote_errors(stored.shard.path):
-                    self._ahead.read_into(remote, offset, view)
+                    self._ahead.read_into(tensor, begin, view)
                 return
         with machine_errors(stored.shard.path, "cannot be read"), self._files.use(stored.shard) as descriptor:
             done = file_io.read_into(descriptor, view, offset)
         if done < len(view):
             raise _truncated(stored.shard.path, offset + done, stored.shard.size)
 
-    def _remote_file(self, shard: Shard, path: RemotePath) -> RemoteFile | None:
-        """What is read by ranges: the content of which the header was read; None where a copy is read."""
-        if shard not in self._remote:
-            from sparseprune.checkpoint.read_ahead import ReadAhead, RemoteFile  # noqa: PLC0415
-
+    def _etag(self, shard: Shard, path: RemotePath) -> str | None:
+        """Of the content of which the header was read, by ranges; None where a local copy is read."""
+        if shard not in self._etags:
             with file_io.remote_errors(path):
-                found = None if path.local() is not None else RemoteFile(path, shard.size, path.facts().etag)
+                found = None if path.local() is not None else path.facts().etag
                 if found is not None and file_io.replaced(shard.stamp, file_io.stamp_of(path.stat())):
                     raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
-            if found is not None and self._ahead is None:
-                self._ahead = ReadAhead()
-            self._remote[shard] = found
-        return self._remote[shard]
+            self._etags[shard] = found
+        return self._etags[shard]
 
 
 def open_shards(folder: Path, places: Iterable[PurePosixPath]) -> list[tuple[Shard, Header]]:
