@@ -277,16 +277,17 @@ def _modalities(kind: Any) -> tuple[str, ...]:
 def _transformers() -> Any:
     """The package transformers, made silent and offline, whatever a checkpoint names."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    os.environ |= {"HF_HUB_OFFLINE": "1", "USE_HUB_KERNELS": "NO"}
+    os.environ |= {"USE_HUB_KERNELS": "NO"}
     try:
         import huggingface_hub  # noqa: PLC0415
+
+        huggingface_hub.constants.HF_HUB_OFFLINE = True  # whatever the environment says, which stays
         import transformers  # noqa: PLC0415
     except ImportError as error:
         raise SparsepruneError(
             "running a model needs transformers, which is not installed: "
             "pip install 'sparseprune[calibrate]' (in a clone: '.[calibrate]')"
         ) from error
-    huggingface_hub.constants.HF_HUB_OFFLINE = True  # if it was imported before
     shared = getattr(transformers.cache_utils, "KVSharingDict", None)
     if shared is not None and shared not in SUPPORTED_NODES:  # else torch sees no tensors in it
         register_pytree_node(

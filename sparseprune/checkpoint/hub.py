@@ -433,6 +433,39 @@ def _answered(place: HubAddress, ask: Callable[[], Given], pauses: tuple[float, 
         return ask()
 
 
+class _Switch:
+    """Whether huggingface_hub may use the network: never for models that run, as the user has it for us.
+
+    It has one switch for the whole process, which is given back when the last question is answered.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._asking = 0
+        self._before = False
+
+    @contextmanager
+    def as_the_user_has_it(self) -> Iterator[None]:
+        from huggingface_hub import constants  # noqa: PLC0415
+
+        given = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE") or ""
+        with self._lock:
+            if not self._asking:
+                self._before = constants.HF_HUB_OFFLINE
+                constants.HF_HUB_OFFLINE = given.upper() in {"1", "ON", "YES", "TRUE"}
+            self._asking += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._asking -= 1
+                if not self._asking:
+                    constants.HF_HUB_OFFLINE = self._before
+
+
+_SWITCH = _Switch()
+
+
 class _MomentaryError(Exception):
     """A failure that may be over soon."""
 
@@ -442,7 +475,8 @@ def _plain_errors(place: HubAddress, *, again: bool) -> Iterator[None]:
     """OSErrors whose `strerror` says what failed and what to do; _MomentaryError to try it `again`."""
     errors = _library(place).errors
     try:
-        yield
+        with _SWITCH.as_the_user_has_it():
+            yield
     except (_UnwantedError, SparsepruneError):
         raise
     except (OSError, errors.HTTPError, ValueError) as error:

@@ -13,6 +13,7 @@ from sparseprune.checkpoint import open_checkpoint, remote
 from sparseprune.checkpoint.remote import RemotePath
 from tests.calibration.models import made
 from tests.commands import ok, refused, silent
+from tests.hub import Hub
 from tests.stores import front, put, upload
 
 pytestmark = pytest.mark.usefixtures("quiet_transformers")
@@ -154,3 +155,14 @@ def test_a_long_text_is_read_as_far_as_it_is_needed(
         said = ok("eval", home / "llama", "--text", f"{bucket}/long.txt", *SIZES, "--json", "-q")
     assert json.loads(said.out)["sequences"] == 5
     assert 0 < seen.nbytes <= 1 << 17 < len(words) * 400
+
+
+def test_calibrate_runs_a_model_of_the_hub(home: Path, hub: Hub, tmp_path: Path, temporary: Path) -> None:
+    hub.put("org/llama", home / "llama")
+    words = ("--text", home / "words.txt", *SIZES, "--json", "-q", "-o")
+    local = silent("calibrate", home / "llama", *words, tmp_path / "local")
+    found = silent("calibrate", "hf://org/llama", *words, tmp_path / "stats")
+    assert told(found.out) == told(local.out)
+    same = [tmp_path / name / "statistics.safetensors" for name in ("local", "stats")]
+    assert same[0].read_bytes() == same[1].read_bytes()
+    assert not any(temporary.iterdir())
