@@ -4,6 +4,7 @@
 environment.
 """
 
+import json
 import subprocess
 import sys
 import threading
@@ -16,7 +17,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import count
 from pathlib import Path
 from typing import cast
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import pytest
 
@@ -139,9 +140,11 @@ class Front:
     """A server in front of another one: it counts requests, and may answer some of them itself.
 
     `instead` gets a request and its number, from 1 on, and gives a status and a body, or None to pass it on.
+    One that `is_google` takes what is asked of Google's store, whose requests of XML are nearly those of S3.
     """
 
     endpoint: str
+    is_google: bool = False
     asked: list[Asked] = field(default_factory=list)
     instead: Callable[[Asked, int], tuple[int, bytes] | None] = lambda *_: None
 
@@ -169,13 +172,17 @@ class _Passing(BaseHTTPRequestHandler):
         connection = HTTPConnection(self.behind, timeout=60)
         try:
             headers = {name: value for name, value in self.headers.items() if name.lower() != "connection"}
-            connection.request(self.command, self.path, body or None, headers)
+            path = self.path
+            if self.front.is_google:
+                path, headers["Authorization"] = unquote(path), _SIGNED
+            connection.request(self.command, path, body or None, headers)
             response = connection.getresponse()
             data = response.read()
         finally:
             connection.close()
         asked.status, asked.nbytes = response.status, len(data)
-        self._answer(response.status, dict(response.getheaders()), data)
+        of_google = {"x-goog-generation": "1"} if self.front.is_google else {}
+        self._answer(response.status, dict(response.getheaders()) | of_google, data)
 
     do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _pass  # noqa: N815
 
@@ -195,17 +202,26 @@ class _Passing(BaseHTTPRequestHandler):
 
 
 _LOCK = threading.Lock()
+_SIGNED = (
+    "AWS4-HMAC-SHA256 Credential=tester/20260101/us-east-1/s3/aws4_request, SignedHeaders=host, Signature=0"
+)
 
 
 @contextmanager
-def front(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Front]:
+def front(endpoint: str, monkeypatch: pytest.MonkeyPatch, *, is_google: bool = False) -> Iterator[Front]:
     """A server in front of one at an endpoint; this process and those that it starts go there from now on."""
-    seen = Front("")
+    seen = Front("", is_google)
     handler = type("Passing", (_Passing,), {"front": seen, "behind": urlsplit(endpoint).netloc})
     with serving(cast("type[BaseHTTPRequestHandler]", handler)) as seen.endpoint:
+        if is_google:
+            unsigned = {"disable_oauth": True, "client_email": "", "private_key": "", "private_key_id": ""}
+            monkeypatch.setenv("GOOGLE_BASE_URL", seen.endpoint)
+            monkeypatch.setenv("GOOGLE_SERVICE_ACCOUNT_KEY", json.dumps(unsigned))
         reach(monkeypatch, seen.endpoint)
-        yield seen
-    reach(monkeypatch, endpoint)
+        try:
+            yield seen
+        finally:
+            reach(monkeypatch, endpoint)
 
 
 @contextmanager

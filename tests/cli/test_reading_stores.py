@@ -109,3 +109,18 @@ def test_a_refusal_of_the_store_is_one_line(
         said = run("inspect", f"{bucket}/dense")
     assert (said.code, said.out, said.err.count("\n")) == (3, "", 1)
     assert why in said.err
+
+
+def test_a_bucket_of_google_is_read(
+    bucket: str, s3_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense = write_shards(tmp_path / "dense", {"model.safetensors": mlp_tensors()})
+    spec, name = write_spec(tmp_path, TWO_OF_FOUR), bucket.removeprefix("s3://")
+    upload(dense, f"{bucket}/dense")
+    ok("apply", dense, spec, "-o", tmp_path / "local")
+    with front(s3_server, monkeypatch, is_google=True):
+        ok("apply", f"gs://{name}/dense", spec, "-o", tmp_path / "out")
+    of_store, local = (without_marks(content(tmp_path / one)) for one in ("out", "local"))
+    assert of_store.pop(_REPORT)
+    assert local.pop(_REPORT)
+    assert of_store == local
