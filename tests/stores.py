@@ -174,6 +174,7 @@ class _Passing(BaseHTTPRequestHandler):
             headers = {name: value for name, value in self.headers.items() if name.lower() != "connection"}
             path = self.path
             if self.front.is_google:
+                headers = {name: value for name, value in headers.items() if name.lower() != "authorization"}
                 path, headers["Authorization"] = unquote(path), _SIGNED
             connection.request(self.command, path, body or None, headers)
             response = connection.getresponse()

@@ -14,7 +14,7 @@ from sparseprune.checkpoint.remote import RemotePath
 from tests.checkpoint.files import content
 from tests.commands import ok, run
 from tests.samples import TWO_OF_FOUR, mlp_tensors, without_marks, write_shards, write_spec
-from tests.stores import Asked, front, put, upload
+from tests.stores import Asked, download, front, put, upload
 
 _REPORT = "sparseprune/report.json"
 
@@ -111,7 +111,7 @@ def test_a_refusal_of_the_store_is_one_line(
     assert why in said.err
 
 
-def test_a_bucket_of_google_is_read(
+def test_a_bucket_of_google_is_read_and_written(
     bucket: str, s3_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dense = write_shards(tmp_path / "dense", {"model.safetensors": mlp_tensors()})
@@ -119,8 +119,8 @@ def test_a_bucket_of_google_is_read(
     upload(dense, f"{bucket}/dense")
     ok("apply", dense, spec, "-o", tmp_path / "local")
     with front(s3_server, monkeypatch, is_google=True):
-        ok("apply", f"gs://{name}/dense", spec, "-o", tmp_path / "out")
-    of_store, local = (without_marks(content(tmp_path / one)) for one in ("out", "local"))
+        ok("apply", f"gs://{name}/dense", spec, "-o", f"gs://{name}/local")
+    of_store, local = without_marks(download(f"{bucket}/local")), without_marks(content(tmp_path / "local"))
     assert of_store.pop(_REPORT)
     assert local.pop(_REPORT)
     assert of_store == local
