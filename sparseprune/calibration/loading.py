@@ -279,9 +279,9 @@ def _transformers() -> Any:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ |= {"USE_HUB_KERNELS": "NO"}
     try:
-        import huggingface_hub  # noqa: PLC0415
+        from huggingface_hub import constants  # noqa: PLC0415
 
-        huggingface_hub.constants.HF_HUB_OFFLINE = True  # whatever the environment says, which stays
+        constants.HF_HUB_OFFLINE = True  # whatever the environment says, which stays
         import transformers  # noqa: PLC0415
     except ImportError as error:
         raise SparsepruneError(
