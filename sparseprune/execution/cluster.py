@@ -31,6 +31,7 @@ Result = TypeVar("Result")
 _TRIES = 4  # of a batch whose machine or process is lost: once, and three times elsewhere
 _POLL = 0.2  # seconds between looks at signals
 _UNHEARD = 4  # results of a batch that wait to be heard: then its machine waits, too
+_ALONE = 30.0  # seconds without news until it is asked whether any machine is left; one may be on its way
 _PATIENCE = 5.0  # seconds for batches before one that failed: the first failure in their order is raised
 _STORE = 1 << 28  # bytes of shared memory of a cluster that is started here: what passes between machines
 _LOCAL = "local"  # the address of a cluster that is started here, also in RAY_ADDRESS
@@ -199,7 +200,7 @@ class Cluster:
         options = {"num_cpus": cpus, "num_gpus": gpus, "num_returns": "streaming", "max_retries": 0}
         options["_generator_backpressure_num_objects"] = _UNHEARD
         remote = self._ray.remote(work).options(**options, scheduling_strategy="SPREAD")
-        flight = _Flight(self._ray, remote.remote, again)
+        flight = _Flight(self._ray, remote.remote, again, lambda: self._has(cpus, gpus))
         waiting = enumerate(batches)
         try:
             while True:
@@ -252,6 +253,11 @@ class Cluster:
             raise MachineError(f"--on {self.address}: no machine of this cluster has a CPU for work")
         return tuple(nodes)
 
+    def _has(self, cpus: int, gpus: int) -> bool:
+        """Whether some machine that is alive has so much, free or not."""
+        alive = [one["Resources"] for one in self._ray.nodes() if one["Alive"]]
+        return any(has.get("CPU", 0) >= cpus and has.get("GPU", 0) >= gpus for has in alive)
+
     def _leave(self) -> None:
         if self._ours:
             self._ours = False
@@ -261,12 +267,19 @@ class Cluster:
 class _Flight:
     """Batches that are at work, each with its number and how often it was begun."""
 
-    def __init__(self, ray: ModuleType, begin: Callable[[Any], Any], again: Callable[[int], Any]) -> None:
-        self._ray, self._remote, self._again = ray, begin, again
+    def __init__(
+        self,
+        ray: ModuleType,
+        begin: Callable[[Any], Any],
+        again: Callable[[int], Any],
+        can_go_on: Callable[[], bool],
+    ) -> None:
+        self._ray, self._remote, self._again, self._can_go_on = ray, begin, again, can_go_on
         self._numbers: dict[Any, int] = {}
         self._tries: dict[int, int] = {}
         self._failures: dict[int, BaseException] = {}
         self._failed_at = 0.0
+        self._heard_at = time.monotonic()
 
     def __len__(self) -> int:
         return len(self._numbers)
@@ -290,6 +303,15 @@ class _Flight:
     def landed(self) -> Iterator[tuple[int, Any]]:
         """What has come by now; waits a moment for it."""
         ready, _ = self._ray.wait(list(self._numbers), num_returns=1, timeout=_POLL, fetch_local=False)
+        now = time.monotonic()
+        if ready:
+            self._heard_at = now
+        elif now > self._heard_at + _ALONE:
+            if not self._can_go_on():
+                raise MachineError(
+                    "no machine of the cluster that could do the work is left; start one again"
+                )
+            self._heard_at = now
         for generator in ready:
             number = self._numbers[generator]
             try:

@@ -21,8 +21,8 @@ from msgspec import Struct
 
 from sparseprune.checkpoint import TensorReader
 from sparseprune.checkpoint.threads import Worker
-from sparseprune.errors import MachineError, one_of_many
-from sparseprune.execution.devices import Lanes
+from sparseprune.errors import MachineError, SparsepruneError, one_of_many
+from sparseprune.execution.devices import Lanes, free_bytes
 from sparseprune.execution.passes import Chunk, Pass
 from sparseprune.execution.pruning import one_torch_thread
 from sparseprune.execution.regions import INTERPRETER, TORCH
@@ -47,25 +47,41 @@ _FILES_AT_ONCE = 4  # on one machine: one reads and waits while another one comp
 
 
 class Share(Struct, frozen=True):
-    """What a task has of its machine: CPUs, and bytes of memory for chunks."""
+    """What a task has of its machine: CPUs, bytes of memory for chunks, and GPUs."""
 
     cpus: int
     memory: int
+    gpus: int = 0
 
 
-def share_of(cluster: Cluster, resources: Resources, most: int) -> Share:
+def share_of(cluster: Cluster, resources: Resources, most: int, device: str = "cpu") -> Share:
     """The share of one of up to `most` tasks that are at work on the cluster at one time.
 
     Several tasks of a machine divide its CPUs and its memory, of which each takes the interpreter's again.
+    Where the torch engine works on CUDA each task has a GPU of its own, and machines without one do nothing.
+
+    Raises:
+        SparsepruneError: CUDA is wanted, and no machine has a GPU, or one of them by its number.
     """
-    cpus = min(node.cpus for node in cluster.nodes)
+    on_gpus = device.startswith("cuda")
+    nodes = [node for node in cluster.nodes if node.gpus or not on_gpus]
+    if device not in {"cpu", "cuda"}:
+        raise SparsepruneError(
+            f"--device {device}: a cluster gives out its GPUs; say --device cuda with --on"
+        )
+    if not nodes:
+        raise SparsepruneError(f"--device {device}: no machine of the cluster has a GPU; say --device cpu")
+    cpus = min(node.cpus for node in nodes)
     own = INTERPRETER + (TORCH if "torch" in sys.modules else 0)
-    at_once = max(1, min(_FILES_AT_ONCE, cpus, -(-most // len(cluster.nodes))))
+    at_once = max(1, min(_FILES_AT_ONCE, cpus, -(-most // len(nodes))))
     while at_once > 1 and resources.memory // at_once < own:
         at_once -= 1
+    if on_gpus:
+        at_once = min(cpus, max(node.gpus for node in nodes))
     each = cpus // at_once
-    tasks = max(node.cpus for node in cluster.nodes) // each
-    return Share(each, max(1, (resources.memory - (tasks - 1) * own) // tasks))
+    tasks = max(node.cpus // each if not on_gpus else min(node.gpus, node.cpus // each) for node in nodes)
+    memory = max(1, (resources.memory - (tasks - 1) * own) // tasks)
+    return Share(each, memory, gpus=1 if on_gpus else 0)
 
 
 class ClusterSource(SourceOfWork):
@@ -200,7 +216,7 @@ class ClusterRunner(Runner):
             running.chunks = chunks
 
     def _decide(self, workers: int) -> None:
-        share = share_of(self._cluster, self._resources, len(self._cluster.nodes) * workers)
+        share = self._share(len(self._cluster.nodes) * workers)
         setup = self._setup(share)
         taken: dict[int, list[Taken]] = {}
 
@@ -209,7 +225,7 @@ class ClusterRunner(Runner):
                 taken[number] = self._gathered(_GROUP_BYTES * share.cpus)
                 yield self._group(setup, taken[number]) if taken[number] else None
 
-        with closing(self._cluster.run(do_group, groups(), cpus=share.cpus)) as results:
+        with closing(self._cluster.run(do_group, groups(), cpus=share.cpus, gpus=share.gpus)) as results:
             for number, (partials, passed) in results:
                 for one in passed:
                     self._io.passed(*one)
@@ -279,7 +295,7 @@ class ClusterRunner(Runner):
 
     def _write(self) -> None:
         todo = sorted((one for one in self._files.items() if one[1].left), key=lambda one: -one[1].nbytes)
-        share = share_of(self._cluster, self._resources, len(todo))
+        share = self._share(len(todo))
         setup = self._setup(share)
         open_files = dict(enumerate(todo))
 
@@ -292,7 +308,8 @@ class ClusterRunner(Runner):
             return self._batch(setup, open_files[number][1])
 
         batches = (self._batch(setup, file) for _, file in todo)
-        with closing(self._cluster.stream(write_file, batches, again, cpus=share.cpus)) as reports:
+        reported = self._cluster.stream(write_file, batches, again, cpus=share.cpus, gpus=share.gpus)
+        with closing(reported) as reports:
             for number, report in reports:
                 if self._stopped:
                     return
@@ -329,6 +346,9 @@ class ClusterRunner(Runner):
             cast("Sink", self._io.output).portion_done(sorted(file.written), report.facts)
 
     # -- what is sent --------------------------------------------------------------------------------
+
+    def _share(self, most: int) -> Share:
+        return share_of(self._cluster, self._resources, most, self._io.device)
 
     def _setup(self, share: Share) -> Setup:
         return Setup(self._tensors, self._io.device, self._io.lanes.room, share)
@@ -500,7 +520,11 @@ def _of(current: Pass | Shared[Pass]) -> Pass:
 
 
 def _io(setup: Setup, reader: Source, heard: _Heard, sink: Sink | None = None) -> TensorIO:
-    tensors, lanes = setup.tensors.get(), Lanes(setup.room)
+    room = setup.room
+    if setup.device != "cpu":  # Ray lets a task see its own GPU alone, which may be smaller than the driver's
+        found = free_bytes(setup.device)
+        room = found if room is None or found is None else min(room, found)
+    tensors, lanes = setup.tensors.get(), Lanes(room)
     return TensorIO(reader, sink, tensors, setup.device, heard.passed, lanes=lanes)
 
 

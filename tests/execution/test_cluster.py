@@ -4,11 +4,16 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from sparseprune.errors import CheckpointError, MachineError, NanScoreError, SparsepruneError
-from sparseprune.execution.cluster import Cluster, Shared
+from sparseprune.execution import cluster as clusters
+from sparseprune.execution.cluster import Cluster, Node, Shared
+from sparseprune.execution.regions import Resources
+from sparseprune.execution.spreading import share_of
 from tests.execution.clusters import Machines, kill_worker, machines
 
 ray = pytest.importorskip("ray")
@@ -132,3 +137,43 @@ def test_errors_are_the_same_after_a_pickle() -> None:
         error.add_note("noted")
         again = pickle.loads(pickle.dumps(error))
         assert (type(again), again.args, again.__dict__) == (type(error), error.args, error.__dict__)
+
+
+def test_work_ends_where_no_machine_is_left_for_it(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clusters, "_ALONE", 0.5)
+    with pytest.raises(MachineError, match="no machine of the cluster is left for the work"):
+        list(cluster.run(square, [1], cpus=64))
+
+
+def nodes_of(*sizes: tuple[int, int]) -> Any:
+    """A cluster of machines with so many CPUs and GPUs."""
+    return SimpleNamespace(nodes=tuple(Node(str(at), "m", *one) for at, one in enumerate(sizes)))
+
+
+GIB = 1 << 30
+
+
+def test_tasks_of_a_machine_divide_its_cpus_and_memory() -> None:
+    def share(cluster: Any, most: int, memory: int = 8 * GIB) -> tuple[int, bool]:
+        found = share_of(cluster, Resources(1, memory), most)
+        return found.cpus, found.memory <= memory
+
+    one, alike, unlike = nodes_of((16, 0)), nodes_of((8, 0), (8, 0)), nodes_of((2, 0), (8, 0))
+    assert [share(one, most) for most in (1, 2, 3, 100)] == [(16, True), (8, True), (5, True), (4, True)]
+    assert [share(alike, most) for most in (1, 2, 3, 100)] == [(8, True), (8, True), (4, True), (2, True)]
+    assert share(unlike, 100) == (1, True)
+    assert share(one, 100, GIB // 8)[0] == 16  # there is no room for a second interpreter
+
+
+def test_each_task_on_cuda_has_a_gpu_of_its_own() -> None:
+    def share(cluster: Any, device: str = "cuda") -> tuple[int, int]:
+        found = share_of(cluster, Resources(1, 8 * GIB), 100, device)
+        return found.cpus, found.gpus
+
+    assert share(nodes_of((16, 4), (16, 0))) == (4, 1)
+    assert share(nodes_of((2, 4))) == (1, 1)
+    assert share(nodes_of((16, 4)), "cpu") == (4, 0)
+    with pytest.raises(SparsepruneError, match="no machine of the cluster has a GPU"):
+        share(nodes_of((16, 0)))
+    with pytest.raises(SparsepruneError, match="say --device cuda with --on"):
+        share(nodes_of((16, 4)), "cuda:1")
