@@ -308,9 +308,7 @@ class _Flight:
             self._heard_at = now
         elif now > self._heard_at + _ALONE:
             if not self._can_go_on():
-                raise MachineError(
-                    "no machine of the cluster that could do the work is left; start one again"
-                )
+                raise MachineError("no machine of the cluster is left for the work; start one again")
             self._heard_at = now
         for generator in ready:
             number = self._numbers[generator]
