@@ -121,13 +121,16 @@ class ReadAhead:
         """A kept block of which bytes are taken, or a new one if `make`; the oldest one makes room."""
         with self._lock:
             kept = self._kept.get((tensor, number))
+            if kept is not None and kept.data.done() and kept.data.exception() is not None:
+                del self._kept[tensor, number]  # what failed ahead is asked for again
+                kept = None
             if kept is None and make and not self._closed:
                 if len(self._kept) >= _KEPT:
                     self._kept.popitem(last=False)
                 kept = self._new_block(tensor, number)
             if kept is not None:
                 kept.unread -= taken
-                if kept.unread <= 0 or (kept.data.done() and kept.data.exception() is not None):
+                if kept.unread <= 0:
                     self._kept.pop((tensor, number), None)
                 else:
                     self._kept.move_to_end((tensor, number))
