@@ -63,8 +63,10 @@ class ObjectStore(Store):
                 return _facts(self.bucket.head(key))
             except FileNotFoundError:
                 return None
-            except BaseError:
-                self.bucket.get(key, options={"range": (0, 1)})  # a HEAD is answered without a reason
+            except BaseError as error:
+                found = _STATUS.search(str(error))
+                if found is not None and found[1].startswith("4"):
+                    self.bucket.get(key, options={"range": (0, 1)})  # a HEAD is refused without a reason
                 raise
 
     def below(self, folder: str) -> dict[str, Facts]:
