@@ -196,7 +196,8 @@ class _Passing(BaseHTTPRequestHandler):
         length = named.get("content-length", "0") if self.command == "HEAD" else str(len(data))
         self.send_header("content-length", length)
         self.end_headers()
-        self.wfile.write(data)
+        if self.command != "HEAD":
+            self.wfile.write(data)
 
     def log_message(self, *_: object) -> None:
         """Says nothing."""
