@@ -44,6 +44,7 @@ def machines(count: int = 2) -> Iterator[Machines]:
     """A cluster with so many nodes, until the end of the context."""
     with pytest.MonkeyPatch.context() as patch:
         folder = tempfile.mkdtemp(prefix="ray-")  # a short one: paths of sockets have 107 bytes at the most
+        usual = signal.getsignal(signal.SIGTERM)  # nodes take it for themselves
         patch.setenv("RAY_TMPDIR", folder)  # `auto` of others must not find this one
         found = Machines()
         try:
@@ -52,6 +53,7 @@ def machines(count: int = 2) -> Iterator[Machines]:
             yield found
         finally:
             found.shutdown()
+            signal.signal(signal.SIGTERM, usual)
             shutil.rmtree(folder, ignore_errors=True)
 
 
