@@ -20,7 +20,7 @@ from urllib.parse import quote, unquote
 
 from msgspec import Struct
 
-from sparseprune.checkpoint.remote import Facts, Store
+from sparseprune.checkpoint.remote import INSTALL, Facts, Store
 from sparseprune.checkpoint.threads import Worker
 from sparseprune.errors import CheckpointError, MachineError, SparsepruneError, size
 
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
     from huggingface_hub.hf_api import ModelInfo, RepoSibling
 
-INSTALL = "pip install 'sparseprune[remote]'"
 COMMIT = re.compile(r"[0-9a-f]{40}")
 _ADDRESS = re.compile(
     r"hf://(?P<owner>[^/@]+)/(?P<name>[^/@]+)"

@@ -1,7 +1,8 @@
-"""Buckets of S3, Google Cloud Storage and Azure as a `Store`, read through obstore.
+"""Buckets of S3, Google Cloud Storage and Azure: a `Store` to read, and folders of objects to write.
 
-Owns how a bucket is opened, how long a failing server is asked again, and what obstore's errors mean in plain
-words. Credentials, region and endpoint are found by obstore. Called by remote.py and by what writes objects.
+The only module that imports obstore, which finds credentials, region and endpoint. Owns how long a failing
+server is asked again, and what errors mean in plain words. Knows no layout and no run. Called by remote.py;
+writing is called by remote_output.py and remote_run.py.
 """
 
 from __future__ import annotations
@@ -9,25 +10,30 @@ from __future__ import annotations
 import errno
 import os
 import re
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
-from sparseprune.checkpoint.remote import Facts, Store
+from sparseprune.checkpoint.file_io import as_bytes, machine_errors
+from sparseprune.checkpoint.remote import INSTALL, Facts, Store
+from sparseprune.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
 
     from _typeshed import ReadableBuffer
-    from obstore import GetResult
+    from obstore import GetResult, UpdateVersion
     from obstore.store import ObjectStore as Bucket
 
+    from sparseprune.checkpoint.file_io import Bytes
+    from sparseprune.checkpoint.remote import RemotePath
 
-INSTALL = "pip install 'sparseprune[remote]'"
+
 _GIVEN_UP = timedelta(seconds=40)  # after the first try; the last one may take as long as a request may
 _REQUEST = timedelta(seconds=30)
 _PAGE = 1000
+_ALL_AT_ONCE = 1000  # objects that are removed by one request
 _CHUNK = 1 << 18  # bytes of a response that are there before they are taken
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,220}")
 _CODE = re.compile(r"<Code>(\w+)</Code>|\"code\": ?\"?(\w+)")
@@ -46,6 +52,12 @@ _OTHER_REGION = frozenset({"PermanentRedirect", "AuthorizationHeaderMalformed"})
 _WRONG_KEYS = frozenset(
     {"InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "AuthFailure", "AuthenticationFailed"}
 )
+
+
+Mark = dict[str, str]
+"""One version of one object, as its store tells versions apart."""
+_ALL_AT_ONCE = 1000
+_OTHER = "give a local folder, or one in s3://, gs:// or az:// with -o"
 
 
 class ObjectStore(Store):
@@ -99,6 +111,110 @@ class ObjectStore(Store):
 
     def local(self, key: str) -> Path | None:  # noqa: ARG002
         return None
+
+
+class ObjectFolder:
+    """The objects below an address, by their paths from there. Errors of the store are MachineErrors."""
+
+    def __init__(self, address: RemotePath) -> None:
+        self.address = address
+        with machine_errors(address):
+            store = address.store
+        if not isinstance(store, ObjectStore):
+            raise CheckpointError(f"{address}: cannot be written to; {_OTHER}")
+        self._store = store
+        self._bucket = store.bucket
+        self._prefix = f"{address.key}/" if address.key else ""
+
+    def put(self, name: str, data: Bytes) -> Facts:
+        """A small object, which replaces what is there."""
+        view = as_bytes(data)
+        with self._told(name):
+            done = self._bucket.put(self._prefix + name, view, use_multipart=False)
+        return Facts(len(view), done["e_tag"] or "")
+
+    def send(self, name: str, pieces: Iterator[Bytes], part_bytes: int, side_by_side: int) -> Facts:
+        """A large one in pieces of `part_bytes`, the last one shorter; nothing is left if `pieces` fails."""
+        nbytes = 0
+
+        def counted() -> Iterator[memoryview]:
+            nonlocal nbytes
+            for piece in pieces:
+                view = as_bytes(piece)
+                nbytes += len(view)
+                yield view
+
+        with self._told(name):
+            done = self._bucket.put(
+                self._prefix + name,
+                counted(),
+                use_multipart=True,
+                chunk_size=part_bytes,
+                max_concurrency=side_by_side,
+            )
+        return Facts(nbytes, done["e_tag"] or "")
+
+    def create(self, name: str, data: bytes) -> Mark | None:
+        """A new object; None where there is one already."""
+        from obstore.exceptions import AlreadyExistsError  # noqa: PLC0415
+
+        with self._told(name):
+            try:
+                return _mark(self._bucket.put(self._prefix + name, data, mode="create"))
+            except AlreadyExistsError:
+                return None
+
+    def replace(self, name: str, data: bytes, mark: Mark) -> Mark | None:
+        """Another content of this version of an object; None where it is no longer the one that is there."""
+        from obstore.exceptions import PreconditionError  # noqa: PLC0415
+
+        with self._told(name):
+            try:
+                return _mark(self._bucket.put(self._prefix + name, data, mode=cast("UpdateVersion", mark)))
+            except (PreconditionError, FileNotFoundError):
+                return None
+
+    def read(self, name: str) -> tuple[bytes, Mark] | None:
+        """A small object and its version; None where there is none."""
+        with self._told(name, "cannot be read"):
+            try:
+                found = self._bucket.get(self._prefix + name)
+            except FileNotFoundError as error:
+                if "NoSuchBucket" in str(error):
+                    raise
+                return None
+            return bytes(found.bytes()), _mark(found.meta)
+
+    def facts(self, name: str) -> Facts | None:
+        """Of one object; None where there is none."""
+        with machine_errors(self.address / name, "cannot be read"):
+            return self._store.facts(self._prefix + name)
+
+    def below(self, name: str = "") -> dict[str, Facts]:
+        """Every object in a folder of this one, or in this one, by its path from here."""
+        with machine_errors(self.address / name, "cannot be listed"):
+            found = self._store.below((self._prefix + name).rstrip("/"))
+        return {key[len(self._prefix) :]: facts for key, facts in found.items()}
+
+    def delete(self, names: Iterable[str]) -> None:
+        """These objects, of which some may be gone already."""
+        wanted = sorted(names)
+        for first in range(0, len(wanted), _ALL_AT_ONCE):
+            some = wanted[first : first + _ALL_AT_ONCE]
+            with self._told(some[0], "cannot be removed"):
+                try:
+                    self._bucket.delete([self._prefix + name for name in some])
+                except FileNotFoundError:
+                    # Some stores end there.
+                    for name in some:
+                        with suppress(FileNotFoundError):
+                            self._bucket.delete(self._prefix + name)
+
+    @contextmanager
+    def _told(self, name: str, doing: str = "cannot be written") -> Iterator[None]:
+        key = self._prefix + name
+        with machine_errors(self.address / name, doing), store_errors(self.address.root_address, key):
+            yield
 
 
 def open_bucket(address: str) -> Bucket:
@@ -196,6 +312,10 @@ def _said(head: str) -> str:
     """What the store itself says of an error, after a colon."""
     found = _SAID.search(head)
     return f": {found[1].rstrip('.')}" if found else ""
+
+
+def _mark(found: Mapping[str, Any]) -> Mark:
+    return {one: found[one] for one in ("e_tag", "version") if found.get(one)}
 
 
 def _facts(meta: Any) -> Facts:  # noqa: ANN401  (obstore's is a dictionary that is known to type checkers only)

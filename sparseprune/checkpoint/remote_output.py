@@ -19,7 +19,7 @@ from msgspec import Struct
 
 from sparseprune.checkpoint import file_io, growing, publish
 from sparseprune.checkpoint.discovery import INDEX_SUFFIX, RESULTS, SUFFIX
-from sparseprune.checkpoint.object_folder import ObjectFolder
+from sparseprune.checkpoint.objects import ObjectFolder
 from sparseprune.checkpoint.output import Notes, Output, may_go_on, note_text
 from sparseprune.checkpoint.portions import PlacedFiles
 from sparseprune.checkpoint.remote import RemotePath

@@ -25,7 +25,7 @@ from sparseprune.errors import CheckpointError, MachineError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
-    from sparseprune.checkpoint.object_folder import Mark, ObjectFolder
+    from sparseprune.checkpoint.objects import Mark, ObjectFolder
 
 _FORMAT = 1
 _RENEWED = 10.0  # seconds after which the owner of a lock renews it
