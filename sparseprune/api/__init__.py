@@ -9,7 +9,8 @@ from os import fspath
 from typing import TYPE_CHECKING, Literal
 
 from sparseprune.api import inputs, options
-from sparseprune.api.options import Target, located, machine, path_or_none, source, texts
+from sparseprune.api.options import Target, located, path_or_none, source, texts
+from sparseprune.api.resources import machine, memory_of, quarter_of_memory
 from sparseprune.api.run import Listener, Progress, Run
 from sparseprune.api.windows import AskedText, Windows
 
@@ -290,7 +291,7 @@ def calibrate(
         kind=kind,
         gradients=gradients,
         device=device,
-        memory=options.quarter_of_memory() if memory is None else options.memory_of(memory),
+        memory=quarter_of_memory() if memory is None else memory_of(memory),
         force=force,
         scratch=path_or_none(scratch),
     )
@@ -335,7 +336,7 @@ def evaluate(
         against=inputs.found_if_any(run, against),
         windows=Windows([located(one) for one in text], sequences, length, field, seed, special),
         device=device,
-        memory=options.quarter_of_memory() if memory is None else options.memory_of(memory),
+        memory=quarter_of_memory() if memory is None else memory_of(memory),
         requirements=require,
         scratch=path_or_none(scratch),
     )

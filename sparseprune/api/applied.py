@@ -23,7 +23,7 @@ from sparseprune.errors import SparsepruneError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from sparseprune.api.options import Machine
+    from sparseprune.api.resources import Machine
     from sparseprune.api.run import Run
     from sparseprune.checkpoint import Checkpoint, Output
     from sparseprune.execution.earlier import Earlier, Touched

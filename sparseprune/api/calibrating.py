@@ -5,22 +5,23 @@ Called by the public functions. Loads torch and transformers once all that can b
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from msgspec import Struct
 
 from sparseprune import __version__
-from sparseprune.api.machines import machines_for
 from sparseprune.api.run import digest, output_shown
 from sparseprune.api.windows import folder_for_states
 from sparseprune.checkpoint import TensorReader, make_output, open_checkpoint
 from sparseprune.checkpoint.file_io import checkpoint_identity, refuse_changed
 from sparseprune.checkpoint.folding import refuse_split
 from sparseprune.checkpoint.statistics import ROUTING, lay_out_statistics, statistics_beside
-from sparseprune.errors import SparsepruneError
+from sparseprune.errors import MachineError, SparsepruneError
 from sparseprune.results.measuring import (
     CollectedGradients,
     CollectedStatistics,
@@ -34,8 +35,9 @@ if TYPE_CHECKING:
 
     from sparseprune.api.run import Run
     from sparseprune.api.windows import Windows
-    from sparseprune.calibration import Calibration, Counted, Machines, Streaming
+    from sparseprune.calibration import Calibration, Counted, LoadedModel, Machines, Streaming
     from sparseprune.checkpoint import Collected, Output, StatisticsKind
+    from sparseprune.execution.cluster import Cluster
 
 
 class Collecting(Struct, frozen=True):
@@ -217,3 +219,50 @@ def _routed(one: Collected, counted: Counted) -> RoutedExperts:
 
 def _one_or_all(one: Collected, numbers: list[int]) -> int | tuple[int, ...]:
     return tuple(numbers) if one.experts is not None else numbers[0]
+
+
+def machines_for(
+    run: Run, cluster: Cluster, device: str, loaded: LoadedModel
+) -> tuple[LoadedModel, Machines]:
+    """A model as it runs there, and what runs it: each GPU where there are some, else each machine.
+
+    A machine without GPUs is left out where others have some. All run with as many threads as the machine
+    with the fewest CPUs has, so that sums do not depend on which machine makes them.
+
+    Raises:
+        MachineError: `device` asks for GPUs, and no machine has one.
+    """
+    from sparseprune.calibration import Elsewhere, Machines, cpu_machine
+
+    if device != "cpu" and cluster.gpus:
+        return _with_gpus(run, cluster, loaded)
+    if device.startswith("cuda"):
+        raise MachineError(f"--device {device}: no machine of this cluster has a GPU; leave it out")
+    threads = min(node.cpus for node in cluster.nodes)
+    there = dataclasses.replace(loaded, elsewhere=Elsewhere("cpu", cpu_machine(threads)))
+    stream = partial(cluster.stream, cpus=threads)
+    return there, Machines(len(cluster.nodes), threads, "cpu", cluster.share, stream)
+
+
+def _with_gpus(run: Run, cluster: Cluster, loaded: LoadedModel) -> tuple[LoadedModel, Machines]:
+    from sparseprune.calibration import Elsewhere, Machines, gpus_here, room_for_sums
+
+    nodes = [node for node in cluster.nodes if node.gpus]
+    found = cluster.on_each(gpus_here)
+    gpus = [gpu for node in nodes for gpu in found[node]]
+    if not gpus:
+        raise MachineError(
+            "--on: the cluster says that it has GPUs, and torch finds none there; say --device cpu"
+        )
+    names = sorted({name for name, _ in gpus})
+    if len(names) > 1:
+        run.warn(
+            f"the machines have unlike GPUs ({', '.join(names)}): statistics may differ in their last bits "
+            "from one run to the next"
+        )
+    largest = max((loaded.blocks.nbytes(name) for name in loaded.blocks.names), default=0)
+    room = room_for_sums(min(nbytes for _, nbytes in gpus) - loaded.nbytes - largest)
+    there = dataclasses.replace(loaded, elsewhere=Elsewhere("cuda", f"cuda:0 {names[0]}", room))
+    threads = min(max(1, node.cpus // node.gpus) for node in nodes)
+    stream = partial(cluster.stream, cpus=threads, gpus=1)
+    return there, Machines(cluster.gpus, threads, "cuda", cluster.share, stream)

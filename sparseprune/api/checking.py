@@ -39,7 +39,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from sparseprune.api.masked import Masked, MaskSource
-    from sparseprune.api.options import Machine, Source, Target
+    from sparseprune.api.options import Source, Target
+    from sparseprune.api.resources import Machine
     from sparseprune.api.run import Run
     from sparseprune.checkpoint import OutputLayout
     from sparseprune.checkpoint import Source as SourceOfBytes

@@ -36,7 +36,8 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from sparseprune.api.options import Machine, Place
+    from sparseprune.api.options import Place
+    from sparseprune.api.resources import Machine
     from sparseprune.api.run import Run
     from sparseprune.checkpoint import Checkpoint, MaskSet, Provenance, StoredMask
     from sparseprune.execution.reapply import Matched

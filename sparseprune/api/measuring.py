@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from sparseprune import results
-    from sparseprune.api.options import Listing, Machine
+    from sparseprune.api.options import Listing
+    from sparseprune.api.resources import Machine
     from sparseprune.api.run import Run
     from sparseprune.checkpoint import Checkpoint, Source, Statistics
     from sparseprune.checkpoint import Source as SourceOfBytes

@@ -43,7 +43,8 @@ from sparseprune.spec.rebuilding import OF_STATISTICS, Rebuilding, rebuilt
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-    from sparseprune.api.options import Machine, Source, Target
+    from sparseprune.api.options import Source, Target
+    from sparseprune.api.resources import Machine
     from sparseprune.api.sweeping import Swept, SweptText
     from sparseprune.checkpoint import Checkpoint, Output, OutputLayout, Shard
     from sparseprune.checkpoint import Source as SourceOfBytes

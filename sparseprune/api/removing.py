@@ -52,8 +52,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from sparseprune import results
-    from sparseprune.api.options import Machine, Method, Target
+    from sparseprune.api.options import Method, Target
     from sparseprune.api.pruning import Prepared
+    from sparseprune.api.resources import Machine
     from sparseprune.api.run import Run
     from sparseprune.api.windows import AskedText
     from sparseprune.checkpoint import Checkpoint, Output, StoredMask, StoredTensor

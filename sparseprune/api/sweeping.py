@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from sparseprune.api.options import Machine
+    from sparseprune.api.resources import Machine
     from sparseprune.api.run import Advance, Run
     from sparseprune.api.windows import AskedText
     from sparseprune.calibration import LoadedModel, Sequences

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sparseprune.api.options import memory_of
+from sparseprune.api.resources import memory_of
 from sparseprune.checkpoint import OutputLayout, StagedOutput, TensorReader
 from sparseprune.errors import MachineError
 from tests.checkpoint.files import IDENTITY, layout_of, names_in, write

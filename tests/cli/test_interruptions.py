@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sparseprune.api.options import memory_of
+from sparseprune.api.resources import memory_of
 from sparseprune.errors import size
 from tests.checkpoint.files import names_in
 from tests.cli.interrupted import (

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from sparseprune.api.options import Machine, Source, Target, memory_of
+from sparseprune.api.options import Source, Target
 from sparseprune.api.pruning import prepare
+from sparseprune.api.resources import Machine, memory_of
 from sparseprune.checkpoint import open_checkpoint, open_masks
 from sparseprune.checkpoint.header import lay_out
 from sparseprune.execution.passes import Outcomes

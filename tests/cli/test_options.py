@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sparseprune.api.options import default_jobs, default_memory, memory_of
+from sparseprune.api.resources import default_jobs, default_memory, memory_of
 from sparseprune.errors import SparsepruneError
 from tests.commands import ok, run
 

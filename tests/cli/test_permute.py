@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import sparseprune
-from sparseprune.api.options import Source, Target, machine
+from sparseprune.api.options import Source, Target
 from sparseprune.api.pruning import prepare
+from sparseprune.api.resources import machine
 from sparseprune.checkpoint import TensorReader
 from sparseprune.checkpoint.permuted import PermutedSource
 from sparseprune.checkpoint.statistics import STATISTICS_KEY

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import sparseprune
 from sparseprune import BlockSpec, Matrix, ScopeSpec, admm, projection, refit
-from sparseprune.api.options import memory_of
+from sparseprune.api.resources import memory_of
 from sparseprune.checkpoint.statistics import STATISTICS_KEY
 from tests.commands import ok, refused, run, valid
 from tests.engine.reconstruction.oracle import moments, objective

@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import sparseprune
-from sparseprune.api.options import Target, machine, source
+from sparseprune.api.options import Target, source
 from sparseprune.api.pruning import identity_of, prepare
+from sparseprune.api.resources import machine
 from sparseprune.errors import SparsepruneError
 from tests.cli import removal
 from tests.cli.test_reconstruct import ADMM, REFIT, with_head

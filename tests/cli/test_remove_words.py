@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from sparseprune import load_masks
-from sparseprune.api.options import memory_of
+from sparseprune.api.resources import memory_of
 from sparseprune.removal.architectures import model_types
 from sparseprune.spec.problems import listed
 from tests.checkpoint.files import content, names_in

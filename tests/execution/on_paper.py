@@ -18,8 +18,9 @@ from typing import Any, cast
 
 from msgspec import Struct, structs
 
-from sparseprune.api.options import Machine, Source, Target
+from sparseprune.api.options import Source, Target
 from sparseprune.api.pruning import Prepared, prepare
+from sparseprune.api.resources import Machine
 from sparseprune.checkpoint import TensorReader
 from sparseprune.execution.passes import Pass
 from sparseprune.execution.pruning import jobs_of

@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparseprune.api import pruning
-from sparseprune.api.options import Target, machine, source
+from sparseprune.api.options import Target, source
+from sparseprune.api.resources import machine
 from sparseprune.checkpoint import TensorReader, open_checkpoint
 from sparseprune.errors import MachineError
 from sparseprune.execution import devices, torch_tiles

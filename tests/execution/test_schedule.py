@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sparseprune.api.options import memory_of
+from sparseprune.api.resources import memory_of
 from sparseprune.checkpoint import TensorReader, open_checkpoint
 from sparseprune.errors import SparsepruneError
 from sparseprune.execution.plan import Plan, make_plan
