@@ -1,17 +1,16 @@
 """Every shipped spec on the machines of a cluster: the same bytes."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from sparseprune.execution.cluster import Cluster
-from tests.commands import ok, run, silent
+from tests.commands import run, silent
 from tests.execution.clusters import machines
-from tests.families.checkpoints import Checkpoint, write_statistics
-from tests.families.test_library import OPTIONS, SERVED
+from tests.families.conftest import Applied
+from tests.families.test_library import SERVED
 from tests.families.test_passes import contents
-from tests.limits import narrow
 
 pytest.importorskip("ray")
 pytestmark = pytest.mark.usefixtures("untraced")
@@ -26,20 +25,10 @@ def cluster() -> Iterator[Cluster]:
 
 @pytest.mark.parametrize("spec", SERVED)
 def test_a_cluster_writes_the_same_output(
-    spec: str,
-    checkpoint_of: Callable[[str], Checkpoint],
-    cluster: Cluster,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    spec: str, applied: Applied, cluster: Cluster, tmp_path: Path
 ) -> None:
-    dense = checkpoint_of(SERVED[spec][0])
-    monkeypatch.chdir(tmp_path)
-    write_statistics(dense, tmp_path)
-    narrow(monkeypatch, 4096, 1024)  # several chunks a pass
-    words = ("apply", dense.folder, spec, "-q", "--mask-format", "packed", *OPTIONS.get(spec, ()))
-    ok(*words, "-o", tmp_path / "here")
-    silent(*words, "-o", tmp_path / "there", "--on", cluster.address)
-    here, there = (contents(tmp_path / name) for name in ("here", "there"))
-    assert here == there
-    checked = [run("verify", tmp_path / "there", "--json", *on) for on in ((), ("--on", cluster.address))]
+    there, on = tmp_path / "there", ("--on", cluster.address)
+    silent("apply", applied.dense, *applied.words, "-o", there, *on)
+    assert contents(there) == contents(applied.folder)
+    checked = [run("verify", there, "--json", *where) for where in ((), on)]
     assert [(one.code, one.out) for one in checked] == [(0, checked[0].out)] * 2
