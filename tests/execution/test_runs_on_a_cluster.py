@@ -23,6 +23,7 @@ from sparseprune.errors import MachineError
 from sparseprune.execution.cluster import Cluster, Node
 from sparseprune.execution.machines import refuse_unlike
 from sparseprune.execution.spreading import look
+from tests.cli.removal import CASES, write
 from tests.commands import ok, refused, run
 from tests.execution.clusters import Machines, machines
 from tests.samples import save_statistics, write_shards, write_spec
@@ -149,6 +150,18 @@ def test_every_command_says_and_writes_what_it_does_here(joined: Cluster, tmp_pa
         here_said, there_said = run(*read), run(*read, *on)
         assert (there_said.code, there_said.out) == (here_said.code, here_said.out), read
         assert there_said.err.replace("sparseprune: on 2 machines with 2 CPUs\n", "") == here_said.err
+
+
+@pytest.mark.parametrize("name", ["channels", "experts"])
+def test_what_is_removed_is_what_one_machine_removes(joined: Cluster, name: str, tmp_path: Path) -> None:
+    case, on = CASES[name], ("--on", joined.address)
+    dense = write(tmp_path / "dense", case.tensors(), case.config, shards=3)
+    ok("mask", dense, case.spec, *case.options, "-o", tmp_path / "masks")
+    for number, what in enumerate([(case.spec, *case.options), ("--masks", tmp_path / "masks")]):
+        here, there = (tmp_path / f"{number} {place}" for place in ("here", "there"))
+        words = ("remove", dense, *what, "--json", "-q", "-o")
+        assert without_seconds(ok(*words, here).out) == without_seconds(ok(*words, there, *on).out)
+        assert contents(here) == contents(there)
 
 
 @pytest.fixture(scope="module")
