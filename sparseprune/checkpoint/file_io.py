@@ -43,6 +43,7 @@ _IDLE = 16  # files that stay open between uses
 _KERNEL_STEP = 1 << 30
 _REMOTE_PART, _REMOTE_PARTS = 4 << 20, 4  # bytes of a part that is copied from a store, and parts at a time
 CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_READ = os.O_RDONLY | os.O_CLOEXEC
 _WRITE = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
 
 Key = TypeVar("Key")
@@ -185,20 +186,12 @@ def copy_range(source: Path, source_offset: int, file: Path | str, offset: int, 
 
 def _copy_remote(source: RemotePath, source_offset: int, file: Path | str, offset: int, length: int) -> None:
     """As `copy_range`, from a store: some parts side by side."""
-    with remote_errors(source):
-        etag = source.facts().etag
     parts = [(done, min(_REMOTE_PART, length - done)) for done in range(0, length, _REMOTE_PART)]
 
     def copied(part: tuple[int, int]) -> None:
         done, count = part
-        begin = source_offset + done
-        with remote_errors(source):
-            data = source.read_part(begin, begin + count, etag)
-        if len(data) < count:
-            raise ChangedInputError(
-                f"{source}: file was truncated while it was read: it ends at byte {begin + len(data)}, "
-                f"wanted {source_offset + length}"
-            )
+        data = memoryview(bytearray(count))
+        read_input(source, data, source_offset + done)
         write_at(writing, data, offset + done)
 
     with opened(open_to_write(file)) as writing:
@@ -314,6 +307,27 @@ NO_STAMP = Stamp(0, 0, 0)
 
 def stamp_of(status: os.stat_result) -> Stamp:
     return Stamp(status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
+
+
+def read_input(source: Path, buffer: memoryview, offset: int) -> None:
+    """Fills a buffer from a file, wherever that is; ChangedInputError where it ends too early or changed."""
+    done, copy = -1, source
+    if isinstance(source, RemotePath):
+        with remote_errors(source):
+            found = source.local()
+            if found is None:
+                data = as_bytes(source.read_part(offset, offset + len(buffer), source.facts().etag))
+                done = len(data)
+                buffer[:done] = data
+        copy = found or source
+    if done < 0:
+        with machine_errors(source, "cannot be read"), opened(os.open(copy, _READ)) as descriptor:
+            done = read_into(descriptor, buffer, offset)
+    if done < len(buffer):
+        raise ChangedInputError(
+            f"{source}: file was truncated while it was read: it ends at byte {offset + done}, wanted "
+            f"{offset + len(buffer)}"
+        )
 
 
 def status_now(path: Path) -> os.stat_result:

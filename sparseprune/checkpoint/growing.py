@@ -14,13 +14,10 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from sparseprune.checkpoint import file_io
-from sparseprune.checkpoint.file_io import ChangedInputError, machine_errors, remote_errors
-from sparseprune.checkpoint.remote import RemotePath
 from sparseprune.errors import MachineError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
-    from pathlib import Path
 
     from sparseprune.checkpoint.layout import CopyRange, OutputFile
 
@@ -205,7 +202,7 @@ class GrowingFile:
             if one.offset >= part.end:
                 break
             begin, end = max(part.begin, one.offset), min(part.end, one.offset + one.length)
-            _read(
+            file_io.read_input(
                 one.source,
                 view[begin - part.begin : end - part.begin],
                 one.source_offset + begin - one.offset,
@@ -214,27 +211,3 @@ class GrowingFile:
         for offset in [one for one in self._bits if part.begin <= one < part.end]:
             view[offset - part.begin] |= self._bits.pop(offset)[0]
         return data
-
-
-def _read(source: Path, buffer: memoryview, offset: int) -> None:
-    """Fills a buffer from a file of the input, wherever that is."""
-    data: memoryview | None = None
-    if isinstance(source, RemotePath):
-        with remote_errors(source):
-            copy = source.local()
-            if copy is None:
-                data = file_io.as_bytes(source.read_part(offset, offset + len(buffer), source.facts().etag))
-                buffer[: len(data)] = data
-        source = copy or source
-    if data is None:
-        with machine_errors(source, "cannot be read"):
-            descriptor = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
-            with file_io.opened(descriptor):
-                done = file_io.read_into(descriptor, buffer, offset)
-    else:
-        done = len(data)
-    if done < len(buffer):
-        raise ChangedInputError(
-            f"{source}: file was truncated while it was read: it ends at byte {offset + done}, wanted "
-            f"{offset + len(buffer)}"
-        )
