@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from sparseprune.checkpoint.file_io import as_bytes, machine_errors
 from sparseprune.checkpoint.remote import INSTALL, Facts, Store
-from sparseprune.errors import CheckpointError
+from sparseprune.errors import CheckpointError, MachineError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -118,8 +118,11 @@ class ObjectFolder:
 
     def __init__(self, address: RemotePath) -> None:
         self.address = address
-        with machine_errors(address):
+        try:
             store = address.store
+        except OSError as error:
+            kind = CheckpointError if error.errno == errno.ENOENT else MachineError
+            raise kind(f"{address}: cannot be written: {error.strerror}") from error
         if not isinstance(store, ObjectStore):
             raise CheckpointError(f"{address}: cannot be written to; {_OTHER}")
         self._store = store

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -33,6 +34,7 @@ _POLL = 0.2  # seconds between looks at signals
 _UNHEARD = 4  # results of a batch that wait to be heard: then its machine waits, too
 _ALONE = 30.0  # seconds without news until it is asked whether any machine is left; one may be on its way
 _PATIENCE = 5.0  # seconds for batches before one that failed: the first failure in their order is raised
+_ANSWER = 5.0  # seconds in which the machine at an address has to answer
 _STORE = 1 << 28  # bytes of shared memory of a cluster that is started here: what passes between machines
 _LOCAL = "local"  # the address of a cluster that is started here, also in RAY_ADDRESS
 _QUIET = {"log_to_driver": False, "logging_level": logging.CRITICAL}
@@ -226,8 +228,10 @@ class Cluster:
         named = os.environ.get("RAY_ADDRESS") if self.address == "auto" else self.address
         if named != _LOCAL:
             try:
+                if named is not None:
+                    _refuse_silent(named)
                 self._ray.init(address=self.address, **_QUIET)
-            except (ConnectionError, RuntimeError, ValueError) as error:
+            except (OSError, RuntimeError, ValueError) as error:
                 if named is not None:
                     raise MachineError(
                         f"--on {self.address}: there is no cluster at {named}: {_first_line(error)}; "
@@ -368,6 +372,13 @@ def check_address(address: str) -> None:
     _ray()
 
 
+def _refuse_silent(address: str) -> None:
+    """OSError where nothing listens at HOST:PORT: Ray would wait for minutes, and say so again and again."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), _ANSWER).close()
+
+
 def _ray() -> ModuleType:
     """The module, imported with our settings."""
     if "ray" not in sys.modules:
@@ -427,7 +438,8 @@ def _lost_text(error: Exception) -> str:
 
 
 def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0].strip().rstrip(".") or type(error).__name__
+    text = (isinstance(error, OSError) and error.strerror) or str(error)
+    return text.strip().partition("\n")[0].strip().rstrip(".") or type(error).__name__
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from sparseprune.execution import cluster as clusters
 from sparseprune.execution.cluster import Cluster, Node, Shared
 from sparseprune.execution.regions import Resources
 from sparseprune.execution.spreading import share_of
+from tests.commands import python
 from tests.execution.clusters import Machines, kill_worker, machines
 
 ray = pytest.importorskip("ray")
@@ -128,6 +129,16 @@ def test_every_machine_is_asked(cluster: Cluster) -> None:
 def test_an_address_that_cannot_be_joined_is_refused(address: str, line: str) -> None:
     with pytest.raises(SparsepruneError, match=line):
         Cluster(address)
+
+
+def test_an_address_where_nothing_listens_is_one_line() -> None:
+    """In a process of its own: this one may have joined a cluster."""
+    said = python("-m", "sparseprune", "inspect", "model", "--on", "127.0.0.1:1")
+    assert (said.returncode, said.stdout) == (3, "")
+    assert said.stderr == (
+        "sparseprune: --on 127.0.0.1:1: there is no cluster at 127.0.0.1:1: Connection refused; `ray start "
+        "--head` begins one\n"
+    )
 
 
 def test_errors_are_the_same_after_a_pickle() -> None:
