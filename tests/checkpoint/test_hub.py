@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from sparseprune.checkpoint import hub as hubs
 from sparseprune.checkpoint.hub import HubAddress, HubStore, pinned
 from sparseprune.errors import CheckpointError, MachineError
 from tests.hub import Hub, reach
@@ -345,3 +346,12 @@ def test_a_fetch_that_is_interrupted_leaves_nothing_and_can_be_begun_again(hub: 
         store.local(shard(3))
     store.hears = None
     assert store.local(shard(3)).stat().st_size == 400_000
+
+
+def test_a_system_without_threads_fetches_all_the_same(
+    hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hubs.Worker, "begin", lambda _: False)
+    store = HubStore(f"hf://{MODEL}@{hub.put(MODEL, folder)}")
+    name = next(path.name for path in sorted(folder.glob("*.safetensors")))
+    assert store.local(name).read_bytes() == (folder / name).read_bytes()

@@ -228,3 +228,53 @@ def test_every_call_raises_what_ended_the_sending() -> None:
         with pytest.raises(MachineError, match="the store is gone"):
             call()
     sending.close()
+
+
+def test_what_is_written_to_other_files_and_to_parts_that_were_sent_is_dropped() -> None:
+    target = Kept()
+    sending = Uploads([growing(8, [(0, 8)], [], 4)], target, lambda *_: None)
+    sending.write("other", b"12", 0)
+    sending.merge("other", 0, 1, 1)
+    sending.write("file", b"abcdefgh", 0)
+    sending.finish(["file"])
+    sending.write("file", b"ABCDEFGH", 0)
+    sending.close()
+    assert target.objects == {"file": b"abcdefgh"}
+    assert sending.touched == {"file"}
+
+
+def test_what_is_kept_can_be_read_and_what_was_not_written_stays_as_it_is() -> None:
+    sending = Uploads([growing(8, [(0, 8)], [], 4)], Kept(), lambda *_: None, ["file"], keeps=True)
+    sending.write("file", b"abcd", 0)
+    found = bytearray(b"........")
+    sending.read_into("file", 0, found)
+    sending.close()
+    assert found == b"abcd...."
+
+
+def test_a_failure_that_is_no_error_of_the_machine_is_raised_as_it_is() -> None:
+    class Broken(Kept):
+        def put(self, name: str, data: Any) -> Facts:
+            raise LookupError(name)
+
+    sending = Uploads([growing(4, [(0, 4)], [], 4)], Broken(), lambda *_: None)
+    sending.write("file", b"abcd", 0)
+    with pytest.raises(LookupError, match="file"):
+        sending.finish(["file"])
+    sending.close()
+
+
+def test_nothing_is_written_after_the_sending_was_given_up() -> None:
+    sending = Uploads([growing(4, [(0, 4)], [], 4)], Kept(), lambda *_: None)
+    sending.close()
+    with pytest.raises(uploads.AbandonedError):
+        sending.write("file", b"abcd", 0)
+
+
+def test_a_system_without_threads_ends_the_sending(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(uploads.Worker, "begin", lambda _: False)
+    sending = Uploads([growing(4, [(0, 4)], [], 4)], Kept(), lambda *_: None)
+    sending.write("file", b"abcd", 0)
+    with pytest.raises(MachineError, match="file: cannot be sent: the system has no thread left"):
+        sending.finish(["file"])
+    sending.close()

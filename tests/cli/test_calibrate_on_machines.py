@@ -1,11 +1,13 @@
 """`calibrate --on`: machines that share the work write the bytes of one, whatever is lost meanwhile."""
 
+import fcntl
 import json
 import os
 import shutil
 import signal
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,10 +17,12 @@ import torch
 
 from sparseprune.calibration.outbox import Note, Outbox, Piece, states_folder
 from sparseprune.calibration.shares import Gathering
+from sparseprune.execution import cluster
 from sparseprune.execution.cluster import Cluster
 from tests.calibration.models import albert, made, save
 from tests.commands import Said, refused, run
 from tests.execution.clusters import Machines, machines
+from tests.execution.here import Here
 
 pytest.importorskip("ray")
 pytestmark = pytest.mark.usefixtures("quiet_transformers", "one_thread")
@@ -85,6 +89,16 @@ def told(text: str) -> Any:
     return found
 
 
+def left_behind() -> list[Path]:
+    """Folders for hidden states whose processes are gone: those of others are locked."""
+    found = []
+    for folder in Path(tempfile.gettempdir()).glob("sparseprune-states-*"):
+        with suppress(FileNotFoundError, BlockingIOError), (folder / "lock").open("rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            found.append(folder)
+    return [folder for folder in found if folder.exists()]
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -107,7 +121,30 @@ def test_two_machines_write_and_say_what_one_process_does(
     facts, data = local(*arguments)
     assert told(said.out) == facts
     assert statistics(tmp_path / "stats") == data
-    assert not list(Path(tempfile.gettempdir()).glob("sparseprune-states-*"))
+    assert not left_behind()
+
+
+@pytest.mark.parametrize("losing", [False, True])
+@pytest.mark.parametrize(
+    "arguments",
+    [("mixtral",), ("mixtral", "--gradients", "--memory", SOME_MATRICES), ("albert", "--gradients")],
+)
+def test_shares_that_this_process_does_or_loses_make_the_same(
+    arguments: tuple[Any, ...],
+    losing: bool,
+    home: Path,
+    local: Callable[..., tuple[Any, bytes]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cluster, "Cluster", Here)
+    monkeypatch.setattr(Here, "losing", losing)
+    model, *words = arguments
+    said = calibrate(home / model, tmp_path / "stats", "--on", "auto", "--json", "-q", *words)
+    assert said.code == 0, said.err
+    facts, data = local(*arguments)
+    assert told(said.out) == facts
+    assert statistics(tmp_path / "stats") == data
 
 
 def worker_of(kind: str) -> list[int]:
