@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from sparseprune.checkpoint import hub as hubs
 from sparseprune.checkpoint.hub import HubAddress, HubStore, pinned
+from sparseprune.checkpoint.threads import Worker
 from sparseprune.errors import CheckpointError, MachineError
 from tests.hub import Hub, reach
 
@@ -351,7 +351,7 @@ def test_a_fetch_that_is_interrupted_leaves_nothing_and_can_be_begun_again(hub: 
 def test_a_system_without_threads_fetches_all_the_same(
     hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hubs.Worker, "begin", lambda _: False)
+    monkeypatch.setattr(Worker, "begin", lambda _: False)
     store = HubStore(f"hf://{MODEL}@{hub.put(MODEL, folder)}")
     name = next(path.name for path in sorted(folder.glob("*.safetensors")))
     assert store.local(name).read_bytes() == (folder / name).read_bytes()

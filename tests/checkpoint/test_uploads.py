@@ -18,6 +18,7 @@ from sparseprune.checkpoint.file_io import ChangedInputError
 from sparseprune.checkpoint.growing import MOST_PARTS, GrowingFile, Intervals
 from sparseprune.checkpoint.layout import CopyRange, OutputFile
 from sparseprune.checkpoint.remote import Facts
+from sparseprune.checkpoint.threads import Worker
 from sparseprune.checkpoint.uploads import Uploads
 from sparseprune.errors import MachineError
 
@@ -272,7 +273,7 @@ def test_nothing_is_written_after_the_sending_was_given_up() -> None:
 
 
 def test_a_system_without_threads_ends_the_sending(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(uploads.Worker, "begin", lambda _: False)
+    monkeypatch.setattr(Worker, "begin", lambda _: False)
     sending = Uploads([growing(4, [(0, 4)], [], 4)], Kept(), lambda *_: None)
     sending.write("file", b"abcd", 0)
     with pytest.raises(MachineError, match="file: cannot be sent: the system has no thread left"):
