@@ -40,6 +40,8 @@ PER_LAYER: dict[str, tuple[int, ...]] = {
     "fused.layers.{}.mlp.down_proj.weight": (HIDDEN, WIDTH),
     "encoder.layer.{}.intermediate.dense.weight": (WIDTH, HIDDEN),
     "encoder.layer.{}.intermediate.dense.bias": (WIDTH,),
+    "adapted.layers.{}.self_attn.q_proj.lora_A.weight": (8, HIDDEN),
+    "adapted.layers.{}.self_attn.q_proj.lora_B.weight": (HIDDEN, 8),
 }
 PER_EXPERT: dict[str, tuple[int, ...]] = {
     "model.layers.{}.mlp.experts.{}.gate_proj.weight": (WIDTH, HIDDEN),
@@ -48,19 +50,26 @@ PER_EXPERT: dict[str, tuple[int, ...]] = {
 }
 
 
-def tensors(with_experts: bool) -> Iterator[TensorInfo]:
-    """Names and (small) shapes of a Llama, one with fused matrices, a BERT and a mixture of experts."""
+def tensors(text: str) -> Iterator[TensorInfo]:
+    """Names and (small) shapes of a Llama, one with fused matrices, one with adapters, and a BERT.
+
+    For an example that speaks of them, a mixture of experts or a convolution, too.
+    """
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        yield TensorInfo(name, "BF16", (3 * WIDTH, HIDDEN))
+    if "scope.convolution]" in text:
+        yield TensorInfo("stages.0.conv1.weight", "BF16", (HIDDEN, 8, 3, 3))
     for layer in range(LAYERS):
         for name, shape in PER_LAYER.items():
             yield TensorInfo(name.format(layer), "BF16", shape)
-        for expert in range(EXPERTS if with_experts else 0):
+        for expert in range(EXPERTS if "expert" in text else 0):
             for name, shape in PER_EXPERT.items():
                 yield TensorInfo(name.format(layer, expert), "BF16", shape)
 
 
 @pytest.mark.parametrize("text", EXAMPLES)
 def test_every_example_is_a_spec_that_reaches_tensors(text: str) -> None:
-    bound = bind(parse_spec(text, "example"), list(tensors("expert" in text)), CONFIG)
+    bound = bind(parse_spec(text, "example"), list(tensors(text)), CONFIG)
     scopes = [name for name, table in tomllib.loads(text)["scope"].items() if not table.get("optional")]
     assert bound.covered
     assert len(bound.rules) == len(scopes) or "scope_coupling" in text
