@@ -23,7 +23,7 @@ from sparseprune.checkpoint.remote import RemotePath, beside, is_on_hub
 from sparseprune.errors import CheckpointError, size
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Collection, Container, Iterable, Iterator, Sequence
 
     from sparseprune.checkpoint.discovery import OtherFile
     from sparseprune.checkpoint.source import Checkpoint, Shard, StoredTensor
@@ -115,6 +115,14 @@ class OutputLayout:
             return self.checkpoint.folders
         mode = results_mode(self.checkpoint)
         return {PurePosixPath(): mode | (mode & 0o444) >> 2}
+
+    def places_of(self, files: Container[PurePosixPath]) -> tuple[dict[str, Place], dict[str, Place]]:
+        """The places in these files: of weights, and of masks."""
+        weights, masks = (
+            {name: place for name, place in places.items() if place.file in files}
+            for places in (self.weights, self.masks)
+        )
+        return weights, masks
 
     @property
     def left_out(self) -> tuple[OtherFile, ...]:

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from sparseprune.checkpoint.file_io import Bytes, WritableBytes
-    from sparseprune.checkpoint.layout import CopyRange, OutputLayout, Place
+    from sparseprune.checkpoint.layout import CopyRange, OutputLayout
     from sparseprune.checkpoint.portions import Portion
     from sparseprune.checkpoint.source import Checkpoint
 
@@ -264,6 +264,24 @@ class Output(Sink, Protocol):
     partial_path: Path
     staged_path: Path
     tell: Callable[[str], None]
+    _placed: PlacedFiles
+
+    def __init__(self, layout: OutputLayout, force: bool, identity: Mapping[str, str] | None) -> None:  # noqa: FBT001
+        self.layout, self.force, self.identity = layout, force, identity
+        self.finished, self.started_over = Notes(), ()
+        self.resumed = self.named = self.kept = False
+        self.tell = lambda _: None
+
+    def copy(self, part: CopyRange) -> None:
+        self._placed.copy(part)
+
+    def write_weight(self, name: str, begin: int, data: Bytes) -> None:
+        if self.layout.writes_weights:
+            self._placed.write_weight(name, begin, data)
+
+    def write_mask(self, name: str, first: int, keep: Bytes) -> None:
+        if self.layout.mask_format is not None:
+            self._placed.write_mask(name, first, keep)
 
     @property
     def warnings(self) -> tuple[str, ...]: ...
@@ -325,15 +343,7 @@ class StagedOutput(Output):
         force: bool = False,  # noqa: FBT001, FBT002
         identity: Mapping[str, str] | None = None,
     ) -> None:
-        self.layout = layout
-        self.force = force
-        self.identity = identity
-        self.finished = Notes()
-        self.resumed = False
-        self.started_over: tuple[str, ...] = ()
-        self.named = False
-        self.kept = False
-        self.tell = lambda _: None
+        super().__init__(layout, force, identity)
         self._staging = StagingDir(layout.target, "choice" if layout.is_scratch else "partial")
         self.partial_path, self.staged_path = self._staging.path, self._staging.output
         self._paths = {file.path: str(self._staging.output / file.path) for file in layout.files}
@@ -383,23 +393,12 @@ class StagedOutput(Output):
             self._leave(keep=keep)
             self.kept = keep
 
-    def copy(self, part: CopyRange) -> None:
-        self._placed.copy(part)
-
-    def write_weight(self, name: str, begin: int, data: Bytes) -> None:
-        if self.layout.writes_weights:
-            self._placed.write_weight(name, begin, data)
-
     def read_weight(self, name: str, buffer: WritableBytes) -> None:
         place = self.layout.weights[name]
         path = self._paths[place.file]
         reading = file_io.machine_errors(path, "cannot be read")
         with reading, file_io.opened(os.open(path, os.O_RDONLY)) as descriptor:
             file_io.read_into(descriptor, buffer, place.offset)
-
-    def write_mask(self, name: str, first: int, keep: Bytes) -> None:
-        if self.layout.mask_format is not None:
-            self._placed.write_mask(name, first, keep)
 
     def portion(self, files: Sequence[str]) -> Portion:
         layout = self.layout
@@ -410,15 +409,10 @@ class StagedOutput(Output):
                 file_io.sync(self.partial_path)
             self._token = str(token)
         wanted = frozenset(map(PurePosixPath, files))
-
-        def among(places: Mapping[str, Place]) -> dict[str, Place]:
-            return {name: place for name, place in places.items() if place.file in wanted}
-
         return FolderPortion(
             self._token,
             {str(file): self._paths[file] for file in wanted},
-            among(layout.weights) if layout.writes_weights else {},
-            among(layout.masks) if layout.mask_format is not None else {},
+            *layout.places_of(wanted),
             packed=layout.mask_format == "packed",
         )
 

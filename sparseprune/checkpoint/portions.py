@@ -217,6 +217,22 @@ def _packed(bits: memoryview) -> memoryview:
     return np.packbits(np.frombuffer(bits, dtype=np.uint8), bitorder="little").data
 
 
+class PlacedPortion(PlacedFiles):
+    """Writes the files of a portion; what is for others is dropped."""
+
+    def copy(self, part: CopyRange) -> None:
+        if part.file in self._paths:
+            super().copy(part)
+
+    def write_weight(self, name: str, begin: int, data: Bytes) -> None:
+        if name in self._weights:
+            super().write_weight(name, begin, data)
+
+    def write_mask(self, name: str, first: int, keep: Bytes) -> None:
+        if name in self._masks:
+            super().write_mask(name, first, keep)
+
+
 class FolderPortion(Struct, frozen=True):
     """Files of a staged folder that all machines share; `token` is a file by which one sees that it does."""
 
@@ -248,32 +264,17 @@ class FolderPortion(Struct, frozen=True):
             writer.close()
 
 
-class FolderWriter:
-    """Writes the files of a FolderPortion; what is for others is dropped."""
+class FolderWriter(PlacedPortion):
+    """Writes the files of a FolderPortion."""
 
     def __init__(self, portion: FolderPortion) -> None:
         self.facts: Mapping[str, Any] = {}
-        self._writer = FileWriter()
-        self._portion = portion
-        self._paths = {PurePosixPath(file): path for file, path in portion.paths.items()}
-        self._placed = PlacedFiles(
-            self._paths, portion.weights, portion.masks, self._writer, packed=portion.packed
-        )
-
-    def copy(self, part: CopyRange) -> None:
-        if part.file in self._paths:
-            self._placed.copy(part)
-
-    def write_weight(self, name: str, begin: int, data: Bytes) -> None:
-        if name in self._portion.weights:
-            self._placed.write_weight(name, begin, data)
-
-    def write_mask(self, name: str, first: int, keep: Bytes) -> None:
-        if name in self._portion.masks:
-            self._placed.write_mask(name, first, keep)
+        self._files = FileWriter()
+        paths = {PurePosixPath(file): path for file, path in portion.paths.items()}
+        super().__init__(paths, portion.weights, portion.masks, self._files, packed=portion.packed)
 
     def flush(self) -> None:
-        self._writer.flush()
+        self._files.flush()
 
     def close(self) -> None:
-        self._writer.close()
+        self._files.close()

@@ -21,7 +21,7 @@ from sparseprune.checkpoint import file_io, growing, publish
 from sparseprune.checkpoint.discovery import INDEX_SUFFIX, RESULTS, SUFFIX
 from sparseprune.checkpoint.objects import ObjectFolder
 from sparseprune.checkpoint.output import Notes, Output, may_go_on, note_text
-from sparseprune.checkpoint.portions import PlacedFiles
+from sparseprune.checkpoint.portions import PlacedFiles, PlacedPortion
 from sparseprune.checkpoint.remote import RemotePath
 from sparseprune.checkpoint.remote_run import Lock, RemoteJournal
 from sparseprune.checkpoint.source import open_checkpoint, open_unnamed
@@ -61,17 +61,9 @@ class RemoteOutput(Output):
         *,
         keeps: bool = False,
     ) -> None:
-        self.layout = layout
-        self.force = force
-        self.identity = identity
-        self.finished = Notes()
-        self.resumed = False
-        self.started_over: tuple[str, ...] = ()
-        self.named = False
-        self.kept = False
+        super().__init__(layout, force, identity)
         self.partial_path = layout.target
         self.staged_path = layout.root
-        self.tell: Callable[[str], None] = lambda _: None
         self._keeps = keeps
         root = layout.root
         if not isinstance(root, RemotePath):
@@ -84,7 +76,7 @@ class RemoteOutput(Output):
         self._last = _last_files(layout)
         self._results: dict[str, tempfile.SpooledTemporaryFile[bytes]] = {}
         self._sending = Uploads((), self, self._sent)
-        self._writing = PlacedFiles({}, {}, {}, self._sending, packed=False)
+        self._placed = PlacedFiles({}, {}, {}, self._sending, packed=False)
         self._noting, self._appending = threading.Lock(), threading.Lock()
         self._done: dict[str, Facts] = {}
         self._written: set[str] = set()  # objects of this run and of those that it continues
@@ -132,17 +124,6 @@ class RemoteOutput(Output):
         publish.check_apart(self.layout)
         self._check(self._existing(), self._journal.read())
 
-    def copy(self, part: CopyRange) -> None:
-        self._writing.copy(part)
-
-    def write_weight(self, name: str, begin: int, data: Bytes) -> None:
-        if self.layout.writes_weights:
-            self._writing.write_weight(name, begin, data)
-
-    def write_mask(self, name: str, first: int, keep: Bytes) -> None:
-        if self.layout.mask_format is not None:
-            self._writing.write_mask(name, first, keep)
-
     def read_weight(self, name: str, buffer: WritableBytes) -> None:
         """Fill a buffer with the bytes of a tensor as they were written; the output has to keep them."""
         place = self.layout.weights[name]
@@ -173,7 +154,7 @@ class RemoteOutput(Output):
         here = self._last if self.layout.is_directory else ()
         wanted = {path for path in files if path in self._sending}.difference(here)
         self._sending.drop(wanted)
-        return RemotePortion.of(self.layout, wanted)
+        return RemotePortion.of(self.layout, frozenset(map(PurePosixPath, wanted)))
 
     def portion_done(self, files: Sequence[str], facts: Mapping[str, Any]) -> None:  # noqa: ARG002
         for name, one in facts.items():
@@ -292,11 +273,10 @@ class RemoteOutput(Output):
                 self._journal.begin(mine, names, self._last)
         files = [file for file in layout.files if str(file.path) not in self._done]
         packed = layout.mask_format == "packed"
-        weights = layout.weights if layout.writes_weights else {}
-        grown = growing_files(files, (weights, layout.masks), layout.copies, packed=packed)
+        grown = growing_files(files, (layout.weights, layout.masks), layout.copies, packed=packed)
         self._sending = Uploads(grown, self, self._sent, self._last, keeps=self._keeps)
         paths = {file.path: str(file.path) for file in layout.files}
-        self._writing = PlacedFiles(paths, layout.weights, layout.masks, self._sending, packed=packed)
+        self._placed = PlacedFiles(paths, layout.weights, layout.masks, self._sending, packed=packed)
 
     def _replace(self) -> None:
         """Before the first object is written: what shows an earlier output to readers goes."""
@@ -341,7 +321,7 @@ class RemoteOutput(Output):
         layout = self.layout
         tensors = layout.checkpoint.tensors
         found: dict[str, set[str]] = {str(file.path): {str(file.path)} for file in layout.files}
-        places = (layout.weights if layout.writes_weights else {}, layout.masks)
+        places = (layout.weights, layout.masks)
         for name in dict.fromkeys((*places[0], *places[1])):
             own = {str(some[name].file) for some in places if name in some}
             stored = tensors.get(name)
@@ -391,16 +371,12 @@ class RemotePortion(Struct, frozen=True):
     packed: bool
 
     @classmethod
-    def of(cls, layout: OutputLayout, wanted: Container[str]) -> RemotePortion:
-        def among(places: Mapping[str, Place]) -> dict[str, Place]:
-            return {name: place for name, place in places.items() if str(place.file) in wanted}
-
+    def of(cls, layout: OutputLayout, wanted: Container[PurePosixPath]) -> RemotePortion:
         return cls(
             str(layout.root),
-            tuple(file for file in layout.files if str(file.path) in wanted),
-            among(layout.weights) if layout.writes_weights else {},
-            among(layout.masks) if layout.mask_format is not None else {},
-            tuple(one for one in layout.copies if str(one.file) in wanted),
+            tuple(file for file in layout.files if file.path in wanted),
+            *layout.places_of(wanted),
+            tuple(one for one in layout.copies if one.file in wanted),
             packed=layout.mask_format == "packed",
         )
 
@@ -418,39 +394,24 @@ class RemotePortion(Struct, frozen=True):
             writer.close()
 
 
-class RemoteWriter:
-    """Writes the files of a RemotePortion; what is for others is dropped."""
+class RemoteWriter(PlacedPortion):
+    """Writes the files of a RemotePortion."""
 
     def __init__(self, portion: RemotePortion) -> None:
         self.facts: dict[str, Any] = {}
-        self._portion = portion
         grown = growing_files(
             portion.files, (portion.weights, portion.masks), portion.copies, packed=portion.packed
         )
         folder = ObjectFolder(RemotePath(portion.address))
         self._sending = Uploads(grown, folder, self.facts.__setitem__)
         paths = {file.path: str(file.path) for file in portion.files}
-        self._writing = PlacedFiles(
-            paths, portion.weights, portion.masks, self._sending, packed=portion.packed
-        )
-
-    def copy(self, part: CopyRange) -> None:
-        if str(part.file) in self._sending:
-            self._writing.copy(part)
-
-    def write_weight(self, name: str, begin: int, data: Bytes) -> None:
-        if name in self._portion.weights:
-            self._writing.write_weight(name, begin, data)
-
-    def write_mask(self, name: str, first: int, keep: Bytes) -> None:
-        if name in self._portion.masks:
-            self._writing.write_mask(name, first, keep)
+        super().__init__(paths, portion.weights, portion.masks, self._sending, packed=portion.packed)
 
     def flush(self) -> None:
         self._sending.refuse_failed()
 
     def complete(self) -> None:
-        self._sending.finish([str(file.path) for file in self._portion.files])
+        self._sending.finish(list(self._paths.values()))
 
     def close(self) -> None:
         self._sending.close()
