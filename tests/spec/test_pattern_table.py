@@ -56,6 +56,16 @@ def decoder() -> Shapes:
     return found | {"model.norm.weight": (HIDDEN,), "lm_head.weight": (TOKENS, HIDDEN)}
 
 
+def fused() -> Shapes:
+    """MLPs whose gate and up are one matrix, one below the other."""
+    found: Shapes = {}
+    for layer in range(LAYERS):
+        at = f"fused.layers.{layer}.mlp"
+        found[f"{at}.gate_up_proj.weight"] = (2 * WIDTH, HIDDEN)
+        found[f"{at}.down_proj.weight"] = MLP["down"]
+    return found
+
+
 def experts() -> Shapes:
     """Routers and the experts of each layer."""
     found: Shapes = {}
@@ -205,6 +215,10 @@ SEEN: dict[str, tuple[Callable[[], Shapes], Callable[[], Iterator[Instance]]]] =
     "gate and up": (decoder, of_layers(PROJECTION, dict.fromkeys(("gate", "up"), "m k"))),
     "up and down, channels first": (decoder, of_layers(PROJECTION, {"up": "c k", "down": "k c -> c k"})),
     "MLPs, channels first": (decoder, of_layers(PROJECTION, CHANNELS)),
+    "fused MLPs, channels first": (
+        fused,
+        of_layers(f"fused.{PROJECTION[6:]}", {"gate_up": "(p c) k -> c p k", "down": "k c -> c 1 k"}),
+    ),
     "q, k and v, inputs first": (decoder, of_layers(MODULE, dict.fromkeys("qkv", "m k -> k m"))),
     "q and o": (decoder, of_layers(MODULE, dict.fromkeys("qo", "m k"))),
     "attention": (decoder, of_layers(MODULE, dict.fromkeys("qkvo", "m k"))),
@@ -223,7 +237,7 @@ SEEN: dict[str, tuple[Callable[[], Shapes], Callable[[], Iterator[Instance]]]] =
     "embeddings, tokens first": (decoder, vocabulary),
     "adapters, ranks first": (adapters, each_adapter),
 }  # fmt: skip
-SIZES = {"u": KEYS, "d": DIM}  # of axes that do not follow from a tensor's shape
+SIZES = {"u": KEYS, "d": DIM, "p": 2}  # of axes that do not follow from a tensor's shape
 
 
 class Row(NamedTuple):
