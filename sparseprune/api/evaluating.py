@@ -6,14 +6,12 @@ Called by the public functions. Loads torch and transformers once all that can b
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
 from dataclasses import fields
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from msgspec import Struct
 
+from sparseprune.api.windows import folder_for_states
 from sparseprune.checkpoint import TensorReader, open_checkpoint
 from sparseprune.checkpoint.file_io import refuse_changed
 from sparseprune.checkpoint.folding import refuse_split
@@ -21,6 +19,7 @@ from sparseprune.results.evaluating import DifferingToken, Evaluation, GuessedTo
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from torch import Tensor
 
@@ -84,12 +83,9 @@ def evaluate(run: Run, asked: Evaluating) -> Evaluation:
                     f"{path}: lacks {len(model.missing)} weights of the model, such as {model.missing[0]}"
                 )
         sequences = asked.windows.cut(run, documents, sides.models)
-        with (
-            TemporaryDirectory(prefix="sparseprune-") if asked.scratch is None else nullcontext(asked.scratch)
-        ) as folder:
-            room = Room(asked.memory, Path(folder))
-            with run.progress("evaluating", sequences.ids.numel(), 0, "tokens") as advance:
-                found = run_models(sides, sequences, reader, room, advance)
+        progress = run.progress("evaluating", sequences.ids.numel(), 0, "tokens")
+        with folder_for_states(asked.scratch) as folder, progress as advance:
+            found = run_models(sides, sequences, reader, Room(asked.memory, folder), advance)
     for checkpoint in checkpoints:
         refuse_changed(checkpoint, ())
     result = _made(run, asked, sides, sequences, found)

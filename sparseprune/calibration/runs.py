@@ -283,8 +283,6 @@ class Stream:
             run.drop()
 
 
-def outputs_of(block: torch.nn.Module, run: Run, parameters: dict[str, Tensor] | None = None) -> Any:
-    """The outputs of the block in front of which a run halts, with other `parameters` if given."""
-    if parameters is None:
-        return block(*run.args, **run.kwargs)
-    return torch.func.functional_call(block, parameters, run.args, run.kwargs)
+def outputs_of(block: torch.nn.Module, run: Run) -> Any:
+    """The outputs of the block in front of which a run halts."""
+    return block(*run.args, **run.kwargs)

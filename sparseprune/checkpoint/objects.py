@@ -56,7 +56,6 @@ _WRONG_KEYS = frozenset(
 
 Mark = dict[str, str]
 """One version of one object, as its store tells versions apart."""
-_ALL_AT_ONCE = 1000
 _OTHER = "give a local folder, or one in s3://, gs:// or az:// with -o"
 
 

@@ -27,16 +27,11 @@ if TYPE_CHECKING:
 
 FOLDER, _FILE = 0o755, 0o644  # the permissions of what is in no file system
 _PART = 4 << 20  # bytes that are read at once of an open file
-OBJECT_STORES = frozenset({"s3", "gs", "az"})
 HUB = "hf"
 INSTALL = "pip install 'sparseprune[remote]'"
 _ADDRESS = re.compile(r"(?:s3|gs|az|hf):/")  # of a Path, too, which makes one slash of two
-_ROOT_PARTS = {
-    "s3": 2,
-    "gs": 2,
-    "az": 2,
-    "hf": 3,
-}  # of a path: scheme and bucket; scheme, organization and model
+# Of a path: scheme and bucket; scheme, organization and model.
+_ROOT_PARTS = {"s3": 2, "gs": 2, "az": 2, "hf": 3}
 
 
 class Facts(Struct, frozen=True):

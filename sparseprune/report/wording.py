@@ -45,13 +45,13 @@ def place_text(index: Sequence[int] | None) -> str:
     return "" if index is None else str(list(index))
 
 
-def number_text(number: float | None, unknown: str = "?", form: str = ",") -> str:
-    """A number in this form, or what stands for one that is not known.
+def number_text(number: float | None, unknown: str = "?") -> str:
+    """A number, or what stands for one that is not known.
 
-    >>> number_text(1200), number_text(None), number_text(0.5, form=".4f")
-    ('1,200', '?', '0.5000')
+    >>> number_text(1200), number_text(None)
+    ('1,200', '?')
     """
-    return unknown if number is None else format(number, form)
+    return unknown if number is None else f"{number:,}"
 
 
 def each_text(values: EachNumber, text: Callable[[float], str] = "{:,}".format) -> str:
