@@ -46,7 +46,7 @@ from sparseprune.engine.grids import prod
 from sparseprune.errors import CheckpointError, SparsepruneError, SpecError
 from sparseprune.execution.plan import rebuilding_rules
 from sparseprune.report.coverage import idle_lines
-from sparseprune.report.wording import other_weights
+from sparseprune.report.wording import other_weights, some_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -538,7 +538,5 @@ def _training_state(checkpoint: Checkpoint) -> list[str]:
         for other in checkpoint.others
         if names_training_state(other.path.name) and other.path.suffix in PICKLE_SUFFIXES
     ]
-    if not names:
-        return []
-    more = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
-    return [f"copied as it is, though a trainer wrote it for the larger model: {names[0]}{more}"]
+    why = "copied as it is, though a trainer wrote it for the larger model"
+    return [f"{why}: {some_of(names)}"] if names else []

@@ -18,7 +18,7 @@ from msgspec.structs import replace
 from sparseprune.errors import CheckpointError
 from sparseprune.removal.architectures import BY_PLACE, LAYER_COUNTS, SIDED_LAYERS, SIDES, TAPS
 from sparseprune.removal.preview import numbered
-from sparseprune.removal.sections import path_shown, value_at
+from sparseprune.removal.sections import first_of, path_shown, value_at
 from sparseprune.spec.naming import LAYER_LISTS, NO_LAYERS, OTHER_TOWERS
 from sparseprune.spec.problems import listed, shown
 
@@ -213,17 +213,13 @@ def _at_fault(stack: Stack) -> Iterator[str]:
             yield f"{cannot}: {by} {wrong} what they are at their new places: remove whole periods"
 
 
-def _listed(layers: Sequence[int], most: int = 8) -> str:
+def _listed(layers: Sequence[int]) -> str:
     """Layers by their numbers, as people write them.
 
     >>> _listed([3]), _listed([1, 2, 5])
     ('layer 3', 'layers 1, 2 and 5')
     """
-    if len(layers) == 1:
-        return f"layer {layers[0]}"
-    if len(layers) > most:
-        return f"layers {', '.join(map(str, layers[:most]))} and {len(layers) - most} more"
-    return f"layers {', '.join(map(str, layers[:-1]))} and {layers[-1]}"
+    return f"layer{'s' if len(layers) > 1 else ''} {listed(first_of([*map(str, layers)], 8))}"
 
 
 def _twins(stacks: Mapping[str, Stack], members: Mapping[str, int], sections: Sections) -> Iterator[str]:

@@ -164,12 +164,12 @@ class Sections(Struct, frozen=True):
 
 
 def _unknown(path: Path, model_type: object) -> str:
-    known = f"so that no key can carry the smaller shapes; known are {listed(_some(model_types()))}"
+    known = f"so that no key can carry the smaller shapes; known are {listed(first_of(model_types(), 20))}"
     found = f"{path_shown((*path, 'model_type'))} {shown(model_type)}"
     return f"config.json: nothing is known of the {found}, {known}; apply keeps all shapes"
 
 
-def _some(names: Sequence[str], most: int = 20) -> list[str]:
+def first_of(names: Sequence[str], most: int) -> list[str]:
     """The first names, and how many there are besides."""
     return [*names[:most], *([f"{len(names) - most} more"] if len(names) > most else [])]
 

@@ -17,7 +17,7 @@ from sparseprune.report.coverage import coverage_text
 from sparseprune.report.front_matter import CardMetadata, split_card, with_metadata
 from sparseprune.report.pruning import errors_text, target_text
 from sparseprune.report.tables import budget_text
-from sparseprune.report.wording import many, percent, size
+from sparseprune.report.wording import many, percent, size, some_of
 from sparseprune.results.pruning import Removal, Report
 
 if TYPE_CHECKING:
@@ -138,10 +138,8 @@ def _facts(deed: Deed, result: Report | Removal) -> Iterator[str]:
         yield f"statistics: {deed.statistics}"
     yield from result.notes
     if result.files_left_out:
-        names = ", ".join(_code(one.path) for one in result.files_left_out[:3])
-        more = len(result.files_left_out) - 3
-        also = f" and {more:,} more" if more > 0 else ""
-        yield f"left out, as they hold the dense weights: {names}{also}"
+        names = some_of([_code(one.path) for one in result.files_left_out], 3)
+        yield f"left out, as they hold the dense weights: {names}"
 
 
 def _rules_table(rules: Sequence[RuleResult]) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from sparseprune.engine.grids import identity_order, prod
 from sparseprune.execution.inspect import TensorFacts
 from sparseprune.report.runtimes import RUNTIMES, needed_patterns, verdict
-from sparseprune.report.wording import many
+from sparseprune.report.wording import many, some_of
 from sparseprune.results.measuring import RuntimeCount
 from sparseprune.spec import BoundBlock
 
@@ -66,10 +66,10 @@ def faster_line(report: Report) -> str | None:
     if not users:
         research = [name for name in uses if uses[name].eligible and RUNTIMES[name].state == "research"]
         also = f" (research: {', '.join(research)})" if research else ""
-        return f"faster: in no runtime as these zeros lie{also}; zeros run dense in {_some(dense)}"
+        return f"faster: in no runtime as these zeros lie{also}; zeros run dense in {some_of(dense, _NAMED)}"
     most = uses[users[0]]
     count = "" if most.eligible == most.of else f" ({most.eligible:,} of {many(most.of, 'matrix')})"
-    return f"faster: in {_some(users)}{count}; zeros run dense in {_some(dense)}"
+    return f"faster: in {some_of(users, _NAMED)}{count}; zeros run dense in {some_of(dense, _NAMED)}"
 
 
 def smaller_line(changes: Sequence[ConfigChange]) -> str | None:
@@ -101,11 +101,6 @@ def _disliked(key: str, size: int) -> str | None:
 
 def _unlike(values: Sequence[object]) -> bool:
     return any(isinstance(one, int) and one != values[0] for one in values)
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return ", ".join(names[:_NAMED]) + more
 
 
 def _patterns(instance: BoundInstance) -> Iterator[tuple[BoundBlock, tuple[int, int]]]:

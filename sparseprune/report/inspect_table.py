@@ -16,7 +16,7 @@ from rich.text import Text
 from sparseprune.errors import printable
 from sparseprune.report.inspection import summed
 from sparseprune.report.tables import Column, Fact, FittedTable, below, filled
-from sparseprune.report.wording import copies_line, many, number_text, percent, shape_text
+from sparseprune.report.wording import copies_line, many, number_text, percent, shape_text, some_of
 from sparseprune.results.measuring import InspectedGroup, MadeBy
 
 if TYPE_CHECKING:
@@ -157,9 +157,8 @@ def _runtime_notes(
         if not verdict.eligible and len(one.shape) > 1 and one.holds != "beside":
             reasons.setdefault(verdict.reason or "", []).append(one.name)
     ranked = sorted(reasons.items(), key=lambda item: -len(item[1]))
-    for reason, (first, *others) in ranked[:_REASONS]:
-        more = f" and {len(others):,} more" if others else ""
-        yield below(f"{printable(first)}{more}: {reason}")
+    for reason, names in ranked[:_REASONS]:
+        yield below(f"{printable(some_of(names))}: {reason}")
     if len(ranked) > _REASONS:
         rest = sum(len(names) for _, names in ranked[_REASONS:])
         yield below(f"{many(rest, 'matrix')} more: for other reasons, which --json has")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from sparseprune.report.wording import many
+from sparseprune.report.wording import many, some_of
 from sparseprune.results.pruning import PermutedModule, PlannedPermutation
 
 if TYPE_CHECKING:
@@ -57,8 +57,7 @@ def unmoved_texts(found: Sequence[UnmovedModule]) -> Iterator[str]:
     for one in found:
         alike.setdefault(one.reason.replace(f"{one.module}.", ""), []).append(one.module)
     for reason, modules in alike.items():
-        more = f" and {len(modules) - 1:,} more" if len(modules) > 1 else ""
-        yield f"{modules[0]}{more}: {reason}"
+        yield f"{some_of(modules)}: {reason}"
 
 
 def permuted_lines(permuted: Sequence[PermutedModule], unmoved: Sequence[UnmovedModule]) -> Iterator[str]:

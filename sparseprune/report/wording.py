@@ -106,6 +106,16 @@ def other_weights(files: Iterable[OtherFile]) -> tuple[OtherWeights, ...]:
     return tuple(OtherWeights(path=str(file.path), bytes=file.nbytes) for file in files)
 
 
+def some_of(names: Sequence[str], most: int = 1) -> str:
+    """The first names, and how many there are besides.
+
+    >>> some_of(["a", "b", "c"]), some_of(["a", "b"], 4)
+    ('a and 2 more', 'a, b')
+    """
+    others = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + others
+
+
 def copies_line(became: str, files: Sequence[OtherWeights]) -> Iterator[str]:
     """A line with what became of other copies of the weights, the first by name; none for none.
 
@@ -113,11 +123,10 @@ def copies_line(became: str, files: Sequence[OtherWeights]) -> Iterator[str]:
     ['left out: model.gguf (5.00 MB), another copy of the weights']
     """
     if files:
-        names = ", ".join(printable(file.path) for file in files[:_NAMED])
-        more = f" and {len(files) - _NAMED:,} more" if len(files) > _NAMED else ""
+        names = some_of([printable(file.path) for file in files], _NAMED)
         copies = "another copy" if len(files) == 1 else "other copies"
         total = size(sum(file.bytes for file in files))
-        yield f"{became}: {names}{more} ({total}), {copies} of the weights"
+        yield f"{became}: {names} ({total}), {copies} of the weights"
 
 
 def share(part: float, whole: float) -> float:

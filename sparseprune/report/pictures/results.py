@@ -18,7 +18,7 @@ from msgspec.structs import replace
 from sparseprune.errors import printable
 from sparseprune.report.pictures import canvas, charts, page
 from sparseprune.report.tables import shortened
-from sparseprune.report.wording import many, shape_text
+from sparseprune.report.wording import many, shape_text, some_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -231,8 +231,7 @@ def _listed(entries: Sequence[Entry]) -> str:
 
 def _named(names: Sequence[str]) -> str:
     named = shortened([printable(name.removesuffix(".weight")) for name in names[:_NAMED]], 40)
-    more = len(names) - len(named)
-    return ", ".join(named) + (f" and {more:,} more" if more else "")
+    return some_of([*named, *names[_NAMED:]], _NAMED)
 
 
 def _facts(entries: Sequence[ComparedTensor]) -> list[Fact]:
