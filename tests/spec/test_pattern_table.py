@@ -435,6 +435,7 @@ def test_what_survives_is_what_the_row_says(row: Row, tmp_path: Path) -> None:
     else:
         words = [str(write_spec(tmp_path, example(row)))]
     ok("apply", folder, *words, "-o", tmp_path / "pruned", "-q")
+    ok("verify", tmp_path / "pruned", *words, "-q")
     expect(by_row(row, load_file(folder / "model.safetensors")), folder, tmp_path / "pruned")
 
 
