@@ -10,6 +10,7 @@ import operator
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Hashable, Mapping, Sequence
+from functools import partial
 from itertools import combinations
 from math import prod
 from typing import TYPE_CHECKING, ClassVar
@@ -18,7 +19,12 @@ import torch
 from torch import Tensor
 
 from sparseprune.engine import grids
-from sparseprune.engine.proximal import soft_threshold_conditioned, soft_threshold_euclidean
+from sparseprune.engine.proximal import (
+    distinct,
+    refuse_unusable,
+    soft_threshold_conditioned,
+    soft_threshold_euclidean,
+)
 from sparseprune.engine.scoring import first_nan, fused_norms, has_exact_keys, magnitude_keys, round_to
 from sparseprune.engine.view import View, disjoint, storage_of
 from sparseprune.errors import CouplingError, NanScoreError, ShapeMismatchError, SparsityError
@@ -205,17 +211,17 @@ class SparseBlock(Grid):
         Raises:
             SparsityError: NaN, a negative threshold or conditioner, or integer weights.
         """
-        self.write(self.shrunk(block_thresholds, conditioners, max_iter, atol, eps))
+        self.shrinking(block_thresholds, conditioners, max_iter, atol, eps)()
 
-    def shrunk(
+    def shrinking(
         self,
         block_thresholds: Tensor | float,
         conditioners: Values = None,
         max_iter: int = 20,
         atol: float = 1e-8,
         eps: float | None = None,
-    ) -> list[Tensor]:
-        """The new elements of `soft_threshold`: float64 (*grid_shape, *elements) for each member."""
+    ) -> Callable[[], None]:
+        """What does `soft_threshold` in place, once its arguments were looked at."""
         weights = self.resolve(None)
         self.refuse_nan(weights)
         for spec in weights:
@@ -223,20 +229,16 @@ class SparseBlock(Grid):
                 raise SparsityError(
                     f"{spec.name}: soft thresholding needs floats, found {spec.view.param.dtype}"
                 )
-        views, limits = self._fused(weights), self._thresholds(block_thresholds)
-        if not bool((limits >= 0).all()):
+        limits = self._thresholds(block_thresholds)
+        if not bool((distinct(limits) >= 0).all()):
             raise SparsityError(f"{self.name}: soft thresholds must not be negative")
+        views = [spec.fuse(weights[spec], order) for spec, order in self.members]
         least = 0.0 if eps is None else eps
         if conditioners is None:
-            return soft_threshold_euclidean(views, limits, least)
+            return partial(soft_threshold_euclidean, views, limits, least)
         diagonal = self._fused(self.resolve(conditioners))
-        return soft_threshold_conditioned(views, diagonal, limits, max_iter, (atol, least))
-
-    def write(self, fused: Sequence[Tensor]) -> None:
-        """Write new elements, (*grid_shape, *elements) for each member, rounded to the weights' dtype."""
-        for (spec, order), result in zip(self.members, fused, strict=True):
-            data = spec.view.data
-            spec.fuse(data, order).copy_(round_to(result, data.dtype))
+        refuse_unusable(views, diagonal)
+        return partial(soft_threshold_conditioned, views, diagonal, limits, max_iter, (atol, least))
 
     def set_data(self, t: Tensor | Mapping[BlockSpec, Tensor]) -> None:
         """Write new elements, view-shaped or else parameter-shaped, rounded once to the weights' dtype.

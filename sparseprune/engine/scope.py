@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sparseprune.engine import grids
 from sparseprune.engine.block import BlockSpec, Grid, by_cell, over_cells, refuse_shared_elements, zero_pruned
+from sparseprune.engine.proximal import distinct
 from sparseprune.engine.scoring import first_nan, magnitude_keys, order_keys
 from sparseprune.errors import NanScoreError, ShapeMismatchError, SparsityError
 
@@ -344,13 +345,15 @@ class SparseScope(Grid):
         `scale` multiplies the threshold by the square root of the block's number of elements. The rest
         is as in `SparseBlock.soft_threshold`.
         """
-        shrunk = []
+        shrinking = []
         limits = self._by_block(self._thresholds(thresholds))
         for (spec, diagonal), limit in zip(self._each(conditioners), limits, strict=True):
-            factor = math.sqrt(spec.block.numel_per_block()) if scale else 1.0
-            shrunk.append(spec.block.shrunk(limit * factor, diagonal, max_iter, atol, eps))
-        for (spec, _), result in zip(self.members, shrunk, strict=True):
-            spec.block.write(result)
+            own = limit
+            if scale:
+                own = (distinct(limit) * math.sqrt(spec.block.numel_per_block())).expand(limit.shape)
+            shrinking.append(spec.block.shrinking(own, diagonal, max_iter, atol, eps))
+        for shrink in shrinking:  # nothing is written before all was looked at
+            shrink()
 
     def kth_mid(self, element_values: Values, nnz: int, k_weight: float = 1.0) -> Tensor:
         """`(kth + k_weight * (k+1)th) / (1 + k_weight)` of the norms in each scope, float64 of `grid_shape`.

@@ -29,6 +29,7 @@ _LARGEST_KEY = {
     torch.float8_e5m2: 0x7C,
     torch.float8_e4m3fn: 0x7E,
 }
+_WITH_MAXIMUM = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # NaN where something is NaN
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """The signed integers for bit patterns, by bytes of an element."""
 _CHUNK = 1 << 17  # elements turned into float64 at a time: 1 MiB, which stays in the cache
@@ -69,6 +70,8 @@ def first_nan(elements: Tensor) -> Shape | None:
     """The index of the first NaN in row-major order, None where there is none."""
     if not elements.dtype.is_floating_point or not elements.numel():
         return None
+    if elements.dtype in _WITH_MAXIMUM and not math.isnan(float(elements.max())):
+        return None  # without a copy
     known = elements if elements.dtype in _LARGEST_KEY else elements.to(torch.float64)
     largest = _LARGEST_KEY[known.dtype]
     keys = magnitude_keys(known)
@@ -92,6 +95,11 @@ def fused_norms(views: Sequence[Tensor], grid_shape: Shape, p: float) -> Tensor:
     norms = torch.empty(grid_shape, dtype=torch.float64, device=views[0].device)
     if not norms.numel():
         return norms
+    if p == 2 and all(view.dtype.is_floating_point and view.dtype != torch.float64 for view in views):
+        first, *others = (_square_sums(view, len(grid_shape)) for view in views)
+        for other in others:
+            first += other
+        return square_root(first)
     if not grid_shape:
         return _norms_of(views, 0, p)
     dim = max(range(len(grid_shape)), key=grid_shape.__getitem__)
@@ -117,6 +125,56 @@ def pairwise_sum(terms: Tensor, dims: int) -> Tensor:
             terms = terms if odd is None else torch.cat([terms, odd], dim=-1)
         terms = terms.sum(-1) if terms.shape[-1] == 0 else terms.squeeze(-1)
     return terms
+
+
+def _square_sums(view: Tensor, rank: int) -> Tensor:
+    """The sums of squares of each block, contiguous, by the tree; squares of these floats fit in float64.
+
+    What is read together lies together: whole blocks, or else rows of columns that are blocks.
+    """
+    sums = torch.empty(view.shape[:rank], dtype=torch.float64, device=view.device)
+    dim = outermost(view)
+    most = _CHUNK if view.device.type == "cpu" else _DEVICE_CHUNK
+    step = max(1, most * view.shape[dim] // view.numel()) if view.ndim else 1
+    if view.ndim == 0 or step >= view.shape[dim]:
+        return sums.copy_(_squares_summed(view, rank))
+    if dim < rank:
+        for begin in range(0, view.shape[dim], step):
+            size = min(step, view.shape[dim] - begin)
+            sums.narrow(dim, begin, size).copy_(_squares_summed(view.narrow(dim, begin, size), rank))
+        return sums
+    if view.shape[dim] != math.prod(view.shape[rank:]):
+        dim = max(range(rank), key=view.shape.__getitem__, default=dim)
+        if dim >= rank or view.shape[dim] == 1:
+            return sums.copy_(_squares_summed(view, rank))
+        for begin in range(view.shape[dim]):
+            sums.narrow(dim, begin, 1).copy_(_squares_summed(view.narrow(dim, begin, 1), rank))
+        return sums
+    step = 1 << step.bit_length() - 1  # so that each part is a node of the tree
+    parts = [
+        _squares_summed(view.narrow(dim, begin, min(step, view.shape[dim] - begin)), rank)
+        for begin in range(0, view.shape[dim], step)
+    ]
+    return sums.copy_(_down_the_tree(torch.stack(parts)))
+
+
+def _down_the_tree(terms: Tensor) -> Tensor:
+    """Sum over the first dimension by the tree of pairs."""
+    while len(terms) > 1:
+        odd = terms[-1:] if len(terms) % 2 else None
+        terms = terms[:-1:2] + terms[1::2]
+        terms = terms if odd is None else torch.cat([terms, odd])
+    return terms[0]
+
+
+def _squares_summed(view: Tensor, rank: int) -> Tensor:
+    wide = view.to(torch.float64)
+    return pairwise_sum(wide.mul_(wide), view.ndim - rank)
+
+
+def outermost(view: Tensor) -> int:
+    """The dimension whose neighbours lie farthest apart, among those of more than one place."""
+    return max(range(view.ndim), key=lambda dim: (view.shape[dim] > 1, view.stride(dim)), default=0)
 
 
 def _norms_of(views: Sequence[Tensor], rank: int, p: float) -> Tensor:
@@ -188,7 +246,17 @@ def round_to(wide: Tensor, dtype: torch.dtype) -> Tensor:
         return wide.round().clamp(info.min, highest).to(dtype)
     if dtype in (torch.float64, torch.float32):
         return wide.to(dtype)
-    return _to_odd_float32(wide).to(dtype)
+    if dtype != torch.bfloat16 or wide.device.type != "cpu":
+        return _to_odd_float32(wide).to(dtype)
+    near = wide.to(torch.float32)
+    narrow = near.to(dtype)
+    # Only what lies halfway in float32 may have been rounded to there: its lower bits are the lowest integer.
+    below = near.view(torch.int32).bitwise_left_shift_(16)
+    lowest = torch.iinfo(torch.int32).min
+    if wide.numel() and int(below.min()) == lowest:
+        halfway = below == lowest
+        narrow[halfway] = _to_odd_float32(wide[halfway]).to(dtype)
+    return narrow
 
 
 def _to_odd_float32(wide: Tensor) -> Tensor:

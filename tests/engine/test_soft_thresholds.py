@@ -2,6 +2,7 @@
 
 import math
 import random
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparseprune import BlockCoupling, BlockSpec, ScopeCoupling, ScopeSpec
+from sparseprune.engine import proximal, scoring
 from tests import oracle
 from tests.engine.devices import on_every_device
 from tests.engine.structures import FLOATS, Case, assert_close, bits_of, cases, filled
@@ -260,3 +262,59 @@ def test_narrow_weights_hold_the_float64_solution_rounded_once() -> None:
     neighbours = torch.stack([weight.view(torch.int16) + step for step in (-1, 0, 1)]).view(torch.bfloat16)
     distance = (neighbours.to(torch.float64) - wide).abs()
     assert bool((distance[1] <= distance.nan_to_num(math.inf).amin(0)).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("alike", [False, True])
+def test_single_elements_are_the_exact_differences_rounded_once(dtype: torch.dtype, alike: bool) -> None:
+    torch.manual_seed(1)
+    weight = torch.randn(4096).to(dtype)
+    weight[:4] = torch.tensor([0.0, -0.0, math.inf, -math.inf])
+    before, limits = weight.to(torch.float64).tolist(), torch.rand(4096, dtype=torch.float64)
+    limits[1:4] = torch.tensor([0.0, math.inf, 0.5])
+    if alike:
+        limits.fill_(0.3)
+    ScopeSpec(BlockSpec(weight, (1,)), (1,)).soft_threshold(0.3 if alike else limits)
+    for v, t, found in zip(before[4:], limits.tolist()[4:], weight[4:], strict=True):
+        exact = max(Fraction(abs(v)) - Fraction(t), Fraction(0)) * (1 if v > 0 else -1)
+        pattern = found.view(torch.int16 if found.element_size() == 2 else torch.int32)
+        near = [(pattern + step).view(dtype) for step in (-1, 1)]
+        distance = abs(Fraction(found.item()) - exact)
+        assert all(distance <= abs(Fraction(one.item()) - exact) for one in near if one.isfinite())
+    assert bits_of(weight[:2]) == [0, 0]
+    assert weight[2:4].tolist() == ([math.inf, -math.inf] if alike else [0.0, -math.inf])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_conditioned_element_has_the_bits_of_the_solution_of_its_block(dtype: torch.dtype) -> None:
+    torch.manual_seed(2)
+    weight, h = torch.randn(1024).to(dtype), torch.rand(1024) + 0.01
+    h[:8] = 0.0
+    closed, solved = weight.clone(), weight.clone()
+    BlockSpec(closed, (1,)).soft_threshold(0.3, h)
+    BlockSpec(solved, (1,)).soft_threshold(0.3, h.to(torch.float64))
+    assert bits_of(closed) == bits_of(solved)
+    assert 0 < int((closed == 0).sum()) < 1024
+
+
+@pytest.mark.parametrize("conditioned", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "order"), [((1, -1), (0, 1)), ((-1, 1), (0, 1)), ((3, 5), (1, 0)), ((1, 1), (0, 1))]
+)
+def test_a_block_does_not_depend_on_other_blocks_nor_on_chunks(
+    monkeypatch: pytest.MonkeyPatch, conditioned: bool, shape: tuple[int, int], order: tuple[int, int]
+) -> None:
+    torch.manual_seed(3)
+    weight, h = torch.randn(48, 35), 10 ** (4 * torch.rand(48, 35) - 2)
+    whole, cut = weight.clone().permute(order), weight.clone().permute(order)
+    diagonal = h.permute(order) if conditioned else None
+    extent = tuple(shape[place] for place in order)
+    threshold = 0.5 * BlockSpec(whole, extent).numel_per_block() ** 0.5
+    BlockSpec(whole, extent).soft_threshold(threshold, diagonal)
+    for chunk in (1, 64):
+        monkeypatch.setattr(scoring, "_CHUNK", chunk)
+        monkeypatch.setattr(proximal, "_CHUNK", chunk)
+        cut.copy_(weight.permute(order))
+        BlockSpec(cut, extent).soft_threshold(threshold, diagonal)
+        assert bits_of(cut.contiguous()) == bits_of(whole.contiguous())
+    assert not torch.equal(whole, weight.permute(order))
