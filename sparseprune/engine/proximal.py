@@ -66,8 +66,8 @@ def soft_threshold_euclidean(views: Sequence[Tensor], thresholds: Tensor, eps: f
 
 def _shrink_elements(view: Tensor, thresholds: Tensor) -> None:
     """Single elements: |v| - t with the sign of v, rounded once; +0.0 where that is not above 0."""
-    alike = is_constant(thresholds)
-    endless = not alike and bool(thresholds.isinf().any())
+    endless = bool(distinct(thresholds).isinf().any())
+    alike = is_constant(thresholds) and not endless
     for dim, begin, size in _chunks(view):
         part = view.narrow(dim, begin, size)
         wide = part.to(torch.float64)
@@ -140,7 +140,7 @@ def _known(tensor: Tensor) -> Tensor:
 
 def _shrink_conditioned_elements(view: Tensor, conditioners: Tensor, thresholds: Tensor) -> None:
     """Single elements have a closed form, (h |v| - t) / h: products of two float32 numbers are exact."""
-    alike = is_constant(thresholds)
+    alike = is_constant(thresholds) and math.isfinite(float(distinct(thresholds)))
     for dim, begin, size in _chunks(view):
         part = view.narrow(dim, begin, size)
         h = conditioners.narrow(dim, begin, size).to(torch.float64)

@@ -15,6 +15,7 @@ from msgspec import Struct
 
 from sparseprune.engine.dtypes import DTYPES
 from sparseprune.engine.grids import prod
+from sparseprune.engine.kernels.shrinking import SHRUNK
 from sparseprune.errors import SparsepruneError, enough, size
 from sparseprune.execution.regions import (
     INTERPRETER,
@@ -49,6 +50,7 @@ _CHUNKS_A_SLAB = 4  # elements that are float64 on the way to a norm, for each b
 _SUMMED_BYTES = 64  # that each of them costs where scores are made of files: several copies
 _PLAIN_BYTES = 20  # that it costs beside its pattern where magnitudes alone count
 _LOOPED_BYTES = 6  # that it costs beside its pattern where loops read this: a mask, the decision
+_LIMIT_BYTES = 40  # that a scope costs, of one element at least, while its soft threshold is made
 _SLABS_A_SCOPE = 8  # a scope of more slabs is counted: several threads share it, and less is in memory
 _GROUPS = 64  # parts of a large scope whose digits are counted apart
 _COUNTER_BYTES = 8 << 16  # one histogram
@@ -65,7 +67,8 @@ _READ_SHARE = 4  # one part in so many is what was read, which the host has wher
 class Selection(Struct, frozen=True):
     """What compiled loops decide: of `blocks` blocks of `extent` elements each `nnz` survive in every scope.
 
-    Or those that reach `threshold`, if it is given.
+    Or those that reach `threshold`, if it is given. With `k_weight` single elements shrink by the
+    threshold, or by `kth_mid` of the engine.
     """
 
     extent: Shape
@@ -74,6 +77,8 @@ class Selection(Struct, frozen=True):
     threshold: float | None
     norm: float
     rms: bool
+    prunes_nonfinite: bool = False
+    k_weight: float | None = None  # of a soft threshold
 
     @property
     def block(self) -> int:
@@ -208,7 +213,23 @@ def by_block_norms(task: Task, tensors: Mapping[str, StoredTensor], limits: Limi
 def _allows_loops(task: Task) -> bool:
     """Whether compiled loops know what an instance asks for; its shapes and dtypes come on top."""
     instance = task.instance
-    return instance.reconstruct is None and instance.soft is None and instance.score.nonfinite == "error"
+    if instance.score.nonfinite == "prune":
+        # What is not finite is below every threshold, but for negative ones.
+        alone = (instance.budget.threshold or 0.0) >= 0
+        if not (alone and task.ranks_patterns and task.codes is None):
+            return False
+    return instance.reconstruct is None
+
+
+def _shrinks_by_loops(task: Task, tensors: Mapping[str, StoredTensor]) -> bool:
+    """Whether compiled loops know the mode of a task: hard, or a soft threshold of single elements."""
+    soft, leaves = task.instance.soft, task.instance.scope.leaves
+    if soft is None:
+        return True
+    if soft.conditioners is not None or soft.eps or not task.ranks_patterns or task.codes is not None:
+        return False
+    known = {tensors[leaf.tensor].dtype for leaf in leaves} <= SHRUNK
+    return known and all(member.block.numel_per_block == 1 for member, _ in members_of(task.instance.scope))
 
 
 def _contiguous(task: Task, tensors: Mapping[str, StoredTensor], limits: Limits) -> Contiguous | None:
@@ -257,15 +278,19 @@ def _selection_of(task: Task, scope: BoundScope) -> Selection:
     blocks = scope.blocks_per_scope
     score = task.instance.score
     (leaf,) = scope.leaves
-    if nnz in (0, blocks) or threshold is not None:
+    soft = task.instance.soft
+    if threshold is not None or (nnz in (0, blocks) and soft is None):
         nnz, blocks = (0 if nnz == 0 else 1), 1
     extent = leaf.shape or (1,)
-    return Selection(extent, blocks, nnz or 0, threshold, score.norm, score.normalize)
+    prunes, k_weight = score.nonfinite == "prune", None if soft is None else soft.k_weight
+    return Selection(extent, blocks, nnz or 0, threshold, score.norm, score.normalize, prunes, k_weight)
 
 
 def _loop_bytes(task: Task, size: int, selection: Selection) -> int:
     """Memory for each element that compiled loops work on: its pattern, mask, score, and float64 of norms."""
     scores = 0 if task.ranks_patterns and task.codes is None else 40
+    scores += 0 if selection.k_weight is None or selection.threshold is not None else _LIMIT_BYTES
+    scores += size if selection.prunes_nonfinite else 0
     return size + 1 + scores + (1 if selection.block == 1 else -(-16 // selection.extent[-1]))
 
 
@@ -273,6 +298,8 @@ def _has_loop(task: Task, tensors: Mapping[str, StoredTensor]) -> bool:
     """Whether a task has one leaf, the blocks of which compiled loops rank as the engine would."""
     score, kind, scope = task.instance.score, task.score_kind, task.instance.scope
     if not isinstance(scope, BoundScope) or not isinstance(scope.block, BoundBlock):
+        return False
+    if not _shrinks_by_loops(task, tensors):
         return False
     leaf = scope.block
     dtype = tensors[leaf.tensor].dtype
@@ -300,12 +327,15 @@ def _radix_select(task: Task, tensors: Mapping[str, StoredTensor], limits: Limit
     (dtype,) = dtypes
     if not whole or not together or dtype not in _FLOATS or not task.ranks_patterns:
         return None
+    if not _shrinks_by_loops(task, tensors) or (task.instance.soft and not task.instance.budget.nnz):
+        return None
     size = DTYPES[dtype].itemsize
     slab = max(_PACKED, limits.slab // size // _PACKED * _PACKED)
     counted = max(1, min(_GROUPS, limits.held // _COUNTER_BYTES))
     passes = 1 + max(1, size // 2)  # one for each digit of 16 bits, one that cuts
     sizes = [member.blocks_per_scope for member, _ in members_of(scope)]
-    each = 2 * (size + 1) + (_SUMMED_BYTES if task.codes else 0)
+    prunes = task.instance.score.nonfinite == "prune"
+    each = (3 if prunes else 2) * (size + 1) + (_SUMMED_BYTES if task.codes else 0)
     memory = min(slab, max(sizes)) * each + _COUNTER_BYTES
     counters = min(counted, sum(-(-each // slab) for each in sizes))
     return RadixSelect(memory, slab, counters * _COUNTER_BYTES, passes)
@@ -314,6 +344,8 @@ def _radix_select(task: Task, tensors: Mapping[str, StoredTensor], limits: Limit
 def _block_norms(task: Task, tensors: Mapping[str, StoredTensor], limits: Limits) -> BlockNorms | None:
     scope, score, kind = task.instance.scope, task.instance.score, task.score_kind
     by_elements, by_value = not kind.ranks_blocks, task.codes == "values"
+    if task.instance.soft is not None or (score.nonfinite == "prune" and needs_scaling(task, tensors)):
+        return None
     if by_elements and not by_value and not {tensors[leaf.tensor].dtype for leaf in scope.leaves} <= _FLOATS:
         return None
     chunk = max(1, min(limits.slab // _CHUNKS_A_SLAB, limits.memory // (2 * _SUMMED_BYTES)))

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sparseprune.engine.kernels.counting import Tally
+from sparseprune.engine.kernels.counting import Tally, first_nonfinite
 from sparseprune.engine.kernels.formats import FORMATS
-from sparseprune.engine.kernels.selecting import cut_below, cut_blocks, select_keys
+from sparseprune.engine.kernels.selecting import cut_below, cut_blocks, finite_ranks, select_keys
+from sparseprune.engine.kernels.shrinking import kth_mids, shrink_elements
 from sparseprune.engine.kernels.sums import run_sums, tree_sum
 from sparseprune.execution.passes import Chunk, Pass, finish
 from sparseprune.execution.ranking import Ranking, refuse_nonfinite, refuse_nonfinite_bits
@@ -183,8 +184,14 @@ def _cut_as_it_lies(loaded: Loaded, selection: Selection, ranking: Ranking) -> M
         return mask
     if form is None:
         raise TypeError(f"{loaded.dtype} has no compiled loops")
-    refuse_nonfinite_bits(loaded, form)
-    if selection.threshold is not None and selection.block == 1:
+    if selection.prunes_nonfinite and first_nonfinite(bits, form) >= 0:
+        cut_blocks(bits, _keep_finite(bits, form, selection), selection.block, mask)
+        return mask
+    if not selection.prunes_nonfinite:
+        refuse_nonfinite_bits(loaded, form)
+    if selection.k_weight is not None:
+        _shrink(bits, form, selection, mask)
+    elif selection.threshold is not None and selection.block == 1:
         cut_below(bits, form, form.limit(selection.threshold), mask)
     else:
         cut_blocks(bits, _keep_by_patterns(bits, form, selection), selection.block, mask)
@@ -194,19 +201,63 @@ def _cut_as_it_lies(loaded: Loaded, selection: Selection, ranking: Ranking) -> M
 def _cut_in_order(loaded: Loaded, scope: AnyScope, selection: Selection, ranking: Ranking) -> Mask:
     """Scopes that do not lie together: a copy in their order is decided, the elements are cut in place."""
     elements = ranking.elements(loaded)
-    refuse_nonfinite(loaded, elements)
+    if not selection.prunes_nonfinite:
+        refuse_nonfinite(loaded, elements)
     if elements is not None:
         magnitudes = np.ascontiguousarray(_in_scopes(elements.magnitudes(), scope))
         keep = _keep_by_scores(magnitudes.reshape(-1), selection)
     else:
         ordered: Bits = np.ascontiguousarray(_in_scopes(loaded.view, scope)).reshape(-1)
-        keep = _keep_by_patterns(ordered, FORMATS[loaded.dtype], selection)
+        form = FORMATS[loaded.dtype]
+        if selection.k_weight is not None:
+            return _shrunk_in_order(loaded, scope, ordered, selection)
+        rescues = selection.prunes_nonfinite and first_nonfinite(ordered, form) >= 0
+        keep = (_keep_finite if rescues else _keep_by_patterns)(ordered, form, selection)
     mask, mask_view = loaded.masked()
     rank = len(loaded.region.extent)
     spread = _in_scopes(mask_view, scope)
     spread[...] = keep.reshape(spread.shape[: len(spread.shape) - rank] + (1,) * rank)
     cut_blocks(loaded.flat, mask, 1, mask)
     return mask
+
+
+def _shrunk_in_order(loaded: Loaded, scope: AnyScope, ordered: Bits, selection: Selection) -> Mask:
+    """The elements in the order of their scopes shrink, and go back to their places."""
+    survivors = np.empty(ordered.size, dtype=np.uint8)
+    if np.shares_memory(ordered, loaded.flat):  # they lie in this order
+        ordered = ordered.copy()
+    _shrink(ordered, FORMATS[loaded.dtype], selection, survivors)
+    mask, mask_view = loaded.masked()
+    for place, numbers in ((loaded.view, ordered), (mask_view, survivors)):
+        spread = _in_scopes(place, scope)
+        spread[...] = numbers.reshape(spread.shape)
+    return mask
+
+
+def _shrink(bits: Bits, form: Format, selection: Selection, mask: Mask) -> None:
+    """Soft thresholds of single elements, flat, scope after scope."""
+    if selection.threshold is not None:
+        limits = np.full(1, selection.threshold)
+    else:
+        limits = kth_mids(bits, form, selection.blocks, selection.nnz, selection.k_weight or 0.0)
+    shrink_elements(bits, form, limits, mask)
+
+
+def _keep_finite(bits: Bits, form: Format, selection: Selection) -> Mask:
+    """As `_keep_by_patterns`, where blocks in which something is not finite rank below all others."""
+    if selection.block == 1:
+        ranks, magnitude = finite_ranks(bits, form), form.magnitude
+        limit = selection.threshold and form.limit(selection.threshold)
+    else:
+        wide = FORMATS["F64"]  # the norm of such a block is infinite
+        ranks, magnitude = finite_ranks(_norms(bits, form, selection).view(np.uint64), wide), wide.magnitude
+        limit = selection.threshold and wide.limit(selection.threshold)
+    if selection.threshold is not None:
+        reaches: Mask = (ranks > int(limit or 0)).view(np.uint8)
+        return reaches
+    keep = np.empty(ranks.size, dtype=np.uint8)
+    select_keys(ranks, magnitude, selection.blocks, selection.nnz, keep)
+    return keep
 
 
 def _in_scopes(view: NDArray[Any], scope: AnyScope) -> NDArray[Any]:

@@ -18,7 +18,8 @@ import numpy as np
 from sparseprune.engine.grids import interleaved, inverse_order, prod
 from sparseprune.engine.kernels.counting import DIGIT_BITS, count_digits, count_equal
 from sparseprune.engine.kernels.formats import FORMATS
-from sparseprune.engine.kernels.selecting import cut_below, cut_blocks, select_keys
+from sparseprune.engine.kernels.selecting import cut_below, cut_blocks, finite_ranks, select_keys
+from sparseprune.engine.kernels.shrinking import mid_of, shrink_elements
 from sparseprune.engine.kernels.sums import ColumnSums, TreeSum, run_sums, tree_sum
 from sparseprune.execution.passes import Chunk, Decision, Pass
 from sparseprune.execution.ranking import Elements, Ranking, refuse_nonfinite, refuse_nonfinite_bits
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from sparseprune.engine.kernels.formats import Format
+    from sparseprune.engine.kernels.formats import Bits, Format
     from sparseprune.execution.plan import Task
     from sparseprune.execution.regions import AnyBlock, AnyScope, Sweep
     from sparseprune.execution.strategy import BlockNorms, RadixSelect
@@ -223,6 +224,13 @@ class _Keys(Pass):
                     yield before + begin, Region(leaf, (scope * size + begin,), (extent,))
             before, done = before + size, done + count
 
+    def ranks(self, loaded: Loaded, form: Format) -> Bits:
+        """The patterns that are counted: the weights' own, unless what is not finite has a rank."""
+        if self.task.instance.score.nonfinite == "prune":
+            return finite_ranks(loaded.flat, form)
+        refuse_nonfinite_bits(loaded, form)
+        return loaded.flat
+
     @property
     def slab_count(self) -> int:
         """The slabs of one scope."""
@@ -261,7 +269,12 @@ class _Search(_Keys):
 
 @dataclass(frozen=True, slots=True)
 class CountKeys(_Search):
-    """Histograms of the digit at `shift` of the keys of a scope, among the keys that begin with `prefix`."""
+    """Histograms of the digit at `shift` of the keys of a scope, among the keys that begin with `prefix`.
+
+    A soft threshold needs two keys: `kth` is the first where the second is searched for.
+    """
+
+    kth: int | None = None
 
     def chunks(self, io: TensorIO) -> Iterator[Chunk]:  # noqa: ARG002
         for part in self._parts():
@@ -272,8 +285,7 @@ class CountKeys(_Search):
         form = self._format(io)
         for _, region in self.slabs(len(self.cuts), chunk.about):
             loaded = io.load(region)
-            refuse_nonfinite_bits(loaded, form)
-            count_digits(loaded.flat, form, self.prefix, self.shift, counts)
+            count_digits(self.ranks(loaded, form), form, self.prefix, self.shift, counts)
             io.passed(loaded.flat.nbytes, self.task.part)
         return counts
 
@@ -283,6 +295,8 @@ class CountKeys(_Search):
         if self.shift:
             return dataclasses.replace(following, shift=self.shift - DIGIT_BITS)
         alike = [int(counts[digit]) for counts in partials]
+        if self.task.instance.soft is not None:
+            return self._next_key(following.prefix, digit, sum(alike) - places, partials, io)
         if places == sum(alike):  # no tie is cut
             return following.decision(self.task.instance.scope.blocks_per_scope, io)
         number = 0
@@ -291,6 +305,22 @@ class CountKeys(_Search):
             number += 1
         group = list(self._parts())[number]
         return FindTie(self.task, self.strategy, self.cuts, following.prefix, places, 0, group)
+
+    def _next_key(
+        self, key: int, digit: int, ties: int, partials: list[Counts], io: TensorIO
+    ) -> Pass | Decision:
+        """The decision by two keys; another search only if the next key has another prefix."""
+        if self.kth is not None:
+            return dataclasses.replace(self, prefix=self.kth).decision(key, io)
+        found = dataclasses.replace(self, prefix=key)
+        nnz = self.task.instance.budget.nnz or 0
+        if ties or nnz == self.task.instance.scope.blocks_per_scope:
+            return found.decision(key if ties else 0, io)
+        lower = np.flatnonzero(reduce(np.add, partials)[:digit])
+        if lower.size:
+            return found.decision(self.prefix << DIGIT_BITS | int(lower[-1]), io)
+        first = DIGIT_BITS * (self.strategy.passes - 2)
+        return CountKeys(self.task, self.strategy, self.cuts, 0, nnz + 1, first, key)
 
     def _parts(self) -> Iterator[tuple[int, int]]:
         """The slabs of the scope in groups that are counted together, by their numbers."""
@@ -311,7 +341,7 @@ class FindTie(_Search):
         """How many elements of the scope there are up to that one, itself among them."""
         places, form = self.places, self._format(io)
         for before, region in self.slabs(len(self.cuts), chunk.about):
-            bits = io.load(region).flat
+            bits = self.ranks(io.load(region), form)
             count = count_equal(bits, form, self.prefix)
             if count >= places:
                 equal = np.flatnonzero((bits & bits.dtype.type(form.magnitude)) == self.prefix)
@@ -341,9 +371,18 @@ class CutKeys(_Keys, RegionPass):
     def cut(self, member: tuple[int, int], loaded: Loaded, io: TensorIO) -> Mask:  # noqa: ARG002
         """Ties are above the limit up to the last one that survives, below it from there on."""
         kth, ties = self.cuts[member[0]]
-        bits, form = loaded.flat, FORMATS[loaded.dtype]
+        bits, form, soft = loaded.flat, FORMATS[loaded.dtype], self.task.instance.soft
         mask = np.empty(bits.size, dtype=np.uint8)
+        if soft is not None:  # the second number is the next key
+            first, following = (form.values(np.array([key], dtype=bits.dtype)) for key in (kth, ties))
+            shrink_elements(bits, form, mid_of(first, following, soft.k_weight), mask)
+            return mask
         split = min(max(ties - member[1], 0), bits.size)
+        ranks = self.ranks(loaded, form)
+        if ranks is not bits:
+            keep = np.concatenate([ranks[:split] >= kth, ranks[split:] > kth]).view(np.uint8)
+            cut_blocks(bits, keep, 1, mask)
+            return mask
         cut_below(bits[:split], form, kth, mask[:split])
         cut_below(bits[split:], form, kth + 1, mask[split:])
         return mask
@@ -399,7 +438,8 @@ class ReduceBlocks(Pass):
         for region in sweep.regions():
             loaded = io.load(region)
             elements = ranking.elements(loaded)
-            refuse_nonfinite(loaded, elements)
+            if not ranking.prunes_nonfinite:
+                refuse_nonfinite(loaded, elements)
             found.add(loaded, elements)
             io.passed(loaded.flat.nbytes, sweep.leaf.tensor)
         return found.result()
@@ -443,6 +483,8 @@ class ReduceBlocks(Pass):
             sizes = [member.block.numel_per_block for member, _ in members_of(scope)]
             scores = [norms / math.sqrt(size) for norms, size in zip(scores, sizes, strict=True)]
         ordered = by_scope(scope, scores).reshape(-1)
+        if self.task.instance.score.nonfinite == "prune":
+            ordered = np.where(np.isfinite(ordered), ordered, -1.0)  # below all others
         if budget.nnz is None:
             keep: Mask = (ordered >= (budget.threshold or 0.0)).view(np.uint8)
         else:

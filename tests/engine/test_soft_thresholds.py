@@ -298,6 +298,13 @@ def test_a_conditioned_element_has_the_bits_of_the_solution_of_its_block(dtype: 
 
 
 @pytest.mark.parametrize("conditioned", [False, True])
+def test_an_infinite_threshold_leaves_nothing_of_single_elements(conditioned: bool) -> None:
+    weight = torch.tensor([1.0, -2.0, math.inf, -math.inf])
+    BlockSpec(weight, (1,)).soft_threshold(math.inf, torch.ones(4) if conditioned else None)
+    assert bits_of(weight) == [0] * 4
+
+
+@pytest.mark.parametrize("conditioned", [False, True])
 @pytest.mark.parametrize(
     ("shape", "order"), [((1, -1), (0, 1)), ((-1, 1), (0, 1)), ((3, 5), (1, 0)), ((1, 1), (0, 1))]
 )

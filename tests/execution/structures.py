@@ -121,6 +121,13 @@ SPECS = {
     "rules apart": APART,
     "soft": one("[1, 4]", "[1, 2]", 'mode = "soft"\nthreshold = 0.8'),
     "soft by budget": one("[1, 4]", "[-1, -1]", 'mode = "soft"\nnnz = 20\nk_weight = 0.5\nscale = true'),
+    "soft elements": one("[1, 1]", "[1, 4]", 'mode = "soft"\nthreshold = 0.8'),
+    "soft 2:4": one("[1, 1]", "[1, 4]", 'mode = "soft"\nnnz = 2'),
+    "soft columns of elements": one("[1, 1]", "[-1, 1]", 'mode = "soft"\nnnz = 3\nk_weight = 0'),
+    "soft whole tensors": one("[1, 1]", "[-1, -1]", 'mode = "soft"\nsparsity = 0.5\nk_weight = 0.3'),
+    "soft elements over all": across("[1, 1]", 'mode = "soft"\nsparsity = 0.6'),
+    "soft, all survive": one("[1, 1]", "[1, 4]", 'mode = "soft"\nnnz = 4'),
+    "soft, none survive": one("[1, 1]", "[1, 4]", 'mode = "soft"\nnnz = 0'),
     "soft over all tensors": across("[4, 4]", 'mode = "soft"\nnnz = 9'),
 }
 CHANNELS = {

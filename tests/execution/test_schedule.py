@@ -54,7 +54,7 @@ STRUCTURES = {
     "random elements of columns": ("[1, 1]", "[-1, 1]", 'sparsity = 0.5\nscore = { kind = "random" }'),
     "random elements": ("[1, 1]", "[-1, -1]", 'sparsity = 0.5\nscore = { kind = "random" }'),
     "soft columns": ("[-1, 1]", "[1, -1]", 'sparsity = 0.5\nmode = "soft"'),
-    "soft elements": ("[1, 1]", "[-1, -1]", 'sparsity = 0.5\nmode = "soft"'),
+    "soft elements": ("[1, 1]", "[-1, -1]", 'sparsity = 0.5\nmode = "soft"\neps = 1e-9'),  # by torch
 }
 OVER_ALL = '[scope_coupling.all]\nscopes = ["proj"]\nacross = "all"\n'
 

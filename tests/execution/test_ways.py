@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from sparseprune.checkpoint import open_checkpoint
 from sparseprune.execution.plan import make_plan
 from sparseprune.execution.schedule import make_schedule
+from sparseprune.execution.strategy import needs_torch
 from sparseprune.spec import parse_spec
 from tests.commands import silent
 from tests.execution.structures import CASES, FLOATS, INTEGERS
@@ -169,3 +170,64 @@ def test_the_ways_have_the_order_of_the_choice() -> None:
     assert WAYS == (
         "contiguous", "strided", "radix_select", "block_norms", "torch_in_memory", "torch_out_of_core",
     )  # fmt: skip
+
+
+PRUNING = {
+    "2:4": ("[1, 1]", "[1, 4]", "nnz = 2"),
+    "2:4 down the columns": ("[1, 1]", "[4, 1]", "nnz = 2"),
+    "all elements": ("[1, 1]", "[-1, -1]", "sparsity = 0.5"),
+    "nearly all elements": ("[1, 1]", "[-1, -1]", "nnz = 757"),
+    "a threshold": ("[1, 1]", "[1, 4]", "threshold = 0.0"),
+    "runs": ("[1, 4]", "[1, 2]", "nnz = 1"),
+    "runs by threshold": ("[1, 4]", "[-1, -1]", "threshold = 1.5"),
+    "tiles": ("[4, 8]", "[-1, -1]", "nnz = 20"),
+    "columns": ("[-1, 1]", "[1, -1]", "nnz = 31"),
+    "columns by maximum": ("[-1, 1]", "[1, -1]", "nnz = 9"),
+}
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("name", PRUNING)
+def test_what_is_not_finite_ranks_last_in_every_way(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
+    block, shape, budget = PRUNING[name]
+    norm = ', norm = "inf"' if "maximum" in name else ""
+    score = f'score = {{ kind = "magnitude", nonfinite = "prune"{norm} }}'
+    table = f'tensors = "{{name}}"\nblock = {block}\nshape = {shape}\n{budget}\n{score}\n'
+    torch.manual_seed(0)
+    weight = torch.randn(24, 32)
+    weight[torch.rand(24, 32) < 0.1] = 0.0
+    weight.view(-1)[::71] = float("nan")
+    weight[:2, 3:8] = float("nan")
+    if dtype != torch.float8_e4m3fn:
+        weight[20, 5:9] = float("-inf")
+        weight[:, 30] = float("inf")
+    prepare(tmp_path, f"version = 1\n[scope.all]\n{table}", {"w": weight.to(dtype)})
+    with pytest.MonkeyPatch.context() as patch:
+        force(patch, "torch_in_memory")
+        reference = applied(tmp_path, "reference")
+    worked: list[Any] = []
+    for way in WAYS:
+        with pytest.MonkeyPatch.context() as patch:
+            narrow(patch, 64, 16)
+            force(patch, way)
+            if (how := strategies(tmp_path, 2)) not in worked:
+                worked.append(how)
+                assert applied(tmp_path, way, "--jobs", 2) == reference, way
+    assert len(worked) > 1 or dtype == torch.float64  # whose blocks need torch
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "name", ["soft elements", "soft 2:4", "soft whole tensors", "soft elements over all"]
+)
+def test_soft_elements_of_wide_dtypes_need_no_torch(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
+    spec, tensors = CASES[name]
+    prepare(tmp_path, spec, tensors(dtype))
+    with pytest.MonkeyPatch.context() as patch:
+        force(patch, "torch_in_memory")
+        reference = applied(tmp_path, "reference")
+    for slab in (1, 64):
+        with pytest.MonkeyPatch.context() as patch:
+            narrow(patch, slab, 16)
+            assert not any(needs_torch(how) for how in strategies(tmp_path, 1))
+            assert applied(tmp_path, f"loops-{slab}", "--jobs", 1) == reference

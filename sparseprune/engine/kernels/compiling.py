@@ -33,6 +33,7 @@ _C_TYPES: dict[str, Any] = {
     "uint32": ctypes.c_uint32,
     "uint16": ctypes.c_uint16,
     "uint8": ctypes.c_uint8,
+    "float32": ctypes.c_float,
     "float64": ctypes.c_double,
 }
 # Symbols that only a process that imported numba has: no object file that is kept may need them.

@@ -23,6 +23,7 @@ _SIDE_BY_SIDE = 64  # scopes that are compared at one time
 _WORDS = 256  # 64-bit words whose ranks stay in the first cache
 _LONG = 1 << 9  # blocks a scope from which on larger digits pay in spite of more counters
 _DIGITS, _LONG_DIGITS = 8, 11  # bits, counted from the highest: few neighbours share a large digit
+_FEW = 32  # blocks a scope up to which keys are put in order one by one
 _BLOCK = 4096  # elements that are counted in 16 bits
 _EACH = np.uint64(0x0101_0101_0101_0101)
 _ITS_BIT = np.uint64(0x8040_2010_0804_0201)
@@ -54,6 +55,29 @@ def select_keys(bits: Bits, magnitude: int, blocks: int, nnz: int, keep: Mask) -
         digit = _LONG_DIGITS if blocks >= _LONG else _DIGITS
         counts = np.empty(1 << digit, dtype=np.int64)
         _by_digits(bits, bits.size, magnitude, blocks, nnz, magnitude.bit_length(), digit, counts, keep)
+
+
+def two_keys(bits: Bits, form: Format, blocks: int, nnz: int) -> tuple[Bits, Bits]:
+    """The `nnz`-th largest key of every `blocks` patterns (flat, whole scopes) and the next one, 0 for none.
+
+    >>> from sparseprune.engine.kernels.formats import FORMATS
+    >>> two_keys(np.array([3, 9, 5, 2, 2, 1], dtype=np.uint16), FORMATS["BF16"], 3, 2)
+    (array([5, 2], dtype=uint16), array([3, 1], dtype=uint16))
+    """
+    scopes = bits.size // blocks
+    found = np.empty(2 * scopes, dtype=bits.dtype)
+    keys, counts = np.empty(_FEW, dtype=bits.dtype), np.empty(1 << _DIGITS, dtype=np.int64)
+    width = form.magnitude.bit_length()
+    _two_keys(bits, scopes, form.magnitude, blocks, nnz, width, _DIGITS, keys, counts, found)
+    return found[::2].copy(), found[1::2].copy()
+
+
+def finite_ranks(bits: Bits, form: Format) -> Bits:
+    """The keys of patterns plus 1, and 0 for what is not finite: it ranks below all others."""
+    ranks: Bits = bits & bits.dtype.type(form.magnitude)
+    ranks += ranks.dtype.type(1)
+    ranks *= ranks <= ranks.dtype.type(form.infinity)
+    return ranks
 
 
 def _select_in_words(bits: Bits, magnitude: int, blocks: int, nnz: int, keep: Mask) -> None:
@@ -201,6 +225,32 @@ def _kth(bits, begin, blocks, magnitude, k, width, digit, counts):
         prefix = (prefix << np.uint64(size)) | np.uint64(found)
         left -= size
     return prefix, k
+
+
+@compiled("void(K*, int64, K, int64, int64, int64, int64, K*, int64*, K*)")
+def _two_keys(bits, scopes, magnitude, blocks, nnz, width, digit, keys, counts, found):
+    """The nnz-th largest key of each scope and the one after it, 0 after the last one."""
+    for scope in range(scopes):
+        begin = scope * blocks
+        if blocks > _FEW:
+            kth, _ = _kth(bits, begin, blocks, magnitude, nnz, width, digit, counts)
+            found[2 * scope] = kth
+            found[2 * scope + 1] = 0
+            if nnz < blocks:
+                following, _ = _kth(bits, begin, blocks, magnitude, nnz + 1, width, digit, counts)
+                found[2 * scope + 1] = following
+        else:
+            for i in range(blocks):
+                key = bits[begin + i] & magnitude
+                place = i
+                while place > 0 and keys[place - 1] < key:
+                    keys[place] = keys[place - 1]
+                    place -= 1
+                keys[place] = key
+            found[2 * scope] = keys[nnz - 1]
+            found[2 * scope + 1] = 0
+            if nnz < blocks:
+                found[2 * scope + 1] = keys[nnz]
 
 
 # Thresholds and decisions about blocks.
