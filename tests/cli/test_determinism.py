@@ -181,7 +181,9 @@ def test_torch_takes_one_thread_wherever_it_works(
 
     usual = place.Tile
     monkeypatch.setattr(place, "Tile", watched)
-    path = write_spec(matrices, SPECS[spec] if spec in SPECS else TWO_OF_FOUR + METHODS["admm"])
+    path = write_spec(
+        matrices, SPECS[spec] + "\neps = 1e-9\n" if spec in SPECS else TWO_OF_FOUR + METHODS["admm"]
+    )
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(4)

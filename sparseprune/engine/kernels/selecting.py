@@ -239,6 +239,19 @@ def _two_keys(bits, scopes, magnitude, blocks, nnz, width, digit, keys, counts, 
             if nnz < blocks:
                 following, _ = _kth(bits, begin, blocks, magnitude, nnz + 1, width, digit, counts)
                 found[2 * scope + 1] = following
+        elif blocks == 4:  # without branches, which nobody could foretell
+            a, b = bits[begin] & magnitude, bits[begin + 1] & magnitude
+            c, d = bits[begin + 2] & magnitude, bits[begin + 3] & magnitude
+            high, low = (a if a > b else b), (b if a > b else a)
+            other_high, other_low = (c if c > d else d), (d if c > d else c)
+            one = other_high if high > other_high else high
+            other = low if low > other_low else other_low
+            keys[0] = high if high > other_high else other_high
+            keys[1] = one if one > other else other
+            keys[2] = other if one > other else one
+            keys[3] = other_low if low > other_low else low
+            found[2 * scope] = keys[nnz - 1]
+            found[2 * scope + 1] = keys[nnz] if nnz < 4 else keys[0] & np.uint8(0)
         else:
             for i in range(blocks):
                 key = bits[begin + i] & magnitude
