@@ -19,7 +19,19 @@ Shape = tuple[int, ...]
 Orders = Sequence[Sequence[int]] | None
 """For each member of a coupling the order of its grid's dimensions; None for all as they are."""
 
-__all__ = ["Orders", "Shape", "align", "block_extents", "divide", "identity_order", "interleaved"]
+LARGEST_TILE = 4
+"""Rows of a tile of transposable N:M; larger ones have too many patterns to look at all."""
+
+__all__ = [
+    "LARGEST_TILE",
+    "Orders",
+    "Shape",
+    "align",
+    "block_extents",
+    "divide",
+    "identity_order",
+    "interleaved",
+]
 __all__ += ["inverse_order", "permute", "prod", "scope_extents", "surviving"]
 
 

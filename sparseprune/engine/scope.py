@@ -20,6 +20,7 @@ from sparseprune.engine import grids
 from sparseprune.engine.block import BlockSpec, Grid, by_cell, over_cells, refuse_shared_elements, zero_pruned
 from sparseprune.engine.proximal import distinct
 from sparseprune.engine.scoring import first_nan, magnitude_keys, order_keys
+from sparseprune.engine.transposing import select_transposable
 from sparseprune.errors import NanScoreError, ShapeMismatchError, SparsityError
 
 if TYPE_CHECKING:
@@ -289,12 +290,18 @@ class SparseScope(Grid):
             given = "block_scores" if block_mask is None else "block_mask"
             raise SparsityError(f"{self.name}: {given} is used in place of norms: leave p and rms out")
         if block_mask is None:
-            block_mask = select(self.keys(values, block_scores, p=p, rms=rms), self._budget(nnz))
+            block_mask = self._selected(self._budget(nnz), values, block_scores, p=p, rms=rms)
         keep = self._by_scope(block_mask.to(torch.bool), "block mask")
         masks: dict[BlockSpec, Tensor] = {}
         for spec, part in self._scatter(keep):
             masks |= spec.block.get_masks(part)
         return masks
+
+    def _selected(
+        self, nnz: int, values: Values, block_scores: Tensor | None, *, p: float, rms: bool
+    ) -> Tensor:
+        """Which blocks survive, by scope: the `nnz` largest."""
+        return select(self.keys(values, block_scores, p=p, rms=rms), nnz)
 
     def threshold_masks(
         self, thresholds: Tensor | float, values: Values = None, block_scores: Tensor | None = None
@@ -481,15 +488,59 @@ class ScopeSpec(SparseScope):
     tensor([[ 0.0000, -4.0000,  3.0000,  0.0000],
             [ 0.5000,  0.5000,  0.0000,  0.0000]])
 
+    `transposable`: scopes are tiles of m x m single elements, and nnz is n * m: n of m survive in every row
+    and in every column, with the largest sum of scores (`select_transposable`).
+
     Raises:
-        ShapeMismatchError: the shape has more dimensions than the block grid, or does not divide it.
+        ShapeMismatchError: the shape has more dimensions than the block grid, or does not divide it, or it is
+            no tile of 2 x 2 to 4 x 4 single elements and `transposable`.
     """
 
-    def __init__(self, block: SparseBlock, shape: Sequence[int], name: str | None = None) -> None:
+    def __init__(
+        self,
+        block: SparseBlock,
+        shape: Sequence[int],
+        name: str | None = None,
+        *,
+        transposable: bool = False,
+    ) -> None:
         self.block = block
         self.name = name or f"scope of {block.name}"
         self.shape: Shape = grids.scope_extents(block.grid_shape, tuple(map(operator.index, shape)))
         self.grid_shape = grids.divide(block.grid_shape, self.shape, "scope", "block grid")
+        self.transposable = transposable
+        wide = [size for size in self.shape if size > 1]
+        tile = len(wide) == 2 and wide[0] == wide[1] <= grids.LARGEST_TILE and block.numel_per_block() == 1
+        if transposable and not tile:
+            found = f"scope shape {list(self.shape)} of blocks of {block.numel_per_block()}"
+            wanted = f"single elements in square tiles of 2 to {grids.LARGEST_TILE} rows"
+            raise ShapeMismatchError(f"{self.name}: {found} cannot be transposable: wanted {wanted}")
+
+    def _selected(
+        self, nnz: int, values: Values, block_scores: Tensor | None, *, p: float, rms: bool
+    ) -> Tensor:
+        if not self.transposable:
+            return super()._selected(nnz, values, block_scores, p=p, rms=rms)
+        size = math.isqrt(self.numblk_per_scope())
+        if nnz % size:
+            wanted = f"a multiple of {size}, as each row and column keeps as many"
+            raise SparsityError(f"{self.name}: nnz {nnz} is not transposable: wanted {wanted}")
+        if block_scores is None:
+            scores = self.block_norms(values, p, rms=rms)
+        else:
+            scores = self._by_scope(block_scores, "block scores")
+        try:
+            return select_transposable(scores, size, nnz // size)
+        except SparsityError as error:
+            raise SparsityError(f"{self.name}: {error}") from error
+
+    def threshold_masks(
+        self, thresholds: Tensor | float, values: Values = None, block_scores: Tensor | None = None
+    ) -> dict[BlockSpec, Tensor]:
+        """As of any scope; SparsityError where it is transposable, as no threshold keeps n of m."""
+        if self.transposable:
+            raise SparsityError(f"{self.name}: a transposable scope has no threshold: give nnz")
+        return super().threshold_masks(thresholds, values, block_scores)
 
     @property
     def members(self) -> tuple[tuple[ScopeSpec, Shape], ...]:

@@ -341,7 +341,7 @@ def leaves_of(block: AnyBlock) -> tuple[tuple[BoundBlock, Shape], ...]:
 def alone(scope: AnyScope) -> AnyScope:
     """The same blocks, each in a scope of its own: what a threshold asks about."""
     if isinstance(scope, BoundScope):
-        return replace(scope, shape=(1,) * len(scope.shape))
+        return replace(scope, shape=(1,) * len(scope.shape), transposable=False)
     return replace(scope, members=tuple(alone(member) for member in scope.members))
 
 

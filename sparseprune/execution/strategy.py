@@ -189,6 +189,8 @@ def choose(
     """
     if task.instance.reconstruct is not None:
         return _rebuild(task, tensors, limits)
+    if any(member.transposable for member, _ in members_of(task.instance.scope)):
+        compiled = False  # a tile of few elements, which always fits, as a whole
     order = ORDER if _allows_loops(task) else [name for name in ORDER if name in _TORCH]
     if not compiled:
         order = [*_TORCH, *(name for name in order if name in {"radix_select", "block_norms"})]

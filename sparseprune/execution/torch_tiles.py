@@ -280,7 +280,7 @@ def _build_scope_spec(bound: BoundScope, tensors: Mapping[BoundBlock, Tensor | V
     block: SparseBlock = leaves[0]
     if not isinstance(bound.block, BoundBlock):
         block = BlockCoupling(leaves, bound.block.orders, bound.block.label)
-    return ScopeSpec(block, bound.shape, bound.label)
+    return ScopeSpec(block, bound.shape, bound.label, transposable=bound.transposable)
 
 
 def _on_device(loaded: Loaded, device: str) -> Tensor:

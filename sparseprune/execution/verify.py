@@ -38,6 +38,7 @@ from sparseprune.execution.strategy import BlockNorms, CountNonzero
 from sparseprune.execution.tensor_io import TensorIO
 from sparseprune.results.checking import BrokenScope, CheckedRule, CheckedTensor, SharedSurvivors
 from sparseprune.results.fields import one_or_all
+from sparseprune.spec import BoundRule
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -49,7 +50,7 @@ if TYPE_CHECKING:
     from sparseprune.execution.plan import Plan
     from sparseprune.execution.regions import AnyBlock, Limits, Region
     from sparseprune.execution.tensor_io import Loaded, Mask
-    from sparseprune.spec import BoundBlock, BoundInstance, BoundRule, BoundSpec, Spec
+    from sparseprune.spec import BoundBlock, BoundInstance, BoundSpec, Spec
 
 
 UNCHECKED = "a survivor of a soft threshold may have any size"
@@ -169,10 +170,12 @@ class Check(Schedule, frozen=True):
 
     @property
     def bound(self) -> BoundSpec:
-        """The rules that are checked."""
+        """The rules that are checked; of transposable ones the rows, as the columns are the same elements."""
         names = {task.rule for group in self.groups for task in group.tasks}
         bound = self.plan.bound
-        return replace(bound, rules=tuple(rule for rule in bound.rules if rule.name in names))
+        rules = [rule for rule in bound.rules if rule.name in names]
+        once = [rule for rule in rules if not any(one.form < 0 == one.form % 2 for one in rule.instances)]
+        return replace(bound, rules=tuple(once))
 
 
 def make_check(checkpoint: Checkpoint, spec: Spec, memory: int, workers: int) -> Check:
@@ -185,7 +188,7 @@ def make_check(checkpoint: Checkpoint, spec: Spec, memory: int, workers: int) ->
         SparsepruneError: the memory is too little.
     """
     plan = make_plan(checkpoint, spec, _is_scored)
-    plan = replace(plan, bound=_loosened(plan.bound))
+    plan = replace(plan, bound=_by_rows_and_columns(_loosened(plan.bound)))
     # What is found of a tensor takes about as much as what is known of its mask when it is pruned.
     limits = limits_of(memory, uses_torch=False, resident=resident_of(plan, masks=True))
     alike = [
@@ -208,6 +211,38 @@ def make_check(checkpoint: Checkpoint, spec: Spec, memory: int, workers: int) ->
     counting = [group for tasks in alike for group in _counting_groups(tasks, checkpoint.tensors, limits)]
     counting.sort(key=lambda group: place[group.task.rule, group.task.instance.label])
     return Check(plan, limits, workers, (*counting, *scoring), ())
+
+
+def _by_rows_and_columns(bound: BoundSpec) -> BoundSpec:
+    """Rules with transposable instances as two, of the rows and of the columns of tiles."""
+    rules: list[BoundRule] = []
+    for rule in bound.rules:
+        tiled = [_is_tiled(instance) for instance in rule.instances]
+        if not any(tiled):
+            rules.append(rule)
+            continue
+        others = [one for one, is_tiled in zip(rule.instances, tiled, strict=True) if not is_tiled]
+        rows, columns = (
+            [_lines(instance, place) for instance in rule.instances if _is_tiled(instance)]
+            for place in (0, 1)
+        )
+        rules.append(BoundRule(f"{rule.name} rows", (*others, *rows)))
+        rules.append(BoundRule(f"{rule.name} columns", tuple(columns)))
+    return replace(bound, rules=tuple(rules))
+
+
+def _is_tiled(instance: BoundInstance) -> bool:
+    return any(member.transposable for member in instance.scope.members)
+
+
+def _lines(instance: BoundInstance, place: int) -> BoundInstance:
+    """The rows (0) or columns (1) of tiles as scopes; their forms have negative numbers, even for columns."""
+    (scope,) = instance.scope.members
+    nnz, size = instance.budget.nnz, max(scope.shape)
+    line = (1, size) if place == 0 else (size, 1)
+    one = replace(scope, shape=(*scope.shape[:-2], *line), transposable=False)
+    budget = dataclasses.replace(instance.budget, nnz=None if nnz is None else nnz // size)
+    return replace(instance, scope=one, budget=budget, form=-2 * instance.form - 1 - place)
 
 
 def _loosened(bound: BoundSpec) -> BoundSpec:

@@ -163,6 +163,7 @@ def rule_plan(
         tensors=len(names),
         example=names[0] if names else None,
         instance=first.label if first else None,
+        transposable=any(member.transposable for member in first.scope.members) if first else False,
         fused=tuple(dict.fromkeys(block_name(leaf) for _, leaf in fused)),
         fused_block=fused[0][0].label if fused else None,
         competing=len(first.scope.members) if first else 1,
@@ -344,6 +345,7 @@ def _budget(rule: results.RulePlan) -> Facts:
     else:
         scopes = "the one scope" if rule.scopes == 1 else f"each of {rule.scopes:,} scopes"
         kept = f"{each_text(rule.nnz)} of {each_text(rule.blocks_per_scope)} blocks in {scopes}"
+        kept += ", as many in each row and column: transposable" if rule.transposable else ""
         why = "whole blocks" if rule.allocation is None else "one budget is shared"
         rounded = "" if asked in (None, became) else f", asked {each_text(asked, percent)}: {why}"
         facts += [("keeps", kept), ("sparsity", each_text(became, percent) + rounded)]

@@ -131,6 +131,7 @@ class RulePlan(Record):
     tensors: Count
     example: Annotated[str | None, Doc("name of its first tensor")]
     instance: Annotated[str | None, Doc("label of its first instance")]
+    transposable: Annotated[bool, Doc("whether scopes are tiles, each row and column of which keeps as many")]
     fused: Annotated[tuple[str, ...], Doc("names of the blocks of a block coupling")]
     fused_block: Annotated[
         str | None, Doc("label of the first fused block; a file of block scores names its tensor by it")

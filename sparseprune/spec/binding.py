@@ -17,6 +17,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from sparseprune.engine.grids import (
+    LARGEST_TILE,
     Shape,
     align,
     block_extents,
@@ -454,8 +455,14 @@ class _Binder:
         shared = allocate_of(table.reconstruct or spec.reconstruct, spec.directory, budget.nnz)
         if shared is not None and own is not None:
             shared, budget = replace(shared, decided=True), dataclasses.replace(budget, nnz=own)
+        permute = isinstance(table, ScopeTable) and _is_true(place, "permute", table, scope, names)
+        if isinstance(table, ScopeTable) and _is_true(place, "transposable", table, scope, names):
+            if permute:
+                raise Misfit(
+                    place, "transposable", f"{scope.label}: permute moves inputs alone: leave one out"
+                )
+            scope, budget = _tiled(place, scope, budget), _budget_of_tile(scope, budget)
         what = (scope.label, site.captures, scope, budget, sparsity)
-        permute = isinstance(table, ScopeTable) and _permutes(place, table, scope, names)
         found = BoundInstance(*what, score, soft, rebuilt, shared, next(self._numbers), permute)
         least, most = found.kept_range or (0, scope.blocks_per_scope)
         if own is not None and not least <= own <= most:
@@ -530,20 +537,47 @@ class _Binder:
         return BoundBlock(label(place, site), tensor.name, *view, extents)
 
 
-def _permutes(place: str, table: ScopeTable, scope: BoundScope, names: Names) -> bool:
-    """Whether inputs change places first; Misfit where a scope is not N:M of single elements."""
-    if table.permute is None:
+def _is_true(place: str, key: str, table: ScopeTable, scope: BoundScope, names: Names) -> bool:
+    """Whether a key for N:M holds; Misfit where a scope is not N:M of single elements."""
+    asked = getattr(table, key)
+    if asked is None:
         return False
-    with _placed(place, "permute", scope.label):
-        found = names.value(table.permute)
+    with _placed(place, key, scope.label):
+        found = names.value(asked)
         if not isinstance(found, bool):
-            raise came_to(table.permute, found, "true or false")
+            raise came_to(asked, found, "true or false")
     wide = [size for size in scope.shape if size > 1]
     if found and (scope.block.leaves[0].numel_per_block > 1 or len(wide) != 1):
         what = f"{scope.label} has scopes {list(scope.shape)} of blocks {list(scope.block.leaves[0].shape)}"
         wanted = "wanted single elements, several along one dimension, such as shape [1, 4] of blocks [1, 1]"
-        raise Misfit(place, "permute", f"{what}: {wanted}")
+        raise Misfit(place, key, f"{what}: {wanted}")
     return found
+
+
+def _tiled(place: str, scope: BoundScope, budget: Budget) -> BoundScope:
+    """N:M as square tiles of the last two dimensions of a view; Misfit where these do not fit."""
+    size, rank = max(scope.shape), len(scope.shape)
+    grid = scope.block.grid_shape
+    if size > LARGEST_TILE:
+        text = f"found groups of {size}, wanted 2 to {LARGEST_TILE}: larger tiles have too many patterns"
+    elif isinstance(scope.block, BoundBlockCoupling):
+        text = "its blocks are fused over tensors, wanted single elements of one"
+    elif budget.nnz is None:
+        text = "a threshold keeps no fixed number: give nnz or sparsity"
+    elif rank < 2 or size not in scope.shape[-2:]:
+        text = f"scopes {list(scope.shape)} lie along none of the last two dimensions of the view"
+    elif grid[-1] % size or grid[-2] % size:
+        text = f"{list(grid)} has no whole tiles: both of the last two must be multiples of {size}"
+    else:
+        return replace(scope, shape=(*scope.shape[:-2], size, size), transposable=True)
+    raise Misfit(place, "transposable", f"{_where(scope.block)}: {text}")
+
+
+def _budget_of_tile(scope: BoundScope, budget: Budget) -> Budget:
+    """The budget of all rows of a tile, from that of one."""
+    size = max(scope.shape)
+    nnz = None if budget.nnz is None else budget.nnz * size
+    return dataclasses.replace(budget, nnz=nnz, multiple_of=budget.multiple_of * size)
 
 
 def _outlook_of(site: Site) -> Outlook | None:
@@ -567,8 +601,8 @@ def _renamed(part: Part, site: Site) -> Part:
     if isinstance(part, BoundScope):
         block: Any = _renamed(part.block, site)
         if part.label == part.block.label:  # the short form: scope and block share one text
-            return BoundScope(block.label, block, part.shape)
-        return BoundScope(_relabelled(part, site), block, part.shape)
+            return BoundScope(block.label, block, part.shape, part.transposable)
+        return BoundScope(_relabelled(part, site), block, part.shape, part.transposable)
     if isinstance(part, BoundBlock):
         tensor = site.tensor.name if isinstance(site, TensorSite) else ""
         own = _relabelled(part, site)

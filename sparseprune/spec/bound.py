@@ -83,12 +83,14 @@ class BoundBlockCoupling(Struct, frozen=True):
 class BoundScope(Struct, frozen=True):
     """Scopes of `shape` blocks each over one block grid; `grid_shape` counts scopes.
 
-    As a coupling it is its only member.
+    As a coupling it is its only member. `transposable`: scopes are square tiles, each row and column of which
+    keeps as many.
     """
 
     label: str
     block: BoundBlock | BoundBlockCoupling
     shape: Shape
+    transposable: bool = False
 
     @property
     def grid_shape(self) -> Shape:

@@ -243,6 +243,8 @@ class _Checker(Struct, frozen=True):
                 self.add(place, key, f"this scope is a member of [{coupling}]: {what} belongs there")
         if isinstance(table, ScopeTable) and table.permute:
             self.add(place, "permute", f"this scope is a member of [{coupling}], and only N:M is permuted")
+        if isinstance(table, ScopeTable) and table.transposable:
+            self.add(place, "transposable", f"this scope is a member of [{coupling}]: only N:M can be so")
 
     def _outermost(self, place: str, table: BudgetTable) -> None:
         given = [key for key in BUDGETS if getattr(table, key) is not None or self.problems.has(place, key)]
@@ -255,6 +257,8 @@ class _Checker(Struct, frozen=True):
             self.add(place, "multiple_of", text)
         if isinstance(table, ScopeTable) and table.permute:
             self._permute(place, table)
+        if isinstance(table, ScopeTable) and table.transposable:
+            self._transposable(place, table)
         if not self.problems.is_open(place, "mode"):
             self._mode(place, table)
         if not self.problems.is_open(place, "mode", "score", "reconstruct", "threshold"):
@@ -275,6 +279,23 @@ class _Checker(Struct, frozen=True):
             kinds = listed(map(shown, PERMUTED_SCORES), "or")
             text = f'its score has kind = "{score.kind}", of which no order loses less: wanted {kinds}'
             self.add(place, "permute", text)
+
+    def _transposable(self, place: str, table: ScopeTable) -> None:
+        """Keys that do not go with n of m in both dimensions, whatever an expression comes to."""
+        score = table.score or (None if self.problems.is_open(place, "score") else self.spec.score)
+        found = table.reconstruct or self.spec.reconstruct
+        if table.threshold is not None:
+            self.add(place, "transposable", "a threshold keeps no fixed number: give nnz or sparsity")
+        if table.mode == "soft":
+            self.add(place, "transposable", 'mode = "soft" keeps no pattern: leave one of the two out')
+        if score is not None and score.kind not in PERMUTED_SCORES:
+            kinds = listed(map(shown, PERMUTED_SCORES), "or")
+            self.add(place, "transposable", f'its score has kind = "{score.kind}": wanted {kinds}')
+        if score is not None and score.nonfinite == "prune":
+            self.add(place, "transposable", 'nonfinite = "prune" has scores without a sum: leave it out')
+        if found is not None and found.allocate == "loss":
+            text = 'each tile keeps as many, so that allocate = "loss" has nothing to share: leave it out'
+            self.add(place, "transposable", text)
 
     def _mode(self, place: str, table: BudgetTable) -> None:
         """Keys that do not go with the mode of a rule."""
@@ -362,7 +383,9 @@ class _Checker(Struct, frozen=True):
             elif isinstance(table, ScopeTable) and own is not None and lent is not None:
                 self._check_names(place, {"shape": table.shape}, {*own, *lent, *common})
             if isinstance(table, BudgetTable) and own is not None:
-                budget = {key: getattr(table, key, None) for key in (*_BUDGET_KEYS, "permute")}
+                budget = {
+                    key: getattr(table, key, None) for key in (*_BUDGET_KEYS, "permute", "transposable")
+                }
                 self._check_names(place, budget, {*own, *common})
 
     def _check_leaf(

@@ -511,6 +511,10 @@ class ScopeTable(TensorsTable, BudgetTable):
         _or_expression(_boolean),
         "true, false or an expression: whether inputs change places first, where the model stays the same",
     )
+    transposable: bool | Expression | None = _key(
+        _or_expression(_boolean),
+        "true, false or an expression: whether n of m survive along both dimensions of a matrix",
+    )
 
 
 class ScopeCouplingTable(CouplingTable, BudgetTable):

@@ -30,7 +30,7 @@ def test_every_spec_is_shown_with_its_summary_its_structure_and_its_variables() 
     shown = dict(line.split(maxsplit=1) for line in lines[::2])
     assert tuple(shown) == list_specs()
     knobs = dict(zip(shown, map(str.strip, lines[1::2]), strict=True))
-    assert knobs["nofm"] == "matrices; --set n=1 m=4 permute=false"
+    assert knobs["nofm"] == "matrices; --set n=1 m=4 permute=false transposable=false"
     assert knobs["coupled-2of4"] == "matrices; nothing to set"
     assert knobs["mlp-channels"] == """mlp; --set sparsity=0.25 only="''" multiple=1"""
     for name, text in shown.items():
@@ -66,7 +66,7 @@ def listed(*words: object) -> list[dict[str, object]]:
 def test_json_is_a_list_of_specs_with_their_variables_and_earlier_names() -> None:
     found = {one["name"]: one for one in listed()}
     assert tuple(found) == list_specs()
-    assert found["nofm"]["variables"] == {"n": 1, "m": 4, "permute": False}
+    assert found["nofm"]["variables"] == {"n": 1, "m": 4, "permute": False, "transposable": False}
     assert found["nofm"]["structures"] == ["matrices"]
     assert "bert-heads" in str(found["heads"]["aliases"])
     assert found["heads"]["text"] == (SPECS / "heads.toml").read_text()
