@@ -11,15 +11,19 @@ from functools import lru_cache
 from itertools import combinations, product
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from msgspec import Struct
 
+from sparseprune.engine.kernels.tiles import best_numbers
 from sparseprune.errors import SparsityError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
+
+    from sparseprune.engine.kernels.tiles import Integers
 
 SCORE_BITS = 46  # of a score beside the largest one of its tile; sums of these are exact
 _CHUNK = 1 << 13  # tiles that are decided at one time, so that their sums stay in the cache
@@ -85,6 +89,18 @@ def _numbers(tiles: Tensor, size: int, kept: int) -> Tensor:
     digits = len(found.rows)
     shift = (digits**size - 1).bit_length()
     values = _integers(tiles) << shift
+    if tiles.device.type == "cpu":
+        key = torch.from_numpy(best_numbers(values.numpy(), size, *_tables(size, kept)))
+    else:
+        key = _by_tensors(values, size, kept)
+    number: Tensor = -key & ((1 << shift) - 1)
+    return number
+
+
+def _by_tensors(values: Tensor, size: int, kept: int) -> Tensor:
+    """The largest key of each tile, of values (elements, tiles), as `best_numbers` has it: for devices."""
+    found = _patterns(size, kept)
+    digits = len(found.rows)
     keys = [
         [
             _sum([values[row * size + column] for column in columns]) - number * digits ** (size - 1 - row)
@@ -103,8 +119,26 @@ def _numbers(tiles: Tensor, size: int, kept: int) -> Tensor:
         best = total if best is None else torch.maximum(best, total)
     if best is None:
         raise SparsityError(f"no pattern keeps {kept} of {size} in each row and column")
-    number: Tensor = -best & ((1 << shift) - 1)
-    return number
+    return best
+
+
+@lru_cache(maxsize=8)
+def _tables(size: int, kept: int) -> tuple[Integers, Integers, Integers]:
+    """The patterns as `best_numbers` takes them; a state is what the columns of an upper half keep."""
+    found = _patterns(size, kept)
+    states = {counts: number for number, counts in enumerate(found.upper)}
+    upper = [(states[counts], *one) for counts, every in found.upper.items() for one in every]
+    lower = [
+        (states[above], *one)
+        for counts, every in found.lower.items()
+        if (above := tuple(kept - count for count in counts)) in states
+        for one in every
+    ]
+    return _table(found.rows), _table(upper), _table(lower)
+
+
+def _table(rows: Sequence[Rows]) -> Integers:
+    return np.array(rows, dtype=np.int64)
 
 
 def _sum(numbers: list[Tensor]) -> Tensor:

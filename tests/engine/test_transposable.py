@@ -11,7 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparseprune.engine import BlockSpec, ScopeSpec
+from sparseprune.engine import BlockSpec, ScopeSpec, transposing
+from sparseprune.engine.kernels.tiles import best_numbers
 from sparseprune.engine.projections import projection
 from sparseprune.engine.transposing import SCORE_BITS, select_transposable
 from sparseprune.errors import ShapeMismatchError, SparsityError
@@ -53,6 +54,16 @@ def test_the_engine_keeps_what_the_best_of_all_patterns_keeps(
     scores = data.draw(st.lists(numbers, min_size=size**2, max_size=size**2))
     found = select_transposable(torch.tensor([scores], dtype=torch.float64), size, kept)
     assert tuple(found[0].tolist()) == best(scores, size, kept)
+
+
+@pytest.mark.parametrize(("size", "kept"), CASES)
+def test_operations_on_tensors_find_what_the_compiled_loop_finds(size: int, kept: int) -> None:
+    generator = torch.Generator().manual_seed(size * kept)
+    scores = torch.rand(300, size**2, generator=generator, dtype=torch.float64)
+    scores[100:] = scores[100:].mul(3).floor()
+    values = transposing._integers(scores) << 11
+    loop = best_numbers(values.numpy(), size, *transposing._tables(size, kept))
+    assert loop.tolist() == transposing._by_tensors(values, size, kept).tolist()
 
 
 def test_of_equal_sums_lower_indices_are_kept() -> None:
