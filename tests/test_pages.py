@@ -27,19 +27,22 @@ README = (ROOT / "README.md").read_text()
 INSTALL = "python3 -m venv .venv && .venv/bin/pip install '.[calibrate]' && .venv/bin/"
 CHECKS = "bash .ci/run"
 FINETUNE = f"""#!{sys.executable}
-import shutil, sys, torch
-from pathlib import Path
-from safetensors.torch import load_file, save_file
+import sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-source, target = map(Path, sys.argv[1:])
-shutil.copytree(source, target, ignore=shutil.ignore_patterns("sparseprune"))
-generator = torch.Generator().manual_seed(1)
-for shard in target.glob("*.safetensors"):
-    tensors = {{
-        name: (weight + 0.01 * torch.randn(weight.shape, generator=generator)).to(weight.dtype)
-        for name, weight in load_file(shard).items()
-    }}
-    save_file(tensors, shard, metadata={{"format": "pt"}})
+source, target = sys.argv[1:]
+torch.manual_seed(0)
+model, tokenizer = AutoModelForCausalLM.from_pretrained(source), AutoTokenizer.from_pretrained(source)
+tokens = torch.tensor(tokenizer(open("corpus.txt").read(100_000))["input_ids"])
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+for _ in range(10):
+    begins = torch.randint(len(tokens) - 64, (8,))
+    batch = torch.stack([tokens[begin : begin + 64] for begin in begins])
+    model(input_ids=batch, labels=batch).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+model.save_pretrained(target)
+tokenizer.save_pretrained(target)
 """
 JQ = f"""#!{sys.executable}
 import json, sys

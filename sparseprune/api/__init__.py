@@ -34,6 +34,7 @@ def apply(
     mask_format: options.MaskFormatOrNone = "packed",
     set: options.Set = None,
     target: options.Goal = None,
+    within: options.Within = None,
     reconstruct: options.Reconstruct = None,
     stats: options.StatsToRebuild = None,
     text: options.TextToSweep = (),
@@ -74,7 +75,9 @@ def apply(
     windows = Windows([located(one) for one in text], sequences, length, field, seed, special)
     read = AskedText(windows, gradients, path_or_none(scratch))
     place, given = inputs.found(run, checkpoint), inputs.found_if_any(run, stats)
-    asked = source(place, spec, set, target, (reconstruct, given), read)
+    asked = source(
+        place, spec, set, target, (reconstruct, given), read, within=inputs.found_if_any(run, within)
+    )
     with run.on(on, jobs, text=bool(text)) as threads:
         return prune(run, prepare(asked, goes, machine(device, threads, memory, sweeps=bool(text)), run))
 
@@ -91,6 +94,7 @@ def mask(
     mask_format: options.MaskFormat = "packed",
     set: options.Set = None,
     target: options.Goal = None,
+    within: options.Within = None,
     reconstruct: options.Reconstruct = None,
     stats: options.StatsToRebuild = None,
     strict: options.Strict = False,
@@ -111,7 +115,7 @@ def mask(
     run = Run(progress, strict=strict)
     goes = Target(path_or_none(output), mask_format, force, weights=False)
     place, given = inputs.found(run, checkpoint), inputs.found_if_any(run, stats)
-    asked = source(place, spec, set, target, (reconstruct, given))
+    asked = source(place, spec, set, target, (reconstruct, given), within=inputs.found_if_any(run, within))
     with run.on(on, jobs) as threads:
         return prune(run, prepare(asked, goes, machine(device, threads, memory)))
 
@@ -126,6 +130,7 @@ def plan(
     mask_format: options.MaskFormatOrNone = "packed",
     set: options.Set = None,
     target: options.Goal = None,
+    within: options.Within = None,
     reconstruct: options.Reconstruct = None,
     stats: options.StatsToRebuild = None,
     text: options.TextToSweep = (),
@@ -162,8 +167,9 @@ def plan(
         goes = Target(goes.output, resized=True, model_type=as_model)
     windows = Windows([located(one) for one in text], sequences, length, field, seed, special)
     read = AskedText(windows, gradients)
+    place, given = inputs.found(run, checkpoint), inputs.found_if_any(run, stats)
     asked = source(
-        inputs.found(run, checkpoint), spec, set, target, (reconstruct, inputs.found_if_any(run, stats)), read
+        place, spec, set, target, (reconstruct, given), read, within=inputs.found_if_any(run, within)
     )
     prepared = prepare(asked, goes, machine(device, jobs, memory, sweeps=bool(text)), run, plans=True)
     if allocation:

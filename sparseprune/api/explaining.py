@@ -191,6 +191,8 @@ def explained_by_spec(
     words = [name]
     for variable, value in asked.overrides.items():
         words += ["--set", f"{variable}={value}"]
+    if asked.within is not None:
+        words += ["--within", name_of(asked.within)]
     if asked.reconstruct is not None:
         words += ["--reconstruct", asked.reconstruct]
     if asked.stats is not None:

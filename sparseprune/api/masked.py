@@ -1,7 +1,7 @@
 """From a checkpoint and masks, or the zeros of another checkpoint, to tensors with their masks.
 
 Owns which masks are asked for under which names, and what is told and refused of them before any work. Called
-by checking.py and removing.py.
+by checking.py and removing.py, and by pruning.py for the masks of an earlier step.
 """
 
 from __future__ import annotations
@@ -195,6 +195,13 @@ def masked_by(
         matched = match_masks(opened, masks, origin, partial=source.partial, chosen=chosen, cuts=cuts)
     run.note(_other_names(matched), _other_order(masks))
     return Masked(checkpoint, source, matched, origin, split)
+
+
+def masks_within(checkpoint: Checkpoint, path: Path) -> tuple[StoredMask, ...]:
+    """The masks of an earlier step, under the names of tensors; CheckpointError for all that does not fit."""
+    masks = open_masks(path)
+    matched = match_masks(checkpoint, masks, provenance_of(masks), partial=False)
+    return tuple(pair.mask for pair in matched.pairs)
 
 
 def _other_order(masks: MaskSet) -> str | None:

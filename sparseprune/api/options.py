@@ -108,6 +108,16 @@ Goal = Annotated[
         "Pruning",
     ),
 ]
+Within = Annotated[
+    Place | None,
+    Option(
+        "--within MASKS",
+        "Go on from an earlier step: only what these masks keep competes, everything else stays zero. MASKS "
+        "as in reapply.",
+        "Pruning",
+        typed=Path,
+    ),
+]
 Allocation = Annotated[
     bool,
     Option(
@@ -463,7 +473,7 @@ class Source:
     """A checkpoint and the spec that it is pruned by, with other values for the spec's variables.
 
     `goal` is what shall be left, as it was typed. `reconstruct` and `stats` are asked of every rule; None for
-    what the spec says. With a `text` survivors are rebuilt in a sweep.
+    what the spec says. With a `text` survivors are rebuilt in a sweep. `within` are masks of an earlier step.
     """
 
     checkpoint: Path
@@ -473,6 +483,7 @@ class Source:
     reconstruct: Method | None = None
     stats: Path | None = None
     text: AskedText | None = None
+    within: Path | None = None
 
 
 def source(
@@ -482,6 +493,8 @@ def source(
     goal: str | None = None,
     rebuilding: tuple[Method | None, Place | None] = (None, None),
     text: AskedText | None = None,
+    *,
+    within: Path | None = None,
 ) -> Source:
     """What was given; `rebuilding` is the method and the statistics that survivors are rebuilt by."""
     reconstruct, stats = rebuilding
@@ -490,8 +503,8 @@ def source(
     text = text_if_any(text)
     if text is not None and reconstruct == "none":
         raise SparsepruneError("--reconstruct none: survivors are rebuilt by --text; leave one of them out")
-    given = path_or_none(stats)
-    return Source(located(checkpoint), os.fspath(spec), texts(variables), goal, reconstruct, given, text)
+    where, given = located(checkpoint), path_or_none(stats)
+    return Source(where, os.fspath(spec), texts(variables), goal, reconstruct, given, text, within)
 
 
 def text_if_any(text: AskedText | None) -> AskedText | None:

@@ -31,9 +31,9 @@ from sparseprune.checkpoint.file_io import checkpoint_identity, refuse_changed, 
 from sparseprune.checkpoint.folding import refuse_split
 from sparseprune.checkpoint.layout import output_target
 from sparseprune.checkpoint.statistics import statistics_beside
-from sparseprune.errors import SparsepruneError, SpecError
+from sparseprune.errors import SparsepruneError, SpecError, printable
 from sparseprune.execution.inputs import SWEPT, Left
-from sparseprune.execution.plan import bind_to, make_plan, rebuilding_rules, rests_on_few
+from sparseprune.execution.plan import bind_to, make_plan, plan_within, rebuilding_rules, rests_on_few
 from sparseprune.execution.schedule import cpu_lines, make_schedule
 from sparseprune.report.coverage import coverage_of
 from sparseprune.report.wording import many
@@ -113,7 +113,7 @@ def prepare(
             text = read_text(run, asked.text, checkpoint, machine, asked.stats)
             if not plans:
                 text = with_gradients(run, text, target_of(checkpoint, target), machine)
-        plan, schedule = _plan(checkpoint, spec, target, machine, text)
+        plan, schedule = _plan(checkpoint, spec, target, machine, text, asked.within)
         allocation = None
         if spec.shares:
             from sparseprune.execution.allocation import make_allocation  # with numpy, which starts slowly
@@ -165,12 +165,21 @@ def _reaching(
 
 
 def _plan(
-    checkpoint: Checkpoint, spec: Spec, target: Target, machine: Machine, text: SweptText | None = None
+    checkpoint: Checkpoint,
+    spec: Spec,
+    target: Target,
+    machine: Machine,
+    text: SweptText | None = None,
+    within: Path | None = None,
 ) -> tuple[Plan, Schedule]:
     """What a spec means for a checkpoint, and how that is done."""
     permutes = target.weights and not target.resized and text is None
     sweeping = None if text is None else text.statistics()
     plan = make_plan(checkpoint, spec, writes=permutes, permutes=permutes, sweeping=sweeping)
+    if within is not None:
+        from sparseprune.api.masked import masks_within  # with numpy, which starts slowly
+
+        plan = plan_within(plan, masks_within(checkpoint, within))
     if not permutes:
         _refuse_permuting(plan, "a sweep" if text else "remove" if target.resized else "mask")
     return plan, schedule_of(plan, target, machine)
@@ -254,6 +263,13 @@ def _left_lines(left: Iterable[Left]) -> Iterator[str]:
 def warn(run: Run, prepared: Prepared) -> None:
     """Warn of what a user should know before any work; an error under `strict`."""
     run.warn(*prepared.coverage.warnings(), *cpu_lines(prepared.schedule, prepared.machine.device))
+    beyond = prepared.plan.beyond
+    if beyond:
+        more = f" and {many(len(beyond) - 1, 'more tensor')}" if beyond[1:] else ""
+        run.warn(
+            f"--within: no rule reaches {printable(beyond[0])}{more}, which has a mask of the earlier step; "
+            "reapply puts its zeros back"
+        )
 
 
 def with_parts_of_budgets(run: Run, prepared: Prepared) -> Prepared:
@@ -356,6 +372,7 @@ def prune(run: Run, prepared: Prepared) -> results.Report:
             target=prepared.found,
             reconstruct=prepared.asked.reconstruct,
             stats=stats_told(prepared),
+            within=None if prepared.asked.within is None else str(prepared.asked.within),
             device=device_text(schedule.groups, device),
             seconds=round(run.seconds, 3),
             warnings=tuple(run.warnings),
@@ -429,7 +446,7 @@ def identity_of(prepared: Prepared) -> dict[str, str]:
     asked = prepared.asked
     room = prepared.schedule.limits.device  # by which the work is cut
     how = (machine.device, target.mask_format, target.weights, machine.memory, *([room] if room else ()))
-    options = (*how, *_rebuilding_words(asked))
+    options = (*how, *_asked_words(asked))
     spec = json.dumps([prepared.source.text, sorted(asked.overrides.items())])
     swept = {} if prepared.swept is None else prepared.swept.text.identity
     return {
@@ -442,24 +459,25 @@ def identity_of(prepared: Prepared) -> dict[str, str]:
 
 
 def score_shards(plan: Plan) -> Iterable[Shard]:
-    """The shards of score files and statistics, each once."""
-    tasks = (task for unit in plan.units for task in unit.tasks)
+    """The shards of score files, statistics and masks of an earlier step, each once."""
+    tasks = [task for unit in plan.units for task in unit.tasks]
     beside = [each.stored.shard for one in plan.permutations.found for each in one.beside]
     inputs = [one.stored.shard for task in tasks for one in task.inputs]
+    inputs += [one.stored.shard for task in tasks for one in task.within]
     return dict.fromkeys(one for one in (*inputs, *beside) if one.size)  # what is in memory has none
 
 
 def as_applied(prepared: Prepared) -> bytes:
     """The spec's text, below a comment with what else was asked for."""
     asked = prepared.asked
-    words = [*(f"--set {name}={value}" for name, value in asked.overrides.items()), *_rebuilding_words(asked)]
+    words = [*(f"--set {name}={value}" for name, value in asked.overrides.items()), *_asked_words(asked)]
     above = f"# Applied with {' '.join(' '.join(words).split())}\n" if words else ""
     return f"{above}{prepared.source.text}".encode()
 
 
-def _rebuilding_words(asked: Source) -> list[str]:
-    """The options by which survivors are rebuilt."""
-    given = {"--reconstruct": asked.reconstruct, "--stats": asked.stats}
+def _asked_words(asked: Source) -> list[str]:
+    """The options by which survivors are rebuilt, or by which few may survive."""
+    given = {"--within": asked.within, "--reconstruct": asked.reconstruct, "--stats": asked.stats}
     words = [f"{option} {value}" for option, value in given.items() if value is not None]
     return words if asked.text is None else [*words, *asked.text.words]
 

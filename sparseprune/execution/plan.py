@@ -29,7 +29,7 @@ from sparseprune.spec.patterns import shared_beginning
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 
-    from sparseprune.checkpoint import Checkpoint, StoredTensor
+    from sparseprune.checkpoint import Checkpoint, StoredMask, StoredTensor
     from sparseprune.execution.coded import CodesRank
     from sparseprune.execution.scores import ScoreKind
     from sparseprune.spec import BoundInstance, BoundSpec, Metric, Spec
@@ -38,13 +38,15 @@ if TYPE_CHECKING:
 class Task(Struct, frozen=True):
     """One instance of an outermost scope or coupling, its rule, and what it reads besides weights.
 
-    `codes`: how elements are ranked where some are codes; None where all are weights.
+    `codes`: how elements are ranked where some are codes; None where all are weights. `within`: masks of an
+    earlier step for some of its tensors; only what they keep competes.
     """
 
     rule: str
     instance: BoundInstance
     inputs: tuple[TaskInput, ...] = ()
     codes: CodesRank | None = None
+    within: tuple[StoredMask, ...] = ()
 
     @property
     def score_kind(self) -> ScoreKind:
@@ -112,7 +114,8 @@ class WorkUnit(Struct, frozen=True):
 class Plan(Struct, frozen=True):
     """A spec bound to a checkpoint, as units that may run in any order and side by side.
 
-    What has `permutations` is permuted before, and then the units are as if it had been stored so.
+    What has `permutations` is permuted before, and then the units are as if it had been stored so. `beyond`
+    are tensors that have a mask of an earlier step and that no rule reaches.
     """
 
     checkpoint: Checkpoint
@@ -120,6 +123,7 @@ class Plan(Struct, frozen=True):
     units: Sequence[WorkUnit]
     permutations: Permutations = Permutations()
     left: tuple[Left, ...] = ()
+    beyond: tuple[str, ...] = ()
 
     @property
     def reached(self) -> tuple[str, ...]:
@@ -190,6 +194,33 @@ def plan_of(
     if permutes:
         permutations = permutations_of(checkpoint, tensor_infos(checkpoint), tasks)
     return Plan(checkpoint, bound, _units(checkpoint, tasks), permutations, files.left())
+
+
+def plan_within(plan: Plan, masks: Sequence[StoredMask]) -> Plan:
+    """The plan whose tasks have the masks of an earlier step; SpecError where a rule forbids them."""
+    problems: dict[str, None] = {}
+    for rule, instance in plan.bound.instances():
+        does = {
+            "rebuilds weights, also those that are pruned": instance.reconstruct or instance.allocate,
+            "permutes, and the masks are in the order before": instance.permute,
+        }
+        problems |= dict.fromkeys(
+            f"[{rule.name}] {what}: leave --within or that out" for what, so in does.items() if so
+        )
+    if problems:
+        raise SpecError(*problems)
+    named = {mask.name: mask for mask in masks}
+
+    def task_within(task: Task) -> Task:
+        names = dict.fromkeys(leaf.tensor for leaf in task.instance.scope.leaves)
+        return replace(task, within=tuple(named[name] for name in names if name in named))
+
+    def unit_within(unit: WorkUnit) -> WorkUnit:
+        return replace(unit, tasks=tuple(map(task_within, unit.tasks)))
+
+    reached = frozenset(plan.bound.covered)
+    beyond = tuple(name for name in named if name not in reached)
+    return replace(plan, units=Made(plan.units, unit_within), beyond=beyond)
 
 
 def rests_on_few(plan: Plan) -> dict[str, bool]:

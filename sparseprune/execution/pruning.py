@@ -97,7 +97,7 @@ def jobs_of(schedule: Schedule, part: str = "") -> Iterator[Job]:
     for order, group in sorted(planned, key=lambda one: -cost(one[1])):
         yield Job(order, part + group.key, group.task.part, first_pass(group), group.strategy.held)
     for one in schedule.untouched:
-        copying = CopyUntouched(one.stored.name, one.leaves, schedule.limits.slab)
+        copying = CopyUntouched(one.stored.name, one.leaves, schedule.limits.slab, one.within)
         yield Job(len(schedule.groups), part + one.key, one.stored.name, copying)
 
 

@@ -33,7 +33,7 @@ from sparseprune.execution.strategy import Compiled, Rebuild, choose, elements_o
 if TYPE_CHECKING:
     from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping
 
-    from sparseprune.checkpoint import StoredTensor
+    from sparseprune.checkpoint import StoredMask, StoredTensor
     from sparseprune.execution.plan import Plan, Task, WorkUnit
     from sparseprune.execution.strategy import Strategy
     from sparseprune.spec import BoundBlock
@@ -58,11 +58,15 @@ class TaskGroup(Struct, frozen=True):
 
 
 class Untouched(Struct, frozen=True):
-    """A tensor of which tasks reach only `leaves`, or nothing as it moves alone: the rest is copied."""
+    """A tensor of which tasks reach only `leaves`, or nothing as it moves alone: the rest is copied.
+
+    What the mask of an earlier step drops of the rest stays zero, if it is `within` one.
+    """
 
     key: str
     stored: StoredTensor
     leaves: tuple[BoundBlock, ...]
+    within: StoredMask | None = None
 
     @property
     def nbytes(self) -> int:
@@ -260,7 +264,7 @@ def _schedule(plan: Plan, limits: Limits, workers: int, *, compiled: bool) -> Sc
     for number, unit in enumerate(plan.units):
         for part, (task, member) in enumerate(_tasks(unit)):
             inputs = [(one.role, one.stored.dtype, one.stored.shape, one.tokens) for one in task.inputs]
-            form = (task.instance.form, member, task.codes, *inputs)
+            form = (task.instance.form, member, task.codes, bool(task.within), *inputs)
             strategy = known.get(form)
             if strategy is None:
                 strategy = known[form] = choose(task, tensors, limits, compiled=compiled)
@@ -312,10 +316,11 @@ def _tasks(unit: WorkUnit) -> Iterator[tuple[Task, int]]:
 
 def _untouched(number: int, unit: WorkUnit) -> Iterator[Untouched]:
     leaves_of: dict[str, list[BoundBlock]] = {stored.name: [] for stored in unit.tensors}
+    within = {mask.name: mask for task in unit.tasks for mask in task.within}
     for task in unit.tasks:
         for leaf in task.instance.scope.leaves:
             leaves_of[leaf.tensor].append(leaf)
     for place, stored in enumerate(unit.tensors):
         leaves = leaves_of[stored.name]
         if sum([prod(leaf.view_shape) for leaf in leaves]) < stored.numel:
-            yield Untouched(f"{number}.rest{place}", stored, tuple(leaves))
+            yield Untouched(f"{number}.rest{place}", stored, tuple(leaves), within.get(stored.name))

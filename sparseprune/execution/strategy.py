@@ -220,7 +220,7 @@ def _allows_loops(task: Task) -> bool:
         alone = (instance.budget.threshold or 0.0) >= 0
         if not (alone and task.ranks_patterns and task.codes is None):
             return False
-    return instance.reconstruct is None
+    return instance.reconstruct is None and not task.within
 
 
 def _shrinks_by_loops(task: Task, tensors: Mapping[str, StoredTensor]) -> bool:
@@ -419,7 +419,7 @@ def _torch_out_of_core(task: Task, _: Mapping[str, StoredTensor], limits: Limits
 
 def _has_patterns_alone(task: Task) -> bool:
     """Whether the host makes no numbers of elements: these rank as they are, and nothing lies beside them."""
-    plain = task.ranks_patterns and task.codes is None and not task.inputs
+    plain = task.ranks_patterns and task.codes is None and not task.inputs and not task.within
     return plain and task.instance.score.nonfinite == "error"
 
 

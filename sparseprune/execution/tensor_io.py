@@ -16,6 +16,7 @@ import numpy as np
 from msgspec import Struct
 from msgspec.structs import replace
 
+from sparseprune.checkpoint import read_kept
 from sparseprune.checkpoint.decoding import decoded, zero_patterns
 from sparseprune.engine.dtypes import DTYPES
 from sparseprune.engine.kernels.counting import Tally, tally
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from sparseprune.checkpoint import CopyRange, Sink, Source, StoredTensor
+    from sparseprune.checkpoint import CopyRange, Sink, Source, StoredMask, StoredTensor
     from sparseprune.execution.regions import Region, Run
     from sparseprune.spec import BoundBlock
 
@@ -149,6 +150,14 @@ class TensorIO:
         if stored.codes is None:
             return values_of(flat, stored.dtype).astype(np.float64, copy=False)
         return decoded(self.reader, stored, flat, [run])
+
+    def kept(self, mask: StoredMask, region: Region) -> NDArray[np.bool_]:
+        """What a mask of the leaf's tensor keeps of a region, as the leaf sees it."""
+        flat, done = np.empty(region.numel, dtype=np.uint8), 0
+        for first, count in region.runs():
+            flat[done : done + count] = read_kept(self.reader, mask, first, count)
+            done += count
+        return _as_view(flat, region).view(np.bool_)
 
     def load_alike(self, region: Region, leaves: Sequence[BoundBlock]) -> Bits:
         """The region of one leaf, and the same region of others that look alike: (leaves, *extent)."""

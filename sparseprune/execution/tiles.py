@@ -15,7 +15,7 @@ import numpy as np
 
 from sparseprune.engine.kernels.counting import Tally, first_nonfinite
 from sparseprune.engine.kernels.formats import FORMATS
-from sparseprune.engine.kernels.selecting import cut_below, cut_blocks, finite_ranks, select_keys
+from sparseprune.engine.kernels.selecting import cut_below, cut_blocks, drop, finite_ranks, select_keys
 from sparseprune.engine.kernels.shrinking import kth_mids, shrink_elements
 from sparseprune.engine.kernels.sums import run_sums, tree_sum
 from sparseprune.execution.passes import Chunk, Pass, finish
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from sparseprune.checkpoint import StoredMask
     from sparseprune.engine.kernels.formats import Bits, Format
     from sparseprune.execution.passes import Outcome
     from sparseprune.execution.plan import Task
@@ -132,11 +133,15 @@ class CutScopes(RegionPass):
 
 @dataclass(frozen=True, slots=True)
 class CopyUntouched(Pass):
-    """What no rule reaches of a tensor: copied as it is, its masks all 1; without leaves it has none."""
+    """What no rule reaches of a tensor: copied as it is, its masks all 1; without leaves it has none.
+
+    It is zero, and its mask 0, where the mask of an earlier step, which it may be `within`, drops it.
+    """
 
     name: str
     leaves: tuple[BoundBlock, ...]
     slab: int
+    within: StoredMask | None = None
 
     def chunks(self, io: TensorIO) -> Iterator[Chunk]:
         stored = io.tensors[self.name]
@@ -147,13 +152,21 @@ class CopyUntouched(Pass):
             yield Chunk(runs, elements * size, memory, str(number), files)
 
     def work(self, chunk: Chunk, io: TensorIO) -> list[Outcome]:
-        total, whole = Tally(), whole_run(io.tensors[self.name])
+        before, after, whole, dropped = Tally(), Tally(), whole_run(io.tensors[self.name]), 0
         for run in chunk.about:
             loaded = io.load(Region(whole, (run[0],), (run[1],)))
-            total += io.tally(loaded)
-            io.store(loaded, np.ones(run[1], dtype=np.uint8) if self.leaves else None)
-        counted = [total.zeros, total.energy]
-        return [[self.name, "", total.numel, 0, *counted, *counted]]
+            found = io.tally(loaded)
+            mask = np.ones(run[1], dtype=np.uint8)
+            before += found
+            if self.within is not None:
+                mask = io.kept(self.within, loaded.region).view(np.uint8)
+                drop(loaded.flat, mask)
+                dropped += mask.size - int(np.count_nonzero(mask))
+                found = io.tally(loaded)
+            after += found
+            io.store(loaded, mask if self.leaves else None)
+        counted = [before.zeros, before.energy, after.zeros, after.energy]
+        return [[self.name, "", before.numel, dropped, *counted]]
 
 
 def _batches(gaps: Iterable[Run], slab: int) -> Iterator[tuple[Run, ...]]:

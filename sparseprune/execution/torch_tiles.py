@@ -24,6 +24,7 @@ from sparseprune.engine.block import zero_pruned
 from sparseprune.engine.dtypes import DTYPES, torch_dtype
 from sparseprune.engine.grids import inverse_order, permute, prod
 from sparseprune.engine.kernels.counting import DIGIT_BITS
+from sparseprune.engine.scope import select
 from sparseprune.execution.devices import buffers_for, downloaded, in_smaller_parts, uploaded
 from sparseprune.execution.passes import Chunk, Decision, Outcome, Pass, finish
 from sparseprune.execution.ranking import Elements, Ranking, refuse_nonfinite
@@ -61,12 +62,14 @@ if TYPE_CHECKING:
 class Read(Struct, frozen=True):
     """The elements of some blocks of a task as they were read, leaf by leaf, and counts of them, in memory.
 
-    Leaves have the order of the engine's blocks.
+    Leaves have the order of the engine's blocks. `within` has what the masks of an earlier step keep, as the
+    leaves see it, of those that have one; what they drop was put to zero once it was counted.
     """
 
     rule: str
     loaded: Mapping[BoundBlock, Loaded]
     before: Mapping[BoundBlock, Tally]
+    within: Mapping[BoundBlock, NDArray[np.bool_]] = {}
 
     def kept(self, masks: Mapping[BoundBlock, Mask], io: TensorIO) -> list[float]:
         """The energies of what survives, leaf by leaf, before the elements are changed."""
@@ -93,7 +96,13 @@ def read_parts(
     regions = [region for block, part in parts for region in regions_of(block, part).values()]
     loaded = {region.leaf: io.load(region, allocate=allocate) for region in regions}
     before = {leaf: io.tally(one) for leaf, one in loaded.items()} if counts else {}
-    return Read(task.rule, loaded, before)
+    masks = {mask.name: mask for mask in task.within}
+    within = {
+        leaf: io.kept(masks[leaf.tensor], one.region) for leaf, one in loaded.items() if leaf.tensor in masks
+    }
+    for leaf, kept in within.items():
+        np.copyto(loaded[leaf].view, 0, where=~kept)
+    return Read(task.rule, loaded, before, within)
 
 
 class Tile:
@@ -121,6 +130,7 @@ class Tile:
         self.views = {leaf: _as_view(self._flat[leaf], one) for leaf, one in self.loaded.items()}
         # Whatever ranks blocks is looked at here, on the host, before the engine gets it.
         self.engine = build_scope(scope, self.views).trusting()
+        self._within = self._allowed()
 
     def leaves(self) -> Iterator[tuple[BlockSpec, Loaded]]:
         """The blocks of the engine, and what was loaded of each."""
@@ -134,7 +144,7 @@ class Tile:
         """
         values = {}
         for spec, one in self.leaves():
-            elements = self.ranking.elements(one)
+            elements = self._elements(one)
             refuse_nonfinite(one, elements)
             if elements is not None:
                 values[spec] = tensor_of(elements, self._io.device)
@@ -155,13 +165,40 @@ class Tile:
             return values, None
         return values, self.engine.block_norms(values, norm, rms=rms)
 
+    def keys(self, *, as_norms: bool = False) -> Tensor:
+        """What ranks the blocks, as the engine's `keys`; lowest is what an earlier mask drops whole."""
+        keys = self.engine.keys(*self.ranked(), as_norms=as_norms)
+        if not self._within or self.task.instance.soft is not None:
+            return keys
+        kept = {
+            spec: self._within.get(
+                spec, torch.ones(one.region.extent, dtype=torch.bool, device=self._io.device)
+            )
+            for spec, one in self.leaves()
+        }
+        some = self.engine.block_norms({spec: one.float() for spec, one in kept.items()}, math.inf) > 0
+        return keys.masked_fill(~some, torch.iinfo(keys.dtype).min)
+
     def decide(self) -> dict[BlockSpec, Tensor]:
         """The masks of hard thresholding, True where a weight is kept; nothing is written."""
-        values, scores = self.ranked()
         budget = self.task.instance.budget
-        if budget.nnz is not None:
-            return self.engine.get_masks(budget.nnz, values, scores)
-        return self.engine.threshold_masks(budget.threshold or 0.0, values, scores)
+        if budget.nnz is None:
+            return self.allowed(self.engine.threshold_masks(budget.threshold or 0.0, *self.ranked()))
+        return self.allowed(self.engine.get_masks(0, block_mask=select(self.keys(), budget.nnz)))
+
+    def allowed(self, masks: dict[BlockSpec, Tensor]) -> dict[BlockSpec, Tensor]:
+        """Masks without what the masks of an earlier step drop."""
+        within = self._within
+        return {spec: mask & within[spec] if spec in within else mask for spec, mask in masks.items()}
+
+    def _allowed(self) -> dict[BlockSpec, Tensor]:
+        """What the masks of an earlier step keep, of blocks that have one: bool, as the leaves see them."""
+        within = self._read.within
+        return {
+            spec: uploaded(np.ascontiguousarray(within[one.region.leaf]), self._io.device)
+            for spec, one in self.leaves()
+            if one.region.leaf in within
+        }
 
     def shrink(self, soft: Soft, limits: Tensor | float) -> dict[BlockSpec, Tensor]:
         """Soft thresholding in place; gives the masks, True where a block is not zero afterwards."""
@@ -171,7 +208,7 @@ class Tile:
             if elements is not None:
                 diagonals[spec] = tensor_of(elements, self._io.device)
         self.engine.soft_threshold(limits, diagonals or None, soft.scale, soft.max_iter, soft.atol, soft.eps)
-        return self.engine.get_masks(0, block_mask=self.engine.block_norms() > 0)
+        return self.allowed(self.engine.get_masks(0, block_mask=self.engine.block_norms() > 0))
 
     def fetched(self, masks: Mapping[BlockSpec, Tensor]) -> dict[BoundBlock, Mask]:
         """Masks (bool, as the leaves see them) as they lie in the storage; `loaded` gets the elements.
@@ -196,12 +233,19 @@ class Tile:
         """Write the elements and their masks (bool, as the leaves see them); gives the outcomes."""
         return self._read.store(self.fetched(masks), self._io)
 
+    def _elements(self, one: Loaded) -> Elements | None:
+        """What ranks the elements in place of the weights; what an earlier mask drops counts nothing."""
+        elements, kept = self.ranking.elements(one), self._read.within.get(one.region.leaf)
+        if elements is None or kept is None:
+            return elements
+        return replace(elements, bits=np.where(kept, elements.bits, elements.bits.dtype.type(0)))
+
     def _rescued_scores(self) -> Tensor:
         """The norms of blocks by scope; -1, below all others, where something in a block is not finite."""
         values, without_rank = {}, {}
         for spec, one in self.leaves():
             weights = Elements(one.view, one.dtype)
-            elements = self.ranking.elements(one) or weights
+            elements = self._elements(one) or weights
             wrong = elements.without_rank() | weights.without_rank()
             finite = Elements(np.where(wrong, elements.bits.dtype.type(0), elements.bits), elements.dtype)
             values[spec] = tensor_of(finite, self._io.device)
@@ -362,7 +406,7 @@ class _OutOfCore(Pass):
     def keys(self, tile: Tile, io: TensorIO) -> Tensor:
         """Patterns of unsigned integers in the order of the ranks: int64 (blocks), row-major in the part."""
         width = self.width(io)
-        keys = tile.engine.keys(*tile.ranked(), as_norms=width is None)
+        keys = tile.keys(as_norms=width is None)
         wide = keys.reshape(-1).to(torch.int64)
         return wide ^ _LOWEST if width in {None, 64} else wide + (1 << (width or 64) - 1)
 
@@ -530,7 +574,7 @@ class CutPlaces(_OutOfCore):
             tile.element_values()
             return tile.fetched(tile.shrink(soft, float.fromhex(decision)))
         kept = self._kept(place, tile, decision, io).reshape(*tile.engine.grid_shape, -1)
-        masks = tile.engine.get_masks(0, block_mask=kept)
+        masks = tile.allowed(tile.engine.get_masks(0, block_mask=kept))
         zero_pruned(masks)
         return tile.fetched(masks)
 

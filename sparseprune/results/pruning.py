@@ -256,6 +256,9 @@ ReconstructTyped = Annotated[str | None, Doc("--reconstruct, as it was typed; ab
 StatsTyped = Annotated[
     str | None, Doc("--stats, as it was typed, or what stood for it; absent if there was none")
 ]
+WithinTyped = Annotated[
+    str | None, Doc("--within, the masks of an earlier step, as it was typed; absent if it was not")
+]
 Device = Annotated[str, Doc("what did the work, such as cpu, cuda:1, cuda and cpu")]
 OutputError = Annotated[
     float | None,
@@ -347,6 +350,7 @@ class Report(Document):
     target: Target
     reconstruct: ReconstructTyped = None
     stats: StatsTyped = None
+    within: WithinTyped = None
     device: Device
     seconds: Seconds
     warnings: Warned

@@ -28,6 +28,7 @@ SERVED = {
     "unstructured": ("llama", "qwen2_moe", "resnet"),
     "unstructured-admm": ("llama", "mixtral"),
     "unstructured-global": ("llama", "mixtral"),
+    "unstructured-gradual": ("llama", "mixtral"),
     "mlp-channels": ("llama", "llama_without_head", "gemma3_with_pictures", "phi3", "gpt2", "mixtral",
         "deepseek_v3", "gpt_oss", "llama4", "bert_for_masked_lm", "vit"),
     "mlp-channels-global": ("llama", "mixtral"),
