@@ -19,7 +19,11 @@ from tests.limits import force, narrow
 Tensors = dict[str, torch.Tensor]
 ROWS, COLUMNS = 6, 12
 STEPS = 3
-SCORES = ('kind = "magnitude"', 'kind = "random", seed = 3', 'kind = "values", file = "values.safetensors"')
+SCORES = (
+    'kind = "magnitude"',
+    'kind = "random", seed = {step}',
+    'kind = "values", file = "v{step}.safetensors"',
+)
 
 
 def one(block: str, shape: str) -> str:
@@ -142,20 +146,20 @@ def subset(masks: Tensors, earlier: Tensors) -> bool:
 def test_each_mask_is_what_plain_loops_keep_of_the_last_one(tmp_path: Path, name: str, score: str) -> None:
     """Survivors that tie with pruned weights, and are zero, and tuned weights whose zeros are lost."""
     rule, budgets = STRUCTURES[name]
-    save_file(few_numbers(9), tmp_path / "values.safetensors")
     given = written(tmp_path / "tuned0", few_numbers(0))
     earlier: Tensors = {each: torch.ones(shape, dtype=torch.bool) for each, shape in SHAPES.items()}
     within: tuple[object, ...] = ()
     for step, nnz in enumerate(budgets):
         spec, out = tmp_path / f"{step}.toml", tmp_path / f"step{step}"
-        spec.write_text(f"version = 1\n{rule}nnz = {nnz}\nscore = {{ {score} }}\n")
+        save_file(few_numbers(9 + step), tmp_path / f"v{step}.safetensors")
+        spec.write_text(f"version = 1\n{rule}nnz = {nnz}\nscore = {{ {score.format(step=step)} }}\n")
         tuned = load_file(given / "model.safetensors")
         silent("apply", given, spec, "-o", out, "-q", *within)
         masks = sparseprune.load_masks(out)
         assert subset(masks, earlier)
         assert alive(name, masks) == [min(nnz, before) for before in alive(name, earlier)]
         if "random" not in score:
-            numbers = few_numbers(9) if "values" in score else tuned
+            numbers = few_numbers(9 + step) if "values" in score else tuned
             wanted = expected(name, nnz, numbers, earlier)
             assert all(torch.equal(masks[each], wanted[each]) for each in wanted)
         for each, weights in load_file(out / "model.safetensors").items():
