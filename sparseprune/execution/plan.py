@@ -203,6 +203,9 @@ def plan_within(plan: Plan, masks: Sequence[StoredMask]) -> Plan:
         does = {
             "rebuilds weights, also those that are pruned": instance.reconstruct or instance.allocate,
             "permutes, and the masks are in the order before": instance.permute,
+            "is transposable, and the tiles of the masks may have no pattern inside of them": any(
+                member.transposable for member in instance.scope.members
+            ),
         }
         problems |= dict.fromkeys(
             f"[{rule.name}] {what}: leave --within or that out" for what, so in does.items() if so

@@ -184,6 +184,8 @@ class Tile:
         budget = self.task.instance.budget
         if budget.nnz is None:
             return self.allowed(self.engine.threshold_masks(budget.threshold or 0.0, *self.ranked()))
+        if not self._within:
+            return self.engine.get_masks(budget.nnz, *self.ranked())
         return self.allowed(self.engine.get_masks(0, block_mask=select(self.keys(), budget.nnz)))
 
     def allowed(self, masks: dict[BlockSpec, Tensor]) -> dict[BlockSpec, Tensor]:
