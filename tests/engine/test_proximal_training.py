@@ -15,8 +15,8 @@ GUIDE = Path(__file__).parents[2] / "specs" / "guide" / "python.md"
 @pytest.fixture(scope="module")
 def guide() -> dict[str, Any]:
     """What the example of the guide defines; what it asserts is asserted by the test of pages."""
-    (example,) = re.findall(r"^```python\n(import torch\nfrom torch.nn.functional.*?)^```$", GUIDE.read_text(),
-                            flags=re.DOTALL | re.MULTILINE)  # fmt: skip
+    blocks = re.findall(r"^```python\n(.*?)^```$", GUIDE.read_text(), flags=re.DOTALL | re.MULTILINE)
+    (example,) = (block for block in blocks if "exp_avg_sq" in block)
     names: dict[str, Any] = {}
     exec(example.partition("\n(dense, dense_pruned")[0], names)
     return names
@@ -28,8 +28,7 @@ def test_a_step_is_the_proximal_step_of_adamw_in_plain_loops(guide: dict[str, An
     inputs, targets = torch.randn(128, 4).double(), torch.randn(128, 4).double()
     free = guide["MLP"](4, 6).double()
     lr, strength, steps = 0.01, 0.3, 4
-    for _ in range(steps):  # the example's steps, one by one, beside plain loops
-        free.load_state_dict(mlp.state_dict())
+    free.load_state_dict(mlp.state_dict())
     weights = [mlp.gate.weight, mlp.up.weight, mlp.down.weight.T]
     m = [torch.zeros_like(weight) for weight in weights]
     v = [torch.zeros_like(weight) for weight in weights]
@@ -56,15 +55,17 @@ def test_a_step_is_the_proximal_step_of_adamw_in_plain_loops(guide: dict[str, An
     torch.manual_seed(1)
     guide["train"](mlp, inputs, targets, strength, steps=steps, lr=lr)
     for name, weight in mlp.state_dict().items():
-        assert torch.allclose(weight, free.state_dict()[name], rtol=1e-7, atol=1e-9), name
-        assert weight.count_nonzero()
+        found = free.state_dict()[name]
+        assert torch.allclose(weight, found, rtol=1e-6, atol=1e-9), (weight - found).abs().max()
+        assert 0 < weight.count_nonzero() < weight.numel()
+        assert torch.equal(weight == 0, found == 0)
 
 
 @pytest.mark.parametrize("seed", [1, 7])
 def test_channels_become_zero_and_pruning_in_the_end_loses_next_to_nothing(
     guide: dict[str, Any], seed: int
 ) -> None:
-    """Over eight seeds the error is at least 40 times smaller than that of one shot; here 10 times are asked for."""
+    """Over eight seeds one shot ends at 40 times the error, and more; here 10 times are asked for."""
     (dense, dense_pruned, all_alive), (sparse, sparse_pruned, alive) = guide["compare"](seed)
     assert (all_alive, alive <= 16) == (48, True)
     assert sparse_pruned <= 1.1 * sparse
