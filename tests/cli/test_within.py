@@ -13,7 +13,7 @@ import sparseprune
 from tests import oracle
 from tests.cli.removal import LLAMA, decoder, write
 from tests.commands import ok, refused, run, silent, valid
-from tests.execution.structures import CASES
+from tests.execution.structures import CASES, FLOATS, INTEGERS
 from tests.limits import force, narrow
 
 Tensors = dict[str, torch.Tensor]
@@ -169,6 +169,23 @@ def test_each_mask_is_what_plain_loops_keep_of_the_last_one(tmp_path: Path, name
             silent("verify", out, "--masks", tmp_path / f"step{step - 1}", "-q")
         given = written(tmp_path / f"tuned{step + 1}", few_numbers(step + 1))
         earlier, within = {**earlier, **masks}, ("--within", out)
+
+
+@pytest.mark.parametrize("dtype", FLOATS + INTEGERS, ids=str)
+@pytest.mark.parametrize("name", ["weights of each row", "coupled channels"])
+def test_zeros_of_every_dtype_tie_and_the_mask_decides(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
+    rule, (first, second, _) = STRUCTURES[name]
+    dense = {each: one.to(dtype) for each, one in few_numbers(0).items()}
+    tuned = {each: one.to(dtype) for each, one in few_numbers(1).items()}
+    (tmp_path / "spec.toml").write_text(f'version = 1\nvars.n = {first}\n{rule}nnz = "n"\n')
+    words = ("apply", written(tmp_path / "dense", dense), tmp_path / "spec.toml", "-q")
+    silent(*words, "-o", tmp_path / "first")
+    earlier = sparseprune.load_masks(tmp_path / "first")
+    words = ("apply", written(tmp_path / "tuned", tuned), tmp_path / "spec.toml", "-q")
+    silent(*words, "--set", f"n={second}", "--within", tmp_path / "first", "-o", tmp_path / "second")
+    masks = sparseprune.load_masks(tmp_path / "second")
+    wanted = expected(name, second, {each: one.to(torch.float64) for each, one in tuned.items()}, earlier)
+    assert all(torch.equal(masks[each], wanted[each]) for each in wanted)
 
 
 @pytest.mark.usefixtures("untraced")
