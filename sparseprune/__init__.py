@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from sparseprune.engine.block import BlockCoupling, BlockSpec, SparseBlock
     from sparseprune.engine.energies import Errors, errors_of
     from sparseprune.engine.matrices import Matrix
-    from sparseprune.engine.projections import projection
+    from sparseprune.engine.projections import Level, nested_masks, nested_projection, projection
     from sparseprune.engine.reconstruction import Reconstructed, admm, keep_rows, refit
     from sparseprune.engine.scope import ScopeCoupling, ScopeSpec, SparseScope
     from sparseprune.engine.view import View
@@ -62,6 +62,7 @@ __all__ += [
 ]
 __all__ += ["BlockCoupling", "BlockSpec", "ScopeCoupling", "ScopeSpec", "SparseBlock", "SparseScope", "View"]
 __all__ += ["Errors", "Matrix", "Reconstructed", "admm", "errors_of", "keep_rows", "projection", "refit"]
+__all__ += ["Level", "nested_masks", "nested_projection"]
 
 
 def on_first_use(
@@ -86,6 +87,7 @@ __getattr__, __dir__ = on_first_use(
         "calibration": "KeptMasks keep_masked parameter_masks",
         "checkpoint": "load_masks",
         "engine": "BlockCoupling BlockSpec ScopeCoupling ScopeSpec SparseBlock SparseScope View "
-        "Errors Matrix Reconstructed admm errors_of keep_rows projection refit",
+        "Errors Level Matrix Reconstructed admm errors_of keep_rows nested_masks nested_projection "
+        "projection refit",
     },
 )

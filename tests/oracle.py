@@ -5,7 +5,7 @@ with shares none of its code. Numbers are ints, Fractions or infinities, so that
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import product
@@ -172,6 +172,27 @@ def masks_by_budget(structure: Coupled, elements: Sequence[Elements], nnz: int) 
     """Which elements survive where each scope keeps its nnz blocks of largest norm."""
     scores = scores_by_scope(structure, elements)
     return masks(structure, {place: keep_largest(scores[place], nnz) for place in scores})
+
+
+def masks_among(
+    structure: Coupled,
+    elements: Sequence[Elements],
+    among: Sequence[Mapping[Index, bool]],
+    budget: Callable[[int], int],
+) -> list[dict[Index, bool]]:
+    """Which elements survive of those that `among` keeps: of each scope `budget(blocks that are left)`."""
+    decisions = {}
+    for place in structure.places():
+        left = [[(leaf, at) for leaf, at in block if among[leaf][at]] for block in structure.blocks(place)]
+        competing = [number for number, block in enumerate(left) if block]
+        scores = [score([elements[leaf][at] for leaf, at in left[number]]) for number in competing]
+        kept = keep_largest(scores, budget(len(competing)))
+        winners = {number for number, keeps in zip(competing, kept, strict=True) if keeps}
+        decisions[place] = [number in winners for number in range(len(left))]
+    return [
+        {at: keeps and among[leaf][at] for at, keeps in mask.items()}
+        for leaf, mask in enumerate(masks(structure, decisions))
+    ]
 
 
 def masks_by_threshold(

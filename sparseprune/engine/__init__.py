@@ -11,13 +11,14 @@ if TYPE_CHECKING:
     from sparseprune.engine.block import BlockCoupling, BlockSpec, SparseBlock
     from sparseprune.engine.energies import Errors, errors_of
     from sparseprune.engine.matrices import Matrix
-    from sparseprune.engine.projections import projection
+    from sparseprune.engine.projections import Level, nested_masks, nested_projection, projection
     from sparseprune.engine.reconstruction import Reconstructed, admm, keep_rows, refit
     from sparseprune.engine.scope import ScopeCoupling, ScopeSpec, SparseScope
     from sparseprune.engine.view import View
 
 __all__ = ["BlockCoupling", "BlockSpec", "ScopeCoupling", "ScopeSpec", "SparseBlock", "SparseScope", "View"]
 __all__ += ["Errors", "Matrix", "Reconstructed", "admm", "errors_of", "keep_rows", "projection", "refit"]
+__all__ += ["Level", "nested_masks", "nested_projection"]
 
 __getattr__, __dir__ = on_first_use(
     __name__,
@@ -25,7 +26,7 @@ __getattr__, __dir__ = on_first_use(
         "block": "BlockCoupling BlockSpec SparseBlock",
         "energies": "Errors errors_of",
         "matrices": "Matrix",
-        "projections": "projection",
+        "projections": "Level nested_masks nested_projection projection",
         "reconstruction": "Reconstructed admm keep_rows refit",
         "scope": "ScopeCoupling ScopeSpec SparseScope",
         "view": "View",

@@ -25,7 +25,14 @@ from sparseprune.engine.proximal import (
     soft_threshold_conditioned,
     soft_threshold_euclidean,
 )
-from sparseprune.engine.scoring import first_nan, fused_norms, has_exact_keys, magnitude_keys, round_to
+from sparseprune.engine.scoring import (
+    INTEGERS,
+    first_nan,
+    fused_norms,
+    has_exact_keys,
+    magnitude_keys,
+    round_to,
+)
 from sparseprune.engine.view import View, disjoint, storage_of
 from sparseprune.errors import CouplingError, NanScoreError, ShapeMismatchError, SparsityError
 
@@ -303,6 +310,17 @@ class SparseBlock(Grid):
             raise SparsityError(f"{self.name}: no {what} given for {', '.join(missing)}")
         return {spec: values[spec] for spec in specs}
 
+    def marks(self, among: Values) -> dict[BlockSpec, Tensor]:
+        """Marks of elements, in the forms that `apply_mask` takes, as one bool tensor for each BlockSpec."""
+        if among is None:
+            return {spec: torch.ones_like(spec.data, dtype=torch.bool) for spec in self.blocks()}
+        return {spec: spec.view.by_view(one) != 0 for spec, one in self._given(among, "marks").items()}
+
+    def marked(self, among: Values) -> Tensor:
+        """Bool of `grid_shape`: the blocks of which some element is marked."""
+        parts = self._fused(self.marks(among))
+        return torch.stack([part.flatten(len(self.grid_shape)).any(-1) for part in parts]).any(0)
+
     def refuse_nan(self, elements: Mapping[BlockSpec, Tensor]) -> None:
         """SparsityError for a NaN, naming the tensor and the first place of it in the view."""
         if self.trusted:
@@ -396,6 +414,12 @@ def by_cell(tensor: Tensor, grid: Shape, cell: Shape, *, reorder: bool = True, m
 def over_cells(numbers: Tensor, grid: Shape, cell: Shape) -> Tensor:
     """One number per cell (`grid`) for each place of the cell: (G1, c1, G2, c2, ...)."""
     return numbers.reshape(grids.interleaved(grid, (1,) * len(cell))).expand(grids.interleaved(grid, cell))
+
+
+def where_marked(elements: Tensor, mask: Tensor) -> Tensor:
+    """The elements where a mask is True, bit for bit; +0.0 elsewhere."""
+    bits = elements.view(INTEGERS[elements.element_size()])
+    return (bits * mask.to(bits.dtype)).view(elements.dtype)
 
 
 def zero_pruned(masks: Mapping[BlockSpec, Tensor]) -> None:

@@ -17,6 +17,7 @@ from sparseprune.engine import grids
 from sparseprune.errors import SparsityError
 
 if TYPE_CHECKING:
+    from sparseprune.engine.block import Values
     from sparseprune.engine.scope import SparseScope
 
 Projection = Callable[[Sequence[Tensor]], Sequence[Tensor]]
@@ -69,6 +70,85 @@ class ScopeProjection(Struct, frozen=True, eq=False):
         return {id(param): place for place, param in enumerate(self.params)}
 
 
+class Level(Struct, frozen=True, eq=False):
+    """One of several nested scopes: in each of its scopes `nnz` of the blocks survive that are left.
+
+    Or all but the share `sparsity` of these, rounded up to a multiple of `multiple_of`.
+    """
+
+    scope: SparseScope
+    nnz: int | None = None
+    sparsity: float | None = None
+    multiple_of: int = 1
+
+    def budget(self, among: Values) -> int | Tensor:
+        """How many blocks survive in each scope where `among` marks the elements that are left."""
+        if self.nnz is not None:
+            return self.nnz
+        left = self.scope.left(among).sum(-1)
+        return surviving_each(self.sparsity or 0.0, left, self.multiple_of)
+
+
+class NestedProjection(Struct, frozen=True, eq=False):
+    """A Projection by nested scopes, outer ones first: each decides among what those before it keep."""
+
+    levels: tuple[Level, ...]
+    params: tuple[Tensor, ...]
+
+    def __call__(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Masks of tensors in the order of `params`, which are overwritten."""
+        for param, tensor in zip(self.params, tensors, strict=True):
+            param.copy_(tensor)
+        return nested_masks(self.levels, self.params)
+
+
+def nested_masks(
+    levels: Sequence[Level], params: Sequence[Tensor], values: Sequence[Values] | None = None
+) -> list[Tensor]:
+    """What nested scopes keep of the tensors that they look at: bool masks of the shapes of `params`.
+
+    `levels` come outer ones first; `values` rank the blocks of each in place of the weights.
+    """
+    masks = [
+        torch.empty_strided(one.shape, one.stride(), dtype=torch.bool, device=one.device).fill_(value=True)
+        for one in params
+    ]
+    places = {id(param): place for place, param in enumerate(params)}
+    for number, level in enumerate(levels):
+        among = {
+            block: masks[places[id(block.view.param)]].as_strided(
+                block.view.shape, block.view.stride, block.view.offset
+            )
+            for block in level.scope.blocks()
+        }
+        own = None if values is None else values[number]
+        found = level.scope.masks_among(among, level.budget(among), own)
+        for block, mask in found.items():
+            among[block].copy_(mask)
+    return masks
+
+
+def surviving_each(sparsity: float, left: Tensor, multiple_of: int = 1) -> Tensor:
+    """As `grids.surviving` of each count, rounded up to a multiple, but not above the count.
+
+    >>> surviving_each(0.5, torch.tensor([4, 3, 0])).tolist()
+    [2, 2, 0]
+    """
+    kept = left - (left.to(torch.float64) * min(sparsity, 1.0)).floor().to(left.dtype)
+    return torch.minimum(left, -(-kept // multiple_of) * multiple_of)
+
+
+def nested_projection(levels: Sequence[Level], params: Sequence[Tensor]) -> NestedProjection:
+    """A Projection by nested scopes, outer ones first, for tensors in the order of `params`, as `projection`.
+
+    Raises:
+        SparsityError: a view of a scope that looks at none of them.
+    """
+    for level in levels:
+        _refuse_others(level.scope, params)
+    return NestedProjection(tuple(levels), tuple(params))
+
+
 def projection(scope: SparseScope, nnz: int, params: Sequence[Tensor]) -> ScopeProjection:
     """A Projection that keeps the `nnz` largest blocks of each scope, for tensors in the order of `params`.
 
@@ -77,8 +157,12 @@ def projection(scope: SparseScope, nnz: int, params: Sequence[Tensor]) -> ScopeP
     Raises:
         SparsityError: a view of the scope that looks at none of them.
     """
+    _refuse_others(scope, params)
+    return ScopeProjection(scope, nnz, tuple(params))
+
+
+def _refuse_others(scope: SparseScope, params: Sequence[Tensor]) -> None:
     looked_at = {id(param) for param in params}
     for block in scope.blocks():
         if id(block.view.param) not in looked_at:
             raise SparsityError(f"{block.name} looks at none of the tensors that the projection is for")
-    return ScopeProjection(scope, nnz, tuple(params))

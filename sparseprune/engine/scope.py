@@ -17,7 +17,15 @@ import torch
 from torch import Tensor
 
 from sparseprune.engine import grids
-from sparseprune.engine.block import BlockSpec, Grid, by_cell, over_cells, refuse_shared_elements, zero_pruned
+from sparseprune.engine.block import (
+    BlockSpec,
+    Grid,
+    by_cell,
+    over_cells,
+    refuse_shared_elements,
+    where_marked,
+    zero_pruned,
+)
 from sparseprune.engine.proximal import distinct
 from sparseprune.engine.scoring import first_nan, magnitude_keys, order_keys
 from sparseprune.engine.transposing import select_transposable
@@ -40,15 +48,19 @@ _ROW_CHUNK = 1 << 22  # keys of one scope to count at one time
 _DIGIT_BITS = 16
 
 
-def select(keys: Tensor, nnz: int) -> Tensor:
+def select(keys: Tensor, nnz: int | Tensor) -> Tensor:
     """Bool mask of exactly `nnz` True along the last dimension: the largest keys, lower index first.
 
-    `nnz` must lie within 0 and the size of the last dimension.
+    `nnz` must lie within 0 and the size of the last dimension; a tensor has one for each scope.
 
     >>> select(torch.tensor([[3, 7, 7, 7]]), 2)
     tensor([[False,  True,  True, False]])
     """
     blocks = keys.shape[-1]
+    if isinstance(nnz, Tensor):
+        order = keys.argsort(dim=-1, descending=True, stable=True)
+        wins = torch.arange(blocks, device=keys.device) < nnz.to(keys.device).unsqueeze(-1)
+        return torch.zeros(keys.shape, dtype=torch.bool, device=keys.device).scatter_(-1, order, wins)
     if nnz in (0, blocks) or not keys.numel():
         return torch.full(keys.shape, nnz == blocks, dtype=torch.bool, device=keys.device)
     scopes = keys.reshape(-1, blocks)
@@ -302,6 +314,45 @@ class SparseScope(Grid):
     ) -> Tensor:
         """Which blocks survive, by scope: the `nnz` largest."""
         return select(self.keys(values, block_scores, p=p, rms=rms), nnz)
+
+    def left(self, among: Values) -> Tensor:
+        """The blocks of which masks, as `get_masks` gives them, keep an element, by scope.
+
+        Bool (*grid_shape, blocks per scope).
+        """
+        return self.gather([spec.block.marked(some) for spec, some in self._each(among)])
+
+    def masks_among(self, among: Values, nnz: int | Tensor, values: Values = None) -> dict[BlockSpec, Tensor]:
+        """The masks of a scope that is nested in what `among` keeps, masks as `get_masks` gives them.
+
+        Norms are over what is left of each block, ties go to the lower index, and blocks of which nothing is
+        left are out: of each scope `nnz` survive, or all that are left where these are fewer. There may be an
+        nnz for each scope (`grid_shape`). The masks lie inside of `among`.
+
+        Raises:
+            SparsityError: nnz out of range, NaN in what is left, a transposable scope.
+        """
+        inside: dict[BlockSpec, Tensor] = {}
+        marks: dict[BlockSpec, Tensor] = {}
+        for (spec, some), (_, own) in zip(self._each(values), self._each(among), strict=True):
+            if spec.transposable:
+                raise SparsityError(
+                    f"{self.name}: tiles that are transposable compete whole, not within masks"
+                )
+            marks |= (marked := spec.block.marks(own))
+            elements = spec.block.resolve(some)
+            inside |= {leaf: where_marked(one, marked[leaf]) for leaf, one in elements.items()}
+        if isinstance(nnz, Tensor) and nnz.ndim:
+            counts = self._on_grid(nnz, "nnz")
+            for extreme in (counts.amin(), counts.amax()) if counts.numel() else ():
+                self._budget(int(extreme))
+        else:
+            counts = torch.tensor(self._budget(int(nnz))).expand(self.grid_shape)
+        keys, left = self.keys(inside), self.left(among)
+        lowest = torch.iinfo(keys.dtype).min  # below the keys of all numbers
+        chosen = select(keys.masked_fill(~left, lowest), counts) & left
+        masks = self.get_masks(0, block_mask=chosen)
+        return {leaf: mask & marks[leaf] for leaf, mask in masks.items()}
 
     def threshold_masks(
         self, thresholds: Tensor | float, values: Values = None, block_scores: Tensor | None = None

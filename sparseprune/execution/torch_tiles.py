@@ -176,8 +176,7 @@ class Tile:
             )
             for spec, one in self.leaves()
         }
-        some = self.engine.block_norms({spec: one.float() for spec, one in kept.items()}, math.inf) > 0
-        return keys.masked_fill(~some, torch.iinfo(keys.dtype).min)
+        return keys.masked_fill(~self.engine.left(kept), torch.iinfo(keys.dtype).min)
 
     def decide(self) -> dict[BlockSpec, Tensor]:
         """The masks of hard thresholding, True where a weight is kept; nothing is written."""

@@ -110,6 +110,8 @@ def _patterns(instance: BoundInstance) -> Iterator[tuple[BoundBlock, tuple[int, 
         return
     (member,) = instance.scope.members
     *others, group = member.shape
+    if member.transposable:  # of each row of its tiles as many survive
+        others, nnz = [*others[:-1], 1], nnz // group
     if not others or any(extent != 1 for extent in others):
         return
     block = member.block

@@ -96,6 +96,29 @@ def test_verify_holds_for_what_apply_wrote(tmp_path: Path) -> None:
     assert "scopes are as the spec says" in ok("verify", tmp_path / "m.pruned.safetensors", spec).out
 
 
+def test_the_shipped_spec_has_it_and_other_commands_take_what_it_makes(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(7)
+    tensors = {
+        f"layers.0.mlp.{name}_proj.weight": torch.randn(128, 128, generator=generator).bfloat16()
+        for name in ("up", "down")
+    }
+    save_file(tensors, tmp_path / "m.safetensors")
+    given = ("nofm", "--set", "n=2", "--set", "transposable=true")
+    said = ok("apply", tmp_path / "m.safetensors", *given, "-o", tmp_path / "out.safetensors")
+    assert "faster: in torch-cutlass" in said.err
+    pruned = load_file(tmp_path / "out.safetensors")
+    assert all(map(is_legal, pruned.values()))
+    assert "scopes are as the spec says" in ok("verify", tmp_path / "out.safetensors", *given).out
+    ok("mask", tmp_path / "m.safetensors", *given, "-o", tmp_path / "masks.safetensors")
+    again = tmp_path / "again.safetensors"
+    ok("reapply", tmp_path / "m.safetensors", tmp_path / "masks.safetensors", "-o", again)
+    assert again.read_bytes() == (tmp_path / "out.safetensors").read_bytes()
+    line = refused(
+        "apply", tmp_path / "m.safetensors", *given, "--within", tmp_path / "masks.safetensors"
+    ).err
+    assert "is transposable, and the tiles of the masks may have no pattern inside of them" in line
+
+
 @pytest.mark.parametrize("method", [ADMM, REFIT])
 def test_rebuilt_weights_keep_legal_tiles_and_change_outputs_less_than_the_mask(
     tmp_path: Path, method: str
