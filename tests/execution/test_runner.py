@@ -349,7 +349,7 @@ def test_what_torch_keeps_for_each_thread_is_taken_from_what_the_runner_may_use(
 
     monkeypatch.setattr(runner, "Runner", Seen)
     ok(*command, "--jobs", 64, "--memory", "300MB", "--force")
-    soft = write_spec(tmp_path, TWO_OF_FOUR + 'mode = "soft"\n')
+    soft = write_spec(tmp_path, TWO_OF_FOUR + 'mode = "soft"\neps = 1e-9\n')
     base = INTERPRETER + TORCH
     for jobs in (1, 4, 64):
         memory = base + 100_000_000
