@@ -15,7 +15,6 @@ from msgspec import Struct
 
 from sparseprune.engine.dtypes import DTYPES
 from sparseprune.engine.grids import prod
-from sparseprune.engine.kernels.shrinking import SHRUNK
 from sparseprune.errors import SparsepruneError, enough, size
 from sparseprune.execution.regions import (
     INTERPRETER,
@@ -44,6 +43,7 @@ if TYPE_CHECKING:
     from sparseprune.execution.regions import Limits
 
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16", "F8_E5M2", "F8_E4M3"})
+_SHRUNK = frozenset({"F64", "F32", "BF16"})  # whose elements compiled loops shrink
 _PACKED = 8  # mask elements in a byte: slabs begin at whole bytes of a packed mask
 _SCORE_BYTES = 48  # that a block costs while its score is kept: norms, keys, positions, decisions
 _CHUNKS_A_SLAB = 4  # elements that are float64 on the way to a norm, for each byte of a slab
@@ -230,7 +230,7 @@ def _shrinks_by_loops(task: Task, tensors: Mapping[str, StoredTensor]) -> bool:
         return True
     if soft.conditioners is not None or soft.eps or not task.ranks_patterns or task.codes is not None:
         return False
-    known = {tensors[leaf.tensor].dtype for leaf in leaves} <= SHRUNK
+    known = {tensors[leaf.tensor].dtype for leaf in leaves} <= _SHRUNK
     return known and all(member.block.numel_per_block == 1 for member, _ in members_of(task.instance.scope))
 
 

@@ -119,9 +119,11 @@ def test_moments_are_those_of_the_gradients_that_autograd_has(family: str, tmp_p
         for rows, moment, count in zip(stack, moments, tokens, strict=True):
             number, wanted = expected(rows, met)
             assert (name, count) == (name, number)
-            # Sums have 24 bits, and moments of shared keys are far from 1.
-            scale = float(wanted.abs().max()) if family == SHARED_KEYS else 1.0
-            torch.testing.assert_close(moment.double(), wanted, rtol=2e-4, atol=1e-6 * scale)
+            # Sums have 24 bits, and moments of shared keys are far from 1. Gradients themselves differ, too,
+            # as processors sum in orders of their own: by 2e-5 of the largest moment of T5's first queries.
+            largest = float(wanted.abs().max())
+            atol = 1e-6 * largest if family == SHARED_KEYS else max(1e-6, 3e-5 * largest)
+            torch.testing.assert_close(moment.double(), wanted, rtol=2e-4, atol=atol)
 
 
 def collected(home: Path, model: str, out: Path, *words: object) -> dict[str, torch.Tensor]:

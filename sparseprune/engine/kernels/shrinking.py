@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float64]
 
-SHRUNK = frozenset({"F64", "F32", "BF16"})
-"""The dtypes whose elements these loops shrink."""
 _BLOCK = 512  # elements whose differences stay in the first cache
 
 
