@@ -1,0 +1,32 @@
+"""Soft thresholds and what is not finite in compiled loops, in small pieces: the bytes of whole scopes."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.execution.structures import CASES
+from tests.execution.test_ways import PRUNING, applied, prepare
+from tests.limits import force, narrow
+
+SOFT = [name for name in CASES if "soft" in name]
+
+
+@pytest.mark.parametrize("name", [*SOFT, *PRUNING])
+def test_small_pieces_in_loops_give_what_whole_scopes_in_the_engine_give(tmp_path: Path, name: str) -> None:
+    if name in PRUNING:
+        block, shape, budget = PRUNING[name]
+        score = 'score = { kind = "magnitude", nonfinite = "prune" }'
+        table = f'tensors = "{{n}}"\nblock = {block}\nshape = {shape}\n{budget}\n{score}\n'
+        weight = torch.randn(24, 32, generator=torch.Generator().manual_seed(0))
+        weight[:, 5] = float("nan")
+        prepare(tmp_path, f"version = 1\n[scope.all]\n{table}", {"w": weight})
+    else:
+        spec, tensors = CASES[name]
+        prepare(tmp_path, spec, tensors(torch.float32))
+    with pytest.MonkeyPatch.context() as patch:
+        force(patch, "torch_in_memory")
+        reference = applied(tmp_path, "reference", "--jobs", 2)
+    with pytest.MonkeyPatch.context() as patch:
+        narrow(patch, 64, 16)
+        assert applied(tmp_path, "pieces", "--jobs", 1) == reference
