@@ -24,7 +24,7 @@ from sparseprune.engine.block import zero_pruned
 from sparseprune.engine.dtypes import DTYPES, torch_dtype
 from sparseprune.engine.grids import inverse_order, permute, prod
 from sparseprune.engine.kernels.counting import DIGIT_BITS
-from sparseprune.engine.scope import select
+from sparseprune.engine.selection import select
 from sparseprune.execution.devices import buffers_for, downloaded, in_smaller_parts, uploaded
 from sparseprune.execution.passes import Chunk, Decision, Outcome, Pass, finish
 from sparseprune.execution.ranking import Elements, Ranking, refuse_nonfinite

@@ -17,8 +17,8 @@ from sparseprune.engine.energies import errors_of
 from sparseprune.engine.matrices import Matrix
 from sparseprune.engine.projections import projection
 from sparseprune.engine.reconstruction import admm
-from sparseprune.engine.scope import select
 from sparseprune.engine.scoring import magnitude_keys
+from sparseprune.engine.selection import select
 from tests.benchmarks import decoders
 from tests.benchmarks.cuda import Bout, Line, same_files
 from tests.benchmarks.pipeline import SPARSEPRUNE

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sparseprune.engine import scope
+from sparseprune.engine import selection
 from sparseprune.engine.kernels.selecting import select_keys
 from sparseprune.engine.scoring import magnitude_keys
 
@@ -62,7 +62,7 @@ def main() -> None:
             scopes, nnz = keys.view(-1, blocks), blocks // 2
             times = [
                 milliseconds(lambda way=way, scopes=scopes, nnz=nnz: way(scopes, nnz))  # type: ignore[misc]
-                for way in (torch_sort, torch_kth, scope.select, compiled)
+                for way in (torch_sort, torch_kth, selection.select, compiled)
             ]
             cells = " | ".join(f"{each:.1f}" for each in times)
             print(f"| {str(dtype).removeprefix('torch.')} | {blocks} | {cells} |")

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparseprune import BlockSpec, ScopeCoupling, ScopeSpec, SparsityError
-from sparseprune.engine.scope import select
+from sparseprune.engine.selection import select
 from tests import oracle
 from tests.engine.devices import on_every_device
 from tests.engine.structures import FEW, assert_budget_held, assert_masks, assert_pruned, cases, values_for

@@ -5,8 +5,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparseprune.engine import scope
-from sparseprune.engine.scope import kth_by_bits, kth_largest_key, select_by_comparing, select_by_histogram
+from sparseprune.engine import selection
+from sparseprune.engine.selection import (
+    kth_by_bits,
+    kth_largest_key,
+    select_by_comparing,
+    select_by_histogram,
+)
 
 DTYPES = [torch.int8, torch.int16, torch.int32, torch.int64]
 
@@ -36,7 +41,7 @@ def test_histograms_select_what_a_stable_sort_selects(case: tuple[torch.Tensor, 
     expected = torch.zeros(keys.numel(), dtype=torch.bool)
     expected[ranked[:nnz]] = True
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scope, "_CHUNK", chunk)
+        patch.setattr(selection, "_CHUNK", chunk)
         assert kth_largest_key(keys, nnz) == int(keys[ranked[nnz - 1]])
         assert torch.equal(select_by_histogram(keys, nnz), expected)
         assert int(kth_by_bits(keys, nnz)) == int(keys[ranked[nnz - 1]])
@@ -68,10 +73,10 @@ def test_every_path_of_selection_gives_the_masks_of_a_stable_sort(
             expected = stable_sort(keys, nnz)
             assert bool((expected.sum(-1) == nnz).all())
             for pairwise, histogram, chunk in ((64, 100, 4), (0, 100, 4), (0, 0, 4), (64, 100, 100)):
-                monkeypatch.setattr(scope, "_PAIRWISE_LIMIT", pairwise)
-                monkeypatch.setattr(scope, "_HISTOGRAM_LIMIT", histogram)
-                monkeypatch.setattr(scope, "_CHUNK", chunk)
-                assert torch.equal(scope.select(keys, nnz), expected)
+                monkeypatch.setattr(selection, "_PAIRWISE_LIMIT", pairwise)
+                monkeypatch.setattr(selection, "_HISTOGRAM_LIMIT", histogram)
+                monkeypatch.setattr(selection, "_CHUNK", chunk)
+                assert torch.equal(selection.select(keys, nnz), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

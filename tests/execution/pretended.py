@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparseprune.engine import scope
+from sparseprune.engine import scope, selection
 from sparseprune.execution import devices, schedule
 
 NAME = "cpu:0"
@@ -27,11 +27,11 @@ class Device:
 
 
 def select(keys: Tensor, nnz: int) -> Tensor:
-    """As `scope.select` on a device."""
+    """As `selection.select` on a device."""
     blocks = keys.shape[-1]
     if nnz in (0, blocks) or not keys.numel():
         return torch.full(keys.shape, nnz == blocks, dtype=torch.bool)
-    return scope.select_by_comparing(keys.reshape(-1, blocks), nnz).reshape(keys.shape)
+    return selection.select_by_comparing(keys.reshape(-1, blocks), nnz).reshape(keys.shape)
 
 
 def pretend(patch: pytest.MonkeyPatch, room: int = 1 << 36) -> Device:
