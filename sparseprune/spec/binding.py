@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections import Counter
 from contextlib import contextmanager
 from itertools import accumulate, chain, count
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -49,6 +48,7 @@ from sparseprune.spec.expressions import (
     resolve_variables,
 )
 from sparseprune.spec.locating import JoinedSite, Model, TensorSite, label, locate
+from sparseprune.spec.overlaps import check_overlaps, is_injective
 from sparseprune.spec.problems import Misfit, Problems, shown
 from sparseprune.spec.schema import (
     BlockTable,
@@ -238,116 +238,6 @@ def _contiguous_stride(shape: Shape) -> Shape:
     return tuple(accumulate(sizes, int.__mul__, initial=1))[::-1] if shape else ()
 
 
-Owned = tuple[str, str, "BoundBlock"]  # the rule, the instance and a leaf of it
-
-
-def check_overlaps(rules: Iterable[BoundRule], problems: Problems) -> None:
-    """A problem for every two rules, or one rule with itself, that reach one element."""
-    found: dict[tuple[str, str], list[tuple[Owned, Owned]]] = {}
-    for owned in _leaves_of_shared_tensors(rules):
-        first_of: dict[tuple[str, str], tuple[Owned, Owned]] = {}  # of every two rules
-        for one, other in _meeting(owned):
-            names = (one[0], other[0])
-            if names not in first_of and share_an_element(one[2], other[2]):
-                first_of[names] = (one, other)
-        for names, pair in first_of.items():
-            found.setdefault(names, []).append(pair)
-    for (_, rule), pairs in found.items():
-        problems.add(rule, "", _worded(*pairs[0], len(pairs) - 1))
-
-
-def share_an_element(a: BoundBlock, b: BoundBlock) -> bool:
-    """Whether two views of one tensor have an element in common.
-
-    Searches indices with a.offset + sum(i * stride) == b.offset + sum(j * stride). Dimensions of equal stride
-    count as one. From the widest stride down, only steps are tried that narrower strides can compensate: for
-    strides that nest, as those of slices do, these are a handful.
-    """
-    if 0 in a.view_shape or 0 in b.view_shape:
-        return False
-    steps: dict[int, tuple[int, int]] = {}
-    for view, sign in ((a, 1), (b, -1)):
-        for size, stride in zip(view.view_shape, view.view_stride, strict=True):
-            low, high = steps.get(stride, (0, 0))
-            steps[stride] = (low, high + size - 1) if sign > 0 else (low - size + 1, high)
-    return _reaches(b.view_offset - a.view_offset, steps)
-
-
-def is_injective(shape: Shape, stride: Shape) -> bool:
-    """Whether no two places of a view share an element.
-
-    Two places share one if steps between them add up to 0; one of these steps can be taken as positive.
-    """
-    wide = [(size, step) for size, step in zip(shape, stride, strict=True) if size > 1]
-    strides = [step for _, step in wide]
-    if 0 in strides or len(set(strides)) < len(strides):
-        return False
-    if prod(size for size, _ in wide) > 1 + sum((size - 1) * step for size, step in wide):
-        return False  # more places than elements
-    every = {step: (1 - size, size - 1) for size, step in wide}
-    return not any(_reaches(0, {**every, step: (1, size - 1)}) for size, step in wide)
-
-
-def _reaches(distance: int, steps: Mapping[int, tuple[int, int]]) -> bool:
-    """Whether a distance is a sum of strides, each taken a number of times within its bounds."""
-    taken = {stride: bounds for stride, bounds in steps.items() if stride and bounds != (0, 0)}
-    rest_low = sum(stride * low for stride, (low, _) in taken.items())
-    rest_high = sum(stride * high for stride, (_, high) in taken.items())
-    gaps = {distance}
-    for stride, (low, high) in sorted(taken.items(), reverse=True):
-        rest_low, rest_high = rest_low - stride * low, rest_high - stride * high
-        gaps = {
-            gap - stride * step
-            for gap in gaps
-            for step in range(
-                max(low, -((rest_high - gap) // stride)), min(high, (gap - rest_low) // stride) + 1
-            )
-        }
-    return 0 in gaps
-
-
-def _leaves_of_shared_tensors(rules: Iterable[BoundRule]) -> Iterator[list[Owned]]:
-    """The leaves of every tensor that has several, in the order of the rules."""
-    instances = [(rule.name, instance) for rule in rules for instance in rule.instances]
-    names = [leaf.tensor for _, instance in instances for leaf in instance.scope.leaves]
-    if len(set(names)) < len(names):
-        shared: dict[str, list[Owned]] = {name: [] for name, times in Counter(names).items() if times > 1}
-        for rule, instance in instances:
-            for leaf in instance.scope.leaves:
-                if leaf.tensor in shared:
-                    shared[leaf.tensor].append((rule, instance.label, leaf))
-        yield from shared.values()
-
-
-def _meeting(owned: Sequence[Owned]) -> Iterator[tuple[Owned, Owned]]:
-    """Pairs of leaves whose ranges of elements overlap, each pair in the order of the rules."""
-    numbered = sorted((_range(leaf), number) for number, (_, _, leaf) in enumerate(owned))
-    active: list[tuple[int, int]] = []
-    for (start, end), number in numbered:
-        active = [(other_end, other) for other_end, other in active if other_end >= start]
-        for _, other in active:
-            yield owned[min(number, other)], owned[max(number, other)]
-        active.append((end, number))
-
-
-def _range(leaf: BoundBlock) -> tuple[int, int]:
-    """The first and the last element of a view."""
-    reach = sum((size - 1) * stride for size, stride in zip(leaf.view_shape, leaf.view_stride, strict=True))
-    return leaf.view_offset, leaf.view_offset + (reach if prod(leaf.view_shape) else -1)
-
-
-def _worded(first: Owned, second: Owned, more: int) -> str:
-    (rule, instance, leaf), (other_rule, other_instance, _) = first, second
-    tail = f" (and {more} more tensors)" if more else ""
-    if rule != other_rule:
-        text = f"{other_instance} reaches {leaf.tensor}{tail}, as {instance} of [{rule}] does"
-    elif instance != other_instance:
-        text = f"{instance} and {other_instance} both reach {leaf.tensor}{tail}"
-    else:
-        text = f"{instance} reaches {leaf.tensor}{tail} twice"
-    return f"{text}: an element may be reached by one rule, once; narrow the patterns"
-
-
 def check_shares(rules: Iterable[BoundRule], problems: Problems) -> None:
     """A problem for every rule whose instances shall share one budget and cannot have unlike ones."""
     for rule in rules:
@@ -463,7 +353,8 @@ class _Binder:
                 )
             scope, budget = _tiled(place, scope, budget), _budget_of_tile(scope, budget)
         what = (scope.label, site.captures, scope, budget, sparsity)
-        found = BoundInstance(*what, score, soft, rebuilt, shared, next(self._numbers), permute)
+        number, within = next(self._numbers), spec.outer(place)
+        found = BoundInstance(*what, score, soft, rebuilt, shared, number, permute, within)
         least, most = found.kept_range or (0, scope.blocks_per_scope)
         if own is not None and not least <= own <= most:
             text = f"{scope.label}: found {own} as its part of the common budget, wanted {least} to {most}"
@@ -648,4 +539,5 @@ def budget_of(
     if table.multiple_of is not None:
         with _placed(place, "multiple_of", label):
             unit = names.integer(table.multiple_of, 1, "1 or more")
-    return Budget(nnz=min(blocks, -(-asked // unit) * unit), multiple_of=unit), sparsity
+    share = None if table.within is None else sparsity
+    return Budget(nnz=min(blocks, -(-asked // unit) * unit), multiple_of=unit, share=share), sparsity

@@ -14,7 +14,7 @@ from msgspec import Struct
 from sparseprune.engine.grids import Shape, divide, identity_order, permute, prod, surviving
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
 
 Captures = tuple[tuple[str, int | str], ...]
@@ -138,11 +138,14 @@ class Budget:
     """The blocks that survive in each scope: `nnz` of them, or all that score `threshold` or more.
 
     Exactly one of the two is set; `nnz` is already rounded up to a multiple of `multiple_of`, or all blocks.
+    Of a rule within another one `nnz` is the most that survive: all that are left in a scope, where these are
+    fewer. With a `share`, that share of what is left in each scope goes, rounded the same way.
     """
 
     nnz: int | None = None
     threshold: float | None = None
     multiple_of: int = field(default=1, compare=False)
+    share: float | None = None
 
 
 class Score(Struct, frozen=True):
@@ -220,7 +223,8 @@ class BoundInstance(Struct, frozen=True):
 
     Instances of one `form` differ only in captures, labels and tensor names: shapes, dtypes, views, orders,
     budget and method are equal. A form belongs to one rule of a spec. `permute`: its tensors' inputs change
-    places first, where that leaves the model as it is.
+    places first, where that leaves the model as it is. `within`: the outer rule, such as "scope.coarse": its
+    blocks compete among what that one keeps.
     """
 
     label: str
@@ -234,6 +238,7 @@ class BoundInstance(Struct, frozen=True):
     allocate: Allocate | None = None
     form: int = 0
     permute: bool = False
+    within: str | None = None
 
     @property
     def kept_range(self) -> tuple[int, int] | None:
@@ -253,6 +258,11 @@ class BoundRule(Struct, frozen=True):
     name: str
     instances: tuple[BoundInstance, ...]
 
+    @property
+    def within(self) -> str | None:
+        """The name of the rule that it is within; None of one that is within none."""
+        return self.instances[0].within if self.instances else None
+
     def forms(self) -> dict[int, list[BoundInstance]]:
         """The instances by form, in order; the way and the cost of one hold for all others of its form."""
         members: dict[int, list[BoundInstance]] = {}
@@ -261,8 +271,17 @@ class BoundRule(Struct, frozen=True):
         return members
 
 
+def levels_of(rules: Iterable[BoundRule], name: str) -> tuple[str, ...]:
+    """The names of the rules that one of several is within, outermost first, and its own."""
+    outer = {rule.name: rule.within for rule in rules}
+    names = [name]
+    while (found := outer.get(names[-1])) is not None:
+        names.append(found)
+    return tuple(reversed(names))
+
+
 class BoundSpec(Struct, frozen=True):
-    """Every rule of a spec, bound; no element of any tensor belongs to two instances.
+    """Every rule of a spec, bound; no element of any tensor belongs to two instances, but of nested rules.
 
     `covers` says which matrices it is about: "matrices" (all), "mlp", "attention", "experts", "layers".
     """
@@ -273,6 +292,10 @@ class BoundSpec(Struct, frozen=True):
     def instances(self) -> Iterator[tuple[BoundRule, BoundInstance]]:
         """Every instance with its rule, in the order of the spec and of the captures."""
         return ((rule, instance) for rule in self.rules for instance in rule.instances)
+
+    def levels(self, name: str) -> tuple[str, ...]:
+        """The names of the rules that a rule is within, outermost first, and its own."""
+        return levels_of(self.rules, name)
 
     @property
     def covered(self) -> tuple[str, ...]:

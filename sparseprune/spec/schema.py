@@ -394,6 +394,9 @@ class BudgetTable(MethodTable):
         _positive,
         "an integer of 1 or more, or an expression: the surviving blocks are rounded up to a multiple of it",
     )
+    within: str | None = _key(
+        _string, "the name of a [scope] or [scope_coupling]: only what that one keeps competes"
+    )
 
 
 BUDGETS = ("nnz", "sparsity", "threshold")
@@ -587,6 +590,14 @@ class Spec(Struct, frozen=True):
         """The tables with tensors that a table consists of, without those that are missing."""
         found = ((each, self.tables[each]) for each in self.tables_in(place) if not self.parts(each))
         return {each: table for each, table in found if isinstance(table, BlockTable | ScopeTable)}
+
+    def outer(self, place: str) -> str | None:
+        """The place of the scope or coupling that a rule is within; None of one that is within none."""
+        name = getattr(self.tables[place], "within", None)
+        if name is None:
+            return None
+        coupling = f"scope_coupling.{name}"
+        return coupling if coupling in self.tables else f"scope.{name}"
 
     def coupled_scopes(self) -> dict[str, str]:
         """For every scope that is a member of a scope coupling, the (last) one that names it, by place."""

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparseprune.spec.binding import share_an_element
 from sparseprune.spec.bound import BoundBlock
+from sparseprune.spec.overlaps import share_an_element
 
 
 def view(shape: tuple[int, ...], stride: tuple[int, ...], offset: int = 0) -> BoundBlock:

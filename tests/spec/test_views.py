@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from sparseprune.errors import SpecError
 from sparseprune.spec import BoundBlock, TensorInfo, bind, parse_spec
-from sparseprune.spec.binding import is_injective
+from sparseprune.spec.overlaps import is_injective
 from tests.commands import imported
 
 
